@@ -1,0 +1,204 @@
+"""Artefacts that exist whole or not at all, and are never pickles.
+
+An artefact is a folder with a ``manifest.json`` that names the sha256 and size of each of its files. It is written beside
+its place, synced, and renamed into it; without a valid manifest it does not exist.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+
+from mopefuse.errors import CheckpointError, ResourceError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT = 1  # of every artefact; raised when an older reader could not read a newer one
+MANIFEST = "manifest.json"
+_TEMPORARY = ".tmp-"
+
+
+def publish(target: Path, write: Callable[[Path], None], facts: Mapping[str, Any]) -> None:
+    """Make the folder `target` appear, whole, with what `write` puts into the folder it is given.
+
+    Raises:
+        ResourceError: the disk is full or cannot be written; `target` is as it was before.
+    """
+    temporary = target.with_name(f"{target.name}{_TEMPORARY}{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        write(temporary)
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        for path in files:
+            _sync(path)
+        listed = {str(path.relative_to(temporary)): {"sha256": sha256(path), "size": path.stat().st_size} for path in files}
+        manifest = {"format": FORMAT, **facts, "files": listed}
+        (temporary / MANIFEST).write_text(dump_json(manifest), encoding="utf-8")
+        _sync(temporary / MANIFEST)
+        _sync(temporary)
+        if target.exists():
+            old = target.with_name(f"{target.name}{_TEMPORARY}old-{os.getpid()}")
+            target.rename(old)
+            temporary.rename(target)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(target)
+        _sync(target.parent)
+    except (OSError, SafetensorError) as error:
+        raise disk_error(error, target) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a text file, whole or not at all."""
+    temporary = path.with_name(f"{path.name}{_TEMPORARY}{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        _sync(temporary)
+        temporary.replace(path)
+        _sync(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise disk_error(error, path) from error
+
+
+def verify(folder: Path, *, kind: str) -> dict[str, Any]:
+    """The manifest of a folder whose files are exactly as they were published.
+
+    Raises:
+        CheckpointError: no manifest, another kind or a newer format, a path out of the folder, a changed file.
+    """
+    manifest = read_json(folder / MANIFEST)
+    if manifest.get("kind") != kind or not isinstance(manifest.get("format"), int):
+        raise CheckpointError(1, f"this is not a {kind} of mopefuse", where=str(folder), fix="name one")
+    if manifest["format"] > FORMAT:
+        raise CheckpointError(
+            7,
+            f"made by a newer mopefuse (format {manifest['format']}), this one reads up to {FORMAT}",
+            where=str(folder),
+            fix="upgrade mopefuse",
+        )
+    files = manifest.get("files")
+    if not isinstance(files, dict):
+        raise CheckpointError(3, "the manifest names no files", where=str(folder), fix="use another checkpoint")
+    for name, facts in files.items():
+        path = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts or path.is_symlink():
+            raise CheckpointError(3, f"the manifest names {name!r}, outside its folder", where=str(folder), fix="do not use it")
+        if not path.is_file() or path.stat().st_size != facts.get("size") or sha256(path) != facts.get("sha256"):
+            raise CheckpointError(
+                2, f"{name} is not what was published (sha256 differs)", where=str(folder), fix="use another checkpoint"
+            )
+    return manifest
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file that mopefuse wrote.
+
+    Raises:
+        CheckpointError: no such file, or no JSON object in it.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(4, f"there is no {path.name}", where=str(path.parent), fix="name a finished run") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(3, f"{path.name} is damaged: {error}", where=str(path), fix="use another copy") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(3, f"{path.name} is damaged: it is no object", where=str(path), fix="use another copy")
+    return value
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        CheckpointError: not a safetensors file (a pickle is refused before anything of it is read), or a damaged one.
+    """
+    from safetensors.torch import load_file
+
+    try:
+        with path.open("rb") as file:
+            head = file.read(10)
+    except OSError as error:
+        raise CheckpointError(
+            4, f"the weights cannot be read: {error.strerror}", where=str(path), fix="name an existing file"
+        ) from None
+    if head[:2] == b"PK" or head[:1] == b"\x80":
+        raise CheckpointError(
+            6, "this is a pickle, which could run code when loaded", where=str(path), fix="convert it to safetensors"
+        )
+    try:
+        return load_file(path)
+    except (SafetensorError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            2, f"{path.name} is damaged: {error}", where=str(path), fix="use another copy or checkpoint"
+        ) from None
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Save tensors as safetensors, on the CPU and contiguous."""
+    from safetensors.torch import save_file
+
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+
+
+def sweep(folder: Path) -> int:
+    """Remove what a killed process left half-written; how many."""
+    orphans = list(folder.glob(f"*{_TEMPORARY}*")) if folder.is_dir() else []
+    for orphan in orphans:
+        shutil.rmtree(orphan) if orphan.is_dir() else orphan.unlink()
+    return len(orphans)
+
+
+def dump_json(value: Any) -> str:
+    """Readable JSON; what is not a number becomes null (`finite`)."""
+    return json.dumps(finite(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def finite(value: Any) -> Any:
+    """`value` with null for every NaN and infinity in it."""
+    if isinstance(value, Mapping):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    return value
+
+
+def sha256(path: Path) -> str:
+    """Of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file.read())
+
+
+def disk_error(error: Exception, path: Path) -> ResourceError:
+    """What the user can do about a write that failed."""
+    free = shutil.disk_usage(next(parent for parent in path.parents if parent.exists())).free / 1e6
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return ResourceError(
+        1, f"cannot write {path.name}: {reason} (free {free:.1f} MB)", where=str(path.parent), fix="free space and --resume"
+    )
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

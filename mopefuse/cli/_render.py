@@ -1,0 +1,72 @@
+"""How the command line speaks: results on stdout, everything else on stderr, one JSON object with ``--json``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def out() -> Console:
+    """Results: tables in colour on a terminal, plain when piped."""
+    from rich.console import Console
+
+    return Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
+
+
+def err() -> Console:
+    """Progress, notices and errors."""
+    from rich.console import Console
+
+    return Console(stderr=True, soft_wrap=not sys.stderr.isatty(), highlight=False)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """One object on stdout and nothing else there; what is not a number is null."""
+    from mopefuse.checkpoint import finite
+
+    print(json.dumps(finite(value), ensure_ascii=False))
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, bold: int | None = None) -> None:
+    """A table on stdout: the first column left, the others right; row number `bold` stands out."""
+    console = out()
+    if not console.is_terminal:
+        widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
+        for row in [columns, *rows]:
+            cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+            print("  ".join(cells).rstrip())
+        return
+    from rich.markup import escape
+    from rich.table import Table
+
+    grid = Table(title=escape(title), title_justify="left", title_style="bold")
+    for number, column in enumerate(columns):
+        grid.add_column(escape(column), justify="right" if number else "left", overflow="fold")
+    for number, row in enumerate(rows):
+        grid.add_row(*map(escape, row), style="bold green" if number == bold else None)
+    console.print(grid)
+
+
+def percent(value: float | None) -> str:
+    """0.8123 as 81.2 %."""
+    return "-" if value is None or value != value else f"{100 * value:.1f} %"
+
+
+def count(number: int) -> str:
+    """1234567 as 1.23 M."""
+    for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return str(number)
+
+
+def duration(seconds: float) -> str:
+    """75.2 as 1:15."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

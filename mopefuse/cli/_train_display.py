@@ -1,0 +1,124 @@
+"""What training shows: a live bar with ETA on a terminal, a plain line per validation elsewhere."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from mopefuse import distributed
+from mopefuse.cli._render import count, duration, err, out, percent, print_json, table
+from mopefuse.errors import ConfigError
+from mopefuse.trainer import Listener, Progress
+
+_LINE_EVERY = 10.0  # seconds between plain lines
+
+
+class Display(Listener):
+    """A listener that renders to stderr; `result` prints the final table, or one JSON object."""
+
+    def __init__(self, folder: Path, *, json: bool, tensorboard: bool = False) -> None:
+        self.folder, self.json = folder, json
+        self.console = err()
+        self.live = self.console.is_terminal and not json
+        self._bar: Any = None
+        self._task: Any = None
+        self._told = time.monotonic()
+        self._began: tuple[int, float] | None = None
+        self._writer = _tensorboard(folder) if tensorboard else None
+
+    def __enter__(self) -> Display:
+        if self.live:
+            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+            self._bar = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(),
+                TextColumn("{task.completed}/{task.total}"),
+                TimeElapsedColumn(),
+                TextColumn("eta"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[said]}"),
+                console=self.console,
+                transient=True,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task("preparing", total=None, said="")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        if self._writer is not None:
+            self._writer.close()
+
+    def notice(self, text: str) -> None:
+        """A line on stderr."""
+        if not self.json and distributed.is_main():
+            self.console.print(text, style="yellow", markup=False)
+
+    def step(self, progress: Progress, total: int, loss: float, lr: float) -> None:
+        """Move the bar, or print a line now and then."""
+        if self._writer is not None:
+            self._writer.add_scalar("train/loss", loss, progress.step)
+            self._writer.add_scalar("train/lr", lr, progress.step)
+        if not distributed.is_main() or self.json:
+            return
+        if self._bar is not None:
+            self._bar.update(
+                self._task, description="training", completed=progress.step, total=total, said=f"loss {loss:.3f}"
+            )
+            return
+        now = time.monotonic()
+        if self._began is None:
+            self._began = (progress.step, now)
+        if now - self._told >= _LINE_EVERY:
+            self._told = now
+            per_step = (now - self._began[1]) / max(1, progress.step - self._began[0])
+            eta = duration(per_step * (total - progress.step))
+            self.console.print(f"step {progress.step}/{total}  loss {loss:.3f}  lr {lr:.2g}  eta {eta}", markup=False)
+
+    def evaluated(self, progress: Progress, found: dict[str, float], *, best: bool) -> None:
+        """A line per validation."""
+        if self._writer is not None:
+            for name, value in found.items():
+                self._writer.add_scalar(f"val/{name}", value, progress.step)
+        if not distributed.is_main() or self.json:
+            return
+        shown = "  ".join(f"{name} {percent(found[name])}" for name in found if name not in ("loss", "absent_labels"))
+        star = "  best" if best else ""
+        line = f"step {progress.step}  validation  {shown}  loss {found['loss']:.3f}  {duration(progress.seconds)}{star}"
+        self.console.print(line, markup=False)
+
+    def result(self, result: dict[str, Any]) -> None:
+        """The final metrics."""
+        if not distributed.is_main():
+            return
+        if self.json:
+            print_json({"ok": True, "run": str(self.folder), **result, "metrics": _tested(result), "splits": result["metrics"]})
+            return
+        splits = {name: found for name, found in result["metrics"].items() if found}
+        names = [name for name in next(iter(splits.values()), {}) if name not in ("loss", "absent_labels")]
+        rows = [[split, *(percent(found[name]) for name in names)] for split, found in splits.items()]
+        table(f"{self.folder}, step {result['selected_step']}", ["split", *names], rows)
+        for split, found in splits.items():
+            if found["absent_labels"]:
+                self.notice(f"{split}: {found['absent_labels']} labels have no sample; macro-F1 is over the others")
+        parameters = result["parameters"]
+        share = 100 * parameters["trainable"] / parameters["total"]
+        trained = f"{count(parameters['trainable'])} of {count(parameters['total'])} parameters trained ({share:.2f} %)"
+        out().print(f"{trained}, {result['steps']} steps in {duration(result['seconds'])}", markup=False)
+        out().print(f"run folder: {self.folder}", markup=False)
+
+
+def _tested(result: dict[str, Any]) -> dict[str, Any]:
+    return result["metrics"]["test"] or result["metrics"]["val"] or {}
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ConfigError(42, "tensorboard is not installed", where="--tensorboard", fix='pip install "mopefuse[track]"') from None
+    return SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]

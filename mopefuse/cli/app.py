@@ -1,0 +1,110 @@
+"""The command line: `main` runs a command and turns what went wrong into one line and an exit code.
+
+Commands are one typed function each, in a file of its name. They import what is heavy inside, so that ``--help`` and a
+usage error do not wait for torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mopefuse import __version__
+from mopefuse.cli import data, demo, doctor, encoders, eval, train
+from mopefuse.errors import ConfigError, MopefuseError, ResourceError
+
+app = typer.Typer(
+    name="mopefuse",
+    help="Fuse two modalities with frozen pretrained encoders: conditional prompts, mixed from prompt experts.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("train")(train.train)
+app.command("eval")(eval.evaluate)
+app.command("demo")(demo.demo)
+app.add_typer(data.app, name="data")
+app.add_typer(encoders.app, name="encoders")
+app.command("doctor")(doctor.doctor)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"mopefuse {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an internal error.")] = False,
+) -> None:
+    if debug:
+        os.environ["MOPEFUSE_DEBUG"] = "1"
+
+
+def main() -> None:
+    """Entry point of the command ``mopefuse``. Exit codes: see `mopefuse.errors`."""
+    try:
+        app()
+    except MopefuseError as error:
+        _exit(error)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except Exception as error:
+        known = _known(error)
+        if known is not None:
+            _exit(known)
+        _crash(error)
+
+
+def _exit(error: MopefuseError) -> None:
+    if "--json" in sys.argv:
+        print(json.dumps({"ok": False, "error": error.as_dict()}, ensure_ascii=False))
+    else:
+        kind = "stopped" if error.family == "STOP" else f"error[{error.code}]"
+        text = f"{kind}: {error}"
+        encoding = sys.stderr.encoding or "utf-8"
+        if encoding.lower().replace("-", "") != "utf8":
+            text = text.replace(" · ", " | ").encode(encoding, "replace").decode(encoding)
+        red, plain = ("\x1b[31m", "\x1b[0m") if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ("", "")
+        print(f"{red}{kind}{plain}{text[len(kind) :]}", file=sys.stderr)
+    sys.exit(error.exit_code)
+
+
+def _known(error: Exception) -> MopefuseError | None:
+    """Errors of libraries that a user can mend."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return ResourceError(
+            5, "out of GPU memory", where=str(error).split(".")[0], fix="use a smaller --batch, or --set train.accumulate=2"
+        )
+    if isinstance(error, OSError) and error.filename is not None and not isinstance(error, ImportError):
+        return ConfigError(9, f"{error.strerror}: {error.filename}", fix="name a path that can be used")
+    return None
+
+
+def _crash(error: Exception) -> None:
+    if os.environ.get("MOPEFUSE_DEBUG"):
+        traceback.print_exc()
+    log = Path("crash.log").resolve()
+    try:
+        log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        place = f" · {log}"
+    except OSError:
+        place = ""
+    summary = str(error).splitlines()[0] if str(error) else ""
+    if "--json" in sys.argv:
+        body = {"code": "MF-INT-00", "exit": 1, "message": f"{type(error).__name__}: {summary}", "where": str(log), "hint": ""}
+        print(json.dumps({"ok": False, "error": body}))
+    else:
+        print(f"internal error: {type(error).__name__}: {summary}{place} · fix: please report it", file=sys.stderr)
+    sys.exit(1)

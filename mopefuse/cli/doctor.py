@@ -1,0 +1,28 @@
+"""``mopefuse doctor``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def doctor(json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False) -> None:
+    """Versions, devices, mismatched torch and torchvision, caches, plugins; exit code 5 if something must be mended."""
+    from mopefuse.cli._render import out, print_json, table
+    from mopefuse.doctor import examine
+
+    found = examine()
+    if json:
+        print_json({"ok": not found.problems, **found.as_dict()})
+    else:
+        table("versions", ["package", "version"], [[name, said] for name, said in found.versions.items()])
+        print()
+        table("machine", ["what", "found"], [[name, said] for name, said in found.machine.items()])
+        print()
+        table("plugins", ["entry point", "distribution"], [[name, said] for name, said in found.plugins.items()])
+        for problem in found.problems:
+            out().print(f"\nproblem: {problem}", style="bold red", markup=False)
+        out().print("\nall is well" if not found.problems else "", end="\n" if not found.problems else "")
+    if found.problems:
+        raise typer.Exit(5)

@@ -1,0 +1,83 @@
+"""``mopefuse encoders``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(help="List encoders, or inspect one.", invoke_without_command=True)
+
+
+@app.callback()
+def list_(
+    context: typer.Context,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """List schemes and aliases. Imports no encoder."""
+    if context.invoked_subcommand is not None:
+        return
+    from mopefuse.cli._render import out, print_json, table
+    from mopefuse.encoders.aliases import ALIASES, FAMILIES
+    from mopefuse.registry import ENCODERS, available, distribution
+
+    found = available(ENCODERS)
+    if json:
+        schemes = [
+            {"scheme": name, "distribution": distribution(points[0]), "aliases": ALIASES.get(name, {})}
+            for name, points in found.items()
+        ]
+        print_json({"ok": True, "schemes": schemes})
+        return
+    rows = [[f"{name}:", distribution(points[0]), *FAMILIES.get(name, ("", ""))] for name, points in found.items()]
+    table("schemes", ["scheme", "from", "main or comp", "comp only"], rows)
+    print()
+    aliases = [[f"{scheme}:{short}", f"{scheme}:{full}"] for scheme, names in ALIASES.items() for short, full in names.items()]
+    table("aliases", ["alias", "stands for"], aliases)
+    out().print("\nmopefuse encoders inspect SPEC shows one; ?pretrained=false gives random weights without a network")
+
+
+@app.command("inspect")
+def inspect(
+    spec: Annotated[str, typer.Argument(help="scheme:name[?key=value&...]")],
+    json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Modality, layers, widths, feature width, preprocessing and parameters of an encoder."""
+    from mopefuse.cli._render import out, print_json
+    from mopefuse.encoders._base import create_encoder
+
+    encoder = create_encoder(spec)
+    facts: dict[str, Any] = {
+        "spec": str(encoder.spec),
+        "modality": encoder.modality,
+        "use": "main or comp" if encoder.widths else "comp only",
+        "layers": len(encoder.widths),
+        "widths": list(encoder.widths),
+        "heads": list(encoder.heads),
+        "feature_width": encoder.feature_width,
+        "parameters": sum(parameter.numel() for parameter in encoder.parameters()),
+        "fingerprint": encoder.fingerprint(),
+        "preprocess": encoder.preprocess.describe(),
+    }
+    if not encoder.widths:
+        facts["why_not_main"] = encoder.why_not_main
+    if json:
+        print_json({"ok": True, **facts})
+        return
+    for key, value in facts.items():
+        if key in ("widths", "heads"):
+            value = _runs(value)
+        if isinstance(value, dict):
+            value = ", ".join(f"{name} {inner}" for name, inner in value.items())
+        out().print(f"{key:<14} {value:,}" if isinstance(value, int) else f"{key:<14} {value}", markup=False)
+
+
+def _runs(values: list[int]) -> str:
+    """[128, 128, 256] as ``2 x 128, 1 x 256``."""
+    runs: list[list[int]] = []
+    for value in values:
+        if runs and runs[-1][1] == value:
+            runs[-1][0] += 1
+        else:
+            runs.append([1, value])
+    return ", ".join(f"{number} x {value}" for number, value in runs)

@@ -1,0 +1,79 @@
+"""``mopefuse eval``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_SPLITS = ("train", "val", "test")
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    data: Annotated[Path | None, typer.Option(help="Another data folder with the same labels.")] = None,
+    checkpoint: Annotated[str, typer.Option(help="best, last or step-N.")] = "best",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write predictions here; default: into the run.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    min_: Annotated[list[str] | None, typer.Option("--min", help="Gate: accuracy=0.8; exit code 10 below it.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Evaluate a run: metrics, a table by label, predictions.jsonl. Deterministic; no sample depends on its batch."""
+    from mopefuse.errors import ConfigError, did_you_mean
+    from mopefuse.run import RunFolder
+
+    if split not in _SPLITS:
+        raise ConfigError(53, f"there is no split {split!r}", where="--split", fix=did_you_mean(split, _SPLITS))
+    folder = RunFolder(run)
+    folder.config()
+    from mopefuse import distributed
+    from mopefuse.cli._render import err, print_json
+    from mopefuse.evaluate import check_gates, write_predictions
+    from mopefuse.evaluate import evaluate as run_evaluation
+
+    distributed.start()
+    console = err()
+    with console.status(f"evaluating {split}") as status:
+        found = run_evaluation(
+            run,
+            split=split,
+            data=data,
+            checkpoint=checkpoint,
+            device=device,
+            advance=lambda done, total: status.update(f"evaluating {split}: {done}/{total}"),
+        )
+    main = distributed.is_main()
+    distributed.stop()
+    if not main:
+        return
+    predictions = out or (folder.predictions_file if split == "test" and data is None else run / f"predictions-{split}.jsonl")
+    write_predictions(predictions, found.predictions)
+    if json:
+        print_json(
+            {
+                "ok": True,
+                "run": str(run),
+                "split": split,
+                "metrics": found.metrics,
+                "per_label": found.per_label,
+                "predictions": str(predictions),
+            }
+        )
+    else:
+        _print(run, found.split, found.metrics, found.per_label, predictions)
+    check_gates(found.metrics, min_ or ())
+
+
+def _print(run: Path, split: str, metrics: dict[str, float], per_label: list[dict[str, object]], predictions: Path) -> None:
+    from mopefuse.cli._render import out, percent, table
+
+    support = sum(int(str(row["support"])) for row in per_label)
+    rows = [[str(row["label"]), *(percent(float(str(row[key]))) for key in ("precision", "recall", "f1"))] for row in per_label]
+    for row, facts in zip(rows, per_label, strict=True):
+        row.append(str(facts["support"]))
+    table(f"{run}, {split}", ["label", "precision", "recall", "f1", "support"], rows)
+    shown = [[name, percent(value) if name not in ("loss", "absent_labels") else f"{value:.4g}"] for name, value in metrics.items()]
+    table(f"{split}: {support} labels given", ["metric", "value"], shown)
+    out().print(f"predictions: {predictions}", markup=False)

@@ -1,0 +1,146 @@
+"""``mopefuse train``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from mopefuse.config import RunConfig
+    from mopefuse.train import Plan
+
+
+def train(
+    main: Annotated[str | None, typer.Option(help="Encoder that is prompted and classifies: timm:vit_base")] = None,
+    comp: Annotated[str | None, typer.Option(help="Encoder that conditions the prompts: hf:bert-base")] = None,
+    data: Annotated[str | None, typer.Option(help="Folder with train.jsonl, val.jsonl and test.jsonl.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder to write; default runs/<date>-<time>.")] = None,
+    method: Annotated[str | None, typer.Option(help="conditional, late-concat, main-only, comp-only.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="YAML file with settings; flags and --set win over it.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Any setting: --set train.epochs=3")] = None,
+    experts: Annotated[int | None, typer.Option(help="Prompt experts per layer.")] = None,
+    static: Annotated[int | None, typer.Option(help="Tokens of the static prompt.")] = None,
+    dynamic: Annotated[int | None, typer.Option(help="Tokens of the dynamic prompt.")] = None,
+    mapped: Annotated[int | None, typer.Option(help="Tokens of the mapped prompt.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Layers to prompt: all, last:6, first:6, or 0,3,5.")] = None,
+    router: Annotated[str | None, typer.Option(help="cross or joint.")] = None,
+    top_m: Annotated[int | None, typer.Option(help="Route to the m best experts only.")] = None,
+    gate: Annotated[str | None, typer.Option(help="zero, or none as in the papers.")] = None,
+    comp_tuning: Annotated[str | None, typer.Option(help="Complementary encoder: frozen, prompts or full.")] = None,
+    compat: Annotated[str | None, typer.Option(help="official: the released code's choices.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training split.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Stop after so many steps.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Samples per step, over all processes.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate of the main side.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = None,
+    precision: Annotated[str | None, typer.Option(help="auto, fp32 or bf16.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that read the data.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, to the bit.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be trained, and stop.")] = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also log for TensorBoard, into the run.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Train a fusion of two frozen encoders and test the best checkpoint once.
+
+    Encoders are named scheme:name[?key=value]; mopefuse encoders lists them. Under torchrun this is data parallel.
+    """
+    flags: dict[str, Any] = {
+        "main": main,
+        "comp": comp,
+        "method": method,
+        "data.path": data,
+        "prompts.experts": experts,
+        "prompts.static": static,
+        "prompts.dynamic": dynamic,
+        "prompts.mapped": mapped,
+        "prompts.layers": _layers(layers),
+        "prompts.gate": gate,
+        "router.kind": router,
+        "router.top_m": top_m,
+        "comp_tuning.mode": comp_tuning,
+        "compat": compat,
+        "train.epochs": epochs,
+        "train.max_steps": steps,
+        "train.batch_size": batch,
+        "train.lr": lr,
+        "train.precision": precision,
+        "seed": seed,
+        "device": device,
+        "data.workers": workers,
+    }
+    from mopefuse.recipe import resolve
+    from mopefuse.run import RunFolder, default_path
+
+    folder = RunFolder(out or default_path())
+    saved = folder.config() if resume and folder.exists() else None
+    config = resolve(recipe=recipe, flags=flags, sets=set_ or (), saved=saved)
+    if dry_run:
+        _dry_run(config, json=json)
+        return
+    if os.environ.get("RANK", "0") == "0":
+        folder.prepare(resume=resume, overwrite=overwrite)
+    from mopefuse.cli._train_display import Display
+    from mopefuse.train import train as run_training
+
+    with Display(folder.path, json=json, tensorboard=tensorboard) as display:
+        result = run_training(config, folder.path, resume=resume, overwrite=overwrite, listener=display)
+    display.result(result)
+
+
+def _layers(text: str | None) -> str | list[int] | None:
+    parts = text.split(",") if text else []
+    return [int(part) for part in parts] if parts and all(part.strip().isdigit() for part in parts) else text
+
+
+def _dry_run(config: RunConfig, *, json: bool) -> None:
+    from mopefuse.train import plan
+
+    found = plan(config)
+    if json:
+        from mopefuse.cli._render import print_json
+
+        print_json(_as_dict(found))
+        return
+    _print_plan(found)
+
+
+def _as_dict(found: Plan) -> dict[str, Any]:
+    return {
+        "config": found.config.model_dump(mode="json"),
+        "rows": found.rows,
+        "labels": len(found.labels),
+        "multi_label": found.multi_label,
+        "encoders": found.encoders,
+        "parameters": {
+            "trainable": sum(found.trainable.values()),
+            "total": found.total,
+            "share": found.share,
+            "by_part": found.trainable,
+        },
+        "estimated_memory_bytes": found.memory,
+    }
+
+
+def _print_plan(found: Plan) -> None:
+    from mopefuse.cli._render import count, out, table
+    from mopefuse.recipe import to_yaml
+
+    console = out()
+    console.print(to_yaml(found.config), markup=False, end="\n")
+    rows = ", ".join(f"{name} {number:,}" for name, number in found.rows.items())
+    kind = "multi-label" if found.multi_label else "single-label"
+    console.print(f"data       {rows} rows; {len(found.labels)} labels, {kind}", markup=False)
+    for side, spec in found.encoders.items():
+        console.print(f"{side:<10} {spec}", markup=False)
+    trainable = sum(found.trainable.values())
+    parts = [[part, f"{number:,}", f"{100 * number / found.total:.3f} %"] for part, number in found.trainable.items()]
+    parts.append(["trainable", f"{trainable:,}", f"{100 * found.share:.3f} %"])
+    parts.append(["in all", f"{found.total:,}", ""])
+    console.print()
+    table("parameters", ["part", "parameters", "share"], parts, bold=len(parts) - 2)
+    console.print(f"\nestimated memory of a training step: {found.memory / 2**30:.2f} GiB ({count(trainable)} trainable)")

@@ -1,0 +1,198 @@
+"""The configuration of a run: every setting, its default, its unit and its bounds. Unknown keys are refused.
+
+Nothing here imports torch, so that a wrong value is reported at once. `mopefuse.recipe` reads YAML and ``--set``.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mopefuse.errors import ConfigError, did_you_mean
+
+Layers = Annotated[str | tuple[int, ...], Field(union_mode="left_to_right")]
+
+
+class Section(BaseModel):
+    """A group of settings: fixed once read, finite, and without unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Prompts(Section):
+    """The prompts of every prompted layer of the main encoder (METHOD: static, dynamic, mapped)."""
+
+    static: int | None = Field(None, ge=0, description="tokens of the static prompt; default 6 (image main), 4 (text main)")
+    dynamic: int | None = Field(None, ge=0, description="tokens of the dynamic prompt; default 6 (image main), 4 (text main)")
+    mapped: int = Field(1, ge=0, description="tokens of the mapped prompt")
+    experts: int = Field(16, ge=1, description="prompt experts per layer, k")
+    layers: Layers = Field("all", description="layers to prompt: all, last:N, first:N, or a list of indices from 0")
+    dropout: float = Field(0.1, ge=0, lt=1, description="dropout on prompts, in training")
+    gate: Literal["none", "zero"] = Field(
+        "zero", description="none: prompts share the tokens' softmax, as in the papers; zero: a softmax of their own, gated from 0"
+    )
+    init: float | None = Field(None, gt=0, description="prompts start in U(-init, init); default: the papers' rule by modality")
+    bottleneck: int = Field(80, ge=1, description="width of the mapper's trunk")
+    mapper_norm: Literal["layer", "batch-frozen"] = Field("layer", description="norm in the mapper's trunk")
+    route_stage_starts: bool = Field(True, description="give the first block of each stage a dynamic prompt too")
+
+    @model_validator(mode="after")
+    def _layers(self) -> Prompts:
+        if isinstance(self.layers, str) and not re.fullmatch(r"all|(first|last):[1-9]\d*", self.layers):
+            raise ValueError("layers must be all, first:N, last:N or a list of indices")
+        return self
+
+
+class Router(Section):
+    """How an instance weighs the prompt experts of a layer."""
+
+    kind: Literal["cross", "joint"] = Field("cross", description="cross: from the other modality; joint: from both")
+    top_m: int | None = Field(None, ge=1, description="keep only the m largest weights of an instance; default: all (dense)")
+    temperature: float = Field(0.1, gt=0, description="of the routing softmax; towards 0 is one-hot")
+    noise: bool = Field(True, description="add N(0, 1/k^2) to the scores in training")
+    noise_in_eval: bool = Field(False, description="add it in evaluation too, as the released code does")
+    importance_weight: float = Field(0.01, ge=0, description="weight of the importance loss")
+    importance_threshold: float = Field(0.1, ge=0, description="squared coefficient of variation below which a layer is balanced")
+
+
+class CompTuning(Section):
+    """What learns in the complementary encoder."""
+
+    mode: Literal["frozen", "prompts", "full"] = Field("frozen", description="frozen, deep static prompts, or fully tuned")
+    length: int = Field(4, ge=1, description="tokens of each static prompt, with mode prompts")
+
+
+class Data(Section):
+    """Where the samples are and how they are read."""
+
+    path: str | None = Field(None, description="folder with train.jsonl, val.jsonl and test.jsonl")
+    workers: int = Field(0, ge=0, le=256, description="processes that read and prepare samples; 0 reads in the main process")
+    augment: Literal["none", "flip", "randaugment"] = Field("none", description="training images only")
+    randaugment_ops: int = Field(2, ge=1, description="operations per image, with augment randaugment")
+    randaugment_magnitude: int = Field(9, ge=0, le=30, description="strength, with augment randaugment")
+    cache_images: bool = Field(False, description="keep prepared images in memory; needs augment none")
+    cache_features: bool = Field(True, description="compute what frozen encoders say of a sample once, where it cannot change")
+    max_pixels: int = Field(50_000_000, ge=1, description="images with more pixels are refused unread")
+    image_stats: Literal["encoder", "mmbt"] = Field("encoder", description="mean and deviation that images are normalised with")
+
+    @model_validator(mode="after")
+    def _cache(self) -> Data:
+        if self.cache_images and self.augment != "none":
+            raise ValueError("cache_images keeps prepared images and cannot be used with augment")
+        return self
+
+
+class Train(Section):
+    """The optimiser and its schedule."""
+
+    epochs: int = Field(10, ge=0, description="passes over the training split")
+    max_steps: int | None = Field(None, ge=1, description="stop after this many optimiser steps, whatever epochs says")
+    batch_size: int = Field(32, ge=1, description="samples per optimiser step, over all processes")
+    accumulate: int = Field(1, ge=1, description="parts that a process computes its share of a batch in, to save memory")
+    lr: float | None = Field(None, gt=0, description="main side; default 4e-4 for an image encoder, 5e-4 for a text encoder")
+    lr_comp: float | None = Field(None, gt=0, description="complementary side, where it learns; default as lr")
+    weight_decay: float = Field(1e-3, ge=0, description="of AdamW")
+    clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    schedule: Literal["paper", "cosine", "one-cycle", "constant"] = Field(
+        "paper", description="paper: x 0.4 after 3/10 and 6/10 of training; cosine; one-cycle; constant"
+    )
+    warmup: float = Field(0.0, ge=0, lt=1, description="share of training with a linear warm-up")
+    evals_per_epoch: int = Field(1, ge=1, description="validations per epoch")
+    patience: int | None = Field(None, ge=1, description="stop after this many validations without a better one")
+    select: Literal["best", "last"] = Field("best", description="which checkpoint is tested: best on validation, or last")
+    checkpoint_every: int | None = Field(None, ge=1, description="also publish a checkpoint every so many steps")
+    log_every: int = Field(20, ge=1, description="steps between lines of metrics.jsonl")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU that has it, else fp32")
+    compile: bool = Field(False, description="compile the model with torch.compile")
+
+
+class RunConfig(Section):
+    """Everything that decides a run."""
+
+    main: str = Field(description="encoder that is prompted and classifies")
+    comp: str = Field(description="encoder whose representation conditions the prompts")
+    method: str = Field("conditional", description="fusion method, an entry point of mopefuse.fusion")
+    seed: int = Field(0, ge=0, lt=2**63, description="of initialisation, order, noise, dropout and augmentation")
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:N or mps")
+    compat: Literal["none", "official"] = Field("none", description="official: the released code's choices as defaults")
+    prompts: Prompts = Prompts()
+    router: Router = Router()
+    comp_tuning: CompTuning = CompTuning()
+    data: Data = Data()
+    train: Train = Train()
+
+    @model_validator(mode="after")
+    def _experts(self) -> RunConfig:
+        if self.router.top_m is not None and self.router.top_m > self.prompts.experts:
+            raise ValueError(f"router.top_m is {self.router.top_m}, but there are only {self.prompts.experts} experts")
+        return self
+
+
+OFFICIAL: dict[str, Any] = {
+    "prompts": {"experts": 4, "gate": "none", "mapper_norm": "batch-frozen", "route_stage_starts": False},
+    "router": {"kind": "joint", "noise_in_eval": True},
+    "data": {"image_stats": "mmbt"},
+    "train": {"select": "last"},
+}
+"""What ``compat: official`` sets where nothing else is said: the released code as METHOD 3 and 4 describe it, without
+the leak between samples. Its average over prompts and patches at the end has no counterpart here: prompts have no output."""
+
+
+def build_config(values: dict[str, Any], *, source: str = "") -> RunConfig:
+    """`values` as a `RunConfig`, with the defaults that ``compat`` names underneath.
+
+    Raises:
+        ConfigError: every problem at once, each with its path; unknown keys with the nearest known one.
+    """
+    if values.get("compat") == "official":
+        values = merge(OFFICIAL, values)
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        problems = [_explain(detail, values) for detail in error.errors(include_url=False)]
+        raise ConfigError(1, "; ".join(problems), where=source, fix="correct the settings named") from None
+
+
+def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Nested dictionaries, `over` winning."""
+    merged = dict(under)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def known_keys(path: tuple[str, ...]) -> list[str]:
+    """The keys of the section at `path`; empty if it is no section."""
+    model: Any = RunConfig
+    for part in path:
+        model = model.model_fields[part].annotation if part in model.model_fields else None
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            return []
+    return list(model.model_fields)
+
+
+def setting(path: tuple[str, ...]) -> str:
+    """One line on a setting: its type and description."""
+    model: Any = RunConfig
+    for part in path[:-1]:
+        model = model.model_fields[part].annotation
+    field = model.model_fields[path[-1]]
+    kind = getattr(field.annotation, "__name__", None)
+    return f"{kind if kind and kind != 'Optional' else str(field.annotation).replace('typing.', '')}: {field.description}"
+
+
+def _explain(detail: Any, values: dict[str, Any]) -> str:
+    path = tuple(str(part) for part in detail["loc"])
+    name = ".".join(path)
+    if detail["type"] == "extra_forbidden":
+        return f"unknown setting {name} ({did_you_mean(path[-1], known_keys(path[:-1]))})"
+    if detail["type"] == "missing":
+        return f"{name} is missing ({setting(path)})"
+    message = detail["msg"].removeprefix("Value error, ")
+    if not path:
+        return str(message)
+    got: Any = detail.get("input", values)
+    return f"{name}: {message[0].lower()}{message[1:]}" + ("" if isinstance(got, dict) else f", got {got!r}")

@@ -1,0 +1,302 @@
+"""Digit questions: a data set that neither modality can answer alone, made on the spot from real handwriting.
+
+An image holds four handwritten digits, all different, in the four colours, one per cell of a 2 x 2 grid; a text asks
+for one of them by its place or by its colour (eight kinds of question). The label is that digit. The image alone leaves
+four equally likely answers (0.25), the text alone ten (0.10).
+
+The digits are scikit-learn's copy of the UCI "Optical Recognition of Handwritten Digits" test set (1,797 samples of
+8 x 8 pixels; E. Alpaydin and C. Kaynak, CC BY 4.0). Which sample may appear in which split is fixed, whatever the seed,
+so that whatever is pretrained on `handwriting("train")` has never seen a digit of the other splits.
+
+Shapes: N images or samples, 8 and 16 pixels, 4 cells (top left, top right, bottom left, bottom right) or colours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from mopefuse.errors import DataError
+
+Array = NDArray[Any]
+
+SPLITS = ("train", "val", "test")
+QUESTIONS_PER_IMAGE = 4  # of the eight kinds, all different
+
+COLOURS = {
+    "red": (255, 0, 0),
+    "green": (0, 255, 0),
+    "blue": (0, 0, 255),
+    "yellow": (255, 255, 0),
+}
+PLACES = (  # of each cell, in the order of the cells
+    ("top left", "upper left"),
+    ("top right", "upper right"),
+    ("bottom left", "lower left"),
+    ("bottom right", "lower right"),
+)
+
+TRAIN_TEMPLATES = {  # used in every split
+    "place": (
+        "what is the {} number?",
+        "which digit is at the {}?",
+        "read the digit at the {}",
+        "read the {} number",
+        "tell me the number in the {} corner",
+        "what does the {} cell say?",
+        "name the digit in the {} corner",
+        "the {} digit, please",
+        "look at the {}: which number is it?",
+        "which number do you see at the {}?",
+        "in the picture, what is at the {}?",
+        "someone asks for the {} digit",
+        "what value does the {} cell have?",
+        "can you read the {} number?",
+    ),
+    "colour": (
+        "what is the {} number?",
+        "which digit is {}?",
+        "read the {} digit",
+        "read the number written in {}",
+        "tell me the {} number",
+        "what does the {} digit say?",
+        "name the digit in {}",
+        "the {} digit, please",
+        "look at the {} one: which number is it?",
+        "which number do you see in {}?",
+        "in the picture, what is the {} number?",
+        "someone asks for the {} digit",
+        "what value does the digit in {} have?",
+        "can you read the {} number?",
+    ),
+}
+TEST_ONLY_TEMPLATES = {  # used in the test split, beside those above
+    "place": (
+        "can you make out the digit in the {} part of the picture?",
+        "someone wrote a number at the {}; what is it?",
+        "{} corner: name the number",
+        "give me the value of the digit in the {}",
+    ),
+    "colour": (
+        "can you make out the digit painted in {}?",
+        "someone wrote a number in {}; what is it?",
+        "{} ink: name the number",
+        "give me the value of the {} digit",
+    ),
+}
+
+_SHARE = {
+    "train": range(70),
+    "val": range(70, 80),
+    "test": range(80, 100),
+}  # per cent of the UCI samples
+_SOURCE = "UCI Optical Recognition of Handwritten Digits (E. Alpaydin, C. Kaynak; CC BY 4.0), by scikit-learn load_digits"
+
+
+class Question(NamedTuple):
+    """One row: `image` counts the images of its split, `label` is the digit that the text asks for."""
+
+    image: int
+    text: str
+    label: int
+
+
+class Split(NamedTuple):
+    """What is written for one split, and what it was composed of."""
+
+    samples_N4: Array  # UCI sample in each cell
+    digits_N4: Array  # the digit that it shows
+    colours_N4: Array  # index into `COLOURS`
+    questions: list[Question]
+
+
+@cache
+def _uci() -> tuple[Array, Array]:
+    """All samples: values 0..16 of shape (1797, 8, 8), digits of shape (1797,)."""
+    from sklearn.datasets import load_digits  # slow to import, and only needed here
+
+    bunch = load_digits()
+    return bunch.images.astype(np.uint8), bunch.target.astype(np.int64)
+
+
+def _part(index: int) -> int:
+    """0..99, spread evenly and for ever the same: decides the split of a UCI sample."""
+    return (
+        int.from_bytes(hashlib.sha256(f"digit {index}".encode()).digest()[:4], "big")
+        % 100
+    )
+
+
+@cache
+def handwriting(split: str) -> tuple[Array, Array, Array]:
+    """The UCI samples of a split: their indices (N,), values 0..16 (N, 8, 8) and digits (N,). No two splits share one."""
+    values, digits = _uci()
+    indices = np.array(
+        [index for index in range(len(digits)) if _part(index) in _SHARE[split]]
+    )
+    return indices, values[indices], digits[indices]
+
+
+def paint(values_N488: Array, colours_N4: Array) -> Array:
+    """Digits (values 0..16) in colours (index into `COLOURS`) on black, as RGB images (N, 16, 16, 3) of 8 bits."""
+    palette_C3 = np.array(list(COLOURS.values()), dtype=np.uint16)
+    cells = (
+        values_N488[..., None].astype(np.uint16)
+        * palette_C3[colours_N4][:, :, None, None]
+        // 16
+    )
+    grid = cells.astype(np.uint8).reshape(-1, 2, 2, 8, 8, 3).transpose(0, 1, 3, 2, 4, 5)
+    return grid.reshape(-1, 16, 16, 3)
+
+
+def compose(split: str, rows: int, seed: int) -> Split:
+    """The images and questions of a split, a pure function of its arguments."""
+    random = np.random.default_rng([seed, SPLITS.index(split)])
+    indices, _, digits = handwriting(split)
+    by_digit = [indices[digits == digit] for digit in range(10)]
+    count = -(-rows // QUESTIONS_PER_IMAGE)
+    digits_N4 = random.permuted(np.tile(np.arange(10), (count, 1)), axis=1)[:, :4]
+    samples_N4 = np.array(
+        [[random.choice(by_digit[digit]) for digit in four] for four in digits_N4]
+    )
+    colours_N4 = random.permuted(np.tile(np.arange(4), (count, 1)), axis=1)
+    questions = []
+    for image in range(count):
+        for kind in random.permutation(8)[:QUESTIONS_PER_IMAGE]:
+            asked, number = ("place", kind) if kind < 4 else ("colour", kind - 4)
+            cell = (
+                number
+                if asked == "place"
+                else int(np.flatnonzero(colours_N4[image] == number)[0])
+            )
+            names = (
+                PLACES[number]
+                if asked == "place"
+                else tuple(COLOURS)[number : number + 1]
+            )
+            templates = TRAIN_TEMPLATES[asked] + (
+                TEST_ONLY_TEMPLATES[asked] if split == "test" else ()
+            )
+            text = str(random.choice(templates)).format(random.choice(names))
+            questions.append(Question(image, text, int(digits_N4[image, cell])))
+    return Split(samples_N4, digits_N4, colours_N4, questions[:rows])
+
+
+def make(
+    folder: Path,
+    *,
+    seed: int = 0,
+    train: int = 16000,
+    val: int = 1000,
+    test: int = 2000,
+) -> dict[str, int]:
+    """Write the data set: ``{train,val,test}.jsonl``, ``images/<split>/<number>.png`` and ``dataset.json``.
+
+    Args:
+        folder: must be new or empty, or hold this very data set already (then nothing is written).
+        seed: of the compositions and phrasings; the same arguments give the same bytes.
+        train, val, test: rows of each split. Four rows share an image.
+
+    Returns:
+        The rows of each split.
+
+    Raises:
+        DataError: a count is not positive, or the folder holds something else.
+    """
+    folder, counts = Path(folder).resolve(), {"train": train, "val": val, "test": test}
+    if min(counts.values()) < 1 or seed < 0:
+        raise DataError(
+            51,
+            f"cannot make splits of {counts} rows with seed {seed}",
+            fix="ask for at least one row each",
+        )
+    about = {
+        "dataset": "digit-questions",
+        "version": 1,
+        "seed": seed,
+        "rows": counts,
+        "source": _SOURCE,
+    }
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        _check_same(folder, about)
+        return counts
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+        dir=folder.parent, prefix=f".{folder.name}-"
+    ) as beside:
+        building = Path(beside) / "new"
+        for split, rows in counts.items():
+            _write_split(building, split, compose(split, rows, seed))
+        about["sha256"] = _digest(building)
+        (building / "dataset.json").write_text(
+            json.dumps(about, indent=2) + "\n", encoding="utf-8"
+        )
+        os.replace(building, folder)
+    return counts
+
+
+def _write_split(folder: Path, split: str, content: Split) -> None:
+    images = folder / "images" / split
+    images.mkdir(parents=True)
+    for number, pixels in enumerate(
+        paint(_uci()[0][content.samples_N4], content.colours_N4)
+    ):
+        Image.fromarray(pixels).save(images / f"{number:06d}.png")
+    with open(folder / f"{split}.jsonl", "w", encoding="utf-8", newline="\n") as lines:
+        for number, question in enumerate(content.questions):
+            row = {
+                "id": f"{split}-{number:06d}",
+                "text": question.text,
+                "img": f"images/{split}/{question.image:06d}.png",
+                "label": str(question.label),
+            }
+            lines.write(json.dumps(row) + "\n")
+
+
+def _digest(folder: Path) -> str:
+    """SHA-256 over the names and bytes of all files except ``dataset.json``."""
+    digest = hashlib.sha256()
+    for path in sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "dataset.json"
+    ):
+        digest.update(
+            f"{path.relative_to(folder).as_posix()} {path.stat().st_size}\n".encode()
+        )
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _check_same(folder: Path, about: dict[str, Any]) -> None:
+    """Raise a DataError unless `folder` is exactly the data set that `about` describes."""
+    fix = "name a new folder, or remove this one"
+    try:
+        found = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise DataError(
+            52, "the folder is not empty", where=str(folder), fix=fix
+        ) from None
+    if not isinstance(found, dict) or {key: found.get(key) for key in about} != about:
+        raise DataError(
+            53,
+            "the folder holds another data set",
+            where=str(folder / "dataset.json"),
+            fix=fix,
+        )
+    if found.get("sha256") != _digest(folder):
+        raise DataError(
+            54,
+            "files of this data set were changed, added or lost",
+            where=str(folder),
+            fix=fix,
+        )

@@ -1,0 +1,32 @@
+"""Features of frozen encoders, computed once per sample: what cannot change is not computed twice.
+
+Shapes: S samples of the split, C width of the pooled feature.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mopefuse import device as devices
+from mopefuse import distributed
+from mopefuse.config import RunConfig
+from mopefuse.data._base import DataSet
+from mopefuse.data.collate import Samples, plain_batches
+from mopefuse.encoders._base import Encoder, run_frozen
+
+
+def compute_features(
+    encoder: Encoder, data: DataSet, split: str, config: RunConfig, device: torch.device
+) -> Tensor:
+    """Pooled features (S, C) of a split, on the CPU. Batches are fixed, so the result does not depend on the caller."""
+    samples = Samples(data, split, {"only": (encoder.modality, encoder.preprocess)}, config.data)
+    keys = list(plain_batches(len(samples), 64))
+    mine = keys[distributed.rank() :: distributed.world_size()]
+    table_SC = torch.zeros(len(samples), encoder.feature_width)
+    for batch in samples.batches(mine, pin=device.type == "cuda"):
+        with devices.autocast(config.train.precision, device):
+            pooled_BC = run_frozen(encoder, batch.to(device).inputs["only"]).pooled_BC
+        table_SC[batch.index] = pooled_BC.float().cpu()
+    parts = distributed.gather(table_SC)
+    return torch.stack(parts).sum(dim=0) if len(parts) > 1 else table_SC

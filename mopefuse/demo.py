@@ -1,0 +1,57 @@
+"""The demonstration: one task, five ways to solve it, the same data, encoders and training for all.
+
+Digit questions needs both modalities: the image shows four digits, the text asks for one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mopefuse.config import RunConfig
+from mopefuse.recipe import resolve
+from mopefuse.registry import DATASETS, load
+from mopefuse.train import train
+from mopefuse.trainer import Listener
+
+RECIPE = "digit-questions/demo"
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "conditional": ("static + dynamic + mapped prompts", {}),
+    "static": ("static prompts only", {"prompts.dynamic": 0, "prompts.mapped": 0}),
+    "image": ("image only", {"method": "main-only"}),
+    "text": ("text only", {"method": "comp-only"}),
+    "late-concat": ("late concatenation of frozen features", {"method": "late-concat"}),
+}
+"""Name of a run to what it is and how it differs from the recipe."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the final table."""
+
+    name: str
+    title: str
+    accuracy: float  # on the test split
+    trainable: int
+    seconds: float
+
+
+def demo(out: Path, *, listener: Callable[[str], Listener], overwrite: bool = False) -> list[Row]:
+    """Make the data, train every variant, and return a row for each.
+
+    Args:
+        out: folder for the data and the runs.
+        listener: title of a variant to what watches its training.
+    """
+    data = out / "digit-questions"
+    load(DATASETS, "digit-questions")(data)
+    rows = []
+    for name, (title, changes) in VARIANTS.items():
+        config: RunConfig = resolve(recipe=RECIPE, flags={"data.path": str(data), **changes})
+        result = train(config, out / name, overwrite=overwrite, listener=listener(title))
+        rows.append(
+            Row(name, title, result["metrics"]["test"]["accuracy"], result["parameters"]["trainable"], result["seconds"])
+        )
+    return rows

@@ -1,0 +1,51 @@
+"""Where a model runs and in which precision."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from mopefuse import distributed
+from mopefuse.errors import ConfigError
+
+
+def resolve(name: str) -> torch.device:
+    """The device that ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps`` stands for, per process under torchrun.
+
+    Raises:
+        ConfigError: a device that is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and distributed.local_world() > 1:
+        name = f"cuda:{distributed.local_rank()}"
+    device = torch.device(name)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    missing = (device.type == "cuda" and (device.index or 0) >= count) or (
+        device.type == "mps" and not torch.backends.mps.is_available()
+    )
+    if missing:
+        there = f"{count} CUDA device{'s' if count != 1 else ''}"
+        raise ConfigError(41, f"there is no device {name} (this machine has {there})", where="device", fix="use --device auto")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    """bf16 where asked for, or with ``auto`` on a GPU that has it; else plain float32."""
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes in use so far: of the CUDA allocator, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,112 @@
+"""The few collectives that data parallelism needs; with one process they do nothing.
+
+Every process computes its share of the global batch, with losses normalised by the size of the *global* batch, and the
+gradients of what is trainable are summed. That is the gradient of one process on the whole batch, also when the last
+batch does not divide, which averaging over processes would get wrong.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_TIMEOUT = timedelta(minutes=10)
+
+
+def start() -> tuple[int, int]:
+    """Join the processes that torchrun started, if it did; (rank, number of processes)."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1 and not dist.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() and torch.cuda.device_count() >= local_world() else "gloo"
+        dist.init_process_group(backend, timeout=_TIMEOUT)
+    return rank(), world_size()
+
+
+def stop() -> None:
+    """Leave the group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    """Number of this process on its machine, from 0: also the number of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_world() -> int:
+    """Number of processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this process writes files and speaks to the user."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait for every process."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def total(value: Tensor) -> Tensor:
+    """Sum over processes. The gradient of this process's part is kept, so that summed gradients come out right."""
+    if not dist.is_initialized():
+        return value
+    summed = value.detach().clone()
+    dist.all_reduce(summed)
+    return value + (summed - value.detach())
+
+
+def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Sum the gradients of `parameters` over processes, in one message; no gradient counts as 0."""
+    if not dist.is_initialized():
+        return
+    learning = list(parameters)
+    flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1) for p in learning])
+    dist.all_reduce(flat)
+    for parameter, gradient in zip(learning, flat.split([p.numel() for p in learning]), strict=True):
+        parameter.grad = gradient.view_as(parameter)
+
+
+def largest(number: int, device: torch.device) -> int:
+    """Maximum over processes, as of a signal that may have reached only one of them."""
+    if not dist.is_initialized():
+        return number
+    value = torch.tensor([number], device=device)
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return int(value.item())
+
+
+def gather(value: Any) -> list[Any]:
+    """`value` of every process, by rank."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_main(value: Any) -> Any:
+    """The main process's `value`, in every process."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]

@@ -1,0 +1,164 @@
+"""What an encoder is: the one seam between a frozen backbone and the prompts that condition it.
+
+An encoder knows nothing of where prompts come from. It takes one callback, ``prompt_at(layer, tokens_BLD, mask_BL)``,
+hands it the tokens that are about to enter a layer, and owns how the answer enters that layer's attention and masks.
+To add a family of encoders, write one module with a subclass of `Encoder` and name it in the entry-point group
+``mopefuse.encoders``; `mopefuse.testing.check_encoder` says whether it keeps the contract.
+
+Shapes: B batch, L tokens, P prompt tokens, D width of a layer, C width of the pooled feature, H heads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mopefuse import registry
+from mopefuse.encoders._attention import Prompt
+from mopefuse.encoders.aliases import ALIASES
+from mopefuse.errors import EncoderError
+from mopefuse.registry import Spec
+
+__all__ = ["Encoded", "Encoder", "Inputs", "Preprocess", "Prompt", "PromptAt", "create_encoder"]
+
+Inputs = dict[str, Tensor]
+PromptAt = Callable[[int, Tensor, "Tensor | None"], "Prompt | None"]
+
+
+class Encoded(NamedTuple):
+    """What an encoder returns."""
+
+    pooled_BC: Tensor  # the encoder's own summary: [CLS], mean, EOT, ...
+    tokens_BLD: Tensor  # last layer, prompts never among them
+    mask_BL: Tensor | None  # True where a token is real; None if all are
+
+
+class Preprocess(Protocol):
+    """How raw values of one modality become an encoder's input: its own size, statistics, tokenizer."""
+
+    def item(self, value: Any) -> Any:
+        """One raw value, prepared alone (in a data worker): an image to a (3, H, W) tensor, a text to a cut text."""
+
+    def batch(self, items: Sequence[Any]) -> Inputs:
+        """Prepared values of a batch as the tensors that `Encoder.encode` takes, first dimension B."""
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values for `encoders inspect` and for exported artefacts."""
+
+
+class Encoder(nn.Module):
+    """A frozen pretrained backbone of one modality.
+
+    A subclass builds its backbone in `__init__`, fills the attributes below, calls `_ask(layer, tokens, mask)` as
+    tokens enter block `layer`, and has the attention of that block use the answer (`_attention.attend`). Without a
+    prompt its output is that of the untouched backbone, bit for bit. A sample's output never depends on its batch.
+    """
+
+    schemes_options: ClassVar[tuple[str, ...]] = ("pretrained", "pool", "weights")
+
+    spec: Spec  # with the full name, as recorded in a run
+    modality: str  # "image" or "text"
+    widths: tuple[int, ...] = ()  # D of each promptable layer; empty if the encoder can be complementary only
+    heads: tuple[int, ...] = ()  # H of each promptable layer
+    feature_width: int  # C
+    preprocess: Preprocess
+    patch_size: int = 16  # side of a patch in pixels; images only, used by the papers' initialisation
+    revision: str = ""  # commit of the hub repository that the weights came from, where there is one
+    why_not_main: str = ""  # for an encoder without promptable layers: the reason, for the error message
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.tuned = False
+        self._prompt_at: PromptAt | None = None
+
+    @abstractmethod
+    def _encode(self, inputs: Inputs) -> Encoded:
+        """The forward pass; blocks ask for their prompts through `_ask`."""
+
+    def encode(self, inputs: Inputs, prompt_at: PromptAt | None = None) -> Encoded:
+        """Encode a batch, prompted at every layer for which `prompt_at` returns a prompt.
+
+        Raises:
+            EncoderError: prompts for an encoder that has no layer to prompt.
+        """
+        if prompt_at is not None and not self.widths:
+            raise EncoderError(
+                21, f"{self.spec} {self.why_not_main or 'has no layer to prompt'}", fix="use it as --comp instead"
+            )
+        self._prompt_at = prompt_at
+        try:
+            return self._encode(inputs)
+        finally:
+            self._prompt_at = None
+
+    def forward(self, inputs: Inputs, prompt_at: PromptAt | None = None) -> Encoded:
+        """Same as `encode`."""
+        return self.encode(inputs, prompt_at)
+
+    def _ask(self, layer: int, tokens_BLD: Tensor, mask_BL: Tensor | None = None) -> Prompt | None:
+        return None if self._prompt_at is None else self._prompt_at(layer, tokens_BLD, mask_BL)
+
+    def freeze(self) -> None:
+        """No parameter learns, and the backbone stays in evaluation mode (no dropout) whatever `train()` says."""
+        self.tuned = False
+        self.requires_grad_(False).eval()
+
+    def tune(self) -> None:
+        """Every parameter learns."""
+        self.tuned = True
+        self.requires_grad_(True)
+
+    def train(self, mode: bool = True) -> Encoder:
+        """Training mode reaches the backbone only when it is tuned."""
+        return super().train(mode and self.tuned)
+
+    def fingerprint(self) -> str:
+        """16 hex digits that change with the name, shape, type, or a sample of the values of any weight."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            flat = tensor.detach().reshape(-1)
+            picked = flat[:: max(1, flat.numel() // 4096)].cpu()
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(picked.double().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def create_encoder(text: str) -> Encoder:
+    """The frozen encoder that a spec names, its alias resolved (``encoder.spec`` has the full name).
+
+    Raises:
+        ConfigError: not a spec, or an unknown scheme.
+        EncoderError: the scheme knows no such encoder, or cannot load it.
+    """
+    spec = full_spec(text)
+    encoder = registry.load(registry.ENCODERS, spec.scheme)(spec)
+    assert isinstance(encoder, Encoder), f"{spec.scheme} returned {type(encoder)}"
+    encoder.freeze()
+    return encoder
+
+
+def full_spec(text: str) -> Spec:
+    """A spec with its alias resolved to the documented full name. Imports no encoder."""
+    spec = registry.parse_spec(text)
+    return replace(spec, name=ALIASES.get(spec.scheme, {}).get(spec.name, spec.name))
+
+
+def option_flag(spec: Spec, key: str, default: bool) -> bool:
+    """A ``true``/``false`` option of a spec."""
+    value = spec.options.get(key, str(default)).lower()
+    if value not in ("true", "false"):
+        raise EncoderError(22, f"{key}={value} is neither true nor false", where=str(spec))
+    return value == "true"
+
+
+def run_frozen(encoder: Encoder, inputs: Inputs) -> Encoded:
+    """A forward pass without prompts and without a graph, as psi of a frozen complementary encoder is computed."""
+    with torch.no_grad():
+        return encoder.encode(inputs)

@@ -1,0 +1,136 @@
+"""Texts for transformers' encoders: their tokenizer, or a hashing one where random weights have none.
+
+Shapes: B batch, L tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mopefuse.encoders import _numbers
+from mopefuse.errors import EncoderError
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
+    "vocab.json", "merges.txt", "sentencepiece.bpe.model", "spiece.model", "tokenizer.model",
+)  # fmt: skip
+VOCABULARIES = {"tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model", "tokenizer.model"}
+POOLING_FILES = ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json")
+_WORD = re.compile(r"\w+|[^\w\s]")
+
+
+class Tokenize:
+    """A transformers tokenizer. Padding is done here: on the right, whatever the tokenizer's own habit."""
+
+    def __init__(self, tokenizer: Any, pad_id: int) -> None:
+        self.tokenizer, self.pad_id = tokenizer, pad_id
+
+    def __call__(self, texts: list[str], max_tokens: int) -> tuple[Tensor, Tensor]:
+        rows = self.tokenizer(texts, truncation=True, max_length=max_tokens, padding=False)["input_ids"]
+        return pad(rows, self.pad_id)
+
+
+class HashingTokenize:
+    """Words to ids without a vocabulary: crc32 of the lower-cased word, modulo the vocabulary, past special ids.
+
+    For random weights only, where no tokenizer was trained: tests and benchmarks. A word is a run of letters and digits,
+    or one other visible character.
+    """
+
+    def __init__(self, vocabulary: int, begin_id: int, end_id: int, pad_id: int) -> None:
+        assert vocabulary > 3, "three special ids and at least one word"
+        self.vocabulary, self.begin_id, self.end_id, self.pad_id = vocabulary, begin_id, end_id, pad_id
+
+    def __call__(self, texts: list[str], max_tokens: int) -> tuple[Tensor, Tensor]:
+        rows = []
+        for text in texts:
+            words = [self._id(word) for word in _WORD.findall(text.lower())[: max_tokens - 2]]
+            rows.append([self.begin_id, *words, self.end_id])
+        return pad(rows, self.pad_id)
+
+    def _id(self, word: str) -> int:
+        number = zlib.crc32(word.encode("utf-8", "replace")) % self.vocabulary
+        while number in (self.begin_id, self.end_id, self.pad_id):
+            number = (number + 1) % self.vocabulary
+        return number
+
+
+def pad(rows: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Rows of ids to ids (B, L) and mask (B, L), True where real."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [pad_id] * (longest - len(row)) for row in rows], dtype=torch.long)
+    mask = torch.tensor([[True] * len(row) + [False] * (longest - len(row)) for row in rows])
+    return ids, mask
+
+
+def hashing_for(config: Mapping[str, Any]) -> HashingTokenize:
+    """The hashing tokenizer with a configuration's special ids; BERT's where it names none, the last ids where those do
+    not fit its vocabulary. CLIP pools at the end token: it is the configuration's, or the highest id."""
+    size = int(config["vocab_size"])
+    begin = _first(config, ("bos_token_id", "cls_token_id"), 101 if size > 103 else size - 2, size)
+    end = _first(config, ("eos_token_id", "sep_token_id"), 102 if size > 103 else size - 1, size)
+    if config.get("model_type") == "clip_text_model" and config.get("eos_token_id") == 2:
+        end = size - 1  # configurations written before transformers 4.31: the highest id marks the end
+    return HashingTokenize(size, begin, end, _first(config, ("pad_token_id",), 0, size))
+
+
+def _first(config: Mapping[str, Any], keys: tuple[str, ...], default: int, size: int) -> int:
+    named = [config[key] for key in keys if isinstance(config.get(key), int)]
+    return min(named[0] if named else default, size - 1)
+
+
+def limit_of(config: Mapping[str, Any]) -> int:
+    """Most tokens that an encoder has positions for; RoBERTa counts positions from its padding id on."""
+    positions = int(config.get("max_position_embeddings") or 512)
+    offset = "roberta" in str(config.get("model_type")) or config.get("model_type") in ("camembert", "mpnet")
+    return positions - (int(config.get("pad_token_id") or 0) + 1 if offset else 0)
+
+
+def declared_pool(folder: Path | None, where: str) -> str | None:
+    """What a sentence-transformers folder declares: ``mean``, ``cls``; None in other folders.
+
+    Raises:
+        EncoderError: another way of pooling.
+    """
+    modules, pooling = (read_json(folder / name) if folder else None for name in POOLING_FILES[:2])
+    if not modules or not pooling:
+        return None
+    declared = {key.removeprefix("pooling_mode_") for key, on in pooling.items() if on is True and "pooling_mode_" in key}
+    declared |= {str(pooling["pooling_mode"])} if "pooling_mode" in pooling else set()
+    names = {"mean_tokens": "mean", "mean": "mean", "cls_token": "cls", "cls": "cls"}
+    if len(declared) != 1 or not declared <= names.keys():
+        raise EncoderError(
+            _numbers.UNSUITABLE,
+            f"its sentence-transformers pooling is {' and '.join(sorted(declared)) or 'not named'}",
+            where=where,
+            fix="add ?pool=mean or ?pool=cls",
+        )
+    return names[declared.pop()]
+
+
+def declared_length(folder: Path | None) -> int | None:
+    """The most tokens that a sentence-transformers folder declares."""
+    length = ((read_json(folder / POOLING_FILES[2]) if folder else None) or {}).get("max_seq_length")
+    return length if isinstance(length, int) and length >= 2 else None
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file, None if there is no such file.
+
+    Raises:
+        EncoderError: it is not JSON.
+    """
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise EncoderError(_numbers.BAD_CONFIG, f"{path} is not JSON: {error}", fix="fetch the file again") from error

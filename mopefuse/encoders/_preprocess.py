@@ -1,0 +1,95 @@
+"""Preprocessing that the families share: images by an encoder's own size and statistics, texts by its tokenizer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as TF
+
+_CHARACTERS_PER_TOKEN = 32  # texts are cut to this many characters per token before they are tokenized
+_UNREADABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class ImagePreprocess:
+    """Resize (shorter side to `resize`, or both sides when it is a pair), centre crop to `size`, scale, normalise.
+
+    Args:
+        size: (height, width) in pixels of what the encoder sees.
+        mean, std: per channel, of values scaled to 0..1.
+        resize: shorter side in pixels, or (height, width) to be squeezed to.
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    resize: int | tuple[int, int]
+    interpolation: str = "bicubic"
+
+    def item(self, value: Image.Image) -> Tensor:
+        """An RGB image to a float (3, H, W) tensor."""
+        return self.normalise(self.crop(value))
+
+    def crop(self, value: Image.Image) -> Image.Image:
+        """The image at the size that the encoder sees, still 8 bits per channel; augmentation replaces this step."""
+        size = [self.resize] if isinstance(self.resize, int) else list(self.resize)
+        resized = TF.resize(value.convert("RGB"), size, v2.InterpolationMode(self.interpolation), antialias=True)
+        cropped = TF.center_crop(resized, list(self.size))
+        assert isinstance(cropped, Image.Image)
+        return cropped
+
+    def normalise(self, value: Image.Image) -> Tensor:
+        """An image of the right size to a normalised float tensor."""
+        return TF.normalize(TF.to_dtype(TF.pil_to_tensor(value), torch.float32, scale=True), self.mean, self.std)
+
+    def batch(self, items: Sequence[Tensor]) -> dict[str, Tensor]:
+        """``{"pixels": (B, 3, H, W)}``."""
+        return {"pixels": torch.stack(list(items))}
+
+    def describe(self) -> dict[str, Any]:
+        """Sizes in pixels, statistics of values in 0..1."""
+        return {
+            "modality": "image",
+            "size": list(self.size),
+            "resize": self.resize if isinstance(self.resize, int) else list(self.resize),
+            "interpolation": self.interpolation,
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
+
+
+Tokenize = Callable[[list[str], int], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class TextPreprocess:
+    """Cut in characters, make readable, tokenize and pad a batch.
+
+    Args:
+        tokenize: (texts, most tokens) to ids (B, L) and mask (B, L), True where a token is real.
+        max_tokens: most tokens of one text, special ones included.
+    """
+
+    tokenize: Tokenize
+    max_tokens: int
+    name: str = ""
+
+    def item(self, value: str) -> str:
+        """A text that any tokenizer takes: lone surrogates and control characters become U+FFFD."""
+        return _UNREADABLE.sub("\ufffd", value[: _CHARACTERS_PER_TOKEN * self.max_tokens])
+
+    def batch(self, items: Sequence[str]) -> dict[str, Tensor]:
+        """``{"ids": (B, L), "mask": (B, L)}``, padded to the longest text of the batch."""
+        ids, mask = self.tokenize(list(items), self.max_tokens)
+        return {"ids": ids, "mask": mask.bool()}
+
+    def describe(self) -> dict[str, Any]:
+        """The tokenizer's name and the most tokens of one text."""
+        return {"modality": "text", "tokenizer": self.name, "max_tokens": self.max_tokens}

@@ -1,0 +1,82 @@
+"""Prompting the blocks of a library's backbone without touching its code.
+
+A hook on each block asks for the layer's prompt as tokens enter, puts it through the norm that the block applies ahead
+of its attention, and leaves it in the block's slot, where the attention of that block picks it up (each family's module
+says how). A slot is emptied when it is read, and all are emptied when `encode` ends, however it ends.
+
+Shapes: B batch, L tokens, P prompt tokens, D width of the layer.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from mopefuse.encoders._attention import Prompt
+from mopefuse.encoders._base import Encoded, Encoder, Inputs
+from mopefuse.registry import Spec
+
+
+class Slot:
+    """Where a block's hook leaves a prompt (normed, ready for the key and value projections) for its attention."""
+
+    def __init__(self) -> None:
+        self.prompt: Prompt | None = None
+
+    def take(self) -> Prompt | None:
+        """The prompt, once."""
+        prompt, self.prompt = self.prompt, None
+        return prompt
+
+
+class PromptedEncoder(Encoder):
+    """An encoder whose promptable layers are blocks of a library's model."""
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__(spec)
+        self._slots: list[Slot] = []
+        self._mask_BL: Tensor | None = None  # of the texts being encoded
+
+    @abstractmethod
+    def _run(self, inputs: Inputs) -> Encoded:
+        """The library's own forward pass."""
+
+    def _encode(self, inputs: Inputs) -> Encoded:
+        try:
+            return self._run(inputs)
+        finally:
+            self._mask_BL = None
+            for slot in self._slots:
+                slot.prompt = None
+
+    def _prompt_blocks(self, blocks: Sequence[nn.Module], norms: Sequence[nn.Module | None]) -> list[Slot]:
+        """Ask for a prompt at each of `blocks`; the slots where the answers will be.
+
+        Args:
+            norms: of each block, what it applies ahead of its attention; None in a post-norm block.
+        """
+        self._slots = [Slot() for _ in blocks]
+        for layer, (block, norm, slot) in enumerate(zip(blocks, norms, self._slots, strict=True)):
+            block.register_forward_pre_hook(_Entering(self, layer, norm, slot), with_kwargs=True)
+        return self._slots
+
+
+class _Entering:
+    """The hook of one block. An object rather than a closure, so that a deep copy of an encoder has hooks of its own."""
+
+    def __init__(self, encoder: PromptedEncoder, layer: int, norm: nn.Module | None, slot: Slot) -> None:
+        self.encoder, self.layer, self.norm, self.slot = encoder, layer, norm, slot
+
+    def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        entering: Tensor = args[0] if args else kwargs["hidden_states"]
+        tokens_BLD = entering.flatten(1, -2)  # (B, H, W, D) in timm's Swin
+        prompt = self.encoder._ask(self.layer, tokens_BLD, self.encoder._mask_BL)
+        if prompt is not None and prompt.tokens_BPD.shape[1] > 0:
+            prompt_BPD = prompt.tokens_BPD.to(tokens_BLD.dtype)
+            prompt = prompt._replace(tokens_BPD=prompt_BPD if self.norm is None else self.norm(prompt_BPD))
+            self.slot.prompt = prompt
+        else:
+            self.slot.prompt = None

@@ -1,0 +1,242 @@
+"""Towers of open_clip: ``open_clip:ViT-B-32/laion2b_s34b_b79k#visual``, ``...#text``; ``open_clip:ViT-B-32#text?pretrained=false``.
+
+A tower's pooled feature is its own output, projection included. Its text tower takes ids of its full context length,
+as it was trained; its causal mask keeps padding out of what is pooled at the end-of-text token. Prompts are passed to
+the block's ``nn.MultiheadAttention`` as more keys and values than queries; gated prompts are added to its output, so
+that whatever kernel it runs, a gate of 0 leaves that output alone.
+
+Options: ``pretrained``, ``weights``, ``max_tokens`` (text); ``force_image_size``, ``force_quick_gelu`` as in open_clip.
+
+Shapes: B batch, L tokens, P prompt tokens, D width, H heads, E width of a head.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.factory import load_checkpoint
+from open_clip.transformer import ResidualAttentionBlock, TextTransformer, VisionTransformer
+from torch import Tensor
+
+from mopefuse.encoders import _hub, _numbers, _options, _weights
+from mopefuse.encoders._attention import Prompt, attend_prompts, split_heads
+from mopefuse.encoders._base import Encoded, Inputs, option_flag
+from mopefuse.encoders._preprocess import ImagePreprocess, TextPreprocess
+from mopefuse.encoders._prompted import PromptedEncoder
+from mopefuse.errors import EncoderError, did_you_mean
+from mopefuse.registry import Spec
+
+_OURS = ("pretrained", "weights", "max_tokens")
+_FORCED = ("force_image_size", "force_quick_gelu")
+_TOWERS = {"visual": "image", "text": "text"}
+
+
+class OpenCLIPEncoder(PromptedEncoder):
+    """One tower of an open_clip model. ``encode`` takes ``{"pixels": (B, 3, H, W)}`` or ``{"ids", "mask": (B, L)}``.
+
+    Raises (on construction):
+        EncoderError: unknown model, tag, tower or option, no safetensors weights, or the hub cannot give them.
+        CheckpointError: ``weights`` is damaged, a pickle, or does not fit.
+    """
+
+    schemes_options = _OURS
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__(spec)
+        name, tag, tower = _parse(spec)
+        self.modality = _TOWERS[tower]
+        config, statistics = _config(spec, name, tag, tower)
+        model, self.revision = _load(spec, config, name, tag)
+        self.backbone: Any = getattr(model, tower)
+        if "weights" in spec.options:
+            state = _weights.read_safetensors(Path(spec.options["weights"]).expanduser())
+            whole = f"{tower}."
+            if any(key.startswith(whole) for key in state):
+                state = {key.removeprefix(whole): tensor for key, tensor in state.items() if key.startswith(whole)}
+            _weights.load_strictly(self.backbone, state, where=str(spec))
+        if hasattr(self.backbone, "output_tokens"):
+            self.backbone.output_tokens = True
+        self.feature_width = int(config["embed_dim"])
+        if self.modality == "text":
+            length = int(self.backbone.context_length)
+            most = _options.max_tokens(spec, length, length)
+            self.preprocess = TextPreprocess(_Tokenize(length), most, name=f"open_clip:{name}")
+        else:
+            self.preprocess = _image_preprocess(spec, self.backbone, statistics)
+        blocks, self.why_not_main = _promptable(self.backbone)
+        slots = self._prompt_blocks(blocks, [block.ln_1 for block in blocks])
+        for block, slot in zip(blocks, slots, strict=True):
+            block.prompt_slot = slot
+            block.attention = MethodType(_attention, block)
+        self.widths = tuple(int(block.attn.embed_dim) for block in blocks)
+        self.heads = tuple(int(block.attn.num_heads) for block in blocks)
+
+    def _run(self, inputs: Inputs) -> Encoded:
+        if self.modality == "text":
+            self._mask_BL = inputs["mask"]
+            pooled_BC, tokens_BLD = self.backbone(inputs["ids"])
+            return Encoded(pooled_BC, tokens_BLD, inputs["mask"])
+        out = self.backbone(inputs["pixels"])
+        pooled_BC, tokens = out if isinstance(out, tuple) else (out, out[:, None])
+        return Encoded(pooled_BC, tokens, None)
+
+
+class _Tokenize:
+    """open_clip's own tokenizer. Ids are padded to the context length; the mask ends after the end-of-text token."""
+
+    def __init__(self, context_length: int) -> None:
+        self.context_length, self.tokenizer = context_length, open_clip.SimpleTokenizer()
+
+    def __call__(self, texts: list[str], max_tokens: int) -> tuple[Tensor, Tensor]:
+        ids = self.tokenizer(texts, context_length=max_tokens)
+        ids = F.pad(ids, (0, self.context_length - max_tokens))
+        end = (ids == self.tokenizer.eot_token_id).int().argmax(dim=1, keepdim=True)
+        return ids, torch.arange(self.context_length)[None, :] <= end
+
+
+def _attention(
+    self: Any, q_x: Tensor, k_x: Tensor | None = None, v_x: Tensor | None = None, attn_mask: Tensor | None = None
+) -> Tensor:
+    """`ResidualAttentionBlock.attention`, with the prompt in the slot."""
+    prompt: Prompt | None = self.prompt_slot.take()
+    if prompt is None or prompt.gate_H is not None:
+        out: Tensor = ResidualAttentionBlock.attention(self, q_x=q_x, k_x=k_x, v_x=v_x, attn_mask=attn_mask)
+        return out if prompt is None else out + _gated(self.attn, q_x, prompt)
+    kv_x = torch.cat([prompt.tokens_BPD, q_x], dim=1)
+    mask = None if attn_mask is None else F.pad(attn_mask.to(q_x.dtype), (prompt.tokens_BPD.shape[1], 0))
+    attended: Tensor = self.attn(q_x, kv_x, kv_x, need_weights=False, attn_mask=mask)[0]
+    return attended
+
+
+def _gated(attn: Any, x_BLD: Tensor, prompt: Prompt) -> Tensor:
+    """What gated prompts add to the output of the attention: the output projection is linear."""
+    assert prompt.gate_H is not None
+    query_weight, kv_weight = attn.in_proj_weight.split([attn.embed_dim, 2 * attn.embed_dim])
+    query_bias, kv_bias = attn.in_proj_bias.split([attn.embed_dim, 2 * attn.embed_dim])
+    q = split_heads(F.linear(x_BLD, query_weight, query_bias), attn.num_heads)
+    k, v = (split_heads(p, attn.num_heads) for p in F.linear(prompt.tokens_BPD, kv_weight, kv_bias).chunk(2, dim=-1))
+    added = attend_prompts(q, k, v, prompt.gate_H).transpose(1, 2).flatten(2)
+    return F.linear(added, attn.out_proj.weight)
+
+
+def _promptable(tower: Any) -> tuple[list[Any], str]:
+    """The blocks that can be prompted, in order; else none, and the reason."""
+    known = type(tower) is VisionTransformer or (type(tower) is TextTransformer and tower.cls_emb is None)
+    blocks = list(tower.transformer.resblocks) if known else []
+    if blocks and all(type(block) is ResidualAttentionBlock for block in blocks):
+        return blocks, ""
+    return [], f"has a tower of a kind that cannot be prompted ({type(tower).__name__}); usable as --comp (pooled feature)"
+
+
+def _parse(spec: Spec) -> tuple[str, str, str]:
+    """Model, tag of its weights, tower."""
+    model, _, tower = spec.name.partition("#")
+    name, _, tag = model.partition("/")
+    if tower not in _TOWERS:
+        raise EncoderError(
+            _numbers.NEEDS_TOWER,
+            f"{spec.name} names no tower",
+            where=str(spec),
+            fix=f"write {spec.scheme}:{model}#visual or {spec.scheme}:{model}#text",
+        )
+    if name not in open_clip.list_models():
+        raise EncoderError(
+            _numbers.UNKNOWN_NAME,
+            f"unknown open_clip model {name!r}",
+            where=str(spec),
+            fix=did_you_mean(name, open_clip.list_models()),
+        )
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if tag not in tags and not _random(spec):
+        raise EncoderError(
+            _numbers.UNKNOWN_NAME,
+            f"open_clip has no weights {tag!r} of {name}" if tag else f"{spec.name} names no weights",
+            where=str(spec),
+            fix=(did_you_mean(tag, tags) if tags else "") or "add ?pretrained=false, or ?weights=file",
+        )
+    return name, tag, tower
+
+
+def _random(spec: Spec) -> bool:
+    return not option_flag(spec, "pretrained", True) or "weights" in spec.options
+
+
+def _config(spec: Spec, name: str, tag: str, tower: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The model's configuration with the options applied, and the statistics of its images."""
+    config = copy.deepcopy(open_clip.get_model_config(name))
+    statistics = open_clip.get_pretrained_cfg(name, tag) or {
+        "mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD,
+        "interpolation": "bicubic", "resize_mode": "shortest",
+    }  # fmt: skip
+    text = config["text_cfg"]
+    elsewhere = text.get("hf_model_name") or (tower == "text" and text.get("hf_tokenizer_name"))
+    if elsewhere or (tower == "text" and "siglip" in name.lower()) or "multimodal_cfg" in config:
+        raise EncoderError(
+            _numbers.UNSUITABLE,
+            f"{name}#{tower} needs parts that open_clip does not bundle, or a decoder",
+            where=str(spec),
+            fix="use a CLIP model with open_clip's own text tower, or the same encoder through hf: or timm:",
+        )
+    options = _options.library_options(spec, _OURS)
+    for key in options:
+        if key not in _FORCED or (key == "force_image_size" and tower == "text"):
+            raise _options.unknown_option(spec, key, (*_OURS, *_FORCED))
+    if "force_image_size" in options:
+        config["vision_cfg"]["image_size"] = options["force_image_size"]
+    quick = statistics.get("quick_gelu", config.get("quick_gelu", False))
+    config["quick_gelu"] = bool(options.get("force_quick_gelu", quick))
+    config.pop("custom_text", None)
+    return config, statistics
+
+
+def _load(spec: Spec, config: dict[str, Any], name: str, tag: str) -> tuple[Any, str]:
+    """The model, and the commit of its weights."""
+    path = None if _random(spec) else _fetch(spec, name, tag)
+    try:
+        model = open_clip.CustomTextCLIP(**config)
+        if path is not None:
+            load_checkpoint(model, str(path))
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise EncoderError(
+            _numbers.CANNOT_BUILD, f"open_clip cannot build {name}: {error}", where=str(spec), fix="change the options"
+        ) from error
+    return model, path.parent.name if path else ""
+
+
+def _fetch(spec: Spec, name: str, tag: str) -> Path:
+    """The safetensors file of a tag. open_clip itself would fall back to a pickle."""
+    hub = open_clip.get_pretrained_cfg(name, tag).get("hf_hub", "")
+    repo, _, filename = hub.rpartition("/") if hub.count("/") > 1 else (hub, "", "")
+    wanted = [Path(filename).with_suffix(".safetensors").name] if filename else []
+    for candidate in [*wanted, "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors"] if repo else []:
+        path = _hub.fetch(repo, candidate, where=str(spec))
+        if path is not None:
+            _weights.check_safetensors(path)
+            return path
+    raise _hub.no_safetensors(repo or f"{name}/{tag}", str(spec))
+
+
+def _image_preprocess(spec: Spec, tower: Any, statistics: dict[str, Any]) -> ImagePreprocess:
+    """Own size, statistics and way of resizing."""
+    side = tower.image_size
+    size = (int(side), int(side)) if isinstance(side, int) else (int(side[0]), int(side[1]))
+    mode = statistics["resize_mode"]
+    if mode not in ("shortest", "squash"):
+        raise EncoderError(
+            _numbers.UNSUITABLE, f"{spec.name} resizes images in the way {mode!r}", where=str(spec), fix="use other weights"
+        )
+    shorter = mode == "shortest" and size[0] == size[1]
+    mean, std = statistics["mean"], statistics["std"]
+    return ImagePreprocess(
+        size=size,
+        mean=(mean[0], mean[1], mean[2]),
+        std=(std[0], std[1], std[2]),
+        resize=size[0] if shorter else size,
+        interpolation="bicubic" if statistics["interpolation"] == "random" else statistics["interpolation"],
+    )

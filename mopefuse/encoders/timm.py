@@ -1,0 +1,275 @@
+"""Encoders of timm: ``timm:vit_base``, ``timm:swin_tiny_patch4_window7_224?img_size=64&window_size=4``.
+
+VisionTransformer (ViT, DeiT, distilled DeiT) and SwinTransformer can be prompted; every other model of timm gives its
+pooled feature. A prompt's keys and values come from the fused ``qkv`` of the block. Swin attends within windows: a
+prompt is projected once per image and its keys and values repeated for each of the image's windows, which lie next to
+one another along the batch axis.
+
+Options: ``pretrained``, ``weights``, ``pool=own|token|avg``, ``mean``, ``std``; others go to the model's constructor.
+Source of how prompts enter: arXiv 2312.03734; of the models: the installed timm.
+
+Shapes: B batch, W windows per image, H heads, L tokens, P prompt tokens, D width, E width of a head.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import timm
+import torch.nn.functional as F
+from timm.data import resolve_model_data_config
+from timm.layers import Attention
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, WindowAttention
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from mopefuse.encoders import _hub, _numbers, _options, _weights
+from mopefuse.encoders._attention import Prompt, attend, attend_prompts
+from mopefuse.encoders._base import Encoded, Inputs, option_flag
+from mopefuse.encoders._preprocess import ImagePreprocess
+from mopefuse.encoders._prompted import PromptedEncoder
+from mopefuse.encoders.aliases import ALIASES
+from mopefuse.errors import EncoderError, did_you_mean
+from mopefuse.registry import Spec
+
+_OURS = ("pretrained", "weights", "pool", "mean", "std")
+_NEVER = {
+    "num_classes", "in_chans", "global_pool", "features_only", "out_indices", "checkpoint_path", "pretrained_cfg",
+    "pretrained_cfg_overlay", "cache_dir", "scriptable", "exportable", "no_jit", "device", "dtype", "self",
+}  # fmt: skip
+_BUILDER = {"bn_eps", "bn_momentum", "bn_tf", "drop_rate", "img_size", "pad_type", "channel_multiplier"}
+
+
+class TimmEncoder(PromptedEncoder):
+    """A timm model. ``encode`` takes ``{"pixels": (B, 3, H, W)}``.
+
+    Raises (on construction):
+        EncoderError: unknown name or option, no safetensors weights, or the hub cannot give them.
+        CheckpointError: ``weights`` is damaged, a pickle, or does not fit.
+    """
+
+    modality = "image"
+    schemes_options = _OURS
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__(spec)
+        self.backbone, self.spec, self.revision = _load(spec)
+        self.feature_width = int(getattr(self.backbone, "head_hidden_size", None) or self.backbone.num_features)
+        self._prefix = int(getattr(self.backbone, "num_prefix_tokens", 0))
+        self._pool = _options.one_of(spec, "pool", "own", ("own", "token", "avg") if self._prefix else ("own", "avg"))
+        if self._pool != "own":
+            self.feature_width = int(self.backbone.num_features)
+        self.preprocess = _preprocess(self.backbone, spec)
+        blocks, self.why_not_main = _promptable(self.backbone)
+        slots = self._prompt_blocks(blocks, [block.norm1 for block in blocks])
+        for block, slot in zip(blocks, slots, strict=True):
+            block.attn.prompt_slot = slot
+            block.attn.forward = MethodType(
+                _swin_attention if isinstance(block.attn, WindowAttention) else _vit_attention, block.attn
+            )
+        self.widths = tuple(int(block.attn.qkv.in_features) for block in blocks)
+        self.heads = tuple(int(block.attn.num_heads) for block in blocks)
+
+    def _run(self, inputs: Inputs) -> Encoded:
+        features = self.backbone.forward_features(inputs["pixels"])
+        if features.dim() == 4:
+            last = getattr(self.backbone, "output_fmt", "NCHW") == "NHWC"
+            tokens_BLD = features.flatten(1, 2) if last else features.flatten(2).transpose(1, 2)
+        else:
+            tokens_BLD = features if features.dim() == 3 else features[:, None]
+        if self._pool == "own":
+            return Encoded(self.backbone.forward_head(features, pre_logits=True), tokens_BLD, None)
+        pooled_BC = tokens_BLD[:, 0] if self._pool == "token" else tokens_BLD[:, self._prefix :].mean(dim=1)
+        return Encoded(pooled_BC, tokens_BLD, None)
+
+
+def _promptable(model: Any) -> tuple[list[Any], str]:
+    """The blocks that can be prompted, in order; else none, and the reason."""
+    blocks: list[Any] = []
+    if isinstance(model, VisionTransformer):
+        blocks = list(model.blocks)
+    elif isinstance(model, SwinTransformer):
+        blocks = [block for stage in model.layers for block in stage.blocks]
+    if not blocks:
+        return [], "has no token sequence to prompt; usable as --comp (pooled feature)"
+    for block in blocks:
+        known = (type(block), type(block.attn)) in ((Block, Attention), (SwinTransformerBlock, WindowAttention))
+        if not known or getattr(block.attn, "gate", None) is not None:
+            return [], f"has attention of a kind that cannot be prompted ({type(block.attn).__name__}); usable as --comp"
+    return blocks, ""
+
+
+def _vit_attention(self: Any, x_BLD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """`timm.layers.Attention.forward`, with the prompt in the slot."""
+    prompt: Prompt | None = self.prompt_slot.take()
+    if prompt is None:
+        out: Tensor = Attention.forward(self, x_BLD, *args, **kwargs)
+        return out
+    assert not args and not any(v is not None and v is not False for v in kwargs.values()), "no mask is passed to a ViT"
+    q, k, v = _project(self, x_BLD)
+    _, prompt_k, prompt_v = _project(self, prompt.tokens_BPD)
+    q, k, prompt_k = self.q_norm(q), self.k_norm(k), self.k_norm(prompt_k)
+    attended_BLD = _attend(self, (q, k, v), (prompt_k, prompt_v), prompt.gate_H, ()).transpose(1, 2).flatten(2)
+    if getattr(self, "norm", None) is not None:
+        attended_BLD = self.norm(attended_BLD)
+    projected: Tensor = self.proj_drop(self.proj(attended_BLD))
+    return projected
+
+
+def _swin_attention(self: Any, x_NLD: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`WindowAttention.forward`, with the prompt in the slot. N = B * W, the windows of an image adjacent."""
+    prompt: Prompt | None = self.prompt_slot.take()
+    if prompt is None:
+        out: Tensor = WindowAttention.forward(self, x_NLD, mask)
+        return out
+    windows = x_NLD.shape[0] // prompt.tokens_BPD.shape[0]
+    _, prompt_k, prompt_v = (part.repeat_interleave(windows, dim=0) for part in _project(self, prompt.tokens_BPD))
+    biases = [self._get_rel_pos_bias()]
+    if mask is not None:  # (W, L, L)
+        biases.append(mask.repeat(x_NLD.shape[0] // mask.shape[0], 1, 1)[:, None])
+    attended = _attend(self, _project(self, x_NLD), (prompt_k, prompt_v), prompt.gate_H, tuple(biases))
+    projected: Tensor = self.proj_drop(self.proj(attended.transpose(1, 2).flatten(2)))
+    return projected
+
+
+def _project(attention: Any, x_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value, each (B, H, L, E)."""
+    q, k, v = attention.qkv(x_BLD).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
+
+
+def _attend(
+    attention: Any,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    prompt_kv: tuple[Tensor, Tensor],
+    gate_H: Tensor | None,
+    biases: tuple[Tensor, ...],
+) -> Tensor:
+    """Attention with the prompt. Where gated, the tokens' part takes timm's own path: fused, or step by step."""
+    q, k, v = qkv
+    if gate_H is None:
+        return attend(q, k, v, *prompt_kv, mask=sum(biases[1:], biases[0]) if biases else None, scale=attention.scale)
+    if attention.fused_attn:
+        mask = sum(biases[1:], biases[0]) if biases else None
+        tokens = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    else:
+        scores = (q * attention.scale) @ k.transpose(-2, -1)
+        for bias in biases:
+            scores = scores + bias
+        tokens = scores.softmax(dim=-1) @ v
+    return tokens + attend_prompts(q, *prompt_kv, gate_H, scale=attention.scale)
+
+
+def _load(spec: Spec) -> tuple[Any, Spec, str]:
+    """The model without its classifier, the spec with the full name, and the commit of its weights."""
+    _check_name(spec)
+    pretrained = option_flag(spec, "pretrained", True) and "weights" not in spec.options
+    path, commit = _fetch(spec) if pretrained else (None, "")
+    overlay = {"file": str(path), "custom_load": False} if path else None
+    model = _build(spec, pretrained, overlay)
+    classifiers = model.pretrained_cfg.get("classifier") or ()
+    classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
+    for name in classifiers:
+        if isinstance(model.get_submodule(name), nn.Linear | nn.Conv2d):
+            model.set_submodule(name, nn.Identity())
+    if "weights" in spec.options:
+        state = _weights.read_safetensors(Path(spec.options["weights"]).expanduser())
+        _weights.load_strictly(model, state, where=str(spec), unused_prefixes=[f"{name}." for name in classifiers])
+    tag = model.pretrained_cfg.get("tag") if pretrained else None
+    full = f"{spec.name}.{tag}" if tag and "." not in spec.name else spec.name
+    return model, replace(spec, name=full), commit
+
+
+def _check_name(spec: Spec) -> None:
+    architecture, _, tag = spec.name.partition(".")
+    if not timm.is_model(architecture):
+        raise EncoderError(
+            _numbers.UNKNOWN_NAME,
+            f"unknown timm model {spec.name!r}",
+            where=str(spec),
+            fix=did_you_mean(architecture, [*timm.list_models(), *ALIASES["timm"]]),
+        )
+    tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{architecture}.*")]
+    if tag and tag not in tags:
+        raise EncoderError(
+            _numbers.UNKNOWN_NAME,
+            f"timm has no weights {tag!r} of {architecture}",
+            where=str(spec),
+            fix=did_you_mean(tag, tags) or "add ?pretrained=false, or ?weights=file",
+        )
+
+
+def _fetch(spec: Spec) -> tuple[Path, str]:
+    """The safetensors file of a pretrained model, and its commit. timm itself would fall back to a pickle."""
+    config = timm.get_pretrained_cfg(spec.name)
+    repo = getattr(config, "hf_hub_id", None)
+    if not repo:
+        raise _hub.no_safetensors(f"timm:{spec.name}", str(spec))
+    repo = f"{repo}{spec.name if '.' in spec.name else f'{spec.name}.{config.tag}'}" if repo.endswith("/") else repo
+    name = config.hf_hub_filename or "model.safetensors"
+    safe = {"open_clip_pytorch_model.bin": "open_clip_model.safetensors", "pytorch_model.bin": "model.safetensors"}
+    repo, _, revision = repo.partition("@")
+    path = _hub.fetch(repo, safe.get(name, name), revision or None, where=str(spec))
+    if path is None or path.suffix != ".safetensors":
+        raise _hub.no_safetensors(repo, str(spec))
+    _weights.check_safetensors(path)
+    return path, path.parent.name
+
+
+def _build(spec: Spec, pretrained: bool, overlay: dict[str, Any] | None) -> Any:
+    options = _options.library_options(spec, _OURS)
+    for key in options:
+        if key in _NEVER:
+            raise _options.unknown_option(spec, key, _accepted(timm.create_model(spec.name)))
+    try:
+        model = timm.create_model(spec.name, pretrained=pretrained, pretrained_cfg_overlay=overlay, **options)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        if not options:
+            raise
+        accepted = _accepted(timm.create_model(spec.name))
+        for key in set(options) - accepted:
+            raise _options.unknown_option(spec, key, accepted) from error
+        raise EncoderError(
+            _numbers.CANNOT_BUILD,
+            f"timm cannot build {spec.name} with {options}: {error}",
+            where=str(spec),
+            fix="change these options",
+        ) from error
+    for key in set(options) - _accepted(model):  # taken without complaint, and without effect
+        raise _options.unknown_option(spec, key, _accepted(model))
+    return model
+
+
+def _accepted(model: nn.Module) -> set[str]:
+    """The options that the constructor of a model takes."""
+    names = {
+        name
+        for kind in type(model).__mro__
+        if "__init__" in vars(kind) and kind.__module__.startswith("timm")
+        for name, parameter in inspect.signature(kind.__init__).parameters.items()
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    }
+    return (names | (_BUILDER - {"img_size"} if "img_size" not in names else _BUILDER)) - _NEVER
+
+
+def _preprocess(model: Any, spec: Spec) -> ImagePreprocess:
+    """The model's own size, statistics and crop (`timm.data.resolve_model_data_config`)."""
+    config = resolve_model_data_config(model)
+    size = tuple(config["input_size"][1:])
+    built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if "img_size" in spec.options and built_for is not None:
+        size = (built_for, built_for) if isinstance(built_for, int) else tuple(built_for)
+    scaled = tuple(math.floor(side / config["crop_pct"]) for side in size)
+    shorter = size[0] == size[1] and config["crop_mode"] != "squash"
+    return ImagePreprocess(
+        size=(int(size[0]), int(size[1])),
+        mean=_options.three(spec, "mean", config["mean"]),
+        std=_options.three(spec, "std", config["std"]),
+        resize=scaled[0] if shorter else (scaled[0], scaled[1]),
+        interpolation=config["interpolation"],
+    )

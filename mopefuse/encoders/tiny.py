@@ -1,0 +1,189 @@
+"""``tiny:vision`` and ``tiny:text``: two small transformers whose weights are part of the package.
+
+They make the digit questions task (`mopefuse.data.digit_questions`) runnable in minutes on a laptop and without any
+network, and they are the encoders of the tests. ``scripts/pretrain_tiny.py`` taught each its own modality alone: vision
+to read four coloured digits, text to guess masked words. Options: ``?pretrained=false`` for random weights,
+``?pool=cls`` or ``?pool=mean`` for the pooled feature.
+
+Plain pre-norm transformers (An image is worth 16x16 words, https://arxiv.org/abs/2010.11929, scaled down).
+Shapes: B batch, L tokens ([CLS] first), P prompt tokens, D width, C = D width of the pooled feature, H heads.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from importlib import resources
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor, nn
+
+from mopefuse.encoders._attention import Prompt, attend, split_heads
+from mopefuse.encoders._base import Encoded, Encoder, Inputs, option_flag
+from mopefuse.encoders._preprocess import ImagePreprocess, TextPreprocess
+from mopefuse.errors import EncoderError, did_you_mean
+from mopefuse.registry import Spec
+
+WEIGHTS = resources.files("mopefuse.encoders") / "weights"
+PAD, CLS, MASK, UNKNOWN = range(4)  # ids of the first words of the vocabulary
+MAX_TOKENS = 32
+
+_IMAGE, _PATCH = 16, 4
+_WORD = re.compile(r"\w+|[^\w\s]")
+
+
+class Shape(NamedTuple):
+    """Of one tiny transformer."""
+
+    modality: str
+    width: int
+    depth: int
+    heads: int
+    pool: str  # unless the spec says otherwise
+
+
+SHAPES = {"vision": Shape("image", 96, 4, 4, "cls"), "text": Shape("text", 96, 2, 4, "mean")}
+
+
+@cache
+def vocabulary() -> dict[str, int]:
+    """Words to ids; the first four are special."""
+    words = (WEIGHTS / "tiny-text-vocabulary.txt").read_text(encoding="utf-8").split()
+    return {word: number for number, word in enumerate(words)}
+
+
+def split_words(text: str) -> list[str]:
+    """Lower-cased words, and each punctuation mark by itself."""
+    return _WORD.findall(text.lower())
+
+
+def tokenize(texts: list[str], max_tokens: int) -> tuple[Tensor, Tensor]:
+    """The words of each text after a [CLS], as ids (B, L) and mask (B, L), True where real."""
+    ids = [[CLS, *(vocabulary().get(word, UNKNOWN) for word in split_words(text))] for text in texts]
+    rows = [torch.tensor(row[:max_tokens]) for row in ids]
+    ids_BL = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
+    return ids_BL, ids_BL != PAD
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block. A prompt is normed as tokens are, and lends its keys and values only."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x_BLD: Tensor, mask_B11L: Tensor | None = None, prompt: Prompt | None = None) -> Tensor:
+        """Tokens in, tokens out; prompts never among them."""
+        q, k, v = (split_heads(part, self.heads) for part in self.qkv(self.norm1(x_BLD)).chunk(3, dim=-1))
+        if prompt is None:
+            seen_BHLE = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B11L)
+        else:
+            seen_BHLE = attend(q, k, v, *self._keys_values(prompt.tokens_BPD), gate_H=prompt.gate_H, mask=mask_B11L)
+        x_BLD = x_BLD + self.proj(seen_BHLE.transpose(1, 2).flatten(2))
+        return x_BLD + self.fc2(F.gelu(self.fc1(self.norm2(x_BLD))))
+
+    def _keys_values(self, tokens_BPD: Tensor) -> tuple[Tensor, Tensor]:
+        width = tokens_BPD.shape[-1]
+        both = F.linear(self.norm1(tokens_BPD), self.qkv.weight[width:], self.qkv.bias[width:])
+        keys, values = both.chunk(2, dim=-1)
+        return split_heads(keys, self.heads), split_heads(values, self.heads)
+
+
+class PatchEmbed(nn.Module):
+    """Images (B, 3, 16, 16) as [CLS] and 16 patches of 4 x 4 pixels, row by row."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.patch = nn.Linear(3 * _PATCH**2, width)
+        self.cls_D = nn.Parameter(torch.randn(width) * 0.02)
+        self.position_LD = nn.Parameter(torch.randn(1 + (_IMAGE // _PATCH) ** 2, width) * 0.02)
+
+    def forward(self, inputs: Inputs) -> tuple[Tensor, None]:
+        """Tokens (B, 17, D); all are real."""
+        patches_BL = F.unfold(inputs["pixels"], _PATCH, stride=_PATCH).transpose(1, 2)
+        tokens_BLD = self.patch(patches_BL)
+        cls_B1D = self.cls_D.expand(len(tokens_BLD), 1, -1)
+        return torch.cat([cls_B1D, tokens_BLD], dim=1) + self.position_LD, None
+
+
+class WordEmbed(nn.Module):
+    """Word ids (B, L), [CLS] first, as tokens."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.word = nn.Embedding(len(vocabulary()), width)
+        self.position_LD = nn.Parameter(torch.randn(MAX_TOKENS, width) * 0.02)
+        nn.init.normal_(self.word.weight, std=0.02)
+
+    def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Tokens (B, L, D) and which of them are real (B, L)."""
+        ids_BL = inputs["ids"]
+        return self.word(ids_BL) + self.position_LD[: ids_BL.shape[1]], inputs["mask"]
+
+
+class TinyEncoder(Encoder):
+    """One of `SHAPES`.
+
+    Raises:
+        EncoderError: unknown name, option or value of an option; weights that are missing or damaged.
+    """
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__(spec)
+        if spec.name not in SHAPES:
+            raise EncoderError(51, f"there is no encoder tiny:{spec.name}", fix=did_you_mean(spec.name, SHAPES))
+        known = ("pretrained", "pool")
+        for option in spec.options.keys() - set(known):
+            raise EncoderError(52, f"tiny has no option {option!r}", where=str(spec), fix=did_you_mean(option, known))
+        shape = SHAPES[spec.name]
+        self.pool = spec.options.get("pool", shape.pool)
+        if self.pool not in ("cls", "mean"):
+            raise EncoderError(53, f"tiny cannot pool by {self.pool!r}", where=str(spec), fix="use pool=cls or pool=mean")
+        self.modality, self.feature_width = shape.modality, shape.width
+        self.widths, self.heads = (shape.width,) * shape.depth, (shape.heads,) * shape.depth
+        self.preprocess = _preprocess(shape.modality)
+        self.embed = PatchEmbed(shape.width) if shape.modality == "image" else WordEmbed(shape.width)
+        self.blocks = nn.ModuleList(Block(shape.width, shape.heads) for _ in range(shape.depth))
+        self.norm = nn.LayerNorm(shape.width)
+        if option_flag(spec, "pretrained", True):
+            self._load(f"tiny-{spec.name}.safetensors")
+
+    def _encode(self, inputs: Inputs) -> Encoded:
+        x_BLD, mask_BL = self.embed(inputs)
+        mask_B11L = None if mask_BL is None else mask_BL[:, None, None]
+        for layer, block in enumerate(self.blocks):
+            prompt = self._ask(layer, x_BLD, mask_BL)
+            x_BLD = block(x_BLD, mask_B11L, prompt)
+        x_BLD = self.norm(x_BLD)
+        return Encoded(self._pooled(x_BLD, mask_BL), x_BLD, mask_BL)
+
+    def _pooled(self, x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
+        if self.pool == "cls":
+            return x_BLD[:, 0]
+        if mask_BL is None:
+            return x_BLD.mean(dim=1)
+        real_BL1 = mask_BL[..., None].to(x_BLD.dtype)
+        return (x_BLD * real_BL1).sum(dim=1) / real_BL1.sum(dim=1)
+
+    def _load(self, file: str) -> None:
+        try:
+            tensors = load((WEIGHTS / file).read_bytes())
+            self.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise EncoderError(
+                54, f"cannot load the weights of {self.spec}: {error}", where=file, fix="reinstall mopefuse"
+            ) from error
+
+
+def _preprocess(modality: str) -> ImagePreprocess | TextPreprocess:
+    if modality == "text":
+        return TextPreprocess(tokenize, MAX_TOKENS, "words of tiny-text-vocabulary.txt")
+    size = (_IMAGE, _IMAGE)
+    return ImagePreprocess(size, mean=(0.15, 0.15, 0.08), std=(0.3, 0.3, 0.25), resize=size)

@@ -1,0 +1,125 @@
+"""The errors that a user can cause: what happened, where, and what to do about it.
+
+One class per exit code. A message is never a traceback: the command line converts a `MopefuseError` once, at its edge
+(`mopefuse.cli.app`), into ``error[MF-DATA-11]: <what> · <where> · fix: <one action>`` and the exit code of its class.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MopefuseError(Exception):
+    """Something that a user can cause and can mend.
+
+    Args:
+        number: stable within the family; `code` is ``MF-<family>-<number>``.
+        what: what is wrong, with the offending value.
+        where: file and line, sample id, or configuration path; empty if there is no place to name.
+        fix: one action that mends it.
+    """
+
+    family = "INT"
+    exit_code = 1
+
+    def __init__(self, number: int, what: str, *, where: str = "", fix: str = "") -> None:
+        super().__init__(what)
+        self.number = number
+        self.code = f"MF-{self.family}-{number:02d}"
+        self.what, self.where, self.fix = what, where, fix
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (type(self), self.number, self.what, self.where, self.fix)
+
+    def __str__(self) -> str:
+        parts = [self.what, self.where, f"fix: {self.fix}" if self.fix else ""]
+        return " · ".join(part for part in parts if part)
+
+    def as_dict(self) -> dict[str, object]:
+        """The body of ``--json`` output: ``{"code", "exit", "message", "where", "hint"}``."""
+        return {
+            "code": self.code,
+            "exit": self.exit_code,
+            "message": self.what,
+            "where": self.where,
+            "hint": self.fix,
+        }
+
+
+def _rebuild(kind: type[MopefuseError], number: int, what: str, where: str, fix: str) -> MopefuseError:
+    """An error that came from another process."""
+    error = kind.__new__(kind)
+    MopefuseError.__init__(error, number, what, where=where, fix=fix)
+    return error
+
+
+class ConfigError(MopefuseError):
+    """A recipe, flag or ``--set`` value is invalid."""
+
+    family, exit_code = "CFG", 3
+
+
+class DataError(MopefuseError):
+    """A row, image or split is invalid."""
+
+    family, exit_code = "DATA", 4
+
+
+class EncoderError(MopefuseError):
+    """An encoder is unknown, unreachable, or unsuitable for the part it was given."""
+
+    family, exit_code = "ENC", 5
+
+
+class CheckpointError(MopefuseError):
+    """A run, checkpoint or weights file is damaged, unsafe, or belongs to other encoders."""
+
+    family, exit_code = "CKPT", 6
+
+
+class ResourceError(MopefuseError):
+    """Disk, memory or a process ran out."""
+
+    family, exit_code = "RES", 7
+
+
+class NumericError(MopefuseError):
+    """A number that must be finite is not."""
+
+    family, exit_code = "NUM", 8
+
+
+class PluginError(MopefuseError):
+    """An installed plugin cannot be used."""
+
+    family, exit_code = "PLUG", 9
+
+
+class GateError(MopefuseError):
+    """A quality gate (`eval --min`) was not met."""
+
+    family, exit_code = "GATE", 10
+
+
+class Interrupted(MopefuseError):
+    """Training was asked to stop, and did so after publishing a checkpoint.
+
+    Args:
+        signal_number: 2 (Ctrl-C) gives exit code 130, 15 (SIGTERM) gives 143.
+    """
+
+    family = "STOP"
+
+    def __init__(self, signal_number: int, what: str, *, fix: str) -> None:
+        super().__init__(signal_number, what, fix=fix)
+        self.exit_code = 128 + signal_number
+
+
+def did_you_mean(name: str, known: Iterable[str], *, most: int = 3) -> str:
+    """``did you mean a, b?`` for the names nearest to `name`; what there is where none is near; empty for no names."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=most, cutoff=0.55)
+    if near:
+        return f"did you mean {', '.join(near)}?"
+    return f"there are {', '.join(names[:12])}{', …' if len(names) > 12 else ''}" if names else ""

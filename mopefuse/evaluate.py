@@ -1,0 +1,196 @@
+"""Evaluate a run: every sample of a split once, whatever the number of processes, and all metrics from all logits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mopefuse import device as devices
+from mopefuse import distributed, metrics
+from mopefuse.checkpoint import read_tensors, write_atomically
+from mopefuse.config import RunConfig
+from mopefuse.data._base import DataSet, Split
+from mopefuse.data.collate import Samples, plain_batches
+from mopefuse.data.features import compute_features
+from mopefuse.data.rows import load_data
+from mopefuse.errors import CheckpointError, ConfigError, DataError, GateError, did_you_mean
+from mopefuse.fusion._base import Fusion, fresh_encoders
+from mopefuse.fusion.build import build_model
+from mopefuse.run import RunFolder
+
+Advance = Callable[[int, int], None]  # (samples done, samples in all)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model says of a split, and how right it is."""
+
+    split: str
+    metrics: dict[str, float]
+    per_label: list[dict[str, Any]]
+    predictions: list[dict[str, Any]]
+
+
+def evaluate(
+    run: Path,
+    *,
+    split: str = "test",
+    data: Path | None = None,
+    checkpoint: str = "best",
+    device: str = "auto",
+    advance: Advance = lambda done, total: None,
+) -> Evaluation:
+    """Evaluate a checkpoint of a run on a split of its data set, or of another with the same labels.
+
+    Raises:
+        CheckpointError: no such run, or encoders other than it was trained with. DataError: unknown labels, bad rows.
+    """
+    folder = RunFolder(run)
+    target = devices.resolve(device)
+    model, config, manifest = load_model(folder, checkpoint, target)
+    root = data or Path(config.data.path or "")
+    dataset = with_labels(load_data(root, require=(split,)), manifest, split)
+    logits_SN = split_logits(model, dataset, split, config, target, advance=advance)
+    return judge(logits_SN, dataset, split)
+
+
+def load_model(folder: RunFolder, checkpoint: str, device: torch.device) -> tuple[Fusion, RunConfig, dict[str, Any]]:
+    """The model of a run with the weights of one of its checkpoints, its configuration and its manifest.
+
+    Raises:
+        CheckpointError: the encoders' weights are not those that the run was trained with.
+    """
+    config, manifest = folder.config(), folder.manifest()
+    model = build_model(config, len(manifest["labels"]))
+    check_encoders(model, manifest, where=str(folder.path))
+    path, _ = folder.checkpoint(checkpoint)
+    model.load_own_state(read_tensors(path / "weights.safetensors"), where=str(path))
+    return model.to(device).eval(), config, manifest
+
+
+def check_encoders(model: Fusion, manifest: dict[str, Any], *, where: str) -> None:
+    """Refuse encoders whose weights differ from those that a run was trained with."""
+    for side, fingerprint in fresh_encoders(model).items():
+        expected = manifest["encoders"][side]["fingerprint"]
+        if fingerprint != expected:
+            raise CheckpointError(
+                8,
+                f"the weights of {model.encoder(side).spec} are not those that the run was trained with "
+                f"({fingerprint}, expected {expected})",
+                where=where,
+                fix="load the same revision of the encoder",
+            )
+
+
+def with_labels(data: DataSet, manifest: dict[str, Any], split: str) -> DataSet:
+    """`data` with the labels that a model was trained for.
+
+    Raises:
+        DataError: a label that it does not know, or a single label where it gives several.
+    """
+    labels = tuple(manifest["labels"])
+    unknown = sorted({label for row in data.splits[split].rows for label in row.labels} - set(labels))
+    if unknown:
+        raise DataError(
+            6, f"labels that the model does not know: {', '.join(unknown[:20])}", where=split, fix="evaluate on data it knows"
+        )
+    if data.multi_label != manifest["multi_label"]:
+        raise DataError(5, "single labels and lists of labels do not fit", where=split, fix="write labels as in training")
+    return DataSet(data.root, data.splits, labels, data.multi_label)
+
+
+@torch.no_grad()
+def split_logits(
+    model: Fusion,
+    data: DataSet,
+    split: str,
+    config: RunConfig,
+    device: torch.device,
+    *,
+    samples: Samples | None = None,
+    advance: Advance = lambda done, total: None,
+) -> Tensor:
+    """Logits (S, N) of all samples of a split in its order, on the CPU, in every process."""
+    was_training = model.training
+    model.eval()
+    samples = samples or prepared(model, data, split, config, device)
+    rank, world, count = distributed.rank(), distributed.world_size(), len(samples)
+    keys = list(plain_batches(count, config.train.batch_size, rank, world))
+    mine: dict[int, Tensor] = {}
+    for batch in samples.batches(keys, pin=device.type == "cuda"):
+        with devices.autocast(config.train.precision, device):
+            logits_BN = model(batch.to(device)).logits.float().cpu()
+        mine.update(zip(batch.index.tolist(), logits_BN, strict=True))
+        advance(min(len(mine) * world, count), count)
+    model.train(was_training)
+    everyone = {index: row for part in distributed.gather(mine) for index, row in part.items()}
+    return torch.stack([everyone[index] for index in range(count)])
+
+
+def prepared(
+    model: Fusion, data: DataSet, split: str, config: RunConfig, device: torch.device, *, training: bool = False
+) -> Samples:
+    """The samples of a split for a model; features of frozen encoders that nothing can change are computed here, once."""
+    features = {}
+    for side in model.frozen if config.data.cache_features else ():
+        encoder = model.encoder(side)
+        if not (training and encoder.modality == "image" and config.data.augment != "none"):
+            features[side] = compute_features(encoder, data, split, config, device)
+    return Samples(data, split, model.readers(), config.data, features=features, seed=config.seed, training=training)
+
+
+def judge(logits_SN: Tensor, data: DataSet, split: str) -> Evaluation:
+    """Metrics and prediction rows from the logits of a split."""
+    rows = data.splits[split]
+    targets = torch.stack([data.target(row) for row in rows.rows])
+    return Evaluation(
+        split,
+        metrics.compute(logits_SN, targets, multi_label=data.multi_label),
+        metrics.per_label(logits_SN, targets, data.labels, multi_label=data.multi_label),
+        prediction_rows(logits_SN, rows, data.labels, multi_label=data.multi_label),
+    )
+
+
+def prediction_rows(
+    logits_SN: Tensor, split: Split, labels: Sequence[str], *, multi_label: bool
+) -> list[dict[str, Any]]:
+    """``{"id", "label" | "labels", "probabilities": {label: p}, "true"}`` in the order of the split."""
+    predictions: list[dict[str, Any]] = []
+    for row, p_N in zip(split.rows, metrics.probabilities(logits_SN, multi_label=multi_label).tolist(), strict=True):
+        said = {label: round(p, 6) for label, p in zip(labels, p_N, strict=True)}
+        if multi_label:
+            chosen: dict[str, Any] = {"labels": [label for label, p in said.items() if p >= metrics.THRESHOLD]}
+        else:
+            chosen = {"label": labels[p_N.index(max(p_N))]}
+        true: Any = list(row.labels) if multi_label else row.labels[0]
+        predictions.append({"id": row.id, **chosen, "probabilities": said, "true": true})
+    return predictions
+
+
+def write_predictions(path: Path, predictions: Sequence[dict[str, Any]]) -> None:
+    """One JSON object a line."""
+    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions))
+
+
+def check_gates(found: dict[str, float], gates: Sequence[str]) -> None:
+    """``metric=value`` gates, each a least value.
+
+    Raises:
+        ConfigError: not such a gate, or an unknown metric. GateError: a metric below its gate.
+    """
+    for gate in gates:
+        name, _, value = gate.partition("=")
+        try:
+            least = float(value)
+        except ValueError:
+            raise ConfigError(51, f"cannot read the gate {gate!r}", where="--min", fix="write --min accuracy=0.8") from None
+        if name not in found:
+            raise ConfigError(52, f"there is no metric {name!r}", where="--min", fix=did_you_mean(name, found))
+        if not found[name] >= least:
+            raise GateError(1, f"{name} is {found[name]:.4f}, below {least:g}", where="--min", fix="train longer or lower it")

@@ -1,0 +1,139 @@
+"""What a fusion method is, and what of it is "ours": one predicate decides what is trained, saved and exported.
+
+To add a method, write one module with a subclass of `Fusion` and name it in the entry-point group ``mopefuse.fusion``.
+Shapes: B batch, N labels, C width of a pooled feature.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from mopefuse.config import RunConfig
+from mopefuse.data._base import Batch
+from mopefuse.encoders._base import Encoder, Inputs, Preprocess, run_frozen
+from mopefuse.errors import CheckpointError
+
+SIDES = ("main", "comp")
+
+
+class Output(NamedTuple):
+    """What a method says of a batch."""
+
+    logits_BN: Tensor
+    routing_BLK: Tensor | None = None  # noise-free expert weights of each routed layer
+
+    @property
+    def logits(self) -> Tensor:
+        """(B, N)."""
+        return self.logits_BN
+
+    @property
+    def load_LK(self) -> Tensor | None:
+        """Routing summed over the batch: what the importance loss balances."""
+        return None if self.routing_BLK is None else self.routing_BLK.sum(dim=0)
+
+
+class Fusion(nn.Module):
+    """Encoders, what fuses them, and a head.
+
+    A subclass is built from ``(config, encoders, num_labels)`` and gives `forward`. `uses` names the sides that it
+    needs; `frozen` those whose encoder gets no prompts and never learns, so that its features can be computed once.
+    """
+
+    uses: ClassVar[tuple[str, ...]] = SIDES
+    parts: ClassVar[dict[str, str]] = {r"^head\.": "head", r"^comp\.": "complementary encoder", r"^main\.": "main encoder"}
+
+    def __init__(self, config: RunConfig, encoders: Mapping[str, Encoder]) -> None:
+        super().__init__()
+        self.config = config
+        for side in self.uses:
+            self.add_module(side, encoders[side])
+        self.frozen: tuple[str, ...] = ()
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> Output:
+        """Logits of a batch."""
+
+    def encoder(self, side: str) -> Encoder:
+        """The encoder of a side."""
+        encoder = getattr(self, side)
+        assert isinstance(encoder, Encoder)
+        return encoder
+
+    def feature(self, side: str, batch: Batch) -> Tensor:
+        """Pooled feature (B, C) of a frozen side: from the batch if it was computed earlier, else computed now."""
+        if side in batch.features:
+            return batch.features[side]
+        return run_frozen(self.encoder(side), batch.inputs[side]).pooled_BC.float()
+
+    def readers(self) -> dict[str, tuple[str, Preprocess]]:
+        """Side to modality and preprocessing."""
+        return {side: (self.encoder(side).modality, self.encoder(side).preprocess) for side in self.uses}
+
+    def collate(self, images: Sequence[Image.Image], texts: Sequence[str]) -> Batch:
+        """Raw pairs to a batch on the model's device: each encoder's own preprocessing, no augmentation."""
+        raw: dict[str, Sequence[Any]] = {"image": images, "text": texts}
+        inputs: dict[str, Inputs] = {}
+        for side, (modality, preprocess) in self.readers().items():
+            inputs[side] = preprocess.batch([preprocess.item(value) for value in raw[modality]])
+        return Batch(inputs, {}, None, torch.arange(len(images))).to(next(self.parameters()).device)
+
+    def is_ours(self, name: str) -> bool:
+        """Whether a parameter or buffer is ours: not part of a frozen encoder. Ours is trained, saved and exported."""
+        side = name.partition(".")[0]
+        return side not in self.uses or self.encoder(side).tuned
+
+    def ours(self) -> dict[str, nn.Parameter]:
+        """The parameters that learn, by name."""
+        return {name: parameter for name, parameter in self.named_parameters() if self.is_ours(name)}
+
+    def own_state(self) -> dict[str, Tensor]:
+        """What a run saves: `ours` and the constants that belong to them."""
+        return {name: tensor.detach() for name, tensor in self.state_dict().items() if self.is_ours(name)}
+
+    def load_own_state(self, state: Mapping[str, Tensor], *, where: str) -> None:
+        """The inverse of `own_state`.
+
+        Raises:
+            CheckpointError: other names or shapes than this model has, or values that are not finite.
+        """
+        expected = self.own_state()
+        problems = [f"{name} is missing" for name in sorted(expected.keys() - state.keys())]
+        problems += [f"{name} is not expected" for name in sorted(state.keys() - expected.keys())]
+        for name in sorted(expected.keys() & state.keys()):
+            if state[name].shape != expected[name].shape:
+                problems.append(f"{name} is {tuple(state[name].shape)}, expected {tuple(expected[name].shape)}")
+            elif state[name].is_floating_point() and not state[name].isfinite().all():
+                problems.append(f"{name} has values that are not finite")
+        if problems:
+            raise CheckpointError(
+                5, f"the weights do not fit the model: {'; '.join(problems[:8])}", where=where, fix="use another checkpoint"
+            )
+        with torch.no_grad():
+            for name, tensor in expected.items():
+                tensor.copy_(state[name])
+
+    def side_of(self, name: str) -> str:
+        """The side whose learning rate a parameter of ours has."""
+        return "comp" if name.startswith("comp") else "main"
+
+    def breakdown(self) -> dict[str, int]:
+        """Trainable parameters by part, largest first."""
+        count: Counter[str] = Counter()
+        for name, parameter in self.ours().items():
+            part = next((part for pattern, part in self.parts.items() if re.search(pattern, name)), "other")
+            count[part] += parameter.numel()
+        return dict(count.most_common())
+
+
+def fresh_encoders(model: Fusion) -> dict[str, str]:
+    """Side to fingerprint, of encoders whose weights come from outside the run (those tuned come from it)."""
+    return {side: model.encoder(side).fingerprint() for side in model.uses if not model.encoder(side).tuned}

@@ -1,0 +1,61 @@
+"""A configuration to a model: encoders by their specs, the fusion method by its name, all weights by the seed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+
+from mopefuse import registry
+from mopefuse.config import Prompts, RunConfig, build_config, merge
+from mopefuse.encoders._base import Encoder, create_encoder, full_spec
+from mopefuse.encoders._preprocess import ImagePreprocess
+from mopefuse.fusion._base import Fusion
+
+MMBT_MEAN, MMBT_STD = (0.46777044, 0.44531429, 0.40661017), (0.12221994, 0.12145835, 0.14380469)
+
+
+def build_fusion(
+    main: str, comp: str, num_labels: int, *, method: str = "conditional", seed: int = 0, **options: Any
+) -> Fusion:
+    """An ordinary `nn.Module` with frozen encoders, for anyone's training loop.
+
+    ``model.collate(images, texts)`` gives a batch, ``model(batch).logits`` has shape (B, num_labels), and
+    ``model.ours()`` are the parameters to train.
+
+    Args:
+        main, comp: encoder specs.
+        options: settings of the section `prompts` by their own name (``experts=4``), other sections as dictionaries
+            (``router={"top_m": 2}``); ``mopefuse train --dry-run`` prints them all.
+
+    Raises:
+        ConfigError: an unknown or invalid setting. EncoderError: an encoder that cannot be had, or not for that side.
+    """
+    short = {key: options.pop(key) for key in list(options) if key in Prompts.model_fields}
+    values = merge({"prompts": short}, options) | {"main": main, "comp": comp, "method": method, "seed": seed}
+    return build_model(build_config(values), num_labels)
+
+
+def build_model(config: RunConfig, num_labels: int) -> Fusion:
+    """The model of a run, in evaluation mode; the same weights for the same seed, whatever the caller drew before."""
+    method = registry.load(registry.FUSION, config.method)
+    with torch.random.fork_rng():
+        encoders = {}
+        for side in method.uses:
+            torch.manual_seed(config.seed)
+            encoders[side] = _with_statistics(create_encoder(getattr(config, side)), config)
+        torch.manual_seed(config.seed)
+        model = cast(Fusion, method(config, encoders, num_labels))
+    return model.eval()
+
+
+def full_specs(config: RunConfig) -> RunConfig:
+    """The configuration with the aliases of both encoders resolved, as a run records it."""
+    return config.model_copy(update={side: str(full_spec(getattr(config, side))) for side in ("main", "comp")})
+
+
+def _with_statistics(encoder: Encoder, config: RunConfig) -> Encoder:
+    if config.data.image_stats == "mmbt" and isinstance(encoder.preprocess, ImagePreprocess):
+        encoder.preprocess = replace(encoder.preprocess, mean=MMBT_MEAN, std=MMBT_STD)
+    return encoder

@@ -1,0 +1,110 @@
+"""Conditional prompt tuning: the complementary modality conditions the prompts of the main one at every layer.
+
+Jiang et al., arXiv 2312.03734, revised as MoPE, arXiv 2403.10568. Prompts enter as keys and values, which equals the
+papers' inserted tokens (`gate: none`) or adds a gated attention of their own (`gate: zero`, not in the papers).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mopefuse.config import Prompts, Router, RunConfig
+from mopefuse.data._base import Batch
+from mopefuse.encoders._base import Encoder
+from mopefuse.errors import EncoderError
+from mopefuse.fusion._base import Fusion, Output
+from mopefuse.prompts.stack import PromptStack, with_lengths
+
+
+class ConditionalFusion(Fusion):
+    """Complementary encoder, main encoder, prompt stack, head.
+
+    Limits: no static, dynamic or mapped prompt is a linear probe of the main encoder; one expert is plain conditional
+    prompting; static prompts alone are deep prompt tuning, blind to the complementary modality.
+
+    Raises:
+        EncoderError: the main encoder has no layer to prompt, or the complementary one has none and is to be prompted.
+    """
+
+    parts: ClassVar[dict[str, str]] = {
+        r"^stack\.router\.": "router",
+        r"^stack\..*static_SD$": "static prompts",
+        r"^stack\..*experts_KPD$": "prompt experts",
+        r"^stack\.(trunk|.*mapper)\.": "mapper",
+        r"^stack\..*gate_H$": "gates",
+        r"^comp_stack\.": "complementary prompts",
+        **Fusion.parts,
+    }
+
+    def __init__(self, config: RunConfig, encoders: Mapping[str, Encoder], num_labels: int) -> None:
+        super().__init__(config, encoders)
+        main, comp = self.encoder("main"), self.encoder("comp")
+        _require_promptable(main, "comp")
+        self.stack = PromptStack(
+            with_lengths(config.prompts, main.modality),
+            config.router,
+            widths=main.widths,
+            heads=main.heads,
+            condition_width=comp.feature_width,
+            bound=config.prompts.init or initial_bound(main),
+        )
+        self.head = nn.Linear(main.feature_width, num_labels)
+        self.comp_stack: PromptStack | None = None
+        if config.comp_tuning.mode == "prompts":
+            _require_promptable(comp, "comp_tuning.mode=frozen")
+            static = Prompts(
+                static=config.comp_tuning.length,
+                dynamic=0,
+                mapped=0,
+                gate=config.prompts.gate,
+                dropout=config.prompts.dropout,
+            )
+            self.comp_stack = PromptStack(
+                static,
+                Router(),
+                widths=comp.widths,
+                heads=comp.heads,
+                condition_width=comp.feature_width,
+                bound=initial_bound(comp),
+            )
+        elif config.comp_tuning.mode == "full":
+            comp.tune()
+        else:
+            self.frozen = ("comp",)
+
+    def psi(self, batch: Batch) -> Tensor:
+        """The complementary representation, (B, C)."""
+        if "comp" in self.frozen:
+            return self.feature("comp", batch)
+        if self.comp_stack is None:
+            return self.encoder("comp").encode(batch.inputs["comp"]).pooled_BC
+        inputs = batch.inputs["comp"]
+        size = len(next(iter(inputs.values())))
+        blind_BC = torch.zeros(size, self.encoder("comp").feature_width, device=self.head.weight.device)
+        return self.encoder("comp").encode(inputs, self.comp_stack.condition(blind_BC)).pooled_BC
+
+    def forward(self, batch: Batch) -> Output:
+        """Logits (B, N) and the routing of each routed layer."""
+        if not len(self.stack.layers):
+            return Output(self.head(self.encoder("main").encode(batch.inputs["main"]).pooled_BC))
+        conditioned = self.stack.condition(self.psi(batch))
+        encoded = self.encoder("main").encode(batch.inputs["main"], conditioned)
+        return Output(self.head(encoded.pooled_BC), conditioned.routing())
+
+
+def initial_bound(encoder: Encoder) -> float:
+    """Prompts start in U(-v, v): v = sqrt(6 / (3 patch^2 + width)) for images, 0.3 for text, as in the papers."""
+    if encoder.modality != "image":
+        return 0.3
+    return float((6 / (3 * encoder.patch_size**2 + encoder.widths[0])) ** 0.5)
+
+
+def _require_promptable(encoder: Encoder, instead: str) -> None:
+    if not encoder.widths:
+        raise EncoderError(
+            21, f"{encoder.spec} {encoder.why_not_main or 'has no layer to prompt'}", fix=f"use it as --{instead} instead"
+        )

@@ -1,0 +1,31 @@
+"""Late concatenation of frozen features: a linear head on both pooled features side by side.
+
+The simplest fusion there is, and on small data a strong one. Each feature loses its scale first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mopefuse.config import RunConfig
+from mopefuse.data._base import Batch
+from mopefuse.encoders._base import Encoder
+from mopefuse.fusion._base import Fusion, Output
+
+
+class LateConcat(Fusion):
+    """Linear(concat(norm(main), norm(comp))), both encoders frozen and unprompted."""
+
+    def __init__(self, config: RunConfig, encoders: Mapping[str, Encoder], num_labels: int) -> None:
+        super().__init__(config, encoders)
+        self.frozen = self.uses
+        self.head = nn.Linear(sum(self.encoder(side).feature_width for side in self.uses), num_labels)
+
+    def forward(self, batch: Batch) -> Output:
+        """Logits (B, N)."""
+        features = [self.feature(side, batch) for side in self.uses]
+        return Output(self.head(torch.cat([F.layer_norm(f, f.shape[-1:]) for f in features], dim=-1)))

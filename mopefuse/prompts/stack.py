@@ -1,0 +1,172 @@
+"""The prompts of every layer of the main encoder: static, dynamic and mapped, conditioned on the other modality.
+
+Jiang et al., arXiv 2312.03734; MoPE, arXiv 2403.10568. The stack knows no encoder: it is told widths and heads, and
+answers ``prompt_at(layer, tokens, mask)``. Differences from the papers are settings: `gate: zero` and the norm of psi.
+Shapes: B batch, N prompted layers, S static, P dynamic, M mapped tokens, K experts, C width of psi, D width of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mopefuse.config import Prompts as PromptConfig
+from mopefuse.config import Router as RouterConfig
+from mopefuse.encoders._attention import Prompt
+from mopefuse.errors import ConfigError
+from mopefuse.prompts.experts import Routed, Router
+
+
+class LayerPrompts(nn.Module):
+    """What one layer of width D learns. A part of length 0 has no parameters."""
+
+    def __init__(self, config: PromptConfig, *, width: int, heads: int, bound: float, dynamic: int) -> None:
+        super().__init__()
+        self.dynamic, self.mapped, self.width = dynamic, config.mapped, width
+        static = config.static or 0
+        self.static_SD = nn.Parameter(torch.empty(static, width).uniform_(-bound, bound)) if static else None
+        self.experts_KPD = (
+            nn.Parameter(torch.empty(config.experts, dynamic, width).uniform_(-bound, bound)) if dynamic else None
+        )
+        self.mapper = nn.Linear(config.bottleneck, config.mapped * width) if config.mapped else None
+        self.gate_H = nn.Parameter(torch.zeros(heads)) if config.gate == "zero" else None
+
+    def forward(self, batch: int, weights_BK: Tensor | None, trunk_Bh: Tensor | None) -> Tensor:
+        """The layer's prompt, (B, S + P + M, D)."""
+        parts = []
+        if self.static_SD is not None:
+            parts.append(self.static_SD.expand(batch, -1, -1))
+        if self.experts_KPD is not None:
+            assert weights_BK is not None
+            mixed = weights_BK.to(self.experts_KPD.dtype) @ self.experts_KPD.flatten(1)  # nothing of size B*K*P*D
+            parts.append(mixed.unflatten(1, (self.dynamic, self.width)))
+        if self.mapper is not None:
+            parts.append(F.gelu(self.mapper(trunk_Bh)).unflatten(1, (self.mapped, self.width)))
+        return torch.cat([part.to(parts[-1].dtype) for part in parts], dim=1)
+
+
+class PromptStack(nn.Module):
+    """All prompts of one encoder.
+
+    Args:
+        config: lengths must be numbers by now (`with_lengths`).
+        widths, heads: of every promptable layer of the encoder.
+        condition_width: C of psi; not needed when only static prompts are there.
+        bound: prompts start in U(-bound, bound).
+
+    Raises:
+        ConfigError: `layers` names one that the encoder does not have.
+    """
+
+    def __init__(
+        self,
+        config: PromptConfig,
+        router: RouterConfig,
+        *,
+        widths: Sequence[int],
+        heads: Sequence[int],
+        condition_width: int,
+        bound: float,
+    ) -> None:
+        super().__init__()
+        assert config.static is not None and config.dynamic is not None
+        any_prompt = bool(config.static + config.dynamic + config.mapped)
+        chosen = select_layers(config.layers, len(widths)) if any_prompt else ()
+        starts = set() if config.route_stage_starts else stage_starts(widths)
+        self.routed = tuple(i for i in chosen if config.dynamic and i not in starts)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleDict()
+        for i in chosen:
+            self.layers[str(i)] = LayerPrompts(
+                config, width=widths[i], heads=heads[i], bound=bound, dynamic=config.dynamic if i in self.routed else 0
+            )
+        self.router: Router | None = None
+        if self.routed:
+            self.router = Router(
+                router, width=condition_width, widths=[widths[i] for i in self.routed], experts=config.experts
+            )
+        self.trunk: nn.Sequential | None = None
+        if config.mapped and chosen:
+            norm = nn.LayerNorm if config.mapper_norm == "layer" else _FrozenBatchNorm
+            self.trunk = nn.Sequential(nn.Linear(condition_width, config.bottleneck), norm(config.bottleneck), nn.GELU())
+
+    def condition(self, psi_BC: Tensor) -> Conditioned:
+        """The prompts of one batch. psi loses its scale here, so that encoders of any feature scale can be exchanged."""
+        return Conditioned(self, F.layer_norm(psi_BC.float(), psi_BC.shape[-1:]))
+
+
+class Conditioned:
+    """The answer to ``prompt_at`` for one batch; `routed` collects the routing of each routed layer on the way."""
+
+    def __init__(self, stack: PromptStack, psi_BC: Tensor) -> None:
+        self.stack, self.batch = stack, len(psi_BC)
+        self.routed: list[Routed] = []
+        self._said_BNX = stack.router.conditioned(psi_BC) if stack.router is not None else None
+        self._trunk_Bh = stack.trunk(psi_BC) if stack.trunk is not None else None
+
+    def __call__(self, layer: int, tokens_BLD: Tensor, mask_BL: Tensor | None) -> Prompt | None:
+        """The prompt of a layer; None where it has none."""
+        stack, name = self.stack, str(layer)
+        if name not in stack.layers:
+            return None
+        prompts = stack.layers[name]
+        assert isinstance(prompts, LayerPrompts)
+        weights_BK = None
+        if prompts.dynamic:
+            assert stack.router is not None and self._said_BNX is not None
+            routed = stack.router(self._said_BNX, stack.routed.index(layer), tokens_BLD, mask_BL)
+            self.routed.append(routed)
+            weights_BK = routed.weights_BK
+        prompt_BPD = stack.dropout(prompts(self.batch, weights_BK, self._trunk_Bh))
+        return Prompt(prompt_BPD.to(tokens_BLD.dtype), prompts.gate_H)
+
+    def routing(self) -> Tensor | None:
+        """Noise-free weights (B, N, K) of all routed layers, after the forward pass; None without routing."""
+        return torch.stack([routed.clean_BK for routed in self.routed], dim=1) if self.routed else None
+
+
+class _FrozenBatchNorm(nn.BatchNorm1d):
+    """The released code keeps its batch norm in evaluation mode: its statistics stay those of a standard normal."""
+
+    def train(self, mode: bool = True) -> _FrozenBatchNorm:
+        return super().train(False)
+
+
+def with_lengths(config: PromptConfig, modality: str) -> PromptConfig:
+    """`config` with the papers' prompt lengths where none is given: 6 for an image encoder, 4 for a text encoder."""
+    length = 6 if modality == "image" else 4
+    return config.model_copy(
+        update={
+            "static": length if config.static is None else config.static,
+            "dynamic": length if config.dynamic is None else config.dynamic,
+        }
+    )
+
+
+def select_layers(layers: str | Sequence[int], count: int) -> tuple[int, ...]:
+    """Indices that ``all``, ``first:N``, ``last:N`` or a list stands for among `count` layers.
+
+    Raises:
+        ConfigError: an index or number that the encoder does not have.
+    """
+    if not isinstance(layers, str):
+        chosen = tuple(sorted(set(layers)))
+    elif layers == "all":
+        chosen = tuple(range(count))
+    else:
+        end, _, number = layers.partition(":")
+        chosen = tuple(range(int(number)) if end == "first" else range(count - int(number), count))
+    if chosen and not 0 <= chosen[0] <= chosen[-1] < count:
+        raise ConfigError(
+            7, f"the main encoder has {count} layers, 0 to {count - 1}; got {layers}", where="prompts.layers", fix="name those"
+        )
+    return chosen
+
+
+def stage_starts(widths: Sequence[int]) -> set[int]:
+    """First blocks of the stages of an encoder whose width changes; empty for one of a single width."""
+    starts = {i for i in range(1, len(widths)) if widths[i] != widths[i - 1]}
+    return starts | {0} if starts else set()

@@ -1,0 +1,162 @@
+"""Where settings come from: a YAML recipe under flags under ``--set``, read strictly.
+
+No Python objects, no duplicate keys, no aliases (a few bytes of them can stand for gigabytes), and ``1e-4`` is a number.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from mopefuse.config import RunConfig, build_config, known_keys, merge
+from mopefuse.errors import ConfigError, did_you_mean
+
+_HERE = Path(__file__).parent
+RECIPES = (_HERE / "recipes", _HERE.parent / "recipes")
+"""Where recipes are: in an installed package, and in a clone of the repository."""
+
+
+class _StrictLoader(yaml.SafeLoader):
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(None, None, "aliases are not allowed", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(None, None, f"the key {key.value!r} is there twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_StrictLoader.yaml_implicit_resolvers = {  # YAML 1.1 reads no, off, 012 and 1:30 as surprises; only plain forms count here
+    first: [(tag, regex) for tag, regex in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_StrictLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false)$"), list("tf"))
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(?:inf|nan))$"),
+    list("-+0123456789."),
+)
+
+
+def read_yaml(text: str, source: str) -> Any:
+    """`text` as plain values.
+
+    Raises:
+        ConfigError: not YAML, or YAML that is not plain data; where is file:line:column.
+    """
+    try:
+        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 (a SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
+        problem = error.problem or "it cannot be read"
+        if "'\\t'" in problem:
+            problem = "a tab where only spaces may indent"
+        if problem.startswith("could not determine a constructor"):
+            problem = "tags are not allowed, only plain values"
+        raise ConfigError(2, f"not a valid recipe: {problem}", where=where, fix="correct that line") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(2, f"not a valid recipe: {error}", where=source, fix="write plain YAML") from None
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The settings of a recipe file.
+
+    Raises:
+        ConfigError: no such file, not UTF-8, not YAML, or not a mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (UnicodeDecodeError, OSError) as error:
+        raise ConfigError(3, f"the recipe cannot be read: {error}", where=str(path), fix="name a readable UTF-8 file") from None
+    values = read_yaml(text, str(path))
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(
+            4, f"a recipe is a mapping of settings, this is a {type(values).__name__}", where=str(path), fix="see recipes/"
+        )
+    return values
+
+
+def parse_set(assignments: Iterable[str]) -> dict[str, Any]:
+    """``--set a.b=c`` arguments as nested settings; values are read as YAML.
+
+    Raises:
+        ConfigError: no ``=``, or a path that is no setting; the nearest keys are offered.
+    """
+    values: dict[str, Any] = {}
+    for text in assignments:
+        name, equals, value = text.partition("=")
+        path = tuple(name.strip().split("."))
+        _check_path(path)
+        if not equals or not value.strip():
+            raise ConfigError(5, f"--set {name} has no value", where=name, fix=f"write --set {name}=VALUE")
+        values = merge(values, _nested(path, read_yaml(value, f"--set {name}")))
+    return values
+
+
+def _nested(path: tuple[str, ...], value: Any) -> dict[str, Any]:
+    for part in reversed(path):
+        value = {part: value}
+    return cast(dict[str, Any], value)
+
+
+def _check_path(path: tuple[str, ...]) -> None:
+    for depth, part in enumerate(path):
+        keys = known_keys(path[:depth])
+        if part not in keys:
+            where = ".".join(path[: depth + 1])
+            raise ConfigError(6, f"there is no setting {where}", where=f"--set {'.'.join(path)}", fix=did_you_mean(part, keys))
+    if known_keys(path):
+        raise ConfigError(
+            6, f"{'.'.join(path)} is a section", where="--set", fix=f"set one of its keys: {', '.join(known_keys(path))}"
+        )
+
+
+def resolve(
+    *,
+    recipe: str | None = None,
+    flags: Mapping[str, Any] | None = None,
+    sets: Iterable[str] = (),
+    saved: RunConfig | None = None,
+) -> RunConfig:
+    """The configuration of a run: defaults under `saved` (of a run to resume) under the recipe, flags and ``--set``.
+
+    Args:
+        recipe: a file, or the name of a recipe that comes with mopefuse, such as ``digit-questions/conditional``.
+        flags: settings by dotted path; those that are None are not given.
+    """
+    path = find_recipe(recipe) if recipe is not None else None
+    values = saved.model_dump(mode="json") if saved is not None else {}
+    values = merge(values, read_recipe(path) if path is not None else {})
+    for name, value in (flags or {}).items():
+        if value is not None:
+            values = merge(values, _nested(tuple(name.split(".")), value))
+    return build_config(merge(values, parse_set(sets)), source=str(path or ""))
+
+
+def find_recipe(name: str) -> Path:
+    """The file that `name` stands for: itself, or one of the recipes that come with mopefuse."""
+    path = Path(name)
+    if path.exists():
+        return path
+    for folder in RECIPES:
+        if (folder / f"{name}.yaml").is_file():
+            return folder / f"{name}.yaml"
+    known = sorted({str(p.relative_to(f).with_suffix("")) for f in RECIPES if f.is_dir() for p in f.rglob("*.yaml")})
+    raise ConfigError(3, f"there is no recipe {name}", where="--recipe", fix=did_you_mean(name, known) or "name a YAML file")
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved configuration, every setting written out; `read_recipe` gives the same configuration back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)

@@ -1,0 +1,220 @@
+"""The folder of a run: its configuration, its lock, its log, its checkpoints.
+
+``config.yaml`` (resolved), ``manifest.json`` (what the run is), ``metrics.jsonl`` (a line per log step),
+``metrics.json`` (final), ``checkpoints/step-N/`` and ``checkpoints/best``, a file that names the best of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from mopefuse.checkpoint import dump_json, finite, publish, read_json, sweep, verify, write_atomically
+from mopefuse.config import RunConfig, build_config
+from mopefuse.errors import CheckpointError, ConfigError
+from mopefuse.recipe import read_recipe, to_yaml
+
+KIND, CHECKPOINT = "run", "checkpoint"
+
+
+class RunFolder:
+    """A run on disk. Creating the object touches nothing."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "config.yaml"
+        self.manifest_file = path / "manifest.json"
+        self.log_file = path / "metrics.jsonl"
+        self.metrics_file = path / "metrics.json"
+        self.predictions_file = path / "predictions.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self._best = self.checkpoints / "best"
+        self._lock = path / ".lock"
+
+    # -- life cycle
+
+    def exists(self) -> bool:
+        """Whether this is the folder of a run."""
+        return self.manifest_file.is_file() and read_json(self.manifest_file).get("kind") == KIND
+
+    def prepare(self, *, resume: bool, overwrite: bool) -> None:
+        """Make the folder ready for a new run, or for the one to resume, before anything slow is done; twice is once.
+
+        Raises:
+            ConfigError: not writable, not empty, or (with `overwrite`) not a run.
+        """
+        there = self.path.is_dir() and any(
+            item != self._lock and not (item == self.checkpoints and not any(item.iterdir())) for item in self.path.iterdir()
+        )
+        if there and overwrite:
+            if not self.exists():
+                raise ConfigError(
+                    22, f"{self.path} is not a run of mopefuse", where="--overwrite", fix="name another --out, or empty it"
+                )
+            shutil.rmtree(self.path)
+        elif there and not resume:
+            raise ConfigError(
+                23, f"{self.path} is not empty", where="--out", fix="add --resume or --overwrite, or name another --out"
+            )
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            probe = self.path / f".writable-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise ConfigError(
+                21, f"the run directory {self.path} is not writable: {error.strerror}", where="--out", fix="name another --out"
+            ) from None
+
+    def lock(self) -> str:
+        """Claim the folder for this process; a notice if the lock of a dead process was taken over.
+
+        Raises:
+            ConfigError: another process is writing this run.
+        """
+        notice = ""
+        mine = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
+        while True:
+            try:
+                descriptor = os.open(self._lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+            except FileExistsError:
+                owner = self._owner()
+                if owner is None or (owner["host"] == socket.gethostname() and not _alive(owner["pid"])):
+                    self._lock.unlink(missing_ok=True)
+                    notice = f"took over the lock of a process that is gone ({owner['pid'] if owner else 'unknown'})"
+                    continue
+                raise ConfigError(
+                    24,
+                    f"process {owner['pid']} on {owner['host']} is writing this run",
+                    where=str(self.path),
+                    fix="wait for it, or name another --out",
+                ) from None
+            os.write(descriptor, mine.encode())
+            os.close(descriptor)
+            sweep(self.path)
+            sweep(self.checkpoints)
+            return notice
+
+    def unlock(self) -> None:
+        """Release the folder."""
+        self._lock.unlink(missing_ok=True)
+
+    def _owner(self) -> dict[str, Any] | None:
+        try:
+            owner = json.loads(self._lock.read_text(encoding="utf-8"))
+            return owner if isinstance(owner.get("pid"), int) and isinstance(owner.get("host"), str) else None
+        except (OSError, ValueError, AttributeError):
+            return None
+
+    # -- what the run is
+
+    def start(self, config: RunConfig, facts: Mapping[str, Any]) -> None:
+        """Write configuration and manifest; from here on the folder is a run."""
+        write_atomically(self.config_file, to_yaml(config))
+        write_atomically(self.manifest_file, dump_json({"kind": KIND, "format": 1, **facts}))
+
+    def config(self) -> RunConfig:
+        """The resolved configuration.
+
+        Raises:
+            CheckpointError: the folder is not a run.
+        """
+        if not self.exists():
+            raise CheckpointError(4, f"{self.path} is not a run", fix="name a folder that mopefuse train wrote")
+        return build_config(read_recipe(self.config_file), source=str(self.config_file))
+
+    def manifest(self) -> dict[str, Any]:
+        """Encoders and their fingerprints, labels, data hashes."""
+        return read_json(self.manifest_file)
+
+    # -- log
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Append a line to metrics.jsonl."""
+        with self.log_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(finite(line), ensure_ascii=False) + "\n")
+
+    def read_log(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; a last line that was cut short is left out."""
+        lines = []
+        for line in self.log_file.read_text(encoding="utf-8").splitlines() if self.log_file.exists() else []:
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                break
+        return lines
+
+    def rewind_log(self, step: int) -> None:
+        """Forget what was logged after `step`, which a resumed run will log again."""
+        kept = [line for line in self.read_log() if line["step"] <= step]
+        write_atomically(self.log_file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+
+    # -- checkpoints
+
+    def save(self, step: int, write: Callable[[Path], None], facts: Mapping[str, Any]) -> None:
+        """Publish checkpoint step-N, and drop those that neither resume nor the best needs."""
+        publish(self.checkpoints / f"step-{step}", write, {"kind": CHECKPOINT, "step": step, **facts})
+        keep = {step, self.best_step()}
+        for old in self._steps():
+            if old not in keep:
+                shutil.rmtree(self.checkpoints / f"step-{old}")
+
+    def set_best(self, step: int) -> None:
+        """Name the best checkpoint."""
+        write_atomically(self._best, f"step-{step}\n")
+
+    def best_step(self) -> int | None:
+        """Step of the best checkpoint so far."""
+        return int(self._best.read_text().removeprefix("step-")) if self._best.exists() else None
+
+    def latest(self) -> tuple[Path, dict[str, Any]] | None:
+        """The newest checkpoint that is whole, by step, with its manifest; None if there is none."""
+        for step in reversed(self._steps()):
+            folder = self.checkpoints / f"step-{step}"
+            try:
+                return folder, verify(folder, kind=CHECKPOINT)
+            except CheckpointError:
+                continue
+        return None
+
+    def checkpoint(self, which: str = "best") -> tuple[Path, dict[str, Any]]:
+        """The checkpoint ``best``, ``last`` or ``step-N``, verified, with its manifest.
+
+        Raises:
+            CheckpointError: there is no such checkpoint, or it is damaged.
+        """
+        steps = self._steps()
+        if which == "last" and steps:
+            which = f"step-{steps[-1]}"
+        if which == "best" and self.best_step() is not None:
+            which = f"step-{self.best_step()}"
+        folder = self.checkpoints / which
+        if not folder.is_dir():
+            there = ", ".join(f"step-{step}" for step in steps) or "none"
+            raise CheckpointError(4, f"there is no checkpoint {which}", where=str(self.checkpoints), fix=f"there are: {there}")
+        return folder, verify(folder, kind=CHECKPOINT)
+
+    def _steps(self) -> list[int]:
+        found = self.checkpoints.glob("step-*")
+        return sorted(int(path.name[5:]) for path in found if path.is_dir() and path.name[5:].isdigit())
+
+
+def default_path() -> Path:
+    """runs/<date>-<time>, for a run without a name."""
+    return Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,32 @@
+"""Ctrl-C and SIGTERM while training: finish the step, publish, stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType, TracebackType
+from typing import Any
+
+
+class StopRequest:
+    """A context in which the first Ctrl-C or SIGTERM is noted, the second ignored, and the third ends the process."""
+
+    def __init__(self) -> None:
+        self.signal_number = 0
+        self._count = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal_number = number
+        self._count += 1
+        if self._count >= 3:
+            os._exit(128 + number)

@@ -1,0 +1,243 @@
+"""The contract that every encoder keeps, as a check that plugin authors run too.
+
+    from mopefuse.testing import check_encoder
+
+    def test_my_encoder() -> None:
+        check_encoder("mine:small?pretrained=false")
+
+Shapes: B batch, L tokens, P prompt tokens, D width of a layer, C width of the pooled feature, H heads.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mopefuse.encoders._base import Encoded, Encoder, Inputs, Prompt, create_encoder
+from mopefuse.errors import EncoderError
+
+_TOLERANCE = 1e-4  # of the largest value, in float32
+_PROMPT_TOKENS = 3
+_TEXTS = (
+    "A photo of two cats.",
+    "",
+    "no",
+    "the quick brown fox jumps over the lazy dog, and then over the dog's friend; both of them keep on sleeping",
+)
+
+
+def check_encoder(encoder: str | Encoder, samples: Sequence[Any] | None = None) -> Encoder:
+    """Check that an encoder keeps the contract of `mopefuse.encoders._base.Encoder`; it is returned frozen.
+
+    Args:
+        encoder: a spec, or an encoder (which is frozen first).
+        samples: at least two raw values of its modality; those here when left out.
+
+    Raises:
+        AssertionError: a part of the contract that is broken, and where.
+    """
+    built = create_encoder(encoder) if isinstance(encoder, str) else encoder
+    built.freeze()
+    values = list(samples if samples is not None else _samples(built))
+    assert len(values) >= 2, "check_encoder needs at least two samples: one alone cannot leak into another"
+    check = _Check(built, values)
+    check.attributes()
+    check.frozen()
+    check.plain_output()
+    check.does_not_depend_on_the_batch(None)
+    if not built.widths:
+        check.refuses_prompts()
+        return built
+    check.layers_in_order()
+    check.untouched_without_prompts()
+    check.every_layer_listens()
+    check.does_not_depend_on_the_batch(lambda gates: None)
+    check.does_not_depend_on_the_batch(lambda gates: gates)
+    check.gradients()
+    check.nothing_is_left_behind()
+    return built
+
+
+class _Check:
+    """One encoder, one batch, and prompts for every sample and layer."""
+
+    def __init__(self, encoder: Encoder, values: list[Any]) -> None:
+        self.encoder, self.values = encoder, values
+        self.items = [encoder.preprocess.item(value) for value in values]
+        self.inputs = encoder.preprocess.batch(self.items)
+        random = torch.Generator().manual_seed(0)
+        shapes = [(len(values), _PROMPT_TOKENS, width) for width in encoder.widths]
+        self.prompts = [torch.randn(shape, generator=random) for shape in shapes]
+        self.gates = [torch.rand(heads, generator=random) + 0.5 for heads in encoder.heads]
+
+    def say(self, what: str) -> str:
+        return f"{self.encoder.spec}: {what}"
+
+    def run(self, inputs: Inputs, prompt_at: Any = None) -> Encoded:
+        with torch.no_grad():
+            return self.encoder.encode(inputs, prompt_at)
+
+    def attributes(self) -> None:
+        e = self.encoder
+        assert e.modality in ("image", "text"), self.say(f"modality is {e.modality!r}, need 'image' or 'text'")
+        assert len(e.widths) == len(e.heads), self.say(f"{len(e.widths)} widths but {len(e.heads)} heads")
+        assert all(type(n) is int and n > 0 for n in (*e.widths, *e.heads, e.feature_width)), self.say(
+            "widths, heads and feature_width must be positive integers"
+        )
+        assert bool(e.widths) != bool(e.why_not_main), self.say("why_not_main is for encoders without widths, and for all")
+        json.dumps(e.preprocess.describe())
+        sizes = {name: tensor.shape[0] for name, tensor in self.inputs.items()}
+        assert set(sizes.values()) == {len(self.values)}, self.say(f"first dimensions {sizes} of {len(self.values)} samples")
+        assert e.fingerprint() == e.fingerprint(), self.say("the fingerprint changes by itself")
+
+    def frozen(self) -> None:
+        self.encoder.train()
+        learning = [name for name, p in self.encoder.named_parameters() if p.requires_grad]
+        assert not learning, self.say(f"frozen, yet {learning[:3]} would learn")
+        training = [name for name, m in self.encoder.named_modules() if m.training]
+        assert not training, self.say(f"frozen, yet {training[:3]} are in training mode after train()")
+
+    def plain_output(self) -> None:
+        out, count = self.run(self.inputs), len(self.values)
+        assert out.pooled_BC.shape == (count, self.encoder.feature_width), self.say(
+            f"pooled feature {tuple(out.pooled_BC.shape)}, need {(count, self.encoder.feature_width)}"
+        )
+        assert out.tokens_BLD.dim() == 3 and len(out.tokens_BLD) == count, self.say("tokens are not (B, L, D)")
+        if out.mask_BL is not None:
+            assert out.mask_BL.dtype == torch.bool, self.say("the mask is not boolean")
+            assert out.mask_BL.shape == out.tokens_BLD.shape[:2], self.say("mask and tokens do not match")
+            assert out.mask_BL.any(dim=1).all(), self.say("a sample has no real token")
+        assert out.pooled_BC.isfinite().all(), self.say("the pooled feature is not finite")
+        self.same(self.run(self.inputs), out, "the same input gives another output the second time")
+
+    def does_not_depend_on_the_batch(self, gates: Callable[[list[Tensor]], list[Tensor] | None] | None) -> None:
+        together = self.run(self.inputs, self.prompting(gates, slice(None)))
+        how = "without prompts" if gates is None else "with prompts" if gates([]) is None else "with gated prompts"
+        for index, item in enumerate(self.items):
+            alone = self.run(self.encoder.preprocess.batch([item]), self.prompting(gates, slice(index, index + 1)))
+            self.close(
+                together.pooled_BC[index], alone.pooled_BC[0], f"sample {index} depends on the rest of its batch, {how}"
+            )
+            count = alone.tokens_BLD.shape[1]
+            real = slice(None) if alone.mask_BL is None else alone.mask_BL[0]
+            self.close(
+                together.tokens_BLD[index, :count][real],
+                alone.tokens_BLD[0][real],
+                f"tokens of sample {index} depend on the rest of its batch, {how}",
+            )
+
+    def prompting(self, gates: Callable[[list[Tensor]], list[Tensor] | None] | None, rows: slice) -> Any:
+        if gates is None:
+            return None
+        chosen = gates(self.gates)
+        return lambda layer, tokens, mask: Prompt(self.prompts[layer][rows], chosen[layer] if chosen else None)
+
+    def refuses_prompts(self) -> None:
+        try:
+            self.encoder.encode(self.inputs, lambda layer, tokens, mask: None)
+        except EncoderError:
+            return
+        raise AssertionError(self.say("has no layer to prompt, and takes prompt_at all the same"))
+
+    def layers_in_order(self) -> None:
+        seen: list[tuple[int, int]] = []
+
+        def look(layer: int, tokens_BLD: Tensor, mask_BL: Tensor | None) -> None:
+            assert tokens_BLD.dim() == 3, self.say(f"layer {layer} hands over tokens of shape {tuple(tokens_BLD.shape)}")
+            assert len(tokens_BLD) == len(self.values), self.say(f"layer {layer} sees a batch of {len(tokens_BLD)}")
+            if mask_BL is not None:
+                assert mask_BL.dtype == torch.bool, self.say(f"the mask at layer {layer} is not boolean")
+                assert mask_BL.shape == tokens_BLD.shape[:2], self.say(f"mask and tokens differ at layer {layer}")
+            seen.append((layer, tokens_BLD.shape[2]))
+
+        self.run(self.inputs, look)
+        assert seen == list(enumerate(self.encoder.widths)), self.say(
+            f"prompt_at saw (layer, width) {seen}, need {list(enumerate(self.encoder.widths))}"
+        )
+
+    def untouched_without_prompts(self) -> None:
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad):
+                plain = self.encoder.encode(self.inputs)
+                for what, prompt_at in {
+                    "no answer": lambda layer, tokens, mask: None,
+                    "a prompt of no tokens": lambda layer, tokens, mask: Prompt(self.prompts[layer][:, :0]),
+                    "a gate of 0": lambda layer, tokens, mask: Prompt(
+                        self.prompts[layer], torch.zeros_like(self.gates[layer])
+                    ),
+                }.items():
+                    self.same(self.encoder.encode(self.inputs, prompt_at), plain, f"{what} changes the output")
+
+    def every_layer_listens(self) -> None:
+        plain = self.run(self.inputs)
+        for gates in (None, self.gates):
+            for chosen in range(len(self.encoder.widths)):
+                out = self.run(
+                    self.inputs,
+                    lambda layer, tokens, mask, at=chosen, gates=gates: (
+                        Prompt(self.prompts[layer], gates[layer] if gates else None) if layer == at else None
+                    ),
+                )
+                kind = "a gated prompt" if gates else "a prompt"
+                assert out.tokens_BLD.shape == plain.tokens_BLD.shape, self.say(
+                    f"{kind} at layer {chosen} is among the returned tokens: {tuple(out.tokens_BLD.shape)}"
+                )
+                assert not torch.equal(out.pooled_BC, plain.pooled_BC), self.say(f"{kind} at layer {chosen} has no effect")
+
+    def gradients(self) -> None:
+        prompts = [prompt.clone().requires_grad_() for prompt in self.prompts]
+        gates = [gate.clone().requires_grad_() for gate in self.gates]
+        for used in (None, gates):
+            out = self.encoder.encode(
+                self.inputs, lambda layer, tokens, mask, used=used: Prompt(prompts[layer], used[layer] if used else None)
+            )
+            (out.pooled_BC.square().sum() + out.tokens_BLD.sin().sum()).backward()  # type: ignore[no-untyped-call]
+        for name, tensors in (("prompt", prompts), ("gate", gates)):
+            for layer, tensor in enumerate(tensors):
+                assert tensor.grad is not None and tensor.grad.isfinite().all(), self.say(
+                    f"the gradient of the {name} of layer {layer} is missing or not finite"
+                )
+                assert tensor.grad.abs().sum() > 0, self.say(f"the gradient of the {name} of layer {layer} is 0")
+        touched = [name for name, parameter in self.encoder.named_parameters() if parameter.grad is not None]
+        assert not touched, self.say(f"frozen, yet {touched[:3]} got a gradient")
+
+    def nothing_is_left_behind(self) -> None:
+        plain = self.run(self.inputs)
+
+        def fail(layer: int, tokens: Tensor, mask: Tensor | None) -> Prompt:
+            if layer == len(self.encoder.widths) - 1:
+                raise _Stop
+            return Prompt(self.prompts[layer])
+
+        try:
+            self.run(self.inputs, fail)
+        except _Stop:
+            self.same(self.run(self.inputs), plain, "a prompt outlives the call that it was given to")
+            return
+        raise AssertionError(self.say("an exception of prompt_at is swallowed"))
+
+    def same(self, left: Encoded, right: Encoded, fault: str) -> None:
+        for name, a, b in zip(Encoded._fields, left, right, strict=True):
+            equal = a is b or (a is not None and b is not None and torch.equal(a, b))
+            assert equal, self.say(f"{fault} ({name})")
+
+    def close(self, left: Tensor, right: Tensor, fault: str) -> None:
+        apart, scale = float((left - right).abs().max()), max(1.0, float(right.abs().max()))
+        assert apart <= _TOLERANCE * scale, self.say(f"{fault}: apart by {apart:.2e}, values up to {scale:.2g}")
+
+
+class _Stop(Exception):
+    """Raised by a callback to see what an interrupted call leaves behind."""
+
+
+def _samples(encoder: Encoder) -> list[Any]:
+    if encoder.modality == "text":
+        return list(_TEXTS)
+    random = torch.Generator().manual_seed(1)
+    sizes = ((40, 60, 3), (64, 64, 3), (90, 50, 3))
+    return [Image.fromarray(torch.randint(256, s, generator=random, dtype=torch.uint8).numpy()) for s in sizes]

@@ -1,0 +1,264 @@
+"""Train a fusion of frozen encoders into a run folder: the best checkpoint on validation is tested, once."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mopefuse import __version__, distributed
+from mopefuse import device as devices
+from mopefuse.checkpoint import dump_json, read_json, write_atomically
+from mopefuse.config import RunConfig
+from mopefuse.data._base import DataSet
+from mopefuse.data.collate import Samples
+from mopefuse.data.rows import load_data
+from mopefuse.errors import ConfigError, DataError
+from mopefuse.evaluate import check_encoders
+from mopefuse.fusion._base import Fusion, fresh_encoders
+from mopefuse.fusion.build import build_model, full_specs
+from mopefuse.optim import with_learning_rates
+from mopefuse.run import RunFolder
+from mopefuse.signals import StopRequest
+from mopefuse.trainer import Listener, Trainer, classification_loss
+
+MAY_CHANGE = frozenset(
+    "device data.workers data.cache_images data.cache_features train.epochs train.max_steps train.patience train.log_every "
+    "train.checkpoint_every train.evals_per_epoch train.select train.compile".split()
+)
+"""Settings that a resumed run may change; all others are part of what the run is."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would be: nothing is trained or written."""
+
+    config: RunConfig
+    rows: dict[str, int]
+    labels: tuple[str, ...]
+    multi_label: bool
+    encoders: dict[str, str]
+    trainable: dict[str, int]  # by part
+    total: int
+    memory: int  # bytes, estimated for one training step
+
+    @property
+    def share(self) -> float:
+        """Trainable parameters over all parameters."""
+        return sum(self.trainable.values()) / self.total
+
+
+def plan(config: RunConfig) -> Plan:
+    """Resolve everything that training would, and count.
+
+    Raises:
+        MopefuseError: whatever training would refuse before its first step.
+    """
+    data = _load(config)
+    model = build_model(config, len(data.labels))
+    config = _resolved(config, model)
+    return Plan(
+        config,
+        {name: len(split.rows) for name, split in data.splits.items()},
+        data.labels,
+        data.multi_label,
+        {side: str(model.encoder(side).spec) for side in model.uses},
+        model.breakdown(),
+        sum(parameter.numel() for parameter in model.parameters()),
+        estimate_memory(model, data, config),
+    )
+
+
+def train(
+    config: RunConfig, out: Path, *, resume: bool = False, overwrite: bool = False, listener: Listener | None = None
+) -> dict[str, Any]:
+    """Train, select on validation, test once; returns what ``metrics.json`` holds.
+
+    Args:
+        config: for a resumed run, the saved configuration with changes on top (see `MAY_CHANGE`).
+
+    Raises:
+        Interrupted: Ctrl-C or SIGTERM, after a checkpoint was published.
+        MopefuseError: see FAULTS in the documentation; what was published before is kept.
+    """
+    listener = listener or Listener()
+    distributed.start()
+    folder = RunFolder(out)
+    try:
+        _on_main(lambda: folder.prepare(resume=resume, overwrite=overwrite))
+        notice = _on_main(folder.lock)
+        if notice:
+            listener.notice(notice)
+        try:
+            return _train(config, folder, listener, resume=resume)
+        finally:
+            if distributed.is_main():
+                folder.unlock()
+    finally:
+        distributed.stop()
+
+
+def _train(config: RunConfig, folder: RunFolder, listener: Listener, *, resume: bool) -> dict[str, Any]:
+    device = devices.resolve(config.device)
+    continuing = resume and folder.exists()
+    if continuing:
+        for change in changes(folder.config(), config):
+            listener.notice(f"changed: {change}")
+    data = _load(config)
+    if continuing and folder.manifest()["data"] != data.fingerprint():
+        raise DataError(9, "the data files are not those that the run began with", where=str(data.root), fix="restore them")
+    model = build_model(config, len(data.labels)).to(device)
+    config = _resolved(config, model)
+    if continuing:
+        check_encoders(model, folder.manifest(), where=str(folder.path))
+    if distributed.is_main():
+        folder.start(config, _facts(config, data, model))
+    distributed.barrier()
+    trainer = Trainer(config, data, model, folder, device, listener)
+    if continuing and trainer.restore():
+        step = trainer.progress.step
+        finished = step >= trainer.total and folder.metrics_file.exists()
+        if finished:
+            listener.notice(f"already finished at step {step}; raise train.epochs to continue")
+            return read_json(folder.metrics_file)
+        listener.notice(f"resuming at step {step} of {trainer.total}")
+    with StopRequest() as stop:
+        trainer.fit(stop)
+    return _finish(trainer, data, model, folder, device)
+
+
+def _finish(trainer: Trainer, data: DataSet, model: Fusion, folder: RunFolder, device: torch.device) -> dict[str, Any]:
+    test = trainer.test()
+    breakdown = model.breakdown()
+    progress = trainer.progress
+    validated = [line for line in folder.read_log() if "val" in line] if distributed.is_main() else []
+    selected = progress.best_step if trainer.config.train.select == "best" else progress.step
+    result = {
+        "metrics": {
+            "val": next((line["val"] for line in reversed(validated) if line["step"] == selected), None),
+            "test": test.metrics if test else None,
+        },
+        "per_label": test.per_label if test else None,
+        "selected_step": selected,
+        "steps": progress.step,
+        "seconds": round(progress.seconds, 2),
+        "peak_memory_bytes": devices.peak_memory(device),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "processes": distributed.world_size(),
+        "threads": torch.get_num_threads(),
+        "parameters": {
+            "trainable": sum(breakdown.values()),
+            "total": sum(parameter.numel() for parameter in model.parameters()),
+            "by_part": breakdown,
+        },
+        "rows": {name: len(split.rows) for name, split in data.splits.items()},
+        "seed": trainer.config.seed,
+        "versions": versions(),
+    }
+    if distributed.is_main():
+        write_atomically(folder.metrics_file, dump_json(result))
+    distributed.barrier()
+    return result
+
+
+def changes(saved: RunConfig, new: RunConfig) -> list[str]:
+    """What a resumed run changes, as ``path: old -> new``.
+
+    Raises:
+        ConfigError: a change to what the run is, its encoders, prompts, data or optimisation.
+    """
+    before, after = _flat(saved.model_dump(mode="json")), _flat(full_specs(new).model_dump(mode="json"))
+    changed = [key for key in before if before[key] != after[key]]
+    refused = [f"{key} was {before[key]}, now {after[key]}" for key in changed if key not in MAY_CHANGE]
+    if refused:
+        raise ConfigError(
+            32, f"a resumed run cannot change {'; '.join(refused)}", where="--resume", fix="resume without that, or begin a new run"
+        )
+    return [f"{key}: {before[key]} -> {after[key]}" for key in changed]
+
+
+def versions() -> dict[str, str]:
+    """Of the software that a result depends on."""
+    names = ("torch", "torchvision", "timm", "transformers", "open_clip_torch", "numpy")
+    return {"mopefuse": __version__, "python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def estimate_memory(model: Fusion, data: DataSet, config: RunConfig) -> int:
+    """Bytes of one training step on one process: weights, gradients, AdamW's state, and activations.
+
+    Activations are what one sample's forward pass keeps for backward, times the share of the batch.
+    """
+    samples = Samples(data, "train", model.readers(), config.data, seed=config.seed)
+    batch = next(samples.batches([[(0, 0)]]))
+    weights = {parameter.data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        classification_loss(model(batch), batch, multi_label=data.multi_label)
+    per_process = config.train.batch_size / config.train.accumulate / distributed.world_size()
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    learning = sum(parameter.numel() * parameter.element_size() for parameter in model.ours().values())
+    return int(size + 3 * learning + sum(kept.values()) * per_process)
+
+
+def _load(config: RunConfig) -> DataSet:
+    if config.data.path is None:
+        raise ConfigError(8, "no data set was named", where="data.path", fix="add --data DIR")
+    return load_data(Path(config.data.path))
+
+
+def _resolved(config: RunConfig, model: Fusion) -> RunConfig:
+    return with_learning_rates(full_specs(config), {side: model.encoder(side).modality for side in model.uses})
+
+
+def _facts(config: RunConfig, data: DataSet, model: Fusion) -> dict[str, Any]:
+    fingerprints = fresh_encoders(model)
+    return {
+        "mopefuse": __version__,
+        "method": config.method,
+        "encoders": {
+            side: {
+                "spec": str(model.encoder(side).spec),
+                "modality": model.encoder(side).modality,
+                "feature_width": model.encoder(side).feature_width,
+                "layers": len(model.encoder(side).widths),
+                "fingerprint": fingerprints.get(side),
+            }
+            for side in model.uses
+        },
+        "labels": list(data.labels),
+        "multi_label": data.multi_label,
+        "data": data.fingerprint(),
+    }
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _on_main(action: Any) -> Any:
+    """Run `action` in the main process; what it returns or raises, every process returns or raises."""
+    outcome: Any = None
+    if distributed.is_main():
+        try:
+            outcome = (True, action())
+        except Exception as error:
+            if distributed.world_size() == 1:
+                raise
+            outcome = (False, error)
+    done, value = distributed.from_main(outcome)
+    if not done:
+        raise value
+    return value

@@ -1,0 +1,302 @@
+"""The training loop: steps, validations, checkpoints.
+
+Everything random in a step (dropout, router noise) is a function of (seed, step, process); order and augmentation are
+functions of (seed, epoch, index). So a resumed run needs no generator state to equal an uninterrupted one to the bit.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mopefuse import device as devices
+from mopefuse import distributed, metrics
+from mopefuse.checkpoint import dump_json, read_tensors, write_atomically, write_tensors
+from mopefuse.config import RunConfig
+from mopefuse.data._base import Batch, DataSet
+from mopefuse.data.collate import Key, epoch_batches, seed_of, share
+from mopefuse.errors import Interrupted, NumericError
+from mopefuse.evaluate import Evaluation, judge, prepared, split_logits, write_predictions
+from mopefuse.fusion._base import Fusion, Output
+from mopefuse.optim import factor, load_optimizer_state, make_optimizer, optimizer_state, set_learning_rate
+from mopefuse.prompts.experts import importance_loss
+from mopefuse.run import RunFolder
+from mopefuse.signals import StopRequest
+
+_COLLAPSED = 0.05  # an expert below this share of an even load counts as unused
+
+
+@dataclass
+class Progress:
+    """Where training stands: what a checkpoint holds beside tensors."""
+
+    step: int = 0
+    best: float | None = None
+    best_step: int = 0
+    waited: int = 0  # validations since the best
+    seconds: float = 0.0
+
+
+class Listener:
+    """What training tells whoever watches. Nothing here prints."""
+
+    def notice(self, text: str) -> None:
+        """Something worth a line."""
+
+    def step(self, progress: Progress, total: int, loss: float, lr: float) -> None:
+        """An optimiser step was made."""
+
+    def evaluated(self, progress: Progress, found: dict[str, float], *, best: bool) -> None:
+        """A validation was made."""
+
+
+class Trainer:
+    """One training run in one process (of possibly several).
+
+    Args:
+        model: on `device`. run: prepared and started; only the main process writes to it.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        data: DataSet,
+        model: Fusion,
+        run: RunFolder,
+        device: torch.device,
+        listener: Listener,
+    ) -> None:
+        self.config, self.data, self.model, self.run, self.device, self.listener = (
+            config, data, model, run, device, listener,
+        )  # fmt: skip
+        self.train_samples = prepared(model, data, "train", config, device, training=True)
+        self.val_samples = prepared(model, data, "val", config, device)
+        self.per_epoch = math.ceil(len(self.train_samples) / config.train.batch_size)
+        self.total = min(config.train.epochs * self.per_epoch, config.train.max_steps or 10**18)
+        self.eval_at = _evaluation_steps(self.total, self.per_epoch, config.train.evals_per_epoch)
+        self.names = {id(parameter): name for name, parameter in model.ours().items()}
+        self.optimizer = make_optimizer(model, config.train)
+        self.progress = Progress()
+        self.metric = metrics.selected_metric(multi_label=data.multi_label)
+        self._forward: Any = torch.compile(model) if config.train.compile else model
+        self._collapse_told = False
+
+    # -- resume
+
+    def restore(self) -> bool:
+        """Continue from the newest whole checkpoint; False if there is none."""
+        found = self.run.latest()
+        if found is None:
+            return False
+        path, manifest = found
+        self.model.load_own_state(read_tensors(path / "weights.safetensors"), where=str(path))
+        load_optimizer_state(self.optimizer, self.names, read_tensors(path / "optimizer.safetensors"), where=str(path))
+        self.progress = Progress(**manifest["progress"])
+        if distributed.is_main():
+            self.run.rewind_log(self.progress.step)
+            if self.progress.best is not None:
+                self.run.set_best(self.progress.best_step)
+        return True
+
+    def save(self) -> None:
+        """Publish a checkpoint of this step."""
+        if distributed.is_main():
+
+            def write(folder: Path) -> None:
+                write_tensors(folder / "weights.safetensors", self.model.own_state())
+                write_tensors(folder / "optimizer.safetensors", optimizer_state(self.optimizer, self.names))
+
+            self.run.save(self.progress.step, write, {"progress": asdict(self.progress)})
+        distributed.barrier()
+
+    # -- the loop
+
+    def fit(self, stop: StopRequest) -> None:
+        """Train until the last step, the end of patience, or a request to stop.
+
+        Raises:
+            Interrupted: asked to stop; a checkpoint of the last step is published.
+            NumericError: a loss or gradient is not finite; nothing of that step was applied.
+        """
+        started = time.perf_counter() - self.progress.seconds
+        if self.total == 0:
+            self._validate()
+        loader = self.train_samples.batches(_Keys(self), pin=self.device.type == "cuda")
+        for epoch, global_batch in self._schedule():
+            if self._out_of_patience():
+                break
+            self.model.train()
+            loss, lr = self._step(next(loader).to(self.device), global_batch)
+            self.progress.step += 1
+            self.progress.seconds = time.perf_counter() - started
+            self.listener.step(self.progress, self.total, loss, lr)
+            self._log_step(epoch, loss, lr)
+            if self.progress.step in self.eval_at:
+                self._validate()
+            elif self.config.train.checkpoint_every and self.progress.step % self.config.train.checkpoint_every == 0:
+                self.save()
+            signal_number = distributed.largest(stop.signal_number, self.device)
+            if signal_number and self.progress.step < self.total:
+                self.save()
+                raise Interrupted(
+                    signal_number, f"stopped at step {self.progress.step} of {self.total}", fix="continue with --resume"
+                )
+
+    def _schedule(self) -> Iterator[tuple[int, list[int]]]:
+        """(epoch, global batch) of each step still to make."""
+        step = self.progress.step
+        while step < self.total:
+            epoch, first = divmod(step, self.per_epoch)
+            batches = epoch_batches(self.config.seed, epoch, len(self.train_samples), self.config.train.batch_size)
+            for global_batch in batches[first : first + self.total - step]:
+                yield epoch, global_batch
+                step += 1
+
+    def _step(self, batch: Batch, global_batch: list[int]) -> tuple[float, float]:
+        config = self.config
+        scale = factor(config.train, self.progress.step, self.total)
+        set_learning_rate(self.optimizer, scale)
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.manual_seed(seed_of(config.seed, self.progress.step, distributed.rank()))
+        # A process without a share of a small last batch computes a sample of it that counts for nothing.
+        counts = 1.0 if share(global_batch, distributed.rank(), distributed.world_size()) else 0.0
+        parts = min(config.train.accumulate, max(1, len(global_batch) // distributed.world_size()))
+        loss = torch.zeros((), device=self.device)
+        for number in range(parts):
+            part = batch.part(number, parts) if parts > 1 else batch
+            with devices.autocast(config.train.precision, self.device):
+                output = self._forward(part)
+            task = counts * classification_loss(output, part, multi_label=self.data.multi_label) / len(global_batch)
+            balance = self._balance(output, counts) / parts
+            (task + balance).backward()
+            loss += task.detach() + balance.detach() / distributed.world_size()
+        distributed.sum_gradients(self.model.ours().values())
+        norm = torch.nn.utils.clip_grad_norm_(self.model.ours().values(), config.train.clip)
+        value = float(distributed.total(loss))
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        if not (math.isfinite(value) and math.isfinite(float(norm))):
+            self._refuse_step(value, float(norm), lr, global_batch)
+        self.optimizer.step()
+        return value, lr
+
+    def _balance(self, output: Output, counts: float) -> Tensor:
+        """Weighted importance loss over the global batch."""
+        if output.load_LK is None or not self.config.router.importance_weight:
+            return torch.zeros((), device=self.device)
+        load_LK = distributed.total(counts * output.load_LK)
+        return self.config.router.importance_weight * importance_loss(load_LK, self.config.router.importance_threshold)
+
+    def _refuse_step(self, loss: float, norm: float, lr: float, global_batch: list[int]) -> None:
+        rows = self.data.splits["train"].rows
+        ids = [rows[index].id for index in global_batch]
+        step = self.progress.step + 1
+        if distributed.is_main():
+            facts = {"step": step, "loss": loss, "gradient_norm": norm, "lr": lr, "ids": ids}
+            write_atomically(self.run.path / "nonfinite.json", dump_json(facts))
+        shown = ", ".join(ids[:5]) + (", …" if len(ids) > 5 else "")
+        raise NumericError(
+            1,
+            f"loss is {loss}, gradient norm {norm} at step {step} (lr {lr:g}, batch ids {shown})",
+            where=str(self.run.path / "nonfinite.json"),
+            fix="lower train.lr, or look at those samples",
+        )
+
+    def _log_step(self, epoch: int, loss: float, lr: float) -> None:
+        if distributed.is_main() and (self.progress.step % self.config.train.log_every == 0 or self.progress.step == 1):
+            self.run.log({"step": self.progress.step, "epoch": epoch, "loss": loss, "lr": lr})
+
+    # -- validation
+
+    def _validate(self) -> None:
+        logits_SN = split_logits(self.model, self.data, "val", self.config, self.device, samples=self.val_samples)
+        found = judge(logits_SN, self.data, "val").metrics
+        value = found[self.metric]
+        best = not math.isnan(value) and (self.progress.best is None or value > self.progress.best)
+        self.progress.waited = 0 if best else self.progress.waited + 1
+        if best:
+            self.progress.best, self.progress.best_step = value, self.progress.step
+        if distributed.is_main():
+            self.run.log({"step": self.progress.step, "val": found})
+        self.save()
+        if best and distributed.is_main():
+            self.run.set_best(self.progress.step)
+        self._warn_of_collapse()
+        self.listener.evaluated(self.progress, found, best=best)
+
+    def _out_of_patience(self) -> bool:
+        patience = self.config.train.patience
+        return patience is not None and self.progress.waited >= patience
+
+    @torch.no_grad()
+    def _warn_of_collapse(self) -> None:
+        """Tell once if most experts of most layers are unused on a validation batch."""
+        if self._collapse_told or self.config.prompts.experts == 1:
+            return
+        count = min(len(self.val_samples), 64)
+        batch = next(self.val_samples.batches([[(0, index) for index in range(count)]]))
+        self.model.eval()
+        load_LK = self.model(batch.to(self.device)).load_LK
+        if load_LK is None:
+            return
+        share_LK = load_LK / load_LK.sum(dim=-1, keepdim=True)
+        unused = (share_LK * share_LK.shape[-1] < _COLLAPSED).float().sum(dim=-1).median()
+        if unused > share_LK.shape[-1] * 0.75:
+            self._collapse_told = True
+            self.listener.notice(f"router collapse: {int(unused)} of {share_LK.shape[-1]} experts are unused")
+
+    def test(self) -> Evaluation | None:
+        """Load the selected checkpoint and evaluate it on the test split, if there is one; predictions are written."""
+        path, _ = self.run.checkpoint(self.config.train.select)
+        self.model.load_own_state(read_tensors(path / "weights.safetensors"), where=str(path))
+        if "test" not in self.data.splits:
+            return None
+        logits_SN = split_logits(self.model, self.data, "test", self.config, self.device)
+        found = judge(logits_SN, self.data, "test")
+        if distributed.is_main():
+            write_predictions(self.run.predictions_file, found.predictions)
+        return found
+
+
+class _Keys:
+    """The samples of this process for each step still to make; the loader walks through it once."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def __len__(self) -> int:
+        return self._trainer.total - self._trainer.progress.step
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        rank, world = distributed.rank(), distributed.world_size()
+        for epoch, global_batch in self._trainer._schedule():
+            mine = share(global_batch, rank, world) or global_batch[:1]
+            yield [(epoch, index) for index in mine]
+
+
+def classification_loss(output: Output, batch: Batch, *, multi_label: bool) -> Tensor:
+    """Cross-entropy, or mean binary cross-entropy over labels, summed over the batch."""
+    assert batch.targets is not None
+    logits_BN = output.logits_BN.float()
+    if multi_label:
+        return F.binary_cross_entropy_with_logits(logits_BN, batch.targets, reduction="none").mean(dim=-1).sum()
+    return F.cross_entropy(logits_BN, batch.targets, reduction="sum")
+
+
+def _evaluation_steps(total: int, per_epoch: int, per_epoch_evaluations: int) -> set[int]:
+    """Steps after which to validate: evenly within each epoch, and after the last step."""
+    epochs = math.ceil(total / per_epoch)
+    at = {
+        epoch * per_epoch + math.ceil(per_epoch * (k + 1) / per_epoch_evaluations)
+        for epoch in range(epochs)
+        for k in range(per_epoch_evaluations)
+    }
+    return {step for step in at if step <= total} | ({total} if total else set())
+
