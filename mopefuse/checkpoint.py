@@ -6,6 +6,7 @@ its place, synced, and renamed into it; without a valid manifest it does not exi
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1  # of every artefact; raised when an older reader could not read a newer one
 MANIFEST = "manifest.json"
-_TEMPORARY = ".tmp-"
+_TEMPORARY, _OLD = ".tmp-", ".tmp-old-"  # before the number of the process that writes
 
 
 def publish(target: Path, write: Callable[[Path], None], facts: Mapping[str, Any]) -> None:
@@ -46,8 +47,8 @@ def publish(target: Path, write: Callable[[Path], None], facts: Mapping[str, Any
         _sync(temporary / MANIFEST)
         _sync(temporary)
         if target.exists():
-            old = target.with_name(f"{target.name}{_TEMPORARY}old-{os.getpid()}")
-            target.rename(old)
+            old = target.with_name(f"{target.name}{_OLD}{os.getpid()}")
+            target.rename(old)  # `sweep` brings it back should the next line not be reached
             temporary.rename(target)
             shutil.rmtree(old)
         else:
@@ -79,7 +80,7 @@ def verify(folder: Path, *, kind: str) -> dict[str, Any]:
         CheckpointError: no manifest, another kind or a newer format, a path out of the folder, a changed file.
     """
     manifest = read_json(folder / MANIFEST)
-    if manifest.get("kind") != kind or not isinstance(manifest.get("format"), int):
+    if manifest.get("kind") != kind or type(manifest.get("format")) is not int or manifest["format"] < 1:
         raise CheckpointError(1, f"this is not a {kind} of mopefuse", where=str(folder), fix="name one")
     if manifest["format"] > FORMAT:
         raise CheckpointError(
@@ -92,14 +93,32 @@ def verify(folder: Path, *, kind: str) -> dict[str, Any]:
     if not isinstance(files, dict):
         raise CheckpointError(3, "the manifest names no files", where=str(folder), fix="use another checkpoint")
     for name, facts in files.items():
-        path = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts or path.is_symlink():
+        if "\0" in name or "\\" in name or not _inside(folder, name):
             raise CheckpointError(3, f"the manifest names {name!r}, outside its folder", where=str(folder), fix="do not use it")
-        if not path.is_file() or path.stat().st_size != facts.get("size") or sha256(path) != facts.get("sha256"):
+        if not isinstance(facts, dict) or not _as_published(folder / name, facts):
             raise CheckpointError(
                 2, f"{name} is not what was published (sha256 differs)", where=str(folder), fix="use another checkpoint"
             )
+    extra = sorted(path.name for path in folder.glob("*.safetensors") if path.name not in files)
+    if extra:
+        raise CheckpointError(
+            2, f"{extra[0]} is not in the manifest, so nobody vouches for it", where=str(folder), fix="use another checkpoint"
+        )
     return manifest
+
+
+def _inside(folder: Path, name: str) -> bool:
+    """Whether a file is in a folder by its name alone: no way up, no absolute path, no link on the way."""
+    parts = Path(name).parts
+    links = [folder.joinpath(*parts[: depth + 1]).is_symlink() for depth in range(len(parts))]
+    return bool(parts) and not Path(name).is_absolute() and ".." not in parts and not any(links)
+
+
+def _as_published(path: Path, facts: Mapping[str, Any]) -> bool:
+    try:
+        return path.is_file() and path.stat().st_size == facts.get("size") and sha256(path) == facts.get("sha256")
+    except OSError:
+        return False
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -134,7 +153,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             4, f"the weights cannot be read: {error.strerror}", where=str(path), fix="name an existing file"
         ) from None
-    if head[:2] == b"PK" or head[:1] == b"\x80":
+    is_safetensors = head[8:9] == b"{"  # after eight bytes of length, which may be anything
+    if not is_safetensors and (head.startswith(b"PK\x03\x04") or head[:1] == b"\x80"):
         raise CheckpointError(
             6, "this is a pickle, which could run code when loaded", where=str(path), fix="convert it to safetensors"
         )
@@ -154,11 +174,30 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def sweep(folder: Path) -> int:
-    """Remove what a killed process left half-written; how many."""
-    orphans = list(folder.glob(f"*{_TEMPORARY}*")) if folder.is_dir() else []
-    for orphan in orphans:
+    """Remove what a killed process left half-written; how many. What a living process writes stays."""
+    swept = 0
+    for orphan in sorted(folder.glob(f"*{_TEMPORARY}*")) if folder.is_dir() else []:
+        pid = orphan.name.rpartition("-")[2]
+        if not pid.isdecimal() or (alive(int(pid)) and int(pid) != os.getpid()):
+            continue
+        target = orphan.with_name(orphan.name.partition(_TEMPORARY)[0])
+        if orphan.name == f"{target.name}{_OLD}{pid}" and not target.exists():
+            orphan.rename(target)  # killed between the two renames of `publish`
+            continue
         shutil.rmtree(orphan) if orphan.is_dir() else orphan.unlink()
-    return len(orphans)
+        swept += 1
+    return swept
+
+
+def alive(pid: int) -> bool:
+    """Whether a process of this machine is still there."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def dump_json(value: Any) -> str:
@@ -185,11 +224,11 @@ def sha256(path: Path) -> str:
 
 def disk_error(error: Exception, path: Path) -> ResourceError:
     """What the user can do about a write that failed."""
-    free = shutil.disk_usage(next(parent for parent in path.parents if parent.exists())).free / 1e6
+    free = shutil.disk_usage(next(parent for parent in path.absolute().parents if parent.exists())).free / 1e6
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return ResourceError(
-        1, f"cannot write {path.name}: {reason} (free {free:.1f} MB)", where=str(path.parent), fix="free space and --resume"
-    )
+    full = "No space" in reason or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT))
+    fix = "free space and go on with --resume" if full else "make the folder writable, or name another"
+    return ResourceError(1, f"cannot write {path.name}: {reason} (free {free:.1f} MB)", where=str(path.parent), fix=fix)
 
 
 def _digest(content: bytes) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from mopefuse.errors import ConfigError, did_you_mean
 
@@ -19,6 +19,13 @@ class Section(BaseModel):
     """A group of settings: fixed once read, finite, and without unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and info.field_name and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError("true and false are no values for it")
+        return value
 
 
 class Prompts(Section):
@@ -31,7 +38,7 @@ class Prompts(Section):
     layers: Layers = Field("all", description="layers to prompt: all, last:N, first:N, or a list of indices from 0")
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout on prompts, in training")
     gate: Literal["none", "zero"] = Field(
-        "zero", description="none: prompts share the tokens' softmax, as in the papers; zero: a softmax of their own, gated from 0"
+        "zero", description="zero: prompts have a softmax of their own, gated from 0; none: the tokens', as in the papers"
     )
     init: float | None = Field(None, gt=0, description="prompts start in U(-init, init); default: the papers' rule by modality")
     bottleneck: int = Field(80, ge=1, description="width of the mapper's trunk")
@@ -41,7 +48,9 @@ class Prompts(Section):
     @model_validator(mode="after")
     def _layers(self) -> Prompts:
         if isinstance(self.layers, str) and not re.fullmatch(r"all|(first|last):[1-9]\d*", self.layers):
-            raise ValueError("layers must be all, first:N, last:N or a list of indices")
+            raise ValueError("layers must be all, first:N, last:N or a list of indices from 0")
+        if not isinstance(self.layers, str) and (min(self.layers, default=-1) < 0 or len(set(self.layers)) < len(self.layers)):
+            raise ValueError(f"layers must be different indices from 0, got {list(self.layers)}")
         return self
 
 
@@ -54,7 +63,7 @@ class Router(Section):
     noise: bool = Field(True, description="add N(0, 1/k^2) to the scores in training")
     noise_in_eval: bool = Field(False, description="add it in evaluation too, as the released code does")
     importance_weight: float = Field(0.01, ge=0, description="weight of the importance loss")
-    importance_threshold: float = Field(0.1, ge=0, description="squared coefficient of variation below which a layer is balanced")
+    importance_threshold: float = Field(0.1, ge=0, description="squared coefficient of variation that counts as balanced")
 
 
 class CompTuning(Section):
@@ -74,7 +83,7 @@ class Data(Section):
     randaugment_magnitude: int = Field(9, ge=0, le=30, description="strength, with augment randaugment")
     cache_images: bool = Field(False, description="keep prepared images in memory; needs augment none")
     cache_features: bool = Field(True, description="compute what frozen encoders say of a sample once, where it cannot change")
-    max_pixels: int = Field(50_000_000, ge=1, description="images with more pixels are refused unread")
+    max_pixels: int = Field(50_000_000, ge=1, le=89_000_000, description="images with more pixels are refused unread")
     image_stats: Literal["encoder", "mmbt"] = Field("encoder", description="mean and deviation that images are normalised with")
 
     @model_validator(mode="after")
@@ -186,6 +195,8 @@ def setting(path: tuple[str, ...]) -> str:
 
 def _explain(detail: Any, values: dict[str, Any]) -> str:
     path = tuple(str(part) for part in detail["loc"])
+    while path and detail["type"] != "extra_forbidden" and path[-1] not in known_keys(path[:-1]):
+        path = path[:-1]  # the branch of a union, or the place in a list
     name = ".".join(path)
     if detail["type"] == "extra_forbidden":
         return f"unknown setting {name} ({did_you_mean(path[-1], known_keys(path[:-1]))})"
@@ -195,4 +206,9 @@ def _explain(detail: Any, values: dict[str, Any]) -> str:
     if not path:
         return str(message)
     got: Any = detail.get("input", values)
-    return f"{name}: {message[0].lower()}{message[1:]}" + ("" if isinstance(got, dict) else f", got {got!r}")
+    return f"{name}: {message[0].lower()}{message[1:]}" + ("" if isinstance(got, dict) else f", got {_short(got)}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"

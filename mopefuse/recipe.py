@@ -1,6 +1,7 @@
 """Where settings come from: a YAML recipe under flags under ``--set``, read strictly.
 
-No Python objects, no duplicate keys, no aliases (a few bytes of them can stand for gigabytes), and ``1e-4`` is a number.
+No tags (so no Python objects), no duplicate keys, no aliases (a few bytes of them can stand for gigabytes), and only what
+looks like a number to everyone is one: ``1e-4`` is, ``1:30`` and ``0x10`` are text, and so are dates, ``no`` and ``off``.
 """
 
 from __future__ import annotations
@@ -21,30 +22,43 @@ RECIPES = (_HERE / "recipes", _HERE.parent / "recipes")
 
 
 class _StrictLoader(yaml.SafeLoader):
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (as the base class has it)
+
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(None, None, "aliases are not allowed", self.peek_event().start_mark)
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        refused = "aliases" if isinstance(event, yaml.AliasEvent) else "tags" if getattr(event, "tag", None) else ""
+        if refused:
+            raise yaml.MarkedYAMLError(None, None, f"{refused} are not allowed, only plain values", event.start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(None, None, "a key must be a word", key.start_mark)
             if key.value in seen:
                 raise yaml.MarkedYAMLError(None, None, f"the key {key.value!r} is there twice", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
-_StrictLoader.yaml_implicit_resolvers = {  # YAML 1.1 reads no, off, 012 and 1:30 as surprises; only plain forms count here
-    first: [(tag, regex) for tag, regex in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `_StrictLoader` would read as a number, beside what others would."""
+
+
+_PLAIN = {
+    "null": (r"~|null|", [*"~n", ""]),
+    "bool": (r"true|false", [*"tf"]),
+    "int": (r"[-+]?(?:0|[1-9]\d*)", [*"-+0123456789"]),
+    "float": (
+        r"[-+]?(?:(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(?:inf|nan))",
+        [*"-+0123456789."],
+    ),
 }
-_StrictLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false)$"), list("tf"))
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(?:inf|nan))$"),
-    list("-+0123456789."),
-)
+for _name, (_regex, _first) in _PLAIN.items():
+    _tag, _pattern = f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_regex})$", re.ASCII)
+    _StrictLoader.add_implicit_resolver(_tag, _pattern, _first)
+    _Dumper.add_implicit_resolver(_tag, _pattern, _first)
 
 
 def read_yaml(text: str, source: str) -> Any:
@@ -61,9 +75,15 @@ def read_yaml(text: str, source: str) -> Any:
         problem = error.problem or "it cannot be read"
         if "'\\t'" in problem:
             problem = "a tab where only spaces may indent"
-        if problem.startswith("could not determine a constructor"):
-            problem = "tags are not allowed, only plain values"
         raise ConfigError(2, f"not a valid recipe: {problem}", where=where, fix="correct that line") from None
+    except yaml.reader.ReaderError as error:
+        lines = text[: error.position].split("\n")
+        raise ConfigError(
+            2,
+            f"not a valid recipe: the character {chr(error.character)!r} is not allowed",
+            where=f"{source}:{len(lines)}:{len(lines[-1]) + 1}",
+            fix="remove it",
+        ) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(2, f"not a valid recipe: {error}", where=source, fix="write plain YAML") from None
 
@@ -159,4 +179,4 @@ def find_recipe(name: str) -> Path:
 
 def to_yaml(config: RunConfig) -> str:
     """The resolved configuration, every setting written out; `read_recipe` gives the same configuration back."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
+import time
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mopefuse.checkpoint import dump_json, finite, publish, read_json, sweep, verify, write_atomically
+from mopefuse.checkpoint import alive, disk_error, dump_json, finite, publish, read_json, sweep, verify, write_atomically
 from mopefuse.config import RunConfig, build_config
 from mopefuse.errors import CheckpointError, ConfigError
 from mopefuse.recipe import read_recipe, to_yaml
@@ -47,22 +49,27 @@ class RunFolder:
         """Make the folder ready for a new run, or for the one to resume, before anything slow is done; twice is once.
 
         Raises:
-            ConfigError: not writable, not empty, or (with `overwrite`) not a run.
+            ConfigError: not writable, not empty, being written by another process, or (with `overwrite` or `resume`,
+                if there is something) not a run.
         """
+        if resume and overwrite:
+            raise ConfigError(25, "--resume and --overwrite contradict each other", fix="choose one")
         there = self.path.is_dir() and any(
             item != self._lock and not (item == self.checkpoints and not any(item.iterdir())) for item in self.path.iterdir()
         )
-        if there and overwrite:
-            if not self.exists():
-                raise ConfigError(
-                    22, f"{self.path} is not a run of mopefuse", where="--overwrite", fix="name another --out, or empty it"
-                )
-            shutil.rmtree(self.path)
-        elif there and not resume:
+        if there and not (resume or overwrite):
             raise ConfigError(
                 23, f"{self.path} is not empty", where="--out", fix="add --resume or --overwrite, or name another --out"
             )
+        if there and not self.exists():
+            flag = "--overwrite" if overwrite else "--resume"
+            raise ConfigError(22, f"{self.path} is not a run of mopefuse", where=flag, fix="name another --out, or empty it")
+        owner = self._owner()
+        if self._is_taken(owner):
+            raise self._taken(owner)
         try:
+            if there and overwrite:
+                self._empty()
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             probe = self.path / f".writable-{os.getpid()}"
             probe.touch()
@@ -85,16 +92,11 @@ class RunFolder:
                 descriptor = os.open(self._lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
             except FileExistsError:
                 owner = self._owner()
-                if owner is None or (owner["host"] == socket.gethostname() and not _alive(owner["pid"])):
-                    self._lock.unlink(missing_ok=True)
-                    notice = f"took over the lock of a process that is gone ({owner['pid'] if owner else 'unknown'})"
-                    continue
-                raise ConfigError(
-                    24,
-                    f"process {owner['pid']} on {owner['host']} is writing this run",
-                    where=str(self.path),
-                    fix="wait for it, or name another --out",
-                ) from None
+                if self._is_taken(owner):
+                    raise self._taken(owner) from None
+                self._lock.unlink(missing_ok=True)
+                notice = f"took over the lock of a process that is gone ({owner['pid'] if owner else 'unknown'})"
+                continue
             os.write(descriptor, mine.encode())
             os.close(descriptor)
             sweep(self.path)
@@ -106,11 +108,32 @@ class RunFolder:
         self._lock.unlink(missing_ok=True)
 
     def _owner(self) -> dict[str, Any] | None:
-        try:
-            owner = json.loads(self._lock.read_text(encoding="utf-8"))
-            return owner if isinstance(owner.get("pid"), int) and isinstance(owner.get("host"), str) else None
-        except (OSError, ValueError, AttributeError):
-            return None
+        for wait in (0.0, 0.2):  # who has just made the file may not have written to it yet
+            time.sleep(wait if self._lock.exists() else 0.0)
+            try:
+                owner = json.loads(self._lock.read_text(encoding="utf-8"))
+                if type(owner["pid"]) is int and isinstance(owner["host"], str):
+                    return {"pid": owner["pid"], "host": owner["host"]}
+            except (OSError, ValueError, TypeError, KeyError):
+                continue
+        return None
+
+    def _is_taken(self, owner: dict[str, Any] | None) -> bool:
+        """By a process other than this one; a number that comes again, as in containers, is of a process that is gone."""
+        if owner is None or (owner["host"] == socket.gethostname() and owner["pid"] == os.getpid()):
+            return False
+        return owner["host"] != socket.gethostname() or alive(owner["pid"])
+
+    def _taken(self, owner: dict[str, Any] | None) -> ConfigError:
+        who = f"process {owner['pid']} on {owner['host']}" if owner else "another process"
+        fix = "wait for it, or name another --out"
+        if owner and owner["host"] != socket.gethostname():
+            fix += f"; if it is gone, remove {self._lock.name} there"
+        return ConfigError(24, f"{who} is writing this run", where=str(self.path), fix=fix)
+
+    def _empty(self) -> None:
+        for item in self.path.iterdir():
+            shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
 
     # -- what the run is
 
@@ -137,17 +160,24 @@ class RunFolder:
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
-        with self.log_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(finite(line), ensure_ascii=False) + "\n")
+        try:
+            with self.log_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(finite(line), ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise disk_error(error, self.log_file) from error
 
     def read_log(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; a last line that was cut short is left out."""
-        lines = []
-        for line in self.log_file.read_text(encoding="utf-8").splitlines() if self.log_file.exists() else []:
+        lines: list[dict[str, Any]] = []
+        text = self.log_file.read_text(encoding="utf-8", errors="replace") if self.log_file.exists() else ""
+        for line in text.split("\n"):
             try:
-                lines.append(json.loads(line))
+                value = json.loads(line)
             except ValueError:
                 break
+            if not isinstance(value, dict) or not isinstance(value.get("step"), int):
+                break
+            lines.append(value)
         return lines
 
     def rewind_log(self, step: int) -> None:
@@ -170,8 +200,17 @@ class RunFolder:
         write_atomically(self._best, f"step-{step}\n")
 
     def best_step(self) -> int | None:
-        """Step of the best checkpoint so far."""
-        return int(self._best.read_text().removeprefix("step-")) if self._best.exists() else None
+        """Step of the best checkpoint so far.
+
+        Raises:
+            CheckpointError: the file that names it is damaged.
+        """
+        if not self._best.exists():
+            return None
+        step = self._best.read_text(encoding="utf-8", errors="replace").strip().removeprefix("step-")
+        if not (step.isascii() and step.isdecimal()):
+            raise CheckpointError(3, "the file best is damaged", where=str(self._best), fix="use the checkpoint last or step-N")
+        return int(step)
 
     def latest(self) -> tuple[Path, dict[str, Any]] | None:
         """The newest checkpoint that is whole, by step, with its manifest; None if there is none."""
@@ -195,26 +234,16 @@ class RunFolder:
         if which == "best" and self.best_step() is not None:
             which = f"step-{self.best_step()}"
         folder = self.checkpoints / which
-        if not folder.is_dir():
+        if which not in {f"step-{step}" for step in steps}:
             there = ", ".join(f"step-{step}" for step in steps) or "none"
             raise CheckpointError(4, f"there is no checkpoint {which}", where=str(self.checkpoints), fix=f"there are: {there}")
         return folder, verify(folder, kind=CHECKPOINT)
 
     def _steps(self) -> list[int]:
         found = self.checkpoints.glob("step-*")
-        return sorted(int(path.name[5:]) for path in found if path.is_dir() and path.name[5:].isdigit())
+        return sorted(int(path.name[5:]) for path in found if path.is_dir() and re.fullmatch(r"step-(0|[1-9]\d*)", path.name))
 
 
 def default_path() -> Path:
     """runs/<date>-<time>, for a run without a name."""
     return Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}"
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -60,7 +61,7 @@ def plan(config: RunConfig) -> Plan:
     """
     data = _load(config)
     model = build_model(config, len(data.labels))
-    config = _resolved(config, model)
+    config = _resolved(config, _modality(model))
     return Plan(
         config,
         {name: len(split.rows) for name, split in data.splits.items()},
@@ -106,13 +107,14 @@ def _train(config: RunConfig, folder: RunFolder, listener: Listener, *, resume: 
     device = devices.resolve(config.device)
     continuing = resume and folder.exists()
     if continuing:
-        for change in changes(folder.config(), config):
+        saved_modality = {side: facts["modality"] for side, facts in folder.manifest()["encoders"].items()}
+        for change in changes(folder.config(), _resolved(config, saved_modality)):
             listener.notice(f"changed: {change}")
     data = _load(config)
     if continuing and folder.manifest()["data"] != data.fingerprint():
         raise DataError(9, "the data files are not those that the run began with", where=str(data.root), fix="restore them")
     model = build_model(config, len(data.labels)).to(device)
-    config = _resolved(config, model)
+    config = _resolved(config, _modality(model))
     if continuing:
         check_encoders(model, folder.manifest(), where=str(folder.path))
     if distributed.is_main():
@@ -166,17 +168,20 @@ def _finish(trainer: Trainer, data: DataSet, model: Fusion, folder: RunFolder, d
 
 
 def changes(saved: RunConfig, new: RunConfig) -> list[str]:
-    """What a resumed run changes, as ``path: old -> new``.
+    """What a resumed run changes, as ``path: old -> new``; both configurations with aliases and learning rates resolved.
 
     Raises:
         ConfigError: a change to what the run is, its encoders, prompts, data or optimisation.
     """
-    before, after = _flat(saved.model_dump(mode="json")), _flat(full_specs(new).model_dump(mode="json"))
+    before, after = _flat(saved.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
     changed = [key for key in before if before[key] != after[key]]
     refused = [f"{key} was {before[key]}, now {after[key]}" for key in changed if key not in MAY_CHANGE]
     if refused:
         raise ConfigError(
-            32, f"a resumed run cannot change {'; '.join(refused)}", where="--resume", fix="resume without that, or begin a new run"
+            32,
+            f"a resumed run cannot change {'; '.join(refused)}",
+            where="--resume",
+            fix="resume without that, or begin a new run",
         )
     return [f"{key}: {before[key]} -> {after[key]}" for key in changed]
 
@@ -216,8 +221,12 @@ def _load(config: RunConfig) -> DataSet:
     return load_data(Path(config.data.path))
 
 
-def _resolved(config: RunConfig, model: Fusion) -> RunConfig:
-    return with_learning_rates(full_specs(config), {side: model.encoder(side).modality for side in model.uses})
+def _resolved(config: RunConfig, modality_of: Mapping[str, str]) -> RunConfig:
+    return with_learning_rates(full_specs(config), modality_of)
+
+
+def _modality(model: Fusion) -> dict[str, str]:
+    return {side: model.encoder(side).modality for side in model.uses}
 
 
 def _facts(config: RunConfig, data: DataSet, model: Fusion) -> dict[str, Any]:

@@ -120,5 +120,6 @@ def _tensorboard(folder: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise ConfigError(42, "tensorboard is not installed", where="--tensorboard", fix='pip install "mopefuse[track]"') from None
+        fix = 'pip install "mopefuse[track]"'
+        raise ConfigError(42, "tensorboard is not installed", where="--tensorboard", fix=fix) from None
     return SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]

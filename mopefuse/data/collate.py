@@ -134,9 +134,12 @@ def augmentation(config: DataConfig) -> Callable[[Image.Image], Image.Image] | N
     """What `data.augment` does to a training image; it draws from torch's global generator."""
     if config.augment == "none":
         return None
-    if config.augment == "flip":
-        return v2.RandomHorizontalFlip()
-    return v2.RandAugment(config.randaugment_ops, config.randaugment_magnitude)
+    change: Callable[[Image.Image], Image.Image] = (
+        v2.RandomHorizontalFlip()
+        if config.augment == "flip"
+        else v2.RandAugment(config.randaugment_ops, config.randaugment_magnitude)
+    )
+    return change
 
 
 def seed_of(*numbers: int) -> int:
@@ -146,7 +149,8 @@ def seed_of(*numbers: int) -> int:
 
 def epoch_order(seed: int, epoch: int, count: int) -> list[int]:
     """The permutation of `count` samples in which an epoch sees them."""
-    return np.random.Generator(np.random.PCG64(seed_of(seed, epoch))).permutation(count).tolist()
+    order: list[int] = np.random.Generator(np.random.PCG64(seed_of(seed, epoch))).permutation(count).tolist()
+    return order
 
 
 def epoch_batches(seed: int, epoch: int, count: int, batch_size: int) -> list[list[int]]:

@@ -94,11 +94,7 @@ TEST_ONLY_TEMPLATES = {  # used in the test split, beside those above
     ),
 }
 
-_SHARE = {
-    "train": range(70),
-    "val": range(70, 80),
-    "test": range(80, 100),
-}  # per cent of the UCI samples
+_SHARE = {"train": range(70), "val": range(70, 80), "test": range(80, 100)}  # per cent of the UCI samples
 _SOURCE = "UCI Optical Recognition of Handwritten Digits (E. Alpaydin, C. Kaynak; CC BY 4.0), by scikit-learn load_digits"
 
 
@@ -130,30 +126,21 @@ def _uci() -> tuple[Array, Array]:
 
 def _part(index: int) -> int:
     """0..99, spread evenly and for ever the same: decides the split of a UCI sample."""
-    return (
-        int.from_bytes(hashlib.sha256(f"digit {index}".encode()).digest()[:4], "big")
-        % 100
-    )
+    return int.from_bytes(hashlib.sha256(f"digit {index}".encode()).digest()[:4], "big") % 100
 
 
 @cache
 def handwriting(split: str) -> tuple[Array, Array, Array]:
-    """The UCI samples of a split: their indices (N,), values 0..16 (N, 8, 8) and digits (N,). No two splits share one."""
+    """The UCI samples of a split, no two share one: indices (N,), values 0..16 (N, 8, 8) and digits (N,)."""
     values, digits = _uci()
-    indices = np.array(
-        [index for index in range(len(digits)) if _part(index) in _SHARE[split]]
-    )
+    indices = np.array([index for index in range(len(digits)) if _part(index) in _SHARE[split]])
     return indices, values[indices], digits[indices]
 
 
 def paint(values_N488: Array, colours_N4: Array) -> Array:
     """Digits (values 0..16) in colours (index into `COLOURS`) on black, as RGB images (N, 16, 16, 3) of 8 bits."""
     palette_C3 = np.array(list(COLOURS.values()), dtype=np.uint16)
-    cells = (
-        values_N488[..., None].astype(np.uint16)
-        * palette_C3[colours_N4][:, :, None, None]
-        // 16
-    )
+    cells = values_N488[..., None].astype(np.uint16) * palette_C3[colours_N4][:, :, None, None] // 16
     grid = cells.astype(np.uint8).reshape(-1, 2, 2, 8, 8, 3).transpose(0, 1, 3, 2, 4, 5)
     return grid.reshape(-1, 16, 16, 3)
 
@@ -165,39 +152,22 @@ def compose(split: str, rows: int, seed: int) -> Split:
     by_digit = [indices[digits == digit] for digit in range(10)]
     count = -(-rows // QUESTIONS_PER_IMAGE)
     digits_N4 = random.permuted(np.tile(np.arange(10), (count, 1)), axis=1)[:, :4]
-    samples_N4 = np.array(
-        [[random.choice(by_digit[digit]) for digit in four] for four in digits_N4]
-    )
+    samples_N4 = np.array([[random.choice(by_digit[digit]) for digit in four] for four in digits_N4])
     colours_N4 = random.permuted(np.tile(np.arange(4), (count, 1)), axis=1)
     questions = []
     for image in range(count):
         for kind in random.permutation(8)[:QUESTIONS_PER_IMAGE]:
             asked, number = ("place", kind) if kind < 4 else ("colour", kind - 4)
-            cell = (
-                number
-                if asked == "place"
-                else int(np.flatnonzero(colours_N4[image] == number)[0])
-            )
-            names = (
-                PLACES[number]
-                if asked == "place"
-                else tuple(COLOURS)[number : number + 1]
-            )
-            templates = TRAIN_TEMPLATES[asked] + (
-                TEST_ONLY_TEMPLATES[asked] if split == "test" else ()
-            )
+            cell = number if asked == "place" else int(np.flatnonzero(colours_N4[image] == number)[0])
+            names = PLACES[number] if asked == "place" else tuple(COLOURS)[number : number + 1]
+            templates = TRAIN_TEMPLATES[asked] + (TEST_ONLY_TEMPLATES[asked] if split == "test" else ())
             text = str(random.choice(templates)).format(random.choice(names))
             questions.append(Question(image, text, int(digits_N4[image, cell])))
     return Split(samples_N4, digits_N4, colours_N4, questions[:rows])
 
 
 def make(
-    folder: Path,
-    *,
-    seed: int = 0,
-    train: int = 16000,
-    val: int = 1000,
-    test: int = 2000,
+    folder: Path, *, seed: int = 0, train: int = 16000, val: int = 1000, test: int = 2000
 ) -> dict[str, int]:
     """Write the data set: ``{train,val,test}.jsonl``, ``images/<split>/<number>.png`` and ``dataset.json``.
 
@@ -214,32 +184,18 @@ def make(
     """
     folder, counts = Path(folder).resolve(), {"train": train, "val": val, "test": test}
     if min(counts.values()) < 1 or seed < 0:
-        raise DataError(
-            51,
-            f"cannot make splits of {counts} rows with seed {seed}",
-            fix="ask for at least one row each",
-        )
-    about = {
-        "dataset": "digit-questions",
-        "version": 1,
-        "seed": seed,
-        "rows": counts,
-        "source": _SOURCE,
-    }
+        raise DataError(51, f"cannot make splits of {counts} rows with seed {seed}", fix="ask for at least one row each")
+    about = {"dataset": "digit-questions", "version": 1, "seed": seed, "rows": counts, "source": _SOURCE}
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         _check_same(folder, about)
         return counts
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        dir=folder.parent, prefix=f".{folder.name}-"
-    ) as beside:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as beside:
         building = Path(beside) / "new"
         for split, rows in counts.items():
             _write_split(building, split, compose(split, rows, seed))
         about["sha256"] = _digest(building)
-        (building / "dataset.json").write_text(
-            json.dumps(about, indent=2) + "\n", encoding="utf-8"
-        )
+        (building / "dataset.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         os.replace(building, folder)
     return counts
 
@@ -247,9 +203,7 @@ def make(
 def _write_split(folder: Path, split: str, content: Split) -> None:
     images = folder / "images" / split
     images.mkdir(parents=True)
-    for number, pixels in enumerate(
-        paint(_uci()[0][content.samples_N4], content.colours_N4)
-    ):
+    for number, pixels in enumerate(paint(_uci()[0][content.samples_N4], content.colours_N4)):
         Image.fromarray(pixels).save(images / f"{number:06d}.png")
     with open(folder / f"{split}.jsonl", "w", encoding="utf-8", newline="\n") as lines:
         for number, question in enumerate(content.questions):
@@ -265,14 +219,8 @@ def _write_split(folder: Path, split: str, content: Split) -> None:
 def _digest(folder: Path) -> str:
     """SHA-256 over the names and bytes of all files except ``dataset.json``."""
     digest = hashlib.sha256()
-    for path in sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file() and path.name != "dataset.json"
-    ):
-        digest.update(
-            f"{path.relative_to(folder).as_posix()} {path.stat().st_size}\n".encode()
-        )
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "dataset.json"):
+        digest.update(f"{path.relative_to(folder).as_posix()} {path.stat().st_size}\n".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -283,20 +231,8 @@ def _check_same(folder: Path, about: dict[str, Any]) -> None:
     try:
         found = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise DataError(
-            52, "the folder is not empty", where=str(folder), fix=fix
-        ) from None
+        raise DataError(52, "the folder is not empty", where=str(folder), fix=fix) from None
     if not isinstance(found, dict) or {key: found.get(key) for key in about} != about:
-        raise DataError(
-            53,
-            "the folder holds another data set",
-            where=str(folder / "dataset.json"),
-            fix=fix,
-        )
+        raise DataError(53, "the folder holds another data set", where=str(folder / "dataset.json"), fix=fix)
     if found.get("sha256") != _digest(folder):
-        raise DataError(
-            54,
-            "files of this data set were changed, added or lost",
-            where=str(folder),
-            fix=fix,
-        )
+        raise DataError(54, "files of this data set were changed, added or lost", where=str(folder), fix=fix)

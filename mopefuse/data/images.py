@@ -41,6 +41,8 @@ def open_image(root: Path, relative: str, *, where: str, max_pixels: int = 50_00
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise DataError(12, f"{relative} has too many pixels", where=where, fix="shrink it") from None
+    except MemoryError:
+        raise
     except Exception as error:  # decoders raise whatever they please on damaged files
         raise DataError(
             13, f"{relative} is not a readable image ({_looks_like(path, error)})", where=where, fix="replace or remove it"
@@ -67,12 +69,15 @@ def contained(root: Path, relative: str, *, where: str) -> Path:
     if "\0" in relative or "://" in relative or relative.startswith(("/", "\\", "~")) or relative[1:2] == ":":
         raise DataError(70, "the image path leaves the image root", where=where, fix="use a path relative to the data folder")
     base = root.resolve()
-    path = (base / relative).resolve()
+    try:
+        path = (base / relative).resolve()
+    except (OSError, RuntimeError):  # links that go round in circles
+        raise DataError(11, f"image not found: {relative}", where=where, fix="add the file") from None
     if not path.is_relative_to(base):
         raise DataError(70, "the image path leaves the image root", where=where, fix="use a path relative to the data folder")
     try:
         mode = os.stat(path).st_mode
-    except OSError:
+    except (OSError, ValueError):
         raise DataError(11, f"image not found: {relative}", where=where, fix=_other_case(path) or "add the file") from None
     if not stat.S_ISREG(mode):
         raise DataError(15, f"{relative} is not a regular file", where=where, fix="name an image file")
@@ -80,16 +85,20 @@ def contained(root: Path, relative: str, *, where: str) -> Path:
 
 
 def _other_case(path: Path) -> str:
-    if path.parent.is_dir():
-        for other in path.parent.iterdir():
-            if other.name.lower() == path.name.lower():
-                return f"the folder has {other.name}: mind upper and lower case"
-    return ""
+    try:
+        there = os.listdir(path.parent)
+    except (OSError, ValueError):
+        return ""
+    alike = [name for name in there if name.lower() == path.name.lower()]
+    return f"the folder has {alike[0]}: mind upper and lower case" if alike else ""
 
 
 def _looks_like(path: Path, error: Exception) -> str:
-    with path.open("rb") as file:
-        head = file.read(64).lstrip().lower()
+    try:
+        with path.open("rb") as file:
+            head = file.read(64).lstrip().lower()
+    except OSError as unreadable:
+        return unreadable.strerror or "it cannot be opened"
     if not head:
         return "it is empty"
     for start, name in {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from mopefuse.data._base import SPLITS, DataSet, Row, Split
 from mopefuse.errors import DataError
 
 _MOST_LISTED = 20
+_SURROGATE = re.compile("[\ud800-\udfff]")  # cannot be written to a file
 
 
 class _Problem(Exception):
@@ -53,7 +55,7 @@ def read_split(path: Path) -> Split:
     Raises:
         DataError: every problem of the file (up to 20 listed, all counted).
     """
-    content = path.read_bytes()
+    content = _read(path)
     _refuse_other_formats(content, path)
     rows: list[Row] = []
     problems: list[str] = []
@@ -77,6 +79,15 @@ def read_split(path: Path) -> Split:
     return Split(path.stem, path.parent, tuple(rows), hashlib.sha256(content).hexdigest())
 
 
+def _read(path: Path) -> bytes:
+    try:
+        if not path.is_file():  # a pipe would block
+            raise DataError(9, f"{path.name} is not a regular file", where=str(path), fix="provide a file")
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(9, f"{path.name} cannot be read: {error.strerror}", where=str(path), fix="make it readable") from None
+
+
 def _lines(content: bytes) -> Iterator[tuple[int, bytes]]:
     for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if line.strip():
@@ -94,6 +105,8 @@ def _row(line: bytes, number: int, split: str) -> Row:
         raise _Problem(f"is not JSON (column {error.colno}: {error.msg})") from None
     except RecursionError:
         raise _Problem("is nested too deeply") from None
+    except ValueError:
+        raise _Problem("has a number with too many digits") from None
     if not isinstance(value, dict):
         raise _Problem(f"is a {type(value).__name__}, expected an object")
     missing = [key for key in ("text", "img", "label") if key not in value]
@@ -105,7 +118,11 @@ def _row(line: bytes, number: int, split: str) -> Row:
     identity = value.get("id", f"{split}-{number}")
     if not isinstance(identity, str | int) or isinstance(identity, bool):
         raise _Problem(f"id is {_kind(identity)}, expected a string")
-    return Row(str(identity), value["text"], value["img"], _label(value["label"]), number)
+    labels = _label(value["label"])
+    for key, said in (("id", str(identity)), ("img", value["img"]), ("label", "".join(labels))):
+        if _SURROGATE.search(said):
+            raise _Problem(f"{key} has half a character (a lone surrogate)")
+    return Row(str(identity), value["text"], value["img"], labels, number)
 
 
 def _label(value: Any) -> tuple[str, ...]:
@@ -133,19 +150,33 @@ def _is_multi_label(splits: dict[str, Split]) -> bool:
 def _labels(root: Path, splits: dict[str, Split]) -> tuple[str, ...]:
     listed = root / "labels.txt"
     if listed.exists():
-        labels = tuple(line for line in listed.read_text(encoding="utf-8-sig").splitlines() if line.strip())
+        labels = _listed_labels(listed)
     else:
         labels = tuple(sorted({label for row in splits["train"].rows for label in row.labels})) if "train" in splits else ()
+    known = set(labels)
     for split in splits.values() if labels else ():
-        unknown = Counter(label for row in split.rows for label in row.labels if label not in labels)
+        unknown = Counter(label for row in split.rows for label in row.labels if label not in known)
         if unknown:
             shown = ", ".join(f"{label} ({count})" for label, count in unknown.most_common(_MOST_LISTED))
             raise DataError(
                 6, f"labels that training does not know: {shown}", where=split.file, fix="list all labels in labels.txt"
             )
     if "train" in splits and len(labels) < 2:
-        raise DataError(7, f"only one label, {labels}: there is nothing to learn", where="train.jsonl", fix="add another class")
+        found = f"only the label {labels[0]!r}" if labels else "no label at all"
+        raise DataError(7, f"{found}: there is nothing to learn", where="train.jsonl", fix="add another class")
     return labels
+
+
+def _listed_labels(path: Path) -> tuple[str, ...]:
+    try:
+        lines = _read(path).decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(10, f"labels.txt is not UTF-8: {error}", where=str(path), fix="convert it with iconv -t utf-8") from None
+    labels = [line.rstrip("\r") for line in lines if line.strip()]
+    twice = [label for label, count in Counter(labels).items() if count > 1]
+    if twice:
+        raise DataError(10, f"labels.txt has {twice[0]!r} twice", where=str(path), fix="list each label once")
+    return tuple(labels)
 
 
 def _refuse_other_formats(content: bytes, path: Path) -> None:

@@ -67,4 +67,5 @@ def attend_prompts(
 
 def split_heads(x_BPD: Tensor, heads: int) -> Tensor:
     """(B, P, H*E) to (B, H, P, E)."""
-    return x_BPD.unflatten(-1, (heads, -1)).transpose(1, 2)
+    split: Tensor = x_BPD.unflatten(-1, (heads, -1))
+    return split.transpose(1, 2)

@@ -76,6 +76,8 @@ class _Entering:
         prompt = self.encoder._ask(self.layer, tokens_BLD, self.encoder._mask_BL)
         if prompt is not None and prompt.tokens_BPD.shape[1] > 0:
             prompt_BPD = prompt.tokens_BPD.to(tokens_BLD.dtype)
+            found, need = (prompt_BPD.shape[0], prompt_BPD.shape[2]), (tokens_BLD.shape[0], tokens_BLD.shape[2])
+            assert found == need, f"layer {self.layer}: prompts for (batch, width) {found}, need {need}"
             prompt = prompt._replace(tokens_BPD=prompt_BPD if self.norm is None else self.norm(prompt_BPD))
             self.slot.prompt = prompt
         else:

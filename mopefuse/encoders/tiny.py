@@ -87,12 +87,13 @@ class Block(nn.Module):
         else:
             seen_BHLE = attend(q, k, v, *self._keys_values(prompt.tokens_BPD), gate_H=prompt.gate_H, mask=mask_B11L)
         x_BLD = x_BLD + self.proj(seen_BHLE.transpose(1, 2).flatten(2))
-        return x_BLD + self.fc2(F.gelu(self.fc1(self.norm2(x_BLD))))
+        out_BLD: Tensor = x_BLD + self.fc2(F.gelu(self.fc1(self.norm2(x_BLD))))
+        return out_BLD
 
     def _keys_values(self, tokens_BPD: Tensor) -> tuple[Tensor, Tensor]:
         width = tokens_BPD.shape[-1]
-        both = F.linear(self.norm1(tokens_BPD), self.qkv.weight[width:], self.qkv.bias[width:])
-        keys, values = both.chunk(2, dim=-1)
+        both_BPD = F.linear(self.norm1(tokens_BPD), self.qkv.weight[width:], self.qkv.bias[width:])
+        keys, values = both_BPD.chunk(2, dim=-1)
         return split_heads(keys, self.heads), split_heads(values, self.heads)
 
 

@@ -95,7 +95,7 @@ class PromptStack(nn.Module):
 
     def condition(self, psi_BC: Tensor) -> Conditioned:
         """The prompts of one batch. psi loses its scale here, so that encoders of any feature scale can be exchanged."""
-        return Conditioned(self, F.layer_norm(psi_BC.float(), psi_BC.shape[-1:]))
+        return Conditioned(self, F.layer_norm(psi_BC.float(), psi_BC.shape[-1:], eps=1e-8))
 
 
 class Conditioned:

@@ -1,0 +1,148 @@
+"""Small random encoders of every family, each with the plain library model that it must agree with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import timm
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor, nn
+
+from mopefuse.encoders._base import Encoder, Inputs
+
+WORDS = "a an and both brown cats dog dogs fox friend jumps keep lazy no of on over photo quick sleeping the then two".split()
+TEXT = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 64}
+IMAGE = {
+    "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48, "image_size": 32,
+    "patch_size": 8,
+}  # fmt: skip
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+HF: dict[str, dict[str, Any]] = {
+    "bert": TEXT,
+    "roberta": {**TEXT, "max_position_embeddings": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    "xlm-roberta": {**TEXT, "max_position_embeddings": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    "distilbert": {"dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 48, "vocab_size": 64},
+    "electra": {**TEXT, "embedding_size": 16},
+    "clip_text_model": {**TEXT, **SPECIAL, "eos_token_id": 3, "max_position_embeddings": 40},
+    "vit": IMAGE,
+    "deit": IMAGE,
+    "swin": {
+        "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 3, "image_size": 32, "patch_size": 4
+    },
+    "clip_vision_model": IMAGE,
+}  # fmt: skip
+TEXTS = [name for name, config in HF.items() if "vocab_size" in config]
+TIMM = {
+    "vit": "vit_tiny_patch16_224?img_size=32&patch_size=8&depth=3&pretrained=false",
+    "vit-qk-norm": "vit_tiny_patch16_224?img_size=32&patch_size=8&depth=2&qk_norm=true&embed_dim=48&pretrained=false",
+    "deit-distilled": "deit_tiny_distilled_patch16_224?img_size=32,48&depth=2&pretrained=false",
+    "swin-padded": "swin_tiny_patch4_window7_224?img_size=56&window_size=4&depths=2,2&num_heads=2,4&embed_dim=16"
+    "&pretrained=false",
+}
+OPEN_CLIP = {
+    "embed_dim": 24,
+    "vision_cfg": {"image_size": 32, "layers": 3, "width": 32, "patch_size": 8, "head_width": 8},
+    "text_cfg": {"context_length": 20, "vocab_size": 49408, "width": 24, "heads": 3, "layers": 3},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A spec, a plain model for an encoder of it, and that model's own pooled feature and tokens."""
+
+    spec: str
+    plain: Callable[[Encoder], nn.Module]
+    call: Callable[[Any, Inputs], tuple[Tensor, Tensor]]
+
+
+def sharpen(model: nn.Module, seed: int = 0) -> None:
+    """Larger weights than those of a fresh model, so that attention attends and differences show."""
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                width = parameter[0].numel()
+                parameter.copy_(torch.randn(parameter.shape, generator=random) * min(0.5, 1.5 * width**-0.5))
+            else:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=random))
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A word-level tokenizer with [PAD] 0, [CLS] 1, [SEP] 2, end of text 3, [UNK] 4."""
+    clip = json.loads((folder / "config.json").read_text())["model_type"] in ("clip", "clip_text_model")
+    names = ["[PAD]", "[CLS]", "[SEP]", "<end>", "[UNK]", *WORDS]
+    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    end = "<end>" if clip else "[SEP]"
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"[CLS] $A {end}", special_tokens=[("[CLS]", 1), (end, names.index(end))]
+    )
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token=end
+    ).save_pretrained(folder)
+
+
+def save_hf(kind: str, folder: Path) -> None:
+    """A folder as `save_pretrained` leaves it: weights, configuration, tokenizer or image processor."""
+    model = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(kind, **HF[kind]))
+    sharpen(model)
+    model.save_pretrained(folder)
+    if kind in TEXTS:
+        save_tokenizer(folder)
+    else:
+        transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+
+
+def hf_case(folder: Path, options: str = "") -> Case:
+    kind = json.loads((folder / "config.json").read_text())["model_type"]
+
+    def call(model: Any, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        if kind in TEXTS:
+            out = model(input_ids=inputs["ids"], attention_mask=inputs["mask"].long())
+        else:
+            out = model(pixel_values=inputs["pixels"])
+        own = kind in ("swin", "clip_text_model", "clip_vision_model")
+        return out.pooler_output if own else out.last_hidden_state[:, 0], out.last_hidden_state
+
+    return Case(f"hf:{folder}{options}", lambda encoder: transformers.AutoModel.from_pretrained(folder).eval(), call)
+
+
+def timm_case(name: str) -> Case:
+    spec = f"timm:{TIMM[name]}"
+
+    def plain(encoder: Encoder) -> nn.Module:
+        options = {
+            key: json.loads(f"[{value}]" if "," in value else value)
+            for key, value in encoder.spec.options.items()
+            if key not in ("pretrained", "pool")
+        }
+        model = timm.create_model(encoder.spec.name, pretrained=False, num_classes=0, **options)
+        model.load_state_dict(encoder.backbone.state_dict())  # type: ignore[union-attr, operator]
+        return model.eval()
+
+    def call(model: Any, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        features = model.forward_features(inputs["pixels"])
+        return model.forward_head(features, pre_logits=True), features.flatten(1, -2)
+
+    return Case(spec, plain, call)
+
+
+def open_clip_case(tower: str) -> Case:
+    def plain(encoder: Encoder) -> nn.Module:
+        model = getattr(open_clip.CustomTextCLIP(**json.loads(json.dumps(OPEN_CLIP))), tower)
+        model.load_state_dict(encoder.backbone.state_dict())  # type: ignore[union-attr, operator]
+        model.output_tokens = True
+        return model.eval()
+
+    def call(model: Any, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        pooled, tokens = model(inputs["ids" if tower == "text" else "pixels"])
+        return pooled, tokens
+
+    return Case(f"open_clip:mopefuse-tiny#{tower}?pretrained=false", plain, call)

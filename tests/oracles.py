@@ -1,0 +1,115 @@
+"""Prompts as the papers define them: tokens that are inserted into every layer and whose outputs are dropped.
+
+`insert_prompts` rewires a plain library model; it shares no code with `mopefuse.encoders`. In Swin, tokens are inserted
+into every window, one by one, with zero position bias and nothing masked.
+
+Shapes: B batch, L tokens, P prompt tokens, D width, W windows per image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+HF_LAYERS = (
+    "BertLayer", "RobertaLayer", "XLMRobertaLayer", "ElectraLayer", "TransformerBlock", "ViTLayer", "DeiTLayer",
+    "CLIPEncoderLayer",
+)  # fmt: skip
+
+
+def insert_prompts(model: nn.Module, prompts: Sequence[Tensor]) -> nn.Module:
+    """`model` with ``prompts[i]`` (B, P, D_i) inserted into its i-th layer. Its own forward pass stays as it is."""
+    names = [
+        name
+        for name, module in model.named_modules()
+        if type(module).__name__ in (*HF_LAYERS, "Block", "ResidualAttentionBlock", "SwinTransformerBlock", "SwinLayer")
+    ]
+    assert len(names) == len(prompts), names
+    for name, prompt in zip(names, prompts, strict=True):
+        layer: Any = model.get_submodule(name)
+        if type(layer).__name__ == "SwinTransformerBlock":
+            layer.attn = _InWindows(layer.attn, layer.norm1(prompt))
+        elif type(layer).__name__ == "SwinLayer":
+            layer.attention = _InWindows(layer.attention, layer.layernorm_before(prompt))
+        else:
+            model.set_submodule(name, _InSequence(layer, prompt))
+    return model
+
+
+class _InSequence(nn.Module):
+    """A layer over [prompt; tokens], of which the tokens are returned."""
+
+    def __init__(self, layer: nn.Module, prompt_BPD: Tensor) -> None:
+        super().__init__()
+        self.layer, self.prompt_BPD = layer, prompt_BPD
+
+    def forward(self, x_BLD: Tensor, *args: Any, **kwargs: Any) -> Any:
+        count, length = self.prompt_BPD.shape[1], x_BLD.shape[1]
+        args = tuple(self._padded(arg) if isinstance(arg, Tensor) else arg for arg in args)
+        kwargs = {key: self._padded(value) if isinstance(value, Tensor) else value for key, value in kwargs.items()}
+        if kwargs.get("is_causal"):  # transformers: a flag in place of the mask
+            causal = torch.ones(length, length, dtype=torch.bool).tril()
+            kwargs["is_causal"] = False
+            if not any(isinstance(arg, Tensor) for arg in args):
+                args = (self._padded(causal[None, None]),)
+        out = self.layer(torch.cat([self.prompt_BPD, x_BLD], dim=1), *args, **kwargs)
+        return out[:, count:] if isinstance(out, Tensor) else (out[0][:, count:], *out[1:])
+
+    def get_weight_dtype(self) -> torch.dtype:
+        """Asked by open_clip of its first block."""
+        return torch.float32
+
+    def _padded(self, mask: Tensor) -> Tensor:
+        """Square masks: everything sees the prompt; what the prompt sees does not matter, as its output is dropped."""
+        count = self.prompt_BPD.shape[1]
+        return F.pad(mask, (count, 0, count, 0), value=1.0 if mask.dtype == torch.bool else 0.0)
+
+
+class _InWindows(nn.Module):
+    """Window attention over [prompt; window] for every window of every image, one after the other."""
+
+    def __init__(self, attention: Any, normed_BPD: Tensor) -> None:
+        super().__init__()
+        self.attention, self.normed_BPD = attention, normed_BPD
+
+    def forward(self, x_NLD: Tensor, mask: Tensor | None = None, **kwargs: Any) -> Any:
+        batch, count = self.normed_BPD.shape[:2]
+        windows = x_NLD.shape[0] // batch
+        outs = []
+        for number, window_LD in enumerate(x_NLD):
+            row = torch.cat([self.normed_BPD[number // windows], window_LD])[None]
+            shift = None if mask is None else F.pad(mask[None, number % windows], (count, 0, count, 0))
+            outs.append(self._one(row, shift, count, **kwargs))
+        out = torch.cat(outs)[:, count:]
+        return out if type(self.attention).__name__ == "WindowAttention" else (out, None)
+
+    def _one(self, row: Tensor, shift: Tensor | None, count: int, **kwargs: Any) -> Tensor:
+        timm = type(self.attention).__name__ == "WindowAttention"
+        own = self.attention._get_rel_pos_bias if timm else self.attention.relative_position_bias
+        padded = F.pad(own(), (count, 0, count, 0))
+        if timm:
+            self.attention._get_rel_pos_bias = lambda: padded
+        else:
+            self.attention.relative_position_bias = _Fixed(padded)
+        try:
+            out = self.attention(row, shift, **kwargs)
+        finally:
+            if timm:
+                del self.attention._get_rel_pos_bias
+            else:
+                self.attention.relative_position_bias = own
+        attended: Tensor = out if isinstance(out, Tensor) else out[0]
+        return attended
+
+
+class _Fixed(nn.Module):
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self) -> Tensor:
+        return self.value

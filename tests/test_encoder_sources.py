@@ -1,0 +1,480 @@
+"""Where encoders come from: names, options, folders, files of weights, the hub; and what each fault is called."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import open_clip
+import pytest
+import timm
+import torch
+import transformers
+from encoder_cases import HF, OPEN_CLIP, TIMM, save_hf, save_tokenizer
+from huggingface_hub import errors as hub_errors
+from safetensors.torch import save_file
+
+from mopefuse.encoders import _hub, _numbers
+from mopefuse.encoders._base import create_encoder
+from mopefuse.errors import CheckpointError, EncoderError, MopefuseError, ResourceError
+from mopefuse.testing import check_encoder
+
+VIT = f"timm:{TIMM['vit']}"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def fault(spec: str, kind: type[MopefuseError] = EncoderError) -> MopefuseError:
+    started = time.monotonic()
+    with pytest.raises(kind) as caught:
+        create_encoder(spec)
+    assert time.monotonic() - started < 4
+    assert caught.value.fix, "an error says what to do"
+    return caught.value
+
+
+def code(number: int) -> str:
+    return f"MF-ENC-{number}"
+
+
+@pytest.fixture()
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty cache and a hub that cannot be reached."""
+
+    def unreachable(*args: Any, **kwargs: Any) -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(_hub, "try_to_load_from_cache", lambda *args, **kwargs: None)
+    monkeypatch.setattr(_hub, "get_hf_file_metadata", unreachable)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("folders")
+    for kind in ("bert", "vit"):
+        save_hf(kind, root / kind)
+    return root
+
+
+@pytest.fixture()
+def bert(folders: Path, tmp_path: Path) -> Path:
+    """A copy that a test may spoil."""
+    for file in (folders / "bert").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+# names and options ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "spec, number, says",
+    [
+        ("timm:vit_bse", _numbers.UNKNOWN_NAME, "vit_base"),
+        ("timm:vit_base_patch16_224.augreg_in21", _numbers.UNKNOWN_NAME, "did you mean augreg_in21k"),
+        ("open_clip:ViT-B-3/openai#text", _numbers.UNKNOWN_NAME, "ViT-B-32"),
+        ("open_clip:ViT-B-32/laion2b_s34b_b79#text", _numbers.UNKNOWN_NAME, "laion2b_s34b_b79k"),
+        ("open_clip:ViT-B-32/openai", _numbers.NEEDS_TOWER, "ViT-B-32/openai#visual"),
+        ("open_clip:roberta-ViT-B-32#text?pretrained=false", _numbers.UNSUITABLE, "hf:"),
+        ("hf:/no/such/folder", _numbers.NO_FOLDER, "/no/such/folder"),
+        ("hf:not a name/x", _numbers.NOT_FOUND, "organisation/name"),
+        ("hf:bert-base#left", _numbers.NEEDS_TOWER, "#text or #vision"),
+        ("hf:org/unknown?pretrained=false", _numbers.NO_BUILT_IN_CONFIG, "pretrained=false uses no network"),
+        (f"{VIT}&dpeth=3", _numbers.UNKNOWN_OPTION, "did you mean depth"),
+        (f"{VIT}&num_classes=3", _numbers.UNKNOWN_OPTION, "num_classes"),
+        (f"{VIT}&pool=max", _numbers.BAD_OPTION, "use own or token or avg"),
+        (f"{VIT}&mean=0.1,0.2", _numbers.BAD_OPTION, "mean=0.5"),
+        ("timm:vit_tiny_patch16_224?pretrained=false&depth=many", _numbers.CANNOT_BUILD, "depth"),
+        ("hf:bert-base?pretrained=false&num_layers=3", _numbers.UNKNOWN_OPTION, "did you mean num_hidden_layers"),
+        ("hf:bert-base?pretrained=false&hidden_size=30", _numbers.CANNOT_BUILD, "multiple"),
+        ("hf:bert-base?pretrained=false&hidden_size=big&num_hidden_layers=1", _numbers.CANNOT_BUILD, "hidden_size"),
+        ("hf:vit-base?pretrained=false&max_tokens=3&num_hidden_layers=1", _numbers.UNKNOWN_OPTION, "max_tokens"),
+        ("open_clip:ViT-S-32#text?pretrained=false&max_tokens=78", _numbers.BAD_OPTION, "2 to 77"),
+        ("open_clip:ViT-S-32#text?pretrained=false&force_image_size=64", _numbers.UNKNOWN_OPTION, "force_image_size"),
+    ],
+)
+def test_wrong_names_and_options(spec: str, number: int, says: str) -> None:
+    error = fault(spec)
+    assert error.code == code(number) and says in str(error), str(error)
+
+
+def test_numbers_of_errors_are_distinct() -> None:
+    numbers = [value for name, value in vars(_numbers).items() if name.isupper()]
+    encoder = [n for n in numbers if n not in (_numbers.DAMAGED_FILE, _numbers.CACHE_NOT_WRITABLE)][:-3]
+    assert len(encoder) == len(set(encoder)) == 23 and min(encoder) >= 23 and max(encoder) <= 49
+
+
+def test_options_reach_the_library_and_the_preprocessing() -> None:
+    encoder = create_encoder(f"{VIT}&mean=0.4,0.5,0.6&std=0.25&pool=avg")
+    described = encoder.preprocess.describe()
+    assert len(encoder.widths) == 3 and described["size"] == [32, 32]
+    assert described["mean"] == [0.4, 0.5, 0.6] and described["std"] == [0.25] * 3
+    pixels = torch.randn(2, 3, 32, 32)
+    out = encoder.encode({"pixels": pixels})
+    torch.testing.assert_close(out.pooled_BC, out.tokens_BLD[:, 1:].mean(dim=1))
+
+
+# random weights ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "alias, small",
+    [
+        ("bert-base", "num_hidden_layers=1&max_tokens=9"),
+        ("roberta-base", "num_hidden_layers=1"),
+        ("distilbert-base", "n_layers=1"),
+        ("minilm", "num_hidden_layers=1"),
+        ("vit-base", "num_hidden_layers=1&image_size=32"),
+        ("deit-base", "num_hidden_layers=1&image_size=32"),
+        ("swin-base", "depths=1,1&num_heads=4,8&image_size=56"),
+        ("clip-text", "num_hidden_layers=1"),
+        ("clip-vision", "num_hidden_layers=1&image_size=64"),
+    ],
+)
+def test_aliases_have_a_configuration_without_a_network(alias: str, small: str, no_network: None) -> None:
+    encoder = check_encoder(f"hf:{alias}?pretrained=false&{small}")
+    width = {"minilm": 384, "swin-base": 256, "clip-text": 512}.get(alias, 768)
+    assert encoder.feature_width == width
+    assert encoder.spec.name.count("/") == 1, "a run records the full name"
+
+
+def test_the_hashing_tokenizer_spares_special_ids() -> None:
+    encoder = create_encoder("hf:bert-base?pretrained=false&num_hidden_layers=1&vocab_size=8&max_tokens=6")
+    inputs = encoder.preprocess.batch(["One two, ONE two three four five six"])
+    ids = inputs["ids"][0].tolist()
+    assert len(ids) == 6 and (ids[0], ids[-1]) == (6, 7) and not {0, 6, 7} & set(ids[1:-1])
+    assert ids[1] == encoder.preprocess.batch(["one"])["ids"][0, 1]
+
+
+# files of weights -------------------------------------------------------------------------------------------------
+
+
+def test_weights_from_a_file(tmp_path: Path) -> None:
+    """Half precision is raised, a classifier in the file is left out, and the fingerprint follows the values."""
+    original = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=3)
+    path = tmp_path / "half.safetensors"
+    save_file({name: tensor.half() for name, tensor in original.state_dict().items()}, path)
+    encoder = create_encoder(f"{VIT}&weights={path}")
+    assert {p.dtype for p in encoder.parameters()} == {torch.float32}
+    loaded = encoder.state_dict()
+    assert not [name for name in loaded if name.startswith("backbone.head.")]
+    for name, tensor in loaded.items():
+        assert torch.equal(tensor, original.state_dict()[name.removeprefix("backbone.")].half().float())
+    assert encoder.fingerprint() == create_encoder(f"{VIT}&weights={path}").fingerprint()
+    assert encoder.fingerprint() != create_encoder(VIT).fingerprint()
+
+
+@pytest.mark.parametrize("tower", ["text", "visual"])
+def test_weights_of_a_tower_or_of_both(tower: str, tmp_path: Path) -> None:
+    (tmp_path / "mopefuse-whole.json").write_text(json.dumps(OPEN_CLIP))
+    open_clip.add_model_config(tmp_path / "mopefuse-whole.json")
+    model = open_clip.CustomTextCLIP(**json.loads(json.dumps(OPEN_CLIP)))
+    save_file({name: t.contiguous() for name, t in model.state_dict().items()}, tmp_path / "both.safetensors")
+    save_file(getattr(model, tower).state_dict(), tmp_path / "one.safetensors")
+    prints = {
+        create_encoder(f"open_clip:mopefuse-whole#{tower}?weights={tmp_path / name}.safetensors").fingerprint()
+        for name in ("both", "one")
+    }
+    assert len(prints) == 1
+
+
+def test_weights_for_a_folder(folders: Path) -> None:
+    path = folders / "bert"
+    model = transformers.AutoModel.from_pretrained(path, add_pooling_layer=False)
+    save_file(model.state_dict(), path / "other.safetensors")
+    theirs, ours = create_encoder(f"hf:{path}?weights={path / 'other.safetensors'}"), create_encoder(f"hf:{path}")
+    (path / "other.safetensors").unlink()
+    assert theirs.fingerprint() == ours.fingerprint()
+
+
+def test_weights_that_do_not_fit(tmp_path: Path) -> None:
+    state = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=3, num_classes=0).state_dict()
+    state["pos_embed"] = torch.zeros(1, 5, 192)
+    state["extra.weight"] = state.pop("norm.weight")
+    save_file(state, tmp_path / "other.safetensors")
+    error = fault(f"{VIT}&weights={tmp_path / 'other.safetensors'}", CheckpointError)
+    assert error.code == "MF-CKPT-42"
+    for part in ("missing: norm.weight", "unexpected: extra.weight", "pos_embed (1x5x192, need 1x17x192)"):
+        assert part in str(error)
+
+
+class Canary:
+    """Leaves a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_a_pickle_is_refused_whatever_its_name(tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    (tmp_path / "a.safetensors").write_bytes(pickle.dumps(Canary(canary)))
+    torch.save({"x": torch.zeros(1)}, tmp_path / "b.safetensors")
+    for name in ("a", "b"):
+        error = fault(f"{VIT}&weights={tmp_path / name}.safetensors", CheckpointError)
+        assert error.code == "MF-CKPT-41" and not canary.exists()
+    with (tmp_path / "a.safetensors").open("rb") as file:
+        pickle.load(file)
+    assert canary.exists(), "the canary sings when it is loaded"
+
+
+@pytest.mark.parametrize("keep", [0, 5, 40, -7])
+def test_a_damaged_file(keep: int, tmp_path: Path, bert: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    save_file({"x": torch.zeros(100)}, path)
+    path.write_bytes(path.read_bytes()[:keep])
+    assert fault(f"{VIT}&weights={path}", CheckpointError).code == "MF-CKPT-02"
+    weights = bert / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:keep])
+    assert fault(f"hf:{bert}", CheckpointError).code == "MF-CKPT-02"
+
+
+def test_a_missing_file() -> None:
+    assert fault(f"{VIT}&weights=/no/such.safetensors", CheckpointError).code == "MF-CKPT-43"
+
+
+# folders ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_masked_language_model_loads_as_an_encoder(tmp_path: Path) -> None:
+    model = transformers.AutoModelForMaskedLM.from_config(transformers.BertConfig(**HF["bert"]))
+    model.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    encoder = create_encoder(f"hf:{tmp_path}")
+    assert torch.equal(
+        encoder.state_dict()["backbone.encoder.layer.0.output.dense.weight"],
+        model.state_dict()["bert.encoder.layer.0.output.dense.weight"],
+    )
+    error = fault(f"hf:{tmp_path}?pool=pooler", CheckpointError)  # a masked-language model has none
+    assert error.code == "MF-CKPT-42" and "pooler" in str(error)
+
+
+def test_both_towers_of_a_clip_folder(tmp_path: Path) -> None:
+    text = {**HF["clip_text_model"], "max_position_embeddings": 20}
+    config = transformers.CLIPConfig(text_config=text, vision_config=HF["clip_vision_model"], projection_dim=16)
+    model = transformers.CLIPModel(config)
+    model.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
+        tmp_path
+    )
+    assert fault(f"hf:{tmp_path}").code == code(_numbers.NEEDS_TOWER)
+    words, images = check_encoder(f"hf:{tmp_path}#text"), check_encoder(f"hf:{tmp_path}#vision")
+    assert (words.preprocess.describe()["max_tokens"], images.preprocess.describe()["resize"]) == (20, 32)
+    for encoder, part in ((words, "text_model."), (images, "vision_model.")):
+        theirs = {name.removeprefix(part): t for name, t in model.state_dict().items() if name.startswith(part)}
+        ours = {name.removeprefix("backbone.").removeprefix(part): t for name, t in encoder.state_dict().items()}
+        assert theirs.keys() == ours.keys() and all(torch.equal(theirs[name], ours[name]) for name in ours)
+
+
+@pytest.mark.parametrize(
+    "pooling, expected", [({"pooling_mode_mean_tokens": True}, "mean"), ({"pooling_mode_cls_token": True}, "cls")]
+)
+def test_a_sentence_transformers_folder_pools_as_it_declares(pooling: dict[str, bool], expected: str, bert: Path) -> None:
+    (bert / "1_Pooling").mkdir()
+    (bert / "modules.json").write_text(json.dumps([{"idx": 0, "path": ""}, {"idx": 1, "path": "1_Pooling"}]))
+    off = {"pooling_mode_max_tokens": False, "word_embedding_dimension": 32}
+    (bert / "1_Pooling" / "config.json").write_text(json.dumps({**off, **pooling}))
+    (bert / "sentence_bert_config.json").write_text('{"max_seq_length": 7}')
+    encoder = create_encoder(f"hf:{bert}")
+    assert encoder.preprocess.describe()["max_tokens"] == 7
+    inputs = encoder.preprocess.batch(["no", "the lazy dog"])
+    out = encoder.encode(inputs)
+    by_hand = {"mean": out.tokens_BLD[0, :3].mean(dim=0), "cls": out.tokens_BLD[0, 0]}
+    torch.testing.assert_close(out.pooled_BC[0], by_hand[expected])
+    (bert / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_max_tokens": True}))
+    assert "max_tokens" in str(fault(f"hf:{bert}"))
+
+
+@pytest.mark.parametrize(
+    "changes, number, says",
+    [
+        ({"auto_map": {"AutoModel": "modeling.Evil"}}, _numbers.REMOTE_CODE, "AutoModel"),
+        ({"is_encoder_decoder": True, "model_type": "t5"}, _numbers.UNSUITABLE, "decoder"),
+        ({"model_type": "gpt2"}, _numbers.UNSUITABLE, "left to right"),
+        ({"is_decoder": True}, _numbers.UNSUITABLE, "left to right"),
+        ({"model_type": "wav2vec2"}, _numbers.UNSUITABLE, "neither a text nor an image encoder"),
+        ({"model_type": "made-up"}, _numbers.UNSUITABLE, "made-up"),
+        ({"model_type": None}, _numbers.BAD_CONFIG, "model_type"),
+    ],
+)
+def test_who_is_refused_from_the_configuration_alone(
+    changes: dict[str, Any], number: int, says: str, bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("asked on the terminal"))
+    edit_config(bert, **changes)
+    error = fault(f"hf:{bert}")
+    assert error.code == code(number) and says in str(error), str(error)
+
+
+def test_what_a_folder_lacks(bert: Path, folders: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    (bert / "tokenizer.json").unlink()
+    assert fault(f"hf:{bert}").code == code(_numbers.NO_TOKENIZER)
+    (bert / "model.safetensors").rename(bert / "pytorch_model.bin")
+    error = fault(f"hf:{bert}")
+    assert error.code == code(_numbers.NO_SAFETENSORS) and "pickle" in str(error)
+    (bert / "config.json").write_text("{")
+    assert fault(f"hf:{bert}").code == code(_numbers.BAD_CONFIG)
+    (bert / "config.json").unlink()
+    assert fault(f"hf:{bert}").code == code(_numbers.BAD_CONFIG)
+    images = tmp_path_factory.mktemp("images")
+    for name in ("config.json", "model.safetensors"):
+        (images / name).write_bytes((folders / "vit" / name).read_bytes())
+    assert fault(f"hf:{images}").code == code(_numbers.NO_IMAGE_CONFIG)
+
+
+# the hub ----------------------------------------------------------------------------------------------------------
+
+
+def response(status: int) -> Any:
+    return SimpleNamespace(status_code=status, headers={}, request=None)
+
+
+HUB = [
+    (hub_errors.GatedRepoError("x", response=response(403)), _numbers.GATED, "accept its terms"),
+    (hub_errors.RepositoryNotFoundError("x", response=response(401)), _numbers.NOT_VISIBLE, "private"),
+    (hub_errors.RepositoryNotFoundError("x", response=response(404)), _numbers.NOT_FOUND, "your token can see"),
+    (hub_errors.RevisionNotFoundError("x", response=response(404)), _numbers.NO_REVISION, "'v9'"),
+    (hub_errors.HfHubHTTPError("x", response=response(401)), _numbers.BAD_TOKEN, "renew HF_TOKEN"),
+    (hub_errors.HfHubHTTPError("x", response=response(403)), _numbers.FORBIDDEN, "may not read"),
+    (hub_errors.HfHubHTTPError("x", response=response(503)), _numbers.HUB_FAILED, "503"),
+    (hub_errors.OfflineModeIsEnabled("x"), _numbers.OFFLINE, "HF_HUB_OFFLINE=1"),
+    (ConnectionError("x"), _numbers.UNREACHABLE, "connected machine"),
+]
+
+
+@pytest.mark.parametrize("error, number, says", HUB, ids=[str(number) for _, number, _ in HUB])
+@pytest.mark.parametrize("spec", ["hf:org/name@v9", "timm:vit_base", "open_clip:vit-b-32"])
+def test_every_failure_of_the_hub_has_its_own_text(
+    spec: str, error: Exception, number: int, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(_hub, "try_to_load_from_cache", lambda *args, **kwargs: None)
+    monkeypatch.setattr(_hub, "get_hf_file_metadata", fail)
+    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("asked on the terminal"))
+    found = fault(spec)
+    assert found.code == code(number) and found.exit_code == 5
+    assert says.replace("v9", "v9" if spec.startswith("hf") else "main") in str(found), str(found)
+
+
+def test_offline_mode_is_quick_and_says_what_to_do(tmp_path: Path) -> None:
+    """In a process of its own: huggingface_hub reads the variables when it is imported."""
+    program = (
+        "import time; from mopefuse.encoders import _hub; from mopefuse.errors import EncoderError; t = time.time()\n"
+        "try: _hub.fetch('google-bert/bert-base-uncased', 'config.json', where='hf:bert-base')\n"
+        "except EncoderError as error: print(error.code, time.time() - t < 1, error)"
+    )
+    env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": ""}
+    ran = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
+    assert ran.stdout.startswith(f"{code(_numbers.OFFLINE)} True"), ran.stdout
+    assert "local folder" in ran.stdout and "?pretrained=false" in ran.stdout
+
+
+def serve(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A hub that has what is in `folder`."""
+    asked: list[str] = []
+
+    def fetch(repo: str, filename: str, revision: str | None = None, *, where: str) -> Path | None:
+        asked.append(f"{repo}@{revision}/{filename}")
+        return folder / filename if (folder / filename).is_file() else None
+
+    monkeypatch.setattr(_hub, "fetch", fetch)
+    return asked
+
+
+def test_a_repository_of_transformers(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = tmp_path / COMMIT
+    snapshot.symlink_to(folders / "bert")
+    asked = serve(snapshot, monkeypatch)
+    encoder = create_encoder("hf:org/small@v1")
+    assert encoder.revision == COMMIT
+    assert encoder.fingerprint() == create_encoder(f"hf:{folders / 'bert'}").fingerprint()
+    assert asked[:2] == ["org/small@v1/config.json", "org/small@v1/model.safetensors"]
+
+
+def test_a_refused_configuration_downloads_no_weights(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    edit_config(bert, model_type="gpt2")
+    asked = serve(bert, monkeypatch)
+    assert fault("hf:org/decoder").code == code(_numbers.UNSUITABLE)
+    assert asked == ["org/decoder@None/config.json"]
+
+
+def test_a_repository_in_parts_or_in_pickles(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = create_encoder(f"hf:{bert}").fingerprint()
+    model = transformers.AutoModel.from_pretrained(bert)
+    (bert / "model.safetensors").unlink()
+    model.save_pretrained(bert, max_shard_size="20KB")
+    assert len(list(bert.glob("model-*.safetensors"))) > 1
+    serve(bert, monkeypatch)
+    assert create_encoder("hf:org/parts").fingerprint() == whole
+    (bert / "model.safetensors.index.json").unlink()
+    assert fault("hf:org/pickles").code == code(_numbers.NO_SAFETENSORS)
+    assert fault("timm:vit_base").code == code(_numbers.NO_SAFETENSORS)
+    assert fault("open_clip:vit-b-32").code == code(_numbers.NO_SAFETENSORS)
+
+
+def test_pretrained_weights_of_timm_are_read_from_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = timm.create_model("vit_tiny_patch16_224.augreg_in21k", depth=1)
+    snapshot = tmp_path / COMMIT
+    snapshot.mkdir()
+    save_file(model.state_dict(), snapshot / "model.safetensors")
+    asked = serve(snapshot, monkeypatch)
+    encoder = create_encoder("timm:vit_tiny?depth=1")
+    assert asked == ["timm/vit_tiny_patch16_224.augreg_in21k@None/model.safetensors"]
+    assert (encoder.spec.name, encoder.revision) == ("vit_tiny_patch16_224.augreg_in21k", COMMIT)
+    for name, tensor in encoder.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name.removeprefix("backbone.")])
+    torch.save(model.state_dict(), snapshot / "model.safetensors")
+    assert fault("timm:vit_tiny?depth=1", CheckpointError).code == "MF-CKPT-41"
+
+
+def test_pretrained_weights_of_open_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = open_clip.get_model_config("ViT-B-32")
+    config["vision_cfg"] |= {"width": 64, "layers": 1}
+    config["text_cfg"] |= {"width": 64, "layers": 1}
+    monkeypatch.setattr(open_clip, "get_model_config", lambda name: config)
+    model = open_clip.CLIP(**json.loads(json.dumps(config)))  # published files are those of this class
+    save_file({name: t.contiguous() for name, t in model.state_dict().items()}, tmp_path / "open_clip_model.safetensors")
+    serve(tmp_path, monkeypatch)
+    encoder = create_encoder("open_clip:ViT-B-32/openai#text")
+    assert torch.equal(encoder.state_dict()["backbone.text_projection"], model.state_dict()["text_projection"])
+    assert "QuickGELU" in {type(module).__name__ for module in encoder.modules()}, "as the weights were trained"
+
+
+def test_a_download_is_checked_against_the_sha256_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrived = tmp_path / "model.safetensors"
+    right = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"  # of b"hello"
+    monkeypatch.setattr(_hub, "try_to_load_from_cache", lambda *args, **kwargs: None)
+    monkeypatch.setattr(_hub, "get_hf_file_metadata", lambda *args, **kwargs: SimpleNamespace(etag=right))
+    monkeypatch.setattr(_hub, "hf_hub_download", lambda *args, **kwargs: str(arrived))
+    arrived.write_bytes(b"hello")
+    assert _hub.fetch("org/name", "model.safetensors", where="x") == arrived
+    arrived.write_bytes(b"hullo")
+    with pytest.raises(EncoderError, match="sha256") as caught:
+        _hub.fetch("org/name", "model.safetensors", where="x")
+    assert caught.value.code == code(_numbers.BROKEN_DOWNLOAD) and not arrived.exists()
+
+
+def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **kwargs: Any) -> str:
+        raise OSError(28, "No space left on device", "/full/disk/blob")
+
+    monkeypatch.setattr(_hub, "try_to_load_from_cache", lambda *args, **kwargs: None)
+    monkeypatch.setattr(_hub, "get_hf_file_metadata", lambda *args, **kwargs: SimpleNamespace(etag=None))
+    monkeypatch.setattr(_hub, "hf_hub_download", full)
+    error = fault("hf:bert-base", ResourceError)
+    assert error.exit_code == 7 and "/full/disk/blob" in str(error) and "HF_HOME" in str(error)

@@ -1,0 +1,231 @@
+"""Every family of encoders: prompts as keys and values equal inserted tokens; without prompts, the backbone untouched."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+import transformers
+from encoder_cases import HF, OPEN_CLIP, TEXTS, TIMM, Case, hf_case, open_clip_case, save_hf, sharpen, timm_case
+from encoder_cases import save_tokenizer
+from oracles import insert_prompts
+from PIL import Image
+
+from mopefuse.encoders._base import Encoder, Inputs, Prompt, create_encoder
+from mopefuse.testing import check_encoder
+
+FAMILIES = [*(f"hf-{kind}" for kind in HF), *(f"timm-{name}" for name in TIMM), "open_clip-visual", "open_clip-text"]
+SENTENCES = ["a photo of two cats", "no", "the quick brown fox jumps over the lazy dog and then over the friend"]
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
+    torch.manual_seed(0)
+    root = tmp_path_factory.mktemp("encoders")
+    for kind in HF:
+        save_hf(kind, root / kind)
+    config = root / "mopefuse-tiny.json"
+    config.write_text(json.dumps(OPEN_CLIP))
+    open_clip.add_model_config(config)
+    return {
+        **{f"hf-{kind}": hf_case(root / kind) for kind in HF},
+        **{f"timm-{name}": timm_case(name) for name in TIMM},
+        **{f"open_clip-{tower}": open_clip_case(tower) for tower in ("visual", "text")},
+    }
+
+
+@pytest.fixture(scope="module")
+def encoders(cases: dict[str, Case]) -> dict[str, Encoder]:
+    built = {}
+    for name, case in cases.items():
+        built[name] = create_encoder(case.spec)
+        if not name.startswith("hf-"):  # those were saved with such weights
+            sharpen(built[name].backbone)  # type: ignore[arg-type]
+    return built
+
+
+def batch_of(encoder: Encoder) -> Inputs:
+    if encoder.modality == "text":
+        return encoder.preprocess.batch([encoder.preprocess.item(text) for text in SENTENCES])
+    random = torch.Generator().manual_seed(2)
+    height, width = encoder.preprocess.size  # type: ignore[attr-defined]
+    return {"pixels": torch.randn(3, 3, height, width, generator=random)}
+
+
+def prompts_for(encoder: Encoder, length: int = 5) -> list[torch.Tensor]:
+    random = torch.Generator().manual_seed(3)
+    return [torch.randn(3, length, width, generator=random) for width in encoder.widths]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("rows", [slice(0, 3), slice(2, 3)], ids=["padded", "alone"])
+def test_keys_and_values_equal_inserted_tokens(
+    family: str, rows: slice, cases: dict[str, Case], encoders: dict[str, Encoder]
+) -> None:
+    """A text alone has no padding, and libraries then replace the mask by a flag, or by nothing."""
+    case, encoder = cases[family], encoders[family]
+    inputs = {name: tensor[rows] for name, tensor in batch_of(encoder).items()}
+    prompts = [prompt[rows] for prompt in prompts_for(encoder)]
+    with torch.no_grad():
+        ours = encoder.encode(inputs, lambda layer, tokens, mask: Prompt(prompts[layer]))
+        pooled, tokens = case.call(insert_prompts(case.plain(encoder), prompts), inputs)
+    real = torch.ones(tokens.shape[:2], dtype=torch.bool) if ours.mask_BL is None else ours.mask_BL
+    torch.testing.assert_close(ours.pooled_BC, pooled, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(ours.tokens_BLD[real], tokens[real], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("gradient", [False, True])
+def test_without_prompts_the_backbone_is_untouched(
+    family: str, gradient: bool, cases: dict[str, Case], encoders: dict[str, Encoder]
+) -> None:
+    case, encoder = cases[family], encoders[family]
+    inputs = batch_of(encoder)
+    plain = case.plain(encoder).requires_grad_(False)
+    with torch.set_grad_enabled(gradient):
+        ours = encoder.encode(inputs)
+        pooled, tokens = case.call(plain, inputs)
+    assert torch.equal(ours.pooled_BC, pooled)
+    assert torch.equal(ours.tokens_BLD, tokens)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_keeps_the_contract(family: str, encoders: dict[str, Encoder]) -> None:
+    check_encoder(encoders[family])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_open_gate_is_a_softmax_of_its_own(family: str, encoders: dict[str, Encoder]) -> None:
+    """A wide-open gate on a prompt far from every query adds the mean of its values: finite, and not token insertion."""
+    encoder = encoders[family]
+    inputs, prompts = batch_of(encoder), prompts_for(encoder)
+    half = [torch.full((heads,), 0.5) for heads in encoder.heads]
+    with torch.no_grad():
+        plain = encoder.encode(inputs).pooled_BC
+        gated = encoder.encode(inputs, lambda layer, tokens, mask: Prompt(prompts[layer], half[layer])).pooled_BC
+        other = encoder.encode(inputs, lambda layer, tokens, mask: Prompt(prompts[layer], -half[layer])).pooled_BC
+    assert not torch.allclose(gated, plain) and not torch.allclose(gated, other)
+
+
+@pytest.mark.parametrize("family", ["hf-bert", "hf-clip_text_model", "hf-swin", "timm-vit", "timm-swin-padded"])
+def test_a_gated_layer_by_hand(family: str, encoders: dict[str, Encoder]) -> None:
+    """With one prompt token its softmax is 1, so a gate adds tanh(g) * V_p to every head: as large as we say, and linear."""
+    encoder = encoders[family]
+    inputs, prompts = batch_of(encoder), prompts_for(encoder, length=1)
+    seen: list[torch.Tensor] = []
+
+    def last_attention(gate: float) -> torch.Tensor:
+        seen.clear()
+        name = "proj" if family.startswith("timm") else "o_proj" if "swin" in family else "out_proj"
+        blocks = [m for n, m in encoder.backbone.named_modules() if n.endswith(f".{name}")]  # type: ignore[union-attr]
+        target = blocks[0] if blocks else encoder.backbone.get_submodule("encoder.layer.0.attention.output.dense")  # type: ignore[union-attr, operator]
+        handle = target.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+        gates = torch.full((encoder.heads[0],), gate)
+        with torch.no_grad():
+            encoder.encode(inputs, lambda layer, tokens, mask: Prompt(prompts[0], gates) if layer == 0 else None)
+        handle.remove()
+        return seen[0]
+
+    none, some, more = last_attention(0.0), last_attention(0.3), last_attention(0.9)
+    tanh = torch.tanh(torch.tensor([0.3, 0.9]))
+    torch.testing.assert_close((some - none) / tanh[0], (more - none) / tanh[1], atol=1e-5, rtol=1e-4)
+    added = (more - none).reshape(3, -1, none.shape[-1])
+    torch.testing.assert_close(added, added[:, :1].expand_as(added), atol=1e-5, rtol=1e-4)  # the same for every query
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_copy_has_hooks_of_its_own(family: str, encoders: dict[str, Encoder]) -> None:
+    original = encoders[family]
+    twin = copy.deepcopy(original)
+    inputs, prompts = batch_of(twin), prompts_for(twin)
+    seen: list[int] = []
+
+    def ask(layer: int, tokens: torch.Tensor, mask: torch.Tensor | None) -> Prompt:
+        seen.append(layer)
+        return Prompt(prompts[layer])
+
+    with torch.no_grad():
+        ours = twin.encode(inputs, ask)
+        same = original.encode(inputs, lambda layer, tokens, mask: Prompt(prompts[layer]))
+    assert seen == list(range(len(twin.widths)))
+    assert torch.equal(ours.pooled_BC, same.pooled_BC)
+
+
+def test_an_interrupted_call_leaves_no_prompt(encoders: dict[str, Encoder]) -> None:
+    encoder = copy.deepcopy(encoders["timm-vit"])
+    prompts = prompts_for(encoder)
+
+    def fail(module: torch.nn.Module, args: object) -> None:
+        raise RuntimeError("between the hook and the attention")
+
+    encoder.get_submodule("backbone.blocks.1.attn").register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="between"):
+        encoder.encode(batch_of(encoder), lambda layer, tokens, mask: Prompt(prompts[layer]))
+    assert [slot.prompt for slot in encoder._slots] == [None, None, None]  # type: ignore[union-attr]
+
+
+def test_prompts_of_another_batch_are_refused(encoders: dict[str, Encoder]) -> None:
+    """One prompt for three images would otherwise be spread over the windows of Swin without a word."""
+    encoder = encoders["timm-swin-padded"]
+    with pytest.raises(AssertionError, match="need \\(3, 16\\)"):
+        encoder.encode(batch_of(encoder), lambda layer, tokens, mask: Prompt(torch.zeros(1, 2, 16)))
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["timm:resnet18?pretrained=false", "timm:convnext_atto?pretrained=false", "open_clip:RN50#visual?pretrained=false"],
+)
+def test_what_cannot_be_prompted_gives_its_pooled_feature(spec: str) -> None:
+    encoder = check_encoder(spec)
+    assert encoder.widths == () and "usable as --comp" in encoder.why_not_main
+
+
+def test_an_unknown_family_of_transformers_is_complementary_only(tmp_path: Path) -> None:
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    transformers.AutoModel.from_config(
+        transformers.MPNetConfig(**small, vocab_size=64, max_position_embeddings=40)
+    ).save_pretrained(tmp_path / "mpnet")
+    save_tokenizer(tmp_path / "mpnet")
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    transformers.AutoModel.from_config(transformers.ResNetConfig(**sizes)).save_pretrained(tmp_path / "resnet")
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "resnet")
+    for kind in ("mpnet", "resnet"):
+        encoder = check_encoder(f"hf:{tmp_path / kind}")
+        assert encoder.feature_width == 16 and "usable as --comp" in encoder.why_not_main
+
+
+def test_swin_asks_every_block_of_every_stage() -> None:
+    encoder = create_encoder("timm:swin_base_patch4_window7_224?pretrained=false&img_size=64&window_size=2")
+    assert encoder.widths == (128,) * 2 + (256,) * 2 + (512,) * 18 + (1024,) * 2
+    assert encoder.heads == (4,) * 2 + (8,) * 2 + (16,) * 18 + (32,) * 2
+
+
+def test_a_fingerprint_changes_with_a_weight(encoders: dict[str, Encoder]) -> None:
+    encoder = copy.deepcopy(encoders["hf-bert"])
+    before = encoder.fingerprint()
+    with torch.no_grad():
+        next(encoder.parameters())[0, 0] += 1.0
+    assert encoder.fingerprint() != before == encoders["hf-bert"].fingerprint()
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_own_tokenizer_and_padding(kind: str, encoders: dict[str, Encoder]) -> None:
+    encoder = encoders[f"hf-{kind}"]
+    inputs = encoder.preprocess.batch(["no", "the lazy dog"])
+    end = 3 if kind == "clip_text_model" else 2
+    assert inputs["ids"].tolist()[0][:3] == [1, inputs["ids"][0, 1], end]
+    assert inputs["mask"].tolist() == [[True] * 3 + [False] * 2, [True] * 5]
+
+
+def test_images_are_prepared_as_the_library_does(encoders: dict[str, Encoder], tmp_path: Path) -> None:
+    encoder = encoders["hf-vit"]
+    random = torch.Generator().manual_seed(0)
+    image = Image.fromarray(torch.randint(256, (50, 70, 3), generator=random, dtype=torch.uint8).numpy())
+    theirs = transformers.ViTImageProcessor(size={"height": 32, "width": 32})(image, return_tensors="pt")["pixel_values"]
+    ours = encoder.preprocess.batch([encoder.preprocess.item(image)])["pixels"]
+    assert encoder.preprocess.describe()["interpolation"] == "bilinear"
+    torch.testing.assert_close(ours, theirs, atol=0.02, rtol=0)  # a grey level of 255, after division by 0.5

@@ -1,0 +1,233 @@
+"""Fusion methods: what learns, what is saved, their limits, and that no sample sees another."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import mopefuse
+from mopefuse.config import build_config
+from mopefuse.errors import CheckpointError, EncoderError
+from mopefuse.fusion._base import Fusion
+from mopefuse.fusion.build import build_model
+from mopefuse.fusion.conditional import initial_bound
+
+PAIRS = [("tiny:vision", "tiny:text"), ("tiny:text", "tiny:vision")]
+METHODS = ["conditional", "late-concat", "main-only", "comp-only"]
+TEXTS = ["what is the green number?", "read the digit at the bottom left", "blue", "", "the one in the corner at the top right please"]
+
+
+def images(count: int) -> list[Image.Image]:
+    values = np.random.default_rng(0).integers(0, 256, (count, 20, 16, 3), dtype=np.uint8)
+    return [Image.fromarray(value) for value in values]
+
+
+def build(main: str = "tiny:vision", comp: str = "tiny:text", **options: object) -> Fusion:
+    return mopefuse.build_fusion(main=main, comp=comp, num_labels=7, **options)
+
+
+def open_gates(model: Fusion) -> None:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("gate_H"):
+                parameter.fill_(0.5)
+
+
+@pytest.mark.parametrize(("main", "comp"), PAIRS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gate": "none"},
+        {"router": {"kind": "joint"}},
+        {"router": {"top_m": 2}},
+        {"comp_tuning": {"mode": "prompts"}},
+        {"method": "late-concat"},
+        {"method": "main-only"},
+        {"method": "comp-only"},
+    ],
+    ids=str,
+)
+def test_a_sample_does_not_depend_on_its_batch(main: str, comp: str, options: dict[str, object]) -> None:
+    model = build(main, comp, **options)
+    open_gates(model)
+    together = model(model.collate(images(5), TEXTS)).logits
+    assert together.shape == (5, 7)
+    for i, (image, text) in enumerate(zip(images(5), TEXTS, strict=True)):
+        alone = model(model.collate([image], [text])).logits[0]
+        torch.testing.assert_close(alone, together[i], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("main", "comp"), PAIRS)
+def test_zero_gated_prompts_start_as_the_frozen_encoder_to_the_bit(main: str, comp: str) -> None:
+    model, probe = build(main, comp, gate="zero"), build(main, comp, static=0, dynamic=0, mapped=0)
+    probe.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("stack.")})
+    batch = model.collate(images(5), TEXTS)
+    assert torch.equal(model(batch).logits, probe(batch).logits)
+    open_gates(model)
+    assert not torch.equal(model(batch).logits, probe(batch).logits)
+
+
+def test_without_prompts_it_is_a_linear_probe() -> None:
+    model = build(static=0, dynamic=0, mapped=0)
+    batch = model.collate(images(3), TEXTS[:3])
+    pooled_BC = model.encoder("main").encode(batch.inputs["main"]).pooled_BC
+    assert torch.equal(model(batch).logits, torch.nn.functional.linear(pooled_BC, model.head.weight, model.head.bias))
+    assert set(model.ours()) == {"head.weight", "head.bias"}
+
+
+def test_the_condition_reaches_the_logits_and_static_prompts_are_blind_to_it() -> None:
+    for lengths, reaches in (({}, True), ({"dynamic": 0, "mapped": 0}, False)):
+        model = build(gate="none", **lengths)
+        one = model(model.collate(images(2), TEXTS[:2])).logits
+        other = model(model.collate(images(2), TEXTS[2:4])).logits
+        assert torch.equal(one, other) != reaches
+
+
+CONDITIONAL = {
+    "head.weight",
+    "head.bias",
+    "stack.router.weight_NKC",
+    "stack.router.bias_NK",
+    "stack.trunk.0.weight",
+    "stack.trunk.0.bias",
+    "stack.trunk.1.weight",
+    "stack.trunk.1.bias",
+} | {
+    f"stack.layers.{i}.{name}"
+    for i in range(4)
+    for name in ("static_SD", "experts_KPD", "mapper.weight", "mapper.bias", "gate_H")
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, CONDITIONAL),
+        ({"gate": "none"}, {name for name in CONDITIONAL if not name.endswith("gate_H")}),
+        ({"experts": 1}, {name for name in CONDITIONAL if "router" not in name}),
+        ({"method": "late-concat"}, {"head.weight", "head.bias"}),
+        ({"method": "main-only"}, {"head.weight", "head.bias"}),
+        ({"method": "comp-only"}, {"head.weight", "head.bias"}),
+    ],
+    ids=str,
+)
+def test_exactly_these_parameters_learn_and_are_saved(options: dict[str, object], expected: set[str]) -> None:
+    model = build(**options)
+    assert set(model.ours()) == expected
+    assert set(model.own_state()) == expected
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == expected
+    assert sum(model.breakdown().values()) == sum(p.numel() for p in model.ours().values())
+    assert "other" not in model.breakdown()
+
+
+def test_orthogonal_keys_are_saved_but_do_not_learn() -> None:
+    model = build(router={"kind": "joint"})
+    assert set(model.own_state()) - set(model.ours()) == {"stack.router.keys_NQK"}
+
+
+@pytest.mark.parametrize("mode", ["frozen", "prompts", "full"])
+def test_frozen_weights_never_move_and_ours_all_do(mode: str) -> None:
+    model = build(comp_tuning={"mode": mode}).train()
+    open_gates(model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = torch.optim.SGD(model.ours().values(), lr=0.1)
+    batch = model.collate(images(5), TEXTS)
+    torch.nn.functional.cross_entropy(model(batch).logits, torch.arange(5)).backward()
+    optimizer.step()
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved <= set(model.ours())
+    ours = {name for name in model.ours() if not name.startswith("comp.")}
+    assert ours <= moved
+    assert any(name.startswith("comp.") for name in moved) == (mode == "full")
+
+
+def test_the_frozen_encoders_stay_in_evaluation_mode_and_a_tuned_one_does_not() -> None:
+    model = build().train()
+    assert model.training
+    assert model.stack.training
+    assert not model.encoder("main").training
+    assert not model.encoder("comp").training
+    assert build(comp_tuning={"mode": "full"}).train().encoder("comp").training
+
+
+def test_no_graph_is_built_through_a_frozen_complementary_encoder() -> None:
+    model = build().train()
+    assert not model.psi(model.collate(images(2), TEXTS[:2])).requires_grad
+    assert build(comp_tuning={"mode": "prompts"}).psi(model.collate(images(2), TEXTS[:2])).requires_grad
+
+
+def test_known_features_replace_the_encoder_to_the_bit() -> None:
+    for method in METHODS:
+        model = build(method=method)
+        batch = model.collate(images(4), TEXTS[:4])
+        known = {side: model.feature(side, batch) for side in model.frozen}
+        inputs = {side: value for side, value in batch.inputs.items() if side not in known}
+        assert torch.equal(model(batch).logits, model(replace(batch, inputs=inputs, features=known)).logits)
+
+
+def test_the_same_seed_gives_the_same_model_whatever_was_drawn_before() -> None:
+    one = build(seed=3, main="tiny:vision?pretrained=false").state_dict()
+    torch.rand(7)
+    other = build(seed=3, main="tiny:vision?pretrained=false").state_dict()
+    third = build(seed=4, main="tiny:vision?pretrained=false").state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert not torch.equal(one["head.weight"], third["head.weight"])
+
+
+def test_own_state_goes_round() -> None:
+    model, other = build(seed=1), build(seed=2)
+    other.load_own_state(model.own_state(), where="here")
+    batch = model.collate(images(2), TEXTS[:2])
+    assert torch.equal(model(batch).logits, other(batch).logits)
+
+
+def test_a_state_that_does_not_fit_is_refused_and_named() -> None:
+    model = build()
+    state = model.own_state()
+    for change, message in [
+        ({"head.weight": torch.zeros(3, 3)}, r"head\.weight is \(3, 3\), expected \(7, 96\)"),
+        ({"head.bias": torch.full((7,), float("nan"))}, "not finite"),
+        ({"main.extra": torch.zeros(1)}, r"main\.extra is not expected"),
+    ]:
+        with pytest.raises(CheckpointError, match=message):
+            model.load_own_state(state | change, where="here")
+    with pytest.raises(CheckpointError, match=r"head\.bias is missing"):
+        model.load_own_state({k: v for k, v in state.items() if k != "head.bias"}, where="here")
+
+
+def test_prompts_start_by_the_papers_rule() -> None:
+    class Like:
+        modality, patch_size, widths = "image", 4, (128,)
+
+    assert initial_bound(Like()) == pytest.approx(0.1846, abs=1e-4)  # the released code's Swin-B
+    assert initial_bound(build().encoder("comp")) == 0.3
+
+
+def test_an_encoder_without_layers_to_prompt_is_refused_as_main() -> None:
+    with pytest.raises(EncoderError, match=r"--comp") as refused:
+        build(main="timm:resnet18?pretrained=false", comp="tiny:text")
+    assert refused.value.exit_code == 5
+
+
+def test_compat_official_sets_the_released_codes_choices_and_can_be_overridden() -> None:
+    base = {"main": "tiny:vision", "comp": "tiny:text", "compat": "official"}
+    config = build_config(base)
+    assert (config.prompts.experts, config.prompts.gate, config.router.kind) == (4, "none", "joint")
+    assert (config.train.select, config.data.image_stats, config.router.noise_in_eval) == ("last", "mmbt", True)
+    assert build_config(base | {"prompts": {"experts": 9}}).prompts.experts == 9
+    model = build_model(config, 3)
+    assert model.encoder("main").preprocess.mean == pytest.approx((0.4678, 0.4453, 0.4066), abs=1e-4)
+    batch = model.collate(images(2), TEXTS[:2])
+    assert not torch.equal(model(batch).logits, model(batch).logits)
+
+
+def test_importing_the_package_does_not_import_torch() -> None:
+    code = "import mopefuse, sys; assert 'torch' not in sys.modules; mopefuse.build_fusion; assert 'torch' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

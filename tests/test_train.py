@@ -1,0 +1,325 @@
+"""Training: exact resume after any interruption, the same numbers from several processes, and honest selection."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mopefuse.checkpoint import read_tensors
+from mopefuse.config import build_config
+from mopefuse.data.collate import epoch_batches, share
+from mopefuse.errors import ConfigError, DataError, Interrupted, MopefuseError
+from mopefuse.run import RunFolder
+from mopefuse.train import changes, train
+from mopefuse.trainer import Listener, Progress
+
+BASE: dict[str, Any] = {
+    "main": "tiny:vision",
+    "comp": "tiny:text",
+    "seed": 5,
+    "device": "cpu",
+    "prompts": {"static": 2, "dynamic": 2, "experts": 4},
+    "train": {"epochs": 3, "batch_size": 6, "lr": 1e-2, "log_every": 1},
+}
+
+
+def write_split(root: Path, name: str, count: int, *, multi: bool = False) -> None:
+    rng = np.random.default_rng(len(name))
+    (root / "images").mkdir(parents=True, exist_ok=True)
+    with (root / f"{name}.jsonl").open("w") as file:
+        for i in range(count):
+            image = f"images/{name}-{i}.png"
+            Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(root / image)
+            label: Any = str(i % 3)
+            if multi:
+                label = [str(k) for k in range(3) if (i >> k) % 2]
+            row = {"id": f"{name}{i}", "text": f"what is the {['red', 'green', 'blue'][i % 3]} digit", "img": image, "label": label}
+            file.write(json.dumps(row) + "\n")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("pairs")
+    for name, count in (("train", 20), ("val", 7), ("test", 5)):
+        write_split(root, name, count)
+    return root
+
+
+def config(data: Path, /, **changed: Any) -> Any:
+    values = json.loads(json.dumps(BASE)) | {"data": {"path": str(data)}}
+    for path, value in changed.items():
+        section, _, key = path.partition("__")
+        if key:
+            values.setdefault(section, {})[key] = value
+        else:
+            values[section] = value
+    return build_config(values)
+
+
+class StopAt(Listener):
+    """Ask to stop, as Ctrl-C and SIGTERM do, in the middle of a step."""
+
+    def __init__(self, step: int, number: int) -> None:
+        self.at, self.number, self.losses = step, number, []
+
+    def step(self, progress: Progress, total: int, loss: float, lr: float) -> None:
+        self.losses.append(loss)
+        if progress.step == self.at:
+            os.kill(os.getpid(), self.number)
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    path, _ = RunFolder(run).checkpoint("last")
+    return read_tensors(path / "weights.safetensors") | {
+        f"optimizer/{k}": v for k, v in read_tensors(path / "optimizer.safetensors").items()
+    }
+
+
+def log(run: Path) -> list[dict[str, Any]]:
+    return RunFolder(run).read_log()
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+    assert log(one) == log(other)
+    assert (one / "predictions.jsonl").read_text() == (other / "predictions.jsonl").read_text()
+
+
+AUGMENTED = {"data__augment": "randaugment", "comp_tuning__mode": "prompts"}
+
+
+@pytest.mark.parametrize("changed", [{}, AUGMENTED, {"router__kind": "joint", "train__accumulate": 2}], ids=str)
+@pytest.mark.parametrize(("step", "number", "code"), [(1, signal.SIGINT, 130), (5, signal.SIGTERM, 143), (4, signal.SIGINT, 130)])
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
+    data: Path, tmp_path: Path, changed: dict[str, Any], step: int, number: int, code: int
+) -> None:
+    settings = config(data, **changed)
+    train(settings, tmp_path / "whole")
+    with pytest.raises(Interrupted, match=f"step {step} of 12") as stopped:
+        train(settings, tmp_path / "parts", listener=StopAt(step, number))
+    assert stopped.value.exit_code == code
+    assert weights(tmp_path / "parts").keys() == weights(tmp_path / "whole").keys()
+    assert not (tmp_path / "parts" / "metrics.json").exists()
+    train(settings, tmp_path / "parts", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    losses = [line["loss"] for line in log(tmp_path / "whole") if "loss" in line]
+    assert len(set(losses)) == 12, "steps that do not differ could not show a difference"
+
+
+def test_the_number_of_workers_changes_nothing(data: Path, tmp_path: Path) -> None:
+    for workers in (0, 2):
+        train(config(data, data__augment="randaugment", data__workers=workers), tmp_path / str(workers))
+    assert_same_run(tmp_path / "0", tmp_path / "2")
+
+
+def test_what_is_kept_in_memory_changes_nothing(data: Path, tmp_path: Path) -> None:
+    train(config(data), tmp_path / "kept")
+    train(config(data, data__cache_images=True), tmp_path / "images")
+    assert_same_run(tmp_path / "kept", tmp_path / "images")
+    train(config(data, data__cache_features=False), tmp_path / "computed")
+    for name, tensor in weights(tmp_path / "kept").items():
+        torch.testing.assert_close(tensor, weights(tmp_path / "computed")[name], atol=1e-4, rtol=1e-3)
+
+
+def start_fork(settings: Any, run: Path) -> int:
+    """Train in a child that shares what is imported; its process id. Its exit code is 0 if it came to the end."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        train(settings, run, resume=True)
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def test_killed_at_random_moments_and_resumed_it_ends_bit_equal(data: Path, tmp_path: Path) -> None:
+    settings = config(data, train__epochs=15, train__evals_per_epoch=2, data__augment="flip", train__checkpoint_every=1)
+    train(settings, tmp_path / "whole")
+    moments = random.Random(0)
+    kills_by_step = []
+    for _ in range(200):
+        child = start_fork(settings, tmp_path / "parts")
+        if len(kills_by_step) < 25:
+            time.sleep(moments.uniform(0.05, 0.6))
+            os.kill(child, signal.SIGKILL)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL
+        kills_by_step.append(len(log(tmp_path / "parts")))
+    assert len(kills_by_step) >= 10, "it was over before it could be killed often enough"
+    assert len(set(kills_by_step)) >= 4, "the kills did not fall on different moments of training"
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def command(data: Path, out: Path, *more: str) -> list[str]:
+    sets = ["prompts.static=2", "prompts.dynamic=2", "prompts.experts=4", "train.log_every=1"]
+    return [
+        *("train", "--main", "tiny:vision", "--comp", "tiny:text", "--data", str(data), "--out", str(out), "--device", "cpu"),
+        *("--epochs", "2", "--batch", "9", "--lr", "0.01", "--seed", "5"),
+        *(argument for setting in sets for argument in ("--set", setting)),
+        *more,
+    ]
+
+
+def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return subprocess.run(
+        [*launcher, "-m", "mopefuse", *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=240,
+        check=False,
+    )
+
+
+def test_two_processes_equal_one(data: Path, tmp_path: Path) -> None:
+    """20 samples in batches of 9: the last batch of 2, and validation on 7, do not divide evenly."""
+    plain = ["--set", "prompts.dropout=0", "--set", "router.noise=false"]
+    for name, processes in (("one", 1), ("two", 2)):
+        done = torchrun(processes, *command(data, tmp_path / name, *plain))
+        assert done.returncode == 0, done.stderr
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=2e-5, rtol=1e-3, msg=name)
+    for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
+        assert a.keys() == b.keys()
+        if "loss" in a:
+            assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+    ids = [json.loads(line)["id"] for line in (tmp_path / "two" / "predictions.jsonl").read_text().splitlines()]
+    assert ids == [f"test{i}" for i in range(5)]
+    assert json.loads((tmp_path / "two" / "metrics.json").read_text())["processes"] == 2
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_every_sample_is_in_one_share_whatever_the_number_of_processes(world: int) -> None:
+    for batch in epoch_batches(seed=1, epoch=4, count=23, batch_size=8):
+        shares = [share(batch, rank, world) for rank in range(world)]
+        assert sorted(sum(shares, [])) == sorted(batch)
+    everything = sum(epoch_batches(1, 4, 23, 8), [])
+    assert sorted(everything) == list(range(23))
+    assert everything != sum(epoch_batches(1, 5, 23, 8), []) != sum(epoch_batches(2, 5, 23, 8), [])
+
+
+def test_test_data_never_selects_and_the_best_on_validation_is_tested(data: Path, tmp_path: Path) -> None:
+    result = train(config(data, train__evals_per_epoch=2), tmp_path / "run")
+    validated = {line["step"]: line["val"]["accuracy"] for line in log(tmp_path / "run") if "val" in line}
+    best = max(validated.values())
+    assert result["selected_step"] == min(step for step, value in validated.items() if value == best)
+    assert result["metrics"]["val"]["accuracy"] == best
+    assert len(validated) == 6
+    rows = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
+    accuracy = sum(row["label"] == row["true"] for row in rows) / len(rows)
+    assert result["metrics"]["test"]["accuracy"] == pytest.approx(accuracy)
+    assert all(sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-4) for row in rows)
+
+
+def test_patience_ends_training_early_and_a_resumed_run_stays_ended(data: Path, tmp_path: Path) -> None:
+    settings = config(data, train__patience=1, train__epochs=50, train__lr=1e-6)
+    result = train(settings, tmp_path / "run")
+    assert result["steps"] < 50 * 4
+    again = train(settings, tmp_path / "run", resume=True)
+    assert again["steps"] == result["steps"]
+
+
+def test_multi_label_training_reports_three_f1_and_labels_above_the_threshold(tmp_path: Path) -> None:
+    for name, count in (("train", 16), ("val", 8), ("test", 8)):
+        write_split(tmp_path / "data", name, count, multi=True)
+    result = train(config(tmp_path / "data"), tmp_path / "run")
+    assert {"f1_micro", "f1_macro", "f1_samples"} <= result["metrics"]["test"].keys()
+    for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        assert row["labels"] == [label for label, p in row["probabilities"].items() if p >= 0.5]
+
+
+def test_a_finished_run_is_not_trained_again_until_it_is_given_more_epochs(data: Path, tmp_path: Path) -> None:
+    class Notices(Listener):
+        def __init__(self) -> None:
+            self.said: list[str] = []
+
+        def notice(self, text: str) -> None:
+            self.said.append(text)
+
+    train(config(data), tmp_path / "run")
+    before = (tmp_path / "run" / "metrics.json").read_text()
+    notices = Notices()
+    train(config(data), tmp_path / "run", resume=True, listener=notices)
+    assert any("already finished at step 12" in text for text in notices.said)
+    assert (tmp_path / "run" / "metrics.json").read_text() == before
+    more = train(config(data, train__epochs=4, train__lr=1e-2), tmp_path / "run", resume=True, listener=notices)
+    assert more["steps"] == 16
+    assert any("train.epochs: 3 -> 4" in text for text in notices.said)
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [({"seed": 6}, "seed"), ({"prompts__experts": 5}, "experts"), ({"train__lr": 1.0}, "lr"), ({"main": "tiny:text"}, "main")],
+)
+def test_a_resumed_run_cannot_become_another(data: Path, changed: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        changes(config(data), config(data, **changed))
+
+
+def test_a_run_does_not_go_on_with_other_data(data: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "data"
+    for name, count in (("train", 9), ("val", 4)):
+        write_split(copy, name, count)
+    with pytest.raises(Interrupted):
+        train(config(copy), tmp_path / "run", listener=StopAt(1, signal.SIGINT))
+    with (copy / "val.jsonl").open("a") as file:
+        file.write("\n")
+    with pytest.raises(DataError, match="not those"):
+        train(config(copy), tmp_path / "run", resume=True)
+
+
+def test_a_run_does_not_go_on_with_other_encoder_weights(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        train(config(data), tmp_path / "run", listener=StopAt(1, signal.SIGINT))
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    manifest["encoders"]["main"]["fingerprint"] = "0" * 16
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(MopefuseError, match="not those that the run was trained with") as refused:
+        train(config(data), tmp_path / "run", resume=True)
+    assert refused.value.exit_code == 6
+
+
+def test_the_papers_schedule_and_the_others() -> None:
+    from mopefuse.optim import factor
+
+    def at(schedule: str, step: int, **more: Any) -> float:
+        return factor(config(Path("x"), train__schedule=schedule, **more).train, step, 100)
+
+    assert [at("paper", step) for step in (0, 29, 30, 59, 60, 99)] == pytest.approx([1, 1, 0.4, 0.4, 0.16, 0.16])
+    assert [at("constant", step) for step in (0, 99)] == [1, 1]
+    assert [at("cosine", step) for step in (0, 50, 100)] == pytest.approx([1, 0.5, 0])
+    assert [at("one-cycle", step) for step in (0, 30, 100)] == pytest.approx([0.04, 1, 0])
+    assert at("cosine", 4, train__warmup=0.1) == pytest.approx(5 / 11)
+
+
+def test_the_two_sides_have_learning_rates_of_their_own(data: Path, tmp_path: Path) -> None:
+    settings = config(data, comp_tuning__mode="prompts", train__lr=1e-2, train__lr_comp=1e-9, train__weight_decay=0.0)
+    train(settings, tmp_path / "slow")
+    train(config(data, comp_tuning__mode="prompts", train__lr=1e-2, train__weight_decay=0.0), tmp_path / "same")
+    spread = {}
+    for name in ("slow", "same"):
+        state = weights(tmp_path / name)
+        spread[name] = state["comp_stack.layers.0.gate_H"].abs().max()
+    assert spread["slow"] < 1e-6 < spread["same"]
