@@ -69,8 +69,9 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.replace(path)
         _sync(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise disk_error(error, path) from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def verify(folder: Path, *, kind: str) -> dict[str, Any]:
@@ -110,7 +111,10 @@ def verify(folder: Path, *, kind: str) -> dict[str, Any]:
 def _inside(folder: Path, name: str) -> bool:
     """Whether a file is in a folder by its name alone: no way up, no absolute path, no link on the way."""
     parts = Path(name).parts
-    links = [folder.joinpath(*parts[: depth + 1]).is_symlink() for depth in range(len(parts))]
+    try:
+        links = [folder.joinpath(*parts[: depth + 1]).is_symlink() for depth in range(len(parts))]
+    except (OSError, ValueError):  # no path at all
+        return False
     return bool(parts) and not Path(name).is_absolute() and ".." not in parts and not any(links)
 
 
@@ -226,6 +230,7 @@ def disk_error(error: Exception, path: Path) -> ResourceError:
     """What the user can do about a write that failed."""
     free = shutil.disk_usage(next(parent for parent in path.absolute().parents if parent.exists())).free / 1e6
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    reason = reason.rpartition("I/O error: ")[2].partition(" (os error")[0]  # of safetensors
     full = "No space" in reason or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT))
     fix = "free space and go on with --resume" if full else "make the folder writable, or name another"
     return ResourceError(1, f"cannot write {path.name}: {reason} (free {free:.1f} MB)", where=str(path.parent), fix=fix)

@@ -45,13 +45,14 @@ class Prompts(Section):
     mapper_norm: Literal["layer", "batch-frozen"] = Field("layer", description="norm in the mapper's trunk")
     route_stage_starts: bool = Field(True, description="give the first block of each stage a dynamic prompt too")
 
-    @model_validator(mode="after")
-    def _layers(self) -> Prompts:
-        if isinstance(self.layers, str) and not re.fullmatch(r"all|(first|last):[1-9]\d*", self.layers):
-            raise ValueError("layers must be all, first:N, last:N or a list of indices from 0")
-        if not isinstance(self.layers, str) and (min(self.layers, default=-1) < 0 or len(set(self.layers)) < len(self.layers)):
-            raise ValueError(f"layers must be different indices from 0, got {list(self.layers)}")
-        return self
+    @field_validator("layers")
+    @classmethod
+    def _layers(cls, value: str | tuple[int, ...]) -> str | tuple[int, ...]:
+        if isinstance(value, str) and not re.fullmatch(r"all|(first|last):[1-9]\d*", value, re.ASCII):
+            raise ValueError("must be all, first:N, last:N or a list of indices from 0")
+        if not isinstance(value, str) and (min(value, default=-1) < 0 or len(set(value)) < len(value)):
+            raise ValueError("must be different indices from 0")
+        return value
 
 
 class Router(Section):
@@ -126,6 +127,9 @@ class RunConfig(Section):
     seed: int = Field(0, ge=0, lt=2**63, description="of initialisation, order, noise, dropout and augmentation")
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:N or mps")
     compat: Literal["none", "official"] = Field("none", description="official: the released code's choices as defaults")
+    head_norm: Literal["layer", "none"] = Field(
+        "layer", description="layer: pooled features lose their scale before the linear head; none: as in the papers"
+    )
     prompts: Prompts = Prompts()
     router: Router = Router()
     comp_tuning: CompTuning = CompTuning()
@@ -140,6 +144,7 @@ class RunConfig(Section):
 
 
 OFFICIAL: dict[str, Any] = {
+    "head_norm": "none",
     "prompts": {"experts": 4, "gate": "none", "mapper_norm": "batch-frozen", "route_stage_starts": False},
     "router": {"kind": "joint", "noise_in_eval": True},
     "data": {"image_stats": "mmbt"},

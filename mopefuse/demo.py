@@ -38,18 +38,21 @@ class Row:
     seconds: float
 
 
-def demo(out: Path, *, listener: Callable[[str], Listener], overwrite: bool = False) -> list[Row]:
+def demo(
+    out: Path, *, listener: Callable[[str], Listener], steps: int | None = None, overwrite: bool = False
+) -> list[Row]:
     """Make the data, train every variant, and return a row for each.
 
     Args:
         out: folder for the data and the runs.
         listener: title of a variant to what watches its training.
+        steps: train each variant for so many steps only; what comes out is a look, not a result.
     """
     data = out / "digit-questions"
     load(DATASETS, "digit-questions")(data)
     rows = []
     for name, (title, changes) in VARIANTS.items():
-        config: RunConfig = resolve(recipe=RECIPE, flags={"data.path": str(data), **changes})
+        config: RunConfig = resolve(recipe=RECIPE, flags={"data.path": str(data), "train.max_steps": steps, **changes})
         result = train(config, out / name, overwrite=overwrite, listener=listener(title))
         rows.append(
             Row(name, title, result["metrics"]["test"]["accuracy"], result["parameters"]["trainable"], result["seconds"])

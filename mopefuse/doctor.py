@@ -22,6 +22,7 @@ _CHECKS = {
     "transformers": ("import transformers", "transformers cannot be imported; pip install -U transformers"),
     "open_clip": ("import open_clip", "open_clip cannot be imported; pip install -U open_clip_torch"),
 }
+_SECONDS = 120  # for one import
 _DEVICES = """
 import torch
 print("cpu,", torch.get_num_threads(), "threads")
@@ -82,8 +83,12 @@ def _version(name: str) -> str:
 
 def _try(code: str) -> tuple[str, str]:
     """(stdout, last line of the error) of a snippet of Python in a fresh process."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
-    return done.stdout, done.stderr.strip().splitlines()[-1] if done.returncode else ""
+    try:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return "", f"no answer in {_SECONDS} seconds"
+    said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+    return done.stdout, said[-1] if done.returncode else ""
 
 
 def _shared_memory() -> str:

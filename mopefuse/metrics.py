@@ -29,8 +29,8 @@ def selected_metric(*, multi_label: bool) -> str:
 def compute(logits_SN: Tensor, targets: Tensor, *, multi_label: bool) -> dict[str, float]:
     """Metrics of a split, each in 0..1, and the mean loss.
 
-    F1 macro is over the labels that the split has (`absent_labels` counts the others); F1 samples counts a sample
-    without labels as 1 if none is predicted, else as 0.
+    F1 macro is over the labels that the split has (`absent_labels` counts the others), and 0 if it has none; F1 samples
+    counts a sample without labels as 1 if none is predicted, else as 0.
     """
     logits_SN = logits_SN.float()
     if multi_label:
@@ -54,7 +54,7 @@ def _multi_label(logits_SN: Tensor, targets_SN: Tensor) -> dict[str, float]:
     right_empty = float((~predicted[empty].any(axis=1)).sum())
     return {
         "f1_micro": float(f1_score(actual, predicted, average="micro", zero_division=0)),
-        "f1_macro": float(f1_score(actual, predicted, labels=present, average="macro", zero_division=0)),
+        "f1_macro": float(f1_score(actual, predicted, labels=present, average="macro", zero_division=0)) if len(present) else 0.0,
         "f1_samples": float((samples * (~empty).sum() + right_empty) / len(actual)),
         "absent_labels": int(logits_SN.shape[1] - len(present)),
         "loss": float(torch.nn.functional.binary_cross_entropy_with_logits(logits_SN, targets_SN)),

@@ -179,4 +179,4 @@ def find_recipe(name: str) -> Path:
 
 def to_yaml(config: RunConfig) -> str:
     """The resolved configuration, every setting written out; `read_recipe` gives the same configuration back."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, width=120)

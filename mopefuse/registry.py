@@ -46,8 +46,8 @@ def parse_spec(text: str) -> Spec:
         )
     options: dict[str, str] = {}
     for pair in query.split("&") if has_query else []:
-        key, has_value, value = pair.partition("=")
-        if not (key and has_value) or key in options:
+        key, _, value = pair.partition("=")
+        if not (key and value) or key in options:
             raise ConfigError(
                 12, f"cannot read the option {pair!r}", where=text, fix="write each option once, as ?key=value&key=value"
             )

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mopefuse.encoders._base import Encoded, Encoder, Inputs, Prompt, create_encoder
+from mopefuse.encoders._base import Encoded, Encoder, Inputs, Prompt, PromptAt, create_encoder
 from mopefuse.errors import EncoderError
 
 _TOLERANCE = 1e-4  # of the largest value, in float32
@@ -69,16 +69,20 @@ class _Check:
     def __init__(self, encoder: Encoder, values: list[Any]) -> None:
         self.encoder, self.values = encoder, values
         self.items = [encoder.preprocess.item(value) for value in values]
-        self.inputs = encoder.preprocess.batch(self.items)
+        self.device = next((parameter.device for parameter in encoder.parameters()), torch.device("cpu"))
+        self.inputs = self.batch(self.items)
         random = torch.Generator().manual_seed(0)
         shapes = [(len(values), _PROMPT_TOKENS, width) for width in encoder.widths]
-        self.prompts = [torch.randn(shape, generator=random) for shape in shapes]
-        self.gates = [torch.rand(heads, generator=random) + 0.5 for heads in encoder.heads]
+        self.prompts = [torch.randn(shape, generator=random).to(self.device) for shape in shapes]
+        self.gates = [(torch.rand(heads, generator=random) + 0.5).to(self.device) for heads in encoder.heads]
+
+    def batch(self, items: list[Any]) -> Inputs:
+        return {name: tensor.to(self.device) for name, tensor in self.encoder.preprocess.batch(items).items()}
 
     def say(self, what: str) -> str:
         return f"{self.encoder.spec}: {what}"
 
-    def run(self, inputs: Inputs, prompt_at: Any = None) -> Encoded:
+    def run(self, inputs: Inputs, prompt_at: PromptAt | None = None) -> Encoded:
         with torch.no_grad():
             return self.encoder.encode(inputs, prompt_at)
 
@@ -119,7 +123,7 @@ class _Check:
         together = self.run(self.inputs, self.prompting(gates, slice(None)))
         how = "without prompts" if gates is None else "with prompts" if gates([]) is None else "with gated prompts"
         for index, item in enumerate(self.items):
-            alone = self.run(self.encoder.preprocess.batch([item]), self.prompting(gates, slice(index, index + 1)))
+            alone = self.run(self.batch([item]), self.prompting(gates, slice(index, index + 1)))
             self.close(
                 together.pooled_BC[index], alone.pooled_BC[0], f"sample {index} depends on the rest of its batch, {how}"
             )
@@ -131,11 +135,12 @@ class _Check:
                 f"tokens of sample {index} depend on the rest of its batch, {how}",
             )
 
-    def prompting(self, gates: Callable[[list[Tensor]], list[Tensor] | None] | None, rows: slice) -> Any:
-        if gates is None:
-            return None
-        chosen = gates(self.gates)
-        return lambda layer, tokens, mask: Prompt(self.prompts[layer][rows], chosen[layer] if chosen else None)
+    def prompting(self, gates: Callable[[list[Tensor]], list[Tensor] | None] | None, rows: slice) -> PromptAt | None:
+        return None if gates is None else _answers([prompt[rows] for prompt in self.prompts], gates(self.gates))
+
+    def only_at(self, chosen: int, gates: list[Tensor] | None) -> PromptAt:
+        answers = _answers(self.prompts, gates)
+        return lambda layer, tokens, mask: answers(layer, tokens, mask) if layer == chosen else None
 
     def refuses_prompts(self) -> None:
         try:
@@ -177,12 +182,7 @@ class _Check:
         plain = self.run(self.inputs)
         for gates in (None, self.gates):
             for chosen in range(len(self.encoder.widths)):
-                out = self.run(
-                    self.inputs,
-                    lambda layer, tokens, mask, at=chosen, gates=gates: (
-                        Prompt(self.prompts[layer], gates[layer] if gates else None) if layer == at else None
-                    ),
-                )
+                out = self.run(self.inputs, self.only_at(chosen, gates))
                 kind = "a gated prompt" if gates else "a prompt"
                 assert out.tokens_BLD.shape == plain.tokens_BLD.shape, self.say(
                     f"{kind} at layer {chosen} is among the returned tokens: {tuple(out.tokens_BLD.shape)}"
@@ -193,10 +193,8 @@ class _Check:
         prompts = [prompt.clone().requires_grad_() for prompt in self.prompts]
         gates = [gate.clone().requires_grad_() for gate in self.gates]
         for used in (None, gates):
-            out = self.encoder.encode(
-                self.inputs, lambda layer, tokens, mask, used=used: Prompt(prompts[layer], used[layer] if used else None)
-            )
-            (out.pooled_BC.square().sum() + out.tokens_BLD.sin().sum()).backward()  # type: ignore[no-untyped-call]
+            out = self.encoder.encode(self.inputs, _answers(prompts, used))
+            (out.pooled_BC.square().sum() + out.tokens_BLD.sin().sum()).backward()
         for name, tensors in (("prompt", prompts), ("gate", gates)):
             for layer, tensor in enumerate(tensors):
                 assert tensor.grad is not None and tensor.grad.isfinite().all(), self.say(
@@ -229,6 +227,10 @@ class _Check:
     def close(self, left: Tensor, right: Tensor, fault: str) -> None:
         apart, scale = float((left - right).abs().max()), max(1.0, float(right.abs().max()))
         assert apart <= _TOLERANCE * scale, self.say(f"{fault}: apart by {apart:.2e}, values up to {scale:.2g}")
+
+
+def _answers(prompts: list[Tensor], gates: list[Tensor] | None) -> PromptAt:
+    return lambda layer, tokens, mask: Prompt(prompts[layer], gates[layer] if gates else None)
 
 
 class _Stop(Exception):

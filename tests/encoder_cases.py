@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import open_clip
+import pytest
 import timm
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 
-from mopefuse.encoders._base import Encoder, Inputs
+from mopefuse.encoders._base import Encoder, Inputs, create_encoder
+from mopefuse.errors import EncoderError, MopefuseError
 
 WORDS = "a an and both brown cats dog dogs fox friend jumps keep lazy no of on over photo quick sleeping the then two".split()
 TEXT = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 64}
@@ -146,3 +149,21 @@ def open_clip_case(tower: str) -> Case:
         return pooled, tokens
 
     return Case(f"open_clip:mopefuse-tiny#{tower}?pretrained=false", plain, call)
+
+
+def fault(spec: str, kind: type[MopefuseError] = EncoderError) -> MopefuseError:
+    started = time.monotonic()
+    with pytest.raises(kind) as caught:
+        create_encoder(spec)
+    assert time.monotonic() - started < 4
+    assert caught.value.fix, "an error says what to do"
+    return caught.value
+
+
+def code(number: int) -> str:
+    return f"MF-ENC-{number}"
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))

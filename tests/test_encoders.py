@@ -10,8 +10,7 @@ import open_clip
 import pytest
 import torch
 import transformers
-from encoder_cases import HF, OPEN_CLIP, TEXTS, TIMM, Case, hf_case, open_clip_case, save_hf, sharpen, timm_case
-from encoder_cases import save_tokenizer
+from encoder_cases import HF, OPEN_CLIP, TEXTS, TIMM, Case, hf_case, open_clip_case, save_hf, save_tokenizer, sharpen, timm_case
 from oracles import insert_prompts
 from PIL import Image
 
@@ -155,6 +154,29 @@ def test_a_copy_has_hooks_of_its_own(family: str, encoders: dict[str, Encoder]) 
     assert torch.equal(ours.pooled_BC, same.pooled_BC)
 
 
+@pytest.mark.parametrize("family", ["hf-bert", "hf-swin", "timm-vit", "timm-swin-padded", "open_clip-text"])
+def test_a_prompted_encoder_can_be_exported_for_any_batch(family: str, encoders: dict[str, Encoder]) -> None:
+    encoder = encoders[family]
+    inputs, prompts = batch_of(encoder), prompts_for(encoder)
+
+    class Prompted(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = encoder
+
+        def forward(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+            named = {"ids": first, "mask": second} if encoder.modality == "text" else {"pixels": first}
+            return self.encoder.encode(
+                named, lambda layer, tokens, mask: Prompt(prompts[layer][:1].expand(tokens.shape[0], -1, -1))
+            ).pooled_BC
+
+    example = (inputs["ids"], inputs["mask"]) if encoder.modality == "text" else (inputs["pixels"], inputs["pixels"])
+    batch = torch.export.Dim("batch", min=1, max=64)
+    exported = torch.export.export(Prompted().eval(), example, strict=False, dynamic_shapes=({0: batch}, {0: batch}))
+    five = tuple(torch.cat([tensor, tensor[:2]]) for tensor in example)
+    torch.testing.assert_close(exported.module()(*five), Prompted()(*five))
+
+
 def test_an_interrupted_call_leaves_no_prompt(encoders: dict[str, Encoder]) -> None:
     encoder = copy.deepcopy(encoders["timm-vit"])
     prompts = prompts_for(encoder)
@@ -177,7 +199,11 @@ def test_prompts_of_another_batch_are_refused(encoders: dict[str, Encoder]) -> N
 
 @pytest.mark.parametrize(
     "spec",
-    ["timm:resnet18?pretrained=false", "timm:convnext_atto?pretrained=false", "open_clip:RN50#visual?pretrained=false"],
+    [
+        "timm:resnet18?pretrained=false",
+        "timm:convnext_atto?pretrained=false",
+        "open_clip:RN50#visual?pretrained=false&force_image_size=64",
+    ],
 )
 def test_what_cannot_be_prompted_gives_its_pooled_feature(spec: str) -> None:
     encoder = check_encoder(spec)

@@ -20,7 +20,7 @@ from mopefuse.fusion.conditional import initial_bound
 
 PAIRS = [("tiny:vision", "tiny:text"), ("tiny:text", "tiny:vision")]
 METHODS = ["conditional", "late-concat", "main-only", "comp-only"]
-TEXTS = ["what is the green number?", "read the digit at the bottom left", "blue", "", "the one in the corner at the top right please"]
+TEXTS = ["what is the green number?", "read the digit at the bottom left", "blue", "", "the one at the top right please"]
 
 
 def images(count: int) -> list[Image.Image]:
@@ -78,8 +78,15 @@ def test_without_prompts_it_is_a_linear_probe() -> None:
     model = build(static=0, dynamic=0, mapped=0)
     batch = model.collate(images(3), TEXTS[:3])
     pooled_BC = model.encoder("main").encode(batch.inputs["main"]).pooled_BC
-    assert torch.equal(model(batch).logits, torch.nn.functional.linear(pooled_BC, model.head.weight, model.head.bias))
+    normed_BC = (pooled_BC - pooled_BC.mean(-1, keepdim=True)) / pooled_BC.std(-1, correction=0, keepdim=True)
+    torch.testing.assert_close(model(batch).logits, normed_BC @ model.head.weight.T + model.head.bias)
     assert set(model.ours()) == {"head.weight", "head.bias"}
+    probe = build(method="main-only")
+    probe.load_own_state(model.own_state(), where="here")
+    assert torch.equal(model(batch).logits, probe(batch).logits)
+    as_published = build(static=0, dynamic=0, mapped=0, head_norm="none")
+    as_published.load_own_state(model.own_state(), where="here")
+    assert torch.equal(as_published(batch).logits, model.head(pooled_BC))
 
 
 def test_the_condition_reaches_the_logits_and_static_prompts_are_blind_to_it() -> None:

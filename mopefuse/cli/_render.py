@@ -29,7 +29,12 @@ def print_json(value: dict[str, Any]) -> None:
     """One object on stdout and nothing else there; what is not a number is null."""
     from mopefuse.checkpoint import finite
 
-    print(json.dumps(finite(value), ensure_ascii=False))
+    print(json.dumps(finite(value), ensure_ascii=not speaks_unicode(sys.stdout)))
+
+
+def speaks_unicode(stream: Any) -> bool:
+    """Whether every character can be written to a stream as it is."""
+    return (getattr(stream, "encoding", None) or "utf-8").lower().replace("-", "") == "utf8"
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, bold: int | None = None) -> None:

@@ -122,4 +122,4 @@ def _tensorboard(folder: Path) -> Any:
     except ImportError:
         fix = 'pip install "mopefuse[track]"'
         raise ConfigError(42, "tensorboard is not installed", where="--tensorboard", fix=fix) from None
-    return SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+    return SummaryWriter(str(folder / "tensorboard"))

@@ -6,7 +6,7 @@ usage error do not wait for torch.
 
 from __future__ import annotations
 
-import json
+import errno
 import os
 import sys
 import traceback
@@ -17,7 +17,11 @@ import typer
 
 from mopefuse import __version__
 from mopefuse.cli import data, demo, doctor, encoders, eval, train
+from mopefuse.cli._render import print_json, speaks_unicode
 from mopefuse.errors import ConfigError, MopefuseError, ResourceError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
 
 app = typer.Typer(
     name="mopefuse",
@@ -42,7 +46,7 @@ def _version(asked: bool) -> None:
 
 
 @app.callback()
-def options(
+def _options(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an internal error.")] = False,
 ) -> None:
@@ -51,14 +55,27 @@ def options(
 
 
 def main() -> None:
-    """Entry point of the command ``mopefuse``. Exit codes: see `mopefuse.errors`."""
+    """Entry point of the command ``mopefuse``. Exit codes: see docs/errors.md."""
+    for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show is spelt out instead of ending the program
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        _no_reader()
+    except SystemExit as leaving:
+        if isinstance(leaving.__context__, BrokenPipeError):  # typer makes it exit code 1
+            _no_reader()
+        if leaving.code == 2 and "--json" in sys.argv:
+            message = "the command line cannot be read; stderr says why"
+            body = {"code": "MF-USE-01", "exit": 2, "message": message, "where": "", "hint": "see mopefuse --help"}
+            print_json({"ok": False, "error": body})
+        raise
     except MopefuseError as error:
         _exit(error)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
     except Exception as error:
         known = _known(error)
         if known is not None:
@@ -68,13 +85,12 @@ def main() -> None:
 
 def _exit(error: MopefuseError) -> None:
     if "--json" in sys.argv:
-        print(json.dumps({"ok": False, "error": error.as_dict()}, ensure_ascii=False))
+        print_json({"ok": False, "error": error.as_dict()})
     else:
         kind = "stopped" if error.family == "STOP" else f"error[{error.code}]"
         text = f"{kind}: {error}"
-        encoding = sys.stderr.encoding or "utf-8"
-        if encoding.lower().replace("-", "") != "utf8":
-            text = text.replace(" · ", " | ").encode(encoding, "replace").decode(encoding)
+        if not speaks_unicode(sys.stderr):
+            text = text.replace(" · ", " | ").replace("…", "...")
         red, plain = ("\x1b[31m", "\x1b[0m") if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ("", "")
         print(f"{red}{kind}{plain}{text[len(kind) :]}", file=sys.stderr)
     sys.exit(error.exit_code)
@@ -87,9 +103,19 @@ def _known(error: Exception) -> MopefuseError | None:
         return ResourceError(
             5, "out of GPU memory", where=str(error).split(".")[0], fix="use a smaller --batch, or --set train.accumulate=2"
         )
-    if isinstance(error, OSError) and error.filename is not None and not isinstance(error, ImportError):
+    if isinstance(error, MemoryError):
+        return ResourceError(6, "out of memory", fix="use a smaller --batch, or --set train.accumulate=2")
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return ResourceError(1, f"{error.strerror}", where=str(error.filename or ""), fix="free space, memory or open files")
+    if isinstance(error, OSError) and error.filename is not None:
         return ConfigError(9, f"{error.strerror}: {error.filename}", fix="name a path that can be used")
     return None
+
+
+def _no_reader() -> None:
+    """Who read our output has stopped to, as ``| head`` does: that is no error, and the rest goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(141)
 
 
 def _crash(error: Exception) -> None:
@@ -104,7 +130,7 @@ def _crash(error: Exception) -> None:
     summary = str(error).splitlines()[0] if str(error) else ""
     if "--json" in sys.argv:
         body = {"code": "MF-INT-00", "exit": 1, "message": f"{type(error).__name__}: {summary}", "where": str(log), "hint": ""}
-        print(json.dumps({"ok": False, "error": body}))
+        print_json({"ok": False, "error": body})
     else:
         print(f"internal error: {type(error).__name__}: {summary}{place} · fix: please report it", file=sys.stderr)
     sys.exit(1)

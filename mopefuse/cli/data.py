@@ -19,7 +19,7 @@ def group() -> None:
 def make(
     name: Annotated[str, typer.Argument(help="digit-questions, or a data set of a plugin.")],
     folder: Annotated[Path, typer.Argument(help="Folder to write.")],
-    seed: Annotated[int, typer.Option(help="Same seed, same files.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same files.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Write a data set that needs no download, in the native row format."""

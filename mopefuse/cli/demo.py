@@ -10,6 +10,7 @@ import typer
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the data and the runs.")] = Path("demo"),
+    steps: Annotated[int | None, typer.Option(min=1, help="Train so many steps only: a look, not a result.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace earlier runs in it.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
@@ -25,7 +26,7 @@ def demo(
         console.print(f"\n{title}", style="bold", markup=False)
         return Display(out, json=json)
 
-    rows = run_demo(out, listener=announce, overwrite=overwrite)
+    rows = run_demo(out, listener=announce, steps=steps, overwrite=overwrite)
     if json:
         print_json({"ok": True, "rows": [vars(row) for row in rows]})
         return

@@ -21,13 +21,15 @@ def evaluate(
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Evaluate a run: metrics, a table by label, predictions.jsonl. Deterministic; no sample depends on its batch."""
-    from mopefuse.errors import ConfigError, did_you_mean
+    from mopefuse.errors import ConfigError, GateError, did_you_mean
     from mopefuse.run import RunFolder
 
     if split not in _SPLITS:
         raise ConfigError(53, f"there is no split {split!r}", where="--split", fix=did_you_mean(split, _SPLITS))
     folder = RunFolder(run)
     folder.config()
+    if out is not None and not out.absolute().parent.is_dir():
+        raise ConfigError(54, f"there is no folder {out.parent}", where="--out", fix="make it, or name another file")
     from mopefuse import distributed
     from mopefuse.cli._render import err, print_json
     from mopefuse.evaluate import check_gates, write_predictions
@@ -50,20 +52,23 @@ def evaluate(
         return
     predictions = out or (folder.predictions_file if split == "test" and data is None else run / f"predictions-{split}.jsonl")
     write_predictions(predictions, found.predictions)
-    if json:
-        print_json(
-            {
-                "ok": True,
-                "run": str(run),
-                "split": split,
-                "metrics": found.metrics,
-                "per_label": found.per_label,
-                "predictions": str(predictions),
-            }
-        )
-    else:
+    if not json:
         _print(run, found.split, found.metrics, found.per_label, predictions)
-    check_gates(found.metrics, min_ or ())
+        check_gates(found.metrics, min_ or ())
+        return
+    facts = {
+        "run": str(run),
+        "split": split,
+        "metrics": found.metrics,
+        "per_label": found.per_label,
+        "predictions": str(predictions),
+    }
+    try:
+        check_gates(found.metrics, min_ or ())
+    except GateError as error:
+        print_json({"ok": False, "error": error.as_dict(), **facts})
+        raise typer.Exit(error.exit_code) from None
+    print_json({"ok": True, **facts})
 
 
 def _print(run: Path, split: str, metrics: dict[str, float], per_label: list[dict[str, object]], predictions: Path) -> None:
@@ -74,6 +79,7 @@ def _print(run: Path, split: str, metrics: dict[str, float], per_label: list[dic
     for row, facts in zip(rows, per_label, strict=True):
         row.append(str(facts["support"]))
     table(f"{run}, {split}", ["label", "precision", "recall", "f1", "support"], rows)
-    shown = [[name, percent(value) if name not in ("loss", "absent_labels") else f"{value:.4g}"] for name, value in metrics.items()]
+    plain = ("loss", "absent_labels")
+    shown = [[name, f"{value:.4g}" if name in plain else percent(value)] for name, value in metrics.items()]
     table(f"{split}: {support} labels given", ["metric", "value"], shown)
     out().print(f"predictions: {predictions}", markup=False)

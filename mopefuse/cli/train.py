@@ -73,9 +73,12 @@ def train(
         "device": device,
         "data.workers": workers,
     }
+    from mopefuse.errors import ConfigError
     from mopefuse.recipe import resolve
     from mopefuse.run import RunFolder, default_path
 
+    if resume and out is None:
+        raise ConfigError(26, "--resume does not say which run", where="--resume", fix="add --out RUN")
     folder = RunFolder(out or default_path())
     saved = folder.config() if resume and folder.exists() else None
     config = resolve(recipe=recipe, flags=flags, sets=set_ or (), saved=saved)
@@ -94,7 +97,7 @@ def train(
 
 def _layers(text: str | None) -> str | list[int] | None:
     parts = text.split(",") if text else []
-    return [int(part) for part in parts] if parts and all(part.strip().isdigit() for part in parts) else text
+    return [int(part) for part in parts] if parts and all(part.strip().isdecimal() for part in parts) else text
 
 
 def _dry_run(config: RunConfig, *, json: bool) -> None:

@@ -27,6 +27,7 @@ def open_image(root: Path, relative: str, *, where: str, max_pixels: int = 50_00
     path = contained(root, relative, where=where)
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of odd metadata, which pixels do not need
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as image:
                 if image.width * image.height > max_pixels:
@@ -71,7 +72,7 @@ def contained(root: Path, relative: str, *, where: str) -> Path:
     base = root.resolve()
     try:
         path = (base / relative).resolve()
-    except (OSError, RuntimeError):  # links that go round in circles
+    except (OSError, RuntimeError, ValueError):  # links that go round in circles, half a character
         raise DataError(11, f"image not found: {relative}", where=where, fix="add the file") from None
     if not path.is_relative_to(base):
         raise DataError(70, "the image path leaves the image root", where=where, fix="use a path relative to the data folder")

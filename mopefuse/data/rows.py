@@ -82,10 +82,10 @@ def read_split(path: Path) -> Split:
 def _read(path: Path) -> bytes:
     try:
         if not path.is_file():  # a pipe would block
-            raise DataError(9, f"{path.name} is not a regular file", where=str(path), fix="provide a file")
+            raise DataError(16, f"{path.name} is not a regular file", where=str(path), fix="provide a file")
         return path.read_bytes()
     except OSError as error:
-        raise DataError(9, f"{path.name} cannot be read: {error.strerror}", where=str(path), fix="make it readable") from None
+        raise DataError(16, f"{path.name} cannot be read: {error.strerror}", where=str(path), fix="make it readable") from None
 
 
 def _lines(content: bytes) -> Iterator[tuple[int, bytes]]:

@@ -30,7 +30,7 @@ class Family:
         pool: the family's own summary, one of `pools`.
         prefix: tokens ahead of the patches.
         optional_pooler: the model's constructor takes ``add_pooling_layer``.
-        statistics: (mean, std) of images, used with random weights only.
+        statistics: of images, a key of `_hf_images.STATISTICS`, used with random weights only.
     """
 
     modality: str
@@ -62,10 +62,9 @@ FAMILIES: dict[str, Family] = {
         "image", "CLIPVisionModel", "CLIPEncoderLayer", "layer_norm1", "pooler", ("pooler", "cls", "mean"), 1, False, "clip"
     ),
 }
-STATISTICS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
-    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+UNKNOWN = {  # families that have no row above: never prompted
+    "text": Family("text", "AutoModel", "", pools=("cls", "mean"), optional_pooler=False),
+    "image": Family("image", "AutoModel", "", pool="pooler", pools=("pooler", "cls", "mean"), optional_pooler=False),
 }
 
 

@@ -47,7 +47,9 @@ class ImagePreprocess:
 
     def normalise(self, value: Image.Image) -> Tensor:
         """An image of the right size to a normalised float tensor."""
-        return TF.normalize(TF.to_dtype(TF.pil_to_tensor(value), torch.float32, scale=True), self.mean, self.std)
+        scaled = TF.to_dtype(TF.pil_to_tensor(value), torch.float32, scale=True)
+        normalised: Tensor = TF.normalize(scaled, list(self.mean), list(self.std))
+        return normalised
 
     def batch(self, items: Sequence[Tensor]) -> dict[str, Tensor]:
         """``{"pixels": (B, 3, H, W)}``."""

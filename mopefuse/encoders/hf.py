@@ -13,22 +13,26 @@ Shapes: B batch, L tokens, P prompt tokens, D width, H heads, E width of a head.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.auto import modeling_auto as auto
+from transformers.utils import logging
 
-from mopefuse.encoders import _hf_source, _hf_text, _numbers, _options, _weights
+from mopefuse.encoders import _hf_images, _hf_source, _hf_text, _numbers, _options, _weights
 from mopefuse.encoders._attention import Prompt, attend, attend_prompts, split_heads
 from mopefuse.encoders._base import Encoded, Inputs
-from mopefuse.encoders._hf_families import FAMILIES, STATISTICS, Family, attention_of
+from mopefuse.encoders._hf_families import FAMILIES, UNKNOWN, Family, attention_of
 from mopefuse.encoders._hf_source import Source
 from mopefuse.encoders._preprocess import ImagePreprocess, TextPreprocess
 from mopefuse.encoders._prompted import PromptedEncoder
@@ -37,7 +41,6 @@ from mopefuse.registry import Spec
 
 _OURS = ("pretrained", "weights", "pool", "max_tokens")
 _ATTENTION = "mopefuse"  # our name in transformers' attention interface
-_RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
 _MASKED = set(auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES)
 _CAUSAL_ONLY = set(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - _MASKED
 _IMAGE = set(auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES)
@@ -62,9 +65,7 @@ class HFEncoder(PromptedEncoder):
         kind = config.model_type
         family = FAMILIES.get(kind)
         self.modality = family.modality if family else _modality(kind, spec)
-        known = family or Family(
-            self.modality, "AutoModel", "", None, *_POOLS[self.modality], optional_pooler=False, prefix=0
-        )
+        known = family or UNKNOWN[self.modality]
         declared = _hf_text.declared_pool(source.folder, str(spec)) if "pool" not in spec.options else None
         self._pool = _options.one_of(spec, "pool", declared or source.pool or known.pool, known.pools)
         self._prefix = known.prefix
@@ -114,7 +115,7 @@ class HFEncoder(PromptedEncoder):
             weights_BL1 = mask_BL[:, :, None].to(tokens_BLD.dtype)
             return (tokens_BLD * weights_BL1).sum(dim=1) / weights_BL1.sum(dim=1)
         last_B = mask_BL.sum(dim=1) - 1  # eot: padding is on the right
-        return tokens_BLD[torch.arange(len(last_B), device=last_B.device), last_B]
+        return tokens_BLD[torch.arange(last_B.shape[0], device=last_B.device), last_B]
 
     def _probe(self) -> int:
         """Width of the pooled feature of a model that we know nothing of."""
@@ -123,9 +124,6 @@ class HFEncoder(PromptedEncoder):
         self.eval()
         with torch.no_grad():
             return self._run(inputs).pooled_BC.shape[1]
-
-
-_POOLS = {"text": ("cls", ("cls", "mean")), "image": ("pooler", ("pooler", "cls", "mean"))}  # of unknown families
 
 
 def _attention(
@@ -173,7 +171,7 @@ def _configure(spec: Spec, source: Source) -> Any:
             config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
         else:
             config = transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
         raise EncoderError(
             _numbers.UNSUITABLE,
             f"transformers {transformers.__version__} cannot read the configuration: {error}",
@@ -186,7 +184,12 @@ def _configure(spec: Spec, source: Source) -> Any:
     for key, value in _options.library_options(spec, _OURS).items():
         if key not in accepted:
             raise _options.unknown_option(spec, key, accepted)
-        setattr(config, key, list(value) if isinstance(value, tuple) else value)
+        try:
+            setattr(config, key, list(value) if isinstance(value, tuple) else value)
+        except StrictDataclassError as error:
+            raise EncoderError(
+                _numbers.BAD_OPTION, f"{key}={value} is not possible: {error}", where=str(spec), fix=f"change {key}"
+            ) from error
     return config
 
 
@@ -231,15 +234,16 @@ def _pretrained(spec: Spec, source: Source, config: Any, family: Family, options
     for path in sorted(source.folder.glob("*.safetensors")):
         _weights.check_safetensors(path)
     try:
-        model, info = getattr(transformers, family.model).from_pretrained(
-            source.folder,
-            config=config,
-            dtype=torch.float32,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-            **options,
-        )
+        with _quietly():
+            model, info = getattr(transformers, family.model).from_pretrained(
+                source.folder,
+                config=config,
+                dtype=torch.float32,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+                **options,
+            )
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             _numbers.DAMAGED_FILE, f"weights in {source.folder} are damaged: {error}", where=str(spec), fix="fetch them again"
@@ -253,6 +257,20 @@ def _pretrained(spec: Spec, source: Source, config: Any, family: Family, options
             fix="change ?pool= or the other options, or use other weights",
         )
     return model
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without transformers' progress bar and its report of heads that an encoder has no use for."""
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def _texts(spec: Spec, source: Source, config: Any) -> TextPreprocess:
@@ -284,6 +302,8 @@ def _texts(spec: Spec, source: Source, config: Any) -> TextPreprocess:
 
 def _images(spec: Spec, source: Source, config: Any, family: Family) -> ImagePreprocess:
     """The encoder's own size and statistics."""
+    if "max_tokens" in spec.options:
+        raise _options.unknown_option(spec, "max_tokens", {*_OURS} - {"max_tokens"})
     side = getattr(config, "image_size", None) or 224
     built_for = (side, side) if isinstance(side, int) else (int(side[0]), int(side[1]))
     if source.folder is None or not any((source.folder / name).is_file() for name in _hf_source.IMAGE_FILES):
@@ -294,8 +314,7 @@ def _images(spec: Spec, source: Source, config: Any, family: Family) -> ImagePre
                 where=str(spec),
                 fix="save the image processor beside the model",
             )
-        mean, std = STATISTICS[family.statistics]
-        return ImagePreprocess(built_for, mean, std, built_for[0] if built_for[0] == built_for[1] else built_for)
+        return _hf_images.by_default(family.statistics, built_for)
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(
             source.folder, trust_remote_code=False, local_files_only=True
@@ -304,35 +323,7 @@ def _images(spec: Spec, source: Source, config: Any, family: Family) -> ImagePre
         raise EncoderError(
             _numbers.NO_IMAGE_CONFIG, f"the image processor cannot be read: {error}", where=str(spec), fix="save it again"
         ) from error
-    return _of_processor(processor, built_for if getattr(config, "image_size", None) else None)
-
-
-def _of_processor(processor: Any, built_for: tuple[int, int] | None) -> ImagePreprocess:
-    """A transformers image processor as ours. Where the encoder is built for another size, that size rules."""
-    resize = _side(processor.size)
-    crop = _side(processor.crop_size) if getattr(processor, "do_center_crop", False) else resize
-    size = built_for or ((crop, crop) if isinstance(crop, int) else crop)
-    if not getattr(processor, "do_resize", True) or (built_for and crop not in (built_for, built_for[0])):
-        resize = size
-    scale = 255 * (processor.rescale_factor if getattr(processor, "do_rescale", True) else 1.0)
-    normalise = getattr(processor, "do_normalize", True)
-    mean = [value / scale for value in (processor.image_mean if normalise else (0.0,) * 3)]
-    std = [value / scale for value in (processor.image_std if normalise else (1.0,) * 3)]
-    return ImagePreprocess(
-        size=size,
-        mean=(mean[0], mean[1], mean[2]),
-        std=(std[0], std[1], std[2]),
-        resize=resize,
-        interpolation=_RESAMPLE.get(int(processor.resample), "bicubic"),
-    )
-
-
-def _side(size: Any) -> int | tuple[int, int]:
-    """A processor's size: both sides, or the shorter one."""
-    values = {key: value for key, value in dict(size).items() if value is not None}
-    if "height" in values:
-        return int(values["height"]), int(values["width"])
-    return int(values.get("shortest_edge") or next(iter(values.values())))
+    return _hf_images.of_processor(processor, built_for if getattr(config, "image_size", None) else None)
 
 
 def _heads(attention: Any) -> int:

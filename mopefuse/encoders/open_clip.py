@@ -1,4 +1,4 @@
-"""Towers of open_clip: ``open_clip:ViT-B-32/laion2b_s34b_b79k#visual``, ``...#text``; ``open_clip:ViT-B-32#text?pretrained=false``.
+"""Towers of open_clip: ``open_clip:ViT-B-32/laion2b_s34b_b79k#visual``, ``open_clip:ViT-B-32#text?pretrained=false``.
 
 A tower's pooled feature is its own output, projection included. Its text tower takes ids of its full context length,
 as it was trained; its causal mask keeps padding out of what is pooled at the end-of-text token. Prompts are passed to
@@ -33,7 +33,6 @@ from mopefuse.errors import EncoderError, did_you_mean
 from mopefuse.registry import Spec
 
 _OURS = ("pretrained", "weights", "max_tokens")
-_FORCED = ("force_image_size", "force_quick_gelu")
 _TOWERS = {"visual": "image", "text": "text"}
 
 
@@ -183,10 +182,11 @@ def _config(spec: Spec, name: str, tag: str, tower: str) -> tuple[dict[str, Any]
             where=str(spec),
             fix="use a CLIP model with open_clip's own text tower, or the same encoder through hf: or timm:",
         )
-    options = _options.library_options(spec, _OURS)
+    options = _options.library_options(spec, ("pretrained", "weights"))
+    accepted = ("pretrained", "weights", "force_quick_gelu", "max_tokens" if tower == "text" else "force_image_size")
     for key in options:
-        if key not in _FORCED or (key == "force_image_size" and tower == "text"):
-            raise _options.unknown_option(spec, key, (*_OURS, *_FORCED))
+        if key not in accepted:
+            raise _options.unknown_option(spec, key, accepted)
     if "force_image_size" in options:
         config["vision_cfg"]["image_size"] = options["force_image_size"]
     quick = statistics.get("quick_gelu", config.get("quick_gelu", False))

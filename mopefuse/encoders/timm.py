@@ -251,7 +251,7 @@ def _accepted(model: nn.Module) -> set[str]:
         name
         for kind in type(model).__mro__
         if "__init__" in vars(kind) and kind.__module__.startswith("timm")
-        for name, parameter in inspect.signature(kind.__init__).parameters.items()
+        for name, parameter in inspect.signature(vars(kind)["__init__"]).parameters.items()
         if parameter.kind is not inspect.Parameter.VAR_KEYWORD
     }
     return (names | (_BUILDER - {"img_size"} if "img_size" not in names else _BUILDER)) - _NEVER

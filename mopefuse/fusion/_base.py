@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -44,12 +45,14 @@ class Output(NamedTuple):
 class Fusion(nn.Module):
     """Encoders, what fuses them, and a head.
 
-    A subclass is built from ``(config, encoders, num_labels)`` and gives `forward`. `uses` names the sides that it
+    A subclass is built from ``(config, encoders, num_labels)``, has a linear `head` and gives `forward`. `uses` names the sides that it
     needs; `frozen` those whose encoder gets no prompts and never learns, so that its features can be computed once.
     """
 
     uses: ClassVar[tuple[str, ...]] = SIDES
     parts: ClassVar[dict[str, str]] = {r"^head\.": "head", r"^comp\.": "complementary encoder", r"^main\.": "main encoder"}
+
+    head: nn.Linear
 
     def __init__(self, config: RunConfig, encoders: Mapping[str, Encoder]) -> None:
         super().__init__()
@@ -73,6 +76,13 @@ class Fusion(nn.Module):
         if side in batch.features:
             return batch.features[side]
         return run_frozen(self.encoder(side), batch.inputs[side]).pooled_BC.float()
+
+    def classify(self, *pooled_BC: Tensor) -> Tensor:
+        """Logits (B, N) of the linear head on pooled features side by side, each without its scale (`head_norm`)."""
+        if self.config.head_norm == "layer":
+            pooled_BC = tuple(F.layer_norm(pooled.float(), pooled.shape[-1:]) for pooled in pooled_BC)
+        logits_BN: Tensor = self.head(torch.cat(pooled_BC, dim=-1))
+        return logits_BN
 
     def readers(self) -> dict[str, tuple[str, Preprocess]]:
         """Side to modality and preprocessing."""

@@ -23,7 +23,7 @@ from mopefuse.prompts.stack import PromptStack, with_lengths
 class ConditionalFusion(Fusion):
     """Complementary encoder, main encoder, prompt stack, head.
 
-    Limits: no static, dynamic or mapped prompt is a linear probe of the main encoder; one expert is plain conditional
+    Limits: no static, dynamic or mapped prompt is the method `main-only`, a linear probe of the main encoder; one expert is plain conditional
     prompting; static prompts alone are deep prompt tuning, blind to the complementary modality.
 
     Raises:
@@ -90,10 +90,10 @@ class ConditionalFusion(Fusion):
     def forward(self, batch: Batch) -> Output:
         """Logits (B, N) and the routing of each routed layer."""
         if not len(self.stack.layers):
-            return Output(self.head(self.encoder("main").encode(batch.inputs["main"]).pooled_BC))
+            return Output(self.classify(self.encoder("main").encode(batch.inputs["main"]).pooled_BC))
         conditioned = self.stack.condition(self.psi(batch))
         encoded = self.encoder("main").encode(batch.inputs["main"], conditioned)
-        return Output(self.head(encoded.pooled_BC), conditioned.routing())
+        return Output(self.classify(encoded.pooled_BC), conditioned.routing())
 
 
 def initial_bound(encoder: Encoder) -> float:

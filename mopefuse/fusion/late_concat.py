@@ -1,14 +1,12 @@
 """Late concatenation of frozen features: a linear head on both pooled features side by side.
 
-The simplest fusion there is, and on small data a strong one. Each feature loses its scale first.
+The simplest fusion there is, and on small data a strong one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-import torch.nn.functional as F
 from torch import nn
 
 from mopefuse.config import RunConfig
@@ -27,5 +25,4 @@ class LateConcat(Fusion):
 
     def forward(self, batch: Batch) -> Output:
         """Logits (B, N)."""
-        features = [self.feature(side, batch) for side in self.uses]
-        return Output(self.head(torch.cat([F.layer_norm(f, f.shape[-1:]) for f in features], dim=-1)))
+        return Output(self.classify(*(self.feature(side, batch) for side in self.uses)))

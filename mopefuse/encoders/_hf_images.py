@@ -1,0 +1,48 @@
+"""Images for transformers' encoders: what their image processor declares, or a default for random weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mopefuse.encoders._preprocess import ImagePreprocess
+
+STATISTICS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+}
+_RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
+
+
+def by_default(statistics: str, size: tuple[int, int]) -> ImagePreprocess:
+    """For random weights: a family's usual statistics."""
+    mean, std = STATISTICS[statistics]
+    return ImagePreprocess(size, mean, std, size[0] if size[0] == size[1] else size)
+
+
+def of_processor(processor: Any, built_for: tuple[int, int] | None) -> ImagePreprocess:
+    """A transformers image processor as ours. Where the encoder is built for another size, that size rules."""
+    resize = _side(processor.size)
+    crop = _side(processor.crop_size) if getattr(processor, "do_center_crop", False) else resize
+    size = built_for or ((crop, crop) if isinstance(crop, int) else crop)
+    if not getattr(processor, "do_resize", True) or (built_for and crop not in (built_for, built_for[0])):
+        resize = size
+    scale = 255 * (processor.rescale_factor if getattr(processor, "do_rescale", True) else 1.0)
+    normalise = getattr(processor, "do_normalize", True)
+    mean = [value / scale for value in (processor.image_mean if normalise else (0.0,) * 3)]
+    std = [value / scale for value in (processor.image_std if normalise else (1.0,) * 3)]
+    return ImagePreprocess(
+        size=size,
+        mean=(mean[0], mean[1], mean[2]),
+        std=(std[0], std[1], std[2]),
+        resize=resize,
+        interpolation=_RESAMPLE.get(int(processor.resample), "bicubic"),
+    )
+
+
+def _side(size: Any) -> int | tuple[int, int]:
+    """A processor's size: both sides, or the shorter one."""
+    values = {key: value for key, value in dict(size).items() if value is not None}
+    if "height" in values:
+        return int(values["height"]), int(values["width"])
+    return int(values.get("shortest_edge") or next(iter(values.values())))

@@ -1,0 +1,100 @@
+"""What tests share: tiny data sets in the native format, a trained run, and two ways to call the command line."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+torch.set_num_threads(1)
+
+LABELS = ("a", "b", "c")
+COUNTS = {"train": 12, "val": 6, "test": 7}
+TINY = ("--main", "tiny:vision", "--comp", "tiny:text", "--device", "cpu", "--experts", "2", "--batch", "4")
+
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def make_pairs(root: Path, *, multi: bool = False, counts: dict[str, int] = COUNTS) -> Path:
+    """A data set of 16 x 16 images and short texts; every label is in every split."""
+    rng = np.random.default_rng(7)
+    (root / "images").mkdir(parents=True)
+    for split, count in counts.items():
+        rows = []
+        for i in range(count):
+            image = f"images/{split}-{i}.png"
+            Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(root / image)
+            label: Any = [name for bit, name in enumerate(LABELS) if (i + 1) >> bit & 1] if multi else LABELS[i % 3]
+            colour = ("red", "green", "blue")[i % 3]
+            rows.append({"id": f"{split}-{i}", "text": f"what is the {colour} digit", "img": image, "label": label})
+        write_rows(root / f"{split}.jsonl", rows)
+    return root
+
+
+def write_rows(path: Path, rows: Sequence[Any]) -> None:
+    """One JSON value a line."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A single-label data set; not to be changed."""
+    return make_pairs(tmp_path_factory.mktemp("data") / "single")
+
+
+@pytest.fixture(scope="session")
+def multi_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A multi-label data set; not to be changed."""
+    return make_pairs(tmp_path_factory.mktemp("data") / "multi", multi=True)
+
+
+@pytest.fixture(scope="session")
+def trained(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps on `pairs`; not to be changed."""
+    run = tmp_path_factory.mktemp("runs") / "trained"
+    done = call("train", *TINY, "--data", pairs, "--out", run, "--steps", "2")
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+def run_cli(*args: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "mopefuse", *map(str, args)],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        env=os.environ | environment,
+        timeout=120,
+        check=False,
+    )
+
+
+def call(*args: object) -> subprocess.CompletedProcess[str]:
+    """The command line in this process: the same `main`, without the seconds that importing torch takes."""
+    from mopefuse.cli.app import main
+
+    command = ["mopefuse", *map(str, args)]
+    out, err, code = io.StringIO(), io.StringIO(), None
+    with patch.object(sys, "argv", command), redirect_stdout(out), redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as leaving:
+            code = leaving.code
+    assert isinstance(code, int), "the command line always ends with an exit code"
+    return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())

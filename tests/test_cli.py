@@ -1,0 +1,467 @@
+"""The command line as a user meets it: exit codes, one line per error, JSON that is alone on stdout, and deterministic results."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TINY, call, make_pairs, run_cli, write_rows
+
+from mopefuse import checkpoint, doctor
+
+MODULES = "print(*sys.modules, file=sys.stderr)"
+
+
+def modules_of(*args: object) -> tuple[subprocess.CompletedProcess[str], set[str]]:
+    """A command in a process of its own, and the modules that it imported."""
+    code = f"import sys\nsys.argv = ['mopefuse', *sys.argv[1:]]\nfrom mopefuse.cli.app import main\ntry: main()\nfinally: {MODULES}"
+    done = subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, check=False)
+    return done, set(done.stderr.splitlines()[-1].split())
+
+
+def train(data: Path, out: Path, *more: object) -> subprocess.CompletedProcess[str]:
+    return call("train", *TINY, "--data", data, "--out", out, "--steps", "2", *more)
+
+
+def said(done: subprocess.CompletedProcess[str]) -> Any:
+    """The one JSON value on stdout."""
+    return json.loads(done.stdout)
+
+
+# -- what is imported
+
+
+@pytest.mark.parametrize("args", [("--help",), ("train", "--help"), ("eval", "--help"), ("--version",), ("encoders",)])
+def test_help_and_lists_wait_for_nothing_heavy(args: tuple[str, ...]) -> None:
+    done, modules = modules_of(*args)
+    assert done.returncode == 0
+    assert done.stdout
+    heavy = {"torchvision", "timm", "transformers", "open_clip", "sklearn", "mopefuse.config", "mopefuse.encoders.tiny"}
+    if args != ("encoders",):
+        heavy |= {"torch", "numpy"}
+    assert not modules & heavy
+
+
+@pytest.mark.parametrize(
+    ("args", "code"),
+    [
+        (("train", "--main", "x:y", "--comp", "x:y", "--set", "train.epochs=-1"), 3),
+        (("train", "--main", "x:y", "--comp", "x:y", "--set", "train.epoch=1"), 3),
+        (("train", "--comp", "x:y"), 3),
+        (("train", "--resume"), 3),
+        (("train", "--recipe", "nowhere.yaml"), 3),
+        (("eval", "nowhere"), 6),
+        (("eval", "nowhere", "--split", "tset"), 3),
+    ],
+)
+def test_what_is_wrong_on_its_face_is_told_before_torch_is_imported(args: tuple[str, ...], code: int) -> None:
+    done, modules = modules_of(*args)
+    assert done.returncode == code
+    assert "error[MF-" in done.stderr
+    assert "torch" not in modules
+
+
+# -- exit codes and messages
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "start"),
+    [
+        (("fly",), 2, "Usage"),
+        (("train", "--epochs", "many"), 2, "Usage"),
+        (("train", *TINY, "--set", "train.lr"), 3, "error[MF-CFG-05]"),
+        (("encoders", "inspect", "tiny:visoin"), 5, "error[MF-ENC-51]"),
+        (("eval", "{tmp}"), 6, "error[MF-CKPT-04]"),
+    ],
+)
+def test_a_process_ends_with_the_exit_code_of_its_error(tmp_path: Path, args: tuple[str, ...], code: int, start: str) -> None:
+    done = run_cli(*(arg.format(tmp=tmp_path) for arg in args))
+    assert done.returncode == code
+    assert done.stderr.startswith(start)
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+
+
+def test_an_error_is_one_line_of_what_where_and_fix(tmp_path: Path) -> None:
+    done = call("train", *TINY, "--set", "trian.lr=1")
+    assert done.stderr == "error[MF-CFG-06]: there is no setting trian · --set trian.lr · fix: did you mean train?\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "number"),
+    [
+        (("train", *TINY, "--set", "train.lrr=1"), "MF-CFG-06", 3),
+        (("train", *TINY, "--data", "nowhere"), "MF-DATA-01", 4),
+        (("encoders", "inspect", "tiny:x"), "MF-ENC-51", 5),
+        (("eval", "nowhere"), "MF-CKPT-04", 6),
+        (("fly",), "MF-USE-01", 2),
+    ],
+)
+def test_with_json_an_error_is_one_object_and_nothing_else(
+    args: tuple[str, ...], code: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = call(*args, "--json")
+    assert done.returncode == number
+    value = said(done)
+    assert value["ok"] is False
+    assert value["error"].keys() == {"code", "exit", "message", "where", "hint"}
+    assert (value["error"]["code"], value["error"]["exit"]) == (code, number)
+
+
+def test_a_bug_is_one_line_and_a_log_and_the_traceback_only_for_who_asks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> None:
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr(doctor, "examine", broken)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MOPEFUSE_DEBUG", "")
+    done = call("doctor")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert done.stderr.startswith("internal error: RuntimeError: two · ")
+    assert "in broken" in (tmp_path / "crash.log").read_text()
+    assert "Traceback" in call("--debug", "doctor").stderr
+    assert said(call("doctor", "--json"))["error"]["code"] == "MF-INT-00"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(MemoryError(), 7), (OSError(28, "No space left on device"), 7), (PermissionError(13, "denied", "x"), 3)]
+)
+def test_what_the_system_lacks_is_no_bug(error: Exception, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise error
+
+    monkeypatch.setattr(doctor, "examine", broken)
+    done = call("doctor")
+    assert done.returncode == code
+    assert done.stderr.startswith("error[MF-")
+
+
+# -- train
+
+
+def test_a_run_is_trained_and_told(trained: Path, pairs: Path) -> None:
+    assert {path.name for path in trained.iterdir()} == {
+        "checkpoints", "config.yaml", "manifest.json", "metrics.json", "metrics.jsonl", "predictions.jsonl",
+    }  # fmt: skip
+    result = json.loads((trained / "metrics.json").read_text())
+    assert (result["steps"], result["rows"]) == (2, {"train": 12, "val": 6, "test": 7})
+    rows = [json.loads(line) for line in (trained / "predictions.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == [f"test-{i}" for i in range(7)]
+
+
+def test_train_json_is_one_object(multi_pairs: Path, tmp_path: Path) -> None:
+    done = train(multi_pairs, tmp_path / "run", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert {"f1_micro", "f1_macro", "f1_samples"} <= said(done)["metrics"].keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "counts", "batch"),
+    [
+        ("batch of one", {"train": 3, "val": 2, "test": 2}, 1),
+        ("last batch of one", {"train": 5, "val": 5, "test": 5}, 4),
+        ("batch larger than the data", {"train": 3, "val": 1, "test": 1}, 64),
+    ],
+)
+def test_any_batch_size_trains_and_counts_every_sample_once(
+    tmp_path: Path, name: str, counts: dict[str, int], batch: int
+) -> None:
+    data = make_pairs(tmp_path / "data", counts=counts)
+    done = call("train", *TINY, "--data", data, "--out", tmp_path / "run", "--batch", batch, "--epochs", 1, "--json")
+    assert done.returncode == 0, done.stderr
+    result = said(done)
+    assert result["steps"] == -(-counts["train"] // batch)
+    assert sum(row["support"] for row in result["per_label"]) == counts["test"]
+
+
+def test_without_any_prompt_it_trains_a_linear_probe(pairs: Path, tmp_path: Path) -> None:
+    done = train(pairs, tmp_path / "run", "--static", 0, "--dynamic", 0, "--mapped", 0, "--json")
+    assert done.returncode == 0, done.stderr
+    assert [part for part, number in said(done)["parameters"]["by_part"].items() if number] == ["head"]
+
+
+def test_a_loss_that_is_not_finite_stops_training_and_is_never_the_best(pairs: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = ("--set", "train.schedule=constant", "--set", "train.checkpoint_every=1", "--set", "train.log_every=1")
+    done = call("train", *TINY, "--data", pairs, "--out", run, "--epochs", 9, "--lr", 1e20, *settings)
+    assert done.returncode == 8
+    assert "error[MF-NUM-01]: loss is" in done.stderr
+    facts = json.loads((run / "nonfinite.json").read_text())
+    assert facts["ids"]
+    assert facts["lr"] == 1e20
+    last = max(int(path.name[5:]) for path in (run / "checkpoints").glob("step-*"))
+    assert last == facts["step"] - 1
+    assert call("eval", run, "--checkpoint", "last").returncode == 0
+    best = run / "checkpoints" / "best"
+    assert not best.exists() or int(best.read_text().strip()[5:]) < facts["step"]
+    assert "NaN" not in (run / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("more", "code"), [((), 3), (("--overwrite", "--resume"), 3), (("--overwrite",), 0), (("--resume",), 0)]
+)
+def test_a_run_that_is_there_is_touched_only_when_asked(
+    trained: Path, pairs: Path, tmp_path: Path, more: tuple[str, ...], code: int
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    done = train(pairs, run, *more)
+    assert done.returncode == code, done.stderr
+    if code:
+        assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    if more == ("--resume",):
+        assert "already finished at step 2" in done.stderr
+
+
+def test_a_dry_run_writes_nothing(pairs: Path, tmp_path: Path) -> None:
+    done = train(pairs, tmp_path / "run", "--dry-run", "--json")
+    assert done.returncode == 0, done.stderr
+    assert said(done)["rows"] == {"train": 12, "val": 6, "test": 7}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_data_is_told_with_every_line(tmp_path: Path) -> None:
+    data = make_pairs(tmp_path / "data")
+    write_rows(data / "train.jsonl", [{"id": 1, "text": None, "img": "a", "label": "a"}, []])
+    done = train(data, tmp_path / "run")
+    assert done.returncode == 4
+    assert "2 bad rows: train.jsonl:1 text is null, expected a string; train.jsonl:2 is a list" in done.stderr
+
+
+def test_a_missing_image_is_told_with_its_row(tmp_path: Path) -> None:
+    data = make_pairs(tmp_path / "data")
+    (data / "images" / "train-7.png").unlink()
+    done = train(data, tmp_path / "run")
+    assert done.returncode == 4
+    assert "image not found: images/train-7.png · train.jsonl:8, id train-7 · fix: add the file" in done.stderr
+
+
+# -- eval
+
+
+def test_eval_is_deterministic_and_repeats_what_training_measured(trained: Path, tmp_path: Path) -> None:
+    done = [call("eval", trained, "--out", tmp_path / f"{i}.jsonl", "--json") for i in range(2)]
+    one, two = said(done[0]), said(done[1])
+    assert one.pop("predictions") != two.pop("predictions")
+    assert one == two
+    assert one["metrics"] == json.loads((trained / "metrics.json").read_text())["metrics"]["test"]
+    contents = {(tmp_path / f"{i}.jsonl").read_bytes() for i in range(2)}
+    assert contents == {(trained / "predictions.jsonl").read_bytes()}
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_any_split_can_be_evaluated(trained: Path, split: str, tmp_path: Path) -> None:
+    done = call("eval", trained, "--split", split, "--out", tmp_path / "p.jsonl", "--json")
+    assert (done.returncode, said(done)["split"]) == (0, split)
+
+
+def test_a_gate_that_is_met_passes_and_one_that_is_not_fails(trained: Path, tmp_path: Path) -> None:
+    out = ("--out", tmp_path / "p.jsonl")
+    assert call("eval", trained, *out, "--min", "accuracy=0").returncode == 0
+    done = call("eval", trained, *out, "--min", "accuracy=0", "--min", "f1_macro=1.01")
+    assert done.returncode == 10
+    assert done.stderr.startswith("error[MF-GATE-01]: f1_macro is ")
+    assert "accuracy" in done.stdout
+    done = call("eval", trained, *out, "--min", "f1_macro=1.01", "--json")
+    assert done.returncode == 10
+    assert said(done)["ok"] is False
+    assert said(done)["error"]["code"] == "MF-GATE-01"
+    assert "accuracy" in said(done)["metrics"]
+
+
+@pytest.mark.parametrize("gate", ["accuracy", "accuracy=", "accuracy=much", "acuracy=0.5"])
+def test_a_gate_that_cannot_be_read_is_a_configuration_error(trained: Path, tmp_path: Path, gate: str) -> None:
+    done = call("eval", trained, "--out", tmp_path / "p.jsonl", "--min", gate)
+    assert done.returncode == 3
+    assert "accuracy" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("more", "code"),
+    [
+        (("--device", "gpu"), 3),
+        (("--device", "cuda:99"), 3),
+        (("--out", "{tmp}/nowhere/p.jsonl"), 3),
+        (("--checkpoint", "step-99"), 6),
+        (("--data", "{tmp}"), 4),
+    ],
+)
+def test_eval_refuses_what_is_not_there(trained: Path, tmp_path: Path, more: tuple[str, ...], code: int) -> None:
+    done = call("eval", trained, *(arg.format(tmp=tmp_path) for arg in more))
+    assert done.returncode == code, done.stderr
+    assert done.stderr.startswith("error[MF-")
+
+
+def test_ctrl_c_in_eval_leaves_no_partial_file(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+
+    def interrupted(path: Path) -> None:  # the file is written and not yet in its place
+        written.append(path.name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "_sync", interrupted)
+    done = call("eval", trained, "--out", tmp_path / "p.jsonl")
+    assert written
+    assert (done.returncode, done.stdout) == (130, "")
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- other commands
+
+
+def test_encoders_are_listed_and_inspected() -> None:
+    listed = said(call("encoders", "--json"))
+    assert {"timm", "hf", "open_clip", "tiny"} <= {scheme["scheme"] for scheme in listed["schemes"]}
+    facts = said(call("encoders", "inspect", "tiny:vision", "--json"))
+    assert (facts["modality"], facts["layers"]) == ("image", len(facts["widths"]))
+    assert facts["use"] == "main or comp"
+    plain = call("encoders", "inspect", "tiny:vision").stdout
+    assert f"fingerprint    {facts['fingerprint']}" in plain
+
+
+def test_data_is_made_once_and_the_same_for_a_seed(tmp_path: Path) -> None:
+    done = call("data", "make", "digit-question", tmp_path / "a")
+    assert done.returncode == 3
+    assert "digit-questions" in done.stderr
+    assert call("data", "make", "digit-questions", tmp_path / "a", "--seed", "-1").returncode == 2
+
+
+def test_doctor_tells_what_works_and_what_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_DEVICES", "print('cpu')")
+    monkeypatch.setattr(doctor, "_CHECKS", {"json": ("import json", "json is broken")})
+    done = call("doctor", "--json")
+    found = said(done)
+    assert (done.returncode, found["ok"], found["problems"]) == (0, True, [])
+    assert found["machine"]["json"] == "works"
+    assert found["machine"]["devices"] == "cpu"
+    assert found["plugins"]["encoders: tiny"] == "mopefuse"
+    checks = {"exit": ("import os; os._exit(3)", "a"), "raise": ("import no_such_module", "b"), "hang": ("while 1: pass", "c")}
+    monkeypatch.setattr(doctor, "_CHECKS", checks)
+    monkeypatch.setattr(doctor, "_SECONDS", 1)
+    done = call("doctor")
+    assert done.returncode == 5
+    for problem in ("a (exit code 3)", "b (ModuleNotFoundError: No module named 'no_such_module')", "c (no answer in 1 seconds)"):
+        assert f"problem: {problem}" in done.stdout
+
+
+# -- terminals and pipes
+
+
+def test_a_reader_that_stops_reading_is_no_error(trained: Path) -> None:
+    for args in (("encoders",), ("--help",)):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mopefuse", *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait() in (0, 141)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        {"PYTHONIOENCODING": "ascii"},
+        {"PYTHONIOENCODING": "latin-1"},
+        {"COLUMNS": "20", "TERM": "dumb", "NO_COLOR": "1"},
+    ],
+    ids=["C locale", "ascii", "latin-1", "narrow and dumb"],
+)
+def test_an_error_is_readable_everywhere(environment: dict[str, str]) -> None:
+    done = run_cli("train", "--recipe", "日本.yaml", **environment)
+    assert done.returncode == 3
+    assert done.stderr.startswith("error[MF-CFG-03]: there is no recipe ")
+    assert "Traceback" not in done.stderr
+    assert "\ufffd" not in done.stderr
+    done = run_cli("train", "--recipe", "日本.yaml", "--json", **environment)
+    assert "日本" in said(done)["error"]["message"] or "\\udc" in done.stdout
+
+
+def test_labels_that_the_terminal_cannot_show_are_spelt_out(trained: Path, tmp_path: Path) -> None:
+    table = "from mopefuse.cli._render import table; import mopefuse.cli.app as a; a.app = lambda: table('', ['日'], [['é']]); a.main()"
+    done = subprocess.run(
+        [sys.executable, "-c", table], env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout.split()) == (0, ["\\u65e5", "\\xe9"])
+
+
+def in_terminal(*args: str, **environment: str) -> str:
+    """What a command shows in a terminal."""
+    here, there = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mopefuse", *args], stdout=there, stderr=there, env=os.environ | environment
+    )
+    os.close(there)
+    shown = b""
+    while select.select([here], [], [], 60)[0]:
+        try:
+            more = os.read(here, 65536)
+        except OSError:  # the other end is closed
+            break
+        if not more:
+            break
+        shown += more
+    os.close(here)
+    assert process.wait() == 0
+    return shown.decode()
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"TERM": "dumb"}, {"TERM": "xterm", "NO_COLOR": "1"}, {"TERM": "dumb", "PYTHONIOENCODING": "ascii"}],
+    ids=["dumb", "no colour", "ascii"],
+)
+def test_a_terminal_of_twenty_columns_is_enough(environment: dict[str, str]) -> None:
+    shown = in_terminal("encoders", COLUMNS="20", **environment)
+    assert "open_clip" in "".join(shown.split()) or "open_c" in shown
+    assert "\x1b[3" not in shown, "colour where none is wanted"
+    if "PYTHONIOENCODING" in environment:
+        assert shown.isascii()
+
+
+def test_output_into_a_pipe_has_no_control_characters(pairs: Path, tmp_path: Path) -> None:
+    done = train(pairs, tmp_path / "run")
+    assert "\x1b" not in done.stdout + done.stderr
+    assert "validation" in done.stderr
+    assert "accuracy" in done.stdout
+
+
+def test_a_stopped_run_says_how_to_go_on_and_does(pairs: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+
+    def stop() -> None:
+        deadline = time.monotonic() + 60
+        while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:  # the first step is made
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    stopper = threading.Thread(target=stop)
+    stopper.start()
+    done = call("train", *TINY, "--data", pairs, "--out", run, "--epochs", 100_000)
+    stopper.join()
+    assert done.returncode == 143
+    step = re.search(r"^stopped: stopped at step (\d+) of 300000 · fix: continue with --resume$", done.stderr, re.MULTILINE)
+    assert step, done.stderr
+    assert (run / "checkpoints" / f"step-{step[1]}" / "manifest.json").exists()
+    assert not (run / ".lock").exists()
+    done = call("train", *TINY, "--data", pairs, "--out", run, "--resume", "--steps", int(step[1]) + 1)
+    assert done.returncode == 0, done.stderr
+    assert f"resuming at step {step[1]}" in done.stderr

@@ -1,0 +1,85 @@
+"""The shape of the code: imports go down only, and no file outgrows a reader."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import mopefuse
+
+ROOT = Path(mopefuse.__file__).parent
+ORDER = (  # from below; a module imports from rows above its own line, or from its own package
+    "errors",
+    "registry config signals",
+    "recipe checkpoint distributed metrics",
+    "run device",
+    "encoders prompts data",
+    "fusion",
+    "report optim testing",
+    "evaluate",
+    "trainer",
+    "train doctor",
+    "demo",
+    "cli",
+)
+LAYER = {name: level for level, names in enumerate(ORDER) for name in names.split()}
+BETWEEN_NEIGHBOURS = {  # encoders, prompts and data know nothing of one another but the two types they hand over
+    "prompts": {"encoders._attention"},  # the Prompt that an encoder's layer takes
+    "data": {"encoders._base"},  # the Preprocess that an encoder brings
+}
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def name_of(file: Path) -> str:
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+
+
+def imports(file: Path) -> set[str]:
+    """The modules of ours that a file imports, below ``mopefuse.``, also inside functions."""
+    modules = {name_of(path) for path in FILES}
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name_of(file)} imports relatively"
+            both = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name.removeprefix("mopefuse.") in modules else str(node.module) for name in both}
+    return {name.removeprefix("mopefuse.") for name in found if name.startswith("mopefuse.")}
+
+
+def allowed(importer: str, imported: str) -> bool:
+    mine, theirs = importer.partition(".")[0], imported.partition(".")[0]
+    if mine == theirs or LAYER[theirs] < LAYER[mine]:
+        return True
+    return imported in BETWEEN_NEIGHBOURS.get(mine, set())
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if name_of(file) not in ("", "__main__")], ids=name_of)
+def test_imports_go_down_only(file: Path) -> None:
+    importer = name_of(file)
+    assert importer.partition(".")[0] in LAYER, f"give {importer} its place in ORDER"
+    assert [imported for imported in sorted(imports(file)) if not allowed(importer, imported)] == []
+
+
+def test_every_allowed_neighbour_is_needed() -> None:
+    for package, modules in BETWEEN_NEIGHBOURS.items():
+        used = set().union(*(imports(file) for file in FILES if name_of(file).startswith(f"{package}.")))
+        assert modules <= used
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_no_file_has_more_than_400_lines(file: Path) -> None:
+    assert len(file.read_text(encoding="utf-8").splitlines()) <= 400
+
+
+def test_nothing_loads_pickles() -> None:
+    """No `pickle`, no `torch.load`, no `yaml.load` with a loader that makes objects: safetensors, JSON and plain YAML only."""
+    for file in FILES:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                assert not {alias.name for alias in node.names} & {"pickle", "dill", "cloudpickle", "shelve"}, file
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name):
+                assert (node.func.value.id, node.func.attr) not in {("torch", "load"), ("pickle", "load")}, file

@@ -1,0 +1,136 @@
+"""Metrics: against computations by hand and scikit-learn, at their limits, and as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn import metrics as sk
+
+from mopefuse.checkpoint import dump_json, finite
+from mopefuse.metrics import compute, per_label, probabilities, selected_metric
+
+
+def logits_of(predicted: list[int], labels: int) -> torch.Tensor:
+    return torch.nn.functional.one_hot(torch.tensor(predicted), labels).float() * 5
+
+
+def flags(rows: list[list[int]]) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.float)
+
+
+def multi_logits(predicted: torch.Tensor) -> torch.Tensor:
+    return predicted * 8 - 4
+
+
+def test_single_label_metrics_by_hand() -> None:
+    """Predicted 0 1 1 2, true 0 1 2 2: F1 of the labels is 1, 2/3 and 2/3."""
+    got = compute(logits_of([0, 1, 1, 2], 3), torch.tensor([0, 1, 2, 2]), multi_label=False)
+    assert got["accuracy"] == 0.75
+    assert got["f1_macro"] == pytest.approx((1 + 2 / 3 + 2 / 3) / 3)
+    assert got["absent_labels"] == 0
+    right, wrong = -math.log(math.exp(5) / (math.exp(5) + 2)), -math.log(1 / (math.exp(5) + 2))
+    assert got["loss"] == pytest.approx((3 * right + wrong) / 4, rel=1e-5)
+
+
+def test_multi_label_metrics_by_hand() -> None:
+    """True {0}, {1}, {0,1}; predicted {0}, {0}, {1}: 2 true positives, 1 false positive, 2 false negatives."""
+    got = compute(multi_logits(flags([[1, 0], [1, 0], [0, 1]])), flags([[1, 0], [0, 1], [1, 1]]), multi_label=True)
+    assert got["f1_micro"] == pytest.approx(2 * 2 / (2 * 2 + 1 + 2))
+    assert got["f1_macro"] == pytest.approx((1 / 2 + 2 / 3) / 2)
+    assert got["f1_samples"] == pytest.approx((1 + 0 + 2 / 3) / 3)
+    right, wrong = math.log1p(math.exp(-4)), math.log1p(math.exp(4))
+    assert got["loss"] == pytest.approx((3 * right + 3 * wrong) / 6, rel=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_they_equal_scikit_learn(seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    logits_SN = torch.randn(40, 4, generator=draw)
+    single = torch.cat([torch.arange(4), torch.randint(4, (36,), generator=draw)])
+    got, said = compute(logits_SN, single, multi_label=False), logits_SN.argmax(-1).numpy()
+    assert got["accuracy"] == pytest.approx(sk.accuracy_score(single.numpy(), said))
+    assert got["f1_macro"] == pytest.approx(sk.f1_score(single.numpy(), said, average="macro"))
+    many = (torch.rand(40, 4, generator=draw) < 0.4).float()
+    many[:, 0] = 1  # no sample without labels, and each label there
+    many[0] = 1
+    got, chosen = compute(logits_SN, many, multi_label=True), (logits_SN >= 0).numpy()
+    for average in ("micro", "macro", "samples"):
+        expected = sk.f1_score(many.numpy(), chosen, average=average, zero_division=0)
+        assert got[f"f1_{average}"] == pytest.approx(expected)
+
+
+def test_labels_that_a_split_lacks_are_counted_and_left_out_of_macro_f1() -> None:
+    single = compute(logits_of([0, 1, 3], 5), torch.tensor([0, 1, 1]), multi_label=False)
+    assert single["absent_labels"] == 3
+    assert single["f1_macro"] == pytest.approx((1 + 2 / 3) / 2)  # the wrong 3 costs recall of 1, not a third term
+    multi = compute(multi_logits(flags([[1, 0, 1], [1, 0, 0]])), flags([[1, 0, 0], [1, 0, 0]]), multi_label=True)
+    assert multi["absent_labels"] == 2
+    assert multi["f1_macro"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("predicted", "expected"), [([[0, 0], [1, 0]], 1.0), ([[1, 0], [1, 0]], 0.5), ([[0, 0], [0, 1]], 0.5)]
+)
+def test_a_sample_without_labels_is_right_if_none_is_predicted(predicted: list[list[int]], expected: float) -> None:
+    got = compute(multi_logits(flags(predicted)), flags([[0, 0], [1, 0]]), multi_label=True)
+    assert got["f1_samples"] == expected
+
+
+def test_a_split_without_any_label_has_finite_metrics() -> None:
+    got = compute(multi_logits(flags([[0, 0, 0], [1, 0, 0]])), torch.zeros(2, 3), multi_label=True)
+    assert (got["f1_samples"], got["f1_micro"], got["f1_macro"], got["absent_labels"]) == (0.5, 0.0, 0.0, 3)
+
+
+def test_a_split_of_one_sample_has_metrics() -> None:
+    assert compute(logits_of([1], 3), torch.tensor([1]), multi_label=False)["f1_macro"] == 1.0
+    assert compute(multi_logits(flags([[1, 0]])), flags([[1, 0]]), multi_label=True)["f1_samples"] == 1.0
+
+
+def test_the_threshold_counts_as_predicted() -> None:
+    assert compute(torch.zeros(1, 2), torch.ones(1, 2), multi_label=True)["f1_micro"] == 1.0
+
+
+@pytest.mark.parametrize("multi_label", [True, False])
+def test_what_each_label_gets_adds_up(multi_label: bool) -> None:
+    predicted, actual = [0, 1, 1, 0], [0, 1, 0, 0]
+    if multi_label:
+        rows = per_label(
+            multi_logits(torch.nn.functional.one_hot(torch.tensor(predicted), 3).float()),
+            torch.nn.functional.one_hot(torch.tensor(actual), 3).float(),
+            ("a", "b", "c"),
+            multi_label=True,
+        )
+    else:
+        rows = per_label(logits_of(predicted, 3), torch.tensor(actual), ("a", "b", "c"), multi_label=False)
+    assert [row["label"] for row in rows] == ["a", "b", "c"]
+    assert [row["support"] for row in rows] == [3, 1, 0]
+    assert [row["precision"] for row in rows] == [1.0, 0.5, 0.0]
+    assert [row["recall"] for row in rows] == [pytest.approx(2 / 3), 1.0, 0.0]
+
+
+def test_probabilities_are_a_distribution_or_one_each() -> None:
+    logits_SN = torch.tensor([[1.0, 2.0, 3.0]])
+    torch.testing.assert_close(probabilities(logits_SN, multi_label=False).sum(dim=-1), torch.ones(1))
+    torch.testing.assert_close(probabilities(logits_SN, multi_label=True), 1 / (1 + (-logits_SN).exp()))
+
+
+def test_what_selects_is_among_what_is_measured() -> None:
+    assert selected_metric(multi_label=False) in compute(torch.eye(2), torch.arange(2), multi_label=False)
+    assert selected_metric(multi_label=True) in compute(torch.eye(2), torch.eye(2), multi_label=True)
+
+
+def test_what_is_not_a_number_is_null_in_json_and_the_rest_stays() -> None:
+    value = {"a": math.nan, "b": [math.inf, {"c": -math.inf}], "d": (1, 2.5, True, None, "NaN")}
+    assert finite(value) == {"a": None, "b": [None, {"c": None}], "d": [1, 2.5, True, None, "NaN"]}
+    assert json.loads(dump_json(value)) == finite(value)
+
+
+def test_metrics_are_plain_numbers_that_json_takes() -> None:
+    for multi_label, target in ((False, torch.arange(2)), (True, torch.eye(2))):
+        got = compute(torch.eye(2), target, multi_label=multi_label)
+        assert json.loads(json.dumps(got)) == got
+        assert not any(isinstance(value, np.generic) for value in got.values())

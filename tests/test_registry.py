@@ -1,0 +1,185 @@
+"""Names to implementations: specs as users type them, and entry points of whoever is installed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import Distribution, EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import call
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from mopefuse import registry
+from mopefuse.errors import ConfigError, MopefuseError, PluginError
+from mopefuse.registry import DATASETS, ENCODERS, FUSION, Spec, available, load, parse_spec
+
+
+@pytest.mark.parametrize(
+    ("text", "scheme", "name", "options"),
+    [
+        ("timm:vit_base_patch16_224.augreg_in21k", "timm", "vit_base_patch16_224.augreg_in21k", {}),
+        ("hf:google-bert/bert-base-uncased@86b5e09", "hf", "google-bert/bert-base-uncased@86b5e09", {}),
+        ("hf:/a folder/with:colon=and+plus&and", "hf", "/a folder/with:colon=and+plus&and", {}),
+        ("hf:C:\\models\\bert", "hf", "C:\\models\\bert", {}),
+        ("open_clip:ViT-B-32/laion2b_s34b_b79k#visual", "open_clip", "ViT-B-32/laion2b_s34b_b79k#visual", {}),
+        ("tiny:vision?pretrained=false&pool=mean", "tiny", "vision", {"pretrained": "false", "pool": "mean"}),
+        ("timm:x?weights=/a/b=c.safetensors", "timm", "x", {"weights": "/a/b=c.safetensors"}),
+        ("  tiny:text\n", "tiny", "text", {}),
+    ],
+)
+def test_a_spec_is_read_as_typed(text: str, scheme: str, name: str, options: dict[str, str]) -> None:
+    spec = parse_spec(text)
+    assert (spec.scheme, spec.name, spec.options) == (scheme, name, options)
+    assert str(spec) == text.strip()
+
+
+@pytest.mark.parametrize("text", ["", "vit_base", ":vit", "timm:", "?a=b", "timm?a:b"])
+def test_a_spec_without_scheme_and_name_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="is not an encoder") as caught:
+        parse_spec(text)
+    assert "scheme:name" in caught.value.fix
+
+
+@pytest.mark.parametrize("text", ["tiny:vision?", "tiny:vision?a", "tiny:vision?a=", "tiny:vision?=b", "tiny:v?a=1&a=2", "tiny:v?a=1&"])
+def test_options_are_distinct_pairs(text: str) -> None:
+    with pytest.raises(ConfigError, match="cannot read the option"):
+        parse_spec(text)
+
+
+@given(st.text())
+@example("a:b?c=d&e=f=g")
+def test_any_text_is_a_spec_that_reads_itself_back_or_an_error(text: str) -> None:
+    try:
+        spec = parse_spec(text)
+    except MopefuseError:
+        return
+    assert parse_spec(str(spec)) == spec
+
+
+# -- entry points
+
+
+def test_the_built_ins_come_through_the_door_of_plugins() -> None:
+    assert {"timm", "hf", "open_clip", "tiny"} <= available(ENCODERS).keys()
+    assert {"conditional", "late-concat", "main-only", "comp-only"} <= available(FUSION).keys()
+    assert "digit-questions" in available(DATASETS)
+    assert load(FUSION, "conditional").__name__ == "ConditionalFusion"
+
+
+def test_listing_imports_no_encoder_and_no_torch() -> None:
+    code = (
+        "import sys; from mopefuse.registry import *; "
+        "names = [*available(ENCODERS), *available(FUSION), *available(DATASETS)]; "
+        "print(len(names), sorted(m for m in sys.modules if m.startswith(('torch', 'timm', 'numpy', 'pydantic', 'mopefuse.'))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    count, _, loaded = done.stdout.partition(" ")
+    assert int(count) >= 9
+    assert loaded.strip() == "['mopefuse.errors', 'mopefuse.registry']"
+
+
+class Installed(Distribution):
+    """A distribution that is nowhere but here."""
+
+    def __init__(self, name: str) -> None:
+        self._called = name
+
+    @property
+    def name(self) -> str:
+        return self._called
+
+    def read_text(self, filename: str) -> str | None:
+        return None
+
+    def locate_file(self, path: Any) -> Any:
+        return path
+
+
+def claim(owner: str, name: str, value: str, group: str = ENCODERS) -> EntryPoint:
+    point = EntryPoint(name, value, group)
+    vars(point).update(dist=Installed(owner))
+    return point
+
+
+Install = Callable[..., None]
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Install]:
+    """Put entry points in front of those that are installed."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "plug_fails.py").write_text("raise RuntimeError('no such device')")
+    (tmp_path / "plug_exits.py").write_text("import sys; sys.exit(3)")
+    (tmp_path / "plug_works.py").write_text("class Encoder: pass")
+    real = registry.entry_points
+
+    def install(*points: EntryPoint) -> None:
+        # installed ones last: who comes first in the listing must not matter
+        monkeypatch.setattr(registry, "entry_points", lambda group: [*(p for p in points if p.group == group), *real(group=group)])
+        available.cache_clear()
+
+    yield install
+    monkeypatch.undo()
+    available.cache_clear()
+
+
+def test_a_plugin_is_found_and_loaded_by_its_name(install: Install) -> None:
+    install(claim("mopefuse-audio", "audio", "plug_works:Encoder"))
+    assert load(ENCODERS, "audio").__name__ == "Encoder"
+
+
+def test_a_built_in_wins_over_a_plugin_of_its_name(install: Install) -> None:
+    install(claim("mopefuse-evil", "tiny", "plug_fails:X"))
+    assert load(ENCODERS, "tiny").__name__ == "TinyEncoder"
+    assert [registry.distribution(point) for point in available(ENCODERS)["tiny"]] == ["mopefuse", "mopefuse-evil"]
+
+
+def test_a_clash_names_both_distributions_and_only_to_who_asks(install: Install) -> None:
+    install(claim("one", "audio", "plug_works:Encoder"), claim("two", "audio", "plug_works:Other"))
+    assert load(ENCODERS, "tiny").__name__ == "TinyEncoder"
+    with pytest.raises(PluginError, match=r"(?=.*one)(?=.*two)") as caught:
+        load(ENCODERS, "audio")
+    assert caught.value.exit_code == 9
+
+
+def test_an_entry_point_that_is_listed_twice_is_no_clash(install: Install) -> None:
+    point = claim("one", "audio", "plug_works:Encoder")
+    install(point, point)
+    assert load(ENCODERS, "audio").__name__ == "Encoder"
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("plug_fails:X", "no such device"),
+        ("plug_exits:X", "SystemExit"),
+        ("plug_works:Missing", "Missing"),
+        ("plug_absent:X", "plug_absent"),
+    ],
+)
+def test_a_broken_plugin_is_an_error_of_its_distribution_and_only_to_who_asks(install: Install, value: str, said: str) -> None:
+    install(claim("mopefuse-broken", "broken", value))
+    listed = call("encoders")
+    assert listed.returncode == 0
+    assert "mopefuse-broken" in listed.stdout
+    done = call("encoders", "inspect", "broken:x")
+    assert done.returncode == 9
+    assert done.stderr.startswith("error[MF-PLUG-02]")
+    assert said in done.stderr
+    assert "mopefuse-broken" in done.stderr
+
+
+@pytest.mark.parametrize(("group", "name", "near"), [(ENCODERS, "tmm", "timm"), (FUSION, "conditonal", "conditional")])
+def test_an_unknown_name_offers_the_nearest(group: str, name: str, near: str) -> None:
+    with pytest.raises(MopefuseError, match=f"no .*{name}") as caught:
+        load(group, name)
+    assert near in caught.value.fix
+
+
+def test_a_spec_is_a_value() -> None:
+    assert Spec("a", "b", {"c": "d"}) == parse_spec("a:b?c=d")

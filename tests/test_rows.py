@@ -1,0 +1,264 @@
+"""The native row format: every problem is found before training, with its line, and no row's content is echoed."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import LABELS, make_pairs, write_rows
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from mopefuse.data.rows import load_data, read_split
+from mopefuse.encoders._preprocess import TextPreprocess
+from mopefuse.errors import DataError, MopefuseError
+
+GOOD = {"id": "1", "text": "t", "img": "a.png", "label": "a"}
+
+
+def split(folder: Path, content: bytes | str) -> Path:
+    path = folder / "train.jsonl"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def refused(path: Path) -> DataError:
+    with pytest.raises(DataError) as caught:
+        read_split(path)
+    assert caught.value.where.startswith(str(path))
+    return caught.value
+
+
+def line(**changed: Any) -> str:
+    return json.dumps(GOOD | changed)
+
+
+def folder_with(root: Path, train: list[Any], val: list[Any] | None = None) -> Path:
+    """A data folder whose rows have these labels."""
+    for name, labels in (("train", train), ("val", train if val is None else val)):
+        write_rows(root / f"{name}.jsonl", [GOOD | {"id": i, "label": label} for i, label in enumerate(labels)])
+    return root
+
+
+# -- a folder
+
+
+def test_a_folder_is_read_as_written(pairs: Path, multi_pairs: Path) -> None:
+    single, multi = load_data(pairs), load_data(multi_pairs)
+    assert {name: len(part.rows) for name, part in single.splits.items()} == {"train": 12, "val": 6, "test": 7}
+    assert (single.labels, single.multi_label, multi.labels, multi.multi_label) == (LABELS, False, LABELS, True)
+    row = single.splits["val"].rows[4]
+    assert (row.id, row.img, row.labels, row.line) == ("val-4", "images/val-4.png", ("b",), 5)
+    assert single.target(row).item() == 1
+    assert multi.target(multi.splits["train"].rows[4]).tolist() == [1.0, 0.0, 1.0]
+
+
+def test_a_row_without_labels_is_a_target_of_zeros(tmp_path: Path) -> None:
+    data = load_data(folder_with(tmp_path, [["a"], [], ["b", "b"]]))
+    assert [data.target(row).tolist() for row in data.splits["train"].rows] == [[1, 0], [0, 0], [0, 1]]
+
+
+def test_a_missing_folder_or_split_is_named_with_what_is_there(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no data folder"):
+        load_data(tmp_path / "nowhere")
+    write_rows(tmp_path / "train.jsonl", [GOOD])
+    write_rows(tmp_path / "dev.jsonl", [GOOD])
+    with pytest.raises(DataError, match="val split is missing") as caught:
+        load_data(tmp_path)
+    assert "dev.jsonl" in caught.value.fix
+
+
+@pytest.mark.parametrize("content", ["", "\n \n", "\ufeff"])
+def test_an_empty_split_is_named(tmp_path: Path, content: str) -> None:
+    assert "the train split has no rows" in refused(split(tmp_path, content)).what
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_a_split_that_is_no_file_is_refused_without_reading_it(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "train.jsonl"
+    path.mkdir() if kind == "folder" else os.mkfifo(path)
+    assert "not a regular file" in refused(path).what
+
+
+# -- a row
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        ('{"id": 1,,}', "column 10"),
+        ('{"id": 1', "is not JSON"),
+        ("[1, 2]", "is a list, expected an object"),
+        ('"x"', "is a str, expected an object"),
+        ("null", "expected an object"),
+        (line(extra=float("nan")), "NaN"),
+        (line(extra=-float("inf")), "-Infinity"),
+        ('{"text": "a", "text": "b", "img": "c", "label": "d"}', "has a key twice"),
+        (line(text=None), "text is null"),
+        (line(text=3), "text is a number"),
+        (line(text=["t"]), "text is a list"),
+        (line(img=None), "img is null"),
+        (line(label=None), "label is null"),
+        (line(label=3), "label is a number"),
+        (line(label=False), "label is a boolean"),
+        (line(label=["a", 1]), "label is a list, expected a string or a list of strings"),
+        (line(id=1.5), "id is a number"),
+        (line(id=True), "id is a boolean"),
+        (line(id=None), "id is null"),
+        ('{"caption": "t", "image": "i", "label": "x"}', "has no text or img; found caption, image, label"),
+        ("{}", "has no text or img or label; found nothing"),
+        (line(label="\ud800"), "label has half a character"),
+        (line(img="\udfff.png"), "img has half a character"),
+        (line(id="\ud800"), "id has half a character"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"id": ' + "9" * 5000 + "}", "too many digits"),
+    ],
+)
+def test_a_bad_row_is_refused_with_its_line(tmp_path: Path, bad: str, said: str) -> None:
+    error = refused(split(tmp_path, f"{line(id=1)}\n\n{bad}\n{line(id=2)}\n"))
+    assert said in error.what
+    assert "1 bad row: train.jsonl:3 " in error.what
+
+
+def test_bytes_that_are_not_utf8_are_named_with_their_place(tmp_path: Path) -> None:
+    error = refused(split(tmp_path, line().encode() + b'\n{"text": "caf\xe9"}\n'))
+    assert "train.jsonl:2 is not UTF-8 (byte 0xe9 at 14)" in error.what
+    assert "iconv" in error.what
+
+
+def test_nothing_of_a_row_is_echoed(tmp_path: Path) -> None:
+    secret = "the-patient-name"
+    error = refused(split(tmp_path, f'{{"text": "{secret}", "img": 3, "label": "x"}}\n{{"text": "{secret}"\n'))
+    assert secret not in str(error)
+
+
+def test_twenty_problems_are_listed_and_all_are_counted(tmp_path: Path) -> None:
+    error = refused(split(tmp_path, "x\n" * 33))
+    assert error.what.startswith("33 bad rows: ")
+    assert error.what.count("train.jsonl:") == 20
+    assert error.what.endswith("and 13 more")
+
+
+def test_an_id_that_comes_twice_is_refused_with_both_lines(tmp_path: Path) -> None:
+    error = refused(split(tmp_path, f"{line(id='x')}\n{line(id='y')}\n{line(id='x')}\n"))
+    assert "train.jsonl:3 the id 'x' is there already, in line 1" in error.what
+
+
+def test_rows_without_ids_are_numbered_by_line(tmp_path: Path) -> None:
+    row = {key: value for key, value in GOOD.items() if key != "id"}
+    write_rows(tmp_path / "train.jsonl", [row, row])
+    assert [row.id for row in read_split(tmp_path / "train.jsonl").rows] == ["train-1", "train-2"]
+
+
+@pytest.mark.parametrize(
+    ("content", "lines"),
+    [
+        (f"{line(id=1)}\r\n{line(id=2)}\r\n", [1, 2]),
+        (f"{line(id=1)}\n\n  \n{line(id=2)}", [1, 4]),
+        (f"\ufeff{line(id=1)}\n{line(id=2)}\n", [1, 2]),
+        (json.dumps(GOOD | {"text": "a\u2028b\x85c"}, ensure_ascii=False) + f"\n{line(id=2)}\n", [1, 2]),
+    ],
+    ids=["CRLF", "blank lines and no last newline", "BOM", "U+2028 in a text"],
+)
+def test_how_lines_end_does_not_matter_and_their_numbers_are_right(tmp_path: Path, content: str, lines: list[int]) -> None:
+    assert [row.line for row in read_split(split(tmp_path, content)).rows] == lines
+
+
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [
+        (gzip.compress(line().encode()), "gzip"),
+        (b"PAR1....PAR1", "Parquet"),
+        (line().encode("utf-16"), "UTF-16"),
+        (b"PK\x03\x04...", "zip"),
+    ],
+)
+def test_other_formats_under_our_name_are_recognised(tmp_path: Path, content: bytes, name: str) -> None:
+    assert name in refused(split(tmp_path, content)).what
+
+
+# -- labels
+
+
+def test_a_label_that_training_does_not_know_is_counted(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"x \(2\), y \(1\)") as caught:
+        load_data(folder_with(tmp_path, ["a", "b"], ["x", "a", "y", "x"]))
+    assert caught.value.where == "val.jsonl"
+    (tmp_path / "labels.txt").write_text("b\na\r\nx\ny\n")
+    assert load_data(tmp_path).labels == ("b", "a", "x", "y")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [(b"a\nb\na\n", "'a' twice"), (b"a\nb\xff\n", "not UTF-8")], ids=["twice", "bytes"]
+)
+def test_a_list_of_labels_that_cannot_be_meant_is_refused(tmp_path: Path, content: bytes, said: str) -> None:
+    (folder_with(tmp_path, ["a", "b"]) / "labels.txt").write_bytes(content)
+    with pytest.raises(DataError, match=said):
+        load_data(tmp_path)
+
+
+def test_strings_and_lists_of_labels_do_not_mix(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="some labels are strings and some are lists") as caught:
+        load_data(folder_with(tmp_path, ["a", "b"], ["a", ["b"]]))
+    assert caught.value.where == "val.jsonl:2"
+
+
+@pytest.mark.parametrize("labels", [["a", "a"], [["a"], []], [[], []]])
+def test_one_class_is_nothing_to_learn(tmp_path: Path, labels: list[Any]) -> None:
+    with pytest.raises(DataError, match="nothing to learn"):
+        load_data(folder_with(tmp_path, labels))
+
+
+@pytest.mark.parametrize("label", ["日本", "עברית", "🙂", "<script>", "=1+1", "İ", " spaced "])
+def test_a_label_is_kept_to_the_letter(tmp_path: Path, label: str) -> None:
+    assert label in load_data(folder_with(tmp_path, ["a", label])).labels
+
+
+# -- anything at all
+
+
+@given(st.binary(max_size=300) | st.lists(st.sampled_from([line(), "{", "}", '"', "\ud800", "\n", "NaN", "[", "0"]), max_size=8))
+@example(b'{"text": "\\ud800", "img": "\\u0000", "label": []}')
+@example(b"1e999999")
+def test_any_bytes_are_rows_or_a_data_error(tmp_path_factory: pytest.TempPathFactory, content: bytes | list[str]) -> None:
+    raw = content if isinstance(content, bytes) else "".join(content).encode("utf-8", "surrogatepass")
+    path = split(tmp_path_factory.getbasetemp(), raw)
+    try:
+        assert len(read_split(path).rows) > 0
+    except MopefuseError as error:
+        assert error.code.startswith("MF-DATA-")
+
+
+@pytest.mark.parametrize("field", ["text", "img", "label", "id"])
+def test_a_row_field_may_not_be_of_another_type(tmp_path: Path, field: str) -> None:
+    assert field in refused(split(tmp_path, line(**{field: {"a": 1}}))).what
+
+
+# -- texts
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a\ud800b", "a\ufffdb"),
+        ("nul\x00 bell\x07 del\x7f", "nul\ufffd bell\ufffd del\ufffd"),
+        ("tab\tline\nreturn\r", "tab\tline\nreturn\r"),
+        ("", ""),
+        ("x" * 1_000_000, "x" * 128),
+        ("é🙂日本", "é🙂日本"),
+    ],
+    ids=["surrogate", "control", "white space", "empty", "long", "unicode"],
+)
+def test_a_text_is_made_readable_and_cut_before_it_is_tokenized(text: str, expected: str) -> None:
+    assert TextPreprocess(lambda texts, most: pytest.fail("not yet"), 4).item(text) == expected
+
+
+def test_a_data_set_made_twice_is_the_same(tmp_path: Path) -> None:
+    one, two = load_data(make_pairs(tmp_path / "one")), load_data(make_pairs(tmp_path / "two"))
+    assert one.fingerprint() == two.fingerprint()
+    (tmp_path / "two" / "val.jsonl").open("a").write("\n")
+    assert one.fingerprint() != load_data(tmp_path / "two").fingerprint()
