@@ -128,8 +128,9 @@ class RunConfig(Section):
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:N or mps")
     compat: Literal["none", "official"] = Field("none", description="official: the released code's choices as defaults")
     head_norm: Literal["layer", "none"] = Field(
-        "layer", description="layer: pooled features lose their scale before the linear head; none: as in the papers"
+        "layer", description="layer: pooled features lose their scale before the head; none: as in the papers"
     )
+    head_hidden: int = Field(0, ge=0, description="width of a hidden layer in the head; 0 is the papers' linear head")
     prompts: Prompts = Prompts()
     router: Router = Router()
     comp_tuning: CompTuning = CompTuning()

@@ -1,4 +1,4 @@
-"""The demonstration: one task, five ways to solve it, the same data, encoders and training for all.
+"""The demonstration: one task, six ways to solve it, the same data, encoders and training for all.
 
 Digit questions needs both modalities: the image shows four digits, the text asks for one of them.
 """
@@ -23,6 +23,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "image": ("image only", {"method": "main-only"}),
     "text": ("text only", {"method": "comp-only"}),
     "late-concat": ("late concatenation of frozen features", {"method": "late-concat"}),
+    "mlp": ("a deeper head (MLP) on the same features", {"method": "late-concat", "head_hidden": 512}),
 }
 """Name of a run to what it is and how it differs from the recipe."""
 

@@ -18,7 +18,7 @@ def resolve(name: str) -> torch.device:
         ConfigError: no such device.
     """
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name, re.ASCII):
-        raise ConfigError(43, f"there is no device {name!r}", where="device", fix="write auto, cpu, cuda, cuda:N or mps")
+        raise ConfigError(41, f"there is no device {name!r}", where="device", fix="write auto, cpu, cuda, cuda:N or mps")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda" and distributed.local_world() > 1:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class MopefuseError(Exception):
@@ -30,7 +31,7 @@ class MopefuseError(Exception):
         self.what, self.where, self.fix = what, where, fix
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild, (type(self), self.number, self.what, self.where, self.fix)
+        return _rebuild, (type(self), vars(self))
 
     def __str__(self) -> str:
         parts = [self.what, self.where, f"fix: {self.fix}" if self.fix else ""]
@@ -47,10 +48,10 @@ class MopefuseError(Exception):
         }
 
 
-def _rebuild(kind: type[MopefuseError], number: int, what: str, where: str, fix: str) -> MopefuseError:
+def _rebuild(kind: type[MopefuseError], facts: dict[str, Any]) -> MopefuseError:
     """An error that came from another process."""
-    error = kind.__new__(kind)
-    MopefuseError.__init__(error, number, what, where=where, fix=fix)
+    error = kind.__new__(kind, facts["what"])
+    vars(error).update(facts)
     return error
 
 

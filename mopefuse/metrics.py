@@ -51,10 +51,11 @@ def _multi_label(logits_SN: Tensor, targets_SN: Tensor) -> dict[str, float]:
     present = np.flatnonzero(actual.any(axis=0))
     empty = ~actual.any(axis=1)
     samples = f1_score(actual[~empty], predicted[~empty], average="samples", zero_division=0) if (~empty).any() else 0.0
+    macro = f1_score(actual, predicted, labels=present, average="macro", zero_division=0) if len(present) else 0.0
     right_empty = float((~predicted[empty].any(axis=1)).sum())
     return {
         "f1_micro": float(f1_score(actual, predicted, average="micro", zero_division=0)),
-        "f1_macro": float(f1_score(actual, predicted, labels=present, average="macro", zero_division=0)) if len(present) else 0.0,
+        "f1_macro": float(macro),
         "f1_samples": float((samples * (~empty).sum() + right_empty) / len(actual)),
         "absent_labels": int(logits_SN.shape[1] - len(present)),
         "loss": float(torch.nn.functional.binary_cross_entropy_with_logits(logits_SN, targets_SN)),

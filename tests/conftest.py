@@ -20,6 +20,8 @@ import pytest
 import torch
 from PIL import Image
 
+from mopefuse.errors import MopefuseError
+
 torch.set_num_threads(1)
 
 LABELS = ("a", "b", "c")
@@ -69,6 +71,15 @@ def trained(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = call("train", *TINY, "--data", pairs, "--out", run, "--steps", "2")
     assert done.returncode == 0, done.stderr
     return run
+
+
+def code_of(action: Callable[[], object]) -> str:
+    """The code of the error that an action raises; empty if it raises none. Any other exception is passed on."""
+    try:
+        action()
+    except MopefuseError as error:
+        return error.code
+    return ""
 
 
 def run_cli(*args: object, **environment: str) -> subprocess.CompletedProcess[str]:

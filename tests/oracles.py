@@ -49,8 +49,8 @@ class _InSequence(nn.Module):
 
     def forward(self, x_BLD: Tensor, *args: Any, **kwargs: Any) -> Any:
         count, length = self.prompt_BPD.shape[1], x_BLD.shape[1]
-        args = tuple(self._padded(arg) if isinstance(arg, Tensor) else arg for arg in args)
-        kwargs = {key: self._padded(value) if isinstance(value, Tensor) else value for key, value in kwargs.items()}
+        args = tuple(self._padded(arg) for arg in args)
+        kwargs = {key: self._padded(value) for key, value in kwargs.items()}
         if kwargs.get("is_causal"):  # transformers: a flag in place of the mask
             causal = torch.ones(length, length, dtype=torch.bool).tril()
             kwargs["is_causal"] = False
@@ -63,8 +63,10 @@ class _InSequence(nn.Module):
         """Asked by open_clip of its first block."""
         return torch.float32
 
-    def _padded(self, mask: Tensor) -> Tensor:
+    def _padded(self, mask: Any) -> Any:
         """Square masks: everything sees the prompt; what the prompt sees does not matter, as its output is dropped."""
+        if not isinstance(mask, Tensor) or mask.dim() < 2 or mask.shape[-1] != mask.shape[-2]:
+            return mask
         count = self.prompt_BPD.shape[1]
         return F.pad(mask, (count, 0, count, 0), value=1.0 if mask.dtype == torch.bool else 0.0)
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import code_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mopefuse.config import OFFICIAL, RunConfig, build_config, known_keys
-from mopefuse.errors import ConfigError, MopefuseError
+from mopefuse.errors import ConfigError
 from mopefuse.recipe import parse_set, read_recipe, read_yaml, resolve, to_yaml
 
 BASE = {"main": "tiny:vision", "comp": "tiny:text"}
@@ -252,10 +254,7 @@ def test_a_recipe_that_is_not_there_is_refused() -> None:
 @example(b"compat: [official]")
 def test_any_bytes_are_a_configuration_or_a_mopefuse_error(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     path = recipe(tmp_path_factory.getbasetemp(), content)
-    try:
-        assert isinstance(resolve(recipe=str(path)), RunConfig)
-    except MopefuseError as error:
-        assert error.code.startswith("MF-CFG-")
+    assert re.fullmatch(r"|MF-CFG-\d+", code_of(lambda: resolve(recipe=str(path))))
 
 
 _yaml_values = st.recursive(
@@ -268,15 +267,13 @@ _yaml_values = st.recursive(
 @settings(deadline=None, max_examples=50)
 @given(st.dictionaries(st.sampled_from(known_keys(())), _yaml_values, max_size=4))
 def test_any_values_are_a_configuration_or_a_mopefuse_error(values: dict[str, Any]) -> None:
-    try:
-        build_config(BASE | values)
-    except MopefuseError as error:
-        assert error.code == "MF-CFG-01"
+    assert code_of(lambda: build_config(BASE | values)) in ("", "MF-CFG-01")
 
 
 # -- written down and read again
 
-_words = st.text(max_size=12) | st.sampled_from(["1e3", "no", "null", "~", "1:30", "0x1", " a", "a: b", "#", "'", "true", "1.", "\u2028"])
+_surprises = ["1e3", "no", "null", "~", "1:30", "0x1", " a", "a: b", "#", "'", "true", "1.", "\u2028"]
+_words = st.text(max_size=12) | st.sampled_from(_surprises)
 _positive = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
 _configs = st.fixed_dictionaries(
     {"main": _words, "comp": _words},

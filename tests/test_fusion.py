@@ -120,6 +120,7 @@ CONDITIONAL = {
         ({"gate": "none"}, {name for name in CONDITIONAL if not name.endswith("gate_H")}),
         ({"experts": 1}, {name for name in CONDITIONAL if "router" not in name}),
         ({"method": "late-concat"}, {"head.weight", "head.bias"}),
+        ({"method": "late-concat", "head_hidden": 9}, {"head.0.weight", "head.0.bias", "head.2.weight", "head.2.bias"}),
         ({"method": "main-only"}, {"head.weight", "head.bias"}),
         ({"method": "comp-only"}, {"head.weight", "head.bias"}),
     ],

@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import code_of
 from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
 from mopefuse.data.images import FORMATS, open_image
-from mopefuse.errors import DataError, MopefuseError
+from mopefuse.errors import DataError
 
 RED, WHITE, BLACK = (255, 0, 0), (255, 255, 255), (0, 0, 0)
 
@@ -217,10 +218,7 @@ def test_a_text_chunk_that_unpacks_to_gigabytes_is_refused(tmp_path: Path) -> No
 
 def test_damaged_exif_is_no_crash(tmp_path: Path) -> None:
     content = encoded(noise(), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
-    try:
-        assert pixels(tmp_path, content).shape == (48, 64, 3)
-    except DataError as error:
-        assert error.code == "MF-DATA-13"
+    assert code_of(lambda: pixels(tmp_path, content)) in ("", "MF-DATA-13")
 
 
 # -- paths
@@ -303,19 +301,13 @@ def test_any_path_is_inside_or_refused(tmp_path_factory: pytest.TempPathFactory,
     if not root.exists():
         root.mkdir()
         noise().save(root / "inside.png")
-    try:
-        open_image(root, relative, where="here")
-    except MopefuseError as error:
-        assert error.code.startswith("MF-DATA-")
-    else:
-        assert (root / relative).resolve() == (root / "inside.png").resolve()
+    code = code_of(lambda: open_image(root, relative, where="here"))
+    assert code.startswith("MF-DATA-") or (root / relative).resolve() == (root / "inside.png").resolve()
 
 
 @given(st.binary(max_size=300), st.sampled_from([b"", *(encoded(noise(4, 4), kind)[:40] for kind in FORMATS)]))
 def test_any_bytes_are_an_image_or_a_data_error(tmp_path_factory: pytest.TempPathFactory, content: bytes, head: bytes) -> None:
     folder = tmp_path_factory.getbasetemp()
     (folder / "any").write_bytes(head + content)
-    try:
-        assert open_image(folder, "any", where="here", max_pixels=10_000).mode == "RGB"
-    except MopefuseError as error:
-        assert error.code.startswith("MF-DATA-")
+    code = code_of(lambda: open_image(folder, "any", where="here", max_pixels=10_000).getpixel((0, 0)))
+    assert code in ("", "MF-DATA-12", "MF-DATA-13")

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import re
 import resource
 import signal
 import socket
@@ -21,13 +22,14 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import code_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mopefuse import checkpoint
 from mopefuse.checkpoint import FORMAT, publish, read_json, read_tensors, sweep, verify, write_atomically, write_tensors
 from mopefuse.config import build_config
-from mopefuse.errors import CheckpointError, ConfigError, MopefuseError, ResourceError
+from mopefuse.errors import CheckpointError, ConfigError, ResourceError
 from mopefuse.run import RunFolder
 
 CONFIG = build_config({"main": "tiny:vision", "comp": "tiny:text"})
@@ -241,7 +243,9 @@ def test_a_folder_that_is_not_as_published_does_not_exist(tmp_path: Path, change
     assert error.exit_code == 6
 
 
-@pytest.mark.parametrize("name", ["../secret", "x/../../secret", "{out}/secret", "link", "folder/secret", "", ".", "a\0b", "..\\secret"])
+@pytest.mark.parametrize(
+    "name", ["../secret", "x/../../secret", "{out}/secret", "link", "folder/secret", "", ".", "a\0b", "..\\secret"]
+)
 def test_a_manifest_cannot_name_what_is_outside(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = published(tmp_path / "a")
     (tmp_path / "secret").write_text("secret")
@@ -273,15 +277,14 @@ _json_values = st.recursive(
 @example({"kind": "thing", "format": 1, "files": {"\ud800": {}}})
 @example({"kind": "thing", "format": 1, "files": {"x" * 5000: {}}})
 @example(b"[" * 5000)
-def test_any_manifest_is_verified_or_refused(tmp_path_factory: pytest.TempPathFactory, manifest: bytes | dict[str, Any]) -> None:
+def test_any_manifest_is_verified_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, manifest: bytes | dict[str, Any]
+) -> None:
     folder = tmp_path_factory.getbasetemp() / "any-manifest"
     folder.mkdir(exist_ok=True)
     content = manifest if isinstance(manifest, bytes) else json.dumps({"kind": "thing", "format": 1} | manifest).encode()
     (folder / "manifest.json").write_bytes(content)
-    try:
-        verify(folder, kind="thing")
-    except MopefuseError as error:
-        assert error.exit_code == 6
+    assert re.fullmatch(r"|MF-CKPT-\d+", code_of(lambda: verify(folder, kind="thing")))
 
 
 # -- tensors
@@ -364,10 +367,7 @@ def test_damaged_safetensors_are_refused_in_our_words(tmp_path: Path, damage: Ca
 def test_any_bytes_are_tensors_or_a_checkpoint_error(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     path = tmp_path_factory.getbasetemp() / "any.safetensors"
     path.write_bytes(content)
-    try:
-        assert isinstance(read_tensors(path), dict)
-    except MopefuseError as error:
-        assert error.exit_code == 6
+    assert code_of(lambda: read_tensors(path)) in ("", "MF-CKPT-02", "MF-CKPT-06")
 
 
 def test_tensors_come_back_as_written(tmp_path: Path) -> None:
@@ -441,7 +441,8 @@ def test_a_read_only_folder_is_told(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
     (tmp_path / "run").mkdir(mode=0o555)
     code = (
-        "import os, sys; from pathlib import Path; from mopefuse.run import RunFolder; from mopefuse.errors import ConfigError\n"
+        "import os, sys; from pathlib import Path\n"
+        "from mopefuse.run import RunFolder; from mopefuse.errors import ConfigError\n"
         "run = RunFolder(Path('run'))\n"
         "if os.geteuid() == 0: os.setuid(65534)\n"
         "try: run.prepare(resume=False, overwrite=False)\n"

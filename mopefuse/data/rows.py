@@ -171,7 +171,8 @@ def _listed_labels(path: Path) -> tuple[str, ...]:
     try:
         lines = _read(path).decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        raise DataError(10, f"labels.txt is not UTF-8: {error}", where=str(path), fix="convert it with iconv -t utf-8") from None
+        fix = "convert it with iconv -t utf-8"
+        raise DataError(10, f"labels.txt is not UTF-8: {error}", where=str(path), fix=fix) from None
     labels = [line.rstrip("\r") for line in lines if line.strip()]
     twice = [label for label, count in Counter(labels).items() if count > 1]
     if twice:

@@ -46,7 +46,10 @@ class PromptedEncoder(Encoder):
 
     def _encode(self, inputs: Inputs) -> Encoded:
         try:
-            return self._run(inputs)
+            encoded = self._run(inputs)
+            ignored = [layer for layer, slot in enumerate(self._slots) if slot.prompt is not None]
+            assert not ignored, f"{self.spec}: the attention of layers {ignored} has not picked its prompt up"
+            return encoded
         finally:
             self._mask_BL = None
             for slot in self._slots:

@@ -74,11 +74,12 @@ class HFEncoder(PromptedEncoder):
             self.preprocess = _texts(spec, source, config)
         else:
             self.preprocess = _images(spec, source, config, known)
-        if family:
+        if family and self.backbone._supports_attention_backend:
             self._hook(family)
             self.feature_width = self.widths[-1]
         else:
-            self.why_not_main = f"is a {kind} model, which cannot be prompted; usable as --comp (pooled feature)"
+            version = f" in transformers {transformers.__version__}" if family else ""
+            self.why_not_main = f"is a {kind} model, which cannot be prompted{version}; usable as --comp (pooled feature)"
             self.feature_width = self._probe()
 
     def _hook(self, family: Family) -> None:

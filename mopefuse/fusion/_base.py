@@ -45,14 +45,14 @@ class Output(NamedTuple):
 class Fusion(nn.Module):
     """Encoders, what fuses them, and a head.
 
-    A subclass is built from ``(config, encoders, num_labels)``, has a linear `head` and gives `forward`. `uses` names the sides that it
+    A subclass is built from ``(config, encoders, num_labels)``, sets `head` by `make_head` and gives `forward`. `uses` names the sides that it
     needs; `frozen` those whose encoder gets no prompts and never learns, so that its features can be computed once.
     """
 
     uses: ClassVar[tuple[str, ...]] = SIDES
     parts: ClassVar[dict[str, str]] = {r"^head\.": "head", r"^comp\.": "complementary encoder", r"^main\.": "main encoder"}
 
-    head: nn.Linear
+    head: nn.Module
 
     def __init__(self, config: RunConfig, encoders: Mapping[str, Encoder]) -> None:
         super().__init__()
@@ -77,8 +77,15 @@ class Fusion(nn.Module):
             return batch.features[side]
         return run_frozen(self.encoder(side), batch.inputs[side]).pooled_BC.float()
 
+    def make_head(self, width: int, num_labels: int) -> nn.Module:
+        """From pooled features of `width` to logits: linear, or with one hidden layer (`head_hidden`)."""
+        hidden = self.config.head_hidden
+        if not hidden:
+            return nn.Linear(width, num_labels)
+        return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, num_labels))
+
     def classify(self, *pooled_BC: Tensor) -> Tensor:
-        """Logits (B, N) of the linear head on pooled features side by side, each without its scale (`head_norm`)."""
+        """Logits (B, N) of the head on pooled features side by side, each without its scale (`head_norm`)."""
         if self.config.head_norm == "layer":
             pooled_BC = tuple(F.layer_norm(pooled.float(), pooled.shape[-1:]) for pooled in pooled_BC)
         logits_BN: Tensor = self.head(torch.cat(pooled_BC, dim=-1))

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mopefuse.config import Prompts, Router, RunConfig
 from mopefuse.data._base import Batch
@@ -52,7 +52,7 @@ class ConditionalFusion(Fusion):
             condition_width=comp.feature_width,
             bound=config.prompts.init or initial_bound(main),
         )
-        self.head = nn.Linear(main.feature_width, num_labels)
+        self.head = self.make_head(main.feature_width, num_labels)
         self.comp_stack: PromptStack | None = None
         if config.comp_tuning.mode == "prompts":
             _require_promptable(comp, "comp_tuning.mode=frozen")
@@ -83,8 +83,8 @@ class ConditionalFusion(Fusion):
         if self.comp_stack is None:
             return self.encoder("comp").encode(batch.inputs["comp"]).pooled_BC
         inputs = batch.inputs["comp"]
-        size = len(next(iter(inputs.values())))
-        blind_BC = torch.zeros(size, self.encoder("comp").feature_width, device=self.head.weight.device)
+        first = next(iter(inputs.values()))
+        blind_BC = torch.zeros(len(first), self.encoder("comp").feature_width, device=first.device)
         return self.encoder("comp").encode(inputs, self.comp_stack.condition(blind_BC)).pooled_BC
 
     def forward(self, batch: Batch) -> Output:

@@ -1,4 +1,4 @@
-"""Late concatenation of frozen features: a linear head on both pooled features side by side.
+"""Late concatenation of frozen features: a head on both pooled features side by side.
 
 The simplest fusion there is, and on small data a strong one.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import nn
 
 from mopefuse.config import RunConfig
 from mopefuse.data._base import Batch
@@ -16,12 +15,12 @@ from mopefuse.fusion._base import Fusion, Output
 
 
 class LateConcat(Fusion):
-    """Linear(concat(norm(main), norm(comp))), both encoders frozen and unprompted."""
+    """head(concat(norm(main), norm(comp))), both encoders frozen and unprompted; linear unless `head_hidden`."""
 
     def __init__(self, config: RunConfig, encoders: Mapping[str, Encoder], num_labels: int) -> None:
         super().__init__(config, encoders)
         self.frozen = self.uses
-        self.head = nn.Linear(sum(self.encoder(side).feature_width for side in self.uses), num_labels)
+        self.head = self.make_head(sum(self.encoder(side).feature_width for side in self.uses), num_labels)
 
     def forward(self, batch: Batch) -> Output:
         """Logits (B, N)."""

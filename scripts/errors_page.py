@@ -1,0 +1,131 @@
+"""Write docs/errors.md: exit codes, and every ``MF-`` code that the source raises with what it says.
+
+``python scripts/errors_page.py``; tests/test_errors.py holds the page to the codes that the source has.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from mopefuse import errors
+from mopefuse.encoders import _numbers
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "errors.md"
+KINDS: dict[str, type[errors.MopefuseError]] = {
+    kind.__name__: kind
+    for kind in vars(errors).values()
+    if isinstance(kind, type) and issubclass(kind, errors.MopefuseError) and kind.family not in ("INT", "STOP")
+}
+OUTSIDE = {  # codes that no error class stands for, written out in mopefuse.cli.app
+    "MF-INT-00": (1, ["a bug: please report it, with crash.log"]),
+    "MF-USE-01": (2, ["the command line cannot be read (with `--json`; else the usage is shown)"]),
+}
+NOTES = {  # where the message alone says nothing
+    "MF-CFG-01": "settings that are unknown, missing or out of bounds, each by its path",
+    "MF-CFG-09": "a file or folder cannot be used, in the words of the system",
+    "MF-ENC-21": "an encoder that cannot be prompted as `--main`, and why",
+}
+HEAD = """# Errors and exit codes
+
+An error that you can mend is one line on stderr, without a traceback:
+
+```
+error[MF-DATA-11]: image not found: images/a.jpg · train.jsonl:17, id 4411 · fix: add the file
+```
+
+With `--json` it is one object on stdout, and nothing else is there:
+
+```
+{"ok": false, "error": {"code": "MF-DATA-11", "exit": 4, "message": "...", "where": "...", "hint": "..."}}
+```
+
+Codes are stable: what one stands for does not change, and a number is never used again.
+
+| exit code | meaning |
+| --- | --- |
+| 0 | done |
+| 1 | internal error, a bug: one line, and `crash.log` with the traceback (`mopefuse --debug ...` prints it too) |
+| 2 | the command line cannot be read |
+| 3 | the configuration is invalid: a recipe, a flag, `--set`, the run folder |
+| 4 | the data are invalid: a split, a row, an image |
+| 5 | an encoder is unknown, unreachable or unsuitable |
+| 6 | a run, checkpoint or weights file is damaged, unsafe, or belongs to other encoders |
+| 7 | disk, memory or a process ran out |
+| 8 | a number that must be finite is not |
+| 9 | a plugin cannot be used |
+| 10 | a quality gate was not met (`eval --min`) |
+| 130, 143 | stopped by Ctrl-C, by SIGTERM; training publishes a checkpoint first, and `--resume` goes on from it |
+| 141 | whoever read the output stopped reading, as `head` does |
+
+In the messages below, `…` stands for a value.
+
+| code | exit code | message |
+| --- | --- | --- |
+"""
+
+
+def codes() -> dict[str, tuple[int, list[str]]]:
+    """Every code in the source: its exit code and its messages, in order."""
+    found: dict[str, tuple[int, list[str]]] = dict(OUTSIDE)
+    for path in sorted((ROOT / "mopefuse").rglob("*.py")):
+        for kind, number, said in _raised(ast.parse(path.read_text(encoding="utf-8")), path):
+            _, messages = found.setdefault(f"MF-{kind.family}-{number:02d}", (kind.exit_code, []))
+            if said not in messages:
+                messages.append(said)
+    return dict(sorted(found.items(), key=lambda item: (item[1][0], item[0])))
+
+
+def _raised(tree: ast.Module, path: Path) -> Iterator[tuple[type[errors.MopefuseError], int, str]]:
+    """(class, number, message) of every error that a module makes.
+
+    A number is written out, or a name of `_numbers`. Where it is a variable, it comes from tuples of the same module that
+    begin with such a name and a message.
+    """
+    for node in ast.walk(tree):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in KINDS and node.args):
+            continue
+        kind, first = KINDS[node.func.id], node.args[0]
+        pairs = [node.args[:2]] if _number(first) is not None else [_pair(other) for other in ast.walk(tree)]
+        known = [(number, pair[1]) for pair in pairs if pair and (number := _number(pair[0])) is not None]
+        if not known:
+            raise ValueError(f"{path}:{node.lineno}: which number is {ast.unparse(first)}?")
+        yield from ((kind, number, _template(message)) for number, message in known)
+
+
+def _pair(node: ast.AST) -> list[ast.expr]:
+    return node.elts[:2] if isinstance(node, ast.Tuple) and len(node.elts) > 1 else []
+
+
+def _number(node: ast.expr) -> int | None:
+    if isinstance(node, ast.Constant) and isinstance(node.value, int):
+        return node.value
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "_numbers":
+        return int(getattr(_numbers, node.attr))
+    return None
+
+
+def _template(node: ast.AST) -> str:
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return re.sub("…+", "…", "".join(map(_template, node.values)))
+    return "…"
+
+
+def page() -> str:
+    """The whole page."""
+    lines = []
+    for code, (exit_code, messages) in codes().items():
+        telling = [NOTES[code]] if code in NOTES else [said for said in messages if re.search("[a-z]", said)]
+        shown = "<br>".join(message.replace("|", "\\|").replace("<", "&lt;") for message in sorted(telling))
+        lines.append(f"| `{code}` | {exit_code} | {shown} |\n")
+    return HEAD + "".join(lines)
+
+
+if __name__ == "__main__":
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(page(), encoding="utf-8")
