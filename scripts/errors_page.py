@@ -20,9 +20,11 @@ KINDS: dict[str, type[errors.MopefuseError]] = {
     for kind in vars(errors).values()
     if isinstance(kind, type) and issubclass(kind, errors.MopefuseError) and kind.family not in ("INT", "STOP")
 }
-OUTSIDE = {  # codes that no error class stands for, written out in mopefuse.cli.app
+OUTSIDE = {  # written out in mopefuse.cli.app, or made of the number of a signal
     "MF-INT-00": (1, ["a bug: please report it, with crash.log"]),
     "MF-USE-01": (2, ["the command line cannot be read (with `--json`; else the usage is shown)"]),
+    "MF-STOP-02": (130, ["stopped at step … of … by Ctrl-C"]),
+    "MF-STOP-15": (143, ["stopped at step … of … by SIGTERM"]),
 }
 NOTES = {  # where the message alone says nothing
     "MF-CFG-01": "settings that are unknown, missing or out of bounds, each by its path",

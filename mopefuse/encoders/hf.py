@@ -77,6 +77,7 @@ class HFEncoder(PromptedEncoder):
         if family and self.backbone._supports_attention_backend:
             self._hook(family)
             self.feature_width = self.widths[-1]
+            self.patch_size = int(getattr(config, "patch_size", self.patch_size))
         else:
             version = f" in transformers {transformers.__version__}" if family else ""
             self.why_not_main = f"is a {kind} model, which cannot be prompted{version}; usable as --comp (pooled feature)"

@@ -73,6 +73,7 @@ class OpenCLIPEncoder(PromptedEncoder):
         for block, slot in zip(blocks, slots, strict=True):
             block.prompt_slot = slot
             block.attention = MethodType(_attention, block)
+        self.patch_size = int(getattr(self.backbone, "patch_size", (self.patch_size,))[0])
         self.widths = tuple(int(block.attn.embed_dim) for block in blocks)
         self.heads = tuple(int(block.attn.num_heads) for block in blocks)
 

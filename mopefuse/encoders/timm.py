@@ -72,6 +72,8 @@ class TimmEncoder(PromptedEncoder):
             block.attn.forward = MethodType(
                 _swin_attention if isinstance(block.attn, WindowAttention) else _vit_attention, block.attn
             )
+        if blocks:
+            self.patch_size = int(self.backbone.patch_embed.patch_size[0])
         self.widths = tuple(int(block.attn.qkv.in_features) for block in blocks)
         self.heads = tuple(int(block.attn.num_heads) for block in blocks)
 

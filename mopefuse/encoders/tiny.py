@@ -147,6 +147,7 @@ class TinyEncoder(Encoder):
         self.pool = spec.options.get("pool", shape.pool)
         if self.pool not in ("cls", "mean"):
             raise EncoderError(53, f"tiny cannot pool by {self.pool!r}", where=str(spec), fix="use pool=cls or pool=mean")
+        self.patch_size = _PATCH
         self.modality, self.feature_width = shape.modality, shape.width
         self.widths, self.heads = (shape.width,) * shape.depth, (shape.heads,) * shape.depth
         self.preprocess = _preprocess(shape.modality)

@@ -45,8 +45,8 @@ class Output(NamedTuple):
 class Fusion(nn.Module):
     """Encoders, what fuses them, and a head.
 
-    A subclass is built from ``(config, encoders, num_labels)``, sets `head` by `make_head` and gives `forward`. `uses` names the sides that it
-    needs; `frozen` those whose encoder gets no prompts and never learns, so that its features can be computed once.
+    A subclass is built from ``(config, encoders, num_labels)``, sets `head` by `make_head` and gives `forward`. `uses`
+    names the sides that it needs; `frozen` those whose encoder gets no prompts and never learns, so that its features can be computed once.
     """
 
     uses: ClassVar[tuple[str, ...]] = SIDES

@@ -23,8 +23,8 @@ from mopefuse.prompts.stack import PromptStack, with_lengths
 class ConditionalFusion(Fusion):
     """Complementary encoder, main encoder, prompt stack, head.
 
-    Limits: no static, dynamic or mapped prompt is the method `main-only`, a linear probe of the main encoder; one expert is plain conditional
-    prompting; static prompts alone are deep prompt tuning, blind to the complementary modality.
+    Limits: no static, dynamic or mapped prompt is the method `main-only`, a linear probe of the main encoder; one
+    expert is plain conditional prompting; static prompts alone are deep prompt tuning, blind to the other modality.
 
     Raises:
         EncoderError: the main encoder has no layer to prompt, or the complementary one has none and is to be prompted.
