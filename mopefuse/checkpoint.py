@@ -150,24 +150,37 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     from safetensors.torch import load_file
 
+    check_tensors(path)
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, OverflowError, KeyError, RuntimeError) as error:
+        raise CheckpointError(
+            2, f"{path.name} is damaged: {error}", where=str(path), fix="use another copy or checkpoint"
+        ) from None
+
+
+def check_tensors(path: Path) -> None:
+    """Refuse, by its first bytes and whatever its name, a file that is not safetensors. Nothing of it is executed.
+
+    Raises:
+        CheckpointError: no such file, a pickle (or an archive that may hold one), or not safetensors.
+    """
     try:
         with path.open("rb") as file:
-            head = file.read(10)
+            head = file.read(9)
     except OSError as error:
         raise CheckpointError(
             4, f"the weights cannot be read: {error.strerror}", where=str(path), fix="name an existing file"
         ) from None
-    is_safetensors = head[8:9] == b"{"  # after eight bytes of length, which may be anything
-    if not is_safetensors and (head.startswith(b"PK\x03\x04") or head[:1] == b"\x80"):
+    if head[8:] == b"{":  # after eight bytes of length, which may be anything
+        return
+    if head.startswith((b"PK\x03\x04", b"\x80", b"\x1f\x8b")):
         raise CheckpointError(
             6, "this is a pickle, which could run code when loaded", where=str(path), fix="convert it to safetensors"
         )
-    try:
-        return load_file(path)
-    except (SafetensorError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            2, f"{path.name} is damaged: {error}", where=str(path), fix="use another copy or checkpoint"
-        ) from None
+    raise CheckpointError(
+        2, f"{path.name} is damaged: it does not begin as safetensors", where=str(path), fix="use another copy or checkpoint"
+    )
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -67,6 +67,12 @@ class DataError(MopefuseError):
     family, exit_code = "DATA", 4
 
 
+class UnsafePathError(DataError):
+    """A path in the data leads out of the data folder."""
+
+    family = "SEC"
+
+
 class EncoderError(MopefuseError):
     """An encoder is unknown, unreachable, or unsuitable for the part it was given."""
 

@@ -17,9 +17,9 @@ from mopefuse.checkpoint import read_tensors, write_atomically
 from mopefuse.config import RunConfig
 from mopefuse.data._base import DataSet, Split
 from mopefuse.data.collate import Samples, plain_batches
-from mopefuse.data.features import compute_features
+from mopefuse.data.features import split_features
 from mopefuse.data.rows import load_data
-from mopefuse.errors import CheckpointError, ConfigError, DataError, GateError, did_you_mean
+from mopefuse.errors import CheckpointError, DataError
 from mopefuse.fusion._base import Fusion, fresh_encoders
 from mopefuse.fusion.build import build_model
 from mopefuse.run import RunFolder
@@ -141,7 +141,7 @@ def prepared(
     for side in model.frozen if config.data.cache_features else ():
         encoder = model.encoder(side)
         if not (training and encoder.modality == "image" and config.data.augment != "none"):
-            features[side] = compute_features(encoder, data, split, config, device)
+            features[side] = split_features(encoder, data, split, config, device)
     return Samples(data, split, model.readers(), config.data, features=features, seed=config.seed, training=training)
 
 
@@ -176,21 +176,3 @@ def prediction_rows(
 def write_predictions(path: Path, predictions: Sequence[dict[str, Any]]) -> None:
     """One JSON object a line."""
     write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions))
-
-
-def check_gates(found: dict[str, float], gates: Sequence[str]) -> None:
-    """``metric=value`` gates, each a least value.
-
-    Raises:
-        ConfigError: not such a gate, or an unknown metric. GateError: a metric below its gate.
-    """
-    for gate in gates:
-        name, _, value = gate.partition("=")
-        try:
-            least = float(value)
-        except ValueError:
-            raise ConfigError(51, f"cannot read the gate {gate!r}", where="--min", fix="write --min accuracy=0.8") from None
-        if name not in found:
-            raise ConfigError(52, f"there is no metric {name!r}", where="--min", fix=did_you_mean(name, found))
-        if not found[name] >= least:
-            raise GateError(1, f"{name} is {found[name]:.4f}, below {least:g}", where="--min", fix="train longer or lower it")

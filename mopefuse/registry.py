@@ -13,7 +13,7 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from mopefuse.errors import ConfigError, PluginError, did_you_mean
+from mopefuse.errors import ConfigError, EncoderError, PluginError, did_you_mean
 
 ENCODERS, FUSION, DATASETS = "mopefuse.encoders", "mopefuse.fusion", "mopefuse.datasets"
 OURS = "mopefuse"
@@ -75,13 +75,14 @@ def load(group: str, name: str) -> Any:
     """What the entry point `name` of `group` stands for. A built-in wins over plugins of the same name.
 
     Raises:
-        ConfigError: no such name; the nearest ones are offered.
+        ConfigError: no such name (EncoderError for encoders); the nearest ones are offered.
         PluginError: two plugins claim the name, or the one that does cannot be imported.
     """
     points = available(group).get(name, ())
     kind = group.partition(".")[2].rstrip("s")
     if not points:
-        raise ConfigError(13, f"there is no {kind} {name!r}", fix=did_you_mean(name, available(group)))
+        error = EncoderError if group == ENCODERS else ConfigError
+        raise error(13, f"there is no {kind} {name!r}", fix=did_you_mean(name, available(group)))
     if len(points) > 1 and distribution(points[0]) != OURS:
         owners = " and ".join(distribution(point) for point in points)
         raise PluginError(1, f"the {kind} {name!r} is claimed by {owners}", fix="uninstall one of them")

@@ -191,7 +191,7 @@ class RunFolder:
         """Publish checkpoint step-N, and drop those that neither resume nor the best needs."""
         publish(self.checkpoints / f"step-{step}", write, {"kind": CHECKPOINT, "step": step, **facts})
         keep = {step, self.best_step()}
-        for old in self._steps():
+        for old in self.steps():
             if old not in keep:
                 shutil.rmtree(self.checkpoints / f"step-{old}")
 
@@ -214,7 +214,7 @@ class RunFolder:
 
     def latest(self) -> tuple[Path, dict[str, Any]] | None:
         """The newest checkpoint that is whole, by step, with its manifest; None if there is none."""
-        for step in reversed(self._steps()):
+        for step in reversed(self.steps()):
             folder = self.checkpoints / f"step-{step}"
             try:
                 return folder, verify(folder, kind=CHECKPOINT)
@@ -228,7 +228,7 @@ class RunFolder:
         Raises:
             CheckpointError: there is no such checkpoint, or it is damaged.
         """
-        steps = self._steps()
+        steps = self.steps()
         if which == "last" and steps:
             which = f"step-{steps[-1]}"
         if which == "best" and self.best_step() is not None:
@@ -239,7 +239,8 @@ class RunFolder:
             raise CheckpointError(4, f"there is no checkpoint {which}", where=str(self.checkpoints), fix=f"there are: {there}")
         return folder, verify(folder, kind=CHECKPOINT)
 
-    def _steps(self) -> list[int]:
+    def steps(self) -> list[int]:
+        """Steps of the published checkpoints, whole or not, in order."""
         found = self.checkpoints.glob("step-*")
         return sorted(int(path.name[5:]) for path in found if path.is_dir() and re.fullmatch(r"step-(0|[1-9]\d*)", path.name))
 

@@ -97,6 +97,8 @@ class Trainer:
         if found is None:
             return False
         path, manifest = found
+        if manifest["step"] < self.run.steps()[-1]:
+            self.listener.notice(f"the checkpoint step-{self.run.steps()[-1]} is damaged; step-{manifest['step']} is used")
         self.model.load_own_state(read_tensors(path / "weights.safetensors"), where=str(path))
         load_optimizer_state(self.optimizer, self.names, read_tensors(path / "optimizer.safetensors"), where=str(path))
         self.progress = Progress(**manifest["progress"])

@@ -32,8 +32,8 @@ def draw(demo: Path, out: Path) -> None:
     answers = read_rows(demo / "conditional" / "predictions.jsonl")
     different = {questions[answer["id"]]["img"]: answer for answer in answers}  # the last question about each image
     chosen = list(different.values())[:: max(1, len(different) // EXAMPLES)][:EXAMPLES]
-    figure = plt.figure(figsize=(11, 3.6), dpi=150)
-    grid = figure.add_gridspec(1, EXAMPLES + 3, wspace=0.25)
+    figure = plt.figure(figsize=(12, 2.6), dpi=150)
+    grid = figure.add_gridspec(1, EXAMPLES + 2, wspace=0.2, width_ratios=[1] * EXAMPLES + [1.8, 1.6])
     for column, answer in enumerate(chosen):
         axes = figure.add_subplot(grid[0, column])
         question = questions[answer["id"]]
@@ -43,8 +43,9 @@ def draw(demo: Path, out: Path) -> None:
         share = answer["probabilities"][answer["label"]]
         axes.set_title(_wrap(question["text"]), fontsize=8)
         said = f"{answer['label']}  ({100 * share:.0f} %)" + ("" if right else f", true: {answer['true']}")
-        axes.text(0.5, -0.12, said, transform=axes.transAxes, ha="center", fontsize=11, color="#146c2e" if right else "#b3261e")
-    axes = figure.add_subplot(grid[0, EXAMPLES + 1 :])
+        colour = "#146c2e" if right else "#b3261e"
+        axes.text(0.5, -0.08, said, transform=axes.transAxes, ha="center", va="top", fontsize=10, color=colour)
+    axes = figure.add_subplot(grid[0, EXAMPLES + 1])
     names = list(VARIANTS)[::-1]
     found = [json.loads((demo / name / "metrics.json").read_text())["metrics"]["test"]["accuracy"] for name in names]
     bars = axes.barh([VARIANTS[name][0] for name in names], found, color=["#9aa0a6"] * (len(names) - 1) + ["#1a73e8"])

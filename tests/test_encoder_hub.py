@@ -142,7 +142,7 @@ def test_pretrained_weights_of_timm_are_read_from_safetensors(tmp_path: Path, mo
     for name, tensor in encoder.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name.removeprefix("backbone.")])
     torch.save(model.state_dict(), snapshot / "model.safetensors")
-    assert fault("timm:vit_tiny?depth=1", CheckpointError).code == "MF-CKPT-41"
+    assert fault("timm:vit_tiny?depth=1", CheckpointError).code == "MF-CKPT-06"
 
 
 def test_pretrained_weights_of_open_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -206,7 +206,7 @@ def test_a_pickle_is_refused_whatever_its_name(tmp_path: Path) -> None:
     torch.save({"x": torch.zeros(1)}, tmp_path / "b.safetensors")
     for name in ("a", "b"):
         error = fault(f"{VIT}&weights={tmp_path / name}.safetensors", CheckpointError)
-        assert error.code == "MF-CKPT-41" and not canary.exists()
+        assert error.code == "MF-CKPT-06" and not canary.exists()
     with (tmp_path / "a.safetensors").open("rb") as file:
         pickle.load(file)  # noqa: S301
     assert canary.exists(), "the canary sings when it is loaded"
@@ -224,7 +224,7 @@ def test_a_damaged_file(keep: int, tmp_path: Path, bert: Path) -> None:
 
 
 def test_a_missing_file() -> None:
-    assert fault(f"{VIT}&weights=/no/such.safetensors", CheckpointError).code == "MF-CKPT-43"
+    assert fault(f"{VIT}&weights=/no/such.safetensors", CheckpointError).code == "MF-CKPT-04"
 
 
 # folders ----------------------------------------------------------------------------------------------------------

@@ -97,6 +97,11 @@ def test_the_condition_reaches_the_logits_and_static_prompts_are_blind_to_it() -
         assert torch.equal(one, other) != reaches
 
 
+def test_static_prompts_alone_do_not_read_the_other_modality() -> None:
+    assert set(build(dynamic=0, mapped=0).collate(images(2), TEXTS[:2]).inputs) == {"main"}
+    assert set(build(dynamic=0).collate(images(2), TEXTS[:2]).inputs) == {"main", "comp"}
+
+
 CONDITIONAL = {
     "head.weight",
     "head.bias",

@@ -12,7 +12,7 @@ import mopefuse
 ROOT = Path(mopefuse.__file__).parent
 ORDER = (  # from below; a module imports from rows above its own line, or from its own package
     "errors",
-    "registry config signals",
+    "registry config signals gates",
     "recipe checkpoint distributed metrics",
     "run device",
     "encoders prompts data",

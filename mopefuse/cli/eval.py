@@ -22,8 +22,10 @@ def evaluate(
 ) -> None:
     """Evaluate a run: metrics, a table by label, predictions.jsonl. Deterministic; no sample depends on its batch."""
     from mopefuse.errors import ConfigError, GateError, did_you_mean
+    from mopefuse.gates import check_gates, parse_gates
     from mopefuse.run import RunFolder
 
+    gates = parse_gates(min_ or ())
     if split not in _SPLITS:
         raise ConfigError(53, f"there is no split {split!r}", where="--split", fix=did_you_mean(split, _SPLITS))
     folder = RunFolder(run)
@@ -32,8 +34,8 @@ def evaluate(
         raise ConfigError(54, f"there is no folder {out.parent}", where="--out", fix="make it, or name another file")
     from mopefuse import distributed
     from mopefuse.cli._render import err, print_json
-    from mopefuse.evaluate import check_gates, write_predictions
     from mopefuse.evaluate import evaluate as run_evaluation
+    from mopefuse.evaluate import write_predictions
 
     distributed.start()
     console = err()
@@ -54,7 +56,7 @@ def evaluate(
     write_predictions(predictions, found.predictions)
     if not json:
         _print(run, found.split, found.metrics, found.per_label, predictions)
-        check_gates(found.metrics, min_ or ())
+        check_gates(found.metrics, gates)
         return
     facts = {
         "run": str(run),
@@ -64,7 +66,7 @@ def evaluate(
         "predictions": str(predictions),
     }
     try:
-        check_gates(found.metrics, min_ or ())
+        check_gates(found.metrics, gates)
     except GateError as error:
         print_json({"ok": False, "error": error.as_dict(), **facts})
         raise typer.Exit(error.exit_code) from None

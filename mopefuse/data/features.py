@@ -15,11 +15,24 @@ from mopefuse.data._base import DataSet
 from mopefuse.data.collate import Samples, plain_batches
 from mopefuse.encoders._base import Encoder, run_frozen
 
+_KEPT: dict[tuple[str, ...], Tensor] = {}
+_MOST_KEPT = 8  # splits, the oldest of which makes room
 
-def compute_features(
-    encoder: Encoder, data: DataSet, split: str, config: RunConfig, device: torch.device
-) -> Tensor:
-    """Pooled features (S, C) of a split, on the CPU. Batches are fixed, so the result does not depend on the caller."""
+
+def split_features(encoder: Encoder, data: DataSet, split: str, config: RunConfig, device: torch.device) -> Tensor:
+    """Pooled features (S, C) of a split, on the CPU; computed once in a process for the same encoder and data."""
+    rows = data.splits[split]
+    by_encoder = (encoder.fingerprint(), str(encoder.spec), str(encoder.preprocess.describe()))
+    key = (*by_encoder, str(rows.root), rows.sha256, config.train.precision, device.type)
+    if key not in _KEPT:
+        while len(_KEPT) >= _MOST_KEPT:
+            del _KEPT[next(iter(_KEPT))]
+        _KEPT[key] = _compute(encoder, data, split, config, device)
+    return _KEPT[key]
+
+
+def _compute(encoder: Encoder, data: DataSet, split: str, config: RunConfig, device: torch.device) -> Tensor:
+    """In fixed batches, so that the result does not depend on the caller."""
     samples = Samples(data, split, {"only": (encoder.modality, encoder.preprocess)}, config.data)
     keys = list(plain_batches(len(samples), 64))
     mine = keys[distributed.rank() :: distributed.world_size()]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from mopefuse.errors import DataError
+from mopefuse.errors import DataError, UnsafePathError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
@@ -61,21 +61,27 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def _leaves_root(where: str) -> UnsafePathError:
+    return UnsafePathError(
+        1, "the image path leaves the image root", where=where, fix="use a path relative to the data folder"
+    )
+
+
 def contained(root: Path, relative: str, *, where: str) -> Path:
     """The file `relative` to `root`, which it must not leave.
 
     Raises:
-        DataError: the path is absolute, a URL, leads out of `root`, or is not a regular file.
+        UnsafePathError: the path is absolute, a URL, or leads out of `root`. DataError: it is not a regular file.
     """
     if "\0" in relative or "://" in relative or relative.startswith(("/", "\\", "~")) or relative[1:2] == ":":
-        raise DataError(70, "the image path leaves the image root", where=where, fix="use a path relative to the data folder")
+        raise _leaves_root(where)
     base = root.resolve()
     try:
         path = (base / relative).resolve()
     except (OSError, RuntimeError, ValueError):  # links that go round in circles, half a character
         raise DataError(11, f"image not found: {relative}", where=where, fix="add the file") from None
     if not path.is_relative_to(base):
-        raise DataError(70, "the image path leaves the image root", where=where, fix="use a path relative to the data folder")
+        raise _leaves_root(where)
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError):

@@ -36,9 +36,7 @@ BROKEN_DOWNLOAD = 45
 
 # CheckpointError: a file of weights
 DAMAGED_FILE = 2
-PICKLE = 41
 KEYS_DIFFER = 42
-NO_FILE = 43
 
 # ResourceError: the disk below the hub's cache
 CACHE_NOT_WRITABLE = 21

@@ -14,6 +14,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 _CHARACTERS_PER_TOKEN = 32  # texts are cut to this many characters per token before they are tokenized
+_MOST_RATIO = 50  # of the sides of an image; of a longer strip only the middle is resized
 _UNREADABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 
 
@@ -39,8 +40,12 @@ class ImagePreprocess:
 
     def crop(self, value: Image.Image) -> Image.Image:
         """The image at the size that the encoder sees, still 8 bits per channel; augmentation replaces this step."""
-        size = [self.resize] if isinstance(self.resize, int) else list(self.resize)
-        resized = TF.resize(value.convert("RGB"), size, v2.InterpolationMode(self.interpolation), antialias=True)
+        image, size = value.convert("RGB"), [self.resize] if isinstance(self.resize, int) else list(self.resize)
+        if isinstance(self.resize, int) and max(image.size) > _MOST_RATIO * min(image.size):
+            # A strip would grow to gigabytes when its short side is scaled up; only its middle is ever seen.
+            most = _MOST_RATIO * min(image.size)
+            image = TF.center_crop(image, [min(image.height, most), min(image.width, most)])
+        resized = TF.resize(image, size, v2.InterpolationMode(self.interpolation), antialias=True)
         cropped = TF.center_crop(resized, list(self.size))
         assert isinstance(cropped, Image.Image)
         return cropped

@@ -29,6 +29,7 @@ from transformers.modeling_utils import AttentionInterface
 from transformers.models.auto import modeling_auto as auto
 from transformers.utils import logging
 
+from mopefuse.checkpoint import check_tensors
 from mopefuse.encoders import _hf_images, _hf_source, _hf_text, _numbers, _options, _weights
 from mopefuse.encoders._attention import Prompt, attend, attend_prompts, split_heads
 from mopefuse.encoders._base import Encoded, Inputs
@@ -226,7 +227,7 @@ def _build(spec: Spec, source: Source, config: Any, family: Family, pool: str) -
             fix="change the options, or check config.json",
         ) from error
     if "weights" in spec.options:
-        state = _weights.read_safetensors(Path(spec.options["weights"]).expanduser())
+        state = _weights.read_float(Path(spec.options["weights"]).expanduser())
         _weights.load_strictly(model, state, where=str(spec))
     return model
 
@@ -234,7 +235,7 @@ def _build(spec: Spec, source: Source, config: Any, family: Family, pool: str) -
 def _pretrained(spec: Spec, source: Source, config: Any, family: Family, options: dict[str, Any]) -> Any:
     assert source.folder is not None
     for path in sorted(source.folder.glob("*.safetensors")):
-        _weights.check_safetensors(path)
+        check_tensors(path)
     try:
         with _quietly():
             model, info = getattr(transformers, family.model).from_pretrained(

@@ -24,6 +24,7 @@ from open_clip.factory import load_checkpoint
 from open_clip.transformer import ResidualAttentionBlock, TextTransformer, VisionTransformer
 from torch import Tensor
 
+from mopefuse.checkpoint import check_tensors
 from mopefuse.encoders import _hub, _numbers, _options, _weights
 from mopefuse.encoders._attention import Prompt, attend_prompts, split_heads
 from mopefuse.encoders._base import Encoded, Inputs, option_flag
@@ -54,7 +55,7 @@ class OpenCLIPEncoder(PromptedEncoder):
         model, self.revision = _load(spec, config, name, tag)
         self.backbone: Any = getattr(model, tower)
         if "weights" in spec.options:
-            state = _weights.read_safetensors(Path(spec.options["weights"]).expanduser())
+            state = _weights.read_float(Path(spec.options["weights"]).expanduser())
             whole = f"{tower}."
             if any(key.startswith(whole) for key in state):
                 state = {key.removeprefix(whole): tensor for key, tensor in state.items() if key.startswith(whole)}
@@ -218,7 +219,7 @@ def _fetch(spec: Spec, name: str, tag: str) -> Path:
     for candidate in [*wanted, "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors"] if repo else []:
         path = _hub.fetch(repo, candidate, where=str(spec))
         if path is not None:
-            _weights.check_safetensors(path)
+            check_tensors(path)
             return path
     raise _hub.no_safetensors(repo or f"{name}/{tag}", str(spec))
 

@@ -28,6 +28,7 @@ from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, 
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from mopefuse.checkpoint import check_tensors
 from mopefuse.encoders import _hub, _numbers, _options, _weights
 from mopefuse.encoders._attention import Prompt, attend, attend_prompts
 from mopefuse.encoders._base import Encoded, Inputs, option_flag
@@ -180,7 +181,7 @@ def _load(spec: Spec) -> tuple[Any, Spec, str]:
         if isinstance(model.get_submodule(name), nn.Linear | nn.Conv2d):
             model.set_submodule(name, nn.Identity())
     if "weights" in spec.options:
-        state = _weights.read_safetensors(Path(spec.options["weights"]).expanduser())
+        state = _weights.read_float(Path(spec.options["weights"]).expanduser())
         _weights.load_strictly(model, state, where=str(spec), unused_prefixes=[f"{name}." for name in classifiers])
     tag = model.pretrained_cfg.get("tag") if pretrained else None
     full = f"{spec.name}.{tag}" if tag and "." not in spec.name else spec.name
@@ -219,7 +220,7 @@ def _fetch(spec: Spec) -> tuple[Path, str]:
     path = _hub.fetch(repo, safe.get(name, name), revision or None, where=str(spec))
     if path is None or path.suffix != ".safetensors":
         raise _hub.no_safetensors(repo, str(spec))
-    _weights.check_safetensors(path)
+    check_tensors(path)
     return path, path.parent.name
 
 

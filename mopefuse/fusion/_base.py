@@ -46,7 +46,8 @@ class Fusion(nn.Module):
     """Encoders, what fuses them, and a head.
 
     A subclass is built from ``(config, encoders, num_labels)``, sets `head` by `make_head` and gives `forward`. `uses`
-    names the sides that it needs; `frozen` those whose encoder gets no prompts and never learns, so that its features can be computed once.
+    names the sides that it needs; `frozen` those whose encoder gets no prompts and never learns, so that its features
+    can be computed once; `reads` those whose samples its forward pass looks at.
     """
 
     uses: ClassVar[tuple[str, ...]] = SIDES
@@ -60,6 +61,7 @@ class Fusion(nn.Module):
         for side in self.uses:
             self.add_module(side, encoders[side])
         self.frozen: tuple[str, ...] = ()
+        self.reads: tuple[str, ...] = self.uses
 
     @abstractmethod
     def forward(self, batch: Batch) -> Output:
@@ -93,7 +95,7 @@ class Fusion(nn.Module):
 
     def readers(self) -> dict[str, tuple[str, Preprocess]]:
         """Side to modality and preprocessing."""
-        return {side: (self.encoder(side).modality, self.encoder(side).preprocess) for side in self.uses}
+        return {side: (self.encoder(side).modality, self.encoder(side).preprocess) for side in self.reads}
 
     def collate(self, images: Sequence[Image.Image], texts: Sequence[str]) -> Batch:
         """Raw pairs to a batch on the model's device: each encoder's own preprocessing, no augmentation."""

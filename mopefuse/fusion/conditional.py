@@ -73,11 +73,16 @@ class ConditionalFusion(Fusion):
             )
         elif config.comp_tuning.mode == "full":
             comp.tune()
+        elif self.stack.blind:
+            self.reads = ("main",)
         else:
             self.frozen = ("comp",)
 
     def psi(self, batch: Batch) -> Tensor:
-        """The complementary representation, (B, C)."""
+        """The complementary representation, (B, C); zeros where no prompt looks at it."""
+        if "comp" not in self.reads:
+            first = next(iter(batch.inputs["main"].values()))
+            return torch.zeros(len(first), self.encoder("comp").feature_width, device=first.device)
         if "comp" in self.frozen:
             return self.feature("comp", batch)
         if self.comp_stack is None:

@@ -93,6 +93,11 @@ class PromptStack(nn.Module):
             norm = nn.LayerNorm if config.mapper_norm == "layer" else _FrozenBatchNorm
             self.trunk = nn.Sequential(nn.Linear(condition_width, config.bottleneck), norm(config.bottleneck), nn.GELU())
 
+    @property
+    def blind(self) -> bool:
+        """Whether the prompts are the same whatever the condition is."""
+        return self.router is None and self.trunk is None
+
     def condition(self, psi_BC: Tensor) -> Conditioned:
         """The prompts of one batch. psi loses its scale here, so that encoders of any feature scale can be exchanged."""
         return Conditioned(self, F.layer_norm(psi_BC.float(), psi_BC.shape[-1:], eps=1e-8))

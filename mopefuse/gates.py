@@ -1,0 +1,43 @@
+"""Quality gates: a least value of a metric, for scripts and continuous integration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from mopefuse.errors import ConfigError, GateError, did_you_mean
+
+METRICS = ("accuracy", "f1_macro", "f1_micro", "f1_samples")
+
+
+def parse_gates(texts: Sequence[str]) -> dict[str, float]:
+    """``metric=value`` arguments as metric to least value.
+
+    Raises:
+        ConfigError: not such a gate, or an unknown metric.
+    """
+    gates = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if name not in METRICS:
+            raise ConfigError(52, f"there is no metric {name!r}", where="--min", fix=did_you_mean(name, METRICS))
+        try:
+            gates[name] = float(value)
+        except ValueError:
+            gates[name] = math.nan
+        if not math.isfinite(gates[name]):
+            raise ConfigError(51, f"cannot read the gate {text!r}", where="--min", fix="write --min accuracy=0.8")
+    return gates
+
+
+def check_gates(found: Mapping[str, float], gates: Mapping[str, float]) -> None:
+    """Every metric at or above its gate; NaN is below any.
+
+    Raises:
+        ConfigError: a metric that this kind of data does not have. GateError: a metric below its gate.
+    """
+    for name, least in gates.items():
+        if name not in found:
+            raise ConfigError(52, f"these data have no metric {name!r}", where="--min", fix=did_you_mean(name, found))
+        if not found[name] >= least:
+            raise GateError(1, f"{name} is {found[name]:.4f}, below {least:g}", where="--min", fix="train longer or lower it")
