@@ -6,7 +6,7 @@ Nothing here imports torch, so that a wrong value is reported at once. `mopefuse
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
@@ -102,7 +102,9 @@ class Train(Section):
     batch_size: int = Field(32, ge=1, description="samples per optimiser step, over all processes")
     accumulate: int = Field(1, ge=1, description="parts that a process computes its share of a batch in, to save memory")
     lr: float | None = Field(None, gt=0, description="main side; default 4e-4 for an image encoder, 5e-4 for a text encoder")
-    lr_comp: float | None = Field(None, gt=0, description="complementary side, where it learns; default as lr")
+    lr_comp: float | None = Field(
+        None, gt=0, description="complementary side, where it learns; default as lr, and 2e-5 if fully tuned"
+    )
     weight_decay: float = Field(1e-3, ge=0, description="of AdamW")
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
     schedule: Literal["paper", "cosine", "one-cycle", "constant"] = Field(
@@ -112,7 +114,7 @@ class Train(Section):
     evals_per_epoch: int = Field(1, ge=1, description="validations per epoch")
     patience: int | None = Field(None, ge=1, description="stop after this many validations without a better one")
     select: Literal["best", "last"] = Field("best", description="which checkpoint is tested: best on validation, or last")
-    checkpoint_every: int | None = Field(None, ge=1, description="also publish a checkpoint every so many steps")
+    checkpoint_every: int | None = Field(500, ge=1, description="also publish a checkpoint every so many steps")
     log_every: int = Field(20, ge=1, description="steps between lines of metrics.jsonl")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU that has it, else fp32")
     compile: bool = Field(False, description="compile the model with torch.compile")
@@ -177,6 +179,13 @@ def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         below = merged.get(key)
         merged[key] = merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
     return merged
+
+
+def nested(path: str, value: Any) -> dict[str, Any]:
+    """``a.b`` and a value as ``{"a": {"b": value}}``."""
+    for part in reversed(path.split(".")):
+        value = {part: value}
+    return cast(dict[str, Any], value)
 
 
 def known_keys(path: tuple[str, ...]) -> list[str]:

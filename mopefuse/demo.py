@@ -6,11 +6,12 @@ Digit questions needs both modalities: the image shows four digits, the text ask
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mopefuse.config import RunConfig
+from mopefuse.config import Prompts, RunConfig
 from mopefuse.recipe import resolve
 from mopefuse.registry import DATASETS, load
 from mopefuse.train import train
@@ -40,7 +41,7 @@ class Row:
 
 
 def demo(
-    out: Path, *, listener: Callable[[str], Listener], steps: int | None = None, overwrite: bool = False
+    out: Path, *, listener: Callable[[str], AbstractContextManager[Listener]], steps: int | None = None, overwrite: bool = False
 ) -> list[Row]:
     """Make the data, train every variant, and return a row for each.
 
@@ -54,7 +55,10 @@ def demo(
     rows = []
     for name, (title, changes) in VARIANTS.items():
         config: RunConfig = resolve(recipe=RECIPE, flags={"data.path": str(data), "train.max_steps": steps, **changes})
-        result = train(config, out / name, overwrite=overwrite, listener=listener(title))
+        if config.method != "conditional":
+            config = config.model_copy(update={"prompts": Prompts()})
+        with listener(title) as watching:
+            result = train(config, out / name, overwrite=overwrite, listener=watching)
         rows.append(
             Row(name, title, result["metrics"]["test"]["accuracy"], result["parameters"]["trainable"], result["seconds"])
         )

@@ -39,7 +39,7 @@ def resolve(name: str) -> torch.device:
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
     """bf16 where asked for, or with ``auto`` on a GPU that has it; else plain float32."""
     if precision == "auto":
-        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
 
 

@@ -23,8 +23,11 @@ def start() -> tuple[int, int]:
     """Join the processes that torchrun started, if it did; (rank, number of processes)."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1 and not dist.is_initialized():
-        backend = "nccl" if torch.cuda.is_available() and torch.cuda.device_count() >= local_world() else "gloo"
-        dist.init_process_group(backend, timeout=_TIMEOUT)
+        # Objects and CPU tensors travel over gloo also where gradients travel over NCCL.
+        gpus = torch.cuda.is_available() and torch.cuda.device_count() >= local_world()
+        if gpus:
+            torch.cuda.set_device(local_rank())
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=_TIMEOUT)
     return rank(), world_size()
 
 
@@ -75,14 +78,24 @@ def total(value: Tensor) -> Tensor:
 
 
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Sum the gradients of `parameters` over processes, in one message; no gradient counts as 0."""
+    """Sum the gradients of `parameters` over processes, in one message.
+
+    A parameter that the model does not use has no gradient in any process, and keeps none.
+    """
     if not dist.is_initialized():
         return
-    learning = list(parameters)
-    flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1) for p in learning])
+    used = [parameter for parameter in parameters if parameter.grad is not None]
+    flat = torch.cat([parameter.grad.reshape(-1) for parameter in used if parameter.grad is not None])
     dist.all_reduce(flat)
-    for parameter, gradient in zip(learning, flat.split([p.numel() for p in learning]), strict=True):
+    for parameter, gradient in zip(used, flat.split([parameter.numel() for parameter in used]), strict=True):
         parameter.grad = gradient.view_as(parameter)
+
+
+def summed(value: Tensor) -> Tensor:
+    """Sum over processes of a tensor without gradient."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+    return value
 
 
 def largest(number: int, device: torch.device) -> int:

@@ -28,7 +28,8 @@ import torch
 print("cpu,", torch.get_num_threads(), "threads")
 for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
     p = torch.cuda.get_device_properties(i)
-    print(f"cuda:{i}, {p.name}, {p.total_memory / 2**30:.0f} GiB, bf16 {torch.cuda.is_bf16_supported()}")
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    print(f"cuda:{i}, {p.name}, {p.total_memory / 2**30:.0f} GiB, bf16 {bf16}")
 if torch.backends.mps.is_available():
     print("mps")
 """

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from mopefuse.data._base import DataSet, Split
 from mopefuse.data.collate import Samples, plain_batches
 from mopefuse.data.features import split_features
 from mopefuse.data.rows import load_data
-from mopefuse.errors import CheckpointError, DataError
+from mopefuse.errors import CheckpointError, DataError, NumericError
 from mopefuse.fusion._base import Fusion, fresh_encoders
 from mopefuse.fusion.build import build_model
 from mopefuse.run import RunFolder
@@ -56,8 +56,7 @@ def evaluate(
     model, config, manifest = load_model(folder, checkpoint, target)
     root = data or Path(config.data.path or "")
     dataset = with_labels(load_data(root, require=(split,)), manifest, split)
-    logits_SN = split_logits(model, dataset, split, config, target, advance=advance)
-    return judge(logits_SN, dataset, split)
+    return judge(run_split(model, dataset, split, config, target, advance=advance).logits_SN, dataset, split)
 
 
 def load_model(folder: RunFolder, checkpoint: str, device: torch.device) -> tuple[Fusion, RunConfig, dict[str, Any]]:
@@ -105,8 +104,15 @@ def with_labels(data: DataSet, manifest: dict[str, Any], split: str) -> DataSet:
     return DataSet(data.root, data.splits, labels, data.multi_label)
 
 
+class Said(NamedTuple):
+    """What a model says of a split: logits (S, N), and the routing (L, K) summed over it; both on the CPU."""
+
+    logits_SN: Tensor
+    load_LK: Tensor | None
+
+
 @torch.no_grad()
-def split_logits(
+def run_split(
     model: Fusion,
     data: DataSet,
     split: str,
@@ -115,22 +121,40 @@ def split_logits(
     *,
     samples: Samples | None = None,
     advance: Advance = lambda done, total: None,
-) -> Tensor:
-    """Logits (S, N) of all samples of a split in its order, on the CPU, in every process."""
+) -> Said:
+    """All samples of a split once, in its order; every process gets the whole.
+
+    Raises:
+        NumericError: a logit is not finite, as after a step that made the model diverge.
+    """
     was_training = model.training
     model.eval()
     samples = samples or prepared(model, data, split, config, device)
     rank, world, count = distributed.rank(), distributed.world_size(), len(samples)
     keys = list(plain_batches(count, config.train.batch_size, rank, world))
     mine: dict[int, Tensor] = {}
+    load_LK: Tensor | None = None
     for batch in samples.batches(keys, pin=device.type == "cuda"):
         with devices.autocast(config.train.precision, device):
-            logits_BN = model(batch.to(device)).logits.float().cpu()
-        mine.update(zip(batch.index.tolist(), logits_BN, strict=True))
+            output = model(batch.to(device))
+        mine.update(zip(batch.index.tolist(), output.logits.float().cpu(), strict=True))
+        if output.load_LK is not None:
+            load_LK = output.load_LK.float().cpu() + (0 if load_LK is None else load_LK)
         advance(min(len(mine) * world, count), count)
     model.train(was_training)
-    everyone = {index: row for part in distributed.gather(mine) for index, row in part.items()}
-    return torch.stack([everyone[index] for index in range(count)])
+    parts = distributed.gather((mine, load_LK))
+    everyone = {index: row for part, _ in parts for index, row in part.items()}
+    logits_SN = torch.stack([everyone[index] for index in range(count)])
+    if not logits_SN.isfinite().all():
+        bad = [data.splits[split].rows[i].id for i in (~logits_SN.isfinite().all(dim=-1)).nonzero().flatten().tolist()]
+        raise NumericError(
+            2,
+            f"the model's answer is not finite on {len(bad)} of {count} samples",
+            where=f"{split}, first id {bad[0]}",
+            fix="lower train.lr and --resume from an earlier checkpoint, or begin anew",
+        )
+    loads = [load for _, load in parts if load is not None]
+    return Said(logits_SN, torch.stack(loads).sum(dim=0) if loads else None)
 
 
 def prepared(
@@ -145,13 +169,21 @@ def prepared(
     return Samples(data, split, model.readers(), config.data, features=features, seed=config.seed, training=training)
 
 
+def split_metrics(logits_SN: Tensor, data: DataSet, split: str) -> dict[str, float]:
+    """Metrics from the logits of a split."""
+    return metrics.compute(logits_SN, _targets(data, split), multi_label=data.multi_label)
+
+
+def _targets(data: DataSet, split: str) -> Tensor:
+    return torch.stack([data.target(row) for row in data.splits[split].rows])
+
+
 def judge(logits_SN: Tensor, data: DataSet, split: str) -> Evaluation:
-    """Metrics and prediction rows from the logits of a split."""
-    rows = data.splits[split]
-    targets = torch.stack([data.target(row) for row in rows.rows])
+    """Metrics, table by label and prediction rows from the logits of a split."""
+    rows, targets = data.splits[split], _targets(data, split)
     return Evaluation(
         split,
-        metrics.compute(logits_SN, targets, multi_label=data.multi_label),
+        split_metrics(logits_SN, data, split),
         metrics.per_label(logits_SN, targets, data.labels, multi_label=data.multi_label),
         prediction_rows(logits_SN, rows, data.labels, multi_label=data.multi_label),
     )
@@ -165,7 +197,8 @@ def prediction_rows(
     for row, p_N in zip(split.rows, metrics.probabilities(logits_SN, multi_label=multi_label).tolist(), strict=True):
         said = {label: round(p, 6) for label, p in zip(labels, p_N, strict=True)}
         if multi_label:
-            chosen: dict[str, Any] = {"labels": [label for label, p in said.items() if p >= metrics.THRESHOLD]}
+            over = [label for label, p in zip(labels, p_N, strict=True) if p >= metrics.THRESHOLD]  # before rounding
+            chosen: dict[str, Any] = {"labels": over}
         else:
             chosen = {"label": labels[p_N.index(max(p_N))]}
         true: Any = list(row.labels) if multi_label else row.labels[0]

@@ -17,10 +17,14 @@ from mopefuse.fusion._base import SIDES, Fusion
 
 
 def with_learning_rates(config: RunConfig, modality_of: Mapping[str, str]) -> RunConfig:
-    """`config` with the papers' learning rates where none is given: 4e-4 for an image encoder, 5e-4 for a text encoder."""
+    """`config` with the papers' learning rates where none is given: 4e-4 for an image encoder, 5e-4 for a text encoder.
+
+    A fully tuned encoder gets 2e-5, at which pretrained weights are commonly fine-tuned.
+    """
     default = {side: 4e-4 if modality == "image" else 5e-4 for side, modality in modality_of.items()}
     main = config.train.lr or default.get("main", default.get("comp", 4e-4))
-    comp = config.train.lr_comp or config.train.lr or default.get("comp", main)
+    full = 2e-5 if config.comp_tuning.mode == "full" else None
+    comp = config.train.lr_comp or full or config.train.lr or default.get("comp", main)
     return config.model_copy(update={"train": config.train.model_copy(update={"lr": main, "lr_comp": comp})})
 
 

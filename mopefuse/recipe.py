@@ -9,11 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
 
-from mopefuse.config import RunConfig, build_config, known_keys, merge
+from mopefuse.config import RunConfig, build_config, known_keys, merge, nested
 from mopefuse.errors import ConfigError, did_you_mean
 
 _HERE = Path(__file__).parent
@@ -121,14 +121,9 @@ def parse_set(assignments: Iterable[str]) -> dict[str, Any]:
         _check_path(path)
         if not equals or not value.strip():
             raise ConfigError(5, f"--set {name} has no value", where=name, fix=f"write --set {name}=VALUE")
-        values = merge(values, _nested(path, read_yaml(value, f"--set {name}")))
+        values = merge(values, nested(".".join(path), read_yaml(value, f"--set {name}")))
     return values
 
-
-def _nested(path: tuple[str, ...], value: Any) -> dict[str, Any]:
-    for part in reversed(path):
-        value = {part: value}
-    return cast(dict[str, Any], value)
 
 
 def _check_path(path: tuple[str, ...]) -> None:
@@ -161,7 +156,7 @@ def resolve(
     values = merge(values, read_recipe(path) if path is not None else {})
     for name, value in (flags or {}).items():
         if value is not None:
-            values = merge(values, _nested(tuple(name.split(".")), value))
+            values = merge(values, nested(name, value))
     return build_config(merge(values, parse_set(sets)), source=str(path or ""))
 
 

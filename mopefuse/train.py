@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from mopefuse import __version__, distributed
 from mopefuse import device as devices
 from mopefuse.checkpoint import dump_json, read_json, write_atomically
-from mopefuse.config import RunConfig
+from mopefuse.config import RunConfig, build_config, merge, nested
 from mopefuse.data._base import DataSet
 from mopefuse.data.collate import Samples
 from mopefuse.data.rows import load_data
@@ -28,8 +27,8 @@ from mopefuse.signals import StopRequest
 from mopefuse.trainer import Listener, Trainer, classification_loss
 
 MAY_CHANGE = frozenset(
-    "device data.workers data.cache_images data.cache_features train.epochs train.max_steps train.patience train.log_every "
-    "train.checkpoint_every train.evals_per_epoch train.select train.compile".split()
+    "device data.path data.workers data.cache_images data.cache_features train.epochs train.max_steps train.patience "
+    "train.log_every train.checkpoint_every train.evals_per_epoch train.select train.compile".split()
 )
 """Settings that a resumed run may change; all others are part of what the run is."""
 
@@ -61,7 +60,7 @@ def plan(config: RunConfig) -> Plan:
     """
     data = _load(config)
     model = build_model(config, len(data.labels))
-    config = _resolved(config, _modality(model))
+    config = _resolved(config, model)
     return Plan(
         config,
         {name: len(split.rows) for name, split in data.splits.items()},
@@ -88,7 +87,7 @@ def train(
     """
     listener = listener or Listener()
     distributed.start()
-    folder = RunFolder(out)
+    folder = RunFolder(distributed.from_main(out))
     try:
         _on_main(lambda: folder.prepare(resume=resume, overwrite=overwrite))
         notice = _on_main(folder.lock)
@@ -107,18 +106,23 @@ def _train(config: RunConfig, folder: RunFolder, listener: Listener, *, resume: 
     device = devices.resolve(config.device)
     continuing = resume and folder.exists()
     if continuing:
-        saved_modality = {side: facts["modality"] for side, facts in folder.manifest()["encoders"].items()}
-        for change in changes(folder.config(), _resolved(config, saved_modality)):
+        config, changed = resumed(folder.config(), config)
+        for change in changed:
             listener.notice(f"changed: {change}")
     data = _load(config)
-    if continuing and folder.manifest()["data"] != data.fingerprint():
-        raise DataError(9, "the data files are not those that the run began with", where=str(data.root), fix="restore them")
     model = build_model(config, len(data.labels)).to(device)
-    config = _resolved(config, _modality(model))
+    config = model.config = _resolved(config, model)
+    facts = _facts(config, data, model)
     if continuing:
-        check_encoders(model, folder.manifest(), where=str(folder.path))
+        begun = folder.manifest()
+        if any(begun[key] != facts[key] for key in ("data", "labels", "multi_label")):
+            raise DataError(9, "the data are not those that the run began with", where=str(data.root), fix="restore them")
+        check_encoders(model, begun, where=str(folder.path))
+    else:
+        for section in model.unused_sections():
+            listener.notice(f"{config.method} does not use the settings of {section}")
     if distributed.is_main():
-        folder.start(config, _facts(config, data, model))
+        folder.start(config, begun if continuing else facts)
     distributed.barrier()
     trainer = Trainer(config, data, model, folder, device, listener)
     if continuing and trainer.restore():
@@ -167,14 +171,17 @@ def _finish(trainer: Trainer, data: DataSet, model: Fusion, folder: RunFolder, d
     return result
 
 
-def changes(saved: RunConfig, new: RunConfig) -> list[str]:
-    """What a resumed run changes, as ``path: old -> new``; both configurations with aliases and learning rates resolved.
+def resumed(saved: RunConfig, new: RunConfig) -> tuple[RunConfig, list[str]]:
+    """The configuration that a resumed run goes on with, and what that changes, as ``path: old -> new``.
+
+    Args:
+        new: what it is None or silent about stays as it was.
 
     Raises:
         ConfigError: a change to what the run is, its encoders, prompts, data or optimisation.
     """
-    before, after = _flat(saved.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
-    changed = [key for key in before if before[key] != after[key]]
+    before, after = _flat(saved.model_dump(mode="json")), _flat(full_specs(new).model_dump(mode="json"))
+    changed = [key for key in before if before[key] != after[key] and after[key] is not None]
     refused = [f"{key} was {before[key]}, now {after[key]}" for key in changed if key not in MAY_CHANGE]
     if refused:
         raise ConfigError(
@@ -183,7 +190,10 @@ def changes(saved: RunConfig, new: RunConfig) -> list[str]:
             where="--resume",
             fix="resume without that, or begin a new run",
         )
-    return [f"{key}: {before[key]} -> {after[key]}" for key in changed]
+    values = saved.model_dump(mode="json")
+    for key in changed:
+        values = merge(values, nested(key, after[key]))
+    return build_config(values), [f"{key}: {before[key]} -> {after[key]}" for key in changed]
 
 
 def versions() -> dict[str, str]:
@@ -195,10 +205,13 @@ def versions() -> dict[str, str]:
 def estimate_memory(model: Fusion, data: DataSet, config: RunConfig) -> int:
     """Bytes of one training step on one process: weights, gradients, AdamW's state, and activations.
 
-    Activations are what one sample's forward pass keeps for backward, times the share of the batch.
+    Activations are what the forward pass of the sample with the longest text keeps for backward, times the share of the
+    batch.
     """
     samples = Samples(data, "train", model.readers(), config.data, seed=config.seed)
-    batch = next(samples.batches([[(0, 0)]]))
+    rows = data.splits["train"].rows
+    longest = max(range(len(rows)), key=lambda index: len(rows[index].text))
+    batch = next(samples.batches([[(0, longest)]]))
     weights = {parameter.data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -221,12 +234,10 @@ def _load(config: RunConfig) -> DataSet:
     return load_data(Path(config.data.path))
 
 
-def _resolved(config: RunConfig, modality_of: Mapping[str, str]) -> RunConfig:
-    return with_learning_rates(full_specs(config), modality_of)
-
-
-def _modality(model: Fusion) -> dict[str, str]:
-    return {side: model.encoder(side).modality for side in model.uses}
+def _resolved(config: RunConfig, model: Fusion) -> RunConfig:
+    """Every default that depends on the encoders written out."""
+    modality_of = {side: model.encoder(side).modality for side in model.uses}
+    return with_learning_rates(full_specs(model.resolve(config)), modality_of)
 
 
 def _facts(config: RunConfig, data: DataSet, model: Fusion) -> dict[str, Any]:
@@ -240,6 +251,7 @@ def _facts(config: RunConfig, data: DataSet, model: Fusion) -> dict[str, Any]:
                 "modality": model.encoder(side).modality,
                 "feature_width": model.encoder(side).feature_width,
                 "layers": len(model.encoder(side).widths),
+                "revision": model.encoder(side).revision,
                 "fingerprint": fingerprints.get(side),
             }
             for side in model.uses

@@ -24,14 +24,15 @@ from mopefuse.config import RunConfig
 from mopefuse.data._base import Batch, DataSet
 from mopefuse.data.collate import Key, epoch_batches, seed_of, share
 from mopefuse.errors import Interrupted, NumericError
-from mopefuse.evaluate import Evaluation, judge, prepared, split_logits, write_predictions
+from mopefuse.evaluate import Evaluation, judge, prepared, run_split, split_metrics, write_predictions
 from mopefuse.fusion._base import Fusion, Output
 from mopefuse.optim import factor, load_optimizer_state, make_optimizer, optimizer_state, set_learning_rate
 from mopefuse.prompts.experts import importance_loss
 from mopefuse.run import RunFolder
 from mopefuse.signals import StopRequest
 
-_COLLAPSED = 0.05  # an expert below this share of an even load counts as unused
+_UNUSED = 0.05  # an expert below this share of an even load
+_COLLAPSED = 0.75  # share of unused experts that is worth a warning
 
 
 @dataclass
@@ -95,6 +96,8 @@ class Trainer:
         """Continue from the newest whole checkpoint; False if there is none."""
         found = self.run.latest()
         if found is None:
+            if distributed.is_main():
+                self.run.rewind_log(-1)
             return False
         path, manifest = found
         if manifest["step"] < self.run.steps()[-1]:
@@ -146,10 +149,12 @@ class Trainer:
             elif self.config.train.checkpoint_every and self.progress.step % self.config.train.checkpoint_every == 0:
                 self.save()
             signal_number = distributed.largest(stop.signal_number, self.device)
-            if signal_number and self.progress.step < self.total:
+            if signal_number:
                 self.save()
                 raise Interrupted(
-                    signal_number, f"stopped at step {self.progress.step} of {self.total}", fix="continue with --resume"
+                    signal_number,
+                    f"at step {self.progress.step} of {self.total}, its checkpoint is published",
+                    fix="continue with --resume",
                 )
 
     def _schedule(self) -> Iterator[tuple[int, list[int]]]:
@@ -170,16 +175,17 @@ class Trainer:
         torch.manual_seed(seed_of(config.seed, self.progress.step, distributed.rank()))
         # A process without a share of a small last batch computes a sample of it that counts for nothing.
         counts = 1.0 if share(global_batch, distributed.rank(), distributed.world_size()) else 0.0
-        parts = min(config.train.accumulate, max(1, len(global_batch) // distributed.world_size()))
+        count = min(config.train.accumulate, max(1, len(global_batch) // distributed.world_size()))
+        parts = [batch.part(number, count) for number in range(count)] if count > 1 else [batch]
+        whole_LK = self._whole_load(parts, counts) if count > 1 else None
         loss = torch.zeros((), device=self.device)
-        for number in range(parts):
-            part = batch.part(number, parts) if parts > 1 else batch
+        for part in parts:
             with devices.autocast(config.train.precision, self.device):
                 output = self._forward(part)
             task = counts * classification_loss(output, part, multi_label=self.data.multi_label) / len(global_batch)
-            balance = self._balance(output, counts) / parts
+            balance = self._balance(output, counts, whole_LK)
             (task + balance).backward()
-            loss += task.detach() + balance.detach() / distributed.world_size()
+            loss += task.detach() + balance.detach() / (len(parts) * distributed.world_size())
         distributed.sum_gradients(self.model.ours().values())
         norm = torch.nn.utils.clip_grad_norm_(self.model.ours().values(), config.train.clip)
         value = float(distributed.total(loss))
@@ -189,11 +195,29 @@ class Trainer:
         self.optimizer.step()
         return value, lr
 
-    def _balance(self, output: Output, counts: float) -> Tensor:
-        """Weighted importance loss over the global batch."""
+    @torch.no_grad()
+    def _whole_load(self, parts: list[Batch], counts: float) -> Tensor | None:
+        """Routing summed over the global batch, before its parts are computed one by one with gradients."""
+        loads = []
+        for part in parts if self.config.router.importance_weight else ():
+            with devices.autocast(self.config.train.precision, self.device):
+                load_LK = self._forward(part).load_LK
+            if load_LK is None:
+                return None
+            loads.append(load_LK)
+        return distributed.summed(counts * torch.stack(loads).sum(dim=0)) if loads else None
+
+    def _balance(self, output: Output, counts: float, whole_LK: Tensor | None) -> Tensor:
+        """Weighted importance loss over the global batch.
+
+        Args:
+            whole_LK: load of the global batch, where `output` is of a part of this process's share only; the loss is
+                that of the whole, its gradient that of the part.
+        """
         if output.load_LK is None or not self.config.router.importance_weight:
             return torch.zeros((), device=self.device)
-        load_LK = distributed.total(counts * output.load_LK)
+        load_LK = counts * output.load_LK
+        load_LK = distributed.total(load_LK) if whole_LK is None else whole_LK + load_LK - load_LK.detach()
         return self.config.router.importance_weight * importance_loss(load_LK, self.config.router.importance_threshold)
 
     def _refuse_step(self, loss: float, norm: float, lr: float, global_batch: list[int]) -> None:
@@ -218,41 +242,30 @@ class Trainer:
     # -- validation
 
     def _validate(self) -> None:
-        logits_SN = split_logits(self.model, self.data, "val", self.config, self.device, samples=self.val_samples)
-        found = judge(logits_SN, self.data, "val").metrics
+        said = run_split(self.model, self.data, "val", self.config, self.device, samples=self.val_samples)
+        found = split_metrics(said.logits_SN, self.data, "val")
+        routing = routing_statistics(said.load_LK) if said.load_LK is not None else None
         value = found[self.metric]
         best = not math.isnan(value) and (self.progress.best is None or value > self.progress.best)
         self.progress.waited = 0 if best else self.progress.waited + 1
         if best:
             self.progress.best, self.progress.best_step = value, self.progress.step
         if distributed.is_main():
-            self.run.log({"step": self.progress.step, "val": found})
+            self.run.log({"step": self.progress.step, "val": found, **({"routing": routing} if routing else {})})
         self.save()
         if best and distributed.is_main():
             self.run.set_best(self.progress.step)
-        self._warn_of_collapse()
+        if routing and routing["unused_share"] > _COLLAPSED and not self._collapse_told:
+            self._collapse_told = True
+            self.listener.notice(
+                f"router collapse: {100 * routing['unused_share']:.0f} % of the experts are unused, "
+                f"entropy {routing['entropy']:.2f} of 1"
+            )
         self.listener.evaluated(self.progress, found, best=best)
 
     def _out_of_patience(self) -> bool:
         patience = self.config.train.patience
         return patience is not None and self.progress.waited >= patience
-
-    @torch.no_grad()
-    def _warn_of_collapse(self) -> None:
-        """Tell once if most experts of most layers are unused on a validation batch."""
-        if self._collapse_told or self.config.prompts.experts == 1:
-            return
-        count = min(len(self.val_samples), 64)
-        batch = next(self.val_samples.batches([[(0, index) for index in range(count)]]))
-        self.model.eval()
-        load_LK = self.model(batch.to(self.device)).load_LK
-        if load_LK is None:
-            return
-        share_LK = load_LK / load_LK.sum(dim=-1, keepdim=True)
-        unused = (share_LK * share_LK.shape[-1] < _COLLAPSED).float().sum(dim=-1).median()
-        if unused > share_LK.shape[-1] * 0.75:
-            self._collapse_told = True
-            self.listener.notice(f"router collapse: {int(unused)} of {share_LK.shape[-1]} experts are unused")
 
     def test(self) -> Evaluation | None:
         """Load the selected checkpoint and evaluate it on the test split, if there is one; predictions are written."""
@@ -260,8 +273,8 @@ class Trainer:
         self.model.load_own_state(read_tensors(path / "weights.safetensors"), where=str(path))
         if "test" not in self.data.splits:
             return None
-        logits_SN = split_logits(self.model, self.data, "test", self.config, self.device)
-        found = judge(logits_SN, self.data, "test")
+        said = run_split(self.model, self.data, "test", self.config, self.device)
+        found = judge(said.logits_SN, self.data, "test")
         if distributed.is_main():
             write_predictions(self.run.predictions_file, found.predictions)
         return found
@@ -281,6 +294,20 @@ class _Keys:
         for epoch, global_batch in self._trainer._schedule():
             mine = share(global_batch, rank, world) or global_batch[:1]
             yield [(epoch, index) for index in mine]
+
+
+def routing_statistics(load_LK: Tensor) -> dict[str, float]:
+    """How evenly experts are used, averaged over layers.
+
+    Returns:
+        ``entropy`` of the load over that of an even one (1 even, 0 a single expert), and ``unused_share``, the share of
+        experts with less than a twentieth of an even load.
+    """
+    share_LK = load_LK / load_LK.sum(dim=-1, keepdim=True)
+    experts = share_LK.shape[-1]
+    entropy_L = -(share_LK * share_LK.clamp(min=1e-12).log()).sum(dim=-1) / max(math.log(experts), 1e-12)
+    unused_L = (share_LK * experts < _UNUSED).float().mean(dim=-1)
+    return {"entropy": float(entropy_L.mean()) if experts > 1 else 1.0, "unused_share": float(unused_L.mean())}
 
 
 def classification_loss(output: Output, batch: Batch, *, multi_label: bool) -> Tensor:

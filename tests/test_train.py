@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,10 +21,10 @@ from conftest import make_pairs
 from mopefuse.checkpoint import read_tensors
 from mopefuse.config import build_config
 from mopefuse.data.collate import epoch_batches, share
-from mopefuse.errors import ConfigError, DataError, Interrupted, MopefuseError
+from mopefuse.errors import ConfigError, DataError, Interrupted, MopefuseError, NumericError
 from mopefuse.run import RunFolder
-from mopefuse.train import changes, train
-from mopefuse.trainer import Listener, Progress
+from mopefuse.train import resumed, train
+from mopefuse.trainer import Listener, Progress, routing_statistics
 
 BASE: dict[str, Any] = {
     "main": "tiny:vision",
@@ -263,7 +264,7 @@ def test_a_finished_run_is_not_trained_again_until_it_is_given_more_epochs(data:
 )
 def test_a_resumed_run_cannot_become_another(data: Path, changed: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
-        changes(config(data), config(data, **changed))
+        resumed(config(data), config(data, **changed))
 
 
 def test_a_run_does_not_go_on_with_other_data(data: Path, tmp_path: Path) -> None:
@@ -285,6 +286,105 @@ def test_a_run_does_not_go_on_with_other_encoder_weights(data: Path, tmp_path: P
     with pytest.raises(MopefuseError, match="not those that the run was trained with") as refused:
         train(config(data), tmp_path / "run", resume=True)
     assert refused.value.exit_code == 6
+
+
+def test_labels_in_another_order_are_other_data(tmp_path: Path) -> None:
+    data = make_pairs(tmp_path / "data")
+    (data / "labels.txt").write_text("a\nb\nc\n")
+    with pytest.raises(Interrupted):
+        train(config(data), tmp_path / "run", listener=StopAt(1, signal.SIGINT))
+    (data / "labels.txt").write_text("b\na\nc\n")
+    with pytest.raises(DataError, match="not those"):
+        train(config(data), tmp_path / "run", resume=True)
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["labels"] == ["a", "b", "c"]
+
+
+def test_a_model_that_diverged_in_the_last_step_is_never_the_best(data: Path, tmp_path: Path) -> None:
+    """F-26, where the step itself was finite and what it led to is not."""
+    with pytest.raises(NumericError, match="not finite on") as refused:
+        train(config(data, train__lr=1e20, train__max_steps=1), tmp_path / "run")
+    assert refused.value.exit_code == 8
+    assert RunFolder(tmp_path / "run").best_step() is None
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_accumulation_is_the_whole_batch_at_once(data: Path, tmp_path: Path, parts: int) -> None:
+    """Also the importance loss, whose load is of the whole batch: a part alone is never balanced."""
+    still = {"router__noise": False, "prompts__dropout": 0.0, "router__importance_weight": 10.0, "train__max_steps": 3}
+    train(config(data, **still), tmp_path / "whole")
+    train(config(data, **still, train__accumulate=parts), tmp_path / "parts")
+    whole, other = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    for name in (name for name in whole if name.endswith("exp_avg")):
+        difference = (whole[name] - other[name]).norm() / whole[name].norm().clamp(min=1e-9)
+        assert difference < 1e-3, f"{name}: {difference:.1e}"
+    for a, b in zip(log(tmp_path / "whole"), log(tmp_path / "parts"), strict=True):
+        assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=1e-4)
+
+
+def test_a_group_signal_does_not_kill_the_data_workers(data: Path, tmp_path: Path) -> None:
+    """systemd and SLURM signal every process of a job."""
+    arguments = command(data, tmp_path / "run", "--workers", "2", "--epochs", "500")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mopefuse", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+    while process.poll() is None and len(log(tmp_path / "run")) < 5:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 143, said
+    assert "stopped: at step" in said
+    assert RunFolder(tmp_path / "run").latest() is not None
+
+
+def test_a_log_of_a_killed_run_without_a_checkpoint_is_not_appended_to(data: Path, tmp_path: Path) -> None:
+    child = start_fork(config(data, train__epochs=2000), tmp_path / "run")
+    while not any(line["step"] >= 2 for line in log(tmp_path / "run")):
+        time.sleep(0.005)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    train(config(data, train__epochs=2000, train__max_steps=3), tmp_path / "run", resume=True)
+    steps = [line["step"] for line in log(tmp_path / "run") if "loss" in line]
+    assert steps == [1, 2, 3]
+
+
+def test_validation_logs_how_evenly_experts_are_used_and_collapse_is_told_once(data: Path, tmp_path: Path) -> None:
+    """F-35."""
+    train(config(data), tmp_path / "run")
+    routing = [line["routing"] for line in log(tmp_path / "run") if "val" in line]
+    assert len(routing) == 3
+    assert all(0 < found["entropy"] <= 1 and 0 <= found["unused_share"] < 1 for found in routing)
+    assert routing_statistics(torch.ones(2, 4)) == pytest.approx({"entropy": 1.0, "unused_share": 0.0})
+    one_takes_all = torch.eye(8)[[3, 3]]
+    assert routing_statistics(one_takes_all) == pytest.approx({"entropy": 0.0, "unused_share": 7 / 8}, abs=1e-6)
+
+
+def test_settings_that_a_method_does_not_use_are_named(data: Path, tmp_path: Path) -> None:
+    class Notices(Listener):
+        def __init__(self) -> None:
+            self.said: list[str] = []
+
+        def notice(self, text: str) -> None:
+            self.said.append(text)
+
+    notices = Notices()
+    train(config(data, method="late-concat", prompts__experts=3), tmp_path / "run", listener=notices)
+    assert notices.said == ["late-concat does not use the settings of prompts"]
+
+
+def test_the_saved_configuration_leaves_nothing_open(data: Path, tmp_path: Path) -> None:
+    values = {key: value for key, value in BASE.items() if key != "prompts"} | {"data": {"path": str(data)}}
+    values["train"] = {"epochs": 1}
+    train(build_config(values), tmp_path / "run")
+    saved = RunFolder(tmp_path / "run").config()
+    assert (saved.prompts.static, saved.prompts.dynamic) == (6, 6)
+    assert saved.prompts.init == pytest.approx((6 / (3 * 4**2 + 96)) ** 0.5)
+    assert (saved.train.lr, saved.train.lr_comp) == (4e-4, 5e-4)
 
 
 def test_the_papers_schedule_and_the_others() -> None:

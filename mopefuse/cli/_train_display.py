@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from types import TracebackType
@@ -21,12 +22,13 @@ class Display(Listener):
     def __init__(self, folder: Path, *, json: bool, tensorboard: bool = False) -> None:
         self.folder, self.json = folder, json
         self.console = err()
-        self.live = self.console.is_terminal and not json
+        self.live = self.console.is_terminal and not json and os.environ.get("RANK", "0") == "0"
         self._bar: Any = None
         self._task: Any = None
         self._told = time.monotonic()
         self._began: tuple[int, float] | None = None
-        self._writer = _tensorboard(folder) if tensorboard else None
+        self._writer_type = _tensorboard() if tensorboard else None
+        self._writer: Any = None
 
     def __enter__(self) -> Display:
         if self.live:
@@ -60,6 +62,8 @@ class Display(Listener):
 
     def step(self, progress: Progress, total: int, loss: float, lr: float) -> None:
         """Move the bar, or print a line now and then."""
+        if self._writer_type is not None and self._writer is None and distributed.is_main():
+            self._writer = self._writer_type(str(self.folder / "tensorboard"))
         if self._writer is not None:
             self._writer.add_scalar("train/loss", loss, progress.step)
             self._writer.add_scalar("train/lr", lr, progress.step)
@@ -108,7 +112,7 @@ class Display(Listener):
         parameters = result["parameters"]
         share = 100 * parameters["trainable"] / parameters["total"]
         trained = f"{count(parameters['trainable'])} of {count(parameters['total'])} parameters trained ({share:.2f} %)"
-        out().print(f"{trained}, {result['steps']} steps in {duration(result['seconds'])}", markup=False)
+        out().print(f"{trained}, {result['steps']} step{'s' * (result['steps'] != 1)} in {duration(result['seconds'])}", markup=False)
         out().print(f"run folder: {self.folder}", markup=False)
 
 
@@ -116,10 +120,10 @@ def _tested(result: dict[str, Any]) -> dict[str, Any]:
     return result["metrics"]["test"] or result["metrics"]["val"] or {}
 
 
-def _tensorboard(folder: Path) -> Any:
+def _tensorboard() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         fix = 'pip install "mopefuse[track]"'
         raise ConfigError(42, "tensorboard is not installed", where="--tensorboard", fix=fix) from None
-    return SummaryWriter(str(folder / "tensorboard"))
+    return SummaryWriter

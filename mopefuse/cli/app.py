@@ -84,6 +84,8 @@ def main() -> None:
 
 
 def _exit(error: MopefuseError) -> None:
+    if error.family == "STOP" and os.environ.get("RANK", "0") != "0":
+        sys.exit(error.exit_code)  # every process stops, one says so
     if "--json" in sys.argv:
         print_json({"ok": False, "error": error.as_dict()})
     else:
@@ -103,6 +105,14 @@ def _known(error: Exception) -> MopefuseError | None:
         return ResourceError(
             5, "out of GPU memory", where=str(error).split(".")[0], fix="use a smaller --batch, or --set train.accumulate=2"
         )
+    if isinstance(error, RuntimeError) and int(os.environ.get("WORLD_SIZE", "1")) > 1 and _from_collective(error):
+        return ResourceError(
+            8, "another process failed", where=f"rank {os.environ.get('RANK')}", fix="see what that process said"
+        )
+    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+        return ResourceError(
+            7, "a data worker was killed; usually host memory", where="data.workers", fix="lower data.workers"
+        )
     if isinstance(error, MemoryError):
         return ResourceError(6, "out of memory", fix="use a smaller --batch, or --set train.accumulate=2")
     if isinstance(error, OSError) and error.errno in _FULL:
@@ -110,6 +120,11 @@ def _known(error: Exception) -> MopefuseError | None:
     if isinstance(error, OSError) and error.filename is not None:
         return ConfigError(9, f"{error.strerror}: {error.filename}", fix="name a path that can be used")
     return None
+
+
+def _from_collective(error: RuntimeError) -> bool:
+    text = f"{type(error).__name__} {error}".lower()
+    return any(word in text for word in ("dist", "gloo", "nccl", "connection closed by peer"))
 
 
 def _no_reader() -> None:

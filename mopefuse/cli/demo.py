@@ -18,11 +18,10 @@ def demo(
     from mopefuse.cli._render import duration, err, percent, print_json, table
     from mopefuse.cli._train_display import Display
     from mopefuse.demo import demo as run_demo
-    from mopefuse.trainer import Listener
 
     console = err()
 
-    def announce(title: str) -> Listener:
+    def announce(title: str) -> Display:
         console.print(f"\n{title}", style="bold", markup=False)
         return Display(out, json=json)
 

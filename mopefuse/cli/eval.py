@@ -52,7 +52,8 @@ def evaluate(
     distributed.stop()
     if not main:
         return
-    predictions = out or (folder.predictions_file if split == "test" and data is None else run / f"predictions-{split}.jsonl")
+    own = split == "test" and data is None and checkpoint == "best"
+    predictions = out or (folder.predictions_file if own else run / f"predictions-{split}-{checkpoint}.jsonl")
     write_predictions(predictions, found.predictions)
     if not json:
         _print(run, found.split, found.metrics, found.per_label, predictions)

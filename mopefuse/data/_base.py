@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 SPLITS = ("train", "val", "test")
-MODALITIES = ("image", "text")
 
 
 @dataclass(frozen=True)

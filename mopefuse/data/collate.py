@@ -4,6 +4,7 @@ number of workers and another number of processes see the same samples in the sa
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -79,7 +80,7 @@ class Samples(Dataset[dict[str, Any]]):
         if self._augment is None:
             return image
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of(self.seed, epoch, index))
+            torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
             return self._augment(image)
 
     def batch(self, items: Sequence[dict[str, Any]]) -> Batch | MopefuseError:
@@ -107,6 +108,7 @@ class Samples(Dataset[dict[str, Any]]):
             num_workers=self.config.workers,
             pin_memory=pin,
             generator=torch.Generator().manual_seed(0),  # keeps torch's global stream untouched
+            worker_init_fn=_leave_signals_to_the_main_process,
         )
         iterator = iter(loader)
         while True:
@@ -123,6 +125,12 @@ class Samples(Dataset[dict[str, Any]]):
             if isinstance(batch, MopefuseError):
                 raise batch
             yield batch
+
+
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    """Ctrl-C and SIGTERM reach the whole process group; the main process ends its workers when it has saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def read_image(data: DataSet, file: str, row: Row, config: DataConfig) -> Image.Image:

@@ -14,7 +14,7 @@ import hashlib
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,6 @@ class Encoder(nn.Module):
     prompt its output is that of the untouched backbone, bit for bit. A sample's output never depends on its batch.
     """
 
-    schemes_options: ClassVar[tuple[str, ...]] = ("pretrained", "pool", "weights")
 
     spec: Spec  # with the full name, as recorded in a run
     modality: str  # "image" or "text"

@@ -56,7 +56,6 @@ class HFEncoder(PromptedEncoder):
         ResourceError: the hub's cache cannot be written.
     """
 
-    schemes_options = _OURS
 
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)

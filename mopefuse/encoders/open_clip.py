@@ -45,7 +45,6 @@ class OpenCLIPEncoder(PromptedEncoder):
         CheckpointError: ``weights`` is damaged, a pickle, or does not fit.
     """
 
-    schemes_options = _OURS
 
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)

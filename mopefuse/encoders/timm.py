@@ -55,7 +55,6 @@ class TimmEncoder(PromptedEncoder):
     """
 
     modality = "image"
-    schemes_options = _OURS
 
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)
@@ -98,6 +97,8 @@ def _promptable(model: Any) -> tuple[list[Any], str]:
         blocks = list(model.blocks)
     elif isinstance(model, SwinTransformer):
         blocks = [block for stage in model.layers for block in stage.blocks]
+    if not blocks and isinstance(getattr(model, "blocks", None), nn.Module):
+        return [], f"has blocks that cannot be prompted ({type(model).__name__}); usable as --comp (pooled feature)"
     if not blocks:
         return [], "has no token sequence to prompt; usable as --comp (pooled feature)"
     for block in blocks:

@@ -53,6 +53,7 @@ class Fusion(nn.Module):
     uses: ClassVar[tuple[str, ...]] = SIDES
     parts: ClassVar[dict[str, str]] = {r"^head\.": "head", r"^comp\.": "complementary encoder", r"^main\.": "main encoder"}
 
+    sections: ClassVar[tuple[str, ...]] = ()  # of the optional ones, those that the method uses
     head: nn.Module
 
     def __init__(self, config: RunConfig, encoders: Mapping[str, Encoder]) -> None:
@@ -66,6 +67,16 @@ class Fusion(nn.Module):
     @abstractmethod
     def forward(self, batch: Batch) -> Output:
         """Logits of a batch."""
+
+    def resolve(self, config: RunConfig) -> RunConfig:
+        """`config` with the defaults written out that depend on the encoders."""
+        return config
+
+    def unused_sections(self) -> list[str]:
+        """Sections of settings that were changed from their defaults and that this method does not look at."""
+        default = RunConfig(main="", comp="")
+        optional = ("prompts", "router", "comp_tuning")
+        return [s for s in optional if s not in self.sections and getattr(self.config, s) != getattr(default, s)]
 
     def encoder(self, side: str) -> Encoder:
         """The encoder of a side."""

@@ -40,12 +40,12 @@ def build_fusion(
 def build_model(config: RunConfig, num_labels: int) -> Fusion:
     """The model of a run, in evaluation mode; the same weights for the same seed, whatever the caller drew before."""
     method = registry.load(registry.FUSION, config.method)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         encoders = {}
         for side in method.uses:
-            torch.manual_seed(config.seed)
+            torch.default_generator.manual_seed(config.seed)
             encoders[side] = _with_statistics(create_encoder(getattr(config, side)), config)
-        torch.manual_seed(config.seed)
+        torch.default_generator.manual_seed(config.seed)
         model = cast(Fusion, method(config, encoders, num_labels))
     return model.eval()
 

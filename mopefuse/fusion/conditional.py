@@ -15,7 +15,7 @@ from torch import Tensor
 from mopefuse.config import Prompts, Router, RunConfig
 from mopefuse.data._base import Batch
 from mopefuse.encoders._base import Encoder
-from mopefuse.errors import EncoderError
+from mopefuse.errors import ConfigError, EncoderError
 from mopefuse.fusion._base import Fusion, Output
 from mopefuse.prompts.stack import PromptStack, with_lengths
 
@@ -27,6 +27,7 @@ class ConditionalFusion(Fusion):
     expert is plain conditional prompting; static prompts alone are deep prompt tuning, blind to the other modality.
 
     Raises:
+        ConfigError: the complementary encoder is to be tuned, but no prompt looks at it.
         EncoderError: the main encoder has no layer to prompt, or the complementary one has none and is to be prompted.
     """
 
@@ -40,20 +41,31 @@ class ConditionalFusion(Fusion):
         **Fusion.parts,
     }
 
+    sections: ClassVar[tuple[str, ...]] = ("prompts", "router", "comp_tuning")
+
     def __init__(self, config: RunConfig, encoders: Mapping[str, Encoder], num_labels: int) -> None:
         super().__init__(config, encoders)
         main, comp = self.encoder("main"), self.encoder("comp")
         _require_promptable(main, "comp")
+        prompts = self.resolve(config).prompts
+        assert prompts.init is not None
         self.stack = PromptStack(
-            with_lengths(config.prompts, main.modality),
+            prompts,
             config.router,
             widths=main.widths,
             heads=main.heads,
             condition_width=comp.feature_width,
-            bound=config.prompts.init or initial_bound(main),
+            bound=prompts.init,
         )
         self.head = self.make_head(main.feature_width, num_labels)
         self.comp_stack: PromptStack | None = None
+        if self.stack.blind and config.comp_tuning.mode != "frozen":
+            raise ConfigError(
+                14,
+                "nothing looks at the complementary encoder that is to be tuned",
+                where="comp_tuning",
+                fix="add dynamic or mapped prompts",
+            )
         if config.comp_tuning.mode == "prompts":
             _require_promptable(comp, "comp_tuning.mode=frozen")
             static = Prompts(
@@ -77,6 +89,13 @@ class ConditionalFusion(Fusion):
             self.reads = ("main",)
         else:
             self.frozen = ("comp",)
+
+    def resolve(self, config: RunConfig) -> RunConfig:
+        """`config` with the papers' lengths and initial bound of the prompts where none are given."""
+        main = self.encoder("main")
+        prompts = with_lengths(config.prompts, main.modality)
+        bound = prompts.init or initial_bound(main)
+        return config.model_copy(update={"prompts": prompts.model_copy(update={"init": bound})})
 
     def psi(self, batch: Batch) -> Tensor:
         """The complementary representation, (B, C); zeros where no prompt looks at it."""

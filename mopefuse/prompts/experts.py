@@ -59,12 +59,16 @@ class Router(nn.Module):
         self.keys_NQK: Tensor
 
     def conditioned(self, condition_BC: Tensor) -> Tensor:
-        """What the condition says of all layers at once: scores (B, N, K), or queries (B, N, Q) of the joint router."""
+        """What the condition says of all layers at once: scores (B, N, K), or queries (B, N, Q) of the joint router.
+
+        In float32 also under autocast: a tenth of a temperature's rounding would already move the weights.
+        """
         if self.experts == 1:
             return condition_BC.new_ones(len(condition_BC), 1, 1)
-        if self.joint:
-            return torch.einsum("bc,nqc->bnq", condition_BC, self.of_comp_NQC)
-        return torch.einsum("bc,nkc->bnk", condition_BC, self.weight_NKC) + self.bias_NK
+        with torch.autocast(condition_BC.device.type, enabled=False):
+            if self.joint:
+                return torch.einsum("bc,nqc->bnq", condition_BC.float(), self.of_comp_NQC)
+            return torch.einsum("bc,nkc->bnk", condition_BC.float(), self.weight_NKC) + self.bias_NK
 
     def forward(self, said_BNX: Tensor, position: int, tokens_BLD: Tensor, mask_BL: Tensor | None) -> Routed:
         """Route layer number `position` among the prompted ones.
@@ -78,10 +82,11 @@ class Router(nn.Module):
             return Routed(ones_BK, ones_BK)
         scores_BK = said_BNX[:, position]
         if self.joint:
-            mean_BD = masked_mean(tokens_BLD, mask_BL)
-            mean_BD = nn.functional.layer_norm(mean_BD, mean_BD.shape[-1:])
-            query_BQ = torch.cat([mean_BD @ self.of_main[position].T, scores_BK], dim=-1)
-            scores_BK = query_BQ @ self.keys_NQK[position]
+            with torch.autocast(tokens_BLD.device.type, enabled=False):
+                mean_BD = masked_mean(tokens_BLD.float(), mask_BL)
+                mean_BD = nn.functional.layer_norm(mean_BD, mean_BD.shape[-1:])
+                query_BQ = torch.cat([mean_BD @ self.of_main[position].T, scores_BK], dim=-1)
+                scores_BK = query_BQ @ self.keys_NQK[position]
         logits_BK = scores_BK.float() / self.config.temperature
         clean_BK = logits_BK.softmax(dim=-1)
         weights_BK = clean_BK
