@@ -112,7 +112,8 @@ class Display(Listener):
         parameters = result["parameters"]
         share = 100 * parameters["trainable"] / parameters["total"]
         trained = f"{count(parameters['trainable'])} of {count(parameters['total'])} parameters trained ({share:.2f} %)"
-        out().print(f"{trained}, {result['steps']} step{'s' * (result['steps'] != 1)} in {duration(result['seconds'])}", markup=False)
+        steps = "1 step" if result["steps"] == 1 else f"{result['steps']} steps"
+        out().print(f"{trained}, {steps} in {duration(result['seconds'])}", markup=False)
         out().print(f"run folder: {self.folder}", markup=False)
 
 
