@@ -207,14 +207,27 @@ def sweep(folder: Path) -> int:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process of this machine is still there."""
+    """Whether a process of this machine is still running: one that was killed and that nobody has waited for is not."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True
-    return True
+    return _stat(pid)[:1] not in (["Z"], ["X"])
+
+
+def born(pid: int) -> str:
+    """When a process began, in ticks since the machine did: tells it from a later one of its number. "" if unknown."""
+    return "".join(_stat(pid)[19:20])
+
+
+def _stat(pid: int) -> list[str]:
+    """State and what follows it in Linux's /proc/<pid>/stat; empty on other systems."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
 
 
 def dump_json(value: Any) -> str:

@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mopefuse.checkpoint import alive, disk_error, dump_json, finite, publish, read_json, sweep, verify, write_atomically
+from mopefuse.checkpoint import alive, born, disk_error, dump_json, finite, publish, read_json, sweep, verify, write_atomically
 from mopefuse.config import RunConfig, build_config
 from mopefuse.errors import CheckpointError, ConfigError
 from mopefuse.recipe import read_recipe, to_yaml
@@ -86,13 +86,18 @@ class RunFolder:
             ConfigError: another process is writing this run.
         """
         notice = ""
-        mine = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
+        mine = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "born": born(os.getpid())})
+        patience = 10  # tenths of a second: a process that was killed a moment ago may not be gone yet
         while True:
             try:
                 descriptor = os.open(self._lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
             except FileExistsError:
                 owner = self._owner()
                 if self._is_taken(owner):
+                    if patience and owner and owner["host"] == socket.gethostname():
+                        patience -= 1
+                        time.sleep(0.1)
+                        continue
                     raise self._taken(owner) from None
                 self._lock.unlink(missing_ok=True)
                 notice = f"took over the lock of a process that is gone ({owner['pid'] if owner else 'unknown'})"
@@ -113,7 +118,7 @@ class RunFolder:
             try:
                 owner = json.loads(self._lock.read_text(encoding="utf-8"))
                 if type(owner["pid"]) is int and isinstance(owner["host"], str):
-                    return {"pid": owner["pid"], "host": owner["host"]}
+                    return {"pid": owner["pid"], "host": owner["host"], "born": str(owner.get("born", ""))}
             except (OSError, ValueError, TypeError, KeyError):
                 continue
         return None
@@ -122,7 +127,9 @@ class RunFolder:
         """By a process other than this one; a number that comes again, as in containers, is of a process that is gone."""
         if owner is None or (owner["host"] == socket.gethostname() and owner["pid"] == os.getpid()):
             return False
-        return owner["host"] != socket.gethostname() or alive(owner["pid"])
+        if owner["host"] != socket.gethostname():
+            return True
+        return alive(owner["pid"]) and owner["born"] in ("", born(owner["pid"]))
 
     def _taken(self, owner: dict[str, Any] | None) -> ConfigError:
         who = f"process {owner['pid']} on {owner['host']}" if owner else "another process"
