@@ -109,3 +109,16 @@ def call(*args: object) -> subprocess.CompletedProcess[str]:
             code = leaving.code
     assert isinstance(code, int), "the command line always ends with an exit code"
     return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
+
+
+def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command line in several processes."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return subprocess.run(
+        [*launcher, "-m", "mopefuse", *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=240,
+        check=False,
+    )

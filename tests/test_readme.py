@@ -8,8 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import make_pairs, run_cli
-from test_train import torchrun
+from conftest import make_pairs, run_cli, torchrun
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from conftest import make_pairs
 
 from mopefuse.checkpoint import read_tensors
 from mopefuse.config import build_config
-from mopefuse.data.collate import epoch_batches, share
 from mopefuse.errors import ConfigError, DataError, Interrupted, MopefuseError, NumericError
 from mopefuse.run import RunFolder
 from mopefuse.train import resumed, train
@@ -163,50 +161,6 @@ def command(data: Path, out: Path, *more: str) -> list[str]:
         *(argument for setting in sets for argument in ("--set", setting)),
         *more,
     ]
-
-
-def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return subprocess.run(
-        [*launcher, "-m", "mopefuse", *arguments],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=240,
-        check=False,
-    )
-
-
-def test_two_processes_equal_one(data: Path, tmp_path: Path) -> None:
-    """20 samples in batches of 9: the last batch of 2, and validation on 7, do not divide evenly."""
-    plain = ["--set", "prompts.dropout=0", "--set", "router.noise=false"]
-    for name, processes in (("one", 1), ("two", 2)):
-        done = torchrun(processes, *command(data, tmp_path / name, *plain))
-        assert done.returncode == 0, done.stderr
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-    for name in one:
-        # By norm: AdamW turns rounding of a gradient that is nearly 0 into a step of full size.
-        difference = (one[name] - two[name]).norm() / one[name].norm().clamp(min=1e-12)
-        assert difference < 1e-3, f"{name}: {difference:.1e}"
-    for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
-        assert a.keys() == b.keys()
-        if "loss" in a:
-            assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
-    ids = [json.loads(line)["id"] for line in (tmp_path / "two" / "predictions.jsonl").read_text().splitlines()]
-    assert ids == [f"test-{i}" for i in range(5)]
-    assert json.loads((tmp_path / "two" / "metrics.json").read_text())["processes"] == 2
-
-
-@pytest.mark.parametrize("world", [1, 2, 3, 5])
-def test_every_sample_is_in_one_share_whatever_the_number_of_processes(world: int) -> None:
-    for batch in epoch_batches(seed=1, epoch=4, count=23, batch_size=8):
-        shares = [share(batch, rank, world) for rank in range(world)]
-        assert sorted(chain.from_iterable(shares)) == sorted(batch)
-    everything, next_epoch, next_seed = (
-        list(chain.from_iterable(epoch_batches(seed, epoch, 23, 8))) for seed, epoch in ((1, 4), (1, 5), (2, 5))
-    )
-    assert sorted(everything) == list(range(23))
-    assert everything != next_epoch != next_seed
 
 
 def test_test_data_never_selects_and_the_best_on_validation_is_tested(data: Path, tmp_path: Path) -> None:
