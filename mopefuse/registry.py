@@ -81,8 +81,9 @@ def load(group: str, name: str) -> Any:
     points = available(group).get(name, ())
     kind = group.partition(".")[2].rstrip("s")
     if not points:
-        error = EncoderError if group == ENCODERS else ConfigError
-        raise error(13, f"there is no {kind} {name!r}", fix=did_you_mean(name, available(group)))
+        if group == ENCODERS:
+            raise EncoderError(13, f"there is no scheme {name!r}", fix=did_you_mean(name, available(group)))
+        raise ConfigError(13, f"there is no {kind} {name!r}", fix=did_you_mean(name, available(group)))
     if len(points) > 1 and distribution(points[0]) != OURS:
         owners = " and ".join(distribution(point) for point in points)
         raise PluginError(1, f"the {kind} {name!r} is claimed by {owners}", fix="uninstall one of them")

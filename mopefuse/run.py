@@ -45,6 +45,14 @@ class RunFolder:
         """Whether this is the folder of a run."""
         return self.manifest_file.is_file() and read_json(self.manifest_file).get("kind") == KIND
 
+    def begun(self) -> bool:
+        """Whether there is a run to resume: one that has published a checkpoint."""
+        return self.exists() and bool(self.steps())
+
+    def _never_began(self) -> bool:
+        """No such folder, or one of a run that ended before its first checkpoint, as on an error in the data."""
+        return not self.path.is_dir() or (self.exists() and not self.steps() and not self.metrics_file.exists())
+
     def prepare(self, *, resume: bool, overwrite: bool) -> None:
         """Make the folder ready for a new run, or for the one to resume, before anything slow is done; twice is once.
 
@@ -54,7 +62,7 @@ class RunFolder:
         """
         if resume and overwrite:
             raise ConfigError(25, "--resume and --overwrite contradict each other", fix="choose one")
-        there = self.path.is_dir() and any(
+        there = not self._never_began() and any(
             item != self._lock and not (item == self.checkpoints and not any(item.iterdir())) for item in self.path.iterdir()
         )
         if there and not (resume or overwrite):
@@ -64,9 +72,7 @@ class RunFolder:
         if there and not self.exists():
             flag = "--overwrite" if overwrite else "--resume"
             raise ConfigError(22, f"{self.path} is not a run of mopefuse", where=flag, fix="name another --out, or empty it")
-        owner = self._owner()
-        if self._is_taken(owner):
-            raise self._taken(owner)
+        self._refuse_if_taken()
         try:
             if there and overwrite:
                 self._empty()
@@ -87,18 +93,11 @@ class RunFolder:
         """
         notice = ""
         mine = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "born": born(os.getpid())})
-        patience = 10  # tenths of a second: a process that was killed a moment ago may not be gone yet
         while True:
             try:
                 descriptor = os.open(self._lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
             except FileExistsError:
-                owner = self._owner()
-                if self._is_taken(owner):
-                    if patience and owner and owner["host"] == socket.gethostname():
-                        patience -= 1
-                        time.sleep(0.1)
-                        continue
-                    raise self._taken(owner) from None
+                owner = self._refuse_if_taken()
                 self._lock.unlink(missing_ok=True)
                 notice = f"took over the lock of a process that is gone ({owner['pid'] if owner else 'unknown'})"
                 continue
@@ -122,6 +121,17 @@ class RunFolder:
             except (OSError, ValueError, TypeError, KeyError):
                 continue
         return None
+
+    def _refuse_if_taken(self) -> dict[str, Any] | None:
+        """Who held the lock and is gone. A process that was killed a moment ago is given a second to be gone."""
+        for _ in range(10):
+            owner = self._owner()
+            if not self._is_taken(owner):
+                return owner
+            if owner and owner["host"] != socket.gethostname():
+                break
+            time.sleep(0.1)
+        raise self._taken(owner)
 
     def _is_taken(self, owner: dict[str, Any] | None) -> bool:
         """By a process other than this one; a number that comes again, as in containers, is of a process that is gone."""

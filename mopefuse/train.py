@@ -104,7 +104,7 @@ def train(
 
 def _train(config: RunConfig, folder: RunFolder, listener: Listener, *, resume: bool) -> dict[str, Any]:
     device = devices.resolve(config.device)
-    continuing = resume and folder.exists()
+    continuing = resume and folder.begun()
     if continuing:
         config, changed = resumed(folder.config(), config)
         for change in changed:
@@ -119,6 +119,8 @@ def _train(config: RunConfig, folder: RunFolder, listener: Listener, *, resume: 
             raise DataError(9, "the data are not those that the run began with", where=str(data.root), fix="restore them")
         check_encoders(model, begun, where=str(folder.path))
     else:
+        if distributed.is_main():
+            folder.rewind_log(-1)  # of an attempt that ended before its first checkpoint
         for section in model.unused_sections():
             listener.notice(f"{config.method} does not use the settings of {section}")
     if distributed.is_main():
@@ -129,7 +131,8 @@ def _train(config: RunConfig, folder: RunFolder, listener: Listener, *, resume: 
         step = trainer.progress.step
         finished = step >= trainer.total and folder.metrics_file.exists()
         if finished:
-            listener.notice(f"already finished at step {step}; raise train.epochs to continue")
+            limit = "--steps" if trainer.total < config.train.epochs * trainer.per_epoch else "--epochs"
+            listener.notice(f"already finished at step {step}; raise {limit} to continue")
             return read_json(folder.metrics_file)
         listener.notice(f"resuming at step {step} of {trainer.total}")
     with StopRequest() as stop:
@@ -182,7 +185,7 @@ def resumed(saved: RunConfig, new: RunConfig) -> tuple[RunConfig, list[str]]:
     """
     before, after = _flat(saved.model_dump(mode="json")), _flat(full_specs(new).model_dump(mode="json"))
     changed = [key for key in before if before[key] != after[key] and after[key] is not None]
-    refused = [f"{key} was {before[key]}, now {after[key]}" for key in changed if key not in MAY_CHANGE]
+    refused = [f"{key} (it was {before[key]}, now {after[key]})" for key in changed if key not in MAY_CHANGE]
     if refused:
         raise ConfigError(
             32,

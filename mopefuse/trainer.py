@@ -96,8 +96,6 @@ class Trainer:
         """Continue from the newest whole checkpoint; False if there is none."""
         found = self.run.latest()
         if found is None:
-            if distributed.is_main():
-                self.run.rewind_log(-1)
             return False
         path, manifest = found
         if manifest["step"] < self.run.steps()[-1]:

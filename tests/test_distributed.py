@@ -45,3 +45,9 @@ def test_every_sample_is_in_one_share_whatever_the_number_of_processes(world: in
     )
     assert sorted(everything) == list(range(23))
     assert everything != next_epoch != next_seed
+
+
+def test_one_process_speaks_for_all(data: Path, tmp_path: Path) -> None:
+    done = torchrun(2, *command(data, tmp_path / "run", "--json", "--steps", "2"))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["ok"] is True, "one JSON object and nothing else"

@@ -13,7 +13,7 @@ from PIL import Image
 
 import mopefuse
 from mopefuse.config import build_config
-from mopefuse.errors import CheckpointError, EncoderError
+from mopefuse.errors import CheckpointError, DataError, EncoderError
 from mopefuse.fusion._base import Fusion
 from mopefuse.fusion.build import build_model
 from mopefuse.fusion.conditional import initial_bound
@@ -244,3 +244,17 @@ def test_compat_official_sets_the_released_codes_choices_and_can_be_overridden()
 def test_importing_the_package_does_not_import_torch() -> None:
     code = "import mopefuse, sys; assert 'torch' not in sys.modules; mopefuse.build_fusion; assert 'torch' in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("pictures", "texts", "said"),
+    [
+        (images(1), ["a", "b"], "1 images and 2 texts"),
+        ([], [], "0 images"),
+        (["shoe.jpg"], ["a"], "got str and str"),
+        (images(1), [None], "NoneType"),
+    ],
+)
+def test_what_is_no_pair_is_refused_and_never_broadcast(pictures: list[object], texts: list[object], said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        build().collate(pictures, texts)

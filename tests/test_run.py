@@ -49,8 +49,8 @@ def test_a_new_run_takes_an_absent_or_empty_folder_and_twice_is_once(tmp_path: P
         assert not run.exists()
 
 
-def test_a_folder_with_something_in_it_is_refused_and_nothing_is_lost(tmp_path: Path) -> None:
-    started(tmp_path / "run")
+def test_a_run_with_a_checkpoint_is_refused_and_nothing_is_lost(tmp_path: Path) -> None:
+    save(started(tmp_path / "run"), 1)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ConfigError, match="not empty") as caught:
         RunFolder(tmp_path / "run").prepare(resume=False, overwrite=False)

@@ -363,3 +363,20 @@ def test_the_two_sides_have_learning_rates_of_their_own(data: Path, tmp_path: Pa
         state = weights(tmp_path / name)
         spread[name] = state["comp_stack.layers.0.gate_H"].abs().max()
     assert spread["slow"] < 1e-6 < spread["same"]
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_is_begun_anew(tmp_path: Path) -> None:
+    """The mistake in the data is mended, and the same command runs: there is nothing to lose or to resume."""
+    data = make_pairs(tmp_path / "data")
+    image = (data / "images" / "train-3.png").read_bytes()
+    (data / "images" / "train-3.png").unlink()
+    with pytest.raises(DataError, match=r"train-3\.png"):
+        train(config(data), tmp_path / "run")
+    (data / "images" / "train-3.png").write_bytes(image)
+    for name, resume in (("run", False), ("other", True)):
+        if resume:
+            shutil.copytree(tmp_path / "run", tmp_path / name)
+            shutil.rmtree(tmp_path / name / "checkpoints")
+            (tmp_path / name / "metrics.json").unlink()
+        train(config(data), tmp_path / name, resume=resume)
+        assert [line["step"] for line in log(tmp_path / name) if "loss" in line] == [1, 2, 3, 4, 5, 6]

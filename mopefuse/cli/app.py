@@ -18,7 +18,7 @@ import typer
 from mopefuse import __version__
 from mopefuse.cli import data, demo, doctor, encoders, eval, train
 from mopefuse.cli._render import print_json, speaks_unicode
-from mopefuse.errors import ConfigError, MopefuseError, ResourceError
+from mopefuse.errors import ConfigError, Interrupted, MopefuseError, ResourceError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
@@ -69,6 +69,8 @@ def main() -> None:
     except SystemExit as leaving:
         if isinstance(leaving.__context__, BrokenPipeError):  # typer makes it exit code 1
             _no_reader()
+        if leaving.code == 130:
+            _exit(Interrupted(2, "by Ctrl-C before there was anything to save", fix="run the command again"))
         if leaving.code == 2 and "--json" in sys.argv:
             message = "the command line cannot be read; stderr says why"
             body = {"code": "MF-USE-01", "exit": 2, "message": message, "where": "", "hint": "see mopefuse --help"}

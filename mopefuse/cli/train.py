@@ -80,6 +80,8 @@ def train(
     if resume and out is None:
         raise ConfigError(26, "--resume does not say which run", where="--resume", fix="add --out RUN")
     folder = RunFolder(out or default_path())
+    if resume and main is None and recipe is None and not folder.exists():
+        raise ConfigError(27, f"there is no run {folder.path}", where="--resume", fix="name the folder of a run")
     saved = folder.config() if resume and folder.exists() else None
     config = resolve(recipe=recipe, flags=flags, sets=set_ or (), saved=saved)
     if dry_run:
@@ -146,4 +148,5 @@ def _print_plan(found: Plan) -> None:
     parts.append(["in all", f"{found.total:,}", ""])
     console.print()
     table("parameters", ["part", "parameters", "share"], parts, bold=len(parts) - 2)
-    console.print(f"\nestimated memory of a training step: {found.memory / 2**30:.2f} GiB ({count(trainable)} trainable)")
+    memory = f"{found.memory / 2**20:,.0f} MiB ({count(trainable)} trainable; libraries not counted)"
+    console.print(f"\nestimated memory of a training step: {memory}")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mopefuse.config import RunConfig
 from mopefuse.data._base import Batch
 from mopefuse.encoders._base import Encoder, Inputs, Preprocess, run_frozen
-from mopefuse.errors import CheckpointError
+from mopefuse.errors import CheckpointError, DataError
 
 SIDES = ("main", "comp")
 
@@ -109,7 +109,17 @@ class Fusion(nn.Module):
         return {side: (self.encoder(side).modality, self.encoder(side).preprocess) for side in self.reads}
 
     def collate(self, images: Sequence[Image.Image], texts: Sequence[str]) -> Batch:
-        """Raw pairs to a batch on the model's device: each encoder's own preprocessing, no augmentation."""
+        """Raw pairs to a batch on the model's device: each encoder's own preprocessing, no augmentation.
+
+        Raises:
+            DataError: not as many images as texts, none, or something that is no image or no text.
+        """
+        if len(images) != len(texts) or not images:
+            raise DataError(17, f"{len(images)} images and {len(texts)} texts are no pairs", fix="give one text for each image")
+        for image, text in zip(images, texts, strict=True):
+            if not (isinstance(image, Image.Image) and isinstance(text, str)):
+                kinds = f"{type(image).__name__} and {type(text).__name__}"
+                raise DataError(18, f"a pair is a PIL image and a string, got {kinds}", fix="open images with PIL.Image.open")
         raw: dict[str, Sequence[Any]] = {"image": images, "text": texts}
         inputs: dict[str, Inputs] = {}
         for side, (modality, preprocess) in self.readers().items():
