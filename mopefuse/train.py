@@ -42,6 +42,7 @@ class Plan:
     labels: tuple[str, ...]
     multi_label: bool
     encoders: dict[str, str]
+    preprocess: dict[str, dict[str, Any]]  # by side: image size, most tokens of a text
     trainable: dict[str, int]  # by part
     total: int
     memory: int  # bytes, estimated for one training step
@@ -67,6 +68,7 @@ def plan(config: RunConfig) -> Plan:
         data.labels,
         data.multi_label,
         {side: str(model.encoder(side).spec) for side in model.uses},
+        {side: model.encoder(side).preprocess.describe() for side in model.uses},
         model.breakdown(),
         sum(parameter.numel() for parameter in model.parameters()),
         estimate_memory(model, data, config),

@@ -355,3 +355,20 @@ def test_doctor_tells_what_works_and_what_does_not(monkeypatch: pytest.MonkeyPat
     missing = "b (ModuleNotFoundError: No module named 'no_such_module')"
     for problem in ("a (exit code 3)", missing, "c (no answer in 1 seconds)"):
         assert f"problem: {problem}" in done.stdout
+
+
+def test_tensorboard_logs_into_a_new_run(pairs: Path, tmp_path: Path) -> None:
+    done = train(pairs, tmp_path / "run", "--tensorboard")
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_a_dry_run_says_what_encoders_see_and_what_would_be_trained(pairs: Path) -> None:
+    done = call("train", *TINY, "--data", pairs, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    seen = ("tiny:vision  (image, 16 x 16)", "tiny:text  (text, cut after 32 tokens)")
+    assert [line for line in (*seen, "prompt experts", "estimated memory") if line not in done.stdout] == []
+    found = said(call("train", *TINY, "--data", pairs, "--dry-run", "--json"))
+    assert found["ok"] is True
+    assert found["parameters"]["trainable"] == sum(found["parameters"]["by_part"].values())
+    assert not [value for value in found["config"]["prompts"].values() if value is None], "every default is written out"

@@ -18,13 +18,18 @@ def list_(
     if context.invoked_subcommand is not None:
         return
     from mopefuse.cli._render import out, print_json, table
-    from mopefuse.encoders.aliases import ALIASES, FAMILIES
+    from mopefuse.encoders.aliases import ALIASES, COMP_ONLY, FAMILIES
     from mopefuse.registry import ENCODERS, available, distribution
 
     found = available(ENCODERS)
     if json:
         schemes = [
-            {"scheme": name, "distribution": distribution(points[0]), "aliases": ALIASES.get(name, {})}
+            {
+                "scheme": name,
+                "distribution": distribution(points[0]),
+                "aliases": ALIASES.get(name, {}),
+                "comp_only": COMP_ONLY.get(name, ()),
+            }
             for name, points in found.items()
         ]
         print_json({"ok": True, "schemes": schemes})
@@ -32,8 +37,12 @@ def list_(
     rows = [[f"{name}:", distribution(points[0]), *FAMILIES.get(name, ("", ""))] for name, points in found.items()]
     table("schemes", ["scheme", "from", "main or comp", "comp only"], rows)
     print()
-    aliases = [[f"{scheme}:{short}", f"{scheme}:{full}"] for scheme, names in ALIASES.items() for short, full in names.items()]
-    table("aliases", ["alias", "stands for"], aliases)
+    aliases = [
+        [f"{scheme}:{short}", f"{scheme}:{full}", "comp" if short in COMP_ONLY.get(scheme, ()) else "main or comp"]
+        for scheme, names in ALIASES.items()
+        for short, full in names.items()
+    ]
+    table("aliases", ["alias", "stands for", "use"], aliases)
     out().print("\nmopefuse encoders inspect SPEC shows one; ?pretrained=false gives random weights without a network")
 
 

@@ -116,11 +116,13 @@ def _dry_run(config: RunConfig, *, json: bool) -> None:
 
 def _as_dict(found: Plan) -> dict[str, Any]:
     return {
+        "ok": True,
         "config": found.config.model_dump(mode="json"),
         "rows": found.rows,
         "labels": len(found.labels),
         "multi_label": found.multi_label,
         "encoders": found.encoders,
+        "preprocess": found.preprocess,
         "parameters": {
             "trainable": sum(found.trainable.values()),
             "total": found.total,
@@ -141,7 +143,7 @@ def _print_plan(found: Plan) -> None:
     kind = "multi-label" if found.multi_label else "single-label"
     console.print(f"data       {rows} rows; {len(found.labels)} labels, {kind}", markup=False)
     for side, spec in found.encoders.items():
-        console.print(f"{side:<10} {spec}", markup=False)
+        console.print(f"{side:<10} {spec}  ({_limits(found.preprocess[side])})", markup=False)
     trainable = sum(found.trainable.values())
     parts = [[part, f"{number:,}", f"{100 * number / found.total:.3f} %"] for part, number in found.trainable.items()]
     parts.append(["trainable", f"{trainable:,}", f"{100 * found.share:.3f} %"])
@@ -150,3 +152,10 @@ def _print_plan(found: Plan) -> None:
     table("parameters", ["part", "parameters", "share"], parts, bold=len(parts) - 2)
     memory = f"{found.memory / 2**20:,.0f} MiB ({count(trainable)} trainable; libraries not counted)"
     console.print(f"\nestimated memory of a training step: {memory}")
+
+
+def _limits(preprocess: dict[str, Any]) -> str:
+    """What an encoder sees of a sample; longer texts are cut."""
+    if "max_tokens" in preprocess:
+        return f"text, cut after {preprocess['max_tokens']} tokens"
+    return "image, " + " x ".join(str(side) for side in preprocess.get("size", ()))

@@ -32,6 +32,9 @@ ALIASES: dict[str, dict[str, str]] = {
     "tiny": {},
 }
 
+COMP_ONLY = {"timm": ("resnet50",)}
+"""Aliases of encoders that can only condition; all others can be main too."""
+
 FAMILIES: dict[str, tuple[str, str]] = {
     "timm": ("ViT, DeiT, Swin", "any other with a pooled feature, CNNs included"),
     "hf": ("BERT, RoBERTa, DistilBERT, MiniLM, ViT, DeiT, Swin, CLIP", "any other encoder with a pooled feature"),
