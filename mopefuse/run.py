@@ -199,6 +199,8 @@ class RunFolder:
 
     def rewind_log(self, step: int) -> None:
         """Forget what was logged after `step`, which a resumed run will log again."""
+        if not self.log_file.exists():
+            return
         kept = [line for line in self.read_log() if line["step"] <= step]
         write_atomically(self.log_file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
 

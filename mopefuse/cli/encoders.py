@@ -38,11 +38,11 @@ def list_(
     table("schemes", ["scheme", "from", "main or comp", "comp only"], rows)
     print()
     aliases = [
-        [f"{scheme}:{short}", f"{scheme}:{full}", "comp" if short in COMP_ONLY.get(scheme, ()) else "main or comp"]
+        [f"{scheme}:{short}", f"{scheme}:{full}{' (comp only)' if short in COMP_ONLY.get(scheme, ()) else ''}"]
         for scheme, names in ALIASES.items()
         for short, full in names.items()
     ]
-    table("aliases", ["alias", "stands for", "use"], aliases)
+    table("aliases", ["alias", "stands for"], aliases)
     out().print("\nmopefuse encoders inspect SPEC shows one; ?pretrained=false gives random weights without a network")
 
 
