@@ -13,28 +13,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
+from test_checkpoint import save, started
 
-from mopefuse.checkpoint import born, write_tensors
+from mopefuse.checkpoint import born
 from mopefuse.config import build_config
 from mopefuse.errors import CheckpointError, ConfigError
 from mopefuse.run import RunFolder
 
 CONFIG = build_config({"main": "tiny:vision", "comp": "tiny:text"})
 Write = Callable[[Path], None]
-
-
-def started(path: Path) -> RunFolder:
-    run = RunFolder(path)
-    run.prepare(resume=False, overwrite=False)
-    run.start(CONFIG, {"labels": ["a"]})
-    return run
-
-
-def save(run: RunFolder, step: int, *, best: bool = False) -> None:
-    run.save(step, lambda folder: write_tensors(folder / "weights.safetensors", {"step": torch.tensor(step)}), {})
-    if best:
-        run.set_best(step)
 
 
 # -- a run's folder

@@ -87,15 +87,18 @@ class Encoder(nn.Module):
         Raises:
             EncoderError: prompts for an encoder that has no layer to prompt.
         """
-        if prompt_at is not None and not self.widths:
-            raise EncoderError(
-                21, f"{self.spec} {self.why_not_main or 'has no layer to prompt'}", fix="use it as --comp instead"
-            )
+        if prompt_at is not None:
+            self.require_promptable(fix="use it as --comp instead")
         self._prompt_at = prompt_at
         try:
             return self._encode(inputs)
         finally:
             self._prompt_at = None
+
+    def require_promptable(self, *, fix: str) -> None:
+        """Raise an EncoderError that says why, if there is no layer to prompt."""
+        if not self.widths:
+            raise EncoderError(21, f"{self.spec} {self.why_not_main or 'has no layer to prompt'}", fix=fix)
 
     def forward(self, inputs: Inputs, prompt_at: PromptAt | None = None) -> Encoded:
         """Same as `encode`."""

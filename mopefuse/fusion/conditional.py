@@ -15,7 +15,7 @@ from torch import Tensor
 from mopefuse.config import Prompts, Router, RunConfig
 from mopefuse.data._base import Batch
 from mopefuse.encoders._base import Encoder
-from mopefuse.errors import ConfigError, EncoderError
+from mopefuse.errors import ConfigError
 from mopefuse.fusion._base import Fusion, Output
 from mopefuse.prompts.stack import PromptStack, with_lengths
 
@@ -46,7 +46,7 @@ class ConditionalFusion(Fusion):
     def __init__(self, config: RunConfig, encoders: Mapping[str, Encoder], num_labels: int) -> None:
         super().__init__(config, encoders)
         main, comp = self.encoder("main"), self.encoder("comp")
-        _require_promptable(main, "comp")
+        main.require_promptable(fix="use it as --comp instead")
         prompts = self.resolve(config).prompts
         assert prompts.init is not None
         self.stack = PromptStack(
@@ -67,7 +67,7 @@ class ConditionalFusion(Fusion):
                 fix="add dynamic or mapped prompts",
             )
         if config.comp_tuning.mode == "prompts":
-            _require_promptable(comp, "comp_tuning.mode=frozen")
+            comp.require_promptable(fix="use it as --comp_tuning.mode=frozen instead")
             static = Prompts(
                 static=config.comp_tuning.length,
                 dynamic=0,
@@ -125,10 +125,3 @@ def initial_bound(encoder: Encoder) -> float:
     if encoder.modality != "image":
         return 0.3
     return float((6 / (3 * encoder.patch_size**2 + encoder.widths[0])) ** 0.5)
-
-
-def _require_promptable(encoder: Encoder, instead: str) -> None:
-    if not encoder.widths:
-        raise EncoderError(
-            21, f"{encoder.spec} {encoder.why_not_main or 'has no layer to prompt'}", fix=f"use it as --{instead} instead"
-        )
