@@ -77,20 +77,42 @@ class CompTuning(Section):
 class Data(Section):
     """Where the samples are and how they are read."""
 
-    path: str | None = Field(None, description="folder with train.jsonl, val.jsonl and test.jsonl")
+    path: str | None = Field(None, description="folder with a table or a folder of images for each split, or one table")
+    image_roots: tuple[str, ...] = Field((), description="other folders that images may be in, by relative or absolute path")
+    text_col: str = Field("text", min_length=1, description="column with the text")
+    img_col: str = Field("img", min_length=1, description="column with the image's path")
+    label_col: str = Field("label", min_length=1, description="column with the label, or the list of labels")
+    id_col: str = Field("id", min_length=1, description="column with the id; rows without are numbered")
+    split_col: str | None = Field(None, description="column that names the split of a row, in data of one table")
+    label_sep: str | None = Field(None, min_length=1, description="what separates labels in a cell; makes data multi-label")
+    labels: str | None = Field(None, description="file with all labels, one a line; default: labels.txt, else train defines them")
+    val_fraction: float | None = Field(None, gt=0, lt=1, description="share of train held out as val, by class")
+    test_fraction: float | None = Field(None, gt=0, lt=1, description="share of train held out as test, by class")
+    shots: int | None = Field(None, ge=1, description="train on so many rows of each class")
+    fraction: float | None = Field(None, gt=0, le=1, description="train on this share of each class")
+    seed: int = Field(0, ge=0, lt=2**63, description="of what is held out or drawn, whatever the seed of the run")
+    on_bad: Literal["error", "skip"] = Field("error", description="what a bad row or image does: end the run, or be left out")
+    max_bad_fraction: float = Field(0.01, ge=0, lt=1, description="most rows of a split that may be skipped, as a share")
+    allow_missing_text: bool = Field(False, description="take a text that is null as empty")
+    strict: bool = Field(False, description="images or texts of train that are also in val or test are an error")
     workers: int = Field(0, ge=0, le=256, description="processes that read and prepare samples; 0 reads in the main process")
-    augment: Literal["none", "flip", "randaugment"] = Field("none", description="training images only")
+    augment: Literal["none", "flip", "randaugment", "crop"] = Field(
+        "none", description="training images only; crop: a random part of random size and shape, flipped at random"
+    )
     randaugment_ops: int = Field(2, ge=1, description="operations per image, with augment randaugment")
     randaugment_magnitude: int = Field(9, ge=0, le=30, description="strength, with augment randaugment")
-    cache_images: bool = Field(False, description="keep prepared images in memory; needs augment none")
+    crop_scale: float = Field(0.5, gt=0, le=1, description="least share of an image's area that augment crop keeps")
+    cache_images: bool = Field(False, description="keep decoded, resized images in one file, which all runs share")
     cache_features: bool = Field(True, description="compute what frozen encoders say of a sample once, where it cannot change")
     max_pixels: int = Field(50_000_000, ge=1, le=89_000_000, description="images with more pixels are refused unread")
     image_stats: Literal["encoder", "mmbt"] = Field("encoder", description="mean and deviation that images are normalised with")
 
     @model_validator(mode="after")
-    def _cache(self) -> Data:
-        if self.cache_images and self.augment != "none":
-            raise ValueError("cache_images keeps prepared images and cannot be used with augment")
+    def _one_subset(self) -> Data:
+        if self.shots is not None and self.fraction is not None:
+            raise ValueError("shots and fraction are two ways to say the same: set one")
+        if (self.val_fraction or 0) + (self.test_fraction or 0) >= 1:
+            raise ValueError("val_fraction and test_fraction leave nothing to train on")
         return self
 
 
@@ -113,6 +135,12 @@ class Train(Section):
     warmup: float = Field(0.0, ge=0, lt=1, description="share of training with a linear warm-up")
     evals_per_epoch: int = Field(1, ge=1, description="validations per epoch")
     patience: int | None = Field(None, ge=1, description="stop after this many validations without a better one")
+    class_weights: Literal["none", "balanced"] = Field(
+        "none", description="balanced: every class counts the same in the loss, however rare"
+    )
+    threshold: Annotated[float, Field(gt=0, lt=1)] | Literal["tuned"] = Field(
+        0.5, description="multi-label: probability from which a label is predicted; tuned: for each label on validation"
+    )
     select: Literal["best", "last"] = Field("best", description="which checkpoint is tested: best on validation, or last")
     checkpoint_every: int | None = Field(500, ge=1, description="also publish a checkpoint every so many steps")
     log_every: int = Field(20, ge=1, description="steps between lines of metrics.jsonl")

@@ -8,7 +8,7 @@ batch does not divide, which averaging over processes would get wrong.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -123,3 +123,19 @@ def from_main(value: Any) -> Any:
     values = [value]
     dist.broadcast_object_list(values)
     return values[0]
+
+
+def on_main(action: Callable[[], Any]) -> Any:
+    """Run `action` in the main process; what it returns or raises, every process returns or raises."""
+    outcome: Any = None
+    if is_main():
+        try:
+            outcome = (True, action())
+        except Exception as error:
+            if world_size() == 1:
+                raise
+            outcome = (False, error)
+    done, value = from_main(outcome)
+    if not done:
+        raise value
+    return value

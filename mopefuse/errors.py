@@ -130,3 +130,10 @@ def did_you_mean(name: str, known: Iterable[str], *, most: int = 3) -> str:
     if near:
         return f"did you mean {', '.join(near)}?"
     return f"there are {', '.join(names[:12])}{', …' if len(names) > 12 else ''}" if names else ""
+
+
+def data_error(code: str, what: str, *, where: str = "", fix: str = "") -> DataError:
+    """The error of a row or image that a code stands for, where only the code was kept."""
+    _, family, number = code.split("-")
+    kind = UnsafePathError if family == UnsafePathError.family else DataError
+    return kind(int(number), what, where=where, fix=fix)

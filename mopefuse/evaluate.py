@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,11 +15,12 @@ from torch import Tensor
 from mopefuse import device as devices
 from mopefuse import distributed, metrics
 from mopefuse.checkpoint import read_tensors, write_atomically
+from mopefuse.config import Data as DataConfig
 from mopefuse.config import RunConfig
 from mopefuse.data._base import DataSet, Split
 from mopefuse.data.collate import Samples, plain_batches
-from mopefuse.data.features import split_features
-from mopefuse.data.rows import load_data
+from mopefuse.data.features import fill, split_features
+from mopefuse.data.load import load_data
 from mopefuse.errors import CheckpointError, DataError, NumericError
 from mopefuse.fusion._base import Fusion, fresh_encoders
 from mopefuse.fusion.build import build_model
@@ -53,13 +55,29 @@ def evaluate(
     """
     folder = RunFolder(run)
     target = devices.resolve(device)
-    model, config, manifest = load_model(folder, checkpoint, target)
-    root = data or Path(config.data.path or "")
-    dataset = with_labels(load_data(root, require=(split,)), manifest, split)
-    return judge(run_split(model, dataset, split, config, target, advance=advance).logits_SN, dataset, split)
+    loaded = load_model(folder, checkpoint, target)
+    where = loaded.config.data if data is None else elsewhere(loaded.config.data, data)
+    dataset = with_labels(load_data(where, require=(split,), advance=advance), loaded.manifest, split)
+    said = run_split(loaded.model, dataset, split, loaded.config, target, advance=advance)
+    return judge(said.logits_SN, dataset, split, loaded.thresholds)
 
 
-def load_model(folder: RunFolder, checkpoint: str, device: torch.device) -> tuple[Fusion, RunConfig, dict[str, Any]]:
+def elsewhere(config: DataConfig, path: Path) -> DataConfig:
+    """How to read other data of the same kind: nothing is held out or drawn there."""
+    own = {"labels": None, "val_fraction": None, "test_fraction": None, "shots": None, "fraction": None}
+    return config.model_copy(update={"path": str(path), **own})
+
+
+class Loaded(NamedTuple):
+    """A trained model and what it was trained with."""
+
+    model: Fusion
+    config: RunConfig
+    manifest: dict[str, Any]
+    thresholds: metrics.Thresholds
+
+
+def load_model(folder: RunFolder, checkpoint: str, device: torch.device) -> Loaded:
     """The model of a run with the weights of one of its checkpoints, its configuration and its manifest.
 
     Raises:
@@ -68,9 +86,17 @@ def load_model(folder: RunFolder, checkpoint: str, device: torch.device) -> tupl
     config, manifest = folder.config(), folder.manifest()
     model = build_model(config, len(manifest["labels"]))
     check_encoders(model, manifest, where=str(folder.path))
-    path, _ = folder.checkpoint(checkpoint)
+    path, published = folder.checkpoint(checkpoint)
     model.load_own_state(read_tensors(path / "weights.safetensors"), where=str(path))
-    return model.to(device).eval(), config, manifest
+    return Loaded(model.to(device).eval(), config, manifest, thresholds_of(published, config))
+
+
+def thresholds_of(checkpoint: Mapping[str, Any], config: RunConfig) -> metrics.Thresholds:
+    """The thresholds that go with a checkpoint: those tuned when it was validated, or the one that is set."""
+    if config.train.threshold == "tuned":
+        tuned: list[float] | None = checkpoint["progress"].get("thresholds")
+        return metrics.THRESHOLD if tuned is None else tuned
+    return config.train.threshold
 
 
 def check_encoders(model: Fusion, manifest: dict[str, Any], *, where: str) -> None:
@@ -94,14 +120,14 @@ def with_labels(data: DataSet, manifest: dict[str, Any], split: str) -> DataSet:
         DataError: a label that it does not know, or a single label where it gives several.
     """
     labels = tuple(manifest["labels"])
-    unknown = sorted({label for row in data.splits[split].rows for label in row.labels} - set(labels))
+    unknown = sorted({label for row in data.splits[split].labels for label in row} - set(labels))
     if unknown:
         raise DataError(
             6, f"labels that the model does not know: {', '.join(unknown[:20])}", where=split, fix="evaluate on data it knows"
         )
     if data.multi_label != manifest["multi_label"]:
         raise DataError(5, "single labels and lists of labels do not fit", where=split, fix="write labels as in training")
-    return DataSet(data.root, data.splits, labels, data.multi_label)
+    return replace(data, labels=labels)
 
 
 class Said(NamedTuple):
@@ -135,8 +161,9 @@ def run_split(
     mine: dict[int, Tensor] = {}
     load_LK: Tensor | None = None
     for batch in samples.batches(keys, pin=device.type == "cuda"):
+        batch = fill(model, batch.to(device), config, device)
         with devices.autocast(config.train.precision, device):
-            output = model(batch.to(device))
+            output = model(batch)
         mine.update(zip(batch.index.tolist(), output.logits.float().cpu(), strict=True))
         if output.load_LK is not None:
             load_LK = output.load_LK.float().cpu() + (0 if load_LK is None else load_LK)
@@ -158,47 +185,74 @@ def run_split(
 
 
 def prepared(
-    model: Fusion, data: DataSet, split: str, config: RunConfig, device: torch.device, *, training: bool = False
+    model: Fusion,
+    data: DataSet,
+    split: str,
+    config: RunConfig,
+    device: torch.device,
+    *,
+    training: bool = False,
+    notice: Callable[[str], None] = lambda text: None,
+    reading: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Samples:
-    """The samples of a split for a model; features of frozen encoders that nothing can change are computed here, once."""
+    """The samples of a split for a model; what nothing can change is computed here, once, and kept for other runs.
+
+    Args:
+        notice: told what was kept or found. reading: told of what is being computed, how much is done, and of how much.
+    """
     features = {}
     for side in model.frozen if config.data.cache_features else ():
         encoder = model.encoder(side)
         if not (training and encoder.modality == "image" and config.data.augment != "none"):
-            features[side] = split_features(encoder, data, split, config, device)
-    return Samples(data, split, model.readers(), config.data, features=features, seed=config.seed, training=training)
+            told = partial(reading, f"{encoder.spec.name} on {split}")
+            features[side] = split_features(encoder, data, split, config, device, advance=told)
+            count = len(features[side].table_UC)
+            notice(f"{split}: {count:,} different {encoder.modality}s encoded once by {encoder.spec}, {features[side].origin}")
+    samples = Samples(data, split, model.readers(), config.data, features=features, seed=config.seed, training=training)
+    if config.data.cache_images:
+        told = partial(reading, f"decoding {split}")
+        if distributed.world_size() > 1:
+            distributed.on_main(lambda: samples.cache_images(told))
+        samples.cache_images(told)
+    return samples
 
 
-def split_metrics(logits_SN: Tensor, data: DataSet, split: str) -> dict[str, float]:
+def split_metrics(
+    logits_SN: Tensor, data: DataSet, split: str, thresholds: metrics.Thresholds = metrics.THRESHOLD
+) -> dict[str, float]:
     """Metrics from the logits of a split."""
-    return metrics.compute(logits_SN, _targets(data, split), multi_label=data.multi_label)
+    return metrics.compute(logits_SN, data.targets(split), multi_label=data.multi_label, thresholds=thresholds)
 
 
-def _targets(data: DataSet, split: str) -> Tensor:
-    return torch.stack([data.target(row) for row in data.splits[split].rows])
-
-
-def judge(logits_SN: Tensor, data: DataSet, split: str) -> Evaluation:
+def judge(
+    logits_SN: Tensor, data: DataSet, split: str, thresholds: metrics.Thresholds = metrics.THRESHOLD
+) -> Evaluation:
     """Metrics, table by label and prediction rows from the logits of a split."""
-    rows, targets = data.splits[split], _targets(data, split)
+    multi, targets = data.multi_label, data.targets(split)
     return Evaluation(
         split,
-        split_metrics(logits_SN, data, split),
-        metrics.per_label(logits_SN, targets, data.labels, multi_label=data.multi_label),
-        prediction_rows(logits_SN, rows, data.labels, multi_label=data.multi_label),
+        split_metrics(logits_SN, data, split, thresholds),
+        metrics.per_label(logits_SN, targets, data.labels, multi_label=multi, thresholds=thresholds),
+        prediction_rows(logits_SN, data.splits[split], data.labels, multi_label=multi, thresholds=thresholds),
     )
 
 
 def prediction_rows(
-    logits_SN: Tensor, split: Split, labels: Sequence[str], *, multi_label: bool
+    logits_SN: Tensor,
+    split: Split,
+    labels: Sequence[str],
+    *,
+    multi_label: bool,
+    thresholds: metrics.Thresholds = metrics.THRESHOLD,
 ) -> list[dict[str, Any]]:
     """``{"id", "label" | "labels", "probabilities": {label: p}, "true"}`` in the order of the split."""
     predictions: list[dict[str, Any]] = []
-    for row, p_N in zip(split.rows, metrics.probabilities(logits_SN, multi_label=multi_label).tolist(), strict=True):
+    p_SN = metrics.probabilities(logits_SN, multi_label=multi_label)
+    over_SN = metrics.over(p_SN, thresholds)  # before rounding
+    for row, p_N, over_N in zip(split.rows, p_SN.tolist(), over_SN.tolist(), strict=True):
         said = {label: round(p, 6) for label, p in zip(labels, p_N, strict=True)}
         if multi_label:
-            over = [label for label, p in zip(labels, p_N, strict=True) if p >= metrics.THRESHOLD]  # before rounding
-            chosen: dict[str, Any] = {"labels": over}
+            chosen: dict[str, Any] = {"labels": [label for label, yes in zip(labels, over_N, strict=True) if yes]}
         else:
             chosen = {"label": labels[p_N.index(max(p_N))]}
         true: Any = list(row.labels) if multi_label else row.labels[0]

@@ -5,6 +5,7 @@ Shapes: S samples of the split, N labels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,32 @@ from sklearn.metrics import f1_score, precision_recall_fscore_support
 from torch import Tensor
 
 THRESHOLD = 0.5
-"""Multi-label: a label is predicted from this probability on."""
+"""Multi-label: a label is predicted from this probability on, unless thresholds are given."""
+
+Thresholds = Sequence[float] | float
+
+
+def tuned_thresholds(logits_SN: Tensor, targets_SN: Tensor) -> list[float]:
+    """For each label the threshold with the best F1 on a split (the validation split), midway between two samples.
+
+    A label that the split does not have keeps 0.5.
+    """
+    found = []
+    for p_S, y_S in zip(probabilities(logits_SN, multi_label=True).double().T, targets_SN.T, strict=True):
+        p_S, order = p_S.sort(descending=True)
+        right_S = y_S[order].double().cumsum(0)
+        chosen_S = torch.arange(1, len(p_S) + 1, dtype=torch.double)
+        f1_S = 2 * right_S / (chosen_S + right_S[-1])
+        next_S = torch.cat([p_S[1:], p_S[-1:] * 0])
+        f1_S[p_S == next_S] = -1  # no threshold lies between equals
+        best = int(f1_S.argmax())
+        found.append(float((p_S[best] + next_S[best]) / 2) if right_S[-1] > 0 else THRESHOLD)
+    return found
+
+
+def over(probabilities_SN: Tensor, thresholds: Thresholds) -> Tensor:
+    """Which labels are predicted (S, N)."""
+    return probabilities_SN.double() >= torch.as_tensor(thresholds, dtype=torch.double)
 
 
 def probabilities(logits_SN: Tensor, *, multi_label: bool) -> Tensor:
@@ -26,7 +52,9 @@ def selected_metric(*, multi_label: bool) -> str:
     return "f1_macro" if multi_label else "accuracy"
 
 
-def compute(logits_SN: Tensor, targets: Tensor, *, multi_label: bool) -> dict[str, float]:
+def compute(
+    logits_SN: Tensor, targets: Tensor, *, multi_label: bool, thresholds: Thresholds = THRESHOLD
+) -> dict[str, float]:
     """Metrics of a split, each in 0..1, and the mean loss.
 
     F1 macro is over the labels that the split has (`absent_labels` counts the others), and 0 if it has none; F1 samples
@@ -34,7 +62,7 @@ def compute(logits_SN: Tensor, targets: Tensor, *, multi_label: bool) -> dict[st
     """
     logits_SN = logits_SN.float()
     if multi_label:
-        return _multi_label(logits_SN, targets)
+        return _multi_label(logits_SN, targets, thresholds)
     predicted, actual = logits_SN.argmax(dim=-1).numpy(), targets.numpy()
     present = np.unique(actual)
     return {
@@ -45,8 +73,8 @@ def compute(logits_SN: Tensor, targets: Tensor, *, multi_label: bool) -> dict[st
     }
 
 
-def _multi_label(logits_SN: Tensor, targets_SN: Tensor) -> dict[str, float]:
-    predicted = (probabilities(logits_SN, multi_label=True) >= THRESHOLD).int().numpy()
+def _multi_label(logits_SN: Tensor, targets_SN: Tensor, thresholds: Thresholds) -> dict[str, float]:
+    predicted = over(probabilities(logits_SN, multi_label=True), thresholds).int().numpy()
     actual = targets_SN.int().numpy()
     present = np.flatnonzero(actual.any(axis=0))
     empty = ~actual.any(axis=1)
@@ -62,10 +90,17 @@ def _multi_label(logits_SN: Tensor, targets_SN: Tensor) -> dict[str, float]:
     }
 
 
-def per_label(logits_SN: Tensor, targets: Tensor, labels: tuple[str, ...], *, multi_label: bool) -> list[dict[str, Any]]:
+def per_label(
+    logits_SN: Tensor,
+    targets: Tensor,
+    labels: tuple[str, ...],
+    *,
+    multi_label: bool,
+    thresholds: Thresholds = THRESHOLD,
+) -> list[dict[str, Any]]:
     """Precision, recall, F1 and support of each label."""
     if multi_label:
-        predicted = (probabilities(logits_SN, multi_label=True) >= THRESHOLD).int().numpy()
+        predicted = over(probabilities(logits_SN, multi_label=True), thresholds).int().numpy()
         scores = precision_recall_fscore_support(targets.int().numpy(), predicted, zero_division=0)
     else:
         scores = precision_recall_fscore_support(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,16 @@ from mopefuse.checkpoint import dump_json, read_json, write_atomically
 from mopefuse.config import RunConfig, build_config, merge, nested
 from mopefuse.data._base import DataSet
 from mopefuse.data.collate import Samples
-from mopefuse.data.rows import load_data
+from mopefuse.data.load import load_data
 from mopefuse.errors import ConfigError, DataError
 from mopefuse.evaluate import check_encoders
 from mopefuse.fusion._base import Fusion, fresh_encoders
 from mopefuse.fusion.build import build_model, full_specs
+from mopefuse.losses import classification_loss
 from mopefuse.optim import with_learning_rates
 from mopefuse.run import RunFolder
 from mopefuse.signals import StopRequest
-from mopefuse.trainer import Listener, Trainer, classification_loss
+from mopefuse.trainer import Listener, Trainer
 
 MAY_CHANGE = frozenset(
     "device data.path data.workers data.cache_images data.cache_features train.epochs train.max_steps train.patience "
@@ -59,7 +61,7 @@ def plan(config: RunConfig) -> Plan:
     Raises:
         MopefuseError: whatever training would refuse before its first step.
     """
-    data = _load(config)
+    data = _load(config, Listener())
     model = build_model(config, len(data.labels))
     config = _resolved(config, model)
     return Plan(
@@ -91,8 +93,8 @@ def train(
     distributed.start()
     folder = RunFolder(distributed.from_main(out))
     try:
-        _on_main(lambda: folder.prepare(resume=resume, overwrite=overwrite))
-        notice = _on_main(folder.lock)
+        distributed.on_main(lambda: folder.prepare(resume=resume, overwrite=overwrite))
+        notice = distributed.on_main(folder.lock)
         if notice:
             listener.notice(notice)
         try:
@@ -111,7 +113,7 @@ def _train(config: RunConfig, folder: RunFolder, listener: Listener, *, resume: 
         config, changed = resumed(folder.config(), config)
         for change in changed:
             listener.notice(f"changed: {change}")
-    data = _load(config)
+    data = _load(config, listener)
     model = build_model(config, len(data.labels)).to(device)
     config = model.config = _resolved(config, model)
     facts = _facts(config, data, model)
@@ -214,8 +216,8 @@ def estimate_memory(model: Fusion, data: DataSet, config: RunConfig) -> int:
     batch.
     """
     samples = Samples(data, "train", model.readers(), config.data, seed=config.seed)
-    rows = data.splits["train"].rows
-    longest = max(range(len(rows)), key=lambda index: len(rows[index].text))
+    lengths = [len(row.text) for row in data.splits["train"].rows]
+    longest = max(range(len(lengths)), key=lengths.__getitem__)
     batch = next(samples.batches([[(0, longest)]]))
     weights = {parameter.data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
@@ -233,10 +235,14 @@ def estimate_memory(model: Fusion, data: DataSet, config: RunConfig) -> int:
     return int(size + 3 * learning + sum(kept.values()) * per_process)
 
 
-def _load(config: RunConfig) -> DataSet:
-    if config.data.path is None:
-        raise ConfigError(8, "no data set was named", where="data.path", fix="add --data DIR")
-    return load_data(Path(config.data.path))
+def _load(config: RunConfig, listener: Listener) -> DataSet:
+    told = partial(listener.reading, "checking images")
+    if distributed.world_size() > 1:  # one process looks at the images, the others find the index
+        distributed.on_main(lambda: load_data(config.data, advance=told) and None)
+    data = load_data(config.data, advance=told)
+    for text in data.notices:
+        listener.notice(text)
+    return data
 
 
 def _resolved(config: RunConfig, model: Fusion) -> RunConfig:
@@ -273,18 +279,3 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
-
-def _on_main(action: Any) -> Any:
-    """Run `action` in the main process; what it returns or raises, every process returns or raises."""
-    outcome: Any = None
-    if distributed.is_main():
-        try:
-            outcome = (True, action())
-        except Exception as error:
-            if distributed.world_size() == 1:
-                raise
-            outcome = (False, error)
-    done, value = distributed.from_main(outcome)
-    if not done:
-        raise value
-    return value

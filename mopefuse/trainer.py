@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mopefuse import device as devices
@@ -23,9 +22,11 @@ from mopefuse.checkpoint import dump_json, read_tensors, write_atomically, write
 from mopefuse.config import RunConfig
 from mopefuse.data._base import Batch, DataSet
 from mopefuse.data.collate import Key, epoch_batches, seed_of, share
+from mopefuse.data.features import fill
 from mopefuse.errors import Interrupted, NumericError
-from mopefuse.evaluate import Evaluation, judge, prepared, run_split, split_metrics, write_predictions
+from mopefuse.evaluate import Evaluation, judge, prepared, run_split, split_metrics, thresholds_of, write_predictions
 from mopefuse.fusion._base import Fusion, Output
+from mopefuse.losses import balanced_weights, classification_loss
 from mopefuse.optim import factor, load_optimizer_state, make_optimizer, optimizer_state, set_learning_rate
 from mopefuse.prompts.experts import importance_loss
 from mopefuse.run import RunFolder
@@ -44,6 +45,7 @@ class Progress:
     best_step: int = 0
     waited: int = 0  # validations since the best
     seconds: float = 0.0
+    thresholds: list[float] | None = None  # tuned at the last validation
 
 
 class Listener:
@@ -51,6 +53,9 @@ class Listener:
 
     def notice(self, text: str) -> None:
         """Something worth a line."""
+
+    def reading(self, what: str, done: int, total: int) -> None:
+        """So much is done of something that is computed once and kept."""
 
     def step(self, progress: Progress, total: int, loss: float, lr: float) -> None:
         """An optimiser step was made."""
@@ -78,8 +83,13 @@ class Trainer:
         self.config, self.data, self.model, self.run, self.device, self.listener = (
             config, data, model, run, device, listener,
         )  # fmt: skip
-        self.train_samples = prepared(model, data, "train", config, device, training=True)
-        self.val_samples = prepared(model, data, "val", config, device)
+        told: dict[str, Any] = {"notice": listener.notice, "reading": listener.reading}
+        self.train_samples = prepared(model, data, "train", config, device, training=True, **told)
+        self.val_samples = prepared(model, data, "val", config, device, **told)
+        self.weights: Tensor | None = None
+        if config.train.class_weights == "balanced":
+            weights = balanced_weights(data.targets("train"), len(data.labels), multi_label=data.multi_label)
+            self.weights = weights.to(device)
         self.per_epoch = math.ceil(len(self.train_samples) / config.train.batch_size)
         self.total = min(config.train.epochs * self.per_epoch, config.train.max_steps or 10**18)
         self.eval_at = _evaluation_steps(self.total, self.per_epoch, config.train.evals_per_epoch)
@@ -137,7 +147,8 @@ class Trainer:
             if self._out_of_patience():
                 break
             self.model.train()
-            loss, lr = self._step(next(loader).to(self.device), global_batch)
+            batch = fill(self.model, next(loader).to(self.device), self.config, self.device)
+            loss, lr = self._step(batch, global_batch)
             self.progress.step += 1
             self.progress.seconds = time.perf_counter() - started
             self.listener.step(self.progress, self.total, loss, lr)
@@ -180,7 +191,8 @@ class Trainer:
         for part in parts:
             with devices.autocast(config.train.precision, self.device):
                 output = self._forward(part)
-            task = counts * classification_loss(output, part, multi_label=self.data.multi_label) / len(global_batch)
+            loss_of_part = classification_loss(output, part, multi_label=self.data.multi_label, weights=self.weights)
+            task = counts * loss_of_part / len(global_batch)
             balance = self._balance(output, counts, whole_LK)
             (task + balance).backward()
             loss += task.detach() + balance.detach() / (len(parts) * distributed.world_size())
@@ -241,7 +253,13 @@ class Trainer:
 
     def _validate(self) -> None:
         said = run_split(self.model, self.data, "val", self.config, self.device, samples=self.val_samples)
-        found = split_metrics(said.logits_SN, self.data, "val")
+        thresholds: metrics.Thresholds = metrics.THRESHOLD
+        if self.data.multi_label and self.config.train.threshold == "tuned":
+            self.progress.thresholds = metrics.tuned_thresholds(said.logits_SN, self.data.targets("val"))
+            thresholds = self.progress.thresholds
+        elif self.config.train.threshold != "tuned":
+            thresholds = self.config.train.threshold
+        found = split_metrics(said.logits_SN, self.data, "val", thresholds)
         routing = routing_statistics(said.load_LK) if said.load_LK is not None else None
         value = found[self.metric]
         best = not math.isnan(value) and (self.progress.best is None or value > self.progress.best)
@@ -267,12 +285,13 @@ class Trainer:
 
     def test(self) -> Evaluation | None:
         """Load the selected checkpoint and evaluate it on the test split, if there is one; predictions are written."""
-        path, _ = self.run.checkpoint(self.config.train.select)
+        path, published = self.run.checkpoint(self.config.train.select)
         self.model.load_own_state(read_tensors(path / "weights.safetensors"), where=str(path))
         if "test" not in self.data.splits:
             return None
-        said = run_split(self.model, self.data, "test", self.config, self.device)
-        found = judge(said.logits_SN, self.data, "test")
+        samples = prepared(self.model, self.data, "test", self.config, self.device, reading=self.listener.reading)
+        said = run_split(self.model, self.data, "test", self.config, self.device, samples=samples)
+        found = judge(said.logits_SN, self.data, "test", thresholds_of(published, self.config))
         if distributed.is_main():
             write_predictions(self.run.predictions_file, found.predictions)
         return found
@@ -306,15 +325,6 @@ def routing_statistics(load_LK: Tensor) -> dict[str, float]:
     entropy_L = -(share_LK * share_LK.clamp(min=1e-12).log()).sum(dim=-1) / max(math.log(experts), 1e-12)
     unused_L = (share_LK * experts < _UNUSED).float().mean(dim=-1)
     return {"entropy": float(entropy_L.mean()) if experts > 1 else 1.0, "unused_share": float(unused_L.mean())}
-
-
-def classification_loss(output: Output, batch: Batch, *, multi_label: bool) -> Tensor:
-    """Cross-entropy, or mean binary cross-entropy over labels, summed over the batch."""
-    assert batch.targets is not None
-    logits_BN = output.logits_BN.float()
-    if multi_label:
-        return F.binary_cross_entropy_with_logits(logits_BN, batch.targets, reduction="none").mean(dim=-1).sum()
-    return F.cross_entropy(logits_BN, batch.targets, reduction="sum")
 
 
 def _evaluation_steps(total: int, per_epoch: int, per_epoch_evaluations: int) -> set[int]:

@@ -260,6 +260,6 @@ def test_images_are_prepared_as_the_library_does(encoders: dict[str, Encoder], t
     random = torch.Generator().manual_seed(0)
     image = Image.fromarray(torch.randint(256, (50, 70, 3), generator=random, dtype=torch.uint8).numpy())
     theirs = transformers.ViTImageProcessor(size={"height": 32, "width": 32})(image, return_tensors="pt")["pixel_values"]
-    ours = encoder.preprocess.batch([encoder.preprocess.item(image)])["pixels"]
+    ours = encoder.preprocess.finish(encoder.preprocess.batch([encoder.preprocess.item(image)]))["pixels"]
     assert encoder.preprocess.describe()["interpolation"] == "bilinear"
     torch.testing.assert_close(ours, theirs, atol=0.02, rtol=0)  # a grey level of 255, after division by 0.5

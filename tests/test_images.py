@@ -46,7 +46,7 @@ def noise(width: int = 64, height: int = 48) -> Image.Image:
 
 def pixels(folder: Path, content: bytes, **options: Any) -> np.ndarray[Any, Any]:
     (folder / "image").write_bytes(content)
-    image = open_image(folder, "image", where="train.jsonl:1", **options)
+    image = open_image([folder], "image", where="train.jsonl:1", **options)
     assert image.mode == "RGB"
     return np.asarray(image)
 
@@ -55,7 +55,7 @@ def refused(folder: Path, relative: str = "image", content: bytes | None = None,
     if content is not None:
         (folder / relative).write_bytes(content)
     with pytest.raises(DataError) as caught:
-        open_image(folder, relative, where="train.jsonl:17, id 4411", **options)
+        open_image([folder], relative, where="train.jsonl:17, id 4411", **options)
     assert caught.value.where == "train.jsonl:17, id 4411"
     return caught.value
 
@@ -268,7 +268,7 @@ def test_links_inside_the_root_and_a_linked_root_are_fine(canary: Path) -> None:
     (canary / "link.png").symlink_to("inside.png")
     (canary.parent / "alias").symlink_to(canary)
     for root, name in ((canary, "link.png"), (canary.parent / "alias", "inside.png"), (canary, "./x/../inside.png")):
-        assert open_image(root, name, where="").size == (64, 48)
+        assert open_image([root], name, where="").size == (64, 48)
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "root", "empty"])
@@ -301,7 +301,7 @@ def test_any_path_is_inside_or_refused(tmp_path_factory: pytest.TempPathFactory,
     if not root.exists():
         root.mkdir()
         noise().save(root / "inside.png")
-    code = code_of(lambda: open_image(root, relative, where="here"))
+    code = code_of(lambda: open_image([root], relative, where="here"))
     assert code.startswith(("MF-DATA-", "MF-SEC-")) or (root / relative).resolve() == (root / "inside.png").resolve()
 
 
@@ -309,5 +309,5 @@ def test_any_path_is_inside_or_refused(tmp_path_factory: pytest.TempPathFactory,
 def test_any_bytes_are_an_image_or_a_data_error(tmp_path_factory: pytest.TempPathFactory, content: bytes, head: bytes) -> None:
     folder = tmp_path_factory.getbasetemp()
     (folder / "any").write_bytes(head + content)
-    code = code_of(lambda: open_image(folder, "any", where="here", max_pixels=10_000).getpixel((0, 0)))
+    code = code_of(lambda: open_image([folder], "any", where="here", max_pixels=10_000).getpixel((0, 0)))
     assert code in ("", "MF-DATA-12", "MF-DATA-13")

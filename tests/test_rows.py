@@ -13,12 +13,30 @@ import pytest
 from conftest import LABELS, code_of, make_pairs, write_rows
 from hypothesis import example, given
 from hypothesis import strategies as st
+from PIL import Image
 
-from mopefuse.data.rows import load_data, read_split
+from mopefuse.config import Data
+from mopefuse.data._base import DataSet, Split
+from mopefuse.data.load import load_data
 from mopefuse.encoders._preprocess import TextPreprocess
 from mopefuse.errors import DataError
 
 GOOD = {"id": "1", "text": "t", "img": "a.png", "label": "a"}
+
+
+def load(root: Path, **options: Any) -> DataSet:
+    """The data set of a folder, which has the image that `GOOD` names."""
+    if root.is_dir() and not (root / "a.png").exists():
+        Image.new("RGB", (4, 4)).save(root / "a.png")
+    return load_data(Data(path=str(root), **options))
+
+
+def read_split(path: Path, **options: Any) -> Split:
+    """A training split alone; ``b`` is a second label, so that there is something to learn."""
+    (path.parent / "labels.txt").write_text("a\nb\nx\n")
+    if not (path.parent / "a.png").exists():
+        Image.new("RGB", (4, 4)).save(path.parent / "a.png")
+    return load_data(Data(path=str(path.parent), **options), require=("train",)).splits["train"]
 
 
 def split(folder: Path, content: bytes | str) -> Path:
@@ -49,27 +67,27 @@ def folder_with(root: Path, train: list[Any], val: list[Any] | None = None) -> P
 
 
 def test_a_folder_is_read_as_written(pairs: Path, multi_pairs: Path) -> None:
-    single, multi = load_data(pairs), load_data(multi_pairs)
+    single, multi = load(pairs), load(multi_pairs)
     assert {name: len(part.rows) for name, part in single.splits.items()} == {"train": 12, "val": 6, "test": 7}
     assert (single.labels, single.multi_label, multi.labels, multi.multi_label) == (LABELS, False, LABELS, True)
     row = single.splits["val"].rows[4]
     assert (row.id, row.img, row.labels, row.line) == ("val-4", "images/val-4.png", ("b",), 5)
-    assert single.target(row).item() == 1
-    assert multi.target(multi.splits["train"].rows[4]).tolist() == [1.0, 0.0, 1.0]
+    assert single.targets("val")[4].item() == 1
+    assert multi.targets("train")[4].tolist() == [1.0, 0.0, 1.0]
 
 
 def test_a_row_without_labels_is_a_target_of_zeros(tmp_path: Path) -> None:
-    data = load_data(folder_with(tmp_path, [["a"], [], ["b", "b"]]))
-    assert [data.target(row).tolist() for row in data.splits["train"].rows] == [[1, 0], [0, 0], [0, 1]]
+    data = load(folder_with(tmp_path, [["a"], [], ["b", "b"]]))
+    assert data.targets("train").tolist() == [[1, 0], [0, 0], [0, 1]]
 
 
 def test_a_missing_folder_or_split_is_named_with_what_is_there(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no data folder"):
-        load_data(tmp_path / "nowhere")
+        load(tmp_path / "nowhere")
     write_rows(tmp_path / "train.jsonl", [GOOD])
     write_rows(tmp_path / "dev.jsonl", [GOOD])
     with pytest.raises(DataError, match="val split is missing") as caught:
-        load_data(tmp_path)
+        load(tmp_path)
     assert "dev.jsonl" in caught.value.fix
 
 
@@ -187,10 +205,10 @@ def test_other_formats_under_our_name_are_recognised(tmp_path: Path, content: by
 
 def test_a_label_that_training_does_not_know_is_counted(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"x \(2\), y \(1\)") as caught:
-        load_data(folder_with(tmp_path, ["a", "b"], ["x", "a", "y", "x"]))
+        load(folder_with(tmp_path, ["a", "b"], ["x", "a", "y", "x"]))
     assert caught.value.where == "val.jsonl"
     (tmp_path / "labels.txt").write_text("b\na\r\nx\ny\n")
-    assert load_data(tmp_path).labels == ("b", "a", "x", "y")
+    assert load(tmp_path).labels == ("b", "a", "x", "y")
 
 
 @pytest.mark.parametrize(
@@ -199,24 +217,24 @@ def test_a_label_that_training_does_not_know_is_counted(tmp_path: Path) -> None:
 def test_a_list_of_labels_that_cannot_be_meant_is_refused(tmp_path: Path, content: bytes, said: str) -> None:
     (folder_with(tmp_path, ["a", "b"]) / "labels.txt").write_bytes(content)
     with pytest.raises(DataError, match=said):
-        load_data(tmp_path)
+        load(tmp_path)
 
 
 def test_strings_and_lists_of_labels_do_not_mix(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="some labels are strings and some are lists") as caught:
-        load_data(folder_with(tmp_path, ["a", "b"], ["a", ["b"]]))
+        load(folder_with(tmp_path, ["a", "b"], ["a", ["b"]]))
     assert caught.value.where == "val.jsonl:2"
 
 
 @pytest.mark.parametrize("labels", [["a", "a"], [["a"], []], [[], []]])
 def test_one_class_is_nothing_to_learn(tmp_path: Path, labels: list[Any]) -> None:
     with pytest.raises(DataError, match="nothing to learn"):
-        load_data(folder_with(tmp_path, labels))
+        load(folder_with(tmp_path, labels))
 
 
 @pytest.mark.parametrize("label", ["日本", "עברית", "🙂", "<script>", "=1+1", "İ", " spaced "])
 def test_a_label_is_kept_to_the_letter(tmp_path: Path, label: str) -> None:
-    assert label in load_data(folder_with(tmp_path, ["a", label])).labels
+    assert label in load(folder_with(tmp_path, ["a", label])).labels
 
 
 # -- anything at all
@@ -231,7 +249,7 @@ _pieces = [line(), "{", "}", '"', "\ud800", "\n", "NaN", "[", "0"]
 def test_any_bytes_are_rows_or_a_data_error(tmp_path_factory: pytest.TempPathFactory, content: bytes | list[str]) -> None:
     raw = content if isinstance(content, bytes) else "".join(content).encode("utf-8", "surrogatepass")
     path = split(tmp_path_factory.getbasetemp(), raw)
-    assert re.fullmatch(r"|MF-DATA-\d+", code_of(lambda: read_split(path).rows[0]))
+    assert re.fullmatch(r"|MF-(DATA|SEC)-\d+", code_of(lambda: read_split(path).rows[0]))
 
 
 @pytest.mark.parametrize("field", ["text", "img", "label", "id"])
@@ -259,7 +277,7 @@ def test_a_text_is_made_readable_and_cut_before_it_is_tokenized(text: str, expec
 
 
 def test_a_data_set_made_twice_is_the_same(tmp_path: Path) -> None:
-    one, two = load_data(make_pairs(tmp_path / "one")), load_data(make_pairs(tmp_path / "two"))
+    one, two = load(make_pairs(tmp_path / "one")), load(make_pairs(tmp_path / "two"))
     assert one.fingerprint() == two.fingerprint()
     (tmp_path / "two" / "val.jsonl").open("a").write("\n")
-    assert one.fingerprint() != load_data(tmp_path / "two").fingerprint()
+    assert one.fingerprint() != load(tmp_path / "two").fingerprint()

@@ -31,7 +31,7 @@ def encoder_and_batch(spec: str) -> tuple[Encoder, Inputs]:
         lookup = {index: value for index, value in zip(*dq.handwriting("val")[:2], strict=True)}
         pixels = torch.tensor([[lookup[sample].tolist() for sample in four] for four in made.samples_N4]).numpy()
         values = [encoder.preprocess.item(Image.fromarray(image)) for image in dq.paint(pixels, made.colours_N4)]
-    return encoder, encoder.preprocess.batch(values)
+    return encoder, encoder.preprocess.finish(encoder.preprocess.batch(values))
 
 
 def prompts(encoder: Encoder, batch: int, length: int = 5) -> list[Tensor]:

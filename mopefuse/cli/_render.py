@@ -71,6 +71,11 @@ def count(number: int) -> str:
     return str(number)
 
 
+def size(length: int) -> str:
+    """1536 as 1.54 kB."""
+    return f"{count(length)}{'' if length >= 1000 else ' '}B"
+
+
 def duration(seconds: float) -> str:
     """75.2 as 1:15."""
     minutes, rest = divmod(round(seconds), 60)

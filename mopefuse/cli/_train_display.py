@@ -60,6 +60,16 @@ class Display(Listener):
         if not self.json and distributed.is_main():
             self.console.print(text, style="yellow", markup=False)
 
+    def reading(self, what: str, done: int, total: int) -> None:
+        """Move the bar, or print a line now and then, while something is computed that is kept."""
+        if not distributed.is_main() or self.json:
+            return
+        if self._bar is not None:
+            self._bar.update(self._task, description=what, completed=done, total=total)
+        elif time.monotonic() - self._told >= _LINE_EVERY:
+            self._told = time.monotonic()
+            self.console.print(f"{what}  {done}/{total}", markup=False)
+
     def step(self, progress: Progress, total: int, loss: float, lr: float) -> None:
         """Move the bar, or print a line now and then."""
         if self._writer_type is not None and self._writer is None and distributed.is_main():

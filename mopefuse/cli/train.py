@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mopefuse.cli import columns
+
 if TYPE_CHECKING:
     from mopefuse.config import RunConfig
     from mopefuse.train import Plan
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 def train(
     main: Annotated[str | None, typer.Option(help="Encoder that is prompted and classifies: timm:vit_base")] = None,
     comp: Annotated[str | None, typer.Option(help="Encoder that conditions the prompts: hf:bert-base")] = None,
-    data: Annotated[str | None, typer.Option(help="Folder with train.jsonl, val.jsonl and test.jsonl.")] = None,
+    data: Annotated[str | None, typer.Option(help="Folder with train, val and test (.jsonl, .csv, ...), or one table.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder to write; default runs/<date>-<time>.")] = None,
     method: Annotated[str | None, typer.Option(help="conditional, late-concat, main-only, comp-only.")] = None,
     recipe: Annotated[str | None, typer.Option(help="YAML file with settings; flags and --set win over it.")] = None,
@@ -39,6 +41,23 @@ def train(
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = None,
     precision: Annotated[str | None, typer.Option(help="auto, fp32 or bf16.")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes that read the data.")] = None,
+    text_col: columns.TextCol = None,
+    image_col: columns.ImageCol = None,
+    label_col: columns.LabelCol = None,
+    id_col: columns.IdCol = None,
+    split_col: columns.SplitCol = None,
+    label_sep: columns.LabelSep = None,
+    image_root: columns.ImageRoot = None,
+    labels: columns.Labels = None,
+    val_fraction: Annotated[float | None, typer.Option(help="Hold this share of train out as val.")] = None,
+    test_fraction: Annotated[float | None, typer.Option(help="Hold this share of train out as test.")] = None,
+    shots: Annotated[int | None, typer.Option(help="Train on so many rows of each class.")] = None,
+    fraction: Annotated[float | None, typer.Option(help="Train on this share of each class.")] = None,
+    on_bad: Annotated[str | None, typer.Option(help="Bad rows and images: error or skip.")] = None,
+    strict: Annotated[bool | None, typer.Option("--strict", help="Rows of train in val or test are an error.")] = None,
+    cache_images: Annotated[bool | None, typer.Option("--cache-images", help="Keep decoded images in one file.")] = None,
+    class_weights: Annotated[str | None, typer.Option(help="none, or balanced: rare classes count as much.")] = None,
+    threshold: Annotated[str | None, typer.Option(help="Multi-label: a probability, or tuned on validation.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, to the bit.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be trained, and stop.")] = False,
@@ -72,6 +91,25 @@ def train(
         "seed": seed,
         "device": device,
         "data.workers": workers,
+        "data.val_fraction": val_fraction,
+        "data.test_fraction": test_fraction,
+        "data.shots": shots,
+        "data.fraction": fraction,
+        "data.on_bad": on_bad,
+        "data.strict": strict,
+        "data.cache_images": cache_images,
+        "train.class_weights": class_weights,
+        "train.threshold": _number(threshold),
+        **columns.settings(
+            text=text_col,
+            image=image_col,
+            label=label_col,
+            identity=id_col,
+            split=split_col,
+            separator=label_sep,
+            roots=image_root,
+            labels=labels,
+        ),
     }
     from mopefuse.errors import ConfigError
     from mopefuse.recipe import resolve
@@ -95,6 +133,13 @@ def train(
     with Display(folder.path, json=json, tensorboard=tensorboard) as display:
         result = run_training(config, folder.path, resume=resume, overwrite=overwrite, listener=display)
     display.result(result)
+
+
+def _number(text: str | None) -> str | float | None:
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return text
 
 
 def _layers(text: str | None) -> str | list[int] | None:

@@ -1,19 +1,22 @@
 """Rows, splits and batches: what every reader produces and every fusion method takes.
 
-Shapes: B batch, N labels, C width of a pooled feature.
+Shapes: B batch, N labels, S samples of a split, C width of a pooled feature.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 SPLITS = ("train", "val", "test")
+Keys = NDArray[np.bytes_]
 
 
 @dataclass(frozen=True)
@@ -28,39 +31,71 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Problem:
+    """What is wrong with one row: the code of the error that it is, where, and what."""
+
+    code: str
+    where: str  # file:line, and the id where it is known
+    what: str
+    fix: str = ""
+    img: str = ""  # the image, where it is the image that is wrong
+
+    def __str__(self) -> str:
+        return f"{self.where}{':' if self.img else ''} {self.what}"
+
+
+@dataclass(frozen=True)
 class Split:
-    """The rows of one file, in its order."""
+    """The rows of one split, in the order of its file.
+
+    Args:
+        name: train, val or test. file: its file's name, for messages.
+        rows: as they are asked for; iterating reads each once.
+        labels: of each row, without reading it.
+        image_keys, text_keys: digests of what a row's image and text hold (S,): equal where these are.
+        hash: of everything that the split consists of, what was skipped included.
+        skipped: bad rows that were left out (`data.on_bad`).
+    """
 
     name: str
-    root: Path
-    rows: tuple[Row, ...]
-    sha256: str  # of the file
+    file: str
+    rows: Sequence[Row]
+    labels: Sequence[tuple[str, ...]]
+    image_keys: Keys
+    text_keys: Keys
+    hash: str
+    skipped: tuple[Problem, ...] = ()
 
-    @property
-    def file(self) -> str:
-        """The file's name, for messages."""
-        return f"{self.name}.jsonl"
+    def where(self, row: Row) -> str:
+        """File, line and id of a row, for messages."""
+        return f"{self.file}:{row.line}, id {row.id}"
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """The splits of one folder and the labels that its training split (or labels.txt) defines."""
+    """The splits of a data set and the labels that its training split (or a list of labels) defines."""
 
     root: Path
     splits: dict[str, Split]
     labels: tuple[str, ...]
     multi_label: bool
+    image_roots: tuple[Path, ...] = ()  # that images may be in, the root first
+    notices: tuple[str, ...] = ()  # what whoever uses it should know
 
     def fingerprint(self) -> dict[str, str]:
-        """sha256 of the file of each split."""
-        return {name: split.sha256 for name, split in self.splits.items()}
+        """Of each split: changes with any row, image or skipped row."""
+        return {name: split.hash for name, split in self.splits.items()}
 
-    def target(self, row: Row) -> Tensor:
-        """The label's index, or for multi-label data a float vector (N,) of zeros and ones."""
-        indices = [self.labels.index(label) for label in row.labels]
+    def targets(self, split: str) -> Tensor:
+        """Class indices (S,), or for multi-label data zeros and ones (S, N) as floats."""
+        number = {label: i for i, label in enumerate(self.labels)}
+        labels = self.splits[split].labels
         if not self.multi_label:
-            return torch.tensor(indices[0])
-        return torch.zeros(len(self.labels)).index_fill(0, torch.tensor(indices, dtype=torch.long), 1.0)
+            return torch.tensor([number[row[0]] for row in labels])
+        targets_SN = torch.zeros(len(labels), len(self.labels))
+        for sample, row in enumerate(labels):
+            targets_SN[sample, [number[label] for label in row]] = 1.0
+        return targets_SN
 
 
 @dataclass(frozen=True)

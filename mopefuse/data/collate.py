@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from mopefuse.config import Data as DataConfig
-from mopefuse.data._base import Batch, DataSet, Row
+from mopefuse.data._base import Batch, DataSet, Row, Split
 from mopefuse.data.images import open_image
+from mopefuse.data.pictures import Pictures, pictures
 from mopefuse.encoders._base import Preprocess
 from mopefuse.errors import MopefuseError, ResourceError
 
@@ -25,12 +26,19 @@ Key = tuple[int, int]  # (epoch, index)
 Readers = Mapping[str, tuple[str, Preprocess]]  # side -> (modality, preprocess)
 
 
+class Table(Protocol):
+    """Features by row: a tensor (S, C), or what looks like one."""
+
+    def __getitem__(self, index_B: Tensor) -> Tensor:
+        """(B, C)."""
+
+
 class Samples(Dataset[dict[str, Any]]):
     """Prepared samples of one split, by (epoch, index).
 
     Args:
         readers: the sides to prepare; a side whose features are known already is left out.
-        features: side to features (rows of the split, C) known already.
+        features: side to features known already.
         seed: of the augmentation.
         training: whether images are augmented.
     """
@@ -42,16 +50,21 @@ class Samples(Dataset[dict[str, Any]]):
         readers: Readers,
         config: DataConfig,
         *,
-        features: Mapping[str, Tensor] | None = None,
+        features: Mapping[str, Table] | None = None,
         seed: int = 0,
         training: bool = False,
     ) -> None:
-        self.data, self.split, self.config, self.seed = data, data.splits[split], config, seed
+        self.data, self.split, self.config, self.seed, self.training = data, data.splits[split], config, seed, training
         self.features = dict(features or {})
         self.readers = {side: reader for side, reader in readers.items() if side not in self.features}
-        self.targets = torch.stack([data.target(row) for row in self.split.rows])
-        self._augment = augmentation(config) if training else None
-        self._memory: dict[tuple[str, int], Any] = {}
+        self.targets = data.targets(split)
+        self.pictures: dict[str, Pictures] = {}
+
+    def cache_images(self, advance: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Read images decoded and resized from one file from now on; see `mopefuse.data.pictures`."""
+        for side, (modality, preprocess) in self.readers.items():
+            if modality == "image":
+                self.pictures[side] = pictures(self.data, self.split, preprocess, self.config, advance=advance)
 
     def __len__(self) -> int:
         return len(self.split.rows)
@@ -59,29 +72,28 @@ class Samples(Dataset[dict[str, Any]]):
     def __getitem__(self, key: Key) -> dict[str, Any]:
         epoch, index = key
         try:
-            return {"index": index} | {side: self._prepared(side, epoch, index) for side in self.readers}
+            unread = [side for side in self.readers if side not in self.pictures]
+            row = self.split.rows[index] if unread else None
+            return {"index": index} | {side: self._prepared(side, epoch, index, row) for side in self.readers}
         except MopefuseError as error:  # a worker would turn it into text; as a value it arrives whole
             return {"error": error}
 
-    def _prepared(self, side: str, epoch: int, index: int) -> Any:
-        if (side, index) in self._memory:
-            return self._memory[side, index]
+    def _prepared(self, side: str, epoch: int, index: int, row: Row | None) -> Any:
         modality, preprocess = self.readers[side]
-        item = preprocess.item(self._value(modality, epoch, index))
-        if modality == "text" or self.config.cache_images:
-            self._memory[side, index] = item
-        return item
+        if side in self.pictures:
+            reduced: Any = self.pictures[side][index]
+        else:
+            assert row is not None
+            reduced = preprocess.reduce(row.text if modality == "text" else read_image(self.data, self.split, row, self.config))
+        if modality == "image" and self.training and self.config.augment != "none":
+            reduced = self._augmented(reduced, preprocess, epoch, index)
+        return preprocess.ready(reduced)
 
-    def _value(self, modality: str, epoch: int, index: int) -> Any:
-        row = self.split.rows[index]
-        if modality == "text":
-            return row.text
-        image = read_image(self.data, self.split.file, row, self.config)
-        if self._augment is None:
-            return image
+    def _augmented(self, reduced: Any, preprocess: Preprocess, epoch: int, index: int) -> Any:
+        change = augmentation(self.config, preprocess.describe()["size"])
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
-            return self._augment(image)
+            return np.asarray(change(Image.fromarray(reduced)))
 
     def batch(self, items: Sequence[dict[str, Any]]) -> Batch | MopefuseError:
         """Prepared samples as one batch, or the error of one of them."""
@@ -89,9 +101,7 @@ class Samples(Dataset[dict[str, Any]]):
             if "error" in item:
                 return cast(MopefuseError, item["error"])
         index = torch.tensor([item["index"] for item in items], dtype=torch.long)
-        inputs = {
-            side: preprocess.batch([item[side] for item in items]) for side, (_, preprocess) in self.readers.items()
-        }
+        inputs = {side: preprocess.batch([item[side] for item in items]) for side, (_, preprocess) in self.readers.items()}
         features = {side: table[index] for side, table in self.features.items()}
         return Batch(inputs, features, self.targets[index], index)
 
@@ -133,20 +143,26 @@ def _leave_signals_to_the_main_process(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def read_image(data: DataSet, file: str, row: Row, config: DataConfig) -> Image.Image:
+def read_image(data: DataSet, split: Split, row: Row, config: DataConfig) -> Image.Image:
     """The image of a row; a DataError names file, line and id."""
-    return open_image(data.root, row.img, where=f"{file}:{row.line}, id {row.id}", max_pixels=config.max_pixels)
+    return open_image(data.image_roots, row.img, where=split.where(row), max_pixels=config.max_pixels)
 
 
-def augmentation(config: DataConfig) -> Callable[[Image.Image], Image.Image] | None:
-    """What `data.augment` does to a training image; it draws from torch's global generator."""
-    if config.augment == "none":
-        return None
-    change: Callable[[Image.Image], Image.Image] = (
-        v2.RandomHorizontalFlip()
-        if config.augment == "flip"
-        else v2.RandAugment(config.randaugment_ops, config.randaugment_magnitude)
-    )
+def augmentation(config: DataConfig, size: tuple[int, int]) -> Callable[[Image.Image], Image.Image]:
+    """What `data.augment` does to a training image; it draws from torch's global generator.
+
+    Args:
+        size: (height, width) in pixels of what the encoder sees.
+    """
+    changes: dict[str, Callable[[], Any]] = {
+        "none": v2.Identity,
+        "flip": v2.RandomHorizontalFlip,
+        "randaugment": lambda: v2.RandAugment(config.randaugment_ops, config.randaugment_magnitude),
+        "crop": lambda: v2.Compose(
+            [v2.RandomResizedCrop(size, scale=(config.crop_scale, 1.0), antialias=True), v2.RandomHorizontalFlip()]
+        ),
+    }
+    change: Callable[[Image.Image], Image.Image] = changes[config.augment]()
     return change
 
 

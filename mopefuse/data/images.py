@@ -2,52 +2,93 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 import stat
+import time
 import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image, ImageOps
 
-from mopefuse.errors import DataError, UnsafePathError
+from mopefuse.errors import DataError, MopefuseError, UnsafePathError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+_LOOKS_LIKE = {
+    b"<!doctype": "HTML",
+    b"<html": "HTML",
+    b"<svg": "SVG",
+    b"<?xml": "XML",
+    b"%pdf": "PDF",
+    b"%!ps": "PostScript",
+    b"8bps": "PSD",
+    b"simple  =": "FITS",
+    b"ii*\0": "TIFF",
+    b"mm\0*": "TIFF",
+}
+
+# Of odd metadata, which pixels do not need, and of large images, which we refuse ourselves. A filter of the whole
+# process, as those that are set and reset are not safe when several threads read images.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-def open_image(root: Path, relative: str, *, where: str, max_pixels: int = 50_000_000) -> Image.Image:
+def open_image(roots: Sequence[Path], relative: str, *, where: str, max_pixels: int = 50_000_000) -> Image.Image:
     """The image as upright RGB: EXIF orientation applied, transparency over white, first frame of an animation.
 
     Args:
+        roots: folders that it may be in; see `contained`.
         where: file and line of the row, for the message.
         max_pixels: refused from the header, before anything is decoded.
 
     Raises:
-        DataError: a path outside `root`, not a regular file, not an image of `FORMATS`, too large, or cut short.
+        DataError: a path outside `roots`, not a regular file, not an image of `FORMATS`, too large, or cut short.
     """
-    path = contained(root, relative, where=where)
+    path = contained(roots, relative, where=where)
+    return _decoded(_content(path, relative, where), relative, where=where, max_pixels=max_pixels)[0]
+
+
+def _content(path: Path, relative: str, where: str) -> bytes:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of odd metadata, which pixels do not need
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
-                if image.width * image.height > max_pixels:
-                    raise DataError(
-                        12,
-                        f"{relative} has {image.width} x {image.height} pixels, more than {max_pixels:,}",
-                        where=where,
-                        fix="shrink it, or raise data.max_pixels",
-                    )
-                return upright_rgb(image)
+        return path.read_bytes()
+    except OSError as error:
+        fix = "make it readable"
+        raise DataError(13, f"{relative} cannot be read: {error.strerror}", where=where, fix=fix) from None
+
+
+def _decoded(
+    content: bytes, relative: str, *, where: str, max_pixels: int, glance: bool = False
+) -> tuple[Image.Image, tuple[int, int]]:
+    """An image as upright RGB, and its (width, height) as stored.
+
+    Args:
+        glance: only find out whether it can be decoded: of a JPEG every byte is read, but only an eighth of the size is
+            computed, which takes a fraction of the time.
+    """
+    try:
+        image: Image.Image = Image.open(io.BytesIO(content), formats=FORMATS)
+        size = image.size
+        if size[0] * size[1] > max_pixels:
+            what = f"{relative} has {size[0]} x {size[1]} pixels, more than {max_pixels:,}"
+            raise DataError(12, what, where=where, fix="shrink it, or raise data.max_pixels")
+        if not glance:
+            return upright_rgb(image), size
+        image.draft(None, (size[0] // 8, size[1] // 8))
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        return image, size
     except DataError:
         raise
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+    except Image.DecompressionBombError:
         raise DataError(12, f"{relative} has too many pixels", where=where, fix="shrink it") from None
     except MemoryError:
         raise
     except Exception as error:  # decoders raise whatever they please on damaged files
-        raise DataError(
-            13, f"{relative} is not a readable image ({_looks_like(path, error)})", where=where, fix="replace or remove it"
-        ) from None
+        what = f"{relative} is not a readable image ({_looks_like(content, error)})"
+        raise DataError(13, what, where=where, fix="replace or remove it") from None
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
@@ -62,26 +103,17 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def _leaves_root(where: str) -> UnsafePathError:
-    return UnsafePathError(
-        1, "the image path leaves the image root", where=where, fix="use a path relative to the data folder"
-    )
+    fix = "use a path relative to the data folder, or allow its folder with --image-root"
+    return UnsafePathError(1, "the image path leaves the image root", where=where, fix=fix)
 
 
-def contained(root: Path, relative: str, *, where: str) -> Path:
-    """The file `relative` to `root`, which it must not leave.
+def contained(roots: Sequence[Path], relative: str, *, where: str) -> Path:
+    """The file that a path means: relative to the first of `roots` that has it, or absolute inside one of the others.
 
     Raises:
-        UnsafePathError: the path is absolute, a URL, or leads out of `root`. DataError: it is not a regular file.
+        UnsafePathError: the path is a URL or leads out of every root. DataError: it is not a regular file.
     """
-    if "\0" in relative or "://" in relative or relative.startswith(("/", "\\", "~")) or relative[1:2] == ":":
-        raise _leaves_root(where)
-    base = root.resolve()
-    try:
-        path = (base / relative).resolve()
-    except (OSError, RuntimeError, ValueError):  # links that go round in circles, half a character
-        raise DataError(11, f"image not found: {relative}", where=where, fix="add the file") from None
-    if not path.is_relative_to(base):
-        raise _leaves_root(where)
+    path = _place(roots, relative, where)
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError):
@@ -89,6 +121,21 @@ def contained(root: Path, relative: str, *, where: str) -> Path:
     if not stat.S_ISREG(mode):
         raise DataError(15, f"{relative} is not a regular file", where=where, fix="name an image file")
     return path
+
+
+def _place(roots: Sequence[Path], relative: str, where: str) -> Path:
+    if "\0" in relative or "://" in relative or relative.startswith(("\\", "~")) or relative[1:2] == ":":
+        raise _leaves_root(where)
+    bases = [root.resolve() for root in roots]
+    absolute = relative.startswith("/")
+    allowed = bases[1:] if absolute else bases
+    try:
+        places = [path.resolve() for path in ([Path(relative)] if absolute else [base / relative for base in bases])]
+    except (OSError, RuntimeError, ValueError):  # links that go round in circles, half a character
+        raise DataError(11, f"image not found: {relative}", where=where, fix="add the file") from None
+    if not all(any(path.is_relative_to(base) for base in allowed) for path in places):
+        raise _leaves_root(where)
+    return next((path for path in places[:-1] if os.path.exists(path)), places[-1])
 
 
 def _other_case(path: Path) -> str:
@@ -100,24 +147,93 @@ def _other_case(path: Path) -> str:
     return f"the folder has {alike[0]}: mind upper and lower case" if alike else ""
 
 
-def _looks_like(path: Path, error: Exception) -> str:
-    try:
-        with path.open("rb") as file:
-            head = file.read(64).lstrip().lower()
-    except OSError as unreadable:
-        return unreadable.strerror or "it cannot be opened"
+def _looks_like(content: bytes, error: Exception) -> str:
+    head = content[:64].lstrip().lower()
     if not head:
         return "it is empty"
-    for start, name in {
-        b"<!doctype": "HTML",
-        b"<html": "HTML",
-        b"<svg": "SVG",
-        b"<?xml": "XML",
-        b"%pdf": "PDF",
-        b"8bps": "PSD",
-        b"ii*\0": "TIFF",
-        b"mm\0*": "TIFF",
-    }.items():
+    for start, name in _LOOKS_LIKE.items():
         if head.startswith(start):
             return f"looks like {name}; enabled are {', '.join(FORMATS)}"
     return str(error).split("'")[0].strip().rstrip(".") or type(error).__name__
+
+
+# -- looking at many, without keeping any
+
+
+class Look(NamedTuple):
+    """What is known of an image file."""
+
+    size: int = -1  # bytes; -1 for what is no file
+    mtime: int = 0  # ns
+    width: int = 0
+    height: int = 0
+    animated: bool = False
+    milliseconds: int = 0  # that decoding took
+    digest: bytes = b""  # of its content, 16 bytes
+    code: str = ""  # of the error that it is, if it is one
+    what: str = ""
+    fix: str = ""
+
+
+def look_at(
+    roots: Sequence[Path],
+    names: Sequence[str],
+    *,
+    max_pixels: int,
+    known: Mapping[str, Look] | None = None,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Look]:
+    """Read and decode images with all processors; those that did not change since they were `known` are not read again.
+
+    Args:
+        advance: told of (images looked at, images to look at).
+    """
+    known = known or {}
+    looks = {name: known[name] for name in names if name in known and _unchanged(roots, name, known[name])}
+    rest = [name for name in names if name not in looks]
+    with ThreadPoolExecutor(processors()) as pool:  # decoders let other threads run
+        for start in range(0, len(rest), 512):
+            futures = [pool.submit(_look, roots, name, max_pixels) for name in rest[start : start + 512]]
+            for done, future in enumerate(as_completed(futures), start=start + 1):
+                name, look = future.result()
+                looks[name] = look
+                advance(done, len(rest))
+    return looks
+
+
+def processors() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _unchanged(roots: Iterable[Path], name: str, look: Look) -> bool:
+    for root in roots:
+        try:
+            now = os.stat(f"{root}/{name}" if not name.startswith("/") else name)
+        except (OSError, ValueError):
+            continue
+        return now.st_size == look.size and now.st_mtime_ns == look.mtime
+    return False
+
+
+def _look(roots: Sequence[Path], name: str, max_pixels: int) -> tuple[str, Look]:
+    look = Look()
+    try:
+        path = contained(roots, name, where="")
+        status = path.stat()
+        look = look._replace(size=status.st_size, mtime=status.st_mtime_ns)
+        content = _content(path, name, "")
+        look = look._replace(digest=hashlib.blake2b(content, digest_size=16).digest())
+        began = time.perf_counter()
+        image, (width, height) = _decoded(content, name, where="", max_pixels=max_pixels, glance=True)
+        took = round(1000 * (time.perf_counter() - began))
+        return name, look._replace(width=width, height=height, animated=_animated(image), milliseconds=took)
+    except MopefuseError as error:
+        return name, look._replace(code=error.code, what=error.what, fix=error.fix)
+
+
+def _animated(image: Image.Image) -> bool:
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except Exception:  # a damaged second frame, which nobody looks at
+        return True

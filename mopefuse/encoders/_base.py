@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
@@ -43,10 +43,19 @@ class Preprocess(Protocol):
     """How raw values of one modality become an encoder's input: its own size, statistics, tokenizer."""
 
     def item(self, value: Any) -> Any:
-        """One raw value, prepared alone (in a data worker): an image to a (3, H, W) tensor, a text to a cut text."""
+        """One raw value, prepared alone (in a data worker): `ready` of `reduce`."""
+
+    def reduce(self, value: Any) -> Any:
+        """The part of `item` that never changes and may be kept: an image resized, as an array of 8 bits, a text cut."""
+
+    def ready(self, reduced: Any) -> Any:
+        """The rest of `item`, after augmentation: an image cropped."""
 
     def batch(self, items: Sequence[Any]) -> Inputs:
         """Prepared values of a batch as the tensors that `Encoder.encode` takes, first dimension B."""
+
+    def finish(self, inputs: Mapping[str, Tensor]) -> Inputs:
+        """What is left to do where the encoder is, by `Encoder.encode`: 8-bit pixels to normalised floats."""
 
     def describe(self) -> dict[str, Any]:
         """Plain values for `encoders inspect` and for exported artefacts."""
@@ -91,7 +100,7 @@ class Encoder(nn.Module):
             self.require_promptable(fix="use it as --comp instead")
         self._prompt_at = prompt_at
         try:
-            return self._encode(inputs)
+            return self._encode(self.preprocess.finish(inputs))
         finally:
             self._prompt_at = None
 
@@ -122,14 +131,22 @@ class Encoder(nn.Module):
         return super().train(mode and self.tuned)
 
     def fingerprint(self) -> str:
-        """16 hex digits that change with the name, shape, type, or a sample of the values of any weight."""
+        """16 hex digits that change with the name, shape or type of any weight and with any one value."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.state_dict().items()):
             flat = tensor.detach().reshape(-1)
             picked = flat[:: max(1, flat.numel() // 4096)].cpu()
-            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}{_sum_of_bits(flat)}".encode())
             digest.update(picked.double().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+
+def _sum_of_bits(flat: Tensor) -> int:
+    """All values as whole numbers, added: changes with any one of them, on any device alike."""
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(flat.element_size())
+    if flat.dtype == torch.bool or whole is None:
+        return int(flat.double().sum())
+    return int(flat.contiguous().view(whole).sum(dtype=torch.int64))
 
 
 def create_encoder(text: str) -> Encoder:
@@ -164,3 +181,22 @@ def run_frozen(encoder: Encoder, inputs: Inputs) -> Encoded:
     """A forward pass without prompts and without a graph, as psi of a frozen complementary encoder is computed."""
     with torch.no_grad():
         return encoder.encode(inputs)
+
+
+def run_alone(encoder: Encoder, inputs: Inputs) -> Tensor:
+    """Pooled features (B, C) of a frozen encoder, each sample by itself and without padding.
+
+    Kernels round differently for batches of other shapes, so only this gives a sample the same bits in every batch; it
+    is the form that is cached. On a GPU, where it would be slow and bits are not promised, it is one batch.
+    """
+    first = next(iter(inputs.values()))
+    if first.device.type != "cpu":
+        return run_frozen(encoder, inputs).pooled_BC
+    rows = []
+    for number in range(len(first)):
+        one = {name: tensor[number : number + 1] for name, tensor in inputs.items()}
+        if "mask" in one:
+            real = one["mask"][0]
+            one = {name: tensor[:, real] for name, tensor in one.items()}
+        rows.append(run_frozen(encoder, one).pooled_BC)
+    return torch.cat(rows)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
@@ -22,6 +24,8 @@ _UNREADABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 class ImagePreprocess:
     """Resize (shorter side to `resize`, or both sides when it is a pair), centre crop to `size`, scale, normalise.
 
+    Augmentation has its place after `reduce` and before `ready`.
+
     Args:
         size: (height, width) in pixels of what the encoder sees.
         mean, std: per channel, of values scaled to 0..1.
@@ -35,30 +39,39 @@ class ImagePreprocess:
     interpolation: str = "bicubic"
 
     def item(self, value: Image.Image) -> Tensor:
-        """An RGB image to a float (3, H, W) tensor."""
-        return self.normalise(self.crop(value))
+        """An image to a (H, W, 3) tensor of 8 bits, which batches small; `finish` normalises it where the encoder is."""
+        return self.ready(self.reduce(value))
 
-    def crop(self, value: Image.Image) -> Image.Image:
-        """The image at the size that the encoder sees, still 8 bits per channel; augmentation replaces this step."""
+    def reduce(self, value: Image.Image) -> NDArray[np.uint8]:
+        """All of an image that any crop of it needs, resized: what can be kept on disk. (h, w, 3), not yet cropped."""
         image, size = value.convert("RGB"), [self.resize] if isinstance(self.resize, int) else list(self.resize)
         if isinstance(self.resize, int) and max(image.size) > _MOST_RATIO * min(image.size):
             # A strip would grow to gigabytes when its short side is scaled up; only its middle is ever seen.
             most = _MOST_RATIO * min(image.size)
             image = TF.center_crop(image, [min(image.height, most), min(image.width, most)])
-        resized = TF.resize(image, size, v2.InterpolationMode(self.interpolation), antialias=True)
-        cropped = TF.center_crop(resized, list(self.size))
-        assert isinstance(cropped, Image.Image)
-        return cropped
+        return np.asarray(TF.resize(image, size, v2.InterpolationMode(self.interpolation), antialias=True))
 
-    def normalise(self, value: Image.Image) -> Tensor:
-        """An image of the right size to a normalised float tensor."""
-        scaled = TF.to_dtype(TF.pil_to_tensor(value), torch.float32, scale=True)
-        normalised: Tensor = TF.normalize(scaled, list(self.mean), list(self.std))
-        return normalised
+    def ready(self, reduced: NDArray[np.uint8]) -> Tensor:
+        """The centre of what `reduce` gave, perhaps augmented since, at the size that the encoder sees."""
+        (height, width), (h, w) = self.size, reduced.shape[:2]
+        if h < height or w < width:
+            reduced = np.asarray(TF.center_crop(Image.fromarray(reduced), [height, width]))  # pads with black
+            h, w = height, width
+        top, left = round((h - height) / 2), round((w - width) / 2)
+        return torch.from_numpy(np.array(reduced[top : top + height, left : left + width]))
 
     def batch(self, items: Sequence[Tensor]) -> dict[str, Tensor]:
-        """``{"pixels": (B, 3, H, W)}``."""
+        """``{"pixels": (B, H, W, 3)}`` of 8 bits."""
         return {"pixels": torch.stack(list(items))}
+
+    def finish(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``{"pixels": (B, 3, H, W)}``, floats, normalised; those that are floats already stay as they are."""
+        pixels = inputs["pixels"]
+        if pixels.dtype != torch.uint8:
+            return dict(inputs)
+        scaled = TF.to_dtype(pixels.permute(0, 3, 1, 2).contiguous(), torch.float32, scale=True)
+        normalised: Tensor = TF.normalize(scaled, list(self.mean), list(self.std), inplace=True)
+        return {**inputs, "pixels": normalised}
 
     def describe(self) -> dict[str, Any]:
         """Sizes in pixels, statistics of values in 0..1."""
@@ -90,12 +103,24 @@ class TextPreprocess:
 
     def item(self, value: str) -> str:
         """A text that any tokenizer takes: lone surrogates and control characters become U+FFFD."""
+        return self.reduce(value)
+
+    def reduce(self, value: str) -> str:
+        """All of a text that can matter: cut in characters before it is tokenized, and made readable."""
         return _UNREADABLE.sub("\ufffd", value[: _CHARACTERS_PER_TOKEN * self.max_tokens])
+
+    def ready(self, reduced: str) -> str:
+        """The text as it is; tokens are made of a whole batch."""
+        return reduced
 
     def batch(self, items: Sequence[str]) -> dict[str, Tensor]:
         """``{"ids": (B, L), "mask": (B, L)}``, padded to the longest text of the batch."""
         ids, mask = self.tokenize(list(items), self.max_tokens)
         return {"ids": ids, "mask": mask.bool()}
+
+    def finish(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tokens as they are."""
+        return dict(inputs)
 
     def describe(self) -> dict[str, Any]:
         """The tokenizer's name and the most tokens of one text."""

@@ -1,0 +1,210 @@
+"""A data set from what `data` of a configuration says: splits, labels, what is held out, drawn or skipped."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mopefuse import cache
+from mopefuse.config import Data as DataConfig
+from mopefuse.data._base import SPLITS, DataSet, Problem, Split
+from mopefuse.data.index import Advance, Index, build
+from mopefuse.data.leaks import leak
+from mopefuse.data.rows import Rows
+from mopefuse.data.subsets import few, hold_out
+from mopefuse.data.tables import find_tables, read_bytes
+from mopefuse.errors import ConfigError, DataError, data_error
+
+_MOST_LISTED = 20
+Numbers = NDArray[np.int64]
+Parts = dict[str, tuple[Index, Numbers]]  # split to the index that has its rows, and which of them they are
+
+
+def load_data(
+    config: DataConfig,
+    *,
+    require: tuple[str, ...] = ("train", "val"),
+    advance: Advance = lambda done, total: None,
+) -> DataSet:
+    """The data set that `config` describes, validated: every row is one, every image can be decoded.
+
+    Args:
+        require: splits that must be there; others are read if they are.
+        advance: told of (images looked at, images to look at) where the index is built.
+
+    Raises:
+        DataError: no such folder or split, bad rows or images (all are found, the first twenty listed), labels that
+            training does not define. UnsafePathError: an image path out of its root. ConfigError: no data were named.
+    """
+    if config.path is None:
+        raise ConfigError(8, "no data set was named", where="data.path", fix="add --data DIR")
+    path = Path(config.path)
+    root = path.parent if path.is_file() else path
+    roots = (root, *map(Path, config.image_roots))
+    indexes = read_indexes(config, advance=advance)
+    skipped = {name: _refuse_bad(index, root, config) for name, index in indexes.items()}
+    parts = _parts(indexes, path, config, require)
+    splits = {name: _split(name, index, rows, skipped.get(name, ()), config) for name, (index, rows) in parts.items()}
+    multi = _is_multi_label(parts)
+    labels = _labels(root, splits, config)
+    return DataSet(root, splits, labels, multi, roots, _notices(splits, indexes, config))
+
+
+def read_indexes(config: DataConfig, *, advance: Advance = lambda done, total: None) -> dict[str, Index]:
+    """The index of each split that has rows of its own (not held out of another).
+
+    Raises:
+        DataError: no such folder, or a file that is no table.
+    """
+    path = Path(config.path or "")
+    tables = find_tables(path, config)
+    roots = ((path.parent if path.is_file() else path), *map(Path, config.image_roots))
+    if "" in tables:
+        names = SPLITS if config.split_col else ("train",)
+        found = {name: build(tables[""], name, roots, config, advance=advance) for name in names}
+        return {name: index for name, index in found.items() if name == "train" or len(index.lines_S) or index.row_problems}
+    return {name: build(table, name, roots, config, advance=advance) for name, table in tables.items()}
+
+
+def _parts(indexes: dict[str, Index], path: Path, config: DataConfig, require: Sequence[str]) -> Parts:
+    """The rows of each split, with what is held out of train, and of train what is drawn."""
+    parts: Parts = {name: (index, index.good()) for name, index in indexes.items()}
+    for name, fraction in (("test", config.test_fraction), ("val", config.val_fraction)):
+        if fraction is None:
+            continue
+        if name in parts:
+            what = f"data.{name}_fraction is set, but there is a {name} split"
+            raise ConfigError(43, what, where=str(path), fix=f"unset it, or remove the {name} split")
+        if "train" in parts:
+            index, rows = parts["train"]
+            groups = [index.images[number] for number in index.image_S[rows]]
+            labels = [index.labels[row] for row in rows]
+            count = round(fraction * len(index.good()))
+            kept, held = hold_out(groups, labels, count, config.seed)
+            parts["train"], parts[name] = (index, rows[kept]), (index, rows[held])
+    for name in require:
+        if name not in parts:
+            there = ", ".join(sorted(p.name for p in path.glob("*.*"))[:8]) if path.is_dir() else path.name
+            hold = f", or hold some rows of train out with --{name}-fraction 0.1" if name in ("val", "test") else ""
+            fix = f"provide {name}.jsonl{hold} (there is {there or 'nothing'})"
+            raise DataError(2, f"the {name} split is missing", where=str(path), fix=fix)
+    for name, (index, rows) in parts.items():
+        if not len(rows):
+            where = str(path / index.file if path.is_dir() else path)
+            raise DataError(4, f"the {name} split has no rows", where=where, fix="provide at least one row")
+    if (config.shots or config.fraction) and "train" in parts:
+        index, rows = parts["train"]
+        labels, ids = [index.labels[row] for row in rows], [index.ids[row] for row in rows]
+        parts["train"] = (index, rows[few(ids, labels, config.seed, shots=config.shots, fraction=config.fraction)])
+    return parts
+
+
+def _split(name: str, index: Index, rows: Numbers, skipped: tuple[Problem, ...], config: DataConfig) -> Split:
+    labels = [index.labels[row] for row in rows]
+    images, texts = index.image_keys()[rows], index.text_S[rows]
+    told = [f"{problem.code} {problem}" for problem in skipped]
+    digest = cache.key_of(index.digest, name, *told, rows.tobytes().hex(), images.tobytes().hex())
+    read = Rows(index.content, index.places_S2[rows], index.lines_S[rows], labels, index.split, config)
+    return Split(name, index.file, read, labels, images, texts, digest, skipped)
+
+
+def _refuse_bad(index: Index, root: Path, config: DataConfig) -> tuple[Problem, ...]:
+    """The bad rows that may be skipped.
+
+    Raises:
+        DataError: there are some, and they may not be, or are too many. UnsafePathError: one of them leaves its root.
+    """
+    problems = index.problems()
+    if not problems:
+        return ()
+    unsafe = [problem for problem in problems if problem.code.startswith("MF-SEC")]
+    total = len(index.lines_S) + len(index.row_problems)
+    if config.on_bad == "skip" and not unsafe:
+        if len(problems) <= config.max_bad_fraction * total:
+            return tuple(problems)
+        what = f"{len(problems)} of {total} rows are bad, more than the share {config.max_bad_fraction:g} that may be skipped"
+        fix = "correct them, or raise data.max_bad_fraction"
+        raise DataError(26, f"{what}: {_listed(problems)}", where=str(root / index.file), fix=fix)
+    shown = unsafe or problems
+    first = shown[0]
+    if len(problems) == 1 and first.img:
+        raise data_error(first.code, first.what, where=first.where, fix=first.fix)
+    code = first.code if len({problem.code for problem in shown}) == 1 else "MF-DATA-03"
+    plural = "s" if len(shown) > 1 else ""
+    fix = first.fix if unsafe else "correct or remove them; mopefuse data check lists all"
+    raise data_error(code, f"{len(shown)} bad row{plural}: {_listed(shown)}", where=str(root / index.file), fix=fix)
+
+
+def _listed(problems: Sequence[Problem]) -> str:
+    listed = "; ".join(map(str, problems[:_MOST_LISTED]))
+    return listed + (f"; and {len(problems) - _MOST_LISTED} more" if len(problems) > _MOST_LISTED else "")
+
+
+def _is_multi_label(parts: Parts) -> bool:
+    kinds: dict[bool, str] = {}
+    for index, rows in parts.values():
+        lists = index.list_S[rows]
+        for kind in (False, True):
+            if (lists == kind).any():
+                kinds[kind] = f"{index.file}:{index.lines_S[rows][lists == kind][0]}"
+    if len(kinds) == 2:
+        what = "some labels are strings and some are lists"
+        raise DataError(5, what, where=kinds[True], fix="write all one way")
+    return True in kinds
+
+
+def _labels(root: Path, splits: dict[str, Split], config: DataConfig) -> tuple[str, ...]:
+    listed = Path(config.labels) if config.labels else root / "labels.txt"
+    if config.labels or listed.exists():
+        labels = _listed_labels(listed)
+    else:
+        labels = tuple(sorted({label for row in splits["train"].labels for label in row})) if "train" in splits else ()
+    known = set(labels)
+    for split in splits.values() if labels else ():
+        unknown = Counter(label for row in split.labels for label in row if label not in known)
+        if unknown:
+            shown = ", ".join(f"{label} ({count})" for label, count in unknown.most_common(_MOST_LISTED))
+            fix = "list all labels in labels.txt, or in a file that --labels names"
+            raise DataError(6, f"labels that training does not know: {shown}", where=split.file, fix=fix)
+    if "train" in splits and len(labels) < 2:
+        found = f"only the label {labels[0]!r}" if labels else "no label at all"
+        raise DataError(7, f"{found}: there is nothing to learn", where=splits["train"].file, fix="add another class")
+    return labels
+
+
+def _listed_labels(path: Path) -> tuple[str, ...]:
+    try:
+        lines = read_bytes(path).decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        fix = "convert it with iconv -t utf-8"
+        raise DataError(10, f"{path.name} is not UTF-8: {error}", where=str(path), fix=fix) from None
+    labels = [line.rstrip("\r") for line in lines if line.strip()]
+    twice = [label for label, count in Counter(labels).items() if count > 1]
+    if twice:
+        raise DataError(10, f"{path.name} has {twice[0]!r} twice", where=str(path), fix="list each label once")
+    return tuple(labels)
+
+
+def _notices(splits: dict[str, Split], indexes: dict[str, Index], config: DataConfig) -> tuple[str, ...]:
+    found = [
+        f"{split.name}: {len(split.skipped)} bad rows are skipped, as {split.skipped[0]}"
+        for split in splits.values()
+        if split.skipped
+    ]
+    moving = [name for index in indexes.values() for name, look in zip(index.images, index.looks, strict=True) if look.animated]
+    if moving:
+        found.append(f"{len(moving)} images are animations, as {moving[0]}: their first frame is read")
+    leaks = []
+    for name in ("val", "test"):
+        if name in splits and "train" in splits:
+            images, texts = leak(splits["train"], splits[name])
+            both = (("images", images), ("texts", texts))
+            leaks += [f"{len(rows)} {kind} of {name} are also in train" for kind, rows in both if len(rows)]
+    if leaks and config.strict:
+        fix = "remove them from train, or leave --strict out"
+        raise DataError(27, "; ".join(leaks), where=str(config.path), fix=fix)
+    return (*found, *(f"{text}; metrics on it may be too good" for text in leaks))

@@ -1,0 +1,253 @@
+"""Where rows come from: JSON lines, CSV, TSV or Parquet files, and folders of images with captions.
+
+Each reader yields what its file holds, row by row, with line numbers; `mopefuse.data.rows` says whether a row is one.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mopefuse.config import Data as DataConfig
+from mopefuse.data._base import SPLITS
+from mopefuse.errors import DataError, did_you_mean
+
+SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
+_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+_MAGIC = {b"\x1f\x8b": "gzip", b"PAR1": "Parquet", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"PK\x03\x04": "a zip"}
+_METADATA = ("metadata.jsonl", "metadata.csv")
+
+
+class Found(NamedTuple):
+    """One row as it stands: an object, or what is wrong with it."""
+
+    line: int
+    value: dict[str, Any] | str
+    start: int = 0  # of the row in `Table.content`, in bytes
+    stop: int = 0
+
+
+class Table(NamedTuple):
+    """The rows of one file or folder."""
+
+    file: str  # for messages
+    digest: str  # sha256 of what it holds
+    rows: Callable[[], Iterator[Found]]
+    content: bytes | None = None  # JSON lines, which rows are places in; other formats are rewritten as such
+
+
+def find_tables(path: Path, config: DataConfig) -> dict[str, Table]:
+    """The table of each split that a folder has, or under "" the one table that `path` is.
+
+    Raises:
+        DataError: nothing there, a split in two formats, a file that cannot be read or is of another format.
+    """
+    if path.is_file():
+        return {"": _table(path, config)}
+    if not path.is_dir():
+        fix = "name a folder with train.jsonl, val.jsonl and test.jsonl, or one table"
+        raise DataError(1, f"there is no data folder {path}", fix=fix)
+    tables = {}
+    for split in SPLITS:
+        there = [path / f"{split}{suffix}" for suffix in SUFFIXES if os.path.lexists(path / f"{split}{suffix}")]
+        if (path / split).is_dir() and not there and any(child.is_dir() for child in (path / split).iterdir()):
+            there.append(path / split)
+        if len(there) > 1:
+            names = " and ".join(file.name for file in there)
+            raise DataError(19, f"the {split} split is there twice: {names}", where=str(path), fix="remove one of them")
+        if there:
+            tables[split] = _table(there[0], config)
+    return tables
+
+
+def _table(path: Path, config: DataConfig) -> Table:
+    if path.is_dir() and path.suffix == "":
+        return _image_folder(path, config)
+    content = read_bytes(path)
+    digest = hashlib.sha256(content).hexdigest()
+    kind = path.suffix.lower()
+    if kind == ".parquet":
+        return Table(path.name, digest, lambda: _parquet(path))
+    for start, name in _MAGIC.items():
+        if content.startswith(start):
+            raise DataError(8, f"this is {name}, not text", where=str(path), fix="convert it to UTF-8 JSON lines or CSV")
+    if kind in (".csv", ".tsv"):
+        return Table(path.name, digest, lambda: _csv(content, path, "\t" if kind == ".tsv" else ","))
+    if kind != ".jsonl":
+        raise DataError(20, f"{path.name} is no table", where=str(path), fix=f"name a {', '.join(SUFFIXES)} file or a folder")
+    return Table(path.name, digest, lambda: _json_lines(content), content)
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a regular file.
+
+    Raises:
+        DataError: a pipe, device or folder (nothing is opened), or a file that cannot be read.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would block
+            raise DataError(16, f"{path.name} is not a regular file", where=str(path), fix="provide a file")
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(16, f"{path.name} cannot be read: {error.strerror}", where=str(path), fix="make it readable") from None
+
+
+# -- JSON lines
+
+
+def _json_lines(content: bytes) -> Iterator[Found]:
+    start = 3 if content.startswith(b"\xef\xbb\xbf") else 0
+    number = 0
+    while start < len(content):
+        number += 1
+        end = content.find(b"\n", start)
+        stop = len(content) if end < 0 else end
+        line = content[start:stop]
+        if line.strip():
+            yield Found(number, _object(line), start, stop)
+        start = stop + 1
+
+
+class _Bad(ValueError):
+    pass
+
+
+def _object(line: bytes) -> dict[str, Any] | str:
+    try:
+        value = json.loads(line.decode("utf-8"), object_pairs_hook=_distinct, parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        place = f"byte 0x{line[error.start]:02x} at {error.start + 1}"
+        return f"is not UTF-8 ({place}); convert the file, as from Latin 1 with iconv -f latin1 -t utf-8"
+    except _Bad as error:
+        return str(error)
+    except json.JSONDecodeError as error:
+        return f"is not JSON (column {error.colno}: {error.msg})"
+    except RecursionError:
+        return "is nested too deeply"
+    except ValueError:
+        return "has a number with too many digits"
+    return value if isinstance(value, dict) else f"is a {type(value).__name__}, expected an object"
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise _Bad("has a key twice")
+    return value
+
+
+def _refuse_constant(name: str) -> Any:
+    raise _Bad(f"has {name}, which is not JSON")
+
+
+# -- CSV and Parquet
+
+
+def _csv(content: bytes, path: Path, delimiter: str) -> Iterator[Found]:
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        what = f"{path.name}:{line} is not UTF-8 (byte 0x{content[error.start]:02x})"
+        raise DataError(21, what, where=str(path), fix="convert it, as from Latin 1 with iconv -f latin1 -t utf-8") from None
+    csv.field_size_limit(2**31 - 1)  # a text may be long; it is cut when it is read
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    header: list[str] = []
+    while True:
+        line = reader.line_num + 1
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            yield Found(line, f"is not CSV ({error}); look for a quote that is not closed")
+            continue
+        if cells is None:
+            return
+        if not any(cells):
+            continue
+        if not header:
+            header = [cell.strip() for cell in cells]
+            twice = sorted({name for name in header if header.count(name) > 1})
+            if twice:
+                what = f"the column {twice[0]!r} is there twice"
+                raise DataError(22, what, where=f"{path.name}:{line}", fix="name each column once")
+        elif len(cells) != len(header):
+            yield Found(line, f"has {len(cells)} fields, the header has {len(header)}")
+        else:
+            yield Found(line, dict(zip(header, cells, strict=True)))
+
+
+def _parquet(path: Path) -> Iterator[Found]:
+    try:
+        import pyarrow as arrow
+        from pyarrow import parquet
+    except ImportError:
+        fix = 'pip install "mopefuse[parquet]", or convert the file to JSON lines'
+        raise DataError(23, "reading Parquet needs pyarrow", where=str(path), fix=fix) from None
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                for row in batch.to_pylist():
+                    number += 1
+                    yield Found(number, {key: _plain(value) for key, value in row.items()})
+    except (arrow.ArrowException, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(24, f"{path.name} is damaged: {reason}", where=str(path), fix="provide a whole file") from None
+
+
+def _plain(value: Any) -> Any:
+    """Whole numbers as text: a column of them has one type, so that none is mistaken."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+# -- folders of images
+
+
+def _image_folder(path: Path, config: DataConfig) -> Table:
+    """``<split>/<label>/<image>``, each with its text in ``<image>.txt`` beside it or in the split's metadata file."""
+    metadata = next((path / name for name in _METADATA if (path / name).is_file()), None)
+    captions = _captions(metadata, config) if metadata else None
+    rows: list[Found] = []
+    for number, file in enumerate(_images_below(path), start=1):
+        name = file.relative_to(path).as_posix()
+        value: dict[str, Any] = {config.id_col: name, config.img_col: f"{path.name}/{name}", config.label_col: file.parent.name}
+        if captions is not None:
+            value[config.text_col] = captions.get(name)
+        elif file.with_suffix(".txt").is_file():
+            try:
+                value[config.text_col] = read_bytes(file.with_suffix(".txt")).decode("utf-8-sig").strip()
+            except UnicodeDecodeError:
+                rows.append(Found(number, f"({name}) has a caption that is not UTF-8"))
+                continue
+        else:
+            value[config.text_col] = None
+        rows.append(Found(number, value))
+    digest = hashlib.sha256(json.dumps([row.value for row in rows]).encode()).hexdigest()
+    return Table(f"{path.name}/", digest, lambda: iter(rows))
+
+
+def _images_below(path: Path) -> list[Path]:
+    found = [file for label in path.iterdir() if label.is_dir() for file in label.iterdir()]
+    return sorted(file for file in found if file.suffix.lower() in _IMAGES)
+
+
+def _captions(metadata: Path, config: DataConfig) -> dict[str, Any]:
+    """The texts of a metadata file by ``file_name``, as the Hugging Face image folders have them."""
+    captions = {}
+    for row in _table(metadata, config).rows():
+        if isinstance(row.value, str):
+            raise DataError(25, f"{metadata.name}:{row.line} {row.value}", where=str(metadata), fix="correct it")
+        missing = {"file_name", config.text_col} - row.value.keys()
+        if missing:
+            nearest = did_you_mean(config.text_col, row.value.keys())
+            what = f"{metadata.name}:{row.line} has no {' or '.join(sorted(missing))}"
+            raise DataError(25, what, where=str(metadata), fix=nearest)
+        captions[str(row.value["file_name"])] = row.value[config.text_col]
+    return captions

@@ -1,0 +1,48 @@
+"""What training minimises, and how rare classes weigh in it.
+
+Shapes: B batch, S samples of the training split, N labels.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mopefuse.data._base import Batch
+from mopefuse.fusion._base import Output
+
+
+def classification_loss(output: Output, batch: Batch, *, multi_label: bool, weights: Tensor | None = None) -> Tensor:
+    """Cross-entropy, or mean binary cross-entropy over labels, summed over the batch.
+
+    Args:
+        weights: of `balanced_weights`.
+    """
+    assert batch.targets is not None
+    logits_BN = output.logits_BN.float()
+    if multi_label:
+        loss_BN = F.binary_cross_entropy_with_logits(logits_BN, batch.targets, reduction="none")
+        if weights is not None:
+            loss_BN = loss_BN * torch.where(batch.targets > 0, weights[0], weights[1])
+        return loss_BN.mean(dim=-1).sum()
+    return F.cross_entropy(logits_BN, batch.targets, weight=weights, reduction="sum")
+
+
+def balanced_weights(targets: Tensor, labels: int, *, multi_label: bool) -> Tensor:
+    """Weights with which every class counts the same, 1 on average over samples (scikit-learn's "balanced").
+
+    Args:
+        targets: (S,) class indices, or (S, N) zeros and ones.
+
+    Returns:
+        (N,), S over the number of classes and a class's samples; or (2, N), for multi-label data: of a label's positives
+        and of its negatives, each S over two and their number. A class or side without samples weighs 1.
+    """
+    if multi_label:
+        positive_N = targets.sum(dim=0)
+        counts_2N = torch.stack([positive_N, len(targets) - positive_N])
+        return torch.where(counts_2N > 0, len(targets) / (2 * counts_2N.clamp(min=1)), 1.0)
+    counts_N = torch.bincount(targets, minlength=labels).float()
+    present = int((counts_N > 0).sum())
+    return torch.where(counts_N > 0, len(targets) / (present * counts_N.clamp(min=1)), 1.0)
