@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 import stat
 import time
 import warnings
@@ -154,7 +155,7 @@ def _looks_like(content: bytes, error: Exception) -> str:
     for start, name in _LOOKS_LIKE.items():
         if head.startswith(start):
             return f"looks like {name}; enabled are {', '.join(FORMATS)}"
-    return str(error).split("'")[0].strip().rstrip(".") or type(error).__name__
+    return re.split("['<]", str(error))[0].strip().rstrip(".") or type(error).__name__
 
 
 # -- looking at many, without keeping any

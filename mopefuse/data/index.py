@@ -81,19 +81,21 @@ def _line(problem: Problem) -> int:
 
 
 def build(
-    table: Table, split: str, roots: Sequence[Path], config: DataConfig, *, advance: Advance = lambda done, total: None
+    table: Table, split: str, roots: Sequence[Path], config: DataConfig,
+    *, fresh: bool = False, advance: Advance = lambda done, total: None,
 ) -> Index:
     """The index of a split, from the cache where it is there.
 
     Args:
         split: rows of a single table that names the split in a column are those of this one.
         roots: folders that images may be in, the data root first.
+        fresh: read everything again, and replace what is in the cache.
         advance: told of (images looked at, images to look at).
     """
     how = (config.allow_missing_text, config.label_sep, config.split_col, config.max_pixels)
     digest = cache.key_of(VERSION, table.digest, split, table.file, *columns_of(config).values(), *how)
     key = cache.key_of(digest, *(root.resolve() for root in roots))
-    index = _load(key, table) or _read_rows(table, split, config, digest)
+    index = (None if fresh else _load(key, table)) or _read_rows(table, split, config, digest)
     known = dict(zip(index.images, index.looks, strict=True))
     seen = look_at(roots, index.images, max_pixels=config.max_pixels, known=known, advance=advance)
     looks = [seen[name] for name in index.images]

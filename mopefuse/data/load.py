@@ -160,7 +160,7 @@ def _is_multi_label(parts: Parts) -> bool:
 def _labels(root: Path, splits: dict[str, Split], config: DataConfig) -> tuple[str, ...]:
     listed = Path(config.labels) if config.labels else root / "labels.txt"
     if config.labels or listed.exists():
-        labels = _listed_labels(listed)
+        labels = listed_labels(listed)
     else:
         labels = tuple(sorted({label for row in splits["train"].labels for label in row})) if "train" in splits else ()
     known = set(labels)
@@ -176,7 +176,12 @@ def _labels(root: Path, splits: dict[str, Split], config: DataConfig) -> tuple[s
     return labels
 
 
-def _listed_labels(path: Path) -> tuple[str, ...]:
+def listed_labels(path: Path) -> tuple[str, ...]:
+    """The labels that a file lists, one a line, in its order.
+
+    Raises:
+        DataError: it cannot be read, is not UTF-8, or has a label twice.
+    """
     try:
         lines = read_bytes(path).decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:

@@ -11,7 +11,7 @@ import io
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,8 +43,11 @@ class Table(NamedTuple):
     content: bytes | None = None  # JSON lines, which rows are places in; other formats are rewritten as such
 
 
-def find_tables(path: Path, config: DataConfig) -> dict[str, Table]:
+def find_tables(path: Path, config: DataConfig, *, splits: Sequence[str] = SPLITS) -> dict[str, Table]:
     """The table of each split that a folder has, or under "" the one table that `path` is.
+
+    Args:
+        splits: only these are looked for.
 
     Raises:
         DataError: nothing there, a split in two formats, a file that cannot be read or is of another format.
@@ -55,7 +58,7 @@ def find_tables(path: Path, config: DataConfig) -> dict[str, Table]:
         fix = "name a folder with train.jsonl, val.jsonl and test.jsonl, or one table"
         raise DataError(1, f"there is no data folder {path}", fix=fix)
     tables = {}
-    for split in SPLITS:
+    for split in splits:
         there = [path / f"{split}{suffix}" for suffix in SUFFIXES if os.path.lexists(path / f"{split}{suffix}")]
         if (path / split).is_dir() and not there and any(child.is_dir() for child in (path / split).iterdir()):
             there.append(path / split)
