@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from mopefuse import __version__, distributed
+from mopefuse import __version__, distributed, metrics
 from mopefuse import device as devices
 from mopefuse.checkpoint import dump_json, read_json, write_atomically
+from mopefuse.config import Data as DataConfig
 from mopefuse.config import RunConfig, build_config, merge, nested
-from mopefuse.data._base import DataSet
+from mopefuse.data._base import SPLITS, DataSet
 from mopefuse.data.collate import Samples
 from mopefuse.data.load import load_data
 from mopefuse.errors import ConfigError, DataError
@@ -29,7 +30,7 @@ from mopefuse.signals import StopRequest
 from mopefuse.trainer import Listener, Trainer
 
 MAY_CHANGE = frozenset(
-    "device data.path data.workers data.cache_images data.cache_features train.epochs train.max_steps train.patience "
+    "device data.path data.image_roots data.workers data.cache_images data.cache_features data.strict train.epochs train.max_steps train.patience "
     "train.log_every train.checkpoint_every train.evals_per_epoch train.select train.compile".split()
 )
 """Settings that a resumed run may change; all others are part of what the run is."""
@@ -129,6 +130,8 @@ def _train(config: RunConfig, folder: RunFolder, listener: Listener, *, resume: 
             listener.notice(f"{config.method} does not use the settings of {section}")
     if distributed.is_main():
         folder.start(config, begun if continuing else facts)
+        if drawn := drawn_ids(config.data, data):
+            write_atomically(folder.path / "splits.json", dump_json(drawn))
     distributed.barrier()
     trainer = Trainer(config, data, model, folder, device, listener)
     if continuing and trainer.restore():
@@ -156,6 +159,7 @@ def _finish(trainer: Trainer, data: DataSet, model: Fusion, folder: RunFolder, d
             "test": test.metrics if test else None,
         },
         "per_label": test.per_label if test else None,
+        "thresholds": _by_label(trainer.thresholds(), data) if data.multi_label else None,
         "selected_step": selected,
         "steps": progress.step,
         "seconds": round(progress.seconds, 2),
@@ -176,6 +180,18 @@ def _finish(trainer: Trainer, data: DataSet, model: Fusion, folder: RunFolder, d
         write_atomically(folder.metrics_file, dump_json(result))
     distributed.barrier()
     return result
+
+
+def drawn_ids(config: DataConfig, data: DataSet) -> dict[str, list[str]]:
+    """The ids of the rows of each split that were drawn or held out; empty where the files say which is which."""
+    drawn = {"train"} if config.shots or config.fraction or config.val_fraction or config.test_fraction else set()
+    drawn |= {name for name, share in (("val", config.val_fraction), ("test", config.test_fraction)) if share}
+    return {name: [row.id for row in data.splits[name].rows] for name in SPLITS if name in drawn}
+
+
+def _by_label(thresholds: metrics.Thresholds, data: DataSet) -> dict[str, float]:
+    each = [thresholds] * len(data.labels) if isinstance(thresholds, float) else thresholds
+    return dict(zip(data.labels, each, strict=True))
 
 
 def resumed(saved: RunConfig, new: RunConfig) -> tuple[RunConfig, list[str]]:
@@ -270,6 +286,7 @@ def _facts(config: RunConfig, data: DataSet, model: Fusion) -> dict[str, Any]:
         "labels": list(data.labels),
         "multi_label": data.multi_label,
         "data": data.fingerprint(),
+        "skipped": {name: [f"{problem.code} {problem}" for problem in split.skipped] for name, split in data.splits.items()},
     }
 
 

@@ -283,15 +283,19 @@ class Trainer:
         patience = self.config.train.patience
         return patience is not None and self.progress.waited >= patience
 
+    def thresholds(self) -> metrics.Thresholds:
+        """Those of the selected checkpoint."""
+        return thresholds_of(self.run.checkpoint(self.config.train.select)[1], self.config)
+
     def test(self) -> Evaluation | None:
         """Load the selected checkpoint and evaluate it on the test split, if there is one; predictions are written."""
-        path, published = self.run.checkpoint(self.config.train.select)
+        path, _ = self.run.checkpoint(self.config.train.select)
         self.model.load_own_state(read_tensors(path / "weights.safetensors"), where=str(path))
         if "test" not in self.data.splits:
             return None
         samples = prepared(self.model, self.data, "test", self.config, self.device, reading=self.listener.reading)
         said = run_split(self.model, self.data, "test", self.config, self.device, samples=samples)
-        found = judge(said.logits_SN, self.data, "test", thresholds_of(published, self.config))
+        found = judge(said.logits_SN, self.data, "test", self.thresholds())
         if distributed.is_main():
             write_predictions(self.run.predictions_file, found.predictions)
         return found

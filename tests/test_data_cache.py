@@ -21,7 +21,6 @@ from mopefuse.data.features import split_features
 from mopefuse.data.images import look_at
 from mopefuse.data.load import load_data
 from mopefuse.data.pictures import pictures
-
 from mopefuse.encoders._base import create_encoder, run_alone
 from mopefuse.train import train
 from mopefuse.trainer import Listener

@@ -8,8 +8,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from sklearn import metrics as sk
 
+from mopefuse import metrics
 from mopefuse.checkpoint import dump_json, finite
 from mopefuse.metrics import compute, per_label, probabilities, selected_metric
 
@@ -134,3 +137,43 @@ def test_metrics_are_plain_numbers_that_json_takes() -> None:
         got = compute(torch.eye(2), target, multi_label=multi_label)
         assert json.loads(json.dumps(got)) == got
         assert not any(isinstance(value, np.generic) for value in got.values())
+
+
+# -- thresholds
+
+
+def best_f1_by_trial(p_S: list[float], y_S: list[int]) -> float:
+    """The best F1 over every set that a threshold can cut off."""
+    best = 0.0
+    for threshold in [*p_S, 2.0]:
+        chosen = [p >= threshold for p in p_S]
+        right = sum(c and y for c, y in zip(chosen, y_S, strict=True))
+        best = max(best, 2 * right / max(1, sum(chosen) + sum(y_S)))
+    return best
+
+
+@given(st.lists(st.tuples(st.sampled_from([-3.0, -1.0, -0.5, 0.0, 0.2, 1.5]), st.booleans()), min_size=1, max_size=12))
+def test_a_tuned_threshold_gives_the_best_f1_that_any_can(samples: list[tuple[float, bool]]) -> None:
+    logits = torch.tensor([[logit] * 2 for logit, _ in samples])
+    targets = torch.tensor([[float(yes)] * 2 for _, yes in samples])
+    threshold, same = metrics.tuned_thresholds(logits, targets)
+    assert threshold == same
+    assert 0 < threshold < 1
+    if targets.sum() == 0:
+        assert threshold == 0.5
+        return
+    found = metrics.compute(logits, targets, multi_label=True, thresholds=[threshold] * 2)
+    p_S = metrics.probabilities(logits, multi_label=True)[:, 0].tolist()
+    assert found["f1_macro"] == pytest.approx(best_f1_by_trial(p_S, [int(yes) for _, yes in samples]))
+
+
+def test_each_label_has_its_own_threshold() -> None:
+    logits = torch.tensor([[2.0, -2.0], [1.0, -3.0], [0.5, -4.0]])
+    targets = torch.tensor([[1.0, 1.0], [0.0, 1.0], [0.0, 0.0]])
+    thresholds = metrics.tuned_thresholds(logits, targets)
+    p = logits.double().sigmoid()
+    assert thresholds == pytest.approx([float(p[:2, 0].mean()), float(p[1:, 1].mean())])
+    assert metrics.compute(logits, targets, multi_label=True, thresholds=thresholds)["f1_macro"] == 1
+    assert metrics.compute(logits, targets, multi_label=True)["f1_macro"] == pytest.approx(0.25)
+    rows = metrics.per_label(logits, targets, ("x", "y"), multi_label=True, thresholds=thresholds)
+    assert [row["f1"] for row in rows] == [1, 1]

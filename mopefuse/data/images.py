@@ -19,17 +19,15 @@ from PIL import Image, ImageOps
 from mopefuse.errors import DataError, MopefuseError, UnsafePathError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-_LOOKS_LIKE = {
-    b"<!doctype": "HTML",
-    b"<html": "HTML",
-    b"<svg": "SVG",
-    b"<?xml": "XML",
+_NO_IMAGE = {b"<!doctype": "HTML", b"<html": "HTML", b"<svg": "SVG", b"<?xml": "XML"}
+_DISABLED = {
     b"%pdf": "PDF",
     b"%!ps": "PostScript",
     b"8bps": "PSD",
     b"simple  =": "FITS",
     b"ii*\0": "TIFF",
     b"mm\0*": "TIFF",
+    b"\0\0\1\0": "ICO",
 }
 
 # Of odd metadata, which pixels do not need, and of large images, which we refuse ourselves. A filter of the whole
@@ -88,6 +86,10 @@ def _decoded(
     except MemoryError:
         raise
     except Exception as error:  # decoders raise whatever they please on damaged files
+        other = _starts_as(content, _DISABLED)
+        if other:
+            fix = f"convert it to one of {', '.join(FORMATS)}"
+            raise DataError(14, f"{relative} is of the format {other}, which is not enabled", where=where, fix=fix) from None
         what = f"{relative} is not a readable image ({_looks_like(content, error)})"
         raise DataError(13, what, where=where, fix="replace or remove it") from None
 
@@ -149,13 +151,17 @@ def _other_case(path: Path) -> str:
 
 
 def _looks_like(content: bytes, error: Exception) -> str:
-    head = content[:64].lstrip().lower()
-    if not head:
+    if not content.strip():
         return "it is empty"
-    for start, name in _LOOKS_LIKE.items():
-        if head.startswith(start):
-            return f"looks like {name}; enabled are {', '.join(FORMATS)}"
+    other = _starts_as(content, _NO_IMAGE)
+    if other:
+        return f"looks like {other}"
     return re.split("['<]", str(error))[0].strip().rstrip(".") or type(error).__name__
+
+
+def _starts_as(content: bytes, known: Mapping[bytes, str]) -> str:
+    head = content[:64].lower()
+    return next((name for start, name in known.items() if head.startswith(start) or head.lstrip().startswith(start)), "")
 
 
 # -- looking at many, without keeping any

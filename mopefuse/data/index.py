@@ -177,6 +177,7 @@ def _native(value: dict[str, Any], config: DataConfig) -> dict[str, Any]:
 
 
 def _save(index: Index, folder: Path) -> None:
+    combinations = {row: number for number, row in enumerate(dict.fromkeys(index.labels))}
     np.savez(
         folder / "rows.npz",
         places=index.places_S2,
@@ -184,6 +185,7 @@ def _save(index: Index, folder: Path) -> None:
         image=index.image_S,
         text=index.text_S,
         list=index.list_S,
+        labels=np.array([combinations[row] for row in index.labels], dtype=np.int64),
         size=np.array([look.size for look in index.looks], dtype=np.int64),
         mtime=np.array([look.mtime for look in index.looks], dtype=np.int64),
         side=np.array([(look.width, look.height) for look in index.looks], dtype=np.int64).reshape(-1, 2),
@@ -191,11 +193,8 @@ def _save(index: Index, folder: Path) -> None:
         milliseconds=np.array([look.milliseconds for look in index.looks], dtype=np.int64),
         digest=np.array([look.digest.ljust(16, b"\0") for look in index.looks], dtype="S16"),
     )
-    names = sorted({name for row in index.labels for name in row})
-    number = {name: i for i, name in enumerate(names)}
     about = {
-        "labels": names,
-        "label_of": [[number[name] for name in row] for row in index.labels],
+        "labels": list(combinations),
         "ids": index.ids,
         "images": index.images,
         "bad_images": {str(i): [look.code, look.what, look.fix] for i, look in enumerate(index.looks) if look.code},
@@ -224,11 +223,7 @@ def _load(key: str, table: Table) -> Index | None:
             zip(*(part[name].tolist() for name in ("size", "mtime", "side", "animated", "milliseconds", "digest")), strict=True)
         )
     ]
-    shared: dict[tuple[int, ...], tuple[str, ...]] = {}
-    labels = [
-        shared.setdefault(tuple(numbers), tuple(about["labels"][number] for number in numbers))
-        for numbers in about["label_of"]
-    ]
+    combinations = [tuple(row) for row in about["labels"]]
     return Index(
         facts["split"],
         table.file,
@@ -239,7 +234,7 @@ def _load(key: str, table: Table) -> Index | None:
         part["lines"],
         part["image"],
         part["text"],
-        labels,
+        [combinations[number] for number in part["labels"].tolist()],
         part["list"],
         about["ids"],
         about["images"],

@@ -231,6 +231,10 @@ def _image_folder(path: Path, config: DataConfig) -> Table:
                 continue
         else:
             value[config.text_col] = None
+        if value[config.text_col] is None and not config.allow_missing_text:
+            caption = file.with_suffix(".txt").name
+            rows.append(Found(number, f"({name}) has no text: add {caption} beside it, or a line in metadata.jsonl"))
+            continue
         rows.append(Found(number, value))
     digest = hashlib.sha256(json.dumps([row.value for row in rows]).encode()).hexdigest()
     return Table(f"{path.name}/", digest, lambda: iter(rows))

@@ -1,0 +1,175 @@
+"""What is held out or drawn: by class, the same for the same seed, whatever the order of the file."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, call, make_pairs, write_rows
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mopefuse.config import Data, build_config
+from mopefuse.data.load import load_data
+from mopefuse.data.subsets import few, hold_out, shares
+from mopefuse.errors import ConfigError
+from mopefuse.losses import balanced_weights, classification_loss
+
+IDS = [f"row-{number}" for number in range(60)]
+SINGLE = [("often",) if number % 6 else ("rare",) for number in range(60)]  # 50 and 10
+
+
+def drawn(rows: Any, labels: Any = SINGLE) -> Counter[str]:
+    return Counter(label for row in rows for label in labels[row])
+
+
+@given(st.lists(st.integers(1, 1000), min_size=1, max_size=9), st.floats(0, 1))
+def test_shares_are_whole_and_nearest_to_proportion(counts: list[int], share: float) -> None:
+    total = round(share * sum(counts))
+    parts = shares(counts, total)
+    assert sum(parts) == total
+    assert all(abs(part - count * total / sum(counts)) < 1 for part, count in zip(parts, counts, strict=True))
+
+
+def test_shots_are_of_each_class() -> None:
+    assert drawn(few(IDS, SINGLE, 0, shots=4, fraction=None)) == {"often": 4, "rare": 4}
+    assert drawn(few(IDS, SINGLE, 0, shots=30, fraction=None)) == {"often": 30, "rare": 10}
+
+
+def test_a_fraction_is_of_each_class_and_never_none_of_it() -> None:
+    assert drawn(few(IDS, SINGLE, 0, shots=None, fraction=0.5)) == {"often": 25, "rare": 5}
+    assert drawn(few(IDS, SINGLE, 0, shots=None, fraction=0.01)) == {"often": 1, "rare": 1}
+    assert few(IDS, SINGLE, 0, shots=None, fraction=1.0).tolist() == list(range(60))
+
+
+def test_with_several_labels_each_gets_its_shots() -> None:
+    labels = [tuple(name for bit, name in enumerate("abcd") if number >> bit & 1) for number in range(60)]
+    found = drawn(few(IDS, labels, 3, shots=5, fraction=None), labels)
+    assert set(found) == set("abcd")
+    assert min(found.values()) >= 5
+    assert len(few(IDS, labels, 3, shots=5, fraction=None)) <= 20
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_drawn_depends_on_seed_and_rows_and_not_on_their_order(seed: int) -> None:
+    chosen = {IDS[row] for row in few(IDS, SINGLE, seed, shots=6, fraction=None)}
+    backwards = {IDS[::-1][row] for row in few(IDS[::-1], SINGLE[::-1], seed, shots=6, fraction=None)}
+    assert chosen == backwards
+    assert chosen != {IDS[row] for row in few(IDS, SINGLE, seed + 1, shots=6, fraction=None)}
+    _, held = hold_out(IDS, SINGLE, 12, seed)
+    _, held_backwards = hold_out(IDS[::-1], SINGLE[::-1], 12, seed)
+    assert {IDS[row] for row in held} == {IDS[::-1][row] for row in held_backwards}
+
+
+def test_more_shots_contain_the_fewer() -> None:
+    fewer, more = (set(few(IDS, SINGLE, 0, shots=shots, fraction=None).tolist()) for shots in (3, 9))
+    assert fewer < more
+
+
+def test_held_out_rows_are_in_proportion_and_the_rest_is_kept() -> None:
+    kept, held = hold_out(IDS, SINGLE, 12, 0)
+    assert drawn(held) == {"often": 10, "rare": 2}
+    assert sorted([*kept, *held]) == list(range(60))
+
+
+def test_rows_of_one_image_stay_on_one_side() -> None:
+    groups = [f"image-{number // 4}" for number in range(60)]
+    kept, held = hold_out(groups, SINGLE, 16, 0)
+    assert {groups[row] for row in kept} & {groups[row] for row in held} == set()
+    assert 12 <= len(held) <= 20
+
+
+def test_shots_and_fraction_exclude_each_other() -> None:
+    with pytest.raises(ConfigError, match="set one"):
+        build_config({"main": "a:b", "comp": "a:b", "data": {"shots": 1, "fraction": 0.5}})
+
+
+def test_a_run_on_few_shots_says_which_and_changes_neither_val_nor_test(pairs: Path, tmp_path: Path) -> None:
+    done = call("train", *TINY, "--data", pairs, "--out", tmp_path / "run", "--shots", 2, "--steps", 2, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["rows"] == {"train": 6, "val": 6, "test": 7}
+    ids = json.loads((tmp_path / "run" / "splits.json").read_text())
+    assert list(ids) == ["train"]
+    assert ids["train"] == [row.id for row in load_data(Data(path=str(pairs), shots=2)).splits["train"].rows]
+    assert Counter(row.labels for row in load_data(Data(path=str(pairs), shots=2)).splits["train"].rows) == {
+        ("a",): 2, ("b",): 2, ("c",): 2,
+    }  # fmt: skip
+
+
+# -- rare classes in the loss
+
+
+def test_balanced_weights_are_those_of_scikit_learn() -> None:
+    from sklearn.utils.class_weight import compute_class_weight
+
+    targets = torch.tensor([0] * 7 + [1] * 2 + [2])
+    expected = compute_class_weight("balanced", classes=np.arange(3), y=targets.numpy())
+    assert balanced_weights(targets, 3, multi_label=False).tolist() == pytest.approx(expected.tolist())
+    several = torch.nn.functional.one_hot(targets, 3).float()
+    for label in range(3):
+        negative, positive = compute_class_weight("balanced", classes=np.arange(2), y=several[:, label].int().numpy())
+        assert balanced_weights(several, 3, multi_label=True)[:, label].tolist() == pytest.approx([positive, negative])
+
+
+def test_a_class_without_samples_weighs_one_and_no_other_changes() -> None:
+    targets = torch.tensor([0, 0, 0, 2])
+    assert balanced_weights(targets, 3, multi_label=False).tolist() == pytest.approx([4 / 6, 1, 2])
+    assert balanced_weights(torch.tensor([[1.0, 0.0], [0.0, 0.0]]), 2, multi_label=True).tolist() == [[1, 1], [1, 0.5]]
+
+
+@pytest.mark.parametrize("multi", [False, True])
+def test_each_class_has_the_same_share_of_a_balanced_loss(multi: bool) -> None:
+    """At equal logits every sample's loss is the same, so a class's share is its weight times its samples."""
+    targets = torch.tensor([0] * 8 + [1] * 2)
+    labels = torch.nn.functional.one_hot(targets, 2).float() if multi else targets
+    weights = balanced_weights(labels, 2, multi_label=multi)
+
+    def loss(rows: slice) -> float:
+        output = type("Output", (), {"logits_BN": torch.zeros(len(labels[rows]), 2)})()
+        batch = type("Batch", (), {"targets": labels[rows]})()
+        return float(classification_loss(output, batch, multi_label=multi, weights=weights))
+
+    assert loss(slice(0, 8)) == pytest.approx(loss(slice(8, 10)))
+    assert loss(slice(0, 10)) == pytest.approx(10 * torch.tensor(2.0).log().item())
+
+
+@pytest.mark.parametrize("multi", [False, True])
+def test_a_run_with_balanced_weights_and_tuned_thresholds_resumes_and_is_evaluated_with_them(
+    multi: bool, tmp_path: Path
+) -> None:
+    root = make_pairs(tmp_path / "data", multi=multi)
+    options = ("--class-weights", "balanced", "--threshold", "tuned", "--set", "train.checkpoint_every=1")
+    done = call("train", *TINY, *options, "--data", root, "--out", tmp_path / "run", "--epochs", 2, "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    again = call("eval", tmp_path / "run", "--json")
+    assert json.loads(again.stdout)["metrics"] == result["splits"]["test"]
+    assert set(result["per_label"][0]) == {"label", "precision", "recall", "f1", "support"}
+    if not multi:
+        assert result["thresholds"] is None
+        return
+    assert set(result["thresholds"]) == {"a", "b", "c"}
+    assert set(result["thresholds"].values()) != {0.5}
+    predictions = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
+    for row in predictions:
+        expected = [name for name, p in row["probabilities"].items() if p >= result["thresholds"][name]]
+        assert row["labels"] == expected
+
+
+def test_weights_change_what_is_learned(tmp_path: Path) -> None:
+    root = make_pairs(tmp_path / "data")
+    rows = [json.loads(line) for line in (root / "train.jsonl").read_text().splitlines()]
+    write_rows(root / "train.jsonl", [row | {"label": "a" if number else "b"} for number, row in enumerate(rows)])
+    (root / "labels.txt").write_text("a\nb\nc\n")
+    log = {}
+    for kind in ("none", "balanced"):
+        run = tmp_path / kind
+        done = call("train", *TINY, "--class-weights", kind, "--data", root, "--out", run, "--steps", 3)
+        assert done.returncode == 0, done.stderr
+        log[kind] = (run / "metrics.jsonl").read_text()
+    assert log["none"] != log["balanced"]

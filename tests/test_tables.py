@@ -1,0 +1,211 @@
+"""Rows of any table: JSON lines, CSV, TSV, Parquet and folders of images give the same data set."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TINY, call, code_of, make_pairs, write_rows
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from mopefuse.config import Data
+from mopefuse.data._base import DataSet
+from mopefuse.data.load import load_data
+from mopefuse.errors import MopefuseError
+
+SPLITS = ("train", "val", "test")
+
+
+def load(path: Path, require: tuple[str, ...] = ("train", "val"), **options: Any) -> DataSet:
+    return load_data(Data(path=str(path), **options), require=require)
+
+
+def refused(path: Path, **options: Any) -> MopefuseError:
+    with pytest.raises(MopefuseError) as caught:
+        load(path, **options)
+    return caught.value
+
+
+def rows_of(root: Path, split: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (root / f"{split}.jsonl").read_text().splitlines()]
+
+
+def said(data: DataSet) -> dict[str, list[tuple[str, str, str, tuple[str, ...]]]]:
+    return {name: [(row.id, row.text, row.img, row.labels) for row in split.rows] for name, split in data.splits.items()}
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]], delimiter: str = ",") -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0].keys(), delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@pytest.fixture
+def copy(pairs: Path, tmp_path: Path) -> Path:
+    """A data set whose tables a test may replace."""
+    return shutil.copytree(pairs, tmp_path / "copy")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "parquet"])
+def test_every_format_gives_the_same_rows(pairs: Path, copy: Path, suffix: str) -> None:
+    for split in SPLITS:
+        rows = rows_of(copy, split)
+        rows[0]["text"] = 'a "quoted", text\nof two lines; with a tab\t'
+        write_rows(copy / f"{split}.jsonl", rows)
+    expected = said(load(copy))
+    for split in SPLITS:
+        rows = rows_of(copy, split)
+        (copy / f"{split}.jsonl").unlink()
+        if suffix == "parquet":
+            arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+            parquet.write_table(arrow.Table.from_pylist(rows), copy / f"{split}.parquet")
+        else:
+            write_csv(copy / f"{split}.{suffix}", rows, "\t" if suffix == "tsv" else ",")
+    assert said(load(copy)) == expected
+    assert said(load(copy)) == expected, "and from the cache"
+
+
+def test_columns_may_have_other_names(copy: Path) -> None:
+    expected = said(load(copy))
+    for split in SPLITS:
+        rows = [{"n": r["id"], "caption": r["text"], "file": r["img"], "kind": r["label"]} for r in rows_of(copy, split)]
+        write_rows(copy / f"{split}.jsonl", rows)
+    error = refused(copy)
+    assert "has no text or img or label; found caption, file, kind, n" in error.what
+    assert "did you mean --text-col caption --image-col file?" in error.what
+    columns = {"id_col": "n", "text_col": "caption", "img_col": "file", "label_col": "kind"}
+    assert said(load(copy, **columns)) == expected
+
+
+def test_one_table_names_its_splits_in_a_column(copy: Path) -> None:
+    expected = said(load(copy))
+    names = {"train": "train", "val": "Validation", "test": "test"}
+    write_csv(copy / "all.csv", [row | {"part": names[split]} for split in SPLITS for row in rows_of(copy, split)])
+    assert said(load(copy / "all.csv", split_col="part")) == expected
+    write_csv(copy / "all.csv", [row | {"part": "sometimes"} for row in rows_of(copy, "train")])
+    assert "part is none of train, val, test" in refused(copy / "all.csv", split_col="part").what
+
+
+def test_what_one_table_lacks_is_held_out_only_when_asked(copy: Path) -> None:
+    rows = rows_of(copy, "train")
+    write_csv(copy / "one.csv", rows)
+    error = refused(copy / "one.csv")
+    assert "the val split is missing" in error.what
+    assert "--val-fraction 0.1" in error.fix
+    data = load(copy / "one.csv", val_fraction=0.25, test_fraction=0.25)
+    assert {name: len(split.rows) for name, split in data.splits.items()} == {"train": 6, "val": 3, "test": 3}
+    ids = [row.id for split in data.splits.values() for row in split.rows]
+    assert sorted(ids) == sorted(row["id"] for row in rows)
+    assert refused(copy, val_fraction=0.5).code == "MF-CFG-43", "the folder has a val split"
+
+
+def test_labels_in_one_cell_are_separated(copy: Path) -> None:
+    rows = [row | {"label": "a|b" if number % 2 else " c "} for number, row in enumerate(rows_of(copy, "train"))]
+    write_csv(copy / "one.csv", [*rows[:-1], rows[-1] | {"label": ""}])
+    data = load(copy / "one.csv", label_sep="|", val_fraction=0.2)
+    assert data.multi_label
+    assert data.labels == ("a", "b", "c")
+    assert {labels for split in data.splits.values() for labels in split.labels} == {("a", "b"), ("c",), ()}
+    assert "label is empty" in refused(copy / "one.csv", val_fraction=0.2).what
+
+
+def test_images_may_be_in_other_folders_that_are_named(copy: Path, tmp_path: Path) -> None:
+    expected = said(load(copy))
+    shutil.move(copy / "images", tmp_path / "photos" / "images")
+    assert refused(copy).code == "MF-DATA-11"
+    assert said(load(copy, image_roots=(str(tmp_path / "photos"),))) == expected
+    for split in SPLITS:
+        rows = [row | {"img": str(tmp_path / "photos" / row["img"])} for row in rows_of(copy, split)]
+        write_rows(copy / f"{split}.jsonl", rows)
+    assert refused(copy).code == "MF-SEC-01"
+    assert len(load(copy, image_roots=(str(tmp_path / "photos"),)).splits["train"].rows) == 12
+    assert refused(copy, image_roots=(str(tmp_path / "photos" / "images" / "none"),)).code == "MF-SEC-01"
+
+
+def test_a_folder_of_images_has_labels_by_folder_and_captions_beside_or_in_one_file(tmp_path: Path) -> None:
+    root = tmp_path / "folders"
+    for split in ("train", "val"):
+        for label in ("cat", "dog"):
+            for number in range(2):
+                path = root / split / label / f"{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (8, 8), (number, len(label), len(split))).save(path)
+                path.with_suffix(".txt").write_text(f"{label} {number}\n")
+    beside = said(load(root))
+    assert beside["val"][3] == ("dog/1.png", "dog 1", "val/dog/1.png", ("dog",))
+    for split in ("train", "val"):
+        names = [f"{label}/{number}.png" for label in ("cat", "dog") for number in range(2)]
+        write_rows(root / split / "metadata.jsonl", [{"file_name": n, "text": n[:5].replace("/", " ")} for n in names])
+        for path in root.rglob("*.txt"):
+            path.unlink(missing_ok=True)
+    assert said(load(root)) == beside
+    write_csv(root / "val" / "metadata.csv", [{"file_name": "cat/0.png", "caption": "x"}])
+    (root / "val" / "metadata.jsonl").unlink()
+    assert "has no text" in refused(root).what
+    (root / "val" / "metadata.csv").unlink()
+    assert "val/:1 (cat/0.png) has no text: add 0.txt beside it" in refused(root).what
+    assert load(root, allow_missing_text=True).splits["val"].rows[0].text == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'id,text,img,label\n1,"never closed,a.png,a\n2,t,a.png,b\n', "table.csv:2 is not CSV"),
+        (b"id,text,img,label\n1,t,a.png\n", "table.csv:2 has 3 fields, the header has 4"),
+        (b"id,text,img,label\n1,t,a.png,a,b\n", "table.csv:2 has 5 fields"),
+        (b"id,text,text,label\n", "the column 'text' is there twice"),
+        (b"caption,img,label\nt,a.png,a\n", "did you mean --text-col caption?"),
+        (b"id,text,img,label\n\n1,caf\xe9,a.png,a\n", "table.csv:3 is not UTF-8 (byte 0xe9)"),
+        ("id,text\n".encode("utf-16"), "this is UTF-16"),
+        (b"", "no rows"),
+        (b"id,text,img,label\n", "no rows"),
+    ],
+)
+def test_a_csv_that_is_none_is_named_with_its_line(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "table.csv").write_bytes(content)
+    error = refused(tmp_path / "table.csv", val_fraction=0.5)
+    assert said in error.what
+    assert error.exit_code == 4
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    (tmp_path / "t.parquet").write_bytes(b"PAR1 and nothing more PAR1")
+    assert refused(tmp_path / "t.parquet", val_fraction=0.5).code == "MF-DATA-24"
+
+
+def test_a_split_in_two_formats_and_a_file_that_is_no_table_are_refused(copy: Path) -> None:
+    write_csv(copy / "val.csv", rows_of(copy, "val"))
+    assert "the val split is there twice: val.jsonl and val.csv" in refused(copy).what
+    (copy / "notes.txt").write_text("a")
+    assert refused(copy / "notes.txt").code == "MF-DATA-20"
+
+
+@given(content=st.binary(max_size=200) | st.lists(st.sampled_from(['"', ",", "\n", "a", "text,img,label\n"])).map("".join))
+def test_any_bytes_are_a_table_or_a_data_error(tmp_path_factory: pytest.TempPathFactory, content: bytes | str) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.csv"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert code_of(lambda: load(path, val_fraction=0.5)).startswith(("MF-DATA", "MF-SEC"))
+
+
+def test_a_single_table_trains_from_the_command_line(pairs: Path, tmp_path: Path) -> None:
+    root = make_pairs(tmp_path / "data", counts={"train": 20})
+    rows = [{"no": r["id"], "title": r["text"], "photo": r["img"][7:], "kind": r["label"]} for r in rows_of(root, "train")]
+    write_csv(tmp_path / "products.csv", rows)
+    columns = "--id-col no --text-col title --image-col photo --label-col kind --val-fraction 0.2 --test-fraction 0.2".split()
+    where = ("--data", tmp_path / "products.csv", "--image-root", root / "images", "--out", tmp_path / "run")
+    done = call("train", *TINY, *columns, *where, "--steps", "2", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["rows"] == {"train": 12, "val": 4, "test": 4}
+    drawn = json.loads((tmp_path / "run" / "splits.json").read_text())
+    assert {name: len(ids) for name, ids in drawn.items()} == {"train": 12, "val": 4, "test": 4}
+    again = call("eval", tmp_path / "run", "--json")
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["metrics"]["accuracy"] == json.loads(done.stdout)["metrics"]["accuracy"]
