@@ -30,8 +30,10 @@ from mopefuse.signals import StopRequest
 from mopefuse.trainer import Listener, Trainer
 
 MAY_CHANGE = frozenset(
-    "device data.path data.image_roots data.workers data.cache_images data.cache_features data.strict train.epochs train.max_steps train.patience "
-    "train.log_every train.checkpoint_every train.evals_per_epoch train.select train.compile".split()
+    (
+        "device data.path data.image_roots data.workers data.cache_images data.cache_features data.strict train.epochs "
+        "train.max_steps train.patience train.log_every train.checkpoint_every train.evals_per_epoch train.select train.compile"
+    ).split()
 )
 """Settings that a resumed run may change; all others are part of what the run is."""
 

@@ -75,15 +75,15 @@ def split_features(
     path = _path(key)
     everywhere = all(distributed.gather(path is not None))
     if path is not None and everywhere:
-        return Features(_map(path, shape), number_S, f"read from {path.parent}")
+        return Features(_map(path, shape), number_S, "read from the cache")
     table_UC = _compute(encoder, samples, first_U, config, device, advance)
 
     def write(folder: Path) -> None:
         table_UC.numpy().tofile(folder / "features.bin")
 
     facts = {"encoder": str(encoder.spec), "split": split, "root": str(data.root), "shape": list(shape)}
-    kept = cache.keep("features", key, write, facts) if distributed.is_main() else None
-    return Features(table_UC, number_S, f"kept in {kept}" if kept else "kept in memory")
+    kept = distributed.from_main(bool(cache.keep("features", key, write, facts)) if distributed.is_main() else None)
+    return Features(table_UC, number_S, "kept in the cache" if kept else "kept in memory")
 
 
 def _path(key: str) -> Path | None:

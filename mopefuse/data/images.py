@@ -81,8 +81,10 @@ def _decoded(
         return image, size
     except DataError:
         raise
-    except Image.DecompressionBombError:
-        raise DataError(12, f"{relative} has too many pixels", where=where, fix="shrink it") from None
+    except Image.DecompressionBombError as error:  # "Image size (400000000 pixels) exceeds ...", nothing was decoded
+        count = int(next(iter(re.findall(r"\d+", str(error))), 0))
+        what = f"{relative} has {count:,} pixels, more than {max_pixels:,}"
+        raise DataError(12, what, where=where, fix="shrink it") from None
     except MemoryError:
         raise
     except Exception as error:  # decoders raise whatever they please on damaged files

@@ -1,0 +1,342 @@
+"""Every kind of bad data that people bring, by its number in the list of faults, seen from the command line.
+
+Each case changes one thing in a good data set and says how training ends: the exit code, and what is said.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import TINY, call, make_pairs, torchrun, write_rows
+from PIL import Image
+
+from mopefuse.encoders._base import create_encoder
+
+Change = Callable[[Path], object]
+IMAGE = "images/train-3.png"  # of train.jsonl:4
+
+
+def image(content: bytes) -> Change:
+    return lambda root: (root / IMAGE).write_bytes(content)
+
+
+def saved(picture: Image.Image, kind: str = "PNG", **options: Any) -> Change:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return image(buffer.getvalue())
+
+
+def noise(width: int = 40, height: int = 30) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def cut(kind: str) -> Change:
+    buffer = io.BytesIO()
+    noise().save(buffer, kind)
+    return image(buffer.getvalue()[:-300])
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    """Of a PNG file."""
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def header_only(width: int, height: int) -> Change:
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return image(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
+
+
+def text_bomb(root: Path) -> None:
+    text = chunk(b"iTXt", b"Comment\0\1\0\0\0" + zlib.compress(b"\0" * 100_000_000, 9))
+    buffer = io.BytesIO()
+    noise().save(buffer, "PNG")
+    whole = buffer.getvalue()
+    (root / IMAGE).write_bytes(whole[:33] + text + whole[33:])
+
+
+def rows_of(root: Path, split: str = "train") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (root / f"{split}.jsonl").read_text().splitlines()]
+
+
+def row(split: str = "train", line: int = 4, **fields: Any) -> Change:
+    def change(root: Path) -> None:
+        rows = rows_of(root, split)
+        rows[line - 1] |= fields
+        write_rows(root / f"{split}.jsonl", rows)
+
+    return change
+
+
+def raw(line: bytes, number: int = 4) -> Change:
+    """Replace a line of train.jsonl."""
+
+    def change(root: Path) -> None:
+        lines = (root / "train.jsonl").read_bytes().splitlines()
+        lines[number - 1] = line
+        (root / "train.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+
+    return change
+
+
+def whole(rewrite: Callable[[bytes], bytes]) -> Change:
+    return lambda root: (root / "train.jsonl").write_bytes(rewrite((root / "train.jsonl").read_bytes()))
+
+
+def special(kind: str) -> Change:
+    def change(root: Path) -> None:
+        (root / IMAGE).unlink()
+        if kind == "pipe":
+            os.mkfifo(root / IMAGE)
+        elif kind == "folder":
+            (root / IMAGE).mkdir()
+        else:
+            row(img="/dev/zero")(root)
+
+    return change
+
+
+def other_case(root: Path) -> None:
+    (root / IMAGE).rename(root / IMAGE.replace("train-3.png", "TRAIN-3.PNG"))
+
+
+def every_label(label: str, *splits: str) -> Change:
+    def change(root: Path) -> None:
+        for split in splits:
+            write_rows(root / f"{split}.jsonl", [entry | {"label": label} for entry in rows_of(root, split)])
+
+    return change
+
+
+def renamed(root: Path) -> None:
+    rows = [{"id": r["id"], "caption": r["text"], "image": r["img"], "label": r["label"]} for r in rows_of(root)]
+    write_rows(root / "train.jsonl", rows)
+
+
+def copied(root: Path) -> None:
+    """The test split has an image and a text of train."""
+    (root / "images" / "test-2.png").write_bytes((root / IMAGE).read_bytes())
+    row("train", 5, text="a phrase that comes once")(root)
+    row("test", 2, text="a phrase that comes once")(root)
+
+
+def animation(kind: str) -> Change:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    return saved(frames[0], kind, save_all=True, append_images=frames[1:])
+
+
+exif = Image.Exif()
+exif[0x0112] = 6
+AT = "train.jsonl:4"
+ACCEPTED, DATA = 0, 4
+
+CASES: list[tuple[str, Change, int, list[str]]] = [
+    ("F-36", lambda root: (root / IMAGE).unlink(), DATA, ["MF-DATA-11", f"image not found: {IMAGE}", f"{AT}, id train-3"]),
+    ("F-36 case", other_case, DATA, ["image not found", "TRAIN-3.PNG", "upper and lower case"]),
+    ("F-37 empty", image(b""), DATA, ["not a readable image (it is empty)", AT]),
+    ("F-37 HTML", image(b"<!DOCTYPE html><p>404"), DATA, ["not a readable image (looks like HTML)"]),
+    ("F-37 SVG", image(b"<svg xmlns='x'/>"), DATA, ["looks like SVG"]),
+    ("F-38 JPEG", cut("JPEG"), DATA, ["MF-DATA-13", "truncated", AT]),
+    ("F-38 PNG", cut("PNG"), DATA, ["MF-DATA-13", AT]),
+    ("F-39", header_only(20_000, 20_000), DATA, ["MF-DATA-12", "400,000,000 pixels", AT]),
+    ("F-40", header_only(10_000, 10_000), DATA, ["MF-DATA-12", "10000 x 10000"]),
+    ("F-41 CMYK", saved(Image.new("CMYK", (8, 8)), "JPEG"), ACCEPTED, []),
+    ("F-41 P", saved(Image.new("P", (8, 8)), transparency=0), ACCEPTED, []),
+    ("F-41 L", saved(Image.new("L", (8, 8))), ACCEPTED, []),
+    ("F-41 1", saved(Image.new("1", (8, 8))), ACCEPTED, []),
+    ("F-41 LA", saved(Image.new("LA", (8, 8))), ACCEPTED, []),
+    ("F-41 RGBA", saved(Image.new("RGBA", (8, 8))), ACCEPTED, []),
+    ("F-41 I;16", saved(Image.new("I;16", (8, 8))), ACCEPTED, []),
+    ("F-42 GIF", animation("GIF"), ACCEPTED, [f"1 images are animations, as {IMAGE}: their first frame is read"]),
+    ("F-42 WebP", animation("WEBP"), ACCEPTED, ["their first frame is read"]),
+    ("F-43", saved(noise(), "JPEG", exif=exif), ACCEPTED, []),
+    ("F-44 1 x 1", saved(noise(1, 1)), ACCEPTED, []),
+    ("F-44 1 x 5000", saved(noise(1, 5000)), ACCEPTED, []),
+    ("F-45 TIFF", saved(noise(), "TIFF"), DATA, ["MF-DATA-14", "of the format TIFF, which is not enabled", AT]),
+    ("F-45 PSD", image(b"8BPS\0\1"), DATA, ["MF-DATA-14", "PSD"]),
+    ("F-45 PDF", image(b"%PDF-1.7"), DATA, ["MF-DATA-14", "PDF"]),
+    ("F-45 FITS", image(b"SIMPLE  =                    T"), DATA, ["MF-DATA-14", "FITS"]),
+    ("F-45 EPS", image(b"%!PS-Adobe-3.0 EPSF-3.0"), DATA, ["MF-DATA-14", "PostScript"]),
+    ("F-46", text_bomb, DATA, ["MF-DATA-13", AT]),
+    ("F-47 pipe", special("pipe"), DATA, ["MF-DATA-15", "not a regular file", AT]),
+    ("F-47 folder", special("folder"), DATA, ["MF-DATA-15", "not a regular file", AT]),
+    ("F-47 device", special("device"), DATA, ["MF-SEC-01", AT]),
+    ("F-48", raw(b'{"id": "x", nonsense'), DATA, ["MF-DATA-03", f"{AT} is not JSON (column 13"]),
+    ("F-49", raw(b"[1, 2]"), DATA, [f"{AT} is a list, expected an object"]),
+    ("F-50", whole(lambda content: b"\xef\xbb\xbf" + content), ACCEPTED, []),
+    ("F-51", raw(b'{"id": "\xe9"}'), DATA, [f"{AT} is not UTF-8 (byte 0xe9 at 9)", "iconv -f latin1"]),
+    ("F-52 NaN", raw(b'{"id": NaN}'), DATA, [f"{AT} has NaN"]),
+    ("F-52 twice", raw(b'{"id": "1", "id": "2"}'), DATA, [f"{AT} has a key twice"]),
+    ("F-53 UTF-16", whole(lambda content: content.decode().encode("utf-16")), DATA, ["MF-DATA-08", "this is UTF-16"]),
+    ("F-53 gzip", whole(gzip.compress), DATA, ["MF-DATA-08", "this is gzip"]),
+    ("F-53 Parquet", whole(lambda content: b"PAR1" + content), DATA, ["MF-DATA-08", "this is Parquet"]),
+    ("F-54", whole(lambda c: b"\r\n\r\n".join(c.splitlines()).replace(b"the red", "the\u2028red".encode())), ACCEPTED, []),
+    ("F-55 empty", row(text=""), ACCEPTED, []),
+    ("F-55 white space", row(text=" \t\n"), ACCEPTED, []),
+    ("F-56", row(text="word " * 2_000_000), ACCEPTED, []),
+    ("F-57", row(text="a\ud800b\0c\x07"), ACCEPTED, []),
+    ("F-58 null", row(text=None), DATA, [f"{AT} text is null", "data.allow_missing_text=true"]),
+    ("F-58 number", row(text=3), DATA, [f"{AT} text is a number"]),
+    ("F-58 list", row(text=["a"]), DATA, [f"{AT} text is a list"]),
+    ("F-59", renamed, DATA, ["has no text or img; found caption, id, image, label", "--text-col caption --image-col image"]),
+    ("F-60", row("val", 2, label="unheard"), DATA, ["MF-DATA-06", "unheard (1)", "labels.txt"]),
+    ("F-61", row(label=0), DATA, [f"{AT} label is a number, expected a string", "quote it"]),
+    ("F-61 no", row(label=False), DATA, [f"{AT} label is a boolean", "quote it"]),
+    ("F-61 list", row(label=["a"]), DATA, ["MF-DATA-05", "some labels are strings and some are lists", AT]),
+    ("F-63", every_label("a", "val", "test"), ACCEPTED, ["2 labels have no sample; macro-F1 is over the others"]),
+    ("F-65", every_label("a", "train", "val", "test"), DATA, ["MF-DATA-07", "nothing to learn"]),
+    ("F-66 empty", whole(lambda content: b"\n"), DATA, ["MF-DATA-04", "the train split has no rows"]),
+    ("F-66 missing", lambda root: (root / "val.jsonl").unlink(), DATA, ["the val split is missing", "--val-fraction"]),
+    ("F-67", row(id="train-0"), DATA, [f"{AT} the id 'train-0' is there already, in line 1"]),
+    ("F-68", copied, ACCEPTED, ["1 images of test are also in train", "1 texts of test are also in train"]),
+    ("F-70", row(img="../../etc/passwd"), DATA, ["MF-SEC-01", "leaves the image root", AT]),
+]
+
+
+@pytest.mark.parametrize(("change", "exit_code", "said"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+def test_bad_data_end_training_as_they_should(
+    tmp_path: Path, change: Change, exit_code: int, said: list[str]
+) -> None:
+    root = make_pairs(tmp_path / "data")
+    change(root)
+    done = call("train", *TINY, "--data", root, "--out", tmp_path / "run", "--steps", "1")
+    assert done.returncode == exit_code, done.stderr
+    assert [part for part in said if part not in done.stderr] == []
+    assert "Traceback" not in done.stderr
+
+
+def test_every_fault_of_data_has_its_case() -> None:
+    here = {int(case[0][2:4]) for case in CASES} | {62, 64, 69, 71}
+    assert here == set(range(36, 72))
+
+
+HOSTILE = ["日本", "עברית", "🙂", "<script>alert(1)</script>", "=1+1", "İ", "a\tb", '"quoted"', "100%"]
+
+
+def test_f62_a_label_of_any_script_comes_back_as_it_was(tmp_path: Path) -> None:
+    root = make_pairs(tmp_path / "data", counts={"train": 18, "val": 9, "test": 9})
+    for split in ("train", "val", "test"):
+        rows = rows_of(root, split)
+        write_rows(root / f"{split}.jsonl", [entry | {"label": HOSTILE[i % 9]} for i, entry in enumerate(rows)])
+    done = call("train", *TINY, "--data", root, "--out", tmp_path / "run", "--steps", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    assert [entry["label"] for entry in json.loads(done.stdout)["per_label"]] == sorted(HOSTILE)
+    first = json.loads((tmp_path / "run" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert (first["true"], set(first["probabilities"])) == (HOSTILE[0], set(HOSTILE))
+    assert call("eval", tmp_path / "run").returncode == 0
+
+
+def test_f64_a_row_without_labels_is_a_sample(tmp_path: Path) -> None:
+    root = make_pairs(tmp_path / "data", multi=True)
+    row(label=[])(root)
+    row("test", 1, label=[])(root)
+    done = call("train", *TINY, "--data", root, "--out", tmp_path / "run", "--steps", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["rows"]["test"] == 7
+
+
+def test_f68_strict_refuses_what_leaks(tmp_path: Path) -> None:
+    root = make_pairs(tmp_path / "data")
+    copied(root)
+    done = call("train", *TINY, "--data", root, "--out", tmp_path / "run", "--steps", "1", "--strict")
+    assert done.returncode == 4
+    assert "MF-DATA-27" in done.stderr
+
+
+def test_f69_a_split_smaller_than_the_processes_is_evaluated_exactly(tmp_path: Path) -> None:
+    root = make_pairs(tmp_path / "data", counts={"train": 6, "val": 3, "test": 1})
+    found = []
+    for processes in (1, 2):
+        run = tmp_path / str(processes)
+        done = torchrun(processes, "train", *TINY, "--data", str(root), "--out", str(run), "--steps", "1", "--json")
+        assert done.returncode == 0, done.stderr
+        assert len((run / "predictions.jsonl").read_text().splitlines()) == 1
+        found.append(json.loads(done.stdout)["splits"]["test"]["accuracy"])
+    assert found[0] == found[1]
+
+
+def test_f71_other_folders_are_read_when_they_are_named(tmp_path: Path) -> None:
+    root = make_pairs(tmp_path / "data")
+    noise().save(tmp_path / "else.png")
+    row(img=str(tmp_path / "else.png"))(root)
+    options = ("train", *TINY, "--data", root, "--steps", "1")
+    assert call(*options, "--out", tmp_path / "no").returncode == 4
+    done = call(*options, "--out", tmp_path / "yes", "--image-root", tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_bad_rows_are_skipped_when_that_is_asked_and_never_more_than_a_share(tmp_path: Path) -> None:
+    root = make_pairs(tmp_path / "data")
+    image(b"")(root)
+    raw(b"{", 7)(root)
+    options = ("train", *TINY, "--data", root, "--steps", "1", "--on-bad", "skip")
+    few = call(*options, "--out", tmp_path / "few")
+    assert few.returncode == 4
+    assert "2 of 12 rows are bad, more than the share 0.01 that may be skipped" in few.stderr
+    done = call(*options, "--out", tmp_path / "run", "--set", "data.max_bad_fraction=0.2")
+    assert done.returncode == 0, done.stderr
+    assert "train: 2 bad rows are skipped, as train.jsonl:4, id train-3" in done.stderr
+    skipped = json.loads((tmp_path / "run" / "manifest.json").read_text())["skipped"]
+    assert [entry[:10] for entry in skipped["train"]] == ["MF-DATA-13", "MF-DATA-03"]
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["rows"]["train"] == 10
+    noise().save(root / IMAGE)
+    resumed = call("train", "--out", tmp_path / "run", "--resume", "--epochs", "1")
+    assert resumed.returncode == 4, "what was skipped is part of what the run is"
+
+
+def test_a_path_that_leaves_its_root_is_never_skipped(tmp_path: Path) -> None:
+    root = make_pairs(tmp_path / "data")
+    row(img="../secret.png")(root)
+    options = ("--on-bad", "skip", "--set", "data.max_bad_fraction=0.9")
+    done = call("train", *TINY, "--data", root, "--out", tmp_path / "run", "--steps", "1", *options)
+    assert done.returncode == 4
+    assert "MF-SEC-01" in done.stderr
+
+
+def test_all_bad_rows_are_found_and_not_only_the_first(tmp_path: Path) -> None:
+    root = make_pairs(tmp_path / "data")
+    (root / IMAGE).unlink()
+    row("train", 9, text=None)(root)
+    raw(b"{", 7)(root)
+    done = call("train", *TINY, "--data", root, "--out", tmp_path / "run", "--steps", "1")
+    assert "3 bad rows: train.jsonl:4, id train-3: image not found" in done.stderr
+    assert "train.jsonl:7 is not JSON" in done.stderr
+    assert "train.jsonl:9 text is null" in done.stderr
+
+
+def test_an_image_that_becomes_unreadable_during_training_names_its_sample(pairs: Path, tmp_path: Path) -> None:
+    from mopefuse.config import Data
+    from mopefuse.data.collate import Samples
+    from mopefuse.data.load import load_data
+    from mopefuse.errors import DataError
+
+    root = make_pairs(tmp_path / "data")
+    data, encoder = load_data(Data(path=str(root))), create_encoder("tiny:vision")
+    image(b"")(root)
+    samples = Samples(data, "train", {"main": ("image", encoder.preprocess)}, Data())
+    with pytest.raises(DataError) as caught:
+        list(samples.batches([[(0, 3)]]))
+    assert (caught.value.code, caught.value.where) == ("MF-DATA-13", "train.jsonl:4, id train-3")
+
+
+@pytest.mark.parametrize("characters", [100_000, 10_000_000])
+def test_f56_a_text_of_any_length_is_prepared_at_once(characters: int) -> None:
+    import time
+
+    preprocess = create_encoder("tiny:text").preprocess
+    text = "what is the red digit " * (characters // 22)
+    began = time.process_time()
+    inputs = preprocess.batch([preprocess.item(text)])
+    assert time.process_time() - began < 0.5
+    assert inputs["ids"].shape[1] == preprocess.describe()["max_tokens"]
+
+
