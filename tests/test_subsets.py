@@ -84,6 +84,13 @@ def test_rows_of_one_image_stay_on_one_side() -> None:
     assert 12 <= len(held) <= 20
 
 
+def test_of_a_class_of_one_nothing_is_held_out() -> None:
+    labels = [*SINGLE[:59], ("only",)]
+    for count in (1, 12, 50):
+        kept, _ = hold_out(IDS, labels, count, 0)
+        assert set(drawn(kept, labels)) == {"often", "rare", "only"}
+
+
 def test_shots_and_fraction_exclude_each_other() -> None:
     with pytest.raises(ConfigError, match="set one"):
         build_config({"main": "a:b", "comp": "a:b", "data": {"shots": 1, "fraction": 0.5}})

@@ -55,7 +55,7 @@ def hold_out(
     held: list[int] = []
     for name, wanted in zip(classes, shares(sizes, count), strict=True):
         taken: list[int] = []
-        for number in order_of(by_class[name], seed):
+        for number in order_of(by_class[name], seed)[:-1]:  # one group of each class stays, so that training knows it
             rows = members[by_class[name][number]]
             if len(taken) + len(rows) <= wanted or (not taken and wanted):
                 taken += rows
