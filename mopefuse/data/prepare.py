@@ -1,0 +1,246 @@
+"""Prepare a data set: from the files as their owners distribute them to the native row format, without any network.
+
+A data set is a subclass of `Source`, in one module and with one entry point of the group ``mopefuse.datasets``. It yields
+a `Sample` or a `Skip` for everything that it finds; `prepare` does what is common to all, and loses nothing in silence.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from mopefuse import __version__
+from mopefuse.checkpoint import alive, dump_json
+from mopefuse.data._holdout import hold_out
+from mopefuse.data._source import Sample, Skip, Source, complete, is_file_name
+from mopefuse.data._source_files import SourceFolder, listing, place, sha256, sums_file
+from mopefuse.errors import DataError
+
+__all__ = ["Advance", "Sample", "Skip", "Source", "complete", "is_file_name", "prepare"]
+
+Advance = Callable[[str, int, int], None]
+"""Told what is being done, how much of it is done, and how much there is (an estimate, and never less than is done)."""
+
+ABOUT, SKIPPED, SUMS = "dataset.json", "skipped.jsonl", "SHA256SUMS"
+_IDENTITY = ("dataset", "version", "options", "images", "source")
+_EVERY = 1000  # rows between two calls of `Advance`
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    pass
+
+
+def prepare(
+    kind: type[Source],
+    source: Path,
+    dest: Path,
+    options: Mapping[str, Any] | None = None,
+    *,
+    images: str = "link",
+    advance: Advance = _silent,
+) -> dict[str, Any]:
+    """Write ``{train,val,test}.jsonl`` and the images they name, and what became of everything else.
+
+    Also written: labels.txt where the data set has a fixed list, skipped.jsonl (each thing that became no row: file, line,
+    reason), SHA256SUMS (of every file of `source` that was used, as ``sha256sum --check`` reads it there) and dataset.json.
+    The folder appears whole or not at all.
+
+    Args:
+        source: folder with the files as they were distributed; it is only read.
+        dest: must be new or empty, or hold this very preparation already (then nothing is written).
+        options: those of the data set, see `Source.defaults`.
+        images: "link" (hard links; copies where the file system has none) or "copy".
+
+    Returns:
+        What dataset.json holds, and as "written" whether anything was.
+
+    Raises:
+        DataError: files are missing or cannot be read, an option does not fit, a split has no rows, or `dest` is taken.
+        UnsafePathError: a link leads out of `source`.
+        OSError: `dest` cannot be written; nothing of it is left.
+    """
+    if images not in ("link", "copy"):
+        raise DataError(61, f"--images cannot be {images!r}", where="--images", fix="write link or copy")
+    folder, target = SourceFolder(source), Path(dest).resolve()
+    if target.is_relative_to(folder.root):
+        fix = "name a folder beside it"
+        raise DataError(73, "the prepared data would lie in the source folder", where=str(target), fix=fix)
+    reader = kind(folder, options or {})
+    identity = {
+        "dataset": kind.name,
+        "version": kind.version,
+        "options": reader.options,
+        "images": images,
+        "source": listing(folder.root, kind.inputs),
+    }
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        return {**_same(target, identity), "written": False}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(target)
+    building = target.with_name(f"{target.name}.tmp-{os.getpid()}")
+    try:
+        about = identity | _Build(reader, building, advance).run(link=images == "link")
+        (building / ABOUT).write_text(dump_json(about), encoding="utf-8")
+        for path in (*building.glob("*.*"), building / SUMS, building):
+            _sync(path)
+        os.replace(building, target)
+        _sync(target.parent)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return {**about, "written": True}
+
+
+class _Build:
+    """A data set under construction, in a folder of its own."""
+
+    def __init__(self, reader: Source, root: Path, advance: Advance) -> None:
+        self.reader, self.root, self.advance = reader, root, advance
+        self.ids: set[str] = set()
+        self.images: dict[str, Path | None] = {}
+        self.counts: dict[str, int] = {}
+        self.labels: set[str] = set(reader.labels)
+        self.skipped: Counter[str] = Counter()
+        self.training: list[tuple[str, str]] = []  # (id, label) of what may be held out, in the order of its file
+
+    def run(self, *, link: bool) -> dict[str, Any]:
+        """Write everything but dataset.json, and return what that will say of it."""
+        reader = self.reader
+        self.root.mkdir()
+        with (self.root / SKIPPED).open("w", encoding="utf-8", newline="\n") as skips:
+            for split in reader.splits:
+                self._split(split, skips)
+        if "val" not in reader.splits:
+            self._hold_out()
+        found = {name: path for name, path in self.images.items() if path is not None}
+        placed = place(found, self.root, link=link, advance=lambda done: self.advance("images", done, len(found)))
+        if placed.linked < len(found):
+            os.sync()
+        if reader.labels:
+            (self.root / "labels.txt").write_text("".join(f"{label}\n" for label in reader.labels), encoding="utf-8")
+        sums = sums_file(reader.folder.sums | placed.sums)
+        (self.root / SUMS).write_text(sums, encoding="utf-8", errors="surrogateescape", newline="\n")
+        tables = sorted(path for path in self.root.iterdir() if path.is_file())
+        published = {group: {"rows": rows, "by": says} for group, (rows, says) in reader.published.items()}
+        return {
+            "mopefuse": __version__,
+            "text": reader.text,
+            "seed": reader.options.get("seed"),
+            "rows": self.counts,
+            "published": published,
+            "difference": {group: self._rows(group) - rows for group, (rows, _) in reader.published.items()},
+            "labels": len(self.labels),
+            "skipped": dict(sorted(self.skipped.items(), key=lambda item: (-item[1], item[0]))),
+            "image_files": {"linked": placed.linked, "copied": len(found) - placed.linked, "bytes": placed.size},
+            "sha256": {path.name: sha256(path) for path in tables},
+            "content": listing(self.root, os.listdir(self.root)),
+        }
+
+    def _rows(self, group: str) -> int:
+        return sum(self.counts[split] for split in group.split("+"))
+
+    def _split(self, split: str, skips: TextIO) -> None:
+        published = next((rows for group, (rows, _) in self.reader.published.items() if group.split("+")[0] == split), 0)
+        held_out, kept, seen = "val" not in self.reader.splits and split == "train", 0, 0
+        with (self.root / f"{split}.jsonl").open("wb") as table:
+            for seen, found in enumerate(self.reader.rows(split), start=1):
+                if seen % _EVERY == 1:
+                    self.advance(split, seen, max(published, seen))
+                skip = found if isinstance(found, Skip) else self._refused(found)
+                if skip is not None:
+                    self._skip(skip, skips)
+                elif isinstance(found, Sample):
+                    table.write(_line(found))
+                    self.labels.update([found.label] if isinstance(found.label, str) else found.label)
+                    if held_out:
+                        self.training.append((found.id, str(found.label)))
+                    kept += 1
+        self.advance(split, seen, seen)
+        self.counts[split] = kept
+        if not kept:
+            most = ", ".join(f"{reason} ({number})" for reason, number in self.skipped.most_common(3))
+            what = f"no row of the {split} split can be used" + (f"; skipped so far: {most}" if most else "")
+            raise DataError(66, what, where=str(self.reader.folder.root), fix=f"provide {self.reader.layout}")
+
+    def _refused(self, sample: Sample) -> Skip | None:
+        """Why a sample cannot be a row, if it cannot; else its id is taken and its image remembered."""
+        if sample.id in self.ids:
+            return Skip("id twice", sample.file, sample.line)
+        if sample.img not in self.images:
+            if _SURROGATE.search(sample.id + sample.img):
+                return Skip("name is not UTF-8", sample.file, sample.line)
+            self.images[sample.img] = self.reader.folder.path(sample.img)
+        if self.images[sample.img] is None:
+            return Skip("no image", sample.file, sample.line)
+        self.ids.add(sample.id)
+        return None
+
+    def _skip(self, skip: Skip, skips: TextIO) -> None:
+        reason = _SURROGATE.sub("\ufffd", skip.reason)
+        self.skipped[reason] += 1
+        skips.write(json.dumps({"file": skip.file, "line": skip.line, "reason": reason}) + "\n")
+
+    def _hold_out(self) -> None:
+        """Move rows of train.jsonl to val.jsonl."""
+        chosen = hold_out(self.training, self.reader.options["val"], self.reader.options["seed"])
+        whole = (self.root / "train.jsonl").rename(self.root / "whole")
+        parts = (self.root / "train.jsonl").open("wb"), (self.root / "val.jsonl").open("wb")
+        with whole.open("rb") as rows, parts[0] as train, parts[1] as val:
+            for (identity, _), row in zip(self.training, rows, strict=True):
+                (val if identity in chosen else train).write(row)
+        whole.unlink()
+        self.counts = {"train": self.counts.pop("train") - len(chosen), "val": len(chosen), **self.counts}
+
+
+def _line(sample: Sample) -> bytes:
+    """A row of the native format. Half characters (lone surrogates), which no file can hold, become U+FFFD."""
+    row = {"id": sample.id, "text": sample.text, "img": sample.img, "label": sample.label}
+    text = json.dumps(row, ensure_ascii=False) + "\n"
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError:
+        return _SURROGATE.sub("\ufffd", text).encode("utf-8")
+
+
+def _same(target: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What dataset.json of `target` says; a DataError unless `target` is exactly the preparation that `identity` describes."""
+    fix = "name a new folder, or remove this one"
+    try:
+        about = json.loads((target / ABOUT).read_text(encoding="utf-8"))
+        same = {key: about[key] for key in _IDENTITY} == identity
+        tables, content = dict(about["sha256"]), about["content"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        raise DataError(68, "the folder is not empty", where=str(target), fix=fix) from None
+    if not same:
+        known = {key: about[key] for key in _IDENTITY}
+        other = ", ".join(key for key in _IDENTITY if known[key] != identity[key])
+        what = f"the folder holds a data set that was prepared otherwise (other {other})"
+        raise DataError(69, what, where=str(target / ABOUT), fix=fix)
+    there = [name for name in os.listdir(target) if name != ABOUT and not name.startswith(".")]
+    whole = all((target / name).is_file() and sha256(target / name) == digest for name, digest in tables.items())
+    if not whole or listing(target, there) != content:
+        raise DataError(70, "files of this data set were changed, added or lost", where=str(target), fix=fix)
+    return dict(about)
+
+
+def _sweep(target: Path) -> None:
+    """Remove what earlier tries at `target` left when they were killed; what a living process writes stays."""
+    pattern = re.compile(re.escape(target.name) + r"\.tmp-([0-9]{1,9})")
+    for path in target.parent.iterdir():
+        match = pattern.fullmatch(path.name)
+        if match and path.is_dir() and not path.is_symlink() and (int(match[1]) == os.getpid() or not alive(int(match[1]))):
+            shutil.rmtree(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
