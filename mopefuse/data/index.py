@@ -95,7 +95,7 @@ def build(
     how = (config.allow_missing_text, config.label_sep, config.split_col, config.max_pixels)
     digest = cache.key_of(VERSION, table.digest, split, table.file, *columns_of(config).values(), *how)
     key = cache.key_of(digest, *(root.resolve() for root in roots))
-    index = (None if fresh else _load(key, table)) or _read_rows(table, split, config, digest)
+    index = (None if fresh else _load(key, table)) or read_rows(table, split, config, digest)
     known = dict(zip(index.images, index.looks, strict=True))
     seen = look_at(roots, index.images, max_pixels=config.max_pixels, known=known, advance=advance)
     looks = [seen[name] for name in index.images]
@@ -105,8 +105,8 @@ def build(
     return index
 
 
-def _read_rows(table: Table, split: str, config: DataConfig, digest: str) -> Index:
-    """One pass over the table; images are not looked at yet."""
+def read_rows(table: Table, split: str, config: DataConfig, digest: str = "") -> Index:
+    """One pass over the table; images are not looked at, and nothing is kept."""
     rewritten = bytearray()
     places, lines, image_of, texts, labels, lists, ids = [], [], [], bytearray(), [], [], []
     images: dict[str, int] = {}

@@ -1,0 +1,235 @@
+"""Everything that is wrong with a data set, found in one pass; nothing is written and nothing is printed.
+
+A table that cannot be read hides nothing of the others, and one problem hides no other.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mopefuse.config import Data as DataConfig
+from mopefuse.data import across
+from mopefuse.data._base import SPLITS, Row
+from mopefuse.data.contents import Advance, Texts, Tokens, balance, describe_split, extremes, read_texts, rows_of
+from mopefuse.data.findings import KINDS, Finding, of_images, of_rows
+from mopefuse.data.index import Index, build, read_rows
+from mopefuse.data.tables import SUFFIXES, find_tables
+from mopefuse.errors import DataError
+
+Indexes = dict[str, Index]
+_RANK = {kind: number for number, kind in enumerate(KINDS)}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a data set is and what is wrong with it.
+
+    Args:
+        roots: folders that its images may be in, its own first.
+        findings: errors first, by kind, split and line.
+        splits: counts of each. balance: label to split to rows.
+        seconds: that the pass over tables and images took, or reading their index from the cache.
+        looked: images that were read in it. from_cache: all that is known of the tables and images was there.
+    """
+
+    config: DataConfig
+    roots: tuple[Path, ...]
+    indexes: Indexes
+    findings: list[Finding]
+    splits: dict[str, dict[str, Any]]
+    balance: dict[str, dict[str, int]]
+    multi_label: bool
+    texts: Texts
+    leaks: dict[str, dict[str, int]]
+    seconds: float
+    looked: int
+    from_cache: bool
+
+    @property
+    def errors(self) -> int:
+        """How many."""
+        return sum(finding.severity == "error" for finding in self.findings)
+
+    @property
+    def warnings(self) -> int:
+        """How many."""
+        return len(self.findings) - self.errors
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Of the images that were read; None where none was."""
+        return self.looked / self.seconds if self.looked else None
+
+    def by_kind(self) -> dict[str, list[Finding]]:
+        """The findings of each kind that there is, errors first."""
+        groups: dict[str, list[Finding]] = {}
+        for finding in self.findings:
+            groups.setdefault(finding.kind, []).append(finding)
+        return groups
+
+    def todo(self, kind: str) -> str:
+        """What to do about findings of a kind; of a single one in its own words."""
+        found = self.by_kind()[kind]
+        return found[0].todo if len(found) == 1 else KINDS[kind].todo
+
+    def row(self, split: str, number: int) -> Row:
+        """A row, read again."""
+        return rows_of(self.indexes[split], self.config)[number]
+
+    def as_dict(self, most: int) -> dict[str, Any]:
+        """Plain values.
+
+        Args:
+            most: findings to list; all are counted.
+        """
+        return {
+            "errors": self.errors,
+            "warnings": self.warnings,
+            "kinds": {kind: len(found) for kind, found in self.by_kind().items()},
+            "problems": [finding.as_dict() for finding in self.findings[:most]],
+            "splits": self.splits,
+            "labels": {
+                "count": len(self.balance),
+                "multi_label": self.multi_label,
+                **extremes(self.balance),
+                "balance": self.balance,
+            },
+            "texts": self.texts.as_dict(),
+            "leaks": self.leaks,
+            "seconds": self.seconds,
+            "images_per_second": self.images_per_second,
+            "from_cache": self.from_cache,
+        }
+
+
+def check(
+    config: DataConfig,
+    *,
+    tokens: Tokens | None = None,
+    fresh: bool = False,
+    advance: Advance = lambda stage, done, total: None,
+) -> Report:
+    """Look at every row, image and text of the data set at `config.path`.
+
+    Args:
+        tokens: how the encoder that is to read the texts counts them; without, words are counted.
+        fresh: do not trust the index in the cache.
+        advance: told of (split or "texts", how many are done, how many there are).
+
+    Raises:
+        DataError: there is no such folder or file.
+    """
+    path = Path(config.path or "")
+    if not path.is_dir() and not path.is_file():
+        find_tables(path, config)  # says so
+    roots = _roots(path, config)
+    looked = Counter[str]()
+
+    def count(split: str, done: int, total: int) -> None:
+        looked[split] = done
+        advance(split, done, total)
+
+    began = time.perf_counter()
+    indexes, found = _read(path, roots, config, fresh, count)
+    seconds = time.perf_counter() - began
+    seen: set[tuple[str, str]] = set()
+    for index in indexes.values():
+        ours = [finding for finding in of_rows(index) if (finding.where, finding.message) not in seen]
+        seen |= {(finding.where, finding.message) for finding in ours}  # of one table, each split sees what names none
+        found += [*ours, *of_images(index)]
+    texts, odd = read_texts(indexes, config, tokens, advance)
+    labels, wrong = across.labels(indexes, roots[0], config)
+    leaked = list(across.leaks(indexes))
+    found += [*odd, *wrong, *across.mixed_labels(indexes), *across.unknown_labels(indexes, labels)]
+    found += [*across.ids(indexes), *leaked]
+    counts = Counter((finding.split, finding.kind) for finding in leaked)
+    return Report(
+        config,
+        roots,
+        indexes,
+        sorted(found, key=_order),
+        {name: describe_split(index, _bad_rows(index)) for name, index in indexes.items()},
+        balance(indexes, labels),
+        any(bool(index.list_S.any()) for index in indexes.values()),
+        texts,
+        {
+            name: {"images": counts[name, "leaked-image"], "texts": counts[name, "leaked-text"]}
+            for name in indexes
+            if name != "train" and "train" in indexes
+        },
+        seconds,
+        looked.total(),
+        bool(indexes) and not any(index.fresh for index in indexes.values()),
+    )
+
+
+def _order(finding: Finding) -> tuple[int, int, int, str]:
+    line = finding.where.rpartition(":")[2]
+    split = SPLITS.index(finding.split) if finding.split else -1
+    return _RANK[finding.kind], split, int(line) if line.isdecimal() else 0, finding.message
+
+
+def read_split(config: DataConfig, split: str) -> tuple[Index, tuple[Path, ...]]:
+    """The rows of one split and the folders that their images may be in; images are not looked at.
+
+    Raises:
+        DataError: there is no such folder, file or split, or its table cannot be read.
+    """
+    path = Path(config.path or "")
+    tables = find_tables(path, config)
+    table = tables.get(split) or (tables.get("") if config.split_col or split == "train" else None)
+    index = read_rows(table, split, config) if table else None
+    if index is None or not len(index.lines_S):
+        there = ", ".join(tables) if path.is_dir() else path.name
+        fix = f"there is {there or 'none'}; mopefuse data check says more"
+        raise DataError(82, f"there are no rows of a {split} split", where=str(path), fix=fix)
+    return index, _roots(path, config)
+
+
+def _roots(path: Path, config: DataConfig) -> tuple[Path, ...]:
+    return (path.parent if path.is_file() else path, *map(Path, config.image_roots))
+
+
+def _read(
+    path: Path, roots: tuple[Path, ...], config: DataConfig, fresh: bool, advance: Advance
+) -> tuple[Indexes, list[Finding]]:
+    """The index of each split that can be read, and what is wrong with the others."""
+    indexes: Indexes = {}
+    found: list[Finding] = []
+    for name in SPLITS if path.is_dir() or config.split_col else ("train",):
+        try:
+            for table in find_tables(path, config, splits=(name,)).values():
+                index = build(table, name, roots, config, fresh=fresh, advance=partial(advance, name))
+                if len(index.lines_S) or index.row_problems or path.is_dir():
+                    indexes[name] = index
+        except DataError as error:
+            found.append(Finding("unreadable-table", name, error.where, error.what, error.fix, error.code))
+            if not path.is_dir():
+                return {}, found
+    unreadable = {finding.split for finding in found}
+    for name, fraction in (("train", None), ("val", config.val_fraction), ("test", config.test_fraction)):
+        if name in indexes and not len(indexes[name].lines_S) and not indexes[name].row_problems:
+            where = indexes[name].file
+            found.append(Finding("empty-split", name, where, f"the {name} split has no rows", code="MF-DATA-04"))
+        elif name not in indexes and name not in unreadable and not fraction:
+            found.append(_missing(name, path))
+    return indexes, found
+
+
+def _missing(name: str, path: Path) -> Finding:
+    files = [path] if path.is_file() else [file for file in path.iterdir() if file.suffix in SUFFIXES or file.is_dir()]
+    there = ", ".join(sorted(file.name for file in files)[:8])
+    hold = f", or hold some rows of train out with --{name}-fraction 0.1" if name != "train" else ""
+    hint = f"provide {name}.jsonl{hold} (there is {there or 'nothing'})"
+    if name == "test":
+        return Finding("missing-test", name, str(path), "there is no test split", hint)
+    return Finding("missing-split", name, str(path), f"the {name} split is missing", hint, "MF-DATA-02")
+
+
+def _bad_rows(index: Index) -> int:
+    return len(index.row_problems) + len(index.lines_S) - len(index.good())

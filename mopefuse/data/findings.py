@@ -1,0 +1,199 @@
+"""What can be wrong with a data set: kinds of findings, and those that rows, images and texts show by themselves.
+
+An error is what training would refuse; a warning is what it accepts, but somebody should know.
+
+Shapes: S rows of a split, I images.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mopefuse.data.images import Look
+from mopefuse.data.index import Index
+
+SMALL = 16  # pixels; an image with a shorter side is remarked on
+STRIP = 10  # of the sides of an image; a longer strip is remarked on
+SLOW = 2000  # milliseconds of decoding
+
+
+class Kind(NamedTuple):
+    """One kind of finding."""
+
+    severity: str  # error or warning
+    todo: str
+
+
+KINDS = {  # in the order of a report
+    "unsafe-path": Kind("error", "use paths inside the data folder, or allow their folder with --image-root"),
+    "missing-split": Kind("error", "provide it, or hold some rows of train out"),
+    "unreadable-table": Kind("error", "mend or convert the file"),
+    "empty-split": Kind("error", "provide at least one row"),
+    "bad-labels-file": Kind("error", "write each label once, one a line, in UTF-8"),
+    "bad-json": Kind("error", "correct the line"),
+    "bad-encoding": Kind("error", "convert the file with iconv -t utf-8"),
+    "bad-csv": Kind("error", "close quotes, and give each row the fields of the header"),
+    "not-an-object": Kind("error", "write one JSON object a line"),
+    "missing-column": Kind("error", "add it, or name the column that has it: --text-col, --image-col, --label-col"),
+    "missing-text": Kind("error", "give the row a text, or take none as empty: --set data.allow_missing_text=true"),
+    "wrong-type": Kind("error", "write strings, and labels as a string or a list of strings"),
+    "empty-label": Kind("error", "give the row a label, or remove it"),
+    "half-character": Kind("error", "correct the character"),
+    "bad-split-name": Kind("error", "write train, val or test"),
+    "duplicate-id": Kind("error", "give each row of a split its own id"),
+    "bad-row": Kind("error", "correct or remove it"),
+    "mixed-labels": Kind("error", "write all labels as strings, or all as lists"),
+    "one-class": Kind("error", "add rows of another class"),
+    "unknown-label": Kind("error", "correct it, or list all labels in labels.txt"),
+    "missing-image": Kind("error", "add the file"),
+    "not-a-file": Kind("error", "name an image file"),
+    "empty-image": Kind("error", "replace or remove it"),
+    "truncated-image": Kind("error", "replace it with a whole one"),
+    "wrong-format-image": Kind("error", "convert it to JPEG, PNG, WEBP, GIF or BMP"),
+    "unreadable-image": Kind("error", "replace or remove it"),
+    "huge-image": Kind("error", "shrink it, or raise --max-pixels"),
+    "missing-test": Kind("warning", "provide it, or hold some rows of train out"),
+    "leaked-image": Kind("warning", "remove the row from one of the splits"),
+    "leaked-text": Kind("warning", "remove the row from one of the splits"),
+    "id-in-two-splits": Kind("warning", "give each row its own id"),
+    "absent-label": Kind("warning", "add rows of it; its F1 cannot be measured"),
+    "empty-text": Kind("warning", "give the row a text; it is read as empty"),
+    "replaced-characters": Kind("warning", "remove them; they are read as U+FFFD"),
+    "tiny-image": Kind("warning", "use the original; it is enlarged"),
+    "strip-image": Kind("warning", "crop it; of a long strip only the middle is seen"),
+    "animated-image": Kind("warning", "nothing, if its first frame is meant; only that is read"),
+    "slow-image": Kind("warning", "shrink it, or train with --cache-images"),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is wrong with a row, an image or a split."""
+
+    kind: str  # of `KINDS`
+    split: str
+    where: str  # file:line, or a file; of the first row where it is an image that several rows show
+    message: str
+    hint: str = ""
+    code: str = ""  # of the error that training would raise; empty for a warning
+    id: str = ""
+    image: str = ""
+    rows: int = 1  # that it concerns
+    row: int = -1  # number of the row in its index
+    twin: int = -1  # number of a row in the index of train, that it has something in common with
+
+    @property
+    def severity(self) -> str:
+        """error or warning."""
+        return KINDS[self.kind].severity
+
+    @property
+    def place(self) -> str:
+        """Where it is, with the id."""
+        return f"{self.where}, id {self.id}" if self.id else self.where
+
+    @property
+    def todo(self) -> str:
+        """What to do about it."""
+        return self.hint or KINDS[self.kind].todo
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "kind": self.kind,
+            "severity": self.severity,
+            "code": self.code,
+            "split": self.split,
+            "where": self.where,
+            "id": self.id,
+            "image": self.image,
+            "rows": self.rows,
+            "message": self.message,
+            "hint": self.todo,
+        }
+
+
+def at(index: Index, row: int, kind: str, message: str, *, code: str = "", rows: int = 1, twin: int = -1) -> Finding:
+    """A finding at a row."""
+    where = f"{index.file}:{index.lines_S[row]}"
+    return Finding(kind, index.split, where, message, "", code, index.ids[row], "", rows, row, twin)
+
+
+_ROWS = {  # how what is said of a bad row begins, or what it has
+    "bad-split-name": r".* is none of train, val, test$",
+    "missing-column": r"has no .*; found ",
+    "missing-text": r"\(.*\) has no text: |.* is null, expected a string \(set data.allow_missing_text",
+    "bad-encoding": r"is not UTF-8 |\(.*\) has a caption that is not UTF-8$",
+    "bad-csv": r"is not CSV |has \d+ fields, the header has ",
+    "not-an-object": r"is a \w+, expected an object$",
+    "bad-json": r"is not JSON |is nested too deeply|has a number with too many|has a key twice|has -?\w+, which is not JSON",
+    "duplicate-id": r"the id .* is there already, in line \d+$",
+    "empty-label": r".* is empty$|.* has an empty label$",
+    "half-character": r".* has half a character",
+    "wrong-type": r".* is (null|a \w+|an object), expected a string",
+}
+_IMAGES = {
+    "MF-SEC-01": "unsafe-path",
+    "MF-DATA-11": "missing-image",
+    "MF-DATA-12": "huge-image",
+    "MF-DATA-14": "wrong-format-image",
+    "MF-DATA-15": "not-a-file",
+}
+_UNREADABLE = {  # how what a decoder says begins
+    "empty-image": ("it is empty",),
+    "wrong-format-image": ("looks like ",),
+    "truncated-image": ("image file is truncated", "Truncated File Read"),
+}
+
+
+def of_rows(index: Index) -> Iterator[Finding]:
+    """Rows that are none."""
+    for problem in index.row_problems:
+        kind = _kind_of_row(problem.what)
+        identity = ""
+        if kind == "duplicate-id":
+            identity = ast.literal_eval(problem.what.removeprefix("the id ").rpartition(" is there already, in line ")[0])
+        elif index.file.endswith("/") and problem.what.startswith("("):  # an image folder, where files are the ids
+            identity = problem.what[1:].rpartition(") has ")[0]
+        yield Finding(kind, index.split, problem.where, problem.what, code=problem.code, id=identity)
+
+
+def _kind_of_row(what: str) -> str:
+    return next((kind for kind, pattern in _ROWS.items() if re.match(pattern, what, re.DOTALL)), "bad-row")
+
+
+def of_images(index: Index) -> Iterator[Finding]:
+    """What is wrong with images, each once, at the first row that shows it."""
+    if not len(index.image_S):
+        return
+    images, first_I, rows_I = np.unique(index.image_S, return_index=True, return_counts=True)
+    for number, row, rows in zip(images.tolist(), first_I.tolist(), rows_I.tolist(), strict=True):
+        name, look = index.images[number], index.looks[number]
+        for kind, message, hint in _kinds_of_image(name, look):
+            told = f"{message}; {rows} rows show it" if rows > 1 else message
+            where = f"{index.file}:{index.lines_S[row]}"
+            yield Finding(kind, index.split, where, told, hint, look.code, index.ids[row], name, rows, row)
+
+
+def _kinds_of_image(name: str, look: Look) -> Iterator[tuple[str, str, str]]:
+    if look.code:
+        said = look.what.rpartition(" is not a readable image (")[2]
+        known = (kind for kind, starts in _UNREADABLE.items() if said.startswith(starts))
+        yield _IMAGES.get(look.code) or next(known, "unreadable-image"), look.what, look.fix
+        return
+    short, long = sorted((look.width, look.height))
+    sides = f"{name} has {look.width} x {look.height} pixels"
+    if short < SMALL:
+        yield "tiny-image", sides, ""
+    if long > STRIP * short:
+        yield "strip-image", sides, ""
+    if look.animated:
+        yield "animated-image", f"{name} is an animation", ""
+    if look.milliseconds > SLOW:
+        yield "slow-image", f"{name} took {look.milliseconds / 1000:.1f} s to decode", ""
