@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -37,14 +37,21 @@ def speaks_unicode(stream: Any) -> bool:
     return (getattr(stream, "encoding", None) or "utf-8").lower().replace("-", "") == "utf8"
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, bold: int | None = None) -> None:
-    """A table on stdout: the first column left, the others right; row number `bold` stands out."""
+def table(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    bold: int | None = None,
+    left: Collection[int] = (0,),
+) -> None:
+    """A table on stdout: columns of the numbers `left` begin at the left, others end at the right; row `bold` stands out."""
     console = out()
     if not console.is_terminal:
         print(f"{title}:")
         widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
         for row in [columns, *rows]:
-            cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+            cells = [cell.ljust(widths[i]) if i in left else cell.rjust(widths[i]) for i, cell in enumerate(row)]
             print("  ".join(cells).rstrip())
         return
     from rich.markup import escape
@@ -52,7 +59,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, 
 
     grid = Table(title=escape(title), title_justify="left", title_style="bold")
     for number, column in enumerate(columns):
-        grid.add_column(escape(column), justify="right" if number else "left", overflow="fold")
+        grid.add_column(escape(column), justify="left" if number in left else "right", overflow="fold")
     for number, row in enumerate(rows):
         grid.add_row(*map(escape, row), style="bold green" if number == bold else None)
     console.print(grid)

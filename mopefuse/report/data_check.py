@@ -1,0 +1,177 @@
+"""The page of a data check: counts, problems by kind, labels, lengths, sizes, and a closer look at the worst."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+from mopefuse.data.check import Report
+from mopefuse.data.contents import TOKENS_PER_WORD
+from mopefuse.data.findings import Finding
+from mopefuse.report import charts
+from mopefuse.report.data_pictures import Picture, first_bytes, picture
+from mopefuse.report.pages import dump, render
+
+_MOST_OFFENDERS = 60
+_MOST_LISTED = 200  # of one kind
+_MOST_LABELS = 30  # before the rest is folded
+_MOST_FOLDED = 2000
+_LATER = ("val", "test")
+_TEXT = 600  # characters of a text beside a picture
+_DAMAGED = ("truncated-image", "empty-image", "wrong-format-image", "unreadable-image")
+_SHOWN = (  # kinds that a picture, or the lack of one, explains
+    *_DAMAGED,
+    "huge-image",
+    "leaked-image",
+    "leaked-text",
+    "tiny-image",
+    "strip-image",
+    "animated-image",
+    "slow-image",
+)
+
+
+@dataclass(frozen=True)
+class Offender:
+    """A finding with its pictures; two where two rows have something in common."""
+
+    kind: str
+    severity: str
+    message: str
+    place: str
+    pictures: tuple[Picture, ...]  # none of what cannot be decoded
+    bytes: tuple[tuple[str, str], ...] = ()  # the beginning of a file, in hex and as text
+
+
+def check_page(report: Report, *, name: str, told: str, columns: Sequence[str], splits: Sequence[Sequence[str]]) -> str:
+    """The page, as HTML.
+
+    Args:
+        name: of the data set. told: how the pass went.
+        columns, splits: a table with a row for each split, its name first.
+    """
+    kinds = [
+        {
+            "name": kind,
+            "severity": found[0].severity,
+            "count": len(found),
+            "first": found[0].place,
+            "todo": report.todo(kind),
+            "listed": found[:_MOST_LISTED],
+        }
+        for kind, found in report.by_kind().items()
+    ]
+    ratio = report.as_dict(0)["labels"]["ratio"]
+    return render(
+        "check.html",
+        data=name,
+        told=told,
+        errors=report.errors,
+        warnings=report.warnings,
+        tiles=_tiles(report),
+        columns=columns,
+        splits=splits,
+        kinds=kinds,
+        balance=_balance(report),
+        later=[split for split in _LATER if split in report.splits],
+        multi_label=report.multi_label,
+        ratio=f"{ratio:.3g}" if ratio else "",
+        texts=_texts(report),
+        lengths=charts.histogram(
+            report.texts.tokens_T or report.texts.words_T, unit=_unit(report), limit=report.texts.limit
+        ),
+        unit=_unit(report),
+        sizes=charts.scatter(
+            (look.width, look.height) for index in report.indexes.values() for look in index.looks if look.width
+        ),
+        offenders=[_offender(report, finding) for finding in _worst(report)],
+    )
+
+
+def _tiles(report: Report) -> list[tuple[str, str]]:
+    totals = {name: sum(facts[name] for facts in report.splits.values()) for name in ("rows", "bad_rows", "images", "bytes")}
+    return [
+        ("rows", f"{totals['rows']:,}"),
+        ("bad rows", f"{totals['bad_rows']:,}"),
+        ("images", f"{totals['images']:,}"),
+        ("labels", f"{len(report.balance):,}"),
+        ("MB of images", f"{totals['bytes'] / 1e6:,.1f}"),
+    ]
+
+
+def _unit(report: Report) -> str:
+    return "tokens" if report.texts.tokens_T else "words"
+
+
+def how_many(facts: Mapping[str, Any]) -> str:
+    """How many texts were measured; `facts` are those of `Texts.as_dict`."""
+    if facts["sampled"]:
+        return f"an evenly spaced sample of {facts['measured']:,} of {facts['total']:,}"
+    return f"all {facts['measured']:,}"
+
+
+def against_limits(facts: Mapping[str, Any]) -> str:
+    """What an encoder cuts, or an estimate of it; `facts` are those of `Texts.as_dict`, some texts measured."""
+    if "cut" in facts:
+        cut = f"{facts['cut']['texts']:,} of the measured texts ({100 * facts['cut']['share']:.1f} %)"
+        return f"{facts['encoder']} reads {facts['limit']:,} tokens, and cuts {cut}"
+    over = ", ".join(f"{100 * share:.1f} % over {limit}" for limit, share in facts["estimate"]["share_over"].items())
+    return f"an estimate at {TOKENS_PER_WORD} tokens a word: {over} tokens; --encoder SPEC counts them"
+
+
+def _texts(report: Report) -> str:
+    facts = report.texts.as_dict()
+    if not facts["measured"]:
+        return "none"
+    unit = _unit(report)
+    lengths = facts[unit]
+    said = f"median {lengths['median']:,}, 95 % up to {lengths['p95']:,}, longest {lengths['longest']:,} {unit}"
+    return f"{how_many(facts)}: {said}; {against_limits(facts)}"
+
+
+def _balance(report: Report) -> list[list[dict[str, Any]]]:
+    """Labels with their share of each split; what is many comes in a second group."""
+    totals = {split: sum(counts[split] for counts in report.balance.values()) for split in report.splits}
+    shares = {
+        label: {split: counts[split] / max(1, totals[split]) for split in totals} for label, counts in report.balance.items()
+    }
+    highest = max((share for by_split in shares.values() for share in by_split.values()), default=0) or 1
+    labels = [
+        {
+            "name": label,
+            "bars": [(split, round(100 * share / highest, 2)) for split, share in shares[label].items()],
+            "rows": " / ".join(f"{number:,}" for number in counts.values()),
+        }
+        for label, counts in report.balance.items()
+    ]
+    groups = [labels[:_MOST_LABELS], labels[_MOST_LABELS:_MOST_FOLDED]]
+    return [group for group in groups if group]
+
+
+# -- the worst
+
+
+def _worst(report: Report) -> list[Finding]:
+    """Findings to look at closely, kinds in turn, so that many of one do not hide another."""
+    groups = [found for kind, found in report.by_kind().items() if kind in _SHOWN]
+    turns = [finding for turn in zip_longest(*groups) for finding in turn if finding is not None]
+    chosen = set(map(id, turns[:_MOST_OFFENDERS]))
+    return [finding for finding in report.findings if id(finding) in chosen]
+
+
+def _offender(report: Report, finding: Finding) -> Offender:
+    pictures = []
+    if finding.kind not in (*_DAMAGED, "huge-image"):
+        pictures.append(_picture_of(report, finding.split, finding.row))
+    if finding.twin >= 0:
+        pictures.append(_picture_of(report, "train", finding.twin))
+    head = first_bytes(report.roots, finding.image) if finding.kind in _DAMAGED else b""
+    return Offender(finding.kind, finding.severity, finding.message, finding.place, tuple(pictures), tuple(dump(head)))
+
+
+def _picture_of(report: Report, split: str, number: int) -> Picture:
+    row = report.row(split, number)
+    place, text = f"{report.indexes[split].file}:{row.line}, id {row.id}", row.text[:_TEXT]
+    return picture(report.roots, row.img, max_pixels=report.config.max_pixels, place=place, text=text)

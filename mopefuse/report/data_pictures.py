@@ -1,0 +1,46 @@
+"""Pictures of rows for pages: thumbnails, and what is there instead of a picture that cannot be shown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mopefuse.data.images import contained, open_image
+from mopefuse.errors import DataError
+from mopefuse.report.pages import thumbnail
+
+_SMALL = 64  # pixels; an image whose longer side is shorter is shown enlarged
+_HEAD = 64  # bytes of a file that is no image
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image of a row: its address, or what to say instead."""
+
+    name: str
+    address: str = ""
+    sides: str = ""
+    small: bool = False
+    instead: str = ""
+    place: str = ""  # of the row
+    text: str = ""
+
+
+def picture(roots: Sequence[Path], name: str, *, max_pixels: int, place: str = "", text: str = "") -> Picture:
+    """A thumbnail of an image, or what is wrong with it; nothing outside `roots` is opened."""
+    try:
+        image = open_image(roots, name, where=place, max_pixels=max_pixels)
+    except DataError as error:
+        return Picture(name, instead=error.what, place=place, text=text)
+    sides = f"{image.width} x {image.height} pixels"
+    return Picture(name, thumbnail(image), sides, max(image.size) < _SMALL, place=place, text=text)
+
+
+def first_bytes(roots: Sequence[Path], name: str) -> bytes:
+    """The beginning of a file in `roots`; nothing where there is no such file."""
+    try:
+        with contained(roots, name, where="").open("rb") as file:
+            return file.read(_HEAD)
+    except (DataError, OSError):
+        return b""

@@ -1,0 +1,82 @@
+"""A contact sheet of a split: pictures, texts and labels of rows drawn so that every class is seen."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from mopefuse.config import Data as DataConfig
+from mopefuse.data.contents import rows_of
+from mopefuse.data.images import processors
+from mopefuse.data.index import Index
+from mopefuse.data.subsets import order_of
+from mopefuse.report.data_pictures import Picture, picture
+from mopefuse.report.pages import render
+
+_START = 300  # characters of a text that are seen unasked
+_MOST = 20_000  # of one that is opened
+
+
+@dataclass(frozen=True)
+class Card:
+    """One row on the sheet."""
+
+    id: str
+    where: str
+    image: str
+    picture: Picture | None
+    problem: str
+    labels: tuple[str, ...]
+    text: str
+    start: str
+    rest: bool  # there is more than `start`
+    more: str  # what to say where even `text` is not all
+
+
+def preview_page(
+    index: Index, roots: Sequence[Path], config: DataConfig, *, name: str, rows: int, seed: int
+) -> tuple[str, int]:
+    """The sheet as HTML, and how many rows are on it.
+
+    Args:
+        rows: at most so many. seed: of which.
+    """
+    read = rows_of(index, config)
+
+    def card(number: int) -> Card:
+        row = read[number]
+        found = picture(roots, row.img, max_pixels=config.max_pixels)
+        text, length = row.text[:_MOST], len(row.text)
+        return Card(
+            row.id,
+            f"{index.file}:{row.line}",
+            row.img,
+            found if found.address else None,
+            found.instead,
+            row.labels,
+            text,
+            text[:_START],
+            length > _START,
+            f"… and {length - _MOST:,} characters more" if length > _MOST else "",
+        )
+
+    with ThreadPoolExecutor(processors()) as pool:
+        cards = list(pool.map(card, draw(index.ids, index.labels, rows, seed)))
+    counts = {"rows": len(index.ids), "no_rows": len(index.row_problems)}
+    return render("preview.html", data=name, split=index.split, seed=seed, cards=cards, **counts), len(cards)
+
+
+def draw(ids: Sequence[str], labels: Sequence[tuple[str, ...]], most: int, seed: int) -> list[int]:
+    """Numbers of rows: one of each class in turn until there are enough, then sorted by class.
+
+    A row with several labels counts for the rarest of them. Only the rows and `seed` decide, not their order.
+    """
+    frequency = Counter(label for row in labels for label in row)
+    by_class: defaultdict[str, list[int]] = defaultdict(list)
+    for row in order_of(ids, seed):
+        by_class[min(labels[row], key=lambda label: (frequency[label], label), default="")].append(row)
+    turns = sorted((turn, name, row) for name, rows in by_class.items() for turn, row in enumerate(rows))
+    return [row for _, row in sorted((name, row) for _, name, row in turns[:most])]

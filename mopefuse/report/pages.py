@@ -1,0 +1,90 @@
+"""Self-contained HTML pages: one file with its style and pictures in it, which never asks a network for anything.
+
+Everything that comes from data is escaped, in attributes too, and what cannot be shown becomes U+FFFD.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+from PIL import Image
+
+from mopefuse import __version__
+from mopefuse.checkpoint import write_atomically
+from mopefuse.errors import DataError
+
+SIDE = 200  # pixels; the longer side of a thumbnail
+_MARK = '<meta name="generator" content="mopefuse">'
+_NO_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+
+
+def _readable(value: Any) -> Any:
+    return _NO_TEXT.sub("\ufffd", value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+_ENVIRONMENT = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    finalize=_readable,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_ENVIRONMENT.filters["thousands"] = lambda number: f"{number:,}"
+_ENVIRONMENT.filters["percent"] = lambda share: f"{100 * share:.1f} %"
+
+
+def render(template: str, **facts: Any) -> str:
+    """A page of `templates`, filled in."""
+    return _ENVIRONMENT.get_template(template).render(mark=Markup(_MARK), version=__version__, **facts)
+
+
+def check_place(page: Path, data: Path) -> None:
+    """Refuse to write a page into a data folder, or over anything that is no page of ours.
+
+    Raises:
+        DataError: such a place, or a folder that is not there.
+    """
+    if not page.absolute().parent.is_dir():
+        raise DataError(83, f"there is no folder {page.parent}", where=str(page), fix="make it, or name another file")
+    if data.is_dir() and page.resolve().is_relative_to(data.resolve()):
+        raise DataError(84, "the page would lie in the data folder", where=str(page), fix="name a file beside it")
+    if page.exists() and not _is_ours(page):
+        raise DataError(86, f"{page.name} is there and is no page of mopefuse", where=str(page), fix="name another file")
+
+
+def _is_ours(page: Path) -> bool:
+    if not page.is_file():
+        return False
+    with page.open("rb") as file:
+        return _MARK.encode() in file.read(1000)
+
+
+def write(page: Path, html: str) -> None:
+    """The page, whole or not at all.
+
+    Raises:
+        ResourceError: the disk is full or cannot be written.
+    """
+    write_atomically(page, html)
+
+
+def thumbnail(image: Image.Image) -> str:
+    """An RGB image as a JPEG of at most 200 pixels a side, in a ``data:`` address."""
+    small = image.copy()
+    small.thumbnail((SIDE, SIDE))
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=82, subsampling=0 if min(small.size) < 64 else -1)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def dump(content: bytes) -> list[tuple[str, str]]:
+    """Bytes as lines of eight: in hex, and as text with a dot for what cannot be shown."""
+    lines = [content[start : start + 8] for start in range(0, len(content), 8)]
+    return [(line.hex(" ", -2).ljust(19), "".join(chr(byte) if 32 <= byte < 127 else "." for byte in line)) for line in lines]

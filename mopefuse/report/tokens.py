@@ -1,0 +1,32 @@
+"""How many tokens an encoder makes of a text, also where it would cut it."""
+
+from __future__ import annotations
+
+from mopefuse.data.contents import Tokens
+from mopefuse.encoders._base import create_encoder
+from mopefuse.encoders._preprocess import TextPreprocess
+from mopefuse.errors import DataError
+
+_LONG = 32  # times the limit; longer texts are not counted to their end
+
+
+def tokens_of(spec: str) -> Tokens:
+    """How the text encoder that a spec names counts.
+
+    Raises:
+        DataError: it reads no texts. EncoderError: there is no such encoder, or it cannot be loaded.
+    """
+    encoder = create_encoder(spec)
+    preprocess = encoder.preprocess
+    if not isinstance(preprocess, TextPreprocess):
+        raise DataError(85, f"{spec} reads no texts", where="--encoder", fix="name a text encoder, as hf:bert-base")
+    return Tokens(str(encoder.spec), preprocess.max_tokens, lambda texts: measure(preprocess, texts))
+
+
+def measure(preprocess: TextPreprocess, texts: list[str]) -> list[tuple[int, bool]]:
+    """The tokens of each text, and whether it is cut. A tokenizer that cannot go beyond its limit says that at least."""
+    kept = [preprocess.item(text) for text in texts]
+    seen = preprocess.tokenize(kept, preprocess.max_tokens)[1].sum(dim=1).tolist()
+    whole = preprocess.tokenize(kept, _LONG * preprocess.max_tokens)[1].sum(dim=1).tolist()
+    shortened = [len(text) > len(reduced) for text, reduced in zip(texts, kept, strict=True)]
+    return [(max(one, all_), one != all_ or short) for one, all_, short in zip(seen, whole, shortened, strict=True)]
