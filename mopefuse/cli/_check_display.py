@@ -1,0 +1,105 @@
+"""What a data check shows: splits, problems by kind and each, labels, texts, and how the pass went."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from mopefuse.cli._render import out, size, table
+from mopefuse.data.check import Report
+from mopefuse.report.data_check import against_limits, check_page, how_many
+from mopefuse.report.pages import write
+
+_MOST_LABELS = 30
+_MOST_OF_A_KIND = 5  # problems that are listed one by one
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
+COLUMNS = ("rows", "bad rows", "images", "labels", "pixels", "size")
+
+
+def write_page(report: Report, folder: Path, page: Path) -> None:
+    """Write the page of a check."""
+    write(page, check_page(report, name=str(folder), told=_told(report), columns=COLUMNS, splits=_splits(report)))
+
+
+def show(report: Report, folder: Path, page: Path | None) -> None:
+    """Print a report."""
+    console = out()
+    table(str(folder), ["split", *COLUMNS], _splits(report))
+    groups = report.by_kind()
+    if groups:
+        console.print()
+        rows = [
+            [kind, found[0].severity, f"{len(found):,}", _line(found[0].place), _line(report.todo(kind))]
+            for kind, found in groups.items()
+        ]
+        table("problems", ["kind", "severity", "count", "first", "what to do"], rows, left=(0, 1, 3, 4))
+        console.print()
+        for kind, found in groups.items():
+            for finding in found[:_MOST_OF_A_KIND]:
+                console.print(f"{finding.severity}: {_line(finding.place)}: {_line(finding.message)}", markup=False)
+            if len(found) > _MOST_OF_A_KIND:
+                rest = len(found) - _MOST_OF_A_KIND
+                console.print(f"         and {rest:,} more of {kind}; --html FILE or --json lists them", markup=False)
+    console.print()
+    _show_labels(report)
+    console.print()
+    _show_texts(report)
+    console.print()
+    console.print(_told(report), markup=False)
+    if page is not None:
+        console.print(f"page: {page}", markup=False)
+    console.print(f"{report.errors:,} errors, {report.warnings:,} warnings", markup=False)
+
+
+def _splits(report: Report) -> list[list[str]]:
+    rows = []
+    for name, facts in report.splits.items():
+        sides = [" x ".join(map(str, facts["pixels"][which])) for which in ("smallest", "largest")] if facts["pixels"] else []
+        pixels = " to ".join(dict.fromkeys(sides)) or "-"
+        counts = [f"{facts[key]:,}" for key in ("rows", "bad_rows", "images", "labels")]
+        rows.append([name, *counts, pixels, size(facts["bytes"])])
+    return rows
+
+
+def _show_labels(report: Report) -> None:
+    names, counts = list(report.splits), list(report.balance.items())
+    shown: Sequence[tuple[str, dict[str, int]]] = counts
+    if len(counts) > _MOST_LABELS:
+        half = _MOST_LABELS // 2
+        shown = [*counts[:half], *counts[-half:]]
+    rows = [[_line(label), *(f"{count[name]:,}" for name in names)] for label, count in shown]
+    kind = ", several a row" if report.multi_label else ""
+    part = f", the {_MOST_LABELS // 2} most frequent and rarest" if len(counts) > _MOST_LABELS else ""
+    table(f"{len(counts):,} labels{kind}{part}", ["label", *names], rows)
+    found = report.as_dict(0)["labels"]
+    if found["ratio"]:
+        most, least = (f"{_line(found[which]['label'])} ({found[which]['rows']:,})" for which in ("most_frequent", "rarest"))
+        said = f"{found['of']}: most frequent {most}, rarest {least}, ratio {found['ratio']:.3g}"
+        out().print(said, markup=False)
+
+
+def _show_texts(report: Report) -> None:
+    facts = report.texts.as_dict()
+    lengths = [
+        [unit, *(f"{facts[unit][which]:,}" for which in ("median", "p95", "longest"))]
+        for unit in ("tokens", "words", "characters")
+        if unit in facts
+    ]
+    table(f"texts, {how_many(facts)}", ["length in", "median", "95 % up to", "longest"], lengths)
+    if lengths:
+        out().print(against_limits(facts), markup=False)
+
+
+def _told(report: Report) -> str:
+    if report.from_cache:
+        return f"the index was in the cache, read in {report.seconds:.2f} s; --fresh looks at everything again"
+    rate = f" ({report.images_per_second:,.0f} images/s)" if report.images_per_second else ""
+    total = sum(len(index.images) for index in report.indexes.values())
+    part = f"{report.looked:,} of {total:,}" if report.looked < total else f"{report.looked:,}"
+    return f"{part} images in {report.seconds:.2f} s{rate}"
+
+
+def _line(text: str) -> str:
+    """What a terminal must not obey, and what would begin another line, is spelt out."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found.group()):02x}", text)
