@@ -1,0 +1,287 @@
+"""`data check`: everything that is wrong is found at once, by kind, line and id; nothing is hidden and nothing changed."""
+
+from __future__ import annotations
+
+import gzip
+import os
+from pathlib import Path
+
+import pytest
+from check_cases import BROKEN, ESCAPE, HOSTILE, MAX_PIXELS, folder, kinds, line, make_broken, report, said, save, write
+from conftest import call, run_cli
+
+from mopefuse.data.digit_questions import make
+from mopefuse.data.findings import KINDS, of_rows
+from mopefuse.data.index import Index
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_broken(tmp_path_factory.mktemp("broken"))
+
+
+# -- all of it
+
+
+def test_a_clean_data_set_has_nothing_to_remark_on(pairs: Path, multi_pairs: Path) -> None:
+    for data, multi in ((pairs, False), (multi_pairs, True)):
+        done = call("data", "check", data, "--json", "--strict")
+        found = said(done)
+        assert (done.returncode, found["ok"], found["errors"], found["warnings"], found["problems"]) == (0, True, 0, 0, [])
+        assert {name: facts["rows"] for name, facts in found["splits"].items()} == {"train": 12, "val": 6, "test": 7}
+        assert found["splits"]["val"]["pixels"] == {"smallest": [16, 16], "largest": [16, 16]}
+        assert found["labels"]["multi_label"] is multi
+        assert "error" not in found
+
+
+def test_everything_that_is_wrong_is_found_at_once_with_its_line_and_id(broken: Path) -> None:
+    done = call("data", "check", broken, "--max-pixels", MAX_PIXELS, "--json")
+    fields = ("kind", "severity", "code", "split", "where", "id", "rows")
+    found = [tuple(problem[field] for field in fields) for problem in said(done)["problems"]]
+    assert found == [tuple(str(broken) if value == "{data}" else value for value in row) for row in BROKEN]
+    assert done.returncode == 4
+
+
+def test_no_kind_is_left_without_a_case(broken: Path) -> None:
+    elsewhere = {"missing-split", "unreadable-table", "empty-split", "bad-labels-file", "one-class"}
+    elsewhere |= {"bad-csv", "bad-split-name", "slow-image", "bad-row"}
+    assert {row[0] for row in BROKEN} | elsewhere == KINDS.keys()
+
+
+def test_errors_come_on_stderr_in_one_line_after_the_report(broken: Path) -> None:
+    done = call("data", "check", broken, "--max-pixels", MAX_PIXELS)
+    assert done.returncode == 4
+    assert done.stderr.splitlines()[-1] == f"error[MF-DATA-80]: 21 errors in {broken} · fix: correct what is listed above"
+    lines = done.stdout.splitlines()
+    assert "error: train.jsonl:13, id t13: image not found: gone.png; 2 rows show it" in lines
+    assert "error: train.jsonl:15, id t15: cut.png is not a readable image (image file is truncated)" in lines
+    assert "21 errors, 10 warnings" in lines
+    summary = [text.split()[:4] for text in lines]
+    assert ["wrong-format-image", "error", "2", "train.jsonl:17,"] in summary
+    assert ["tiny-image", "warning", "1", "train.jsonl:22,"] in summary
+
+
+def test_json_has_the_error_in_its_usual_form_beside_the_report(broken: Path) -> None:
+    found = said(call("data", "check", broken, "--max-pixels", MAX_PIXELS, "--json", "--most", "3"))
+    assert found["ok"] is False
+    assert found["error"] == {
+        "code": "MF-DATA-80",
+        "exit": 4,
+        "message": f"21 errors in {broken}",
+        "where": "",
+        "hint": "correct what is listed",
+    }
+    assert len(found["problems"]) == 3
+    assert (found["errors"], found["warnings"], sum(found["kinds"].values())) == (21, 10, 31)
+    assert found["splits"]["train"]["bad_rows"] == 20
+    assert found["leaks"] == {"val": {"images": 1, "texts": 1}}
+
+
+def test_what_a_terminal_would_obey_is_spelt_out(tmp_path: Path) -> None:
+    root = folder(tmp_path, val=(line(f"x{ESCAPE}", "3.png", f"two\nlines{ESCAPE}"),))
+    done = call("data", "check", root)
+    assert "\x1b" not in done.stdout + done.stderr
+    assert "two\\x0alines\\x1b[31m" in done.stdout
+
+
+def test_the_exit_code_of_the_program_and_what_it_names(tmp_path: Path) -> None:
+    root = tmp_path / "questions"
+    make(root, train=40, val=8, test=8)
+    assert run_cli("data", "check", root).returncode == 0
+    (root / "images/train/000002.png").unlink()
+    image = root / "images/val/000001.png"
+    image.write_bytes(image.read_bytes()[: image.stat().st_size // 2])
+    lines = (root / "test.jsonl").read_text().splitlines()
+    (root / "test.jsonl").write_text("\n".join([*lines[:4], lines[4][:-1], *lines[5:]]) + "\n")
+    done = run_cli("data", "check", root)
+    assert done.returncode == 4
+    assert f"error[MF-DATA-80]: 3 errors in {root} · " in done.stderr
+    for named in (
+        "train.jsonl:9, id train-000008: image not found: images/train/000002.png; 4 rows show it",
+        "val.jsonl:5, id val-000004: images/val/000001.png is not a readable image (image file is truncated); 4 rows show it",
+        "test.jsonl:5: is not JSON ",
+    ):
+        assert f"error: {named}" in done.stdout
+
+
+# -- severity
+
+
+def test_warnings_are_errors_only_with_strict(tmp_path: Path) -> None:
+    root = folder(tmp_path, val=(line("v3", "3.png", "a", " "),))
+    assert kinds(root) == {"empty-text": 1}
+    assert call("data", "check", root).returncode == 0
+    done = call("data", "check", root, "--strict")
+    assert (done.returncode, done.stderr.split(":")[0]) == (4, "error[MF-DATA-81]")
+    found = said(call("data", "check", root, "--strict", "--json"))
+    assert (found["ok"], found["errors"], found["warnings"], found["error"]["code"]) == (False, 0, 1, "MF-DATA-81")
+
+
+def test_a_split_that_is_held_out_need_not_be_there(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", line("t1"), line("t2", "2.png", "b"))
+    (tmp_path / "dev.jsonl").touch()
+    assert kinds(tmp_path) == {"missing-split": 1, "missing-test": 1}
+    assert "dev.jsonl" in report(tmp_path).findings[0].hint
+    assert kinds(tmp_path, val_fraction=0.5) == {"missing-test": 1}
+    assert call("data", "check", tmp_path, "--val-fraction", "0.3", "--test-fraction", "0.3", "--strict").returncode == 0
+
+
+# -- one problem hides no other
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "code"),
+    [
+        ("train.jsonl", gzip.compress(b"{}"), "MF-DATA-08"),
+        ("train.csv", b"id,text,img,label\nt1,caf\xe9,1.png,a\n", "MF-DATA-21"),
+        ("train.csv", b"id,text,text,img,label\n", "MF-DATA-22"),
+        ("train.parquet", b"PAR1 no", "MF-DATA-24"),
+    ],
+    ids=["gzip", "bytes", "columns", "parquet"],
+)
+def test_a_table_that_cannot_be_read_hides_nothing_of_the_others(tmp_path: Path, name: str, content: bytes, code: str) -> None:
+    write(tmp_path / name, content)
+    write(tmp_path / "val.jsonl", line("v1", "gone.png"), "{")
+    found = report(tmp_path)
+    assert {kind: len(each) for kind, each in found.by_kind().items()} == {
+        "unreadable-table": 1,
+        "bad-json": 1,
+        "missing-image": 1,
+        "missing-test": 1,
+    }
+    assert (found.findings[0].code, found.findings[0].split) == (code, "train")
+    assert call("data", "check", tmp_path).returncode == 4
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "two"])
+def test_a_split_that_is_no_file_hides_nothing_of_the_others(tmp_path: Path, kind: str) -> None:
+    root = folder(tmp_path, val=("{",))
+    if kind == "two":
+        (root / "train.csv").touch()
+    else:
+        (root / "train.jsonl").unlink()
+        os.mkfifo(root / "train.jsonl") if kind == "pipe" else (root / "train.jsonl").mkdir()
+    assert kinds(root) == {"unreadable-table": 1, "bad-json": 1}
+
+
+def test_what_is_not_there_at_all_is_the_usual_error(tmp_path: Path) -> None:
+    done = call("data", "check", tmp_path / "nowhere")
+    assert (done.returncode, done.stderr.split(":")[0]) == (4, "error[MF-DATA-01]")
+    assert kinds(tmp_path) == {"missing-split": 2, "missing-test": 1}
+
+
+@pytest.mark.parametrize(
+    ("bad", "kind"),
+    [
+        ("{,}", "bad-json"),
+        ("[" * 100_000, "bad-json"),
+        ('{"id": ' + "9" * 5000 + "}", "bad-json"),
+        ('{"a": 1, "a": 2}', "bad-json"),
+        (line("x", extra=-float("inf")), "bad-json"),
+        (b"\xff", "bad-encoding"),
+        ("null", "not-an-object"),
+        ("{}", "missing-column"),
+        (line("x", text=[]), "wrong-type"),
+        (line("x", img=3), "wrong-type"),
+        (line("x", label={}), "wrong-type"),
+        (line("x", label=["a", 1]), "wrong-type"),
+        (line("x", label=True), "wrong-type"),
+        (line("x").replace('"x"', "1.5"), "wrong-type"),
+        (line("x", label=""), "empty-label"),
+        (line("x", label=[""]), "empty-label"),
+        (line("\ud800"), "half-character"),
+        (line("t1"), "duplicate-id"),
+        (line("it's \\ \"odd\"") + "\n" + line("it's \\ \"odd\""), "duplicate-id"),
+    ],
+)
+def test_a_bad_row_has_its_kind(tmp_path: Path, bad: str | bytes, kind: str) -> None:
+    root = folder(tmp_path)
+    write(root / "train.jsonl", line("t1"), line("t2", "2.png", "b"), bad)
+    (found,) = (finding for finding in report(root).findings if finding.kind != "leaked-image")
+    assert (found.kind, found.where.split(":")[0], found.code) == (kind, "train.jsonl", "MF-DATA-03")
+
+
+def test_a_repeated_id_is_given_as_it_is_written(tmp_path: Path) -> None:
+    odd = "it's \\ \"odd\""
+    write(tmp_path / "train.jsonl", line(odd), line(odd))
+    assert [finding.id for finding in report(tmp_path).findings if finding.kind == "duplicate-id"] == [odd]
+
+
+# -- leaks
+
+
+def test_leaks_are_counted_and_name_both_rows(tmp_path: Path) -> None:
+    root = folder(tmp_path)
+    write(
+        root / "train.jsonl",
+        line("t1", text="a phrase"),
+        line("t2", text="a phrase"),
+        line("t3", "2.png", "b", text="said once"),
+    )
+    write(root / "val.jsonl", line("v1", "3.png", text="a phrase"), line("v2", "3.png", "b", text="said once"))
+    write(root / "test.jsonl", line("e1", "2.png"), line("e2", "1.png", "b"), line("e3", "1.png", "b"))
+    found = report(root)
+    assert found.leaks == {"val": {"images": 0, "texts": 1}, "test": {"images": 3, "texts": 0}}
+    assert [(each.kind, each.place, each.message) for each in found.findings] == [
+        ("leaked-image", "test.jsonl:1, id e1", "its image is also in train.jsonl:3, id t3"),
+        ("leaked-image", "test.jsonl:2, id e2", "its image is also in train.jsonl:1, id t1"),
+        ("leaked-image", "test.jsonl:3, id e3", "its image is also in train.jsonl:1, id t1"),
+        ("leaked-text", "val.jsonl:2, id v2", "its text is also in train.jsonl:3, id t3"),
+    ]
+
+
+# -- other formats
+
+
+def test_a_table_with_a_split_column_is_checked_once(tmp_path: Path) -> None:
+    for number in range(1, 5):
+        save(tmp_path / f"{number}.png", seed=number)
+    rows = ["split,name,photo,caption,tags"]
+    rows += ["train,r1,1.png,one,a|b", "val,r2,2.png,two,a|b", "test,r3,3.png,three,a", "later,r4,4.png,four,a", "train,r5"]
+    rows += ["train,r6,gone.png,six,b", 'test,r7,4.png,"seven, and so on",b']
+    (tmp_path / "all.csv").write_text("\n".join(rows) + "\n")
+    flags = ("--split-col", "split", "--id-col", "name", "--image-col", "photo", "--text-col", "caption", "--label-col", "tags")
+    found = said(call("data", "check", tmp_path / "all.csv", *flags, "--label-sep", "|", "--json"))
+    assert [(each["kind"], each["split"], each["where"], each["id"]) for each in found["problems"]] == [
+        ("bad-csv", "train", "all.csv:6", ""),
+        ("bad-split-name", "train", "all.csv:5", ""),
+        ("missing-image", "train", "all.csv:7", "r6"),
+    ]
+    assert {name: facts["images"] for name, facts in found["splits"].items()} == {"train": 2, "val": 1, "test": 2}
+    assert found["labels"]["balance"] == {"a": {"train": 1, "val": 1, "test": 1}, "b": {"train": 2, "val": 1, "test": 1}}
+
+
+def test_a_folder_of_images_is_checked_by_the_names_of_its_files(tmp_path: Path) -> None:
+    for seed, name in enumerate(("train/a/1", "train/b/1", "val/a/1", "val/b/1", "val/b/2", "test/a/1", "test/b/1")):
+        save(tmp_path / f"{name}.png", seed=seed)
+        (tmp_path / f"{name}.txt").write_text(f"seen at {name}")
+    assert kinds(tmp_path) == {}
+    (tmp_path / "val/b/2.png").write_bytes(b"")
+    (tmp_path / "val/b/1.txt").unlink()
+    found = report(tmp_path).findings
+    assert [(each.kind, each.where, each.id) for each in found] == [
+        ("missing-text", "val/:2", "b/1.png"),
+        ("empty-image", "val/:3", "b/2.png"),
+    ]
+    assert call("data", "check", tmp_path, "--set", "data.allow_missing_text=true", "--json").stdout.count('"empty-text"') == 2
+
+
+# -- options
+
+
+@pytest.mark.parametrize(
+    ("flags", "code"),
+    [
+        (("--max-pixels", "0"), "MF-CFG-01"),
+        (("--encoder", "tiny:vision"), "MF-DATA-85"),
+        (("--encoder", "tiny:nothing"), "MF-ENC-51"),
+        (("--set", "data.nothing=1"), "MF-CFG-06"),
+    ],
+)
+def test_an_option_that_cannot_be_meant_is_refused(pairs: Path, flags: tuple[str, ...], code: str) -> None:
+    assert said(call("data", "check", pairs, *flags, "--json"))["error"]["code"] == code
+
+
+def test_findings_of_rows_say_nothing_of_what_rows_hold(broken: Path) -> None:
+    index: Index = report(broken, max_pixels=MAX_PIXELS).indexes["train"]
+    assert not [finding for finding in of_rows(index) if HOSTILE in finding.message]
