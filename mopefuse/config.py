@@ -85,7 +85,7 @@ class Data(Section):
     id_col: str = Field("id", min_length=1, description="column with the id; rows without are numbered")
     split_col: str | None = Field(None, description="column that names the split of a row, in data of one table")
     label_sep: str | None = Field(None, min_length=1, description="what separates labels in a cell; makes data multi-label")
-    labels: str | None = Field(None, description="file with all labels, one a line; default: labels.txt, else train defines them")
+    labels: str | None = Field(None, description="file with all labels, one a line; default labels.txt, else what train has")
     val_fraction: float | None = Field(None, gt=0, lt=1, description="share of train held out as val, by class")
     test_fraction: float | None = Field(None, gt=0, lt=1, description="share of train held out as test, by class")
     shots: int | None = Field(None, ge=1, description="train on so many rows of each class")

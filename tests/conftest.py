@@ -14,18 +14,20 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-_CACHE = tempfile.TemporaryDirectory(prefix="mopefuse-cache-")
-os.environ["MOPEFUSE_CACHE"] = _CACHE.name  # of all tests, and gone with them
-
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image
 
 from mopefuse.errors import MopefuseError
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+_CACHE = tempfile.TemporaryDirectory(prefix="mopefuse-cache-")
+os.environ["MOPEFUSE_CACHE"] = _CACHE.name  # of all tests, and gone with them
 torch.set_num_threads(1)
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 LABELS = ("a", "b", "c")
 COUNTS = {"train": 12, "val": 6, "test": 7}

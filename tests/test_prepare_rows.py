@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -21,7 +20,6 @@ from prepare_cases import (
     snli_ve,
 )
 
-from mopefuse.data._holdout import hold_out
 from mopefuse.data.food101 import Food101
 from mopefuse.data.mm_imdb import MMIMDb
 from mopefuse.data.prepare import prepare
@@ -105,37 +103,6 @@ def test_the_photographs_may_be_in_the_folder_of_their_archive(tmp_path: Path) -
 
 
 # -- holding out
-
-
-ROWS = [(f"{label}-{i}", label) for label, size in (("a", 40), ("b", 25), ("c", 14), ("d", 1)) for i in range(size)]
-
-
-def test_each_class_gives_in_proportion_by_the_largest_remainder() -> None:
-    """10 of 80: 5.0 of a, 3.125 of b, 1.75 of c, 0.125 of d; the one that is left over goes to c."""
-    labels = dict(ROWS)
-    assert Counter(labels[identity] for identity in hold_out(ROWS, 10, seed=0)) == {"a": 5, "b": 3, "c": 2}
-
-
-def test_who_is_held_out_is_a_hash_of_seed_and_id() -> None:
-    chosen = hold_out(ROWS, 10, seed=7)
-    for label, share in (("a", 5), ("b", 3), ("c", 2)):
-        by_hash = sorted(
-            (identity for identity, its in ROWS if its == label),
-            key=lambda identity: hashlib.blake2b(f"7 {identity}".encode(), digest_size=16).hexdigest(),
-        )
-        assert {identity for identity in chosen if identity.startswith(label)} == set(by_hash[:share])
-    assert chosen == hold_out(ROWS[::-1], 10, seed=7) != hold_out(ROWS, 10, seed=8)
-
-
-def test_no_class_is_emptied_and_what_cannot_be_is_refused() -> None:
-    singles = [(str(i), str(i)) for i in range(7)] + [("x", "6")]
-    assert hold_out(singles, 1, seed=0) < {"6", "x"}
-    with pytest.raises(DataError, match="2 validation pairs cannot be held out of 8 training pairs of 7 classes"):
-        hold_out(singles, 2, seed=0)
-    with pytest.raises(DataError) as caught:
-        hold_out(ROWS, 21, seed=0)
-    assert caught.value.fix == "pass --val 16"
-    assert len(hold_out(ROWS, 20, seed=0)) == 20
 
 
 def test_the_training_rows_and_those_held_out_of_them_are_all_there_were(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -48,6 +49,10 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     root = tmp_path_factory.mktemp("readme")
     make_pairs(root / "my-pairs")
+    make_pairs(root / "photos", counts={"train": 30})
+    rows = [json.loads(line) for line in (root / "photos" / "train.jsonl").read_text().splitlines()]
+    lines = [f'{row["text"]},{row["img"]},{row["label"]}' for row in rows]
+    (root / "products.csv").write_text("\n".join(["title,photo,category", *lines]) + "\n")
     small = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=200)
     BertModel(small).save_pretrained(root / "my-bert")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"what is the red green blue digit".split()]

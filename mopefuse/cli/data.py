@@ -7,7 +7,14 @@ from typing import Annotated
 
 import typer
 
+from mopefuse.cli import data_cache, data_check
+
 app = typer.Typer(help="Make and prepare data sets.", no_args_is_help=True)
+
+
+app.command("check")(data_check.check)
+app.command("preview")(data_check.preview)
+app.command("cache")(data_cache.cache)
 
 
 @app.callback()
@@ -46,7 +53,7 @@ def prepare(
     text: Annotated[str | None, typer.Option(help="food101: page or title; default the only one there.")] = None,
     clean: Annotated[bool, typer.Option("--clean", help="food101: texts as lower-case words only.")] = False,
     premise: Annotated[bool, typer.Option("--premise", help="snli-ve: the caption before the hypothesis.")] = False,
-    val: Annotated[int | None, typer.Option(min=1, help="food101: training pairs to hold out; default 5000.")] = None,
+    val: Annotated[int | None, typer.Option(min=1, help="food101: pairs to hold out; default 5000, of few a fifth.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="food101: of the held-out pairs; default 0.")] = None,
     images: Annotated[str, typer.Option(help="link (hard links where possible) or copy.")] = "link",
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,

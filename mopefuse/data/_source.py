@@ -45,7 +45,8 @@ class Source(ABC):
         labels: the labels in their order, where the data set has a fixed list; written to labels.txt.
         splits: what `rows` is asked for. Without "val", as many rows of "train" as the option ``val`` says are held out.
         folder: the source folder.
-        options: `defaults` with what the user said; a reader may fill in what depends on the files.
+        asked: what the user said.
+        options: `defaults` with that; a reader may fill in what depends on the files.
     """
 
     name: ClassVar[str]
@@ -64,6 +65,7 @@ class Source(ABC):
             DataError: files are missing, or an option does not fit.
         """
         self.folder = folder
+        self.asked = dict(options)
         self.options = complete(type(self), options)
 
     @abstractmethod

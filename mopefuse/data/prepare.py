@@ -17,9 +17,9 @@ from typing import Any, TextIO
 
 from mopefuse import __version__
 from mopefuse.checkpoint import alive, dump_json
-from mopefuse.data._holdout import hold_out
 from mopefuse.data._source import Sample, Skip, Source, complete, is_file_name
 from mopefuse.data._source_files import SourceFolder, listing, place, sha256, sums_file
+from mopefuse.data.subsets import hold_out
 from mopefuse.errors import DataError
 
 __all__ = ["Advance", "Sample", "Skip", "Source", "complete", "is_file_name", "prepare"]
@@ -187,12 +187,25 @@ class _Build:
         skips.write(json.dumps({"file": skip.file, "line": skip.line, "reason": reason}) + "\n")
 
     def _hold_out(self) -> None:
-        """Move rows of train.jsonl to val.jsonl."""
-        chosen = hold_out(self.training, self.reader.options["val"], self.reader.options["seed"])
+        """Move rows of train.jsonl to val.jsonl: as many as the option ``val`` says.
+
+        Where nobody said how many, and training has less than four times the usual number, a fifth is held out.
+        """
+        ids, labels = [identity for identity, _ in self.training], [(label,) for _, label in self.training]
+        number = self.reader.options["val"]
+        if "val" not in self.reader.asked and len(ids) < 4 * number:
+            number = max(1, len(ids) // 5)
+        _, held = hold_out(ids, labels, number, self.reader.options["seed"])
+        if not 0 < 4 * number <= len(ids) or len(held) != number:
+            classes = len(set(labels))
+            what = f"{number:,} validation pairs cannot be held out of {len(ids):,} training pairs of {classes} classes"
+            fix = f"pass --val {max(1, len(ids) // 5)}" if len(ids) > 4 else "provide more training pairs"
+            raise DataError(67, what, where="--val", fix=fix)
+        chosen = {ids[row] for row in held}
         whole = (self.root / "train.jsonl").rename(self.root / "whole")
         parts = (self.root / "train.jsonl").open("wb"), (self.root / "val.jsonl").open("wb")
         with whole.open("rb") as rows, parts[0] as train, parts[1] as val:
-            for (identity, _), row in zip(self.training, rows, strict=True):
+            for identity, row in zip(ids, rows, strict=True):
                 (val if identity in chosen else train).write(row)
         whole.unlink()
         self.counts = {"train": self.counts.pop("train") - len(chosen), "val": len(chosen), **self.counts}

@@ -10,11 +10,6 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
-Numbers = NDArray[np.int64]
-
 
 def order_of(names: Sequence[str], seed: int) -> list[int]:
     """The numbers of `names` in an order that only they and `seed` decide."""
@@ -23,19 +18,22 @@ def order_of(names: Sequence[str], seed: int) -> list[int]:
 
 
 def shares(counts: Sequence[int], total: int) -> list[int]:
-    """`total` split in proportion to `counts` into whole numbers, by largest remainder; earlier ones win ties."""
+    """`total` split in proportion to `counts`, by largest remainder; earlier ones win ties.
+
+    Each keeps at least one of its own, so the shares can add up to less than `total`.
+    """
     everything = sum(counts)
-    exact = [count * total / everything for count in counts]
-    whole = [int(share) for share in exact]
-    by_remainder = sorted(range(len(counts)), key=lambda i: (whole[i] - exact[i], i))
-    for i in by_remainder[: total - sum(whole)]:
-        whole[i] += 1
+    whole = [min(count * total // everything, count - 1) for count in counts]
+    left = total - sum(whole)
+    for i in sorted(range(len(counts)), key=lambda i: (-(counts[i] * total % everything), i)):
+        if left > 0 and whole[i] < counts[i] - 1:
+            whole[i], left = whole[i] + 1, left - 1
     return whole
 
 
 def hold_out(
     groups: Sequence[str], labels: Sequence[tuple[str, ...]], count: int, seed: int
-) -> tuple[Numbers, Numbers]:
+) -> tuple[list[int], list[int]]:
     """Rows to keep and about `count` rows to hold out, in proportion to the classes, each in the order of the file.
 
     Args:
@@ -55,19 +53,18 @@ def hold_out(
     held: list[int] = []
     for name, wanted in zip(classes, shares(sizes, count), strict=True):
         taken: list[int] = []
-        for number in order_of(by_class[name], seed)[:-1]:  # one group of each class stays, so that training knows it
+        for number in order_of(by_class[name], seed)[:-1]:  # one group of each class stays, for training to know it
             rows = members[by_class[name][number]]
             if len(taken) + len(rows) <= wanted or (not taken and wanted):
                 taken += rows
         held += taken
-    mask = np.zeros(len(groups), dtype=bool)
-    mask[held] = True
-    return np.flatnonzero(~mask), np.flatnonzero(mask)
+    out = set(held)
+    return [row for row in range(len(groups)) if row not in out], sorted(held)
 
 
 def few(
     ids: Sequence[str], labels: Sequence[tuple[str, ...]], seed: int, *, shots: int | None, fraction: float | None
-) -> Numbers:
+) -> list[int]:
     """Rows to train on, in the order of the file.
 
     Args:
@@ -90,4 +87,4 @@ def few(
             if row not in chosen:
                 chosen.add(row)
                 taken.update(labels[row])
-    return np.array(sorted(chosen), dtype=np.int64)
+    return sorted(chosen)

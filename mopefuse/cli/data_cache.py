@@ -1,0 +1,36 @@
+"""``mopefuse data cache``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+_BOTH = {"index": "what is known of a split", "features": "what an encoder says of it", "images": "decoded images"}
+
+
+def cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Remove everything; it is computed again when needed.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Show what is kept between runs and how large it is, or remove it. $MOPEFUSE_CACHE says where it is."""
+    from mopefuse import cache as kept
+    from mopefuse.cli._render import out, print_json, size, table
+
+    entries = list(kept.entries())
+    freed = kept.clear() if clear else 0
+    if json:
+        listed = [{"kind": kind, "bytes": size, "path": str(path), **_about(facts)} for kind, path, size, facts in entries]
+        print_json({"ok": True, "folder": str(kept.root() or ""), "entries": listed, "freed_bytes": freed})
+        return
+    rows = []
+    for kind, meaning in _BOTH.items():
+        mine = [length for other, _, length, _ in entries if other == kind]
+        rows.append([meaning, str(len(mine)), size(sum(mine))])
+    table(f"{kept.root() or 'no folder can be written'}", ["kept", "entries", "size"], rows)
+    if clear:
+        out().print(f"removed: {size(freed)}", markup=False)
+
+
+def _about(facts: dict[str, object]) -> dict[str, object]:
+    return {name: facts[name] for name in ("root", "split", "encoder", "rows", "images") if name in facts}
