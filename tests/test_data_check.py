@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
+import re
+import tempfile
 from pathlib import Path
 
 import pytest
 from check_cases import BROKEN, ESCAPE, HOSTILE, MAX_PIXELS, folder, kinds, line, make_broken, report, said, save, write
 from conftest import call, run_cli
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mopefuse.data.digit_questions import make
 from mopefuse.data.findings import KINDS, of_rows
 from mopefuse.data.index import Index
+from mopefuse.report.data_check import check_page
 
 
 @pytest.fixture(scope="module")
@@ -285,3 +291,24 @@ def test_an_option_that_cannot_be_meant_is_refused(pairs: Path, flags: tuple[str
 def test_findings_of_rows_say_nothing_of_what_rows_hold(broken: Path) -> None:
     index: Index = report(broken, max_pixels=MAX_PIXELS).indexes["train"]
     assert not [finding for finding in of_rows(index) if HOSTILE in finding.message]
+
+
+# -- anything at all
+
+_PIECES = [line("t1"), line("t1", ["x"]), line("t2", label=["a"]), line("t3", text="\ud800"), *'{}"[\n\0', "NaN"]
+
+
+@given(st.binary(max_size=300) | st.lists(st.sampled_from(_PIECES), max_size=8), st.sampled_from(["jsonl", "csv", "tsv"]))
+def test_any_bytes_are_checked_and_have_a_page(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes | list[str], suffix: str
+) -> None:
+    root = Path(tempfile.mkdtemp(dir=tmp_path_factory.getbasetemp()))
+    save(root / "1.png")
+    raw = content if isinstance(content, bytes) else "".join(content).encode("utf-8", "surrogatepass")
+    (root / f"train.{suffix}").write_bytes(raw)
+    found = report(root)
+    assert found.errors, "val is missing"
+    json.dumps(found.as_dict(1000))
+    page = check_page(found, name="x", told="", columns=(), splits=())
+    assert not re.search("[\x00-\x08\ud800-\udfff]", page)
+    page.encode("utf-8")

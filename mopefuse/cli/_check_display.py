@@ -13,6 +13,7 @@ from mopefuse.report.pages import write
 
 _MOST_LABELS = 30
 _MOST_OF_A_KIND = 5  # problems that are listed one by one
+_COLOURS = {"error": "red", "warning": "yellow"}
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
 COLUMNS = ("rows", "bad rows", "images", "labels", "pixels", "size")
 
@@ -37,7 +38,8 @@ def show(report: Report, folder: Path, page: Path | None) -> None:
         console.print()
         for kind, found in groups.items():
             for finding in found[:_MOST_OF_A_KIND]:
-                console.print(f"{finding.severity}: {_line(finding.place)}: {_line(finding.message)}", markup=False)
+                said = f"{finding.severity}: {_line(finding.place)}: {_line(finding.message)}"
+                console.print(said, style=_COLOURS[finding.severity], markup=False)
             if len(found) > _MOST_OF_A_KIND:
                 rest = len(found) - _MOST_OF_A_KIND
                 console.print(f"         and {rest:,} more of {kind}; --html FILE or --json lists them", markup=False)
@@ -72,7 +74,7 @@ def _show_labels(report: Report) -> None:
     kind = ", several a row" if report.multi_label else ""
     part = f", the {_MOST_LABELS // 2} most frequent and rarest" if len(counts) > _MOST_LABELS else ""
     table(f"{len(counts):,} labels{kind}{part}", ["label", *names], rows)
-    found = report.as_dict(0)["labels"]
+    found = report.extremes
     if found["ratio"]:
         most, least = (f"{_line(found[which]['label'])} ({found[which]['rows']:,})" for which in ("most_frequent", "rarest"))
         said = f"{found['of']}: most frequent {most}, rarest {least}, ratio {found['ratio']:.3g}"

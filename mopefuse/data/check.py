@@ -65,6 +65,11 @@ class Report:
         """Of the images that were read; None where none was."""
         return self.looked / self.seconds if self.looked else None
 
+    @property
+    def extremes(self) -> dict[str, Any]:
+        """The most frequent and the rarest label, see `mopefuse.data.contents.extremes`."""
+        return extremes(self.balance)
+
     def by_kind(self) -> dict[str, list[Finding]]:
         """The findings of each kind that there is, errors first."""
         groups: dict[str, list[Finding]] = {}
@@ -96,7 +101,7 @@ class Report:
             "labels": {
                 "count": len(self.balance),
                 "multi_label": self.multi_label,
-                **extremes(self.balance),
+                **self.extremes,
                 "balance": self.balance,
             },
             "texts": self.texts.as_dict(),

@@ -63,7 +63,7 @@ def check_page(report: Report, *, name: str, told: str, columns: Sequence[str], 
         }
         for kind, found in report.by_kind().items()
     ]
-    ratio = report.as_dict(0)["labels"]["ratio"]
+    ratio = report.extremes["ratio"]
     return render(
         "check.html",
         data=name,
