@@ -125,8 +125,8 @@ def renamed(root: Path) -> None:
 def copied(root: Path) -> None:
     """The test split has an image and a text of train."""
     (root / "images" / "test-2.png").write_bytes((root / IMAGE).read_bytes())
-    row("train", 5, text="a phrase that comes once")(root)
-    row("test", 2, text="a phrase that comes once")(root)
+    write_rows(root / "train.jsonl", [entry | {"text": f"text of {entry['id']}"} for entry in rows_of(root)])
+    row("test", 2, text="text of train-4")(root)
 
 
 def animation(kind: str) -> Change:
@@ -250,6 +250,11 @@ def test_f68_strict_refuses_what_leaks(tmp_path: Path) -> None:
     done = call("train", *TINY, "--data", root, "--out", tmp_path / "run", "--steps", "1", "--strict")
     assert done.returncode == 4
     assert "MF-DATA-27" in done.stderr
+
+
+def test_f68_phrases_that_every_split_has_are_no_leak(tmp_path: Path) -> None:
+    done = call("train", *TINY, "--data", make_pairs(tmp_path / "data"), "--out", tmp_path / "run", "--steps", "1", "--strict")
+    assert done.returncode == 0, done.stderr
 
 
 def test_f69_a_split_smaller_than_the_processes_is_evaluated_exactly(tmp_path: Path) -> None:

@@ -224,14 +224,15 @@ def test_leaks_are_counted_and_name_both_rows(tmp_path: Path) -> None:
         line("t2", text="a phrase"),
         line("t3", "2.png", "b", text="said once"),
     )
-    write(root / "val.jsonl", line("v1", "3.png", text="a phrase"), line("v2", "3.png", "b", text="said once"))
+    write(root / "val.jsonl", line("v1", "3.png", text="a phrase"), line("v2", "3.png", "b", text=" Said  ONCE"))
     write(root / "test.jsonl", line("e1", "2.png"), line("e2", "1.png", "b"), line("e3", "1.png", "b"))
     found = report(root)
-    assert found.leaks == {"val": {"images": 0, "texts": 1}, "test": {"images": 3, "texts": 0}}
+    assert found.leaks == {"val": {"images": 0, "texts": 2}, "test": {"images": 3, "texts": 0}}
     assert [(each.kind, each.place, each.message) for each in found.findings] == [
         ("leaked-image", "test.jsonl:1, id e1", "its image is also in train.jsonl:3, id t3"),
         ("leaked-image", "test.jsonl:2, id e2", "its image is also in train.jsonl:1, id t1"),
         ("leaked-image", "test.jsonl:3, id e3", "its image is also in train.jsonl:1, id t1"),
+        ("leaked-text", "val.jsonl:1, id v1", "its text is also in train.jsonl:1, id t1"),
         ("leaked-text", "val.jsonl:2, id v2", "its text is also in train.jsonl:3, id t3"),
     ]
 

@@ -53,6 +53,7 @@ class Split:
         rows: as they are asked for; iterating reads each once.
         labels: of each row, without reading it.
         image_keys, text_keys: digests of what a row's image and text hold (S,): equal where these are.
+        alike_keys: of the text in lower case with single spaces (S,).
         hash: of everything that the split consists of, what was skipped included.
         skipped: bad rows that were left out (`data.on_bad`).
     """
@@ -63,6 +64,7 @@ class Split:
     labels: Sequence[tuple[str, ...]]
     image_keys: Keys
     text_keys: Keys
+    alike_keys: Keys
     hash: str
     skipped: tuple[Problem, ...] = ()
 

@@ -94,7 +94,7 @@ def leaks(indexes: Indexes) -> Iterator[Finding]:
         mine, train, found = splits[name], splits["train"], leak(splits["train"], splits[name])
         shared = (
             ("image", found.images, mine.image_keys, train.image_keys),
-            ("text", found.texts, mine.text_keys, train.text_keys),
+            ("text", found.texts, mine.alike_keys, train.alike_keys),
         )
         for what, rows, keys, theirs in shared:
             for row, twin in zip(rows.tolist(), _first(theirs, keys[rows]), strict=True):
@@ -105,7 +105,7 @@ def leaks(indexes: Indexes) -> Iterator[Finding]:
 
 def _keys_of(index: Index, rows: NDArray[np.int64]) -> Split:
     """What `leak` looks at."""
-    return Split(index.split, index.file, (), (), index.image_keys()[rows], index.text_S[rows], "")
+    return Split(index.split, index.file, (), (), index.image_keys()[rows], index.text_S[rows], index.alike_S[rows], "")
 
 
 def _first(keys: Keys, wanted: Keys) -> list[int]:

@@ -27,7 +27,7 @@ from mopefuse.data.images import Look, look_at
 from mopefuse.data.rows import NoRow, check_row, columns_of
 from mopefuse.data.tables import Found, Table
 
-VERSION = 1
+VERSION = 2
 Array = NDArray[Any]
 Advance = Callable[[int, int], None]
 _NO_ROW = "MF-DATA-03"
@@ -47,6 +47,7 @@ class Index:
     lines_S: Array
     image_S: Array  # number of the row's image
     text_S: Array  # digest of its text, S16
+    alike_S: Array  # the same without upper case and with single spaces: equal where two texts say the same
     labels: list[tuple[str, ...]]
     list_S: Array  # whether a row's labels are written as a list
     ids: list[str]
@@ -108,7 +109,8 @@ def build(
 def read_rows(table: Table, split: str, config: DataConfig, digest: str = "") -> Index:
     """One pass over the table; images are not looked at, and nothing is kept."""
     rewritten = bytearray()
-    places, lines, image_of, texts, labels, lists, ids = [], [], [], bytearray(), [], [], []
+    places, lines, image_of, labels, lists, ids = [], [], [], [], [], []
+    texts, alike = bytearray(), bytearray()
     images: dict[str, int] = {}
     line_of: dict[str, int] = {}
     shared: dict[tuple[str, ...], tuple[str, ...]] = {}
@@ -137,7 +139,8 @@ def read_rows(table: Table, split: str, config: DataConfig, digest: str = "") ->
             places.append((found.start, found.stop))
         lines.append(found.line)
         image_of.append(images.setdefault(row.img, len(images)))
-        texts += hashlib.blake2b(row.text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        texts += _digest(row.text)
+        alike += _digest(" ".join(row.text.casefold().split()))
         labels.append(shared.setdefault(row.labels, row.labels))
         lists.append(row.is_list)
         ids.append(row.id)
@@ -151,6 +154,7 @@ def read_rows(table: Table, split: str, config: DataConfig, digest: str = "") ->
         np.array(lines, dtype=np.int64),
         np.array(image_of, dtype=np.int64),
         np.frombuffer(bytes(texts), dtype="S16"),
+        np.frombuffer(bytes(alike), dtype="S16"),
         labels,
         np.array(lists, dtype=bool),
         ids,
@@ -159,6 +163,10 @@ def read_rows(table: Table, split: str, config: DataConfig, digest: str = "") ->
         problems,
         fresh=True,
     )
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def _split_of(found: Found, config: DataConfig) -> str | None:
@@ -184,6 +192,7 @@ def _save(index: Index, folder: Path) -> None:
         lines=index.lines_S,
         image=index.image_S,
         text=index.text_S,
+        alike=index.alike_S,
         list=index.list_S,
         labels=np.array([combinations[row] for row in index.labels], dtype=np.int64),
         size=np.array([look.size for look in index.looks], dtype=np.int64),
@@ -234,6 +243,7 @@ def _load(key: str, table: Table) -> Index | None:
         part["lines"],
         part["image"],
         part["text"],
+        part["alike"],
         [combinations[number] for number in part["labels"].tolist()],
         part["list"],
         about["ids"],

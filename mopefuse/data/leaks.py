@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mopefuse.data._base import Keys, Split
+from mopefuse.data._base import Split
 
 Numbers = NDArray[np.int64]
 
@@ -20,15 +20,12 @@ class Leak(NamedTuple):
 
 
 def leak(train: Split, other: Split) -> Leak:
-    """Rows of `other` that share an image or a text with `train`, by the digest of their content.
+    """Rows of `other` that share an image with `train`, to the byte, or a text, whatever its case and spaces.
 
-    A text counts only if `train` has it once: one that comes often ("what is the red digit?") is a phrase of the task.
+    Where less than half of train's texts are different, texts are phrases of the task ("what is the red digit?") that are
+    meant to come again, and none counts.
     """
     images = np.flatnonzero(np.isin(other.image_keys, train.image_keys))
-    return Leak(images, np.flatnonzero(np.isin(other.text_keys, _once(train.text_keys))))
-
-
-def _once(keys: Keys) -> Keys:
-    values, counts = np.unique(keys, return_counts=True)
-    once: Keys = values[counts == 1]
-    return once
+    known = np.unique(train.alike_keys)
+    phrases = 2 * len(known) < len(train.alike_keys)
+    return Leak(images, np.flatnonzero(np.isin(other.alike_keys, known[:0] if phrases else known)))

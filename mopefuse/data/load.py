@@ -109,7 +109,7 @@ def _split(name: str, index: Index, rows: Numbers, skipped: tuple[Problem, ...],
     told = [f"{problem.code} {problem}" for problem in skipped]
     digest = cache.key_of(index.digest, name, *told, rows.tobytes().hex(), images.tobytes().hex())
     read = Rows(index.content, index.places_S2[rows], index.lines_S[rows], labels, index.split, config)
-    return Split(name, index.file, read, labels, images, texts, digest, skipped)
+    return Split(name, index.file, read, labels, images, texts, index.alike_S[rows], digest, skipped)
 
 
 def _refuse_bad(index: Index, root: Path, config: DataConfig) -> tuple[Problem, ...]:
