@@ -83,7 +83,7 @@ class Data(Section):
     img_col: str = Field("img", min_length=1, description="column with the image's path")
     label_col: str = Field("label", min_length=1, description="column with the label, or the list of labels")
     id_col: str = Field("id", min_length=1, description="column with the id; rows without are numbered")
-    split_col: str | None = Field(None, description="column that names the split of a row, in data of one table")
+    split_col: str | None = Field(None, description="column that names the split of each row, where all are in one table")
     label_sep: str | None = Field(None, min_length=1, description="what separates labels in a cell; makes data multi-label")
     labels: str | None = Field(None, description="file with all labels, one a line; default labels.txt, else what train has")
     val_fraction: float | None = Field(None, gt=0, lt=1, description="share of train held out as val, by class")

@@ -91,6 +91,9 @@ def test_one_table_names_its_splits_in_a_column(copy: Path) -> None:
     assert said(load(copy / "all.csv", split_col="part")) == expected
     write_csv(copy / "all.csv", [row | {"part": "sometimes"} for row in rows_of(copy, "train")])
     assert "part is none of train, val, test" in refused(copy / "all.csv", split_col="part").what
+    write_rows(copy / "all.jsonl", rows_of(copy, "train"))
+    assert "all.jsonl:1 has no part; found id, img, label, text" in refused(copy / "all.jsonl", split_col="part").what
+    assert said(load(copy, split_col="part")) == expected, "a folder says by its files"
 
 
 def test_what_one_table_lacks_is_held_out_only_when_asked(copy: Path) -> None:

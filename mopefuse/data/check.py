@@ -132,6 +132,8 @@ def check(
     path = Path(config.path or "")
     if not path.is_dir() and not path.is_file():
         find_tables(path, config)  # says so
+    if path.is_dir():  # each split has a table of its own
+        config = config.model_copy(update={"split_col": None})
     roots = _roots(path, config)
     looked = Counter[str]()
 

@@ -122,6 +122,8 @@ def read_rows(table: Table, split: str, config: DataConfig, digest: str = "") ->
         try:
             if isinstance(found.value, str):
                 raise NoRow(found.value)
+            if belongs == "":
+                raise NoRow(f"has no {config.split_col}; found {', '.join(sorted(map(str, found.value)))}")
             if belongs not in (None, split):
                 raise NoRow(f"{config.split_col} is none of {', '.join(SPLITS)}")
             row = check_row(found.value, found.line, split, config)
@@ -170,10 +172,10 @@ def _digest(text: str) -> bytes:
 
 
 def _split_of(found: Found, config: DataConfig) -> str | None:
-    """The split that a row names in `data.split_col`; None where it names none."""
-    if config.split_col is None or not isinstance(found.value, dict) or config.split_col not in found.value:
+    """The split that a row names in `data.split_col`; empty where it names none, None where it need not."""
+    if config.split_col is None or not isinstance(found.value, dict):
         return None
-    said = str(found.value[config.split_col]).strip().lower()
+    said = str(found.value.get(config.split_col) or "").strip().lower()
     return _SAME_SPLIT.get(said, said)
 
 

@@ -67,6 +67,7 @@ def read_indexes(config: DataConfig, *, advance: Advance = lambda done, total: N
         names = SPLITS if config.split_col else ("train",)
         found = {name: build(tables[""], name, roots, config, advance=advance) for name in names}
         return {name: index for name, index in found.items() if name == "train" or len(index.lines_S) or index.row_problems}
+    config = config.model_copy(update={"split_col": None})  # each split has a table of its own
     return {name: build(table, name, roots, config, advance=advance) for name, table in tables.items()}
 
 
