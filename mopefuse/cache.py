@@ -61,8 +61,8 @@ def keep(kind: str, key: str, write: Callable[[Path], None], facts: Mapping[str,
     sweep(base / kind)
     try:
         publish(base / kind / key, write, {"kind": kind, **facts})
-    except ResourceError:
-        return None
+    except ResourceError:  # no space, or another process was faster
+        return base / kind / key if find(kind, key, thorough=False) else None
     return base / kind / key
 
 

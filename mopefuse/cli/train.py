@@ -148,9 +148,11 @@ def _layers(text: str | None) -> str | list[int] | None:
 
 
 def _dry_run(config: RunConfig, *, json: bool) -> None:
+    from mopefuse.cli._train_display import Display
     from mopefuse.train import plan
 
-    found = plan(config)
+    with Display(Path(), json=json) as display:
+        found = plan(config, display)
     if json:
         from mopefuse.cli._render import print_json
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
+
+if TYPE_CHECKING:  # rows are read where there is no torch, too
+    import torch
+    from torch import Tensor
 
 SPLITS = ("train", "val", "test")
 Keys = NDArray[np.bytes_]
@@ -90,6 +92,8 @@ class DataSet:
 
     def targets(self, split: str) -> Tensor:
         """Class indices (S,), or for multi-label data zeros and ones (S, N) as floats."""
+        import torch
+
         number = {label: i for i, label in enumerate(self.labels)}
         labels = self.splits[split].labels
         if not self.multi_label:
