@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,9 +62,15 @@ def publish(target: Path, write: Callable[[Path], None], facts: Mapping[str, Any
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a text file, whole or not at all."""
+    write_lines(path, [text])
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Replace a text file by pieces as they come, whole or not at all."""
     temporary = path.with_name(f"{path.name}{_TEMPORARY}{os.getpid()}")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            file.writelines(lines)
         _sync(temporary)
         temporary.replace(path)
         _sync(path.parent)

@@ -27,7 +27,7 @@ from mopefuse.losses import classification_loss
 from mopefuse.optim import with_learning_rates
 from mopefuse.run import RunFolder
 from mopefuse.signals import StopRequest
-from mopefuse.trainer import Listener, Trainer
+from mopefuse.trainer import Listener, Start, Trainer
 
 MAY_CHANGE = frozenset(
     (
@@ -58,13 +58,13 @@ class Plan:
         return sum(self.trainable.values()) / self.total
 
 
-def plan(config: RunConfig) -> Plan:
+def plan(config: RunConfig, listener: Listener | None = None) -> Plan:
     """Resolve everything that training would, and count.
 
     Raises:
         MopefuseError: whatever training would refuse before its first step.
     """
-    data = _load(config, Listener())
+    data = _load(config, listener or Listener())
     model = build_model(config, len(data.labels))
     config = _resolved(config, model)
     return Plan(
@@ -81,12 +81,19 @@ def plan(config: RunConfig) -> Plan:
 
 
 def train(
-    config: RunConfig, out: Path, *, resume: bool = False, overwrite: bool = False, listener: Listener | None = None
+    config: RunConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    start: Start | None = None,
+    listener: Listener | None = None,
 ) -> dict[str, Any]:
     """Train, select on validation, test once; returns what ``metrics.json`` holds.
 
     Args:
         config: for a resumed run, the saved configuration with changes on top (see `MAY_CHANGE`).
+        start: a model to go on from instead of from scratch; published as step 0.
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM, after a checkpoint was published.
@@ -101,7 +108,7 @@ def train(
         if notice:
             listener.notice(notice)
         try:
-            return _train(config, folder, listener, resume=resume)
+            return _train(config, folder, listener, resume=resume, start=start)
         finally:
             if distributed.is_main():
                 folder.unlock()
@@ -109,7 +116,9 @@ def train(
         distributed.stop()
 
 
-def _train(config: RunConfig, folder: RunFolder, listener: Listener, *, resume: bool) -> dict[str, Any]:
+def _train(
+    config: RunConfig, folder: RunFolder, listener: Listener, *, resume: bool, start: Start | None
+) -> dict[str, Any]:
     device = devices.resolve(config.device)
     continuing = resume and folder.begun()
     if continuing:
@@ -120,6 +129,7 @@ def _train(config: RunConfig, folder: RunFolder, listener: Listener, *, resume: 
     model = build_model(config, len(data.labels)).to(device)
     config = model.config = _resolved(config, model)
     facts = _facts(config, data, model)
+    facts["warm_up"] = {"names": list(start.fresh), "epochs": start.warm_up} if start and start.warm_up else None
     if continuing:
         begun = folder.manifest()
         if any(begun[key] != facts[key] for key in ("data", "labels", "multi_label")):
@@ -136,6 +146,11 @@ def _train(config: RunConfig, folder: RunFolder, listener: Listener, *, resume: 
             write_atomically(folder.path / "splits.json", dump_json(drawn))
     distributed.barrier()
     trainer = Trainer(config, data, model, folder, device, listener)
+    warm_up = (begun if continuing else facts).get("warm_up")
+    if warm_up:
+        trainer.warm_up(**warm_up)
+    if start is not None and not continuing:
+        trainer.begin(start.state)
     if continuing and trainer.restore():
         step = trainer.progress.step
         finished = step >= trainer.total and folder.metrics_file.exists()

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,6 +46,18 @@ class Progress:
     waited: int = 0  # validations since the best
     seconds: float = 0.0
     thresholds: list[float] | None = None  # tuned at the last validation
+
+
+class Start(NamedTuple):
+    """Where training begins if not from scratch: a swapped model.
+
+    state: of the model's own. fresh: names of parameters that nothing was learned for; with `warm_up`, only they learn in
+    the first epochs, so many.
+    """
+
+    state: dict[str, Tensor]
+    fresh: tuple[str, ...] = ()
+    warm_up: int = 0
 
 
 class Listener:
@@ -99,8 +111,18 @@ class Trainer:
         self.metric = metrics.selected_metric(multi_label=data.multi_label)
         self._forward: Any = torch.compile(model) if config.train.compile else model
         self._collapse_told = False
+        self._alone: tuple[frozenset[str], int] | None = None
 
-    # -- resume
+    # -- resume and start
+
+    def warm_up(self, names: Iterable[str], epochs: int) -> None:
+        """Let only these parameters learn in the first epochs."""
+        self._alone = (frozenset(names), epochs * self.per_epoch) if epochs else None
+
+    def begin(self, state: Mapping[str, Tensor]) -> None:
+        """Start from a model's own state instead of from scratch; it is validated and published as step 0."""
+        self.model.load_own_state(state, where="swap")
+        self._validate()
 
     def restore(self) -> bool:
         """Continue from the newest whole checkpoint; False if there is none."""
@@ -140,7 +162,7 @@ class Trainer:
             NumericError: a loss or gradient is not finite; nothing of that step was applied.
         """
         started = time.perf_counter() - self.progress.seconds
-        if self.total == 0:
+        if self.total == 0 and self.progress.best is None:
             self._validate()
         loader = self.train_samples.batches(_Keys(self), pin=self.device.type == "cuda")
         for epoch, global_batch in self._schedule():
@@ -196,8 +218,12 @@ class Trainer:
             balance = self._balance(output, counts, whole_LK)
             (task + balance).backward()
             loss += task.detach() + balance.detach() / (len(parts) * distributed.world_size())
-        distributed.sum_gradients(self.model.ours().values())
-        norm = torch.nn.utils.clip_grad_norm_(self.model.ours().values(), config.train.clip)
+        ours = self.model.ours()
+        if self._alone is not None and self.progress.step < self._alone[1]:
+            for name in ours.keys() - self._alone[0]:
+                ours[name].grad = None
+        distributed.sum_gradients(ours.values())
+        norm = torch.nn.utils.clip_grad_norm_(ours.values(), config.train.clip)
         value = float(distributed.total(loss))
         lr = float(self.optimizer.param_groups[0]["lr"])
         if not (math.isfinite(value) and math.isfinite(float(norm))):

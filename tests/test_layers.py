@@ -21,6 +21,8 @@ ORDER = (  # from below; a module imports from rows above its own line, or from 
     "evaluate",
     "trainer",
     "train doctor",
+    "swap run_model",
+    "predict",
     "demo",
     "cli",
 )

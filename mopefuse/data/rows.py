@@ -49,26 +49,57 @@ def check_row(value: Mapping[str, Any], line: int, split: str, config: DataConfi
         NoRow: a column is missing, or a value of another kind.
     """
     columns = columns_of(config)
-    missing = [kind for kind in ("text", "img", "label") if columns[kind] not in value]
+    _require(("text", "img", "label"), columns, value)
+    text, img = _text_and_image(value, columns, config)
+    identity = _identity(value, columns, f"{split}-{line}")
+    labels, is_list = _labels(value[columns["label"]], columns["label"], config.label_sep)
+    _refuse_half_characters({"id": identity, "img": img, "label": "".join(labels)}, columns)
+    return Checked(identity, text, img, labels, is_list)
+
+
+def check_pair(value: Mapping[str, Any], line: int, config: DataConfig) -> tuple[str, str, str]:
+    """(id, text, image) of a row without a label, as in what is to be predicted.
+
+    Raises:
+        NoRow: a column is missing, or a value of another kind.
+    """
+    columns = columns_of(config)
+    _require(("text", "img"), columns, value)
+    text, img = _text_and_image(value, columns, config)
+    identity = _identity(value, columns, str(line))
+    _refuse_half_characters({"id": identity, "img": img}, columns)
+    return identity, text, img
+
+
+def _require(kinds: Sequence[str], columns: Mapping[str, str], value: Mapping[str, Any]) -> None:
+    missing = [kind for kind in kinds if columns[kind] not in value]
     if missing:
         raise NoRow(_no_column(missing, columns, value))
-    text = value[columns["text"]]
+
+
+def _text_and_image(value: Mapping[str, Any], columns: Mapping[str, str], config: DataConfig) -> tuple[str, str]:
+    text, img = value[columns["text"]], value[columns["img"]]
     if text is None and config.allow_missing_text:
         text = ""
     if not isinstance(text, str):
         hint = " (set data.allow_missing_text=true to take it as empty)" if text is None else ""
         raise NoRow(f"{columns['text']} is {_kind(text)}, expected a string{hint}")
-    img = value[columns["img"]]
     if not isinstance(img, str):
         raise NoRow(f"{columns['img']} is {_kind(img)}, expected a string")
-    identity = value.get(columns["id"], f"{split}-{line}")
+    return text, img
+
+
+def _identity(value: Mapping[str, Any], columns: Mapping[str, str], default: str) -> str:
+    identity = value.get(columns["id"], default)
     if not isinstance(identity, str | int) or isinstance(identity, bool):
         raise NoRow(f"{columns['id']} is {_kind(identity)}, expected a string")
-    labels, is_list = _labels(value[columns["label"]], columns["label"], config.label_sep)
-    for kind, said in (("id", str(identity)), ("img", img), ("label", "".join(labels))):
-        if _SURROGATE.search(said):
+    return str(identity)
+
+
+def _refuse_half_characters(said: Mapping[str, str], columns: Mapping[str, str]) -> None:
+    for kind, text in said.items():
+        if _SURROGATE.search(text):
             raise NoRow(f"{columns[kind]} has half a character (a lone surrogate)")
-    return Checked(str(identity), text, img, labels, is_list)
 
 
 def columns_of(config: DataConfig) -> dict[str, str]:

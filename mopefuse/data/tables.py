@@ -114,7 +114,7 @@ def _json_lines(content: bytes) -> Iterator[Found]:
         stop = len(content) if end < 0 else end
         line = content[start:stop]
         if line.strip():
-            yield Found(number, _object(line), start, stop)
+            yield Found(number, json_line(line), start, stop)
         start = stop + 1
 
 
@@ -122,7 +122,8 @@ class _Bad(ValueError):
     pass
 
 
-def _object(line: bytes) -> dict[str, Any] | str:
+def json_line(line: bytes) -> dict[str, Any] | str:
+    """The object in a line of JSON, or what is wrong with it."""
     try:
         value = json.loads(line.decode("utf-8"), object_pairs_hook=_distinct, parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:

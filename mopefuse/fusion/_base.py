@@ -54,6 +54,9 @@ class Fusion(nn.Module):
     parts: ClassVar[dict[str, str]] = {r"^head\.": "head", r"^comp\.": "complementary encoder", r"^main\.": "main encoder"}
 
     sections: ClassVar[tuple[str, ...]] = ()  # of the optional ones, those that the method uses
+    bonds: ClassVar[dict[str, str]] = {}
+    """Pattern of a tensor's name to what its meaning hangs on: "main" or "comp" for the geometry of that encoder's layers,
+    "main features" or "comp features" for the values that this very encoder gives. Others mean the same with any encoder."""
     head: nn.Module
 
     def __init__(self, config: RunConfig, encoders: Mapping[str, Encoder]) -> None:
@@ -77,6 +80,18 @@ class Fusion(nn.Module):
         default = RunConfig(main="", comp="")
         optional = ("prompts", "router", "comp_tuning")
         return [s for s in optional if s not in self.sections and getattr(self.config, s) != getattr(default, s)]
+
+    @property
+    def head_sides(self) -> tuple[str, ...]:
+        """The sides whose pooled features the head takes, side by side."""
+        return self.uses
+
+    def bond(self, name: str) -> str:
+        """What the meaning of a tensor of ours hangs on, see `bonds`; of a tuned encoder on that encoder."""
+        side = name.partition(".")[0]
+        if side in self.uses:
+            return f"{side} features"
+        return next((bond for pattern, bond in self.bonds.items() if re.search(pattern, name)), "")
 
     def encoder(self, side: str) -> Encoder:
         """The encoder of a side."""

@@ -42,6 +42,13 @@ class ConditionalFusion(Fusion):
     }
 
     sections: ClassVar[tuple[str, ...]] = ("prompts", "router", "comp_tuning")
+    bonds: ClassVar[dict[str, str]] = {
+        r"^stack\.layers\.": "main",
+        r"^stack\.router\.of_main": "main",
+        r"^stack\.router\.(weight_NKC|bias_NK|of_comp_NQC)$": "comp features",
+        r"^stack\.trunk\.0\.": "comp features",
+        r"^comp_stack\.": "comp",
+    }
 
     def __init__(self, config: RunConfig, encoders: Mapping[str, Encoder], num_labels: int) -> None:
         super().__init__(config, encoders)
@@ -89,6 +96,11 @@ class ConditionalFusion(Fusion):
             self.reads = ("main",)
         else:
             self.frozen = ("comp",)
+
+    @property
+    def head_sides(self) -> tuple[str, ...]:
+        """The main encoder alone; it was asked by the other one."""
+        return ("main",)
 
     def resolve(self, config: RunConfig) -> RunConfig:
         """`config` with the papers' lengths and initial bound of the prompts where none are given."""

@@ -1,0 +1,110 @@
+"""``mopefuse predict``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mopefuse.cli import columns
+
+if TYPE_CHECKING:
+    from mopefuse.config import Data
+    from mopefuse.predict import Answer, Pair, Predictor
+
+
+def predict(
+    run: Annotated[Path, typer.Argument(help="Folder of a trained run.")],
+    source: Annotated[str | None, typer.Argument(metavar="[INPUT]", help="JSON lines, CSV, ... of pairs; - for stdin.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write, .jsonl or .csv; default stdout.")] = None,
+    image: Annotated[Path | None, typer.Option(help="A single image, with --text.")] = None,
+    text: Annotated[str | None, typer.Option(help="The text of a single image.")] = None,
+    top: Annotated[int | None, typer.Option(min=1, help="Only the likeliest labels.")] = None,
+    routing: Annotated[bool, typer.Option("--routing", help="Add the weights of the experts that were used.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first row that cannot be read.")] = False,
+    batch: Annotated[int, typer.Option(min=1, help="Pairs at a time.")] = 32,
+    checkpoint: Annotated[str, typer.Option(help="best, last or step-N.")] = "best",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    text_col: columns.TextCol = None,
+    image_col: columns.ImageCol = None,
+    id_col: columns.IdCol = None,
+    image_root: columns.ImageRoot = None,
+) -> None:
+    """Say what new pairs are: their labels and probabilities, one line for each, in the order of the input."""
+    from mopefuse.config import Data
+    from mopefuse.errors import ConfigError
+    from mopefuse.predict import load, predict_pairs
+
+    if (source is None) == (image is None) or (image is None) != (text is None):
+        raise ConfigError(64, "there is not one input", where="predict", fix="name a file, or give --image and --text")
+    if out is not None and out.suffix not in (".jsonl", ".csv"):
+        raise ConfigError(65, f"{out.name} is neither .jsonl nor .csv", where="--out", fix="name a file of one of them")
+    if out is not None and not out.absolute().parent.is_dir():
+        raise ConfigError(54, f"there is no folder {out.parent}", where="--out", fix="make it, or name another file")
+    named = {"text_col": text_col, "img_col": image_col, "id_col": id_col, "image_roots": tuple(image_root or ()) or None}
+    config = Data(**{key: value for key, value in named.items() if value is not None})
+    if isinstance(source, str) and source != "-" and not Path(source).is_file():
+        raise ConfigError(66, f"there is no file {source}", where="predict", fix="name a file of pairs, or - for stdin")
+    predictor = load(run, checkpoint=checkpoint, device=device)
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    pairs = islice(_pairs(source, image, text, config), rank, None, world)
+    answers = _counted(predict_pairs(predictor, pairs, batch=batch, top=top, routing=routing, strict=strict), rank)
+    if world > 1:
+        answers = _gathered(answers)
+        if rank:
+            return
+    _write(answers, out, predictor)
+
+
+def _pairs(source: str | None, image: Path | None, text: str | None, config: Data) -> Iterable[Pair]:
+    from mopefuse.data.images import open_image
+    from mopefuse.predict import Pair, read_pairs
+
+    if image is not None:
+        picture = open_image([image.absolute().parent], image.name, where=str(image), max_pixels=config.max_pixels)
+        return [Pair(image.name, text or "", picture)]
+    return read_pairs(sys.stdin.buffer if source == "-" else Path(source or ""), config)
+
+
+def _counted(answers: Iterable[Answer], rank: int) -> Iterable[Answer]:
+    """Pass answers on, and tell on stderr how many there are, and how many are errors."""
+    from mopefuse.cli._render import err
+
+    console, bad, done = err(), 0, 0
+    with console.status("predicting") as status:
+        for done, one in enumerate(answers, start=1):
+            bad += "error" in one
+            if done % 100 == 0:
+                status.update(f"predicting: {done}")
+            yield one
+    if rank == 0:
+        console.print(f"{done} pairs" + (f", {bad} of them could not be read: see their error" if bad else ""), markup=False)
+
+
+def _gathered(answers: Iterable[Answer]) -> list[Answer]:
+    """The answers of all processes, in the order of the input; each has every so-manyth."""
+    from mopefuse import distributed
+
+    distributed.start()
+    parts: list[list[Any]] = distributed.gather(list(answers))
+    distributed.stop()
+    turns = max(map(len, parts))
+    return [part[turn] for turn in range(turns) for part in parts if turn < len(part)]
+
+
+def _write(answers: Iterable[Answer], out: Path | None, predictor: Predictor) -> None:
+    from mopefuse.checkpoint import write_lines
+    from mopefuse.predict import as_csv, as_jsonl
+
+    lines = as_csv(answers, predictor.model.labels) if out is not None and out.suffix == ".csv" else as_jsonl(answers)
+    if out is not None:
+        write_lines(out, lines)
+        return
+    for line in lines:
+        sys.stdout.write(line)
+        sys.stdout.flush()

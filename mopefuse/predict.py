@@ -1,0 +1,189 @@
+"""Say what new pairs are: from a file, a stream or Python, in their order, with an error where a pair is none.
+
+Nothing here needs torch; a trained run brings it when it is loaded.
+
+Shapes: B batch, N labels.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL import Image
+
+from mopefuse.config import Data as DataConfig
+from mopefuse.data.images import open_image
+from mopefuse.data.rows import NoRow, check_pair
+from mopefuse.data.tables import Found, find_tables, json_line
+from mopefuse.errors import CheckpointError, DataError, MopefuseError
+
+Answer = dict[str, Any]
+
+
+class Model(Protocol):
+    """What can be asked: a trained run or an exported bundle."""
+
+    labels: tuple[str, ...]
+    multi_label: bool
+    thresholds: Sequence[float]
+
+    def say(self, images: Sequence[Image.Image], texts: Sequence[str]) -> tuple[list[list[float]], list[Any] | None]:
+        """Probabilities (B, N), and the routing of each pair, layers by experts, where the model routes."""
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A model that is asked about pairs; `mopefuse.load` makes one."""
+
+    model: Model
+
+    def predict(
+        self, images: Sequence[Image.Image], texts: Sequence[str], *, top: int | None = None, routing: bool = False
+    ) -> list[Answer]:
+        """What each pair is: ``{"label" | "labels", "probabilities": {label: p}}``.
+
+        Args:
+            images: PIL images of any mode. texts: as many.
+            top: most labels in "probabilities", the likeliest first; default all.
+            routing: add the weights of the experts, a list for each routed layer.
+
+        Raises:
+            DataError: not as many images as texts.
+        """
+        if len(images) != len(texts):
+            what = f"{len(images)} images and {len(texts)} texts are no pairs"
+            raise DataError(17, what, fix="give one text for each image")
+        if not images:
+            return []
+        said, routed = self.model.say([image.convert("RGB") for image in images], texts)
+        answers = [answer(p_N, self.model, top) for p_N in said]
+        if routing and routed is not None:
+            for one, weights in zip(answers, routed, strict=True):
+                one["routing"] = weights
+        return answers
+
+
+def answer(p_N: Sequence[float], model: Model, top: int | None) -> Answer:
+    """A prediction from probabilities."""
+    likeliest = sorted(range(len(p_N)), key=lambda i: (-p_N[i], i))[:top]
+    probabilities = {model.labels[i]: round(p_N[i], 6) for i in likeliest}
+    if model.multi_label:
+        chosen = [label for label, p, least in zip(model.labels, p_N, model.thresholds, strict=True) if p >= least]
+        return {"labels": chosen, "probabilities": probabilities}
+    return {"label": model.labels[likeliest[0]], "probabilities": probabilities}
+
+
+def load(path: str | Path, *, checkpoint: str = "best", device: str = "auto") -> Predictor:
+    """A trained run to ask.
+
+    Raises:
+        CheckpointError: there is none, or its encoders are not those that it was trained with.
+    """
+    if not Path(path).is_dir():
+        raise CheckpointError(4, f"there is no run {path}", fix="name a folder that mopefuse train wrote")
+    from mopefuse.run_model import RunModel
+
+    return Predictor(RunModel(Path(path), checkpoint, device))
+
+
+# -- pairs from files
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One line of the input: a pair, or why it is none."""
+
+    id: str
+    text: str = ""
+    image: Image.Image | None = None
+    error: MopefuseError | None = None
+
+
+def read_pairs(source: Path | Iterable[bytes], config: DataConfig) -> Iterator[Pair]:
+    """The pairs of a table, or of lines of JSON as they come; images are relative to the table's folder.
+
+    Raises:
+        DataError: no such file, or one that is no table.
+    """
+    if isinstance(source, Path):
+        if not source.is_file():
+            raise DataError(28, f"there is no file {source}", fix="name a .jsonl, .csv, .tsv or .parquet file, or - for stdin")
+        table = find_tables(source, config)[""]
+        root, file, rows = source.parent, table.file, table.rows()
+    else:
+        root, file = Path(), "stdin"
+        rows = (Found(number, json_line(line)) for number, line in enumerate(source, start=1) if line.strip())
+    roots = (root, *map(Path, config.image_roots))
+    for found in rows:
+        yield _pair(found, file, roots, config)
+
+
+def _pair(found: Found, file: str, roots: Sequence[Path], config: DataConfig) -> Pair:
+    where, identity = f"{file}:{found.line}", str(found.line)
+    try:
+        if isinstance(found.value, str):
+            raise NoRow(found.value)
+        identity, text, img = check_pair(found.value, found.line, config)
+        return Pair(identity, text, open_image(roots, img, where=f"{where}, id {identity}", max_pixels=config.max_pixels))
+    except NoRow as error:
+        return Pair(identity, error=DataError(3, f"{where} {error}", where=where, fix="correct or remove it"))
+    except MopefuseError as error:
+        return Pair(identity, error=error)
+
+
+def predict_pairs(
+    predictor: Predictor,
+    pairs: Iterable[Pair],
+    *,
+    batch: int = 32,
+    top: int | None = None,
+    routing: bool = False,
+    strict: bool = False,
+) -> Iterator[Answer]:
+    """An answer for each pair, in their order; ``{"id", "error": {...}}`` for what is no pair.
+
+    Raises:
+        MopefuseError: with `strict`, the first thing that is no pair.
+    """
+    pairs = iter(pairs)
+    while group := list(islice(pairs, batch)):
+        good = [pair for pair in group if pair.image is not None]
+        images = [pair.image for pair in good if pair.image is not None]
+        said = iter(predictor.predict(images, [pair.text for pair in good], top=top, routing=routing))
+        for pair in group:
+            if pair.error is not None and strict:
+                raise pair.error
+            yield {"id": pair.id, **({"error": pair.error.as_dict()} if pair.error is not None else next(said))}
+
+
+# -- answers to files
+
+
+def as_jsonl(answers: Iterable[Answer]) -> Iterator[str]:
+    """One JSON object a line."""
+    return (json.dumps(one, ensure_ascii=False) + "\n" for one in answers)
+
+
+def as_csv(answers: Iterable[Answer], labels: Sequence[str]) -> Iterator[str]:
+    """A header, then id, label (labels separated by ``|``), the probability of each label, and the error."""
+    yield _csv_line(["id", "label", *(f"p({label})" for label in labels), "error"])
+    for one in answers:
+        chosen = "|".join(one["labels"]) if "labels" in one else one.get("label", "")
+        said: Mapping[str, float] = one.get("probabilities", {})
+        error = one["error"]["message"] if "error" in one else ""
+        yield _csv_line([one["id"], chosen, *(said.get(label, "") for label in labels), error])
+
+
+def _csv_line(cells: Sequence[object]) -> str:
+    """Cells that a spreadsheet would take for a formula begin with an apostrophe."""
+    text = io.StringIO()
+    safe = [f"'{cell}" if isinstance(cell, str) and cell[:1] in tuple("=+-@\t\r") else cell for cell in cells]
+    csv.writer(text, lineterminator="\n").writerow(safe)
+    return text.getvalue()

@@ -1,0 +1,42 @@
+"""A trained run as something to ask, see `mopefuse.predict`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from mopefuse import device as devices
+from mopefuse import metrics
+from mopefuse.evaluate import load_model
+from mopefuse.run import RunFolder
+
+
+class RunModel:
+    """The model of a run on its device.
+
+    Raises:
+        CheckpointError: there is no such run or checkpoint, or the encoders are not those that it was trained with.
+    """
+
+    def __init__(self, run: Path, checkpoint: str, device: str) -> None:
+        self.device = devices.resolve(device)
+        loaded = load_model(RunFolder(run), checkpoint, self.device)
+        self.fusion, self.precision = loaded.model, loaded.config.train.precision
+        self.labels: tuple[str, ...] = tuple(loaded.manifest["labels"])
+        self.multi_label: bool = loaded.manifest["multi_label"]
+        each = loaded.thresholds
+        self.thresholds: Sequence[float] = [each] * len(self.labels) if isinstance(each, float) else each
+
+    @torch.no_grad()
+    def say(self, images: Sequence[Image.Image], texts: Sequence[str]) -> tuple[list[list[float]], list[Any] | None]:
+        """Probabilities (B, N) and routing; see `mopefuse.predict.Model`."""
+        batch = self.fusion.collate(images, texts)
+        with devices.autocast(self.precision, self.device):
+            output = self.fusion(batch)
+        p_BN = metrics.probabilities(output.logits_BN.float().cpu(), multi_label=self.multi_label)
+        routing = None if output.routing_BLK is None else output.routing_BLK.float().cpu().tolist()
+        return p_BN.tolist(), routing

@@ -1,0 +1,234 @@
+"""Change an encoder of a trained run and keep what was learned: everything whose meaning and shape survive.
+
+A new complementary encoder leaves prompts, experts and head as they are; what reads its features is new. A new main encoder
+of the same widths, heads and depth (ViT-B to DeiT-B, BERT to RoBERTa) leaves everything; of another geometry, what does not
+touch its layers. Rows of the head stay with their labels.
+
+Shapes: N labels, F features of the head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mopefuse.checkpoint import dump_json, read_json, write_atomically
+from mopefuse.config import RunConfig, build_config, merge
+from mopefuse.data.load import load_data
+from mopefuse.encoders._base import Encoder, full_spec
+from mopefuse.errors import ConfigError
+from mopefuse.evaluate import elsewhere, load_model
+from mopefuse.fusion._base import Fusion
+from mopefuse.fusion.build import build_model
+from mopefuse.run import RunFolder
+from mopefuse.train import train
+from mopefuse.trainer import Listener, Start
+
+Fate = Literal["kept", "projected", "new"]
+CPU = torch.device("cpu")
+
+
+class Inherited(NamedTuple):
+    """What became of one tensor of the new model."""
+
+    name: str
+    shape: tuple[int, ...]
+    fate: Fate
+    kept: int  # values that come from the trained run
+
+
+@dataclass(frozen=True)
+class Swap:
+    """What a swap kept, and what it cost.
+
+    Args:
+        metrics: of validation and test, "before" the swap, right "after" it, "tuned", and trained from "scratch" for as
+            many steps; those that were measured.
+    """
+
+    inherited: tuple[Inherited, ...]
+    metrics: dict[str, dict[str, dict[str, float] | None]]
+    encoders: dict[str, str]
+
+    @property
+    def share_kept(self) -> float:
+        """Of the new model's own values, those that come from the trained run."""
+        total = sum(math.prod(entry.shape) for entry in self.inherited)
+        return sum(entry.kept for entry in self.inherited) / max(1, total)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What swap.json holds."""
+        return {
+            "encoders": self.encoders,
+            "share_kept": self.share_kept,
+            "tensors": [{**entry._asdict(), "shape": list(entry.shape)} for entry in self.inherited],
+            "metrics": self.metrics,
+        }
+
+
+def swap_encoder(
+    run: Path,
+    out: Path,
+    *,
+    main: str | None = None,
+    comp: str | None = None,
+    data: Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    epochs: int = 0,
+    warm_up: int = 0,
+    scratch: bool = True,
+    listener: Listener | None = None,
+) -> Swap:
+    """A new run in `out` from a trained one, with another encoder, other data, or both.
+
+    Args:
+        main, comp: specs of the new encoders; None leaves one as it is.
+        data: another data set, perhaps with other labels.
+        settings: more of the new run's settings, nested.
+        epochs: of tuning; 0 leaves the swapped model as it is.
+        warm_up: of these, epochs in which only what is new learns.
+        scratch: with `epochs`, also train a model from scratch for as many, into ``<out>-scratch``, to compare with.
+
+    Raises:
+        ConfigError: nothing is swapped, or `out` is taken. EncoderError: an encoder that does not suit its side.
+    """
+    if main is None and comp is None and data is None:
+        raise ConfigError(61, "nothing is swapped", where="swap-encoder", fix="name --main SPEC, --comp SPEC or --data DIR")
+    if not 0 <= warm_up <= epochs:
+        raise ConfigError(62, f"{warm_up} epochs of warm-up in {epochs} of tuning", where="--warm-up", fix="raise --epochs")
+    RunFolder(out).prepare(resume=False, overwrite=False)
+    old = load_model(RunFolder(run), "best", CPU)
+    config = _new_config(old.config, old.model, main=main, comp=comp, data=data, settings=settings or {}, epochs=epochs)
+    labels = load_data(config.data).labels
+    model = build_model(config, len(labels))
+    state, inherited = inherit(old.model, model, old.manifest["labels"], labels)
+    before = RunFolder(run).metrics_file
+    metrics = {"before": read_json(before)["metrics"]} if before.exists() and data is None else {}
+    fresh = tuple(entry.name for entry in inherited if entry.fate == "new")
+    result = train(config, out, listener=listener, start=Start(state, fresh, warm_up))
+    first = next(line for line in RunFolder(out).read_log() if "val" in line)
+    metrics["after"] = {"val": first["val"], "test": None if epochs else result["metrics"]["test"]}
+    if epochs:
+        metrics["tuned"] = result["metrics"]
+    if epochs and scratch:
+        metrics["scratch"] = train(config, out.with_name(f"{out.name}-scratch"), listener=listener)["metrics"]
+    encoders = {side: str(model.encoder(side).spec) for side in model.uses}
+    swap = Swap(tuple(inherited), metrics, encoders)
+    write_atomically(out / "swap.json", dump_json({"from": str(run), **swap.as_dict()}))
+    return swap
+
+
+def _new_config(
+    config: RunConfig,
+    model: Fusion,
+    *,
+    main: str | None,
+    comp: str | None,
+    data: Path | None,
+    settings: Mapping[str, Any],
+    epochs: int,
+) -> RunConfig:
+    values = config.model_dump(mode="json")
+    for side, spec in (("main", main), ("comp", comp)):
+        if spec is not None and side not in model.uses:
+            raise ConfigError(63, f"{config.method} has no {side} encoder", where=f"--{side}", fix="swap the other one")
+        values[side] = str(full_spec(spec)) if spec is not None else values[side]
+    if main is not None:  # what was resolved for the old encoder is resolved anew
+        values["prompts"]["init"] = None
+        values["train"] |= {"lr": None, "lr_comp": None}
+    if data is not None:
+        values["data"] = elsewhere(config.data, data).model_dump(mode="json")
+    values["train"] |= {"epochs": epochs, "max_steps": None}
+    return build_config(merge(values, dict(settings)))
+
+
+def inherit(
+    old: Fusion, new: Fusion, old_labels: Sequence[str], new_labels: Sequence[str]
+) -> tuple[dict[str, Tensor], list[Inherited]]:
+    """The new model's own state with everything of the old one that still means the same, and what became of each tensor.
+
+    What a tensor hangs on is for the method to say (`Fusion.bonds`).
+    """
+    known = old.own_state()
+    state: dict[str, Tensor] = {}
+    inherited = []
+    for name, tensor in new.own_state().items():
+        value, kept = tensor.clone(), 0
+        if name.startswith("head."):
+            kept = _carry_head(name, value, known, old, new, old_labels, new_labels)
+        elif name in known and known[name].shape == value.shape and _survives(new.bond(name), old, new):
+            value.copy_(known[name])
+            kept = value.numel()
+        fate: Fate = "new" if not kept else "kept" if kept == value.numel() else "projected"
+        state[name] = value
+        inherited.append(Inherited(name, tuple(tensor.shape), fate, kept))
+    return state, inherited
+
+
+def _survives(bond: str, old: Fusion, new: Fusion) -> bool:
+    """Whether what a tensor hangs on is still there; see `Fusion.bonds`."""
+    side, _, how = bond.partition(" ")
+    if not side:
+        return True
+    mine, theirs = new.encoder(side), old.encoder(side)
+    return str(mine.spec) == str(theirs.spec) if how == "features" else same_geometry(theirs, mine)
+
+
+def same_geometry(one: Encoder, other: Encoder) -> bool:
+    """Whether two encoders have as many layers, of the same widths and heads, and features of the same width."""
+    return (one.widths, one.heads, one.feature_width, one.modality) == (
+        other.widths,
+        other.heads,
+        other.feature_width,
+        other.modality,
+    )
+
+
+def _carry_head(
+    name: str,
+    value: Tensor,
+    known: Mapping[str, Tensor],
+    old: Fusion,
+    new: Fusion,
+    old_labels: Sequence[str],
+    new_labels: Sequence[str],
+) -> int:
+    """Copy the rows of labels and the columns of encoders that are still there; how many values that is."""
+    source = known.get(name)
+    if source is None or source.dim() != value.dim():
+        return 0
+    kind = name.rpartition(".")[2]
+    layers = sorted(other for other in known if other.startswith("head.") and other.endswith(kind))
+    rows = [(row, row) for row in range(min(len(source), len(value)))]
+    if name == layers[-1]:
+        rows = [(old_labels.index(label), row) for row, label in enumerate(new_labels) if label in old_labels]
+    columns = [(0, 0)] if any(_survives(side, old, new) for side in new.head_sides) else []
+    if value.dim() == 2:
+        columns = _columns(old, new) if name == layers[0] else [(c, c) for c in range(min(source.shape[1], value.shape[1]))]
+    if not rows or not columns:
+        return 0
+    pick = torch.tensor(rows).T, torch.tensor(columns).T
+    if value.dim() == 1:
+        value[pick[0][1]] = source[pick[0][0]]
+        return len(rows)
+    value[pick[0][1][:, None], pick[1][1]] = source[pick[0][0][:, None], pick[1][0]]
+    return len(rows) * len(columns)
+
+
+def _columns(old: Fusion, new: Fusion) -> list[tuple[int, int]]:
+    """Columns of the head (theirs, ours) for features of encoders that are still there."""
+    columns: list[tuple[int, int]] = []
+    theirs = mine = 0
+    for side in new.head_sides:
+        width = new.encoder(side).feature_width
+        if _survives(side, old, new):
+            columns += [(theirs + column, mine + column) for column in range(width)]
+        theirs, mine = theirs + old.encoder(side).feature_width, mine + width
+    return columns
+

@@ -1,0 +1,212 @@
+"""Swapping an encoder keeps everything whose meaning and shape survive, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY, call, make_pairs, write_rows
+from safetensors.torch import load_file
+
+from mopefuse.config import build_config
+from mopefuse.fusion.build import build_model
+from mopefuse.run import RunFolder
+from mopefuse.swap import inherit, swap_encoder
+from mopefuse.train import train
+from mopefuse.trainer import Listener
+
+SMALL = "timm:vit_tiny?pretrained=false&img_size=32&patch_size=16&depth=2&embed_dim=48&num_heads=4"
+DEEPER = SMALL.replace("depth=2", "depth=3")
+WIDER = SMALL.replace("embed_dim=48", "embed_dim=96")
+
+
+def config_of(**changed: Any) -> Any:
+    return build_config({"main": "tiny:vision", "comp": "tiny:text", "prompts": {"experts": 3}, "device": "cpu"} | changed)
+
+
+Labels = tuple[list[str], list[str]]
+
+
+def pair(old: dict[str, Any], new: dict[str, Any], labels: Labels = (["a", "b"], ["a", "b"])) -> Any:
+    """(old model, state that the new one gets, fate by name), the old model with values that tell where they are from."""
+    one, other = build_model(config_of(**old), len(labels[0])), build_model(config_of(**new, seed=5), len(labels[1]))
+    with torch.no_grad():
+        for parameter in one.ours().values():
+            parameter.normal_()
+    state, inherited = inherit(one, other, *labels)
+    return one.own_state(), state, {entry.name: entry.fate for entry in inherited}
+
+
+def kept(fates: dict[str, str], prefix: str) -> set[str]:
+    return {fate for name, fate in fates.items() if name.startswith(prefix)}
+
+
+def test_nothing_swapped_is_everything_kept() -> None:
+    old, state, fates = pair({}, {})
+    assert set(fates.values()) == {"kept"}
+    assert all(torch.equal(state[name], tensor) for name, tensor in old.items())
+
+
+@pytest.mark.parametrize("router", ["cross", "joint"])
+def test_a_new_complementary_encoder_leaves_prompts_experts_and_head(router: str) -> None:
+    old, state, fates = pair({"router": {"kind": router}}, {"comp": "tiny:text?pool=cls", "router": {"kind": router}})
+    assert kept(fates, "stack.layers") == kept(fates, "head") == kept(fates, "stack.trunk.1") == {"kept"}
+    assert kept(fates, "stack.trunk.0") == {"new"}
+    new = {name for name, fate in fates.items() if name.startswith("stack.router") and fate == "new"}
+    expected = {"cross": {"stack.router.weight_NKC", "stack.router.bias_NK"}, "joint": {"stack.router.of_comp_NQC"}}
+    assert new == expected[router]
+    assert all(torch.equal(state[name], old[name]) for name, fate in fates.items() if fate == "kept")
+    assert not torch.equal(state["stack.trunk.0.weight"], old["stack.trunk.0.weight"])
+
+
+def test_a_main_encoder_of_the_same_geometry_leaves_everything() -> None:
+    _, _, fates = pair({"main": SMALL}, {"main": f"{SMALL}&drop_path_rate=0.0"})
+    assert set(fates.values()) == {"kept"}
+
+
+def test_a_main_encoder_of_other_widths_leaves_what_does_not_touch_its_layers() -> None:
+    _, _, fates = pair({"main": SMALL}, {"main": WIDER})
+    assert kept(fates, "stack.layers") == kept(fates, "head.weight") == {"new"}
+    assert kept(fates, "stack.router") == kept(fates, "stack.trunk") == {"kept"}
+
+
+def test_another_depth_has_a_new_router_for_its_layers() -> None:
+    _, _, fates = pair({"main": SMALL}, {"main": DEEPER})
+    assert kept(fates, "stack.layers") == kept(fates, "stack.router") == {"new"}
+    assert kept(fates, "stack.trunk") == {"kept"}
+
+
+def test_rows_of_labels_that_stay_are_kept() -> None:
+    old, state, fates = pair({}, {}, (["a", "b", "c"], ["c", "x", "a", "y"]))
+    assert (fates["head.weight"], fates["head.bias"]) == ("projected", "projected")
+    assert torch.equal(state["head.weight"][[0, 2]], old["head.weight"][[2, 0]])
+    assert torch.equal(state["head.bias"][[0, 2]], old["head.bias"][[2, 0]])
+    _, _, none = pair({}, {}, (["a", "b"], ["x", "y"]))
+    assert kept(none, "head") == {"new"}
+
+
+def test_of_a_concatenation_the_columns_of_the_other_encoder_are_kept() -> None:
+    late: dict[str, Any] = {"method": "late-concat", "main": SMALL}
+    old, state, fates = pair(late, late | {"main": WIDER})
+    assert fates["head.weight"] == "projected"
+    assert torch.equal(state["head.weight"][:, 96:], old["head.weight"][:, 48:])
+
+
+# -- a run
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pairs(tmp_path_factory.mktemp("swap") / "data")
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    done = call("train", *TINY, "--data", data, "--out", folder, "--steps", "4")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def weights(run: Path, which: str) -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / which / "weights.safetensors")
+
+
+def best(run: Path) -> dict[str, torch.Tensor]:
+    return weights(run, (run / "checkpoints" / "best").read_text().strip())
+
+
+def test_a_swap_without_tuning_is_a_run_that_can_be_evaluated(run: Path, tmp_path: Path) -> None:
+    done = call("swap-encoder", run, "--comp", "tiny:text?pool=cls", "-o", tmp_path / "new")
+    assert done.returncode == 0, done.stderr
+    assert "not tuned" in done.stderr
+    assert re.search(r"^stack\.layers\.\*\.experts_KPD +kept +4 ", done.stdout, re.MULTILINE)
+    assert re.search(r"^stack\.router\.weight_NKC +new +1 ", done.stdout, re.MULTILINE)
+    assert torch.equal(best(tmp_path / "new")["head.weight"], best(run)["head.weight"])
+    told = json.loads((tmp_path / "new" / "swap.json").read_text())
+    assert told["encoders"]["comp"] == "tiny:text?pool=cls"
+    assert 0 < told["share_kept"] < 1
+    assert call("eval", tmp_path / "new").returncode == 0
+
+
+def test_swapping_an_encoder_for_itself_changes_no_prediction(run: Path, tmp_path: Path) -> None:
+    done = call("swap-encoder", run, "--comp", "tiny:text", "-o", tmp_path / "new", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["share_kept"] == 1
+    assert (tmp_path / "new" / "predictions.jsonl").read_text() == (run / "predictions.jsonl").read_text()
+
+
+def test_tuning_is_compared_with_training_from_scratch(run: Path, tmp_path: Path) -> None:
+    done = call("swap-encoder", run, "--main", SMALL, "-o", tmp_path / "new", "--epochs", 2, "--json")
+    assert done.returncode == 0, done.stderr
+    stages = json.loads(done.stdout)["stages"]
+    assert set(stages) == {"before", "after", "tuned", "scratch"}
+    assert RunFolder(tmp_path / "new-scratch").exists()
+    steps = [line["step"] for line in RunFolder(tmp_path / "new").read_log() if "val" in line]
+    assert steps == [0, 3, 6]
+
+
+def test_in_the_warm_up_only_what_is_new_learns(run: Path, tmp_path: Path) -> None:
+    for epochs in (1, 2):
+        swap_encoder(
+            run, tmp_path / str(epochs), comp="tiny:text?pool=cls", epochs=epochs, warm_up=1, scratch=False,
+            settings={"train": {"select": "last"}},
+        )  # fmt: skip
+    start, warm, tuned = best(run), weights(tmp_path / "1", "step-3"), weights(tmp_path / "2", "step-6")
+    fates = {entry["name"]: entry["fate"] for entry in json.loads((tmp_path / "1" / "swap.json").read_text())["tensors"]}
+    for name in start:
+        if fates[name] == "kept":
+            assert torch.equal(warm[name], start[name]), name
+    assert not torch.equal(tuned["head.weight"], start["head.weight"])
+
+
+def test_a_swapped_run_that_is_killed_resumes_to_the_same_end(run: Path, tmp_path: Path) -> None:
+    class Killed(Listener):
+        def step(self, progress: Any, total: int, loss: float, lr: float) -> None:
+            if progress.step == 4:
+                raise KeyboardInterrupt
+
+    options: dict[str, Any] = {"comp": "tiny:text?pool=cls", "epochs": 2, "warm_up": 1, "scratch": False}
+    swap_encoder(run, tmp_path / "whole", **options)
+    with pytest.raises(KeyboardInterrupt):
+        swap_encoder(run, tmp_path / "killed", listener=Killed(), **options)
+    train(RunFolder(tmp_path / "killed").config(), tmp_path / "killed", resume=True)
+    assert (tmp_path / "killed" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
+    for name, tensor in weights(tmp_path / "whole", "step-6").items():
+        assert torch.equal(tensor, weights(tmp_path / "killed", "step-6")[name])
+
+
+def test_other_data_may_have_other_labels(run: Path, data: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(data, tmp_path / "other")
+    for split in ("train", "val", "test"):
+        rows = [json.loads(line) for line in (other / f"{split}.jsonl").read_text().splitlines()]
+        write_rows(other / f"{split}.jsonl", [row | {"label": row["label"].replace("b", "new")} for row in rows])
+    done = call("swap-encoder", run, "--data", other, "-o", tmp_path / "new", "--json")
+    assert done.returncode == 0, done.stderr
+    fates = {entry["name"]: entry["fate"] for entry in json.loads(done.stdout)["tensors"]}
+    assert fates["head.weight"] == "projected"
+    assert RunFolder(tmp_path / "new").manifest()["labels"] == ["a", "c", "new"]
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        ((), "MF-CFG-61"),
+        (("--comp", "tiny:text", "--warm-up", "1"), "MF-CFG-62"),
+        (("--main", "timm:resnet18?pretrained=false"), "MF-ENC-21"),
+        (("--comp", "tiny:nothing"), "MF-ENC-51"),
+        (("--comp", "tiny:text", "--set", "train.epoch=3"), "MF-CFG-06"),
+    ],
+)
+def test_what_cannot_be_swapped_is_refused_and_nothing_is_left(
+    run: Path, tmp_path: Path, options: tuple[str, ...], code: str
+) -> None:
+    done = call("swap-encoder", run, *options, "-o", tmp_path / "new")
+    assert code in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "new" / "config.yaml").exists()
