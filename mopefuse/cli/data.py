@@ -9,7 +9,7 @@ import typer
 
 from mopefuse.cli import data_cache, data_check
 
-app = typer.Typer(help="Make and prepare data sets.", no_args_is_help=True)
+app = typer.Typer(help="Check, preview, make and prepare data sets.", no_args_is_help=True)
 
 
 app.command("check")(data_check.check)
@@ -19,7 +19,7 @@ app.command("cache")(data_cache.cache)
 
 @app.callback()
 def group() -> None:
-    """Make and prepare data sets."""
+    """Check, preview, make and prepare data sets."""
 
 
 @app.command("make")

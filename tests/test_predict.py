@@ -1,0 +1,196 @@
+"""New pairs get answers in their order, the same as evaluation gives; what is no pair gets an error and harms no other."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TINY, call, code_of, make_pairs, run_cli, torchrun, write_rows
+from PIL import Image
+
+import mopefuse
+from mopefuse.config import Data
+from mopefuse.predict import as_csv, predict_pairs, read_pairs
+
+
+@pytest.fixture(scope="module")
+def multi(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A multi-label data set and a run on it with tuned thresholds."""
+    root = make_pairs(tmp_path_factory.mktemp("multi") / "data", multi=True)
+    run = root.parent / "run"
+    done = call("train", *TINY, "--data", root, "--out", run, "--steps", "2", "--threshold", "tuned")
+    assert done.returncode == 0, done.stderr
+    return root, run
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def without(answer: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in answer.items() if name not in names}
+
+
+def assert_alike(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Equal but for the last digits of probabilities, which depend on how many were computed at once."""
+    assert without(one, "probabilities") == without(other, "probabilities")
+    assert one["probabilities"] == pytest.approx(other["probabilities"], abs=2e-5)
+
+
+# -- the same as evaluation
+
+
+def test_a_split_gets_the_answers_that_evaluation_wrote(trained: Path, pairs: Path, tmp_path: Path) -> None:
+    done = call("predict", trained, pairs / "test.jsonl", "-o", tmp_path / "out.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert "7 pairs" in done.stderr
+    for mine, theirs in zip(rows(tmp_path / "out.jsonl"), rows(trained / "predictions.jsonl"), strict=True):
+        assert_alike(mine, without(theirs, "true"))
+
+
+def test_several_labels_are_chosen_by_the_thresholds_of_the_run(multi: tuple[Path, Path], tmp_path: Path) -> None:
+    root, run = multi
+    assert call("predict", run, root / "test.jsonl", "-o", tmp_path / "out.jsonl").returncode == 0
+    for mine, theirs in zip(rows(tmp_path / "out.jsonl"), rows(run / "predictions.jsonl"), strict=True):
+        assert_alike(mine, without(theirs, "true"))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7])
+def test_the_number_at_once_changes_no_answer(trained: Path, pairs: Path, batch: int) -> None:
+    predictor = mopefuse.load(trained, device="cpu")
+    whole = list(predict_pairs(predictor, read_pairs(pairs / "test.jsonl", Data()), batch=32))
+    for one, other in zip(predict_pairs(predictor, read_pairs(pairs / "test.jsonl", Data()), batch=batch), whole, strict=True):
+        assert_alike(one, other)
+
+
+# -- Python
+
+
+def test_python_asks_with_images_of_any_mode(trained: Path, pairs: Path) -> None:
+    predictor = mopefuse.load(trained, device="cpu")
+    with Image.open(pairs / "images" / "test-0.png") as image:
+        told = predictor.predict([image, image.convert("RGBA")], ["what is the red digit"] * 2, top=2, routing=True)
+    assert_alike(told[0], told[1])
+    assert list(told[0]["probabilities"].values()) == sorted(told[0]["probabilities"].values(), reverse=True)
+    assert len(told[0]["probabilities"]) == 2
+    assert next(iter(told[0]["probabilities"])) == told[0]["label"]
+    assert [round(sum(layer), 5) for layer in told[0]["routing"]] == [1.0] * 4
+    assert predictor.predict([], []) == []
+    assert code_of(lambda: predictor.predict([], ["a"])) == "MF-DATA-17"
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    assert code_of(lambda: mopefuse.load(tmp_path / "none")) == "MF-CKPT-04"
+    assert code_of(lambda: mopefuse.load(tmp_path)) == "MF-CKPT-04"
+
+
+# -- input
+
+
+@pytest.fixture
+def mixed(pairs: Path, tmp_path: Path) -> Path:
+    """Good pairs among what is none."""
+    good = rows(pairs / "test.jsonl")
+    images = tmp_path / "images"
+    images.mkdir()
+    for row in good:
+        (tmp_path / row["img"]).write_bytes((pairs / row["img"]).read_bytes())
+    (images / "broken.png").write_bytes(b"<html>")
+    outside, broken, missing = "../x.png", "images/broken.png", "images/none.png"
+    bad = [{"text": "t"}, {"id": "b", "text": None, "img": "x"}]
+    bad += [{"id": name, "text": "t", "img": img} for name, img in (("c", outside), ("d", broken), ("e", missing))]
+    write_rows(tmp_path / "in.jsonl", [good[0], *bad[:2], good[1], *bad[2:], without(good[2], "label")])
+    with (tmp_path / "in.jsonl").open("a") as file:
+        file.write("nonsense\n")
+    return tmp_path / "in.jsonl"
+
+
+def test_what_is_no_pair_becomes_a_row_with_its_error(trained: Path, mixed: Path, tmp_path: Path) -> None:
+    done = call("predict", trained, mixed, "-o", tmp_path / "out.jsonl", "--batch", "2")
+    assert done.returncode == 0, done.stderr
+    assert "9 pairs, 6 of them could not be read" in done.stderr
+    told = rows(tmp_path / "out.jsonl")
+    assert [row["id"] for row in told] == ["test-0", "2", "3", "test-1", "c", "d", "e", "test-2", "9"]
+    codes = [row["error"]["code"] if "error" in row else "" for row in told]
+    assert codes == ["", "MF-DATA-03", "MF-DATA-03", "", "MF-SEC-01", "MF-DATA-13", "MF-DATA-11", "", "MF-DATA-03"]
+    assert all(("label" in row) != ("error" in row) for row in told)
+
+
+def test_strict_stops_at_the_first_and_writes_nothing(trained: Path, mixed: Path, tmp_path: Path) -> None:
+    done = call("predict", trained, mixed, "-o", tmp_path / "out.jsonl", "--strict")
+    assert (done.returncode, (tmp_path / "out.jsonl").exists()) == (4, False)
+    assert "in.jsonl:2 has no img" in done.stderr
+
+
+def test_standard_input_is_answered_line_by_line(trained: Path, mixed: Path) -> None:
+    options = ["--image-root", str(mixed.parent), "--batch", "1"]
+    command = [sys.executable, "-m", "mopefuse", "predict", str(trained), "-", *options]
+    done = subprocess.run(command, input=mixed.read_bytes(), capture_output=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["id"] for row in told][:4] == ["test-0", "2", "3", "test-1"]
+
+
+def test_a_csv_with_other_columns_is_read_and_written(trained: Path, pairs: Path, tmp_path: Path) -> None:
+    good = rows(pairs / "test.jsonl")
+    lines = ["no,title,photo", *(f"{row['id']},{row['text']},{row['img']}" for row in good)]
+    (tmp_path / "in.csv").write_text("\n".join(lines) + "\n")
+    columns = "--id-col no --text-col title --image-col photo".split()
+    done = call("predict", trained, tmp_path / "in.csv", *columns, "--image-root", pairs, "-o", tmp_path / "out.csv")
+    assert done.returncode == 0, done.stderr
+    told = list(csv.DictReader((tmp_path / "out.csv").open()))
+    expected = rows(trained / "predictions.jsonl")
+    assert [(row["id"], row["label"]) for row in told] == [(row["id"], row["label"]) for row in expected]
+    assert float(told[0]["p(a)"]) == pytest.approx(expected[0]["probabilities"]["a"], abs=2e-5)
+
+
+def test_a_single_pair_is_named_by_its_file(trained: Path, pairs: Path) -> None:
+    done = call("predict", trained, "--image", pairs / "images" / "test-0.png", "--text", "what is the red digit", "--top", "1")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["id"], len(told["probabilities"])) == ("test-0.png", 1)
+
+
+def test_a_cell_that_is_a_formula_elsewhere_is_quoted() -> None:
+    lines = "".join(as_csv([{"id": "=1+1", "label": "@x", "probabilities": {"@x": 0.5}}], ["@x"]))
+    assert list(csv.reader(io.StringIO(lines)))[1] == ["'=1+1", "'@x", "0.5", ""]
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        ((), "MF-CFG-64"),
+        (("in.jsonl", "--image", "a.png", "--text", "t"), "MF-CFG-64"),
+        (("--image", "a.png"), "MF-CFG-64"),
+        (("nowhere.jsonl",), "MF-CFG-66"),
+        (("-", "-o", "out.parquet"), "MF-CFG-65"),
+        (("-", "-o", "nowhere/out.csv"), "MF-CFG-54"),
+        (("--image", "nowhere.png", "--text", "t"), "MF-DATA-11"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(trained: Path, options: tuple[str, ...], code: str) -> None:
+    done = call("predict", trained, *options)
+    assert code in done.stderr
+    assert done.stdout == ""
+
+
+def test_several_processes_give_the_same_file(trained: Path, mixed: Path, tmp_path: Path) -> None:
+    assert call("predict", trained, mixed, "-o", tmp_path / "one.jsonl", "--batch", "1").returncode == 0
+    done = torchrun(2, "predict", str(trained), str(mixed), "-o", str(tmp_path / "two.jsonl"), "--batch", "1")
+    assert done.returncode == 0, done.stderr
+    for one, two in zip(rows(tmp_path / "one.jsonl"), rows(tmp_path / "two.jsonl"), strict=True):
+        assert_alike(one, two) if "label" in one else pytest.approx(one) == two
+
+
+def test_a_reader_that_leaves_is_no_error(trained: Path, mixed: Path) -> None:
+    command = f"{sys.executable} -m mopefuse predict {trained} {mixed} | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False, timeout=120)
+    assert json.loads(done.stdout)["id"] == "test-0"
+    assert "Traceback" not in done.stderr
+    assert run_cli("predict", trained, "nowhere.jsonl").returncode == 3
