@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1  # of every artefact; raised when an older reader could not read a newer one
 MANIFEST = "manifest.json"
+_CHUNK = 1 << 20  # bytes
 _TEMPORARY, _OLD = ".tmp-", ".tmp-old-"  # before the number of the process that writes
 
 
@@ -40,12 +41,12 @@ def publish(target: Path, write: Callable[[Path], None], facts: Mapping[str, Any
         write(temporary)
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
         for path in files:
-            _sync(path)
+            sync(path)
         listed = {str(path.relative_to(temporary)): {"sha256": sha256(path), "size": path.stat().st_size} for path in files}
         manifest = {"format": FORMAT, **facts, "files": listed}
         (temporary / MANIFEST).write_text(dump_json(manifest), encoding="utf-8")
-        _sync(temporary / MANIFEST)
-        _sync(temporary)
+        sync(temporary / MANIFEST)
+        sync(temporary)
         if target.exists():
             old = target.with_name(f"{target.name}{_OLD}{os.getpid()}")
             target.rename(old)  # `sweep` brings it back should the next line not be reached
@@ -53,7 +54,7 @@ def publish(target: Path, write: Callable[[Path], None], facts: Mapping[str, Any
             shutil.rmtree(old)
         else:
             temporary.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
     except (OSError, SafetensorError) as error:
         raise disk_error(error, target) from error
     finally:
@@ -71,9 +72,9 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
     try:
         with temporary.open("w", encoding="utf-8", newline="") as file:
             file.writelines(lines)
-        _sync(temporary)
+        sync(temporary)
         temporary.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     except OSError as error:
         raise disk_error(error, path) from error
     finally:
@@ -257,9 +258,12 @@ def finite(value: Any) -> Any:
 
 
 def sha256(path: Path) -> str:
-    """Of a file, in hex."""
+    """Of a file of any size, in hex."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file.read())
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def disk_error(error: Exception, path: Path) -> ResourceError:
@@ -272,11 +276,8 @@ def disk_error(error: Exception, path: Path) -> ResourceError:
     return ResourceError(1, f"cannot write {path.name}: {reason} (free {free:.1f} MB)", where=str(path.parent), fix=fix)
 
 
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file or folder on the disk before going on."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

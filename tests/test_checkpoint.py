@@ -185,7 +185,7 @@ def test_a_log_or_text_that_cannot_be_written_is_a_resource_error(tmp_path: Path
     with pytest.raises(ResourceError, match=r"metrics\.jsonl"):
         run.log({"step": 1})
     write_atomically(tmp_path / "text", "old")
-    monkeypatch.setattr(checkpoint, "_sync", lambda path: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+    monkeypatch.setattr(checkpoint, "sync", lambda path: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
     with pytest.raises(ResourceError, match="text: No space left"):
         write_atomically(tmp_path / "text", "new")
     assert (tmp_path / "text").read_text() == "old"

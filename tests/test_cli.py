@@ -312,7 +312,7 @@ def test_ctrl_c_in_eval_leaves_no_partial_file(trained: Path, tmp_path: Path, mo
         written.append(path.name)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "_sync", interrupted)
+    monkeypatch.setattr(checkpoint, "sync", interrupted)
     done = call("eval", trained, "--out", tmp_path / "p.jsonl")
     assert written
     assert (done.returncode, done.stdout) == (130, "")

@@ -183,15 +183,6 @@ def sums_file(sums: Mapping[str, str]) -> str:
     return "".join(lines)
 
 
-def sha256(path: Path) -> str:
-    """Of a file of any size, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
     try:

@@ -18,6 +18,7 @@ from mopefuse.data._base import SPLITS, Row
 from mopefuse.data.contents import Advance, Texts, Tokens, balance, describe_split, extremes, read_texts, rows_of
 from mopefuse.data.findings import KINDS, Finding, of_images, of_rows
 from mopefuse.data.index import Index, build, read_rows
+from mopefuse.data.load import roots_of
 from mopefuse.data.tables import SUFFIXES, find_tables
 from mopefuse.errors import DataError
 
@@ -134,7 +135,7 @@ def check(
         find_tables(path, config)  # says so
     if path.is_dir():  # each split has a table of its own
         config = config.model_copy(update={"split_col": None})
-    roots = _roots(path, config)
+    roots = roots_of(path, config)
     looked = Counter[str]()
 
     def count(split: str, done: int, total: int) -> None:
@@ -195,11 +196,7 @@ def read_split(config: DataConfig, split: str) -> tuple[Index, tuple[Path, ...]]
         there = ", ".join(tables) if path.is_dir() else path.name
         fix = f"there is {there or 'none'}; mopefuse data check says more"
         raise DataError(82, f"there are no rows of a {split} split", where=str(path), fix=fix)
-    return index, _roots(path, config)
-
-
-def _roots(path: Path, config: DataConfig) -> tuple[Path, ...]:
-    return (path.parent if path.is_file() else path, *map(Path, config.image_roots))
+    return index, roots_of(path, config)
 
 
 def _read(

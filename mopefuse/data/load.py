@@ -43,8 +43,8 @@ def load_data(
     if config.path is None:
         raise ConfigError(8, "no data set was named", where="data.path", fix="add --data DIR")
     path = Path(config.path)
-    root = path.parent if path.is_file() else path
-    roots = (root, *map(Path, config.image_roots))
+    roots = roots_of(path, config)
+    root = roots[0]
     indexes = read_indexes(config, advance=advance)
     skipped = {name: _refuse_bad(index, root, config) for name, index in indexes.items()}
     parts = _parts(indexes, path, config, require)
@@ -52,6 +52,11 @@ def load_data(
     multi = _is_multi_label(parts)
     labels = _labels(root, splits, config)
     return DataSet(root, splits, labels, multi, roots, _notices(splits, indexes, config))
+
+
+def roots_of(path: Path, config: DataConfig) -> tuple[Path, ...]:
+    """Folders that images may be in: that of the data first."""
+    return (path.parent if path.is_file() else path, *map(Path, config.image_roots))
 
 
 def read_indexes(config: DataConfig, *, advance: Advance = lambda done, total: None) -> dict[str, Index]:
@@ -62,7 +67,7 @@ def read_indexes(config: DataConfig, *, advance: Advance = lambda done, total: N
     """
     path = Path(config.path or "")
     tables = find_tables(path, config)
-    roots = ((path.parent if path.is_file() else path), *map(Path, config.image_roots))
+    roots = roots_of(path, config)
     if "" in tables:
         names = SPLITS if config.split_col else ("train",)
         found = {name: build(tables[""], name, roots, config, advance=advance) for name in names}

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from mopefuse import __version__
-from mopefuse.checkpoint import alive, dump_json
+from mopefuse.checkpoint import alive, dump_json, sha256, sync
 from mopefuse.data._source import Sample, Skip, Source, complete, is_file_name
-from mopefuse.data._source_files import SourceFolder, listing, place, sha256, sums_file
+from mopefuse.data._source_files import SourceFolder, listing, place, sums_file
 from mopefuse.data.subsets import hold_out
 from mopefuse.errors import DataError
 
@@ -89,9 +89,9 @@ def prepare(
         about = identity | _Build(reader, building, advance).run(link=images == "link")
         (building / ABOUT).write_text(dump_json(about), encoding="utf-8")
         for path in (*building.glob("*.*"), building / SUMS, building):
-            _sync(path)
+            sync(path)
         os.replace(building, target)
-        _sync(target.parent)
+        sync(target.parent)
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return {**about, "written": True}
@@ -249,11 +249,3 @@ def _sweep(target: Path) -> None:
         match = pattern.fullmatch(path.name)
         if match and path.is_dir() and not path.is_symlink() and (int(match[1]) == os.getpid() or not alive(int(match[1]))):
             shutil.rmtree(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
