@@ -1,4 +1,5 @@
-"""Where things are kept that cost time to compute and cannot change: indexes of data, features, decoded images.
+"""Where things are kept that cost time to compute and cannot change: indexes of data, features, decoded images,
+models fetched from the hub.
 
 ``$MOPEFUSE_CACHE``, else ``mopefuse`` in ``$XDG_CACHE_HOME`` or ``~/.cache``. An entry is a folder named by its kind and
 a digest of everything that it depends on, published whole (`checkpoint.publish`) and verified when it is read; all runs
@@ -17,7 +18,7 @@ from typing import Any
 from mopefuse.checkpoint import publish, read_json, sweep, verify
 from mopefuse.errors import CheckpointError, ResourceError
 
-KINDS = ("index", "features", "images")
+KINDS = ("index", "features", "images", "models")
 
 
 def root() -> Path | None:

@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-
 from mopefuse.errors import CheckpointError, ResourceError
 
 if TYPE_CHECKING:
@@ -25,6 +23,7 @@ if TYPE_CHECKING:
 FORMAT = 1  # of every artefact; raised when an older reader could not read a newer one
 MANIFEST = "manifest.json"
 _CHUNK = 1 << 20  # bytes
+_WEIGHTS = (".safetensors", ".onnx", ".pt2", ".data")
 _TEMPORARY, _OLD = ".tmp-", ".tmp-old-"  # before the number of the process that writes
 
 
@@ -55,7 +54,7 @@ def publish(target: Path, write: Callable[[Path], None], facts: Mapping[str, Any
         else:
             temporary.rename(target)
         sync(target.parent)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise disk_error(error, target) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -100,22 +99,33 @@ def verify(folder: Path, *, kind: str, thorough: bool = True) -> dict[str, Any]:
             where=str(folder),
             fix="upgrade mopefuse",
         )
-    files = manifest.get("files")
-    if not isinstance(files, dict):
-        raise CheckpointError(3, "the manifest names no files", where=str(folder), fix="use another checkpoint")
+    files = listed_files(manifest, folder)
     for name, facts in files.items():
-        if "\0" in name or "\\" in name or not _inside(folder, name):
-            raise CheckpointError(3, f"the manifest names {name!r}, outside its folder", where=str(folder), fix="do not use it")
         if not isinstance(facts, dict) or not _as_published(folder / name, facts, thorough):
             raise CheckpointError(
                 2, f"{name} is not what was published (sha256 differs)", where=str(folder), fix="use another checkpoint"
             )
-    extra = sorted(path.name for path in folder.glob("*.safetensors") if path.name not in files)
+    extra = sorted(path.name for path in folder.iterdir() if path.suffix in _WEIGHTS and path.name not in files)
     if extra:
         raise CheckpointError(
             2, f"{extra[0]} is not in the manifest, so nobody vouches for it", where=str(folder), fix="use another checkpoint"
         )
     return manifest
+
+
+def listed_files(manifest: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The files that a manifest names and what it says of them; not yet whether they are there.
+
+    Raises:
+        CheckpointError: it names none, or one outside its folder.
+    """
+    files = manifest.get("files")
+    if not isinstance(files, dict):
+        raise CheckpointError(3, "the manifest names no files", where=str(folder), fix="use another checkpoint")
+    for name in files:
+        if "\0" in name or "\\" in name or not _inside(folder, name):
+            raise CheckpointError(3, f"the manifest names {name!r}, outside its folder", where=str(folder), fix="do not use it")
+    return files
 
 
 def _inside(folder: Path, name: str) -> bool:
@@ -159,6 +169,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: not a safetensors file (a pickle is refused before anything of it is read), or a damaged one.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     check_tensors(path)
@@ -195,10 +206,18 @@ def check_tensors(path: Path) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Save tensors as safetensors, on the CPU and contiguous."""
+    """Save tensors as safetensors, on the CPU and contiguous.
+
+    Raises:
+        ResourceError: the disk is full or cannot be written.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:
+        raise disk_error(error, path) from error
 
 
 def sweep(folder: Path) -> int:

@@ -79,6 +79,12 @@ class EncoderError(MopefuseError):
     family, exit_code = "ENC", 5
 
 
+class PackageError(EncoderError):
+    """An installed package is missing or does not fit another."""
+
+    family = "ENV"
+
+
 class CheckpointError(MopefuseError):
     """A run, checkpoint or weights file is damaged, unsafe, or belongs to other encoders."""
 

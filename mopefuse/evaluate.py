@@ -13,18 +13,21 @@ import torch
 from torch import Tensor
 
 from mopefuse import device as devices
-from mopefuse import distributed, metrics
+from mopefuse import distributed, metrics, registry
 from mopefuse.checkpoint import read_tensors, write_atomically
 from mopefuse.config import Data as DataConfig
-from mopefuse.config import RunConfig
+from mopefuse.config import RunConfig, build_config
 from mopefuse.data._base import DataSet, Split
-from mopefuse.data.collate import Samples, plain_batches
+from mopefuse.data.collate import Samples, plain_batches, read_image
 from mopefuse.data.features import fill, split_features
 from mopefuse.data.load import load_data
-from mopefuse.errors import CheckpointError, DataError, NumericError
+from mopefuse.errors import CheckpointError, DataError, NumericError, PluginError
 from mopefuse.fusion._base import Fusion, fresh_encoders
 from mopefuse.fusion.build import build_model
+from mopefuse.predictor import Bundle
+from mopefuse.recipe import read_recipe
 from mopefuse.run import RunFolder
+from mopefuse.source import kind_of, locate, trained
 
 Advance = Callable[[int, int], None]  # (samples done, samples in all)
 
@@ -46,20 +49,35 @@ def evaluate(
     data: Path | None = None,
     checkpoint: str = "best",
     device: str = "auto",
+    encoders: Mapping[str, str | None] | None = None,
     advance: Advance = lambda done, total: None,
 ) -> Evaluation:
     """Evaluate a checkpoint of a run on a split of its data set, or of another with the same labels.
 
+    Args:
+        run: folder of a run, an adapter or a bundle; the latter two know of no data set.
+        encoders: side to spec, where the same weights go by another name here.
+
     Raises:
         CheckpointError: no such run, or encoders other than it was trained with. DataError: unknown labels, bad rows.
     """
-    folder = RunFolder(run)
+    run = locate(run)
+    if kind_of(run) == "bundle":
+        bundle = Bundle(run, device)
+        config = build_config(read_recipe(run / "config.yaml"), source=str(run))
+        known = {"labels": bundle.labels, "multi_label": bundle.multi_label}
+        where = _where(config, data)
+        dataset = with_labels(load_data(where, require=(split,), advance=advance), known, split)
+        return judge(ask_split(bundle, dataset, split, where, advance=advance), dataset, split, bundle.thresholds)
     target = devices.resolve(device)
-    loaded = load_model(folder, checkpoint, target)
-    where = loaded.config.data if data is None else elsewhere(loaded.config.data, data)
-    dataset = with_labels(load_data(where, require=(split,), advance=advance), loaded.manifest, split)
+    loaded = load_model(trained(run), checkpoint, target, encoders)
+    dataset = with_labels(load_data(_where(loaded.config, data), require=(split,), advance=advance), loaded.manifest, split)
     said = run_split(loaded.model, dataset, split, loaded.config, target, advance=advance)
     return judge(said.logits_SN, dataset, split, loaded.thresholds)
+
+
+def _where(config: RunConfig, data: Path | None) -> DataConfig:
+    return config.data if data is None else elsewhere(config.data, data)
 
 
 def elsewhere(config: DataConfig, path: Path) -> DataConfig:
@@ -77,13 +95,20 @@ class Loaded(NamedTuple):
     thresholds: metrics.Thresholds
 
 
-def load_model(folder: RunFolder, checkpoint: str, device: torch.device) -> Loaded:
-    """The model of a run with the weights of one of its checkpoints, its configuration and its manifest.
+def load_model(
+    folder: RunFolder, checkpoint: str, device: torch.device, encoders: Mapping[str, str | None] | None = None
+) -> Loaded:
+    """The model of a run or adapter with the weights of one of its checkpoints, its configuration and its manifest.
+
+    Args:
+        encoders: side to spec, where the same weights go by another name here.
 
     Raises:
-        CheckpointError: the encoders' weights are not those that the run was trained with.
+        CheckpointError: the encoders' weights are not those that the run was trained with, or its files disagree.
     """
     config, manifest = folder.config(), folder.manifest()
+    config = config.model_copy(update={side: spec for side, spec in (encoders or {}).items() if spec})
+    check_plugins(manifest, where=str(folder.path))
     model = build_model(config, len(manifest["labels"]))
     check_encoders(model, manifest, where=str(folder.path))
     path, published = folder.checkpoint(checkpoint)
@@ -109,8 +134,20 @@ def check_encoders(model: Fusion, manifest: dict[str, Any], *, where: str) -> No
                 f"the weights of {model.encoder(side).spec} are not those that the run was trained with "
                 f"({fingerprint}, expected {expected})",
                 where=where,
-                fix="load the same revision of the encoder",
+                fix="load the same revision of it, or change the encoder with mopefuse swap-encoder",
             )
+
+
+def check_plugins(manifest: Mapping[str, Any], *, where: str) -> None:
+    """Refuse a run whose encoders or method come from plugins that are not installed.
+
+    Raises:
+        PluginError: it names the distribution to install.
+    """
+    for need in manifest.get("plugins", ()):
+        if need["name"] not in registry.available(need["group"]):
+            what = f"this run needs the plugin {need['distribution']}, which brings {need['name']!r} and is not installed"
+            raise PluginError(3, what, where=where, fix=f"pip install {need['distribution']}")
 
 
 def with_labels(data: DataSet, manifest: dict[str, Any], split: str) -> DataSet:
@@ -128,6 +165,25 @@ def with_labels(data: DataSet, manifest: dict[str, Any], split: str) -> DataSet:
     if data.multi_label != manifest["multi_label"]:
         raise DataError(5, "single labels and lists of labels do not fit", where=split, fix="write labels as in training")
     return replace(data, labels=labels)
+
+
+def ask_split(
+    bundle: Bundle,
+    data: DataSet,
+    split: str,
+    config: DataConfig,
+    *,
+    batch: int = 32,
+    advance: Advance = lambda done, total: None,
+) -> Tensor:
+    """Logits (S, N) of an exported bundle on all samples of a split, in its order."""
+    rows, logits = data.splits[split].rows, []
+    for first in range(0, len(rows), batch):
+        group = rows[first : first + batch]
+        images = [read_image(data, data.splits[split], row, config) for row in group]
+        logits.append(torch.from_numpy(bundle.run(bundle.collate(images, [row.text for row in group]))[0]))
+        advance(first + len(group), len(rows))
+    return torch.cat(logits)
 
 
 class Said(NamedTuple):

@@ -12,17 +12,21 @@ import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
+from math import isfinite
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 from PIL import Image
 
 from mopefuse.config import Data as DataConfig
 from mopefuse.data.images import open_image
 from mopefuse.data.rows import NoRow, check_pair
 from mopefuse.data.tables import Found, find_tables, json_line
-from mopefuse.errors import CheckpointError, DataError, MopefuseError
+from mopefuse.errors import CheckpointError, ConfigError, DataError, MopefuseError, NumericError
+from mopefuse.predictor import Bundle
+from mopefuse.source import kind_of, locate
 
 Answer = dict[str, Any]
 
@@ -62,12 +66,25 @@ class Predictor:
             raise DataError(17, what, fix="give one text for each image")
         if not images:
             return []
-        said, routed = self.model.say([image.convert("RGB") for image in images], texts)
+        said, routed = self.model.say([_rgb(image) for image in images], texts)
+        if not all(map(isfinite, chain.from_iterable(said))):
+            raise NumericError(3, "the model's answer is not finite", fix="train again, or use another checkpoint")
         answers = [answer(p_N, self.model, top) for p_N in said]
         if routing and routed is not None:
             for one, weights in zip(answers, routed, strict=True):
                 one["routing"] = weights
         return answers
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Three channels of 8 bits.
+
+    Raises:
+        NumericError: a pixel is not finite, as images of floats can have them.
+    """
+    if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
+        raise NumericError(4, "the image has pixels that are not finite", fix="give an image of 8 bits")
+    return image.convert("RGB")
 
 
 def answer(p_N: Sequence[float], model: Model, top: int | None) -> Answer:
@@ -80,17 +97,30 @@ def answer(p_N: Sequence[float], model: Model, top: int | None) -> Answer:
     return {"label": model.labels[likeliest[0]], "probabilities": probabilities}
 
 
-def load(path: str | Path, *, checkpoint: str = "best", device: str = "auto") -> Predictor:
-    """A trained run to ask.
+def load(
+    path: str | Path, *, checkpoint: str = "best", device: str = "auto", main: str | None = None, comp: str | None = None
+) -> Predictor:
+    """A trained run, an adapter or an exported bundle to ask; ``hf-hub:repo/name`` is fetched first.
+
+    Args:
+        checkpoint: of a run: best, last or step-N.
+        main, comp: specs of the encoders, where the weights that the run was trained with go by other names here.
 
     Raises:
         CheckpointError: there is none, or its encoders are not those that it was trained with.
+        ConfigError: an option that a bundle, which has its encoders inside, cannot have.
     """
-    if not Path(path).is_dir():
-        raise CheckpointError(4, f"there is no run {path}", fix="name a folder that mopefuse train wrote")
+    folder = locate(path)
+    if not folder.is_dir():
+        raise CheckpointError(4, f"there is no run {path}", fix="name a folder that mopefuse train or export wrote")
+    if kind_of(folder) == "bundle":
+        if checkpoint != "best" or main or comp:
+            fix = "leave --checkpoint, --main and --comp out"
+            raise ConfigError(70, "a bundle has one set of weights, encoders included", where=str(path), fix=fix)
+        return Predictor(Bundle(folder, device))
     from mopefuse.run_model import RunModel
 
-    return Predictor(RunModel(Path(path), checkpoint, device))
+    return Predictor(RunModel(folder, checkpoint, device, {"main": main, "comp": comp}))
 
 
 # -- pairs from files

@@ -173,6 +173,10 @@ class RunFolder:
         """Encoders and their fingerprints, labels, data hashes."""
         return read_json(self.manifest_file)
 
+    def result(self) -> dict[str, Any]:
+        """What metrics.json says of a finished run; empty before that."""
+        return read_json(self.metrics_file) if self.metrics_file.exists() else {}
+
     # -- log
 
     def log(self, line: Mapping[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +12,19 @@ from PIL import Image
 from mopefuse import device as devices
 from mopefuse import metrics
 from mopefuse.evaluate import load_model
-from mopefuse.run import RunFolder
+from mopefuse.source import trained
 
 
 class RunModel:
-    """The model of a run on its device.
+    """The model of a run or an adapter on its device.
 
     Raises:
         CheckpointError: there is no such run or checkpoint, or the encoders are not those that it was trained with.
     """
 
-    def __init__(self, run: Path, checkpoint: str, device: str) -> None:
+    def __init__(self, run: Path, checkpoint: str, device: str, encoders: Mapping[str, str | None]) -> None:
         self.device = devices.resolve(device)
-        loaded = load_model(RunFolder(run), checkpoint, self.device)
+        loaded = load_model(trained(run), checkpoint, self.device, encoders)
         self.fusion, self.precision = loaded.model, loaded.config.train.precision
         self.labels: tuple[str, ...] = tuple(loaded.manifest["labels"])
         self.multi_label: bool = loaded.manifest["multi_label"]

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from mopefuse.checkpoint import dump_json, read_json, write_atomically
+from mopefuse.checkpoint import dump_json, write_atomically
 from mopefuse.config import RunConfig, build_config, merge
 from mopefuse.data.load import load_data
 from mopefuse.encoders._base import Encoder, full_spec
@@ -27,6 +27,7 @@ from mopefuse.evaluate import elsewhere, load_model
 from mopefuse.fusion._base import Fusion
 from mopefuse.fusion.build import build_model
 from mopefuse.run import RunFolder
+from mopefuse.source import trained
 from mopefuse.train import train
 from mopefuse.trainer import Listener, Start
 
@@ -103,13 +104,14 @@ def swap_encoder(
     if not 0 <= warm_up <= epochs:
         raise ConfigError(62, f"{warm_up} epochs of warm-up in {epochs} of tuning", where="--warm-up", fix="raise --epochs")
     RunFolder(out).prepare(resume=False, overwrite=False)
-    old = load_model(RunFolder(run), "best", CPU)
+    source = trained(run)
+    old = load_model(source, "best", CPU)
     config = _new_config(old.config, old.model, main=main, comp=comp, data=data, settings=settings or {}, epochs=epochs)
     labels = load_data(config.data).labels
     model = build_model(config, len(labels))
     state, inherited = inherit(old.model, model, old.manifest["labels"], labels)
-    before = RunFolder(run).metrics_file
-    metrics = {"before": read_json(before)["metrics"]} if before.exists() and data is None else {}
+    before = source.result().get("metrics")
+    metrics = {"before": before} if before and data is None else {}
     fresh = tuple(entry.name for entry in inherited if entry.fate == "new")
     result = train(config, out, listener=listener, start=Start(state, fresh, warm_up))
     first = next(line for line in RunFolder(out).read_log() if "val" in line)

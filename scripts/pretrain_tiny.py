@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mopefuse import tokens
 from mopefuse.data import digit_questions as dq
 from mopefuse.encoders import tiny
 from mopefuse.registry import Spec
@@ -91,7 +92,7 @@ def words() -> list[str]:
         texts += [text for kind in templates.values() for text in kind]
     for name in ("place", "colour", "digit", ""):
         texts = [text.replace(f"{{{name}}}", " ") for text in texts]
-    found = {word for text in texts for word in tiny.split_words(text)}
+    found = {word for text in texts for word in tokens.split_words(text)}
     return ["<pad>", "<cls>", "<mask>", "<unk>", *sorted(found)]
 
 
@@ -266,7 +267,7 @@ def main() -> None:
     vocabulary = Path(str(tiny.WEIGHTS)) / VOCABULARY
     if vocabulary.read_text(encoding="utf-8").split() != words():
         vocabulary.write_text("\n".join(words()) + "\n", encoding="utf-8")
-        tiny.vocabulary.cache_clear()
+        tiny.words.cache_clear()
         print("the words changed: tiny:text must be pretrained again")
     arguments.out.mkdir(parents=True, exist_ok=True)
     for task_type in (Vision, Text):

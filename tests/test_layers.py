@@ -12,18 +12,23 @@ import mopefuse
 ROOT = Path(mopefuse.__file__).parent
 ORDER = (  # from below; a module imports from rows above its own line, or from its own package
     "errors",
-    "registry config signals gates",
+    "registry config signals gates pixels tokens",
     "recipe checkpoint distributed metrics",
     "run device cache",
-    "encoders prompts data",
-    "fusion",
+    "adapter encoders prompts data",
+    "fusion source card",
+    "graph",
+    "predictor",
+    "verify",
     "report optim losses testing",
     "evaluate",
     "trainer",
     "train doctor",
     "swap run_model",
     "predict",
-    "demo",
+    "bundle",
+    "export",
+    "demo push",
     "cli",
 )
 LAYER = {name: level for level, names in enumerate(ORDER) for name in names.split()}

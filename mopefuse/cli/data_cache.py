@@ -6,7 +6,12 @@ from typing import Annotated
 
 import typer
 
-_BOTH = {"index": "what is known of a split", "features": "what an encoder says of it", "images": "decoded images"}
+_KINDS = {
+    "index": "what is known of a split",
+    "features": "what an encoder says of it",
+    "images": "decoded images",
+    "models": "models from the hub",
+}
 
 
 def cache(
@@ -24,7 +29,7 @@ def cache(
         print_json({"ok": True, "folder": str(kept.root() or ""), "entries": listed, "freed_bytes": freed})
         return
     rows = []
-    for kind, meaning in _BOTH.items():
+    for kind, meaning in _KINDS.items():
         mine = [length for other, _, length, _ in entries if other == kind]
         rows.append([meaning, str(len(mine)), size(sum(mine))])
     table(f"{kept.root() or 'no folder can be written'}", ["kept", "entries", "size"], rows)

@@ -11,12 +11,14 @@ _SPLITS = ("train", "val", "test")
 
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    run: Annotated[Path, typer.Argument(metavar="MODEL", help="Run, adapter or bundle: a folder, or hf-hub:repo/name.")],
     split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
     data: Annotated[Path | None, typer.Option(help="Another data folder with the same labels.")] = None,
     checkpoint: Annotated[str, typer.Option(help="best, last or step-N.")] = "best",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write predictions here; default: into the run.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    main: Annotated[str | None, typer.Option(help="Where the main encoder's weights go by another name here.")] = None,
+    comp: Annotated[str | None, typer.Option(help="Where the complementary encoder's do.")] = None,
     min_: Annotated[list[str] | None, typer.Option("--min", help="Gate: accuracy=0.8; exit code 10 below it.")] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
@@ -24,12 +26,14 @@ def evaluate(
     from mopefuse.errors import ConfigError, GateError, did_you_mean
     from mopefuse.gates import check_gates, parse_gates
     from mopefuse.run import RunFolder
+    from mopefuse.source import kind_of, locate, trained
 
     gates = parse_gates(min_ or ())
     if split not in _SPLITS:
         raise ConfigError(53, f"there is no split {split!r}", where="--split", fix=did_you_mean(split, _SPLITS))
-    folder = RunFolder(run)
-    folder.config()
+    folder = locate(run)
+    if kind_of(folder) != "bundle":
+        trained(folder).config()
     if out is not None and not out.absolute().parent.is_dir():
         raise ConfigError(54, f"there is no folder {out.parent}", where="--out", fix="make it, or name another file")
     from mopefuse import distributed
@@ -46,15 +50,19 @@ def evaluate(
             data=data,
             checkpoint=checkpoint,
             device=device,
+            encoders={"main": main, "comp": comp},
             advance=lambda done, total: status.update(f"evaluating {split}: {done}/{total}"),
         )
-    main = distributed.is_main()
+    first = distributed.is_main()
     distributed.stop()
-    if not main:
+    if not first:
         return
     own = split == "test" and data is None and checkpoint == "best"
-    predictions = out or (folder.predictions_file if own else run / f"predictions-{split}-{checkpoint}.jsonl")
-    write_predictions(predictions, found.predictions)
+    predictions = out
+    if out is None and kind_of(folder) == "run":
+        predictions = RunFolder(folder).predictions_file if own else folder / f"predictions-{split}-{checkpoint}.jsonl"
+    if predictions is not None:
+        write_predictions(predictions, found.predictions)
     if not json:
         _print(run, found.split, found.metrics, found.per_label, predictions)
         check_gates(found.metrics, gates)
@@ -64,7 +72,7 @@ def evaluate(
         "split": split,
         "metrics": found.metrics,
         "per_label": found.per_label,
-        "predictions": str(predictions),
+        "predictions": str(predictions) if predictions else None,
     }
     try:
         check_gates(found.metrics, gates)
@@ -74,7 +82,9 @@ def evaluate(
     print_json({"ok": True, **facts})
 
 
-def _print(run: Path, split: str, metrics: dict[str, float], per_label: list[dict[str, object]], predictions: Path) -> None:
+def _print(
+    run: Path, split: str, metrics: dict[str, float], per_label: list[dict[str, object]], predictions: Path | None
+) -> None:
     from mopefuse.cli._render import out, percent, table
 
     support = sum(int(str(row["support"])) for row in per_label)
@@ -85,4 +95,5 @@ def _print(run: Path, split: str, metrics: dict[str, float], per_label: list[dic
     plain = ("loss", "absent_labels")
     shown = [[name, f"{value:.4g}" if name in plain else percent(value)] for name, value in metrics.items()]
     table(f"{split}: {support} labels given", ["metric", "value"], shown)
-    out().print(f"predictions: {predictions}", markup=False)
+    if predictions is not None:
+        out().print(f"predictions: {predictions}", markup=False)

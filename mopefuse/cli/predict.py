@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def predict(
-    run: Annotated[Path, typer.Argument(help="Folder of a trained run.")],
+    run: Annotated[Path, typer.Argument(metavar="MODEL", help="Run, adapter or bundle: a folder, or hf-hub:repo/name.")],
     source: Annotated[str | None, typer.Argument(metavar="[INPUT]", help="JSON lines, CSV, ... of pairs; - for stdin.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write, .jsonl or .csv; default stdout.")] = None,
     image: Annotated[Path | None, typer.Option(help="A single image, with --text.")] = None,
@@ -30,6 +30,8 @@ def predict(
     batch: Annotated[int, typer.Option(min=1, help="Pairs at a time.")] = 32,
     checkpoint: Annotated[str, typer.Option(help="best, last or step-N.")] = "best",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    main: Annotated[str | None, typer.Option(help="Where the main encoder's weights go by another name here.")] = None,
+    comp: Annotated[str | None, typer.Option(help="Where the complementary encoder's do.")] = None,
     text_col: columns.TextCol = None,
     image_col: columns.ImageCol = None,
     id_col: columns.IdCol = None,
@@ -50,7 +52,7 @@ def predict(
     config = Data(**{key: value for key, value in named.items() if value is not None})
     if isinstance(source, str) and source != "-" and not Path(source).is_file():
         raise ConfigError(66, f"there is no file {source}", where="predict", fix="name a file of pairs, or - for stdin")
-    predictor = load(run, checkpoint=checkpoint, device=device)
+    predictor = load(run, checkpoint=checkpoint, device=device, main=main, comp=comp)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     pairs = islice(_pairs(source, image, text, config), rank, None, world)
     answers = _counted(predict_pairs(predictor, pairs, batch=batch, top=top, routing=routing, strict=strict), rank)

@@ -14,7 +14,7 @@ _STAGES = {"before": "before the swap", "after": "right after it", "tuned": "aft
 
 
 def swap_encoder(
-    run: Annotated[Path, typer.Argument(help="Folder of a trained run.")],
+    run: Annotated[Path, typer.Argument(help="Run or adapter: a folder, or hf-hub:repo/name.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the new run.")],
     main: Annotated[str | None, typer.Option(help="New main encoder: timm:deit_base")] = None,
     comp: Annotated[str | None, typer.Option(help="New complementary encoder: hf:roberta-base")] = None,
@@ -28,10 +28,10 @@ def swap_encoder(
     """Change an encoder of a trained run (or its data) and keep what was learned; print what was kept."""
     from mopefuse.cli._train_display import Display
     from mopefuse.recipe import parse_set
-    from mopefuse.run import RunFolder
+    from mopefuse.source import trained
 
     settings = parse_set(set_ or ())
-    RunFolder(run).config()
+    trained(run).config()
     from mopefuse import distributed
     from mopefuse.swap import swap_encoder as run_swap
 

@@ -6,15 +6,15 @@ Shapes: B batch, L tokens.
 from __future__ import annotations
 
 import json
-import re
-import zlib
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mopefuse import tokens
 from mopefuse.encoders import _numbers
 from mopefuse.errors import EncoderError
 
@@ -24,7 +24,6 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 VOCABULARIES = {"tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model", "tokenizer.model"}
 POOLING_FILES = ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json")
-_WORD = re.compile(r"\w+|[^\w\s]")
 
 
 class Tokenize:
@@ -34,41 +33,43 @@ class Tokenize:
         self.tokenizer, self.pad_id = tokenizer, pad_id
 
     def __call__(self, texts: list[str], max_tokens: int) -> tuple[Tensor, Tensor]:
-        rows = self.tokenizer(texts, truncation=True, max_length=max_tokens, padding=False)["input_ids"]
-        return pad(rows, self.pad_id)
+        return padded(self.tokenizer(texts, truncation=True, max_length=max_tokens, padding=False)["input_ids"], self.pad_id)
+
+    def save(self, file: Path) -> dict[str, Any]:
+        """Write the tokenizer as the library tokenizers reads it; see `TextPreprocess.save`.
+
+        Raises:
+            EncoderError: the tokenizer is one of transformers' own in Python, which nothing else can read.
+        """
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise EncoderError(
+                _numbers.NO_TOKENIZER,
+                f"{type(self.tokenizer).__name__} cannot be taken out of transformers",
+                fix="use a model that has a tokenizer.json",
+            )
+        file.write_text(backend.to_str(), encoding="utf-8")
+        return {"kind": "file", "pad_id": self.pad_id, "cut": self.tokenizer.truncation_side}
 
 
 class HashingTokenize:
-    """Words to ids without a vocabulary: crc32 of the lower-cased word, modulo the vocabulary, past special ids.
+    """Words to ids without a vocabulary, see `tokens.Hashing`."""
 
-    For random weights only, where no tokenizer was trained: tests and benchmarks. A word is a run of letters and digits,
-    or one other visible character.
-    """
-
-    def __init__(self, vocabulary: int, begin_id: int, end_id: int, pad_id: int) -> None:
-        assert vocabulary > 3, "three special ids and at least one word"
-        self.vocabulary, self.begin_id, self.end_id, self.pad_id = vocabulary, begin_id, end_id, pad_id
+    def __init__(self, hashing: tokens.Hashing) -> None:
+        self.hashing = hashing
 
     def __call__(self, texts: list[str], max_tokens: int) -> tuple[Tensor, Tensor]:
-        rows = []
-        for text in texts:
-            words = [self._id(word) for word in _WORD.findall(text.lower())[: max_tokens - 2]]
-            rows.append([self.begin_id, *words, self.end_id])
-        return pad(rows, self.pad_id)
+        return padded(self.hashing.rows(texts, max_tokens), self.hashing.pad_id)
 
-    def _id(self, word: str) -> int:
-        number = zlib.crc32(word.encode("utf-8", "replace")) % self.vocabulary
-        while number in (self.begin_id, self.end_id, self.pad_id):
-            number = (number + 1) % self.vocabulary
-        return number
+    def save(self, file: Path) -> dict[str, Any]:
+        """Nothing to write; see `TextPreprocess.save`."""
+        return {"kind": "hashing", **asdict(self.hashing)}
 
 
-def pad(rows: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+def padded(rows: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """Rows of ids to ids (B, L) and mask (B, L), True where real."""
-    longest = max(map(len, rows))
-    ids = torch.tensor([row + [pad_id] * (longest - len(row)) for row in rows], dtype=torch.long)
-    mask = torch.tensor([[True] * len(row) + [False] * (longest - len(row)) for row in rows])
-    return ids, mask
+    ids, mask = tokens.pad(rows, pad_id)
+    return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
 def hashing_for(config: Mapping[str, Any]) -> HashingTokenize:
@@ -79,7 +80,7 @@ def hashing_for(config: Mapping[str, Any]) -> HashingTokenize:
     end = _first(config, ("eos_token_id", "sep_token_id"), 102 if size > 103 else size - 1, size)
     if config.get("model_type") == "clip_text_model" and config.get("eos_token_id") == 2:
         end = size - 1  # configurations written before transformers 4.31: the highest id marks the end
-    return HashingTokenize(size, begin, end, _first(config, ("pad_token_id",), 0, size))
+    return HashingTokenize(tokens.Hashing(size, begin, end, _first(config, ("pad_token_id",), 0, size)))
 
 
 def _first(config: Mapping[str, Any], keys: tuple[str, ...], default: int, size: int) -> int:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,12 +12,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as TF
 
-_CHARACTERS_PER_TOKEN = 32  # texts are cut to this many characters per token before they are tokenized
-_MOST_RATIO = 50  # of the sides of an image; of a longer strip only the middle is resized
-_UNREADABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
+from mopefuse import pixels, tokens
 
 
 @dataclass(frozen=True)
@@ -44,21 +40,11 @@ class ImagePreprocess:
 
     def reduce(self, value: Image.Image) -> NDArray[np.uint8]:
         """All of an image that any crop of it needs, resized: what can be kept on disk. (h, w, 3), not yet cropped."""
-        image, size = value.convert("RGB"), [self.resize] if isinstance(self.resize, int) else list(self.resize)
-        if isinstance(self.resize, int) and max(image.size) > _MOST_RATIO * min(image.size):
-            # A strip would grow to gigabytes when its short side is scaled up; only its middle is ever seen.
-            most = _MOST_RATIO * min(image.size)
-            image = TF.center_crop(image, [min(image.height, most), min(image.width, most)])
-        return np.asarray(TF.resize(image, size, v2.InterpolationMode(self.interpolation), antialias=True))
+        return pixels.shrink(value.convert("RGB"), self.resize, self.interpolation)
 
     def ready(self, reduced: NDArray[np.uint8]) -> Tensor:
         """The centre of what `reduce` gave, perhaps augmented since, at the size that the encoder sees."""
-        (height, width), (h, w) = self.size, reduced.shape[:2]
-        if h < height or w < width:
-            reduced = np.asarray(TF.center_crop(Image.fromarray(reduced), [height, width]))  # pads with black
-            h, w = height, width
-        top, left = round((h - height) / 2), round((w - width) / 2)
-        return torch.from_numpy(np.array(reduced[top : top + height, left : left + width]))
+        return torch.from_numpy(pixels.centre(reduced, self.size).copy())
 
     def batch(self, items: Sequence[Tensor]) -> dict[str, Tensor]:
         """``{"pixels": (B, H, W, 3)}`` of 8 bits."""
@@ -66,12 +52,12 @@ class ImagePreprocess:
 
     def finish(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``{"pixels": (B, 3, H, W)}``, floats, normalised; those that are floats already stay as they are."""
-        pixels = inputs["pixels"]
-        if pixels.dtype != torch.uint8:
+        images = inputs["pixels"]
+        if images.dtype != torch.uint8:
             return dict(inputs)
-        scaled = TF.to_dtype(pixels.permute(0, 3, 1, 2).contiguous(), torch.float32, scale=True)
-        normalised: Tensor = TF.normalize(scaled, list(self.mean), list(self.std), inplace=True)
-        return {**inputs, "pixels": normalised}
+        scaled = images.permute(0, 3, 1, 2).contiguous().float().mul_(1 / 255)
+        mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (self.mean, self.std))
+        return {**inputs, "pixels": scaled.sub_(mean).div_(std)}
 
     def describe(self) -> dict[str, Any]:
         """Sizes in pixels, statistics of values in 0..1."""
@@ -86,6 +72,7 @@ class ImagePreprocess:
 
 
 Tokenize = Callable[[list[str], int], tuple[Tensor, Tensor]]
+Save = Callable[[Path], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -95,11 +82,16 @@ class TextPreprocess:
     Args:
         tokenize: (texts, most tokens) to ids (B, L) and mask (B, L), True where a token is real.
         max_tokens: most tokens of one text, special ones included.
+        vocabulary: ids are below it.
+        save: write what `mopefuse.predictor` needs to tokenize in the same way to a file, and describe it for
+            preprocess.json; None where that is not possible, and then the encoder cannot be exported.
     """
 
     tokenize: Tokenize
     max_tokens: int
     name: str = ""
+    vocabulary: int = 0
+    save: Save | None = None
 
     def item(self, value: str) -> str:
         """A text that any tokenizer takes: lone surrogates and control characters become U+FFFD."""
@@ -107,7 +99,7 @@ class TextPreprocess:
 
     def reduce(self, value: str) -> str:
         """All of a text that can matter: cut in characters before it is tokenized, and made readable."""
-        return _UNREADABLE.sub("\ufffd", value[: _CHARACTERS_PER_TOKEN * self.max_tokens])
+        return tokens.readable(value, self.max_tokens)
 
     def ready(self, reduced: str) -> str:
         """The text as it is; tokens are made of a whole batch."""

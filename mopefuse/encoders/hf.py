@@ -288,7 +288,8 @@ def _texts(spec: Spec, source: Source, config: Any) -> TextPreprocess:
                 fix="save the tokenizer beside the model, or add ?pretrained=false for random weights",
             )
         most = _options.max_tokens(spec, min(limit, _hf_text.declared_length(source.folder) or limit), limit)
-        return TextPreprocess(_hf_text.hashing_for(values), most, name="hashing")
+        hashing = _hf_text.hashing_for(values)
+        return TextPreprocess(hashing, most, "hashing", int(config.vocab_size), hashing.save)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             source.folder, config=config, trust_remote_code=False, local_files_only=True
@@ -299,7 +300,8 @@ def _texts(spec: Spec, source: Source, config: Any) -> TextPreprocess:
         ) from error
     own = min(limit, _hf_text.declared_length(source.folder) or limit, tokenizer.model_max_length)
     pad_id = config.pad_token_id if isinstance(config.pad_token_id, int) else tokenizer.pad_token_id or 0
-    return TextPreprocess(_hf_text.Tokenize(tokenizer, pad_id), _options.max_tokens(spec, own, limit), name=spec.name)
+    tokenize = _hf_text.Tokenize(tokenizer, pad_id)
+    return TextPreprocess(tokenize, _options.max_tokens(spec, own, limit), spec.name, int(config.vocab_size), tokenize.save)
 
 
 def _images(spec: Spec, source: Source, config: Any, family: Family) -> ImagePreprocess:

@@ -22,6 +22,9 @@ import torch
 import torch.nn.functional as F
 from open_clip.factory import load_checkpoint
 from open_clip.transformer import ResidualAttentionBlock, TextTransformer, VisionTransformer
+from tokenizers import Regex, Tokenizer, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 from mopefuse.checkpoint import check_tensors
@@ -65,7 +68,8 @@ class OpenCLIPEncoder(PromptedEncoder):
         if self.modality == "text":
             length = int(self.backbone.context_length)
             most = _options.max_tokens(spec, length, length)
-            self.preprocess = TextPreprocess(_Tokenize(length), most, name=f"open_clip:{name}")
+            tokenize = _Tokenize(length)
+            self.preprocess = TextPreprocess(tokenize, most, f"open_clip:{name}", tokenize.tokenizer.vocab_size, tokenize.save)
         else:
             self.preprocess = _image_preprocess(spec, self.backbone, statistics)
         blocks, self.why_not_main = _promptable(self.backbone)
@@ -97,7 +101,25 @@ class _Tokenize:
         ids = self.tokenizer(texts, context_length=max_tokens)
         ids = F.pad(ids, (0, self.context_length - max_tokens))
         end = (ids == self.tokenizer.eot_token_id).int().argmax(dim=1, keepdim=True)
-        return ids, torch.arange(self.context_length)[None, :] <= end
+        mask = torch.arange(self.context_length)[None, :] <= end
+        return ids * mask, mask  # what a text puts after an <end_of_text> of its own is dropped
+
+    def save(self, file: Path) -> dict[str, Any]:
+        """Write the same byte pairs as the library tokenizers reads them; see `TextPreprocess.save`."""
+        clip = self.tokenizer
+        begin, end = ((clip.decoder[number], number) for number in (clip.sot_token_id, clip.eot_token_id))
+        merges = sorted(clip.bpe_ranks, key=lambda pair: clip.bpe_ranks[pair])
+        tokenizer = Tokenizer(BPE(clip.encoder, merges, unk_token=end[0], end_of_word_suffix="</w>"))
+        words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+        split = pre_tokenizers.Split(words, behavior="removed", invert=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
+        tokenizer.add_special_tokens([begin[0], end[0]])
+        tokenizer.post_processor = TemplateProcessing(single=f"{begin[0]} $A {end[0]}", special_tokens=[begin, end])
+        file.write_text(tokenizer.to_str(), encoding="utf-8")
+        how = {"pad_id": 0, "cut": "right", "length": self.context_length, "end_id": end[1], "clean": "clip"}
+        return {"kind": "file", **how}
 
 
 def _attention(

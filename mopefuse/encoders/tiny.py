@@ -11,10 +11,11 @@ Shapes: B batch, L tokens ([CLS] first), P prompt tokens, D width, C = D width o
 
 from __future__ import annotations
 
-import re
+from dataclasses import asdict
 from functools import cache
 from importlib import resources
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 
+from mopefuse import tokens
 from mopefuse.encoders._attention import Prompt, attend, split_heads
 from mopefuse.encoders._base import Encoded, Encoder, Inputs, option_flag
 from mopefuse.encoders._preprocess import ImagePreprocess, TextPreprocess
@@ -33,7 +35,6 @@ PAD, CLS, MASK, UNKNOWN = range(4)  # ids of the first words of the vocabulary
 MAX_TOKENS = 32
 
 _IMAGE, _PATCH = 16, 4
-_WORD = re.compile(r"\w+|[^\w\s]")
 
 
 class Shape(NamedTuple):
@@ -50,23 +51,26 @@ SHAPES = {"vision": Shape("image", 96, 4, 4, "cls"), "text": Shape("text", 96, 2
 
 
 @cache
+def words() -> tokens.Words:
+    """The vocabulary as what splits and looks up."""
+    text = (WEIGHTS / "tiny-text-vocabulary.txt").read_text(encoding="utf-8")
+    return tokens.Words(tuple(text.split()), begin_id=CLS, unknown_id=UNKNOWN, pad_id=PAD)
+
+
 def vocabulary() -> dict[str, int]:
     """Words to ids; the first four are special."""
-    words = (WEIGHTS / "tiny-text-vocabulary.txt").read_text(encoding="utf-8").split()
-    return {word: number for number, word in enumerate(words)}
-
-
-def split_words(text: str) -> list[str]:
-    """Lower-cased words, and each punctuation mark by itself."""
-    return _WORD.findall(text.lower())
+    return words().ids
 
 
 def tokenize(texts: list[str], max_tokens: int) -> tuple[Tensor, Tensor]:
     """The words of each text after a [CLS], as ids (B, L) and mask (B, L), True where real."""
-    ids = [[CLS, *(vocabulary().get(word, UNKNOWN) for word in split_words(text))] for text in texts]
-    rows = [torch.tensor(row[:max_tokens]) for row in ids]
-    ids_BL = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
-    return ids_BL, ids_BL != PAD
+    ids, mask = tokens.pad(words().rows(texts, max_tokens), PAD)
+    return torch.from_numpy(ids), torch.from_numpy(mask)
+
+
+def save_tokenizer(file: Path) -> dict[str, Any]:
+    """Nothing to write, the words are few; see `TextPreprocess.save`."""
+    return {"kind": "words", **asdict(words())}
 
 
 class Block(nn.Module):
@@ -110,7 +114,7 @@ class PatchEmbed(nn.Module):
         """Tokens (B, 17, D); all are real."""
         patches_BL = F.unfold(inputs["pixels"], _PATCH, stride=_PATCH).transpose(1, 2)
         tokens_BLD = self.patch(patches_BL)
-        cls_B1D = self.cls_D.expand(len(tokens_BLD), 1, -1)
+        cls_B1D = self.cls_D.expand(tokens_BLD.shape[0], 1, -1)
         return torch.cat([cls_B1D, tokens_BLD], dim=1) + self.position_LD, None
 
 
@@ -186,6 +190,6 @@ class TinyEncoder(Encoder):
 
 def _preprocess(modality: str) -> ImagePreprocess | TextPreprocess:
     if modality == "text":
-        return TextPreprocess(tokenize, MAX_TOKENS, "words of tiny-text-vocabulary.txt")
+        return TextPreprocess(tokenize, MAX_TOKENS, "words of tiny-text-vocabulary.txt", len(vocabulary()), save_tokenizer)
     size = (_IMAGE, _IMAGE)
     return ImagePreprocess(size, mean=(0.15, 0.15, 0.08), std=(0.3, 0.3, 0.25), resize=size)

@@ -113,14 +113,14 @@ class ConditionalFusion(Fusion):
         """The complementary representation, (B, C); zeros where no prompt looks at it."""
         if "comp" not in self.reads:
             first = next(iter(batch.inputs["main"].values()))
-            return torch.zeros(len(first), self.encoder("comp").feature_width, device=first.device)
+            return torch.zeros(first.shape[0], self.encoder("comp").feature_width, device=first.device)
         if "comp" in self.frozen:
             return self.feature("comp", batch)
         if self.comp_stack is None:
             return self.encoder("comp").encode(batch.inputs["comp"]).pooled_BC
         inputs = batch.inputs["comp"]
         first = next(iter(inputs.values()))
-        blind_BC = torch.zeros(len(first), self.encoder("comp").feature_width, device=first.device)
+        blind_BC = torch.zeros(first.shape[0], self.encoder("comp").feature_width, device=first.device)
         return self.encoder("comp").encode(inputs, self.comp_stack.condition(blind_BC)).pooled_BC
 
     def forward(self, batch: Batch) -> Output:

@@ -64,7 +64,7 @@ class Router(nn.Module):
         In float32 also under autocast: a tenth of a temperature's rounding would already move the weights.
         """
         if self.experts == 1:
-            return condition_BC.new_ones(len(condition_BC), 1, 1)
+            return condition_BC.new_ones(condition_BC.shape[0], 1, 1)
         with torch.autocast(condition_BC.device.type, enabled=False):
             if self.joint:
                 return torch.einsum("bc,nqc->bnq", condition_BC.float(), self.of_comp_NQC)

@@ -107,7 +107,7 @@ class Conditioned:
     """The answer to ``prompt_at`` for one batch; `routed` collects the routing of each routed layer on the way."""
 
     def __init__(self, stack: PromptStack, psi_BC: Tensor) -> None:
-        self.stack, self.batch = stack, len(psi_BC)
+        self.stack, self.batch = stack, psi_BC.shape[0]
         self.routed: list[Routed] = []
         self._said_BNX = stack.router.conditioned(psi_BC) if stack.router is not None else None
         self._trunk_Bh = stack.trunk(psi_BC) if stack.trunk is not None else None

@@ -1,0 +1,116 @@
+"""Take a trained model out of its run: as one ONNX or pt2 graph in a bundle, or as an adapter for its own encoders.
+
+A bundle is checked before it exists (`mopefuse.bundle`); `mopefuse.predictor` runs it, for ONNX without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from mopefuse import adapter, graph
+from mopefuse.bundle import Maker, Notice, Parity, public
+from mopefuse.card import model_card
+from mopefuse.checkpoint import dump_json, publish, write_tensors
+from mopefuse.errors import ConfigError
+from mopefuse.evaluate import Loaded, load_model
+from mopefuse.predictor import KIND
+from mopefuse.recipe import to_yaml
+from mopefuse.source import kind_of, trained
+
+Form = Literal["onnx", "pt2", "adapter"]
+FORMS = ("onnx", "pt2", "adapter")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written."""
+
+    folder: Path
+    form: Form
+    size: int  # bytes
+    parity: Parity | None = None
+    int8: dict[str, dict[str, float]] | None = None  # metrics on the validation split, "before" and "after"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**asdict(self), "folder": str(self.folder)}
+
+
+def export(
+    run: Path,
+    out: Path,
+    *,
+    form: Form = "onnx",
+    checkpoint: str = "best",
+    routing: bool = False,
+    int8: bool = False,
+    overwrite: bool = False,
+    notice: Notice = lambda text: None,
+) -> Exported:
+    """Write the model of a run into the folder `out`, whole and checked, or not at all.
+
+    Args:
+        form: ``onnx``, ``pt2`` or ``adapter``.
+        routing: the graph also says which experts it used.
+        int8: 8-bit weights of matrix products (ONNX); the metric on the run's validation split is measured before and after.
+        overwrite: replace an earlier export.
+
+    Raises:
+        ConfigError: `out` is taken, or the options do not go together. PackageError: what exporting needs is missing.
+        EncoderError: an encoder cannot be traced or its tokenizer cannot be taken along.
+        GateError: the graph's answers or inputs are not those of the model.
+    """
+    _refuse(out, form, routing, int8, overwrite)
+    if form == "onnx":
+        graph.require("onnx", "onnxscript", "onnxruntime")
+    source = trained(run)
+    loaded = load_model(source, checkpoint, torch.device("cpu"))
+    facts = _facts(loaded, source.result())
+    if form == "adapter":
+        publish(out, lambda folder: _write_adapter(folder, loaded, facts, out.name), {"kind": adapter.KIND})
+        return Exported(out, form, _size(out))
+    maker = Maker(loaded, facts, form, routing=routing, int8=int8, name=out.name, notice=notice)
+    publish(out, maker.write, maker.manifest)
+    return Exported(out, form, _size(out), maker.parity, maker.manifest.get("int8"))
+
+
+def _refuse(out: Path, form: str, routing: bool, int8: bool, overwrite: bool) -> None:
+    if form not in FORMS:
+        raise ConfigError(67, f"there is no format {form!r}", where="--format", fix=f"use {', '.join(FORMS)}")
+    if (int8 and form != "onnx") or (routing and form == "adapter"):
+        option = "--int8" if int8 else "--routing"
+        raise ConfigError(68, f"{option} does not go with --format {form}", where=option, fix="leave one of them out")
+    if not out.absolute().parent.is_dir():
+        raise ConfigError(54, f"there is no folder {out.parent}", where="--out", fix="make it, or name another folder")
+    taken = out.exists() and not (out.is_dir() and not any(out.iterdir()))
+    ours = out.is_dir() and kind_of(out) in (KIND, adapter.KIND)
+    if taken and not (overwrite and ours):
+        fix = "name another --out" + (", or add --overwrite" if ours else "")
+        raise ConfigError(23, f"{out} is not empty", where="--out", fix=fix)
+
+
+def _facts(loaded: Loaded, result: Mapping[str, Any]) -> dict[str, Any]:
+    """What a reader of the artefact should know, and what loading it needs."""
+    manifest, labels = loaded.manifest, loaded.manifest["labels"]
+    each = loaded.thresholds
+    thresholds = [each] * len(labels) if isinstance(each, float) else list(each)
+    known = {key: manifest[key] for key in ("mopefuse", "method", "encoders", "labels", "multi_label", "data")}
+    told = {key: result[key] for key in ("metrics", "parameters", "rows") if key in result}
+    return {**known, "progress": {"thresholds": thresholds}, "seed": loaded.config.seed, "metrics": {}, **told}
+
+
+def _write_adapter(folder: Path, loaded: Loaded, facts: Mapping[str, Any], name: str) -> None:
+    write_tensors(folder / "weights.safetensors", loaded.model.own_state())
+    (folder / "config.yaml").write_text(to_yaml(public(loaded.config)), encoding="utf-8")
+    (folder / adapter.FACTS).write_text(dump_json(facts), encoding="utf-8")
+    card = model_card(facts, title=name, form="adapter", command="mopefuse export RUN --format adapter -o OUT")
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

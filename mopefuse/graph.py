@@ -1,0 +1,211 @@
+"""A trained model as one graph, raw tensors in and logits out: for ONNX, and as a pt2 archive of torch.export.
+
+Inputs are named by side: ``main_pixels`` (B, H, W, 3) of 8 bits, ``comp_ids`` and ``comp_mask`` (B, L). The batch and the
+length of texts are dynamic, under the names ``batch`` and ``<side>_tokens``. Outputs: ``logits`` (B, N) and, if asked for,
+``routing`` (B, routed layers, K).
+
+Shapes: B batch, L tokens, N labels, K experts.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from mopefuse.data._base import Batch
+from mopefuse.errors import CheckpointError, EncoderError, PackageError
+from mopefuse.fusion._base import Fusion
+
+OPSET = 20
+LARGEST = 2_000_000_000  # bytes of weights in one ONNX file, which protobuf limits to 2 GiB; above, they go beside it
+_PLAIN = (".json", "archive_format", "archive_version", ".data/version", "byteorder", "serialization_id")
+
+
+class Graph(nn.Module):
+    """A fusion model as a function of named tensors."""
+
+    def __init__(self, model: Fusion, *, routing: bool) -> None:
+        super().__init__()
+        self.model, self.routing = model, routing
+
+    @property
+    def outputs(self) -> list[str]:
+        """Names, in order."""
+        return ["logits", "routing"] if self.routing else ["logits"]
+
+    def collate(self, images: Sequence[Image.Image], texts: Sequence[str]) -> dict[str, Tensor]:
+        """Pairs as named tensors on the CPU."""
+        batch = self.model.collate(images, texts)
+        return {f"{side}_{name}": t.cpu() for side, inputs in batch.inputs.items() for name, t in inputs.items()}
+
+    def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """Logits (B, N), and routing if asked for."""
+        sides: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in inputs.items():
+            side, _, own = name.partition("_")
+            sides.setdefault(side, {})[own] = tensor
+        output = self.model(Batch(sides, {}, None, torch.arange(1)))
+        if not self.routing:
+            return (output.logits,)
+        assert output.routing_BLK is not None
+        return output.logits, output.routing_BLK
+
+
+def trace(graph: Graph, example: Mapping[str, Tensor], fixed_lengths: Mapping[str, int | None]) -> ExportedProgram:
+    """The graph of a model on the CPU, traced with an example batch of two or more.
+
+    Args:
+        fixed_lengths: of each text side, the one length that its encoder takes, or None for any.
+
+    Raises:
+        EncoderError: an encoder does something that torch.export cannot trace.
+    """
+    dims = {name: {axis: Dim.DYNAMIC for axis in axes} for name, axes in _axes(example, fixed_lengths).items()}
+    try:
+        with torch.no_grad(), _quietly():
+            program = torch.export.export(graph.eval(), (dict(example),), dynamic_shapes={"inputs": dims})
+    except Exception as error:  # torch.export raises whatever the traced code and its own checks please
+        specs = " and ".join(str(graph.model.encoder(side).spec) for side in graph.model.reads)
+        raise EncoderError(
+            56, f"torch.export cannot trace {specs}: {str(error).splitlines()[0]}", fix="use --format adapter"
+        ) from error
+    program.example_inputs = None  # torch.export would write them as a pickle
+    return program
+
+
+def _axes(example: Mapping[str, Tensor], fixed_lengths: Mapping[str, int | None]) -> dict[str, dict[int, str]]:
+    """Names of the dynamic axes of each input."""
+    axes: dict[str, dict[int, str]] = {}
+    for name, tensor in example.items():
+        side = name.partition("_")[0]
+        free = tensor.dim() == 2 and not fixed_lengths.get(side)
+        axes[name] = {0: "batch", 1: f"{side}_tokens"} if free else {0: "batch"}
+    return axes
+
+
+def save_onnx(
+    program: ExportedProgram, graph: Graph, example: Mapping[str, Tensor], fixed_lengths: Mapping[str, int | None], file: Path
+) -> None:
+    """Write ONNX, its weights inside; in ``<file>.data`` beside it where they are too large for that.
+
+    Raises:
+        PackageError: onnx or onnxscript is not installed.
+    """
+    require("onnx", "onnxscript")
+    with _quietly():
+        made = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=list(example),
+            output_names=graph.outputs,
+            dynamic_shapes={"inputs": _axes(example, fixed_lengths)},
+            external_data=False,
+            verbose=False,
+        )
+    assert made is not None
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
+    made.save(str(file), external_data=weights > LARGEST)
+
+
+def quantise(file: Path) -> None:
+    """Make the weights of an ONNX file's matrix products 8-bit, in place (onnxruntime's dynamic quantisation).
+
+    Raises:
+        PackageError: onnxruntime or onnx is not installed.
+    """
+    require("onnx", "onnxruntime")
+    from onnxruntime.quantization import QuantType, quant_pre_process, quantize_dynamic
+
+    ready, small = file.with_name("ready.onnx"), file.with_name("small.onnx")
+    with _quietly():
+        quant_pre_process(file, ready, skip_symbolic_shape=True)
+        quantize_dynamic(ready, small, weight_type=QuantType.QInt8)
+    ready.unlink()
+    small.replace(file)
+
+
+def save_pt2(program: ExportedProgram, file: Path) -> None:
+    """Write a pt2 archive; nothing in it is pickled."""
+    torch.export.save(program, file)
+    _refuse_pickles(file)
+
+
+def load_pt2(file: Path, device: torch.device) -> Callable[[dict[str, Tensor]], tuple[Tensor, ...]]:
+    """The function in a pt2 archive.
+
+    Raises:
+        CheckpointError: it holds a pickle, which could run code, or it cannot be read.
+    """
+    _refuse_pickles(file)
+    try:
+        program = torch.export.load(file)
+    except Exception as error:  # of a damaged archive, torch.export raises whatever its parser meets
+        raise CheckpointError(2, f"{file.name} is damaged: {error}", where=str(file), fix="export it again") from error
+    if device.type != "cpu":
+        from torch.export.passes import move_to_device_pass
+
+        program = move_to_device_pass(program, device)
+    module: Callable[[dict[str, Tensor]], tuple[Tensor, ...]] = program.module()
+    return module
+
+
+def _refuse_pickles(file: Path) -> None:
+    """torch.export.load would unpickle example inputs, and whatever the archive says is pickled."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            for entry in archive.infolist():
+                name = entry.filename
+                raw = "/data/weights/weight_" in name or "/data/constants/tensor_" in name
+                listed = name.endswith("_config.json") and b'"use_pickle": true' in archive.read(entry)
+                if entry.file_size and (listed or not (raw or name.endswith(_PLAIN))):
+                    raise CheckpointError(
+                        6, f"{name} could run code when loaded", where=str(file), fix="use --format onnx, or do not use it"
+                    )
+    except (OSError, zipfile.BadZipFile) as error:
+        raise CheckpointError(2, f"{file.name} is damaged: {error}", where=str(file), fix="export it again") from error
+
+
+def require(*packages: str) -> None:
+    """Refuse to go on without what exporting needs.
+
+    Raises:
+        PackageError: one of the packages is not installed.
+    """
+    from importlib.util import find_spec
+
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise PackageError(1, f"export needs {' and '.join(missing)}", fix='pip install "mopefuse[export]"')
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what tracers and converters tell their own developers."""
+    chatty = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "root", "")]
+    levels = [logger.level for logger in chatty]
+    for logger in chatty:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(chatty, levels, strict=True):
+            logger.setLevel(level)
+
+
+def fixed_lengths(descriptions: Mapping[str, Mapping[str, Any]]) -> dict[str, int | None]:
+    """Of each text side, the one length of tokens that its encoder takes; None for any."""
+    texts = {side: how for side, how in descriptions.items() if how["modality"] == "text"}
+    return {side: how["tokenizer"].get("length") for side, how in texts.items()}

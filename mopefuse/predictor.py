@@ -1,0 +1,289 @@
+"""An exported bundle as something to ask, without torch: onnxruntime, tokenizers, Pillow and numpy are all it needs.
+
+``Bundle(folder)`` checks every file against the manifest before it opens one. `mopefuse.load` and ``mopefuse predict`` use
+it; so can a program of yours. Preprocessing is that of training, pixel for pixel and token for token.
+
+Shapes: B batch, N labels, L tokens, K experts, H, W of the main or complementary encoder's images.
+"""
+
+from __future__ import annotations
+
+import html
+import unicodedata
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from mopefuse import pixels, tokens
+from mopefuse.checkpoint import read_json, verify
+from mopefuse.errors import CheckpointError, ConfigError, DataError, NumericError, PackageError
+
+KIND = "bundle"
+MODELS = {"onnx": "model.onnx", "pt2": "model.pt2"}
+Array = NDArray[Any]
+Runner = Callable[[dict[str, Array]], Sequence[Array]]
+
+_AGAIN = "export the run again"
+_QUOTES = {0x2018: "'", 0x2019: "'", 0x201A: "'", 0x201B: "'", 0x201C: '"', 0x201D: '"', 0x201E: '"', 0x201F: '"'}
+_LIGATURES = {0xFB00: "ff", 0xFB01: "fi", 0xFB02: "fl", 0xFB03: "ffi", 0xFB04: "ffl", 0xFB05: "st", 0xFB06: "st"}
+_WIDE = {0x3000: " "} | {code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}
+
+
+class Bundle:
+    """A folder that ``mopefuse export`` wrote.
+
+    Args:
+        device: ``auto`` (a GPU that the installed runtime knows, else the CPU), ``cpu``, ``cuda`` or ``cuda:N``.
+        threads: of onnxruntime; None leaves it to choose.
+        manifest: of a bundle that is being made and is not yet published.
+
+    Raises:
+        CheckpointError: no bundle, or a file of it is not what was exported. PackageError: a missing package.
+        ConfigError: there is no such device.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        device: str = "auto",
+        *,
+        threads: int | None = None,
+        manifest: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.folder, self.manifest = folder, manifest or _verified(folder)
+        file = folder / MODELS[self.manifest["model"]]
+        try:
+            said = read_json(folder / "labels.json")
+            self.labels: tuple[str, ...] = tuple(said["labels"])
+            self.multi_label: bool = said["multi_label"]
+            self.thresholds: Sequence[float] = said["thresholds"]
+            self.sides: dict[str, dict[str, Any]] = read_json(folder / "preprocess.json")["sides"]
+            self._tokenize = {side: _tokenizer(how, folder) for side, how in self.sides.items() if how["modality"] == "text"}
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(3, f"the bundle does not say its {error}", where=str(folder), fix=_AGAIN) from None
+        self._run: Runner = (_onnx if file.suffix == ".onnx" else _pt2)(file, device, threads)
+
+    def collate(self, images: Sequence[Image.Image], texts: Sequence[str]) -> dict[str, Array]:
+        """RGB images and texts as the graph's inputs."""
+        inputs: dict[str, Array] = {}
+        for side, how in self.sides.items():
+            if how["modality"] == "image":
+                resize = how["resize"] if isinstance(how["resize"], int) else (how["resize"][0], how["resize"][1])
+                shrunk = [pixels.shrink(image.convert("RGB"), resize, how["interpolation"]) for image in images]
+                inputs[f"{side}_pixels"] = np.stack([pixels.centre(one, (how["size"][0], how["size"][1])) for one in shrunk])
+            else:
+                inputs[f"{side}_ids"], inputs[f"{side}_mask"] = self._tokenize[side](texts)
+        return inputs
+
+    def run(self, inputs: Mapping[str, Array]) -> tuple[Array, Array | None]:
+        """Logits (B, N), and routing (B, routed layers, K) where it was exported, of raw inputs.
+
+        Args:
+            inputs: ``<side>_pixels`` (B, H, W, 3) of uint8; ``<side>_ids`` (B, L) of int64 and ``<side>_mask`` (B, L),
+                True where a token is real. `collate` makes them.
+
+        Raises:
+            DataError: a missing input, or one of another type or shape, or a token that the encoder does not know.
+            NumericError: the answer is not finite.
+        """
+        self.check(inputs)
+        outputs = self._run({name: np.ascontiguousarray(array) for name, array in inputs.items()})
+        if not np.isfinite(outputs[0]).all():
+            raise NumericError(3, "the model's answer is not finite", where=str(self.folder), fix=_AGAIN)
+        return outputs[0], outputs[1] if len(outputs) > 1 else None
+
+    def say(self, images: Sequence[Image.Image], texts: Sequence[str]) -> tuple[list[list[float]], list[Any] | None]:
+        """Probabilities (B, N) and routing; see `mopefuse.predict.Model`."""
+        logits_BN, routing = self.run(self.collate(images, texts))
+        p_BN: list[list[float]] = probabilities(logits_BN, multi_label=self.multi_label).tolist()
+        return p_BN, None if routing is None else routing.tolist()
+
+    def check(self, inputs: Mapping[str, Array]) -> None:
+        """Refuse, in plain words, what the graph would refuse in its own, or not at all.
+
+        Raises:
+            DataError: see `run`.
+        """
+        shapes = {name: (how, own, kind) for side, how in self.sides.items() for name, own, kind in _expected(side, how)}
+        if inputs.keys() != shapes.keys():
+            raise DataError(
+                87, f"the inputs are {', '.join(sorted(inputs))}", fix=f"give {', '.join(sorted(shapes))}, as `collate` does"
+            )
+        batch = len(next(iter(inputs.values())))
+        for name, array in inputs.items():
+            how, shape, kind = shapes[name]
+            fits = array.ndim == len(shape) and all(want in (0, have) for have, want in zip(array.shape, shape, strict=True))
+            if array.dtype != kind or not fits or not batch or len(array) != batch:
+                wanted = "x".join(str(side) if side else "L" for side in shape[1:])
+                what = f"{name} is {array.dtype} of shape {'x'.join(map(str, array.shape))}"
+                raise DataError(88, what, where=name, fix=f"give {np.dtype(kind)} of shape Bx{wanted}, B from 1, alike in all")
+            if name.endswith("_ids"):
+                _check_ids(name, array, inputs[name.replace("_ids", "_mask")], how)
+
+
+def _verified(folder: Path) -> dict[str, Any]:
+    """The manifest of a bundle whose files are those that were exported, and all there."""
+    manifest = verify(folder, kind=KIND)
+    if manifest.get("model") not in MODELS:
+        raise CheckpointError(3, "the manifest names no model", where=str(folder), fix=_AGAIN)
+    missing = {"labels.json", "preprocess.json", MODELS[manifest["model"]]} - manifest["files"].keys()
+    if missing:
+        raise CheckpointError(3, f"the manifest names no {min(missing)}", where=str(folder), fix=_AGAIN)
+    return manifest
+
+
+def _expected(side: str, how: Mapping[str, Any]) -> list[tuple[str, tuple[int, ...], type]]:
+    """(name, shape with 0 for any, type) of the inputs of a side."""
+    if how["modality"] == "image":
+        return [(f"{side}_pixels", (0, *how["size"], 3), np.uint8)]
+    length = how["tokenizer"].get("length") or 0
+    return [(f"{side}_ids", (0, length), np.int64), (f"{side}_mask", (0, length), np.bool_)]
+
+
+def _check_ids(name: str, ids_BL: Array, mask_BL: Array, how: Mapping[str, Any]) -> None:
+    most, length = how["vocabulary"], how["tokenizer"].get("length") or how["max_tokens"]
+    if ids_BL.shape != mask_BL.shape or not 1 <= ids_BL.shape[1] <= length or not mask_BL.any(axis=1).all():
+        what = f"{name} of shape {ids_BL.shape} does not go with its mask, or has other than 1 to {length} tokens"
+        raise DataError(89, what, where=name, fix="give ids and mask of one shape, with a real token in each row")
+    if ids_BL.min() < 0 or (most and ids_BL.max() >= most):
+        what = f"{name} has the token {ids_BL.max() if ids_BL.min() >= 0 else ids_BL.min()}; the encoder knows 0 to {most - 1}"
+        raise DataError(90, what, where=name, fix="use the tokenizer of the bundle (`collate`)")
+
+
+def probabilities(logits_BN: Array, *, multi_label: bool) -> Array:
+    """Softmax over the labels, or a sigmoid of each."""
+    logits_BN = logits_BN.astype(np.float64)
+    if multi_label:
+        small = np.exp(-np.abs(logits_BN))
+        return np.asarray(np.where(logits_BN >= 0, 1, small) / (1 + small))
+    odds = np.exp(logits_BN - logits_BN.max(axis=-1, keepdims=True))
+    return np.asarray(odds / odds.sum(axis=-1, keepdims=True))
+
+
+# -- running
+
+
+def _onnx(file: Path, device: str, threads: int | None) -> Runner:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise PackageError(
+            1, f"onnxruntime cannot be imported: {error}", where=str(file), fix='pip install "mopefuse[runtime]"'
+        ) from None
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads:
+        options.intra_op_num_threads = threads
+    try:
+        session = onnxruntime.InferenceSession(file, options, providers=_providers(device))
+    except Exception as error:  # onnxruntime's own errors have no common class
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            9, f"onnxruntime cannot load {file.name}: {reason}", where=str(file), fix=_AGAIN
+        ) from None
+    return lambda inputs: session.run(None, inputs)
+
+
+def _providers(device: str) -> list[Any]:
+    import onnxruntime
+
+    there = onnxruntime.get_available_providers()
+    kind, _, number = device.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (kind == "cuda" and "CUDAExecutionProvider" not in there):
+        names = ", ".join(there)
+        raise ConfigError(
+            41, f"onnxruntime has no device {device} (it has {names})", where="device", fix="use --device auto or cpu"
+        )
+    cuda = [("CUDAExecutionProvider", {"device_id": int(number or 0)})]
+    return [*(cuda if kind != "cpu" and "CUDAExecutionProvider" in there else []), "CPUExecutionProvider"]
+
+
+def _pt2(file: Path, device: str, threads: int | None) -> Runner:
+    try:
+        import torch
+    except ImportError:
+        raise PackageError(
+            1, "a pt2 bundle needs torch", where=str(file), fix="pip install torch, or export with --format onnx"
+        ) from None
+    from mopefuse import device as devices
+    from mopefuse.graph import load_pt2
+
+    target = devices.resolve(device)
+    module = load_pt2(file, target)
+
+    def run(inputs: dict[str, Array]) -> list[Array]:
+        with torch.no_grad():
+            outputs = module({name: torch.from_numpy(array).to(target) for name, array in inputs.items()})
+        return [output.cpu().numpy() for output in outputs]
+
+    return run
+
+
+# -- tokens
+
+
+def _tokenizer(how: Mapping[str, Any], folder: Path) -> Callable[[Sequence[str]], tuple[Array, Array]]:
+    """From texts to ids and mask (B, L), as preprocess.json describes it."""
+    own, most = how["tokenizer"], how["max_tokens"]
+    rows = _rows(own, folder, most)
+
+    def tokenize(texts: Sequence[str]) -> tuple[Array, Array]:
+        return tokens.pad(rows([tokens.readable(text, most) for text in texts]), own["pad_id"], own.get("length"))
+
+    return tokenize
+
+
+def _rows(own: Mapping[str, Any], folder: Path, most: int) -> Callable[[Sequence[str]], list[list[int]]]:
+    kinds: dict[str, type[tokens.Words] | type[tokens.Hashing]] = {"words": tokens.Words, "hashing": tokens.Hashing}
+    if own["kind"] in kinds:
+        splitter = kinds[own["kind"]](**{name: value for name, value in own.items() if name != "kind"})
+        return lambda texts: splitter.rows(texts, most)
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise PackageError(
+            1, "tokenizers is not installed", where=str(folder), fix='pip install "mopefuse[runtime]"'
+        ) from None
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / Path(own["file"]).name))
+    except Exception as error:  # the library raises plain exceptions
+        raise CheckpointError(
+            9, f"{own['file']} cannot be read: {error}", where=str(folder), fix=_AGAIN
+        ) from None
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(most, direction=own["cut"])
+    clean = _clip_text() if own.get("clean") == "clip" else str
+
+    def rows(texts: Sequence[str]) -> list[list[int]]:
+        return [_until(encoded.ids, own.get("end_id")) for encoded in tokenizer.encode_batch([clean(t) for t in texts])]
+
+    return rows
+
+
+def _until(ids: list[int], end_id: int | None) -> list[int]:
+    return ids if end_id not in ids else ids[: ids.index(end_id) + 1]
+
+
+def _clip_text() -> Callable[[str], str]:
+    """CLIP's own cleaning of texts: repaired by ftfy, HTML entities read, single spaces, lower case.
+
+    Without ftfy, what it does to well-encoded text is done here, and a warning tells once of text that may need more.
+    """
+    repair: Callable[[str], str] = _repaired
+    if find_spec("ftfy") is not None:
+        from ftfy import fix_text
+
+        repair = fix_text
+    return lambda text: " ".join(html.unescape(html.unescape(repair(text))).split()).lower()
+
+
+def _repaired(text: str) -> str:
+    if not text.isascii():
+        warnings.warn("ftfy is not installed: text in a broken encoding is not repaired as in training", stacklevel=2)
+    return unicodedata.normalize("NFC", text.translate(_QUOTES | _LIGATURES | _WIDE))

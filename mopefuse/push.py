@@ -1,0 +1,111 @@
+"""Put a trained model on the hub: an adapter of a run, or what was exported, as it is.
+
+A repository is made private unless it is asked to be public; one that is public already is not written to by mistake.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
+from mopefuse.checkpoint import MANIFEST, verify
+from mopefuse.errors import ConfigError, EncoderError, MopefuseError
+from mopefuse.source import PREFIX, kind_of, locate
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """What would be uploaded.
+
+    Args:
+        files: name to bytes.
+        private: whether the repository is, or will be.
+        there: whether it exists already.
+    """
+
+    repo: str
+    folder: Path
+    files: dict[str, int]
+    private: bool
+    there: bool
+
+
+@contextmanager
+def pack(run: Path, repo: str, *, checkpoint: str = "best", public: bool = False) -> Iterator[Parcel]:
+    """What pushing a run, an adapter or a bundle to `repo` would upload; nothing is sent yet.
+
+    Raises:
+        ConfigError: no name of a repository, or it is public already and `public` was not said.
+        CheckpointError: the folder is damaged. EncoderError: the hub cannot be reached or does not let you in.
+    """
+    name = repo.removeprefix(PREFIX)
+    if name.count("/") != 1 or "@" in name:
+        raise ConfigError(72, f"{repo!r} is not the name of a repository", where="push", fix="write organisation/name")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = locate(run)
+        kind = kind_of(folder)
+        if kind in ("adapter", "bundle"):
+            verify(folder, kind=kind)
+        else:
+            from mopefuse.export import export
+
+            folder = Path(temporary) / name.partition("/")[2]
+            export(run, folder, form="adapter", checkpoint=checkpoint)
+            kind = "adapter"
+        names = [MANIFEST, *verify(folder, kind=kind, thorough=False)["files"]]
+        there, private = _state(name)
+        if there and not private and not public:
+            raise ConfigError(73, f"{name} is public", where="push", fix="add --public, or name another repository")
+        sizes = {file: (folder / file).stat().st_size for file in sorted(names)}
+        yield Parcel(name, folder, sizes, private if there else not public, there)
+
+
+def _state(repo: str) -> tuple[bool, bool]:
+    """Whether a repository exists, and whether it is private."""
+    try:
+        return True, bool(HfApi().repo_info(repo).private)
+    except RepositoryNotFoundError:
+        return False, False
+    except Exception as error:  # asked over the network only: whatever failed, it was the way there
+        raise _explain(error, repo) from error
+
+
+def send(parcel: Parcel) -> str:
+    """Upload a parcel in one commit; the address of the repository.
+
+    Raises:
+        EncoderError: the hub cannot be reached, or does not let you write.
+    """
+    api = HfApi()
+    try:
+        if not parcel.there:
+            api.create_repo(parcel.repo, private=parcel.private, exist_ok=True)
+        done = api.upload_folder(
+            repo_id=parcel.repo,
+            folder_path=parcel.folder,
+            allow_patterns=list(parcel.files),
+            commit_message="A model of mopefuse",
+        )
+    except Exception as error:  # as above
+        raise _explain(error, parcel.repo) from error
+    return str(done.repo_url if hasattr(done, "repo_url") else done)
+
+
+def _explain(error: Exception, repo: str) -> MopefuseError:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, HFValidationError):
+        return ConfigError(72, f"{repo!r} is not the name of a repository", where="push", fix="write organisation/name")
+    if status in (401, 403):
+        fix = "set HF_TOKEN to a token that may write there"
+        return EncoderError(58, f"the hub does not let you write to {repo} (HTTP {status})", where="push", fix=fix)
+    if isinstance(error, HfHubHTTPError) and status is not None:
+        return EncoderError(44, f"the hub failed on {repo} (HTTP {status})", where="push", fix="try again later")
+    return EncoderError(
+        59, f"the hub cannot be reached ({type(error).__name__})", where="push", fix="go online, and unset HF_HUB_OFFLINE"
+    )

@@ -1,0 +1,89 @@
+"""Texts before and after a tokenizer, without torch: made readable, hashed where there is no vocabulary, padded.
+
+Shapes: B batch, L tokens.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+_CHARACTERS_PER_TOKEN = 32  # texts are cut to this many characters per token before they are tokenized
+_UNREADABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
+_WORD = re.compile(r"\w+|[^\w\s]")
+
+
+def readable(text: str, max_tokens: int) -> str:
+    """All of a text that can matter, as any tokenizer takes it: lone surrogates and control characters become U+FFFD."""
+    return _UNREADABLE.sub("\ufffd", text[: _CHARACTERS_PER_TOKEN * max_tokens])
+
+
+def split_words(text: str) -> list[str]:
+    """Lower-cased runs of letters and digits, and each other visible character by itself."""
+    return _WORD.findall(text.lower())
+
+
+@dataclass(frozen=True)
+class Words:
+    """Words to their places in a list: ids after `begin_id`, those that are not in it `unknown_id`."""
+
+    words: Sequence[str]
+    begin_id: int
+    unknown_id: int
+    pad_id: int
+
+    @cached_property
+    def ids(self) -> dict[str, int]:
+        """Of each word."""
+        return {word: number for number, word in enumerate(self.words)}
+
+    def rows(self, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
+        """Ids of each text."""
+        known = self.ids
+        return [
+            [self.begin_id, *(known.get(word, self.unknown_id) for word in split_words(text))][:max_tokens] for text in texts
+        ]
+
+
+@dataclass(frozen=True)
+class Hashing:
+    """Words to ids without a vocabulary: crc32 of the lower-cased word, modulo the vocabulary, past special ids.
+
+    For random weights only, where no tokenizer was trained: tests and benchmarks.
+    """
+
+    vocabulary: int
+    begin_id: int
+    end_id: int
+    pad_id: int
+
+    def rows(self, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
+        """Ids of each text, between the ids of begin and end."""
+        assert self.vocabulary > 3, "three special ids and at least one word"
+        cut = [split_words(text)[: max_tokens - 2] for text in texts]
+        return [[self.begin_id, *map(self._id, words), self.end_id] for words in cut]
+
+    def _id(self, word: str) -> int:
+        number = zlib.crc32(word.encode("utf-8", "replace")) % self.vocabulary
+        while number in (self.begin_id, self.end_id, self.pad_id):
+            number = (number + 1) % self.vocabulary
+        return number
+
+
+def pad(
+    rows: Sequence[Sequence[int]], pad_id: int, length: int | None = None
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Rows of ids to ids (B, L) and mask (B, L), True where real; L is `length`, or that of the longest row."""
+    lengths = np.array([len(row) for row in rows])
+    longest = length or int(lengths.max())
+    ids = np.full((len(rows), longest), pad_id, dtype=np.int64)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)] = row
+    mask: NDArray[np.bool_] = np.arange(longest)[None, :] < lengths[:, None]
+    return ids, mask
