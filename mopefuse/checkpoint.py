@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT = 1  # of every artefact; raised when an older reader could not read a newer one
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+"""How a manifest of format N becomes one of N + 1, in memory, for every N that was released and is not `FORMAT`."""
+
 MANIFEST = "manifest.json"
 _CHUNK = 1 << 20  # bytes
 _WEIGHTS = (".safetensors", ".onnx", ".pt2", ".data")
@@ -90,15 +93,7 @@ def verify(folder: Path, *, kind: str, thorough: bool = True) -> dict[str, Any]:
         CheckpointError: no manifest, another kind or a newer format, a path out of the folder, a changed file.
     """
     manifest = read_json(folder / MANIFEST)
-    if manifest.get("kind") != kind or type(manifest.get("format")) is not int or manifest["format"] < 1:
-        raise CheckpointError(1, f"this is not a {kind} of mopefuse", where=str(folder), fix="name one")
-    if manifest["format"] > FORMAT:
-        raise CheckpointError(
-            7,
-            f"made by a newer mopefuse (format {manifest['format']}), this one reads up to {FORMAT}",
-            where=str(folder),
-            fix="upgrade mopefuse",
-        )
+    manifest = understood(manifest, kind, str(folder))
     files = listed_files(manifest, folder)
     for name, facts in files.items():
         if not isinstance(facts, dict) or not _as_published(folder / name, facts, thorough):
@@ -110,6 +105,24 @@ def verify(folder: Path, *, kind: str, thorough: bool = True) -> dict[str, Any]:
         raise CheckpointError(
             2, f"{extra[0]} is not in the manifest, so nobody vouches for it", where=str(folder), fix="use another checkpoint"
         )
+    return manifest
+
+
+def understood(manifest: dict[str, Any], kind: str, where: str) -> dict[str, Any]:
+    """A manifest of a kind as this version writes it, whichever released version wrote it.
+
+    Raises:
+        CheckpointError: of another kind, or of a newer format.
+    """
+    if manifest.get("kind") != kind or type(manifest.get("format")) is not int or manifest["format"] < 1:
+        raise CheckpointError(1, f"this is not a {kind} of mopefuse", where=where, fix="name one")
+    made = manifest["format"]
+    if made > FORMAT:
+        by = f" {manifest['mopefuse']}" if isinstance(manifest.get("mopefuse"), str) else ""
+        what = f"made by a newer mopefuse{by} (format {made}), this one reads up to {FORMAT}"
+        raise CheckpointError(7, what, where=where, fix="upgrade mopefuse")
+    for older in range(made, FORMAT):
+        manifest = MIGRATIONS[older](manifest)
     return manifest
 
 

@@ -5,12 +5,14 @@ Nothing here imports torch, so that a wrong value is reported at once. `mopefuse
 
 from __future__ import annotations
 
+import copy
 import re
+import warnings
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from mopefuse.errors import ConfigError, did_you_mean
+from mopefuse.errors import ConfigError, Notice, did_you_mean
 
 Layers = Annotated[str | tuple[int, ...], Field(union_mode="left_to_right")]
 
@@ -185,12 +187,17 @@ OFFICIAL: dict[str, Any] = {
 the leak between samples. Its average over prompts and patches at the end has no counterpart here: prompts have no output."""
 
 
+RENAMED: dict[str, str] = {}
+"""Paths of settings of earlier versions, and what they are called now. A path stays here for good."""
+
+
 def build_config(values: dict[str, Any], *, source: str = "") -> RunConfig:
-    """`values` as a `RunConfig`, with the defaults that ``compat`` names underneath.
+    """`values` as a `RunConfig`, with the defaults that ``compat`` names underneath; a notice tells of `RENAMED` ones.
 
     Raises:
         ConfigError: every problem at once, each with its path; unknown keys with the nearest known one.
     """
+    values = _with_new_names(values, source)
     if values.get("compat") == "official":
         values = merge(OFFICIAL, values)
     try:
@@ -198,6 +205,19 @@ def build_config(values: dict[str, Any], *, source: str = "") -> RunConfig:
     except ValidationError as error:
         problems = [_explain(detail, values) for detail in error.errors(include_url=False)]
         raise ConfigError(1, "; ".join(problems), where=source, fix="correct the settings named") from None
+
+
+def _with_new_names(values: dict[str, Any], source: str) -> dict[str, Any]:
+    values = copy.deepcopy(values) if RENAMED else values
+    for old, new in RENAMED.items():
+        *sections, key = old.split(".")
+        holder: Any = values
+        for section in sections:
+            holder = holder.get(section) if isinstance(holder, dict) else None
+        if isinstance(holder, dict) and key in holder:
+            values = merge(nested(new, holder.pop(key)), values)
+            warnings.warn(f"{source or 'the configuration'}: {old} is now called {new}", Notice, stacklevel=3)
+    return values
 
 
 def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

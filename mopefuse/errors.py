@@ -129,6 +129,10 @@ class Interrupted(MopefuseError):
         self.exit_code = 128 + signal_number
 
 
+class Notice(UserWarning):
+    """Something that a user should know and need not mend; the command line prints it as one line."""
+
+
 def did_you_mean(name: str, known: Iterable[str], *, most: int = 3) -> str:
     """``did you mean a, b?`` for the names nearest to `name`; what there is where none is near; empty for no names."""
     names = sorted(known)

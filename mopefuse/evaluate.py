@@ -112,6 +112,9 @@ def load_model(
     model = build_model(config, len(manifest["labels"]))
     check_encoders(model, manifest, where=str(folder.path))
     path, published = folder.checkpoint(checkpoint)
+    if published.get("labels", manifest["labels"]) != manifest["labels"]:
+        what = "the labels of the run are not those that its checkpoint was trained for"
+        raise CheckpointError(3, what, where=str(folder.path), fix="restore the run's manifest.json")
     model.load_own_state(read_tensors(path / "weights.safetensors"), where=str(path))
     return Loaded(model.to(device).eval(), config, manifest, thresholds_of(published, config))
 

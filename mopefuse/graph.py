@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from mopefuse.data._base import Batch
-from mopefuse.errors import CheckpointError, EncoderError, PackageError
+from mopefuse.errors import CheckpointError, ConfigError, EncoderError, PackageError
 from mopefuse.fusion._base import Fusion
 
 OPSET = 20
@@ -122,13 +122,20 @@ def quantise(file: Path) -> None:
     """Make the weights of an ONNX file's matrix products 8-bit, in place (onnxruntime's dynamic quantisation).
 
     Raises:
-        PackageError: onnxruntime or onnx is not installed.
+        PackageError: onnxruntime or onnx is not installed. ConfigError: the weights are too large to be in one file.
     """
     require("onnx", "onnxruntime")
+    import onnx
     from onnxruntime.quantization import QuantType, quant_pre_process, quantize_dynamic
 
+    if file.with_name(f"{file.name}.data").exists():
+        raise ConfigError(74, f"--int8 takes models of up to {LARGEST:,} bytes", where="--int8", fix="leave --int8 out")
     ready, small = file.with_name("ready.onnx"), file.with_name("small.onnx")
     with _quietly():
+        model = onnx.load(file)
+        del model.graph.value_info[:]  # shapes of torch's own, which contradict those that onnxruntime infers
+        onnx.save(model, file)
+        del model
         quant_pre_process(file, ready, skip_symbolic_shape=True)
         quantize_dynamic(ready, small, weight_type=QuantType.QInt8)
     ready.unlink()

@@ -22,7 +22,7 @@ from PIL import Image
 
 from mopefuse import pixels, tokens
 from mopefuse.checkpoint import read_json, verify
-from mopefuse.errors import CheckpointError, ConfigError, DataError, NumericError, PackageError
+from mopefuse.errors import CheckpointError, ConfigError, DataError, Notice, NumericError, PackageError
 
 KIND = "bundle"
 MODELS = {"onnx": "model.onnx", "pt2": "model.pt2"}
@@ -285,5 +285,5 @@ def _clip_text() -> Callable[[str], str]:
 
 def _repaired(text: str) -> str:
     if not text.isascii():
-        warnings.warn("ftfy is not installed: text in a broken encoding is not repaired as in training", stacklevel=2)
+        warnings.warn("ftfy is not installed: text in a broken encoding is not repaired as in training", Notice, stacklevel=2)
     return unicodedata.normalize("NFC", text.translate(_QUOTES | _LIGATURES | _WIDE))

@@ -17,7 +17,20 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mopefuse.checkpoint import alive, born, disk_error, dump_json, finite, publish, read_json, sweep, verify, write_atomically
+from mopefuse.checkpoint import (
+    FORMAT,
+    alive,
+    born,
+    disk_error,
+    dump_json,
+    finite,
+    publish,
+    read_json,
+    sweep,
+    understood,
+    verify,
+    write_atomically,
+)  # fmt: skip
 from mopefuse.config import RunConfig, build_config
 from mopefuse.errors import CheckpointError, ConfigError
 from mopefuse.recipe import read_recipe, to_yaml
@@ -157,7 +170,7 @@ class RunFolder:
     def start(self, config: RunConfig, facts: Mapping[str, Any]) -> None:
         """Write configuration and manifest; from here on the folder is a run."""
         write_atomically(self.config_file, to_yaml(config))
-        write_atomically(self.manifest_file, dump_json({"kind": KIND, "format": 1, **facts}))
+        write_atomically(self.manifest_file, dump_json({"kind": KIND, "format": FORMAT, **facts}))
 
     def config(self) -> RunConfig:
         """The resolved configuration.
@@ -167,11 +180,16 @@ class RunFolder:
         """
         if not self.exists():
             raise CheckpointError(4, f"{self.path} is not a run", fix="name a folder that mopefuse train wrote")
+        self.manifest()  # of a version that this one can read
         return build_config(read_recipe(self.config_file), source=str(self.config_file))
 
     def manifest(self) -> dict[str, Any]:
-        """Encoders and their fingerprints, labels, data hashes."""
-        return read_json(self.manifest_file)
+        """Encoders and their fingerprints, labels, data hashes.
+
+        Raises:
+            CheckpointError: a newer version of mopefuse made this run.
+        """
+        return understood(read_json(self.manifest_file), KIND, str(self.path))
 
     def result(self) -> dict[str, Any]:
         """What metrics.json says of a finished run; empty before that."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mopefuse import __version__, distributed, metrics
+from mopefuse import __version__, distributed, metrics, registry
 from mopefuse import device as devices
 from mopefuse.checkpoint import dump_json, read_json, write_atomically
 from mopefuse.config import Data as DataConfig
@@ -300,11 +300,19 @@ def _facts(config: RunConfig, data: DataSet, model: Fusion) -> dict[str, Any]:
             }
             for side in model.uses
         },
+        "plugins": _plugins(config, model),
         "labels": list(data.labels),
         "multi_label": data.multi_label,
         "data": data.fingerprint(),
         "skipped": {name: [f"{problem.code} {problem}" for problem in split.skipped] for name, split in data.splits.items()},
     }
+
+
+def _plugins(config: RunConfig, model: Fusion) -> list[dict[str, str]]:
+    """Entry points of other distributions that the run cannot be loaded without."""
+    needs = {(registry.ENCODERS, model.encoder(side).spec.scheme) for side in model.uses} | {(registry.FUSION, config.method)}
+    found = [(group, name, registry.distribution(registry.available(group)[name][0])) for group, name in sorted(needs)]
+    return [{"group": group, "name": name, "distribution": of} for group, name, of in found if of != registry.OURS]
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -149,7 +149,8 @@ class Trainer:
                 write_tensors(folder / "weights.safetensors", self.model.own_state())
                 write_tensors(folder / "optimizer.safetensors", optimizer_state(self.optimizer, self.names))
 
-            self.run.save(self.progress.step, write, {"progress": asdict(self.progress)})
+            facts = {"progress": asdict(self.progress), "labels": list(self.data.labels)}
+            self.run.save(self.progress.step, write, facts)
         distributed.barrier()
 
     # -- the loop

@@ -1,6 +1,8 @@
 """Pretrain ``tiny:vision`` and ``tiny:text``, each on its own modality alone, and write the weights of the package.
 
-    python scripts/pretrain_tiny.py [--only vision|text] [--quick] [--out FOLDER] [--seed N]
+    python scripts/pretrain_tiny.py [--only vision|text] [--quick] [--out FOLDER] [--seed N] [--suffix -b]
+
+The second encoder of each kind is that of ``--seed 1 --suffix -b``.
 
 Vision learns to read images of one to four coloured digits, painted from the handwriting of the training split of digit
 questions only: every patch says which digit it belongs to and in which colour; [CLS] says which digits there are, which
@@ -263,6 +265,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="twenty small steps; the weights are useless")
     parser.add_argument("--out", type=Path, default=Path(str(tiny.WEIGHTS)), help="folder of the weights")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--suffix", default="", help="of the encoder's name")
     arguments = parser.parse_args()
     vocabulary = Path(str(tiny.WEIGHTS)) / VOCABULARY
     if vocabulary.read_text(encoding="utf-8").split() != words():
@@ -279,7 +282,7 @@ def main() -> None:
         task.encoder.eval()
         shown = "  ".join(f"{name} {accuracy:.4f}" for name, accuracy in task.accuracies().items())
         print(f"{task.name} seed {arguments.seed}: held-out accuracy: {shown}")
-        file = arguments.out / f"tiny-{task.name}.safetensors"
+        file = arguments.out / f"tiny-{task.name}{arguments.suffix}.safetensors"
         save_file({name: tensor.half().contiguous() for name, tensor in task.encoder.state_dict().items()}, file)
         print(f"wrote {file.name}: {file.stat().st_size} bytes")
 

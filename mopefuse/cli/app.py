@@ -10,15 +10,17 @@ import errno
 import os
 import sys
 import traceback
+import warnings
+from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from mopefuse import __version__
 from mopefuse.cli import data, demo, doctor, encoders, eval, export, predict, push, swap_encoder, train
 from mopefuse.cli._render import print_json, speaks_unicode
-from mopefuse.errors import ConfigError, Interrupted, MopefuseError, ResourceError
+from mopefuse.errors import ConfigError, Interrupted, MopefuseError, Notice, PackageError, ResourceError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
@@ -63,6 +65,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show is spelt out instead of ending the program
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    _show_notices()
     try:
         try:
             app()
@@ -87,6 +90,19 @@ def main() -> None:
         if known is not None:
             _exit(known)
         _crash(error)
+
+
+def _show_notices() -> None:
+    """Warnings that are meant for users as one line; others as Python shows them."""
+    plain = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if issubclass(category, Notice):
+            print(f"notice: {message}", file=sys.stderr)
+        else:
+            plain(message, category, *place, **more)
+
+    warnings.showwarning = show
 
 
 def _exit(error: MopefuseError) -> None:
@@ -119,6 +135,9 @@ def _known(error: Exception) -> MopefuseError | None:
         return ResourceError(
             7, "a data worker was killed; usually host memory", where="data.workers", fix="lower data.workers"
         )
+    if isinstance(error, RuntimeError) and "operator torchvision::" in str(error):
+        what = f"torchvision {version('torchvision')} does not match torch {version('torch')}"
+        return PackageError(2, what, fix="pip install --upgrade torch torchvision, both from one index")
     if isinstance(error, MemoryError):
         return ResourceError(6, "out of memory", fix="use a smaller --batch, or --set train.accumulate=2")
     if isinstance(error, OSError) and error.errno in _FULL:

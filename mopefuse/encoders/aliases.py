@@ -39,6 +39,6 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "timm": ("ViT, DeiT, Swin", "any other with a pooled feature, CNNs included"),
     "hf": ("BERT, RoBERTa, DistilBERT, MiniLM, ViT, DeiT, Swin, CLIP", "any other encoder with a pooled feature"),
     "open_clip": ("text and vision transformers", "other vision towers"),
-    "tiny": ("tiny:vision, tiny:text", ""),
+    "tiny": ("tiny:vision, tiny:text, a second of each with -b", ""),
 }
 """What each scheme offers: families that can be prompted, and those that can only condition."""

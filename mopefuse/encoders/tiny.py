@@ -1,9 +1,10 @@
-"""``tiny:vision`` and ``tiny:text``: two small transformers whose weights are part of the package.
+"""``tiny:vision`` and ``tiny:text``: two small transformers whose weights are part of the package; and one more of each.
 
 They make the digit questions task (`mopefuse.data.digit_questions`) runnable in minutes on a laptop and without any
 network, and they are the encoders of the tests. ``scripts/pretrain_tiny.py`` taught each its own modality alone: vision
-to read four coloured digits, text to guess masked words. Options: ``?pretrained=false`` for random weights,
-``?pool=cls`` or ``?pool=mean`` for the pooled feature.
+to read four coloured digits, text to guess masked words. ``tiny:vision-b`` and ``tiny:text-b`` were taught the same from
+another seed, so that an encoder can be swapped for one of the same kind and size. Options: ``?pretrained=false`` for
+random weights, ``?pool=cls`` or ``?pool=mean`` for the pooled feature.
 
 Plain pre-norm transformers (An image is worth 16x16 words, https://arxiv.org/abs/2010.11929, scaled down).
 Shapes: B batch, L tokens ([CLS] first), P prompt tokens, D width, C = D width of the pooled feature, H heads.
@@ -47,7 +48,8 @@ class Shape(NamedTuple):
     pool: str  # unless the spec says otherwise
 
 
-SHAPES = {"vision": Shape("image", 96, 4, 4, "cls"), "text": Shape("text", 96, 2, 4, "mean")}
+_VISION, _TEXT = Shape("image", 96, 4, 4, "cls"), Shape("text", 96, 2, 4, "mean")
+SHAPES = {"vision": _VISION, "text": _TEXT, "vision-b": _VISION, "text-b": _TEXT}
 
 
 @cache
