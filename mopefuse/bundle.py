@@ -163,6 +163,7 @@ def describe(model: Fusion, folder: Path) -> dict[str, dict[str, Any]]:
         if save is not None:
             file = folder / f"{side}-tokenizer.json"
             how |= {"tokenizer_name": how["tokenizer"], "vocabulary": getattr(preprocess, "vocabulary", 0)}
+            how["length"] = getattr(preprocess, "length", None)
             how["tokenizer"] = {**save(file), **({"file": file.name} if file.exists() else {})}
         sides[side] = how
     return sides

@@ -142,12 +142,12 @@ def _expected(side: str, how: Mapping[str, Any]) -> list[tuple[str, tuple[int, .
     """(name, shape with 0 for any, type) of the inputs of a side."""
     if how["modality"] == "image":
         return [(f"{side}_pixels", (0, *how["size"], 3), np.uint8)]
-    length = how["tokenizer"].get("length") or 0
+    length = how["length"] or 0
     return [(f"{side}_ids", (0, length), np.int64), (f"{side}_mask", (0, length), np.bool_)]
 
 
 def _check_ids(name: str, ids_BL: Array, mask_BL: Array, how: Mapping[str, Any]) -> None:
-    most, length = how["vocabulary"], how["tokenizer"].get("length") or how["max_tokens"]
+    most, length = how["vocabulary"], how["length"] or how["max_tokens"]
     if ids_BL.shape != mask_BL.shape or not 1 <= ids_BL.shape[1] <= length or not mask_BL.any(axis=1).all():
         what = f"{name} of shape {ids_BL.shape} does not go with its mask, or has other than 1 to {length} tokens"
         raise DataError(89, what, where=name, fix="give ids and mask of one shape, with a real token in each row")
@@ -234,7 +234,7 @@ def _tokenizer(how: Mapping[str, Any], folder: Path) -> Callable[[Sequence[str]]
     rows = _rows(own, folder, most)
 
     def tokenize(texts: Sequence[str]) -> tuple[Array, Array]:
-        return tokens.pad(rows([tokens.readable(text, most) for text in texts]), own["pad_id"], own.get("length"))
+        return tokens.pad(rows([tokens.readable(text, most) for text in texts]), own["pad_id"], how["length"])
 
     return tokenize
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mopefuse.encoders._base import Encoded, Encoder, Inputs, Prompt, PromptAt, create_encoder
+from mopefuse.encoders._base import Encoded, Encoder, Inputs, Prompt, PromptAt, create_encoder, run_alone
 from mopefuse.errors import EncoderError
 
 _TOLERANCE = 1e-4  # of the largest value, in float32
@@ -50,6 +50,7 @@ def check_encoder(encoder: str | Encoder, samples: Sequence[Any] | None = None) 
     check.frozen()
     check.plain_output()
     check.does_not_depend_on_the_batch(None)
+    check.alone()
     if not built.widths:
         check.refuses_prompts()
         return built
@@ -118,6 +119,10 @@ class _Check:
             assert out.mask_BL.any(dim=1).all(), self.say("a sample has no real token")
         assert out.pooled_BC.isfinite().all(), self.say("the pooled feature is not finite")
         self.same(self.run(self.inputs), out, "the same input gives another output the second time")
+
+    def alone(self) -> None:
+        pooled_BC = run_alone(self.encoder, self.inputs)
+        self.close(self.run(self.inputs).pooled_BC, pooled_BC, "a sample by itself, without padding, gives another feature")
 
     def does_not_depend_on_the_batch(self, gates: Callable[[list[Tensor]], list[Tensor] | None] | None) -> None:
         together = self.run(self.inputs, self.prompting(gates, slice(None)))

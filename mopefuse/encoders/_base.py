@@ -184,7 +184,7 @@ def run_frozen(encoder: Encoder, inputs: Inputs) -> Encoded:
 
 
 def run_alone(encoder: Encoder, inputs: Inputs) -> Tensor:
-    """Pooled features (B, C) of a frozen encoder, each sample by itself and without padding.
+    """Pooled features (B, C) of a frozen encoder, each sample by itself and without padding that it does not need.
 
     Kernels round differently for batches of other shapes, so only this gives a sample the same bits in every batch; it
     is the form that is cached. On a GPU, where it would be slow and bits are not promised, it is one batch.
@@ -195,7 +195,7 @@ def run_alone(encoder: Encoder, inputs: Inputs) -> Tensor:
     rows = []
     for number in range(len(first)):
         one = {name: tensor[number : number + 1] for name, tensor in inputs.items()}
-        if "mask" in one:
+        if "mask" in one and getattr(encoder.preprocess, "length", None) is None:
             real = one["mask"][0]
             one = {name: tensor[:, real] for name, tensor in one.items()}
         rows.append(run_frozen(encoder, one).pooled_BC)

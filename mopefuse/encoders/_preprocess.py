@@ -85,6 +85,7 @@ class TextPreprocess:
         vocabulary: ids are below it.
         save: write what `mopefuse.predictor` needs to tokenize in the same way to a file, and describe it for
             preprocess.json; None where that is not possible, and then the encoder cannot be exported.
+        length: the one length that the encoder takes, to which every text is padded; None for any.
     """
 
     tokenize: Tokenize
@@ -92,6 +93,7 @@ class TextPreprocess:
     name: str = ""
     vocabulary: int = 0
     save: Save | None = None
+    length: int | None = None
 
     def item(self, value: str) -> str:
         """A text that any tokenizer takes: lone surrogates and control characters become U+FFFD."""

@@ -69,7 +69,8 @@ class OpenCLIPEncoder(PromptedEncoder):
             length = int(self.backbone.context_length)
             most = _options.max_tokens(spec, length, length)
             tokenize = _Tokenize(length)
-            self.preprocess = TextPreprocess(tokenize, most, f"open_clip:{name}", tokenize.tokenizer.vocab_size, tokenize.save)
+            vocabulary = tokenize.tokenizer.vocab_size
+            self.preprocess = TextPreprocess(tokenize, most, f"open_clip:{name}", vocabulary, tokenize.save, length)
         else:
             self.preprocess = _image_preprocess(spec, self.backbone, statistics)
         blocks, self.why_not_main = _promptable(self.backbone)
@@ -118,8 +119,7 @@ class _Tokenize:
         tokenizer.add_special_tokens([begin[0], end[0]])
         tokenizer.post_processor = TemplateProcessing(single=f"{begin[0]} $A {end[0]}", special_tokens=[begin, end])
         file.write_text(tokenizer.to_str(), encoding="utf-8")
-        how = {"pad_id": 0, "cut": "right", "length": self.context_length, "end_id": end[1], "clean": "clip"}
-        return {"kind": "file", **how}
+        return {"kind": "file", "pad_id": 0, "cut": "right", "end_id": end[1], "clean": "clip"}
 
 
 def _attention(
