@@ -215,4 +215,4 @@ def _quietly() -> Iterator[None]:
 def fixed_lengths(descriptions: Mapping[str, Mapping[str, Any]]) -> dict[str, int | None]:
     """Of each text side, the one length of tokens that its encoder takes; None for any."""
     texts = {side: how for side, how in descriptions.items() if how["modality"] == "text"}
-    return {side: how["length"] for side, how in texts.items()}
+    return {side: how.get("length") for side, how in texts.items()}

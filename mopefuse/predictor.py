@@ -90,10 +90,13 @@ class Bundle:
 
         Raises:
             DataError: a missing input, or one of another type or shape, or a token that the encoder does not know.
-            NumericError: the answer is not finite.
+            CheckpointError: labels.json does not fit the graph. NumericError: the answer is not finite.
         """
         self.check(inputs)
         outputs = self._run({name: np.ascontiguousarray(array) for name, array in inputs.items()})
+        if outputs[0].shape[1:] != (len(self.labels),):
+            what = f"the graph answers for {outputs[0].shape[-1]} labels, labels.json has {len(self.labels)} labels"
+            raise CheckpointError(3, what, where=str(self.folder), fix=_AGAIN)
         if not np.isfinite(outputs[0]).all():
             raise NumericError(3, "the model's answer is not finite", where=str(self.folder), fix=_AGAIN)
         return outputs[0], outputs[1] if len(outputs) > 1 else None
@@ -142,12 +145,12 @@ def _expected(side: str, how: Mapping[str, Any]) -> list[tuple[str, tuple[int, .
     """(name, shape with 0 for any, type) of the inputs of a side."""
     if how["modality"] == "image":
         return [(f"{side}_pixels", (0, *how["size"], 3), np.uint8)]
-    length = how["length"] or 0
+    length = how.get("length") or 0
     return [(f"{side}_ids", (0, length), np.int64), (f"{side}_mask", (0, length), np.bool_)]
 
 
 def _check_ids(name: str, ids_BL: Array, mask_BL: Array, how: Mapping[str, Any]) -> None:
-    most, length = how["vocabulary"], how["length"] or how["max_tokens"]
+    most, length = how["vocabulary"], how.get("length") or how["max_tokens"]
     if ids_BL.shape != mask_BL.shape or not 1 <= ids_BL.shape[1] <= length or not mask_BL.any(axis=1).all():
         what = f"{name} of shape {ids_BL.shape} does not go with its mask, or has other than 1 to {length} tokens"
         raise DataError(89, what, where=name, fix="give ids and mask of one shape, with a real token in each row")
@@ -180,14 +183,16 @@ def _onnx(file: Path, device: str, threads: int | None) -> Runner:
     options.log_severity_level = 3
     if threads:
         options.intra_op_num_threads = threads
+    providers = _providers(device)
     try:
-        session = onnxruntime.InferenceSession(file, options, providers=_providers(device))
+        session = onnxruntime.InferenceSession(file, options, providers=providers)
     except Exception as error:  # onnxruntime's own errors have no common class
         reason = str(error).splitlines()[0]
         raise CheckpointError(
             9, f"onnxruntime cannot load {file.name}: {reason}", where=str(file), fix=_AGAIN
         ) from None
-    return lambda inputs: session.run(None, inputs)
+    used = {value.name for value in session.get_inputs()}  # a graph may have no use for a mask
+    return lambda inputs: session.run(None, {name: array for name, array in inputs.items() if name in used})
 
 
 def _providers(device: str) -> list[Any]:
@@ -234,7 +239,7 @@ def _tokenizer(how: Mapping[str, Any], folder: Path) -> Callable[[Sequence[str]]
     rows = _rows(own, folder, most)
 
     def tokenize(texts: Sequence[str]) -> tuple[Array, Array]:
-        return tokens.pad(rows([tokens.readable(text, most) for text in texts]), own["pad_id"], how["length"])
+        return tokens.pad(rows([tokens.readable(text, most) for text in texts]), own["pad_id"], how.get("length"))
 
     return tokenize
 

@@ -28,7 +28,7 @@ from mopefuse.fusion._base import Fusion
 from mopefuse.fusion.build import build_model
 from mopefuse.run import RunFolder
 from mopefuse.source import trained
-from mopefuse.train import train
+from mopefuse.train import resolved, train
 from mopefuse.trainer import Listener, Start
 
 Fate = Literal["kept", "projected", "new"]
@@ -141,13 +141,24 @@ def _new_config(
         if spec is not None and side not in model.uses:
             raise ConfigError(63, f"{config.method} has no {side} encoder", where=f"--{side}", fix="swap the other one")
         values[side] = str(full_spec(spec)) if spec is not None else values[side]
-    if main is not None:  # what was resolved for the old encoder is resolved anew
-        values["prompts"]["init"] = None
-        values["train"] |= {"lr": None, "lr_comp": None}
+    if main is not None or comp is not None:
+        for section, key in _from_encoders(config, model):
+            values[section][key] = None
     if data is not None:
         values["data"] = elsewhere(config.data, data).model_dump(mode="json")
     values["train"] |= {"epochs": epochs, "max_steps": None}
     return build_config(merge(values, dict(settings)))
+
+
+def _from_encoders(config: RunConfig, model: Fusion) -> list[tuple[str, str]]:
+    """The settings that nobody chose: their values follow from the encoders, so that they are resolved anew for others."""
+    found = []
+    for section, key in (("prompts", "init"), ("train", "lr"), ("train", "lr_comp")):
+        mine = getattr(config, section)
+        blank = config.model_copy(update={section: mine.model_copy(update={key: None})})
+        if getattr(getattr(resolved(blank, model), section), key) == getattr(mine, key):
+            found.append((section, key))
+    return found
 
 
 def inherit(

@@ -66,7 +66,7 @@ def plan(config: RunConfig, listener: Listener | None = None) -> Plan:
     """
     data = _load(config, listener or Listener())
     model = build_model(config, len(data.labels))
-    config = _resolved(config, model)
+    config = resolved(config, model)
     return Plan(
         config,
         {name: len(split.rows) for name, split in data.splits.items()},
@@ -127,7 +127,7 @@ def _train(
             listener.notice(f"changed: {change}")
     data = _load(config, listener)
     model = build_model(config, len(data.labels)).to(device)
-    config = model.config = _resolved(config, model)
+    config = model.config = resolved(config, model)
     facts = _facts(config, data, model)
     facts["warm_up"] = {"names": list(start.fresh), "epochs": start.warm_up} if start and start.warm_up else None
     if continuing:
@@ -278,7 +278,7 @@ def _load(config: RunConfig, listener: Listener) -> DataSet:
     return data
 
 
-def _resolved(config: RunConfig, model: Fusion) -> RunConfig:
+def resolved(config: RunConfig, model: Fusion) -> RunConfig:
     """Every default that depends on the encoders written out."""
     modality_of = {side: model.encoder(side).modality for side in model.uses}
     return with_learning_rates(full_specs(model.resolve(config)), modality_of)

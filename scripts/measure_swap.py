@@ -20,9 +20,9 @@ from mopefuse.swap import swap_encoder
 from mopefuse.train import train
 
 
-def curve(run: Path) -> list[tuple[int, float]]:
-    """(step, validation accuracy) of each evaluation of a run."""
-    return [(line["step"], line["val"]["accuracy"]) for line in RunFolder(run).read_log() if "val" in line]
+def curve(run: Path) -> dict[int, float]:
+    """Validation accuracy of a run by step."""
+    return {line["step"]: line["val"]["accuracy"] for line in RunFolder(run).read_log() if "val" in line}
 
 
 def main() -> None:
@@ -52,11 +52,11 @@ def main() -> None:
             tuned, scratch = curve(out), curve(out.with_name(f"{out.name}-scratch"))
             print(f"\n{side} -> {spec}: {100 * swap.share_kept:.1f} % of the values kept")
             print("step    swapped  scratch")
-            for (step, accuracy), (_, other) in zip(tuned, scratch[-len(tuned) :], strict=True):
-                print(f"{step:5d}  {accuracy:8.4f} {other:8.4f}", flush=True)
-            end = max(accuracy for _, accuracy in scratch)
-            reached = next((step for step, accuracy in tuned if accuracy >= end), None)
-            print(f"from scratch {end:.4f} after {scratch[-1][0]} steps; the swapped run reaches it after {reached}")
+            for step, accuracy in tuned.items():
+                print(f"{step:5d}  {accuracy:8.4f} {scratch.get(step, float('nan')):8.4f}", flush=True)
+            end = max(scratch.values())
+            reached = next((step for step, accuracy in tuned.items() if accuracy >= end), None)
+            print(f"from scratch {end:.4f} after {max(scratch)} steps; the swapped run reaches it after {reached}")
             print({stage: (found["test"] or {}).get("accuracy") for stage, found in swap.metrics.items()})
 
 

@@ -29,6 +29,8 @@ torch.set_num_threads(1)
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
 
+pytest.register_assert_rewrite("artefact_cases")  # a module of helpers with fixtures
+
 LABELS = ("a", "b", "c")
 COUNTS = {"train": 12, "val": 6, "test": 7}
 TINY = ("--main", "tiny:vision", "--comp", "tiny:text", "--device", "cpu", "--experts", "2", "--batch", "4")
@@ -76,6 +78,15 @@ def trained(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = call("train", *TINY, "--data", pairs, "--out", run, "--steps", "2")
     assert done.returncode == 0, done.stderr
     return run
+
+
+@pytest.fixture(scope="session")
+def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The ONNX bundle of `trained`, with routing; not to be changed."""
+    out = tmp_path_factory.mktemp("exports") / "bundle"
+    done = call("export", trained, "-o", out, "--routing")
+    assert done.returncode == 0, done.stderr
+    return out
 
 
 def code_of(action: Callable[[], object]) -> str:

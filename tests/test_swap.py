@@ -151,6 +151,17 @@ def test_tuning_is_compared_with_training_from_scratch(run: Path, tmp_path: Path
     assert steps == [0, 3, 6]
 
 
+def test_settings_that_were_chosen_stay_and_defaults_follow_the_new_encoder(data: Path, tmp_path: Path) -> None:
+    for name, chosen in (("chosen", {"lr": 0.02}), ("default", {})):
+        settings = {"data": {"path": str(data)}, "train": {"epochs": 0, **chosen}}
+        train(config_of(**settings, prompts={"experts": 2, **({"init": 0.3} if chosen else {})}), tmp_path / name)
+        swap_encoder(tmp_path / name, tmp_path / f"{name}-text", main="tiny:text", comp="tiny:vision")
+    lr = {name: RunFolder(tmp_path / name).config().train.lr for name in ("chosen-text", "default", "default-text")}
+    assert lr == {"chosen-text": 0.02, "default": 4e-4, "default-text": 5e-4}
+    init = {name: RunFolder(tmp_path / name).config().prompts.init for name in ("chosen-text", "default", "default-text")}
+    assert init["chosen-text"] == 0.3 and init["default"] != init["default-text"]
+
+
 def test_in_the_warm_up_only_what_is_new_learns(run: Path, tmp_path: Path) -> None:
     for epochs in (1, 2):
         swap_encoder(

@@ -1,0 +1,351 @@
+"""What is exported is whole, checked against the model before it exists, and compared with its manifest when it is read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import TINY, call, code_of, make_pairs
+from PIL import Image
+
+import mopefuse
+from mopefuse import bundle as making
+from mopefuse import graph
+from mopefuse.checkpoint import publish, read_json
+from mopefuse.predictor import Bundle
+
+BUNDLE = set(
+    "README.md config.yaml example.json example.png labels.json manifest.json model.onnx preprocess.json".split()
+)
+
+
+@pytest.fixture(scope="module")
+def pt2(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as a pt2 bundle; not to be changed."""
+    out = tmp_path_factory.mktemp("exports") / "pt2"
+    done = call("export", trained, "-o", out, "--format", "pt2")
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture
+def copy(exported: Path, tmp_path: Path) -> Path:
+    """A copy of the bundle that a test may spoil."""
+    return Path(shutil.copytree(exported, tmp_path / "copy"))
+
+
+def reseal(folder: Path) -> None:
+    """Publish a changed folder again, so that its manifest fits."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    facts = {key: value for key, value in manifest.items() if key not in ("files", "format")}
+    (folder / "manifest.json").unlink()
+    changed = folder.rename(folder.with_name("changed"))
+    publish(folder, lambda new: shutil.copytree(changed, new, dirs_exist_ok=True) and None, facts)
+
+
+def answers(model: Path, pairs: Path, out: Path) -> list[dict[str, Any]]:
+    done = call("predict", model, pairs / "test.jsonl", "-o", out)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+# -- what is in a bundle, and what it answers
+
+
+def test_a_bundle_has_all_that_running_it_needs_and_nothing_of_where_it_was_made(
+    exported: Path, trained: Path, pairs: Path
+) -> None:
+    assert {path.name for path in exported.iterdir()} == BUNDLE
+    sides = read_json(exported / "preprocess.json")["sides"]
+    assert sides["main"]["size"] == [16, 16] and len(sides["main"]["mean"]) == 3
+    assert sides["comp"]["max_tokens"] == 32 and sides["comp"]["tokenizer"]["kind"] == "words"
+    assert read_json(exported / "labels.json")["labels"] == ["a", "b", "c"]
+    card = (exported / "README.md").read_text()
+    facts = read_json(trained / "manifest.json")
+    for said in ("tiny:vision", "tiny:text", facts["data"]["train"], facts["encoders"]["main"]["fingerprint"], "accuracy"):
+        assert said in card
+    assert "mopefuse export RUN --format onnx --routing -o OUT" in card
+    for path in exported.iterdir():
+        assert str(pairs.parent).encode() not in path.read_bytes(), path.name
+
+
+def test_the_graph_has_named_dynamic_dimensions_and_its_weights_inside(exported: Path) -> None:
+    model = onnx.load(exported / "model.onnx", load_external_data=False)
+    shapes = {
+        value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in (*model.graph.input, *model.graph.output)
+    }
+    assert shapes["main_pixels"] == ["batch", 16, 16, 3]
+    assert shapes["comp_ids"] == shapes["comp_mask"] == ["batch", "comp_tokens"]
+    assert shapes["logits"] == ["batch", 3] and shapes["routing"] == ["batch", 4, 2]
+    assert not any(tensor.external_data for tensor in model.graph.initializer)
+
+
+@pytest.mark.parametrize("kind", ["exported", "pt2"])
+def test_a_bundle_answers_as_the_run_does(
+    kind: str, trained: Path, pairs: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(kind)
+    found = answers(folder, pairs, tmp_path / "bundle.jsonl")
+    for mine, theirs in zip(found, answers(trained, pairs, tmp_path / "run.jsonl"), strict=True):
+        assert (mine["id"], mine["label"]) == (theirs["id"], theirs["label"])
+        assert mine["probabilities"] == pytest.approx(theirs["probabilities"], abs=1e-4)
+
+
+def test_python_asks_a_bundle_as_it_asks_a_run(exported: Path, trained: Path, pairs: Path) -> None:
+    with Image.open(pairs / "images" / "test-1.png") as image:
+        pair = [image.convert("LA")], ["what is the red digit"]
+        one = mopefuse.load(exported).predict(*pair, top=2, routing=True)
+        other = mopefuse.load(trained, device="cpu").predict(*pair, top=2, routing=True)
+    assert one[0]["label"] == other[0]["label"] and len(one[0]["probabilities"]) == 2
+    assert np.allclose(one[0]["routing"], other[0]["routing"], atol=1e-5) and np.shape(one[0]["routing"]) == (4, 2)
+
+
+def test_a_run_its_adapter_and_its_bundles_have_the_same_metric(
+    exported: Path, pt2: Path, trained: Path, pairs: Path, tmp_path: Path
+) -> None:
+    adapter = tmp_path / "adapter"
+    assert call("export", trained, "--format", "adapter", "-o", adapter).returncode == 0
+    assert sum(path.stat().st_size for path in adapter.iterdir()) < 300_000
+    found = {}
+    for model in (trained, adapter, exported, pt2):
+        done = call("eval", model, "--data", pairs, "--json", "-o", tmp_path / "out.jsonl")
+        assert done.returncode == 0, done.stderr
+        found[model] = json.loads(done.stdout)["metrics"]
+    assert found[adapter] == found[trained]
+    for model in (exported, pt2):
+        assert found[model]["accuracy"] == found[trained]["accuracy"]
+        assert found[model]["loss"] == pytest.approx(found[trained]["loss"], abs=1e-4)
+    unnamed = call("eval", exported)
+    assert unnamed.returncode == 3 and "add --data DIR" in unnamed.stderr
+
+
+def test_several_labels_keep_the_thresholds_of_the_run(tmp_path: Path) -> None:
+    root = make_pairs(tmp_path / "data", multi=True)
+    run, out = tmp_path / "run", tmp_path / "bundle"
+    assert call("train", *TINY, "--data", root, "--out", run, "--steps", "2", "--threshold", "tuned").returncode == 0
+    assert call("export", run, "-o", out).returncode == 0
+    assert mopefuse.load(out).model.thresholds == list(read_json(run / "metrics.json")["thresholds"].values())
+    for mine, theirs in zip(answers(out, root, tmp_path / "a.jsonl"), answers(run, root, tmp_path / "b.jsonl"), strict=True):
+        assert mine["labels"] == theirs["labels"]
+
+
+def test_an_adapter_is_a_run_for_swapping_and_for_exporting_again(trained: Path, pairs: Path, tmp_path: Path) -> None:
+    adapter, again, swapped = (tmp_path / name for name in ("adapter", "again", "swapped"))
+    assert call("export", trained, "--format", "adapter", "-o", adapter).returncode == 0
+    assert call("export", adapter, "--format", "adapter", "-o", again).returncode == 0
+    assert (adapter / "weights.safetensors").read_bytes() == (again / "weights.safetensors").read_bytes()
+    data = f"data.path={pairs}"
+    done = call("swap-encoder", adapter, "--comp", "tiny:text-b", "-o", swapped, "--set", data, "--json")
+    assert done.returncode == 0, done.stderr
+    stages = json.loads(done.stdout)["stages"]
+    assert stages["before"] == read_json(trained / "metrics.json")["metrics"]
+
+
+# -- what is not published
+
+
+def test_a_graph_that_answers_otherwise_is_not_published(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(making, "TOLERANCE", -1.0)
+    done = call("export", trained, "--format", "pt2", "-o", tmp_path / "out", "--json")
+    error = json.loads(done.stdout)["error"]
+    assert done.returncode == 10 and error["code"] == "MF-GATE-02" and "differ by" in error["message"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bundle_that_reads_texts_otherwise_is_not_published(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collate = Bundle.collate
+
+    def other(self: Bundle, images: Any, texts: Any) -> Any:
+        return collate(self, images, [text.replace("red", "green") for text in texts])
+
+    monkeypatch.setattr(Bundle, "collate", other)
+    done = call("export", trained, "--format", "pt2", "-o", tmp_path / "out")
+    assert done.returncode == 10 and "comp_ids of the bundle is not what training makes" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_other_things_is_never_replaced(trained: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    for flags in ((), ("--overwrite",)):
+        done = call("export", trained, "--format", "adapter", "-o", mine, *flags)
+        assert done.returncode == 3 and "MF-CFG-23" in done.stderr
+    assert (mine / "thesis.txt").read_text() == "years of work"
+    out = tmp_path / "out"
+    assert call("export", trained, "--format", "adapter", "-o", out).returncode == 0
+    assert call("export", trained, "--format", "adapter", "-o", out).returncode == 3
+    assert call("export", trained, "--format", "adapter", "-o", out, "--overwrite").returncode == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (("--format", "tflite", "-o", "x"), "MF-CFG-67"),
+        (("--format", "adapter", "--routing", "-o", "x"), "MF-CFG-68"),
+        (("--format", "pt2", "--int8", "-o", "x"), "MF-CFG-68"),
+        (("-o", "no/such/x"), "MF-CFG-54"),
+        ((), "MF-CFG-71"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(
+    arguments: tuple[str, ...], code: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = call("export", trained, *arguments)
+    assert done.returncode == 3 and code in done.stderr and "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_routing_of_a_model_that_has_none_is_refused(pairs: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert call("train", *TINY, "--method", "late-concat", "--data", pairs, "--out", run, "--steps", "1").returncode == 0
+    done = call("export", run, "--format", "pt2", "--routing", "-o", tmp_path / "out")
+    assert done.returncode == 3 and "MF-CFG-69" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_export_without_its_packages_names_the_extra(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F-112."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnx" else object())
+    done = call("export", trained, "-o", tmp_path / "out")
+    assert done.returncode == 5 and "MF-ENV-01" in done.stderr and 'pip install "mopefuse[export]"' in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+# -- 8 bits
+
+
+def test_eight_bits_are_smaller_and_measured_before_and_after(exported: Path, trained: Path, tmp_path: Path) -> None:
+    done = call("export", trained, "--int8", "-o", tmp_path / "out", "--json")
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["size"] < 0.5 * sum(path.stat().st_size for path in exported.iterdir())
+    assert said["int8"]["before"] == pytest.approx(read_json(trained / "metrics.json")["metrics"]["val"], abs=1e-4)
+    assert said["int8"]["after"].keys() == said["int8"]["before"].keys()
+    assert "before 8-bit weights" in (tmp_path / "out" / "README.md").read_text()
+    assert call("export", "verify", tmp_path / "out").returncode == 0
+
+
+# -- verify, and what was tampered with
+
+
+def test_verify_says_what_holds(exported: Path, pt2: Path) -> None:
+    for folder in (exported, pt2):
+        done = call("export", "verify", folder, "--json")
+        assert done.returncode == 0 and "as it was exported" in json.loads(done.stdout)["found"]
+
+
+@pytest.mark.parametrize("name", sorted(BUNDLE - {"manifest.json"}))
+def test_a_file_that_was_changed_is_named(name: str, copy: Path) -> None:
+    content = bytearray((copy / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (copy / name).write_bytes(content)
+    for command in (("export", "verify", copy), ("predict", copy, "--image", copy / "example.png", "--text", "a")):
+        done = call(*command)
+        assert done.returncode == 6 and name in done.stderr and "sha256 differs" in done.stderr
+
+
+def test_another_answer_to_the_example_is_told(copy: Path) -> None:
+    example = read_json(copy / "example.json")
+    example["logits"][0] += 0.01
+    (copy / "example.json").write_text(json.dumps(example))
+    reseal(copy)
+    done = call("export", "verify", copy)
+    assert done.returncode == 10 and "differs by 0.01" in done.stderr
+
+
+def test_labels_that_do_not_fit_the_graph_are_refused(copy: Path) -> None:
+    labels = read_json(copy / "labels.json")
+    (copy / "labels.json").write_text(json.dumps({**labels, "labels": ["a", "b"]}))
+    reseal(copy)
+    done = call("export", "verify", copy)
+    assert done.returncode == 6 and "2 labels" in done.stderr and "3" in done.stderr
+
+
+@pytest.mark.parametrize("key", ["labels", "thresholds", "multi_label"])
+def test_a_bundle_that_lacks_a_fact_is_refused(key: str, copy: Path) -> None:
+    labels = read_json(copy / "labels.json")
+    del labels[key]
+    (copy / "labels.json").write_text(json.dumps(labels))
+    reseal(copy)
+    assert code_of(lambda: Bundle(copy)) == "MF-CKPT-03"
+
+
+class TestWeightsBesideTheGraph:
+    """F-109: models of more than 2 GB keep their weights in model.onnx.data."""
+
+    @pytest.fixture
+    def large(self, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        monkeypatch.setattr(graph, "LARGEST", 0)
+        done = call("export", trained, "-o", tmp_path / "large")
+        assert done.returncode == 0, done.stderr
+        for said in ("largest difference", "same labels", "100.0 % of 20", "one pair, 1 threads: PyTorch"):
+            assert said in done.stdout
+        return tmp_path / "large"
+
+    def test_they_are_needed_whole_and_inside_the_folder(self, large: Path, tmp_path: Path) -> None:
+        data = large / "model.onnx.data"
+        content = data.read_bytes()
+        assert "model.onnx.data" in read_json(large / "manifest.json")["files"]
+        assert call("export", "verify", large).returncode == 0
+        data.unlink()
+        missing = call("export", "verify", large)
+        data.write_bytes(content[:-100])
+        cut = call("export", "verify", large)
+        for done in (missing, cut):
+            assert done.returncode == 6 and "model.onnx.data" in done.stderr and "Traceback" not in done.stderr
+        (tmp_path / "outside.data").write_bytes(content)
+        data.unlink()
+        model = onnx.load(large / "model.onnx", load_external_data=False)
+        for tensor in model.graph.initializer:
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    entry.value = "../outside.data"
+        onnx.save(model, large / "model.onnx")
+        reseal(large)
+        away = call("export", "verify", large)
+        assert away.returncode == 6 and "model.onnx" in away.stderr and "Traceback" not in away.stderr
+
+
+def test_a_pt2_archive_with_a_pickle_in_it_is_refused_and_runs_nothing(pt2: Path, tmp_path: Path) -> None:
+    import io
+    import pickle
+
+    canary = tmp_path / "canary"
+
+    class Canary:
+        def __reduce__(self) -> Any:
+            return Path.touch, (canary,)
+
+    with zipfile.ZipFile(pt2 / "model.pt2") as archive:
+        names = [info.filename for info in archive.infolist() if info.file_size]
+        assert not any("sample_inputs" in name or name.endswith((".pkl", ".pt")) for name in names)
+        content = {name: archive.read(name) for name in archive.namelist()}
+    sample = next(name for name in content if "sample_inputs" in name)
+    buffer = io.BytesIO()
+    torch.save(Canary(), buffer)
+    bad = Path(shutil.copytree(pt2, tmp_path / "bad"))
+    with zipfile.ZipFile(bad / "model.pt2", "w") as archive:
+        for name, data in content.items():
+            archive.writestr(name, buffer.getvalue() if name == sample else data)
+    reseal(bad)
+    done = call("predict", bad, "--image", bad / "example.png", "--text", "a")
+    assert done.returncode == 6 and "MF-CKPT-06" in done.stderr and not canary.exists()
+    pickle.loads(pickle.dumps(Canary()))  # noqa: S301 (the canary sings: the test could have failed)
+    assert canary.exists()
