@@ -8,7 +8,8 @@ batch does not divide, which averaging over processes would get wrong.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -31,10 +32,16 @@ def start() -> tuple[int, int]:
     return rank(), world_size()
 
 
-def stop() -> None:
-    """Leave the group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+@contextmanager
+def joined() -> Iterator[None]:
+    """A part of the program in which the processes that torchrun started work together; it may be inside another."""
+    mine = not dist.is_initialized()
+    start()
+    try:
+        yield
+    finally:
+        if mine and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def rank() -> int:

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from mopefuse import distributed
 from mopefuse.checkpoint import dump_json, write_atomically
 from mopefuse.config import RunConfig, build_config, merge
 from mopefuse.data.load import load_data
@@ -103,27 +104,29 @@ def swap_encoder(
         raise ConfigError(61, "nothing is swapped", where="swap-encoder", fix="name --main SPEC, --comp SPEC or --data DIR")
     if not 0 <= warm_up <= epochs:
         raise ConfigError(62, f"{warm_up} epochs of warm-up in {epochs} of tuning", where="--warm-up", fix="raise --epochs")
-    RunFolder(out).prepare(resume=False, overwrite=False)
-    source = trained(run)
-    old = load_model(source, "best", CPU)
-    config = _new_config(old.config, old.model, main=main, comp=comp, data=data, settings=settings or {}, epochs=epochs)
-    labels = load_data(config.data).labels
-    model = build_model(config, len(labels))
-    state, inherited = inherit(old.model, model, old.manifest["labels"], labels)
-    before = source.result().get("metrics")
-    metrics = {"before": before} if before and data is None else {}
-    fresh = tuple(entry.name for entry in inherited if entry.fate == "new")
-    result = train(config, out, listener=listener, start=Start(state, fresh, warm_up))
-    first = next(line for line in RunFolder(out).read_log() if "val" in line)
-    metrics["after"] = {"val": first["val"], "test": None if epochs else result["metrics"]["test"]}
-    if epochs:
-        metrics["tuned"] = result["metrics"]
-    if epochs and scratch:
-        metrics["scratch"] = train(config, out.with_name(f"{out.name}-scratch"), listener=listener)["metrics"]
-    encoders = {side: str(model.encoder(side).spec) for side in model.uses}
-    swap = Swap(tuple(inherited), metrics, encoders)
-    write_atomically(out / "swap.json", dump_json({"from": str(run), **swap.as_dict()}))
-    return swap
+    with distributed.joined():
+        distributed.on_main(lambda: RunFolder(out).prepare(resume=False, overwrite=False))
+        source = trained(run)
+        old = load_model(source, "best", CPU)
+        config = _new_config(old.config, old.model, main=main, comp=comp, data=data, settings=settings or {}, epochs=epochs)
+        labels = distributed.on_main(lambda: load_data(config.data).labels)
+        model = build_model(config, len(labels))
+        state, inherited = inherit(old.model, model, old.manifest["labels"], labels)
+        before = source.result().get("metrics")
+        metrics = {"before": before} if before and data is None else {}
+        fresh = tuple(entry.name for entry in inherited if entry.fate == "new")
+        result = train(config, out, listener=listener, start=Start(state, fresh, warm_up))
+        first = next(line for line in RunFolder(out).read_log() if "val" in line)
+        metrics["after"] = {"val": first["val"], "test": None if epochs else result["metrics"]["test"]}
+        if epochs:
+            metrics["tuned"] = result["metrics"]
+        if epochs and scratch:
+            metrics["scratch"] = train(config, out.with_name(f"{out.name}-scratch"), listener=listener)["metrics"]
+        encoders = {side: str(model.encoder(side).spec) for side in model.uses}
+        swap = Swap(tuple(inherited), metrics, encoders)
+        facts = dump_json({"from": str(run), **swap.as_dict()})
+        distributed.on_main(lambda: write_atomically(out / "swap.json", facts))
+        return swap
 
 
 def _new_config(

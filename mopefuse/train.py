@@ -100,9 +100,8 @@ def train(
         MopefuseError: see FAULTS in the documentation; what was published before is kept.
     """
     listener = listener or Listener()
-    distributed.start()
-    folder = RunFolder(distributed.from_main(out))
-    try:
+    with distributed.joined():
+        folder = RunFolder(distributed.from_main(out))
         distributed.on_main(lambda: folder.prepare(resume=resume, overwrite=overwrite))
         notice = distributed.on_main(folder.lock)
         if notice:
@@ -112,8 +111,6 @@ def train(
         finally:
             if distributed.is_main():
                 folder.unlock()
-    finally:
-        distributed.stop()
 
 
 def _train(

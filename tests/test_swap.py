@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, call, make_pairs, write_rows
+from conftest import TINY, call, make_pairs, torchrun, write_rows
 from safetensors.torch import load_file
 
 from mopefuse.config import build_config
@@ -149,6 +149,17 @@ def test_tuning_is_compared_with_training_from_scratch(run: Path, tmp_path: Path
     assert RunFolder(tmp_path / "new-scratch").exists()
     steps = [line["step"] for line in RunFolder(tmp_path / "new").read_log() if "val" in line]
     assert steps == [0, 3, 6]
+
+
+def test_two_processes_swap_tune_and_compare_as_one_does(run: Path, tmp_path: Path) -> None:
+    options = ("--comp", "tiny:text-b", "--epochs", "1", "--json")
+    done = torchrun(2, "swap-encoder", str(run), "-o", str(tmp_path / "two"), *options)
+    assert done.returncode == 0, done.stderr
+    alone = call("swap-encoder", run, "-o", tmp_path / "one", *options)
+    two, one = json.loads(done.stdout)["stages"], json.loads(alone.stdout)["stages"]
+    assert two.keys() == one.keys() == {"before", "after", "tuned", "scratch"}
+    for stage in ("tuned", "scratch"):
+        assert two[stage]["val"]["loss"] == pytest.approx(one[stage]["val"]["loss"], abs=1e-3)
 
 
 def test_settings_that_were_chosen_stay_and_defaults_follow_the_new_encoder(data: Path, tmp_path: Path) -> None:

@@ -41,9 +41,7 @@ def evaluate(
     from mopefuse.evaluate import evaluate as run_evaluation
     from mopefuse.evaluate import write_predictions
 
-    distributed.start()
-    console = err()
-    with console.status(f"evaluating {split}") as status:
+    with distributed.joined(), err().status(f"evaluating {split}") as status:
         found = run_evaluation(
             run,
             split=split,
@@ -53,9 +51,7 @@ def evaluate(
             encoders={"main": main, "comp": comp},
             advance=lambda done, total: status.update(f"evaluating {split}: {done}/{total}"),
         )
-    first = distributed.is_main()
-    distributed.stop()
-    if not first:
+    if not distributed.is_main():
         return
     own = split == "test" and data is None and checkpoint == "best"
     predictions = out

@@ -92,9 +92,8 @@ def _gathered(answers: Iterable[Answer]) -> list[Answer]:
     """The answers of all processes, in the order of the input; each has every so-manyth."""
     from mopefuse import distributed
 
-    distributed.start()
-    parts: list[list[Any]] = distributed.gather(list(answers))
-    distributed.stop()
+    with distributed.joined():
+        parts: list[list[Any]] = distributed.gather(list(answers))
     turns = max(map(len, parts))
     return [part[turn] for turn in range(turns) for part in parts if turn < len(part)]
 

@@ -1,0 +1,41 @@
+"""What a swap keeps is worth something: on digit questions, a swapped run learns in fewer steps than one from scratch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mopefuse.data.digit_questions import make
+from mopefuse.recipe import resolve
+from mopefuse.run import RunFolder
+from mopefuse.swap import swap_encoder
+from mopefuse.train import train
+
+CHANCE = 0.1
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that can tell digits."""
+    root = tmp_path_factory.mktemp("swap-learning")
+    make(root / "data", train=6000, val=400, test=100)
+    flags = {"main": "tiny:vision", "comp": "tiny:text", "data.path": str(root / "data"), "train.epochs": 5}
+    train(resolve(recipe="digit-questions/demo", flags=flags), root / "base")
+    assert accuracies(root / "base")[-1] > 5 * CHANCE
+    return root / "base"
+
+
+def accuracies(run: Path) -> list[float]:
+    """On validation, each time that it was looked at in training."""
+    return [line["val"]["accuracy"] for line in RunFolder(run).read_log() if "val" in line and line["step"]]
+
+
+def test_with_another_text_encoder_it_reaches_sooner_what_training_from_scratch_ends_with(
+    base: Path, tmp_path: Path
+) -> None:
+    swap_encoder(base, tmp_path / "new", comp="tiny:text-b", epochs=1, settings={"train": {"evals_per_epoch": 5}})
+    tuned, scratch = accuracies(tmp_path / "new"), accuracies(tmp_path / "new-scratch")
+    assert len(tuned) == len(scratch) == 5 and max(scratch) > CHANCE
+    assert next(number for number, accuracy in enumerate(tuned) if accuracy >= max(scratch)) < 2
+    assert tuned[-1] > max(scratch) + 0.1
