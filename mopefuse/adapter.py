@@ -9,11 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mopefuse.checkpoint import read_json, verify
+from mopefuse.checkpoint import read_json, understood, verify
 from mopefuse.config import RunConfig, build_config
 from mopefuse.errors import CheckpointError
 from mopefuse.recipe import read_recipe
-from mopefuse.run import RunFolder
+from mopefuse.run import RunFolder, checked
 
 KIND = "adapter"
 FACTS = "model.json"
@@ -38,7 +38,8 @@ class AdapterFolder(RunFolder):
     def manifest(self) -> dict[str, Any]:
         """Encoders and their fingerprints, labels, data hashes; as of the run."""
         self._verify()
-        return read_json(self.path / FACTS)
+        facts = {**read_json(self.manifest_file), **read_json(self.path / FACTS)}  # of one format, and migrated as one
+        return checked(understood(facts, KIND, str(self.path)), self.path / FACTS)
 
     def _verify(self) -> None:
         if not verify(self.path, kind=KIND)["files"].keys() >= {FACTS, "config.yaml", "weights.safetensors"}:

@@ -122,7 +122,7 @@ def understood(manifest: dict[str, Any], kind: str, where: str) -> dict[str, Any
         what = f"made by a newer mopefuse{by} (format {made}), this one reads up to {FORMAT}"
         raise CheckpointError(7, what, where=where, fix="upgrade mopefuse")
     for older in range(made, FORMAT):
-        manifest = MIGRATIONS[older](manifest)
+        manifest = MIGRATIONS[older](manifest) | {"format": older + 1}
     return manifest
 
 
@@ -222,7 +222,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Save tensors as safetensors, on the CPU and contiguous.
 
     Raises:
-        ResourceError: the disk is full or cannot be written.
+        OSError: the disk is full or cannot be written; `publish` tells it by the name of what it publishes.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -230,7 +230,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
     except SafetensorError as error:
-        raise disk_error(error, path) from error
+        raise OSError(str(error)) from error
 
 
 def sweep(folder: Path) -> int:
@@ -298,12 +298,12 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def disk_error(error: Exception, path: Path) -> ResourceError:
+def disk_error(error: OSError, path: Path) -> ResourceError:
     """What the user can do about a write that failed."""
     free = shutil.disk_usage(next(parent for parent in path.absolute().parents if parent.exists())).free / 1e6
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    reason = error.strerror or str(error)
     reason = reason.rpartition("I/O error: ")[2].partition(" (os error")[0]  # of safetensors
-    full = "No space" in reason or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT))
+    full = "No space" in reason or error.errno in (errno.ENOSPC, errno.EDQUOT)
     fix = "free space and go on with --resume" if full else "make the folder writable, or name another"
     return ResourceError(1, f"cannot write {path.name}: {reason} (free {free:.1f} MB)", where=str(path.parent), fix=fix)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mopefuse import device as devices
-from mopefuse import distributed, metrics, registry
+from mopefuse import distributed, metrics
 from mopefuse.checkpoint import read_tensors, write_atomically
 from mopefuse.config import Data as DataConfig
 from mopefuse.config import RunConfig, build_config
@@ -21,7 +21,8 @@ from mopefuse.data._base import DataSet, Split
 from mopefuse.data.collate import Samples, plain_batches, read_image
 from mopefuse.data.features import fill, split_features
 from mopefuse.data.load import load_data
-from mopefuse.errors import CheckpointError, DataError, NumericError, PluginError
+from mopefuse.encoders._base import full_spec
+from mopefuse.errors import CheckpointError, DataError, NumericError
 from mopefuse.fusion._base import Fusion, fresh_encoders
 from mopefuse.fusion.build import build_model
 from mopefuse.predictor import Bundle
@@ -107,16 +108,33 @@ def load_model(
         CheckpointError: the encoders' weights are not those that the run was trained with, or its files disagree.
     """
     config, manifest = folder.config(), folder.manifest()
-    config = config.model_copy(update={side: spec for side, spec in (encoders or {}).items() if spec})
-    check_plugins(manifest, where=str(folder.path))
+    config = _elsewhere_named(config, encoders or {}, str(folder.path))
     model = build_model(config, len(manifest["labels"]))
     check_encoders(model, manifest, where=str(folder.path))
     path, published = folder.checkpoint(checkpoint)
-    if published.get("labels", manifest["labels"]) != manifest["labels"]:
-        what = "the labels of the run are not those that its checkpoint was trained for"
-        raise CheckpointError(3, what, where=str(folder.path), fix="restore the run's manifest.json")
     model.load_own_state(read_tensors(path / "weights.safetensors"), where=str(path))
     return Loaded(model.to(device).eval(), config, manifest, thresholds_of(published, config))
+
+
+_SOURCES = {"pretrained", "weights"}  # options of a spec that say where weights are, and nothing of what is computed
+
+
+def _elsewhere_named(config: RunConfig, encoders: Mapping[str, str | None], where: str) -> RunConfig:
+    """A configuration with the same encoders by other names.
+
+    Raises:
+        CheckpointError: an option differs that changes what an encoder says, such as ``pool``.
+    """
+    named = {side: str(full_spec(spec)) for side, spec in encoders.items() if spec}
+    for side, spec in named.items():
+        mine, theirs = (
+            {key: value for key, value in full_spec(text).options.items() if key not in _SOURCES}
+            for text in (spec, getattr(config, side))
+        )
+        if mine != theirs:
+            what = f"{spec} has other options than {getattr(config, side)}, which the run was trained with"
+            raise CheckpointError(8, what, where=where, fix="write the same options, or use mopefuse swap-encoder")
+    return config.model_copy(update=named)
 
 
 def thresholds_of(checkpoint: Mapping[str, Any], config: RunConfig) -> metrics.Thresholds:
@@ -130,7 +148,7 @@ def thresholds_of(checkpoint: Mapping[str, Any], config: RunConfig) -> metrics.T
 def check_encoders(model: Fusion, manifest: dict[str, Any], *, where: str) -> None:
     """Refuse encoders whose weights differ from those that a run was trained with."""
     for side, fingerprint in fresh_encoders(model).items():
-        expected = manifest["encoders"][side]["fingerprint"]
+        expected = manifest["encoders"].get(side, {}).get("fingerprint")
         if fingerprint != expected:
             raise CheckpointError(
                 8,
@@ -139,18 +157,6 @@ def check_encoders(model: Fusion, manifest: dict[str, Any], *, where: str) -> No
                 where=where,
                 fix="load the same revision of it, or change the encoder with mopefuse swap-encoder",
             )
-
-
-def check_plugins(manifest: Mapping[str, Any], *, where: str) -> None:
-    """Refuse a run whose encoders or method come from plugins that are not installed.
-
-    Raises:
-        PluginError: it names the distribution to install.
-    """
-    for need in manifest.get("plugins", ()):
-        if need["name"] not in registry.available(need["group"]):
-            what = f"this run needs the plugin {need['distribution']}, which brings {need['name']!r} and is not installed"
-            raise PluginError(3, what, where=where, fix=f"pip install {need['distribution']}")
 
 
 def with_labels(data: DataSet, manifest: dict[str, Any], split: str) -> DataSet:

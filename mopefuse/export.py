@@ -100,6 +100,7 @@ def _facts(loaded: Loaded, result: Mapping[str, Any]) -> dict[str, Any]:
     each = loaded.thresholds
     thresholds = [each] * len(labels) if isinstance(each, float) else list(each)
     known = {key: manifest[key] for key in ("mopefuse", "method", "encoders", "labels", "multi_label", "data")}
+    known["plugins"] = manifest.get("plugins", [])
     told = {key: result[key] for key in ("metrics", "parameters", "rows") if key in result}
     return {**known, "progress": {"thresholds": thresholds}, "seed": loaded.config.seed, "metrics": {}, **told}
 

@@ -14,9 +14,13 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
+from mopefuse.adapter import AdapterFolder
 from mopefuse.checkpoint import MANIFEST, verify
-from mopefuse.errors import ConfigError, EncoderError, MopefuseError
-from mopefuse.source import PREFIX, kind_of, locate
+from mopefuse.errors import CheckpointError, ConfigError, EncoderError, MopefuseError
+from mopefuse.registry import parse_spec
+from mopefuse.source import PREFIX, kind_of, locate, trained
+
+_SECONDS = 10.0  # for the first answer of the hub
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class Parcel:
         files: name to bytes.
         private: whether the repository is, or will be.
         there: whether it exists already.
+        local: encoders that are folders of this machine, which nobody else can load by that name.
     """
 
     repo: str
@@ -34,6 +39,7 @@ class Parcel:
     files: dict[str, int]
     private: bool
     there: bool
+    local: tuple[str, ...]
 
 
 @contextmanager
@@ -45,32 +51,50 @@ def pack(run: Path, repo: str, *, checkpoint: str = "best", public: bool = False
         CheckpointError: the folder is damaged. EncoderError: the hub cannot be reached or does not let you in.
     """
     name = repo.removeprefix(PREFIX)
-    if name.count("/") != 1 or "@" in name:
+    if name.count("/") != 1:
         raise ConfigError(72, f"{repo!r} is not the name of a repository", where="push", fix="write organisation/name")
+    folder = locate(run)
+    kind = _ready(folder, checkpoint)
+    there, private = _state(name)
+    if there and not private and not public:
+        raise ConfigError(73, f"{name} is public", where="push", fix="add --public, or name another repository")
     with tempfile.TemporaryDirectory() as temporary:
-        folder = locate(run)
-        kind = kind_of(folder)
-        if kind in ("adapter", "bundle"):
-            verify(folder, kind=kind)
-        else:
+        if not kind:
             from mopefuse.export import export
 
-            folder = Path(temporary) / name.partition("/")[2]
+            folder, kind = Path(temporary) / name.partition("/")[2], "adapter"
             export(run, folder, form="adapter", checkpoint=checkpoint)
-            kind = "adapter"
         names = [MANIFEST, *verify(folder, kind=kind, thorough=False)["files"]]
-        there, private = _state(name)
-        if there and not private and not public:
-            raise ConfigError(73, f"{name} is public", where="push", fix="add --public, or name another repository")
         sizes = {file: (folder / file).stat().st_size for file in sorted(names)}
-        yield Parcel(name, folder, sizes, private if there else not public, there)
+        yield Parcel(name, folder, sizes, private if there else not public, there, _local(folder) if kind == "adapter" else ())
+
+
+def _local(adapter: Path) -> tuple[str, ...]:
+    config = AdapterFolder(adapter).config()
+    places = {spec: parse_spec(spec).name.partition("#")[0] for spec in (config.main, config.comp)}
+    return tuple(spec for spec, place in places.items() if Path(place).expanduser().is_dir())
+
+
+def _ready(folder: Path, checkpoint: str) -> str:
+    """``adapter`` or ``bundle`` for what is pushed as it is, checked; empty for a run."""
+    kind = kind_of(folder)
+    if kind not in ("adapter", "bundle"):
+        trained(folder).config()
+        return ""
+    verify(folder, kind=kind)
+    if checkpoint != "best":
+        what = f"what was exported has no checkpoint {checkpoint}"
+        raise CheckpointError(4, what, where=str(folder), fix="leave --checkpoint out")
+    return kind
 
 
 def _state(repo: str) -> tuple[bool, bool]:
     """Whether a repository exists, and whether it is private."""
     try:
-        return True, bool(HfApi().repo_info(repo).private)
-    except RepositoryNotFoundError:
+        return True, bool(HfApi().repo_info(repo, timeout=_SECONDS).private)
+    except RepositoryNotFoundError as error:
+        if error.response.status_code == 401:  # nobody is told what there is
+            raise _explain(error, repo) from error
         return False, False
     except Exception as error:  # asked over the network only: whatever failed, it was the way there
         raise _explain(error, repo) from error

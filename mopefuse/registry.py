@@ -7,7 +7,7 @@ error only for who asks for it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -69,6 +69,21 @@ def available(group: str) -> dict[str, tuple[EntryPoint, ...]]:
 def distribution(point: EntryPoint) -> str:
     """The name of the installed distribution that an entry point comes from."""
     return point.dist.name if point.dist is not None else "unknown distribution"
+
+
+def require(needs: Iterable[Mapping[str, str]], *, where: str) -> None:
+    """Refuse an artefact whose encoders or method come from plugins that are not installed.
+
+    Args:
+        needs: ``group``, ``name`` and ``distribution`` of the entry points, as the artefact records them.
+
+    Raises:
+        PluginError: it names the distribution to install.
+    """
+    for need in needs:
+        if need["name"] not in available(need["group"]):
+            what = f"this run needs the plugin {need['distribution']}, which brings {need['name']!r} and is not installed"
+            raise PluginError(3, what, where=where, fix=f"pip install {need['distribution']}")
 
 
 def load(group: str, name: str) -> Any:

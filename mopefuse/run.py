@@ -2,6 +2,7 @@
 
 ``config.yaml`` (resolved), ``manifest.json`` (what the run is), ``metrics.jsonl`` (a line per log step),
 ``metrics.json`` (final), ``checkpoints/step-N/`` and ``checkpoints/best``, a file that names the best of them.
+A checkpoint repeats what the run's manifest says of the model, so that neither can be changed alone.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mopefuse import registry
 from mopefuse.checkpoint import (
     FORMAT,
     alive,
@@ -36,6 +40,52 @@ from mopefuse.errors import CheckpointError, ConfigError
 from mopefuse.recipe import read_recipe, to_yaml
 
 KIND, CHECKPOINT = "run", "checkpoint"
+_NEWER = 7  # the number of the error of `understood`
+_OF_MODEL = ("encoders", "labels", "multi_label")  # what a checkpoint repeats of the run's facts
+
+
+class _Encoder(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    fingerprint: str | None
+
+
+class _Plugin(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    group: str
+    name: str
+    distribution: str
+
+
+class _Facts(BaseModel):
+    """What is relied on in the facts of a run or an adapter; they hold more."""
+
+    model_config = ConfigDict(strict=True)
+
+    mopefuse: str
+    method: str
+    labels: list[str] = Field(min_length=1)
+    multi_label: bool
+    encoders: dict[str, _Encoder]
+    data: dict[str, Any]
+    plugins: list[_Plugin] = []
+
+
+def checked(facts: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The facts of a run or an adapter, if they are of the kinds that loading relies on.
+
+    Raises:
+        CheckpointError: one is missing, or no such thing.
+    """
+    try:
+        _Facts.model_validate(facts)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ".".join(map(str, first["loc"]))
+        what = f"{file.name} is damaged: {name}: {first['msg'][0].lower()}{first['msg'][1:]}"
+        raise CheckpointError(3, what, where=str(file.parent), fix="restore that file, or use another copy") from None
+    return facts
 
 
 class RunFolder:
@@ -176,20 +226,24 @@ class RunFolder:
         """The resolved configuration.
 
         Raises:
-            CheckpointError: the folder is not a run.
+            CheckpointError: the folder is not a run. PluginError: it needs a plugin that is not installed.
         """
         if not self.exists():
             raise CheckpointError(4, f"{self.path} is not a run", fix="name a folder that mopefuse train wrote")
-        self.manifest()  # of a version that this one can read
+        registry.require(self.manifest().get("plugins", ()), where=str(self.path))
         return build_config(read_recipe(self.config_file), source=str(self.config_file))
 
     def manifest(self) -> dict[str, Any]:
         """Encoders and their fingerprints, labels, data hashes.
 
         Raises:
-            CheckpointError: a newer version of mopefuse made this run.
+            CheckpointError: a newer version of mopefuse made this run, or its facts are damaged.
         """
-        return understood(read_json(self.manifest_file), KIND, str(self.path))
+        return checked(understood(read_json(self.manifest_file), KIND, str(self.path)), self.manifest_file)
+
+    def _of_model(self) -> dict[str, Any]:
+        known = understood(read_json(self.manifest_file), KIND, str(self.path))
+        return {key: known[key] for key in _OF_MODEL if key in known}
 
     def result(self) -> dict[str, Any]:
         """What metrics.json says of a finished run; empty before that."""
@@ -230,7 +284,7 @@ class RunFolder:
 
     def save(self, step: int, write: Callable[[Path], None], facts: Mapping[str, Any]) -> None:
         """Publish checkpoint step-N, and drop those that neither resume nor the best needs."""
-        publish(self.checkpoints / f"step-{step}", write, {"kind": CHECKPOINT, "step": step, **facts})
+        publish(self.checkpoints / f"step-{step}", write, {"kind": CHECKPOINT, "step": step, **self._of_model(), **facts})
         keep = {step, self.best_step()}
         for old in self.steps():
             if old not in keep:
@@ -254,20 +308,30 @@ class RunFolder:
         return int(step)
 
     def latest(self) -> tuple[Path, dict[str, Any]] | None:
-        """The newest checkpoint that is whole, by step, with its manifest; None if there is none."""
+        """The newest checkpoint that is whole, by step, with its manifest; None if there are no checkpoints.
+
+        Raises:
+            CheckpointError: the newest is of a newer version of mopefuse, or none is whole.
+        """
+        damaged = None
         for step in reversed(self.steps()):
             folder = self.checkpoints / f"step-{step}"
             try:
                 return folder, verify(folder, kind=CHECKPOINT)
-            except CheckpointError:
-                continue
+            except CheckpointError as error:
+                if error.number == _NEWER:
+                    raise
+                damaged = damaged or error
+        if damaged is not None:
+            damaged.fix = "begin a new run: no other checkpoint is whole"
+            raise damaged
         return None
 
     def checkpoint(self, which: str = "best") -> tuple[Path, dict[str, Any]]:
         """The checkpoint ``best``, ``last`` or ``step-N``, verified, with its manifest.
 
         Raises:
-            CheckpointError: there is no such checkpoint, or it is damaged.
+            CheckpointError: there is no such checkpoint, or it is damaged, or the run's manifest says something else.
         """
         steps = self.steps()
         if which == "last" and steps:
@@ -278,7 +342,18 @@ class RunFolder:
         if which not in {f"step-{step}" for step in steps}:
             there = ", ".join(f"step-{step}" for step in steps) or "none"
             raise CheckpointError(4, f"there is no checkpoint {which}", where=str(self.checkpoints), fix=f"there are: {there}")
-        return folder, verify(folder, kind=CHECKPOINT)
+        try:
+            manifest = verify(folder, kind=CHECKPOINT)
+        except CheckpointError as error:
+            others = [f"step-{step}" for step in steps if f"step-{step}" != which]
+            if others and error.number != _NEWER:
+                error.fix = f"use --checkpoint {others[-1]}"
+            raise
+        differ = [key for key, value in self._of_model().items() if manifest.get(key, value) != value]
+        if differ:
+            what = f"the {differ[0]} of the run are not those that its checkpoint was trained for"
+            raise CheckpointError(3, what, where=str(self.path), fix="restore the run's manifest.json")
+        return folder, manifest
 
     def steps(self) -> list[int]:
         """Steps of the published checkpoints, whole or not, in order."""

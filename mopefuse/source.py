@@ -3,52 +3,87 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mopefuse import cache
 from mopefuse.adapter import KIND as ADAPTER
 from mopefuse.adapter import AdapterFolder
-from mopefuse.checkpoint import MANIFEST, listed_files, read_json
-from mopefuse.errors import CheckpointError, ResourceError
+from mopefuse.checkpoint import MANIFEST, listed_files, read_json, verify
+from mopefuse.errors import CheckpointError, EncoderError, ResourceError
 from mopefuse.run import RunFolder
 
 PREFIX = "hf-hub:"
 
 
 def locate(path: str | Path) -> Path:
-    """The folder that a path means; what is on the hub is fetched once, and kept.
+    """The folder that a path means; what is on the hub is fetched once, whole and of one commit, and kept.
 
     Raises:
         EncoderError: the hub cannot be reached, or has no such repository. CheckpointError: the repository holds something
-            else, or names files outside itself. ResourceError: there is no place to keep it.
+            else, names files outside itself, or lacks or changed one. ResourceError: there is no place to keep it.
     """
     text = str(path)
     if not text.startswith(PREFIX):
         return Path(path)
-    from mopefuse.encoders import _hub
-
     repo, _, revision = text.removeprefix(PREFIX).partition("@")
-    manifest = _hub.fetch(repo, MANIFEST, revision or None, where=text)
+    manifest = _fetch(repo, MANIFEST, revision or None, text)
     if manifest is None:
-        raise CheckpointError(1, f"{repo} holds no model of mopefuse", where=text, fix="name a repository that mopefuse pushed")
-    key = cache.key_of(repo, manifest.parent.name)
-    names = listed_files(read_json(manifest), Path(key))
+        raise _no_model(repo, text)
+    commit = manifest.parent.name
+    key = cache.key_of(repo, commit)
+    with _said_of(text):
+        names = listed_files(read_json(manifest), Path(text))
     if found := cache.find("models", key, thorough=False):
         return found[0] / "model"
 
     def write(folder: Path) -> None:
         for name in (MANIFEST, *names):
-            fetched = _hub.fetch(repo, name, revision or None, where=text)
+            fetched = _fetch(repo, name, commit, text)
             if fetched is None:
                 raise CheckpointError(2, f"{repo} lacks {name}, which its manifest names", where=text, fix="tell its owner")
             target = folder / "model" / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(fetched, target)
+        kind = kind_of(folder / "model")
+        if kind not in (ADAPTER, "bundle"):
+            raise _no_model(repo, text)
+        with _said_of(text):
+            verify(folder / "model", kind=kind)
 
     kept = cache.keep("models", key, write, {"what": text})
     if kept is None:
         raise ResourceError(10, f"{repo} cannot be kept", where=text, fix="set MOPEFUSE_CACHE to a folder that can be written")
     return kept / "model"
+
+
+def _fetch(repo: str, name: str, revision: str | None, where: str) -> Path | None:
+    """As `_hub.fetch`, with advice for models in place of that for encoders where there is no way to the hub."""
+    from mopefuse.encoders import _hub, _numbers
+
+    try:
+        return _hub.fetch(repo, name, revision, where=where)
+    except EncoderError as error:
+        if error.number in (_numbers.OFFLINE, _numbers.UNREACHABLE):
+            error.fix = "go online, or name a folder with a copy of it"
+        raise
+
+
+def _no_model(repo: str, where: str) -> CheckpointError:
+    return CheckpointError(1, f"{repo} holds no model of mopefuse", where=where, fix="name a repository that mopefuse pushed")
+
+
+@contextmanager
+def _said_of(where: str) -> Iterator[None]:
+    """What is wrong with a fetched file is said of its repository, not of a folder that nobody knows."""
+    try:
+        yield
+    except CheckpointError as error:
+        error.where = where
+        if error.number == 2:
+            error.fix = "name another revision, or tell its owner"
+        raise
 
 
 def kind_of(folder: Path) -> str:

@@ -149,8 +149,7 @@ class Trainer:
                 write_tensors(folder / "weights.safetensors", self.model.own_state())
                 write_tensors(folder / "optimizer.safetensors", optimizer_state(self.optimizer, self.names))
 
-            facts = {"progress": asdict(self.progress), "labels": list(self.data.labels)}
-            self.run.save(self.progress.step, write, facts)
+            self.run.save(self.progress.step, write, {"progress": asdict(self.progress)})
         distributed.barrier()
 
     # -- the loop

@@ -85,8 +85,9 @@ def _raised(tree: ast.Module, path: Path) -> Iterator[tuple[type[errors.Mopefuse
     """(class, number, message) of every error that a module makes.
 
     A number is written out, or a name of `_numbers`. Where it is a variable, it comes from tuples of the same module that
-    begin with such a name and a message.
+    begin with such a name and a message. A message that is a variable is what was last assigned to it above.
     """
+    assigned = [node for node in ast.walk(tree) if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)]
     for node in ast.walk(tree):
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in KINDS and node.args):
             continue
@@ -95,7 +96,15 @@ def _raised(tree: ast.Module, path: Path) -> Iterator[tuple[type[errors.Mopefuse
         known = [(number, pair[1]) for pair in pairs if pair and (number := _number(pair[0])) is not None]
         if not known:
             raise ValueError(f"{path}:{node.lineno}: which number is {ast.unparse(first)}?")
-        yield from ((kind, number, _template(message)) for number, message in known)
+        yield from ((kind, number, _template(_meant(message, assigned))) for number, message in known)
+
+
+def _meant(message: ast.expr, assigned: list[ast.Assign]) -> ast.expr:
+    """The text that a variable holds, if it is one."""
+    if not isinstance(message, ast.Name):
+        return message
+    above = [node for node in assigned if ast.unparse(node.targets[0]) == message.id and node.lineno < message.lineno]
+    return max(above, key=lambda node: node.lineno).value if above else message
 
 
 def _pair(node: ast.AST) -> list[ast.expr]:

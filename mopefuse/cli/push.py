@@ -28,6 +28,8 @@ def push(
         console.print(f"to {parcel.repo} ({seen}{'' if parcel.there else ', new'}):", markup=False)
         for name, length in parcel.files.items():
             console.print(f"  {name}  {size(length)}", markup=False)
+        for spec in parcel.local:
+            console.print(f"{spec} is a folder of this machine: others give their own with --main or --comp", markup=False)
         if not (dry_run or yes) and sys.stdin.isatty() and not typer.confirm("upload these files?", err=True):
             raise typer.Exit(1)
         url = None if dry_run else send(parcel)

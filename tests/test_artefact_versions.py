@@ -1,0 +1,226 @@
+"""Artefacts of other versions, or in need of a plugin, by number in the list of faults, seen from the command line.
+
+tests/golden/format-N holds what the first version of that format wrote: a run, its adapter, and their answers. It was made
+in that folder by ``mopefuse train --main tiny:vision --comp tiny:text --device cpu --experts 2 --batch 3 --data data --out
+run --steps 1`` with ``--set`` prompts.static=1 dynamic=1 mapped=1 layers=last:2 bottleneck=2 init=1 and train.lr=0.02, then
+``mopefuse export`` and ``mopefuse predict run data/val.jsonl``. It is never made again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from artefact_cases import MANIFEST, Artefact, Ask, copy_adapter, copy_run, read, refused, resume, tree, write
+from conftest import TINY, call, run_cli
+
+from mopefuse import checkpoint, config, registry
+from mopefuse.recipe import read_recipe
+from mopefuse.run import RunFolder
+
+pytest_plugins = ["artefact_cases"]
+
+GOLDEN = Path(__file__).parent / "golden"
+FORMATS = range(1, checkpoint.FORMAT + 1)
+NEXT = checkpoint.FORMAT + 1
+
+
+def answers(model: Path, pairs: Path) -> dict[str, dict[str, float]]:
+    done = call("predict", model, pairs, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    return {row["id"]: row["probabilities"] for row in map(json.loads, done.stdout.splitlines())}
+
+
+def expected(golden: Path) -> dict[str, Any]:
+    rows = [json.loads(line) for line in (golden / "expected.jsonl").read_text().splitlines()]
+    return {row["id"]: pytest.approx(row["probabilities"], abs=1e-5) for row in rows}
+
+
+# -- F-79
+
+
+def newer(artefact: Artefact, manifest: Path, **facts: object) -> str:
+    write(manifest, read(manifest) | {"format": NEXT} | facts)
+    by = f" {facts['mopefuse']}" if facts else ""
+    return f"made by a newer mopefuse{by} (format {NEXT}), this one reads up to {checkpoint.FORMAT}"
+
+
+def test_F_79_what_a_newer_version_made_is_told_with_both_formats(artefact: Artefact, say: Ask) -> None:
+    said = newer(artefact, artefact.path / MANIFEST, mopefuse="9.1")
+    refused(say(artefact.path), "MF-CKPT-07", said, fix="upgrade mopefuse")
+    if artefact.is_run:
+        refused(resume(artefact.path), "MF-CKPT-07", said, fix="upgrade mopefuse")
+
+
+def test_F_79_a_newer_checkpoint_is_neither_loaded_nor_passed_over(of_run: Artefact, say: Ask) -> None:
+    for folder in of_run.path.glob("checkpoints/step-*"):
+        said = newer(of_run, folder / MANIFEST)
+    before = tree(of_run.path / "checkpoints")
+    refused(say(of_run.path), "MF-CKPT-07", said, fix="upgrade mopefuse")
+    refused(resume(of_run.path), "MF-CKPT-07", said, fix="upgrade mopefuse")
+    assert tree(of_run.path / "checkpoints") == before
+
+
+# -- F-80
+
+
+def test_F_80_every_format_has_golden_files_and_a_way_to_the_next() -> None:
+    assert [path.name for path in sorted(GOLDEN.iterdir())] == [f"format-{number}" for number in FORMATS]
+    assert list(checkpoint.MIGRATIONS) == list(FORMATS)[:-1]
+    assert all(read(GOLDEN / f"format-{number}" / "run" / MANIFEST)["format"] == number for number in FORMATS)
+
+
+@pytest.mark.parametrize("number", FORMATS)
+@pytest.mark.parametrize("kind", ["run", "adapter"])
+def test_F_80_golden_files_give_the_answers_of_their_day_and_stay_as_they_are(number: int, kind: str) -> None:
+    golden = GOLDEN / f"format-{number}"
+    before = tree(golden)
+    assert answers(golden / kind, golden / "data" / "val.jsonl") == expected(golden)
+    assert tree(golden) == before
+
+
+@pytest.mark.parametrize("number", FORMATS)
+def test_F_80_a_golden_run_is_resumed(number: int, tmp_path: Path) -> None:
+    golden = GOLDEN / f"format-{number}"
+    shutil.copytree(golden / "run", tmp_path / "run")
+    done = resume(tmp_path / "run", 2, data=golden / "data")
+    assert done.returncode == 0, done.stderr
+    assert "resuming at step 1 of 2" in done.stderr
+    assert RunFolder(tmp_path / "run").steps() == [1, 2]
+    assert answers(tmp_path / "run", golden / "data" / "val.jsonl") == expected(golden), "the best is still the first"
+
+
+def from_one_to_two(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What a later version might do."""
+    return {"labels" if key == "classes" else key: value for key, value in manifest.items()}
+
+
+@pytest.fixture
+def format_2(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if format 1, in which labels are called classes, were that of an older version."""
+    monkeypatch.setattr(checkpoint, "FORMAT", 2)
+    monkeypatch.setattr("mopefuse.run.FORMAT", 2)
+    monkeypatch.setattr(checkpoint, "MIGRATIONS", {1: from_one_to_two})
+
+
+def of_format_1(kind: str, to: Path) -> Artefact:
+    golden = GOLDEN / "format-1" / kind
+    artefact = copy_run(golden, to) if kind == "run" else copy_adapter(golden, to)
+    for file in {artefact.facts, artefact.weights / MANIFEST}:
+        facts = read(file)
+        write(file, {"classes" if key == "labels" else key: value for key, value in facts.items()})
+    artefact.seal()
+    return artefact
+
+
+@pytest.mark.parametrize("kind", ["run", "adapter"])
+def test_F_80_an_older_format_is_migrated_in_memory(kind: str, tmp_path: Path, format_2: None) -> None:
+    artefact, golden = of_format_1(kind, tmp_path / kind), GOLDEN / "format-1"
+    before = tree(artefact.path)
+    assert answers(artefact.path, golden / "data" / "val.jsonl") == expected(golden)
+    assert tree(artefact.path) == before
+    assert answers(golden / kind, golden / "data" / "val.jsonl") == expected(golden)
+
+
+@pytest.mark.parametrize("kind", ["run", "adapter"])
+def test_F_80_without_the_migration_it_is_refused(kind: str, tmp_path: Path, say: Ask) -> None:
+    artefact = of_format_1(kind, tmp_path / kind)
+    refused(say(artefact.path), "MF-CKPT-03", "damaged: labels: field required")
+
+
+def test_F_80_a_resumed_run_is_of_the_format_that_wrote_it_last(tmp_path: Path, format_2: None) -> None:
+    artefact, golden = of_format_1("run", tmp_path / "run"), GOLDEN / "format-1"
+    assert resume(artefact.path, 2, data=golden / "data").returncode == 0
+    manifests = [artefact.facts, artefact.path / "checkpoints" / "step-2" / MANIFEST]
+    assert [(read(file)["format"], read(file)["labels"]) for file in manifests] == [(2, ["a", "b", "c"])] * 2
+    assert answers(artefact.path, golden / "data" / "val.jsonl")
+
+
+# -- F-81
+
+
+def test_F_81_a_renamed_setting_of_an_older_version_is_told_once(
+    artefact: Artefact, say: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = say(artefact.path)
+    artefact.config("  experts: 2", "  num_experts: 2")
+    refused(say(artefact.path), "MF-CFG-01", "unknown setting prompts.num_experts", "did you mean experts", exit_code=3)
+    monkeypatch.setitem(config.RENAMED, "prompts.num_experts", "prompts.experts")
+    done = say(artefact.path)
+    assert (done.returncode, done.stdout) == (0, said.stdout)
+    notices = [line for line in done.stderr.splitlines() if line.startswith("notice: ")]
+    assert notices == [f"notice: {artefact.path / 'config.yaml'}: prompts.num_experts is now called prompts.experts"]
+
+
+def test_F_81_a_recipe_and_a_resumed_run_of_an_older_version_are_written_in_new_names(
+    pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, run = tmp_path / "old.yaml", tmp_path / "run"
+    recipe.write_text("main: tiny:vision\ncomp: tiny:text\nmixture:\n  size: 3\ntrain:\n  lr_of_main: 0.001\n")
+    command = ("train", "--recipe", recipe, "--data", pairs, "--out", run, "--steps", "1", "--device", "cpu")
+    refused(call(*command), "MF-CFG-01", "unknown setting mixture", "unknown setting train.lr_of_main", exit_code=3)
+    assert not run.exists()
+    monkeypatch.setitem(config.RENAMED, "train.lr_of_main", "train.lr")
+    recipe.write_text(recipe.read_text().replace("mixture:\n  size: 3\n", ""))
+    done = call(*command)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("notice: ") == 1 and "train.lr_of_main is now called train.lr" in done.stderr
+    assert read_recipe(run / "config.yaml")["train"]["lr"] == 0.001
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("  lr: 0.001\n", "  lr_of_main: 0.001\n"))
+    done = resume(run, 2)
+    assert (done.returncode, done.stderr.count("notice: ")) == (0, 1), done.stderr
+    assert (run / "config.yaml").read_text() == text.replace("max_steps: 1\n", "max_steps: 2\n")
+
+
+# -- F-107
+
+TOY = """
+from mopefuse.encoders.tiny import TinyEncoder
+from mopefuse.registry import Spec
+
+class Toy(TinyEncoder):
+    def __init__(self, spec):
+        super().__init__(Spec("tiny", spec.name, spec.options))
+        self.spec = spec
+"""
+NEED = {"group": registry.ENCODERS, "name": "toy", "distribution": "mopefuse-toy"}
+MISSING = "this run needs the plugin mopefuse-toy, which brings 'toy' and is not installed"
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    """A folder that a plugin is installed in, for whoever has it on the path."""
+    site = tmp_path / "site"
+    (site / "mopefuse_toy-1.0.dist-info").mkdir(parents=True)
+    (site / "mopefuse_toy-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: mopefuse-toy\nVersion: 1.0\n")
+    (site / "mopefuse_toy-1.0.dist-info" / "entry_points.txt").write_text("[mopefuse.encoders]\ntoy = mopefuse_toy:Toy\n")
+    (site / "mopefuse_toy.py").write_text(TOY)
+    return site
+
+
+def test_F_107_a_manifest_that_names_a_plugin_that_is_not_installed(artefact: Artefact, say: Ask) -> None:
+    write(artefact.facts, read(artefact.facts) | {"plugins": [NEED]})
+    artefact.config("main: tiny:vision", "main: toy:vision")
+    refused(say(artefact.path), "MF-PLUG-03", MISSING, exit_code=9, fix="pip install mopefuse-toy")
+
+
+def test_F_107_a_run_records_its_plugins_and_is_refused_without_them(
+    pairs: Path, toy: Path, tmp_path: Path, say: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    command = ("train", *TINY, "--main", "toy:vision", "--data", pairs, "--out", run, "--steps", "1")
+    done = run_cli(*command, PYTHONPATH=str(toy))
+    assert done.returncode == 0, done.stderr
+    assert read(run / MANIFEST)["plugins"] == [NEED]
+    for refusal in (say(run), call("eval", run), resume(run, 2), call("export", run, "-o", tmp_path / "x")):
+        refused(refusal, "MF-PLUG-03", MISSING, exit_code=9, fix="pip install mopefuse-toy")
+    monkeypatch.syspath_prepend(str(toy))
+    registry.available.cache_clear()
+    try:
+        assert say(run).returncode == 0
+    finally:
+        registry.available.cache_clear()

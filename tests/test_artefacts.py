@@ -1,0 +1,268 @@
+"""Artefacts that are damaged, tampered with or of other encoders, by number in the list of faults, seen from the command line.
+
+Each case spoils a copy of a run or an adapter; `test_what_is_whole_loads` is the other half of them all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from artefact_cases import (
+    MANIFEST,
+    WEIGHTS,
+    Artefact,
+    Ask,
+    Bytes,
+    ask,
+    flipped,
+    opened,
+    overlapping,
+    pickled,
+    read,
+    refused,
+    resume,
+    write,
+)  # fmt: skip
+from conftest import TINY, call, run_cli
+from safetensors.torch import load_file, save_file
+
+from mopefuse import checkpoint
+
+pytest_plugins = ["artefact_cases"]
+SEALED = pytest.mark.parametrize("sealed", [False, True], ids=["as it is", "with a manifest that fits"])
+
+
+def test_what_is_whole_loads(artefact: Artefact, say: Ask) -> None:
+    done = say(artefact.path)
+    assert (done.returncode, set(json.loads(done.stdout)["probabilities"])) == (0, {"a", "b", "c"})
+    artefact.seal()
+    assert say(artefact.path).stdout == done.stdout
+
+
+# -- F-72
+
+
+def test_F_72_a_torchvision_of_another_torch_is_named_with_both_versions(pairs: Path, tmp_path: Path) -> None:
+    (tmp_path / "torchvision").mkdir()
+    fails = "raise RuntimeError('operator torchvision::nms does not exist')\n"
+    (tmp_path / "torchvision" / "__init__.py").write_text(fails)
+    done = run_cli("train", *TINY, "--data", pairs, "--out", tmp_path / "run", PYTHONPATH=str(tmp_path))
+    both = f"torchvision {version('torchvision')} does not match torch {version('torch')}"
+    refused(done, "MF-ENV-02", both, exit_code=5, fix="pip install")
+    assert len(done.stderr.splitlines()) == 1
+
+
+# -- F-73
+
+
+@SEALED
+def test_F_73_a_pickle_in_place_of_weights_runs_nothing(artefact: Artefact, say: Ask, sealed: bool, tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    artefact.rewrite(WEIGHTS, lambda whole: pickled(canary), sealed=sealed)
+    done = say(artefact.path)
+    refused(done, *(("MF-CKPT-06", "this is a pickle") if sealed else ("MF-CKPT-02", WEIGHTS)))
+    assert not canary.exists()
+    pickle.loads((artefact.weights / WEIGHTS).read_bytes())  # noqa: S301
+    assert canary.exists(), "the canary sings when it is loaded"
+
+
+def test_F_73_a_pickle_in_place_of_the_optimizer_state_runs_nothing(of_run: Artefact, tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    for folder in of_run.weights.parent.glob("step-*"):
+        one = Artefact(of_run.path, folder, of_run.facts)
+        one.rewrite("optimizer.safetensors", lambda whole: pickled(canary), sealed=True)
+    refused(resume(of_run.path), "MF-CKPT-06", "this is a pickle", "optimizer.safetensors")
+    assert not canary.exists()
+
+
+def test_F_73_a_pickle_as_weights_of_an_encoder_runs_nothing(tmp_path: Path) -> None:
+    import timm
+
+    spec = "timm:vit_tiny_patch16_224?img_size=32&patch_size=8&depth=1&pretrained=false"
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=1, num_classes=0)
+    save_file(model.state_dict(), tmp_path / "good.safetensors")
+    torch.save(model.state_dict(), tmp_path / "zip.safetensors")
+    for name in ("evil.safetensors", "evil.pt"):
+        (tmp_path / name).write_bytes(pickled(tmp_path / "canary"))
+    for name in ("evil.safetensors", "evil.pt", "zip.safetensors"):
+        done = call("encoders", "inspect", f"{spec}&weights={tmp_path / name}")
+        refused(done, "MF-CKPT-06", "this is a pickle", name, fix="safetensors")
+    assert not (tmp_path / "canary").exists()
+    assert call("encoders", "inspect", f"{spec}&weights={tmp_path / 'good.safetensors'}").returncode == 0
+
+
+# -- F-74, F-75
+
+
+@SEALED
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda whole: whole[: len(whole) // 2], id="F-74 truncated"),
+        pytest.param(overlapping, id="F-74 overlapping tensors"),
+        pytest.param(lambda whole: (200_000_000).to_bytes(8, "little") + whole[8:], id="F-74 200 MB of header"),
+        pytest.param(lambda whole: whole + b"junk", id="F-74 trailing junk"),
+        pytest.param(lambda whole: b"", id="F-74 empty"),
+    ],
+)
+def test_damaged_weights_are_refused_and_the_other_checkpoint_offered(
+    artefact: Artefact, damage: Bytes, sealed: bool, say: Ask
+) -> None:
+    artefact.rewrite(WEIGHTS, damage, sealed=sealed)
+    done = say(artefact.path)
+    said = f"{WEIGHTS} is damaged: " if sealed else f"{WEIGHTS} is not what was published (sha256 differs)"
+    refused(done, "MF-CKPT-02", said, str(artefact.weights), fix="checkpoint")
+    for other in artefact.others():
+        assert sealed or f"use --checkpoint {other}" in done.stderr
+        assert say(artefact.path, "--checkpoint", other).returncode == 0
+
+
+def test_F_74_resuming_passes_over_a_damaged_checkpoint_but_never_begins_anew(of_run: Artefact) -> None:
+    (newest,) = of_run.weights.parent.glob("step-4")
+    (newest / WEIGHTS).write_bytes(b"")
+    kept = of_run.path.with_name("kept")
+    shutil.copytree(of_run.path, kept)
+    done = resume(of_run.path)
+    assert done.returncode == 0 and "the checkpoint step-4 is damaged; step-3 is used" in done.stderr
+    (kept / "checkpoints" / "step-3" / WEIGHTS).write_bytes(b"")
+    refused(resume(kept), "MF-CKPT-02", "step-4", fix="begin a new run")
+    assert sorted(path.name for path in kept.glob("checkpoints/step-*")) == ["step-3", "step-4"]
+
+
+def test_F_75_one_flipped_bit_of_the_weights_is_found(artefact: Artefact, say: Ask) -> None:
+    artefact.rewrite(WEIGHTS, flipped)
+    assert load_file(artefact.weights / WEIGHTS), "safetensors alone takes it"
+    refused(say(artefact.path), "MF-CKPT-02", f"{WEIGHTS} is not what was published (sha256 differs)")
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "model.json", "README.md"])
+def test_F_75_one_flipped_bit_of_any_file_of_an_adapter_is_found(of_adapter: Artefact, name: str, say: Ask) -> None:
+    of_adapter.rewrite(name, flipped)
+    refused(say(of_adapter.path), "MF-CKPT-02", f"{name} is not what was published (sha256 differs)")
+
+
+# -- F-76
+
+
+DAMAGED = {"labels": 7, "multi_label": "no", "encoders": ["tiny:vision"], "plugins": True}
+NEEDED = ("mopefuse", "method", "labels", "multi_label", "encoders", "data")
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "changed"),
+    [
+        pytest.param("MF-CKPT-03", "the labels of the run", {"labels": ["a", "b", "d"]}, id="F-76 a label renamed"),
+        pytest.param("MF-CKPT-03", "the labels of the run", {"labels": ["b", "a", "c"]}, id="F-76 labels permuted"),
+        pytest.param("MF-CKPT-03", "the labels of the run", {"labels": ["a", "b"]}, id="F-76 fewer labels"),
+        pytest.param("MF-CKPT-03", "the multi_label of the run", {"multi_label": True}, id="F-76 several labels"),
+        pytest.param("MF-CKPT-03", "the encoders of the run", {"encoders.main.spec": "tiny:vision-b"}, id="F-76 spec"),
+        pytest.param("MF-CKPT-08", "expected 0123", {"encoders.main.fingerprint": "0123"}, id="F-76 fingerprint"),
+        pytest.param("MF-CKPT-08", "expected None", {"encoders.comp.fingerprint": None}, id="F-76 no fingerprint"),
+        *(pytest.param("MF-CKPT-03", f"damaged: {key}: ", {key: bad}, id=f"F-76 {key} {bad}") for key, bad in DAMAGED.items()),
+        *(pytest.param("MF-CKPT-03", f"damaged: {key}: ", {key: ...}, id=f"F-76 no {key}") for key in NEEDED),
+    ],
+)
+def test_a_manifest_that_was_edited_is_refused(
+    artefact: Artefact, code: str, said: str, changed: dict[str, Any], say: Ask
+) -> None:
+    """A run's own manifest against its checkpoint; an adapter's against its digest, or where that fits too, against sense."""
+    facts = read(artefact.facts)
+    for path, value in changed.items():
+        *sections, key = path.split(".")
+        holder = facts
+        for section in sections:
+            holder = holder[section]
+        holder[key] = value
+        if value is ...:
+            del holder[key]
+    write(artefact.facts, facts)
+    if artefact.is_run:
+        refused(say(artefact.path), code, said)
+        return
+    refused(say(artefact.path), "MF-CKPT-02", "model.json is not what was published")
+    if code == "MF-CKPT-08" or "damaged" in said:
+        artefact.seal()
+        refused(say(artefact.path), code, said)
+
+
+def test_F_76_fewer_labels_than_the_head_has_are_refused_whatever_the_digests_say(of_adapter: Artefact, say: Ask) -> None:
+    write(of_adapter.facts, read(of_adapter.facts) | {"labels": ["a", "b"]})
+    of_adapter.seal()
+    refused(say(of_adapter.path), "MF-CKPT-05", "the weights do not fit the model: head.")
+
+
+@pytest.mark.parametrize("how", ["up", "absolute", "link"])
+def test_F_76_nothing_outside_is_opened(artefact: Artefact, how: str, pairs: Path, tmp_path: Path) -> None:
+    """The digest fits, so that only its place can be wrong."""
+    canary = tmp_path / "canary"
+    canary.write_text("tweet")
+    (artefact.weights / "canary").symlink_to(canary)
+    name = {"up": os.path.relpath(canary, artefact.weights), "absolute": str(canary), "link": "canary"}[how]
+    manifest = read(artefact.weights / MANIFEST)
+    manifest["files"] = {name: {"sha256": checkpoint.sha256(canary), "size": 5}} | manifest["files"]
+    write(artefact.weights / MANIFEST, manifest)
+    with opened() as names:
+        refused(ask(artefact.path, pairs / "images/val-0.png"), "MF-CKPT-03", "outside its folder")
+    assert str(artefact.weights / MANIFEST) in names, "what is opened is heard"
+    assert not [found for found in names if "canary" in found]
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "more.safetensors"])
+def test_F_76_a_size_of_10_gb_is_compared_and_not_believed(artefact: Artefact, name: str, say: Ask) -> None:
+    manifest = read(artefact.weights / MANIFEST)
+    manifest["files"][name] = {"sha256": "0" * 64, "size": 10**10}
+    write(artefact.weights / MANIFEST, manifest)
+    refused(say(artefact.path), "MF-CKPT-02", f"{name} is not what was published")
+
+
+# -- F-77, F-78
+
+
+@pytest.mark.parametrize("side", ["main", "comp"])
+@pytest.mark.parametrize("how", ["option", "config.yaml"])
+def test_F_77_an_encoder_of_other_weights_is_refused(artefact: Artefact, side: str, how: str, say: Ask) -> None:
+    """The tensors of the prompts fit it."""
+    old = {"main": "tiny:vision", "comp": "tiny:text"}[side]
+    other = f"{old}-b"
+    if how == "config.yaml":
+        artefact.config(f"{side}: {old}", f"{side}: {other}")
+    done = say(artefact.path, *([f"--{side}", other] if how == "option" else []))
+    refused(done, "MF-CKPT-08", f"the weights of {other} are not those that", fix="mopefuse swap-encoder")
+    assert say(artefact.path, f"--{side}", old).returncode == 0
+
+
+def test_F_77_an_encoder_of_another_width_is_refused(artefact: Artefact, say: Ask, tmp_path: Path) -> None:
+    from encoder_cases import save_hf
+
+    save_hf("bert", tmp_path / "bert")
+    refused(say(artefact.path, "--comp", f"hf:{tmp_path / 'bert'}"), "MF-CKPT-08", "the weights of hf:", fix="swap-encoder")
+
+
+def test_F_77_the_same_weights_by_another_name_are_accepted(artefact: Artefact, say: Ask) -> None:
+    said = say(artefact.path)
+    again = say(artefact.path, "--main", "tiny:vision?pool=cls&pretrained=true", "--comp", "tiny:text?pool=mean")
+    assert (again.returncode, again.stdout) == (0, said.stdout)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("part", ["static", "experts", "router", "head"])
+def test_F_78_prompts_that_are_not_finite_are_refused(artefact: Artefact, part: str, value: str, say: Ask) -> None:
+    def change(whole: bytes) -> bytes:
+        tensors = load_file(artefact.weights / WEIGHTS)
+        name = next(name for name in tensors if part in name)
+        tensors[name].view(-1)[0] = float(value)
+        save_file(tensors, artefact.weights / WEIGHTS)
+        return (artefact.weights / WEIGHTS).read_bytes()
+
+    artefact.rewrite(WEIGHTS, change, sealed=True)
+    refused(say(artefact.path), "MF-CKPT-05", part, "has values that are not finite", fix="checkpoint")
+    for other in artefact.others():
+        assert say(artefact.path, "--checkpoint", other).returncode == 0
