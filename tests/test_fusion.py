@@ -129,7 +129,7 @@ CONDITIONAL = {
         ({"method": "main-only"}, {"head.weight", "head.bias"}),
         ({"method": "comp-only"}, {"head.weight", "head.bias"}),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_exactly_these_parameters_learn_and_are_saved(options: dict[str, object], expected: set[str]) -> None:
     model = build(**options)

@@ -195,6 +195,7 @@ def test_how_lines_end_does_not_matter_and_their_numbers_are_right(tmp_path: Pat
         (line().encode("utf-16"), "UTF-16"),
         (b"PK\x03\x04...", "zip"),
     ],
+    ids=["gzip", "Parquet", "UTF-16", "zip"],
 )
 def test_other_formats_under_our_name_are_recognised(tmp_path: Path, content: bytes, name: str) -> None:
     assert name in refused(split(tmp_path, content)).what
