@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mopefuse import registry
 from mopefuse.checkpoint import read_json, understood, verify
 from mopefuse.config import RunConfig, build_config
 from mopefuse.errors import CheckpointError
@@ -31,8 +32,9 @@ class AdapterFolder(RunFolder):
 
         Raises:
             CheckpointError: this is no adapter, or a file of it is not what was exported.
+            PluginError: it needs a plugin that is not installed.
         """
-        self._verify()
+        registry.require(self.manifest().get("plugins", ()), where=str(self.path))
         return build_config(read_recipe(self.config_file), source=str(self.config_file))
 
     def manifest(self) -> dict[str, Any]:

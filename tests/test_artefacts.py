@@ -248,8 +248,10 @@ def test_F_77_an_encoder_of_another_width_is_refused(artefact: Artefact, say: As
 
 def test_F_77_the_same_weights_by_another_name_are_accepted(artefact: Artefact, say: Ask) -> None:
     said = say(artefact.path)
-    again = say(artefact.path, "--main", "tiny:vision?pool=cls&pretrained=true", "--comp", "tiny:text?pool=mean")
+    again = say(artefact.path, "--main", "tiny:vision?pretrained=true", "--comp", "tiny:text?pretrained=true")
     assert (again.returncode, again.stdout) == (0, said.stdout)
+    other = say(artefact.path, "--comp", "tiny:text?pool=cls")
+    refused(other, "MF-CKPT-08", "has other options", fix="swap-encoder")
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
