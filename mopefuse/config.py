@@ -209,15 +209,21 @@ def build_config(values: dict[str, Any], *, source: str = "") -> RunConfig:
 
 def _with_new_names(values: dict[str, Any], source: str) -> dict[str, Any]:
     values = copy.deepcopy(values) if RENAMED else values
-    for old, new in RENAMED.items():
+    for old in RENAMED:
         *sections, key = old.split(".")
         holder: Any = values
         for section in sections:
             holder = holder.get(section) if isinstance(holder, dict) else None
         if isinstance(holder, dict) and key in holder:
-            values = merge(nested(new, holder.pop(key)), values)
-            warnings.warn(f"{source or 'the configuration'}: {old} is now called {new}", Notice, stacklevel=3)
+            values = merge(nested(new_name(old, source or "the configuration"), holder.pop(key)), values)
     return values
+
+
+def new_name(path: str, source: str) -> str:
+    """What the setting at `path` is called now; a notice tells of one that was renamed."""
+    if path in RENAMED:
+        warnings.warn(f"{source}: {path} is now called {RENAMED[path]}", Notice, stacklevel=2)
+    return RENAMED.get(path, path)
 
 
 def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from mopefuse.config import RunConfig, build_config, known_keys, merge, nested
+from mopefuse.config import RunConfig, build_config, known_keys, merge, nested, new_name
 from mopefuse.errors import ConfigError, did_you_mean
 
 _HERE = Path(__file__).parent
@@ -117,7 +117,7 @@ def parse_set(assignments: Iterable[str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for text in assignments:
         name, equals, value = text.partition("=")
-        path = tuple(name.strip().split("."))
+        path = tuple(new_name(name.strip(), "--set").split("."))
         _check_path(path)
         if not equals or not value.strip():
             raise ConfigError(5, f"--set {name} has no value", where=name, fix=f"write --set {name}=VALUE")

@@ -18,7 +18,8 @@ from artefact_cases import MANIFEST, Artefact, Ask, copy_adapter, copy_run, read
 from conftest import TINY, call, run_cli
 
 from mopefuse import checkpoint, config, registry
-from mopefuse.recipe import read_recipe
+from mopefuse.errors import Notice
+from mopefuse.recipe import read_recipe, resolve
 from mopefuse.run import RunFolder
 
 pytest_plugins = ["artefact_cases"]
@@ -174,6 +175,14 @@ def test_F_81_a_recipe_and_a_resumed_run_of_an_older_version_are_written_in_new_
     done = resume(run, 2)
     assert (done.returncode, done.stderr.count("notice: ")) == (0, 1), done.stderr
     assert (run / "config.yaml").read_text() == text.replace("max_steps: 1\n", "max_steps: 2\n")
+
+
+def test_F_81_set_takes_an_old_name_and_wins_over_the_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(config.RENAMED, "train.lr_of_main", "train.lr")
+    recipe = tmp_path / "new.yaml"
+    recipe.write_text("main: tiny:vision\ncomp: tiny:text\ntrain:\n  lr: 0.001\n")
+    with pytest.warns(Notice, match=r"--set: train\.lr_of_main is now called train\.lr"):
+        assert resolve(recipe=str(recipe), sets=["train.lr_of_main=0.5"]).train.lr == 0.5
 
 
 # -- F-107
