@@ -242,6 +242,14 @@ def nested(path: str, value: Any) -> dict[str, Any]:
     return cast(dict[str, Any], value)
 
 
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, by dotted path: the inverse of `nested` and `merge`."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
 def known_keys(path: tuple[str, ...]) -> list[str]:
     """The keys of the section at `path`; empty if it is no section."""
     model: Any = RunConfig

@@ -196,10 +196,12 @@ def ask_split(
 
 
 class Said(NamedTuple):
-    """What a model says of a split: logits (S, N), and the routing (L, K) summed over it; both on the CPU."""
+    """What a model says of a split: logits (S, N), the routing (L, K) summed over it, and if asked for that of each sample;
+    all on the CPU."""
 
     logits_SN: Tensor
     load_LK: Tensor | None
+    routing_SLK: Tensor | None = None
 
 
 @torch.no_grad()
@@ -211,9 +213,13 @@ def run_split(
     device: torch.device,
     *,
     samples: Samples | None = None,
+    each: bool = False,
     advance: Advance = lambda done, total: None,
 ) -> Said:
     """All samples of a split once, in its order; every process gets the whole.
+
+    Args:
+        samples: of this split, prepared for the model. each: keep the routing of each sample, too.
 
     Raises:
         NumericError: a logit is not finite, as after a step that made the model diverge.
@@ -224,6 +230,7 @@ def run_split(
     rank, world, count = distributed.rank(), distributed.world_size(), len(samples)
     keys = list(plain_batches(count, config.train.batch_size, rank, world))
     mine: dict[int, Tensor] = {}
+    routing: dict[int, Tensor] = {}
     load_LK: Tensor | None = None
     for batch in samples.batches(keys, pin=device.type == "cuda"):
         batch = fill(model, batch.to(device), config, device)
@@ -232,11 +239,12 @@ def run_split(
         mine.update(zip(batch.index.tolist(), output.logits.float().cpu(), strict=True))
         if output.load_LK is not None:
             load_LK = output.load_LK.float().cpu() + (0 if load_LK is None else load_LK)
+        if each and output.routing_BLK is not None:
+            routing.update(zip(batch.index.tolist(), output.routing_BLK.float().cpu(), strict=True))
         advance(min(len(mine) * world, count), count)
     model.train(was_training)
-    parts = distributed.gather((mine, load_LK))
-    everyone = {index: row for part, _ in parts for index, row in part.items()}
-    logits_SN = torch.stack([everyone[index] for index in range(count)])
+    parts = distributed.gather((mine, load_LK, routing))
+    logits_SN = _in_order([part for part, _, _ in parts], count)
     if not logits_SN.isfinite().all():
         bad = [data.splits[split].rows[i].id for i in (~logits_SN.isfinite().all(dim=-1)).nonzero().flatten().tolist()]
         raise NumericError(
@@ -245,8 +253,14 @@ def run_split(
             where=f"{split}, first id {bad[0]}",
             fix="lower train.lr and --resume from an earlier checkpoint, or begin anew",
         )
-    loads = [load for _, load in parts if load is not None]
-    return Said(logits_SN, torch.stack(loads).sum(dim=0) if loads else None)
+    loads = [load for _, load, _ in parts if load is not None]
+    routed = _in_order([part for _, _, part in parts], count) if each and loads else None
+    return Said(logits_SN, torch.stack(loads).sum(dim=0) if loads else None, routed)
+
+
+def _in_order(parts: Sequence[dict[int, Tensor]], count: int) -> Tensor:
+    everyone = {index: row for part in parts for index, row in part.items()}
+    return torch.stack([everyone[index] for index in range(count)])
 
 
 def prepared(

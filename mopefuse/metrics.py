@@ -6,7 +6,7 @@ Shapes: S samples of the split, N labels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -111,3 +111,50 @@ def per_label(
         {"label": label, "precision": float(p), "recall": float(r), "f1": float(f), "support": int(s)}
         for label, p, r, f, s in rows
     ]
+
+
+class Calibration(NamedTuple):
+    """How far confidence is from being right.
+
+    Args:
+        error: expected calibration error, 0..1. bins: (mean confidence, share that is right, answers) of each.
+    """
+
+    error: float
+    bins: list[tuple[float, float, int]]
+
+
+def calibration(probabilities_SN: Tensor, targets: Tensor, *, bins: int = 15) -> Calibration:
+    """Expected calibration error over bins of equal width: sum over bins of |right - confidence| times their share of answers.
+
+    Guo et al. 2017, "On Calibration of Modern Neural Networks" (equation 3). The answer to a sample is its most probable
+    label, and its confidence that probability. With several labels each label of each sample is an answer, its confidence
+    the label's probability, and it is right if the sample has the label.
+
+    Args:
+        targets: class indices (S,), or zeros and ones (S, N) for multi-label data.
+    """
+    if targets.ndim == 1:
+        confidence_A, predicted_A = probabilities_SN.double().max(dim=-1)
+        right_A = (predicted_A == targets).double()
+    else:
+        confidence_A, right_A = probabilities_SN.double().flatten(), targets.double().flatten()
+    bin_A = (confidence_A * bins).ceil().long().clamp(1, bins) - 1  # a bin has its upper edge
+    count_M = torch.zeros(bins, dtype=torch.double).index_add_(0, bin_A, torch.ones_like(confidence_A))
+    sums_2M = [torch.zeros(bins, dtype=torch.double).index_add_(0, bin_A, value_A) for value_A in (confidence_A, right_A)]
+    mean_2M = [sum_M / count_M.clamp(min=1) for sum_M in sums_2M]
+    error = float(((mean_2M[1] - mean_2M[0]).abs() * count_M).sum() / len(confidence_A))
+    rows = zip(mean_2M[0].tolist(), mean_2M[1].tolist(), count_M.long().tolist(), strict=True)
+    return Calibration(error, list(rows))
+
+
+def confusion(predicted_S: Tensor, targets_S: Tensor, labels: int) -> Tensor:
+    """How many samples of each class (N, N; rows) were given each label (columns)."""
+    return torch.bincount(targets_S * labels + predicted_S, minlength=labels * labels).reshape(labels, labels)
+
+
+def sample_losses(logits_SN: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of each sample (S,); with several labels the mean over them."""
+    if targets.ndim == 1:
+        return torch.nn.functional.cross_entropy(logits_SN.float(), targets, reduction="none")
+    return torch.nn.functional.binary_cross_entropy_with_logits(logits_SN.float(), targets, reduction="none").mean(dim=-1)

@@ -15,7 +15,7 @@ from mopefuse import __version__, distributed, metrics, registry
 from mopefuse import device as devices
 from mopefuse.checkpoint import dump_json, read_json, write_atomically
 from mopefuse.config import Data as DataConfig
-from mopefuse.config import RunConfig, build_config, merge, nested
+from mopefuse.config import RunConfig, build_config, flat, merge, nested
 from mopefuse.data._base import SPLITS, DataSet
 from mopefuse.data.collate import Samples
 from mopefuse.data.load import load_data
@@ -217,7 +217,7 @@ def resumed(saved: RunConfig, new: RunConfig) -> tuple[RunConfig, list[str]]:
     Raises:
         ConfigError: a change to what the run is, its encoders, prompts, data or optimisation.
     """
-    before, after = _flat(saved.model_dump(mode="json")), _flat(full_specs(new).model_dump(mode="json"))
+    before, after = flat(saved.model_dump(mode="json")), flat(full_specs(new).model_dump(mode="json"))
     changed = [key for key in before if before[key] != after[key] and after[key] is not None]
     refused = [f"{key} (it was {before[key]}, now {after[key]})" for key in changed if key not in MAY_CHANGE]
     if refused:
@@ -310,11 +310,3 @@ def _plugins(config: RunConfig, model: Fusion) -> list[dict[str, str]]:
     needs = {(registry.ENCODERS, model.encoder(side).spec.scheme) for side in model.uses} | {(registry.FUSION, config.method)}
     found = [(group, name, registry.distribution(registry.available(group)[name][0])) for group, name in sorted(needs)]
     return [{"group": group, "name": name, "distribution": of} for group, name, of in found if of != registry.OURS]
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-

@@ -29,10 +29,10 @@ from mopefuse.fusion._base import Fusion, Output
 from mopefuse.losses import balanced_weights, classification_loss
 from mopefuse.optim import factor, load_optimizer_state, make_optimizer, optimizer_state, set_learning_rate
 from mopefuse.prompts.experts import importance_loss
+from mopefuse.routing import statistics
 from mopefuse.run import RunFolder
 from mopefuse.signals import StopRequest
 
-_UNUSED = 0.05  # an expert below this share of an even load
 _COLLAPSED = 0.75  # share of unused experts that is worth a warning
 
 
@@ -286,7 +286,7 @@ class Trainer:
         elif self.config.train.threshold != "tuned":
             thresholds = self.config.train.threshold
         found = split_metrics(said.logits_SN, self.data, "val", thresholds)
-        routing = routing_statistics(said.load_LK) if said.load_LK is not None else None
+        routing = statistics(said.load_LK) if said.load_LK is not None else None
         value = found[self.metric]
         best = not math.isnan(value) and (self.progress.best is None or value > self.progress.best)
         self.progress.waited = 0 if best else self.progress.waited + 1
@@ -341,20 +341,6 @@ class _Keys:
         for epoch, global_batch in self._trainer._schedule():
             mine = share(global_batch, rank, world) or global_batch[:1]
             yield [(epoch, index) for index in mine]
-
-
-def routing_statistics(load_LK: Tensor) -> dict[str, float]:
-    """How evenly experts are used, averaged over layers.
-
-    Returns:
-        ``entropy`` of the load over that of an even one (1 even, 0 a single expert), and ``unused_share``, the share of
-        experts with less than a twentieth of an even load.
-    """
-    share_LK = load_LK / load_LK.sum(dim=-1, keepdim=True)
-    experts = share_LK.shape[-1]
-    entropy_L = -(share_LK * share_LK.clamp(min=1e-12).log()).sum(dim=-1) / max(math.log(experts), 1e-12)
-    unused_L = (share_LK * experts < _UNUSED).float().mean(dim=-1)
-    return {"entropy": float(entropy_L.mean()) if experts > 1 else 1.0, "unused_share": float(unused_L.mean())}
 
 
 def _evaluation_steps(total: int, per_epoch: int, per_epoch_evaluations: int) -> set[int]:

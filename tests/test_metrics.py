@@ -177,3 +177,39 @@ def test_each_label_has_its_own_threshold() -> None:
     assert metrics.compute(logits, targets, multi_label=True)["f1_macro"] == pytest.approx(0.25)
     rows = metrics.per_label(logits, targets, ("x", "y"), multi_label=True, thresholds=thresholds)
     assert [row["f1"] for row in rows] == [1, 1]
+
+
+def test_calibration_is_that_of_a_computation_by_hand() -> None:
+    # four bins; confidences 0.55 and 0.75 share (0.5, 0.75], 0.9 is in the last
+    p_SN = torch.tensor([[0.55, 0.45], [0.25, 0.75], [0.9, 0.1], [0.9, 0.1]])
+    found = metrics.calibration(p_SN, torch.tensor([0, 0, 0, 0]), bins=4)
+    assert found.bins[0] == found.bins[1] == (0.0, 0.0, 0)
+    assert found.bins[2] == pytest.approx((0.65, 0.5, 2))
+    assert found.bins[3] == pytest.approx((0.9, 1.0, 2))
+    assert found.error == pytest.approx(0.5 * 0.15 + 0.5 * 0.1)
+
+
+def test_every_label_of_a_sample_is_an_answer_of_its_own() -> None:
+    p_SN, targets_SN = torch.tensor([[0.2, 0.7], [0.0, 1.0]]), torch.tensor([[0.0, 1.0], [0.0, 1.0]])
+    found = metrics.calibration(p_SN, targets_SN, bins=2)
+    assert found.bins == [pytest.approx((0.1, 0.0, 2)), pytest.approx((0.85, 1.0, 2))]
+    assert found.error == pytest.approx(0.5 * 0.1 + 0.5 * 0.15)
+
+
+def test_a_calibrated_model_has_no_error_and_a_boaster_has_all() -> None:
+    targets = torch.tensor([0, 0, 0, 1])
+    assert metrics.calibration(torch.tensor([[0.75, 0.25]] * 4), targets).error == pytest.approx(0.0, abs=1e-7)
+    assert metrics.calibration(torch.tensor([[0.0, 1.0]] * 3), torch.tensor([0, 0, 0])).error == 1.0
+
+
+def test_confusion_has_classes_in_rows_and_answers_in_columns() -> None:
+    found = metrics.confusion(torch.tensor([0, 2, 2, 1]), torch.tensor([0, 0, 2, 0]), 3)
+    assert found.tolist() == [[1, 1, 1], [0, 0, 0], [0, 0, 1]]
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_losses_of_samples_have_the_loss_as_their_mean(multi_label: bool) -> None:
+    logits_SN = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
+    targets = (logits_SN > 0.3).float() if multi_label else torch.arange(9) % 4
+    mean = float(metrics.sample_losses(logits_SN, targets).mean())
+    assert mean == pytest.approx(metrics.compute(logits_SN, targets, multi_label=multi_label)["loss"], rel=1e-5)

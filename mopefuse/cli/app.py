@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from mopefuse import __version__
-from mopefuse.cli import data, demo, doctor, encoders, eval, export, predict, push, swap_encoder, train
+from mopefuse.cli import data, demo, doctor, encoders, eval, export, predict, push, report, swap_encoder, train
 from mopefuse.cli._render import print_json, speaks_unicode
 from mopefuse.errors import ConfigError, Interrupted, MopefuseError, Notice, PackageError, ResourceError
 
@@ -39,6 +39,7 @@ app.command("predict")(predict.predict)
 app.command("swap-encoder")(swap_encoder.swap_encoder)
 app.command("export")(export.export)
 app.command("push")(push.push)
+app.command("report")(report.report)
 app.command("demo")(demo.demo)
 app.add_typer(data.app, name="data")
 app.add_typer(encoders.app, name="encoders")

@@ -75,6 +75,14 @@ class Split:
         return f"{self.file}:{row.line}, id {row.id}"
 
 
+    def part(self, numbers: Sequence[int]) -> Split:
+        """The split with some of its rows only."""
+        index = np.asarray(numbers, dtype=np.int64)
+        keys = {name: getattr(self, name)[index] for name in ("image_keys", "text_keys", "alike_keys")}
+        rows, labels = [self.rows[number] for number in numbers], [self.labels[number] for number in numbers]
+        return replace(self, rows=rows, labels=labels, **keys)
+
+
 @dataclass(frozen=True)
 class DataSet:
     """The splits of a data set and the labels that its training split (or a list of labels) defines."""

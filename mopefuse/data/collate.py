@@ -74,11 +74,16 @@ class Samples(Dataset[dict[str, Any]]):
         try:
             unread = [side for side in self.readers if side not in self.pictures]
             row = self.split.rows[index] if unread else None
-            return {"index": index} | {side: self._prepared(side, epoch, index, row) for side in self.readers}
+            return {"index": index} | {side: self.value(side, epoch, index, row) for side in self.readers}
         except MopefuseError as error:  # a worker would turn it into text; as a value it arrives whole
             return {"error": error}
 
-    def _prepared(self, side: str, epoch: int, index: int, row: Row | None) -> Any:
+    def value(self, side: str, epoch: int, index: int, row: Row | None) -> Any:
+        """What an encoder gets of a sample, before it is one of a batch.
+
+        Args:
+            row: read only where it is needed: not for a side whose images are cached.
+        """
         modality, preprocess = self.readers[side]
         if side in self.pictures:
             reduced: Any = self.pictures[side][index]

@@ -10,6 +10,7 @@ import re
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -74,6 +75,15 @@ class Fusion(nn.Module):
     def resolve(self, config: RunConfig) -> RunConfig:
         """`config` with the defaults written out that depend on the encoders."""
         return config
+
+    @property
+    def prompt_kinds(self) -> tuple[str, ...]:
+        """The kinds of prompts that `without` can leave out."""
+        return ()
+
+    def without(self, kind: str) -> AbstractContextManager[None]:
+        """Answer without the prompts of a kind, for as long as the context lasts."""
+        raise NotImplementedError(f"{type(self).__name__} has no prompts {kind}")
 
     def unused_sections(self) -> list[str]:
         """Sections of settings that were changed from their defaults and that this method does not look at."""

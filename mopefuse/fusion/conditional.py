@@ -7,6 +7,7 @@ papers' inserted tokens (`gate: none`) or adds a gated attention of their own (`
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import ClassVar
 
 import torch
@@ -108,6 +109,15 @@ class ConditionalFusion(Fusion):
         prompts = with_lengths(config.prompts, main.modality)
         bound = prompts.init or initial_bound(main)
         return config.model_copy(update={"prompts": prompts.model_copy(update={"init": bound})})
+
+    @property
+    def prompt_kinds(self) -> tuple[str, ...]:
+        """Of static, dynamic and mapped, those that the main encoder has."""
+        return self.stack.kinds
+
+    def without(self, kind: str) -> AbstractContextManager[None]:
+        """Answer without the static, dynamic or mapped prompts of the main encoder."""
+        return self.stack.without(kind)
 
     def psi(self, batch: Batch) -> Tensor:
         """The complementary representation, (B, C); zeros where no prompt looks at it."""

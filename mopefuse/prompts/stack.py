@@ -7,7 +7,8 @@ Shapes: B batch, N prompted layers, S static, P dynamic, M mapped tokens, K expe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,8 @@ from mopefuse.config import Router as RouterConfig
 from mopefuse.encoders._attention import Prompt
 from mopefuse.errors import ConfigError
 from mopefuse.prompts.experts import Routed, Router
+
+KINDS = ("static", "dynamic", "mapped")
 
 
 class LayerPrompts(nn.Module):
@@ -34,18 +37,20 @@ class LayerPrompts(nn.Module):
         self.mapper = nn.Linear(config.bottleneck, config.mapped * width) if config.mapped else None
         self.gate_H = nn.Parameter(torch.zeros(heads)) if config.gate == "zero" else None
 
-    def forward(self, batch: int, weights_BK: Tensor | None, trunk_Bh: Tensor | None) -> Tensor:
-        """The layer's prompt, (B, S + P + M, D)."""
+    def forward(
+        self, batch: int, weights_BK: Tensor | None, trunk_Bh: Tensor | None, without: str = ""
+    ) -> Tensor | None:
+        """The layer's prompt, (B, S + P + M, D), or what is left of it `without` one of `KINDS`; None for nothing."""
         parts = []
-        if self.static_SD is not None:
+        if self.static_SD is not None and without != "static":
             parts.append(self.static_SD.expand(batch, -1, -1))
-        if self.experts_KPD is not None:
+        if self.experts_KPD is not None and without != "dynamic":
             assert weights_BK is not None
             mixed = weights_BK.to(self.experts_KPD.dtype) @ self.experts_KPD.flatten(1)  # nothing of size B*K*P*D
             parts.append(mixed.unflatten(1, (self.dynamic, self.width)))
-        if self.mapper is not None:
+        if self.mapper is not None and without != "mapped":
             parts.append(F.gelu(self.mapper(trunk_Bh)).unflatten(1, (self.mapped, self.width)))
-        return torch.cat([part.to(parts[-1].dtype) for part in parts], dim=1)
+        return torch.cat([part.to(parts[-1].dtype) for part in parts], dim=1) if parts else None
 
 
 class PromptStack(nn.Module):
@@ -78,6 +83,7 @@ class PromptStack(nn.Module):
         starts = set() if config.route_stage_starts else stage_starts(widths)
         self.routed = tuple(i for i in chosen if config.dynamic and i not in starts)
         self.dropout = nn.Dropout(config.dropout)
+        self._removed = ""
         self.layers = nn.ModuleDict()
         for i in chosen:
             self.layers[str(i)] = LayerPrompts(
@@ -97,6 +103,25 @@ class PromptStack(nn.Module):
     def blind(self) -> bool:
         """Whether the prompts are the same whatever the condition is."""
         return self.router is None and self.trunk is None
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Of `KINDS`, the prompts that some layer has."""
+        there = (
+            any(getattr(layer, name) is not None for layer in self.layers.values())
+            for name in ("static_SD", "experts_KPD", "mapper")
+        )
+        return tuple(kind for kind, has in zip(KINDS, there, strict=True) if has)
+
+    @contextmanager
+    def without(self, kind: str) -> Iterator[None]:
+        """Leave out the prompts of one kind, as if they had never been there; what was learned stays."""
+        assert kind in self.kinds
+        self._removed = kind
+        try:
+            yield
+        finally:
+            self._removed = ""
 
     def condition(self, psi_BC: Tensor) -> Conditioned:
         """The prompts of one batch. psi loses its scale here, so that encoders of any feature scale can be exchanged."""
@@ -125,8 +150,10 @@ class Conditioned:
             routed = stack.router(self._said_BNX, stack.routed.index(layer), tokens_BLD, mask_BL)
             self.routed.append(routed)
             weights_BK = routed.weights_BK
-        prompt_BPD = stack.dropout(prompts(self.batch, weights_BK, self._trunk_Bh))
-        return Prompt(prompt_BPD.to(tokens_BLD.dtype), prompts.gate_H)
+        prompt_BPD = prompts(self.batch, weights_BK, self._trunk_Bh, stack._removed)
+        if prompt_BPD is None:
+            return None
+        return Prompt(stack.dropout(prompt_BPD).to(tokens_BLD.dtype), prompts.gate_H)
 
     def routing(self) -> Tensor | None:
         """Noise-free weights (B, N, K) of all routed layers, after the forward pass; None without routing."""

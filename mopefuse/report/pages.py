@@ -8,8 +8,10 @@ from __future__ import annotations
 import base64
 import io
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 from markupsafe import Markup
@@ -19,13 +21,21 @@ from mopefuse import __version__
 from mopefuse.checkpoint import write_atomically
 from mopefuse.errors import DataError
 
+if TYPE_CHECKING:
+    from mopefuse.report.drawing import Drawing
+
 SIDE = 200  # pixels; the longer side of a thumbnail
 _MARK = '<meta name="generator" content="mopefuse">'
 _NO_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
+def readable(text: str) -> str:
+    """A text without what cannot be shown."""
+    return _NO_TEXT.sub("\ufffd", text)
+
+
 def _readable(value: Any) -> Any:
-    return _NO_TEXT.sub("\ufffd", value) if isinstance(value, str) and not isinstance(value, Markup) else value
+    return readable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 _ENVIRONMENT = jinja2.Environment(
@@ -43,6 +53,53 @@ _ENVIRONMENT.filters["percent"] = lambda share: f"{100 * share:.1f} %"
 def render(template: str, **facts: Any) -> str:
     """A page of `templates`, filled in."""
     return _ENVIRONMENT.get_template(template).render(mark=Markup(_MARK), version=__version__, **facts)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page, under a title.
+
+    Args:
+        key: its address on the page, unique there. body: escaped HTML, from `fragment`.
+        figures: drawings in it, which can be written as files, too.
+        half: it may stand beside another half, where there is room.
+    """
+
+    key: str
+    title: str
+    body: Markup
+    figures: tuple[Drawing, ...] = ()
+    half: bool = False
+
+
+def fragment(name: str, *values: Any, **facts: Any) -> Markup:
+    """A piece of a page: a macro of `templates/parts.html`, called; everything that is no `Markup` is escaped."""
+    piece: Markup = getattr(_ENVIRONMENT.get_template("parts.html").module, name)(*values, **facts)
+    return piece
+
+
+def sections_page(
+    title: str,
+    told: str,
+    tiles: Sequence[tuple[str, str]],
+    sections: Sequence[Section],
+    *,
+    pill: str = "",
+    notes: Sequence[str] = (),
+) -> str:
+    """A page of sections.
+
+    Args:
+        told: what it is about. tiles: (name, value) of the numbers on top.
+        pill: a word beside the title. notes: what a reader must know first.
+    """
+    groups: list[list[Section]] = []
+    for section in sections:
+        if section.half and groups and groups[-1][0].half and len(groups[-1]) == 1:
+            groups[-1].append(section)
+        else:
+            groups.append([section])
+    return render("sections.html", title=title, told=told, tiles=tiles, groups=groups, pill=pill, notes=notes)
 
 
 def check_place(page: Path, data: Path) -> None:

@@ -1,0 +1,238 @@
+"""Does a model use its other modality? Its metric with that input as is, exchanged, blank, and without each kind of prompt.
+
+Shapes: S samples of the split, N labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mopefuse import device as devices
+from mopefuse import metrics
+from mopefuse.config import RunConfig
+from mopefuse.data._base import DataSet
+from mopefuse.data.altered import Blank, Shuffled, derangement, nothing
+from mopefuse.data.collate import Samples
+from mopefuse.data.load import load_data
+from mopefuse.data.subsets import order_of
+from mopefuse.encoders._base import run_alone
+from mopefuse.evaluate import elsewhere, load_model, prepared, run_split, split_metrics, with_labels
+from mopefuse.fusion._base import Fusion
+from mopefuse.source import trained
+
+Advance = Callable[[str, int, int], None]  # (of which condition, samples done, samples in all)
+MOST = 2000
+"""Samples that are looked at, unless another number is given."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """How a model answers when something was taken away.
+
+    Args:
+        name: as is, shuffled, blank, or the kind of prompt that was left out.
+        metrics: as those of an evaluation.
+        changed: share of the samples that get another answer than as is.
+        lost: mean score of a sample as is, less that here; a score is 1 for a right answer, or the F1 of the labels given.
+        error: standard error of `lost`, sample by sample.
+        logits_SN: of every sample.
+    """
+
+    name: str
+    metrics: dict[str, float]
+    changed: float
+    lost: float
+    error: float
+    logits_SN: Tensor = field(repr=False, compare=False)
+
+    @property
+    def matters(self) -> bool:
+        """Whether `lost` is other than 0 beyond chance (1.96 standard errors)."""
+        return abs(self.lost) > 1.96 * self.error
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What a model depends on.
+
+    Args:
+        split: that was looked at. samples: so many of it. total: that it has.
+        metric: the one that selects checkpoints.
+        modality: of the complementary input, "image" or "text".
+        read: whether the model looks at that input at all. alone: whether it looks at nothing else.
+        same: share of the samples whose input was exchanged for an equal one.
+        conditions: as is first.
+    """
+
+    split: str
+    samples: int
+    total: int
+    metric: str
+    modality: str
+    read: bool
+    alone: bool
+    same: float
+    conditions: tuple[Condition, ...]
+
+    def __getitem__(self, name: str) -> Condition:
+        """The condition of a name."""
+        return next(condition for condition in self.conditions if condition.name == name)
+
+    @property
+    def verdict(self) -> str:
+        """What the numbers mean, in a sentence."""
+        if not self.read:
+            return f"The model does not look at the {self.modality}: nothing in its prompts depends on it."
+        other, shuffled = self.modality, self["shuffled"]
+        before, after, empty = (100 * self[name].metrics[self.metric] for name in ("as is", "shuffled", "blank"))
+        name = "accuracy" if self.metric == "accuracy" else "macro-F1"
+        fell = f"with another sample's {other}, {name} goes from {before:.1f} to {after:.1f} %"
+        fell += f", and with none to {empty:.1f} %"
+        if self.alone:
+            return f"The {other} is all that the model looks at: {fell}."
+        if shuffled.matters and shuffled.lost > 0:
+            return f"The model uses the {other}: {fell}."
+        if shuffled.matters:
+            return f"The {other} misleads the model: {fell}."
+        unsure = f"of {self.samples:,} samples, less than {196 * shuffled.error:.1f} points may be chance"
+        return f"There is no sign that the model uses the {other}: {fell} ({unsure})."
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything but the logits."""
+        facts = ("split", "samples", "total", "metric", "modality", "read", "same", "verdict")
+        rows = [
+            {name: getattr(condition, name) for name in ("name", "metrics", "changed", "lost", "error", "matters")}
+            for condition in self.conditions
+        ]
+        return {**{name: getattr(self, name) for name in facts}, "conditions": rows}
+
+
+def audit(
+    run: Path,
+    *,
+    split: str = "test",
+    data: Path | None = None,
+    checkpoint: str = "best",
+    device: str = "auto",
+    most: int | None = MOST,
+    seed: int = 0,
+    advance: Advance = lambda name, done, total: None,
+) -> Audit:
+    """What a run, or an adapter with `data`, depends on; see `audit_model`.
+
+    Raises:
+        CheckpointError: no such run. DataError: no such split, bad rows, unknown labels.
+    """
+    target = devices.resolve(device)
+    loaded = load_model(trained(run), checkpoint, target)
+    where = loaded.config.data if data is None else elsewhere(loaded.config.data, data)
+    dataset = with_labels(load_data(where, require=(split,)), loaded.manifest, split)
+    found: dict[str, Any] = {"thresholds": loaded.thresholds, "most": most, "seed": seed, "advance": advance}
+    return audit_model(loaded.model, dataset, split, loaded.config, target, **found)
+
+
+def audit_model(
+    model: Fusion,
+    data: DataSet,
+    split: str,
+    config: RunConfig,
+    device: torch.device,
+    *,
+    thresholds: metrics.Thresholds = metrics.THRESHOLD,
+    most: int | None = MOST,
+    seed: int = 0,
+    advance: Advance = lambda name, done, total: None,
+) -> Audit:
+    """The metrics of a model as is, with its complementary input exchanged and blank, and without each kind of prompt.
+
+    Args:
+        model: on `device`. thresholds: of multi-label data.
+        most: samples to look at, drawn by `seed`; None for all. seed: also of the exchange, which moves every sample's input.
+    """
+    total = len(data.splits[split].rows)
+    if most is not None and total > most:
+        order = order_of([row.id for row in data.splits[split].rows], seed)
+        data = replace(data, splits={**data.splits, split: data.splits[split].part(sorted(order[:most]))})
+    samples = prepared(model, data, split, config, device)
+    partner_S = derangement(len(samples), seed)
+    modality = _modality(model)
+    keys = data.splits[split].text_keys if modality == "text" else data.splits[split].image_keys
+
+    def said(name: str, asked: Samples, without: str = "") -> Tensor:
+        with model.without(without) if without else nullcontext():
+            told = lambda done, total: advance(name, done, total)  # noqa: E731
+            return run_split(model, data, split, config, device, samples=asked, advance=told).logits_SN
+
+    read = "comp" in model.reads
+    logits = {"as is": said("as is", samples)}
+    if read:
+        logits["shuffled"] = said("shuffled", Shuffled(samples, "comp", partner_S))
+        logits["blank"] = said("blank", Blank(samples, "comp", _blank_features(model, config, device)))
+    logits |= {kind: said(kind, samples, without=kind) for kind in model.prompt_kinds}
+    return Audit(
+        split,
+        len(samples),
+        total,
+        metrics.selected_metric(multi_label=data.multi_label),
+        modality,
+        read,
+        model.reads == ("comp",),
+        float((keys == keys[partner_S.numpy()]).mean()),
+        tuple(_condition(name, value_SN, logits["as is"], data, split, thresholds) for name, value_SN in logits.items()),
+    )
+
+
+def _modality(model: Fusion) -> str:
+    if "comp" in model.uses:
+        return model.encoder("comp").modality
+    return {"image": "text", "text": "image"}[model.encoder("main").modality]
+
+
+@torch.no_grad()
+def _blank_features(model: Fusion, config: RunConfig, device: torch.device) -> dict[str, Tensor]:
+    if "comp" not in model.frozen:
+        return {}
+    encoder = model.encoder("comp")
+    preprocess = encoder.preprocess
+    inputs = preprocess.batch([preprocess.item(nothing(encoder.modality))])
+    with devices.autocast(config.train.precision, device):
+        return {"comp": run_alone(encoder, {name: tensor.to(device) for name, tensor in inputs.items()}).float().cpu()}
+
+
+def _condition(
+    name: str, logits_SN: Tensor, as_is_SN: Tensor, data: DataSet, split: str, thresholds: metrics.Thresholds
+) -> Condition:
+    targets = data.targets(split)
+    before_SN, after_SN = (_answers(value, thresholds, data.multi_label) for value in (as_is_SN, logits_SN))
+    lost_S = _scores(before_SN, targets) - _scores(after_SN, targets)
+    return Condition(
+        name,
+        split_metrics(logits_SN, data, split, thresholds),
+        float((before_SN != after_SN).any(dim=-1).float().mean()),
+        float(lost_S.mean()),
+        float(lost_S.std(correction=0)) / len(lost_S) ** 0.5,
+        logits_SN,
+    )
+
+
+def _answers(logits_SN: Tensor, thresholds: metrics.Thresholds, multi_label: bool) -> Tensor:
+    """Which labels are given (S, N)."""
+    if multi_label:
+        return metrics.over(metrics.probabilities(logits_SN, multi_label=True), thresholds)
+    return torch.nn.functional.one_hot(logits_SN.argmax(dim=-1), logits_SN.shape[-1]).bool()
+
+
+def _scores(answers_SN: Tensor, targets: Tensor) -> Tensor:
+    """F1 of the labels given to each sample (S,): with single labels 1 for a right answer, else 0."""
+    if targets.ndim == 1:
+        return answers_SN[torch.arange(len(targets)), targets].double()
+    right_S = (answers_SN & targets.bool()).sum(dim=-1).double()
+    all_S = answers_SN.sum(dim=-1) + targets.sum(dim=-1)
+    return torch.where(all_S > 0, 2 * right_S / all_S.clamp(min=1), 1.0)

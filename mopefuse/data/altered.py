@@ -1,0 +1,95 @@
+"""Samples whose input of one side is another's, or nothing: to see what an answer depends on.
+
+Shapes: S samples of the split, B batch, C width of a pooled feature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mopefuse.data._base import Row
+from mopefuse.data.collate import Samples, Table, seed_of
+
+_GREY = (128, 128, 128)
+
+
+def derangement(count: int, seed: int) -> Tensor:
+    """A permutation (S,) that moves every sample, drawn evenly among all of one cycle; of one sample, itself.
+
+    Sattolo's algorithm: Information Processing Letters 22 (1986), 315.
+    """
+    random = np.random.Generator(np.random.PCG64(seed_of(seed, count)))
+    order = np.arange(count)
+    for last in range(count - 1, 0, -1):
+        other = int(random.integers(last))
+        order[last], order[other] = order[other], order[last]
+    return torch.from_numpy(order)
+
+
+def nothing(modality: str) -> Any:
+    """What says nothing: an empty text, or an image of mid-grey."""
+    return "" if modality == "text" else Image.new("RGB", (64, 64), _GREY)
+
+
+class Shuffled(Samples):
+    """Each sample with the input that another has on one side; targets and the other side stay.
+
+    Args:
+        partner_S: the sample that each takes it from.
+    """
+
+    def __init__(self, samples: Samples, side: str, partner_S: Tensor) -> None:
+        vars(self).update(vars(samples))
+        self._side, self._partner_S = side, partner_S
+        if side in samples.features:
+            self.features = {**samples.features, side: _Partners(samples.features[side], partner_S)}
+
+    def value(self, side: str, epoch: int, index: int, row: Row | None) -> Any:
+        """See `Samples.value`."""
+        if side != self._side:
+            return super().value(side, epoch, index, row)
+        other = int(self._partner_S[index])
+        return super().value(side, epoch, other, row if row is None else self.split.rows[other])
+
+
+class Blank(Samples):
+    """Each sample with nothing on one side: see `nothing`.
+
+    Args:
+        features: side to the pooled feature (1, C) of nothing, for a side whose features are known already.
+    """
+
+    def __init__(self, samples: Samples, side: str, features: Mapping[str, Tensor]) -> None:
+        vars(self).update(vars(samples))
+        self._side = side
+        if side in samples.features:
+            self.features = {**samples.features, side: _Same(features[side])}
+
+    def value(self, side: str, epoch: int, index: int, row: Row | None) -> Any:
+        """See `Samples.value`."""
+        if side != self._side:
+            return super().value(side, epoch, index, row)
+        modality, preprocess = self.readers[side]
+        return preprocess.ready(preprocess.reduce(nothing(modality)))
+
+
+class _Partners:
+    def __init__(self, table: Table, partner_S: Tensor) -> None:
+        self._table, self._partner_S = table, partner_S
+
+    def __getitem__(self, index_B: Tensor) -> Tensor:
+        return self._table[self._partner_S[index_B]]
+
+
+class _Same:
+    def __init__(self, feature_1C: Tensor) -> None:
+        self._feature_1C = feature_1C
+
+    def __getitem__(self, index_B: Tensor) -> Tensor:
+        return self._feature_1C.expand(len(index_B), -1)

@@ -1,0 +1,37 @@
+"""The page of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mopefuse.report import run_answers, run_routing, run_training
+from mopefuse.report.facts import RunFacts
+from mopefuse.report.pages import Section, sections_page
+
+
+def sections(facts: RunFacts) -> list[Section]:
+    """All that there is to say of a run, in the order of the page."""
+    found: Sequence[Section | None] = (
+        run_answers.audit(facts),
+        run_answers.task(facts),
+        run_training.resources(facts),
+        run_answers.errors(facts),
+        run_answers.calibration(facts),
+        run_answers.examples(facts),
+        run_answers.mistakes(facts),
+        run_training.training(facts),
+        *run_routing.sections(facts),
+    )
+    return [section for section in found if section is not None]
+
+
+def run_page(facts: RunFacts, parts: Sequence[Section]) -> str:
+    """The page, as HTML.
+
+    Args:
+        parts: from `sections`.
+    """
+    encoders = " and ".join(str(encoder.get("spec", "")) for encoder in facts.manifest["encoders"].values())
+    told = f"{facts.config.method} with {encoders}; answers of step {facts.step:,} on {facts.split}"
+    pill = facts.config.method
+    return sections_page(facts.name, told, run_answers.tiles(facts), parts, pill=pill, notes=facts.notes)

@@ -1,0 +1,186 @@
+"""The audit: exchanging is evaluating other pairs, and it finds what a model depends on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_pairs, write_rows
+
+from mopefuse.audit import audit, audit_model
+from mopefuse.config import RunConfig, build_config
+from mopefuse.data.altered import derangement
+from mopefuse.data.load import load_data
+from mopefuse.evaluate import run_split
+from mopefuse.fusion._base import Fusion
+from mopefuse.fusion.build import build_model
+from mopefuse.train import train
+
+CPU = torch.device("cpu")
+COUNTS = {"train": 48, "val": 12, "test": 30}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The text says the label, and the image says nothing."""
+    return make_pairs(tmp_path_factory.mktemp("data") / "pairs", counts=COUNTS)
+
+
+def settings(data: Path, **other: Any) -> RunConfig:
+    common = {"main": "tiny:vision", "comp": "tiny:text", "data": {"path": str(data)}, "device": "cpu"}
+    return build_config(common | {"prompts": {"experts": 2, "dropout": 0.0, "gate": "none"}} | other)
+
+
+def model_of(config: RunConfig) -> Fusion:
+    """Untrained, but with a head that does not see past what prompts do."""
+    return build_model(config, 3)
+
+
+def asked(config: RunConfig, data: Path) -> torch.Tensor:
+    where = config.data.model_copy(update={"path": str(data)})
+    return run_split(model_of(config), load_data(where), "test", config, CPU).logits_SN
+
+
+def test_a_derangement_moves_everything_and_hangs_on_the_seed_alone() -> None:
+    for count in (2, 3, 10, 101):
+        for seed in range(5):
+            found = derangement(count, seed)
+            assert sorted(found.tolist()) == list(range(count))
+            assert (found != torch.arange(count)).all()
+            assert derangement(count, seed).equal(found)
+    assert len({tuple(derangement(4, seed).tolist()) for seed in range(60)}) == 6, "all cycles of four"
+    assert derangement(1, 0).tolist() == [0]
+
+
+@pytest.mark.parametrize("other", [{}, {"comp_tuning": {"mode": "prompts"}}, {"method": "late-concat"}], ids=str)
+@pytest.mark.parametrize("cached", [True, False])
+def test_exchanged_and_blank_texts_are_other_rows_to_the_bit(
+    data: Path, tmp_path: Path, other: dict[str, Any], cached: bool
+) -> None:
+    config = settings(data, **other)
+    options = {"cache_features": cached, "allow_missing_text": True, "cache_images": cached}
+    config = config.model_copy(update={"data": config.data.model_copy(update=options)})
+    found = audit_model(model_of(config), load_data(config.data), "test", config, CPU, seed=3)
+    rows = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
+    partner = derangement(len(rows), 3).tolist()
+    texts = {"shuffled": [rows[other]["text"] for other in partner], "blank": [""] * len(rows)}
+    for name, instead in texts.items():
+        changed = tmp_path / name
+        changed.mkdir()
+        for split in ("train", "val"):
+            (changed / f"{split}.jsonl").write_text((data / f"{split}.jsonl").read_text())
+        write_rows(changed / "test.jsonl", [{**row, "text": text} for row, text in zip(rows, instead, strict=True)])
+        shutil.copytree(data / "images", changed / "images")
+        assert found[name].logits_SN.equal(asked(config, changed)), name
+        assert not found[name].logits_SN.equal(found["as is"].logits_SN), name
+    assert found["as is"].logits_SN.equal(asked(config, data))
+    equal = sum(rows[i]["text"] == rows[other]["text"] for i, other in enumerate(partner))
+    assert found.same == pytest.approx(equal / len(rows))
+
+
+def test_static_prompts_alone_change_nothing_when_the_text_does(data: Path) -> None:
+    config = settings(data, prompts={"static": 4, "dynamic": 0, "mapped": 0, "gate": "none"})
+    found = audit_model(model_of(config), load_data(config.data), "test", config, CPU)
+    assert [condition.name for condition in found.conditions] == ["as is", "static"]
+    assert "does not look at the text" in found.verdict
+    # read or not: what the prompts are does not depend on the text, to the bit
+    model = model_of(config)
+    model.reads = ("main", "comp")
+    found = audit_model(model, load_data(config.data), "test", config, CPU)
+    for name in ("shuffled", "blank"):
+        assert found[name].logits_SN.equal(found["as is"].logits_SN)
+        assert (found[name].changed, found[name].lost, found[name].matters) == (0, 0, False)
+    assert found.verdict.startswith("There is no sign that the model uses the text")
+
+
+def test_without_its_only_prompts_the_model_is_the_untouched_encoder(data: Path) -> None:
+    config = settings(data, prompts={"static": 4, "dynamic": 0, "mapped": 0, "gate": "none"})
+    model, pairs = model_of(config), load_data(config.data)
+    found = audit_model(model, pairs, "test", config, CPU)
+    bare = build_model(settings(data, method="main-only"), 3)
+    bare.head.load_state_dict(model.head.state_dict())  # both take the main encoder's pooled feature
+    expected = run_split(bare, pairs, "test", settings(data, method="main-only"), CPU).logits_SN
+    torch.testing.assert_close(found["static"].logits_SN, expected, rtol=0, atol=1e-5)
+    assert not found["static"].logits_SN.equal(found["as is"].logits_SN)
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic", "mapped"])
+def test_leaving_out_a_kind_is_a_model_that_never_had_it(data: Path, kind: str) -> None:
+    lengths = {"static": 2, "dynamic": 3, "mapped": 1}
+    config = settings(data, prompts={**lengths, "experts": 4, "gate": "none"})
+    model, pairs = model_of(config), load_data(config.data)
+    found = audit_model(model, pairs, "test", config, CPU)
+    less = settings(data, prompts={**lengths, kind: 0, "experts": 4, "gate": "none"})
+    without = model_of(less)
+    own = model.own_state()
+    without.load_own_state({name: own[name] for name in without.own_state()}, where="")
+    assert found[kind].logits_SN.equal(run_split(without, pairs, "test", less, CPU).logits_SN)
+    again = run_split(model, pairs, "test", config, CPU).logits_SN
+    assert again.equal(found["as is"].logits_SN), "the model is as it was"
+
+
+@pytest.fixture(scope="module")
+def reader(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that learned to read the text."""
+    out = tmp_path_factory.mktemp("runs") / "reader"
+    training = {"epochs": 12, "batch_size": 16, "lr": 0.01, "lr_comp": 0.01, "evals_per_epoch": 1}
+    prompts = {"static": 0, "dynamic": 0, "mapped": 2, "gate": "none", "dropout": 0.0}
+    assert train(settings(data, train=training, prompts=prompts), out)["metrics"]["test"]["accuracy"] > 0.9
+    return out
+
+
+def test_exchanging_the_texts_hurts_a_model_that_reads_them(reader: Path) -> None:
+    found = audit(reader, seed=1)
+    shuffled = found["shuffled"]
+    assert shuffled.lost > 0.3 and shuffled.matters
+    assert found.verdict.startswith("The model uses the text: with another sample's text, accuracy goes from ")
+    before, after = found["as is"].metrics["accuracy"], shuffled.metrics["accuracy"]
+    assert shuffled.lost == pytest.approx(before - after)
+    assert json.loads(json.dumps(found.as_dict()))["conditions"][1]["name"] == "shuffled"
+    # the error is that of the paired differences
+    targets = load_data(settings(Path()).data.model_copy(update={"path": str(_data_of(reader))})).targets("test")
+    right = [(c.logits_SN.argmax(dim=-1) == targets).double() for c in (found["as is"], shuffled)]
+    assert shuffled.error == pytest.approx(float((right[0] - right[1]).std(correction=0)) / len(targets) ** 0.5)
+
+
+def _data_of(run: Path) -> Path:
+    import yaml
+
+    return Path(yaml.safe_load((run / "config.yaml").read_text())["data"]["path"])
+
+
+def test_of_a_large_split_some_samples_are_looked_at(reader: Path) -> None:
+    found = audit(reader, most=10)
+    assert (found.samples, found.total, len(found["as is"].logits_SN)) == (10, 30, 10)
+    whole = audit(reader, most=None)["as is"].logits_SN
+    assert all((whole - row).abs().sum(dim=-1).min() < 1e-4 for row in found["as is"].logits_SN)
+
+
+def test_a_model_of_one_side_says_so(data: Path) -> None:
+    for method, said in (("main-only", "does not look at the text"), ("comp-only", "The text is all that the model looks at")):
+        config = settings(data, method=method)
+        assert said in audit_model(model_of(config), load_data(config.data), "test", config, CPU).verdict
+
+
+def test_several_labels_are_scored_by_their_f1(multi_pairs: Path) -> None:
+    config = settings(multi_pairs)
+    found = audit_model(model_of(config), load_data(config.data), "test", config, CPU, thresholds=0.3)
+    assert found.metric == "f1_macro"
+    before, after = (found[name].metrics["f1_samples"] for name in ("as is", "shuffled"))
+    assert found["shuffled"].lost == pytest.approx(before - after)
+
+
+def test_a_part_of_a_split_has_its_rows_keys_and_labels(data: Path) -> None:
+    pairs = load_data(settings(data).data)
+    split = pairs.splits["test"]
+    part = split.part([4, 2])
+    assert [row.id for row in part.rows] == [split.rows[4].id, split.rows[2].id]
+    assert part.labels == [split.labels[4], split.labels[2]]
+    assert part.image_keys.tolist() == [split.image_keys[4], split.image_keys[2]]
+    some = replace(pairs, splits={**pairs.splits, "test": part})
+    assert some.targets("test").tolist() == [pairs.targets("test")[4], pairs.targets("test")[2]]

@@ -1,0 +1,340 @@
+"""The page of a run: whole, harmless, right in its numbers, and looked at in a browser where there is one."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from check_cases import ATTRIBUTE, HOSTILE
+from chromium import BROWSER, Chromium
+from conftest import TINY, call, make_pairs, write_rows
+from PIL import Image
+from test_data_pages import Page
+
+from mopefuse.config import Data
+from mopefuse.data.load import load_data
+from mopefuse.report import figures, run_answers, run_routing
+from mopefuse.report.facts import RunFacts
+from mopefuse.report.pages import Section, fragment, sections_page
+from mopefuse.reporting import report
+from mopefuse.run import RunFolder
+
+SECTIONS = ["audit", "task", "resources", "confusion", "calibration", "examples", "mistakes", "training"]
+ROUTING = ["usage", "routing-training", "classes", "experts"]
+
+
+@pytest.fixture(scope="module")
+def run(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of a run of two steps with its page; not to be changed."""
+    copy = tmp_path_factory.mktemp("report") / "run"
+    shutil.copytree(trained, copy)
+    report(copy, device="cpu")
+    return copy
+
+
+def page_of(run: Path) -> Page:
+    return Page((run / "report.html").read_text(encoding="utf-8"))
+
+
+def facts_of(run: Path, **other: Any) -> RunFacts:
+    """What a page is made of, with answers of our own."""
+    folder = RunFolder(run)
+    config = folder.config()
+    data = load_data(config.data)
+    logits_SN = other.pop("logits_SN", torch.zeros(len(data.splits["test"].rows), len(data.labels)))
+    facts = RunFacts("run", 2, config, folder.manifest(), folder.result(), folder.read_log(), data, "test", logits_SN, 0.5)
+    return replace(facts, **other)
+
+
+def keys(page: Page) -> list[str]:
+    return [attributes["id"] for attributes in page.all("section") if "id" in attributes]
+
+
+def titles(html: str) -> list[str]:
+    return re.findall(r"<title>([^<]*)</title>", html)
+
+
+# -- the page
+
+
+def test_the_page_has_every_section_and_says_what_the_numbers_mean(run: Path) -> None:
+    page = page_of(run)
+    assert keys(page) == SECTIONS + ROUTING
+    result = json.loads((run / "metrics.json").read_text())
+    assert f"{100 * result['metrics']['test']['accuracy']:.1f} %" in page.text
+    assert f"{result['parameters']['trainable']:,}" in page.text
+    for said in ("train 12, val 6, test 7", "tiny:vision (image, 4 layers)", "prompts.experts", "Guo et al. 2017", "Monroe"):
+        assert said in page.text
+    assert "with another sample's text, accuracy goes from" in page.text
+    assert len(page.pictures()) >= 7
+
+
+def test_the_page_loads_nothing_and_runs_nothing(run: Path) -> None:
+    page = page_of(run)
+    assert "http" not in (run / "report.html").read_text(encoding="utf-8").replace("http-equiv", "")
+    assert not {"script", "link", "iframe", "object", "a", "form"} & {tag for tag, _ in page.elements}
+    for tag, attributes in page.elements:
+        assert not [key for key in attributes if key.startswith("on") or key in ("href", "srcset", "xlink:href")], tag
+        assert attributes.get("src", "data:image/jpeg;base64,").startswith("data:image/jpeg;base64,")
+    assert (run / "report.html").stat().st_size < 1_000_000
+
+
+@pytest.mark.parametrize("multi", [False, True])
+def test_hostile_labels_texts_and_ids_are_shown_as_they_are(tmp_path: Path, multi: bool) -> None:
+    data = make_pairs(tmp_path / "data", multi=multi)
+    odd = f"{ATTRIBUTE}'><img src=x onerror=alert(1)>"
+    for split in ("train", "val", "test"):
+        rows = [json.loads(line) for line in (data / f"{split}.jsonl").read_text().splitlines()]
+        for row in rows:
+            names = {"a": HOSTILE, "b": odd, "c": "<b>c</b> & 'd'"}
+            label = [names[name] for name in row["label"]] if multi else names[row["label"]]
+            row |= {"id": f"{row['id']}{odd}", "text": f"{row['text']} {HOSTILE} {odd}", "label": label}
+        write_rows(data / f"{split}.jsonl", rows)
+    run = tmp_path / f"run {HOSTILE.replace('/', '')}"
+    assert call("train", *TINY, "--data", data, "--out", run, "--steps", "2").returncode == 0
+    done = report(run, device="cpu", figures=tmp_path / "figures")
+    page = page_of(run)
+    assert {attributes.get("src", "")[:5] for attributes in page.all("img")} == {"data:"}
+    assert not page.all("script")
+    assert len(page.all("b")) == len([1 for div in page.all("div") if div.get("class") == "tile"]), "the tiles alone are bold"
+    assert HOSTILE in page.text and odd in page.text and "<b>c</b> & 'd'" in page.text
+    for path in done.figures:
+        if path.suffix == ".svg":
+            assert not re.search("<(script|img|b)[ >]", path.read_text(encoding="utf-8"))
+
+
+def test_several_labels_have_bars_and_no_confusion(multi_pairs: Path, tmp_path: Path) -> None:
+    assert call("train", *TINY, "--data", multi_pairs, "--out", tmp_path / "run", "--steps", "2").returncode == 0
+    report(tmp_path / "run", device="cpu")
+    page = page_of(tmp_path / "run")
+    assert keys(page) == [{"confusion": "labels"}.get(key, key) for key in SECTIONS] + ROUTING
+    assert "any number of 3: a, b, c" in page.text
+
+
+def test_a_method_without_a_router_has_no_routing(pairs: Path, tmp_path: Path) -> None:
+    flags = ("--method", "main-only", "--data", pairs, "--out", tmp_path / "run", "--steps", "2")
+    assert call("train", *TINY, *flags).returncode == 0
+    report(tmp_path / "run", device="cpu")
+    page = page_of(tmp_path / "run")
+    assert keys(page) == SECTIONS
+    assert "The model does not look at the text" in page.text
+
+
+# -- numbers
+
+
+def test_the_confusion_matrix_is_that_of_the_answers(run: Path) -> None:
+    # classes of the test split are a, b, c, a, b, c, a
+    answers = torch.nn.functional.one_hot(torch.tensor([0, 1, 2, 1, 1, 0, 0]), 3).float()
+    section = run_answers.errors(facts_of(run, logits_SN=answers))
+    found = [title for title in titles(section.body) if "answered as" in title]
+    assert found[:3] == ["a answered as a: 2 (66.7 %)", "a answered as b: 1 (33.3 %)", "a answered as c: 0 (0.0 %)"]
+    assert found[3:] == [
+        "b answered as a: 0 (0.0 %)", "b answered as b: 2 (100.0 %)", "b answered as c: 0 (0.0 %)",
+        "c answered as a: 1 (50.0 %)", "c answered as b: 0 (0.0 %)", "c answered as c: 1 (50.0 %)",
+    ]  # fmt: skip
+
+
+def test_of_many_classes_the_most_confused_pairs_are_listed(tmp_path: Path, run: Path) -> None:
+    data = make_pairs(tmp_path / "data", counts={"train": 80, "test": 40, "val": 3})
+    for split, count in {"train": 80, "test": 40, "val": 3}.items():
+        rows = [json.loads(line) for line in (data / f"{split}.jsonl").read_text().splitlines()]
+        write_rows(data / f"{split}.jsonl", [{**row, "label": f"class {i % 40}"} for i, row in enumerate(rows[:count])])
+    loaded = load_data(Data(path=str(data)))
+    targets = loaded.targets("test")
+    answers = torch.nn.functional.one_hot(targets, 40).float()
+    wrong = [i for i, label in enumerate(loaded.splits["test"].labels) if label[0] in ("class 3", "class 4")]
+    answers[wrong] = torch.nn.functional.one_hot(torch.tensor([loaded.labels.index("class 9")] * 2), 40).float()
+    section = run_answers.errors(facts_of(run, data=loaded, logits_SN=answers))
+    page = Page(f"<table>{section.body}</table>")
+    assert section.figures == () and "1 of 1" in page.text
+    assert len(page.all("tr")) == 1 + 2
+    assert "class 3" in page.text and "class 9" in page.text and "class 7" not in page.text
+
+
+def test_the_worst_mistakes_are_wrong_and_those_with_the_highest_loss_come_first(run: Path) -> None:
+    logits_SN = torch.zeros(7, 3)
+    logits_SN[0, 0], logits_SN[1, 0], logits_SN[2, 1], logits_SN[4, 1] = 5, 2, 9, 1  # right, wrong, wrong, right
+    logits_SN[5, 2], logits_SN[6, 0], logits_SN[3, 0] = 1, 1, 1
+    section = run_answers.mistakes(facts_of(run, logits_SN=logits_SN))
+    assert section is not None
+    assert re.findall(r">(test-\d)</code>", section.body) == ["test-2", "test-1"]
+    right = torch.nn.functional.one_hot(facts_of(run).targets, 3).float()
+    assert run_answers.mistakes(facts_of(run, logits_SN=right)) is None
+
+
+def test_experts_show_the_samples_with_the_highest_weight_and_no_text_twice(run: Path) -> None:
+    routing_SLK = torch.full((7, 2, 2), 0.5)
+    routing_SLK[:, 1, 0] = torch.tensor([0.1, 0.2, 0.9, 0.3, 0.1, 0.8, 0.1])
+    routing_SLK[:, 1, 1] = 1 - routing_SLK[:, 1, 0]
+    sections = {section.key: section for section in run_routing.sections(facts_of(run, routing_SLK=routing_SLK))}
+    assert "Layer 2, the most used experts first" in sections["experts"].body
+    weights = re.findall(r"weight (\d\.\d\d)", sections["experts"].body)
+    first, second = "0.90 0.90 0.20 0.90 0.80", "0.90 0.30 0.20 0.80 0.10"  # three texts, then the highest of the rest
+    assert " ".join(weights) == f"{first} {second}"
+    assert "layer 1, expert 1: 50.0 %" in titles(sections["usage"].body)
+    assert "a, expert 1: 16.7 %" in titles(sections["classes"].body)  # samples 0, 3 and 6
+    assert [figure.name for figure in sections["usage"].figures] == ["usage"]
+
+
+def test_one_expert_is_no_routing(run: Path) -> None:
+    assert run_routing.sections(facts_of(run, routing_SLK=torch.ones(7, 2, 1))) == []
+
+
+# -- what is missing, and what is no run
+
+
+def test_an_unfinished_run_has_a_page_that_says_so(trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    (run / "metrics.json").unlink()
+    (run / "predictions.jsonl").unlink()
+    done = report(run, device="cpu", audit=False)
+    page = page_of(run)
+    assert "This run is not finished: the page shows step 2" in page.text
+    assert "No audit was made" in page.text and done.audit is None
+    assert keys(page) == [key for key in SECTIONS if key not in ("audit", "resources")] + ROUTING
+
+
+def test_without_a_test_split_validation_is_shown_and_said_to_be(pairs: Path, trained: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(pairs, data)
+    (data / "test.jsonl").unlink()
+    done = report(trained, out=tmp_path / "page.html", data=data, device="cpu", audit=False)
+    assert done.split == "val"
+    text = Page((tmp_path / "page.html").read_text(encoding="utf-8")).text
+    assert "There is no test split" in text and "are not those that the run was made with" not in text
+    rows = (data / "val.jsonl").read_text().splitlines()
+    (data / "val.jsonl").write_text("\n".join(rows[:-1]))
+    done = report(trained, out=tmp_path / "page.html", data=data, device="cpu", audit=False)
+    assert any("are not those that the run was made with" in note for note in done.notes)
+
+
+def test_what_is_no_run_is_told_apart(exported: Path, trained: Path, pairs: Path, tmp_path: Path) -> None:
+    adapter, empty, moved = tmp_path / "adapter", tmp_path / "empty", tmp_path / "moved"
+    assert call("export", trained, "--format", "adapter", "-o", adapter).returncode == 0
+    shutil.copytree(trained, empty)
+    shutil.rmtree(empty / "checkpoints")
+    shutil.copytree(trained, moved)
+    config = (moved / "config.yaml").read_text()
+    (moved / "config.yaml").write_text(config.replace(str(pairs), str(tmp_path / "gone")))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "notes.html").write_text("mine")
+    for arguments, code in (
+        ((exported,), "MF-CKPT-20"),
+        ((adapter,), "MF-CKPT-20"),
+        ((empty,), "MF-CKPT-21"),
+        ((tmp_path / "nothing",), "MF-CKPT-04"),
+        ((moved,), "MF-DATA-01"),
+        ((trained, "-o", pairs / "page.html"), "MF-DATA-84"),
+        ((trained, "-o", tmp_path / "notes.html"), "MF-DATA-86"),
+        ((trained, "-o", tmp_path / "page.html", "--figures", tmp_path / "file"), "MF-CFG-90"),
+    ):
+        done = call("report", *arguments, "--json")
+        assert json.loads(done.stdout)["error"]["code"] == code, arguments
+    assert (tmp_path / "notes.html").read_text() == "mine"
+    done = call("report", moved, "--data", pairs, "--device", "cpu", "--no-audit")
+    assert done.returncode == 0, done.stderr
+    assert (moved / "report.html").exists()
+
+
+# -- the command, figures and parts
+
+
+def test_the_command_tells_what_it_wrote(trained: Path, tmp_path: Path) -> None:
+    flags = ("-o", tmp_path / "page.html", "--figures", tmp_path / "figures", "--device", "cpu")
+    found = json.loads(call("report", trained, *flags, "--json").stdout)
+    assert (found["ok"], found["split"], found["step"]) == (True, "test", 2)
+    assert found["bytes"] == (tmp_path / "page.html").stat().st_size
+    assert [row["name"] for row in found["audit"]["conditions"]] == [
+        "as is", "shuffled", "blank", "static", "dynamic", "mapped",
+    ]  # fmt: skip
+    names = {path.name for path in (tmp_path / "figures").iterdir()}
+    stems = {"audit", "parameters", "confusion", "calibration", "loss", "validation", "usage", "entropy", "classes"}
+    assert {f"{stem}.{kind}" for stem in stems for kind in ("svg", "png")} <= names
+    assert {str(tmp_path / "figures" / name) for name in names} == set(found["figures"])
+    for name in names:
+        path = tmp_path / "figures" / name
+        if path.suffix == ".png":
+            assert len(set(Image.open(path).convert("L").resize((60, 60)).tobytes())) > 3, f"{name} is not empty"
+        else:
+            assert Page(path.read_text(encoding="utf-8")).all("svg")[0]["xmlns"] == "http://www.w3.org/2000/svg"
+
+
+def test_a_picture_has_the_colours_of_its_heat_map() -> None:
+    drawing = figures.heat_map("x", "x", [[0.0, 1.0], [0.5, float("nan")]], ["a", "b"], ["1", "2"])
+    pixels = np.asarray(drawing.png()).astype(int)
+    rects = [shape for shape in drawing.shapes if getattr(shape, "title", "") and hasattr(shape, "height")]
+    found = [tuple(pixels[int((r.y + r.height / 4) * 3), int((r.x + r.width / 4) * 3)]) for r in rects]  # type: ignore[union-attr]
+    blue = [255 * 3 - sum(colour) for colour in found]
+    assert found[0] == found[3] and blue[0] < blue[2] < blue[1]
+    assert found[1] == (0x35, 0x66, 0xD6)
+
+
+def test_ticks_are_round_and_inside() -> None:
+    assert figures.ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    assert figures.ticks(0.713, 0.964) == [0.8, 0.9]
+    assert figures.ticks(3, 3) == [3]
+    for low, high in ((0, 7), (-3, 1e6), (1e-6, 2e-6), (5, 5000)):
+        found = figures.ticks(low, high)
+        assert 2 <= len(found) <= 7 and all(low - 1e-9 <= tick <= high + 1e-9 for tick in found)
+
+
+def test_curves_of_one_point_or_of_one_value_can_be_drawn() -> None:
+    for points in ([(1.0, 0.5)], [(1.0, 0.5), (2.0, 0.5)]):
+        drawing = figures.curves("x", "x", [figures.Curve("y", points, [0.1] * len(points))], across="step", mark=1)
+        assert "nan" not in drawing.svg() and drawing.png().size[0] > 0
+
+
+def test_sections_of_other_pages_are_put_together_and_escaped() -> None:
+    halves = [Section(f"s{n}", f"title <{n}>", fragment("rows", [("<i>", "&")]), half=n < 3) for n in range(4)]
+    page = Page(sections_page("<b>x</b>", "told", [("name", "1 %")], halves, notes=["<note>"]))
+    assert keys(page) == ["s0", "s1", "s2", "s3"]
+    assert [attributes.get("class") for attributes in page.all("div")].count("pair") == 1
+    assert "title <0>" in page.text and "<note>" in page.text and "<b>x</b>" in page.text
+
+
+# -- in a browser
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
+    if BROWSER is None:
+        pytest.skip("there is no Chromium to look at the page with: apt-get install chromium")
+    chromium = Chromium(tmp_path_factory.mktemp("chromium"))
+    yield chromium
+    chromium.close()
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [360, 1200])
+def test_a_browser_shows_the_page_without_asking_or_complaining(run: Path, browser: Chromium, width: int, dark: bool) -> None:
+    browser.show(run / "report.html", width=width, dark=dark)
+    assert [url for url in browser.requests if not url.startswith("data:image/jpeg")] == [(run / "report.html").as_uri()]
+    assert browser.complaints == []
+    assert browser.evaluate("document.documentElement.scrollWidth") == width, "nothing scrolls sideways"
+    unseen = "[...document.images].filter(image => !image.complete || !image.naturalWidth || !image.clientWidth).length"
+    assert browser.evaluate(unseen) == 0
+    drawings = "[...document.querySelectorAll('svg.drawing')].filter(svg => svg.clientWidth < 100).length"
+    assert browser.evaluate(drawings) == 0
+    paper = np.asarray(browser.picture()).reshape(-1, 3)
+    light = float((paper.mean(axis=1) > 128).mean())
+    assert light < 0.3 if dark else light > 0.7
+
+
+def test_a_browser_tells_of_requests_and_complaints(tmp_path: Path, browser: Chromium) -> None:
+    """Else the test above could not fail."""
+    page = tmp_path / "bad.html"
+    page.write_text("<p style='width: 3000px'>x<img src='missing.png'><script>console.log('x'); nothing()</script>")
+    browser.show(page, width=360)
+    assert any(url.endswith("missing.png") for url in browser.requests)
+    assert len(browser.complaints) >= 2
+    assert browser.evaluate("document.documentElement.scrollWidth") > 360
