@@ -25,6 +25,7 @@ from mopefuse.data.subsets import order_of
 from mopefuse.encoders._base import run_alone
 from mopefuse.evaluate import elsewhere, load_model, prepared, run_split, split_metrics, with_labels
 from mopefuse.fusion._base import Fusion
+from mopefuse.gates import selected_metric
 from mopefuse.source import trained
 
 Advance = Callable[[str, int, int], None]  # (of which condition, samples done, samples in all)
@@ -180,7 +181,7 @@ def audit_model(
         split,
         len(samples),
         total,
-        metrics.selected_metric(multi_label=data.multi_label),
+        selected_metric(multi_label=data.multi_label),
         modality,
         read,
         model.reads == ("comp",),

@@ -250,6 +250,12 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+WITHOUT_EFFECT = frozenset(
+    "data.workers data.cache_images data.cache_features data.strict train.log_every train.checkpoint_every".split()
+)
+"""Settings that change no number of a run."""
+
+
 def known_keys(path: tuple[str, ...]) -> list[str]:
     """The keys of the section at `path`; empty if it is no section."""
     model: Any = RunConfig

@@ -1,4 +1,4 @@
-"""Quality gates: a least value of a metric, for scripts and continuous integration."""
+"""Metrics by name, and quality gates: a least value of one, for scripts and continuous integration."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from collections.abc import Mapping, Sequence
 from mopefuse.errors import ConfigError, GateError, did_you_mean
 
 METRICS = ("accuracy", "f1_macro", "f1_micro", "f1_samples")
+
+
+def selected_metric(*, multi_label: bool) -> str:
+    """The metric that chooses the best checkpoint: accuracy, or macro-F1 for multi-label data."""
+    return "f1_macro" if multi_label else "accuracy"
 
 
 def parse_gates(texts: Sequence[str]) -> dict[str, float]:

@@ -47,11 +47,6 @@ def probabilities(logits_SN: Tensor, *, multi_label: bool) -> Tensor:
     return logits_SN.float().sigmoid() if multi_label else logits_SN.float().softmax(dim=-1)
 
 
-def selected_metric(*, multi_label: bool) -> str:
-    """The metric that chooses the best checkpoint: accuracy, or macro-F1 for multi-label data."""
-    return "f1_macro" if multi_label else "accuracy"
-
-
 def compute(
     logits_SN: Tensor, targets: Tensor, *, multi_label: bool, thresholds: Thresholds = THRESHOLD
 ) -> dict[str, float]:

@@ -165,11 +165,34 @@ def find_recipe(name: str) -> Path:
     path = Path(name)
     if path.exists():
         return path
-    for folder in RECIPES:
-        if (folder / f"{name}.yaml").is_file():
-            return folder / f"{name}.yaml"
-    known = sorted({str(p.relative_to(f).with_suffix("")) for f in RECIPES if f.is_dir() for p in f.rglob("*.yaml")})
-    raise ConfigError(3, f"there is no recipe {name}", where="--recipe", fix=did_you_mean(name, known) or "name a YAML file")
+    found, known = _named(name, "**/*.yaml")
+    fix = did_you_mean(name, [other for other in known if not other.startswith("studies/")]) or "name a YAML file"
+    if found is None:
+        raise ConfigError(3, f"there is no recipe {name}", where="--recipe", fix=fix)
+    return found
+
+
+def find_study(name: str) -> Path:
+    """The file that the `name` of a study stands for: itself, or one of those that come with mopefuse.
+
+    Raises:
+        ConfigError: neither.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    found, known = _named(f"studies/{name}", "studies/*.yaml")
+    if found is None:
+        fix = did_you_mean(name, [other.removeprefix("studies/") for other in known]) or "name a YAML file"
+        raise ConfigError(3, f"there is no study {name}", where="FILE", fix=fix)
+    return found
+
+
+def _named(name: str, pattern: str) -> tuple[Path | None, list[str]]:
+    """The recipe of a name, and the names of all that there are."""
+    folders = [folder for folder in RECIPES if folder.is_dir()]
+    found = next((file for folder in folders if (file := folder / f"{name}.yaml").is_file()), None)
+    return found, sorted({str(p.relative_to(f).with_suffix("")) for f in folders for p in f.glob(pattern)})
 
 
 def to_yaml(config: RunConfig) -> str:

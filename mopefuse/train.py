@@ -217,8 +217,8 @@ def resumed(saved: RunConfig, new: RunConfig) -> tuple[RunConfig, list[str]]:
     Raises:
         ConfigError: a change to what the run is, its encoders, prompts, data or optimisation.
     """
-    before, after = flat(saved.model_dump(mode="json")), flat(full_specs(new).model_dump(mode="json"))
-    changed = [key for key in before if before[key] != after[key] and after[key] is not None]
+    before, after = _values(saved), _values(full_specs(new))
+    changed = differing(saved, new)
     refused = [f"{key} (it was {before[key]}, now {after[key]})" for key in changed if key not in MAY_CHANGE]
     if refused:
         raise ConfigError(
@@ -231,6 +231,16 @@ def resumed(saved: RunConfig, new: RunConfig) -> tuple[RunConfig, list[str]]:
     for key in changed:
         values = merge(values, nested(key, after[key]))
     return build_config(values), [f"{key}: {before[key]} -> {after[key]}" for key in changed]
+
+
+def differing(saved: RunConfig, new: RunConfig) -> list[str]:
+    """Paths of the settings of a saved configuration that another one has otherwise; where it is silent it has not."""
+    before, after = _values(saved), _values(full_specs(new))
+    return [key for key in before if before[key] != after[key] and after[key] is not None]
+
+
+def _values(config: RunConfig) -> dict[str, Any]:
+    return flat(config.model_dump(mode="json"))
 
 
 def versions() -> dict[str, str]:

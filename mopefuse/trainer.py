@@ -26,6 +26,7 @@ from mopefuse.data.features import fill
 from mopefuse.errors import Interrupted, NumericError
 from mopefuse.evaluate import Evaluation, judge, prepared, run_split, split_metrics, thresholds_of, write_predictions
 from mopefuse.fusion._base import Fusion, Output
+from mopefuse.gates import selected_metric
 from mopefuse.losses import balanced_weights, classification_loss
 from mopefuse.optim import factor, load_optimizer_state, make_optimizer, optimizer_state, set_learning_rate
 from mopefuse.prompts.experts import importance_loss
@@ -108,7 +109,7 @@ class Trainer:
         self.names = {id(parameter): name for name, parameter in model.ours().items()}
         self.optimizer = make_optimizer(model, config.train)
         self.progress = Progress()
-        self.metric = metrics.selected_metric(multi_label=data.multi_label)
+        self.metric = selected_metric(multi_label=data.multi_label)
         self._forward: Any = torch.compile(model) if config.train.compile else model
         self._collapse_told = False
         self._alone: tuple[frozenset[str], int] | None = None

@@ -12,11 +12,11 @@ import mopefuse
 ROOT = Path(mopefuse.__file__).parent
 ORDER = (  # from below; a module imports from rows above its own line, or from its own package
     "errors",
-    "registry config signals gates pixels tokens",
+    "registry config signals gates pixels tokens bootstrap libraries",
     "recipe checkpoint distributed metrics routing",
     "run device cache",
-    "adapter encoders prompts data",
-    "fusion source card",
+    "adapter encoders prompts data grid",
+    "fusion source card compare",
     "graph",
     "predictor",
     "verify",
@@ -24,7 +24,7 @@ ORDER = (  # from below; a module imports from rows above its own line, or from 
     "evaluate",
     "trainer",
     "train doctor",
-    "swap run_model audit",
+    "swap run_model audit study",
     "predict reporting",
     "bundle",
     "export",

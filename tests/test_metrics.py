@@ -14,7 +14,8 @@ from sklearn import metrics as sk
 
 from mopefuse import metrics
 from mopefuse.checkpoint import dump_json, finite
-from mopefuse.metrics import compute, per_label, probabilities, selected_metric
+from mopefuse.gates import selected_metric
+from mopefuse.metrics import compute, per_label, probabilities
 
 
 def logits_of(predicted: list[int], labels: int) -> torch.Tensor:

@@ -55,6 +55,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "products.csv").write_text("\n".join(["title,photo,category", *lines]) + "\n")
     for name in ("poster.jpg", "shoe.jpg"):
         shutil.copy(root / "my-pairs" / "images" / "train-0.png", root / name)
+    (study,) = [block for block in blocks("yaml") if "cells:" in block]
+    (root / "my-study.yaml").write_text(study)
     small = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=200)
     BertModel(small).save_pretrained(root / "my-bert")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"what is the red green blue digit".split()]

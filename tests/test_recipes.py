@@ -9,34 +9,43 @@ from pathlib import Path
 import pytest
 from conftest import call
 
-from mopefuse.recipe import find_recipe, resolve
+from mopefuse.grid import read_study
+from mopefuse.recipe import find_recipe, find_study, resolve
+from mopefuse.study import trainable
 from mopefuse.train import train
 
 ROOT = Path(__file__).parent.parent
-RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+STUDIES = sorted((ROOT / "recipes" / "studies").glob("*.yaml"))
+RECIPES = [path for path in sorted((ROOT / "recipes").rglob("*.yaml")) if path not in STUDIES]
 HEADER = ("Paper:", "Data:", "Hardware:", "Time:", "Expected:", "Command:")
 
 
 def test_all_recipes_are_found() -> None:
     assert len(RECIPES) == 5
+    assert len(STUDIES) == 6
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT / "recipes")))
+@pytest.mark.parametrize("path", RECIPES + STUDIES, ids=lambda path: str(path.relative_to(ROOT / "recipes")))
 def test_the_header_makes_a_claim_and_its_command_names_the_file(path: Path) -> None:
     header = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
     text = "\n".join(line.removeprefix("#").strip() for line in header)
     assert [word for word in HEADER if not re.search(rf"^{word}", text, re.MULTILINE)] == []
     command = re.search(r"^Command: (.*)$", text, re.MULTILINE).group(1)
     name = str(path.relative_to(ROOT / "recipes").with_suffix(""))
+    if path in STUDIES:
+        assert re.fullmatch(rf"mopefuse study {path.stem}( --jobs 2)?", command)
+        assert find_study(path.stem) == path
+        return
     assert f"--recipe {name}" in command or (name == "digit-questions/demo" and command == "mopefuse demo")
     assert find_recipe(name) == path
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT / "recipes")))
+@pytest.mark.parametrize("path", RECIPES + STUDIES, ids=lambda path: str(path.relative_to(ROOT / "recipes")))
 def test_the_command_that_makes_its_data_can_be_run_and_writes_where_the_recipe_reads(path: Path, tmp_path: Path) -> None:
     """A data set that is prepared lacks its owners' files here: that is what the command must complain of."""
     command = shlex.split(re.search(r"^# Data: .*`mopefuse (.*)`", path.read_text(encoding="utf-8"), re.MULTILINE).group(1))
-    assert str(resolve(recipe=str(path)).data.path) in command
+    config = read_study(str(path)).cells[0].config if path in STUDIES else resolve(recipe=str(path))
+    assert str(config.data.path) in command
     if command[1] == "prepare":
         source = command.index("SOURCE")
         (tmp_path / "source").mkdir()
@@ -51,3 +60,25 @@ def test_two_steps_run_on_tiny_encoders_and_data(path: Path, pairs: Path, tmp_pa
     result = train(resolve(recipe=str(path), flags=flags), tmp_path / "run")
     assert result["steps"] == 2
     assert result["metrics"]["test"]["accuracy"] >= 0
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_cell_of_a_study_can_be_built_on_tiny_data(path: Path, pairs: Path) -> None:
+    study = read_study(str(path), [f"data.path={pairs}"])
+    assert trainable(study.cells).keys() == set(study.labels)
+    assert study.file.seeds == (0, 1, 2)
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_two_steps_of_the_first_and_last_cell_run_on_tiny_data(path: Path, pairs: Path, tmp_path: Path) -> None:
+    sets = [f"data.path={pairs}", "train.max_steps=2", "train.epochs=2", "train.batch_size=4"]
+    study = read_study(str(path), sets)
+    for number, cell in enumerate((study.cells[0], study.cells[-1])):
+        assert train(cell.config, tmp_path / str(number))["steps"] == 2
+
+
+def test_experts_and_static_prompts_of_the_study_have_about_the_same_parameters(pairs: Path) -> None:
+    study = read_study("experts-vs-length", [f"data.path={pairs}"])
+    counts = list(trainable(study.cells).values())
+    for experts, static in zip(counts[:4], counts[4:], strict=True):
+        assert static == pytest.approx(experts, rel=0.25)

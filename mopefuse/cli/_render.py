@@ -49,10 +49,7 @@ def table(
     console = out()
     if not console.is_terminal:
         print(f"{title}:")
-        widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
-        for row in [columns, *rows]:
-            cells = [cell.ljust(widths[i]) if i in left else cell.rjust(widths[i]) for i, cell in enumerate(row)]
-            print("  ".join(cells).rstrip())
+        print(plain_table(columns, rows, left=left))
         return
     from rich.markup import escape
     from rich.table import Table
@@ -63,6 +60,16 @@ def table(
     for number, row in enumerate(rows):
         grid.add_row(*map(escape, row), style="bold green" if number == bold else None)
     console.print(grid)
+
+
+def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: Collection[int] = (0,)) -> str:
+    """The same without colour or lines, as it is piped."""
+    widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
+    lines = []
+    for row in [columns, *rows]:
+        cells = [cell.ljust(widths[i]) if i in left else cell.rjust(widths[i]) for i, cell in enumerate(row)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
 def percent(value: float | None) -> str:

@@ -6,24 +6,20 @@ usage error do not wait for torch.
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import traceback
 import warnings
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from mopefuse import __version__
-from mopefuse.cli import data, demo, doctor, encoders, eval, export, predict, push, report, swap_encoder, train
+from mopefuse.cli import compare, data, demo, doctor, encoders, eval, export, predict, push, report, study, swap_encoder, train
 from mopefuse.cli._render import print_json, speaks_unicode
-from mopefuse.errors import ConfigError, Interrupted, MopefuseError, Notice, PackageError, ResourceError
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-
+from mopefuse.errors import Interrupted, MopefuseError, Notice
+from mopefuse.libraries import mendable
 
 app = typer.Typer(
     name="mopefuse",
@@ -40,6 +36,8 @@ app.command("swap-encoder")(swap_encoder.swap_encoder)
 app.command("export")(export.export)
 app.command("push")(push.push)
 app.command("report")(report.report)
+app.command("study")(study.study)
+app.command("compare")(compare.compare)
 app.command("demo")(demo.demo)
 app.add_typer(data.app, name="data")
 app.add_typer(encoders.app, name="encoders")
@@ -87,7 +85,7 @@ def main() -> None:
     except MopefuseError as error:
         _exit(error)
     except Exception as error:
-        known = _known(error)
+        known = mendable(error)
         if known is not None:
             _exit(known)
         _crash(error)
@@ -119,38 +117,6 @@ def _exit(error: MopefuseError) -> None:
         red, plain = ("\x1b[31m", "\x1b[0m") if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ("", "")
         print(f"{red}{kind}{plain}{text[len(kind) :]}", file=sys.stderr)
     sys.exit(error.exit_code)
-
-
-def _known(error: Exception) -> MopefuseError | None:
-    """Errors of libraries that a user can mend."""
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(error, torch.OutOfMemoryError):
-        return ResourceError(
-            5, "out of GPU memory", where=str(error).split(".")[0], fix="use a smaller --batch, or --set train.accumulate=2"
-        )
-    if isinstance(error, RuntimeError) and int(os.environ.get("WORLD_SIZE", "1")) > 1 and _from_collective(error):
-        return ResourceError(
-            8, "another process failed", where=f"rank {os.environ.get('RANK')}", fix="see what that process said"
-        )
-    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
-        return ResourceError(
-            7, "a data worker was killed; usually host memory", where="data.workers", fix="lower data.workers"
-        )
-    if isinstance(error, RuntimeError) and "operator torchvision::" in str(error):
-        what = f"torchvision {version('torchvision')} does not match torch {version('torch')}"
-        return PackageError(2, what, fix="pip install --upgrade torch torchvision, both from one index")
-    if isinstance(error, MemoryError):
-        return ResourceError(6, "out of memory", fix="use a smaller --batch, or --set train.accumulate=2")
-    if isinstance(error, OSError) and error.errno in _FULL:
-        return ResourceError(1, f"{error.strerror}", where=str(error.filename or ""), fix="free space, memory or open files")
-    if isinstance(error, OSError) and error.filename is not None:
-        return ConfigError(9, f"{error.strerror}: {error.filename}", fix="name a path that can be used")
-    return None
-
-
-def _from_collective(error: RuntimeError) -> bool:
-    text = f"{type(error).__name__} {error}".lower()
-    return any(word in text for word in ("dist", "gloo", "nccl", "connection closed by peer"))
 
 
 def _no_reader() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from mopefuse import metrics
 from mopefuse.config import RunConfig, flat
+from mopefuse.gates import selected_metric
 from mopefuse.report import figures
 from mopefuse.report.data_preview import draw
 from mopefuse.report.facts import RunFacts
@@ -35,7 +36,7 @@ def percent(share: float) -> str:
 
 def main_metric(facts: RunFacts) -> str:
     """The name of the metric that selects checkpoints."""
-    return metrics.selected_metric(multi_label=facts.multi_label)
+    return selected_metric(multi_label=facts.multi_label)
 
 
 def tiles(facts: RunFacts) -> list[tuple[str, str]]:

@@ -1,0 +1,71 @@
+"""What a study shows: a live bar over cells on a terminal, a plain line per cell elsewhere, with ETA."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+from mopefuse.cli._render import duration, err
+from mopefuse.grid import Study
+from mopefuse.study import FAILED, FINISHED, RUNNING, Status, StudyListener
+
+
+class StudyDisplay(StudyListener):
+    """A listener that renders to stderr."""
+
+    def __init__(self, study: Study, *, json: bool) -> None:
+        self.study, self.json = study, json
+        self.console = err()
+        self.total = len(study.cells)
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> StudyDisplay:
+        self.notice(f"{self.total} runs: {len(self.study.labels)} cells, {len(self.study.file.seeds)} seeds")
+        if self.console.is_terminal and not self.json:
+            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+            self._bar = Progress(
+                TextColumn("[bold]{task.fields[done]} of {task.fields[cells]} runs"),
+                BarColumn(),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[said]}", markup=False),
+                console=self.console,
+                transient=True,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task("", total=self.total, done=0, cells=self.total, said="")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def notice(self, text: str) -> None:
+        """A line on stderr."""
+        if not self.json:
+            self.console.print(text, markup=False)
+
+    def moved(self, statuses: Sequence[Status], eta: float | None) -> None:
+        """Move the bar."""
+        if self._bar is not None:
+            running = [status for status in statuses if status.state == RUNNING]
+            made = sum(status.state == FINISHED for status in statuses)
+            names = ", ".join(f"{status.cell.label}, seed {status.cell.seed}" for status in running)
+            said = f"eta {duration(eta)}  {names}" if eta is not None else names
+            share = made + sum(status.share for status in running)
+            self._bar.update(self._task, completed=share, done=made, said=said)
+
+    def ended(self, status: Status, statuses: Sequence[Status], eta: float | None) -> None:
+        """A line per cell."""
+        if self.json:
+            return
+        done = sum(other.state in (FINISHED, FAILED) for other in statuses)
+        line = f"{done}/{self.total}  {status.cell.label}, seed {status.cell.seed}  {status.state}"
+        if status.error:
+            line += f": {status.error['code']} {status.error['message']}"
+        if eta is not None and done < self.total:
+            line += f"  eta {duration(eta)}"
+        self.console.print(line, markup=False, style="red" if status.error else None)
+        self.moved(statuses, eta)

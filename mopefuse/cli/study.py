@@ -1,0 +1,89 @@
+"""``mopefuse study``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from mopefuse.grid import Study
+    from mopefuse.study import Status
+
+
+def study(
+    file: Annotated[str, typer.Argument(help="YAML file of a study, or the name of one in recipes/studies.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the runs; default studies/<name of the file>.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time: threads are shared out, each needs memory of its own.")] = 1,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Any setting, of all cells: --set train.epochs=3")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells, and stop.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Train every cell of a grid and compare them. Run it again to go on: what is finished is not run twice."""
+    from mopefuse.grid import read_study
+
+    chosen = read_study(file, set_ or ())
+    folder = out or Path("studies") / chosen.name
+    if dry_run:
+        _dry_run(chosen, folder, json=json)
+        return
+    from mopefuse.cli._comparison import as_dict, show
+    from mopefuse.cli._render import err, print_json
+    from mopefuse.cli._study_display import StudyDisplay
+    from mopefuse.compare import compare
+    from mopefuse.study import FINISHED, run_study
+
+    with StudyDisplay(chosen, json=json) as display:
+        statuses = run_study(chosen, folder, jobs=jobs, listener=display)
+    failed = [status for status in statuses if status.error is not None]
+    comparison = None
+    if any(status.state == FINISHED for status in statuses):
+        comparison = compare([folder])
+    if json:
+        facts: dict[str, Any] = {"study": str(folder), "cells": [_as_dict(status) for status in statuses]}
+        facts["comparison"] = as_dict(comparison) if comparison else None
+        first = {"error": failed[0].error} if failed else {}
+        print_json({"ok": not failed, **first, **facts})
+    elif comparison:
+        show(comparison, f"{folder}, test split")
+    if failed:
+        if not json:
+            err().print(f"{len(failed)} of {len(statuses)} cells failed; run the same command again to try them", markup=False)
+        raise typer.Exit(int((failed[0].error or {}).get("exit", 1)))
+
+
+def _as_dict(status: Status) -> dict[str, Any]:
+    cell = status.cell
+    return {"label": cell.label, "seed": cell.seed, "run": cell.folder, "state": status.state, "error": status.error}
+
+
+def _dry_run(chosen: Study, folder: Path, *, json: bool) -> None:
+    from mopefuse.cli._render import out, print_json, table
+    from mopefuse.study import is_finished, trainable
+
+    counts = trainable(chosen.cells)
+    finished = {cell.folder for cell in chosen.cells if is_finished(cell, folder)}
+    if json:
+        listed = [
+            {
+                "label": cell.label,
+                "seed": cell.seed,
+                "run": cell.folder,
+                "settings": cell.changes,
+                "trainable": counts.get(cell.label),
+                "finished": cell.folder in finished,
+            }
+            for cell in chosen.cells
+        ]
+        print_json({"ok": True, "study": str(folder), "cells": listed})
+        return
+    rows = []
+    for label in chosen.labels:
+        cells = [cell for cell in chosen.cells if cell.label == label]
+        changes = ", ".join(f"{path}={value}" for path, value in cells[0].changes.items())
+        done = f"{sum(cell.folder in finished for cell in cells)} of {len(cells)}"
+        rows.append([label, changes or "-", f"{counts[label]:,}" if label in counts else "-", done])
+    table(chosen.name, ["cell", "settings", "trainable parameters", "finished"], rows, left=(0, 1))
+    seeds = ", ".join(map(str, chosen.file.seeds))
+    out().print(f"{len(chosen.cells)} runs: {len(rows)} cells, seeds {seeds}; into {folder}", markup=False)

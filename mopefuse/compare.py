@@ -1,0 +1,301 @@
+"""Compare runs: one row for all seeds of the same settings, every number from the files of the runs."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mopefuse.bootstrap import Difference, Outcome, difference
+from mopefuse.checkpoint import read_json
+from mopefuse.errors import CheckpointError, ConfigError, did_you_mean
+from mopefuse.gates import METRICS, selected_metric
+from mopefuse.grid import KIND, STUDY_FILE, identity, unknown_label
+from mopefuse.run import RunFolder
+
+_AGAIN = "write it again with mopefuse eval"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A number of several runs."""
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Their mean."""
+        return sum(self.values) / len(self.values)
+
+    @property
+    def std(self) -> float | None:
+        """Their sample standard deviation (n - 1); None of a single one."""
+        squares = sum((value - self.mean) ** 2 for value in self.values)
+        return math.sqrt(squares / (len(self.values) - 1)) if len(self.values) > 1 else None
+
+
+@dataclass(frozen=True)
+class Row:
+    """Runs that differ in their seed only.
+
+    metrics: split to metric to its values. versus: on the test split, of the metric that is compared; None in the row that
+    others are compared with. settings: by path, where rows differ.
+    """
+
+    label: str
+    runs: tuple[Path, ...]
+    seeds: tuple[int, ...]
+    settings: dict[str, Any]
+    metrics: dict[str, dict[str, Spread]]
+    trainable: int
+    total: int
+    seconds: Spread
+    peak_memory: int  # bytes, the most of any run
+    versus: Difference | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A table of rows in their order."""
+
+    rows: tuple[Row, ...]
+    metric: str
+    against: str | None
+    samples: int  # of the test split
+    notices: tuple[str, ...] = ()
+
+    @property
+    def metrics(self) -> list[str]:
+        """Those that the runs have, in their order."""
+        return [name for name in METRICS if name in self.rows[0].metrics["test"]]
+
+    def best(self, split: str, metric: str) -> set[str]:
+        """Labels of the rows with the highest mean."""
+        means = {row.label: row.metrics[split][metric].mean for row in self.rows}
+        highest = max((mean for mean in means.values() if not math.isnan(mean)), default=math.nan)
+        return {label for label, mean in means.items() if mean == highest}
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A finished run as its files say it is."""
+
+    path: Path
+    seed: int
+    identity: dict[str, Any]
+    data: dict[str, Any]  # hash of each split
+    multi_label: bool
+    labels: tuple[str, ...]
+    result: dict[str, Any]
+
+
+def compare(paths: Sequence[Path], *, against: str | None = None, metric: str | None = None) -> Comparison:
+    """A table of runs, or of the finished cells of one study.
+
+    Rows of a study are its labels; rows of runs are named by their folders, without what numbers the seeds.
+
+    Args:
+        against: label of the row (or path of a run in it) that significance is computed against, see
+            `mopefuse.bootstrap.difference`; default the study's baseline.
+        metric: that is compared; default the study's, else accuracy, or macro-F1 of multi-label data.
+
+    Raises:
+        CheckpointError: no such run or study, or damaged files.
+        ConfigError: runs that are not finished or were tested on different data, an unknown label or metric.
+    """
+    folders = [Path(path) for path in paths]
+    studies = [folder for folder in folders if (folder / STUDY_FILE).is_file()]
+    if studies and len(folders) > 1:
+        raise ConfigError(87, "a study is compared alone", where=str(studies[0]), fix="name one study, or runs")
+    notices: list[str] = []
+    if studies:
+        facts = _study(studies[0])
+        groups, failed = _cells(studies[0], facts)
+        notices += failed
+        metric = metric or facts.get("metric")
+        baseline = facts.get("baseline")
+        if against is None and baseline is not None:
+            there = baseline in dict(groups)
+            against = baseline if there else None
+            notices += [] if there else [f"nothing is compared with {baseline}: no run of it is finished"]
+    else:
+        groups = _by_settings(_finished([(str(folder), folder) for folder in dict.fromkeys(folders)]))
+    runs = [run for _, group in groups for run in group]
+    if not runs:
+        raise ConfigError(87, "no run is finished", where=", ".join(map(str, folders)), fix="name finished runs")
+    _same_test(runs)
+    if metric is None:
+        metric = selected_metric(multi_label=runs[0].multi_label)
+    known = [name for name in METRICS if name in runs[0].result["metrics"]["test"]]
+    if metric not in known:
+        raise ConfigError(86, f"these runs have no metric {metric!r}", where="--metric", fix=did_you_mean(metric, known))
+    rows = tuple(_row(label, group, runs) for label, group in groups)
+    samples = int(runs[0].result["rows"]["test"])
+    comparison = Comparison(rows, metric, None, samples, tuple(notices))
+    return _against(comparison, dict(groups), against, metric) if against is not None else comparison
+
+
+def _against(comparison: Comparison, groups: dict[str, list[_Run]], against: str, metric: str) -> Comparison:
+    labels = [row.label for row in comparison.rows]
+    named = next((row.label for row in comparison.rows if Path(against) in row.runs), against)
+    if named not in labels:
+        raise unknown_label(against, labels, "--against")
+    ids = _ids(groups[named][0])
+    outcomes = {label: [_outcome(run, ids) for run in group] for label, group in groups.items()}
+    rows = [
+        row if row.label == named else replace(row, versus=difference(outcomes[row.label], outcomes[named], metric))
+        for row in comparison.rows
+    ]
+    return replace(comparison, rows=tuple(rows), against=named)
+
+
+# -- reading
+
+
+def _study(folder: Path) -> dict[str, Any]:
+    facts = read_json(folder / STUDY_FILE)
+    cells = facts.get("cells")
+    whole = facts.get("kind") == KIND and isinstance(cells, list) and cells
+    if not whole or not all(isinstance(cell, dict) and {"label", "run", "state"} <= cell.keys() for cell in cells or ()):
+        raise CheckpointError(3, f"{STUDY_FILE} is damaged", where=str(folder), fix="run mopefuse study again with this --out")
+    return facts
+
+
+def _cells(folder: Path, facts: dict[str, Any]) -> tuple[list[tuple[str, list[_Run]]], list[str]]:
+    """Label and finished runs of each row, and a notice for each cell that failed."""
+    failed = [cell for cell in facts["cells"] if cell["state"] == "failed"]
+    notices = [
+        f"left out: {cell['label']}, seed {cell.get('seed')}: {(cell.get('error') or {}).get('message', 'failed')}"
+        for cell in failed
+    ]
+    whole = [cell for cell in facts["cells"] if cell not in failed]
+    named = [(f"{cell['label']}, seed {cell.get('seed')}", folder / cell["run"]) for cell in whole]
+    runs = {run.path: run for run in _finished(named)}
+    groups: dict[str, list[_Run]] = {}
+    for cell in whole:
+        groups.setdefault(cell["label"], []).append(runs[folder / cell["run"]])
+    return list(groups.items()), notices
+
+
+def _finished(named: Sequence[tuple[str, Path]]) -> list[_Run]:
+    """The runs, all of them finished."""
+    for name, path in named:
+        if name == str(path) and not RunFolder(path).exists():
+            raise CheckpointError(4, f"{path} is no run and no study", where=str(path), fix="name folders of finished runs")
+    unfinished = [name for name, path in named if not RunFolder(path).metrics_file.is_file()]
+    if unfinished:
+        shown = "; ".join(unfinished[:8]) + (f"; and {len(unfinished) - 8} more" if len(unfinished) > 8 else "")
+        raise ConfigError(83, f"not finished: {shown}", where="compare", fix="run them to the end, or leave them out")
+    return [_read(path) for _, path in named]
+
+
+def _read(path: Path) -> _Run:
+    run = RunFolder(path)
+    config, manifest, result = run.config(), run.manifest(), run.result()
+    missing = [key for key in ("metrics", "parameters", "seconds", "peak_memory_bytes", "rows") if key not in result]
+    if missing:
+        what = f"metrics.json is damaged: {missing[0]} is missing"
+        raise CheckpointError(3, what, where=str(path), fix="run mopefuse train with --resume")
+    if not (result["metrics"] or {}).get("test"):
+        raise ConfigError(87, f"{path} was not tested", where=str(path), fix="compare runs on data with a test split")
+    return _Run(
+        path, config.seed, identity(config), manifest["data"], manifest["multi_label"], tuple(manifest["labels"]), result
+    )
+
+
+def _same_test(runs: Sequence[_Run]) -> None:
+    for run in runs[1:]:
+        for fact in ("test", "labels"):
+            mine, first = ((r.data.get("test") if fact == "test" else r.labels) for r in (run, runs[0]))
+            if mine != first:
+                what = "samples" if fact == "test" else "labels"
+                both = f"{runs[0].path} and {run.path} were tested on different {what}"
+                raise ConfigError(84, both, where="compare", fix="compare runs on the same data")
+
+
+def _by_settings(runs: Sequence[_Run]) -> list[tuple[str, list[_Run]]]:
+    """Runs of the same settings together, each group with a name that no other has."""
+    groups: dict[str, list[_Run]] = {}
+    for run in runs:
+        group = groups.setdefault(json.dumps(run.identity, sort_keys=True), [])
+        twin = next((other for other in group if other.seed == run.seed), None)
+        if twin is not None:
+            both = f"{twin.path} and {run.path} are the same settings and seed"
+            raise ConfigError(87, both, where="compare", fix="leave one out")
+        group.append(run)
+    named = [(_common_name([run.path for run in group]), group) for group in groups.values()]
+    names = [name for name, _ in named]
+    return [(name if names.count(name) == 1 else str(group[0].path), group) for name, group in named]
+
+
+def _common_name(paths: Sequence[Path]) -> str:
+    """``text`` for runs/text-0 and runs/text-1, or for runs/text/seed-0."""
+    places = [path.absolute() for path in paths]
+    names = [place.parent.name if re.fullmatch(r"seed-\d+", place.name) else place.name for place in places]
+    without = {re.sub(r"[-_.]?(seed|s)?[-_.]?\d+$", "", name) for name in names}
+    return without.pop() or names[0] if len(set(names)) > 1 and len(without) == 1 else names[0]
+
+
+def _row(label: str, group: Sequence[_Run], everyone: Sequence[_Run]) -> Row:
+    first = group[0]
+    differ = [key for key, value in first.identity.items() if any(run.identity.get(key) != value for run in everyone)]
+    return Row(
+        label,
+        tuple(run.path for run in group),
+        tuple(run.seed for run in group),
+        {key: first.identity[key] for key in differ},
+        {split: _spreads(group, split) for split in ("val", "test")},
+        first.result["parameters"]["trainable"],
+        first.result["parameters"]["total"],
+        Spread(tuple(run.result["seconds"] for run in group)),
+        max(run.result["peak_memory_bytes"] for run in group),
+    )
+
+
+def _spreads(group: Sequence[_Run], split: str) -> dict[str, Spread]:
+    found = [run.result["metrics"][split] or {} for run in group]
+    names = [name for name in METRICS if all(name in each for each in found)]
+    return {name: Spread(tuple(math.nan if each[name] is None else each[name] for each in found)) for name in names}
+
+
+# -- predictions
+
+
+def _predictions(run: _Run) -> list[dict[str, Any]]:
+    file = RunFolder(run.path).predictions_file
+    try:
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+        return [{**row, "id": row["id"]} for row in rows]
+    except FileNotFoundError:
+        raise CheckpointError(4, f"there is no {file.name}", where=str(run.path), fix=_AGAIN) from None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(3, f"{file.name} is damaged: {error}", where=str(run.path), fix=_AGAIN) from None
+
+
+def _ids(run: _Run) -> list[str]:
+    return [row["id"] for row in _predictions(run)]
+
+
+def _outcome(run: _Run, ids: Sequence[str]) -> Outcome:
+    """What a run says of the samples `ids`, in their order."""
+    rows = {row["id"]: row for row in _predictions(run)}
+    if rows.keys() != set(ids):
+        what = f"{run.path} has predictions of other samples"
+        raise ConfigError(84, what, where=str(run.path), fix=_AGAIN)
+    number = {label: column for column, label in enumerate(run.labels)}
+    said_SN, true_SN = (np.zeros((len(ids), len(number)), dtype=np.bool_) for _ in range(2))
+    try:
+        for sample, row in enumerate(rows[id_] for id_ in ids):
+            chosen, actual = (row["labels"], row["true"]) if run.multi_label else ([row["label"]], [row["true"]])
+            said_SN[sample, [number[label] for label in chosen]] = True
+            true_SN[sample, [number[label] for label in actual]] = True
+    except (KeyError, TypeError) as error:
+        what = f"predictions.jsonl is damaged: {error}"
+        raise CheckpointError(3, what, where=str(run.path), fix=_AGAIN) from None
+    return Outcome(said_SN, true_SN)

@@ -1,0 +1,131 @@
+"""The paired bootstrap against computations of others, and where the answer is known."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from sklearn.metrics import f1_score
+
+from mopefuse import metrics
+from mopefuse.bootstrap import METRICS, Outcome, difference, drawn
+
+LABELS = 5
+
+
+def single(samples: int, share: float, seed: int) -> Outcome:
+    """A classifier that is right with a probability of about `share`; the truth is the same whatever the seed."""
+    true = np.random.default_rng(0).integers(0, LABELS, samples)
+    random = np.random.default_rng(seed)
+    said = np.where(random.random(samples) < share, true, random.integers(0, LABELS, samples))
+    return Outcome(np.eye(LABELS, dtype=bool)[said], np.eye(LABELS, dtype=bool)[true])
+
+
+def multi(samples: int, noise: float, seed: int) -> Outcome:
+    """Several labels a sample, also none; the fourth is rare and the fifth never true."""
+    true = np.random.default_rng(0).random((samples, LABELS)) < np.array([0.5, 0.3, 0.2, 0.02, 0.0])
+    return Outcome(true ^ (np.random.default_rng(seed).random(true.shape) < noise), true)
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "f1_macro"])
+def test_without_resampling_a_metric_is_that_of_training(metric: str) -> None:
+    run = single(80, 0.5, 1)
+    logits, targets = torch.from_numpy(run.predicted_SN).float(), torch.from_numpy(run.actual_SN.argmax(1))
+    expected = metrics.compute(logits, targets, multi_label=False)[metric]
+    assert METRICS[metric](run, np.ones((1, 80)))[0] == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("metric", ["f1_macro", "f1_micro", "f1_samples"])
+def test_without_resampling_a_multi_label_metric_is_that_of_training(metric: str) -> None:
+    run = multi(80, 0.2, 1)
+    logits = torch.from_numpy(run.predicted_SN).float() * 2 - 1
+    expected = metrics.compute(logits, torch.from_numpy(run.actual_SN).float(), multi_label=True)[metric]
+    assert METRICS[metric](run, np.ones((1, 80)))[0] == pytest.approx(expected, abs=1e-12)
+
+
+def by_hand(ours: list[Outcome], theirs: list[Outcome], metric: str, resamples: int, seed: int) -> list[float]:
+    """Differences on resamples, one by one with scikit-learn on the very samples that were drawn."""
+
+    def score(run: Outcome, chosen: np.ndarray) -> float:
+        said, true = run.predicted_SN[chosen], run.actual_SN[chosen]
+        if metric == "accuracy":
+            return float(np.mean([(s == t).all() for s, t in zip(said, true, strict=True)]))
+        if metric == "f1_samples":
+            pairs = zip(said, true, strict=True)
+            return float(np.mean([2 * (s & t).sum() / (s.sum() + t.sum()) if (s | t).any() else 1.0 for s, t in pairs]))
+        labels = np.flatnonzero(true.any(axis=0)) if metric == "f1_macro" else None
+        return float(f1_score(true, said, labels=labels, average=metric.removeprefix("f1_"), zero_division=0))
+
+    random = np.random.default_rng(seed)
+    size = len(ours[0].actual_SN)
+    found = []
+    for _ in range(resamples):
+        chosen = random.integers(0, size, size)
+        found.append(np.mean([score(run, chosen) for run in ours]) - np.mean([score(run, chosen) for run in theirs]))
+    return found
+
+
+@pytest.mark.parametrize("metric", list(METRICS))
+def test_interval_and_p_are_those_computed_one_resample_at_a_time(metric: str) -> None:
+    kind = single if metric == "accuracy" else multi
+    ours, theirs = [kind(40, 0.2, seed) for seed in (1, 2)], [kind(40, 0.3, seed) for seed in (3, 4, 5)]
+    drawn_by_hand = np.array(by_hand(ours, theirs, metric, 60, seed=9))
+    found = difference(ours, theirs, metric, resamples=60, seed=9)
+    assert (found.low, found.high) == pytest.approx(tuple(np.percentile(drawn_by_hand, [2.5, 97.5])), abs=1e-12)
+    beyond = sum(abs(d - found.value) >= abs(found.value) - 1e-12 for d in drawn_by_hand)
+    assert found.p == (1 + beyond) / 61
+
+
+def test_the_interval_agrees_with_scipy() -> None:
+    ours, theirs = single(500, 0.6, 1), single(500, 0.5, 2)
+    right = [(run.predicted_SN == run.actual_SN).all(axis=1).astype(float) for run in (ours, theirs)]
+    how = {"paired": True, "method": "percentile", "n_resamples": 10_000, "random_state": 3}
+    scipy = stats.bootstrap(right, lambda a, b, axis: a.mean(axis) - b.mean(axis), **how)
+    found = difference([ours], [theirs], "accuracy")
+    assert found.value == pytest.approx(right[0].mean() - right[1].mean())
+    assert (found.low, found.high) == pytest.approx(tuple(scipy.confidence_interval), abs=0.006)
+    deviation = (right[0] - right[1]).std() / math.sqrt(500)
+    assert found.p == pytest.approx(2 * stats.norm.sf(abs(found.value) / deviation), abs=0.02)
+
+
+@pytest.mark.parametrize("metric", list(METRICS))
+def test_systems_that_say_the_same_do_not_differ(metric: str) -> None:
+    run = multi(60, 0.2, 1)
+    found = difference([run, run], [run], metric, resamples=500)
+    assert (found.value, found.low, found.high, found.p) == (0, 0, 0, 1)
+
+
+def test_always_right_against_always_wrong_is_certain() -> None:
+    right = single(50, 1.1, 1)
+    wrong = Outcome(np.roll(right.actual_SN, 1, axis=1), right.actual_SN)
+    found = difference([right], [wrong], "accuracy", resamples=999)
+    assert (found.value, found.low, found.high, found.p) == (1, 1, 1, 1 / 1000)
+
+
+def test_it_is_paired() -> None:
+    """Two systems that are right on nearly the same samples: that few differ is telling, however uncertain each metric is."""
+    true = np.eye(2, dtype=bool)[np.zeros(400, dtype=int)]
+    theirs = np.eye(2, dtype=bool)[np.arange(400) % 2]
+    ours = theirs.copy()
+    ours[1:21:2] = [True, False]
+    found = difference([Outcome(ours, true)], [Outcome(theirs, true)], "accuracy")
+    assert found.value == pytest.approx(10 / 400)
+    assert found.low > 0
+    assert found.p < 0.01
+
+
+def test_sides_may_be_exchanged() -> None:
+    one, other = single(90, 0.6, 1), single(90, 0.5, 2)
+    there, back = difference([one], [other], "f1_macro"), difference([other], [one], "f1_macro")
+    assert (back.value, back.low, back.high, back.p) == pytest.approx((-there.value, -there.high, -there.low, there.p))
+
+
+def test_resamples_do_not_depend_on_how_many_fit_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = np.concatenate(list(drawn(30, 50, seed=4)))
+    monkeypatch.setattr("mopefuse.bootstrap._AT_ONCE", 90)
+    assert len(list(drawn(30, 50, seed=4))) == 17
+    assert (np.concatenate(list(drawn(30, 50, seed=4))) == whole).all()
+    assert (whole.sum(axis=1) == 30).all()
