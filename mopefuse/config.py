@@ -76,6 +76,25 @@ class CompTuning(Section):
     length: int = Field(4, ge=1, description="tokens of each static prompt, with mode prompts")
 
 
+class Inserted(Section):
+    """Tokens ahead of the main encoder's own, in methods that put some there."""
+
+    prompts: int = Field(20, ge=0, description="learned tokens of promptfuse and blindprompt")
+    images: int = Field(4, ge=1, description="tokens that mmbt and p-mmbt make of an image")
+
+
+class Linear(Section):
+    """Logistic regression on standardised frozen features, with method linear or a warm start."""
+
+    features: Literal["concat", "main", "comp", "average"] = Field(
+        "concat", description="both side by side, one of them, or the mean of what one regression for each says"
+    )
+    strengths: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0), min_length=1, description="C to try; validation chooses"
+    )
+    max_iter: int = Field(300, ge=1, description="iterations of each regression")
+
+
 class Data(Section):
     """Where the samples are and how they are read."""
 
@@ -127,8 +146,10 @@ class Train(Section):
     accumulate: int = Field(1, ge=1, description="parts that a process computes its share of a batch in, to save memory")
     lr: float | None = Field(None, gt=0, description="main side; default 4e-4 for an image encoder, 5e-4 for a text encoder")
     lr_comp: float | None = Field(
-        None, gt=0, description="complementary side, where it learns; default as lr, and 2e-5 if fully tuned"
+        None, gt=0, description="complementary side, where it learns; default as lr, and lr_tuned if fully tuned"
     )
+    lr_tuned: float = Field(2e-5, gt=0, description="weights of a main encoder that is fully tuned")
+    lr_head: float | None = Field(None, gt=0, description="head; default as lr, and a fiftieth of it after a warm start")
     weight_decay: float = Field(1e-3, ge=0, description="of AdamW")
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
     schedule: Literal["paper", "cosine", "one-cycle", "constant"] = Field(
@@ -163,9 +184,17 @@ class RunConfig(Section):
         "layer", description="layer: pooled features lose their scale before the head; none: as in the papers"
     )
     head_hidden: int = Field(0, ge=0, description="width of a hidden layer in the head; 0 is the papers' linear head")
+    warm_start: Literal["none", "linear"] = Field(
+        "none", description="linear: begin as logistic regression on standardised features of both, prompts gated to 0"
+    )
+    tune: Literal["probe", "prompt", "full"] | None = Field(
+        None, description="how the encoders of other methods learn: not, by static prompts, or fully; default: its own"
+    )
     prompts: Prompts = Prompts()
     router: Router = Router()
     comp_tuning: CompTuning = CompTuning()
+    inserted: Inserted = Inserted()
+    linear: Linear = Linear()
     data: Data = Data()
     train: Train = Train()
 
@@ -175,6 +204,9 @@ class RunConfig(Section):
             raise ValueError(f"router.top_m is {self.router.top_m}, but there are only {self.prompts.experts} experts")
         return self
 
+
+ONE_SIDED = {"main-only": "comp", "comp-only": "main"}
+"""Of methods that read one side, the other, whose encoder need not be named."""
 
 OFFICIAL: dict[str, Any] = {
     "head_norm": "none",
@@ -197,7 +229,7 @@ def build_config(values: dict[str, Any], *, source: str = "") -> RunConfig:
     Raises:
         ConfigError: every problem at once, each with its path; unknown keys with the nearest known one.
     """
-    values = _with_new_names(values, source)
+    values = _without_idle_side(_with_new_names(values, source))
     if values.get("compat") == "official":
         values = merge(OFFICIAL, values)
     try:
@@ -205,6 +237,15 @@ def build_config(values: dict[str, Any], *, source: str = "") -> RunConfig:
     except ValidationError as error:
         problems = [_explain(detail, values) for detail in error.errors(include_url=False)]
         raise ConfigError(1, "; ".join(problems), where=source, fix="correct the settings named") from None
+
+
+def _without_idle_side(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` with an empty encoder for the side that the method has no use for, where none is named."""
+    section = values.get("linear")
+    features = section.get("features") if isinstance(section, dict) and values.get("method") == "linear" else None
+    method = f"{features}-only" if isinstance(features, str) else values.get("method")
+    idle = ONE_SIDED.get(method) if isinstance(method, str) else None
+    return {idle: "", **values} if idle else values
 
 
 def _with_new_names(values: dict[str, Any], source: str) -> dict[str, Any]:

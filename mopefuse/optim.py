@@ -6,37 +6,42 @@ The learning rate is a function of the step alone, so the schedule has no state.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
 
 from mopefuse.config import RunConfig, Train
 from mopefuse.errors import CheckpointError
-from mopefuse.fusion._base import SIDES, Fusion
+from mopefuse.fusion._base import Fusion
 
 
-def with_learning_rates(config: RunConfig, modality_of: Mapping[str, str]) -> RunConfig:
+def with_learning_rates(config: RunConfig, modality_of: Mapping[str, str], tuned: Collection[str] = ()) -> RunConfig:
     """`config` with the papers' learning rates where none is given: 4e-4 for an image encoder, 5e-4 for a text encoder.
 
-    A fully tuned encoder gets 2e-5, at which pretrained weights are commonly fine-tuned.
+    A head that begins as a regression gets a fiftieth.
+
+    Args:
+        tuned: sides whose encoder is fully tuned, the complementary one at `lr_tuned` as the main one.
     """
     default = {side: 4e-4 if modality == "image" else 5e-4 for side, modality in modality_of.items()}
     main = config.train.lr or default.get("main", default.get("comp", 4e-4))
-    full = 2e-5 if config.comp_tuning.mode == "full" else None
+    full = config.train.lr_tuned if "comp" in tuned else None
     comp = config.train.lr_comp or full or config.train.lr or default.get("comp", main)
-    return config.model_copy(update={"train": config.train.model_copy(update={"lr": main, "lr_comp": comp})})
+    head = config.train.lr_head or main * (1 / 50 if config.warm_start == "linear" else 1)
+    rates = {"lr": main, "lr_comp": comp, "lr_head": head}
+    return config.model_copy(update={"train": config.train.model_copy(update=rates)})
 
 
 def make_optimizer(model: Fusion, config: Train) -> torch.optim.AdamW:
-    """AdamW with a group for each side; ``group["peak"]`` is its learning rate before the schedule."""
+    """AdamW with a group for each `Fusion.pace`; ``group["peak"]`` is its learning rate before the schedule."""
     ours = model.ours()
-    peaks = {"main": config.lr, "comp": config.lr_comp}
     groups = []
-    for side in SIDES:
-        parameters = [parameter for name, parameter in ours.items() if model.side_of(name) == side]
+    peaks = {"main": config.lr, "comp": config.lr_comp, "head": config.lr_head, "tuned": config.lr_tuned}
+    for pace, peak in peaks.items():
+        parameters = [parameter for name, parameter in ours.items() if model.pace(name) == pace]
         if parameters:
-            groups.append({"params": parameters, "lr": peaks[side], "peak": peaks[side]})
+            groups.append({"params": parameters, "lr": peak, "peak": peak})
     return torch.optim.AdamW(groups, weight_decay=config.weight_decay)
 
 

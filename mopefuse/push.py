@@ -71,7 +71,7 @@ def pack(run: Path, repo: str, *, checkpoint: str = "best", public: bool = False
 
 def _local(adapter: Path) -> tuple[str, ...]:
     config = AdapterFolder(adapter).config()
-    places = {spec: parse_spec(spec).name.partition("#")[0] for spec in (config.main, config.comp)}
+    places = {spec: parse_spec(spec).name.partition("#")[0] for spec in (config.main, config.comp) if spec}
     return tuple(spec for spec, place in places.items() if Path(place).expanduser().is_dir())
 
 

@@ -108,6 +108,10 @@ def swap_encoder(
         distributed.on_main(lambda: RunFolder(out).prepare(resume=False, overwrite=False))
         source = trained(run)
         old = load_model(source, "best", CPU)
+        if old.model.closed_form:
+            raise ConfigError(
+                100, f"{old.config.method} is fitted anew for other encoders", where=str(run), fix="use mopefuse train"
+            )
         config = _new_config(old.config, old.model, main=main, comp=comp, data=data, settings=settings or {}, epochs=epochs)
         labels = distributed.on_main(lambda: load_data(config.data).labels)
         model = build_model(config, len(labels))
@@ -156,7 +160,7 @@ def _new_config(
 def _from_encoders(config: RunConfig, model: Fusion) -> list[tuple[str, str]]:
     """The settings that nobody chose: their values follow from the encoders, so that they are resolved anew for others."""
     found = []
-    for section, key in (("prompts", "init"), ("train", "lr"), ("train", "lr_comp")):
+    for section, key in (("prompts", "init"), ("train", "lr"), ("train", "lr_comp"), ("train", "lr_head")):
         mine = getattr(config, section)
         blank = config.model_copy(update={section: mine.model_copy(update={key: None})})
         if getattr(getattr(resolved(blank, model), section), key) == getattr(mine, key):

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mopefuse.encoders._base import Encoded, Encoder, Inputs, Prompt, PromptAt, create_encoder, run_alone
+from mopefuse.encoders._base import Encoded, Encoder, Inputs, Insert, Prompt, PromptAt, create_encoder, run_alone
 from mopefuse.errors import EncoderError
 
 _TOLERANCE = 1e-4  # of the largest value, in float32
@@ -61,6 +61,7 @@ def check_encoder(encoder: str | Encoder, samples: Sequence[Any] | None = None) 
     check.does_not_depend_on_the_batch(lambda gates: gates)
     check.gradients()
     check.nothing_is_left_behind()
+    check.inserted_tokens()
     return built
 
 
@@ -223,6 +224,51 @@ class _Check:
             self.same(self.run(self.inputs), plain, "a prompt outlives the call that it was given to")
             return
         raise AssertionError(self.say("an exception of prompt_at is swallowed"))
+
+    def inserted_tokens(self) -> None:
+        tokens = self.prompts[0]
+        if not self.encoder.insertable:
+            try:
+                self.encoder.encode(self.inputs, None, Insert(tokens))
+            except EncoderError:
+                return
+            raise AssertionError(self.say("is not insertable, and takes tokens all the same"))
+        with torch.no_grad():
+            plain = self.encoder.encode(self.inputs)
+            none = self.encoder.encode(self.inputs, None, Insert(tokens[:, :0]))
+            self.same(none, plain, "inserting no token changes the output")
+            for blind in range(_PROMPT_TOKENS):
+                self._inserted(Insert(tokens, blind), plain)
+            self.same(self.encoder.encode(self.inputs), plain, "an inserted token outlives the call that it was given to")
+        learned = tokens.clone().requires_grad_()
+        self.encoder.encode(self.inputs, None, Insert(learned)).pooled_BC.square().sum().backward()
+        assert learned.grad is not None and (learned.grad.abs().sum(dim=(1, 2)) > 0).all(), self.say(
+            "inserted tokens get no gradient"
+        )
+
+    def _inserted(self, insert: Insert, plain: Encoded) -> None:
+        kind = f"inserted tokens, {insert.blind} of them blind,"
+        seen: list[Tensor] = []
+
+        def last(layer: int, tokens_BLD: Tensor, mask_BL: Tensor | None) -> None:
+            assert mask_BL is None or mask_BL.shape == tokens_BLD.shape[:2], self.say(f"{kind} are not in the mask")
+            seen[:] = [tokens_BLD]
+
+        out = self.encoder.encode(self.inputs, last, insert)
+        assert out.tokens_BLD.shape == plain.tokens_BLD.shape, self.say(f"{kind} are among the returned tokens")
+        assert not torch.equal(out.pooled_BC, plain.pooled_BC), self.say(f"{kind} have no effect")
+        for index, item in enumerate(self.items):
+            rows = Insert(insert.tokens_BPD[index : index + 1], insert.blind)
+            alone = self.encoder.encode(self.batch([item]), None, rows)
+            self.close(out.pooled_BC[index], alone.pooled_BC[0], f"with {kind} sample {index} depends on the rest of its batch")
+        same = Insert(insert.tokens_BPD[:1].expand_as(insert.tokens_BPD), insert.blind)
+        self.encoder.encode(self.inputs, last, same)
+        together = seen[0][:, : insert.blind]
+        if insert.blind:
+            self.close(together, together[:1].expand_as(together), f"{kind} see what they should not")
+        sighted = seen[0][:, insert.blind : insert.tokens_BPD.shape[1]]
+        if len(self.encoder.widths) > 1:
+            assert not torch.allclose(sighted, sighted[:1].expand_as(sighted)), self.say(f"{kind} see no token of a sample")
 
     def same(self, left: Encoded, right: Encoded, fault: str) -> None:
         for name, a, b in zip(Encoded._fields, left, right, strict=True):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mopefuse import __version__, distributed, metrics, registry
+from mopefuse import __version__, closed_form, distributed, metrics, registry
 from mopefuse import device as devices
 from mopefuse.checkpoint import dump_json, read_json, write_atomically
 from mopefuse.config import Data as DataConfig
@@ -146,8 +146,6 @@ def _train(
     warm_up = (begun if continuing else facts).get("warm_up")
     if warm_up:
         trainer.warm_up(**warm_up)
-    if start is not None and not continuing:
-        trainer.begin(start.state)
     if continuing and trainer.restore():
         step = trainer.progress.step
         finished = step >= trainer.total and folder.metrics_file.exists()
@@ -156,6 +154,8 @@ def _train(
             listener.notice(f"already finished at step {step}; raise {limit} to continue")
             return read_json(folder.metrics_file)
         listener.notice(f"resuming at step {step} of {trainer.total}")
+    elif (begun_from := closed_form.start(trainer, start)) is not None:
+        trainer.begin(begun_from.state)
     with StopRequest() as stop:
         trainer.fit(stop)
     return _finish(trainer, data, model, folder, device)
@@ -288,7 +288,8 @@ def _load(config: RunConfig, listener: Listener) -> DataSet:
 def resolved(config: RunConfig, model: Fusion) -> RunConfig:
     """Every default that depends on the encoders written out."""
     modality_of = {side: model.encoder(side).modality for side in model.uses}
-    return with_learning_rates(full_specs(model.resolve(config)), modality_of)
+    tuned = [side for side in model.uses if model.encoder(side).tuned]
+    return with_learning_rates(full_specs(model.resolve(config)), modality_of, tuned)
 
 
 def _facts(config: RunConfig, data: DataSet, model: Fusion) -> dict[str, Any]:

@@ -122,7 +122,7 @@ class Trainer:
 
     def begin(self, state: Mapping[str, Tensor]) -> None:
         """Start from a model's own state instead of from scratch; it is validated and published as step 0."""
-        self.model.load_own_state(state, where="swap")
+        self.model.load_own_state(state, where="step 0")
         self._validate()
 
     def restore(self) -> bool:

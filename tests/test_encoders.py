@@ -14,7 +14,8 @@ from encoder_cases import HF, OPEN_CLIP, TEXTS, TIMM, Case, hf_case, open_clip_c
 from oracles import insert_prompts
 from PIL import Image
 
-from mopefuse.encoders._base import Encoder, Inputs, Prompt, create_encoder
+from mopefuse.encoders._base import Encoder, Inputs, Insert, Prompt, create_encoder
+from mopefuse.errors import EncoderError
 from mopefuse.testing import check_encoder
 
 SWIN = transformers.SwinModel._supports_attention_backend  # not yet in transformers 5.3, where it cannot be prompted
@@ -98,6 +99,41 @@ def test_without_prompts_the_backbone_is_untouched(
         pooled, tokens = case.call(plain, inputs)
     assert torch.equal(ours.pooled_BC, pooled)
     assert torch.equal(ours.tokens_BLD, tokens)
+
+
+@pytest.mark.parametrize("blind", [0, 2])
+@pytest.mark.parametrize("family", ["hf-bert", "timm-vit"])
+def test_tokens_ahead_equal_the_librarys_own_blocks_over_all_tokens(
+    family: str, blind: int, cases: dict[str, Case], encoders: dict[str, Encoder]
+) -> None:
+    """By the plain model's layers, one by one, with a mask written out."""
+    encoder, inputs = encoders[family], batch_of(encoders[family])
+    tokens = prompts_for(encoder, length=4)[0]
+    plain = cases[family].plain(encoder)
+    with torch.no_grad():
+        ours = encoder.encode(inputs, None, Insert(tokens, blind))
+        if family == "hf-bert":
+            x, real = plain.embeddings(inputs["ids"]), torch.cat([torch.ones(3, 4).bool(), inputs["mask"]], dim=1)  # type: ignore[operator]
+        else:
+            x = plain.norm_pre(plain._pos_embed(plain.patch_embed(inputs["pixels"])))  # type: ignore[operator]
+            real = torch.ones(3, 4 + x.shape[1]).bool()
+        x = torch.cat([tokens, x], dim=1)
+        mask = real[:, None, None, :].repeat(1, 1, x.shape[1], 1)
+        mask[:, :, :blind, blind:] = False
+        for layer in plain.encoder.layer if family == "hf-bert" else plain.blocks:  # type: ignore[union-attr]
+            x = layer(x, mask)
+        x = x[:, 4:] if family == "hf-bert" else plain.norm(x)[:, 4:]  # type: ignore[operator]
+    torch.testing.assert_close(ours.pooled_BC, x[:, 0], atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(ours.tokens_BLD[real[:, 4:]], x[real[:, 4:]], atol=2e-5, rtol=1e-4)
+
+
+def test_which_families_take_tokens_ahead_of_their_own(encoders: dict[str, Encoder]) -> None:
+    takes = {name for name, encoder in encoders.items() if encoder.insertable}
+    texts = {f"hf-{kind}" for kind in ("bert", "roberta", "xlm-roberta", "distilbert", "electra")}
+    assert takes == texts | {"timm-vit", "timm-vit-qk-norm", "timm-deit-distilled"}
+    with pytest.raises(EncoderError, match="takes no tokens beside its own") as refused:
+        encoders["timm-swin-padded"].encode(batch_of(encoders["timm-swin-padded"]), None, Insert(torch.zeros(3, 1, 16)))
+    assert refused.value.number == 70
 
 
 @pytest.mark.parametrize("family", FAMILIES)

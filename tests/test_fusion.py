@@ -15,11 +15,11 @@ import mopefuse
 from mopefuse.config import build_config
 from mopefuse.errors import CheckpointError, DataError, EncoderError
 from mopefuse.fusion._base import Fusion
+from mopefuse.fusion._static import initial_bound
 from mopefuse.fusion.build import build_model
-from mopefuse.fusion.conditional import initial_bound
 
 PAIRS = [("tiny:vision", "tiny:text"), ("tiny:text", "tiny:vision")]
-METHODS = ["conditional", "late-concat", "main-only", "comp-only"]
+METHODS = ["conditional", "late-concat", "main-only", "comp-only", "linear"]
 TEXTS = ["what is the green number?", "read the digit at the bottom left", "blue", "", "the one at the top right please"]
 
 
@@ -51,6 +51,8 @@ def open_gates(model: Fusion) -> None:
         {"method": "late-concat"},
         {"method": "main-only"},
         {"method": "comp-only"},
+        {"method": "linear"},
+        {"method": "linear", "linear": {"features": "average"}},
     ],
     ids=str,
 )

@@ -23,6 +23,7 @@ ORDER = (  # from below; a module imports from rows above its own line, or from 
     "report optim losses testing",
     "evaluate",
     "trainer",
+    "closed_form",
     "train doctor",
     "swap run_model audit study",
     "predict reporting",

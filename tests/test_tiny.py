@@ -13,6 +13,7 @@ from mopefuse.encoders import tiny
 from mopefuse.encoders._attention import Prompt
 from mopefuse.encoders._base import Encoder, Inputs, create_encoder
 from mopefuse.errors import EncoderError
+from mopefuse.testing import check_encoder
 
 SPECS = ("tiny:vision", "tiny:text")
 TEXTS = [
@@ -169,3 +170,8 @@ def test_damaged_weights_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     (tmp_path / "tiny-vision.safetensors").write_bytes(b"not tensors")
     with pytest.raises(EncoderError, match="reinstall"):
         create_encoder("tiny:vision")
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_it_keeps_the_contract(spec: str) -> None:
+    assert check_encoder(spec).insertable

@@ -26,6 +26,40 @@ class Prompt(NamedTuple):
     gate_H: Tensor | None = None
 
 
+class Insert(NamedTuple):
+    """Tokens that go ahead of an encoder's own through all layers, and are dropped at the end.
+
+    tokens_BPD: enter the first layer as they are, without position, segment or embedding norm; D is its width.
+    blind: the first so many see one another and nothing else; everything else sees everything.
+    """
+
+    tokens_BPD: Tensor
+    blind: int = 0
+
+    def ahead(self, x_BLD: Tensor) -> Tensor:
+        """The encoder's tokens with these ahead."""
+        return torch.cat([self.tokens_BPD.to(x_BLD.dtype), x_BLD], dim=1)
+
+    def real(self, mask_BL: Tensor | None) -> Tensor | None:
+        """Which of all tokens are real, given which of the encoder's own are: the inserted ones are."""
+        return None if mask_BL is None else F.pad(mask_BL, (self.tokens_BPD.shape[1], 0), value=True)
+
+    def mask(self, mask: Tensor | None, length: int) -> Tensor | None:
+        """Who sees whom among all `length` tokens (queries, keys), given that of the encoder's own, alike for all queries.
+
+        The one row of keys of `mask` that counts is its first.
+        """
+        if mask is not None:
+            mask = F.pad(mask[..., :1, :], (self.tokens_BPD.shape[1], 0), value=mask.dtype == torch.bool)
+        if not self.blind:
+            return mask
+        position = torch.arange(length, device=self.tokens_BPD.device)
+        seen = (position[:, None] >= self.blind) | (position[None, :] < self.blind)
+        if mask is None or mask.dtype == torch.bool:
+            return seen[None, None] if mask is None else mask & seen
+        return mask.masked_fill(~seen, -torch.inf)
+
+
 def attend(
     q_BHLE: Tensor,
     k_BHLE: Tensor,

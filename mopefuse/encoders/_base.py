@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from mopefuse import registry
-from mopefuse.encoders._attention import Prompt
+from mopefuse.encoders._attention import Insert, Prompt
 from mopefuse.encoders.aliases import ALIASES
 from mopefuse.errors import EncoderError
 from mopefuse.registry import Spec
 
-__all__ = ["Encoded", "Encoder", "Inputs", "Preprocess", "Prompt", "PromptAt", "create_encoder"]
+__all__ = ["Encoded", "Encoder", "Inputs", "Insert", "Preprocess", "Prompt", "PromptAt", "create_encoder"]
 
 Inputs = dict[str, Tensor]
 PromptAt = Callable[[int, Tensor, "Tensor | None"], "Prompt | None"]
@@ -78,6 +78,7 @@ class Encoder(nn.Module):
     preprocess: Preprocess
     patch_size: int = 16  # side of a patch in pixels; images only, used by the papers' initialisation
     revision: str = ""  # commit of the hub repository that the weights came from, where there is one
+    insertable: bool = False  # whether other tokens can go ahead of its own, see `Insert`
     why_not_main: str = ""  # for an encoder without promptable layers: the reason, for the error message
 
     def __init__(self, spec: Spec) -> None:
@@ -85,33 +86,49 @@ class Encoder(nn.Module):
         self.spec = spec
         self.tuned = False
         self._prompt_at: PromptAt | None = None
+        self._insert: Insert | None = None
 
     @abstractmethod
     def _encode(self, inputs: Inputs) -> Encoded:
         """The forward pass; blocks ask for their prompts through `_ask`."""
 
-    def encode(self, inputs: Inputs, prompt_at: PromptAt | None = None) -> Encoded:
+    def encode(self, inputs: Inputs, prompt_at: PromptAt | None = None, insert: Insert | None = None) -> Encoded:
         """Encode a batch, prompted at every layer for which `prompt_at` returns a prompt.
 
+        Args:
+            insert: tokens to go ahead of the encoder's own, through all layers; they are not among what is returned, but
+                among what `prompt_at` is handed.
+
         Raises:
-            EncoderError: prompts for an encoder that has no layer to prompt.
+            EncoderError: prompts for an encoder that has no layer to prompt, tokens for one that does not take them.
         """
         if prompt_at is not None:
             self.require_promptable(fix="use it as --comp instead")
+        if insert is not None:
+            self.require_insertable()
+            found, need = insert.tokens_BPD.shape[2], self.widths[0]
+            assert found == need, f"inserted tokens of width {found}, need {need}"
         self._prompt_at = prompt_at
+        self._insert = insert if insert is not None and insert.tokens_BPD.shape[1] else None
         try:
             return self._encode(self.preprocess.finish(inputs))
         finally:
-            self._prompt_at = None
+            self._prompt_at = self._insert = None
 
     def require_promptable(self, *, fix: str) -> None:
         """Raise an EncoderError that says why, if there is no layer to prompt."""
         if not self.widths:
             raise EncoderError(21, f"{self.spec} {self.why_not_main or 'has no layer to prompt'}", fix=fix)
 
-    def forward(self, inputs: Inputs, prompt_at: PromptAt | None = None) -> Encoded:
+    def require_insertable(self) -> None:
+        """Raise an EncoderError if no token can go ahead of the encoder's own."""
+        if not self.insertable:
+            fix = "use tiny:, a ViT of timm: or a BERT of hf: as --main, or another --method"
+            raise EncoderError(70, f"{self.spec} takes no tokens beside its own", fix=fix)
+
+    def forward(self, inputs: Inputs, prompt_at: PromptAt | None = None, insert: Insert | None = None) -> Encoded:
         """Same as `encode`."""
-        return self.encode(inputs, prompt_at)
+        return self.encode(inputs, prompt_at, insert)
 
     def _ask(self, layer: int, tokens_BLD: Tensor, mask_BL: Tensor | None = None) -> Prompt | None:
         return None if self._prompt_at is None else self._prompt_at(layer, tokens_BLD, mask_BL)

@@ -43,6 +43,11 @@ class Family:
     optional_pooler: bool = True
     statistics: str = "half"
 
+    @property
+    def insertable(self) -> bool:
+        """Whether tokens can go ahead of the first layer: of texts read in both directions, with one mask for all layers."""
+        return self.model in ("BertModel", "RobertaModel", "XLMRobertaModel", "DistilBertModel", "ElectraModel")
+
 
 FAMILIES: dict[str, Family] = {
     "bert": Family("text", "BertModel", "BertLayer"),

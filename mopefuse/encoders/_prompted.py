@@ -2,7 +2,8 @@
 
 A hook on each block asks for the layer's prompt as tokens enter, puts it through the norm that the block applies ahead
 of its attention, and leaves it in the block's slot, where the attention of that block picks it up (each family's module
-says how). A slot is emptied when it is read, and all are emptied when `encode` ends, however it ends.
+says how). A slot is emptied when it is read, and all are emptied when `encode` ends, however it ends. Where an encoder takes
+other tokens ahead of its own, a hook on its first block puts them there and one on its last drops them.
 
 Shapes: B batch, L tokens, P prompt tokens, D width of the layer.
 """
@@ -15,16 +16,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mopefuse.encoders._attention import Prompt
+from mopefuse.encoders._attention import Insert, Prompt
 from mopefuse.encoders._base import Encoded, Encoder, Inputs
 from mopefuse.registry import Spec
 
 
 class Slot:
-    """Where a block's hook leaves a prompt (normed, ready for the key and value projections) for its attention."""
+    """Where a block's hook leaves a prompt (normed, ready for the key and value projections) for its attention.
+
+    `insert` is what is among the tokens of all blocks, beside the encoder's own.
+    """
 
     def __init__(self) -> None:
         self.prompt: Prompt | None = None
+        self.insert: Insert | None = None
 
     def take(self) -> Prompt | None:
         """The prompt, once."""
@@ -45,6 +50,8 @@ class PromptedEncoder(Encoder):
         """The library's own forward pass."""
 
     def _encode(self, inputs: Inputs) -> Encoded:
+        for slot in self._slots:
+            slot.insert = self._insert
         try:
             encoded = self._run(inputs)
             ignored = [layer for layer, slot in enumerate(self._slots) if slot.prompt is not None]
@@ -53,7 +60,7 @@ class PromptedEncoder(Encoder):
         finally:
             self._mask_BL = None
             for slot in self._slots:
-                slot.prompt = None
+                slot.prompt = slot.insert = None
 
     def _prompt_blocks(self, blocks: Sequence[nn.Module], norms: Sequence[nn.Module | None]) -> list[Slot]:
         """Ask for a prompt at each of `blocks`; the slots where the answers will be.
@@ -61,6 +68,9 @@ class PromptedEncoder(Encoder):
         Args:
             norms: of each block, what it applies ahead of its attention; None in a post-norm block.
         """
+        if self.insertable:
+            blocks[0].register_forward_pre_hook(_Inserting(self), with_kwargs=True)
+            blocks[-1].register_forward_hook(_Dropping(self))
         self._slots = [Slot() for _ in blocks]
         for layer, (block, norm, slot) in enumerate(zip(blocks, norms, self._slots, strict=True)):
             block.register_forward_pre_hook(_Entering(self, layer, norm, slot), with_kwargs=True)
@@ -76,7 +86,8 @@ class _Entering:
     def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         entering: Tensor = args[0] if args else kwargs["hidden_states"]
         tokens_BLD = entering.flatten(1, -2)  # (B, H, W, D) in timm's Swin
-        prompt = self.encoder._ask(self.layer, tokens_BLD, self.encoder._mask_BL)
+        insert, mask_BL = self.encoder._insert, self.encoder._mask_BL
+        prompt = self.encoder._ask(self.layer, tokens_BLD, mask_BL if insert is None else insert.real(mask_BL))
         if prompt is not None and prompt.tokens_BPD.shape[1] > 0:
             prompt_BPD = prompt.tokens_BPD.to(tokens_BLD.dtype)
             found, need = (prompt_BPD.shape[0], prompt_BPD.shape[2]), (tokens_BLD.shape[0], tokens_BLD.shape[2])
@@ -85,3 +96,34 @@ class _Entering:
             self.slot.prompt = prompt
         else:
             self.slot.prompt = None
+
+
+class _Inserting:
+    """The hook that puts tokens ahead of those that enter the first block."""
+
+    def __init__(self, encoder: PromptedEncoder) -> None:
+        self.encoder = encoder
+
+    def __call__(
+        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        insert = self.encoder._insert
+        if insert is None:
+            return None
+        if args:
+            return (insert.ahead(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": insert.ahead(kwargs["hidden_states"])}
+
+
+class _Dropping:
+    """The hook that drops them from what leaves the last block."""
+
+    def __init__(self, encoder: PromptedEncoder) -> None:
+        self.encoder = encoder
+
+    def __call__(self, block: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+        insert = self.encoder._insert
+        if insert is None:
+            return None
+        count = insert.tokens_BPD.shape[1]
+        return out[:, count:] if isinstance(out, Tensor) else (out[0][:, count:], *out[1:])

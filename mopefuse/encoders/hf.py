@@ -31,12 +31,12 @@ from transformers.utils import logging
 
 from mopefuse.checkpoint import check_tensors
 from mopefuse.encoders import _hf_images, _hf_source, _hf_text, _numbers, _options, _weights
-from mopefuse.encoders._attention import Prompt, attend, attend_prompts, split_heads
+from mopefuse.encoders._attention import attend, attend_prompts, split_heads
 from mopefuse.encoders._base import Encoded, Inputs
 from mopefuse.encoders._hf_families import FAMILIES, UNKNOWN, Family, attention_of
 from mopefuse.encoders._hf_source import Source
 from mopefuse.encoders._preprocess import ImagePreprocess, TextPreprocess
-from mopefuse.encoders._prompted import PromptedEncoder
+from mopefuse.encoders._prompted import PromptedEncoder, Slot
 from mopefuse.errors import CheckpointError, EncoderError
 from mopefuse.registry import Spec
 
@@ -85,6 +85,7 @@ class HFEncoder(PromptedEncoder):
 
     def _hook(self, family: Family) -> None:
         layers = [module for module in self.backbone.modules() if type(module).__name__ == family.layer]
+        self.insertable = family.insertable
         norms = [getattr(layer, family.norm) if family.norm else None for layer in layers]
         attentions = [attention_of(layer) for layer in layers]
         for slot, (attention, key, value) in zip(self._prompt_blocks(layers, norms), attentions, strict=True):
@@ -140,8 +141,10 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' scaled-dot-product attention, with the prompt in the module's slot. Query (B, H, L, E)."""
-    slot = getattr(module, "prompt_slot", None)
-    prompt: Prompt | None = slot.take() if slot is not None else None
+    slot: Slot | None = getattr(module, "prompt_slot", None)
+    prompt = slot.take() if slot is not None else None
+    if slot is not None and slot.insert is not None:
+        attention_mask = slot.insert.mask(attention_mask, query.shape[2])
     if prompt is None or prompt.gate_H is not None:
         out_BLHE, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs

@@ -21,6 +21,7 @@ from types import MethodType
 from typing import Any
 
 import timm
+import torch
 import torch.nn.functional as F
 from timm.data import resolve_model_data_config
 from timm.layers import Attention
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 
 from mopefuse.checkpoint import check_tensors
 from mopefuse.encoders import _hub, _numbers, _options, _weights
-from mopefuse.encoders._attention import Prompt, attend, attend_prompts
+from mopefuse.encoders._attention import Insert, Prompt, attend, attend_prompts
 from mopefuse.encoders._base import Encoded, Inputs, option_flag
 from mopefuse.encoders._preprocess import ImagePreprocess
 from mopefuse.encoders._prompted import PromptedEncoder
@@ -66,6 +67,7 @@ class TimmEncoder(PromptedEncoder):
             self.feature_width = int(self.backbone.num_features)
         self.preprocess = _preprocess(self.backbone, spec)
         blocks, self.why_not_main = _promptable(self.backbone)
+        self.insertable = bool(blocks) and isinstance(self.backbone, VisionTransformer)
         slots = self._prompt_blocks(blocks, [block.norm1 for block in blocks])
         for block, slot in zip(blocks, slots, strict=True):
             block.attn.prompt_slot = slot
@@ -109,16 +111,23 @@ def _promptable(model: Any) -> tuple[list[Any], str]:
 
 
 def _vit_attention(self: Any, x_BLD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """`timm.layers.Attention.forward`, with the prompt in the slot."""
+    """`timm.layers.Attention.forward`, with the prompt in the slot, and inserted tokens that are blind."""
     prompt: Prompt | None = self.prompt_slot.take()
-    if prompt is None:
+    insert: Insert | None = self.prompt_slot.insert
+    seen = None if insert is None else insert.mask(None, x_BLD.shape[1])
+    if prompt is None and seen is None:
         out: Tensor = Attention.forward(self, x_BLD, *args, **kwargs)
         return out
     assert not args and not any(v is not None and v is not False for v in kwargs.values()), "no mask is passed to a ViT"
     q, k, v = _project(self, x_BLD)
-    _, prompt_k, prompt_v = _project(self, prompt.tokens_BPD)
-    q, k, prompt_k = self.q_norm(q), self.k_norm(k), self.k_norm(prompt_k)
-    attended_BLD = _attend(self, (q, k, v), (prompt_k, prompt_v), prompt.gate_H, ()).transpose(1, 2).flatten(2)
+    q, k = self.q_norm(q), self.k_norm(k)
+    if prompt is None:
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=self.scale)
+    else:
+        _, prompt_k, prompt_v = _project(self, prompt.tokens_BPD)
+        biases = () if seen is None else (torch.zeros_like(seen, dtype=q.dtype).masked_fill(~seen, -torch.inf),)
+        attended = _attend(self, (q, k, v), (self.k_norm(prompt_k), prompt_v), prompt.gate_H, biases)
+    attended_BLD = attended.transpose(1, 2).flatten(2)
     if getattr(self, "norm", None) is not None:
         attended_BLD = self.norm(attended_BLD)
     projected: Tensor = self.proj_drop(self.proj(attended_BLD))

@@ -85,13 +85,13 @@ class Block(nn.Module):
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
-    def forward(self, x_BLD: Tensor, mask_B11L: Tensor | None = None, prompt: Prompt | None = None) -> Tensor:
-        """Tokens in, tokens out; prompts never among them."""
+    def forward(self, x_BLD: Tensor, mask: Tensor | None = None, prompt: Prompt | None = None) -> Tensor:
+        """Tokens in, tokens out; prompts never among them. The mask is boolean, broadcastable to (B, H, L, L)."""
         q, k, v = (split_heads(part, self.heads) for part in self.qkv(self.norm1(x_BLD)).chunk(3, dim=-1))
         if prompt is None:
-            seen_BHLE = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B11L)
+            seen_BHLE = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         else:
-            seen_BHLE = attend(q, k, v, *self._keys_values(prompt.tokens_BPD), gate_H=prompt.gate_H, mask=mask_B11L)
+            seen_BHLE = attend(q, k, v, *self._keys_values(prompt.tokens_BPD), gate_H=prompt.gate_H, mask=mask)
         x_BLD = x_BLD + self.proj(seen_BHLE.transpose(1, 2).flatten(2))
         out_BLD: Tensor = x_BLD + self.fc2(F.gelu(self.fc1(self.norm2(x_BLD))))
         return out_BLD
@@ -153,7 +153,7 @@ class TinyEncoder(Encoder):
         self.pool = spec.options.get("pool", shape.pool)
         if self.pool not in ("cls", "mean"):
             raise EncoderError(53, f"tiny cannot pool by {self.pool!r}", where=str(spec), fix="use pool=cls or pool=mean")
-        self.patch_size = _PATCH
+        self.patch_size, self.insertable = _PATCH, True
         self.modality, self.feature_width = shape.modality, shape.width
         self.widths, self.heads = (shape.width,) * shape.depth, (shape.heads,) * shape.depth
         self.preprocess = _preprocess(shape.modality)
@@ -165,10 +165,15 @@ class TinyEncoder(Encoder):
 
     def _encode(self, inputs: Inputs) -> Encoded:
         x_BLD, mask_BL = self.embed(inputs)
-        mask_B11L = None if mask_BL is None else mask_BL[:, None, None]
+        mask, all_BL, insert = None if mask_BL is None else mask_BL[:, None, None], mask_BL, self._insert
+        if insert is not None:
+            x_BLD, all_BL = insert.ahead(x_BLD), insert.real(mask_BL)
+            mask = insert.mask(mask, x_BLD.shape[1])
         for layer, block in enumerate(self.blocks):
-            prompt = self._ask(layer, x_BLD, mask_BL)
-            x_BLD = block(x_BLD, mask_B11L, prompt)
+            prompt = self._ask(layer, x_BLD, all_BL)
+            x_BLD = block(x_BLD, mask, prompt)
+        if insert is not None:
+            x_BLD = x_BLD[:, insert.tokens_BPD.shape[1] :]
         x_BLD = self.norm(x_BLD)
         return Encoded(self._pooled(x_BLD, mask_BL), x_BLD, mask_BL)
 

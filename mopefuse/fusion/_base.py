@@ -22,6 +22,7 @@ from mopefuse.config import RunConfig
 from mopefuse.data._base import Batch
 from mopefuse.encoders._base import Encoder, Inputs, Preprocess, run_frozen
 from mopefuse.errors import CheckpointError, DataError
+from mopefuse.fusion._regression import Fold, How, Standard, fit_heads
 
 SIDES = ("main", "comp")
 
@@ -51,22 +52,30 @@ class Fusion(nn.Module):
     can be computed once; `reads` those whose samples its forward pass looks at.
     """
 
-    uses: ClassVar[tuple[str, ...]] = SIDES
+    uses: tuple[str, ...] = SIDES
     parts: ClassVar[dict[str, str]] = {r"^head\.": "head", r"^comp\.": "complementary encoder", r"^main\.": "main encoder"}
 
     sections: ClassVar[tuple[str, ...]] = ()  # of the optional ones, those that the method uses
-    bonds: ClassVar[dict[str, str]] = {}
+    bonds: ClassVar[dict[str, str]] = {r"^standard\.main\.": "main features", r"^standard\.comp\.": "comp features"}
     """Pattern of a tensor's name to what its meaning hangs on: "main" or "comp" for the geometry of that encoder's layers,
     "main features" or "comp features" for the values that this very encoder gives. Others mean the same with any encoder."""
+    closed_form: ClassVar[bool] = False  # whether nothing is left to train after `fit`
     head: nn.Module
 
     def __init__(self, config: RunConfig, encoders: Mapping[str, Encoder]) -> None:
         super().__init__()
         self.config = config
+        self.uses = self.sides(config)
         for side in self.uses:
             self.add_module(side, encoders[side])
         self.frozen: tuple[str, ...] = ()
         self.reads: tuple[str, ...] = self.uses
+        self.standard: nn.ModuleDict | None = None  # by side, where the head takes standardised features
+
+    @classmethod
+    def sides(cls, config: RunConfig) -> tuple[str, ...]:
+        """The sides that a model of this configuration needs encoders of: `uses`, unless a setting says otherwise."""
+        return cls.uses
 
     @abstractmethod
     def forward(self, batch: Batch) -> Output:
@@ -88,7 +97,7 @@ class Fusion(nn.Module):
     def unused_sections(self) -> list[str]:
         """Sections of settings that were changed from their defaults and that this method does not look at."""
         default = RunConfig(main="", comp="")
-        optional = ("prompts", "router", "comp_tuning")
+        optional = ("warm_start", "tune", "prompts", "router", "comp_tuning", "inserted", "linear")
         return [s for s in optional if s not in self.sections and getattr(self.config, s) != getattr(default, s)]
 
     @property
@@ -123,11 +132,24 @@ class Fusion(nn.Module):
         return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, num_labels))
 
     def classify(self, *pooled_BC: Tensor) -> Tensor:
-        """Logits (B, N) of the head on pooled features side by side, each without its scale (`head_norm`)."""
-        if self.config.head_norm == "layer":
+        """Logits (B, N) of the head on pooled features side by side, each without its scale (`head_norm`, `standard`)."""
+        if self.standard is not None:
+            pooled_BC = self.standardised(*pooled_BC)
+        elif self.config.head_norm == "layer":
             pooled_BC = tuple(F.layer_norm(pooled.float(), pooled.shape[-1:]) for pooled in pooled_BC)
         logits_BN: Tensor = self.head(torch.cat(pooled_BC, dim=-1))
         return logits_BN
+
+    def begin_as_regression(self, num_labels: int, sides: Sequence[str] = SIDES) -> None:
+        """Make the head one that `fit` fills: linear, on standardised features of `sides`."""
+        widths = {side: self.encoder(side).feature_width for side in sides}
+        self.standard = nn.ModuleDict({side: Standard(width) for side, width in widths.items()})
+        self.head = nn.Linear(sum(widths.values()), num_labels)
+
+    def standardised(self, *pooled_BC: Tensor) -> tuple[Tensor, ...]:
+        """The pooled features of the sides in `standard`, in its order, by the statistics of the training split."""
+        assert self.standard is not None
+        return tuple(one(pooled) for one, pooled in zip(self.standard.values(), pooled_BC, strict=True))
 
     def readers(self) -> dict[str, tuple[str, Preprocess]]:
         """Side to modality and preprocessing."""
@@ -186,9 +208,24 @@ class Fusion(nn.Module):
             for name, tensor in expected.items():
                 tensor.copy_(state[name])
 
-    def side_of(self, name: str) -> str:
-        """The side whose learning rate a parameter of ours has."""
-        return "comp" if name.startswith("comp") else "main"
+    def fit(self, train: Fold, val: Fold, how: How) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """What to begin with where `standard` is set: the head as a regression on the features of the encoders unprompted.
+
+        Args:
+            train, val: pooled features of the sides in `standard`.
+
+        Returns:
+            Tensors of ours by name, and the C that validation chose.
+        """
+        assert self.standard is not None
+        return fit_heads({"head": tuple(self.standard)}, train, val, how)
+
+    def pace(self, name: str) -> str:
+        """Whose learning rate a parameter of ours has: "main", "comp", "head", or "tuned" for weights of the main encoder."""
+        part = re.split(r"[._]", name.removeprefix("stacks."))[0]
+        if name.startswith("main."):
+            return "tuned"
+        return part if part in ("comp", "head") else "main"
 
     def breakdown(self) -> dict[str, int]:
         """Trainable parameters by part, largest first."""

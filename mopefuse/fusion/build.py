@@ -11,7 +11,7 @@ from mopefuse import registry
 from mopefuse.config import Prompts, RunConfig, build_config, merge
 from mopefuse.encoders._base import Encoder, create_encoder, full_spec
 from mopefuse.encoders._preprocess import ImagePreprocess
-from mopefuse.fusion._base import Fusion
+from mopefuse.fusion._base import SIDES, Fusion
 
 MMBT_MEAN, MMBT_STD = (0.46777044, 0.44531429, 0.40661017), (0.12221994, 0.12145835, 0.14380469)
 
@@ -42,7 +42,7 @@ def build_model(config: RunConfig, num_labels: int) -> Fusion:
     method = registry.load(registry.FUSION, config.method)
     with torch.random.fork_rng(devices=[]):
         encoders = {}
-        for side in method.uses:
+        for side in method.sides(config):
             torch.default_generator.manual_seed(config.seed)
             encoders[side] = _with_statistics(create_encoder(getattr(config, side)), config)
         torch.default_generator.manual_seed(config.seed)
@@ -51,8 +51,9 @@ def build_model(config: RunConfig, num_labels: int) -> Fusion:
 
 
 def full_specs(config: RunConfig) -> RunConfig:
-    """The configuration with the aliases of both encoders resolved, as a run records it."""
-    return config.model_copy(update={side: str(full_spec(getattr(config, side))) for side in ("main", "comp")})
+    """The configuration with the aliases of the encoders resolved, as a run records it."""
+    named = {side: getattr(config, side) for side in SIDES}
+    return config.model_copy(update={side: str(full_spec(spec)) for side, spec in named.items() if spec})
 
 
 def _with_statistics(encoder: Encoder, config: RunConfig) -> Encoder:

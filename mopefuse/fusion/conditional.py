@@ -1,7 +1,9 @@
 """Conditional prompt tuning: the complementary modality conditions the prompts of the main one at every layer.
 
 Jiang et al., arXiv 2312.03734, revised as MoPE, arXiv 2403.10568. Prompts enter as keys and values, which equals the
-papers' inserted tokens (`gate: none`) or adds a gated attention of their own (`gate: zero`, not in the papers).
+papers' inserted tokens (`gate: none`) or adds a gated attention of their own (`gate: zero`, not in the papers). With
+`warm_start: linear`, not in the papers either, the head also takes the complementary feature, and begins as the method
+`linear`: what validation then selects is never worse there than logistic regression, and the difference is the prompts'.
 """
 
 from __future__ import annotations
@@ -13,11 +15,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mopefuse.config import Prompts, Router, RunConfig
+from mopefuse.config import Prompts, RunConfig
 from mopefuse.data._base import Batch
 from mopefuse.encoders._base import Encoder
 from mopefuse.errors import ConfigError
-from mopefuse.fusion._base import Fusion, Output
+from mopefuse.fusion._base import SIDES, Fusion, Output
+from mopefuse.fusion._static import initial_bound, static_stack, unconditioned
 from mopefuse.prompts.stack import PromptStack, with_lengths
 
 
@@ -28,7 +31,8 @@ class ConditionalFusion(Fusion):
     expert is plain conditional prompting; static prompts alone are deep prompt tuning, blind to the other modality.
 
     Raises:
-        ConfigError: the complementary encoder is to be tuned, but no prompt looks at it.
+        ConfigError: the complementary encoder is to be tuned, but nothing looks at it; a warm start with prompts that are
+            not gated, or with a deeper head.
         EncoderError: the main encoder has no layer to prompt, or the complementary one has none and is to be prompted.
     """
 
@@ -42,8 +46,9 @@ class ConditionalFusion(Fusion):
         **Fusion.parts,
     }
 
-    sections: ClassVar[tuple[str, ...]] = ("prompts", "router", "comp_tuning")
+    sections: ClassVar[tuple[str, ...]] = ("warm_start", "prompts", "router", "comp_tuning")
     bonds: ClassVar[dict[str, str]] = {
+        **Fusion.bonds,
         r"^stack\.layers\.": "main",
         r"^stack\.router\.of_main": "main",
         r"^stack\.router\.(weight_NKC|bias_NK|of_comp_NQC)$": "comp features",
@@ -65,9 +70,14 @@ class ConditionalFusion(Fusion):
             condition_width=comp.feature_width,
             bound=prompts.init,
         )
-        self.head = self.make_head(main.feature_width, num_labels)
+        if config.warm_start == "linear":
+            _refuse_cold(config)
+            self.begin_as_regression(num_labels)
+        else:
+            self.head = self.make_head(main.feature_width, num_labels)
         self.comp_stack: PromptStack | None = None
-        if self.stack.blind and config.comp_tuning.mode != "frozen":
+        blind = self.stack.blind and self.standard is None
+        if blind and config.comp_tuning.mode != "frozen":
             raise ConfigError(
                 14,
                 "nothing looks at the complementary encoder that is to be tuned",
@@ -76,32 +86,24 @@ class ConditionalFusion(Fusion):
             )
         if config.comp_tuning.mode == "prompts":
             comp.require_promptable(fix="use it as --comp_tuning.mode=frozen instead")
-            static = Prompts(
-                static=config.comp_tuning.length,
-                dynamic=0,
-                mapped=0,
-                gate=config.prompts.gate,
-                dropout=config.prompts.dropout,
-            )
-            self.comp_stack = PromptStack(
-                static,
-                Router(),
-                widths=comp.widths,
-                heads=comp.heads,
-                condition_width=comp.feature_width,
-                bound=initial_bound(comp),
-            )
+            prompts = Prompts(static=config.comp_tuning.length, gate=prompts.gate, dropout=prompts.dropout)
+            self.comp_stack = static_stack(prompts, comp)
         elif config.comp_tuning.mode == "full":
             comp.tune()
-        elif self.stack.blind:
+        elif blind:
             self.reads = ("main",)
         else:
             self.frozen = ("comp",)
 
     @property
     def head_sides(self) -> tuple[str, ...]:
-        """The main encoder alone; it was asked by the other one."""
-        return ("main",)
+        """The main encoder alone, which was asked by the other one; both after a warm start."""
+        return ("main",) if self.standard is None else SIDES
+
+    def unused_sections(self) -> list[str]:
+        """Also the settings of the regression, where there is none."""
+        unused = super().unused_sections()
+        return [section for section in unused if section != "linear" or self.standard is None]
 
     def resolve(self, config: RunConfig) -> RunConfig:
         """`config` with the papers' lengths and initial bound of the prompts where none are given."""
@@ -129,21 +131,22 @@ class ConditionalFusion(Fusion):
         if self.comp_stack is None:
             return self.encoder("comp").encode(batch.inputs["comp"]).pooled_BC
         inputs = batch.inputs["comp"]
-        first = next(iter(inputs.values()))
-        blind_BC = torch.zeros(first.shape[0], self.encoder("comp").feature_width, device=first.device)
-        return self.encoder("comp").encode(inputs, self.comp_stack.condition(blind_BC)).pooled_BC
+        return self.encoder("comp").encode(inputs, unconditioned(self.comp_stack, inputs)).pooled_BC
 
     def forward(self, batch: Batch) -> Output:
         """Logits (B, N) and the routing of each routed layer."""
-        if not len(self.stack.layers):
-            return Output(self.classify(self.encoder("main").encode(batch.inputs["main"]).pooled_BC))
-        conditioned = self.stack.condition(self.psi(batch))
-        encoded = self.encoder("main").encode(batch.inputs["main"], conditioned)
-        return Output(self.classify(encoded.pooled_BC), conditioned.routing())
+        psi_BC = self.psi(batch)
+        conditioned = self.stack.condition(psi_BC) if len(self.stack.layers) else None
+        pooled_BC = self.encoder("main").encode(batch.inputs["main"], conditioned).pooled_BC
+        features = (pooled_BC,) if self.standard is None else (pooled_BC, psi_BC)
+        return Output(self.classify(*features), conditioned.routing() if conditioned else None)
 
 
-def initial_bound(encoder: Encoder) -> float:
-    """Prompts start in U(-v, v): v = sqrt(6 / (3 patch^2 + width)) for images, 0.3 for text, as in the papers."""
-    if encoder.modality != "image":
-        return 0.3
-    return float((6 / (3 * encoder.patch_size**2 + encoder.widths[0])) ** 0.5)
+def _refuse_cold(config: RunConfig) -> None:
+    """Refuse a warm start of a model that would not begin as the regression."""
+    if config.prompts.gate != "zero":
+        raise ConfigError(
+            101, "ungated prompts change the encoder from the first step", where="prompts.gate", fix="use --gate zero"
+        )
+    if config.head_hidden:
+        raise ConfigError(102, "a regression is no deeper head", where="head_hidden", fix="leave head_hidden at 0")

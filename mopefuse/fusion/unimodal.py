@@ -1,19 +1,21 @@
-"""One modality alone: what it knows without the other is the floor that any fusion must beat."""
+"""One modality alone: what it knows without the other is the floor that any fusion must beat.
+
+With ``--tune``: a probe of the frozen encoder, deep prompt tuning (Jia et al., https://arxiv.org/abs/2203.12119; Liu et al.,
+P-Tuning v2, https://arxiv.org/abs/2110.07602; here as keys and values, gated unless ``--gate none``), or fine-tuning.
+"""
 
 from __future__ import annotations
-
-from typing import ClassVar
 
 from mopefuse.fusion.late_concat import LateConcat
 
 
 class MainOnly(LateConcat):
-    """A linear probe of the frozen main encoder: late concatenation with one feature."""
+    """A head on the main encoder alone: late concatenation with one feature."""
 
-    uses: ClassVar[tuple[str, ...]] = ("main",)
+    uses = ("main",)
 
 
 class CompOnly(LateConcat):
-    """A linear probe of the frozen complementary encoder."""
+    """A head on the complementary encoder alone."""
 
-    uses: ClassVar[tuple[str, ...]] = ("comp",)
+    uses = ("comp",)

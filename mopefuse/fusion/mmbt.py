@@ -1,0 +1,53 @@
+"""MMBT: image tokens, projected, are read by a text encoder together with the words.
+
+Kiela et al., Supervised Multimodal Bitransformers for Classifying Images and Text, https://arxiv.org/abs/1909.02950.
+Shapes: B batch, L tokens of the image encoder, M image tokens, C width of the image encoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch.nn.functional as F
+
+from mopefuse.config import RunConfig
+from mopefuse.data._base import Batch
+from mopefuse.encoders._base import Encoder, Insert
+from mopefuse.errors import EncoderError
+from mopefuse.fusion._inserting import InsertingFusion
+
+
+class MMBT(InsertingFusion):
+    """``inserted.images`` tokens ahead of a text's own; both encoders are fully tuned unless `tune` says otherwise.
+
+    Equal to the paper's: pooled parts of the image, one projection for all of them, one transformer over both, its own
+    classification token. Different: any image encoder in place of ResNet-152, whose last tokens (a class token among them)
+    are averaged in as many runs of neighbours; image tokens enter without position and segment embeddings; encoders are not
+    unfrozen one after the other. Limit: with one image token of an encoder that pools by the mean it is `Sequential`.
+
+    Raises:
+        EncoderError: a main encoder that is not of text, or a complementary one that is not of images or has no tokens.
+    """
+
+    own_tune: ClassVar[str] = "full"
+    sections: ClassVar[tuple[str, ...]] = (*InsertingFusion.sections, "inserted")
+
+    def __init__(self, config: RunConfig, encoders: Mapping[str, Encoder], num_labels: int) -> None:
+        for side, modality in (("main", "text"), ("comp", "image")):
+            if encoders[side].modality != modality:
+                what = f"{config.method} reads a text as main and an image as complementary modality"
+                raise EncoderError(71, f"{what}; {encoders[side].spec} is of the other", fix="exchange --main and --comp")
+        super().__init__(config, encoders, num_labels)
+        comp = self.encoder("comp")
+        if not comp.widths or comp.widths[-1] != comp.feature_width:
+            what = f"the tokens of {comp.spec} are not known, or not as wide as its feature"
+            raise EncoderError(72, what, fix="use an image encoder that can be prompted, such as timm:vit_base")
+        self.frozen = ()  # its tokens are read, not its pooled feature
+
+    def inserted(self, batch: Batch) -> Insert:
+        """Parts of the image as tokens."""
+        tokens_BLC = self.encode("comp", batch).tokens_BLD
+        count = min(self.config.inserted.images, tokens_BLC.shape[1])
+        parts_BMC = F.adaptive_avg_pool1d(tokens_BLC.transpose(1, 2), count).transpose(1, 2)
+        return Insert(self.projected(parts_BMC))

@@ -1,0 +1,69 @@
+"""Sequential fusion by prompts: the complementary feature is one prompt of the main encoder, at its first layer.
+
+A baseline of Jiang et al., arXiv 2312.03734, there called P-SequentialFuse.
+Shapes: B batch, L tokens, P prompt tokens, C width of psi, D width of the main encoder's first layer, H its heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mopefuse.config import RunConfig
+from mopefuse.data._base import Batch
+from mopefuse.encoders._base import Encoder, Prompt
+from mopefuse.fusion._base import Output
+from mopefuse.fusion._tuned import TunedFusion
+
+
+class PSequential(TunedFusion):
+    """psi, projected, beside the deep static prompts of a prompted main encoder; the complementary one is prompted too.
+
+    Equal to the paper's: the modalities meet at the first layer only, and by one token. Different: psi loses its scale, and
+    prompts are gated unless ``--gate none``, at the first layer with one gate for both. Limits: with gates of 0 it is
+    `main-only`, to the bit; with ``--gate none --static 0`` it is a token inserted into the first layer and dropped after it.
+
+    Raises:
+        EncoderError: an encoder that cannot be prompted.
+    """
+
+    own_tune: ClassVar[str] = "prompt"
+    parts: ClassVar[dict[str, str]] = {r"^project\.": "projection", r"^gate_H$": "gates", **TunedFusion.parts}
+    bonds: ClassVar[dict[str, str]] = {**TunedFusion.bonds, r"^project\.": "comp features", r"^gate_H$": "main"}
+
+    def __init__(self, config: RunConfig, encoders: Mapping[str, Encoder], num_labels: int) -> None:
+        super().__init__(config, encoders)
+        main, comp = self.encoder("main"), self.encoder("comp")
+        main.require_promptable(fix="use it as --comp instead")
+        self.frozen = tuple(side for side in self.frozen if side == "comp")
+        self.project = nn.Linear(comp.feature_width, main.widths[0])
+        shared = "main" in self.stacks and "0" in self.stacks["main"].layers  # type: ignore[operator]
+        gated = config.prompts.gate == "zero" and not shared
+        self.gate_H = nn.Parameter(torch.zeros(main.heads[0])) if gated else None
+        self.head = self.make_head(main.feature_width, num_labels)
+
+    @property
+    def head_sides(self) -> tuple[str, ...]:
+        """The main encoder alone, which was asked by the other one."""
+        return ("main",)
+
+    def forward(self, batch: Batch) -> Output:
+        """Logits (B, N)."""
+        psi_BC = self.pooled("comp", batch).float()
+        psi_B1D = self.project(F.layer_norm(psi_BC, psi_BC.shape[-1:], eps=1e-8))[:, None]
+        static = self.prompts("main", batch)
+
+        def prompt_at(layer: int, tokens_BLD: Tensor, mask_BL: Tensor | None) -> Prompt | None:
+            prompt = static(layer, tokens_BLD, mask_BL) if static is not None else None
+            if layer > 0:
+                return prompt
+            token_B1D = psi_B1D.to(tokens_BLD.dtype)
+            if prompt is None:
+                return Prompt(token_B1D, self.gate_H)
+            return prompt._replace(tokens_BPD=torch.cat([prompt.tokens_BPD, token_B1D], dim=1))
+
+        return Output(self.classify(self.encoder("main").encode(batch.inputs["main"], prompt_at).pooled_BC))

@@ -1,0 +1,112 @@
+"""Methods that put the other modality among the main encoder's tokens: what each is in its limits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import call
+from test_fusion import TEXTS, build, images
+from test_tuned import answers, sides
+
+from mopefuse.encoders._base import Insert, Prompt, create_encoder
+from mopefuse.errors import EncoderError
+from mopefuse.evaluate import evaluate
+
+INSERTING = ("sequential", "mmbt", "p-mmbt", "promptfuse", "blindprompt")
+
+
+@pytest.mark.parametrize("method", [*INSERTING, "p-sequential"])
+def test_the_other_modality_reaches_the_logits_and_a_constant_projection_is_blind_to_it(method: str) -> None:
+    model = build(method=method, gate="none", **sides(method))
+    text_is_main = model.encoder("main").modality == "text"
+    one = model.collate(images(2), TEXTS[:2])
+    other = model.collate(images(4)[2:], TEXTS[:2]) if text_is_main else model.collate(images(2), TEXTS[2:4])
+    assert not torch.equal(model(one).logits, model(other).logits)
+    with torch.no_grad():
+        model.project.weight.zero_()
+    assert torch.equal(model(one).logits, model(other).logits)
+
+
+@pytest.mark.parametrize("method", ["promptfuse", "blindprompt"])
+def test_promptfuse_without_learned_tokens_is_sequential_with_frozen_encoders(method: str) -> None:
+    fuse, sequential = build(method=method, inserted={"prompts": 0}), build(method="sequential", tune="probe")
+    sequential.load_own_state(fuse.own_state(), where="here")
+    assert torch.equal(answers(fuse), answers(sequential))
+
+
+def test_blindprompt_is_promptfuse_with_a_mask() -> None:
+    fuse, blind = build(method="promptfuse"), build(method="blindprompt")
+    blind.load_own_state(fuse.own_state(), where="here")
+    assert not torch.equal(answers(fuse), answers(blind))
+    batch = fuse.collate(images(3), TEXTS[:3])
+    inserted = fuse.inserted(batch)
+    assert (inserted.blind, blind.inserted(batch).blind) == (0, 20)
+    assert inserted.tokens_BPD.shape == (3, 21, 96)
+
+
+def test_blind_tokens_are_deep_prompts_that_depend_on_nothing() -> None:
+    """What blind tokens are at a layer, put there as prompts, gives the same: they act by keys and values only."""
+    encoder = create_encoder("tiny:vision")
+    random = torch.Generator().manual_seed(0)
+    inputs, tokens = {"pixels": torch.randn(3, 3, 16, 16, generator=random)}, torch.randn(1, 5, 96, generator=random) * 0.3
+    states: list[torch.Tensor] = []
+    with torch.no_grad():
+        blind = encoder.encode(
+            inputs, lambda layer, x, mask: states.append(x[:, :5]), Insert(tokens.expand(3, -1, -1), blind=5)  # type: ignore[func-returns-value]
+        )
+        as_prompts = encoder.encode(inputs, lambda layer, x, mask: Prompt(states[layer]))
+    torch.testing.assert_close(blind.pooled_BC, as_prompts.pooled_BC, atol=1e-5, rtol=1e-4)
+
+
+def test_mmbt_with_one_token_of_a_mean_pooled_image_is_sequential() -> None:
+    encoders = {"main": "tiny:text", "comp": "tiny:vision?pool=mean"}
+    one, sequential = build(method="mmbt", inserted={"images": 1}, **encoders), build(method="sequential", **encoders)
+    sequential.load_own_state(one.own_state(), where="here")
+    torch.testing.assert_close(answers(one), answers(sequential), atol=1e-5, rtol=1e-5)
+
+
+def test_p_mmbt_without_prompts_is_mmbt_with_frozen_encoders() -> None:
+    encoders = sides("mmbt")
+    prompted, frozen = build(method="p-mmbt", static=0, **encoders), build(method="mmbt", tune="probe", **encoders)
+    frozen.load_own_state(prompted.own_state(), where="here")
+    assert torch.equal(answers(prompted), answers(frozen))
+
+
+def test_p_sequential_with_closed_gates_is_main_only_and_ungated_it_is_a_prompt_of_the_first_layer() -> None:
+    probe = build(method="main-only")
+    closed = build(method="p-sequential")
+    probe.load_own_state({name: t for name, t in closed.own_state().items() if name.startswith("head.")}, where="here")
+    assert torch.equal(answers(closed), answers(probe))
+    model = build(method="p-sequential", static=0, gate="none")
+    batch = model.collate(images(3), TEXTS[:3])
+    psi = torch.nn.functional.layer_norm(model.feature("comp", batch), (96,), eps=1e-8)
+    token = (psi @ model.project.weight.T + model.project.bias)[:, None]
+    encoder = model.encoder("main")
+    by_hand = encoder.encode(batch.inputs["main"], lambda layer, x, mask: Prompt(token) if layer == 0 else None).pooled_BC
+    torch.testing.assert_close(model(batch).logits, model.classify(by_hand))
+
+
+def test_what_does_not_suit_is_refused() -> None:
+    for options, number in (
+        ({"method": "sequential", "main": "timm:swin_tiny?pretrained=false&img_size=32&window_size=1"}, 70),
+        ({"method": "mmbt"}, 71),
+        ({"method": "p-mmbt", "main": "tiny:text", "comp": "tiny:text-b"}, 71),
+        ({"method": "mmbt", "main": "tiny:text", "comp": "timm:resnet18?pretrained=false"}, 72),
+    ):
+        with pytest.raises(EncoderError) as refused:
+            build(**options)
+        assert refused.value.number == number
+
+
+@pytest.mark.parametrize("method", ["promptfuse", "p-mmbt", "p-sequential"])
+def test_it_is_an_ordinary_run(pairs: Path, tmp_path: Path, method: str) -> None:
+    named = sides(method) or {"main": "tiny:vision", "comp": "tiny:text"}
+    flags = [word for side, spec in named.items() for word in (f"--{side}", spec)]
+    run = tmp_path / "run"
+    done = call("train", *flags, "--method", method, "--data", pairs, "--steps", "2", "--batch", "4", "--out", run)
+    assert done.returncode == 0, done.stderr
+    assert evaluate(run).metrics["accuracy"] >= 0
+    exported = call("export", run, "-o", tmp_path / "bundle")
+    assert exported.returncode == 0, exported.stderr

@@ -1,0 +1,206 @@
+"""Logistic regression on frozen features: equal to scikit-learn's own, an ordinary run, and a place to start from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import call
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from mopefuse.config import Linear, build_config
+from mopefuse.data.collate import read_image
+from mopefuse.data.load import load_data
+from mopefuse.encoders._base import create_encoder, run_alone
+from mopefuse.errors import ConfigError
+from mopefuse.fusion._regression import Fold, How, fit_heads, fit_regression, statistics
+from mopefuse.run import RunFolder
+from mopefuse.train import train
+from mopefuse.trainer import Listener
+
+SPECS = {"main": "tiny:vision", "comp": "tiny:text"}
+FEATURES = ("concat", "main", "comp", "average")
+GRID = [0.01, 1.0]
+
+
+def config(data: Path, /, features: str = "concat", **changed: Any) -> Any:
+    values = {**SPECS, "method": "linear", "device": "cpu", "linear": {"features": features, "strengths": GRID}}
+    return build_config(values | {"data": {"path": str(data)}} | changed)
+
+
+def raw(data: Path, split: str, side: str) -> np.ndarray:
+    """Features of a split by the encoder alone, without anything of the method's."""
+    where, encoder = build_config({**SPECS, "data": {"path": str(data)}}).data, create_encoder(SPECS[side])
+    loaded = load_data(where)
+    rows = loaded.splits[split].rows
+    values = [row.text if side == "comp" else read_image(loaded, loaded.splits[split], row, where) for row in rows]
+    inputs = encoder.preprocess.batch([encoder.preprocess.item(value) for value in values])
+    return run_alone(encoder, inputs).double().numpy()
+
+
+def targets(data: Path, split: str) -> np.ndarray:
+    return load_data(build_config({**SPECS, "data": {"path": str(data)}}).data).targets(split).numpy()
+
+
+def by_hand(data: Path, sides: tuple[str, ...], split: str) -> tuple[np.ndarray, float]:
+    """scikit-learn's probabilities on a split, and its C: scaler, regression, best accuracy on val."""
+    scaled = {s: StandardScaler().fit(raw(data, "train", s)) for s in sides}
+    x = {name: np.hstack([scaled[s].transform(raw(data, name, s)) for s in sides]) for name in ("train", "val", split)}
+    fitted = {c: LogisticRegression(C=c, max_iter=300).fit(x["train"], targets(data, "train")) for c in GRID}
+    score = {c: (model.predict(x["val"]) == targets(data, "val")).mean() for c, model in fitted.items()}
+    best = min(GRID, key=lambda c: (-score[c], c))
+    return fitted[best].predict_proba(x[split]), best
+
+
+def said(run: Path) -> np.ndarray:
+    rows = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    return np.array([list(row["probabilities"].values()) for row in rows])
+
+
+@pytest.mark.parametrize("features", FEATURES)
+def test_a_run_says_what_scikit_learn_says(pairs: Path, tmp_path: Path, features: str) -> None:
+    result = train(config(pairs, features), tmp_path / "run")
+    if features == "average":
+        expected = (by_hand(pairs, ("main",), "test")[0] + by_hand(pairs, ("comp",), "test")[0]) / 2
+    else:
+        expected, _ = by_hand(pairs, ("main", "comp") if features == "concat" else (features,), "test")
+    np.testing.assert_allclose(said(tmp_path / "run"), expected, atol=2e-4)
+    assert (result["steps"], result["selected_step"]) == (0, 0)
+    assert result["seconds"] > 0
+    assert RunFolder(tmp_path / "run").config().train.epochs == 0
+
+
+@pytest.mark.parametrize("features", ["concat", "average"])
+def test_several_labels_are_a_regression_each(multi_pairs: Path, tmp_path: Path, features: str) -> None:
+    changed = {"linear": {"features": features, "strengths": [0.1]}, "train": {"threshold": "tuned"}}
+    result = train(config(multi_pairs, **changed), tmp_path / "run")
+    y, expected = targets(multi_pairs, "train"), []
+    for sides in (("main", "comp"),) if features == "concat" else (("main",), ("comp",)):
+        scaled = {s: StandardScaler().fit(raw(multi_pairs, "train", s)) for s in sides}
+        x = {n: np.hstack([scaled[s].transform(raw(multi_pairs, n, s)) for s in sides]) for n in ("train", "test")}
+        models = [LogisticRegression(C=0.1, max_iter=300).fit(x["train"], y[:, label]) for label in range(y.shape[1])]
+        expected.append(np.stack([model.predict_proba(x["test"])[:, 1] for model in models], axis=1))
+    np.testing.assert_allclose(said(tmp_path / "run"), np.mean(expected, axis=0), atol=2e-4)
+    assert set(result["thresholds"].values()) != {0.5}, "chosen on validation"
+
+
+def test_it_is_an_ordinary_run(pairs: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    result = train(config(pairs), run)
+    evaluated = call("eval", run, "--json")
+    assert json.loads(evaluated.stdout)["metrics"] == pytest.approx(result["metrics"]["test"])
+    again = train(config(pairs), run, resume=True)
+    assert again == result
+    assert call("predict", run, pairs / "test.jsonl", "-o", tmp_path / "answers.jsonl").returncode == 0
+    answers = [json.loads(line)["label"] for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert answers == [json.loads(line)["label"] for line in (run / "predictions.jsonl").read_text().splitlines()]
+    assert call("export", run, "--format", "adapter", "-o", tmp_path / "adapter").returncode == 0
+    adapted = call("eval", tmp_path / "adapter", "--data", pairs, "--json")
+    assert json.loads(adapted.stdout)["metrics"] == pytest.approx(result["metrics"]["test"])
+    refused = call("swap-encoder", run, "--comp", "tiny:text-b", "-o", tmp_path / "swapped")
+    assert (refused.returncode, "MF-CFG-100" in refused.stderr) == (3, True)
+
+
+@pytest.mark.parametrize("features", ["concat", "average"])
+def test_it_is_exported_as_a_graph_that_says_the_same(pairs: Path, tmp_path: Path, features: str) -> None:
+    train(config(pairs, features), tmp_path / "run")
+    done = call("export", tmp_path / "run", "-o", tmp_path / "bundle")  # refused unless the answers are the model's
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_run_that_was_killed_before_its_checkpoint_is_fitted_when_it_resumes(pairs: Path, tmp_path: Path) -> None:
+    class Killed(Listener):
+        def notice(self, text: str) -> None:
+            if "logistic" in text:
+                raise KeyboardInterrupt
+
+    whole = train(config(pairs), tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(config(pairs), tmp_path / "run", listener=Killed())
+    assert train(config(pairs), tmp_path / "run", resume=True)["metrics"] == whole["metrics"]
+
+
+@pytest.mark.parametrize(("method", "absent"), [("main-only", "comp"), ("comp-only", "main"), ("linear", "comp")])
+def test_a_method_of_one_side_needs_no_encoder_for_the_other(
+    pairs: Path, tmp_path: Path, method: str, absent: str
+) -> None:
+    side = "comp" if absent == "main" else "main"
+    extra = ["--set", "linear.features=main"] if method == "linear" else ["--steps", "1"]
+    named = ("--method", method, f"--{side}", SPECS[side], "--data", pairs, "--out", tmp_path / "run")
+    done = call("train", *named, "--batch", "4", *extra)
+    assert done.returncode == 0, done.stderr
+    assert call("eval", tmp_path / "run").returncode == 0
+    assert list(RunFolder(tmp_path / "run").manifest()["encoders"]) == [side]
+    with pytest.raises(ConfigError, match=f"{side} is missing"):
+        build_config({"method": method, "linear": {"features": side}, absent: SPECS[absent]})
+    with pytest.raises(ConfigError, match=f"{absent} is missing"):
+        build_config({"method": "late-concat", side: SPECS[side]})
+
+
+# -- the regression itself
+
+
+def how(labels: int = 3, **changed: Any) -> How:
+    known: dict[str, Any] = {"multi_label": False, "threshold": 0.5, "balanced": False, "settings": Linear(strengths=(1.0,))}
+    return How(labels, **(known | changed))
+
+
+def drawn(rows: int = 40, width: int = 5, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
+
+
+def test_statistics_are_those_of_the_training_split_and_constants_stay_finite() -> None:
+    x = torch.cat([drawn() * 3 + 7, torch.full((40, 1), 1e4), torch.zeros(40, 1)], dim=1)
+    found = statistics(x)
+    scaler = StandardScaler().fit(x.double().numpy())
+    np.testing.assert_allclose(found["mean_C"], scaler.mean_, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found["deviation_C"], scaler.scale_, rtol=1e-5)
+    assert found["deviation_C"][-2:].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("present", [[0, 2], [1], [0, 1, 2]])
+def test_labels_that_training_does_not_have_are_never_said(present: list[int]) -> None:
+    x, y = drawn(), torch.tensor(present * 40)[:40]
+    found = fit_regression(x, y, x, y, how())
+    p = (x @ found.weight_NF.T + found.bias_N).softmax(dim=-1)
+    assert p[:, [label for label in range(3) if label not in present]].sum() < 1e-4
+    if len(present) == 2:
+        expected = LogisticRegression(max_iter=300).fit(x.double(), y).predict_proba(x.double())
+        np.testing.assert_allclose(p[:, present], expected, atol=1e-3)
+
+
+def test_a_label_that_every_or_no_sample_has_is_said_of_every_or_no_sample() -> None:
+    x, y = drawn(), torch.stack([torch.ones(40), torch.zeros(40), (drawn(seed=1)[:, 0] > 0).float()], dim=1)
+    found = fit_regression(x, y, x, y, how(multi_label=True))
+    p = (x @ found.weight_NF.T + found.bias_N).sigmoid()
+    assert p[:, 0].min() > 0.999 and p[:, 1].max() < 0.001 and 0.001 < p[:, 2].mean() < 0.999
+
+
+def test_the_smallest_strength_that_does_best_on_validation_is_chosen() -> None:
+    x = drawn(300)
+    y = (x[:, 0] > 0).long()
+    easy = fit_regression(x, y, x * 2, y, how(2, settings=Linear(strengths=(10.0, 1e-9, 1.0))))
+    assert easy.strength in (1.0, 10.0)
+    same = fit_regression(x, y, x[:0].new_zeros(4, 5), torch.zeros(4).long(), how(2, settings=Linear(strengths=(10.0, 1.0))))
+    assert same.strength == 1.0
+
+
+def test_balanced_classes_weigh_the_same() -> None:
+    x, y = drawn(200), torch.cat([torch.zeros(190), torch.ones(10)]).long()
+    plain, balanced = (fit_regression(x, y, x, y, how(2, balanced=on)) for on in (False, True))
+    rare = [(x @ r.weight_NF.T + r.bias_N).argmax(dim=-1).sum() for r in (plain, balanced)]
+    assert rare[1] > rare[0]
+
+
+def test_heads_share_statistics_but_not_weights() -> None:
+    folds = [Fold({"main": drawn(seed=1), "comp": drawn(seed=2)}, torch.arange(40) % 3) for _ in range(2)]
+    state, chosen = fit_heads({"a": ("main",), "b": ("main", "comp")}, *folds, how())
+    assert {name: tuple(t.shape) for name, t in state.items() if name.endswith("weight")} == {
+        "a.weight": (3, 5), "b.weight": (3, 10)
+    }  # fmt: skip
+    assert chosen == {"main": 1.0, "main and comp": 1.0}

@@ -1,0 +1,84 @@
+"""How many parameters each method trains, with ViT-B as main and BERT-base as complementary encoder and 101 labels.
+
+Each number is written as the sum that the method's definition gives. Models are built without memory for their weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from mopefuse import registry
+from mopefuse.config import build_config
+from mopefuse.encoders._base import Encoder, create_encoder
+
+D, DEPTH, N = 768, 12, 101
+HEAD = N * D + N  # on the feature of one side
+BOTH = N * 2 * D + N
+STATIC, GATES = DEPTH * 6 * D, DEPTH * 12  # 6 tokens for images and 12 heads in each layer
+CONDITIONAL = (
+    STATIC + GATES
+    + 16 * DEPTH * 6 * D  # experts
+    + DEPTH * 16 * (D + 1)  # router
+    + 80 * (D + 1) + 2 * 80 + DEPTH * (80 + 1) * D  # mapper: trunk, its norm, and a layer of its own for each layer
+)  # fmt: skip
+PROJECTION = D * D + D
+VIT, BERT = 85_798_656, 108_891_648  # without classifier and without pooler
+SIZES: dict[str, int] = {
+    "conditional": CONDITIONAL + HEAD,
+    "conditional warm_start=linear": CONDITIONAL + BOTH,
+    "linear": BOTH,
+    "linear linear.features=average": 2 * HEAD,
+    "late-concat": BOTH,
+    "late-concat tune=full": VIT + BERT + BOTH,
+    "p-late-concat": STATIC + DEPTH * 4 * D + 2 * GATES + BOTH,
+    "p-late-concat prompts.gate=none": STATIC + DEPTH * 4 * D + BOTH,
+    "p-sequential": STATIC + DEPTH * 4 * D + 2 * GATES + PROJECTION + HEAD,
+    "p-sequential prompts.static=0": 12 + PROJECTION + HEAD,  # a gate for each head of the first layer
+    "sequential": VIT + BERT + PROJECTION + HEAD,
+    "sequential tune=probe": PROJECTION + HEAD,
+    "mmbt": VIT + BERT + PROJECTION + HEAD,
+    "p-mmbt": STATIC + DEPTH * 4 * D + 2 * GATES + PROJECTION + HEAD,
+    "promptfuse": 20 * D + PROJECTION + HEAD,
+    "promptfuse inserted.prompts=5": 5 * D + PROJECTION + HEAD,
+    "blindprompt": 20 * D + PROJECTION + HEAD,
+    "main-only": HEAD,
+    "main-only tune=prompt": STATIC + GATES + HEAD,
+    "main-only tune=full": VIT + HEAD,
+    "comp-only": HEAD,
+    "comp-only tune=prompt": DEPTH * 4 * D + GATES + HEAD,
+    "comp-only tune=full": BERT + HEAD,
+}
+
+
+@pytest.fixture(scope="module")
+def encoders() -> Iterator[dict[str, Encoder]]:
+    with torch.device("meta"):
+        main = create_encoder("timm:vit_base?pretrained=false")
+        yield {"main": main, "comp": create_encoder("hf:bert-base?pretrained=false")}
+
+
+@pytest.mark.parametrize("variant", SIZES)
+def test_trainable_parameters_at_vit_and_bert(variant: str, encoders: dict[str, Encoder]) -> None:
+    method, *settings = variant.split()
+    values: dict[str, object] = {"main": "timm:vit_base", "comp": "hf:bert-base", "method": method}
+    for text in settings:
+        path, value = text.split("=")
+        section, _, key = path.rpartition(".")
+        values |= {section: {key: value}} if section else {key: value}
+    for encoder in encoders.values():
+        encoder.freeze()
+    if "mmbt" in method:  # reads text as main
+        encoders = {"main": encoders["comp"], "comp": encoders["main"]}
+    config = build_config(values)
+    with torch.device("meta"):
+        model = registry.load(registry.FUSION, method)(config, encoders, N)
+    assert sum(model.breakdown().values()) == SIZES[variant]
+    assert "other" not in model.breakdown()
+
+
+def test_every_method_of_ours_has_its_size_here() -> None:
+    ours = {name for name, found in registry.available(registry.FUSION).items() if found[0].value.startswith("mopefuse.")}
+    assert ours <= {variant.split()[0] for variant in SIZES}

@@ -1,0 +1,145 @@
+"""Methods whose encoders are frozen, prompted or fully tuned: what learns, how fast, and the limits of each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_fusion import TEXTS, build, images, open_gates
+
+from mopefuse import registry
+from mopefuse.config import build_config
+from mopefuse.errors import EncoderError
+from mopefuse.fusion._base import Fusion
+from mopefuse.fusion._tuned import TunedFusion
+from mopefuse.fusion.build import build_model
+from mopefuse.optim import make_optimizer
+from mopefuse.run import RunFolder
+from mopefuse.train import resolved, train
+
+ALL = sorted(
+    name
+    for name in registry.available(registry.FUSION)
+    if issubclass(registry.load(registry.FUSION, name), TunedFusion)
+)
+TUNES = ("probe", "prompt", "full")
+
+
+def sides(method: str) -> dict[str, str]:
+    """Encoders that suit a method: text as main where it insists on it."""
+    return {"main": "tiny:text", "comp": "tiny:vision"} if "mmbt" in method else {}
+
+
+def answers(model: Fusion, count: int = 5) -> torch.Tensor:
+    return model(model.collate(images(count), TEXTS[:count])).logits
+
+
+@pytest.mark.parametrize("tune", TUNES)
+@pytest.mark.parametrize("method", ALL)
+def test_a_sample_does_not_depend_on_its_batch(method: str, tune: str) -> None:
+    model = build(method=method, tune=tune, **sides(method))
+    open_gates(model)
+    together = answers(model)
+    assert together.shape == (5, 7)
+    for i, (image, text) in enumerate(zip(images(5), TEXTS, strict=True)):
+        alone = model(model.collate([image], [text])).logits[0]
+        torch.testing.assert_close(alone, together[i], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tune", TUNES)
+@pytest.mark.parametrize("method", ALL)
+def test_all_that_is_ours_learns_and_nothing_else(method: str, tune: str) -> None:
+    model = build(method=method, tune=tune, dropout=0.0, **sides(method)).train()
+    open_gates(model)
+    batch = model.collate(images(5), TEXTS)
+    torch.nn.functional.cross_entropy(model(batch).logits, torch.arange(5)).backward()
+    moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    unused = {name for name in model.ours() if name.endswith((".word.weight", "position_LD")) and name not in moved}
+    assert moved | unused == set(model.ours()) == {name for name, p in model.named_parameters() if p.requires_grad}
+    tuned = {name.partition(".")[0] for name in moved} & {"main", "comp"}
+    assert tuned == (set(model.uses) if tune == "full" else set())
+    assert "other" not in model.breakdown()
+    assert all(model.bond(name) for name in model.own_state() if not name.startswith("head."))
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_prompts_of_no_length_and_prompts_gated_to_0_are_a_probe_to_the_bit(method: str) -> None:
+    probe = build(method=method, tune="probe", **sides(method))
+    none = build(method=method, tune="prompt", static=0, **sides(method))
+    gated = build(method=method, tune="prompt", **sides(method))
+    state = none.own_state()
+    assert not len(none.stacks) and set(state) == set(probe.own_state())
+    probe.load_own_state(state, where="here")
+    known = gated.own_state()
+    gated.load_own_state(known | {name: tensor for name, tensor in state.items() if name in known}, where="here")
+    assert torch.equal(answers(none), answers(probe))
+    assert torch.equal(answers(gated), answers(probe))
+    open_gates(gated)
+    assert not torch.equal(answers(gated), answers(probe))
+
+
+def test_p_late_concat_without_prompts_is_late_concat() -> None:
+    prompted, plain = build(method="p-late-concat", static=0), build(method="late-concat")
+    plain.load_own_state(prompted.own_state(), where="here")
+    assert torch.equal(answers(prompted), answers(plain))
+    assert plain.frozen == prompted.frozen == ("main", "comp")
+
+
+def test_main_only_with_prompts_is_conditional_with_static_prompts_alone() -> None:
+    alone, ours = build(method="main-only", tune="prompt", static=3), build(static=3, dynamic=0, mapped=0)
+    open_gates(alone)
+    ours.load_own_state({n.replace("stacks.main.", "stack."): t for n, t in alone.own_state().items()}, where="here")
+    torch.testing.assert_close(answers(alone), answers(ours))
+
+
+@pytest.mark.parametrize(("tune", "lr"), [("full", 3e-5), ("prompt", 4e-4)])
+def test_tuned_weights_have_a_learning_rate_of_their_own(tune: str, lr: float) -> None:
+    config = build_config(
+        {"main": "tiny:vision", "comp": "tiny:text", "method": "late-concat", "tune": tune, "train": {"lr_tuned": 3e-5}}
+    )
+    model = build_model(config, 3)
+    rates = resolved(config, model).train
+    of = {id(p): group["peak"] for group in make_optimizer(model, rates).param_groups for p in group["params"]}
+    found = {name.partition(".")[0]: of[id(p)] for name, p in model.ours().items()}
+    comp = 3e-5 if tune == "full" else 5e-4
+    expected = {"head": 4e-4, "main": lr, "comp": comp} if tune == "full" else {"head": 4e-4, "stacks": comp}
+    assert found == expected
+    if tune == "prompt":
+        assert of[id(model.stacks["main"].layers["0"].static_SD)] == lr
+
+
+def test_an_encoder_that_cannot_be_prompted_can_be_probed_and_tuned() -> None:
+    resnet = "timm:resnet18?pretrained=false"
+    with pytest.raises(EncoderError, match="--tune probe or full"):
+        build(comp=resnet, method="comp-only", tune="prompt")
+    assert build(comp=resnet, method="comp-only", tune="full").encoder("comp").tuned
+
+
+@pytest.mark.parametrize("tune", ["prompt", "full"])
+def test_a_run_of_it_resumes_to_the_bit_and_evaluates(pairs: Path, tmp_path: Path, tune: str) -> None:
+    def config(epochs: int) -> Any:
+        return build_config(
+            {
+                "main": "tiny:vision",
+                "comp": "tiny:text",
+                "method": "late-concat",
+                "tune": tune,
+                "data": {"path": str(pairs)},
+                "train": {"epochs": epochs, "batch_size": 6, "schedule": "constant"},
+            }
+        )
+
+    from mopefuse.checkpoint import read_tensors
+    from mopefuse.evaluate import evaluate
+
+    result = train(config(2), tmp_path / "whole")
+    train(config(1), tmp_path / "parts")
+    train(config(2), tmp_path / "parts", resume=True)
+    one, other = (
+        read_tensors(RunFolder(tmp_path / name).checkpoint("last")[0] / "weights.safetensors") for name in ("whole", "parts")
+    )
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert evaluate(tmp_path / "whole").metrics == pytest.approx(result["metrics"]["test"])
+    assert RunFolder(tmp_path / "whole").config().tune == tune

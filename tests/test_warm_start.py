@@ -1,0 +1,148 @@
+"""A warm start: step 0 is logistic regression, later steps count only where validation improves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import call, make_pairs
+
+from mopefuse.checkpoint import read_tensors
+from mopefuse.config import build_config
+from mopefuse.errors import ConfigError
+from mopefuse.fusion.build import build_model
+from mopefuse.optim import make_optimizer
+from mopefuse.run import RunFolder
+from mopefuse.swap import swap_encoder
+from mopefuse.train import resolved, train
+
+BASE: dict[str, Any] = {
+    "main": "tiny:vision",
+    "comp": "tiny:text",
+    "device": "cpu",
+    "seed": 5,
+    "prompts": {"static": 2, "dynamic": 2, "experts": 4},
+    "linear": {"strengths": [0.01, 1.0]},
+    "train": {"epochs": 2, "batch_size": 6, "lr": 1e-2},
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pairs(tmp_path_factory.mktemp("pairs") / "data", counts={"train": 20, "val": 7, "test": 5})
+
+
+def config(data: Path, /, **changed: Any) -> Any:
+    values = json.loads(json.dumps(BASE)) | {"data": {"path": str(data)}, "warm_start": "linear"}
+    for path, value in changed.items():
+        section, _, key = path.partition("__")
+        values[section] = value if not key else {**values.get(section, {}), key: value}
+    return build_config(values)
+
+
+def said(run: Path) -> np.ndarray:
+    rows = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    return np.array([list(row["probabilities"].values()) for row in rows])
+
+
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"main": "tiny:text", "comp": "tiny:vision"},
+    {"prompts__dynamic": 0, "prompts__mapped": 0},
+    {"prompts__static": 0, "prompts__dynamic": 0, "prompts__mapped": 0},
+    {"router__kind": "joint"},
+    {"comp_tuning__mode": "prompts"},
+    {"comp_tuning__mode": "full"},
+    {"data__cache_features": False},
+]
+
+
+@pytest.mark.parametrize("changed", VARIANTS, ids=str)
+def test_step_0_is_the_method_linear(data: Path, tmp_path: Path, changed: dict[str, Any]) -> None:
+    train(config(data, **changed, train__epochs=0), tmp_path / "warm")
+    train(config(data, **changed, warm_start="none", method="linear"), tmp_path / "linear")
+    weights = [read_tensors(RunFolder(tmp_path / n).checkpoint()[0] / "weights.safetensors") for n in ("warm", "linear")]
+    for name in ("head.weight", "head.bias", "standard.main.mean_C", "standard.comp.deviation_C"):
+        assert torch.equal(weights[0][name], weights[1][name]), name
+    np.testing.assert_allclose(said(tmp_path / "warm"), said(tmp_path / "linear"), atol=1e-5)
+    assert len(np.unique(said(tmp_path / "warm").round(3))) > 3, "answers that are alike could not show a difference"
+
+
+def test_logits_of_step_0_are_those_of_the_regression(data: Path, tmp_path: Path) -> None:
+    logits = []
+    for settings in (config(data, train__epochs=0), config(data, warm_start="none", method="linear")):
+        train(settings, tmp_path / settings.method)
+        model = build_model(settings, 3)
+        path = RunFolder(tmp_path / settings.method).checkpoint()[0]
+        model.load_own_state(read_tensors(path / "weights.safetensors"), where="here")
+        from test_fusion import TEXTS, images
+
+        logits.append(model(model.collate(images(5), TEXTS)).logits)
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=0)
+
+
+def test_later_steps_are_selected_only_where_validation_improves(data: Path, tmp_path: Path) -> None:
+    result = train(config(data, train__lr=1e-6, train__epochs=1), tmp_path / "idle")  # too slow to change an answer
+    assert (result["selected_step"], result["steps"]) == (0, 4)
+    log = RunFolder(tmp_path / "idle").read_log()
+    assert [line["step"] for line in log if "val" in line] == [0, 4]
+    result = train(config(data, train__epochs=6, train__lr_head=1e-2), tmp_path / "run")
+    scores = {line["step"]: line["val"]["accuracy"] for line in RunFolder(tmp_path / "run").read_log() if "val" in line}
+    assert result["selected_step"] == min(scores, key=lambda step: (-scores[step], step))
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(data: Path, tmp_path: Path) -> None:
+    train(config(data), tmp_path / "whole")
+    train(config(data, train__epochs=1, train__schedule="constant"), tmp_path / "a")
+    train(config(data, train__schedule="constant"), tmp_path / "b")
+    train(config(data, train__schedule="constant"), tmp_path / "a", resume=True)
+    one, other = (read_tensors(RunFolder(tmp_path / n).checkpoint("last")[0] / "weights.safetensors") for n in "ab")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_head_learns_slower_and_the_statistics_not_at_all(data: Path, tmp_path: Path) -> None:
+    settings = config(data)
+    model = build_model(settings, 3)
+    groups = {group["peak"] for group in make_optimizer(model, resolved(settings, model).train).param_groups}
+    assert groups == {1e-2, 1e-2 / 50}
+    assert resolved(config(data, warm_start="none"), build_model(config(data, warm_start="none"), 3)).train.lr_head == 1e-2
+    train(settings, tmp_path / "run")
+    start, end = (
+        read_tensors(RunFolder(tmp_path / "run").checkpoint(which)[0] / "weights.safetensors") for which in ("step-0", "last")
+    )
+    assert all(torch.equal(start[n], end[n]) for n in start if n.startswith("standard."))
+    assert not torch.equal(start["head.weight"], end["head.weight"])
+    assert not set(model.ours()) & {n for n in start if n.startswith("standard.")}
+
+
+@pytest.mark.parametrize(
+    ("changed", "code"), [({"prompts__gate": "none"}, 101), ({"head_hidden": 8}, 102)], ids=["ungated", "deeper head"]
+)
+def test_what_would_not_begin_as_the_regression_is_refused(data: Path, changed: dict[str, Any], code: int) -> None:
+    with pytest.raises(ConfigError) as refused:
+        build_model(config(data, **changed), 3)
+    assert refused.value.number == code
+
+
+def test_a_method_without_one_says_so(data: Path, tmp_path: Path) -> None:
+    done = call(
+        "train", "--main", "tiny:vision", "--comp", "tiny:text", "--data", data, "--out", tmp_path / "run",
+        "--method", "late-concat", "--warm-start", "linear", "--steps", "1",
+    )  # fmt: skip
+    assert done.returncode == 0 and "late-concat does not use the settings of warm_start" in done.stderr
+
+
+def test_a_swapped_encoder_gets_statistics_of_its_own(data: Path, tmp_path: Path) -> None:
+    train(config(data), tmp_path / "run")
+    swap_encoder(tmp_path / "run", tmp_path / "new", comp="tiny:text-b")
+    old, new = (read_tensors(RunFolder(tmp_path / n).checkpoint()[0] / "weights.safetensors") for n in ("run", "new"))
+    train(config(data, warm_start="none", method="linear", comp="tiny:text-b"), tmp_path / "b")
+    alone = read_tensors(RunFolder(tmp_path / "b").checkpoint()[0] / "weights.safetensors")
+    for buffer in ("mean_C", "deviation_C"):
+        assert torch.equal(new[f"standard.main.{buffer}"], old[f"standard.main.{buffer}"])
+        assert torch.equal(new[f"standard.comp.{buffer}"], alone[f"standard.comp.{buffer}"])
+    assert torch.equal(new["head.weight"][:, :96], old["head.weight"][:, :96])
