@@ -6,6 +6,7 @@ a model card. Wherever a run is read, an adapter can be: it is a run with one ch
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,15 @@ class AdapterFolder(RunFolder):
 
     def manifest(self) -> dict[str, Any]:
         """Encoders and their fingerprints, labels, data hashes; as of the run."""
-        self._verify()
-        facts = {**read_json(self.manifest_file), **read_json(self.path / FACTS)}  # of one format, and migrated as one
-        return checked(understood(facts, KIND, str(self.path)), self.path / FACTS)
+        return self._facts
 
-    def _verify(self) -> None:
+    @cached_property
+    def _facts(self) -> dict[str, Any]:
+        """Read, and all files compared, once: weights of a tuned encoder are large."""
         if not verify(self.path, kind=KIND)["files"].keys() >= {FACTS, "config.yaml", "weights.safetensors"}:
             raise CheckpointError(3, "the manifest names no weights", where=str(self.path), fix="export the run again")
+        facts = {**read_json(self.manifest_file), **read_json(self.path / FACTS)}  # of one format, and migrated as one
+        return checked(understood(facts, KIND, str(self.path)), self.path / FACTS)
 
     def checkpoint(self, which: str = "best") -> tuple[Path, dict[str, Any]]:
         """The folder with the only weights that there are, and their facts."""

@@ -133,7 +133,7 @@ def audit(
     """
     target = devices.resolve(device)
     loaded = load_model(trained(run), checkpoint, target)
-    where = loaded.config.data if data is None else elsewhere(loaded.config.data, data)
+    where = elsewhere(loaded.config.data, data)
     dataset = with_labels(load_data(where, require=(split,)), loaded.manifest, split)
     found: dict[str, Any] = {"thresholds": loaded.thresholds, "most": most, "seed": seed, "advance": advance}
     return audit_model(loaded.model, dataset, split, loaded.config, target, **found)

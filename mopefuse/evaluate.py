@@ -67,22 +67,21 @@ def evaluate(
         bundle = Bundle(run, device)
         config = build_config(read_recipe(run / "config.yaml"), source=str(run))
         known = {"labels": bundle.labels, "multi_label": bundle.multi_label}
-        where = _where(config, data)
+        where = elsewhere(config.data, data)
         dataset = with_labels(load_data(where, require=(split,), advance=advance), known, split)
         return judge(ask_split(bundle, dataset, split, where, advance=advance), dataset, split, bundle.thresholds)
     target = devices.resolve(device)
     loaded = load_model(trained(run), checkpoint, target, encoders)
-    dataset = with_labels(load_data(_where(loaded.config, data), require=(split,), advance=advance), loaded.manifest, split)
+    where = elsewhere(loaded.config.data, data)
+    dataset = with_labels(load_data(where, require=(split,), advance=advance), loaded.manifest, split)
     said = run_split(loaded.model, dataset, split, loaded.config, target, advance=advance)
     return judge(said.logits_SN, dataset, split, loaded.thresholds)
 
 
-def _where(config: RunConfig, data: Path | None) -> DataConfig:
-    return config.data if data is None else elsewhere(config.data, data)
-
-
-def elsewhere(config: DataConfig, path: Path) -> DataConfig:
-    """How to read other data of the same kind: nothing is held out or drawn there."""
+def elsewhere(config: DataConfig, path: Path | None) -> DataConfig:
+    """How to read other data of the same kind: nothing is held out or drawn there. The same data for None."""
+    if path is None:
+        return config
     own = {"labels": None, "val_fraction": None, "test_fraction": None, "shots": None, "fraction": None}
     return config.model_copy(update={"path": str(path), **own})
 

@@ -73,7 +73,7 @@ def report(
             the page would overwrite what is no page. ConfigError: `figures` is no folder.
     """
     folder, page = _run_of(run), out or run / PAGE
-    where = folder.config().data if data is None else elsewhere(folder.config().data, data)
+    where = elsewhere(folder.config().data, data)
     check_place(page, Path(where.path or ""))
     if figures is not None and figures.exists() and not figures.is_dir():
         raise ConfigError(90, f"{figures} is no folder", where="--figures", fix="name a folder for the figures")

@@ -151,8 +151,7 @@ def _new_config(
     if main is not None or comp is not None:
         for section, key in _from_encoders(config, model):
             values[section][key] = None
-    if data is not None:
-        values["data"] = elsewhere(config.data, data).model_dump(mode="json")
+    values["data"] = elsewhere(config.data, data).model_dump(mode="json")
     values["train"] |= {"epochs": epochs, "max_steps": None}
     return build_config(merge(values, dict(settings)))
 

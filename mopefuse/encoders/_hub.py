@@ -6,7 +6,6 @@ network. Only error classes of `huggingface_hub.errors` are told apart; of the t
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,6 +23,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from mopefuse.checkpoint import sha256
 from mopefuse.encoders import _numbers
 from mopefuse.errors import EncoderError, MopefuseError, ResourceError
 
@@ -91,7 +91,7 @@ def _verify(path: Path, etag: str | None, where: str) -> None:
     """Compare a large file with the hub's own sha256 (the etag of such files); a file that differs is removed."""
     if etag is None or len(etag) != _SHA256_DIGITS:
         return
-    found = _sha256(path)
+    found = sha256(path)
     if found != etag:
         path.resolve().unlink()
         path.unlink(missing_ok=True)
@@ -101,14 +101,6 @@ def _verify(path: Path, etag: str | None, where: str) -> None:
             where=where,
             fix="try again",
         )
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def fetch_all(repo: str, filenames: Iterable[str], revision: str | None = None, *, where: str) -> None:
