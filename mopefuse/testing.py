@@ -114,6 +114,9 @@ class _Check:
             f"pooled feature {tuple(out.pooled_BC.shape)}, need {(count, self.encoder.feature_width)}"
         )
         assert out.tokens_BLD.dim() == 3 and len(out.tokens_BLD) == count, self.say("tokens are not (B, L, D)")
+        assert self.encoder.token_width in (0, out.tokens_BLD.shape[2]), self.say(
+            f"tokens of width {out.tokens_BLD.shape[2]}, but token_width is {self.encoder.token_width}"
+        )
         if out.mask_BL is not None:
             assert out.mask_BL.dtype == torch.bool, self.say("the mask is not boolean")
             assert out.mask_BL.shape == out.tokens_BLD.shape[:2], self.say("mask and tokens do not match")

@@ -67,6 +67,26 @@ def test_mmbt_with_one_token_of_a_mean_pooled_image_is_sequential() -> None:
     torch.testing.assert_close(answers(one), answers(sequential), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("spec", "places", "width"),
+    [
+        ("timm:resnet18?pretrained=false", 7 * 7, 512),
+        ("timm:mobilenetv3_small_050?pretrained=false", 7 * 7, 288),
+    ],
+)
+def test_mmbt_reads_the_places_of_a_cnn_as_its_paper_does(spec: str, places: int, width: int) -> None:
+    """The second has a feature of another width (1024) than its map."""
+    model = build(method="mmbt", main="tiny:text", comp=spec, inserted={"images": places})
+    batch = model.collate(images(3), TEXTS[:3])
+    with torch.no_grad():
+        encoder = model.encoder("comp")
+        map_BCHW = encoder.backbone.forward_features(encoder.preprocess.finish(batch.inputs["comp"])["pixels"])
+        by_hand = [model.projected(map_BCHW[:, :, y, x]) for y in range(map_BCHW.shape[2]) for x in range(map_BCHW.shape[3])]
+        found = model.inserted(batch).tokens_BPD
+    assert (map_BCHW.shape[1], len(by_hand)) == (width, places)
+    torch.testing.assert_close(found, torch.stack(by_hand, dim=1), atol=1e-5, rtol=1e-5)
+
+
 def test_p_mmbt_without_prompts_is_mmbt_with_frozen_encoders() -> None:
     encoders = sides("mmbt")
     prompted, frozen = build(method="p-mmbt", static=0, **encoders), build(method="mmbt", tune="probe", **encoders)
@@ -93,7 +113,7 @@ def test_what_does_not_suit_is_refused() -> None:
         ({"method": "sequential", "main": "timm:swin_tiny?pretrained=false&img_size=32&window_size=1"}, 70),
         ({"method": "mmbt"}, 71),
         ({"method": "p-mmbt", "main": "tiny:text", "comp": "tiny:text-b"}, 71),
-        ({"method": "mmbt", "main": "tiny:text", "comp": "timm:resnet18?pretrained=false"}, 72),
+        ({"method": "mmbt", "main": "tiny:text", "comp": "open_clip:RN50#visual?pretrained=false"}, 72),
     ):
         with pytest.raises(EncoderError) as refused:
             build(**options)

@@ -75,6 +75,7 @@ class Encoder(nn.Module):
     widths: tuple[int, ...] = ()  # D of each promptable layer; empty if the encoder can be complementary only
     heads: tuple[int, ...] = ()  # H of each promptable layer
     feature_width: int  # C
+    token_width: int = 0  # D of the tokens that `encode` returns, which of a CNN are the places of its map; 0 if not known
     preprocess: Preprocess
     patch_size: int = 16  # side of a patch in pixels; images only, used by the papers' initialisation
     revision: str = ""  # commit of the hub repository that the weights came from, where there is one

@@ -76,12 +76,12 @@ class HFEncoder(PromptedEncoder):
             self.preprocess = _images(spec, source, config, known)
         if family and self.backbone._supports_attention_backend:
             self._hook(family)
-            self.feature_width = self.widths[-1]
+            self.feature_width = self.token_width = self.widths[-1]
             self.patch_size = int(getattr(config, "patch_size", self.patch_size))
         else:
             version = f" in transformers {transformers.__version__}" if family else ""
             self.why_not_main = f"is a {kind} model, which cannot be prompted{version}; usable as --comp (pooled feature)"
-            self.feature_width = self._probe()
+            self.feature_width, self.token_width = self._probe()
 
     def _hook(self, family: Family) -> None:
         layers = [module for module in self.backbone.modules() if type(module).__name__ == family.layer]
@@ -120,13 +120,14 @@ class HFEncoder(PromptedEncoder):
         last_B = mask_BL.sum(dim=1) - 1  # eot: padding is on the right
         return tokens_BLD[torch.arange(last_B.shape[0], device=last_B.device), last_B]
 
-    def _probe(self) -> int:
-        """Width of the pooled feature of a model that we know nothing of."""
+    def _probe(self) -> tuple[int, int]:
+        """Widths of the pooled feature and the tokens of a model that we know nothing of."""
         height, width = getattr(self.preprocess, "size", (0, 0))
         inputs = self.preprocess.batch(["a"]) if self.modality == "text" else {"pixels": torch.zeros(1, 3, height, width)}
         self.eval()
         with torch.no_grad():
-            return self._run(inputs).pooled_BC.shape[1]
+            out = self._run(inputs)
+        return out.pooled_BC.shape[1], out.tokens_BLD.shape[2]
 
 
 def _attention(

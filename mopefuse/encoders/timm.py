@@ -61,10 +61,11 @@ class TimmEncoder(PromptedEncoder):
         super().__init__(spec)
         self.backbone, self.spec, self.revision = _load(spec)
         self.feature_width = int(getattr(self.backbone, "head_hidden_size", None) or self.backbone.num_features)
+        self.token_width = int(self.backbone.num_features)
         self._prefix = int(getattr(self.backbone, "num_prefix_tokens", 0))
         self._pool = _options.one_of(spec, "pool", "own", ("own", "token", "avg") if self._prefix else ("own", "avg"))
         if self._pool != "own":
-            self.feature_width = int(self.backbone.num_features)
+            self.feature_width = self.token_width
         self.preprocess = _preprocess(self.backbone, spec)
         blocks, self.why_not_main = _promptable(self.backbone)
         self.insertable = bool(blocks) and isinstance(self.backbone, VisionTransformer)

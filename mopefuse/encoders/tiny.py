@@ -154,7 +154,7 @@ class TinyEncoder(Encoder):
         if self.pool not in ("cls", "mean"):
             raise EncoderError(53, f"tiny cannot pool by {self.pool!r}", where=str(spec), fix="use pool=cls or pool=mean")
         self.patch_size, self.insertable = _PATCH, True
-        self.modality, self.feature_width = shape.modality, shape.width
+        self.modality, self.feature_width, self.token_width = shape.modality, shape.width, shape.width
         self.widths, self.heads = (shape.width,) * shape.depth, (shape.heads,) * shape.depth
         self.preprocess = _preprocess(shape.modality)
         self.embed = PatchEmbed(shape.width) if shape.modality == "image" else WordEmbed(shape.width)

@@ -34,16 +34,20 @@ class InsertingFusion(TunedFusion):
 
     def __init__(self, config: RunConfig, encoders: Mapping[str, Encoder], num_labels: int) -> None:
         super().__init__(config, encoders)
-        main, comp = self.encoder("main"), self.encoder("comp")
+        main = self.encoder("main")
         main.require_insertable()
         self.frozen = tuple(side for side in self.frozen if side == "comp")
-        self.project = nn.Linear(comp.feature_width, main.widths[0])
+        self.project = nn.Linear(self.source_width(), main.widths[0])
         self.head = self.make_head(main.feature_width, num_labels)
 
     @property
     def head_sides(self) -> tuple[str, ...]:
         """The main encoder alone, which has read the other one."""
         return ("main",)
+
+    def source_width(self) -> int:
+        """Width of what is projected, of the complementary encoder."""
+        return self.encoder("comp").feature_width
 
     @abstractmethod
     def inserted(self, batch: Batch) -> Insert:

@@ -1,7 +1,7 @@
 """MMBT: image tokens, projected, are read by a text encoder together with the words.
 
 Kiela et al., Supervised Multimodal Bitransformers for Classifying Images and Text, https://arxiv.org/abs/1909.02950.
-Shapes: B batch, L tokens of the image encoder, M image tokens, C width of the image encoder.
+Shapes: B batch, L tokens of the image encoder, M image tokens, C width of the image encoder's tokens.
 """
 
 from __future__ import annotations
@@ -38,12 +38,15 @@ class MMBT(InsertingFusion):
             if encoders[side].modality != modality:
                 what = f"{config.method} reads a text as main and an image as complementary modality"
                 raise EncoderError(71, f"{what}; {encoders[side].spec} is of the other", fix="exchange --main and --comp")
+        if not encoders["comp"].token_width:
+            what = f"the width of the tokens of {encoders['comp'].spec} is not known"
+            raise EncoderError(72, what, fix="use an image encoder of timm:, hf: or tiny:")
         super().__init__(config, encoders, num_labels)
-        comp = self.encoder("comp")
-        if not comp.widths or comp.widths[-1] != comp.feature_width:
-            what = f"the tokens of {comp.spec} are not known, or not as wide as its feature"
-            raise EncoderError(72, what, fix="use an image encoder that can be prompted, such as timm:vit_base")
         self.frozen = ()  # its tokens are read, not its pooled feature
+
+    def source_width(self) -> int:
+        """C, which for an encoder with a projection of its own is not that of its feature."""
+        return self.encoder("comp").token_width
 
     def inserted(self, batch: Batch) -> Insert:
         """Parts of the image as tokens."""
