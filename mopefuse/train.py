@@ -151,7 +151,8 @@ def _train(
         finished = step >= trainer.total and folder.metrics_file.exists()
         if finished:
             limit = "--steps" if trainer.total < config.train.epochs * trainer.per_epoch else "--epochs"
-            listener.notice(f"already finished at step {step}; raise {limit} to continue")
+            more = "" if model.closed_form else f"; raise {limit} to continue"
+            listener.notice(f"already finished at step {step}{more}")
             return read_json(folder.metrics_file)
         listener.notice(f"resuming at step {step} of {trainer.total}")
     elif (begun_from := closed_form.start(trainer, start)) is not None:

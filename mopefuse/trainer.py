@@ -104,7 +104,8 @@ class Trainer:
             weights = balanced_weights(data.targets("train"), len(data.labels), multi_label=data.multi_label)
             self.weights = weights.to(device)
         self.per_epoch = math.ceil(len(self.train_samples) / config.train.batch_size)
-        self.total = min(config.train.epochs * self.per_epoch, config.train.max_steps or 10**18)
+        steps = min(config.train.epochs * self.per_epoch, config.train.max_steps or 10**18)
+        self.total = 0 if model.closed_form else steps
         self.eval_at = _evaluation_steps(self.total, self.per_epoch, config.train.evals_per_epoch)
         self.names = {id(parameter): name for name, parameter in model.ours().items()}
         self.optimizer = make_optimizer(model, config.train)

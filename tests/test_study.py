@@ -20,8 +20,9 @@ from conftest import call
 from mopefuse.checkpoint import alive
 from mopefuse.errors import ConfigError
 from mopefuse.grid import read_study
+from mopefuse.registry import available
 from mopefuse.run import RunFolder
-from mopefuse.study import FAILED, FINISHED, run_study
+from mopefuse.study import FAILED, FINISHED, is_finished, run_study
 
 STEPS = {"epochs": 4, "batch_size": 4, "lr": 1e-2, "log_every": 1, "checkpoint_every": 5}  # 12 steps of a run
 
@@ -127,6 +128,15 @@ def test_what_is_finished_is_not_run_again_and_what_is_added_is(undisturbed: Pat
     assert [row["label"] for row in table(out)] == ["experts=3", "experts=2", "experts=1"]
     again = {row["label"]: row["metrics"] for row in table(out)}
     assert all(again[row["label"]] == row["metrics"] for row in table(undisturbed))
+
+
+def test_a_finished_cell_of_every_method_counts_as_finished(pairs: Path, tmp_path: Path) -> None:
+    text_main = {"main": "tiny:text", "comp": "tiny:vision"}
+    labels = {name: {"method": name} | (text_main if "mmbt" in name else {}) for name in sorted(available("mopefuse.fusion"))}
+    file = write_study(tmp_path, pairs, baseline=None, grid={}, seeds=[0], cells={**labels, "warm": {"warm_start": "linear"}})
+    study = read_study(str(file), ["train.max_steps=1"])
+    assert {status.state for status in run_study(study, tmp_path / "out")} == {FINISHED}
+    assert [cell.label for cell in study.cells if not is_finished(cell, tmp_path / "out")] == []
 
 
 def test_a_run_of_other_settings_in_the_place_of_a_cell_is_refused(undisturbed: Path, file: Path, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ class Fusion(nn.Module):
     bonds: ClassVar[dict[str, str]] = {r"^standard\.main\.": "main features", r"^standard\.comp\.": "comp features"}
     """Pattern of a tensor's name to what its meaning hangs on: "main" or "comp" for the geometry of that encoder's layers,
     "main features" or "comp features" for the values that this very encoder gives. Others mean the same with any encoder."""
-    closed_form: ClassVar[bool] = False  # whether nothing is left to train after `fit`
+    closed_form: ClassVar[bool] = False  # whether nothing is left to train after `fit`: no step is made
     head: nn.Module
 
     def __init__(self, config: RunConfig, encoders: Mapping[str, Encoder]) -> None:

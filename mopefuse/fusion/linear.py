@@ -49,10 +49,6 @@ class LinearFusion(Fusion):
         features = config.linear.features
         return (features,) if features in SIDES else SIDES
 
-    def resolve(self, config: RunConfig) -> RunConfig:
-        """`config` without training steps."""
-        return config.model_copy(update={"train": config.train.model_copy(update={"epochs": 0, "max_steps": None})})
-
     def forward(self, batch: Batch) -> Output:
         """Logits (B, N)."""
         features = [self.feature(side, batch) for side in self.uses]
