@@ -83,6 +83,18 @@ class Inserted(Section):
     images: int = Field(4, ge=1, description="tokens that mmbt and p-mmbt make of an image")
 
 
+class Interactive(Section):
+    """Interactive prompting, with method pmf: prompts by which both encoders ask and tell one another."""
+
+    layers: int = Field(2, ge=0, description="last layers of both encoders in which they fuse; those before have no prompts")
+    queries: int = Field(4, ge=0, description="query prompts: what a layer makes of them is what the other encoder gets")
+    query_context: int = Field(4, ge=0, description="query context prompts: seen by the query prompts alone")
+    fusion_context: int = Field(4, ge=0, description="fusion context prompts: beside what comes from the other encoder")
+    bottleneck: int | None = Field(
+        None, ge=1, description="hidden width of the mapping to the other encoder; default half the larger of both widths"
+    )
+
+
 class Linear(Section):
     """Logistic regression on standardised frozen features, with method linear or a warm start."""
 
@@ -194,6 +206,7 @@ class RunConfig(Section):
     router: Router = Router()
     comp_tuning: CompTuning = CompTuning()
     inserted: Inserted = Inserted()
+    pmf: Interactive = Interactive()
     linear: Linear = Linear()
     data: Data = Data()
     train: Train = Train()

@@ -159,7 +159,8 @@ def _new_config(
 def _from_encoders(config: RunConfig, model: Fusion) -> list[tuple[str, str]]:
     """The settings that nobody chose: their values follow from the encoders, so that they are resolved anew for others."""
     found = []
-    for section, key in (("prompts", "init"), ("train", "lr"), ("train", "lr_comp"), ("train", "lr_head")):
+    chosen = (("prompts", "init"), ("pmf", "bottleneck"), ("train", "lr"), ("train", "lr_comp"), ("train", "lr_head"))
+    for section, key in chosen:
         mine = getattr(config, section)
         blank = config.model_copy(update={section: mine.model_copy(update={key: None})})
         if getattr(getattr(resolved(blank, model), section), key) == getattr(mine, key):

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -62,6 +63,8 @@ def check_encoder(encoder: str | Encoder, samples: Sequence[Any] | None = None) 
     check.gradients()
     check.nothing_is_left_behind()
     check.inserted_tokens()
+    if built.insertable:
+        check.layers_by_themselves()
     return built
 
 
@@ -273,13 +276,45 @@ class _Check:
         if len(self.encoder.widths) > 1:
             assert not torch.allclose(sighted, sighted[:1].expand_as(sighted)), self.say(f"{kind} see no token of a sample")
 
+    def layers_by_themselves(self) -> None:
+        entering: list[tuple[Tensor, Tensor | None]] = []
+
+        def look(layer: int, tokens_BLD: Tensor, mask_BL: Tensor | None) -> Prompt:
+            entering.append((tokens_BLD, mask_BL))
+            return Prompt(self.prompts[layer], self.gates[layer] if layer % 2 else None)
+
+        self.run(self.inputs, look)
+        for layer, (tokens_BLD, mask_BL) in enumerate(entering):
+            real = torch.ones_like(tokens_BLD[..., 0], dtype=torch.bool) if mask_BL is None else mask_BL
+            if layer + 1 < len(entering):
+                with torch.no_grad():
+                    out = self.encoder.run_layer(layer, tokens_BLD, mask_BL, look(layer, tokens_BLD, mask_BL))
+                entering.pop()
+                self.close(out[real], entering[layer + 1][0][real], f"layer {layer} by itself gives something else")
+            self._read(layer, tokens_BLD, mask_BL, real)
+
+    def _read(self, layer: int, tokens_BLD: Tensor, mask_BL: Tensor | None, real_BL: Tensor) -> None:
+        """Tokens as what a query sees: the same as the layer on both, and of each sample its own real ones."""
+        query_BPD, run = self.prompts[layer].clone().requires_grad_(), self.encoder.run_layer
+        real_BK = F.pad(real_BL, (0, _PROMPT_TOKENS), value=True)
+        mask_BK = None if mask_BL is None else real_BK
+        read = run(layer, query_BPD, mask_BK, Prompt(tokens_BLD))
+        whole = run(layer, torch.cat([tokens_BLD, query_BPD], dim=1), mask_BK)[:, -_PROMPT_TOKENS:]
+        self.close(read, whole, f"at layer {layer}, tokens as a prompt are not as tokens")
+        for index, real in enumerate(real_BL):
+            one = slice(index, index + 1)
+            alone = run(layer, query_BPD[one], None, Prompt(tokens_BLD[one][:, real]))
+            self.close(read[one], alone, f"at layer {layer}, what sample {index} is asked depends on its batch or padding")
+        (grad,) = torch.autograd.grad(read.square().sum(), query_BPD)
+        assert grad.isfinite().all() and grad.abs().sum() > 0, self.say(f"a query of layer {layer} gets no gradient")
+
     def same(self, left: Encoded, right: Encoded, fault: str) -> None:
         for name, a, b in zip(Encoded._fields, left, right, strict=True):
             equal = a is b or (a is not None and b is not None and torch.equal(a, b))
             assert equal, self.say(f"{fault} ({name})")
 
     def close(self, left: Tensor, right: Tensor, fault: str) -> None:
-        apart, scale = float((left - right).abs().max()), max(1.0, float(right.abs().max()))
+        apart, scale = float((left - right).detach().abs().max()), max(1.0, float(right.detach().abs().max()))
         assert apart <= _TOLERANCE * scale, self.say(f"{fault}: apart by {apart:.2e}, values up to {scale:.2g}")
 
 

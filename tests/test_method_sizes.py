@@ -25,6 +25,8 @@ CONDITIONAL = (
     + 80 * (D + 1) + 2 * 80 + DEPTH * (80 + 1) * D  # mapper: trunk, its norm, and a layer of its own for each layer
 )  # fmt: skip
 PROJECTION = D * D + D
+MAPPING = (D + 1) * D // 2 + (D // 2 + 1) * D  # through half the width
+PMF = 2 * 2 * (3 * 4 * D + MAPPING)  # in two encoders, two layers: prompts of three kinds, of 4 tokens each
 VIT, BERT = 85_798_656, 108_891_648  # without classifier and without pooler
 SIZES: dict[str, int] = {
     "conditional": CONDITIONAL + HEAD,
@@ -44,6 +46,9 @@ SIZES: dict[str, int] = {
     "promptfuse": 20 * D + PROJECTION + HEAD,
     "promptfuse inserted.prompts=5": 5 * D + PROJECTION + HEAD,
     "blindprompt": 20 * D + PROJECTION + HEAD,
+    "pmf": PMF + 2 * 2 * 12 + BOTH,
+    "pmf prompts.gate=none": PMF + BOTH,
+    "pmf pmf.layers=0": BOTH,
     "main-only": HEAD,
     "main-only tune=prompt": STATIC + GATES + HEAD,
     "main-only tune=full": VIT + HEAD,

@@ -76,6 +76,7 @@ def attend(
 
     Prompts carry no position: whatever the mask (boolean, or additive as a position bias is; broadcastable to
     (B, H, L, L)) says of the tokens, and under causal attention too, every query sees every prompt with a bias of 0.
+    Ungated, a mask of more keys than there are tokens also says which of the last prompt tokens are seen.
     """
     if gate_H is not None:
         tokens = F.scaled_dot_product_attention(
@@ -86,7 +87,8 @@ def attend(
         length = q_BHLE.shape[2]
         mask = torch.ones(length, length, dtype=torch.bool, device=q_BHLE.device).tril()
     if mask is not None:
-        mask = F.pad(mask, (prompt_k_BHPE.shape[2], 0), value=mask.dtype == torch.bool)
+        unsaid = prompt_k_BHPE.shape[2] + k_BHLE.shape[2] - mask.shape[-1]
+        mask = F.pad(mask, (unsaid, 0), value=mask.dtype == torch.bool)
     keys, values = torch.cat([prompt_k_BHPE, k_BHLE], dim=2), torch.cat([prompt_v_BHPE, v_BHLE], dim=2)
     return F.scaled_dot_product_attention(q_BHLE, keys, values, attn_mask=mask, scale=scale)
 

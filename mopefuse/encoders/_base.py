@@ -79,7 +79,7 @@ class Encoder(nn.Module):
     preprocess: Preprocess
     patch_size: int = 16  # side of a patch in pixels; images only, used by the papers' initialisation
     revision: str = ""  # commit of the hub repository that the weights came from, where there is one
-    insertable: bool = False  # whether other tokens can go ahead of its own, see `Insert`
+    insertable: bool = False  # whether its layers take other tokens beside its own, see `Insert` and `run_layer`
     why_not_main: str = ""  # for an encoder without promptable layers: the reason, for the error message
 
     def __init__(self, spec: Spec) -> None:
@@ -121,11 +121,30 @@ class Encoder(nn.Module):
         if not self.widths:
             raise EncoderError(21, f"{self.spec} {self.why_not_main or 'has no layer to prompt'}", fix=fix)
 
-    def require_insertable(self) -> None:
-        """Raise an EncoderError if no token can go ahead of the encoder's own."""
+    def require_insertable(self, side: str = "main") -> None:
+        """Raise an EncoderError if no token can go beside the encoder's own."""
         if not self.insertable:
-            fix = "use tiny:, a ViT of timm: or a BERT of hf: as --main, or another --method"
+            fix = f"use tiny:, a ViT of timm: or a BERT of hf: as --{side}, or another --method"
             raise EncoderError(70, f"{self.spec} takes no tokens beside its own", fix=fix)
+
+    def run_layer(
+        self, layer: int, tokens_BLD: Tensor, mask_BK: Tensor | None = None, prompt: Prompt | None = None
+    ) -> Tensor:
+        """What one promptable layer makes of tokens by itself, (B, L, D); also from within ``prompt_at``.
+
+        Of the tokens that a layer is run on, those whose outputs are not wanted can as well be its prompt, ungated.
+
+        Args:
+            mask_BK: which are real of the last K of what is seen, the prompt followed by the tokens; None if all are.
+
+        Raises:
+            EncoderError: an encoder that takes no tokens beside its own.
+        """
+        self.require_insertable()
+        return self._run_layer(layer, tokens_BLD, None if mask_BK is None else mask_BK[:, None, None], prompt)
+
+    def _run_layer(self, layer: int, tokens_BLD: Tensor, mask_B11K: Tensor | None, prompt: Prompt | None) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} is insertable, and gives no `_run_layer`")
 
     def forward(self, inputs: Inputs, prompt_at: PromptAt | None = None, insert: Insert | None = None) -> Encoded:
         """Same as `encode`."""

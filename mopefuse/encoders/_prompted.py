@@ -22,14 +22,25 @@ from mopefuse.registry import Spec
 
 
 class Slot:
-    """Where a block's hook leaves a prompt (normed, ready for the key and value projections) for its attention.
+    """Where a prompt waits (normed, ready for the key and value projections) for the attention of `block`.
 
-    `insert` is what is among the tokens of all blocks, beside the encoder's own.
+    `norm` is what the block applies ahead of its attention; None in a post-norm block. `insert` is what is among the tokens
+    of all blocks, beside the encoder's own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, block: nn.Module, norm: nn.Module | None) -> None:
+        self.block, self.norm = block, norm
         self.prompt: Prompt | None = None
         self.insert: Insert | None = None
+
+    def put(self, prompt: Prompt | None, tokens_BLD: Tensor) -> None:
+        """Leave the prompt that these tokens enter the block with."""
+        self.prompt = None
+        if prompt is not None and prompt.tokens_BPD.shape[1] > 0:
+            prompt_BPD = prompt.tokens_BPD.to(tokens_BLD.dtype)
+            found, need = (prompt_BPD.shape[0], prompt_BPD.shape[2]), (tokens_BLD.shape[0], tokens_BLD.shape[2])
+            assert found == need, f"prompts for (batch, width) {found}, need {need}"
+            self.prompt = prompt._replace(tokens_BPD=prompt_BPD if self.norm is None else self.norm(prompt_BPD))
 
     def take(self) -> Prompt | None:
         """The prompt, once."""
@@ -71,31 +82,35 @@ class PromptedEncoder(Encoder):
         if self.insertable:
             blocks[0].register_forward_pre_hook(_Inserting(self), with_kwargs=True)
             blocks[-1].register_forward_hook(_Dropping(self))
-        self._slots = [Slot() for _ in blocks]
-        for layer, (block, norm, slot) in enumerate(zip(blocks, norms, self._slots, strict=True)):
-            block.register_forward_pre_hook(_Entering(self, layer, norm, slot), with_kwargs=True)
+        self._slots = [Slot(block, norm) for block, norm in zip(blocks, norms, strict=True)]
+        for layer, slot in enumerate(self._slots):
+            slot.block.register_forward_pre_hook(_Entering(self, layer, slot), with_kwargs=True)
         return self._slots
+
+    def _run_layer(self, layer: int, tokens_BLD: Tensor, mask_B11K: Tensor | None, prompt: Prompt | None) -> Tensor:
+        slot = self._slots[layer]
+        assert slot.insert is None and slot.prompt is None, f"{self.spec}: layer {layer} is already at work"
+        slot.put(prompt, tokens_BLD)
+        try:
+            out: Any = slot.block.forward(tokens_BLD, mask_B11K)  # not a call: that would run the hooks of `encode`
+        finally:
+            slot.prompt = None
+        out_BLD: Tensor = out if isinstance(out, Tensor) else out[0]
+        return out_BLD
 
 
 class _Entering:
     """The hook of one block. An object rather than a closure, so that a deep copy of an encoder has hooks of its own."""
 
-    def __init__(self, encoder: PromptedEncoder, layer: int, norm: nn.Module | None, slot: Slot) -> None:
-        self.encoder, self.layer, self.norm, self.slot = encoder, layer, norm, slot
+    def __init__(self, encoder: PromptedEncoder, layer: int, slot: Slot) -> None:
+        self.encoder, self.layer, self.slot = encoder, layer, slot
 
     def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         entering: Tensor = args[0] if args else kwargs["hidden_states"]
         tokens_BLD = entering.flatten(1, -2)  # (B, H, W, D) in timm's Swin
         insert, mask_BL = self.encoder._insert, self.encoder._mask_BL
         prompt = self.encoder._ask(self.layer, tokens_BLD, mask_BL if insert is None else insert.real(mask_BL))
-        if prompt is not None and prompt.tokens_BPD.shape[1] > 0:
-            prompt_BPD = prompt.tokens_BPD.to(tokens_BLD.dtype)
-            found, need = (prompt_BPD.shape[0], prompt_BPD.shape[2]), (tokens_BLD.shape[0], tokens_BLD.shape[2])
-            assert found == need, f"layer {self.layer}: prompts for (batch, width) {found}, need {need}"
-            prompt = prompt._replace(tokens_BPD=prompt_BPD if self.norm is None else self.norm(prompt_BPD))
-            self.slot.prompt = prompt
-        else:
-            self.slot.prompt = None
+        self.slot.put(prompt, tokens_BLD)
 
 
 class _Inserting:

@@ -177,6 +177,10 @@ class TinyEncoder(Encoder):
         x_BLD = self.norm(x_BLD)
         return Encoded(self._pooled(x_BLD, mask_BL), x_BLD, mask_BL)
 
+    def _run_layer(self, layer: int, tokens_BLD: Tensor, mask_B11K: Tensor | None, prompt: Prompt | None) -> Tensor:
+        out_BLD: Tensor = self.blocks[layer](tokens_BLD, mask_B11K, prompt)
+        return out_BLD
+
     def _pooled(self, x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
         if self.pool == "cls":
             return x_BLD[:, 0]

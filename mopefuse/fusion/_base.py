@@ -97,7 +97,7 @@ class Fusion(nn.Module):
     def unused_sections(self) -> list[str]:
         """Sections of settings that were changed from their defaults and that this method does not look at."""
         default = RunConfig(main="", comp="")
-        optional = ("warm_start", "tune", "prompts", "router", "comp_tuning", "inserted", "linear")
+        optional = ("warm_start", "tune", "prompts", "router", "comp_tuning", "inserted", "pmf", "linear")
         return [s for s in optional if s not in self.sections and getattr(self.config, s) != getattr(default, s)]
 
     @property
