@@ -149,6 +149,7 @@ def audit_model(
     thresholds: metrics.Thresholds = metrics.THRESHOLD,
     most: int | None = MOST,
     seed: int = 0,
+    as_is_SN: Tensor | None = None,
     advance: Advance = lambda name, done, total: None,
 ) -> Audit:
     """The metrics of a model as is, with its complementary input exchanged and blank, and without each kind of prompt.
@@ -156,11 +157,14 @@ def audit_model(
     Args:
         model: on `device`. thresholds: of multi-label data.
         most: samples to look at, drawn by `seed`; None for all. seed: also of the exchange, which moves every sample's input.
+        as_is_SN: what the model says of the whole split as it is, if that is known.
     """
     total = len(data.splits[split].rows)
     if most is not None and total > most:
         order = order_of([row.id for row in data.splits[split].rows], seed)
-        data = replace(data, splits={**data.splits, split: data.splits[split].part(sorted(order[:most]))})
+        chosen = sorted(order[:most])
+        data = replace(data, splits={**data.splits, split: data.splits[split].part(chosen)})
+        as_is_SN = None if as_is_SN is None else as_is_SN[chosen]
     samples = prepared(model, data, split, config, device)
     partner_S = derangement(len(samples), seed)
     modality = _modality(model)
@@ -172,7 +176,7 @@ def audit_model(
             return run_split(model, data, split, config, device, samples=asked, advance=told).logits_SN
 
     read = "comp" in model.reads
-    logits = {"as is": said("as is", samples)}
+    logits = {"as is": said("as is", samples) if as_is_SN is None else as_is_SN}
     if read:
         logits["shuffled"] = said("shuffled", Shuffled(samples, "comp", partner_S))
         logits["blank"] = said("blank", Blank(samples, "comp", _blank_features(model, config, device)))

@@ -36,6 +36,8 @@ class Spread:
     @property
     def std(self) -> float | None:
         """Their sample standard deviation (n - 1); None of a single one."""
+        if len(set(self.values)) == 1 < len(self.values):
+            return 0.0  # exactly, whatever the mean was rounded to
         squares = sum((value - self.mean) ** 2 for value in self.values)
         return math.sqrt(squares / (len(self.values) - 1)) if len(self.values) > 1 else None
 
@@ -95,7 +97,9 @@ class _Run:
     result: dict[str, Any]
 
 
-def compare(paths: Sequence[Path], *, against: str | None = None, metric: str | None = None) -> Comparison:
+def compare(
+    paths: Sequence[Path], *, against: str | None = None, metric: str | None = None, partly: bool = False
+) -> Comparison:
     """A table of runs, or of the finished cells of one study.
 
     Rows of a study are its labels; rows of runs are named by their folders, without what numbers the seeds.
@@ -104,6 +108,7 @@ def compare(paths: Sequence[Path], *, against: str | None = None, metric: str | 
         against: label of the row (or path of a run in it) that significance is computed against, see
             `mopefuse.bootstrap.difference`; default the study's baseline.
         metric: that is compared; default the study's, else accuracy, or macro-F1 of multi-label data.
+        partly: whether cells that are not finished are left out of a study, in silence, as those that failed.
 
     Raises:
         CheckpointError: no such run or study, or damaged files.
@@ -115,8 +120,8 @@ def compare(paths: Sequence[Path], *, against: str | None = None, metric: str | 
         raise ConfigError(87, "a study is compared alone", where=str(studies[0]), fix="name one study, or runs")
     notices: list[str] = []
     if studies:
-        facts = _study(studies[0])
-        groups, failed = _cells(studies[0], facts)
+        facts = study_facts(studies[0])
+        groups, failed = _cells(studies[0], facts, partly=partly)
         notices += failed
         metric = metric or facts.get("metric")
         baseline = facts.get("baseline")
@@ -158,29 +163,44 @@ def _against(comparison: Comparison, groups: dict[str, list[_Run]], against: str
 # -- reading
 
 
-def _study(folder: Path) -> dict[str, Any]:
+def study_facts(folder: Path) -> dict[str, Any]:
+    """What study.json says of a study and its cells.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
     facts = read_json(folder / STUDY_FILE)
     cells = facts.get("cells")
-    whole = facts.get("kind") == KIND and isinstance(cells, list) and cells
-    if not whole or not all(isinstance(cell, dict) and {"label", "run", "state"} <= cell.keys() for cell in cells or ()):
+    if facts.get("kind") != KIND or not isinstance(cells, list) or not cells or not all(map(_is_cell, cells)):
         raise CheckpointError(3, f"{STUDY_FILE} is damaged", where=str(folder), fix="run mopefuse study again with this --out")
     return facts
 
 
-def _cells(folder: Path, facts: dict[str, Any]) -> tuple[list[tuple[str, list[_Run]]], list[str]]:
-    """Label and finished runs of each row, and a notice for each cell that failed."""
+def _is_cell(cell: Any) -> bool:
+    if not isinstance(cell, dict) or not all(isinstance(cell.get(key), str) for key in ("label", "run", "state")):
+        return False
+    return all(isinstance(cell.get(key) or {}, dict) for key in ("settings", "error"))
+
+
+def has_result(folder: Path, cell: dict[str, Any]) -> bool:
+    """Whether a cell of a study was run to its end."""
+    return cell["state"] != "failed" and RunFolder(folder / cell["run"]).metrics_file.is_file()
+
+
+def _cells(folder: Path, facts: dict[str, Any], *, partly: bool) -> tuple[list[tuple[str, list[_Run]]], list[str]]:
+    """Label and finished runs of each row, and a notice for each cell that failed; none with `partly`."""
     failed = [cell for cell in facts["cells"] if cell["state"] == "failed"]
     notices = [
         f"left out: {cell['label']}, seed {cell.get('seed')}: {(cell.get('error') or {}).get('message', 'failed')}"
         for cell in failed
     ]
-    whole = [cell for cell in facts["cells"] if cell not in failed]
+    whole = [cell for cell in facts["cells"] if (has_result(folder, cell) if partly else cell not in failed)]
     named = [(f"{cell['label']}, seed {cell.get('seed')}", folder / cell["run"]) for cell in whole]
     runs = {run.path: run for run in _finished(named)}
     groups: dict[str, list[_Run]] = {}
     for cell in whole:
         groups.setdefault(cell["label"], []).append(runs[folder / cell["run"]])
-    return list(groups.items()), notices
+    return list(groups.items()), [] if partly else notices
 
 
 def _finished(named: Sequence[tuple[str, Path]]) -> list[_Run]:

@@ -12,10 +12,10 @@ from mopefuse.audit import Audit, audit_model
 from mopefuse.config import Data as DataConfig
 from mopefuse.data._base import DataSet
 from mopefuse.data.load import load_data
-from mopefuse.errors import CheckpointError, ConfigError
+from mopefuse.errors import CheckpointError
 from mopefuse.evaluate import elsewhere, load_model, run_split, with_labels
 from mopefuse.report.facts import RunFacts
-from mopefuse.report.pages import check_place, write
+from mopefuse.report.pages import check_places, save_figures, write
 from mopefuse.report.run_page import run_page, sections
 from mopefuse.run import RunFolder
 from mopefuse.source import kind_of, locate, trained
@@ -74,9 +74,7 @@ def report(
     """
     folder, page = _run_of(run), out or run / PAGE
     where = elsewhere(folder.config().data, data)
-    check_place(page, Path(where.path or ""))
-    if figures is not None and figures.exists() and not figures.is_dir():
-        raise ConfigError(90, f"{figures} is no folder", where="--figures", fix="name a folder for the figures")
+    check_places(page, Path(where.path or ""), figures)
     target = devices.resolve(device)
     loaded = load_model(folder, _checkpoint(folder), target)
     dataset, split = _data_of(where, loaded.manifest)
@@ -92,6 +90,7 @@ def report(
             loaded.config,
             target,
             thresholds=loaded.thresholds,
+            as_is_SN=said.logits_SN,
             advance=lambda name, done, total: advance(f"audit, {name}", done, total),
         )
     facts = RunFacts(
@@ -111,11 +110,8 @@ def report(
     )
     parts = sections(facts)
     write(page, run_page(facts, parts))
-    files: list[Path] = []
-    if figures is not None:
-        figures.mkdir(parents=True, exist_ok=True)
-        files = [path for part in parts for drawing in part.figures for path in drawing.save(figures)]
-    return Reported(page, tuple(files), split, step, facts.metrics, facts.calibration.error, found, facts.notes)
+    files, lost = save_figures(parts, figures)
+    return Reported(page, files, split, step, facts.metrics, facts.calibration.error, found, (*facts.notes, *lost))
 
 
 def _run_of(run: Path) -> RunFolder:

@@ -176,6 +176,7 @@ class _Schedule:
     jobs: int
     listener: StudyListener
     running: dict[Connection, tuple[Any, Status]] = field(default_factory=dict)
+    told: set[str] = field(default_factory=set)
     made: int = 0
     began: float = field(default_factory=time.monotonic)
 
@@ -218,6 +219,10 @@ class _Schedule:
         if isinstance(said, float):
             status.share = said
             self.listener.moved(self.statuses, self._eta())
+        elif isinstance(said, str):
+            if said not in self.told:  # the first cell tells for all
+                self.told.add(said)
+                self.listener.notice(f"{status.cell.label}, seed {status.cell.seed}: {said}")
         else:
             status.state, status.error = said
 
@@ -242,10 +247,13 @@ class _Schedule:
 
 
 class _Tell(Listener):
-    """Sends the share of the steps that are made."""
+    """Sends the share of the steps that are made, and notices."""
 
     def __init__(self, connection: Connection) -> None:
         self.connection, self.told = connection, 0.0
+
+    def notice(self, text: str) -> None:
+        self.connection.send(text)
 
     def step(self, progress: Progress, total: int, loss: float, lr: float) -> None:
         if time.monotonic() - self.told >= _TELL_EVERY:

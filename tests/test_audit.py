@@ -83,6 +83,20 @@ def test_exchanged_and_blank_texts_are_other_rows_to_the_bit(
     assert found.same == pytest.approx(equal / len(rows))
 
 
+def test_what_is_known_of_the_whole_split_is_not_asked_again(data: Path) -> None:
+    config = settings(data)
+    model, pairs, told = model_of(config), load_data(config.data), list[str]()
+    whole_SN = run_split(model, pairs, "test", config, CPU).logits_SN
+    for most in (None, 8):
+        asked = audit_model(model, pairs, "test", config, CPU, most=most)
+        told.clear()
+        hear = lambda name, done, total: told.append(name)  # noqa: E731
+        known = audit_model(model, pairs, "test", config, CPU, most=most, as_is_SN=whole_SN, advance=hear)
+        assert "shuffled" in told and "as is" not in told
+        torch.testing.assert_close(known["as is"].logits_SN, asked["as is"].logits_SN, atol=1e-5, rtol=0)
+        assert known.verdict == asked.verdict
+
+
 def test_static_prompts_alone_change_nothing_when_the_text_does(data: Path) -> None:
     config = settings(data, prompts={"static": 4, "dynamic": 0, "mapped": 0, "gate": "none"})
     found = audit_model(model_of(config), load_data(config.data), "test", config, CPU)

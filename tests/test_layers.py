@@ -12,7 +12,7 @@ import mopefuse
 ROOT = Path(mopefuse.__file__).parent
 ORDER = (  # from below; a module imports from rows above its own line, or from its own package
     "errors",
-    "registry config signals gates pixels tokens bootstrap libraries",
+    "registry config signals gates pixels tokens bootstrap libraries shown",
     "recipe checkpoint distributed metrics routing",
     "run device cache",
     "adapter encoders prompts data grid",
@@ -26,7 +26,7 @@ ORDER = (  # from below; a module imports from rows above its own line, or from 
     "closed_form",
     "train doctor",
     "swap run_model audit study",
-    "predict reporting",
+    "predict reporting study_report",
     "bundle",
     "export",
     "demo push",

@@ -21,7 +21,7 @@ from test_data_pages import Page
 
 from mopefuse.config import Data
 from mopefuse.data.load import load_data
-from mopefuse.report import figures, run_answers, run_routing
+from mopefuse.report import figures, planes, run_answers, run_routing
 from mopefuse.report.facts import RunFacts
 from mopefuse.report.pages import Section, fragment, sections_page
 from mopefuse.reporting import report
@@ -185,6 +185,19 @@ def test_experts_show_the_samples_with_the_highest_weight_and_no_text_twice(run:
     assert [figure.name for figure in sections["usage"].figures] == ["usage"]
 
 
+def test_classes_and_experts_are_shown_of_several_layers_one_at_a_time(run: Path) -> None:
+    routing_SLK = torch.full((7, 6, 2), 0.5)
+    routing_SLK[:, 4, 0] = torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0])
+    routing_SLK[:, 4, 1] = 1 - routing_SLK[:, 4, 0]
+    section = next(part for part in run_routing.sections(facts_of(run, routing_SLK=routing_SLK)) if part.key == "classes")
+    names = ["classes-layer-1", "classes-layer-3", "classes", "classes-layer-6"]
+    assert [figure.name for figure in section.figures] == names, "first, middle, the one that tells most, last"
+    page = Page(str(section.body))
+    chosen = [attributes["id"] for attributes in page.all("input") if "checked" in attributes]
+    assert (len(page.all("input")), chosen) == (4, ["layer-3"])
+    assert [attributes["for"] for attributes in page.all("label")] == [f"layer-{number}" for number in range(1, 5)]
+
+
 def test_one_expert_is_no_routing(run: Path) -> None:
     assert run_routing.sections(facts_of(run, routing_SLK=torch.ones(7, 2, 1))) == []
 
@@ -290,7 +303,7 @@ def test_ticks_are_round_and_inside() -> None:
 
 def test_curves_of_one_point_or_of_one_value_can_be_drawn() -> None:
     for points in ([(1.0, 0.5)], [(1.0, 0.5), (2.0, 0.5)]):
-        drawing = figures.curves("x", "x", [figures.Curve("y", points, [0.1] * len(points))], across="step", mark=1)
+        drawing = planes.curves("x", "x", [planes.Curve("y", points, [0.1] * len(points))], across="step", mark=1)
         assert "nan" not in drawing.svg() and drawing.png().size[0] > 0
 
 
@@ -328,6 +341,19 @@ def test_a_browser_shows_the_page_without_asking_or_complaining(run: Path, brows
     paper = np.asarray(browser.picture()).reshape(-1, 3)
     light = float((paper.mean(axis=1) > 128).mean())
     assert light < 0.3 if dark else light > 0.7
+
+
+def test_a_layer_is_chosen_without_a_script(run: Path, browser: Chromium, tmp_path: Path) -> None:
+    routing_SLK = torch.full((7, 6, 2), 0.5)
+    routing_SLK[:, 4, 0] = 0.0
+    routing_SLK[::2, 4] = torch.tensor([1.0, 0.0])
+    parts = run_routing.sections(facts_of(run, routing_SLK=routing_SLK))
+    (tmp_path / "page.html").write_text(sections_page("x", "x", [], parts), encoding="utf-8")
+    browser.show(tmp_path / "page.html")
+    seen = "[...document.querySelectorAll('.panels > div')].map(panel => getComputedStyle(panel).visibility == 'visible')"
+    for number in (1, 2, 3, 4):
+        browser.evaluate(f"document.querySelector('label[for=layer-{number}]').click()")
+        assert browser.evaluate(seen) == [number == other for other in (1, 2, 3, 4)]
 
 
 def test_a_browser_tells_of_requests_and_complaints(tmp_path: Path, browser: Chromium) -> None:

@@ -116,6 +116,16 @@ def test_killed_at_random_and_started_again_it_gives_the_same_table(undisturbed:
     assert predictions(out) == predictions(undisturbed)
 
 
+def test_what_cells_have_to_say_is_heard_once(pairs: Path, tmp_path: Path) -> None:
+    cells = {"a": {"method": "linear"}, "b": {"method": "linear", "linear.features": "average"}}
+    file = write_study(tmp_path, pairs, cells=cells, grid={}, seeds=[0], baseline="a")
+    said = call("study", file, "--out", tmp_path / "out").stderr.splitlines()
+    heard = [line.partition(": ")[2] for line in said if line.startswith(("a, seed 0: ", "b, seed 0: "))]
+    assert any(text.startswith("logistic regression, chosen on validation") for text in heard)
+    assert len(set(heard)) == len(heard)
+    assert sum("does not use the settings of prompts" in text for text in heard) == 1, "both cells say that"
+
+
 def test_what_is_finished_is_not_run_again_and_what_is_added_is(undisturbed: Path, pairs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(undisturbed, out)

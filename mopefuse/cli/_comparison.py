@@ -1,19 +1,18 @@
-"""A comparison as text: for a terminal, Markdown, LaTeX, CSV and JSON. Rounding is only here."""
+"""A comparison as text: for a terminal, Markdown, LaTeX, CSV and JSON."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from mopefuse.checkpoint import finite
-from mopefuse.cli._render import count, duration, err, plain_table, size, table
-from mopefuse.compare import Comparison, Row, Spread
+from mopefuse.cli._render import err, plain_table, table
+from mopefuse.compare import Comparison, Row
+from mopefuse.report.comparison import Splits, cells, notes
 
-Splits = Sequence[str]
-Mark = Callable[[str], str]
 _LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "·": r"$\cdot$"}
 _LATEX |= {character: "\\" + character for character in "&%$#_{}"}
 
@@ -21,33 +20,33 @@ _LATEX |= {character: "\\" + character for character in "&%$#_{}"}
 def show(comparison: Comparison, title: str, splits: Splits = ("test",)) -> None:
     """A table on stdout, the best row standing out; what it means and what was left out on stderr."""
     best = comparison.best("test", comparison.metric)
-    bold = next(number for number, row in enumerate(comparison.rows) if row.label in best)
-    columns, rows = _cells(comparison, splits)
+    bold = next((number for number, row in enumerate(comparison.rows) if row.label in best), None)
+    columns, rows = cells(comparison, splits)
     table(title, columns, rows, bold=bold)
-    for line in _notes(comparison):
+    for line in notes(comparison):
         err().print(line, markup=False)
 
 
 def as_table(comparison: Comparison, splits: Splits) -> str:
     """As on a terminal, without colour."""
-    return "\n".join([plain_table(*_cells(comparison, splits)), *_notes(comparison)]) + "\n"
+    return "\n".join([plain_table(*cells(comparison, splits)), *notes(comparison)]) + "\n"
 
 
 def as_markdown(comparison: Comparison, splits: Splits) -> str:
     """A table whose best numbers are bold, and a note on significance."""
-    columns, rows = _cells(comparison, splits, lambda text: f"**{text}**")
+    columns, rows = cells(comparison, splits, lambda text: f"**{text}**")
     lines = [columns, [":--" if number == 0 else "--:" for number in range(len(columns))], *rows]
     body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-    return "\n".join([body, *(f"\n{line}" for line in _notes(comparison))]) + "\n"
+    return "\n".join([body, *(f"\n{line}" for line in notes(comparison))]) + "\n"
 
 
 def as_latex(comparison: Comparison, splits: Splits) -> str:
     """A tabular without packages; the best numbers are bold, notes are comments."""
-    columns, rows = _cells(comparison, splits, lambda text: f"\0{text}\1")
+    columns, rows = cells(comparison, splits, lambda text: f"\0{text}\1")
     body = [" & ".join(map(_escaped, line)) + r" \\" for line in (columns, *rows)]
-    notes = [f"% {line}" for line in _notes(comparison)]
+    remarks = [f"% {line}" for line in notes(comparison)]
     shape = f"l{'r' * (len(columns) - 1)}"
-    return "\n".join([rf"\begin{{tabular}}{{{shape}}}", body[0], r"\hline", *body[1:], r"\end{tabular}", *notes]) + "\n"
+    return "\n".join([rf"\begin{{tabular}}{{{shape}}}", body[0], r"\hline", *body[1:], r"\end{tabular}", *remarks]) + "\n"
 
 
 def as_csv(comparison: Comparison, splits: Splits) -> str:
@@ -111,50 +110,6 @@ WRITERS: dict[str, Callable[[Comparison, Splits], str]] = {
     "csv": as_csv,
     "json": as_json,
 }
-
-
-def _cells(comparison: Comparison, splits: Splits, mark: Mark = str) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows; `mark` is put on the best number of a metric."""
-    metrics = [(split, metric) for split in splits for metric in comparison.metrics]
-    compared = comparison.against is not None
-    names = [metric if split == "test" else f"{split} {metric}" for split, metric in metrics]
-    columns = ["method", "n", *names, "trainable", "share", "time", "memory"]
-    columns += [f"{comparison.metric} less that of {comparison.against}", "p"] if compared else []
-    rows = []
-    for row in comparison.rows:
-        cells = [row.label, str(len(row.runs))]
-        for split, metric in metrics:
-            text = _spread(row.metrics[split].get(metric))
-            cells.append(mark(text) if metric in row.metrics[split] and row.label in comparison.best(split, metric) else text)
-        share = f"{100 * row.trainable / row.total:.2f} %"
-        cells += [f"{row.trainable:,}", share, duration(row.seconds.mean), size(row.peak_memory)]
-        rows.append(cells + (_versus(row) if compared else []))
-    return columns, rows
-
-
-def _spread(spread: Spread | None) -> str:
-    """0.812 and 0.803 as 80.8 ± 0.6, in per cent."""
-    if spread is None or spread.mean != spread.mean:
-        return "-"
-    return f"{100 * spread.mean:.1f}" + (f" ± {100 * spread.std:.1f}" if spread.std is not None else "")
-
-
-def _versus(row: Row) -> list[str]:
-    if row.versus is None:
-        return ["-", "-"]
-    value, low, high = (100 * number for number in (row.versus.value, row.versus.low, row.versus.high))
-    return [f"{value:+.1f} [{low:+.1f}, {high:+.1f}]", "<0.001" if row.versus.p < 0.001 else f"{row.versus.p:.3f}"]
-
-
-def _notes(comparison: Comparison) -> list[str]:
-    several = any(len(row.runs) > 1 for row in comparison.rows)
-    notes = [f"Metrics in per cent{', mean ± sample deviation over n seeds' if several else ''}; time is the mean of a run."]
-    if comparison.against is not None:
-        notes.append(
-            f"Differences with 95 % interval, and p of no difference: paired bootstrap over the {count(comparison.samples)} "
-            "test samples, 10,000 resamples, of the mean over seeds."
-        )
-    return [*notes, *comparison.notices]
 
 
 def _escaped(text: str) -> str:

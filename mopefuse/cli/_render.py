@@ -7,6 +7,11 @@ import sys
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mopefuse.shown import count as count
+from mopefuse.shown import duration as duration
+from mopefuse.shown import percent as percent
+from mopefuse.shown import size as size
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -70,28 +75,3 @@ def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: 
         cells = [cell.ljust(widths[i]) if i in left else cell.rjust(widths[i]) for i, cell in enumerate(row)]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
-
-
-def percent(value: float | None) -> str:
-    """0.8123 as 81.2 %."""
-    return "-" if value is None or value != value else f"{100 * value:.1f} %"
-
-
-def count(number: int) -> str:
-    """1234567 as 1.23 M."""
-    for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return str(number)
-
-
-def size(length: int) -> str:
-    """1536 as 1.54 kB."""
-    return f"{count(length)}{'' if length >= 1000 else ' '}B"
-
-
-def duration(seconds: float) -> str:
-    """75.2 as 1:15."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

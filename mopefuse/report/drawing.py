@@ -11,8 +11,9 @@ from itertools import pairwise
 from pathlib import Path
 
 from markupsafe import Markup
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw
 
+from mopefuse.report import fonts
 from mopefuse.report.pages import readable
 
 _COLOURS = {  # of files; a page has its own, in templates/base.html
@@ -22,6 +23,9 @@ _COLOURS = {  # of files; a page has its own, in templates/base.html
     "a": "#3566d6",
     "b": "#1f9d8a",
     "c": "#c77d1a",
+    "d": "#8b4fd0",
+    "e": "#c43d86",
+    "f": "#6f7a2a",
     "bad": "#c5322a",
     "paper": "#ffffff",
 }
@@ -55,6 +59,16 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Area:
+    """A filled polygon."""
+
+    points: tuple[tuple[float, float], ...]
+    colour: str = "a"
+    opacity: float = 1.0
+    title: str = ""
+
+
+@dataclass(frozen=True)
 class Dot:
     """A filled circle."""
 
@@ -78,7 +92,7 @@ class Text:
     title: str = ""
 
 
-Shape = Rect | Line | Dot | Text
+Shape = Rect | Line | Area | Dot | Text
 
 
 @dataclass(frozen=True)
@@ -118,6 +132,12 @@ class Drawing:
             _paint(image, shape, factor)
         return image.resize((round(self.width * _SCALE), round(self.height * _SCALE)), Image.Resampling.BOX)
 
+    @property
+    def unwritable(self) -> str:
+        """Characters in it that no font here has: a PNG of it has question marks instead."""
+        lost = "".join(fonts.lost(readable(shape.text)) for shape in self.shapes if isinstance(shape, Text))
+        return "".join(dict.fromkeys(lost))
+
     def save(self, folder: Path) -> list[Path]:
         """Write NAME.svg and NAME.png into a folder."""
         paths = [folder / f"{self.name}.svg", folder / f"{self.name}.png"]
@@ -141,8 +161,13 @@ def _element(shape: Shape) -> Markup:
         return Markup('<rect class="f-{}" x="{}" y="{}" width="{}" height="{}"{}>{}</rect>').format(
             shape.colour, *place, faint, title
         )
-    if isinstance(shape, Line):
+    if isinstance(shape, Line | Area):
         points = " ".join(f"{_number(x)},{_number(y)}" for x, y in shape.points)
+    if isinstance(shape, Area):
+        return Markup('<polygon class="f-{}" points="{}" fill-opacity="{}">{}</polygon>').format(
+            shape.colour, points, _number(shape.opacity), title
+        )
+    if isinstance(shape, Line):
         dashes = Markup(' stroke-dasharray="4 3"') if shape.dashed else ""
         return Markup('<polyline class="s-{}" points="{}" stroke-width="{:g}"{}>{}</polyline>').format(
             shape.colour, points, shape.thick, dashes, title
@@ -166,8 +191,9 @@ def _paint(image: Image.Image, shape: Shape, factor: int) -> None:
     if isinstance(shape, Rect):
         corners = [value * factor for value in (shape.x, shape.y, shape.x + shape.width, shape.y + shape.height)]
         if corners[2] - corners[0] >= 1 and corners[3] - corners[1] >= 1:
-            shade = (*ImageColor.getrgb(colour)[:3], round(255 * shape.opacity))
-            draw.rectangle([corners[0], corners[1], corners[2] - 1, corners[3] - 1], fill=shade)
+            draw.rectangle([corners[0], corners[1], corners[2] - 1, corners[3] - 1], fill=_shade(colour, shape.opacity))
+    elif isinstance(shape, Area):
+        draw.polygon([(x * factor, y * factor) for x, y in shape.points], fill=_shade(colour, shape.opacity))
     elif isinstance(shape, Line):
         points = [(x * factor, y * factor) for x, y in shape.points]
         for part in _dashes(points, factor) if shape.dashed else [points]:
@@ -179,8 +205,12 @@ def _paint(image: Image.Image, shape: Shape, factor: int) -> None:
         _write(image, shape, colour, factor)
 
 
+def _shade(colour: str, opacity: float) -> tuple[int, ...]:
+    return (*ImageColor.getrgb(colour)[:3], round(255 * opacity))
+
+
 def _write(image: Image.Image, shape: Text, colour: str, factor: int) -> None:
-    font, text = ImageFont.load_default(_FONT * factor), readable(shape.text).replace("\n", " ")
+    font, text = fonts.able(readable(shape.text).replace("\n", " "), _FONT * factor)
     anchor = {"start": "ls", "middle": "ms", "end": "rs"}[shape.anchor]
     if not shape.upright:
         ImageDraw.Draw(image).text((shape.x * factor, shape.y * factor), text, fill=colour, font=font, anchor=anchor)

@@ -1,30 +1,24 @@
-"""The kinds of figures that pages have: curves, heat maps, bars and a reliability diagram, from plain numbers."""
+"""Figures without a plane of two axes (see `planes`): heat maps, bars and a reliability diagram, from plain numbers."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
-from mopefuse.report.drawing import Dot, Drawing, Line, Rect, Shape, Text
+from mopefuse.report.drawing import Drawing, Line, Rect, Shape, Text
 
-_COLOURS = ("a", "b", "c")
-_LETTER = 6.0  # width of one, about
+LETTER = 6.0  # width of one, about
 _NAME = 16  # letters of a name beside a heat map
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Points to be joined; `spread` is how far to either side of each they may lie (a deviation, an interval)."""
-
-    name: str
-    points: Sequence[tuple[float, float]]
-    spread: Sequence[float] = ()
 
 
 def short(text: str, most: int = _NAME) -> str:
     """A text that is cut where it is longer."""
     return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def middling(text: str, most: int) -> str:
+    """A text that is cut in its middle where it is longer: names of rows often differ at their ends."""
+    return text if len(text) <= most else f"{text[: (most - 1) // 2]}…{text[-(most // 2) :]}"
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
@@ -41,65 +35,6 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
 def plain(value: float) -> str:
     """A number with four digits that count, without an exponent where that is readable."""
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
-
-
-def curves(
-    name: str,
-    label: str,
-    lines: Sequence[Curve],
-    *,
-    across: str,
-    mark: float | None = None,
-    low: float | None = None,
-    high: float | None = None,
-    shown: Callable[[float], str] = plain,
-) -> Drawing:
-    """Curves in one plane, with a legend where there are several.
-
-    Args:
-        across: what is on the horizontal axis. mark: where to put a dashed line.
-        low, high: of the vertical axis; the values decide where None. shown: how a value is written.
-    """
-    width, height, left, top, bottom = 420.0, 216.0, 44.0, 26.0, 34.0
-    every = [point for line in lines for point in line.points]
-    spread = [(y - d, y + d) for line in lines for (_, y), d in zip(line.points, line.spread, strict=False)]
-    ys = [y for _, y in every] + [end for ends in spread for end in ends]
-    x_low, x_high = min(x for x, _ in every), max(x for x, _ in every)
-    y_low = min(ys) if low is None else low
-    y_high = max(ys) if high is None else high
-    x_high, y_high = (high if high > low else low + 1 for low, high in ((x_low, x_high), (y_low, y_high)))
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        across_ = left + (x - x_low) / (x_high - x_low) * (width - left - 8)
-        return across_, height - bottom - (y - y_low) / (y_high - y_low) * (height - top - bottom)
-
-    shapes: list[Shape] = []
-    for tick in ticks(y_low, y_high):
-        y = place(x_low, tick)[1]
-        shapes += [
-            Line(((left, y), (width - 8, y)), "axis", 1), Text(left - 6, y + 4, shown(tick), "end")
-        ]  # fmt: skip
-    for tick in ticks(x_low, x_high, 6):
-        shapes.append(Text(place(tick, y_low)[0], height - bottom + 16, plain(tick), "middle"))
-    shapes.append(Text(width - 8, height - 3, across, "end"))
-    if mark is not None and x_low <= mark <= x_high:
-        x = place(mark, y_low)[0]
-        shapes.append(Line(((x, top - 4), (x, height - bottom)), "strong", 1, dashed=True, title=f"selected: {plain(mark)}"))
-        near_end = x > width - 80
-        shapes.append(Text(x - 4 if near_end else x + 4, top - 6, "selected", "end" if near_end else "start", "strong"))
-    at = left
-    for number, line in enumerate(lines):
-        colour = _COLOURS[number % len(_COLOURS)]
-        shapes.append(Line(tuple(place(x, y) for x, y in line.points), colour, 1.8))
-        for (x, y), d in zip(line.points, line.spread, strict=False):
-            shapes.append(Line((place(x, y - d), place(x, y + d)), colour, 1))
-        few = len(line.points) <= 40
-        for x, y in line.points if few else ():
-            shapes.append(Dot(*place(x, y), 2.6, colour, f"{line.name}, {across} {plain(x)}: {shown(y)}"))
-        if len(lines) > 1:
-            shapes += [Rect(at, 4, 10, 10, colour), Text(at + 14, 13, line.name)]
-            at += 28 + _LETTER * len(line.name)
-    return Drawing(name, label, width, height, tuple(shapes))
 
 
 def heat_map(
@@ -125,8 +60,8 @@ def heat_map(
     upright = max((len(short(column)) for column in columns), default=1) > 3
     side = max(13.0, min(34.0, 340.0 / max(1, len(columns))))
     tall = max(13.0, min(side, 24.0))
-    left = 10 + _LETTER * max((len(short(row)) for row in rows), default=1)
-    above = 8 + (_LETTER * max(len(short(column)) for column in columns) if upright else 12)
+    left = 10 + LETTER * max((len(short(row)) for row in rows), default=1)
+    above = 8 + (LETTER * max(len(short(column)) for column in columns) if upright else 12)
     shapes: list[Shape] = []
     for number, row in enumerate(rows):
         shapes.append(Text(left - 6, above + (number + 0.5) * tall + 4, short(row), "end", title=row))
@@ -168,7 +103,7 @@ def bars(
     Args:
         top: the value of a full bar. against: a value to mark. errors: half the length of a line at the end of each.
     """
-    left = 12 + _LETTER * max((len(short(text, 26)) for text, _ in values), default=1)
+    left = 12 + LETTER * max((len(short(text, 26)) for text, _ in values), default=1)
     width, tall = 420.0, 22.0
     full = width - left - 52
     shapes: list[Shape] = []

@@ -19,7 +19,7 @@ from PIL import Image
 
 from mopefuse import __version__
 from mopefuse.checkpoint import write_atomically
-from mopefuse.errors import DataError
+from mopefuse.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from mopefuse.report.drawing import Drawing
@@ -102,7 +102,7 @@ def sections_page(
     return render("sections.html", title=title, told=told, tiles=tiles, groups=groups, pill=pill, notes=notes)
 
 
-def check_place(page: Path, data: Path) -> None:
+def check_place(page: Path, data: Path | None) -> None:
     """Refuse to write a page into a data folder, or over anything that is no page of ours.
 
     Raises:
@@ -110,10 +110,33 @@ def check_place(page: Path, data: Path) -> None:
     """
     if not page.absolute().parent.is_dir():
         raise DataError(83, f"there is no folder {page.parent}", where=str(page), fix="make it, or name another file")
-    if data.is_dir() and page.resolve().is_relative_to(data.resolve()):
+    if data is not None and data.is_dir() and page.resolve().is_relative_to(data.resolve()):
         raise DataError(84, "the page would lie in the data folder", where=str(page), fix="name a file beside it")
     if page.exists() and not _is_ours(page):
         raise DataError(86, f"{page.name} is there and is no page of mopefuse", where=str(page), fix="name another file")
+
+
+def check_places(page: Path, data: Path | None, figures: Path | None) -> None:
+    """As `check_place`, and that figures can be written.
+
+    Raises:
+        DataError: see there. ConfigError: `figures` is no folder.
+    """
+    check_place(page, data)
+    if figures is not None and figures.exists() and not figures.is_dir():
+        raise ConfigError(90, f"{figures} is no folder", where="--figures", fix="name a folder for the figures")
+
+
+def save_figures(parts: Sequence[Section], figures: Path | None) -> tuple[tuple[Path, ...], list[str]]:
+    """The files of the figures, and what is wrong with them."""
+    if figures is None:
+        return (), []
+    figures.mkdir(parents=True, exist_ok=True)
+    drawings = [drawing for part in parts for drawing in part.figures]
+    lost = "".join(dict.fromkeys("".join(drawing.unwritable for drawing in drawings)))
+    files = tuple(path for drawing in drawings for path in drawing.save(figures))
+    what = f"no font here has {lost[:20]}: PNG figures have question marks instead, the SVG ones and the page are whole"
+    return files, [what] if lost else []
 
 
 def _is_ours(page: Path) -> bool:

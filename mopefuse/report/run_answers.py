@@ -6,12 +6,13 @@ from collections.abc import Iterable
 from typing import Any
 
 from mopefuse import metrics
-from mopefuse.config import RunConfig, flat
 from mopefuse.gates import selected_metric
 from mopefuse.report import figures
 from mopefuse.report.data_preview import draw
 from mopefuse.report.facts import RunFacts
 from mopefuse.report.pages import Section, fragment
+from mopefuse.report.settings import changed
+from mopefuse.shown import percent
 
 _EXAMPLES, _MISTAKES = 8, 8
 _CLASSES = 30  # of a confusion matrix that can be read
@@ -19,6 +20,7 @@ _PAIRS = 20  # of labels, where there are more classes
 _BARS = 40
 _TEXT = 300  # characters of a text
 _PROBABILITIES = 3
+_ELSEWHERE = frozenset({"main", "comp", "method", "data.path"})  # settings that are told of by themselves
 _CONDITIONS = {
     "as is": "as is",
     "shuffled": "another sample's {}",
@@ -27,11 +29,6 @@ _CONDITIONS = {
     "dynamic": "without dynamic prompts",
     "mapped": "without mapped prompts",
 }
-
-
-def percent(share: float) -> str:
-    """0.8123 as 81.2 %."""
-    return f"{100 * share:.1f} %"
 
 
 def main_metric(facts: RunFacts) -> str:
@@ -68,24 +65,8 @@ def task(facts: RunFacts) -> Section:
     for side, encoder in facts.manifest["encoders"].items():
         told = f"{encoder.get('spec', '')} ({encoder.get('modality', '')}, {encoder.get('layers', '?')} layers)"
         rows.append((sides.get(side, side), told))
-    return Section("task", "The task", fragment("rows", rows) + fragment("settings", _settings(facts)), half=True)
-
-
-def _settings(facts: RunFacts) -> list[tuple[str, str, str]]:
-    """(name, value, default) where they differ."""
-    default = flat(RunConfig(main="", comp="").model_dump(mode="json"))
-    shown = {"main", "comp", "method", "data.path"}  # elsewhere on the page
-    return [
-        (name, _value(value), _value(default.get(name)))
-        for name, value in flat(facts.config.model_dump(mode="json")).items()
-        if value != default.get(name) and name not in shown
-    ]
-
-
-def _value(value: Any) -> str:
-    if value is None:
-        return "none, or by encoder"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    body = fragment("rows", rows) + fragment("settings", changed(facts.config, hidden=_ELSEWHERE))
+    return Section("task", "The task", body, half=True)
 
 
 def audit(facts: RunFacts) -> Section | None:

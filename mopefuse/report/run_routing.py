@@ -11,11 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from mopefuse import routing
-from mopefuse.report import figures
+from mopefuse.report import figures, planes
 from mopefuse.report.drawing import Drawing
 from mopefuse.report.facts import RunFacts
 from mopefuse.report.pages import Section, fragment
-from mopefuse.report.run_answers import percent
+from mopefuse.shown import percent
 
 _LAYERS, _EXPERTS, _CLASSES, _TIMES = 24, 32, 30, 16  # that a heat map shows
 _SPECIALISTS, _EXEMPLARS = 8, 5
@@ -29,7 +29,7 @@ def sections(facts: RunFacts) -> list[Section]:
         return []
     told_L = routing.information(routing_SLK)
     layer = int(told_L.argmax())
-    found = [_usage(facts, routing_SLK), _over_training(facts), _classes(facts, routing_SLK[:, layer], layer)]
+    found = [_usage(facts, routing_SLK), _over_training(facts), _classes(facts, routing_SLK, layer)]
     return [section for section in (*found, _specialists(facts, routing_SLK[:, layer], layer)) if section is not None]
 
 
@@ -87,9 +87,9 @@ def _over_training(facts: RunFacts) -> Section | None:
         return None
     entropy = [(float(line["step"]), float(line["routing"]["entropy"])) for line in lines]
     dead = [(float(line["step"]), float(line["routing"]["unused_share"])) for line in lines]
-    curves = [figures.Curve("entropy", entropy), figures.Curve("unused experts", dead)]
+    curves = [planes.Curve("entropy", entropy), planes.Curve("unused experts", dead)]
     title = "how even the load is, and the share of unused experts, by step"
-    found = [figures.curves("entropy", title, curves, across="step", mark=float(facts.step), low=0.0, high=1.0)]
+    found = [planes.curves("entropy", title, curves, across="step", mark=float(facts.step), low=0.0, high=1.0)]
     told = ["Entropy of the load on validation, averaged over layers: 1 is even, 0 a single expert."]
     for drawing in _usage_by_step(lines):
         found.append(drawing)
@@ -116,20 +116,32 @@ def _usage_by_step(lines: Sequence[Any]) -> list[Drawing]:
     return found
 
 
-def _classes(facts: RunFacts, weights_SK: Tensor, layer: int) -> Section:
+def _classes(facts: RunFacts, routing_SLK: Tensor, told_most: int) -> Section:
+    """The layer whose routing tells most, and the first, the middle and the last, one at a time."""
+    layers = sorted({told_most, 0, (routing_SLK.shape[1] - 1) // 2, routing_SLK.shape[1] - 1})
+    drawings = [_classes_of(facts, routing_SLK[:, layer], layer, told_most) for layer in layers]
+    told = (
+        "Mean weight of each expert over the samples of each class. Rows that are alike mean that experts are not chosen by "
+        "class; a column that is dark in one row only is the expert of a class."
+    )
+    if len(facts.labels) > _CLASSES:
+        told += f" The {_CLASSES} most frequent of {len(facts.labels):,} classes."
+    most = f" The routing of layer {told_most + 1} tells most about a sample." if len(layers) > 1 else ""
+    panels = [
+        (f"layer {layer + 1}", fragment("figure", drawing.svg(), f"Layer {layer + 1}. {told}{most}"))
+        for layer, drawing in zip(layers, drawings, strict=True)
+    ]
+    body = fragment("tabs", "layer", panels, layers.index(told_most)) if len(panels) > 1 else panels[0][1]
+    return Section("classes", "Classes and experts", body, tuple(drawings))
+
+
+def _classes_of(facts: RunFacts, weights_SK: Tensor, layer: int, told_most: int) -> Drawing:
     mean_NK = routing.by_class(weights_SK, facts.targets, len(facts.labels))
     support_N = facts.targets.bincount(minlength=len(facts.labels)) if facts.targets.ndim == 1 else facts.targets.sum(dim=0)
     frequent = sorted(support_N.argsort(descending=True, stable=True)[:_CLASSES].tolist())
     title = f"mean weight of each expert of layer {layer + 1}, by class"
-    drawing = _by_expert("classes", title, mean_NK[frequent], [facts.labels[number] for number in frequent])
-    told = (
-        f"Mean weight of each expert over the samples of each class, in layer {layer + 1}, whose routing tells most about a "
-        "sample. Rows that are alike mean that experts are not chosen by class; a column that is dark in one row only is the "
-        "expert of a class."
-    )
-    if len(facts.labels) > _CLASSES:
-        told += f" The {_CLASSES} most frequent of {len(facts.labels):,} classes."
-    return Section("classes", "Classes and experts", fragment("figure", drawing.svg(), told), (drawing,))
+    name = "classes" if layer == told_most else f"classes-layer-{layer + 1}"
+    return _by_expert(name, title, mean_NK[frequent], [facts.labels[number] for number in frequent])
 
 
 def _specialists(facts: RunFacts, weights_SK: Tensor, layer: int) -> Section:

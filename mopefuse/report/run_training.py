@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mopefuse.report import figures
+from mopefuse.report import figures, planes
 from mopefuse.report.drawing import Drawing
 from mopefuse.report.facts import RunFacts
 from mopefuse.report.pages import Section, fragment
-from mopefuse.report.run_answers import main_metric, percent
+from mopefuse.report.run_answers import main_metric
+from mopefuse.shown import percent, share
 
 
 def training(facts: RunFacts) -> Section | None:
@@ -19,23 +20,18 @@ def training(facts: RunFacts) -> Section | None:
     name = main_metric(facts)
     scores = _curve(facts, lambda line: (line.get("val") or {}).get(name))
     mark, drawings = float(facts.step), list[Drawing]()
-    lines = [figures.Curve(title, points) for title, points in (("training", trained), ("validation", validated)) if points]
+    lines = [planes.Curve(title, points) for title, points in (("training", trained), ("validation", validated)) if points]
     if lines:
-        drawings.append(figures.curves("loss", "loss by step", lines, across="step", mark=mark, low=0.0))
+        drawings.append(planes.curves("loss", "loss by step", lines, across="step", mark=mark, low=0.0))
     if scores:
-        score = figures.Curve(name, scores)
+        score = planes.Curve(name, scores)
         title = f"validation {name} by step"
-        drawings.append(figures.curves("validation", title, [score], across="step", mark=mark, shown=_percent))
+        drawings.append(planes.curves("validation", title, [score], across="step", mark=mark, shown=share))
     if not drawings:
         return None
     told = [f"{drawing.label}; the line is at the step whose weights answered on this page" for drawing in drawings]
     body = fragment("figures", [(drawing.svg(), text) for drawing, text in zip(drawings, told, strict=True)])
     return Section("training", "Training", body, tuple(drawings))
-
-
-def _percent(share: float) -> str:
-    """0.8 as 80 %, 0.8123 as 81.23 %."""
-    return f"{100 * share:.4g} %"
 
 
 def _curve(facts: RunFacts, value: Any) -> list[tuple[float, float]]:
@@ -58,8 +54,8 @@ def resources(facts: RunFacts) -> Section | None:
         rows.append(("processes", f"{result.get('processes', 1)}, threads of each {result.get('threads', 1)}"))
     parameters = result.get("parameters", {})
     if parameters:
-        share = parameters["trainable"] / max(1, parameters["total"])
-        rows.append(("parameters", f"{parameters['total']:,}, of which {parameters['trainable']:,} ({percent(share)}) learn"))
+        learn = f"{parameters['trainable']:,} ({percent(parameters['trainable'] / max(1, parameters['total']))}) learn"
+        rows.append(("parameters", f"{parameters['total']:,}, of which {learn}"))
     rows.append(("software", ", ".join(f"{name} {version}" for name, version in result.get("versions", {}).items())))
     drawings: Sequence[Drawing] = ()
     if parts := list(parameters.get("by_part", {}).items()):

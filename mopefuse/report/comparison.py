@@ -1,0 +1,56 @@
+"""A comparison as cells of text: the same in a terminal, in a file and on a page. Rounding is only here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from mopefuse.compare import Comparison, Row, Spread
+from mopefuse.shown import count, duration, size
+
+Splits = Sequence[str]
+Mark = Callable[[str], str]
+
+
+def cells(comparison: Comparison, splits: Splits, mark: Mark = str) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows; `mark` is put on the best number of a metric."""
+    metrics = [(split, metric) for split in splits for metric in comparison.metrics]
+    compared = comparison.against is not None
+    names = [metric if split == "test" else f"{split} {metric}" for split, metric in metrics]
+    columns = ["method", "n", *names, "trainable", "share", "time", "memory"]
+    columns += [f"{comparison.metric} less that of {comparison.against}", "p"] if compared else []
+    rows = []
+    for row in comparison.rows:
+        found = [row.label, str(len(row.runs))]
+        for split, metric in metrics:
+            text = _spread(row.metrics[split].get(metric))
+            found.append(mark(text) if metric in row.metrics[split] and row.label in comparison.best(split, metric) else text)
+        share = f"{100 * row.trainable / row.total:.2f} %"
+        found += [f"{row.trainable:,}", share, duration(row.seconds.mean), size(row.peak_memory)]
+        rows.append(found + (_versus(row) if compared else []))
+    return columns, rows
+
+
+def _spread(spread: Spread | None) -> str:
+    """0.812 and 0.803 as 80.8 ± 0.6, in per cent."""
+    if spread is None or spread.mean != spread.mean:
+        return "-"
+    return f"{100 * spread.mean:.1f}" + (f" ± {100 * spread.std:.1f}" if spread.std is not None else "")
+
+
+def _versus(row: Row) -> list[str]:
+    if row.versus is None:
+        return ["-", "-"]
+    value, low, high = (100 * number for number in (row.versus.value, row.versus.low, row.versus.high))
+    return [f"{value:+.1f} [{low:+.1f}, {high:+.1f}]", "<0.001" if row.versus.p < 0.001 else f"{row.versus.p:.3f}"]
+
+
+def notes(comparison: Comparison) -> list[str]:
+    """What the numbers are, and what the comparison leaves out."""
+    several = any(len(row.runs) > 1 for row in comparison.rows)
+    told = [f"Metrics in per cent{', mean ± sample deviation over n seeds' if several else ''}; time is the mean of a run."]
+    if comparison.against is not None:
+        told.append(
+            f"Differences with 95 % interval, and p of no difference: paired bootstrap over the {count(comparison.samples)} "
+            "test samples, 10,000 resamples, of the mean over seeds."
+        )
+    return [*told, *comparison.notices]

@@ -1,0 +1,106 @@
+"""What a page of a study is made of: study.json, the logs of its runs, and their comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mopefuse.compare import Comparison, Row, Spread, has_result
+from mopefuse.config import RunConfig
+from mopefuse.run import RunFolder
+
+_NOT_YET = {
+    "waiting": "not begun",
+    "running": "under way when the study last wrote of it, or killed",
+    "stopped": "stopped before its end",
+    "finished": "finished, and its folder is gone",
+}
+_AGAIN = "run mopefuse study again"
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Runs of a row that have no result, all for one reason."""
+
+    label: str
+    seeds: tuple[Any, ...]
+    state: str
+    why: str
+    fix: str
+
+
+@dataclass(frozen=True)
+class StudyFacts:
+    """A study.
+
+    Args:
+        study: what study.json says. comparison: of what is finished; None if nothing is.
+    """
+
+    folder: Path
+    study: Mapping[str, Any]
+    comparison: Comparison | None
+
+    @property
+    def name(self) -> str:
+        """Of the study."""
+        return str(self.study.get("name") or self.folder.resolve().name)
+
+    @property
+    def cells(self) -> Sequence[dict[str, Any]]:
+        """Runs of the study, finished or not."""
+        found: Sequence[dict[str, Any]] = self.study["cells"]
+        return found
+
+    @cached_property
+    def missing(self) -> tuple[Missing, ...]:
+        """Runs without a result: those of a row, in one state and for one reason, together."""
+        groups: dict[tuple[str, str, str, str], list[Any]] = {}
+        for cell in self.cells:
+            if not has_result(self.folder, cell):
+                groups.setdefault((cell["label"], cell["state"], *self._reason(cell)), []).append(cell.get("seed"))
+        return tuple(Missing(label, tuple(seeds), state, why, fix) for (label, state, why, fix), seeds in groups.items())
+
+    @property
+    def left(self) -> int:
+        """How many runs have no result."""
+        return sum(len(group.seeds) for group in self.missing)
+
+    def _reason(self, cell: dict[str, Any]) -> tuple[str, str]:
+        error = cell.get("error") or {}
+        if cell["state"] == "failed":
+            what = " ".join(str(error[key]) for key in ("code", "message") if error.get(key)) or "it failed"
+            return what, str(error.get("hint") or _AGAIN)
+        log = RunFolder(self.folder / cell["run"]).read_log()
+        reached = f", at step {log[-1]['step']:,}" if log else ""
+        return _NOT_YET.get(cell["state"], cell["state"]) + reached, _AGAIN
+
+    def score(self, row: Row) -> Spread:
+        """The metric that is compared, on the test split."""
+        assert self.comparison is not None
+        return row.metrics["test"][self.comparison.metric]
+
+    def learning(self, row: Row) -> list[tuple[int, Spread]]:
+        """The metric on validation at each step that all runs of a row were validated at."""
+        assert self.comparison is not None
+        found: dict[int, list[float]] = {}
+        for path in row.runs:
+            of_run = {line["step"]: (line.get("val") or {}).get(self.comparison.metric) for line in RunFolder(path).read_log()}
+            for step, value in of_run.items():
+                if isinstance(value, int | float):
+                    found.setdefault(step, []).append(float(value))
+        whole = {step: values for step, values in found.items() if len(values) == len(row.runs)}
+        return [(step, Spread(tuple(values))) for step, values in sorted(whole.items())]
+
+    @cached_property
+    def configs(self) -> list[RunConfig]:
+        """Of the first run of each row that was begun."""
+        first: dict[str, RunConfig] = {}
+        for cell in self.cells:
+            run = RunFolder(self.folder / cell["run"])
+            if cell["label"] not in first and run.exists():
+                first[cell["label"]] = run.config()
+        return list(first.values())

@@ -1,0 +1,131 @@
+"""The page of a study."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from markupsafe import Markup
+
+from mopefuse.compare import Comparison
+from mopefuse.config import flat
+from mopefuse.report import study_figures
+from mopefuse.report.comparison import cells, notes
+from mopefuse.report.pages import Section, fragment, sections_page
+from mopefuse.report.settings import changed, written
+from mopefuse.report.study_facts import StudyFacts
+from mopefuse.run import RunFolder
+from mopefuse.shown import percent
+
+
+def sections(facts: StudyFacts) -> list[Section]:
+    """All that there is to say of a study, in the order of the page."""
+    comparison = facts.comparison
+    found = [_table(comparison), *study_figures.sections(facts, comparison)] if comparison else []
+    return [*found, _missing(facts), _settings(facts)]
+
+
+def study_page(facts: StudyFacts, parts: list[Section]) -> str:
+    """The page, as HTML.
+
+    Args:
+        parts: from `sections`.
+    """
+    labels = {cell["label"] for cell in facts.cells}
+    told = f"A study of {_number(len(labels), 'row')} and {_number(len(facts.cells), 'run')}"
+    return sections_page(facts.name, told, _tiles(facts), parts, pill="study", notes=remarks(facts))
+
+
+def remarks(facts: StudyFacts) -> list[str]:
+    """What a reader must know first."""
+    found = []
+    if facts.left:
+        failed = sum(len(group.seeds) for group in facts.missing if group.state == "failed")
+        why = f", of which {failed} failed" if failed else ""
+        found.append(
+            f"This study is not finished: {facts.left} of {_number(len(facts.cells), 'run')} have no result{why}. "
+            "Rows are of those that have one; what is missing, and why, is listed below."
+        )
+    if facts.comparison is None:
+        return [*found, "No run is finished, so there is nothing to compare yet."]
+    rows = facts.comparison.rows
+    if len({len(row.runs) for row in rows}) > 1:
+        found.append("Rows have different numbers of seeds; n in the table says how many.")
+    if all(len(row.runs) == 1 for row in rows):
+        found.append("Every row is one run: how much another seed would change is not on this page.")
+    return found + list(facts.comparison.notices)
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def _tiles(facts: StudyFacts) -> list[tuple[str, str]]:
+    done = len(facts.cells) - facts.left
+    found = [("runs with a result", f"{done:,} of {len(facts.cells):,}")]
+    if facts.comparison is None:
+        return found
+    comparison = facts.comparison
+    best = [row for row in comparison.rows if row.label in comparison.best("test", comparison.metric)]
+    if best:
+        name = f"best test {comparison.metric.replace('_', ' ')}, of {best[0].label}"
+        found.insert(0, (name, percent(facts.score(best[0]).mean)))
+        found.append(("trained parameters of the best", f"{best[0].trainable:,}"))
+    return [*found, ("test samples", f"{comparison.samples:,}")]
+
+
+def _table(comparison: Comparison) -> Section:
+    columns, lines = cells(comparison, ("test",), lambda text: Markup("<b>{}</b>").format(text))
+    told = notes(replace(comparison, notices=()))
+    told[0] = f"Bold is the best of a column. {told[0]}"
+    return Section("comparison", "Comparison", fragment("table", columns, lines, told=told))
+
+
+def _missing(facts: StudyFacts) -> Section:
+    if not facts.left:
+        told = Markup("<p>Nothing: {} and each has a result.</p>").format(_number(len(facts.cells), "run"))
+        return Section("missing", "What is missing", told)
+    lines = [(group.label, ", ".join(map(str, group.seeds)), group.state, group.why, group.fix) for group in facts.missing]
+    return Section("missing", "What is missing", fragment("table", ["row", "seeds", "state", "why", "what to do"], lines, 5))
+
+
+def _settings(facts: StudyFacts) -> Section:
+    """What all rows have, and what each sets over that."""
+    seeds = dict.fromkeys(cell.get("seed") for cell in facts.cells)
+    rows = [("folder", str(facts.folder)), ("seeds", ", ".join(map(str, seeds)))]
+    rows.append(("baseline", str(facts.study.get("baseline") or "none")))
+    if facts.comparison is not None:
+        compared = facts.comparison.against or "nothing"
+        rows += [("compared", f"{facts.comparison.metric} with that of {compared}"), *_circumstances(facts.comparison)]
+    rows.append(("written by", f"mopefuse {facts.study.get('mopefuse', 'of an unknown version')}"))
+    return Section("settings", "Settings", fragment("rows", rows) + _common(facts) + _own(facts))
+
+
+def _circumstances(comparison: Comparison) -> list[tuple[str, str]]:
+    """Rows of data, machines and software, which may differ between runs."""
+    results = [RunFolder(path).result() for row in comparison.rows for path in row.runs]
+    counts = [", ".join(f"{split} {count:,}" for split, count in result["rows"].items()) for result in results]
+    versions = [", ".join(f"{name} {version}" for name, version in result.get("versions", {}).items()) for result in results]
+    devices = [str(result.get("device", "")) for result in results]
+    named = (("data", counts), ("on", devices), ("software", versions))
+    return [(name, "; ".join(filter(None, dict.fromkeys(each)))) for name, each in named if any(each)]
+
+
+def _common(facts: StudyFacts) -> Markup:
+    """Settings that all rows that were begun have, other than the defaults."""
+    if not facts.configs:
+        return Markup("")
+    first, *others = (flat(config.model_dump(mode="json")) for config in facts.configs)
+    shared = {path for path, value in first.items() if all(other.get(path, value) == value for other in others)}
+    found = [setting for setting in changed(facts.configs[0]) if setting[0] in shared - {"seed"}]
+    return fragment("settings", found, "Settings of all rows, other than the defaults")
+
+
+def _own(facts: StudyFacts) -> Markup:
+    """What the study sets in each row."""
+    each = {cell["label"]: cell.get("settings") or {} for cell in facts.cells}
+    paths = list(dict.fromkeys(path for settings in each.values() for path in settings))
+    if not paths:
+        return Markup("")
+    lines = [[label, *(written(found[path]) if path in found else "" for path in paths)] for label, found in each.items()]
+    table = fragment("table", ["row", *paths], lines, told=["Empty is as the other settings say."])
+    return Markup("<h3>What each row sets</h3>") + table

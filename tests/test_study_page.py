@@ -1,0 +1,311 @@
+"""The page of a study: its numbers are those of the runs, what is missing is said, and a browser shows it whole."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from check_cases import HOSTILE
+from chromium import BROWSER, Chromium
+from conftest import call, code_of
+from study_cases import Made, change, make_study
+from test_data_pages import Page
+
+from mopefuse.compare import compare
+from mopefuse.config import RunConfig
+from mopefuse.report import fonts, planes, study_figures
+from mopefuse.report.drawing import Area, Dot, Line
+from mopefuse.report.drawing import Text as Word
+from mopefuse.report.figures import middling
+from mopefuse.report.study_facts import StudyFacts
+from mopefuse.report.sweeps import sweeps
+from mopefuse.study_report import report_study
+
+FRACTIONS = (0.01, 0.1, 1.0)
+HOSTILE_ROW = f"plain {HOSTILE}"
+
+
+def rows_of(seeds: int = 3) -> list[Made]:
+    """Two methods at three fractions, and one row that is on neither line."""
+    rows = []
+    for method, name, base in (("late-concat", "late", 0.3), ("comp-only", HOSTILE_ROW, 0.1)):
+        for number, fraction in enumerate(FRACTIONS):
+            scores = [base + 0.2 * number + 0.02 * seed for seed in range(seeds)]
+            settings = {"method": method, "data.fraction": fraction}
+            curve = {10: base, 20: base + 0.1, 30: base + 0.2 * number}
+            rows.append(Made(f"{name}, fraction={fraction}", settings, scores, curve, 10 ** (3 + number)))
+    return [*rows, Made("linear", {"method": "linear"}, [0.4] * seeds, {0: 0.4}, 500)]
+
+
+@pytest.fixture(scope="module")
+def study(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished study with its page; not to be changed."""
+    out = make_study(trained, tmp_path_factory.mktemp("page") / "made", rows_of(), baseline="linear")
+    report_study(out, figures=out / "figures")
+    return out
+
+
+def page_of(study: Path) -> Page:
+    return Page((study / "report.html").read_text(encoding="utf-8"))
+
+
+def facts_of(study: Path) -> StudyFacts:
+    return StudyFacts(study, json.loads((study / "study.json").read_text()), compare([study], partly=True))
+
+
+def sections(study: Path) -> dict[str, Any]:
+    facts = facts_of(study)
+    assert facts.comparison is not None
+    return {section.key: section for section in study_figures.sections(facts, facts.comparison)}
+
+
+def keys(page: Page) -> list[str]:
+    return [attributes["id"] for attributes in page.all("section") if "id" in attributes]
+
+
+def titles(drawing: Any) -> list[str]:
+    return [shape.title for shape in drawing.shapes if isinstance(shape, Dot) and shape.title]
+
+
+# -- what is on it
+
+
+def test_the_page_has_the_table_of_the_comparison_and_every_figure(study: Path) -> None:
+    page = page_of(study)
+    assert keys(page) == ["comparison", "against-data-fraction", "rows", "parameters", "learning", "missing", "settings"]
+    printed = call("compare", study, "--format", "csv").stdout.splitlines()
+    assert len(page.all("tr")) == len(printed) + 1 + 7, "the table, and what each row sets"
+    shown = call("compare", study, "--format", "table")
+    assert shown.returncode == 0
+    cells = set(re.findall(r"\d+\.\d ± \d\.\d", shown.stdout))
+    assert {"72.0 ± 2.0", "12.0 ± 2.0", "40.0 ± 0.0"} < cells
+    assert all(cell in page.text for cell in cells)
+    assert "paired bootstrap over the 7 test samples" in page.text
+    html = (study / "report.html").read_text(encoding="utf-8")
+    assert "<b>72.0 ± 2.0</b>" in html, "the best is bold: 70, 72 and 74"
+    assert "<b>52.0 ± 2.0</b>" not in html
+
+
+def test_the_page_is_harmless_and_small(study: Path) -> None:
+    page, html = page_of(study), (study / "report.html").read_text(encoding="utf-8")
+    assert HOSTILE in page.text, "shown as text"
+    assert not {"script", "link", "iframe", "object", "a", "form", "img"} & {tag for tag, _ in page.elements}
+    assert "http" not in html.replace("http-equiv", "")
+    assert len(html) < 300_000
+    for path in (study / "figures").glob("*.svg"):
+        assert not re.search("<(script|img)[ >]", path.read_text(encoding="utf-8"))
+
+
+def test_figures_are_files_too_as_those_of_a_run(study: Path) -> None:
+    names = {path.name for path in (study / "figures").iterdir()}
+    stems = ("against-data-fraction", "rows", "parameters", "validation")
+    assert names == {f"{stem}.{kind}" for stem in stems for kind in ("svg", "png")}
+
+
+# -- numbers
+
+
+def test_points_are_means_and_their_bars_sample_deviations(study: Path) -> None:
+    found = sections(study)
+    against = titles(found["against-data-fraction"].figures[0])
+    assert "late, data.fraction 0.01: 32 % ± 2 %" in against
+    assert f"{HOSTILE_ROW}, data.fraction 1: 52 % ± 2 %" in against
+    assert len(against) == 6
+    assert "linear: 40 %" in titles(found["rows"].figures[0]), "three equal runs have no spread"
+    assert "late, fraction=0.1: 52 % ± 2 %, trainable parameters 10,000" in titles(found["parameters"].figures[0])
+    assert "late, fraction=1.0, step 30: 80 % ± 10 %" in titles(found["learning"].figures[0])
+    assert "Without a curve, as validated once only or never at the same steps: linear." in found["learning"].body
+
+
+def test_curves_are_of_the_steps_that_all_seeds_have(trained: Path, tmp_path: Path) -> None:
+    study = make_study(trained, tmp_path / "made", [Made("a", {}, [0.5, 0.5], {10: 0.2, 20: 0.4})])
+    log = study / "cells/row-0/seed-1/metrics.jsonl"
+    log.write_text('{"step": 10, "val": {"accuracy": 0.4}}\n{"step": 30, "val": {"accuracy": 0.9}}\n')
+    facts = facts_of(study)
+    assert facts.comparison is not None
+    assert [(step, spread.values) for step, spread in facts.learning(facts.comparison.rows[0])] == [(10, (0.2, 0.4))]
+
+
+def test_a_sweep_is_over_one_number_and_nothing_else(trained: Path, tmp_path: Path) -> None:
+    rows = [Made(f"experts={n}", {"prompts.experts": n}, [0.5], {}) for n in (16, 1, 4)]
+    rows += [Made(f"{n} tokens", {"prompts.static": n, "prompts.dynamic": 0}, [0.5], {}) for n in (5, 20, 80)]
+    rows += [Made("both", {"prompts.static": 7, "prompts.experts": 9}, [0.5], {})]
+    found = sweeps(compare([make_study(trained, tmp_path / "made", rows)]).rows)
+    assert [(sweep.path, [[value for value, _ in series.rows] for series in sweep.series]) for sweep in found] == [
+        ("prompts.static", [[5, 20, 80]]), ("prompts.experts", [[1, 4, 16]]),
+    ]  # fmt: skip
+    assert [series.name for sweep in found for series in sweep.series] == ["5 tokens to 80 tokens", "prompts.experts"]
+    two = [Made(f"experts={n}", {"prompts.experts": n}, [0.5], {}) for n in (1, 4)]
+    assert sweeps(compare([make_study(trained, tmp_path / "two", two)]).rows) == [], "two values are no line"
+
+
+def test_many_rows_are_several_figures_on_the_same_axes(trained: Path, tmp_path: Path) -> None:
+    methods = [Made(f"row {n}", {"train.lr": 0.1 + n, "head_hidden": n + 1}, [n / 20], {1: 0.0, 9: n / 20}) for n in range(14)]
+    drawings = sections(make_study(trained, tmp_path / "made", methods))["learning"].figures
+    assert [drawing.name for drawing in drawings] == ["validation", "validation-2", "validation-3"]
+    assert sum(len(titles(drawing)) for drawing in drawings) == 2 * 14
+    ticks = [[shape.text for shape in drawing.shapes if isinstance(shape, Word) and "%" in shape.text] for drawing in drawings]
+    assert ticks[0] == ticks[1] == ticks[2]
+
+
+# -- what is missing
+
+
+def test_what_is_missing_is_said_and_why(trained: Path, tmp_path: Path) -> None:
+    study = make_study(trained, tmp_path / "made", rows_of(2), baseline="linear")
+    error = {"code": "MF-NUM-01", "exit": 8, "message": f"loss is NaN {HOSTILE}", "where": "x", "hint": "lower train.lr"}
+    change(study, 0, state="failed", error=error)
+    change(study, 1, state="failed", error=error)
+    change(study, 2, state="stopped")
+    for number in (12, 13):
+        change(study, number, state="waiting")
+    done = report_study(study)
+    page = page_of(study)
+    assert (done.runs, done.missing) == (14, 5)
+    assert "5 of 14 runs have no result, of which 2 failed" in page.text
+    assert f"MF-NUM-01 loss is NaN {HOSTILE}" in page.text and "lower train.lr" in page.text
+    assert "stopped before its end, at step 30" in page.text
+    assert "nothing is compared with linear: no run of it is finished" in page.text
+    assert "Rows have different numbers of seeds" in page.text
+    groups = {(group.label, group.state): group.seeds for group in facts_of(study).missing}
+    assert groups == {
+        ("late, fraction=0.01", "failed"): (0, 1), ("late, fraction=0.1", "stopped"): (0,), ("linear", "waiting"): (0, 1),
+    }  # fmt: skip
+    refused = call("compare", study)
+    assert (refused.returncode, "not finished" in refused.stderr) == (3, True), "a table is of finished studies, as before"
+
+
+def test_a_study_without_any_result_has_a_page(trained: Path, tmp_path: Path) -> None:
+    study = make_study(trained, tmp_path / "made", [Made("a", {"prompts.experts": 3}, [0.5], {})])
+    change(study, 0, state="running")
+    done = report_study(study)
+    assert keys(page_of(study)) == ["missing", "settings"]
+    assert "No run is finished" in page_of(study).text and "under way" in page_of(study).text
+    assert done.comparison is None
+
+
+def test_one_seed_has_no_spread_and_linear_rows_no_curves(trained: Path, tmp_path: Path) -> None:
+    of_main = {"method": "linear", "linear.features": "main"}
+    rows = [Made("a", {"method": "linear"}, [0.5], {0: 0.5}), Made("b", of_main, [0.4], {})]
+    study = make_study(trained, tmp_path / "made", rows)
+    report_study(study)
+    page, found = page_of(study), sections(study)
+    assert "Every row is one run" in page.text and "±" not in page.text
+    assert "one run each, so there is no spread" in page.text
+    assert found["learning"].figures == () and "no curves" in found["learning"].body
+    lines = [shape for key in ("rows", "parameters") for shape in found[key].figures[0].shapes if isinstance(shape, Line)]
+    assert {line.colour for line in lines} == {"axis"}, "nothing but the grid"
+
+
+# -- the command
+
+
+def test_the_command_tells_a_study_from_a_run(study: Path, trained: Path, tmp_path: Path) -> None:
+    flags = ("-o", tmp_path / "page.html", "--figures", tmp_path / "figures", "--json")
+    found = json.loads(call("report", study, *flags, "--against", "late, fraction=0.1", "--metric", "f1_macro").stdout)
+    assert (found["ok"], found["runs"], found["missing"]) == (True, 21, 0)
+    assert (found["comparison"]["against"], found["comparison"]["metric"]) == ("late, fraction=0.1", "f1_macro")
+    assert len(found["figures"]) == 6, "macro-F1 was not logged, so nothing shows learning"
+    assert found["bytes"] == (tmp_path / "page.html").stat().st_size
+    (tmp_path / "file").write_text("")
+    (tmp_path / "notes.html").write_text("mine")
+    for arguments, code in (
+        ((study, "--data", tmp_path), "MF-CFG-120"),
+        ((study, "--no-audit"), "MF-CFG-120"),
+        ((study, "--device", "auto"), "MF-CFG-120"),
+        ((trained, "--against", "x"), "MF-CFG-120"),
+        ((study, "--against", "nobody"), "MF-CFG-85"),
+        ((study, "--metric", "beauty"), "MF-CFG-86"),
+        ((study, "-o", tmp_path / "page.html", "--figures", tmp_path / "file"), "MF-CFG-90"),
+        ((study, "-o", tmp_path / "notes.html"), "MF-DATA-86"),
+    ):
+        done = call("report", *arguments, "--json")
+        assert json.loads(done.stdout)["error"]["code"] == code, arguments
+    assert (tmp_path / "notes.html").read_text() == "mine"
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"kind": "study", "cells": [{"label": 5, "run": "a", "state": "waiting"}]}'])
+def test_a_damaged_study_is_an_error(tmp_path: Path, content: str) -> None:
+    (tmp_path / "study.json").write_text(content)
+    assert code_of(lambda: report_study(tmp_path)) == "MF-CKPT-03"
+    assert not (tmp_path / "report.html").exists()
+
+
+# -- parts
+
+
+def test_spread_is_bars_or_a_band_and_ends_where_it_says() -> None:
+    line = planes.Curve("a", [(1.0, 0.5), (100.0, 0.5)], [0.1, 0.2])
+    bars = planes.curves("x", "x", [line], across="x", log=True, low=0.0, high=1.0)
+    upright = [shape for shape in bars.shapes if isinstance(shape, Line) and len({x for x, _ in shape.points}) == 1]
+    lengths = [abs(shape.points[0][1] - shape.points[1][1]) for shape in upright]
+    grid = [shape.points[0][1] for shape in bars.shapes if isinstance(shape, Line) and shape.colour == "axis"]
+    assert lengths == pytest.approx([0.2 * (max(grid) - min(grid)), 0.4 * (max(grid) - min(grid))]), "the grid is from 0 to 1"
+    band = planes.curves("x", "x", [line], across="x", bands=True).shapes
+    assert [len(shape.points) for shape in band if isinstance(shape, Area)] == [4]
+
+
+def test_a_logarithmic_axis_puts_equal_ratios_at_equal_distances() -> None:
+    drawing = planes.curves("x", "x", [planes.Curve("a", [(0.01, 1), (0.1, 2), (1.0, 3)])], across="x", log=True)
+    dots = [shape.x for shape in drawing.shapes if isinstance(shape, Dot)]
+    assert dots[1] - dots[0] == pytest.approx(dots[2] - dots[1])
+    assert planes.spans_decades([1, 16]) and not planes.spans_decades([1, 9]) and not planes.spans_decades([0, 100])
+
+
+def test_long_names_keep_their_ends() -> None:
+    assert middling("a long name, fraction=0.1", 13) == "a long…on=0.1"
+    assert len(middling("x" * 99, 13)) == len(middling("x" * 99, 12)) + 1 == 13
+    assert middling("short", 5) == "short"
+
+
+def test_a_picture_has_no_boxes_for_letters_that_its_font_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow's own font has no ä, and draws the same box for it as for anything else that it lacks."""
+    monkeypatch.setattr(fonts, "_names", lambda: ("",))
+    assert fonts.able("säß ok", 20)[1] == "s?? ok"
+    drawing = planes.dots("x", "x", [planes.Curve("größe \u4e2d", [(0, 0.5)])], across="x")
+    assert set(drawing.unwritable) == {"ö", "ß", "\u4e2d"}
+    assert planes.dots("x", "x", [planes.Curve("plain ±…", [(0, 0.5)])], across="x").unwritable == ""
+
+
+def test_what_pictures_lack_is_told(trained: Path, tmp_path: Path) -> None:
+    study = make_study(trained, tmp_path / "made", [Made("a \U0010fffe\u1362", {}, [0.5], {})])
+    lacks = [note for note in report_study(study, figures=tmp_path / "figures").notes if "question marks" in note]
+    assert len(lacks) == (fonts.lost("\u1362") != "")
+    assert not any("question marks" in note for note in report_study(study).notes)
+
+
+def test_settings_that_all_rows_have_are_listed_once(study: Path) -> None:
+    text = page_of(study).text
+    assert RunConfig(main="", comp="").train.batch_size != 4
+    assert text.count("train.batch_size") == 1 and text.count("data.fraction") >= 2
+
+
+# -- in a browser
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
+    if BROWSER is None:
+        pytest.skip("there is no Chromium to look at the page with: apt-get install chromium")
+    chromium = Chromium(tmp_path_factory.mktemp("chromium"))
+    yield chromium
+    chromium.close()
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [375, 1200])
+def test_a_browser_shows_the_page_without_asking_or_complaining(study: Path, browser: Chromium, width: int, dark: bool) -> None:
+    browser.show(study / "report.html", width=width, dark=dark)
+    assert browser.requests == [(study / "report.html").as_uri()]
+    assert browser.complaints == []
+    assert browser.evaluate("document.documentElement.scrollWidth") == width, "tables scroll in their boxes, not the page"
+    wide = "[...document.querySelectorAll('.scroll')].some(box => box.scrollWidth > box.clientWidth)"
+    assert browser.evaluate(wide) == (width < 600)
+    assert browser.evaluate("[...document.querySelectorAll('svg.drawing')].filter(svg => svg.clientWidth < 100).length") == 0
+    light = float((np.asarray(browser.picture()).reshape(-1, 3).mean(axis=1) > 128).mean())
+    assert light < 0.3 if dark else light > 0.7
