@@ -123,6 +123,8 @@ def compare(
         facts = study_facts(studies[0])
         groups, failed = _cells(studies[0], facts, partly=partly)
         notices += failed
+        if facts.get("search"):
+            notices.append(_not_to_choose_by(facts["search"]))
         metric = metric or facts.get("metric")
         baseline = facts.get("baseline")
         if against is None and baseline is not None:
@@ -185,6 +187,13 @@ def _is_cell(cell: Any) -> bool:
 def has_result(folder: Path, cell: dict[str, Any]) -> bool:
     """Whether a cell of a study was run to its end."""
     return cell["state"] != "failed" and RunFolder(folder / cell["run"]).metrics_file.is_file()
+
+
+def _not_to_choose_by(search: dict[str, Any]) -> str:
+    """What the rows of a search are not for."""
+    best = search.get("best")
+    chosen = f"its choice, on validation, is {best}" if best else "none is chosen yet"
+    return f"rows are trials of a search: {chosen}; to choose by the test split would spoil the test"
 
 
 def _cells(folder: Path, facts: dict[str, Any], *, partly: bool) -> tuple[list[tuple[str, list[_Run]]], list[str]]:

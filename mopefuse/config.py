@@ -72,8 +72,21 @@ class Router(Section):
 class CompTuning(Section):
     """What learns in the complementary encoder."""
 
-    mode: Literal["frozen", "prompts", "full"] = Field("frozen", description="frozen, deep static prompts, or fully tuned")
+    mode: Literal["frozen", "prompts", "lora", "full"] = Field(
+        "frozen", description="frozen, deep static prompts, LoRA, or fully tuned"
+    )
     length: int = Field(4, ge=1, description="tokens of each static prompt, with mode prompts")
+
+
+class Lora(Section):
+    """Low-rank adaptation (LoRA), where an encoder learns by it."""
+
+    rank: int = Field(8, ge=1, description="r, width between the two matrices")
+    alpha: float = Field(16.0, ge=0, description="what they add is scaled by alpha / r; 0 is the frozen encoder")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on what enters them, in training")
+    targets: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] | None = Field(
+        None, description="last names of linear layers; default: the query and value projections, or the one that is both"
+    )
 
 
 class Inserted(Section):
@@ -199,12 +212,13 @@ class RunConfig(Section):
     warm_start: Literal["none", "linear"] = Field(
         "none", description="linear: begin as logistic regression on standardised features of both, prompts gated to 0"
     )
-    tune: Literal["probe", "prompt", "full"] | None = Field(
-        None, description="how the encoders of other methods learn: not, by static prompts, or fully; default: its own"
+    tune: Literal["probe", "prompt", "lora", "full"] | None = Field(
+        None, description="how the encoders of other methods learn: not, by static prompts, by LoRA, or fully; default: its own"
     )
     prompts: Prompts = Prompts()
     router: Router = Router()
     comp_tuning: CompTuning = CompTuning()
+    lora: Lora = Lora()
     inserted: Inserted = Inserted()
     pmf: Interactive = Interactive()
     linear: Linear = Linear()

@@ -12,12 +12,13 @@ from typing import Any, Literal
 
 import torch
 
-from mopefuse import adapter, graph
+from mopefuse import adapter
 from mopefuse.bundle import Maker, Notice, Parity, public
 from mopefuse.card import model_card
 from mopefuse.checkpoint import dump_json, publish, write_tensors
 from mopefuse.errors import ConfigError
 from mopefuse.evaluate import Loaded, load_model
+from mopefuse.libraries import require
 from mopefuse.predictor import KIND
 from mopefuse.recipe import to_yaml
 from mopefuse.source import kind_of, trained
@@ -67,7 +68,7 @@ def export(
     """
     _refuse(out, form, routing, int8, overwrite)
     if form == "onnx":
-        graph.require("onnx", "onnxscript", "onnxruntime")
+        require("onnx", "onnxscript", "onnxruntime", extra="export", what="export")
     source = trained(run)
     loaded = load_model(source, checkpoint, torch.device("cpu"))
     facts = _facts(loaded, source.result())

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from mopefuse.data._base import Batch
-from mopefuse.errors import CheckpointError, ConfigError, EncoderError, PackageError
+from mopefuse.errors import CheckpointError, ConfigError, EncoderError
 from mopefuse.fusion._base import Fusion
+from mopefuse.libraries import require
 
 OPSET = 20
 LARGEST = 2_000_000_000  # bytes of weights in one ONNX file, which protobuf limits to 2 GiB; above, they go beside it
@@ -101,7 +102,7 @@ def save_onnx(
     Raises:
         PackageError: onnx or onnxscript is not installed.
     """
-    require("onnx", "onnxscript")
+    require("onnx", "onnxscript", extra="export", what="export")
     with _quietly():
         made = torch.onnx.export(
             program,
@@ -124,7 +125,7 @@ def quantise(file: Path) -> None:
     Raises:
         PackageError: onnxruntime or onnx is not installed. ConfigError: the weights are too large to be in one file.
     """
-    require("onnx", "onnxruntime")
+    require("onnx", "onnxruntime", extra="export", what="export")
     import onnx
     from onnxruntime.quantization import QuantType, quant_pre_process, quantize_dynamic
 
@@ -181,19 +182,6 @@ def _refuse_pickles(file: Path) -> None:
                     )
     except (OSError, zipfile.BadZipFile) as error:
         raise CheckpointError(2, f"{file.name} is damaged: {error}", where=str(file), fix="export it again") from error
-
-
-def require(*packages: str) -> None:
-    """Refuse to go on without what exporting needs.
-
-    Raises:
-        PackageError: one of the packages is not installed.
-    """
-    from importlib.util import find_spec
-
-    missing = [name for name in packages if find_spec(name) is None]
-    if missing:
-        raise PackageError(1, f"export needs {' and '.join(missing)}", fix='pip install "mopefuse[export]"')
 
 
 @contextmanager

@@ -11,6 +11,8 @@ cells:                                  # ... and of these, each with a name of 
 baseline: static only, experts=1        # the row that others are compared with
 metric: accuracy
 ```
+
+In place of grid and cells, a section `search` (`mopefuse.space`) makes its cells as it goes (`mopefuse.search`).
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
@@ -29,6 +31,7 @@ from mopefuse.cache import key_of
 from mopefuse.config import WITHOUT_EFFECT, RunConfig, Section, build_config, flat, merge, nested
 from mopefuse.errors import ConfigError, did_you_mean
 from mopefuse.recipe import find_recipe, find_study, parse_set, read_recipe
+from mopefuse.space import Search
 
 STUDY_FILE, KIND = "study.json", "study"
 
@@ -43,6 +46,7 @@ class StudyFile(Section):
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1, description="of each cell")
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field({}, description="path of a setting to its values")
     cells: dict[str, Settings | None] = Field({}, description="label to settings, over those of all")
+    search: Search | None = Field(None, description="settings to find, in place of grid and cells")
     baseline: str | None = Field(None, description="label of the row that others are compared with")
     metric: Literal["accuracy", "f1_macro", "f1_micro", "f1_samples"] | None = Field(
         None, description="metric that is compared; default accuracy, or macro-F1 of multi-label data"
@@ -74,11 +78,30 @@ class Cell:
 
 @dataclass(frozen=True)
 class Study:
-    """A file that was read: its cells in the order of the rows, seeds within."""
+    """A file that was read: its cells in the order of the rows, seeds within.
+
+    base: settings of all cells, nested. Of a search, whose cells are not known before, `cells` is empty.
+    """
 
     name: str
     file: StudyFile
     cells: tuple[Cell, ...]
+    base: Settings = field(default_factory=dict)
+
+    @property
+    def runs(self) -> int:
+        """How many there will be; of a search the most, as settings can be proposed again."""
+        return len(self.cells) if self.file.search is None else self.file.search.trials * len(self.file.seeds)
+
+    def trial(self, number: int, chosen: Settings) -> list[Cell]:
+        """The cells of a trial of a search, one for each seed."""
+        short = _short(chosen)
+        what = ", ".join(f"{short[path]}={_rounded(value)}" for path, value in chosen.items())
+        cells = []
+        for seed in self.file.seeds:
+            config = build_config(merge(self.base, _spread(chosen)) | {"seed": seed}, source=f"trial {number}")
+            cells.append(Cell(f"trial {number}: {what}", seed, chosen, config, _folder(what, config)))
+        return cells
 
     @property
     def labels(self) -> list[str]:
@@ -103,6 +126,10 @@ def read_study(name: str, sets: Iterable[str] = ()) -> Study:
     common = merge(common, _spread(file.settings))
     for where, settings in (("settings", _spread(file.settings)), ("--set", over)):
         _refuse_seed(settings, f"{path}, {where}")
+    base = merge(common, over)
+    if file.search is not None:
+        _check_search(file, file.search, base, over, str(path))
+        return Study(path.stem, file, (), base)
     cells: list[Cell] = []
     for label, changes in _rows(file, path.stem):
         where = f"{path}, cell {label!r}"
@@ -112,7 +139,7 @@ def read_study(name: str, sets: Iterable[str] = ()) -> Study:
             config = build_config(values, source=where)
             cells.append(Cell(label, seed, flat(_spread(changes)), config, _folder(label, config)))
     _refuse_same(cells, str(path))
-    study = Study(path.stem, file, tuple(cells))
+    study = Study(path.stem, file, tuple(cells), base)
     if file.baseline is not None and file.baseline not in study.labels:
         raise unknown_label(file.baseline, study.labels, f"{path}, baseline")
     return study
@@ -124,9 +151,13 @@ def unknown_label(label: str, labels: Iterable[str], where: str) -> ConfigError:
 
 
 def identity(config: RunConfig) -> Settings:
-    """What makes a run another one, whatever its seed: settings by path."""
-    settings = flat(config.model_dump(mode="json"))
-    return {key: value for key, value in settings.items() if key != "seed" and key not in WITHOUT_EFFECT}
+    """What makes a run another one, whatever its seed: settings by path that are not the defaults.
+
+    Without defaults, so that a setting that comes with a later version leaves the folders of a study where they are.
+    """
+    settings, defaults = (flat(c.model_dump(mode="json")) for c in (config, RunConfig(main="", comp="")))
+    without = {key for key, value in settings.items() if value == defaults[key]}
+    return {key: value for key, value in settings.items() if key != "seed" and key not in WITHOUT_EFFECT | without}
 
 
 def _checked(values: Settings, source: str) -> StudyFile:
@@ -154,13 +185,41 @@ def _spread(settings: Mapping[str, Any] | None) -> Settings:
 
 def _rows(file: StudyFile, name: str) -> Iterable[tuple[str, Settings]]:
     """Label and settings of each row: named cells times the axes of the grid."""
-    last = Counter(path.rpartition(".")[2] for path in file.grid)
-    short = {path: path if last[path.rpartition(".")[2]] > 1 else path.rpartition(".")[2] for path in file.grid}
+    short = _short(file.grid)
     for cell, settings in file.cells.items() or [("", {})]:
         for values in itertools.product(*file.grid.values()):
             chosen = dict(zip(file.grid, values, strict=True))
             parts = ([cell] if cell else []) + [f"{short[path]}={_shown(value)}" for path, value in chosen.items()]
             yield ", ".join(parts) or name, {**(settings or {}), **chosen}
+
+
+def _short(paths: Iterable[str]) -> dict[str, str]:
+    """Paths of settings to their last parts, where these differ."""
+    paths = list(paths)
+    last = Counter(path.rpartition(".")[2] for path in paths)
+    return {path: path if last[path.rpartition(".")[2]] > 1 else path.rpartition(".")[2] for path in paths}
+
+
+def _rounded(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else _shown(value)
+
+
+def _check_search(file: StudyFile, search: Search, base: Settings, over: Settings, source: str) -> None:
+    """Refuse what could only be found out by a trial: every setting at its bounds, alone and in pairs."""
+    idle = [key for key in ("grid", "cells", "baseline") if getattr(file, key)]
+    if idle:
+        raise ConfigError(110, f"a search has no {idle[0]}", where=source, fix=f"leave {idle[0]} out, or search")
+    fixed = sorted(flat(over).keys() & search.space.keys())
+    if fixed:
+        raise ConfigError(111, f"{fixed[0]} is searched, and set", where=f"--set {fixed[0]}", fix="leave --set out")
+    without = sorted(WITHOUT_EFFECT & search.space.keys())
+    if without:
+        raise ConfigError(112, f"{without[0]} changes no metric", where=f"{source}, search.space", fix="leave it out")
+    _refuse_seed(_spread(search.space), f"{source}, search.space")
+    needed = {side: search.first()[side] for side in search.space.keys() & {"main", "comp"}}
+    for chosen in search.extremes():
+        shown = ", ".join(f"{path}={_rounded(value)}" for path, value in chosen.items())
+        build_config(merge(merge(base, needed), _spread(chosen)), source=f"{source}, search.space, {shown}")
 
 
 def _shown(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Errors of torch, torchvision and the system that a user can mend, as errors of mopefuse."""
+"""Errors of torch, torchvision and the system that a user can mend, as errors of mopefuse; optional packages."""
 
 from __future__ import annotations
 
@@ -10,6 +10,19 @@ from importlib.metadata import version
 from mopefuse.errors import ConfigError, MopefuseError, PackageError, ResourceError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
+def require(*packages: str, extra: str, what: str) -> None:
+    """Refuse to go on without packages that `what` needs and the extra of that name installs. Imports none.
+
+    Raises:
+        PackageError: one of them is not installed.
+    """
+    from importlib.util import find_spec
+
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise PackageError(1, f"{what} needs {' and '.join(missing)}", fix=f'pip install "mopefuse[{extra}]"')
 
 
 def mendable(error: Exception) -> MopefuseError | None:

@@ -17,7 +17,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
@@ -104,14 +104,14 @@ def run_study(study: Study, out: Path, *, jobs: int = 1, listener: StudyListener
         MopefuseError: the data cannot be used, and all cells have the same.
     """
     listener = listener or StudyListener()
-    with _claimed(out, listener):
+    with claimed(out, listener):
         statuses = [Status(cell, FINISHED if is_finished(cell, out) else WAITING) for cell in study.cells]
-        _write(study, out, statuses)
+        write(study, out, statuses)
         waiting = [status for status in statuses if status.state != FINISHED]
         if waiting and len({status.cell.config.data.path for status in waiting}) == 1:
             load_data(waiting[0].cell.config.data)
         with StopRequest() as stop:
-            _Schedule(study, out, statuses, jobs, listener).run(stop)
+            Schedule(study, out, statuses, jobs, listener).run(stop)
     if stop.signal_number and any(status.state != FINISHED for status in statuses):
         done = sum(status.state == FINISHED for status in statuses)
         raise Interrupted(
@@ -121,7 +121,7 @@ def run_study(study: Study, out: Path, *, jobs: int = 1, listener: StudyListener
 
 
 @contextmanager
-def _claimed(out: Path, listener: StudyListener) -> Iterator[None]:
+def claimed(out: Path, listener: StudyListener) -> Iterator[None]:
     """The folder of the study, for this process alone."""
     there = [item for item in out.iterdir() if not item.name.startswith((".", STUDY_FILE))] if out.is_dir() else []
     if there and not (out / STUDY_FILE).is_file():
@@ -143,7 +143,8 @@ def _claimed(out: Path, listener: StudyListener) -> Iterator[None]:
         folder.unlock()
 
 
-def _write(study: Study, out: Path, statuses: Sequence[Status]) -> None:
+def write(study: Study, out: Path, statuses: Sequence[Status], more: Mapping[str, Any] | None = None) -> None:
+    """study.json: how each cell stands."""
     facts = {
         "kind": KIND,
         "format": FORMAT,
@@ -162,25 +163,32 @@ def _write(study: Study, out: Path, statuses: Sequence[Status]) -> None:
             }
             for status in statuses
         ],
+        **(more or {}),
     }
     write_atomically(out / STUDY_FILE, dump_json(facts))
 
 
 @dataclass
-class _Schedule:
-    """The cells under way: one process each, which speaks through a pipe and is gone when the pipe is."""
+class Schedule:
+    """The cells under way: one process each, which speaks through a pipe and is gone when the pipe is.
+
+    statuses: may grow between calls of `run`. to_come: cells that are not among them yet. facts: more of study.json.
+    """
 
     study: Study
     out: Path
     statuses: list[Status]
     jobs: int
     listener: StudyListener
+    to_come: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
     running: dict[Connection, tuple[Any, Status]] = field(default_factory=dict)
     told: set[str] = field(default_factory=set)
     made: int = 0
     began: float = field(default_factory=time.monotonic)
 
     def run(self, stop: StopRequest) -> None:
+        """Run the cells that are waiting, until they ended or it is asked to stop."""
         waiting = deque(status for status in self.statuses if status.state == WAITING)
         stopping = False
         while self.running or (waiting and not stopping):
@@ -207,7 +215,7 @@ class _Schedule:
         there.close()
         status.state, status.error = RUNNING, None
         self.running[here] = (process, status)
-        _write(self.study, self.out, self.statuses)
+        write(self.study, self.out, self.statuses, self.facts)
 
     def _hear(self, connection: Connection, stopping: bool) -> None:
         _, status = self.running[connection]
@@ -236,13 +244,13 @@ class _Schedule:
                 what, fix = "the process of a cell was killed; usually host memory", "lower --jobs, and run the study again"
                 status.error = ResourceError(11, what, where=status.cell.folder, fix=fix).as_dict()
         self.made += status.state == FINISHED
-        _write(self.study, self.out, self.statuses)
+        write(self.study, self.out, self.statuses, self.facts)
         self.listener.ended(status, self.statuses, self._eta())
 
     def _eta(self) -> float | None:
         """Seconds that the rest takes at the speed so far."""
         made = self.made + sum(status.share for _, status in self.running.values())
-        left = sum(status.state in (WAITING, RUNNING) for status in self.statuses) - (made - self.made)
+        left = sum(status.state in (WAITING, RUNNING) for status in self.statuses) + self.to_come - (made - self.made)
         return (time.monotonic() - self.began) * left / made if made > 0.02 else None
 
 

@@ -42,7 +42,8 @@ def test_help_and_lists_wait_for_nothing_heavy(args: tuple[str, ...]) -> None:
     done, modules = modules_of(*args)
     assert done.returncode == 0
     assert done.stdout
-    heavy = {"torchvision", "timm", "transformers", "open_clip", "sklearn", "mopefuse.config", "mopefuse.encoders.tiny"}
+    heavy = {"torchvision", "timm", "transformers", "open_clip", "sklearn", "peft", "optuna"}
+    heavy |= {"mopefuse.config", "mopefuse.encoders.tiny"}
     if args != ("encoders",):
         heavy |= {"torch", "numpy"}
     assert not modules & heavy

@@ -147,7 +147,7 @@ def test_orthogonal_keys_are_saved_but_do_not_learn() -> None:
     assert set(model.own_state()) - set(model.ours()) == {"stack.router.keys_NQK"}
 
 
-@pytest.mark.parametrize("mode", ["frozen", "prompts", "full"])
+@pytest.mark.parametrize("mode", ["frozen", "prompts", "lora", "full"])
 def test_frozen_weights_never_move_and_ours_all_do(mode: str) -> None:
     model = build(comp_tuning={"mode": mode}).train()
     open_gates(model)
@@ -160,7 +160,7 @@ def test_frozen_weights_never_move_and_ours_all_do(mode: str) -> None:
     assert moved <= set(model.ours())
     ours = {name for name in model.ours() if not name.startswith("comp.")}
     assert ours <= moved
-    assert any(name.startswith("comp.") for name in moved) == (mode == "full")
+    assert any(name.startswith("comp.") for name in moved) == (mode in ("full", "lora"))
 
 
 def test_the_frozen_encoders_stay_in_evaluation_mode_and_a_tuned_one_does_not() -> None:

@@ -13,6 +13,7 @@ ROOT = Path(mopefuse.__file__).parent
 ORDER = (  # from below; a module imports from rows above its own line, or from its own package
     "errors",
     "registry config signals gates pixels tokens bootstrap libraries shown",
+    "space",
     "recipe checkpoint distributed metrics routing",
     "run device cache",
     "adapter encoders prompts data grid",
@@ -26,7 +27,7 @@ ORDER = (  # from below; a module imports from rows above its own line, or from 
     "closed_form",
     "train doctor",
     "swap run_model audit study",
-    "predict reporting study_report",
+    "predict reporting study_report search",
     "bundle",
     "export",
     "demo push",

@@ -1,4 +1,4 @@
-"""Methods whose encoders are frozen, prompted or fully tuned: what learns, how fast, and the limits of each."""
+"""Methods whose encoders are frozen, prompted, adapted or fully tuned: what learns, how fast, and the limits of each."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ALL = sorted(
     for name in registry.available(registry.FUSION)
     if issubclass(registry.load(registry.FUSION, name), TunedFusion)
 )
-TUNES = ("probe", "prompt", "full")
+TUNES = ("probe", "prompt", "lora", "full")
 
 
 def sides(method: str) -> dict[str, str]:
@@ -53,13 +53,17 @@ def test_a_sample_does_not_depend_on_its_batch(method: str, tune: str) -> None:
 def test_all_that_is_ours_learns_and_nothing_else(method: str, tune: str) -> None:
     model = build(method=method, tune=tune, dropout=0.0, **sides(method)).train()
     open_gates(model)
+    for name, parameter in model.ours().items():
+        if ".lora_B." in name:  # while it is 0, A gets no gradient
+            torch.nn.init.normal_(parameter)
     batch = model.collate(images(5), TEXTS)
     torch.nn.functional.cross_entropy(model(batch).logits, torch.arange(5)).backward()
     moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     unused = {name for name in model.ours() if name.endswith((".word.weight", "position_LD")) and name not in moved}
     assert moved | unused == set(model.ours()) == {name for name, p in model.named_parameters() if p.requires_grad}
     tuned = {name.partition(".")[0] for name in moved} & {"main", "comp"}
-    assert tuned == (set(model.uses) if tune == "full" else set())
+    assert tuned == (set(model.uses) if tune in ("full", "lora") else set())
+    assert all(".lora_" in name for name in moved if tune == "lora" and name.startswith(("main.", "comp.")))
     assert "other" not in model.breakdown()
     assert all(model.bond(name) for name in model.own_state() if not name.startswith("head."))
 
@@ -94,7 +98,7 @@ def test_main_only_with_prompts_is_conditional_with_static_prompts_alone() -> No
     torch.testing.assert_close(answers(alone), answers(ours))
 
 
-@pytest.mark.parametrize(("tune", "lr"), [("full", 3e-5), ("prompt", 4e-4)])
+@pytest.mark.parametrize(("tune", "lr"), [("full", 3e-5), ("prompt", 4e-4), ("lora", 4e-4)])
 def test_tuned_weights_have_a_learning_rate_of_their_own(tune: str, lr: float) -> None:
     config = build_config(
         {"main": "tiny:vision", "comp": "tiny:text", "method": "late-concat", "tune": tune, "train": {"lr_tuned": 3e-5}}
@@ -104,7 +108,7 @@ def test_tuned_weights_have_a_learning_rate_of_their_own(tune: str, lr: float) -
     of = {id(p): group["peak"] for group in make_optimizer(model, rates).param_groups for p in group["params"]}
     found = {name.partition(".")[0]: of[id(p)] for name, p in model.ours().items()}
     comp = 3e-5 if tune == "full" else 5e-4
-    expected = {"head": 4e-4, "main": lr, "comp": comp} if tune == "full" else {"head": 4e-4, "stacks": comp}
+    expected = {"head": 4e-4, "main": lr, "comp": comp} if tune != "prompt" else {"head": 4e-4, "stacks": comp}
     assert found == expected
     if tune == "prompt":
         assert of[id(model.stacks["main"].layers["0"].static_SD)] == lr
@@ -112,7 +116,7 @@ def test_tuned_weights_have_a_learning_rate_of_their_own(tune: str, lr: float) -
 
 def test_an_encoder_that_cannot_be_prompted_can_be_probed_and_tuned() -> None:
     resnet = "timm:resnet18?pretrained=false"
-    with pytest.raises(EncoderError, match="--tune probe or full"):
+    with pytest.raises(EncoderError, match="--tune probe, lora or full"):
         build(comp=resnet, method="comp-only", tune="prompt")
     assert build(comp=resnet, method="comp-only", tune="full").encoder("comp").tuned
 

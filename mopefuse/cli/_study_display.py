@@ -17,12 +17,14 @@ class StudyDisplay(StudyListener):
     def __init__(self, study: Study, *, json: bool) -> None:
         self.study, self.json = study, json
         self.console = err()
-        self.total = len(study.cells)
+        self.total = study.runs
         self._bar: Any = None
         self._task: Any = None
 
     def __enter__(self) -> StudyDisplay:
-        self.notice(f"{self.total} runs: {len(self.study.labels)} cells, {len(self.study.file.seeds)} seeds")
+        search = self.study.file.search
+        rows = f"{len(self.study.labels)} cells" if search is None else f"{search.trials} trials"
+        self.notice(f"{self.total} runs: {rows}, {len(self.study.file.seeds)} seeds")
         if self.console.is_terminal and not self.json:
             from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 

@@ -20,11 +20,16 @@ def study(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells, and stop.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Train every cell of a grid and compare them. Run it again to go on: what is finished is not run twice."""
+    """Train every cell of a grid, or search for settings, and compare. Run it again to go on: nothing is run twice."""
     from mopefuse.grid import read_study
 
     chosen = read_study(file, set_ or ())
     folder = out or Path("studies") / chosen.name
+    if chosen.file.search is not None:
+        from mopefuse.cli import _search
+
+        _search.plan(chosen, folder, json=json) if dry_run else _search.run(chosen, folder, jobs=jobs, json=json)
+        return
     if dry_run:
         _dry_run(chosen, folder, json=json)
         return

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from mopefuse import registry
+from mopefuse.config import Lora
+from mopefuse.encoders import _lora
 from mopefuse.encoders._attention import Insert, Prompt
 from mopefuse.encoders.aliases import ALIASES
 from mopefuse.errors import EncoderError
@@ -80,12 +82,13 @@ class Encoder(nn.Module):
     patch_size: int = 16  # side of a patch in pixels; images only, used by the papers' initialisation
     revision: str = ""  # commit of the hub repository that the weights came from, where there is one
     insertable: bool = False  # whether its layers take other tokens beside its own, see `Insert` and `run_layer`
+    lora_targets: tuple[str, ...] = ()  # names of the query and value projections, as submodules that are called
     why_not_main: str = ""  # for an encoder without promptable layers: the reason, for the error message
 
     def __init__(self, spec: Spec) -> None:
         super().__init__()
         self.spec = spec
-        self.tuned = False
+        self.tuned = self.adapted = False
         self._prompt_at: PromptAt | None = None
         self._insert: Insert | None = None
 
@@ -155,7 +158,7 @@ class Encoder(nn.Module):
 
     def freeze(self) -> None:
         """No parameter learns, and the backbone stays in evaluation mode (no dropout) whatever `train()` says."""
-        self.tuned = False
+        self.tuned = self.adapted = False
         self.requires_grad_(False).eval()
 
     def tune(self) -> None:
@@ -163,14 +166,36 @@ class Encoder(nn.Module):
         self.tuned = True
         self.requires_grad_(True)
 
+    def adapt(self, lora: Lora) -> None:
+        """What LoRA adds learns, see `_lora.adapt`; once."""
+        _lora.adapt(self, lora)
+        self.adapted = True
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(self.learned(name))
+
+    @property
+    def learns(self) -> bool:
+        """Whether anything of it does: its features then change from step to step."""
+        return self.tuned or self.adapted
+
+    def learned(self, name: str) -> bool:
+        """Whether a parameter or buffer of it, by its name here, is learned and not given."""
+        return self.tuned or (self.adapted and _lora.is_lora(name))
+
     def train(self, mode: bool = True) -> Encoder:
-        """Training mode reaches the backbone only when it is tuned."""
-        return super().train(mode and self.tuned)
+        """Training mode reaches the backbone only when it is fully tuned; of an adapted one, LoRA's own dropout."""
+        super().train(mode and self.tuned)
+        if self.adapted:
+            _lora.train_dropout(self, mode)
+        return self
 
     def fingerprint(self) -> str:
-        """16 hex digits that change with the name, shape or type of any weight and with any one value."""
+        """16 hex digits that change with the name, shape or type of any weight and with any one value; not with LoRA."""
         digest = hashlib.sha256()
-        for name, tensor in sorted(self.state_dict().items()):
+        weights = self.state_dict()
+        if self.adapted:
+            weights = {_lora.original(name): tensor for name, tensor in weights.items() if not _lora.is_lora(name)}
+        for name, tensor in sorted(weights.items()):
             flat = tensor.detach().reshape(-1)
             picked = flat[:: max(1, flat.numel() // 4096)].cpu()
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}{_sum_of_bits(flat)}".encode())

@@ -17,6 +17,7 @@ from mopefuse.encoders import _numbers
 from mopefuse.errors import EncoderError
 
 PROJECTIONS = (("key", "value"), ("k_proj", "v_proj"), ("k_lin", "v_lin"))  # names that transformers uses
+QUERY = {"key": "query", "k_proj": "q_proj", "k_lin": "q_lin"}
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,10 @@ from transformers.models.auto import modeling_auto as auto
 from transformers.utils import logging
 
 from mopefuse.checkpoint import check_tensors
-from mopefuse.encoders import _hf_images, _hf_source, _hf_text, _numbers, _options, _weights
+from mopefuse.encoders import _hf_images, _hf_source, _hf_text, _lora, _numbers, _options, _weights
 from mopefuse.encoders._attention import attend, attend_prompts, split_heads
 from mopefuse.encoders._base import Encoded, Inputs
-from mopefuse.encoders._hf_families import FAMILIES, UNKNOWN, Family, attention_of
+from mopefuse.encoders._hf_families import FAMILIES, QUERY, UNKNOWN, Family, attention_of
 from mopefuse.encoders._hf_source import Source
 from mopefuse.encoders._preprocess import ImagePreprocess, TextPreprocess
 from mopefuse.encoders._prompted import PromptedEncoder, Slot
@@ -92,6 +92,8 @@ class HFEncoder(PromptedEncoder):
             attention.prompt_slot, attention.prompt_projections = slot, (key, value)
         self.widths = tuple(int(getattr(attention, key).in_features) for attention, key, _ in attentions)
         self.heads = tuple(_heads(attention) for attention, _, _ in attentions)
+        adapted = [getattr(attention, name) for attention, key, value in attentions for name in (QUERY[key], value)]
+        self.lora_targets = _lora.names_of(self, adapted)
 
     def _run(self, inputs: Inputs) -> Encoded:
         if self.modality == "text":

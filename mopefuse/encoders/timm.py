@@ -30,7 +30,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from mopefuse.checkpoint import check_tensors
-from mopefuse.encoders import _hub, _numbers, _options, _weights
+from mopefuse.encoders import _hub, _lora, _numbers, _options, _weights
 from mopefuse.encoders._attention import Insert, Prompt, attend, attend_prompts
 from mopefuse.encoders._base import Encoded, Inputs, option_flag
 from mopefuse.encoders._preprocess import ImagePreprocess
@@ -75,6 +75,8 @@ class TimmEncoder(PromptedEncoder):
             block.attn.forward = MethodType(
                 _swin_attention if isinstance(block.attn, WindowAttention) else _vit_attention, block.attn
             )
+        fused = [m for name, m in self.backbone.named_modules() if name.endswith(".qkv") and isinstance(m, nn.Linear)]
+        self.lora_targets = _lora.names_of(self, fused)
         if blocks:
             self.patch_size = int(self.backbone.patch_embed.patch_size[0])
         self.widths = tuple(int(block.attn.qkv.in_features) for block in blocks)

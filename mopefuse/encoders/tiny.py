@@ -25,6 +25,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from mopefuse import tokens
+from mopefuse.encoders import _lora
 from mopefuse.encoders._attention import Prompt, attend, split_heads
 from mopefuse.encoders._base import Encoded, Encoder, Inputs, option_flag
 from mopefuse.encoders._preprocess import ImagePreprocess, TextPreprocess
@@ -97,9 +98,7 @@ class Block(nn.Module):
         return out_BLD
 
     def _keys_values(self, tokens_BPD: Tensor) -> tuple[Tensor, Tensor]:
-        width = tokens_BPD.shape[-1]
-        both_BPD = F.linear(self.norm1(tokens_BPD), self.qkv.weight[width:], self.qkv.bias[width:])
-        keys, values = both_BPD.chunk(2, dim=-1)
+        _, keys, values = self.qkv(self.norm1(tokens_BPD)).chunk(3, dim=-1)
         return split_heads(keys, self.heads), split_heads(values, self.heads)
 
 
@@ -160,6 +159,7 @@ class TinyEncoder(Encoder):
         self.embed = PatchEmbed(shape.width) if shape.modality == "image" else WordEmbed(shape.width)
         self.blocks = nn.ModuleList(Block(shape.width, shape.heads) for _ in range(shape.depth))
         self.norm = nn.LayerNorm(shape.width)
+        self.lora_targets = _lora.names_of(self, (m for name, m in self.named_modules() if name.endswith(".qkv")))
         if option_flag(spec, "pretrained", True):
             self._load(f"tiny-{spec.name}.safetensors")
 

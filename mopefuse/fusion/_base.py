@@ -53,7 +53,13 @@ class Fusion(nn.Module):
     """
 
     uses: tuple[str, ...] = SIDES
-    parts: ClassVar[dict[str, str]] = {r"^head\.": "head", r"^comp\.": "complementary encoder", r"^main\.": "main encoder"}
+    parts: ClassVar[dict[str, str]] = {
+        r"^head\.": "head",
+        r"^comp\..*\.lora_[AB]\.": "LoRA of the complementary encoder",
+        r"^main\..*\.lora_[AB]\.": "LoRA of the main encoder",
+        r"^comp\.": "complementary encoder",
+        r"^main\.": "main encoder",
+    }
 
     sections: ClassVar[tuple[str, ...]] = ()  # of the optional ones, those that the method uses
     bonds: ClassVar[dict[str, str]] = {r"^standard\.main\.": "main features", r"^standard\.comp\.": "comp features"}
@@ -97,8 +103,9 @@ class Fusion(nn.Module):
     def unused_sections(self) -> list[str]:
         """Sections of settings that were changed from their defaults and that this method does not look at."""
         default = RunConfig(main="", comp="")
-        optional = ("warm_start", "tune", "prompts", "router", "comp_tuning", "inserted", "pmf", "linear")
-        return [s for s in optional if s not in self.sections and getattr(self.config, s) != getattr(default, s)]
+        optional = ("warm_start", "tune", "prompts", "router", "comp_tuning", "lora", "inserted", "pmf", "linear")
+        used = (*self.sections, "lora") if any(self.encoder(side).adapted for side in self.uses) else self.sections
+        return [s for s in optional if s not in used and getattr(self.config, s) != getattr(default, s)]
 
     @property
     def head_sides(self) -> tuple[str, ...]:
@@ -175,8 +182,8 @@ class Fusion(nn.Module):
 
     def is_ours(self, name: str) -> bool:
         """Whether a parameter or buffer is ours: not part of a frozen encoder. Ours is trained, saved and exported."""
-        side = name.partition(".")[0]
-        return side not in self.uses or self.encoder(side).tuned
+        side, _, own = name.partition(".")
+        return side not in self.uses or self.encoder(side).learned(own)
 
     def ours(self) -> dict[str, nn.Parameter]:
         """The parameters that learn, by name."""
@@ -221,9 +228,9 @@ class Fusion(nn.Module):
         return fit_heads({"head": tuple(self.standard)}, train, val, how)
 
     def pace(self, name: str) -> str:
-        """Whose learning rate a parameter of ours has: "main", "comp", "head", or "tuned" for weights of the main encoder."""
+        """Whose learning rate a parameter of ours has: "main", "comp", "head", or "tuned" for those of the main encoder."""
         part = re.split(r"[._]", name.removeprefix("stacks."))[0]
-        if name.startswith("main."):
+        if name.startswith("main.") and self.encoder("main").tuned:
             return "tuned"
         return part if part in ("comp", "head") else "main"
 

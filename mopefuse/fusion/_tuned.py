@@ -1,4 +1,4 @@
-"""What fusion methods other than the conditional one share: encoders that learn in one of three ways.
+"""What fusion methods other than the conditional one share: encoders that learn in one of four ways.
 
 Shapes: B batch, C width of a pooled feature.
 """
@@ -19,13 +19,13 @@ from mopefuse.prompts.stack import PromptStack
 
 
 class TunedFusion(Fusion):
-    """A fusion whose encoders are frozen (``probe``), prompted with deep static prompts (``prompt``) or tuned (``full``).
+    """A fusion whose encoders are frozen (``probe``), have deep static prompts (``prompt``) or LoRA, or are tuned (``full``).
 
     Prompts have the length, layers, gate, dropout and start of the section `prompts`. Limits: ``prompt`` of length 0 is
-    ``probe``, and so is ``prompt`` with gates of 0, to the bit.
+    ``probe``, and so are ``prompt`` with gates of 0 and ``lora`` with an alpha of 0, to the bit.
 
     Raises:
-        EncoderError: an encoder that cannot be prompted, and is to be.
+        EncoderError: an encoder that cannot be prompted or adapted, and is to be.
     """
 
     own_tune: ClassVar[str] = "probe"  # where the setting `tune` says nothing
@@ -45,12 +45,14 @@ class TunedFusion(Fusion):
             encoder = self.encoder(side)
             if self.tune == "full":
                 encoder.tune()
+            elif self.tune == "lora":
+                encoder.adapt(config.lora)
             elif self.tune == "prompt":
-                encoder.require_promptable(fix="use --tune probe or full")
+                encoder.require_promptable(fix="use --tune probe, lora or full")
                 stack = static_stack(config.prompts, encoder)
                 if len(stack.layers):
                     self.stacks[side] = stack
-        self.frozen = tuple(side for side in self.uses if side not in self.stacks and not self.encoder(side).tuned)
+        self.frozen = tuple(side for side in self.uses if side not in self.stacks and not self.encoder(side).learns)
 
     def resolve(self, config: RunConfig) -> RunConfig:
         """`config` with the way that encoders are tuned in."""
@@ -72,7 +74,7 @@ class TunedFusion(Fusion):
 
     def encode(self, side: str, batch: Batch) -> Encoded:
         """A side with its static prompts, if it has any; without a graph where nothing of it learns."""
-        if side not in self.stacks and not self.encoder(side).tuned:
+        if side not in self.stacks and not self.encoder(side).learns:
             return run_frozen(self.encoder(side), batch.inputs[side])
         return self.encoder(side).encode(batch.inputs[side], self.prompts(side, batch))
 

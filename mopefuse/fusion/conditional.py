@@ -33,7 +33,8 @@ class ConditionalFusion(Fusion):
     Raises:
         ConfigError: the complementary encoder is to be tuned, but nothing looks at it; a warm start with prompts that are
             not gated, or with a deeper head.
-        EncoderError: the main encoder has no layer to prompt, or the complementary one has none and is to be prompted.
+        EncoderError: the main encoder has no layer to prompt, or the complementary one has none and is to be prompted,
+            or no projection that LoRA holds for and is to be adapted.
     """
 
     parts: ClassVar[dict[str, str]] = {
@@ -90,6 +91,8 @@ class ConditionalFusion(Fusion):
             self.comp_stack = static_stack(prompts, comp)
         elif config.comp_tuning.mode == "full":
             comp.tune()
+        elif config.comp_tuning.mode == "lora":
+            comp.adapt(config.lora)
         elif blind:
             self.reads = ("main",)
         else:

@@ -1,0 +1,112 @@
+"""A study that searches: its plan, and its trials with the best of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from mopefuse.cli._render import err, out, print_json, table
+
+if TYPE_CHECKING:
+    from mopefuse.grid import Study
+    from mopefuse.search import Searched, Trial
+    from mopefuse.space import Axis
+
+
+def run(study: Study, folder: Path, *, jobs: int, json: bool) -> None:
+    """Run the trials and show them, the best first."""
+    from mopefuse.cli._study_display import StudyDisplay
+    from mopefuse.search import run_search
+
+    with StudyDisplay(study, json=json) as display:
+        searched = run_search(study, folder, jobs=jobs, listener=display)
+    failed = [status for status in searched.statuses if status.error is not None]
+    if json:
+        first = {"error": failed[0].error} if failed and searched.best is None else {}
+        print_json({"ok": searched.best is not None, **first, **_as_dict(searched, folder)})
+    else:
+        _show(searched, folder)
+        for status in failed:
+            error = status.error or {}
+            err().print(f"failed: {status.cell.folder}: {error['code']} {error['message']}", markup=False)
+        if failed:
+            err().print(f"a trial that failed is not tried again as long as its folder is in {folder}", markup=False)
+    if searched.best is None:
+        raise typer.Exit(int((failed[0].error or {}).get("exit", 1)) if failed else 8)
+
+
+def plan(study: Study, folder: Path, *, json: bool) -> None:
+    """What would be searched."""
+    search = study.file.search
+    assert search is not None
+    if json:
+        space = search.model_dump(mode="json")
+        print_json({"ok": True, "study": str(folder), "search": space, "seeds": list(study.file.seeds), "runs": study.runs})
+        return
+    rows = [[path, _axis(axis)] for path, axis in search.space.items()]
+    table(study.name, ["setting", "from"], rows, left=(0, 1))
+    seeds = ", ".join(map(str, study.file.seeds))
+    out().print(f"{study.runs} runs: {search.trials} trials, seeds {seeds}; into {folder}", markup=False)
+
+
+def _axis(axis: Axis) -> str:
+    if isinstance(axis, list):
+        return ", ".join(map(str, axis))
+    return f"{axis.low} to {axis.high}{', logarithmic' if axis.log else ''}"
+
+
+def _show(searched: Searched, folder: Path) -> None:
+    from mopefuse.search import command, on_test
+
+    best = searched.best
+    ranked = sorted(searched.trials, key=lambda t: (-1.0 if t.value is None else t.value, -t.number), reverse=True)
+    paths = list(searched.trials[0].settings)
+    rows = [
+        [f"{trial.number}{' *' if trial is best else ''}", *(_value(trial, path) for path in paths), _percent(trial)]
+        for trial in ranked
+    ]
+    bold = 0 if best is not None else None
+    table(f"{folder}, trials by validation", ["trial", *paths, f"val {searched.metric}"], rows, bold=bold)
+    if best is None:
+        return
+    tested = on_test(best, folder).get(searched.metric)
+    said = f"; on test it has {100 * tested:.1f}" if tested is not None else ""
+    err().print(f"* best on validation: trial {best.number}{said}. Train with its settings:", markup=False)
+    out().print(command(best, folder), markup=False)
+
+
+def _value(trial: Trial, path: str) -> str:
+    value = trial.settings[path]
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _percent(trial: Trial) -> str:
+    return "failed" if trial.value is None else f"{100 * trial.value:.1f}"
+
+
+def _as_dict(searched: Searched, folder: Path) -> dict[str, Any]:
+    from mopefuse.search import command, on_test
+
+    best = searched.best
+    chosen = None
+    if best is not None:
+        chosen = {**_trial(best), "test": dict(on_test(best, folder)), "command": command(best, folder)}
+    return {
+        "study": str(folder),
+        "metric": searched.metric,
+        "trials": [_trial(trial) for trial in searched.trials],
+        "best": chosen,
+    }
+
+
+def _trial(trial: Trial) -> dict[str, Any]:
+    return {
+        "trial": trial.number,
+        "settings": trial.settings,
+        "value": trial.value,
+        "runs": [
+            {"run": s.cell.folder, "seed": s.cell.seed, "state": s.state, "error": s.error} for s in trial.statuses
+        ],
+    }

@@ -1,0 +1,355 @@
+"""LoRA: an encoder with it equals the library's own model with merged weights, and begins as it was, to the bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import call
+from encoder_cases import Case
+from oracles import insert_prompts
+from test_encoders import FAMILIES, batch_of, cases, prompts_for  # noqa: F401 (a fixture)
+from test_fusion import TEXTS, build, images, open_gates
+from test_tuned import ALL, answers, sides
+from torch import Tensor, nn
+
+from mopefuse.checkpoint import read_tensors
+from mopefuse.config import Lora, RunConfig, build_config
+from mopefuse.data.load import load_data
+from mopefuse.encoders._base import Encoder, Inputs, Prompt, create_encoder
+from mopefuse.errors import CheckpointError, EncoderError, PackageError
+from mopefuse.evaluate import evaluate, prepared
+from mopefuse.fusion._base import Fusion, fresh_encoders
+from mopefuse.fusion.build import build_model
+from mopefuse.run import RunFolder
+from mopefuse.swap import inherit
+from mopefuse.testing import check_encoder
+from mopefuse.train import train
+
+RANK, ALPHA = 4, 6.0
+CLIP = [name for name in FAMILIES if name.startswith("open_clip")]
+HOLDS = [name for name in FAMILIES if name not in CLIP]
+TINY = ("vision", "text")
+SMALL_BERT = (
+    "hf:bert-base?pretrained=false&hidden_size=32&num_hidden_layers=2&num_attention_heads=4&intermediate_size=48"
+    "&vocab_size=300"
+)
+SMALL_VIT = "hf:google/vit-base-patch16-224-in21k?pretrained=false&hidden_size=32&num_hidden_layers=2&num_attention_heads=4"
+SMALL_VIT += "&intermediate_size=48&image_size=32&patch_size=16"
+
+
+def learn(module: nn.Module) -> None:
+    """Values in every B, so that LoRA shows."""
+    random = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if ".lora_B." in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=random))
+
+
+def tiny_case(name: str) -> Case:
+    """An untouched encoder stands for the library's model: `_keys_values` of it reads the merged weights."""
+
+    def run(model: Any, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        out = model.encode(inputs)
+        return out.pooled_BC, out.tokens_BLD
+
+    return Case(f"tiny:{name}", lambda encoder: create_encoder(f"tiny:{name}"), run)
+
+
+def case_of(family: str, cases: dict[str, Case]) -> Case:  # noqa: F811
+    return tiny_case(family.removeprefix("tiny-")) if family.startswith("tiny-") else cases[family]
+
+
+def merge(encoder: Encoder, plain: nn.Module, names: tuple[str, ...]) -> None:
+    """W + (alpha / r) B A in the plain model, by hand."""
+    tensors = dict(encoder.named_parameters())
+    with torch.no_grad():
+        for name in names:
+            a, b = (tensors[f"{name}.lora_{which}.default.weight"] for which in "AB")
+            assert (a.shape[0], b.shape[1]) == (RANK, RANK)
+            plain.get_submodule(name.removeprefix("backbone.")).weight.add_(ALPHA / RANK * (b @ a))
+
+
+@pytest.mark.parametrize("family", [*HOLDS, *(f"tiny-{name}" for name in TINY)])
+def test_it_begins_as_the_encoder_to_the_bit_and_learned_it_equals_merged_weights(
+    family: str, cases: dict[str, Case]  # noqa: F811
+) -> None:
+    case = case_of(family, cases)
+    encoder = create_encoder(case.spec)
+    plain, inputs, targets = case.plain(encoder), batch_of(encoder), encoder.lora_targets
+    assert len(targets) in (len(encoder.widths), 2 * len(encoder.widths))
+    with torch.no_grad():
+        before = encoder.encode(inputs)
+        encoder.adapt(Lora(rank=RANK, alpha=ALPHA))
+        fresh = encoder.encode(inputs)
+        assert torch.equal(fresh.pooled_BC, before.pooled_BC) and torch.equal(fresh.tokens_BLD, before.tokens_BLD)
+        learn(encoder)
+        merge(encoder, plain, targets)
+        learned, (pooled, tokens) = encoder.encode(inputs), case.call(plain, inputs)
+    real = torch.ones(tokens.shape[:2], dtype=torch.bool) if learned.mask_BL is None else learned.mask_BL
+    assert (learned.pooled_BC - before.pooled_BC).abs().max() > 1e-3
+    torch.testing.assert_close(learned.pooled_BC, pooled, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(learned.tokens_BLD[real], tokens[real], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", [*HOLDS, *(f"tiny-{name}" for name in TINY)])
+def test_prompts_of_an_adapted_encoder_get_keys_and_values_from_the_merged_weights(
+    family: str, cases: dict[str, Case]  # noqa: F811
+) -> None:
+    """Where a family computes these beside the library's own code, what LoRA adds could be lost."""
+    case = case_of(family, cases)
+    encoder = create_encoder(case.spec)
+    plain, inputs, targets, prompts = case.plain(encoder), batch_of(encoder), encoder.lora_targets, prompts_for(encoder)
+    encoder.adapt(Lora(rank=RANK, alpha=ALPHA))
+    learn(encoder)
+    merge(encoder, plain, targets)
+
+    def asked(layer: int, tokens: Tensor, mask: Tensor | None) -> Prompt:
+        return Prompt(prompts[layer])
+
+    with torch.no_grad():
+        ours = encoder.encode(inputs, asked).pooled_BC
+        if isinstance(plain, Encoder):
+            theirs = plain.encode(inputs, asked).pooled_BC
+        else:
+            theirs, _ = case.call(insert_prompts(plain, prompts), inputs)
+    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", [*HOLDS, *(f"tiny-{name}" for name in TINY)])
+def test_an_adapted_encoder_keeps_the_contract(family: str, cases: dict[str, Case]) -> None:  # noqa: F811
+    encoder = create_encoder(case_of(family, cases).spec)
+    encoder.adapt(Lora())
+    learn(encoder)
+    check_encoder(encoder)
+
+
+# -- where it does not hold
+
+
+def refusal(spec: str, number: int, **lora: Any) -> EncoderError:
+    with pytest.raises(EncoderError) as caught:
+        create_encoder(spec).adapt(Lora(**lora))
+    assert (caught.value.number, bool(caught.value.fix)) == (number, True)
+    return caught.value
+
+
+@pytest.mark.parametrize("family", CLIP)
+def test_fused_attention_of_open_clip_is_refused_and_its_other_layers_are_not(
+    family: str, cases: dict[str, Case]  # noqa: F811
+) -> None:
+    spec = cases[family].spec
+    assert "c_fc, c_proj" in refusal(spec, 80).fix
+    assert "without calling it" in refusal(spec, 82, targets=("out_proj",)).what
+    encoder = create_encoder(spec)
+    encoder.adapt(Lora(targets=("c_fc", "c_proj")))
+    before = encoder.encode(batch_of(encoder)).pooled_BC
+    learn(encoder)
+    assert not torch.allclose(encoder.encode(batch_of(encoder)).pooled_BC, before)
+
+
+def test_weights_that_are_read_without_a_call_are_refused() -> None:
+    refusal("timm:beit_base_patch16_224?pretrained=false&img_size=32&depth=1&embed_dim=48&num_heads=3", 82)
+
+
+def test_an_encoder_without_attention_and_a_layer_that_is_not_there_are_refused() -> None:
+    assert "timm:resnet18" in refusal("timm:resnet18?pretrained=false", 80).what
+    assert "qkv" in refusal("tiny:vision", 81, targets=("qvk",)).fix
+
+
+def test_without_peft_the_command_that_installs_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "peft" else object())
+    with pytest.raises(PackageError, match="LoRA needs peft") as caught:
+        create_encoder("tiny:text").adapt(Lora())
+    assert caught.value.fix == 'pip install "mopefuse[lora]"'
+
+
+# -- in a fusion
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_an_alpha_of_0_is_the_frozen_encoder_to_the_bit(method: str) -> None:
+    adapted = build(method=method, tune="lora", lora={"alpha": 0}, **sides(method))
+    learn(adapted)
+    frozen = build(method=method, tune="probe", **sides(method))
+    frozen.load_own_state({n: t for n, t in adapted.own_state().items() if ".lora_" not in n}, where="here")
+    assert torch.equal(answers(adapted), answers(frozen))
+    shown = build(method=method, tune="lora", **sides(method))
+    learn(shown)
+    shown.load_own_state({**shown.own_state(), **frozen.own_state()}, where="here")
+    assert not torch.allclose(answers(shown), answers(frozen))
+
+
+def test_psi_of_an_adapted_encoder_is_the_feature_of_comp_only() -> None:
+    alone, unimodal = build(comp_tuning={"mode": "lora"}), build(method="comp-only", tune="lora")
+    learn(alone)
+    mine = {name for name in alone.own_state() if name.startswith("comp.")}
+    assert mine == {name for name in unimodal.own_state() if name.startswith("comp.")}
+    batch = alone.collate(images(3), TEXTS[:3])
+    with torch.no_grad():
+        for name in mine:
+            unimodal.get_parameter(name).copy_(alone.get_parameter(name))
+        assert torch.equal(alone.psi(batch), unimodal.pooled("comp", batch))
+
+
+@pytest.mark.parametrize("options", [{"comp_tuning": {"mode": "lora"}}, {"method": "main-only", "tune": "lora"}], ids=str)
+def test_a_sample_does_not_depend_on_its_batch(options: dict[str, Any]) -> None:
+    model = build(**options)
+    open_gates(model)
+    learn(model)
+    together = answers(model)
+    for i, (image, text) in enumerate(zip(images(5), TEXTS, strict=True)):
+        torch.testing.assert_close(model(model.collate([image], [text])).logits[0], together[i], atol=1e-5, rtol=1e-5)
+
+
+def test_psi_learns_and_is_never_taken_from_what_was_computed_earlier(pairs: Path) -> None:
+    model = build(comp_tuning={"mode": "lora"}).train()
+    batch = model.collate(images(2), TEXTS[:2])
+    assert model.psi(batch).requires_grad
+    assert model.frozen == ()
+    assert build().frozen == ("comp",)
+    config = model.config.model_copy(update={"data": model.config.data.model_copy(update={"path": str(pairs)})})
+    heard: list[str] = []
+    prepared(model, load_data(config.data), "val", config, torch.device("cpu"), notice=heard.append)
+    assert heard == []
+    prepared(build(), load_data(config.data), "val", config, torch.device("cpu"), notice=heard.append)
+    assert "encoded once" in heard[0]
+
+
+def test_the_encoder_stays_in_evaluation_mode_and_only_the_dropout_of_lora_drops() -> None:
+    model = build(comp=SMALL_BERT, method="comp-only", tune="lora", lora={"dropout": 0.5}).train()
+    dropouts = {name: m.training for name, m in model.encoder("comp").named_modules() if isinstance(m, nn.Dropout)}
+    assert {training for name, training in dropouts.items() if "lora_dropout" in name} == {True}
+    assert {training for name, training in dropouts.items() if "lora_dropout" not in name} == {False}
+    learn(model)
+    assert not torch.equal(answers(model), answers(model))
+    assert torch.equal(answers(model.eval()), answers(model))
+
+
+def test_settings_of_lora_that_nothing_uses_are_told() -> None:
+    changed = {"lora": {"rank": 2}}
+    assert "lora" in build(**changed).unused_sections()
+    assert "lora" in build(method="late-concat", tune="probe", **changed).unused_sections()
+    assert build(comp_tuning={"mode": "lora"}, **changed).unused_sections() == []
+    assert build(method="late-concat", tune="lora", **changed).unused_sections() == []
+
+
+def test_the_fingerprint_of_what_came_from_outside_is_checked_and_lora_is_not_of_it() -> None:
+    frozen, adapted = build(), build(comp_tuning={"mode": "lora"})
+    learn(adapted)
+    assert fresh_encoders(adapted) == fresh_encoders(frozen)
+    assert fresh_encoders(build(method="late-concat", tune="lora")) == fresh_encoders(frozen)
+    with torch.no_grad():
+        adapted.encoder("comp").get_parameter("blocks.0.qkv.base_layer.weight")[0, 0] += 1e-3
+    assert fresh_encoders(adapted)["comp"] != fresh_encoders(frozen)["comp"]
+
+
+@pytest.mark.parametrize(
+    ("new", "anew", "carried"),
+    [({"comp": "tiny:text-b"}, "comp.", "main."), ({"main": "tiny:vision-b"}, "main.", "comp."), ({}, "", "")],
+    ids=["comp", "main", "nothing"],
+)
+def test_a_swapped_encoder_gets_a_new_lora_and_the_other_keeps_its_own(new: dict[str, str], anew: str, carried: str) -> None:
+    def model(seed: int, **encoders: str) -> Fusion:
+        values = {"main": "tiny:vision", "comp": "tiny:text", "method": "late-concat", "tune": "lora", "seed": seed}
+        return build_model(build_config(values | encoders), 2)
+
+    old = model(0)
+    learn(old)
+    state, inherited = inherit(old, model(1, **new), ["a", "b"], ["a", "b"])
+    fates = {entry.name: entry.fate for entry in inherited if ".lora_" in entry.name}
+    assert {fate for name, fate in fates.items() if name.startswith(carried)} == {"kept"}
+    if anew:
+        assert {fate for name, fate in fates.items() if name.startswith(anew)} == {"new"}
+        assert all(not state[name].any() for name in fates if name.startswith(anew) and ".lora_B." in name)
+
+
+# -- in a run
+
+
+def config(pairs: Path, epochs: int = 2, **changed: Any) -> RunConfig:
+    values = {"main": SMALL_VIT, "comp": SMALL_BERT, "device": "cpu", "data": {"path": str(pairs)}, "lora": {"rank": 2}}
+    values["train"] = {"epochs": epochs, "batch_size": 6, "schedule": "constant", "lr": 1e-2}
+    return build_config(values | changed)
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "conditional": {"comp_tuning": {"mode": "lora"}, "prompts": {"experts": 2}},
+    "late-concat": {"method": "late-concat", "tune": "lora"},
+}
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def run(request: pytest.FixtureRequest, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """(folder, settings) of a small pair of hf, tuned by LoRA; not to be changed."""
+    out: Path = tmp_path_factory.mktemp("lora") / request.param
+    train(config(pairs, **METHODS[request.param]), out)
+    return out, METHODS[request.param]
+
+
+def weights(folder: Path, which: str = "best") -> dict[str, Tensor]:
+    return read_tensors(RunFolder(folder).checkpoint(which)[0] / "weights.safetensors")
+
+
+def test_what_learned_is_what_is_saved_and_no_weight_of_an_encoder_is(run: tuple[Path, dict[str, Any]], pairs: Path) -> None:
+    folder, settings = run
+    saved = weights(folder)
+    model = build_model(config(pairs, **settings), 3)
+    assert saved.keys() == model.own_state().keys()
+    of_encoders = {name for name in saved if name.startswith(("main.", "comp."))}
+    assert of_encoders and all(name.endswith((".lora_A.default.weight", ".lora_B.default.weight")) for name in of_encoders)
+    assert all(saved[name].any() for name in of_encoders), "LoRA has learned"
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == set(model.ours())
+    assert sum(model.breakdown()[part] for part in model.breakdown() if part.startswith("LoRA")) == sum(
+        saved[name].numel() for name in of_encoders
+    )
+
+
+def test_it_resumes_to_the_bit(run: tuple[Path, dict[str, Any]], pairs: Path, tmp_path: Path) -> None:
+    folder, settings = run
+    train(config(pairs, 1, **settings), tmp_path / "run")
+    train(config(pairs, 2, **settings), tmp_path / "run", resume=True)
+    one, other = weights(folder, "last"), weights(tmp_path / "run", "last")
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("form", ["onnx", "pt2", "adapter"])
+def test_what_is_exported_says_what_the_run_says(
+    run: tuple[Path, dict[str, Any]], form: str, pairs: Path, tmp_path: Path
+) -> None:
+    """The parity of a graph with the model is checked on export; here that the model had LoRA in it, and its metrics."""
+    folder, _ = run
+    done = call("export", folder, "-o", tmp_path / "out", "--format", form, "--json")
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert form == "adapter" or said["parity"]["max_difference"] <= 1e-4
+    mine, theirs = (evaluate(path, data=pairs).predictions for path in (folder, tmp_path / "out"))
+    for one, other in zip(mine, theirs, strict=True):
+        assert other["probabilities"] == pytest.approx(one["probabilities"], abs=1e-4)
+
+
+def test_other_weights_under_it_are_refused(pairs: Path, tmp_path: Path) -> None:
+    """What was learned was learned for these."""
+    tiny = {"main": "tiny:vision", "comp": "tiny:text", **METHODS["conditional"]}
+    train(config(pairs, 1, **tiny), tmp_path / "run")
+    with pytest.raises(CheckpointError, match="not those that the run was trained with"):
+        evaluate(tmp_path / "run", encoders={"comp": "tiny:text-b"})
+
+
+def test_trainable_parameters_at_vit_b_and_bert_base() -> None:
+    """A is r x D_in, B is D_out x r: of timm's fused projection 3 D wide, of BERT's query and value D wide each."""
+    depth, width, rank, labels = 12, 768, 8, 101
+    vit, bert = depth * rank * (width + 3 * width), depth * 2 * rank * (width + width)
+    head = labels * 2 * width + labels
+    values = {"main": "timm:vit_base?pretrained=false", "comp": "hf:bert-base?pretrained=false"}
+    model = build_model(build_config({**values, "method": "late-concat", "tune": "lora"}), labels)
+    assert model.breakdown() == {
+        "LoRA of the main encoder": vit,
+        "LoRA of the complementary encoder": bert,
+        "head": head,
+    }
+    assert (vit, bert) == (294_912, 294_912)
