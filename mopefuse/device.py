@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 
@@ -41,6 +42,23 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that one more process could have: on the GPU, or of this machine's or container's memory; None if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    free = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    try:
+        most, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text(encoding="ascii") for name in ("max", "current"))
+        free += [int(most) - int(used)]
+    except (OSError, ValueError):  # no container, or no limit
+        pass
+    return min(free, default=None)
 
 
 def peak_memory(device: torch.device) -> int:

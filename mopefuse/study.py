@@ -2,8 +2,8 @@
 
 Killed at any moment and started again, a study goes on where it was; cells that were under way resume from their last
 checkpoint, exactly (`mopefuse.train`, on a CPU with the same number of threads). Index of the data, features of frozen
-encoders and decoded images are shared by all cells through the cache. Memory is not shared out: `jobs` cells need that
-many times the memory of one.
+encoders and decoded images are shared by all cells through the cache. Fewer cells than `jobs` run where memory does not
+allow one more as large as the largest so far (`mopefuse.room`).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from mopefuse import __version__
+from mopefuse import device as devices
 from mopefuse.checkpoint import FORMAT, dump_json, read_json, sweep, write_atomically
 from mopefuse.config import WITHOUT_EFFECT, Data, RunConfig
 from mopefuse.data.load import load_data
@@ -34,6 +35,7 @@ from mopefuse.errors import ConfigError, Interrupted, MopefuseError, ResourceErr
 from mopefuse.fusion.build import build_model
 from mopefuse.grid import KIND, STUDY_FILE, Cell, Study
 from mopefuse.libraries import mendable
+from mopefuse.room import Room, Told
 from mopefuse.run import RunFolder
 from mopefuse.signals import StopRequest
 from mopefuse.train import differing, train
@@ -183,6 +185,7 @@ class Schedule:
     to_come: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
     running: dict[Connection, tuple[Any, Status]] = field(default_factory=dict)
+    room: Room = field(default_factory=Room)
     told: set[str] = field(default_factory=set)
     made: int = 0
     began: float = field(default_factory=time.monotonic)
@@ -196,11 +199,26 @@ class Schedule:
                 stopping = True
                 for process, _ in self.running.values():
                     process.terminate()
-            while waiting and len(self.running) < self.jobs and not stopping:
+            while waiting and not stopping and self._may_start():
                 self._start(waiting.popleft())
             for connection in wait(list(self.running), _TICK):
                 assert isinstance(connection, Connection)
                 self._hear(connection, stopping)
+
+    def _may_start(self) -> bool:
+        count = len(self.running)
+        if count >= self.jobs:
+            return False
+        fits = self.room.fits(count)
+        if not fits and self.room.largest:
+            self._notice(f"not all of --jobs {self.jobs} at a time: memory has no room for one more", "")
+        return fits
+
+    def _notice(self, text: str, of: str) -> None:
+        """What more than one cell would say is told once."""
+        if text not in self.told:
+            self.told.add(text)
+            self.listener.notice(f"{of}{text}")
 
     def _start(self, status: Status) -> None:
         methods = multiprocessing.get_all_start_methods()
@@ -224,18 +242,18 @@ class Schedule:
         except (EOFError, OSError):
             self._end(connection, stopping)
             return
-        if isinstance(said, float):
-            status.share = said
+        if isinstance(said, Told):
+            status.share = said.share
+            self.room.hear(connection, said)
             self.listener.moved(self.statuses, self._eta())
         elif isinstance(said, str):
-            if said not in self.told:  # the first cell tells for all
-                self.told.add(said)
-                self.listener.notice(f"{status.cell.label}, seed {status.cell.seed}: {said}")
+            self._notice(said, f"{status.cell.label}, seed {status.cell.seed}: ")
         else:
             status.state, status.error = said
 
     def _end(self, connection: Connection, stopping: bool) -> None:
         process, status = self.running.pop(connection)
+        self.room.leave(connection)
         connection.close()
         process.join()
         if status.state == RUNNING:  # it said no last word
@@ -255,10 +273,10 @@ class Schedule:
 
 
 class _Tell(Listener):
-    """Sends the share of the steps that are made, and notices."""
+    """Sends the share of the steps that are made, what memory that takes, and notices."""
 
-    def __init__(self, connection: Connection) -> None:
-        self.connection, self.told = connection, 0.0
+    def __init__(self, connection: Connection, config: RunConfig) -> None:
+        self.connection, self.config, self.told = connection, config, 0.0
 
     def notice(self, text: str) -> None:
         self.connection.send(text)
@@ -266,7 +284,11 @@ class _Tell(Listener):
     def step(self, progress: Progress, total: int, loss: float, lr: float) -> None:
         if time.monotonic() - self.told >= _TELL_EVERY:
             self.told = time.monotonic()
-            self.connection.send(progress.step / total)
+            self.send(progress.step / total)
+
+    def send(self, share: float) -> None:
+        device = devices.resolve(self.config.device)
+        self.connection.send(Told(share, devices.peak_memory(device), devices.free_memory(device)))
 
 
 def _work(connection: Connection, config: RunConfig, run: Path, place: str, threads: int) -> None:
@@ -277,8 +299,10 @@ def _work(connection: Connection, config: RunConfig, run: Path, place: str, thre
     torch.set_num_threads(threads)
     if run.is_dir() and not RunFolder(run).exists():
         shutil.rmtree(run)  # killed before it was a run
+    listener = _Tell(connection, config)
     try:
-        train(config, run, resume=True, listener=_Tell(connection))
+        train(config, run, resume=True, listener=listener)
+        listener.send(1.0)
         word: tuple[str, dict[str, Any] | None] = (FINISHED, None)
     except Interrupted:
         word = (STOPPED, None)

@@ -62,6 +62,8 @@ def test_a_folder_depends_on_the_settings_and_on_nothing_else(write: Any) -> Non
     assert not set(other.values()) & set(one.values())
     told = folders(grid={"prompts.experts": [1, 4]}, settings=BASE["settings"] | {"data.workers": 3})
     assert told == one
+    written_out = folders(grid={"prompts.experts": [1, 4]}, settings=BASE["settings"] | {"prompts.mapped": 1})
+    assert written_out == one, "a default that is written out, as one of a later version would be"
 
 
 @pytest.mark.parametrize("label", ["../../etc", "a/b", ".hidden", "ü — 漢字", "a" * 300, "con: 5 %", " "])

@@ -15,7 +15,7 @@ ORDER = (  # from below; a module imports from rows above its own line, or from 
     "registry config signals gates pixels tokens bootstrap libraries shown",
     "space",
     "recipe checkpoint distributed metrics routing",
-    "run device cache",
+    "run device cache room",
     "adapter encoders prompts data grid",
     "fusion source card compare",
     "graph",
