@@ -71,6 +71,7 @@ class Comparison:
     against: str | None
     samples: int  # of the test split
     notices: tuple[str, ...] = ()
+    chosen: str | None = None  # of a search: the row that validation chose, which alone may stand out
 
     @property
     def metrics(self) -> list[str]:
@@ -78,7 +79,9 @@ class Comparison:
         return [name for name in METRICS if name in self.rows[0].metrics["test"]]
 
     def best(self, split: str, metric: str) -> set[str]:
-        """Labels of the rows with the highest mean."""
+        """Labels of the rows with the highest mean; of a search, of the one that validation chose."""
+        if self.chosen is not None:
+            return {self.chosen}
         means = {row.label: row.metrics[split][metric].mean for row in self.rows}
         highest = max((mean for mean in means.values() if not math.isnan(mean)), default=math.nan)
         return {label for label, mean in means.items() if mean == highest}
@@ -119,12 +122,14 @@ def compare(
     if studies and len(folders) > 1:
         raise ConfigError(87, "a study is compared alone", where=str(studies[0]), fix="name one study, or runs")
     notices: list[str] = []
+    search: dict[str, Any] | None = None
     if studies:
         facts = study_facts(studies[0])
         groups, failed = _cells(studies[0], facts, partly=partly)
         notices += failed
-        if facts.get("search"):
-            notices.append(_not_to_choose_by(facts["search"]))
+        search = facts.get("search")
+        if search:
+            notices.append(_not_to_choose_by(search))
         metric = metric or facts.get("metric")
         baseline = facts.get("baseline")
         if against is None and baseline is not None:
@@ -144,7 +149,8 @@ def compare(
         raise ConfigError(86, f"these runs have no metric {metric!r}", where="--metric", fix=did_you_mean(metric, known))
     rows = tuple(_row(label, group, runs) for label, group in groups)
     samples = int(runs[0].result["rows"]["test"])
-    comparison = Comparison(rows, metric, None, samples, tuple(notices))
+    chosen = (search.get("best") or "") if search else None
+    comparison = Comparison(rows, metric, None, samples, tuple(notices), chosen)
     return _against(comparison, dict(groups), against, metric) if against is not None else comparison
 
 

@@ -66,7 +66,7 @@ class Cell:
 
     label: of its row; runs of a row differ in their seed only.
     changes: by path, what it sets over what all cells have.
-    folder: its run folder in that of the study: it depends on the settings alone, not on the place in the file.
+    folder: its run folder in that of the study: it depends on the label and the settings, not on the place in the file.
     """
 
     label: str
@@ -151,13 +151,9 @@ def unknown_label(label: str, labels: Iterable[str], where: str) -> ConfigError:
 
 
 def identity(config: RunConfig) -> Settings:
-    """What makes a run another one, whatever its seed: settings by path that are not the defaults.
-
-    Without defaults, so that a setting that comes with a later version leaves the folders of a study where they are.
-    """
-    settings, defaults = (flat(c.model_dump(mode="json")) for c in (config, RunConfig(main="", comp="")))
-    without = {key for key, value in settings.items() if value == defaults[key]}
-    return {key: value for key, value in settings.items() if key != "seed" and key not in WITHOUT_EFFECT | without}
+    """What makes a run another one, whatever its seed: settings by path."""
+    settings = flat(config.model_dump(mode="json"))
+    return {key: value for key, value in settings.items() if key != "seed" and key not in WITHOUT_EFFECT}
 
 
 def _checked(values: Settings, source: str) -> StudyFile:
@@ -227,8 +223,11 @@ def _shown(value: Any) -> str:
 
 
 def _folder(label: str, config: RunConfig) -> str:
+    """Without defaults, so that a setting that comes with a later version leaves the folders of a study where they are."""
     readable = re.sub(r"[^A-Za-z0-9=._+-]+", "-", label).strip("-.")[:48] or "cell"
-    return f"cells/{readable}-{key_of(json.dumps(identity(config), sort_keys=True))[:8]}/seed-{config.seed}"
+    defaults = identity(RunConfig(main="", comp=""))
+    settings = {key: value for key, value in identity(config).items() if value != defaults[key]}
+    return f"cells/{readable}-{key_of(json.dumps(settings, sort_keys=True))[:8]}/seed-{config.seed}"
 
 
 def _refuse_seed(settings: Settings, where: str) -> None:

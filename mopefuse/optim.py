@@ -16,19 +16,20 @@ from mopefuse.errors import CheckpointError
 from mopefuse.fusion._base import Fusion
 
 
-def with_learning_rates(config: RunConfig, modality_of: Mapping[str, str], tuned: Collection[str] = ()) -> RunConfig:
+def with_learning_rates(
+    config: RunConfig, modality_of: Mapping[str, str], tuned: Collection[str] = (), *, fitted: bool = False
+) -> RunConfig:
     """`config` with the papers' learning rates where none is given: 4e-4 for an image encoder, 5e-4 for a text encoder.
-
-    A head that begins as a regression gets a fiftieth.
 
     Args:
         tuned: sides whose encoder is fully tuned, the complementary one at `lr_tuned` as the main one.
+        fitted: whether the head begins as a regression: it gets a fiftieth.
     """
     default = {side: 4e-4 if modality == "image" else 5e-4 for side, modality in modality_of.items()}
     main = config.train.lr or default.get("main", default.get("comp", 4e-4))
     full = config.train.lr_tuned if "comp" in tuned else None
     comp = config.train.lr_comp or full or config.train.lr or default.get("comp", main)
-    head = config.train.lr_head or main * (1 / 50 if config.warm_start == "linear" else 1)
+    head = config.train.lr_head or main * (1 / 50 if fitted else 1)
     rates = {"lr": main, "lr_comp": comp, "lr_head": head}
     return config.model_copy(update={"train": config.train.model_copy(update=rates)})
 

@@ -2,7 +2,8 @@
 
 There is no state beside the runs and study.json. A seeded sampler proposes the same settings for the same history, so a search
 that was killed asks again from its first trial and finds the runs that are finished where their settings say they are.
-A trial that failed stays failed as long as its folder is there. Trials do not depend on `jobs`, only on `Search.at_once`.
+A trial that failed, but for lack of memory, stays failed as long as its folder is there. Trials do not depend on `jobs`,
+only on `Search.at_once`.
 
 Tree-structured Parzen estimator: Bergstra et al., Algorithms for hyper-parameter optimization, NeurIPS 2011, as in Optuna
 (https://arxiv.org/abs/1907.10902). Every run tests its best checkpoint, as any run does; nothing here reads that.
@@ -20,7 +21,7 @@ from typing import Any
 
 from mopefuse.checkpoint import read_json
 from mopefuse.data.load import load_data
-from mopefuse.errors import CheckpointError, ConfigError, Interrupted, did_you_mean
+from mopefuse.errors import CheckpointError, ConfigError, Interrupted, ResourceError, did_you_mean
 from mopefuse.gates import selected_metric
 from mopefuse.grid import STUDY_FILE, Cell, Settings, Study
 from mopefuse.libraries import require
@@ -181,10 +182,11 @@ class _Searching:
 
 
 def _errors(out: Path) -> dict[str, Any]:
-    """Run folder to error, of the runs that study.json says have failed."""
+    """Run folder to error, of the runs that study.json says have failed; not those that lacked memory, to be tried again."""
     try:
         cells = read_json(out / STUDY_FILE)["cells"] if (out / STUDY_FILE).is_file() else []
-        return {cell["run"]: cell["error"] for cell in cells if cell["state"] == FAILED}
+        failed = {cell["run"]: cell["error"] for cell in cells if cell["state"] == FAILED}
+        return {run: error for run, error in failed.items() if error["exit"] != ResourceError.exit_code}
     except (KeyError, TypeError):
         raise CheckpointError(3, f"{STUDY_FILE} is damaged", where=str(out), fix="name another --out") from None
 

@@ -10,7 +10,10 @@ from typing import Any
 
 
 class StopRequest:
-    """A context in which the first Ctrl-C or SIGTERM is noted, the second ignored, and the third ends the process."""
+    """A context in which the first Ctrl-C or SIGTERM is noted, the second ignored, and the third ends the process.
+
+    What is ignored already stays so: a cell of a study leaves Ctrl-C to the study.
+    """
 
     def __init__(self) -> None:
         self.signal_number = 0
@@ -21,7 +24,8 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             return self  # Python lets only the main thread listen
         for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._note)
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

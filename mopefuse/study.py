@@ -111,7 +111,10 @@ def run_study(study: Study, out: Path, *, jobs: int = 1, listener: StudyListener
         write(study, out, statuses)
         waiting = [status for status in statuses if status.state != FINISHED]
         if waiting and len({status.cell.config.data.path for status in waiting}) == 1:
-            load_data(waiting[0].cell.config.data)
+            metric, multi_label = study.file.metric, load_data(waiting[0].cell.config.data).multi_label
+            if metric in (("accuracy",) if multi_label else ("f1_micro", "f1_samples")):
+                what = f"{'multi-label' if multi_label else 'single-label'} data have no {metric}"
+                raise ConfigError(115, what, where=f"{study.name}, metric", fix="leave it out for the usual one")
         with StopRequest() as stop:
             Schedule(study, out, statuses, jobs, listener).run(stop)
     if stop.signal_number and any(status.state != FINISHED for status in statuses):
@@ -194,16 +197,22 @@ class Schedule:
         """Run the cells that are waiting, until they ended or it is asked to stop."""
         waiting = deque(status for status in self.statuses if status.state == WAITING)
         stopping = False
-        while self.running or (waiting and not stopping):
-            if stop.signal_number and not stopping:
-                stopping = True
-                for process, _ in self.running.values():
-                    process.terminate()
-            while waiting and not stopping and self._may_start():
-                self._start(waiting.popleft())
-            for connection in wait(list(self.running), _TICK):
-                assert isinstance(connection, Connection)
-                self._hear(connection, stopping)
+        try:
+            while self.running or (waiting and not stopping):
+                if stop.signal_number and not stopping:
+                    stopping = True
+                    for process, _ in self.running.values():
+                        process.terminate()
+                while waiting and not stopping and self._may_start():
+                    self._start(waiting.popleft())
+                for connection in wait(list(self.running), _TICK):
+                    assert isinstance(connection, Connection)
+                    self._hear(connection, stopping)
+        finally:  # empty, unless something went wrong here: a full disk, nobody who reads what is printed
+            for process, _ in self.running.values():
+                process.terminate()
+            for process, _ in self.running.values():
+                process.join()
 
     def _may_start(self) -> bool:
         count = len(self.running)
@@ -257,10 +266,10 @@ class Schedule:
         connection.close()
         process.join()
         if status.state == RUNNING:  # it said no last word
-            status.state = STOPPED if stopping else FAILED
-            if not stopping:
-                what, fix = "the process of a cell was killed; usually host memory", "lower --jobs, and run the study again"
-                status.error = ResourceError(11, what, where=status.cell.folder, fix=fix).as_dict()
+            status.state = STOPPED
+        if status.state == STOPPED and not stopping:
+            what, fix = "the process of a cell was killed; usually host memory", "lower --jobs, and run the study again"
+            status.state, status.error = FAILED, ResourceError(11, what, where=status.cell.folder, fix=fix).as_dict()
         self.made += status.state == FINISHED
         write(self.study, self.out, self.statuses, self.facts)
         self.listener.ended(status, self.statuses, self._eta())

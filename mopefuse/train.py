@@ -290,7 +290,7 @@ def resolved(config: RunConfig, model: Fusion) -> RunConfig:
     """Every default that depends on the encoders written out."""
     modality_of = {side: model.encoder(side).modality for side in model.uses}
     tuned = [side for side in model.uses if model.encoder(side).tuned]
-    return with_learning_rates(full_specs(model.resolve(config)), modality_of, tuned)
+    return with_learning_rates(full_specs(model.resolve(config)), modality_of, tuned, fitted=model.standard is not None)
 
 
 def _facts(config: RunConfig, data: DataSet, model: Fusion) -> dict[str, Any]:

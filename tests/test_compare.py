@@ -214,13 +214,17 @@ def test_latex_and_csv_escape_labels(folder: Path) -> None:
     from mopefuse.cli._comparison import as_csv, as_latex, as_markdown
 
     found = compare(runs(folder))
-    rows: list[Row] = [replace(found.rows[0], label="=5 % & a_b|c"), found.rows[1]]
-    found = replace(found, rows=tuple(rows))
+    rows: list[Row] = [replace(found.rows[0], label="=5 % & a_b|c<d"), found.rows[1]]
+    notices = ("left out: x: two\nlines",)
+    found = replace(found, rows=tuple(rows), notices=notices)
     latex = as_latex(found, ("test",))
-    assert r"=5 \% \& a\_b|c & 3" in latex
+    assert r"=5 \% \& a\_b$|$c$<$d & 3" in latex
+    assert latex.splitlines()[-1] == "% left out: x: two lines"
     assert latex.count(r"\textbf{") >= 2
     assert all(line.count("&") - line.count(r"\&") == 7 for line in latex.splitlines() if line.endswith(r"\\"))
+    against = replace(compare(runs(folder), against="text"), against="=5 %")
     assert "'=5 %" in as_csv(found, ("test",))
+    assert ",=5 %," not in as_csv(against, ("test",))
     assert r"a_b\|c" in as_markdown(found, ("test",))
 
 

@@ -111,13 +111,25 @@ def test_p_sequential_with_closed_gates_is_main_only_and_ungated_it_is_a_prompt_
 def test_what_does_not_suit_is_refused() -> None:
     for options, number in (
         ({"method": "sequential", "main": "timm:swin_tiny?pretrained=false&img_size=32&window_size=1"}, 70),
-        ({"method": "mmbt"}, 71),
         ({"method": "p-mmbt", "main": "tiny:text", "comp": "tiny:text-b"}, 71),
         ({"method": "mmbt", "main": "tiny:text", "comp": "open_clip:RN50#visual?pretrained=false"}, 72),
     ):
         with pytest.raises(EncoderError) as refused:
             build(**options)
         assert refused.value.number == number
+
+
+@pytest.mark.parametrize("method", ["mmbt", "p-mmbt"])
+def test_the_text_reads_the_image_whichever_is_main(method: str) -> None:
+    text_main = build(method=method, main="tiny:text", comp="tiny:vision")
+    image_main = build(method=method, main="tiny:vision", comp="tiny:text")
+    other = {"main": "comp", "comp": "main"}
+    exchanged = {
+        ".".join(other.get(part, part) for part in name.split(".")): tensor for name, tensor in text_main.own_state().items()
+    }
+    image_main.load_own_state(exchanged, where="here")
+    assert torch.equal(answers(text_main), answers(image_main))
+    assert [model.bond("project.weight") for model in (text_main, image_main)] == ["comp features", "main features"]
 
 
 @pytest.mark.parametrize("method", ["promptfuse", "p-mmbt", "p-sequential"])

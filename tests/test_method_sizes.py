@@ -75,8 +75,6 @@ def test_trainable_parameters_at_vit_and_bert(variant: str, encoders: dict[str, 
         values |= {section: {key: value}} if section else {key: value}
     for encoder in encoders.values():
         encoder.freeze()
-    if "mmbt" in method:  # reads text as main
-        encoders = {"main": encoders["comp"], "comp": encoders["main"]}
     config = build_config(values)
     with torch.device("meta"):
         model = registry.load(registry.FUSION, method)(config, encoders, N)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -22,7 +23,7 @@ from mopefuse.errors import ConfigError
 from mopefuse.grid import read_study
 from mopefuse.registry import available
 from mopefuse.run import RunFolder
-from mopefuse.study import FAILED, FINISHED, is_finished, run_study
+from mopefuse.study import FAILED, FINISHED, StudyListener, is_finished, run_study
 
 STEPS = {"epochs": 4, "batch_size": 4, "lr": 1e-2, "log_every": 1, "checkpoint_every": 5}  # 12 steps of a run
 
@@ -141,8 +142,7 @@ def test_what_is_finished_is_not_run_again_and_what_is_added_is(undisturbed: Pat
 
 
 def test_a_finished_cell_of_every_method_counts_as_finished(pairs: Path, tmp_path: Path) -> None:
-    text_main = {"main": "tiny:text", "comp": "tiny:vision"}
-    labels = {name: {"method": name} | (text_main if "mmbt" in name else {}) for name in sorted(available("mopefuse.fusion"))}
+    labels = {name: {"method": name} for name in available("mopefuse.fusion")}
     file = write_study(tmp_path, pairs, baseline=None, grid={}, seeds=[0], cells={**labels, "warm": {"warm_start": "linear"}})
     study = read_study(str(file), ["train.max_steps=1"])
     assert {status.state for status in run_study(study, tmp_path / "out")} == {FINISHED}
@@ -249,3 +249,35 @@ def test_a_dry_run_lists_the_cells_and_writes_nothing(file: Path, tmp_path: Path
 def test_a_dry_run_knows_what_is_finished(undisturbed: Path, file: Path) -> None:
     listed = json.loads(call("study", file, "--out", undisturbed, "--dry-run", "--json").stdout)["cells"]
     assert all(cell["finished"] for cell in listed)
+
+
+def test_a_metric_that_the_data_do_not_have_is_refused_before_the_first_run(multi_pairs: Path, tmp_path: Path) -> None:
+    study = read_study(str(write_study(tmp_path, multi_pairs, metric="accuracy")))
+    with pytest.raises(ConfigError, match="multi-label data have no accuracy"):
+        run_study(study, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("cells/*"))
+
+
+def test_an_error_of_the_study_itself_leaves_no_cell_running(file: Path, tmp_path: Path) -> None:
+    class Closed(StudyListener):
+        def moved(self, statuses: Any, eta: Any) -> None:
+            raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        run_study(read_study(str(file), ["train.epochs=2000"]), tmp_path / "out", jobs=2, listener=Closed())
+    assert multiprocessing.active_children() == []
+
+
+def test_a_cell_that_is_told_to_stop_by_others_is_recorded_as_failed(file: Path, tmp_path: Path) -> None:
+    ended = []
+
+    class Kill(StudyListener):
+        def moved(self, statuses: Any, eta: Any) -> None:
+            if not ended:
+                ended.append(1)
+                multiprocessing.active_children()[0].terminate()
+
+    statuses = run_study(read_study(str(file), ["train.epochs=40"]), tmp_path / "out", listener=Kill())
+    assert [status.state for status in statuses] == [FAILED, FINISHED, FINISHED, FINISHED]
+    assert statuses[0].error is not None
+    assert statuses[0].error["code"] == "MF-RES-11"

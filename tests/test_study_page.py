@@ -140,8 +140,20 @@ def test_a_sweep_is_over_one_number_and_nothing_else(trained: Path, tmp_path: Pa
         ("prompts.static", [[5, 20, 80]]), ("prompts.experts", [[1, 4, 16]]),
     ]  # fmt: skip
     assert [series.name for sweep in found for series in sweep.series] == ["5 tokens to 80 tokens", "prompts.experts"]
+    rates = [Made(f"lr={n}", {"train.lr": n, "train.lr_comp": n, "train.lr_head": n / 50}, [0.5], {}) for n in (0.1, 0.2, 0.3)]
+    assert [sweep.path for sweep in sweeps(compare([make_study(trained, tmp_path / "rates", rates)]).rows)] == ["train.lr"]
     two = [Made(f"experts={n}", {"prompts.experts": n}, [0.5], {}) for n in (1, 4)]
     assert sweeps(compare([make_study(trained, tmp_path / "two", two)]).rows) == [], "two values are no line"
+
+
+def test_of_a_search_the_choice_of_validation_stands_out_not_the_best_on_test(trained: Path, tmp_path: Path) -> None:
+    rows = [Made("trial 0", {"train.lr": 0.1}, [0.9], {}), Made("trial 1", {"train.lr": 0.2}, [0.7], {})]
+    study = make_study(trained, tmp_path / "made", rows, search={"metric": "accuracy", "best": "trial 1", "trials": []})
+    assert compare([study]).best("test", "accuracy") == {"trial 1"}
+    page = report_study(study).page.read_text()
+    assert "test accuracy, of trial 1, which validation chose" in page
+    assert "<b>70.0</b>" in page
+    assert "<b>90.0</b>" not in page
 
 
 def test_many_rows_are_several_figures_on_the_same_axes(trained: Path, tmp_path: Path) -> None:

@@ -147,3 +147,20 @@ def test_a_run_of_it_resumes_to_the_bit_and_evaluates(pairs: Path, tmp_path: Pat
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     assert evaluate(tmp_path / "whole").metrics == pytest.approx(result["metrics"]["test"])
     assert RunFolder(tmp_path / "whole").config().tune == tune
+
+
+def test_settings_that_count_are_not_said_to_be_unused() -> None:
+    for method, unused in (("promptfuse", []), ("p-sequential", []), ("sequential", ["prompts"])):
+        assert build(method=method, tune="probe", init=0.2).unused_sections() == unused
+
+
+def test_tuning_leaves_batch_norms_as_they_were_taught(tmp_path: Path) -> None:
+    """In training mode they would mix the samples of a batch, and have statistics of their own in each process."""
+    model = build(method="comp-only", tune="full", comp="timm:resnet18?pretrained=false", main="tiny:vision").train()
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    before = [norm.running_mean.clone() for norm in norms]
+    pixels = torch.randn(3, 3, 64, 64)
+    encode = lambda x: model.encoder("comp").encode({"pixels": x}).pooled_BC  # noqa: E731
+    torch.testing.assert_close(encode(pixels)[:1], encode(pixels[:1]), atol=1e-5, rtol=1e-4)
+    assert all(torch.equal(norm.running_mean, mean) for norm, mean in zip(norms, before, strict=True))
+    assert norms[0].weight.requires_grad

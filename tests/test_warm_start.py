@@ -146,3 +146,10 @@ def test_a_swapped_encoder_gets_statistics_of_its_own(data: Path, tmp_path: Path
         assert torch.equal(new[f"standard.main.{buffer}"], old[f"standard.main.{buffer}"])
         assert torch.equal(new[f"standard.comp.{buffer}"], alone[f"standard.comp.{buffer}"])
     assert torch.equal(new["head.weight"][:, :96], old["head.weight"][:, :96])
+
+
+def test_a_method_that_does_not_begin_as_a_regression_keeps_the_learning_rate_of_its_head(data: Path) -> None:
+    for method in ("late-concat", "main-only"):
+        other = config(data, method=method)
+        assert other.warm_start == "linear"
+        assert resolved(other, build_model(other, 3)).train.lr_head == other.train.lr

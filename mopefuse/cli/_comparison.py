@@ -14,6 +14,7 @@ from mopefuse.compare import Comparison, Row
 from mopefuse.report.comparison import Splits, cells, notes
 
 _LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "·": r"$\cdot$"}
+_LATEX |= {character: f"${character}$" for character in "<>|"}
 _LATEX |= {character: "\\" + character for character in "&%$#_{}"}
 
 
@@ -44,7 +45,7 @@ def as_latex(comparison: Comparison, splits: Splits) -> str:
     """A tabular without packages; the best numbers are bold, notes are comments."""
     columns, rows = cells(comparison, splits, lambda text: f"\0{text}\1")
     body = [" & ".join(map(_escaped, line)) + r" \\" for line in (columns, *rows)]
-    remarks = [f"% {line}" for line in notes(comparison)]
+    remarks = [f"% {' '.join(line.split())}" for line in notes(comparison)]
     shape = f"l{'r' * (len(columns) - 1)}"
     return "\n".join([rf"\begin{{tabular}}{{{shape}}}", body[0], r"\hline", *body[1:], r"\end{tabular}", *remarks]) + "\n"
 
@@ -61,11 +62,16 @@ def as_csv(comparison: Comparison, splits: Splits) -> str:
     for row in comparison.rows:
         spreads = [row.metrics[split].get(metric) for split in splits for metric in comparison.metrics]
         numbers = [number for spread in spreads for number in ((spread.mean, spread.std) if spread else (None, None))]
-        versus: list[Any] = [comparison.against, comparison.metric, *vars(row.versus).values()] if row.versus else [""] * 6
-        label = f"'{row.label}" if row.label[:1] in ("=", "+", "-", "@", "\t", "\r") else row.label
+        versus: list[Any] = [""] * 6
+        if row.versus:
+            versus = [_plain(comparison.against or ""), comparison.metric, *vars(row.versus).values()]
         facts = [row.trainable, row.total, row.seconds.mean, row.peak_memory]
-        writer.writerow([label, len(row.runs), " ".join(map(str, row.seeds)), *numbers, *facts, *versus])
+        writer.writerow([_plain(row.label), len(row.runs), " ".join(map(str, row.seeds)), *numbers, *facts, *versus])
     return file.getvalue()
+
+
+def _plain(label: str) -> str:
+    return f"'{label}" if label[:1] in ("=", "+", "-", "@", "\t", "\r") else label
 
 
 def as_json(comparison: Comparison, splits: Splits) -> str:

@@ -32,7 +32,8 @@ def run(study: Study, folder: Path, *, jobs: int, json: bool) -> None:
             error = status.error or {}
             err().print(f"failed: {status.cell.folder}: {error['code']} {error['message']}", markup=False)
         if failed:
-            err().print(f"a trial that failed is not tried again as long as its folder is in {folder}", markup=False)
+            told = f"a trial that failed, but for lack of memory, is not tried again as long as its folder is in {folder}"
+            err().print(told, markup=False)
     if searched.best is None:
         raise typer.Exit(int((failed[0].error or {}).get("exit", 1)) if failed else 8)
 

@@ -183,8 +183,14 @@ class Encoder(nn.Module):
         return self.tuned or (self.adapted and _lora.is_lora(name))
 
     def train(self, mode: bool = True) -> Encoder:
-        """Training mode reaches the backbone only when it is fully tuned; of an adapted one, LoRA's own dropout."""
+        """Training mode reaches the backbone only when it is fully tuned; of an adapted one, LoRA's own dropout.
+
+        Never a batch norm: it would mix the samples of a batch, and have statistics of its own in each process.
+        """
         super().train(mode and self.tuned)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
         if self.adapted:
             _lora.train_dropout(self, mode)
         return self

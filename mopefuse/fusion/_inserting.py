@@ -20,34 +20,44 @@ from mopefuse.fusion._tuned import TunedFusion
 
 
 class InsertingFusion(TunedFusion):
-    """A main encoder that reads other tokens ahead of its own, through all its layers, and classifies.
+    """An encoder, the main one unless `roles` says otherwise, that reads other tokens ahead of its own and classifies.
 
-    They enter its first layer without position. What comes from the complementary encoder loses its scale and is
-    projected to the main encoder's width (`project`).
+    They enter its first layer without position, and go through all. What comes from the other encoder loses its scale and
+    is projected to the reader's width (`project`).
 
     Raises:
-        EncoderError: a main encoder that takes no tokens beside its own (`Encoder.insertable`).
+        EncoderError: a reader that takes no tokens beside its own (`Encoder.insertable`).
     """
 
     parts: ClassVar[dict[str, str]] = {r"^project\.": "projection", r"^prompt_PD$": "inserted prompts", **TunedFusion.parts}
-    bonds: ClassVar[dict[str, str]] = {**TunedFusion.bonds, r"^project\.": "comp features", r"^prompt_PD$": "main"}
 
     def __init__(self, config: RunConfig, encoders: Mapping[str, Encoder], num_labels: int) -> None:
         super().__init__(config, encoders)
-        main = self.encoder("main")
-        main.require_insertable()
-        self.frozen = tuple(side for side in self.frozen if side == "comp")
-        self.project = nn.Linear(self.source_width(), main.widths[0])
-        self.head = self.make_head(main.feature_width, num_labels)
+        self.reader, self.source = self.roles()
+        reader = self.encoder(self.reader)
+        reader.require_insertable(self.reader)
+        self.frozen = tuple(side for side in self.frozen if side == self.source)
+        self.project = nn.Linear(self.source_width(), reader.widths[0])
+        self.head = self.make_head(reader.feature_width, num_labels)
+
+    def roles(self) -> tuple[str, str]:
+        """The side whose encoder reads and classifies, and the side that it reads tokens of."""
+        return "main", "comp"
 
     @property
     def head_sides(self) -> tuple[str, ...]:
-        """The main encoder alone, which has read the other one."""
-        return ("main",)
+        """The encoder alone that has read the other one."""
+        return (self.reader,)
+
+    def bond(self, name: str) -> str:
+        """Also of what is inserted."""
+        if name.startswith("project."):
+            return f"{self.source} features"
+        return self.reader if name == "prompt_PD" else super().bond(name)
 
     def source_width(self) -> int:
-        """Width of what is projected, of the complementary encoder."""
-        return self.encoder("comp").feature_width
+        """Width of what is projected."""
+        return self.encoder(self.source).feature_width
 
     @abstractmethod
     def inserted(self, batch: Batch) -> Insert:
@@ -60,6 +70,6 @@ class InsertingFusion(TunedFusion):
 
     def forward(self, batch: Batch) -> Output:
         """Logits (B, N)."""
-        insert, prompt_at = self.inserted(batch), self.prompts("main", batch)
-        encoded = self.encoder("main").encode(batch.inputs["main"], prompt_at, insert)
+        insert, prompt_at = self.inserted(batch), self.prompts(self.reader, batch)
+        encoded = self.encoder(self.reader).encode(batch.inputs[self.reader], prompt_at, insert)
         return Output(self.classify(encoded.pooled_BC))

@@ -28,6 +28,7 @@ class TunedFusion(Fusion):
         EncoderError: an encoder that cannot be prompted or adapted, and is to be.
     """
 
+    prompts_always: ClassVar[bool] = False  # whether settings of `prompts` count however encoders learn
     own_tune: ClassVar[str] = "probe"  # where the setting `tune` says nothing
     parts: ClassVar[dict[str, str]] = {
         r"^stacks\..*static_SD$": "static prompts",
@@ -61,8 +62,8 @@ class TunedFusion(Fusion):
     def unused_sections(self) -> list[str]:
         """Also the prompts, where there are none."""
         unused = super().unused_sections()
-        without = self.tune != "prompt" and self.config.prompts != RunConfig(main="", comp="").prompts
-        return [*unused, "prompts"] if without else unused
+        count = self.tune == "prompt" or self.prompts_always or self.config.prompts == RunConfig(main="", comp="").prompts
+        return unused if count else [*unused, "prompts"]
 
     def prompts(self, side: str, batch: Batch) -> PromptAt | None:
         """The static prompts of a side; None if it has none."""

@@ -15,6 +15,7 @@ from mopefuse.config import RunConfig
 from mopefuse.data._base import Batch
 from mopefuse.encoders._base import Encoder, Insert
 from mopefuse.errors import EncoderError
+from mopefuse.fusion._base import SIDES
 from mopefuse.fusion._inserting import InsertingFusion
 
 
@@ -27,30 +28,36 @@ class MMBT(InsertingFusion):
     unfrozen one after the other. Limit: with one image token of an encoder that pools by the mean it is `Sequential`.
 
     Raises:
-        EncoderError: a main encoder that is not of text, or a complementary one that is not of images or has no tokens.
+        EncoderError: two encoders of one modality, a text encoder that takes no tokens beside its own, or an image encoder
+            whose tokens are not known.
     """
 
     own_tune: ClassVar[str] = "full"
     sections: ClassVar[tuple[str, ...]] = (*InsertingFusion.sections, "inserted")
 
     def __init__(self, config: RunConfig, encoders: Mapping[str, Encoder], num_labels: int) -> None:
-        for side, modality in (("main", "text"), ("comp", "image")):
-            if encoders[side].modality != modality:
-                what = f"{config.method} reads a text as main and an image as complementary modality"
-                raise EncoderError(71, f"{what}; {encoders[side].spec} is of the other", fix="exchange --main and --comp")
-        if not encoders["comp"].token_width:
-            what = f"the width of the tokens of {encoders['comp'].spec} is not known"
-            raise EncoderError(72, what, fix="use an image encoder of timm:, hf: or tiny:")
         super().__init__(config, encoders, num_labels)
-        self.frozen = ()  # its tokens are read, not its pooled feature
+        self.frozen = ()  # tokens of the image are read, not its pooled feature
+
+    def roles(self) -> tuple[str, str]:
+        """The text reads the image, whichever is main."""
+        sides = {self.encoder(side).modality: side for side in SIDES}
+        if sides.keys() != {"text", "image"}:
+            what = f"{self.config.method} is of a text and an image; both encoders are of one modality"
+            raise EncoderError(71, what, fix="name one of each as --main and --comp")
+        return sides["text"], sides["image"]
 
     def source_width(self) -> int:
         """C, which for an encoder with a projection of its own is not that of its feature."""
-        return self.encoder("comp").token_width
+        encoder = self.encoder(self.source)
+        if not encoder.token_width:
+            what = f"the width of the tokens of {encoder.spec} is not known"
+            raise EncoderError(72, what, fix="use an image encoder of timm:, hf: or tiny:")
+        return encoder.token_width
 
     def inserted(self, batch: Batch) -> Insert:
         """Parts of the image as tokens."""
-        tokens_BLC = self.encode("comp", batch).tokens_BLD
+        tokens_BLC = self.encode(self.source, batch).tokens_BLD
         count = min(self.config.inserted.images, tokens_BLC.shape[1])
         parts_BMC = F.adaptive_avg_pool1d(tokens_BLC.transpose(1, 2), count).transpose(1, 2)
         return Insert(self.projected(parts_BMC))

@@ -31,6 +31,7 @@ class PSequential(TunedFusion):
         EncoderError: an encoder that cannot be prompted.
     """
 
+    prompts_always: ClassVar[bool] = True  # the gate of psi
     own_tune: ClassVar[str] = "prompt"
     parts: ClassVar[dict[str, str]] = {r"^project\.": "projection", r"^gate_H$": "gates", **TunedFusion.parts}
     bonds: ClassVar[dict[str, str]] = {**TunedFusion.bonds, r"^project\.": "comp features", r"^gate_H$": "main"}

@@ -28,6 +28,7 @@ class PromptFuse(InsertingFusion):
     """
 
     sections: ClassVar[tuple[str, ...]] = (*InsertingFusion.sections, "inserted")
+    prompts_always: ClassVar[bool] = True  # the bound of learned tokens
     blind: ClassVar[bool] = False  # whether learned tokens see one another only
 
     def __init__(self, config: RunConfig, encoders: Mapping[str, Encoder], num_labels: int) -> None:

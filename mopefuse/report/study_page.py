@@ -67,16 +67,20 @@ def _tiles(facts: StudyFacts) -> list[tuple[str, str]]:
     comparison = facts.comparison
     best = [row for row in comparison.rows if row.label in comparison.best("test", comparison.metric)]
     if best:
-        name = f"best test {comparison.metric.replace('_', ' ')}, of {best[0].label}"
+        which = "best test" if comparison.chosen is None else "test"
+        name = f"{which} {comparison.metric.replace('_', ' ')}, of {best[0].label}"
+        if comparison.chosen is not None:
+            name += ", which validation chose"
         found.insert(0, (name, percent(facts.score(best[0]).mean)))
-        found.append(("trained parameters of the best", f"{best[0].trainable:,}"))
+        found.append((f"trained parameters of {'the best' if comparison.chosen is None else 'that'}", f"{best[0].trainable:,}"))
     return [*found, ("test samples", f"{comparison.samples:,}")]
 
 
 def _table(comparison: Comparison) -> Section:
     columns, lines = cells(comparison, ("test",), lambda text: Markup("<b>{}</b>").format(text))
     told = notes(replace(comparison, notices=()))
-    told[0] = f"Bold is the best of a column. {told[0]}"
+    bold = "the best of a column" if comparison.chosen is None else "the trial that validation chose"
+    told[0] = f"Bold is {bold}. {told[0]}"
     return Section("comparison", "Comparison", fragment("table", columns, lines, told=told))
 
 

@@ -35,12 +35,20 @@ def sweeps(rows: Sequence[Row]) -> list[Sweep]:
         for row in rows:
             value = row.settings.get(path)
             if isinstance(value, int | float) and not isinstance(value, bool):
-                others = {key: other for key, other in row.settings.items() if key != path}
+                others = {key: _own(path, key, row) for key in row.settings if key != path}
                 groups.setdefault(json.dumps(others, sort_keys=True), []).append((float(value), row))
         series = [_series(path, group) for group in groups.values() if len(group) >= _LEAST]
         if series:
             found.append(Sweep(path, tuple(series)))
     return found
+
+
+def _own(path: str, key: str, row: Row) -> object:
+    """A setting beside the one that is swept over; a learning rate that follows it by its ratio."""
+    value, swept = row.settings[key], row.settings[path]
+    if path == "train.lr" and key in ("train.lr_comp", "train.lr_head") and isinstance(value, int | float):
+        return f"{value / swept:.6g} of it"
+    return value
 
 
 def _series(path: str, group: Sequence[tuple[float, Row]]) -> Series:
