@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from chromium import BROWSER, Chromium
 from hypothesis import settings
 from PIL import Image
 
@@ -143,3 +144,12 @@ def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess[str
         timeout=240,
         check=False,
     )
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
+    if BROWSER is None:
+        pytest.skip("there is no Chromium to look at the page with: apt-get install chromium")
+    chromium = Chromium(tmp_path_factory.mktemp("chromium"))
+    yield chromium
+    chromium.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from check_cases import ATTRIBUTE, HOSTILE
-from chromium import BROWSER, Chromium
+from chromium import Chromium
 from conftest import TINY, call, make_pairs, write_rows
 from PIL import Image
 from test_data_pages import Page
@@ -316,15 +315,6 @@ def test_sections_of_other_pages_are_put_together_and_escaped() -> None:
 
 
 # -- in a browser
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
-    if BROWSER is None:
-        pytest.skip("there is no Chromium to look at the page with: apt-get install chromium")
-    chromium = Chromium(tmp_path_factory.mktemp("chromium"))
-    yield chromium
-    chromium.close()
 
 
 @pytest.mark.parametrize("dark", [False, True])

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from check_cases import HOSTILE
-from chromium import BROWSER, Chromium
+from chromium import Chromium
 from conftest import call, code_of
 from study_cases import Made, change, make_study
 from test_data_pages import Page
@@ -298,15 +297,6 @@ def test_settings_that_all_rows_have_are_listed_once(study: Path) -> None:
 
 
 # -- in a browser
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
-    if BROWSER is None:
-        pytest.skip("there is no Chromium to look at the page with: apt-get install chromium")
-    chromium = Chromium(tmp_path_factory.mktemp("chromium"))
-    yield chromium
-    chromium.close()
 
 
 @pytest.mark.parametrize("dark", [False, True])

@@ -188,7 +188,7 @@ class Encoder(nn.Module):
         Never a batch norm: it would mix the samples of a batch, and have statistics of its own in each process.
         """
         super().train(mode and self.tuned)
-        for module in self.modules():
+        for module in self.modules() if mode and self.tuned else ():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
         if self.adapted:

@@ -1,6 +1,6 @@
-"""What methods share that put tokens of the complementary modality among those of the main encoder.
+"""What methods share that put tokens of one modality among those of the other one's encoder, the reader.
 
-Shapes: B batch, P inserted tokens, C width of a feature, D width of the main encoder's tokens, N labels.
+Shapes: B batch, P inserted tokens, C width of a feature, D width of the reader's tokens, N labels.
 """
 
 from __future__ import annotations
