@@ -157,9 +157,6 @@ def _attention(
     keys, values = (
         split_heads(getattr(module, name)(prompt.tokens_BPD), query.shape[1]) for name in module.prompt_projections
     )
-    windows = query.shape[0] // keys.shape[0]  # in Swin: those of an image are adjacent
-    if windows > 1:
-        keys, values = keys.repeat_interleave(windows, dim=0), values.repeat_interleave(windows, dim=0)
     if prompt.gate_H is not None:
         return out_BLHE + attend_prompts(query, keys, values, prompt.gate_H, scale=scaling).transpose(1, 2), None
     causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)

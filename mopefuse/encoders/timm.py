@@ -21,7 +21,6 @@ from types import MethodType
 from typing import Any
 
 import timm
-import torch
 import torch.nn.functional as F
 from timm.data import resolve_model_data_config
 from timm.layers import Attention
@@ -31,10 +30,11 @@ from torch import Tensor, nn
 
 from mopefuse.checkpoint import check_tensors
 from mopefuse.encoders import _hub, _lora, _numbers, _options, _weights
-from mopefuse.encoders._attention import Insert, Prompt, attend, attend_prompts
+from mopefuse.encoders._attention import Insert, Prompt, attend, attend_prompts, split_fused
 from mopefuse.encoders._base import Encoded, Inputs, option_flag
 from mopefuse.encoders._preprocess import ImagePreprocess
 from mopefuse.encoders._prompted import PromptedEncoder
+from mopefuse.encoders._windows import attend_in_windows
 from mopefuse.encoders.aliases import ALIASES
 from mopefuse.errors import EncoderError, did_you_mean
 from mopefuse.registry import Spec
@@ -122,14 +122,21 @@ def _vit_attention(self: Any, x_BLD: Tensor, *args: Any, **kwargs: Any) -> Tenso
         out: Tensor = Attention.forward(self, x_BLD, *args, **kwargs)
         return out
     assert not args and not any(v is not None and v is not False for v in kwargs.values()), "no mask is passed to a ViT"
-    q, k, v = _project(self, x_BLD)
+    gated = prompt is not None and prompt.gate_H is not None
+    q, k, v, again = split_fused(self.qkv(x_BLD), self.num_heads) if gated else (*_project(self, x_BLD), None)
     q, k = self.q_norm(q), self.k_norm(k)
-    if prompt is None:
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=self.scale)
-    else:
-        _, prompt_k, prompt_v = _project(self, prompt.tokens_BPD)
-        biases = () if seen is None else (torch.zeros_like(seen, dtype=q.dtype).masked_fill(~seen, -torch.inf),)
-        attended = _attend(self, (q, k, v), (self.k_norm(prompt_k), prompt_v), prompt.gate_H, biases)
+    if prompt is None or gated:
+        if self.fused_attn or seen is not None:
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        else:  # timm's own steps
+            attended = ((q * self.scale) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+    if prompt is not None:
+        prompt_k, prompt_v = _project_prompt(self, prompt)
+        prompt_k = self.k_norm(prompt_k)
+        if prompt.gate_H is None:
+            attended = attend(q, k, v, prompt_k, prompt_v, mask=seen)
+        else:
+            attended = attended + attend_prompts(self.q_norm(again), prompt_k, prompt_v, prompt.gate_H)
     attended_BLD = attended.transpose(1, 2).flatten(2)
     if getattr(self, "norm", None) is not None:
         attended_BLD = self.norm(attended_BLD)
@@ -143,13 +150,19 @@ def _swin_attention(self: Any, x_NLD: Tensor, mask: Tensor | None = None) -> Ten
     if prompt is None:
         out: Tensor = WindowAttention.forward(self, x_NLD, mask)
         return out
-    windows = x_NLD.shape[0] // prompt.tokens_BPD.shape[0]
-    _, prompt_k, prompt_v = (part.repeat_interleave(windows, dim=0) for part in _project(self, prompt.tokens_BPD))
-    biases = [self._get_rel_pos_bias()]
-    if mask is not None:  # (W, L, L)
-        biases.append(mask.repeat(x_NLD.shape[0] // mask.shape[0], 1, 1)[:, None])
-    attended = _attend(self, _project(self, x_NLD), (prompt_k, prompt_v), prompt.gate_H, tuple(biases))
-    projected: Tensor = self.proj_drop(self.proj(attended.transpose(1, 2).flatten(2)))
+    prompt_k, prompt_v = _project_prompt(self, prompt)
+    bias = self._get_rel_pos_bias()
+    if self.fused_attn:
+        if mask is not None:  # (W, L, L)
+            bias = bias + mask.repeat(x_NLD.shape[0] // mask.shape[0], 1, 1)[:, None]
+        q, k, v = _project(self, x_NLD)
+        attended = attend(q, k, v, prompt_k, prompt_v, gate_H=prompt.gate_H, mask=bias, scale=self.scale)
+        attended_NLD = attended.transpose(1, 2).flatten(2)
+    else:
+        attended_NLD = attend_in_windows(
+            self.qkv(x_NLD), prompt_k, prompt_v, gate_H=prompt.gate_H, bias_1HLL=bias, mask_WLL=mask, scale=self.scale
+        )
+    projected: Tensor = self.proj_drop(self.proj(attended_NLD))
     return projected
 
 
@@ -159,26 +172,15 @@ def _project(attention: Any, x_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def _attend(
-    attention: Any,
-    qkv: tuple[Tensor, Tensor, Tensor],
-    prompt_kv: tuple[Tensor, Tensor],
-    gate_H: Tensor | None,
-    biases: tuple[Tensor, ...],
-) -> Tensor:
-    """Attention with the prompt. Where gated, the tokens' part takes timm's own path: fused, or step by step."""
-    q, k, v = qkv
-    if gate_H is None:
-        return attend(q, k, v, *prompt_kv, mask=sum(biases[1:], biases[0]) if biases else None, scale=attention.scale)
-    if attention.fused_attn:
-        mask = sum(biases[1:], biases[0]) if biases else None
-        tokens = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    else:
-        scores = (q * attention.scale) @ k.transpose(-2, -1)
-        for bias in biases:
-            scores = scores + bias
-        tokens = scores.softmax(dim=-1) @ v
-    return tokens + attend_prompts(q, *prompt_kv, gate_H, scale=attention.scale)
+def _project_prompt(attention: Any, prompt: Prompt) -> tuple[Tensor, Tensor]:
+    """Key and value of a prompt, each (B, H, P, E); a projection that LoRA wraps gives them only beside the query."""
+    qkv, width = attention.qkv, prompt.tokens_BPD.shape[-1]
+    if type(qkv) is not nn.Linear:
+        return _project(attention, prompt.tokens_BPD)[1:]
+    bias = None if qkv.bias is None else qkv.bias[width:]
+    kv = F.linear(prompt.tokens_BPD, qkv.weight[width:], bias)
+    k, v = kv.unflatten(-1, (2, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return k, v
 
 
 def _load(spec: Spec) -> tuple[Any, Spec, str]:

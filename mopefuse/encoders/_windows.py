@@ -1,0 +1,189 @@
+"""Attention within windows, step by step as timm's Swin computes it, to the tokens and to a prompt.
+
+Both forms have a backward pass of their own: written as single operations, what it costs to copy, add up and scale
+gradients is more than what the prompt costs. The gated result is that of timm to the bit where the gate is 0.
+
+Shapes: B batch, W windows of an image, N = B * W with the windows of an image adjacent, H heads, Z = N * H, L tokens,
+P prompt tokens, S = P + L, E width of a head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mopefuse.encoders._attention import for_windows
+
+
+def attend_in_windows(
+    qkv_NLX: Tensor,
+    prompt_k_BHPE: Tensor,
+    prompt_v_BHPE: Tensor,
+    *,
+    gate_H: Tensor | None,
+    bias_1HLL: Tensor,
+    mask_WLL: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """What leaves the attention before its projection, (N, L, H * E).
+
+    Args:
+        qkv_NLX: X = 3 * H * E, as the fused projection gives it.
+        bias_1HLL, mask_WLL: added to the scores of tokens; those of prompts have none. They get no gradient.
+    """
+    form: type[_Form] = _Joint
+    if gate_H is not None:
+        form = _Gated
+        prompt_v_BHPE = prompt_v_BHPE * torch.tanh(gate_H).to(prompt_v_BHPE.dtype)[:, None, None]
+    inputs = (qkv_NLX, prompt_k_BHPE, prompt_v_BHPE, bias_1HLL, mask_WLL, scale)
+    if not torch.is_grad_enabled():
+        return form.compute(*inputs)[0]
+    out_NLD: Tensor = form.apply(*inputs)
+    return out_NLD
+
+
+class _Form(torch.autograd.Function):
+    """What both forms share: from the fused projection to heads and back."""
+
+    @staticmethod
+    def compute(
+        qkv_NLX: Tensor, k_BHPE: Tensor, v_BHPE: Tensor, bias: Tensor, mask: Tensor | None, scale: float
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The result, and what its gradient needs, the scaled query, key and value first."""
+        raise NotImplementedError
+
+
+class _Gated(_Form):
+    """Two attentions, to tokens and to the prompt, added."""
+
+    @staticmethod
+    def compute(
+        qkv_NLX: Tensor, k_BHPE: Tensor, v_BHPE: Tensor, bias: Tensor, mask: Tensor | None, scale: float
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        qkv = _split(qkv_NLX, k_BHPE.shape[1], scale)
+        q_ZLE, k_ZLE, v_ZLE = qkv.flatten(1, 2)
+        weights_ZLL = _weights(torch.bmm(q_ZLE, k_ZLE.transpose(1, 2)), qkv.shape[1], bias, mask)
+        out_ZLE = torch.bmm(weights_ZLL, v_ZLE)
+        key_ZPE, value_ZPE = (for_windows(part, qkv.shape[1]).flatten(0, 1) for part in (k_BHPE, v_BHPE))
+        weights_ZPL = torch.bmm(key_ZPE, q_ZLE.transpose(1, 2)).softmax(dim=1)
+        out_ZLE.baddbmm_(weights_ZPL.transpose(1, 2), value_ZPE)
+        return _join(out_ZLE, k_BHPE.shape[1]), (qkv, weights_ZLL, key_ZPE, value_ZPE, weights_ZPL)
+
+    @staticmethod
+    def forward(context: Any, *inputs: Any) -> Tensor:
+        return _forward(_Gated, context, inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, of_out_NLD: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, weights_ZLL, key_ZPE, value_ZPE, weights_ZPL = context.saved_tensors
+        q_ZLE, k_ZLE, v_ZLE = qkv.flatten(1, 2)
+        of_out_ZLE = _heads(of_out_NLD, qkv.shape[2])
+        of_scores_ZPL = _of_softmax(torch.bmm(value_ZPE, of_out_ZLE.transpose(1, 2)), weights_ZPL, 1)
+        of_key, of_value = torch.bmm(of_scores_ZPL, q_ZLE), torch.bmm(weights_ZPL, of_out_ZLE)
+        if not context.needs_input_grad[0]:  # the first block: nothing ahead of it learns
+            return _gradients(context, None, of_key, of_value)
+        of_qkv = torch.empty_like(qkv)
+        of_q, of_k, of_v = of_qkv.flatten(1, 2)
+        torch.bmm(weights_ZLL.transpose(1, 2), of_out_ZLE, out=of_v)
+        of_scores_ZLL = _of_softmax(torch.bmm(of_out_ZLE, v_ZLE.transpose(1, 2)), weights_ZLL, -1)
+        torch.bmm(of_scores_ZLL, k_ZLE, out=of_q)
+        torch.bmm(of_scores_ZLL.transpose(1, 2), q_ZLE, out=of_k)
+        of_q.baddbmm_(of_scores_ZPL.transpose(1, 2), key_ZPE)
+        return _gradients(context, of_qkv, of_key, of_value)
+
+
+class _Joint(_Form):
+    """One attention to tokens and prompt, as if the prompt were among the tokens."""
+
+    @staticmethod
+    def compute(
+        qkv_NLX: Tensor, k_BHPE: Tensor, v_BHPE: Tensor, bias: Tensor, mask: Tensor | None, scale: float
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        qkv = _split(qkv_NLX, k_BHPE.shape[1], scale)
+        q_ZLE, k_ZLE, v_ZLE = qkv.flatten(1, 2)
+        key_ZPE, value_ZPE = (for_windows(part, qkv.shape[1]).flatten(0, 1) for part in (k_BHPE, v_BHPE))
+        key_ZSE, value_ZSE = torch.cat([key_ZPE, k_ZLE], dim=1), torch.cat([value_ZPE, v_ZLE], dim=1)
+        ahead = (key_ZPE.shape[1], 0)
+        bias, mask = F.pad(bias, ahead), None if mask is None else F.pad(mask, ahead)
+        weights_ZLS = _weights(torch.bmm(q_ZLE, key_ZSE.transpose(1, 2)), qkv.shape[1], bias, mask)
+        out_ZLE = torch.bmm(weights_ZLS, value_ZSE)
+        return _join(out_ZLE, k_BHPE.shape[1]), (qkv, weights_ZLS, key_ZSE, value_ZSE)
+
+    @staticmethod
+    def forward(context: Any, *inputs: Any) -> Tensor:
+        return _forward(_Joint, context, inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, of_out_NLD: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, weights_ZLS, key_ZSE, value_ZSE = context.saved_tensors
+        of_out_ZLE = _heads(of_out_NLD, qkv.shape[2])
+        of_scores_ZLS = _of_softmax(torch.bmm(of_out_ZLE, value_ZSE.transpose(1, 2)), weights_ZLS, -1)
+        of_key_ZSE = torch.bmm(of_scores_ZLS.transpose(1, 2), qkv[0].flatten(0, 1))
+        of_value_ZSE = torch.bmm(weights_ZLS.transpose(1, 2), of_out_ZLE)
+        prompts, of_qkv = key_ZSE.shape[1] - qkv.shape[3], None
+        if context.needs_input_grad[0]:
+            of_qkv = torch.empty_like(qkv)
+            of_q, of_k, of_v = of_qkv.flatten(1, 2)
+            torch.bmm(of_scores_ZLS, key_ZSE, out=of_q)
+            of_k.copy_(of_key_ZSE[:, prompts:])
+            of_v.copy_(of_value_ZSE[:, prompts:])
+        return _gradients(context, of_qkv, of_key_ZSE[:, :prompts], of_value_ZSE[:, :prompts])
+
+
+def _forward(form: type[_Form], context: Any, inputs: tuple[Any, ...]) -> Tensor:
+    with torch.autocast(inputs[0].device.type, enabled=False):
+        out_NLD, kept = form.compute(*inputs)
+    context.save_for_backward(*kept)
+    context.batch, context.heads = inputs[1].shape[:2]
+    context.scale = inputs[-1]
+    return out_NLD
+
+
+def _split(qkv_NLX: Tensor, heads: int, scale: float) -> Tensor:
+    """Query times scale, key and value, (3, N, H, L, E), in memory in this order."""
+    qkv: Tensor = qkv_NLX.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).contiguous()
+    qkv[0] *= scale
+    return qkv
+
+
+def _heads(x_NLD: Tensor, heads: int) -> Tensor:
+    """(N, L, H * E) to (Z, L, E)."""
+    split: Tensor = x_NLD.unflatten(-1, (heads, -1))
+    return split.transpose(1, 2).contiguous().flatten(0, 1)
+
+
+def _join(x_ZLE: Tensor, heads: int) -> Tensor:
+    """The inverse of `_heads`."""
+    split: Tensor = x_ZLE.unflatten(0, (-1, heads))
+    return split.transpose(1, 2).flatten(2)
+
+
+def _weights(scores_Z: Tensor, count: int, bias: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax of scores, which are written over, of `count` windows."""
+    scores_NH = scores_Z.unflatten(0, (count, -1))
+    scores_NH += bias
+    if mask is not None:
+        scores_NH.unflatten(0, (-1, mask.shape[0])).add_(mask[:, None])
+    return scores_Z.softmax(dim=-1)
+
+
+def _of_softmax(of_weights: Tensor, weights: Tensor, dim: int) -> Tensor:
+    """Gradient of the scores."""
+    return torch._softmax_backward_data(of_weights, weights, dim, weights.dtype)
+
+
+def _gradients(context: Any, of_qkv: Tensor | None, of_key_ZPE: Tensor, of_value_ZPE: Tensor) -> tuple[Tensor | None, ...]:
+    """For each input of `compute`; a prompt's are those of all windows of its image together."""
+    shape = (context.batch, -1, context.heads)
+    of_key_BHPE, of_value_BHPE = (part.unflatten(0, shape).sum(dim=1) for part in (of_key_ZPE, of_value_ZPE))
+    of_qkv_NLX = None
+    if of_qkv is not None:
+        of_qkv[0] *= context.scale
+        of_qkv_NLX = of_qkv.permute(1, 3, 0, 2, 4).flatten(2)
+    return of_qkv_NLX, of_key_BHPE, of_value_BHPE, None, None, None
