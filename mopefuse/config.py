@@ -194,6 +194,9 @@ class Train(Section):
     log_every: int = Field(20, ge=1, description="steps between lines of metrics.jsonl")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU that has it, else fp32")
     compile: bool = Field(False, description="compile the model with torch.compile")
+    checkpoint_activations: bool = Field(
+        False, description="compute an encoder's blocks again in the backward pass instead of keeping activations"
+    )
 
 
 class RunConfig(Section):
@@ -319,7 +322,10 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 WITHOUT_EFFECT = frozenset(
-    "data.workers data.cache_images data.cache_features data.strict train.log_every train.checkpoint_every".split()
+    (
+        "data.workers data.cache_images data.cache_features data.strict train.log_every train.checkpoint_every "
+        "train.checkpoint_activations"
+    ).split()
 )
 """Settings that change no number of a run."""
 

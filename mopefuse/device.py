@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from mopefuse import distributed
 from mopefuse.errors import ConfigError
@@ -32,16 +35,39 @@ def resolve(name: str) -> torch.device:
     if missing:
         there = f"{count} CUDA device{'s' if count != 1 else ''}"
         raise ConfigError(41, f"there is no device {name} (this machine has {there})", where="device", fix="use --device auto")
+    if device.type == "cpu":
+        # Masked attention leaves weights below 1e-38, and with them products take a hundred times as long.
+        torch.set_flush_denormal(True)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
 
 
-def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """bf16 where asked for, or with ``auto`` on a GPU that has it; else plain float32."""
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+def precision(name: str, device: torch.device) -> str:
+    """``fp32`` or ``bf16``, which is also what ``auto`` stands for on a GPU that has it."""
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return name
+
+
+def autocast(name: str, device: torch.device) -> AbstractContextManager[object]:
+    """In bf16 where `precision` says so; else plain float32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16) if precision(name, device) == "bf16" else nullcontext()
+
+
+def place(model: nn.Module, device: torch.device) -> None:
+    """Move a model. On a GPU frozen convolutions get the memory format that its kernels want, `channels_last`."""
+    model.to(device)
+    for module in model.modules() if device.type == "cuda" else ():
+        if isinstance(module, nn.Conv2d) and not module.weight.requires_grad:
+            module.to(memory_format=torch.channels_last)
+
+
+def compiled(call: Callable[..., Any]) -> Any:
+    """A model or function compiled by torch, its forward pass as one graph."""
+    # In a graph, a block that is computed again needs no second look into where its prompt waits.
+    torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+    return torch.compile(call)
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -112,7 +112,8 @@ def load_model(
     check_encoders(model, manifest, where=str(folder.path))
     path, published = folder.checkpoint(checkpoint)
     model.load_own_state(read_tensors(path / "weights.safetensors"), where=str(path))
-    return Loaded(model.to(device).eval(), config, manifest, thresholds_of(published, config))
+    devices.place(model, device)
+    return Loaded(model.eval(), config, manifest, thresholds_of(published, config))
 
 
 _SOURCES = {"pretrained", "weights"}  # options of a spec that say where weights are, and nothing of what is computed

@@ -43,7 +43,7 @@ def make_optimizer(model: Fusion, config: Train) -> torch.optim.AdamW:
         parameters = [parameter for name, parameter in ours.items() if model.pace(name) == pace]
         if parameters:
             groups.append({"params": parameters, "lr": peak, "peak": peak})
-    return torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
 
 
 def factor(config: Train, step: int, total: int) -> float:
@@ -96,5 +96,4 @@ def load_optimizer_state(
                 5, f"the optimiser state has {name}, which the model has not", where=where, fix="use another checkpoint"
             )
         parameter = parameters[name]
-        device = "cpu" if key == "step" else parameter.device
-        optimizer.state[parameter][key] = tensor.to(device).clone()
+        optimizer.state[parameter][key] = tensor.to(parameter.device).clone()  # of a fused optimiser also the step

@@ -32,7 +32,8 @@ from mopefuse.trainer import Listener, Start, Trainer
 MAY_CHANGE = frozenset(
     (
         "device data.path data.image_roots data.workers data.cache_images data.cache_features data.strict train.epochs "
-        "train.max_steps train.patience train.log_every train.checkpoint_every train.evals_per_epoch train.select train.compile"
+        "train.max_steps train.patience train.log_every train.checkpoint_every train.evals_per_epoch train.select "
+        "train.compile train.checkpoint_activations"
     ).split()
 )
 """Settings that a resumed run may change; all others are part of what the run is."""
@@ -123,7 +124,8 @@ def _train(
         for change in changed:
             listener.notice(f"changed: {change}")
     data = _load(config, listener)
-    model = build_model(config, len(data.labels)).to(device)
+    model = build_model(config, len(data.labels))
+    devices.place(model, device)
     config = model.config = resolved(config, model)
     facts = _facts(config, data, model)
     facts["warm_up"] = {"names": list(start.fresh), "epochs": start.warm_up} if start and start.warm_up else None

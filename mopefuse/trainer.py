@@ -111,7 +111,7 @@ class Trainer:
         self.optimizer = make_optimizer(model, config.train)
         self.progress = Progress()
         self.metric = selected_metric(multi_label=data.multi_label)
-        self._forward: Any = torch.compile(model) if config.train.compile else model
+        self._forward: Any = devices.compiled(model) if config.train.compile else model
         self._collapse_told = False
         self._alone: tuple[frozenset[str], int] | None = None
 
@@ -354,4 +354,3 @@ def _evaluation_steps(total: int, per_epoch: int, per_epoch_evaluations: int) ->
         for k in range(per_epoch_evaluations)
     }
     return {step for step in at if step <= total} | ({total} if total else set())
-

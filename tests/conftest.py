@@ -40,8 +40,11 @@ Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest begins first, so that no process is left with it at the end."""
+    """What takes longest begins first, so that no process is left with it at the end; what needs a GPU is skipped without."""
     items.sort(key=lambda item: item.path.name not in ("test_readme.py", "test_predictor.py"))
+    for item in items if not torch.cuda.is_available() else ():
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
 def make_pairs(root: Path, *, multi: bool = False, counts: dict[str, int] = COUNTS) -> Path:

@@ -20,6 +20,7 @@ from conftest import make_pairs
 from mopefuse.checkpoint import read_tensors
 from mopefuse.config import build_config
 from mopefuse.errors import ConfigError, DataError, Interrupted, MopefuseError, NumericError
+from mopefuse.optim import load_optimizer_state
 from mopefuse.run import RunFolder
 from mopefuse.train import resumed, train
 from mopefuse.trainer import Listener, Progress
@@ -60,6 +61,17 @@ class StopAt(Listener):
         self.losses.append(loss)
         if progress.step == self.at:
             os.kill(os.getpid(), self.number)
+
+
+def test_the_optimisers_state_is_put_where_its_parameters_are() -> None:
+    """All of it: the fused optimiser on a GPU refuses a step that is on the CPU."""
+    parameter = torch.nn.Parameter(torch.zeros(2, device="meta"))
+    optimizer = torch.optim.AdamW([parameter])
+    state = {"a/step": torch.tensor(3.0), "a/exp_avg": torch.zeros(2), "a/exp_avg_sq": torch.zeros(2)}
+    load_optimizer_state(optimizer, {id(parameter): "a"}, state, where="memory")
+    assert {key: value.device.type for key, value in optimizer.state[parameter].items()} == {
+        "step": "meta", "exp_avg": "meta", "exp_avg_sq": "meta"
+    }  # fmt: skip
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:

@@ -81,6 +81,7 @@ class Encoder(nn.Module):
     preprocess: Preprocess
     patch_size: int = 16  # side of a patch in pixels; images only, used by the papers' initialisation
     revision: str = ""  # commit of the hub repository that the weights came from, where there is one
+    recompute: bool = False  # whether promptable blocks keep no activations, see `_recompute`
     insertable: bool = False  # whether its layers take other tokens beside its own, see `Insert` and `run_layer`
     lora_targets: tuple[str, ...] = ()  # names of the query and value projections, as submodules that are called
     why_not_main: str = ""  # for an encoder without promptable layers: the reason, for the error message

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mopefuse.encoders._attention import Insert, Prompt
 from mopefuse.encoders._base import Encoded, Encoder, Inputs
+from mopefuse.encoders._recompute import run_block
 from mopefuse.registry import Spec
 
 
@@ -85,6 +86,7 @@ class PromptedEncoder(Encoder):
         self._slots = [Slot(block, norm) for block, norm in zip(blocks, norms, strict=True)]
         for layer, slot in enumerate(self._slots):
             slot.block.register_forward_pre_hook(_Entering(self, layer, slot), with_kwargs=True)
+            slot.block.forward = _Forward(self, slot)
         return self._slots
 
     def _run_layer(self, layer: int, tokens_BLD: Tensor, mask_B11K: Tensor | None, prompt: Prompt | None) -> Tensor:
@@ -111,6 +113,28 @@ class _Entering:
         insert, mask_BL = self.encoder._insert, self.encoder._mask_BL
         prompt = self.encoder._ask(self.layer, tokens_BLD, mask_BL if insert is None else insert.real(mask_BL))
         self.slot.put(prompt, tokens_BLD)
+
+
+class _Forward:
+    """The forward method of one block, which can be run again with what was in its slot."""
+
+    def __init__(self, encoder: PromptedEncoder, slot: Slot) -> None:
+        self.encoder, self.slot, self.own = encoder, slot, slot.block.forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        encoder, slot = self.encoder, self.slot
+        if not encoder.recompute:
+            return self.own(*args, **kwargs)
+        options = {"recompute": True, "learns": encoder.learns}
+        return run_block(self._with, slot.take(), slot.insert, *args, **options, **kwargs)
+
+    def _with(self, prompt: Prompt | None, insert: Insert | None, *args: Any, **kwargs: Any) -> Any:
+        slot, before = self.slot, self.slot.insert
+        slot.prompt, slot.insert = prompt, insert
+        try:
+            return self.own(*args, **kwargs)
+        finally:
+            slot.insert = before  # a recomputation ends by an exception as soon as it has what is needed
 
 
 class _Inserting:

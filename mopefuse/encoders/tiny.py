@@ -29,6 +29,7 @@ from mopefuse.encoders import _lora
 from mopefuse.encoders._attention import Prompt, attend, split_heads
 from mopefuse.encoders._base import Encoded, Encoder, Inputs, option_flag
 from mopefuse.encoders._preprocess import ImagePreprocess, TextPreprocess
+from mopefuse.encoders._recompute import run_block
 from mopefuse.errors import EncoderError, did_you_mean
 from mopefuse.registry import Spec
 
@@ -171,14 +172,17 @@ class TinyEncoder(Encoder):
             mask = insert.mask(mask, x_BLD.shape[1])
         for layer, block in enumerate(self.blocks):
             prompt = self._ask(layer, x_BLD, all_BL)
-            x_BLD = block(x_BLD, mask, prompt)
+            x_BLD = self._run_block(block, x_BLD, mask, prompt)
         if insert is not None:
             x_BLD = x_BLD[:, insert.tokens_BPD.shape[1] :]
         x_BLD = self.norm(x_BLD)
         return Encoded(self._pooled(x_BLD, mask_BL), x_BLD, mask_BL)
 
     def _run_layer(self, layer: int, tokens_BLD: Tensor, mask_B11K: Tensor | None, prompt: Prompt | None) -> Tensor:
-        out_BLD: Tensor = self.blocks[layer](tokens_BLD, mask_B11K, prompt)
+        return self._run_block(self.blocks[layer], tokens_BLD, mask_B11K, prompt)
+
+    def _run_block(self, block: nn.Module, x_BLD: Tensor, mask: Tensor | None, prompt: Prompt | None) -> Tensor:
+        out_BLD: Tensor = run_block(block, x_BLD, mask, prompt, recompute=self.recompute, learns=self.learns)
         return out_BLD
 
     def _pooled(self, x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:

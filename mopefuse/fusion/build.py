@@ -45,6 +45,7 @@ def build_model(config: RunConfig, num_labels: int) -> Fusion:
         for side in method.sides(config):
             torch.default_generator.manual_seed(config.seed)
             encoders[side] = _with_statistics(create_encoder(getattr(config, side)), config)
+            encoders[side].recompute = config.train.checkpoint_activations
         torch.default_generator.manual_seed(config.seed)
         model = cast(Fusion, method(config, encoders, num_labels))
     return model.eval()
