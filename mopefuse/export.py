@@ -50,6 +50,7 @@ def export(
     checkpoint: str = "best",
     routing: bool = False,
     int8: bool = False,
+    half: bool = False,
     overwrite: bool = False,
     notice: Notice = lambda text: None,
 ) -> Exported:
@@ -59,6 +60,7 @@ def export(
         form: ``onnx``, ``pt2`` or ``adapter``.
         routing: the graph also says which experts it used.
         int8: 8-bit weights of matrix products (ONNX); the metric on the run's validation split is measured before and after.
+        half: 16-bit floats, half the size (adapter); answers then differ in the third or fourth digit.
         overwrite: replace an earlier export.
 
     Raises:
@@ -66,26 +68,30 @@ def export(
         EncoderError: an encoder cannot be traced or its tokenizer cannot be taken along.
         GateError: the graph's answers or inputs are not those of the model.
     """
-    _refuse(out, form, routing, int8, overwrite)
+    _refuse(out, form, {"--int8": int8, "--routing": routing, "--half": half}, overwrite)
     if form == "onnx":
         require("onnx", "onnxscript", "onnxruntime", extra="export", what="export")
     source = trained(run)
     loaded = load_model(source, checkpoint, torch.device("cpu"))
     facts = _facts(loaded, source.result())
     if form == "adapter":
-        publish(out, lambda folder: _write_adapter(folder, loaded, facts, out.name), {"kind": adapter.KIND})
+        publish(out, lambda folder: _write_adapter(folder, loaded, facts, out.name, half), {"kind": adapter.KIND})
         return Exported(out, form, _size(out))
     maker = Maker(loaded, facts, form, routing=routing, int8=int8, name=out.name, notice=notice)
     publish(out, maker.write, maker.manifest)
     return Exported(out, form, _size(out), maker.parity, maker.manifest.get("int8"))
 
 
-def _refuse(out: Path, form: str, routing: bool, int8: bool, overwrite: bool) -> None:
+_GOES_WITH = {"--int8": ("onnx",), "--routing": ("onnx", "pt2"), "--half": ("adapter",)}
+
+
+def _refuse(out: Path, form: str, asked: Mapping[str, bool], overwrite: bool) -> None:
     if form not in FORMS:
         raise ConfigError(67, f"there is no format {form!r}", where="--format", fix=f"use {', '.join(FORMS)}")
-    if (int8 and form != "onnx") or (routing and form == "adapter"):
-        option = "--int8" if int8 else "--routing"
-        raise ConfigError(68, f"{option} does not go with --format {form}", where=option, fix="leave one of them out")
+    for option, wanted in asked.items():
+        if wanted and form not in _GOES_WITH[option]:
+            what = f"{option} does not go with --format {form}"
+            raise ConfigError(68, what, where=option, fix=f"leave it out, or use --format {_GOES_WITH[option][0]}")
     if not out.absolute().parent.is_dir():
         raise ConfigError(54, f"there is no folder {out.parent}", where="--out", fix="make it, or name another folder")
     taken = out.exists() and not (out.is_dir() and not any(out.iterdir()))
@@ -106,8 +112,15 @@ def _facts(loaded: Loaded, result: Mapping[str, Any]) -> dict[str, Any]:
     return {**known, "progress": {"thresholds": thresholds}, "seed": loaded.config.seed, "metrics": {}, **told}
 
 
-def _write_adapter(folder: Path, loaded: Loaded, facts: Mapping[str, Any], name: str) -> None:
-    write_tensors(folder / "weights.safetensors", loaded.model.own_state())
+def _write_adapter(folder: Path, loaded: Loaded, facts: Mapping[str, Any], name: str, half: bool) -> None:
+    state = loaded.model.own_state()
+    if half:
+        state = {name: tensor.half() if tensor.dtype == torch.float32 else tensor for name, tensor in state.items()}
+        large = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+        if large:
+            what = f"{large[0]} has values that 16 bits do not hold"
+            raise ConfigError(131, what, where="--half", fix="leave it out")
+    write_tensors(folder / "weights.safetensors", state)
     (folder / "config.yaml").write_text(to_yaml(public(loaded.config)), encoding="utf-8")
     (folder / adapter.FACTS).write_text(dump_json(facts), encoding="utf-8")
     card = model_card(facts, title=name, form="adapter", command="mopefuse export RUN --format adapter -o OUT")

@@ -137,6 +137,18 @@ def test_several_labels_keep_the_thresholds_of_the_run(tmp_path: Path) -> None:
         assert mine["labels"] == theirs["labels"]
 
 
+def test_half_an_adapter_answers_nearly_as_the_whole(trained: Path, pairs: Path, tmp_path: Path) -> None:
+    adapter, half = tmp_path / "adapter", tmp_path / "half"
+    assert call("export", trained, "--format", "adapter", "-o", adapter).returncode == 0
+    assert call("export", trained, "--format", "adapter", "--half", "-o", half).returncode == 0
+    whole, small = ((folder / "weights.safetensors").stat().st_size for folder in (adapter, half))
+    assert small < 0.6 * whole
+    mine, theirs = (answers(folder, pairs, tmp_path / "out.jsonl") for folder in (half, adapter))
+    for one, other in zip(mine, theirs, strict=True):
+        assert one["probabilities"] == pytest.approx(other["probabilities"], abs=2e-3)
+    assert mine != theirs
+
+
 def test_an_adapter_is_a_run_for_swapping_and_for_exporting_again(trained: Path, pairs: Path, tmp_path: Path) -> None:
     adapter, again, swapped = (tmp_path / name for name in ("adapter", "again", "swapped"))
     assert call("export", trained, "--format", "adapter", "-o", adapter).returncode == 0
@@ -197,6 +209,7 @@ def test_a_folder_of_other_things_is_never_replaced(trained: Path, tmp_path: Pat
         (("--format", "tflite", "-o", "x"), "MF-CFG-67"),
         (("--format", "adapter", "--routing", "-o", "x"), "MF-CFG-68"),
         (("--format", "pt2", "--int8", "-o", "x"), "MF-CFG-68"),
+        (("--format", "onnx", "--half", "-o", "x"), "MF-CFG-68"),
         (("-o", "no/such/x"), "MF-CFG-54"),
         ((), "MF-CFG-71"),
     ],

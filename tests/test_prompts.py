@@ -15,7 +15,7 @@ from torch import nn
 from mopefuse.config import Prompts, Router
 from mopefuse.errors import ConfigError
 from mopefuse.prompts.experts import Router as RouterModule
-from mopefuse.prompts.experts import importance_loss, keep_largest, masked_mean
+from mopefuse.prompts.experts import importance_loss, keep_largest, masked_mean, mix
 from mopefuse.prompts.stack import PromptStack, select_layers, stage_starts, with_lengths
 
 B, C, K, WIDTHS, HEADS = 5, 12, 4, (8, 8, 16), (2, 2, 4)
@@ -149,6 +149,21 @@ def test_top_m_keeps_the_largest_and_sums_to_one(m: int) -> None:
     for row, kept in zip(weights_BK, kept_BK, strict=True):
         chosen = row.argsort(descending=True)[:m]
         torch.testing.assert_close(kept[chosen], row[chosen] / row[chosen].sum())
+
+
+def test_few_of_many_experts_are_mixed_as_all_are_and_the_others_are_not_read() -> None:
+    experts_KX = torch.randn(64, 5, requires_grad=True)
+    weights_BK = keep_largest(torch.randn(3, 64).softmax(-1), 2).requires_grad_()
+    found, need = mix(weights_BK, experts_KX, 2), weights_BK @ experts_KX
+    torch.testing.assert_close(found, need)
+    used = weights_BK > 0
+    of_found, of_need = (torch.autograd.grad(out.sin().sum(), (experts_KX, weights_BK)) for out in (found, need))
+    torch.testing.assert_close(of_found[0], of_need[0])
+    torch.testing.assert_close(of_found[1][used], of_need[1][used])
+    unused = ~used.any(dim=0)
+    spoilt = experts_KX.detach().clone()
+    spoilt[unused] = torch.nan
+    assert mix(weights_BK, spoilt, 2).isfinite().all()
 
 
 @pytest.mark.parametrize("m", [None, K, K + 1])

@@ -19,6 +19,7 @@ def export(
     checkpoint: Annotated[str, typer.Option(help="best, last or step-N.")] = "best",
     routing: Annotated[bool, typer.Option("--routing", help="The graph also says which experts it used.")] = False,
     int8: Annotated[bool, typer.Option("--int8", help="8-bit weights (onnx); measured on the validation split.")] = False,
+    half: Annotated[bool, typer.Option("--half", help="16-bit floats (adapter): half the size.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
@@ -51,6 +52,7 @@ def export(
             checkpoint=checkpoint,
             routing=routing,
             int8=int8,
+            half=half,
             overwrite=overwrite,
             notice=status.update,
         )

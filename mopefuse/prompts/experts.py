@@ -111,6 +111,17 @@ def keep_largest(weights_BK: Tensor, m: int | None) -> Tensor:
     return torch.zeros_like(weights_BK).scatter(-1, index, largest / largest.sum(dim=-1, keepdim=True))
 
 
+def mix(weights_BK: Tensor, experts_KX: Tensor, m: int | None) -> Tensor:
+    """Experts weighed and added up, (B, X): one matrix product, in which nothing of size B * K * X is ever made.
+
+    Where at most `m` of many weights are not 0, only the experts that they belong to are read.
+    """
+    if m is None or m * 16 > experts_KX.shape[0]:
+        return weights_BK @ experts_KX
+    largest_BM, index_BM = weights_BK.topk(m, dim=-1)
+    return (largest_BM[:, None] @ nn.functional.embedding(index_BM, experts_KX))[:, 0]
+
+
 def importance_loss(load_NK: Tensor, threshold: float = 0.0) -> Tensor:
     """Mean over layers of the squared coefficient of variation of expert load.
 

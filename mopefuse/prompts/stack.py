@@ -18,7 +18,7 @@ from mopefuse.config import Prompts as PromptConfig
 from mopefuse.config import Router as RouterConfig
 from mopefuse.encoders._attention import Prompt
 from mopefuse.errors import ConfigError
-from mopefuse.prompts.experts import Routed, Router
+from mopefuse.prompts.experts import Routed, Router, mix
 
 KINDS = ("static", "dynamic", "mapped")
 
@@ -26,9 +26,11 @@ KINDS = ("static", "dynamic", "mapped")
 class LayerPrompts(nn.Module):
     """What one layer of width D learns. A part of length 0 has no parameters."""
 
-    def __init__(self, config: PromptConfig, *, width: int, heads: int, bound: float, dynamic: int) -> None:
+    def __init__(
+        self, config: PromptConfig, *, width: int, heads: int, bound: float, dynamic: int, top_m: int | None = None
+    ) -> None:
         super().__init__()
-        self.dynamic, self.mapped, self.width = dynamic, config.mapped, width
+        self.dynamic, self.mapped, self.width, self.top_m = dynamic, config.mapped, width, top_m
         static = config.static or 0
         self.static_SD = nn.Parameter(torch.empty(static, width).uniform_(-bound, bound)) if static else None
         self.experts_KPD = (
@@ -46,7 +48,7 @@ class LayerPrompts(nn.Module):
             parts.append(self.static_SD.expand(batch, -1, -1))
         if self.experts_KPD is not None and without != "dynamic":
             assert weights_BK is not None
-            mixed = weights_BK.to(self.experts_KPD.dtype) @ self.experts_KPD.flatten(1)  # nothing of size B*K*P*D
+            mixed = mix(weights_BK.to(self.experts_KPD.dtype), self.experts_KPD.flatten(1), self.top_m)
             parts.append(mixed.unflatten(1, (self.dynamic, self.width)))
         if self.mapper is not None and without != "mapped":
             parts.append(F.gelu(self.mapper(trunk_Bh)).unflatten(1, (self.mapped, self.width)))
@@ -87,7 +89,12 @@ class PromptStack(nn.Module):
         self.layers = nn.ModuleDict()
         for i in chosen:
             self.layers[str(i)] = LayerPrompts(
-                config, width=widths[i], heads=heads[i], bound=bound, dynamic=config.dynamic if i in self.routed else 0
+                config,
+                width=widths[i],
+                heads=heads[i],
+                bound=bound,
+                dynamic=config.dynamic if i in self.routed else 0,
+                top_m=router.top_m,
             )
         self.router: Router | None = None
         if self.routed:
