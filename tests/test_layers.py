@@ -30,7 +30,7 @@ ORDER = (  # from below; a module imports from rows above its own line, or from 
     "predict reporting study_report search",
     "bundle",
     "export",
-    "demo push",
+    "demo push bench",
     "cli",
 )
 LAYER = {name: level for level, names in enumerate(ORDER) for name in names.split()}

@@ -16,7 +16,8 @@ from typing import Annotated, Any
 import typer
 
 from mopefuse import __version__
-from mopefuse.cli import compare, data, demo, doctor, encoders, eval, export, predict, push, report, study, swap_encoder, train
+from mopefuse.cli import bench, compare, data, demo, doctor, encoders, eval, export, predict, push, report, study, train
+from mopefuse.cli import swap_encoder as swap
 from mopefuse.cli._render import print_json, speaks_unicode
 from mopefuse.errors import Interrupted, MopefuseError, Notice
 from mopefuse.libraries import mendable
@@ -32,7 +33,7 @@ app = typer.Typer(
 app.command("train")(train.train)
 app.command("eval")(eval.evaluate)
 app.command("predict")(predict.predict)
-app.command("swap-encoder")(swap_encoder.swap_encoder)
+app.command("swap-encoder")(swap.swap_encoder)
 app.command("export")(export.export)
 app.command("push")(push.push)
 app.command("report")(report.report)
@@ -41,6 +42,7 @@ app.command("compare")(compare.compare)
 app.command("demo")(demo.demo)
 app.add_typer(data.app, name="data")
 app.add_typer(encoders.app, name="encoders")
+app.add_typer(bench.app, name="bench")
 app.command("doctor")(doctor.doctor)
 
 

@@ -1,0 +1,134 @@
+"""Prompts the way the papers insert them, as tokens of every layer whose outputs are dropped: what the key/value form saves.
+
+For benchmarks. Outputs equal those of ungated prompts as keys and values; prompts here pass through everything that tokens
+pass through: query, attention, output projection and, but in Swin, the MLP. Swin's prompts are repeated for each window.
+
+Shapes: B batch, W windows per image, H heads, L tokens, P prompt tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.models.swin_transformer import SwinTransformerBlock
+from torch import Tensor, nn
+
+from mopefuse.encoders._base import Encoder
+from mopefuse.encoders._prompted import PromptedEncoder
+from mopefuse.encoders.tiny import TinyEncoder
+
+
+def why_not(encoder: Encoder) -> str:
+    """The reason why an encoder's prompts cannot be inserted here; empty if they can."""
+    if isinstance(encoder, PromptedEncoder) and isinstance(_blocks(encoder)[0], SwinTransformerBlock):
+        return ""
+    return "" if encoder.insertable else f"no token form of {encoder.spec}"
+
+
+@contextmanager
+def as_tokens(encoder: Encoder) -> Iterator[None]:
+    """Insert the prompts of an encoder as tokens, for as long as the context lasts. They must be ungated."""
+    assert not why_not(encoder), why_not(encoder)
+    ask = encoder._ask
+    waiting: list[Tensor] = []  # the prompt of the layer at work
+
+    def put_aside(layer: int, tokens_BLD: Tensor, mask_BL: Tensor | None = None) -> None:
+        prompt = ask(layer, tokens_BLD, mask_BL)
+        assert prompt is None or prompt.gate_H is None, "gated prompts are not among the tokens"
+        waiting[:] = [] if prompt is None else [prompt.tokens_BPD]
+
+    handles: list[Any] = []
+    windowed = [block for block in _blocks(encoder) if isinstance(block, SwinTransformerBlock)]
+    plain = [block.attn.forward for block in windowed]
+    encoder._ask = put_aside  # type: ignore[method-assign]
+    for block in windowed:
+        block.attn.forward = MethodType(_InWindows(block.norm1, waiting), block.attn)
+    for block in () if windowed else _blocks(encoder):
+        handles += [
+            block.register_forward_pre_hook(_Enter(waiting), with_kwargs=True),
+            block.register_forward_hook(_Leave(waiting)),
+        ]
+    try:
+        yield
+    finally:
+        del encoder._ask
+        for handle in handles:
+            handle.remove()
+        for block, forward in zip(windowed, plain, strict=True):
+            block.attn.forward = forward
+
+
+def _blocks(encoder: Encoder) -> list[Any]:
+    if isinstance(encoder, TinyEncoder):
+        return list(encoder.blocks)
+    return [slot.block for slot in encoder._slots] if isinstance(encoder, PromptedEncoder) else []
+
+
+class _Enter:
+    """Puts the prompt ahead of the tokens that enter a block, and into its mask."""
+
+    def __init__(self, waiting: list[Tensor]) -> None:
+        self.waiting = waiting
+
+    def __call__(
+        self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if not self.waiting:
+            return None
+        (prompt_BPD,) = self.waiting
+        count = prompt_BPD.shape[1]
+        values: dict[int | str, Any] = dict(enumerate(args))
+        values.update(kwargs)
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                tokens = value.dim() == 3
+                values[name] = torch.cat([prompt_BPD, value], dim=1) if tokens else _padded(value, count)
+        return tuple(values[number] for number in range(len(args))), {name: values[name] for name in kwargs}
+
+
+class _Leave:
+    """Drops the prompt's outputs."""
+
+    def __init__(self, waiting: list[Tensor]) -> None:
+        self.waiting = waiting
+
+    def __call__(self, block: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+        if not self.waiting:
+            return out
+        count = self.waiting.pop().shape[1]
+        return out[:, count:] if isinstance(out, Tensor) else (out[0][:, count:], *out[1:])
+
+
+def _padded(mask: Tensor, count: int) -> Tensor:
+    """A mask (B, 1, 1 or L, L) of prompts and tokens; what a prompt sees does not matter."""
+    rows = count if mask.shape[-2] > 1 else 0
+    return F.pad(mask, (count, 0, rows, 0), value=mask.dtype == torch.bool)
+
+
+class _InWindows:
+    """Attention of a Swin block with the prompt in each of its windows."""
+
+    def __init__(self, norm: nn.Module, waiting: list[Tensor]) -> None:
+        self.norm, self.waiting = norm, waiting
+
+    def __call__(self, attention: Any, x_NLD: Tensor, mask: Tensor | None = None) -> Tensor:
+        if not self.waiting:
+            plain: Tensor = type(attention).forward(attention, x_NLD, mask)
+            return plain
+        prompt_BPD: Tensor = self.norm(self.waiting.pop())
+        count, windows = prompt_BPD.shape[1], x_NLD.shape[0] // prompt_BPD.shape[0]
+        both = torch.cat([prompt_BPD.repeat_interleave(windows, dim=0), x_NLD], dim=1)
+        q, k, v = attention.qkv(both).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        scores = (q * attention.scale) @ k.transpose(-2, -1)  # not fused, as timm's own
+        scores = scores + F.pad(attention._get_rel_pos_bias(), (count, 0, count, 0))
+        if mask is not None:  # (W, L, L)
+            seen = F.pad(mask, (count, 0, count, 0))
+            scores = (scores.unflatten(0, (-1, mask.shape[0])) + seen[:, None]).flatten(0, 1)
+        attended = scores.softmax(dim=-1) @ v
+        projected: Tensor = attention.proj_drop(attention.proj(attended.transpose(1, 2).flatten(2)))
+        return projected[:, count:]

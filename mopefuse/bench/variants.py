@@ -1,0 +1,218 @@
+"""What `mopefuse bench` compares: the frozen encoders alone, conditional prompts on them, and what one would do otherwise.
+
+Shapes: B batch, L tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mopefuse import device as devices
+from mopefuse import distributed, registry
+from mopefuse.bench.token_form import as_tokens, why_not
+from mopefuse.config import RunConfig, merge
+from mopefuse.data._base import Batch
+from mopefuse.encoders._base import Encoder, create_encoder, run_frozen
+from mopefuse.encoders._prompted import PromptedEncoder
+from mopefuse.encoders.tiny import TinyEncoder
+from mopefuse.fusion._base import SIDES, Fusion
+from mopefuse.losses import classification_loss
+from mopefuse.optim import make_optimizer, with_learning_rates
+from mopefuse.prompts.experts import importance_loss
+
+LABELS = 10
+FLOOR, UNGATED, TOKENS = "floor", "conditional, ungated", "conditional, as tokens"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row.
+
+    settings: over those of the pair. tokens: prompts inserted as tokens. cached: with psi given. bare: no model at all.
+    answers: whether how long it takes to answer is asked for too.
+    """
+
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    tokens: bool = False
+    cached: bool = False
+    bare: bool = False
+    answers: bool = False
+
+    @property
+    def own_encoders(self) -> bool:
+        """Whether it may change encoders, and so needs its own."""
+        return not self.bare and (self.settings.get("tune") == "full" or self.name == self.settings.get("method"))
+
+
+def variants(experts: Sequence[int], methods: Sequence[str] = (), *, recompute: bool = False) -> list[Variant]:
+    """The rows, of which the first two are the floor and conditional prompts of the first number of experts.
+
+    Args:
+        methods: further fusion methods, each with its own defaults.
+        recompute: also conditional prompts with activations that are recomputed.
+    """
+    k, *more = experts
+    usual: dict[str, Any] = {"prompts": {"experts": k}}
+    ungated = {"prompts": {"experts": k, "gate": "none"}}
+    recomputed = {**usual, "train": {"checkpoint_activations": True}}
+    return [
+        Variant(FLOOR, bare=True, answers=True),
+        Variant(conditional(k), usual, answers=True),
+        *(Variant(conditional(other), {"prompts": {"experts": other}}) for other in more),
+        Variant(UNGATED, ungated),
+        Variant(TOKENS, ungated, tokens=True),
+        Variant("conditional, psi cached", usual, cached=True),
+        *([Variant("conditional, activations recomputed", recomputed)] if recompute else []),
+        Variant("static prompts only", {"prompts": {"dynamic": 0, "mapped": 0}}),
+        Variant("frozen features, linear probe", {"method": "late-concat"}),
+        Variant("late-concat, fine-tuned", {"method": "late-concat", "tune": "full"}),
+        *(Variant(name, {"method": name}, answers=True) for name in methods),
+    ]
+
+
+def conditional(experts: int) -> str:
+    """Name of the row of conditional prompts with so many experts."""
+    return f"conditional, k = {experts}"
+
+
+def missing(variant: Variant, encoders: Mapping[str, Encoder]) -> str:
+    """Why there is no such row with these encoders; empty if there is."""
+    return why_not(encoders["main"]) if variant.tokens else ""
+
+
+def random_inputs(encoder: Encoder, batch: int, text_length: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Noise as images, random ids as texts of `text_length` tokens (fewer where the encoder takes no more)."""
+    preprocess: Any = encoder.preprocess
+    if encoder.modality == "image":
+        return {"pixels": torch.randint(256, (batch, *preprocess.size, 3), dtype=torch.uint8, generator=generator)}
+    length = preprocess.length or min(text_length, preprocess.max_tokens)
+    ids = torch.randint(preprocess.vocabulary or 1000, (batch, length), generator=generator)
+    mask = torch.arange(length)[None] < min(text_length, length)
+    return {"ids": ids, "mask": mask.expand(batch, -1).clone()}
+
+
+class Subject:
+    """A variant ready to be timed: `step` trains on one batch, `infer` answers it; of the floor, both do what is needed
+    of the bare encoders: the complementary forward pass, the main one and, in `step`, the main backward pass."""
+
+    def __init__(
+        self,
+        variant: Variant,
+        config: RunConfig,
+        encoders: Mapping[str, Encoder],
+        batch: Batch,
+        device: torch.device,
+        *,
+        compiled: bool = False,
+    ) -> None:
+        self.variant, self.encoders, self.device = variant, encoders, device
+        self.config = RunConfig.model_validate(merge(config.model_dump(), dict(variant.settings)))
+        method = registry.load(registry.FUSION, self.config.method)
+        torch.manual_seed(0)
+        self.model: Fusion = method(self.config, encoders, LABELS)
+        devices.place(self.model, device)
+        self.recompute = self.config.train.checkpoint_activations
+        if variant.bare:
+            self.model = self.model.requires_grad_(False)
+        tuned = [side for side in self.model.uses if self.model.encoder(side).tuned]
+        modality = {side: self.model.encoder(side).modality for side in self.model.uses}
+        self.config = with_learning_rates(self.config, modality, tuned)
+        self.batch = self._with_features(batch) if variant.cached else batch
+        self.optimizer = None if variant.bare or self.model.closed_form else make_optimizer(self.model, self.config.train)
+        self._bare: Any = devices.compiled(self._both_encoders) if compiled else self._both_encoders
+        self._forward: Any = devices.compiled(self.model) if compiled else self.model
+
+    def _with_features(self, batch: Batch) -> Batch:
+        with torch.no_grad():
+            psi_BC = self.model.feature("comp", batch)
+        return Batch({"main": batch.inputs["main"]}, {"comp": psi_BC}, batch.targets, batch.index)
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is a training step."""
+        return self.variant.bare or self.optimizer is not None
+
+    @property
+    def trainable(self) -> int:
+        """Parameters."""
+        return 0 if self.variant.bare else sum(self.model.breakdown().values())
+
+    @property
+    def artefact(self) -> int:
+        """Bytes of what is saved of it."""
+        return 0 if self.variant.bare else sum(t.numel() * t.element_size() for t in self.model.own_state().values())
+
+    def _form(self) -> AbstractContextManager[None]:
+        for encoder in self.encoders.values():  # which rows share
+            encoder.recompute = self.recompute
+        return as_tokens(self.encoders["main"]) if self.variant.tokens else nullcontext()
+
+    def warm_up(self) -> None:
+        """A training step on one sample: what is made once is made."""
+        whole, self.batch = self.batch, self.batch.part(0, len(self.batch.index))
+        (self.step if self.trains else self.infer)()
+        self.batch = whole
+
+    def step(self) -> None:
+        """One training step."""
+        with self._form(), devices.autocast(self.config.train.precision, self.device):
+            if self.variant.bare:
+                handle = first_block(self.encoders["main"]).register_forward_pre_hook(_ask_for_gradient, with_kwargs=True)
+                try:
+                    loss = self._bare(self.batch).float().square().mean()
+                finally:
+                    handle.remove()
+            else:
+                self.model.train()
+                output = self._forward(self.batch)
+                loss = classification_loss(output, self.batch, multi_label=False) / len(self.batch.index)
+                if output.load_LK is not None:
+                    loss = loss + self.config.router.importance_weight * importance_loss(output.load_LK)
+        if self.optimizer is None:
+            loss.backward()
+            return
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        distributed.sum_gradients(self.model.ours().values())
+        torch.nn.utils.clip_grad_norm_(self.model.ours().values(), self.config.train.clip)
+        self.optimizer.step()
+
+    @torch.no_grad()
+    def infer(self) -> None:
+        """Answer the batch."""
+        with self._form(), devices.autocast(self.config.train.precision, self.device):
+            self.model.eval()
+            (self._bare if self.variant.bare else self._forward)(self.batch)
+
+    def _both_encoders(self, batch: Batch) -> Tensor:
+        run_frozen(self.encoders["comp"], batch.inputs["comp"])
+        return self.encoders["main"].encode(batch.inputs["main"]).pooled_BC
+
+
+def first_block(encoder: Encoder) -> nn.Module:
+    """The layer that the first prompt enters."""
+    if isinstance(encoder, PromptedEncoder):
+        return encoder._slots[0].block
+    assert isinstance(encoder, TinyEncoder)
+    return encoder.blocks[0]
+
+
+def _ask_for_gradient(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    entering: Tensor = args[0] if args else kwargs["hidden_states"]
+    entering.requires_grad_()
+
+
+def build_encoders(config: RunConfig, device: torch.device) -> dict[str, Encoder]:
+    """The pair, with random weights of the seed 0."""
+    encoders = {}
+    for side in SIDES:
+        torch.manual_seed(0)
+        encoders[side] = create_encoder(getattr(config, side)).to(device)
+    return encoders

@@ -1,0 +1,251 @@
+"""What `mopefuse bench` compares is what it says, and every row has its numbers. How fast anything is, no test says."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from mopefuse.bench import memory, scale, token_form
+from mopefuse.bench.pair import PairBench, bench_pair, random_batch
+from mopefuse.bench.timing import Times, Turns
+from mopefuse.bench.variants import FLOOR, Subject, Variant, build_encoders, conditional, variants
+from mopefuse.cli.bench import PAIRS
+from mopefuse.config import RunConfig, build_config
+from mopefuse.encoders._base import Encoder, create_encoder
+from mopefuse.encoders._prompted import PromptedEncoder
+from mopefuse.errors import ResourceError
+from mopefuse.fusion._static import static_stack
+
+CPU = torch.device("cpu")
+TINY = {"main": "tiny:vision", "comp": "tiny:text", "device": "cpu"}
+MAINS = {
+    "tiny": "tiny:vision",
+    "timm-vit": "timm:vit_tiny_patch16_224?pretrained=false&img_size=32&depth=2",
+    "timm-swin": "timm:swin_tiny_patch4_window7_224?pretrained=false&img_size=64&window_size=4&depths=2,2&num_heads=2,4"
+    "&embed_dim=16",
+    "hf-bert": "hf:bert-base?pretrained=false&num_hidden_layers=2&hidden_size=32&num_attention_heads=2&intermediate_size=64",
+}
+
+
+def prepared(config: dict[str, Any], variant: Variant) -> Subject:
+    built = build_config(config)
+    encoders = build_encoders(built, CPU)
+    return Subject(variant, built, encoders, random_batch(encoders, 3, 6, CPU), CPU)
+
+
+@pytest.mark.parametrize("main", MAINS)
+def test_tokens_inserted_and_keys_and_values_give_the_same(main: str) -> None:
+    comp = "tiny:text" if main != "hf-bert" else "tiny:vision"
+    variant = Variant("one", {"prompts": {"experts": 4, "gate": "none", "init": 0.5, "dropout": 0.0}})
+    subject = prepared({"main": MAINS[main], "comp": comp, "device": "cpu"}, variant)
+    model = subject.model.eval()
+    with torch.no_grad():
+        as_keys = model(subject.batch).logits
+        with token_form.as_tokens(subject.encoders["main"]):
+            as_tokens = model(subject.batch).logits
+        after = model(subject.batch).logits
+        bare = model.classify(subject.encoders["main"].encode(subject.batch.inputs["main"]).pooled_BC)
+    torch.testing.assert_close(as_tokens, as_keys, rtol=1e-4, atol=1e-5)
+    assert torch.equal(after, as_keys)
+    assert (as_keys - bare).abs().max() > 1e-3  # the prompts do something
+
+
+def test_inserted_tokens_go_through_the_projection_and_keys_and_values_do_not() -> None:
+    encoder = create_encoder(MAINS["timm-swin"])
+    assert isinstance(encoder, PromptedEncoder)
+    rows: list[int] = []
+    encoder._slots[0].block.attn.proj.register_forward_hook(lambda m, args, out: rows.append(args[0].shape[1]))  # type: ignore[union-attr]
+    stack = static_stack(build_config({**TINY, "prompts": {"static": 3, "gate": "none"}}).prompts, encoder)
+    batch = {"pixels": torch.zeros(2, 64, 64, 3, dtype=torch.uint8)}
+    prompts = stack.condition(torch.zeros(2, 1))
+    encoder.encode(batch, prompts)
+    with token_form.as_tokens(encoder):
+        encoder.encode(batch, prompts)
+    assert rows == [16, 19]
+
+
+def test_what_cannot_take_tokens_has_a_reason_instead_of_a_row() -> None:
+    encoder = create_encoder("open_clip:ViT-B-32#visual?pretrained=false&force_image_size=64")
+    assert "no token form" in token_form.why_not(encoder)
+
+
+def test_the_floor_runs_both_encoders_and_goes_back_to_the_first_layer() -> None:
+    subject = prepared(TINY, Variant(FLOOR, bare=True))
+    reached: list[bool] = []
+    main = subject.encoders["main"]
+    first = main.blocks[0]
+    assert isinstance(first, torch.nn.Module)
+    first.register_full_backward_hook(lambda module, inward, outward: reached.append(inward[0] is not None))
+    asked: list[Encoder] = []
+    for encoder in subject.encoders.values():
+        encoder.register_forward_hook(lambda module, args, out: asked.append(module))
+        plain = encoder._encode
+        encoder._encode = lambda inputs, plain=plain, encoder=encoder: (asked.append(encoder), plain(inputs))[1]  # type: ignore[method-assign]
+    subject.step()
+    assert reached == [True]
+    assert asked == [subject.encoders["comp"], main]
+    assert all(parameter.grad is None for parameter in subject.model.parameters())
+
+
+def test_a_step_of_a_row_is_a_step_of_training() -> None:
+    subject = prepared(TINY, Variant("one", {"prompts": {"experts": 2}}))
+    before = {name: p.detach().clone() for name, p in subject.model.ours().items()}
+    subject.step()
+    moved = {name for name, p in subject.model.ours().items() if not torch.equal(p, before[name])}
+    assert "head.weight" in moved
+    assert all(p.grad is None for name, p in subject.model.named_parameters() if name not in before)
+
+
+def test_ratios_are_of_the_same_round() -> None:
+    floor, other = Times({0: 1.0, 1: 10.0, 2: 1.0}), Times({0: 2.0, 1: 20.0})
+    assert other.over(floor) == 2.0
+    assert Times.of([1.0, 2.0, 3.0, 4.0, 100.0]).median == 3.0
+
+
+def test_turns_are_taken_and_some_more_often() -> None:
+    order: list[str] = []
+    calls = {name: lambda name=name: order.append(name) for name in "abc"}  # type: ignore[misc]
+    times = Turns(CPU, rounds=2, often=("ab", "bc", "xa"), more=2, warm_up=1).time(calls)
+    assert "".join(order) == "abc" + "abc" + "ba" + "cb" + "bca" + "ab" + "bc"
+    assert {name: len(each.seconds) for name, each in times.items()} == {"a": 4, "b": 6, "c": 4}
+
+
+@pytest.fixture(scope="module")
+def found() -> PairBench:
+    config = build_config({**TINY, "train": {"precision": "fp32"}})
+    return bench_pair(config, batch=2, text_length=6, experts=(4, 16), methods=("linear", "mmbt"), rounds=1, more=1)
+
+
+def test_every_row_is_there_with_every_number(found: PairBench) -> None:
+    names = [variant.name for variant in variants((4, 16), ("linear", "mmbt"))]
+    assert [line.name for line in found.lines] == names
+    assert len(names) == 11
+    for line in found.lines:
+        assert (line.train is None) == (line.name == "linear"), line.name
+        assert line.why_not == ""
+    floor = found.line(FLOOR).train
+    assert floor is not None and len(floor.seconds) == 2
+    assert all(value is not None and value > 0 for value in found.ratios().values())
+
+
+def test_what_is_counted_is_what_a_run_trains_and_saves(found: PairBench) -> None:
+    subject = prepared(TINY, Variant("one", {"prompts": {"experts": 4}}))
+    line = found.line(conditional(4))
+    assert line.trainable == sum(p.numel() for p in subject.model.ours().values())
+    assert line.artefact == sum(t.numel() * t.element_size() for t in subject.model.own_state().values())
+    assert found.line(FLOOR).trainable == found.line(FLOOR).artefact == 0
+    assert found.line("late-concat, fine-tuned").artefact > found.weights
+
+
+def _hold(shared: int, case: int) -> int:
+    return memory.growth(CPU, lambda: torch.ones(case * 2**20 // 4).sum())
+
+
+def _build() -> int:
+    return 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak cannot be set back")
+def test_memory_is_what_a_call_took_at_its_peak() -> None:
+    small, large, again = memory.in_fresh_processes(_build, _hold, (20, 200, 20))
+    assert 20 <= small / 2**20 < 40
+    assert 200 <= large / 2**20 < 220
+    assert abs(again - small) < 8 * 2**20
+
+
+def _fail(shared: int, case: int) -> int:
+    if case:
+        os._exit(9)
+    raise ValueError("as it is")
+
+
+def test_a_process_that_fails_or_is_ended_says_so() -> None:
+    with pytest.raises(ValueError, match="as it is"):
+        list(memory.in_fresh_processes(_build, _fail, (0,)))
+    with pytest.raises(ResourceError, match="was ended"):
+        list(memory.in_fresh_processes(_build, _fail, (1,)))
+
+
+def mopefuse(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "mopefuse", "bench", *arguments], capture_output=True, text=True, check=False)
+
+
+def test_the_command_prints_one_object_with_both_ratios() -> None:
+    said = mopefuse(
+        "--main", "tiny:vision", "--comp", "tiny:text", "--experts", "2", "--rounds", "1", "--more", "0", "--batch", "2",
+        "--no-memory", "--json",
+    )  # fmt: skip
+    assert said.returncode == 0, said.stderr
+    (pair,) = json.loads(said.stdout)["pairs"]
+    rows = {row["name"]: row for row in pair["rows"]}
+    assert rows["floor"]["train_of_floor"] == rows["floor"]["infer_of_floor"] == 1
+    assert rows["conditional, k = 2"]["train"]["seconds"]
+    assert rows["conditional, k = 2"]["memory_bytes"] is None
+    assert pair["device"].startswith("cpu") and pair["precision"] == "fp32" and pair["versions"]["torch"]
+
+
+def test_train_or_infer_alone_is_measured_alone() -> None:
+    said = mopefuse("--main", "tiny:vision", "--comp", "tiny:text", "--experts", "2", "--rounds", "1", "--more", "0", "--infer")
+    assert said.returncode == 0, said.stderr
+    row = next(line for line in said.stdout.splitlines() if line.startswith("conditional, k = 2")).split()
+    assert row[4] == "-"
+    assert "ms" in row
+
+
+def test_the_default_pairs_are_those_of_the_documents() -> None:
+    assert PAIRS == (("timm:vit_base", "hf:bert-base"), ("timm:swin_base", "hf:bert-base"))
+    for pair in PAIRS:
+        RunConfig(main=pair[0], comp=pair[1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (("--experts", "many"), "MF-CFG-130"),
+        (("--experts", "0"), "MF-CFG-130"),
+        (("--main", "timm:resnet18", "--comp", "tiny:text"), "MF-ENC-21"),
+        (("--main", "tiny:vision", "--comp", "tiny:text", "--method", "pnf"), "MF-CFG"),
+        (("ddp", "--processes", "two"), "MF-CFG-130"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(arguments: tuple[str, ...], code: str) -> None:
+    said = mopefuse(*arguments)
+    assert said.returncode in (3, 4, 5), said.stderr
+    assert code in said.stderr
+    assert "Traceback" not in said.stderr
+
+
+def test_images_are_read_decoded_and_from_the_cache() -> None:
+    said = mopefuse("loader", "--main", "tiny:vision", "--images", "8", "--side", "32", "--rounds", "1", "--json")
+    assert said.returncode == 0, said.stderr
+    found = json.loads(said.stdout)
+    assert found["decoded"]["images_per_second"] > 0 and found["cached"]["images_per_second"] > 0
+
+
+def test_starts_are_timed_for_every_kind_of_answer() -> None:
+    said = mopefuse("startup", "--rounds", "1", "--json")
+    assert said.returncode == 0, said.stderr
+    asked = {"mopefuse --help", "mopefuse --version", "a usage error", "a configuration error"}
+    assert asked <= json.loads(said.stdout)["seconds"].keys()
+
+
+def test_growth_is_measured_along_every_axis(monkeypatch: pytest.MonkeyPatch) -> None:
+    axes = {"experts": (1, 4), "prompt tokens": (2, 12), "batch": (1, 2), "text length": (4, 8)}
+    monkeypatch.setattr(scale, "AXES", axes)
+    points = scale.bench_scale(build_config(TINY), batch=2, text_length=6, rounds=1)
+    wanted = [(axis, value) for axis, values in axes.items() for value in values]
+    assert [(point.axis, point.value) for point in points] == wanted
+    assert all(point.ratio > 0 for point in points)
+
+
+def test_processes_share_a_batch() -> None:
+    pair = ("--main", "tiny:vision", "--comp", "tiny:text")
+    said = mopefuse("ddp", *pair, "--batch", "4", "--rounds", "1", "--device", "cpu", "--json")
+    assert said.returncode == 0, said.stderr
+    assert json.loads(said.stdout)["processes"].keys() == {"1", "2"}
