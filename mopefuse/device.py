@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -13,6 +14,8 @@ from torch import nn
 
 from mopefuse import distributed
 from mopefuse.errors import ConfigError
+
+FLUSH = "MOPEFUSE_FLUSH_DENORMALS"  # "1": on CPUs; the command line sets it, in Python the caller's process is left as it is
 
 
 def resolve(name: str) -> torch.device:
@@ -35,7 +38,7 @@ def resolve(name: str) -> torch.device:
     if missing:
         there = f"{count} CUDA device{'s' if count != 1 else ''}"
         raise ConfigError(41, f"there is no device {name} (this machine has {there})", where="device", fix="use --device auto")
-    if device.type == "cpu":
+    if device.type == "cpu" and os.environ.get(FLUSH) == "1":
         # Masked attention leaves weights below 1e-38, and with them products take a hundred times as long.
         torch.set_flush_denormal(True)
     if device.type == "cuda":

@@ -24,6 +24,7 @@ from PIL import Image
 from mopefuse.errors import MopefuseError
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MOPEFUSE_FLUSH_DENORMALS", "0")  # commands run in this process, and hypothesis draws such numbers
 _CACHE = tempfile.TemporaryDirectory(prefix="mopefuse-cache-")
 os.environ["MOPEFUSE_CACHE"] = _CACHE.name  # of all tests, and gone with them
 torch.set_num_threads(1)

@@ -2,22 +2,50 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from mopefuse import device as devices
+from mopefuse.cli.app import main
 from mopefuse.errors import ConfigError
 
+PRODUCT = """
+import os, sys, torch
+from mopefuse import device
+device.resolve("cpu")
+tiny = torch.tensor([1e-20])
+print(float(tiny * tiny) > 0)
+"""
 
-def test_on_a_cpu_numbers_too_small_to_matter_are_zero() -> None:
+
+@pytest.mark.parametrize(("asked", "kept"), [({}, "True"), ({devices.FLUSH: "0"}, "True"), ({devices.FLUSH: "1"}, "False")])
+def test_numbers_too_small_to_matter_are_zero_where_that_is_asked_for(asked: dict[str, str], kept: str) -> None:
     """Weights of masked attention, e^-100, make products a hundred times as slow where they are kept."""
-    if not torch.set_flush_denormal(True):
+    if not can_flush():
         pytest.skip("this processor cannot flush denormals")
-    torch.set_flush_denormal(False)
-    tiny = torch.tensor([1e-20])
-    assert float(tiny * tiny) > 0
-    devices.resolve("cpu")
-    assert float(tiny * tiny) == 0
+    environment = {name: value for name, value in os.environ.items() if name != devices.FLUSH} | asked
+    said = subprocess.run([sys.executable, "-c", PRODUCT], capture_output=True, text=True, env=environment, check=True)
+    assert said.stdout.strip() == kept
+
+
+def test_the_command_line_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(devices.FLUSH, raising=False)
+    monkeypatch.setattr(sys, "argv", ["mopefuse", "--version"])
+    with pytest.raises(SystemExit):
+        main()
+    assert os.environ[devices.FLUSH] == "1"
+    monkeypatch.delenv(devices.FLUSH)
+
+
+def can_flush() -> bool:
+    try:
+        return torch.set_flush_denormal(True)
+    finally:
+        torch.set_flush_denormal(False)
 
 
 @pytest.mark.parametrize("name", ["cuda:99", "gpu", "cuda:", "cpu:0"])

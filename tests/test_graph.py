@@ -30,7 +30,7 @@ PAIRS = {
     "tiny": ("tiny:vision", "tiny:text", {}),
     "Swin and BERT, dense, as in the papers": (SWIN, BERT, {"gate": "none"}),
     "BERT and ViT, joint router, two of four experts": (BERT, VIT, {"router": {"kind": "joint", "top_m": 2}}),
-    "two of forty experts": ("tiny:vision", "tiny:text", {"experts": 40, "router": {"top_m": 2}}),
+    "two of forty experts": ("tiny:vision", "tiny:text", {"prompts": {"experts": 40}, "router": {"top_m": 2}}),
     "text and text": ("tiny:text", BERT, {"static": 0}),
     "a CNN as the other side": ("tiny:vision", "timm:mobilenetv3_small_050?pretrained=false", {"mapped": 0}),
     "open_clip": (
