@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
+from functools import partial
 
-from mopefuse.bench.timing import Advance, Times
+import torch
+
+from mopefuse.bench.timing import Advance, Times, Turns
 
 COMMANDS: Mapping[str, tuple[str, ...]] = {
     "python itself": ("-c", "pass"),
@@ -22,12 +24,9 @@ COMMANDS: Mapping[str, tuple[str, ...]] = {
 
 def bench_startup(*, rounds: int = 5, advance: Advance = lambda what, done, total: None) -> dict[str, Times]:
     """Seconds of each command in a process of its own, in turns; one round ahead warms the file cache."""
-    seconds: dict[str, list[float]] = {name: [] for name in COMMANDS}
-    for number in range(rounds + 1):
-        for name, arguments in COMMANDS.items():
-            advance(name, number, rounds + 1)
-            began = time.perf_counter()
-            subprocess.run([sys.executable, *arguments], capture_output=True, check=False)
-            if number:
-                seconds[name].append(time.perf_counter() - began)
-    return {name: Times.of(each) for name, each in seconds.items()}
+    calls = {name: partial(_run, arguments) for name, arguments in COMMANDS.items()}
+    return Turns(torch.device("cpu"), rounds, warm_up=1).time(calls, advance)
+
+
+def _run(arguments: tuple[str, ...]) -> None:
+    subprocess.run([sys.executable, *arguments], capture_output=True, check=False)

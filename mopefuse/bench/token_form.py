@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
+from mopefuse.encoders._attention import parts_of
 from mopefuse.encoders._base import Encoder
 from mopefuse.encoders._prompted import PromptedEncoder
 from mopefuse.encoders.tiny import TinyEncoder
@@ -123,7 +124,7 @@ class _InWindows:
         prompt_BPD: Tensor = self.norm(self.waiting.pop())
         count, windows = prompt_BPD.shape[1], x_NLD.shape[0] // prompt_BPD.shape[0]
         both = torch.cat([prompt_BPD.repeat_interleave(windows, dim=0), x_NLD], dim=1)
-        q, k, v = attention.qkv(both).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = parts_of(attention.qkv(both), 3, attention.num_heads)
         scores = (q * attention.scale) @ k.transpose(-2, -1)  # not fused, as timm's own
         scores = scores + F.pad(attention._get_rel_pos_bias(), (count, 0, count, 0))
         if mask is not None:  # (W, L, L)

@@ -131,13 +131,14 @@ def split_fused(qkv_BLX: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor, Te
     if torch.is_grad_enabled() and qkv_BLX.requires_grad:
         q, k, v, again = _SplitFused.apply(qkv_BLX, heads)
         return q, k, v, again
-    q, k, v = _views(qkv_BLX, heads)
+    q, k, v = parts_of(qkv_BLX, 3, heads)
     return q, k, v, q.contiguous()
 
 
-def _views(qkv_BLX: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = qkv_BLX.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    return q, k, v
+def parts_of(fused_BLX: Tensor, parts: int, heads: int) -> Tensor:
+    """Views of what a fused projection gives, (parts, B, H, L, E): query, key and value, or the last two."""
+    split: Tensor = fused_BLX.unflatten(-1, (parts, heads, -1))
+    return split.permute(2, 0, 3, 1, 4)
 
 
 class _SplitFused(torch.autograd.Function):
@@ -145,7 +146,7 @@ class _SplitFused(torch.autograd.Function):
 
     @staticmethod
     def forward(context: Any, qkv_BLX: Tensor, heads: int) -> tuple[Tensor, ...]:
-        q, k, v = _views(qkv_BLX, heads)
+        q, k, v = parts_of(qkv_BLX, 3, heads)
         return q, k, v, q.contiguous()
 
     @staticmethod

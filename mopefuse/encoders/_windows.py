@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mopefuse.encoders._attention import for_windows
+from mopefuse.encoders._attention import for_windows, parts_of
 
 
 def attend_in_windows(
@@ -147,7 +147,7 @@ def _forward(form: type[_Form], context: Any, inputs: tuple[Any, ...]) -> Tensor
 
 def _split(qkv_NLX: Tensor, heads: int, scale: float) -> Tensor:
     """Query times scale, key and value, (3, N, H, L, E), in memory in this order."""
-    qkv: Tensor = qkv_NLX.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).contiguous()
+    qkv = parts_of(qkv_NLX, 3, heads).contiguous()
     qkv[0] *= scale
     return qkv
 

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from mopefuse.checkpoint import check_tensors
 from mopefuse.encoders import _hub, _lora, _numbers, _options, _weights
-from mopefuse.encoders._attention import Insert, Prompt, attend, attend_prompts, split_fused
+from mopefuse.encoders._attention import Insert, Prompt, attend, attend_prompts, parts_of, split_fused
 from mopefuse.encoders._base import Encoded, Inputs, option_flag
 from mopefuse.encoders._preprocess import ImagePreprocess
 from mopefuse.encoders._prompted import PromptedEncoder
@@ -168,7 +168,7 @@ def _swin_attention(self: Any, x_NLD: Tensor, mask: Tensor | None = None) -> Ten
 
 def _project(attention: Any, x_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value, each (B, H, L, E)."""
-    q, k, v = attention.qkv(x_BLD).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k, v = parts_of(attention.qkv(x_BLD), 3, attention.num_heads)
     return q, k, v
 
 
@@ -179,7 +179,7 @@ def _project_prompt(attention: Any, prompt: Prompt) -> tuple[Tensor, Tensor]:
         return _project(attention, prompt.tokens_BPD)[1:]
     bias = None if qkv.bias is None else qkv.bias[width:]
     kv = F.linear(prompt.tokens_BPD, qkv.weight[width:], bias)
-    k, v = kv.unflatten(-1, (2, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    k, v = parts_of(kv, 2, attention.num_heads)
     return k, v
 
 
