@@ -18,6 +18,7 @@ import torch
 from mopefuse import device as devices
 from mopefuse.bench import memory
 from mopefuse.bench.timing import Advance, Times, Turns
+from mopefuse.bench.token_form import in_windows
 from mopefuse.bench.variants import (
     FLOOR,
     LABELS,
@@ -122,8 +123,8 @@ def bench_pair(
         experts: numbers of experts; the first is that of all rows that name none.
         methods, recompute: further rows, see `variants`.
         rounds: of all variants in turns.
-        more: further rounds after each of them, in turn of the floor and conditional prompts, and of prompts as keys and values
-            and as tokens; of answers half as many.
+        more: further rounds after each of them, of the floor and conditional prompts, and where the main encoder attends within
+            windows in turn with that of prompts as keys and values and as tokens; of answers half as many.
         compiled: forward passes through `torch.compile`.
 
     Raises:
@@ -146,7 +147,7 @@ def bench_pair(
     for number, (name, subject) in enumerate(subjects.items() if small else ()):
         advance(f"warming up: {name}", number, len(subjects))
         subject.warm_up()
-    often = ((FLOOR, chosen[1].name), (UNGATED, TOKENS))
+    often = ((FLOOR, chosen[1].name), *([(UNGATED, TOKENS)] if in_windows(frozen["main"]) else []))
     turns = Turns(rounds=rounds, often=often, more=more, warm_up=0 if small else 3, device=device)
     steps = {name: subject.step for name, subject in subjects.items() if subject.trains and train}
     answers = {name: subject.infer for name, subject in subjects.items() if subject.variant.answers and infer}

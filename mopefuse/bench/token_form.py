@@ -26,9 +26,12 @@ from mopefuse.encoders.tiny import TinyEncoder
 
 def why_not(encoder: Encoder) -> str:
     """The reason why an encoder's prompts cannot be inserted here; empty if they can."""
-    if isinstance(encoder, PromptedEncoder) and isinstance(_blocks(encoder)[0], SwinTransformerBlock):
-        return ""
-    return "" if encoder.insertable else f"no token form of {encoder.spec}"
+    return "" if encoder.insertable or in_windows(encoder) else f"no token form of {encoder.spec}"
+
+
+def in_windows(encoder: Encoder) -> bool:
+    """Whether a prompt as tokens is repeated for each window of an image."""
+    return isinstance(encoder, PromptedEncoder) and isinstance(_blocks(encoder)[0], SwinTransformerBlock)
 
 
 @contextmanager

@@ -53,7 +53,7 @@ class _Form(torch.autograd.Function):
     def compute(
         qkv_NLX: Tensor, k_BHPE: Tensor, v_BHPE: Tensor, bias: Tensor, mask: Tensor | None, scale: float
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The result, and what its gradient needs, the scaled query, key and value first."""
+        """The result, and what its gradient needs."""
         raise NotImplementedError
 
 
@@ -64,14 +64,16 @@ class _Gated(_Form):
     def compute(
         qkv_NLX: Tensor, k_BHPE: Tensor, v_BHPE: Tensor, bias: Tensor, mask: Tensor | None, scale: float
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        qkv = _split(qkv_NLX, k_BHPE.shape[1], scale)
-        q_ZLE, k_ZLE, v_ZLE = qkv.flatten(1, 2)
-        weights_ZLL = _weights(torch.bmm(q_ZLE, k_ZLE.transpose(1, 2)), qkv.shape[1], bias, mask)
+        heads, count = k_BHPE.shape[1], qkv_NLX.shape[0]
+        q, k, v = parts_of(qkv_NLX, 3, heads)
+        q_ZLE = _scaled(q, scale)
+        k_ZLE, v_ZLE = (part.contiguous().flatten(0, 1) for part in (k, v))
+        weights_ZLL = _weights(torch.bmm(q_ZLE, k_ZLE.transpose(1, 2)), count, bias, mask)
         out_ZLE = torch.bmm(weights_ZLL, v_ZLE)
-        key_ZPE, value_ZPE = (for_windows(part, qkv.shape[1]).flatten(0, 1) for part in (k_BHPE, v_BHPE))
+        key_ZPE, value_ZPE = (for_windows(part, count).flatten(0, 1) for part in (k_BHPE, v_BHPE))
         weights_ZPL = torch.bmm(key_ZPE, q_ZLE.transpose(1, 2)).softmax(dim=1)
         out_ZLE.baddbmm_(weights_ZPL.transpose(1, 2), value_ZPE)
-        return _join(out_ZLE, k_BHPE.shape[1]), (qkv, weights_ZLL, key_ZPE, value_ZPE, weights_ZPL)
+        return _join(out_ZLE, heads), (q_ZLE, k_ZLE, v_ZLE, weights_ZLL, key_ZPE, value_ZPE, weights_ZPL)
 
     @staticmethod
     def forward(context: Any, *inputs: Any) -> Tensor:
@@ -80,21 +82,18 @@ class _Gated(_Form):
     @staticmethod
     @once_differentiable
     def backward(context: Any, of_out_NLD: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, weights_ZLL, key_ZPE, value_ZPE, weights_ZPL = context.saved_tensors
-        q_ZLE, k_ZLE, v_ZLE = qkv.flatten(1, 2)
-        of_out_ZLE = _heads(of_out_NLD, qkv.shape[2])
+        q_ZLE, k_ZLE, v_ZLE, weights_ZLL, key_ZPE, value_ZPE, weights_ZPL = context.saved_tensors
+        of_out_ZLE = _heads(of_out_NLD, context.heads)
         of_scores_ZPL = _of_softmax(torch.bmm(value_ZPE, of_out_ZLE.transpose(1, 2)), weights_ZPL, 1)
         of_key, of_value = torch.bmm(of_scores_ZPL, q_ZLE), torch.bmm(weights_ZPL, of_out_ZLE)
-        if not context.needs_input_grad[0]:  # the first block: nothing ahead of it learns
-            return _gradients(context, None, of_key, of_value)
-        of_qkv = torch.empty_like(qkv)
-        of_q, of_k, of_v = of_qkv.flatten(1, 2)
-        torch.bmm(weights_ZLL.transpose(1, 2), of_out_ZLE, out=of_v)
-        of_scores_ZLL = _of_softmax(torch.bmm(of_out_ZLE, v_ZLE.transpose(1, 2)), weights_ZLL, -1)
-        torch.bmm(of_scores_ZLL, k_ZLE, out=of_q)
-        torch.bmm(of_scores_ZLL.transpose(1, 2), q_ZLE, out=of_k)
-        of_q.baddbmm_(of_scores_ZPL.transpose(1, 2), key_ZPE)
-        return _gradients(context, of_qkv, of_key, of_value)
+        of_qkv_NLX = None
+        if context.needs_input_grad[0]:  # not in the first block: nothing ahead of it learns
+            of_scores_ZLL = _of_softmax(torch.bmm(of_out_ZLE, v_ZLE.transpose(1, 2)), weights_ZLL, -1)
+            of_q = torch.bmm(of_scores_ZLL, k_ZLE).baddbmm_(of_scores_ZPL.transpose(1, 2), key_ZPE)
+            of_k = torch.bmm(of_scores_ZLL.transpose(1, 2), q_ZLE)
+            of_v = torch.bmm(weights_ZLL.transpose(1, 2), of_out_ZLE)
+            of_qkv_NLX = _fused(context, of_q, of_k, of_v)
+        return _gradients(context, of_qkv_NLX, of_key, of_value)
 
 
 class _Joint(_Form):
@@ -104,15 +103,16 @@ class _Joint(_Form):
     def compute(
         qkv_NLX: Tensor, k_BHPE: Tensor, v_BHPE: Tensor, bias: Tensor, mask: Tensor | None, scale: float
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        qkv = _split(qkv_NLX, k_BHPE.shape[1], scale)
-        q_ZLE, k_ZLE, v_ZLE = qkv.flatten(1, 2)
-        key_ZPE, value_ZPE = (for_windows(part, qkv.shape[1]).flatten(0, 1) for part in (k_BHPE, v_BHPE))
-        key_ZSE, value_ZSE = torch.cat([key_ZPE, k_ZLE], dim=1), torch.cat([value_ZPE, v_ZLE], dim=1)
-        ahead = (key_ZPE.shape[1], 0)
+        heads, count, ahead = k_BHPE.shape[1], qkv_NLX.shape[0], (k_BHPE.shape[2], 0)
+        q, k, v = parts_of(qkv_NLX, 3, heads)
+        q_ZLE = _scaled(q, scale)
+        key_ZSE, value_ZSE = (
+            torch.cat([for_windows(prompt, count), tokens], dim=2).flatten(0, 1)
+            for prompt, tokens in ((k_BHPE, k), (v_BHPE, v))
+        )
         bias, mask = F.pad(bias, ahead), None if mask is None else F.pad(mask, ahead)
-        weights_ZLS = _weights(torch.bmm(q_ZLE, key_ZSE.transpose(1, 2)), qkv.shape[1], bias, mask)
-        out_ZLE = torch.bmm(weights_ZLS, value_ZSE)
-        return _join(out_ZLE, k_BHPE.shape[1]), (qkv, weights_ZLS, key_ZSE, value_ZSE)
+        weights_ZLS = _weights(torch.bmm(q_ZLE, key_ZSE.transpose(1, 2)), count, bias, mask)
+        return _join(torch.bmm(weights_ZLS, value_ZSE), heads), (q_ZLE, weights_ZLS, key_ZSE, value_ZSE)
 
     @staticmethod
     def forward(context: Any, *inputs: Any) -> Tensor:
@@ -121,19 +121,16 @@ class _Joint(_Form):
     @staticmethod
     @once_differentiable
     def backward(context: Any, of_out_NLD: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, weights_ZLS, key_ZSE, value_ZSE = context.saved_tensors
-        of_out_ZLE = _heads(of_out_NLD, qkv.shape[2])
+        q_ZLE, weights_ZLS, key_ZSE, value_ZSE = context.saved_tensors
+        of_out_ZLE = _heads(of_out_NLD, context.heads)
         of_scores_ZLS = _of_softmax(torch.bmm(of_out_ZLE, value_ZSE.transpose(1, 2)), weights_ZLS, -1)
-        of_key_ZSE = torch.bmm(of_scores_ZLS.transpose(1, 2), qkv[0].flatten(0, 1))
-        of_value_ZSE = torch.bmm(weights_ZLS.transpose(1, 2), of_out_ZLE)
-        prompts, of_qkv = key_ZSE.shape[1] - qkv.shape[3], None
+        of_key = torch.bmm(of_scores_ZLS.transpose(1, 2), q_ZLE)
+        of_value = torch.bmm(weights_ZLS.transpose(1, 2), of_out_ZLE)
+        prompts, of_qkv_NLX = key_ZSE.shape[1] - q_ZLE.shape[1], None
         if context.needs_input_grad[0]:
-            of_qkv = torch.empty_like(qkv)
-            of_q, of_k, of_v = of_qkv.flatten(1, 2)
-            torch.bmm(of_scores_ZLS, key_ZSE, out=of_q)
-            of_k.copy_(of_key_ZSE[:, prompts:])
-            of_v.copy_(of_value_ZSE[:, prompts:])
-        return _gradients(context, of_qkv, of_key_ZSE[:, :prompts], of_value_ZSE[:, :prompts])
+            of_q = torch.bmm(of_scores_ZLS, key_ZSE)
+            of_qkv_NLX = _fused(context, of_q, of_key[:, prompts:], of_value[:, prompts:])
+        return _gradients(context, of_qkv_NLX, of_key[:, :prompts], of_value[:, :prompts])
 
 
 def _forward(form: type[_Form], context: Any, inputs: tuple[Any, ...]) -> Tensor:
@@ -145,11 +142,22 @@ def _forward(form: type[_Form], context: Any, inputs: tuple[Any, ...]) -> Tensor
     return out_NLD
 
 
-def _split(qkv_NLX: Tensor, heads: int, scale: float) -> Tensor:
-    """Query times scale, key and value, (3, N, H, L, E), in memory in this order."""
-    qkv = parts_of(qkv_NLX, 3, heads).contiguous()
-    qkv[0] *= scale
-    return qkv
+def _scaled(q_NHLE: Tensor, scale: float) -> Tensor:
+    """Times scale and in memory by head, (Z, L, E), in one pass."""
+    scaled = torch.empty_like(q_NHLE, memory_format=torch.contiguous_format)
+    torch.mul(q_NHLE, scale, out=scaled)
+    return scaled.flatten(0, 1)
+
+
+def _fused(context: Any, of_q_ZLE: Tensor, of_k_ZLE: Tensor, of_v_ZLE: Tensor) -> Tensor:
+    """The gradient of the fused projection, (N, L, X), of those of the scaled query, key and value."""
+    heads, width = context.heads, of_q_ZLE.shape[-1]
+    of_q, of_k, of_v = (part.unflatten(0, (-1, heads)).transpose(1, 2) for part in (of_q_ZLE, of_k_ZLE, of_v_ZLE))
+    fused_NL3HE = of_q.new_empty(*of_q.shape[:2], 3, heads, width)
+    torch.mul(of_q, context.scale, out=fused_NL3HE[:, :, 0])
+    fused_NL3HE[:, :, 1] = of_k
+    fused_NL3HE[:, :, 2] = of_v
+    return fused_NL3HE.flatten(2)
 
 
 def _heads(x_NLD: Tensor, heads: int) -> Tensor:
@@ -178,12 +186,10 @@ def _of_softmax(of_weights: Tensor, weights: Tensor, dim: int) -> Tensor:
     return torch._softmax_backward_data(of_weights, weights, dim, weights.dtype)
 
 
-def _gradients(context: Any, of_qkv: Tensor | None, of_key_ZPE: Tensor, of_value_ZPE: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(
+    context: Any, of_qkv_NLX: Tensor | None, of_key_ZPE: Tensor, of_value_ZPE: Tensor
+) -> tuple[Tensor | None, ...]:
     """For each input of `compute`; a prompt's are those of all windows of its image together."""
     shape = (context.batch, -1, context.heads)
     of_key_BHPE, of_value_BHPE = (part.unflatten(0, shape).sum(dim=1) for part in (of_key_ZPE, of_value_ZPE))
-    of_qkv_NLX = None
-    if of_qkv is not None:
-        of_qkv[0] *= context.scale
-        of_qkv_NLX = of_qkv.permute(1, 3, 0, 2, 4).flatten(2)
     return of_qkv_NLX, of_key_BHPE, of_value_BHPE, None, None, None
