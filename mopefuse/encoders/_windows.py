@@ -143,20 +143,17 @@ def _forward(form: type[_Form], context: Any, inputs: tuple[Any, ...]) -> Tensor
 
 
 def _scaled(q_NHLE: Tensor, scale: float) -> Tensor:
-    """Times scale and in memory by head, (Z, L, E), in one pass."""
-    scaled = torch.empty_like(q_NHLE, memory_format=torch.contiguous_format)
-    torch.mul(q_NHLE, scale, out=scaled)
-    return scaled.flatten(0, 1)
+    """Times scale and in memory by head, (Z, L, E); never the argument itself."""
+    return q_NHLE.clone(memory_format=torch.contiguous_format).mul_(scale).flatten(0, 1)
 
 
 def _fused(context: Any, of_q_ZLE: Tensor, of_k_ZLE: Tensor, of_v_ZLE: Tensor) -> Tensor:
-    """The gradient of the fused projection, (N, L, X), of those of the scaled query, key and value."""
-    heads, width = context.heads, of_q_ZLE.shape[-1]
-    of_q, of_k, of_v = (part.unflatten(0, (-1, heads)).transpose(1, 2) for part in (of_q_ZLE, of_k_ZLE, of_v_ZLE))
-    fused_NL3HE = of_q.new_empty(*of_q.shape[:2], 3, heads, width)
-    torch.mul(of_q, context.scale, out=fused_NL3HE[:, :, 0])
-    fused_NL3HE[:, :, 1] = of_k
-    fused_NL3HE[:, :, 2] = of_v
+    """The gradient of the fused projection, (N, L, X), of those of the scaled query, which is written over, key and value."""
+    parts = (of_q_ZLE.mul_(context.scale), of_k_ZLE, of_v_ZLE)
+    heads, (rows, length, width) = context.heads, of_q_ZLE.shape
+    fused_NL3HE = of_q_ZLE.new_empty(rows // heads, length, 3, heads, width)
+    for number, part in enumerate(parts):
+        fused_NL3HE[:, :, number] = _apart(part, heads)
     return fused_NL3HE.flatten(2)
 
 
@@ -168,8 +165,13 @@ def _heads(x_NLD: Tensor, heads: int) -> Tensor:
 
 def _join(x_ZLE: Tensor, heads: int) -> Tensor:
     """The inverse of `_heads`."""
+    return _apart(x_ZLE, heads).flatten(2)
+
+
+def _apart(x_ZLE: Tensor, heads: int) -> Tensor:
+    """(Z, L, E) as (N, L, H, E), a view."""
     split: Tensor = x_ZLE.unflatten(0, (-1, heads))
-    return split.transpose(1, 2).flatten(2)
+    return split.transpose(1, 2)
 
 
 def _weights(scores_Z: Tensor, count: int, bias: Tensor, mask: Tensor | None) -> Tensor:
