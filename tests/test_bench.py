@@ -108,12 +108,20 @@ def test_ratios_are_of_the_same_round() -> None:
     assert Times.of([1.0, 2.0, 3.0, 4.0, 100.0]).median == 3.0
 
 
+def test_rounds_that_others_disturbed_do_not_count_unless_all_are() -> None:
+    floor, other = Times({0: 1.0, 1: 1.0, 2: 5.0}, {0: 0.0, 1: 0.05, 2: 0.4}), Times({0: 2.0, 1: 3.0, 2: 5.0}, {1: 0.06})
+    assert floor.seconds == (1.0, 1.0) and other.seconds == (2.0, 5.0)
+    assert other.over(floor) == 2.0
+    assert Times({0: 1.0, 1: 3.0}, {0: 0.5, 1: 0.5}).median == 2.0
+
+
 def test_turns_are_taken_and_some_more_often() -> None:
     order: list[str] = []
     calls = {name: lambda name=name: order.append(name) for name in "abc"}  # type: ignore[misc]
     times = Turns(CPU, rounds=2, often=("ab", "bc", "xa"), more=2, warm_up=1).time(calls)
     assert "".join(order) == "abc" + "abc" + "ba" + "cb" + "bca" + "ab" + "bc"
-    assert {name: len(each.seconds) for name, each in times.items()} == {"a": 4, "b": 6, "c": 4}
+    assert {name: len(each.by_round) for name, each in times.items()} == {"a": 4, "b": 6, "c": 4}
+    assert all(each.stolen.keys() == each.by_round.keys() for each in times.values())
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import torch
 
 from mopefuse import device as devices
 from mopefuse.bench import memory
-from mopefuse.bench.timing import Advance, Times, Turns
+from mopefuse.bench.timing import CALM, Advance, Times, Turns
 from mopefuse.bench.token_form import in_windows
 from mopefuse.bench.variants import (
     FLOOR,
@@ -72,6 +72,12 @@ class PairBench:
     versions: Mapping[str, str]
     weights: int  # bytes of both encoders, in float32
     lines: tuple[Line, ...]
+
+    @property
+    def disturbed(self) -> float:
+        """Share of the repetitions in which others had more of the processors than `timing.CALM`."""
+        every = [share for line in self.lines for times in (line.train, line.infer) if times for share in times.stolen.values()]
+        return sum(share > CALM for share in every) / len(every) if every else 0.0
 
     def line(self, name: str) -> Line:
         """The row of that name."""

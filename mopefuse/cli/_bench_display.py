@@ -24,6 +24,9 @@ def show_pair(pair: PairBench) -> None:
     ]  # fmt: skip
     told = f"batch {pair.batch}, {pair.text_length} tokens, {pair.precision} on {pair.device}, weights {size(pair.weights)}"
     table(f"{pair.config.main} with {pair.config.comp}; {told}", columns, rows)
+    if pair.disturbed > 0.5:
+        what = f"in {100 * pair.disturbed:.0f} % of the repetitions the host of this virtual machine gave its processors to others"
+        err().print(f"[yellow]{what}; measure again before you rely on these numbers[/]")
     for line in pair.lines:
         if line.why_not:
             err().print(f"{line.name}: {line.why_not}", markup=False)
@@ -40,6 +43,7 @@ def pair_as_dict(pair: PairBench) -> dict[str, Any]:
         "precision": pair.precision,
         "versions": dict(pair.versions),
         "weights_bytes": pair.weights,
+        "disturbed": pair.disturbed,
         "rows": [
             {
                 "name": line.name,
@@ -61,8 +65,9 @@ def pair_as_dict(pair: PairBench) -> dict[str, Any]:
 
 
 def times_as_dict(times: Times) -> dict[str, Any]:
-    """Median, spread and every repetition."""
-    return {"median": times.median, "spread": times.spread, "seconds": list(times.seconds)}
+    """Median and spread of the repetitions that count; every repetition, and the share of it that others took."""
+    every = {"seconds": list(times.by_round.values()), "stolen": [round(share, 4) for share in times.stolen.values()]}
+    return {"median": times.median, "spread": times.spread, **every}
 
 
 def show_times(title: str, found: Mapping[str, Times], per_second: Mapping[str, str] | None = None) -> None:
