@@ -25,7 +25,7 @@ def show_pair(pair: PairBench) -> None:
     told = f"batch {pair.batch}, {pair.text_length} tokens, {pair.precision} on {pair.device}, weights {size(pair.weights)}"
     table(f"{pair.config.main} with {pair.config.comp}; {told}", columns, rows)
     if pair.disturbed > 0.5:
-        what = f"in {100 * pair.disturbed:.0f} % of the repetitions the host of this virtual machine gave its processors to others"
+        what = f"in {100 * pair.disturbed:.0f} % of the repetitions the host gave this machine's processors to others"
         err().print(f"[yellow]{what}; measure again before you rely on these numbers[/]")
     for line in pair.lines:
         if line.why_not:
