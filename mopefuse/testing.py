@@ -11,7 +11,7 @@ Shapes: B batch, L tokens, P prompt tokens, D width of a layer, C width of the p
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -46,26 +46,46 @@ def check_encoder(encoder: str | Encoder, samples: Sequence[Any] | None = None) 
     built.freeze()
     values = list(samples if samples is not None else _samples(built))
     assert len(values) >= 2, "check_encoder needs at least two samples: one alone cannot leak into another"
-    check = _Check(built, values)
-    check.attributes()
-    check.frozen()
-    check.plain_output()
-    check.does_not_depend_on_the_batch(None)
-    check.alone()
-    if not built.widths:
-        check.refuses_prompts()
-        return built
-    check.layers_in_order()
-    check.untouched_without_prompts()
-    check.every_layer_listens()
-    check.does_not_depend_on_the_batch(lambda gates: None)
-    check.does_not_depend_on_the_batch(lambda gates: gates)
-    check.gradients()
-    check.nothing_is_left_behind()
-    check.inserted_tokens()
-    if built.insertable:
-        check.layers_by_themselves()
+    for _, check in _checks(_Check(built, values)):
+        check()
     return built
+
+
+def contract(encoder: Encoder, samples: Sequence[Any] | None = None) -> Iterator[tuple[str, str]]:
+    """Every part of the contract in words, and how a frozen encoder breaks it; empty where it holds. See `check_encoder`."""
+    for part, check in _checks(_Check(encoder, list(samples if samples is not None else _samples(encoder)))):
+        try:
+            check()
+        except AssertionError as broken:
+            yield part, str(broken)
+        else:
+            yield part, ""
+
+
+def _checks(check: _Check) -> list[tuple[str, Callable[[], None]]]:
+    alike = check.does_not_depend_on_the_batch
+    plain: list[tuple[str, Callable[[], None]]] = [
+        ("says what it is", check.attributes),
+        ("stays frozen and in evaluation mode", check.frozen),
+        ("gives a feature and tokens, the same each time", check.plain_output),
+        ("a sample does not depend on its batch", lambda: alike(None)),
+        ("a sample by itself, without padding, is the same", check.alone),
+    ]
+    if not check.encoder.widths:
+        return [*plain, ("refuses prompts", check.refuses_prompts)]
+    insert = "takes tokens beside its own" if check.encoder.insertable else "refuses tokens beside its own"
+    prompted: list[tuple[str, Callable[[], None]]] = [
+        ("asks for a prompt at each layer, in order", check.layers_in_order),
+        ("without prompts and with a gate of 0, bit for bit the same", check.untouched_without_prompts),
+        ("a prompt at each layer has an effect", check.every_layer_listens),
+        ("with prompts, a sample does not depend on its batch", lambda: alike(lambda gates: None)),
+        ("with gated prompts, a sample does not depend on its batch", lambda: alike(lambda gates: gates)),
+        ("gradients reach every prompt and gate, and no weight", check.gradients),
+        ("a prompt does not outlive its call", check.nothing_is_left_behind),
+        (insert, check.inserted_tokens),
+    ]
+    layers = [("each layer by itself gives the same", check.layers_by_themselves)] if check.encoder.insertable else []
+    return [*plain, *prompted, *layers]
 
 
 class _Check:

@@ -79,7 +79,11 @@ class Hashing:
 def pad(
     rows: Sequence[Sequence[int]], pad_id: int, length: int | None = None
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Rows of ids to ids (B, L) and mask (B, L), True where real; L is `length`, or that of the longest row."""
+    """Rows of ids to ids (B, L) and mask (B, L), True where real; L is `length`, or that of the longest row.
+
+    A row of nothing, as tokenizers without special tokens make of an empty text, counts as one token of padding.
+    """
+    rows = [row or [pad_id] for row in rows]
     lengths = np.array([len(row) for row in rows])
     longest = length or int(lengths.max())
     ids = np.full((len(rows), longest), pad_id, dtype=np.int64)

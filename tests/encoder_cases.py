@@ -27,20 +27,41 @@ IMAGE = {
     "patch_size": 8,
 }  # fmt: skip
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+DECODER = {**TEXT, **SPECIAL, "max_position_embeddings": 40}
 HF: dict[str, dict[str, Any]] = {
     "bert": TEXT,
     "roberta": {**TEXT, "max_position_embeddings": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
     "xlm-roberta": {**TEXT, "max_position_embeddings": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
     "distilbert": {"dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 48, "vocab_size": 64},
     "electra": {**TEXT, "embedding_size": 16},
+    "albert": {**TEXT, "embedding_size": 16},
+    "modernbert": {
+        **TEXT, **SPECIAL, "cls_token_id": 1, "sep_token_id": 2, "max_position_embeddings": 40, "local_attention": 6,
+        "global_attn_every_n_layers": 2,
+    },
     "clip_text_model": {**TEXT, **SPECIAL, "eos_token_id": 3, "max_position_embeddings": 40},
+    "siglip_text_model": {**TEXT, **SPECIAL, "max_position_embeddings": 20, "projection_size": 32},
+    "llama": {**DECODER, "num_key_value_heads": 2},
+    "qwen2": {**DECODER, "num_key_value_heads": 2},
+    "qwen3": {**DECODER, "num_key_value_heads": 1, "head_dim": 16},
+    "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 40, "vocab_size": 64, **SPECIAL},
     "vit": IMAGE,
     "deit": IMAGE,
     "swin": {
         "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 3, "image_size": 32, "patch_size": 4
     },
     "clip_vision_model": IMAGE,
+    "siglip_vision_model": IMAGE,
+    "beit": {**IMAGE, "use_relative_position_bias": True},
+    "dinov2": IMAGE,
+    "dinov2_with_registers": {**IMAGE, "num_register_tokens": 3},
+    "dinov3_vit": {**IMAGE, "num_register_tokens": 2},
 }  # fmt: skip
+LAST = ("llama", "qwen2", "qwen3", "gpt2")
+POOLER = (
+    "swin", "clip_text_model", "clip_vision_model", "siglip_text_model", "siglip_vision_model", "beit", "dinov2",
+    "dinov2_with_registers", "dinov3_vit",
+)  # fmt: skip
 TEXTS = [name for name, config in HF.items() if "vocab_size" in config]
 TIMM = {
     "vit": "vit_tiny_patch16_224?img_size=32&patch_size=8&depth=3&pretrained=false",
@@ -94,10 +115,12 @@ def save_tokenizer(folder: Path) -> None:
 
 def save_hf(kind: str, folder: Path) -> None:
     """A folder as `save_pretrained` leaves it: weights, configuration, tokenizer or image processor."""
-    model = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(kind, **HF[kind]))
+    config = {**HF, **REFUSED}[kind]
+    values = transformers.AutoConfig.for_model(kind, **config)
+    model = transformers.SiglipTextModel(values) if kind == "siglip_text_model" else transformers.AutoModel.from_config(values)
     sharpen(model)
     model.save_pretrained(folder)
-    if kind in TEXTS:
+    if "vocab_size" in config:
         save_tokenizer(folder)
     else:
         transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
@@ -108,13 +131,17 @@ def hf_case(folder: Path, options: str = "") -> Case:
 
     def call(model: Any, inputs: Inputs) -> tuple[Tensor, Tensor]:
         if kind in TEXTS:
-            out = model(input_ids=inputs["ids"], attention_mask=inputs["mask"].long())
+            seen = None if kind == "siglip_text_model" else inputs["mask"].long()
+            out = model(input_ids=inputs["ids"], attention_mask=seen)
         else:
             out = model(pixel_values=inputs["pixels"])
-        own = kind in ("swin", "clip_text_model", "clip_vision_model")
-        return out.pooler_output if own else out.last_hidden_state[:, 0], out.last_hidden_state
+        if kind in LAST:
+            last = inputs["mask"].sum(dim=1) - 1
+            return out.last_hidden_state[torch.arange(len(last)), last], out.last_hidden_state
+        return out.pooler_output if kind in POOLER else out.last_hidden_state[:, 0], out.last_hidden_state
 
-    return Case(f"hf:{folder}{options}", lambda encoder: transformers.AutoModel.from_pretrained(folder).eval(), call)
+    auto = transformers.SiglipTextModel if kind == "siglip_text_model" else transformers.AutoModel
+    return Case(f"hf:{folder}{options}", lambda encoder: auto.from_pretrained(folder).eval(), call)
 
 
 def timm_case(name: str) -> Case:
@@ -149,6 +176,33 @@ def open_clip_case(tower: str) -> Case:
         return pooled, tokens
 
     return Case(f"open_clip:mopefuse-tiny#{tower}?pretrained=false", plain, call)
+
+
+REFUSED: dict[str, dict[str, Any]] = {
+    "mpnet": {**TEXT, **SPECIAL, "max_position_embeddings": 40},
+    "deberta-v2": {**TEXT, "max_position_embeddings": 40},
+    "resnet": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"},
+    "swinv2": {"embed_dim": 16, "depths": [2], "num_heads": [2], "window_size": 4, "image_size": 32, "patch_size": 4},
+}
+"""Families of transformers that cannot be prompted."""
+
+
+def every_spec(root: Path) -> dict[str, str]:
+    """A spec of every family, by a name; models of transformers are saved below `root`."""
+    for kind in (*HF, *REFUSED):
+        save_hf(kind, root / kind)
+    config = root / "mopefuse-tiny.json"
+    config.write_text(json.dumps(OPEN_CLIP))
+    open_clip.add_model_config(config)
+    return {
+        **{f"hf: {kind}": f"hf:{root / kind}" for kind in (*HF, *REFUSED)},
+        **{f"timm: {name}": f"timm:{spec}" for name, spec in TIMM.items()},
+        "timm: resnet": "timm:resnet18?pretrained=false",
+        **{f"open_clip: {tower} tower": open_clip_case(tower).spec for tower in ("visual", "text")},
+        "open_clip: ResNet": "open_clip:RN50#visual?pretrained=false&force_image_size=64",
+        "tiny: vision": "tiny:vision",
+        "tiny: text": "tiny:text",
+    }
 
 
 def fault(spec: str, kind: type[MopefuseError] = EncoderError) -> MopefuseError:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 HF_LAYERS = (
     "BertLayer", "RobertaLayer", "XLMRobertaLayer", "ElectraLayer", "TransformerBlock", "ViTLayer", "DeiTLayer",
-    "CLIPEncoderLayer",
+    "CLIPEncoderLayer", "ModernBertEncoderLayer", "SiglipEncoderLayer", "BeitLayer", "Dinov2Layer", "Dinov2WithRegistersLayer",
+    "DINOv3ViTLayer", "LlamaDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "GPT2Block",
 )  # fmt: skip
 
 
@@ -28,6 +29,10 @@ def insert_prompts(model: nn.Module, prompts: Sequence[Tensor]) -> nn.Module:
         for name, module in model.named_modules()
         if type(module).__name__ in (*HF_LAYERS, "Block", "ResidualAttentionBlock", "SwinTransformerBlock", "SwinLayer")
     ]
+    shared = [module for module in model.modules() if type(module).__name__ == "AlbertLayer"]
+    if shared:
+        shared[0].forward = _Again(shared[0].forward, prompts)  # type: ignore[assignment]
+        return model
     assert len(names) == len(prompts), names
     for name, prompt in zip(names, prompts, strict=True):
         layer: Any = model.get_submodule(name)
@@ -40,12 +45,29 @@ def insert_prompts(model: nn.Module, prompts: Sequence[Tensor]) -> nn.Module:
     return model
 
 
+class _Again:
+    """The forward pass of a layer that runs several times, each time with the next prompt."""
+
+    def __init__(self, own: Any, prompts: Sequence[Tensor]) -> None:
+        self.own, self.left = own, list(prompts)
+
+    def __call__(self, x_BLD: Tensor, mask: Tensor | None = None, **kwargs: Any) -> Any:
+        layer = _InSequence(self.own, self.left.pop(0))
+        return layer(x_BLD, mask, **kwargs)
+
+
 class _InSequence(nn.Module):
     """A layer over [prompt; tokens], of which the tokens are returned."""
 
-    def __init__(self, layer: nn.Module, prompt_BPD: Tensor) -> None:
+    def __init__(self, layer: Any, prompt_BPD: Tensor) -> None:
         super().__init__()
         self.layer, self.prompt_BPD = layer, prompt_BPD
+        if getattr(layer, "relative_position_bias", None) is not None:  # BEiT in transformers
+            layer.relative_position_bias.register_forward_hook(lambda module, args, out: self._padded(out))
+
+    def __getattr__(self, name: str) -> Any:
+        """What the model reads off its layers."""
+        return super().__getattr__(name) if name in ("layer", "_modules") else getattr(super().__getattr__("layer"), name)
 
     def forward(self, x_BLD: Tensor, *args: Any, **kwargs: Any) -> Any:
         count, length = self.prompt_BPD.shape[1], x_BLD.shape[1]
@@ -64,7 +86,14 @@ class _InSequence(nn.Module):
         return torch.float32
 
     def _padded(self, mask: Any) -> Any:
-        """Square masks: everything sees the prompt; what the prompt sees does not matter, as its output is dropped."""
+        """Square masks: everything sees the prompt; what the prompt sees does not matter, as its output is dropped.
+
+        A pair of cosines and sines turns tokens to their positions, and a prompt by nothing.
+        """
+        if isinstance(mask, tuple) and len(mask) == 2 and all(isinstance(part, Tensor) for part in mask):
+            cosine, sine = mask
+            count = self.prompt_BPD.shape[1]
+            return F.pad(cosine, (0, 0, count, 0), value=1.0), F.pad(sine, (0, 0, count, 0))
         if not isinstance(mask, Tensor) or mask.dim() < 2 or mask.shape[-1] != mask.shape[-2]:
             return mask
         count = self.prompt_BPD.shape[1]

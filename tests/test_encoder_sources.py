@@ -262,7 +262,12 @@ def test_both_towers_of_a_clip_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pooling", "expected"), [({"pooling_mode_mean_tokens": True}, "mean"), ({"pooling_mode_cls_token": True}, "cls")]
+    ("pooling", "expected"),
+    [
+        ({"pooling_mode_mean_tokens": True}, "mean"),
+        ({"pooling_mode_cls_token": True}, "cls"),
+        ({"pooling_mode_lasttoken": True}, "last"),
+    ],
 )
 def test_a_sentence_transformers_folder_pools_as_it_declares(pooling: dict[str, bool], expected: str, bert: Path) -> None:
     (bert / "1_Pooling").mkdir()
@@ -274,7 +279,7 @@ def test_a_sentence_transformers_folder_pools_as_it_declares(pooling: dict[str, 
     assert encoder.preprocess.describe()["max_tokens"] == 7
     inputs = encoder.preprocess.batch(["no", "the lazy dog"])
     out = encoder.encode(inputs)
-    by_hand = {"mean": out.tokens_BLD[0, :3].mean(dim=0), "cls": out.tokens_BLD[0, 0]}
+    by_hand = {"mean": out.tokens_BLD[0, :3].mean(dim=0), "cls": out.tokens_BLD[0, 0], "last": out.tokens_BLD[0, 2]}
     torch.testing.assert_close(out.pooled_BC[0], by_hand[expected])
     (bert / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_max_tokens": True}))
     assert "max_tokens" in str(fault(f"hf:{bert}"))
@@ -285,9 +290,8 @@ def test_a_sentence_transformers_folder_pools_as_it_declares(pooling: dict[str, 
     [
         ({"auto_map": {"AutoModel": "modeling.Evil"}}, _numbers.REMOTE_CODE, "AutoModel"),
         ({"is_encoder_decoder": True, "model_type": "t5"}, _numbers.UNSUITABLE, "decoder"),
-        ({"model_type": "gpt2"}, _numbers.UNSUITABLE, "left to right"),
-        ({"is_decoder": True}, _numbers.UNSUITABLE, "left to right"),
-        ({"model_type": "wav2vec2"}, _numbers.UNSUITABLE, "neither a text nor an image encoder"),
+        ({"is_decoder": True}, _numbers.UNSUITABLE, "the decoder of another"),
+        ({"model_type": "wav2vec2"}, _numbers.UNSUITABLE, "reads neither text nor images alone"),
         ({"model_type": "made-up"}, _numbers.UNSUITABLE, "made-up"),
         ({"model_type": None}, _numbers.BAD_CONFIG, "model_type"),
     ],

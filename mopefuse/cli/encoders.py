@@ -81,6 +81,33 @@ def inspect(
         out().print(f"{key:<14} {value:,}" if isinstance(value, int) else f"{key:<14} {value}", markup=False)
 
 
+@app.command("check")
+def check(
+    spec: Annotated[str, typer.Argument(help="scheme:name[?key=value&...]")],
+    json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Run the contract of encoders on one: what holds, where it can be prompted, and if not, why."""
+    from mopefuse.cli._render import out, print_json, table
+    from mopefuse.encoders._base import create_encoder
+    from mopefuse.testing import contract
+
+    encoder = create_encoder(spec)
+    parts = list(contract(encoder))
+    broken = [part for part, fault in parts if fault]
+    use = f"main or comp, {len(encoder.widths)} layers" if encoder.widths else f"comp only: {encoder.why_not_main}"
+    if json:
+        rows = [{"part": part, "holds": not fault, "fault": fault or None} for part, fault in parts]
+        print_json({"ok": not broken, "spec": str(encoder.spec), "modality": encoder.modality, "use": use, "contract": rows})
+    else:
+        title = f"{encoder.spec}, {encoder.modality}, {use}"
+        table(title, ["contract", ""], [[part, "broken" if fault else "holds"] for part, fault in parts])
+        for _, fault in parts:
+            if fault:
+                out().print(fault, markup=False)
+    if broken:
+        raise typer.Exit(5)
+
+
 def _runs(values: list[int]) -> str:
     """[128, 128, 256] as ``2 x 128, 1 x 256``."""
     runs: list[list[int]] = []

@@ -1,23 +1,16 @@
-"""What is known of transformers' model families, as plain data: which can be prompted and how, and who is refused.
+"""What is known of transformers' model families, as plain data: how each sums its input up, and who is refused.
 
-To add a promptable family, add a row to `FAMILIES` and a case to ``tests/test_encoders.py``. A row says which class of
-module is a layer and which norm it applies ahead of its attention; projections are found by their names
-(`PROJECTIONS`), as is the attention that holds them.
+Where a model can be prompted is not written here: `_probe` finds it. A family needs a row only where the defaults do not fit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
-
 from mopefuse.encoders import _numbers
 from mopefuse.errors import EncoderError
-
-PROJECTIONS = (("key", "value"), ("k_proj", "v_proj"), ("k_lin", "v_lin"))  # names that transformers uses
-QUERY = {"key": "query", "k_proj": "q_proj", "k_lin": "q_lin"}
 
 
 @dataclass(frozen=True)
@@ -25,53 +18,45 @@ class Family:
     """One model family.
 
     Args:
-        model: class in transformers.
-        layer: class name of its layers, in order of execution among ``modules()``.
-        norm: attribute of a layer, applied ahead of attention; None in post-norm layers.
-        pool: the family's own summary, one of `pools`.
-        prefix: tokens ahead of the patches.
-        optional_pooler: the model's constructor takes ``add_pooling_layer``.
+        modality: what it reads.
+        pool: the family's own summary, one of `pools`; ``cls`` is the first token, ``last`` the last one of a text. ``pooler``
+            is possible as well where a model's constructor asks whether to have one.
+        filled: texts are padded to the one length that the model was trained with, and padding is attended to.
+        insertable: tokens can go ahead of the first layer: of texts read in both directions, with one mask for all layers.
         statistics: of images, a key of `_hf_images.STATISTICS`, used with random weights only.
+        model: its class in transformers, where `AutoModel` does not know it.
     """
 
     modality: str
-    model: str
-    layer: str
-    norm: str | None = None
-    pool: str = "cls"
-    pools: tuple[str, ...] = ("cls", "mean", "pooler")
-    prefix: int = 0
-    optional_pooler: bool = True
+    pool: str
+    pools: tuple[str, ...]
+    filled: bool = False
+    insertable: bool = False
     statistics: str = "half"
-
-    @property
-    def insertable(self) -> bool:
-        """Whether tokens can go ahead of the first layer: of texts read in both directions, with one mask for all layers."""
-        return self.model in ("BertModel", "RobertaModel", "XLMRobertaModel", "DistilBertModel", "ElectraModel")
+    model: str = ""
 
 
+_TEXTS = ("cls", "mean", "last")
+_IMAGES = ("pooler", "cls", "mean")
+TEXT, DECODER, IMAGE = Family("text", "cls", _TEXTS), Family("text", "last", _TEXTS), Family("image", "pooler", _IMAGES)
 FAMILIES: dict[str, Family] = {
-    "bert": Family("text", "BertModel", "BertLayer"),
-    "roberta": Family("text", "RobertaModel", "RobertaLayer"),
-    "xlm-roberta": Family("text", "XLMRobertaModel", "XLMRobertaLayer"),
-    "distilbert": Family("text", "DistilBertModel", "TransformerBlock", None, "cls", ("cls", "mean"), 0, False),
-    "electra": Family("text", "ElectraModel", "ElectraLayer", None, "cls", ("cls", "mean"), 0, False),
-    "clip_text_model": Family(
-        "text", "CLIPTextModel", "CLIPEncoderLayer", "layer_norm1", "eot", ("eot", "mean"), 0, False
+    **dict.fromkeys(
+        ("bert", "roberta", "xlm-roberta", "distilbert", "electra"), Family("text", "cls", _TEXTS, insertable=True)
     ),
-    "vit": Family("image", "ViTModel", "ViTLayer", "layernorm_before", prefix=1),
-    "deit": Family("image", "DeiTModel", "DeiTLayer", "layernorm_before", prefix=2, statistics="imagenet"),
-    "swin": Family(
-        "image", "SwinModel", "SwinLayer", "layernorm_before", "pooler", ("pooler", "mean"), 0, False, "imagenet"
-    ),
-    "clip_vision_model": Family(
-        "image", "CLIPVisionModel", "CLIPEncoderLayer", "layer_norm1", "pooler", ("pooler", "cls", "mean"), 1, False, "clip"
-    ),
+    "clip_text_model": Family("text", "eot", ("eot", "mean")),
+    "siglip_text_model": Family("text", "pooler", ("pooler", "mean"), filled=True, model="SiglipTextModel"),
+    "vit": Family("image", "cls", _IMAGES),
+    "deit": Family("image", "cls", _IMAGES, statistics="imagenet"),
+    "swin": Family("image", "pooler", _IMAGES, statistics="imagenet"),
+    "dinov2": Family("image", "pooler", _IMAGES, statistics="imagenet"),
+    "clip_vision_model": Family("image", "pooler", _IMAGES, statistics="clip"),
+    "siglip_vision_model": Family("image", "pooler", _IMAGES),
 }
-UNKNOWN = {  # families that have no row above: never prompted
-    "text": Family("text", "AutoModel", "", pools=("cls", "mean"), optional_pooler=False),
-    "image": Family("image", "AutoModel", "", pool="pooler", pools=("pooler", "cls", "mean"), optional_pooler=False),
+TOWERS: dict[str, dict[str, str]] = {
+    "clip": {"text": "clip_text_model", "vision": "clip_vision_model"},
+    "siglip": {"text": "siglip_text_model", "vision": "siglip_vision_model"},
 }
+"""Models of two towers, and the model type of each, by the part of a spec that names it."""
 
 
 @dataclass(frozen=True)
@@ -108,11 +93,8 @@ BUILT_IN: dict[str, BuiltIn] = {
 }
 
 
-def refuse_unsuitable(config: Mapping[str, Any], causal_only: Collection[str], where: str) -> None:
-    """Refuse, from ``config.json`` alone, what brings code of its own or is no encoder.
-
-    Args:
-        causal_only: model types that generate text left to right and have no masked-language form.
+def refuse_unsuitable(config: Mapping[str, Any], where: str) -> None:
+    """Refuse, from ``config.json`` alone, what brings code of its own or is an encoder with a decoder.
 
     Raises:
         EncoderError: naming what it is.
@@ -129,21 +111,10 @@ def refuse_unsuitable(config: Mapping[str, Any], causal_only: Collection[str], w
             where=where,
             fix="use a model that is part of transformers",
         )
-    if config.get("is_encoder_decoder"):
-        what = f"a {kind} model is an encoder with a decoder"
-    elif config.get("is_decoder") or kind in causal_only:
-        what = f"a {kind} model is a decoder: it reads left to right and has no pooled feature"
-    else:
-        return
-    raise EncoderError(
-        _numbers.UNSUITABLE, what, where=where, fix=f"use an encoder, for example {', '.join(sorted(FAMILIES))}"
-    )
-
-
-def attention_of(layer: nn.Module) -> tuple[Any, str, str]:
-    """The module below `layer` that projects keys and values, and the names of the two projections."""
-    for module in layer.modules():
-        for key, value in PROJECTIONS:
-            if hasattr(module, key) and hasattr(module, value):
-                return module, key, value
-    raise AssertionError(f"{type(layer).__name__} has no key and value projections")
+    if config.get("is_encoder_decoder") or config.get("is_decoder"):
+        what = f"a {kind} model is an encoder with a decoder" if config.get("is_encoder_decoder") else (
+            f"this {kind} model is set up as the decoder of another"
+        )
+        raise EncoderError(
+            _numbers.UNSUITABLE, what, where=where, fix="use an encoder or a language model, for example hf:bert-base"
+        )

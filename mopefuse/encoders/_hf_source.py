@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mopefuse.encoders import _hub, _numbers
 from mopefuse.encoders._base import option_flag
-from mopefuse.encoders._hf_families import BUILT_IN, refuse_unsuitable
+from mopefuse.encoders._hf_families import BUILT_IN, TOWERS, refuse_unsuitable
 from mopefuse.encoders._hf_text import POOLING_FILES, TOKENIZER_FILES, read_json
 from mopefuse.errors import EncoderError, did_you_mean
 from mopefuse.registry import Spec
 
 IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
-PARTS = {"text": "clip_text_model", "vision": "clip_vision_model"}
 _COMMIT = re.compile("[0-9a-f]{40}")
 
 
@@ -41,7 +40,7 @@ class Source:
     pool: str = ""
 
 
-def find(spec: Spec, causal_only: Collection[str]) -> Source:
+def find(spec: Spec) -> Source:
     """The source that ``name[@revision][#part]`` names, fetched, and its configuration checked before any weights are.
 
     Raises:
@@ -49,7 +48,7 @@ def find(spec: Spec, causal_only: Collection[str]) -> Source:
         ResourceError: the hub's cache cannot be written.
     """
     name, _, part = spec.name.partition("#")
-    if part and part not in PARTS:
+    if part and part not in ("text", "vision"):
         raise EncoderError(
             _numbers.NEEDS_TOWER, f"there is no part #{part}", where=str(spec), fix="write #text or #vision"
         )
@@ -58,11 +57,11 @@ def find(spec: Spec, causal_only: Collection[str]) -> Source:
     trained = pretrained or "weights" in spec.options
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return _in_folder(spec, folder, part, random, trained, causal_only)
+        return _in_folder(spec, folder, part, random, trained)
     if name.startswith(("/", ".", "~")):
         raise EncoderError(_numbers.NO_FOLDER, f"there is no folder {name}", where=str(spec), fix="check the path")
     if pretrained:
-        return _from_hub(spec, name, part, random, trained, causal_only)
+        return _from_hub(spec, name, part, random, trained)
     built_in = BUILT_IN.get(spec.name)
     if built_in is None:
         raise EncoderError(
@@ -76,18 +75,18 @@ def find(spec: Spec, causal_only: Collection[str]) -> Source:
 
 
 def _in_folder(
-    spec: Spec, folder: Path, part: str, random: bool, trained: bool, causal_only: Collection[str], revision: str = ""
+    spec: Spec, folder: Path, part: str, random: bool, trained: bool, revision: str = ""
 ) -> Source:
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise EncoderError(
             _numbers.BAD_CONFIG, f"{folder} has no config.json", where=str(spec), fix="use a folder of save_pretrained()"
         )
-    refuse_unsuitable(config, causal_only, str(spec))
-    if config["model_type"] == "clip" and not part:
+    refuse_unsuitable(config, str(spec))
+    if config["model_type"] in TOWERS and not part:
         fix = f"write {spec.scheme}:{spec.name}#text or {spec.scheme}:{spec.name}#vision"
         raise EncoderError(_numbers.NEEDS_TOWER, f"{spec.name} has two towers", where=str(spec), fix=fix)
-    if part and config["model_type"] not in ("clip", PARTS[part]):
+    if part and not any(config["model_type"] in (kind, parts[part]) for kind, parts in TOWERS.items()):
         what = f"{spec.name} is a {config['model_type']} model and has no part #{part}"
         raise EncoderError(_numbers.NEEDS_TOWER, what, where=str(spec), fix=f"leave out #{part}")
     if not random and not any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
@@ -95,7 +94,7 @@ def _in_folder(
     return Source(folder, config, part, random, trained, revision)
 
 
-def _from_hub(spec: Spec, name: str, part: str, random: bool, trained: bool, causal_only: Collection[str]) -> Source:
+def _from_hub(spec: Spec, name: str, part: str, random: bool, trained: bool) -> Source:
     repo, _, revision = name.partition("@")
     where = str(spec)
     path = _hub.fetch(repo, "config.json", revision or None, where=where)
@@ -104,10 +103,10 @@ def _from_hub(spec: Spec, name: str, part: str, random: bool, trained: bool, cau
             _numbers.BAD_CONFIG, f"{repo} has no config.json", where=where, fix="use a transformers repository"
         )
     config = read_json(path)
-    refuse_unsuitable(config if isinstance(config, dict) else {}, causal_only, where)
+    refuse_unsuitable(config if isinstance(config, dict) else {}, where)
     if not random:
         _hub.fetch_safetensors(repo, revision or None, where=where)
     wanted = (*TOKENIZER_FILES, *POOLING_FILES, *IMAGE_FILES)
     _hub.fetch_all(repo, wanted, revision or None, where=where)
     commit = path.parent.name if _COMMIT.fullmatch(path.parent.name) else ""
-    return _in_folder(spec, path.parent, part, random, trained, causal_only, commit)
+    return _in_folder(spec, path.parent, part, random, trained, commit)

@@ -27,13 +27,14 @@ POOLING_FILES = ("modules.json", "1_Pooling/config.json", "sentence_bert_config.
 
 
 class Tokenize:
-    """A transformers tokenizer. Padding is done here: on the right, whatever the tokenizer's own habit."""
+    """A transformers tokenizer. Padding is done here: on the right, whatever the tokenizer's own habit, to `length` if any."""
 
-    def __init__(self, tokenizer: Any, pad_id: int) -> None:
-        self.tokenizer, self.pad_id = tokenizer, pad_id
+    def __init__(self, tokenizer: Any, pad_id: int, length: int | None = None) -> None:
+        self.tokenizer, self.pad_id, self.length = tokenizer, pad_id, length
 
     def __call__(self, texts: list[str], max_tokens: int) -> tuple[Tensor, Tensor]:
-        return padded(self.tokenizer(texts, truncation=True, max_length=max_tokens, padding=False)["input_ids"], self.pad_id)
+        rows = self.tokenizer(texts, truncation=True, max_length=max_tokens, padding=False)["input_ids"]
+        return padded(rows, self.pad_id, self.length)
 
     def save(self, file: Path) -> dict[str, Any]:
         """Write the tokenizer as the library tokenizers reads it; see `TextPreprocess.save`.
@@ -57,18 +58,19 @@ class HashingTokenize:
 
     def __init__(self, hashing: tokens.Hashing) -> None:
         self.hashing = hashing
+        self.length: int | None = None
 
     def __call__(self, texts: list[str], max_tokens: int) -> tuple[Tensor, Tensor]:
-        return padded(self.hashing.rows(texts, max_tokens), self.hashing.pad_id)
+        return padded(self.hashing.rows(texts, max_tokens), self.hashing.pad_id, self.length)
 
     def save(self, file: Path) -> dict[str, Any]:
         """Nothing to write; see `TextPreprocess.save`."""
         return {"kind": "hashing", **asdict(self.hashing)}
 
 
-def padded(rows: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Rows of ids to ids (B, L) and mask (B, L), True where real."""
-    ids, mask = tokens.pad(rows, pad_id)
+def padded(rows: list[list[int]], pad_id: int, length: int | None = None) -> tuple[Tensor, Tensor]:
+    """Rows of ids to ids (B, L) and mask (B, L), True where real; L is `length`, or that of the longest row."""
+    ids, mask = tokens.pad(rows, pad_id, length)
     return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
@@ -96,7 +98,7 @@ def limit_of(config: Mapping[str, Any]) -> int:
 
 
 def declared_pool(folder: Path | None, where: str) -> str | None:
-    """What a sentence-transformers folder declares: ``mean``, ``cls``; None in other folders.
+    """What a sentence-transformers folder declares: ``mean``, ``cls``, ``last``; None in other folders.
 
     Raises:
         EncoderError: another way of pooling.
@@ -106,13 +108,13 @@ def declared_pool(folder: Path | None, where: str) -> str | None:
         return None
     declared = {key.removeprefix("pooling_mode_") for key, on in pooling.items() if on is True and "pooling_mode_" in key}
     declared |= {str(pooling["pooling_mode"])} if "pooling_mode" in pooling else set()
-    names = {"mean_tokens": "mean", "mean": "mean", "cls_token": "cls", "cls": "cls"}
+    names = {"mean_tokens": "mean", "mean": "mean", "cls_token": "cls", "cls": "cls", "lasttoken": "last"}
     if len(declared) != 1 or not declared <= names.keys():
         raise EncoderError(
             _numbers.UNSUITABLE,
             f"its sentence-transformers pooling is {' and '.join(sorted(declared)) or 'not named'}",
             where=where,
-            fix="add ?pool=mean or ?pool=cls",
+            fix="add ?pool=mean, ?pool=cls or ?pool=last",
         )
     return names[declared.pop()]
 

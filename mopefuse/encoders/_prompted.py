@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mopefuse.encoders._attention import Insert, Prompt
 from mopefuse.encoders._base import Encoded, Encoder, Inputs
+from mopefuse.encoders._probe import Site
 from mopefuse.encoders._recompute import run_block
 from mopefuse.registry import Spec
 
@@ -26,13 +27,17 @@ class Slot:
     """Where a prompt waits (normed, ready for the key and value projections) for the attention of `block`.
 
     `norm` is what the block applies ahead of its attention; None in a post-norm block. `insert` is what is among the tokens
-    of all blocks, beside the encoder's own.
+    of all blocks, beside the encoder's own. `layers` are the numbers under which the block runs, more than one where layers
+    share their weights. `site`: how keys and values are made, in a model of transformers.
     """
 
     def __init__(self, block: nn.Module, norm: nn.Module | None) -> None:
         self.block, self.norm = block, norm
+        self.layers: list[int] = []
+        self.runs = 0  # of the block, in the call at work; counted where there are several layers
         self.prompt: Prompt | None = None
         self.insert: Insert | None = None
+        self.site: Site | None = None
 
     def put(self, prompt: Prompt | None, tokens_BLD: Tensor) -> None:
         """Leave the prompt that these tokens enter the block with."""
@@ -42,6 +47,13 @@ class Slot:
             found, need = (prompt_BPD.shape[0], prompt_BPD.shape[2]), (tokens_BLD.shape[0], tokens_BLD.shape[2])
             assert found == need, f"prompts for (batch, width) {found}, need {need}"
             self.prompt = prompt._replace(tokens_BPD=prompt_BPD if self.norm is None else self.norm(prompt_BPD))
+
+    def next_layer(self) -> int:
+        """Which layer the block is now run as."""
+        if len(self.layers) == 1:
+            return self.layers[0]
+        self.runs += 1
+        return self.layers[self.runs - 1]
 
     def take(self) -> Prompt | None:
         """The prompt, once."""
@@ -73,19 +85,25 @@ class PromptedEncoder(Encoder):
             self._mask_BL = None
             for slot in self._slots:
                 slot.prompt = slot.insert = None
+                slot.runs = 0
 
     def _prompt_blocks(self, blocks: Sequence[nn.Module], norms: Sequence[nn.Module | None]) -> list[Slot]:
-        """Ask for a prompt at each of `blocks`; the slots where the answers will be.
+        """Ask for a prompt at each of `blocks`; the slots where the answers will be, one for each of them.
 
         Args:
+            blocks: in the order in which they run; one that runs again, as it is shared by several layers, is named again.
             norms: of each block, what it applies ahead of its attention; None in a post-norm block.
         """
         if self.insertable:
             blocks[0].register_forward_pre_hook(_Inserting(self), with_kwargs=True)
             blocks[-1].register_forward_hook(_Dropping(self))
-        self._slots = [Slot(block, norm) for block, norm in zip(blocks, norms, strict=True)]
-        for layer, slot in enumerate(self._slots):
-            slot.block.register_forward_pre_hook(_Entering(self, layer, slot), with_kwargs=True)
+        by_block: dict[nn.Module, Slot] = {}
+        for layer, (block, norm) in enumerate(zip(blocks, norms, strict=True)):
+            slot = by_block.setdefault(block, Slot(block, norm))
+            slot.layers.append(layer)
+            self._slots.append(slot)
+        for slot in by_block.values():
+            slot.block.register_forward_pre_hook(_Entering(self, slot), with_kwargs=True)
             slot.block.forward = _Forward(self, slot)
         return self._slots
 
@@ -104,14 +122,15 @@ class PromptedEncoder(Encoder):
 class _Entering:
     """The hook of one block. An object rather than a closure, so that a deep copy of an encoder has hooks of its own."""
 
-    def __init__(self, encoder: PromptedEncoder, layer: int, slot: Slot) -> None:
-        self.encoder, self.layer, self.slot = encoder, layer, slot
+    def __init__(self, encoder: PromptedEncoder, slot: Slot) -> None:
+        self.encoder, self.slot = encoder, slot
 
     def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         entering: Tensor = args[0] if args else kwargs["hidden_states"]
         tokens_BLD = entering.flatten(1, -2)  # (B, H, W, D) in timm's Swin
         insert, mask_BL = self.encoder._insert, self.encoder._mask_BL
-        prompt = self.encoder._ask(self.layer, tokens_BLD, mask_BL if insert is None else insert.real(mask_BL))
+        layer = self.slot.next_layer()
+        prompt = self.encoder._ask(layer, tokens_BLD, mask_BL if insert is None else insert.real(mask_BL))
         self.slot.put(prompt, tokens_BLD)
 
 

@@ -1,20 +1,18 @@
 """Encoders of transformers: ``hf:bert-base``, ``hf:org/name@revision``, ``hf:/path/to/folder``, ``hf:clip-text``.
 
-The families of `_hf_families.FAMILIES` can be prompted: the attention of each layer is an argument of transformers'
-attention interface, under a name of our own, and adds the keys and values of the prompt in the layer's slot. With no
-prompt it is transformers' own scaled-dot-product function. Other encoders give their pooled feature.
+Which layers can be prompted is found by a probe and not by name (`_probe`); a model whose layers it cannot verify gives its
+pooled feature. Decoder-only language models are encoders of text as well, summed up by their last token.
 
 Weights are read from safetensors only and no repository's code is ever run.
 
 Options: ``pretrained``, ``weights``, ``pool``, ``max_tokens`` (text); others replace values of the configuration.
 
-Shapes: B batch, L tokens, P prompt tokens, D width, H heads, E width of a head.
+Shapes: B batch, L tokens, D width, C width of the pooled feature.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -23,31 +21,24 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.modeling_utils import AttentionInterface
 from transformers.models.auto import modeling_auto as auto
-from transformers.utils import logging
 
 from mopefuse.checkpoint import check_tensors
-from mopefuse.encoders import _hf_images, _hf_source, _hf_text, _lora, _numbers, _options, _weights
-from mopefuse.encoders._attention import attend, attend_prompts, split_heads
+from mopefuse.encoders import _hf_images, _hf_source, _hf_text, _numbers, _options, _weights
 from mopefuse.encoders._base import Encoded, Inputs
-from mopefuse.encoders._hf_families import FAMILIES, QUERY, UNKNOWN, Family, attention_of
+from mopefuse.encoders._hf_attention import TransformersEncoder, quietly
+from mopefuse.encoders._hf_families import DECODER, FAMILIES, IMAGE, TEXT, TOWERS, Family
 from mopefuse.encoders._hf_source import Source
 from mopefuse.encoders._preprocess import ImagePreprocess, TextPreprocess
-from mopefuse.encoders._prompted import PromptedEncoder, Slot
 from mopefuse.errors import CheckpointError, EncoderError
 from mopefuse.registry import Spec
 
 _OURS = ("pretrained", "weights", "pool", "max_tokens")
-_ATTENTION = "mopefuse"  # our name in transformers' attention interface
 _MASKED = set(auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES)
-_CAUSAL_ONLY = set(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - _MASKED
-_IMAGE = set(auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES)
+_CAUSAL = set(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-class HFEncoder(PromptedEncoder):
+class HFEncoder(TransformersEncoder):
     """A transformers encoder. ``encode`` takes ``{"pixels": (B, 3, H, W)}`` or ``{"ids", "mask": (B, L)}``.
 
     Raises (on construction):
@@ -59,46 +50,44 @@ class HFEncoder(PromptedEncoder):
 
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)
-        source = _hf_source.find(spec, _CAUSAL_ONLY)
+        source = _hf_source.find(spec)
         self.revision = source.revision
         config = _configure(spec, source)
-        kind = config.model_type
-        family = FAMILIES.get(kind)
-        self.modality = family.modality if family else _modality(kind, spec)
-        known = family or UNKNOWN[self.modality]
+        kind: str = config.model_type
+        known = FAMILIES.get(kind)
+        model = getattr(transformers, known.model) if known and known.model else _model_class(spec, config)
+        self._family = family = known or _family(kind, model, spec)
+        self.modality, self.insertable = family.modality, family.insertable
+        optional = "add_pooling_layer" in inspect.signature(model.__init__).parameters
+        pools = (*family.pools, *(["pooler"] if optional and "pooler" not in family.pools else []))
         declared = _hf_text.declared_pool(source.folder, str(spec)) if "pool" not in spec.options else None
-        self._pool = _options.one_of(spec, "pool", declared or source.pool or known.pool, known.pools)
-        self._prefix = known.prefix
-        self.backbone: Any = _build(spec, source, config, known, self._pool)
+        self._pool = _options.one_of(spec, "pool", declared or source.pool or family.pool, pools)
+        options = {"add_pooling_layer": self._pool == "pooler"} if optional else {}
+        self.backbone: Any = _build(spec, source, config, model, options)
         if self.modality == "text":
-            self.preprocess = _texts(spec, source, config)
+            self.preprocess = _texts(spec, source, config, filled=family.filled)
+            example = self.preprocess.batch(["a b", "c"])
         else:
-            self.preprocess = _images(spec, source, config, known)
-        if family and self.backbone._supports_attention_backend:
-            self._hook(family)
-            self.feature_width = self.token_width = self.widths[-1]
-            self.patch_size = int(getattr(config, "patch_size", self.patch_size))
-        else:
-            version = f" in transformers {transformers.__version__}" if family else ""
-            self.why_not_main = f"is a {kind} model, which cannot be prompted{version}; usable as --comp (pooled feature)"
-            self.feature_width, self.token_width = self._probe()
-
-    def _hook(self, family: Family) -> None:
-        layers = [module for module in self.backbone.modules() if type(module).__name__ == family.layer]
-        self.insertable = family.insertable
-        norms = [getattr(layer, family.norm) if family.norm else None for layer in layers]
-        attentions = [attention_of(layer) for layer in layers]
-        for slot, (attention, key, value) in zip(self._prompt_blocks(layers, norms), attentions, strict=True):
-            attention.prompt_slot, attention.prompt_projections = slot, (key, value)
-        self.widths = tuple(int(getattr(attention, key).in_features) for attention, key, _ in attentions)
-        self.heads = tuple(_heads(attention) for attention, _, _ in attentions)
-        adapted = [getattr(attention, name) for attention, key, value in attentions for name in (QUERY[key], value)]
-        self.lora_targets = _lora.names_of(self, adapted)
+            self.preprocess = images = _images(spec, source, config, family)
+            size = images.size
+            example = {"pixels": torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))}
+        self._prefix = 0  # tokens ahead of the patches
+        encoded: list[Encoded] = []
+        try:
+            self._prompt(self.backbone, lambda: encoded.append(self._run(example)))
+        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+            raise _unsuitable(f"a {kind} model does not run on {self.modality} alone: {error}", spec) from error
+        self._mask_BL = None
+        self.feature_width, (_, length, self.token_width) = encoded[0].pooled_BC.shape[1], encoded[0].tokens_BLD.shape
+        side = getattr(config, "patch_size", None)
+        if self.modality == "image" and isinstance(side, int):
+            self.patch_size, self._prefix = side, max(0, length - (size[0] // side) * (size[1] // side))
 
     def _run(self, inputs: Inputs) -> Encoded:
         if self.modality == "text":
             mask_BL = self._mask_BL = inputs["mask"]
-            out = self.backbone(input_ids=inputs["ids"], attention_mask=mask_BL.long())
+            seen = None if self._family.filled else mask_BL.long()
+            out = self.backbone(input_ids=inputs["ids"], attention_mask=seen)
         else:
             mask_BL = None
             out = self.backbone(pixel_values=inputs["pixels"])
@@ -119,53 +108,8 @@ class HFEncoder(PromptedEncoder):
         if self._pool == "mean":
             weights_BL1 = mask_BL[:, :, None].to(tokens_BLD.dtype)
             return (tokens_BLD * weights_BL1).sum(dim=1) / weights_BL1.sum(dim=1)
-        last_B = mask_BL.sum(dim=1) - 1  # eot: padding is on the right
+        last_B = mask_BL.sum(dim=1) - 1  # also eot: padding is on the right
         return tokens_BLD[torch.arange(last_B.shape[0], device=last_B.device), last_B]
-
-    def _probe(self) -> tuple[int, int]:
-        """Widths of the pooled feature and the tokens of a model that we know nothing of."""
-        height, width = getattr(self.preprocess, "size", (0, 0))
-        inputs = self.preprocess.batch(["a"]) if self.modality == "text" else {"pixels": torch.zeros(1, 3, height, width)}
-        self.eval()
-        with torch.no_grad():
-            out = self._run(inputs)
-        return out.pooled_BC.shape[1], out.tokens_BLD.shape[2]
-
-
-def _attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """transformers' scaled-dot-product attention, with the prompt in the module's slot. Query (B, H, L, E)."""
-    slot: Slot | None = getattr(module, "prompt_slot", None)
-    prompt = slot.take() if slot is not None else None
-    if slot is not None and slot.insert is not None:
-        attention_mask = slot.insert.mask(attention_mask, query.shape[2])
-    if prompt is None or prompt.gate_H is not None:
-        out_BLHE, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
-        )
-        if prompt is None:
-            return out_BLHE, None
-    keys, values = (
-        split_heads(getattr(module, name)(prompt.tokens_BPD), query.shape[1]) for name in module.prompt_projections
-    )
-    if prompt.gate_H is not None:
-        return out_BLHE + attend_prompts(query, keys, values, prompt.gate_H, scale=scaling).transpose(1, 2), None
-    causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
-    out = attend(query, key, value, keys, values, mask=attention_mask, causal=causal, scale=scaling)
-    return out.transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(_ATTENTION, _attention)
-AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
 
 
 def _configure(spec: Spec, source: Source) -> Any:
@@ -183,7 +127,7 @@ def _configure(spec: Spec, source: Source) -> Any:
             where=str(spec),
             fix="use another model, or upgrade transformers",
         ) from error
-    if config.model_type == "clip":
+    if config.model_type in TOWERS:
         config = config.text_config if source.part == "text" else config.vision_config
     accepted = {key for key in config.to_dict() if not key.startswith("_")} - {"model_type", "auto_map", "architectures"}
     for key, value in _options.library_options(spec, _OURS).items():
@@ -198,29 +142,33 @@ def _configure(spec: Spec, source: Source) -> Any:
     return config
 
 
-def _modality(kind: str, spec: Spec) -> str:
-    """Of a family that cannot be prompted."""
-    if kind in _IMAGE:
-        return "image"
-    if kind in _MASKED:
-        return "text"
-    raise EncoderError(
-        _numbers.UNSUITABLE,
-        f"a {kind} model is neither a text nor an image encoder",
-        where=str(spec),
-        fix=f"use an encoder, for example {', '.join(sorted(FAMILIES))}",
-    )
+def _family(kind: str, model: Any, spec: Spec) -> Family:
+    """Of a model type that has no row."""
+    if model.main_input_name == "pixel_values":
+        return IMAGE
+    if model.main_input_name == "input_ids" and kind in _MASKED | _CAUSAL:
+        return TEXT if kind in _MASKED else DECODER
+    raise _unsuitable(f"a {kind} model reads neither text nor images alone", spec)
 
 
-def _build(spec: Spec, source: Source, config: Any, family: Family, pool: str) -> Any:
+def _unsuitable(what: str, spec: Spec) -> EncoderError:
+    return EncoderError(_numbers.UNSUITABLE, what, where=str(spec), fix=f"use another one, for example {', '.join(FAMILIES)}")
+
+
+def _model_class(spec: Spec, config: Any) -> Any:
+    """The model without a head."""
+    found = auto.MODEL_MAPPING.get(type(config), None)
+    if found is None:
+        raise _unsuitable(f"transformers {transformers.__version__} has no {config.model_type} model without a head", spec)
+    return found[0] if isinstance(found, tuple) else found
+
+
+def _build(spec: Spec, source: Source, config: Any, model: Any, options: dict[str, Any]) -> Any:
     """The model with its weights, in float32."""
-    options: dict[str, Any] = {"add_pooling_layer": pool == "pooler"} if family.optional_pooler else {}
-    if family.layer:
-        options["attn_implementation"] = _ATTENTION
     try:
         if not source.random:
-            return _pretrained(spec, source, config, family, options)
-        model = transformers.AutoModel.from_config(config, dtype=torch.float32, **options)
+            return _pretrained(spec, source, config, model, options)
+        built = model._from_config(config, dtype=torch.float32, **options)
     except (TypeError, ValueError, AssertionError, RuntimeError, ZeroDivisionError) as error:
         raise EncoderError(
             _numbers.CANNOT_BUILD,
@@ -230,17 +178,17 @@ def _build(spec: Spec, source: Source, config: Any, family: Family, pool: str) -
         ) from error
     if "weights" in spec.options:
         state = _weights.read_float(Path(spec.options["weights"]).expanduser())
-        _weights.load_strictly(model, state, where=str(spec))
-    return model
+        _weights.load_strictly(built, state, where=str(spec))
+    return built
 
 
-def _pretrained(spec: Spec, source: Source, config: Any, family: Family, options: dict[str, Any]) -> Any:
+def _pretrained(spec: Spec, source: Source, config: Any, kind: Any, options: dict[str, Any]) -> Any:
     assert source.folder is not None
     for path in sorted(source.folder.glob("*.safetensors")):
         check_tensors(path)
     try:
-        with _quietly():
-            model, info = getattr(transformers, family.model).from_pretrained(
+        with quietly():
+            model, info = kind.from_pretrained(
                 source.folder,
                 config=config,
                 dtype=torch.float32,
@@ -264,21 +212,7 @@ def _pretrained(spec: Spec, source: Source, config: Any, family: Family, options
     return model
 
 
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without transformers' progress bar and its report of heads that an encoder has no use for."""
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()
-
-
-def _texts(spec: Spec, source: Source, config: Any) -> TextPreprocess:
+def _texts(spec: Spec, source: Source, config: Any, *, filled: bool) -> TextPreprocess:
     """The encoder's own tokenizer and length."""
     values = {**config.to_dict(), "model_type": config.model_type}
     limit = _hf_text.limit_of(values)
@@ -292,7 +226,8 @@ def _texts(spec: Spec, source: Source, config: Any) -> TextPreprocess:
             )
         most = _options.max_tokens(spec, min(limit, _hf_text.declared_length(source.folder) or limit), limit)
         hashing = _hf_text.hashing_for(values)
-        return TextPreprocess(hashing, most, "hashing", int(config.vocab_size), hashing.save)
+        hashing.length = limit if filled else None
+        return TextPreprocess(hashing, most, "hashing", int(config.vocab_size), hashing.save, hashing.length)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             source.folder, config=config, trust_remote_code=False, local_files_only=True
@@ -303,8 +238,8 @@ def _texts(spec: Spec, source: Source, config: Any) -> TextPreprocess:
         ) from error
     own = min(limit, _hf_text.declared_length(source.folder) or limit, tokenizer.model_max_length)
     pad_id = config.pad_token_id if isinstance(config.pad_token_id, int) else tokenizer.pad_token_id or 0
-    tokenize = _hf_text.Tokenize(tokenizer, pad_id)
-    return TextPreprocess(tokenize, _options.max_tokens(spec, own, limit), spec.name, int(config.vocab_size), tokenize.save)
+    tokenize, most = _hf_text.Tokenize(tokenizer, pad_id, limit if filled else None), _options.max_tokens(spec, own, limit)
+    return TextPreprocess(tokenize, most, spec.name, int(config.vocab_size), tokenize.save, tokenize.length)
 
 
 def _images(spec: Spec, source: Source, config: Any, family: Family) -> ImagePreprocess:
@@ -331,10 +266,3 @@ def _images(spec: Spec, source: Source, config: Any, family: Family) -> ImagePre
             _numbers.NO_IMAGE_CONFIG, f"the image processor cannot be read: {error}", where=str(spec), fix="save it again"
         ) from error
     return _hf_images.of_processor(processor, built_for if getattr(config, "image_size", None) else None)
-
-
-def _heads(attention: Any) -> int:
-    for name in ("num_attention_heads", "num_heads", "n_heads"):
-        if hasattr(attention, name):
-            return int(getattr(attention, name))
-    raise AssertionError(f"{type(attention).__name__} does not say how many heads it has")

@@ -1,0 +1,111 @@
+"""Prompts in the attention of any transformers model whose layers `_probe` can verify.
+
+The attention of each layer is a function that transformers looks up by a name of our own. With no prompt it is transformers'
+own scaled-dot-product function; else it adds the keys and values of the prompt in the layer's slot.
+
+Shapes: B batch, L tokens, H heads of queries, G heads of keys and values, E width of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
+from transformers.utils import logging
+
+from mopefuse.encoders import _lora
+from mopefuse.encoders._attention import attend, attend_prompts
+from mopefuse.encoders._probe import Watch, find_sites
+from mopefuse.encoders._prompted import PromptedEncoder, Slot
+
+ATTENTION = "mopefuse"  # our name in transformers' attention interface
+
+
+class TransformersEncoder(PromptedEncoder):
+    """An encoder around a transformers model. A subclass calls `_prompt` once, and runs the model in `_run`."""
+
+    def _prompt(self, model: Any, run: Callable[[], object]) -> None:
+        """Find the layers that can be prompted and hook them; with none, say why in `why_not_main`.
+
+        Args:
+            run: a forward pass of the model as `_run` makes it, of little data.
+        """
+        self.eval()
+        own = model.config._attn_implementation
+        with quietly():
+            model.set_attn_implementation(ATTENTION)
+        sites, reason = find_sites(model, run)
+        if not sites:
+            model.set_attn_implementation(own)  # which also says what masks are like
+            self.why_not_main = f"cannot be prompted: {reason}; usable as --comp (pooled feature)"
+            return
+        slots = self._prompt_blocks([site.block for site in sites], [site.norm for site in sites])
+        adapted: list[nn.Module] = []
+        for slot, site in zip(slots, sites, strict=True):
+            slot.site = site
+            site.attention.prompt_slot = slot  # type: ignore[assignment]
+            projections = (*([site.query] if site.query else []), (site.value.parent, site.value.name))
+            adapted += [getattr(parent, name) for parent, name in projections]
+        self.widths = tuple(site.width for site in sites)
+        self.heads = tuple(site.heads for site in sites)
+        self.lora_targets = _lora.names_of(self, adapted)
+
+
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' scaled-dot-product attention, with the prompt in the module's slot. Query (B, H, L, E)."""
+    slot: Slot | Watch | None = getattr(module, "prompt_slot", None)
+    if isinstance(slot, Watch):
+        slot.attend(module, query, key, value, kwargs)
+        slot = None
+    prompt = slot.take() if slot is not None else None
+    if slot is not None and slot.insert is not None:
+        attention_mask = slot.insert.mask(attention_mask, query.shape[2])
+    if prompt is None or prompt.gate_H is not None:
+        out_BLHE, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+        )
+    if prompt is None:
+        return out_BLHE, None
+    assert slot is not None and slot.site is not None
+    keys, values = slot.site.project(prompt.tokens_BPD)
+    if prompt.gate_H is not None:
+        return out_BLHE + attend_prompts(query, keys, values, prompt.gate_H, scale=scaling).transpose(1, 2), None
+    shared = query.shape[1] // key.shape[1]
+    if shared > 1:
+        key, value = key.repeat_interleave(shared, dim=1), value.repeat_interleave(shared, dim=1)
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal) and query.shape[2] > 1
+    out = attend(query, key, value, keys, values, mask=attention_mask, causal=causal, scale=scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without transformers' progress bar and warnings, as of heads that an encoder has no use for."""
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+
+
+AttentionInterface.register(ATTENTION, _attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
