@@ -8,52 +8,21 @@ Shapes: B batch, L tokens, H heads of queries, G heads of keys and values, E wid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 from transformers.utils import logging
 
-from mopefuse.encoders import _lora
 from mopefuse.encoders._attention import attend, attend_prompts
-from mopefuse.encoders._probe import Watch, find_sites
-from mopefuse.encoders._prompted import PromptedEncoder, Slot
+from mopefuse.encoders._probe import Watch
+from mopefuse.encoders._prompted import Slot
 
 ATTENTION = "mopefuse"  # our name in transformers' attention interface
-
-
-class TransformersEncoder(PromptedEncoder):
-    """An encoder around a transformers model. A subclass calls `_prompt` once, and runs the model in `_run`."""
-
-    def _prompt(self, model: Any, run: Callable[[], object]) -> None:
-        """Find the layers that can be prompted and hook them; with none, say why in `why_not_main`.
-
-        Args:
-            run: a forward pass of the model as `_run` makes it, of little data.
-        """
-        self.eval()
-        own = model.config._attn_implementation
-        with quietly():
-            model.set_attn_implementation(ATTENTION)
-        sites, reason = find_sites(model, run)
-        if not sites:
-            model.set_attn_implementation(own)  # which also says what masks are like
-            self.why_not_main = f"cannot be prompted: {reason}; usable as --comp (pooled feature)"
-            return
-        slots = self._prompt_blocks([site.block for site in sites], [site.norm for site in sites])
-        adapted: list[nn.Module] = []
-        for slot, site in zip(slots, sites, strict=True):
-            slot.site = site
-            site.attention.prompt_slot = slot  # type: ignore[assignment]
-            projections = (*([site.query] if site.query else []), (site.value.parent, site.value.name))
-            adapted += [getattr(parent, name) for parent, name in projections]
-        self.widths = tuple(site.width for site in sites)
-        self.heads = tuple(site.heads for site in sites)
-        self.lora_targets = _lora.names_of(self, adapted)
 
 
 def _attention(

@@ -5,7 +5,7 @@ Where a model can be prompted is not written here: `_probe` finds it. A family n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ class Family:
         insertable: tokens can go ahead of the first layer: of texts read in both directions, with one mask for all layers.
         statistics: of images, a key of `_hf_images.STATISTICS`, used with random weights only.
         model: its class in transformers, where `AutoModel` does not know it.
+        part: attribute of the model that is the encoder, where it has a decoder as well.
     """
 
     modality: str
@@ -34,6 +35,7 @@ class Family:
     insertable: bool = False
     statistics: str = "half"
     model: str = ""
+    part: str = ""
 
 
 _TEXTS = ("cls", "mean", "last")
@@ -93,8 +95,11 @@ BUILT_IN: dict[str, BuiltIn] = {
 }
 
 
-def refuse_unsuitable(config: Mapping[str, Any], where: str) -> None:
+def refuse_unsuitable(config: Mapping[str, Any], parted: Collection[str], where: str) -> None:
     """Refuse, from ``config.json`` alone, what brings code of its own or is an encoder with a decoder.
+
+    Args:
+        parted: model types whose encoder can be had without the decoder.
 
     Raises:
         EncoderError: naming what it is.
@@ -111,7 +116,7 @@ def refuse_unsuitable(config: Mapping[str, Any], where: str) -> None:
             where=where,
             fix="use a model that is part of transformers",
         )
-    if config.get("is_encoder_decoder") or config.get("is_decoder"):
+    if (config.get("is_encoder_decoder") and kind not in parted) or config.get("is_decoder"):
         what = f"a {kind} model is an encoder with a decoder" if config.get("is_encoder_decoder") else (
             f"this {kind} model is set up as the decoder of another"
         )

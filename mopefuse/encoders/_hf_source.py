@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mopefuse.encoders import _hub, _numbers
 from mopefuse.encoders._base import option_flag
-from mopefuse.encoders._hf_families import BUILT_IN, TOWERS, refuse_unsuitable
+from mopefuse.encoders._hf_families import TOWERS, BuiltIn, refuse_unsuitable
 from mopefuse.encoders._hf_text import POOLING_FILES, TOKENIZER_FILES, read_json
 from mopefuse.errors import EncoderError, did_you_mean
 from mopefuse.registry import Spec
@@ -40,8 +40,12 @@ class Source:
     pool: str = ""
 
 
-def find(spec: Spec) -> Source:
+def find(spec: Spec, known: Mapping[str, BuiltIn], parted: Collection[str] = ()) -> Source:
     """The source that ``name[@revision][#part]`` names, fetched, and its configuration checked before any weights are.
+
+    Args:
+        known: built-in configurations, by name.
+        parted: see `refuse_unsuitable`.
 
     Raises:
         EncoderError: no such folder or repository, or what it holds cannot be an encoder here.
@@ -57,32 +61,32 @@ def find(spec: Spec) -> Source:
     trained = pretrained or "weights" in spec.options
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return _in_folder(spec, folder, part, random, trained)
+        return _in_folder(spec, folder, part, random, trained, parted)
     if name.startswith(("/", ".", "~")):
         raise EncoderError(_numbers.NO_FOLDER, f"there is no folder {name}", where=str(spec), fix="check the path")
     if pretrained:
-        return _from_hub(spec, name, part, random, trained)
-    built_in = BUILT_IN.get(spec.name)
+        return _from_hub(spec, name, part, random, trained, parted)
+    built_in = known.get(spec.name)
     if built_in is None:
         raise EncoderError(
             _numbers.NO_BUILT_IN_CONFIG,
             f"no built-in configuration of {spec.name}, and pretrained=false uses no network",
             where=str(spec),
-            fix=f"use a folder with config.json; {did_you_mean(spec.name, BUILT_IN)}",
+            fix=f"use a folder with config.json; {did_you_mean(spec.name, known)}",
         )
     config = {"model_type": built_in.model_type, **built_in.config}
     return Source(None, config, part, random, trained, pool=built_in.pool)
 
 
 def _in_folder(
-    spec: Spec, folder: Path, part: str, random: bool, trained: bool, revision: str = ""
+    spec: Spec, folder: Path, part: str, random: bool, trained: bool, parted: Collection[str], revision: str = ""
 ) -> Source:
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise EncoderError(
             _numbers.BAD_CONFIG, f"{folder} has no config.json", where=str(spec), fix="use a folder of save_pretrained()"
         )
-    refuse_unsuitable(config, str(spec))
+    refuse_unsuitable(config, parted, str(spec))
     if config["model_type"] in TOWERS and not part:
         fix = f"write {spec.scheme}:{spec.name}#text or {spec.scheme}:{spec.name}#vision"
         raise EncoderError(_numbers.NEEDS_TOWER, f"{spec.name} has two towers", where=str(spec), fix=fix)
@@ -94,7 +98,7 @@ def _in_folder(
     return Source(folder, config, part, random, trained, revision)
 
 
-def _from_hub(spec: Spec, name: str, part: str, random: bool, trained: bool) -> Source:
+def _from_hub(spec: Spec, name: str, part: str, random: bool, trained: bool, parted: Collection[str]) -> Source:
     repo, _, revision = name.partition("@")
     where = str(spec)
     path = _hub.fetch(repo, "config.json", revision or None, where=where)
@@ -103,10 +107,10 @@ def _from_hub(spec: Spec, name: str, part: str, random: bool, trained: bool) -> 
             _numbers.BAD_CONFIG, f"{repo} has no config.json", where=where, fix="use a transformers repository"
         )
     config = read_json(path)
-    refuse_unsuitable(config if isinstance(config, dict) else {}, where)
+    refuse_unsuitable(config if isinstance(config, dict) else {}, parted, where)
     if not random:
         _hub.fetch_safetensors(repo, revision or None, where=where)
     wanted = (*TOKENIZER_FILES, *POOLING_FILES, *IMAGE_FILES)
     _hub.fetch_all(repo, wanted, revision or None, where=where)
     commit = path.parent.name if _COMMIT.fullmatch(path.parent.name) else ""
-    return _in_folder(spec, path.parent, part, random, trained, commit)
+    return _in_folder(spec, path.parent, part, random, trained, parted, commit)

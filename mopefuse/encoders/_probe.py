@@ -174,7 +174,7 @@ def _site(layer: _Call, done: list[_Call], attention: nn.Module, query: Tensor, 
     values = (
         (norm, normed_BLD, found)
         for norm, normed_BLD in _norms(tokens_BLD, layer.tokens, done)
-        for found, given in _projections(layer.module, linears, normed_BLD, width=value.shape[3], **sizes)
+        for found, given in _projections(layer.module, linears[::-1], normed_BLD, width=value.shape[3], **sizes)
         if _same(given, value)
     )
     norm, normed_BLD, of_value = next(values, (None, None, None))
@@ -182,7 +182,7 @@ def _site(layer: _Call, done: list[_Call], attention: nn.Module, query: Tensor, 
         raise _Refused("no projection of its tokens, normed or not, gives the values that its attention sees")
     keys = (
         (found, key_norm)
-        for found, given in _projections(layer.module, linears, normed_BLD, width=key.shape[3], **sizes)
+        for found, given in _projections(layer.module, linears[::-1], normed_BLD, width=key.shape[3], **sizes)
         for key_norm in _key_norms(found, done)
         if _same(_normed_keys(given, key_norm), key, turned=True)
     )

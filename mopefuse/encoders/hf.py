@@ -3,8 +3,6 @@
 Which layers can be prompted is found by a probe and not by name (`_probe`); a model whose layers it cannot verify gives its
 pooled feature. Decoder-only language models are encoders of text as well, summed up by their last token.
 
-Weights are read from safetensors only and no repository's code is ever run.
-
 Options: ``pretrained``, ``weights``, ``pool``, ``max_tokens`` (text); others replace values of the configuration.
 
 Shapes: B batch, L tokens, D width, C width of the pooled feature.
@@ -12,25 +10,20 @@ Shapes: B batch, L tokens, D width, C width of the pooled feature.
 
 from __future__ import annotations
 
-import inspect
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers.models.auto import modeling_auto as auto
 
-from mopefuse.checkpoint import check_tensors
-from mopefuse.encoders import _hf_images, _hf_source, _hf_text, _numbers, _options, _weights
+from mopefuse.encoders import _hf_images, _hf_source, _hf_text, _numbers, _options
 from mopefuse.encoders._base import Encoded, Inputs
-from mopefuse.encoders._hf_attention import TransformersEncoder, quietly
-from mopefuse.encoders._hf_families import DECODER, FAMILIES, IMAGE, TEXT, TOWERS, Family
+from mopefuse.encoders._hf_families import DECODER, FAMILIES, IMAGE, TEXT, Family
+from mopefuse.encoders._hf_model import TransformersEncoder, mean_of, unsuitable
 from mopefuse.encoders._hf_source import Source
 from mopefuse.encoders._preprocess import ImagePreprocess, TextPreprocess
-from mopefuse.errors import CheckpointError, EncoderError
+from mopefuse.errors import EncoderError
 from mopefuse.registry import Spec
 
 _OURS = ("pretrained", "weights", "pool", "max_tokens")
@@ -39,49 +32,37 @@ _CAUSAL = set(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 class HFEncoder(TransformersEncoder):
-    """A transformers encoder. ``encode`` takes ``{"pixels": (B, 3, H, W)}`` or ``{"ids", "mask": (B, L)}``.
+    """A transformers encoder. ``encode`` takes ``{"pixels": (B, 3, H, W)}`` or ``{"ids", "mask": (B, L)}``."""
 
-    Raises (on construction):
-        EncoderError: no such folder or repository, or it holds no encoder that can be used, or an unknown option.
-        CheckpointError: its weights are damaged, a pickle, incomplete, or do not fit.
-        ResourceError: the hub's cache cannot be written.
-    """
+    families = FAMILIES
+    own_options = _OURS
 
+    def _other_family(self, kind: str, model: Any) -> Family:
+        if model.main_input_name == "pixel_values":
+            return IMAGE
+        if model.main_input_name == "input_ids" and kind in _MASKED | _CAUSAL:
+            return TEXT if kind in _MASKED else DECODER
+        raise unsuitable(f"a {kind} model reads neither text nor images alone", self.spec, FAMILIES)
 
-    def __init__(self, spec: Spec) -> None:
-        super().__init__(spec)
-        source = _hf_source.find(spec)
-        self.revision = source.revision
-        config = _configure(spec, source)
-        kind: str = config.model_type
-        known = FAMILIES.get(kind)
-        model = getattr(transformers, known.model) if known and known.model else _model_class(spec, config)
-        self._family = family = known or _family(kind, model, spec)
-        self.modality, self.insertable = family.modality, family.insertable
-        optional = "add_pooling_layer" in inspect.signature(model.__init__).parameters
-        pools = (*family.pools, *(["pooler"] if optional and "pooler" not in family.pools else []))
-        declared = _hf_text.declared_pool(source.folder, str(spec)) if "pool" not in spec.options else None
-        self._pool = _options.one_of(spec, "pool", declared or source.pool or family.pool, pools)
-        options = {"add_pooling_layer": self._pool == "pooler"} if optional else {}
-        self.backbone: Any = _build(spec, source, config, model, options)
+    def _preprocess(self, source: Source) -> TextPreprocess | ImagePreprocess:
         if self.modality == "text":
-            self.preprocess = _texts(spec, source, config, filled=family.filled)
-            example = self.preprocess.batch(["a b", "c"])
-        else:
-            self.preprocess = images = _images(spec, source, config, family)
-            size = images.size
-            example = {"pixels": torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))}
+            return _texts(self.spec, source, self.config, filled=self._family.filled)
+        return _images(self.spec, source, self.config, self._family)
+
+    def _example_inputs(self) -> Inputs:
+        if isinstance(self.preprocess, ImagePreprocess):
+            return {"pixels": torch.randn(2, 3, *self.preprocess.size, generator=torch.Generator().manual_seed(0))}
+        return self.preprocess.batch(["a b", "c"])
+
+    def _probe(self, example: Inputs) -> Encoded:
         self._prefix = 0  # tokens ahead of the patches
-        encoded: list[Encoded] = []
-        try:
-            self._prompt(self.backbone, lambda: encoded.append(self._run(example)))
-        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
-            raise _unsuitable(f"a {kind} model does not run on {self.modality} alone: {error}", spec) from error
-        self._mask_BL = None
-        self.feature_width, (_, length, self.token_width) = encoded[0].pooled_BC.shape[1], encoded[0].tokens_BLD.shape
-        side = getattr(config, "patch_size", None)
-        if self.modality == "image" and isinstance(side, int):
-            self.patch_size, self._prefix = side, max(0, length - (size[0] // side) * (size[1] // side))
+        encoded = super()._probe(example)
+        side = getattr(self.config, "patch_size", None)
+        if isinstance(self.preprocess, ImagePreprocess) and isinstance(side, int):
+            height, width = self.preprocess.size
+            self.patch_size = side
+            self._prefix = max(0, encoded.tokens_BLD.shape[1] - (height // side) * (width // side))
+        return encoded
 
     def _run(self, inputs: Inputs) -> Encoded:
         if self.modality == "text":
@@ -106,110 +87,9 @@ class HFEncoder(TransformersEncoder):
         if mask_BL is None:
             return tokens_BLD[:, self._prefix :].mean(dim=1)
         if self._pool == "mean":
-            weights_BL1 = mask_BL[:, :, None].to(tokens_BLD.dtype)
-            return (tokens_BLD * weights_BL1).sum(dim=1) / weights_BL1.sum(dim=1)
+            return mean_of(tokens_BLD, mask_BL)
         last_B = mask_BL.sum(dim=1) - 1  # also eot: padding is on the right
         return tokens_BLD[torch.arange(last_B.shape[0], device=last_B.device), last_B]
-
-
-def _configure(spec: Spec, source: Source) -> Any:
-    """The configuration of the encoder (of one tower, where there are two) with the options applied."""
-    try:
-        if source.folder is None:
-            values = dict(source.config)
-            config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
-        else:
-            config = transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
-        raise EncoderError(
-            _numbers.UNSUITABLE,
-            f"transformers {transformers.__version__} cannot read the configuration: {error}",
-            where=str(spec),
-            fix="use another model, or upgrade transformers",
-        ) from error
-    if config.model_type in TOWERS:
-        config = config.text_config if source.part == "text" else config.vision_config
-    accepted = {key for key in config.to_dict() if not key.startswith("_")} - {"model_type", "auto_map", "architectures"}
-    for key, value in _options.library_options(spec, _OURS).items():
-        if key not in accepted:
-            raise _options.unknown_option(spec, key, accepted)
-        try:
-            setattr(config, key, list(value) if isinstance(value, tuple) else value)
-        except StrictDataclassError as error:
-            raise EncoderError(
-                _numbers.BAD_OPTION, f"{key}={value} is not possible: {error}", where=str(spec), fix=f"change {key}"
-            ) from error
-    return config
-
-
-def _family(kind: str, model: Any, spec: Spec) -> Family:
-    """Of a model type that has no row."""
-    if model.main_input_name == "pixel_values":
-        return IMAGE
-    if model.main_input_name == "input_ids" and kind in _MASKED | _CAUSAL:
-        return TEXT if kind in _MASKED else DECODER
-    raise _unsuitable(f"a {kind} model reads neither text nor images alone", spec)
-
-
-def _unsuitable(what: str, spec: Spec) -> EncoderError:
-    return EncoderError(_numbers.UNSUITABLE, what, where=str(spec), fix=f"use another one, for example {', '.join(FAMILIES)}")
-
-
-def _model_class(spec: Spec, config: Any) -> Any:
-    """The model without a head."""
-    found = auto.MODEL_MAPPING.get(type(config), None)
-    if found is None:
-        raise _unsuitable(f"transformers {transformers.__version__} has no {config.model_type} model without a head", spec)
-    return found[0] if isinstance(found, tuple) else found
-
-
-def _build(spec: Spec, source: Source, config: Any, model: Any, options: dict[str, Any]) -> Any:
-    """The model with its weights, in float32."""
-    try:
-        if not source.random:
-            return _pretrained(spec, source, config, model, options)
-        built = model._from_config(config, dtype=torch.float32, **options)
-    except (TypeError, ValueError, AssertionError, RuntimeError, ZeroDivisionError) as error:
-        raise EncoderError(
-            _numbers.CANNOT_BUILD,
-            f"transformers cannot build this {config.model_type} model: {error}",
-            where=str(spec),
-            fix="change the options, or check config.json",
-        ) from error
-    if "weights" in spec.options:
-        state = _weights.read_float(Path(spec.options["weights"]).expanduser())
-        _weights.load_strictly(built, state, where=str(spec))
-    return built
-
-
-def _pretrained(spec: Spec, source: Source, config: Any, kind: Any, options: dict[str, Any]) -> Any:
-    assert source.folder is not None
-    for path in sorted(source.folder.glob("*.safetensors")):
-        check_tensors(path)
-    try:
-        with quietly():
-            model, info = kind.from_pretrained(
-                source.folder,
-                config=config,
-                dtype=torch.float32,
-                use_safetensors=True,
-                local_files_only=True,
-                output_loading_info=True,
-                **options,
-            )
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            _numbers.DAMAGED_FILE, f"weights in {source.folder} are damaged: {error}", where=str(spec), fix="fetch them again"
-        ) from error
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise CheckpointError(
-            _numbers.KEYS_DIFFER,
-            f"the weights of {spec.name} lack {len(missing)} that the encoder needs: {', '.join(missing[:4])}",
-            where=str(spec),
-            fix="change ?pool= or the other options, or use other weights",
-        )
-    return model
 
 
 def _texts(spec: Spec, source: Source, config: Any, *, filled: bool) -> TextPreprocess:

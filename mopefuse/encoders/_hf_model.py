@@ -1,0 +1,212 @@
+"""An encoder around any transformers model: found, configured, built, read and probed. What it reads is a subclass's business.
+
+Weights are read from safetensors only and no repository's code is ever run.
+
+Shapes: B batch, L tokens, D width, C width of the pooled feature.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import abstractmethod
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers.models.auto import modeling_auto as auto
+
+from mopefuse.checkpoint import check_tensors
+from mopefuse.encoders import _hf_source, _hf_text, _lora, _numbers, _options, _weights
+from mopefuse.encoders._base import Encoded, Inputs, Preprocess
+from mopefuse.encoders._hf_attention import ATTENTION, quietly
+from mopefuse.encoders._hf_families import BUILT_IN, TOWERS, BuiltIn, Family
+from mopefuse.encoders._hf_source import Source
+from mopefuse.encoders._probe import find_sites
+from mopefuse.encoders._prompted import PromptedEncoder
+from mopefuse.errors import CheckpointError, EncoderError
+from mopefuse.registry import Spec
+
+
+class TransformersEncoder(PromptedEncoder):
+    """A transformers model as an encoder; its layers can be prompted if the probe verifies them.
+
+    A subclass says which model types it knows, how raw values become the model's input, and how to run it.
+
+    Raises (on construction):
+        EncoderError: no such folder or repository, or it holds no encoder that can be used, or an unknown option.
+        CheckpointError: its weights are damaged, a pickle, incomplete, or do not fit.
+        ResourceError: the hub's cache cannot be written.
+    """
+
+    families: ClassVar[Mapping[str, Family]] = {}
+    built_in: ClassVar[Mapping[str, BuiltIn]] = BUILT_IN
+    own_options: ClassVar[Collection[str]] = ("pretrained", "weights", "pool")
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__(spec)
+        source = _hf_source.find(spec, self.built_in, {kind for kind, family in self.families.items() if family.part})
+        self.revision = source.revision
+        self.config = config = _configure(spec, source, self.own_options)
+        known = self.families.get(config.model_type)
+        model = getattr(transformers, known.model) if known and known.model else _model_class(spec, config)
+        self._family = family = known or self._other_family(config.model_type, model)
+        self.modality, self.insertable = family.modality, family.insertable
+        optional = "add_pooling_layer" in inspect.signature(model.__init__).parameters
+        pools = (*family.pools, *(["pooler"] if optional and "pooler" not in family.pools else []))
+        declared = _hf_text.declared_pool(source.folder, str(spec)) if "pool" not in spec.options else None
+        self._pool = _options.one_of(spec, "pool", declared or source.pool or family.pool, pools)
+        options = {"add_pooling_layer": self._pool == "pooler"} if optional else {}
+        whole = _build(spec, source, config, model, options)
+        self.backbone: Any = getattr(whole, family.part) if family.part else whole
+        self.preprocess = self._preprocess(source)
+        encoded = self._probe(self._example_inputs())
+        self.feature_width, self.token_width = encoded.pooled_BC.shape[1], encoded.tokens_BLD.shape[2]
+
+    @abstractmethod
+    def _preprocess(self, source: Source) -> Preprocess:
+        """How raw values become input, from what lies beside the model."""
+
+    @abstractmethod
+    def _example_inputs(self) -> Inputs:
+        """Input of two samples, for the probe."""
+
+    def _other_family(self, kind: str, model: Any) -> Family:
+        """The family of a model type that `families` does not name.
+
+        Raises:
+            EncoderError: it is of no use here.
+        """
+        raise unsuitable(f"a {kind} model cannot be read by {self.spec.scheme}:", self.spec, self.families)
+
+    def _probe(self, example: Inputs) -> Encoded:
+        """Find the layers that can be prompted and hook them; with none, say why in `why_not_main`."""
+        encoded: list[Encoded] = []
+        self.eval()
+        own = self.backbone.config._attn_implementation
+        with quietly():
+            self.backbone.set_attn_implementation(ATTENTION)
+        try:
+            sites, reason = find_sites(self.backbone, lambda: encoded.append(self._run(example)))
+        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+            what = f"a {self.config.model_type} model does not run on {self.modality} alone: {error}"
+            raise unsuitable(what, self.spec, self.families) from error
+        self._mask_BL = None
+        if not sites:
+            self.backbone.set_attn_implementation(own)  # which also says what masks are like
+            self.why_not_main = f"cannot be prompted: {reason}; usable as --comp (pooled feature)"
+            return encoded[0]
+        slots = self._prompt_blocks([site.block for site in sites], [site.norm for site in sites])
+        adapted: list[nn.Module] = []
+        for slot, site in zip(slots, sites, strict=True):
+            slot.site = site
+            site.attention.prompt_slot = slot  # type: ignore[assignment]
+            projections = (*([site.query] if site.query else []), (site.value.parent, site.value.name))
+            adapted += [getattr(parent, name) for parent, name in projections]
+        self.widths = tuple(site.width for site in sites)
+        self.heads = tuple(site.heads for site in sites)
+        self.lora_targets = _lora.names_of(self, adapted)
+        return encoded[0]
+
+
+def mean_of(tokens_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+    """The mean of the real tokens of each sample, (B, D)."""
+    weights_BL1 = mask_BL[:, :, None].to(tokens_BLD.dtype)
+    return (tokens_BLD * weights_BL1).sum(dim=1) / weights_BL1.sum(dim=1)
+
+
+def unsuitable(what: str, spec: Spec, families: Collection[str]) -> EncoderError:
+    """An error that offers other families."""
+    return EncoderError(_numbers.UNSUITABLE, what, where=str(spec), fix=f"use another one, for example {', '.join(families)}")
+
+
+def _configure(spec: Spec, source: Source, ours: Collection[str]) -> Any:
+    """The configuration of the encoder (of one tower, where there are two) with the options applied."""
+    try:
+        if source.folder is None:
+            values = dict(source.config)
+            config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
+        else:
+            config = transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
+        raise EncoderError(
+            _numbers.UNSUITABLE,
+            f"transformers {transformers.__version__} cannot read the configuration: {error}",
+            where=str(spec),
+            fix="use another model, or upgrade transformers",
+        ) from error
+    if config.model_type in TOWERS:
+        config = config.text_config if source.part == "text" else config.vision_config
+    accepted = {key for key in config.to_dict() if not key.startswith("_")} - {"model_type", "auto_map", "architectures"}
+    for key, value in _options.library_options(spec, ours).items():
+        if key not in accepted:
+            raise _options.unknown_option(spec, key, accepted)
+        try:
+            setattr(config, key, list(value) if isinstance(value, tuple) else value)
+        except StrictDataclassError as error:
+            raise EncoderError(
+                _numbers.BAD_OPTION, f"{key}={value} is not possible: {error}", where=str(spec), fix=f"change {key}"
+            ) from error
+    return config
+
+
+def _model_class(spec: Spec, config: Any) -> Any:
+    """The model without a head."""
+    found = auto.MODEL_MAPPING.get(type(config), None)
+    if found is None:
+        what = f"transformers {transformers.__version__} has no {config.model_type} model without a head"
+        raise unsuitable(what, spec, BUILT_IN)
+    return found[0] if isinstance(found, tuple) else found
+
+
+def _build(spec: Spec, source: Source, config: Any, model: Any, options: dict[str, Any]) -> Any:
+    """The model with its weights, in float32."""
+    try:
+        if not source.random:
+            return _pretrained(spec, source, config, model, options)
+        built = model._from_config(config, dtype=torch.float32, **options)
+    except (TypeError, ValueError, AssertionError, RuntimeError, ZeroDivisionError) as error:
+        raise EncoderError(
+            _numbers.CANNOT_BUILD,
+            f"transformers cannot build this {config.model_type} model: {error}",
+            where=str(spec),
+            fix="change the options, or check config.json",
+        ) from error
+    if "weights" in spec.options:
+        state = _weights.read_float(Path(spec.options["weights"]).expanduser())
+        _weights.load_strictly(built, state, where=str(spec))
+    return built
+
+
+def _pretrained(spec: Spec, source: Source, config: Any, kind: Any, options: dict[str, Any]) -> Any:
+    assert source.folder is not None
+    for path in sorted(source.folder.glob("*.safetensors")):
+        check_tensors(path)
+    try:
+        with quietly():
+            model, info = kind.from_pretrained(
+                source.folder,
+                config=config,
+                dtype=torch.float32,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+                **options,
+            )
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            _numbers.DAMAGED_FILE, f"weights in {source.folder} are damaged: {error}", where=str(spec), fix="fetch them again"
+        ) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            _numbers.KEYS_DIFFER,
+            f"the weights of {spec.name} lack {len(missing)} that the encoder needs: {', '.join(missing[:4])}",
+            where=str(spec),
+            fix="change ?pool= or the other options, or use other weights",
+        )
+    return model
