@@ -7,7 +7,6 @@ import re
 import shutil
 import tempfile
 import unicodedata
-from importlib.metadata import entry_points
 from pathlib import Path
 from string import Template
 from typing import NamedTuple
@@ -37,8 +36,8 @@ class Plugin(NamedTuple):
 
 def installed() -> list[Plugin]:
     """Every entry point of a plugin, also those that cannot be used. Imports none of them."""
-    groups = {*registry.KINDS, *(group for group in entry_points().groups if group.startswith(f"{registry.OURS}."))}
-    points = [p for group in sorted(groups - {registry.API_GROUP}) for of in registry.available(group).values() for p in of]
+    groups = registry.groups() - {registry.API_GROUP}
+    points = [point for group in groups for claims in registry.available(group).values() for point in claims]
     found = []
     for point in points:
         owner = registry.distribution(point)

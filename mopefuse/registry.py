@@ -99,7 +99,7 @@ def _installed(group: str) -> list[EntryPoint]:
     try:
         return list(entry_points(group=group))
     except (TypeError, ValueError):  # some package's list of entry points cannot be read: without that package
-        first = {canonical(dist.name or ""): dist for dist in reversed(list(distributions()))}
+        first = {_name_of(dist): dist for dist in reversed(list(distributions()))}
         return [point for dist in first.values() for point in _readable(dist) if point.group == group]
 
 
@@ -107,8 +107,17 @@ def _readable(dist: Distribution) -> list[EntryPoint]:
     try:
         return list(dist.entry_points)
     except (TypeError, ValueError):
-        warnings.warn(f"the entry points of {dist.name} cannot be read; reinstall or uninstall it", Notice, stacklevel=2)
+        warnings.warn(f"the entry points of {_name_of(dist)} cannot be read; reinstall or uninstall it", Notice, stacklevel=1)
         return []
+
+
+def groups() -> set[str]:
+    """Every group of entry points that is called as ours are, also those that nobody asks for."""
+    try:
+        found = set(entry_points().groups)
+    except (TypeError, ValueError):
+        found = {point.group for dist in distributions() for point in _readable(dist)}
+    return {group for group in found if group.startswith(f"{OURS}.")} | KINDS.keys()
 
 
 def distribution(point: EntryPoint) -> str:
@@ -118,7 +127,9 @@ def distribution(point: EntryPoint) -> str:
 
 @cache
 def _name_of(dist: Distribution | None) -> str:
-    name = dist.name if dist is not None else None
+    name = None
+    with suppress(OSError, KeyError):  # no metadata
+        name = dist.name if dist is not None else None
     return canonical(name) if name else "unknown distribution"
 
 

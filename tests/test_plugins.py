@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -103,12 +107,30 @@ def test_a_plugin_that_cannot_be_imported_is_an_error_of_one_line_for_who_uses_i
     )
 
 
-def test_what_a_plugin_prints_is_not_among_the_results(site: Path) -> None:
+def test_what_a_plugin_prints_is_not_among_the_results(site: Path, here: pytest.MonkeyPatch) -> None:
     done = run_cli("encoders", "inspect", "talks:vision", "--json", PYTHONPATH=str(site))
     assert done.returncode == 0, done.stderr
     assert said(done)["modality"] == "image"
     for said_by_it in ("from print", "from sys.__stdout__", "from the descriptor", "from a process"):
         assert said_by_it in done.stderr
+    add_site(here, site)
+    done = call("encoders", "inspect", "talks:vision", "--json")  # where sys.stdout is not the descriptor
+    assert said(done)["modality"] == "image"
+    assert "from print" in done.stderr
+
+
+def test_a_plugin_that_hangs_is_stopped_by_ctrl_c(site: Path) -> None:
+    imported(site)
+    command = [sys.executable, "-m", "mopefuse", "encoders", "inspect", "hangs:x"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(site)}, text=True, **pipes) as process:
+        until = time.monotonic() + 60
+        while "hangs" not in imported(site) and time.monotonic() < until:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "")
+    assert err.startswith("stopped: by Ctrl-C")
 
 
 def test_doctor_names_the_entry_points_that_fail_or_hang(site: Path, tmp_path: Path, here: pytest.MonkeyPatch) -> None:
@@ -133,6 +155,9 @@ def test_a_package_whose_entry_points_cannot_be_read_is_left_out(
     add_site(here, folder)
     with pytest.warns(UserWarning, match="talks cannot be read"):
         assert "toy" in registry.available(registry.ENCODERS)
+    done = run_cli("plugins", "list", "--json", PYTHONPATH=str(folder))
+    assert {plugin["distribution"] for plugin in said(done)["plugins"]} == {"mopefuse-one"}
+    assert done.stderr == "notice: the entry points of mopefuse-talks cannot be read; reinstall or uninstall it\n"
     assert {"tiny", "timm"} <= registry.available(registry.ENCODERS).keys()
 
 
@@ -244,6 +269,20 @@ def test_a_run_means_the_same_plugin_whatever_is_installed_later(
     assert [need["distribution"] for need in json.loads((swapped / "manifest.json").read_text())["plugins"]] == [
         "mopefuse-two", "mopefuse-one"
     ]  # fmt: skip
+
+
+def test_a_run_that_was_recorded_with_plain_names_goes_on(
+    site: Path, pairs: Path, tmp_path: Path, here: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    add_site(here, only(site, tmp_path, "one"))
+    command = ("train", *TINY, "--main", "toy:vision", "--data", pairs, "--out", run)
+    assert call(*command, "--steps", 1).returncode == 0
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("mopefuse-one:toy:", "toy:"))
+    assert "main: toy:vision\n" in config.read_text()
+    done = call(*command, "--steps", 2, "--resume")
+    assert done.returncode == 0, done.stderr
 
 
 NEED = {"group": "mopefuse.encoders", "name": "toy", "distribution": "mopefuse-ten", "version": "0.3"}
