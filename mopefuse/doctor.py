@@ -7,7 +7,7 @@ import platform
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import EntryPoint, PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +67,21 @@ def examine() -> Examination:
     found.machine["hub cache"] = f"{home} ({'there' if home.is_dir() else 'not there yet'})"
     found.machine["offline"] = "yes (HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else "no"
     found.machine["shared memory"] = _shared_memory()
-    for group in (registry.ENCODERS, registry.FUSION, registry.DATASETS):
-        for name, points in registry.available(group).items():
-            owners = [registry.distribution(point) for point in points]
-            found.plugins[f"{group.partition('.')[2]}: {name}"] = ", ".join(owners)
-            if len(owners) > 1 and owners[0] != registry.OURS:
-                found.problems.append(f"{name} is claimed by {' and '.join(owners)}; uninstall one of them")
+    for group in registry.KINDS:
+        for name, point in registry.to_write(group).items():
+            owner = registry.distribution(point)
+            found.plugins[f"{group.partition('.')[2]}: {name}"] = owner
+            if owner != registry.OURS:
+                found.problems += _problems_of(group, name, point)
     return found
+
+
+def _problems_of(group: str, name: str, point: EntryPoint) -> list[str]:
+    """What is wrong with an entry point of a plugin, by its import in a process of its own."""
+    place = f"{point.name} = {point.value} of {registry.distribution(point)}"
+    clash = [f"{place} has a name that others claim; write {name}"] if registry.state(point) == "clash" else []
+    error = _try(f"from mopefuse.registry import load; load({group!r}, {name!r})")[1]
+    return [*clash, f"{place}: {error}"] if error else clash
 
 
 def _version(name: str) -> str:

@@ -220,7 +220,7 @@ def resumed(saved: RunConfig, new: RunConfig) -> tuple[RunConfig, list[str]]:
     Raises:
         ConfigError: a change to what the run is, its encoders, prompts, data or optimisation.
     """
-    before, after = _values(saved), _values(full_specs(new))
+    before, after = _values(full_specs(saved)), _values(full_specs(new))
     changed = differing(saved, new)
     refused = [f"{key} (it was {before[key]}, now {after[key]})" for key in changed if key not in MAY_CHANGE]
     if refused:
@@ -238,7 +238,7 @@ def resumed(saved: RunConfig, new: RunConfig) -> tuple[RunConfig, list[str]]:
 
 def differing(saved: RunConfig, new: RunConfig) -> list[str]:
     """Paths of the settings of a saved configuration that another one has otherwise; where it is silent it has not."""
-    before, after = _values(saved), _values(full_specs(new))
+    before, after = _values(full_specs(saved)), _values(full_specs(new))
     return [key for key in before if before[key] != after[key] and after[key] is not None]
 
 
@@ -322,5 +322,4 @@ def _facts(config: RunConfig, data: DataSet, model: Fusion) -> dict[str, Any]:
 def _plugins(config: RunConfig, model: Fusion) -> list[dict[str, str]]:
     """Entry points of other distributions that the run cannot be loaded without."""
     needs = {(registry.ENCODERS, model.encoder(side).spec.scheme) for side in model.uses} | {(registry.FUSION, config.method)}
-    found = [(group, name, registry.distribution(registry.available(group)[name][0])) for group, name in sorted(needs)]
-    return [{"group": group, "name": name, "distribution": of} for group, name, of in found if of != registry.OURS]
+    return registry.needs(needs)

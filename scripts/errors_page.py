@@ -30,6 +30,10 @@ NOTES = {  # where the message alone says nothing
     "MF-CFG-01": "settings that are unknown, missing or out of bounds, each by its path",
     "MF-CFG-09": "a file or folder cannot be used, in the words of the system",
     "MF-ENC-21": "an encoder that cannot be prompted as `--main`, and why",
+    "MF-PLUG-01": "several plugins claim a name, and which",
+    "MF-PLUG-02": "a plugin cannot be imported: its distribution, entry point and the reason",
+    "MF-PLUG-03": "a run needs a plugin that is not installed, or not with what it needs: distribution and version",
+    "MF-PLUG-05": "an installed plugin does not bring what it is asked for",
 }
 HEAD = """# Errors and exit codes
 

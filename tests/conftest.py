@@ -31,7 +31,7 @@ torch.set_num_threads(1)
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
 
-pytest.register_assert_rewrite("artefact_cases")  # a module of helpers with fixtures
+pytest.register_assert_rewrite("artefact_cases", "plugin_cases")  # modules of helpers with fixtures
 
 LABELS = ("a", "b", "c")
 COUNTS = {"train": 12, "val": 6, "test": 7}

@@ -224,9 +224,10 @@ def test_F_107_a_run_records_its_plugins_and_is_refused_without_them(
     command = ("train", *TINY, "--main", "toy:vision", "--data", pairs, "--out", run, "--steps", "1")
     done = run_cli(*command, PYTHONPATH=str(toy))
     assert done.returncode == 0, done.stderr
-    assert read(run / MANIFEST)["plugins"] == [NEED]
+    assert read(run / MANIFEST)["plugins"] == [NEED | {"version": "1.0"}]
+    missing = MISSING.replace("mopefuse-toy", "mopefuse-toy 1.0")
     for refusal in (say(run), call("eval", run), resume(run, 2), call("export", run, "-o", tmp_path / "x")):
-        refused(refusal, "MF-PLUG-03", MISSING, exit_code=9, fix="pip install mopefuse-toy")
+        refused(refusal, "MF-PLUG-03", missing, exit_code=9, fix="pip install mopefuse-toy==1.0")
     monkeypatch.syspath_prepend(str(toy))
     registry.available.cache_clear()
     try:

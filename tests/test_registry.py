@@ -15,7 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mopefuse import registry
-from mopefuse.errors import ConfigError, MopefuseError, PluginError
+from mopefuse.errors import ConfigError, MopefuseError, Notice, PluginError
 from mopefuse.registry import DATASETS, ENCODERS, FUSION, Spec, available, load, parse_spec
 
 
@@ -124,6 +124,7 @@ def install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Install
 
         monkeypatch.setattr(registry, "entry_points", listed)
         available.cache_clear()
+        registry._tell_of_shadowed.cache_clear()
 
     yield install
     monkeypatch.undo()
@@ -137,7 +138,9 @@ def test_a_plugin_is_found_and_loaded_by_its_name(install: Install) -> None:
 
 def test_a_built_in_wins_over_a_plugin_of_its_name(install: Install) -> None:
     install(claim("mopefuse-evil", "tiny", "plug_fails:X"))
-    assert load(ENCODERS, "tiny").__name__ == "TinyEncoder"
+    with pytest.warns(Notice, match="'tiny' is the built-in one; that of mopefuse-evil is mopefuse-evil:tiny") as told:
+        assert [load(ENCODERS, "tiny").__name__ for _ in range(3)] == ["TinyEncoder"] * 3
+    assert len(told) == 1
     assert [registry.distribution(point) for point in available(ENCODERS)["tiny"]] == ["mopefuse", "mopefuse-evil"]
 
 
@@ -147,6 +150,65 @@ def test_a_clash_names_both_distributions_and_only_to_who_asks(install: Install)
     with pytest.raises(PluginError, match=r"(?=.*one)(?=.*two)") as caught:
         load(ENCODERS, "audio")
     assert caught.value.exit_code == 9
+
+
+@pytest.mark.parametrize(
+    ("text", "scheme", "name"),
+    [
+        ("audio:small", "audio:audio", "small"),
+        ("audio:audio:small", "audio:audio", "small"),
+        ("audio:audio:audio:small", "audio:audio", "audio:small"),
+        ("audio:other:small", "audio:audio", "other:small"),
+        ("Mopefuse_X:y:z?a=b", "mopefuse-x:y", "z"),
+        ("y:z:z", "mopefuse-x:y", "z:z"),
+        ("hf:C:\\models", "hf", "C:\\models"),
+        ("mopefuse:tiny:vision", "tiny", "vision"),
+        ("absent:y:z", "absent:y", "z"),
+        ("absent:y", "absent", "y"),
+        ("absent::y", "absent", ":y"),
+        ("absent:y:", "absent", "y:"),
+    ],
+)
+def test_a_spec_names_its_distribution_where_there_can_be_doubt(install: Install, text: str, scheme: str, name: str) -> None:
+    """A built-in scheme is never a distribution; a distribution with a scheme of its own name is found under both."""
+    install(claim("audio", "audio", "a:A"), claim("mopefuse-x", "y", "a:A"), claim("hf", "C", "a:A"))
+    spec = parse_spec(text)
+    assert (spec.scheme, spec.name) == (scheme, name)
+    assert parse_spec(str(spec)) == spec
+
+
+def test_the_same_module_in_two_distributions_is_a_clash(install: Install) -> None:
+    install(claim("one", "audio", "plug_works:Encoder"), claim("two", "audio", "plug_works:Encoder"))
+    with pytest.raises(PluginError, match="one and two") as caught:
+        load(ENCODERS, "audio")
+    assert caught.value.fix == "write one:audio:NAME or two:audio:NAME"
+    assert load(ENCODERS, "two:audio").__name__ == "Encoder"
+
+
+@pytest.mark.parametrize(
+    ("versions", "said", "fix"),
+    [
+        ([], "", ""),
+        (["1"], "", ""),
+        (["2", "1"], "", ""),
+        (["2"], "version 2 of", "upgrade mopefuse"),
+        (["2", "3"], "version 2 and 3 of", "upgrade mopefuse"),
+        (["0"], "version 0 of", "upgrade one"),
+        (["new"], "version new of", "upgrade one"),
+    ],
+)
+def test_a_plugin_that_is_written_for_other_versions_is_named(
+    install: Install, versions: list[str], said: str, fix: str
+) -> None:
+    """A distribution that says nothing is of version 1."""
+    declared = [claim("one", version, "plug_works", registry.API_GROUP) for version in versions]
+    install(claim("one", "audio", "plug_works:Encoder"), claim("two", "5", "plug_works", registry.API_GROUP), *declared)
+    if not said:
+        assert load(ENCODERS, "audio").__name__ == "Encoder"
+        return
+    with pytest.raises(PluginError, match=f"one is written for {said}") as caught:
+        load(ENCODERS, "audio")
+    assert (caught.value.code, caught.value.fix) == ("MF-PLUG-04", fix)
 
 
 def test_an_entry_point_that_is_listed_twice_is_no_clash(install: Install) -> None:

@@ -17,6 +17,7 @@ import typer
 
 from mopefuse import __version__
 from mopefuse.cli import bench, compare, data, demo, doctor, encoders, eval, export, predict, push, report, study, train
+from mopefuse.cli import plugins as plug
 from mopefuse.cli import swap_encoder as swap
 from mopefuse.cli._render import print_json, speaks_unicode
 from mopefuse.errors import Interrupted, MopefuseError, Notice
@@ -42,6 +43,7 @@ app.command("compare")(compare.compare)
 app.command("demo")(demo.demo)
 app.add_typer(data.app, name="data")
 app.add_typer(encoders.app, name="encoders")
+app.add_typer(plug.app, name="plugins")
 app.add_typer(bench.app, name="bench")
 app.command("doctor")(doctor.doctor)
 
@@ -100,7 +102,8 @@ def _show_notices() -> None:
 
     def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
         if issubclass(category, Notice):
-            print(f"notice: {message}", file=sys.stderr)
+            if os.environ.get("RANK", "0") == "0":  # every process has something to say, one says it
+                print(f"notice: {message}", file=sys.stderr)
         else:
             plain(message, category, *place, **more)
 

@@ -19,22 +19,22 @@ def list_(
         return
     from mopefuse.cli._render import out, print_json, table
     from mopefuse.encoders.aliases import ALIASES, COMP_ONLY, FAMILIES
-    from mopefuse.registry import ENCODERS, available, distribution
+    from mopefuse.registry import ENCODERS, distribution, to_write
 
-    found = available(ENCODERS)
+    found = to_write(ENCODERS)
     if json:
         schemes = [
             {
                 "scheme": name,
-                "distribution": distribution(points[0]),
+                "distribution": distribution(point),
                 "aliases": ALIASES.get(name, {}),
                 "comp_only": COMP_ONLY.get(name, ()),
             }
-            for name, points in found.items()
+            for name, point in found.items()
         ]
         print_json({"ok": True, "schemes": schemes})
         return
-    rows = [[f"{name}:", distribution(points[0]), *FAMILIES.get(name, ("", ""))] for name, points in found.items()]
+    rows = [[f"{name}:", distribution(point), *FAMILIES.get(name, ("", ""))] for name, point in found.items()]
     table("schemes", ["scheme", "from", "main or comp", "comp only"], rows)
     print()
     aliases = [

@@ -11,6 +11,7 @@ from mopefuse import registry
 from mopefuse.config import Prompts, RunConfig, build_config, merge
 from mopefuse.encoders._base import Encoder, create_encoder, full_spec
 from mopefuse.encoders._preprocess import ImagePreprocess
+from mopefuse.errors import PluginError
 from mopefuse.fusion._base import SIDES, Fusion
 
 MMBT_MEAN, MMBT_STD = (0.46777044, 0.44531429, 0.40661017), (0.12221994, 0.12145835, 0.14380469)
@@ -40,6 +41,10 @@ def build_fusion(
 def build_model(config: RunConfig, num_labels: int) -> Fusion:
     """The model of a run, in evaluation mode; the same weights for the same seed, whatever the caller drew before."""
     method = registry.load(registry.FUSION, config.method)
+    fits = isinstance(method, type) and issubclass(method, Fusion)
+    if not fits:
+        what = f"the fusion method {config.method!r} is no subclass of mopefuse.fusion.Fusion"
+        raise PluginError(7, what, fix="mend the plugin, or uninstall it")
     with torch.random.fork_rng(devices=[]):
         encoders = {}
         for side in method.sides(config):
@@ -52,9 +57,10 @@ def build_model(config: RunConfig, num_labels: int) -> Fusion:
 
 
 def full_specs(config: RunConfig) -> RunConfig:
-    """The configuration with the aliases of the encoders resolved, as a run records it."""
+    """The configuration with aliases of encoders and names of plugins written out, as a run records it."""
     named = {side: getattr(config, side) for side in SIDES}
-    return config.model_copy(update={side: str(full_spec(spec)) for side, spec in named.items() if spec})
+    specs = {side: str(full_spec(spec)) for side, spec in named.items() if spec}
+    return config.model_copy(update={**specs, "method": registry.full_name(registry.FUSION, config.method)})
 
 
 def _with_statistics(encoder: Encoder, config: RunConfig) -> Encoder:

@@ -1,0 +1,127 @@
+"""Plugins that are really installed, by pip, into a folder of their own: good ones, and every way to be a bad one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+
+from mopefuse import registry
+
+MARK = "import pathlib; pathlib.Path(__file__).with_suffix('.imported').touch()\n"
+ENCODER = """
+from mopefuse.encoders import Spec
+from mopefuse.encoders.tiny import TinyEncoder
+
+class Toy(TinyEncoder):
+    factor = {factor}
+
+    def __init__(self, spec):
+        super().__init__(Spec("tiny", spec.name, spec.options))
+        self.spec = spec
+        self.norm.weight.data.mul_(self.factor)
+"""
+BOTH = """
+from mopefuse.fusion.late_concat import LateConcat
+
+class Both(LateConcat):
+    pass
+
+def make(folder, *, seed=0):
+    return {{"{who}": seed}}
+"""
+TALKS = """
+import os, subprocess, sys
+print("from print")
+sys.__stdout__.write("from sys.__stdout__")
+os.write(1, b"from the descriptor")
+subprocess.run(["echo", "from a process"])
+"""
+ENCODERS, FUSION, DATASETS = "mopefuse.encoders", "mopefuse.fusion", "mopefuse.datasets"
+API = "mopefuse.api"
+CLAIMS = {ENCODERS: {"toy": "Toy"}, FUSION: {"both": "Both"}, DATASETS: {"made": "make"}}
+PLUGINS: dict[str, tuple[dict[str, dict[str, str]], str]] = {
+    "one": (CLAIMS, ENCODER.format(factor=1) + BOTH.format(who="one")),
+    "two": (CLAIMS, ENCODER.format(factor=2) + BOTH.format(who="two")),
+    "evil": ({ENCODERS: {"tiny": "Toy"}}, ENCODER.format(factor=3)),
+    "raises": ({ENCODERS: {"raises": "X"}}, "raise RuntimeError('no such device\\nsecond line')"),
+    "exits": ({ENCODERS: {"exits": "X"}}, "import sys; sys.exit(0)"),
+    "hangs": ({ENCODERS: {"hangs": "X"}}, "import time\nwhile True: time.sleep(1)"),
+    "talks": ({ENCODERS: {"talks": "Toy"}}, TALKS + ENCODER.format(factor=1)),
+    "future": ({ENCODERS: {"future": "Toy"}, API: {"2": ""}}, ENCODER.format(factor=1)),
+    "both-apis": ({ENCODERS: {"patient": "Toy"}, API: {"1": "", "2": ""}}, ENCODER.format(factor=1)),
+    "lost": ({"mopefuse.encoder": {"lost": "Toy"}, FUSION: {"no-method": "Toy"}}, "Toy = 7"),
+}
+"""Suffix of a distribution to its entry points (the value is an attribute of its module) and its module."""
+
+
+def module_of(plugin: str) -> str:
+    """The module of a plugin."""
+    return f"mopefuse_{plugin.replace('-', '_')}"
+
+
+def sources(folder: Path, plugins: Iterable[str]) -> list[Path]:
+    """A project folder for each plugin, as its author has it."""
+    projects = []
+    for plugin in plugins:
+        points, code = PLUGINS[plugin]
+        project, module = folder / plugin, module_of(plugin)
+        project.mkdir(parents=True)
+        lines = ["[build-system]", 'requires = ["setuptools"]', 'build-backend = "setuptools.build_meta"', "[project]"]
+        lines += [f'name = "Mopefuse_{plugin}"', 'version = "1.5"', f"[tool.setuptools]\npy-modules = [{module!r}]"]
+        for group, names in points.items():
+            lines.append(f'[project.entry-points."{group}"]')
+            lines += [f'{name} = "{module}{attribute and f":{attribute}"}"' for name, attribute in names.items()]
+        (project / "pyproject.toml").write_text("\n".join(lines))
+        (project / f"{module}.py").write_text(MARK + code)
+        projects.append(project)
+    return projects
+
+
+def pip_install(target: Path, *projects: Path) -> Path:
+    """Install into a folder, without a network."""
+    options = ("--no-deps", "--no-build-isolation", "--no-index", "--no-compile", "--disable-pip-version-check", "--quiet")
+    command = [sys.executable, "-m", "pip", "install", *options, "--target", str(target), *map(str, projects)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all of `PLUGINS` are installed; not to be changed, but for the marks of who was imported."""
+    folder = tmp_path_factory.mktemp("plugins")
+    return pip_install(folder / "site", *sources(folder / "projects", PLUGINS))
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """For plugins in this process: put a folder on the path with `add_site`; gone afterwards."""
+    yield monkeypatch
+    monkeypatch.undo()
+    forget()
+
+
+def forget() -> None:
+    """Look again at what is installed."""
+    registry.available.cache_clear()
+    registry._tell_of_shadowed.cache_clear()
+    for module in [name for name in sys.modules if name.startswith("mopefuse_")]:
+        del sys.modules[module]
+
+
+def add_site(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Have what is installed in a folder be so in this process."""
+    monkeypatch.syspath_prepend(str(folder))
+    forget()
+
+
+def imported(site: Path) -> set[str]:
+    """The modules of plugins that were imported since the last call."""
+    marks = list(site.glob("*.imported"))
+    for mark in marks:
+        mark.unlink()
+    return {mark.stem.removeprefix("mopefuse_") for mark in marks}

@@ -1,0 +1,96 @@
+"""docs/plugins.md: every block of it runs."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from conftest import TINY, call, run_cli
+from PIL import Image
+from plugin_cases import add_site, pip_install
+
+from mopefuse.registry import API, API_GROUP, ENCODERS, FUSION, parse_spec
+from mopefuse.testing import check_encoder
+
+pytest_plugins = ["plugin_cases"]
+PAGE = (Path(__file__).resolve().parents[1] / "docs" / "plugins.md").read_text(encoding="utf-8")
+POINTS = "[mopefuse.encoders]\npatches = shown:Patches\n[mopefuse.fusion]\nproduct = shown:Product\n"
+POINTS += "[mopefuse.datasets]\ncaptions = shown:Captions\n"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+
+
+def shown(tmp_path: Path) -> Path:
+    """Where everything after the first encoder is installed, as one module."""
+    site = tmp_path / "site"
+    (site / "shown-1.0.dist-info").mkdir(parents=True)
+    (site / "shown-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: shown\nVersion: 1.0\n")
+    (site / "shown-1.0.dist-info" / "entry_points.txt").write_text(POINTS)
+    (site / "shown.py").write_text("\n".join(blocks("python")[1:]))
+    return site
+
+
+def test_the_plugin_of_nine_lines_is_installed_inspected_and_keeps_the_contract(
+    tmp_path: Path, here: pytest.MonkeyPatch
+) -> None:
+    code, project = blocks("python")[0], blocks("toml")[0]
+    assert len(code.splitlines()) == 9
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "mopefuse_colour.py").write_text(code)
+    (package / "pyproject.toml").write_text(project)
+    site = pip_install(tmp_path / "site", package)
+    done = run_cli("encoders", "inspect", "colour:mean", "--json", PYTHONPATH=str(site))
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert (facts["spec"], facts["feature_width"]) == ("mopefuse-colour:colour:mean", 3)
+    add_site(here, site)
+    check_encoder("colour:mean")
+
+
+def test_the_method_and_the_promptable_encoder_train_and_are_swapped(
+    tmp_path: Path, pairs: Path, here: pytest.MonkeyPatch
+) -> None:
+    add_site(here, shown(tmp_path))
+    check_encoder("patches:any")
+    run = tmp_path / "run"
+    sides = ("--main", "patches:any", "--comp", "tiny:text")
+    for out, more in ((run, ("--method", "product")), (tmp_path / "other", ())):
+        done = call("train", *TINY, *sides, *more, "--data", pairs, "--out", out, "--steps", 2)
+        assert done.returncode == 0, done.stderr
+    done = call("swap-encoder", run, "--main", "tiny:vision", "-o", tmp_path / "swapped", "--json")
+    assert done.returncode == 0, done.stderr
+    swap = json.loads((tmp_path / "swapped" / "swap.json").read_text())
+    fates = {tensor["name"]: tensor["fate"] for tensor in swap["tensors"]}
+    assert (fates["into.main.weight"], fates["into.comp.weight"]) == ("new", "kept")
+    assert "method: shown:product\n" in (tmp_path / "swapped" / "config.yaml").read_text()
+
+
+def test_the_data_set_is_prepared(tmp_path: Path, here: pytest.MonkeyPatch) -> None:
+    add_site(here, shown(tmp_path))
+    source = tmp_path / "source"
+    (source / "images").mkdir(parents=True)
+    lines = []
+    for number, split in enumerate(("train", "train", "val", "test", "test")):
+        Image.new("RGB", (20, 20), (50 * number, 0, 0)).save(source / "images" / f"{number}.png")
+        lines.append(f"{split}\t{number}.png\t{'ab'[number % 2]}\t{'' if number == 4 else 'a caption'}\n")
+    (source / "captions.tsv").write_text("".join(lines))
+    done = call("data", "prepare", "captions", source, tmp_path / "dest", "--json")
+    assert done.returncode == 0, done.stderr
+    written = {split: (tmp_path / "dest" / f"{split}.jsonl").read_text() for split in ("train", "val", "test")}
+    assert {split: text.count("\n") for split, text in written.items()} == {"train": 2, "val": 1, "test": 1}
+    assert "no caption" in (tmp_path / "dest" / "skipped.jsonl").read_text()
+
+
+def test_the_page_names_what_there_is() -> None:
+    assert f'[project.entry-points."{API_GROUP}"]\n{API} = ' in PAGE
+    assert f"has version {API}" in PAGE
+    assert {ENCODERS, FUSION} <= set(re.findall(r"`(mopefuse\.\w+)`", PAGE))
+    codes = set(re.findall(r"`(MF-PLUG-\d\d)`", PAGE))
+    errors = (Path(__file__).resolve().parents[1] / "docs" / "errors.md").read_text(encoding="utf-8")
+    assert codes <= set(re.findall(r"`(MF-PLUG-\d\d)`", errors))
+    assert str(parse_spec("mopefuse-audio:audio:wav2vec2")) == "mopefuse-audio:audio:wav2vec2"
