@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import pytest
 import timm
 import torch
 import transformers
+from timm.models.eva import Eva
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 
@@ -63,18 +65,36 @@ POOLER = (
     "dinov2_with_registers", "dinov3_vit",
 )  # fmt: skip
 TEXTS = [name for name, config in HF.items() if "vocab_size" in config]
+SMALL = "depth=2&embed_dim=48&num_heads=3&pretrained=false"
 TIMM = {
     "vit": "vit_tiny_patch16_224?img_size=32&patch_size=8&depth=3&pretrained=false",
     "vit-qk-norm": "vit_tiny_patch16_224?img_size=32&patch_size=8&depth=2&qk_norm=true&embed_dim=48&pretrained=false",
     "deit-distilled": "deit_tiny_distilled_patch16_224?img_size=32,48&depth=2&pretrained=false",
     "swin-padded": "swin_tiny_patch4_window7_224?img_size=56&window_size=4&depths=2,2&num_heads=2,4&embed_dim=16"
     "&pretrained=false",
+    "dinov2": f"vit_small_patch14_reg4_dinov2?img_size=28,42&init_values=0.5&{SMALL}",
+    "vit-post-norm": f"vit_base_patch16_rpn_224?img_size=32,48&init_values=0.5&{SMALL}",
+    "beit": f"beit_base_patch16_224?img_size=32&patch_size=8&{SMALL}",
+    "beit-shared": f"beit_base_patch16_224?img_size=32,48&use_shared_rel_pos_bias=true&{SMALL}",
+    "eva02": f"eva02_tiny_patch14_224?img_size=28,42&{SMALL}",
+    "eva02-apart": f"eva02_base_patch14_224?img_size=42&scale_attn_inner=true&{SMALL}",
+    "eva02-post-norm": f"eva02_enormous_patch14_clip_224?img_size=42&mlp_ratio=2&{SMALL}",
+    "dinov3": f"vit_small_patch16_dinov3?img_size=32,48&init_values=0.5&{SMALL}",
+    "rope-mixed": f"vit_small_patch16_rope_mixed_224?img_size=32&patch_size=8&init_values=0.5&{SMALL}",
+    "rope-grouped": "vit_pe_core_tiny_patch16_384?img_size=48&depth=2&embed_dim=64&num_heads=4&qkv_fused=false"
+    "&num_kv_heads=2&qk_norm=true&pretrained=false",
+    "swinv2": "swinv2_tiny_window8_256?img_size=64&window_size=4&depths=2,2&num_heads=2,4&embed_dim=16&pretrained=false",
+    "swinv2-padded": "swinv2_tiny_window8_256?img_size=56&window_size=4&depths=2,2&num_heads=2,4&embed_dim=16"
+    "&pretrained=false",
 }
+if "num_kv_heads" not in inspect.signature(Eva).parameters:  # as in timm 1.0.20, which cannot build these
+    del TIMM["rope-grouped"], TIMM["eva02-post-norm"], TIMM["swinv2-padded"]
 OPEN_CLIP = {
     "embed_dim": 24,
     "vision_cfg": {"image_size": 32, "layers": 3, "width": 32, "patch_size": 8, "head_width": 8},
     "text_cfg": {"context_length": 20, "vocab_size": 49408, "width": 24, "heads": 3, "layers": 3},
 }
+TOWERS = {"": OPEN_CLIP}
 
 
 @dataclass(frozen=True)
@@ -164,18 +184,26 @@ def timm_case(name: str) -> Case:
     return Case(spec, plain, call)
 
 
-def open_clip_case(tower: str) -> Case:
+def open_clip_case(tower: str, kind: str = "") -> Case:
     def plain(encoder: Encoder) -> nn.Module:
-        model = getattr(open_clip.CustomTextCLIP(**json.loads(json.dumps(OPEN_CLIP))), tower)
+        model = getattr(open_clip.CustomTextCLIP(**json.loads(json.dumps(TOWERS[kind]))), tower)
         model.load_state_dict(encoder.backbone.state_dict())  # type: ignore[union-attr, operator]
         model.output_tokens = True
         return model.eval()
 
     def call(model: Any, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        pooled, tokens = model(inputs["ids" if tower == "text" else "pixels"])
-        return pooled, tokens
+        pooled, last = model(inputs["ids" if tower == "text" else "pixels"])
+        return pooled, last
 
-    return Case(f"open_clip:mopefuse-tiny#{tower}?pretrained=false", plain, call)
+    return Case(f"open_clip:mopefuse-{kind}tiny#{tower}?pretrained=false", plain, call)
+
+
+def add_open_clip_models(folder: Path) -> None:
+    """Let open_clip know the small models by name."""
+    for kind, config in TOWERS.items():
+        file = folder / f"mopefuse-{kind}tiny.json"
+        file.write_text(json.dumps(config))
+        open_clip.add_model_config(file)
 
 
 REFUSED: dict[str, dict[str, Any]] = {

@@ -1,7 +1,8 @@
 """Prompts as the papers define them: tokens that are inserted into every layer and whose outputs are dropped.
 
 `insert_prompts` rewires a plain library model; it shares no code with `mopefuse.encoders`. In Swin, tokens are inserted
-into every window, one by one, with zero position bias and nothing masked.
+into every window, one by one, with zero position bias and nothing masked. Where positions are rotations, the inserted are
+among the tokens that the library does not rotate.
 
 Shapes: B batch, L tokens, P prompt tokens, D width, W windows per image.
 """
@@ -20,6 +21,7 @@ HF_LAYERS = (
     "CLIPEncoderLayer", "ModernBertEncoderLayer", "SiglipEncoderLayer", "BeitLayer", "Dinov2Layer", "Dinov2WithRegistersLayer",
     "DINOv3ViTLayer", "LlamaDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "GPT2Block",
 )  # fmt: skip
+TIMM_LAYERS = ("Block", "ResPostBlock", "EvaBlock", "EvaBlockPostNorm", "SwinTransformerBlock", "SwinTransformerV2Block")
 
 
 def insert_prompts(model: nn.Module, prompts: Sequence[Tensor]) -> nn.Module:
@@ -27,7 +29,7 @@ def insert_prompts(model: nn.Module, prompts: Sequence[Tensor]) -> nn.Module:
     names = [
         name
         for name, module in model.named_modules()
-        if type(module).__name__ in (*HF_LAYERS, "Block", "ResidualAttentionBlock", "SwinTransformerBlock", "SwinLayer")
+        if type(module).__name__ in (*HF_LAYERS, *TIMM_LAYERS, "ResidualAttentionBlock", "SwinLayer")
     ]
     shared = [module for module in model.modules() if type(module).__name__ == "AlbertLayer"]
     if shared:
@@ -38,6 +40,8 @@ def insert_prompts(model: nn.Module, prompts: Sequence[Tensor]) -> nn.Module:
         layer: Any = model.get_submodule(name)
         if type(layer).__name__ == "SwinTransformerBlock":
             layer.attn = _InWindows(layer.attn, layer.norm1(prompt))
+        elif type(layer).__name__ == "SwinTransformerV2Block":
+            layer.attn = _InWindows(layer.attn, prompt)
         elif type(layer).__name__ == "SwinLayer":
             layer.attention = _InWindows(layer.attention, layer.layernorm_before(prompt))
         else:
@@ -64,6 +68,12 @@ class _InSequence(nn.Module):
         self.layer, self.prompt_BPD = layer, prompt_BPD
         if getattr(layer, "relative_position_bias", None) is not None:  # BEiT in transformers
             layer.relative_position_bias.register_forward_hook(lambda module, args, out: self._padded(out))
+        attention: Any = getattr(layer, "attn", None)
+        if hasattr(attention, "num_prefix_tokens"):
+            attention.num_prefix_tokens += prompt_BPD.shape[1]
+        if getattr(attention, "relative_position_bias_table", None) is not None:
+            padded = self._padded(attention._get_rel_pos_bias())
+            attention._get_rel_pos_bias = lambda: padded
 
     def __getattr__(self, name: str) -> Any:
         """What the model reads off its layers."""
@@ -72,7 +82,7 @@ class _InSequence(nn.Module):
     def forward(self, x_BLD: Tensor, *args: Any, **kwargs: Any) -> Any:
         count, length = self.prompt_BPD.shape[1], x_BLD.shape[1]
         args = tuple(self._padded(arg) for arg in args)
-        kwargs = {key: self._padded(value) for key, value in kwargs.items()}
+        kwargs = {key: value if key == "rope" else self._padded(value) for key, value in kwargs.items()}
         if kwargs.get("is_causal"):  # transformers: a flag in place of the mask
             causal = torch.ones(length, length, dtype=torch.bool).tril()
             kwargs["is_causal"] = False
@@ -119,6 +129,8 @@ class _InWindows(nn.Module):
         return out if type(self.attention).__name__ == "WindowAttention" else (out, None)
 
     def _one(self, row: Tensor, shift: Tensor | None, count: int, **kwargs: Any) -> Tensor:
+        if hasattr(self.attention, "cpb_mlp"):
+            return self._one_v2(row, shift, count)
         timm = type(self.attention).__name__ == "WindowAttention"
         own = self.attention._get_rel_pos_bias if timm else self.attention.relative_position_bias
         padded = F.pad(own(), (count, 0, count, 0))
@@ -137,10 +149,25 @@ class _InWindows(nn.Module):
         return attended
 
 
+    def _one_v2(self, row: Tensor, shift: Tensor | None, count: int) -> Tensor:
+        """In timm's Swin V2 all pairs of places look a bias up: the inserted ones find one that its sigmoid makes 0."""
+        own = self.attention
+        places = (own.cpb_mlp, own.relative_position_index, own.window_size)
+        table = own.cpb_mlp(own.relative_coords_table).flatten(0, 2)
+        own.cpb_mlp = _Fixed(torch.cat([table, torch.full_like(table[:1], -torch.inf)]))
+        own.relative_position_index = F.pad(own.relative_position_index, (count, 0, count, 0), value=len(table))
+        own.window_size = (1, row.shape[1])
+        try:
+            attended: Tensor = own(row, shift)
+        finally:
+            own.cpb_mlp, own.relative_position_index, own.window_size = places
+        return attended
+
+
 class _Fixed(nn.Module):
     def __init__(self, value: Tensor) -> None:
         super().__init__()
         self.value = value
 
-    def forward(self) -> Tensor:
+    def forward(self, *args: Any) -> Tensor:
         return self.value

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 
-import open_clip
 import pytest
 import torch
 import transformers
-from encoder_cases import HF, OPEN_CLIP, TEXTS, TIMM, Case, hf_case, open_clip_case, save_hf, save_tokenizer, sharpen, timm_case
+from encoder_cases import (
+    HF,
+    SMALL,
+    TEXTS,
+    TIMM,
+    TOWERS,
+    Case,
+    add_open_clip_models,
+    hf_case,
+    open_clip_case,
+    save_hf,
+    save_tokenizer,
+    sharpen,
+    timm_case,
+)
 from oracles import insert_prompts
 from PIL import Image
 
@@ -22,11 +34,15 @@ SWIN = transformers.SwinModel._supports_attention_backend  # not yet in transfor
 FAMILIES = [
     *(f"hf-{kind}" for kind in HF if kind != "swin" or SWIN),
     *(f"timm-{name}" for name in TIMM),
-    "open_clip-visual",
-    "open_clip-text",
+    *(f"open_clip-{kind}{tower}" for kind in TOWERS for tower in ("visual", "text")),
 ]
-BY_HAND = ("hf-bert", "hf-clip_text_model", "hf-swin", "timm-vit", "timm-swin-padded")
-EXPORTED = ("hf-bert", "hf-albert", "hf-qwen3", "hf-swin", "timm-vit", "timm-swin-padded", "open_clip-text")
+BY_HAND = (
+    "hf-bert", "hf-clip_text_model", "hf-swin", "timm-vit", "timm-swin-padded", "timm-beit", "timm-dinov3",
+    "timm-swinv2",
+)  # fmt: skip
+EXPORTED = (
+    "hf-bert", "hf-albert", "hf-qwen3", "hf-swin", "timm-vit", "timm-swin-padded", "timm-beit", "timm-dinov3", "timm-swinv2", "open_clip-text",
+)  # fmt: skip
 SENTENCES = ["a photo of two cats", "no", "the quick brown fox jumps over the lazy dog and then over the friend"]
 
 
@@ -36,13 +52,11 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     root = tmp_path_factory.mktemp("encoders")
     for kind in HF:
         save_hf(kind, root / kind)
-    config = root / "mopefuse-tiny.json"
-    config.write_text(json.dumps(OPEN_CLIP))
-    open_clip.add_model_config(config)
+    add_open_clip_models(root)
     return {
         **{f"hf-{kind}": hf_case(root / kind) for kind in HF},
         **{f"timm-{name}": timm_case(name) for name in TIMM},
-        **{f"open_clip-{tower}": open_clip_case(tower) for tower in ("visual", "text")},
+        **{f"open_clip-{kind}{tower}": open_clip_case(tower, kind) for kind in TOWERS for tower in ("visual", "text")},
     }
 
 
@@ -130,7 +144,8 @@ def test_tokens_ahead_equal_the_librarys_own_blocks_over_all_tokens(
 def test_which_families_take_tokens_ahead_of_their_own(encoders: dict[str, Encoder]) -> None:
     takes = {name for name, encoder in encoders.items() if encoder.insertable}
     texts = {f"hf-{kind}" for kind in ("bert", "roberta", "xlm-roberta", "distilbert", "electra")}
-    assert takes == texts | {"timm-vit", "timm-vit-qk-norm", "timm-deit-distilled"}
+    images = {f"timm-{name}" for name in ("vit", "vit-qk-norm", "vit-post-norm", "deit-distilled", "dinov2")}
+    assert takes == texts | images
     with pytest.raises(EncoderError, match="takes no tokens beside its own") as refused:
         encoders["timm-swin-padded"].encode(batch_of(encoders["timm-swin-padded"]), None, Insert(torch.zeros(3, 1, 16)))
     assert refused.value.number == 70
@@ -163,7 +178,7 @@ def test_a_gated_layer_by_hand(family: str, encoders: dict[str, Encoder]) -> Non
 
     def last_attention(gate: float) -> torch.Tensor:
         seen.clear()
-        name = "proj" if family.startswith("timm") else "o_proj" if "swin" in family else "out_proj"
+        name = "attn.proj" if family.startswith("timm") else "o_proj" if "swin" in family else "out_proj"
         blocks = [m for n, m in encoder.backbone.named_modules() if n.endswith(f".{name}")]  # type: ignore[union-attr]
         target = blocks[0] if blocks else encoder.backbone.get_submodule("encoder.layer.0.attention.output.dense")  # type: ignore[union-attr, operator]
         handle = target.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
@@ -177,7 +192,32 @@ def test_a_gated_layer_by_hand(family: str, encoders: dict[str, Encoder]) -> Non
     tanh = torch.tanh(torch.tensor([0.3, 0.9]))
     torch.testing.assert_close((some - none) / tanh[0], (more - none) / tanh[1], atol=1e-5, rtol=1e-4)
     added = (more - none).reshape(3, -1, none.shape[-1])
+    assert added.abs().max() > 0.1
     torch.testing.assert_close(added, added[:, :1].expand_as(added), atol=1e-5, rtol=1e-4)  # the same for every query
+
+
+@pytest.mark.parametrize("family", [f"timm-{name}" for name in TIMM if name != "eva02-apart"])  # which has a norm in between
+def test_the_softmax_of_a_gated_prompt_is_the_part_of_the_shared_one_that_falls_on_it(
+    family: str, encoders: dict[str, Encoder]
+) -> None:
+    """What leaves the first attention is, ungated, a mean of what tokens and prompt would give alone, per query and head."""
+    encoder = encoders[family]
+    inputs, prompts, heads = batch_of(encoder), prompts_for(encoder), encoder.heads[0]
+    projection = next(m for n, m in encoder.backbone.named_modules() if n.endswith("attn.proj"))  # type: ignore[union-attr]
+
+    def first(prompt: Prompt | None) -> torch.Tensor:
+        seen: list[torch.Tensor] = []
+        handle = projection.register_forward_pre_hook(lambda module, args: seen.append(args[0].unflatten(-1, (heads, -1))))
+        with torch.no_grad():
+            encoder.encode(inputs, lambda layer, tokens, mask: prompt if layer == 0 else None)
+        handle.remove()
+        return seen[0]
+
+    of_tokens, both = first(None), first(Prompt(prompts[0]))
+    of_prompt = first(Prompt(prompts[0], torch.full((heads,), 20.0))) - of_tokens
+    share = ((both - of_tokens) * (of_prompt - of_tokens)).sum(-1) / (of_prompt - of_tokens).square().sum(-1)
+    assert share.min() > 0 and share.max() < 1
+    torch.testing.assert_close(both, torch.lerp(of_tokens, of_prompt, share[..., None]), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -246,6 +286,8 @@ def test_prompts_of_another_batch_are_refused(encoders: dict[str, Encoder]) -> N
     [
         "timm:resnet18?pretrained=false",
         "timm:convnext_atto?pretrained=false",
+        f"timm:vit_small_patch16_18x2_224?img_size=32&{SMALL}",
+        "timm:swinv2_cr_tiny_224?img_size=64&window_size=2&depths=1,1,1,1&pretrained=false",
         "open_clip:RN50#visual?pretrained=false&force_image_size=64",
     ],
 )

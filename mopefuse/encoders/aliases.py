@@ -36,7 +36,7 @@ COMP_ONLY = {"timm": ("resnet50",)}
 """Aliases of encoders that can only condition; all others can be main too."""
 
 FAMILIES: dict[str, tuple[str, str]] = {
-    "timm": ("ViT, DeiT, Swin", "any other with a pooled feature, CNNs included"),
+    "timm": ("ViT, DeiT, DINOv2, DINOv3, SigLIP, BEiT, EVA, Swin, Swin V2", "any other with a pooled feature, CNNs included"),
     "hf": ("BERT, RoBERTa, DistilBERT, MiniLM, ViT, DeiT, Swin, CLIP", "any other encoder with a pooled feature"),
     "open_clip": ("text and vision transformers", "other vision towers"),
     "tiny": ("tiny:vision, tiny:text, a second of each with -b", ""),

@@ -1,14 +1,12 @@
 """Encoders of timm: ``timm:vit_base``, ``timm:swin_tiny_patch4_window7_224?img_size=64&window_size=4``.
 
-VisionTransformer (ViT, DeiT, distilled DeiT) and SwinTransformer can be prompted; every other model of timm gives its
-pooled feature. A prompt's keys and values come from the fused ``qkv`` of the block. Swin attends within windows: a
-prompt is projected once per image and its keys and values repeated for each of the image's windows, which lie next to
-one another along the batch axis.
+Models of the classes VisionTransformer (ViT, DeiT, DINOv2, SigLIP), Eva (EVA, EVA-02, DINOv3, Perception Encoder, ViT with
+rotary positions), Beit, SwinTransformer and SwinTransformerV2 can be prompted, as `_timm_attention` says, unless their blocks
+are of a kind that it does not know; every other model of timm gives its pooled feature.
 
 Options: ``pretrained``, ``weights``, ``pool=own|token|avg``, ``mean``, ``std``; others go to the model's constructor.
-Source of how prompts enter: arXiv 2312.03734; of the models: the installed timm.
 
-Shapes: B batch, W windows per image, H heads, L tokens, P prompt tokens, D width, E width of a head.
+Shapes: B batch, L tokens, D width.
 """
 
 from __future__ import annotations
@@ -17,24 +15,18 @@ import inspect
 import math
 from dataclasses import replace
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import timm
-import torch.nn.functional as F
 from timm.data import resolve_model_data_config
-from timm.layers import Attention
-from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, WindowAttention
-from timm.models.vision_transformer import Block, VisionTransformer
-from torch import Tensor, nn
+from torch import nn
 
 from mopefuse.checkpoint import check_tensors
-from mopefuse.encoders import _hub, _lora, _numbers, _options, _weights
-from mopefuse.encoders._attention import Insert, Prompt, attend, attend_prompts, parts_of, split_fused
+from mopefuse.encoders import _hub, _numbers, _options, _weights
 from mopefuse.encoders._base import Encoded, Inputs, option_flag
 from mopefuse.encoders._preprocess import ImagePreprocess
 from mopefuse.encoders._prompted import PromptedEncoder
-from mopefuse.encoders._windows import attend_in_windows
+from mopefuse.encoders._timm_attention import prompt_model
 from mopefuse.encoders.aliases import ALIASES
 from mopefuse.errors import EncoderError, did_you_mean
 from mopefuse.registry import Spec
@@ -67,20 +59,7 @@ class TimmEncoder(PromptedEncoder):
         if self._pool != "own":
             self.feature_width = self.token_width
         self.preprocess = _preprocess(self.backbone, spec)
-        blocks, self.why_not_main = _promptable(self.backbone)
-        self.insertable = bool(blocks) and isinstance(self.backbone, VisionTransformer)
-        slots = self._prompt_blocks(blocks, [block.norm1 for block in blocks])
-        for block, slot in zip(blocks, slots, strict=True):
-            block.attn.prompt_slot = slot
-            block.attn.forward = MethodType(
-                _swin_attention if isinstance(block.attn, WindowAttention) else _vit_attention, block.attn
-            )
-        fused = [m for name, m in self.backbone.named_modules() if name.endswith(".qkv") and isinstance(m, nn.Linear)]
-        self.lora_targets = _lora.names_of(self, fused)
-        if blocks:
-            self.patch_size = int(self.backbone.patch_embed.patch_size[0])
-        self.widths = tuple(int(block.attn.qkv.in_features) for block in blocks)
-        self.heads = tuple(int(block.attn.num_heads) for block in blocks)
+        prompt_model(self, self.backbone)
 
     def _run(self, inputs: Inputs) -> Encoded:
         features = self.backbone.forward_features(inputs["pixels"])
@@ -93,94 +72,6 @@ class TimmEncoder(PromptedEncoder):
             return Encoded(self.backbone.forward_head(features, pre_logits=True), tokens_BLD, None)
         pooled_BC = tokens_BLD[:, 0] if self._pool == "token" else tokens_BLD[:, self._prefix :].mean(dim=1)
         return Encoded(pooled_BC, tokens_BLD, None)
-
-
-def _promptable(model: Any) -> tuple[list[Any], str]:
-    """The blocks that can be prompted, in order; else none, and the reason."""
-    blocks: list[Any] = []
-    if isinstance(model, VisionTransformer):
-        blocks = list(model.blocks)
-    elif isinstance(model, SwinTransformer):
-        blocks = [block for stage in model.layers for block in stage.blocks]
-    if not blocks and isinstance(getattr(model, "blocks", None), nn.Module):
-        return [], f"has blocks that cannot be prompted ({type(model).__name__}); usable as --comp (pooled feature)"
-    if not blocks:
-        return [], "has no token sequence to prompt; usable as --comp (pooled feature)"
-    for block in blocks:
-        known = (type(block), type(block.attn)) in ((Block, Attention), (SwinTransformerBlock, WindowAttention))
-        if not known or getattr(block.attn, "gate", None) is not None:
-            return [], f"has attention of a kind that cannot be prompted ({type(block.attn).__name__}); usable as --comp"
-    return blocks, ""
-
-
-def _vit_attention(self: Any, x_BLD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """`timm.layers.Attention.forward`, with the prompt in the slot, and inserted tokens that are blind."""
-    prompt: Prompt | None = self.prompt_slot.take()
-    insert: Insert | None = self.prompt_slot.insert
-    seen = None if insert is None else insert.mask(None, x_BLD.shape[1])
-    if prompt is None and seen is None:
-        out: Tensor = Attention.forward(self, x_BLD, *args, **kwargs)
-        return out
-    assert not args and not any(v is not None and v is not False for v in kwargs.values()), "no mask is passed to a ViT"
-    gated = prompt is not None and prompt.gate_H is not None
-    q, k, v, again = split_fused(self.qkv(x_BLD), self.num_heads) if gated else (*_project(self, x_BLD), None)
-    q, k = self.q_norm(q), self.k_norm(k)
-    if prompt is None or gated:
-        if self.fused_attn or seen is not None:
-            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
-        else:  # timm's own steps
-            attended = ((q * self.scale) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
-    if prompt is not None:
-        prompt_k, prompt_v = _project_prompt(self, prompt)
-        prompt_k = self.k_norm(prompt_k)
-        if prompt.gate_H is None:
-            attended = attend(q, k, v, prompt_k, prompt_v, mask=seen)
-        else:
-            attended = attended + attend_prompts(self.q_norm(again), prompt_k, prompt_v, prompt.gate_H)
-    attended_BLD = attended.transpose(1, 2).flatten(2)
-    if getattr(self, "norm", None) is not None:
-        attended_BLD = self.norm(attended_BLD)
-    projected: Tensor = self.proj_drop(self.proj(attended_BLD))
-    return projected
-
-
-def _swin_attention(self: Any, x_NLD: Tensor, mask: Tensor | None = None) -> Tensor:
-    """`WindowAttention.forward`, with the prompt in the slot. N = B * W, the windows of an image adjacent."""
-    prompt: Prompt | None = self.prompt_slot.take()
-    if prompt is None:
-        out: Tensor = WindowAttention.forward(self, x_NLD, mask)
-        return out
-    prompt_k, prompt_v = _project_prompt(self, prompt)
-    bias = self._get_rel_pos_bias()
-    if self.fused_attn:
-        if mask is not None:  # (W, L, L)
-            bias = bias + mask.repeat(x_NLD.shape[0] // mask.shape[0], 1, 1)[:, None]
-        q, k, v = _project(self, x_NLD)
-        attended = attend(q, k, v, prompt_k, prompt_v, gate_H=prompt.gate_H, mask=bias, scale=self.scale)
-        attended_NLD = attended.transpose(1, 2).flatten(2)
-    else:
-        attended_NLD = attend_in_windows(
-            self.qkv(x_NLD), prompt_k, prompt_v, gate_H=prompt.gate_H, bias_1HLL=bias, mask_WLL=mask, scale=self.scale
-        )
-    projected: Tensor = self.proj_drop(self.proj(attended_NLD))
-    return projected
-
-
-def _project(attention: Any, x_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value, each (B, H, L, E)."""
-    q, k, v = parts_of(attention.qkv(x_BLD), 3, attention.num_heads)
-    return q, k, v
-
-
-def _project_prompt(attention: Any, prompt: Prompt) -> tuple[Tensor, Tensor]:
-    """Key and value of a prompt, each (B, H, P, E); a projection that LoRA wraps gives them only beside the query."""
-    qkv, width = attention.qkv, prompt.tokens_BPD.shape[-1]
-    if type(qkv) is not nn.Linear:
-        return _project(attention, prompt.tokens_BPD)[1:]
-    bias = None if qkv.bias is None else qkv.bias[width:]
-    kv = F.linear(prompt.tokens_BPD, qkv.weight[width:], bias)
-    k, v = parts_of(kv, 2, attention.num_heads)
-    return k, v
 
 
 def _load(spec: Spec) -> tuple[Any, Spec, str]:
