@@ -37,7 +37,8 @@ def check_encoder(encoder: str | Encoder, samples: Sequence[Any] | None = None) 
 
     Args:
         encoder: a spec, or an encoder (which is frozen first).
-        samples: at least two raw values of its modality; those here when left out.
+        samples: at least two raw values of its modality; when left out those of ``preprocess.examples()`` where it has that, or
+            those here.
 
     Raises:
         AssertionError: a part of the contract that is broken, and where.
@@ -113,7 +114,7 @@ class _Check:
 
     def attributes(self) -> None:
         e = self.encoder
-        assert e.modality in ("image", "text"), self.say(f"modality is {e.modality!r}, need 'image' or 'text'")
+        assert e.modality.isidentifier(), self.say(f"modality is {e.modality!r}, need a name such as 'image'")
         assert len(e.widths) == len(e.heads), self.say(f"{len(e.widths)} widths but {len(e.heads)} heads")
         assert all(type(n) is int and n > 0 for n in (*e.widths, *e.heads, e.feature_width)), self.say(
             "widths, heads and feature_width must be positive integers"
@@ -347,6 +348,8 @@ class _Stop(Exception):
 
 
 def _samples(encoder: Encoder) -> list[Any]:
+    if hasattr(encoder.preprocess, "examples"):
+        return list(encoder.preprocess.examples())
     if encoder.modality == "text":
         return list(_TEXTS)
     random = torch.Generator().manual_seed(1)

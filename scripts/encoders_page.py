@@ -1,6 +1,7 @@
 """Write docs/encoders.md: which families were tried, on small random models, whether they can be prompted, and what holds.
 
-``python scripts/encoders_page.py``; tests/test_encoders.py holds the page to the families that it tries.
+``python scripts/encoders_page.py``, with the plugin mopefuse-audio installed, for which the page has rows, too;
+tests/test_encoders.py holds the page to the families that it tries.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from mopefuse.testing import contract
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "encoders.md"
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "plugins" / "mopefuse-audio" / "tests")]
 
 import encoder_cases  # noqa: E402
+import test_audio  # noqa: E402
 
 HEAD = """# Encoders
 
@@ -48,7 +50,8 @@ def page() -> str:
     torch.manual_seed(0)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for name, spec in encoder_cases.every_spec(Path(folder)).items():
+        short = {f"audio: {name}": test_audio.spec(name, path) for name, path in test_audio.save(Path(folder)).items()}
+        for name, spec in {**encoder_cases.every_spec(Path(folder)), **short}.items():
             encoder = create_encoder(spec)
             parts = list(contract(encoder))
             broken = [fault for _, fault in parts if fault]

@@ -219,14 +219,16 @@ def every_spec(root: Path) -> dict[str, str]:
     """A spec of every family, by a name; models of transformers are saved below `root`."""
     for kind in (*HF, *REFUSED):
         save_hf(kind, root / kind)
-    config = root / "mopefuse-tiny.json"
-    config.write_text(json.dumps(OPEN_CLIP))
-    open_clip.add_model_config(config)
+    add_open_clip_models(root)
     return {
         **{f"hf: {kind}": f"hf:{root / kind}" for kind in (*HF, *REFUSED)},
         **{f"timm: {name}": f"timm:{spec}" for name, spec in TIMM.items()},
         "timm: resnet": "timm:resnet18?pretrained=false",
-        **{f"open_clip: {tower} tower": open_clip_case(tower).spec for tower in ("visual", "text")},
+        **{
+            f"open_clip: {kind}{tower} tower": open_clip_case(tower, kind).spec
+            for kind in TOWERS
+            for tower in ("visual", "text")
+        },
         "open_clip: ResNet": "open_clip:RN50#visual?pretrained=false&force_image_size=64",
         "tiny: vision": "tiny:vision",
         "tiny: text": "tiny:text",

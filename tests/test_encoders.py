@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from encoder_cases import (
     TOWERS,
     Case,
     add_open_clip_models,
+    every_spec,
     hf_case,
     open_clip_case,
     save_hf,
@@ -41,7 +43,8 @@ BY_HAND = (
     "timm-swinv2",
 )  # fmt: skip
 EXPORTED = (
-    "hf-bert", "hf-albert", "hf-qwen3", "hf-swin", "timm-vit", "timm-swin-padded", "timm-beit", "timm-dinov3", "timm-swinv2", "open_clip-text",
+    "hf-bert", "hf-albert", "hf-qwen3", "hf-swin", "timm-vit", "timm-swin-padded", "timm-beit", "timm-dinov3", "timm-swinv2",
+    "open_clip-text",
 )  # fmt: skip
 SENTENCES = ["a photo of two cats", "no", "the quick brown fox jumps over the lazy dog and then over the friend"]
 
@@ -314,6 +317,14 @@ def test_swin_asks_every_block_of_every_stage() -> None:
     encoder = create_encoder("timm:swin_base_patch4_window7_224?pretrained=false&img_size=64&window_size=2")
     assert encoder.widths == (128,) * 2 + (256,) * 2 + (512,) * 18 + (1024,) * 2
     assert encoder.heads == (4,) * 2 + (8,) * 2 + (16,) * 18 + (32,) * 2
+
+
+def test_the_page_of_encoders_lists_every_family(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "encoders.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| (\w+: [^|]+) \|", page, re.MULTILINE)
+    assert set(every_spec(tmp_path)) == {name for name in listed if not name.startswith("audio")}, "scripts/encoders_page.py"
+    held = re.findall(r"(\d+) of (\d+) parts hold", page)
+    assert len(held) == len(listed) >= 24 and all(left == right for left, right in held)
 
 
 def test_a_fingerprint_changes_with_a_weight(encoders: dict[str, Encoder]) -> None:

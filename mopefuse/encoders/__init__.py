@@ -8,25 +8,38 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mopefuse.encoders._attention import attend, split_heads
     from mopefuse.encoders._base import Encoded, Encoder, Inputs, Insert, Preprocess, Prompt, PromptAt, create_encoder
+    from mopefuse.encoders._hf_families import BuiltIn, Family
+    from mopefuse.encoders._hf_model import TransformersEncoder, mean_of
+    from mopefuse.encoders._hf_source import Source
     from mopefuse.encoders._preprocess import ImagePreprocess, TextPreprocess
     from mopefuse.registry import Spec
 
 __all__ = [
+    "BuiltIn",
     "Encoded",
     "Encoder",
+    "Family",
     "ImagePreprocess",
     "Inputs",
     "Insert",
     "Preprocess",
     "Prompt",
     "PromptAt",
+    "Source",
     "Spec",
     "TextPreprocess",
+    "TransformersEncoder",
     "attend",
     "create_encoder",
+    "mean_of",
     "split_heads",
 ]
 _PLACES = {
+    "BuiltIn": "mopefuse.encoders._hf_families",
+    "Family": "mopefuse.encoders._hf_families",
+    "Source": "mopefuse.encoders._hf_source",
+    "TransformersEncoder": "mopefuse.encoders._hf_model",
+    "mean_of": "mopefuse.encoders._hf_model",
     "attend": "mopefuse.encoders._attention",
     "split_heads": "mopefuse.encoders._attention",
     "ImagePreprocess": "mopefuse.encoders._preprocess",

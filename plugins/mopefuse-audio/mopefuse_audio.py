@@ -1,0 +1,245 @@
+"""Audio encoders: ``audio:facebook/wav2vec2-base``, ``audio:/folder/with/hubert``, ``audio:openai/whisper-tiny``.
+
+wav2vec 2.0, HuBERT, WavLM and the encoder of Whisper, read through transformers; all but WavLM, whose attention is its own, can
+be prompted. Clips are mixed to one channel, brought to the encoder's rate by soxr and cut to ``?seconds=``.
+
+Encoders that normalise their first features over time (``feat_extract_norm`` ``group``) would see how far a clip was padded;
+they get all clips padded to one length. So does Whisper, as it was trained. The others take any length and a mask.
+
+Shapes: B batch, T samples of audio, L frames, M bands of a mel spectrogram, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import soundfile
+import soxr
+import torch
+import transformers
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mopefuse.encoders import BuiltIn, Encoded, Family, Inputs, Source, TransformersEncoder, mean_of
+from mopefuse.errors import DataError, EncoderError
+from mopefuse.registry import Spec
+
+Clip = NDArray[np.float32]
+_SECONDS = 10.0
+
+
+class AudioEncoder(TransformersEncoder):
+    """An audio encoder. ``encode`` takes ``{"audio", "mask": (B, T)}``, Whisper's ``{"mel": (B, M, 2 L), "mask": (B, L)}``.
+
+    Raises (on construction):
+        EncoderError: no such folder or repository, or it holds no encoder that can be used, or an unknown option.
+        CheckpointError: its weights are damaged, a pickle, incomplete, or do not fit.
+    """
+
+    families: ClassVar[Mapping[str, Family]] = {
+        **dict.fromkeys(("wav2vec2", "hubert", "wavlm"), Family("audio", "mean", ("mean",))),
+        "whisper": Family("audio", "mean", ("mean",), part="encoder"),
+    }
+    built_in: ClassVar[Mapping[str, BuiltIn]] = {
+        "facebook/wav2vec2-base": BuiltIn("wav2vec2"),
+        "facebook/hubert-base-ls960": BuiltIn("hubert"),
+        "microsoft/wavlm-base": BuiltIn("wavlm"),
+        "openai/whisper-tiny": BuiltIn(
+            "whisper",
+            {
+                "d_model": 384, "encoder_layers": 4, "encoder_attention_heads": 6, "encoder_ffn_dim": 1536,
+                "decoder_layers": 4, "decoder_attention_heads": 6, "decoder_ffn_dim": 1536,
+            },
+        ),
+    }  # fmt: skip
+    own_options = ("pretrained", "weights", "pool", "seconds")
+
+    def _preprocess(self, source: Source) -> Waveform | LogMel:
+        values = self._extractor(source)
+        rate = int(values.get("sampling_rate", 16000))
+        if self.config.model_type == "whisper":
+            if "seconds" in self.spec.options:
+                raise EncoderError(22, "Whisper takes clips of one length", where=str(self.spec), fix="leave ?seconds= out")
+            hop = int(values.get("hop_length", 160))
+            length = int(self.config.max_source_positions) * 2 * hop
+            return LogMel(rate, length, hop, int(self.config.num_mel_bins), int(values.get("n_fft", 400)))
+        self.config.apply_spec_augment, self.config.layerdrop = False, 0.0
+        least = 1  # samples of one frame
+        for kernel, stride in zip(reversed(self.config.conv_kernel), reversed(self.config.conv_stride), strict=True):
+            least = (least - 1) * stride + kernel
+        most = max(least, round(rate * _seconds(self.spec)))
+        group = self.config.feat_extract_norm == "group"
+        return Waveform(rate, least, most, bool(values.get("do_normalize", True)), most if group else None)
+
+    def _extractor(self, source: Source) -> dict[str, Any]:
+        if source.folder is None or not (source.folder / "preprocessor_config.json").is_file():
+            return {}
+        extractor = transformers.AutoFeatureExtractor.from_pretrained(
+            source.folder, trust_remote_code=False, local_files_only=True
+        )
+        values: dict[str, Any] = extractor.to_dict()
+        return values
+
+    def _example_inputs(self) -> Inputs:
+        noise = np.random.default_rng(0).standard_normal((2, 8000)).astype(np.float32)
+        return self.preprocess.batch([self.preprocess.item((clip, 16000)) for clip in noise])
+
+    def _run(self, inputs: Inputs) -> Encoded:
+        if "mel" in inputs:
+            self._mask_BL = inputs["mask"]
+            tokens_BLD: Tensor = self.backbone(inputs["mel"]).last_hidden_state
+            return Encoded(mean_of(tokens_BLD, inputs["mask"]), tokens_BLD, inputs["mask"])
+        mask_BT = inputs["mask"]
+        frames_B = self.backbone._get_feat_extract_output_lengths(mask_BT.sum(dim=1))
+        count = int(self.backbone._get_feat_extract_output_lengths(mask_BT.shape[1]))
+        mask_BL = self._mask_BL = torch.arange(count, device=mask_BT.device)[None] < frames_B[:, None]
+        fixed = self.preprocess.length is not None  # type: ignore[attr-defined]
+        out = self.backbone(inputs["audio"], attention_mask=None if fixed else mask_BT.long())
+        return Encoded(mean_of(out.last_hidden_state, mask_BL), out.last_hidden_state, mask_BL)
+
+
+@dataclass(frozen=True)
+class _Clips:
+    """Clips of one rate, in Hz. A value is the path of a file, or samples (T,) or (T, channels) and their rate."""
+
+    rate: int
+
+    @property
+    def most(self) -> int:
+        """Samples of the longest clip."""
+        raise NotImplementedError
+
+    def reduce(self, value: Any) -> Clip:
+        """One channel, at the encoder's rate, cut."""
+        clip, rate = value if isinstance(value, tuple) else read(value, self.most / self.rate)
+        samples = np.asarray(clip, dtype=np.float32)
+        mono = samples.mean(axis=1) if samples.ndim == 2 else samples
+        mono = mono[: math.ceil(self.most * rate / self.rate)]
+        out: Clip = soxr.resample(mono, rate, self.rate)[: self.most]
+        return out
+
+    def item(self, value: Any) -> Any:
+        """A clip, ready for a batch."""
+        return self.ready(self.reduce(value))
+
+    def ready(self, reduced: Clip) -> Any:
+        """What is left to do after augmentation."""
+        raise NotImplementedError
+
+    def finish(self, inputs: Mapping[str, Tensor]) -> Inputs:
+        """Nothing is left to do."""
+        return dict(inputs)
+
+    def examples(self) -> list[tuple[Clip, int]]:
+        """Clips of several lengths and rates, for the contract of encoders."""
+        random, sizes = np.random.default_rng(1), ((9000, 16000), (3000, 8000), (20, 16000))
+        return [(random.standard_normal(size).astype(np.float32), rate) for size, rate in sizes]
+
+
+@dataclass(frozen=True)
+class Waveform(_Clips):
+    """Samples as they are, or with mean 0 and variance 1.
+
+    Args:
+        least, longest: samples of a clip. length: to which all are padded; None for that of the longest of a batch.
+    """
+
+    least: int
+    longest: int
+    normalise: bool
+    length: int | None
+
+    @property
+    def most(self) -> int:
+        """Samples of the longest clip."""
+        return self.longest
+
+    def ready(self, reduced: Clip) -> Clip:
+        """Normalised, and with silence after it if it is shorter than one frame."""
+        clip = reduced
+        if self.normalise and len(clip):
+            clip = (clip - clip.mean()) / np.sqrt(clip.var() + 1e-7)
+        return np.pad(clip, (0, max(0, self.least - len(clip))))
+
+    def batch(self, items: Sequence[Clip]) -> Inputs:
+        """``{"audio": (B, T), "mask": (B, T)}``."""
+        longest = self.length or max(len(clip) for clip in items)
+        audio_BT, mask_BT = torch.zeros(len(items), longest), torch.zeros(len(items), longest, dtype=torch.bool)
+        for number, clip in enumerate(items):
+            audio_BT[number, : len(clip)] = torch.from_numpy(clip)
+            mask_BT[number, : len(clip)] = True
+        return {"audio": audio_BT, "mask": mask_BT}
+
+    def describe(self) -> dict[str, Any]:
+        """Rate in Hz and seconds."""
+        return {"modality": "audio", "rate": self.rate, "seconds": self.longest / self.rate, "normalise": self.normalise}
+
+
+@dataclass(frozen=True)
+class LogMel(_Clips):
+    """Whisper's log-mel spectrogram of a clip of one length.
+
+    Args:
+        length: in samples. hop: samples from one column to the next. bands: M. window: samples of a Fourier transform.
+    """
+
+    length: int
+    hop: int
+    bands: int
+    window: int
+
+    @property
+    def most(self) -> int:
+        """Samples of the longest clip."""
+        return self.length
+
+    def ready(self, reduced: Clip) -> tuple[Clip, int]:
+        """The spectrogram (M, 2 L), and how many of its frames L are of the clip."""
+        extractor = transformers.WhisperFeatureExtractor(
+            feature_size=self.bands, sampling_rate=self.rate, hop_length=self.hop, n_fft=self.window,
+            chunk_length=math.ceil(self.length / self.rate),
+        )  # fmt: skip
+        clip = np.pad(reduced, (0, self.length - len(reduced)))
+        mel = extractor(clip, sampling_rate=self.rate, padding=False, return_tensors="np")["input_features"][0]
+        return mel[:, : self.length // self.hop], max(1, math.ceil(len(reduced) / (2 * self.hop)))
+
+    def batch(self, items: Sequence[tuple[Clip, int]]) -> Inputs:
+        """``{"mel": (B, M, 2 L), "mask": (B, L)}``."""
+        mel_BML = torch.from_numpy(np.stack([mel for mel, _ in items])).float()
+        real_B = torch.tensor([real for _, real in items])
+        return {"mel": mel_BML, "mask": torch.arange(mel_BML.shape[2] // 2)[None] < real_B[:, None]}
+
+    def describe(self) -> dict[str, Any]:
+        """Rate in Hz, seconds and bands."""
+        return {"modality": "audio", "rate": self.rate, "seconds": self.length / self.rate, "bands": self.bands}
+
+
+def read(path: str | Path, seconds: float) -> tuple[Clip, int]:
+    """Samples (T, channels) of the first seconds of a file, and their rate.
+
+    Raises:
+        DataError: no such file, or none that libsndfile reads.
+    """
+    try:
+        with soundfile.SoundFile(path) as file:
+            rate = int(file.samplerate)
+            clip: Clip = file.read(math.ceil(seconds * rate), dtype="float32", always_2d=True)
+            return clip, rate
+    except (soundfile.LibsndfileError, OSError) as error:
+        raise DataError(200, f"{path} cannot be read as audio: {error}", fix="use WAV, FLAC, OGG or MP3") from error
+
+
+def _seconds(spec: Spec) -> float:
+    text = spec.options.get("seconds", str(_SECONDS))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0.1 <= seconds <= 600:
+        raise EncoderError(22, f"seconds={text} is not a number from 0.1 to 600", where=str(spec), fix="write ?seconds=10")
+    return seconds
