@@ -40,6 +40,7 @@ sys.__stdout__.write("from sys.__stdout__")
 os.write(1, b"from the descriptor")
 subprocess.run(["echo", "from a process"])
 """
+_SITES: set[str] = set()
 ENCODERS, FUSION, DATASETS = "mopefuse.encoders", "mopefuse.fusion", "mopefuse.datasets"
 API = "mopefuse.api"
 CLAIMS = {ENCODERS: {"toy": "Toy"}, FUSION: {"both": "Both"}, DATASETS: {"made": "make"}}
@@ -109,13 +110,15 @@ def forget() -> None:
     """Look again at what is installed."""
     registry.available.cache_clear()
     registry._tell_of_shadowed.cache_clear()
-    for module in [name for name in sys.modules if name.startswith("mopefuse_")]:
-        del sys.modules[module]
+    for name, module in list(sys.modules.items()):
+        if str(Path(getattr(module, "__file__", None) or "/").parent) in _SITES:
+            del sys.modules[name]
 
 
 def add_site(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """Have what is installed in a folder be so in this process."""
     monkeypatch.syspath_prepend(str(folder))
+    _SITES.add(str(folder))
     forget()
 
 

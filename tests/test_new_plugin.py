@@ -58,8 +58,8 @@ def test_a_new_plugin_passes_its_own_test_and_is_inspected(fresh: tuple[Path, Pa
     facts = said(done)
     assert (facts["spec"], facts["use"], facts["modality"]) == ("mopefuse-mel-2:mel-2:small", "main or comp", "text")
     listed = said(run_cli("plugins", "list", "--json", **environment))["plugins"]
-    assert [(p["distribution"], p["version"], p["name"], p["state"]) for p in listed] == [
-        ("mopefuse-mel-2", "0.1.0", "mel-2", "ok")
+    assert ("mopefuse-mel-2", "0.1.0", "mel-2", "ok") in [
+        (p["distribution"], p["version"], p["name"], p["state"]) for p in listed
     ]
 
 

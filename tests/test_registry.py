@@ -120,7 +120,8 @@ def install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Install
 
     def install(*points: EntryPoint) -> None:
         def listed(group: str) -> list[EntryPoint]:
-            return [*(point for point in points if point.group == group), *real(group=group)]
+            ours = [point for point in real(group=group) if registry.distribution(point) == registry.OURS]
+            return [*(point for point in points if point.group == group), *ours]
 
         monkeypatch.setattr(registry, "entry_points", listed)
         available.cache_clear()
