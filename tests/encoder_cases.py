@@ -94,7 +94,26 @@ OPEN_CLIP = {
     "vision_cfg": {"image_size": 32, "layers": 3, "width": 32, "patch_size": 8, "head_width": 8},
     "text_cfg": {"context_length": 20, "vocab_size": 49408, "width": 24, "heads": 3, "layers": 3},
 }
-TOWERS = {"": OPEN_CLIP}
+SIGLIP = {
+    "embed_dim": 32,
+    "vision_cfg": {
+        "image_size": 32, "timm_model_name": "vit_mopefuse_siglip", "timm_model_pretrained": False, "timm_pool": "map",
+        "timm_proj": "none",
+    },
+    "text_cfg": {
+        "context_length": 20, "vocab_size": 64, "width": 24, "heads": 3, "layers": 3, "hf_tokenizer_name": "org/siglip",
+        "tokenizer_kwargs": {"clean": "canonicalize"}, "no_causal_mask": True, "proj_bias": True, "pool_type": "last",
+    },
+}  # fmt: skip
+TOWERS = {"": OPEN_CLIP, "siglip-": SIGLIP}
+
+
+@timm.models.register_model
+def vit_mopefuse_siglip(pretrained: bool = False, **options: Any) -> nn.Module:
+    """timm's own for SigLIP, small: what open_clip names, it builds without options."""
+    size = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4}
+    named = {key: options[key] for key in ("num_classes", "global_pool")}
+    return timm.create_model("vit_base_patch16_siglip_224", pretrained=False, **size, **named)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -192,6 +211,12 @@ def open_clip_case(tower: str, kind: str = "") -> Case:
         return model.eval()
 
     def call(model: Any, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        if hasattr(model, "trunk"):  # which gives its pooled feature alone
+            tokens: list[Tensor] = []
+            hook = model.trunk.norm.register_forward_hook(lambda module, args, out: tokens.append(out))
+            pooled = model(inputs["pixels"])
+            hook.remove()
+            return pooled, tokens[0]
         pooled, last = model(inputs["ids" if tower == "text" else "pixels"])
         return pooled, last
 

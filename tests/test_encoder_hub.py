@@ -14,13 +14,14 @@ import pytest
 import timm
 import torch
 import transformers
-from encoder_cases import code, edit_config, fault, save_hf
+from encoder_cases import SIGLIP, code, edit_config, fault, save_hf, save_tokenizer
 from huggingface_hub import errors as hub_errors
 from safetensors.torch import save_file
 
 from mopefuse.encoders import _hub, _numbers
 from mopefuse.encoders._base import create_encoder
 from mopefuse.errors import CheckpointError, EncoderError, ResourceError
+from mopefuse.testing import check_encoder
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -156,6 +157,49 @@ def test_pretrained_weights_of_open_clip(tmp_path: Path, monkeypatch: pytest.Mon
     encoder = create_encoder("open_clip:ViT-B-32/openai#text")
     assert torch.equal(encoder.state_dict()["backbone.text_projection"], model.state_dict()["text_projection"])
     assert "QuickGELU" in {type(module).__name__ for module in encoder.modules()}, "as the weights were trained"
+
+
+@pytest.fixture
+def siglip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository with a small model and a tokenizer."""
+    monkeypatch.setattr(open_clip, "get_model_config", lambda name: json.loads(json.dumps(SIGLIP)))
+    model = open_clip.CustomTextCLIP(**SIGLIP)
+    save_file({name: t.contiguous() for name, t in model.state_dict().items()}, tmp_path / "open_clip_model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    save_tokenizer(tmp_path)
+    (tmp_path / "config.json").unlink()
+    return tmp_path
+
+
+def test_siglip_has_the_tokenizer_that_open_clip_would_take(siglip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = serve(siglip, monkeypatch)
+    encoder = create_encoder("open_clip:ViT-B-16-SigLIP/webli#text")
+    assert asked[:2] == ["timm/ViT-B-16-SigLIP@None/open_clip_model.safetensors", "org/siglip@None/tokenizer.json"]
+    texts = ["The quick,  brown_fox!", "", "no " * 40]
+    inputs = encoder.preprocess.batch([encoder.preprocess.item(text) for text in texts])
+    cleaned, tokenizer = ["the quick brown fox", "", "no " * 39 + "no"], transformers.AutoTokenizer.from_pretrained(siglip)
+    assert inputs["ids"].tolist() == tokenizer(cleaned, max_length=20, padding="max_length", truncation=True)["input_ids"]
+    assert inputs["mask"].sum(dim=1).tolist() == [6, 2, 20]
+    assert encoder.preprocess.describe() == {"modality": "text", "tokenizer": "org/siglip", "max_tokens": 20}
+    check_encoder(encoder)
+
+
+def test_weights_of_siglip_without_their_tokenizer_are_refused(siglip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random weights need none; those of a file do."""
+    create_encoder("open_clip:ViT-B-16-SigLIP#text?pretrained=false")
+    spec = f"open_clip:ViT-B-16-SigLIP#text?weights={siglip / 'open_clip_model.safetensors'}"
+
+    def offline(*args: Any, **kwargs: Any) -> None:
+        raise hub_errors.OfflineModeIsEnabled("x")
+
+    monkeypatch.setattr(_hub, "get_hf_file_metadata", offline)
+    error = fault(spec)
+    assert error.code == code(_numbers.OFFLINE) and "org/siglip is not in the local cache" in str(error)
+    (siglip / "tokenizer.json").write_text("{")
+    serve(siglip, monkeypatch)
+    assert fault(spec).code == code(_numbers.NO_TOKENIZER)
+    (siglip / "tokenizer.json").unlink()
+    assert fault(spec).code == code(_numbers.NO_TOKENIZER)
 
 
 def test_a_download_is_checked_against_the_sha256_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

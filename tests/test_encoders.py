@@ -44,7 +44,7 @@ BY_HAND = (
 )  # fmt: skip
 EXPORTED = (
     "hf-bert", "hf-albert", "hf-qwen3", "hf-swin", "timm-vit", "timm-swin-padded", "timm-beit", "timm-dinov3", "timm-swinv2",
-    "open_clip-text",
+    "open_clip-text", "open_clip-siglip-text",
 )  # fmt: skip
 SENTENCES = ["a photo of two cats", "no", "the quick brown fox jumps over the lazy dog and then over the friend"]
 
@@ -148,7 +148,7 @@ def test_which_families_take_tokens_ahead_of_their_own(encoders: dict[str, Encod
     takes = {name for name, encoder in encoders.items() if encoder.insertable}
     texts = {f"hf-{kind}" for kind in ("bert", "roberta", "xlm-roberta", "distilbert", "electra")}
     images = {f"timm-{name}" for name in ("vit", "vit-qk-norm", "vit-post-norm", "deit-distilled", "dinov2")}
-    assert takes == texts | images
+    assert takes == texts | images | {"open_clip-siglip-visual"}
     with pytest.raises(EncoderError, match="takes no tokens beside its own") as refused:
         encoders["timm-swin-padded"].encode(batch_of(encoders["timm-swin-padded"]), None, Insert(torch.zeros(3, 1, 16)))
     assert refused.value.number == 70
@@ -343,6 +343,21 @@ def test_own_tokenizer_and_padding(kind: str, encoders: dict[str, Encoder]) -> N
     assert inputs["ids"].tolist()[0][:3] == [1, inputs["ids"][0, 1], end]
     length = 20 if kind == "siglip_text_model" else 5
     assert inputs["mask"].tolist() == [[True] * 3 + [False] * (length - 3), [True] * 5 + [False] * (length - 5)]
+
+
+def test_texts_of_siglip_fill_its_context(encoders: dict[str, Encoder]) -> None:
+    """Its tower sees the padding, and pools the last token: the same text gives the same feature beside any other."""
+    encoder = encoders["open_clip-siglip-text"]
+    inputs = encoder.preprocess.batch(["no", "the lazy dog"])
+    assert inputs["ids"].shape == (2, 20)
+    assert inputs["mask"].sum(dim=1).tolist() == [3, 5]
+    shown = encoder.encode({**inputs, "ids": inputs["ids"].masked_fill(~inputs["mask"], 7)})
+    assert not torch.allclose(shown.pooled_BC, encoder.encode(inputs).pooled_BC)
+
+
+def test_a_tower_of_timm_takes_images_of_another_size(cases: dict[str, Case]) -> None:
+    encoder = create_encoder(f"{cases['open_clip-siglip-visual'].spec}&force_image_size=48")
+    assert encoder.encode(batch_of(encoder)).tokens_BLD.shape == (3, 36, 32)
 
 
 def test_images_are_prepared_as_the_library_does(encoders: dict[str, Encoder], tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from mopefuse.testing import check_encoder
 from mopefuse.train import train
 
 RANK, ALPHA = 4, 6.0
-CLIP = [name for name in FAMILIES if name.startswith("open_clip")]
+CLIP = [name for name in FAMILIES if name.startswith("open_clip") and name != "open_clip-siglip-visual"]
 UNCALLED = [name for name in FAMILIES if name.startswith(("timm-beit", "timm-swinv2"))]
 UNCALLED += [name for name in FAMILIES if name.startswith("timm-eva02") and name != "timm-eva02-apart"]
 HOLDS = [name for name in FAMILIES if name not in (*CLIP, *UNCALLED)]

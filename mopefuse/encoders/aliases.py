@@ -38,7 +38,7 @@ COMP_ONLY = {"timm": ("resnet50",)}
 FAMILIES: dict[str, tuple[str, str]] = {
     "timm": ("ViT, DeiT, DINOv2, DINOv3, SigLIP, BEiT, EVA, Swin, Swin V2", "any other with a pooled feature, CNNs included"),
     "hf": ("BERT, RoBERTa, DistilBERT, MiniLM, ViT, DeiT, Swin, CLIP", "any other encoder with a pooled feature"),
-    "open_clip": ("text and vision transformers", "other vision towers"),
+    "open_clip": ("text and vision transformers of CLIP and SigLIP", "other vision towers"),
     "tiny": ("tiny:vision, tiny:text, a second of each with -b", ""),
 }
 """What each scheme offers: families that can be prompted, and those that can only condition."""

@@ -1,9 +1,10 @@
 """Towers of open_clip: ``open_clip:ViT-B-32/laion2b_s34b_b79k#visual``, ``open_clip:ViT-B-32#text?pretrained=false``.
 
 A tower's pooled feature is its own output, projection included. Its text tower takes ids of its full context length,
-as it was trained; its causal mask keeps padding out of what is pooled at the end-of-text token. Prompts are passed to
-the block's ``nn.MultiheadAttention`` as more keys and values than queries; gated prompts are added to its output, so
-that whatever kernel it runs, a gate of 0 leaves that output alone.
+as it was trained. In CLIP a causal mask keeps padding out of what is pooled at the end-of-text token; SigLIP sees the
+padding, and pools the last token. Prompts are passed to the block's ``nn.MultiheadAttention`` as more keys and values
+than queries; gated prompts are added to its output, so that whatever kernel it runs, a gate of 0 leaves that output
+alone. A visual tower that is a model of timm (as SigLIP's) is prompted as one of ``timm:`` is.
 
 Options: ``pretrained``, ``weights``, ``max_tokens`` (text); ``force_image_size``, ``force_quick_gelu`` as in open_clip.
 
@@ -21,18 +22,17 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.factory import load_checkpoint
+from open_clip.timm_model import TimmModel
 from open_clip.transformer import ResidualAttentionBlock, TextTransformer, VisionTransformer
-from tokenizers import Regex, Tokenizer, pre_tokenizers
-from tokenizers.models import BPE
-from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 from mopefuse.checkpoint import check_tensors
-from mopefuse.encoders import _hub, _numbers, _options, _weights
+from mopefuse.encoders import _hub, _numbers, _open_clip_text, _options, _weights
 from mopefuse.encoders._attention import Prompt, attend_prompts, split_heads
 from mopefuse.encoders._base import Encoded, Inputs, option_flag
-from mopefuse.encoders._preprocess import ImagePreprocess, TextPreprocess
+from mopefuse.encoders._preprocess import ImagePreprocess
 from mopefuse.encoders._prompted import PromptedEncoder
+from mopefuse.encoders._timm_attention import prompt_model
 from mopefuse.errors import EncoderError, did_you_mean
 from mopefuse.registry import Spec
 
@@ -66,13 +66,18 @@ class OpenCLIPEncoder(PromptedEncoder):
             self.backbone.output_tokens = True
         self.feature_width = int(config["embed_dim"])
         if self.modality == "text":
+            trained = not _random(spec) or "weights" in spec.options
             length = int(self.backbone.context_length)
-            most = _options.max_tokens(spec, length, length)
-            tokenize = _Tokenize(length)
-            vocabulary = tokenize.tokenizer.vocab_size
-            self.preprocess = TextPreprocess(tokenize, most, f"open_clip:{name}", vocabulary, tokenize.save, length)
+            self.preprocess = _open_clip_text.texts(spec, name, config["text_cfg"], length, trained=trained)
         else:
             self.preprocess = _image_preprocess(spec, self.backbone, statistics)
+        if isinstance(self.backbone, TimmModel):
+            prompt_model(self, self.backbone.trunk)
+            self.token_width = self.widths[-1] if self.widths else 0
+        else:
+            self._prompt_tower()
+
+    def _prompt_tower(self) -> None:
         blocks, self.why_not_main = _promptable(self.backbone)
         slots = self._prompt_blocks(blocks, [block.ln_1 for block in blocks])
         for block, slot in zip(blocks, slots, strict=True):
@@ -87,39 +92,13 @@ class OpenCLIPEncoder(PromptedEncoder):
             self._mask_BL = inputs["mask"]
             pooled_BC, tokens_BLD = self.backbone(inputs["ids"])
             return Encoded(pooled_BC, tokens_BLD, inputs["mask"])
+        if isinstance(self.backbone, TimmModel) and self.widths:
+            features = self.backbone.trunk.forward_features(inputs["pixels"])
+            pooled_BC = self.backbone.head(self.backbone.trunk.forward_head(features))
+            return Encoded(pooled_BC, features.flatten(1, -2), None)
         out = self.backbone(inputs["pixels"])
         pooled_BC, tokens = out if isinstance(out, tuple) else (out, out[:, None])
         return Encoded(pooled_BC, tokens, None)
-
-
-class _Tokenize:
-    """open_clip's own tokenizer. Ids are padded to the context length; the mask ends after the end-of-text token."""
-
-    def __init__(self, context_length: int) -> None:
-        self.context_length, self.tokenizer = context_length, open_clip.SimpleTokenizer()
-
-    def __call__(self, texts: list[str], max_tokens: int) -> tuple[Tensor, Tensor]:
-        ids = self.tokenizer(texts, context_length=max_tokens)
-        ids = F.pad(ids, (0, self.context_length - max_tokens))
-        end = (ids == self.tokenizer.eot_token_id).int().argmax(dim=1, keepdim=True)
-        mask = torch.arange(self.context_length)[None, :] <= end
-        return ids * mask, mask  # what a text puts after an <end_of_text> of its own is dropped
-
-    def save(self, file: Path) -> dict[str, Any]:
-        """Write the same byte pairs as the library tokenizers reads them; see `TextPreprocess.save`."""
-        clip = self.tokenizer
-        begin, end = ((clip.decoder[number], number) for number in (clip.sot_token_id, clip.eot_token_id))
-        merges = sorted(clip.bpe_ranks, key=lambda pair: clip.bpe_ranks[pair])
-        tokenizer = Tokenizer(BPE(clip.encoder, merges, unk_token=end[0], end_of_word_suffix="</w>"))
-        words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
-        split = pre_tokenizers.Split(words, behavior="removed", invert=True)
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-        )
-        tokenizer.add_special_tokens([begin[0], end[0]])
-        tokenizer.post_processor = TemplateProcessing(single=f"{begin[0]} $A {end[0]}", special_tokens=[begin, end])
-        file.write_text(tokenizer.to_str(), encoding="utf-8")
-        return {"kind": "file", "pad_id": 0, "cut": "right", "end_id": end[1], "clean": "clip"}
 
 
 def _attention(
@@ -197,14 +176,12 @@ def _config(spec: Spec, name: str, tag: str, tower: str) -> tuple[dict[str, Any]
         "interpolation": "bicubic", "resize_mode": "shortest",
     }  # fmt: skip
     text = config["text_cfg"]
-    elsewhere = text.get("hf_model_name") or (tower == "text" and text.get("hf_tokenizer_name"))
-    if elsewhere or (tower == "text" and "siglip" in name.lower()) or "multimodal_cfg" in config:
-        raise EncoderError(
-            _numbers.UNSUITABLE,
-            f"{name}#{tower} needs parts that open_clip does not bundle, or a decoder",
-            where=str(spec),
-            fix="use a CLIP model with open_clip's own text tower, or the same encoder through hf: or timm:",
-        )
+    why = "needs a text model that open_clip does not bundle" if text.get("hf_model_name") else ""
+    why = why or ("has a decoder" if "multimodal_cfg" in config else "")
+    why = why or (_open_clip_text.why_unsuitable(text) if tower == "text" else "")
+    if why:
+        fix = "use a CLIP or SigLIP model with open_clip's own text tower, or the same encoder through hf: or timm:"
+        raise EncoderError(_numbers.UNSUITABLE, f"{name}#{tower} {why}", where=str(spec), fix=fix)
     options = _options.library_options(spec, ("pretrained", "weights"))
     accepted = ("pretrained", "weights", "force_quick_gelu", "max_tokens" if tower == "text" else "force_image_size")
     for key in options:
@@ -225,6 +202,8 @@ def _load(spec: Spec, config: dict[str, Any], name: str, tag: str) -> tuple[Any,
         model = open_clip.CustomTextCLIP(**config)
         if path is not None:
             load_checkpoint(model, str(path))
+        if "force_image_size" in spec.options and isinstance(model.visual, TimmModel):
+            model.visual.set_input_size(config["vision_cfg"]["image_size"])  # its constructor leaves the trunk as it is
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise EncoderError(
             _numbers.CANNOT_BUILD, f"open_clip cannot build {name}: {error}", where=str(spec), fix="change the options"
