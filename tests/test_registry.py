@@ -15,6 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mopefuse import registry
+from mopefuse.encoders import create_encoder
 from mopefuse.errors import ConfigError, MopefuseError, Notice, PluginError
 from mopefuse.registry import DATASETS, ENCODERS, FUSION, Spec, available, load, parse_spec
 
@@ -248,3 +249,22 @@ def test_an_unknown_name_offers_the_nearest(group: str, name: str, near: str) ->
 
 def test_a_spec_is_a_value() -> None:
     assert Spec("a", "b", {"c": "d"}) == parse_spec("a:b?c=d")
+
+
+@pytest.mark.parametrize(("number", "says"), [(12, "x of the plugin acme cannot be made: KeyError: 'no'"), (13, "made a dict")])
+def test_an_encoder_that_a_plugin_cannot_make_is_an_error_of_the_plugin(
+    number: int, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "load", lambda group, name: (lambda spec: {"spec": spec}[{12: "no", 13: "spec"}[number]] and {}))
+    with pytest.raises(PluginError, match=says) as caught:
+        create_encoder("acme:toy:x")
+    assert caught.value.number == number and "acme" in caught.value.fix
+
+
+def test_what_an_encoder_of_a_plugin_says_itself_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(spec: Spec) -> None:
+        raise ConfigError(1, "of its own")
+
+    monkeypatch.setattr(registry, "load", lambda group, name: refuse)
+    with pytest.raises(ConfigError, match="of its own"):
+        create_encoder("acme:toy:x")

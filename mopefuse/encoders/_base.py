@@ -24,7 +24,7 @@ from mopefuse.config import Lora
 from mopefuse.encoders import _lora
 from mopefuse.encoders._attention import Insert, Prompt
 from mopefuse.encoders.aliases import ALIASES
-from mopefuse.errors import EncoderError
+from mopefuse.errors import EncoderError, MopefuseError, PluginError
 from mopefuse.registry import Spec
 
 __all__ = ["Encoded", "Encoder", "Inputs", "Insert", "Preprocess", "Prompt", "PromptAt", "create_encoder"]
@@ -224,10 +224,21 @@ def create_encoder(text: str) -> Encoder:
     Raises:
         ConfigError: not a spec, or an unknown scheme.
         EncoderError: the scheme knows no such encoder, or cannot load it.
+        PluginError: the plugin that brings the scheme cannot be used.
     """
     spec = full_spec(text)
-    encoder = registry.load(registry.ENCODERS, spec.scheme)(spec)
-    assert isinstance(encoder, Encoder), f"{spec.scheme} returned {type(encoder)}"
+    make = registry.load(registry.ENCODERS, spec.scheme)
+    owner, of_plugin, _ = spec.scheme.rpartition(":")
+    try:
+        encoder = make(spec)
+    except Exception as error:
+        if not of_plugin or isinstance(error, MopefuseError):
+            raise
+        what = f"{spec.name} of the plugin {owner} cannot be made: {type(error).__name__}: {error}"
+        raise PluginError(12, what, where=str(spec), fix=f"upgrade or uninstall {owner}") from error
+    if not isinstance(encoder, Encoder):
+        what = f"the plugin {owner} made a {type(encoder).__name__}, which is no mopefuse.encoders.Encoder"
+        raise PluginError(13, what, where=str(spec), fix=f"upgrade or uninstall {owner}")
     encoder.freeze()
     return encoder
 
