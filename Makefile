@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test check install clean
+.PHONY: demo test test-plugins check install clean
 
 install: $(INSTALLED)
 
@@ -18,6 +18,11 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+test-plugins: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e plugins/mopefuse-audio
+	$(BIN)/python -m pytest -o addopts= -q plugins/mopefuse-audio/tests; status=$$?; \
+		$(BIN)/python -m pip uninstall --quiet --yes mopefuse-audio && exit $$status
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

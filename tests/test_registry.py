@@ -255,7 +255,8 @@ def test_a_spec_is_a_value() -> None:
 def test_an_encoder_that_a_plugin_cannot_make_is_an_error_of_the_plugin(
     number: int, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry, "load", lambda group, name: (lambda spec: {"spec": spec}[{12: "no", 13: "spec"}[number]] and {}))
+    key = {12: "no", 13: "spec"}[number]
+    monkeypatch.setattr(registry, "load", lambda group, name: lambda spec: {"spec": {}}[key])
     with pytest.raises(PluginError, match=says) as caught:
         create_encoder("acme:toy:x")
     assert caught.value.number == number and "acme" in caught.value.fix
