@@ -13,7 +13,8 @@ from PIL import Image
 
 import mopefuse
 from mopefuse.config import build_config
-from mopefuse.errors import CheckpointError, DataError, EncoderError
+from mopefuse.encoders._base import Encoder, create_encoder
+from mopefuse.errors import CheckpointError, ConfigError, DataError, EncoderError
 from mopefuse.fusion._base import Fusion
 from mopefuse.fusion._static import initial_bound
 from mopefuse.fusion.build import build_model
@@ -74,6 +75,18 @@ def test_zero_gated_prompts_start_as_the_frozen_encoder_to_the_bit(main: str, co
     assert torch.equal(model(batch).logits, probe(batch).logits)
     open_gates(model)
     assert not torch.equal(model(batch).logits, probe(batch).logits)
+
+
+def test_an_encoder_of_what_no_row_has_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mopefuse.fusion.build.create_encoder", lambda spec: replace_modality(create_encoder(spec)))
+    with pytest.raises(ConfigError, match="reads audio; a row has image and text") as caught:
+        build()
+    assert caught.value.number == 132 and caught.value.where == "--main"
+
+
+def replace_modality(encoder: Encoder) -> Encoder:
+    encoder.modality = "audio"
+    return encoder
 
 
 def test_without_prompts_it_is_a_linear_probe() -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # rows are read where there is no torch, too
     from torch import Tensor
 
 SPLITS = ("train", "val", "test")
+MODALITIES = ("image", "text")  # of which a row has one value each
 Keys = NDArray[np.bytes_]
 
 

@@ -9,9 +9,10 @@ import torch
 
 from mopefuse import registry
 from mopefuse.config import Prompts, RunConfig, build_config, merge
+from mopefuse.data._base import MODALITIES
 from mopefuse.encoders._base import Encoder, create_encoder, full_spec
 from mopefuse.encoders._preprocess import ImagePreprocess
-from mopefuse.errors import PluginError
+from mopefuse.errors import ConfigError, PluginError
 from mopefuse.fusion._base import SIDES, Fusion
 
 MMBT_MEAN, MMBT_STD = (0.46777044, 0.44531429, 0.40661017), (0.12221994, 0.12145835, 0.14380469)
@@ -51,9 +52,16 @@ def build_model(config: RunConfig, num_labels: int) -> Fusion:
             torch.default_generator.manual_seed(config.seed)
             encoders[side] = _with_statistics(create_encoder(getattr(config, side)), config)
             encoders[side].recompute = config.train.checkpoint_activations
+            _require_rows(side, encoders[side])
         torch.default_generator.manual_seed(config.seed)
         model = cast(Fusion, method(config, encoders, num_labels))
     return model.eval()
+
+
+def _require_rows(side: str, encoder: Encoder) -> None:
+    if encoder.modality not in MODALITIES:
+        what = f"{encoder.spec} reads {encoder.modality}; a row has {' and '.join(MODALITIES)}"
+        raise ConfigError(132, what, where=f"--{side}", fix="use an encoder of one of these")
 
 
 def full_specs(config: RunConfig) -> RunConfig:
