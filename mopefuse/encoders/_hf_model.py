@@ -88,8 +88,9 @@ class TransformersEncoder(PromptedEncoder):
         encoded: list[Encoded] = []
         self.eval()
         own = self.backbone.config._attn_implementation
-        with quietly():
-            self.backbone.set_attn_implementation(ATTENTION)
+        if own == "sdpa":  # else ours would not be the untouched model
+            with quietly():
+                self.backbone.set_attn_implementation(ATTENTION)
         try:
             sites, reason = find_sites(self.backbone, lambda: encoded.append(self._run(example)))
         except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
@@ -98,6 +99,7 @@ class TransformersEncoder(PromptedEncoder):
         self._mask_BL = None
         if not sites:
             self.backbone.set_attn_implementation(own)  # which also says what masks are like
+            reason = reason if own == "sdpa" else "transformers has no scaled-dot-product attention for it"
             self.why_not_main = f"cannot be prompted: {reason}; usable as --comp (pooled feature)"
             return encoded[0]
         slots = self._prompt_blocks([site.block for site in sites], [site.norm for site in sites])
