@@ -111,7 +111,7 @@ def test_a_repository_of_transformers(folders: Path, tmp_path: Path, monkeypatch
 
 
 def test_a_refused_configuration_downloads_no_weights(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    edit_config(bert, model_type="gpt2")
+    edit_config(bert, model_type="t5", is_encoder_decoder=True)
     asked = serve(bert, monkeypatch)
     assert fault("hf:org/decoder").code == code(_numbers.UNSUITABLE)
     assert asked == ["org/decoder@None/config.json"]

@@ -33,7 +33,7 @@ RANK, ALPHA = 4, 6.0
 CLIP = [name for name in FAMILIES if name.startswith("open_clip") and name != "open_clip-siglip-visual"]
 UNCALLED = [name for name in FAMILIES if name.startswith(("timm-beit", "timm-swinv2"))]
 UNCALLED += [name for name in FAMILIES if name.startswith("timm-eva02") and name != "timm-eva02-apart"]
-HOLDS = [name for name in FAMILIES if name not in (*CLIP, *UNCALLED)]
+HOLDS = [name for name in FAMILIES if name not in (*CLIP, *UNCALLED, "hf-gpt2")]
 TINY = ("vision", "text")
 SMALL_BERT = (
     "hf:bert-base?pretrained=false&hidden_size=32&num_hidden_layers=2&num_attention_heads=4&intermediate_size=48"
@@ -83,7 +83,8 @@ def test_it_begins_as_the_encoder_to_the_bit_and_learned_it_equals_merged_weight
     case = case_of(family, cases)
     encoder = create_encoder(case.spec)
     plain, inputs, targets = case.plain(encoder), batch_of(encoder), encoder.lora_targets
-    assert len(targets) in (len(encoder.widths), 2 * len(encoder.widths))
+    layers = 1 if family == "hf-albert" else len(encoder.widths)  # which share their weights
+    assert len(targets) in (layers, 2 * layers)
     with torch.no_grad():
         before = encoder.encode(inputs)
         encoder.adapt(Lora(rank=RANK, alpha=ALPHA))
@@ -157,6 +158,11 @@ def test_fused_attention_of_open_clip_is_refused_and_its_other_layers_are_not(
 @pytest.mark.parametrize("family", UNCALLED)
 def test_weights_that_are_read_without_a_call_are_refused(family: str, cases: dict[str, Case]) -> None:  # noqa: F811
     refusal(cases[family].spec, 82)
+
+
+def test_projections_that_are_no_linear_layers_are_refused(cases: dict[str, Case]) -> None:  # noqa: F811
+    """GPT-2's are `Conv1D`, with their weights the other way round."""
+    refusal(cases["hf-gpt2"].spec, 80)
 
 
 def test_an_encoder_without_attention_and_a_layer_that_is_not_there_are_refused() -> None:

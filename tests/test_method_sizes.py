@@ -5,8 +5,6 @@ Each number is written as the sum that the method's definition gives. Models are
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -59,10 +57,10 @@ SIZES: dict[str, int] = {
 
 
 @pytest.fixture(scope="module")
-def encoders() -> Iterator[dict[str, Encoder]]:
-    with torch.device("meta"):
-        main = create_encoder("timm:vit_base?pretrained=false")
-        yield {"main": main, "comp": create_encoder("hf:bert-base?pretrained=false")}
+def encoders() -> dict[str, Encoder]:
+    """Without memory for weights, once it is known where they can be prompted."""
+    specs = {"main": "timm:vit_base?pretrained=false", "comp": "hf:bert-base?pretrained=false"}
+    return {side: create_encoder(spec).to("meta") for side, spec in specs.items()}
 
 
 @pytest.mark.parametrize("variant", SIZES)

@@ -51,7 +51,7 @@ class TransformersEncoder(PromptedEncoder):
         super().__init__(spec)
         source = _hf_source.find(spec, self.built_in, {kind for kind, family in self.families.items() if family.part})
         self.revision = source.revision
-        self.config = config = _configure(spec, source, self.own_options)
+        self.model_config = config = _configure(spec, source, self.own_options)
         known = self.families.get(config.model_type)
         model = getattr(transformers, known.model) if known and known.model else _model_class(spec, config)
         self._family = family = known or self._other_family(config.model_type, model)
@@ -94,7 +94,7 @@ class TransformersEncoder(PromptedEncoder):
         try:
             sites, reason = find_sites(self.backbone, lambda: encoded.append(self._run(example)))
         except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
-            what = f"a {self.config.model_type} model does not run on {self.modality} alone: {error}"
+            what = f"a {self.model_config.model_type} model does not run on {self.modality} alone: {error}"
             raise unsuitable(what, self.spec, self.families) from error
         self._mask_BL = None
         if not sites:
@@ -103,15 +103,15 @@ class TransformersEncoder(PromptedEncoder):
             self.why_not_main = f"cannot be prompted: {reason}; usable as --comp (pooled feature)"
             return encoded[0]
         slots = self._prompt_blocks([site.block for site in sites], [site.norm for site in sites])
-        adapted: list[nn.Module] = []
+        adapted: dict[nn.Module, None] = {}  # in order; layers can share theirs
         for slot, site in zip(slots, sites, strict=True):
             slot.site = site
             site.attention.prompt_slot = slot  # type: ignore[assignment]
             projections = (*([site.query] if site.query else []), (site.value.parent, site.value.name))
-            adapted += [getattr(parent, name) for parent, name in projections]
+            adapted |= dict.fromkeys(getattr(parent, name) for parent, name in projections)
         self.widths = tuple(site.width for site in sites)
         self.heads = tuple(site.heads for site in sites)
-        self.lora_targets = _lora.names_of(self, adapted)
+        self.lora_targets = _lora.names_of(self, [module for module in adapted if isinstance(module, nn.Linear)])
         return encoded[0]
 
 
@@ -141,6 +141,8 @@ def _configure(spec: Spec, source: Source, ours: Collection[str]) -> Any:
             where=str(spec),
             fix="use another model, or upgrade transformers",
         ) from error
+    if hasattr(config, "use_cache"):
+        config.use_cache = False  # of keys and values, for decoders that write on
     if config.model_type in TOWERS:
         config = config.text_config if source.part == "text" else config.vision_config
     accepted = {key for key in config.to_dict() if not key.startswith("_")} - {"model_type", "auto_map", "architectures"}

@@ -46,8 +46,8 @@ class HFEncoder(TransformersEncoder):
 
     def _preprocess(self, source: Source) -> TextPreprocess | ImagePreprocess:
         if self.modality == "text":
-            return _texts(self.spec, source, self.config, filled=self._family.filled)
-        return _images(self.spec, source, self.config, self._family)
+            return _texts(self.spec, source, self.model_config, filled=self._family.filled)
+        return _images(self.spec, source, self.model_config, self._family)
 
     def _example_inputs(self) -> Inputs:
         if isinstance(self.preprocess, ImagePreprocess):
@@ -57,7 +57,7 @@ class HFEncoder(TransformersEncoder):
     def _probe(self, example: Inputs) -> Encoded:
         self._prefix = 0  # tokens ahead of the patches
         encoded = super()._probe(example)
-        side = getattr(self.config, "patch_size", None)
+        side = getattr(self.model_config, "patch_size", None)
         if isinstance(self.preprocess, ImagePreprocess) and isinstance(side, int):
             height, width = self.preprocess.size
             self.patch_size = side

@@ -62,18 +62,19 @@ class AudioEncoder(TransformersEncoder):
     def _preprocess(self, source: Source) -> Waveform | LogMel:
         values = self._extractor(source)
         rate = int(values.get("sampling_rate", 16000))
-        if self.config.model_type == "whisper":
+        if self.model_config.model_type == "whisper":
             if "seconds" in self.spec.options:
                 raise EncoderError(22, "Whisper takes clips of one length", where=str(self.spec), fix="leave ?seconds= out")
             hop = int(values.get("hop_length", 160))
-            length = int(self.config.max_source_positions) * 2 * hop
-            return LogMel(rate, length, hop, int(self.config.num_mel_bins), int(values.get("n_fft", 400)))
-        self.config.apply_spec_augment, self.config.layerdrop = False, 0.0
+            length = int(self.model_config.max_source_positions) * 2 * hop
+            return LogMel(rate, length, hop, int(self.model_config.num_mel_bins), int(values.get("n_fft", 400)))
+        config = self.model_config
+        config.apply_spec_augment, config.layerdrop = False, 0.0
         least = 1  # samples of one frame
-        for kernel, stride in zip(reversed(self.config.conv_kernel), reversed(self.config.conv_stride), strict=True):
+        for kernel, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride), strict=True):
             least = (least - 1) * stride + kernel
         most = max(least, round(rate * _seconds(self.spec)))
-        group = self.config.feat_extract_norm == "group"
+        group = config.feat_extract_norm == "group"
         return Waveform(rate, least, most, bool(values.get("do_normalize", True)), most if group else None)
 
     def _extractor(self, source: Source) -> dict[str, Any]:
