@@ -75,7 +75,7 @@ class AudioEncoder(TransformersEncoder):
             least = (least - 1) * stride + kernel
         most = max(least, round(rate * _seconds(self.spec)))
         group = config.feat_extract_norm == "group"
-        return Waveform(rate, least, most, bool(values.get("do_normalize", True)), most if group else None)
+        return Waveform(rate, most, least, bool(values.get("do_normalize", True)), most if group else None)
 
     def _extractor(self, source: Source) -> dict[str, Any]:
         if source.folder is None or not (source.folder / "preprocessor_config.json").is_file():
@@ -106,14 +106,10 @@ class AudioEncoder(TransformersEncoder):
 
 @dataclass(frozen=True)
 class _Clips:
-    """Clips of one rate, in Hz. A value is the path of a file, or samples (T,) or (T, channels) and their rate."""
+    """Clips of one rate, in Hz, and most samples. A value is a file's path, or samples (T,) or (T, channels) and their rate."""
 
     rate: int
-
-    @property
-    def most(self) -> int:
-        """Samples of the longest clip."""
-        raise NotImplementedError
+    most: int
 
     def reduce(self, value: Any) -> Clip:
         """One channel, at the encoder's rate, cut."""
@@ -147,18 +143,12 @@ class Waveform(_Clips):
     """Samples as they are, or with mean 0 and variance 1.
 
     Args:
-        least, longest: samples of a clip. length: to which all are padded; None for that of the longest of a batch.
+        least: samples of a clip. length: to which all are padded; None for that of the longest of a batch.
     """
 
     least: int
-    longest: int
     normalise: bool
     length: int | None
-
-    @property
-    def most(self) -> int:
-        """Samples of the longest clip."""
-        return self.longest
 
     def ready(self, reduced: Clip) -> Clip:
         """Normalised, and with silence after it if it is shorter than one frame."""
@@ -178,7 +168,7 @@ class Waveform(_Clips):
 
     def describe(self) -> dict[str, Any]:
         """Rate in Hz and seconds."""
-        return {"modality": "audio", "rate": self.rate, "seconds": self.longest / self.rate, "normalise": self.normalise}
+        return {"modality": "audio", "rate": self.rate, "seconds": self.most / self.rate, "normalise": self.normalise}
 
 
 @dataclass(frozen=True)
@@ -186,18 +176,17 @@ class LogMel(_Clips):
     """Whisper's log-mel spectrogram of a clip of one length.
 
     Args:
-        length: in samples. hop: samples from one column to the next. bands: M. window: samples of a Fourier transform.
+        hop: samples from one column to the next. bands: M. window: samples of a Fourier transform.
     """
 
-    length: int
     hop: int
     bands: int
     window: int
 
     @property
-    def most(self) -> int:
-        """Samples of the longest clip."""
-        return self.length
+    def length(self) -> int:
+        """Samples to which all clips are padded."""
+        return self.most
 
     def ready(self, reduced: Clip) -> tuple[Clip, int]:
         """The spectrogram (M, 2 L), and how many of its frames L are of the clip."""
