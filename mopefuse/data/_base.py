@@ -6,7 +6,7 @@ Shapes: B batch, N labels, S samples of a split, C width of a pooled feature.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,12 +121,15 @@ class Batch:
     features: side to pooled features (B, C) computed earlier; used instead of encoding.
     targets: (B,) class indices, or (B, N) zeros and ones; None in prediction.
     index: (B,) positions of the samples in their split, always on the CPU.
+    missing: side to (B,), True where a sample has nothing for that side's encoder, whose input then says nothing either;
+        only of sides where that can be.
     """
 
     inputs: dict[str, dict[str, Tensor]]
     features: dict[str, Tensor]
     targets: Tensor | None
     index: Tensor
+    missing: dict[str, Tensor] = field(default_factory=dict)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         def walk(value: Any) -> Any:
@@ -134,7 +137,7 @@ class Batch:
                 return {key: walk(inner) for key, inner in value.items()}
             return value if value is None else change(value)
 
-        return Batch(walk(self.inputs), walk(self.features), walk(self.targets), walk(self.index))
+        return Batch(*(walk(getattr(self, one.name)) for one in fields(self)))
 
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`."""
