@@ -18,7 +18,7 @@ def evaluate(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write predictions here; default: into the run.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     main: Annotated[str | None, typer.Option(help="Where the main encoder's weights go by another name here.")] = None,
-    comp: Annotated[str | None, typer.Option(help="Where the complementary encoder's do.")] = None,
+    comp: Annotated[list[str] | None, typer.Option(help="Where the complementary one's do; of several 2=SPEC.")] = None,
     min_: Annotated[list[str] | None, typer.Option("--min", help="Gate: accuracy=0.8; exit code 10 below it.")] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
@@ -48,7 +48,8 @@ def evaluate(
             data=data,
             checkpoint=checkpoint,
             device=device,
-            encoders={"main": main, "comp": comp},
+            main=main,
+            comp=comp,
             advance=lambda done, total: status.update(f"evaluating {split}: {done}/{total}"),
         )
     if not distributed.is_main():

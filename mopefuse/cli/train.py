@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 def train(
     main: Annotated[str | None, typer.Option(help="Encoder that is prompted and classifies: timm:vit_base")] = None,
-    comp: Annotated[str | None, typer.Option(help="Encoder that conditions the prompts: hf:bert-base")] = None,
+    comp: Annotated[
+        list[str] | None, typer.Option(help="Encoder that conditions the prompts: hf:bert-base; more than once for several.")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="Folder with train, val and test (.jsonl, .csv, ...), or one table.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder to write; default runs/<date>-<time>.")] = None,
     method: Annotated[str | None, typer.Option(help="conditional, linear, late-concat, main-only, ...: see README.")] = None,
@@ -72,7 +74,7 @@ def train(
     """
     flags: dict[str, Any] = {
         "main": main,
-        "comp": comp,
+        "comp": comp or None,
         "method": method,
         "data.path": data,
         "prompts.experts": experts,
