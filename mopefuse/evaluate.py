@@ -21,6 +21,7 @@ from mopefuse.data._base import DataSet, Split
 from mopefuse.data.collate import Samples, plain_batches, read_image
 from mopefuse.data.features import fill, split_features
 from mopefuse.data.load import load_data
+from mopefuse.data.missing import Dropped
 from mopefuse.encoders._base import full_spec
 from mopefuse.errors import CheckpointError, DataError, NumericError
 from mopefuse.fusion._base import Fusion, fresh_encoders
@@ -292,11 +293,14 @@ def prepared(
             count = len(features[side].table_UC)
             notice(f"{split}: {count:,} different {encoder.modality}s encoded once by {encoder.spec}, {features[side].origin}")
     samples = Samples(data, split, model.readers(), config.data, features=features, seed=config.seed, training=training)
+    model.require_all_but(samples.lacking, where=split)
     if config.data.cache_images:
         told = partial(reading, f"decoding {split}")
         if distributed.world_size() > 1:
             distributed.on_main(lambda: samples.cache_images(told))
         samples.cache_images(told)
+    if training and config.train.modality_dropout:
+        return Dropped(samples, model.may_lack, config.train.modality_dropout)
     return samples
 
 

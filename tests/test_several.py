@@ -166,7 +166,7 @@ def test_main_only_needs_none_of_them() -> None:
 
 
 def test_a_new_second_encoder_leaves_what_the_first_one_is_read_with() -> None:
-    old, state, fates = pair({"comp": TWO}, {"comp": [TWO[0], "tiny:vision"]})
+    fates = pair({"comp": TWO}, {"comp": [TWO[0], "tiny:vision"]})[2]
     assert kept(fates, "stack.router.weight") == kept(fates, "stack.trunk.") == kept(fates, "stack.layers") == {"kept"}
     assert kept(fates, "stack.router.others.comp2") == kept(fates, "stack.trunks.comp2.0") == {"new"}
     assert kept(fates, "head") == {"kept"}
@@ -175,9 +175,8 @@ def test_a_new_second_encoder_leaves_what_the_first_one_is_read_with() -> None:
 
 
 def test_late_concat_keeps_the_columns_of_encoders_that_stay() -> None:
-    old, state, fates = pair(
-        {"comp": TWO, "method": "late-concat"}, {"comp": ["tiny:vision", TWO[1]], "method": "late-concat"}
-    )
+    before, after = ({"comp": comp, "method": "late-concat"} for comp in (TWO, ["tiny:vision", TWO[1]]))
+    old, state, _ = pair(before, after)
     model = build_model(config_of(comp=TWO, method="late-concat"), 2)
     main, comp, comp2 = (model.encoder(side).feature_width for side in model.uses)
     assert torch.equal(state["head.weight"][:, -comp2:], old["head.weight"][:, -comp2:])

@@ -60,6 +60,8 @@ def train(
     on_bad: Annotated[str | None, typer.Option(help="Bad rows and images: error or skip.")] = None,
     strict: Annotated[bool | None, typer.Option("--strict", help="Rows of train in val or test are an error.")] = None,
     cache_images: Annotated[bool | None, typer.Option("--cache-images", help="Keep decoded images in one file.")] = None,
+    modality_dropout: Annotated[float | None, typer.Option(help="Share of training samples that lose each modality.")] = None,
+    either: Annotated[bool, typer.Option("--either", help="Also learn to answer without the main modality.")] = False,
     class_weights: Annotated[str | None, typer.Option(help="none, or balanced: rare classes count as much.")] = None,
     threshold: Annotated[str | None, typer.Option(help="Multi-label: a probability, or tuned on validation.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, to the bit.")] = False,
@@ -105,6 +107,8 @@ def train(
         "data.strict": strict,
         "data.cache_images": cache_images,
         "train.class_weights": class_weights,
+        "train.modality_dropout": modality_dropout,
+        "either": either or None,
         "train.threshold": _number(threshold),
         **columns.settings(
             text=text_col,

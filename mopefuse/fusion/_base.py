@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, NamedTuple
 
@@ -151,6 +151,25 @@ class Fusion(nn.Module):
         if not self.several or len(self.uses) == 1:
             return ()
         return tuple(side for side in self.uses if is_comp(side) or self.config.either)
+
+    def require_all_but(self, lacking: Iterable[str], *, where: str) -> None:
+        """Refuse samples that lack what this model cannot do without.
+
+        Args:
+            lacking: sides that some sample has nothing for.
+
+        Raises:
+            DataError: one of them is not in `may_lack`.
+        """
+        for side in lacking:
+            if side in self.may_lack:
+                continue
+            modality = self.encoder(side).modality
+            fix = "leave them out with --on-missing skip"
+            if self.several and side == "main" and len(self.uses) > 1:
+                fix = f"train with --either, or {fix}"
+            what = f"samples lack {modality}, and {self.config.method} cannot do without what its {side} encoder reads"
+            raise DataError(100, what, where=where, fix=fix)
 
     def or_absent(self, side: str, normed_BC: Tensor, batch: Batch) -> Tensor:
         """A side's features without their scale, and the absent condition for samples that have nothing for it.
