@@ -127,6 +127,13 @@ class Data(Section):
     image_roots: tuple[str, ...] = Field((), description="other folders that images may be in, by relative or absolute path")
     text_col: str = Field("text", min_length=1, description="column with the text")
     img_col: str = Field("img", min_length=1, description="column with the image's path")
+    columns: dict[str, Annotated[str, Field(min_length=1)]] = Field({}, description="column of other modalities, by their name")
+    modalities: tuple[str, ...] | None = Field(
+        None, min_length=1, description="what rows have; default: all that have a column, text and image if fewer than two"
+    )
+    on_missing: Literal["error", "skip", "absent"] = Field(
+        "error", description="a row that has none of some modality: an error, left out (skip), or kept without (absent)"
+    )
     label_col: str = Field("label", min_length=1, description="column with the label, or the list of labels")
     id_col: str = Field("id", min_length=1, description="column with the id; rows without are numbered")
     split_col: str | None = Field(None, description="column that names the split of each row, where all are in one table")
@@ -317,9 +324,13 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dictionaries as one, by dotted path: the inverse of `nested` and `merge`."""
     found: dict[str, Any] = {}
     for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        path = f"{prefix}{key}"
+        found |= flat(value, f"{path}.") if isinstance(value, dict) and path not in MAPPINGS else {path: value}
     return found
 
+
+MAPPINGS = frozenset({"data.columns"})
+"""Settings whose value is itself a mapping."""
 
 WITHOUT_EFFECT = frozenset(
     (
