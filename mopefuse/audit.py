@@ -18,8 +18,8 @@ from mopefuse import device as devices
 from mopefuse import metrics
 from mopefuse.config import RunConfig
 from mopefuse.data._base import DataSet
-from mopefuse.data.altered import Blank, Shuffled, derangement, nothing
-from mopefuse.data.collate import Samples
+from mopefuse.data.altered import Blank, Shuffled, derangement
+from mopefuse.data.collate import Samples, blank
 from mopefuse.data.load import load_data
 from mopefuse.data.subsets import order_of
 from mopefuse.encoders._base import run_alone
@@ -66,7 +66,7 @@ class Audit:
     Args:
         split: that was looked at. samples: so many of it. total: that it has.
         metric: the one that selects checkpoints.
-        modality: of the complementary input, "image" or "text".
+        modality: of the complementary input.
         read: whether the model looks at that input at all. alone: whether it looks at nothing else.
         same: share of the samples whose input was exchanged for an equal one.
         conditions: as is first.
@@ -167,8 +167,8 @@ def audit_model(
         as_is_SN = None if as_is_SN is None else as_is_SN[chosen]
     samples = prepared(model, data, split, config, device)
     partner_S = derangement(len(samples), seed)
-    modality = _modality(model)
-    keys = data.splits[split].text_keys if modality == "text" else data.splits[split].image_keys
+    modality = _modality(model, data)
+    keys = data.splits[split].keys[modality]
 
     def said(name: str, asked: Samples, without: str = "") -> Tensor:
         with model.without(without) if without else nullcontext():
@@ -194,10 +194,11 @@ def audit_model(
     )
 
 
-def _modality(model: Fusion) -> str:
+def _modality(model: Fusion, data: DataSet) -> str:
     if "comp" in model.uses:
         return model.encoder("comp").modality
-    return {"image": "text", "text": "image"}[model.encoder("main").modality]
+    main = model.encoder("main").modality
+    return next((name for name in data.modalities if name != main), main)
 
 
 @torch.no_grad()
@@ -205,8 +206,7 @@ def _blank_features(model: Fusion, config: RunConfig, device: torch.device) -> d
     if "comp" not in model.frozen:
         return {}
     encoder = model.encoder("comp")
-    preprocess = encoder.preprocess
-    inputs = preprocess.batch([preprocess.item(nothing(encoder.modality))])
+    inputs = encoder.preprocess.batch([blank(encoder.modality, encoder.preprocess)])
     with devices.autocast(config.train.precision, device):
         return {"comp": run_alone(encoder, {name: tensor.to(device) for name, tensor in inputs.items()}).float().cpu()}
 

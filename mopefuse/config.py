@@ -127,6 +127,13 @@ class Data(Section):
     image_roots: tuple[str, ...] = Field((), description="other folders that images may be in, by relative or absolute path")
     text_col: str = Field("text", min_length=1, description="column with the text")
     img_col: str = Field("img", min_length=1, description="column with the image's path")
+    columns: dict[str, Annotated[str, Field(min_length=1)]] = Field({}, description="column of other modalities, by their name")
+    modalities: tuple[str, ...] | None = Field(
+        None, min_length=1, description="what rows have; default: all that have a column, text and image if fewer than two"
+    )
+    on_missing: Literal["error", "skip", "absent"] = Field(
+        "error", description="a row that has none of some modality: an error, left out (skip), or kept without (absent)"
+    )
     label_col: str = Field("label", min_length=1, description="column with the label, or the list of labels")
     id_col: str = Field("id", min_length=1, description="column with the id; rows without are numbered")
     split_col: str | None = Field(None, description="column that names the split of each row, where all are in one table")
@@ -139,9 +146,6 @@ class Data(Section):
     seed: int = Field(0, ge=0, lt=2**63, description="of what is held out or drawn, whatever the seed of the run")
     on_bad: Literal["error", "skip"] = Field("error", description="what a bad row or image does: end the run, or be left out")
     max_bad_fraction: float = Field(0.01, ge=0, lt=1, description="most rows of a split that may be skipped, as a share")
-    on_missing: Literal["error", "skip", "absent"] = Field(
-        "error", description="what a row without a modality does: end the run, be left out, or stay"
-    )
     allow_missing_text: bool = Field(False, description="take a text that is null as empty")
     strict: bool = Field(False, description="images or texts of train that are also in val or test are an error")
     workers: int = Field(0, ge=0, le=256, description="processes that read and prepare samples; 0 reads in the main process")
@@ -331,9 +335,13 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dictionaries as one, by dotted path: the inverse of `nested` and `merge`."""
     found: dict[str, Any] = {}
     for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        path = f"{prefix}{key}"
+        found |= flat(value, f"{path}.") if isinstance(value, dict) and path not in MAPPINGS else {path: value}
     return found
 
+
+MAPPINGS = frozenset({"data.columns"})
+"""Settings whose value is itself a mapping."""
 
 WITHOUT_EFFECT = frozenset(
     (

@@ -17,15 +17,17 @@ from mopefuse import distributed, metrics
 from mopefuse.checkpoint import read_tensors, write_atomically
 from mopefuse.config import Data as DataConfig
 from mopefuse.config import RunConfig, build_config
-from mopefuse.data._base import DataSet, Split
-from mopefuse.data.collate import Samples, plain_batches, read_image
+from mopefuse.data._base import DataSet, Row, Split
+from mopefuse.data.collate import Samples, plain_batches
+from mopefuse.data.columns import require_column
 from mopefuse.data.features import fill, split_features
 from mopefuse.data.load import load_data
 from mopefuse.data.missing import Dropped
 from mopefuse.encoders._base import full_spec
 from mopefuse.errors import CheckpointError, DataError, NumericError
 from mopefuse.fusion._base import Fusion, fresh_encoders
-from mopefuse.fusion.build import build_model
+from mopefuse.fusion.build import build_model, require_rows
+from mopefuse.modality import by_argument, of
 from mopefuse.predictor import Bundle
 from mopefuse.recipe import read_recipe
 from mopefuse.run import RunFolder
@@ -191,13 +193,19 @@ def ask_split(
     advance: Advance = lambda done, total: None,
 ) -> Tensor:
     """Logits (S, N) of an exported bundle on all samples of a split, in its order."""
+    for name in bundle.modalities:
+        require_column("the bundle", name, data.modalities, where=str(bundle.folder))
     rows, logits = data.splits[split].rows, []
     for first in range(0, len(rows), batch):
         group = rows[first : first + batch]
-        images = [read_image(data, data.splits[split], row, config) for row in group]
-        logits.append(torch.from_numpy(bundle.run(bundle.collate(images, [row.text for row in group]))[0]))
+        values = {name: [_read(data, split, row, name, config) for row in group] for name in bundle.modalities}
+        logits.append(torch.from_numpy(bundle.run(bundle.collate(**by_argument(values)))[0]))
         advance(first + len(group), len(rows))
     return torch.cat(logits)
+
+
+def _read(data: DataSet, split: str, row: Row, modality: str, config: DataConfig) -> Any:
+    return data.read(data.splits[split], row, modality, config)
 
 
 class Said(NamedTuple):
@@ -284,14 +292,16 @@ def prepared(
     Args:
         notice: told what was kept or found. reading: told of what is being computed, how much is done, and of how much.
     """
+    require_rows(model, data.modalities)
     features = {}
     for side in model.frozen if config.data.cache_features else ():
         encoder = model.encoder(side)
-        if not (training and encoder.modality == "image" and config.data.augment != "none"):
+        if not (training and of(encoder.modality).is_picture and config.data.augment != "none"):
             told = partial(reading, f"{encoder.spec.name} on {split}")
             features[side] = split_features(encoder, data, split, config, device, advance=told)
             count = len(features[side].table_UC)
-            notice(f"{split}: {count:,} different {encoder.modality}s encoded once by {encoder.spec}, {features[side].origin}")
+            what = f"{count:,} different {of(encoder.modality).plural}"
+            notice(f"{split}: {what} encoded once by {encoder.spec}, {features[side].origin}")
     samples = Samples(data, split, model.readers(), config.data, features=features, seed=config.seed, training=training)
     model.require_all_but(samples.lacking, where=split)
     if config.data.cache_images:

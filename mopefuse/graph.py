@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
@@ -44,7 +43,7 @@ class Graph(nn.Module):
         """Names, in order."""
         return ["logits", "routing"] if self.routing else ["logits"]
 
-    def collate(self, images: Sequence[Image.Image], texts: Sequence[str]) -> dict[str, Tensor]:
+    def collate(self, images: Sequence[Any], texts: Sequence[str]) -> dict[str, Tensor]:
         """Pairs as named tensors on the CPU."""
         batch = self.model.collate(images, texts)
         return {f"{side}_{name}": t.cpu() for side, inputs in batch.inputs.items() for name, t in inputs.items()}

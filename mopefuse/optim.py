@@ -14,18 +14,19 @@ from torch import Tensor
 from mopefuse.config import RunConfig, Train
 from mopefuse.errors import CheckpointError
 from mopefuse.fusion._base import Fusion
+from mopefuse.modality import of
 
 
 def with_learning_rates(
     config: RunConfig, modality_of: Mapping[str, str], tuned: Collection[str] = (), *, fitted: bool = False
 ) -> RunConfig:
-    """`config` with the papers' learning rates where none is given: 4e-4 for an image encoder, 5e-4 for a text encoder.
+    """`config` with the papers' learning rates where none is given: 4e-4 for an image encoder, 5e-4 for others.
 
     Args:
         tuned: sides whose encoder is fully tuned, the complementary one at `lr_tuned` as the main one.
         fitted: whether the head begins as a regression: it gets a fiftieth.
     """
-    default = {side: 4e-4 if modality == "image" else 5e-4 for side, modality in modality_of.items()}
+    default = {side: of(modality).lr for side, modality in modality_of.items()}
     main = config.train.lr or default.get("main", default.get("comp", 4e-4))
     full = config.train.lr_tuned if "comp" in tuned else None
     comp = config.train.lr_comp or full or config.train.lr or default.get("comp", main)

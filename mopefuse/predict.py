@@ -11,7 +11,7 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from math import isfinite
 from pathlib import Path
@@ -20,9 +20,10 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from mopefuse import modality
 from mopefuse.config import Data as DataConfig
-from mopefuse.data.images import open_image
-from mopefuse.data.rows import NoRow, check_pair
+from mopefuse.data.columns import Layout, in_order
+from mopefuse.data.rows import NoRow, check_input
 from mopefuse.data.tables import Found, find_tables, json_line
 from mopefuse.errors import CheckpointError, ConfigError, DataError, MopefuseError, NumericError
 from mopefuse.predictor import Bundle
@@ -33,41 +34,53 @@ Answer = dict[str, Any]
 
 
 class Model(Protocol):
-    """What can be asked: a trained run or an exported bundle."""
+    """What can be asked: a trained run or an exported bundle.
+
+    Attributes:
+        modalities: that its encoders read. on_missing: what it was trained to do where a row has none, see `data.on_missing`.
+    """
 
     labels: tuple[str, ...]
     multi_label: bool
     thresholds: Sequence[float]
+    modalities: tuple[str, ...]
+    on_missing: str
 
-    def say(self, images: Sequence[Image.Image], texts: Sequence[str]) -> tuple[list[list[float]], list[Any] | None]:
-        """Probabilities (B, N), and the routing of each pair, layers by experts, where the model routes."""
+    def say(self, values: Mapping[str, Sequence[Any]]) -> tuple[list[list[float]], list[Any] | None]:
+        """Probabilities (B, N), and the routing of each sample, layers by experts, where the model routes; values by
+        modality."""
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """A model that is asked about pairs; `mopefuse.load` makes one."""
+    """A model that is asked about samples; `mopefuse.load` makes one."""
 
     model: Model
 
     def predict(
-        self, images: Sequence[Image.Image], texts: Sequence[str], *, top: int | None = None, routing: bool = False
+        self,
+        images: Sequence[Any] | None = None,
+        texts: Sequence[Any] | None = None,
+        *,
+        top: int | None = None,
+        routing: bool = False,
+        **more: Sequence[Any],
     ) -> list[Answer]:
-        """What each pair is: ``{"label" | "labels", "probabilities": {label: p}}``.
+        """What each sample is: ``{"label" | "labels", "probabilities": {label: p}}``.
 
         Args:
-            images: PIL images of any mode. texts: as many.
+            images: PIL images of any mode. texts: as many. more: as many of other modalities, by name (``audio=[...]``). What
+                the model does not read may be left out; None in a list is a sample that has none.
             top: most labels in "probabilities", the likeliest first; default all.
             routing: add the weights of the experts, a list for each routed layer.
 
         Raises:
-            DataError: not as many images as texts.
+            DataError: not as many of one as of another.
         """
-        if len(images) != len(texts):
-            what = f"{len(images)} images and {len(texts)} texts are no pairs"
-            raise DataError(17, what, fix="give one text for each image")
-        if not images:
+        values = modality.named((images, texts), more)
+        if not modality.count_of(values):
             return []
-        said, routed = self.model.say([_rgb(image) for image in images], texts)
+        said, routed = self.model.say({name: [*map(_rgb, each)] for name, each in values.items()})
         if not all(map(isfinite, chain.from_iterable(said))):
             raise NumericError(3, "the model's answer is not finite", fix="train again, or use another checkpoint")
         answers = [answer(p_N, self.model, top) for p_N in said]
@@ -77,12 +90,14 @@ class Predictor:
         return answers
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    """Three channels of 8 bits.
+def _rgb(image: Any) -> Any:
+    """An image with three channels of 8 bits; what is none as it is.
 
     Raises:
         NumericError: a pixel is not finite, as images of floats can have them.
     """
+    if not isinstance(image, Image.Image):
+        return image
     if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
         raise NumericError(4, "the image has pixels that are not finite", fix="give an image of 8 bits")
     return image.convert("RGB")
@@ -130,16 +145,18 @@ def load(
 
 @dataclass(frozen=True)
 class Pair:
-    """One line of the input: a pair, or why it is none."""
+    """One line of the input: what it says of each modality that the model reads, or why it is none."""
 
     id: str
-    text: str = ""
-    image: Image.Image | None = None
+    values: Mapping[str, Any] = field(default_factory=dict)
     error: MopefuseError | None = None
 
 
-def read_pairs(source: Path | Iterable[bytes], config: DataConfig) -> Iterator[Pair]:
-    """The pairs of a table, or of lines of JSON as they come; images are relative to the table's folder.
+def read_pairs(source: Path | Iterable[bytes], config: DataConfig, modalities: Sequence[str]) -> Iterator[Pair]:
+    """The samples of a table, or of lines of JSON as they come; files are relative to the table's folder.
+
+    Args:
+        modalities: that are read; others need not be there.
 
     Raises:
         DataError: no such file, or one that is no table.
@@ -153,17 +170,22 @@ def read_pairs(source: Path | Iterable[bytes], config: DataConfig) -> Iterator[P
         root, file = Path(), "stdin"
         rows = (Found(number, json_line(line)) for number, line in enumerate(source, start=1) if line.strip())
     roots = (root, *map(Path, config.image_roots))
+    layout = Layout.of(in_order(modalities), config)
     for found in rows:
-        yield _pair(found, file, roots, config)
+        yield _pair(found, file, roots, layout, config)
 
 
-def _pair(found: Found, file: str, roots: Sequence[Path], config: DataConfig) -> Pair:
+def _pair(found: Found, file: str, roots: Sequence[Path], layout: Layout, config: DataConfig) -> Pair:
     where, identity = f"{file}:{found.line}", str(found.line)
     try:
         if isinstance(found.value, str):
             raise NoRow(found.value)
-        identity, text, img = check_pair(found.value, found.line, config)
-        return Pair(identity, text, open_image(roots, img, where=f"{where}, id {identity}", max_pixels=config.max_pixels))
+        identity, said = check_input(found.value, found.line, layout)
+        place = f"{where}, id {identity}"
+        return Pair(
+            identity,
+            {name: value and modality.of(name).read(value, roots, where=place, config=config) for name, value in said.items()},
+        )
     except NoRow as error:
         return Pair(identity, error=DataError(3, f"{where} {error}", where=where, fix="correct or remove it"))
     except MopefuseError as error:
@@ -186,9 +208,9 @@ def predict_pairs(
     """
     pairs = iter(pairs)
     while group := list(islice(pairs, batch)):
-        good = [pair for pair in group if pair.image is not None]
-        images = [pair.image for pair in good if pair.image is not None]
-        said = iter(predictor.predict(images, [pair.text for pair in good], top=top, routing=routing))
+        good = [pair for pair in group if pair.error is None]
+        values = {name: [pair.values[name] for pair in good] for name in (good[0].values if good else ())}
+        said = iter(predictor.predict(**modality.by_argument(values), top=top, routing=routing))
         for pair in group:
             if pair.error is not None and strict:
                 raise pair.error

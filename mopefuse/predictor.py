@@ -18,9 +18,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from mopefuse import pixels, tokens
+from mopefuse import modality, pixels, tokens
 from mopefuse.checkpoint import read_json, verify
 from mopefuse.errors import CheckpointError, ConfigError, DataError, Notice, NumericError, PackageError
 
@@ -64,21 +63,28 @@ class Bundle:
             self.multi_label: bool = said["multi_label"]
             self.thresholds: Sequence[float] = said["thresholds"]
             self.sides: dict[str, dict[str, Any]] = read_json(folder / "preprocess.json")["sides"]
+            self.modalities = tuple(dict.fromkeys(how["modality"] for how in self.sides.values()))
+            self.on_missing = "error"  # the graph is not told what is missing
             self._tokenize = {side: _tokenizer(how, folder) for side, how in self.sides.items() if how["modality"] == "text"}
         except (KeyError, TypeError) as error:
             raise CheckpointError(3, f"the bundle does not say its {error}", where=str(folder), fix=_AGAIN) from None
         self._run: Runner = (_onnx if file.suffix == ".onnx" else _pt2)(file, device, threads)
 
-    def collate(self, images: Sequence[Image.Image], texts: Sequence[str]) -> dict[str, Array]:
-        """RGB images and texts as the graph's inputs."""
+    def collate(
+        self, images: Sequence[Any] | None = None, texts: Sequence[Any] | None = None, **more: Sequence[Any]
+    ) -> dict[str, Array]:
+        """RGB images and texts as the graph's inputs; of None, what says nothing."""
+        values = modality.named((images, texts), more)
+        modality.count_of(values)
         inputs: dict[str, Array] = {}
         for side, how in self.sides.items():
+            own = modality.or_nothing(how["modality"], modality.require_given(how["modality"], values, "the bundle"))
             if how["modality"] == "image":
                 resize = how["resize"] if isinstance(how["resize"], int) else (how["resize"][0], how["resize"][1])
-                shrunk = [pixels.shrink(image.convert("RGB"), resize, how["interpolation"]) for image in images]
+                shrunk = [pixels.shrink(image.convert("RGB"), resize, how["interpolation"]) for image in own]
                 inputs[f"{side}_pixels"] = np.stack([pixels.centre(one, (how["size"][0], how["size"][1])) for one in shrunk])
             else:
-                inputs[f"{side}_ids"], inputs[f"{side}_mask"] = self._tokenize[side](texts)
+                inputs[f"{side}_ids"], inputs[f"{side}_mask"] = self._tokenize[side](own)
         return inputs
 
     def run(self, inputs: Mapping[str, Array]) -> tuple[Array, Array | None]:
@@ -101,9 +107,9 @@ class Bundle:
             raise NumericError(3, "the model's answer is not finite", where=str(self.folder), fix=_AGAIN)
         return outputs[0], outputs[1] if len(outputs) > 1 else None
 
-    def say(self, images: Sequence[Image.Image], texts: Sequence[str]) -> tuple[list[list[float]], list[Any] | None]:
+    def say(self, values: Mapping[str, Sequence[Any]]) -> tuple[list[list[float]], list[Any] | None]:
         """Probabilities (B, N) and routing; see `mopefuse.predict.Model`."""
-        logits_BN, routing = self.run(self.collate(images, texts))
+        logits_BN, routing = self.run(self.collate(**modality.by_argument(values)))
         p_BN: list[list[float]] = probabilities(logits_BN, multi_label=self.multi_label).tolist()
         return p_BN, None if routing is None else routing.tolist()
 

@@ -1,8 +1,8 @@
 """Names to implementations: entry points, and the specs that users type.
 
-Encoders, fusion methods and data sets are entry points of the groups below. The built-in ones are entry points of our
-own distribution and come through the same door as plugins. Listing imports nothing; a clash or a broken plugin is an
-error only for who asks for it.
+Encoders, fusion methods, data sets and modalities are entry points of the groups below. The built-in ones are entry
+points of our own distribution and come through the same door as plugins. Listing imports nothing; a clash or a broken
+plugin is an error only for who asks for it.
 
 A name is plain (``conditional``) or names its distribution too (``mopefuse-audio:contrast``). A plain name stands for the
 built-in of that name, else for the plugin that claims it, if only one does. What a run records is the full name: plain of
@@ -25,7 +25,8 @@ from typing import Any
 from mopefuse.errors import ConfigError, EncoderError, MopefuseError, Notice, PluginError, did_you_mean
 
 ENCODERS, FUSION, DATASETS = "mopefuse.encoders", "mopefuse.fusion", "mopefuse.datasets"
-KINDS = {ENCODERS: "encoder scheme", FUSION: "fusion method", DATASETS: "data set"}
+MODALITIES = "mopefuse.modalities"
+KINDS = {ENCODERS: "encoder scheme", FUSION: "fusion method", DATASETS: "data set", MODALITIES: "modality"}
 OURS = "mopefuse"
 API, API_GROUP = 1, "mopefuse.api"
 """The version of what plugins build on, and the group in which a plugin names those that it is written for."""
@@ -244,6 +245,8 @@ def load(group: str, name: str) -> Any:
     if len(owners) > 1:
         more = ":NAME" if group == ENCODERS else ""
         fix = f"write {' or '.join(f'{owner}:{name}{more}' for owner in owners)}"
+        if group == MODALITIES:  # encoders and columns give it by its plain name
+            fix = "uninstall one of them"
         raise PluginError(1, f"the {KINDS[group]} {name!r} is claimed by {' and '.join(owners)}", fix=fix)
     if owners == [OURS]:
         _tell_of_shadowed(group, points[0].name)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from mopefuse import device as devices
 from mopefuse import metrics
 from mopefuse.evaluate import load_model
+from mopefuse.modality import by_argument
 from mopefuse.sides import Comp
 from mopefuse.source import trained
 
@@ -28,14 +28,16 @@ class RunModel:
         loaded = load_model(trained(run), checkpoint, self.device, main=main, comp=comp)
         self.fusion, self.precision = loaded.model, loaded.config.train.precision
         self.labels: tuple[str, ...] = tuple(loaded.manifest["labels"])
+        self.modalities = tuple(dict.fromkeys(self.fusion.encoder(side).modality for side in self.fusion.reads))
+        self.on_missing: str = loaded.config.data.on_missing
         self.multi_label: bool = loaded.manifest["multi_label"]
         each = loaded.thresholds
         self.thresholds: Sequence[float] = [each] * len(self.labels) if isinstance(each, float) else each
 
     @torch.no_grad()
-    def say(self, images: Sequence[Image.Image], texts: Sequence[str]) -> tuple[list[list[float]], list[Any] | None]:
+    def say(self, values: Mapping[str, Sequence[Any]]) -> tuple[list[list[float]], list[Any] | None]:
         """Probabilities (B, N) and routing; see `mopefuse.predict.Model`."""
-        batch = self.fusion.collate(images, texts)
+        batch = self.fusion.collate(**by_argument(values))
         with devices.autocast(self.precision, self.device):
             output = self.fusion(batch)
         p_BN = metrics.probabilities(output.logits_BN.float().cpu(), multi_label=self.multi_label)

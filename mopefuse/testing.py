@@ -16,20 +16,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from mopefuse.encoders._base import Encoded, Encoder, Inputs, Insert, Prompt, PromptAt, create_encoder, run_alone
 from mopefuse.errors import EncoderError
+from mopefuse.modality import of
 
 _TOLERANCE = 1e-4  # of the largest value, in float32
 _PROMPT_TOKENS = 3
-_TEXTS = (
-    "A photo of two cats.",
-    "",
-    "no",
-    "the quick brown fox jumps over the lazy dog, and then over the dog's friend; both of them keep on sleeping",
-)
 
 
 def check_encoder(encoder: str | Encoder, samples: Sequence[Any] | None = None) -> Encoder:
@@ -38,7 +32,7 @@ def check_encoder(encoder: str | Encoder, samples: Sequence[Any] | None = None) 
     Args:
         encoder: a spec, or an encoder (which is frozen first).
         samples: at least two raw values of its modality; when left out those of ``preprocess.examples()`` where it has that, or
-            those here.
+            those of the modality.
 
     Raises:
         AssertionError: a part of the contract that is broken, and where.
@@ -348,10 +342,5 @@ class _Stop(Exception):
 
 
 def _samples(encoder: Encoder) -> list[Any]:
-    if hasattr(encoder.preprocess, "examples"):
-        return list(encoder.preprocess.examples())
-    if encoder.modality == "text":
-        return list(_TEXTS)
-    random = torch.Generator().manual_seed(1)
-    sizes = ((40, 60, 3), (64, 64, 3), (90, 50, 3))
-    return [Image.fromarray(torch.randint(256, s, generator=random, dtype=torch.uint8).numpy()) for s in sizes]
+    own = getattr(encoder.preprocess, "examples", None)
+    return list(own() if own is not None else of(encoder.modality).examples())

@@ -22,8 +22,9 @@ from mopefuse.data.load import load_data
 from mopefuse.errors import ConfigError, DataError
 from mopefuse.evaluate import check_encoders
 from mopefuse.fusion._base import Fusion, fresh_encoders
-from mopefuse.fusion.build import build_model, full_specs
+from mopefuse.fusion.build import build_model, full_specs, require_rows
 from mopefuse.losses import classification_loss
+from mopefuse.modality import of
 from mopefuse.optim import with_learning_rates
 from mopefuse.run import RunFolder
 from mopefuse.signals import StopRequest
@@ -67,6 +68,7 @@ def plan(config: RunConfig, listener: Listener | None = None) -> Plan:
     """
     data = _load(config, listener or Listener())
     model = build_model(config, len(data.labels))
+    require_rows(model, data.modalities)
     config = resolved(config, model)
     return Plan(
         config,
@@ -125,6 +127,7 @@ def _train(
             listener.notice(f"changed: {change}")
     data = _load(config, listener)
     model = build_model(config, len(data.labels))
+    require_rows(model, data.modalities)
     devices.place(model, device)
     config = model.config = resolved(config, model)
     facts = _facts(config, data, model)
@@ -259,7 +262,8 @@ def estimate_memory(model: Fusion, data: DataSet, config: RunConfig) -> int:
     batch.
     """
     samples = Samples(data, "train", model.readers(), config.data, seed=config.seed)
-    lengths = [len(row.text) for row in data.splits["train"].rows]
+    in_rows = [name for name in data.modalities if not of(name).is_file]
+    lengths = [sum(len(row.values[name] or "") for name in in_rows) for row in data.splits["train"].rows]
     longest = max(range(len(lengths)), key=lengths.__getitem__)
     batch = next(samples.batches([[(0, longest)]]))
     weights = {parameter.data_ptr() for parameter in model.parameters()}
@@ -322,4 +326,4 @@ def _facts(config: RunConfig, data: DataSet, model: Fusion) -> dict[str, Any]:
 def _plugins(config: RunConfig, model: Fusion) -> list[dict[str, str]]:
     """Entry points of other distributions that the run cannot be loaded without."""
     needs = {(registry.ENCODERS, model.encoder(side).spec.scheme) for side in model.uses} | {(registry.FUSION, config.method)}
-    return registry.needs(needs)
+    return registry.needs(needs | {(registry.MODALITIES, model.encoder(side).modality) for side in model.uses})

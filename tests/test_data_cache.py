@@ -14,11 +14,11 @@ from conftest import TINY, call, code_of, make_pairs, torchrun, write_rows
 from PIL import Image
 from safetensors.torch import load_file
 
-from mopefuse import cache
+from mopefuse import cache, modality
 from mopefuse.config import Data, build_config
 from mopefuse.data.collate import Samples
 from mopefuse.data.features import split_features
-from mopefuse.data.images import look_at
+from mopefuse.data.files import Files, look_at
 from mopefuse.data.load import load_data
 from mopefuse.data.pictures import pictures
 from mopefuse.encoders._base import create_encoder, run_alone
@@ -107,8 +107,7 @@ def test_the_second_run_encodes_and_decodes_nothing(photos: Path, tmp_path: Path
     train(settings(photos, cache_images=True), tmp_path / "first", listener=told)
     assert "train: 3 different texts encoded once by tiny:text, kept in" in " ".join(told.said)
     monkeypatch.setattr("mopefuse.data.features.run_alone", lambda *_: pytest.fail("a text was encoded"))
-    monkeypatch.setattr("mopefuse.data.pictures.open_image", lambda *_, **__: pytest.fail("an image was decoded"))
-    monkeypatch.setattr("mopefuse.data.images._decoded", lambda *_, **__: pytest.fail("an image was looked at"))
+    monkeypatch.setattr("mopefuse.data.images._decoded", lambda *_, **__: pytest.fail("an image was decoded or looked at"))
     told = Notices()
     train(settings(photos, cache_images=True), tmp_path / "second", listener=told)
     assert "train: 3 different texts encoded once by tiny:text, read from" in " ".join(told.said)
@@ -209,16 +208,16 @@ def test_processes_share_what_is_kept(photos: Path, tmp_path: Path) -> None:
 
 def test_a_kept_image_is_the_decoded_one(photos: Path) -> None:
     data, encoder = load_data(Data(path=str(photos))), create_encoder("tiny:vision")
-    kept = pictures(data, data.splits["train"], encoder.preprocess, Data())
+    kept = pictures(data, data.splits["train"], "image", encoder.preprocess, Data())
     for number, row in enumerate(data.splits["train"].rows):
-        with Image.open(photos / row.img) as image:
+        with Image.open(photos / row.values["image"]) as image:
             assert np.array_equal(kept[number], encoder.preprocess.reduce(image.convert("RGB")))
 
 
 def test_an_image_that_many_rows_show_is_kept_once(photos: Path, empty: Path) -> None:
     data, encoder = load_data(Data(path=str(photos))), create_encoder("tiny:vision")
-    kept = pictures(data, data.splits["train"], encoder.preprocess, Data())
-    different = {row.img: kept[number].size for number, row in enumerate(data.splits["train"].rows)}
+    kept = pictures(data, data.splits["train"], "image", encoder.preprocess, Data())
+    different = {row.values["image"]: kept[number].size for number, row in enumerate(data.splits["train"].rows)}
     (file,) = empty.glob("images/*/pixels.bin")
     assert len(different) == 6
     assert file.stat().st_size == sum(different.values())
@@ -229,12 +228,14 @@ def test_an_image_that_many_rows_show_is_kept_once(photos: Path, empty: Path) ->
 
 def test_images_that_did_not_change_are_not_read_again(photos: Path) -> None:
     names = [f"images/train-{i}.png" for i in range(4)]
-    looks = look_at([photos], names, max_pixels=10**6)
+    kind, how = modality.of("image"), Data()
+    assert isinstance(kind, Files)
+    looks = look_at(kind, [photos], names, how)
     reading: list[tuple[int, int]] = []
-    again = look_at([photos], names, max_pixels=10**6, known=looks, advance=lambda *told: reading.append(told))
+    again = look_at(kind, [photos], names, how, known=looks, advance=lambda *told: reading.append(told))
     assert (again, reading) == (looks, [])
     (photos / names[2]).write_bytes(b"")
-    changed = look_at([photos], names, max_pixels=10**6, known=looks, advance=lambda *told: reading.append(told))
+    changed = look_at(kind, [photos], names, how, known=looks, advance=lambda *told: reading.append(told))
     assert reading == [(1, 1)]
     assert [name for name in names if changed[name] != looks[name]] == [names[2]]
     assert changed[names[2]].code == "MF-DATA-13"
@@ -250,10 +251,9 @@ def test_an_image_that_breaks_after_the_index_was_built_is_found(photos: Path) -
 def test_an_index_from_the_cache_equals_a_fresh_one(photos: Path, empty: Path) -> None:
     def read() -> Any:
         data = load_data(Data(path=str(photos)))
-        return [
-            (split.hash, list(split.rows), list(split.labels), split.image_keys.tolist(), split.text_keys.tolist())
-            for split in data.splits.values()
-        ]
+        splits = data.splits.values()
+        keys = [[each.tolist() for each in (*split.keys.values(), *split.alike.values())] for split in splits]
+        return [keys, *((split.hash, list(split.rows), list(split.labels)) for split in splits)]
 
     fresh = read()
     assert len(list(empty.glob("index/*"))) == 3

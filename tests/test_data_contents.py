@@ -14,7 +14,7 @@ from conftest import call, code_of, make_pairs
 from mopefuse.config import Data
 from mopefuse.data import contents
 from mopefuse.data.check import check
-from mopefuse.data.findings import of_images
+from mopefuse.data.findings import of_files
 from mopefuse.encoders._base import create_encoder
 from mopefuse.encoders._preprocess import TextPreprocess
 from mopefuse.report.tokens import measure, tokens_of
@@ -104,8 +104,9 @@ def test_of_many_labels_thirty_are_shown_and_all_are_in_json(tmp_path: Path) -> 
 
 def test_an_image_that_takes_long_is_remarked_on(pairs: Path) -> None:
     index = next(iter(report(pairs).indexes.values()))
-    index.looks = [look._replace(milliseconds=2001 if number == 3 else 2000) for number, look in enumerate(index.looks)]
-    (found,) = of_images(index)
+    images = index.files["image"]
+    images.looks = [look._replace(milliseconds=2001 if i == 3 else 2000) for i, look in enumerate(images.looks)]
+    (found,) = of_files(index)
     assert (found.kind, found.image, found.id) == ("slow-image", "images/train-3.png", "train-3")
 
 
@@ -122,8 +123,8 @@ def test_a_second_pass_comes_from_the_cache_and_a_fresh_one_does_not(tmp_path: P
     root = make_pairs(tmp_path / "data")
     first, second, fresh = report(root), report(root), check(Data(path=str(root)), fresh=True)
     assert [(each.from_cache, each.looked) for each in (first, second, fresh)] == [(False, 25), (True, 0), (False, 25)]
-    assert (first.images_per_second or 0) > 0
-    assert second.images_per_second is None
+    assert (first.files_per_second or 0) > 0
+    assert second.files_per_second is None
     (root / "images/val-2.png").write_bytes(b"")
     changed = report(root)
     assert (changed.from_cache, changed.looked, changed.errors) == (False, 1, 1)

@@ -17,7 +17,7 @@ from mopefuse.encoders._base import Encoder, create_encoder
 from mopefuse.errors import CheckpointError, ConfigError, DataError, EncoderError
 from mopefuse.fusion._base import Fusion
 from mopefuse.fusion._static import initial_bound
-from mopefuse.fusion.build import build_model
+from mopefuse.fusion.build import build_model, require_rows
 
 PAIRS = [("tiny:vision", "tiny:text"), ("tiny:text", "tiny:vision")]
 METHODS = ["conditional", "late-concat", "main-only", "comp-only", "linear"]
@@ -79,13 +79,17 @@ def test_zero_gated_prompts_start_as_the_frozen_encoder_to_the_bit(main: str, co
 
 def test_an_encoder_of_what_no_row_has_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mopefuse.fusion.build.create_encoder", lambda spec: replace_modality(create_encoder(spec)))
-    with pytest.raises(ConfigError, match="reads audio; a row has image and text") as caught:
+    with pytest.raises(ConfigError, match="reads smell, a modality that is not installed") as caught:
         build()
-    assert caught.value.number == 132 and caught.value.where == "--main"
+    assert caught.value.number == 134 and caught.value.where == "--main"
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match="tiny:vision reads image; a row has text and audio") as caught:
+        require_rows(build(), ("text", "audio"))
+    assert caught.value.number == 132 and caught.value.where == "--main" and "--image-col NAME" in caught.value.fix
 
 
 def replace_modality(encoder: Encoder) -> Encoder:
-    encoder.modality = "audio"
+    encoder.modality = "smell"
     return encoder
 
 
@@ -267,7 +271,7 @@ def test_importing_the_package_does_not_import_torch() -> None:
         (images(1), ["a", "b"], "1 images and 2 texts"),
         ([], [], "0 images"),
         (["shoe.jpg"], ["a"], "got str and str"),
-        (images(1), [None], "NoneType"),
+        (images(1), [3], "got Image and int"),
     ],
 )
 def test_what_is_no_pair_is_refused_and_never_broadcast(pictures: list[object], texts: list[object], said: str) -> None:

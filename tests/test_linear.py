@@ -14,7 +14,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from mopefuse.config import Linear, build_config
-from mopefuse.data.collate import read_image
 from mopefuse.data.load import load_data
 from mopefuse.encoders._base import create_encoder, run_alone
 from mopefuse.errors import ConfigError
@@ -38,7 +37,7 @@ def raw(data: Path, split: str, side: str) -> np.ndarray:
     where, encoder = build_config({**SPECS, "data": {"path": str(data)}}).data, create_encoder(SPECS[side])
     loaded = load_data(where)
     rows = loaded.splits[split].rows
-    values = [row.text if side == "comp" else read_image(loaded, loaded.splits[split], row, where) for row in rows]
+    values = [loaded.read(loaded.splits[split], row, "text" if side == "comp" else "image", where) for row in rows]
     inputs = encoder.preprocess.batch([encoder.preprocess.item(value) for value in values])
     return run_alone(encoder, inputs).double().numpy()
 

@@ -18,6 +18,8 @@ import mopefuse
 from mopefuse.config import Data
 from mopefuse.predict import as_csv, predict_pairs, read_pairs
 
+MODALITIES = ("image", "text")
+
 
 @pytest.fixture(scope="module")
 def multi(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
@@ -64,8 +66,9 @@ def test_several_labels_are_chosen_by_the_thresholds_of_the_run(multi: tuple[Pat
 @pytest.mark.parametrize("batch", [1, 2, 7])
 def test_the_number_at_once_changes_no_answer(trained: Path, pairs: Path, batch: int) -> None:
     predictor = mopefuse.load(trained, device="cpu")
-    whole = list(predict_pairs(predictor, read_pairs(pairs / "test.jsonl", Data()), batch=32))
-    for one, other in zip(predict_pairs(predictor, read_pairs(pairs / "test.jsonl", Data()), batch=batch), whole, strict=True):
+    whole = list(predict_pairs(predictor, read_pairs(pairs / "test.jsonl", Data(), MODALITIES), batch=32))
+    said = predict_pairs(predictor, read_pairs(pairs / "test.jsonl", Data(), MODALITIES), batch=batch)
+    for one, other in zip(said, whole, strict=True):
         assert_alike(one, other)
 
 

@@ -71,7 +71,7 @@ def test_a_folder_is_read_as_written(pairs: Path, multi_pairs: Path) -> None:
     assert {name: len(part.rows) for name, part in single.splits.items()} == {"train": 12, "val": 6, "test": 7}
     assert (single.labels, single.multi_label, multi.labels, multi.multi_label) == (LABELS, False, LABELS, True)
     row = single.splits["val"].rows[4]
-    assert (row.id, row.img, row.labels, row.line) == ("val-4", "images/val-4.png", ("b",), 5)
+    assert (row.id, row.values["image"], row.labels, row.line) == ("val-4", "images/val-4.png", ("b",), 5)
     assert single.targets("val")[4].item() == 1
     assert multi.targets("train")[4].tolist() == [1.0, 0.0, 1.0]
 

@@ -37,7 +37,8 @@ def rows_of(root: Path, split: str) -> list[dict[str, Any]]:
 
 
 def said(data: DataSet) -> dict[str, list[tuple[str, str, str, tuple[str, ...]]]]:
-    return {name: [(row.id, row.text, row.img, row.labels) for row in split.rows] for name, split in data.splits.items()}
+    each = {name: [(row.id, row.values, row.labels) for row in split.rows] for name, split in data.splits.items()}
+    return {name: [(i, v["text"], v["image"], labels) for i, v, labels in rows] for name, rows in each.items()}
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]], delimiter: str = ",") -> None:
@@ -154,7 +155,7 @@ def test_a_folder_of_images_has_labels_by_folder_and_captions_beside_or_in_one_f
     assert "has no text" in refused(root).what
     (root / "val" / "metadata.csv").unlink()
     assert "val/:1 (cat/0.png) has no text: add 0.txt beside it" in refused(root).what
-    assert load(root, allow_missing_text=True).splits["val"].rows[0].text == ""
+    assert load(root, allow_missing_text=True).splits["val"].rows[0].values["text"] == ""
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mopefuse.cli._render import out, size, table
 from mopefuse.data.check import Report
+from mopefuse.modality import of
 from mopefuse.report.data_check import against_limits, check_page, how_many
 from mopefuse.report.pages import write
 
@@ -15,18 +16,17 @@ _MOST_LABELS = 30
 _MOST_OF_A_KIND = 5  # problems that are listed one by one
 _COLOURS = {"error": "red", "warning": "yellow"}
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
-COLUMNS = ("rows", "bad rows", "images", "labels", "pixels", "size")
 
 
 def write_page(report: Report, folder: Path, page: Path) -> None:
     """Write the page of a check."""
-    write(page, check_page(report, name=str(folder), told=_told(report), columns=COLUMNS, splits=_splits(report)))
+    write(page, check_page(report, name=str(folder), told=_told(report), columns=_columns(report), splits=_splits(report)))
 
 
 def show(report: Report, folder: Path, page: Path | None) -> None:
     """Print a report."""
     console = out()
-    table(str(folder), ["split", *COLUMNS], _splits(report))
+    table(str(folder), ["split", *_columns(report)], _splits(report))
     groups = report.by_kind()
     if groups:
         console.print()
@@ -54,12 +54,20 @@ def show(report: Report, folder: Path, page: Path | None) -> None:
     console.print(f"{report.errors:,} errors, {report.warnings:,} warnings", markup=False)
 
 
+def _files(report: Report) -> list[str]:
+    return [of(name).plural for name in report.modalities if of(name).is_file]
+
+
+def _columns(report: Report) -> list[str]:
+    return ["rows", "bad rows", *_files(report), "labels", "pixels", "size"]
+
+
 def _splits(report: Report) -> list[list[str]]:
     rows = []
     for name, facts in report.splits.items():
         sides = [" x ".join(map(str, facts["pixels"][which])) for which in ("smallest", "largest")] if facts["pixels"] else []
         pixels = " to ".join(dict.fromkeys(sides)) or "-"
-        counts = [f"{facts[key]:,}" for key in ("rows", "bad_rows", "images", "labels")]
+        counts = [f"{facts[key]:,}" for key in ("rows", "bad_rows", *_files(report), "labels")]
         rows.append([name, *counts, pixels, size(facts["bytes"])])
     return rows
 
@@ -96,10 +104,11 @@ def _show_texts(report: Report) -> None:
 def _told(report: Report) -> str:
     if report.from_cache:
         return f"the index was in the cache, read in {report.seconds:.2f} s; --fresh looks at everything again"
-    rate = f" ({report.images_per_second:,.0f} images/s)" if report.images_per_second else ""
-    total = sum(len(index.images) for index in report.indexes.values())
+    what = " and ".join(_files(report)) or "files"
+    rate = f" ({report.files_per_second:,.0f} {what}/s)" if report.files_per_second else ""
+    total = sum(len(each.names) for index in report.indexes.values() for each in index.files.values())
     part = f"{report.looked:,} of {total:,}" if report.looked < total else f"{report.looked:,}"
-    return f"{part} images in {report.seconds:.2f} s{rate}"
+    return f"{part} {what} in {report.seconds:.2f} s{rate}"
 
 
 def _line(text: str) -> str:

@@ -8,6 +8,9 @@ import typer
 
 TextCol = Annotated[str | None, typer.Option("--text-col", help="Column with the text; default text.")]
 ImageCol = Annotated[str | None, typer.Option("--image-col", help="Column with the image's path; default img.")]
+Column = Annotated[
+    list[str] | None, typer.Option("--column", metavar="MODALITY=NAME", help="Column of another modality: audio=clip.")
+]
 LabelCol = Annotated[str | None, typer.Option("--label-col", help="Column with the label; default label.")]
 IdCol = Annotated[str | None, typer.Option("--id-col", help="Column with the id; default id.")]
 SplitCol = Annotated[str | None, typer.Option("--split-col", help="Column that names the split, in one table.")]
@@ -20,6 +23,7 @@ def settings(
     *,
     text: str | None,
     image: str | None,
+    others: list[str] | None,
     label: str | None,
     identity: str | None,
     split: str | None,
@@ -31,6 +35,7 @@ def settings(
     return {
         "data.text_col": text,
         "data.img_col": image,
+        "data.columns": named(others),
         "data.label_col": label,
         "data.id_col": identity,
         "data.split_col": split,
@@ -38,3 +43,21 @@ def settings(
         "data.image_roots": roots or None,
         "data.labels": labels,
     }
+
+
+def named(others: list[str] | None) -> dict[str, str] | None:
+    """``MODALITY=NAME`` as a dictionary; None where nothing is said.
+
+    Raises:
+        ConfigError: one is not written so, or a modality is named twice.
+    """
+    from mopefuse.errors import ConfigError
+
+    found: dict[str, str] = {}
+    for text in others or ():
+        modality, _, name = (part.strip() for part in text.partition("="))
+        if not (modality and name) or modality in found:
+            fix = "write each once, as --column MODALITY=NAME, for example --column audio=clip"
+            raise ConfigError(135, f"cannot read the column {text!r}", where="--column", fix=fix)
+        found[modality] = name
+    return found or None

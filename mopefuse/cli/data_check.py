@@ -27,6 +27,7 @@ def check(
     fresh: Annotated[bool, typer.Option("--fresh", help="Look at everything again, whatever is in the cache.")] = False,
     text_col: columns.TextCol = None,
     image_col: columns.ImageCol = None,
+    column: columns.Column = None,
     label_col: columns.LabelCol = None,
     id_col: columns.IdCol = None,
     split_col: columns.SplitCol = None,
@@ -46,6 +47,7 @@ def check(
     flags = columns.settings(
         text=text_col,
         image=image_col,
+        others=column,
         label=label_col,
         identity=id_col,
         split=split_col,
@@ -102,6 +104,7 @@ def preview(
     seed: Annotated[int, typer.Option(min=0, help="Of which rows are shown.")] = 0,
     text_col: columns.TextCol = None,
     image_col: columns.ImageCol = None,
+    column: columns.Column = None,
     label_col: columns.LabelCol = None,
     id_col: columns.IdCol = None,
     split_col: columns.SplitCol = None,
@@ -115,6 +118,7 @@ def preview(
     flags = columns.settings(
         text=text_col,
         image=image_col,
+        others=column,
         label=label_col,
         identity=id_col,
         split=split_col,

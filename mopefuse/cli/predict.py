@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -34,6 +34,7 @@ def predict(
     comp: Annotated[list[str] | None, typer.Option(help="Where the complementary one's do; of several 2=SPEC.")] = None,
     text_col: columns.TextCol = None,
     image_col: columns.ImageCol = None,
+    column: columns.Column = None,
     id_col: columns.IdCol = None,
     image_root: columns.ImageRoot = None,
 ) -> None:
@@ -48,13 +49,16 @@ def predict(
         raise ConfigError(65, f"{out.name} is neither .jsonl nor .csv", where="--out", fix="name a file of one of them")
     if out is not None and not out.absolute().parent.is_dir():
         raise ConfigError(54, f"there is no folder {out.parent}", where="--out", fix="make it, or name another file")
-    named = {"text_col": text_col, "img_col": image_col, "id_col": id_col, "image_roots": tuple(image_root or ()) or None}
+    named: dict[str, Any] = {"text_col": text_col, "img_col": image_col, "columns": columns.named(column), "id_col": id_col}
+    named["image_roots"] = tuple(image_root or ()) or None
     config = Data(**{key: value for key, value in named.items() if value is not None})
     if isinstance(source, str) and source != "-" and not Path(source).is_file():
         raise ConfigError(66, f"there is no file {source}", where="predict", fix="name a file of pairs, or - for stdin")
     predictor = load(run, checkpoint=checkpoint, device=device, main=main, comp=comp)
+    if predictor.model.on_missing == "absent":
+        config = config.model_copy(update={"on_missing": "absent"})
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    pairs = islice(_pairs(source, image, text, config), rank, None, world)
+    pairs = islice(_pairs(source, image, text, config, predictor.model.modalities), rank, None, world)
     answers = _counted(predict_pairs(predictor, pairs, batch=batch, top=top, routing=routing, strict=strict), rank)
     if world > 1:
         answers = _gathered(answers)
@@ -63,14 +67,16 @@ def predict(
     _write(answers, out, predictor)
 
 
-def _pairs(source: str | None, image: Path | None, text: str | None, config: Data) -> Iterable[Pair]:
+def _pairs(
+    source: str | None, image: Path | None, text: str | None, config: Data, modalities: Sequence[str]
+) -> Iterable[Pair]:
     from mopefuse.data.images import open_image
     from mopefuse.predict import Pair, read_pairs
 
     if image is not None:
         picture = open_image([image.absolute().parent], image.name, where=str(image), max_pixels=config.max_pixels)
-        return [Pair(image.name, text or "", picture)]
-    return read_pairs(sys.stdin.buffer if source == "-" else Path(source or ""), config)
+        return [Pair(image.name, {"image": picture, "text": text or ""})]
+    return read_pairs(sys.stdin.buffer if source == "-" else Path(source or ""), config, modalities)
 
 
 def _counted(answers: Iterable[Answer], rank: int) -> Iterable[Answer]:

@@ -5,7 +5,7 @@ Shapes: B batch, N labels, S samples of a split, C width of a pooled feature.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,22 +13,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mopefuse.config import Data as DataConfig
+from mopefuse.modality import of
+
 if TYPE_CHECKING:  # rows are read where there is no torch, too
     import torch
     from torch import Tensor
 
 SPLITS = ("train", "val", "test")
-MODALITIES = ("image", "text")  # of which a row has one value each
 Keys = NDArray[np.bytes_]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One sample: a text, an image and its labels."""
+    """One sample: what it says of each modality, and its labels."""
 
     id: str
-    text: str
-    img: str  # relative to the data root
+    values: Mapping[str, str | None]  # by modality: a text, a path relative to the data root, or None where there is none
     labels: tuple[str, ...]
     line: int  # in its file, from 1
 
@@ -41,10 +42,10 @@ class Problem:
     where: str  # file:line, and the id where it is known
     what: str
     fix: str = ""
-    img: str = ""  # the image, where it is the image that is wrong
+    file: str = ""  # that the row names, where it is the file that is wrong
 
     def __str__(self) -> str:
-        return f"{self.where}{':' if self.img else ''} {self.what}"
+        return f"{self.where}{':' if self.file else ''} {self.what}"
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,9 @@ class Split:
         name: train, val or test. file: its file's name, for messages.
         rows: as they are asked for; iterating reads each once.
         labels: of each row, without reading it.
-        image_keys, text_keys: digests of what a row's image and text hold (S,): equal where these are.
-        alike_keys: of the text in lower case with single spaces (S,).
+        keys: modality to digests of what rows have of it (S,), a file's content or a text: equal where these are, and zero
+            where a row has none.
+        alike: the same, but equal where two values say the same: of texts in lower case with single spaces.
         hash: of everything that the split consists of, what was skipped included.
         skipped: bad rows that were left out (`data.on_bad`).
     """
@@ -65,9 +67,8 @@ class Split:
     file: str
     rows: Sequence[Row]
     labels: Sequence[tuple[str, ...]]
-    image_keys: Keys
-    text_keys: Keys
-    alike_keys: Keys
+    keys: Mapping[str, Keys]
+    alike: Mapping[str, Keys]
     hash: str
     skipped: tuple[Problem, ...] = ()
 
@@ -75,13 +76,16 @@ class Split:
         """File, line and id of a row, for messages."""
         return f"{self.file}:{row.line}, id {row.id}"
 
+    def lacks(self, modality: str) -> NDArray[Any]:
+        """Whether each row has nothing of a modality (S,)."""
+        return np.asarray(self.keys[modality] == b"")
 
     def part(self, numbers: Sequence[int]) -> Split:
         """The split with some of its rows only."""
         index = np.asarray(numbers, dtype=np.int64)
-        keys = {name: getattr(self, name)[index] for name in ("image_keys", "text_keys", "alike_keys")}
+        keys, alike = ({name: each[index] for name, each in kind.items()} for kind in (self.keys, self.alike))
         rows, labels = [self.rows[number] for number in numbers], [self.labels[number] for number in numbers]
-        return replace(self, rows=rows, labels=labels, **keys)
+        return replace(self, rows=rows, labels=labels, keys=keys, alike=alike)
 
 
 @dataclass(frozen=True)
@@ -92,12 +96,26 @@ class DataSet:
     splits: dict[str, Split]
     labels: tuple[str, ...]
     multi_label: bool
-    image_roots: tuple[Path, ...] = ()  # that images may be in, the root first
+    image_roots: tuple[Path, ...] = ()  # that images and other files may be in, the root first
     notices: tuple[str, ...] = ()  # what whoever uses it should know
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """What rows have, in the order of messages."""
+        return tuple(next(iter(self.splits.values())).keys)
 
     def fingerprint(self) -> dict[str, str]:
         """Of each split: changes with any row, image or skipped row."""
         return {name: split.hash for name, split in self.splits.items()}
+
+    def read(self, split: Split, row: Row, modality: str, config: DataConfig) -> Any:
+        """What a row has of a modality, as encoders' preprocessing takes it, or what says nothing.
+
+        Raises:
+            DataError: it cannot be read; it names file, line and id.
+        """
+        kind, value = of(modality), row.values[modality]
+        return kind.nothing() if value is None else kind.read(value, self.image_roots, where=split.where(row), config=config)
 
     def targets(self, split: str) -> Tensor:
         """Class indices (S,), or for multi-label data zeros and ones (S, N) as floats."""

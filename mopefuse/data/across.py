@@ -16,6 +16,7 @@ from mopefuse.data.index import Index
 from mopefuse.data.leaks import leak
 from mopefuse.data.load import listed_labels
 from mopefuse.errors import DataError
+from mopefuse.modality import of
 
 Indexes = Mapping[str, Index]
 
@@ -23,7 +24,7 @@ Indexes = Mapping[str, Index]
 def labels(indexes: Indexes, root: Path, config: DataConfig) -> tuple[tuple[str, ...], list[Finding]]:
     """The labels that a list or else the training split defines, and what is wrong with them.
 
-    Those of rows whose image is bad count: once it is mended, they are there. None where neither can be read.
+    Those of rows whose file is bad count: once it is mended, they are there. None where neither can be read.
     """
     listed = Path(config.labels) if config.labels else root / "labels.txt"
     train = indexes.get("train")
@@ -83,29 +84,28 @@ def ids(indexes: Indexes) -> Iterator[Finding]:
                 seen[identity] = f"{index.file}:{index.lines_S[row]}"
 
 
-def leaks(indexes: Indexes) -> Iterator[Finding]:
-    """Rows of val and test whose image or text is also in train, see `mopefuse.data.leaks`. Rows with a bad image do not
-    count."""
+def leaks(indexes: Indexes) -> Iterator[tuple[str, Finding]]:
+    """(modality, finding) of rows of val and test that share a value with train, see `mopefuse.data.leaks`. Rows with a bad
+    file do not count."""
     good = {name: index.good() for name, index in indexes.items()}
     splits = {name: _keys_of(index, good[name]) for name, index in indexes.items()}
     for name in SPLITS[1:]:
         if name not in splits or "train" not in splits:
             continue
-        mine, train, found = splits[name], splits["train"], leak(splits["train"], splits[name])
-        shared = (
-            ("image", found.images, mine.image_keys, train.image_keys),
-            ("text", found.texts, mine.alike_keys, train.alike_keys),
-        )
-        for what, rows, keys, theirs in shared:
-            for row, twin in zip(rows.tolist(), _first(theirs, keys[rows]), strict=True):
+        mine, train = splits[name], splits["train"]
+        for modality, rows in leak(train, mine).items():
+            for row, twin in zip(rows.tolist(), _first(train.alike[modality], mine.alike[modality][rows]), strict=True):
                 other = int(good["train"][twin])
                 place = f"{indexes['train'].file}:{indexes['train'].lines_S[other]}, id {indexes['train'].ids[other]}"
-                yield at(indexes[name], int(good[name][row]), f"leaked-{what}", f"its {what} is also in {place}", twin=other)
+                kind, message = of(modality).leaked, f"its {modality} is also in {place}"
+                yield modality, at(indexes[name], int(good[name][row]), kind, message, twin=other)
 
 
 def _keys_of(index: Index, rows: NDArray[np.int64]) -> Split:
     """What `leak` looks at."""
-    return Split(index.split, index.file, (), (), index.image_keys()[rows], index.text_S[rows], index.alike_S[rows], "")
+    keys = {modality: each.keys()[rows] for modality, each in index.values.items()}
+    alike = {modality: each.alike()[rows] for modality, each in index.values.items()}
+    return Split(index.split, index.file, (), (), keys, alike, "")
 
 
 def _first(keys: Keys, wanted: Keys) -> list[int]:

@@ -10,13 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from mopefuse.data._base import Row
-from mopefuse.data.collate import Samples, Table, seed_of
-
-_GREY = (128, 128, 128)
+from mopefuse.data.collate import Samples, Table, blank, seed_of
 
 
 def derangement(count: int, seed: int) -> Tensor:
@@ -32,11 +29,6 @@ def derangement(count: int, seed: int) -> Tensor:
     return torch.from_numpy(order)
 
 
-def nothing(modality: str) -> Any:
-    """What says nothing: an empty text, or an image of mid-grey."""
-    return "" if modality == "text" else Image.new("RGB", (64, 64), _GREY)
-
-
 class Shuffled(Samples):
     """Each sample with the input that another has on one side; targets and the other side stay.
 
@@ -47,6 +39,8 @@ class Shuffled(Samples):
     def __init__(self, samples: Samples, side: str, partner_S: Tensor) -> None:
         vars(self).update(vars(samples))
         self._side, self._partner_S = side, partner_S
+        if side in samples.lacking:
+            self.lacking = {**samples.lacking, side: samples.lacking[side][partner_S.numpy()]}
         if side in samples.features:
             self.features = {**samples.features, side: _Partners(samples.features[side], partner_S)}
 
@@ -55,11 +49,13 @@ class Shuffled(Samples):
         if side != self._side:
             return super().value(side, epoch, index, row)
         other = int(self._partner_S[index])
-        return super().value(side, epoch, other, row if row is None else self.split.rows[other])
+        if side in self.lacking and self.absent(side, epoch, index):
+            return blank(*self.readers[side])
+        return self.whole(side, epoch, other, row if row is None else self.split.rows[other])
 
 
 class Blank(Samples):
-    """Each sample with nothing on one side: see `nothing`.
+    """Each sample with what says nothing on one side, an empty text or an image of mid-grey; it is not told to be missing.
 
     Args:
         features: side to the pooled feature (1, C) of nothing, for a side whose features are known already.
@@ -75,8 +71,7 @@ class Blank(Samples):
         """See `Samples.value`."""
         if side != self._side:
             return super().value(side, epoch, index, row)
-        modality, preprocess = self.readers[side]
-        return preprocess.ready(preprocess.reduce(nothing(modality)))
+        return blank(*self.readers[side])
 
 
 class _Partners:

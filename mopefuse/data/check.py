@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,12 +16,14 @@ from typing import Any
 from mopefuse.config import Data as DataConfig
 from mopefuse.data import across
 from mopefuse.data._base import SPLITS, Row
+from mopefuse.data.columns import modalities_of
 from mopefuse.data.contents import Advance, Texts, Tokens, balance, describe_split, extremes, read_texts, rows_of
-from mopefuse.data.findings import KINDS, Finding, of_images, of_rows
+from mopefuse.data.findings import KINDS, Finding, of_files, of_missing, of_rows
 from mopefuse.data.index import Index, build, read_rows
 from mopefuse.data.load import roots_of
-from mopefuse.data.tables import SUFFIXES, find_tables
+from mopefuse.data.tables import SUFFIXES, Table, find_tables
 from mopefuse.errors import DataError
+from mopefuse.modality import of
 
 Indexes = dict[str, Index]
 _RANK = {kind: number for number, kind in enumerate(KINDS)}
@@ -31,15 +34,17 @@ class Report:
     """What a data set is and what is wrong with it.
 
     Args:
-        roots: folders that its images may be in, its own first.
+        roots: folders that its files may be in, its own first.
+        modalities: that its rows have.
         findings: errors first, by kind, split and line.
         splits: counts of each. balance: label to split to rows.
-        seconds: that the pass over tables and images took, or reading their index from the cache.
-        looked: images that were read in it. from_cache: all that is known of the tables and images was there.
+        seconds: that the pass over tables and files took, or reading their index from the cache.
+        looked: files that were read in it. from_cache: all that is known of the tables and files was there.
     """
 
     config: DataConfig
     roots: tuple[Path, ...]
+    modalities: tuple[str, ...]
     indexes: Indexes
     findings: list[Finding]
     splits: dict[str, dict[str, Any]]
@@ -62,8 +67,8 @@ class Report:
         return len(self.findings) - self.errors
 
     @property
-    def images_per_second(self) -> float | None:
-        """Of the images that were read; None where none was."""
+    def files_per_second(self) -> float | None:
+        """Of the files that were read; None where none was."""
         return self.looked / self.seconds if self.looked else None
 
     @property
@@ -108,7 +113,7 @@ class Report:
             "texts": self.texts.as_dict(),
             "leaks": self.leaks,
             "seconds": self.seconds,
-            "images_per_second": self.images_per_second,
+            "images_per_second": self.files_per_second,
             "from_cache": self.from_cache,
         }
 
@@ -120,7 +125,7 @@ def check(
     fresh: bool = False,
     advance: Advance = lambda stage, done, total: None,
 ) -> Report:
-    """Look at every row, image and text of the data set at `config.path`.
+    """Look at every row, file and text of the data set at `config.path`.
 
     Args:
         tokens: how the encoder that is to read the texts counts them; without, words are counted.
@@ -143,22 +148,25 @@ def check(
         advance(split, done, total)
 
     began = time.perf_counter()
-    indexes, found = _read(path, roots, config, fresh, count)
+    tables, unreadable = _find(path, config)
+    modalities = modalities_of(tables.values(), config, lenient=True)
+    indexes, found = _read(path, tables, unreadable, roots, modalities, config, fresh, count)
     seconds = time.perf_counter() - began
     seen: set[tuple[str, str]] = set()
     for index in indexes.values():
         ours = [finding for finding in of_rows(index) if (finding.where, finding.message) not in seen]
         seen |= {(finding.where, finding.message) for finding in ours}  # of one table, each split sees what names none
-        found += [*ours, *of_images(index)]
+        found += [*ours, *of_files(index), *of_missing(index)]
     texts, odd = read_texts(indexes, config, tokens, advance)
     labels, wrong = across.labels(indexes, roots[0], config)
     leaked = list(across.leaks(indexes))
     found += [*odd, *wrong, *across.mixed_labels(indexes), *across.unknown_labels(indexes, labels)]
-    found += [*across.ids(indexes), *leaked]
-    counts = Counter((finding.split, finding.kind) for finding in leaked)
+    found += [*across.ids(indexes), *(finding for _, finding in leaked)]
+    counts = Counter((finding.split, modality) for modality, finding in leaked)
     return Report(
         config,
         roots,
+        modalities,
         indexes,
         sorted(found, key=_order),
         {name: describe_split(index, _bad_rows(index)) for name, index in indexes.items()},
@@ -166,7 +174,7 @@ def check(
         any(bool(index.list_S.any()) for index in indexes.values()),
         texts,
         {
-            name: {"images": counts[name, "leaked-image"], "texts": counts[name, "leaked-text"]}
+            name: {of(modality).plural: counts[name, modality] for modality in sorted(modalities, key=_files_first)}
             for name in indexes
             if name != "train" and "train" in indexes
         },
@@ -176,6 +184,10 @@ def check(
     )
 
 
+def _files_first(modality: str) -> bool:
+    return not of(modality).is_file
+
+
 def _order(finding: Finding) -> tuple[int, int, int, str]:
     line = finding.where.rpartition(":")[2]
     split = SPLITS.index(finding.split) if finding.split else -1
@@ -183,7 +195,7 @@ def _order(finding: Finding) -> tuple[int, int, int, str]:
 
 
 def read_split(config: DataConfig, split: str) -> tuple[Index, tuple[Path, ...]]:
-    """The rows of one split and the folders that their images may be in; images are not looked at.
+    """The rows of one split and the folders that their files may be in; files are not looked at.
 
     Raises:
         DataError: there is no such folder, file or split, or its table cannot be read.
@@ -191,7 +203,7 @@ def read_split(config: DataConfig, split: str) -> tuple[Index, tuple[Path, ...]]
     path = Path(config.path or "")
     tables = find_tables(path, config)
     table = tables.get(split) or (tables.get("") if config.split_col or split == "train" else None)
-    index = read_rows(table, split, config) if table else None
+    index = read_rows(table, split, modalities_of(tables.values(), config), config) if table else None
     if index is None or not len(index.lines_S):
         there = ", ".join(tables) if path.is_dir() else path.name
         fix = f"there is {there or 'none'}; mopefuse data check says more"
@@ -199,28 +211,53 @@ def read_split(config: DataConfig, split: str) -> tuple[Index, tuple[Path, ...]]
     return index, roots_of(path, config)
 
 
+def _find(path: Path, config: DataConfig) -> tuple[dict[str, Table], list[Finding]]:
+    """The table of each split that is there, or of all splits; and what is wrong with others."""
+    tables: dict[str, Table] = {}
+    found: list[Finding] = []
+    for name in SPLITS if path.is_dir() else SPLITS[:1]:
+        try:
+            tables |= find_tables(path, config, splits=(name,))
+        except DataError as error:
+            found.append(_unreadable(name, error))
+    return tables, found
+
+
+def _unreadable(split: str, error: DataError) -> Finding:
+    return Finding("unreadable-table", split, error.where, error.what, error.fix, error.code)
+
+
 def _read(
-    path: Path, roots: tuple[Path, ...], config: DataConfig, fresh: bool, advance: Advance
+    path: Path,
+    tables: Mapping[str, Table],
+    unreadable: list[Finding],
+    roots: tuple[Path, ...],
+    modalities: tuple[str, ...],
+    config: DataConfig,
+    fresh: bool,
+    advance: Advance,
 ) -> tuple[Indexes, list[Finding]]:
     """The index of each split that can be read, and what is wrong with the others."""
     indexes: Indexes = {}
-    found: list[Finding] = []
-    for name in SPLITS if path.is_dir() or config.split_col else ("train",):
+    found = list(unreadable)
+    for name in SPLITS if path.is_dir() or config.split_col else SPLITS[:1]:
+        table = tables.get(name) or tables.get("")
+        if table is None:
+            continue
         try:
-            for table in find_tables(path, config, splits=(name,)).values():
-                index = build(table, name, roots, config, fresh=fresh, advance=partial(advance, name))
-                if len(index.lines_S) or index.row_problems or path.is_dir():
-                    indexes[name] = index
+            index = build(table, name, roots, modalities, config, fresh=fresh, advance=partial(advance, name))
+            if len(index.lines_S) or index.row_problems or path.is_dir():
+                indexes[name] = index
         except DataError as error:
-            found.append(Finding("unreadable-table", name, error.where, error.what, error.fix, error.code))
-            if not path.is_dir():
-                return {}, found
-    unreadable = {finding.split for finding in found}
+            found.append(_unreadable(name, error))
+    if found and not path.is_dir():
+        return {}, found[:1]
+    silent = {finding.split for finding in found}
     for name, fraction in (("train", None), ("val", config.val_fraction), ("test", config.test_fraction)):
         if name in indexes and not len(indexes[name].lines_S) and not indexes[name].row_problems:
             where = indexes[name].file
             found.append(Finding("empty-split", name, where, f"the {name} split has no rows", code="MF-DATA-04"))
-        elif name not in indexes and name not in unreadable and not fraction:
+        elif name not in indexes and name not in silent and not fraction:
             found.append(_missing(name, path))
     return indexes, found
 

@@ -10,17 +10,18 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from mopefuse.config import Data as DataConfig
-from mopefuse.data._base import Batch, DataSet, Row, Split
-from mopefuse.data.images import open_image
+from mopefuse.data._base import Batch, DataSet, Row
 from mopefuse.data.pictures import Pictures, pictures
 from mopefuse.encoders._base import Preprocess
 from mopefuse.errors import MopefuseError, ResourceError
+from mopefuse.modality import of
 
 Key = tuple[int, int]  # (epoch, index)
 Readers = Mapping[str, tuple[str, Preprocess]]  # side -> (modality, preprocess)
@@ -41,6 +42,8 @@ class Samples(Dataset[dict[str, Any]]):
         features: side to features known already.
         seed: of the augmentation.
         training: whether images are augmented.
+
+    Where a row has none of what an encoder reads, the encoder gets what says nothing, never augmented, and the batch says so.
     """
 
     def __init__(
@@ -58,13 +61,16 @@ class Samples(Dataset[dict[str, Any]]):
         self.features = dict(features or {})
         self.readers = {side: reader for side, reader in readers.items() if side not in self.features}
         self.targets = data.targets(split)
+        self.modality_of = {side: modality for side, (modality, _) in readers.items()}
+        lacks = {side: self.split.lacks(modality) for side, (modality, _) in readers.items()}
+        self.lacking: dict[str, NDArray[np.bool_]] = {side: lacks_S for side, lacks_S in lacks.items() if lacks_S.any()}
         self.pictures: dict[str, Pictures] = {}
 
     def cache_images(self, advance: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Read images decoded and resized from one file from now on; see `mopefuse.data.pictures`."""
         for side, (modality, preprocess) in self.readers.items():
-            if modality == "image":
-                self.pictures[side] = pictures(self.data, self.split, preprocess, self.config, advance=advance)
+            if of(modality).is_picture:
+                self.pictures[side] = pictures(self.data, self.split, modality, preprocess, self.config, advance=advance)
 
     def __len__(self) -> int:
         return len(self.split.rows)
@@ -74,9 +80,14 @@ class Samples(Dataset[dict[str, Any]]):
         try:
             unread = [side for side in self.readers if side not in self.pictures]
             row = self.split.rows[index] if unread else None
-            return {"index": index} | {side: self.value(side, epoch, index, row) for side in self.readers}
+            absent = {side: self.absent(side, epoch, index) for side in self.lacking}
+            return {"index": index, "absent": absent} | {side: self.value(side, epoch, index, row) for side in self.readers}
         except MopefuseError as error:  # a worker would turn it into text; as a value it arrives whole
             return {"error": error}
+
+    def absent(self, side: str, epoch: int, index: int) -> bool:
+        """Whether a sample has nothing for a side's encoder; only asked of sides in `lacking`."""
+        return bool(self.lacking[side][index])
 
     def value(self, side: str, epoch: int, index: int, row: Row | None) -> Any:
         """What an encoder gets of a sample, before it is one of a batch.
@@ -84,13 +95,19 @@ class Samples(Dataset[dict[str, Any]]):
         Args:
             row: read only where it is needed: not for a side whose images are cached.
         """
+        if side in self.lacking and self.absent(side, epoch, index):
+            return blank(*self.readers[side])
+        return self.whole(side, epoch, index, row)
+
+    def whole(self, side: str, epoch: int, index: int, row: Row | None) -> Any:
+        """What an encoder gets of a sample that has something for it; see `value`."""
         modality, preprocess = self.readers[side]
         if side in self.pictures:
             reduced: Any = self.pictures[side][index]
         else:
             assert row is not None
-            reduced = preprocess.reduce(row.text if modality == "text" else read_image(self.data, self.split, row, self.config))
-        if modality == "image" and self.training and self.config.augment != "none":
+            reduced = preprocess.reduce(self.data.read(self.split, row, modality, self.config))
+        if of(modality).is_picture and self.training and self.config.augment != "none":
             reduced = self._augmented(reduced, preprocess, epoch, index)
         return preprocess.ready(reduced)
 
@@ -108,7 +125,8 @@ class Samples(Dataset[dict[str, Any]]):
         index = torch.tensor([item["index"] for item in items], dtype=torch.long)
         inputs = {side: preprocess.batch([item[side] for item in items]) for side, (_, preprocess) in self.readers.items()}
         features = {side: table[index] for side, table in self.features.items()}
-        return Batch(inputs, features, self.targets[index], index)
+        missing = {side: torch.tensor([item["absent"][side] for item in items]) for side in self.lacking}
+        return Batch(inputs, features, self.targets[index], index, missing)
 
     def batches(self, keys: Iterable[Sequence[Key]], *, pin: bool = False) -> Iterator[Batch]:
         """Batches for `keys`, in that order; read in the main process or in `data.workers` others.
@@ -148,9 +166,9 @@ def _leave_signals_to_the_main_process(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def read_image(data: DataSet, split: Split, row: Row, config: DataConfig) -> Image.Image:
-    """The image of a row; a DataError names file, line and id."""
-    return open_image(data.image_roots, row.img, where=split.where(row), max_pixels=config.max_pixels)
+def blank(modality: str, preprocess: Preprocess) -> Any:
+    """What says nothing, prepared for a batch."""
+    return preprocess.ready(preprocess.reduce(of(modality).nothing()))
 
 
 def augmentation(config: DataConfig, size: tuple[int, int]) -> Callable[[Image.Image], Image.Image]:

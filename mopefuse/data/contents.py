@@ -15,9 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mopefuse.config import Data as DataConfig
+from mopefuse.data.columns import Layout
 from mopefuse.data.findings import Finding, at
 from mopefuse.data.index import Index
 from mopefuse.data.rows import Rows
+from mopefuse.modality import of
 
 MOST_TEXTS = 20_000  # whose length is measured
 TOKENS_PER_WORD = 1.3  # an estimate, for English and subword vocabularies
@@ -86,7 +88,7 @@ def read_texts(
         tokens: of the encoder that is to read them.
         advance: told of ("texts", read, to read).
     """
-    total = sum(len(index.lines_S) for index in indexes.values())
+    total = _total(indexes)
     texts = Texts(total, encoder=tokens.encoder if tokens else "", limit=tokens.limit if tokens else 0)
     measured = set(np.linspace(0, total - 1, min(total, MOST_TEXTS)).astype(int).tolist())
     found: list[Finding] = []
@@ -107,15 +109,27 @@ def read_texts(
     return texts, found
 
 
+def _total(indexes: Mapping[str, Index]) -> int:
+    """How many texts there are."""
+    read = (each for index in indexes.values() for name, each in index.values.items() if _is_read(name))
+    return sum(int((~each.lacks()).sum()) for each in read)
+
+
+def _is_read(modality: str) -> bool:
+    return not of(modality).is_file
+
+
 def _each(indexes: Mapping[str, Index], config: DataConfig) -> Iterator[tuple[Index, int, str]]:
     for index in indexes.values():
-        for row, read in enumerate(rows_of(index, config)):
-            yield index, row, read.text
+        read = [name for name in index.values if _is_read(name)]
+        for number, row in enumerate(rows_of(index, config) if read else ()):
+            yield from ((index, number, text) for name in read if (text := row.values[name]) is not None)
 
 
 def rows_of(index: Index, config: DataConfig) -> Rows:
-    """All rows of an index, also those whose image is bad."""
-    return Rows(index.content, index.places_S2, index.lines_S, index.labels, index.split, config)
+    """All rows of an index, also those whose file is bad."""
+    layout = Layout.of([*index.values], config)
+    return Rows(index.content, index.places_S2, index.lines_S, index.labels, index.split, layout)
 
 
 def _oddities(index: Index, row: int, text: str) -> Iterator[Finding]:
@@ -131,18 +145,19 @@ def _oddities(index: Index, row: int, text: str) -> Iterator[Finding]:
 
 
 def describe_split(index: Index, bad_rows: int) -> dict[str, Any]:
-    """Counts of a split, the smallest and largest of its images by pixels, and their size in bytes."""
-    sides = {(look.width, look.height) for look in index.looks if look.width}
+    """Counts of a split and of its files, the smallest and largest of its pictures by pixels, and the files' size in bytes."""
+    looks = [look for each in index.files.values() for look in each.looks]
+    sides = {(look.width, look.height) for look in looks if look.width}
     by_area = sorted(sides, key=lambda side: (side[0] * side[1], side))
     return {
         "file": index.file,
         "rows": len(index.lines_S) + len(index.row_problems),
         "bad_rows": bad_rows,
-        "images": len(index.images),
+        **{of(name).plural: len(each.names) for name, each in index.files.items()},
         "labels": len({label for row in set(index.labels) for label in row}),
         "rows_without_label": sum(not row for row in index.labels),
         "pixels": {"smallest": list(by_area[0]), "largest": list(by_area[-1])} if by_area else None,
-        "bytes": sum(max(0, look.size) for look in index.looks),
+        "bytes": sum(max(0, look.size) for look in looks),
     }
 
 

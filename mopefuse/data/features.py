@@ -1,7 +1,8 @@
 """Features of frozen encoders, computed once per sample: what cannot change is not computed twice.
 
 They are kept in a memory-mapped file that all runs share, under a digest of the encoder's weights, its preprocessing,
-the precision, the software, and the samples' content. Each different text or image is computed once.
+the precision, the software, and the samples' content. Each different value is computed once; what rows have none of is one
+of them.
 
 Shapes: S samples of the split, U different values, B batch, C width of the pooled feature.
 """
@@ -25,6 +26,7 @@ from mopefuse.config import RunConfig
 from mopefuse.data._base import Batch, DataSet
 from mopefuse.data.collate import Samples
 from mopefuse.encoders._base import Encoder, run_alone
+from mopefuse.modality import of
 
 VERSION = 1
 _AT_ONCE = 64
@@ -66,7 +68,7 @@ def split_features(
         advance: told of (values computed, values to compute) by this process.
     """
     rows = data.splits[split]
-    keys = rows.text_keys if encoder.modality == "text" else rows.image_keys
+    keys = rows.keys[encoder.modality]
     values, first_U, number_S = np.unique(keys, return_index=True, return_inverse=True)
     samples = Samples(data, split, {"only": (encoder.modality, encoder.preprocess)}, config.data)
     probed = _probe(samples, first_U)
@@ -106,7 +108,7 @@ def _conditions(encoder: Encoder, config: RunConfig, device: torch.device) -> tu
 
 def _probe(samples: Samples, first_U: NDArray[np.int64]) -> str:
     """A digest of what the encoder gets for some of the values: changes with the tokenizer and with how images are read."""
-    most = 256 if samples.readers["only"][0] == "text" else 4
+    most = 4 if of(samples.readers["only"][0]).is_file else 256
     some = first_U[:: -(-len(first_U) // most)]
     digest = hashlib.sha256()
     for row in some:

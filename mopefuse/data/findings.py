@@ -15,12 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mopefuse.data.images import Look
+from mopefuse.data.files import Files
 from mopefuse.data.index import Index
-
-SMALL = 16  # pixels; an image with a shorter side is remarked on
-STRIP = 10  # of the sides of an image; a longer strip is remarked on
-SLOW = 2000  # milliseconds of decoding
+from mopefuse.modality import of
 
 
 class Kind(NamedTuple):
@@ -42,6 +39,7 @@ KINDS = {  # in the order of a report
     "not-an-object": Kind("error", "write one JSON object a line"),
     "missing-column": Kind("error", "add it, or name the column that has it: --text-col, --image-col, --label-col"),
     "missing-text": Kind("error", "give the row a text, or take none as empty: --set data.allow_missing_text=true"),
+    "nothing": Kind("error", "give the row a value, or say what a row without does: --on-missing skip or absent"),
     "wrong-type": Kind("error", "write strings, and labels as a string or a list of strings"),
     "empty-label": Kind("error", "give the row a label, or remove it"),
     "half-character": Kind("error", "correct the character"),
@@ -52,17 +50,22 @@ KINDS = {  # in the order of a report
     "one-class": Kind("error", "add rows of another class"),
     "unknown-label": Kind("error", "correct it, or list all labels in labels.txt"),
     "missing-image": Kind("error", "add the file"),
-    "not-a-file": Kind("error", "name an image file"),
+    "missing-file": Kind("error", "add the file"),
+    "not-a-file": Kind("error", "name a file"),
     "empty-image": Kind("error", "replace or remove it"),
     "truncated-image": Kind("error", "replace it with a whole one"),
     "wrong-format-image": Kind("error", "convert it to JPEG, PNG, WEBP, GIF or BMP"),
     "unreadable-image": Kind("error", "replace or remove it"),
+    "unreadable-file": Kind("error", "replace or remove it"),
     "huge-image": Kind("error", "shrink it, or raise --max-pixels"),
     "missing-test": Kind("warning", "provide it, or hold some rows of train out"),
     "leaked-image": Kind("warning", "remove the row from one of the splits"),
     "leaked-text": Kind("warning", "remove the row from one of the splits"),
+    "leaked-file": Kind("warning", "remove the row from one of the splits"),
+    "leaked-value": Kind("warning", "remove the row from one of the splits"),
     "id-in-two-splits": Kind("warning", "give each row its own id"),
     "absent-label": Kind("warning", "add rows of it; its F1 cannot be measured"),
+    "missing-value": Kind("warning", "nothing, if they may be without"),
     "empty-text": Kind("warning", "give the row a text; it is read as empty"),
     "replaced-characters": Kind("warning", "remove them; they are read as U+FFFD"),
     "tiny-image": Kind("warning", "use the original; it is enlarged"),
@@ -83,7 +86,7 @@ class Finding:
     hint: str = ""
     code: str = ""  # of the error that training would raise; empty for a warning
     id: str = ""
-    image: str = ""
+    image: str = ""  # or another file that a row names
     rows: int = 1  # that it concerns
     row: int = -1  # number of the row in its index
     twin: int = -1  # number of a row in the index of train, that it has something in common with
@@ -128,6 +131,7 @@ def at(index: Index, row: int, kind: str, message: str, *, code: str = "", rows:
 _ROWS = {  # how what is said of a bad row begins, or what it has
     "bad-split-name": r".* is none of train, val, test$",
     "missing-column": r"has no .*; found ",
+    "nothing": r"has none of .*; found ",
     "missing-text": r"\(.*\) has no text: |.* is null, expected a string \(set data.allow_missing_text",
     "bad-encoding": r"is not UTF-8 |\(.*\) has a caption that is not UTF-8$",
     "bad-csv": r"is not CSV |has \d+ fields, the header has ",
@@ -138,20 +142,6 @@ _ROWS = {  # how what is said of a bad row begins, or what it has
     "half-character": r".* has half a character",
     "wrong-type": r".* is (null|a \w+|an object), expected a string",
 }
-_IMAGES = {
-    "MF-SEC-01": "unsafe-path",
-    "MF-DATA-11": "missing-image",
-    "MF-DATA-12": "huge-image",
-    "MF-DATA-14": "wrong-format-image",
-    "MF-DATA-15": "not-a-file",
-}
-_UNREADABLE = {  # how what a decoder says begins
-    "empty-image": ("it is empty",),
-    "wrong-format-image": ("looks like ",),
-    "truncated-image": ("image file is truncated", "Truncated File Read"),
-}
-
-
 def of_rows(index: Index) -> Iterator[Finding]:
     """Rows that are none."""
     for problem in index.row_problems:
@@ -168,32 +158,27 @@ def _kind_of_row(what: str) -> str:
     return next((kind for kind, pattern in _ROWS.items() if re.match(pattern, what, re.DOTALL)), "bad-row")
 
 
-def of_images(index: Index) -> Iterator[Finding]:
-    """What is wrong with images, each once, at the first row that shows it."""
-    if not len(index.image_S):
-        return
-    images, first_I, rows_I = np.unique(index.image_S, return_index=True, return_counts=True)
-    for number, row, rows in zip(images.tolist(), first_I.tolist(), rows_I.tolist(), strict=True):
-        name, look = index.images[number], index.looks[number]
-        for kind, message, hint in _kinds_of_image(name, look):
-            told = f"{message}; {rows} rows show it" if rows > 1 else message
-            where = f"{index.file}:{index.lines_S[row]}"
-            yield Finding(kind, index.split, where, told, hint, look.code, index.ids[row], name, rows, row)
+def of_files(index: Index) -> Iterator[Finding]:
+    """What is wrong with files, each once, at the first row that names it."""
+    for modality, each in index.files.items():
+        kind_of = of(modality)
+        assert isinstance(kind_of, Files)
+        has_one = np.flatnonzero(each.number_S >= 0)
+        numbers, first, rows_of = np.unique(each.number_S[has_one], return_index=True, return_counts=True)
+        for number, row, rows in zip(numbers.tolist(), has_one[first].tolist(), rows_of.tolist(), strict=True):
+            name, look = each.names[number], each.looks[number]
+            for kind, message, hint in kind_of.findings(name, look):
+                told = f"{message}; {rows} rows show it" if rows > 1 else message
+                where = f"{index.file}:{index.lines_S[row]}"
+                yield Finding(kind, index.split, where, told, hint, look.code, index.ids[row], name, rows, row)
 
 
-def _kinds_of_image(name: str, look: Look) -> Iterator[tuple[str, str, str]]:
-    if look.code:
-        said = look.what.rpartition(" is not a readable image (")[2]
-        known = (kind for kind, starts in _UNREADABLE.items() if said.startswith(starts))
-        yield _IMAGES.get(look.code) or next(known, "unreadable-image"), look.what, look.fix
-        return
-    short, long = sorted((look.width, look.height))
-    sides = f"{name} has {look.width} x {look.height} pixels"
-    if short < SMALL:
-        yield "tiny-image", sides, ""
-    if long > STRIP * short:
-        yield "strip-image", sides, ""
-    if look.animated:
-        yield "animated-image", f"{name} is an animation", ""
-    if look.milliseconds > SLOW:
-        yield "slow-image", f"{name} took {look.milliseconds / 1000:.1f} s to decode", ""
+def of_missing(index: Index) -> Iterator[Finding]:
+    """What rows have nothing of, where they may: at the first of them."""
+    for modality, each in index.values.items():
+        lacking = np.flatnonzero(each.lacks())
+        if len(lacking):
+            message = f"{len(lacking):,} rows have no {modality}"
+            yield at(index, int(lacking[0]), "missing-value", message, rows=len(lacking))
+    for what, count in index.left_out.items():
+        yield Finding("missing-value", index.split, index.file, f"{count:,} rows without {what} are left out", rows=count)

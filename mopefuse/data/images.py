@@ -1,24 +1,26 @@
-"""Open an image that somebody else provided: inside its root, of a known format, of a bearable size, and whole."""
+"""Images that somebody else provided: inside their root, of a known format, of a bearable size, and whole."""
 
 from __future__ import annotations
 
-import hashlib
 import io
-import os
 import re
-import stat
-import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, ClassVar
 
+import numpy as np
 from PIL import Image, ImageOps
 
-from mopefuse.errors import DataError, MopefuseError, UnsafePathError
+from mopefuse.config import Data as DataConfig
+from mopefuse.data.files import Files, Look, contained, content_of
+from mopefuse.errors import DataError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+SMALL = 16  # pixels; an image with a shorter side is remarked on
+STRIP = 10  # of the sides of an image; a longer strip is remarked on
+SLOW = 2000  # milliseconds of decoding
+_GREY = (128, 128, 128)
 _NO_IMAGE = {b"<!doctype": "HTML", b"<html": "HTML", b"<svg": "SVG", b"<?xml": "XML"}
 _DISABLED = {
     b"%pdf": "PDF",
@@ -28,6 +30,18 @@ _DISABLED = {
     b"ii*\0": "TIFF",
     b"mm\0*": "TIFF",
     b"\0\0\1\0": "ICO",
+}
+_KINDS = {  # of findings
+    "MF-SEC-01": "unsafe-path",
+    "MF-DATA-11": "missing-image",
+    "MF-DATA-12": "huge-image",
+    "MF-DATA-14": "wrong-format-image",
+    "MF-DATA-15": "not-a-file",
+}
+_UNREADABLE = {  # how what a decoder says begins
+    "empty-image": ("it is empty",),
+    "wrong-format-image": ("looks like ",),
+    "truncated-image": ("image file is truncated", "Truncated File Read"),
 }
 
 # Of odd metadata, which pixels do not need, and of large images, which we refuse ourselves. A filter of the whole
@@ -46,16 +60,8 @@ def open_image(roots: Sequence[Path], relative: str, *, where: str, max_pixels: 
     Raises:
         DataError: a path outside `roots`, not a regular file, not an image of `FORMATS`, too large, or cut short.
     """
-    path = contained(roots, relative, where=where)
-    return _decoded(_content(path, relative, where), relative, where=where, max_pixels=max_pixels)[0]
-
-
-def _content(path: Path, relative: str, where: str) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        fix = "make it readable"
-        raise DataError(13, f"{relative} cannot be read: {error.strerror}", where=where, fix=fix) from None
+    path = contained(roots, relative, where=where, what="image")
+    return _decoded(content_of(path, relative, where), relative, where=where, max_pixels=max_pixels)[0]
 
 
 def _decoded(
@@ -107,51 +113,6 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _leaves_root(where: str) -> UnsafePathError:
-    fix = "use a path relative to the data folder, or allow its folder with --image-root"
-    return UnsafePathError(1, "the image path leaves the image root", where=where, fix=fix)
-
-
-def contained(roots: Sequence[Path], relative: str, *, where: str) -> Path:
-    """The file that a path means: relative to the first of `roots` that has it, or absolute inside one of the others.
-
-    Raises:
-        UnsafePathError: the path is a URL or leads out of every root. DataError: it is not a regular file.
-    """
-    path = _place(roots, relative, where)
-    try:
-        mode = os.stat(path).st_mode
-    except (OSError, ValueError):
-        raise DataError(11, f"image not found: {relative}", where=where, fix=_other_case(path) or "add the file") from None
-    if not stat.S_ISREG(mode):
-        raise DataError(15, f"{relative} is not a regular file", where=where, fix="name an image file")
-    return path
-
-
-def _place(roots: Sequence[Path], relative: str, where: str) -> Path:
-    if "\0" in relative or "://" in relative or relative.startswith(("\\", "~")) or relative[1:2] == ":":
-        raise _leaves_root(where)
-    bases = [root.resolve() for root in roots]
-    absolute = relative.startswith("/")
-    allowed = bases[1:] if absolute else bases
-    try:
-        places = [path.resolve() for path in ([Path(relative)] if absolute else [base / relative for base in bases])]
-    except (OSError, RuntimeError, ValueError):  # links that go round in circles, half a character
-        raise DataError(11, f"image not found: {relative}", where=where, fix="add the file") from None
-    if not all(any(path.is_relative_to(base) for base in allowed) for path in places):
-        raise _leaves_root(where)
-    return next((path for path in places[:-1] if os.path.exists(path)), places[-1])
-
-
-def _other_case(path: Path) -> str:
-    try:
-        there = os.listdir(path.parent)
-    except (OSError, ValueError):
-        return ""
-    alike = [name for name in there if name.lower() == path.name.lower()]
-    return f"the folder has {alike[0]}: mind upper and lower case" if alike else ""
-
-
 def _looks_like(content: bytes, error: Exception) -> str:
     if not content.strip():
         return "it is empty"
@@ -166,79 +127,70 @@ def _starts_as(content: bytes, known: Mapping[bytes, str]) -> str:
     return next((name for start, name in known.items() if head.startswith(start) or head.lstrip().startswith(start)), "")
 
 
-# -- looking at many, without keeping any
+# -- the modality
 
 
-class Look(NamedTuple):
-    """What is known of an image file."""
+class Images(Files):
+    """An image file: upright RGB, see `open_image`."""
 
-    size: int = -1  # bytes; -1 for what is no file
-    mtime: int = 0  # ns
-    width: int = 0
-    height: int = 0
-    animated: bool = False
-    milliseconds: int = 0  # that decoding took
-    digest: bytes = b""  # of its content, 16 bytes
-    code: str = ""  # of the error that it is, if it is one
-    what: str = ""
-    fix: str = ""
+    plural: ClassVar[str] = "images"
+    kind: ClassVar[str] = "a PIL image"
+    give: ClassVar[str] = "open images with PIL.Image.open"
+    meant: ClassVar[tuple[str, ...]] = (
+        "image", "image_path", "img_path", "filename", "file_name", "file", "path", "photo", "picture",
+    )  # fmt: skip
+    leaked: ClassVar[str] = "leaked-image"
+    is_picture: ClassVar[bool] = True
+    prompt_length: ClassVar[int] = 6
+    lr: ClassVar[float] = 4e-4
 
+    def decode(self, content: bytes, name: str, *, where: str, config: DataConfig) -> Image.Image:
+        """See `Files.decode`."""
+        return _decoded(content, name, where=where, max_pixels=config.max_pixels)[0]
 
-def look_at(
-    roots: Sequence[Path],
-    names: Sequence[str],
-    *,
-    max_pixels: int,
-    known: Mapping[str, Look] | None = None,
-    advance: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Look]:
-    """Read and decode images with all processors; those that did not change since they were `known` are not read again.
+    def look(self, content: bytes, name: str, config: DataConfig) -> Look:
+        """See `Files.look`; of a JPEG only an eighth of the size is computed."""
+        image, (width, height) = _decoded(content, name, where="", max_pixels=config.max_pixels, glance=True)
+        return Look(width=width, height=height, animated=_animated(image))
 
-    Args:
-        advance: told of (images looked at, images to look at).
-    """
-    known = known or {}
-    looks = {name: known[name] for name in names if name in known and _unchanged(roots, name, known[name])}
-    rest = [name for name in names if name not in looks]
-    with ThreadPoolExecutor(processors()) as pool:  # decoders let other threads run
-        for start in range(0, len(rest), 512):
-            futures = [pool.submit(_look, roots, name, max_pixels) for name in rest[start : start + 512]]
-            for done, future in enumerate(as_completed(futures), start=start + 1):
-                name, look = future.result()
-                looks[name] = look
-                advance(done, len(rest))
-    return looks
+    def limits(self, config: DataConfig) -> tuple[object, ...]:
+        """See `Files.limits`."""
+        return (config.max_pixels,)
 
+    def nothing(self) -> Image.Image:
+        """Mid-grey."""
+        return Image.new("RGB", (64, 64), _GREY)
 
-def processors() -> int:
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    def examples(self) -> list[Any]:
+        """Noise, wide, square and tall."""
+        random = np.random.default_rng(1)
+        return [Image.fromarray(random.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in ((40, 60), (64, 64), (90, 50))]
 
+    def accepts(self, value: Any) -> bool:
+        """PIL images."""
+        return isinstance(value, Image.Image)
 
-def _unchanged(roots: Iterable[Path], name: str, look: Look) -> bool:
-    for root in roots:
-        try:
-            now = os.stat(f"{root}/{name}" if not name.startswith("/") else name)
-        except (OSError, ValueError):
-            continue
-        return now.st_size == look.size and now.st_mtime_ns == look.mtime
-    return False
+    def prompt_bound(self, patch_size: int, width: int) -> float:
+        """sqrt(6 / (3 patch^2 + width)), as in the papers."""
+        return float((6 / (3 * patch_size**2 + width)) ** 0.5)
 
-
-def _look(roots: Sequence[Path], name: str, max_pixels: int) -> tuple[str, Look]:
-    look = Look()
-    try:
-        path = contained(roots, name, where="")
-        status = path.stat()
-        look = look._replace(size=status.st_size, mtime=status.st_mtime_ns)
-        content = _content(path, name, "")
-        look = look._replace(digest=hashlib.blake2b(content, digest_size=16).digest())
-        began = time.perf_counter()
-        image, (width, height) = _decoded(content, name, where="", max_pixels=max_pixels, glance=True)
-        took = round(1000 * (time.perf_counter() - began))
-        return name, look._replace(width=width, height=height, animated=_animated(image), milliseconds=took)
-    except MopefuseError as error:
-        return name, look._replace(code=error.code, what=error.what, fix=error.fix)
+    def findings(self, name: str, look: Look) -> Iterator[tuple[str, str, str]]:
+        """See `Files.findings`."""
+        if look.code:
+            said = look.what.rpartition(" is not a readable image (")[2]
+            known = (kind for kind, starts in _UNREADABLE.items() if said.startswith(starts))
+            yield _KINDS.get(look.code) or next(known, "unreadable-image"), look.what, look.fix
+            return
+        short, long = sorted((look.width, look.height))
+        sides = f"{name} has {look.width} x {look.height} pixels"
+        if short < SMALL:
+            yield "tiny-image", sides, ""
+        if long > STRIP * short:
+            yield "strip-image", sides, ""
+        if look.animated:
+            yield "animated-image", f"{name} is an animation", ""
+        if look.milliseconds > SLOW:
+            yield "slow-image", f"{name} took {look.milliseconds / 1000:.1f} s to decode", ""
 
 
 def _animated(image: Image.Image) -> bool:

@@ -12,12 +12,14 @@ from numpy.typing import NDArray
 from mopefuse import cache
 from mopefuse.config import Data as DataConfig
 from mopefuse.data._base import SPLITS, DataSet, Problem, Split
+from mopefuse.data.columns import Layout, modalities_of
 from mopefuse.data.index import Advance, Index, build
 from mopefuse.data.leaks import leak
 from mopefuse.data.rows import Rows
 from mopefuse.data.subsets import few, hold_out
 from mopefuse.data.tables import find_tables, read_bytes
 from mopefuse.errors import ConfigError, DataError, data_error
+from mopefuse.modality import of
 
 _MOST_LISTED = 20
 Numbers = NDArray[np.int64]
@@ -30,15 +32,15 @@ def load_data(
     require: tuple[str, ...] = ("train", "val"),
     advance: Advance = lambda done, total: None,
 ) -> DataSet:
-    """The data set that `config` describes, validated: every row is one, every image can be decoded.
+    """The data set that `config` describes, validated: every row is one, every image or other file can be decoded.
 
     Args:
         require: splits that must be there; others are read if they are.
-        advance: told of (images looked at, images to look at) where the index is built.
+        advance: told of (files looked at, files to look at) where the index is built.
 
     Raises:
-        DataError: no such folder or split, bad rows or images (all are found, the first twenty listed), labels that
-            training does not define. UnsafePathError: an image path out of its root. ConfigError: no data were named.
+        DataError: no such folder or split, bad rows or files (all are found, the first twenty listed), labels that
+            training does not define. UnsafePathError: a path out of its root. ConfigError: no data were named.
     """
     if config.path is None:
         raise ConfigError(8, "no data set was named", where="data.path", fix="add --data DIR")
@@ -55,7 +57,7 @@ def load_data(
 
 
 def roots_of(path: Path, config: DataConfig) -> tuple[Path, ...]:
-    """Folders that images may be in: that of the data first."""
+    """Folders that images and other files may be in: that of the data first."""
     return (path.parent if path.is_file() else path, *map(Path, config.image_roots))
 
 
@@ -68,12 +70,13 @@ def read_indexes(config: DataConfig, *, advance: Advance = lambda done, total: N
     path = Path(config.path or "")
     tables = find_tables(path, config)
     roots = roots_of(path, config)
+    modalities = modalities_of(tables.values(), config)
     if "" in tables:
         names = SPLITS if config.split_col else ("train",)
-        found = {name: build(tables[""], name, roots, config, advance=advance) for name in names}
+        found = {name: build(tables[""], name, roots, modalities, config, advance=advance) for name in names}
         return {name: index for name, index in found.items() if name == "train" or len(index.lines_S) or index.row_problems}
     config = config.model_copy(update={"split_col": None})  # each split has a table of its own
-    return {name: build(table, name, roots, config, advance=advance) for name, table in tables.items()}
+    return {name: build(table, name, roots, modalities, config, advance=advance) for name, table in tables.items()}
 
 
 def _parts(indexes: dict[str, Index], path: Path, config: DataConfig, require: Sequence[str]) -> Parts:
@@ -87,7 +90,8 @@ def _parts(indexes: dict[str, Index], path: Path, config: DataConfig, require: S
             raise ConfigError(43, what, where=str(path), fix=f"unset it, or remove the {name} split")
         if "train" in parts:
             index, rows = parts["train"]
-            groups = [index.images[number] for number in index.image_S[rows]]
+            every = index.groups()
+            groups = [every[row] for row in rows]
             labels = [index.labels[row] for row in rows]
             count = round(fraction * len(index.good()))
             kept, held = hold_out(groups, labels, count, config.seed)
@@ -111,11 +115,14 @@ def _parts(indexes: dict[str, Index], path: Path, config: DataConfig, require: S
 
 def _split(name: str, index: Index, rows: Numbers, skipped: tuple[Problem, ...], config: DataConfig) -> Split:
     labels = [index.labels[row] for row in rows]
-    images, texts = index.image_keys()[rows], index.text_S[rows]
+    keys = {modality: each.keys()[rows] for modality, each in index.values.items()}
+    alike = {modality: each.alike()[rows] for modality, each in index.values.items()}
     told = [f"{problem.code} {problem}" for problem in skipped]
-    digest = cache.key_of(index.digest, name, *told, rows.tobytes().hex(), images.tobytes().hex())
-    read = Rows(index.content, index.places_S2[rows], index.lines_S[rows], labels, index.split, config)
-    return Split(name, index.file, read, labels, images, texts, index.alike_S[rows], digest, skipped)
+    files = [keys[modality].tobytes().hex() for modality in index.files]
+    digest = cache.key_of(index.digest, name, *told, rows.tobytes().hex(), *files)
+    layout = Layout.of([*keys], config)
+    read = Rows(index.content, index.places_S2[rows], index.lines_S[rows], labels, index.split, layout)
+    return Split(name, index.file, read, labels, keys, alike, digest, skipped)
 
 
 def _refuse_bad(index: Index, root: Path, config: DataConfig) -> tuple[Problem, ...]:
@@ -137,7 +144,7 @@ def _refuse_bad(index: Index, root: Path, config: DataConfig) -> tuple[Problem, 
         raise DataError(26, f"{what}: {_listed(problems)}", where=str(root / index.file), fix=fix)
     shown = unsafe or problems
     first = shown[0]
-    if len(problems) == 1 and first.img:
+    if len(problems) == 1 and first.file:
         raise data_error(first.code, first.what, where=first.where, fix=first.fix)
     code = first.code if len({problem.code for problem in shown}) == 1 else "MF-DATA-03"
     plural = "s" if len(shown) > 1 else ""
@@ -206,15 +213,21 @@ def _notices(splits: dict[str, Split], indexes: dict[str, Index], config: DataCo
         for split in splits.values()
         if split.skipped
     ]
-    moving = [name for index in indexes.values() for name, look in zip(index.images, index.looks, strict=True) if look.animated]
+    for index in indexes.values():
+        found += [f"{index.split}: {count} rows without {what} are left out" for what, count in index.left_out.items()]
+    for split in splits.values():
+        lacking = {modality: int(split.lacks(modality).sum()) for modality in split.keys}
+        found += [f"{split.name}: {count} rows have no {modality}" for modality, count in lacking.items() if count]
+    each = [files for index in indexes.values() for files in index.files.values()]
+    moving = [name for files in each for name, look in zip(files.names, files.looks, strict=True) if look.animated]
     if moving:
         found.append(f"{len(moving)} images are animations, as {moving[0]}: their first frame is read")
     leaks = []
     for name in ("val", "test"):
         if name in splits and "train" in splits:
-            images, texts = leak(splits["train"], splits[name])
-            both = (("images", images), ("texts", texts))
-            leaks += [f"{len(rows)} {kind} of {name} are also in train" for kind, rows in both if len(rows)]
+            shared = leak(splits["train"], splits[name])
+            both = ((of(kind).plural, rows) for kind, rows in shared.items())
+            leaks += [f"{len(rows)} {plural} of {name} are also in train" for plural, rows in both if len(rows)]
     if leaks and config.strict:
         fix = "remove them from train, or leave --strict out"
         raise DataError(27, "; ".join(leaks), where=str(config.path), fix=fix)

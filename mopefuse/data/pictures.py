@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from mopefuse import cache
 from mopefuse.config import Data as DataConfig
 from mopefuse.data._base import DataSet, Split
-from mopefuse.data.images import open_image, processors
+from mopefuse.data.files import processors
 from mopefuse.encoders._base import Preprocess
 from mopefuse.errors import ResourceError
 
@@ -51,22 +51,24 @@ class Pictures:
 def pictures(
     data: DataSet,
     split: Split,
+    modality: str,
     preprocess: Preprocess,
     config: DataConfig,
     *,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> Pictures:
-    """The reduced images of a split, from the cache or decoded into it.
+    """The reduced images of a split, from the cache or decoded into it; where a row has none, one that says nothing.
 
     Args:
+        modality: whose values are pictures.
         advance: told of (images decoded, images to decode).
 
     Raises:
         ResourceError: there is no folder to keep them in, or no space. DataError: an image that cannot be read.
     """
-    _, first_U, number_S = np.unique(split.image_keys, return_index=True, return_inverse=True)
+    _, first_U, number_S = np.unique(split.keys[modality], return_index=True, return_inverse=True)
     how = {name: value for name, value in preprocess.describe().items() if name in ("resize", "interpolation")}
-    different = split.image_keys[first_U].tobytes().hex()
+    different = split.keys[modality][first_U].tobytes().hex()
     key = cache.key_of(VERSION, different, how, PIL.__version__, torchvision.__version__)
     found = cache.find("images", key, thorough=False)
     if found is not None:
@@ -75,7 +77,7 @@ def pictures(
     def write(folder: Path) -> None:
         sides, starts, end = [], [], 0
         with (folder / "pixels.bin").open("wb") as file:
-            for pixels in _decoded(data, split, first_U, preprocess, config, advance):
+            for pixels in _decoded(data, split, modality, first_U, preprocess, config, advance):
                 sides.append(pixels.shape[:2])
                 starts.append(end)
                 end += file.write(np.ascontiguousarray(pixels).tobytes())
@@ -91,15 +93,14 @@ def pictures(
 def _decoded(
     data: DataSet,
     split: Split,
+    modality: str,
     first_U: NDArray[np.int64],
     preprocess: Preprocess,
     config: DataConfig,
     advance: Callable[[int, int], None],
 ) -> Iterator[Pixels]:
     def one(number: int) -> Pixels:
-        row = split.rows[number]
-        image = open_image(data.image_roots, row.img, where=split.where(row), max_pixels=config.max_pixels)
-        pixels: Pixels = preprocess.reduce(image)
+        pixels: Pixels = preprocess.reduce(data.read(split, split.rows[number], modality, config))
         return pixels
 
     with ThreadPoolExecutor(processors()) as pool:  # decoding and resizing let other threads run

@@ -1,6 +1,5 @@
-"""What a row is: MMBT's ``{"id": .., "text": .., "img": "relative/path.jpg", "label": "x" | ["x", "y"]}``.
-
-Columns may have other names (`data.text_col`, ...). Nothing of a row's content is echoed in a message.
+"""What a row is: MMBT's ``{"id": .., "text": .., "img": "relative/path.jpg", "label": "x" | ["x", "y"]}``, with a column
+for each modality of the data set (see `mopefuse.data.columns`). Nothing of a row's content is echoed in a message.
 
 Shapes: S rows of a split.
 """
@@ -15,25 +14,19 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from mopefuse.config import Data as DataConfig
 from mopefuse.data._base import Row
+from mopefuse.data.columns import Layout
 
 _SURROGATE = re.compile("[\ud800-\udfff]")  # cannot be written to a file
 _KINDS = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
-_MEANT = {  # names that columns have elsewhere
-    "text": ("caption", "title", "name", "sentence", "description", "content", "plot", "review", "body"),
-    "img": ("image", "image_path", "img_path", "filename", "file_name", "file", "path", "photo", "picture"),
-    "label": ("labels", "category", "class", "target", "genre", "genres", "y"),
-}
-_FLAGS = {"text": "--text-col", "img": "--image-col", "label": "--label-col", "id": "--id-col"}
+_OR_WITHOUT = "--on-missing skip or absent"
 
 
 class Checked(NamedTuple):
     """A row that is one."""
 
     id: str
-    text: str
-    img: str
+    values: dict[str, str | None]  # by modality
     labels: tuple[str, ...]
     is_list: bool  # labels were written as a list
 
@@ -42,69 +35,90 @@ class NoRow(ValueError):
     """What is wrong with a row."""
 
 
-def check_row(value: Mapping[str, Any], line: int, split: str, config: DataConfig) -> Checked:
+class LeftOut(Exception):
+    """A row that is left out, as it has nothing of some modalities."""
+
+    def __init__(self, missing: Sequence[str]) -> None:
+        super().__init__(" and ".join(missing))
+
+
+def check_row(row: Mapping[str, Any], line: int, split: str, layout: Layout) -> Checked:
     """A row's fields, of the right kinds.
 
     Raises:
-        NoRow: a column is missing, or a value of another kind.
+        NoRow: a column is missing, or a value of another kind. LeftOut: a value is missing, and such rows are skipped.
     """
-    columns = columns_of(config)
-    _require(("text", "img", "label"), columns, value)
-    text, img = _text_and_image(value, columns, config)
-    identity = _identity(value, columns, f"{split}-{line}")
-    labels, is_list = _labels(value[columns["label"]], columns["label"], config.label_sep)
-    _refuse_half_characters({"id": identity, "img": img, "label": "".join(labels)}, columns)
-    return Checked(identity, text, img, labels, is_list)
+    values = _values(row, layout, label=True)
+    identity = _identity(row, layout.identity, f"{split}-{line}")
+    labels, is_list = _labels(row[layout.label], layout.label, layout.separator)
+    _refuse_half_characters(identity, values, layout)
+    if _SURROGATE.search("".join(labels)):
+        raise NoRow(_half(layout.label))
+    _leave_out(values, layout)
+    return Checked(identity, values, labels, is_list)
 
 
-def check_pair(value: Mapping[str, Any], line: int, config: DataConfig) -> tuple[str, str, str]:
-    """(id, text, image) of a row without a label, as in what is to be predicted.
+def check_input(row: Mapping[str, Any], line: int, layout: Layout) -> tuple[str, dict[str, str | None]]:
+    """(id, values) of a row without a label, as in what is to be predicted.
 
     Raises:
         NoRow: a column is missing, or a value of another kind.
     """
-    columns = columns_of(config)
-    _require(("text", "img"), columns, value)
-    text, img = _text_and_image(value, columns, config)
-    identity = _identity(value, columns, str(line))
-    _refuse_half_characters({"id": identity, "img": img}, columns)
-    return identity, text, img
+    values = _values(row, layout, label=False)
+    identity = _identity(row, layout.identity, str(line))
+    _refuse_half_characters(identity, values, layout)
+    return identity, values
 
 
-def _require(kinds: Sequence[str], columns: Mapping[str, str], value: Mapping[str, Any]) -> None:
-    missing = [kind for kind in kinds if columns[kind] not in value]
-    if missing:
-        raise NoRow(_no_column(missing, columns, value))
+def _values(row: Mapping[str, Any], layout: Layout, *, label: bool) -> dict[str, str | None]:
+    lenient = layout.on_missing != "error"
+    missing = [] if lenient else [name for name, column in layout.columns.items() if column not in row]
+    no_label = label and layout.label not in row
+    if missing or no_label:
+        raise NoRow(_no_column(missing, no_label, row, layout))
+    values: dict[str, str | None] = {}
+    for name, column in layout.columns.items():
+        said = layout.said(name, row)
+        if isinstance(said, str) or (said is None and lenient):
+            values[name] = said
+            continue
+        raise NoRow(f"{column} is {_kind(said)}, expected a string{_hint(name, layout) if said is None else ''}")
+    if all(value is None for value in values.values()):
+        found = ", ".join(sorted(map(str, row))) or "nothing"
+        raise NoRow(f"has none of {', '.join(layout.columns.values())}; found {found}{_meant([*values], False, row, layout)}")
+    return values
 
 
-def _text_and_image(value: Mapping[str, Any], columns: Mapping[str, str], config: DataConfig) -> tuple[str, str]:
-    text, img = value[columns["text"]], value[columns["img"]]
-    if text is None and config.allow_missing_text:
-        text = ""
-    if not isinstance(text, str):
-        hint = " (set data.allow_missing_text=true to take it as empty)" if text is None else ""
-        raise NoRow(f"{columns['text']} is {_kind(text)}, expected a string{hint}")
-    if not isinstance(img, str):
-        raise NoRow(f"{columns['img']} is {_kind(img)}, expected a string")
-    return text, img
+def _hint(name: str, layout: Layout) -> str:
+    if name in layout.in_rows:
+        return f" (set data.allow_missing_text=true to take it as empty, or {_OR_WITHOUT})"
+    return f" ({_OR_WITHOUT} goes on without)"
 
 
-def _identity(value: Mapping[str, Any], columns: Mapping[str, str], default: str) -> str:
-    identity = value.get(columns["id"], default)
+def _leave_out(values: Mapping[str, str | None], layout: Layout) -> None:
+    missing = [name for name, value in values.items() if value is None]
+    if missing and layout.on_missing == "skip":
+        raise LeftOut(missing)
+
+
+def _identity(row: Mapping[str, Any], column: str, default: str) -> str:
+    identity = row.get(column, default)
     if not isinstance(identity, str | int) or isinstance(identity, bool):
-        raise NoRow(f"{columns['id']} is {_kind(identity)}, expected a string")
+        raise NoRow(f"{column} is {_kind(identity)}, expected a string")
     return str(identity)
 
 
-def _refuse_half_characters(said: Mapping[str, str], columns: Mapping[str, str]) -> None:
-    for kind, text in said.items():
-        if _SURROGATE.search(text):
-            raise NoRow(f"{columns[kind]} has half a character (a lone surrogate)")
+def _refuse_half_characters(identity: str, values: Mapping[str, str | None], layout: Layout) -> None:
+    """In what names files; a text in a row may have them."""
+    if _SURROGATE.search(identity):
+        raise NoRow(_half(layout.identity))
+    for name, value in values.items():
+        if value is not None and name not in layout.in_rows and _SURROGATE.search(value):
+            raise NoRow(_half(layout.columns[name]))
 
 
-def columns_of(config: DataConfig) -> dict[str, str]:
-    """The name of each column."""
-    return {"id": config.id_col, "text": config.text_col, "img": config.img_col, "label": config.label_col}
+def _half(column: str) -> str:
+    return f"{column} has half a character (a lone surrogate)"
 
 
 def _labels(value: Any, name: str, separator: str | None) -> tuple[tuple[str, ...], bool]:
@@ -121,11 +135,15 @@ def _labels(value: Any, name: str, separator: str | None) -> tuple[tuple[str, ..
     raise NoRow(f"{name} is {_kind(value)}, expected a string or a list of strings (quote it)")
 
 
-def _no_column(missing: Sequence[str], columns: Mapping[str, str], value: Mapping[str, Any]) -> str:
-    hints = [f"{_FLAGS[kind]} {name}" for kind in missing for name in _MEANT[kind] if name in value][: len(missing)]
-    meant = f"; did you mean {' '.join(hints)}?" if hints else ""
-    absent = " or ".join(columns[kind] for kind in missing)
-    return f"has no {absent}; found {', '.join(sorted(map(str, value))) or 'nothing'}{meant}"
+def _no_column(missing: Sequence[str], no_label: bool, row: Mapping[str, Any], layout: Layout) -> str:
+    absent = " or ".join([*(layout.columns[name] for name in missing), *([layout.label] if no_label else [])])
+    found = ", ".join(sorted(map(str, row))) or "nothing"
+    return f"has no {absent}; found {found}{_meant(missing, no_label, row, layout)}"
+
+
+def _meant(missing: Sequence[str], no_label: bool, row: Mapping[str, Any], layout: Layout) -> str:
+    hints = layout.hints(missing, no_label, row)
+    return f"; did you mean {' '.join(hints)}?" if hints else ""
 
 
 def _kind(value: Any) -> str:
@@ -147,10 +165,10 @@ class Rows(Sequence[Row]):
         lines_S: NDArray[np.int64],
         labels: Sequence[tuple[str, ...]],
         split: str,
-        config: DataConfig,
+        layout: Layout,
     ) -> None:
         self._content, self._places_S2, self._lines_S, self._labels = content, places_S2, lines_S, labels
-        self._split, self._columns = split, columns_of(config)
+        self._split, self._layout = split, layout
 
     def __len__(self) -> int:
         return len(self._places_S2)
@@ -165,10 +183,10 @@ class Rows(Sequence[Row]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         start, stop = self._places_S2[index]
-        value, line = json.loads(bytes(self._content[start:stop])), int(self._lines_S[index])
-        identity = str(value.get(self._columns["id"], f"{self._split}-{line}"))
-        text = value[self._columns["text"]] or ""
-        return Row(identity, text, value[self._columns["img"]], self._labels[index], line)
+        row, line = json.loads(bytes(self._content[start:stop])), int(self._lines_S[index])
+        identity = str(row.get(self._layout.identity, f"{self._split}-{line}"))
+        values = {name: self._layout.said(name, row) for name in self._layout.columns}
+        return Row(identity, values, self._labels[index], line)
 
     def __iter__(self) -> Iterator[Row]:
         return (self[index] for index in range(len(self)))

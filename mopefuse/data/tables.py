@@ -11,7 +11,7 @@ import io
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,6 +86,26 @@ def _table(path: Path, config: DataConfig) -> Table:
     if kind != ".jsonl":
         raise DataError(20, f"{path.name} is no table", where=str(path), fix=f"name a {', '.join(SUFFIXES)} file or a folder")
     return Table(path.name, digest, lambda: _json_lines(content), content)
+
+
+def columns_in(table: Table, names: Collection[str]) -> set[str]:
+    """Those of `names` that are columns of some row; all rows of a format other than JSON lines have the same."""
+    objects = (row.value for row in table.rows() if isinstance(row.value, dict))
+    if table.content is None:
+        return set(names) & next(objects, {}).keys()
+    wanted = {name for name in names if any(key in table.content for key in _written(name))}
+    found: set[str] = set()
+    for value in objects:
+        found |= wanted & value.keys()
+        if found == wanted:
+            break
+    return found
+
+
+def _written(name: str) -> Iterator[bytes]:
+    """A key as JSON writes it."""
+    yield json.dumps(name).encode()
+    yield json.dumps(name, ensure_ascii=False).encode("utf-8", "surrogatepass")
 
 
 def read_bytes(path: Path) -> bytes:
@@ -232,9 +252,9 @@ def _image_folder(path: Path, config: DataConfig) -> Table:
                 continue
         else:
             value[config.text_col] = None
-        if value[config.text_col] is None and not config.allow_missing_text:
-            caption = file.with_suffix(".txt").name
-            rows.append(Found(number, f"({name}) has no text: add {caption} beside it, or a line in metadata.jsonl"))
+        if value[config.text_col] is None and not config.allow_missing_text and config.on_missing == "error":
+            hint = f"add {file.with_suffix('.txt').name} beside it, or a line in metadata.jsonl, or --on-missing skip or absent"
+            rows.append(Found(number, f"({name}) has no text: {hint}"))
             continue
         rows.append(Found(number, value))
     digest = hashlib.sha256(json.dumps([row.value for row in rows]).encode()).hexdigest()

@@ -73,7 +73,7 @@ class Encoder(nn.Module):
 
 
     spec: Spec  # with the full name, as recorded in a run
-    modality: str  # "image" or "text"
+    modality: str  # name of an entry point in the group ``mopefuse.modalities``, as text
     widths: tuple[int, ...] = ()  # D of each promptable layer; empty if the encoder can be complementary only
     heads: tuple[int, ...] = ()  # H of each promptable layer
     feature_width: int  # C

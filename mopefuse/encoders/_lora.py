@@ -10,21 +10,19 @@ one forward pass, and refuses an encoder in which an adapted layer was not calle
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image
 from torch import nn
 
 from mopefuse.config import Lora
 from mopefuse.encoders import _numbers
 from mopefuse.errors import EncoderError, did_you_mean
 from mopefuse.libraries import require
+from mopefuse.modality import of
 
 if TYPE_CHECKING:
     from mopefuse.encoders._base import Encoder
-
-_SAMPLE: dict[str, Any] = {"image": Image.new("RGB", (64, 64)), "text": "a"}
 
 
 def is_lora(name: str) -> bool:
@@ -93,7 +91,7 @@ def _refuse_unheard(encoder: Encoder, names: Iterable[str]) -> None:
         for name in names
     ]
     preprocess = encoder.preprocess
-    inputs = preprocess.batch([preprocess.item(_SAMPLE[encoder.modality])])
+    inputs = preprocess.batch([preprocess.item(of(encoder.modality).examples()[0])])
     device = next(encoder.parameters()).device
     try:
         with torch.no_grad():

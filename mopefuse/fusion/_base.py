@@ -15,9 +15,9 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
+from mopefuse import modality
 from mopefuse.config import RunConfig
 from mopefuse.data._base import Batch
 from mopefuse.encoders._base import Encoder, Inputs, Preprocess, run_frozen
@@ -230,23 +230,33 @@ class Fusion(nn.Module):
         """Side to modality and preprocessing."""
         return {side: (self.encoder(side).modality, self.encoder(side).preprocess) for side in self.reads}
 
-    def collate(self, images: Sequence[Image.Image], texts: Sequence[str]) -> Batch:
-        """Raw pairs to a batch on the model's device: each encoder's own preprocessing, no augmentation.
+    def collate(
+        self, images: Sequence[Any] | None = None, texts: Sequence[Any] | None = None, **more: Sequence[Any]
+    ) -> Batch:
+        """Raw values to a batch on the model's device: each encoder's own preprocessing, no augmentation.
+
+        Args:
+            images, texts, more: by modality (``audio=[...]``), one for each sample; None for a sample that has none. What no
+                encoder reads may be left out.
 
         Raises:
-            DataError: not as many images as texts, none, or something that is no image or no text.
+            DataError: not as many of one as of another, none, or something that is no image or no text.
         """
-        if len(images) != len(texts) or not images:
-            raise DataError(17, f"{len(images)} images and {len(texts)} texts are no pairs", fix="give one text for each image")
-        for image, text in zip(images, texts, strict=True):
-            if not (isinstance(image, Image.Image) and isinstance(text, str)):
-                kinds = f"{type(image).__name__} and {type(text).__name__}"
-                raise DataError(18, f"a pair is a PIL image and a string, got {kinds}", fix="open images with PIL.Image.open")
-        raw: dict[str, Sequence[Any]] = {"image": images, "text": texts}
+        values = modality.named((images, texts), more)
+        count = modality.count_of(values)
+        if not count:
+            said = " and ".join(f"0 {modality.of(name).plural}" for name in values) or "nothing"
+            raise DataError(17, f"{said} are no pairs", fix="give one value for each sample")
+        modality.require_kinds(values)
         inputs: dict[str, Inputs] = {}
-        for side, (modality, preprocess) in self.readers().items():
-            inputs[side] = preprocess.batch([preprocess.item(value) for value in raw[modality]])
-        return Batch(inputs, {}, None, torch.arange(len(images))).to(next(self.parameters()).device)
+        missing: dict[str, Tensor] = {}
+        for side, (name, preprocess) in self.readers().items():
+            own = modality.require_given(name, values, f"the {side} encoder")
+            inputs[side] = preprocess.batch([preprocess.item(value) for value in modality.or_nothing(name, own)])
+            if any(value is None for value in own):
+                missing[side] = torch.tensor([value is None for value in own])
+        self.require_all_but(missing, where="collate")
+        return Batch(inputs, {}, None, torch.arange(count), missing).to(next(self.parameters()).device)
 
     def is_ours(self, name: str) -> bool:
         """Whether a parameter or buffer is ours: not part of a frozen encoder. Ours is trained, saved and exported."""

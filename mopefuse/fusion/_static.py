@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from mopefuse.config import Prompts, Router
 from mopefuse.encoders._base import Encoder
+from mopefuse.modality import of
 from mopefuse.prompts.stack import PromptStack, with_lengths
 
 
@@ -28,7 +29,5 @@ def static_stack(prompts: Prompts, encoder: Encoder) -> PromptStack:
 
 
 def initial_bound(encoder: Encoder) -> float:
-    """Prompts start in U(-v, v): v = sqrt(6 / (3 patch^2 + width)) for images, 0.3 for text, as in the papers."""
-    if encoder.modality != "image":
-        return 0.3
-    return float((6 / (3 * encoder.patch_size**2 + encoder.widths[0])) ** 0.5)
+    """v, where prompts start in U(-v, v), by the papers' rule for the encoder's modality."""
+    return of(encoder.modality).prompt_bound(encoder.patch_size, encoder.widths[0])

@@ -8,9 +8,9 @@ from typing import Any, cast
 
 import torch
 
-from mopefuse import registry
+from mopefuse import modality, registry
 from mopefuse.config import Prompts, RunConfig, build_config, merge
-from mopefuse.data._base import MODALITIES
+from mopefuse.data.columns import require_column
 from mopefuse.encoders._base import Encoder, create_encoder, full_spec
 from mopefuse.encoders._preprocess import ImagePreprocess
 from mopefuse.errors import ConfigError, PluginError
@@ -25,8 +25,8 @@ def build_fusion(
 ) -> Fusion:
     """An ordinary `nn.Module` with frozen encoders, for anyone's training loop.
 
-    ``model.collate(images, texts)`` gives a batch, ``model(batch).logits`` has shape (B, num_labels), and
-    ``model.ours()`` are the parameters to train.
+    ``model.collate(images, texts)`` (other modalities by name) gives a batch, ``model(batch).logits`` has shape
+    (B, num_labels), and ``model.ours()`` are the parameters to train.
 
     Args:
         main, comp: encoder specs; of several complementary encoders a list.
@@ -54,16 +54,26 @@ def build_model(config: RunConfig, num_labels: int) -> Fusion:
             torch.default_generator.manual_seed(config.seed)
             encoders[side] = _with_statistics(create_encoder(specs(config)[side]), config)
             encoders[side].recompute = config.train.checkpoint_activations
-            _require_rows(side, encoders[side])
+            _require_declared(side, encoders[side])
         torch.default_generator.manual_seed(config.seed)
         model = cast(Fusion, method(config, encoders, num_labels))
     return model.eval()
 
 
-def _require_rows(side: str, encoder: Encoder) -> None:
-    if encoder.modality not in MODALITIES:
-        what = f"{encoder.spec} reads {encoder.modality}; a row has {' and '.join(MODALITIES)}"
-        raise ConfigError(132, what, where=f"--{side}", fix="use an encoder of one of these")
+def _require_declared(side: str, encoder: Encoder) -> None:
+    if encoder.modality not in modality.names():
+        what = f"{encoder.spec} reads {encoder.modality}, a modality that is not installed"
+        raise ConfigError(134, what, where=f"--{side}", fix="install the plugin that brings it, or use another encoder")
+
+
+def require_rows(model: Fusion, modalities: Sequence[str]) -> None:
+    """Refuse a model one of whose encoders reads what rows do not have.
+
+    Args:
+        modalities: that rows of the data set have.
+    """
+    for side in model.reads:
+        require_column(str(model.encoder(side).spec), model.encoder(side).modality, modalities, where=f"--{side}")
 
 
 def full_specs(config: RunConfig) -> RunConfig:

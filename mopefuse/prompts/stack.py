@@ -21,6 +21,7 @@ from mopefuse.config import Prompts as PromptConfig
 from mopefuse.config import Router as RouterConfig
 from mopefuse.encoders._attention import Prompt
 from mopefuse.errors import ConfigError
+from mopefuse.modality import of
 from mopefuse.prompts.experts import Routed, Router, mix
 
 KINDS = ("static", "dynamic", "mapped")
@@ -218,8 +219,8 @@ class _FrozenBatchNorm(nn.BatchNorm1d):
 
 
 def with_lengths(config: PromptConfig, modality: str) -> PromptConfig:
-    """`config` with the papers' prompt lengths where none is given: 6 for an image encoder, 4 for a text encoder."""
-    length = 6 if modality == "image" else 4
+    """`config` with the papers' prompt lengths where none is given: 6 for an image encoder, 4 for others."""
+    length = of(modality).prompt_length
     return config.model_copy(
         update={
             "static": length if config.static is None else config.static,

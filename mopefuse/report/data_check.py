@@ -10,9 +10,11 @@ from typing import Any
 from mopefuse.data.check import Report
 from mopefuse.data.contents import TOKENS_PER_WORD
 from mopefuse.data.findings import Finding
+from mopefuse.modality import of
 from mopefuse.report import charts
-from mopefuse.report.data_pictures import Picture, first_bytes, picture
+from mopefuse.report.data_pictures import Picture, first_bytes
 from mopefuse.report.pages import dump, render
+from mopefuse.report.row_values import picture_of, text_of
 
 _MOST_OFFENDERS = 60
 _MOST_LISTED = 200  # of one kind
@@ -84,20 +86,26 @@ def check_page(report: Report, *, name: str, told: str, columns: Sequence[str], 
         ),
         unit=_unit(report),
         sizes=charts.scatter(
-            (look.width, look.height) for index in report.indexes.values() for look in index.looks if look.width
+            (look.width, look.height)
+            for index in report.indexes.values()
+            for each in index.files.values()
+            for look in each.looks
+            if look.width
         ),
         offenders=[_offender(report, finding) for finding in _worst(report)],
     )
 
 
 def _tiles(report: Report) -> list[tuple[str, str]]:
-    totals = {name: sum(facts[name] for facts in report.splits.values()) for name in ("rows", "bad_rows", "images", "bytes")}
+    files = [of(name).plural for name in report.modalities if of(name).is_file]
+    names = ("rows", "bad_rows", *files, "bytes")
+    totals = {name: sum(facts[name] for facts in report.splits.values()) for name in names}
     return [
         ("rows", f"{totals['rows']:,}"),
         ("bad rows", f"{totals['bad_rows']:,}"),
-        ("images", f"{totals['images']:,}"),
+        *((name, f"{totals[name]:,}") for name in files),
         ("labels", f"{len(report.balance):,}"),
-        ("MB of images", f"{totals['bytes'] / 1e6:,.1f}"),
+        *[(f"MB of {' and '.join(files)}", f"{totals['bytes'] / 1e6:,.1f}")][: len(files)],
     ]
 
 
@@ -173,5 +181,5 @@ def _offender(report: Report, finding: Finding) -> Offender:
 
 def _picture_of(report: Report, split: str, number: int) -> Picture:
     row = report.row(split, number)
-    place, text = f"{report.indexes[split].file}:{row.line}, id {row.id}", row.text[:_TEXT]
-    return picture(report.roots, row.img, max_pixels=report.config.max_pixels, place=place, text=text)
+    place, text = f"{report.indexes[split].file}:{row.line}, id {row.id}", text_of(row)[:_TEXT]
+    return picture_of(row, report.roots, max_pixels=report.config.max_pixels, place=place, text=text)

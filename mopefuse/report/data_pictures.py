@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mopefuse.data.images import contained, open_image
+from mopefuse.data.files import contained
+from mopefuse.data.images import open_image
 from mopefuse.errors import DataError
 from mopefuse.report.pages import thumbnail
 
@@ -40,7 +41,7 @@ def picture(roots: Sequence[Path], name: str, *, max_pixels: int, place: str = "
 def first_bytes(roots: Sequence[Path], name: str) -> bytes:
     """The beginning of a file in `roots`; nothing where there is no such file."""
     try:
-        with contained(roots, name, where="").open("rb") as file:
+        with contained(roots, name, where="", what="file").open("rb") as file:
             return file.read(_HEAD)
     except (DataError, OSError):
         return b""

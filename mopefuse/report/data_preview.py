@@ -10,11 +10,12 @@ from pathlib import Path
 
 from mopefuse.config import Data as DataConfig
 from mopefuse.data.contents import rows_of
-from mopefuse.data.images import processors
+from mopefuse.data.files import processors
 from mopefuse.data.index import Index
 from mopefuse.data.subsets import order_of
-from mopefuse.report.data_pictures import Picture, picture
+from mopefuse.report.data_pictures import Picture
 from mopefuse.report.pages import render
+from mopefuse.report.row_values import picture_name, picture_of, text_of
 
 _START = 300  # characters of a text that are seen unasked
 _MOST = 20_000  # of one that is opened
@@ -48,12 +49,13 @@ def preview_page(
 
     def card(number: int) -> Card:
         row = read[number]
-        found = picture(roots, row.img, max_pixels=config.max_pixels)
-        text, length = row.text[:_MOST], len(row.text)
+        found = picture_of(row, roots, max_pixels=config.max_pixels)
+        whole = text_of(row)
+        text, length = whole[:_MOST], len(whole)
         return Card(
             row.id,
             f"{index.file}:{row.line}",
-            row.img,
+            picture_name(row),
             found if found.address else None,
             found.instead,
             row.labels,

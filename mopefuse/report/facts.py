@@ -15,7 +15,8 @@ from torch import Tensor
 from mopefuse import metrics as measures
 from mopefuse.config import RunConfig
 from mopefuse.data._base import DataSet, Row
-from mopefuse.report.data_pictures import Picture, picture
+from mopefuse.report.data_pictures import Picture
+from mopefuse.report.row_values import picture_of
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class RunFacts:
     def picture(self, row: Row) -> Picture:
         """Its image, or what is wrong with it."""
         where = self.data.splits[self.split].where(row)
-        return picture(self.data.image_roots, row.img, max_pixels=self.config.data.max_pixels, place=where)
+        return picture_of(row, self.data.image_roots, max_pixels=self.config.data.max_pixels, place=where)
 
     def given(self, number: int) -> tuple[str, ...]:
         """The labels that the model gives a sample."""

@@ -11,6 +11,7 @@ from mopefuse.report import figures
 from mopefuse.report.data_preview import draw
 from mopefuse.report.facts import RunFacts
 from mopefuse.report.pages import Section, fragment
+from mopefuse.report.row_values import text_of
 from mopefuse.report.settings import changed
 from mopefuse.shown import percent
 from mopefuse.sides import is_comp
@@ -191,7 +192,7 @@ def _cards(facts: RunFacts, numbers: Iterable[int]) -> list[dict[str, Any]]:
             {
                 "id": row.id,
                 "picture": facts.picture(row),
-                "text": figures.short(row.text, _TEXT),
+                "text": figures.short(text_of(row), _TEXT),
                 "true": row.labels,
                 "given": facts.given(number),
                 "probabilities": [(facts.labels[label], float(p_N[label])) for label in best],

@@ -11,10 +11,12 @@ from typing import Any
 from torch import Tensor
 
 from mopefuse import routing
+from mopefuse.modality import of
 from mopefuse.report import figures, planes
 from mopefuse.report.drawing import Drawing
 from mopefuse.report.facts import RunFacts
 from mopefuse.report.pages import Section, fragment
+from mopefuse.report.row_values import text_of
 from mopefuse.shown import percent
 
 _LAYERS, _EXPERTS, _CLASSES, _TIMES = 24, 32, 30, 16  # that a heat map shows
@@ -147,8 +149,9 @@ def _classes_of(facts: RunFacts, weights_SK: Tensor, layer: int, told_most: int)
 def _specialists(facts: RunFacts, weights_SK: Tensor, layer: int) -> Section:
     share_K = weights_SK.mean(dim=0)
     split = facts.data.splits[facts.split]
-    words_K = routing.words_of_experts(weights_SK, [row.text for row in split.rows])
+    words_K = routing.words_of_experts(weights_SK, [text_of(row) for row in split.rows])
     dead_K = routing.unused(share_K.unsqueeze(0))[0]
+    alike_S = min(split.alike.items(), key=lambda item: of(item[0]).is_file)[1]  # of texts where there are some
     used = [expert for expert in share_K.argsort(descending=True, stable=True).tolist() if not dead_K[expert]]
     experts = [
         {
@@ -158,11 +161,11 @@ def _specialists(facts: RunFacts, weights_SK: Tensor, layer: int) -> Section:
             "exemplars": [
                 {
                     "picture": facts.picture(facts.row(number)),
-                    "text": figures.short(facts.row(number).text, _TEXT),
+                    "text": figures.short(text_of(facts.row(number)), _TEXT),
                     "labels": facts.row(number).labels,
                     "weight": float(weights_SK[number, expert]),
                 }
-                for number in _exemplars(weights_SK[:, expert], split.alike_keys.tolist())
+                for number in _exemplars(weights_SK[:, expert], alike_S.tolist())
             ],
         }
         for expert in used[:_SPECIALISTS]

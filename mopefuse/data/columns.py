@@ -1,0 +1,125 @@
+"""Which modalities the rows of a data set have, and in which column of a table each stands."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from mopefuse import modality
+from mopefuse.config import Data as DataConfig
+from mopefuse.data.tables import Table, columns_in
+from mopefuse.errors import ConfigError, DataError, did_you_mean
+
+EXPECTED = ("text", "image")
+"""What a row of the papers' data has: expected where a table has the columns of fewer than two modalities."""
+_FLAGS = dict(zip(EXPECTED, ("--text-col", "--image-col"), strict=True))  # others have --column
+_LABELS = ("labels", "category", "class", "target", "genre", "genres", "y")  # what a label's column is called elsewhere
+
+
+def column_of(name: str, config: DataConfig) -> str:
+    """The column of a modality."""
+    own = dict(zip(EXPECTED, (config.text_col, config.img_col), strict=True))
+    return config.columns.get(name) or own.get(name, name)
+
+
+def flag_for(name: str, column: str) -> str:
+    """What to write on the command line for a column to be that of a modality."""
+    return f"{_FLAGS[name]} {column}" if name in _FLAGS else f"--column {name}={column}"
+
+
+def in_order(found: Collection[str]) -> tuple[str, ...]:
+    """Modalities in the order of messages: `EXPECTED` first, then by name."""
+    return (*(name for name in EXPECTED if name in found), *sorted(set(found) - set(EXPECTED)))
+
+
+def modalities_of(tables: Iterable[Table], config: DataConfig, *, lenient: bool = False) -> tuple[str, ...]:
+    """The modalities that rows have: those that `data.modalities` names, else those that have a column in some table.
+
+    Args:
+        lenient: look at other tables where one cannot be read.
+
+    Raises:
+        ConfigError: a setting names a modality that is not installed. DataError: a table cannot be read.
+    """
+    known = modality.names()
+    for where, said in (("data.modalities", config.modalities or ()), ("data.columns", config.columns)):
+        for name in said:
+            if name not in known:
+                what = f"no modality {name!r} is installed"
+                raise ConfigError(133, what, where=where, fix=did_you_mean(name, known))
+    if config.modalities is not None:
+        return in_order(config.modalities)
+    columns = {name: column_of(name, config) for name in known}
+    there: set[str] = set()
+    for table in tables:
+        with suppress(DataError) if lenient else nullcontext():
+            there |= columns_in(table, set(columns.values()))
+    found = {name for name, column in columns.items() if column in there}
+    return in_order(found) if len(found) > 1 else EXPECTED
+
+
+def require_column(who: str, name: str, modalities: Sequence[str], *, where: str) -> None:
+    """Refuse what reads a modality that rows do not have.
+
+    Args:
+        who: that reads it. modalities: that rows have.
+    """
+    if name not in modalities:
+        what = f"{who} reads {name}; a row has {' and '.join(modalities)}"
+        fix = f"name the column that has it, {flag_for(name, 'NAME')}, or use what reads one of these"
+        raise ConfigError(132, what, where=where, fix=fix)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How rows are read: made once for a table.
+
+    Args:
+        columns: modality to the name of its column, in order. in_rows: those whose values are in the rows themselves.
+        identity, label: names of columns. separator: of labels in a cell.
+        on_missing: see `data.on_missing`. null_is_empty: whether a null in a row is a value, an empty one.
+    """
+
+    columns: Mapping[str, str]
+    in_rows: frozenset[str]
+    identity: str
+    label: str
+    separator: str | None
+    on_missing: str
+    null_is_empty: bool
+
+    @classmethod
+    def of(cls, modalities: Sequence[str], config: DataConfig) -> Layout:
+        """That of rows with these modalities."""
+        return cls(
+            {name: column_of(name, config) for name in modalities},
+            frozenset(name for name in modalities if not modality.of(name).is_file),
+            config.id_col,
+            config.label_col,
+            config.label_sep,
+            config.on_missing,
+            config.allow_missing_text,
+        )
+
+    def said(self, name: str, row: Mapping[str, Any]) -> Any:
+        """What a row says of a modality: a string where it is well, None where there is nothing."""
+        value = row.get(self.columns[name])
+        takes_empty = self.null_is_empty and name in self.in_rows
+        if value is None:
+            return "" if takes_empty and self.columns[name] in row else None
+        if self.on_missing != "error" and isinstance(value, str) and not takes_empty and not value.strip():
+            return None
+        return value
+
+    def hints(self, missing: Sequence[str], with_label: bool, row: Mapping[str, Any]) -> list[str]:
+        """Flags that may be meant, where columns are not there."""
+        found = [flag_for(name, other) for name in missing for other in modality.of(name).meant if other in row]
+        found += [f"--label-col {other}" for other in _LABELS if with_label and other in row]
+        return found[: len(missing) + with_label]
+
+    def describe(self) -> tuple[object, ...]:
+        """Everything about it that a digest must know."""
+        about = (self.identity, self.label, self.separator, self.on_missing, self.null_is_empty)
+        return (*self.columns, *self.columns.values(), *about)

@@ -1,0 +1,29 @@
+"""How a page shows what a row says: a picture, texts, and of other files their names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mopefuse.data._base import Row
+from mopefuse.modality import of
+from mopefuse.report.data_pictures import Picture, picture
+
+
+def text_of(row: Row) -> str:
+    """Its texts, one after the other; empty where it has none."""
+    return "\n".join(value for name, value in row.values.items() if value and not of(name).is_file)
+
+
+def picture_name(row: Row) -> str:
+    """The file of its picture; empty where it has none."""
+    return next((value for name, value in row.values.items() if value and of(name).is_picture), "")
+
+
+def picture_of(row: Row, roots: Sequence[Path], *, max_pixels: int, place: str = "", text: str = "") -> Picture:
+    """Its picture, or instead what is wrong with it, or the names of its other files."""
+    name = picture_name(row)
+    if name:
+        return picture(roots, name, max_pixels=max_pixels, place=place, text=text)
+    files = [f"{kind}: {value}" for kind, value in row.values.items() if value and of(kind).is_file]
+    return Picture(", ".join(files), instead=", ".join(files) or "no picture", place=place, text=text)
