@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mopefuse import registry
-from mopefuse.config import Data as DataConfig
 from mopefuse.errors import DataError, PluginError, did_you_mean
+
+if TYPE_CHECKING:  # a bundle is asked where there is no pydantic
+    from mopefuse.config import Data as DataConfig
 
 BY_POSITION = {"image": "images", "text": "texts"}
 """The modalities whose values the Python interface takes by position, to the names of these arguments; others are called as

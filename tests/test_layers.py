@@ -84,6 +84,33 @@ def test_no_file_has_more_than_400_lines(file: Path) -> None:
     assert len(file.read_text(encoding="utf-8").splitlines()) <= 400
 
 
+NAMES_OF_MODALITIES = {"image", "img", "text", "audio"}
+MAY_NAME_THEM = {  # modalities are data: all others ask `mopefuse.modality`
+    "modality": "which two the Python interface takes by position",
+    "config": "the defaults of text_col and img_col",
+    "data.columns": "what is expected of a table where little is there, and the flags for it",
+    "data.images": "the reader of images",
+    "data.findings": "the key of --json output that names a file",
+    "cli.predict": "--image and --text",
+    "fusion.mmbt": "a method that is defined for an image and a text",
+    **dict.fromkeys(("data._source", "data.food101", "data.prepare", "data.digit_questions"), "written in the native format"),
+    **dict.fromkeys(("cli.data", "cli._prepare_display", "bench.loader"), "written in the native format"),
+    **dict.fromkeys(("bundle", "graph", "predictor", "verify"), "the format of bundles, whose inputs are pixels and tokens"),
+    **dict.fromkeys(("report.run_answers", "report.run_routing"), "a key of a template"),
+    **dict.fromkeys(("report.drawing", "report.figures"), "a colour"),
+    "demo": "the two baselines of the demo",
+}
+
+
+def test_only_readers_encoders_and_a_listed_few_name_modalities() -> None:
+    found = set()
+    for file in FILES:
+        words = {node.value for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Constant)}
+        if words & NAMES_OF_MODALITIES and not name_of(file).startswith("encoders."):
+            found.add(name_of(file))
+    assert found == MAY_NAME_THEM.keys()
+
+
 def test_nothing_loads_pickles() -> None:
     """No `pickle`, no `torch.load`, no `yaml.load` with a loader that makes objects: safetensors, JSON and plain YAML only."""
     for file in FILES:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
-from conftest import TINY, call, run_cli
+from conftest import TINY, call, run_cli, write_rows
 from PIL import Image
 from plugin_cases import add_site, pip_install
 
-from mopefuse.registry import API, API_GROUP, ENCODERS, FUSION, parse_spec
+from mopefuse import load
+from mopefuse.registry import API, API_GROUP, ENCODERS, FUSION, MODALITIES, parse_spec
 from mopefuse.testing import check_encoder
 
 pytest_plugins = ["plugin_cases"]
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "plugins.md").read_text(encoding="utf-8")
-POINTS = "[mopefuse.encoders]\npatches = shown:Patches\n[mopefuse.fusion]\nproduct = shown:Product\n"
-POINTS += "[mopefuse.datasets]\ncaptions = shown:Captions\n"
+POINTS = "[mopefuse.encoders]\npatches = shown:Patches\nsensor = shown:Sensor\n[mopefuse.fusion]\nproduct = shown:Product\n"
+POINTS += "[mopefuse.datasets]\ncaptions = shown:Captions\n[mopefuse.modalities]\nsensor = shown:Readings\n"
 
 
 def blocks(language: str) -> list[str]:
@@ -70,6 +72,24 @@ def test_the_method_and_the_promptable_encoder_train_and_are_swapped(
     assert "method: shown:product\n" in (tmp_path / "swapped" / "config.yaml").read_text()
 
 
+def test_the_modality_is_read_from_its_column_and_given_by_name(
+    tmp_path: Path, pairs: Path, here: pytest.MonkeyPatch
+) -> None:
+    add_site(here, shown(tmp_path))
+    check_encoder("sensor:last")
+    data = shutil.copytree(pairs, tmp_path / "data")
+    for split in ("train", "val", "test"):
+        rows = [json.loads(line) for line in (data / f"{split}.jsonl").read_text().splitlines()]
+        write_rows(data / f"{split}.jsonl", [{**row, "heat": f"{i} 0.5"} for i, row in enumerate(rows)])
+    sides, run = ("--main", "tiny:vision", "--comp", "sensor:last"), tmp_path / "run"
+    assert "reads sensor; a row has text and image" in call("train", *TINY, *sides, "--data", data, "--out", run).stderr
+    done = call("train", *TINY, *sides, "--data", data, "--out", run, "--steps", 2, "--column", "sensor=heat")
+    assert done.returncode == 0, done.stderr
+    predictor = load(run)
+    cold, hot = (predictor.predict([Image.new("RGB", (16, 16))], sensor=[[heat]])[0] for heat in (0.0, 50.0))
+    assert cold["probabilities"] != hot["probabilities"]
+
+
 def test_the_data_set_is_prepared(tmp_path: Path, here: pytest.MonkeyPatch) -> None:
     add_site(here, shown(tmp_path))
     source = tmp_path / "source"
@@ -89,7 +109,7 @@ def test_the_data_set_is_prepared(tmp_path: Path, here: pytest.MonkeyPatch) -> N
 def test_the_page_names_what_there_is() -> None:
     assert f'[project.entry-points."{API_GROUP}"]\n{API} = ' in PAGE
     assert f"has version {API}" in PAGE
-    assert {ENCODERS, FUSION} <= set(re.findall(r"`(mopefuse\.\w+)`", PAGE))
+    assert {ENCODERS, FUSION, MODALITIES} <= set(re.findall(r"`(mopefuse\.\w+)`", PAGE))
     codes = set(re.findall(r"`(MF-PLUG-\d\d)`", PAGE))
     errors = (Path(__file__).resolve().parents[1] / "docs" / "errors.md").read_text(encoding="utf-8")
     assert codes <= set(re.findall(r"`(MF-PLUG-\d\d)`", errors))

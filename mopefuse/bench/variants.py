@@ -23,6 +23,7 @@ from mopefuse.encoders._prompted import PromptedEncoder
 from mopefuse.encoders.tiny import TinyEncoder
 from mopefuse.fusion._base import Fusion
 from mopefuse.losses import classification_loss
+from mopefuse.modality import of
 from mopefuse.optim import make_optimizer, with_learning_rates
 from mopefuse.prompts.experts import importance_loss
 from mopefuse.sides import specs
@@ -91,7 +92,7 @@ def missing(variant: Variant, encoders: Mapping[str, Encoder]) -> str:
 def random_inputs(encoder: Encoder, batch: int, text_length: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Noise as images, random ids as texts of `text_length` tokens (fewer where the encoder takes no more)."""
     preprocess: Any = encoder.preprocess
-    if encoder.modality == "image":
+    if of(encoder.modality).is_picture:
         return {"pixels": torch.randint(256, (batch, *preprocess.size, 3), dtype=torch.uint8, generator=generator)}
     length = preprocess.length or min(text_length, preprocess.max_tokens)
     ids = torch.randint(preprocess.vocabulary or 1000, (batch, length), generator=generator)

@@ -218,5 +218,7 @@ def _print_plan(found: Plan) -> None:
 def _limits(preprocess: dict[str, Any]) -> str:
     """What an encoder sees of a sample; longer texts are cut."""
     if "max_tokens" in preprocess:
-        return f"text, cut after {preprocess['max_tokens']} tokens"
-    return "image, " + " x ".join(str(side) for side in preprocess.get("size", ()))
+        return f"{preprocess['modality']}, cut after {preprocess['max_tokens']} tokens"
+    if "size" in preprocess:
+        return f"{preprocess['modality']}, {' x '.join(map(str, preprocess['size']))}"
+    return ", ".join([preprocess["modality"], *(f"{name} {value}" for name, value in preprocess.items() if name != "modality")])

@@ -13,11 +13,13 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from mopefuse.config import Data as DataConfig
 from mopefuse.errors import DataError, MopefuseError, UnsafePathError
 from mopefuse.modality import Modality
+
+if TYPE_CHECKING:  # a bundle is asked where there is no pydantic
+    from mopefuse.config import Data as DataConfig
 
 _KINDS = {"MF-SEC-01": "unsafe-path", "MF-DATA-11": "missing-file", "MF-DATA-15": "not-a-file"}
 

@@ -7,14 +7,16 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from mopefuse.config import Data as DataConfig
 from mopefuse.data.files import Files, Look, contained, content_of
 from mopefuse.errors import DataError
+
+if TYPE_CHECKING:  # a bundle is asked where there is no pydantic
+    from mopefuse.config import Data as DataConfig
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 SMALL = 16  # pixels; an image with a shorter side is remarked on

@@ -18,18 +18,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import soundfile
 import soxr
 import torch
 import transformers
-from numpy.typing import NDArray
+from mopefuse_audio_clips import Clip, Samples, clip_of
 from torch import Tensor
 
 from mopefuse.encoders import BuiltIn, Encoded, Family, Inputs, Source, TransformersEncoder, mean_of
-from mopefuse.errors import DataError, EncoderError
+from mopefuse.errors import EncoderError
 from mopefuse.registry import Spec
 
-Clip = NDArray[np.float32]
 _SECONDS = 10.0
 
 
@@ -106,36 +104,33 @@ class AudioEncoder(TransformersEncoder):
 
 @dataclass(frozen=True)
 class _Clips:
-    """Clips of one rate, in Hz, and most samples. A value is a file's path, or samples (T,) or (T, channels) and their rate."""
+    """Clips of one rate, in Hz, and most samples. A value is as `mopefuse_audio_clips.Audio` gives or takes it."""
 
     rate: int
     most: int
 
-    def reduce(self, value: Any) -> Clip:
+    def reduce(self, value: Any) -> Samples:
         """One channel, at the encoder's rate, cut."""
-        clip, rate = value if isinstance(value, tuple) else read(value, self.most / self.rate)
+        if isinstance(value, str | Path):
+            value = clip_of(value)
+        clip, rate = value.start(self.most / self.rate) if isinstance(value, Clip) else value
         samples = np.asarray(clip, dtype=np.float32)
         mono = samples.mean(axis=1) if samples.ndim == 2 else samples
         mono = mono[: math.ceil(self.most * rate / self.rate)]
-        out: Clip = soxr.resample(mono, rate, self.rate)[: self.most]
+        out: Samples = soxr.resample(mono, rate, self.rate)[: self.most]
         return out
 
     def item(self, value: Any) -> Any:
         """A clip, ready for a batch."""
         return self.ready(self.reduce(value))
 
-    def ready(self, reduced: Clip) -> Any:
+    def ready(self, reduced: Samples) -> Any:
         """What is left to do after augmentation."""
         raise NotImplementedError
 
     def finish(self, inputs: Mapping[str, Tensor]) -> Inputs:
         """Nothing is left to do."""
         return dict(inputs)
-
-    def examples(self) -> list[tuple[Clip, int]]:
-        """Clips of several lengths and rates, for the contract of encoders."""
-        random, sizes = np.random.default_rng(1), ((9000, 16000), (3000, 8000), (20, 16000))
-        return [(random.standard_normal(size).astype(np.float32), rate) for size, rate in sizes]
 
 
 @dataclass(frozen=True)
@@ -150,14 +145,14 @@ class Waveform(_Clips):
     normalise: bool
     length: int | None
 
-    def ready(self, reduced: Clip) -> Clip:
+    def ready(self, reduced: Samples) -> Samples:
         """Normalised, and with silence after it if it is shorter than one frame."""
         clip = reduced
         if self.normalise and len(clip):
             clip = (clip - clip.mean()) / np.sqrt(clip.var() + 1e-7)
         return np.pad(clip, (0, max(0, self.least - len(clip))))
 
-    def batch(self, items: Sequence[Clip]) -> Inputs:
+    def batch(self, items: Sequence[Samples]) -> Inputs:
         """``{"audio": (B, T), "mask": (B, T)}``."""
         longest = self.length or max(len(clip) for clip in items)
         audio_BT, mask_BT = torch.zeros(len(items), longest), torch.zeros(len(items), longest, dtype=torch.bool)
@@ -188,7 +183,7 @@ class LogMel(_Clips):
         """Samples to which all clips are padded."""
         return self.most
 
-    def ready(self, reduced: Clip) -> tuple[Clip, int]:
+    def ready(self, reduced: Samples) -> tuple[Samples, int]:
         """The spectrogram (M, 2 L), and how many of its frames L are of the clip."""
         extractor = transformers.WhisperFeatureExtractor(
             feature_size=self.bands, sampling_rate=self.rate, hop_length=self.hop, n_fft=self.window,
@@ -198,7 +193,7 @@ class LogMel(_Clips):
         mel = extractor(clip, sampling_rate=self.rate, padding=False, return_tensors="np")["input_features"][0]
         return mel[:, : self.length // self.hop], max(1, math.ceil(len(reduced) / (2 * self.hop)))
 
-    def batch(self, items: Sequence[tuple[Clip, int]]) -> Inputs:
+    def batch(self, items: Sequence[tuple[Samples, int]]) -> Inputs:
         """``{"mel": (B, M, 2 L), "mask": (B, L)}``."""
         mel_BML = torch.from_numpy(np.stack([mel for mel, _ in items])).float()
         real_B = torch.tensor([real for _, real in items])
@@ -207,21 +202,6 @@ class LogMel(_Clips):
     def describe(self) -> dict[str, Any]:
         """Rate in Hz, seconds and bands."""
         return {"modality": "audio", "rate": self.rate, "seconds": self.length / self.rate, "bands": self.bands}
-
-
-def read(path: str | Path, seconds: float) -> tuple[Clip, int]:
-    """Samples (T, channels) of the first seconds of a file, and their rate.
-
-    Raises:
-        DataError: no such file, or none that libsndfile reads.
-    """
-    try:
-        with soundfile.SoundFile(path) as file:
-            rate = int(file.samplerate)
-            clip: Clip = file.read(math.ceil(seconds * rate), dtype="float32", always_2d=True)
-            return clip, rate
-    except (soundfile.LibsndfileError, OSError) as error:
-        raise DataError(200, f"{path} cannot be read as audio: {error}", fix="use WAV, FLAC, OGG or MP3") from error
 
 
 def _seconds(spec: Spec) -> float:

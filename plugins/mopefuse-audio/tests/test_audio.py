@@ -10,7 +10,7 @@ import pytest
 import soundfile
 import torch
 import transformers
-from mopefuse_audio import AudioEncoder, read
+from mopefuse_audio import AudioEncoder
 
 from mopefuse.encoders import Prompt, create_encoder
 from mopefuse.errors import DataError, EncoderError
@@ -111,11 +111,12 @@ def test_files_are_mixed_resampled_and_cut(tmp_path: Path, folders: dict[str, Pa
     np.testing.assert_allclose(clip[500:-500], wanted[500:-500], atol=2e-3)
 
 
-def test_what_is_no_audio_is_an_error_that_names_it(tmp_path: Path) -> None:
+def test_what_is_no_audio_is_an_error_that_names_it(tmp_path: Path, folders: dict[str, Path]) -> None:
     (tmp_path / "a.wav").write_bytes(b"no audio at all")
+    encoder = create_encoder(spec("hubert", folders["hubert"]))
     for path in (tmp_path / "a.wav", tmp_path / "missing.wav"):
         with pytest.raises(DataError, match=path.name):
-            read(path, 1.0)
+            encoder.preprocess.item(path)
 
 
 @pytest.mark.parametrize("option", ["seconds=abc", "seconds=0", "second=1"])

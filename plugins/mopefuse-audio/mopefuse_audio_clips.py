@@ -1,0 +1,130 @@
+"""The modality `audio`: files that libsndfile reads (WAV, FLAC, OGG, MP3), named by a column of a table.
+
+Every clip is decoded once when a data set is checked or indexed; later only as much of it as an encoder hears.
+
+Shapes: T samples of a clip.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import soundfile
+from numpy.typing import NDArray
+
+from mopefuse.config import Data
+from mopefuse.data.files import Files, Look
+from mopefuse.errors import DataError
+
+MOST = 300_000_000  # samples of a clip, all channels together: 100 minutes in stereo at 25 kHz
+_BLOCK = 1 << 20  # samples decoded at a time, to be looked at
+Samples = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A file of audio, not yet decoded.
+
+    Args:
+        content: of the file. name: as its row says it. where: file, line and id of the row.
+    """
+
+    content: bytes
+    name: str
+    where: str = ""
+
+    def start(self, seconds: float) -> tuple[Samples, int]:
+        """Samples (T, channels) of the first seconds, and their rate.
+
+        Raises:
+            DataError: it cannot be decoded.
+        """
+        try:
+            with soundfile.SoundFile(io.BytesIO(self.content)) as file:
+                rate = int(file.samplerate)
+                samples: Samples = file.read(math.ceil(seconds * rate), dtype="float32", always_2d=True)
+                return samples, rate
+        except (soundfile.SoundFileError, ValueError) as error:
+            raise self.unreadable(str(error)) from None
+
+    def check(self) -> None:
+        """Decode all of it, and keep nothing.
+
+        Raises:
+            DataError: it cannot be decoded, is cut short, has no samples or too many, or some that are not finite.
+        """
+        try:
+            with soundfile.SoundFile(io.BytesIO(self.content)) as file:
+                count = file.frames * file.channels
+                if count > MOST:
+                    what = f"{self.name} has {count:,} samples, more than {MOST:,}"
+                    raise DataError(201, what, where=self.where, fix="cut it into shorter clips")
+                self._check_samples(file)
+        except (soundfile.SoundFileError, ValueError) as error:
+            raise self.unreadable(str(error)) from None
+
+    def _check_samples(self, file: soundfile.SoundFile) -> None:
+        read = 0
+        for block in file.blocks(blocksize=_BLOCK, dtype="float32", always_2d=True):
+            read += len(block)
+            if not np.isfinite(block).all():
+                raise self.unreadable("it has samples that are not finite")
+        if not read:
+            raise self.unreadable("it has no samples")
+        if read < file.frames or re.search(r"^\s*data\s*:\s*\d+ \(should be ", file.extra_info, re.MULTILINE):
+            raise self.unreadable("it is cut short")
+
+    def unreadable(self, why: str) -> DataError:
+        """The error that this is no clip."""
+        reason = "it is empty" if not self.content else why.rpartition(": ")[2].rstrip(".") or "unknown reason"
+        what = f"{self.name} is not readable audio ({reason})"
+        return DataError(200, what, where=self.where, fix="replace or remove it; WAV, FLAC, OGG and MP3 are read")
+
+
+class Audio(Files):
+    """A file of audio. From Python, a clip is a path, or samples (T,) or (T, channels) and their rate in Hz."""
+
+    plural: ClassVar[str] = "clips"
+    kind: ClassVar[str] = "a path, or samples and their rate"
+    give: ClassVar[str] = "give clips as paths, or as (samples, rate)"
+    meant: ClassVar[tuple[str, ...]] = ("clip", "wav", "sound", "audio_path", "file_name", "file", "path")
+
+    def decode(self, content: bytes, name: str, *, where: str, config: Data) -> Clip:
+        """See `Files.decode`: the encoder says how much of it is heard."""
+        return Clip(content, name, where)
+
+    def look(self, content: bytes, name: str, config: Data) -> Look:
+        """See `Files.look`."""
+        Clip(content, name).check()
+        return Look()
+
+    def nothing(self) -> tuple[Samples, int]:
+        """A second of silence."""
+        return np.zeros(16000, dtype=np.float32), 16000
+
+    def examples(self) -> list[Any]:
+        """Noise of several lengths and rates."""
+        random, sizes = np.random.default_rng(1), ((9000, 16000), (3000, 8000), (20, 16000))
+        return [(random.standard_normal(size).astype(np.float32), rate) for size, rate in sizes]
+
+    def accepts(self, value: Any) -> bool:
+        """Paths, clips, and samples with their rate."""
+        return isinstance(value, str | Path | Clip) or (isinstance(value, tuple) and len(value) == 2)
+
+
+def clip_of(path: str | Path) -> Clip:
+    """The clip in a file.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    try:
+        return Clip(Path(path).read_bytes(), str(path))
+    except OSError as error:
+        raise DataError(202, f"{path} cannot be read: {error.strerror}", fix="name a file of audio") from None
