@@ -14,7 +14,10 @@ from conftest import call
 from test_fusion import TEXTS, build, images, open_gates
 from test_swap import config_of, kept, pair
 
+from mopefuse.audit import audit_model
 from mopefuse.config import build_config
+from mopefuse.data.altered import derangement
+from mopefuse.data.load import load_data
 from mopefuse.errors import ConfigError
 from mopefuse.fusion._base import Fusion
 from mopefuse.fusion.build import build_model
@@ -236,3 +239,19 @@ def test_export_and_report(run: Path, tmp_path: Path) -> None:
 def test_resuming_with_another_number_of_encoders_is_refused(run: Path, pairs: Path) -> None:
     done = call("train", "--resume", "--out", run, "--comp", TWO[0], "--json")
     assert json.loads(done.stdout.splitlines()[-1])["error"]["code"] == "MF-CFG-32"
+
+
+def test_an_audit_takes_each_modality_away_by_itself(pairs: Path) -> None:
+    config = config_of(comp=[TWO[0], "tiny:vision", TWO[1]], data={"path": str(pairs)})
+    data, cpu = load_data(config.data), torch.device("cpu")
+    model = build_model(config, len(data.labels))
+    open_gates(model)
+    found = audit_model(model, data, "test", config, cpu)
+    assert found.modalities == ("text", "image") and found.same.keys() == {"text", "image"}
+    names = [(one.name, one.modality) for one in found.conditions]
+    assert names[:5] == [("as is", ""), *((name, m) for m in ("text", "image") for name in ("shuffled", "blank"))]
+    rows, partner = data.splits["test"].rows, derangement(len(data.splits["test"].rows), 0).tolist()
+    shown = [data.read(data.splits["test"], row, "image", config.data) for row in rows]
+    batch = model.collate(shown, [rows[other].values["text"] for other in partner])
+    torch.testing.assert_close(found.of("shuffled", "text").logits_SN, model(batch).logits.detach(), atol=2e-5, rtol=1e-4)
+    assert found.verdict.count("the image") == 1 and found.verdict.count("the text") == 1

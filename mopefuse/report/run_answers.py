@@ -77,7 +77,7 @@ def audit(facts: RunFacts) -> Section | None:
     found, name = facts.audit, main_metric(facts)
     rows = [
         {
-            "name": _CONDITIONS.get(row["name"], f"without {row['name']}").format(found["modality"]),
+            "name": _CONDITIONS.get(row["name"], f"without {row['name']}").format(row["modality"]),
             "value": row["metrics"][name],
             "lost": row["lost"],
             "interval": 1.96 * row["error"],
