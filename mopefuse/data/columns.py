@@ -120,6 +120,6 @@ class Layout:
         return found[: len(missing) + with_label]
 
     def describe(self) -> tuple[object, ...]:
-        """Everything about it that a digest must know."""
-        about = (self.identity, self.label, self.separator, self.on_missing, self.null_is_empty)
+        """Everything about it that a digest must know, but `on_missing`: where nothing is missing, it changes nothing."""
+        about = (self.identity, self.label, self.separator, self.null_is_empty)
         return (*self.columns, *self.columns.values(), *about)

@@ -88,7 +88,7 @@ class Index:
 
     split: str
     file: str
-    digest: str  # of the table and of how it is read
+    digest: str  # of the table and of how it is read, but for `data.on_missing`
     content: bytes  # JSON lines
     rewritten: bool  # `content` is ours, made from another format
     places_S2: Array  # first byte and end of each row in `content`
@@ -151,7 +151,7 @@ def build(
     files = {name: kind for name in modalities if isinstance(kind := modality.of(name), Files)}
     how = (config.split_col, *(limit for kind in files.values() for limit in kind.limits(config)))
     digest = cache.key_of(VERSION, table.digest, split, table.file, *Layout.of(modalities, config).describe(), *how)
-    key = cache.key_of(digest, *(root.resolve() for root in roots))
+    key = cache.key_of(digest, config.on_missing, *(root.resolve() for root in roots))
     index = (None if fresh else _load(key, table)) or read_rows(table, split, modalities, config, digest)
     seen, before = {}, 0
     for name, kind in files.items():
