@@ -181,11 +181,11 @@ def _pair(found: Found, file: str, roots: Sequence[Path], layout: Layout, config
         if isinstance(found.value, str):
             raise NoRow(found.value)
         identity, said = check_input(found.value, found.line, layout)
-        place = f"{where}, id {identity}"
-        return Pair(
-            identity,
-            {name: value and modality.of(name).read(value, roots, where=place, config=config) for name, value in said.items()},
-        )
+        place, values = f"{where}, id {identity}", dict[str, Any](said)
+        for name, value in said.items():
+            if value is not None:
+                values[name] = modality.of(name).read(value, roots, where=place, config=config)
+        return Pair(identity, values)
     except NoRow as error:
         return Pair(identity, error=DataError(3, f"{where} {error}", where=where, fix="correct or remove it"))
     except MopefuseError as error:

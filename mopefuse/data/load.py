@@ -119,7 +119,9 @@ def _split(name: str, index: Index, rows: Numbers, skipped: tuple[Problem, ...],
     alike = {modality: each.alike()[rows] for modality, each in index.values.items()}
     told = [f"{problem.code} {problem}" for problem in skipped]
     files = [keys[modality].tobytes().hex() for modality in index.files]
-    digest = cache.key_of(index.digest, name, *told, rows.tobytes().hex(), *files)
+    lacks = {modality: each.lacks()[rows] for modality, each in index.values.items()}
+    lacking = [f"{modality} {lacks_S.tobytes().hex()}" for modality, lacks_S in lacks.items() if lacks_S.any()]
+    digest = cache.key_of(index.digest, name, *told, rows.tobytes().hex(), *files, *lacking, *index.left_out)
     layout = Layout.of([*keys], config)
     read = Rows(index.content, index.places_S2[rows], index.lines_S[rows], labels, index.split, layout)
     return Split(name, index.file, read, labels, keys, alike, digest, skipped)
