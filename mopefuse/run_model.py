@@ -29,7 +29,8 @@ class RunModel:
         self.fusion, self.precision = loaded.model, loaded.config.train.precision
         self.labels: tuple[str, ...] = tuple(loaded.manifest["labels"])
         self.modalities = tuple(dict.fromkeys(self.fusion.encoder(side).modality for side in self.fusion.reads))
-        self.on_missing: str = loaded.config.data.on_missing
+        needed = {self.fusion.encoder(side).modality for side in set(self.fusion.reads) - set(self.fusion.does_without)}
+        self.may_lack = tuple(name for name in self.modalities if name not in needed)
         self.multi_label: bool = loaded.manifest["multi_label"]
         each = loaded.thresholds
         self.thresholds: Sequence[float] = [each] * len(self.labels) if isinstance(each, float) else each
