@@ -157,6 +157,17 @@ def test_named_modalities_are_all_that_is_read(data: Path) -> None:
     assert code_of(lambda: read(data)) == "MF-DATA-11"
 
 
+@pytest.mark.parametrize("other", [{"text": "caption"}, {"img": "photo"}, {"text": "caption", "img": "photo"}])
+def test_where_little_is_found_a_text_and_an_image_are_expected(data: Path, other: dict[str, str]) -> None:
+    for split in ("train", "val", "test"):
+        path = data / f"{split}.jsonl"
+        for name, called in other.items():
+            path.write_text(path.read_text().replace(f'"{name}":', f'"{called}":'))
+    hint = " ".join({"text": "--text-col caption", "img": "--image-col photo"}[name] for name in other)
+    with pytest.raises(DataError, match=rf"has no {' or '.join(other)}; found .*; did you mean {hint}\?"):
+        read(data)
+
+
 @pytest.mark.parametrize("options", [{"modalities": ("texts",)}, {"columns": {"txt": "caption"}}])
 def test_a_modality_that_is_not_installed_is_refused(data: Path, options: dict[str, Any]) -> None:
     assert code_of(lambda: read(data, **options)) == "MF-CFG-133"
@@ -196,12 +207,14 @@ def test_runs_that_were_tested_on_other_rows_are_not_compared(data: Path, tmp_pa
     assert len((tmp_path / "skip" / "predictions.jsonl").read_text().splitlines()) == 6
 
 
-def test_a_resumed_run_keeps_its_policy_and_columns(data: Path, tmp_path: Path) -> None:
-    done = call("train", *TINY, "--data", data, "--out", tmp_path / "run", "--steps", 1, "--column", "text=text")
+@pytest.mark.parametrize("named", [(), ("--column", "text=text")])
+def test_a_resumed_run_keeps_its_policy_and_columns(named: tuple[str, ...], data: Path, tmp_path: Path) -> None:
+    done = call("train", *TINY, "--data", data, "--out", tmp_path / "run", "--steps", 1, *named)
     assert done.returncode == 0, done.stderr
     again = ("train", "--out", tmp_path / "run", "--resume", "--steps", 2)
-    assert "data.on_missing" in call(*again, "--on-missing", "absent").stderr
-    assert "data.columns" in call(*again, "--column", "text=caption").stderr
+    assert "cannot change data.on_missing" in call(*again, "--on-missing", "absent").stderr
+    for other in ("text=caption", "image=photo"):
+        assert "cannot change data.columns" in call(*again, "--column", other).stderr
     done = call(*again)
     assert done.returncode == 0, done.stderr
 
