@@ -5,7 +5,7 @@ Shapes: S samples of the split, N labels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from mopefuse.encoders._base import run_alone
 from mopefuse.evaluate import elsewhere, load_model, prepared, run_split, split_metrics, with_labels
 from mopefuse.fusion._base import Fusion
 from mopefuse.gates import selected_metric
+from mopefuse.sides import is_comp
 from mopefuse.source import trained
 
 Advance = Callable[[str, int, int], None]  # (of which condition, samples done, samples in all)
@@ -39,6 +40,7 @@ class Condition:
 
     Args:
         name: as is, shuffled, blank, or the kind of prompt that was left out.
+        modality: that was shuffled or blank.
         metrics: as those of an evaluation.
         changed: share of the samples that get another answer than as is.
         lost: mean score of a sample as is, less that here; a score is 1 for a right answer, or the F1 of the labels given.
@@ -52,6 +54,7 @@ class Condition:
     lost: float
     error: float
     logits_SN: Tensor = field(repr=False, compare=False)
+    modality: str = ""
 
     @property
     def matters(self) -> bool:
@@ -66,9 +69,9 @@ class Audit:
     Args:
         split: that was looked at. samples: so many of it. total: that it has.
         metric: the one that selects checkpoints.
-        modality: of the complementary input.
-        read: whether the model looks at that input at all. alone: whether it looks at nothing else.
-        same: share of the samples whose input was exchanged for an equal one.
+        modalities: of the complementary inputs.
+        read: whether the model looks at them at all. alone: whether it looks at nothing else.
+        same: modality to the share of samples whose input was exchanged for an equal one.
         conditions: as is first.
     """
 
@@ -76,27 +79,39 @@ class Audit:
     samples: int
     total: int
     metric: str
-    modality: str
+    modalities: tuple[str, ...]
     read: bool
     alone: bool
-    same: float
+    same: dict[str, float]
     conditions: tuple[Condition, ...]
 
+    @property
+    def modality(self) -> str:
+        """Of the complementary inputs, in words."""
+        return " and ".join(self.modalities)
+
     def __getitem__(self, name: str) -> Condition:
-        """The condition of a name."""
-        return next(condition for condition in self.conditions if condition.name == name)
+        """The condition of a name; of several modalities the first."""
+        return self.of(name)
+
+    def of(self, name: str, modality: str = "") -> Condition:
+        """The condition of a name and a modality."""
+        return next(one for one in self.conditions if one.name == name and modality in ("", one.modality))
 
     @property
     def verdict(self) -> str:
-        """What the numbers mean, in a sentence."""
+        """What the numbers mean, in a sentence for each modality."""
         if not self.read:
             return f"The model does not look at the {self.modality}: nothing in its prompts depends on it."
-        other, shuffled = self.modality, self["shuffled"]
-        before, after, empty = (100 * self[name].metrics[self.metric] for name in ("as is", "shuffled", "blank"))
+        return " ".join(self._verdict(modality) for modality in self.modalities)
+
+    def _verdict(self, other: str) -> str:
+        shuffled, blank = self.of("shuffled", other), self.of("blank", other)
+        before, after, empty = (100 * one.metrics[self.metric] for one in (self["as is"], shuffled, blank))
         name = "accuracy" if self.metric == "accuracy" else "macro-F1"
         fell = f"with another sample's {other}, {name} goes from {before:.1f} to {after:.1f} %"
         fell += f", and with none to {empty:.1f} %"
-        if self.alone:
+        if self.alone and len(self.modalities) == 1:
             return f"The {other} is all that the model looks at: {fell}."
         if shuffled.matters and shuffled.lost > 0:
             return f"The model uses the {other}: {fell}."
@@ -109,7 +124,7 @@ class Audit:
         """Everything but the logits."""
         facts = ("split", "samples", "total", "metric", "modality", "read", "same", "verdict")
         rows = [
-            {name: getattr(condition, name) for name in ("name", "metrics", "changed", "lost", "error", "matters")}
+            {name: getattr(condition, name) for name in ("name", "modality", "metrics", "changed", "lost", "error", "matters")}
             for condition in self.conditions
         ]
         return {**{name: getattr(self, name) for name in facts}, "conditions": rows}
@@ -167,52 +182,61 @@ def audit_model(
         as_is_SN = None if as_is_SN is None else as_is_SN[chosen]
     samples = prepared(model, data, split, config, device)
     partner_S = derangement(len(samples), seed)
-    modality = _modality(model, data)
-    keys = data.splits[split].keys[modality]
+    sides = {name: [s for s in model.reads if is_comp(s) and model.encoder(s).modality == name] for name in _read(model, data)}
+    keys = {name: data.splits[split].keys[name] for name in sides}
 
     def said(name: str, asked: Samples, without: str = "") -> Tensor:
         with model.without(without) if without else nullcontext():
             told = lambda done, total: advance(name, done, total)  # noqa: E731
             return run_split(model, data, split, config, device, samples=asked, advance=told).logits_SN
 
-    read = "comp" in model.reads
-    logits = {"as is": said("as is", samples) if as_is_SN is None else as_is_SN}
-    if read:
-        logits["shuffled"] = said("shuffled", Shuffled(samples, "comp", partner_S))
-        logits["blank"] = said("blank", Blank(samples, "comp", _blank_features(model, config, device)))
-    logits |= {kind: said(kind, samples, without=kind) for kind in model.prompt_kinds}
+    read = any(sides.values())
+    logits = {("as is", ""): said("as is", samples) if as_is_SN is None else as_is_SN}
+    for name, own in sides.items() if read else ():
+        logits["shuffled", name] = said(f"another {name}", Shuffled(samples, own, partner_S))
+        logits["blank", name] = said(f"no {name}", Blank(samples, own, _blank_features(model, own, config, device)))
+    logits |= {(kind, ""): said(kind, samples, without=kind) for kind in model.prompt_kinds}
+    plain_SN = logits["as is", ""]
     return Audit(
         split,
         len(samples),
         total,
         selected_metric(multi_label=data.multi_label),
-        modality,
+        tuple(sides),
         read,
-        model.reads == ("comp",),
-        float((keys == keys[partner_S.numpy()]).mean()),
-        tuple(_condition(name, value_SN, logits["as is"], data, split, thresholds) for name, value_SN in logits.items()),
+        all(is_comp(side) for side in model.reads),
+        {name: float((own == own[partner_S.numpy()]).mean()) for name, own in keys.items()},
+        tuple(
+            _condition(name, modality, value_SN, plain_SN, data, split, thresholds)
+            for (name, modality), value_SN in logits.items()
+        ),
     )
 
 
-def _modality(model: Fusion, data: DataSet) -> str:
-    if "comp" in model.uses:
-        return model.encoder("comp").modality
+def _read(model: Fusion, data: DataSet) -> tuple[str, ...]:
+    """The modalities of the complementary encoders, or one that the main encoder does not read where there are none."""
+    found = dict.fromkeys(model.encoder(side).modality for side in model.uses if is_comp(side))
+    if found:
+        return tuple(found)
     main = model.encoder("main").modality
-    return next((name for name in data.modalities if name != main), main)
+    return (next((name for name in data.modalities if name != main), main),)
 
 
 @torch.no_grad()
-def _blank_features(model: Fusion, config: RunConfig, device: torch.device) -> dict[str, Tensor]:
-    if "comp" not in model.frozen:
-        return {}
-    encoder = model.encoder("comp")
-    inputs = encoder.preprocess.batch([blank(encoder.modality, encoder.preprocess)])
-    with devices.autocast(config.train.precision, device):
-        return {"comp": run_alone(encoder, {name: tensor.to(device) for name, tensor in inputs.items()}).float().cpu()}
+def _blank_features(model: Fusion, sides: Sequence[str], config: RunConfig, device: torch.device) -> dict[str, Tensor]:
+    features = {}
+    for side in sides:
+        if side in model.frozen:
+            encoder = model.encoder(side)
+            inputs = encoder.preprocess.batch([blank(encoder.modality, encoder.preprocess)])
+            with devices.autocast(config.train.precision, device):
+                found_1C = run_alone(encoder, {name: tensor.to(device) for name, tensor in inputs.items()})
+            features[side] = found_1C.float().cpu()
+    return features
 
 
 def _condition(
-    name: str, logits_SN: Tensor, as_is_SN: Tensor, data: DataSet, split: str, thresholds: metrics.Thresholds
+    name: str, modality: str, logits_SN: Tensor, as_is_SN: Tensor, data: DataSet, split: str, thresholds: metrics.Thresholds
 ) -> Condition:
     targets = data.targets(split)
     before_SN, after_SN = (_answers(value, thresholds, data.multi_label) for value in (as_is_SN, logits_SN))
@@ -224,6 +248,7 @@ def _condition(
         float(lost_S.mean()),
         float(lost_S.std(correction=0)) / len(lost_S) ** 0.5,
         logits_SN,
+        modality,
     )
 
 

@@ -29,7 +29,7 @@ def start(trainer: Trainer, given: Start | None = None) -> Start | None:
     train = _fold(trainer, "train")
     if given is not None:
         new = [side for side in model.standard if f"standard.{side}.mean_C" in given.fresh]
-        found = {f"standard.{side}.{name}": t for side in new for name, t in statistics(train.features[side]).items()}
+        found = {f"standard.{side}.{name}": t for side in new for name, t in statistics(train.there(side)).items()}
         return given._replace(state=given.state | found)
     val = _fold(trainer, "val")
     balanced = config.train.class_weights == "balanced"
@@ -52,4 +52,5 @@ def _fold(trainer: Trainer, split: str) -> Fold:
             told = partial(trainer.listener.reading, f"{encoder.spec.name} on {split}")
             table = split_features(encoder, trainer.data, split, trainer.config, trainer.device, advance=told)
         features[side] = table[every_S]
-    return Fold(features, trainer.data.targets(split))
+    missing = {side: torch.from_numpy(samples.lacking[side]) for side in features if side in samples.lacking}
+    return Fold(features, trainer.data.targets(split), missing)

@@ -190,6 +190,9 @@ class Train(Section):
     warmup: float = Field(0.0, ge=0, lt=1, description="share of training with a linear warm-up")
     evals_per_epoch: int = Field(1, ge=1, description="validations per epoch")
     patience: int | None = Field(None, ge=1, description="stop after this many validations without a better one")
+    modality_dropout: float = Field(
+        0.0, ge=0, lt=1, description="in training, share of samples that each modality that may be missing is taken from"
+    )
     class_weights: Literal["none", "balanced"] = Field(
         "none", description="balanced: every class counts the same in the loss, however rare"
     )
@@ -210,7 +213,9 @@ class RunConfig(Section):
     """Everything that decides a run."""
 
     main: str = Field(description="encoder that is prompted and classifies")
-    comp: str = Field(description="encoder whose representation conditions the prompts")
+    comp: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        union_mode="left_to_right", description="encoder whose representation conditions the prompts, or a list of several"
+    )
     method: str = Field("conditional", description="fusion method, an entry point of mopefuse.fusion")
     seed: int = Field(0, ge=0, lt=2**63, description="of initialisation, order, noise, dropout and augmentation")
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:N or mps")
@@ -222,6 +227,7 @@ class RunConfig(Section):
     warm_start: Literal["none", "linear"] = Field(
         "none", description="linear: begin as logistic regression on standardised features of both, prompts gated to 0"
     )
+    either: bool = Field(False, description="also learn to answer without the main modality, for samples that lack it")
     tune: Literal["probe", "prompt", "lora", "full"] | None = Field(
         None, description="how the encoders of other methods learn: not, by static prompts, by LoRA, or fully; default: its own"
     )
@@ -234,6 +240,11 @@ class RunConfig(Section):
     linear: Linear = Linear()
     data: Data = Data()
     train: Train = Train()
+
+    @field_validator("comp")
+    @classmethod
+    def _one_is_no_list(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        return value[0] if not isinstance(value, str) and len(value) == 1 else value
 
     @model_validator(mode="after")
     def _experts(self) -> RunConfig:

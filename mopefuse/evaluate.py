@@ -22,6 +22,7 @@ from mopefuse.data.collate import Samples, plain_batches
 from mopefuse.data.columns import require_column
 from mopefuse.data.features import fill, split_features
 from mopefuse.data.load import load_data
+from mopefuse.data.missing import Dropped
 from mopefuse.encoders._base import full_spec
 from mopefuse.errors import CheckpointError, DataError, NumericError
 from mopefuse.fusion._base import Fusion, fresh_encoders
@@ -30,6 +31,7 @@ from mopefuse.modality import by_argument, of
 from mopefuse.predictor import Bundle
 from mopefuse.recipe import read_recipe
 from mopefuse.run import RunFolder
+from mopefuse.sides import Comp, addressed, specs, with_specs
 from mopefuse.source import kind_of, locate, trained
 
 Advance = Callable[[int, int], None]  # (samples done, samples in all)
@@ -52,14 +54,15 @@ def evaluate(
     data: Path | None = None,
     checkpoint: str = "best",
     device: str = "auto",
-    encoders: Mapping[str, str | None] | None = None,
+    main: str | None = None,
+    comp: Comp = None,
     advance: Advance = lambda done, total: None,
 ) -> Evaluation:
     """Evaluate a checkpoint of a run on a split of its data set, or of another with the same labels.
 
     Args:
         run: folder of a run, an adapter or a bundle; the latter two know of no data set.
-        encoders: side to spec, where the same weights go by another name here.
+        main, comp: specs, where the same weights go by another name here; see `mopefuse.sides.addressed`.
 
     Raises:
         CheckpointError: no such run, or encoders other than it was trained with. DataError: unknown labels, bad rows.
@@ -73,7 +76,7 @@ def evaluate(
         dataset = with_labels(load_data(where, require=(split,), advance=advance), known, split)
         return judge(ask_split(bundle, dataset, split, where, advance=advance), dataset, split, bundle.thresholds)
     target = devices.resolve(device)
-    loaded = load_model(trained(run), checkpoint, target, encoders)
+    loaded = load_model(trained(run), checkpoint, target, main=main, comp=comp)
     where = elsewhere(loaded.config.data, data)
     dataset = with_labels(load_data(where, require=(split,), advance=advance), loaded.manifest, split)
     said = run_split(loaded.model, dataset, split, loaded.config, target, advance=advance)
@@ -98,18 +101,19 @@ class Loaded(NamedTuple):
 
 
 def load_model(
-    folder: RunFolder, checkpoint: str, device: torch.device, encoders: Mapping[str, str | None] | None = None
+    folder: RunFolder, checkpoint: str, device: torch.device, *, main: str | None = None, comp: Comp = None
 ) -> Loaded:
     """The model of a run or adapter with the weights of one of its checkpoints, its configuration and its manifest.
 
     Args:
-        encoders: side to spec, where the same weights go by another name here.
+        main, comp: specs, where the same weights go by another name here; see `mopefuse.sides.addressed`.
 
     Raises:
         CheckpointError: the encoders' weights are not those that the run was trained with, or its files disagree.
     """
     config, manifest = folder.config(), folder.manifest()
-    config = _elsewhere_named(config, encoders or {}, str(folder.path))
+    modality_of = {side: str(facts.get("modality", "")) for side, facts in manifest["encoders"].items()}
+    config = _elsewhere_named(config, addressed(main, comp, modality_of), str(folder.path))
     model = build_model(config, len(manifest["labels"]))
     check_encoders(model, manifest, where=str(folder.path))
     path, published = folder.checkpoint(checkpoint)
@@ -121,22 +125,23 @@ def load_model(
 _SOURCES = {"pretrained", "weights"}  # options of a spec that say where weights are, and nothing of what is computed
 
 
-def _elsewhere_named(config: RunConfig, encoders: Mapping[str, str | None], where: str) -> RunConfig:
+def _elsewhere_named(config: RunConfig, encoders: Mapping[str, str], where: str) -> RunConfig:
     """A configuration with the same encoders by other names.
 
     Raises:
         CheckpointError: an option differs that changes what an encoder says, such as ``pool``.
     """
-    named = {side: str(full_spec(spec)) for side, spec in encoders.items() if spec}
+    named = {side: str(full_spec(spec)) for side, spec in encoders.items()}
+    before = specs(config)
     for side, spec in named.items():
         mine, theirs = (
             {key: value for key, value in full_spec(text).options.items() if key not in _SOURCES}
-            for text in (spec, getattr(config, side))
+            for text in (spec, before[side])
         )
         if mine != theirs:
-            what = f"{spec} has other options than {getattr(config, side)}, which the run was trained with"
+            what = f"{spec} has other options than {before[side]}, which the run was trained with"
             raise CheckpointError(8, what, where=where, fix="write the same options, or use mopefuse swap-encoder")
-    return config.model_copy(update=named)
+    return with_specs(config, named)
 
 
 def thresholds_of(checkpoint: Mapping[str, Any], config: RunConfig) -> metrics.Thresholds:
@@ -298,11 +303,14 @@ def prepared(
             what = f"{count:,} different {of(encoder.modality).plural}"
             notice(f"{split}: {what} encoded once by {encoder.spec}, {features[side].origin}")
     samples = Samples(data, split, model.readers(), config.data, features=features, seed=config.seed, training=training)
+    model.require_all_but(samples.lacking, where=split)
     if config.data.cache_images:
         told = partial(reading, f"decoding {split}")
         if distributed.world_size() > 1:
             distributed.on_main(lambda: samples.cache_images(told))
         samples.cache_images(told)
+    if training and config.train.modality_dropout:
+        return Dropped(samples, model.may_lack, config.train.modality_dropout)
     return samples
 
 

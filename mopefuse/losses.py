@@ -14,19 +14,25 @@ from mopefuse.fusion._base import Output
 
 
 def classification_loss(output: Output, batch: Batch, *, multi_label: bool, weights: Tensor | None = None) -> Tensor:
-    """Cross-entropy, or mean binary cross-entropy over labels, summed over the batch.
+    """Cross-entropy, or mean binary cross-entropy over labels, summed over the batch; of both answers, where there are two.
 
     Args:
         weights: of `balanced_weights`.
     """
     assert batch.targets is not None
-    logits_BN = output.logits_BN.float()
+    loss = _loss(output.logits_BN.float(), batch.targets, multi_label, weights)
+    if output.alone_BN is not None:
+        loss = loss + _loss(output.alone_BN.float(), batch.targets, multi_label, weights)
+    return loss
+
+
+def _loss(logits_BN: Tensor, targets: Tensor, multi_label: bool, weights: Tensor | None) -> Tensor:
     if multi_label:
-        loss_BN = F.binary_cross_entropy_with_logits(logits_BN, batch.targets, reduction="none")
+        loss_BN = F.binary_cross_entropy_with_logits(logits_BN, targets, reduction="none")
         if weights is not None:
-            loss_BN = loss_BN * torch.where(batch.targets > 0, weights[0], weights[1])
+            loss_BN = loss_BN * torch.where(targets > 0, weights[0], weights[1])
         return loss_BN.mean(dim=-1).sum()
-    return F.cross_entropy(logits_BN, batch.targets, weight=weights, reduction="sum")
+    return F.cross_entropy(logits_BN, targets, weight=weights, reduction="sum")
 
 
 def balanced_weights(targets: Tensor, labels: int, *, multi_label: bool) -> Tensor:

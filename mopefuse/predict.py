@@ -27,6 +27,7 @@ from mopefuse.data.rows import NoRow, check_input
 from mopefuse.data.tables import Found, find_tables, json_line
 from mopefuse.errors import CheckpointError, ConfigError, DataError, MopefuseError, NumericError
 from mopefuse.predictor import Bundle
+from mopefuse.sides import Comp
 from mopefuse.source import kind_of, locate
 
 Answer = dict[str, Any]
@@ -113,13 +114,14 @@ def answer(p_N: Sequence[float], model: Model, top: int | None) -> Answer:
 
 
 def load(
-    path: str | Path, *, checkpoint: str = "best", device: str = "auto", main: str | None = None, comp: str | None = None
+    path: str | Path, *, checkpoint: str = "best", device: str = "auto", main: str | None = None, comp: Comp = None
 ) -> Predictor:
     """A trained run, an adapter or an exported bundle to ask; ``hf-hub:repo/name`` is fetched first.
 
     Args:
         checkpoint: of a run: best, last or step-N.
-        main, comp: specs of the encoders, where the weights that the run was trained with go by other names here.
+        main, comp: specs of the encoders, where the weights that the run was trained with go by other names here; of several
+            complementary ones as in ``["2=SPEC"]`` or ``["text=SPEC"]``.
 
     Raises:
         CheckpointError: there is none, or its encoders are not those that it was trained with.
@@ -135,7 +137,7 @@ def load(
         return Predictor(Bundle(folder, device))
     from mopefuse.run_model import RunModel
 
-    return Predictor(RunModel(folder, checkpoint, device, {"main": main, "comp": comp}))
+    return Predictor(RunModel(folder, checkpoint, device, main=main, comp=comp))
 
 
 # -- pairs from files

@@ -18,6 +18,7 @@ from mopefuse.adapter import AdapterFolder
 from mopefuse.checkpoint import MANIFEST, verify
 from mopefuse.errors import CheckpointError, ConfigError, EncoderError, MopefuseError
 from mopefuse.registry import parse_spec
+from mopefuse.sides import specs
 from mopefuse.source import PREFIX, kind_of, locate, trained
 
 _SECONDS = 10.0  # for the first answer of the hub
@@ -71,7 +72,7 @@ def pack(run: Path, repo: str, *, checkpoint: str = "best", public: bool = False
 
 def _local(adapter: Path) -> tuple[str, ...]:
     config = AdapterFolder(adapter).config()
-    places = {spec: parse_spec(spec).name.partition("#")[0] for spec in (config.main, config.comp) if spec}
+    places = {spec: parse_spec(spec).name.partition("#")[0] for spec in specs(config).values() if spec}
     return tuple(spec for spec, place in places.items() if Path(place).expanduser().is_dir())
 
 

@@ -14,6 +14,7 @@ from mopefuse.data._base import DataSet
 from mopefuse.data.load import load_data
 from mopefuse.errors import CheckpointError
 from mopefuse.evaluate import elsewhere, load_model, run_split, with_labels
+from mopefuse.missing import kept
 from mopefuse.report.facts import RunFacts
 from mopefuse.report.pages import check_places, save_figures, write
 from mopefuse.report.run_page import run_page, sections
@@ -106,6 +107,7 @@ def report(
         loaded.thresholds,
         said.routing_SLK,
         found.as_dict() if found else None,
+        kept(folder.path, split, step),
         _notes(folder, dataset, split, step, audited=audit),
     )
     parts = sections(facts)

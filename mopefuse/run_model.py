@@ -12,6 +12,7 @@ from mopefuse import device as devices
 from mopefuse import metrics
 from mopefuse.evaluate import load_model
 from mopefuse.modality import by_argument
+from mopefuse.sides import Comp
 from mopefuse.source import trained
 
 
@@ -22,9 +23,9 @@ class RunModel:
         CheckpointError: there is no such run or checkpoint, or the encoders are not those that it was trained with.
     """
 
-    def __init__(self, run: Path, checkpoint: str, device: str, encoders: Mapping[str, str | None]) -> None:
+    def __init__(self, run: Path, checkpoint: str, device: str, *, main: str | None = None, comp: Comp = None) -> None:
         self.device = devices.resolve(device)
-        loaded = load_model(trained(run), checkpoint, self.device, encoders)
+        loaded = load_model(trained(run), checkpoint, self.device, main=main, comp=comp)
         self.fusion, self.precision = loaded.model, loaded.config.train.precision
         self.labels: tuple[str, ...] = tuple(loaded.manifest["labels"])
         self.modalities = tuple(dict.fromkeys(self.fusion.encoder(side).modality for side in self.fusion.reads))

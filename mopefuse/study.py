@@ -37,6 +37,7 @@ from mopefuse.grid import KIND, STUDY_FILE, Cell, Study
 from mopefuse.libraries import mendable
 from mopefuse.room import Room, Told
 from mopefuse.run import RunFolder
+from mopefuse.sides import specs
 from mopefuse.signals import StopRequest
 from mopefuse.train import differing, train
 from mopefuse.trainer import Listener, Progress
@@ -84,7 +85,7 @@ def trainable(cells: Sequence[Cell]) -> dict[str, int]:
     labels: dict[Data, int] = {}
     for cell in cells:
         config = cell.config
-        if cell.label in counts or not all(spec.startswith("tiny:") for spec in (config.main, config.comp)):
+        if cell.label in counts or not all(spec.startswith("tiny:") for spec in specs(config).values()):
             continue
         try:
             if config.data not in labels:

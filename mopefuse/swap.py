@@ -28,6 +28,7 @@ from mopefuse.evaluate import elsewhere, load_model
 from mopefuse.fusion._base import Fusion
 from mopefuse.fusion.build import build_model
 from mopefuse.run import RunFolder
+from mopefuse.sides import Comp, addressed, with_specs
 from mopefuse.source import trained
 from mopefuse.train import resolved, train
 from mopefuse.trainer import Listener, Start
@@ -79,7 +80,7 @@ def swap_encoder(
     out: Path,
     *,
     main: str | None = None,
-    comp: str | None = None,
+    comp: Comp = None,
     data: Path | None = None,
     settings: Mapping[str, Any] | None = None,
     epochs: int = 0,
@@ -90,7 +91,8 @@ def swap_encoder(
     """A new run in `out` from a trained one, with another encoder, other data, or both.
 
     Args:
-        main, comp: specs of the new encoders; None leaves one as it is.
+        main, comp: specs of the new encoders; None leaves one as it is. Of several complementary encoders ``2=SPEC`` or, by
+            its modality, ``text=SPEC`` says which.
         data: another data set, perhaps with other labels.
         settings: more of the new run's settings, nested.
         epochs: of tuning; 0 leaves the swapped model as it is.
@@ -100,7 +102,7 @@ def swap_encoder(
     Raises:
         ConfigError: nothing is swapped, or `out` is taken. EncoderError: an encoder that does not suit its side.
     """
-    if main is None and comp is None and data is None:
+    if main is None and not comp and data is None:
         raise ConfigError(61, "nothing is swapped", where="swap-encoder", fix="name --main SPEC, --comp SPEC or --data DIR")
     if not 0 <= warm_up <= epochs:
         raise ConfigError(62, f"{warm_up} epochs of warm-up in {epochs} of tuning", where="--warm-up", fix="raise --epochs")
@@ -112,7 +114,8 @@ def swap_encoder(
             raise ConfigError(
                 100, f"{old.config.method} is fitted anew for other encoders", where=str(run), fix="use mopefuse train"
             )
-        config = _new_config(old.config, old.model, main=main, comp=comp, data=data, settings=settings or {}, epochs=epochs)
+        named = addressed(main, comp, {side: old.model.encoder(side).modality for side in old.model.uses})
+        config = _new_config(old.config, old.model, named, data=data, settings=settings or {}, epochs=epochs)
         labels = distributed.on_main(lambda: load_data(config.data).labels)
         model = build_model(config, len(labels))
         state, inherited = inherit(old.model, model, old.manifest["labels"], labels)
@@ -136,19 +139,18 @@ def swap_encoder(
 def _new_config(
     config: RunConfig,
     model: Fusion,
+    named: Mapping[str, str],
     *,
-    main: str | None,
-    comp: str | None,
     data: Path | None,
     settings: Mapping[str, Any],
     epochs: int,
 ) -> RunConfig:
-    values = config.model_dump(mode="json")
-    for side, spec in (("main", main), ("comp", comp)):
-        if spec is not None and side not in model.uses:
+    for side in named:
+        if side not in model.uses:
             raise ConfigError(63, f"{config.method} has no {side} encoder", where=f"--{side}", fix="swap the other one")
-        values[side] = str(full_spec(spec)) if spec is not None else values[side]
-    if main is not None or comp is not None:
+    config = with_specs(config, {side: str(full_spec(spec)) for side, spec in named.items()})
+    values = config.model_dump(mode="json")
+    if named:
         for section, key in _from_encoders(config, model):
             values[section][key] = None
     values["data"] = elsewhere(config.data, data).model_dump(mode="json")
@@ -180,7 +182,10 @@ def inherit(
     inherited = []
     for name, tensor in new.own_state().items():
         value, kept = tensor.clone(), 0
-        if name.startswith("head."):
+        if name.startswith("head_comp."):
+            same = [*old_labels] == [*new_labels] and all(_survives(f"{s} features", old, new) for s in new.uses[1:])
+            kept = value.copy_(known[name]).numel() if same and name in known else 0
+        elif name.startswith("head."):
             kept = _carry_head(name, value, known, old, new, old_labels, new_labels)
         elif name in known and known[name].shape == value.shape and _survives(new.bond(name), old, new):
             value.copy_(known[name])

@@ -50,7 +50,7 @@ def test_tokens_inserted_and_keys_and_values_give_the_same(main: str) -> None:
         with token_form.as_tokens(subject.encoders["main"]):
             as_tokens = model(subject.batch).logits
         after = model(subject.batch).logits
-        bare = model.classify(subject.encoders["main"].encode(subject.batch.inputs["main"]).pooled_BC)
+        bare = model.classify(subject.encoders["main"].encode(subject.batch.inputs["main"]).pooled_BC, batch=subject.batch)
     torch.testing.assert_close(as_tokens, as_keys, rtol=1e-4, atol=1e-5)
     assert torch.equal(after, as_keys)
     assert (as_keys - bare).abs().max() > 1e-3  # the prompts do something
@@ -63,7 +63,7 @@ def test_inserted_tokens_go_through_the_projection_and_keys_and_values_do_not() 
     encoder._slots[0].block.attn.proj.register_forward_hook(lambda m, args, out: rows.append(args[0].shape[1]))  # type: ignore[union-attr]
     stack = static_stack(build_config({**TINY, "prompts": {"static": 3, "gate": "none"}}).prompts, encoder)
     batch = {"pixels": torch.zeros(2, 64, 64, 3, dtype=torch.uint8)}
-    prompts = stack.condition(torch.zeros(2, 1))
+    prompts = stack.condition({})
     encoder.encode(batch, prompts)
     with token_form.as_tokens(encoder):
         encoder.encode(batch, prompts)

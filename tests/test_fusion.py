@@ -191,8 +191,8 @@ def test_the_frozen_encoders_stay_in_evaluation_mode_and_a_tuned_one_does_not() 
 
 def test_no_graph_is_built_through_a_frozen_complementary_encoder() -> None:
     model = build().train()
-    assert not model.psi(model.collate(images(2), TEXTS[:2])).requires_grad
-    assert build(comp_tuning={"mode": "prompts"}).psi(model.collate(images(2), TEXTS[:2])).requires_grad
+    assert not model.psi("comp", model.collate(images(2), TEXTS[:2])).requires_grad
+    assert build(comp_tuning={"mode": "prompts"}).psi("comp", model.collate(images(2), TEXTS[:2])).requires_grad
 
 
 def test_known_features_replace_the_encoder_to_the_bit() -> None:

@@ -13,7 +13,7 @@ ROOT = Path(mopefuse.__file__).parent
 ORDER = (  # from below; a module imports from rows above its own line, or from its own package
     "errors",
     "registry config signals gates pixels tokens bootstrap libraries shown",
-    "space plugins modality",
+    "space plugins modality sides shares",
     "recipe checkpoint distributed metrics routing",
     "run device cache room",
     "adapter encoders prompts data grid",
@@ -26,7 +26,7 @@ ORDER = (  # from below; a module imports from rows above its own line, or from 
     "trainer",
     "closed_form",
     "train doctor",
-    "swap run_model audit study",
+    "swap run_model audit missing study",
     "predict reporting study_report search",
     "bundle",
     "export",

@@ -202,7 +202,7 @@ def test_psi_of_an_adapted_encoder_is_the_feature_of_comp_only() -> None:
     with torch.no_grad():
         for name in mine:
             unimodal.get_parameter(name).copy_(alone.get_parameter(name))
-        assert torch.equal(alone.psi(batch), unimodal.pooled("comp", batch))
+        assert torch.equal(alone.psi("comp", batch), unimodal.pooled("comp", batch))
 
 
 @pytest.mark.parametrize("options", [{"comp_tuning": {"mode": "lora"}}, {"method": "main-only", "tune": "lora"}], ids=str)
@@ -218,7 +218,7 @@ def test_a_sample_does_not_depend_on_its_batch(options: dict[str, Any]) -> None:
 def test_psi_learns_and_is_never_taken_from_what_was_computed_earlier(pairs: Path) -> None:
     model = build(comp_tuning={"mode": "lora"}).train()
     batch = model.collate(images(2), TEXTS[:2])
-    assert model.psi(batch).requires_grad
+    assert model.psi("comp", batch).requires_grad
     assert model.frozen == ()
     assert build().frozen == ("comp",)
     config = model.config.model_copy(update={"data": model.config.data.model_copy(update={"path": str(pairs)})})
@@ -346,7 +346,7 @@ def test_other_weights_under_it_are_refused(pairs: Path, tmp_path: Path) -> None
     tiny = {"main": "tiny:vision", "comp": "tiny:text", **METHODS["conditional"]}
     train(config(pairs, 1, **tiny), tmp_path / "run")
     with pytest.raises(CheckpointError, match="not those that the run was trained with"):
-        evaluate(tmp_path / "run", encoders={"comp": "tiny:text-b"})
+        evaluate(tmp_path / "run", comp="tiny:text-b")
 
 
 def test_trainable_parameters_at_vit_b_and_bert_base() -> None:

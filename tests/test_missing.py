@@ -1,9 +1,9 @@
-"""Rows without a text, an image or anything else that a modality is: an error, left out, or kept and told of."""
+"""Samples that lack a modality: what stands in for it, how training meets them, and what is told of it."""
 
 from __future__ import annotations
 
-import csv
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,351 +11,337 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, call, code_of, make_pairs, write_rows
-from PIL import Image
+from conftest import call, write_rows
+from test_fusion import TEXTS, build, images, open_gates
 
-from mopefuse import build_fusion, load
-from mopefuse.config import Data, build_config
-from mopefuse.data._base import Batch, DataSet
-from mopefuse.data.altered import Shuffled
+from mopefuse import metrics
+from mopefuse.config import build_config
 from mopefuse.data.collate import Samples
-from mopefuse.data.features import fill, split_features
 from mopefuse.data.load import load_data
-from mopefuse.encoders._base import create_encoder, run_alone
-from mopefuse.errors import DataError
-from mopefuse.modality import of
-from mopefuse.train import train
+from mopefuse.data.missing import Dropped, Taken, loss_order
+from mopefuse.errors import ConfigError, DataError
+from mopefuse.evaluate import load_model, prepared, run_split
+from mopefuse.fusion._base import Fusion
+from mopefuse.losses import classification_loss
+from mopefuse.run import RunFolder
+from mopefuse.shares import parse, words
 
-CPU = torch.device("cpu")
-GONE = {"no column": ..., "null": None, "empty": "", "blank": "  "}
-FORMS = pytest.mark.parametrize("form", GONE)
-
-
-@pytest.fixture(autouse=True)
-def _empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MOPEFUSE_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    return make_pairs(tmp_path / "data")
-
-
-def change(root: Path, split: str, number: int, **values: Any) -> None:
-    """Other values in a row; no column where one is `...`."""
-    path = root / f"{split}.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    rows[number] = {key: value for key, value in (rows[number] | values).items() if value is not ...}
-    write_rows(path, rows)
+METHODS: list[dict[str, Any]] = [
+    {},
+    {"router": {"kind": "joint"}},
+    {"warm_start": "linear"},
+    {"comp_tuning": {"mode": "prompts"}},
+    {"method": "late-concat"},
+    {"method": "linear"},
+    {"method": "linear", "linear": {"features": "average"}},
+]
 
 
-def read(root: Path, **options: Any) -> DataSet:
-    return load_data(Data(path=str(root), **options))
+def heard(comp: Any = "tiny:text", **options: Any) -> Fusion:
+    """A model that learns absence, with weights that say something."""
+    torch.manual_seed(0)
+    model = build(comp=comp, experts=4, data={"on_missing": "absent"}, **options)
+    open_gates(model)
+    with torch.no_grad():
+        for name, parameter in model.ours().items():
+            if name.startswith(("head", "absent")):
+                parameter.normal_()
+    return model
 
 
-# -- the three policies
+def without(batch: Any, side: str, rows: list[int]) -> Any:
+    mask_B = torch.zeros(len(batch.index), dtype=torch.bool)
+    mask_B[rows] = True
+    return replace(batch, missing={side: mask_B})
 
 
-@FORMS
-@pytest.mark.parametrize(("column", "modality"), [("text", "text"), ("img", "image")])
-def test_a_value_that_is_not_there_is_what_the_policy_says(data: Path, form: str, column: str, modality: str) -> None:
-    change(data, "train", 4, **{column: GONE[form]})
-    if column == "text" and isinstance(GONE[form], str):
-        assert read(data).splits["train"].rows[4].values["text"] == GONE[form]
-    else:
-        assert code_of(lambda: read(data)).startswith("MF-DATA-")
-    for _ in range(2):  # once read, once from the cache
-        left = read(data, on_missing="skip")
-        assert [row.line for row in left.splits["train"].rows] == [1, 2, 3, 4, *range(6, 13)]
-        assert f"train: 1 rows without {modality} are left out" in left.notices
-        kept = read(data, on_missing="absent")
-        row = kept.splits["train"].rows[4]
-        assert (row.line, row.values[modality], None in kept.splits["train"].rows[3].values.values()) == (5, None, False)
-        for name in ("text", "image"):
-            assert np.flatnonzero(kept.splits["train"].lacks(name)).tolist() == ([4] if name == modality else [])
-        assert f"train: 1 rows have no {modality}" in kept.notices
+# -- the model
 
 
-def test_an_error_names_the_ways_on(data: Path) -> None:
-    change(data, "train", 4, text=None)
-    with pytest.raises(DataError, match=r"text is null, .* \(set data.allow_missing_text=true .* --on-missing skip"):
-        read(data)
-    change(data, "train", 4, text="x", img=None)
-    with pytest.raises(DataError, match=r"img is null, expected a string \(--on-missing skip or absent"):
-        read(data)
+@pytest.mark.parametrize("options", METHODS, ids=str)
+def test_an_answer_does_not_depend_on_what_is_missing_and_that_of_others_not_at_all(options: dict[str, Any]) -> None:
+    model = heard(**options)
+    whole = model.collate(images(4), TEXTS[:4])
+    other = model.collate(images(4), [TEXTS[0], "something else", "8", TEXTS[3]])
+    with torch.no_grad():
+        full, none, some, same = (
+            model(batch).logits
+            for batch in (whole, without(whole, "comp", []), without(whole, "comp", [1, 2]), without(other, "comp", [1, 2]))
+        )
+    assert torch.equal(full, none), "a mask of nothing changes an answer"
+    assert torch.equal(full[[0, 3]], some[[0, 3]])
+    assert torch.equal(some, same), "an answer depends on a text that is missing"
+    assert not torch.allclose(full[[1, 2]], some[[1, 2]])
+    alone = without(model.collate(images(4)[1:2], TEXTS[1:2]), "comp", [0])
+    torch.testing.assert_close(model(alone).logits[0], some[1], atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("policy", ["skip", "absent"])
-@FORMS
-def test_a_row_of_nothing_is_bad_whatever_the_policy(data: Path, form: str, policy: str) -> None:
-    change(data, "train", 4, text=GONE[form], img=GONE[form])
-    with pytest.raises(DataError, match=r"train.jsonl:5 has none of text, img; found "):
-        read(data, on_missing=policy)
-    report = json.loads(call("data", "check", data, "--json", "--set", f"data.on_missing={policy}").stdout)
-    assert report["kinds"] == {"nothing": 1}
+def test_what_stands_in_is_learned_from_zero_and_only_where_that_was_asked_for() -> None:
+    assert not any(name.startswith("absent") for name in build().own_state())
+    for asked in ({"data": {"on_missing": "absent"}}, {"train": {"modality_dropout": 0.1}}, {"either": True}):
+        model = build(**asked)
+        assert torch.equal(model.own_state()["absent.comp"], torch.zeros(model.encoder("comp").feature_width))
+    model = heard()
+    model(without(model.collate(images(2), TEXTS[:2]), "comp", [0])).logits.sum().backward()
+    assert model.absent["comp"].grad is not None and model.absent["comp"].grad.any()
+    assert model.bond("absent.comp") == "comp features" and model.pace("absent.comp") == "main"
+    model = heard(method="linear")
+    assert not model.absent, "nothing is trained after a closed form"
 
 
-@pytest.mark.parametrize("policy", ["skip", "absent"])
-def test_a_value_of_another_type_is_never_missing(data: Path, policy: str) -> None:
-    change(data, "train", 4, text=3)
-    with pytest.raises(DataError, match="text is a number"):
-        read(data, on_missing=policy)
+def test_each_of_several_encoders_can_be_missing_by_itself() -> None:
+    model = heard(comp=["tiny:text", "tiny:vision"])
+    batch = model.collate(images(3), TEXTS[:3])
+    answers = [model(without(batch, side, [1])).logits[1] for side in ("comp", "comp2")]
+    assert not torch.allclose(*answers)
+    assert model.may_lack == ("comp", "comp2")
 
 
-@pytest.mark.parametrize("policy", ["error", "skip", "absent"])
-def test_a_null_that_is_taken_as_empty_is_not_missing(data: Path, policy: str) -> None:
-    change(data, "train", 4, text=None)
-    change(data, "train", 5, text="")
-    split = read(data, on_missing=policy, allow_missing_text=True).splits["train"]
-    assert [split.rows[i].values["text"] for i in (4, 5)] == ["", ""] and not split.lacks("text").any()
+@pytest.mark.parametrize("method", ["main-only", "comp-only", "mmbt", "pmf", "promptfuse", "sequential"])
+def test_methods_that_need_everything_say_so(method: str) -> None:
+    model = build(method=method)
+    assert model.may_lack == ()
+    texts = [None, "a"] if "comp" in model.uses else ["a", "b"]
+    shown = images(2) if "comp" in model.uses else [None, images(1)[0]]
+    with pytest.raises(DataError) as caught:
+        model.collate(shown, texts)
+    assert caught.value.number == 100 and "--on-missing skip" in caught.value.fix and "--either" not in caught.value.fix
 
 
-@pytest.mark.parametrize("policy", ["skip", "absent"])
-def test_a_file_that_is_not_there_is_bad_and_not_missing(data: Path, policy: str) -> None:
-    change(data, "train", 4, img="images/none.png")
-    assert code_of(lambda: read(data, on_missing=policy)) == "MF-DATA-11"
+def test_the_main_modality_is_needed_unless_the_model_was_trained_without() -> None:
+    with pytest.raises(DataError) as caught:
+        build().collate([None, *images(1)], TEXTS[:2])
+    assert caught.value.number == 100 and "--either" in caught.value.fix
+    with pytest.raises(ConfigError) as refused:
+        build(method="mmbt", either=True)
+    assert refused.value.number == 143
 
 
-def test_empty_cells_of_a_table_are_missing(data: Path) -> None:
-    change(data, "train", 2, text="")
-    change(data, "train", 3, img="")
-    rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
-    (data / "train.jsonl").unlink()
-    with (data / "train.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
-    assert code_of(lambda: read(data)) == "MF-DATA-15"  # an empty path is the folder itself
-    kept = read(data, on_missing="absent").splits["train"]
-    assert [np.flatnonzero(kept.lacks(name)).tolist() for name in ("text", "image")] == [[2], [3]]
-    left = read(data, on_missing="skip")
-    assert len(left.splits["train"].rows) == 10
-    assert {"train: 1 rows without text are left out", "train: 1 rows without image are left out"} <= set(left.notices)
+def test_either_answers_from_the_complementary_side_alone() -> None:
+    model = heard(either=True)
+    pictures = images(3)
+    some = model(model.collate([pictures[0], None, pictures[2]], TEXTS[:3]))
+    full = model(model.collate(pictures, TEXTS[:3]))
+    assert torch.equal(some.logits[1], some.alone_BN[1]) and torch.equal(some.logits[[0, 2]], full.logits[[0, 2]])
+    assert torch.equal(full.alone_BN, some.alone_BN), "the answer of the complementary side alone looks at images"
+    batch = replace(model.collate(pictures, TEXTS[:3]), targets=torch.tensor([0, 1, 2]))
+    both = classification_loss(full, batch, multi_label=False)
+    one = classification_loss(full._replace(alone_BN=None), batch, multi_label=False)
+    cross = torch.nn.functional.cross_entropy(full.alone_BN, batch.targets, reduction="sum")
+    torch.testing.assert_close(both, one + cross)
+    model.zero_grad()
+    one = torch.autograd.grad(one, model.head.weight, retain_graph=True)[0]
+    assert torch.equal(one, torch.autograd.grad(both, model.head.weight)[0]), "the second head changes what the first learns"
 
 
-def test_images_without_captions(tmp_path: Path) -> None:
-    for split in ("train", "val"):
-        for i, label in enumerate(("cat", "dog", "cat", "dog")):
-            path = tmp_path / split / label / f"{i}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (8, 8), (i, len(split), 0)).save(path)
-            if i:
-                path.with_suffix(".txt").write_text(f"{label} {i}")
-    with pytest.raises(DataError, match=r"has no text: add 0.txt beside it, .*, or --on-missing skip or absent"):
-        read(tmp_path)
-    assert read(tmp_path, on_missing="absent").splits["val"].rows[0].values == {"text": None, "image": "val/cat/0.png"}
-    assert len(read(tmp_path, on_missing="skip").splits["val"].rows) == 3
+def test_late_concat_can_lack_either_but_is_told() -> None:
+    model = heard(method="late-concat", either=True)
+    assert model.may_lack == ("main", "comp")
+    answers = model(model.collate([None, *images(1)], ["a", None])).logits
+    assert answers.isfinite().all()
 
 
-# -- which modalities there are
+# -- in training
 
 
-def test_named_modalities_are_all_that_is_read(data: Path) -> None:
-    (data / "images" / "train-1.png").unlink()
-    only = read(data, modalities=("text",))
-    assert only.modalities == ("text",) and only.splits["train"].rows[0].values == {"text": "what is the red digit"}
-    assert code_of(lambda: read(data)) == "MF-DATA-11"
+@pytest.fixture(scope="module")
+def data(pairs: Path) -> Any:
+    return load_data(build_config({"main": "tiny:vision", "comp": "tiny:text", "data": {"path": str(pairs)}}).data)
 
 
-@pytest.mark.parametrize("other", [{"text": "caption"}, {"img": "photo"}, {"text": "caption", "img": "photo"}])
-def test_where_little_is_found_a_text_and_an_image_are_expected(data: Path, other: dict[str, str]) -> None:
+def samples(data: Any, model: Fusion, **changed: Any) -> Samples:
+    config = build_config({"main": "a:1", "comp": "b:2", "data": {"path": str(data.root)}})
+    return Samples(data, "train", model.readers(), config.data, training=True, **changed)
+
+
+def drawn(dropped: Dropped, epoch: int) -> list[bool]:
+    return [dropped.absent("comp", epoch, index) for index in range(len(dropped))]
+
+
+def test_dropout_is_a_function_of_seed_epoch_and_index(data: Any) -> None:
+    model = build()
+    one = Dropped(samples(data, model, seed=3), ["comp"], 0.3)
+    same = Dropped(samples(data, model, seed=3), ["comp"], 0.3)
+    assert drawn(one, 1) == drawn(same, 1) != drawn(one, 2)
+    assert drawn(Dropped(samples(data, model, seed=4), ["comp"], 0.3), 1) != drawn(one, 1)
+    share = np.mean([drawn(one, epoch) for epoch in range(200)])
+    count = 200 * len(one)
+    assert abs(share - 0.3) < 4 * (0.3 * 0.7 / count) ** 0.5
+    batch = next(iter(one.batches([[(1, index) for index in range(len(one))]])))
+    assert batch.missing["comp"].tolist() == drawn(one, 1)
+
+
+def test_encoders_of_one_modality_lose_it_together_and_nothing_loses_everything(data: Any) -> None:
+    model = build(comp=["tiny:text", "tiny:text?pool=cls", "tiny:vision"], method="late-concat", either=True)
+    dropped = Dropped(samples(data, model), model.may_lack, 0.9)
+    every = 0
+    for epoch in range(20):
+        for index in range(len(dropped)):
+            lost = {side: dropped.absent(side, epoch, index) for side in model.uses}
+            assert lost["main"] == lost["comp3"] and lost["comp"] == lost["comp2"]
+            assert not all(lost.values())
+            every += any(lost.values())
+    assert every
+
+
+def test_a_larger_share_takes_all_that_a_smaller_one_does() -> None:
+    ids = [str(number) for number in range(500)]
+    order = loss_order(ids, ["text"], 0)
+    assert sorted(order) == list(range(500)) and order != list(range(500))
+    assert loss_order(ids[::-1], ["text"], 0) == [499 - number for number in order]
+    assert loss_order(ids, ["audio"], 0) != order != loss_order(ids, ["text"], 1)
+
+
+def holes(pairs: Path, root: Path, *, column: str) -> Path:
+    """The data set, and in each split every third row without a value in a column."""
+    shutil.copytree(pairs, root)
     for split in ("train", "val", "test"):
-        path = data / f"{split}.jsonl"
-        for name, called in other.items():
-            path.write_text(path.read_text().replace(f'"{name}":', f'"{called}":'))
-    hint = " ".join({"text": "--text-col caption", "img": "--image-col photo"}[name] for name in other)
-    with pytest.raises(DataError, match=rf"has no {' or '.join(other)}; found .*; did you mean {hint}\?"):
-        read(data)
+        rows = [json.loads(line) for line in (root / f"{split}.jsonl").read_text().splitlines()]
+        for row in rows[::3]:
+            row[column] = None
+        write_rows(root / f"{split}.jsonl", rows)
+    return root
 
 
-@pytest.mark.parametrize("options", [{"modalities": ("texts",)}, {"columns": {"txt": "caption"}}])
-def test_a_modality_that_is_not_installed_is_refused(data: Path, options: dict[str, Any]) -> None:
-    assert code_of(lambda: read(data, **options)) == "MF-CFG-133"
+SMALL = ("--main", "tiny:vision", "--comp", "tiny:text", "--experts", 3, "--device", "cpu", "--batch", 8, "--seed", 1)
 
 
-@pytest.mark.parametrize("said", [["text"], ["=x"], ["text="], ["text=a", "text=b"]])
-def test_a_column_is_written_as_modality_and_name(data: Path, said: list[str]) -> None:
-    done = call("data", "check", data, *(word for one in said for word in ("--column", one)))
-    assert done.returncode == 3 and "MF-CFG-135" in done.stderr
+def train(data: Path, out: Path, *more: object) -> Any:
+    return call("train", *SMALL, "--data", data, "--out", out, *more)
 
 
-def test_a_column_flag_names_a_built_in_one_too(data: Path) -> None:
-    for split in ("train", "val", "test"):
-        path = data / f"{split}.jsonl"
-        path.write_text(path.read_text().replace('"text":', '"caption":'))
-    assert call("data", "check", data).returncode == 4
-    assert call("data", "check", data, "--column", "text=caption").returncode == 0
+def test_a_resumed_run_with_dropout_equals_an_uninterrupted_one(pairs: Path, tmp_path: Path) -> None:
+    how = ("--modality-dropout", 0.5, "--set", "train.schedule=constant")
+    assert train(pairs, tmp_path / "one", *how, "--steps", 6).returncode == 0
+    assert train(pairs, tmp_path / "two", *how, "--steps", 3).returncode == 0
+    done = call("train", "--resume", "--out", tmp_path / "two", "--steps", 6)
+    assert done.returncode == 0, done.stderr
+    one, two = (read(tmp_path / name / "checkpoints" / "step-6") for name in ("one", "two"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    assert one["absent.comp"].any()
 
 
-# -- what a data set is
+def read(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "weights.safetensors")
 
 
-def test_the_policy_is_part_of_the_data_only_where_something_is_missing(data: Path) -> None:
-    policies = ("error", "skip", "absent")
-    assert len({read(data, on_missing=policy).splits["train"].hash for policy in policies}) == 1
-    change(data, "train", 4, text="")
-    assert len({read(data, on_missing=policy).splits["train"].hash for policy in policies}) == 3
-
-
-def test_runs_that_were_tested_on_other_rows_are_not_compared(data: Path, tmp_path: Path) -> None:
-    change(data, "test", 4, text=None)
-    for policy in ("skip", "absent"):
-        done = call("train", *TINY, "--data", data, "--out", tmp_path / policy, "--steps", 1, "--on-missing", policy)
+@pytest.mark.parametrize("column", ["text", "img"])
+def test_rows_with_holes_are_an_error_that_says_what_to_do(pairs: Path, tmp_path: Path, column: str) -> None:
+    data = holes(pairs, tmp_path / "data", column=column)
+    error = json.loads(train(data, tmp_path / "run", "--json").stdout.splitlines()[-1])["error"]
+    assert error["code"].startswith("MF-DATA") and "on-missing" in str(error)
+    done = train(data, tmp_path / "skip", "--on-missing", "skip", "--steps", 1, "--json")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "skip" / "metrics.json").read_text())["rows"]
+    every = {split: len((data / f"{split}.jsonl").read_text().splitlines()) for split in rows}
+    assert rows == {split: count - len(range(0, count, 3)) for split, count in every.items()}
+    done = train(data, tmp_path / "absent", "--on-missing", "absent", "--steps", 1, "--json")
+    if column == "text":
         assert done.returncode == 0, done.stderr
-    assert "MF-CFG" in call("compare", tmp_path / "skip", tmp_path / "absent").stderr
-    assert len((tmp_path / "absent" / "predictions.jsonl").read_text().splitlines()) == 7
-    assert len((tmp_path / "skip" / "predictions.jsonl").read_text().splitlines()) == 6
+    else:
+        assert "--either" in json.loads(done.stdout.splitlines()[-1])["error"]["hint"]
+        done = train(data, tmp_path / "either", "--on-missing", "absent", "--either", "--steps", 2, "--json")
+        assert done.returncode == 0, done.stderr
+    assert json.loads((done.stdout or "{}").splitlines()[-1])["ok"]
 
 
-@pytest.mark.parametrize("named", [(), ("--column", "text=text")])
-def test_a_resumed_run_keeps_its_policy_and_columns(named: tuple[str, ...], data: Path, tmp_path: Path) -> None:
-    done = call("train", *TINY, "--data", data, "--out", tmp_path / "run", "--steps", 1, *named)
+def test_a_regression_takes_what_is_missing_as_the_mean(pairs: Path, tmp_path: Path) -> None:
+    data = holes(pairs, tmp_path / "data", column="text")
+    done = train(data, tmp_path / "run", "--method", "linear", "--on-missing", "absent")
     assert done.returncode == 0, done.stderr
-    again = ("train", "--out", tmp_path / "run", "--resume", "--steps", 2)
-    assert "cannot change data.on_missing" in call(*again, "--on-missing", "absent").stderr
-    for other in ("text=caption", "image=photo"):
-        assert "cannot change data.columns" in call(*again, "--column", other).stderr
-    done = call(*again)
+    model = load_model(RunFolder(tmp_path / "run"), "best", torch.device("cpu")).model
+    config = RunFolder(tmp_path / "run").config()
+    found = prepared(model, load_data(config.data), "train", config, torch.device("cpu"))
+    lacking = torch.from_numpy(found.lacking["comp"])
+    features = found.features["comp"][torch.arange(len(found))]
+    assert 0 < lacking.sum() < len(lacking)
+    torch.testing.assert_close(model.standard["comp"].mean_C, features[~lacking].double().mean(dim=0).float())
+
+
+# -- in evaluation
+
+
+@pytest.fixture(scope="module")
+def run(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("missing") / "run"
+    done = train(pairs, folder, "--modality-dropout", 0.3, "--steps", 4)
     assert done.returncode == 0, done.stderr
+    return folder
 
 
-def test_what_two_splits_lack_is_no_leak(data: Path) -> None:
-    for split in ("train", "test"):
-        for number, row in enumerate((data / f"{split}.jsonl").read_text().splitlines()):
-            change(data, split, number, text=f"{split} {json.loads(row)['id']}")
-        change(data, split, 2, text=None)
-        change(data, split, 3, img=None)
-    found = read(data, on_missing="absent")
-    assert not any("also in train" in notice for notice in found.notices)
-    change(data, "test", 1, text="TRAIN  train-1")
-    assert "1 texts of test are also in train; metrics on it may be too good" in read(data, on_missing="absent").notices
-    report = json.loads(call("data", "check", data, "--json", "--set", "data.on_missing=absent").stdout)
-    assert report["leaks"]["test"] == {"images": 0, "texts": 1}
-    assert [(p["split"], p["message"]) for p in report["problems"] if p["kind"] == "missing-value"] == [
-        (split, f"1 rows have no {modality}") for split in ("train", "test") for modality in ("text", "image")
-    ]
+def test_a_share_that_is_taken_away_is_told_kept_and_can_be_computed_again(run: Path) -> None:
+    done = call("eval", run, "--missing", "text=0.7", "--json")
+    said = json.loads(done.stdout)
+    assert done.returncode == 0 and said["cells"][0]["words"] == "70 % of samples lack text"
+    kept = json.loads((run / "missing-test.json").read_text())
+    cell, order = kept["cells"][0], kept["orders"]["text"]
+    assert cell["metrics"] == said["metrics"] and cell["rows"] == {"text": round(0.7 * len(order))} and kept["learned"]
+    loaded = load_model(RunFolder(run), "best", torch.device("cpu"))
+    data = load_data(loaded.config.data)
+    lacks = set(order[: cell["rows"]["text"]])
+    mask_S = np.array([row.id in lacks for row in data.splits["test"].rows])
+    cpu = torch.device("cpu")
+    taken = Taken(prepared(loaded.model, data, "test", loaded.config, cpu), {"text": mask_S})
+    logits_SN = run_split(loaded.model, data, "test", loaded.config, cpu, samples=taken).logits_SN
+    again = metrics.compute(logits_SN, data.targets("test"), multi_label=False, thresholds=0.5)
+    assert again == pytest.approx(cell["metrics"], abs=1e-6)
 
 
-# -- what encoders get
+def test_a_grid_its_table_and_its_part_of_the_report(run: Path) -> None:
+    done = call("eval", run, "--missing", "grid")
+    assert done.returncode == 0, done.stderr
+    assert "100 % of samples lack text" in done.stdout and "nothing is taken away" in done.stdout
+    kept = json.loads((run / "missing-test.json").read_text())
+    plain = next(cell for cell in kept["cells"] if not cell["missing"])
+    assert plain["metrics"] == json.loads((run / "metrics.json").read_text())["metrics"]["test"]
+    assert [cell["missing"] for cell in kept["cells"] if cell["missing"]].count({"text": 0.7}) == 1
+    assert call("report", run, "--no-audit").returncode == 0
+    page = (run / "report.html").read_text()
+    assert "Where a modality is missing" in page and "70 % of samples lack text" in page
 
 
-READERS = {"main": "tiny:vision", "comp": "tiny:text"}
-
-
-def samples(found: DataSet, **options: Any) -> Samples:
-    encoders = {side: create_encoder(spec) for side, spec in READERS.items()}
-    readers = {side: (encoder.modality, encoder.preprocess) for side, encoder in encoders.items()}
-    return Samples(found, "train", readers, Data(**options.pop("data", {})), **options)
-
-
-def batch(one: Samples, *rows: int) -> Batch:
-    return next(one.batches([[(0, row) for row in rows]]))
-
-
-@pytest.mark.parametrize("kept", [False, True])
-@pytest.mark.parametrize("augment", ["none", "randaugment", "crop"])
-def test_what_is_missing_is_blank_and_told_of(data: Path, augment: str, kept: bool) -> None:
-    change(data, "train", 1, text=None)
-    change(data, "train", 2, img=None)
-    one = samples(read(data, on_missing="absent"), training=True, data={"augment": augment})
-    if kept:
-        one.cache_images()
-    found = batch(one, 0, 1, 2)
-    assert {side: missing.tolist() for side, missing in found.missing.items()} == {
-        "main": [False, False, True],
-        "comp": [False, True, False],
-    }
-    blank = create_encoder("tiny:vision").preprocess.item(of("image").nothing())
-    assert torch.equal(found.inputs["main"]["pixels"][2], blank)
-    alone = create_encoder("tiny:text").preprocess.batch([""])
-    assert torch.equal(found.inputs["comp"]["ids"][1][: alone["ids"].shape[1]], alone["ids"][0])
-
-
-def test_a_batch_tells_only_of_sides_that_can_lack_something(data: Path) -> None:
-    assert batch(samples(read(data, on_missing="absent")), 0, 1).missing == {}
-    change(data, "train", 1, text=None)
-    assert batch(samples(read(data, on_missing="absent")), 0, 2).missing["comp"].tolist() == [False, False]
-
-
-@pytest.mark.parametrize("cached", [True, False])
-def test_features_of_what_is_missing_are_those_of_nothing(data: Path, cached: bool) -> None:
-    for number in (3, 7):
-        change(data, "train", number, text=None)
-    found, encoder = read(data, on_missing="absent"), create_encoder("tiny:text")
-    config = build_config({**READERS, "device": "cpu", "data": {"path": str(data), "cache_features": cached}})
-    nothing = run_alone(encoder, encoder.preprocess.batch([""]))[0]
-    if not cached:
-        model = build_fusion(**READERS, num_labels=3)
-        assert torch.equal(fill(model, batch(samples(found), 3, 0), config, CPU).features["comp"][0], nothing)
-        return
-    for origin in ("kept in", "read from"):
-        features = split_features(encoder, found, "train", config, CPU)
-        assert origin in features.origin
-        assert torch.equal(features[torch.tensor([3, 7])], nothing.expand(2, -1))
-        assert not torch.equal(features[torch.tensor([0])][0], nothing)
-
-
-def test_an_exchange_moves_what_is_missing_too(data: Path) -> None:
-    change(data, "train", 1, text=None)
-    one = samples(read(data, on_missing="absent"))
-    turned = Shuffled(one, "comp", torch.tensor([1, 0, *range(2, 12)]))
-    assert batch(turned, 0, 1).missing["comp"].tolist() == [True, False]
-    ids = batch(one, 1, 0).inputs["comp"]["ids"]
-    assert torch.equal(batch(turned, 0, 1).inputs["comp"]["ids"], ids)
-
-
-# -- from Python and in predictions
-
-
-def test_none_among_values_is_what_says_nothing() -> None:
-    model = build_fusion(**READERS, num_labels=3)
-    picture = Image.new("RGB", (20, 20), "red")
-    found = model.collate([picture, None], [None, "a"])
-    blank = model.collate([picture, of("image").nothing()], ["", "a"])
-    assert {side: missing.tolist() for side, missing in found.missing.items()} == {"main": [False, True], "comp": [True, False]}
-    assert blank.missing == {}
-    assert torch.equal(model(replace(found, missing={})).logits, model(blank).logits)
+def test_a_model_that_never_met_it_is_told_of(trained: Path) -> None:
+    done = call("eval", trained, "--missing", "text=1")
+    assert done.returncode == 0 and "never met" in done.stderr, done.stderr
+    (trained / "missing-test.json").unlink()
 
 
 @pytest.mark.parametrize(
-    ("values", "code"),
+    ("asked", "code"),
     [
-        ({"images": [None], "texts": ["a", "b"]}, "MF-DATA-17"),
-        ({"images": ["no image"], "texts": ["a"]}, "MF-DATA-18"),
-        ({"images": [], "texts": []}, "MF-DATA-17"),
-        ({}, "MF-DATA-17"),
-        ({"images": [None], "texts": ["a"], "sounds": [1]}, "MF-DATA-91"),
-        ({"images": [None]}, "MF-DATA-92"),
+        (["text"], "MF-CFG-150"),
+        (["text=1.5"], "MF-CFG-150"),
+        (["text=nan"], "MF-CFG-150"),
+        (["=0.5"], "MF-CFG-150"),
+        (["text=0.5", "text=0.6"], "MF-CFG-150"),
+        (["image=0.5"], "MF-CFG-152"),
+        (["txt=0.5"], "MF-CFG-152"),
     ],
 )
-def test_values_that_do_not_fit_are_refused(values: dict[str, Any], code: str) -> None:
-    assert code_of(lambda: build_fusion(**READERS, num_labels=3).collate(**values)) == code
+def test_what_cannot_be_taken_away_is_refused(run: Path, asked: list[str], code: str) -> None:
+    error = json.loads(call("eval", run, *(x for a in asked for x in ("--missing", a)), "--json").stdout)["error"]
+    assert error["code"] == code
+    assert "--either" in error["hint"] if asked == ["image=0.5"] else "text" in error["hint"] or "twice" in error["message"]
 
 
-def test_what_no_encoder_reads_can_be_left_out() -> None:
-    model = build_fusion(main="tiny:text", comp="", num_labels=2, method="main-only")
-    assert torch.equal(model(model.collate(texts=["a"])).logits, model(model.collate([None], ["a"])).logits)
+def test_a_bundle_takes_whole_pairs(exported: Path) -> None:
+    error = json.loads(call("eval", exported, "--missing", "text=0.5", "--json").stdout)["error"]
+    assert error["code"] == "MF-CFG-151"
 
 
-@pytest.mark.parametrize("policy", ["error", "absent"])
-def test_a_run_answers_what_it_was_trained_to(policy: str, data: Path, tmp_path: Path) -> None:
-    where, run = {"path": str(data), "on_missing": policy}, tmp_path / "run"
-    train(build_config({**READERS, "device": "cpu", "data": where, "train": {"max_steps": 1}}), run)
-    write_rows(data / "new.jsonl", [{"text": "x"}, {"img": "images/test-1.png", "text": None}, {"text": "", "img": ""}])
-    done = call("predict", run, data / "new.jsonl")
-    answers = [json.loads(line) for line in done.stdout.splitlines()]
-    assert ["error" in answer for answer in answers] == ([True] * 3 if policy == "error" else [False, False, True]), done.stderr
-    if policy == "absent":
-        with Image.open(data / "images" / "test-1.png") as image:
-            (said,) = load(run).predict([image], [None])
-        assert said["probabilities"] == answers[1]["probabilities"]
+def test_words_and_what_they_are_made_of() -> None:
+    assert parse(["grid"]) is None and parse(["text+audio=0.5"]) == [{"audio+text": 0.5}]
+    assert words({"audio+text": 0.5, "image": 0.125}) == "50 % of samples lack audio and text, 12.5 % of samples lack image"
+    assert words({}) == words({"text": 0.0}) == "nothing is taken away"
 
 
-def test_only_what_the_model_reads_is_read(data: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    sides = ("--main", "tiny:text", "--method", "main-only", "--device", "cpu")
-    done = call("train", *sides, "--data", data, "--out", run, "--steps", 1)
+def test_predict_answers_rows_with_holes_where_the_model_learned_to(pairs: Path, run: Path, tmp_path: Path) -> None:
+    data = holes(pairs, tmp_path / "data", column="text")
+    done = train(data, tmp_path / "run", "--on-missing", "absent", "--steps", 2)
     assert done.returncode == 0, done.stderr
-    write_rows(data / "new.jsonl", [{"text": "what is the red digit"}, {"text": "x", "img": "../outside.png"}])
-    answers = [json.loads(line) for line in call("predict", run, data / "new.jsonl").stdout.splitlines()]
-    assert [sorted(answer) for answer in answers] == [["id", "label", "probabilities"]] * 2
+    said = [json.loads(line) for line in call("predict", tmp_path / "run", data / "test.jsonl").stdout.splitlines()]
+    assert said and not any("error" in row for row in said)
+    said = [json.loads(line) for line in call("predict", run, data / "test.jsonl").stdout.splitlines()]
+    assert sum("error" in row for row in said) == len(said[::3])

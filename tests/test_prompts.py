@@ -16,7 +16,7 @@ from mopefuse.config import Prompts, Router
 from mopefuse.errors import ConfigError
 from mopefuse.prompts.experts import Router as RouterModule
 from mopefuse.prompts.experts import importance_loss, keep_largest, masked_mean, mix
-from mopefuse.prompts.stack import PromptStack, select_layers, stage_starts, with_lengths
+from mopefuse.prompts.stack import Conditioned, PromptStack, scaleless, select_layers, stage_starts, with_lengths
 
 B, C, K, WIDTHS, HEADS = 5, 12, 4, (8, 8, 16), (2, 2, 4)
 
@@ -25,8 +25,12 @@ def build(router: Router | None = None, **prompts: object) -> PromptStack:
     torch.manual_seed(0)
     config = Prompts(**({"static": 2, "dynamic": 3, "mapped": 1, "experts": K, "dropout": 0.0} | prompts))
     return PromptStack(
-        config, router or Router(), widths=WIDTHS, heads=HEADS, condition_width=C, bound=0.3
+        config, router or Router(), widths=WIDTHS, heads=HEADS, conditions={"comp": C}, bound=0.3
     ).eval()
+
+
+def ask(stack: PromptStack, psi_BC: torch.Tensor) -> Conditioned:
+    return stack.condition({"comp": scaleless(psi_BC)})
 
 
 @pytest.fixture
@@ -40,7 +44,7 @@ def tokens(layer: int, seed: int = 2) -> torch.Tensor:
 
 def test_prompts_match_the_definition(psi_BC: torch.Tensor) -> None:
     stack = build()
-    conditioned = stack.condition(psi_BC)
+    conditioned = ask(stack, psi_BC)
     normed_BC = (psi_BC - psi_BC.mean(-1, keepdim=True)) / (psi_BC.var(-1, correction=0, keepdim=True)).sqrt()
     trunk = stack.trunk
     for i, width in enumerate(WIDTHS):
@@ -63,7 +67,7 @@ def test_prompts_match_the_definition(psi_BC: torch.Tensor) -> None:
 )
 def test_each_part_can_be_switched_off(lengths: tuple[int, int, int], expected: int, psi_BC: torch.Tensor) -> None:
     stack = build(static=lengths[0], dynamic=lengths[1], mapped=lengths[2])
-    assert stack.condition(psi_BC)(0, tokens(0), None).tokens_BPD.shape == (B, expected, WIDTHS[0])
+    assert ask(stack, psi_BC)(0, tokens(0), None).tokens_BPD.shape == (B, expected, WIDTHS[0])
     names = {name for name, _ in stack.named_parameters()}
     assert any("static" in n for n in names) == bool(lengths[0])
     assert any("experts" in n for n in names) == any("router" in n for n in names) == bool(lengths[1])
@@ -78,14 +82,14 @@ def test_no_prompts_means_no_parameters_and_no_layers() -> None:
 
 def test_one_expert_is_plain_prompt_tuning_and_costs_no_router(psi_BC: torch.Tensor) -> None:
     stack = build(experts=1, static=0, mapped=0).train()
-    prompt_BPD = stack.condition(psi_BC)(1, tokens(1), None).tokens_BPD
+    prompt_BPD = ask(stack, psi_BC)(1, tokens(1), None).tokens_BPD
     torch.testing.assert_close(prompt_BPD, stack.layers["1"].experts_KPD.expand(B, -1, -1))
     assert not [name for name, _ in stack.named_parameters() if "router" in name]
 
 
 def test_static_prompts_alone_are_blind_to_the_condition(psi_BC: torch.Tensor) -> None:
     stack = build(dynamic=0, mapped=0)
-    one, other = (stack.condition(p)(2, tokens(2), None).tokens_BPD for p in (psi_BC, torch.randn(B, C)))
+    one, other = (ask(stack, p)(2, tokens(2), None).tokens_BPD for p in (psi_BC, torch.randn(B, C)))
     assert torch.equal(one, other)
 
 
@@ -95,7 +99,7 @@ def test_the_scale_of_psi_does_not_matter_and_routing_does_not_start_saturated(k
     router = Router(kind=kind)
     stack = build(router, experts=16)
     psi_BC = torch.randn(200, C) * scale
-    conditioned = stack.condition(psi_BC)
+    conditioned = ask(stack, psi_BC)
     for i in range(len(WIDTHS)):
         conditioned(i, torch.randn(200, 6, WIDTHS[i]), None)
     weights_BNK = conditioned.routing()
@@ -108,16 +112,16 @@ def test_noise_is_for_training_only(kind: str, psi_BC: torch.Tensor) -> None:
     stack = build(Router(kind=kind))
 
     def prompts() -> torch.Tensor:
-        return stack.condition(psi_BC)(0, tokens(0), None).tokens_BPD
+        return ask(stack, psi_BC)(0, tokens(0), None).tokens_BPD
 
     assert torch.equal(prompts(), prompts())
     stack.train()
     assert not torch.equal(prompts(), prompts())
-    conditioned = stack.condition(psi_BC)
+    conditioned = ask(stack, psi_BC)
     conditioned(0, tokens(0), None)
     noisy, clean = conditioned.routed[0].weights_BK, conditioned.routed[0].clean_BK
     stack.eval()
-    again = stack.condition(psi_BC)
+    again = ask(stack, psi_BC)
     again(0, tokens(0), None)
     assert not torch.equal(noisy, clean)
     torch.testing.assert_close(again.routed[0].weights_BK, clean)
@@ -125,8 +129,8 @@ def test_noise_is_for_training_only(kind: str, psi_BC: torch.Tensor) -> None:
 
 def test_noise_has_the_papers_size() -> None:
     torch.manual_seed(0)
-    router = RouterModule(Router(), width=C, widths=[8], experts=K).train()
-    said = router.conditioned(torch.randn(4000, C))
+    router = RouterModule(Router(), conditions={"comp": C}, widths=[8], experts=K).train()
+    said = router.conditioned([torch.randn(4000, C)])
     with torch.no_grad():
         routed = router(said, 0, torch.zeros(4000, 1, 8), None)
     shift_BK = routed.weights_BK.log() - routed.clean_BK.log()
@@ -136,7 +140,7 @@ def test_noise_has_the_papers_size() -> None:
 
 def test_noise_in_evaluation_is_a_setting_of_its_own(psi_BC: torch.Tensor) -> None:
     stack = build(Router(noise_in_eval=True))
-    one, other = (stack.condition(psi_BC)(0, tokens(0), None).tokens_BPD for _ in range(2))
+    one, other = (ask(stack, psi_BC)(0, tokens(0), None).tokens_BPD for _ in range(2))
     assert not torch.equal(one, other)
 
 
@@ -176,7 +180,7 @@ def test_the_joint_router_listens_to_both_and_its_keys_are_orthogonal_constants(
     stack = build(Router(kind="joint"), experts=12)
 
     def weights(condition: torch.Tensor, seed: int) -> torch.Tensor:
-        conditioned = stack.condition(condition)
+        conditioned = ask(stack, condition)
         conditioned(0, tokens(0, seed), None)
         return conditioned.routed[0].clean_BK
 
@@ -195,8 +199,8 @@ def test_the_joint_router_does_not_see_padding(psi_BC: torch.Tensor) -> None:
     short, mask = tokens(0), torch.ones(B, 9, dtype=torch.bool)
     mask[:, 6:] = False
     padded = torch.cat([short, torch.full((B, 3, WIDTHS[0]), 1e3)], dim=1)
-    one = stack.condition(psi_BC)(0, short, None).tokens_BPD
-    torch.testing.assert_close(stack.condition(psi_BC)(0, padded, mask).tokens_BPD, one)
+    one = ask(stack, psi_BC)(0, short, None).tokens_BPD
+    torch.testing.assert_close(ask(stack, psi_BC)(0, padded, mask).tokens_BPD, one)
 
 
 def test_masked_mean_of_nothing_is_zero_not_nan() -> None:
@@ -232,7 +236,7 @@ def test_the_importance_gradient_moves_load_to_the_unused() -> None:
 def test_every_parameter_of_the_stack_receives_gradient(psi_BC: torch.Tensor) -> None:
     for kind in ("cross", "joint"):
         stack = build(Router(kind=kind)).train()
-        conditioned = stack.condition(psi_BC)
+        conditioned = ask(stack, psi_BC)
         prompts = [conditioned(i, tokens(i), None) for i in range(len(WIDTHS))]
         weigh = torch.Generator().manual_seed(5)
         total = sum((p.tokens_BPD * torch.randn(p.tokens_BPD.shape, generator=weigh)).sum() for p in prompts)
@@ -250,9 +254,9 @@ def test_prompts_start_where_the_papers_start_them() -> None:
 
 def test_dropout_falls_on_prompts_in_training_only(psi_BC: torch.Tensor) -> None:
     stack = build(dropout=0.5, dynamic=0, mapped=0, static=50)
-    assert (stack.condition(psi_BC)(0, tokens(0), None).tokens_BPD != 0).all()
+    assert (ask(stack, psi_BC)(0, tokens(0), None).tokens_BPD != 0).all()
     stack.train()
-    dropped = (stack.condition(psi_BC)(0, tokens(0), None).tokens_BPD == 0).float().mean()
+    dropped = (ask(stack, psi_BC)(0, tokens(0), None).tokens_BPD == 0).float().mean()
     assert dropped.item() == pytest.approx(0.5, abs=0.1)
 
 
@@ -263,7 +267,7 @@ def test_dropout_falls_on_prompts_in_training_only(psi_BC: torch.Tensor) -> None
 def test_layers_can_be_chosen(layers: object, expected: tuple[int, ...], psi_BC: torch.Tensor) -> None:
     assert select_layers(layers, 3) == expected
     stack = build(layers=layers)
-    got = [i for i in range(3) if stack.condition(psi_BC)(i, tokens(i), None) is not None]
+    got = [i for i in range(3) if ask(stack, psi_BC)(i, tokens(i), None) is not None]
     assert tuple(got) == expected
 
 
@@ -279,7 +283,7 @@ def test_the_released_code_leaves_stage_starts_unrouted(psi_BC: torch.Tensor) ->
     assert stage_starts((768,) * 12) == set()
     stack = build(route_stage_starts=False)
     assert stack.routed == (1,)
-    conditioned = stack.condition(psi_BC)
+    conditioned = ask(stack, psi_BC)
     lengths = [conditioned(i, tokens(i), None).tokens_BPD.shape[1] for i in range(3)]
     assert lengths == [3, 6, 3]
 
@@ -288,7 +292,7 @@ def test_the_frozen_batch_norm_of_the_released_code_takes_a_batch_of_one() -> No
     stack = build(mapper_norm="batch-frozen").train()
     norm = next(m for m in stack.modules() if isinstance(m, nn.BatchNorm1d))
     before = norm.running_mean.clone()
-    stack.condition(torch.randn(1, C))(0, tokens(0)[:1], None)
+    ask(stack, torch.randn(1, C))(0, tokens(0)[:1], None)
     assert torch.equal(norm.running_mean, before)
 
 
@@ -300,7 +304,7 @@ def test_lengths_default_to_the_papers(modality: str, expected: int) -> None:
 
 
 def test_a_gate_is_one_scalar_per_head_that_starts_at_zero(psi_BC: torch.Tensor) -> None:
-    gates = [build().condition(psi_BC)(i, tokens(i), None).gate_H for i in range(3)]
+    gates = [ask(build(), psi_BC)(i, tokens(i), None).gate_H for i in range(3)]
     assert [tuple(gate.shape) for gate in gates] == [(h,) for h in HEADS]
     assert not any(gate.any() for gate in gates)
-    assert build(gate="none").condition(psi_BC)(0, tokens(0), None).gate_H is None
+    assert ask(build(gate="none"), psi_BC)(0, tokens(0), None).gate_H is None

@@ -34,7 +34,6 @@ from mopefuse.bench.variants import (
 from mopefuse.config import RunConfig
 from mopefuse.data._base import Batch
 from mopefuse.encoders._base import Encoder
-from mopefuse.fusion._base import SIDES
 from mopefuse.fusion.build import full_specs
 
 
@@ -185,7 +184,7 @@ def bench_pair(
 def random_batch(encoders: Mapping[str, Encoder], batch: int, text_length: int, device: torch.device) -> Batch:
     """Noise, the same for the same sizes."""
     generator = torch.Generator().manual_seed(0)
-    inputs = {side: random_inputs(encoders[side], batch, text_length, generator) for side in SIDES}
+    inputs = {side: random_inputs(encoders[side], batch, text_length, generator) for side in encoders}
     targets = torch.randint(LABELS, (batch,), generator=generator)
     return Batch(inputs, {}, targets, torch.arange(batch)).to(device)
 

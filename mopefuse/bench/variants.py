@@ -21,11 +21,12 @@ from mopefuse.data._base import Batch
 from mopefuse.encoders._base import Encoder, create_encoder, run_frozen
 from mopefuse.encoders._prompted import PromptedEncoder
 from mopefuse.encoders.tiny import TinyEncoder
-from mopefuse.fusion._base import SIDES, Fusion
+from mopefuse.fusion._base import Fusion
 from mopefuse.losses import classification_loss
 from mopefuse.modality import of
 from mopefuse.optim import make_optimizer, with_learning_rates
 from mopefuse.prompts.experts import importance_loss
+from mopefuse.sides import specs
 
 LABELS = 10
 FLOOR, UNGATED, TOKENS = "floor", "conditional, ungated", "conditional, as tokens"
@@ -213,7 +214,7 @@ def _ask_for_gradient(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[s
 def build_encoders(config: RunConfig, device: torch.device) -> dict[str, Encoder]:
     """The pair, with random weights of the seed 0."""
     encoders = {}
-    for side in SIDES:
+    for side, spec in specs(config).items():
         torch.manual_seed(0)
-        encoders[side] = create_encoder(getattr(config, side)).to(device)
+        encoders[side] = create_encoder(spec).to(device)
     return encoders

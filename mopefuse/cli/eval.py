@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from mopefuse.shares import Shares
 
 _SPLITS = ("train", "val", "test")
 
@@ -18,17 +21,23 @@ def evaluate(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write predictions here; default: into the run.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     main: Annotated[str | None, typer.Option(help="Where the main encoder's weights go by another name here.")] = None,
-    comp: Annotated[str | None, typer.Option(help="Where the complementary encoder's do.")] = None,
+    comp: Annotated[list[str] | None, typer.Option(help="Where the complementary one's do; of several 2=SPEC.")] = None,
+    missing: Annotated[
+        list[str] | None, typer.Option(help="Take a modality away: text=0.7 from 70 % of the samples; grid for a table.")
+    ] = None,
+    missing_seed: Annotated[int, typer.Option(min=0, help="Of which samples lack it.")] = 0,
     min_: Annotated[list[str] | None, typer.Option("--min", help="Gate: accuracy=0.8; exit code 10 below it.")] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Evaluate a run: metrics, a table by label, predictions.jsonl. Deterministic; no sample depends on its batch."""
-    from mopefuse.errors import ConfigError, GateError, did_you_mean
+    from mopefuse.errors import ConfigError, did_you_mean
     from mopefuse.gates import check_gates, parse_gates
     from mopefuse.run import RunFolder
+    from mopefuse.shares import parse
     from mopefuse.source import kind_of, locate, trained
 
     gates = parse_gates(min_ or ())
+    asked = parse(missing) if missing else []
     if split not in _SPLITS:
         raise ConfigError(53, f"there is no split {split!r}", where="--split", fix=did_you_mean(split, _SPLITS))
     folder = locate(run)
@@ -37,20 +46,17 @@ def evaluate(
     if out is not None and not out.absolute().parent.is_dir():
         raise ConfigError(54, f"there is no folder {out.parent}", where="--out", fix="make it, or name another file")
     from mopefuse import distributed
-    from mopefuse.cli._render import err, print_json
+    from mopefuse.cli._render import err
     from mopefuse.evaluate import evaluate as run_evaluation
     from mopefuse.evaluate import write_predictions
 
+    how: dict[str, Any] = {"split": split, "data": data, "checkpoint": checkpoint, "device": device, "main": main, "comp": comp}
+    if missing:
+        _evaluate_missing(run, asked, how | {"seed": missing_seed}, gates, out, json=json)
+        return
     with distributed.joined(), err().status(f"evaluating {split}") as status:
-        found = run_evaluation(
-            run,
-            split=split,
-            data=data,
-            checkpoint=checkpoint,
-            device=device,
-            encoders={"main": main, "comp": comp},
-            advance=lambda done, total: status.update(f"evaluating {split}: {done}/{total}"),
-        )
+        told = lambda done, total: status.update(f"evaluating {split}: {done}/{total}")  # noqa: E731
+        found = run_evaluation(run, **how, advance=told)
     if not distributed.is_main():
         return
     own = split == "test" and data is None and checkpoint == "best"
@@ -70,12 +76,47 @@ def evaluate(
         "per_label": found.per_label,
         "predictions": str(predictions) if predictions else None,
     }
+    _print_gated(found.metrics, gates, facts)
+
+
+def _print_gated(metrics: dict[str, float], gates: dict[str, float], facts: dict[str, Any]) -> None:
+    """One JSON object, and the exit code of a gate that does not hold."""
+    from mopefuse.cli._render import print_json
+    from mopefuse.errors import GateError
+    from mopefuse.gates import check_gates
+
     try:
-        check_gates(found.metrics, gates)
+        check_gates(metrics, gates)
     except GateError as error:
         print_json({"ok": False, "error": error.as_dict(), **facts})
         raise typer.Exit(error.exit_code) from None
     print_json({"ok": True, **facts})
+
+
+def _evaluate_missing(
+    run: Path, asked: list[Shares] | None, how: dict[str, Any], gates: dict[str, float], out: Path | None, *, json: bool
+) -> None:
+    from mopefuse import distributed
+    from mopefuse.cli._missing_display import show
+    from mopefuse.cli._render import err
+    from mopefuse.evaluate import write_predictions
+    from mopefuse.gates import check_gates
+    from mopefuse.missing import evaluate_missing
+
+    with distributed.joined(), err().status("loading") as status:
+        told = lambda what, done, total: status.update(f"{what}: {done}/{total}")  # noqa: E731
+        found = evaluate_missing(run, asked, **how, advance=told)
+    if not distributed.is_main():
+        return
+    last = found.cells[-1]
+    if out is not None:
+        write_predictions(out, last.evaluation.predictions)
+    if json:
+        facts = {key: value for key, value in found.as_dict().items() if key != "orders"}
+        _print_gated(last.metrics, gates, {"run": str(run), **facts, "metrics": last.metrics})
+        return
+    show(str(run), found)
+    check_gates(last.metrics, gates)
 
 
 def _print(

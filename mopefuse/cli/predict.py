@@ -31,7 +31,7 @@ def predict(
     checkpoint: Annotated[str, typer.Option(help="best, last or step-N.")] = "best",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     main: Annotated[str | None, typer.Option(help="Where the main encoder's weights go by another name here.")] = None,
-    comp: Annotated[str | None, typer.Option(help="Where the complementary encoder's do.")] = None,
+    comp: Annotated[list[str] | None, typer.Option(help="Where the complementary one's do; of several 2=SPEC.")] = None,
     text_col: columns.TextCol = None,
     image_col: columns.ImageCol = None,
     column: columns.Column = None,

@@ -17,7 +17,9 @@ def swap_encoder(
     run: Annotated[Path, typer.Argument(help="Run or adapter: a folder, or hf-hub:repo/name.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the new run.")],
     main: Annotated[str | None, typer.Option(help="New main encoder: timm:deit_base")] = None,
-    comp: Annotated[str | None, typer.Option(help="New complementary encoder: hf:roberta-base")] = None,
+    comp: Annotated[
+        list[str] | None, typer.Option(help="New complementary encoder: hf:roberta-base; of several 2=SPEC or text=SPEC.")
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="Another data set, perhaps with other labels.")] = None,
     epochs: Annotated[int, typer.Option(min=0, help="Tune for so many epochs; 0 leaves the model as it is.")] = 0,
     warm_up: Annotated[int, typer.Option(min=0, help="Of these, epochs in which only what is new learns.")] = 0,

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 def train(
     main: Annotated[str | None, typer.Option(help="Encoder that is prompted and classifies: timm:vit_base")] = None,
-    comp: Annotated[str | None, typer.Option(help="Encoder that conditions the prompts: hf:bert-base")] = None,
+    comp: Annotated[
+        list[str] | None, typer.Option(help="Encoder that conditions the prompts: hf:bert-base; more than once for several.")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="Folder with train, val and test (.jsonl, .csv, ...), or one table.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder to write; default runs/<date>-<time>.")] = None,
     method: Annotated[str | None, typer.Option(help="conditional, linear, late-concat, main-only, ...: see README.")] = None,
@@ -60,6 +62,8 @@ def train(
     on_bad: Annotated[str | None, typer.Option(help="Bad rows and images: error or skip.")] = None,
     strict: Annotated[bool | None, typer.Option("--strict", help="Rows of train in val or test are an error.")] = None,
     cache_images: Annotated[bool | None, typer.Option("--cache-images", help="Keep decoded images in one file.")] = None,
+    modality_dropout: Annotated[float | None, typer.Option(help="Share of training samples that lose each modality.")] = None,
+    either: Annotated[bool, typer.Option("--either", help="Also learn to answer without the main modality.")] = False,
     class_weights: Annotated[str | None, typer.Option(help="none, or balanced: rare classes count as much.")] = None,
     threshold: Annotated[str | None, typer.Option(help="Multi-label: a probability, or tuned on validation.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, to the bit.")] = False,
@@ -74,7 +78,7 @@ def train(
     """
     flags: dict[str, Any] = {
         "main": main,
-        "comp": comp,
+        "comp": comp or None,
         "method": method,
         "data.path": data,
         "prompts.experts": experts,
@@ -106,6 +110,8 @@ def train(
         "data.strict": strict,
         "data.cache_images": cache_images,
         "train.class_weights": class_weights,
+        "train.modality_dropout": modality_dropout,
+        "either": either or None,
         "train.threshold": _number(threshold),
         **columns.settings(
             text=text_col,

@@ -5,7 +5,7 @@ Shapes: S samples of the split, B batch, C width of a pooled feature.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,23 +30,23 @@ def derangement(count: int, seed: int) -> Tensor:
 
 
 class Shuffled(Samples):
-    """Each sample with the input that another has on one side; targets and the other side stay.
+    """Each sample with the input that another has on some sides; targets and the other sides stay.
 
     Args:
         partner_S: the sample that each takes it from.
     """
 
-    def __init__(self, samples: Samples, side: str, partner_S: Tensor) -> None:
+    def __init__(self, samples: Samples, sides: Sequence[str], partner_S: Tensor) -> None:
         vars(self).update(vars(samples))
-        self._side, self._partner_S = side, partner_S
-        if side in samples.lacking:
-            self.lacking = {**samples.lacking, side: samples.lacking[side][partner_S.numpy()]}
-        if side in samples.features:
-            self.features = {**samples.features, side: _Partners(samples.features[side], partner_S)}
+        self._sides, self._partner_S = sides, partner_S
+        theirs = {side: lacks_S[partner_S.numpy()] for side, lacks_S in samples.lacking.items() if side in sides}
+        self.lacking = {**samples.lacking, **theirs}
+        exchanged = {side: _Partners(table, partner_S) for side, table in samples.features.items() if side in sides}
+        self.features = {**samples.features, **exchanged}
 
     def value(self, side: str, epoch: int, index: int, row: Row | None) -> Any:
         """See `Samples.value`."""
-        if side != self._side:
+        if side not in self._sides:
             return super().value(side, epoch, index, row)
         other = int(self._partner_S[index])
         if side in self.lacking and self.absent(side, epoch, index):
@@ -55,21 +55,20 @@ class Shuffled(Samples):
 
 
 class Blank(Samples):
-    """Each sample with what says nothing on one side, an empty text or an image of mid-grey; it is not told to be missing.
+    """Each sample with what says nothing on some sides, an empty text or an image of mid-grey; it is not told to be missing.
 
     Args:
         features: side to the pooled feature (1, C) of nothing, for a side whose features are known already.
     """
 
-    def __init__(self, samples: Samples, side: str, features: Mapping[str, Tensor]) -> None:
+    def __init__(self, samples: Samples, sides: Sequence[str], features: Mapping[str, Tensor]) -> None:
         vars(self).update(vars(samples))
-        self._side = side
-        if side in samples.features:
-            self.features = {**samples.features, side: _Same(features[side])}
+        self._sides = sides
+        self.features = {**samples.features, **{side: _Same(features[side]) for side in sides if side in samples.features}}
 
     def value(self, side: str, epoch: int, index: int, row: Row | None) -> Any:
         """See `Samples.value`."""
-        if side != self._side:
+        if side not in self._sides:
             return super().value(side, epoch, index, row)
         return blank(*self.readers[side])
 

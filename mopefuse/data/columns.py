@@ -120,6 +120,9 @@ class Layout:
         return found[: len(missing) + with_label]
 
     def describe(self) -> tuple[object, ...]:
-        """Everything about it that a digest must know, but `on_missing`: where nothing is missing, it changes nothing."""
-        about = (self.identity, self.label, self.separator, self.null_is_empty)
-        return (*self.columns, *self.columns.values(), *about)
+        """Everything about it that a digest must know, but `on_missing`: where nothing is missing, it changes nothing.
+
+        Rows of text and image are described as before there were others, so that runs of that time know their data.
+        """
+        names = () if tuple(self.columns) == EXPECTED else tuple(self.columns)
+        return (*names, self.identity, *self.columns.values(), self.label, self.null_is_empty, self.separator)

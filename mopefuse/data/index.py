@@ -29,7 +29,8 @@ from mopefuse.data.files import Files, Look, look_at
 from mopefuse.data.rows import LeftOut, NoRow, check_row
 from mopefuse.data.tables import Found, Table
 
-VERSION = 3
+VERSION = 3  # of what is kept
+_ROWS = 2  # of what rows are: a run knows its data by it
 Array = NDArray[Any]
 Advance = Callable[[int, int], None]
 _NO_ROW, _NOTHING = "MF-DATA-03", bytes(16)
@@ -150,8 +151,8 @@ def build(
     """
     files = {name: kind for name in modalities if isinstance(kind := modality.of(name), Files)}
     how = (config.split_col, *(limit for kind in files.values() for limit in kind.limits(config)))
-    digest = cache.key_of(VERSION, table.digest, split, table.file, *Layout.of(modalities, config).describe(), *how)
-    key = cache.key_of(digest, config.on_missing, *(root.resolve() for root in roots))
+    digest = cache.key_of(_ROWS, table.digest, split, table.file, *Layout.of(modalities, config).describe(), *how)
+    key = cache.key_of(VERSION, digest, config.on_missing, *(root.resolve() for root in roots))
     index = (None if fresh else _load(key, table)) or read_rows(table, split, modalities, config, digest)
     seen, before = {}, 0
     for name, kind in files.items():

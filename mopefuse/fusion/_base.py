@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, NamedTuple
 
@@ -21,10 +21,9 @@ from mopefuse import modality
 from mopefuse.config import RunConfig
 from mopefuse.data._base import Batch
 from mopefuse.encoders._base import Encoder, Inputs, Preprocess, run_frozen
-from mopefuse.errors import CheckpointError, DataError
+from mopefuse.errors import CheckpointError, ConfigError, DataError
 from mopefuse.fusion._regression import Fold, How, Standard, fit_heads
-
-SIDES = ("main", "comp")
+from mopefuse.sides import is_comp, specs
 
 
 class Output(NamedTuple):
@@ -32,6 +31,7 @@ class Output(NamedTuple):
 
     logits_BN: Tensor
     routing_BLK: Tensor | None = None  # noise-free expert weights of each routed layer
+    alone_BN: Tensor | None = None  # logits of the complementary side alone, which learns them beside the others (`either`)
 
     @property
     def logits(self) -> Tensor:
@@ -52,19 +52,23 @@ class Fusion(nn.Module):
     can be computed once; `reads` those whose samples its forward pass looks at.
     """
 
-    uses: tuple[str, ...] = SIDES
+    uses: tuple[str, ...] = ("main", "comp")
     parts: ClassVar[dict[str, str]] = {
         r"^head\.": "head",
-        r"^comp\..*\.lora_[AB]\.": "LoRA of the complementary encoder",
+        r"^absent\.": "absent conditions",
+        r"^comp\d*\..*\.lora_[AB]\.": "LoRA of the complementary encoder",
         r"^main\..*\.lora_[AB]\.": "LoRA of the main encoder",
-        r"^comp\.": "complementary encoder",
+        r"^comp\d*\.": "complementary encoder",
         r"^main\.": "main encoder",
     }
 
     sections: ClassVar[tuple[str, ...]] = ()  # of the optional ones, those that the method uses
-    bonds: ClassVar[dict[str, str]] = {r"^standard\.main\.": "main features", r"^standard\.comp\.": "comp features"}
+    bonds: ClassVar[dict[str, str]] = {r"^(?:standard|absent)\.(\w+)": r"\1 features"}
     """Pattern of a tensor's name to what its meaning hangs on: "main" or "comp" for the geometry of that encoder's layers,
-    "main features" or "comp features" for the values that this very encoder gives. Others mean the same with any encoder."""
+    "main features" or "comp features" for the values that this very encoder gives; ``\1`` is the pattern's first group.
+    Others mean the same with any encoder."""
+    several: ClassVar[bool] = False
+    """Whether it takes any number of complementary encoders, and does without those that a sample has nothing for."""
     closed_form: ClassVar[bool] = False  # whether nothing is left to train after `fit`: no step is made
     head: nn.Module
 
@@ -77,11 +81,26 @@ class Fusion(nn.Module):
         self.frozen: tuple[str, ...] = ()
         self.reads: tuple[str, ...] = self.uses
         self.standard: nn.ModuleDict | None = None  # by side, where the head takes standardised features
+        self.absent = nn.ParameterDict()
+        if config.either and "main" not in self.may_lack:
+            what = f"{config.method} cannot do without the main modality"
+            raise ConfigError(143, what, where="--either", fix="use --method conditional or late-concat")
+        if self.learns_absence(config):
+            widths = {side: self.encoder(side).feature_width for side in self.may_lack}
+            self.absent.update({side: nn.Parameter(torch.zeros(width)) for side, width in widths.items()})
 
     @classmethod
     def sides(cls, config: RunConfig) -> tuple[str, ...]:
-        """The sides that a model of this configuration needs encoders of: `uses`, unless a setting says otherwise."""
-        return cls.uses
+        """The sides that a model of this configuration needs encoders of: `uses`, with all complementary ones for "comp".
+
+        Raises:
+            ConfigError: several complementary encoders, and a method of two modalities.
+        """
+        there = [side for side in specs(config) if is_comp(side)]
+        if "comp" in cls.uses and len(there) > 1 and not cls.several:
+            what = f"{config.method} fuses two encoders, and {len(there)} are complementary"
+            raise ConfigError(142, what, where="--comp", fix="name one, or use --method conditional, late-concat or linear")
+        return tuple(one for side in cls.uses for one in (there if side == "comp" else [side]))
 
     @abstractmethod
     def forward(self, batch: Batch) -> Output:
@@ -117,7 +136,51 @@ class Fusion(nn.Module):
         side = name.partition(".")[0]
         if side in self.uses:
             return f"{side} features"
-        return next((bond for pattern, bond in self.bonds.items() if re.search(pattern, name)), "")
+        found = (match.expand(bond) for pattern, bond in self.bonds.items() if (match := re.search(pattern, name)))
+        return next(found, "")
+
+    @classmethod
+    def learns_absence(cls, config: RunConfig) -> bool:
+        """Whether training meets samples that lack a modality, so that what stands in for it is learned."""
+        meets = config.data.on_missing == "absent" or config.train.modality_dropout > 0 or config.either
+        return meets and not cls.closed_form
+
+    @property
+    def may_lack(self) -> tuple[str, ...]:
+        """The sides that a sample may have nothing for; the main one only where that was asked for (`either`)."""
+        if not self.several or len(self.uses) == 1:
+            return ()
+        return tuple(side for side in self.uses if is_comp(side) or self.config.either)
+
+    def require_all_but(self, lacking: Iterable[str], *, where: str) -> None:
+        """Refuse samples that lack what this model cannot do without.
+
+        Args:
+            lacking: sides that some sample has nothing for.
+
+        Raises:
+            DataError: one of them is not in `may_lack`.
+        """
+        for side in lacking:
+            if side in self.may_lack:
+                continue
+            modality = self.encoder(side).modality
+            fix = "leave them out with --on-missing skip"
+            if self.several and side == "main" and len(self.uses) > 1:
+                fix = f"train with --either, or {fix}"
+            what = f"samples lack {modality}, and {self.config.method} cannot do without what its {side} encoder reads"
+            raise DataError(100, what, where=where, fix=fix)
+
+    def or_absent(self, side: str, normed_BC: Tensor, batch: Batch) -> Tensor:
+        """A side's features without their scale, and the absent condition for samples that have nothing for it.
+
+        It is learned, from 0, which is what an average sample has; where it was not learned it is 0.
+        """
+        missing_B = batch.missing.get(side)
+        if missing_B is None:
+            return normed_BC
+        absent_C = self.absent[side] if side in self.absent else normed_BC.new_zeros(normed_BC.shape[-1])
+        return torch.where(missing_B[:, None], absent_C.to(normed_BC.dtype), normed_BC)
 
     def encoder(self, side: str) -> Encoder:
         """The encoder of a side."""
@@ -138,18 +201,23 @@ class Fusion(nn.Module):
             return nn.Linear(width, num_labels)
         return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, num_labels))
 
-    def classify(self, *pooled_BC: Tensor) -> Tensor:
-        """Logits (B, N) of the head on pooled features side by side, each without its scale (`head_norm`, `standard`)."""
+    def classify(self, *pooled_BC: Tensor, batch: Batch) -> Tensor:
+        """Logits (B, N) of the head on pooled features side by side, each without its scale (`head_norm`, `standard`).
+
+        Args:
+            pooled_BC: of each of `head_sides`. batch: says which samples lack which.
+        """
         if self.standard is not None:
             pooled_BC = self.standardised(*pooled_BC)
         elif self.config.head_norm == "layer":
             pooled_BC = tuple(F.layer_norm(pooled.float(), pooled.shape[-1:]) for pooled in pooled_BC)
-        logits_BN: Tensor = self.head(torch.cat(pooled_BC, dim=-1))
+        there = (self.or_absent(side, pooled, batch) for side, pooled in zip(self.head_sides, pooled_BC, strict=True))
+        logits_BN: Tensor = self.head(torch.cat(list(there), dim=-1))
         return logits_BN
 
-    def begin_as_regression(self, num_labels: int, sides: Sequence[str] = SIDES) -> None:
-        """Make the head one that `fit` fills: linear, on standardised features of `sides`."""
-        widths = {side: self.encoder(side).feature_width for side in sides}
+    def begin_as_regression(self, num_labels: int) -> None:
+        """Make the head one that `fit` fills: linear, on standardised features of all sides."""
+        widths = {side: self.encoder(side).feature_width for side in self.uses}
         self.standard = nn.ModuleDict({side: Standard(width) for side, width in widths.items()})
         self.head = nn.Linear(sum(widths.values()), num_labels)
 
@@ -187,6 +255,7 @@ class Fusion(nn.Module):
             inputs[side] = preprocess.batch([preprocess.item(value) for value in modality.or_nothing(name, own)])
             if any(value is None for value in own):
                 missing[side] = torch.tensor([value is None for value in own])
+        self.require_all_but(missing, where="collate")
         return Batch(inputs, {}, None, torch.arange(count), missing).to(next(self.parameters()).device)
 
     def is_ours(self, name: str) -> bool:
@@ -238,7 +307,7 @@ class Fusion(nn.Module):
 
     def pace(self, name: str) -> str:
         """Whose learning rate a parameter of ours has: "main", "comp", "head", or "tuned" for those of the main encoder."""
-        part = re.split(r"[._]", name.removeprefix("stacks."))[0]
+        part = re.split(r"[._\d]", name.removeprefix("stacks."))[0]
         if name.startswith("main.") and self.encoder("main").tuned:
             return "tuned"
         return part if part in ("comp", "head") else "main"

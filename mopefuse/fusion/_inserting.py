@@ -70,6 +70,6 @@ class InsertingFusion(TunedFusion):
 
     def forward(self, batch: Batch) -> Output:
         """Logits (B, N)."""
-        insert, prompt_at = self.inserted(batch), self.prompts(self.reader, batch)
+        insert, prompt_at = self.inserted(batch), self.prompts(self.reader)
         encoded = self.encoder(self.reader).encode(batch.inputs[self.reader], prompt_at, insert)
-        return Output(self.classify(encoded.pooled_BC))
+        return Output(self.classify(encoded.pooled_BC, batch=batch))

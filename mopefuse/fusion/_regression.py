@@ -24,10 +24,21 @@ _NEVER = 30.0  # logit of what training has never, or always: a probability of 1
 
 
 class Fold(NamedTuple):
-    """Pooled features (S, C) of a split by side, and its targets: (S,) class indices, or (S, N) zeros and ones."""
+    """Pooled features (S, C) of a split by side, its targets: (S,) class indices, or (S, N) zeros and ones; and by side which
+    samples (S,) lack it."""
 
     features: Mapping[str, Tensor]
     targets: Tensor
+    missing: Mapping[str, Tensor] = {}
+
+    def there(self, side: str) -> Tensor:
+        """Features (S, C) of the samples that have them."""
+        return self.features[side][~self.missing[side]] if side in self.missing else self.features[side]
+
+    def standardised(self, side: str, known: Mapping[str, Tensor]) -> Tensor:
+        """Features (S, C) less their mean by their deviation; 0 of samples that lack them."""
+        ready_SC = (self.features[side] - known["mean_C"]) / known["deviation_C"]
+        return ready_SC.masked_fill(self.missing[side][:, None], 0.0) if side in self.missing else ready_SC
 
 
 class How(NamedTuple):
@@ -87,12 +98,12 @@ def fit_heads(
     state: dict[str, Tensor] = {}
     chosen: dict[str, float] = {}
     sides = dict.fromkeys(side for group in heads.values() for side in group)
-    known = {side: statistics(train.features[side]) for side in sides}
+    known = {side: statistics(train.there(side)) for side in sides}
     for side, found in known.items():
         state |= {f"standard.{side}.{name}": tensor for name, tensor in found.items()}
 
     def ready(fold: Fold, group: Sequence[str]) -> Tensor:
-        return torch.cat([(fold.features[s] - known[s]["mean_C"]) / known[s]["deviation_C"] for s in group], dim=1)
+        return torch.cat([fold.standardised(side, known[side]) for side in group], dim=1)
 
     for name, group in heads.items():
         regression = fit_regression(ready(train, group), train.targets, ready(val, group), val.targets, how)

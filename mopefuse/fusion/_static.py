@@ -5,12 +5,10 @@ Jia et al., Visual Prompt Tuning, https://arxiv.org/abs/2203.12119 (its deep for
 
 from __future__ import annotations
 
-import torch
-
 from mopefuse.config import Prompts, Router
-from mopefuse.encoders._base import Encoder, Inputs
+from mopefuse.encoders._base import Encoder
 from mopefuse.modality import of
-from mopefuse.prompts.stack import Conditioned, PromptStack, with_lengths
+from mopefuse.prompts.stack import PromptStack, with_lengths
 
 
 def static_stack(prompts: Prompts, encoder: Encoder) -> PromptStack:
@@ -25,16 +23,9 @@ def static_stack(prompts: Prompts, encoder: Encoder) -> PromptStack:
         Router(),
         widths=encoder.widths,
         heads=encoder.heads,
-        condition_width=1,
+        conditions={},
         bound=prompts.init or initial_bound(encoder),
     )
-
-
-def unconditioned(stack: PromptStack, inputs: Inputs) -> Conditioned:
-    """The prompts of a batch from a stack that looks at nothing."""
-    assert stack.blind
-    first = next(iter(inputs.values()))
-    return stack.condition(torch.zeros(first.shape[0], 1, device=first.device))
 
 
 def initial_bound(encoder: Encoder) -> float:

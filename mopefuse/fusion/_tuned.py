@@ -14,7 +14,7 @@ from mopefuse.config import RunConfig
 from mopefuse.data._base import Batch
 from mopefuse.encoders._base import Encoded, Encoder, PromptAt, run_frozen
 from mopefuse.fusion._base import Fusion
-from mopefuse.fusion._static import static_stack, unconditioned
+from mopefuse.fusion._static import static_stack
 from mopefuse.prompts.stack import PromptStack
 
 
@@ -36,7 +36,7 @@ class TunedFusion(Fusion):
         **Fusion.parts,
     }
     sections: ClassVar[tuple[str, ...]] = ("tune", "prompts")
-    bonds: ClassVar[dict[str, str]] = {**Fusion.bonds, r"^stacks\.main\.": "main", r"^stacks\.comp\.": "comp"}
+    bonds: ClassVar[dict[str, str]] = {**Fusion.bonds, r"^stacks\.(\w+)\.": r"\1"}
 
     def __init__(self, config: RunConfig, encoders: Mapping[str, Encoder]) -> None:
         super().__init__(config, encoders)
@@ -65,19 +65,19 @@ class TunedFusion(Fusion):
         count = self.tune == "prompt" or self.prompts_always or self.config.prompts == RunConfig(main="", comp="").prompts
         return unused if count else [*unused, "prompts"]
 
-    def prompts(self, side: str, batch: Batch) -> PromptAt | None:
+    def prompts(self, side: str) -> PromptAt | None:
         """The static prompts of a side; None if it has none."""
         if side not in self.stacks:
             return None
         stack = self.stacks[side]
         assert isinstance(stack, PromptStack)
-        return unconditioned(stack, batch.inputs[side])
+        return stack.condition({})
 
     def encode(self, side: str, batch: Batch) -> Encoded:
         """A side with its static prompts, if it has any; without a graph where nothing of it learns."""
         if side not in self.stacks and not self.encoder(side).learns:
             return run_frozen(self.encoder(side), batch.inputs[side])
-        return self.encoder(side).encode(batch.inputs[side], self.prompts(side, batch))
+        return self.encoder(side).encode(batch.inputs[side], self.prompts(side))
 
     def pooled(self, side: str, batch: Batch) -> Tensor:
         """Pooled feature of a side (B, C), computed earlier where nothing of it learns."""

@@ -14,13 +14,14 @@ from mopefuse.data.columns import require_column
 from mopefuse.encoders._base import Encoder, create_encoder, full_spec
 from mopefuse.encoders._preprocess import ImagePreprocess
 from mopefuse.errors import ConfigError, PluginError
-from mopefuse.fusion._base import SIDES, Fusion
+from mopefuse.fusion._base import Fusion
+from mopefuse.sides import specs, with_specs
 
 MMBT_MEAN, MMBT_STD = (0.46777044, 0.44531429, 0.40661017), (0.12221994, 0.12145835, 0.14380469)
 
 
 def build_fusion(
-    main: str, comp: str, num_labels: int, *, method: str = "conditional", seed: int = 0, **options: Any
+    main: str, comp: str | Sequence[str], num_labels: int, *, method: str = "conditional", seed: int = 0, **options: Any
 ) -> Fusion:
     """An ordinary `nn.Module` with frozen encoders, for anyone's training loop.
 
@@ -28,7 +29,7 @@ def build_fusion(
     (B, num_labels), and ``model.ours()`` are the parameters to train.
 
     Args:
-        main, comp: encoder specs.
+        main, comp: encoder specs; of several complementary encoders a list.
         options: settings of the section `prompts` by their own name (``experts=4``), other sections as dictionaries
             (``router={"top_m": 2}``); ``mopefuse train --dry-run`` prints them all.
 
@@ -51,7 +52,7 @@ def build_model(config: RunConfig, num_labels: int) -> Fusion:
         encoders = {}
         for side in method.sides(config):
             torch.default_generator.manual_seed(config.seed)
-            encoders[side] = _with_statistics(create_encoder(getattr(config, side)), config)
+            encoders[side] = _with_statistics(create_encoder(specs(config)[side]), config)
             encoders[side].recompute = config.train.checkpoint_activations
             _require_declared(side, encoders[side])
         torch.default_generator.manual_seed(config.seed)
@@ -77,9 +78,8 @@ def require_rows(model: Fusion, modalities: Sequence[str]) -> None:
 
 def full_specs(config: RunConfig) -> RunConfig:
     """The configuration with aliases of encoders and names of plugins written out, as a run records it."""
-    named = {side: getattr(config, side) for side in SIDES}
-    specs = {side: str(full_spec(spec)) for side, spec in named.items() if spec}
-    return config.model_copy(update={**specs, "method": registry.full_name(registry.FUSION, config.method)})
+    config = with_specs(config, {side: str(full_spec(spec)) for side, spec in specs(config).items() if spec})
+    return config.model_copy(update={"method": registry.full_name(registry.FUSION, config.method)})
 
 
 def _with_statistics(encoder: Encoder, config: RunConfig) -> Encoder:

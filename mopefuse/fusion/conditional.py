@@ -4,13 +4,15 @@ Jiang et al., arXiv 2312.03734, revised as MoPE, arXiv 2403.10568. Prompts enter
 papers' inserted tokens (`gate: none`) or adds a gated attention of their own (`gate: zero`, not in the papers). With
 `warm_start: linear`, not in the papers either, the head also takes the complementary feature, and begins as the method
 `linear`: what validation then selects is never worse there than logistic regression, and the difference is the prompts'.
+
+Of several complementary encoders, which the papers do not have, each gives a condition. What a sample lacks is a learned one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -19,9 +21,9 @@ from mopefuse.config import Prompts, RunConfig
 from mopefuse.data._base import Batch
 from mopefuse.encoders._base import Encoder
 from mopefuse.errors import ConfigError
-from mopefuse.fusion._base import SIDES, Fusion, Output
-from mopefuse.fusion._static import initial_bound, static_stack, unconditioned
-from mopefuse.prompts.stack import PromptStack, with_lengths
+from mopefuse.fusion._base import Fusion, Output
+from mopefuse.fusion._static import initial_bound, static_stack
+from mopefuse.prompts.stack import PromptStack, scaleless, with_lengths
 
 
 class ConditionalFusion(Fusion):
@@ -37,13 +39,15 @@ class ConditionalFusion(Fusion):
             or no projection that LoRA holds for and is to be adapted.
     """
 
+    several: ClassVar[bool] = True
     parts: ClassVar[dict[str, str]] = {
         r"^stack\.router\.": "router",
         r"^stack\..*static_SD$": "static prompts",
         r"^stack\..*experts_KPD$": "prompt experts",
-        r"^stack\.(trunk|.*mapper)\.": "mapper",
+        r"^stack\.(trunk|.*mapper)": "mapper",
         r"^stack\..*gate_H$": "gates",
-        r"^comp_stack\.": "complementary prompts",
+        r"^comp\d*_stack\.": "complementary prompts",
+        r"^head_comp\.": "head of the complementary side alone",
         **Fusion.parts,
     }
 
@@ -53,31 +57,29 @@ class ConditionalFusion(Fusion):
         r"^stack\.layers\.": "main",
         r"^stack\.router\.of_main": "main",
         r"^stack\.router\.(weight_NKC|bias_NK|of_comp_NQC)$": "comp features",
+        r"^stack\.router\.others\.(\w+)$": r"\1 features",
         r"^stack\.trunk\.0\.": "comp features",
-        r"^comp_stack\.": "comp",
+        r"^stack\.trunks\.(\w+)\.0\.": r"\1 features",
+        r"^(comp\d*)_stack\.": r"\1",
     }
 
     def __init__(self, config: RunConfig, encoders: Mapping[str, Encoder], num_labels: int) -> None:
         super().__init__(config, encoders)
-        main, comp = self.encoder("main"), self.encoder("comp")
+        main = self.encoder("main")
         main.require_promptable(fix="use it as --comp instead")
         prompts = self.resolve(config).prompts
         assert prompts.init is not None
+        widths = {side: self.encoder(side).feature_width for side in self.comps}
         self.stack = PromptStack(
-            prompts,
-            config.router,
-            widths=main.widths,
-            heads=main.heads,
-            condition_width=comp.feature_width,
-            bound=prompts.init,
+            prompts, config.router, widths=main.widths, heads=main.heads, conditions=widths, bound=prompts.init
         )
         if config.warm_start == "linear":
             _refuse_cold(config)
             self.begin_as_regression(num_labels)
         else:
             self.head = self.make_head(main.feature_width, num_labels)
-        self.comp_stack: PromptStack | None = None
-        blind = self.stack.blind and self.standard is None
+        self.head_comp = self.make_head(sum(widths.values()), num_labels) if config.either else None
+        blind = self.stack.blind and self.standard is None and self.head_comp is None
         if blind and config.comp_tuning.mode != "frozen":
             raise ConfigError(
                 14,
@@ -85,23 +87,34 @@ class ConditionalFusion(Fusion):
                 where="comp_tuning",
                 fix="add dynamic or mapped prompts",
             )
-        if config.comp_tuning.mode == "prompts":
-            comp.require_promptable(fix="use it as --comp_tuning.mode=frozen instead")
-            prompts = Prompts(static=config.comp_tuning.length, gate=prompts.gate, dropout=prompts.dropout)
-            self.comp_stack = static_stack(prompts, comp)
-        elif config.comp_tuning.mode == "full":
-            comp.tune()
-        elif config.comp_tuning.mode == "lora":
-            comp.adapt(config.lora)
-        elif blind:
+        for side in self.comps:
+            self._begin_tuning(side, prompts.gate)
+        if blind:
             self.reads = ("main",)
-        else:
-            self.frozen = ("comp",)
+        elif config.comp_tuning.mode == "frozen":
+            self.frozen = self.comps
+
+    def _begin_tuning(self, side: str, gate: Literal["none", "zero"]) -> None:
+        """Let a complementary encoder learn as `comp_tuning` says."""
+        encoder, how = self.encoder(side), self.config.comp_tuning
+        if how.mode == "prompts":
+            encoder.require_promptable(fix="use it as --comp_tuning.mode=frozen instead")
+            prompts = Prompts(static=how.length, gate=gate, dropout=self.config.prompts.dropout)
+            self.add_module(f"{side}_stack", static_stack(prompts, encoder))
+        elif how.mode == "full":
+            encoder.tune()
+        elif how.mode == "lora":
+            encoder.adapt(self.config.lora)
+
+    @property
+    def comps(self) -> tuple[str, ...]:
+        """The complementary sides."""
+        return self.uses[1:]
 
     @property
     def head_sides(self) -> tuple[str, ...]:
-        """The main encoder alone, which was asked by the other one; both after a warm start."""
-        return ("main",) if self.standard is None else SIDES
+        """The main encoder alone, which was asked by the others; all after a warm start."""
+        return ("main",) if self.standard is None else self.uses
 
     def unused_sections(self) -> list[str]:
         """Also the settings of the regression, where there is none."""
@@ -124,25 +137,27 @@ class ConditionalFusion(Fusion):
         """Answer without the static, dynamic or mapped prompts of the main encoder."""
         return self.stack.without(kind)
 
-    def psi(self, batch: Batch) -> Tensor:
-        """The complementary representation, (B, C); zeros where no prompt looks at it."""
-        if "comp" not in self.reads:
-            first = next(iter(batch.inputs["main"].values()))
-            return torch.zeros(first.shape[0], self.encoder("comp").feature_width, device=first.device)
-        if "comp" in self.frozen:
-            return self.feature("comp", batch)
-        if self.comp_stack is None:
-            return self.encoder("comp").encode(batch.inputs["comp"]).pooled_BC
-        inputs = batch.inputs["comp"]
-        return self.encoder("comp").encode(inputs, unconditioned(self.comp_stack, inputs)).pooled_BC
+    def psi(self, side: str, batch: Batch) -> Tensor:
+        """What a complementary encoder says of each sample, (B, C)."""
+        if side in self.frozen:
+            return self.feature(side, batch)
+        stack = getattr(self, f"{side}_stack", None)
+        return self.encoder(side).encode(batch.inputs[side], stack and stack.condition({})).pooled_BC
 
     def forward(self, batch: Batch) -> Output:
         """Logits (B, N) and the routing of each routed layer."""
-        psi_BC = self.psi(batch)
-        conditioned = self.stack.condition(psi_BC) if len(self.stack.layers) else None
+        psi_BC = {side: self.psi(side, batch) for side in self.comps if side in self.reads}
+        conditions_BC = {side: self.or_absent(side, scaleless(psi), batch) for side, psi in psi_BC.items()}
+        conditioned = self.stack.condition(conditions_BC) if len(self.stack.layers) else None
         pooled_BC = self.encoder("main").encode(batch.inputs["main"], conditioned).pooled_BC
-        features = (pooled_BC,) if self.standard is None else (pooled_BC, psi_BC)
-        return Output(self.classify(*features), conditioned.routing() if conditioned else None)
+        features = (pooled_BC,) if self.standard is None else (pooled_BC, *psi_BC.values())
+        logits_BN = self.classify(*features, batch=batch)
+        alone_BN = None
+        if self.head_comp is not None:
+            alone_BN = self.head_comp(torch.cat(list(conditions_BC.values()), dim=-1))
+            if "main" in batch.missing:
+                logits_BN = torch.where(batch.missing["main"][:, None], alone_BN.to(logits_BN.dtype), logits_BN)
+        return Output(logits_BN, conditioned.routing() if conditioned else None, alone_BN)
 
 
 def _refuse_cold(config: RunConfig) -> None:

@@ -1,4 +1,4 @@
-"""Late concatenation: a head on both pooled features side by side.
+"""Late concatenation: a head on all pooled features side by side.
 
 The simplest fusion there is, and on small data a strong one.
 """
@@ -6,6 +6,7 @@ The simplest fusion there is, and on small data a strong one.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 from mopefuse.config import RunConfig
 from mopefuse.data._base import Batch
@@ -15,10 +16,12 @@ from mopefuse.fusion._tuned import TunedFusion
 
 
 class LateConcat(TunedFusion):
-    """head(concat(norm(main), norm(comp))); linear unless `head_hidden`. Encoders are frozen unless `tune` says otherwise.
+    """head(concat(norm(main), norm(comp), ...)); linear unless `head_hidden`. Encoders are frozen unless `tune` says otherwise.
 
     Fully tuned it is the fine-tuned late fusion of the papers' tables; they leave out the norm (`head_norm: none`).
     """
+
+    several: ClassVar[bool] = True
 
     def __init__(self, config: RunConfig, encoders: Mapping[str, Encoder], num_labels: int) -> None:
         super().__init__(config, encoders)
@@ -26,4 +29,4 @@ class LateConcat(TunedFusion):
 
     def forward(self, batch: Batch) -> Output:
         """Logits (B, N)."""
-        return Output(self.classify(*(self.pooled(side, batch) for side in self.uses)))
+        return Output(self.classify(*(self.pooled(side, batch) for side in self.uses), batch=batch))

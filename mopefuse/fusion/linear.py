@@ -1,6 +1,6 @@
 """Logistic regression on frozen features: what a practitioner tries first, and what a fusion has to beat.
 
-Multinomial logistic regression (Cox, J. R. Stat. Soc. B 20, 1958), as scikit-learn fits it, on features of both frozen
+Multinomial logistic regression (Cox, J. R. Stat. Soc. B 20, 1958), as scikit-learn fits it, on features of the frozen
 encoders that are standardised by the training split; C is chosen on validation. It takes no training step.
 
 Shapes: B batch, C width of one side's feature, N labels.
@@ -18,25 +18,27 @@ from torch import Tensor, nn
 from mopefuse.config import RunConfig
 from mopefuse.data._base import Batch
 from mopefuse.encoders._base import Encoder
-from mopefuse.fusion._base import SIDES, Fusion, Output
+from mopefuse.fusion._base import Fusion, Output
 from mopefuse.fusion._regression import Fold, How, fit_heads
+from mopefuse.sides import is_comp
 
 
 class LinearFusion(Fusion):
     """A linear head on standardised features, fitted in closed form before what would be the first step.
 
-    ``linear.features``: ``concat`` (both side by side), ``main`` or ``comp`` (one alone), ``average`` (the mean of the
+    ``linear.features``: ``concat`` (all side by side), ``main`` or ``comp`` (one kind alone), ``average`` (the mean of the
     probabilities of one regression for each side). Limits: `concat` with its weights on one side set to 0 is the other
-    side alone; `average` of two equal sides is one of them.
+    side alone; `average` of two equal sides is one of them. What a sample lacks has the mean of the training split.
     """
 
+    several: ClassVar[bool] = True
     closed_form: ClassVar[bool] = True
     sections: ClassVar[tuple[str, ...]] = ("linear",)
 
     def __init__(self, config: RunConfig, encoders: Mapping[str, Encoder], num_labels: int) -> None:
         super().__init__(config, encoders)
         self.frozen = self.uses
-        self.begin_as_regression(num_labels, self.uses)
+        self.begin_as_regression(num_labels)
         self.average = config.linear.features == "average"
         if self.average:
             widths = {side: self.encoder(side).feature_width for side in self.uses}
@@ -46,21 +48,20 @@ class LinearFusion(Fusion):
     @classmethod
     def sides(cls, config: RunConfig) -> tuple[str, ...]:
         """The sides in ``linear.features``."""
-        features = config.linear.features
-        return (features,) if features in SIDES else SIDES
+        asked = config.linear.features
+        both = asked in ("concat", "average")
+        return tuple(side for side in super().sides(config) if both or is_comp(side) == (asked == "comp"))
 
     def forward(self, batch: Batch) -> Output:
         """Logits (B, N)."""
         features = [self.feature(side, batch) for side in self.uses]
         if not self.average:
-            return Output(self.classify(*features))
-        assert isinstance(self.head, nn.ModuleDict)
-        one_BN, other_BN = (
-            head(feature_BC) for head, feature_BC in zip(self.head.values(), self.standardised(*features), strict=True)
-        )
-        multi = self.multi_label
-        assert isinstance(multi, Tensor)
-        return Output(torch.where(multi, mean_of_sigmoids(one_BN, other_BN), mean_of_softmaxes(one_BN, other_BN)))
+            return Output(self.classify(*features, batch=batch))
+        heads, multi = self.head, self.multi_label
+        assert isinstance(heads, nn.ModuleDict) and isinstance(multi, Tensor)
+        normed = dict(zip(self.uses, self.standardised(*features), strict=True))
+        each_BN = [heads[side](self.or_absent(side, feature_BC, batch)) for side, feature_BC in normed.items()]
+        return Output(torch.where(multi, mean_of_sigmoids(*each_BN), mean_of_softmaxes(*each_BN)))
 
     def fit(self, train: Fold, val: Fold, how: How) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Weights of the regression, or of both, and the C of each."""
@@ -70,12 +71,12 @@ class LinearFusion(Fusion):
         return state | {"multi_label": torch.tensor(how.multi_label)}, chosen
 
 
-def mean_of_softmaxes(one_BN: Tensor, other_BN: Tensor) -> Tensor:
-    """Logits whose softmax is the mean of two softmaxes."""
-    return torch.logaddexp(one_BN.log_softmax(dim=-1), other_BN.log_softmax(dim=-1))
+def mean_of_softmaxes(*each_BN: Tensor) -> Tensor:
+    """Logits whose softmax is the mean of those of all."""
+    return torch.stack([one_BN.log_softmax(dim=-1) for one_BN in each_BN]).logsumexp(dim=0)
 
 
-def mean_of_sigmoids(one_BN: Tensor, other_BN: Tensor) -> Tensor:
-    """Logits whose sigmoid is the mean of two sigmoids."""
-    yes_BN = torch.logaddexp(F.logsigmoid(one_BN), F.logsigmoid(other_BN))
-    return yes_BN - torch.logaddexp(F.logsigmoid(-one_BN), F.logsigmoid(-other_BN))
+def mean_of_sigmoids(*each_BN: Tensor) -> Tensor:
+    """Logits whose sigmoid is the mean of those of all."""
+    yes_BN = torch.stack([F.logsigmoid(one_BN) for one_BN in each_BN]).logsumexp(dim=0)
+    return yes_BN - torch.stack([F.logsigmoid(-one_BN) for one_BN in each_BN]).logsumexp(dim=0)

@@ -15,7 +15,6 @@ from mopefuse.config import RunConfig
 from mopefuse.data._base import Batch
 from mopefuse.encoders._base import Encoder, Insert
 from mopefuse.errors import EncoderError
-from mopefuse.fusion._base import SIDES
 from mopefuse.fusion._inserting import InsertingFusion
 
 
@@ -41,7 +40,7 @@ class MMBT(InsertingFusion):
 
     def roles(self) -> tuple[str, str]:
         """The text reads the image, whichever is main."""
-        sides = {self.encoder(side).modality: side for side in SIDES}
+        sides = {self.encoder(side).modality: side for side in self.uses}
         if sides.keys() != {"text", "image"}:
             what = f"{self.config.method} is of a text and an image; both encoders are of one modality"
             raise EncoderError(71, what, fix="name one of each as --main and --comp")

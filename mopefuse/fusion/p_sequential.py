@@ -56,7 +56,7 @@ class PSequential(TunedFusion):
         """Logits (B, N)."""
         psi_BC = self.pooled("comp", batch).float()
         psi_B1D = self.project(F.layer_norm(psi_BC, psi_BC.shape[-1:], eps=1e-8))[:, None]
-        static = self.prompts("main", batch)
+        static = self.prompts("main")
 
         def prompt_at(layer: int, tokens_BLD: Tensor, mask_BL: Tensor | None) -> Prompt | None:
             prompt = static(layer, tokens_BLD, mask_BL) if static is not None else None
@@ -67,4 +67,5 @@ class PSequential(TunedFusion):
                 return Prompt(token_B1D, self.gate_H)
             return prompt._replace(tokens_BPD=torch.cat([prompt.tokens_BPD, token_B1D], dim=1))
 
-        return Output(self.classify(self.encoder("main").encode(batch.inputs["main"], prompt_at).pooled_BC))
+        pooled_BC = self.encoder("main").encode(batch.inputs["main"], prompt_at).pooled_BC
+        return Output(self.classify(pooled_BC, batch=batch))

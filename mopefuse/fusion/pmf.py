@@ -17,7 +17,7 @@ from mopefuse.config import Interactive, RunConfig
 from mopefuse.data._base import Batch
 from mopefuse.encoders._base import Encoded, Encoder, Prompt
 from mopefuse.errors import ConfigError
-from mopefuse.fusion._base import SIDES, Fusion, Output
+from mopefuse.fusion._base import Fusion, Output
 from mopefuse.fusion._static import initial_bound
 
 
@@ -95,7 +95,7 @@ class PMF(Fusion):
         assert hidden is not None
         self.dropout = nn.Dropout(config.prompts.dropout)
         self.stacks = nn.ModuleDict()
-        for side, other in zip(SIDES, reversed(SIDES), strict=True):
+        for side, other in zip(self.uses, reversed(self.uses), strict=True):
             encoder = self.encoder(side)
             self.stacks[side] = nn.ModuleList(
                 FusionLayer(
@@ -166,9 +166,9 @@ class PMF(Fusion):
     def forward(self, batch: Batch) -> Output:
         """Logits (B, N)."""
         if not self.depth:
-            return Output(self.classify(*(self.feature(side, batch) for side in self.uses)))
+            return Output(self.classify(*(self.feature(side, batch) for side in self.uses), batch=batch))
         main, comp = _Exchange(self, batch).run()
-        return Output(self.classify(main.pooled_BC, comp.pooled_BC))
+        return Output(self.classify(main.pooled_BC, comp.pooled_BC, batch=batch))
 
 
 class _Exchange:

@@ -8,7 +8,7 @@ Shapes: B batch, N prompted layers, K experts, C conditioning width, D width of 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,47 +28,58 @@ class Router(nn.Module):
     """softmax(scores / temperature + noise) over the experts of each layer; see `RouterConfig` for the settings.
 
     Args:
-        width: C of the condition.
+        conditions: name of each condition to its width C. What they say is added up, each with an equal share at the start.
         widths: D of each prompted layer.
         experts: K. One expert needs no routing: its weight is 1 and the router has no parameters.
     """
 
-    def __init__(self, config: RouterConfig, *, width: int, widths: Sequence[int], experts: int) -> None:
+    def __init__(self, config: RouterConfig, *, conditions: Mapping[str, int], widths: Sequence[int], experts: int) -> None:
         super().__init__()
         self.config, self.experts = config, experts
         self.joint = config.kind == "joint" and experts > 1
+        self.others = nn.ParameterDict()  # of conditions beyond the first: what weight_NKC or of_comp_NQC is of that
         layers = len(widths)
         if experts == 1:
             return
-        # Scores of a condition with unit variance start with a deviation of one temperature: far from saturated.
-        spread = config.temperature / math.sqrt(width)
+
+        def drawn(rows: int, width: int) -> nn.Parameter:
+            # Scores of conditions with unit variance start with a deviation of one temperature: far from saturated.
+            spread = config.temperature / math.sqrt(width * len(conditions))
+            return nn.Parameter(torch.randn(layers, rows, width) * spread)
+
+        first, *rest = conditions
         if not self.joint:
-            self.weight_NKC = nn.Parameter(torch.randn(layers, experts, width) * spread)
+            self.weight_NKC = drawn(experts, conditions[first])
             self.bias_NK = nn.Parameter(torch.zeros(layers, experts))
+            self.others.update({name: drawn(experts, conditions[name]) for name in rest})
             return
         # Keys can be orthogonal only if the query is at least as wide as there are experts; a fifth of it (2 of 10 in the
         # released code) is the main modality's.
         query = max(10, experts)
         of_main = math.ceil(query / 5)
-        self.of_comp_NQC = nn.Parameter(torch.randn(layers, query - of_main, width) * spread)
+        self.of_comp_NQC = drawn(query - of_main, conditions[first])
         self.of_main = nn.ParameterList(
             nn.Parameter(torch.randn(of_main, d) * config.temperature / math.sqrt(d)) for d in widths
         )
         keys = torch.stack([torch.linalg.qr(torch.randn(query, experts))[0] for _ in range(layers)])
         self.register_buffer("keys_NQK", keys * math.sqrt(query / experts))
         self.keys_NQK: Tensor
+        self.others.update({name: drawn(query - of_main, conditions[name]) for name in rest})
 
-    def conditioned(self, condition_BC: Tensor) -> Tensor:
-        """What the condition says of all layers at once: scores (B, N, K), or queries (B, N, Q) of the joint router.
+    def conditioned(self, conditions_BC: Sequence[Tensor]) -> Tensor:
+        """What the conditions say of all layers at once: scores (B, N, K), or queries (B, N, Q) of the joint router.
 
         In float32 also under autocast: a tenth of a temperature's rounding would already move the weights.
         """
+        first_BC = conditions_BC[0]
         if self.experts == 1:
-            return condition_BC.new_ones(condition_BC.shape[0], 1, 1)
-        with torch.autocast(condition_BC.device.type, enabled=False):
-            if self.joint:
-                return torch.einsum("bc,nqc->bnq", condition_BC.float(), self.of_comp_NQC)
-            return torch.einsum("bc,nkc->bnk", condition_BC.float(), self.weight_NKC) + self.bias_NK
+            return first_BC.new_ones(first_BC.shape[0], 1, 1)
+        with torch.autocast(first_BC.device.type, enabled=False):
+            weights_NXC = (self.of_comp_NQC if self.joint else self.weight_NKC, *self.others.values())
+            said_BNX = torch.einsum("bc,nxc->bnx", first_BC.float(), weights_NXC[0])
+            for other_BC, weight_NXC in zip(conditions_BC[1:], weights_NXC[1:], strict=True):
+                said_BNX = said_BNX + torch.einsum("bc,nxc->bnx", other_BC.float(), weight_NXC)
+            return said_BNX if self.joint else said_BNX + self.bias_NK
 
     def forward(self, said_BNX: Tensor, position: int, tokens_BLD: Tensor, mask_BL: Tensor | None) -> Routed:
         """Route layer number `position` among the prompted ones.

@@ -2,12 +2,15 @@
 
 Jiang et al., arXiv 2312.03734; MoPE, arXiv 2403.10568. The stack knows no encoder: it is told widths and heads, and
 answers ``prompt_at(layer, tokens, mask)``. Differences from the papers are settings: `gate: zero` and the norm of psi.
-Shapes: B batch, N prompted layers, S static, P dynamic, M mapped tokens, K experts, C width of psi, D width of a layer.
+With several complementary modalities each has its own psi: the router adds up what all of them say, and each gives a mapped
+prompt of its own. With one it is the papers' model.
+
+Shapes: B batch, N prompted layers, S static, P dynamic, M mapped tokens, K experts, C width of a psi, D width of a layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -25,10 +28,22 @@ KINDS = ("static", "dynamic", "mapped")
 
 
 class LayerPrompts(nn.Module):
-    """What one layer of width D learns. A part of length 0 has no parameters."""
+    """What one layer of width D learns. A part of length 0 has no parameters.
+
+    Args:
+        others: names of conditions beyond the first, each with a mapped prompt of its own.
+    """
 
     def __init__(
-        self, config: PromptConfig, *, width: int, heads: int, bound: float, dynamic: int, top_m: int | None = None
+        self,
+        config: PromptConfig,
+        *,
+        width: int,
+        heads: int,
+        bound: float,
+        dynamic: int,
+        top_m: int | None = None,
+        others: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.dynamic, self.mapped, self.width, self.top_m = dynamic, config.mapped, width, top_m
@@ -38,12 +53,19 @@ class LayerPrompts(nn.Module):
             nn.Parameter(torch.empty(config.experts, dynamic, width).uniform_(-bound, bound)) if dynamic else None
         )
         self.mapper = nn.Linear(config.bottleneck, config.mapped * width) if config.mapped else None
+        self.mappers = nn.ModuleDict(
+            {name: nn.Linear(config.bottleneck, config.mapped * width) for name in others if config.mapped}
+        )
         self.gate_H = nn.Parameter(torch.zeros(heads)) if config.gate == "zero" else None
 
     def forward(
-        self, batch: int, weights_BK: Tensor | None, trunk_Bh: Tensor | None, without: str = ""
+        self, batch: int, weights_BK: Tensor | None, trunks_Bh: Sequence[Tensor] = (), without: str = ""
     ) -> Tensor | None:
-        """The layer's prompt, (B, S + P + M, D), or what is left of it `without` one of `KINDS`; None for nothing."""
+        """The layer's prompt, (B, S + P + M, D), or what is left of it `without` one of `KINDS`; None for nothing.
+
+        Args:
+            trunks_Bh: of each condition; each gives M tokens.
+        """
         parts = []
         if self.static_SD is not None and without != "static":
             parts.append(self.static_SD.expand(batch, -1, -1))
@@ -52,7 +74,8 @@ class LayerPrompts(nn.Module):
             mixed = mix(weights_BK.to(self.experts_KPD.dtype), self.experts_KPD.flatten(1), self.top_m)
             parts.append(mixed.unflatten(1, (self.dynamic, self.width)))
         if self.mapper is not None and without != "mapped":
-            parts.append(F.gelu(self.mapper(trunk_Bh)).unflatten(1, (self.mapped, self.width)))
+            for mapper, trunk_Bh in zip((self.mapper, *self.mappers.values()), trunks_Bh, strict=True):
+                parts.append(F.gelu(mapper(trunk_Bh)).unflatten(1, (self.mapped, self.width)))
         return torch.cat([part.to(parts[-1].dtype) for part in parts], dim=1) if parts else None
 
 
@@ -62,7 +85,7 @@ class PromptStack(nn.Module):
     Args:
         config: lengths must be numbers by now (`with_lengths`).
         widths, heads: of every promptable layer of the encoder.
-        condition_width: C of psi; not needed when only static prompts are there.
+        conditions: name of each condition to the width C of its psi; none where all prompts are static.
         bound: prompts start in U(-bound, bound).
 
     Raises:
@@ -76,7 +99,7 @@ class PromptStack(nn.Module):
         *,
         widths: Sequence[int],
         heads: Sequence[int],
-        condition_width: int,
+        conditions: Mapping[str, int],
         bound: float,
     ) -> None:
         super().__init__()
@@ -87,6 +110,7 @@ class PromptStack(nn.Module):
         self.routed = tuple(i for i in chosen if config.dynamic and i not in starts)
         self.dropout = nn.Dropout(config.dropout)
         self._removed = ""
+        self.names = tuple(conditions)
         self.layers = nn.ModuleDict()
         for i in chosen:
             self.layers[str(i)] = LayerPrompts(
@@ -96,16 +120,18 @@ class PromptStack(nn.Module):
                 bound=bound,
                 dynamic=config.dynamic if i in self.routed else 0,
                 top_m=router.top_m,
+                others=self.names[1:],
             )
         self.router: Router | None = None
         if self.routed:
             self.router = Router(
-                router, width=condition_width, widths=[widths[i] for i in self.routed], experts=config.experts
+                router, conditions=conditions, widths=[widths[i] for i in self.routed], experts=config.experts
             )
         self.trunk: nn.Sequential | None = None
+        self.trunks = nn.ModuleDict()
         if config.mapped and chosen:
-            norm = nn.LayerNorm if config.mapper_norm == "layer" else _FrozenBatchNorm
-            self.trunk = nn.Sequential(nn.Linear(condition_width, config.bottleneck), norm(config.bottleneck), nn.GELU())
+            self.trunk, *others = (_trunk(config, width) for width in conditions.values())
+            self.trunks.update(dict(zip(self.names[1:], others, strict=True)))
 
     @property
     def blind(self) -> bool:
@@ -131,19 +157,31 @@ class PromptStack(nn.Module):
         finally:
             self._removed = ""
 
-    def condition(self, psi_BC: Tensor) -> Conditioned:
-        """The prompts of one batch. psi loses its scale here, so that encoders of any feature scale can be exchanged."""
-        return Conditioned(self, F.layer_norm(psi_BC.float(), psi_BC.shape[-1:], eps=1e-8))
+    def condition(self, psi_BC: Mapping[str, Tensor]) -> Conditioned:
+        """The prompts of one batch.
+
+        Args:
+            psi_BC: of each condition, without its scale (`scaleless`), so that encoders of any feature scale can be exchanged;
+                may be empty where all prompts are static.
+        """
+        return Conditioned(self, psi_BC)
+
+
+def scaleless(psi_BC: Tensor) -> Tensor:
+    """psi with a mean of 0 and a variance of 1 over its width, in float32; zeros stay zeros."""
+    return F.layer_norm(psi_BC.float(), psi_BC.shape[-1:], eps=1e-8)
 
 
 class Conditioned:
     """The answer to ``prompt_at`` for one batch; `routed` collects the routing of each routed layer on the way."""
 
-    def __init__(self, stack: PromptStack, psi_BC: Tensor) -> None:
-        self.stack, self.batch = stack, psi_BC.shape[0]
+    def __init__(self, stack: PromptStack, psi_BC: Mapping[str, Tensor]) -> None:
+        self.stack = stack
         self.routed: list[Routed] = []
-        self._said_BNX = stack.router.conditioned(psi_BC) if stack.router is not None else None
-        self._trunk_Bh = stack.trunk(psi_BC) if stack.trunk is not None else None
+        each_BC = [] if stack.blind else [psi_BC[name] for name in stack.names]
+        self._said_BNX = stack.router.conditioned(each_BC) if stack.router is not None else None
+        trunks = () if stack.trunk is None else (stack.trunk, *stack.trunks.values())
+        self._trunks_Bh = [trunk(one_BC) for trunk, one_BC in zip(trunks, each_BC, strict=False)]
 
     def __call__(self, layer: int, tokens_BLD: Tensor, mask_BL: Tensor | None) -> Prompt | None:
         """The prompt of a layer; None where it has none."""
@@ -158,7 +196,7 @@ class Conditioned:
             routed = stack.router(self._said_BNX, stack.routed.index(layer), tokens_BLD, mask_BL)
             self.routed.append(routed)
             weights_BK = routed.weights_BK
-        prompt_BPD = prompts(self.batch, weights_BK, self._trunk_Bh, stack._removed)
+        prompt_BPD = prompts(tokens_BLD.shape[0], weights_BK, self._trunks_Bh, stack._removed)
         if prompt_BPD is None:
             return None
         return Prompt(stack.dropout(prompt_BPD).to(tokens_BLD.dtype), prompts.gate_H)
@@ -166,6 +204,11 @@ class Conditioned:
     def routing(self) -> Tensor | None:
         """Noise-free weights (B, N, K) of all routed layers, after the forward pass; None without routing."""
         return torch.stack([routed.clean_BK for routed in self.routed], dim=1) if self.routed else None
+
+
+def _trunk(config: PromptConfig, width: int) -> nn.Sequential:
+    norm = nn.LayerNorm if config.mapper_norm == "layer" else _FrozenBatchNorm
+    return nn.Sequential(nn.Linear(width, config.bottleneck), norm(config.bottleneck), nn.GELU())
 
 
 class _FrozenBatchNorm(nn.BatchNorm1d):

@@ -6,7 +6,7 @@ Shapes: S samples of the split, N labels, L routed layers, K experts.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -28,6 +28,7 @@ class RunFacts:
         manifest, result, log: manifest.json, metrics.json (empty before a run ends) and the lines of metrics.jsonl.
         split: that was asked. logits_SN, routing_SLK: what was said of it.
         audit: `mopefuse.audit.Audit.as_dict`, or None where none was made.
+        missing: `mopefuse.missing.Missing.as_dict` of this split and step; empty where nobody asked.
         notes: what a reader must know first.
     """
 
@@ -43,6 +44,7 @@ class RunFacts:
     thresholds: measures.Thresholds
     routing_SLK: Tensor | None = None
     audit: Mapping[str, Any] | None = None
+    missing: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property

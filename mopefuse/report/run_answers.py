@@ -14,6 +14,7 @@ from mopefuse.report.pages import Section, fragment
 from mopefuse.report.row_values import text_of
 from mopefuse.report.settings import changed
 from mopefuse.shown import percent
+from mopefuse.sides import is_comp
 
 _EXAMPLES, _MISTAKES = 8, 8
 _CLASSES = 30  # of a confusion matrix that can be read
@@ -62,10 +63,9 @@ def task(facts: RunFacts) -> Section:
         ("labels", f"{kind} {len(facts.labels):,}: {figures.short(', '.join(facts.labels), 120)}"),
         ("method", facts.config.method),
     ]
-    sides = {"main": "main encoder", "comp": "complementary encoder"}
     for side, encoder in facts.manifest["encoders"].items():
         told = f"{encoder.get('spec', '')} ({encoder.get('modality', '')}, {encoder.get('layers', '?')} layers)"
-        rows.append((sides.get(side, side), told))
+        rows.append(("complementary encoder" if is_comp(side) else f"{side} encoder", told))
     body = fragment("rows", rows) + fragment("settings", changed(facts.config, hidden=_ELSEWHERE))
     return Section("task", "The task", body, half=True)
 
@@ -77,7 +77,7 @@ def audit(facts: RunFacts) -> Section | None:
     found, name = facts.audit, main_metric(facts)
     rows = [
         {
-            "name": _CONDITIONS.get(row["name"], f"without {row['name']}").format(found["modality"]),
+            "name": _CONDITIONS.get(row["name"], f"without {row['name']}").format(row["modality"]),
             "value": row["metrics"][name],
             "lost": row["lost"],
             "interval": 1.96 * row["error"],

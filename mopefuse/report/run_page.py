@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mopefuse.report import run_answers, run_routing, run_training
+from mopefuse.report import run_answers, run_missing, run_routing, run_training
 from mopefuse.report.facts import RunFacts
 from mopefuse.report.pages import Section, sections_page
 
@@ -13,6 +13,7 @@ def sections(facts: RunFacts) -> list[Section]:
     """All that there is to say of a run, in the order of the page."""
     found: Sequence[Section | None] = (
         run_answers.audit(facts),
+        run_missing.missing(facts),
         run_answers.task(facts),
         run_training.resources(facts),
         run_answers.errors(facts),

@@ -1,0 +1,25 @@
+"""How ``mopefuse eval --missing`` shows what it found."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mopefuse.cli._render import err, percent, table
+
+if TYPE_CHECKING:
+    from mopefuse.missing import Missing
+
+
+def show(run: str, found: Missing) -> None:
+    """A row for each part of the samples that lack something."""
+    name = next(key for key in ("accuracy", "f1_macro") if key in found.cells[0].metrics)
+    plain = next((cell.metrics[name] for cell in found.cells if not cell.missing), None)
+    rows = []
+    for cell in found.cells:
+        row = [cell.words, ", ".join(f"{count:,}" for count in cell.rows.values()) or "0", percent(cell.metrics[name])]
+        rows.append([*row, *([] if plain is None else [f"{100 * (cell.metrics[name] - plain):+.1f}"])])
+    first = f"of {found.cells[0].samples:,} samples of {found.split}"
+    table(run, [first, "lack it", name, *([] if plain is None else ["points"])], rows)
+    if not found.learned:
+        told = "training never met samples that lack something: they are answered as an average one; see --modality-dropout"
+        err().print(f"notice: {told}", markup=False)

@@ -1,0 +1,67 @@
+"""Samples that lack a modality which their rows have: drawn anew for every epoch in training, or fixed, to see what is lost.
+
+Shapes: S samples of the split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mopefuse.data.collate import Samples, seed_of
+from mopefuse.data.subsets import order_of
+
+_DROPOUT = 1  # sets the draws apart from those of augmentation
+
+
+def loss_order(ids: Sequence[str], modalities: Sequence[str], seed: int) -> list[int]:
+    """The samples, by number, in the order in which they lose `modalities`: a larger share takes all of a smaller one."""
+    return order_of([f"{'+'.join(modalities)}:{name}" for name in ids], seed)
+
+
+class Taken(Samples):
+    """Samples of which some lack modalities, whatever their rows have.
+
+    Args:
+        masks: modality to (S,), True where it is taken away.
+    """
+
+    def __init__(self, samples: Samples, masks: Mapping[str, NDArray[np.bool_]]) -> None:
+        vars(self).update(vars(samples))
+        self.lacking = {**samples.lacking}
+        for side, modality in self.modality_of.items():
+            if modality in masks:
+                self.lacking[side] = masks[modality] | samples.lacking.get(side, False)
+
+
+class Dropped(Samples):
+    """Training samples that lack each of some modalities with a chance of `share`, as a function of (seed, epoch, index).
+
+    Encoders of one modality lack it together, and no sample lacks everything.
+
+    Args:
+        sides: that a sample may lack.
+    """
+
+    def __init__(self, samples: Samples, sides: Sequence[str], share: float) -> None:
+        vars(self).update(vars(samples))
+        self._natural, self._share = samples.lacking, share
+        self._modalities = sorted({self.modality_of[side] for side in sides})
+        never_S = np.zeros(len(samples), dtype=np.bool_)
+        self.lacking = {**{side: never_S for side in sides}, **samples.lacking}
+
+    def absent(self, side: str, epoch: int, index: int) -> bool:
+        """See `Samples.absent`."""
+        return self._lacks(side, index) or self.modality_of[side] in self._drawn(epoch, index)
+
+    def _drawn(self, epoch: int, index: int) -> set[str]:
+        random = np.random.Generator(np.random.PCG64(seed_of(self.seed, epoch, index, _DROPOUT)))
+        chance = random.random(len(self._modalities)).tolist()
+        drawn = {modality for modality, value in zip(self._modalities, chance, strict=True) if value < self._share}
+        there = {modality for side, modality in self.modality_of.items() if not self._lacks(side, index)}
+        return set() if drawn >= there else drawn
+
+    def _lacks(self, side: str, index: int) -> bool:
+        return side in self._natural and bool(self._natural[side][index])
