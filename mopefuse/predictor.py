@@ -64,7 +64,7 @@ class Bundle:
             self.thresholds: Sequence[float] = said["thresholds"]
             self.sides: dict[str, dict[str, Any]] = read_json(folder / "preprocess.json")["sides"]
             self.modalities = tuple(dict.fromkeys(how["modality"] for how in self.sides.values()))
-            self.on_missing = "error"  # the graph is not told what is missing
+            self.may_lack: tuple[str, ...] = ()  # the graph is not told what is missing
             self._tokenize = {side: _tokenizer(how, folder) for side, how in self.sides.items() if how["modality"] == "text"}
         except (KeyError, TypeError) as error:
             raise CheckpointError(3, f"the bundle does not say its {error}", where=str(folder), fix=_AGAIN) from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +15,7 @@ from mopefuse.cli import columns
 
 if TYPE_CHECKING:
     from mopefuse.config import Data
-    from mopefuse.predict import Answer, Pair, Predictor
+    from mopefuse.predict import Answer, Model, Pair, Predictor
 
 
 def predict(
@@ -55,10 +55,8 @@ def predict(
     if isinstance(source, str) and source != "-" and not Path(source).is_file():
         raise ConfigError(66, f"there is no file {source}", where="predict", fix="name a file of pairs, or - for stdin")
     predictor = load(run, checkpoint=checkpoint, device=device, main=main, comp=comp)
-    if predictor.model.on_missing == "absent":
-        config = config.model_copy(update={"on_missing": "absent"})
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    pairs = islice(_pairs(source, image, text, config, predictor.model.modalities), rank, None, world)
+    pairs = islice(_pairs(source, image, text, config, predictor.model), rank, None, world)
     answers = _counted(predict_pairs(predictor, pairs, batch=batch, top=top, routing=routing, strict=strict), rank)
     if world > 1:
         answers = _gathered(answers)
@@ -68,7 +66,7 @@ def predict(
 
 
 def _pairs(
-    source: str | None, image: Path | None, text: str | None, config: Data, modalities: Sequence[str]
+    source: str | None, image: Path | None, text: str | None, config: Data, model: Model
 ) -> Iterable[Pair]:
     from mopefuse.data.images import open_image
     from mopefuse.predict import Pair, read_pairs
@@ -76,7 +74,7 @@ def _pairs(
     if image is not None:
         picture = open_image([image.absolute().parent], image.name, where=str(image), max_pixels=config.max_pixels)
         return [Pair(image.name, {"image": picture, "text": text or ""})]
-    return read_pairs(sys.stdin.buffer if source == "-" else Path(source or ""), config, modalities)
+    return read_pairs(sys.stdin.buffer if source == "-" else Path(source or ""), config, model.modalities, model.may_lack)
 
 
 def _counted(answers: Iterable[Answer], rank: int) -> Iterable[Answer]:
