@@ -51,7 +51,7 @@ def test_everything_that_is_wrong_is_found_at_once_with_its_line_and_id(broken: 
 def test_no_kind_is_left_without_a_case(broken: Path) -> None:
     elsewhere = {"missing-split", "unreadable-table", "empty-split", "bad-labels-file", "one-class"}
     elsewhere |= {"bad-csv", "bad-split-name", "slow-image", "bad-row"}
-    elsewhere |= {"missing-file", "unreadable-file", "leaked-file", "leaked-value", "missing-value", "nothing"}  # test_missing
+    elsewhere |= {"missing-file", "unreadable-file", "leaked-file", "leaked-value", "missing-value", "nothing"}
     assert {row[0] for row in BROKEN} | elsewhere == KINDS.keys()
 
 

@@ -157,6 +157,17 @@ def test_named_modalities_are_all_that_is_read(data: Path) -> None:
     assert code_of(lambda: read(data)) == "MF-DATA-11"
 
 
+@pytest.mark.parametrize("other", [{"text": "caption"}, {"img": "photo"}, {"text": "caption", "img": "photo"}])
+def test_where_little_is_found_a_text_and_an_image_are_expected(data: Path, other: dict[str, str]) -> None:
+    for split in ("train", "val", "test"):
+        path = data / f"{split}.jsonl"
+        for name, called in other.items():
+            path.write_text(path.read_text().replace(f'"{name}":', f'"{called}":'))
+    hint = " ".join({"text": "--text-col caption", "img": "--image-col photo"}[name] for name in other)
+    with pytest.raises(DataError, match=rf"has no {' or '.join(other)}; found .*; did you mean {hint}\?"):
+        read(data)
+
+
 @pytest.mark.parametrize("options", [{"modalities": ("texts",)}, {"columns": {"txt": "caption"}}])
 def test_a_modality_that_is_not_installed_is_refused(data: Path, options: dict[str, Any]) -> None:
     assert code_of(lambda: read(data, **options)) == "MF-CFG-133"
@@ -196,12 +207,14 @@ def test_runs_that_were_tested_on_other_rows_are_not_compared(data: Path, tmp_pa
     assert len((tmp_path / "skip" / "predictions.jsonl").read_text().splitlines()) == 6
 
 
-def test_a_resumed_run_keeps_its_policy_and_columns(data: Path, tmp_path: Path) -> None:
-    done = call("train", *TINY, "--data", data, "--out", tmp_path / "run", "--steps", 1, "--column", "text=text")
+@pytest.mark.parametrize("named", [(), ("--column", "text=text")])
+def test_a_resumed_run_keeps_its_policy_and_columns(named: tuple[str, ...], data: Path, tmp_path: Path) -> None:
+    done = call("train", *TINY, "--data", data, "--out", tmp_path / "run", "--steps", 1, *named)
     assert done.returncode == 0, done.stderr
     again = ("train", "--out", tmp_path / "run", "--resume", "--steps", 2)
-    assert "data.on_missing" in call(*again, "--on-missing", "absent").stderr
-    assert "data.columns" in call(*again, "--column", "text=caption").stderr
+    assert "cannot change data.on_missing" in call(*again, "--on-missing", "absent").stderr
+    for other in ("text=caption", "image=photo"):
+        assert "cannot change data.columns" in call(*again, "--column", other).stderr
     done = call(*again)
     assert done.returncode == 0, done.stderr
 
@@ -285,7 +298,7 @@ def test_features_of_what_is_missing_are_those_of_nothing(data: Path, cached: bo
 def test_an_exchange_moves_what_is_missing_too(data: Path) -> None:
     change(data, "train", 1, text=None)
     one = samples(read(data, on_missing="absent"))
-    turned = Shuffled(one, "comp", torch.tensor([1, 0, *range(2, 12)]))
+    turned = Shuffled(one, ("comp",), torch.tensor([1, 0, *range(2, 12)]))
     assert batch(turned, 0, 1).missing["comp"].tolist() == [True, False]
     ids = batch(one, 1, 0).inputs["comp"]["ids"]
     assert torch.equal(batch(turned, 0, 1).inputs["comp"]["ids"], ids)
@@ -297,9 +310,9 @@ def test_an_exchange_moves_what_is_missing_too(data: Path) -> None:
 def test_none_among_values_is_what_says_nothing() -> None:
     model = build_fusion(**READERS, num_labels=3, either=True)
     picture = Image.new("RGB", (20, 20), "red")
-    found = model.collate([picture, None], [None, "a"])
-    blank = model.collate([picture, of("image").nothing()], ["", "a"])
-    assert {side: missing.tolist() for side, missing in found.missing.items()} == {"main": [False, True], "comp": [True, False]}
+    found = model.collate([picture, picture], [None, "a"])
+    blank = model.collate([picture, picture], ["", "a"])
+    assert {side: missing.tolist() for side, missing in found.missing.items()} == {"comp": [True, False]}
     assert blank.missing == {}
     assert torch.equal(model(replace(found, missing={})).logits, model(blank).logits)
 
@@ -328,10 +341,11 @@ def test_what_no_encoder_reads_can_be_left_out() -> None:
 def test_a_run_answers_what_it_was_trained_to(policy: str, data: Path, tmp_path: Path) -> None:
     where, run = {"path": str(data), "on_missing": policy}, tmp_path / "run"
     train(build_config({**READERS, "device": "cpu", "data": where, "train": {"max_steps": 1}}), run)
-    write_rows(data / "new.jsonl", [{"text": "x"}, {"img": "images/test-1.png", "text": None}, {"text": "", "img": ""}])
+    image = {"img": "images/test-1.png"}
+    write_rows(data / "new.jsonl", [{"text": "x"}, {**image, "text": None}, {"text": "", "img": ""}, {**image, "text": "x"}])
     done = call("predict", run, data / "new.jsonl")
     answers = [json.loads(line) for line in done.stdout.splitlines()]
-    assert ["error" in answer for answer in answers] == ([True] * 3 if policy == "error" else [True, False, True]), done.stderr
+    assert ["error" in answer for answer in answers] == [True, policy == "error", True, False], done.stderr
     if policy == "absent":
         with Image.open(data / "images" / "test-1.png") as image:
             (said,) = load(run).predict([image], [None])

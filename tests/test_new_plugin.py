@@ -82,7 +82,7 @@ def test_a_new_plugin_trains_as_either_encoder(
     add_site(here, fresh[1])
     for main, comp in (("mel-2:small", "tiny:vision"), ("tiny:vision", "mel-2:small")):
         run = tmp_path / main.partition(":")[0]
-        done = call("train", *TINY, "--main", main, "--comp", comp, "--data", pairs, "--out", run, "--steps", 2)
+        done = call("train", *TINY[4:], "--main", main, "--comp", comp, "--data", pairs, "--out", run, "--steps", 2)
         assert done.returncode == 0, done.stderr
         assert call("eval", run).returncode == 0
 

@@ -62,7 +62,7 @@ def test_the_method_and_the_promptable_encoder_train_and_are_swapped(
     run = tmp_path / "run"
     sides = ("--main", "patches:any", "--comp", "tiny:text")
     for out, more in ((run, ("--method", "product")), (tmp_path / "other", ())):
-        done = call("train", *TINY, *sides, *more, "--data", pairs, "--out", out, "--steps", 2)
+        done = call("train", *TINY[4:], *sides, *more, "--data", pairs, "--out", out, "--steps", 2)
         assert done.returncode == 0, done.stderr
     done = call("swap-encoder", run, "--main", "tiny:vision", "-o", tmp_path / "swapped", "--json")
     assert done.returncode == 0, done.stderr
@@ -82,8 +82,8 @@ def test_the_modality_is_read_from_its_column_and_given_by_name(
         rows = [json.loads(line) for line in (data / f"{split}.jsonl").read_text().splitlines()]
         write_rows(data / f"{split}.jsonl", [{**row, "heat": f"{i} 0.5"} for i, row in enumerate(rows)])
     sides, run = ("--main", "tiny:vision", "--comp", "sensor:last"), tmp_path / "run"
-    assert "reads sensor; a row has text and image" in call("train", *TINY, *sides, "--data", data, "--out", run).stderr
-    done = call("train", *TINY, *sides, "--data", data, "--out", run, "--steps", 2, "--column", "sensor=heat")
+    assert "reads sensor; a row has text and image" in call("train", *TINY[4:], *sides, "--data", data, "--out", run).stderr
+    done = call("train", *TINY[4:], *sides, "--data", data, "--out", run, "--steps", 2, "--column", "sensor=heat")
     assert done.returncode == 0, done.stderr
     predictor = load(run)
     cold, hot = (predictor.predict([Image.new("RGB", (16, 16))], sensor=[[heat]])[0] for heat in (0.0, 50.0))
