@@ -101,7 +101,7 @@ class Maker:
         self._write_example(folder, bundle)
         self._write_card(folder)
 
-    def _check_routing(self, images: Sequence[Image.Image], texts: Sequence[str]) -> None:
+    def _check_routing(self, images: Sequence[Any], texts: Sequence[Any]) -> None:
         if not self.graph.routing:
             return
         with torch.no_grad():
@@ -165,12 +165,13 @@ def describe(model: Fusion, folder: Path) -> dict[str, dict[str, Any]]:
             how |= {"tokenizer_name": how["tokenizer"], "vocabulary": getattr(preprocess, "vocabulary", 0)}
             how["length"] = getattr(preprocess, "length", None)
             how["tokenizer"] = {**save(file), **({"file": file.name} if file.exists() else {})}
-        sides[side] = how
+        sides[side] = how | {"may_lack": side in model.does_without}
     return sides
 
 
-def probes(sides: Mapping[str, Mapping[str, Any]]) -> tuple[list[Image.Image], list[str]]:
-    """Seven pairs: images of several shapes; texts that are empty, short, of other scripts, too long for any encoder."""
+def probes(sides: Mapping[str, Mapping[str, Any]]) -> tuple[list[Any], list[Any]]:
+    """Seven pairs: images of several shapes; texts that are empty, short, of other scripts, too long for any encoder; none
+    where the model can do without."""
     rng = np.random.default_rng(0)
     sizes = [(64, 48), (48, 64), (333, 250), (16, 16), (300, 20), (224, 224), (31, 97)]
     images = [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
@@ -180,7 +181,11 @@ def probes(sides: Mapping[str, Mapping[str, Any]]) -> tuple[list[Image.Image], l
     middle = words * max(1, min(longest, 128) // 32)
     other = "Größe 42 – “très” bon café &amp; 日本語"
     texts = ["a small red shoe", "", words, other, middle, words * longest, "what is the top left digit?"]
-    return images, texts
+    found: dict[str, list[Any]] = {"image": [*images], "text": [*texts]}
+    for number, how in enumerate(sides.values(), start=3):
+        if how["may_lack"]:
+            found[how["modality"]][number] = None
+    return found["image"], found["text"]
 
 
 def _gradient(width: int, height: int) -> Image.Image:
@@ -189,7 +194,7 @@ def _gradient(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
 
 
-def compare(made: graph.Graph, bundle: Bundle, images: Sequence[Image.Image], texts: Sequence[str]) -> Parity:
+def compare(made: graph.Graph, bundle: Bundle, images: Sequence[Any], texts: Sequence[Any]) -> Parity:
     """The bundle against the model, at batch sizes 1, 2 and 7: inputs must be equal, logits nearly.
 
     Raises:
@@ -231,7 +236,7 @@ def _chosen(logits_BN: Array, bundle: Bundle) -> Array:
     return np.asarray(logits_BN.argmax(axis=-1)[:, None])
 
 
-def _times(made: graph.Graph, bundle: Bundle, images: Sequence[Image.Image], texts: Sequence[str]) -> dict[str, float]:
+def _times(made: graph.Graph, bundle: Bundle, images: Sequence[Any], texts: Sequence[Any]) -> dict[str, float]:
     """Median milliseconds of one pair in turn, without its preprocessing."""
     own, theirs = made.collate(images, texts), bundle.collate(images, texts)
     taken: dict[str, list[float]] = {"graph": [], "model": []}

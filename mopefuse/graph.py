@@ -1,8 +1,8 @@
 """A trained model as one graph, raw tensors in and logits out: for ONNX, and as a pt2 archive of torch.export.
 
-Inputs are named by side: ``main_pixels`` (B, H, W, 3) of 8 bits, ``comp_ids`` and ``comp_mask`` (B, L). The batch and the
-length of texts are dynamic, under the names ``batch`` and ``<side>_tokens``. Outputs: ``logits`` (B, N) and, if asked for,
-``routing`` (B, routed layers, K).
+Inputs are named by side: ``main_pixels`` (B, H, W, 3) of 8 bits, ``comp_ids`` and ``comp_mask`` (B, L), and, of sides that a
+sample may have nothing for, ``comp_missing`` (B,). The batch and the length of texts are dynamic, under the names ``batch``
+and ``<side>_tokens``. Outputs: ``logits`` (B, N) and, if asked for, ``routing`` (B, routed layers, K).
 
 Shapes: B batch, L tokens, N labels, K experts.
 """
@@ -43,10 +43,14 @@ class Graph(nn.Module):
         """Names, in order."""
         return ["logits", "routing"] if self.routing else ["logits"]
 
-    def collate(self, images: Sequence[Any], texts: Sequence[str]) -> dict[str, Tensor]:
-        """Pairs as named tensors on the CPU."""
+    def collate(self, images: Sequence[Any], texts: Sequence[Any]) -> dict[str, Tensor]:
+        """Pairs as named tensors on the CPU; None where one has none, and the model can do without."""
         batch = self.model.collate(images, texts)
-        return {f"{side}_{name}": t.cpu() for side, inputs in batch.inputs.items() for name, t in inputs.items()}
+        named = {f"{side}_{name}": t.cpu() for side, inputs in batch.inputs.items() for name, t in inputs.items()}
+        for side in (side for side in self.model.does_without if side in batch.inputs):
+            none_B = torch.zeros(len(batch.index), dtype=torch.bool)
+            named[f"{side}_missing"] = batch.missing.get(side, none_B).cpu()
+        return named
 
     def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """Logits (B, N), and routing if asked for."""
@@ -54,7 +58,8 @@ class Graph(nn.Module):
         for name, tensor in inputs.items():
             side, _, own = name.partition("_")
             sides.setdefault(side, {})[own] = tensor
-        output = self.model(Batch(sides, {}, None, torch.arange(1)))
+        missing = {side: own.pop("missing") for side, own in sides.items() if "missing" in own}
+        output = self.model(Batch(sides, {}, None, torch.arange(1), missing))
         if not self.routing:
             return (output.logits,)
         assert output.routing_BLK is not None

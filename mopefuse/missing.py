@@ -123,7 +123,7 @@ def evaluate_missing(
         said = run_split(loaded.model, dataset, split, loaded.config, target, samples=taken, advance=told)
         found = judge(said.logits_SN, dataset, split, loaded.thresholds)
         cells.append(Cell(shares, rows, len(ids), found.metrics, found))
-    learned = loaded.model.learns_absence(loaded.config)
+    learned = bool(loaded.model.does_without)
     named = {what: [ids[number] for number in order] for what, order in orders.items()}
     own = kind_of(run) == "run"
     step = int(trained(run).checkpoint(checkpoint)[1]["step"]) if own else None

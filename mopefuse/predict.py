@@ -37,7 +37,7 @@ class Model(Protocol):
     """What can be asked: a trained run or an exported bundle.
 
     Attributes:
-        modalities: that its encoders read. may_lack: those of them that it was trained to do without.
+        modalities: that its encoders read. may_lack: those of them that a sample may have nothing of.
     """
 
     labels: tuple[str, ...]
@@ -158,8 +158,7 @@ def read_pairs(
     """The samples of a table, or of lines of JSON as they come; files are relative to the table's folder.
 
     Args:
-        modalities: that are read; others need not be there.
-        may_lack: those of them that a row need not have; a row that has nothing at all is none.
+        modalities: that are read; others need not be there. may_lack: those that a sample may have nothing of.
 
     Raises:
         DataError: no such file, or one that is no table.
@@ -173,25 +172,23 @@ def read_pairs(
         root, file = Path(), "stdin"
         rows = (Found(number, json_line(line)) for number, line in enumerate(source, start=1) if line.strip())
     roots = (root, *map(Path, config.image_roots))
-    needed = [name for name in modalities if name not in may_lack]
-    layouts = [Layout.of(in_order(needed), config)] if needed else []
-    if may_lack:
-        layouts.append(Layout.of(in_order(modalities), config.model_copy(update={"on_missing": "absent"})))
+    layout = Layout.of(in_order(modalities), config.model_copy(update={"on_missing": "absent" if may_lack else "error"}))
     for found in rows:
-        yield _pair(found, file, roots, layouts, config)
+        yield _pair(found, file, roots, layout, config, may_lack)
 
 
-def _pair(found: Found, file: str, roots: Sequence[Path], layouts: Sequence[Layout], config: DataConfig) -> Pair:
+def _pair(
+    found: Found, file: str, roots: Sequence[Path], layout: Layout, config: DataConfig, may_lack: Sequence[str]
+) -> Pair:
     where, identity = f"{file}:{found.line}", str(found.line)
     try:
         if isinstance(found.value, str):
             raise NoRow(found.value)
-        values: dict[str, Any] = {}
-        for layout in layouts:
-            identity, said = check_input(found.value, found.line, layout)
-            values = {**said, **values}  # what the first says of what is needed stays
-        place = f"{where}, id {identity}"
-        for name, value in values.items():
+        identity, said = check_input(found.value, found.line, layout)
+        place, values = f"{where}, id {identity}", dict[str, Any](said)
+        for name, value in said.items():
+            if value is None and name not in may_lack:
+                raise NoRow(f"has no {layout.columns[name]}, and the model was not trained to do without")
             if value is not None:
                 values[name] = modality.of(name).read(value, roots, where=place, config=config)
         return Pair(identity, values)

@@ -64,7 +64,8 @@ class Bundle:
             self.thresholds: Sequence[float] = said["thresholds"]
             self.sides: dict[str, dict[str, Any]] = read_json(folder / "preprocess.json")["sides"]
             self.modalities = tuple(dict.fromkeys(how["modality"] for how in self.sides.values()))
-            self.may_lack: tuple[str, ...] = ()  # the graph is not told what is missing
+            needed = {how["modality"] for how in self.sides.values() if not how.get("may_lack")}
+            self.may_lack = tuple(name for name in self.modalities if name not in needed)
             self._tokenize = {side: _tokenizer(how, folder) for side, how in self.sides.items() if how["modality"] == "text"}
         except (KeyError, TypeError) as error:
             raise CheckpointError(3, f"the bundle does not say its {error}", where=str(folder), fix=_AGAIN) from None
@@ -73,12 +74,22 @@ class Bundle:
     def collate(
         self, images: Sequence[Any] | None = None, texts: Sequence[Any] | None = None, **more: Sequence[Any]
     ) -> dict[str, Array]:
-        """RGB images and texts as the graph's inputs; of None, what says nothing."""
+        """RGB images and texts as the graph's inputs; None where a sample has none, and the graph can do without.
+
+        Raises:
+            DataError: not as many of one as of another, or None where something is needed.
+        """
         values = modality.named((images, texts), more)
         modality.count_of(values)
         inputs: dict[str, Array] = {}
         for side, how in self.sides.items():
-            own = modality.or_nothing(how["modality"], modality.require_given(how["modality"], values, "the bundle"))
+            given = modality.require_given(how["modality"], values, "the bundle")
+            if how.get("may_lack"):
+                inputs[f"{side}_missing"] = np.array([value is None for value in given], dtype=np.bool_)
+            elif any(value is None for value in given):
+                what = f"a sample has no {how['modality']}, and the model was not trained to do without"
+                raise DataError(100, what, where=side, fix="leave it out")
+            own = modality.or_nothing(how["modality"], given)
             if how["modality"] == "image":
                 resize = how["resize"] if isinstance(how["resize"], int) else (how["resize"][0], how["resize"][1])
                 shrunk = [pixels.shrink(image.convert("RGB"), resize, how["interpolation"]) for image in own]
@@ -92,7 +103,8 @@ class Bundle:
 
         Args:
             inputs: ``<side>_pixels`` (B, H, W, 3) of uint8; ``<side>_ids`` (B, L) of int64 and ``<side>_mask`` (B, L),
-                True where a token is real. `collate` makes them.
+                True where a token is real; ``<side>_missing`` (B,) of sides that a sample may have nothing for, True where
+                that is so. `collate` makes them.
 
         Raises:
             DataError: a missing input, or one of another type or shape, or a token that the encoder does not know.
@@ -149,10 +161,11 @@ def _verified(folder: Path) -> dict[str, Any]:
 
 def _expected(side: str, how: Mapping[str, Any]) -> list[tuple[str, tuple[int, ...], type]]:
     """(name, shape with 0 for any, type) of the inputs of a side."""
+    missing = [(f"{side}_missing", (0,), np.bool_)] if how.get("may_lack") else []
     if how["modality"] == "image":
-        return [(f"{side}_pixels", (0, *how["size"], 3), np.uint8)]
+        return [(f"{side}_pixels", (0, *how["size"], 3), np.uint8), *missing]
     length = how.get("length") or 0
-    return [(f"{side}_ids", (0, length), np.int64), (f"{side}_mask", (0, length), np.bool_)]
+    return [(f"{side}_ids", (0, length), np.int64), (f"{side}_mask", (0, length), np.bool_), *missing]
 
 
 def _check_ids(name: str, ids_BL: Array, mask_BL: Array, how: Mapping[str, Any]) -> None:

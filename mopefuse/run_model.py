@@ -11,7 +11,6 @@ import torch
 from mopefuse import device as devices
 from mopefuse import metrics
 from mopefuse.evaluate import load_model
-from mopefuse.fusion._base import Fusion
 from mopefuse.modality import by_argument
 from mopefuse.sides import Comp
 from mopefuse.source import trained
@@ -30,7 +29,8 @@ class RunModel:
         self.fusion, self.precision = loaded.model, loaded.config.train.precision
         self.labels: tuple[str, ...] = tuple(loaded.manifest["labels"])
         self.modalities = tuple(dict.fromkeys(self.fusion.encoder(side).modality for side in self.fusion.reads))
-        self.may_lack = _may_lack(self.fusion) if self.fusion.learns_absence(loaded.config) else ()
+        needed = {self.fusion.encoder(side).modality for side in set(self.fusion.reads) - set(self.fusion.does_without)}
+        self.may_lack = tuple(name for name in self.modalities if name not in needed)
         self.multi_label: bool = loaded.manifest["multi_label"]
         each = loaded.thresholds
         self.thresholds: Sequence[float] = [each] * len(self.labels) if isinstance(each, float) else each
@@ -44,9 +44,3 @@ class RunModel:
         p_BN = metrics.probabilities(output.logits_BN.float().cpu(), multi_label=self.multi_label)
         routing = None if output.routing_BLK is None else output.routing_BLK.float().cpu().tolist()
         return p_BN.tolist(), routing
-
-
-def _may_lack(fusion: Fusion) -> tuple[str, ...]:
-    """Modalities that no side needs which cannot do without."""
-    needed = {fusion.encoder(side).modality for side in fusion.reads if side not in fusion.may_lack}
-    return tuple({fusion.encoder(side).modality for side in fusion.reads} - needed)

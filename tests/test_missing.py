@@ -23,6 +23,7 @@ from mopefuse.errors import ConfigError, DataError
 from mopefuse.evaluate import load_model, prepared, run_split
 from mopefuse.fusion._base import Fusion
 from mopefuse.losses import classification_loss
+from mopefuse.predictor import Bundle
 from mopefuse.run import RunFolder
 from mopefuse.shares import parse, words
 
@@ -337,11 +338,26 @@ def test_words_and_what_they_are_made_of() -> None:
     assert words({}) == words({"text": 0.0}) == "nothing is taken away"
 
 
-def test_predict_answers_rows_with_holes_where_the_model_learned_to(pairs: Path, run: Path, tmp_path: Path) -> None:
+def test_predict_answers_rows_with_holes_where_the_model_learned_to(pairs: Path, trained: Path, tmp_path: Path) -> None:
     data = holes(pairs, tmp_path / "data", column="text")
     done = train(data, tmp_path / "run", "--on-missing", "absent", "--steps", 2)
     assert done.returncode == 0, done.stderr
-    said = [json.loads(line) for line in call("predict", tmp_path / "run", data / "test.jsonl").stdout.splitlines()]
-    assert said and not any("error" in row for row in said)
-    said = [json.loads(line) for line in call("predict", run, data / "test.jsonl").stdout.splitlines()]
-    assert sum("error" in row for row in said) == len(said[::3])
+    assert call("export", tmp_path / "run", "--format", "onnx", "-o", tmp_path / "bundle").returncode == 0
+    asked = {name: call("predict", folder, data / "test.jsonl") for name, folder in
+             {"run": tmp_path / "run", "bundle": tmp_path / "bundle", "other": trained}.items()}  # fmt: skip
+    said = {name: [json.loads(line) for line in done.stdout.splitlines()] for name, done in asked.items()}
+    assert said["run"] and not any("error" in row for row in [*said["run"], *said["bundle"]])
+    assert sum("error" in row for row in said["other"]) == len(said["run"][::3])
+    for one, other in zip(said["run"], said["bundle"], strict=True):
+        assert one["probabilities"] == pytest.approx(other["probabilities"], abs=1e-4)
+    whole = [json.loads(line) for line in call("predict", tmp_path / "run", pairs / "test.jsonl").stdout.splitlines()]
+    assert [one["probabilities"] == other["probabilities"] for one, other in zip(said["run"], whole, strict=True)][:3] == [
+        False, True, True,
+    ]  # fmt: skip
+
+
+def test_a_bundle_that_was_not_trained_to_do_without_says_so(exported: Path) -> None:
+    bundle = Bundle(exported)
+    with pytest.raises(DataError) as caught:
+        bundle.collate(images(2), ["a", None])
+    assert caught.value.number == 100

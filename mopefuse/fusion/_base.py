@@ -85,8 +85,8 @@ class Fusion(nn.Module):
         if config.either and "main" not in self.may_lack:
             what = f"{config.method} cannot do without the main modality"
             raise ConfigError(143, what, where="--either", fix="use --method conditional or late-concat")
-        if self.learns_absence(config):
-            widths = {side: self.encoder(side).feature_width for side in self.may_lack}
+        if self.does_without and not self.closed_form:
+            widths = {side: self.encoder(side).feature_width for side in self.does_without}
             self.absent.update({side: nn.Parameter(torch.zeros(width)) for side, width in widths.items()})
 
     @classmethod
@@ -139,18 +139,19 @@ class Fusion(nn.Module):
         found = (match.expand(bond) for pattern, bond in self.bonds.items() if (match := re.search(pattern, name)))
         return next(found, "")
 
-    @classmethod
-    def learns_absence(cls, config: RunConfig) -> bool:
-        """Whether training meets samples that lack a modality, so that what stands in for it is learned."""
-        meets = config.data.on_missing == "absent" or config.train.modality_dropout > 0 or config.either
-        return meets and not cls.closed_form
-
     @property
     def may_lack(self) -> tuple[str, ...]:
         """The sides that a sample may have nothing for; the main one only where that was asked for (`either`)."""
         if not self.several or len(self.uses) == 1:
             return ()
         return tuple(side for side in self.uses if is_comp(side) or self.config.either)
+
+    @property
+    def does_without(self) -> tuple[str, ...]:
+        """Of `may_lack`, the sides of which training meets samples that lack them, so that what stands in is learned."""
+        config = self.config
+        meets = config.data.on_missing == "absent" or config.train.modality_dropout > 0 or config.either
+        return self.may_lack if meets else ()
 
     def require_all_but(self, lacking: Iterable[str], *, where: str) -> None:
         """Refuse samples that lack what this model cannot do without.
