@@ -50,7 +50,7 @@ def test_tokens_inserted_and_keys_and_values_give_the_same(main: str) -> None:
         with token_form.as_tokens(subject.encoders["main"]):
             as_tokens = model(subject.batch).logits
         after = model(subject.batch).logits
-        bare = model.classify(subject.encoders["main"].encode(subject.batch.inputs["main"]).pooled_BC, batch=subject.batch)
+        bare = model.classify(subject.encoders["main"].encode(subject.batch.inputs["main"]).pooled_BC)
     torch.testing.assert_close(as_tokens, as_keys, rtol=1e-4, atol=1e-5)
     assert torch.equal(after, as_keys)
     assert (as_keys - bare).abs().max() > 1e-3  # the prompts do something

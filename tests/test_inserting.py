@@ -105,7 +105,7 @@ def test_p_sequential_with_closed_gates_is_main_only_and_ungated_it_is_a_prompt_
     token = (psi @ model.project.weight.T + model.project.bias)[:, None]
     encoder = model.encoder("main")
     by_hand = encoder.encode(batch.inputs["main"], lambda layer, x, mask: Prompt(token) if layer == 0 else None).pooled_BC
-    torch.testing.assert_close(model(batch).logits, model.classify(by_hand, batch=batch))
+    torch.testing.assert_close(model(batch).logits, model.classify(by_hand))
 
 
 def test_what_does_not_suit_is_refused() -> None:

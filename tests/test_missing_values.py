@@ -310,9 +310,9 @@ def test_an_exchange_moves_what_is_missing_too(data: Path) -> None:
 def test_none_among_values_is_what_says_nothing() -> None:
     model = build_fusion(**READERS, num_labels=3, either=True)
     picture = Image.new("RGB", (20, 20), "red")
-    found = model.collate([picture, picture], [None, "a"])
-    blank = model.collate([picture, picture], ["", "a"])
-    assert {side: missing.tolist() for side, missing in found.missing.items()} == {"comp": [True, False]}
+    found = model.collate([picture, None], [None, "a"])
+    blank = model.collate([picture, of("image").nothing()], ["", "a"])
+    assert {side: missing.tolist() for side, missing in found.missing.items()} == {"main": [False, True], "comp": [True, False]}
     assert blank.missing == {}
     assert torch.equal(model(replace(found, missing={})).logits, model(blank).logits)
 

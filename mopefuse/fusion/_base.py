@@ -202,18 +202,20 @@ class Fusion(nn.Module):
             return nn.Linear(width, num_labels)
         return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, num_labels))
 
-    def classify(self, *pooled_BC: Tensor, batch: Batch) -> Tensor:
+    def classify(self, *pooled_BC: Tensor, batch: Batch | None = None) -> Tensor:
         """Logits (B, N) of the head on pooled features side by side, each without its scale (`head_norm`, `standard`).
 
         Args:
-            pooled_BC: of each of `head_sides`. batch: says which samples lack which.
+            pooled_BC: of each of `head_sides`. batch: says which samples lack which, where the method does without.
         """
         if self.standard is not None:
             pooled_BC = self.standardised(*pooled_BC)
         elif self.config.head_norm == "layer":
             pooled_BC = tuple(F.layer_norm(pooled.float(), pooled.shape[-1:]) for pooled in pooled_BC)
-        there = (self.or_absent(side, pooled, batch) for side, pooled in zip(self.head_sides, pooled_BC, strict=True))
-        logits_BN: Tensor = self.head(torch.cat(list(there), dim=-1))
+        if batch is not None:
+            both = zip(self.head_sides, pooled_BC, strict=True)
+            pooled_BC = tuple(self.or_absent(side, pooled, batch) for side, pooled in both)
+        logits_BN: Tensor = self.head(torch.cat(pooled_BC, dim=-1))
         return logits_BN
 
     def begin_as_regression(self, num_labels: int) -> None:

@@ -72,4 +72,4 @@ class InsertingFusion(TunedFusion):
         """Logits (B, N)."""
         insert, prompt_at = self.inserted(batch), self.prompts(self.reader)
         encoded = self.encoder(self.reader).encode(batch.inputs[self.reader], prompt_at, insert)
-        return Output(self.classify(encoded.pooled_BC, batch=batch))
+        return Output(self.classify(encoded.pooled_BC))

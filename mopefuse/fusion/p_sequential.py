@@ -67,5 +67,4 @@ class PSequential(TunedFusion):
                 return Prompt(token_B1D, self.gate_H)
             return prompt._replace(tokens_BPD=torch.cat([prompt.tokens_BPD, token_B1D], dim=1))
 
-        pooled_BC = self.encoder("main").encode(batch.inputs["main"], prompt_at).pooled_BC
-        return Output(self.classify(pooled_BC, batch=batch))
+        return Output(self.classify(self.encoder("main").encode(batch.inputs["main"], prompt_at).pooled_BC))

@@ -166,9 +166,9 @@ class PMF(Fusion):
     def forward(self, batch: Batch) -> Output:
         """Logits (B, N)."""
         if not self.depth:
-            return Output(self.classify(*(self.feature(side, batch) for side in self.uses), batch=batch))
+            return Output(self.classify(*(self.feature(side, batch) for side in self.uses)))
         main, comp = _Exchange(self, batch).run()
-        return Output(self.classify(main.pooled_BC, comp.pooled_BC, batch=batch))
+        return Output(self.classify(main.pooled_BC, comp.pooled_BC))
 
 
 class _Exchange:
