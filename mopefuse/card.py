@@ -15,8 +15,8 @@ tags:
 
 # {title}
 
-Says for an image and a text which of {count} labels {fit}: {labels}.
-Two frozen encoders, fused by the method `{method}` of mopefuse (conditional prompts from prompt experts: arXiv 2312.03734,
+Says of {inputs} which of {count} labels {fit}: {labels}.
+Pretrained encoders, fused by the method `{method}` of mopefuse (conditional prompts from prompt experts: arXiv 2312.03734,
 2403.10568).
 
 | side | encoder | revision | weights |
@@ -77,7 +77,8 @@ def model_card(
     labels = facts["labels"]
     shown = ", ".join(labels[:20]) + (", …" if len(labels) > 20 else "")
     fit = "fit" if facts["multi_label"] else "fits best"
-    text = _HEAD.format(title=title, count=len(labels), fit=fit, labels=shown, method=facts["method"])
+    inputs = " and ".join(dict.fromkeys(encoder["modality"] for encoder in facts["encoders"].values()))
+    text = _HEAD.format(inputs=inputs, title=title, count=len(labels), fit=fit, labels=shown, method=facts["method"])
     for side, encoder in facts["encoders"].items():
         weights = encoder["fingerprint"] or "in this folder (tuned)"
         text += f"| {side} ({encoder['modality']}) | `{encoder['spec']}` | {encoder['revision'] or '-'} | {weights} |\n"
