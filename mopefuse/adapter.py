@@ -14,7 +14,7 @@ from mopefuse import registry
 from mopefuse.checkpoint import read_json, understood, verify
 from mopefuse.config import RunConfig, build_config
 from mopefuse.errors import CheckpointError
-from mopefuse.recipe import read_recipe
+from mopefuse.recipe import read_saved
 from mopefuse.run import RunFolder, checked
 
 KIND = "adapter"
@@ -36,7 +36,7 @@ class AdapterFolder(RunFolder):
             PluginError: it needs a plugin that is not installed.
         """
         registry.require(self.manifest().get("plugins", ()), where=str(self.path))
-        return build_config(read_recipe(self.config_file), source=str(self.config_file))
+        return build_config(read_saved(self.config_file), source=str(self.config_file))
 
     def manifest(self) -> dict[str, Any]:
         """Encoders and their fingerprints, labels, data hashes; as of the run."""

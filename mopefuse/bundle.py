@@ -74,8 +74,8 @@ class Maker:
 
     def write(self, folder: Path) -> None:
         """All files of the bundle; raises before anything of it is published."""
-        sides = describe(self.loaded.model, folder)
-        (folder / "preprocess.json").write_text(dump_json({"sides": sides}), encoding="utf-8")
+        sides, empty = describe(self.loaded.model, folder), self.config.data.on_missing != "error"
+        (folder / "preprocess.json").write_text(dump_json({"sides": sides, "empty_is_missing": empty}), encoding="utf-8")
         labels = {"labels": self.facts["labels"], "multi_label": self.facts["multi_label"]}
         labels["thresholds"] = self.facts["progress"]["thresholds"]
         (folder / "labels.json").write_text(dump_json(labels), encoding="utf-8")
@@ -182,9 +182,9 @@ def probes(sides: Mapping[str, Mapping[str, Any]]) -> tuple[list[Any], list[Any]
     other = "Größe 42 – “très” bon café &amp; 日本語"
     texts = ["a small red shoe", "", words, other, middle, words * longest, "what is the top left digit?"]
     found: dict[str, list[Any]] = {"image": [*images], "text": [*texts]}
-    for number, how in enumerate(sides.values(), start=3):
+    for number, how in enumerate(sides.values()):
         if how["may_lack"]:
-            found[how["modality"]][number] = None
+            found[how["modality"]][3 + number % 4] = None
     return found["image"], found["text"]
 
 

@@ -37,7 +37,7 @@ print(predictor.predict([Image.open("image.jpg")], ["a text"]))
 `mopefuse predict FOLDER pairs.jsonl`, `mopefuse eval FOLDER --data DIR`, and, for other encoders,
 `mopefuse swap-encoder FOLDER --comp SPEC -o NEW`.
 """,
-    "onnx": """One ONNX graph, both encoders inside. It runs without torch:
+    "onnx": """One ONNX graph, all encoders inside. It runs without torch:
 
 ```sh
 pip install --no-deps mopefuse
@@ -49,7 +49,7 @@ In Python, `mopefuse.load("FOLDER").predict(images, texts)`; with onnxruntime al
 and texts become the inputs of `model.onnx`. `mopefuse export verify FOLDER` compares every file, and the answer to the
 example, with what was exported.
 """,
-    "pt2": """One graph of torch.export, both encoders inside:
+    "pt2": """One graph of torch.export, all encoders inside:
 
 ```python
 from PIL import Image

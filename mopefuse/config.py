@@ -345,7 +345,7 @@ MAPPINGS = frozenset({"data.columns"})
 
 WITHOUT_EFFECT = frozenset(
     (
-        "data.workers data.cache_images data.cache_features data.strict train.log_every train.checkpoint_every "
+        "data.workers data.cache_images data.cache_features data.strict data.modalities train.log_every train.checkpoint_every "
         "train.checkpoint_activations"
     ).split()
 )

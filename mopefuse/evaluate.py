@@ -29,7 +29,7 @@ from mopefuse.fusion._base import Fusion, fresh_encoders
 from mopefuse.fusion.build import build_model, require_rows
 from mopefuse.modality import by_argument, of
 from mopefuse.predictor import Bundle
-from mopefuse.recipe import read_recipe
+from mopefuse.recipe import read_saved
 from mopefuse.run import RunFolder
 from mopefuse.sides import Comp, addressed, specs, with_specs
 from mopefuse.source import kind_of, locate, trained
@@ -70,7 +70,7 @@ def evaluate(
     run = locate(run)
     if kind_of(run) == "bundle":
         bundle = Bundle(run, device)
-        config = build_config(read_recipe(run / "config.yaml"), source=str(run))
+        config = build_config(read_saved(run / "config.yaml"), source=str(run))
         known = {"labels": bundle.labels, "multi_label": bundle.multi_label}
         where = elsewhere(config.data, data)
         dataset = with_labels(load_data(where, require=(split,), advance=advance), known, split)
@@ -205,7 +205,7 @@ def ask_split(
 
 
 def _read(data: DataSet, split: str, row: Row, modality: str, config: DataConfig) -> Any:
-    return data.read(data.splits[split], row, modality, config)
+    return None if row.values[modality] is None else data.read(data.splits[split], row, modality, config)
 
 
 class Said(NamedTuple):

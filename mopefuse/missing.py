@@ -24,7 +24,7 @@ from mopefuse.data.missing import Taken, loss_order
 from mopefuse.errors import ConfigError, did_you_mean
 from mopefuse.evaluate import Evaluation, elsewhere, judge, load_model, prepared, run_split, with_labels
 from mopefuse.fusion._base import Fusion
-from mopefuse.shares import Shares, words
+from mopefuse.shares import GRID, Shares, words
 from mopefuse.sides import Comp
 from mopefuse.source import kind_of, locate, trained
 
@@ -61,7 +61,8 @@ class Missing:
     Args:
         step: of the checkpoint.
         learned: whether training met samples that lack something; a model that never did answers by an average sample's.
-        orders: ids of all samples in the order in which they lose something: the first of them are those that lack it.
+        orders: ids of all samples in the order in which they lose something, those whose rows lack it first: so many as a cell
+            says lack it.
     """
 
     split: str
@@ -110,14 +111,21 @@ def evaluate_missing(
     dataset = with_labels(load_data(where, require=(split,)), loaded.manifest, split)
     kinds = {"+".join(kind): kind for kind in _kinds(loaded.model)}
     asked = _grid(kinds) if asked is None else asked
-    for what in {what for shares in asked for what in shares}:
+    for what in sorted({what for shares in asked for what in shares}) or ([] if kinds else [GRID]):
         _refuse_unknown(what, kinds, loaded.model)
     samples = prepared(loaded.model, dataset, split, loaded.config, target)
     ids = [row.id for row in dataset.splits[split].rows]
-    orders = {what: loss_order(ids, kinds[what], seed) for what in dict.fromkeys(w for shares in asked for w in shares)}
+    lacks = {name: dataset.splits[split].lacks(name) for kind in kinds.values() for name in kind}
+    orders, natural = {}, {}
+    for what in dict.fromkeys(what for shares in asked for what in shares):
+        without_S = np.logical_and.reduce([lacks[name] for name in kinds[what]])
+        order = loss_order(ids, kinds[what], seed)
+        orders[what] = sorted(order, key=lambda number: not without_S[number])
+        natural[what] = int(without_S.sum())
     cells = []
-    for shares in asked:
-        rows = {what: round(share * len(ids)) for what, share in shares.items()}
+    for asked_for in asked:
+        rows = {what: max(natural[what], round(share * len(ids))) for what, share in asked_for.items()}
+        shares = {what: count / len(ids) if count == natural[what] else asked_for[what] for what, count in rows.items()}
         taken = Taken(samples, _masks(rows, kinds, orders, len(ids)))
         told = lambda done, total, shares=shares: advance(words(shares), done, total)  # noqa: E731
         said = run_split(loaded.model, dataset, split, loaded.config, target, samples=taken, advance=told)
@@ -148,7 +156,10 @@ def _refuse_unknown(what: str, kinds: Mapping[str, tuple[str, ...]], model: Fusi
     if what in kinds:
         return
     main, read = model.encoder(model.uses[0]).modality, {model.encoder(side).modality for side in model.uses}
-    fix = f"take away {' or '.join(kinds)}" if kinds else "use --method conditional, late-concat or linear"
+    if not kinds:
+        fix = "use --method conditional, late-concat or linear, and encoders of several modalities"
+        raise ConfigError(152, f"{model.config.method} needs all that it reads", where=f"--missing {what}", fix=fix)
+    fix = f"take away {' or '.join(kinds)}"
     if main in what.split("+") and "main" in model.uses:
         fix = "train with --either, or take something else away"
     elif not kinds.keys() & read:

@@ -11,7 +11,7 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from math import isfinite
 from pathlib import Path
@@ -38,6 +38,7 @@ class Model(Protocol):
 
     Attributes:
         modalities: that its encoders read. may_lack: those of them that it was trained to do without.
+        empty_is_missing: whether it was trained with empty texts as missing ones.
     """
 
     labels: tuple[str, ...]
@@ -45,6 +46,7 @@ class Model(Protocol):
     thresholds: Sequence[float]
     modalities: tuple[str, ...]
     may_lack: tuple[str, ...]
+    empty_is_missing: bool
 
     def say(self, values: Mapping[str, Sequence[Any]]) -> tuple[list[list[float]], list[Any] | None]:
         """Probabilities (B, N), and the routing of each sample, layers by experts, where the model routes; values by
@@ -80,6 +82,7 @@ class Predictor:
         values = modality.named((images, texts), more)
         if not modality.count_of(values):
             return []
+        _require(values, self.model)
         said, routed = self.model.say({name: [*map(_rgb, each)] for name, each in values.items()})
         if not all(map(isfinite, chain.from_iterable(said))):
             raise NumericError(3, "the model's answer is not finite", fix="train again, or use another checkpoint")
@@ -88,6 +91,17 @@ class Predictor:
             for one, weights in zip(answers, routed, strict=True):
                 one["routing"] = weights
         return answers
+
+
+def _require(values: Mapping[str, Sequence[Any]], model: Model) -> None:
+    """Refuse samples without what the model needs, or with nothing."""
+    read = {name: each for name, each in values.items() if name in model.modalities}
+    for number, sample in enumerate(zip(*read.values(), strict=True)):
+        missing = [name for name, value in zip(read, sample, strict=True) if value is None]
+        needed = [name for name in missing if name not in model.may_lack]
+        if needed or (missing and len(missing) == len(read)):
+            what = f"sample {number} has no {' and no '.join(needed or missing)}, and the model was not trained to do without"
+            raise DataError(100, what, fix="leave it out, or train with --modality-dropout, for the main encoder with --either")
 
 
 def _rgb(image: Any) -> Any:
@@ -153,13 +167,19 @@ class Pair:
 
 
 def read_pairs(
-    source: Path | Iterable[bytes], config: DataConfig, modalities: Sequence[str], may_lack: Sequence[str] = ()
+    source: Path | Iterable[bytes],
+    config: DataConfig,
+    modalities: Sequence[str],
+    may_lack: Sequence[str] = (),
+    *,
+    empty_is_missing: bool = False,
 ) -> Iterator[Pair]:
     """The samples of a table, or of lines of JSON as they come; files are relative to the table's folder.
 
     Args:
         modalities: that are read; others need not be there.
         may_lack: those of them that a row need not have; a row that has nothing at all is none.
+        empty_is_missing: whether it has none of what is empty.
 
     Raises:
         DataError: no such file, or one that is no table.
@@ -176,7 +196,8 @@ def read_pairs(
     needed = [name for name in modalities if name not in may_lack]
     layouts = [Layout.of(in_order(needed), config)] if needed else []
     if may_lack:
-        layouts.append(Layout.of(in_order(modalities), config.model_copy(update={"on_missing": "absent"})))
+        lenient = Layout.of(in_order(modalities), config.model_copy(update={"on_missing": "absent"}))
+        layouts.append(replace(lenient, empty_is_missing=empty_is_missing))
     for found in rows:
         yield _pair(found, file, roots, layouts, config)
 

@@ -62,7 +62,9 @@ class Bundle:
             self.labels: tuple[str, ...] = tuple(said["labels"])
             self.multi_label: bool = said["multi_label"]
             self.thresholds: Sequence[float] = said["thresholds"]
-            self.sides: dict[str, dict[str, Any]] = read_json(folder / "preprocess.json")["sides"]
+            how = read_json(folder / "preprocess.json")
+            self.sides: dict[str, dict[str, Any]] = how["sides"]
+            self.empty_is_missing: bool = how.get("empty_is_missing", False)
             self.modalities = tuple(dict.fromkeys(how["modality"] for how in self.sides.values()))
             needed = {how["modality"] for how in self.sides.values() if not how.get("may_lack")}
             self.may_lack = tuple(name for name in self.modalities if name not in needed)
@@ -82,10 +84,11 @@ class Bundle:
         values = modality.named((images, texts), more)
         modality.count_of(values)
         inputs: dict[str, Array] = {}
+        missing: dict[str, Array] = {}
         for side, how in self.sides.items():
             given = modality.require_given(how["modality"], values, "the bundle")
             if how.get("may_lack"):
-                inputs[f"{side}_missing"] = np.array([value is None for value in given], dtype=np.bool_)
+                missing[f"{side}_missing"] = np.array([value is None for value in given], dtype=np.bool_)
             elif any(value is None for value in given):
                 what = f"a sample has no {how['modality']}, and the model was not trained to do without"
                 raise DataError(100, what, where=side, fix="leave it out")
@@ -96,7 +99,7 @@ class Bundle:
                 inputs[f"{side}_pixels"] = np.stack([pixels.centre(one, (how["size"][0], how["size"][1])) for one in shrunk])
             else:
                 inputs[f"{side}_ids"], inputs[f"{side}_mask"] = self._tokenize[side](own)
-        return inputs
+        return inputs | missing
 
     def run(self, inputs: Mapping[str, Array]) -> tuple[Array, Array | None]:
         """Logits (B, N), and routing (B, routed layers, K) where it was exported, of raw inputs.
@@ -111,7 +114,9 @@ class Bundle:
             CheckpointError: labels.json does not fit the graph. NumericError: the answer is not finite.
         """
         self.check(inputs)
-        outputs = self._run({name: np.ascontiguousarray(array) for name, array in inputs.items()})
+        names = [name for side, how in self.sides.items() for name, _, _ in _expected(side, how)]
+        in_order = sorted(names, key=lambda name: name.endswith("_missing"))
+        outputs = self._run({name: np.ascontiguousarray(inputs[name]) for name in in_order})  # as the graph was traced
         if outputs[0].shape[1:] != (len(self.labels),):
             what = f"the graph answers for {outputs[0].shape[-1]} labels, labels.json has {len(self.labels)} labels"
             raise CheckpointError(3, what, where=str(self.folder), fix=_AGAIN)

@@ -108,6 +108,14 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return values
 
 
+def read_saved(path: Path) -> dict[str, Any]:
+    """The settings of a run, an adapter or a bundle; where they are of a version that knew no other modalities, with those."""
+    values = read_recipe(path)
+    if isinstance(values.get("data"), dict):
+        values["data"].setdefault("modalities", ["text", "image"])
+    return values
+
+
 def parse_set(assignments: Iterable[str]) -> dict[str, Any]:
     """``--set a.b=c`` arguments as nested settings; values are read as YAML.
 

@@ -37,7 +37,7 @@ from mopefuse.checkpoint import (
 )  # fmt: skip
 from mopefuse.config import RunConfig, build_config
 from mopefuse.errors import CheckpointError, ConfigError
-from mopefuse.recipe import read_recipe, to_yaml
+from mopefuse.recipe import read_saved, to_yaml
 
 KIND, CHECKPOINT = "run", "checkpoint"
 _NEWER = 7  # the number of the error of `understood`
@@ -231,7 +231,7 @@ class RunFolder:
         if not self.exists():
             raise CheckpointError(4, f"{self.path} is not a run", fix="name a folder that mopefuse train wrote")
         registry.require(self.manifest().get("plugins", ()), where=str(self.path))
-        return build_config(read_recipe(self.config_file), source=str(self.config_file))
+        return build_config(read_saved(self.config_file), source=str(self.config_file))
 
     def manifest(self) -> dict[str, Any]:
         """Encoders and their fingerprints, labels, data hashes.

@@ -31,6 +31,7 @@ class RunModel:
         self.modalities = tuple(dict.fromkeys(self.fusion.encoder(side).modality for side in self.fusion.reads))
         needed = {self.fusion.encoder(side).modality for side in set(self.fusion.reads) - set(self.fusion.does_without)}
         self.may_lack = tuple(name for name in self.modalities if name not in needed)
+        self.empty_is_missing = loaded.config.data.on_missing != "error"
         self.multi_label: bool = loaded.manifest["multi_label"]
         each = loaded.thresholds
         self.thresholds: Sequence[float] = [each] * len(self.labels) if isinstance(each, float) else each

@@ -201,6 +201,8 @@ def _survives(bond: str, old: Fusion, new: Fusion) -> bool:
     side, _, how = bond.partition(" ")
     if not side:
         return True
+    if side not in old.uses:
+        return False
     mine, theirs = new.encoder(side), old.encoder(side)
     return str(mine.spec) == str(theirs.spec) if how == "features" else same_geometry(theirs, mine)
 
@@ -248,12 +250,15 @@ def _carry_head(
 
 def _columns(old: Fusion, new: Fusion) -> list[tuple[int, int]]:
     """Columns of the head (theirs, ours) for features of encoders that are still there."""
+    begins, theirs = {}, 0
+    for side in old.head_sides:
+        begins[side], theirs = theirs, theirs + old.encoder(side).feature_width
     columns: list[tuple[int, int]] = []
-    theirs = mine = 0
+    mine = 0
     for side in new.head_sides:
         width = new.encoder(side).feature_width
-        if _survives(side, old, new):
-            columns += [(theirs + column, mine + column) for column in range(width)]
-        theirs, mine = theirs + old.encoder(side).feature_width, mine + width
+        if side in begins and _survives(side, old, new):
+            columns += [(begins[side] + column, mine + column) for column in range(width)]
+        mine += width
     return columns
 

@@ -67,8 +67,11 @@ def plan(config: RunConfig, listener: Listener | None = None) -> Plan:
         MopefuseError: whatever training would refuse before its first step.
     """
     data = _load(config, listener or Listener())
+    config = _with_modalities(config, data)
     model = build_model(config, len(data.labels))
     require_rows(model, data.modalities)
+    for name in data.splits:
+        model.require_all_but(Samples(data, name, model.readers(), config.data).lacking, where=name)
     config = resolved(config, model)
     return Plan(
         config,
@@ -126,6 +129,7 @@ def _train(
         for change in changed:
             listener.notice(f"changed: {change}")
     data = _load(config, listener)
+    config = _with_modalities(config, data)
     model = build_model(config, len(data.labels))
     require_rows(model, data.modalities)
     devices.place(model, device)
@@ -290,6 +294,11 @@ def _load(config: RunConfig, listener: Listener) -> DataSet:
     for text in data.notices:
         listener.notice(text)
     return data
+
+
+def _with_modalities(config: RunConfig, data: DataSet) -> RunConfig:
+    """`config` with the modalities that rows have written out: a plugin that is installed later adds none to a run's."""
+    return config.model_copy(update={"data": config.data.model_copy(update={"modalities": data.modalities})})
 
 
 def resolved(config: RunConfig, model: Fusion) -> RunConfig:

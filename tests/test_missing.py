@@ -14,6 +14,7 @@ import torch
 from conftest import call, write_rows
 from test_fusion import TEXTS, build, images, open_gates
 
+import mopefuse
 from mopefuse import metrics
 from mopefuse.config import build_config
 from mopefuse.data.collate import Samples
@@ -22,6 +23,7 @@ from mopefuse.data.missing import Dropped, Taken, loss_order
 from mopefuse.errors import ConfigError, DataError
 from mopefuse.evaluate import load_model, prepared, run_split
 from mopefuse.fusion._base import Fusion
+from mopefuse.fusion._regression import statistics
 from mopefuse.losses import classification_loss
 from mopefuse.predictor import Bundle
 from mopefuse.run import RunFolder
@@ -79,9 +81,11 @@ def test_an_answer_does_not_depend_on_what_is_missing_and_that_of_others_not_at_
 
 def test_what_stands_in_is_learned_from_zero_and_only_where_that_was_asked_for() -> None:
     assert not any(name.startswith("absent") for name in build().own_state())
-    for asked in ({"data": {"on_missing": "absent"}}, {"train": {"modality_dropout": 0.1}}, {"either": True}):
-        model = build(**asked)
+    for asked in ({"data": {"on_missing": "absent"}}, {"train": {"modality_dropout": 0.1}}):
+        model = build(**asked, either=True)
+        assert [name for name in model.own_state() if name.startswith("absent")] == ["absent.comp"]
         assert torch.equal(model.own_state()["absent.comp"], torch.zeros(model.encoder("comp").feature_width))
+    assert not build(either=True).absent and build(either=True).does_without == ("main",)
     model = heard()
     model(without(model.collate(images(2), TEXTS[:2]), "comp", [0])).logits.sum().backward()
     assert model.absent["comp"].grad is not None and model.absent["comp"].grad.any()
@@ -91,11 +95,29 @@ def test_what_stands_in_is_learned_from_zero_and_only_where_that_was_asked_for()
 
 
 def test_each_of_several_encoders_can_be_missing_by_itself() -> None:
-    model = heard(comp=["tiny:text", "tiny:vision"])
+    model = heard(comp=["tiny:text", "tiny:vision"], either=True)
     batch = model.collate(images(3), TEXTS[:3])
     answers = [model(without(batch, side, [1])).logits[1] for side in ("comp", "comp2")]
     assert not torch.allclose(*answers)
-    assert model.may_lack == ("comp", "comp2")
+    assert model.may_lack == ("main", "comp", "comp2")
+    assert build(comp=["tiny:text", "tiny:vision"]).may_lack == ("comp",), "a sample with an image for one encoder lacks none"
+
+
+@pytest.mark.parametrize(
+    ("options", "number"),
+    [
+        ({"method": "mmbt", "train": {"modality_dropout": 0.1}}, 144),
+        ({"method": "linear", "train": {"modality_dropout": 0.1}}, 144),
+        ({"comp": "tiny:vision", "train": {"modality_dropout": 0.1}}, 144),
+        ({"method": "late-concat", "either": True}, 145),
+        ({"warm_start": "linear", "either": True}, 146),
+    ],
+    ids=str,
+)
+def test_what_would_learn_nothing_is_refused(options: dict[str, Any], number: int) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build(**options)
+    assert caught.value.number == number
 
 
 @pytest.mark.parametrize("method", ["main-only", "comp-only", "mmbt", "pmf", "promptfuse", "sequential"])
@@ -173,7 +195,8 @@ def test_dropout_is_a_function_of_seed_epoch_and_index(data: Any) -> None:
 
 
 def test_encoders_of_one_modality_lose_it_together_and_nothing_loses_everything(data: Any) -> None:
-    model = build(comp=["tiny:text", "tiny:text?pool=cls", "tiny:vision"], method="late-concat", either=True)
+    how: dict[str, Any] = {"method": "late-concat", "either": True, "data": {"on_missing": "absent"}}
+    model = build(comp=["tiny:text", "tiny:text?pool=cls", "tiny:vision"], **how)
     dropped = Dropped(samples(data, model), model.may_lack, 0.9)
     every = 0
     for epoch in range(20):
@@ -232,7 +255,7 @@ def read(folder: Path) -> dict[str, torch.Tensor]:
 def test_rows_with_holes_are_an_error_that_says_what_to_do(pairs: Path, tmp_path: Path, column: str) -> None:
     data = holes(pairs, tmp_path / "data", column=column)
     error = json.loads(train(data, tmp_path / "run", "--json").stdout.splitlines()[-1])["error"]
-    assert error["code"].startswith("MF-DATA") and "on-missing" in str(error)
+    assert error["code"].startswith("MF-DATA") and "on_missing" in str(error)
     done = train(data, tmp_path / "skip", "--on-missing", "skip", "--steps", 1, "--json")
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "skip" / "metrics.json").read_text())["rows"]
@@ -258,6 +281,8 @@ def test_a_regression_takes_what_is_missing_as_the_mean(pairs: Path, tmp_path: P
     lacking = torch.from_numpy(found.lacking["comp"])
     features = found.features["comp"][torch.arange(len(found))]
     assert 0 < lacking.sum() < len(lacking)
+    nothing = statistics(features[:0])
+    assert torch.equal(nothing["mean_C"], torch.zeros(96)) and torch.equal(nothing["deviation_C"], torch.ones(96))
     torch.testing.assert_close(model.standard["comp"].mean_C, features[~lacking].double().mean(dim=0).float())
 
 
@@ -319,10 +344,12 @@ def test_a_model_that_never_met_it_is_told_of(trained: Path) -> None:
         (["text=0.5", "text=0.6"], "MF-CFG-150"),
         (["image=0.5"], "MF-CFG-152"),
         (["txt=0.5"], "MF-CFG-152"),
+        (["grid", "--min", "accuracy=0.1"], "MF-CFG-153"),
     ],
 )
 def test_what_cannot_be_taken_away_is_refused(run: Path, asked: list[str], code: str) -> None:
-    error = json.loads(call("eval", run, *(x for a in asked for x in ("--missing", a)), "--json").stdout)["error"]
+    words = [word for a in asked for word in (["--missing", a] if a[0] != "-" and "accuracy" not in a else [a])]
+    error = json.loads(call("eval", run, *words, "--json").stdout)["error"]
     assert error["code"] == code
     assert "--either" in error["hint"] if asked == ["image=0.5"] else "text" in error["hint"] or "twice" in error["message"]
 
@@ -343,6 +370,10 @@ def test_predict_answers_rows_with_holes_where_the_model_learned_to(pairs: Path,
     done = train(data, tmp_path / "run", "--on-missing", "absent", "--steps", 2)
     assert done.returncode == 0, done.stderr
     assert call("export", tmp_path / "run", "--format", "onnx", "-o", tmp_path / "bundle").returncode == 0
+    assert call("export", tmp_path / "run", "--format", "pt2", "-o", tmp_path / "pt2").returncode == 0
+    found = [json.loads(call("eval", tmp_path / name, "--data", data, "--json").stdout) for name in ("run", "bundle", "pt2")]
+    for one in found[1:]:
+        assert one["metrics"] == pytest.approx(found[0]["metrics"], abs=1e-5)
     asked = {name: call("predict", folder, data / "test.jsonl") for name, folder in
              {"run": tmp_path / "run", "bundle": tmp_path / "bundle", "other": trained}.items()}  # fmt: skip
     said = {name: [json.loads(line) for line in done.stdout.splitlines()] for name, done in asked.items()}
@@ -361,3 +392,42 @@ def test_a_bundle_that_was_not_trained_to_do_without_says_so(exported: Path) -> 
     with pytest.raises(DataError) as caught:
         bundle.collate(images(2), ["a", None])
     assert caught.value.number == 100
+
+
+def test_a_share_counts_what_rows_lack_by_themselves(pairs: Path, tmp_path: Path) -> None:
+    data = holes(pairs, tmp_path / "data", column="text")
+    done = train(data, tmp_path / "run", "--on-missing", "absent", "--steps", 1)
+    assert done.returncode == 0, done.stderr
+    count = len((data / "test.jsonl").read_text().splitlines())
+    without = len(range(0, count, 3))
+    for share, lack in ((0.5, round(0.5 * count)), (0.1, without)):
+        cell = json.loads(call("eval", tmp_path / "run", "--missing", f"text={share}", "--json").stdout)["cells"][0]
+        assert cell["rows"] == {"text": lack} and cell["missing"]["text"] == pytest.approx(lack / count, abs=0.51 / count)
+        order = json.loads((tmp_path / "run" / "missing-test.json").read_text())["orders"]["text"]
+        assert set(order[:without]) == {f"test-{number}" for number in range(0, count, 3)}
+
+
+def test_an_empty_text_is_the_same_to_eval_and_predict(pairs: Path, run: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(pairs, data)
+    rows = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
+    write_rows(data / "test.jsonl", [{**row, "text": ""} for row in rows])
+    assert call("eval", run, "--data", data, "-o", tmp_path / "said.jsonl").returncode == 0
+    judged = [json.loads(line)["probabilities"] for line in (tmp_path / "said.jsonl").read_text().splitlines()]
+    asked = [json.loads(line)["probabilities"] for line in call("predict", run, data / "test.jsonl").stdout.splitlines()]
+    for one, other in zip(judged, asked, strict=True):
+        assert one == pytest.approx(other, abs=2e-6)
+
+
+def test_python_refuses_what_a_model_never_learned(trained: Path, run: Path) -> None:
+    for folder, values in ((trained, (images(1), [None])), (run, ([None], ["a"])), (run, ([None], [None]))):
+        with pytest.raises(DataError) as caught:
+            mopefuse.load(folder, device="cpu").predict(*values)
+        assert caught.value.number == 100
+
+
+def test_a_dry_run_refuses_what_training_does(pairs: Path, tmp_path: Path) -> None:
+    data = holes(pairs, tmp_path / "data", column="text")
+    for more in ((), ("--dry-run",)):
+        error = json.loads(train(data, tmp_path / "run", "--method", "mmbt", "--on-missing", "absent", "--json", *more).stdout)
+        assert error["error"]["code"] == "MF-DATA-100"

@@ -22,6 +22,7 @@ from mopefuse.errors import ConfigError
 from mopefuse.fusion._base import Fusion
 from mopefuse.fusion.build import build_model
 from mopefuse.prompts.stack import scaleless
+from mopefuse.run import RunFolder
 from mopefuse.sides import addressed, specs, with_specs
 
 TWO = ["tiny:text", "tiny:text?pool=cls"]
@@ -255,3 +256,16 @@ def test_an_audit_takes_each_modality_away_by_itself(pairs: Path) -> None:
     batch = model.collate(shown, [rows[other].values["text"] for other in partner])
     torch.testing.assert_close(found.of("shuffled", "text").logits_SN, model(batch).logits.detach(), atol=2e-5, rtol=1e-4)
     assert found.verdict.count("the image") == 1 and found.verdict.count("the text") == 1
+
+
+@pytest.mark.parametrize("method", ["conditional", "late-concat"])
+def test_one_more_encoder_than_before_is_new(method: str) -> None:
+    before, after = ({"comp": comp, "method": method} for comp in (TWO, [*TWO, "tiny:vision"]))
+    old, state, fates = pair(before, after)
+    assert torch.equal(state["head.weight"][:, : old["head.weight"].shape[1]], old["head.weight"])
+    if method == "conditional":
+        assert kept(fates, "stack.router.others.comp3") == {"new"} and kept(fates, "stack.router.others.comp2") == {"kept"}
+
+
+def test_a_run_knows_the_modalities_of_its_rows(run: Path) -> None:
+    assert RunFolder(run).config().data.modalities == ("text", "image")

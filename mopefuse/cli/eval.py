@@ -38,6 +38,9 @@ def evaluate(
 
     gates = parse_gates(min_ or ())
     asked = parse(missing) if missing else []
+    if asked is None and (out or gates):
+        fix = "leave it out, or give one share, as text=0.7"
+        raise ConfigError(153, "a grid has many results", where="--out" if out else "--min", fix=fix)
     if split not in _SPLITS:
         raise ConfigError(53, f"there is no split {split!r}", where="--split", fix=did_you_mean(split, _SPLITS))
     folder = locate(run)

@@ -74,7 +74,8 @@ def _pairs(
     if image is not None:
         picture = open_image([image.absolute().parent], image.name, where=str(image), max_pixels=config.max_pixels)
         return [Pair(image.name, {"image": picture, "text": text or ""})]
-    return read_pairs(sys.stdin.buffer if source == "-" else Path(source or ""), config, model.modalities, model.may_lack)
+    place, empty = sys.stdin.buffer if source == "-" else Path(source or ""), model.empty_is_missing
+    return read_pairs(place, config, model.modalities, model.may_lack, empty_is_missing=empty)
 
 
 def _counted(answers: Iterable[Answer], rank: int) -> Iterable[Answer]:

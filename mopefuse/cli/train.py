@@ -72,7 +72,7 @@ def train(
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also log for TensorBoard, into the run.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Train a fusion of two frozen encoders and test the best checkpoint once.
+    """Train a fusion of frozen encoders and test the best checkpoint once.
 
     Encoders are named scheme:name[?key=value]; mopefuse encoders lists them. Under torchrun this is data parallel.
     """

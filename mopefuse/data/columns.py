@@ -80,6 +80,7 @@ class Layout:
         columns: modality to the name of its column, in order. in_rows: those whose values are in the rows themselves.
         identity, label: names of columns. separator: of labels in a cell.
         on_missing: see `data.on_missing`. null_is_empty: whether a null in a row is a value, an empty one.
+        empty_is_missing: whether an empty value in a row is none; of a file it always is.
     """
 
     columns: Mapping[str, str]
@@ -89,6 +90,7 @@ class Layout:
     separator: str | None
     on_missing: str
     null_is_empty: bool
+    empty_is_missing: bool
 
     @classmethod
     def of(cls, modalities: Sequence[str], config: DataConfig) -> Layout:
@@ -101,6 +103,7 @@ class Layout:
             config.label_sep,
             config.on_missing,
             config.allow_missing_text,
+            config.on_missing != "error",
         )
 
     def said(self, name: str, row: Mapping[str, Any]) -> Any:
@@ -109,7 +112,8 @@ class Layout:
         takes_empty = self.null_is_empty and name in self.in_rows
         if value is None:
             return "" if takes_empty and self.columns[name] in row else None
-        if self.on_missing != "error" and isinstance(value, str) and not takes_empty and not value.strip():
+        may_be_empty = takes_empty or (name in self.in_rows and not self.empty_is_missing)
+        if isinstance(value, str) and not may_be_empty and not value.strip():
             return None
         return value
 

@@ -19,7 +19,7 @@ from mopefuse.data.columns import Layout
 
 _SURROGATE = re.compile("[\ud800-\udfff]")  # cannot be written to a file
 _KINDS = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
-_OR_WITHOUT = "--on-missing skip or absent"
+_OR_WITHOUT = "data.on_missing to skip or absent"
 
 
 class Checked(NamedTuple):
@@ -82,8 +82,9 @@ def _values(row: Mapping[str, Any], layout: Layout, *, label: bool) -> dict[str,
         if isinstance(said, str) or (said is None and lenient):
             values[name] = said
             continue
-        raise NoRow(f"{column} is {_kind(said)}, expected a string{_hint(name, layout) if said is None else ''}")
-    if all(value is None for value in values.values()):
+        kind = "empty" if isinstance(row.get(column), str) else _kind(said)
+        raise NoRow(f"{column} is {kind}, expected a string{_hint(name, layout) if said is None else ''}")
+    if all(value is None for value in values.values()) and layout.on_missing != "skip":
         found = ", ".join(sorted(map(str, row))) or "nothing"
         raise NoRow(f"has none of {', '.join(layout.columns.values())}; found {found}{_meant([*values], False, row, layout)}")
     return values
@@ -92,7 +93,7 @@ def _values(row: Mapping[str, Any], layout: Layout, *, label: bool) -> dict[str,
 def _hint(name: str, layout: Layout) -> str:
     if name in layout.in_rows:
         return f" (set data.allow_missing_text=true to take it as empty, or {_OR_WITHOUT})"
-    return f" ({_OR_WITHOUT} goes on without)"
+    return f" (set {_OR_WITHOUT} to go on without)"
 
 
 def _leave_out(values: Mapping[str, str | None], layout: Layout) -> None:

@@ -85,9 +85,14 @@ class Fusion(nn.Module):
         if config.either and "main" not in self.may_lack:
             what = f"{config.method} cannot do without the main modality"
             raise ConfigError(143, what, where="--either", fix="use --method conditional or late-concat")
-        if self.does_without and not self.closed_form:
-            widths = {side: self.encoder(side).feature_width for side in self.does_without}
-            self.absent.update({side: nn.Parameter(torch.zeros(width)) for side, width in widths.items()})
+        if config.train.modality_dropout and (self.closed_form or not self.may_lack):
+            what = f"{config.method} makes no training step" if self.closed_form else f"{config.method} needs all that it reads"
+            raise ConfigError(144, f"{what}: there is nothing to drop", where="--modality-dropout", fix="leave it out")
+
+    def learn_absence(self, sides: Sequence[str]) -> None:
+        """Learn what stands in for `sides` where a sample has nothing for them; see `or_absent`."""
+        widths = {side: self.encoder(side).feature_width for side in sides}
+        self.absent.update({side: nn.Parameter(torch.zeros(width)) for side, width in widths.items()})
 
     @classmethod
     def sides(cls, config: RunConfig) -> tuple[str, ...]:
@@ -141,17 +146,17 @@ class Fusion(nn.Module):
 
     @property
     def may_lack(self) -> tuple[str, ...]:
-        """The sides that a sample may have nothing for; the main one only where that was asked for (`either`)."""
+        """The sides that a sample may have nothing for; what the main one reads only where that was asked for (`either`)."""
         if not self.several or len(self.uses) == 1:
             return ()
-        return tuple(side for side in self.uses if is_comp(side) or self.config.either)
+        needed = () if self.config.either or "main" not in self.uses else (self.encoder("main").modality,)
+        return tuple(side for side in self.uses if self.encoder(side).modality not in needed)
 
     @property
     def does_without(self) -> tuple[str, ...]:
-        """Of `may_lack`, the sides of which training meets samples that lack them, so that what stands in is learned."""
-        config = self.config
-        meets = config.data.on_missing == "absent" or config.train.modality_dropout > 0 or config.either
-        return self.may_lack if meets else ()
+        """Of `may_lack`, the sides that training takes from samples, or that rows may be without (`data.on_missing`)."""
+        dropped = self.config.train.modality_dropout > 0 and not self.closed_form
+        return self.may_lack if dropped or self.config.data.on_missing == "absent" else ()
 
     def require_all_but(self, lacking: Iterable[str], *, where: str) -> None:
         """Refuse samples that lack what this model cannot do without.

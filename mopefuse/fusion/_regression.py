@@ -80,7 +80,9 @@ class Standard(nn.Module):
 
 
 def statistics(feature_SC: Tensor) -> dict[str, Tensor]:
-    """The buffers of `Standard` for a training split; what never changes keeps a deviation of 1."""
+    """The buffers of `Standard` for a training split; what never changes, or is not there, keeps a deviation of 1."""
+    if not len(feature_SC):
+        return {"mean_C": torch.zeros(feature_SC.shape[1]), "deviation_C": torch.ones(feature_SC.shape[1])}
     wide_SC = feature_SC.double()
     deviation_C = wide_SC.std(dim=0, correction=0)
     constant_C = deviation_C <= 1e-6 * wide_SC.abs().mean(dim=0).clamp(min=1e-6)

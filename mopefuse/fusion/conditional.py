@@ -93,6 +93,7 @@ class ConditionalFusion(Fusion):
             self.reads = ("main",)
         elif config.comp_tuning.mode == "frozen":
             self.frozen = self.comps
+        self.learn_absence([side for side in self.does_without if side in self.reads and side != "main"])
 
     def _begin_tuning(self, side: str, gate: Literal["none", "zero"]) -> None:
         """Let a complementary encoder learn as `comp_tuning` says."""
@@ -105,6 +106,12 @@ class ConditionalFusion(Fusion):
             encoder.tune()
         elif how.mode == "lora":
             encoder.adapt(self.config.lora)
+
+    @property
+    def does_without(self) -> tuple[str, ...]:
+        """With `either` also the main side, whose samples are answered by a head of the others alone."""
+        found = super().does_without
+        return found if found or not self.config.either else ("main",)
 
     @property
     def comps(self) -> tuple[str, ...]:
@@ -166,5 +173,8 @@ def _refuse_cold(config: RunConfig) -> None:
         raise ConfigError(
             101, "ungated prompts change the encoder from the first step", where="prompts.gate", fix="use --gate zero"
         )
+    if config.either:
+        what = "a regression on all encoders is no answer without the main one"
+        raise ConfigError(146, what, where="--either", fix="leave --warm-start or --either out")
     if config.head_hidden:
         raise ConfigError(102, "a regression is no deeper head", where="head_hidden", fix="leave head_hidden at 0")

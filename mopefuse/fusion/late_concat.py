@@ -11,6 +11,7 @@ from typing import ClassVar
 from mopefuse.config import RunConfig
 from mopefuse.data._base import Batch
 from mopefuse.encoders._base import Encoder
+from mopefuse.errors import ConfigError
 from mopefuse.fusion._base import Output
 from mopefuse.fusion._tuned import TunedFusion
 
@@ -25,6 +26,10 @@ class LateConcat(TunedFusion):
 
     def __init__(self, config: RunConfig, encoders: Mapping[str, Encoder], num_labels: int) -> None:
         super().__init__(config, encoders)
+        if config.either and not self.does_without:
+            what = "training would meet no sample without the main modality"
+            raise ConfigError(145, what, where="--either", fix="add --modality-dropout 0.1, or --on-missing absent")
+        self.learn_absence(self.does_without)
         self.head = self.make_head(sum(self.encoder(side).feature_width for side in self.uses), num_labels)
 
     def forward(self, batch: Batch) -> Output:
