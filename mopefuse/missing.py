@@ -60,7 +60,8 @@ class Missing:
 
     Args:
         step: of the checkpoint.
-        learned: whether training met samples that lack something; a model that never did answers by an average sample's.
+        learned: whether training meets samples that lack any of it; a model that never did answers as if it were an average
+            sample's.
         orders: ids of all samples in the order in which they lose something, those whose rows lack it first: so many as a cell
             says lack it.
     """
@@ -104,7 +105,8 @@ def evaluate_missing(
     """
     run = locate(run)
     if kind_of(run) == "bundle":
-        raise ConfigError(151, "a bundle takes whole pairs only", where="--missing", fix="evaluate the run that it was made of")
+        what = "what is missing is taken from runs and adapters, not from bundles"
+        raise ConfigError(151, what, where="--missing", fix="evaluate the run that it was made of")
     target = devices.resolve(device)
     loaded = load_model(trained(run), checkpoint, target, main=main, comp=comp)
     where = elsewhere(loaded.config.data, data)
@@ -122,16 +124,19 @@ def evaluate_missing(
         order = loss_order(ids, kinds[what], seed)
         orders[what] = sorted(order, key=lambda number: not without_S[number])
         natural[what] = int(without_S.sum())
-    cells = []
+    cells: list[Cell] = []
     for asked_for in asked:
         rows = {what: max(natural[what], round(share * len(ids))) for what, share in asked_for.items()}
         shares = {what: count / len(ids) if count == natural[what] else asked_for[what] for what, count in rows.items()}
+        if any(cell.missing == shares for cell in cells):
+            continue
         taken = Taken(samples, _masks(rows, kinds, orders, len(ids)))
         told = lambda done, total, shares=shares: advance(words(shares), done, total)  # noqa: E731
         said = run_split(loaded.model, dataset, split, loaded.config, target, samples=taken, advance=told)
         found = judge(said.logits_SN, dataset, split, loaded.thresholds)
         cells.append(Cell(shares, rows, len(ids), found.metrics, found))
-    learned = bool(loaded.model.does_without)
+    met = {loaded.model.encoder(side).modality for side in loaded.model.does_without}
+    learned = met.issuperset(lacks)
     named = {what: [ids[number] for number in order] for what, order in orders.items()}
     own = kind_of(run) == "run"
     step = int(trained(run).checkpoint(checkpoint)[1]["step"]) if own else None
@@ -155,15 +160,12 @@ def _grid(kinds: Mapping[str, tuple[str, ...]]) -> list[Shares]:
 def _refuse_unknown(what: str, kinds: Mapping[str, tuple[str, ...]], model: Fusion) -> None:
     if what in kinds:
         return
-    main, read = model.encoder(model.uses[0]).modality, {model.encoder(side).modality for side in model.uses}
     if not kinds:
         fix = "use --method conditional, late-concat or linear, and encoders of several modalities"
         raise ConfigError(152, f"{model.config.method} needs all that it reads", where=f"--missing {what}", fix=fix)
-    fix = f"take away {' or '.join(kinds)}"
-    if main in what.split("+") and "main" in model.uses:
+    fix = did_you_mean(what, kinds) or f"take away {' or '.join(kinds)}"
+    if "main" in model.uses and model.encoder("main").modality in what.split("+"):
         fix = "train with --either, or take something else away"
-    elif not kinds.keys() & read:
-        fix = did_you_mean(what, kinds) or fix
     raise ConfigError(152, f"{model.config.method} cannot do without {what}", where=f"--missing {what}", fix=fix)
 
 

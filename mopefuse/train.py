@@ -287,7 +287,7 @@ def estimate_memory(model: Fusion, data: DataSet, config: RunConfig) -> int:
 
 
 def _load(config: RunConfig, listener: Listener) -> DataSet:
-    told = partial(listener.reading, "checking images")
+    told = partial(listener.reading, "checking files")
     if distributed.world_size() > 1:  # one process looks at the images, the others find the index
         distributed.on_main(lambda: load_data(config.data, advance=told) and None)
     data = load_data(config.data, advance=told)
