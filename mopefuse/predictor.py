@@ -84,11 +84,10 @@ class Bundle:
         values = modality.named((images, texts), more)
         modality.count_of(values)
         inputs: dict[str, Array] = {}
-        missing: dict[str, Array] = {}
         for side, how in self.sides.items():
             given = modality.require_given(how["modality"], values, "the bundle")
             if how.get("may_lack"):
-                missing[f"{side}_missing"] = np.array([value is None for value in given], dtype=np.bool_)
+                inputs[f"{side}_missing"] = np.array([value is None for value in given], dtype=np.bool_)
             elif any(value is None for value in given):
                 what = f"a sample has no {how['modality']}, and the model was not trained to do without"
                 raise DataError(100, what, where=side, fix="leave it out")
@@ -99,7 +98,7 @@ class Bundle:
                 inputs[f"{side}_pixels"] = np.stack([pixels.centre(one, (how["size"][0], how["size"][1])) for one in shrunk])
             else:
                 inputs[f"{side}_ids"], inputs[f"{side}_mask"] = self._tokenize[side](own)
-        return inputs | missing
+        return inputs
 
     def run(self, inputs: Mapping[str, Array]) -> tuple[Array, Array | None]:
         """Logits (B, N), and routing (B, routed layers, K) where it was exported, of raw inputs.

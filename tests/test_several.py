@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from conftest import call
 from test_fusion import TEXTS, build, images, open_gates
-from test_swap import config_of, kept, pair
+from test_swap import SMALL, config_of, kept, pair
 
 from mopefuse.audit import audit_model
 from mopefuse.config import build_config
@@ -256,6 +256,12 @@ def test_an_audit_takes_each_modality_away_by_itself(pairs: Path) -> None:
     batch = model.collate(shown, [rows[other].values["text"] for other in partner])
     torch.testing.assert_close(found.of("shuffled", "text").logits_SN, model(batch).logits.detach(), atol=2e-5, rtol=1e-4)
     assert found.verdict.count("the image") == 1 and found.verdict.count("the text") == 1
+
+
+def test_more_encoders_and_another_first_one() -> None:
+    before, after = ({"comp": comp, "method": "late-concat"} for comp in (TWO[:1], ["tiny:vision", "tiny:vision-b"]))
+    _, _, fates = pair(before, {**after, "main": SMALL})
+    assert kept(fates, "head") == {"new"}
 
 
 @pytest.mark.parametrize("method", ["conditional", "late-concat"])
