@@ -29,7 +29,7 @@ import torch
 from mopefuse import __version__
 from mopefuse import device as devices
 from mopefuse.checkpoint import FORMAT, dump_json, read_json, sweep, write_atomically
-from mopefuse.config import WITHOUT_EFFECT, Data, RunConfig
+from mopefuse.config import WITHOUT_EFFECT, RunConfig
 from mopefuse.data.load import load_data
 from mopefuse.errors import ConfigError, Interrupted, MopefuseError, ResourceError
 from mopefuse.fusion.build import build_model
@@ -82,15 +82,16 @@ def is_finished(cell: Cell, out: Path) -> bool:
 def trainable(cells: Sequence[Cell]) -> dict[str, int]:
     """Label to trainable parameters, where that is cheap: the data are there and both encoders come with mopefuse."""
     counts: dict[str, int] = {}
-    labels: dict[Data, int] = {}
+    labels: dict[str, int] = {}  # by how data are read
     for cell in cells:
         config = cell.config
         if cell.label in counts or not all(spec.startswith("tiny:") for spec in specs(config).values()):
             continue
         try:
-            if config.data not in labels:
-                labels[config.data] = len(load_data(config.data).labels)
-            counts[cell.label] = sum(build_model(config, labels[config.data]).breakdown().values())
+            how = config.data.model_dump_json()
+            if how not in labels:
+                labels[how] = len(load_data(config.data).labels)
+            counts[cell.label] = sum(build_model(config, labels[how]).breakdown().values())
         except MopefuseError:
             continue
     return counts

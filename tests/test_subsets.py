@@ -18,6 +18,7 @@ from mopefuse.config import Data, build_config
 from mopefuse.data.load import load_data
 from mopefuse.data.subsets import few, hold_out, shares
 from mopefuse.errors import ConfigError
+from mopefuse.fusion._base import Output
 from mopefuse.losses import balanced_weights, classification_loss
 
 IDS = [f"row-{number}" for number in range(60)]
@@ -144,7 +145,7 @@ def test_each_class_has_the_same_share_of_a_balanced_loss(multi: bool) -> None:
     weights = balanced_weights(labels, 2, multi_label=multi)
 
     def loss(rows: slice) -> float:
-        output = type("Output", (), {"logits_BN": torch.zeros(len(labels[rows]), 2)})()
+        output = Output(torch.zeros(len(labels[rows]), 2))
         batch = type("Batch", (), {"targets": labels[rows]})()
         return float(classification_loss(output, batch, multi_label=multi, weights=weights))
 
