@@ -138,7 +138,7 @@ def test_every_row_is_there_with_every_number(found: PairBench) -> None:
         assert (line.train is None) == (line.name == "linear"), line.name
         assert line.why_not == ""
     floor = found.line(FLOOR).train
-    assert floor is not None and len(floor.seconds) == 2
+    assert floor is not None and len(floor.by_round) == 2 and floor.seconds
     assert all(value is not None and value > 0 for value in found.ratios().values())
 
 
