@@ -289,7 +289,7 @@ def _require_api(owner: str) -> None:
 def _load_plugin(point: EntryPoint) -> Any:
     owner = distribution(point)
     try:
-        with _nothing_on_stdout():
+        with nothing_on_stdout():
             return point.load()
     except KeyboardInterrupt:
         raise
@@ -300,7 +300,7 @@ def _load_plugin(point: EntryPoint) -> Any:
 
 
 @contextmanager
-def _nothing_on_stdout() -> Iterator[None]:
+def nothing_on_stdout() -> Iterator[None]:
     """Stdout is for results: what is printed meanwhile, also by a process that is started, goes to stderr."""
     stdout, kept = sys.stdout, None
     stdout.flush()

@@ -40,6 +40,12 @@ sys.__stdout__.write("from sys.__stdout__")
 os.write(1, b"from the descriptor")
 subprocess.run(["echo", "from a process"])
 """
+GREETS = """
+class Greets(Toy):
+    def __init__(self, spec):
+        super().__init__(spec)
+        print("from the constructor")
+"""
 _SITES: set[str] = set()
 ENCODERS, FUSION, DATASETS = "mopefuse.encoders", "mopefuse.fusion", "mopefuse.datasets"
 API = "mopefuse.api"
@@ -51,7 +57,7 @@ PLUGINS: dict[str, tuple[dict[str, dict[str, str]], str]] = {
     "raises": ({ENCODERS: {"raises": "X"}}, "raise RuntimeError('no such device\\nsecond line')"),
     "exits": ({ENCODERS: {"exits": "X"}}, "import sys; sys.exit(0)"),
     "hangs": ({ENCODERS: {"hangs": "X"}}, "import time\nwhile True: time.sleep(1)"),
-    "talks": ({ENCODERS: {"talks": "Toy"}}, TALKS + ENCODER.format(factor=1)),
+    "talks": ({ENCODERS: {"talks": "Greets"}}, TALKS + ENCODER.format(factor=1) + GREETS),
     "future": ({ENCODERS: {"future": "Toy"}, API: {"2": ""}}, ENCODER.format(factor=1)),
     "both-apis": ({ENCODERS: {"patient": "Toy"}, API: {"1": "", "2": ""}}, ENCODER.format(factor=1)),
     "lost": ({"mopefuse.encoder": {"lost": "Toy"}, FUSION: {"no-method": "Toy"}}, "Toy = 7"),

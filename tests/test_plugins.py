@@ -111,12 +111,12 @@ def test_what_a_plugin_prints_is_not_among_the_results(site: Path, here: pytest.
     done = run_cli("encoders", "inspect", "talks:vision", "--json", PYTHONPATH=str(site))
     assert done.returncode == 0, done.stderr
     assert said(done)["modality"] == "image"
-    for said_by_it in ("from print", "from sys.__stdout__", "from the descriptor", "from a process"):
+    for said_by_it in ("from print", "from sys.__stdout__", "from the descriptor", "from a process", "from the constructor"):
         assert said_by_it in done.stderr
     add_site(here, site)
     done = call("encoders", "inspect", "talks:vision", "--json")  # where sys.stdout is not the descriptor
     assert said(done)["modality"] == "image"
-    assert "from print" in done.stderr
+    assert "from print" in done.stderr and "from the constructor" in done.stderr
 
 
 def test_a_plugin_that_hangs_is_stopped_by_ctrl_c(site: Path) -> None:

@@ -230,7 +230,8 @@ def create_encoder(text: str) -> Encoder:
     make = registry.load(registry.ENCODERS, spec.scheme)
     owner, of_plugin, _ = spec.scheme.rpartition(":")
     try:
-        encoder = make(spec)
+        with registry.nothing_on_stdout():
+            encoder = make(spec)
     except Exception as error:
         if not of_plugin or isinstance(error, MopefuseError):
             raise
