@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from sklearn.metrics import f1_score, precision_recall_fscore_support
 from torch import Tensor
 
 THRESHOLD = 0.5
@@ -55,6 +54,8 @@ def compute(
     F1 macro is over the labels that the split has (`absent_labels` counts the others), and 0 if it has none; F1 samples
     counts a sample without labels as 1 if none is predicted, else as 0.
     """
+    from sklearn.metrics import f1_score  # a second to import: what has no answers to judge does without
+
     logits_SN = logits_SN.float()
     if multi_label:
         return _multi_label(logits_SN, targets, thresholds)
@@ -69,6 +70,8 @@ def compute(
 
 
 def _multi_label(logits_SN: Tensor, targets_SN: Tensor, thresholds: Thresholds) -> dict[str, float]:
+    from sklearn.metrics import f1_score
+
     predicted = over(probabilities(logits_SN, multi_label=True), thresholds).int().numpy()
     actual = targets_SN.int().numpy()
     present = np.flatnonzero(actual.any(axis=0))
@@ -94,6 +97,8 @@ def per_label(
     thresholds: Thresholds = THRESHOLD,
 ) -> list[dict[str, Any]]:
     """Precision, recall, F1 and support of each label."""
+    from sklearn.metrics import precision_recall_fscore_support
+
     if multi_label:
         predicted = over(probabilities(logits_SN, multi_label=True), thresholds).int().numpy()
         scores = precision_recall_fscore_support(targets.int().numpy(), predicted, zero_division=0)

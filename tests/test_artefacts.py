@@ -54,10 +54,11 @@ def test_F_72_a_torchvision_of_another_torch_is_named_with_both_versions(pairs: 
     (tmp_path / "torchvision").mkdir()
     fails = "raise RuntimeError('operator torchvision::nms does not exist')\n"
     (tmp_path / "torchvision" / "__init__.py").write_text(fails)
-    done = run_cli("train", *TINY, "--data", pairs, "--out", tmp_path / "run", PYTHONPATH=str(tmp_path))
+    augmented = ("--data", pairs, "--set", "data.augment=flip")
+    done = run_cli("train", *TINY, *augmented, "--out", tmp_path / "run", PYTHONPATH=str(tmp_path))
     both = f"torchvision {version('torchvision')} does not match torch {version('torch')}"
     refused(done, "MF-ENV-02", both, exit_code=5, fix="pip install")
-    assert len(done.stderr.splitlines()) == 1
+    assert "Traceback" not in done.stderr
 
 
 # -- F-73

@@ -49,6 +49,12 @@ def test_help_and_lists_wait_for_nothing_heavy(args: tuple[str, ...]) -> None:
     assert not modules & heavy
 
 
+def test_a_run_waits_for_no_library_that_its_encoders_do_not_need(pairs: Path) -> None:
+    done, modules = modules_of("train", *TINY, "--data", str(pairs), "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert not modules & {"torchvision", "timm", "transformers", "open_clip", "sklearn", "torch._dynamo", "peft"}
+
+
 @pytest.mark.parametrize(
     ("args", "code"),
     [

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
 
 from mopefuse.config import Data as DataConfig
 from mopefuse.data._base import Batch, DataSet, Row
@@ -57,7 +56,7 @@ class Samples(Dataset[dict[str, Any]]):
         seed: int = 0,
         training: bool = False,
     ) -> None:
-        self.data, self.split, self.config, self.seed, self.training = data, data.splits[split], config, seed, training
+        self.data, self.split, self.config, self.seed = data, data.splits[split], config, seed
         self.features = dict(features or {})
         self.readers = {side: reader for side, reader in readers.items() if side not in self.features}
         self.targets = data.targets(split)
@@ -65,6 +64,11 @@ class Samples(Dataset[dict[str, Any]]):
         lacks = {side: self.split.lacks(modality) for side, (modality, _) in readers.items()}
         self.lacking: dict[str, NDArray[np.bool_]] = {side: lacks_S for side, lacks_S in lacks.items() if lacks_S.any()}
         self.pictures: dict[str, Pictures] = {}
+        self.changes = {
+            side: augmentation(config, preprocess.describe()["size"])
+            for side, (modality, preprocess) in self.readers.items()
+            if training and config.augment != "none" and of(modality).is_picture
+        }
 
     def cache_images(self, advance: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Read images decoded and resized from one file from now on; see `mopefuse.data.pictures`."""
@@ -107,15 +111,11 @@ class Samples(Dataset[dict[str, Any]]):
         else:
             assert row is not None
             reduced = preprocess.reduce(self.data.read(self.split, row, modality, self.config))
-        if of(modality).is_picture and self.training and self.config.augment != "none":
-            reduced = self._augmented(reduced, preprocess, epoch, index)
+        if side in self.changes:
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
+                reduced = np.asarray(self.changes[side](Image.fromarray(reduced)))
         return preprocess.ready(reduced)
-
-    def _augmented(self, reduced: Any, preprocess: Preprocess, epoch: int, index: int) -> Any:
-        change = augmentation(self.config, preprocess.describe()["size"])
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
-            return np.asarray(change(Image.fromarray(reduced)))
 
     def batch(self, items: Sequence[dict[str, Any]]) -> Batch | MopefuseError:
         """Prepared samples as one batch, or the error of one of them."""
@@ -172,13 +172,14 @@ def blank(modality: str, preprocess: Preprocess) -> Any:
 
 
 def augmentation(config: DataConfig, size: tuple[int, int]) -> Callable[[Image.Image], Image.Image]:
-    """What `data.augment` does to a training image; it draws from torch's global generator.
+    """What `data.augment`, unless it is none, does to a training image; it draws from torch's global generator.
 
     Args:
         size: (height, width) in pixels of what the encoder sees.
     """
+    from torchvision.transforms import v2  # takes as long to import as torch
+
     changes: dict[str, Callable[[], Any]] = {
-        "none": v2.Identity,
         "flip": v2.RandomHorizontalFlip,
         "randaugment": lambda: v2.RandAugment(config.randaugment_ops, config.randaugment_magnitude),
         "crop": lambda: v2.Compose(

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import PIL
-import torchvision
 from numpy.typing import NDArray
 
 from mopefuse import cache
@@ -69,7 +69,7 @@ def pictures(
     _, first_U, number_S = np.unique(split.keys[modality], return_index=True, return_inverse=True)
     how = {name: value for name, value in preprocess.describe().items() if name in ("resize", "interpolation")}
     different = split.keys[modality][first_U].tobytes().hex()
-    key = cache.key_of(VERSION, different, how, PIL.__version__, torchvision.__version__)
+    key = cache.key_of(VERSION, different, how, PIL.__version__, version("torchvision"))
     found = cache.find("images", key, thorough=False)
     if found is not None:
         return Pictures(found[0], number_S)

@@ -12,8 +12,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from mopefuse import metrics
@@ -166,6 +164,9 @@ def _fit(train_SF: Tensor, targets: Tensor, strength: float, how: How) -> tuple[
 def _one(
     x_SF: NDArray[np.float64], y_S: NDArray[np.int64], strength: float, how: How
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    from sklearn.exceptions import ConvergenceWarning  # seconds to import, and only needed here
+    from sklearn.linear_model import LogisticRegression
+
     weights = "balanced" if how.balanced else None
     model = LogisticRegression(C=strength, class_weight=weights, max_iter=how.settings.max_iter)
     with warnings.catch_warnings():
