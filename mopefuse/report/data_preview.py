@@ -15,7 +15,7 @@ from mopefuse.data.index import Index
 from mopefuse.data.subsets import order_of
 from mopefuse.report.data_pictures import Picture
 from mopefuse.report.pages import render
-from mopefuse.report.row_values import picture_name, picture_of, text_of
+from mopefuse.report.row_values import other_files, picture_name, picture_of, text_of
 
 _START = 300  # characters of a text that are seen unasked
 _MOST = 20_000  # of one that is opened
@@ -29,7 +29,8 @@ class Card:
     where: str
     image: str
     picture: Picture | None
-    problem: str
+    problem: str  # of a picture that cannot be shown
+    files: list[str]  # beside it
     labels: tuple[str, ...]
     text: str
     start: str
@@ -58,6 +59,7 @@ def preview_page(
             picture_name(row),
             found if found.address else None,
             found.instead,
+            other_files(row),
             row.labels,
             text,
             text[:_START],

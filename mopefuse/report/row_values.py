@@ -20,10 +20,15 @@ def picture_name(row: Row) -> str:
     return next((value for name, value in row.values.items() if value and of(name).is_picture), "")
 
 
+def other_files(row: Row) -> list[str]:
+    """What it has beside texts and its picture: files, each with its modality."""
+    return [f"{name}: {value}" for name, value in row.values.items() if value and of(name).is_file and not of(name).is_picture]
+
+
 def picture_of(row: Row, roots: Sequence[Path], *, max_pixels: int, place: str = "", text: str = "") -> Picture:
     """Its picture, or instead what is wrong with it, or the names of its other files."""
     name = picture_name(row)
     if name:
         return picture(roots, name, max_pixels=max_pixels, place=place, text=text)
-    files = [f"{kind}: {value}" for kind, value in row.values.items() if value and of(kind).is_file]
-    return Picture(", ".join(files), instead=", ".join(files) or "no picture", place=place, text=text)
+    files = ", ".join(other_files(row))
+    return Picture(files, instead=files or "no picture", place=place, text=text)

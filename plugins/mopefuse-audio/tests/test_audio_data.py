@@ -80,6 +80,18 @@ def call(*args: object) -> tuple[int, str, str]:
     return int(leaving.value.code or 0), out.getvalue(), err.getvalue()
 
 
+@pytest.mark.parametrize("columns", [("audio", "text"), ("audio", "img", "text")])
+def test_a_contact_sheet_names_clips_beside_what_can_be_seen(tmp_path: Path, columns: tuple[str, ...]) -> None:
+    root, sheet = make(tmp_path / "data", *columns), tmp_path / "sheet.html"
+    code, _, err = call("data", "preview", root, "-o", sheet)
+    assert code == 0, err
+    page = sheet.read_text(encoding="utf-8")
+    names = [f"audio: clips/train-{i}.wav" for i in range(6)]
+    assert all(page.count(name) == 1 for name in names)
+    assert page.count("<img ") == (6 if "img" in columns else 0)
+    assert "pill error" not in page.partition("</style>")[2]
+
+
 def done(*args: object) -> str:
     """Stdout of a command that ends well."""
     code, out, err = call(*args)
