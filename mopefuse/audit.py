@@ -117,7 +117,9 @@ class Audit:
             return f"The model uses the {other}: {fell}."
         if shuffled.matters:
             return f"The {other} misleads the model: {fell}."
-        unsure = f"of {self.samples:,} samples, less than {196 * shuffled.error:.1f} points may be chance"
+        # Where no answer changed, the rule of three: Hanley and Lippman-Hand, "If nothing goes wrong", JAMA 1983.
+        bound = 196 * shuffled.error if shuffled.error else min(100.0, 300 / self.samples)
+        unsure = f"of {self.samples:,} samples, less than {bound:.1f} points may be chance"
         return f"There is no sign that the model uses the {other}: {fell} ({unsure})."
 
     def as_dict(self) -> dict[str, Any]:

@@ -52,6 +52,7 @@ def evaluate(
     *,
     split: str = "test",
     data: Path | None = None,
+    layout: Mapping[str, Any] | None = None,
     checkpoint: str = "best",
     device: str = "auto",
     main: str | None = None,
@@ -62,6 +63,7 @@ def evaluate(
 
     Args:
         run: folder of a run, an adapter or a bundle; the latter two know of no data set.
+        layout: of `data`, see `elsewhere`.
         main, comp: specs, where the same weights go by another name here; see `mopefuse.sides.addressed`.
 
     Raises:
@@ -72,23 +74,27 @@ def evaluate(
         bundle = Bundle(run, device)
         config = build_config(read_saved(run / "config.yaml"), source=str(run))
         known = {"labels": bundle.labels, "multi_label": bundle.multi_label}
-        where = elsewhere(config.data, data)
+        where = elsewhere(config.data, data, layout)
         dataset = with_labels(load_data(where, require=(split,), advance=advance), known, split)
         return judge(ask_split(bundle, dataset, split, where, advance=advance), dataset, split, bundle.thresholds)
     target = devices.resolve(device)
     loaded = load_model(trained(run), checkpoint, target, main=main, comp=comp)
-    where = elsewhere(loaded.config.data, data)
+    where = elsewhere(loaded.config.data, data, layout)
     dataset = with_labels(load_data(where, require=(split,), advance=advance), loaded.manifest, split)
     said = run_split(loaded.model, dataset, split, loaded.config, target, advance=advance)
     return judge(said.logits_SN, dataset, split, loaded.thresholds)
 
 
-def elsewhere(config: DataConfig, path: Path | None) -> DataConfig:
-    """How to read other data of the same kind: nothing is held out or drawn there. The same data for None."""
+def elsewhere(config: DataConfig, path: Path | None, layout: Mapping[str, Any] | None = None) -> DataConfig:
+    """How to read other data of the same kind: nothing is held out or drawn there. The same data for None.
+
+    Args:
+        layout: settings of `data` that are otherwise there: names of columns, folders of images.
+    """
     if path is None:
         return config
     own = {"labels": None, "val_fraction": None, "test_fraction": None, "shots": None, "fraction": None}
-    return config.model_copy(update={"path": str(path), **own})
+    return DataConfig(**config.model_dump() | {"path": str(path), **own} | dict(layout or {}))
 
 
 class Loaded(NamedTuple):

@@ -86,6 +86,7 @@ def evaluate_missing(
     *,
     split: str = "test",
     data: Path | None = None,
+    layout: Mapping[str, Any] | None = None,
     checkpoint: str = "best",
     device: str = "auto",
     seed: int = 0,
@@ -97,7 +98,7 @@ def evaluate_missing(
 
     Args:
         asked: see `parse`; None for every modality that may be missing, and all of them, with each of `SHARES`.
-        seed: of which samples lack it.
+        seed: of which samples lack it. layout: of `data`, see `mopefuse.evaluate.elsewhere`.
 
     Raises:
         ConfigError: a modality that the model does not read or cannot do without.
@@ -109,7 +110,7 @@ def evaluate_missing(
         raise ConfigError(151, what, where="--missing", fix="evaluate the run that it was made of")
     target = devices.resolve(device)
     loaded = load_model(trained(run), checkpoint, target, main=main, comp=comp)
-    where = elsewhere(loaded.config.data, data)
+    where = elsewhere(loaded.config.data, data, layout)
     dataset = with_labels(load_data(where, require=(split,)), loaded.manifest, split)
     kinds = {"+".join(kind): kind for kind in _kinds(loaded.model)}
     asked = _grid(kinds) if asked is None else asked

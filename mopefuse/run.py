@@ -116,8 +116,13 @@ class RunFolder:
         """No such folder, or one of a run that ended before its first checkpoint, as on an error in the data."""
         return not self.path.is_dir() or (self.exists() and not self.steps() and not self.metrics_file.exists())
 
-    def prepare(self, *, resume: bool, overwrite: bool) -> None:
+    def prepare(
+        self, *, resume: bool, overwrite: bool, fix: str = "add --resume or --overwrite, or name another --out"
+    ) -> None:
         """Make the folder ready for a new run, or for the one to resume, before anything slow is done; twice is once.
+
+        Args:
+            fix: what to do where there is a run already.
 
         Raises:
             ConfigError: not writable, not empty, being written by another process, or (with `overwrite` or `resume`,
@@ -129,9 +134,7 @@ class RunFolder:
             item != self._lock and not (item == self.checkpoints and not any(item.iterdir())) for item in self.path.iterdir()
         )
         if there and not (resume or overwrite):
-            raise ConfigError(
-                23, f"{self.path} is not empty", where="--out", fix="add --resume or --overwrite, or name another --out"
-            )
+            raise ConfigError(23, f"{self.path} is not empty", where="--out", fix=fix)
         if there and not self.exists():
             flag = "--overwrite" if overwrite else "--resume"
             raise ConfigError(22, f"{self.path} is not a run of mopefuse", where=flag, fix="name another --out, or empty it")

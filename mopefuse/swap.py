@@ -107,7 +107,7 @@ def swap_encoder(
     if not 0 <= warm_up <= epochs:
         raise ConfigError(62, f"{warm_up} epochs of warm-up in {epochs} of tuning", where="--warm-up", fix="raise --epochs")
     with distributed.joined():
-        distributed.on_main(lambda: RunFolder(out).prepare(resume=False, overwrite=False))
+        distributed.on_main(lambda: RunFolder(out).prepare(resume=False, overwrite=False, fix="name another --out"))
         source = trained(run)
         old = load_model(source, "best", CPU)
         if old.model.closed_form:

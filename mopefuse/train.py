@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import signal
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -19,7 +20,7 @@ from mopefuse.config import RunConfig, build_config, flat, merge, nested
 from mopefuse.data._base import SPLITS, DataSet
 from mopefuse.data.collate import Samples
 from mopefuse.data.load import load_data
-from mopefuse.errors import ConfigError, DataError
+from mopefuse.errors import ConfigError, DataError, Interrupted
 from mopefuse.evaluate import check_encoders
 from mopefuse.fusion._base import Fusion, fresh_encoders
 from mopefuse.fusion.build import build_model, full_specs, require_rows
@@ -168,7 +169,11 @@ def _train(
         trainer.begin(begun_from.state)
     with StopRequest() as stop:
         trainer.fit(stop)
-    return _finish(trainer, data, model, folder, device)
+    try:
+        return _finish(trainer, data, model, folder, device)
+    except KeyboardInterrupt:
+        what = f"after the last step, {trainer.progress.step}, before the test; its checkpoint is published"
+        raise Interrupted(signal.SIGINT, what, fix="continue with --resume") from None
 
 
 def _finish(trainer: Trainer, data: DataSet, model: Fusion, folder: RunFolder, device: torch.device) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from mopefuse.errors import ConfigError, DataError, Interrupted, MopefuseError, 
 from mopefuse.optim import load_optimizer_state
 from mopefuse.run import RunFolder
 from mopefuse.train import resumed, train
-from mopefuse.trainer import Listener, Progress
+from mopefuse.trainer import Listener, Progress, Trainer
 
 BASE: dict[str, Any] = {
     "main": "tiny:vision",
@@ -121,6 +121,19 @@ def test_the_number_of_workers_changes_nothing(data: Path, tmp_path: Path) -> No
     for workers in (0, 2):
         train(config(data, data__augment="randaugment", data__workers=workers), tmp_path / str(workers))
     assert_same_run(tmp_path / "0", tmp_path / "2")
+
+
+def test_ctrl_c_in_the_test_after_the_last_step_loses_nothing(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(config(data), tmp_path / "whole")
+    with monkeypatch.context() as now:
+        now.setattr(Trainer, "test", lambda trainer: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(Interrupted, match="its checkpoint is published") as stopped:
+            train(config(data), tmp_path / "parts")
+    assert (stopped.value.exit_code, stopped.value.fix) == (130, "continue with --resume")
+    train(config(data), tmp_path / "parts", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
 def start_fork(settings: Any, run: Path) -> int:

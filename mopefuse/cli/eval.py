@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mopefuse.cli import columns
+
 if TYPE_CHECKING:
     from mopefuse.shares import Shares
 
@@ -16,7 +18,7 @@ _SPLITS = ("train", "val", "test")
 def evaluate(
     run: Annotated[Path, typer.Argument(metavar="MODEL", help="Run, adapter or bundle: a folder, or hf-hub:repo/name.")],
     split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
-    data: Annotated[Path | None, typer.Option(help="Another data folder with the same labels.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Other data with the same labels: a folder or a table.")] = None,
     checkpoint: Annotated[str, typer.Option(help="best, last or step-N.")] = "best",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write predictions here; default: into the run.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
@@ -27,6 +29,14 @@ def evaluate(
     ] = None,
     missing_seed: Annotated[int, typer.Option(min=0, help="Of which samples lack it.")] = 0,
     min_: Annotated[list[str] | None, typer.Option("--min", help="Gate: accuracy=0.8; exit code 10 below it.")] = None,
+    text_col: columns.TextCol = None,
+    image_col: columns.ImageCol = None,
+    column: columns.Column = None,
+    label_col: columns.LabelCol = None,
+    id_col: columns.IdCol = None,
+    split_col: columns.SplitCol = None,
+    label_sep: columns.LabelSep = None,
+    image_root: columns.ImageRoot = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Evaluate a run: metrics, a table by label, predictions.jsonl. Deterministic; no sample depends on its batch."""
@@ -41,6 +51,21 @@ def evaluate(
     if asked is None and (out or gates):
         fix = "leave it out, or give one share, as text=0.7"
         raise ConfigError(153, "a grid has many results", where="--out" if out else "--min", fix=fix)
+    read = columns.settings(
+        text=text_col,
+        image=image_col,
+        others=column,
+        label=label_col,
+        identity=id_col,
+        split=split_col,
+        separator=label_sep,
+        roots=image_root,
+        labels=None,
+    )
+    layout = {path.removeprefix("data."): value for path, value in read.items() if value is not None}
+    if layout and data is None:
+        what = "a run's own data are read as they were in training"
+        raise ConfigError(154, what, where=", ".join(layout), fix="leave it out, or name other data with --data")
     if split not in _SPLITS:
         raise ConfigError(53, f"there is no split {split!r}", where="--split", fix=did_you_mean(split, _SPLITS))
     folder = locate(run)
@@ -53,7 +78,8 @@ def evaluate(
     from mopefuse.evaluate import evaluate as run_evaluation
     from mopefuse.evaluate import write_predictions
 
-    how: dict[str, Any] = {"split": split, "data": data, "checkpoint": checkpoint, "device": device, "main": main, "comp": comp}
+    how: dict[str, Any] = {"split": split, "data": data, "layout": layout, "checkpoint": checkpoint, "device": device}
+    how |= {"main": main, "comp": comp}
     if missing:
         _evaluate_missing(run, asked, how | {"seed": missing_seed}, gates, out, json=json)
         return

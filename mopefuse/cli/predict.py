@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -39,8 +39,9 @@ def predict(
     image_root: columns.ImageRoot = None,
 ) -> None:
     """Say what new pairs are: their labels and probabilities, one line for each, in the order of the input."""
+    from mopefuse.cli._render import err
     from mopefuse.config import Data
-    from mopefuse.errors import ConfigError
+    from mopefuse.errors import ConfigError, DataError
     from mopefuse.predict import load, predict_pairs
 
     if (source is None) == (image is None) or (image is None) != (text is None):
@@ -57,12 +58,20 @@ def predict(
     predictor = load(run, checkpoint=checkpoint, device=device, main=main, comp=comp)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     pairs = islice(_pairs(source, image, text, config, predictor.model), rank, None, world)
-    answers = _counted(predict_pairs(predictor, pairs, batch=batch, top=top, routing=routing, strict=strict), rank)
+    answers: Iterable[Answer] = predict_pairs(predictor, pairs, batch=batch, top=top, routing=routing, strict=strict)
     if world > 1:
         answers = _gathered(answers)
         if rank:
             return
-    _write(answers, out, predictor)
+    errors: list[dict[str, str]] = []
+    count = _write(answers, out, predictor, errors)
+    said = f"{count} pair{'s' if count != 1 else ''}"
+    if errors and len(errors) == count:
+        what = f"none of {said} could be read, the first as: {errors[0]['message']}"
+        raise DataError(101, what, where=str(source), fix=errors[0]["hint"] or "name a file of pairs")
+    if errors:
+        said += f", {len(errors)} of them could not be read: see their error; the first: {errors[0]['message']}"
+    err().print(said, markup=False)
 
 
 def _pairs(
@@ -78,21 +87,6 @@ def _pairs(
     return read_pairs(place, config, model.modalities, model.may_lack, empty_is_missing=empty)
 
 
-def _counted(answers: Iterable[Answer], rank: int) -> Iterable[Answer]:
-    """Pass answers on, and tell on stderr how many there are, and how many are errors."""
-    from mopefuse.cli._render import err
-
-    console, bad, done = err(), 0, 0
-    with console.status("predicting") as status:
-        for done, one in enumerate(answers, start=1):
-            bad += "error" in one
-            if done % 100 == 0:
-                status.update(f"predicting: {done}")
-            yield one
-    if rank == 0:
-        console.print(f"{done} pairs" + (f", {bad} of them could not be read: see their error" if bad else ""), markup=False)
-
-
 def _gathered(answers: Iterable[Answer]) -> list[Answer]:
     """The answers of all processes, in the order of the input; each has every so-manyth."""
     from mopefuse import distributed
@@ -103,14 +97,30 @@ def _gathered(answers: Iterable[Answer]) -> list[Answer]:
     return [part[turn] for turn in range(turns) for part in parts if turn < len(part)]
 
 
-def _write(answers: Iterable[Answer], out: Path | None, predictor: Predictor) -> None:
+def _write(answers: Iterable[Answer], out: Path | None, predictor: Predictor, errors: list[dict[str, str]]) -> int:
+    """Write answers as they come, collect what the errors among them say, and count them all."""
     from mopefuse.checkpoint import write_lines
+    from mopefuse.cli._render import err
     from mopefuse.predict import as_csv, as_jsonl
 
-    lines = as_csv(answers, predictor.model.labels) if out is not None and out.suffix == ".csv" else as_jsonl(answers)
-    if out is not None:
-        write_lines(out, lines)
-        return
-    for line in lines:
-        sys.stdout.write(line)
-        sys.stdout.flush()
+    done = 0
+
+    def counted() -> Iterator[Answer]:
+        nonlocal done
+        for done, one in enumerate(answers, start=1):
+            if "error" in one:
+                errors.append(one["error"])
+            if done % 100 == 0:
+                status.update(f"predicting: {done}")
+            yield one
+
+    labels = predictor.model.labels
+    lines = as_csv(counted(), labels) if out is not None and out.suffix == ".csv" else as_jsonl(counted())
+    with err().status("predicting") as status:
+        if out is not None:
+            write_lines(out, lines)
+            return done
+        for line in lines:
+            sys.stdout.write(line)
+            sys.stdout.flush()
+    return done

@@ -5,6 +5,7 @@ Shapes: B batch, N labels, S samples of a split, C width of a pooled feature.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -48,6 +49,11 @@ class Problem:
         return f"{self.where}{':' if self.file else ''} {self.what}"
 
 
+def digest_of(value: str) -> bytes:
+    """What stands for a value in a row, in `Split.keys` and `Split.alike`."""
+    return hashlib.blake2b(value.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
 @dataclass(frozen=True)
 class Split:
     """The rows of one split, in the order of its file.
@@ -79,6 +85,10 @@ class Split:
     def lacks(self, modality: str) -> NDArray[Any]:
         """Whether each row has nothing of a modality (S,)."""
         return np.asarray(self.keys[modality] == b"")
+
+    def empties(self, modality: str) -> NDArray[Any]:
+        """Whether each row has a value of a modality that says nothing, as an empty text (S,)."""
+        return np.asarray(self.alike[modality] == digest_of(""))
 
     def part(self, numbers: Sequence[int]) -> Split:
         """The split with some of its rows only."""

@@ -20,8 +20,8 @@ from mopefuse.data.columns import modalities_of
 from mopefuse.data.contents import Advance, Texts, Tokens, balance, describe_split, extremes, read_texts, rows_of
 from mopefuse.data.findings import KINDS, Finding, of_files, of_missing, of_rows
 from mopefuse.data.index import Index, build, read_rows
-from mopefuse.data.load import roots_of
-from mopefuse.data.tables import SUFFIXES, Table, find_tables
+from mopefuse.data.load import roots_of, to_have
+from mopefuse.data.tables import Table, find_tables
 from mopefuse.errors import DataError
 from mopefuse.modality import of
 
@@ -263,10 +263,7 @@ def _read(
 
 
 def _missing(name: str, path: Path) -> Finding:
-    files = [path] if path.is_file() else [file for file in path.iterdir() if file.suffix in SUFFIXES or file.is_dir()]
-    there = ", ".join(sorted(file.name for file in files)[:8])
-    hold = f", or hold some rows of train out with --{name}-fraction 0.1" if name != "train" else ""
-    hint = f"provide {name}.jsonl{hold} (there is {there or 'nothing'})"
+    hint = to_have(name, path)
     if name == "test":
         return Finding("missing-test", name, str(path), "there is no test split", hint)
     return Finding("missing-split", name, str(path), f"the {name} split is missing", hint, "MF-DATA-02")

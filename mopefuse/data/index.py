@@ -9,7 +9,6 @@ Shapes: S rows that are rows, I files of a modality, 16 bytes of a digest.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -23,7 +22,7 @@ from numpy.typing import NDArray
 from mopefuse import cache, modality
 from mopefuse.checkpoint import read_json
 from mopefuse.config import Data as DataConfig
-from mopefuse.data._base import SPLITS, Problem
+from mopefuse.data._base import SPLITS, Problem, digest_of
 from mopefuse.data.columns import Layout
 from mopefuse.data.files import Files, Look, look_at
 from mopefuse.data.rows import LeftOut, NoRow, check_row
@@ -185,8 +184,8 @@ class _Reading:
         if self.modality.is_file:
             self.numbers.append(-1 if value is None else self.names.setdefault(value, len(self.names)))
             return
-        self.keys += _NOTHING if value is None else _digest(value)
-        self.alike += _NOTHING if value is None else _digest(self.modality.alike(value))
+        self.keys += _NOTHING if value is None else digest_of(value)
+        self.alike += _NOTHING if value is None else digest_of(self.modality.alike(value))
 
     def done(self) -> InRows | InFiles:
         if self.modality.is_file:
@@ -255,10 +254,6 @@ def read_rows(table: Table, split: str, modalities: Sequence[str], config: DataC
         dict(left_out),
         fresh=True,
     )
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def _split_of(found: Found, config: DataConfig) -> str | None:

@@ -16,11 +16,11 @@ def leak(train: Split, other: Split) -> dict[str, Numbers]:
     its case and spaces.
 
     Where less than half of train's texts are different, texts are phrases of the task ("what is the red digit?") that are
-    meant to come again, and none counts.
+    meant to come again, and none counts. Empty texts never do.
     """
     found = {}
     for name in sorted(train.keys, key=lambda name: not of(name).is_file):
-        values = train.alike[name][~train.lacks(name)]
+        values = train.alike[name][~(train.lacks(name) | train.empties(name))]
         known = np.unique(values)
         phrases = not of(name).is_file and 2 * len(known) < len(values)
         found[name] = np.flatnonzero(np.isin(other.alike[name], known[:0] if phrases else known))

@@ -17,7 +17,7 @@ from mopefuse.data.index import Advance, Index, build
 from mopefuse.data.leaks import leak
 from mopefuse.data.rows import Rows
 from mopefuse.data.subsets import few, hold_out
-from mopefuse.data.tables import find_tables, read_bytes
+from mopefuse.data.tables import SUFFIXES, find_tables, read_bytes
 from mopefuse.errors import ConfigError, DataError, data_error
 from mopefuse.modality import of
 
@@ -79,6 +79,16 @@ def read_indexes(config: DataConfig, *, advance: Advance = lambda done, total: N
     return {name: build(table, name, roots, modalities, config, advance=advance) for name, table in tables.items()}
 
 
+def to_have(name: str, path: Path) -> str:
+    """What to do for a data set to have a split, before training."""
+    hold = f"hold some rows of train out with --{name}-fraction 0.1"
+    if path.is_file():
+        return f"{hold}, or name the column that says the split with --split-col"
+    found = [item.name for item in path.iterdir() if item.suffix in SUFFIXES or item.is_dir()]
+    there = f"(there is {', '.join(sorted(found)[:8]) or 'nothing'})"
+    return f"provide {name}.jsonl{f', or {hold}' if name != 'train' else ''} {there}"
+
+
 def _parts(indexes: dict[str, Index], path: Path, config: DataConfig, require: Sequence[str]) -> Parts:
     """The rows of each split, with what is held out of train, and of train what is drawn."""
     parts: Parts = {name: (index, index.good()) for name, index in indexes.items()}
@@ -98,9 +108,7 @@ def _parts(indexes: dict[str, Index], path: Path, config: DataConfig, require: S
             parts["train"], parts[name] = (index, rows[kept]), (index, rows[held])
     for name in require:
         if name not in parts:
-            there = ", ".join(sorted(p.name for p in path.glob("*.*"))[:8]) if path.is_dir() else path.name
-            hold = f", or hold some rows of train out with --{name}-fraction 0.1" if name in ("val", "test") else ""
-            fix = f"provide {name}.jsonl{hold} (there is {there or 'nothing'})"
+            fix = to_have(name, path) if "train" in require or not parts else f"add --split {next(iter(parts))}, which is there"
             raise DataError(2, f"the {name} split is missing", where=str(path), fix=fix)
     for name, (index, rows) in parts.items():
         if not len(rows):
@@ -220,6 +228,8 @@ def _notices(splits: dict[str, Split], indexes: dict[str, Index], config: DataCo
     for split in splits.values():
         lacking = {modality: int(split.lacks(modality).sum()) for modality in split.keys}
         found += [f"{split.name}: {count} rows have no {modality}" for modality, count in lacking.items() if count]
+        empty = {modality: int(split.empties(modality).sum()) for modality in split.keys}
+        found += [f"{split.name}: {count} {of(modality).plural} are empty" for modality, count in empty.items() if count]
     each = [files for index in indexes.values() for files in index.files.values()]
     moving = [name for files in each for name, look in zip(files.names, files.looks, strict=True) if look.animated]
     if moving:

@@ -83,7 +83,8 @@ def _values(row: Mapping[str, Any], layout: Layout, *, label: bool) -> dict[str,
             values[name] = said
             continue
         kind = "empty" if isinstance(row.get(column), str) else _kind(said)
-        raise NoRow(f"{column} is {kind}, expected a string{_hint(name, layout) if said is None else ''}")
+        hint = _hint(name, layout) if said is None and label else ""  # what is to be predicted has no settings
+        raise NoRow(f"{column} is {kind}, expected a string{hint}")
     if all(value is None for value in values.values()) and layout.on_missing != "skip":
         found = ", ".join(sorted(map(str, row))) or "nothing"
         raise NoRow(f"has none of {', '.join(layout.columns.values())}; found {found}{_meant([*values], False, row, layout)}")
