@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,7 +30,7 @@ from mopefuse.fusion._base import Fusion, fresh_encoders
 from mopefuse.fusion.build import build_model, require_rows
 from mopefuse.modality import by_argument, of
 from mopefuse.predictor import Bundle
-from mopefuse.recipe import read_saved
+from mopefuse.recipe import data_settings, read_saved
 from mopefuse.run import RunFolder
 from mopefuse.sides import Comp, addressed, specs, with_specs
 from mopefuse.source import kind_of, locate, trained
@@ -90,11 +91,14 @@ def elsewhere(config: DataConfig, path: Path | None, layout: Mapping[str, Any] |
 
     Args:
         layout: settings of `data` that are otherwise there: names of columns, folders of images.
+
+    Raises:
+        ConfigError: one of `layout` is none.
     """
     if path is None:
         return config
     own = {"labels": None, "val_fraction": None, "test_fraction": None, "shots": None, "fraction": None}
-    return DataConfig(**config.model_dump() | {"path": str(path), **own} | dict(layout or {}))
+    return data_settings({**config.model_dump(mode="json"), "path": str(path), **own, **(layout or {})})
 
 
 class Loaded(NamedTuple):
@@ -310,14 +314,18 @@ def prepared(
             notice(f"{split}: {what} encoded once by {encoder.spec}, {features[side].origin}")
     samples = Samples(data, split, model.readers(), config.data, features=features, seed=config.seed, training=training)
     model.require_all_but(samples.lacking, where=split)
+    if samples.lacking.keys() == samples.modality_of.keys():
+        empty = int(np.logical_and.reduce([*samples.lacking.values()]).sum())
+        if empty:
+            what = f"{empty} samples have nothing that the encoders read"
+            raise DataError(110, what, where=split, fix="remove them, or leave them out with --on-missing skip")
     if config.data.cache_images:
         told = partial(reading, f"decoding {split}")
         if distributed.world_size() > 1:
             distributed.on_main(lambda: samples.cache_images(told))
         samples.cache_images(told)
-    if training and config.train.modality_dropout:
-        return Dropped(samples, model.may_lack, config.train.modality_dropout)
-    return samples
+    dropped = [side for side in model.may_lack if side in model.reads] if training and config.train.modality_dropout else []
+    return Dropped(samples, dropped, config.train.modality_dropout) if dropped else samples
 
 
 def split_metrics(

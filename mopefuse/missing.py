@@ -21,7 +21,7 @@ from mopefuse import distributed
 from mopefuse.checkpoint import dump_json, read_json, write_atomically
 from mopefuse.data.load import load_data
 from mopefuse.data.missing import Taken, loss_order
-from mopefuse.errors import ConfigError, did_you_mean
+from mopefuse.errors import ConfigError
 from mopefuse.evaluate import Evaluation, elsewhere, judge, load_model, prepared, run_split, with_labels
 from mopefuse.fusion._base import Fusion
 from mopefuse.shares import GRID, Shares, words
@@ -31,15 +31,22 @@ from mopefuse.source import kind_of, locate, trained
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 """Of samples that lack something, in the grid."""
 
+Lacks = Mapping[str, NDArray[np.bool_]]  # modality to (S,): whether a row has none
 Advance = Callable[[str, int, int], None]  # (what is missing, samples done, samples in all)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """The metrics of a split where some of its samples lack something."""
+    """The metrics of a split where some of its samples lack something.
+
+    Args:
+        missing: share of samples that lack what is named. rows: how many these are. natural: how many rows lack each
+            modality before anything is taken away.
+    """
 
     missing: Shares
-    rows: dict[str, int]  # samples that lack it
+    rows: dict[str, int]
+    natural: dict[str, int]
     samples: int
     metrics: dict[str, float]
     evaluation: Evaluation = field(repr=False, compare=False)
@@ -47,11 +54,18 @@ class Cell:
     @property
     def words(self) -> str:
         """What was taken away, so that nobody misreads it."""
-        return words(self.missing)
+        return words(self.missing, self.natural)
+
+    @property
+    def lacking(self) -> str:
+        """How many samples lack what."""
+        counts = self.rows or self.natural
+        return ", ".join(f"{count:,}" if self.rows else f"{count:,} {what}" for what, count in counts.items()) or "0"
 
     def as_dict(self) -> dict[str, Any]:
         """What is kept of it."""
-        return {"missing": self.missing, "words": self.words, "rows": self.rows, "metrics": self.metrics}
+        facts = {"missing": self.missing, "words": self.words, "rows": self.rows, "lacking": self.lacking}
+        return {**facts, "metrics": self.metrics}
 
 
 @dataclass(frozen=True)
@@ -62,8 +76,8 @@ class Missing:
         step: of the checkpoint.
         learned: whether training meets samples that lack any of it; a model that never did answers as if it were an average
             sample's.
-        orders: ids of all samples in the order in which they lose something, those whose rows lack it first: so many as a cell
-            says lack it.
+        orders: ids of samples in the order in which they lose something, those whose rows lack it first: so many as a cell
+            says lack it. A sample that has nothing else is not among them.
     """
 
     split: str
@@ -74,10 +88,11 @@ class Missing:
     orders: dict[str, list[str]]
 
     def as_dict(self) -> dict[str, Any]:
-        """What missing-<split>.json holds."""
+        """What is kept of it in the run."""
         facts = {"split": self.split, "step": self.step, "seed": self.seed, "learned": self.learned}
         cells = [cell.as_dict() for cell in self.cells]
-        return {**facts, "samples": self.cells[0].samples, "cells": cells, "orders": self.orders}
+        first = self.cells[0]
+        return {**facts, "samples": first.samples, "natural": first.natural, "cells": cells, "orders": self.orders}
 
 
 def evaluate_missing(
@@ -118,26 +133,25 @@ def evaluate_missing(
         _refuse_unknown(what, kinds, loaded.model)
     samples = prepared(loaded.model, dataset, split, loaded.config, target)
     ids = [row.id for row in dataset.splits[split].rows]
-    lacks = {name: dataset.splits[split].lacks(name) for kind in kinds.values() for name in kind}
-    orders, natural = {}, {}
-    for what in dict.fromkeys(what for shares in asked for what in shares):
-        without_S = np.logical_and.reduce([lacks[name] for name in kinds[what]])
-        order = loss_order(ids, kinds[what], seed)
-        orders[what] = sorted(order, key=lambda number: not without_S[number])
-        natural[what] = int(without_S.sum())
+    lacks = {name: dataset.splits[split].lacks(name) for name in read_by(loaded.model)}
+    natural = {name: count for name, lacks_S in lacks.items() if (count := int(lacks_S.sum()))}
+    every = dict.fromkeys(what for shares in asked for what in shares)
+    orders = {what: _order(ids, kinds[what], lacks, seed) for what in every}
     cells: list[Cell] = []
     for asked_for in asked:
-        rows = {what: max(natural[what], round(share * len(ids))) for what, share in asked_for.items()}
-        shares = {what: count / len(ids) if count == natural[what] else asked_for[what] for what, count in rows.items()}
+        masks, rows = _masks(asked_for, kinds, orders, lacks)
+        if len(asked) == 1:
+            _require_so_many(asked_for, rows, len(ids))
+        shares = {what: asked_for[what] if n == round(asked_for[what] * len(ids)) else n / len(ids) for what, n in rows.items()}
         if any(cell.missing == shares for cell in cells):
             continue
-        taken = Taken(samples, _masks(rows, kinds, orders, len(ids)))
         told = lambda done, total, shares=shares: advance(words(shares), done, total)  # noqa: E731
+        taken = Taken(samples, {name: mask_S for name, mask_S in masks.items() if mask_S.any()})
         said = run_split(loaded.model, dataset, split, loaded.config, target, samples=taken, advance=told)
         found = judge(said.logits_SN, dataset, split, loaded.thresholds)
-        cells.append(Cell(shares, rows, len(ids), found.metrics, found))
+        cells.append(Cell(shares, rows, natural, len(ids), found.metrics, found))
     met = {loaded.model.encoder(side).modality for side in loaded.model.does_without}
-    learned = met.issuperset(lacks)
+    learned = met.issuperset(name for kind in kinds.values() for name in kind)
     named = {what: [ids[number] for number in order] for what, order in orders.items()}
     own = kind_of(run) == "run"
     step = int(trained(run).checkpoint(checkpoint)[1]["step"]) if own else None
@@ -150,8 +164,12 @@ def evaluate_missing(
 def _kinds(model: Fusion) -> list[tuple[str, ...]]:
     """Each modality that samples may lack, and all that they may lack at once; never everything that the model reads."""
     may = sorted({model.encoder(side).modality for side in model.may_lack})
-    read = {model.encoder(side).modality for side in model.uses}
-    return [kind for size in range(1, len(may) + 1) for kind in combinations(may, size) if set(kind) < read]
+    return [kind for size in range(1, len(may) + 1) for kind in combinations(may, size) if set(kind) < set(read_by(model))]
+
+
+def read_by(model: Fusion) -> tuple[str, ...]:
+    """The modalities that a model's encoders read."""
+    return tuple(dict.fromkeys(model.encoder(side).modality for side in model.uses))
 
 
 def _grid(kinds: Mapping[str, tuple[str, ...]]) -> list[Shares]:
@@ -164,38 +182,64 @@ def _refuse_unknown(what: str, kinds: Mapping[str, tuple[str, ...]], model: Fusi
     if not kinds:
         fix = "use --method conditional, late-concat or linear, and encoders of several modalities"
         raise ConfigError(152, f"{model.config.method} needs all that it reads", where=f"--missing {what}", fix=fix)
-    fix = did_you_mean(what, kinds) or f"take away {' or '.join(kinds)}"
-    if "main" in model.uses and model.encoder("main").modality in what.split("+"):
-        fix = "train with --either, or take something else away"
-    raise ConfigError(152, f"{model.config.method} cannot do without {what}", where=f"--missing {what}", fix=fix)
+    parts, read = set(what.split("+")), read_by(model)
+    said, fix = f"{model.config.method} cannot do without {what}", f"take away {' or '.join(kinds)}"
+    if unknown := sorted(parts - set(read)):
+        said = f"no encoder of this model reads {unknown[0]}"
+    elif parts == set(read):
+        said = f"a sample without {' and '.join(sorted(parts))} has nothing left that this model reads"
+    elif not model.config.either:
+        fix = f"train with --either, or {fix}"
+    raise ConfigError(152, said, where=f"--missing {what}", fix=fix)
+
+
+def _order(ids: Sequence[str], kind: tuple[str, ...], lacks: Lacks, seed: int) -> list[int]:
+    """The samples that can lack `kind`, in the order in which they lose it; first those whose rows do."""
+    without_S = np.logical_and.reduce([lacks[name] for name in kind])
+    nothing_else_S = np.logical_and.reduce([lacks_S for name, lacks_S in lacks.items() if name not in kind])
+    order = sorted(loss_order(ids, kind, seed), key=lambda number: not without_S[number])
+    return [number for number in order if not nothing_else_S[number]]
 
 
 def _masks(
-    rows: Mapping[str, int], kinds: Mapping[str, tuple[str, ...]], orders: Mapping[str, Sequence[int]], count: int
-) -> dict[str, NDArray[np.bool_]]:
-    """Modality to (S,): True where it is taken away."""
-    masks: dict[str, NDArray[np.bool_]] = {}
-    for what, number in rows.items():
-        for modality in kinds[what]:
-            mask_S = masks.setdefault(modality, np.zeros(count, dtype=np.bool_))
-            mask_S[list(orders[what][:number])] = True
-    return masks
+    shares: Shares, kinds: Mapping[str, tuple[str, ...]], orders: Mapping[str, Sequence[int]], lacks: Lacks
+) -> tuple[dict[str, NDArray[np.bool_]], dict[str, int]]:
+    """Modality to (S,), True where it is taken away or never was; and how many samples lack what was asked.
+
+    No sample loses the last that it has: what is taken first decides who can lose what comes next.
+    """
+    masks = {name: lacks_S.copy() for name, lacks_S in lacks.items()}
+    rows = {}
+    for what, share in shares.items():
+        mine, others = kinds[what], [name for name in masks if name not in kinds[what]]
+        natural_S = np.logical_and.reduce([lacks[name] for name in mine])
+        can = [number for number in orders[what] if not all(masks[name][number] for name in others)]
+        count = max(int(natural_S[can].sum()), round(share * len(natural_S)))
+        for name in mine:
+            masks[name][can[:count]] = True
+        rows[what] = min(count, len(can))
+    return masks, rows
 
 
-def _file(run: Path, split: str) -> Path:
-    return run / f"missing-{split}.json"
+def _require_so_many(asked: Shares, rows: Mapping[str, int], samples: int) -> None:
+    for what, share in asked.items():
+        if rows[what] < round(share * samples):
+            said = f"{rows[what]:,} of {samples:,} samples can lack {what}: the others would have nothing left"
+            fix = f"write at most {what}={int(1000 * rows[what] / samples) / 1000:g}"
+            raise ConfigError(155, said, where=f"--missing {what}={share:g}", fix=fix)
 
 
 def kept(run: Path, split: str, step: int | None) -> dict[str, Any]:
-    """What was found and kept of a split at a step; empty if nothing was."""
-    found = read_json(_file(run, split)) if _file(run, split).exists() else {}
-    return found if found.get("step") == step else {}
+    """What was found and kept of a split at a step, with the first seed of those that were; empty if nothing was."""
+    files = {int(path.stem.rpartition("-")[2]): path for path in run.glob(f"missing-{split}-step-{step}-seed-*.json")}
+    return read_json(files[min(files)]) if files else {}
 
 
 def _keep(run: Path, missing: Missing) -> None:
-    """Add to what is kept, if that is of the same step and seed; replace it if not."""
-    old, new = kept(run, missing.split, missing.step), missing.as_dict()
-    if all(old.get(key) == new[key] for key in ("seed", "samples", "learned")):
+    """Add to what is kept of the same step and seed, if that is of the same samples."""
+    path, new = run / f"missing-{missing.split}-step-{missing.step}-seed-{missing.seed}.json", missing.as_dict()
+    old = read_json(path) if path.exists() else {}
+    if all(old.get(key) == new[key] for key in ("samples", "natural", "learned")):
         found = {str(cell["missing"]): cell for cell in [*old["cells"], *new["cells"]]}
         new |= {"cells": list(found.values()), "orders": old["orders"] | new["orders"]}
-    write_atomically(_file(run, missing.split), dump_json(new))
+    write_atomically(path, dump_json(new))

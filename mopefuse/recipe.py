@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from mopefuse.config import RunConfig, build_config, known_keys, merge, nested, new_name
+from mopefuse.config import Data, RunConfig, build_config, known_keys, merge, nested, new_name
 from mopefuse.errors import ConfigError, did_you_mean
 
 _HERE = Path(__file__).parent
@@ -206,3 +206,13 @@ def _named(name: str, pattern: str) -> tuple[Path | None, list[str]]:
 def to_yaml(config: RunConfig) -> str:
     """The resolved configuration, every setting written out; `read_recipe` gives the same configuration back."""
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, width=120)
+
+
+def data_settings(values: Mapping[str, Any]) -> Data:
+    """Settings of the section `data` by themselves.
+
+    Raises:
+        ConfigError: one that there is not, or of another kind.
+    """
+    encoders = {"main": "tiny:vision", "comp": "tiny:text"}  # that a run needs and its data do not
+    return build_config({**encoders, "data": dict(values)}).data

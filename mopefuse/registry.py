@@ -171,7 +171,7 @@ def state(point: EntryPoint) -> str:
     """``ok``, or why the plain name of a plugin's entry point does not give what it stands for. Imports nothing."""
     if point.group not in KINDS:
         return "unknown group"
-    if ":" in point.name or "?" in point.name:
+    if set(point.name) & set(":?=+"):  # signs of specs, addresses and shares
         return "unusable name"
     owner, owners = distribution(point), {distribution(claim) for claim in available(point.group)[point.name]}
     if str(API) not in apis(owner):

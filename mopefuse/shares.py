@@ -11,10 +11,14 @@ Shares = dict[str, float]
 """Modalities that the same samples lack, joined by "+", to the share of samples."""
 
 
-def words(missing: Mapping[str, float]) -> str:
-    """``70 % of samples lack text``."""
+def words(missing: Mapping[str, float], natural: Mapping[str, int] | None = None) -> str:
+    """``70 % of samples lack text``.
+
+    Args:
+        natural: how many rows lack each modality before anything is taken away.
+    """
     said = [f"{100 * share:.3g} % of samples lack {what.replace('+', ' and ')}" for what, share in missing.items() if share]
-    return ", ".join(said) or "nothing is taken away"
+    return ", ".join(said) or ("nothing but what rows lack is missing" if natural else "nothing is taken away")
 
 
 def parse(texts: Sequence[str]) -> list[Shares] | None:

@@ -12,7 +12,7 @@ from mopefuse.config import RunConfig
 from mopefuse.errors import ConfigError
 
 Comp = str | Sequence[str] | None
-_ADDRESS = re.compile(r"([A-Za-z0-9_]+)=(?=[^=]*:)")
+_ADDRESS = re.compile(r"([^=:?/]+)=(?=[^=]*:)")
 
 
 def specs(config: RunConfig) -> dict[str, str]:

@@ -28,7 +28,7 @@ from mopefuse.evaluate import elsewhere, load_model
 from mopefuse.fusion._base import Fusion
 from mopefuse.fusion.build import build_model
 from mopefuse.run import RunFolder
-from mopefuse.sides import Comp, addressed, with_specs
+from mopefuse.sides import Comp, addressed, is_comp, with_specs
 from mopefuse.source import trained
 from mopefuse.train import resolved, train
 from mopefuse.trainer import Listener, Start
@@ -114,13 +114,18 @@ def swap_encoder(
             raise ConfigError(
                 100, f"{old.config.method} is fitted anew for other encoders", where=str(run), fix="use mopefuse train"
             )
-        named = addressed(main, comp, {side: old.model.encoder(side).modality for side in old.model.uses})
+        there = {side: old.model.encoder(side) for side in old.model.uses}
+        named = addressed(main, comp, {side: encoder.modality for side, encoder in there.items()})
         config = _new_config(old.config, old.model, named, data=data, settings=settings or {}, epochs=epochs)
         labels = distributed.on_main(lambda: load_data(config.data).labels)
         model = build_model(config, len(labels))
+        for side in named:
+            before, now = there[side].modality, model.encoder(side).modality
+            if before != now and listener is not None:
+                listener.notice(f"the {side} encoder read {before}, and the new one reads {now}")
         state, inherited = inherit(old.model, model, old.manifest["labels"], labels)
-        before = source.result().get("metrics")
-        metrics = {"before": before} if before and data is None else {}
+        known = source.result().get("metrics")
+        metrics = {"before": known} if known and data is None else {}
         fresh = tuple(entry.name for entry in inherited if entry.fate == "new")
         result = train(config, out, listener=listener, start=Start(state, fresh, warm_up))
         first = next(line for line in RunFolder(out).read_log() if "val" in line)
@@ -182,10 +187,7 @@ def inherit(
     inherited = []
     for name, tensor in new.own_state().items():
         value, kept = tensor.clone(), 0
-        if name.startswith("head_comp."):
-            same = [*old_labels] == [*new_labels] and all(_survives(f"{s} features", old, new) for s in new.uses[1:])
-            kept = value.copy_(known[name]).numel() if same and name in known else 0
-        elif name.startswith("head."):
+        if name.partition(".")[0] in new.heads:
             kept = _carry_head(name, value, known, old, new, old_labels, new_labels)
         elif name in known and known[name].shape == value.shape and _survives(new.bond(name), old, new):
             value.copy_(known[name])
@@ -230,14 +232,15 @@ def _carry_head(
     source = known.get(name)
     if source is None or source.dim() != value.dim():
         return 0
-    kind = name.rpartition(".")[2]
-    layers = sorted(other for other in known if other.startswith("head.") and other.endswith(kind))
+    head, kind = name.partition(".")[0], name.rpartition(".")[2]
+    layers = sorted(other for other in known if other.startswith(f"{head}.") and other.endswith(kind))
     rows = [(row, row) for row in range(min(len(source), len(value)))]
     if name == layers[-1]:
         rows = [(old_labels.index(label), row) for row, label in enumerate(new_labels) if label in old_labels]
-    columns = [(0, 0)] if any(_survives(side, old, new) for side in new.head_sides) else []
-    if value.dim() == 2:
-        columns = _columns(old, new) if name == layers[0] else [(c, c) for c in range(min(source.shape[1], value.shape[1]))]
+    columns = [(0, 0)] if any(_survives(_features(side), old, new) for side in new.heads[head]) else []
+    if value.dim() == 2 and columns:
+        every = [(column, column) for column in range(min(source.shape[1], value.shape[1]))]
+        columns = _columns(head, old, new) if name == layers[0] else every
     if not rows or not columns:
         return 0
     pick = torch.tensor(rows).T, torch.tensor(columns).T
@@ -248,17 +251,21 @@ def _carry_head(
     return len(rows) * len(columns)
 
 
-def _columns(old: Fusion, new: Fusion) -> list[tuple[int, int]]:
-    """Columns of the head (theirs, ours) for features of encoders that are still there."""
+def _features(side: str) -> str:
+    """What columns of a head hang on: a main encoder is exchanged for one that is much like it, any other is not."""
+    return f"{side} features" if is_comp(side) else side
+
+
+def _columns(head: str, old: Fusion, new: Fusion) -> list[tuple[int, int]]:
+    """Columns of a head (theirs, ours) for features of encoders that are still there."""
     begins, theirs = {}, 0
-    for side in old.head_sides:
+    for side in old.heads[head]:
         begins[side], theirs = theirs, theirs + old.encoder(side).feature_width
     columns: list[tuple[int, int]] = []
     mine = 0
-    for side in new.head_sides:
+    for side in new.heads[head]:
         width = new.encoder(side).feature_width
-        if side in begins and _survives(side, old, new):
+        if side in begins and _survives(_features(side), old, new):
             columns += [(begins[side] + column, mine + column) for column in range(width)]
         mine += width
     return columns
-

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import signal
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -28,6 +29,7 @@ from mopefuse.losses import classification_loss
 from mopefuse.modality import of
 from mopefuse.optim import with_learning_rates
 from mopefuse.run import RunFolder
+from mopefuse.sides import is_comp
 from mopefuse.signals import StopRequest
 from mopefuse.trainer import Listener, Start, Trainer
 
@@ -70,9 +72,7 @@ def plan(config: RunConfig, listener: Listener | None = None) -> Plan:
     data = _load(config, listener or Listener())
     config = _with_modalities(config, data)
     model = build_model(config, len(data.labels))
-    require_rows(model, data.modalities)
-    for name in data.splits:
-        model.require_all_but(Samples(data, name, model.readers(), config.data).lacking, where=name)
+    _require_rows(model, data)
     config = resolved(config, model)
     return Plan(
         config,
@@ -132,7 +132,7 @@ def _train(
     data = _load(config, listener)
     config = _with_modalities(config, data)
     model = build_model(config, len(data.labels))
-    require_rows(model, data.modalities)
+    _require_rows(model, data)
     devices.place(model, device)
     config = model.config = resolved(config, model)
     facts = _facts(config, data, model)
@@ -147,6 +147,9 @@ def _train(
             folder.rewind_log(-1)  # of an attempt that ended before its first checkpoint
         for section in model.unused_sections():
             listener.notice(f"{config.method} does not use the settings of {section}")
+        for spec, count in Counter(str(model.encoder(side).spec) for side in model.uses if is_comp(side)).items():
+            if count > 1:
+                listener.notice(f"{spec} is a complementary encoder {count} times: what it says is the same each time")
     if distributed.is_main():
         folder.start(config, begun if continuing else facts)
         if drawn := drawn_ids(config.data, data):
@@ -304,6 +307,14 @@ def _load(config: RunConfig, listener: Listener) -> DataSet:
 def _with_modalities(config: RunConfig, data: DataSet) -> RunConfig:
     """`config` with the modalities that rows have written out: a plugin that is installed later adds none to a run's."""
     return config.model_copy(update={"data": config.data.model_copy(update={"modalities": data.modalities})})
+
+
+def _require_rows(model: Fusion, data: DataSet) -> None:
+    """Refuse data that lack what the model cannot do without, before anything is computed."""
+    require_rows(model, data.modalities)
+    for name, split in data.splits.items():
+        lacking = [side for side, (modality, _) in model.readers().items() if split.lacks(modality).any()]
+        model.require_all_but(lacking, where=name)
 
 
 def resolved(config: RunConfig, model: Fusion) -> RunConfig:

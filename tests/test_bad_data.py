@@ -20,6 +20,8 @@ import pytest
 from conftest import TINY, call, make_pairs, torchrun, write_rows
 from PIL import Image
 
+from mopefuse.config import Data
+from mopefuse.data.load import load_data
 from mopefuse.encoders._base import create_encoder
 
 Change = Callable[[Path], object]
@@ -250,6 +252,16 @@ def test_f68_strict_refuses_what_leaks(tmp_path: Path) -> None:
     done = call("train", *TINY, "--data", root, "--out", tmp_path / "run", "--steps", "1", "--strict")
     assert done.returncode == 4
     assert "MF-DATA-27" in done.stderr
+
+
+def test_f55_empty_texts_are_counted_and_are_no_leak(tmp_path: Path) -> None:
+    make_pairs(tmp_path)
+    for split in ("train", "val"):
+        lines = (tmp_path / f"{split}.jsonl").read_text().splitlines()
+        rows = [json.loads(line) | {"text": f"text {number} of {split}"} for number, line in enumerate(lines)]
+        write_rows(tmp_path / f"{split}.jsonl", [rows[0] | {"text": ""}, rows[1] | {"text": " "}, *rows[2:]])
+    notices = load_data(Data(path=str(tmp_path))).notices
+    assert notices == ("train: 2 texts are empty", "val: 2 texts are empty")
 
 
 def test_f68_phrases_that_every_split_has_are_no_leak(tmp_path: Path) -> None:

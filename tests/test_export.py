@@ -137,6 +137,23 @@ def test_several_labels_keep_the_thresholds_of_the_run(tmp_path: Path) -> None:
         assert mine["labels"] == theirs["labels"]
 
 
+def test_an_adapter_is_evaluated_on_a_table_with_other_columns(trained: Path, pairs: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    assert call("export", trained, "--format", "adapter", "-o", adapter).returncode == 0
+    rows = [json.loads(line) for line in (pairs / "test.jsonl").read_text().splitlines()]
+    lines = [",".join((row["text"], row["img"], row["label"])) for row in rows]
+    (tmp_path / "shop.csv").write_text("\n".join(["title,photo,kind", *lines]))
+    table = ("--data", tmp_path / "shop.csv", "--image-root", pairs, "--text-col", "title", "--image-col", "photo")
+    own = json.loads(call("eval", trained, "--json").stdout)["metrics"]
+    for model in (adapter, trained):
+        done = call("eval", model, *table, "--label-col", "kind", "--split", "train", "--json", "-o", tmp_path / "said.jsonl")
+        assert done.returncode == 0, done.stdout
+        assert json.loads(done.stdout)["metrics"] == pytest.approx(own)
+    refused = call("eval", adapter, *table, "--label-col", "kind")
+    assert refused.returncode == 4 and "add --split train" in refused.stderr
+    assert call("eval", trained, "--text-col", "title").returncode == 3
+
+
 def test_half_an_adapter_answers_nearly_as_the_whole(trained: Path, pairs: Path, tmp_path: Path) -> None:
     adapter, half = tmp_path / "adapter", tmp_path / "half"
     assert call("export", trained, "--format", "adapter", "-o", adapter).returncode == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -107,7 +108,6 @@ def test_each_of_several_encoders_can_be_missing_by_itself() -> None:
     ("options", "number"),
     [
         ({"method": "mmbt", "train": {"modality_dropout": 0.1}}, 144),
-        ({"method": "linear", "train": {"modality_dropout": 0.1}}, 144),
         ({"comp": "tiny:vision", "train": {"modality_dropout": 0.1}}, 144),
         ({"method": "late-concat", "either": True}, 145),
         ({"warm_start": "linear", "either": True}, 146),
@@ -297,11 +297,17 @@ def run(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def kept_in(run: Path, seed: int = 0) -> Any:
+    """What `eval --missing` kept of the test split, of the selected checkpoint."""
+    step = json.loads((run / "metrics.json").read_text())["selected_step"]
+    return json.loads((run / f"missing-test-step-{step}-seed-{seed}.json").read_text())
+
+
 def test_a_share_that_is_taken_away_is_told_kept_and_can_be_computed_again(run: Path) -> None:
     done = call("eval", run, "--missing", "text=0.7", "--json")
     said = json.loads(done.stdout)
     assert done.returncode == 0 and said["cells"][0]["words"] == "70 % of samples lack text"
-    kept = json.loads((run / "missing-test.json").read_text())
+    kept = kept_in(run)
     cell, order = kept["cells"][0], kept["orders"]["text"]
     assert cell["metrics"] == said["metrics"] and cell["rows"] == {"text": round(0.7 * len(order))} and kept["learned"]
     loaded = load_model(RunFolder(run), "best", torch.device("cpu"))
@@ -319,7 +325,7 @@ def test_a_grid_its_table_and_its_part_of_the_report(run: Path) -> None:
     done = call("eval", run, "--missing", "grid")
     assert done.returncode == 0, done.stderr
     assert "100 % of samples lack text" in done.stdout and "nothing is taken away" in done.stdout
-    kept = json.loads((run / "missing-test.json").read_text())
+    kept = kept_in(run)
     plain = next(cell for cell in kept["cells"] if not cell["missing"])
     assert plain["metrics"] == json.loads((run / "metrics.json").read_text())["metrics"]["test"]
     assert [cell["missing"] for cell in kept["cells"] if cell["missing"]].count({"text": 0.7}) == 1
@@ -328,10 +334,22 @@ def test_a_grid_its_table_and_its_part_of_the_report(run: Path) -> None:
     assert "Where a modality is missing" in page and "70 % of samples lack text" in page
 
 
+def test_another_seed_or_checkpoint_takes_nothing_from_what_is_kept(run: Path) -> None:
+    assert call("eval", run, "--missing", "text=0.7").returncode == 0
+    before = kept_in(run)
+    assert call("eval", run, "--missing", "text=0.7", "--missing-seed", 5).returncode == 0
+    assert call("eval", run, "--missing", "text=0.3", "--checkpoint", "last").returncode == 0
+    assert kept_in(run, 5)["orders"] != kept_in(run)["orders"] == before["orders"]
+    assert [cell for cell in kept_in(run)["cells"] if cell in before["cells"]] == before["cells"]
+    assert call("report", run, "--no-audit").returncode == 0
+    assert "70 % of samples lack text" in (run / "report.html").read_text()
+
+
 def test_a_model_that_never_met_it_is_told_of(trained: Path) -> None:
     done = call("eval", trained, "--missing", "text=1")
     assert done.returncode == 0 and "never met" in done.stderr, done.stderr
-    (trained / "missing-test.json").unlink()
+    for file in trained.glob("missing-test-*.json"):
+        file.unlink()
 
 
 @pytest.mark.parametrize(
@@ -403,8 +421,92 @@ def test_a_share_counts_what_rows_lack_by_themselves(pairs: Path, tmp_path: Path
     for share, lack in ((0.5, round(0.5 * count)), (0.1, without)):
         cell = json.loads(call("eval", tmp_path / "run", "--missing", f"text={share}", "--json").stdout)["cells"][0]
         assert cell["rows"] == {"text": lack} and cell["missing"]["text"] == pytest.approx(lack / count, abs=0.51 / count)
-        order = json.loads((tmp_path / "run" / "missing-test.json").read_text())["orders"]["text"]
+        order = kept_in(tmp_path / "run")["orders"]["text"]
         assert set(order[:without]) == {f"test-{number}" for number in range(0, count, 3)}
+
+
+@pytest.fixture(scope="module")
+def either(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run that does without either modality, and its data: of seven test rows two lack text, and one an image."""
+    root = tmp_path_factory.mktemp("either")
+    data = holes(pairs, root / "data", column="text")
+    for split in ("train", "val", "test"):
+        rows = [json.loads(line) for line in (data / f"{split}.jsonl").read_text().splitlines()]
+        write_rows(data / f"{split}.jsonl", [{**row, "img": None} if i == 1 else row for i, row in enumerate(rows)])
+    done = train(data, root / "run", "--on-missing", "absent", "--either", "--steps", 2)
+    assert done.returncode == 0, done.stderr
+    return root / "run", data
+
+
+def test_no_sample_loses_all_that_it_has(either: tuple[Path, Path]) -> None:
+    run, data = either
+    done = call("eval", run, "--missing", "grid")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
+    lacks = {name: {row["id"] for row in rows if row[key] is None} for name, key in (("text", "text"), ("image", "img"))}
+    kept = kept_in(run)
+    assert kept["natural"] == {name: len(ids) for name, ids in lacks.items()}
+    assert f"1 image, {len(lacks['text'])} text" in done.stdout and "nothing but what rows lack" in done.stdout
+    for cell in kept["cells"]:
+        for name, count in cell["rows"].items():
+            (other,) = {"text", "image"} - {name}
+            assert not lacks[other] & set(kept["orders"][name][:count]) and lacks[name] <= set(kept["orders"][name][:count])
+    most = max(cell["rows"].get("text", 0) for cell in kept["cells"])
+    assert most == len(rows) - 1, "all that have an image"
+    said = json.loads(call("eval", run, "--missing", "text=0.5", "--missing", "image=0.3", "--json").stdout)
+    assert said["cells"][0]["rows"] == {"text": round(0.5 * len(rows)), "image": round(0.3 * len(rows))}
+    for asked, code in ((["text=1"], 155), (["text=0.5", "image=0.8"], 155), (["image+text=0.5"], 152)):
+        words = [word for one in asked for word in ("--missing", one)]
+        error = json.loads(call("eval", run, *words, "--json").stdout)["error"]
+        assert error["code"] == f"MF-CFG-{code}" and "nothing left" in error["message"]
+
+
+def test_a_single_pair_may_have_a_hole_where_the_model_does_without(
+    either: tuple[Path, Path], pairs: Path, trained: Path
+) -> None:
+    run, _ = either
+    image, text = pairs / "images" / "test-0.png", "what is the red digit"
+    rows = [{"img": str(image), "text": ""}, {"text": text}, {"img": str(image), "text": text}]
+    asked = [("--image", image), ("--text", text), ("--image", image, "--text", text)]
+    write_rows(run / "in.jsonl", rows)
+    done = call("predict", run, run / "in.jsonl", "--image-root", pairs)
+    by_row = [json.loads(line)["probabilities"] for line in done.stdout.splitlines()]
+    for flags, found in zip(asked, by_row, strict=True):
+        assert json.loads(call("predict", run, *flags).stdout)["probabilities"] == pytest.approx(found, abs=1e-5)
+    empty = json.loads(call("predict", run, "--image", image, "--text", "").stdout)["probabilities"]
+    assert empty == pytest.approx(by_row[0], abs=1e-5)
+    refused = call("predict", trained, "--image", image)
+    assert refused.returncode == 4 and "has no text" in refused.stderr
+
+
+def test_other_data_with_holes_are_evaluated_where_that_is_asked_for(run: Path, pairs: Path, tmp_path: Path) -> None:
+    data = holes(pairs, tmp_path / "data", column="text")
+    refused = call("eval", run, "--data", data)
+    assert refused.returncode == 4 and re.search("on.missing", refused.stderr)
+    said = json.loads(call("eval", run, "--data", data, "--on-missing", "absent", "--json").stdout)
+    asked = [json.loads(line) for line in call("predict", run, data / "test.jsonl").stdout.splitlines()]
+    true = [json.loads(line)["label"] for line in (data / "test.jsonl").read_text().splitlines()]
+    right = sum(one["label"] == label for one, label in zip(asked, true, strict=True))
+    assert said["metrics"]["accuracy"] == pytest.approx(right / len(true))
+    for flags, code in ((["--on-missing", "skip"], 154), (["--data", data, "--on-missing", "drop"], 1)):
+        assert json.loads(call("eval", run, *flags, "--json").stdout)["error"]["code"] == f"MF-CFG-{code:02}"
+    assert "MF-CFG-01" in call("predict", run, data / "test.jsonl", "--text-col", "").stderr
+
+
+def test_dropout_where_nothing_looks_at_the_other_modality_changes_nothing(pairs: Path, tmp_path: Path) -> None:
+    blind = ("--set", "prompts.dynamic=0", "--set", "prompts.mapped=0", "--steps", 2)
+    assert train(pairs, tmp_path / "dropped", *blind, "--modality-dropout", 0.5).returncode == 0
+    assert train(pairs, tmp_path / "whole", *blind).returncode == 0
+    one, two = (read(tmp_path / name / "checkpoints" / "step-2") for name in ("dropped", "whole"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    done = train(pairs, tmp_path / "linear", "--method", "linear", "--modality-dropout", 0.5)
+    assert done.returncode == 0 and "linear does not use the settings of train.modality_dropout" in done.stderr
+
+
+def test_one_modality_cannot_stand_in_for_itself(pairs: Path, tmp_path: Path) -> None:
+    images = ("--main", "tiny:vision", "--comp", "tiny:vision-b")
+    done = call("train", *images, "--either", "--data", pairs, "--out", tmp_path / "run")
+    assert done.returncode == 3 and "all encoders read image" in done.stderr
 
 
 def test_an_empty_text_is_the_same_to_eval_and_predict(pairs: Path, run: Path, tmp_path: Path) -> None:

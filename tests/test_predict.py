@@ -125,6 +125,16 @@ def test_what_is_no_pair_becomes_a_row_with_its_error(trained: Path, mixed: Path
     assert all(("label" in row) != ("error" in row) for row in told)
 
 
+def test_where_nothing_can_be_read_the_answer_is_no_success(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text("id,text,photo\n1,a,x.png\n2,b,y.png\n")
+    done = call("predict", trained, tmp_path / "in.csv", "-o", tmp_path / "out.jsonl")
+    assert done.returncode == 4
+    assert "none of 2 pairs could be read" in done.stderr and "--image-col photo" in done.stderr
+    assert len(rows(tmp_path / "out.jsonl")) == 2
+    (tmp_path / "in.csv").write_text("id,text,photo\n")
+    assert call("predict", trained, tmp_path / "in.csv").returncode == 0, "no rows, no answers"
+
+
 def test_strict_stops_at_the_first_and_writes_nothing(trained: Path, mixed: Path, tmp_path: Path) -> None:
     done = call("predict", trained, mixed, "-o", tmp_path / "out.jsonl", "--strict")
     assert (done.returncode, (tmp_path / "out.jsonl").exists()) == (4, False)
@@ -170,7 +180,7 @@ def test_a_cell_that_is_a_formula_elsewhere_is_quoted() -> None:
     [
         ((), "MF-CFG-64"),
         (("in.jsonl", "--image", "a.png", "--text", "t"), "MF-CFG-64"),
-        (("--image", "a.png"), "MF-CFG-64"),
+        (("in.jsonl", "--text", "t"), "MF-CFG-64"),
         (("nowhere.jsonl",), "MF-CFG-66"),
         (("-", "-o", "out.parquet"), "MF-CFG-65"),
         (("-", "-o", "nowhere/out.csv"), "MF-CFG-54"),

@@ -62,6 +62,11 @@ def test_which_encoder_is_meant(comp: list[str], found: dict[str, str]) -> None:
     assert addressed(None, comp, {"main": "image", "comp": "text", "comp2": "audio"}) == found
 
 
+def test_a_modality_of_a_plugin_may_have_a_hyphen() -> None:
+    sides = {"main": "image", "comp": "text", "comp2": "point-cloud"}
+    assert addressed(None, ["point-cloud=x:y"], sides) == {"comp2": "x:y"}
+
+
 def test_with_one_encoder_no_address_is_needed() -> None:
     assert addressed("a:b", "c:d?e=f", {"main": "image", "comp": "text"}) == {"main": "a:b", "comp": "c:d?e=f"}
 

@@ -90,6 +90,20 @@ def test_rows_of_labels_that_stay_are_kept() -> None:
     assert kept(none, "head") == {"new"}
 
 
+def test_columns_of_features_of_another_complementary_encoder_are_new() -> None:
+    late: dict[str, Any] = {"method": "late-concat", "main": SMALL}
+    old, state, fates = pair(late, {**late, "comp": "tiny:text-b"})
+    assert fates["head.weight"] == "projected"
+    width = state["head.weight"].shape[1] - 96
+    assert torch.equal(state["head.weight"][:, :width], old["head.weight"][:, :width])
+    assert not (state["head.weight"][:, width:] == old["head.weight"][:, width:]).any()
+    several: dict[str, Any] = {"either": True, "comp": ["tiny:text", "tiny:text-b"]}
+    old, state, fates = pair(several, {**several, "comp": ["tiny:text", "tiny:text-b?pool=cls"]})
+    assert (fates["head.weight"], fates["head_comp.weight"]) == ("kept", "projected")
+    mine, theirs = state["head_comp.weight"], old["head_comp.weight"]
+    assert torch.equal(mine[:, :96], theirs[:, :96]) and not (mine[:, 96:] == theirs[:, 96:]).any()
+
+
 def test_of_a_concatenation_the_columns_of_the_other_encoder_are_kept() -> None:
     late: dict[str, Any] = {"method": "late-concat", "main": SMALL}
     old, state, fates = pair(late, late | {"main": WIDER})

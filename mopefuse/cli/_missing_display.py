@@ -16,7 +16,7 @@ def show(run: str, found: Missing) -> None:
     plain = next((cell.metrics[name] for cell in found.cells if not cell.missing), None)
     rows = []
     for cell in found.cells:
-        row = [cell.words, ", ".join(f"{count:,}" for count in cell.rows.values()) or "0", percent(cell.metrics[name])]
+        row = [cell.words, cell.lacking, percent(cell.metrics[name])]
         rows.append([*row, *([] if plain is None else [f"{100 * (cell.metrics[name] - plain):+.1f}"])])
     first = f"of {found.cells[0].samples:,} samples of {found.split}"
     table(run, [first, "lack it", name, *([] if plain is None else ["points"])], rows)

@@ -37,6 +37,9 @@ def evaluate(
     split_col: columns.SplitCol = None,
     label_sep: columns.LabelSep = None,
     image_root: columns.ImageRoot = None,
+    on_missing: Annotated[
+        str | None, typer.Option(help="What a row of --data without a modality is: error, skip or absent; as in training.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Evaluate a run: metrics, a table by label, predictions.jsonl. Deterministic; no sample depends on its batch."""
@@ -62,6 +65,7 @@ def evaluate(
         roots=image_root,
         labels=None,
     )
+    read["data.on_missing"] = on_missing
     layout = {path.removeprefix("data."): value for path, value in read.items() if value is not None}
     if layout and data is None:
         what = "a run's own data are read as they were in training"

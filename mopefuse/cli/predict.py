@@ -22,7 +22,7 @@ def predict(
     run: Annotated[Path, typer.Argument(metavar="MODEL", help="Run, adapter or bundle: a folder, or hf-hub:repo/name.")],
     source: Annotated[str | None, typer.Argument(metavar="[INPUT]", help="JSON lines, CSV, ... of pairs; - for stdin.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write, .jsonl or .csv; default stdout.")] = None,
-    image: Annotated[Path | None, typer.Option(help="A single image, with --text.")] = None,
+    image: Annotated[Path | None, typer.Option(help="A single image, with --text; alone if the model does without.")] = None,
     text: Annotated[str | None, typer.Option(help="The text of a single image.")] = None,
     top: Annotated[int | None, typer.Option(min=1, help="Only the likeliest labels.")] = None,
     routing: Annotated[bool, typer.Option("--routing", help="Add the weights of the experts that were used.")] = False,
@@ -40,11 +40,11 @@ def predict(
 ) -> None:
     """Say what new pairs are: their labels and probabilities, one line for each, in the order of the input."""
     from mopefuse.cli._render import err
-    from mopefuse.config import Data
     from mopefuse.errors import ConfigError, DataError
     from mopefuse.predict import load, predict_pairs
+    from mopefuse.recipe import data_settings
 
-    if (source is None) == (image is None) or (image is None) != (text is None):
+    if (source is None) == (image is None and text is None):
         raise ConfigError(64, "there is not one input", where="predict", fix="name a file, or give --image and --text")
     if out is not None and out.suffix not in (".jsonl", ".csv"):
         raise ConfigError(65, f"{out.name} is neither .jsonl nor .csv", where="--out", fix="name a file of one of them")
@@ -52,7 +52,7 @@ def predict(
         raise ConfigError(54, f"there is no folder {out.parent}", where="--out", fix="make it, or name another file")
     named: dict[str, Any] = {"text_col": text_col, "img_col": image_col, "columns": columns.named(column), "id_col": id_col}
     named["image_roots"] = tuple(image_root or ()) or None
-    config = Data(**{key: value for key, value in named.items() if value is not None})
+    config = data_settings({key: value for key, value in named.items() if value is not None})
     if isinstance(source, str) and source != "-" and not Path(source).is_file():
         raise ConfigError(66, f"there is no file {source}", where="predict", fix="name a file of pairs, or - for stdin")
     predictor = load(run, checkpoint=checkpoint, device=device, main=main, comp=comp)
@@ -80,11 +80,15 @@ def _pairs(
     from mopefuse.data.images import open_image
     from mopefuse.predict import Pair, read_pairs
 
+    if source is not None:
+        place, empty = sys.stdin.buffer if source == "-" else Path(source), model.empty_is_missing
+        return read_pairs(place, config, model.modalities, model.may_lack, empty_is_missing=empty)
+    given: dict[str, Any] = {}
     if image is not None:
-        picture = open_image([image.absolute().parent], image.name, where=str(image), max_pixels=config.max_pixels)
-        return [Pair(image.name, {"image": picture, "text": text or ""})]
-    place, empty = sys.stdin.buffer if source == "-" else Path(source or ""), model.empty_is_missing
-    return read_pairs(place, config, model.modalities, model.may_lack, empty_is_missing=empty)
+        given["image"] = open_image([image.absolute().parent], image.name, where=str(image), max_pixels=config.max_pixels)
+    if text is not None and (text.strip() or not model.empty_is_missing):
+        given["text"] = text
+    return [Pair(image.name if image else "text", {name: given.get(name) for name in model.modalities})]
 
 
 def _gathered(answers: Iterable[Answer]) -> list[Answer]:

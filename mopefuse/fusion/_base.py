@@ -85,9 +85,12 @@ class Fusion(nn.Module):
         if config.either and "main" not in self.may_lack:
             what = f"{config.method} cannot do without the main modality"
             raise ConfigError(143, what, where="--either", fix="use --method conditional or late-concat")
-        if config.train.modality_dropout and (self.closed_form or not self.may_lack):
-            what = f"{config.method} makes no training step" if self.closed_form else f"{config.method} needs all that it reads"
-            raise ConfigError(144, f"{what}: there is nothing to drop", where="--modality-dropout", fix="leave it out")
+        if config.either and len({self.encoder(side).modality for side in self.uses}) == 1:
+            what = f"all encoders read {self.encoder('main').modality}: where the main one has none, no other has"
+            raise ConfigError(143, what, where="--either", fix="leave it out")
+        if config.train.modality_dropout and not self.may_lack:
+            what = f"{config.method} needs all that it reads: there is nothing to drop"
+            raise ConfigError(144, what, where="--modality-dropout", fix="leave it out")
 
     def learn_absence(self, sides: Sequence[str]) -> None:
         """Learn what stands in for `sides` where a sample has nothing for them; see `or_absent`."""
@@ -125,16 +128,22 @@ class Fusion(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no prompts {kind}")
 
     def unused_sections(self) -> list[str]:
-        """Sections of settings that were changed from their defaults and that this method does not look at."""
+        """Sections of settings that were changed from their defaults and that this method does not look at, and settings."""
         default = RunConfig(main="", comp="")
+        settings = ["train.modality_dropout"] if self.config.train.modality_dropout and self.closed_form else []
         optional = ("warm_start", "tune", "prompts", "router", "comp_tuning", "lora", "inserted", "pmf", "linear")
         used = (*self.sections, "lora") if any(self.encoder(side).adapted for side in self.uses) else self.sections
-        return [s for s in optional if s not in used and getattr(self.config, s) != getattr(default, s)]
+        return [s for s in optional if s not in used and getattr(self.config, s) != getattr(default, s)] + settings
 
     @property
     def head_sides(self) -> tuple[str, ...]:
         """The sides whose pooled features the head takes, side by side."""
         return self.uses
+
+    @property
+    def heads(self) -> dict[str, tuple[str, ...]]:
+        """The sides that each head takes, by the name of the module."""
+        return {"head": self.head_sides}
 
     def bond(self, name: str) -> str:
         """What the meaning of a tensor of ours hangs on, see `bonds`; of a tuned encoder on that encoder."""

@@ -123,6 +123,11 @@ class ConditionalFusion(Fusion):
         """The main encoder alone, which was asked by the others; all after a warm start."""
         return ("main",) if self.standard is None else self.uses
 
+    @property
+    def heads(self) -> dict[str, tuple[str, ...]]:
+        """With `either` also one of the complementary sides alone."""
+        return super().heads | ({} if self.head_comp is None else {"head_comp": self.comps})
+
     def unused_sections(self) -> list[str]:
         """Also the settings of the regression, where there is none."""
         unused = super().unused_sections()

@@ -1,4 +1,4 @@
-"""The section of a run's page on what is lost where samples lack a modality, from missing-<split>.json."""
+"""The section of a run's page on what is lost where samples lack a modality, as ``eval --missing`` kept it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ def missing(facts: RunFacts) -> Section | None:
     lines = []
     for what in dict.fromkeys(next(iter(cell["missing"])) for cell in cells if len(cell["missing"]) == 1):
         mine = [(cell["missing"][what], cell["metrics"][name]) for cell in cells if [*cell["missing"]] == [what]]
-        points = [*([] if whole is None else [(0.0, whole)]), *(point for point in mine if point[0] > 0)]
+        begin = [] if whole is None or found["natural"] else [(0.0, whole)]
+        points = [*begin, *(point for point in mine if point[0] > 0)]
         lines.append(planes.Curve(what.replace("+", " and "), points))
     columns = ["", "samples that lack it", name, *([] if whole is None else ["points"])]
     rows = [
-        [cell["words"], ", ".join(f"{count:,}" for count in cell["rows"].values()) or "0", percent(cell["metrics"][name])]
+        [cell["words"], cell["lacking"], percent(cell["metrics"][name])]
         + ([] if whole is None else [f"{100 * (cell['metrics'][name] - whole):+.1f}"])
         for cell in cells
     ]
