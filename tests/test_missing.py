@@ -16,7 +16,7 @@ from conftest import call, write_rows
 from test_fusion import TEXTS, build, images, open_gates
 
 import mopefuse
-from mopefuse import metrics
+from mopefuse import metrics, missing
 from mopefuse.config import build_config
 from mopefuse.data.collate import Samples
 from mopefuse.data.load import load_data
@@ -438,8 +438,10 @@ def either(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     return root / "run", data
 
 
-def test_no_sample_loses_all_that_it_has(either: tuple[Path, Path]) -> None:
+def test_no_sample_loses_all_that_it_has(either: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     run, data = either
+    masks: list[Any] = []
+    monkeypatch.setattr(missing, "Taken", lambda samples, taken: masks.append(taken) or Taken(samples, taken))
     done = call("eval", run, "--missing", "grid")
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
@@ -453,8 +455,9 @@ def test_no_sample_loses_all_that_it_has(either: tuple[Path, Path]) -> None:
             assert not lacks[other] & set(kept["orders"][name][:count]) and lacks[name] <= set(kept["orders"][name][:count])
     most = max(cell["rows"].get("text", 0) for cell in kept["cells"])
     assert most == len(rows) - 1, "all that have an image"
-    said = json.loads(call("eval", run, "--missing", "text=0.5", "--missing", "image=0.3", "--json").stdout)
-    assert said["cells"][0]["rows"] == {"text": round(0.5 * len(rows)), "image": round(0.3 * len(rows))}
+    said = json.loads(call("eval", run, "--missing", "text=0.6", "--missing", "image=0.4", "--json").stdout)
+    assert said["cells"][0]["rows"] == {"text": 4, "image": 3} and len(rows) == 7
+    assert (masks[-1]["text"] ^ masks[-1]["image"]).all() and not any((m["text"] & m["image"]).any() for m in masks)
     for asked, code in ((["text=1"], 155), (["text=0.5", "image=0.8"], 155), (["image+text=0.5"], 152)):
         words = [word for one in asked for word in ("--missing", one)]
         error = json.loads(call("eval", run, *words, "--json").stdout)["error"]
