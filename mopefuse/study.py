@@ -79,22 +79,26 @@ def is_finished(cell: Cell, out: Path) -> bool:
         return False
 
 
-def trainable(cells: Sequence[Cell]) -> dict[str, int]:
-    """Label to trainable parameters, where that is cheap: the data are there and both encoders come with mopefuse."""
-    counts: dict[str, int] = {}
-    labels: dict[str, int] = {}  # by how data are read
+def trainable(cells: Sequence[Cell]) -> dict[str, int | str]:
+    """Label to trainable parameters, or why there is no such model, where that is cheap: with data and encoders at hand."""
+    found: dict[str, int | str] = {}
+    labels: dict[str, int] = {}  # by how data are read; 0 of what cannot be read
     for cell in cells:
         config = cell.config
-        if cell.label in counts or not all(spec.startswith("tiny:") for spec in specs(config).values()):
+        if cell.label in found or not all(spec.startswith("tiny:") for spec in specs(config).values()):
             continue
-        try:
-            how = config.data.model_dump_json()
-            if how not in labels:
+        how = config.data.model_dump_json()
+        if how not in labels:
+            try:
                 labels[how] = len(load_data(config.data).labels)
-            counts[cell.label] = sum(build_model(config, labels[how]).breakdown().values())
-        except MopefuseError:
-            continue
-    return counts
+            except MopefuseError:
+                labels[how] = 0
+        try:
+            if labels[how]:
+                found[cell.label] = sum(build_model(config, labels[how]).breakdown().values())
+        except MopefuseError as error:
+            found[cell.label] = str(error)
+    return found
 
 
 def run_study(study: Study, out: Path, *, jobs: int = 1, listener: StudyListener | None = None) -> list[Status]:

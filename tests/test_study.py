@@ -246,6 +246,17 @@ def test_a_dry_run_lists_the_cells_and_writes_nothing(file: Path, tmp_path: Path
     assert three - one == layers * (2 * tokens * width + 3 * (width + 1)), "two experts, and a router for the three"
 
 
+def test_a_dry_run_says_which_cells_will_fail(pairs: Path, tmp_path: Path) -> None:
+    settings = {"main": "tiny:vision", "comp": "tiny:text", "data.path": str(pairs), "train": {"modality_dropout": 0.2}}
+    cells: dict[str, Any] = {"a": {}, "linear": {"method": "linear"}, "b": {"method": "mmbt"}}
+    study = {"settings": settings, "seeds": [0], "cells": cells}
+    (tmp_path / "study.yaml").write_text(json.dumps(study))
+    done = call("study", tmp_path / "study.yaml", "--dry-run")
+    assert done.returncode == 0 and "b will fail: " in done.stderr and "mmbt needs all that it reads" in done.stderr
+    listed = json.loads(call("study", tmp_path / "study.yaml", "--dry-run", "--json").stdout)["cells"]
+    assert [bool(cell["refused"]) for cell in listed] == [False, False, True]
+
+
 def test_a_dry_run_knows_what_is_finished(undisturbed: Path, file: Path) -> None:
     listed = json.loads(call("study", file, "--out", undisturbed, "--dry-run", "--json").stdout)["cells"]
     assert all(cell["finished"] for cell in listed)

@@ -64,10 +64,12 @@ def _as_dict(status: Status) -> dict[str, Any]:
 
 
 def _dry_run(chosen: Study, folder: Path, *, json: bool) -> None:
-    from mopefuse.cli._render import out, print_json, table
+    from mopefuse.cli._render import err, out, print_json, table
     from mopefuse.study import is_finished, trainable
 
-    counts = trainable(chosen.cells)
+    found = trainable(chosen.cells)
+    counts = {label: count for label, count in found.items() if isinstance(count, int)}
+    refused = {label: why for label, why in found.items() if isinstance(why, str)}
     finished = {cell.folder for cell in chosen.cells if is_finished(cell, folder)}
     if json:
         listed = [
@@ -78,6 +80,7 @@ def _dry_run(chosen: Study, folder: Path, *, json: bool) -> None:
                 "settings": cell.changes,
                 "trainable": counts.get(cell.label),
                 "finished": cell.folder in finished,
+                "refused": refused.get(cell.label),
             }
             for cell in chosen.cells
         ]
@@ -90,5 +93,7 @@ def _dry_run(chosen: Study, folder: Path, *, json: bool) -> None:
         done = f"{sum(cell.folder in finished for cell in cells)} of {len(cells)}"
         rows.append([label, changes or "-", f"{counts[label]:,}" if label in counts else "-", done])
     table(chosen.name, ["cell", "settings", "trainable parameters", "finished"], rows, left=(0, 1))
+    for label, why in refused.items():
+        err().print(f"notice: {label} will fail: {why}", markup=False)
     seeds = ", ".join(map(str, chosen.file.seeds))
     out().print(f"{len(chosen.cells)} runs: {len(rows)} cells, seeds {seeds}; into {folder}", markup=False)
