@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -314,11 +313,6 @@ def prepared(
             notice(f"{split}: {what} encoded once by {encoder.spec}, {features[side].origin}")
     samples = Samples(data, split, model.readers(), config.data, features=features, seed=config.seed, training=training)
     model.require_all_but(samples.lacking, where=split)
-    if samples.lacking.keys() == samples.modality_of.keys():
-        empty = int(np.logical_and.reduce([*samples.lacking.values()]).sum())
-        if empty:
-            what = f"{empty} samples have nothing that the encoders read"
-            raise DataError(110, what, where=split, fix="remove them, or leave them out with --on-missing skip")
     if config.data.cache_images:
         told = partial(reading, f"decoding {split}")
         if distributed.world_size() > 1:

@@ -313,8 +313,8 @@ def _require_rows(model: Fusion, data: DataSet) -> None:
     """Refuse data that lack what the model cannot do without, before anything is computed."""
     require_rows(model, data.modalities)
     for name, split in data.splits.items():
-        lacking = [side for side, (modality, _) in model.readers().items() if split.lacks(modality).any()]
-        model.require_all_but(lacking, where=name)
+        lacks = {side: split.lacks(modality) for side, (modality, _) in model.readers().items()}
+        model.require_all_but({side: lacks_S for side, lacks_S in lacks.items() if lacks_S.any()}, where=name)
 
 
 def resolved(config: RunConfig, model: Fusion) -> RunConfig:

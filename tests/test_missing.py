@@ -482,6 +482,15 @@ def test_a_single_pair_may_have_a_hole_where_the_model_does_without(
     assert refused.returncode == 4 and "has no text" in refused.stderr
 
 
+def test_a_sample_that_has_nothing_is_refused(either: tuple[Path, Path], tmp_path: Path) -> None:
+    model = load_model(RunFolder(either[0]), "best", torch.device("cpu")).model
+    one, none = images(1)[0], None
+    assert model.collate([one, none], [none, "a"]).missing.keys() == {"main", "comp"}
+    with pytest.raises(DataError, match="1 of the samples have nothing") as caught:
+        model.collate([one, none], ["a", none])
+    assert caught.value.number == 110
+
+
 def test_other_data_with_holes_are_evaluated_where_that_is_asked_for(run: Path, pairs: Path, tmp_path: Path) -> None:
     data = holes(pairs, tmp_path / "data", column="text")
     refused = call("eval", run, "--data", data)

@@ -9,12 +9,16 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import reduce
+from operator import and_
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mopefuse import modality
@@ -167,14 +171,14 @@ class Fusion(nn.Module):
         dropped = self.config.train.modality_dropout > 0 and not self.closed_form
         return self.may_lack if dropped or self.config.data.on_missing == "absent" else ()
 
-    def require_all_but(self, lacking: Iterable[str], *, where: str) -> None:
-        """Refuse samples that lack what this model cannot do without.
+    def require_all_but(self, lacking: Mapping[str, NDArray[np.bool_] | Tensor], *, where: str) -> None:
+        """Refuse samples that lack what this model cannot do without, or all that it reads.
 
         Args:
-            lacking: sides that some sample has nothing for.
+            lacking: sides that some sample has nothing for, to which ones (S,).
 
         Raises:
-            DataError: one of them is not in `may_lack`.
+            DataError: one of them is not in `may_lack`, or a sample has nothing.
         """
         for side in lacking:
             if side in self.may_lack:
@@ -185,6 +189,10 @@ class Fusion(nn.Module):
                 fix = f"train with --either, or {fix}"
             what = f"samples lack {modality}, and {self.config.method} cannot do without what its {side} encoder reads"
             raise DataError(100, what, where=where, fix=fix)
+        empty = int(reduce(and_, lacking.values()).sum()) if lacking.keys() >= {*self.reads} else 0
+        if empty:
+            what = f"{empty} of the samples have nothing that the encoders read"
+            raise DataError(110, what, where=where, fix="leave them out, as --on-missing skip does")
 
     def or_absent(self, side: str, normed_BC: Tensor, batch: Batch) -> Tensor:
         """A side's features without their scale, and the absent condition for samples that have nothing for it.
