@@ -78,10 +78,10 @@ def test_a_value_that_is_not_there_is_what_the_policy_says(data: Path, form: str
 
 def test_an_error_names_the_ways_on(data: Path) -> None:
     change(data, "train", 4, text=None)
-    with pytest.raises(DataError, match=r"text is null, .* \(set data.allow_missing_text=true .* data.on_missing to skip"):
+    with pytest.raises(DataError, match=r"text is null, .* \(set data.allow_missing_text=true .* or --on-missing skip or absent"):
         read(data)
     change(data, "train", 4, text="x", img=None)
-    with pytest.raises(DataError, match=r"img is null, expected a string \(set data.on_missing to skip or absent"):
+    with pytest.raises(DataError, match=r"img is null, expected a string \(use --on-missing skip or absent"):
         read(data)
 
 
@@ -126,7 +126,7 @@ def test_empty_cells_of_a_table_are_missing(data: Path) -> None:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
-    with pytest.raises(DataError, match=r"img is empty, expected a string \(set data.on_missing"):
+    with pytest.raises(DataError, match=r"img is empty, expected a string \(use --on-missing"):
         read(data)
     kept = read(data, on_missing="absent").splits["train"]
     assert [np.flatnonzero(kept.lacks(name)).tolist() for name in ("text", "image")] == [[2], [3]]

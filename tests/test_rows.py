@@ -155,11 +155,29 @@ def test_nothing_of_a_row_is_echoed(tmp_path: Path) -> None:
     assert secret not in str(error)
 
 
-def test_twenty_problems_are_listed_and_all_are_counted(tmp_path: Path) -> None:
-    error = refused(split(tmp_path, "x\n" * 33))
-    assert error.what.startswith("33 bad rows: ")
-    assert error.what.count("train.jsonl:") == 20
-    assert error.what.endswith("and 13 more")
+def test_five_problems_are_listed_and_all_are_counted(tmp_path: Path) -> None:
+    error = refused(split(tmp_path, "".join(line(id=i, img=f"{i}.png") + "\n" for i in range(33))))
+    assert error.what.startswith("33 bad rows: train.jsonl:1, id 0: image not found: 0.png; ")
+    assert error.what.count("train.jsonl:") == 5
+    assert error.what.endswith("; and 28 more")
+    assert error.fix == "add the file; mopefuse data check --json lists all"
+
+
+def test_rows_with_the_same_problem_are_said_once_with_what_mends_them(tmp_path: Path) -> None:
+    error = refused(split(tmp_path, "".join(line(id=i, img="") + "\n" for i in range(33)) + "x\n"))
+    assert error.what.startswith("34 bad rows: train.jsonl:1 img is empty, expected a string (use --on-missing ")
+    assert "(and 32 more like it); train.jsonl:34 is not JSON" in error.what
+    assert error.what.count("train.jsonl:") == 2 and error.fix.startswith("correct or remove them; ")
+    same = refused(split(tmp_path, "x\n" * 33))
+    assert same.what == "33 bad rows: train.jsonl:1 is not JSON (column 1: Expecting value) (and 32 more like it)"
+    assert same.fix.startswith("correct the line; ")
+
+
+@pytest.mark.parametrize(("said", "hint"), [("titel", "titles"), ("body", "caption")])
+def test_the_nearest_column_is_offered_first(tmp_path: Path, said: str, hint: str) -> None:
+    write_rows(tmp_path / "train.jsonl", [{"caption": "t", "titles": "t", "img": "a.png", "label": "x"}])
+    with pytest.raises(DataError, match=rf"has no {said}; found .*; did you mean --text-col {hint}\?"):
+        load_data(Data(path=str(tmp_path), modalities=("text", "image"), text_col=said))
 
 
 def test_an_id_that_comes_twice_is_refused_with_both_lines(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from mopefuse import modality
 from mopefuse.config import Data as DataConfig
 from mopefuse.data.tables import Table, columns_in
-from mopefuse.errors import ConfigError, DataError, did_you_mean
+from mopefuse.errors import ConfigError, DataError, did_you_mean, nearest
 
 EXPECTED = ("text", "image")
 """What a row of the papers' data has: expected where a table has the columns of fewer than two modalities."""
@@ -118,10 +118,17 @@ class Layout:
         return value
 
     def hints(self, missing: Sequence[str], with_label: bool, row: Mapping[str, Any]) -> list[str]:
-        """Flags that may be meant, where columns are not there."""
-        found = [flag_for(name, other) for name in missing for other in modality.of(name).meant if other in row]
-        found += [f"--label-col {other}" for other in _LABELS if with_label and other in row]
-        return found[: len(missing) + with_label]
+        """Flags that may be meant, where columns are not there: for each the nearest name, or what it is called elsewhere."""
+        free = [other for other in row if other not in {*self.columns.values(), self.identity, self.label}]
+        found = []
+        for name in missing:
+            near = [*nearest(self.columns[name], free, most=1), *(other for other in modality.of(name).meant if other in free)]
+            found += [flag_for(name, other) for other in near[:1]]
+            free = [other for other in free if other not in near[:1]]
+        if with_label:
+            near = [*nearest(self.label, free, most=1), *(other for other in _LABELS if other in free)]
+            found += [f"--label-col {other}" for other in near[:1]]
+        return found
 
     def describe(self) -> tuple[object, ...]:
         """Everything about it that a digest must know, but `on_missing`: where nothing is missing, it changes nothing.

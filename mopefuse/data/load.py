@@ -13,6 +13,7 @@ from mopefuse import cache
 from mopefuse.config import Data as DataConfig
 from mopefuse.data._base import SPLITS, DataSet, Problem, Split
 from mopefuse.data.columns import Layout, modalities_of
+from mopefuse.data.findings import KINDS, kind_of_row
 from mopefuse.data.index import Advance, Index, build
 from mopefuse.data.leaks import leak
 from mopefuse.data.rows import Rows
@@ -21,7 +22,7 @@ from mopefuse.data.tables import SUFFIXES, find_tables, read_bytes
 from mopefuse.errors import ConfigError, DataError, data_error
 from mopefuse.modality import of
 
-_MOST_LISTED = 20
+_MOST_LISTED = 5
 Numbers = NDArray[np.int64]
 Parts = dict[str, tuple[Index, Numbers]]  # split to the index that has its rows, and which of them they are
 
@@ -39,7 +40,7 @@ def load_data(
         advance: told of (files looked at, files to look at) where the index is built.
 
     Raises:
-        DataError: no such folder or split, bad rows or files (all are found, the first twenty listed), labels that
+        DataError: no such folder or split, bad rows or files (all are found, the first few listed), labels that
             training does not define. UnsafePathError: a path out of its root. ConfigError: no data were named.
     """
     if config.path is None:
@@ -158,13 +159,25 @@ def _refuse_bad(index: Index, root: Path, config: DataConfig) -> tuple[Problem, 
         raise data_error(first.code, first.what, where=first.where, fix=first.fix)
     code = first.code if len({problem.code for problem in shown}) == 1 else "MF-DATA-03"
     plural = "s" if len(shown) > 1 else ""
-    fix = first.fix if unsafe else "correct or remove them; mopefuse data check lists all"
+    fix = first.fix if unsafe else f"{_todo(problems)}; mopefuse data check --json lists all"
     raise data_error(code, f"{len(shown)} bad row{plural}: {_listed(shown)}", where=str(root / index.file), fix=fix)
 
 
 def _listed(problems: Sequence[Problem]) -> str:
-    listed = "; ".join(map(str, problems[:_MOST_LISTED]))
-    return listed + (f"; and {len(problems) - _MOST_LISTED} more" if len(problems) > _MOST_LISTED else "")
+    """Problems in one line: those of the same words once, at the first of them, with how many more there are."""
+    alike: dict[str, list[Problem]] = {}
+    for problem in problems:
+        alike.setdefault(problem.what, []).append(problem)
+    shown = list(alike.values())[:_MOST_LISTED]
+    listed = [f"{same[0]}" + (f" (and {len(same) - 1:,} more like it)" if len(same) > 1 else "") for same in shown]
+    rest = len(problems) - sum(map(len, shown))
+    return "; ".join([*listed, *([f"and {rest:,} more"] if rest else [])])
+
+
+def _todo(problems: Sequence[Problem]) -> str:
+    """What mends them, where that is the same for all."""
+    fixes = {problem.fix or KINDS[kind_of_row(problem.what)].todo for problem in problems}
+    return fixes.pop() if len(fixes) == 1 else "correct or remove them"
 
 
 def _is_multi_label(parts: Parts) -> bool:
