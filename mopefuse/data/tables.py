@@ -102,6 +102,11 @@ def columns_in(table: Table, names: Collection[str]) -> set[str]:
     return found
 
 
+def some_columns(table: Table) -> set[str]:
+    """The columns of the first row that is one; none where no row is."""
+    return {str(name) for name in next((row.value for row in table.rows() if isinstance(row.value, dict)), {})}
+
+
 def _written(name: str) -> Iterator[bytes]:
     """A key as JSON writes it."""
     yield json.dumps(name).encode()
