@@ -225,7 +225,7 @@ def test_other_formats_under_our_name_are_recognised(tmp_path: Path, content: by
 def test_a_label_that_training_does_not_know_is_counted(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"x \(2\), y \(1\)") as caught:
         load(folder_with(tmp_path, ["a", "b"], ["x", "a", "y", "x"]))
-    assert caught.value.where == "val.jsonl"
+    assert caught.value.where == "val.jsonl:1, id 0"
     (tmp_path / "labels.txt").write_text("b\na\r\nx\ny\n")
     assert load(tmp_path).labels == ("b", "a", "x", "y")
 

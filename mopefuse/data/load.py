@@ -19,7 +19,7 @@ from mopefuse.data.leaks import leak
 from mopefuse.data.rows import Rows
 from mopefuse.data.subsets import few, hold_out
 from mopefuse.data.tables import SUFFIXES, find_tables, read_bytes
-from mopefuse.errors import ConfigError, DataError, data_error
+from mopefuse.errors import ConfigError, DataError, data_error, nearest
 from mopefuse.modality import of
 
 _MOST_LISTED = 5
@@ -50,7 +50,7 @@ def load_data(
     root = roots[0]
     indexes = read_indexes(config, advance=advance)
     skipped = {name: _refuse_bad(index, root, config) for name, index in indexes.items()}
-    parts = _parts(indexes, path, config, require)
+    parts = parts_of(indexes, path, config, require)
     splits = {name: _split(name, index, rows, skipped.get(name, ()), config) for name, (index, rows) in parts.items()}
     multi = _is_multi_label(parts)
     labels = _labels(root, splits, config)
@@ -90,8 +90,15 @@ def to_have(name: str, path: Path) -> str:
     return f"provide {name}.jsonl{f', or {hold}' if name != 'train' else ''} {there}"
 
 
-def _parts(indexes: dict[str, Index], path: Path, config: DataConfig, require: Sequence[str]) -> Parts:
-    """The rows of each split, with what is held out of train, and of train what is drawn."""
+def parts_of(indexes: dict[str, Index], path: Path, config: DataConfig, require: Sequence[str] = ()) -> Parts:
+    """The rows of each split, with what is held out of train, and of train what is drawn.
+
+    Args:
+        require: splits that must be there.
+
+    Raises:
+        DataError: one is not, or a split has no rows. ConfigError: a split that is there is to be held out.
+    """
     parts: Parts = {name: (index, index.good()) for name, index in indexes.items()}
     for name, fraction in (("test", config.test_fraction), ("val", config.val_fraction)):
         if fraction is None:
@@ -203,13 +210,24 @@ def _labels(root: Path, splits: dict[str, Split], config: DataConfig) -> tuple[s
     for split in splits.values() if labels else ():
         unknown = Counter(label for row in split.labels for label in row if label not in known)
         if unknown:
-            shown = ", ".join(f"{label} ({count})" for label, count in unknown.most_common(_MOST_LISTED))
-            fix = "list all labels in labels.txt, or in a file that --labels names"
-            raise DataError(6, f"labels that training does not know: {shown}", where=split.file, fix=fix)
+            raise _unknown(unknown, split, labels)
     if "train" in splits and len(labels) < 2:
         found = f"only the label {labels[0]!r}" if labels else "no label at all"
         raise DataError(7, f"{found}: there is nothing to learn", where=splits["train"].file, fix="add another class")
     return labels
+
+
+def _unknown(unknown: Counter[str], split: Split, labels: Sequence[str]) -> DataError:
+    """The error for labels that are not known, at the first row that has one."""
+    shown = []
+    for label, count in unknown.most_common(_MOST_LISTED):
+        near = nearest(label, labels, most=1)
+        shown.append(f"{label} ({count}{f'; did you mean {near[0]}?' if near else ''})")
+    rest = len(unknown) - len(shown)
+    what = f"labels that training does not know: {', '.join(shown)}{f', and {rest} more' if rest else ''}"
+    first = next(number for number, row in enumerate(split.labels) if any(label in unknown for label in row))
+    fix = "correct it, or, if it is a label, list all labels in labels.txt or in a file that --labels names"
+    return DataError(6, what, where=split.where(split.rows[first]), fix=fix)
 
 
 def listed_labels(path: Path) -> tuple[str, ...]:
