@@ -83,7 +83,11 @@ def test_a_row_without_labels_is_a_target_of_zeros(tmp_path: Path) -> None:
 
 def test_a_missing_folder_or_split_is_named_with_what_is_there(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no data folder"):
-        load(tmp_path / "nowhere")
+        load(tmp_path / "no" / "where")
+    for name in ("products.csv", "snd.csv"):
+        (tmp_path / name).touch()
+    with pytest.raises(DataError, match=r"no data folder .* fix: did you mean [^,]*/products.csv\? Else name a folder"):
+        load(tmp_path / "product.csv")
     write_rows(tmp_path / "train.jsonl", [GOOD])
     write_rows(tmp_path / "dev.jsonl", [GOOD])
     with pytest.raises(DataError, match="val split is missing") as caught:
