@@ -8,11 +8,13 @@ from __future__ import annotations
 import copy
 import re
 import warnings
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from mopefuse.errors import ConfigError, Notice, did_you_mean
+from mopefuse.errors import Notice
+from mopefuse.settings import invalid, keys_in
 
 Layers = Annotated[str | tuple[int, ...], Field(union_mode="left_to_right")]
 
@@ -271,8 +273,11 @@ RENAMED: dict[str, str] = {}
 """Paths of settings of earlier versions, and what they are called now. A path stays here for good."""
 
 
-def build_config(values: dict[str, Any], *, source: str = "") -> RunConfig:
+def build_config(values: dict[str, Any], *, source: str = "", names: Mapping[str, str] | None = None) -> RunConfig:
     """`values` as a `RunConfig`, with the defaults that ``compat`` names underneath; a notice tells of `RENAMED` ones.
+
+    Args:
+        names: what a message calls settings that have another name where they were set: path to flag.
 
     Raises:
         ConfigError: every problem at once, each with its path; unknown keys with the nearest known one.
@@ -283,8 +288,7 @@ def build_config(values: dict[str, Any], *, source: str = "") -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        problems = [_explain(detail, values) for detail in error.errors(include_url=False)]
-        raise ConfigError(1, "; ".join(problems), where=source, fix="correct the settings named") from None
+        raise invalid(error, RunConfig, values, source, names or {}) from None
 
 
 def _without_idle_side(values: dict[str, Any]) -> dict[str, Any]:
@@ -354,40 +358,4 @@ WITHOUT_EFFECT = frozenset(
 
 def known_keys(path: tuple[str, ...]) -> list[str]:
     """The keys of the section at `path`; empty if it is no section."""
-    model: Any = RunConfig
-    for part in path:
-        model = model.model_fields[part].annotation if part in model.model_fields else None
-        if not (isinstance(model, type) and issubclass(model, BaseModel)):
-            return []
-    return list(model.model_fields)
-
-
-def setting(path: tuple[str, ...]) -> str:
-    """One line on a setting: its type and description."""
-    model: Any = RunConfig
-    for part in path[:-1]:
-        model = model.model_fields[part].annotation
-    field = model.model_fields[path[-1]]
-    kind = getattr(field.annotation, "__name__", None)
-    return f"{kind if kind and kind != 'Optional' else str(field.annotation).replace('typing.', '')}: {field.description}"
-
-
-def _explain(detail: Any, values: dict[str, Any]) -> str:
-    path = tuple(str(part) for part in detail["loc"])
-    while path and detail["type"] != "extra_forbidden" and path[-1] not in known_keys(path[:-1]):
-        path = path[:-1]  # the branch of a union, or the place in a list
-    name = ".".join(path)
-    if detail["type"] == "extra_forbidden":
-        return f"unknown setting {name} ({did_you_mean(path[-1], known_keys(path[:-1]))})"
-    if detail["type"] == "missing":
-        return f"{name} is missing ({setting(path)})"
-    message = detail["msg"].removeprefix("Value error, ")
-    if not path:
-        return str(message)
-    got: Any = detail.get("input", values)
-    return f"{name}: {message[0].lower()}{message[1:]}" + ("" if isinstance(got, dict) else f", got {_short(got)}")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}…"
+    return keys_in(RunConfig, path)

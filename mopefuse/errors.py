@@ -133,10 +133,15 @@ class Notice(UserWarning):
     """Something that a user should know and need not mend; the command line prints it as one line."""
 
 
+def nearest(name: str, known: Iterable[str], *, most: int = 3) -> list[str]:
+    """The names that are nearly `name`, nearest first; none where none is."""
+    return difflib.get_close_matches(name, sorted(known), n=most, cutoff=0.55)
+
+
 def did_you_mean(name: str, known: Iterable[str], *, most: int = 3) -> str:
     """``did you mean a, b?`` for the names nearest to `name`; what there is where none is near; empty for no names."""
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=most, cutoff=0.55)
+    near = nearest(name, names, most=most)
     if near:
         return f"did you mean {', '.join(near)}?"
     return f"there are {', '.join(names[:12])}{', …' if len(names) > 12 else ''}" if names else ""

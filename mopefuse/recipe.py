@@ -13,8 +13,9 @@ from typing import Any
 
 import yaml
 
-from mopefuse.config import Data, RunConfig, build_config, known_keys, merge, nested, new_name
+from mopefuse.config import Data, RunConfig, build_config, flat, known_keys, merge, nested, new_name
 from mopefuse.errors import ConfigError, did_you_mean
+from mopefuse.settings import near_setting
 
 _HERE = Path(__file__).parent
 RECIPES = (_HERE / "recipes", _HERE.parent / "recipes")
@@ -136,10 +137,10 @@ def parse_set(assignments: Iterable[str]) -> dict[str, Any]:
 
 def _check_path(path: tuple[str, ...]) -> None:
     for depth, part in enumerate(path):
-        keys = known_keys(path[:depth])
-        if part not in keys:
+        if part not in known_keys(path[:depth]):
             where = ".".join(path[: depth + 1])
-            raise ConfigError(6, f"there is no setting {where}", where=f"--set {'.'.join(path)}", fix=did_you_mean(part, keys))
+            fix = near_setting(RunConfig, path[: depth + 1])
+            raise ConfigError(6, f"there is no setting {where}", where=f"--set {'.'.join(path)}", fix=fix)
     if known_keys(path):
         raise ConfigError(
             6, f"{'.'.join(path)} is a section", where="--set", fix=f"set one of its keys: {', '.join(known_keys(path))}"
@@ -165,7 +166,26 @@ def resolve(
     for name, value in (flags or {}).items():
         if value is not None:
             values = merge(values, nested(name, value))
-    return build_config(merge(values, parse_set(sets)), source=str(path or ""))
+    last = parse_set(sets)
+    names = {name: flag_of(name) for name, value in (flags or {}).items() if value is not None and name not in flat(last)}
+    return build_config(merge(values, last), source=str(path or ""), names=names)
+
+
+_FLAGS = {
+    "data.path": "--data",
+    "data.img_col": "--image-col",
+    "data.columns": "--column",
+    "data.image_roots": "--image-root",
+    "train.max_steps": "--steps",
+    "train.batch_size": "--batch",
+    "router.kind": "--router",
+    "comp_tuning.mode": "--comp-tuning",
+}
+
+
+def flag_of(path: str) -> str:
+    """The flag of ``mopefuse train`` that sets the setting at `path`, where there is one."""
+    return _FLAGS.get(path, f"--{path.rpartition('.')[2].replace('_', '-')}")
 
 
 def find_recipe(name: str) -> Path:

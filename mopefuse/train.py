@@ -130,6 +130,7 @@ def _train(
         for change in changed:
             listener.notice(f"changed: {change}")
     data = _load(config, listener)
+    listener.rows({name: len(data.splits[name].rows) for name in SPLITS if name in data.splits})
     config = _with_modalities(config, data)
     model = build_model(config, len(data.labels))
     _require_rows(model, data)

@@ -67,6 +67,9 @@ class Listener:
     def notice(self, text: str) -> None:
         """Something worth a line."""
 
+    def rows(self, counts: dict[str, int]) -> None:
+        """The data were read: how many rows each split has."""
+
     def reading(self, what: str, done: int, total: int) -> None:
         """So much is done of something that is computed once and kept."""
 

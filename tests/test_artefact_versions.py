@@ -148,7 +148,7 @@ def test_F_81_a_renamed_setting_of_an_older_version_is_told_once(
 ) -> None:
     said = say(artefact.path)
     artefact.config("  experts: 2", "  num_experts: 2")
-    refused(say(artefact.path), "MF-CFG-01", "unknown setting prompts.num_experts", "did you mean experts", exit_code=3)
+    refused(say(artefact.path), "MF-CFG-01", "unknown setting prompts.num_experts", "did you mean prompts.experts", exit_code=3)
     monkeypatch.setitem(config.RENAMED, "prompts.num_experts", "prompts.experts")
     done = say(artefact.path)
     assert (done.returncode, done.stdout) == (0, said.stdout)

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 from conftest import TINY, call, make_pairs, run_cli, write_rows
+from typer.testing import CliRunner
 
 from mopefuse import checkpoint, doctor
 from mopefuse.checkpoint import read_tensors
+from mopefuse.cli.app import app
 
 MODULES = "print(*sys.modules, file=sys.stderr)"
 
@@ -381,3 +383,10 @@ def test_a_dry_run_says_what_encoders_see_and_what_would_be_trained(pairs: Path)
     assert found["ok"] is True
     assert found["parameters"]["trainable"] == sum(found["parameters"]["by_part"].values())
     assert not [value for value in found["config"]["prompts"].values() if value is None], "every default is written out"
+
+
+@pytest.mark.parametrize("group", [(), ("data",), ("encoders",), ("plugins",), ("bench",)])
+def test_no_help_of_a_command_is_cut_in_80_columns(group: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    _, commands = CliRunner().invoke(app, [*group, "--help"]).stdout.split("Commands:\n")
+    assert len(commands.splitlines()) > 1 and "..." not in commands

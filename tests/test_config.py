@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from conftest import code_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from mopefuse.cli import train
+from mopefuse.cli.app import app
 from mopefuse.config import OFFICIAL, RunConfig, build_config, known_keys
 from mopefuse.errors import ConfigError
-from mopefuse.recipe import parse_set, read_recipe, read_yaml, resolve, to_yaml
+from mopefuse.recipe import flag_of, parse_set, read_recipe, read_yaml, resolve, to_yaml
 
 BASE = {"main": "tiny:vision", "comp": "tiny:text"}
 
@@ -65,15 +68,47 @@ def test_a_shipped_recipe_is_found_by_its_name() -> None:
     ("values", "name", "nearest"),
     [
         ({"sead": 1}, "sead", "seed"),
-        ({"train": {"epoch": 1}}, "train.epoch", "epochs"),
-        ({"prompts": {"expert": 1}}, "prompts.expert", "experts"),
-        ({"router": {"topm": 1}}, "router.topm", "top_m"),
+        ({"train": {"epoch": 1}}, "train.epoch", "train.epochs?"),
+        ({"prompts": {"expert": 1}}, "prompts.expert", "prompts.experts?"),
+        ({"router": {"topm": 1}}, "router.topm", "router.top_m?"),
+        ({"lr": 1}, "lr", "train.lr?"),
+        ({"layers": 1}, "layers", "prompts.layers, pmf.layers?"),
+        ({"epoch": 1}, "epoch", "train.epochs?"),
     ],
 )
 def test_an_unknown_key_is_refused_with_the_nearest_one(values: dict[str, Any], name: str, nearest: str) -> None:
     error = refused(**values)
     assert f"unknown setting {name} " in error.what
     assert f"did you mean {nearest}" in error.what
+
+
+def test_a_bad_value_is_named_by_the_flag_that_set_it_and_the_nearest_is_offered() -> None:
+    flags = {"main": "tiny:vision", "comp": "tiny:text", "prompts.gate": "zeros", "train.batch_size": 8}
+    with pytest.raises(ConfigError) as caught:
+        resolve(flags=flags)
+    assert (caught.value.what, caught.value.fix) == (
+        "--gate: input should be 'none' or 'zero', got 'zeros'", "did you mean zero?"
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"^prompts.gate: input .* fix: did you mean none\?"):
+        resolve(flags=flags, sets=["prompts.gate=nones"])
+    with pytest.raises(ConfigError, match=r"--batch: .*, got 0 · fix: correct the settings named"):
+        resolve(flags=flags | {"train.batch_size": 0})
+
+
+def test_every_setting_of_train_is_named_by_a_flag_that_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Asked(Exception):
+        pass
+
+    def asked(flags: dict[str, Any], **others: Any) -> None:
+        raise Asked(flags)
+
+    monkeypatch.setattr("mopefuse.recipe.resolve", asked)
+    with pytest.raises(Asked) as caught:
+        train.train()
+    commands: Any = typer.main.get_command(app)
+    options = {name for option in commands.commands["train"].params for name in option.opts}
+    assert len(caught.value.args[0]) > 30
+    assert {flag_of(path) for path in caught.value.args[0]} <= options
 
 
 @pytest.mark.parametrize(

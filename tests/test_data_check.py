@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from check_cases import BROKEN, ESCAPE, HOSTILE, MAX_PIXELS, folder, kinds, line, make_broken, report, said, save, write
-from conftest import call, run_cli
+from conftest import TINY, call, make_pairs, run_cli
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -131,6 +131,19 @@ def test_a_split_that_is_held_out_need_not_be_there(tmp_path: Path) -> None:
     assert "dev.jsonl" in report(tmp_path).findings[0].hint
     assert kinds(tmp_path, val_fraction=0.5) == {"missing-test": 1}
     assert call("data", "check", tmp_path, "--val-fraction", "0.3", "--test-fraction", "0.3", "--strict").returncode == 0
+
+
+def test_rows_that_are_held_out_are_counted_as_training_has_them(tmp_path: Path) -> None:
+    data = make_pairs(tmp_path / "data", counts={"train": 20})
+    options = (data, "--val-fraction", "0.2", "--test-fraction", "0.1")
+    rows = {"train": {"rows": 14, "labels": 3}, "val": {"rows": 4, "labels": 3}, "test": {"rows": 2, "labels": 2}}
+    found = said(call("data", "check", *options, "--json"))
+    assert (found["splits_in_training"], found["splits"]["train"]["rows"]) == (rows, 20)
+    assert re.search(r"^test +2 +2$", call("data", "check", *options).stdout, re.MULTILINE)
+    done = call("train", *TINY, "--data", *options, "--steps", "1", "--out", tmp_path / "run")
+    assert "rows: train 14, val 4, test 2\n" in done.stderr
+    write(data / "val.jsonl", line("v1"))
+    assert call("data", "check", *options).returncode == 3, "there is one, so that none can be held out"
 
 
 # -- one problem hides no other

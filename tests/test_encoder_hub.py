@@ -75,6 +75,16 @@ def test_every_failure_of_the_hub_has_its_own_text(
     assert says.replace("v9", "v9" if spec.startswith("hf") else "main") in str(found), str(found)
 
 
+def test_a_misspelt_alias_is_offered_before_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise ConnectionError("x")
+
+    monkeypatch.setattr(_hub, "try_to_load_from_cache", lambda *args, **kwargs: None)
+    monkeypatch.setattr(_hub, "get_hf_file_metadata", fail)
+    assert "fix: did you mean hf:bert-base, hf:roberta-base? Else create it once" in str(fault("hf:bert-bsae"))
+    assert "did you mean" not in str(fault("hf:org/bert-bsae"))
+
+
 def test_offline_mode_is_quick_and_says_what_to_do(tmp_path: Path) -> None:
     """In a process of its own: huggingface_hub reads the variables when it is imported."""
     program = (

@@ -77,6 +77,15 @@ def test_zero_gated_prompts_start_as_the_frozen_encoder_to_the_bit(main: str, co
     assert not torch.equal(model(batch).logits, probe(batch).logits)
 
 
+@pytest.mark.parametrize(
+    ("side", "spec", "where"), [("main", "tiny:visoin", "--main"), ("comp", "tiny:text?a=1", "--comp, tiny:text?a=1")]
+)
+def test_an_encoder_that_cannot_be_had_is_said_with_its_side(side: str, spec: str, where: str) -> None:
+    with pytest.raises(EncoderError) as caught:
+        build_model(build_config({"main": "tiny:vision", "comp": "tiny:text"} | {side: spec}), 2)
+    assert caught.value.where == where
+
+
 def test_an_encoder_of_what_no_row_has_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mopefuse.fusion.build.create_encoder", lambda spec: replace_modality(create_encoder(spec)))
     with pytest.raises(ConfigError, match="reads smell, a modality that is not installed") as caught:

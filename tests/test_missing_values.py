@@ -18,6 +18,7 @@ from mopefuse import build_fusion, load
 from mopefuse.config import Data, build_config
 from mopefuse.data._base import Batch, DataSet
 from mopefuse.data.altered import Shuffled
+from mopefuse.data.check import check
 from mopefuse.data.collate import Samples
 from mopefuse.data.features import fill, split_features
 from mopefuse.data.load import load_data
@@ -78,10 +79,10 @@ def test_a_value_that_is_not_there_is_what_the_policy_says(data: Path, form: str
 
 def test_an_error_names_the_ways_on(data: Path) -> None:
     change(data, "train", 4, text=None)
-    with pytest.raises(DataError, match=r"text is null, .* \(set data.allow_missing_text=true .* data.on_missing to skip"):
+    with pytest.raises(DataError, match=r"text is null, .* \(set data.allow_missing_text=true .* or --on-missing skip"):
         read(data)
     change(data, "train", 4, text="x", img=None)
-    with pytest.raises(DataError, match=r"img is null, expected a string \(set data.on_missing to skip or absent"):
+    with pytest.raises(DataError, match=r"img is null, expected a string \(use --on-missing skip or absent"):
         read(data)
 
 
@@ -126,7 +127,7 @@ def test_empty_cells_of_a_table_are_missing(data: Path) -> None:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
-    with pytest.raises(DataError, match=r"img is empty, expected a string \(set data.on_missing"):
+    with pytest.raises(DataError, match=r"img is empty, expected a string \(use --on-missing"):
         read(data)
     kept = read(data, on_missing="absent").splits["train"]
     assert [np.flatnonzero(kept.lacks(name)).tolist() for name in ("text", "image")] == [[2], [3]]
@@ -187,6 +188,20 @@ def test_a_column_flag_names_a_built_in_one_too(data: Path) -> None:
         path.write_text(path.read_text().replace('"text":', '"caption":'))
     assert call("data", "check", data).returncode == 4
     assert call("data", "check", data, "--column", "text=caption").returncode == 0
+
+
+@pytest.mark.parametrize("option", [{"text_col": "txt"}, {"columns": {"text": "txt"}}, {"label_col": "txt"}, {"id_col": "txt"}])
+@pytest.mark.parametrize("on_missing", ["error", "absent"])
+def test_a_column_that_is_named_and_that_no_table_has_is_refused(data: Path, option: dict[str, Any], on_missing: str) -> None:
+    config = Data(path=str(data), on_missing=on_missing, **option)
+    for reading in (load_data, check):
+        with pytest.raises(DataError, match=r"there is no column txt · train.jsonl, .* · fix: did you mean text\?"):
+            reading(config)
+
+
+def test_a_column_is_there_if_any_row_has_it(data: Path) -> None:
+    change(data, "val", 5, txt="caption")
+    assert read(data, on_missing="absent", text_col="txt").splits["train"].lacks("text").all()
 
 
 # -- what a data set is

@@ -83,7 +83,11 @@ def test_a_row_without_labels_is_a_target_of_zeros(tmp_path: Path) -> None:
 
 def test_a_missing_folder_or_split_is_named_with_what_is_there(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no data folder"):
-        load(tmp_path / "nowhere")
+        load(tmp_path / "no" / "where")
+    for name in ("products.csv", "snd.csv"):
+        (tmp_path / name).touch()
+    with pytest.raises(DataError, match=r"no data folder .* fix: did you mean [^,]*/products.csv\? Else name a folder"):
+        load(tmp_path / "product.csv")
     write_rows(tmp_path / "train.jsonl", [GOOD])
     write_rows(tmp_path / "dev.jsonl", [GOOD])
     with pytest.raises(DataError, match="val split is missing") as caught:
@@ -155,11 +159,29 @@ def test_nothing_of_a_row_is_echoed(tmp_path: Path) -> None:
     assert secret not in str(error)
 
 
-def test_twenty_problems_are_listed_and_all_are_counted(tmp_path: Path) -> None:
-    error = refused(split(tmp_path, "x\n" * 33))
-    assert error.what.startswith("33 bad rows: ")
-    assert error.what.count("train.jsonl:") == 20
-    assert error.what.endswith("and 13 more")
+def test_five_problems_are_listed_and_all_are_counted(tmp_path: Path) -> None:
+    error = refused(split(tmp_path, "".join(line(id=i, img=f"{i}.png") + "\n" for i in range(33))))
+    assert error.what.startswith("33 bad rows: train.jsonl:1, id 0: image not found: 0.png; ")
+    assert error.what.count("train.jsonl:") == 5
+    assert error.what.endswith("; and 28 more")
+    assert error.fix == "add the file; mopefuse data check --json lists all"
+
+
+def test_rows_with_the_same_problem_are_said_once_with_what_mends_them(tmp_path: Path) -> None:
+    error = refused(split(tmp_path, "".join(line(id=i, img="") + "\n" for i in range(33)) + "x\n"))
+    assert error.what.startswith("34 bad rows: train.jsonl:1 img is empty, expected a string (use --on-missing ")
+    assert "(and 32 more like it); train.jsonl:34 is not JSON" in error.what
+    assert error.what.count("train.jsonl:") == 2 and error.fix.startswith("correct or remove them; ")
+    same = refused(split(tmp_path, "x\n" * 33))
+    assert same.what == "33 bad rows: train.jsonl:1 is not JSON (column 1: Expecting value) (and 32 more like it)"
+    assert same.fix.startswith("correct the line; ")
+
+
+@pytest.mark.parametrize(("said", "hint"), [("titel", "titles"), ("body", "caption")])
+def test_the_nearest_column_is_offered_first(tmp_path: Path, said: str, hint: str) -> None:
+    write_rows(tmp_path / "train.jsonl", [{"caption": "t", "titles": "t", "img": "a.png", "label": "x"}])
+    with pytest.raises(DataError, match=rf"has no {said}; found .*; did you mean --text-col {hint}\?"):
+        load_data(Data(path=str(tmp_path), modalities=("text", "image"), text_col=said))
 
 
 def test_an_id_that_comes_twice_is_refused_with_both_lines(tmp_path: Path) -> None:
@@ -207,7 +229,7 @@ def test_other_formats_under_our_name_are_recognised(tmp_path: Path, content: by
 def test_a_label_that_training_does_not_know_is_counted(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"x \(2\), y \(1\)") as caught:
         load(folder_with(tmp_path, ["a", "b"], ["x", "a", "y", "x"]))
-    assert caught.value.where == "val.jsonl"
+    assert caught.value.where == "val.jsonl:1, id 0"
     (tmp_path / "labels.txt").write_text("b\na\r\nx\ny\n")
     assert load(tmp_path).labels == ("b", "a", "x", "y")
 

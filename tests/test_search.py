@@ -194,7 +194,7 @@ def test_compare_shows_the_trials_and_says_that_they_are_not_to_be_chosen_by_tes
         ({"search": {"space": {"train.lr": {"low": -1.0, "high": 1e-2}}}}, (), "MF-CFG-01", "train.lr=-1"),
         ({"search": {"space": {"prompts.experts": [4, 0]}}}, (), "MF-CFG-01", "prompts.experts=0"),
         ({"search": {"space": {"prompts.dropout": {"low": 0.0, "high": 1.0}}}}, (), "MF-CFG-01", "prompts.dropout=1"),
-        ({"search": {"space": {"prompts.expert": [4]}}}, (), "MF-CFG-01", "did you mean experts"),
+        ({"search": {"space": {"prompts.expert": [4]}}}, (), "MF-CFG-01", "did you mean prompts.experts"),
         (
             {"search": {"space": {"prompts.experts": [2, 8], "router.top_m": [1, 4]}}},
             (), "MF-CFG-01", "prompts.experts=2, router.top_m=4",

@@ -27,6 +27,10 @@ def show(report: Report, folder: Path, page: Path | None) -> None:
     """Print a report."""
     console = out()
     table(str(folder), ["split", *_columns(report)], _splits(report))
+    if report.trained:
+        console.print()
+        rows = [[name, *(f"{count:,}" for count in facts.values())] for name, facts in report.trained.items()]
+        table("in training, as rows are held out or drawn", ["split", "rows", "labels"], rows)
     groups = report.by_kind()
     if groups:
         console.print()

@@ -60,6 +60,12 @@ class Display(Listener):
         if not self.json and distributed.is_main():
             self.console.print(text, style="yellow", markup=False)
 
+    def rows(self, counts: dict[str, int]) -> None:
+        """A line on stderr."""
+        if not self.json and distributed.is_main():
+            said = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+            self.console.print(f"rows: {said}", markup=False)
+
     def reading(self, what: str, done: int, total: int) -> None:
         """Move the bar, or print a line now and then, while something is computed that is kept."""
         if not distributed.is_main() or self.json:

@@ -92,7 +92,10 @@ def loader(
     rounds: Annotated[int, typer.Option(min=1, help="Repetitions.")] = 3,
     json: Json = False,
 ) -> None:
-    """Images per second: decoded and resized, and from the cache of decoded ones."""
+    """Images per second, decoded or from the cache.
+
+    Decoded and resized, and from the cache of decoded ones.
+    """
     from mopefuse.bench.loader import bench_loader
     from mopefuse.cli._bench_display import show_times
     from mopefuse.cli._render import print_json
@@ -114,7 +117,7 @@ def startup(
     rounds: Annotated[int, typer.Option(min=1, help="Repetitions.")] = 5,
     json: Json = False,
 ) -> None:
-    """Seconds until the command line answers without work, and of imports."""
+    """Seconds of imports, and until the command line answers."""
     from mopefuse.bench.startup import bench_startup
     from mopefuse.cli._bench_display import show_times, times_as_dict
     from mopefuse.cli._render import print_json
@@ -138,7 +141,10 @@ def scale(
     precision: Precision = "auto",
     json: Json = False,
 ) -> None:
-    """How a training step grows with experts, prompt length, batch and text length, one at a time."""
+    """How a training step grows.
+
+    With experts, prompt length, batch and text length, one at a time.
+    """
     from mopefuse.bench.scale import bench_scale
     from mopefuse.cli._bench_display import point_as_dict, show_scale
     from mopefuse.cli._render import print_json
@@ -164,7 +170,10 @@ def ddp(
     precision: Precision = "auto",
     json: Json = False,
 ) -> None:
-    """A training step of the same batch on one process and on several: gloo on CPUs, NCCL on GPUs."""
+    """A training step on one process and on several.
+
+    Of the same batch: gloo on CPUs, NCCL on GPUs.
+    """
     from mopefuse.bench.parallel import bench_parallel
     from mopefuse.cli._bench_display import show_times, times_as_dict
     from mopefuse.cli._render import print_json

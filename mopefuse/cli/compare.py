@@ -19,7 +19,10 @@ def compare(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write; default stdout.")] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """One table of runs: mean and deviation over seeds, parameters, time, memory, significance by paired bootstrap."""
+    """Compare runs in one table.
+
+    Mean and deviation over seeds, parameters, time, memory, significance by paired bootstrap.
+    """
     from mopefuse.errors import ConfigError, did_you_mean
 
     if format_ not in _FORMATS:

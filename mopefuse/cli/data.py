@@ -29,7 +29,10 @@ def make(
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same files.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Write a data set that needs no download, in the native row format."""
+    """Write a data set that needs no download.
+
+    It is in the native row format.
+    """
     from mopefuse.cli._render import print_json, table
     from mopefuse.errors import DataError
     from mopefuse.registry import DATASETS, load
@@ -58,7 +61,10 @@ def prepare(
     images: Annotated[str, typer.Option(help="link (hard links where possible) or copy.")] = "link",
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Write a data set that you downloaded in the native row format, without any network."""
+    """Write a data set that you downloaded.
+
+    It is in the native row format, and needs no network.
+    """
     from mopefuse.cli._prepare_display import PrepareDisplay, show
     from mopefuse.cli._render import print_json
     from mopefuse.data.prepare import prepare as run

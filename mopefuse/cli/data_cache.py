@@ -18,7 +18,7 @@ def cache(
     clear: Annotated[bool, typer.Option("--clear", help="Remove everything; it is computed again when needed.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Show what is kept between runs and how large it is, or remove it. $MOPEFUSE_CACHE says where it is."""
+    """Show what is kept between runs, or remove it. $MOPEFUSE_CACHE says where it is."""
     from mopefuse import cache as kept
     from mopefuse.cli._render import out, print_json, size, table
 

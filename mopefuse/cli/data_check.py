@@ -40,9 +40,10 @@ def check(
     set_: Set = None,
     json: Json = False,
 ) -> None:
-    """Find everything that is wrong with a data set; exit code 4 if training would refuse it. Only reads it.
+    """Find everything that is wrong with a data set.
 
-    Warnings are what training accepts: the same image in train and test, tiny images, texts that are empty.
+    Only reads it; exit code 4 if training would refuse it. Warnings are what training accepts: an image in both train and test,
+    tiny images, texts that are empty.
     """
     flags = columns.settings(
         text=text_col,
@@ -114,7 +115,10 @@ def preview(
     set_: Set = None,
     json: Json = False,
 ) -> None:
-    """Write a contact sheet of a split as one HTML page: pictures, texts and labels, every class in turn."""
+    """Write a contact sheet of a split as one HTML page.
+
+    Pictures, texts and labels, every class in turn.
+    """
     flags = columns.settings(
         text=text_col,
         image=image_col,

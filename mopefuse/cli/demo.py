@@ -14,7 +14,10 @@ def demo(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace earlier runs in it.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Fuse real images with text, offline and in minutes: conditional prompts against five simpler ways."""
+    """Fuse real images with text, offline and in minutes.
+
+    Conditional prompts against five simpler ways.
+    """
     from mopefuse.cli._render import duration, err, percent, print_json, table
     from mopefuse.cli._train_display import Display
     from mopefuse.demo import demo as run_demo

@@ -8,7 +8,10 @@ import typer
 
 
 def doctor(json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False) -> None:
-    """Versions, devices, mismatched torch and torchvision, caches, plugins; exit code 5 if something must be mended."""
+    """Say what is installed, and whether it fits together.
+
+    Versions, devices, mismatched torch and torchvision, caches, plugins; exit code 5 if something must be mended.
+    """
     from mopefuse.cli._render import out, print_json, table
     from mopefuse.doctor import examine
 

@@ -51,7 +51,10 @@ def inspect(
     spec: Annotated[str, typer.Argument(help="scheme:name[?key=value&...]")],
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Modality, layers, widths, feature width, preprocessing and parameters of an encoder."""
+    """Say what an encoder is.
+
+    Modality, layers, widths, feature width, preprocessing and parameters.
+    """
     from mopefuse.cli._render import out, print_json
     from mopefuse.encoders._base import create_encoder
 
@@ -86,7 +89,10 @@ def check(
     spec: Annotated[str, typer.Argument(help="scheme:name[?key=value&...]")],
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Run the contract of encoders on one: what holds, where it can be prompted, and if not, why."""
+    """Run the contract of encoders on one.
+
+    What holds, where it can be prompted, and if not, why.
+    """
     from mopefuse.cli._render import out, print_json, table
     from mopefuse.encoders._base import create_encoder
     from mopefuse.testing import contract

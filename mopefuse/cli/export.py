@@ -23,8 +23,9 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Write a trained model as one graph (ONNX, pt2) or as an adapter; checked before it is published.
+    """Write a trained model as a graph, or as an adapter.
 
+    A graph is ONNX or pt2; both are checked before they are published.
     `mopefuse export verify FOLDER` compares an exported folder with its manifest, and its answer with the example.
     """
     from mopefuse.cli._render import err, print_json

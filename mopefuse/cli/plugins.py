@@ -12,7 +12,10 @@ app = typer.Typer(help="List installed plugins, or begin a new one.", no_args_is
 
 @app.command("list")
 def list_(json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False) -> None:
-    """Every entry point that another distribution brings, and whether its name can be used. Imports no plugin."""
+    """List what other distributions bring, importing none.
+
+    Every entry point, and whether its name can be used.
+    """
     from mopefuse.cli._render import out, print_json, table
     from mopefuse.plugins import Plugin, installed
     from mopefuse.registry import API

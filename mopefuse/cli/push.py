@@ -18,7 +18,10 @@ def push(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Put a trained model on the hub, where hf-hub:repo/name is a run for everybody who may read it. Private by default."""
+    """Put a trained model on the hub.
+
+    There hf-hub:repo/name is a run for everybody who may read it. Private by default.
+    """
     from mopefuse.cli._render import err, print_json, size
     from mopefuse.push import pack, send
 

@@ -26,7 +26,10 @@ def report(
     metric: Annotated[str | None, typer.Option(help="Of a study: accuracy, f1_macro, ...; default as it says.")] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Write one HTML page about a run (answers, learning, router, whether it uses both modalities), or about a study."""
+    """Write one HTML page about a run or a study.
+
+    Of a run: its answers, learning, router, and whether it uses both modalities.
+    """
     from mopefuse.cli._comparison import as_dict
     from mopefuse.cli._render import err
     from mopefuse.study_report import is_study, report_study

@@ -20,7 +20,10 @@ def study(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells, and stop.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Train every cell of a grid, or search for settings, and compare. Run it again to go on: nothing is run twice."""
+    """Train a grid, or search for settings, and compare.
+
+    Run it again to go on: nothing is run twice.
+    """
     from mopefuse.grid import read_study
 
     chosen = read_study(file, set_ or ())

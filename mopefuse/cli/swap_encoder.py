@@ -27,7 +27,10 @@ def swap_encoder(
     set_: Annotated[list[str] | None, typer.Option("--set", help="Any setting of the new run.")] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Change an encoder of a trained run (or its data) and keep what was learned; print what was kept."""
+    """Change an encoder of a trained run, or its data.
+
+    What was learned is kept where it can be, and what was kept is printed.
+    """
     from mopefuse.cli._train_display import Display
     from mopefuse.recipe import parse_set
     from mopefuse.source import trained

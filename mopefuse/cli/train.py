@@ -72,9 +72,10 @@ def train(
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also log for TensorBoard, into the run.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Train a fusion of frozen encoders and test the best checkpoint once.
+    """Train a fusion of frozen encoders, and test it once.
 
-    Encoders are named scheme:name[?key=value]; mopefuse encoders lists them. Under torchrun this is data parallel.
+    The checkpoint that is best on validation is tested. Encoders are scheme:name[?key=value]; mopefuse encoders lists them.
+    Under torchrun this is data parallel.
     """
     flags: dict[str, Any] = {
         "main": main,

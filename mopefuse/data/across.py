@@ -15,7 +15,7 @@ from mopefuse.data.findings import Finding, at
 from mopefuse.data.index import Index
 from mopefuse.data.leaks import leak
 from mopefuse.data.load import listed_labels
-from mopefuse.errors import DataError
+from mopefuse.errors import DataError, nearest
 from mopefuse.modality import of
 
 Indexes = Mapping[str, Index]
@@ -64,7 +64,9 @@ def unknown_labels(indexes: Indexes, known: tuple[str, ...]) -> Iterator[Finding
             for label in said:
                 first.setdefault(label, row)
         for label in sorted(counts.keys() - set(known)):
-            message = f"the label {label!r} is not known to training (in {_rows(counts[label])})"
+            near = nearest(label, known, most=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            message = f"the label {label!r} is not known to training (in {_rows(counts[label])}){hint}"
             yield at(index, first[label], "unknown-label", message, code="MF-DATA-06", rows=counts[label])
         for label in known if len(index.lines_S) else ():
             if label not in counts:

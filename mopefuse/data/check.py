@@ -20,7 +20,7 @@ from mopefuse.data.columns import modalities_of
 from mopefuse.data.contents import Advance, Texts, Tokens, balance, describe_split, extremes, read_texts, rows_of
 from mopefuse.data.findings import KINDS, Finding, of_files, of_missing, of_rows
 from mopefuse.data.index import Index, build, read_rows
-from mopefuse.data.load import roots_of, to_have
+from mopefuse.data.load import parts_of, roots_of, to_have
 from mopefuse.data.tables import Table, find_tables
 from mopefuse.errors import DataError
 from mopefuse.modality import of
@@ -38,6 +38,7 @@ class Report:
         modalities: that its rows have.
         findings: errors first, by kind, split and line.
         splits: counts of each. balance: label to split to rows.
+        trained: rows and labels of each split as training would have them, where some are held out or drawn.
         seconds: that the pass over tables and files took, or reading their index from the cache.
         looked: files that were read in it. from_cache: all that is known of the tables and files was there.
     """
@@ -48,6 +49,7 @@ class Report:
     indexes: Indexes
     findings: list[Finding]
     splits: dict[str, dict[str, Any]]
+    trained: dict[str, dict[str, int]]
     balance: dict[str, dict[str, int]]
     multi_label: bool
     texts: Texts
@@ -104,6 +106,7 @@ class Report:
             "kinds": {kind: len(found) for kind, found in self.by_kind().items()},
             "problems": [finding.as_dict() for finding in self.findings[:most]],
             "splits": self.splits,
+            "splits_in_training": self.trained,
             "labels": {
                 "count": len(self.balance),
                 "multi_label": self.multi_label,
@@ -170,6 +173,7 @@ def check(
         indexes,
         sorted(found, key=_order),
         {name: describe_split(index, _bad_rows(index)) for name, index in indexes.items()},
+        _in_training(indexes, path, config),
         balance(indexes, labels),
         any(bool(index.list_S.any()) for index in indexes.values()),
         texts,
@@ -260,6 +264,19 @@ def _read(
         elif name not in indexes and name not in silent and not fraction:
             found.append(_missing(name, path))
     return indexes, found
+
+
+def _in_training(indexes: Indexes, path: Path, config: DataConfig) -> dict[str, dict[str, int]]:
+    if not (config.val_fraction or config.test_fraction or config.shots or config.fraction):
+        return {}
+    try:
+        parts = parts_of(indexes, path, config)
+    except DataError:  # a split without rows, which is listed
+        return {}
+    return {
+        name: {"rows": len(rows), "labels": len({label for row in rows for label in index.labels[row]})}
+        for name, (index, rows) in sorted(parts.items(), key=lambda part: SPLITS.index(part[0]))
+    }
 
 
 def _missing(name: str, path: Path) -> Finding:

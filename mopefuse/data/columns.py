@@ -9,8 +9,8 @@ from typing import Any
 
 from mopefuse import modality
 from mopefuse.config import Data as DataConfig
-from mopefuse.data.tables import Table, columns_in
-from mopefuse.errors import ConfigError, DataError, did_you_mean
+from mopefuse.data.tables import Table, columns_in, some_columns
+from mopefuse.errors import ConfigError, DataError, did_you_mean, nearest
 
 EXPECTED = ("text", "image")
 """What a row of the papers' data has: expected where a table has the columns of fewer than two modalities."""
@@ -41,7 +41,8 @@ def modalities_of(tables: Iterable[Table], config: DataConfig, *, lenient: bool 
         lenient: look at other tables where one cannot be read.
 
     Raises:
-        ConfigError: a setting names a modality that is not installed. DataError: a table cannot be read.
+        ConfigError: a setting names a modality that is not installed. DataError: a table cannot be read, or a setting
+            names a column that none has.
     """
     known = modality.names()
     for where, said in (("data.modalities", config.modalities or ()), ("data.columns", config.columns)):
@@ -52,12 +53,35 @@ def modalities_of(tables: Iterable[Table], config: DataConfig, *, lenient: bool 
     if config.modalities is not None:
         return in_order(config.modalities)
     columns = {name: column_of(name, config) for name in known}
+    named = _named(config)
     there: set[str] = set()
-    for table in tables:
+    read: list[Table] = []
+    for table in (tables := list(tables)):
         with suppress(DataError) if lenient else nullcontext():
-            there |= columns_in(table, set(columns.values()))
+            there |= columns_in(table, {*columns.values(), *named})
+            read.append(table)
+    absent = [column for column in named if column not in there]
+    if absent and len(read) == len(tables):
+        _refuse(absent, tables)
     found = {name for name, column in columns.items() if column in there}
     return in_order(found) if len(found) > 1 else EXPECTED
+
+
+def _named(config: DataConfig) -> list[str]:
+    """The columns that settings name otherwise than by default."""
+    settings = ("text_col", "img_col", "label_col", "id_col")
+    own = [getattr(config, name) for name in settings if getattr(config, name) != DataConfig.model_fields[name].default]
+    return [*dict.fromkeys([*own, *config.columns.values()])]
+
+
+def _refuse(absent: Sequence[str], tables: Sequence[Table]) -> None:
+    """Refuse columns that no row of any table has; where there are no rows, others say so."""
+    there = {column for table in tables for column in some_columns(table)}
+    if not there:
+        return
+    near = [other for column in absent for other in nearest(column, there, most=1)]
+    fix = f"did you mean {', '.join(near)}?" if near else did_you_mean("", there)
+    raise DataError(102, f"there is no column {' or '.join(absent)}", where=", ".join(t.file for t in tables), fix=fix)
 
 
 def require_column(who: str, name: str, modalities: Sequence[str], *, where: str) -> None:
@@ -118,10 +142,17 @@ class Layout:
         return value
 
     def hints(self, missing: Sequence[str], with_label: bool, row: Mapping[str, Any]) -> list[str]:
-        """Flags that may be meant, where columns are not there."""
-        found = [flag_for(name, other) for name in missing for other in modality.of(name).meant if other in row]
-        found += [f"--label-col {other}" for other in _LABELS if with_label and other in row]
-        return found[: len(missing) + with_label]
+        """Flags that may be meant, where columns are not there: for each the nearest name, or what it is called elsewhere."""
+        free = [other for other in row if other not in {*self.columns.values(), self.identity, self.label}]
+        found = []
+        for name in missing:
+            near = [*nearest(self.columns[name], free, most=1), *(other for other in modality.of(name).meant if other in free)]
+            found += [flag_for(name, other) for other in near[:1]]
+            free = [other for other in free if other not in near[:1]]
+        if with_label:
+            near = [*nearest(self.label, free, most=1), *(other for other in _LABELS if other in free)]
+            found += [f"--label-col {other}" for other in near[:1]]
+        return found
 
     def describe(self) -> tuple[object, ...]:
         """Everything about it that a digest must know, but `on_missing`: where nothing is missing, it changes nothing.

@@ -131,7 +131,7 @@ def at(index: Index, row: int, kind: str, message: str, *, code: str = "", rows:
 _ROWS = {  # how what is said of a bad row begins, or what it has
     "bad-split-name": r".* is none of train, val, test$",
     "missing-column": r"has no .*; found ",
-    "nothing": r"has none of .*; found ",
+    "nothing": r"has none of .*; found |.* is (null|empty), expected a string \(use --on-missing",
     "missing-text": r"\(.*\) has no text: |.* is null, expected a string \(set data.allow_missing_text",
     "bad-encoding": r"is not UTF-8 |\(.*\) has a caption that is not UTF-8$",
     "bad-csv": r"is not CSV |has \d+ fields, the header has ",
@@ -145,7 +145,7 @@ _ROWS = {  # how what is said of a bad row begins, or what it has
 def of_rows(index: Index) -> Iterator[Finding]:
     """Rows that are none."""
     for problem in index.row_problems:
-        kind = _kind_of_row(problem.what)
+        kind = kind_of_row(problem.what)
         identity = ""
         if kind == "duplicate-id":
             identity = ast.literal_eval(problem.what.removeprefix("the id ").rpartition(" is there already, in line ")[0])
@@ -154,7 +154,8 @@ def of_rows(index: Index) -> Iterator[Finding]:
         yield Finding(kind, index.split, problem.where, problem.what, code=problem.code, id=identity)
 
 
-def _kind_of_row(what: str) -> str:
+def kind_of_row(what: str) -> str:
+    """The kind of finding that what is said of a bad row stands for."""
     return next((kind for kind, pattern in _ROWS.items() if re.match(pattern, what, re.DOTALL)), "bad-row")
 
 

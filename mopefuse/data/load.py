@@ -13,15 +13,16 @@ from mopefuse import cache
 from mopefuse.config import Data as DataConfig
 from mopefuse.data._base import SPLITS, DataSet, Problem, Split
 from mopefuse.data.columns import Layout, modalities_of
+from mopefuse.data.findings import KINDS, kind_of_row
 from mopefuse.data.index import Advance, Index, build
 from mopefuse.data.leaks import leak
 from mopefuse.data.rows import Rows
 from mopefuse.data.subsets import few, hold_out
 from mopefuse.data.tables import SUFFIXES, find_tables, read_bytes
-from mopefuse.errors import ConfigError, DataError, data_error
+from mopefuse.errors import ConfigError, DataError, data_error, nearest
 from mopefuse.modality import of
 
-_MOST_LISTED = 20
+_MOST_LISTED = 5
 Numbers = NDArray[np.int64]
 Parts = dict[str, tuple[Index, Numbers]]  # split to the index that has its rows, and which of them they are
 
@@ -39,7 +40,7 @@ def load_data(
         advance: told of (files looked at, files to look at) where the index is built.
 
     Raises:
-        DataError: no such folder or split, bad rows or files (all are found, the first twenty listed), labels that
+        DataError: no such folder or split, bad rows or files (all are found, the first few listed), labels that
             training does not define. UnsafePathError: a path out of its root. ConfigError: no data were named.
     """
     if config.path is None:
@@ -49,7 +50,7 @@ def load_data(
     root = roots[0]
     indexes = read_indexes(config, advance=advance)
     skipped = {name: _refuse_bad(index, root, config) for name, index in indexes.items()}
-    parts = _parts(indexes, path, config, require)
+    parts = parts_of(indexes, path, config, require)
     splits = {name: _split(name, index, rows, skipped.get(name, ()), config) for name, (index, rows) in parts.items()}
     multi = _is_multi_label(parts)
     labels = _labels(root, splits, config)
@@ -89,8 +90,15 @@ def to_have(name: str, path: Path) -> str:
     return f"provide {name}.jsonl{f', or {hold}' if name != 'train' else ''} {there}"
 
 
-def _parts(indexes: dict[str, Index], path: Path, config: DataConfig, require: Sequence[str]) -> Parts:
-    """The rows of each split, with what is held out of train, and of train what is drawn."""
+def parts_of(indexes: dict[str, Index], path: Path, config: DataConfig, require: Sequence[str] = ()) -> Parts:
+    """The rows of each split, with what is held out of train, and of train what is drawn.
+
+    Args:
+        require: splits that must be there.
+
+    Raises:
+        DataError: one is not, or a split has no rows. ConfigError: a split that is there is to be held out.
+    """
     parts: Parts = {name: (index, index.good()) for name, index in indexes.items()}
     for name, fraction in (("test", config.test_fraction), ("val", config.val_fraction)):
         if fraction is None:
@@ -158,13 +166,25 @@ def _refuse_bad(index: Index, root: Path, config: DataConfig) -> tuple[Problem, 
         raise data_error(first.code, first.what, where=first.where, fix=first.fix)
     code = first.code if len({problem.code for problem in shown}) == 1 else "MF-DATA-03"
     plural = "s" if len(shown) > 1 else ""
-    fix = first.fix if unsafe else "correct or remove them; mopefuse data check lists all"
+    fix = first.fix if unsafe else f"{_todo(problems)}; mopefuse data check --json lists all"
     raise data_error(code, f"{len(shown)} bad row{plural}: {_listed(shown)}", where=str(root / index.file), fix=fix)
 
 
 def _listed(problems: Sequence[Problem]) -> str:
-    listed = "; ".join(map(str, problems[:_MOST_LISTED]))
-    return listed + (f"; and {len(problems) - _MOST_LISTED} more" if len(problems) > _MOST_LISTED else "")
+    """Problems in one line: those of the same words once, at the first of them, with how many more there are."""
+    alike: dict[str, list[Problem]] = {}
+    for problem in problems:
+        alike.setdefault(problem.what, []).append(problem)
+    shown = list(alike.values())[:_MOST_LISTED]
+    listed = [f"{same[0]}" + (f" (and {len(same) - 1:,} more like it)" if len(same) > 1 else "") for same in shown]
+    rest = len(problems) - sum(map(len, shown))
+    return "; ".join([*listed, *([f"and {rest:,} more"] if rest else [])])
+
+
+def _todo(problems: Sequence[Problem]) -> str:
+    """What mends them, where that is the same for all."""
+    fixes = {problem.fix or KINDS[kind_of_row(problem.what)].todo for problem in problems}
+    return fixes.pop() if len(fixes) == 1 else "correct or remove them"
 
 
 def _is_multi_label(parts: Parts) -> bool:
@@ -190,13 +210,24 @@ def _labels(root: Path, splits: dict[str, Split], config: DataConfig) -> tuple[s
     for split in splits.values() if labels else ():
         unknown = Counter(label for row in split.labels for label in row if label not in known)
         if unknown:
-            shown = ", ".join(f"{label} ({count})" for label, count in unknown.most_common(_MOST_LISTED))
-            fix = "list all labels in labels.txt, or in a file that --labels names"
-            raise DataError(6, f"labels that training does not know: {shown}", where=split.file, fix=fix)
+            raise _unknown(unknown, split, labels)
     if "train" in splits and len(labels) < 2:
         found = f"only the label {labels[0]!r}" if labels else "no label at all"
         raise DataError(7, f"{found}: there is nothing to learn", where=splits["train"].file, fix="add another class")
     return labels
+
+
+def _unknown(unknown: Counter[str], split: Split, labels: Sequence[str]) -> DataError:
+    """The error for labels that are not known, at the first row that has one."""
+    shown = []
+    for label, count in unknown.most_common(_MOST_LISTED):
+        near = nearest(label, labels, most=1)
+        shown.append(f"{label} ({count}{f'; did you mean {near[0]}?' if near else ''})")
+    rest = len(unknown) - len(shown)
+    what = f"labels that training does not know: {', '.join(shown)}{f', and {rest} more' if rest else ''}"
+    first = next(number for number, row in enumerate(split.labels) if any(label in unknown for label in row))
+    fix = "correct it, or, if it is a label, list all labels in labels.txt or in a file that --labels names"
+    return DataError(6, what, where=split.where(split.rows[first]), fix=fix)
 
 
 def listed_labels(path: Path) -> tuple[str, ...]:

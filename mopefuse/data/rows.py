@@ -19,7 +19,7 @@ from mopefuse.data.columns import Layout
 
 _SURROGATE = re.compile("[\ud800-\udfff]")  # cannot be written to a file
 _KINDS = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
-_OR_WITHOUT = "data.on_missing to skip or absent"
+_OR_WITHOUT = "--on-missing skip or absent"
 
 
 class Checked(NamedTuple):
@@ -94,7 +94,7 @@ def _values(row: Mapping[str, Any], layout: Layout, *, label: bool) -> dict[str,
 def _hint(name: str, layout: Layout) -> str:
     if name in layout.in_rows:
         return f" (set data.allow_missing_text=true to take it as empty, or {_OR_WITHOUT})"
-    return f" (set {_OR_WITHOUT} to go on without)"
+    return f" (use {_OR_WITHOUT} to go on without)"
 
 
 def _leave_out(values: Mapping[str, str | None], layout: Layout) -> None:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from mopefuse.config import Data as DataConfig
 from mopefuse.data._base import SPLITS
-from mopefuse.errors import DataError, did_you_mean
+from mopefuse.errors import DataError, did_you_mean, nearest
 
 SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
@@ -55,7 +55,10 @@ def find_tables(path: Path, config: DataConfig, *, splits: Sequence[str] = SPLIT
     if path.is_file():
         return {"": _table(path, config)}
     if not path.is_dir():
-        fix = "name a folder with train.jsonl, val.jsonl and test.jsonl, or one table"
+        beside = _beside(path)
+        near = [item for stem in nearest(path.stem, {item.stem for item in beside}) for item in beside if item.stem == stem]
+        meant = f"did you mean {', '.join(map(str, near[:3]))}? Else " if near else ""
+        fix = f"{meant}name a folder with train.jsonl, val.jsonl and test.jsonl, or one table"
         raise DataError(1, f"there is no data folder {path}", fix=fix)
     tables = {}
     for split in splits:
@@ -68,6 +71,14 @@ def find_tables(path: Path, config: DataConfig, *, splits: Sequence[str] = SPLIT
         if there:
             tables[split] = _table(there[0], config)
     return tables
+
+
+def _beside(path: Path) -> list[Path]:
+    """Folders and tables in the folder that `path` would be in."""
+    try:
+        return [item for item in sorted(path.parent.iterdir()) if item.suffix in SUFFIXES or item.is_dir()]
+    except OSError:
+        return []
 
 
 def _table(path: Path, config: DataConfig) -> Table:
@@ -100,6 +111,11 @@ def columns_in(table: Table, names: Collection[str]) -> set[str]:
         if found == wanted:
             break
     return found
+
+
+def some_columns(table: Table) -> set[str]:
+    """The columns of the first row that is one; none where no row is."""
+    return {str(name) for name in next((row.value for row in table.rows() if isinstance(row.value, dict)), {})}
 
 
 def _written(name: str) -> Iterator[bytes]:

@@ -25,7 +25,8 @@ from huggingface_hub.errors import (
 
 from mopefuse.checkpoint import sha256
 from mopefuse.encoders import _numbers
-from mopefuse.errors import EncoderError, MopefuseError, ResourceError
+from mopefuse.encoders.aliases import ALIASES
+from mopefuse.errors import EncoderError, MopefuseError, ResourceError, nearest
 
 _SECONDS = 3.0  # for the first answer of the hub
 _SHA256_DIGITS = 64
@@ -152,6 +153,8 @@ def explain(error: Exception, repo: str, revision: str | None, where: str) -> Mo
     """What a failure on the way to the hub means, and what to do."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     number, what, fix = _meaning(error, status, repo, revision)
+    if "/" not in repo and (near := nearest(repo, ALIASES["hf"], most=2)):  # no organisation: an alias was meant
+        fix = f"did you mean {', '.join(f'hf:{name}' for name in near)}? Else {fix}"
     return EncoderError(number, what, where=where, fix=fix)
 
 

@@ -13,7 +13,7 @@ from mopefuse.config import Prompts, RunConfig, build_config, merge
 from mopefuse.data.columns import require_column
 from mopefuse.encoders._base import Encoder, create_encoder, full_spec
 from mopefuse.encoders._preprocess import ImagePreprocess
-from mopefuse.errors import ConfigError, PluginError
+from mopefuse.errors import ConfigError, EncoderError, PluginError
 from mopefuse.fusion._base import Fusion
 from mopefuse.sides import specs, with_specs
 
@@ -52,12 +52,21 @@ def build_model(config: RunConfig, num_labels: int) -> Fusion:
         encoders = {}
         for side in method.sides(config):
             torch.default_generator.manual_seed(config.seed)
-            encoders[side] = _with_statistics(create_encoder(specs(config)[side]), config)
+            encoders[side] = _with_statistics(_create(side, specs(config)[side]), config)
             encoders[side].recompute = config.train.checkpoint_activations
             _require_declared(side, encoders[side])
         torch.default_generator.manual_seed(config.seed)
         model = cast(Fusion, method(config, encoders, num_labels))
     return model.eval()
+
+
+def _create(side: str, spec: str) -> Encoder:
+    """An encoder; an error says of which side."""
+    try:
+        return create_encoder(spec)
+    except EncoderError as error:
+        error.where = ", ".join(part for part in (f"--{side}", error.where) if part)
+        raise
 
 
 def _require_declared(side: str, encoder: Encoder) -> None:
