@@ -31,3 +31,8 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def several(number: int, what: str, plural: str = "") -> str:
+    """1 row, 2 rows, 1,000 rows; `plural` of words that have another."""
+    return f"{number:,} {what if number == 1 else plural or f'{what}s'}"

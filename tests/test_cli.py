@@ -386,7 +386,7 @@ def test_a_dry_run_says_what_encoders_see_and_what_would_be_trained(pairs: Path)
 
 
 @pytest.mark.parametrize("group", [(), ("data",), ("encoders",), ("plugins",), ("bench",)])
-def test_no_help_of_a_command_is_cut_in_80_columns(group: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_help_of_a_command_is_cut_at_80_columns(group: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     _, commands = CliRunner().invoke(app, [*group, "--help"]).stdout.split("Commands:\n")
     assert len(commands.splitlines()) > 1 and "..." not in commands

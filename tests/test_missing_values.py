@@ -68,13 +68,13 @@ def test_a_value_that_is_not_there_is_what_the_policy_says(data: Path, form: str
     for _ in range(2):  # once read, once from the cache
         left = read(data, on_missing="skip")
         assert [row.line for row in left.splits["train"].rows] == [1, 2, 3, 4, *range(6, 13)]
-        assert f"train: 1 rows without {modality} are left out" in left.notices
+        assert f"train.jsonl: 1 row without {modality} is left out" in left.notices
         kept = read(data, on_missing="absent")
         row = kept.splits["train"].rows[4]
         assert (row.line, row.values[modality], None in kept.splits["train"].rows[3].values.values()) == (5, None, False)
         for name in ("text", "image"):
             assert np.flatnonzero(kept.splits["train"].lacks(name)).tolist() == ([4] if name == modality else [])
-        assert f"train: 1 rows have no {modality}" in kept.notices
+        assert f"train: 1 row has no {modality}" in kept.notices
 
 
 def test_an_error_names_the_ways_on(data: Path) -> None:
@@ -94,7 +94,7 @@ def test_a_row_of_nothing_is_left_out_or_bad(data: Path, form: str) -> None:
     report = json.loads(call("data", "check", data, "--json", "--set", "data.on_missing=absent").stdout)
     assert report["kinds"] == {"nothing": 1}
     left = read(data, on_missing="skip")
-    assert 5 not in [row.line for row in left.splits["train"].rows] and "rows without" in " ".join(left.notices)
+    assert 5 not in [row.line for row in left.splits["train"].rows] and "1 row without" in " ".join(left.notices)
 
 
 @pytest.mark.parametrize("policy", ["skip", "absent"])
@@ -133,7 +133,7 @@ def test_empty_cells_of_a_table_are_missing(data: Path) -> None:
     assert [np.flatnonzero(kept.lacks(name)).tolist() for name in ("text", "image")] == [[2], [3]]
     left = read(data, on_missing="skip")
     assert len(left.splits["train"].rows) == 10
-    assert {"train: 1 rows without text are left out", "train: 1 rows without image are left out"} <= set(left.notices)
+    assert {f"train.csv: 1 row without {modality} is left out" for modality in ("text", "image")} <= set(left.notices)
 
 
 def test_images_without_captions(tmp_path: Path) -> None:
@@ -245,11 +245,11 @@ def test_what_two_splits_lack_is_no_leak(data: Path) -> None:
     found = read(data, on_missing="absent")
     assert not any("also in train" in notice for notice in found.notices)
     change(data, "test", 1, text="TRAIN  train-1")
-    assert "1 texts of test are also in train; metrics on it may be too good" in read(data, on_missing="absent").notices
+    assert "1 text of test is also in train; metrics on it may be too good" in read(data, on_missing="absent").notices
     report = json.loads(call("data", "check", data, "--json", "--set", "data.on_missing=absent").stdout)
     assert report["leaks"]["test"] == {"images": 0, "texts": 1}
     assert [(p["split"], p["message"]) for p in report["problems"] if p["kind"] == "missing-value"] == [
-        (split, f"1 rows have no {modality}") for split in ("train", "test") for modality in ("text", "image")
+        (split, f"1 row has no {modality}") for split in ("train", "test") for modality in ("text", "image")
     ]
 
 

@@ -11,6 +11,7 @@ from mopefuse.data.check import Report
 from mopefuse.modality import of
 from mopefuse.report.data_check import against_limits, check_page, how_many
 from mopefuse.report.pages import write
+from mopefuse.shown import several
 
 _MOST_LABELS = 30
 _MOST_OF_A_KIND = 5  # problems that are listed one by one
@@ -55,7 +56,7 @@ def show(report: Report, folder: Path, page: Path | None) -> None:
     console.print(_told(report), markup=False)
     if page is not None:
         console.print(f"page: {page}", markup=False)
-    console.print(f"{report.errors:,} errors, {report.warnings:,} warnings", markup=False)
+    console.print(f"{several(report.errors, 'error')}, {several(report.warnings, 'warning')}", markup=False)
 
 
 def _files(report: Report) -> list[str]:

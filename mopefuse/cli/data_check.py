@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mopefuse.cli import columns
+from mopefuse.shown import several
 
 if TYPE_CHECKING:
     from mopefuse.config import Data
@@ -42,8 +43,8 @@ def check(
 ) -> None:
     """Find everything that is wrong with a data set.
 
-    Only reads it; exit code 4 if training would refuse it. Warnings are what training accepts: an image in both train and test,
-    tiny images, texts that are empty.
+    Only reads it; exit code 4 if training would refuse it.
+    Warnings are what training accepts: the same image in train and test, tiny images, texts that are empty.
     """
     flags = columns.settings(
         text=text_col,
@@ -77,10 +78,10 @@ def check(
     error = None
     if report.errors:
         fix = "correct what is listed" if json else "correct what is listed above"
-        error = DataError(80, f"{_count(report.errors, 'error')} in {folder}", fix=fix)
+        error = DataError(80, f"{several(report.errors, 'error')} in {folder}", fix=fix)
     elif strict and report.warnings:
         fix = "correct what is listed, or leave --strict out"
-        error = DataError(81, f"{_count(report.warnings, 'warning')} in {folder}, and they count", where="--strict", fix=fix)
+        error = DataError(81, f"{several(report.warnings, 'warning')} in {folder}, and they count", where="--strict", fix=fix)
     if html is not None:
         display.write_page(report, folder, html)
     if not json:
@@ -144,7 +145,7 @@ def preview(
     if json:
         print_json({"ok": True, "path": str(out), "rows": shown})
     else:
-        results().print(f"{_count(shown, 'row')} of {split}: {out}", markup=False)
+        results().print(f"{several(shown, 'row')} of {split}: {out}", markup=False)
 
 
 def _config(folder: Path, flags: dict[str, Any], sets: list[str] | None) -> Data:
@@ -152,7 +153,3 @@ def _config(folder: Path, flags: dict[str, Any], sets: list[str] | None) -> Data
 
     nobody = {"main": "tiny:vision", "comp": "tiny:text"}  # that a run needs and its data do not
     return resolve(flags={**nobody, "data.path": str(folder), **flags}, sets=sets or ()).data
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -74,8 +74,8 @@ def train(
 ) -> None:
     """Train a fusion of frozen encoders, and test it once.
 
-    The checkpoint that is best on validation is tested. Encoders are scheme:name[?key=value]; mopefuse encoders lists them.
-    Under torchrun this is data parallel.
+    The checkpoint that is best on validation is tested.
+    Encoders are named scheme:name[?key=value]; mopefuse encoders lists them. Under torchrun this is data parallel.
     """
     flags: dict[str, Any] = {
         "main": main,

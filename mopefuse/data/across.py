@@ -17,6 +17,7 @@ from mopefuse.data.leaks import leak
 from mopefuse.data.load import listed_labels
 from mopefuse.errors import DataError, nearest
 from mopefuse.modality import of
+from mopefuse.shown import several
 
 Indexes = Mapping[str, Index]
 
@@ -66,7 +67,7 @@ def unknown_labels(indexes: Indexes, known: tuple[str, ...]) -> Iterator[Finding
         for label in sorted(counts.keys() - set(known)):
             near = nearest(label, known, most=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            message = f"the label {label!r} is not known to training (in {_rows(counts[label])}){hint}"
+            message = f"the label {label!r} is not known to training (in {several(counts[label], 'row')}){hint}"
             yield at(index, first[label], "unknown-label", message, code="MF-DATA-06", rows=counts[label])
         for label in known if len(index.lines_S) else ():
             if label not in counts:
@@ -115,7 +116,3 @@ def _first(keys: Keys, wanted: Keys) -> list[int]:
     values, first = np.unique(keys, return_index=True)
     found: list[int] = first[np.searchsorted(values, wanted)].tolist() if len(wanted) else []
     return found
-
-
-def _rows(number: int) -> str:
-    return f"{number} row{'s' if number != 1 else ''}"

@@ -18,6 +18,7 @@ import numpy as np
 from mopefuse.data.files import Files
 from mopefuse.data.index import Index
 from mopefuse.modality import of
+from mopefuse.shown import several
 
 
 class Kind(NamedTuple):
@@ -179,7 +180,8 @@ def of_missing(index: Index) -> Iterator[Finding]:
     for modality, each in index.values.items():
         lacking = np.flatnonzero(each.lacks())
         if len(lacking):
-            message = f"{len(lacking):,} rows have no {modality}"
+            message = f"{several(len(lacking), 'row has', 'rows have')} no {modality}"
             yield at(index, int(lacking[0]), "missing-value", message, rows=len(lacking))
     for what, count in index.left_out.items():
-        yield Finding("missing-value", index.split, index.file, f"{count:,} rows without {what} are left out", rows=count)
+        message = f"{several(count, 'row')} without {what} {'is' if count == 1 else 'are'} left out"
+        yield Finding("missing-value", index.split, index.file, message, rows=count)

@@ -21,6 +21,7 @@ from mopefuse.data.subsets import few, hold_out
 from mopefuse.data.tables import SUFFIXES, find_tables, read_bytes
 from mopefuse.errors import ConfigError, DataError, data_error, nearest
 from mopefuse.modality import of
+from mopefuse.shown import several
 
 _MOST_LISTED = 5
 Numbers = NDArray[np.int64]
@@ -165,9 +166,8 @@ def _refuse_bad(index: Index, root: Path, config: DataConfig) -> tuple[Problem, 
     if len(problems) == 1 and first.file:
         raise data_error(first.code, first.what, where=first.where, fix=first.fix)
     code = first.code if len({problem.code for problem in shown}) == 1 else "MF-DATA-03"
-    plural = "s" if len(shown) > 1 else ""
     fix = first.fix if unsafe else f"{_todo(problems)}; mopefuse data check --json lists all"
-    raise data_error(code, f"{len(shown)} bad row{plural}: {_listed(shown)}", where=str(root / index.file), fix=fix)
+    raise data_error(code, f"{several(len(shown), 'bad row')}: {_listed(shown)}", where=str(root / index.file), fix=fix)
 
 
 def _listed(problems: Sequence[Problem]) -> str:
@@ -250,27 +250,34 @@ def listed_labels(path: Path) -> tuple[str, ...]:
 
 def _notices(splits: dict[str, Split], indexes: dict[str, Index], config: DataConfig) -> tuple[str, ...]:
     found = [
-        f"{split.name}: {len(split.skipped)} bad rows are skipped, as {split.skipped[0]}"
+        f"{split.name}: {several(len(split.skipped), 'bad row is', 'bad rows are')} skipped, as {split.skipped[0]}"
         for split in splits.values()
         if split.skipped
     ]
     for index in indexes.values():
-        found += [f"{index.split}: {count} rows without {what} are left out" for what, count in index.left_out.items()]
+        of_whom = index.split if config.split_col else index.file  # rows of train that are held out count, too
+        for what, count in index.left_out.items():
+            found.append(f"{of_whom}: {several(count, 'row')} without {what} {'is' if count == 1 else 'are'} left out")
     for split in splits.values():
         lacking = {modality: int(split.lacks(modality).sum()) for modality in split.keys}
-        found += [f"{split.name}: {count} rows have no {modality}" for modality, count in lacking.items() if count]
+        for modality, count in lacking.items():
+            if count:
+                found.append(f"{split.name}: {several(count, 'row has', 'rows have')} no {modality}")
         empty = {modality: int(split.empties(modality).sum()) for modality in split.keys}
-        found += [f"{split.name}: {count} {of(modality).plural} are empty" for modality, count in empty.items() if count]
+        for modality, count in empty.items():
+            if count:
+                found.append(f"{split.name}: {several(count, f'{modality} is', f'{of(modality).plural} are')} empty")
     each = [files for index in indexes.values() for files in index.files.values()]
     moving = [name for files in each for name, look in zip(files.names, files.looks, strict=True) if look.animated]
     if moving:
-        found.append(f"{len(moving)} images are animations, as {moving[0]}: their first frame is read")
+        said = several(len(moving), "image is an animation", "images are animations")
+        found.append(f"{said}, as {moving[0]}: {'its' if len(moving) == 1 else 'their'} first frame is read")
     leaks = []
     for name in ("val", "test"):
         if name in splits and "train" in splits:
             shared = leak(splits["train"], splits[name])
-            both = ((of(kind).plural, rows) for kind, rows in shared.items())
-            leaks += [f"{len(rows)} {plural} of {name} are also in train" for plural, rows in both if len(rows)]
+            both = ((several(len(rows), kind, of(kind).plural), len(rows)) for kind, rows in shared.items())
+            leaks += [f"{said} of {name} {'is' if count == 1 else 'are'} also in train" for said, count in both if count]
     if leaks and config.strict:
         fix = "remove them from train, or leave --strict out"
         raise DataError(27, "; ".join(leaks), where=str(config.path), fix=fix)

@@ -184,7 +184,7 @@ def test_a_check_finds_what_is_wrong_with_clips(tmp_path: Path) -> None:
 def test_the_same_clip_in_two_splits_is_a_leak(tmp_path: Path) -> None:
     root = make(tmp_path, "text", "audio")
     (root / "clips" / "test-2.wav").write_bytes((root / "clips" / "train-2.wav").read_bytes())
-    assert any("1 clips of test are also in train" in notice for notice in load_data(Data(path=str(root))).notices)
+    assert any("1 audio of test is also in train" in notice for notice in load_data(Data(path=str(root))).notices)
     (found,) = [p for p in json.loads(done("data", "check", root, "--json"))["problems"] if p["kind"] == "leaked-file"]
     assert (found["id"], found["message"]) == ("test-2", "its audio is also in train.jsonl:3, id train-2")
 
@@ -195,7 +195,7 @@ def test_a_row_without_a_clip_is_an_error_left_out_or_kept(value: Any, tmp_path:
     with pytest.raises(DataError):
         load_data(Data(path=str(root)))
     skipped = load_data(Data(path=str(root), on_missing="skip"))
-    assert len(skipped.splits["train"].rows) == 5 and "train: 1 rows without audio are left out" in skipped.notices
+    assert len(skipped.splits["train"].rows) == 5 and "train.jsonl: 1 row without audio is left out" in skipped.notices
     kept = load_data(Data(path=str(root), on_missing="absent"))
     assert kept.splits["train"].rows[1].values["audio"] is None
     assert kept.splits["train"].lacks("audio").tolist() == [False, True, False, False, False, False]
