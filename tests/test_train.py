@@ -20,7 +20,6 @@ from conftest import make_pairs
 from mopefuse.checkpoint import read_tensors
 from mopefuse.config import build_config
 from mopefuse.errors import ConfigError, DataError, Interrupted, MopefuseError, NumericError
-from mopefuse.optim import load_optimizer_state
 from mopefuse.run import RunFolder
 from mopefuse.train import resumed, train
 from mopefuse.trainer import Listener, Progress, Trainer
@@ -61,17 +60,6 @@ class StopAt(Listener):
         self.losses.append(loss)
         if progress.step == self.at:
             os.kill(os.getpid(), self.number)
-
-
-def test_the_optimisers_state_is_put_where_its_parameters_are() -> None:
-    """All of it: the fused optimiser on a GPU refuses a step that is on the CPU."""
-    parameter = torch.nn.Parameter(torch.zeros(2, device="meta"))
-    optimizer = torch.optim.AdamW([parameter])
-    state = {"a/step": torch.tensor(3.0), "a/exp_avg": torch.zeros(2), "a/exp_avg_sq": torch.zeros(2)}
-    load_optimizer_state(optimizer, {id(parameter): "a"}, state, where="memory")
-    assert {key: value.device.type for key, value in optimizer.state[parameter].items()} == {
-        "step": "meta", "exp_avg": "meta", "exp_avg_sq": "meta"
-    }  # fmt: skip
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -363,19 +351,6 @@ def test_the_saved_configuration_leaves_nothing_open(data: Path, tmp_path: Path)
     assert (saved.prompts.static, saved.prompts.dynamic) == (6, 6)
     assert saved.prompts.init == pytest.approx((6 / (3 * 4**2 + 96)) ** 0.5)
     assert (saved.train.lr, saved.train.lr_comp) == (4e-4, 5e-4)
-
-
-def test_the_papers_schedule_and_the_others() -> None:
-    from mopefuse.optim import factor
-
-    def at(schedule: str, step: int, **more: Any) -> float:
-        return factor(config(Path("x"), train__schedule=schedule, **more).train, step, 100)
-
-    assert [at("paper", step) for step in (0, 29, 30, 59, 60, 99)] == pytest.approx([1, 1, 0.4, 0.4, 0.16, 0.16])
-    assert [at("constant", step) for step in (0, 99)] == [1, 1]
-    assert [at("cosine", step) for step in (0, 50, 100)] == pytest.approx([1, 0.5, 0])
-    assert [at("one-cycle", step) for step in (0, 30, 100)] == pytest.approx([0.04, 1, 0])
-    assert at("cosine", 4, train__warmup=0.1) == pytest.approx(5 / 11)
 
 
 def test_the_two_sides_have_learning_rates_of_their_own(data: Path, tmp_path: Path) -> None:

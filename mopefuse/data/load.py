@@ -23,7 +23,7 @@ from mopefuse.errors import ConfigError, DataError, data_error, nearest
 from mopefuse.modality import of
 from mopefuse.shown import several
 
-_MOST_LISTED = 5
+_MOST_LISTED = 20
 Numbers = NDArray[np.int64]
 Parts = dict[str, tuple[Index, Numbers]]  # split to the index that has its rows, and which of them they are
 
