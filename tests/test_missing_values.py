@@ -91,7 +91,7 @@ def test_a_row_of_nothing_is_left_out_or_bad(data: Path, form: str) -> None:
     change(data, "train", 4, text=GONE[form], img=GONE[form])
     with pytest.raises(DataError, match=r"train.jsonl:5 has none of text, img; found "):
         read(data, on_missing="absent")
-    report = json.loads(call("data", "check", data, "--json", "--set", "data.on_missing=absent").stdout)
+    report = json.loads(call("data", "check", data, "--json", "--on-missing", "absent").stdout)
     assert report["kinds"] == {"nothing": 1}
     left = read(data, on_missing="skip")
     assert 5 not in [row.line for row in left.splits["train"].rows] and "1 row without" in " ".join(left.notices)
@@ -246,7 +246,7 @@ def test_what_two_splits_lack_is_no_leak(data: Path) -> None:
     assert not any("also in train" in notice for notice in found.notices)
     change(data, "test", 1, text="TRAIN  train-1")
     assert "1 text of test is also in train; metrics on it may be too good" in read(data, on_missing="absent").notices
-    report = json.loads(call("data", "check", data, "--json", "--set", "data.on_missing=absent").stdout)
+    report = json.loads(call("data", "check", data, "--json", "--on-missing", "absent").stdout)
     assert report["leaks"]["test"] == {"images": 0, "texts": 1}
     assert [(p["split"], p["message"]) for p in report["problems"] if p["kind"] == "missing-value"] == [
         (split, f"1 row has no {modality}") for split in ("train", "test") for modality in ("text", "image")

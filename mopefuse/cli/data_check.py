@@ -37,6 +37,7 @@ def check(
     labels: columns.Labels = None,
     val_fraction: Annotated[float | None, typer.Option(help="As in train: val need not be there.")] = None,
     test_fraction: Annotated[float | None, typer.Option(help="As in train: test need not be there.")] = None,
+    on_missing: Annotated[str | None, typer.Option(help="As in train: error, skip or absent.")] = None,
     max_pixels: MaxPixels = None,
     set_: Set = None,
     json: Json = False,
@@ -57,7 +58,8 @@ def check(
         roots=image_root,
         labels=labels,
     )
-    flags |= {"data.val_fraction": val_fraction, "data.test_fraction": test_fraction, "data.max_pixels": max_pixels}
+    flags |= {"data.val_fraction": val_fraction, "data.test_fraction": test_fraction}
+    flags |= {"data.on_missing": on_missing, "data.max_pixels": max_pixels}
     config = _config(folder, flags, set_)
     if html is not None:
         from mopefuse.report.pages import check_place

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mopefuse.data._base import Row
-from mopefuse.data.columns import Layout
+from mopefuse.data.columns import EXPECTED, Layout
 
 _SURROGATE = re.compile("[\ud800-\udfff]")  # cannot be written to a file
 _KINDS = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
@@ -94,7 +94,8 @@ def _values(row: Mapping[str, Any], layout: Layout, *, label: bool) -> dict[str,
 def _hint(name: str, layout: Layout) -> str:
     if name in layout.in_rows:
         return f" (set data.allow_missing_text=true to take it as empty, or {_OR_WITHOUT})"
-    return f" (use {_OR_WITHOUT} to go on without)"
+    unread = "" if name in EXPECTED else f", or leave {name} out of data.modalities if no encoder reads it"
+    return f" (use {_OR_WITHOUT} to go on without{unread})"
 
 
 def _leave_out(values: Mapping[str, str | None], layout: Layout) -> None:

@@ -80,6 +80,15 @@ def call(*args: object) -> tuple[int, str, str]:
     return int(leaving.value.code or 0), out.getvalue(), err.getvalue()
 
 
+def test_clips_that_nobody_asked_for_can_be_left_out(tmp_path: Path) -> None:
+    root = change(make(tmp_path / "data", "audio", "img", "text"), 0, audio=None)
+    images = ("train", "--main", "tiny:vision", "--comp", "tiny:text", "--data", root, *SMALL)
+    code, _, err = call(*images, "--out", tmp_path / "run")
+    assert code == 4 and "leave audio out of data.modalities if no encoder reads it" in err
+    code, _, err = call(*images, "--out", tmp_path / "run", "--set", "data.modalities=[image,text]")
+    assert code == 0, err
+
+
 @pytest.mark.parametrize("columns", [("audio", "text"), ("audio", "img", "text")])
 def test_a_contact_sheet_names_clips_beside_what_can_be_seen(tmp_path: Path, columns: tuple[str, ...]) -> None:
     root, sheet = make(tmp_path / "data", *columns), tmp_path / "sheet.html"
