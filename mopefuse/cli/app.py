@@ -32,8 +32,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("train")(train.train)
-app.command("eval", short_help="Evaluate a run: metrics, labels, predictions.")(eval.evaluate)
-app.command("predict", short_help="Say what new pairs are.")(predict.predict)
+app.command("eval")(eval.evaluate)
+app.command("predict")(predict.predict)
 app.command("swap-encoder")(swap.swap_encoder)
 app.command("export")(export.export)
 app.command("push")(push.push)

@@ -42,7 +42,10 @@ def evaluate(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Evaluate a run: metrics, a table by label, predictions.jsonl. Deterministic; no sample depends on its batch."""
+    """Evaluate a run: metrics, labels, predictions.
+
+    Deterministic; no sample depends on its batch. Predictions go into the run, or where --out says.
+    """
     from mopefuse.errors import ConfigError, did_you_mean
     from mopefuse.gates import check_gates, parse_gates
     from mopefuse.run import RunFolder

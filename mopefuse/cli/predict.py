@@ -38,7 +38,10 @@ def predict(
     id_col: columns.IdCol = None,
     image_root: columns.ImageRoot = None,
 ) -> None:
-    """Say what new pairs are: their labels and probabilities, one line for each, in the order of the input."""
+    """Say what new pairs are.
+
+    Their labels and probabilities, one line for each, in the order of the input.
+    """
     from mopefuse.cli._render import err
     from mopefuse.errors import ConfigError, DataError
     from mopefuse.predict import load, predict_pairs
