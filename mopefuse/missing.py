@@ -77,7 +77,8 @@ class Missing:
         learned: whether training meets samples that lack any of it; a model that never did answers as if it were an average
             sample's.
         orders: ids of samples in the order in which they lose something, those whose rows lack it first: so many as a cell
-            says lack it. A sample that has nothing else is not among them.
+            says lack it. A sample that has nothing else is not among them; where a cell takes several things away, the
+            later ones pass over samples that have nothing else left by then.
     """
 
     split: str
