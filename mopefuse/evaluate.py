@@ -97,7 +97,8 @@ def elsewhere(config: DataConfig, path: Path | None, layout: Mapping[str, Any] |
     if path is None:
         return config
     own = {"labels": None, "val_fraction": None, "test_fraction": None, "shots": None, "fraction": None}
-    return data_settings({**config.model_dump(mode="json"), "path": str(path), **own, **(layout or {})})
+    values = {**config.model_dump(mode="json"), "path": str(path), **own, **(layout or {})}
+    return data_settings({f"data.{name}": value for name, value in values.items()})
 
 
 class Loaded(NamedTuple):

@@ -228,11 +228,11 @@ def to_yaml(config: RunConfig) -> str:
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, width=120)
 
 
-def data_settings(values: Mapping[str, Any]) -> Data:
-    """Settings of the section `data` by themselves.
+def data_settings(flags: Mapping[str, Any], sets: Iterable[str] = ()) -> Data:
+    """The section `data` by itself, of settings by path and ``--set`` assignments; see `resolve`.
 
     Raises:
         ConfigError: one that there is not, or of another kind.
     """
     encoders = {"main": "tiny:vision", "comp": "tiny:text"}  # that a run needs and its data do not
-    return build_config({**encoders, "data": dict(values)}).data
+    return resolve(flags={**encoders, **flags}, sets=sets).data

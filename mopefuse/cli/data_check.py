@@ -151,7 +151,6 @@ def preview(
 
 
 def _config(folder: Path, flags: dict[str, Any], sets: list[str] | None) -> Data:
-    from mopefuse.recipe import resolve
+    from mopefuse.recipe import data_settings
 
-    nobody = {"main": "tiny:vision", "comp": "tiny:text"}  # that a run needs and its data do not
-    return resolve(flags={**nobody, "data.path": str(folder), **flags}, sets=sets or ()).data
+    return data_settings({"data.path": str(folder), **flags}, sets or ())

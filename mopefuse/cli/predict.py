@@ -55,7 +55,7 @@ def predict(
         raise ConfigError(54, f"there is no folder {out.parent}", where="--out", fix="make it, or name another file")
     named: dict[str, Any] = {"text_col": text_col, "img_col": image_col, "columns": columns.named(column), "id_col": id_col}
     named["image_roots"] = tuple(image_root or ()) or None
-    config = data_settings({key: value for key, value in named.items() if value is not None})
+    config = data_settings({f"data.{key}": value for key, value in named.items()})
     if isinstance(source, str) and source != "-" and not Path(source).is_file():
         raise ConfigError(66, f"there is no file {source}", where="predict", fix="name a file of pairs, or - for stdin")
     predictor = load(run, checkpoint=checkpoint, device=device, main=main, comp=comp)

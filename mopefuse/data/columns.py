@@ -96,6 +96,11 @@ def require_column(who: str, name: str, modalities: Sequence[str], *, where: str
         raise ConfigError(132, what, where=where, fix=fix)
 
 
+def _like(column: str, free: Collection[str], elsewhere: Sequence[str]) -> list[str]:
+    """The one column that may be meant: of the nearest name, or of one that it has elsewhere; or none."""
+    return [*nearest(column, free, most=1), *(other for other in elsewhere if other in free)][:1]
+
+
 @dataclass(frozen=True)
 class Layout:
     """How rows are read: made once for a table.
@@ -146,12 +151,11 @@ class Layout:
         free = [other for other in row if other not in {*self.columns.values(), self.identity, self.label}]
         found = []
         for name in missing:
-            near = [*nearest(self.columns[name], free, most=1), *(other for other in modality.of(name).meant if other in free)]
-            found += [flag_for(name, other) for other in near[:1]]
-            free = [other for other in free if other not in near[:1]]
+            near = _like(self.columns[name], free, modality.of(name).meant)
+            found += [flag_for(name, other) for other in near]
+            free = [other for other in free if other not in near]
         if with_label:
-            near = [*nearest(self.label, free, most=1), *(other for other in _LABELS if other in free)]
-            found += [f"--label-col {other}" for other in near[:1]]
+            found += [f"--label-col {other}" for other in _like(self.label, free, _LABELS)]
         return found
 
     def describe(self) -> tuple[object, ...]:

@@ -180,8 +180,16 @@ def of_missing(index: Index) -> Iterator[Finding]:
     for modality, each in index.values.items():
         lacking = np.flatnonzero(each.lacks())
         if len(lacking):
-            message = f"{several(len(lacking), 'row has', 'rows have')} no {modality}"
-            yield at(index, int(lacking[0]), "missing-value", message, rows=len(lacking))
+            yield at(index, int(lacking[0]), "missing-value", lacks(len(lacking), modality), rows=len(lacking))
     for what, count in index.left_out.items():
-        message = f"{several(count, 'row')} without {what} {'is' if count == 1 else 'are'} left out"
-        yield Finding("missing-value", index.split, index.file, message, rows=count)
+        yield Finding("missing-value", index.split, index.file, left_out(count, what), rows=count)
+
+
+def lacks(count: int, modality: str) -> str:
+    """That rows have nothing of a modality."""
+    return f"{several(count, 'row has', 'rows have')} no {modality}"
+
+
+def left_out(count: int, what: str) -> str:
+    """That rows are skipped as they have nothing of some modalities."""
+    return f"{several(count, f'row without {what} is', f'rows without {what} are')} left out"

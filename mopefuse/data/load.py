@@ -13,7 +13,7 @@ from mopefuse import cache
 from mopefuse.config import Data as DataConfig
 from mopefuse.data._base import SPLITS, DataSet, Problem, Split
 from mopefuse.data.columns import Layout, modalities_of
-from mopefuse.data.findings import KINDS, kind_of_row
+from mopefuse.data.findings import KINDS, kind_of_row, lacks, left_out
 from mopefuse.data.index import Advance, Index, build
 from mopefuse.data.leaks import leak
 from mopefuse.data.rows import Rows
@@ -41,7 +41,7 @@ def load_data(
         advance: told of (files looked at, files to look at) where the index is built.
 
     Raises:
-        DataError: no such folder or split, bad rows or files (all are found, the first few listed), labels that
+        DataError: no such folder or split, bad rows or files (all are found, the first twenty kinds listed), labels that
             training does not define. UnsafePathError: a path out of its root. ConfigError: no data were named.
     """
     if config.path is None:
@@ -256,13 +256,10 @@ def _notices(splits: dict[str, Split], indexes: dict[str, Index], config: DataCo
     ]
     for index in indexes.values():
         of_whom = index.split if config.split_col else index.file  # rows of train that are held out count, too
-        for what, count in index.left_out.items():
-            found.append(f"{of_whom}: {several(count, 'row')} without {what} {'is' if count == 1 else 'are'} left out")
+        found += [f"{of_whom}: {left_out(count, what)}" for what, count in index.left_out.items()]
     for split in splits.values():
         lacking = {modality: int(split.lacks(modality).sum()) for modality in split.keys}
-        for modality, count in lacking.items():
-            if count:
-                found.append(f"{split.name}: {several(count, 'row has', 'rows have')} no {modality}")
+        found += [f"{split.name}: {lacks(count, modality)}" for modality, count in lacking.items() if count]
         empty = {modality: int(split.empties(modality).sum()) for modality in split.keys}
         for modality, count in empty.items():
             if count:
