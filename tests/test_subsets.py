@@ -60,7 +60,36 @@ def test_with_several_labels_each_gets_its_shots() -> None:
     found = drawn(few(IDS, labels, 3, shots=5, fraction=None), labels)
     assert set(found) == set("abcd")
     assert min(found.values()) >= 5
-    assert len(few(IDS, labels, 3, shots=5, fraction=None)) <= 20
+    assert len([row for row in few(IDS, labels, 3, shots=5, fraction=None) if labels[row]]) <= 20
+
+
+MIXED = [tuple(name for bit, name in enumerate("abc") if number >> bit & 1) for number in range(64)]  # 8 without a label
+MANY = [f"row-{number}" for number in range(64)]
+
+
+def test_a_fraction_keeps_its_share_of_the_rows_without_labels() -> None:
+    def unlabelled(rows: list[int]) -> int:
+        return sum(not MIXED[row] for row in rows)
+
+    assert few(MANY, MIXED, 0, shots=None, fraction=1.0) == list(range(64))
+    assert unlabelled(few(MANY, MIXED, 0, shots=None, fraction=0.5)) == 4
+    assert unlabelled(few(MANY, MIXED, 0, shots=None, fraction=0.01)) == 1
+    assert unlabelled(few(MANY, MIXED, 0, shots=3, fraction=None)) == 3
+    assert unlabelled(few(MANY, MIXED, 0, shots=30, fraction=None)) == 8
+
+
+def test_rows_without_labels_are_held_out_in_proportion() -> None:
+    kept, held = hold_out(MANY, MIXED, 32, 0)
+    assert sum(not MIXED[row] for row in held) == sum(not MIXED[row] for row in kept) == 4
+
+
+def test_a_run_on_the_whole_fraction_has_every_row(tmp_path: Path) -> None:
+    root = make_pairs(tmp_path / "data", multi=True)  # every eighth row of it has no label
+    rows = [json.loads(line) for line in (root / "train.jsonl").read_text().splitlines()]
+    write_rows(root / "train.jsonl", [row | {"label": row["label"] if i % 3 else []} for i, row in enumerate(rows)])
+    every = load_data(Data(path=str(root))).splits["train"]
+    assert sum(not labels for labels in every.labels) >= 4
+    assert load_data(Data(path=str(root), fraction=1.0)).splits["train"].labels == every.labels
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -10,6 +10,8 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
+_UNLABELLED = ("",)  # the class of rows without a label; no label is empty
+
 
 def order_of(names: Sequence[str], seed: int) -> list[int]:
     """The numbers of `names` in an order that only they and `seed` decide."""
@@ -47,7 +49,7 @@ def hold_out(
     by_class: defaultdict[str, list[str]] = defaultdict(list)
     for group, rows in members.items():
         mine = {label for row in rows for label in labels[row]}
-        by_class[min(mine, key=lambda label: (frequency[label], label), default="")].append(group)
+        by_class[min(mine, key=lambda label: (frequency[label], label), default=_UNLABELLED[0])].append(group)
     classes = sorted(by_class)
     sizes = [sum(len(members[group]) for group in by_class[name]) for name in classes]
     held: list[int] = []
@@ -67,16 +69,18 @@ def few(
 ) -> list[int]:
     """Rows to train on, in the order of the file.
 
+    Rows without any label are a class of their own, as in `hold_out`.
+
     Args:
         shots: rows of each class; where rows have several labels, rows are taken until each label has so many (or all
             of its rows are taken), rarest label first.
-        fraction: share of each class, at least one row of it.
+        fraction: share of each class, at least one row of it; 1 takes every row.
     """
-    have = Counter(label for row in labels for label in row)
+    have = Counter(label for row in labels for label in row or _UNLABELLED)
     wanted = {name: min(count, shots) if shots else max(1, round(count * (fraction or 1))) for name, count in have.items()}
     by_label: defaultdict[str, list[int]] = defaultdict(list)
     for row in order_of(ids, seed):
-        for name in labels[row]:
+        for name in labels[row] or _UNLABELLED:
             by_label[name].append(row)
     chosen: set[int] = set()
     taken: Counter[str] = Counter()
@@ -86,5 +90,5 @@ def few(
                 break
             if row not in chosen:
                 chosen.add(row)
-                taken.update(labels[row])
+                taken.update(labels[row] or _UNLABELLED)
     return sorted(chosen)
