@@ -135,7 +135,7 @@ _ROWS = {  # how what is said of a bad row begins, or what it has
     "nothing": r"has none of .*; found |.* is (null|empty), expected a string \(use --on-missing",
     "missing-text": r"\(.*\) has no text: |.* is null, expected a string \(set data.allow_missing_text",
     "bad-encoding": r"is not UTF-8 |\(.*\) has a caption that is not UTF-8$",
-    "bad-csv": r"is not CSV |has \d+ fields, the header has ",
+    "bad-csv": r"is not CSV |has \d+ fields, the header has |has a quote that is not closed|is inside a quoted cell ",
     "not-an-object": r"is a \w+, expected an object$",
     "bad-json": r"is not JSON |is nested too deeply|has a number with too many|has a key twice|has -?\w+, which is not JSON",
     "duplicate-id": r"the id .* is there already, in line \d+$",

@@ -28,7 +28,7 @@ from mopefuse.data.files import Files, Look, look_at
 from mopefuse.data.rows import LeftOut, NoRow, check_row
 from mopefuse.data.tables import Found, Table
 
-VERSION = 3  # of what is kept
+VERSION = 4  # of what is kept
 _ROWS = 2  # of what rows are: a run knows its data by it
 Array = NDArray[Any]
 Advance = Callable[[int, int], None]

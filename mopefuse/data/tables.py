@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import json
 import os
 import stat
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 
 from mopefuse.config import Data as DataConfig
 from mopefuse.data._base import SPLITS
+from mopefuse.data.csv_records import Record, Records
 from mopefuse.errors import DataError, did_you_mean, nearest
 
 SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
@@ -191,36 +191,47 @@ def _refuse_constant(name: str) -> Any:
 
 
 def _csv(content: bytes, path: Path, delimiter: str) -> Iterator[Found]:
+    """The rows of a CSV file. A quote that is not closed costs its own row and none of those after it."""
+    text = decoded(content, path)
+    csv.field_size_limit(2**31 - 1)  # a text may be long; it is cut when it is read
+    records = Records(text, delimiter)
+    header: list[str] = []
+    for record in records:
+        if not header:
+            header = _header(record, path)
+            records.width = len(header)
+        elif record.problem:
+            yield Found(record.line, record.problem)
+        elif len(record.cells) != len(header):
+            yield Found(record.line, f"has {len(record.cells)} fields, the header has {len(header)}")
+        else:
+            yield Found(record.line, dict(zip(header, record.cells, strict=True)))
+
+
+def decoded(content: bytes, path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        DataError: it is not UTF-8.
+    """
     try:
-        text = content.decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         what = f"{path.name}:{line} is not UTF-8 (byte 0x{content[error.start]:02x})"
         raise DataError(21, what, where=str(path), fix="convert it, as from Latin 1 with iconv -f latin1 -t utf-8") from None
-    csv.field_size_limit(2**31 - 1)  # a text may be long; it is cut when it is read
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    header: list[str] = []
-    while True:
-        line = reader.line_num + 1
-        try:
-            cells = next(reader, None)
-        except csv.Error as error:
-            yield Found(line, f"is not CSV ({error}); look for a quote that is not closed")
-            continue
-        if cells is None:
-            return
-        if not any(cells):
-            continue
-        if not header:
-            header = [cell.strip() for cell in cells]
-            twice = sorted({name for name in header if header.count(name) > 1})
-            if twice:
-                what = f"the column {twice[0]!r} is there twice"
-                raise DataError(22, what, where=f"{path.name}:{line}", fix="name each column once")
-        elif len(cells) != len(header):
-            yield Found(line, f"has {len(cells)} fields, the header has {len(header)}")
-        else:
-            yield Found(line, dict(zip(header, cells, strict=True)))
+
+
+def _header(record: Record, path: Path) -> list[str]:
+    if record.problem:
+        fix = "correct the line with the names of the columns"
+        raise DataError(230, f"the header {record.problem}", where=f"{path.name}:{record.line}", fix=fix)
+    header = [cell.strip() for cell in record.cells]
+    twice = sorted({name for name in header if header.count(name) > 1})
+    if twice:
+        what = f"the column {twice[0]!r} is there twice"
+        raise DataError(22, what, where=f"{path.name}:{record.line}", fix="name each column once")
+    return header
 
 
 def _parquet(path: Path) -> Iterator[Found]:

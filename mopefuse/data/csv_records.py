@@ -1,0 +1,106 @@
+"""The records of a CSV file, each of one or more lines, so that a quote that is not closed does not take other rows with it.
+
+A quoted cell may hold line breaks, so a quote that somebody forgot to close swallows the lines up to the next quote or the
+end of the file. A record that cannot be read, or that has too few or too many cells, is taken for such a quote if it
+swallowed lines that are complete rows by themselves; reading then goes on at the line after the quote.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator
+from typing import NamedTuple
+
+_RESCANS = 8  # times the length of the file that swallowed lines may be read again, as odd files could make it quadratic
+_FEWEST = 3  # columns that a table needs for lines inside a cell to be recognised as rows
+
+
+class Record(NamedTuple):
+    """The cells of one record, or what is wrong with it."""
+
+    line: int  # from 1, its first
+    cells: list[str]
+    problem: str = ""
+
+
+class Records:
+    """The records of a text, empty lines left out.
+
+    Attributes:
+        width: how many cells a complete row has; 0 until the header is known.
+    """
+
+    def __init__(self, text: str, delimiter: str) -> None:
+        self.width = 0
+        self._delimiter = delimiter
+        self._budget = _RESCANS * len(text) + 1_000_000  # characters
+        self._seek(io.StringIO(text, newline=""), 0, 0)
+
+    def _seek(self, file: io.StringIO, place: int, lines: int) -> None:
+        """Go on at a place of the text that has so many lines before it."""
+        file.seek(place)
+        self._file, self._before = file, lines
+        self._reader = csv.reader(file, delimiter=self._delimiter, strict=True)
+
+    def __iter__(self) -> Iterator[Record]:
+        while True:
+            start, line = self._file.tell(), self._before + self._reader.line_num + 1
+            problem, cells = "", None
+            try:
+                cells = next(self._reader, None)
+            except csv.Error as error:
+                problem = f"is not CSV ({error}); look for a quote that is not closed"
+            if cells is None and not problem:
+                return
+            last = self._before + self._reader.line_num
+            if last > line and self._swallows_rows(start, cells):
+                yield from self._recover(start, line, last)
+            elif cells is None or any(cells):
+                yield Record(line, cells or [], problem)
+
+    def _swallows_rows(self, start: int, cells: list[str] | None) -> bool:
+        """Whether the lines after the first of a record are rows by themselves, so that no cell can be meant to hold them.
+
+        One is enough in a record that has not the cells of a row, and where it cannot be read at all, one with as many
+        delimiters as a row. A good record may hold anything: there, all lines but the last must be complete rows, and two
+        at least.
+        """
+        if not self.width:
+            return cells is None
+        bad = cells is None or len(cells) != self.width
+        if not bad and self.width < _FEWEST:
+            return False
+        end = self._file.tell()
+        self._file.seek(start)
+        self._file.readline()
+        inside = io.StringIO(self._file.read(end - self._file.tell()), newline="")
+        if bad:
+            return any(self._is_row(line) or (cells is None and self._has_delimiters(line)) for line in inside)
+        *lines, last = inside
+        return all(map(self._is_row, lines)) and len(lines) + self._is_row(last) >= 2
+
+    def _is_row(self, line: str) -> bool:
+        try:
+            cells = next(csv.reader([line], delimiter=self._delimiter, strict=True), [])
+        except csv.Error:
+            return False
+        return len(cells) == self.width
+
+    def _has_delimiters(self, line: str) -> bool:
+        return line.count(self._delimiter) >= max(1, self.width - 1)
+
+    def _recover(self, start: int, line: int, last: int) -> Iterator[Record]:
+        """Report the line with the quote, and go on after it; where that was done too often, report every line."""
+        end, count = self._file.tell(), last - line
+        lines = f"the {count:,} lines" if count > 1 else "the line"
+        problem = f"has a quote that is not closed: it would take in {lines} after it, up to line {last}"
+        yield Record(line, [], problem)
+        self._budget -= end - start
+        if self._budget < 0:
+            inside = f"is inside a quoted cell that line {line} opens and does not close"
+            yield from (Record(number, [], inside) for number in range(line + 1, last + 1))
+            return
+        self._file.seek(start)
+        self._file.readline()
+        self._seek(self._file, self._file.tell(), line)
