@@ -16,8 +16,9 @@ from PIL import Image
 
 from mopefuse.config import Data
 from mopefuse.data._base import DataSet
+from mopefuse.data.csv_records import delimiter_of
 from mopefuse.data.load import load_data
-from mopefuse.errors import MopefuseError
+from mopefuse.errors import MopefuseError, Notice
 
 SPLITS = ("train", "val", "test")
 
@@ -71,6 +72,36 @@ def test_every_format_gives_the_same_rows(pairs: Path, copy: Path, suffix: str) 
             write_csv(copy / f"{split}.{suffix}", rows, "\t" if suffix == "tsv" else ",")
     assert said(load(copy)) == expected
     assert said(load(copy)) == expected, "and from the cache"
+
+
+@pytest.mark.parametrize(("delimiter", "name"), [(";", "semicolons"), ("\t", "tabs"), ("|", "vertical bars")])
+def test_a_csv_with_another_delimiter_is_read_as_what_it_is(copy: Path, delimiter: str, name: str) -> None:
+    expected = said(load(copy))
+    for split in SPLITS:
+        rows = rows_of(copy, split)
+        (copy / f"{split}.jsonl").unlink()
+        write_csv(copy / f"{split}.csv", rows, delimiter)
+    with pytest.warns(Notice, match=f"train.csv is read as separated by {name}, not commas"):
+        assert said(load(copy)) == expected
+    done = call("data", "check", copy)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("header", "default", "wanted", "delimiter"),
+    [
+        ("id,text,img,label", ",", {"text", "img", "label"}, ","),
+        ("nr;titel;bild;art", ",", {"text", "img", "label"}, ";"),
+        ("id;text, long;img, small, square;label", ",", {"img", "label"}, ";"),
+        ("id,text;long,img,label", ",", {"img", "label"}, ","),
+        ("id,text,img,label", "\t", {"text", "img", "label"}, ","),
+        ("text", ",", {"text"}, ","),
+        ("\ufeff\n\nid;label", ",", {"label"}, ";"),
+        ("", ",", set(), ","),
+    ],
+)
+def test_the_header_says_what_separates_cells(header: str, default: str, wanted: set[str], delimiter: str) -> None:
+    assert delimiter_of(f"{header}\na,b;c\n".encode(), default, wanted) == delimiter
 
 
 def test_columns_may_have_other_names(copy: Path) -> None:

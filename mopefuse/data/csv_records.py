@@ -9,11 +9,36 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 _RESCANS = 8  # times the length of the file that swallowed lines may be read again, as odd files could make it quadratic
+_HEAD = 65_536  # bytes of a table that its header is looked for in
 _FEWEST = 3  # columns that a table needs for lines inside a cell to be recognised as rows
+
+
+_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+
+
+def delimiter_of(content: bytes, default: str, wanted: Collection[str]) -> str:
+    """What separates the cells of a table, from its header: the delimiter that gives most of the `wanted` columns.
+
+    Where several give as many, it is `default` if that separates anything, else the one that gives most columns.
+    """
+    lines = re.split("[\r\n]", content[:_HEAD].decode("utf-8-sig", "replace"))
+    header = next((line for line in lines if line.strip()), "")
+
+    def merit(delimiter: str) -> tuple[int, bool, int]:
+        cells = [cell.strip() for cell in next(csv.reader([header], delimiter=delimiter), [])]
+        return len(set(wanted) & set(cells)), delimiter == default and len(cells) > 1, len(cells)
+
+    return max((default, *_DELIMITERS), key=merit)
+
+
+def name_of(delimiter: str) -> str:
+    """A delimiter in words."""
+    return _DELIMITERS[delimiter]
 
 
 class Record(NamedTuple):

@@ -10,14 +10,15 @@ import hashlib
 import json
 import os
 import stat
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mopefuse.config import Data as DataConfig
 from mopefuse.data._base import SPLITS
-from mopefuse.data.csv_records import Record, Records
-from mopefuse.errors import DataError, did_you_mean, nearest
+from mopefuse.data.csv_records import Record, Records, delimiter_of, name_of
+from mopefuse.errors import DataError, Notice, did_you_mean, nearest
 
 SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
@@ -93,7 +94,8 @@ def _table(path: Path, config: DataConfig) -> Table:
         if content.startswith(start):
             raise DataError(8, f"this is {name}, not text", where=str(path), fix="convert it to UTF-8 JSON lines or CSV")
     if kind in (".csv", ".tsv"):
-        return Table(path.name, digest, lambda: _csv(content, path, "\t" if kind == ".tsv" else ","))
+        delimiter = _delimiter(content, path, config)
+        return Table(path.name, digest, lambda: _csv(content, path, delimiter))
     if kind != ".jsonl":
         raise DataError(20, f"{path.name} is no table", where=str(path), fix=f"name a {', '.join(SUFFIXES)} file or a folder")
     return Table(path.name, digest, lambda: _json_lines(content), content)
@@ -206,6 +208,17 @@ def _csv(content: bytes, path: Path, delimiter: str) -> Iterator[Found]:
             yield Found(record.line, f"has {len(record.cells)} fields, the header has {len(header)}")
         else:
             yield Found(record.line, dict(zip(header, record.cells, strict=True)))
+
+
+def _delimiter(content: bytes, path: Path, config: DataConfig) -> str:
+    """What separates the cells of a file; a notice tells of another than its name says."""
+    default = "\t" if path.suffix.lower() == ".tsv" else ","
+    wanted = {config.text_col, config.img_col, config.label_col, config.id_col, config.split_col or "", *config.columns.values()}
+    found = delimiter_of(content, default, wanted)
+    if found != default:
+        what = f"{path.name} is read as separated by {name_of(found)}, not {name_of(default)}, as its header shows"
+        warnings.warn(what, Notice, stacklevel=2)
+    return found
 
 
 def decoded(content: bytes, path: Path) -> str:
