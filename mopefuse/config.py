@@ -139,8 +139,11 @@ class Data(Section):
     label_col: str = Field("label", min_length=1, description="column with the label, or the list of labels")
     id_col: str = Field("id", min_length=1, description="column with the id; rows without are numbered")
     split_col: str | None = Field(None, description="column that names the split of each row, where all are in one table")
-    label_sep: str | None = Field(None, min_length=1, description="what separates labels in a cell; makes data multi-label")
+    label_sep: str | None = Field(
+        None, min_length=1, description="what separates labels in a cell, or list for cells as [a, b]; makes data multi-label"
+    )
     labels: str | None = Field(None, description="file with all labels, one a line; default labels.txt, else what train has")
+    allow_odd_labels: bool = Field(False, description="take lists in cells, and more labels than a third of the rows, as meant")
     val_fraction: float | None = Field(None, gt=0, lt=1, description="share of train held out as val, by class")
     test_fraction: float | None = Field(None, gt=0, lt=1, description="share of train held out as test, by class")
     shots: int | None = Field(None, ge=1, description="train on so many rows of each class")
@@ -349,8 +352,8 @@ MAPPINGS = frozenset({"data.columns"})
 
 WITHOUT_EFFECT = frozenset(
     (
-        "data.workers data.cache_images data.cache_features data.strict data.modalities train.log_every train.checkpoint_every "
-        "train.checkpoint_activations"
+        "data.workers data.cache_images data.cache_features data.strict data.allow_odd_labels data.modalities train.log_every "
+        "train.checkpoint_every train.checkpoint_activations"
     ).split()
 )
 """Settings that change no number of a run."""

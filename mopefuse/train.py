@@ -35,7 +35,8 @@ from mopefuse.trainer import Listener, Start, Trainer
 
 MAY_CHANGE = frozenset(
     (
-        "device data.path data.image_roots data.workers data.cache_images data.cache_features data.strict train.epochs "
+        "device data.path data.image_roots data.workers data.cache_images data.cache_features data.strict "
+        "data.allow_odd_labels train.epochs "
         "train.max_steps train.patience train.log_every train.checkpoint_every train.evals_per_epoch train.select "
         "train.compile train.checkpoint_activations"
     ).split()

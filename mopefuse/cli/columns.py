@@ -14,8 +14,11 @@ Column = Annotated[
 LabelCol = Annotated[str | None, typer.Option("--label-col", help="Column with the label; default label.")]
 IdCol = Annotated[str | None, typer.Option("--id-col", help="Column with the id; default id.")]
 SplitCol = Annotated[str | None, typer.Option("--split-col", help="Column that names the split, in one table.")]
-LabelSep = Annotated[str | None, typer.Option("--label-sep", help="Separates several labels in a cell.")]
+LabelSep = Annotated[str | None, typer.Option("--label-sep", help='Separates labels in a cell; list: cells are ["a", "b"].')]
 ImageRoot = Annotated[list[str] | None, typer.Option("--image-root", help="Another folder that images may be in.")]
+AllowOddLabels = Annotated[
+    bool | None, typer.Option("--allow-odd-labels", help="Labels that look wrong, as lists in cells, are meant.")
+]
 Labels = Annotated[str | None, typer.Option("--labels", help="File with all labels, one a line.")]
 
 

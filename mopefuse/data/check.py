@@ -20,6 +20,7 @@ from mopefuse.data.columns import modalities_of
 from mopefuse.data.contents import Advance, Texts, Tokens, balance, describe_split, extremes, read_texts, rows_of
 from mopefuse.data.findings import KINDS, Finding, of_files, of_missing, of_rows
 from mopefuse.data.index import Index, build, read_rows
+from mopefuse.data.label_check import check_labels
 from mopefuse.data.load import parts_of, roots_of, to_have
 from mopefuse.data.tables import Table, find_tables
 from mopefuse.errors import DataError
@@ -163,7 +164,8 @@ def check(
     texts, odd = read_texts(indexes, config, tokens, advance)
     labels, wrong = across.labels(indexes, roots[0], config)
     leaked = list(across.leaks(indexes))
-    found += [*odd, *wrong, *across.mixed_labels(indexes), *across.unknown_labels(indexes, labels)]
+    doubted = check_labels(indexes["train"], roots[0], config) if "train" in indexes else []
+    found += [*odd, *wrong, *doubted, *across.mixed_labels(indexes), *across.unknown_labels(indexes, labels)]
     found += [*across.ids(indexes), *(finding for _, finding in leaked)]
     counts = Counter((finding.split, modality) for modality, finding in leaked)
     return Report(

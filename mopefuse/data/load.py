@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from mopefuse import cache
 from mopefuse.config import Data as DataConfig
+from mopefuse.data import label_check
 from mopefuse.data._base import SPLITS, DataSet, Problem, Split
 from mopefuse.data.columns import Layout, modalities_of
-from mopefuse.data.findings import KINDS, kind_of_row, lacks, left_out
+from mopefuse.data.findings import KINDS, Finding, kind_of_row, lacks, left_out
 from mopefuse.data.index import Advance, Index, build
 from mopefuse.data.leaks import leak
 from mopefuse.data.rows import Rows
@@ -51,11 +52,12 @@ def load_data(
     root = roots[0]
     indexes = read_indexes(config, advance=advance)
     skipped = {name: _refuse_bad(index, root, config) for name, index in indexes.items()}
+    doubts = label_check.refuse_labels(indexes["train"], root, config) if "train" in require and "train" in indexes else []
     parts = parts_of(indexes, path, config, require)
     splits = {name: _split(name, index, rows, skipped.get(name, ()), config) for name, (index, rows) in parts.items()}
     multi = _is_multi_label(parts)
-    labels = _labels(root, splits, config)
-    return DataSet(root, splits, labels, multi, roots, _notices(splits, indexes, config))
+    labels = _labels(root, splits, config, doubts)
+    return DataSet(root, splits, labels, multi, roots, (*_notices(splits, indexes, config), *label_check.notices(doubts)))
 
 
 def roots_of(path: Path, config: DataConfig) -> tuple[Path, ...]:
@@ -114,6 +116,10 @@ def parts_of(indexes: dict[str, Index], path: Path, config: DataConfig, require:
             labels = [index.labels[row] for row in rows]
             count = round(fraction * len(index.good()))
             kept, held = hold_out(groups, labels, count, config.seed)
+            if len(rows) and not held:
+                what = f"no row of train can be held out as {name}: a row (or image) of each label stays in train"
+                fix = f"raise --{name}-fraction, provide a {name} split, or join rare labels"
+                raise DataError(4, what, where=str(path), fix=fix)
             parts["train"], parts[name] = (index, rows[kept]), (index, rows[held])
     for name in require:
         if name not in parts:
@@ -200,7 +206,7 @@ def _is_multi_label(parts: Parts) -> bool:
     return True in kinds
 
 
-def _labels(root: Path, splits: dict[str, Split], config: DataConfig) -> tuple[str, ...]:
+def _labels(root: Path, splits: dict[str, Split], config: DataConfig, doubts: Sequence[Finding]) -> tuple[str, ...]:
     listed = Path(config.labels) if config.labels else root / "labels.txt"
     if config.labels or listed.exists():
         labels = listed_labels(listed)
@@ -210,14 +216,14 @@ def _labels(root: Path, splits: dict[str, Split], config: DataConfig) -> tuple[s
     for split in splits.values() if labels else ():
         unknown = Counter(label for row in split.labels for label in row if label not in known)
         if unknown:
-            raise _unknown(unknown, split, labels)
+            raise _unknown(unknown, split, labels, doubts)
     if "train" in splits and len(labels) < 2:
         found = f"only the label {labels[0]!r}" if labels else "no label at all"
         raise DataError(7, f"{found}: there is nothing to learn", where=splits["train"].file, fix="add another class")
     return labels
 
 
-def _unknown(unknown: Counter[str], split: Split, labels: Sequence[str]) -> DataError:
+def _unknown(unknown: Counter[str], split: Split, labels: Sequence[str], doubts: Sequence[Finding]) -> DataError:
     """The error for labels that are not known, at the first row that has one."""
     shown = []
     for label, count in unknown.most_common(_MOST_LISTED):
@@ -227,6 +233,7 @@ def _unknown(unknown: Counter[str], split: Split, labels: Sequence[str]) -> Data
     what = f"labels that training does not know: {', '.join(shown)}{f', and {rest} more' if rest else ''}"
     first = next(number for number, row in enumerate(split.labels) if any(label in unknown for label in row))
     fix = "correct it, or, if it is a label, list all labels in labels.txt or in a file that --labels names"
+    fix = next((f"{doubt.hint}; else {fix}" for doubt in doubts if doubt.kind == "joined-labels"), fix)
     return DataError(6, what, where=split.where(split.rows[first]), fix=fix)
 
 

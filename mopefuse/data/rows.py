@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from mopefuse.data._base import Row
 from mopefuse.data.columns import EXPECTED, Layout
+from mopefuse.data.label_cells import is_blank, split_cell
 
 _SURROGATE = re.compile("[\ud800-\udfff]")  # cannot be written to a file
 _KINDS = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
@@ -126,13 +127,13 @@ def _half(column: str) -> str:
 
 def _labels(value: Any, name: str, separator: str | None) -> tuple[tuple[str, ...], bool]:
     if isinstance(value, str) and separator:
-        return tuple(dict.fromkeys(part.strip() for part in value.split(separator) if part.strip())), True
+        return split_cell(value, separator), True
     if isinstance(value, str):
-        if not value:
+        if is_blank(value):
             raise NoRow(f"{name} is empty")
         return (value,), False
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
-        if "" in value:
+        if any(map(is_blank, value)):
             raise NoRow(f"{name} has an empty label")
         return tuple(dict.fromkeys(value)), True
     raise NoRow(f"{name} is {_kind(value)}, expected a string or a list of strings (quote it)")

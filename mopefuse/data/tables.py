@@ -213,7 +213,7 @@ def _csv(content: bytes, path: Path, delimiter: str) -> Iterator[Found]:
 def _delimiter(content: bytes, path: Path, config: DataConfig) -> str:
     """What separates the cells of a file; a notice tells of another than its name says."""
     default = "\t" if path.suffix.lower() == ".tsv" else ","
-    wanted = {config.text_col, config.img_col, config.label_col, config.id_col, config.split_col or "", *config.columns.values()}
+    wanted = {config.text_col, config.img_col, config.label_col, config.id_col, *config.columns.values()}
     found = delimiter_of(content, default, wanted)
     if found != default:
         what = f"{path.name} is read as separated by {name_of(found)}, not {name_of(default)}, as its header shows"
