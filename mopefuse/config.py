@@ -122,6 +122,10 @@ class Linear(Section):
     max_iter: int = Field(300, ge=1, description="iterations of each regression")
 
 
+COLUMN_SETTINGS = {"text": "text_col", "image": "img_col"}
+"""Modality to the setting of `data` that names its column; `data.columns` has those of others."""
+
+
 class Data(Section):
     """Where the samples are and how they are read."""
 
@@ -164,6 +168,20 @@ class Data(Section):
     cache_features: bool = Field(True, description="compute what frozen encoders say of a sample once, where it cannot change")
     max_pixels: int = Field(50_000_000, ge=1, le=89_000_000, description="images with more pixels are refused unread")
     image_stats: Literal["encoder", "mmbt"] = Field("encoder", description="mean and deviation that images are normalised with")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_column_each(cls, values: Any) -> Any:
+        """The column of a text or image that `columns` names is that of `text_col` or `img_col`."""
+        columns = values.get("columns") if isinstance(values, dict) else None
+        for name, own in COLUMN_SETTINGS.items() if isinstance(columns, dict) else ():
+            if name in columns:
+                said = values.get(own, cls.model_fields[own].default)
+                if said not in (cls.model_fields[own].default, columns[name]):
+                    raise ValueError(f"{own} is {said!r} and columns has {columns[name]!r} for {name}: name one column")
+                columns = {other: column for other, column in columns.items() if other != name}
+                values = {**values, own: values["columns"][name], "columns": columns}
+        return values
 
     @model_validator(mode="after")
     def _one_subset(self) -> Data:

@@ -21,7 +21,7 @@ from mopefuse.data._base import DataSet, Row, Split
 from mopefuse.data.collate import Samples, plain_batches
 from mopefuse.data.columns import require_column
 from mopefuse.data.features import fill, split_features
-from mopefuse.data.load import load_data
+from mopefuse.data.load import load_data, names_splits
 from mopefuse.data.missing import Dropped
 from mopefuse.encoders._base import full_spec
 from mopefuse.errors import CheckpointError, DataError, NumericError
@@ -29,7 +29,7 @@ from mopefuse.fusion._base import Fusion, fresh_encoders
 from mopefuse.fusion.build import build_model, require_rows
 from mopefuse.modality import by_argument, of
 from mopefuse.predictor import Bundle
-from mopefuse.recipe import data_settings, read_saved
+from mopefuse.recipe import changed_data, read_saved
 from mopefuse.run import RunFolder
 from mopefuse.sides import Comp, addressed, specs, with_specs
 from mopefuse.source import kind_of, locate, trained
@@ -97,8 +97,9 @@ def elsewhere(config: DataConfig, path: Path | None, layout: Mapping[str, Any] |
     if path is None:
         return config
     own = {"labels": None, "val_fraction": None, "test_fraction": None, "shots": None, "fraction": None}
-    values = {**config.model_dump(mode="json"), "path": str(path), **own, **(layout or {})}
-    return data_settings({f"data.{name}": value for name, value in values.items()})
+    if not names_splits(path, config):
+        own["split_col"] = None
+    return changed_data(config.model_copy(update=own), {**(layout or {}), "path": str(path)})
 
 
 class Loaded(NamedTuple):

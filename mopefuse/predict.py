@@ -22,13 +22,15 @@ from PIL import Image
 
 from mopefuse import modality
 from mopefuse.config import Data as DataConfig
+from mopefuse.config import build_config
 from mopefuse.data.columns import Layout, in_order
 from mopefuse.data.rows import NoRow, check_input
 from mopefuse.data.tables import Found, find_tables, json_line
 from mopefuse.errors import CheckpointError, ConfigError, DataError, MopefuseError, NumericError
 from mopefuse.predictor import Bundle
+from mopefuse.recipe import changed_data, read_saved
 from mopefuse.sides import Comp
-from mopefuse.source import kind_of, locate
+from mopefuse.source import kind_of, locate, trained
 
 Answer = dict[str, Any]
 
@@ -152,6 +154,23 @@ def load(
     from mopefuse.run_model import RunModel
 
     return Predictor(RunModel(folder, checkpoint, device, main=main, comp=comp))
+
+
+def input_settings(path: str | Path, changes: Mapping[str, Any] | None = None) -> DataConfig:
+    """How to read samples for a model: with the columns that its training data had.
+
+    Args:
+        path: of the model, see `load`. changes: settings of `data` by name, which win; see `mopefuse.recipe.changed_data`.
+
+    Raises:
+        CheckpointError: there is no such model. ConfigError: one of `changes` is no setting.
+    """
+    folder = locate(path)
+    if kind_of(folder) == "bundle":
+        saved = build_config(read_saved(folder / "config.yaml"), source=str(folder)).data
+    else:
+        saved = trained(folder).config().data
+    return changed_data(saved.model_copy(update={"path": None, "on_missing": "error"}), changes or {})
 
 
 # -- pairs from files

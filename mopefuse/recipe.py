@@ -236,3 +236,18 @@ def data_settings(flags: Mapping[str, Any], sets: Iterable[str] = ()) -> Data:
     """
     encoders = {"main": "tiny:vision", "comp": "tiny:text"}  # that a run needs and its data do not
     return resolve(flags={**encoders, **flags}, sets=sets).data
+
+
+def changed_data(saved: Data, changes: Mapping[str, Any]) -> Data:
+    """The settings of data of a trained model, with changes for other data of the same kind.
+
+    Args:
+        changes: by name; those that are None are not given. In `columns`, modalities that are not named keep their column.
+
+    Raises:
+        ConfigError: one that there is not, or of another kind.
+    """
+    given = {name: value for name, value in changes.items() if value is not None}
+    if "columns" in given:
+        given["columns"] = {**saved.columns, **given["columns"]}
+    return data_settings({f"data.{name}": value for name, value in {**saved.model_dump(mode="json"), **given}.items()})

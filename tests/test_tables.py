@@ -192,7 +192,7 @@ def test_a_folder_of_images_has_labels_by_folder_and_captions_beside_or_in_one_f
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b'id,text,img,label\n1,"never closed,a.png,a\n2,t,a.png,b\n', "table.csv:2 has a quote that is not closed: it would take in the line after it, up to line 3"),
+        (b'id,text,img,label\n1,"never closed,a.png,a\n2,t,a.png,b\n', "table.csv:2 has a quote that is not closed"),
         (b'id,text,img,label\n1,"a"b,a.png,a\n2,t,a.png,b\n', "table.csv:2 is not CSV"),
         (b'id,"text,img,label\n1,t,a.png,a\n', "the header has a quote that is not closed"),
         (b"id,text,img,label\n1,t,a.png\n", "table.csv:2 has 3 fields, the header has 4"),

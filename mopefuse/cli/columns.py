@@ -34,11 +34,26 @@ def settings(
     roots: list[str] | None,
     labels: str | None,
 ) -> dict[str, Any]:
-    """The settings that these options stand for, by path; None where one is not given."""
+    """The settings that these options stand for, by path; None where one is not given.
+
+    Raises:
+        ConfigError: ``--column`` cannot be read, or names another column than ``--text-col`` or ``--image-col``.
+    """
+    from mopefuse.config import COLUMN_SETTINGS
+    from mopefuse.errors import ConfigError
+    from mopefuse.recipe import flag_of
+
+    columns, own = named(others) or {}, {"text_col": text, "img_col": image}
+    for modality, setting in COLUMN_SETTINGS.items():
+        other = columns.pop(modality, None)
+        if other is not None and own[setting] not in (None, other):
+            flag = flag_of(f"data.{setting}")
+            what = f"{flag} {own[setting]} and --column {modality}={other} name two columns for one modality"
+            raise ConfigError(230, what, where=f"{flag}, --column", fix="leave one of them out")
+        own[setting] = other or own[setting]
     return {
-        "data.text_col": text,
-        "data.img_col": image,
-        "data.columns": named(others),
+        **{f"data.{setting}": column for setting, column in own.items()},
+        "data.columns": columns or None,
         "data.label_col": label,
         "data.id_col": identity,
         "data.split_col": split,

@@ -44,8 +44,7 @@ def predict(
     """
     from mopefuse.cli._render import err
     from mopefuse.errors import ConfigError, DataError
-    from mopefuse.predict import load, predict_pairs
-    from mopefuse.recipe import data_settings
+    from mopefuse.predict import input_settings, load, predict_pairs
 
     if (source is None) == (image is None and text is None):
         raise ConfigError(64, "there is not one input", where="predict", fix="name a file, or give --image and --text")
@@ -53,12 +52,21 @@ def predict(
         raise ConfigError(65, f"{out.name} is neither .jsonl nor .csv", where="--out", fix="name a file of one of them")
     if out is not None and not out.absolute().parent.is_dir():
         raise ConfigError(54, f"there is no folder {out.parent}", where="--out", fix="make it, or name another file")
-    named: dict[str, Any] = {"text_col": text_col, "img_col": image_col, "columns": columns.named(column), "id_col": id_col}
-    named["image_roots"] = tuple(image_root or ()) or None
-    config = data_settings({f"data.{key}": value for key, value in named.items()})
     if isinstance(source, str) and source != "-" and not Path(source).is_file():
         raise ConfigError(66, f"there is no file {source}", where="predict", fix="name a file of pairs, or - for stdin")
+    flags = columns.settings(
+        text=text_col,
+        image=image_col,
+        others=column,
+        label=None,
+        identity=id_col,
+        split=None,
+        separator=None,
+        roots=image_root,
+        labels=None,
+    )
     predictor = load(run, checkpoint=checkpoint, device=device, main=main, comp=comp)
+    config = input_settings(run, {path.removeprefix("data."): value for path, value in flags.items()})
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     pairs = islice(_pairs(source, image, text, config, predictor.model), rank, None, world)
     answers: Iterable[Answer] = predict_pairs(predictor, pairs, batch=batch, top=top, routing=routing, strict=strict)

@@ -19,7 +19,7 @@ from mopefuse.data.index import Advance, Index, build
 from mopefuse.data.leaks import leak
 from mopefuse.data.rows import Rows
 from mopefuse.data.subsets import few, hold_out
-from mopefuse.data.tables import SUFFIXES, find_tables, read_bytes
+from mopefuse.data.tables import SUFFIXES, columns_in, find_tables, read_bytes
 from mopefuse.errors import ConfigError, DataError, data_error, nearest
 from mopefuse.modality import of
 from mopefuse.shown import several
@@ -50,7 +50,7 @@ def load_data(
     path = Path(config.path)
     roots = roots_of(path, config)
     root = roots[0]
-    indexes = read_indexes(config, advance=advance)
+    indexes = read_indexes(config, require, advance=advance)
     skipped = {name: _refuse_bad(index, root, config) for name, index in indexes.items()}
     doubts = label_check.refuse_labels(indexes["train"], root, config) if "train" in require and "train" in indexes else []
     parts = parts_of(indexes, path, config, require)
@@ -65,8 +65,13 @@ def roots_of(path: Path, config: DataConfig) -> tuple[Path, ...]:
     return (path.parent if path.is_file() else path, *map(Path, config.image_roots))
 
 
-def read_indexes(config: DataConfig, *, advance: Advance = lambda done, total: None) -> dict[str, Index]:
+def read_indexes(
+    config: DataConfig, require: Sequence[str] = (), *, advance: Advance = lambda done, total: None
+) -> dict[str, Index]:
     """The index of each split that has rows of its own (not held out of another).
+
+    Args:
+        require: splits that must be there; a table that says nothing of splits is train, or the only one that must.
 
     Raises:
         DataError: no such folder, or a file that is no table.
@@ -76,11 +81,19 @@ def read_indexes(config: DataConfig, *, advance: Advance = lambda done, total: N
     roots = roots_of(path, config)
     modalities = modalities_of(tables.values(), config)
     if "" in tables:
-        names = SPLITS if config.split_col else ("train",)
+        whole = require[0] if len(require) == 1 and not (config.val_fraction or config.test_fraction) else "train"
+        names = SPLITS if config.split_col else (whole,)
         found = {name: build(tables[""], name, roots, modalities, config, advance=advance) for name in names}
-        return {name: index for name, index in found.items() if name == "train" or len(index.lines_S) or index.row_problems}
+        return {name: index for name, index in found.items() if name == whole or len(index.lines_S) or index.row_problems}
     config = config.model_copy(update={"split_col": None})  # each split has a table of its own
     return {name: build(table, name, roots, modalities, config, advance=advance) for name, table in tables.items()}
+
+
+def names_splits(path: Path, config: DataConfig) -> bool:
+    """Whether the table at `path` has the column that `data.split_col` names; a folder says by its files."""
+    if not config.split_col or not path.is_file():
+        return False
+    return bool(columns_in(find_tables(path, config)[""], {config.split_col}))
 
 
 def to_have(name: str, path: Path) -> str:
