@@ -173,14 +173,15 @@ class Data(Section):
     @classmethod
     def _one_column_each(cls, values: Any) -> Any:
         """The column of a text or image that `columns` names is that of `text_col` or `img_col`."""
-        columns = values.get("columns") if isinstance(values, dict) else None
-        for name, own in COLUMN_SETTINGS.items() if isinstance(columns, dict) else ():
-            if name in columns:
-                said = values.get(own, cls.model_fields[own].default)
-                if said not in (cls.model_fields[own].default, columns[name]):
-                    raise ValueError(f"{own} is {said!r} and columns has {columns[name]!r} for {name}: name one column")
-                columns = {other: column for other, column in columns.items() if other != name}
-                values = {**values, own: values["columns"][name], "columns": columns}
+        if not isinstance(values, dict) or not isinstance(values.get("columns"), dict):
+            return values
+        values = {**values, "columns": dict(values["columns"])}
+        for name, own in COLUMN_SETTINGS.items():
+            default = cls.model_fields[own].default
+            column, said = values["columns"].pop(name, None), values.get(own, default)
+            if column is not None and said not in (default, column):
+                raise ValueError(f"{own} is {said!r} and columns has {column!r} for {name}: name one column")
+            values |= {own: column} if column is not None else {}
         return values
 
     @model_validator(mode="after")

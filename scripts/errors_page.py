@@ -29,6 +29,8 @@ OUTSIDE = {  # written out in mopefuse.cli.app, or made of the number of a signa
 NOTES = {  # where the message alone says nothing
     "MF-CFG-01": "settings that are unknown, missing or out of bounds, each by its path",
     "MF-CFG-09": "a file or folder cannot be used, in the words of the system",
+    "MF-DATA-231": "labels are lists that were taken for one class each",
+    "MF-DATA-232": "more labels than a third of the training rows",
     "MF-ENC-21": "an encoder that cannot be prompted as `--main`, and why",
     "MF-PLUG-01": "several plugins claim a name, and which",
     "MF-PLUG-02": "a plugin cannot be imported: its distribution, entry point and the reason",

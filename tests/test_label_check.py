@@ -130,7 +130,7 @@ def test_classes_of_a_single_row_are_named() -> None:
     assert found(labels)["rare-labels"].rows == 20
 
 
-@pytest.mark.parametrize("labels", [["a", "b"], ["a", "b", "c"] * 4, [*"abcdefgh"], [], [f"w{i}x" for i in range(10)] * 3])
+@pytest.mark.parametrize("labels", [["a", "b"], ["a", "b", "c"] * 4, [*"abcdefghij"], [], [f"w{i}x" for i in range(10)] * 2])
 def test_small_data_sets_may_have_few_rows_of_each_class(labels: list[str]) -> None:
     assert found(labels) == {}
 
@@ -286,10 +286,10 @@ def test_a_label_of_blanks_is_an_error_with_its_row(tmp_path: Path) -> None:
 
 
 def test_shots_of_many_classes_still_train(tmp_path: Path) -> None:
-    path = table(tmp_path / "data", [f"w{number:02}x" for number in range(10)] * 6)
+    path = table(tmp_path / "data", [f"w{number:02}x" for number in range(12)] * 6)
     done = train(path, tmp_path / "run", "--shots", "1", "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["rows"]["train"] == 10
+    assert json.loads(done.stdout)["rows"]["train"] == 12
 
 
 def test_unknown_labels_that_join_others_name_the_flag(tmp_path: Path) -> None:

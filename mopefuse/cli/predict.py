@@ -43,6 +43,7 @@ def predict(
     Their labels and probabilities, one line for each, in the order of the input.
     """
     from mopefuse.cli._render import err
+    from mopefuse.data.files import MISSING
     from mopefuse.errors import ConfigError, DataError
     from mopefuse.predict import input_settings, load, predict_pairs
 
@@ -79,7 +80,9 @@ def predict(
     said = f"{count} pair{'s' if count != 1 else ''}"
     if errors and len(errors) == count:
         what = f"none of {said} could be read, the first as: {errors[0]['message']}"
-        raise DataError(101, what, where=str(source), fix=errors[0]["hint"] or "name a file of pairs")
+        gone = {error["code"] for error in errors} == {MISSING}
+        fix = "name the folder that the files are in with --image-root DIR" if gone else errors[0]["hint"]
+        raise DataError(101, what, where=str(source), fix=fix or "name a file of pairs")
     if errors:
         said += f", {len(errors)} of them could not be read: see their error; the first: {errors[0]['message']}"
     err().print(said, markup=False)

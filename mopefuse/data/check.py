@@ -21,7 +21,7 @@ from mopefuse.data.contents import Advance, Texts, Tokens, balance, describe_spl
 from mopefuse.data.findings import KINDS, Finding, of_files, of_missing, of_rows
 from mopefuse.data.index import Index, build, read_rows
 from mopefuse.data.label_check import check_labels
-from mopefuse.data.load import parts_of, roots_of, to_have
+from mopefuse.data.load import notice_splits, parts_of, roots_of, to_have
 from mopefuse.data.tables import Table, find_tables
 from mopefuse.errors import DataError
 from mopefuse.modality import of
@@ -87,9 +87,9 @@ class Report:
         return groups
 
     def todo(self, kind: str) -> str:
-        """What to do about findings of a kind; of a single one in its own words."""
-        found = self.by_kind()[kind]
-        return found[0].todo if len(found) == 1 else KINDS[kind].todo
+        """What to do about findings of a kind: in their own words where all have the same."""
+        own = {finding.todo for finding in self.by_kind()[kind]}
+        return own.pop() if len(own) == 1 else KINDS[kind].todo
 
     def row(self, split: str, number: int) -> Row:
         """A row, read again."""
@@ -153,6 +153,7 @@ def check(
 
     began = time.perf_counter()
     tables, unreadable = _find(path, config)
+    notice_splits(tables, config)
     modalities = modalities_of(tables.values(), config, lenient=True)
     indexes, found = _read(path, tables, unreadable, roots, modalities, config, fresh, count)
     seconds = time.perf_counter() - began
@@ -160,7 +161,7 @@ def check(
     for index in indexes.values():
         ours = [finding for finding in of_rows(index) if (finding.where, finding.message) not in seen]
         seen |= {(finding.where, finding.message) for finding in ours}  # of one table, each split sees what names none
-        found += [*ours, *of_files(index), *of_missing(index)]
+        found += [*ours, *of_files(index, roots), *of_missing(index)]
     texts, odd = read_texts(indexes, config, tokens, advance)
     labels, wrong = across.labels(indexes, roots[0], config)
     leaked = list(across.leaks(indexes))
@@ -264,7 +265,7 @@ def _read(
             where = indexes[name].file
             found.append(Finding("empty-split", name, where, f"the {name} split has no rows", code="MF-DATA-04"))
         elif name not in indexes and name not in silent and not fraction:
-            found.append(_missing(name, path))
+            found.append(_missing(name, path, config))
     return indexes, found
 
 
@@ -281,8 +282,8 @@ def _in_training(indexes: Indexes, path: Path, config: DataConfig) -> dict[str, 
     }
 
 
-def _missing(name: str, path: Path) -> Finding:
-    hint = to_have(name, path)
+def _missing(name: str, path: Path, config: DataConfig) -> Finding:
+    hint = to_have(name, path, config)
     if name == "test":
         return Finding("missing-test", name, str(path), "there is no test split", hint)
     return Finding("missing-split", name, str(path), f"the {name} split is missing", hint, "MF-DATA-02")

@@ -21,7 +21,9 @@ from mopefuse.modality import Modality
 if TYPE_CHECKING:  # a bundle is asked where there is no pydantic
     from mopefuse.config import Data as DataConfig
 
-_KINDS = {"MF-SEC-01": "unsafe-path", "MF-DATA-11": "missing-file", "MF-DATA-15": "not-a-file"}
+MISSING = "MF-DATA-11"
+_MOST_FOLDERS = 100  # that are looked into for files that are elsewhere
+_KINDS = {"MF-SEC-01": "unsafe-path", MISSING: "missing-file", "MF-DATA-15": "not-a-file"}
 
 
 class Look(NamedTuple):
@@ -140,6 +142,22 @@ def _other_case(path: Path) -> str:
         return ""
     alike = [name for name in there if name.lower() == path.name.lower()]
     return f"the folder has {alike[0]}: mind upper and lower case" if alike else ""
+
+
+def root_to_name(roots: Sequence[Path], names: Sequence[str]) -> str:
+    """What to do where none of many files is found: name the folder that they are in, which may be near."""
+    near = [roots[0].parent, *(folder for parent in (roots[0], roots[0].parent) for folder in _folders(parent))]
+    for folder in near:
+        if all(os.path.isfile(folder / name) for name in names[:3]):
+            return f"add --image-root {folder}"
+    return "name the folder that they are in with --image-root DIR"
+
+
+def _folders(parent: Path) -> list[Path]:
+    try:
+        return sorted(item for item in parent.iterdir() if item.is_dir())[:_MOST_FOLDERS]
+    except OSError:
+        return []
 
 
 # -- looking at many, without keeping any

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mopefuse.data.files import Files
+from mopefuse.data.files import Files, root_to_name
 from mopefuse.data.index import Index
 from mopefuse.modality import of
 from mopefuse.shown import several
@@ -39,7 +40,7 @@ KINDS = {  # in the order of a report
     "bad-csv": Kind("error", "close quotes, and give each row the fields of the header"),
     "not-an-object": Kind("error", "write one JSON object a line"),
     "missing-column": Kind("error", "add it, or name the column that has it: --text-col, --image-col, --label-col"),
-    "missing-text": Kind("error", "give the row a text, or take none as empty: --set data.allow_missing_text=true"),
+    "missing-text": Kind("error", "give the row a text, or say what a row without is: --on-missing absent or skip"),
     "nothing": Kind("error", "give the row a value, or say what a row without does: --on-missing skip or absent"),
     "wrong-type": Kind("error", "write strings, and labels as a string or a list of strings"),
     "empty-label": Kind("error", "give the row a label, or remove it"),
@@ -74,7 +75,7 @@ KINDS = {  # in the order of a report
     "numeric-labels": Kind("warning", "name the column with the class with --label-col, if they are amounts"),
     "rare-labels": Kind("warning", "join or remove rare classes, or name another column with --label-col"),
     "missing-value": Kind("warning", "nothing, if they may be without"),
-    "empty-text": Kind("warning", "give the row a text; it is read as empty"),
+    "empty-text": Kind("warning", "give the row a text, or take it as missing: --on-missing absent"),
     "replaced-characters": Kind("warning", "remove them; they are read as U+FFFD"),
     "tiny-image": Kind("warning", "use the original; it is enlarged"),
     "strip-image": Kind("warning", "crop it; of a long strip only the middle is seen"),
@@ -138,8 +139,8 @@ def at(index: Index, row: int, kind: str, message: str, *, code: str = "", rows:
 
 _ROWS = {  # how what is said of a bad row begins, or what it has
     "bad-split-name": r".* is none of train, val, test$",
+    "nothing": r"has none of .*; found |(has no .*; found .*|.* is (null|empty), expected a string) \(use --on-missing",
     "missing-column": r"has no .*; found ",
-    "nothing": r"has none of .*; found |.* is (null|empty), expected a string \(use --on-missing",
     "missing-text": r"\(.*\) has no text: |.* is null, expected a string \(set data.allow_missing_text",
     "bad-encoding": r"is not UTF-8 |\(.*\) has a caption that is not UTF-8$",
     "bad-csv": r"is not CSV |has \d+ fields, the header has |has a quote that is not closed|is inside a quoted cell ",
@@ -167,19 +168,20 @@ def kind_of_row(what: str) -> str:
     return next((kind for kind, pattern in _ROWS.items() if re.match(pattern, what, re.DOTALL)), "bad-row")
 
 
-def of_files(index: Index) -> Iterator[Finding]:
+def of_files(index: Index, roots: Sequence[Path]) -> Iterator[Finding]:
     """What is wrong with files, each once, at the first row that names it."""
     for modality, each in index.files.items():
         kind_of = of(modality)
         assert isinstance(kind_of, Files)
         has_one = np.flatnonzero(each.number_S >= 0)
+        elsewhere = root_to_name(roots, each.names) if each.all_missing() else ""
         numbers, first, rows_of = np.unique(each.number_S[has_one], return_index=True, return_counts=True)
         for number, row, rows in zip(numbers.tolist(), has_one[first].tolist(), rows_of.tolist(), strict=True):
             name, look = each.names[number], each.looks[number]
             for kind, message, hint in kind_of.findings(name, look):
                 told = f"{message}; {rows} rows show it" if rows > 1 else message
                 where = f"{index.file}:{index.lines_S[row]}"
-                yield Finding(kind, index.split, where, told, hint, look.code, index.ids[row], name, rows, row)
+                yield Finding(kind, index.split, where, told, elsewhere or hint, look.code, index.ids[row], name, rows, row)
 
 
 def of_missing(index: Index) -> Iterator[Finding]:

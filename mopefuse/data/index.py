@@ -24,16 +24,15 @@ from mopefuse.checkpoint import read_json
 from mopefuse.config import Data as DataConfig
 from mopefuse.data._base import SPLITS, Problem, digest_of
 from mopefuse.data.columns import Layout
-from mopefuse.data.files import Files, Look, look_at
-from mopefuse.data.rows import LeftOut, NoRow, check_row
-from mopefuse.data.tables import Found, Table
+from mopefuse.data.files import MISSING, Files, Look, look_at
+from mopefuse.data.rows import LeftOut, NoRow, check_row, exceptions
+from mopefuse.data.tables import Found, Table, split_named
 
 VERSION = 4  # of what is kept
 _ROWS = 2  # of what rows are: a run knows its data by it
 Array = NDArray[Any]
 Advance = Callable[[int, int], None]
 _NO_ROW, _NOTHING = "MF-DATA-03", bytes(16)
-_SAME_SPLIT = {"dev": "val", "valid": "val", "validation": "val", "training": "train", "testing": "test"}
 
 
 @dataclass
@@ -76,6 +75,10 @@ class InFiles:
     def lacks(self) -> Array:
         """Whether each row has none (S,)."""
         return self.number_S < 0
+
+    def all_missing(self) -> bool:
+        """Whether there are several files, and none of them is where rows say."""
+        return len(self.names) > 1 and all(look.code == MISSING for look in self.looks)
 
     def bad(self) -> Array:
         """Whether each row's file is none that can be read (S,)."""
@@ -250,7 +253,7 @@ def read_rows(table: Table, split: str, modalities: Sequence[str], config: DataC
         labels,
         np.array(lists, dtype=bool),
         ids,
-        problems,
+        exceptions(problems, layout) if ids else problems,
         dict(left_out),
         fresh=True,
     )
@@ -260,8 +263,7 @@ def _split_of(found: Found, config: DataConfig) -> str | None:
     """The split that a row names in `data.split_col`; empty where it names none, None where it need not."""
     if config.split_col is None or not isinstance(found.value, dict):
         return None
-    said = str(found.value.get(config.split_col) or "").strip().lower()
-    return _SAME_SPLIT.get(said, said)
+    return split_named(found.value.get(config.split_col))
 
 
 # -- in the cache

@@ -19,10 +19,11 @@ from mopefuse.config import Data as DataConfig
 from mopefuse.data.findings import Finding, at
 from mopefuse.data.index import Index
 from mopefuse.data.label_cells import normalised, parse_list
-from mopefuse.errors import data_error
+from mopefuse.errors import DataError
 from mopefuse.shown import several
 
-_FEW = 8  # classes that any number of rows may have
+_FEW = 10  # classes that any number of rows may have
+_MOST_NOTICES = 8
 _ROWS_PER_CLASS = 3  # on average; fewer cannot be meant
 _SEPARATORS = "|;,/"
 _NUMBER = re.compile(r"[$€£¥]?\s*[-+]?(?:\d+|\d{1,3}(?:[, ]\d{3})+)(?:[.,]\d+)?(?:[eE][-+]?\d+)?\s*[%$€£¥]?")
@@ -83,14 +84,16 @@ def refuse_labels(index: Index, root: Path, config: DataConfig) -> list[Finding]
     """
     found = check_labels(index, root, config)
     for finding in found:
-        if finding.code:
-            raise data_error(finding.code, finding.message, where=finding.place, fix=finding.hint)
+        if finding.kind == "list-label":
+            raise DataError(231, finding.message, where=finding.place, fix=finding.hint)
+        if finding.kind == "many-labels":
+            raise DataError(232, finding.message, where=finding.place, fix=finding.hint)
     return found
 
 
 def notices(found: list[Finding]) -> tuple[str, ...]:
     """Doubts as lines for whoever trains on the labels."""
-    shown = [f"labels: {finding.message}, first in {finding.where}: {finding.hint}" for finding in found[:_FEW]]
+    shown = [f"labels: {finding.message}, first in {finding.where}: {finding.hint}" for finding in found[:_MOST_NOTICES]]
     more = len(found) - len(shown)
     rest = f"labels: {several(more, 'more doubt', 'more doubts')}; mopefuse data check lists all"
     return (*shown, rest) if more else tuple(shown)

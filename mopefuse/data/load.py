@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,14 @@ from mopefuse.config import Data as DataConfig
 from mopefuse.data import label_check
 from mopefuse.data._base import SPLITS, DataSet, Problem, Split
 from mopefuse.data.columns import Layout, modalities_of
+from mopefuse.data.files import root_to_name
 from mopefuse.data.findings import KINDS, Finding, kind_of_row, lacks, left_out
 from mopefuse.data.index import Advance, Index, build
 from mopefuse.data.leaks import leak
 from mopefuse.data.rows import Rows
 from mopefuse.data.subsets import few, hold_out
-from mopefuse.data.tables import SUFFIXES, columns_in, find_tables, read_bytes
-from mopefuse.errors import ConfigError, DataError, data_error, nearest
+from mopefuse.data.tables import SUFFIXES, Table, columns_in, find_tables, read_bytes, split_column
+from mopefuse.errors import ConfigError, DataError, Notice, data_error, nearest
 from mopefuse.modality import of
 from mopefuse.shown import several
 
@@ -51,7 +53,7 @@ def load_data(
     roots = roots_of(path, config)
     root = roots[0]
     indexes = read_indexes(config, require, advance=advance)
-    skipped = {name: _refuse_bad(index, root, config) for name, index in indexes.items()}
+    skipped = {name: _refuse_bad(index, roots, config) for name, index in indexes.items()}
     doubts = label_check.refuse_labels(indexes["train"], root, config) if "train" in require and "train" in indexes else []
     parts = parts_of(indexes, path, config, require)
     splits = {name: _split(name, index, rows, skipped.get(name, ()), config) for name, (index, rows) in parts.items()}
@@ -81,6 +83,7 @@ def read_indexes(
     roots = roots_of(path, config)
     modalities = modalities_of(tables.values(), config)
     if "" in tables:
+        notice_splits(tables, config)
         whole = require[0] if len(require) == 1 and not (config.val_fraction or config.test_fraction) else "train"
         names = SPLITS if config.split_col else (whole,)
         found = {name: build(tables[""], name, roots, modalities, config, advance=advance) for name in names}
@@ -96,10 +99,21 @@ def names_splits(path: Path, config: DataConfig) -> bool:
     return bool(columns_in(find_tables(path, config)[""], {config.split_col}))
 
 
-def to_have(name: str, path: Path) -> str:
+def notice_splits(tables: Mapping[str, Table], config: DataConfig) -> None:
+    """Tell of a table whose rows name their splits, where nobody said that they count."""
+    named = split_column(tables[""], config) if "" in tables and not config.split_col else None
+    if named is not None:
+        what = f"the column {named} of {tables[''].file} names splits, and is not looked at: to use it, add --split-col {named}"
+        warnings.warn(what, Notice, stacklevel=2)
+
+
+def to_have(name: str, path: Path, config: DataConfig) -> str:
     """What to do for a data set to have a split, before training."""
     hold = f"hold some rows of train out with --{name}-fraction 0.1"
     if path.is_file():
+        named = split_column(find_tables(path, config)[""], config)
+        if named is not None and named != config.split_col:
+            return f"add --split-col {named}, the column that names the split of each row, or {hold}"
         return f"{hold}, or name the column that says the split with --split-col"
     found = [item.name for item in path.iterdir() if item.suffix in SUFFIXES or item.is_dir()]
     there = f"(there is {', '.join(sorted(found)[:8]) or 'nothing'})"
@@ -136,7 +150,8 @@ def parts_of(indexes: dict[str, Index], path: Path, config: DataConfig, require:
             parts["train"], parts[name] = (index, rows[kept]), (index, rows[held])
     for name in require:
         if name not in parts:
-            fix = to_have(name, path) if "train" in require or not parts else f"add --split {next(iter(parts))}, which is there"
+            other = f"add --split {next(iter(parts), '')}, which is there"
+            fix = to_have(name, path, config) if "train" in require or not parts else other
             raise DataError(2, f"the {name} split is missing", where=str(path), fix=fix)
     for name, (index, rows) in parts.items():
         if not len(rows):
@@ -163,7 +178,7 @@ def _split(name: str, index: Index, rows: Numbers, skipped: tuple[Problem, ...],
     return Split(name, index.file, read, labels, keys, alike, digest, skipped)
 
 
-def _refuse_bad(index: Index, root: Path, config: DataConfig) -> tuple[Problem, ...]:
+def _refuse_bad(index: Index, roots: Sequence[Path], config: DataConfig) -> tuple[Problem, ...]:
     """The bad rows that may be skipped.
 
     Raises:
@@ -173,7 +188,11 @@ def _refuse_bad(index: Index, root: Path, config: DataConfig) -> tuple[Problem, 
     if not problems:
         return ()
     unsafe = [problem for problem in problems if problem.code.startswith("MF-SEC")]
-    total = len(index.lines_S) + len(index.row_problems)
+    root, total = roots[0], len(index.lines_S) + len(index.row_problems)
+    for modality, each in index.files.items() if not unsafe else ():
+        if each.all_missing():
+            what = f"none of {len(each.names):,} {of(modality).plural} is found, such as {each.names[0]}"
+            raise DataError(11, what, where=str(root / index.file), fix=root_to_name(roots, each.names))
     if config.on_bad == "skip" and not unsafe:
         if len(problems) <= config.max_bad_fraction * total:
             return tuple(problems)
@@ -283,7 +302,8 @@ def _notices(splits: dict[str, Split], indexes: dict[str, Index], config: DataCo
         empty = {modality: int(split.empties(modality).sum()) for modality in split.keys}
         for modality, count in empty.items():
             if count:
-                found.append(f"{split.name}: {several(count, f'{modality} is', f'{of(modality).plural} are')} empty")
+                said = f"{split.name}: {several(count, f'{modality} is', f'{of(modality).plural} are')} empty"
+                found.append(said if config.on_missing != "error" else f"{said}; --on-missing absent takes them as missing")
     each = [files for index in indexes.values() for files in index.files.values()]
     moving = [name for files in each for name, look in zip(files.names, files.looks, strict=True) if look.animated]
     if moving:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mopefuse.data._base import Row
+from mopefuse.data._base import Problem, Row
 from mopefuse.data.columns import EXPECTED, Layout
 from mopefuse.data.label_cells import is_blank, split_cell
 
@@ -143,6 +144,14 @@ def _no_column(missing: Sequence[str], no_label: bool, row: Mapping[str, Any], l
     absent = " or ".join([*(layout.columns[name] for name in missing), *([layout.label] if no_label else [])])
     found = ", ".join(sorted(map(str, row))) or "nothing"
     return f"has no {absent}; found {found}{_meant(missing, no_label, row, layout)}"
+
+
+def exceptions(problems: Sequence[Problem], layout: Layout) -> list[Problem]:
+    """Problems of a table that has good rows, so that a row without some column is one without a value, which may be meant."""
+    columns = "|".join(map(re.escape, layout.columns.values()))
+    pattern = re.compile(rf"has no (?:{columns})(?: or (?:{columns}))*; found [^;]*")
+    hint = f" (use {_OR_WITHOUT} to go on without)"
+    return [replace(each, what=each.what + hint) if pattern.fullmatch(each.what) else each for each in problems]
 
 
 def _meant(missing: Sequence[str], no_label: bool, row: Mapping[str, Any], layout: Layout) -> str:

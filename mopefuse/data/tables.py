@@ -12,6 +12,7 @@ import os
 import stat
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,8 @@ from mopefuse.errors import DataError, Notice, did_you_mean, nearest
 SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 _MAGIC = {b"\x1f\x8b": "gzip", b"PAR1": "Parquet", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"PK\x03\x04": "a zip"}
+_SAME_SPLIT = {"dev": "val", "valid": "val", "validation": "val", "training": "train", "testing": "test"}
+_FIRST = 1000  # rows of a table that are asked whether they name a split
 _METADATA = ("metadata.jsonl", "metadata.csv")
 
 
@@ -118,6 +121,20 @@ def columns_in(table: Table, names: Collection[str]) -> set[str]:
 def some_columns(table: Table) -> set[str]:
     """The columns of the first row that is one; none where no row is."""
     return {str(name) for name in next((row.value for row in table.rows() if isinstance(row.value, dict)), {})}
+
+
+def split_named(value: Any) -> str:
+    """The split that a cell names: train, val or test, also by other names for them; else the cell in lower case."""
+    said = str(value or "").strip().lower()
+    return _SAME_SPLIT.get(said, said)
+
+
+def split_column(table: Table, config: DataConfig) -> str | None:
+    """The column whose cells name splits, in the first rows of a table; None where there is none."""
+    rows = [row.value for row in islice(table.rows(), _FIRST) if isinstance(row.value, dict)]
+    taken = {config.text_col, config.img_col, config.label_col, config.id_col, *config.columns.values()}
+    names = [str(name) for name in rows[0] if name not in taken] if rows else []
+    return next((name for name in names if all(split_named(row.get(name)) in SPLITS for row in rows)), None)
 
 
 def _written(name: str) -> Iterator[bytes]:

@@ -1,0 +1,157 @@
+"""Situations that new users are in, and what they are told: the message names the flag that mends it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TINY, call, make_pairs, write_rows
+
+
+def rows_of(root: Path, split: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (root / f"{split}.jsonl").read_text().splitlines()]
+
+
+def plan(data: Path, *flags: str) -> Any:
+    return call("train", *TINY, "--data", data, *flags, "--dry-run")
+
+
+def check(data: Path, *flags: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(call("data", "check", data, *flags, "--json").stdout)
+    return found
+
+
+@pytest.fixture
+def data(pairs: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(pairs, tmp_path / "data")
+
+
+# -- all images are elsewhere
+
+
+@pytest.mark.parametrize("place", ["photos/deep/images", "../photos/images", "../../far/images"])
+def test_images_that_are_all_elsewhere_name_the_flag(data: Path, place: str) -> None:
+    (data / place).parent.mkdir(parents=True)
+    (data / "images").rename(data / place)
+    root = (data / place).parent.resolve()
+    near = root.parent in (data, data.parent)
+    refused = plan(data)
+    assert refused.returncode == 4
+    assert "error[MF-DATA-11]: none of 12 images is found, such as images/train-0.png" in refused.stderr
+    fix = f"add --image-root {root}" if near else "name the folder that they are in with --image-root DIR"
+    assert f"fix: {fix}" in refused.stderr
+    assert f"fix: {fix}" in plan(data, "--on-bad", "skip").stderr
+    report = check(data)
+    assert {problem["hint"] for problem in report["problems"]} == {fix}
+    summary = call("data", "check", data).stdout
+    assert [line for line in summary.splitlines() if line.startswith("missing-image") and fix in line]
+    done = plan(data, "--image-root", str(root))
+    assert done.returncode == 0, done.stderr
+
+
+def test_one_missing_image_of_many_is_to_be_added(data: Path) -> None:
+    (data / "images" / "train-3.png").unlink()
+    refused = plan(data)
+    assert "image not found: images/train-3.png" in refused.stderr and "fix: add the file" in refused.stderr
+
+
+def test_predict_without_any_image_names_the_flag(trained: Path, pairs: Path, tmp_path: Path) -> None:
+    shutil.copy(pairs / "test.jsonl", tmp_path)
+    done = call("predict", trained, tmp_path / "test.jsonl")
+    assert done.returncode == 4
+    assert "fix: name the folder that the files are in with --image-root DIR" in done.stderr
+    assert call("predict", trained, tmp_path / "test.jsonl", "--image-root", pairs).returncode == 0
+
+
+# -- rows without a text
+
+
+@pytest.mark.parametrize("lacking", ["null", "no key"])
+def test_rows_without_a_text_name_on_missing(data: Path, lacking: str) -> None:
+    rows = rows_of(data, "train")
+    for number in (2, 5):
+        rows[number]["text"] = None
+        if lacking == "no key":
+            del rows[number]["text"]
+    write_rows(data / "train.jsonl", rows)
+    refused = plan(data)
+    assert refused.returncode == 4
+    assert "--on-missing" in refused.stderr.rpartition("fix: ")[2], refused.stderr
+    assert all("--on-missing" in problem["hint"] for problem in check(data)["problems"])
+    done = plan(data, "--on-missing", "absent")
+    assert done.returncode == 0, done.stderr
+    assert "train: 2 rows have no text" in done.stderr
+
+
+def test_a_column_that_no_row_has_is_no_missing_value(data: Path) -> None:
+    for split in ("train", "val", "test"):
+        write_rows(data / f"{split}.jsonl", [{k: v for k, v in row.items() if k != "text"} for row in rows_of(data, split)])
+    assert "has no text; found id, img, label" in plan(data).stderr
+    assert "(use --on-missing" not in plan(data).stderr
+
+
+def test_a_row_without_a_label_is_no_missing_value(data: Path) -> None:
+    rows = rows_of(data, "train")
+    del rows[2]["label"]
+    write_rows(data / "train.jsonl", rows)
+    assert "train.jsonl:3 has no label; found id, img, text" in plan(data).stderr
+    assert "--on-missing" not in plan(data).stderr
+
+
+def test_empty_texts_name_on_missing(data: Path) -> None:
+    rows = rows_of(data, "train")
+    rows[2]["text"] = ""
+    write_rows(data / "train.jsonl", rows)
+    assert "train: 1 text is empty; --on-missing absent takes them as missing" in plan(data).stderr
+    assert "--on-missing absent" in check(data)["problems"][0]["hint"]
+
+
+# -- one table
+
+
+def one_table(root: Path, **names: str) -> Path:
+    """All rows in one table; its column ``part`` names the split of each as `names` say."""
+    rows = [row | ({"part": names[split]} if names else {}) for split in ("train", "val", "test") for row in rows_of(root, split)]
+    write_rows(root / "all.jsonl", rows)
+    return root / "all.jsonl"
+
+
+@pytest.mark.parametrize("names", [("train", "val", "test"), ("Training", "dev", "TEST"), ("train", "validation", "testing")])
+def test_a_column_that_names_splits_is_offered_and_used(data: Path, names: tuple[str, ...]) -> None:
+    table = one_table(data, **dict(zip(("train", "val", "test"), names, strict=True)))
+    refused = plan(table)
+    assert refused.returncode == 4
+    assert "fix: add --split-col part, the column that names the split of each row" in refused.stderr
+    assert "--split-col part" in next(each["hint"] for each in check(table)["problems"] if each["kind"] == "missing-split")
+    done = plan(table, "--split-col", "part")
+    assert done.returncode == 0, done.stderr
+    assert "train 12, val 6, test 7 rows" in done.stdout
+
+
+def test_a_column_that_names_splits_and_is_not_used_is_said(data: Path) -> None:
+    said = "the column part of all.jsonl names splits, and is not looked at: to use it, add --split-col part"
+    table = one_table(data, train="train", val="val", test="test")
+    assert said in plan(table, "--val-fraction", "0.2").stderr
+    assert "names splits" not in plan(table, "--split-col", "part").stderr
+
+
+def test_a_table_without_such_a_column_says_both_ways(data: Path) -> None:
+    refused = plan(one_table(data))
+    assert "--val-fraction 0.1, or name the column that says the split with --split-col" in refused.stderr
+
+
+# -- other delimiters
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+def test_a_csv_with_another_delimiter_trains_with_a_notice(data: Path, delimiter: str) -> None:
+    lines = [delimiter.join(("id", "text", "img", "label"))]
+    lines += [delimiter.join(row.values()) for split in ("train", "val", "test") for row in rows_of(data, split)]
+    (data / "all.csv").write_text("\n".join(lines) + "\n")
+    done = plan(data / "all.csv", "--val-fraction", "0.2")
+    assert done.returncode == 0, done.stderr
+    name = {";": "semicolons", "\t": "tabs"}[delimiter]
+    assert done.stderr.count(f"notice: all.csv is read as separated by {name}, not commas") == 1
