@@ -21,6 +21,7 @@ from mopefuse.config import RunConfig, build_config, flat, merge, nested
 from mopefuse.data._base import SPLITS, DataSet
 from mopefuse.data.collate import Samples
 from mopefuse.data.load import load_data
+from mopefuse.doubts import notice_doubts
 from mopefuse.errors import ConfigError, DataError, Interrupted
 from mopefuse.evaluate import check_encoders
 from mopefuse.fusion._base import Fusion, fresh_encoders
@@ -74,7 +75,7 @@ def plan(config: RunConfig, listener: Listener | None = None) -> Plan:
     config = _with_modalities(config, data)
     model = build_model(config, len(data.labels))
     _require_rows(model, data)
-    _notice_doubts(config, data, model, listener or Listener())
+    notice_doubts(config, data, model, listener or Listener())
     config = resolved(config, model)
     return Plan(
         config,
@@ -148,7 +149,7 @@ def _train(
     else:
         if distributed.is_main():
             folder.rewind_log(-1)  # of an attempt that ended before its first checkpoint
-        _notice_doubts(config, data, model, listener)
+        notice_doubts(config, data, model, listener)
         for section in model.unused_sections():
             listener.notice(f"{config.method} does not use the settings of {section}")
         for spec, count in Counter(str(model.encoder(side).spec) for side in model.uses if is_comp(side)).items():
@@ -311,28 +312,6 @@ def _load(config: RunConfig, listener: Listener) -> DataSet:
 def _with_modalities(config: RunConfig, data: DataSet) -> RunConfig:
     """`config` with the modalities that rows have written out: a plugin that is installed later adds none to a run's."""
     return config.model_copy(update={"data": config.data.model_copy(update={"modalities": data.modalities})})
-
-
-_FEW_TO_TUNE = 100  # rows of validation, of which each label should have a tenth
-
-
-def _notice_doubts(config: RunConfig, data: DataSet, model: Fusion, listener: Listener) -> None:
-    """Say what is probably not meant: a modality that no encoder reads, thresholds that few rows decide."""
-    specs = {side: str(model.encoder(side).spec) for side in model.uses}
-    read = {model.encoder(side).modality for side in model.uses}
-    unread = [name for name in data.modalities if name not in read]
-    if unread and len(specs) > 1:
-        named = ", ".join(f"--{'comp' if is_comp(side) else side} {spec}" for side, spec in specs.items())
-        what = f"no encoder reads {' or '.join(unread)}: {named} read {' and '.join(sorted(read))}"
-        listener.notice(f"{what}; to use it, name an encoder that does with --main or --comp")
-    if config.train.threshold == "tuned" and data.multi_label:
-        labels = data.splits["val"].labels
-        counts = Counter(label for row in labels for label in row)
-        rare = sum(counts[label] < _FEW_TO_TUNE // 10 for label in data.labels)
-        if len(labels) < _FEW_TO_TUNE or rare:
-            which = f"{rare:,} of {len(data.labels):,} labels have fewer than {_FEW_TO_TUNE // 10} of them"
-            what = f"--threshold tuned chooses each label's threshold on {len(labels):,} validation rows, and {which}"
-            listener.notice(f"{what}: it may be chance; hold out more rows, or use --threshold 0.5")
 
 
 def _require_rows(model: Fusion, data: DataSet) -> None:

@@ -25,7 +25,7 @@ GENRES = ("Drama", "Comedy", "Horror", "War", "Music", "Crime")
 
 
 def found(labels: list[str]) -> dict[str, Doubt]:
-    return {doubt.kind: doubt for doubt in doubts(Counter(labels))}
+    return {doubt.kind: doubt for doubt in doubts(Counter(labels), len(labels))}
 
 
 def combinations(form: str, rows: int = 300) -> list[str]:
@@ -99,7 +99,7 @@ def test_numbers_that_are_codes_of_classes_are_left_alone(labels: list[str]) -> 
 
 def test_spellings_of_one_label_are_named_together() -> None:
     labels = ["Watches"] * 20 + ["watches"] * 3 + ["Watches "] * 2 + ["Caf\u00e9"] * 5 + ["Cafe\u0301"] * 4 + ["Bags"] * 9
-    each = [doubt for doubt in doubts(Counter(labels)) if doubt.kind == "label-variants"]
+    each = [doubt for doubt in doubts(Counter(labels), len(labels)) if doubt.kind == "label-variants"]
     assert len(each) == 2
     assert each[0].message.startswith("'Watches' (20), 'watches' (3), 'Watches ' (2) differ only in case, spaces or Unicode")
     assert each[0].rows == 5
@@ -133,6 +133,17 @@ def test_classes_of_a_single_row_are_named() -> None:
 @pytest.mark.parametrize("labels", [["a", "b"], ["a", "b", "c"] * 4, [*"abcdefghij"], [], [f"w{i}x" for i in range(10)] * 2])
 def test_small_data_sets_may_have_few_rows_of_each_class(labels: list[str]) -> None:
     assert found(labels) == {}
+
+
+@given(st.lists(st.text(st.sampled_from("0123456789.,eE+-$€% '\"[]|;/\u0661\u00b2"), min_size=1), max_size=20))
+def test_any_labels_can_be_looked_at(labels: list[str]) -> None:
+    found(labels)
+
+
+def test_tags_that_nearly_every_row_has_for_itself_are_refused() -> None:
+    counts = Counter(f"tag {number}" for number in range(100)) | Counter({"often": 60})
+    (many,) = (doubt for doubt in doubts(counts, 60) if doubt.kind == "many-labels")
+    assert many.message.startswith("101 different labels in 60 training rows that are given 160 times")
 
 
 # -- cells
@@ -315,5 +326,5 @@ def test_ten_thousand_labels_take_seconds() -> None:
     names = ["".join(drawn.choices("abcdefghijklmnopqrstuvwxyz", k=12)) for _ in range(10_000)]
     counts = {name: drawn.randint(20, 200) for name in names} | {f"{names[0][:5]}!{names[0][6:]}": 1}
     began = time.perf_counter()
-    assert [doubt.kind for doubt in doubts(counts)] == ["misspelt-label"]
+    assert [doubt.kind for doubt in doubts(counts, sum(counts.values()))] == ["misspelt-label"]
     assert time.perf_counter() - began < 10

@@ -25,7 +25,7 @@ ORDER = (  # from below; a module imports from rows above its own line, or from 
     "report optim losses testing",
     "evaluate",
     "trainer",
-    "closed_form",
+    "closed_form doubts",
     "train doctor",
     "swap run_model audit missing study",
     "predict reporting study_report search",

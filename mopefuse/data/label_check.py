@@ -55,7 +55,7 @@ def check_labels(index: Index, root: Path, config: DataConfig) -> list[Finding]:
     counts: Counter[str] = Counter()
     for row, rows in Counter(index.labels).items():
         counts.update(dict.fromkeys(row, rows))
-    found = [doubt for doubt in doubts(counts) if doubt.kind not in REFUSED or not config.allow_odd_labels]
+    found = [doubt for doubt in doubts(counts, len(index.labels)) if doubt.kind not in REFUSED or not config.allow_odd_labels]
     first = _first_rows(index, {doubt.label for doubt in found})
     return [
         replace(
@@ -99,17 +99,17 @@ def notices(found: list[Finding]) -> tuple[str, ...]:
     return (*shown, rest) if more else tuple(shown)
 
 
-def doubts(counts: Mapping[str, int]) -> list[Doubt]:
+def doubts(counts: Mapping[str, int], rows: int) -> list[Doubt]:
     """What is doubtful about labels.
 
     Args:
-        counts: training rows of each label.
+        counts: training rows of each label. rows: in training; fewer than all counts where a row has several labels.
     """
     lists = _lists(counts)
     joined = [] if lists else [*_joined(counts)]
     amounts = [*_amounts(counts)]
     causes = [*joined, *amounts]
-    many = [] if lists else [*_many(counts, causes)]
+    many = [] if lists else [*_many(counts, rows, causes)]
     found = [*lists, *many, *causes, *_variants(counts), *_misspelt(counts)]
     return [*found, *([] if found else _rare(counts))]
 
@@ -176,13 +176,14 @@ def _number(label: str) -> float | None:
     return value if abs(value) < 1e300 else None
 
 
-def _many(counts: Mapping[str, int], causes: Iterable[Doubt]) -> Iterator[Doubt]:
-    """More classes than a third of what they could be learnt from."""
-    rows = sum(counts.values())
-    if len(counts) <= _FEW or _ROWS_PER_CLASS * len(counts) <= rows:
+def _many(counts: Mapping[str, int], rows: int, causes: Iterable[Doubt]) -> Iterator[Doubt]:
+    """More classes than a third of the rows, or where rows have several labels, of how often any is given."""
+    given = sum(counts.values())
+    if len(counts) <= _FEW or _ROWS_PER_CLASS * len(counts) <= given:
         return
     first = _most_frequent(counts, counts)
-    what = f"{len(counts):,} different labels in {several(rows, 'training row')}, such as {_named(first)}: more than a third"
+    times = f" that are given {given:,} times" if given > rows else ""
+    what = f"{len(counts):,} different labels in {rows:,} training rows{times}, such as {_named(first)}: more than a third"
     fix = next((cause.fix for cause in causes), _COLUMN)
     yield Doubt("many-labels", what, f"{fix}; {_MEANT}", first, rows)
 

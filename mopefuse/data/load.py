@@ -18,6 +18,7 @@ from mopefuse.data.columns import Layout, modalities_of
 from mopefuse.data.files import root_to_name
 from mopefuse.data.findings import KINDS, Finding, kind_of_row, lacks, left_out
 from mopefuse.data.index import Advance, Index, build
+from mopefuse.data.label_cells import is_blank
 from mopefuse.data.leaks import leak
 from mopefuse.data.rows import Rows
 from mopefuse.data.subsets import few, hold_out
@@ -280,7 +281,7 @@ def listed_labels(path: Path) -> tuple[str, ...]:
     except UnicodeDecodeError as error:
         fix = "convert it with iconv -t utf-8"
         raise DataError(10, f"{path.name} is not UTF-8: {error}", where=str(path), fix=fix) from None
-    labels = [line.rstrip("\r") for line in lines if line.strip()]
+    labels = [line.rstrip("\r") for line in lines if not is_blank(line)]
     twice = [label for label, count in Counter(labels).items() if count > 1]
     if twice:
         raise DataError(10, f"{path.name} has {twice[0]!r} twice", where=str(path), fix="list each label once")
