@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY, call, make_pairs, write_rows
+from conftest import TINY, call, write_rows
 
 
 def rows_of(root: Path, split: str) -> list[dict[str, Any]]:
@@ -114,7 +114,8 @@ def test_empty_texts_name_on_missing(data: Path) -> None:
 
 def one_table(root: Path, **names: str) -> Path:
     """All rows in one table; its column ``part`` names the split of each as `names` say."""
-    rows = [row | ({"part": names[split]} if names else {}) for split in ("train", "val", "test") for row in rows_of(root, split)]
+    own = {split: {"part": names[split]} if names else {} for split in ("train", "val", "test")}
+    rows = [row | part for split, part in own.items() for row in rows_of(root, split)]
     write_rows(root / "all.jsonl", rows)
     return root / "all.jsonl"
 
