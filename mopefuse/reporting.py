@@ -142,7 +142,7 @@ def _data_of(config: DataConfig, manifest: dict[str, Any]) -> tuple[DataSet, str
     data = load_data(config, require=())
     split = "test" if "test" in data.splits else "val"
     if split not in data.splits:
-        load_data(config, require=("test",))  # which says what is missing
+        data, split = load_data(config, require=("test",)), "test"  # a table without splits, or what is missing is said
     return with_labels(data, manifest, split), split
 
 

@@ -105,6 +105,13 @@ def test_a_table_that_eval_is_given_is_the_split_that_is_evaluated(renamed: tupl
         assert json.loads(done.stdout)["metrics"] == plain
 
 
+def test_a_table_that_report_is_given_is_the_test_split(renamed: tuple[Path, Path], tmp_path: Path) -> None:
+    root, run = renamed
+    done = call("report", run, "--data", root / "val.csv", "--out", tmp_path / "page.html", "--no-audit", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["split"] == "test"
+
+
 def test_a_run_on_one_table_with_splits_is_evaluated_on_a_table_without(tmp_path: Path) -> None:
     root = make_pairs(tmp_path / "data")
     rows = [row | {"split": name} for name in ("train", "val", "test") for row in rows_of(root, name)]

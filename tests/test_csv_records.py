@@ -76,6 +76,17 @@ def test_several_quotes_that_are_not_closed_cost_a_row_each(tmp_path: Path) -> N
     assert sorted(problems) == [11, 12, 201, 501]
 
 
+def test_titles_as_they_are_scraped_lose_the_one_that_is_cut_short() -> None:
+    titles = ['a.jpg,Plain title,pie', 'b.jpg,"[[""Somebody\'s pie""]]",pie', 'c.jpg,"Pan of 8"" and more, by hand",pie']
+    lines = ["img,text,label", *titles * 5, 'cut.jpg,"[[""A burrito that,burrito', *titles * 5]
+    records = Records("\r\n".join(lines), ",")
+    good, bad = [], []
+    for record in records:
+        (bad if record.problem else good).append(record)
+        records.width = 3
+    assert (len(good), [record.line for record in bad]) == (31, [17])
+
+
 def test_cells_of_several_lines_are_kept(tmp_path: Path) -> None:
     poem = 'roses are red,\nviolets, "blue", and so on\n\n1,2\n'
     text = io.StringIO()
