@@ -149,4 +149,4 @@ def test_many_odd_quotes_take_no_quadratic_time(line: str) -> None:
         records.width = 2
         lines.add(record.line)
     assert time.perf_counter() - began < 20
-    assert max(lines) > 29_000 or len(lines) < 5
+    assert max(lines) > 29_000

@@ -24,15 +24,15 @@ Labels = Annotated[str | None, typer.Option("--labels", help="File with all labe
 
 def settings(
     *,
-    text: str | None,
-    image: str | None,
-    others: list[str] | None,
-    label: str | None,
-    identity: str | None,
-    split: str | None,
-    separator: str | None,
-    roots: list[str] | None,
-    labels: str | None,
+    text: str | None = None,
+    image: str | None = None,
+    others: list[str] | None = None,
+    label: str | None = None,
+    identity: str | None = None,
+    split: str | None = None,
+    separator: str | None = None,
+    roots: list[str] | None = None,
+    labels: str | None = None,
 ) -> dict[str, Any]:
     """The settings that these options stand for, by path; None where one is not given.
 

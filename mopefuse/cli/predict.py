@@ -55,17 +55,7 @@ def predict(
         raise ConfigError(54, f"there is no folder {out.parent}", where="--out", fix="make it, or name another file")
     if isinstance(source, str) and source != "-" and not Path(source).is_file():
         raise ConfigError(66, f"there is no file {source}", where="predict", fix="name a file of pairs, or - for stdin")
-    flags = columns.settings(
-        text=text_col,
-        image=image_col,
-        others=column,
-        label=None,
-        identity=id_col,
-        split=None,
-        separator=None,
-        roots=image_root,
-        labels=None,
-    )
+    flags = columns.settings(text=text_col, image=image_col, others=column, identity=id_col, roots=image_root)
     predictor = load(run, checkpoint=checkpoint, device=device, main=main, comp=comp)
     config = input_settings(run, {path.removeprefix("data."): value for path, value in flags.items()})
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

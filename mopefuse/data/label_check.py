@@ -1,7 +1,7 @@
 """Labels that are probably not what was meant: lists in cells, spellings of one label, numbers, a class for every row.
 
 Everything is computed from how often each label occurs in training, without comparing labels pairwise: 10,000 labels of
-a million rows take about a second. A list of labels (``labels.txt``, ``--labels``) says which are meant, so then nothing
+a million rows take seconds. A list of labels (``labels.txt``, ``--labels``) says which are meant, so then nothing
 is doubted.
 """
 

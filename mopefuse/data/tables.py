@@ -211,9 +211,8 @@ def _refuse_constant(name: str) -> Any:
 
 def _csv(content: bytes, path: Path, delimiter: str) -> Iterator[Found]:
     """The rows of a CSV file. A quote that is not closed costs its own row and none of those after it."""
-    text = decoded(content, path)
     csv.field_size_limit(2**31 - 1)  # a text may be long; it is cut when it is read
-    records = Records(text, delimiter)
+    records = Records(decoded(content, path), delimiter)
     header: list[str] = []
     for record in records:
         if not header:
