@@ -131,6 +131,11 @@ def test_a_split_that_is_held_out_need_not_be_there(tmp_path: Path) -> None:
     (tmp_path / "dev.jsonl").touch()
     assert kinds(tmp_path) == {"missing-split": 1, "missing-test": 1}
     assert "dev.jsonl" in report(tmp_path).findings[0].hint
+    assert kinds(tmp_path, val_fraction=0.5) == {"missing-test": 1, "empty-split": 1}, "a row of each label stays in train"
+    rows = [line(f"r{number}", f"{number}.png", "ab"[number % 2]) for number in range(10, 20)]
+    write(tmp_path / "train.jsonl", line("t1"), line("t2", "2.png", "b"), *rows)
+    for number in range(10, 20):
+        save(tmp_path / f"{number}.png", seed=number)
     assert kinds(tmp_path, val_fraction=0.5) == {"missing-test": 1}
     assert call("data", "check", tmp_path, "--val-fraction", "0.3", "--test-fraction", "0.3", "--strict").returncode == 0
 

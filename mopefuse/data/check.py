@@ -27,6 +27,7 @@ from mopefuse.errors import DataError
 from mopefuse.modality import of
 
 Indexes = dict[str, Index]
+_NO_SPLIT = ("missing-split", "unreadable-table", "empty-split", "many-labels", "list-label")  # say why a split has no rows
 _RANK = {kind: number for number, kind in enumerate(KINDS)}
 
 
@@ -168,6 +169,8 @@ def check(
     doubted = check_labels(indexes["train"], roots[0], config) if "train" in indexes else []
     found += [*odd, *wrong, *doubted, *across.mixed_labels(indexes), *across.unknown_labels(indexes, labels)]
     found += [*across.ids(indexes), *(finding for _, finding in leaked)]
+    trained, refused = _in_training(indexes, path, config)
+    found += refused if not any(finding.kind in _NO_SPLIT for finding in found) else []
     counts = Counter((finding.split, modality) for modality, finding in leaked)
     return Report(
         config,
@@ -176,7 +179,7 @@ def check(
         indexes,
         sorted(found, key=_order),
         {name: describe_split(index, _bad_rows(index)) for name, index in indexes.items()},
-        _in_training(indexes, path, config),
+        trained,
         balance(indexes, labels),
         any(bool(index.list_S.any()) for index in indexes.values()),
         texts,
@@ -269,17 +272,18 @@ def _read(
     return indexes, found
 
 
-def _in_training(indexes: Indexes, path: Path, config: DataConfig) -> dict[str, dict[str, int]]:
+def _in_training(indexes: Indexes, path: Path, config: DataConfig) -> tuple[dict[str, dict[str, int]], list[Finding]]:
+    """What training has of each split where rows are held out or drawn, and why it has nothing of some."""
     if not (config.val_fraction or config.test_fraction or config.shots or config.fraction):
-        return {}
+        return {}, []
     try:
         parts = parts_of(indexes, path, config)
-    except DataError:  # a split without rows, which is listed
-        return {}
+    except DataError as error:
+        return {}, [Finding("empty-split", "", error.where, error.what, error.fix, error.code)]
     return {
         name: {"rows": len(rows), "labels": len({label for row in rows for label in index.labels[row]})}
         for name, (index, rows) in sorted(parts.items(), key=lambda part: SPLITS.index(part[0]))
-    }
+    }, []
 
 
 def _missing(name: str, path: Path, config: DataConfig) -> Finding:

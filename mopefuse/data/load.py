@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -102,7 +103,9 @@ def names_splits(path: Path, config: DataConfig) -> bool:
 
 def notice_splits(tables: Mapping[str, Table], config: DataConfig) -> None:
     """Tell of a table whose rows name their splits, where nobody said that they count."""
-    named = split_column(tables[""], config) if "" in tables and not config.split_col else None
+    named = None
+    with suppress(DataError):  # a table that cannot be read, which whoever reads it says
+        named = split_column(tables[""], config) if "" in tables and not config.split_col else None
     if named is not None:
         what = f"the column {named} of {tables[''].file} names splits, and is not looked at: to use it, add --split-col {named}"
         warnings.warn(what, Notice, stacklevel=2)
