@@ -106,7 +106,7 @@ def test_an_image_that_takes_long_is_remarked_on(pairs: Path) -> None:
     index = next(iter(report(pairs).indexes.values()))
     images = index.files["image"]
     images.looks = [look._replace(milliseconds=2001 if i == 3 else 2000) for i, look in enumerate(images.looks)]
-    (found,) = of_files(index)
+    (found,) = of_files(index, (pairs,))
     assert (found.kind, found.image, found.id) == ("slow-image", "images/train-3.png", "train-3")
 
 

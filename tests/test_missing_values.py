@@ -230,8 +230,8 @@ def test_a_resumed_run_keeps_its_policy_and_columns(named: tuple[str, ...], data
     assert done.returncode == 0, done.stderr
     again = ("train", "--out", tmp_path / "run", "--resume", "--steps", 2)
     assert "cannot change data.on_missing" in call(*again, "--on-missing", "absent").stderr
-    for other in ("text=caption", "image=photo"):
-        assert "cannot change data.columns" in call(*again, "--column", other).stderr
+    for other, setting in (("text=caption", "text_col"), ("image=photo", "img_col")):
+        assert f"cannot change data.{setting}" in call(*again, "--column", other).stderr
     done = call(*again)
     assert done.returncode == 0, done.stderr
 

@@ -160,8 +160,9 @@ def test_nothing_of_a_row_is_echoed(tmp_path: Path) -> None:
 
 
 def test_twenty_problems_are_listed_and_all_are_counted(tmp_path: Path) -> None:
-    error = refused(split(tmp_path, "".join(line(id=i, img=f"{i}.png") + "\n" for i in range(33))))
-    assert error.what.startswith("33 bad rows: train.jsonl:1, id 0: image not found: 0.png; ")
+    rows = [line(id="good"), *(line(id=i, img=f"{i}.png") for i in range(33))]
+    error = refused(split(tmp_path, "\n".join(rows)))
+    assert error.what.startswith("33 bad rows: train.jsonl:2, id 0: image not found: 0.png; ")
     assert error.what.count("train.jsonl:") == 20
     assert error.what.endswith("; and 13 more")
     assert error.fix == "add the file; mopefuse data check --json lists all"
