@@ -147,6 +147,7 @@ class Data(Section):
         None, min_length=1, description="what separates labels in a cell, or list for cells as [a, b]; makes data multi-label"
     )
     labels: str | None = Field(None, description="file with all labels, one a line; default labels.txt, else what train has")
+    fold_labels: bool = Field(False, description="labels in lower case, with single spaces and in one Unicode form")
     allow_odd_labels: bool = Field(False, description="take lists in cells, and more labels than a third of the rows, as meant")
     val_fraction: float | None = Field(None, gt=0, lt=1, description="share of train held out as val, by class")
     test_fraction: float | None = Field(None, gt=0, lt=1, description="share of train held out as test, by class")

@@ -103,6 +103,7 @@ def test_spellings_of_one_label_are_named_together() -> None:
     assert len(each) == 2
     assert each[0].message.startswith("'Watches' (20), 'watches' (3), 'Watches ' (2) differ only in case, spaces or Unicode")
     assert each[0].rows == 5
+    assert "--fold-labels" in each[0].fix
 
 
 def test_a_rare_label_near_a_frequent_one_is_named() -> None:
@@ -119,6 +120,7 @@ def test_a_rare_label_near_a_frequent_one_is_named() -> None:
         ["class1"] * 30 + ["class2"],  # digits tell classes apart
         ["cat"] * 30 + ["car"],  # short words are near by chance
         ["Watches"] * 30 + ["Handbag"],
+        ["Watches"] * 4 + ["Wotches"],
     ],
 )
 def test_labels_that_are_near_by_chance_are_left_alone(labels: list[str]) -> None:
@@ -286,6 +288,19 @@ def test_spellings_and_misspellings_are_noticed_by_check_and_train(tmp_path: Pat
     assert done.returncode == 0, done.stderr
     assert "labels: 'Watches' (12), 'Watches ' (1), 'watches' (1) differ only in case" in done.stderr
     assert "labels: 'Wacthes' (1 row) is nearly 'Watches' (14 rows), first in items.csv:16" in done.stderr
+
+
+def test_spellings_are_one_label_with_the_flag_also_in_evaluation(tmp_path: Path) -> None:
+    path = table(tmp_path / "data", ["Watches", "watches", "Watches ", "Bags", "BAGS", "bags"] * 4)
+    code, report = check(path, "--fold-labels", "--strict", "--test-fraction", "0.2")
+    assert (code, report["labels"]["balance"]) == (0, {"bags": {"train": 12}, "watches": {"train": 12}})
+    done = train(path, tmp_path / "run", "--fold-labels", "--test-fraction", "0.2", "--json")
+    assert done.returncode == 0, done.stderr
+    assert [each["label"] for each in json.loads(done.stdout)["per_label"]] == ["bags", "watches"]
+    done = call("eval", tmp_path / "run", "--data", path, "--json")
+    assert done.returncode == 0, done.stderr
+    (path.parent / "labels.txt").write_text("Watches\nBags\nbags\n")
+    assert load_data(Data(path=str(path), fold_labels=True), require=("train",)).labels == ("watches", "bags")
 
 
 def test_a_label_of_blanks_is_an_error_with_its_row(tmp_path: Path) -> None:

@@ -16,6 +16,9 @@ IdCol = Annotated[str | None, typer.Option("--id-col", help="Column with the id;
 SplitCol = Annotated[str | None, typer.Option("--split-col", help="Column that names the split, in one table.")]
 LabelSep = Annotated[str | None, typer.Option("--label-sep", help='Separates labels in a cell; list: cells are ["a", "b"].')]
 ImageRoot = Annotated[list[str] | None, typer.Option("--image-root", help="Another folder that images may be in.")]
+FoldLabels = Annotated[
+    bool | None, typer.Option("--fold-labels", help="Labels that differ in case or spaces are one, in lower case.")
+]
 AllowOddLabels = Annotated[
     bool | None, typer.Option("--allow-odd-labels", help="Labels that look wrong, as lists in cells, are meant.")
 ]

@@ -35,6 +35,7 @@ def check(
     label_sep: columns.LabelSep = None,
     image_root: columns.ImageRoot = None,
     labels: columns.Labels = None,
+    fold_labels: columns.FoldLabels = None,
     allow_odd_labels: columns.AllowOddLabels = None,
     val_fraction: Annotated[float | None, typer.Option(help="As in train: val need not be there.")] = None,
     test_fraction: Annotated[float | None, typer.Option(help="As in train: test need not be there.")] = None,
@@ -60,7 +61,7 @@ def check(
         labels=labels,
     )
     flags |= {"data.val_fraction": val_fraction, "data.test_fraction": test_fraction}
-    flags["data.allow_odd_labels"] = allow_odd_labels
+    flags |= {"data.fold_labels": fold_labels, "data.allow_odd_labels": allow_odd_labels}
     flags |= {"data.on_missing": on_missing, "data.max_pixels": max_pixels}
     config = _config(folder, flags, set_)
     if html is not None:

@@ -31,7 +31,7 @@ def labels(indexes: Indexes, root: Path, config: DataConfig) -> tuple[tuple[str,
     train = indexes.get("train")
     if config.labels or listed.exists():
         try:
-            known = listed_labels(listed)
+            known = listed_labels(listed, fold=config.fold_labels)
         except DataError as error:
             return (), [Finding("bad-labels-file", "", error.where, error.what, error.fix, error.code)]
     else:

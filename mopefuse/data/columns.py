@@ -107,7 +107,7 @@ class Layout:
 
     Args:
         columns: modality to the name of its column, in order. in_rows: those whose values are in the rows themselves.
-        identity, label: names of columns. separator: of labels in a cell.
+        identity, label: names of columns. separator: of labels in a cell. fold_labels: see `data.fold_labels`.
         on_missing: see `data.on_missing`. null_is_empty: whether a null in a row is a value, an empty one.
         empty_is_missing: whether an empty value in a row is none; of a file it always is.
     """
@@ -117,6 +117,7 @@ class Layout:
     identity: str
     label: str
     separator: str | None
+    fold_labels: bool
     on_missing: str
     null_is_empty: bool
     empty_is_missing: bool
@@ -130,6 +131,7 @@ class Layout:
             config.id_col,
             config.label_col,
             config.label_sep,
+            config.fold_labels,
             config.on_missing,
             config.allow_missing_text,
             config.on_missing != "error",
@@ -164,4 +166,5 @@ class Layout:
         Rows of text and image are described as before there were others, so that runs of that time know their data.
         """
         names = () if tuple(self.columns) == EXPECTED else tuple(self.columns)
-        return (*names, self.identity, *self.columns.values(), self.label, self.null_is_empty, self.separator)
+        folded = ("folded",) if self.fold_labels else ()
+        return (*names, self.identity, *self.columns.values(), self.label, self.null_is_empty, self.separator, *folded)

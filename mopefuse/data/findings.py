@@ -70,7 +70,7 @@ KINDS = {  # in the order of a report
     "id-in-two-splits": Kind("warning", "give each row its own id"),
     "absent-label": Kind("warning", "add rows of it; its F1 cannot be measured"),
     "joined-labels": Kind("warning", "separate them with --label-sep, if they are several labels"),
-    "label-variants": Kind("warning", "write each label one way"),
+    "label-variants": Kind("warning", "make them one with --fold-labels, or write each label one way"),
     "misspelt-label": Kind("warning", "correct it, if it is a misspelling"),
     "numeric-labels": Kind("warning", "name the column with the class with --label-col, if they are amounts"),
     "rare-labels": Kind("warning", "join or remove rare classes, or name another column with --label-col"),

@@ -198,7 +198,7 @@ def _variants(counts: Mapping[str, int]) -> Iterator[Doubt]:
             labels.sort(key=lambda label: (-counts[label], label))
             shown = ", ".join(f"{_named(label)} ({counts[label]:,})" for label in labels[:6])
             what = f"{shown} differ only in case, spaces or Unicode form, and are {len(labels)} classes"
-            fix = f"write them alike, as {_named(labels[0].strip())}"
+            fix = f"make them one with --fold-labels, or write them alike, as {_named(labels[0].strip())}"
             yield Doubt("label-variants", what, fix, labels[-1], sum(counts[label] for label in labels[1:]))
 
 
@@ -216,7 +216,7 @@ def _misspelt(counts: Mapping[str, int]) -> Iterator[Doubt]:
             spelling[key] = label
     anchors: defaultdict[str, list[str]] = defaultdict(list)
     for key, count in islice(rows.most_common(), _ANCHORS):
-        if count >= 10 and _SHORTEST <= len(key) <= _LONGEST:
+        if count >= 5 and _SHORTEST <= len(key) <= _LONGEST:
             for shorter in _one_left_out(key):
                 anchors[shorter].append(key)
     for key, count in rows.items() if anchors else ():
@@ -232,7 +232,7 @@ def _misspelt(counts: Mapping[str, int]) -> Iterator[Doubt]:
 
 
 def _is_rare(count: int, beside: int) -> bool:
-    return beside >= (10 if count <= 5 else 100) * count
+    return beside >= (5 if count == 1 else 10 if count <= 5 else 100) * count
 
 
 def _one_left_out(text: str) -> set[str]:

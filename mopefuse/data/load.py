@@ -19,7 +19,7 @@ from mopefuse.data.columns import Layout, modalities_of
 from mopefuse.data.files import root_to_name
 from mopefuse.data.findings import KINDS, Finding, kind_of_row, lacks, left_out
 from mopefuse.data.index import Advance, Index, build
-from mopefuse.data.label_cells import is_blank
+from mopefuse.data.label_cells import is_blank, normalised
 from mopefuse.data.leaks import leak
 from mopefuse.data.rows import Rows
 from mopefuse.data.subsets import few, hold_out
@@ -245,7 +245,7 @@ def _is_multi_label(parts: Parts) -> bool:
 def _labels(root: Path, splits: dict[str, Split], config: DataConfig, doubts: Sequence[Finding]) -> tuple[str, ...]:
     listed = Path(config.labels) if config.labels else root / "labels.txt"
     if config.labels or listed.exists():
-        labels = listed_labels(listed)
+        labels = listed_labels(listed, fold=config.fold_labels)
     else:
         labels = tuple(sorted({label for row in splits["train"].labels for label in row})) if "train" in splits else ()
     known = set(labels)
@@ -273,8 +273,11 @@ def _unknown(unknown: Counter[str], split: Split, labels: Sequence[str], doubts:
     return DataError(6, what, where=split.where(split.rows[first]), fix=fix)
 
 
-def listed_labels(path: Path) -> tuple[str, ...]:
+def listed_labels(path: Path, *, fold: bool = False) -> tuple[str, ...]:
     """The labels that a file lists, one a line, in its order.
+
+    Args:
+        fold: see `data.fold_labels`.
 
     Raises:
         DataError: it cannot be read, is not UTF-8, or has a label twice.
@@ -288,7 +291,7 @@ def listed_labels(path: Path) -> tuple[str, ...]:
     twice = [label for label, count in Counter(labels).items() if count > 1]
     if twice:
         raise DataError(10, f"{path.name} has {twice[0]!r} twice", where=str(path), fix="list each label once")
-    return tuple(labels)
+    return tuple(dict.fromkeys(map(normalised, labels))) if fold else tuple(labels)
 
 
 def _notices(splits: dict[str, Split], indexes: dict[str, Index], config: DataConfig) -> tuple[str, ...]:
