@@ -151,6 +151,12 @@ def test_two_columns_for_one_modality_are_refused(pairs: Path, flags: tuple[str,
         assert "there is no column a" in done.stderr, "--set wins over flags, as always"
 
 
+@pytest.mark.parametrize("flags", [("--label-col", "text"), ("--text-col", "label"), ("--image-col", "label")])
+def test_a_label_that_is_read_as_input_is_refused(pairs: Path, flags: tuple[str, ...]) -> None:
+    for done in (call("train", *TINY, "--data", pairs, *flags, "--dry-run"), call("data", "check", pairs, *flags)):
+        assert (done.returncode, "MF-CFG-231" in done.stderr) == (3, True), done.stderr
+
+
 def test_one_column_may_be_named_either_way_or_twice() -> None:
     expected = Data(img_col="b")
     for values in ({"columns": {"image": "b"}}, {"img_col": "b", "columns": {"image": "b"}}, {"img_col": "b"}):

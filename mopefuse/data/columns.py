@@ -41,8 +41,8 @@ def modalities_of(tables: Iterable[Table], config: DataConfig, *, lenient: bool 
         lenient: look at other tables where one cannot be read.
 
     Raises:
-        ConfigError: a setting names a modality that is not installed. DataError: a table cannot be read, or a setting
-            names a column that none has.
+        ConfigError: a setting names a modality that is not installed, or the label's column as that of a modality.
+        DataError: a table cannot be read, or a setting names a column that none has.
     """
     known = modality.names()
     for where, said in (("data.modalities", config.modalities or ()), ("data.columns", config.columns)):
@@ -51,7 +51,7 @@ def modalities_of(tables: Iterable[Table], config: DataConfig, *, lenient: bool 
                 what = f"no modality {name!r} is installed"
                 raise ConfigError(133, what, where=where, fix=did_you_mean(name, known))
     if config.modalities is not None:
-        return in_order(config.modalities)
+        return _apart_from_label(in_order(config.modalities), config)
     columns = {name: column_of(name, config) for name in known}
     named = _named(config)
     there: set[str] = set()
@@ -64,7 +64,17 @@ def modalities_of(tables: Iterable[Table], config: DataConfig, *, lenient: bool 
     if absent and len(read) == len(tables):
         _refuse(absent, tables)
     found = {name for name, column in columns.items() if column in there}
-    return in_order(found) if len(found) > 1 else EXPECTED
+    return _apart_from_label(in_order(found) if len(found) > 1 else EXPECTED, config)
+
+
+def _apart_from_label(modalities: tuple[str, ...], config: DataConfig) -> tuple[str, ...]:
+    """`modalities`, unless the label is read as one of them: a model would only learn to copy it."""
+    for name in modalities:
+        if column_of(name, config) == config.label_col:
+            what = f"the column {config.label_col} is read as the label and as {name}"
+            fix = f"name another with --label-col or {flag_for(name, 'NAME')}"
+            raise ConfigError(231, what, where="data.label_col", fix=fix)
+    return modalities
 
 
 def _named(config: DataConfig) -> list[str]:
