@@ -183,7 +183,7 @@ def with_labels(data: DataSet, manifest: dict[str, Any], split: str) -> DataSet:
         DataError: a label that it does not know, or a single label where it gives several.
     """
     labels = tuple(manifest["labels"])
-    unknown = sorted({label for row in data.splits[split].labels for label in row} - set(labels))
+    unknown = sorted(data.splits[split].labels.counts().keys() - set(labels))
     if unknown:
         raise DataError(
             6, f"labels that the model does not know: {', '.join(unknown[:20])}", where=split, fix="evaluate on data it knows"

@@ -274,7 +274,7 @@ def _in_training(indexes: Indexes, path: Path, config: DataConfig) -> dict[str, 
     except DataError:  # a split without rows, which is listed
         return {}
     return {
-        name: {"rows": len(rows), "labels": len({label for row in rows for label in index.labels[row]})}
+        name: {"rows": len(rows), "labels": len(index.labels.take(rows).counts())}
         for name, (index, rows) in sorted(parts.items(), key=lambda part: SPLITS.index(part[0]))
     }
 
