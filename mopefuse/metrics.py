@@ -77,7 +77,8 @@ class Tally:
         F1 macro is over the labels that the split has (`absent_labels` counts the others), and 0 if it has none; F1 samples
         counts a sample without labels as 1 if none is predicted, else as 0.
         """
-        right_N, both_N, actual_N = (each_N.numpy() for each_N in (self.right_N, self.predicted_N + self.actual_N, self.actual_N))
+        right_N, actual_N = self.right_N.numpy(), self.actual_N.numpy()
+        both_N = self.predicted_N.numpy() + actual_N
         present = actual_N > 0
         macro = float(_ratio(2 * right_N, both_N)[present].mean()) if present.any() else 0.0
         absent, loss = int((~present).sum()), float(self.loss_S.mean())

@@ -44,9 +44,9 @@ def make(out: Path, *, rows: int, labels: int, multi_label: bool, table: str = "
             if table == "jsonl":
                 file.writelines(json.dumps(row) + "\n" for row in found)
             else:
-                cells = csv.writer(file)
-                cells.writerow(("id", "text", "img", "label"))
-                cells.writerows([*row.values()][:3] + ["|".join(row["label"]) if multi_label else row["label"]] for row in found)
+                cells = csv.DictWriter(file, ("id", "text", "img", "label"))
+                cells.writeheader()
+                cells.writerows(row | {"label": "|".join(row["label"])} if multi_label else row for row in found)
     return counts
 
 

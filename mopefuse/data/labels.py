@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
@@ -63,7 +64,7 @@ class Labels(Sequence[tuple[str, ...]]):
         for first in range(0, len(self), 4096):
             starts = self.start_S1[first : first + 4097].tolist()
             codes = self.code_Z[starts[0] : starts[-1]].tolist()
-            for start, stop in zip(starts, starts[1:], strict=False):
+            for start, stop in pairwise(starts):
                 yield tuple(self.names[code] for code in codes[start - starts[0] : stop - starts[0]])
 
     def take(self, rows: NDArray[np.integer[Any]]) -> Labels:
