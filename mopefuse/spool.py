@@ -17,6 +17,8 @@ from mopefuse.checkpoint import disk_error
 
 IN_MEMORY = 256 * 2**20
 """Bytes of logits that are kept in memory; more go to a temporary file, which needs 4 bytes for each sample and label."""
+BLOCK = 32 * 2**20
+"""Bytes of a block of labels, and of what waits to be written."""
 
 
 class Spool:
@@ -31,9 +33,9 @@ class Spool:
 
     def __init__(self, samples: int, labels: int, folder: Path) -> None:
         self._samples, self._labels, self._folder = samples, labels, folder
-        whole = 4 * samples * labels
-        self._width = labels if whole <= IN_MEMORY else max(1, IN_MEMORY // 4 // (4 * samples))
-        self._file = None if whole <= IN_MEMORY else tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed on exit)
+        self._width = max(1, min(labels, BLOCK // (4 * samples)))
+        large = 4 * samples * labels > IN_MEMORY
+        self._file = tempfile.TemporaryFile(dir=folder) if large else None  # noqa: SIM115 (closed on exit)
         self._waiting: list[Tensor] = []
         self._bytes, self._written = 0, 0
 
@@ -48,7 +50,7 @@ class Spool:
         """The logits of the samples after those that were added before."""
         self._waiting.append(logits_BN.float())
         self._bytes += 4 * logits_BN.numel()
-        if self._file is not None and self._bytes >= IN_MEMORY // 4:
+        if self._file is not None and self._bytes >= BLOCK:
             self._write()
 
     def _write(self) -> None:
@@ -66,7 +68,9 @@ class Spool:
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         """The first label of each block, and the logits (S, n) of all samples for its labels, in order."""
         if self._file is None:
-            yield 0, torch.cat(self._waiting)
+            logits_SN = torch.cat(self._waiting)
+            for first in range(0, self._labels, self._width):
+                yield first, logits_SN[:, first : first + self._width]
             return
         if self._waiting:
             self._write()
