@@ -69,11 +69,12 @@ def difference(
         metric: of `METRICS`.
     """
     assert ours and theirs
-    whole = np.ones((1, ours[0].actual_SN.shape[0]))
+    samples, labels = ours[0].actual_SN.shape
+    whole = np.ones((1, samples))
     observed = float((_of_system(ours, metric, whole) - _of_system(theirs, metric, whole))[0])
     blocks = [
         _of_system(ours, metric, weights_RS) - _of_system(theirs, metric, weights_RS)
-        for weights_RS in drawn(*ours[0].actual_SN.shape[:1], resamples, seed, labels=ours[0].actual_SN.shape[1])
+        for weights_RS in drawn(samples, resamples, seed, labels=labels)
     ]
     drawn_R = np.concatenate(blocks)
     low, high = np.quantile(drawn_R, [0.025, 0.975])

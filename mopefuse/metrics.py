@@ -201,6 +201,14 @@ def confusion(predicted_S: Tensor, targets_S: Tensor, labels: int) -> Tensor:
     return torch.bincount(targets_S * labels + predicted_S, minlength=labels * labels).reshape(labels, labels)
 
 
+def confused(predicted_S: Tensor, targets_S: Tensor, labels: int, *, most: int) -> list[tuple[int, int, int]]:
+    """(samples, true class, predicted class) of the pairs of classes that are confused most often, most often first."""
+    wrong_S = predicted_S != targets_S
+    pairs, counts = (targets_S * labels + predicted_S)[wrong_S].unique(return_counts=True)  # ascending
+    order = counts.argsort(descending=True, stable=True)[:most]
+    return [(int(counts[i]), *divmod(int(pairs[i]), labels)) for i in order]
+
+
 def sample_losses(logits_SN: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of each sample (S,); with several labels the mean over them."""
     if targets.ndim == 1:

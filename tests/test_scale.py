@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mopefuse import metrics, spool
+from mopefuse import metrics, reporting, spool
 from mopefuse.answers import Answer, judge
 from mopefuse.config import Data
 from mopefuse.data._base import DataSet
@@ -222,6 +222,20 @@ def test_two_processes_evaluate_and_write_what_one_does(trained: tuple[Path, Pat
     assert said[1]["metrics"] == said[2]["metrics"] and said[1]["per_label"] == said[2]["per_label"]
     assert (tmp_path / "1.jsonl").read_bytes() == (tmp_path / "2.jsonl").read_bytes()
     assert MOST_LABELS < MANY
+
+
+def test_the_page_of_a_large_split_is_of_some_of_its_samples(
+    trained: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _ = trained
+    monkeypatch.setattr(reporting, "MOST_ANSWERS", 9 * MANY)
+    done = reporting.report(run, out=tmp_path / "page.html", device="cpu", audit=False)
+    assert "of 9 of 21 samples" in done.notes[-1]
+    monkeypatch.setattr(reporting, "MOST_ANSWERS", 21 * MANY)
+    whole = reporting.report(run, out=tmp_path / "page.html", device="cpu", audit=False)
+    assert "of 21 samples" not in " ".join(whole.notes)
+    saved = json.loads((run / "metrics.json").read_text())["metrics"]["test"]
+    assert whole.metrics == pytest.approx(saved) and done.metrics["loss"] != whole.metrics["loss"]
 
 
 _PEAK = """
