@@ -178,9 +178,7 @@ def audit_model(
     """
     total = len(data.splits[split].rows)
     if most is not None and total > most:
-        order = order_of([row.id for row in data.splits[split].rows], seed)
-        chosen = sorted(order[:most])
-        data = replace(data, splits={**data.splits, split: data.splits[split].part(chosen)})
+        data, chosen = drawn(data, split, most, seed)
         as_is_SN = None if as_is_SN is None else as_is_SN[chosen]
     samples = prepared(model, data, split, config, device)
     partner_S = derangement(len(samples), seed)
@@ -213,6 +211,12 @@ def audit_model(
             for (name, modality), value_SN in logits.items()
         ),
     )
+
+
+def drawn(data: DataSet, split: str, most: int, seed: int) -> tuple[DataSet, list[int]]:
+    """The data with only `most` samples of a split, drawn by `seed`, and which ones these are."""
+    chosen = sorted(order_of([row.id for row in data.splits[split].rows], seed)[:most])
+    return replace(data, splits={**data.splits, split: data.splits[split].part(chosen)}), chosen
 
 
 def _read(model: Fusion, data: DataSet) -> tuple[str, ...]:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import csr_array  # type: ignore[import-untyped]
 
 RESAMPLES, SEED = 10_000, 0
-_AT_ONCE = 4_000_000  # numbers of a block of resamples
+_AT_ONCE = 4_000_000  # numbers of a block of resamples, by sample or by label
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -22,10 +24,20 @@ Bools = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one run says of the test samples, and what is true: which labels, both (S, N)."""
+    """What one run says of the test samples, and what is true: which labels, both (S, N), sparse, 1 where there is one."""
 
-    predicted_SN: Bools
-    actual_SN: Bools
+    predicted_SN: csr_array
+    actual_SN: csr_array
+
+    @cached_property
+    def right_SN(self) -> csr_array:
+        """Labels that are predicted and true."""
+        return csr_array(self.predicted_SN.multiply(self.actual_SN))
+
+    @cached_property
+    def counts_3S(self) -> Floats:
+        """How many labels of each sample are right, predicted and true (3, S)."""
+        return np.stack([each_SN.sum(axis=1) for each_SN in (self.right_SN, self.predicted_SN, self.actual_SN)])
 
 
 @dataclass(frozen=True)
@@ -57,11 +69,12 @@ def difference(
         metric: of `METRICS`.
     """
     assert ours and theirs
-    whole = np.ones((1, len(ours[0].actual_SN)))
+    samples, labels = ours[0].actual_SN.shape
+    whole = np.ones((1, samples))
     observed = float((_of_system(ours, metric, whole) - _of_system(theirs, metric, whole))[0])
     blocks = [
         _of_system(ours, metric, weights_RS) - _of_system(theirs, metric, weights_RS)
-        for weights_RS in drawn(whole.shape[1], resamples, seed)
+        for weights_RS in drawn(samples, resamples, seed, labels=labels)
     ]
     drawn_R = np.concatenate(blocks)
     low, high = np.quantile(drawn_R, [0.025, 0.975])
@@ -69,10 +82,14 @@ def difference(
     return Difference(observed, float(low), float(high), (1 + beyond) / (1 + resamples))
 
 
-def drawn(samples: int, resamples: int, seed: int) -> Iterator[Floats]:
-    """Blocks (R, S) of how often each sample is in each resample, drawn with replacement."""
+def drawn(samples: int, resamples: int, seed: int, *, labels: int = 1) -> Iterator[Floats]:
+    """Blocks (R, S) of how often each sample is in each resample, drawn with replacement; the same for any `labels`.
+
+    Args:
+        labels: N, which bounds the blocks where a metric has numbers (R, N).
+    """
     random = np.random.default_rng(seed)
-    block = max(1, _AT_ONCE // samples)
+    block = max(1, _AT_ONCE // max(samples, labels))
     for first in range(0, resamples, block):
         count = min(block, resamples - first)
         index_RS = random.integers(0, samples, (count, samples)) + samples * np.arange(count)[:, None]
@@ -85,8 +102,9 @@ def _of_system(runs: Sequence[Outcome], metric: str, weights_RS: Floats) -> Floa
 
 def _accuracy(run: Outcome, weights_RS: Floats) -> Floats:
     """Share of samples with exactly the labels that are true."""
-    right_S: Bools = (run.predicted_SN == run.actual_SN).all(axis=1)
-    return _mean(right_S.astype(np.float64), weights_RS)
+    right_S, predicted_S, actual_S = run.counts_3S
+    exact_S: Bools = (right_S == predicted_S) & (right_S == actual_S)
+    return _mean(exact_S.astype(np.float64), weights_RS)
 
 
 def _f1_macro(run: Outcome, weights_RS: Floats) -> Floats:
@@ -104,8 +122,8 @@ def _f1_micro(run: Outcome, weights_RS: Floats) -> Floats:
 
 def _f1_samples(run: Outcome, weights_RS: Floats) -> Floats:
     """Mean F1 of a sample; one without labels counts 1 if none is predicted, else 0."""
-    right_S: Bools = (run.predicted_SN & run.actual_SN).sum(axis=1)
-    both_S = run.predicted_SN.sum(axis=1) + run.actual_SN.sum(axis=1)
+    right_S, predicted_S, actual_S = run.counts_3S
+    both_S = predicted_S + actual_S
     return _mean(np.where(both_S == 0, 1.0, 2 * right_S / np.maximum(both_S, 1)), weights_RS)
 
 
@@ -115,7 +133,7 @@ def _mean(value_S: Floats, weights_RS: Floats) -> Floats:
 
 def _counts(run: Outcome, weights_RS: Floats) -> tuple[Floats, Floats, Floats]:
     """(R, N): samples rightly predicted to have a label, predictions plus truths of it, and truths."""
-    right_RN = weights_RS @ (run.predicted_SN & run.actual_SN)
+    right_RN = weights_RS @ run.right_SN
     actual_RN = weights_RS @ run.actual_SN
     return right_RN, weights_RS @ run.predicted_SN + actual_RN, actual_RN
 

@@ -20,12 +20,13 @@ import torch
 from PIL import Image
 
 from mopefuse import graph
+from mopefuse.answers import judge
 from mopefuse.card import model_card
 from mopefuse.checkpoint import dump_json
 from mopefuse.config import RunConfig
 from mopefuse.data.load import load_data
 from mopefuse.errors import ConfigError, EncoderError, GateError, NumericError
-from mopefuse.evaluate import Loaded, ask_split, split_metrics
+from mopefuse.evaluate import Loaded, ask_split
 from mopefuse.fusion._base import Fusion
 from mopefuse.predict import Predictor
 from mopefuse.predictor import KIND, MODELS, Array, Bundle
@@ -113,11 +114,12 @@ class Maker:
         self.notice("evaluating the validation split")
         config = self.loaded.config.data
         data = load_data(config, require=("val",))
-        before = split_metrics(ask_split(bundle, data, "val", config), data, "val", self.loaded.thresholds)
+        known: dict[str, Any] = {"thresholds": self.loaded.thresholds, "together": False}
+        before = judge(ask_split(bundle, data, "val", config), data, "val", **known).metrics
         graph.quantise(file)
         small = Bundle(bundle.folder, "cpu", threads=torch.get_num_threads(), manifest=self.manifest)
         self.notice("evaluating it again, in 8 bits")
-        after = split_metrics(ask_split(small, data, "val", config), data, "val", self.loaded.thresholds)
+        after = judge(ask_split(small, data, "val", config), data, "val", **known).metrics
         self.manifest["int8"] = {"before": before, "after": after}
         return small
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.sparse import csr_array  # type: ignore[import-untyped]
 
 from mopefuse.bootstrap import Difference, Outcome, difference
 from mopefuse.checkpoint import read_json
@@ -302,11 +304,22 @@ def _spreads(group: Sequence[_Run], split: str) -> dict[str, Spread]:
 # -- predictions
 
 
-def _predictions(run: _Run) -> list[dict[str, Any]]:
+class _Line(NamedTuple):
+    """What is read of a line of predictions: labels that were predicted and that are true."""
+
+    id: str
+    chosen: Sequence[str]
+    actual: Sequence[str]
+
+
+def _predictions(run: _Run) -> Iterator[_Line]:
     file = RunFolder(run.path).predictions_file
     try:
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
-        return [{**row, "id": row["id"]} for row in rows]
+        with file.open(encoding="utf-8", newline="\n") as lines:
+            for line in filter(str.strip, lines):
+                row = json.loads(line)
+                chosen, actual = (row["labels"], row["true"]) if run.multi_label else ([row["label"]], [row["true"]])
+                yield _Line(row["id"], chosen, actual)
     except FileNotFoundError:
         raise CheckpointError(4, f"there is no {file.name}", where=str(run.path), fix=_AGAIN) from None
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -314,23 +327,35 @@ def _predictions(run: _Run) -> list[dict[str, Any]]:
 
 
 def _ids(run: _Run) -> list[str]:
-    return [row["id"] for row in _predictions(run)]
+    return [line.id for line in _predictions(run)]
 
 
 def _outcome(run: _Run, ids: Sequence[str]) -> Outcome:
     """What a run says of the samples `ids`, in their order."""
-    rows = {row["id"]: row for row in _predictions(run)}
-    if rows.keys() != set(ids):
-        what = f"{run.path} has predictions of other samples"
-        raise ConfigError(84, what, where=str(run.path), fix=_AGAIN)
+    place = {identity: sample for sample, identity in enumerate(ids)}
     number = {label: column for column, label in enumerate(run.labels)}
-    said_SN, true_SN = (np.zeros((len(ids), len(number)), dtype=np.bool_) for _ in range(2))
+    seen = np.zeros(len(ids), dtype=np.bool_)
+    pairs = [array("q") for _ in range(4)]  # rows and columns of what is predicted, and of what is true
     try:
-        for sample, row in enumerate(rows[id_] for id_ in ids):
-            chosen, actual = (row["labels"], row["true"]) if run.multi_label else ([row["label"]], [row["true"]])
-            said_SN[sample, [number[label] for label in chosen]] = True
-            true_SN[sample, [number[label] for label in actual]] = True
+        for line in _predictions(run):
+            if line.id not in place:
+                raise _other_samples(run)
+            sample = place[line.id]
+            seen[sample] = True
+            for (rows, columns), labels in zip((pairs[:2], pairs[2:]), (line.chosen, line.actual), strict=True):
+                columns.extend([number[label] for label in dict.fromkeys(labels)])
+                rows.extend([sample] * (len(columns) - len(rows)))
     except (KeyError, TypeError) as error:
         what = f"predictions.jsonl is damaged: {error}"
         raise CheckpointError(3, what, where=str(run.path), fix=_AGAIN) from None
-    return Outcome(said_SN, true_SN)
+    if not seen.all():
+        raise _other_samples(run)
+    tables = [
+        csr_array((np.ones(len(rows)), (np.array(rows), np.array(columns))), shape=(len(ids), len(number)))
+        for rows, columns in (pairs[:2], pairs[2:])
+    ]
+    return Outcome(*tables)
+
+
+def _other_samples(run: _Run) -> ConfigError:
+    return ConfigError(84, f"{run.path} has predictions of other samples", where=str(run.path), fix=_AGAIN)

@@ -8,7 +8,7 @@ batch does not divide, which averaging over processes would get wrong.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 _TIMEOUT = timedelta(minutes=10)
+_PART = 64 * 2**20  # bytes of a process's rows that travel at once
 
 
 def start() -> tuple[int, int]:
@@ -121,6 +122,54 @@ def gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def whole(own_RX: Tensor, count: int) -> Tensor:
+    """A tensor (count, ...) in every process from each one's own rows: rank, rank + world size, and so on.
+
+    It travels in parts of bounded size, as numbers and not as objects.
+    """
+    if not dist.is_initialized():
+        return own_RX
+    world, shape = world_size(), own_RX.shape[1:]
+    found = own_RX.new_empty(count, *shape)
+    at_once = max(1, _PART // max(1, own_RX.element_size() * shape.numel()))
+    for first in range(0, -(-count // world), at_once):
+        mine = own_RX[first : first + at_once]
+        part = own_RX.new_zeros(at_once, *shape)
+        part[: len(mine)] = mine
+        parts = [torch.empty_like(part) for _ in range(world)]
+        dist.all_gather(parts, part)
+        for rank_, theirs in enumerate(parts):
+            place = found[first * world + rank_ : (first + at_once) * world : world]
+            place[:] = theirs[: len(place)]
+    return found
+
+
+def to_main(tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+    """The tensors of every process by rank, in the main process, and nothing in the others.
+
+    Args:
+        tensors: on the CPU, of one dimension; as many and of the same types in every process, their lengths may differ.
+    """
+    if not dist.is_initialized():
+        return [tuple(tensors)]
+    sizes = torch.tensor([len(tensor) for tensor in tensors])
+    if not is_main():
+        dist.send(sizes, 0)
+        for tensor in tensors:
+            if len(tensor):
+                dist.send(tensor.contiguous(), 0)
+        return []
+    found = [tuple(tensors)]
+    for source in range(1, world_size()):
+        dist.recv(sizes, source)
+        theirs = tuple(tensor.new_empty(int(size)) for tensor, size in zip(tensors, sizes, strict=True))
+        for tensor in theirs:
+            if len(tensor):
+                dist.recv(tensor, source)
+        found.append(theirs)
+    return found
 
 
 def from_main(value: Any) -> Any:

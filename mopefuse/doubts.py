@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 
 from mopefuse.config import RunConfig
@@ -36,8 +35,8 @@ def _few_to_tune_on(config: RunConfig, data: DataSet) -> Iterator[str]:
     if config.train.threshold != "tuned" or not data.multi_label:
         return
     labels = data.splits["val"].labels
-    counts = Counter(label for row in labels for label in row)
-    rare = sum(counts[label] < _FEWEST_OF_A_LABEL for label in data.labels)
+    counts = labels.counts()
+    rare = sum(counts.get(label, 0) < _FEWEST_OF_A_LABEL for label in data.labels)
     if len(labels) < _FEWEST_ROWS or rare:
         which = f"{rare:,} of {len(data.labels):,} labels have fewer than {_FEWEST_OF_A_LABEL} of them"
         what = f"--threshold tuned chooses each label's threshold on {len(labels):,} validation rows, and {which}"

@@ -1,10 +1,9 @@
-"""Evaluate a run: every sample of a split once, whatever the number of processes, and all metrics from all logits."""
+"""Evaluate a run: every sample of a split once, whatever the number of processes."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,17 +13,18 @@ from torch import Tensor
 
 from mopefuse import device as devices
 from mopefuse import distributed, metrics
-from mopefuse.checkpoint import read_tensors, write_atomically
+from mopefuse.answers import Advance, Answer, Answers, Evaluation, Said, collect, judge
+from mopefuse.checkpoint import read_tensors
 from mopefuse.config import Data as DataConfig
 from mopefuse.config import RunConfig, build_config
-from mopefuse.data._base import DataSet, Row, Split
-from mopefuse.data.collate import Samples, plain_batches
+from mopefuse.data._base import DataSet, Row
+from mopefuse.data.collate import Samples
 from mopefuse.data.columns import require_column
-from mopefuse.data.features import fill, split_features
+from mopefuse.data.features import split_features
 from mopefuse.data.load import load_data, names_splits
 from mopefuse.data.missing import Dropped
 from mopefuse.encoders._base import full_spec
-from mopefuse.errors import CheckpointError, DataError, NumericError
+from mopefuse.errors import CheckpointError, DataError
 from mopefuse.fusion._base import Fusion, fresh_encoders
 from mopefuse.fusion.build import build_model, require_rows
 from mopefuse.modality import by_argument, of
@@ -33,18 +33,6 @@ from mopefuse.recipe import changed_data, read_saved
 from mopefuse.run import RunFolder
 from mopefuse.sides import Comp, addressed, specs, with_specs
 from mopefuse.source import kind_of, locate, trained
-
-Advance = Callable[[int, int], None]  # (samples done, samples in all)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What a model says of a split, and how right it is."""
-
-    split: str
-    metrics: dict[str, float]
-    per_label: list[dict[str, Any]]
-    predictions: list[dict[str, Any]]
 
 
 def evaluate(
@@ -57,6 +45,7 @@ def evaluate(
     device: str = "auto",
     main: str | None = None,
     comp: Comp = None,
+    predictions: Path | None = None,
     advance: Advance = lambda done, total: None,
 ) -> Evaluation:
     """Evaluate a checkpoint of a run on a split of its data set, or of another with the same labels.
@@ -65,6 +54,7 @@ def evaluate(
         run: folder of a run, an adapter or a bundle; the latter two know of no data set.
         layout: of `data`, see `elsewhere`.
         main, comp: specs, where the same weights go by another name here; see `mopefuse.sides.addressed`.
+        predictions: a file that they are written to as they come, see `mopefuse.predictions`.
 
     Raises:
         CheckpointError: no such run, or encoders other than it was trained with. DataError: unknown labels, bad rows.
@@ -76,13 +66,14 @@ def evaluate(
         known = {"labels": bundle.labels, "multi_label": bundle.multi_label}
         where = elsewhere(config.data, data, layout)
         dataset = with_labels(load_data(where, require=(split,), advance=advance), known, split)
-        return judge(ask_split(bundle, dataset, split, where, advance=advance), dataset, split, bundle.thresholds)
+        asked = ask_split(bundle, dataset, split, where, advance=advance)
+        return judge(asked, dataset, split, bundle.thresholds, predictions=predictions, together=False)
     target = devices.resolve(device)
     loaded = load_model(trained(run), checkpoint, target, main=main, comp=comp)
     where = elsewhere(loaded.config.data, data, layout)
     dataset = with_labels(load_data(where, require=(split,), advance=advance), loaded.manifest, split)
-    said = run_split(loaded.model, dataset, split, loaded.config, target, advance=advance)
-    return judge(said.logits_SN, dataset, split, loaded.thresholds)
+    answers = answers_to(loaded.model, dataset, split, loaded.config, target, advance=advance)
+    return judge(answers, dataset, split, loaded.thresholds, predictions=predictions)
 
 
 def elsewhere(config: DataConfig, path: Path | None, layout: Mapping[str, Any] | None = None) -> DataConfig:
@@ -184,7 +175,7 @@ def with_labels(data: DataSet, manifest: dict[str, Any], split: str) -> DataSet:
         DataError: a label that it does not know, or a single label where it gives several.
     """
     labels = tuple(manifest["labels"])
-    unknown = sorted({label for row in data.splits[split].labels for label in row} - set(labels))
+    unknown = sorted(data.splits[split].labels.counts().keys() - set(labels))
     if unknown:
         raise DataError(
             6, f"labels that the model does not know: {', '.join(unknown[:20])}", where=split, fix="evaluate on data it knows"
@@ -202,33 +193,42 @@ def ask_split(
     *,
     batch: int = 32,
     advance: Advance = lambda done, total: None,
-) -> Tensor:
-    """Logits (S, N) of an exported bundle on all samples of a split, in its order."""
+) -> Iterator[Answer]:
+    """The answers of an exported bundle to all samples of a split, in its order."""
     for name in bundle.modalities:
         require_column("the bundle", name, data.modalities, where=str(bundle.folder))
-    rows, logits = data.splits[split].rows, []
+    rows = data.splits[split].rows
     for first in range(0, len(rows), batch):
         group = rows[first : first + batch]
         values = {name: [_read(data, split, row, name, config) for row in group] for name in bundle.modalities}
-        logits.append(torch.from_numpy(bundle.run(bundle.collate(**by_argument(values)))[0]))
+        logits_BN = torch.from_numpy(bundle.run(bundle.collate(**by_argument(values)))[0])
+        yield Answer(torch.arange(first, first + len(group)), logits_BN)
         advance(first + len(group), len(rows))
-    return torch.cat(logits)
 
 
 def _read(data: DataSet, split: str, row: Row, modality: str, config: DataConfig) -> Any:
     return None if row.values[modality] is None else data.read(data.splits[split], row, modality, config)
 
 
-class Said(NamedTuple):
-    """What a model says of a split: logits (S, N), the routing (L, K) summed over it, and if asked for that of each sample;
-    all on the CPU."""
+def answers_to(
+    model: Fusion,
+    data: DataSet,
+    split: str,
+    config: RunConfig,
+    device: torch.device,
+    *,
+    samples: Samples | None = None,
+    advance: Advance = lambda done, total: None,
+) -> Answers:
+    """The answers of a model to all samples of a split, each in one process only, computed while they are read.
 
-    logits_SN: Tensor
-    load_LK: Tensor | None
-    routing_SLK: Tensor | None = None
+    Args:
+        samples: of this split, prepared for the model.
+    """
+    samples = samples or prepared(model, data, split, config, device)
+    return Answers(model, samples, config, device, labels=len(data.labels), advance=advance)
 
 
-@torch.no_grad()
 def run_split(
     model: Fusion,
     data: DataSet,
@@ -240,7 +240,7 @@ def run_split(
     each: bool = False,
     advance: Advance = lambda done, total: None,
 ) -> Said:
-    """All samples of a split once, in its order; every process gets the whole.
+    """All samples of a split once, in its order; every process gets the whole. Of large splits see `answers_to`.
 
     Args:
         samples: of this split, prepared for the model. each: keep the routing of each sample, too.
@@ -248,43 +248,8 @@ def run_split(
     Raises:
         NumericError: a logit is not finite, as after a step that made the model diverge.
     """
-    was_training = model.training
-    model.eval()
-    samples = samples or prepared(model, data, split, config, device)
-    rank, world, count = distributed.rank(), distributed.world_size(), len(samples)
-    keys = list(plain_batches(count, config.train.batch_size, rank, world))
-    mine: dict[int, Tensor] = {}
-    routing: dict[int, Tensor] = {}
-    load_LK: Tensor | None = None
-    for batch in samples.batches(keys, pin=device.type == "cuda"):
-        batch = fill(model, batch.to(device), config, device)
-        with devices.autocast(config.train.precision, device):
-            output = model(batch)
-        mine.update(zip(batch.index.tolist(), output.logits.float().cpu(), strict=True))
-        if output.load_LK is not None:
-            load_LK = output.load_LK.float().cpu() + (0 if load_LK is None else load_LK)
-        if each and output.routing_BLK is not None:
-            routing.update(zip(batch.index.tolist(), output.routing_BLK.float().cpu(), strict=True))
-        advance(min(len(mine) * world, count), count)
-    model.train(was_training)
-    parts = distributed.gather((mine, load_LK, routing))
-    logits_SN = _in_order([part for part, _, _ in parts], count)
-    if not logits_SN.isfinite().all():
-        bad = [data.splits[split].rows[i].id for i in (~logits_SN.isfinite().all(dim=-1)).nonzero().flatten().tolist()]
-        raise NumericError(
-            2,
-            f"the model's answer is not finite on {len(bad)} of {count} samples",
-            where=f"{split}, first id {bad[0]}",
-            fix="lower train.lr and --resume from an earlier checkpoint, or begin anew",
-        )
-    loads = [load for _, load, _ in parts if load is not None]
-    routed = _in_order([part for _, _, part in parts], count) if each and loads else None
-    return Said(logits_SN, torch.stack(loads).sum(dim=0) if loads else None, routed)
-
-
-def _in_order(parts: Sequence[dict[int, Tensor]], count: int) -> Tensor:
-    everyone = {index: row for part in parts for index, row in part.items()}
-    return torch.stack([everyone[index] for index in range(count)])
+    answers = answers_to(model, data, split, config, device, samples=samples, advance=advance)
+    return collect(answers, data, split, each=each)
 
 
 def prepared(
@@ -329,44 +294,3 @@ def split_metrics(
 ) -> dict[str, float]:
     """Metrics from the logits of a split."""
     return metrics.compute(logits_SN, data.targets(split), multi_label=data.multi_label, thresholds=thresholds)
-
-
-def judge(
-    logits_SN: Tensor, data: DataSet, split: str, thresholds: metrics.Thresholds = metrics.THRESHOLD
-) -> Evaluation:
-    """Metrics, table by label and prediction rows from the logits of a split."""
-    multi, targets = data.multi_label, data.targets(split)
-    return Evaluation(
-        split,
-        split_metrics(logits_SN, data, split, thresholds),
-        metrics.per_label(logits_SN, targets, data.labels, multi_label=multi, thresholds=thresholds),
-        prediction_rows(logits_SN, data.splits[split], data.labels, multi_label=multi, thresholds=thresholds),
-    )
-
-
-def prediction_rows(
-    logits_SN: Tensor,
-    split: Split,
-    labels: Sequence[str],
-    *,
-    multi_label: bool,
-    thresholds: metrics.Thresholds = metrics.THRESHOLD,
-) -> list[dict[str, Any]]:
-    """``{"id", "label" | "labels", "probabilities": {label: p}, "true"}`` in the order of the split."""
-    predictions: list[dict[str, Any]] = []
-    p_SN = metrics.probabilities(logits_SN, multi_label=multi_label)
-    over_SN = metrics.over(p_SN, thresholds)  # before rounding
-    for row, p_N, over_N in zip(split.rows, p_SN.tolist(), over_SN.tolist(), strict=True):
-        said = {label: round(p, 6) for label, p in zip(labels, p_N, strict=True)}
-        if multi_label:
-            chosen: dict[str, Any] = {"labels": [label for label, yes in zip(labels, over_N, strict=True) if yes]}
-        else:
-            chosen = {"label": labels[p_N.index(max(p_N))]}
-        true: Any = list(row.labels) if multi_label else row.labels[0]
-        predictions.append({"id": row.id, **chosen, "probabilities": said, "true": true})
-    return predictions
-
-
-def write_predictions(path: Path, predictions: Sequence[dict[str, Any]]) -> None:
-    """One JSON object a line."""
-    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions))

@@ -35,20 +35,19 @@ def _loss(logits_BN: Tensor, targets: Tensor, multi_label: bool, weights: Tensor
     return F.cross_entropy(logits_BN, targets, weight=weights, reduction="sum")
 
 
-def balanced_weights(targets: Tensor, labels: int, *, multi_label: bool) -> Tensor:
+def balanced_weights(counts_N: Tensor, samples: int, *, multi_label: bool) -> Tensor:
     """Weights with which every class counts the same, 1 on average over samples (scikit-learn's "balanced").
 
     Args:
-        targets: (S,) class indices, or (S, N) zeros and ones.
+        counts_N: how many samples have each label. samples: S.
 
     Returns:
         (N,), S over the number of classes and a class's samples; or (2, N), for multi-label data: of a label's positives
         and of its negatives, each S over two and their number. A class or side without samples weighs 1.
     """
+    counts_N = counts_N.float()
     if multi_label:
-        positive_N = targets.sum(dim=0)
-        counts_2N = torch.stack([positive_N, len(targets) - positive_N])
-        return torch.where(counts_2N > 0, len(targets) / (2 * counts_2N.clamp(min=1)), 1.0)
-    counts_N = torch.bincount(targets, minlength=labels).float()
+        counts_2N = torch.stack([counts_N, samples - counts_N])
+        return torch.where(counts_2N > 0, samples / (2 * counts_2N.clamp(min=1)), 1.0)
     present = int((counts_N > 0).sum())
-    return torch.where(counts_N > 0, len(targets) / (present * counts_N.clamp(min=1)), 1.0)
+    return torch.where(counts_N > 0, samples / (present * counts_N.clamp(min=1)), 1.0)

@@ -1,6 +1,6 @@
-"""Metrics of a split, from logits and targets of all its samples: nothing is averaged over batches.
+"""Metrics of a split: counts that are added up batch by batch, so that no more than the samples and the labels is held.
 
-Shapes: S samples of the split, N labels.
+Shapes: S samples of the split, B of them in a batch, N labels, n some of them.
 """
 
 from __future__ import annotations
@@ -10,12 +10,106 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 THRESHOLD = 0.5
 """Multi-label: a label is predicted from this probability on, unless thresholds are given."""
 
 Thresholds = Sequence[float] | float
+
+
+class Tally:
+    """What metrics are computed from, collected from batches of a split in any order: memory grows with S + N.
+
+    Everything but the loss is counted in whole numbers, and losses are kept per sample, so the metrics depend neither on
+    the batches nor on which process saw which of them.
+
+    Args:
+        samples: S. labels: N.
+    """
+
+    def __init__(self, samples: int, labels: int, *, multi_label: bool) -> None:
+        self.multi_label = multi_label
+        self.right_N, self.predicted_N, self.actual_N = (torch.zeros(labels, dtype=torch.long) for _ in range(3))
+        self.right_S, self.predicted_S, self.actual_S = (torch.zeros(samples, dtype=torch.long) for _ in range(3))
+        self.loss_S = torch.zeros(samples, dtype=torch.double)  # of multi-label data, summed over labels
+
+    def add(
+        self, index_B: Tensor, logits_Bn: Tensor, targets: Tensor, thresholds: Thresholds = THRESHOLD, *, first: int = 0
+    ) -> None:
+        """Count a batch; every sample, and of multi-label data every label of it, must come once.
+
+        Args:
+            index_B: places of the samples in the split.
+            targets: class indices (B,), or zeros and ones (B, n). thresholds: one, or one of each of the n labels.
+            first: the label that the first column stands for; single-label data need all columns at once.
+        """
+        logits_Bn = logits_Bn.float()
+        if self.multi_label:
+            predicted_Bn = over(probabilities(logits_Bn, multi_label=True), thresholds)
+            actual_Bn = targets > 0
+            right_Bn = predicted_Bn & actual_Bn
+            loss_B = torch.nn.functional.binary_cross_entropy_with_logits(logits_Bn, targets, reduction="none").sum(dim=-1)
+            last = first + logits_Bn.shape[1]
+            by_label = (self.right_N[first:last], self.predicted_N[first:last], self.actual_N[first:last])
+            by_sample = (self.right_S, self.predicted_S, self.actual_S)
+            for sum_n, sum_S, flag_Bn in zip(by_label, by_sample, (right_Bn, predicted_Bn, actual_Bn), strict=True):
+                sum_n += flag_Bn.sum(dim=0)
+                sum_S[index_B] += flag_Bn.sum(dim=1)
+        else:
+            predicted_B = logits_Bn.argmax(dim=-1)
+            right_B = predicted_B == targets
+            loss_B = torch.nn.functional.cross_entropy(logits_Bn, targets, reduction="none")
+            for sum_N, label_B in ((self.right_N, targets[right_B]), (self.predicted_N, predicted_B), (self.actual_N, targets)):
+                sum_N += torch.bincount(label_B, minlength=len(sum_N))
+            self.right_S[index_B] += right_B.long()
+        self.loss_S[index_B] += loss_B.double()
+
+    def sums(self) -> tuple[Tensor, ...]:
+        """What is to be summed, in place, over processes that have counted different samples."""
+        by_label = (self.right_N, self.predicted_N, self.actual_N)
+        return (*by_label, self.right_S, self.predicted_S, self.actual_S, self.loss_S)
+
+    def metrics(self) -> dict[str, float]:
+        """Metrics of the split, each in 0..1, and the mean loss.
+
+        F1 macro is over the labels that the split has (`absent_labels` counts the others), and 0 if it has none; F1 samples
+        counts a sample without labels as 1 if none is predicted, else as 0.
+        """
+        right_N, actual_N = self.right_N.numpy(), self.actual_N.numpy()
+        both_N = self.predicted_N.numpy() + actual_N
+        present = actual_N > 0
+        macro = float(_ratio(2 * right_N, both_N)[present].mean()) if present.any() else 0.0
+        absent, loss = int((~present).sum()), float(self.loss_S.mean())
+        if not self.multi_label:
+            return {"accuracy": float(self.right_S.double().mean()), "f1_macro": macro, "absent_labels": absent, "loss": loss}
+        return {
+            "f1_micro": float(_ratio(2 * right_N.sum(), both_N.sum())),
+            "f1_macro": macro,
+            "f1_samples": self._f1_samples(),
+            "absent_labels": absent,
+            "loss": loss / len(right_N),
+        }
+
+    def _f1_samples(self) -> float:
+        right_S, predicted_S, actual_S = (each_S.numpy() for each_S in (self.right_S, self.predicted_S, self.actual_S))
+        empty = actual_S == 0
+        f1_S = _ratio(2 * right_S, predicted_S + actual_S)
+        labelled = f1_S[~empty].mean() if (~empty).any() else 0.0
+        return float((labelled * (~empty).sum() + (predicted_S[empty] == 0).sum()) / len(actual_S))
+
+    def per_label(self, labels: Sequence[str]) -> list[dict[str, Any]]:
+        """Precision, recall, F1 and support of each label; what is 0 of 0 is 0."""
+        right_N, predicted_N, actual_N = (each_N.numpy() for each_N in (self.right_N, self.predicted_N, self.actual_N))
+        scores = (_ratio(right_N, predicted_N), _ratio(right_N, actual_N), _ratio(2 * right_N, predicted_N + actual_N))
+        rows = zip(labels, *(score_N.tolist() for score_N in scores), actual_N.tolist(), strict=True)
+        return [{"label": label, "precision": p, "recall": r, "f1": f, "support": s} for label, p, r, f, s in rows]
+
+
+def _ratio(part: Any, whole: Any) -> NDArray[np.float64]:
+    """`part` / `whole`, 0 where both are 0."""
+    return np.asarray(part / np.maximum(whole, 1), dtype=np.float64)
 
 
 def tuned_thresholds(logits_SN: Tensor, targets_SN: Tensor) -> list[float]:
@@ -46,71 +140,25 @@ def probabilities(logits_SN: Tensor, *, multi_label: bool) -> Tensor:
     return logits_SN.float().sigmoid() if multi_label else logits_SN.float().softmax(dim=-1)
 
 
+def tally(logits_SN: Tensor, targets: Tensor, *, multi_label: bool, thresholds: Thresholds = THRESHOLD) -> Tally:
+    """The tally of a whole split at once; see `Tally.add`."""
+    found = Tally(*logits_SN.shape, multi_label=multi_label)
+    found.add(torch.arange(len(logits_SN)), logits_SN, targets, thresholds)
+    return found
+
+
 def compute(
     logits_SN: Tensor, targets: Tensor, *, multi_label: bool, thresholds: Thresholds = THRESHOLD
 ) -> dict[str, float]:
-    """Metrics of a split, each in 0..1, and the mean loss.
-
-    F1 macro is over the labels that the split has (`absent_labels` counts the others), and 0 if it has none; F1 samples
-    counts a sample without labels as 1 if none is predicted, else as 0.
-    """
-    from sklearn.metrics import f1_score  # a second to import: what has no answers to judge does without
-
-    logits_SN = logits_SN.float()
-    if multi_label:
-        return _multi_label(logits_SN, targets, thresholds)
-    predicted, actual = logits_SN.argmax(dim=-1).numpy(), targets.numpy()
-    present = np.unique(actual)
-    return {
-        "accuracy": float((predicted == actual).mean()),
-        "f1_macro": float(f1_score(actual, predicted, labels=present, average="macro", zero_division=0)),
-        "absent_labels": logits_SN.shape[1] - len(present),
-        "loss": float(torch.nn.functional.cross_entropy(logits_SN, targets)),
-    }
-
-
-def _multi_label(logits_SN: Tensor, targets_SN: Tensor, thresholds: Thresholds) -> dict[str, float]:
-    from sklearn.metrics import f1_score
-
-    predicted = over(probabilities(logits_SN, multi_label=True), thresholds).int().numpy()
-    actual = targets_SN.int().numpy()
-    present = np.flatnonzero(actual.any(axis=0))
-    empty = ~actual.any(axis=1)
-    samples = f1_score(actual[~empty], predicted[~empty], average="samples", zero_division=0) if (~empty).any() else 0.0
-    macro = f1_score(actual, predicted, labels=present, average="macro", zero_division=0) if len(present) else 0.0
-    right_empty = float((~predicted[empty].any(axis=1)).sum())
-    return {
-        "f1_micro": float(f1_score(actual, predicted, average="micro", zero_division=0)),
-        "f1_macro": float(macro),
-        "f1_samples": float((samples * (~empty).sum() + right_empty) / len(actual)),
-        "absent_labels": int(logits_SN.shape[1] - len(present)),
-        "loss": float(torch.nn.functional.binary_cross_entropy_with_logits(logits_SN, targets_SN)),
-    }
+    """Metrics of a whole split at once; see `Tally.metrics`."""
+    return tally(logits_SN, targets, multi_label=multi_label, thresholds=thresholds).metrics()
 
 
 def per_label(
-    logits_SN: Tensor,
-    targets: Tensor,
-    labels: tuple[str, ...],
-    *,
-    multi_label: bool,
-    thresholds: Thresholds = THRESHOLD,
+    logits_SN: Tensor, targets: Tensor, labels: Sequence[str], *, multi_label: bool, thresholds: Thresholds = THRESHOLD
 ) -> list[dict[str, Any]]:
-    """Precision, recall, F1 and support of each label."""
-    from sklearn.metrics import precision_recall_fscore_support
-
-    if multi_label:
-        predicted = over(probabilities(logits_SN, multi_label=True), thresholds).int().numpy()
-        scores = precision_recall_fscore_support(targets.int().numpy(), predicted, zero_division=0)
-    else:
-        scores = precision_recall_fscore_support(
-            targets.numpy(), logits_SN.argmax(dim=-1).numpy(), labels=range(len(labels)), zero_division=0
-        )
-    rows = zip(labels, *scores, strict=True)
-    return [
-        {"label": label, "precision": float(p), "recall": float(r), "f1": float(f), "support": int(s)}
-        for label, p, r, f, s in rows
-    ]
+    """Precision, recall, F1 and support of each label of a whole split at once; see `Tally.per_label`."""
+    return tally(logits_SN, targets, multi_label=multi_label, thresholds=thresholds).per_label(labels)
 
 
 class Calibration(NamedTuple):
@@ -151,6 +199,14 @@ def calibration(probabilities_SN: Tensor, targets: Tensor, *, bins: int = 15) ->
 def confusion(predicted_S: Tensor, targets_S: Tensor, labels: int) -> Tensor:
     """How many samples of each class (N, N; rows) were given each label (columns)."""
     return torch.bincount(targets_S * labels + predicted_S, minlength=labels * labels).reshape(labels, labels)
+
+
+def confused(predicted_S: Tensor, targets_S: Tensor, labels: int, *, most: int) -> list[tuple[int, int, int]]:
+    """(samples, true class, predicted class) of the pairs of classes that are confused most often, most often first."""
+    wrong_S = predicted_S != targets_S
+    pairs, counts = (targets_S * labels + predicted_S)[wrong_S].unique(return_counts=True)  # ascending
+    order = counts.argsort(descending=True, stable=True)[:most]
+    return [(int(counts[i]), *divmod(int(pairs[i]), labels)) for i in order]
 
 
 def sample_losses(logits_SN: Tensor, targets: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ Shapes: S samples of the split.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 
 from mopefuse import device as devices
 from mopefuse import distributed
+from mopefuse.answers import judge
 from mopefuse.checkpoint import dump_json, read_json, write_atomically
 from mopefuse.data.load import load_data
 from mopefuse.data.missing import Taken, loss_order
 from mopefuse.errors import ConfigError
-from mopefuse.evaluate import Evaluation, elsewhere, judge, load_model, prepared, run_split, with_labels
+from mopefuse.evaluate import answers_to, elsewhere, load_model, prepared, with_labels
 from mopefuse.fusion._base import Fusion
 from mopefuse.shares import GRID, Shares, words
 from mopefuse.sides import Comp
@@ -49,7 +50,6 @@ class Cell:
     natural: dict[str, int]
     samples: int
     metrics: dict[str, float]
-    evaluation: Evaluation = field(repr=False, compare=False)
 
     @property
     def words(self) -> str:
@@ -108,6 +108,7 @@ def evaluate_missing(
     seed: int = 0,
     main: str | None = None,
     comp: Comp = None,
+    predictions: Path | None = None,
     advance: Advance = lambda what, done, total: None,
 ) -> Missing:
     """Evaluate a run where samples lack what `asked` says; a run on its own data keeps what is found.
@@ -115,6 +116,7 @@ def evaluate_missing(
     Args:
         asked: see `parse`; None for every modality that may be missing, and all of them, with each of `SHARES`.
         seed: of which samples lack it. layout: of `data`, see `mopefuse.evaluate.elsewhere`.
+        predictions: a file for those where samples lack the last of `asked`.
 
     Raises:
         ConfigError: a modality that the model does not read or cannot do without.
@@ -148,9 +150,9 @@ def evaluate_missing(
             continue
         told = lambda done, total, shares=shares: advance(words(shares), done, total)  # noqa: E731
         taken = Taken(samples, {name: mask_S for name, mask_S in masks.items() if mask_S.any()})
-        said = run_split(loaded.model, dataset, split, loaded.config, target, samples=taken, advance=told)
-        found = judge(said.logits_SN, dataset, split, loaded.thresholds)
-        cells.append(Cell(shares, rows, natural, len(ids), found.metrics, found))
+        answers = answers_to(loaded.model, dataset, split, loaded.config, target, samples=taken, advance=told)
+        found = judge(answers, dataset, split, loaded.thresholds, predictions=predictions)
+        cells.append(Cell(shares, rows, natural, len(ids), found.metrics))
     met = {loaded.model.encoder(side).modality for side in loaded.model.does_without}
     learned = met.issuperset(name for kind in kinds.values() for name in kind)
     named = {what: [ids[number] for number in order] for what, order in orders.items()}

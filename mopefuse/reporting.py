@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mopefuse import device as devices
-from mopefuse.audit import Audit, audit_model
+from mopefuse.audit import Audit, audit_model, drawn
 from mopefuse.config import Data as DataConfig
 from mopefuse.data._base import DataSet
 from mopefuse.data.load import load_data
@@ -23,6 +23,8 @@ from mopefuse.source import kind_of, locate, trained
 
 Advance = Callable[[str, int, int], None]  # (what, samples done, samples in all)
 PAGE = "report.html"
+MOST_ANSWERS = 25_000_000
+"""Samples times labels whose probabilities a page is made of; of more samples it takes a part."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,15 @@ def report(
     target = devices.resolve(device)
     loaded = load_model(folder, _checkpoint(folder), target)
     dataset, split = _data_of(where, loaded.manifest)
+    step = int(folder.checkpoint(_checkpoint(folder))[1]["step"])
+    notes = _notes(folder, dataset, split, step, audited=audit)
+    most, total = max(1, MOST_ANSWERS // len(dataset.labels)), len(dataset.splits[split].rows)
+    if total > most:
+        dataset, _ = drawn(dataset, split, most, seed=0)
+        part = f"This page is of {most:,} of {total:,} samples, drawn at random; mopefuse eval has the metrics of all."
+        notes = (*notes, part)
     told = lambda done, total: advance(f"asking {split}", done, total)  # noqa: E731
     said = run_split(loaded.model, dataset, split, loaded.config, target, each=True, advance=told)
-    step = int(folder.checkpoint(_checkpoint(folder))[1]["step"])
     found = None
     if audit:
         found = audit_model(
@@ -108,7 +116,7 @@ def report(
         said.routing_SLK,
         found.as_dict() if found else None,
         kept(folder.path, split, step),
-        _notes(folder, dataset, split, step, audited=audit),
+        notes,
     )
     parts = sections(facts)
     write(page, run_page(facts, parts))

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from mopefuse import device as devices
 from mopefuse import distributed, metrics
+from mopefuse.answers import Evaluation, judge, judge_tuned
 from mopefuse.checkpoint import dump_json, read_tensors, write_atomically, write_tensors
 from mopefuse.config import RunConfig
 from mopefuse.data._base import Batch, DataSet
 from mopefuse.data.collate import Key, epoch_batches, seed_of, share
 from mopefuse.data.features import fill
 from mopefuse.errors import Interrupted, NumericError
-from mopefuse.evaluate import Evaluation, judge, prepared, run_split, split_metrics, thresholds_of, write_predictions
+from mopefuse.evaluate import answers_to, prepared, thresholds_of
 from mopefuse.fusion._base import Fusion, Output
 from mopefuse.gates import selected_metric
 from mopefuse.losses import balanced_weights, classification_loss
@@ -104,7 +105,8 @@ class Trainer:
         self.val_samples = prepared(model, data, "val", config, device, **told)
         self.weights: Tensor | None = None
         if config.train.class_weights == "balanced":
-            weights = balanced_weights(data.targets("train"), len(data.labels), multi_label=data.multi_label)
+            counts_N = data.sparse_targets("train").counts()
+            weights = balanced_weights(counts_N, len(self.train_samples), multi_label=data.multi_label)
             self.weights = weights.to(device)
         self.per_epoch = math.ceil(len(self.train_samples) / config.train.batch_size)
         steps = min(config.train.epochs * self.per_epoch, config.train.max_steps or 10**18)
@@ -283,15 +285,14 @@ class Trainer:
     # -- validation
 
     def _validate(self) -> None:
-        said = run_split(self.model, self.data, "val", self.config, self.device, samples=self.val_samples)
-        thresholds: metrics.Thresholds = metrics.THRESHOLD
+        answers = answers_to(self.model, self.data, "val", self.config, self.device, samples=self.val_samples)
         if self.data.multi_label and self.config.train.threshold == "tuned":
-            self.progress.thresholds = metrics.tuned_thresholds(said.logits_SN, self.data.targets("val"))
-            thresholds = self.progress.thresholds
-        elif self.config.train.threshold != "tuned":
-            thresholds = self.config.train.threshold
-        found = split_metrics(said.logits_SN, self.data, "val", thresholds)
-        routing = statistics(said.load_LK) if said.load_LK is not None else None
+            judged, self.progress.thresholds = judge_tuned(answers, self.data, "val", self.run.path)
+        else:
+            threshold = self.config.train.threshold
+            judged = judge(answers, self.data, "val", metrics.THRESHOLD if threshold == "tuned" else threshold)
+        found = judged.metrics
+        routing = statistics(judged.load_LK) if judged.load_LK is not None else None
         value = found[self.metric]
         best = not math.isnan(value) and (self.progress.best is None or value > self.progress.best)
         self.progress.waited = 0 if best else self.progress.waited + 1
@@ -325,11 +326,8 @@ class Trainer:
         if "test" not in self.data.splits:
             return None
         samples = prepared(self.model, self.data, "test", self.config, self.device, reading=self.listener.reading)
-        said = run_split(self.model, self.data, "test", self.config, self.device, samples=samples)
-        found = judge(said.logits_SN, self.data, "test", self.thresholds())
-        if distributed.is_main():
-            write_predictions(self.run.predictions_file, found.predictions)
-        return found
+        answers = answers_to(self.model, self.data, "test", self.config, self.device, samples=samples)
+        return judge(answers, self.data, "test", self.thresholds(), predictions=self.run.predictions_file)
 
 
 class _Keys:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from scipy.sparse import csr_array
 from sklearn.metrics import f1_score
 
 from mopefuse import metrics
@@ -16,24 +17,28 @@ from mopefuse.bootstrap import METRICS, Outcome, difference, drawn
 LABELS = 5
 
 
+def outcome(predicted: np.ndarray, actual: np.ndarray) -> Outcome:
+    return Outcome(csr_array(predicted.astype(float)), csr_array(actual.astype(float)))
+
+
 def single(samples: int, share: float, seed: int) -> Outcome:
     """A classifier that is right with a probability of about `share`; the truth is the same whatever the seed."""
     true = np.random.default_rng(0).integers(0, LABELS, samples)
     random = np.random.default_rng(seed)
     said = np.where(random.random(samples) < share, true, random.integers(0, LABELS, samples))
-    return Outcome(np.eye(LABELS, dtype=bool)[said], np.eye(LABELS, dtype=bool)[true])
+    return outcome(np.eye(LABELS)[said], np.eye(LABELS)[true])
 
 
 def multi(samples: int, noise: float, seed: int) -> Outcome:
     """Several labels a sample, also none; the fourth is rare and the fifth never true."""
     true = np.random.default_rng(0).random((samples, LABELS)) < np.array([0.5, 0.3, 0.2, 0.02, 0.0])
-    return Outcome(true ^ (np.random.default_rng(seed).random(true.shape) < noise), true)
+    return outcome(true ^ (np.random.default_rng(seed).random(true.shape) < noise), true)
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "f1_macro"])
 def test_without_resampling_a_metric_is_that_of_training(metric: str) -> None:
     run = single(80, 0.5, 1)
-    logits, targets = torch.from_numpy(run.predicted_SN).float(), torch.from_numpy(run.actual_SN.argmax(1))
+    logits, targets = torch.from_numpy(run.predicted_SN.toarray()), torch.from_numpy(run.actual_SN.toarray().argmax(1))
     expected = metrics.compute(logits, targets, multi_label=False)[metric]
     assert METRICS[metric](run, np.ones((1, 80)))[0] == pytest.approx(expected, abs=1e-12)
 
@@ -41,8 +46,8 @@ def test_without_resampling_a_metric_is_that_of_training(metric: str) -> None:
 @pytest.mark.parametrize("metric", ["f1_macro", "f1_micro", "f1_samples"])
 def test_without_resampling_a_multi_label_metric_is_that_of_training(metric: str) -> None:
     run = multi(80, 0.2, 1)
-    logits = torch.from_numpy(run.predicted_SN).float() * 2 - 1
-    expected = metrics.compute(logits, torch.from_numpy(run.actual_SN).float(), multi_label=True)[metric]
+    logits = torch.from_numpy(run.predicted_SN.toarray()) * 2 - 1
+    expected = metrics.compute(logits, torch.from_numpy(run.actual_SN.toarray()).float(), multi_label=True)[metric]
     assert METRICS[metric](run, np.ones((1, 80)))[0] == pytest.approx(expected, abs=1e-12)
 
 
@@ -50,7 +55,7 @@ def by_hand(ours: list[Outcome], theirs: list[Outcome], metric: str, resamples: 
     """Differences on resamples, one by one with scikit-learn on the very samples that were drawn."""
 
     def score(run: Outcome, chosen: np.ndarray) -> float:
-        said, true = run.predicted_SN[chosen], run.actual_SN[chosen]
+        said, true = (table.toarray().astype(bool)[chosen] for table in (run.predicted_SN, run.actual_SN))
         if metric == "accuracy":
             return float(np.mean([(s == t).all() for s, t in zip(said, true, strict=True)]))
         if metric == "f1_samples":
@@ -60,7 +65,7 @@ def by_hand(ours: list[Outcome], theirs: list[Outcome], metric: str, resamples: 
         return float(f1_score(true, said, labels=labels, average=metric.removeprefix("f1_"), zero_division=0))
 
     random = np.random.default_rng(seed)
-    size = len(ours[0].actual_SN)
+    size = ours[0].actual_SN.shape[0]
     found = []
     for _ in range(resamples):
         chosen = random.integers(0, size, size)
@@ -81,7 +86,7 @@ def test_interval_and_p_are_those_computed_one_resample_at_a_time(metric: str) -
 
 def test_the_interval_agrees_with_scipy() -> None:
     ours, theirs = single(500, 0.6, 1), single(500, 0.5, 2)
-    right = [(run.predicted_SN == run.actual_SN).all(axis=1).astype(float) for run in (ours, theirs)]
+    right = [(run.predicted_SN.toarray() == run.actual_SN.toarray()).all(axis=1).astype(float) for run in (ours, theirs)]
     how = {"paired": True, "method": "percentile", "n_resamples": 10_000, "random_state": 3}
     scipy = stats.bootstrap(right, lambda a, b, axis: a.mean(axis) - b.mean(axis), **how)
     found = difference([ours], [theirs], "accuracy")
@@ -100,7 +105,7 @@ def test_systems_that_say_the_same_do_not_differ(metric: str) -> None:
 
 def test_always_right_against_always_wrong_is_certain() -> None:
     right = single(50, 1.1, 1)
-    wrong = Outcome(np.roll(right.actual_SN, 1, axis=1), right.actual_SN)
+    wrong = outcome(np.roll(right.actual_SN.toarray(), 1, axis=1), right.actual_SN.toarray())
     found = difference([right], [wrong], "accuracy", resamples=999)
     assert (found.value, found.low, found.high, found.p) == (1, 1, 1, 1 / 1000)
 
@@ -111,7 +116,7 @@ def test_it_is_paired() -> None:
     theirs = np.eye(2, dtype=bool)[np.arange(400) % 2]
     ours = theirs.copy()
     ours[1:21:2] = [True, False]
-    found = difference([Outcome(ours, true)], [Outcome(theirs, true)], "accuracy")
+    found = difference([outcome(ours, true)], [outcome(theirs, true)], "accuracy")
     assert found.value == pytest.approx(10 / 400)
     assert found.low > 0
     assert found.p < 0.01
@@ -129,3 +134,9 @@ def test_resamples_do_not_depend_on_how_many_fit_at_once(monkeypatch: pytest.Mon
     assert len(list(drawn(30, 50, seed=4))) == 17
     assert (np.concatenate(list(drawn(30, 50, seed=4))) == whole).all()
     assert (whole.sum(axis=1) == 30).all()
+
+
+def test_the_samples_that_are_drawn_do_not_depend_on_the_number_of_labels() -> None:
+    few, many = (np.concatenate([*drawn(7, 50, 1, labels=labels)]) for labels in (5, 1_000_000))
+    assert (few == many).all()
+    assert few.shape == (50, 7)

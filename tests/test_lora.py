@@ -336,7 +336,10 @@ def test_what_is_exported_says_what_the_run_says(
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     assert form == "adapter" or said["parity"]["max_difference"] <= 1e-4
-    mine, theirs = (evaluate(path, data=pairs).predictions for path in (folder, tmp_path / "out"))
+    written = (tmp_path / "mine.jsonl", tmp_path / "theirs.jsonl")
+    for path, file in zip((folder, tmp_path / "out"), written, strict=True):
+        evaluate(path, data=pairs, predictions=file)
+    mine, theirs = ([json.loads(line) for line in file.read_text().splitlines()] for file in written)
     for one, other in zip(mine, theirs, strict=True):
         assert other["probabilities"] == pytest.approx(one["probabilities"], abs=1e-4)
 

@@ -208,6 +208,15 @@ def test_confusion_has_classes_in_rows_and_answers_in_columns() -> None:
     assert found.tolist() == [[1, 1, 1], [0, 0, 0], [0, 0, 1]]
 
 
+def test_the_most_confused_classes_are_those_of_the_confusion_matrix() -> None:
+    draw = torch.Generator().manual_seed(0)
+    predicted_S, targets_S = (torch.randint(6, (200,), generator=draw) for _ in range(2))
+    matrix = metrics.confusion(predicted_S, targets_S, 6).tolist()
+    pairs = sorted((-matrix[i][j], i, j) for i in range(6) for j in range(6) if i != j)
+    assert metrics.confused(predicted_S, targets_S, 6, most=9) == [(-count, i, j) for count, i, j in pairs[:9]]
+    assert metrics.confused(targets_S, targets_S, 6, most=9) == []
+
+
 @pytest.mark.parametrize("multi_label", [False, True])
 def test_losses_of_samples_have_the_loss_as_their_mean(multi_label: bool) -> None:
     logits_SN = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))

@@ -83,24 +83,21 @@ def evaluate(
     from mopefuse import distributed
     from mopefuse.cli._render import err
     from mopefuse.evaluate import evaluate as run_evaluation
-    from mopefuse.evaluate import write_predictions
 
     how: dict[str, Any] = {"split": split, "data": data, "layout": layout, "checkpoint": checkpoint, "device": device}
     how |= {"main": main, "comp": comp}
     if missing:
         _evaluate_missing(run, asked, how | {"seed": missing_seed}, gates, out, json=json)
         return
-    with distributed.joined(), err().status(f"evaluating {split}") as status:
-        told = lambda done, total: status.update(f"evaluating {split}: {done}/{total}")  # noqa: E731
-        found = run_evaluation(run, **how, advance=told)
-    if not distributed.is_main():
-        return
     own = split == "test" and data is None and checkpoint == "best"
     predictions = out
     if out is None and kind_of(folder) == "run":
         predictions = RunFolder(folder).predictions_file if own else folder / f"predictions-{split}-{checkpoint}.jsonl"
-    if predictions is not None:
-        write_predictions(predictions, found.predictions)
+    with distributed.joined(), err().status(f"evaluating {split}") as status:
+        told = lambda done, total: status.update(f"evaluating {split}: {done}/{total}")  # noqa: E731
+        found = run_evaluation(run, **how, predictions=predictions, advance=told)
+    if not distributed.is_main():
+        return
     if not json:
         _print(run, found.split, found.metrics, found.per_label, predictions)
         check_gates(found.metrics, gates)
@@ -135,18 +132,15 @@ def _evaluate_missing(
     from mopefuse import distributed
     from mopefuse.cli._missing_display import show
     from mopefuse.cli._render import err
-    from mopefuse.evaluate import write_predictions
     from mopefuse.gates import check_gates
     from mopefuse.missing import evaluate_missing
 
     with distributed.joined(), err().status("loading") as status:
         told = lambda what, done, total: status.update(f"{what}: {done}/{total}")  # noqa: E731
-        found = evaluate_missing(run, asked, **how, advance=told)
+        found = evaluate_missing(run, asked, **how, predictions=out, advance=told)
     if not distributed.is_main():
         return
     last = found.cells[-1]
-    if out is not None:
-        write_predictions(out, last.evaluation.predictions)
     if json:
         facts = {key: value for key, value in found.as_dict().items() if key != "orders"}
         _print_gated(last.metrics, gates, {"run": str(run), **facts, "metrics": last.metrics})

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mopefuse.config import Data as DataConfig
+from mopefuse.data.labels import Labels, Targets
 from mopefuse.modality import of
 
 if TYPE_CHECKING:  # rows are read where there is no torch, too
@@ -72,7 +73,7 @@ class Split:
     name: str
     file: str
     rows: Sequence[Row]
-    labels: Sequence[tuple[str, ...]]
+    labels: Labels
     keys: Mapping[str, Keys]
     alike: Mapping[str, Keys]
     hash: str
@@ -94,8 +95,8 @@ class Split:
         """The split with some of its rows only."""
         index = np.asarray(numbers, dtype=np.int64)
         keys, alike = ({name: each[index] for name, each in kind.items()} for kind in (self.keys, self.alike))
-        rows, labels = [self.rows[number] for number in numbers], [self.labels[number] for number in numbers]
-        return replace(self, rows=rows, labels=labels, keys=keys, alike=alike)
+        rows = [self.rows[number] for number in numbers]
+        return replace(self, rows=rows, labels=self.labels.take(index), keys=keys, alike=alike)
 
 
 @dataclass(frozen=True)
@@ -128,17 +129,12 @@ class DataSet:
         return kind.nothing() if value is None else kind.read(value, self.image_roots, where=split.where(row), config=config)
 
     def targets(self, split: str) -> Tensor:
-        """Class indices (S,), or for multi-label data zeros and ones (S, N) as floats."""
-        import torch
+        """Class indices (S,), or for multi-label data zeros and ones (S, N) as floats; of large data see `sparse_targets`."""
+        return self.sparse_targets(split).dense()
 
-        number = {label: i for i, label in enumerate(self.labels)}
-        labels = self.splits[split].labels
-        if not self.multi_label:
-            return torch.tensor([number[row[0]] for row in labels])
-        targets_SN = torch.zeros(len(labels), len(self.labels))
-        for sample, row in enumerate(labels):
-            targets_SN[sample, [number[label] for label in row]] = 1.0
-        return targets_SN
+    def sparse_targets(self, split: str) -> Targets:
+        """The targets of a split, which give the dense rows of a batch: ``sparse_targets("val")[index_B]``."""
+        return Targets(self.splits[split].labels, self.labels, multi_label=self.multi_label)
 
 
 @dataclass(frozen=True)

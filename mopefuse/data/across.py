@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from mopefuse.config import Data as DataConfig
 from mopefuse.data._base import SPLITS, Keys, Split
 from mopefuse.data.findings import Finding, at
 from mopefuse.data.index import Index
+from mopefuse.data.labels import Labels
 from mopefuse.data.leaks import leak
 from mopefuse.data.load import listed_labels
 from mopefuse.errors import DataError, nearest
@@ -20,6 +20,7 @@ from mopefuse.modality import of
 from mopefuse.shown import several
 
 Indexes = Mapping[str, Index]
+_MOST_HINTS = 100  # unknown labels of a split whose nearest known one is looked for, which takes long among many
 
 
 def labels(indexes: Indexes, root: Path, config: DataConfig) -> tuple[tuple[str, ...], list[Finding]]:
@@ -35,7 +36,7 @@ def labels(indexes: Indexes, root: Path, config: DataConfig) -> tuple[tuple[str,
         except DataError as error:
             return (), [Finding("bad-labels-file", "", error.where, error.what, error.fix, error.code)]
     else:
-        known = tuple(sorted({label for row in set(train.labels) for label in row})) if train else ()
+        known = tuple(sorted(train.labels.counts())) if train else ()
     if train is None or not len(train.lines_S) or len(known) > 1:
         return known, []
     said = f"only the label {known[0]!r}" if known else "no label at all"
@@ -58,14 +59,9 @@ def mixed_labels(indexes: Indexes) -> Iterator[Finding]:
 def unknown_labels(indexes: Indexes, known: tuple[str, ...]) -> Iterator[Finding]:
     """Each label of a split that is not known, and each known one that the split lacks."""
     for name, index in indexes.items() if known else ():
-        counts: Counter[str] = Counter()
-        first: dict[str, int] = {}
-        for row, said in enumerate(index.labels):
-            counts.update(said)
-            for label in said:
-                first.setdefault(label, row)
-        for label in sorted(counts.keys() - set(known)):
-            near = nearest(label, known, most=1)
+        counts, first = index.labels.counts(), index.labels.first_rows()
+        for number, label in enumerate(sorted(counts.keys() - set(known))):
+            near = nearest(label, known, most=1) if number < _MOST_HINTS else []
             hint = f"; did you mean {near[0]!r}?" if near else ""
             message = f"the label {label!r} is not known to training (in {several(counts[label], 'row')}){hint}"
             yield at(index, first[label], "unknown-label", message, code="MF-DATA-06", rows=counts[label])
@@ -108,7 +104,7 @@ def _keys_of(index: Index, rows: NDArray[np.int64]) -> Split:
     """What `leak` looks at."""
     keys = {modality: each.keys()[rows] for modality, each in index.values.items()}
     alike = {modality: each.alike()[rows] for modality, each in index.values.items()}
-    return Split(index.split, index.file, (), (), keys, alike, "")
+    return Split(index.split, index.file, (), Labels.of(()), keys, alike, "")
 
 
 def _first(keys: Keys, wanted: Keys) -> list[int]:

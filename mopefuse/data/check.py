@@ -281,7 +281,7 @@ def _in_training(indexes: Indexes, path: Path, config: DataConfig) -> tuple[dict
     except DataError as error:
         return {}, [Finding("empty-split", "", error.where, error.what, error.fix, error.code)]
     return {
-        name: {"rows": len(rows), "labels": len({label for row in rows for label in index.labels[row]})}
+        name: {"rows": len(rows), "labels": len(index.labels.take(rows).counts())}
         for name, (index, rows) in sorted(parts.items(), key=lambda part: SPLITS.index(part[0]))
     }, []
 

@@ -59,7 +59,7 @@ class Samples(Dataset[dict[str, Any]]):
         self.data, self.split, self.config, self.seed = data, data.splits[split], config, seed
         self.features = dict(features or {})
         self.readers = {side: reader for side, reader in readers.items() if side not in self.features}
-        self.targets = data.targets(split)
+        self.targets = data.sparse_targets(split)
         self.modality_of = {side: modality for side, (modality, _) in readers.items()}
         lacks = {side: self.split.lacks(modality) for side, (modality, _) in readers.items()}
         self.lacking: dict[str, NDArray[np.bool_]] = {side: lacks_S for side, lacks_S in lacks.items() if lacks_S.any()}

@@ -154,8 +154,8 @@ def describe_split(index: Index, bad_rows: int) -> dict[str, Any]:
         "rows": len(index.lines_S) + len(index.row_problems),
         "bad_rows": bad_rows,
         **{of(name).plural: len(each.names) for name, each in index.files.items()},
-        "labels": len({label for row in set(index.labels) for label in row}),
-        "rows_without_label": sum(not row for row in index.labels),
+        "labels": len(index.labels.counts()),
+        "rows_without_label": index.labels.without(),
         "pixels": {"smallest": list(by_area[0]), "largest": list(by_area[-1])} if by_area else None,
         "bytes": sum(max(0, look.size) for look in looks),
     }
@@ -163,7 +163,7 @@ def describe_split(index: Index, bad_rows: int) -> dict[str, Any]:
 
 def balance(indexes: Mapping[str, Index], labels: tuple[str, ...]) -> dict[str, dict[str, int]]:
     """How often each label comes in each split, most frequent in training first; also labels that no row has."""
-    counts = {split: Counter(label for row in index.labels for label in row) for split, index in indexes.items()}
+    counts = {split: Counter(index.labels.counts()) for split, index in indexes.items()}
     every = dict.fromkeys([*labels, *(label for count in counts.values() for label in count)])
     listed = {label: {split: count[label] for split, count in counts.items()} for label in every}
     return dict(sorted(listed.items(), key=lambda item: (-item[1].get("train", 0), -sum(item[1].values()), item[0])))

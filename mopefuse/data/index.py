@@ -10,6 +10,7 @@ Shapes: S rows that are rows, I files of a modality, 16 bytes of a digest.
 from __future__ import annotations
 
 import json
+from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from mopefuse.config import Data as DataConfig
 from mopefuse.data._base import SPLITS, Problem, digest_of
 from mopefuse.data.columns import Layout
 from mopefuse.data.files import MISSING, Files, Look, look_at
+from mopefuse.data.labels import Labels, LabelsBuilder
 from mopefuse.data.rows import LeftOut, NoRow, check_row, exceptions
 from mopefuse.data.tables import Found, Table, split_named
 
@@ -97,7 +99,7 @@ class Index:
     places_S2: Array  # first byte and end of each row in `content`
     lines_S: Array
     values: dict[str, InRows | InFiles]  # by modality
-    labels: list[tuple[str, ...]]
+    labels: Labels
     list_S: Array  # whether a row's labels are written as a list
     ids: list[str]
     row_problems: list[Problem]
@@ -180,7 +182,7 @@ class _Reading:
     def __init__(self, name: str) -> None:
         self.modality = modality.of(name)
         self.keys, self.alike = bytearray(), bytearray()
-        self.numbers: list[int] = []
+        self.numbers = array("q")
         self.names: dict[str, int] = {}
 
     def add(self, value: str | None) -> None:
@@ -202,9 +204,8 @@ def read_rows(table: Table, split: str, modalities: Sequence[str], config: DataC
     readings = {name: _Reading(name) for name in modalities}
     wanted = {layout.identity, layout.label, *layout.columns.values()}
     rewritten = bytearray()
-    places, lines, labels, lists, ids = [], [], [], [], []
-    line_of: dict[str, int] = {}
-    shared: dict[tuple[str, ...], tuple[str, ...]] = {}
+    places, lines, lists, labels = array("q"), array("q"), bytearray(), LabelsBuilder()
+    line_of: dict[str, int] = {}  # of each row's id, in order
     problems: list[Problem] = []
     left_out: Counter[str] = Counter()
     for found in table.rows():
@@ -229,18 +230,17 @@ def read_rows(table: Table, split: str, modalities: Sequence[str], config: DataC
             continue
         line_of[row.id] = found.line
         if table.content is None:
-            places.append((len(rewritten), 0))
+            places.append(len(rewritten))
             native = {name: value for name, value in found.value.items() if name in wanted}
             rewritten += json.dumps(native).encode("utf-8") + b"\n"
-            places[-1] = (places[-1][0], len(rewritten) - 1)
+            places.append(len(rewritten) - 1)
         else:
-            places.append((found.start, found.stop))
+            places.extend((found.start, found.stop))
         lines.append(found.line)
         for name, value in row.values.items():
             readings[name].add(value)
-        labels.append(shared.setdefault(row.labels, row.labels))
+        labels.add(row.labels)
         lists.append(row.is_list)
-        ids.append(row.id)
     return Index(
         split,
         table.file,
@@ -250,10 +250,10 @@ def read_rows(table: Table, split: str, modalities: Sequence[str], config: DataC
         np.array(places, dtype=np.int64).reshape(-1, 2),
         np.array(lines, dtype=np.int64),
         {name: reading.done() for name, reading in readings.items()},
-        labels,
-        np.array(lists, dtype=bool),
-        ids,
-        exceptions(problems, layout) if ids else problems,
+        labels.done(),
+        np.frombuffer(bytes(lists), dtype=bool),
+        list(line_of),
+        exceptions(problems, layout) if line_of else problems,
         dict(left_out),
         fresh=True,
     )
@@ -270,19 +270,19 @@ def _split_of(found: Found, config: DataConfig) -> str | None:
 
 
 def _save(index: Index, folder: Path) -> None:
-    combinations = {row: number for number, row in enumerate(dict.fromkeys(index.labels))}
     arrays: dict[str, Any] = {
         "places": index.places_S2,
         "lines": index.lines_S,
         "list": index.list_S,
-        "labels": np.array([combinations[row] for row in index.labels], dtype=np.int64),
+        "label_starts": index.labels.start_S1,
+        "labels": index.labels.code_Z,
     }
     for name, each in index.values.items():
         found = _looks_as_arrays(each) if isinstance(each, InFiles) else {"key": each.key_S, "alike": each.alike_S}
         arrays |= {f"{name}.{part}": array for part, array in found.items()}
     np.savez(folder / "rows.npz", **arrays)
     about = {
-        "labels": list(combinations),
+        "labels": index.labels.names,
         "ids": index.ids,
         "modalities": list(index.values),
         "files": {name: each.names for name, each in index.files.items()},
@@ -342,7 +342,6 @@ def _load(key: str, table: Table) -> Index | None:
         values[name] = (
             _looks(own, about["files"][name], about["bad_files"][name]) if is_file else InRows(own["key"], own["alike"])
         )
-    combinations = [tuple(row) for row in about["labels"]]
     return Index(
         facts["split"],
         table.file,
@@ -352,7 +351,7 @@ def _load(key: str, table: Table) -> Index | None:
         part["places"],
         part["lines"],
         values,
-        [combinations[number] for number in part["labels"].tolist()],
+        Labels(about["labels"], part["label_starts"], part["labels"]),
         part["list"],
         about["ids"],
         [Problem(*row) for row in about["row_problems"]],

@@ -52,11 +52,9 @@ def check_labels(index: Index, root: Path, config: DataConfig) -> list[Finding]:
     """Doubts about the labels of the training split, each at the first row that gives rise to it."""
     if config.labels or (root / "labels.txt").exists():
         return []
-    counts: Counter[str] = Counter()
-    for row, rows in Counter(index.labels).items():
-        counts.update(dict.fromkeys(row, rows))
+    counts = index.labels.counts()
     found = [doubt for doubt in doubts(counts, len(index.labels)) if doubt.kind not in REFUSED or not config.allow_odd_labels]
-    first = _first_rows(index, {doubt.label for doubt in found})
+    first = index.labels.first_rows() if found else {}
     return [
         replace(
             at(index, first[doubt.label], doubt.kind, doubt.message, code=REFUSED.get(doubt.kind, ""), rows=doubt.rows),
@@ -64,16 +62,6 @@ def check_labels(index: Index, root: Path, config: DataConfig) -> list[Finding]:
         )
         for doubt in found
     ]
-
-
-def _first_rows(index: Index, wanted: set[str]) -> dict[str, int]:
-    first: dict[str, int] = {}
-    for number, row in enumerate(index.labels):
-        if len(first) == len(wanted):
-            break
-        for label in wanted.intersection(row) if wanted else ():
-            first.setdefault(label, number)
-    return first
 
 
 def refuse_labels(index: Index, root: Path, config: DataConfig) -> list[Finding]:

@@ -144,7 +144,7 @@ def parts_of(indexes: dict[str, Index], path: Path, config: DataConfig, require:
             index, rows = parts["train"]
             every = index.groups()
             groups = [every[row] for row in rows]
-            labels = [index.labels[row] for row in rows]
+            labels = index.labels.take(rows)
             count = round(fraction * len(index.good()))
             kept, held = hold_out(groups, labels, count, config.seed)
             if len(rows) and not held:
@@ -163,13 +163,13 @@ def parts_of(indexes: dict[str, Index], path: Path, config: DataConfig, require:
             raise DataError(4, f"the {name} split has no rows", where=where, fix="provide at least one row")
     if (config.shots or config.fraction) and "train" in parts:
         index, rows = parts["train"]
-        labels, ids = [index.labels[row] for row in rows], [index.ids[row] for row in rows]
+        labels, ids = index.labels.take(rows), [index.ids[row] for row in rows]
         parts["train"] = (index, rows[few(ids, labels, config.seed, shots=config.shots, fraction=config.fraction)])
     return parts
 
 
 def _split(name: str, index: Index, rows: Numbers, skipped: tuple[Problem, ...], config: DataConfig) -> Split:
-    labels = [index.labels[row] for row in rows]
+    labels = index.labels.take(rows)
     keys = {modality: each.keys()[rows] for modality, each in index.values.items()}
     alike = {modality: each.alike()[rows] for modality, each in index.values.items()}
     told = [f"{problem.code} {problem}" for problem in skipped]
@@ -247,10 +247,10 @@ def _labels(root: Path, splits: dict[str, Split], config: DataConfig, doubts: Se
     if config.labels or listed.exists():
         labels = listed_labels(listed, fold=config.fold_labels)
     else:
-        labels = tuple(sorted({label for row in splits["train"].labels for label in row})) if "train" in splits else ()
+        labels = tuple(sorted(splits["train"].labels.counts())) if "train" in splits else ()
     known = set(labels)
     for split in splits.values() if labels else ():
-        unknown = Counter(label for row in split.labels for label in row if label not in known)
+        unknown = Counter({label: count for label, count in split.labels.counts().items() if label not in known})
         if unknown:
             raise _unknown(unknown, split, labels, doubts)
     if "train" in splits and len(labels) < 2:
@@ -267,7 +267,7 @@ def _unknown(unknown: Counter[str], split: Split, labels: Sequence[str], doubts:
         shown.append(f"{label} ({count}{f'; did you mean {near[0]}?' if near else ''})")
     rest = len(unknown) - len(shown)
     what = f"labels that training does not know: {', '.join(shown)}{f', and {rest} more' if rest else ''}"
-    first = next(number for number, row in enumerate(split.labels) if any(label in unknown for label in row))
+    first = min(row for label, row in split.labels.first_rows().items() if label in unknown)
     fix = "correct it, or, if it is a label, list all labels in labels.txt or in a file that --labels names"
     fix = next((f"{doubt.hint}; else {fix}" for doubt in doubts if doubt.kind == "joined-labels"), fix)
     return DataError(6, what, where=split.where(split.rows[first]), fix=fix)

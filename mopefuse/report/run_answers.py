@@ -108,13 +108,13 @@ def errors(facts: RunFacts) -> Section:
     if facts.multi_label:
         return _label_bars(facts)
     predicted_S, count = facts.logits_SN.argmax(dim=-1), len(facts.labels)
-    matrix = metrics.confusion(predicted_S, facts.targets, count)
     if count > _CLASSES:
-        off = [(int(matrix[i, j]), i, j) for i, j in matrix.nonzero().tolist() if i != j]
-        worst = sorted(off, key=lambda item: (-item[0], item[1:]))[:_PAIRS]
-        rows = [(facts.labels[i], facts.labels[j], number, int(matrix[i].sum())) for number, i, j in worst]
+        support_N = facts.targets.bincount(minlength=count).tolist()
+        worst = metrics.confused(predicted_S, facts.targets, count, most=_PAIRS)
+        rows = [(facts.labels[i], facts.labels[j], number, support_N[i]) for number, i, j in worst]
         body = fragment("confused", rows, len(facts.labels))
         return Section("confusion", "What is taken for what", body, half=True)
+    matrix = metrics.confusion(predicted_S, facts.targets, count)
     sums = matrix.sum(dim=1, keepdim=True).clamp(min=1)
     share, counts = (matrix / sums).tolist(), matrix.tolist()
     drawing = figures.heat_map(

@@ -1,0 +1,170 @@
+"""Labels of many rows, held as numbers: what rows are labelled, and the targets that a model is trained on.
+
+Both are sparse: memory grows with the labels that rows have, not with rows times labels. A million rows with three of
+10,000 labels each take 20 MB here and 40 GB as one dense tensor.
+
+Shapes: S rows of a split, B of them in a batch, Z labels of all rows together, N labels that a model knows, n some of them,
+U different labels that rows have.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:  # rows are read where there is no torch, too
+    from torch import Tensor
+
+Numbers = NDArray[np.int64]
+
+
+class Labels(Sequence[tuple[str, ...]]):
+    """The labels of each row: a sequence of tuples, made when they are read.
+
+    Args:
+        names: the different labels (U).
+        start_S1: where the labels of each row begin in `code_Z`, and where the last ones end (S + 1,).
+        code_Z: labels by their place in `names`, row after row.
+    """
+
+    def __init__(self, names: Sequence[str], start_S1: Numbers, code_Z: NDArray[np.int32]) -> None:
+        self.names, self.start_S1, self.code_Z = tuple(names), start_S1, code_Z
+
+    @classmethod
+    def of(cls, rows: Iterable[Sequence[str]]) -> Labels:
+        """Those of rows, in their order."""
+        builder = LabelsBuilder()
+        for row in rows:
+            builder.add(row)
+        return builder.done()
+
+    def __len__(self) -> int:
+        return len(self.start_S1) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[str, ...]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Labels: ...
+
+    def __getitem__(self, index: int | slice) -> tuple[str, ...] | Labels:
+        if isinstance(index, slice):
+            return self.take(np.arange(*index.indices(len(self))))
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        row = index % len(self)
+        return tuple(self.names[code] for code in self.code_Z[self.start_S1[row] : self.start_S1[row + 1]].tolist())
+
+    def __iter__(self) -> Iterator[tuple[str, ...]]:
+        for first in range(0, len(self), 4096):
+            starts = self.start_S1[first : first + 4097].tolist()
+            codes = self.code_Z[starts[0] : starts[-1]].tolist()
+            for start, stop in pairwise(starts):
+                yield tuple(self.names[code] for code in codes[start - starts[0] : stop - starts[0]])
+
+    def take(self, rows: NDArray[np.integer[Any]]) -> Labels:
+        """The labels of some rows, in the order of `rows`."""
+        start_S1, code_Z = take_rows(self.start_S1, self.code_Z, rows)
+        return Labels(self.names, start_S1, code_Z)
+
+    def counts(self) -> dict[str, int]:
+        """How many rows have each label, without those that none has."""
+        count_U = np.bincount(self.code_Z, minlength=len(self.names)).tolist()
+        return {name: count for name, count in zip(self.names, count_U, strict=True) if count}
+
+    def first_rows(self) -> dict[str, int]:
+        """The first row that has each label, by number."""
+        codes, places = np.unique(self.code_Z, return_index=True)
+        rows = np.searchsorted(self.start_S1, places, side="right") - 1
+        return {self.names[code]: row for code, row in zip(codes.tolist(), rows.tolist(), strict=True)}
+
+    def without(self) -> int:
+        """How many rows have no label."""
+        return int((np.diff(self.start_S1) == 0).sum())
+
+
+class LabelsBuilder:
+    """Collects the labels of rows one row at a time."""
+
+    def __init__(self) -> None:
+        self._number: dict[str, int] = {}
+        self._starts, self._codes = array("q", [0]), array("i")
+
+    def add(self, row: Iterable[str]) -> None:
+        """The labels of the next row."""
+        number = self._number
+        self._codes.extend([number.setdefault(label, len(number)) for label in row])
+        self._starts.append(len(self._codes))
+
+    def done(self) -> Labels:
+        """The labels of all rows that were added."""
+        return Labels(list(self._number), np.array(self._starts, dtype=np.int64), np.array(self._codes, dtype=np.int32))
+
+
+class Targets:
+    """What a model should answer to each row of a split; dense only for the rows or labels that are asked for.
+
+    Args:
+        labels: of the rows. known: the labels of the model, in the order of its outputs (N).
+
+    Raises:
+        KeyError: a row has a label that is not known.
+    """
+
+    def __init__(self, labels: Labels, known: Sequence[str], *, multi_label: bool) -> None:
+        number = {label: i for i, label in enumerate(known)}
+        present = np.unique(labels.code_Z)
+        number_U = np.zeros(len(labels.names), dtype=np.int64)
+        number_U[present] = [number[labels.names[code]] for code in present.tolist()]
+        self.start_S1, self.label_Z = labels.start_S1, number_U[labels.code_Z]
+        self.count, self.multi_label = len(known), multi_label
+
+    def __len__(self) -> int:
+        return len(self.start_S1) - 1
+
+    def __getitem__(self, index_B: Tensor) -> Tensor:
+        """Class indices (B,), or for multi-label data zeros and ones (B, N) as floats."""
+        import torch
+
+        start_B1, label_Y = take_rows(self.start_S1, self.label_Z, index_B.numpy())
+        if not self.multi_label:
+            return torch.from_numpy(label_Y)
+        targets_BN = torch.zeros(len(index_B), self.count)
+        rows = np.repeat(np.arange(len(index_B)), np.diff(start_B1))
+        targets_BN[torch.from_numpy(rows), torch.from_numpy(label_Y)] = 1.0
+        return targets_BN
+
+    def dense(self) -> Tensor:
+        """All rows: class indices (S,), or zeros and ones (S, N)."""
+        import torch
+
+        return self[torch.arange(len(self))]
+
+    def columns(self, first: int, stop: int) -> Tensor:
+        """Of multi-label data, the labels from `first` to before `stop`: zeros and ones (S, n)."""
+        import torch
+
+        targets_Sn = torch.zeros(len(self), stop - first)
+        places = np.flatnonzero((self.label_Z >= first) & (self.label_Z < stop))
+        rows = np.searchsorted(self.start_S1, places, side="right") - 1
+        targets_Sn[torch.from_numpy(rows), torch.from_numpy(self.label_Z[places] - first)] = 1.0
+        return targets_Sn
+
+    def counts(self) -> Tensor:
+        """How many rows have each label (N,)."""
+        import torch
+
+        return torch.from_numpy(np.bincount(self.label_Z, minlength=self.count))
+
+
+def take_rows(start_S1: Numbers, value_Z: NDArray[Any], rows: NDArray[np.integer[Any]]) -> tuple[Numbers, NDArray[Any]]:
+    """The values of some rows of a sparse table, as another one: where each row's begin (B + 1,), and the values."""
+    starts, lengths = start_S1[:-1][rows], np.diff(start_S1)[rows]
+    start_B1 = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    places = np.arange(start_B1[-1]) + np.repeat(starts - start_B1[:-1], lengths)
+    return start_B1, value_Z[places]
