@@ -15,7 +15,7 @@ from mopefuse.data.collate import Table
 
 _BLOCK_BYTES = 64 * 2**20
 _BLOCK_ROWS = 8192
-_EXACT = 1e9  # products of features and weights that are few enough to be computed in float64
+_EXACT = 1e8  # products of features and weights that are few enough to be computed in float64
 
 
 class Side:

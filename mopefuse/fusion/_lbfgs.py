@@ -56,23 +56,25 @@ def minimise(
         advance: called before each step with the estimated share of the work that is done.
     """
     x_GP = start_GP.clone()
-    history = _History(x_GP, memory)
+    history = _History(memory)
     progress_G = _Progress(len(x_GP))
     index_A = torch.arange(len(x_GP))
     now = objective(x_GP, index_A)
     fell_A = torch.zeros_like(now.value_A)
     for _ in range(max_iter):
-        direction_AP = history.direction(index_A, now)
-        slope_A = (direction_AP * now.gradient_AP).sum(dim=-1)
+        direction_AP = history.direction(now)
+        slope_A = _dot(direction_AP, now.gradient_AP)
         goal_A = tolerance * now.value_A.abs()
         advance(progress_G.update(index_A, -slope_A / 2 / goal_A))
         going_A = (-slope_A / 2 > goal_A) | (fell_A > goal_A)
         if not going_A.any():
             break
+        history.keep(going_A)
         index_A, now, slope_A, direction_AP = index_A[going_A], now.take(going_A), slope_A[going_A], direction_AP[going_A]
         x_AP = x_GP[index_A]
         new_AP, new, moved_A = _search(objective, index_A, x_AP, direction_AP, slope_A, now, noise)
-        history.add(index_A, new_AP - x_AP, new.gradient_AP - now.gradient_AP)
+        history.add(new_AP - x_AP, new.gradient_AP - now.gradient_AP)
+        history.keep(moved_A)
         x_GP[index_A] = new_AP
         fell_A = (now.value_A - new.value_A)[moved_A]
         index_A, now = index_A[moved_A], new.take(moved_A)
@@ -100,7 +102,7 @@ def _search(
         step, slope, value = step_A[left], slope_A[left], now.value_A[left]
         trial_AP = x_AP[left] + step[:, None] * direction_AP[left]
         found = objective(trial_AP, index_A[left])
-        new_slope = (found.gradient_AP * direction_AP[left]).sum(dim=-1)
+        new_slope = _dot(found.gradient_AP, direction_AP[left])
         better = found.value_A <= value + _SUFFICIENT * step * slope
         better |= (found.value_A <= value + noise * value.abs()) & (new_slope <= (2 * _SUFFICIENT - 1) * slope)
         done = left[better]
@@ -116,44 +118,58 @@ def _search(
     return new_AP, new, moved_A
 
 
+class _Pair(NamedTuple):
+    """A step of each problem, and how its gradient changed with it."""
+
+    step_AP: Tensor
+    change_AP: Tensor
+    inverse_A: Tensor  # of step times change; 0 for what is no pair
+
+
 class _History:
-    """The latest steps of every problem, and how its gradient changed with each."""
+    """The latest steps of the problems that are not solved, the oldest first."""
 
-    def __init__(self, x_GP: Tensor, memory: int) -> None:
-        self.step_MGP = x_GP.new_zeros(memory, *x_GP.shape)
-        self.change_MGP = torch.zeros_like(self.step_MGP)
-        self.inverse_MG = x_GP.new_zeros(memory, len(x_GP))  # of step times change; 0 where there is none
-        self.slots: list[int] = []  # the oldest first
+    def __init__(self, memory: int) -> None:
+        self.memory = memory
+        self.pairs: list[_Pair] = []
 
-    def add(self, index_A: Tensor, step_AP: Tensor, change_AP: Tensor) -> None:
+    def keep(self, which_A: Tensor) -> None:
+        """Forget the other problems."""
+        if not which_A.all():
+            self.pairs = [_Pair(*(tensor[which_A] for tensor in pair)) for pair in self.pairs]
+
+    def add(self, step_AP: Tensor, change_AP: Tensor) -> None:
         """Remember a step, unless the gradient did not grow along it, which rounding alone can cause."""
-        slot = len(self.slots) if len(self.slots) < len(self.inverse_MG) else self.slots.pop(0)
-        self.slots.append(slot)
-        product_A = (step_AP * change_AP).sum(dim=-1)
+        product_A = _dot(step_AP, change_AP)
         convex_A = product_A > 1e-10 * step_AP.norm(dim=-1) * change_AP.norm(dim=-1)
-        self.inverse_MG[slot] = 0.0
-        self.inverse_MG[slot, index_A] = torch.where(convex_A, 1 / product_A, 0.0)
-        self.step_MGP[slot, index_A], self.change_MGP[slot, index_A] = step_AP, change_AP
+        self.pairs.append(_Pair(step_AP, change_AP, torch.where(convex_A, 1 / product_A, 0.0)))
+        del self.pairs[: -self.memory]
 
-    def direction(self, index_A: Tensor, now: Evaluation) -> Tensor:
+    def direction(self, now: Evaluation) -> Tensor:
         """The quasi-Newton direction (A, P), by the two loops of algorithm 7.4."""
-        q_AP, along = -now.gradient_AP, {}
-        for slot in reversed(self.slots):
-            along[slot] = self.inverse_MG[slot, index_A] * (self.step_MGP[slot, index_A] * q_AP).sum(dim=-1)
-            q_AP -= along[slot][:, None] * self.change_MGP[slot, index_A]
+        q_AP, along = -now.gradient_AP, list[Tensor]()
+        for pair in reversed(self.pairs):
+            along.append(pair.inverse_A * _dot(pair.step_AP, q_AP))
+            q_AP.addcmul_(along[-1][:, None], pair.change_AP, value=-1)
         r_AP = q_AP / now.curvature_AP
-        if self.slots:
-            r_AP *= self._scale(self.slots[-1], index_A, now)[:, None]
-        for slot in self.slots:
-            back_A = self.inverse_MG[slot, index_A] * (self.change_MGP[slot, index_A] * r_AP).sum(dim=-1)
-            r_AP += (along[slot] - back_A)[:, None] * self.step_MGP[slot, index_A]
+        if self.pairs:
+            r_AP *= self._scale(self.pairs[-1], now)[:, None]
+        for pair in self.pairs:
+            back_A = along.pop() - pair.inverse_A * _dot(pair.change_AP, r_AP)
+            r_AP.addcmul_(back_A[:, None], pair.step_AP)
         return r_AP
 
-    def _scale(self, slot: int, index_A: Tensor, now: Evaluation) -> Tensor:
+    @staticmethod
+    def _scale(pair: _Pair, now: Evaluation) -> Tensor:
         """What the preconditioner is multiplied with (A,), so that it is right along the latest step (equation 7.20)."""
-        inverse_A = self.inverse_MG[slot, index_A]
-        scale_A = 1 / (inverse_A * (self.change_MGP[slot, index_A] ** 2 / now.curvature_AP).sum(dim=-1))
-        return torch.where(inverse_A > 0, scale_A, 1.0)
+        scale_A = 1 / (pair.inverse_A * _dot(pair.change_AP, pair.change_AP / now.curvature_AP))
+        return torch.where(pair.inverse_A > 0, scale_A, 1.0)
+
+
+def _dot(one_AP: Tensor, two_AP: Tensor) -> Tensor:
+    """Of each problem (A,)."""
+    product_A: Tensor = torch.linalg.vecdot(one_AP, two_AP)
+    return product_A
 
 
 class _Progress:

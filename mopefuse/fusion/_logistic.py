@@ -28,6 +28,7 @@ _TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-7}  # relative error of th
 _NOISE = {torch.float64: 1e-12, torch.float32: 1e-6}  # relative rounding error of the objective
 _MEMORY = 10
 _HISTORY_BYTES = 512 * 2**20
+_SIGN_BYTES = 256 * 2**20
 _WIDEST = 2048  # features of one eigenbasis: more are in several, as if those were uncorrelated
 _SAMPLED = 32768  # samples that the covariance is estimated from
 _LEAST_CURVATURE = 1e-8
@@ -89,48 +90,68 @@ class Sigmoids:
 
     Args:
         targets: zeros and ones (S, all labels) by row. columns_N: the labels.
-        weight_2N: of samples without a label, and with it.
+        weight_2N: of samples without a label, and with it; None where all count the same.
     """
 
     joint = False
 
-    def __init__(self, targets: Table, columns_N: Tensor, weight_2N: Tensor) -> None:
+    def __init__(self, targets: Table, columns_N: Tensor, weight_2N: Tensor | None) -> None:
         self.targets, self.columns_N, self.weight_2N = targets, columns_N, weight_2N
+        self._room = _SIGN_BYTES
+        self._signs: dict[int, Tensor] = {}
+
+    def _sign(self, rows: slice) -> Tensor:
+        """1 where a sample has a label, else -1 (B, N); kept while there is room."""
+        sign_BN = self._signs.get(rows.start)
+        if sign_BN is None:
+            targets_BN = self.targets[torch.arange(rows.start, rows.stop)][:, self.columns_N]
+            sign_BN = (targets_BN > 0.5).to(torch.int8).mul_(2).sub_(1)
+            if sign_BN.numel() <= self._room:
+                self._room -= sign_BN.numel()
+                self._signs[rows.start] = sign_BN
+        return sign_BN
 
     def block(self, rows: slice, logits_BA: Tensor, index_A: Tensor) -> BlockLoss:
         """Of the labels with the numbers `index_A` among `columns_N`."""
-        has_BA = self.targets[torch.arange(rows.start, rows.stop)][:, self.columns_N[index_A]] > 0.5
-        without_A, with_A = self.weight_2N[:, index_A].to(logits_BA.dtype)
-        weight_BA = torch.where(has_BA, with_A, without_A)
-        margin_BA = torch.where(has_BA, logits_BA, -logits_BA)
-        wrong_BA = torch.sigmoid(-margin_BA)
-        slope_BA = wrong_BA * weight_BA
-        curvature_BA = slope_BA * (1 - wrong_BA)
-        loss_A = (F.softplus(-margin_BA) * weight_BA).sum(dim=0, dtype=torch.double)
-        return BlockLoss(loss_A, torch.where(has_BA, -slope_BA, slope_BA), curvature_BA.sum(dim=0, dtype=torch.double))
+        sign_BA = self._sign(rows)
+        if len(index_A) < sign_BA.shape[1]:
+            sign_BA = sign_BA[:, index_A]
+        against_BA = torch.mul(logits_BA, sign_BA).neg_()
+        loss_BA, wrong_BA = F.softplus(against_BA), torch.sigmoid(against_BA)
+        curvature_BA = torch.addcmul(wrong_BA, wrong_BA, wrong_BA, value=-1)
+        slope_BA = wrong_BA.mul_(sign_BA).neg_()
+        if self.weight_2N is not None:
+            without_A, with_A = self.weight_2N[:, index_A].to(logits_BA.dtype)
+            weight_BA = torch.where(sign_BA > 0, with_A, without_A)
+            for tensor in (loss_BA, slope_BA, curvature_BA):
+                tensor.mul_(weight_BA)
+        return BlockLoss(loss_BA.sum(dim=0, dtype=torch.double), slope_BA, curvature_BA.sum(dim=0, dtype=torch.double))
 
 
 class Softmax:
     """One multinomial regression.
 
     Args:
-        targets_S: class indices. weight_N: of the samples of each class.
+        targets_S: class indices. weight_N: of the samples of each class; None where all count the same.
     """
 
     joint = True
 
-    def __init__(self, targets_S: Tensor, weight_N: Tensor) -> None:
+    def __init__(self, targets_S: Tensor, weight_N: Tensor | None) -> None:
         self.targets_S, self.weight_N = targets_S, weight_N
 
     def block(self, rows: slice, logits_BA: Tensor, index_A: Tensor) -> BlockLoss:
         """Of all classes."""
-        actual_B = self.targets_S[rows]
-        weight_B1 = self.weight_N.to(logits_BA.dtype)[actual_B, None]
-        p_BA = logits_BA.softmax(dim=-1)
-        loss_B = F.cross_entropy(logits_BA, actual_B, reduction="none") * weight_B1[:, 0]
-        curvature_A = (p_BA * (1 - p_BA) * weight_B1).sum(dim=0, dtype=torch.double)
-        p_BA[torch.arange(len(actual_B)), actual_B] -= 1
-        return BlockLoss(loss_B.sum(dtype=torch.double)[None], p_BA.mul_(weight_B1), curvature_A)
+        actual_B1 = self.targets_S[rows, None]
+        log_p_BA = logits_BA.log_softmax(dim=-1)
+        loss_B1, slope_BA = -log_p_BA.gather(1, actual_B1), log_p_BA.exp_()
+        curvature_BA = torch.addcmul(slope_BA, slope_BA, slope_BA, value=-1)
+        slope_BA.scatter_add_(1, actual_B1, torch.full_like(loss_B1, -1.0))
+        if self.weight_N is not None:
+            weight_B1 = self.weight_N.to(logits_BA.dtype)[actual_B1]
+            for tensor in (loss_B1, slope_BA, curvature_BA):
+                tensor.mul_(weight_B1)
+        return BlockLoss(loss_B1.sum(dtype=torch.double)[None], slope_BA, curvature_BA.sum(dim=0, dtype=torch.double))
 
 
 class LogisticRegression:

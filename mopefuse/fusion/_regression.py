@@ -6,7 +6,7 @@ Shapes: S samples, C width of one side's feature, F of all features side by side
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +28,22 @@ def _silent(what: str, share: float) -> None:
     return None
 
 
+class Targets(Protocol):
+    """Class indices or rows of zeros and ones by row: a tensor, or what looks like one."""
+
+    def __len__(self) -> int:
+        """S."""
+
+    def __getitem__(self, index_B: Tensor) -> Tensor:
+        """(B,) or (B, N)."""
+
+
 class Fold(NamedTuple):
     """Pooled features (S, C) of a split by side, its targets: (S,) class indices, or (S, N) zeros and ones; and by side which
     samples (S,) lack it."""
 
     features: Mapping[str, Table]
-    targets: Tensor
+    targets: Targets
     missing: Mapping[str, Tensor] = {}
 
     def statistics(self, side: str) -> dict[str, Tensor]:
@@ -114,7 +124,7 @@ def fit_heads(
 
 
 def fit_regression(
-    train: Design, targets: Tensor, val: Design, val_targets: Tensor, how: How, advance: Advance = _silent
+    train: Design, targets: Targets, val: Design, val_targets: Targets, how: How, advance: Advance = _silent
 ) -> Regression:
     """The regression whose C does best on validation; the smallest such C.
 
@@ -123,6 +133,7 @@ def fit_regression(
     """
     best: Regression | None = None
     strengths = sorted(how.settings.strengths)
+    actual = val_targets[torch.arange(val.rows)]
     fitted = (_of_labels if how.multi_label else _of_classes)(train, targets, how)
     for number, strength in enumerate(strengths):
 
@@ -131,8 +142,8 @@ def fit_regression(
 
         weight_NF, bias_N = fitted.solve(strength, how.settings.max_iter, report)
         logits_SN = val.logits(weight_NF, bias_N)
-        thresholds = _thresholds(logits_SN, val_targets, how)
-        found = metrics.compute(logits_SN, val_targets, multi_label=how.multi_label, thresholds=thresholds)
+        thresholds = _thresholds(logits_SN, actual, how)
+        found = metrics.compute(logits_SN, actual, multi_label=how.multi_label, thresholds=thresholds)
         score = found[selected_metric(multi_label=how.multi_label)]
         if best is None or score > best.score:
             best = Regression(weight_NF, bias_N, strength, score)
@@ -172,37 +183,39 @@ class _Fitted(NamedTuple):
         return weight_NF, bias_N
 
 
-def _of_labels(train: Design, targets_SN: Tensor, how: How) -> _Fitted:
+def _of_labels(train: Design, targets_SN: Targets, how: How) -> _Fitted:
     """A binary regression for each label that some, but not all, samples have."""
     with_N = torch.zeros(how.labels, dtype=torch.double)
     for rows in row_blocks(train.rows, how.labels):
-        with_N += targets_SN[rows].sum(dim=0, dtype=torch.double)
+        with_N += targets_SN[torch.arange(rows.start, rows.stop)].sum(dim=0, dtype=torch.double)
     bias_N = torch.where(with_N > 0, _NEVER, -_NEVER).float()
     index_A = ((with_N > 0) & (with_N < train.rows)).nonzero()[:, 0]
     if not len(index_A):
         return _Fitted(None, index_A, bias_N, train.width)
     count_2A = torch.stack([train.rows - with_N, with_N])[:, index_A]
-    weight_2A = train.rows / (2 * count_2A) if how.balanced else torch.ones_like(count_2A)
-    start_A = (weight_2A[1] * count_2A[1]).log() - (weight_2A[0] * count_2A[0]).log()
+    weight_2A = train.rows / (2 * count_2A) if how.balanced else None
+    start_A = torch.zeros(len(index_A)) if how.balanced else (count_2A[1] / count_2A[0]).log()
     regression = LogisticRegression(train, Sigmoids(targets_SN, index_A, weight_2A), start_A)
     return _Fitted(regression, index_A, bias_N, train.width)
 
 
-def _of_classes(train: Design, targets_S: Tensor, how: How) -> _Fitted:
+def _of_classes(train: Design, targets: Targets, how: How) -> _Fitted:
     """A multinomial regression of the classes that some sample has; a binary one where there are two."""
+    targets_S = targets[torch.arange(train.rows)]
     count_N = torch.bincount(targets_S, minlength=how.labels).double()
     bias_N = torch.where(count_N > 0, 0.0, -_NEVER).float()
     index_A = count_N.nonzero()[:, 0]
     if len(index_A) == 1:
         return _Fitted(None, index_A, bias_N, train.width)
     count_A = count_N[index_A]
-    weight_A = train.rows / (len(index_A) * count_A) if how.balanced else torch.ones_like(count_A)
-    start_A = (weight_A * count_A).log()
+    weight_A = train.rows / (len(index_A) * count_A) if how.balanced else None
+    start_A = torch.zeros(len(index_A)) if how.balanced else count_A.log()
     place_N = torch.zeros(how.labels, dtype=torch.long)
     place_N[index_A] = torch.arange(len(index_A))
     classes_S = place_N[targets_S]
     if len(index_A) == 2:
-        loss: Sigmoids | Softmax = Sigmoids(classes_S[:, None], torch.zeros(1, dtype=torch.long), weight_A[:, None])
+        weight_21 = None if weight_A is None else weight_A[:, None]
+        loss: Sigmoids | Softmax = Sigmoids(classes_S[:, None], torch.zeros(1, dtype=torch.long), weight_21)
         start_A = start_A.diff()
     else:
         loss = Softmax(classes_S, weight_A)
