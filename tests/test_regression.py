@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from sklearn.utils.class_weight import compute_sample_weight
 from torch import Tensor
 
 from mopefuse import device as devices
+from mopefuse.cli import _train_display
 from mopefuse.config import Linear
 from mopefuse.fusion import _design, _logistic
 from mopefuse.fusion._design import Design, Side
@@ -318,3 +321,14 @@ def test_values_that_overflow_are_stepped_back_from() -> None:
 
     found = minimise(steep, torch.zeros(2, 1, dtype=torch.double), tolerance=1e-12, noise=1e-15, max_iter=200)
     torch.testing.assert_close(found, torch.full((2, 1), 2.0, dtype=torch.double).log(), atol=1e-5, rtol=0)
+
+
+def test_a_long_fit_says_how_long_it_will_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    times = iter([0.0, 0.0, 4.0, 8.0, 12.0])
+    monkeypatch.setattr(_train_display, "time", SimpleNamespace(monotonic=lambda: next(times)))
+    display = _train_display.Display(tmp_path, json=False)  # at 0 s
+    for done in (0, 10, 20, 30):  # 4 s for each tenth; a line after 10 s
+        display.reading("logistic regression on main, C 0.1", done, 100)
+    assert capsys.readouterr().err == "logistic regression on main, C 0.1  30/100  eta 0:28\n"
