@@ -17,7 +17,8 @@ from mopefuse.config import Linear, build_config
 from mopefuse.data.load import load_data
 from mopefuse.encoders._base import create_encoder, run_alone
 from mopefuse.errors import ConfigError
-from mopefuse.fusion._regression import Fold, How, fit_heads, fit_regression, statistics
+from mopefuse.fusion._design import Design, Side, statistics
+from mopefuse.fusion._regression import Fold, How, Regression, fit_heads, fit_regression
 from mopefuse.run import RunFolder
 from mopefuse.train import train
 from mopefuse.trainer import Listener
@@ -152,9 +153,19 @@ def drawn(rows: int = 40, width: int = 5, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
 
 
+def design(x: torch.Tensor, labels: int = 3) -> Design:
+    """What needs no standardising any more."""
+    known = {"mean_C": torch.zeros(x.shape[1]), "deviation_C": torch.ones(x.shape[1])}
+    return Design([Side(x, known)], len(x), labels)
+
+
+def fit(x: torch.Tensor, y: torch.Tensor, val_x: torch.Tensor, val_y: torch.Tensor, wanted: How) -> Regression:
+    return fit_regression(design(x, wanted.labels), y, design(val_x, wanted.labels), val_y, wanted)
+
+
 def test_statistics_are_those_of_the_training_split_and_constants_stay_finite() -> None:
     x = torch.cat([drawn() * 3 + 7, torch.full((40, 1), 1e4), torch.zeros(40, 1)], dim=1)
-    found = statistics(x)
+    found = statistics(x, torch.arange(len(x)))
     scaler = StandardScaler().fit(x.double().numpy())
     np.testing.assert_allclose(found["mean_C"], scaler.mean_, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(found["deviation_C"], scaler.scale_, rtol=1e-5)
@@ -164,7 +175,7 @@ def test_statistics_are_those_of_the_training_split_and_constants_stay_finite() 
 @pytest.mark.parametrize("present", [[0, 2], [1], [0, 1, 2]])
 def test_labels_that_training_does_not_have_are_never_said(present: list[int]) -> None:
     x, y = drawn(), torch.tensor(present * 40)[:40]
-    found = fit_regression(x, y, x, y, how())
+    found = fit(x, y, x, y, how())
     p = (x @ found.weight_NF.T + found.bias_N).softmax(dim=-1)
     assert p[:, [label for label in range(3) if label not in present]].sum() < 1e-4
     if len(present) == 2:
@@ -174,7 +185,7 @@ def test_labels_that_training_does_not_have_are_never_said(present: list[int]) -
 
 def test_a_label_that_every_or_no_sample_has_is_said_of_every_or_no_sample() -> None:
     x, y = drawn(), torch.stack([torch.ones(40), torch.zeros(40), (drawn(seed=1)[:, 0] > 0).float()], dim=1)
-    found = fit_regression(x, y, x, y, how(multi_label=True))
+    found = fit(x, y, x, y, how(multi_label=True))
     p = (x @ found.weight_NF.T + found.bias_N).sigmoid()
     assert p[:, 0].min() > 0.999 and p[:, 1].max() < 0.001 and 0.001 < p[:, 2].mean() < 0.999
 
@@ -182,15 +193,15 @@ def test_a_label_that_every_or_no_sample_has_is_said_of_every_or_no_sample() -> 
 def test_the_smallest_strength_that_does_best_on_validation_is_chosen() -> None:
     x = drawn(300)
     y = (x[:, 0] > 0).long()
-    easy = fit_regression(x, y, x * 2, y, how(2, settings=Linear(strengths=(10.0, 1e-9, 1.0))))
+    easy = fit(x, y, x * 2, y, how(2, settings=Linear(strengths=(10.0, 1e-9, 1.0))))
     assert easy.strength in (1.0, 10.0)
-    same = fit_regression(x, y, x[:0].new_zeros(4, 5), torch.zeros(4).long(), how(2, settings=Linear(strengths=(10.0, 1.0))))
+    same = fit(x, y, x[:0].new_zeros(4, 5), torch.zeros(4).long(), how(2, settings=Linear(strengths=(10.0, 1.0))))
     assert same.strength == 1.0
 
 
 def test_balanced_classes_weigh_the_same() -> None:
     x, y = drawn(200), torch.cat([torch.zeros(190), torch.ones(10)]).long()
-    plain, balanced = (fit_regression(x, y, x, y, how(2, balanced=on)) for on in (False, True))
+    plain, balanced = (fit(x, y, x, y, how(2, balanced=on)) for on in (False, True))
     rare = [(x @ r.weight_NF.T + r.bias_N).argmax(dim=-1).sum() for r in (plain, balanced)]
     assert rare[1] > rare[0]
 

@@ -21,7 +21,7 @@ from mopefuse.data.missing import Dropped, loss_order
 from mopefuse.errors import ConfigError, DataError
 from mopefuse.evaluate import load_model, prepared
 from mopefuse.fusion._base import Fusion
-from mopefuse.fusion._regression import statistics
+from mopefuse.fusion._design import statistics
 from mopefuse.losses import classification_loss
 from mopefuse.run import RunFolder
 
@@ -252,7 +252,7 @@ def test_a_regression_takes_what_is_missing_as_the_mean(pairs: Path, tmp_path: P
     lacking = torch.from_numpy(found.lacking["comp"])
     features = found.features["comp"][torch.arange(len(found))]
     assert 0 < lacking.sum() < len(lacking)
-    nothing = statistics(features[:0])
+    nothing = statistics(features, torch.arange(0))
     assert torch.equal(nothing["mean_C"], torch.zeros(96)) and torch.equal(nothing["deviation_C"], torch.ones(96))
     torch.testing.assert_close(model.standard["comp"].mean_C, features[~lacking].double().mean(dim=0).float())
 

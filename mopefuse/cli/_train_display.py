@@ -27,6 +27,7 @@ class Display(Listener):
         self._task: Any = None
         self._told = time.monotonic()
         self._began: tuple[int, float] | None = None
+        self._reading = _Pace()
         self._writer_type = _tensorboard() if tensorboard else None
         self._writer: Any = None
 
@@ -70,11 +71,13 @@ class Display(Listener):
         """Move the bar, or print a line now and then, while something is computed that is kept."""
         if not distributed.is_main() or self.json:
             return
+        now = time.monotonic()
+        self._reading.update(done, total, now)
         if self._bar is not None:
             self._bar.update(self._task, description=what, completed=done, total=total)
-        elif time.monotonic() - self._told >= _LINE_EVERY:
-            self._told = time.monotonic()
-            self.console.print(f"{what}  {done}/{total}", markup=False)
+        elif now - self._told >= _LINE_EVERY:
+            self._told, eta = now, self._reading.eta(now)
+            self.console.print(f"{what}  {done}/{total}{f'  eta {duration(eta)}' if eta is not None else ''}", markup=False)
 
     def step(self, progress: Progress, total: int, loss: float, lr: float) -> None:
         """Move the bar, or print a line now and then."""
@@ -131,6 +134,26 @@ class Display(Listener):
         steps = "1 step" if result["steps"] == 1 else f"{result['steps']} steps"
         out().print(f"{trained}, {steps} in {duration(result['seconds'])}", markup=False)
         out().print(f"run folder: {self.folder}", markup=False)
+
+
+class _Pace:
+    """How long a computation that reports its progress will go on, by its pace so far."""
+
+    def __init__(self) -> None:
+        self.total = self.first = self.done = 0
+        self.began = 0.0
+
+    def update(self, done: int, total: int, now: float) -> None:
+        """Note the progress at a time in seconds; another total, or less done than before, is another computation."""
+        if total != self.total or done < self.done:
+            self.total, self.first, self.began = total, done, now
+        self.done = done
+
+    def eta(self, now: float) -> float | None:
+        """Seconds left; None where nothing was done since the computation began."""
+        if self.done <= self.first:
+            return None
+        return (now - self.began) / (self.done - self.first) * (self.total - self.done)
 
 
 def _tested(result: dict[str, Any]) -> dict[str, Any]:

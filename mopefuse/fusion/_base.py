@@ -26,7 +26,7 @@ from mopefuse.config import RunConfig
 from mopefuse.data._base import Batch
 from mopefuse.encoders._base import Encoder, Inputs, Preprocess, run_frozen
 from mopefuse.errors import CheckpointError, ConfigError, DataError
-from mopefuse.fusion._regression import Fold, How, Standard, fit_heads
+from mopefuse.fusion._regression import Advance, Fold, How, Standard, fit_heads
 from mopefuse.sides import is_comp, specs
 
 
@@ -318,17 +318,18 @@ class Fusion(nn.Module):
             for name, tensor in expected.items():
                 tensor.copy_(state[name])
 
-    def fit(self, train: Fold, val: Fold, how: How) -> tuple[dict[str, Tensor], dict[str, float]]:
+    def fit(self, train: Fold, val: Fold, how: How, advance: Advance) -> tuple[dict[str, Tensor], dict[str, float]]:
         """What to begin with where `standard` is set: the head as a regression on the features of the encoders unprompted.
 
         Args:
             train, val: pooled features of the sides in `standard`.
+            advance: called now and then with what is being fitted and the share of the work that is done.
 
         Returns:
             Tensors of ours by name, and the C that validation chose.
         """
         assert self.standard is not None
-        return fit_heads({"head": tuple(self.standard)}, train, val, how)
+        return fit_heads({"head": tuple(self.standard)}, train, val, how, advance)
 
     def pace(self, name: str) -> str:
         """Whose learning rate a parameter of ours has: "main", "comp", "head", or "tuned" for those of the main encoder."""

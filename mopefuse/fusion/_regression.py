@@ -5,38 +5,57 @@ Shapes: S samples, C width of one side's feature, F of all features side by side
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mopefuse import metrics
 from mopefuse.config import Linear
+from mopefuse.data.collate import Table
+from mopefuse.fusion._design import Design, Side, row_blocks, statistics
+from mopefuse.fusion._logistic import LogisticRegression, Sigmoids, Softmax
 from mopefuse.gates import selected_metric
 
 _NEVER = 30.0  # logit of what training has never, or always: a probability of 1e-13
+
+Advance = Callable[[str, float], None]
+"""Called with what is being fitted and the estimated share of all work that is done."""
+
+
+def _silent(what: str, share: float) -> None:
+    return None
+
+
+class Targets(Protocol):
+    """Class indices or rows of zeros and ones by row: a tensor, or what looks like one."""
+
+    def __len__(self) -> int:
+        """S."""
+
+    def __getitem__(self, index_B: Tensor) -> Tensor:
+        """(B,) or (B, N)."""
 
 
 class Fold(NamedTuple):
     """Pooled features (S, C) of a split by side, its targets: (S,) class indices, or (S, N) zeros and ones; and by side which
     samples (S,) lack it."""
 
-    features: Mapping[str, Tensor]
-    targets: Tensor
+    features: Mapping[str, Table]
+    targets: Targets
     missing: Mapping[str, Tensor] = {}
 
-    def there(self, side: str) -> Tensor:
-        """Features (S, C) of the samples that have them."""
-        return self.features[side][~self.missing[side]] if side in self.missing else self.features[side]
+    def statistics(self, side: str) -> dict[str, Tensor]:
+        """The buffers of `Standard`, of the samples that have the side."""
+        every_S = torch.arange(len(self.targets))
+        present_S = every_S[~self.missing[side]] if side in self.missing else every_S
+        return statistics(self.features[side], present_S)
 
-    def standardised(self, side: str, known: Mapping[str, Tensor]) -> Tensor:
-        """Features (S, C) less their mean by their deviation; 0 of samples that lack them."""
-        ready_SC = (self.features[side] - known["mean_C"]) / known["deviation_C"]
-        return ready_SC.masked_fill(self.missing[side][:, None], 0.0) if side in self.missing else ready_SC
+    def design(self, known: Mapping[str, Mapping[str, Tensor]], labels: int) -> Design:
+        """The standardised features of the sides in `known`, which has the buffers of `Standard` for each."""
+        sides = [Side(self.features[side], buffers, self.missing.get(side)) for side, buffers in known.items()]
+        return Design(sides, len(self.targets), labels)
 
 
 class How(NamedTuple):
@@ -77,18 +96,8 @@ class Standard(nn.Module):
         return (feature_BC.float() - self.mean_C) / self.deviation_C
 
 
-def statistics(feature_SC: Tensor) -> dict[str, Tensor]:
-    """The buffers of `Standard` for a training split; what never changes, or is not there, keeps a deviation of 1."""
-    if not len(feature_SC):
-        return {"mean_C": torch.zeros(feature_SC.shape[1]), "deviation_C": torch.ones(feature_SC.shape[1])}
-    wide_SC = feature_SC.double()
-    deviation_C = wide_SC.std(dim=0, correction=0)
-    constant_C = deviation_C <= 1e-6 * wide_SC.abs().mean(dim=0).clamp(min=1e-6)
-    return {"mean_C": wide_SC.mean(dim=0).float(), "deviation_C": deviation_C.masked_fill(constant_C, 1.0).float()}
-
-
 def fit_heads(
-    heads: Mapping[str, Sequence[str]], train: Fold, val: Fold, how: How
+    heads: Mapping[str, Sequence[str]], train: Fold, val: Fold, how: How, advance: Advance = _silent
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """A regression for each head on the sides that it takes, their features standardised and side by side.
 
@@ -98,32 +107,43 @@ def fit_heads(
     state: dict[str, Tensor] = {}
     chosen: dict[str, float] = {}
     sides = dict.fromkeys(side for group in heads.values() for side in group)
-    known = {side: statistics(train.there(side)) for side in sides}
+    known = {side: train.statistics(side) for side in sides}
     for side, found in known.items():
         state |= {f"standard.{side}.{name}": tensor for name, tensor in found.items()}
+    for number, (name, group) in enumerate(heads.items()):
+        on, own = " and ".join(group), {side: known[side] for side in group}
 
-    def ready(fold: Fold, group: Sequence[str]) -> Tensor:
-        return torch.cat([fold.standardised(side, known[side]) for side in group], dim=1)
+        def report(what: str, share: float, begun: int = number, on: str = on) -> None:
+            advance(f"logistic regression on {on}, {what}", (begun + share) / len(heads))
 
-    for name, group in heads.items():
-        regression = fit_regression(ready(train, group), train.targets, ready(val, group), val.targets, how)
+        designs = train.design(own, how.labels), val.design(own, how.labels)
+        regression = fit_regression(designs[0], train.targets, designs[1], val.targets, how, report)
         state |= {f"{name}.weight": regression.weight_NF, f"{name}.bias": regression.bias_N}
-        chosen[" and ".join(group)] = regression.strength
+        chosen[on] = regression.strength
     return state, chosen
 
 
-def fit_regression(train_SF: Tensor, train: Tensor, val_SF: Tensor, val: Tensor, how: How) -> Regression:
+def fit_regression(
+    train: Design, targets: Targets, val: Design, val_targets: Targets, how: How, advance: Advance = _silent
+) -> Regression:
     """The regression whose C does best on validation; the smallest such C.
 
     Args:
-        train_SF, val_SF: standardised features. train, val: targets.
+        targets, val_targets: (S,) class indices, or (S, N) zeros and ones.
     """
     best: Regression | None = None
-    for strength in sorted(how.settings.strengths):
-        weight_NF, bias_N = _fit(train_SF, train, strength, how)
-        logits_SN = val_SF @ weight_NF.T + bias_N
-        thresholds = _thresholds(logits_SN, val, how)
-        found = metrics.compute(logits_SN, val, multi_label=how.multi_label, thresholds=thresholds)
+    strengths = sorted(how.settings.strengths)
+    actual = val_targets[torch.arange(val.rows)]
+    fitted = (_of_labels if how.multi_label else _of_classes)(train, targets, how)
+    for number, strength in enumerate(strengths):
+
+        def report(share: float, begun: int = number, strength: float = strength) -> None:
+            advance(f"C {strength:g}", (begun + share) / len(strengths))
+
+        weight_NF, bias_N = fitted.solve(strength, how.settings.max_iter, report)
+        logits_SN = val.logits(weight_NF, bias_N)
+        thresholds = _thresholds(logits_SN, actual, how)
+        found = metrics.compute(logits_SN, actual, multi_label=how.multi_label, thresholds=thresholds)
         score = found[selected_metric(multi_label=how.multi_label)]
         if best is None or score > best.score:
             best = Regression(weight_NF, bias_N, strength, score)
@@ -137,39 +157,66 @@ def _thresholds(logits_SN: Tensor, val: Tensor, how: How) -> metrics.Thresholds:
     return metrics.THRESHOLD if isinstance(how.threshold, str) else how.threshold
 
 
-def _fit(train_SF: Tensor, targets: Tensor, strength: float, how: How) -> tuple[Tensor, Tensor]:
-    """Weight (N, F) and bias (N,): multinomial, or one regression for each label of multi-label data."""
-    x_SF = train_SF.double().numpy()
-    weight_NF, bias_N = np.zeros((how.labels, x_SF.shape[1])), np.full(how.labels, -_NEVER)
-    if how.multi_label:
-        for label, y_S in enumerate(targets.int().T.numpy()):
-            if y_S.min() == y_S.max():
-                bias_N[label] = _NEVER if y_S[0] else -_NEVER
-            else:
-                rows, biases = _one(x_SF, y_S, strength, how)
-                weight_NF[label], bias_N[label] = rows[0], biases[0]
+class _Fitted(NamedTuple):
+    """Regressions of the labels that the training split tells apart, among all labels.
+
+    Args:
+        regression: None where there is nothing to tell apart.
+        index_A: labels that are fitted; of two classes both, though their regression has one row.
+        bias_N: of all labels where no feature says more.
+        width: F.
+    """
+
+    regression: LogisticRegression | None
+    index_A: Tensor
+    bias_N: Tensor
+    width: int
+
+    def solve(self, strength: float, max_iter: int, advance: Callable[[float], None]) -> tuple[Tensor, Tensor]:
+        """Weight (N, F) and bias (N,) for a C, in float32."""
+        weight_NF, bias_N = torch.zeros(len(self.bias_N), self.width), self.bias_N.clone()
+        if self.regression is not None:
+            rows_AF, row_biases_A = self.regression.solve(strength, max_iter, advance)
+            if len(rows_AF) < len(self.index_A):  # of the second of two classes: half of it each way gives the same softmax
+                rows_AF, row_biases_A = torch.cat([-rows_AF, rows_AF]) / 2, torch.cat([-row_biases_A, row_biases_A]) / 2
+            weight_NF[self.index_A], bias_N[self.index_A] = rows_AF.float(), row_biases_A.float()
+        return weight_NF, bias_N
+
+
+def _of_labels(train: Design, targets_SN: Targets, how: How) -> _Fitted:
+    """A binary regression for each label that some, but not all, samples have."""
+    with_N = torch.zeros(how.labels, dtype=torch.double)
+    for rows in row_blocks(train.rows, how.labels):
+        with_N += targets_SN[torch.arange(rows.start, rows.stop)].sum(dim=0, dtype=torch.double)
+    bias_N = torch.where(with_N > 0, _NEVER, -_NEVER).float()
+    index_A = ((with_N > 0) & (with_N < train.rows)).nonzero()[:, 0]
+    if not len(index_A):
+        return _Fitted(None, index_A, bias_N, train.width)
+    count_2A = torch.stack([train.rows - with_N, with_N])[:, index_A]
+    weight_2A = train.rows / (2 * count_2A) if how.balanced else None
+    start_A = torch.zeros(len(index_A)) if how.balanced else (count_2A[1] / count_2A[0]).log()
+    regression = LogisticRegression(train, Sigmoids(targets_SN, index_A, weight_2A), start_A)
+    return _Fitted(regression, index_A, bias_N, train.width)
+
+
+def _of_classes(train: Design, targets: Targets, how: How) -> _Fitted:
+    """A multinomial regression of the classes that some sample has; a binary one where there are two."""
+    targets_S = targets[torch.arange(train.rows)]
+    count_N = torch.bincount(targets_S, minlength=how.labels).double()
+    bias_N = torch.where(count_N > 0, 0.0, -_NEVER).float()
+    index_A = count_N.nonzero()[:, 0]
+    if len(index_A) == 1:
+        return _Fitted(None, index_A, bias_N, train.width)
+    count_A = count_N[index_A]
+    weight_A = train.rows / (len(index_A) * count_A) if how.balanced else None
+    start_A = torch.zeros(len(index_A)) if how.balanced else count_A.log()
+    place_N = torch.zeros(how.labels, dtype=torch.long)
+    place_N[index_A] = torch.arange(len(index_A))
+    classes_S = place_N[targets_S]
+    if len(index_A) == 2:
+        weight_21 = None if weight_A is None else weight_A[:, None]
+        loss: Sigmoids | Softmax = Sigmoids(classes_S[:, None], torch.zeros(1, dtype=torch.long), weight_21)
+        start_A = start_A.diff()
     else:
-        y_S = targets.numpy()
-        present = np.unique(y_S)
-        if len(present) == 1:
-            bias_N[present] = 0.0
-        else:
-            rows, biases = _one(x_SF, y_S, strength, how)
-            if len(present) == 2:  # one row, of the second class: half of it each way gives the same softmax
-                rows, biases = np.concatenate([-rows, rows]) / 2, np.concatenate([-biases, biases]) / 2
-            weight_NF[present], bias_N[present] = rows, biases
-    return torch.from_numpy(weight_NF).float(), torch.from_numpy(bias_N).float()
-
-
-def _one(
-    x_SF: NDArray[np.float64], y_S: NDArray[np.int64], strength: float, how: How
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    from sklearn.exceptions import ConvergenceWarning  # seconds to import, and only needed here
-    from sklearn.linear_model import LogisticRegression
-
-    weights = "balanced" if how.balanced else None
-    model = LogisticRegression(C=strength, class_weight=weights, max_iter=how.settings.max_iter)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # a regression cut short is a regularised one; validation judges
-        model.fit(x_SF, y_S)
-    return model.coef_, model.intercept_
+        loss = Softmax(classes_S, weight_A)
+    return _Fitted(LogisticRegression(train, loss, start_A), index_A, bias_N, train.width)

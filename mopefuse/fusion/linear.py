@@ -1,7 +1,7 @@
 """Logistic regression on frozen features: what a practitioner tries first, and what a fusion has to beat.
 
-Multinomial logistic regression (Cox, J. R. Stat. Soc. B 20, 1958), as scikit-learn fits it, on features of the frozen
-encoders that are standardised by the training split; C is chosen on validation. It takes no training step.
+Logistic regression, with the objective of scikit-learn's, on features of the frozen encoders that are standardised by the
+training split; C is chosen on validation. It takes no training step.
 
 Shapes: B batch, C width of one side's feature, N labels.
 """
@@ -19,7 +19,7 @@ from mopefuse.config import RunConfig
 from mopefuse.data._base import Batch
 from mopefuse.encoders._base import Encoder
 from mopefuse.fusion._base import Fusion, Output
-from mopefuse.fusion._regression import Fold, How, fit_heads
+from mopefuse.fusion._regression import Advance, Fold, How, fit_heads
 from mopefuse.sides import is_comp
 
 
@@ -63,11 +63,11 @@ class LinearFusion(Fusion):
         each_BN = [heads[side](self.or_absent(side, feature_BC, batch)) for side, feature_BC in normed.items()]
         return Output(torch.where(multi, mean_of_sigmoids(*each_BN), mean_of_softmaxes(*each_BN)))
 
-    def fit(self, train: Fold, val: Fold, how: How) -> tuple[dict[str, Tensor], dict[str, float]]:
+    def fit(self, train: Fold, val: Fold, how: How, advance: Advance) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Weights of the regression, or of both, and the C of each."""
         if not self.average:
-            return super().fit(train, val, how)
-        state, chosen = fit_heads({f"head.{side}": (side,) for side in self.uses}, train, val, how)
+            return super().fit(train, val, how, advance)
+        state, chosen = fit_heads({f"head.{side}": (side,) for side in self.uses}, train, val, how, advance)
         return state | {"multi_label": torch.tensor(how.multi_label)}, chosen
 
 
