@@ -102,8 +102,7 @@ def _conditions(encoder: Encoder, config: RunConfig, device: torch.device) -> tu
     machine = (device.type, torch.get_num_threads(), torch.backends.cpu.get_cpu_capability())
     if device.type == "cuda":
         machine = (torch.cuda.get_device_name(device), 0, "")
-    about = (encoder.fingerprint(), encoder.spec, encoder.preprocess.describe(), config.train.precision)
-    return (*about, torch.__version__, *machine)
+    return (encoder.fingerprint(), encoder.digest(), config.train.precision, *machine)
 
 
 def _probe(samples: Samples, first_U: NDArray[np.int64]) -> str:

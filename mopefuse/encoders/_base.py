@@ -14,6 +14,7 @@ import hashlib
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from mopefuse import registry
 from mopefuse.config import Lora
-from mopefuse.encoders import _lora
+from mopefuse.encoders import _description, _lora
 from mopefuse.encoders._attention import Insert, Prompt
 from mopefuse.encoders.aliases import ALIASES
 from mopefuse.errors import EncoderError, MopefuseError, PluginError
@@ -84,6 +85,7 @@ class Encoder(nn.Module):
     recompute: bool = False  # whether promptable blocks keep no activations, see `_recompute`
     insertable: bool = False  # whether its layers take other tokens beside its own, see `Insert` and `run_layer`
     lora_targets: tuple[str, ...] = ()  # names of the query and value projections, as submodules that are called
+    libraries: tuple[str, ...] = ()  # distributions whose code computes its features, beside torch and mopefuse
     why_not_main: str = ""  # for an encoder without promptable layers: the reason, for the error message
 
     def __init__(self, spec: Spec) -> None:
@@ -195,6 +197,30 @@ class Encoder(nn.Module):
         if self.adapted:
             _lora.train_dropout(self, mode)
         return self
+
+    def architecture(self) -> dict[str, Any]:
+        """Every plain value of the model that its features depend on, besides its weights: resolved configuration, pooling.
+
+        By default the name and the options in the spec; a family that reads a configuration returns that, without paths.
+        """
+        options = {key: value for key, value in self.spec.options.items() if key not in _description.SOURCES}
+        stored = Path(self.spec.name).expanduser().exists()  # a path says where it is, not what it is
+        return {"class": type(self).__name__, **({} if stored else {"name": self.spec.name}), **options}
+
+    def describe(self) -> dict[str, Any]:
+        """What determines its features besides its weights: sections ``model``, ``preprocess`` and ``libraries``."""
+        owners = [registry.distribution(point) for point in registry.claimed(registry.ENCODERS, self.spec.scheme)]
+        description = {
+            "model": self.architecture(),
+            "preprocess": _description.preprocess_values(self.preprocess),
+            "libraries": _description.versions(("mopefuse", "torch", *self.libraries, *owners)),
+        }
+        plain: dict[str, Any] = _description.plain(description)
+        return plain
+
+    def digest(self) -> str:
+        """16 hex digits that change with any value of `describe`, library versions among them."""
+        return _description.digest(self.describe())
 
     def fingerprint(self) -> str:
         """16 hex digits that change with the name, shape or type of any weight and with any one value; not with LoRA."""

@@ -38,6 +38,7 @@ from mopefuse.registry import Spec
 
 _OURS = ("pretrained", "weights", "max_tokens")
 _TOWERS = {"visual": "image", "text": "text"}
+_CONFIGS = {"visual": "vision_cfg", "text": "text_cfg"}
 
 
 class OpenCLIPEncoder(PromptedEncoder):
@@ -48,12 +49,14 @@ class OpenCLIPEncoder(PromptedEncoder):
         CheckpointError: ``weights`` is damaged, a pickle, or does not fit.
     """
 
+    libraries = ("open-clip-torch", "timm", "tokenizers", "transformers", "pillow")
 
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)
         name, tag, tower = _parse(spec)
         self.modality = _TOWERS[tower]
         config, statistics = _config(spec, name, tag, tower)
+        self._architecture = {"tower": tower, **{key: config[key] for key in ("embed_dim", "quick_gelu", _CONFIGS[tower])}}
         model, self.revision = _load(spec, config, name, tag)
         self.backbone: Any = getattr(model, tower)
         if "weights" in spec.options:
@@ -76,6 +79,10 @@ class OpenCLIPEncoder(PromptedEncoder):
             self.token_width = self.widths[-1] if self.widths else 0
         else:
             self._prompt_tower()
+
+    def architecture(self) -> dict[str, Any]:
+        """The tower's configuration with the options applied."""
+        return self._architecture
 
     def _prompt_tower(self) -> None:
         blocks, self.why_not_main = _promptable(self.backbone)

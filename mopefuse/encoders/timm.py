@@ -48,6 +48,7 @@ class TimmEncoder(PromptedEncoder):
     """
 
     modality = "image"
+    libraries = ("timm", "pillow")
 
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)
@@ -60,6 +61,11 @@ class TimmEncoder(PromptedEncoder):
             self.feature_width = self.token_width
         self.preprocess = _preprocess(self.backbone, spec)
         prompt_model(self, self.backbone)
+
+    def architecture(self) -> dict[str, Any]:
+        """The model's name without the tag of its weights, the options of its constructor, and the pooling."""
+        options = _options.library_options(self.spec, (*_OURS, "img_size"))  # the size is the preprocess's
+        return {"name": self.spec.name.partition(".")[0], "pool": self._pool, **options}
 
     def _run(self, inputs: Inputs) -> Encoded:
         features = self.backbone.forward_features(inputs["pixels"])
