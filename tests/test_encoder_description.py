@@ -6,6 +6,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def processor(**changes: Any) -> Callable[[Path], None]:
 CHANGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "pooling": ("bert", pooling, "model.pool: was"),
     "activation of a text encoder": ("bert", lambda folder: edit_config(folder, hidden_act="relu"), "model.hidden_act: was"),
-    "heads of a text encoder": ("bert", lambda folder: edit_config(folder, num_attention_heads=2), "model.num_attention_heads: was"),
+    "heads of a text encoder": ("bert", lambda folder: edit_config(folder, num_attention_heads=2), "num_attention_heads: was"),
     "epsilon": ("bert", lambda folder: edit_config(folder, layer_norm_eps=1e-2), "model.layer_norm_eps: was"),
     "most tokens": ("bert", lambda folder: edit(folder / "sentence_bert_config.json", max_seq_length=3), "max_tokens: was"),
     "vocabulary": ("bert", other_word, "preprocess.tokenizer."),
@@ -63,7 +64,9 @@ CHANGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "deviation": ("vit", processor(image_std=[0.1, 0.2, 0.3]), "preprocess.std: was"),
     "interpolation": ("vit", processor(resample=3), "preprocess.interpolation: was"),
     "size of the crop": (
-        "vit", processor(size={"shortest_edge": 40}, do_center_crop=True, crop_size={"height": 32, "width": 32}), "preprocess.resize: was",
+        "vit",
+        processor(size={"shortest_edge": 40}, do_center_crop=True, crop_size={"height": 32, "width": 32}),
+        "preprocess.resize: was",
     ),
 }  # fmt: skip
 
@@ -161,9 +164,9 @@ def test_another_version_of_a_library_gives_a_notice_and_computes_features_anew(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_model(RunFolder(tmp_path / "run"), "best", CPU)
-    installed = _description.metadata.version
+    installed = metadata.version
     newer = lambda name: "99.0" if name == "transformers" else installed(name)  # noqa: E731
-    monkeypatch.setattr(_description.metadata, "version", newer)
+    monkeypatch.setattr(metadata, "version", newer)
     with pytest.warns(Notice, match=r"other versions of libraries \(transformers .*, now 99.0\)"):
         load_model(RunFolder(tmp_path / "run"), "best", CPU)
     encoder = create_encoder(f"hf:{folders['bert']}")
@@ -189,21 +192,26 @@ def test_a_description_is_the_same_wherever_the_encoder_is_stored(folders: dict[
     assert create_encoder(f"hf:{folders['vit']}").digest() == create_encoder(f"hf:{tmp_path / 'again'}").digest()
 
 
+VIT = "timm:vit_tiny_patch16_224?pretrained=false&depth=1"
+CLIP = "open_clip:mopefuse-tiny#{}?pretrained=false"
+
+
 @pytest.mark.parametrize(
-    ("spec", "other", "said"),
+    ("spec", "option", "said"),
     [
-        ("tiny:text?pretrained=false", "tiny:text?pretrained=false&pool=cls", "model.pool"),
-        ("timm:vit_tiny_patch16_224?pretrained=false&depth=1", "timm:vit_tiny_patch16_224?pretrained=false&depth=1&pool=avg", "model.pool"),
-        ("timm:vit_tiny_patch16_224?pretrained=false&depth=1", "timm:vit_tiny_patch16_224?pretrained=false&depth=1&mean=0.1", "preprocess.mean"),
-        ("timm:vit_tiny_patch16_224?pretrained=false&depth=1", "timm:vit_tiny_patch16_224?pretrained=false&depth=1&num_heads=6", "model.num_heads"),
-        ("open_clip:mopefuse-tiny#text?pretrained=false", "open_clip:mopefuse-tiny#text?pretrained=false&max_tokens=7", "preprocess.max_tokens"),
-        ("open_clip:mopefuse-tiny#visual?pretrained=false", "open_clip:mopefuse-tiny#visual?pretrained=false&force_quick_gelu=true", "model.quick_gelu"),
-        ("open_clip:mopefuse-tiny#visual?pretrained=false", "open_clip:mopefuse-tiny#visual?pretrained=false&force_image_size=64", "preprocess.size"),
+        ("tiny:text?pretrained=false", "pool=cls", "model.pool"),
+        (VIT, "pool=avg", "model.pool"),
+        (VIT, "mean=0.1", "preprocess.mean"),
+        (VIT, "num_heads=6", "model.num_heads"),
+        (VIT, "size=32", "preprocess.size"),
+        (CLIP.format("text"), "max_tokens=7", "preprocess.max_tokens"),
+        (CLIP.format("visual"), "force_quick_gelu=true", "model.quick_gelu"),
+        (CLIP.format("visual"), "size=64", "preprocess.size"),
     ],
-)  # fmt: skip
-def test_options_that_change_the_computation_are_described(tmp_path: Path, spec: str, other: str, said: str) -> None:
+)
+def test_options_that_change_the_computation_are_described(tmp_path: Path, spec: str, option: str, said: str) -> None:
     add_open_clip_models(tmp_path)
-    one, two = create_encoder(spec), create_encoder(other)
+    one, two = create_encoder(spec), create_encoder(f"{spec}&{option}")
     found = _description.differences(one.describe(), two.describe())
     assert any(text.startswith(said) for text in found), found
     assert one.describe()["libraries"].keys() >= {"mopefuse", "torch"}

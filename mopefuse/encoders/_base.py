@@ -26,6 +26,7 @@ from mopefuse.encoders import _description, _lora
 from mopefuse.encoders._attention import Insert, Prompt
 from mopefuse.encoders.aliases import ALIASES
 from mopefuse.errors import EncoderError, MopefuseError, PluginError
+from mopefuse.modality import of
 from mopefuse.registry import Spec
 
 __all__ = ["Encoded", "Encoder", "Inputs", "Insert", "Preprocess", "Prompt", "PromptAt", "create_encoder"]
@@ -217,6 +218,21 @@ class Encoder(nn.Module):
         }
         plain: dict[str, Any] = _description.plain(description)
         return plain
+
+    def count_tokens(self) -> int:
+        """Tokens of a value that says nothing, in one forward pass: of an image, patches and class token.
+
+        They are counted where they enter the first promptable layer; of an encoder without one, where they leave the last.
+        """
+        counted: list[int] = []
+
+        def count(layer: int, tokens_BLD: Tensor, mask_BL: Tensor | None) -> None:
+            counted.append(tokens_BLD.shape[1])
+
+        inputs = self.preprocess.batch([self.preprocess.item(of(self.modality).nothing())])
+        with torch.no_grad():
+            encoded = self.encode(inputs, count if self.widths else None)
+        return counted[0] if counted else encoded.tokens_BLD.shape[1]
 
     def digest(self) -> str:
         """16 hex digits that change with any value of `describe`, library versions among them."""

@@ -31,7 +31,6 @@ from mopefuse.encoders._prompted import PromptedEncoder
 from mopefuse.errors import CheckpointError, EncoderError
 from mopefuse.registry import Spec
 
-
 _NO_PART = frozenset({
     "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "id2label", "label2id", "num_labels",
     "problem_type", "return_dict", "output_hidden_states", "output_attentions", "use_cache", "finetuning_task",

@@ -76,9 +76,9 @@ class ImagePreprocess:
 
 
 _EXAMPLES = (
-    "", "a", "A photo of two cats.", "Don't STOP: naïve café, Straße!", "  several   spaces\tand\nlines ", "3.14 is not 1,000,000",
-    "internationalisation antidisestablishmentarianism", "日本語のテキスト", "мир и война", "emoji 🎉👩‍👩‍👧", "<s> [CLS] </s> <|endoftext|>",
-    " ".join(["word"] * 1024),
+    "", "a", "A photo of two cats.", "Don't STOP: naïve café, Straße!", "  several   spaces\tand\nlines ", "3.14 is not 1,000",
+    "internationalisation antidisestablishmentarianism", "日本語のテキスト", "мир и война", "emoji 🎉👩‍👩‍👧",
+    "<s> [CLS] </s> <|endoftext|>", " ".join(["word"] * 1024),
 )  # fmt: skip
 Tokenize = Callable[[list[str], int], tuple[Tensor, Tensor]]
 Save = Callable[[Path], dict[str, Any]]
