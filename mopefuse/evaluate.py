@@ -21,7 +21,7 @@ from mopefuse.config import RunConfig, build_config
 from mopefuse.data._base import DataSet, Row, Split
 from mopefuse.data.collate import Samples, plain_batches
 from mopefuse.data.columns import require_column
-from mopefuse.data.features import fill, split_features
+from mopefuse.data.features import split_features
 from mopefuse.data.load import load_data
 from mopefuse.data.missing import Dropped
 from mopefuse.encoders._base import full_spec
@@ -275,9 +275,8 @@ def run_split(
     routing: dict[int, Tensor] = {}
     load_LK: Tensor | None = None
     for batch in samples.batches(keys, pin=device.type == "cuda"):
-        batch = fill(model, batch.to(device), config, device)
         with devices.autocast(config.train.precision, device):
-            output = model(batch)
+            output = model(batch.to(device))
         mine.update(zip(batch.index.tolist(), output.logits.float().cpu(), strict=True))
         if output.load_LK is not None:
             load_LK = output.load_LK.float().cpu() + (0 if load_LK is None else load_LK)
@@ -328,8 +327,7 @@ def prepared(
         if not (training and of(encoder.modality).is_picture and config.data.augment != "none"):
             told = partial(reading, f"{encoder.spec.name} on {split}")
             features[side] = split_features(encoder, data, split, config, device, advance=told)
-            count = len(features[side].table_UC)
-            what = f"{count:,} different {of(encoder.modality).plural}"
+            what = f"{features[side].different:,} different {of(encoder.modality).plural}"
             notice(f"{split}: {what} encoded once by {encoder.spec}, {features[side].origin}")
     samples = Samples(data, split, model.readers(), config.data, features=features, seed=config.seed, training=training)
     model.require_all_but(samples.lacking, where=split)

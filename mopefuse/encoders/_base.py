@@ -306,20 +306,30 @@ def run_frozen(encoder: Encoder, inputs: Inputs) -> Encoded:
         return encoder.encode(inputs)
 
 
-def run_alone(encoder: Encoder, inputs: Inputs) -> Tensor:
-    """Pooled features (B, C) of a frozen encoder, each sample by itself and without padding that it does not need.
+_ELEMENTS = 64 * 3 * 224 * 224  # most elements of one input tensor of a batch, as pixels and tokens are
+_SAMPLES = 64
 
-    Kernels round differently for batches of other shapes, so only this gives a sample the same bits in every batch; it
-    is the form that is cached. On a GPU, where it would be slow and bits are not promised, it is one batch.
+
+def encode_pooled(encoder: Encoder, inputs: Inputs) -> Tensor:
+    """Pooled features (B, C) of a frozen encoder, in batches of samples of similar length, without padding they do not need.
+
+    A sample's feature depends on its batch by rounding only. Padding is on the right; an encoder with a fixed length keeps it.
     """
-    first = next(iter(inputs.values()))
-    if first.device.type != "cpu":
-        return run_frozen(encoder, inputs).pooled_BC
-    rows = []
-    for number in range(len(first)):
-        one = {name: tensor[number : number + 1] for name, tensor in inputs.items()}
-        if "mask" in one and getattr(encoder.preprocess, "length", None) is None:
-            real = one["mask"][0]
-            one = {name: tensor[:, real] for name, tensor in one.items()}
-        rows.append(run_frozen(encoder, one).pooled_BC)
-    return torch.cat(rows)
+    count = len(next(iter(inputs.values())))
+    order_B, lengths_B = torch.arange(count), None
+    if "mask" in inputs and getattr(encoder.preprocess, "length", None) is None:
+        padded = inputs["mask"].shape[1]
+        lengths_B = inputs["mask"].sum(dim=1).cpu()
+        order_B = lengths_B.argsort(stable=True)
+    largest = max(tensor[0].numel() for tensor in inputs.values())
+    pooled_BC: Tensor | None = None
+    for part_b in order_B.split(max(1, min(_SAMPLES, _ELEMENTS // largest))):
+        some = {name: tensor[part_b.to(tensor.device)] for name, tensor in inputs.items()}
+        if lengths_B is not None:
+            longest = int(lengths_B[part_b].max())
+            some = {name: tensor[:, :longest] if tensor.shape[1:2] == (padded,) else tensor for name, tensor in some.items()}
+        found_bC = run_frozen(encoder, some).pooled_BC
+        pooled_BC = found_bC.new_empty(count, found_bC.shape[1]) if pooled_BC is None else pooled_BC
+        pooled_BC[part_b.to(found_bC.device)] = found_bC
+    assert pooled_BC is not None, "an empty batch"
+    return pooled_BC

@@ -52,7 +52,7 @@ class TransformersEncoder(PromptedEncoder):
     families: ClassVar[Mapping[str, Family]] = {}
     built_in: ClassVar[Mapping[str, BuiltIn]] = BUILT_IN
     own_options: ClassVar[Collection[str]] = ("pretrained", "weights", "pool")
-    libraries = ("transformers", "tokenizers", "pillow")
+    libraries: tuple[str, ...] = ("transformers", "tokenizers", "pillow")
 
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)

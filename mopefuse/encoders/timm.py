@@ -4,8 +4,8 @@ Models of the classes VisionTransformer (ViT, DeiT, DINOv2, SigLIP), Eva (EVA, E
 rotary positions), Beit, SwinTransformer and SwinTransformerV2 can be prompted, as `_timm_attention` says, unless their blocks
 are of a kind that it does not know; every other model of timm gives its pooled feature.
 
-Options: ``pretrained``, ``weights``, ``pool=own|token|avg``, ``mean``, ``std``, ``size`` (positions are interpolated); others go
-to the model's constructor.
+Options: ``pretrained``, ``weights``, ``pool=own|token|avg``, ``mean``, ``std``, ``size`` (positions are interpolated); others
+go to the model's constructor.
 
 Shapes: B batch, L tokens, D width.
 """
