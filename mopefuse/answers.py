@@ -24,7 +24,6 @@ from mopefuse.checkpoint import write_lines
 from mopefuse.config import RunConfig
 from mopefuse.data._base import DataSet
 from mopefuse.data.collate import Samples, plain_batches
-from mopefuse.data.features import fill
 from mopefuse.errors import NumericError
 from mopefuse.fusion._base import Fusion
 from mopefuse.predictions import Predicted, lines, predicted
@@ -89,10 +88,8 @@ class Answers:
             if batch is None:
                 yield Answer(torch.zeros(0, dtype=torch.long), torch.zeros(0, self._labels))
                 continue
-            with torch.no_grad():
-                batch = fill(self._model, batch.to(self._device), self._config, self._device)
-                with devices.autocast(self._config.train.precision, self._device):
-                    output = self._model(batch)
+            with torch.no_grad(), devices.autocast(self._config.train.precision, self._device):
+                output = self._model(batch.to(self._device))
             if output.load_LK is not None:
                 self._load_LK = output.load_LK.float().cpu() + (0 if self._load_LK is None else self._load_LK)
             routing_BLK = None if output.routing_BLK is None else output.routing_BLK.float().cpu()

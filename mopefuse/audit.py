@@ -22,7 +22,7 @@ from mopefuse.data.altered import Blank, Shuffled, derangement
 from mopefuse.data.collate import Samples, blank
 from mopefuse.data.load import load_data
 from mopefuse.data.subsets import order_of
-from mopefuse.encoders._base import run_alone
+from mopefuse.encoders._base import run_frozen
 from mopefuse.evaluate import elsewhere, load_model, prepared, run_split, split_metrics, with_labels
 from mopefuse.fusion._base import Fusion
 from mopefuse.gates import selected_metric
@@ -236,7 +236,7 @@ def _blank_features(model: Fusion, sides: Sequence[str], config: RunConfig, devi
             encoder = model.encoder(side)
             inputs = encoder.preprocess.batch([blank(encoder.modality, encoder.preprocess)])
             with devices.autocast(config.train.precision, device):
-                found_1C = run_alone(encoder, {name: tensor.to(device) for name, tensor in inputs.items()})
+                found_1C = run_frozen(encoder, {name: tensor.to(device) for name, tensor in inputs.items()}).pooled_BC
             features[side] = found_1C.float().cpu()
     return features
 

@@ -8,14 +8,16 @@ share it. Where nothing can be written, nothing is kept.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mopefuse.checkpoint import publish, read_json, sweep, verify
+from mopefuse.checkpoint import TEMPORARY, publish, read_json, sweep, sync, verify
 from mopefuse.errors import CheckpointError, ResourceError
 
 KINDS = ("index", "features", "images", "models")
@@ -47,11 +49,16 @@ def find(kind: str, key: str, *, thorough: bool = True) -> tuple[Path, dict[str,
     folder = base / kind / key if base else None
     if folder is None or not folder.is_dir():
         return None
+    facts = verified(folder, kind, thorough=thorough)  # if damaged, as if it were not there: the next `keep` replaces it
+    return None if facts is None else (folder, facts)
+
+
+def verified(folder: Path, kind: str, *, thorough: bool = True) -> dict[str, Any] | None:
+    """The facts of a published folder; None if it is not whole."""
     try:
-        facts = verify(folder, kind=kind, thorough=thorough)
-    except CheckpointError:  # damaged: as if it were not there, and the next `keep` replaces it
+        return verify(folder, kind=kind, thorough=thorough)
+    except (CheckpointError, OSError):
         return None
-    return folder, facts
 
 
 def keep(kind: str, key: str, write: Callable[[Path], None], facts: Mapping[str, Any]) -> Path | None:
@@ -67,18 +74,69 @@ def keep(kind: str, key: str, write: Callable[[Path], None], facts: Mapping[str,
     return base / kind / key
 
 
+def parts(kind: str, key: str) -> list[Path]:
+    """The folders that `append` has published below an entry, in that order; not yet whether they are whole."""
+    base = root()
+    try:
+        folders = [path for path in (base / kind / key).iterdir() if path.name.isdecimal()] if base else []
+    except OSError:
+        return []
+    return sorted(folders, key=lambda path: int(path.name))
+
+
+def append(kind: str, key: str, write: Callable[[Path], None], facts: Mapping[str, Any]) -> Path | None:
+    """Publish one more part of an entry, under the next number; its folder, or None where nothing can be kept.
+
+    Of several processes, each gets a number of its own: a folder is only renamed to a name that is free.
+    """
+    base = root()
+    if base is None:
+        return None
+    entry = base / kind / key
+    waiting = entry / f"part{TEMPORARY}{uuid.uuid4().hex}-{os.getpid()}"  # `sweep` removes it should this process be killed
+    try:
+        sweep(entry)
+        publish(waiting, write, {"kind": kind, **facts})
+        while True:
+            last = max((int(path.name) for path in parts(kind, key)), default=-1)
+            try:
+                waiting.rename(entry / f"{last + 1:06d}")
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    raise
+                continue  # another process was faster
+            sync(entry)
+            return entry / f"{last + 1:06d}"
+    except (OSError, ResourceError):
+        return None
+    finally:
+        shutil.rmtree(waiting, ignore_errors=True)
+
+
 def entries() -> Iterator[tuple[str, Path, int, dict[str, Any]]]:
     """(kind, folder, bytes, facts) of every entry."""
     base = root()
     for kind in KINDS if base else ():
         assert base is not None
         for folder in sorted(path for path in (base / kind).glob("*") if path.is_dir()):
-            size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-            try:
-                facts = read_json(folder / "manifest.json")
-            except CheckpointError:
-                facts = {}
+            size = sum(_size(path) for path in folder.rglob("*"))
+            found = [_facts(part) for part in parts(kind, folder.name)]
+            facts = {**found[-1], "rows": sum(part.get("rows", 0) for part in found)} if found else _facts(folder)
             yield kind, folder, size, facts
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size if path.is_file() else 0
+    except OSError:  # gone since it was listed
+        return 0
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    try:
+        return read_json(folder / "manifest.json")
+    except CheckpointError:
+        return {}
 
 
 def clear() -> int:

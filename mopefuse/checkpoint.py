@@ -27,7 +27,7 @@ MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 MANIFEST = "manifest.json"
 _CHUNK = 1 << 20  # bytes
 _WEIGHTS = (".safetensors", ".onnx", ".pt2", ".data")
-_TEMPORARY, _OLD = ".tmp-", ".tmp-old-"  # before the number of the process that writes
+TEMPORARY, _OLD = ".tmp-", ".tmp-old-"  # before the number of the process that writes
 
 
 def publish(target: Path, write: Callable[[Path], None], facts: Mapping[str, Any]) -> None:
@@ -36,7 +36,7 @@ def publish(target: Path, write: Callable[[Path], None], facts: Mapping[str, Any
     Raises:
         ResourceError: the disk is full or cannot be written; `target` is as it was before.
     """
-    temporary = target.with_name(f"{target.name}{_TEMPORARY}{os.getpid()}")
+    temporary = target.with_name(f"{target.name}{TEMPORARY}{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
@@ -70,7 +70,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
     """Replace a text file by pieces as they come, whole or not at all."""
-    temporary = path.with_name(f"{path.name}{_TEMPORARY}{os.getpid()}")
+    temporary = path.with_name(f"{path.name}{TEMPORARY}{os.getpid()}")
     try:
         with temporary.open("w", encoding="utf-8", newline="") as file:
             file.writelines(lines)
@@ -236,15 +236,18 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def sweep(folder: Path) -> int:
     """Remove what a killed process left half-written; how many. What a living process writes stays."""
     swept = 0
-    for orphan in sorted(folder.glob(f"*{_TEMPORARY}*")) if folder.is_dir() else []:
+    for orphan in sorted(folder.glob(f"*{TEMPORARY}*")) if folder.is_dir() else []:
         pid = orphan.name.rpartition("-")[2]
         if not pid.isdecimal() or (alive(int(pid)) and int(pid) != os.getpid()):
             continue
-        target = orphan.with_name(orphan.name.partition(_TEMPORARY)[0])
+        target = orphan.with_name(orphan.name.partition(TEMPORARY)[0])
         if orphan.name == f"{target.name}{_OLD}{pid}" and not target.exists():
             orphan.rename(target)  # killed between the two renames of `publish`
             continue
-        shutil.rmtree(orphan) if orphan.is_dir() else orphan.unlink()
+        if orphan.is_dir():
+            shutil.rmtree(orphan, ignore_errors=True)  # another process may be sweeping as well
+        else:
+            orphan.unlink(missing_ok=True)
         swept += 1
     return swept
 

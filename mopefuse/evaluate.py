@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,8 @@ from mopefuse.data.features import split_features
 from mopefuse.data.load import load_data, names_splits
 from mopefuse.data.missing import Dropped
 from mopefuse.encoders._base import full_spec
-from mopefuse.errors import CheckpointError, DataError
+from mopefuse.encoders._description import SOURCES, differences, other_versions
+from mopefuse.errors import CheckpointError, DataError, Notice
 from mopefuse.fusion._base import Fusion, fresh_encoders
 from mopefuse.fusion.build import build_model, require_rows
 from mopefuse.modality import by_argument, of
@@ -124,9 +126,6 @@ def load_model(
     return Loaded(model.eval(), config, manifest, thresholds_of(published, config))
 
 
-_SOURCES = {"pretrained", "weights"}  # options of a spec that say where weights are, and nothing of what is computed
-
-
 def _elsewhere_named(config: RunConfig, encoders: Mapping[str, str], where: str) -> RunConfig:
     """A configuration with the same encoders by other names.
 
@@ -137,7 +136,7 @@ def _elsewhere_named(config: RunConfig, encoders: Mapping[str, str], where: str)
     before = specs(config)
     for side, spec in named.items():
         mine, theirs = (
-            {key: value for key, value in full_spec(text).options.items() if key not in _SOURCES}
+            {key: value for key, value in full_spec(text).options.items() if key not in SOURCES}
             for text in (spec, before[side])
         )
         if mine != theirs:
@@ -155,17 +154,37 @@ def thresholds_of(checkpoint: Mapping[str, Any], config: RunConfig) -> metrics.T
 
 
 def check_encoders(model: Fusion, manifest: dict[str, Any], *, where: str) -> None:
-    """Refuse encoders whose weights differ from those that a run was trained with."""
-    for side, fingerprint in fresh_encoders(model).items():
-        expected = manifest["encoders"].get(side, {}).get("fingerprint")
-        if fingerprint != expected:
-            raise CheckpointError(
-                8,
-                f"the weights of {model.encoder(side).spec} are not those that the run was trained with "
-                f"({fingerprint}, expected {expected})",
-                where=where,
-                fix="load the same revision of it, or change the encoder with mopefuse swap-encoder",
-            )
+    """Compare the encoders with those that a run was trained with; another version of a library only gives a notice.
+
+    Raises:
+        CheckpointError: other weights, or another configuration, pooling, preprocessing or tokenizer; it names what differs.
+    """
+    fingerprints = fresh_encoders(model)
+    for side in model.uses:
+        encoder, recorded = model.encoder(side), manifest["encoders"].get(side, {})
+        now, before = encoder.describe(), recorded.get("description")
+        changed = [] if before is None else differences(before, now)
+        expected = recorded.get("fingerprint")
+        if side in fingerprints and fingerprints[side] != expected:
+            what = f"the weights of {encoder.spec} are not those that the run was trained with"
+            changed.insert(0, f"fingerprint {fingerprints[side]}, expected {expected}")
+            raise CheckpointError(8, f"{what} ({_some(changed)})", where=where, fix=_SAME_ENCODER)
+        if changed:
+            what = f"{encoder.spec} is not the encoder that the run was trained with, though its weights are equal"
+            if side not in fingerprints:
+                what = f"{encoder.spec} is not the encoder that the run was trained with"
+            raise CheckpointError(220, f"{what}: {_some(changed)}", where=where, fix=_SAME_ENCODER)
+        if before is not None and (versions := other_versions(before, now)):
+            text = f"{encoder.spec} was trained with other versions of libraries ({', '.join(versions)})"
+            warnings.warn(f"{text}; answers may differ slightly", Notice, stacklevel=2)
+
+
+_SAME_ENCODER = "restore those files or options, load the same revision, or change the encoder with mopefuse swap-encoder"
+
+
+def _some(changed: Sequence[str], most: int = 6) -> str:
+    more = f"; and {len(changed) - most} more" if len(changed) > most else ""
+    return "; ".join(changed[:most]) + more
 
 
 def with_labels(data: DataSet, manifest: dict[str, Any], split: str) -> DataSet:
@@ -275,8 +294,7 @@ def prepared(
         if not (training and of(encoder.modality).is_picture and config.data.augment != "none"):
             told = partial(reading, f"{encoder.spec.name} on {split}")
             features[side] = split_features(encoder, data, split, config, device, advance=told)
-            count = len(features[side].table_UC)
-            what = f"{count:,} different {of(encoder.modality).plural}"
+            what = f"{features[side].different:,} different {of(encoder.modality).plural}"
             notice(f"{split}: {what} encoded once by {encoder.spec}, {features[side].origin}")
     samples = Samples(data, split, model.readers(), config.data, features=features, seed=config.seed, training=training)
     model.require_all_but(samples.lacking, where=split)

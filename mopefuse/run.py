@@ -48,6 +48,8 @@ class _Encoder(BaseModel):
     model_config = ConfigDict(strict=True)
 
     fingerprint: str | None
+    digest: str | None = None
+    description: dict[str, Any] | None = None  # see `mopefuse.encoders._description`; absent from older artefacts
 
 
 class _Plugin(BaseModel):

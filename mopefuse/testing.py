@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mopefuse.encoders._base import Encoded, Encoder, Inputs, Insert, Prompt, PromptAt, create_encoder, run_alone
+from mopefuse.encoders._base import Encoded, Encoder, Inputs, Insert, Prompt, PromptAt, create_encoder, encode_pooled
 from mopefuse.errors import EncoderError
 from mopefuse.modality import of
 
@@ -64,7 +64,7 @@ def _checks(check: _Check) -> list[tuple[str, Callable[[], None]]]:
         ("stays frozen and in evaluation mode", check.frozen),
         ("gives a feature and tokens, the same each time", check.plain_output),
         ("a sample does not depend on its batch", lambda: alike(None)),
-        ("a sample by itself, without padding, is the same", check.alone),
+        ("a sample by itself, without padding, is the same", check.without_padding),
     ]
     if not check.encoder.widths:
         return [*plain, ("refuses prompts", check.refuses_prompts)]
@@ -142,8 +142,9 @@ class _Check:
         assert out.pooled_BC.isfinite().all(), self.say("the pooled feature is not finite")
         self.same(self.run(self.inputs), out, "the same input gives another output the second time")
 
-    def alone(self) -> None:
-        pooled_BC = run_alone(self.encoder, self.inputs)
+    def without_padding(self) -> None:
+        rows = [{name: tensor[row : row + 1] for name, tensor in self.inputs.items()} for row in range(len(self.values))]
+        pooled_BC = torch.cat([encode_pooled(self.encoder, row) for row in rows])
         self.close(self.run(self.inputs).pooled_BC, pooled_BC, "a sample by itself, without padding, gives another feature")
 
     def does_not_depend_on_the_batch(self, gates: Callable[[list[Tensor]], list[Tensor] | None] | None) -> None:

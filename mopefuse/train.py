@@ -342,6 +342,8 @@ def _facts(config: RunConfig, data: DataSet, model: Fusion) -> dict[str, Any]:
                 "layers": len(model.encoder(side).widths),
                 "revision": model.encoder(side).revision,
                 "fingerprint": fingerprints.get(side),
+                "digest": model.encoder(side).digest(),
+                "description": model.encoder(side).describe(),
             }
             for side in model.uses
         },

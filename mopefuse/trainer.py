@@ -23,7 +23,6 @@ from mopefuse.checkpoint import dump_json, read_tensors, write_atomically, write
 from mopefuse.config import RunConfig
 from mopefuse.data._base import Batch, DataSet
 from mopefuse.data.collate import Key, epoch_batches, seed_of, share
-from mopefuse.data.features import fill
 from mopefuse.errors import Interrupted, NumericError
 from mopefuse.evaluate import answers_to, prepared, thresholds_of
 from mopefuse.fusion._base import Fusion, Output
@@ -176,7 +175,7 @@ class Trainer:
             if self._out_of_patience():
                 break
             self.model.train()
-            batch = fill(self.model, next(loader).to(self.device), self.config, self.device)
+            batch = next(loader).to(self.device)
             loss, lr = self._step(batch, global_batch)
             self.progress.step += 1
             self.progress.seconds = time.perf_counter() - started

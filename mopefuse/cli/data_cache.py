@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 _KINDS = {
-    "index": "what is known of a split",
-    "features": "what an encoder says of it",
+    "index": "indexes of splits",
+    "features": "features of encoders",
     "images": "decoded images",
     "models": "models from the hub",
 }
@@ -30,9 +30,10 @@ def cache(
         return
     rows = []
     for kind, meaning in _KINDS.items():
-        mine = [length for other, _, length, _ in entries if other == kind]
-        rows.append([meaning, str(len(mine)), size(sum(mine))])
-    table(f"{kept.root() or 'no folder can be written'}", ["kept", "entries", "size"], rows)
+        mine = [(length, facts) for other, _, length, facts in entries if other == kind]
+        count = sum(int(facts.get("images" if kind == "images" else "rows") or 0) for _, facts in mine)
+        rows.append([meaning, str(len(mine)), f"{count:,}" if kind != "models" else "", size(sum(length for length, _ in mine))])
+    table(f"{kept.root() or 'no folder can be written'}", ["kept", "entries", "samples", "size"], rows)
     if clear:
         out().print(f"removed: {size(freed)}", markup=False)
 

@@ -53,10 +53,11 @@ def inspect(
 ) -> None:
     """Say what an encoder is.
 
-    Modality, layers, widths, feature width, preprocessing and parameters.
+    Modality, layers, widths, feature width, preprocessing, tokens per image and parameters.
     """
     from mopefuse.cli._render import out, print_json
     from mopefuse.encoders._base import create_encoder
+    from mopefuse.modality import of
 
     encoder = create_encoder(spec)
     facts: dict[str, Any] = {
@@ -71,6 +72,8 @@ def inspect(
         "fingerprint": encoder.fingerprint(),
         "preprocess": encoder.preprocess.describe(),
     }
+    if of(encoder.modality).is_picture:
+        facts["tokens"] = encoder.count_tokens()
     if not encoder.widths:
         facts["why_not_main"] = encoder.why_not_main
     if json:
@@ -81,6 +84,8 @@ def inspect(
             value = _runs(value)
         if isinstance(value, dict):
             value = ", ".join(f"{name} {inner}" for name, inner in value.items())
+        if key == "tokens":
+            value = f"{value:,} per image"
         out().print(f"{key:<14} {value:,}" if isinstance(value, int) else f"{key:<14} {value}", markup=False)
 
 

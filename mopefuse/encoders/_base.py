@@ -14,6 +14,7 @@ import hashlib
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -21,10 +22,11 @@ from torch import Tensor, nn
 
 from mopefuse import registry
 from mopefuse.config import Lora
-from mopefuse.encoders import _lora
+from mopefuse.encoders import _description, _lora
 from mopefuse.encoders._attention import Insert, Prompt
 from mopefuse.encoders.aliases import ALIASES
 from mopefuse.errors import EncoderError, MopefuseError, PluginError
+from mopefuse.modality import of
 from mopefuse.registry import Spec
 
 __all__ = ["Encoded", "Encoder", "Inputs", "Insert", "Preprocess", "Prompt", "PromptAt", "create_encoder"]
@@ -84,6 +86,7 @@ class Encoder(nn.Module):
     recompute: bool = False  # whether promptable blocks keep no activations, see `_recompute`
     insertable: bool = False  # whether its layers take other tokens beside its own, see `Insert` and `run_layer`
     lora_targets: tuple[str, ...] = ()  # names of the query and value projections, as submodules that are called
+    libraries: tuple[str, ...] = ()  # distributions whose code computes its features, beside torch and mopefuse
     why_not_main: str = ""  # for an encoder without promptable layers: the reason, for the error message
 
     def __init__(self, spec: Spec) -> None:
@@ -196,6 +199,45 @@ class Encoder(nn.Module):
             _lora.train_dropout(self, mode)
         return self
 
+    def architecture(self) -> dict[str, Any]:
+        """Every plain value of the model that its features depend on, besides its weights: resolved configuration, pooling.
+
+        By default the name and the options in the spec; a family that reads a configuration returns that, without paths.
+        """
+        options = {key: value for key, value in self.spec.options.items() if key not in _description.SOURCES}
+        stored = Path(self.spec.name).expanduser().exists()  # a path says where it is, not what it is
+        return {"class": type(self).__name__, **({} if stored else {"name": self.spec.name}), **options}
+
+    def describe(self) -> dict[str, Any]:
+        """What determines its features besides its weights: sections ``model``, ``preprocess`` and ``libraries``."""
+        owners = [registry.distribution(point) for point in registry.claimed(registry.ENCODERS, self.spec.scheme)]
+        description = {
+            "model": self.architecture(),
+            "preprocess": _description.preprocess_values(self.preprocess),
+            "libraries": _description.versions(("mopefuse", "torch", *self.libraries, *owners)),
+        }
+        plain: dict[str, Any] = _description.plain(description)
+        return plain
+
+    def count_tokens(self) -> int:
+        """Tokens of a value that says nothing, in one forward pass: of an image, patches and class token.
+
+        They are counted where they enter the first promptable layer; of an encoder without one, where they leave the last.
+        """
+        counted: list[int] = []
+
+        def count(layer: int, tokens_BLD: Tensor, mask_BL: Tensor | None) -> None:
+            counted.append(tokens_BLD.shape[1])
+
+        inputs = self.preprocess.batch([self.preprocess.item(of(self.modality).nothing())])
+        with torch.no_grad():
+            encoded = self.encode(inputs, count if self.widths else None)
+        return counted[0] if counted else encoded.tokens_BLD.shape[1]
+
+    def digest(self) -> str:
+        """16 hex digits that change with any value of `describe`, library versions among them."""
+        return _description.digest(self.describe())
+
     def fingerprint(self) -> str:
         """16 hex digits that change with the name, shape or type of any weight and with any one value; not with LoRA."""
         digest = hashlib.sha256()
@@ -264,20 +306,30 @@ def run_frozen(encoder: Encoder, inputs: Inputs) -> Encoded:
         return encoder.encode(inputs)
 
 
-def run_alone(encoder: Encoder, inputs: Inputs) -> Tensor:
-    """Pooled features (B, C) of a frozen encoder, each sample by itself and without padding that it does not need.
+_ELEMENTS = 64 * 3 * 224 * 224  # most elements of one input tensor of a batch, as pixels and tokens are
+_SAMPLES = 64
 
-    Kernels round differently for batches of other shapes, so only this gives a sample the same bits in every batch; it
-    is the form that is cached. On a GPU, where it would be slow and bits are not promised, it is one batch.
+
+def encode_pooled(encoder: Encoder, inputs: Inputs) -> Tensor:
+    """Pooled features (B, C) of a frozen encoder, in batches of samples of similar length, without padding they do not need.
+
+    A sample's feature depends on its batch by rounding only. Padding is on the right; an encoder with a fixed length keeps it.
     """
-    first = next(iter(inputs.values()))
-    if first.device.type != "cpu":
-        return run_frozen(encoder, inputs).pooled_BC
-    rows = []
-    for number in range(len(first)):
-        one = {name: tensor[number : number + 1] for name, tensor in inputs.items()}
-        if "mask" in one and getattr(encoder.preprocess, "length", None) is None:
-            real = one["mask"][0]
-            one = {name: tensor[:, real] for name, tensor in one.items()}
-        rows.append(run_frozen(encoder, one).pooled_BC)
-    return torch.cat(rows)
+    count = len(next(iter(inputs.values())))
+    order_B, lengths_B = torch.arange(count), None
+    if "mask" in inputs and getattr(encoder.preprocess, "length", None) is None:
+        padded = inputs["mask"].shape[1]
+        lengths_B = inputs["mask"].sum(dim=1).cpu()
+        order_B = lengths_B.argsort(stable=True)
+    largest = max(tensor[0].numel() for tensor in inputs.values())
+    pooled_BC: Tensor | None = None
+    for part_b in order_B.split(max(1, min(_SAMPLES, _ELEMENTS // largest))):
+        some = {name: tensor[part_b.to(tensor.device)] for name, tensor in inputs.items()}
+        if lengths_B is not None:
+            longest = int(lengths_B[part_b].max())
+            some = {name: tensor[:, :longest] if tensor.shape[1:2] == (padded,) else tensor for name, tensor in some.items()}
+        found_bC = run_frozen(encoder, some).pooled_BC
+        pooled_BC = found_bC.new_empty(count, found_bC.shape[1]) if pooled_BC is None else pooled_BC
+        pooled_BC[part_b.to(found_bC.device)] = found_bC
+    assert pooled_BC is not None, "an empty batch"
+    return pooled_BC

@@ -11,6 +11,7 @@ STATISTICS: dict[str, tuple[tuple[float, float, float], tuple[float, float, floa
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
 }
+_SQUEEZED_FROM = 384
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
 
 
@@ -20,24 +21,50 @@ def by_default(statistics: str, size: tuple[int, int]) -> ImagePreprocess:
     return ImagePreprocess(size, mean, std, size[0] if size[0] == size[1] else size)
 
 
-def of_processor(processor: Any, built_for: tuple[int, int] | None) -> ImagePreprocess:
-    """A transformers image processor as ours. Where the encoder is built for another size, that size rules."""
-    resize = _side(processor.size)
-    crop = _side(processor.crop_size) if getattr(processor, "do_center_crop", False) else resize
-    size = built_for or ((crop, crop) if isinstance(crop, int) else crop)
-    if not getattr(processor, "do_resize", True) or (built_for and crop not in (built_for, built_for[0])):
-        resize = size
+def from_processor(
+    processor: Any, *, size: tuple[int, int] | None = None, squeeze: tuple[int, int] | None = None
+) -> ImagePreprocess:
+    """What a transformers image processor declares.
+
+    Args:
+        size: instead of the size that it declares; what it resizes to is scaled with it.
+        squeeze: the one size that the encoder takes, to which images are resized whatever the processor declares.
+    """
+    resize, crop = (squeeze, squeeze) if squeeze else _declared(processor)
+    if size is not None:
+        resize, crop = _scaled(resize, crop, size), size
     scale = 255 * (processor.rescale_factor if getattr(processor, "do_rescale", True) else 1.0)
     normalise = getattr(processor, "do_normalize", True)
     mean = [value / scale for value in (processor.image_mean if normalise else (0.0,) * 3)]
     std = [value / scale for value in (processor.image_std if normalise else (1.0,) * 3)]
     return ImagePreprocess(
-        size=size,
+        size=crop,
         mean=(mean[0], mean[1], mean[2]),
         std=(std[0], std[1], std[2]),
         resize=resize,
         interpolation=_RESAMPLE.get(int(processor.resample), "bicubic"),
     )
+
+
+def _declared(processor: Any) -> tuple[int | tuple[int, int], tuple[int, int]]:
+    """What a processor resizes to, and what it crops out of that."""
+    resize = _side(processor.size)
+    crop = _side(processor.crop_size) if getattr(processor, "do_center_crop", False) else resize
+    size = (crop, crop) if isinstance(crop, int) else crop
+    part = getattr(processor, "crop_pct", None)
+    if part and isinstance(resize, int):  # of ConvNeXt: small images are cropped, those of 384 pixels and more squeezed
+        return (int(resize / part), size) if resize < _SQUEEZED_FROM else (size, size)
+    return (resize if getattr(processor, "do_resize", True) else size), size
+
+
+def _scaled(
+    resize: int | tuple[int, int], crop: tuple[int, int], size: tuple[int, int]
+) -> int | tuple[int, int]:
+    """`resize`, in the same proportion to `size` as it was to `crop`."""
+    if isinstance(resize, int) and size[0] == size[1] and crop[0] == crop[1]:
+        return round(resize * size[0] / crop[0])
+    height, width = (resize, resize) if isinstance(resize, int) else resize
+    return round(height * size[0] / crop[0]), round(width * size[1] / crop[1])
 
 
 def _side(size: Any) -> int | tuple[int, int]:

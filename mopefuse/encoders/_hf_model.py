@@ -31,6 +31,12 @@ from mopefuse.encoders._prompted import PromptedEncoder
 from mopefuse.errors import CheckpointError, EncoderError
 from mopefuse.registry import Spec
 
+_NO_PART = frozenset({
+    "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "id2label", "label2id", "num_labels",
+    "problem_type", "return_dict", "output_hidden_states", "output_attentions", "use_cache", "finetuning_task",
+})  # fmt: skip
+"""Fields of a configuration that no feature depends on."""
+
 
 class TransformersEncoder(PromptedEncoder):
     """A transformers model as an encoder; its layers can be prompted if the probe verifies them.
@@ -46,6 +52,7 @@ class TransformersEncoder(PromptedEncoder):
     families: ClassVar[Mapping[str, Family]] = {}
     built_in: ClassVar[Mapping[str, BuiltIn]] = BUILT_IN
     own_options: ClassVar[Collection[str]] = ("pretrained", "weights", "pool")
+    libraries: tuple[str, ...] = ("transformers", "tokenizers", "pillow")
 
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)
@@ -66,6 +73,12 @@ class TransformersEncoder(PromptedEncoder):
         self.preprocess = self._preprocess(source)
         encoded = self._probe(self._example_inputs())
         self.feature_width, self.token_width = encoded.pooled_BC.shape[1], encoded.tokens_BLD.shape[2]
+
+    def architecture(self) -> dict[str, Any]:
+        """The class, the pooling and the configuration with its options applied."""
+        values = {key: value for key, value in self.model_config.to_dict().items() if key not in _NO_PART}
+        values = {key: value for key, value in values.items() if not key.startswith("_")}
+        return {"class": type(self.backbone).__name__, "pool": self._pool, **values}
 
     @abstractmethod
     def _preprocess(self, source: Source) -> Preprocess:

@@ -91,3 +91,37 @@ def three(spec: Spec, key: str, default: Iterable[float]) -> tuple[float, float,
             fix=f"write {key}=0.5 or {key}=0.485,0.456,0.406",
         )
     return float(numbers[0]), float(numbers[1]), float(numbers[2])
+
+
+def image_size(spec: Spec) -> tuple[int, int] | None:
+    """The option ``size``: one number for a square, or height and width, in pixels; None where it is not given.
+
+    Raises:
+        EncoderError: not one or two positive integers.
+    """
+    if "size" not in spec.options:
+        return None
+    value = parse_value(spec.options["size"])
+    sides = value if isinstance(value, tuple) else (value, value)
+    if len(sides) != 2 or any(type(side) is not int or side < 1 for side in sides):
+        what = f"size={spec.options['size']} is not a number of pixels"
+        raise EncoderError(_numbers.BAD_OPTION, what, where=str(spec), fix="write size=224, or size=224,448")
+    return sides[0], sides[1]
+
+
+def require_patches(spec: Spec, size: tuple[int, int], patch: int) -> None:
+    """Refuse a size that patches of `patch` pixels do not fill.
+
+    Raises:
+        EncoderError: a side is no multiple of it; it names the nearest that is.
+    """
+    if any(side % patch for side in size):
+        near = ",".join(str(max(patch, round(side / patch) * patch)) for side in dict.fromkeys(size))
+        what = f"size={spec.options['size']} is not a multiple of the patch size, {patch} pixels"
+        raise EncoderError(_numbers.BAD_OPTION, what, where=str(spec), fix=f"use size={near}")
+
+
+def cannot_resize(spec: Spec, reason: object) -> EncoderError:
+    """The error for a model that takes images of its own size only."""
+    what = f"{spec.scheme}:{spec.name} cannot take images of size={spec.options['size']}: {reason}"
+    return EncoderError(_numbers.BAD_OPTION, what, where=str(spec), fix="leave size out")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from mopefuse import pixels, tokens
+from mopefuse.errors import EncoderError
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,11 @@ class ImagePreprocess:
         }
 
 
+_EXAMPLES = (
+    "", "a", "A photo of two cats.", "Don't STOP: naïve café, Straße!", "  several   spaces\tand\nlines ", "3.14 is not 1,000",
+    "internationalisation antidisestablishmentarianism", "日本語のテキスト", "мир и война", "emoji 🎉👩‍👩‍👧",
+    "<s> [CLS] </s> <|endoftext|>", " ".join(["word"] * 1024),
+)  # fmt: skip
 Tokenize = Callable[[list[str], int], tuple[Tensor, Tensor]]
 Save = Callable[[Path], dict[str, Any]]
 
@@ -115,6 +124,22 @@ class TextPreprocess:
     def finish(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tokens as they are."""
         return dict(inputs)
+
+    def digests(self) -> dict[str, str]:
+        """What tells its tokenizer from others: digests of the ids of example texts, and of its saved state if it has one."""
+        found = {"examples": hashlib.sha256()}
+        for tensor in self.batch([self.item(text) for text in _EXAMPLES]).values():
+            found["examples"].update(f"{tuple(tensor.shape)}".encode() + tensor.long().numpy().tobytes())
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "tokenizer"
+            try:
+                facts = {} if self.save is None else self.save(file)
+            except EncoderError:  # a tokenizer written in Python: its examples have to do
+                facts = {}
+            if facts:
+                said = json.dumps(facts, sort_keys=True, default=str).encode()
+                found["state"] = hashlib.sha256(said + (file.read_bytes() if file.is_file() else b""))
+        return {name: digest.hexdigest()[:16] for name, digest in found.items()}
 
     def describe(self) -> dict[str, Any]:
         """The tokenizer's name and the most tokens of one text."""

@@ -3,13 +3,18 @@
 Which layers can be prompted is found by a probe and not by name (`_probe`); a model whose layers it cannot verify gives its
 pooled feature. Decoder-only language models are encoders of text as well, summed up by their last token.
 
-Options: ``pretrained``, ``weights``, ``pool``, ``max_tokens`` (text); others replace values of the configuration.
+Images have the size that the model's image processor declares, to which the model's positions are interpolated if they are for
+another one; ``?size=`` overrides it.
+
+Options: ``pretrained``, ``weights``, ``pool``, ``max_tokens`` (text), ``size`` (images); others replace values of the
+configuration.
 
 Shapes: B batch, L tokens, D width, C width of the pooled feature.
 """
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -26,7 +31,7 @@ from mopefuse.encoders._preprocess import ImagePreprocess, TextPreprocess
 from mopefuse.errors import EncoderError
 from mopefuse.registry import Spec
 
-_OURS = ("pretrained", "weights", "pool", "max_tokens")
+_OURS = ("pretrained", "weights", "pool", "max_tokens", "size")
 _MASKED = set(auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES)
 _CAUSAL = set(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
@@ -36,6 +41,7 @@ class HFEncoder(TransformersEncoder):
 
     families = FAMILIES
     own_options = _OURS
+    _interpolate = False  # positions, to images of another size than the model was built for
 
     def _other_family(self, kind: str, model: Any) -> Family:
         if model.main_input_name == "pixel_values":
@@ -47,7 +53,46 @@ class HFEncoder(TransformersEncoder):
     def _preprocess(self, source: Source) -> TextPreprocess | ImagePreprocess:
         if self.modality == "text":
             return _texts(self.spec, source, self.model_config, filled=self._family.filled)
-        return _images(self.spec, source, self.model_config, self._family)
+        return self._images(source)
+
+    def _images(self, source: Source) -> ImagePreprocess:
+        """What the image processor declares, or ``?size=``; if the model cannot take either, its own size."""
+        built_for, asked = _built_for(self.model_config), _options.image_size(self.spec)
+        if asked is None and "image_size" in self.spec.options:
+            asked = built_for
+        patch = getattr(self.model_config, "patch_size", None)
+        if "size" in self.spec.options and asked and isinstance(patch, int):
+            _options.require_patches(self.spec, asked, patch)
+        processor = _processor(self.spec, source)
+        if processor is None:
+            found = _hf_images.by_default(self._family.statistics, asked or built_for or (224, 224))
+        else:
+            found = _hf_images.from_processor(processor, size=asked)
+        if built_for is None or found.size == built_for:
+            return found
+        self._interpolate = "interpolate_pos_encoding" in inspect.signature(self.backbone.forward).parameters
+        reason = self._refuses(found.size)
+        if reason is None:
+            return found
+        if "size" in self.spec.options:
+            raise _options.cannot_resize(self.spec, reason)
+        self._interpolate = False
+        return _hf_images.from_processor(processor, squeeze=built_for)
+
+    @torch.no_grad()
+    def _refuses(self, size: tuple[int, int]) -> Exception | None:
+        """Why the model does not run on images of a size; None if it does."""
+        was_training = self.backbone.training
+        try:
+            self.backbone.eval()(pixel_values=torch.zeros(1, 3, *size), **self._more())
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            return error
+        finally:
+            self.backbone.train(was_training)
+        return None
+
+    def _more(self) -> dict[str, bool]:
+        return {"interpolate_pos_encoding": True} if self._interpolate else {}
 
     def _example_inputs(self) -> Inputs:
         if isinstance(self.preprocess, ImagePreprocess):
@@ -71,7 +116,7 @@ class HFEncoder(TransformersEncoder):
             out = self.backbone(input_ids=inputs["ids"], attention_mask=seen)
         else:
             mask_BL = None
-            out = self.backbone(pixel_values=inputs["pixels"])
+            out = self.backbone(pixel_values=inputs["pixels"], **self._more())
         tokens_BLD: Tensor = out.last_hidden_state
         if tokens_BLD.dim() == 4:
             tokens_BLD = tokens_BLD.flatten(2).transpose(1, 2)
@@ -94,6 +139,8 @@ class HFEncoder(TransformersEncoder):
 
 def _texts(spec: Spec, source: Source, config: Any, *, filled: bool) -> TextPreprocess:
     """The encoder's own tokenizer and length."""
+    if "size" in spec.options:
+        raise _options.unknown_option(spec, "size", {*_OURS} - {"size"})
     values = {**config.to_dict(), "model_type": config.model_type}
     limit = _hf_text.limit_of(values)
     if source.folder is None or not any((source.folder / name).is_file() for name in _hf_text.VOCABULARIES):
@@ -122,12 +169,22 @@ def _texts(spec: Spec, source: Source, config: Any, *, filled: bool) -> TextPrep
     return TextPreprocess(tokenize, most, spec.name, int(config.vocab_size), tokenize.save, tokenize.length)
 
 
-def _images(spec: Spec, source: Source, config: Any, family: Family) -> ImagePreprocess:
-    """The encoder's own size and statistics."""
+def _built_for(config: Any) -> tuple[int, int] | None:
+    """The size of images, in pixels, that a model's positions are for."""
+    side = getattr(config, "image_size", None)
+    if not side:
+        return None
+    return (side, side) if isinstance(side, int) else (int(side[0]), int(side[1]))
+
+
+def _processor(spec: Spec, source: Source) -> Any:
+    """The image processor beside the model; None for random weights that have none.
+
+    Raises:
+        EncoderError: trained weights without one, or one that cannot be read.
+    """
     if "max_tokens" in spec.options:
         raise _options.unknown_option(spec, "max_tokens", {*_OURS} - {"max_tokens"})
-    side = getattr(config, "image_size", None) or 224
-    built_for = (side, side) if isinstance(side, int) else (int(side[0]), int(side[1]))
     if source.folder is None or not any((source.folder / name).is_file() for name in _hf_source.IMAGE_FILES):
         if source.trained and source.folder is not None:
             raise EncoderError(
@@ -136,13 +193,10 @@ def _images(spec: Spec, source: Source, config: Any, family: Family) -> ImagePre
                 where=str(spec),
                 fix="save the image processor beside the model",
             )
-        return _hf_images.by_default(family.statistics, built_for)
+        return None
     try:
-        processor = transformers.AutoImageProcessor.from_pretrained(
-            source.folder, trust_remote_code=False, local_files_only=True
-        )
+        return transformers.AutoImageProcessor.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
     except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
         raise EncoderError(
             _numbers.NO_IMAGE_CONFIG, f"the image processor cannot be read: {error}", where=str(spec), fix="save it again"
         ) from error
-    return _hf_images.of_processor(processor, built_for if getattr(config, "image_size", None) else None)

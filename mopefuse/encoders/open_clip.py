@@ -6,7 +6,8 @@ padding, and pools the last token. Prompts are passed to the block's ``nn.Multih
 than queries; gated prompts are added to its output, so that whatever kernel it runs, a gate of 0 leaves that output
 alone. A visual tower that is a model of timm (as SigLIP's) is prompted as one of ``timm:`` is.
 
-Options: ``pretrained``, ``weights``, ``max_tokens`` (text); ``force_image_size``, ``force_quick_gelu`` as in open_clip.
+Options: ``pretrained``, ``weights``, ``max_tokens`` (text), ``size`` (images; positions are interpolated, as with open_clip's
+``force_image_size``), ``force_quick_gelu`` as in open_clip.
 
 Shapes: B batch, L tokens, P prompt tokens, D width, H heads, E width of a head.
 """
@@ -22,6 +23,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.factory import load_checkpoint
+from open_clip.model import resize_pos_embed
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import ResidualAttentionBlock, TextTransformer, VisionTransformer
 from torch import Tensor
@@ -38,6 +40,7 @@ from mopefuse.registry import Spec
 
 _OURS = ("pretrained", "weights", "max_tokens")
 _TOWERS = {"visual": "image", "text": "text"}
+_CONFIGS = {"visual": "vision_cfg", "text": "text_cfg"}
 
 
 class OpenCLIPEncoder(PromptedEncoder):
@@ -48,12 +51,14 @@ class OpenCLIPEncoder(PromptedEncoder):
         CheckpointError: ``weights`` is damaged, a pickle, or does not fit.
     """
 
+    libraries = ("open-clip-torch", "timm", "tokenizers", "transformers", "pillow")
 
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)
         name, tag, tower = _parse(spec)
         self.modality = _TOWERS[tower]
         config, statistics = _config(spec, name, tag, tower)
+        self._architecture = {"tower": tower, **{key: config[key] for key in ("embed_dim", "quick_gelu", _CONFIGS[tower])}}
         model, self.revision = _load(spec, config, name, tag)
         self.backbone: Any = getattr(model, tower)
         if "weights" in spec.options:
@@ -61,6 +66,8 @@ class OpenCLIPEncoder(PromptedEncoder):
             whole = f"{tower}."
             if any(key.startswith(whole) for key in state):
                 state = {key.removeprefix(whole): tensor for key, tensor in state.items() if key.startswith(whole)}
+            if tower == "visual" and "size" in spec.options:
+                state = _interpolated(state, model)
             _weights.load_strictly(self.backbone, state, where=str(spec))
         if hasattr(self.backbone, "output_tokens"):
             self.backbone.output_tokens = True
@@ -76,6 +83,10 @@ class OpenCLIPEncoder(PromptedEncoder):
             self.token_width = self.widths[-1] if self.widths else 0
         else:
             self._prompt_tower()
+
+    def architecture(self) -> dict[str, Any]:
+        """The tower's configuration with the options applied."""
+        return self._architecture
 
     def _prompt_tower(self) -> None:
         blocks, self.why_not_main = _promptable(self.backbone)
@@ -99,6 +110,13 @@ class OpenCLIPEncoder(PromptedEncoder):
         out = self.backbone(inputs["pixels"])
         pooled_BC, tokens = out if isinstance(out, tuple) else (out, out[:, None])
         return Encoded(pooled_BC, tokens, None)
+
+
+def _interpolated(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """Weights of a visual tower with their positions for the size that the model was built for."""
+    whole = {f"visual.{key}": tensor for key, tensor in state.items()}
+    resize_pos_embed(whole, model)
+    return {key.removeprefix("visual."): tensor for key, tensor in whole.items()}
 
 
 def _attention(
@@ -183,12 +201,17 @@ def _config(spec: Spec, name: str, tag: str, tower: str) -> tuple[dict[str, Any]
         fix = "use a CLIP or SigLIP model with open_clip's own text tower, or the same encoder through hf: or timm:"
         raise EncoderError(_numbers.UNSUITABLE, f"{name}#{tower} {why}", where=str(spec), fix=fix)
     options = _options.library_options(spec, ("pretrained", "weights"))
-    accepted = ("pretrained", "weights", "force_quick_gelu", "max_tokens" if tower == "text" else "force_image_size")
+    own = ("max_tokens",) if tower == "text" else ("size", "force_image_size")
+    accepted = ("pretrained", "weights", "force_quick_gelu", *own)
     for key in options:
         if key not in accepted:
             raise _options.unknown_option(spec, key, accepted)
-    if "force_image_size" in options:
-        config["vision_cfg"]["image_size"] = options["force_image_size"]
+    size = _options.image_size(spec)
+    if size is not None or "force_image_size" in options:
+        config["vision_cfg"]["image_size"] = size or options["force_image_size"]
+        patch = config["vision_cfg"].get("patch_size")
+        if size is not None and isinstance(patch, int):
+            _options.require_patches(spec, size, patch)
     quick = statistics.get("quick_gelu", config.get("quick_gelu", False))
     config["quick_gelu"] = bool(options.get("force_quick_gelu", quick))
     config.pop("custom_text", None)
@@ -202,7 +225,7 @@ def _load(spec: Spec, config: dict[str, Any], name: str, tag: str) -> tuple[Any,
         model = open_clip.CustomTextCLIP(**config)
         if path is not None:
             load_checkpoint(model, str(path))
-        if "force_image_size" in spec.options and isinstance(model.visual, TimmModel):
+        if {"size", "force_image_size"} & spec.options.keys() and isinstance(model.visual, TimmModel):
             model.visual.set_input_size(config["vision_cfg"]["image_size"])  # its constructor leaves the trunk as it is
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise EncoderError(

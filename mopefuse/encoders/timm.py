@@ -4,7 +4,8 @@ Models of the classes VisionTransformer (ViT, DeiT, DINOv2, SigLIP), Eva (EVA, E
 rotary positions), Beit, SwinTransformer and SwinTransformerV2 can be prompted, as `_timm_attention` says, unless their blocks
 are of a kind that it does not know; every other model of timm gives its pooled feature.
 
-Options: ``pretrained``, ``weights``, ``pool=own|token|avg``, ``mean``, ``std``; others go to the model's constructor.
+Options: ``pretrained``, ``weights``, ``pool=own|token|avg``, ``mean``, ``std``, ``size`` (positions are interpolated); others
+go to the model's constructor.
 
 Shapes: B batch, L tokens, D width.
 """
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from timm.data import resolve_model_data_config
 from torch import nn
 
@@ -31,7 +33,7 @@ from mopefuse.encoders.aliases import ALIASES
 from mopefuse.errors import EncoderError, did_you_mean
 from mopefuse.registry import Spec
 
-_OURS = ("pretrained", "weights", "pool", "mean", "std")
+_OURS = ("pretrained", "weights", "pool", "mean", "std", "size")
 _NEVER = {
     "num_classes", "in_chans", "global_pool", "features_only", "out_indices", "checkpoint_path", "pretrained_cfg",
     "pretrained_cfg_overlay", "cache_dir", "scriptable", "exportable", "no_jit", "device", "dtype", "self",
@@ -48,6 +50,7 @@ class TimmEncoder(PromptedEncoder):
     """
 
     modality = "image"
+    libraries = ("timm", "pillow")
 
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)
@@ -60,6 +63,11 @@ class TimmEncoder(PromptedEncoder):
             self.feature_width = self.token_width
         self.preprocess = _preprocess(self.backbone, spec)
         prompt_model(self, self.backbone)
+
+    def architecture(self) -> dict[str, Any]:
+        """The model's name without the tag of its weights, the options of its constructor, and the pooling."""
+        options = _options.library_options(self.spec, (*_OURS, "img_size"))  # the size is the preprocess's
+        return {"name": self.spec.name.partition(".")[0], "pool": self._pool, **options}
 
     def _run(self, inputs: Inputs) -> Encoded:
         features = self.backbone.forward_features(inputs["pixels"])
@@ -80,7 +88,8 @@ def _load(spec: Spec) -> tuple[Any, Spec, str]:
     pretrained = option_flag(spec, "pretrained", True) and "weights" not in spec.options
     path, commit = _fetch(spec) if pretrained else (None, "")
     overlay = {"file": str(path), "custom_load": False} if path else None
-    model = _build(spec, pretrained, overlay)
+    size = _options.image_size(spec)
+    model = _build(spec, pretrained, overlay, None if "weights" in spec.options else size)
     classifiers = model.pretrained_cfg.get("classifier") or ()
     classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
     for name in classifiers:
@@ -89,6 +98,10 @@ def _load(spec: Spec) -> tuple[Any, Spec, str]:
     if "weights" in spec.options:
         state = _weights.read_float(Path(spec.options["weights"]).expanduser())
         _weights.load_strictly(model, state, where=str(spec), unused_prefixes=[f"{name}." for name in classifiers])
+        if size is not None:  # only now: positions of the file are for the model's own size
+            _set_size(spec, model, size)
+    if size is not None:
+        _try_size(spec, model, size)
     tag = model.pretrained_cfg.get("tag") if pretrained else None
     full = f"{spec.name}.{tag}" if tag and "." not in spec.name else spec.name
     return model, replace(spec, name=full), commit
@@ -130,8 +143,34 @@ def _fetch(spec: Spec) -> tuple[Path, str]:
     return path, path.parent.name
 
 
-def _build(spec: Spec, pretrained: bool, overlay: dict[str, Any] | None) -> Any:
+def _set_size(spec: Spec, model: Any, size: tuple[int, int]) -> None:
+    """Interpolate the positions of a built model; one without them (a CNN) takes any size."""
+    if not hasattr(model, "set_input_size"):
+        return
+    stages = getattr(model, "layers", None)  # of a Swin: its windows stay as they are
+    windows = {} if stages is None else {"window_size": int(stages[0].blocks[0].window_size[0])}
+    try:
+        model.set_input_size(img_size=size, **windows)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise _options.cannot_resize(spec, error) from error
+
+
+@torch.no_grad()
+def _try_size(spec: Spec, model: Any, size: tuple[int, int]) -> None:
+    """Refuse a size that the model does not run on."""
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    if patch is not None:
+        _options.require_patches(spec, size, int(patch[0]) if isinstance(patch, tuple) else int(patch))
+    try:
+        model.eval().forward_features(torch.zeros(1, 3, *size))
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise _options.cannot_resize(spec, error) from error
+
+
+def _build(spec: Spec, pretrained: bool, overlay: dict[str, Any] | None, size: tuple[int, int] | None) -> Any:
     options = _options.library_options(spec, _OURS)
+    if size is not None and "img_size" in _accepted(timm.create_model(spec.name.partition(".")[0])):
+        options["img_size"] = size
     for key in options:
         if key in _NEVER:
             raise _options.unknown_option(spec, key, _accepted(timm.create_model(spec.name)))
@@ -171,7 +210,10 @@ def _preprocess(model: Any, spec: Spec) -> ImagePreprocess:
     config = resolve_model_data_config(model)
     size = tuple(config["input_size"][1:])
     built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if "img_size" in spec.options and built_for is not None:
+    asked = _options.image_size(spec)
+    if asked is not None:
+        size = asked
+    elif "img_size" in spec.options and built_for is not None:
         size = (built_for, built_for) if isinstance(built_for, int) else tuple(built_for)
     scaled = tuple(math.floor(side / config["crop_pct"]) for side in size)
     shorter = size[0] == size[1] and config["crop_mode"] != "squash"

@@ -142,6 +142,8 @@ class TinyEncoder(Encoder):
         EncoderError: unknown name, option or value of an option; weights that are missing or damaged.
     """
 
+    libraries = ("pillow",)
+
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)
         if spec.name not in SHAPES:
@@ -163,6 +165,10 @@ class TinyEncoder(Encoder):
         self.lora_targets = _lora.names_of(self, (m for name, m in self.named_modules() if name.endswith(".qkv")))
         if option_flag(spec, "pretrained", True):
             self._load(f"tiny-{spec.name}.safetensors")
+
+    def architecture(self) -> dict[str, Any]:
+        """The shape, and the pooling."""
+        return {**SHAPES[self.spec.name]._asdict(), "pool": self.pool}
 
     def _encode(self, inputs: Inputs) -> Encoded:
         x_BLD, mask_BL = self.embed(inputs)

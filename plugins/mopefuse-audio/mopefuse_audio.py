@@ -56,6 +56,7 @@ class AudioEncoder(TransformersEncoder):
         ),
     }  # fmt: skip
     own_options = ("pretrained", "weights", "pool", "seconds")
+    libraries = ("transformers", "soxr")
 
     def _preprocess(self, source: Source) -> Waveform | LogMel:
         values = self._extractor(source)
