@@ -23,6 +23,7 @@ from mopefuse.encoders._attention import Prompt
 from mopefuse.errors import ConfigError
 from mopefuse.modality import of
 from mopefuse.prompts.experts import Routed, Router, mix
+from mopefuse.threads import PerThread
 
 KINDS = ("static", "dynamic", "mapped")
 
@@ -109,7 +110,7 @@ class PromptStack(nn.Module):
         starts = set() if config.route_stage_starts else stage_starts(widths)
         self.routed = tuple(i for i in chosen if config.dynamic and i not in starts)
         self.dropout = nn.Dropout(config.dropout)
-        self._removed = ""
+        self._removed = PerThread()  # one of `KINDS`
         self.names = tuple(conditions)
         self.layers = nn.ModuleDict()
         for i in chosen:
@@ -149,13 +150,10 @@ class PromptStack(nn.Module):
 
     @contextmanager
     def without(self, kind: str) -> Iterator[None]:
-        """Leave out the prompts of one kind, as if they had never been there; what was learned stays."""
+        """Leave out the prompts of one kind in this thread, as if they had never been there; what was learned stays."""
         assert kind in self.kinds
-        self._removed = kind
-        try:
+        with self._removed.set(kind):
             yield
-        finally:
-            self._removed = ""
 
     def condition(self, psi_BC: Mapping[str, Tensor]) -> Conditioned:
         """The prompts of one batch.
@@ -196,7 +194,7 @@ class Conditioned:
             routed = stack.router(self._said_BNX, stack.routed.index(layer), tokens_BLD, mask_BL)
             self.routed.append(routed)
             weights_BK = routed.weights_BK
-        prompt_BPD = prompts(tokens_BLD.shape[0], weights_BK, self._trunks_Bh, stack._removed)
+        prompt_BPD = prompts(tokens_BLD.shape[0], weights_BK, self._trunks_Bh, stack._removed.value or "")
         if prompt_BPD is None:
             return None
         return Prompt(stack.dropout(prompt_BPD).to(tokens_BLD.dtype), prompts.gate_H)
