@@ -246,6 +246,7 @@ def _pt2(file: Path, device: str, threads: int | None) -> Runner:
     module = load_pt2(file, target)
 
     def run(inputs: dict[str, Array]) -> list[Array]:
+        devices.flush_denormals(target)
         with torch.no_grad():
             outputs = module({name: torch.from_numpy(array).to(target) for name, array in inputs.items()})
         return [output.cpu().numpy() for output in outputs]
