@@ -65,8 +65,7 @@ def backward(loss: Tensor) -> None:
         stack = [(node, iter(node.next_functions))]
         seen.add(node)
         while stack:
-            top, rest = stack[-1]
-            after = next((one for one, _ in rest if one is not None and one not in seen), None)
+            after = next((one for one, _ in stack[-1][1] if one is not None and one not in seen), None)
             if after is None:
                 order.append(stack.pop()[0])
             else:

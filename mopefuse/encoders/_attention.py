@@ -62,11 +62,6 @@ class Insert(NamedTuple):
         return mask.masked_fill(~seen, -torch.inf)
 
 
-def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """The type of what must not lose precision: float32, or float64 where that is given."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def attend(
     q_NHLE: Tensor,
     k_NHLE: Tensor,

@@ -25,6 +25,7 @@ from mopefuse.encoders import _lora
 from mopefuse.encoders._attention import Insert, Prompt
 from mopefuse.encoders.aliases import ALIASES
 from mopefuse.errors import EncoderError, MopefuseError, PluginError
+from mopefuse.precision import weight_type
 from mopefuse.registry import Spec
 from mopefuse.threads import PerThread
 
@@ -131,7 +132,13 @@ class Encoder(nn.Module):
             assert found == need, f"inserted tokens of width {found}, need {need}"
             insert = insert if insert.tokens_BPD.shape[1] else None
         with self._at_work.set(Call(prompt_at, insert)):
-            return self._encode(self.preprocess.finish(inputs))
+            return self._encode(self._finished(inputs))
+
+    def _finished(self, inputs: Inputs) -> Inputs:
+        """What `_encode` takes, numbers in the type of the weights."""
+        own = weight_type(self)
+        finished = self.preprocess.finish(inputs)
+        return {name: tensor.to(own) if tensor.is_floating_point() else tensor for name, tensor in finished.items()}
 
     def require_promptable(self, *, fix: str) -> None:
         """Raise an EncoderError that says why, if there is no layer to prompt."""

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mopefuse.encoders._attention import at_least_float32, for_windows, parts_of
+from mopefuse.encoders._attention import for_windows, parts_of
+from mopefuse.precision import exact
 
 
 def attend_in_windows(
@@ -181,7 +182,7 @@ def _apart(x_ZLE: Tensor, heads: int) -> Tensor:
 
 def _weights(scores_Z: Tensor, count: int, bias: Tensor, mask: Tensor | None) -> Tensor:
     """Softmax of scores, which are written over, of `count` windows, in their type; sums are at least float32."""
-    exact_Z = scores_Z.to(at_least_float32(scores_Z.dtype))
+    exact_Z = exact(scores_Z)
     exact_NH = exact_Z.unflatten(0, (count, -1))
     exact_NH += bias
     if mask is not None:
@@ -190,7 +191,7 @@ def _weights(scores_Z: Tensor, count: int, bias: Tensor, mask: Tensor | None) ->
 
 
 def _softmax(scores_Z: Tensor, dim: int) -> Tensor:
-    return scores_Z.softmax(dim=dim, dtype=at_least_float32(scores_Z.dtype)).to(scores_Z.dtype)
+    return exact(scores_Z).softmax(dim=dim).to(scores_Z.dtype)
 
 
 def _of_softmax(of_weights: Tensor, weights: Tensor, dim: int) -> Tensor:

@@ -27,6 +27,7 @@ from mopefuse.data._base import Batch
 from mopefuse.encoders._base import Encoder, Inputs, Preprocess, run_frozen
 from mopefuse.errors import CheckpointError, ConfigError, DataError
 from mopefuse.fusion._regression import Fold, How, Standard, fit_heads
+from mopefuse.precision import apply_exactly, exact
 from mopefuse.sides import is_comp, specs
 
 
@@ -215,7 +216,7 @@ class Fusion(nn.Module):
         """Pooled feature (B, C) of a frozen side: from the batch if it was computed earlier, else computed now."""
         if side in batch.features:
             return batch.features[side]
-        return run_frozen(self.encoder(side), batch.inputs[side]).pooled_BC.float()
+        return exact(run_frozen(self.encoder(side), batch.inputs[side]).pooled_BC)
 
     def make_head(self, width: int, num_labels: int) -> nn.Module:
         """From pooled features of `width` to logits: linear, or with one hidden layer (`head_hidden`)."""
@@ -227,18 +228,19 @@ class Fusion(nn.Module):
     def classify(self, *pooled_BC: Tensor, batch: Batch | None = None) -> Tensor:
         """Logits (B, N) of the head on pooled features side by side, each without its scale (`head_norm`, `standard`).
 
+        In float32 also under autocast.
+
         Args:
             pooled_BC: of each of `head_sides`. batch: says which samples lack which, where the method does without.
         """
         if self.standard is not None:
             pooled_BC = self.standardised(*pooled_BC)
         elif self.config.head_norm == "layer":
-            pooled_BC = tuple(F.layer_norm(pooled.float(), pooled.shape[-1:]) for pooled in pooled_BC)
+            pooled_BC = tuple(F.layer_norm(exact(pooled), pooled.shape[-1:]) for pooled in pooled_BC)
         if batch is not None:
             both = zip(self.head_sides, pooled_BC, strict=True)
             pooled_BC = tuple(self.or_absent(side, pooled, batch) for side, pooled in both)
-        logits_BN: Tensor = self.head(torch.cat(pooled_BC, dim=-1))
-        return logits_BN
+        return apply_exactly(self.head, torch.cat(pooled_BC, dim=-1))
 
     def begin_as_regression(self, num_labels: int) -> None:
         """Make the head one that `fit` fills: linear, on standardised features of all sides."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mopefuse import metrics
 from mopefuse.config import Linear
 from mopefuse.gates import selected_metric
+from mopefuse.precision import exact
 
 _NEVER = 30.0  # logit of what training has never, or always: a probability of 1e-13
 
@@ -74,7 +75,7 @@ class Standard(nn.Module):
 
     def forward(self, feature_BC: Tensor) -> Tensor:
         """(B, C), in float32."""
-        return (feature_BC.float() - self.mean_C) / self.deviation_C
+        return (exact(feature_BC) - self.mean_C) / self.deviation_C
 
 
 def statistics(feature_SC: Tensor) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from mopefuse.config import Router as RouterConfig
 from mopefuse.encoders._attention import Prompt
 from mopefuse.errors import ConfigError
 from mopefuse.modality import of
+from mopefuse.precision import apply_in_own_type, exact
 from mopefuse.prompts.experts import Routed, Router, mix
 from mopefuse.threads import PerThread
 
@@ -167,7 +168,7 @@ class PromptStack(nn.Module):
 
 def scaleless(psi_BC: Tensor) -> Tensor:
     """psi with a mean of 0 and a variance of 1 over its width, in float32; zeros stay zeros."""
-    return F.layer_norm(psi_BC.float(), psi_BC.shape[-1:], eps=1e-8)
+    return F.layer_norm(exact(psi_BC), psi_BC.shape[-1:], eps=1e-8)
 
 
 class Conditioned:
@@ -179,7 +180,7 @@ class Conditioned:
         each_BC = [] if stack.blind else [psi_BC[name] for name in stack.names]
         self._said_BNX = stack.router.conditioned(each_BC) if stack.router is not None else None
         trunks = () if stack.trunk is None else (stack.trunk, *stack.trunks.values())
-        self._trunks_Bh = [trunk(one_BC) for trunk, one_BC in zip(trunks, each_BC, strict=False)]
+        self._trunks_Bh = [apply_in_own_type(trunk, one_BC) for trunk, one_BC in zip(trunks, each_BC, strict=False)]
 
     def __call__(self, layer: int, tokens_BLD: Tensor, mask_BL: Tensor | None) -> Prompt | None:
         """The prompt of a layer; None where it has none."""
