@@ -257,14 +257,13 @@ class Fusion(nn.Module):
         """Side to modality and preprocessing."""
         return {side: (self.encoder(side).modality, self.encoder(side).preprocess) for side in self.reads}
 
-    def collate(
-        self, images: Sequence[Any] | None = None, texts: Sequence[Any] | None = None, **more: Sequence[Any]
-    ) -> Batch:
+    def collate(self, images: Any = None, texts: Any = None, **more: Any) -> Batch:
         """Raw values to a batch on the model's device: each encoder's own preprocessing, no augmentation.
 
         Args:
             images, texts, more: by modality (``audio=[...]``), one for each sample; None for a sample that has none. What no
-                encoder reads may be left out.
+                encoder reads may be left out. Images are PIL images, paths or arrays of uint8 (height, width, 3), and are
+                prepared as the files of a data set are. One value alone is a list of one.
 
         Raises:
             DataError: not as many of one as of another, none, or something that is no image or no text.
@@ -275,6 +274,8 @@ class Fusion(nn.Module):
             said = " and ".join(f"0 {modality.of(name).plural}" for name in values) or "nothing"
             raise DataError(17, f"{said} are no pairs", fix="give one value for each sample")
         modality.require_kinds(values)
+        read = {name for name, _ in self.readers().values()}
+        values |= {name: modality.prepared(name, values[name]) for name in read if name in values}
         inputs: dict[str, Inputs] = {}
         missing: dict[str, Tensor] = {}
         for side, (name, preprocess) in self.readers().items():
