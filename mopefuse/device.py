@@ -38,12 +38,17 @@ def resolve(name: str) -> torch.device:
     if missing:
         there = f"{count} CUDA device{'s' if count != 1 else ''}"
         raise ConfigError(41, f"there is no device {name} (this machine has {there})", where="device", fix="use --device auto")
-    if device.type == "cpu" and os.environ.get(FLUSH) == "1":
-        # Masked attention leaves weights below 1e-38, and with them products take a hundred times as long.
-        torch.set_flush_denormal(True)
+    flush_denormals(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
+
+
+def flush_denormals(device: torch.device) -> None:
+    """Where `FLUSH` asks for it on a CPU, let the calling thread, which has a setting of its own, take tiny numbers for 0."""
+    if device.type == "cpu" and os.environ.get(FLUSH) == "1":
+        # Masked attention leaves weights below 1e-38, and with them products take a hundred times as long.
+        torch.set_flush_denormal(True)
 
 
 def precision(name: str, device: torch.device) -> str:

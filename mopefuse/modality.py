@@ -7,7 +7,7 @@ column, or an encoder of it is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -67,6 +67,18 @@ class Modality:
         """Whether a value from Python can be one."""
         return True
 
+    def is_single(self, value: Any) -> bool:
+        """Whether what Python hands over is one value rather than a list of them."""
+        return isinstance(value, str | Path)
+
+    def prepare(self, value: Any, *, where: str) -> Any:
+        """A value from Python as `read` gives the same value of a row.
+
+        Args:
+            where: the sample, for messages.
+        """
+        return value
+
     def alike(self, value: str) -> str:
         """What two values in rows have in common that say the same."""
         return value
@@ -108,13 +120,28 @@ def by_argument(values: Mapping[str, Sequence[Any]]) -> dict[str, Sequence[Any]]
     return {BY_POSITION.get(name, name): each for name, each in values.items()}
 
 
-def named(by_position: Sequence[Sequence[Any] | None], more: Mapping[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
-    """Values by modality: those given by position (see `BY_POSITION`, None where left out) and those given by name."""
+def named(by_position: Sequence[Any], more: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
+    """Lists of values by modality: those given by position (see `BY_POSITION`, None where left out) and those given by name.
+
+    A single value is a list of one.
+
+    Raises:
+        DataError: an unknown modality, or what is neither a value nor several.
+    """
     for name in more:
         if name not in names():
             raise DataError(91, f"there is no modality {name!r}", fix=did_you_mean(name, names()))
     first = {name: values for name, values in zip(BY_POSITION, by_position, strict=True) if values is not None}
-    return {**first, **more}
+    return {name: _listed(of(name), values) for name, values in {**first, **more}.items()}
+
+
+def _listed(modality: Modality, values: Any) -> list[Any]:
+    if modality.is_single(values):
+        return [values]
+    if isinstance(values, Iterable) and not isinstance(values, Mapping | str | bytes):
+        return list(values)
+    what = f"{modality.plural} are a list, or {modality.kind}, got {type(values).__name__}"
+    raise DataError(210, what, fix=modality.give)
 
 
 def count_of(values: Mapping[str, Sequence[Any]]) -> int:
@@ -150,6 +177,16 @@ def require_kinds(values: Mapping[str, Sequence[Any]]) -> None:
 def or_nothing(name: str, values: Sequence[Any]) -> list[Any]:
     """Values with one that says nothing where there is None."""
     return [of(name).nothing() if value is None else value for value in values]
+
+
+def prepared(name: str, values: Sequence[Any]) -> list[Any]:
+    """Values from Python as rows give them, see `Modality.prepare`; None stays.
+
+    Raises:
+        DataError: one that cannot be read.
+    """
+    one = of(name)
+    return [None if value is None else one.prepare(value, where=f"sample {i}") for i, value in enumerate(values)]
 
 
 def require_given(name: str, values: Mapping[str, Sequence[Any]], who: str) -> Sequence[Any]:

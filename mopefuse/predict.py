@@ -17,9 +17,6 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-from PIL import Image
-
 from mopefuse import modality
 from mopefuse.config import Data as DataConfig
 from mopefuse.config import build_config
@@ -63,29 +60,31 @@ class Predictor:
 
     def predict(
         self,
-        images: Sequence[Any] | None = None,
-        texts: Sequence[Any] | None = None,
+        images: Any = None,
+        texts: Any = None,
         *,
         top: int | None = None,
         routing: bool = False,
-        **more: Sequence[Any],
+        **more: Any,
     ) -> list[Answer]:
         """What each sample is: ``{"label" | "labels", "probabilities": {label: p}}``.
 
         Args:
-            images: PIL images of any mode. texts: as many. more: as many of other modalities, by name (``audio=[...]``). What
-                the model does not read may be left out; None in a list is a sample that has none.
+            images: PIL images of any mode, paths of files, or arrays of uint8 (height, width, 3); they are prepared as the
+                files of a data set are. texts: as many. more: as many of other modalities, by name (``audio=[...]``). What
+                the model does not read may be left out; None in a list is a sample that has none; one value alone is a list
+                of one.
             top: most labels in "probabilities", the likeliest first; default all.
             routing: add the weights of the experts, a list for each routed layer.
 
         Raises:
-            DataError: not as many of one as of another.
+            DataError: not as many of one as of another, or something that is no image or no text.
         """
         values = modality.named((images, texts), more)
         if not modality.count_of(values):
             return []
         _require(values, self.model)
-        said, routed = self.model.say({name: [*map(_rgb, each)] for name, each in values.items()})
+        said, routed = self.model.say(values)
         if not all(map(isfinite, chain.from_iterable(said))):
             raise NumericError(3, "the model's answer is not finite", fix="train again, or use another checkpoint")
         answers = [answer(p_N, self.model, top) for p_N in said]
@@ -104,19 +103,6 @@ def _require(values: Mapping[str, Sequence[Any]], model: Model) -> None:
         if needed or (missing and len(missing) == len(read)):
             what = f"sample {number} has no {' and no '.join(needed or missing)}, and the model was not trained to do without"
             raise DataError(100, what, fix="leave it out, or train with --modality-dropout, for the main encoder with --either")
-
-
-def _rgb(image: Any) -> Any:
-    """An image with three channels of 8 bits; what is none as it is.
-
-    Raises:
-        NumericError: a pixel is not finite, as images of floats can have them.
-    """
-    if not isinstance(image, Image.Image):
-        return image
-    if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
-        raise NumericError(4, "the image has pixels that are not finite", fix="give an image of 8 bits")
-    return image.convert("RGB")
 
 
 def answer(p_N: Sequence[float], model: Model, top: int | None) -> Answer:

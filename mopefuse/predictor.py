@@ -73,16 +73,18 @@ class Bundle:
             raise CheckpointError(3, f"the bundle does not say its {error}", where=str(folder), fix=_AGAIN) from None
         self._run: Runner = (_onnx if file.suffix == ".onnx" else _pt2)(file, device, threads)
 
-    def collate(
-        self, images: Sequence[Any] | None = None, texts: Sequence[Any] | None = None, **more: Sequence[Any]
-    ) -> dict[str, Array]:
-        """RGB images and texts as the graph's inputs; None where a sample has none, and the graph can do without.
+    def collate(self, images: Any = None, texts: Any = None, **more: Any) -> dict[str, Array]:
+        """Images and texts, as `mopefuse.predict.Predictor.predict` takes them, as the graph's inputs; None where a sample has
+        none, and the graph can do without.
 
         Raises:
-            DataError: not as many of one as of another, or None where something is needed.
+            DataError: not as many of one as of another, something that is no image or no text, or None where something is
+                needed.
         """
         values = modality.named((images, texts), more)
         modality.count_of(values)
+        modality.require_kinds(values)
+        values |= {name: modality.prepared(name, values[name]) for name in self.modalities if name in values}
         inputs: dict[str, Array] = {}
         for side, how in self.sides.items():
             given = modality.require_given(how["modality"], values, "the bundle")
@@ -94,7 +96,7 @@ class Bundle:
             own = modality.or_nothing(how["modality"], given)
             if how["modality"] == "image":
                 resize = how["resize"] if isinstance(how["resize"], int) else (how["resize"][0], how["resize"][1])
-                shrunk = [pixels.shrink(image.convert("RGB"), resize, how["interpolation"]) for image in own]
+                shrunk = [pixels.shrink(image, resize, how["interpolation"]) for image in own]
                 inputs[f"{side}_pixels"] = np.stack([pixels.centre(one, (how["size"][0], how["size"][1])) for one in shrunk])
             else:
                 inputs[f"{side}_ids"], inputs[f"{side}_mask"] = self._tokenize[side](own)
@@ -246,6 +248,7 @@ def _pt2(file: Path, device: str, threads: int | None) -> Runner:
     module = load_pt2(file, target)
 
     def run(inputs: dict[str, Array]) -> list[Array]:
+        devices.flush_denormals(target)
         with torch.no_grad():
             outputs = module({name: torch.from_numpy(array).to(target) for name, array in inputs.items()})
         return [output.cpu().numpy() for output in outputs]

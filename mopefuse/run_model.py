@@ -39,6 +39,7 @@ class RunModel:
     @torch.no_grad()
     def say(self, values: Mapping[str, Sequence[Any]]) -> tuple[list[list[float]], list[Any] | None]:
         """Probabilities (B, N) and routing; see `mopefuse.predict.Model`."""
+        devices.flush_denormals(self.device)
         batch = self.fusion.collate(**by_argument(values))
         with devices.autocast(self.precision, self.device):
             output = self.fusion(batch)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,23 @@ def encoder_of(family: str, encoders: dict[str, Encoder]) -> Encoder:  # noqa: F
     return create_encoder(family.replace("-", ":")) if family.startswith("tiny") else copy.deepcopy(encoders[family])
 
 
-def gradients(encoder: Encoder, *, gated: bool, recompute: bool, insert: bool = False) -> Gradients:
+def backward_here(loss: Tensor) -> None:
+    loss.backward()  # type: ignore[no-untyped-call]
+
+
+def backward_elsewhere(loss: Tensor) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(backward_here, loss).result()
+
+
+def gradients(
+    encoder: Encoder,
+    *,
+    gated: bool,
+    recompute: bool,
+    insert: bool = False,
+    backward: Callable[[Tensor], None] = backward_here,
+) -> Gradients:
     """Of prompts, gates, inserted tokens and of what learns in the encoder."""
     prompts = [prompt.requires_grad_() for prompt in prompts_for(encoder)]
     gates = [torch.full((heads,), 0.5, requires_grad=True) for heads in encoder.heads]
@@ -42,8 +60,8 @@ def gradients(encoder: Encoder, *, gated: bool, recompute: bool, insert: bool = 
         Insert(ahead, blind=1) if insert else None,
     )
     random = torch.Generator().manual_seed(5)
-    (encoded.pooled_BC * torch.randn(encoded.pooled_BC.shape, generator=random)).sum().backward()
-    assert all(slot.prompt is None and slot.insert is None for slot in getattr(encoder, "_slots", ()))
+    backward((encoded.pooled_BC * torch.randn(encoded.pooled_BC.shape, generator=random)).sum())
+    assert encoder._at_work.value is None
     found = {f"prompt {layer}": prompt.grad for layer, prompt in enumerate(prompts)}
     found |= {f"gate {layer}": gate.grad for layer, gate in enumerate(gates)} if gated else {}
     found |= {"insert": ahead.grad} if insert else {}
@@ -70,6 +88,15 @@ def test_tokens_ahead_are_seen_again(family: str, encoders: dict[str, Encoder]) 
     encoder = encoder_of(family, encoders)
     plain = gradients(encoder, gated=False, recompute=False, insert=True)
     assert_equal(gradients(encoder, gated=False, recompute=True, insert=True), plain)
+
+
+@pytest.mark.parametrize("family", ["timm-vit", "hf-albert", "open_clip-visual", "tiny-text"])
+def test_the_backward_pass_may_run_in_another_thread(family: str, encoders: dict[str, Encoder]) -> None:  # noqa: F811
+    """As on a GPU, where it always does."""
+    encoder = encoder_of(family, encoders)
+    insert = encoder.insertable
+    plain = gradients(encoder, gated=True, recompute=False, insert=insert)
+    assert_equal(gradients(encoder, gated=True, recompute=True, insert=insert, backward=backward_elsewhere), plain)
 
 
 @pytest.mark.parametrize("family", ["timm-vit", "timm-swin-padded", "hf-bert", "tiny-vision"])

@@ -103,15 +103,26 @@ def contained(roots: Sequence[Path], relative: str, *, where: str, what: str) ->
     Raises:
         UnsafePathError: the path is a URL or leads out of every root. DataError: it is not a regular file.
     """
-    path = _place(roots, relative, where, what)
+    return regular_file(_place(roots, relative, where, what), relative, where=where, what=what)
+
+
+def regular_file(path: Path, name: str, *, where: str, what: str) -> Path:
+    """The same path, if it leads to a file.
+
+    Args:
+        name: of the file, for messages. what: the modality, for messages.
+
+    Raises:
+        DataError: there is none, or it is a folder, a pipe or a device.
+    """
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError):
         fix = _other_case(path) or "add the file"
-        raise DataError(11, f"{what} not found: {relative}", where=where, fix=fix) from None
+        raise DataError(11, f"{what} not found: {name}", where=where, fix=fix) from None
     if not stat.S_ISREG(mode):
         article = "an" if what[:1] in "aeiou" else "a"
-        raise DataError(15, f"{relative} is not a regular file", where=where, fix=f"name {article} {what} file")
+        raise DataError(15, f"{name} is not a regular file", where=where, fix=f"name {article} {what} file")
     return path
 
 

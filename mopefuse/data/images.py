@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from PIL import Image, ImageOps
 
-from mopefuse.data.files import Files, Look, contained, content_of
-from mopefuse.errors import DataError
+from mopefuse.data.files import Files, Look, contained, content_of, regular_file
+from mopefuse.errors import DataError, NumericError
 
 if TYPE_CHECKING:  # a bundle is asked where there is no pydantic
     from mopefuse.config import Data as DataConfig
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+MAX_PIXELS = 50_000_000
 SMALL = 16  # pixels; an image with a shorter side is remarked on
 STRIP = 10  # of the sides of an image; a longer strip is remarked on
 SLOW = 2000  # milliseconds of decoding
@@ -51,7 +52,7 @@ _UNREADABLE = {  # how what a decoder says begins
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-def open_image(roots: Sequence[Path], relative: str, *, where: str, max_pixels: int = 50_000_000) -> Image.Image:
+def open_image(roots: Sequence[Path], relative: str, *, where: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The image as upright RGB: EXIF orientation applied, transparency over white, first frame of an animation.
 
     Args:
@@ -104,6 +105,18 @@ def _decoded(
         raise DataError(13, what, where=where, fix="replace or remove it") from None
 
 
+def _from_python(image: Image.Image, *, where: str) -> Image.Image:
+    """An image that is open, or was made, as upright RGB."""
+    try:
+        if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
+            raise NumericError(4, "the image has pixels that are not finite", where=where, fix="give an image of 8 bits")
+        return upright_rgb(image)
+    except (NumericError, MemoryError):
+        raise
+    except Exception as error:  # of a file that is read only now: whatever its decoder pleases
+        raise DataError(13, f"the image cannot be read ({_reason(error)})", where=where, fix="replace or remove it") from None
+
+
 def upright_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow image as RGB the way a viewer shows it: upright, 16-bit grey scaled to 8, transparency over white."""
     image = ImageOps.exif_transpose(image)
@@ -121,6 +134,10 @@ def _looks_like(content: bytes, error: Exception) -> str:
     other = _starts_as(content, _NO_IMAGE)
     if other:
         return f"looks like {other}"
+    return _reason(error)
+
+
+def _reason(error: Exception) -> str:
     return re.split("['<]", str(error))[0].strip().rstrip(".") or type(error).__name__
 
 
@@ -136,8 +153,8 @@ class Images(Files):
     """An image file: upright RGB, see `open_image`."""
 
     plural: ClassVar[str] = "images"
-    kind: ClassVar[str] = "a PIL image"
-    give: ClassVar[str] = "open images with PIL.Image.open"
+    kind: ClassVar[str] = "an image"
+    give: ClassVar[str] = "give a PIL image, the path of a file, or an array of uint8 (height, width, 3)"
     meant: ClassVar[tuple[str, ...]] = (
         "image", "image_path", "img_path", "filename", "file_name", "file", "path", "photo", "picture",
     )  # fmt: skip
@@ -169,8 +186,26 @@ class Images(Files):
         return [Image.fromarray(random.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in ((40, 60), (64, 64), (90, 50))]
 
     def accepts(self, value: Any) -> bool:
-        """PIL images."""
-        return isinstance(value, Image.Image)
+        """PIL images, paths, arrays of 8 bits, and of 16 bits in grey."""
+        if isinstance(value, np.ndarray):
+            colours = value.ndim == 3 and value.shape[2] in (3, 4)
+            return (value.dtype == np.uint8 and (colours or value.ndim == 2)) or (value.dtype == np.uint16 and value.ndim == 2)
+        return isinstance(value, Image.Image | str | Path)
+
+    def is_single(self, value: Any) -> bool:
+        """Also PIL images, and arrays of two or three axes."""
+        return isinstance(value, Image.Image | str | Path) or (isinstance(value, np.ndarray) and value.ndim in (2, 3))
+
+    def prepare(self, value: Any, *, where: str) -> Image.Image:
+        """Upright RGB, as of a file; a path is one that the caller trusts, as `PIL.Image.open` would.
+
+        Raises:
+            DataError: see `open_image`. NumericError: a pixel is not finite, as images of floats can have them.
+        """
+        if isinstance(value, str | Path):
+            file = regular_file(Path(value), str(value), where=where, what=self.name)
+            return _decoded(content_of(file, str(value), where), str(value), where=where, max_pixels=MAX_PIXELS)[0]
+        return _from_python(Image.fromarray(value) if isinstance(value, np.ndarray) else value, where=where)
 
     def prompt_bound(self, patch_size: int, width: int) -> float:
         """sqrt(6 / (3 patch^2 + width)), as in the papers."""

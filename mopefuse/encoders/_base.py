@@ -27,7 +27,9 @@ from mopefuse.encoders._attention import Insert, Prompt
 from mopefuse.encoders.aliases import ALIASES
 from mopefuse.errors import EncoderError, MopefuseError, PluginError
 from mopefuse.modality import of
+from mopefuse.precision import weight_type
 from mopefuse.registry import Spec
+from mopefuse.threads import PerThread
 
 __all__ = ["Encoded", "Encoder", "Inputs", "Insert", "Preprocess", "Prompt", "PromptAt", "create_encoder"]
 
@@ -41,6 +43,22 @@ class Encoded(NamedTuple):
     pooled_BC: Tensor  # the encoder's own summary: [CLS], mean, EOT, ...
     tokens_BLD: Tensor  # last layer, prompts never among them
     mask_BL: Tensor | None  # True where a token is real; None if all are
+
+
+class Call:
+    """One `Encoder.encode` or `Encoder.run_layer` on its way through the layers. Each thread has its own.
+
+    Attributes:
+        mask_BL: which tokens of the texts being encoded are real; None if all are.
+        waiting: prompts that have been asked for and not yet used, by the number of their slot, see `_prompted`.
+        runs: how often the block of a slot has run.
+    """
+
+    def __init__(self, prompt_at: PromptAt | None = None, insert: Insert | None = None) -> None:
+        self.prompt_at, self.insert = prompt_at, insert
+        self.mask_BL: Tensor | None = None
+        self.waiting: dict[int, Prompt] = {}
+        self.runs: dict[int, int] = {}
 
 
 class Preprocess(Protocol):
@@ -93,8 +111,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.spec = spec
         self.tuned = self.adapted = False
-        self._prompt_at: PromptAt | None = None
-        self._insert: Insert | None = None
+        self._at_work = PerThread()  # a `Call`
 
     @abstractmethod
     def _encode(self, inputs: Inputs) -> Encoded:
@@ -116,12 +133,15 @@ class Encoder(nn.Module):
             self.require_insertable()
             found, need = insert.tokens_BPD.shape[2], self.widths[0]
             assert found == need, f"inserted tokens of width {found}, need {need}"
-        self._prompt_at = prompt_at
-        self._insert = insert if insert is not None and insert.tokens_BPD.shape[1] else None
-        try:
-            return self._encode(self.preprocess.finish(inputs))
-        finally:
-            self._prompt_at = self._insert = None
+            insert = insert if insert.tokens_BPD.shape[1] else None
+        with self._at_work.set(Call(prompt_at, insert)):
+            return self._encode(self._finished(inputs))
+
+    def _finished(self, inputs: Inputs) -> Inputs:
+        """What `_encode` takes, numbers in the type of the weights."""
+        own = weight_type(self)
+        finished = self.preprocess.finish(inputs)
+        return {name: tensor.to(own) if tensor.is_floating_point() else tensor for name, tensor in finished.items()}
 
     def require_promptable(self, *, fix: str) -> None:
         """Raise an EncoderError that says why, if there is no layer to prompt."""
@@ -148,7 +168,8 @@ class Encoder(nn.Module):
             EncoderError: an encoder that takes no tokens beside its own.
         """
         self.require_insertable()
-        return self._run_layer(layer, tokens_BLD, None if mask_BK is None else mask_BK[:, None, None], prompt)
+        with self._at_work.set(Call()):
+            return self._run_layer(layer, tokens_BLD, None if mask_BK is None else mask_BK[:, None, None], prompt)
 
     def _run_layer(self, layer: int, tokens_BLD: Tensor, mask_B11K: Tensor | None, prompt: Prompt | None) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} is insertable, and gives no `_run_layer`")
@@ -157,8 +178,15 @@ class Encoder(nn.Module):
         """Same as `encode`."""
         return self.encode(inputs, prompt_at, insert)
 
+    @property
+    def _call(self) -> Call:
+        """The call at work in this thread; one without prompts where the backbone is run by itself."""
+        call = self._at_work.value
+        return call if isinstance(call, Call) else Call()
+
     def _ask(self, layer: int, tokens_BLD: Tensor, mask_BL: Tensor | None = None) -> Prompt | None:
-        return None if self._prompt_at is None else self._prompt_at(layer, tokens_BLD, mask_BL)
+        prompt_at = self._call.prompt_at
+        return None if prompt_at is None else prompt_at(layer, tokens_BLD, mask_BL)
 
     def freeze(self) -> None:
         """No parameter learns, and the backbone stays in evaluation mode (no dropout) whatever `train()` says."""

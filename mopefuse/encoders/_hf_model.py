@@ -109,7 +109,6 @@ class TransformersEncoder(PromptedEncoder):
         except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
             what = f"a {self.model_config.model_type} model does not run on {self.modality} alone: {error}"
             raise unsuitable(what, self.spec, self.families) from error
-        self._mask_BL = None
         if not sites:
             self.backbone.set_attn_implementation(own)  # which also says what masks are like
             reason = reason if own == "sdpa" else "transformers has no scaled-dot-product attention for it"

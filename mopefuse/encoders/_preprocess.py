@@ -104,6 +104,9 @@ class TextPreprocess:
     save: Save | None = None
     length: int | None = None
 
+    def __post_init__(self) -> None:
+        self.tokenize(["a"], self.max_tokens)  # libraries set a tokenizer up on its first use, which threads must not share
+
     def item(self, value: str) -> str:
         """A text that any tokenizer takes: lone surrogates and control characters become U+FFFD."""
         return self.reduce(value)

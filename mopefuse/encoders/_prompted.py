@@ -2,8 +2,9 @@
 
 A hook on each block asks for the layer's prompt as tokens enter, puts it through the norm that the block applies ahead
 of its attention, and leaves it in the block's slot, where the attention of that block picks it up (each family's module
-says how). A slot is emptied when it is read, and all are emptied when `encode` ends, however it ends. Where an encoder takes
-other tokens ahead of its own, a hook on its first block puts them there and one on its last drops them.
+says how). What waits there belongs to the call at work in a thread (`_base.Call`) and is gone when the call ends, however it
+ends. Where an encoder takes other tokens ahead of its own, a hook on its first block puts them there and one on its last
+drops them.
 
 Shapes: B batch, L tokens, P prompt tokens, D width of the layer.
 """
@@ -17,48 +18,51 @@ from typing import Any
 from torch import Tensor, nn
 
 from mopefuse.encoders._attention import Insert, Prompt
-from mopefuse.encoders._base import Encoded, Encoder, Inputs
+from mopefuse.encoders._base import Call, Encoded, Encoder, Inputs
 from mopefuse.encoders._probe import Site
 from mopefuse.encoders._recompute import run_block
 from mopefuse.registry import Spec
 
 
 class Slot:
-    """Where a prompt waits (normed, ready for the key and value projections) for the attention of `block`.
+    """Of one block of an encoder: where the prompt of the call at work waits for its attention, normed, ready for the key and
+    value projections.
 
-    `norm` is what the block applies ahead of its attention; None in a post-norm block. `insert` is what is among the tokens
-    of all blocks, beside the encoder's own. `layers` are the numbers under which the block runs, more than one where layers
-    share their weights. `site`: how keys and values are made, in a model of transformers.
+    `norm` is what the block applies ahead of its attention; None in a post-norm block. `layers` are the numbers under which
+    the block runs, more than one where layers share their weights. `site`: how keys and values are made, in a model of
+    transformers. What changes from call to call is in the `Call`.
     """
 
-    def __init__(self, block: nn.Module, norm: nn.Module | None) -> None:
-        self.block, self.norm = block, norm
+    def __init__(self, encoder: PromptedEncoder, number: int, block: nn.Module, norm: nn.Module | None) -> None:
+        self.encoder, self.number, self.block, self.norm = encoder, number, block, norm
         self.layers: list[int] = []
-        self.runs = 0  # of the block, in the call at work; counted where there are several layers
-        self.prompt: Prompt | None = None
-        self.insert: Insert | None = None
         self.site: Site | None = None
+
+    @property
+    def insert(self) -> Insert | None:
+        """What is among the tokens of all blocks, beside the encoder's own."""
+        return self.encoder._call.insert
 
     def put(self, prompt: Prompt | None, tokens_BLD: Tensor) -> None:
         """Leave the prompt that these tokens enter the block with."""
-        self.prompt = None
         if prompt is not None and prompt.tokens_BPD.shape[1] > 0:
             prompt_BPD = prompt.tokens_BPD.to(tokens_BLD.dtype)
             found, need = (prompt_BPD.shape[0], prompt_BPD.shape[2]), (tokens_BLD.shape[0], tokens_BLD.shape[2])
             assert found == need, f"prompts for (batch, width) {found}, need {need}"
-            self.prompt = prompt._replace(tokens_BPD=prompt_BPD if self.norm is None else self.norm(prompt_BPD))
+            normed_BPD = prompt_BPD if self.norm is None else self.norm(prompt_BPD)
+            self.encoder._call.waiting[self.number] = prompt._replace(tokens_BPD=normed_BPD)
 
     def next_layer(self) -> int:
         """Which layer the block is now run as."""
         if len(self.layers) == 1:
             return self.layers[0]
-        self.runs += 1
-        return self.layers[self.runs - 1]
+        runs = self.encoder._call.runs
+        runs[self.number] = runs.get(self.number, 0) + 1
+        return self.layers[runs[self.number] - 1]
 
     def take(self) -> Prompt | None:
         """The prompt, once."""
-        prompt, self.prompt = self.prompt, None
-        return prompt
+        return self.encoder._call.waiting.pop(self.number, None)
 
 
 class PromptedEncoder(Encoder):
@@ -66,26 +70,16 @@ class PromptedEncoder(Encoder):
 
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)
-        self._slots: list[Slot] = []
-        self._mask_BL: Tensor | None = None  # of the texts being encoded
+        self._slots: list[Slot] = []  # of each layer
 
     @abstractmethod
     def _run(self, inputs: Inputs) -> Encoded:
-        """The library's own forward pass."""
+        """The library's own forward pass. Of texts it begins by leaving their mask in ``self._call.mask_BL``."""
 
     def _encode(self, inputs: Inputs) -> Encoded:
-        for slot in self._slots:
-            slot.insert = self._insert
-        try:
-            encoded = self._run(inputs)
-            ignored = [layer for layer, slot in enumerate(self._slots) if slot.prompt is not None]
-            assert not ignored, f"{self.spec}: the attention of layers {ignored} has not picked its prompt up"
-            return encoded
-        finally:
-            self._mask_BL = None
-            for slot in self._slots:
-                slot.prompt = slot.insert = None
-                slot.runs = 0
+        encoded, ignored = self._run(inputs), self._call.waiting
+        assert not ignored, f"{self.spec}: the attention of blocks {sorted(ignored)} has not picked its prompt up"
+        return encoded
 
     def _prompt_blocks(self, blocks: Sequence[nn.Module], norms: Sequence[nn.Module | None]) -> list[Slot]:
         """Ask for a prompt at each of `blocks`; the slots where the answers will be, one for each of them.
@@ -99,61 +93,59 @@ class PromptedEncoder(Encoder):
             blocks[-1].register_forward_hook(_Dropping(self))
         by_block: dict[nn.Module, Slot] = {}
         for layer, (block, norm) in enumerate(zip(blocks, norms, strict=True)):
-            slot = by_block.setdefault(block, Slot(block, norm))
+            slot = by_block.setdefault(block, Slot(self, len(by_block), block, norm))
             slot.layers.append(layer)
             self._slots.append(slot)
         for slot in by_block.values():
-            slot.block.register_forward_pre_hook(_Entering(self, slot), with_kwargs=True)
-            slot.block.forward = _Forward(self, slot)
+            slot.block.register_forward_pre_hook(_Entering(slot), with_kwargs=True)
+            slot.block.forward = _Forward(slot)
         return self._slots
 
     def _run_layer(self, layer: int, tokens_BLD: Tensor, mask_B11K: Tensor | None, prompt: Prompt | None) -> Tensor:
         slot = self._slots[layer]
-        assert slot.insert is None and slot.prompt is None, f"{self.spec}: layer {layer} is already at work"
         slot.put(prompt, tokens_BLD)
-        try:
-            out: Any = slot.block.forward(tokens_BLD, mask_B11K)  # not a call: that would run the hooks of `encode`
-        finally:
-            slot.prompt = None
+        out: Any = slot.block.forward(tokens_BLD, mask_B11K)  # not a call: that would run the hooks of `encode`
         out_BLD: Tensor = out if isinstance(out, Tensor) else out[0]
         return out_BLD
 
 
 class _Entering:
-    """The hook of one block. An object rather than a closure, so that a deep copy of an encoder has hooks of its own."""
+    """The hook of one block. An object rather than a closure, so that a copy of an encoder, deep or pickled, has its own."""
 
-    def __init__(self, encoder: PromptedEncoder, slot: Slot) -> None:
-        self.encoder, self.slot = encoder, slot
+    def __init__(self, slot: Slot) -> None:
+        self.slot = slot
 
     def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         entering: Tensor = args[0] if args else kwargs["hidden_states"]
         tokens_BLD = entering.flatten(1, -2)  # (B, H, W, D) in timm's Swin
-        insert, mask_BL = self.encoder._insert, self.encoder._mask_BL
-        layer = self.slot.next_layer()
-        prompt = self.encoder._ask(layer, tokens_BLD, mask_BL if insert is None else insert.real(mask_BL))
-        self.slot.put(prompt, tokens_BLD)
+        slot, call = self.slot, self.slot.encoder._call
+        mask_BL = call.mask_BL if call.insert is None else call.insert.real(call.mask_BL)
+        slot.put(slot.encoder._ask(slot.next_layer(), tokens_BLD, mask_BL), tokens_BLD)
 
 
 class _Forward:
     """The forward method of one block, which can be run again with what was in its slot."""
 
-    def __init__(self, encoder: PromptedEncoder, slot: Slot) -> None:
-        self.encoder, self.slot, self.own = encoder, slot, slot.block.forward
+    def __init__(self, slot: Slot) -> None:
+        self.slot = slot
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        encoder, slot = self.encoder, self.slot
+        slot, encoder = self.slot, self.slot.encoder
         if not encoder.recompute:
-            return self.own(*args, **kwargs)
+            return self._own(*args, **kwargs)
         options = {"recompute": True, "learns": encoder.learns}
         return run_block(self._with, slot.take(), slot.insert, *args, **options, **kwargs)
 
+    def _own(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self.slot.block).forward(self.slot.block, *args, **kwargs)
+
     def _with(self, prompt: Prompt | None, insert: Insert | None, *args: Any, **kwargs: Any) -> Any:
-        slot, before = self.slot, self.slot.insert
-        slot.prompt, slot.insert = prompt, insert
-        try:
-            return self.own(*args, **kwargs)
-        finally:
-            slot.insert = before  # a recomputation ends by an exception as soon as it has what is needed
+        """As in the call that was at work, which has ended when a backward pass runs the block again, in any thread."""
+        call = Call(insert=insert)
+        if prompt is not None:
+            call.waiting[self.slot.number] = prompt
+        with self.slot.encoder._at_work.set(call):
+            return self._own(*args, **kwargs)
 
 
 class _Inserting:
@@ -165,7 +157,7 @@ class _Inserting:
     def __call__(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        insert = self.encoder._insert
+        insert = self.encoder._call.insert
         if insert is None:
             return None
         if args:
@@ -180,7 +172,7 @@ class _Dropping:
         self.encoder = encoder
 
     def __call__(self, block: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
-        insert = self.encoder._insert
+        insert = self.encoder._call.insert
         if insert is None:
             return None
         count = insert.tokens_BPD.shape[1]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from types import MethodType
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -40,7 +40,7 @@ def prompt_model(encoder: PromptedEncoder, model: Any) -> None:
     slots = encoder._prompt_blocks(blocks, norms)
     for block, kind, slot in zip(blocks, kinds, slots, strict=True):
         block.attn.prompt_slot = slot
-        block.attn.forward = MethodType(kind.forward, block.attn)
+        block.attn.forward = partial(kind.forward, block.attn)
     encoder.widths = tuple(int(block.attn.proj.out_features) for block in blocks)
     encoder.heads = tuple(int(block.attn.num_heads) for block in blocks)
     if blocks:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mopefuse.encoders._attention import for_windows, parts_of
+from mopefuse.precision import exact
 
 
 def attend_in_windows(
@@ -41,7 +42,7 @@ def attend_in_windows(
         prompt_v_BHPE = prompt_v_BHPE * torch.tanh(gate_H).to(prompt_v_BHPE.dtype)[:, None, None]
     inputs = (qkv_NLX, prompt_k_BHPE, prompt_v_BHPE, bias_1HLL, mask_WLL, scale)
     if not torch.is_grad_enabled():
-        return form.compute(*inputs)[0]
+        return _computed(form, inputs)[0]
     out_NLD: Tensor = form.apply(*inputs)
     return out_NLD
 
@@ -71,7 +72,7 @@ class _Gated(_Form):
         weights_ZLL = _weights(torch.bmm(q_ZLE, k_ZLE.transpose(1, 2)), count, bias, mask)
         out_ZLE = torch.bmm(weights_ZLL, v_ZLE)
         key_ZPE, value_ZPE = (for_windows(part, count).flatten(0, 1) for part in (k_BHPE, v_BHPE))
-        weights_ZPL = torch.bmm(key_ZPE, q_ZLE.transpose(1, 2)).softmax(dim=1)
+        weights_ZPL = _softmax(torch.bmm(key_ZPE, q_ZLE.transpose(1, 2)), dim=1)
         out_ZLE.baddbmm_(weights_ZPL.transpose(1, 2), value_ZPE)
         return _join(out_ZLE, heads), (q_ZLE, k_ZLE, v_ZLE, weights_ZLL, key_ZPE, value_ZPE, weights_ZPL)
 
@@ -133,9 +134,14 @@ class _Joint(_Form):
         return _gradients(context, of_qkv_NLX, of_key[:, :prompts], of_value[:, :prompts])
 
 
-def _forward(form: type[_Form], context: Any, inputs: tuple[Any, ...]) -> Tensor:
+def _computed(form: type[_Form], inputs: tuple[Any, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """`_Form.compute` in the type of the inputs, whatever autocast would have single operations do."""
     with torch.autocast(inputs[0].device.type, enabled=False):
-        out_NLD, kept = form.compute(*inputs)
+        return form.compute(*inputs)
+
+
+def _forward(form: type[_Form], context: Any, inputs: tuple[Any, ...]) -> Tensor:
+    out_NLD, kept = _computed(form, inputs)
     context.save_for_backward(*kept)
     context.batch, context.heads = inputs[1].shape[:2]
     context.scale = inputs[-1]
@@ -175,12 +181,17 @@ def _apart(x_ZLE: Tensor, heads: int) -> Tensor:
 
 
 def _weights(scores_Z: Tensor, count: int, bias: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax of scores, which are written over, of `count` windows."""
-    scores_NH = scores_Z.unflatten(0, (count, -1))
-    scores_NH += bias
+    """Softmax of scores, which are written over, of `count` windows, in their type; sums are at least float32."""
+    exact_Z = exact(scores_Z)
+    exact_NH = exact_Z.unflatten(0, (count, -1))
+    exact_NH += bias
     if mask is not None:
-        scores_NH.unflatten(0, (-1, mask.shape[0])).add_(mask[:, None])
-    return scores_Z.softmax(dim=-1)
+        exact_NH.unflatten(0, (-1, mask.shape[0])).add_(mask[:, None])
+    return exact_Z.softmax(dim=-1).to(scores_Z.dtype)
+
+
+def _softmax(scores_Z: Tensor, dim: int) -> Tensor:
+    return exact(scores_Z).softmax(dim=dim).to(scores_Z.dtype)
 
 
 def _of_softmax(of_weights: Tensor, weights: Tensor, dim: int) -> Tensor:

@@ -111,7 +111,7 @@ class HFEncoder(TransformersEncoder):
 
     def _run(self, inputs: Inputs) -> Encoded:
         if self.modality == "text":
-            mask_BL = self._mask_BL = inputs["mask"]
+            mask_BL = self._call.mask_BL = inputs["mask"]
             seen = None if self._family.filled else mask_BL.long()
             out = self.backbone(input_ids=inputs["ids"], attention_mask=seen)
         else:

@@ -15,8 +15,8 @@ Shapes: B batch, L tokens, P prompt tokens, D width, H heads, E width of a head.
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import open_clip
@@ -93,14 +93,14 @@ class OpenCLIPEncoder(PromptedEncoder):
         slots = self._prompt_blocks(blocks, [block.ln_1 for block in blocks])
         for block, slot in zip(blocks, slots, strict=True):
             block.prompt_slot = slot
-            block.attention = MethodType(_attention, block)
+            block.attention = partial(_attention, block)
         self.patch_size = int(getattr(self.backbone, "patch_size", (self.patch_size,))[0])
         self.widths = tuple(int(block.attn.embed_dim) for block in blocks)
         self.heads = tuple(int(block.attn.num_heads) for block in blocks)
 
     def _run(self, inputs: Inputs) -> Encoded:
         if self.modality == "text":
-            self._mask_BL = inputs["mask"]
+            self._call.mask_BL = inputs["mask"]
             pooled_BC, tokens_BLD = self.backbone(inputs["ids"])
             return Encoded(pooled_BC, tokens_BLD, inputs["mask"])
         if isinstance(self.backbone, TimmModel) and self.widths:

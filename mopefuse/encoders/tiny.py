@@ -172,7 +172,7 @@ class TinyEncoder(Encoder):
 
     def _encode(self, inputs: Inputs) -> Encoded:
         x_BLD, mask_BL = self.embed(inputs)
-        mask, all_BL, insert = None if mask_BL is None else mask_BL[:, None, None], mask_BL, self._insert
+        mask, all_BL, insert = None if mask_BL is None else mask_BL[:, None, None], mask_BL, self._call.insert
         if insert is not None:
             x_BLD, all_BL = insert.ahead(x_BLD), insert.real(mask_BL)
             mask = insert.mask(mask, x_BLD.shape[1])

@@ -27,6 +27,7 @@ from mopefuse.data._base import Batch
 from mopefuse.encoders._base import Encoder, Inputs, Preprocess, run_frozen
 from mopefuse.errors import CheckpointError, ConfigError, DataError
 from mopefuse.fusion._regression import Advance, Fold, How, Standard, fit_heads
+from mopefuse.precision import apply_exactly, exact
 from mopefuse.sides import is_comp, specs
 
 
@@ -215,7 +216,7 @@ class Fusion(nn.Module):
         """Pooled feature (B, C) of a frozen side: from the batch if it was computed earlier, else computed now."""
         if side in batch.features:
             return batch.features[side]
-        return run_frozen(self.encoder(side), batch.inputs[side]).pooled_BC.float()
+        return exact(run_frozen(self.encoder(side), batch.inputs[side]).pooled_BC)
 
     def make_head(self, width: int, num_labels: int) -> nn.Module:
         """From pooled features of `width` to logits: linear, or with one hidden layer (`head_hidden`)."""
@@ -227,18 +228,19 @@ class Fusion(nn.Module):
     def classify(self, *pooled_BC: Tensor, batch: Batch | None = None) -> Tensor:
         """Logits (B, N) of the head on pooled features side by side, each without its scale (`head_norm`, `standard`).
 
+        In float32 also under autocast.
+
         Args:
             pooled_BC: of each of `head_sides`. batch: says which samples lack which, where the method does without.
         """
         if self.standard is not None:
             pooled_BC = self.standardised(*pooled_BC)
         elif self.config.head_norm == "layer":
-            pooled_BC = tuple(F.layer_norm(pooled.float(), pooled.shape[-1:]) for pooled in pooled_BC)
+            pooled_BC = tuple(F.layer_norm(exact(pooled), pooled.shape[-1:]) for pooled in pooled_BC)
         if batch is not None:
             both = zip(self.head_sides, pooled_BC, strict=True)
             pooled_BC = tuple(self.or_absent(side, pooled, batch) for side, pooled in both)
-        logits_BN: Tensor = self.head(torch.cat(pooled_BC, dim=-1))
-        return logits_BN
+        return apply_exactly(self.head, torch.cat(pooled_BC, dim=-1))
 
     def begin_as_regression(self, num_labels: int) -> None:
         """Make the head one that `fit` fills: linear, on standardised features of all sides."""
@@ -255,14 +257,13 @@ class Fusion(nn.Module):
         """Side to modality and preprocessing."""
         return {side: (self.encoder(side).modality, self.encoder(side).preprocess) for side in self.reads}
 
-    def collate(
-        self, images: Sequence[Any] | None = None, texts: Sequence[Any] | None = None, **more: Sequence[Any]
-    ) -> Batch:
+    def collate(self, images: Any = None, texts: Any = None, **more: Any) -> Batch:
         """Raw values to a batch on the model's device: each encoder's own preprocessing, no augmentation.
 
         Args:
             images, texts, more: by modality (``audio=[...]``), one for each sample; None for a sample that has none. What no
-                encoder reads may be left out.
+                encoder reads may be left out. Images are PIL images, paths or arrays of uint8 (height, width, 3), and are
+                prepared as the files of a data set are. One value alone is a list of one.
 
         Raises:
             DataError: not as many of one as of another, none, or something that is no image or no text.
@@ -273,6 +274,8 @@ class Fusion(nn.Module):
             said = " and ".join(f"0 {modality.of(name).plural}" for name in values) or "nothing"
             raise DataError(17, f"{said} are no pairs", fix="give one value for each sample")
         modality.require_kinds(values)
+        read = {name for name, _ in self.readers().values()}
+        values |= {name: modality.prepared(name, values[name]) for name in read if name in values}
         inputs: dict[str, Inputs] = {}
         missing: dict[str, Tensor] = {}
         for side, (name, preprocess) in self.readers().items():

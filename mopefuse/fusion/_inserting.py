@@ -9,7 +9,6 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mopefuse.config import RunConfig
@@ -17,6 +16,8 @@ from mopefuse.data._base import Batch
 from mopefuse.encoders._base import Encoder, Insert
 from mopefuse.fusion._base import Output
 from mopefuse.fusion._tuned import TunedFusion
+from mopefuse.precision import apply_in_own_type
+from mopefuse.prompts.stack import scaleless
 
 
 class InsertingFusion(TunedFusion):
@@ -65,8 +66,7 @@ class InsertingFusion(TunedFusion):
 
     def projected(self, feature_BXC: Tensor) -> Tensor:
         """Features (B, ..., C) without their scale, as tokens (B, ..., D)."""
-        tokens_BXD: Tensor = self.project(F.layer_norm(feature_BXC.float(), feature_BXC.shape[-1:], eps=1e-8))
-        return tokens_BXD
+        return apply_in_own_type(self.project, scaleless(feature_BXC))
 
     def forward(self, batch: Batch) -> Output:
         """Logits (B, N)."""

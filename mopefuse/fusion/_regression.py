@@ -17,6 +17,7 @@ from mopefuse.data.collate import Table
 from mopefuse.fusion._design import Design, Side, row_blocks, statistics
 from mopefuse.fusion._logistic import LogisticRegression, Sigmoids, Softmax
 from mopefuse.gates import selected_metric
+from mopefuse.precision import exact
 
 _NEVER = 30.0  # logit of what training has never, or always: a probability of 1e-13
 
@@ -93,7 +94,7 @@ class Standard(nn.Module):
 
     def forward(self, feature_BC: Tensor) -> Tensor:
         """(B, C), in float32."""
-        return (feature_BC.float() - self.mean_C) / self.deviation_C
+        return (exact(feature_BC) - self.mean_C) / self.deviation_C
 
 
 def fit_heads(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -17,6 +18,7 @@ from mopefuse.errors import ConfigError, EncoderError, PluginError
 from mopefuse.fusion._base import Fusion
 from mopefuse.sides import specs, with_specs
 
+_BUILDING = threading.Lock()  # weights are drawn from the one generator of the process
 MMBT_MEAN, MMBT_STD = (0.46777044, 0.44531429, 0.40661017), (0.12221994, 0.12145835, 0.14380469)
 
 
@@ -48,7 +50,7 @@ def build_model(config: RunConfig, num_labels: int) -> Fusion:
     if not fits:
         what = f"the fusion method {config.method!r} is no subclass of mopefuse.fusion.Fusion"
         raise PluginError(7, what, fix="mend the plugin, or uninstall it")
-    with torch.random.fork_rng(devices=[]):
+    with _BUILDING, torch.random.fork_rng(devices=[]):
         encoders = {}
         for side in method.sides(config):
             torch.default_generator.manual_seed(config.seed)

@@ -23,6 +23,7 @@ from mopefuse.encoders._base import Encoder
 from mopefuse.errors import ConfigError
 from mopefuse.fusion._base import Fusion, Output
 from mopefuse.fusion._static import initial_bound, static_stack
+from mopefuse.precision import apply_exactly
 from mopefuse.prompts.stack import PromptStack, scaleless, with_lengths
 
 
@@ -166,7 +167,7 @@ class ConditionalFusion(Fusion):
         logits_BN = self.classify(*features, batch=batch)
         alone_BN = None
         if self.head_comp is not None:
-            alone_BN = self.head_comp(torch.cat(list(conditions_BC.values()), dim=-1))
+            alone_BN = apply_exactly(self.head_comp, torch.cat(list(conditions_BC.values()), dim=-1))
             if "main" in batch.missing:
                 logits_BN = torch.where(batch.missing["main"][:, None], alone_BN.to(logits_BN.dtype), logits_BN)
         return Output(logits_BN, conditioned.routing() if conditioned else None, alone_BN)

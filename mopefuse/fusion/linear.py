@@ -20,6 +20,7 @@ from mopefuse.data._base import Batch
 from mopefuse.encoders._base import Encoder
 from mopefuse.fusion._base import Fusion, Output
 from mopefuse.fusion._regression import Advance, Fold, How, fit_heads
+from mopefuse.precision import apply_exactly
 from mopefuse.sides import is_comp
 
 
@@ -60,7 +61,9 @@ class LinearFusion(Fusion):
         heads, multi = self.head, self.multi_label
         assert isinstance(heads, nn.ModuleDict) and isinstance(multi, Tensor)
         normed = dict(zip(self.uses, self.standardised(*features), strict=True))
-        each_BN = [heads[side](self.or_absent(side, feature_BC, batch)) for side, feature_BC in normed.items()]
+        each_BN = [
+            apply_exactly(heads[side], self.or_absent(side, feature_BC, batch)) for side, feature_BC in normed.items()
+        ]
         return Output(torch.where(multi, mean_of_sigmoids(*each_BN), mean_of_softmaxes(*each_BN)))
 
     def fit(self, train: Fold, val: Fold, how: How, advance: Advance) -> tuple[dict[str, Tensor], dict[str, float]]:

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mopefuse.config import RunConfig
@@ -18,6 +17,8 @@ from mopefuse.data._base import Batch
 from mopefuse.encoders._base import Encoder, Prompt
 from mopefuse.fusion._base import Output
 from mopefuse.fusion._tuned import TunedFusion
+from mopefuse.precision import apply_in_own_type
+from mopefuse.prompts.stack import scaleless
 
 
 class PSequential(TunedFusion):
@@ -54,8 +55,7 @@ class PSequential(TunedFusion):
 
     def forward(self, batch: Batch) -> Output:
         """Logits (B, N)."""
-        psi_BC = self.pooled("comp", batch).float()
-        psi_B1D = self.project(F.layer_norm(psi_BC, psi_BC.shape[-1:], eps=1e-8))[:, None]
+        psi_B1D = apply_in_own_type(self.project, scaleless(self.pooled("comp", batch)))[:, None]
         static = self.prompts("main")
 
         def prompt_at(layer: int, tokens_BLD: Tensor, mask_BL: Tensor | None) -> Prompt | None:

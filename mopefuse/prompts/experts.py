@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mopefuse.config import Router as RouterConfig
+from mopefuse.precision import exact
 
 
 class Routed(NamedTuple):
@@ -76,9 +77,9 @@ class Router(nn.Module):
             return first_BC.new_ones(first_BC.shape[0], 1, 1)
         with torch.autocast(first_BC.device.type, enabled=False):
             weights_NXC = (self.of_comp_NQC if self.joint else self.weight_NKC, *self.others.values())
-            said_BNX = torch.einsum("bc,nxc->bnx", first_BC.float(), weights_NXC[0])
+            said_BNX = torch.einsum("bc,nxc->bnx", exact(first_BC), exact(weights_NXC[0]))
             for other_BC, weight_NXC in zip(conditions_BC[1:], weights_NXC[1:], strict=True):
-                said_BNX = said_BNX + torch.einsum("bc,nxc->bnx", other_BC.float(), weight_NXC)
+                said_BNX = said_BNX + torch.einsum("bc,nxc->bnx", exact(other_BC), exact(weight_NXC))
             return said_BNX if self.joint else said_BNX + self.bias_NK
 
     def forward(self, said_BNX: Tensor, position: int, tokens_BLD: Tensor, mask_BL: Tensor | None) -> Routed:
@@ -94,11 +95,11 @@ class Router(nn.Module):
         scores_BK = said_BNX[:, position]
         if self.joint:
             with torch.autocast(tokens_BLD.device.type, enabled=False):
-                mean_BD = masked_mean(tokens_BLD.float(), mask_BL)
+                mean_BD = masked_mean(exact(tokens_BLD), mask_BL)
                 mean_BD = nn.functional.layer_norm(mean_BD, mean_BD.shape[-1:])
-                query_BQ = torch.cat([mean_BD @ self.of_main[position].T, scores_BK], dim=-1)
-                scores_BK = query_BQ @ self.keys_NQK[position]
-        logits_BK = scores_BK.float() / self.config.temperature
+                query_BQ = torch.cat([mean_BD @ exact(self.of_main[position]).T, scores_BK], dim=-1)
+                scores_BK = query_BQ @ exact(self.keys_NQK[position])
+        logits_BK = exact(scores_BK) / self.config.temperature
         clean_BK = logits_BK.softmax(dim=-1)
         weights_BK = clean_BK
         if self.config.noise and (self.training or self.config.noise_in_eval):

@@ -22,7 +22,9 @@ from mopefuse.config import Router as RouterConfig
 from mopefuse.encoders._attention import Prompt
 from mopefuse.errors import ConfigError
 from mopefuse.modality import of
+from mopefuse.precision import apply_in_own_type, exact
 from mopefuse.prompts.experts import Routed, Router, mix
+from mopefuse.threads import PerThread
 
 KINDS = ("static", "dynamic", "mapped")
 
@@ -109,7 +111,7 @@ class PromptStack(nn.Module):
         starts = set() if config.route_stage_starts else stage_starts(widths)
         self.routed = tuple(i for i in chosen if config.dynamic and i not in starts)
         self.dropout = nn.Dropout(config.dropout)
-        self._removed = ""
+        self._removed = PerThread()  # one of `KINDS`
         self.names = tuple(conditions)
         self.layers = nn.ModuleDict()
         for i in chosen:
@@ -149,13 +151,10 @@ class PromptStack(nn.Module):
 
     @contextmanager
     def without(self, kind: str) -> Iterator[None]:
-        """Leave out the prompts of one kind, as if they had never been there; what was learned stays."""
+        """Leave out the prompts of one kind in this thread, as if they had never been there; what was learned stays."""
         assert kind in self.kinds
-        self._removed = kind
-        try:
+        with self._removed.set(kind):
             yield
-        finally:
-            self._removed = ""
 
     def condition(self, psi_BC: Mapping[str, Tensor]) -> Conditioned:
         """The prompts of one batch.
@@ -169,7 +168,7 @@ class PromptStack(nn.Module):
 
 def scaleless(psi_BC: Tensor) -> Tensor:
     """psi with a mean of 0 and a variance of 1 over its width, in float32; zeros stay zeros."""
-    return F.layer_norm(psi_BC.float(), psi_BC.shape[-1:], eps=1e-8)
+    return F.layer_norm(exact(psi_BC), psi_BC.shape[-1:], eps=1e-8)
 
 
 class Conditioned:
@@ -181,7 +180,7 @@ class Conditioned:
         each_BC = [] if stack.blind else [psi_BC[name] for name in stack.names]
         self._said_BNX = stack.router.conditioned(each_BC) if stack.router is not None else None
         trunks = () if stack.trunk is None else (stack.trunk, *stack.trunks.values())
-        self._trunks_Bh = [trunk(one_BC) for trunk, one_BC in zip(trunks, each_BC, strict=False)]
+        self._trunks_Bh = [apply_in_own_type(trunk, one_BC) for trunk, one_BC in zip(trunks, each_BC, strict=False)]
 
     def __call__(self, layer: int, tokens_BLD: Tensor, mask_BL: Tensor | None) -> Prompt | None:
         """The prompt of a layer; None where it has none."""
@@ -196,7 +195,7 @@ class Conditioned:
             routed = stack.router(self._said_BNX, stack.routed.index(layer), tokens_BLD, mask_BL)
             self.routed.append(routed)
             weights_BK = routed.weights_BK
-        prompt_BPD = prompts(tokens_BLD.shape[0], weights_BK, self._trunks_Bh, stack._removed)
+        prompt_BPD = prompts(tokens_BLD.shape[0], weights_BK, self._trunks_Bh, stack._removed.value or "")
         if prompt_BPD is None:
             return None
         return Prompt(stack.dropout(prompt_BPD).to(tokens_BLD.dtype), prompts.gate_H)

@@ -91,13 +91,13 @@ class AudioEncoder(TransformersEncoder):
 
     def _run(self, inputs: Inputs) -> Encoded:
         if "mel" in inputs:
-            self._mask_BL = inputs["mask"]
+            self._call.mask_BL = inputs["mask"]
             tokens_BLD: Tensor = self.backbone(inputs["mel"]).last_hidden_state
             return Encoded(mean_of(tokens_BLD, inputs["mask"]), tokens_BLD, inputs["mask"])
         mask_BT = inputs["mask"]
         frames_B = self.backbone._get_feat_extract_output_lengths(mask_BT.sum(dim=1))
         count = int(self.backbone._get_feat_extract_output_lengths(mask_BT.shape[1]))
-        mask_BL = self._mask_BL = torch.arange(count, device=mask_BT.device)[None] < frames_B[:, None]
+        mask_BL = self._call.mask_BL = torch.arange(count, device=mask_BT.device)[None] < frames_B[:, None]
         fixed = self.preprocess.length is not None  # type: ignore[attr-defined]
         out = self.backbone(inputs["audio"], attention_mask=None if fixed else mask_BT.long())
         return Encoded(mean_of(out.last_hidden_state, mask_BL), out.last_hidden_state, mask_BL)

@@ -1,0 +1,121 @@
+"""Half precision: every encoder, method and gate runs, learns and is evaluated under autocast; the head is exact."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from encoder_cases import TIMM, Case
+from fake_cuda import FakeTensorMode, autocast, backward, move, moved
+from test_encoders import FAMILIES, cases  # noqa: F401 (a fixture)
+from test_fusion import TEXTS, build, images, open_gates
+from test_lora import SMALL_BERT
+from torch import Tensor, nn
+
+from mopefuse import registry
+from mopefuse.fusion._base import Fusion
+
+VIT, SWIN = f"timm:{TIMM['vit']}", f"timm:{TIMM['swin-padded']}"
+METHODS: dict[str, dict[str, Any]] = {
+    **{name: {"method": name} for name in registry.available(registry.FUSION)},
+    "conditional, joint router": {"router": {"kind": "joint"}},
+    "conditional, either": {"either": True},
+    "conditional, warm start": {"warm_start": "linear", "prompts": {"gate": "zero"}},
+    **{f"conditional, comp {mode}": {"comp_tuning": {"mode": mode}} for mode in ("prompts", "full", "lora")},
+    **{f"late-concat, {tune}": {"method": "late-concat", "tune": tune} for tune in ("prompt", "full", "lora")},
+    "linear, average": {"method": "linear", "linear": {"features": "average"}},
+    "a deeper head": {"head_hidden": 8},
+}
+INSERTING = ("sequential", "mmbt", "p-mmbt", "promptfuse", "blindprompt", "pmf")
+
+
+def runs_on_fake_cuda(model: Fusion) -> None:
+    """Forward, backward and evaluation in both half precisions, as training and validation do them."""
+    batch = model.collate(images(3), TEXTS[:3])
+    learns = bool(model.ours()) and not model.closed_form
+    with FakeTensorMode():
+        move(model)
+        on_device = moved(batch)
+        for dtype in (torch.bfloat16, torch.float16):
+            model.train()
+            with autocast(dtype):
+                logits_BN = model(on_device).logits
+            assert logits_BN.dtype == torch.float32
+            if learns:
+                backward(logits_BN.square().sum())
+                assert all(parameter.grad is not None for parameter in model.ours().values())
+                model.zero_grad()
+            model.eval()
+            with torch.no_grad(), autocast(dtype):
+                assert model(on_device).logits.dtype == torch.float32
+
+
+@pytest.mark.parametrize("gate", ["none", "zero"])
+@pytest.mark.parametrize("family", [*FAMILIES, "tiny-vision", "tiny-text"])
+def test_every_encoder_runs_in_half_precision(family: str, gate: str, cases: dict[str, Case]) -> None:  # noqa: F811
+    spec = family.replace("-", ":") if family.startswith("tiny") else cases[family].spec
+    runs_on_fake_cuda(build(spec, "tiny:text", prompts={"gate": gate}))
+
+
+@pytest.mark.parametrize("gate", ["none", "zero"])
+@pytest.mark.parametrize("main", ["vit", "swin"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_in_half_precision(method: str, main: str, gate: str) -> None:
+    if (main == "swin" and method in INSERTING) or ("warm start" in method and gate == "none"):
+        return  # refused when it is built
+    options = {**METHODS[method], "prompts": {"gate": gate}}
+    runs_on_fake_cuda(build({"vit": VIT, "swin": SWIN}[main], SMALL_BERT, **options))
+
+
+def test_a_cnn_that_is_tuned_runs_in_half_precision() -> None:
+    runs_on_fake_cuda(build("timm:resnet18?pretrained=false", SMALL_BERT, method="late-concat", tune="full"))
+
+
+HEADS: dict[str, dict[str, Any]] = {
+    "conditional": {},
+    "warm start": {"warm_start": "linear"},
+    "deeper": {"head_hidden": 8},
+    "no norm": {"method": "late-concat", "head_norm": "none"},
+    "linear": {"method": "linear"},
+    "average": {"method": "linear", "linear": {"features": "average"}},
+    "inserting": {"method": "promptfuse"},
+    "pmf": {"method": "pmf"},
+    "p-sequential": {"method": "p-sequential"},
+    "comp-only": {"method": "comp-only"},
+}
+
+
+def heads_of(model: Fusion) -> list[nn.Module]:
+    heads = [getattr(model, name) for name in model.heads]
+    return [one for head in heads for one in (head.values() if isinstance(head, nn.ModuleDict) else [head])]
+
+
+@pytest.mark.parametrize("name", [*HEADS, "either"])
+def test_heads_are_computed_in_float32_under_autocast(name: str) -> None:
+    """Each head gives what it gives without autocast for what it was handed."""
+    model = build(**(HEADS | {"either": {"either": True}})[name])
+    open_gates(model)
+    seen: list[tuple[nn.Module, Tensor, Tensor]] = []
+    for head in heads_of(model):
+        head.register_forward_hook(lambda head, args, out: seen.append((head, args[0], out)))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        output = model(model.collate(images(4), TEXTS[:4]))
+    handed = list(seen)
+    assert len(handed) == len(heads_of(model)) and output.logits.dtype == torch.float32
+    for head, features_BC, logits_BN in handed:
+        assert features_BC.dtype == torch.float32
+        assert torch.equal(head(features_BC), logits_BN)
+    if output.alone_BN is not None:
+        assert output.alone_BN.dtype == torch.float32
+
+
+@pytest.mark.parametrize("gate", ["none", "zero"])
+def test_swin_is_evaluated_as_it_is_trained_under_autocast(gate: str) -> None:
+    model = build(SWIN, "tiny:text", prompts={"gate": gate, "dropout": 0}, router={"noise": False})
+    open_gates(model)
+    batch = model.collate(images(3), TEXTS[:3])
+    with torch.autocast("cpu", torch.bfloat16):
+        trained = model(batch).logits
+        with torch.no_grad():
+            assert torch.equal(model(batch).logits, trained)
