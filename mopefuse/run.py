@@ -1,7 +1,8 @@
 """The folder of a run: its configuration, its lock, its log, its checkpoints.
 
 ``config.yaml`` (resolved), ``manifest.json`` (what the run is), ``metrics.jsonl`` (a line per log step),
-``metrics.json`` (final), ``checkpoints/step-N/`` and ``checkpoints/best``, a file that names the best of them.
+``metrics.json`` (final), ``checkpoints/step-N/`` and ``checkpoints/best``, a file that names the best of them; ``start/``,
+the weights that a run starts from if not from scratch, until its first checkpoint is published.
 A checkpoint repeats what the run's manifest says of the model, so that neither can be changed alone.
 """
 
@@ -39,7 +40,7 @@ from mopefuse.config import RunConfig, build_config
 from mopefuse.errors import CheckpointError, ConfigError
 from mopefuse.recipe import read_saved, to_yaml
 
-KIND, CHECKPOINT = "run", "checkpoint"
+KIND, CHECKPOINT, START = "run", "checkpoint", "start"
 _NEWER = 7  # the number of the error of `understood`
 _OF_MODEL = ("encoders", "labels", "multi_label")  # what a checkpoint repeats of the run's facts
 
@@ -99,6 +100,7 @@ class RunFolder:
         self.metrics_file = path / "metrics.json"
         self.predictions_file = path / "predictions.jsonl"
         self.checkpoints = path / "checkpoints"
+        self._start = path / "start"
         self._best = self.checkpoints / "best"
         self._lock = path / ".lock"
 
@@ -109,8 +111,8 @@ class RunFolder:
         return self.manifest_file.is_file() and read_json(self.manifest_file).get("kind") == KIND
 
     def begun(self) -> bool:
-        """Whether there is a run to resume: one that has published a checkpoint."""
-        return self.exists() and bool(self.steps())
+        """Whether there is a run to resume: one that has published a checkpoint, or kept what it starts from."""
+        return self.exists() and (bool(self.steps()) or self._start.is_dir())
 
     def _never_began(self) -> bool:
         """No such folder, or one of a run that ended before its first checkpoint, as on an error in the data."""
@@ -276,18 +278,44 @@ class RunFolder:
             lines.append(value)
         return lines
 
-    def rewind_log(self, step: int) -> None:
-        """Forget what was logged after `step`, which a resumed run will log again."""
+    def rewind_log(self, step: int, *, validated: bool = True) -> None:
+        """Forget what was logged after `step`, which a resumed run will log again; its validation too, if not `validated`."""
         if not self.log_file.exists():
             return
-        kept = [line for line in self.read_log() if line["step"] <= step]
+        until = [line for line in self.read_log() if line["step"] <= step]
+        kept = [line for line in until if validated or line["step"] < step or "val" not in line]
         write_atomically(self.log_file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+
+    # -- where it starts from
+
+    def keep_start(self, write: Callable[[Path], None], facts: Mapping[str, Any]) -> None:
+        """Publish what the run starts from instead of from scratch, until its first checkpoint is published."""
+        publish(self._start, write, {"kind": START, **facts})
+
+    def kept_start(self) -> tuple[Path, dict[str, Any]] | None:
+        """The folder of `keep_start`, verified, with its facts; None for a run that has a checkpoint or starts from scratch.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        if self.steps() or not self._start.is_dir():
+            return None
+        try:
+            return self._start, verify(self._start, kind=START)
+        except CheckpointError as error:
+            error.fix = "begin anew: run mopefuse swap-encoder again"
+            raise
+
+    def drop_start(self) -> None:
+        """Forget what the run was to start from."""
+        shutil.rmtree(self._start, ignore_errors=True)
 
     # -- checkpoints
 
     def save(self, step: int, write: Callable[[Path], None], facts: Mapping[str, Any]) -> None:
         """Publish checkpoint step-N, and drop those that neither resume nor the best needs."""
         publish(self.checkpoints / f"step-{step}", write, {"kind": CHECKPOINT, "step": step, **self._of_model(), **facts})
+        self.drop_start()
         keep = {step, self.best_step()}
         for old in self.steps():
             if old not in keep:
