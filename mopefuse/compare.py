@@ -17,6 +17,7 @@ from mopefuse.checkpoint import read_json
 from mopefuse.errors import CheckpointError, ConfigError, did_you_mean
 from mopefuse.gates import METRICS, selected_metric
 from mopefuse.grid import KIND, STUDY_FILE, identity, unknown_label
+from mopefuse.regular_files import read_regular
 from mopefuse.run import RunFolder
 
 _AGAIN = "write it again with mopefuse eval"
@@ -305,7 +306,7 @@ def _spreads(group: Sequence[_Run], split: str) -> dict[str, Spread]:
 def _predictions(run: _Run) -> list[dict[str, Any]]:
     file = RunFolder(run.path).predictions_file
     try:
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+        rows = [json.loads(line) for line in read_regular(file).decode("utf-8").split("\n") if line]
         return [{**row, "id": row["id"]} for row in rows]
     except FileNotFoundError:
         raise CheckpointError(4, f"there is no {file.name}", where=str(run.path), fix=_AGAIN) from None

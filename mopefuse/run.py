@@ -39,6 +39,7 @@ from mopefuse.checkpoint import (
 from mopefuse.config import RunConfig, build_config
 from mopefuse.errors import CheckpointError, ConfigError
 from mopefuse.recipe import read_saved, to_yaml
+from mopefuse.regular_files import read_regular
 
 KIND, CHECKPOINT, START = "run", "checkpoint", "start"
 _NEWER = 7  # the number of the error of `understood`
@@ -183,7 +184,7 @@ class RunFolder:
         for wait in (0.0, 0.2):  # who has just made the file may not have written to it yet
             time.sleep(wait if self._lock.exists() else 0.0)
             try:
-                owner = json.loads(self._lock.read_text(encoding="utf-8"))
+                owner = json.loads(read_regular(self._lock).decode("utf-8"))
                 if type(owner["pid"]) is int and isinstance(owner["host"], str):
                     return {"pid": owner["pid"], "host": owner["host"], "born": str(owner.get("born", ""))}
             except (OSError, ValueError, TypeError, KeyError):
@@ -265,10 +266,13 @@ class RunFolder:
             raise disk_error(error, self.log_file) from error
 
     def read_log(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl; a last line that was cut short is left out."""
+        """The lines of metrics.jsonl; a last line that was cut short is left out.
+
+        Raises:
+            CheckpointError: it is there and cannot be read.
+        """
         lines: list[dict[str, Any]] = []
-        text = self.log_file.read_text(encoding="utf-8", errors="replace") if self.log_file.exists() else ""
-        for line in text.split("\n"):
+        for line in _text(self.log_file).split("\n"):
             try:
                 value = json.loads(line)
             except ValueError:
@@ -333,7 +337,7 @@ class RunFolder:
         """
         if not self._best.exists():
             return None
-        step = self._best.read_text(encoding="utf-8", errors="replace").strip().removeprefix("step-")
+        step = _text(self._best).strip().removeprefix("step-")
         if not (step.isascii() and step.isdecimal()):
             raise CheckpointError(3, "the file best is damaged", where=str(self._best), fix="use the checkpoint last or step-N")
         return int(step)
@@ -390,6 +394,17 @@ class RunFolder:
         """Steps of the published checkpoints, whole or not, in order."""
         found = self.checkpoints.glob("step-*")
         return sorted(int(path.name[5:]) for path in found if path.is_dir() and re.fullmatch(r"step-(0|[1-9]\d*)", path.name))
+
+
+def _text(path: Path) -> str:
+    """What is in a file of a run; empty if there is none."""
+    try:
+        return read_regular(path).decode("utf-8", "replace")
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        what = f"{path.name} cannot be read: {error.strerror}"
+        raise CheckpointError(3, what, where=str(path), fix="restore that file, or use another copy") from None
 
 
 def default_path() -> Path:

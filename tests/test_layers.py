@@ -13,7 +13,7 @@ ROOT = Path(mopefuse.__file__).parent
 ORDER = (  # from below; a module imports from rows above its own line, or from its own package
     "errors",
     "settings",
-    "registry config signals gates pixels tokens bootstrap libraries shown",
+    "registry config signals gates pixels tokens bootstrap libraries shown regular_files",
     "space plugins modality sides shares",
     "recipe checkpoint distributed metrics routing",
     "run device cache room",
