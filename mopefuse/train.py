@@ -118,6 +118,7 @@ def train(
             return _train(config, folder, listener, resume=resume, start=start)
         finally:
             if distributed.is_main():
+                folder.abandon()
                 folder.unlock()
 
 

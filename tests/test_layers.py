@@ -16,6 +16,7 @@ ORDER = (  # from below; a module imports from rows above its own line, or from 
     "registry config signals gates pixels tokens bootstrap libraries shown regular_files",
     "space plugins modality sides shares",
     "recipe checkpoint distributed metrics routing",
+    "folder_lock",
     "run device cache room",
     "adapter encoders prompts data grid",
     "fusion source card compare",
