@@ -141,14 +141,16 @@ class Trainer:
         self.model.load_own_state(read_tensors(path / "weights.safetensors"), where=str(path))
         load_optimizer_state(self.optimizer, self.names, read_tensors(path / "optimizer.safetensors"), where=str(path))
         self.progress = Progress(**manifest["progress"])
-        distributed.on_main(self._rewind)
-        return True
-
-    def _rewind(self) -> None:
         step = self.progress.step
-        self.run.rewind_log(step, validated=self.progress.validated in (step, None))
-        if self.progress.best is not None:
-            self.run.set_best(self.progress.best_step)
+        validated = manifest["progress"].get("validated", step) == step  # earlier versions do not say
+
+        def rewind() -> None:
+            self.run.rewind_log(step, validated=validated)
+            if self.progress.best is not None:
+                self.run.set_best(self.progress.best_step)
+
+        distributed.on_main(rewind)
+        return True
 
     def save(self, *, best: bool = False) -> None:
         """Publish a checkpoint of this step, and name it the best if it is."""
