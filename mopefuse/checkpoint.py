@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mopefuse.errors import CheckpointError, ResourceError
+from mopefuse.regular_files import open_regular, read_regular
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -163,10 +164,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file that mopefuse wrote.
 
     Raises:
-        CheckpointError: no such file, or no JSON object in it.
+        CheckpointError: no such file, not a regular one, or no JSON object in it.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_regular(path).decode("utf-8"))
     except FileNotFoundError:
         raise CheckpointError(4, f"there is no {path.name}", where=str(path.parent), fix="name a finished run") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -201,7 +202,7 @@ def check_tensors(path: Path) -> None:
         CheckpointError: no such file, a pickle (or an archive that may hold one), or not safetensors.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             head = file.read(9)
     except OSError as error:
         raise CheckpointError(
@@ -295,7 +296,7 @@ def finite(value: Any) -> Any:
 def sha256(path: Path) -> str:
     """Of a file of any size, in hex."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from mopefuse.checkpoint import read_json
 from mopefuse.errors import CheckpointError, ConfigError, did_you_mean
 from mopefuse.gates import METRICS, selected_metric
 from mopefuse.grid import KIND, STUDY_FILE, identity, unknown_label
+from mopefuse.regular_files import open_regular
 from mopefuse.run import RunFolder
 
 _AGAIN = "write it again with mopefuse eval"
@@ -115,9 +117,11 @@ def compare(
         metric: that is compared; default the study's, else accuracy, or macro-F1 of multi-label data.
         partly: whether cells that are not finished are left out of a study, in silence, as those that failed.
 
+    Of several folders, those that are no run or not finished are left out, with a notice.
+
     Raises:
         CheckpointError: no such run or study, or damaged files.
-        ConfigError: runs that are not finished or were tested on different data, an unknown label or metric.
+        ConfigError: no run is finished, or they were tested on different data, an unknown label or metric.
     """
     folders = [Path(path) for path in paths]
     studies = [folder for folder in folders if (folder / STUDY_FILE).is_file()]
@@ -139,7 +143,8 @@ def compare(
             against = baseline if there else None
             notices += [] if there else [f"nothing is compared with {baseline}: no run of it is finished"]
     else:
-        groups = _by_settings(_finished([(str(folder), folder) for folder in dict.fromkeys(folders)]))
+        named, notices = _with_result(dict.fromkeys(folders))
+        groups = _by_settings(_finished(named))
     runs = [run for _, group in groups for run in group]
     if not runs:
         raise ConfigError(87, "no run is finished", where=", ".join(map(str, folders)), fix="name finished runs")
@@ -220,11 +225,27 @@ def _cells(folder: Path, facts: dict[str, Any], *, partly: bool) -> tuple[list[t
     return list(groups.items()), [] if partly else notices
 
 
+def _with_result(folders: Iterable[Path]) -> tuple[list[tuple[str, Path]], list[str]]:
+    """Name and folder of the runs that are finished, all of them where none is; and a notice for each other folder."""
+    runs, notices = [], []
+    for path in folders:
+        if RunFolder(path).exists():
+            runs.append((str(path), path))
+        elif path.exists():
+            notices.append(f"left out: {path} is no run")
+        else:
+            raise CheckpointError(4, f"{path} is no run and no study", where=str(path), fix="name folders of finished runs")
+    if not runs:
+        raise CheckpointError(4, f"{path} is no run and no study", where=str(path), fix="name folders of finished runs")
+    finished = [(name, path) for name, path in runs if RunFolder(path).metrics_file.is_file()]
+    if not finished:
+        return runs, notices
+    notices += [f"left out: {name} is not finished" for name, path in runs if (name, path) not in finished]
+    return finished, notices
+
+
 def _finished(named: Sequence[tuple[str, Path]]) -> list[_Run]:
     """The runs, all of them finished."""
-    for name, path in named:
-        if name == str(path) and not RunFolder(path).exists():
-            raise CheckpointError(4, f"{path} is no run and no study", where=str(path), fix="name folders of finished runs")
     unfinished = [name for name, path in named if not RunFolder(path).metrics_file.is_file()]
     if unfinished:
         shown = "; ".join(unfinished[:8]) + (f"; and {len(unfinished) - 8} more" if len(unfinished) > 8 else "")
@@ -315,7 +336,7 @@ class _Line(NamedTuple):
 def _predictions(run: _Run) -> Iterator[_Line]:
     file = RunFolder(run.path).predictions_file
     try:
-        with file.open(encoding="utf-8", newline="\n") as lines:
+        with io.TextIOWrapper(open_regular(file), encoding="utf-8", newline="\n") as lines:
             for line in filter(str.strip, lines):
                 row = json.loads(line)
                 chosen, actual = (row["labels"], row["true"]) if run.multi_label else ([row["label"]], [row["true"]])

@@ -17,12 +17,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_TIMEOUT = timedelta(minutes=10)
+_TIMEOUT = timedelta(minutes=10)  # for work that all processes share equally
+_PATIENCE = timedelta(days=365)  # for the main process, whatever it does: if it dies, its connections close at once
 _PART = 64 * 2**20  # bytes of a process's rows that travel at once
+_waiting: dist.ProcessGroup | None = None  # all processes, over connections of their own with `_PATIENCE`
 
 
 def start() -> tuple[int, int]:
     """Join the processes that torchrun started, if it did; (rank, number of processes)."""
+    global _waiting
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1 and not dist.is_initialized():
         # Objects and CPU tensors travel over gloo also where gradients travel over NCCL.
@@ -30,6 +33,7 @@ def start() -> tuple[int, int]:
         if gpus:
             torch.cuda.set_device(local_rank())
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=_TIMEOUT)
+        _waiting = dist.new_group(backend="gloo", timeout=_PATIENCE)
     return rank(), world_size()
 
 
@@ -173,16 +177,23 @@ def to_main(tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
 
 
 def from_main(value: Any) -> Any:
-    """The main process's `value`, in every process."""
+    """The main process's `value`, in every process; they wait for it as long as the main process lives.
+
+    Raises:
+        RuntimeError: the main process is gone.
+    """
     if not dist.is_initialized():
         return value
     values = [value]
-    dist.broadcast_object_list(values)
+    dist.broadcast_object_list(values, group=_waiting)
     return values[0]
 
 
 def on_main(action: Callable[[], Any]) -> Any:
-    """Run `action` in the main process; what it returns or raises, every process returns or raises."""
+    """Run `action`, however long it takes, in the main process; what it returns or raises, every process returns or raises.
+
+    What the main process writes and others read belongs here: none of them goes on before it is written.
+    """
     outcome: Any = None
     if is_main():
         try:

@@ -14,7 +14,8 @@ from typing import Any
 import yaml
 
 from mopefuse.config import Data, RunConfig, build_config, flat, known_keys, merge, nested, new_name
-from mopefuse.errors import ConfigError, did_you_mean
+from mopefuse.errors import CheckpointError, ConfigError, did_you_mean
+from mopefuse.regular_files import read_regular
 from mopefuse.settings import near_setting
 
 _HERE = Path(__file__).parent
@@ -93,12 +94,16 @@ def read_recipe(path: Path) -> dict[str, Any]:
     """The settings of a recipe file.
 
     Raises:
-        ConfigError: no such file, not UTF-8, not YAML, or not a mapping.
+        ConfigError: no such file, not a regular one, not UTF-8, not YAML, or not a mapping.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_regular(path).decode("utf-8-sig")
     except (UnicodeDecodeError, OSError) as error:
         raise ConfigError(3, f"the recipe cannot be read: {error}", where=str(path), fix="name a readable UTF-8 file") from None
+    return _settings(text, path)
+
+
+def _settings(text: str, path: Path) -> dict[str, Any]:
     values = read_yaml(text, str(path))
     if values is None:
         return {}
@@ -110,8 +115,16 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def read_saved(path: Path) -> dict[str, Any]:
-    """The settings of a run, an adapter or a bundle; where they are of a version that knew no other modalities, with those."""
-    values = read_recipe(path)
+    """The settings of a run, an adapter or a bundle; where they are of a version that knew no other modalities, with those.
+
+    Raises:
+        CheckpointError: the file cannot be read. ConfigError: not YAML, or not a mapping.
+    """
+    try:
+        text = read_regular(path).decode("utf-8-sig")
+    except (UnicodeDecodeError, OSError) as error:
+        raise CheckpointError(3, f"{path.name} is damaged: {error}", where=str(path), fix="use another copy") from None
+    values = _settings(text, path)
     if isinstance(values.get("data"), dict):
         values["data"].setdefault("modalities", ["text", "image"])
     return values

@@ -1,7 +1,8 @@
 """The folder of a run: its configuration, its lock, its log, its checkpoints.
 
 ``config.yaml`` (resolved), ``manifest.json`` (what the run is), ``metrics.jsonl`` (a line per log step),
-``metrics.json`` (final), ``checkpoints/step-N/`` and ``checkpoints/best``, a file that names the best of them.
+``metrics.json`` (final), ``checkpoints/step-N/`` and ``checkpoints/best``, a file that names the best of them; ``start/``,
+the weights that a run starts from if not from scratch, until its first checkpoint is published.
 A checkpoint repeats what the run's manifest says of the model, so that neither can be changed alone.
 """
 
@@ -11,8 +12,6 @@ import json
 import os
 import re
 import shutil
-import socket
-import time
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -23,8 +22,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from mopefuse import registry
 from mopefuse.checkpoint import (
     FORMAT,
-    alive,
-    born,
     disk_error,
     dump_json,
     finite,
@@ -36,10 +33,12 @@ from mopefuse.checkpoint import (
     write_atomically,
 )  # fmt: skip
 from mopefuse.config import RunConfig, build_config
-from mopefuse.errors import CheckpointError, ConfigError
+from mopefuse.errors import CheckpointError, ConfigError, ResourceError
+from mopefuse.folder_lock import FolderLock
 from mopefuse.recipe import read_saved, to_yaml
+from mopefuse.regular_files import read_regular
 
-KIND, CHECKPOINT = "run", "checkpoint"
+KIND, CHECKPOINT, START = "run", "checkpoint", "start"
 _NEWER = 7  # the number of the error of `understood`
 _OF_MODEL = ("encoders", "labels", "multi_label")  # what a checkpoint repeats of the run's facts
 
@@ -101,8 +100,9 @@ class RunFolder:
         self.metrics_file = path / "metrics.json"
         self.predictions_file = path / "predictions.jsonl"
         self.checkpoints = path / "checkpoints"
+        self._start = path / "start"
         self._best = self.checkpoints / "best"
-        self._lock = path / ".lock"
+        self._lock = FolderLock(path)
 
     # -- life cycle
 
@@ -111,12 +111,22 @@ class RunFolder:
         return self.manifest_file.is_file() and read_json(self.manifest_file).get("kind") == KIND
 
     def begun(self) -> bool:
-        """Whether there is a run to resume: one that has published a checkpoint."""
-        return self.exists() and bool(self.steps())
+        """Whether there is a run to resume: one that has published a checkpoint, or kept what it starts from."""
+        return self.exists() and (bool(self.steps()) or self._start.is_dir())
 
     def _never_began(self) -> bool:
         """No such folder, or one of a run that ended before its first checkpoint, as on an error in the data."""
         return not self.path.is_dir() or (self.exists() and not self.steps() and not self.metrics_file.exists())
+
+    def _leftovers(self) -> set[Path]:
+        """What a process may have left that ended before this was a run; its lock says that files are not somebody else's."""
+        mine = {self._lock.file}
+        if self.checkpoints.is_dir() and not any(self.checkpoints.iterdir()):
+            mine.add(self.checkpoints)
+        if self._lock.file.is_file() and not self.manifest_file.exists():
+            files = (self.config_file, self.manifest_file, self._start)
+            mine |= {*files, *(path for file in files for path in self.path.glob(f"{file.name}.tmp-*"))}
+        return mine
 
     def prepare(
         self, *, resume: bool, overwrite: bool, fix: str = "add --resume or --overwrite, or name another --out"
@@ -132,15 +142,16 @@ class RunFolder:
         """
         if resume and overwrite:
             raise ConfigError(25, "--resume and --overwrite contradict each other", fix="choose one")
-        there = not self._never_began() and any(
-            item != self._lock and not (item == self.checkpoints and not any(item.iterdir())) for item in self.path.iterdir()
-        )
+        there = not self._never_began() and not self._leftovers().issuperset(self.path.iterdir())
         if there and not (resume or overwrite):
             raise ConfigError(23, f"{self.path} is not empty", where="--out", fix=fix)
         if there and not self.exists():
             flag = "--overwrite" if overwrite else "--resume"
             raise ConfigError(22, f"{self.path} is not a run of mopefuse", where=flag, fix="name another --out, or empty it")
-        self._refuse_if_taken()
+        if resume and self._start.exists() and not self.exists():
+            what = f"{self.path} was to start from a trained model, and was stopped before it was a run"
+            raise ConfigError(250, what, where="--resume", fix="run mopefuse swap-encoder again")
+        self._lock.refuse_if_taken()
         try:
             if there and overwrite:
                 self._empty()
@@ -159,62 +170,31 @@ class RunFolder:
         Raises:
             ConfigError: another process is writing this run.
         """
-        notice = ""
-        mine = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "born": born(os.getpid())})
-        while True:
-            try:
-                descriptor = os.open(self._lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-            except FileExistsError:
-                owner = self._refuse_if_taken()
-                self._lock.unlink(missing_ok=True)
-                notice = f"took over the lock of a process that is gone ({owner['pid'] if owner else 'unknown'})"
-                continue
-            os.write(descriptor, mine.encode())
-            os.close(descriptor)
-            sweep(self.path)
-            sweep(self.checkpoints)
-            return notice
+        notice = self._lock.take()
+        sweep(self.path)
+        sweep(self.checkpoints)
+        return notice
 
     def unlock(self) -> None:
-        """Release the folder."""
-        self._lock.unlink(missing_ok=True)
+        """Release the folder, if this object has locked it and nobody has taken it over."""
+        self._lock.release()
 
-    def _owner(self) -> dict[str, Any] | None:
-        for wait in (0.0, 0.2):  # who has just made the file may not have written to it yet
-            time.sleep(wait if self._lock.exists() else 0.0)
-            try:
-                owner = json.loads(self._lock.read_text(encoding="utf-8"))
-                if type(owner["pid"]) is int and isinstance(owner["host"], str):
-                    return {"pid": owner["pid"], "host": owner["host"], "born": str(owner.get("born", ""))}
-            except (OSError, ValueError, TypeError, KeyError):
-                continue
-        return None
+    def abandon(self) -> None:
+        """Remove what was written if it is not a run yet, so that the next one can begin here; the folder stays."""
+        if self._lock.is_ours() and not self.manifest_file.exists():
+            self.config_file.unlink(missing_ok=True)
+            self.drop_start()
 
-    def _refuse_if_taken(self) -> dict[str, Any] | None:
-        """Who held the lock and is gone. A process that was killed a moment ago is given a second to be gone."""
-        for _ in range(10):
-            owner = self._owner()
-            if not self._is_taken(owner):
-                return owner
-            if owner and owner["host"] != socket.gethostname():
-                break
-            time.sleep(0.1)
-        raise self._taken(owner)
-
-    def _is_taken(self, owner: dict[str, Any] | None) -> bool:
-        """By a process other than this one; a number that comes again, as in containers, is of a process that is gone."""
-        if owner is None or (owner["host"] == socket.gethostname() and owner["pid"] == os.getpid()):
-            return False
-        if owner["host"] != socket.gethostname():
-            return True
-        return alive(owner["pid"]) and owner["born"] in ("", born(owner["pid"]))
-
-    def _taken(self, owner: dict[str, Any] | None) -> ConfigError:
-        who = f"process {owner['pid']} on {owner['host']}" if owner else "another process"
-        fix = "wait for it, or name another --out"
-        if owner and owner["host"] != socket.gethostname():
-            fix += f"; if it is gone, remove {self._lock.name} there"
-        return ConfigError(24, f"{who} is writing this run", where=str(self.path), fix=fix)
+    def _require_ours(self) -> None:
+        """Refuse to write into a folder that is not there any more, or that somebody else writes to."""
+        if not self._lock.claimed or self._lock.is_ours():
+            return
+        if self._lock.file.exists():
+            what, fix = "another process has taken over this run", "let one process at a time write to it"
+            raise ResourceError(252, what, where=str(self.path), fix=fix)
+        if not self.manifest_file.is_file():
+            what, fix = "the run folder is gone", "put it back and go on with --resume, or train again"
+            raise ResourceError(251, what, where=str(self.path), fix=fix)
 
     def _empty(self) -> None:
         for item in self.path.iterdir():
@@ -257,7 +237,12 @@ class RunFolder:
     # -- log
 
     def log(self, line: Mapping[str, Any]) -> None:
-        """Append a line to metrics.jsonl."""
+        """Append a line to metrics.jsonl.
+
+        Raises:
+            ResourceError: the disk is full, or the folder is gone or somebody else's.
+        """
+        self._require_ours()
         try:
             with self.log_file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(finite(line), ensure_ascii=False) + "\n")
@@ -265,10 +250,13 @@ class RunFolder:
             raise disk_error(error, self.log_file) from error
 
     def read_log(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl; a last line that was cut short is left out."""
+        """The lines of metrics.jsonl; a last line that was cut short is left out.
+
+        Raises:
+            CheckpointError: it is there and cannot be read.
+        """
         lines: list[dict[str, Any]] = []
-        text = self.log_file.read_text(encoding="utf-8", errors="replace") if self.log_file.exists() else ""
-        for line in text.split("\n"):
+        for line in _text(self.log_file).split("\n"):
             try:
                 value = json.loads(line)
             except ValueError:
@@ -278,18 +266,49 @@ class RunFolder:
             lines.append(value)
         return lines
 
-    def rewind_log(self, step: int) -> None:
-        """Forget what was logged after `step`, which a resumed run will log again."""
+    def rewind_log(self, step: int, *, validated: bool = True) -> None:
+        """Forget what was logged after `step`, which a resumed run will log again; its validation too, if not `validated`."""
         if not self.log_file.exists():
             return
-        kept = [line for line in self.read_log() if line["step"] <= step]
+        until = [line for line in self.read_log() if line["step"] <= step]
+        kept = [line for line in until if validated or line["step"] < step or "val" not in line]
         write_atomically(self.log_file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+
+    # -- where it starts from
+
+    def keep_start(self, write: Callable[[Path], None], facts: Mapping[str, Any]) -> None:
+        """Publish what the run starts from instead of from scratch, until its first checkpoint is published."""
+        publish(self._start, write, {"kind": START, **facts})
+
+    def kept_start(self) -> tuple[Path, dict[str, Any]] | None:
+        """The folder of `keep_start`, verified, with its facts; None for a run that has a checkpoint or starts from scratch.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        if self.steps() or not self._start.is_dir():
+            return None
+        try:
+            return self._start, verify(self._start, kind=START)
+        except CheckpointError as error:
+            error.fix = "begin anew: run mopefuse swap-encoder again"
+            raise
+
+    def drop_start(self) -> None:
+        """Forget what the run was to start from."""
+        shutil.rmtree(self._start, ignore_errors=True)
 
     # -- checkpoints
 
     def save(self, step: int, write: Callable[[Path], None], facts: Mapping[str, Any]) -> None:
-        """Publish checkpoint step-N, and drop those that neither resume nor the best needs."""
+        """Publish checkpoint step-N, and drop those that neither resume nor the best needs.
+
+        Raises:
+            ResourceError: the disk is full, or the folder is gone or somebody else's.
+        """
+        self._require_ours()
         publish(self.checkpoints / f"step-{step}", write, {"kind": CHECKPOINT, "step": step, **self._of_model(), **facts})
+        self.drop_start()
         keep = {step, self.best_step()}
         for old in self.steps():
             if old not in keep:
@@ -307,7 +326,7 @@ class RunFolder:
         """
         if not self._best.exists():
             return None
-        step = self._best.read_text(encoding="utf-8", errors="replace").strip().removeprefix("step-")
+        step = _text(self._best).strip().removeprefix("step-")
         if not (step.isascii() and step.isdecimal()):
             raise CheckpointError(3, "the file best is damaged", where=str(self._best), fix="use the checkpoint last or step-N")
         return int(step)
@@ -364,6 +383,17 @@ class RunFolder:
         """Steps of the published checkpoints, whole or not, in order."""
         found = self.checkpoints.glob("step-*")
         return sorted(int(path.name[5:]) for path in found if path.is_dir() and re.fullmatch(r"step-(0|[1-9]\d*)", path.name))
+
+
+def _text(path: Path) -> str:
+    """What is in a file of a run; empty if there is none."""
+    try:
+        return read_regular(path).decode("utf-8", "replace")
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        what = f"{path.name} cannot be read: {error.strerror}"
+        raise CheckpointError(3, what, where=str(path), fix="restore that file, or use another copy") from None
 
 
 def default_path() -> Path:

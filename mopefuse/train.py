@@ -15,7 +15,7 @@ import torch
 
 from mopefuse import __version__, closed_form, distributed, metrics, registry
 from mopefuse import device as devices
-from mopefuse.checkpoint import dump_json, read_json, write_atomically
+from mopefuse.checkpoint import dump_json, read_tensors, write_atomically, write_tensors
 from mopefuse.config import Data as DataConfig
 from mopefuse.config import RunConfig, build_config, flat, merge, nested
 from mopefuse.data._base import SPLITS, DataSet
@@ -43,6 +43,7 @@ MAY_CHANGE = frozenset(
     ).split()
 )
 """Settings that a resumed run may change; all others are part of what the run is."""
+_WEIGHTS = "weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def train(
 
     Args:
         config: for a resumed run, the saved configuration with changes on top (see `MAY_CHANGE`).
-        start: a model to go on from instead of from scratch; published as step 0.
+        start: a model to go on from instead of from scratch; published as step 0, and kept in the folder until then.
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM, after a checkpoint was published.
@@ -120,6 +121,7 @@ def train(
             return _train(config, folder, listener, resume=resume, start=start)
         finally:
             if distributed.is_main():
+                folder.abandon()
                 folder.unlock()
 
 
@@ -127,11 +129,12 @@ def _train(
     config: RunConfig, folder: RunFolder, listener: Listener, *, resume: bool, start: Start | None
 ) -> dict[str, Any]:
     device = devices.resolve(config.device)
-    continuing = resume and folder.begun()
-    if continuing:
-        config, changed = resumed(folder.config(), config)
+    begun: dict[str, Any] | None = distributed.on_main(lambda: folder.manifest() if resume and folder.begun() else None)
+    if begun is not None:
+        config, changed = distributed.on_main(lambda: resumed(folder.config(), config))
         for change in changed:
             listener.notice(f"changed: {change}")
+        start = distributed.on_main(lambda: _kept_start(folder))
     data = _load(config, listener)
     listener.rows({name: len(data.splits[name].rows) for name in SPLITS if name in data.splits})
     config = _with_modalities(config, data)
@@ -141,40 +144,31 @@ def _train(
     config = model.config = resolved(config, model)
     facts = _facts(config, data, model)
     facts["warm_up"] = {"names": list(start.fresh), "epochs": start.warm_up} if start and start.warm_up else None
-    if continuing:
-        begun = folder.manifest()
+    if begun is not None:
         if any(begun[key] != facts[key] for key in ("data", "labels", "multi_label")):
             raise DataError(9, "the data are not those that the run began with", where=str(data.root), fix="restore them")
         check_encoders(model, begun, where=str(folder.path))
+        facts = begun
     else:
-        if distributed.is_main():
-            folder.rewind_log(-1)  # of an attempt that ended before its first checkpoint
         notice_doubts(config, data, model, listener)
-        for section in model.unused_sections():
-            listener.notice(f"{config.method} does not use the settings of {section}")
-        for spec, count in Counter(str(model.encoder(side).spec) for side in model.uses if is_comp(side)).items():
-            if count > 1:
-                listener.notice(f"{spec} is a complementary encoder {count} times: what it says is the same each time")
-    if distributed.is_main():
-        folder.start(config, begun if continuing else facts)
-        if drawn := drawn_ids(config.data, data):
-            write_atomically(folder.path / "splits.json", dump_json(drawn))
-    distributed.barrier()
+        _notify_of_settings(config, model, listener)
+        distributed.on_main(lambda: _begin(folder, config, data, facts, start))
     trainer = Trainer(config, data, model, folder, device, listener)
-    warm_up = (begun if continuing else facts).get("warm_up")
-    if warm_up:
-        trainer.warm_up(**warm_up)
-    if continuing and trainer.restore():
+    if facts.get("warm_up"):
+        trainer.warm_up(**facts["warm_up"])
+    if begun is not None and trainer.restore():
         step = trainer.progress.step
-        finished = step >= trainer.total and folder.metrics_file.exists()
-        if finished:
+        result: dict[str, Any] | None = distributed.on_main(lambda: _go_on(folder, config, data, facts, trainer))
+        if result is not None:
             limit = "--steps" if trainer.total < config.train.epochs * trainer.per_epoch else "--epochs"
             more = "" if model.closed_form else f"; raise {limit} to continue"
             listener.notice(f"already finished at step {step}{more}")
-            return read_json(folder.metrics_file)
+            return result
         listener.notice(f"resuming at step {step} of {trainer.total}")
-    elif (begun_from := closed_form.start(trainer, start)) is not None:
-        trainer.begin(begun_from.state)
+    else:
+        distributed.on_main(lambda: folder.rewind_log(-1))  # of an attempt that ended before its first checkpoint
+        if (begun_from := closed_form.start(trainer, start)) is not None:
+            trainer.begin(begun_from.state)
     with StopRequest() as stop:
         trainer.fit(stop)
     try:
@@ -182,6 +176,52 @@ def _train(
     except KeyboardInterrupt:
         what = f"after the last step, {trainer.progress.step}, before the test; its checkpoint is published"
         raise Interrupted(signal.SIGINT, what, fix="continue with --resume") from None
+
+
+def _notify_of_settings(config: RunConfig, model: Fusion, listener: Listener) -> None:
+    """Settings that have no effect, and encoders that are there twice."""
+    for section in model.unused_sections():
+        listener.notice(f"{config.method} does not use the settings of {section}")
+    for spec, count in Counter(str(model.encoder(side).spec) for side in model.uses if is_comp(side)).items():
+        if count > 1:
+            listener.notice(f"{spec} is a complementary encoder {count} times: what it says is the same each time")
+
+
+def _begin(folder: RunFolder, config: RunConfig, data: DataSet, facts: dict[str, Any], start: Start | None) -> None:
+    """Make the folder a run; where it starts from, if not from scratch, is in it before it is one."""
+    if start is None:
+        folder.drop_start()
+    else:
+        kept = {"fresh": list(start.fresh), "warm_up": start.warm_up}
+        folder.keep_start(lambda to: write_tensors(to / _WEIGHTS, start.state), kept)
+    _write_settings(folder, config, data, facts)
+
+
+def _kept_start(folder: RunFolder) -> Start | None:
+    """Where a run that has no checkpoint yet starts from, if not from scratch."""
+    kept = folder.kept_start()
+    if kept is None:
+        return None
+    path, facts = kept
+    return Start(read_tensors(path / _WEIGHTS), tuple(facts["fresh"]), facts["warm_up"])
+
+
+def _go_on(
+    folder: RunFolder, config: RunConfig, data: DataSet, facts: dict[str, Any], trainer: Trainer
+) -> dict[str, Any] | None:
+    """The result of a run that is finished; of any other, what an earlier end left is removed before it goes on."""
+    result, step = folder.result(), trainer.progress.step
+    finished = step >= trainer.total and result.get("steps") == step
+    if not finished:
+        folder.metrics_file.unlink(missing_ok=True)
+    _write_settings(folder, config, data, facts)
+    return result if finished else None
+
+
+def _write_settings(folder: RunFolder, config: RunConfig, data: DataSet, facts: dict[str, Any]) -> None:
+    folder.start(config, facts)
+    if drawn := drawn_ids(config.data, data):
+        write_atomically(folder.path / "splits.json", dump_json(drawn))
 
 
 def _finish(trainer: Trainer, data: DataSet, model: Fusion, folder: RunFolder, device: torch.device) -> dict[str, Any]:
@@ -213,9 +253,7 @@ def _finish(trainer: Trainer, data: DataSet, model: Fusion, folder: RunFolder, d
         "seed": trainer.config.seed,
         "versions": versions(),
     }
-    if distributed.is_main():
-        write_atomically(folder.metrics_file, dump_json(result))
-    distributed.barrier()
+    distributed.on_main(lambda: write_atomically(folder.metrics_file, dump_json(result)))
     return result
 
 

@@ -47,6 +47,7 @@ class Progress:
     waited: int = 0  # validations since the best
     seconds: float = 0.0
     thresholds: list[float] | None = None  # tuned at the last validation
+    validated: int | None = None  # step of the last validation
 
 
 class Start(NamedTuple):
@@ -132,7 +133,7 @@ class Trainer:
 
     def restore(self) -> bool:
         """Continue from the newest whole checkpoint; False if there is none."""
-        found = self.run.latest()
+        found = distributed.on_main(self.run.latest)
         if found is None:
             return False
         path, manifest = found
@@ -141,35 +142,41 @@ class Trainer:
         self.model.load_own_state(read_tensors(path / "weights.safetensors"), where=str(path))
         load_optimizer_state(self.optimizer, self.names, read_tensors(path / "optimizer.safetensors"), where=str(path))
         self.progress = Progress(**manifest["progress"])
-        if distributed.is_main():
-            self.run.rewind_log(self.progress.step)
+        step = self.progress.step
+        validated = manifest["progress"].get("validated", step) == step  # earlier versions do not say
+
+        def rewind() -> None:
+            self.run.rewind_log(step, validated=validated)
             if self.progress.best is not None:
                 self.run.set_best(self.progress.best_step)
+
+        distributed.on_main(rewind)
         return True
 
-    def save(self) -> None:
-        """Publish a checkpoint of this step."""
-        if distributed.is_main():
+    def save(self, *, best: bool = False) -> None:
+        """Publish a checkpoint of this step, and name it the best if it is."""
 
-            def write(folder: Path) -> None:
-                write_tensors(folder / "weights.safetensors", self.model.own_state())
-                write_tensors(folder / "optimizer.safetensors", optimizer_state(self.optimizer, self.names))
+        def write(folder: Path) -> None:
+            write_tensors(folder / "weights.safetensors", self.model.own_state())
+            write_tensors(folder / "optimizer.safetensors", optimizer_state(self.optimizer, self.names))
 
+        def publish() -> None:
             self.run.save(self.progress.step, write, {"progress": asdict(self.progress)})
-        distributed.barrier()
+            if best:
+                self.run.set_best(self.progress.step)
+
+        distributed.on_main(publish)
 
     # -- the loop
 
     def fit(self, stop: StopRequest) -> None:
-        """Train until the last step, the end of patience, or a request to stop.
+        """Train until the last step, the end of patience, or a request to stop; where it ends, the model is validated.
 
         Raises:
             Interrupted: asked to stop; a checkpoint of the last step is published.
             NumericError: a loss or gradient is not finite; nothing of that step was applied.
         """
         started = time.perf_counter() - self.progress.seconds
-        if self.total == 0 and self.progress.best is None:
-            self._validate()
         loader = self.train_samples.batches(_Keys(self), pin=self.device.type == "cuda")
         for epoch, global_batch in self._schedule():
             if self._out_of_patience():
@@ -193,6 +200,8 @@ class Trainer:
                     f"at step {self.progress.step} of {self.total}, its checkpoint is published",
                     fix="continue with --resume",
                 )
+        if self.progress.validated != self.progress.step:
+            self._validate()
 
     def _schedule(self) -> Iterator[tuple[int, list[int]]]:
         """(epoch, global batch) of each step still to make."""
@@ -297,11 +306,10 @@ class Trainer:
         self.progress.waited = 0 if best else self.progress.waited + 1
         if best:
             self.progress.best, self.progress.best_step = value, self.progress.step
-        if distributed.is_main():
-            self.run.log({"step": self.progress.step, "val": found, **({"routing": routing} if routing else {})})
-        self.save()
-        if best and distributed.is_main():
-            self.run.set_best(self.progress.step)
+        self.progress.validated = self.progress.step
+        line = {"step": self.progress.step, "val": found, **({"routing": routing} if routing else {})}
+        distributed.on_main(lambda: self.run.log(line))
+        self.save(best=best)
         if routing and routing["unused_share"] > _COLLAPSED and not self._collapse_told:
             self._collapse_told = True
             self.listener.notice(
@@ -314,13 +322,18 @@ class Trainer:
         patience = self.config.train.patience
         return patience is not None and self.progress.waited >= patience
 
+    def _selected(self) -> tuple[Path, dict[str, Any]]:
+        """The selected checkpoint, verified, with its manifest; the same in all processes."""
+        found: tuple[Path, dict[str, Any]] = distributed.on_main(lambda: self.run.checkpoint(self.config.train.select))
+        return found
+
     def thresholds(self) -> metrics.Thresholds:
         """Those of the selected checkpoint."""
-        return thresholds_of(self.run.checkpoint(self.config.train.select)[1], self.config)
+        return thresholds_of(self._selected()[1], self.config)
 
     def test(self) -> Evaluation | None:
         """Load the selected checkpoint and evaluate it on the test split, if there is one; predictions are written."""
-        path, _ = self.run.checkpoint(self.config.train.select)
+        path, _ = self._selected()
         self.model.load_own_state(read_tensors(path / "weights.safetensors"), where=str(path))
         if "test" not in self.data.splits:
             return None

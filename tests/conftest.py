@@ -137,11 +137,13 @@ def call(*args: object) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
 
 
-def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command line in several processes."""
+def torchrun(
+    processes: int, *arguments: str, program: Sequence[str] = ("-m", "mopefuse")
+) -> subprocess.CompletedProcess[str]:
+    """The command line, or another program, in several processes."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return subprocess.run(
-        [*launcher, "-m", "mopefuse", *arguments],
+        [*launcher, *program, *arguments],
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},

@@ -128,16 +128,35 @@ def test_runs_tested_on_other_data_are_refused(folder: Path, tmp_path: Path) -> 
     assert str(other) in error.what
 
 
-def test_unfinished_runs_are_named(folder: Path, tmp_path: Path) -> None:
+def test_what_is_no_finished_run_is_left_out_with_a_notice(folder: Path, tmp_path: Path) -> None:
+    """As `runs/*` names them: a run under way, one that failed before it was a run, a file."""
     shutil.copytree(folder / "full-1", tmp_path / "half")
     (tmp_path / "half" / "metrics.json").unlink()
-    error = refused(folder / "full-0", tmp_path / "half")
+    failed = call("train", *TINY, "--data", tmp_path / "no data", "--out", tmp_path / "failed")
+    assert (failed.returncode, (tmp_path / "failed").is_dir()) == (4, True)
+    (tmp_path / "notes.txt").touch()
+    paths = [folder / "full-0", *sorted(tmp_path.iterdir())]
+    found = compare(paths)
+    assert [row.runs for row in found.rows] == [(folder / "full-0",)]
+    assert found.notices == (
+        f"left out: {tmp_path / 'failed'} is no run",
+        f"left out: {tmp_path / 'notes.txt'} is no run",
+        f"left out: {tmp_path / 'half'} is not finished",
+    )
+    assert "half is not finished" in call("compare", *paths).stderr
+    assert json.loads(call("compare", *paths, "--json").stdout)["notices"] == list(found.notices)
+
+
+def test_where_no_run_is_finished_it_is_an_error(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "full-1", tmp_path / "half")
+    (tmp_path / "half" / "metrics.json").unlink()
+    error = refused(tmp_path, tmp_path / "half")
     assert (error.code, error.what) == ("MF-CFG-83", f"not finished: {tmp_path / 'half'}")
+    assert refused(tmp_path).code == "MF-CKPT-04"
 
 
-def test_what_is_no_run_is_refused(folder: Path, tmp_path: Path) -> None:
-    assert refused(folder / "full-0", tmp_path).code == "MF-CKPT-04"
-    assert refused(tmp_path / "nowhere").code == "MF-CKPT-04"
+def test_a_path_that_is_not_there_is_refused(folder: Path, tmp_path: Path) -> None:
+    assert refused(folder / "full-0", tmp_path / "nowhere").code == "MF-CKPT-04"
 
 
 def test_the_same_run_twice_counts_once_and_a_copy_of_it_is_refused(folder: Path, tmp_path: Path) -> None:

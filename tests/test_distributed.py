@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
 from itertools import chain
 from pathlib import Path
 
 import pytest
-from conftest import torchrun
+from conftest import call, torchrun
 from test_train import command, data, log, weights
 
 from mopefuse.data.collate import epoch_batches, share
@@ -51,3 +56,93 @@ def test_one_process_speaks_for_all(data: Path, tmp_path: Path) -> None:
     done = torchrun(2, *command(data, tmp_path / "run", "--json", "--steps", "2"))
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["ok"] is True, "one JSON object and nothing else"
+
+
+SLOW_MAIN = """
+import os, time
+from mopefuse.run import RunFolder
+if os.environ["RANK"] == "0":
+    set_best = RunFolder.set_best
+    def slowly(self, step):
+        time.sleep(1)
+        set_best(self, step)
+    RunFolder.set_best = slowly
+from mopefuse.cli.app import main
+main()
+"""
+
+
+@pytest.mark.parametrize("more", [("--method", "linear"), ("--epochs", "0"), ("--steps", "2")], ids=" ".join)
+def test_no_process_reads_which_checkpoint_is_best_before_it_is_written(
+    data: Path, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    (tmp_path / "slow.py").write_text(SLOW_MAIN)
+    plain = ["--set", "prompts.dropout=0", "--set", "router.noise=false", *more]
+    done = torchrun(2, *command(data, tmp_path / "run", *plain), program=(str(tmp_path / "slow.py"),))
+    assert done.returncode == 0, done.stderr
+    alone = call(*command(data, tmp_path / "alone", *plain))
+    assert alone.returncode == 0, alone.stderr
+    two, one = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("run", "alone"))
+    assert two["selected_step"] == one["selected_step"]
+    assert two["metrics"]["test"] == pytest.approx(one["metrics"]["test"], abs=1e-4)
+
+
+PATIENT = """
+import os, signal, sys, time
+from datetime import timedelta
+from mopefuse import distributed
+from mopefuse.errors import DataError
+
+distributed._TIMEOUT = timedelta(seconds=2)
+end = sys.argv[1]
+
+def work():
+    time.sleep(6)
+    if end == "dies":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if end == "raises":
+        raise DataError(1, "what the main process said")
+    return "what it found"
+
+began = time.monotonic()
+said = None
+try:
+    with distributed.joined():
+        said = distributed.on_main(work)
+        distributed.barrier()
+except Exception as error:
+    from mopefuse.libraries import mendable
+    said = str(mendable(error) or error)
+print(f"{os.environ['RANK']}: {said}; after {time.monotonic() - began:.1f} s", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        ("returns", ["what it found", "what it found"]),
+        ("raises", ["what the main process said", "what the main process said"]),
+        ("dies", [None, "another process failed"]),
+    ],
+)
+def test_the_others_wait_for_the_main_process_as_long_as_it_lives(tmp_path: Path, end: str, said: list[str | None]) -> None:
+    """Its work takes three times as long as they would wait for one another. No launcher is there to end them."""
+    (tmp_path / "patient.py").write_text(PATIENT)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(tmp_path / "patient.py"), end],
+            env=os.environ | together | {"RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    for rank, process in enumerate(processes):
+        heard, _ = process.communicate(timeout=120)
+        assert heard.startswith(f"{rank}: {said[rank]}" if said[rank] else ""), heard
+        assert bool(heard) == bool(said[rank])
+    assert (processes[0].returncode == -signal.SIGKILL) == (end == "dies")

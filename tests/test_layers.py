@@ -13,9 +13,10 @@ ROOT = Path(mopefuse.__file__).parent
 ORDER = (  # from below; a module imports from rows above its own line, or from its own package
     "errors",
     "settings",
-    "registry config signals threads precision gates pixels tokens bootstrap libraries shown",
+    "registry config signals threads precision gates pixels tokens bootstrap libraries shown regular_files",
     "space plugins modality sides shares",
     "recipe checkpoint distributed metrics routing",
+    "folder_lock",
     "run device cache room spool",
     "adapter encoders prompts data grid",
     "fusion source card compare predictions",

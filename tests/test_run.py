@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,7 +18,7 @@ from test_checkpoint import save, started
 
 from mopefuse.checkpoint import born
 from mopefuse.config import build_config
-from mopefuse.errors import CheckpointError, ConfigError
+from mopefuse.errors import CheckpointError, ConfigError, ResourceError
 from mopefuse.run import RunFolder
 
 CONFIG = build_config({"main": "tiny:vision", "comp": "tiny:text"})
@@ -262,3 +263,116 @@ def test_a_number_that_another_process_has_now_is_not_the_owner(tmp_path: Path) 
     owner = {"pid": os.getppid(), "host": socket.gethostname(), "born": "1"}
     (tmp_path / "run" / ".lock").write_text(json.dumps(owner))
     assert "gone" in folder.lock()
+
+
+_CONTENDER = """
+import sys, time
+from pathlib import Path
+from mopefuse import folder_lock
+from mopefuse.errors import ConfigError
+refuse = folder_lock.FolderLock.refuse_if_taken
+def slowly(self):
+    owner = refuse(self)
+    time.sleep(0.3)
+    return owner
+folder_lock.FolderLock.refuse_if_taken = slowly
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    folder_lock.FolderLock(Path(sys.argv[1])).take()
+    print("has it", flush=True)
+except ConfigError as error:
+    print(error.code, flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_of_several_that_find_the_lock_of_a_dead_process_one_takes_it_over(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    lock_of(started(tmp_path / "run"), gone.pid)
+    command = [sys.executable, "-c", _CONTENDER, str(tmp_path / "run")]
+    contenders = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    told = []
+    for _ in range(2):  # all are ready, then all have tried
+        for each in contenders:
+            assert each.stdout is not None
+            told.append(each.stdout.readline().strip())
+        for each in contenders:
+            assert each.stdin is not None
+            each.stdin.write("\n")
+            each.stdin.flush()
+    for each in contenders:
+        each.communicate(timeout=60)
+    assert sorted(told) == ["MF-CFG-24", "MF-CFG-24", "has it", "ready", "ready", "ready"]
+
+
+# -- a folder that is lost while it is written to
+
+
+def locked(path: Path) -> RunFolder:
+    run = started(path)
+    run.lock()
+    return run
+
+
+WRITES = {"log": lambda run: run.log({"step": 1}), "save": lambda run: save(run, 1)}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_folder_that_is_gone_is_told_and_not_made_again(tmp_path: Path, write: str) -> None:
+    run = locked(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(ResourceError, match="the run folder is gone") as caught:
+        WRITES[write](run)
+    assert (caught.value.code, caught.value.exit_code) == ("MF-RES-251", 7)
+    run.unlock()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_folder_that_another_process_has_taken_over_is_left_alone(tmp_path: Path, write: str) -> None:
+    run = locked(tmp_path / "run")
+    lock_of(run, os.getppid())
+    with pytest.raises(ResourceError, match="another process has taken over"):
+        WRITES[write](run)
+    run.unlock()
+    assert json.loads((tmp_path / "run" / ".lock").read_text())["pid"] == os.getppid(), "it is not ours to remove"
+
+
+# -- a process that ends before the folder is a run
+
+
+def test_what_was_written_before_it_was_a_run_is_not_in_the_way(tmp_path: Path) -> None:
+    """A kill between the configuration and the manifest: the lock tells that the files are ours."""
+    run = RunFolder(tmp_path / "run")
+    run.prepare(resume=False, overwrite=False)
+    run.lock()
+    run.config_file.write_text("half")
+    run.keep_start(lambda folder: None, {})
+    (tmp_path / "run" / "manifest.json.tmp-1").touch()
+    again = RunFolder(tmp_path / "run")
+    again.prepare(resume=False, overwrite=False)
+    with pytest.raises(ConfigError, match="was to start from a trained model") as caught:
+        again.prepare(resume=True, overwrite=False)
+    assert "swap-encoder" in caught.value.fix
+    (tmp_path / "run" / ".lock").unlink()
+    with pytest.raises(ConfigError, match="not empty"):
+        again.prepare(resume=False, overwrite=False)
+
+
+def test_an_error_before_it_is_a_run_leaves_nothing_in_the_way(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.prepare(resume=False, overwrite=False)
+    run.lock()
+    run.config_file.write_text("half")
+    run.abandon()
+    run.unlock()
+    run.prepare(resume=False, overwrite=False)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoints"]
+
+
+def test_what_is_a_run_is_not_abandoned(tmp_path: Path) -> None:
+    run = locked(tmp_path / "run")
+    run.abandon()
+    assert run.config() == CONFIG

@@ -246,3 +246,77 @@ def test_what_cannot_be_swapped_is_refused_and_nothing_is_left(
     assert code in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "new" / "config.yaml").exists()
+
+
+class Unplugged(Exception):
+    """What a test ends training with where a machine would lose its power."""
+
+
+def _while_features_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mopefuse.trainer.prepared", unplug)
+
+
+def _while_step_0_is_validated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mopefuse.trainer.run_split", unplug)
+
+
+def _while_step_0_is_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RunFolder, "save", unplug)
+
+
+def unplug(*_: Any, **__: Any) -> None:
+    raise Unplugged
+
+
+MOMENTS = [_while_features_are_computed, _while_step_0_is_validated, _while_step_0_is_published]
+SWAPS: dict[str, dict[str, Any]] = {
+    "tuned": {"comp": "tiny:text?pool=cls", "epochs": 2, "warm_up": 1, "scratch": False},
+    "as it is": {"comp": "tiny:text-b"},
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS, ids=lambda moment: moment.__name__.strip("_"))
+@pytest.mark.parametrize("how", SWAPS)
+def test_a_swap_that_is_stopped_before_its_first_checkpoint_resumes_as_the_swap(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: Any, how: str
+) -> None:
+    swap_encoder(run, tmp_path / "whole", **SWAPS[how])
+    with monkeypatch.context() as now:
+        moment(now)
+        with pytest.raises(Unplugged):
+            swap_encoder(run, tmp_path / "stopped", **SWAPS[how])
+    assert RunFolder(tmp_path / "stopped").steps() == []
+    done = call("train", "--resume", "--out", tmp_path / "stopped")
+    assert done.returncode == 0, done.stderr
+    for file in ("metrics.jsonl", "predictions.jsonl"):
+        assert (tmp_path / "stopped" / file).read_text() == (tmp_path / "whole" / file).read_text()
+    for name, tensor in weights(tmp_path / "whole", "step-0").items():
+        assert torch.equal(tensor, weights(tmp_path / "stopped", "step-0")[name]), name
+    assert not (tmp_path / "stopped" / "start").exists(), "step 0 has taken its place"
+
+
+def test_a_swap_whose_start_is_damaged_does_not_begin_from_scratch(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as now:
+        _while_features_are_computed(now)
+        with pytest.raises(Unplugged):
+            swap_encoder(run, tmp_path / "new", comp="tiny:text-b")
+    (tmp_path / "new" / "start" / "weights.safetensors").write_bytes(b"x")
+    done = call("train", "--resume", "--out", tmp_path / "new")
+    assert (done.returncode, "swap-encoder again" in done.stderr) == (6, True)
+    swap_encoder(run, tmp_path / "new", comp="tiny:text-b")
+    assert call("eval", tmp_path / "new").returncode == 0
+
+
+def test_a_new_run_in_the_place_of_a_swap_that_was_stopped_starts_from_scratch(
+    run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as now:
+        _while_features_are_computed(now)
+        with pytest.raises(Unplugged):
+            swap_encoder(run, tmp_path / "new", comp="tiny:text-b")
+    for out in ("new", "other"):
+        assert call("train", *TINY, "--data", data, "--out", tmp_path / out, "--steps", "2").returncode == 0
+    for name, tensor in weights(tmp_path / "other", "step-2").items():
+        assert torch.equal(tensor, weights(tmp_path / "new", "step-2")[name]), name

@@ -6,6 +6,7 @@ usage error do not wait for torch.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -20,7 +21,7 @@ from mopefuse.cli import bench, compare, data, demo, doctor, encoders, eval, exp
 from mopefuse.cli import plugins as plug
 from mopefuse.cli import swap_encoder as swap
 from mopefuse.cli._render import print_json, speaks_unicode
-from mopefuse.errors import Interrupted, MopefuseError, Notice
+from mopefuse.errors import Interrupted, MopefuseError, Notice, ResourceError
 from mopefuse.libraries import mendable
 
 app = typer.Typer(
@@ -65,6 +66,7 @@ def _options(
 
 def main() -> None:
     """Entry point of the command ``mopefuse``. Exit codes: see docs/errors.md."""
+    _open_standard_streams()
     for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show is spelt out instead of ending the program
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -73,8 +75,9 @@ def main() -> None:
     try:
         try:
             app()
-        finally:
-            sys.stdout.flush()
+        except SystemExit:
+            _flush()
+            raise
     except BrokenPipeError:
         _no_reader()
     except SystemExit as leaving:
@@ -96,6 +99,47 @@ def main() -> None:
         _crash(error)
 
 
+def _open_standard_streams() -> None:
+    """Have what is closed, as a daemon's streams may be, or open the wrong way read from and write to nowhere.
+
+    Else the next file that is opened would get the number of a standard stream, and what is printed would go into it.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.write(number, b"") if number else os.read(number, 0)
+        except OSError as error:
+            if error.errno not in (errno.EBADF, errno.EISDIR):
+                continue
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened == number:
+                os.set_inheritable(number, True)
+            else:
+                os.dup2(opened, number)
+                os.close(opened)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115 (as long as the program)
+
+
+def _flush() -> None:
+    """Write out what was printed, while an error can still be told.
+
+    Raises:
+        ResourceError: stdout cannot be written, as to a full disk. BrokenPipeError: nobody reads any more.
+    """
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        fix = "send it where it can be written; files that the command wrote are whole"
+        raise ResourceError(250, f"the result cannot be printed: {error.strerror}", where="stdout", fix=fix) from None
+
+
+def _to_nowhere(stream: Any) -> None:
+    """Let what a stream still holds be lost in silence."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def _show_notices() -> None:
     """Warnings that are meant for users as one line; others as Python shows them."""
     plain = warnings.showwarning
@@ -113,21 +157,38 @@ def _show_notices() -> None:
 def _exit(error: MopefuseError) -> None:
     if error.family == "STOP" and os.environ.get("RANK", "0") != "0":
         sys.exit(error.exit_code)  # every process stops, one says so
-    if "--json" in sys.argv:
-        print_json({"ok": False, "error": error.as_dict()})
-    else:
+    if not ("--json" in sys.argv and _print_json(error.as_dict())):
         kind = "stopped" if error.family == "STOP" else f"error[{error.code}]"
         text = f"{kind}: {error}"
         if not speaks_unicode(sys.stderr):
             text = text.replace(" · ", " | ").replace("…", "...")
         red, plain = ("\x1b[31m", "\x1b[0m") if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ("", "")
         print(f"{red}{kind}{plain}{text[len(kind) :]}", file=sys.stderr)
+    _drain()
     sys.exit(error.exit_code)
+
+
+def _print_json(body: dict[str, object]) -> bool:
+    """Print an error on stdout; whether it could be."""
+    try:
+        print_json({"ok": False, "error": body})
+        sys.stdout.flush()
+    except OSError:
+        return False
+    return True
+
+
+def _drain() -> None:
+    """What cannot be written any more is lost in silence: the exit code says what went wrong before."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _to_nowhere(sys.stdout)
 
 
 def _no_reader() -> None:
     """Who read our output has stopped to, as ``| head`` does: that is no error, and the rest goes nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _to_nowhere(sys.stdout)
     sys.exit(141)
 
 
@@ -141,9 +202,8 @@ def _crash(error: Exception) -> None:
     except OSError:
         place = ""
     summary = str(error).splitlines()[0] if str(error) else ""
-    if "--json" in sys.argv:
-        body = {"code": "MF-INT-00", "exit": 1, "message": f"{type(error).__name__}: {summary}", "where": str(log), "hint": ""}
-        print_json({"ok": False, "error": body})
-    else:
+    body = {"code": "MF-INT-00", "exit": 1, "message": f"{type(error).__name__}: {summary}", "where": str(log), "hint": ""}
+    if not ("--json" in sys.argv and _print_json(body)):
         print(f"internal error: {type(error).__name__}: {summary}{place} · fix: please report it", file=sys.stderr)
+    _drain()
     sys.exit(1)

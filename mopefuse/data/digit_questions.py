@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mopefuse.errors import DataError
+from mopefuse.regular_files import read_regular
 
 Array = NDArray[Any]
 
@@ -229,7 +230,7 @@ def _check_same(folder: Path, about: dict[str, Any]) -> None:
     """Raise a DataError unless `folder` is exactly the data set that `about` describes."""
     fix = "name a new folder, or remove this one"
     try:
-        found = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+        found = json.loads(read_regular(folder / "dataset.json").decode("utf-8"))
     except (OSError, ValueError):
         raise DataError(52, "the folder is not empty", where=str(folder), fix=fix) from None
     if not isinstance(found, dict) or {key: found.get(key) for key in about} != about:

@@ -21,6 +21,7 @@ from mopefuse.data._source import Sample, Skip, Source, complete, is_file_name
 from mopefuse.data._source_files import SourceFolder, listing, place, sums_file
 from mopefuse.data.subsets import hold_out
 from mopefuse.errors import DataError
+from mopefuse.regular_files import read_regular
 
 __all__ = ["Advance", "Sample", "Skip", "Source", "complete", "is_file_name", "prepare"]
 
@@ -225,7 +226,7 @@ def _same(target: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     """What dataset.json of `target` says; a DataError unless `target` is exactly the preparation that `identity` describes."""
     fix = "name a new folder, or remove this one"
     try:
-        about = json.loads((target / ABOUT).read_text(encoding="utf-8"))
+        about = json.loads(read_regular(target / ABOUT).decode("utf-8"))
         same = {key: about[key] for key in _IDENTITY} == identity
         tables, content = dict(about["sha256"]), about["content"]
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
