@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mopefuse.errors import CheckpointError, ResourceError
+from mopefuse.shown import json_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -275,7 +276,7 @@ def _stat(pid: int) -> list[str]:
 
 def dump_json(value: Any) -> str:
     """Readable JSON; what is not a number becomes null (`finite`)."""
-    return json.dumps(finite(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return json_text(finite(value), indent=1, allow_nan=False) + "\n"
 
 
 def finite(value: Any) -> Any:

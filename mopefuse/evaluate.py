@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,6 +30,7 @@ from mopefuse.modality import by_argument, of
 from mopefuse.predictor import Bundle
 from mopefuse.recipe import data_settings, read_saved
 from mopefuse.run import RunFolder
+from mopefuse.shown import json_text
 from mopefuse.sides import Comp, addressed, specs, with_specs
 from mopefuse.source import kind_of, locate, trained
 
@@ -368,4 +368,4 @@ def prediction_rows(
 
 def write_predictions(path: Path, predictions: Sequence[dict[str, Any]]) -> None:
     """One JSON object a line."""
-    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions))
+    write_atomically(path, "".join(json_text(row) + "\n" for row in predictions))

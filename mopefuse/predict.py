@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
@@ -27,6 +26,7 @@ from mopefuse.data.rows import NoRow, check_input
 from mopefuse.data.tables import Found, find_tables, json_line
 from mopefuse.errors import CheckpointError, ConfigError, DataError, MopefuseError, NumericError
 from mopefuse.predictor import Bundle
+from mopefuse.shown import json_text, spreadsheet_cell
 from mopefuse.sides import Comp
 from mopefuse.source import kind_of, locate
 
@@ -252,7 +252,7 @@ def predict_pairs(
 
 def as_jsonl(answers: Iterable[Answer]) -> Iterator[str]:
     """One JSON object a line."""
-    return (json.dumps(one, ensure_ascii=False) + "\n" for one in answers)
+    return (json_text(one) + "\n" for one in answers)
 
 
 def as_csv(answers: Iterable[Answer], labels: Sequence[str]) -> Iterator[str]:
@@ -266,8 +266,6 @@ def as_csv(answers: Iterable[Answer], labels: Sequence[str]) -> Iterator[str]:
 
 
 def _csv_line(cells: Sequence[object]) -> str:
-    """Cells that a spreadsheet would take for a formula begin with an apostrophe."""
     text = io.StringIO()
-    safe = [f"'{cell}" if isinstance(cell, str) and cell[:1] in tuple("=+-@\t\r") else cell for cell in cells]
-    csv.writer(text, lineterminator="\n").writerow(safe)
+    csv.writer(text, lineterminator="\n").writerow(map(spreadsheet_cell, cells))
     return text.getvalue()

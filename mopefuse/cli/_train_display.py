@@ -11,6 +11,7 @@ from typing import Any
 from mopefuse import distributed
 from mopefuse.cli._render import count, duration, err, out, percent, print_json, table
 from mopefuse.errors import ConfigError
+from mopefuse.shown import visible
 from mopefuse.trainer import Listener, Progress
 
 _LINE_EVERY = 10.0  # seconds between plain lines
@@ -35,13 +36,13 @@ class Display(Listener):
             from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
             self._bar = Progress(
-                TextColumn("[bold]{task.description}"),
+                TextColumn("{task.description}", style="bold", markup=False),
                 BarColumn(),
                 TextColumn("{task.completed}/{task.total}"),
                 TimeElapsedColumn(),
                 TextColumn("eta"),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[said]}"),
+                TextColumn("{task.fields[said]}", markup=False),
                 console=self.console,
                 transient=True,
             )
@@ -71,7 +72,7 @@ class Display(Listener):
         if not distributed.is_main() or self.json:
             return
         if self._bar is not None:
-            self._bar.update(self._task, description=what, completed=done, total=total)
+            self._bar.update(self._task, description=visible(what), completed=done, total=total)
         elif time.monotonic() - self._told >= _LINE_EVERY:
             self._told = time.monotonic()
             self.console.print(f"{what}  {done}/{total}", markup=False)

@@ -22,7 +22,7 @@ def push(
 
     There hf-hub:repo/name is a run for everybody who may read it. Private by default.
     """
-    from mopefuse.cli._render import err, print_json, size
+    from mopefuse.cli._render import err, out, print_json, size
     from mopefuse.push import pack, send
 
     with pack(run, repo, checkpoint=checkpoint, public=public) as parcel:
@@ -39,4 +39,4 @@ def push(
         if json:
             print_json({"ok": True, "repo": parcel.repo, "private": parcel.private, "files": parcel.files, "url": url})
         elif url is not None:
-            print(f"pushed: hf-hub:{parcel.repo}")
+            out().print(f"pushed: hf-hub:{parcel.repo}")

@@ -1,13 +1,12 @@
 """Self-contained HTML pages: one file with its style and pictures in it, which never asks a network for anything.
 
-Everything that comes from data is escaped, in attributes too, and what cannot be shown becomes U+FFFD.
+Everything that comes from data is escaped, in attributes too, and what cannot be shown is spelt out.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,18 +19,18 @@ from PIL import Image
 from mopefuse import __version__
 from mopefuse.checkpoint import write_atomically
 from mopefuse.errors import ConfigError, DataError
+from mopefuse.shown import visible
 
 if TYPE_CHECKING:
     from mopefuse.report.drawing import Drawing
 
 SIDE = 200  # pixels; the longer side of a thumbnail
 _MARK = '<meta name="generator" content="mopefuse">'
-_NO_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 def readable(text: str) -> str:
-    """A text without what cannot be shown."""
-    return _NO_TEXT.sub("\ufffd", text)
+    """A text in which what cannot be shown is spelt out."""
+    return visible(text, lines=True)
 
 
 def _readable(value: Any) -> Any:
