@@ -24,7 +24,7 @@ from mopefuse.data.load import load_data
 from mopefuse.errors import ConfigError, DataError, Interrupted
 from mopefuse.evaluate import check_encoders
 from mopefuse.fusion._base import Fusion, fresh_encoders
-from mopefuse.fusion.build import build_model, full_specs, require_rows
+from mopefuse.fusion.build import build_model, check_names, full_specs, require_rows
 from mopefuse.losses import classification_loss
 from mopefuse.modality import of
 from mopefuse.optim import with_learning_rates
@@ -69,6 +69,7 @@ def plan(config: RunConfig, listener: Listener | None = None) -> Plan:
     Raises:
         MopefuseError: whatever training would refuse before its first step.
     """
+    check_names(config)
     data = _load(config, listener or Listener())
     config = _with_modalities(config, data)
     model = build_model(config, len(data.labels))
@@ -129,6 +130,7 @@ def _train(
         config, changed = resumed(folder.config(), config)
         for change in changed:
             listener.notice(f"changed: {change}")
+    check_names(config)
     data = _load(config, listener)
     listener.rows({name: len(data.splits[name].rows) for name in SPLITS if name in data.splits})
     config = _with_modalities(config, data)

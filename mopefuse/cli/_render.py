@@ -14,6 +14,7 @@ from mopefuse.shown import size as size
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
 
 def out() -> Console:
@@ -27,7 +28,7 @@ def err() -> Console:
 
 
 def _console(*, stderr: bool) -> Console:
-    """A console that shows text as it is: nothing in it is markup, and control characters in it are spelt out."""
+    """A console that prints each text as one line: nothing in it is markup, control characters in it are spelt out."""
     from rich.console import Console
     from rich.status import Status
     from rich.text import Text
@@ -38,13 +39,20 @@ def _console(*, stderr: bool) -> Console:
 
     class PlainConsole(Console):
         def print(self, *parts: Any, **how: Any) -> None:
-            super().print(*(visible(part, lines=True) if isinstance(part, str) else part for part in parts), **how)
+            super().print(*(visible(part) if isinstance(part, str) else part for part in parts), **how)
 
         def status(self, status: Any, **how: Any) -> Status:
             return PlainStatus(Text(visible(status)), console=self, **how)
 
     stream = sys.stderr if stderr else sys.stdout
     return PlainConsole(stderr=stderr, soft_wrap=not stream.isatty(), highlight=False, markup=False)
+
+
+def lines(text: str) -> Text:
+    """A text that a console prints as the several lines that it is."""
+    from rich.text import Text
+
+    return Text(visible(text, lines=True))
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -47,6 +47,11 @@ class TransformersEncoder(PromptedEncoder):
     built_in: ClassVar[Mapping[str, BuiltIn]] = BUILT_IN
     own_options: ClassVar[Collection[str]] = ("pretrained", "weights", "pool")
 
+    @classmethod
+    def check_name(cls, spec: Spec) -> None:
+        """See `Encoder.check_name`."""
+        _hf_source.check_name(spec, cls.built_in)
+
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)
         source = _hf_source.find(spec, self.built_in, {kind for kind, family in self.families.items() if family.part})

@@ -61,6 +61,11 @@ class TimmEncoder(PromptedEncoder):
         self.preprocess = _preprocess(self.backbone, spec)
         prompt_model(self, self.backbone)
 
+    @classmethod
+    def check_name(cls, spec: Spec) -> None:
+        """See `Encoder.check_name`."""
+        _check_name(spec)
+
     def _run(self, inputs: Inputs) -> Encoded:
         features = self.backbone.forward_features(inputs["pixels"])
         if features.dim() == 4:

@@ -144,8 +144,7 @@ class TinyEncoder(Encoder):
 
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)
-        if spec.name not in SHAPES:
-            raise EncoderError(51, f"there is no encoder tiny:{spec.name}", fix=did_you_mean(spec.name, SHAPES))
+        self.check_name(spec)
         known = ("pretrained", "pool")
         for option in spec.options.keys() - set(known):
             raise EncoderError(52, f"tiny has no option {option!r}", where=str(spec), fix=did_you_mean(option, known))
@@ -163,6 +162,12 @@ class TinyEncoder(Encoder):
         self.lora_targets = _lora.names_of(self, (m for name, m in self.named_modules() if name.endswith(".qkv")))
         if option_flag(spec, "pretrained", True):
             self._load(f"tiny-{spec.name}.safetensors")
+
+    @classmethod
+    def check_name(cls, spec: Spec) -> None:
+        """See `Encoder.check_name`."""
+        if spec.name not in SHAPES:
+            raise EncoderError(51, f"there is no encoder tiny:{spec.name}", fix=did_you_mean(spec.name, SHAPES))
 
     def _encode(self, inputs: Inputs) -> Encoded:
         x_BLD, mask_BL = self.embed(inputs)
