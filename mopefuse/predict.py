@@ -25,6 +25,7 @@ from mopefuse.data.columns import Layout, in_order
 from mopefuse.data.rows import NoRow, check_input
 from mopefuse.data.tables import Found, find_tables, json_line
 from mopefuse.errors import CheckpointError, ConfigError, DataError, MopefuseError, NumericError
+from mopefuse.libraries import not_installed
 from mopefuse.predictor import Bundle
 from mopefuse.shown import json_text, spreadsheet_cell
 from mopefuse.sides import Comp
@@ -140,6 +141,7 @@ def load(
     Raises:
         CheckpointError: there is none, or its encoders are not those that it was trained with.
         ConfigError: an option that a bundle, which has its encoders inside, cannot have.
+        PackageError: a run or an adapter, and torch or another library of encoders is not installed.
     """
     folder = locate(path)
     if not folder.is_dir():
@@ -149,7 +151,10 @@ def load(
             fix = "leave --checkpoint, --main and --comp out"
             raise ConfigError(70, "a bundle has one set of weights, encoders included", where=str(path), fix=fix)
         return Predictor(Bundle(folder, device))
-    from mopefuse.run_model import RunModel
+    try:
+        from mopefuse.run_model import RunModel
+    except ImportError as error:  # where only the runtime of bundles is installed
+        raise not_installed(error) or error from error
 
     return Predictor(RunModel(folder, checkpoint, device, main=main, comp=comp))
 

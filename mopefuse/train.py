@@ -15,13 +15,13 @@ import torch
 
 from mopefuse import __version__, closed_form, distributed, metrics, registry
 from mopefuse import device as devices
-from mopefuse.checkpoint import dump_json, read_json, write_atomically
+from mopefuse.checkpoint import FREE_SPACE, dump_json, read_json, write_atomically
 from mopefuse.config import Data as DataConfig
 from mopefuse.config import RunConfig, build_config, flat, merge, nested
 from mopefuse.data._base import SPLITS, DataSet
 from mopefuse.data.collate import Samples
 from mopefuse.data.load import load_data
-from mopefuse.errors import ConfigError, DataError, Interrupted
+from mopefuse.errors import ConfigError, DataError, Interrupted, ResourceError
 from mopefuse.evaluate import check_encoders
 from mopefuse.fusion._base import Fusion, fresh_encoders
 from mopefuse.fusion.build import build_model, check_names, full_specs, require_rows
@@ -116,6 +116,10 @@ def train(
             listener.notice(notice)
         try:
             return _train(config, folder, listener, resume=resume, start=start)
+        except ResourceError as error:
+            if error.fix == FREE_SPACE:
+                error.fix = "free space and go on with --resume"
+            raise
         finally:
             if distributed.is_main():
                 folder.unlock()

@@ -42,6 +42,7 @@ def predict(
 
     Their labels and probabilities, one line for each, in the order of the input.
     """
+    from mopefuse.checkpoint import check_parent
     from mopefuse.cli._render import err
     from mopefuse.errors import ConfigError, DataError
     from mopefuse.predict import load, predict_pairs
@@ -51,8 +52,8 @@ def predict(
         raise ConfigError(64, "there is not one input", where="predict", fix="name a file, or give --image and --text")
     if out is not None and out.suffix not in (".jsonl", ".csv"):
         raise ConfigError(65, f"{out.name} is neither .jsonl nor .csv", where="--out", fix="name a file of one of them")
-    if out is not None and not out.absolute().parent.is_dir():
-        raise ConfigError(54, f"there is no folder {out.parent}", where="--out", fix="make it, or name another file")
+    if out is not None:
+        check_parent(out)
     named: dict[str, Any] = {"text_col": text_col, "img_col": image_col, "columns": columns.named(column), "id_col": id_col}
     named["image_roots"] = tuple(image_root or ()) or None
     config = data_settings({f"data.{key}": value for key, value in named.items()})

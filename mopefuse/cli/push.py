@@ -25,10 +25,11 @@ def push(
     from mopefuse.cli._render import err, out, print_json, size
     from mopefuse.push import pack, send
 
-    with pack(run, repo, checkpoint=checkpoint, public=public) as parcel:
+    with pack(run, repo, checkpoint=checkpoint, public=public, offline=dry_run) as parcel:
         seen = "private" if parcel.private else "public"
         console = err()
-        console.print(f"to {parcel.repo} ({seen}{'' if parcel.there else ', new'}):", markup=False)
+        state = {True: "", False: ", new", None: "; the hub cannot be reached, so whether it exists is not known"}[parcel.there]
+        console.print(f"to {parcel.repo} ({seen}{state}):", markup=False)
         for name, length in parcel.files.items():
             console.print(f"  {name}  {size(length)}", markup=False)
         for spec in parcel.local:
