@@ -30,6 +30,7 @@ from mopefuse.evaluate import Loaded, ask_split
 from mopefuse.fusion._base import Fusion
 from mopefuse.predict import Predictor
 from mopefuse.predictor import KIND, MODELS, Array, Bundle
+from mopefuse.pt2_archive import save_pt2
 from mopefuse.recipe import to_yaml
 
 TOLERANCE = 1e-4  # of logits, in float32
@@ -91,7 +92,7 @@ class Maker:
         if self.form == "onnx":
             graph.save_onnx(program, self.graph, example, lengths, file)
         else:
-            graph.save_pt2(program, file)
+            save_pt2(program, file)
         del program
         self.notice("comparing its answers with the model's")
         bundle = Bundle(folder, "cpu", threads=torch.get_num_threads(), manifest=self.manifest)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mopefuse.shown import markdown, visible
+
 _HEAD = """---
 library_name: mopefuse
 tags:
@@ -75,13 +77,14 @@ def model_card(
         command: that made the folder.
     """
     labels = facts["labels"]
-    shown = ", ".join(labels[:20]) + (", …" if len(labels) > 20 else "")
+    shown = ", ".join(map(markdown, labels[:20])) + (", …" if len(labels) > 20 else "")
     fit = "fit" if facts["multi_label"] else "fits best"
     inputs = " and ".join(dict.fromkeys(encoder["modality"] for encoder in facts["encoders"].values()))
-    text = _HEAD.format(inputs=inputs, title=title, count=len(labels), fit=fit, labels=shown, method=facts["method"])
+    text = _HEAD.format(inputs=inputs, title=markdown(title), count=len(labels), fit=fit, labels=shown, method=facts["method"])
     for side, encoder in facts["encoders"].items():
         weights = encoder["fingerprint"] or "in this folder (tuned)"
-        text += f"| {side} ({encoder['modality']}) | `{encoder['spec']}` | {encoder['revision'] or '-'} | {weights} |\n"
+        spec, revision = _code(encoder["spec"]), markdown(encoder["revision"] or "-")
+        text += f"| {side} ({encoder['modality']}) | `{spec}` | {revision} | {weights} |\n"
     text += "\n## How good it is\n\n" + _metrics(facts.get("metrics") or {})
     text += "\n## How it was made\n\n"
     parameters = facts.get("parameters") or {}
@@ -95,7 +98,13 @@ def model_card(
     text += f", then `{command}`\n" if command else "\n"
     for name, value in (checks or {}).items():
         text += f"- {name}: {value}\n"
-    return text + "\n## How to use it\n\n" + _USE[form].format(packages=" ".join(RUNTIME))
+    text += "\n## How to use it\n\n" + _USE[form].format(packages=" ".join(RUNTIME))
+    return visible(text, lines=True)
+
+
+def _code(text: object) -> str:
+    """In backticks, in a table."""
+    return visible(text).replace("`", "'").replace("|", "\\|")
 
 
 def _metrics(metrics: Mapping[str, Mapping[str, float] | None]) -> str:

@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mopefuse.errors import CheckpointError, ResourceError
+from mopefuse.errors import CheckpointError, ConfigError, ResourceError
 from mopefuse.regular_files import open_regular, read_regular
+from mopefuse.shown import json_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +27,7 @@ MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 """How a manifest of format N becomes one of N + 1, in memory, for every N that was released and is not `FORMAT`."""
 
 MANIFEST = "manifest.json"
+FREE_SPACE = "free space, and run the command again"
 _CHUNK = 1 << 20  # bytes
 _WEIGHTS = (".safetensors", ".onnx", ".pt2", ".data")
 TEMPORARY, _OLD = ".tmp-", ".tmp-old-"  # before the number of the process that writes
@@ -43,7 +45,9 @@ def publish(target: Path, write: Callable[[Path], None], facts: Mapping[str, Any
         temporary.mkdir(parents=True)
         write(temporary)
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        mode = temporary.stat().st_mode & 0o666  # as the umask has it, also of what a library wrote for the owner alone
         for path in files:
+            path.chmod(mode)
             sync(path)
         listed = {str(path.relative_to(temporary)): {"sha256": sha256(path), "size": path.stat().st_size} for path in files}
         manifest = {"format": FORMAT, **facts, "files": listed}
@@ -70,9 +74,10 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Replace a text file by pieces as they come, whole or not at all."""
+    """Replace a text file by pieces as they come, whole or not at all; its folder is made if it is not there."""
     temporary = path.with_name(f"{path.name}{TEMPORARY}{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("w", encoding="utf-8", newline="") as file:
             file.writelines(lines)
         sync(temporary)
@@ -82,6 +87,17 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
         raise disk_error(error, path) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_parent(path: Path, where: str = "--out") -> None:
+    """Refuse, before any work, a file or folder that cannot be made because something above it is no folder.
+
+    Raises:
+        ConfigError: it names what is in the way.
+    """
+    nearest = next(parent for parent in path.absolute().parents if parent.exists() or parent.is_symlink())
+    if not nearest.is_dir():
+        raise ConfigError(54, f"{nearest} is not a folder", where=where, fix="name another place")
 
 
 def verify(folder: Path, *, kind: str, thorough: bool = True) -> dict[str, Any]:
@@ -279,7 +295,7 @@ def _stat(pid: int) -> list[str]:
 
 def dump_json(value: Any) -> str:
     """Readable JSON; what is not a number becomes null (`finite`)."""
-    return json.dumps(finite(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return json_text(finite(value), indent=1, allow_nan=False) + "\n"
 
 
 def finite(value: Any) -> Any:
@@ -308,7 +324,7 @@ def disk_error(error: OSError, path: Path) -> ResourceError:
     reason = error.strerror or str(error)
     reason = reason.rpartition("I/O error: ")[2].partition(" (os error")[0]  # of safetensors
     full = "No space" in reason or error.errno in (errno.ENOSPC, errno.EDQUOT)
-    fix = "free space and go on with --resume" if full else "make the folder writable, or name another"
+    fix = FREE_SPACE if full else "make the folder writable, or name another"
     return ResourceError(1, f"cannot write {path.name}: {reason} (free {free:.1f} MB)", where=str(path.parent), fix=fix)
 
 

@@ -237,9 +237,11 @@ class Train(Section):
 class RunConfig(Section):
     """Everything that decides a run."""
 
-    main: str = Field(description="encoder that is prompted and classifies")
+    main: str = Field(description="encoder that is prompted and classifies", examples=["timm:vit_base"])
     comp: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
-        union_mode="left_to_right", description="encoder whose representation conditions the prompts, or a list of several"
+        union_mode="left_to_right",
+        description="encoder whose representation conditions the prompts, or a list of several",
+        examples=["hf:bert-base"],
     )
     method: str = Field("conditional", description="fusion method, an entry point of mopefuse.fusion")
     seed: int = Field(0, ge=0, lt=2**63, description="of initialisation, order, noise, dropout and augmentation")

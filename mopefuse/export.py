@@ -15,7 +15,7 @@ import torch
 from mopefuse import adapter
 from mopefuse.bundle import Maker, Notice, Parity, public
 from mopefuse.card import model_card
-from mopefuse.checkpoint import dump_json, publish, write_tensors
+from mopefuse.checkpoint import check_parent, dump_json, publish, write_tensors
 from mopefuse.errors import ConfigError
 from mopefuse.evaluate import Loaded, load_model
 from mopefuse.libraries import require
@@ -92,8 +92,7 @@ def _refuse(out: Path, form: str, asked: Mapping[str, bool], overwrite: bool) ->
         if wanted and form not in _GOES_WITH[option]:
             what = f"{option} does not go with --format {form}"
             raise ConfigError(68, what, where=option, fix=f"leave it out, or use --format {_GOES_WITH[option][0]}")
-    if not out.absolute().parent.is_dir():
-        raise ConfigError(54, f"there is no folder {out.parent}", where="--out", fix="make it, or name another folder")
+    check_parent(out)
     taken = out.exists() and not (out.is_dir() and not any(out.iterdir()))
     ours = out.is_dir() and kind_of(out) in (KIND, adapter.KIND)
     if taken and not (overwrite and ours):

@@ -9,11 +9,7 @@ Shapes: B batch, L tokens, N labels, K experts.
 
 from __future__ import annotations
 
-import logging
-import warnings
-import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +18,13 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from mopefuse.data._base import Batch
-from mopefuse.errors import CheckpointError, ConfigError, EncoderError
+from mopefuse.errors import ConfigError, EncoderError
 from mopefuse.fusion._base import Fusion
 from mopefuse.libraries import require
+from mopefuse.pt2_archive import quietly
 
 OPSET = 20
 LARGEST = 2_000_000_000  # bytes of weights in one ONNX file, which protobuf limits to 2 GiB; above, they go beside it
-_PLAIN = (".json", "archive_format", "archive_version", ".data/version", "byteorder", "serialization_id")
 
 
 class Graph(nn.Module):
@@ -77,7 +73,7 @@ def trace(graph: Graph, example: Mapping[str, Tensor], fixed_lengths: Mapping[st
     """
     dims = {name: {axis: Dim.DYNAMIC for axis in axes} for name, axes in _axes(example, fixed_lengths).items()}
     try:
-        with torch.no_grad(), _quietly():
+        with torch.no_grad(), quietly():
             program = torch.export.export(graph.eval(), (dict(example),), dynamic_shapes={"inputs": dims})
     except Exception as error:  # torch.export raises whatever the traced code and its own checks please
         specs = " and ".join(str(graph.model.encoder(side).spec) for side in graph.model.reads)
@@ -107,7 +103,7 @@ def save_onnx(
         PackageError: onnx or onnxscript is not installed.
     """
     require("onnx", "onnxscript", extra="export", what="export")
-    with _quietly():
+    with quietly():
         made = torch.onnx.export(
             program,
             dynamo=True,
@@ -136,7 +132,7 @@ def quantise(file: Path) -> None:
     if file.with_name(f"{file.name}.data").exists():
         raise ConfigError(74, f"--int8 takes models of up to {LARGEST:,} bytes", where="--int8", fix="leave --int8 out")
     ready, small = file.with_name("ready.onnx"), file.with_name("small.onnx")
-    with _quietly():
+    with quietly():
         model = onnx.load(file)
         del model.graph.value_info[:]  # shapes of torch's own, which contradict those that onnxruntime infers
         onnx.save(model, file)
@@ -145,63 +141,6 @@ def quantise(file: Path) -> None:
         quantize_dynamic(ready, small, weight_type=QuantType.QInt8)
     ready.unlink()
     small.replace(file)
-
-
-def save_pt2(program: ExportedProgram, file: Path) -> None:
-    """Write a pt2 archive; nothing in it is pickled."""
-    torch.export.save(program, file)
-    _refuse_pickles(file)
-
-
-def load_pt2(file: Path, device: torch.device) -> Callable[[dict[str, Tensor]], tuple[Tensor, ...]]:
-    """The function in a pt2 archive.
-
-    Raises:
-        CheckpointError: it holds a pickle, which could run code, or it cannot be read.
-    """
-    _refuse_pickles(file)
-    try:
-        program = torch.export.load(file)
-    except Exception as error:  # of a damaged archive, torch.export raises whatever its parser meets
-        raise CheckpointError(2, f"{file.name} is damaged: {error}", where=str(file), fix="export it again") from error
-    if device.type != "cpu":
-        from torch.export.passes import move_to_device_pass
-
-        program = move_to_device_pass(program, device)
-    module: Callable[[dict[str, Tensor]], tuple[Tensor, ...]] = program.module()
-    return module
-
-
-def _refuse_pickles(file: Path) -> None:
-    """torch.export.load would unpickle example inputs, and whatever the archive says is pickled."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            for entry in archive.infolist():
-                name = entry.filename
-                raw = "/data/weights/weight_" in name or "/data/constants/tensor_" in name
-                listed = name.endswith("_config.json") and b'"use_pickle": true' in archive.read(entry)
-                if entry.file_size and (listed or not (raw or name.endswith(_PLAIN))):
-                    raise CheckpointError(
-                        6, f"{name} could run code when loaded", where=str(file), fix="use --format onnx, or do not use it"
-                    )
-    except (OSError, zipfile.BadZipFile) as error:
-        raise CheckpointError(2, f"{file.name} is damaged: {error}", where=str(file), fix="export it again") from error
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without what tracers and converters tell their own developers."""
-    chatty = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "root", "")]
-    levels = [logger.level for logger in chatty]
-    for logger in chatty:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(chatty, levels, strict=True):
-            logger.setLevel(level)
 
 
 def fixed_lengths(descriptions: Mapping[str, Mapping[str, Any]]) -> dict[str, int | None]:

@@ -25,8 +25,18 @@ def require(*packages: str, extra: str, what: str) -> None:
         raise PackageError(1, f"{what} needs {' and '.join(missing)}", fix=f'pip install "mopefuse[{extra}]"')
 
 
+def not_installed(error: ImportError) -> PackageError | None:
+    """What to do about a package that mopefuse needs and is not there; None if it is a module of our own."""
+    package = (error.name or "").partition(".")[0]
+    if not isinstance(error, ModuleNotFoundError) or package in ("", "mopefuse"):
+        return None
+    return PackageError(1, f"{package} is not installed", fix="pip install mopefuse")
+
+
 def mendable(error: Exception) -> MopefuseError | None:
     """What a user can do about an error of a library; None if it is a bug."""
+    if isinstance(error, ImportError):
+        return not_installed(error)
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return ResourceError(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
@@ -24,8 +23,10 @@ from mopefuse.data.columns import Layout, in_order
 from mopefuse.data.rows import NoRow, check_input
 from mopefuse.data.tables import Found, find_tables, json_line
 from mopefuse.errors import CheckpointError, ConfigError, DataError, MopefuseError, NumericError
+from mopefuse.libraries import not_installed
 from mopefuse.predictor import Bundle
 from mopefuse.recipe import changed_data, read_saved
+from mopefuse.shown import json_text, spreadsheet_cell
 from mopefuse.sides import Comp
 from mopefuse.source import kind_of, locate, trained
 
@@ -128,6 +129,7 @@ def load(
     Raises:
         CheckpointError: there is none, or its encoders are not those that it was trained with.
         ConfigError: an option that a bundle, which has its encoders inside, cannot have.
+        PackageError: a run or an adapter, and torch or another library of encoders is not installed.
     """
     folder = locate(path)
     if not folder.is_dir():
@@ -137,7 +139,10 @@ def load(
             fix = "leave --checkpoint, --main and --comp out"
             raise ConfigError(70, "a bundle has one set of weights, encoders included", where=str(path), fix=fix)
         return Predictor(Bundle(folder, device))
-    from mopefuse.run_model import RunModel
+    try:
+        from mopefuse.run_model import RunModel
+    except ImportError as error:  # where only the runtime of bundles is installed
+        raise not_installed(error) or error from error
 
     return Predictor(RunModel(folder, checkpoint, device, main=main, comp=comp))
 
@@ -257,7 +262,7 @@ def predict_pairs(
 
 def as_jsonl(answers: Iterable[Answer]) -> Iterator[str]:
     """One JSON object a line."""
-    return (json.dumps(one, ensure_ascii=False) + "\n" for one in answers)
+    return (json_text(one) + "\n" for one in answers)
 
 
 def as_csv(answers: Iterable[Answer], labels: Sequence[str]) -> Iterator[str]:
@@ -271,8 +276,6 @@ def as_csv(answers: Iterable[Answer], labels: Sequence[str]) -> Iterator[str]:
 
 
 def _csv_line(cells: Sequence[object]) -> str:
-    """Cells that a spreadsheet would take for a formula begin with an apostrophe."""
     text = io.StringIO()
-    safe = [f"'{cell}" if isinstance(cell, str) and cell[:1] in tuple("=+-@\t\r") else cell for cell in cells]
-    csv.writer(text, lineterminator="\n").writerow(safe)
+    csv.writer(text, lineterminator="\n").writerow(map(spreadsheet_cell, cells))
     return text.getvalue()

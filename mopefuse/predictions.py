@@ -9,7 +9,6 @@ Shapes: B samples of a batch, N labels, Z pairs of a sample and a label that are
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from mopefuse import metrics
 from mopefuse.data._base import Row
+from mopefuse.shown import json_text
 
 MOST_LABELS, KEPT = 100, 20
 
@@ -73,7 +73,7 @@ def lines(parts: Iterable[Predicted], rows: Sequence[Row], labels: Sequence[str]
             pairs = sorted(pairs, key=lambda pair: (-pair[1], pair[0]))
         said = {labels[number]: round(p, 6) for number, p, _ in pairs}
         true: Any = list(row.labels) if multi_label else row.labels[0]
-        yield json.dumps({"id": row.id, **answer, "probabilities": said, "true": true}, ensure_ascii=False) + "\n"
+        yield json_text({"id": row.id, **answer, "probabilities": said, "true": true}) + "\n"
 
 
 def _rows(part: Predicted) -> Iterator[tuple[int, list[tuple[int, float, bool]]]]:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from mopefuse import modality, pixels, tokens
 from mopefuse.checkpoint import read_json, verify
 from mopefuse.errors import CheckpointError, ConfigError, DataError, Notice, NumericError, PackageError
+from mopefuse.libraries import mendable
 
 KIND = "bundle"
 MODELS = {"onnx": "model.onnx", "pt2": "model.pt2"}
@@ -117,13 +118,33 @@ class Bundle:
         self.check(inputs)
         names = [name for side, how in self.sides.items() for name, _, _ in _expected(side, how)]
         in_order = sorted(names, key=lambda name: name.endswith("_missing"))
-        outputs = self._run({name: np.ascontiguousarray(inputs[name]) for name in in_order})  # as the graph was traced
+        outputs = self._outputs({name: np.ascontiguousarray(inputs[name]) for name in in_order})  # as the graph was traced
         if outputs[0].shape[1:] != (len(self.labels),):
             what = f"the graph answers for {outputs[0].shape[-1]} labels, labels.json has {len(self.labels)} labels"
             raise CheckpointError(3, what, where=str(self.folder), fix=_AGAIN)
         if not np.isfinite(outputs[0]).all():
             raise NumericError(3, "the model's answer is not finite", where=str(self.folder), fix=_AGAIN)
         return outputs[0], outputs[1] if len(outputs) > 1 else None
+
+    def _outputs(self, inputs: dict[str, Array]) -> Sequence[Array]:
+        """One or two arrays of floats: (B, N), and (B, routed layers, K) if there are two.
+
+        Raises:
+            CheckpointError: the graph cannot be run, or gives something else. ResourceError: out of memory.
+        """
+        try:
+            outputs = self._run(inputs)
+        except Exception as error:  # a damaged graph fails in whichever operator it reaches
+            if (known := mendable(error)) is not None:
+                raise known from error
+            reason = str(error).partition("\n")[0]
+            raise CheckpointError(200, f"the graph cannot be run: {reason}", where=str(self.folder), fix=_AGAIN) from error
+        batch = len(next(iter(inputs.values())))
+        dims = [(output.ndim, len(output) if output.ndim else 0, output.dtype.kind) for output in outputs]
+        if dims not in ([(2, batch, "f")], [(2, batch, "f"), (3, batch, "f")]):
+            what = "the graph does not give the logits of each sample, and their routing"
+            raise CheckpointError(200, what, where=str(self.folder), fix=_AGAIN)
+        return outputs
 
     def say(self, values: Mapping[str, Sequence[Any]]) -> tuple[list[list[float]], list[Any] | None]:
         """Probabilities (B, N) and routing; see `mopefuse.predict.Model`."""
@@ -242,7 +263,7 @@ def _pt2(file: Path, device: str, threads: int | None) -> Runner:
             1, "a pt2 bundle needs torch", where=str(file), fix="pip install torch, or export with --format onnx"
         ) from None
     from mopefuse import device as devices
-    from mopefuse.graph import load_pt2
+    from mopefuse.pt2_archive import load_pt2
 
     target = devices.resolve(device)
     module = load_pt2(file, target)

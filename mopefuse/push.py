@@ -22,6 +22,7 @@ from mopefuse.sides import specs
 from mopefuse.source import PREFIX, kind_of, locate, trained
 
 _SECONDS = 10.0  # for the first answer of the hub
+_UNREACHABLE = 59  # as `_explain` numbers it
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Parcel:
     Args:
         files: name to bytes.
         private: whether the repository is, or will be.
-        there: whether it exists already.
+        there: whether it exists already; None if the hub could not be asked.
         local: encoders that are folders of this machine, which nobody else can load by that name.
     """
 
@@ -39,13 +40,18 @@ class Parcel:
     folder: Path
     files: dict[str, int]
     private: bool
-    there: bool
+    there: bool | None
     local: tuple[str, ...]
 
 
 @contextmanager
-def pack(run: Path, repo: str, *, checkpoint: str = "best", public: bool = False) -> Iterator[Parcel]:
+def pack(
+    run: Path, repo: str, *, checkpoint: str = "best", public: bool = False, offline: bool = False
+) -> Iterator[Parcel]:
     """What pushing a run, an adapter or a bundle to `repo` would upload; nothing is sent yet.
+
+    Args:
+        offline: go on where the hub cannot be reached, without knowing whether the repository exists.
 
     Raises:
         ConfigError: no name of a repository, or it is public already and `public` was not said.
@@ -56,7 +62,12 @@ def pack(run: Path, repo: str, *, checkpoint: str = "best", public: bool = False
         raise ConfigError(72, f"{repo!r} is not the name of a repository", where="push", fix="write organisation/name")
     folder = locate(run)
     kind = _ready(folder, checkpoint)
-    there, private = _state(name)
+    try:
+        there, private = _state(name)
+    except EncoderError as error:
+        if not offline or error.number != _UNREACHABLE:
+            raise
+        there, private = None, False
     if there and not private and not public:
         raise ConfigError(73, f"{name} is public", where="push", fix="add --public, or name another repository")
     with tempfile.TemporaryDirectory() as temporary:
@@ -89,7 +100,7 @@ def _ready(folder: Path, checkpoint: str) -> str:
     return kind
 
 
-def _state(repo: str) -> tuple[bool, bool]:
+def _state(repo: str) -> tuple[bool | None, bool]:
     """Whether a repository exists, and whether it is private."""
     try:
         return True, bool(HfApi().repo_info(repo, timeout=_SECONDS).private)

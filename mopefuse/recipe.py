@@ -180,7 +180,9 @@ def resolve(
         if value is not None:
             values = merge(values, nested(name, value))
     last = parse_set(sets)
-    names = {name: flag_of(name) for name, value in (flags or {}).items() if value is not None and name not in flat(last)}
+    unset = (flags or {}).keys() - flat(values).keys()
+    given = {name for name, value in (flags or {}).items() if value is not None}
+    names = {name: flag_of(name) for name in unset | given if name not in flat(last)}
     return build_config(merge(values, last), source=str(path or ""), names=names)
 
 

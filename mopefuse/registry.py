@@ -20,6 +20,7 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import Distribution, EntryPoint, PackageNotFoundError, distributions, entry_points, version
+from pathlib import Path
 from typing import Any
 
 from mopefuse.errors import ConfigError, EncoderError, MopefuseError, Notice, PluginError, did_you_mean
@@ -60,6 +61,9 @@ def parse_spec(text: str) -> Spec:
     head, has_query, query = text.strip().partition("?")
     scheme, has_scheme, name = head.partition(":")
     if not (scheme and has_scheme and name):
+        if head and not has_scheme and Path(head).expanduser().is_dir():
+            what = f"{text!r} is a folder, and does not say which library its model is of"
+            raise ConfigError(11, what, fix=f"write hf:{text}")
         raise ConfigError(
             11, f"{text!r} is not an encoder", fix="write scheme:name, for example timm:vit_base or hf:bert-base"
         )

@@ -26,12 +26,16 @@ def keys_in(model: Model, path: Path) -> list[str]:
 
 def describe(model: Model, path: Path) -> str:
     """One line on a setting: its type and description."""
+    field = _field(model, path)
+    kind = getattr(field.annotation, "__name__", None)
+    return f"{kind if kind and kind != 'Optional' else str(field.annotation).replace('typing.', '')}: {field.description}"
+
+
+def _field(model: Model, path: Path) -> Any:
     section: Any = model
     for part in path[:-1]:
         section = section.model_fields[part].annotation
-    field = section.model_fields[path[-1]]
-    kind = getattr(field.annotation, "__name__", None)
-    return f"{kind if kind and kind != 'Optional' else str(field.annotation).replace('typing.', '')}: {field.description}"
+    return section.model_fields[path[-1]]
 
 
 def near_setting(model: Model, path: Path) -> str:
@@ -59,12 +63,14 @@ def invalid(error: ValidationError, model: Model, values: dict[str, Any], source
     """All that pydantic found, each with its path, or with the flag that set it.
 
     Args:
-        names: path to flag, of settings that flags set.
+        names: path to flag, of settings that flags set, or that are set nowhere and have a flag.
     """
     details = error.errors(include_url=False)
     problems = [_explain(detail, model, values, names) for detail in details]
     chosen = [near for detail in details for near in _near_choice(detail)]
     fix = f"did you mean {', '.join(chosen)}?" if len(chosen) == len(details) else "correct the settings named"
+    if all(detail["type"] == "missing" for detail in details):
+        fix = f"add {' '.join(_example(detail, model, names) for detail in details)}"
     return ConfigError(1, "; ".join(problems), where=source, fix=fix)
 
 
@@ -76,7 +82,7 @@ def _explain(detail: Any, model: Model, values: dict[str, Any], names: Mapping[s
     if detail["type"] == "extra_forbidden":
         return f"unknown setting {name} ({near_setting(model, path)})"
     if detail["type"] == "missing":
-        return f"{name} is missing ({describe(model, path)})"
+        return f"{names.get(name, name)} is missing ({_field(model, path).description})"
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "string_pattern_mismatch":
         message = f"should be {describe(model, path).partition(': ')[2]}"
@@ -85,6 +91,13 @@ def _explain(detail: Any, model: Model, values: dict[str, Any], names: Mapping[s
     got: Any = detail.get("input", values)
     said = f"{names.get(name, name)}: {message[0].lower()}{message[1:]}"
     return said if isinstance(got, dict) else f"{said}, got {_short(got)}"
+
+
+def _example(detail: Any, model: Model, names: Mapping[str, str]) -> str:
+    """How a missing setting could be given: ``--comp hf:bert-base``, or ``comp: hf:bert-base`` where there is no flag."""
+    name = ".".join(map(str, detail["loc"]))
+    value = next(iter(_field(model, detail["loc"]).examples or ()), "VALUE")
+    return f"{names[name]} {value}" if name in names else f"{name}: {value}"
 
 
 def _near_choice(detail: Any) -> list[str]:

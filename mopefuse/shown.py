@@ -1,6 +1,55 @@
-"""Numbers as people read them, in a terminal and on a page."""
+"""Text and numbers as people read them, in a terminal, in a file and on a page.
+
+Whatever comes from data, from a file or from somebody else's model goes through `visible`, or through a function here that
+does, on its way out: a terminal obeys the escape sequences in a label, and a label with a line break forges a line.
+"""
 
 from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+_HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff\ufffe\uffff]")
+"""Control characters, what reorders a line (U+202E and its kind), and what is no character."""
+
+_MARKDOWN = re.compile(r"[|`]|<(?=[A-Za-z/!?])")
+
+
+def visible(text: object, *, lines: bool = False) -> str:
+    """A text with control and reordering characters spelt out: ``\\x1b[31m``, ``\\x0a``, ``\\u202e``.
+
+    Args:
+        lines: keep line breaks and tabs, of a text that is laid out in lines.
+    """
+    return _HIDDEN.sub(_layout if lines else _spelt, str(text))
+
+
+def _spelt(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+
+
+def _layout(found: re.Match[str]) -> str:
+    return found[0] if found[0] in "\n\t" else _spelt(found)
+
+
+def json_text(value: Any, **options: Any) -> str:
+    """JSON in which such characters are escapes, which mean the same; others are as they are."""
+    text = json.dumps(value, **{"ensure_ascii": False, **options})
+    return _HIDDEN.sub(lambda found: found[0] if found[0] == "\n" else f"\\u{ord(found[0]):04x}", text)
+
+
+def spreadsheet_cell(value: object) -> object:
+    """A cell of CSV; a text that a spreadsheet would take for a formula begins with an apostrophe."""
+    if not isinstance(value, str):
+        return value
+    return f"'{visible(value)}" if value[:1] in tuple("=+-@\t\r") else visible(value)
+
+
+def markdown(text: object) -> str:
+    """A text in a line or cell of Markdown: no cell ends in it, no HTML or code begins."""
+    return _MARKDOWN.sub(r"\\\g<0>", visible(text))
 
 
 def percent(value: float | None) -> str:

@@ -26,7 +26,7 @@ from mopefuse.encoders._base import Encoder, full_spec
 from mopefuse.errors import ConfigError
 from mopefuse.evaluate import elsewhere, load_model
 from mopefuse.fusion._base import Fusion
-from mopefuse.fusion.build import build_model
+from mopefuse.fusion.build import build_model, check_names
 from mopefuse.run import RunFolder
 from mopefuse.sides import Comp, addressed, is_comp, with_specs
 from mopefuse.source import trained
@@ -117,6 +117,7 @@ def swap_encoder(
         there = {side: old.model.encoder(side) for side in old.model.uses}
         named = addressed(main, comp, {side: encoder.modality for side, encoder in there.items()})
         config = _new_config(old.config, old.model, named, data=data, settings=settings or {}, epochs=epochs)
+        check_names(config)
         labels = distributed.on_main(lambda: load_data(config.data).labels)
         model = build_model(config, len(labels))
         for side in named:

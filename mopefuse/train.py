@@ -15,17 +15,17 @@ import torch
 
 from mopefuse import __version__, closed_form, distributed, metrics, registry
 from mopefuse import device as devices
-from mopefuse.checkpoint import dump_json, read_tensors, write_atomically, write_tensors
+from mopefuse.checkpoint import FREE_SPACE, dump_json, read_tensors, write_atomically, write_tensors
 from mopefuse.config import Data as DataConfig
 from mopefuse.config import RunConfig, build_config, flat, merge, nested
 from mopefuse.data._base import SPLITS, DataSet
 from mopefuse.data.collate import Samples
 from mopefuse.data.load import load_data
 from mopefuse.doubts import notice_doubts
-from mopefuse.errors import ConfigError, DataError, Interrupted
+from mopefuse.errors import ConfigError, DataError, Interrupted, ResourceError
 from mopefuse.evaluate import check_encoders
 from mopefuse.fusion._base import Fusion, fresh_encoders
-from mopefuse.fusion.build import build_model, full_specs, require_rows
+from mopefuse.fusion.build import build_model, check_names, full_specs, require_rows
 from mopefuse.losses import classification_loss
 from mopefuse.modality import of
 from mopefuse.optim import with_learning_rates
@@ -72,6 +72,7 @@ def plan(config: RunConfig, listener: Listener | None = None) -> Plan:
     Raises:
         MopefuseError: whatever training would refuse before its first step.
     """
+    check_names(config)
     data = _load(config, listener or Listener())
     config = _with_modalities(config, data)
     model = build_model(config, len(data.labels))
@@ -119,6 +120,10 @@ def train(
             listener.notice(notice)
         try:
             return _train(config, folder, listener, resume=resume, start=start)
+        except ResourceError as error:
+            if error.fix == FREE_SPACE:
+                error.fix = "free space and go on with --resume"
+            raise
         finally:
             if distributed.is_main():
                 folder.abandon()
@@ -135,6 +140,7 @@ def _train(
         for change in changed:
             listener.notice(f"changed: {change}")
         start = distributed.on_main(lambda: _kept_start(folder))
+    check_names(config)
     data = _load(config, listener)
     listener.rows({name: len(data.splits[name].rows) for name in SPLITS if name in data.splits})
     config = _with_modalities(config, data)

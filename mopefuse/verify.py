@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from mopefuse.adapter import KIND as ADAPTER
 from mopefuse.adapter import AdapterFolder
 from mopefuse.checkpoint import read_json
-from mopefuse.errors import GateError
+from mopefuse.data.images import open_image
+from mopefuse.errors import CheckpointError, DataError, GateError
 from mopefuse.predictor import Bundle
 from mopefuse.source import kind_of
 
@@ -28,15 +30,38 @@ def verify_export(folder: Path) -> str:
         config = AdapterFolder(folder).config()
         return f"every file of this adapter ({config.method}) is as it was exported"
     bundle = Bundle(folder, "cpu")
-    example = read_json(folder / "example.json")
-    with Image.open(folder / example["image"]) as image:
-        logits_BN, _ = bundle.run(bundle.collate([image], [example["text"]]))
-    off = float(np.abs(logits_BN[0] - np.array(example["logits"])).max())
-    if not off <= example["tolerance"]:
+    image, text, logits_N, tolerance = _example(bundle)
+    logits_BN, _ = bundle.run(bundle.collate([image], [text]))
+    off = float(np.abs(logits_BN[0] - logits_N).max())
+    if not off <= tolerance:
         raise GateError(
             3,
-            f"the answer to the example differs by {off:.2g}, more than {example['tolerance']:g}",
+            f"the answer to the example differs by {off:.2g}, more than {tolerance:g}",
             where=str(folder),
             fix="export again with the packages of this machine",
         )
     return f"every file is as it was exported, and the answer to the example differs by {off:.2g}"
+
+
+def _example(bundle: Bundle) -> tuple[Image.Image, str, NDArray[np.float64], float]:
+    """Image, text, logits (N,) and tolerance of a bundle's example.
+
+    Raises:
+        CheckpointError: it has none, or one that cannot be read.
+    """
+    example, fix = read_json(bundle.folder / "example.json"), "export the run again"
+    try:
+        name, text, tolerance = str(example["image"]), str(example["text"]), float(example["tolerance"])
+        logits_N = np.array(example["logits"], dtype=np.float64)
+        if logits_N.shape != (len(bundle.labels),):
+            raise ValueError(f"{logits_N.size} logits of {len(bundle.labels)} labels")
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"example.json is damaged: {error}"
+        raise CheckpointError(3, what, where=str(bundle.folder), fix=fix) from None
+    try:
+        if name not in bundle.manifest["files"]:
+            raise DataError(11, "the manifest does not name it")
+        return open_image([bundle.folder], name, where=str(bundle.folder)), text, logits_N, tolerance
+    except DataError as error:
+        what = f"the image of the example, {name}, cannot be read: {error.what}"
+        raise CheckpointError(2, what, where=str(bundle.folder), fix=fix) from None

@@ -255,7 +255,7 @@ def test_the_table_is_plain_when_piped(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("more", "code"), [(("--format", "html"), "MF-CFG-88"), (("-o", "nowhere/table.md"), "MF-CFG-54")]
+    ("more", "code"), [(("--format", "html"), "MF-CFG-88"), (("-o", f"{__file__}/table.md"), "MF-CFG-54")]
 )
 def test_unknown_formats_and_places_are_refused(folder: Path, more: tuple[str, ...], code: str) -> None:
     done = call("compare", *runs(folder), *more)

@@ -233,7 +233,6 @@ def test_a_page_never_goes_into_the_data_or_over_what_is_no_page(pairs: Path, tm
         (pairs / "train.jsonl", "MF-DATA-84"),
         (tmp_path / "notes.html", "MF-DATA-86"),
         (tmp_path, "MF-DATA-86"),
-        (tmp_path / "nowhere/page.html", "MF-DATA-83"),
     ):
         done = call("data", verb, pairs, flag, page, "--json")
         assert (done.returncode, json.loads(done.stdout)["error"]["code"]) == (4, code)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-import torch
 from conftest import TINY, call, code_of, make_pairs
 from PIL import Image
 
@@ -227,7 +225,7 @@ def test_a_folder_of_other_things_is_never_replaced(trained: Path, tmp_path: Pat
         (("--format", "adapter", "--routing", "-o", "x"), "MF-CFG-68"),
         (("--format", "pt2", "--int8", "-o", "x"), "MF-CFG-68"),
         (("--format", "onnx", "--half", "-o", "x"), "MF-CFG-68"),
-        (("-o", "no/such/x"), "MF-CFG-54"),
+        (("-o", f"{__file__}/such/x"), "MF-CFG-54"),
         ((), "MF-CFG-71"),
     ],
 )
@@ -351,31 +349,3 @@ class TestWeightsBesideTheGraph:
         reseal(large)
         away = call("export", "verify", large)
         assert away.returncode == 6 and "model.onnx" in away.stderr and "Traceback" not in away.stderr
-
-
-def test_a_pt2_archive_with_a_pickle_in_it_is_refused_and_runs_nothing(pt2: Path, tmp_path: Path) -> None:
-    import io
-    import pickle
-
-    canary = tmp_path / "canary"
-
-    class Canary:
-        def __reduce__(self) -> Any:
-            return Path.touch, (canary,)
-
-    with zipfile.ZipFile(pt2 / "model.pt2") as archive:
-        names = [info.filename for info in archive.infolist() if info.file_size]
-        assert not any("sample_inputs" in name or name.endswith((".pkl", ".pt")) for name in names)
-        content = {name: archive.read(name) for name in archive.namelist()}
-    sample = next(name for name in content if "sample_inputs" in name)
-    buffer = io.BytesIO()
-    torch.save(Canary(), buffer)
-    bad = Path(shutil.copytree(pt2, tmp_path / "bad"))
-    with zipfile.ZipFile(bad / "model.pt2", "w") as archive:
-        for name, data in content.items():
-            archive.writestr(name, buffer.getvalue() if name == sample else data)
-    reseal(bad)
-    done = call("predict", bad, "--image", bad / "example.png", "--text", "a")
-    assert done.returncode == 6 and "MF-CKPT-06" in done.stderr and not canary.exists()
-    pickle.loads(pickle.dumps(Canary()))  # noqa: S301 (the canary sings: the test could have failed)
-    assert canary.exists()

@@ -183,7 +183,7 @@ def test_a_cell_that_is_a_formula_elsewhere_is_quoted() -> None:
         (("in.jsonl", "--text", "t"), "MF-CFG-64"),
         (("nowhere.jsonl",), "MF-CFG-66"),
         (("-", "-o", "out.parquet"), "MF-CFG-65"),
-        (("-", "-o", "nowhere/out.csv"), "MF-CFG-54"),
+        (("-", "-o", f"{__file__}/out.csv"), "MF-CFG-54"),
         (("--image", "nowhere.png", "--text", "t"), "MF-DATA-11"),
     ],
 )

@@ -26,7 +26,7 @@ def show_pair(pair: PairBench) -> None:
     table(f"{pair.config.main} with {pair.config.comp}; {told}", columns, rows)
     if pair.disturbed > 0.5:
         what = f"in {100 * pair.disturbed:.0f} % of the repetitions the host gave this machine's processors to others"
-        err().print(f"[yellow]{what}; measure again before you rely on these numbers[/]")
+        err().print(f"{what}; measure again before you rely on these numbers", style="yellow")
     for line in pair.lines:
         if line.why_not:
             err().print(f"{line.name}: {line.why_not}", markup=False)

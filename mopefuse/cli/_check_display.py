@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,12 +10,11 @@ from mopefuse.data.check import Report
 from mopefuse.modality import of
 from mopefuse.report.data_check import against_limits, check_page, how_many
 from mopefuse.report.pages import write
-from mopefuse.shown import several
+from mopefuse.shown import several, visible
 
 _MOST_LABELS = 30
 _MOST_OF_A_KIND = 5  # problems that are listed one by one
 _COLOURS = {"error": "red", "warning": "yellow"}
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
 
 
 def write_page(report: Report, folder: Path, page: Path) -> None:
@@ -36,14 +34,14 @@ def show(report: Report, folder: Path, page: Path | None) -> None:
     if groups:
         console.print()
         rows = [
-            [kind, found[0].severity, f"{len(found):,}", _line(found[0].place), _line(report.todo(kind))]
+            [kind, found[0].severity, f"{len(found):,}", visible(found[0].place), visible(report.todo(kind))]
             for kind, found in groups.items()
         ]
         table("problems", ["kind", "severity", "count", "first", "what to do"], rows, left=(0, 1, 3, 4))
         console.print()
         for kind, found in groups.items():
             for finding in found[:_MOST_OF_A_KIND]:
-                said = f"{finding.severity}: {_line(finding.place)}: {_line(finding.message)}"
+                said = f"{finding.severity}: {visible(finding.place)}: {visible(finding.message)}"
                 console.print(said, style=_COLOURS[finding.severity], markup=False)
             if len(found) > _MOST_OF_A_KIND:
                 rest = len(found) - _MOST_OF_A_KIND
@@ -83,13 +81,13 @@ def _show_labels(report: Report) -> None:
     if len(counts) > _MOST_LABELS:
         half = _MOST_LABELS // 2
         shown = [*counts[:half], *counts[-half:]]
-    rows = [[_line(label), *(f"{count[name]:,}" for name in names)] for label, count in shown]
+    rows = [[visible(label), *(f"{count[name]:,}" for name in names)] for label, count in shown]
     kind = ", several a row" if report.multi_label else ""
     part = f", the {_MOST_LABELS // 2} most frequent and rarest" if len(counts) > _MOST_LABELS else ""
     table(f"{len(counts):,} labels{kind}{part}", ["label", *names], rows)
     found = report.extremes
     if found["ratio"]:
-        most, least = (f"{_line(found[which]['label'])} ({found[which]['rows']:,})" for which in ("most_frequent", "rarest"))
+        most, least = (f"{visible(found[which]['label'])} ({found[which]['rows']:,})" for which in ("most_frequent", "rarest"))
         said = f"{found['of']}: most frequent {most}, rarest {least}, ratio {found['ratio']:.3g}"
         out().print(said, markup=False)
 
@@ -114,8 +112,3 @@ def _told(report: Report) -> str:
     total = sum(len(each.names) for index in report.indexes.values() for each in index.files.values())
     part = f"{report.looked:,} of {total:,}" if report.looked < total else f"{report.looked:,}"
     return f"{part} {what} in {report.seconds:.2f} s{rate}"
-
-
-def _line(text: str) -> str:
-    """What a terminal must not obey, and what would begin another line, is spelt out."""
-    return _CONTROL.sub(lambda found: f"\\x{ord(found.group()):02x}", text)

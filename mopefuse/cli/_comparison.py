@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ from mopefuse.checkpoint import finite
 from mopefuse.cli._render import err, plain_table, table
 from mopefuse.compare import Comparison, Row
 from mopefuse.report.comparison import Splits, cells, notes
+from mopefuse.shown import json_text, markdown, spreadsheet_cell
 
 _LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "·": r"$\cdot$"}
 _LATEX |= {character: f"${character}$" for character in "<>|"}
@@ -37,7 +37,7 @@ def as_markdown(comparison: Comparison, splits: Splits) -> str:
     """A table whose best numbers are bold, and a note on significance."""
     columns, rows = cells(comparison, splits, lambda text: f"**{text}**")
     lines = [columns, [":--" if number == 0 else "--:" for number in range(len(columns))], *rows]
-    body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    body = "\n".join("| " + " | ".join(map(markdown, line)) + " |" for line in lines)
     return "\n".join([body, *(f"\n{line}" for line in notes(comparison))]) + "\n"
 
 
@@ -64,19 +64,15 @@ def as_csv(comparison: Comparison, splits: Splits) -> str:
         numbers = [number for spread in spreads for number in ((spread.mean, spread.std) if spread else (None, None))]
         versus: list[Any] = [""] * 6
         if row.versus:
-            versus = [_plain(comparison.against or ""), comparison.metric, *vars(row.versus).values()]
+            versus = [spreadsheet_cell(comparison.against or ""), comparison.metric, *vars(row.versus).values()]
         facts = [row.trainable, row.total, row.seconds.mean, row.peak_memory]
-        writer.writerow([_plain(row.label), len(row.runs), " ".join(map(str, row.seeds)), *numbers, *facts, *versus])
+        writer.writerow([spreadsheet_cell(row.label), len(row.runs), " ".join(map(str, row.seeds)), *numbers, *facts, *versus])
     return file.getvalue()
-
-
-def _plain(label: str) -> str:
-    return f"'{label}" if label[:1] in ("=", "+", "-", "@", "\t", "\r") else label
 
 
 def as_json(comparison: Comparison, splits: Splits) -> str:
     """`as_dict` as text, all splits."""
-    return json.dumps(finite(as_dict(comparison)), indent=1, ensure_ascii=False) + "\n"
+    return json_text(finite(as_dict(comparison)), indent=1) + "\n"
 
 
 def as_dict(comparison: Comparison) -> dict[str, Any]:

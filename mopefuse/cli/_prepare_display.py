@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from mopefuse.cli._render import duration, err, out, table
+from mopefuse.shown import visible
 
 _LINE_EVERY = 10.0  # seconds between plain lines
 
@@ -35,7 +36,7 @@ class PrepareDisplay:
             )
 
             self._bar = Progress(
-                TextColumn("[bold]{task.description}"),
+                TextColumn("{task.description}", style="bold", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
@@ -57,7 +58,7 @@ class PrepareDisplay:
             return
         if self._bar is not None:
             if stage not in self._tasks:
-                self._tasks[stage] = self._bar.add_task(stage)
+                self._tasks[stage] = self._bar.add_task(visible(stage))
             self._bar.update(self._tasks[stage], completed=done, total=total)
             return
         now = time.monotonic()

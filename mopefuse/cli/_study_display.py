@@ -8,6 +8,7 @@ from typing import Any
 
 from mopefuse.cli._render import duration, err
 from mopefuse.grid import Study
+from mopefuse.shown import visible
 from mopefuse.study import FAILED, FINISHED, RUNNING, Status, StudyListener
 
 
@@ -57,7 +58,7 @@ class StudyDisplay(StudyListener):
             names = ", ".join(f"{status.cell.label}, seed {status.cell.seed}" for status in running)
             said = f"eta {duration(eta)}  {names}" if eta is not None else names
             share = made + sum(status.share for status in running)
-            self._bar.update(self._task, completed=share, done=made, said=said)
+            self._bar.update(self._task, completed=share, done=made, said=visible(said))
 
     def ended(self, status: Status, statuses: Sequence[Status], eta: float | None) -> None:
         """A line per cell."""

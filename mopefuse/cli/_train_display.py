@@ -11,6 +11,7 @@ from typing import Any
 from mopefuse import distributed
 from mopefuse.cli._render import count, duration, err, out, percent, print_json, table
 from mopefuse.errors import ConfigError
+from mopefuse.shown import visible
 from mopefuse.trainer import Listener, Progress
 
 _LINE_EVERY = 10.0  # seconds between plain lines
@@ -36,13 +37,13 @@ class Display(Listener):
             from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
             self._bar = Progress(
-                TextColumn("[bold]{task.description}"),
+                TextColumn("{task.description}", style="bold", markup=False),
                 BarColumn(),
                 TextColumn("{task.completed}/{task.total}"),
                 TimeElapsedColumn(),
                 TextColumn("eta"),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[said]}"),
+                TextColumn("{task.fields[said]}", markup=False),
                 console=self.console,
                 transient=True,
             )
@@ -74,7 +75,7 @@ class Display(Listener):
         now = time.monotonic()
         self._reading.update(done, total, now)
         if self._bar is not None:
-            self._bar.update(self._task, description=what, completed=done, total=total)
+            self._bar.update(self._task, description=visible(what), completed=done, total=total)
         elif now - self._told >= _LINE_EVERY:
             self._told, eta = now, self._reading.eta(now)
             self.console.print(f"{what}  {done}/{total}{f'  eta {duration(eta)}' if eta is not None else ''}", markup=False)

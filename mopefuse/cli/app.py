@@ -23,6 +23,7 @@ from mopefuse.cli import swap_encoder as swap
 from mopefuse.cli._render import print_json, speaks_unicode
 from mopefuse.errors import Interrupted, MopefuseError, Notice, ResourceError
 from mopefuse.libraries import mendable
+from mopefuse.shown import visible
 
 app = typer.Typer(
     name="mopefuse",
@@ -147,7 +148,7 @@ def _show_notices() -> None:
     def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
         if issubclass(category, Notice):
             if os.environ.get("RANK", "0") == "0":  # every process has something to say, one says it
-                print(f"notice: {message}", file=sys.stderr)
+                print(f"notice: {visible(message)}", file=sys.stderr)
         else:
             plain(message, category, *place, **more)
 
@@ -159,7 +160,7 @@ def _exit(error: MopefuseError) -> None:
         sys.exit(error.exit_code)  # every process stops, one says so
     if not ("--json" in sys.argv and _print_json(error.as_dict())):
         kind = "stopped" if error.family == "STOP" else f"error[{error.code}]"
-        text = f"{kind}: {error}"
+        text = f"{kind}: {visible(error)}"
         if not speaks_unicode(sys.stderr):
             text = text.replace(" · ", " | ").replace("…", "...")
         red, plain = ("\x1b[31m", "\x1b[0m") if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ("", "")
@@ -201,7 +202,7 @@ def _crash(error: Exception) -> None:
         place = f" · {log}"
     except OSError:
         place = ""
-    summary = str(error).splitlines()[0] if str(error) else ""
+    summary = visible(str(error).splitlines()[0]) if str(error) else ""
     body = {"code": "MF-INT-00", "exit": 1, "message": f"{type(error).__name__}: {summary}", "where": str(log), "hint": ""}
     if not ("--json" in sys.argv and _print_json(body)):
         print(f"internal error: {type(error).__name__}: {summary}{place} · fix: please report it", file=sys.stderr)

@@ -25,7 +25,8 @@ def demo(
     console = err()
 
     def announce(title: str) -> Display:
-        console.print(f"\n{title}", style="bold", markup=False)
+        console.print()
+        console.print(title, style="bold", markup=False)
         return Display(out, json=json)
 
     rows = run_demo(out, listener=announce, steps=steps, overwrite=overwrite)

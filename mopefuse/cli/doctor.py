@@ -25,7 +25,9 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="One JSON object on
         print()
         table("plugins", ["entry point", "distribution"], [[name, said] for name, said in found.plugins.items()])
         for problem in found.problems:
-            out().print(f"\nproblem: {problem}", style="bold red", markup=False)
-        out().print("\nall is well" if not found.problems else "", end="\n" if not found.problems else "")
+            print()
+            out().print(f"problem: {problem}", style="bold red", markup=False)
+        if not found.problems:
+            print("\nall is well")
     if found.problems:
         raise typer.Exit(5)

@@ -43,7 +43,8 @@ def list_(
         for short, full in names.items()
     ]
     table("aliases", ["alias", "stands for"], aliases)
-    out().print("\nmopefuse encoders inspect SPEC shows one; ?pretrained=false gives random weights without a network")
+    print()
+    out().print("mopefuse encoders inspect SPEC shows one; ?pretrained=false gives random weights without a network")
 
 
 @app.command("inspect")
@@ -98,7 +99,7 @@ def check(
 
     What holds, where it can be prompted, and if not, why.
     """
-    from mopefuse.cli._render import out, print_json, table
+    from mopefuse.cli._render import lines, out, print_json, table
     from mopefuse.encoders._base import create_encoder
     from mopefuse.testing import contract
 
@@ -114,7 +115,7 @@ def check(
         table(title, ["contract", ""], [[part, "broken" if fault else "holds"] for part, fault in parts])
         for _, fault in parts:
             if fault:
-                out().print(fault, markup=False)
+                out().print(lines(fault))
     if broken:
         raise typer.Exit(5)
 

@@ -46,6 +46,7 @@ def evaluate(
 
     Deterministic; no sample depends on its batch. Predictions go into the run, or where --out says.
     """
+    from mopefuse.checkpoint import check_parent
     from mopefuse.errors import ConfigError, did_you_mean
     from mopefuse.gates import check_gates, parse_gates
     from mopefuse.run import RunFolder
@@ -78,8 +79,8 @@ def evaluate(
     folder = locate(run)
     if kind_of(folder) != "bundle":
         trained(folder).config()
-    if out is not None and not out.absolute().parent.is_dir():
-        raise ConfigError(54, f"there is no folder {out.parent}", where="--out", fix="make it, or name another file")
+    if out is not None:
+        check_parent(out)
     from mopefuse import distributed
     from mopefuse.cli._render import err
     from mopefuse.evaluate import evaluate as run_evaluation

@@ -29,6 +29,7 @@ def export(
     `mopefuse export verify FOLDER` compares an exported folder with its manifest, and its answer with the example.
     """
     from mopefuse.cli._render import err, print_json
+    from mopefuse.cli._render import out as out_
     from mopefuse.errors import ConfigError
 
     if run == "verify" and exported is not None:
@@ -38,7 +39,7 @@ def export(
         if json:
             print_json({"ok": True, "folder": str(exported), "found": found})
         else:
-            typer.echo(f"{exported}: {found}")
+            out_().print(f"{exported}: {found}")
         return
     if exported is not None or out is None:
         fix = "write mopefuse export RUN -o OUT, or mopefuse export verify FOLDER"

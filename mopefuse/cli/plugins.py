@@ -29,7 +29,8 @@ def list_(json: Annotated[bool, typer.Option("--json", help="One JSON object on 
         return
     table("plugins", list(Plugin._fields), found, left=range(len(Plugin._fields)))
     if any(plugin.state in ("clash", "shadowed by built-in") for plugin in found):
-        out().print("\na name that is taken is written with its distribution: DIST:NAME, an encoder DIST:SCHEME:NAME")
+        out().print()
+        out().print("a name that is taken is written with its distribution: DIST:NAME, an encoder DIST:SCHEME:NAME")
 
 
 @app.command("new")
@@ -39,8 +40,8 @@ def new(
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Write a complete package with a small encoder and its test."""
+    from mopefuse.cli._render import lines, print_json
     from mopefuse.cli._render import out as console
-    from mopefuse.cli._render import print_json
     from mopefuse.plugins import new as write
 
     folder = write(name, out)
@@ -48,4 +49,4 @@ def new(
         print_json({"ok": True, "folder": str(folder)})
         return
     steps = f"{folder}\n\npip install -e {folder}\nmopefuse encoders inspect {name}:small\npython -m pytest {folder}"
-    console().print(steps, markup=False)
+    console().print(lines(steps))

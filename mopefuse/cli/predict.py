@@ -42,6 +42,7 @@ def predict(
 
     Their labels and probabilities, one line for each, in the order of the input.
     """
+    from mopefuse.checkpoint import check_parent
     from mopefuse.cli._render import err
     from mopefuse.data.files import MISSING
     from mopefuse.errors import ConfigError, DataError
@@ -51,8 +52,8 @@ def predict(
         raise ConfigError(64, "there is not one input", where="predict", fix="name a file, or give --image and --text")
     if out is not None and out.suffix not in (".jsonl", ".csv"):
         raise ConfigError(65, f"{out.name} is neither .jsonl nor .csv", where="--out", fix="name a file of one of them")
-    if out is not None and not out.absolute().parent.is_dir():
-        raise ConfigError(54, f"there is no folder {out.parent}", where="--out", fix="make it, or name another file")
+    if out is not None:
+        check_parent(out)
     if isinstance(source, str) and source != "-" and not Path(source).is_file():
         raise ConfigError(66, f"there is no file {source}", where="predict", fix="name a file of pairs, or - for stdin")
     flags = columns.settings(text=text_col, image=image_col, others=column, identity=id_col, roots=image_root)

@@ -22,13 +22,14 @@ def push(
 
     There hf-hub:repo/name is a run for everybody who may read it. Private by default.
     """
-    from mopefuse.cli._render import err, print_json, size
+    from mopefuse.cli._render import err, out, print_json, size
     from mopefuse.push import pack, send
 
-    with pack(run, repo, checkpoint=checkpoint, public=public) as parcel:
+    with pack(run, repo, checkpoint=checkpoint, public=public, offline=dry_run) as parcel:
         seen = "private" if parcel.private else "public"
         console = err()
-        console.print(f"to {parcel.repo} ({seen}{'' if parcel.there else ', new'}):", markup=False)
+        state = {True: "", False: ", new", None: "; the hub cannot be reached, so whether it exists is not known"}[parcel.there]
+        console.print(f"to {parcel.repo} ({seen}{state}):", markup=False)
         for name, length in parcel.files.items():
             console.print(f"  {name}  {size(length)}", markup=False)
         for spec in parcel.local:
@@ -39,4 +40,4 @@ def push(
         if json:
             print_json({"ok": True, "repo": parcel.repo, "private": parcel.private, "files": parcel.files, "url": url})
         elif url is not None:
-            print(f"pushed: hf-hub:{parcel.repo}")
+            out().print(f"pushed: hf-hub:{parcel.repo}")

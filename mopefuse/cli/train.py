@@ -200,11 +200,11 @@ def _as_dict(found: Plan) -> dict[str, Any]:
 
 
 def _print_plan(found: Plan) -> None:
-    from mopefuse.cli._render import count, out, table
+    from mopefuse.cli._render import count, lines, out, table
     from mopefuse.recipe import to_yaml
 
     console = out()
-    console.print(to_yaml(found.config), markup=False, end="\n")
+    console.print(lines(to_yaml(found.config)))
     rows = ", ".join(f"{name} {number:,}" for name, number in found.rows.items())
     kind = "multi-label" if found.multi_label else "single-label"
     console.print(f"data       {rows} rows; {len(found.labels)} labels, {kind}", markup=False)
@@ -217,7 +217,8 @@ def _print_plan(found: Plan) -> None:
     console.print()
     table("parameters", ["part", "parameters", "share"], parts, bold=len(parts) - 2)
     memory = f"{found.memory / 2**20:,.0f} MiB ({count(trainable)} trainable; libraries not counted)"
-    console.print(f"\nestimated memory of a training step: {memory}")
+    console.print()
+    console.print(f"estimated memory of a training step: {memory}")
 
 
 def _limits(preprocess: dict[str, Any]) -> str:

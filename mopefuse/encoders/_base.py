@@ -113,6 +113,14 @@ class Encoder(nn.Module):
         self.tuned = self.adapted = False
         self._at_work = PerThread()  # a `Call`
 
+    @classmethod
+    def check_name(cls, spec: Spec) -> None:
+        """Refuse a name that the scheme does not know, before any data are read. Loads no weights and asks no network.
+
+        Raises:
+            EncoderError: there is no such encoder.
+        """
+
     @abstractmethod
     def _encode(self, inputs: Inputs) -> Encoded:
         """The forward pass; blocks ask for their prompts through `_ask`."""
@@ -312,6 +320,18 @@ def create_encoder(text: str) -> Encoder:
         raise PluginError(13, what, where=str(spec), fix=f"upgrade or uninstall {owner}")
     encoder.freeze()
     return encoder
+
+
+def check_name(text: str) -> None:
+    """Refuse a spec whose scheme or name does not exist, as far as this machine knows.
+
+    Raises:
+        as `create_encoder`
+    """
+    spec = full_spec(text)
+    check = getattr(registry.load(registry.ENCODERS, spec.scheme), "check_name", None)  # a plugin may be a function
+    if check is not None:
+        check(spec)
 
 
 def full_spec(text: str) -> Spec:

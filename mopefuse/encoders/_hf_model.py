@@ -54,6 +54,11 @@ class TransformersEncoder(PromptedEncoder):
     own_options: ClassVar[Collection[str]] = ("pretrained", "weights", "pool")
     libraries: tuple[str, ...] = ("transformers", "tokenizers", "pillow")
 
+    @classmethod
+    def check_name(cls, spec: Spec) -> None:
+        """See `Encoder.check_name`."""
+        _hf_source.check_name(spec, cls.built_in)
+
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)
         source = _hf_source.find(spec, self.built_in, {kind for kind, family in self.families.items() if family.part})

@@ -51,31 +51,43 @@ def find(spec: Spec, known: Mapping[str, BuiltIn], parted: Collection[str] = ())
         EncoderError: no such folder or repository, or what it holds cannot be an encoder here.
         ResourceError: the hub's cache cannot be written.
     """
+    check_name(spec, known)
     name, _, part = spec.name.partition("#")
-    if part and part not in ("text", "vision"):
-        raise EncoderError(
-            _numbers.NEEDS_TOWER, f"there is no part #{part}", where=str(spec), fix="write #text or #vision"
-        )
     pretrained = option_flag(spec, "pretrained", True)
     random = not pretrained or "weights" in spec.options
     trained = pretrained or "weights" in spec.options
     folder = Path(name).expanduser()
     if folder.is_dir():
         return _in_folder(spec, folder, part, random, trained, parted)
-    if name.startswith(("/", ".", "~")):
-        raise EncoderError(_numbers.NO_FOLDER, f"there is no folder {name}", where=str(spec), fix="check the path")
     if pretrained:
         return _from_hub(spec, name, part, random, trained, parted)
-    built_in = known.get(spec.name)
-    if built_in is None:
+    built_in = known[spec.name]
+    config = {"model_type": built_in.model_type, **built_in.config}
+    return Source(None, config, part, random, trained, pool=built_in.pool)
+
+
+def check_name(spec: Spec, known: Mapping[str, BuiltIn]) -> None:
+    """Refuse what cannot be found, as far as it shows without a network; arguments as those of `find`.
+
+    Raises:
+        EncoderError: no such part, folder or built-in configuration.
+    """
+    name, _, part = spec.name.partition("#")
+    if part and part not in ("text", "vision"):
+        raise EncoderError(
+            _numbers.NEEDS_TOWER, f"there is no part #{part}", where=str(spec), fix="write #text or #vision"
+        )
+    if Path(name).expanduser().is_dir():
+        return
+    if name.startswith(("/", ".", "~")):
+        raise EncoderError(_numbers.NO_FOLDER, f"there is no folder {name}", where=str(spec), fix="check the path")
+    if not option_flag(spec, "pretrained", True) and spec.name not in known:
         raise EncoderError(
             _numbers.NO_BUILT_IN_CONFIG,
             f"no built-in configuration of {spec.name}, and pretrained=false uses no network",
             where=str(spec),
             fix=f"use a folder with config.json; {did_you_mean(spec.name, known)}",
         )
-    config = {"model_type": built_in.model_type, **built_in.config}
-    return Source(None, config, part, random, trained, pool=built_in.pool)
 
 
 def _in_folder(

@@ -88,6 +88,11 @@ class OpenCLIPEncoder(PromptedEncoder):
         """The tower's configuration with the options applied."""
         return self._architecture
 
+    @classmethod
+    def check_name(cls, spec: Spec) -> None:
+        """See `Encoder.check_name`."""
+        _parse(spec)
+
     def _prompt_tower(self) -> None:
         blocks, self.why_not_main = _promptable(self.backbone)
         slots = self._prompt_blocks(blocks, [block.ln_1 for block in blocks])

@@ -69,6 +69,11 @@ class TimmEncoder(PromptedEncoder):
         options = _options.library_options(self.spec, (*_OURS, "img_size"))  # the size is the preprocess's
         return {"name": self.spec.name.partition(".")[0], "pool": self._pool, **options}
 
+    @classmethod
+    def check_name(cls, spec: Spec) -> None:
+        """See `Encoder.check_name`."""
+        _check_name(spec)
+
     def _run(self, inputs: Inputs) -> Encoded:
         features = self.backbone.forward_features(inputs["pixels"])
         if features.dim() == 4:

@@ -146,8 +146,7 @@ class TinyEncoder(Encoder):
 
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)
-        if spec.name not in SHAPES:
-            raise EncoderError(51, f"there is no encoder tiny:{spec.name}", fix=did_you_mean(spec.name, SHAPES))
+        self.check_name(spec)
         known = ("pretrained", "pool")
         for option in spec.options.keys() - set(known):
             raise EncoderError(52, f"tiny has no option {option!r}", where=str(spec), fix=did_you_mean(option, known))
@@ -169,6 +168,12 @@ class TinyEncoder(Encoder):
     def architecture(self) -> dict[str, Any]:
         """The shape, and the pooling."""
         return {**SHAPES[self.spec.name]._asdict(), "pool": self.pool}
+
+    @classmethod
+    def check_name(cls, spec: Spec) -> None:
+        """See `Encoder.check_name`."""
+        if spec.name not in SHAPES:
+            raise EncoderError(51, f"there is no encoder tiny:{spec.name}", fix=did_you_mean(spec.name, SHAPES))
 
     def _encode(self, inputs: Inputs) -> Encoded:
         x_BLD, mask_BL = self.embed(inputs)

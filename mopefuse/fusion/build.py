@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
@@ -12,11 +14,11 @@ import torch
 from mopefuse import modality, registry
 from mopefuse.config import Prompts, RunConfig, build_config, merge
 from mopefuse.data.columns import require_column
-from mopefuse.encoders._base import Encoder, create_encoder, full_spec
+from mopefuse.encoders._base import Encoder, check_name, create_encoder, full_spec
 from mopefuse.encoders._preprocess import ImagePreprocess
 from mopefuse.errors import ConfigError, EncoderError, PluginError
 from mopefuse.fusion._base import Fusion
-from mopefuse.sides import specs, with_specs
+from mopefuse.sides import is_comp, specs, with_specs
 
 _BUILDING = threading.Lock()  # weights are drawn from the one generator of the process
 MMBT_MEAN, MMBT_STD = (0.46777044, 0.44531429, 0.40661017), (0.12221994, 0.12145835, 0.14380469)
@@ -45,16 +47,14 @@ def build_fusion(
 
 def build_model(config: RunConfig, num_labels: int) -> Fusion:
     """The model of a run, in evaluation mode; the same weights for the same seed, whatever the caller drew before."""
-    method = registry.load(registry.FUSION, config.method)
-    fits = isinstance(method, type) and issubclass(method, Fusion)
-    if not fits:
-        what = f"the fusion method {config.method!r} is no subclass of mopefuse.fusion.Fusion"
-        raise PluginError(7, what, fix="mend the plugin, or uninstall it")
+    method = _method(config)
     with _BUILDING, torch.random.fork_rng(devices=[]):
         encoders = {}
         for side in method.sides(config):
             torch.default_generator.manual_seed(config.seed)
-            encoders[side] = _with_statistics(_create(side, specs(config)[side]), config)
+            with _named(side):
+                encoder = create_encoder(specs(config)[side])
+            encoders[side] = _with_statistics(encoder, config)
             encoders[side].recompute = config.train.checkpoint_activations
             _require_declared(side, encoders[side])
         torch.default_generator.manual_seed(config.seed)
@@ -62,12 +62,36 @@ def build_model(config: RunConfig, num_labels: int) -> Fusion:
     return model.eval()
 
 
-def _create(side: str, spec: str) -> Encoder:
-    """An encoder; an error says of which side."""
+def check_names(config: RunConfig) -> None:
+    """Refuse a method or an encoder that does not exist, before the minutes that reading data can take.
+
+    Raises:
+        ConfigError: no such method, or no spec of an encoder. EncoderError: no such encoder, as far as this machine knows.
+        PluginError: the plugin that brings one of them cannot be used.
+    """
+    for side in _method(config).sides(config):
+        with _named(side):
+            check_name(specs(config)[side])
+
+
+def _method(config: RunConfig) -> Any:
+    """The class of the fusion method, a subclass of `Fusion`."""
+    method = registry.load(registry.FUSION, config.method)
+    if not (isinstance(method, type) and issubclass(method, Fusion)):
+        what = f"the fusion method {config.method!r} is no subclass of mopefuse.fusion.Fusion"
+        raise PluginError(7, what, fix="mend the plugin, or uninstall it")
+    return method
+
+
+@contextmanager
+def _named(side: str) -> Iterator[None]:
+    """An error says of which side, and its fix with which flag."""
+    flag = "--comp" if is_comp(side) else "--main"
     try:
-        return create_encoder(spec)
-    except EncoderError as error:
-        error.where = ", ".join(part for part in (f"--{side}", error.where) if part)
+        yield
+    except (ConfigError, EncoderError) as error:
+        error.where = ", ".join(part for part in (flag, error.where) if part)
+        error.fix = re.sub(r"^write (?=[a-z_]+:)", f"write {flag} ", error.fix)
         raise
 
 

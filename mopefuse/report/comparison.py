@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from mopefuse.compare import Comparison, Row, Spread
-from mopefuse.shown import count, duration, size
+from mopefuse.shown import count, duration, size, visible
 
 Splits = Sequence[str]
 Mark = Callable[[str], str]
@@ -17,10 +17,10 @@ def cells(comparison: Comparison, splits: Splits, mark: Mark = str) -> tuple[lis
     compared = comparison.against is not None
     names = [metric if split == "test" else f"{split} {metric}" for split, metric in metrics]
     columns = ["method", "n", *names, "trainable", "share", "time", "memory"]
-    columns += [f"{comparison.metric} less that of {comparison.against}", "p"] if compared else []
+    columns += [f"{comparison.metric} less that of {visible(comparison.against)}", "p"] if compared else []
     rows = []
     for row in comparison.rows:
-        found = [row.label, str(len(row.runs))]
+        found = [visible(row.label), str(len(row.runs))]
         for split, metric in metrics:
             text = _spread(row.metrics[split].get(metric))
             found.append(mark(text) if metric in row.metrics[split] and row.label in comparison.best(split, metric) else text)
@@ -53,4 +53,4 @@ def notes(comparison: Comparison) -> list[str]:
             f"Differences with 95 % interval, and p of no difference: paired bootstrap over the {count(comparison.samples)} "
             "test samples, 10,000 resamples, of the mean over seeds."
         )
-    return [*told, *comparison.notices]
+    return [*told, *map(visible, comparison.notices)]

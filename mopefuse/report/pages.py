@@ -1,13 +1,12 @@
 """Self-contained HTML pages: one file with its style and pictures in it, which never asks a network for anything.
 
-Everything that comes from data is escaped, in attributes too, and what cannot be shown becomes U+FFFD.
+Everything that comes from data is escaped, in attributes too, and what cannot be shown is spelt out.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,20 +17,20 @@ from markupsafe import Markup
 from PIL import Image
 
 from mopefuse import __version__
-from mopefuse.checkpoint import write_atomically
+from mopefuse.checkpoint import check_parent, write_atomically
 from mopefuse.errors import ConfigError, DataError
+from mopefuse.shown import visible
 
 if TYPE_CHECKING:
     from mopefuse.report.drawing import Drawing
 
 SIDE = 200  # pixels; the longer side of a thumbnail
 _MARK = '<meta name="generator" content="mopefuse">'
-_NO_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 def readable(text: str) -> str:
-    """A text without what cannot be shown."""
-    return _NO_TEXT.sub("\ufffd", text)
+    """A text in which what cannot be shown is spelt out."""
+    return visible(text, lines=True)
 
 
 def _readable(value: Any) -> Any:
@@ -106,10 +105,9 @@ def check_place(page: Path, data: Path | None) -> None:
     """Refuse to write a page into a data folder, or over anything that is no page of ours.
 
     Raises:
-        DataError: such a place, or a folder that is not there.
+        DataError: such a place. ConfigError: see `check_parent`.
     """
-    if not page.absolute().parent.is_dir():
-        raise DataError(83, f"there is no folder {page.parent}", where=str(page), fix="make it, or name another file")
+    check_parent(page, where="--html or --out")
     if data is not None and data.is_dir() and page.resolve().is_relative_to(data.resolve()):
         raise DataError(84, "the page would lie in the data folder", where=str(page), fix="name a file beside it")
     if page.exists() and not _is_ours(page):

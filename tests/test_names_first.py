@@ -1,0 +1,78 @@
+"""What is wrong with the command itself is said before any data are read, with the flag that mends it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import call
+from encoder_cases import save_hf
+
+from mopefuse import swap, train
+
+
+@pytest.fixture
+def unread(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """What was read of data; nothing, if all is well."""
+    asked: list[object] = []
+    for module in (swap, train):
+        monkeypatch.setattr(module, "load_data", lambda *args, **how: asked.append(args) or pytest.fail("data were read"))
+    return asked
+
+
+WRONG = {
+    ("--main", "tiny:visoin", "--comp", "tiny:text"): (5, "tiny:visoin", "--main", "did you mean vision"),
+    ("--main", "timm:vit_bose", "--comp", "tiny:text"): (5, "vit_bose", "--main", "did you mean vit_base"),
+    ("--main", "timm:vit_base_patch16_224.nope", "--comp", "tiny:text"): (5, "nope", "--main", "fix:"),
+    ("--main", "tiny:vision", "--comp", "hf:./nowhere"): (5, "there is no folder ./nowhere", "--comp", "check the path"),
+    ("--main", "tiny:vision", "--comp", "hf:nobody?pretrained=false"): (5, "nobody", "--comp", "pretrained=false"),
+    ("--main", "tiny:vision", "--comp", "open_clip:ViT-X#text"): (5, "ViT-X", "--comp", "did you mean"),
+    ("--main", "tiny:vision", "--comp", "open_clip:ViT-B-32"): (5, "names no tower", "--comp", "#text"),
+    ("--main", "tiny:vision", "--comp", "tiny:text", "--comp", "tiny:txt"): (5, "tiny:txt", "--comp", "did you mean text"),
+    ("--main", "tiny:vision", "--comp", "hff:bert"): (5, "hff", "--comp", "did you mean hf"),
+    ("--main", "tiny:vision", "--comp", "bert"): (3, "'bert' is not an encoder", "--comp", "write --comp scheme:name"),
+    ("--main", "tiny:vision", "--comp", "tiny:text", "--method", "condtional"): (3, "condtional", "", "mean conditional"),
+}
+
+
+@pytest.mark.parametrize("flags", WRONG, ids=lambda flags: flags[-1])
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)], ids=["train", "dry run"])
+def test_a_wrong_name_is_told_before_data_are_read(
+    flags: tuple[str, ...], dry: tuple[str, ...], unread: list[object], pairs: Path, tmp_path: Path
+) -> None:
+    code, what, where, fix = WRONG[flags]
+    done = call("train", *flags, "--data", pairs, "--out", tmp_path / "run", *dry)
+    assert done.returncode == code, done.stderr
+    assert all(part in done.stderr for part in (what, where, fix)), done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not unread
+
+
+def test_swapping_tells_of_a_wrong_name_first(trained: Path, unread: list[object], tmp_path: Path) -> None:
+    done = call("swap-encoder", trained, "--comp", "tiny:txt", "-o", tmp_path / "new")
+    assert done.returncode == 5 and "--comp" in done.stderr and "did you mean text" in done.stderr and not unread
+
+
+@pytest.mark.parametrize("flag", ["--main", "--comp"])
+def test_a_folder_without_a_scheme_is_told_how_to_be_named(
+    flag: str, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_hf("bert", tmp_path / "my-bert")
+    encoders = {"--main": "tiny:vision", "--comp": "tiny:text", flag: "my-bert"}
+    words = [word for pair in encoders.items() for word in pair]
+    done = call("train", *words, "--data", pairs, "--out", tmp_path / "run")
+    assert done.returncode == 3 and f"fix: write {flag} hf:my-bert" in done.stderr
+    words = ["hf:my-bert" if word == "my-bert" else word for word in words]
+    done = call("train", *words, "--data", pairs, "--out", tmp_path / "other", "--dry-run")
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_encoder_that_was_not_named_is_asked_for_by_its_flag(pairs: Path, tmp_path: Path) -> None:
+    done = call("train", "--main", "tiny:vision", "--data", pairs)
+    assert done.returncode == 3 and "--comp is missing (encoder whose" in done.stderr
+    assert done.stderr.endswith("fix: add --comp hf:bert-base\n") and "Union" not in done.stderr
+    done = call("train", "--data", pairs)
+    assert "--main is missing" in done.stderr and "fix: add --main timm:vit_base --comp hf:bert-base" in done.stderr
+    (tmp_path / "recipe.yaml").write_text("main: tiny:vision\ncomp: 5\n")
+    done = call("train", "--recipe", tmp_path / "recipe.yaml", "--data", pairs)
+    assert done.returncode == 3 and "comp: " in done.stderr and "--comp" not in done.stderr
