@@ -16,8 +16,6 @@ from typing import NamedTuple
 _RESCANS = 8  # times the length of the file that swallowed lines may be read again, as odd files could make it quadratic
 _HEAD = 65_536  # bytes of a table that its header is looked for in
 _FEWEST = 3  # columns that a table needs for lines inside a cell to be recognised as rows
-
-
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 
 
