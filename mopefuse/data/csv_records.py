@@ -25,7 +25,7 @@ def delimiter_of(content: bytes, default: str, wanted: Collection[str]) -> str:
     Where several give as many, it is `default` if that separates anything, else the one that gives most columns.
     """
     lines = re.split("[\r\n]", content[:_HEAD].decode("utf-8-sig", "replace"))
-    header = next((line for line in lines if line.strip()), "")
+    header = next((line.replace("\0", "") for line in lines if line.strip()), "")  # which csv of Python 3.10 refuses
 
     def merit(delimiter: str) -> tuple[int, bool, int]:
         cells = [cell.strip() for cell in next(csv.reader([header], delimiter=delimiter), [])]
