@@ -105,7 +105,7 @@ def test_empty_texts_name_on_missing(data: Path) -> None:
     rows = rows_of(data, "train")
     rows[2]["text"] = ""
     write_rows(data / "train.jsonl", rows)
-    assert "train: 1 text is empty; --on-missing absent takes them as missing" in plan(data).stderr
+    assert "train: 1 text is empty; --on-missing absent takes it as missing" in plan(data).stderr
     assert "--on-missing absent" in check(data)["problems"][0]["hint"]
 
 

@@ -16,8 +16,6 @@ from typing import NamedTuple
 _RESCANS = 8  # times the length of the file that swallowed lines may be read again, as odd files could make it quadratic
 _HEAD = 65_536  # bytes of a table that its header is looked for in
 _FEWEST = 3  # columns that a table needs for lines inside a cell to be recognised as rows
-
-
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 
 
@@ -27,7 +25,7 @@ def delimiter_of(content: bytes, default: str, wanted: Collection[str]) -> str:
     Where several give as many, it is `default` if that separates anything, else the one that gives most columns.
     """
     lines = re.split("[\r\n]", content[:_HEAD].decode("utf-8-sig", "replace"))
-    header = next((line for line in lines if line.strip()), "")
+    header = next((line.replace("\0", "") for line in lines if line.strip()), "")  # which csv of Python 3.10 refuses
 
     def merit(delimiter: str) -> tuple[int, bool, int]:
         cells = [cell.strip() for cell in next(csv.reader([header], delimiter=delimiter), [])]

@@ -310,7 +310,8 @@ def _notices(splits: dict[str, Split], indexes: dict[str, Index], config: DataCo
         for modality, count in empty.items():
             if count:
                 said = f"{split.name}: {several(count, f'{modality} is', f'{of(modality).plural} are')} empty"
-                found.append(said if config.on_missing != "error" else f"{said}; --on-missing absent takes them as missing")
+                hint = f"; --on-missing absent takes {'it' if count == 1 else 'them'} as missing"
+                found.append(said if config.on_missing != "error" else said + hint)
     each = [files for index in indexes.values() for files in index.files.values()]
     moving = [name for files in each for name, look in zip(files.names, files.looks, strict=True) if look.animated]
     if moving:
