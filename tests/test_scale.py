@@ -28,7 +28,9 @@ from mopefuse.data._base import DataSet
 from mopefuse.data.labels import Labels, Targets
 from mopefuse.data.load import load_data
 from mopefuse.errors import NumericError, ResourceError
+from mopefuse.evaluate import load_model, run_split
 from mopefuse.predictions import KEPT, MOST_LABELS
+from mopefuse.run import RunFolder
 from mopefuse.spool import Spool
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "make_large_data.py"
@@ -201,13 +203,26 @@ def test_a_full_disk_under_waiting_logits_is_an_error_that_says_so(tmp_path: Pat
 
 @pytest.fixture(scope="module", params=[False, True], ids=["single", "multi"])
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A run on many labels, and its data."""
+    """A run on many labels, and its data; with several labels two processes train it, and thresholds are tuned."""
     root = tmp_path_factory.mktemp("trained")
     data = make(root / "data", rows=420, labels=MANY, multi_label=request.param)
-    extra = ["--set", "train.threshold=tuned"] if request.param else []
-    done = call("train", "--data", data, "--out", root / "run", *TINY, "--batch", 16, "--steps", 3, *extra, "--json")
+    command = ["train", "--data", str(data), "--out", str(root / "run"), *TINY, "--batch", "16", "--steps", "3", "--json"]
+    done = torchrun(2, *command, "--set", "train.threshold=tuned") if request.param else call(*command)
     assert done.returncode == 0, done.stderr
     return root / "run", data
+
+
+def test_thresholds_that_two_processes_tune_are_those_of_all_logits(trained: tuple[Path, Path]) -> None:
+    run, where = trained
+    loaded, data = load_model(RunFolder(run), "best", torch.device("cpu")), load_data(Data(path=str(where)))
+    logits_SN = run_split(loaded.model, data, "val", loaded.config, torch.device("cpu")).logits_SN
+    saved = json.loads((run / "metrics.json").read_text())
+    if data.multi_label:
+        best = metrics.tuned_thresholds(logits_SN, data.targets("val"))
+        assert list(saved["thresholds"].values()) == pytest.approx(best, abs=1e-6)
+    multi = data.multi_label
+    again = metrics.compute(logits_SN, data.targets("val"), multi_label=multi, thresholds=loaded.thresholds)
+    assert saved["metrics"]["val"] == pytest.approx(again, abs=1e-5)
 
 
 def test_two_processes_evaluate_and_write_what_one_does(trained: tuple[Path, Path], tmp_path: Path) -> None:
