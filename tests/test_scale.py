@@ -205,7 +205,7 @@ def test_a_full_disk_under_waiting_logits_is_an_error_that_says_so(tmp_path: Pat
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A run on many labels, and its data; with several labels two processes train it, and thresholds are tuned."""
     root = tmp_path_factory.mktemp("trained")
-    data = make(root / "data", rows=420, labels=MANY, multi_label=request.param)
+    data = make(root / "data", rows=600, labels=MANY, multi_label=request.param)
     command = ["train", "--data", str(data), "--out", str(root / "run"), *TINY, "--batch", "16", "--steps", "3", "--json"]
     done = torchrun(2, *command, "--set", "train.threshold=tuned") if request.param else call(*command)
     assert done.returncode == 0, done.stderr
@@ -245,10 +245,10 @@ def test_the_page_of_a_large_split_is_of_some_of_its_samples(
     run, _ = trained
     monkeypatch.setattr(reporting, "MOST_ANSWERS", 9 * MANY)
     done = reporting.report(run, out=tmp_path / "page.html", device="cpu", audit=False)
-    assert "of 9 of 21 samples" in done.notes[-1]
-    monkeypatch.setattr(reporting, "MOST_ANSWERS", 21 * MANY)
+    assert "of 9 of 30 samples" in done.notes[-1]
+    monkeypatch.setattr(reporting, "MOST_ANSWERS", 30 * MANY)
     whole = reporting.report(run, out=tmp_path / "page.html", device="cpu", audit=False)
-    assert "of 21 samples" not in " ".join(whole.notes)
+    assert "of 30 samples" not in " ".join(whole.notes)
     saved = json.loads((run / "metrics.json").read_text())["metrics"]["test"]
     assert whole.metrics == pytest.approx(saved) and done.metrics["loss"] != whole.metrics["loss"]
 
