@@ -174,10 +174,10 @@ def test_logits_in_a_file_are_those_in_memory(tmp_path: Path, monkeypatch: pytes
         monkeypatch.setattr(spool, "IN_MEMORY", limit)
         monkeypatch.setattr(spool, "BLOCK", 4 * 37 * 4)
         with Spool(37, 11, tmp_path) as waiting:
-            assert (waiting._file is None) == (where == "memory")
             for part in logits_SN.split(5):
                 waiting.add(part)
             blocks[where] = list(waiting.blocks())
+            assert (waiting._file is None) == (where == "memory")
     assert [first for first, _ in blocks["file"]] == [0, 4, 8]
     for (first, one_Sn), (_, other_Sn) in zip(blocks["memory"], blocks["file"], strict=True):
         assert one_Sn.equal(other_Sn) and one_Sn.equal(logits_SN[:, first : first + 4])
@@ -192,7 +192,6 @@ def test_a_full_disk_under_waiting_logits_is_an_error_that_says_so(tmp_path: Pat
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with Spool(4, 3, tmp_path) as waiting:
-        assert waiting._file is not None
         monkeypatch.setattr(waiting, "_file", type("Full", (), {"seek": full, "close": lambda self: None, "write": full})())
         with pytest.raises(ResourceError, match="No space left"):
             waiting.add(torch.zeros(4, 3))
