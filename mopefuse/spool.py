@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -45,7 +46,8 @@ class Spool:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # of what a full disk did not take, which `add` has said
+                self._file.close()
 
     def add(self, logits_BN: Tensor) -> None:
         """The logits of the samples after those that were added before."""
@@ -62,6 +64,7 @@ class Spool:
                 block_Bn = logits_BN[:, first : first + self._width].contiguous()
                 self._file.seek(4 * (first * self._samples + self._written * block_Bn.shape[1]))
                 self._file.write(block_Bn.numpy().data)
+            self._file.flush()
         except OSError as error:
             raise disk_error(error, self._folder) from error
         self._waiting, self._bytes, self._written = [], 0, self._written + len(logits_BN)
