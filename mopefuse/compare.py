@@ -359,9 +359,9 @@ def _outcome(run: _Run, ids: Sequence[str]) -> Outcome:
     pairs = [array("q") for _ in range(4)]  # rows and columns of what is predicted, and of what is true
     try:
         for line in _predictions(run):
-            if line.id not in place:
+            sample = place.get(line.id, -1)
+            if sample < 0 or seen[sample]:
                 raise _other_samples(run)
-            sample = place[line.id]
             seen[sample] = True
             for (rows, columns), labels in zip((pairs[:2], pairs[2:]), (line.chosen, line.actual), strict=True):
                 columns.extend([number[label] for label in dict.fromkeys(labels)])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,7 +54,7 @@ def make(out: Path, *, rows: int, labels: int, multi_label: bool, table: str = "
 def _rows(split: str, count: int, labels: int, multi_label: bool, random: np.random.Generator) -> Iterator[dict[str, Any]]:
     share = 1 / np.arange(1, labels + 1)
     edges = np.cumsum(share / share.sum())
-    names = [f"label {number}" for number in range(labels)]
+    names = [f"label {hashlib.blake2b(str(number).encode(), digest_size=6).hexdigest()}" for number in range(labels)]
     for start in range(0, count, _AT_ONCE):
         size = min(_AT_ONCE, count - start)
         drawn = np.minimum(np.searchsorted(edges, random.random((size, 4))), labels - 1).tolist()

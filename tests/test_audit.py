@@ -194,7 +194,7 @@ def test_a_part_of_a_split_has_its_rows_keys_and_labels(data: Path) -> None:
     split = pairs.splits["test"]
     part = split.part([4, 2])
     assert [row.id for row in part.rows] == [split.rows[4].id, split.rows[2].id]
-    assert part.labels == [split.labels[4], split.labels[2]]
+    assert list(part.labels) == [split.labels[4], split.labels[2]]
     assert part.keys["image"].tolist() == [split.keys["image"][4], split.keys["image"][2]]
     some = replace(pairs, splits={**pairs.splits, "test": part})
     assert some.targets("test").tolist() == [pairs.targets("test")[4], pairs.targets("test")[2]]

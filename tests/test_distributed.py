@@ -146,3 +146,29 @@ def test_the_others_wait_for_the_main_process_as_long_as_it_lives(tmp_path: Path
         assert heard.startswith(f"{rank}: {said[rank]}" if said[rank] else ""), heard
         assert bool(heard) == bool(said[rank])
     assert (processes[0].returncode == -signal.SIGKILL) == (end == "dies")
+
+
+_EXCHANGE = """
+import torch
+from mopefuse import distributed
+
+with distributed.joined():
+    rank, world = distributed.rank(), distributed.world_size()
+    distributed._PART = 32  # bytes, so that rows travel in several parts
+    for count in (1, 2, 7, 8):
+        rows_SW = torch.arange(3.0 * count).reshape(count, 3)
+        assert distributed.whole(rows_SW[rank::world], count).equal(rows_SW), (rank, count)
+    own = (torch.full((rank,), rank), torch.arange(3 - rank, dtype=torch.float16), torch.tensor([rank == 1]))
+    found = distributed.to_main(own)
+    assert len(found) == (world if rank == 0 else 0)
+    for source, theirs in enumerate(found):
+        assert [tensor.tolist() for tensor in theirs] == [[source] * source, list(range(3 - source)), [source == 1]]
+        assert [tensor.dtype for tensor in theirs] == [torch.int64, torch.float16, torch.bool]
+"""
+
+
+def test_tensors_of_uneven_length_arrive_in_order(tmp_path: Path) -> None:
+    (tmp_path / "exchange.py").write_text(_EXCHANGE)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
+    done = subprocess.run([*launcher, str(tmp_path / "exchange.py")], capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr

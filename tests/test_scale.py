@@ -28,7 +28,9 @@ from mopefuse.data._base import DataSet
 from mopefuse.data.labels import Labels, Targets
 from mopefuse.data.load import load_data
 from mopefuse.errors import NumericError, ResourceError
+from mopefuse.evaluate import load_model, run_split
 from mopefuse.predictions import KEPT, MOST_LABELS
+from mopefuse.run import RunFolder
 from mopefuse.spool import Spool
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "make_large_data.py"
@@ -172,10 +174,10 @@ def test_logits_in_a_file_are_those_in_memory(tmp_path: Path, monkeypatch: pytes
         monkeypatch.setattr(spool, "IN_MEMORY", limit)
         monkeypatch.setattr(spool, "BLOCK", 4 * 37 * 4)
         with Spool(37, 11, tmp_path) as waiting:
-            assert (waiting._file is None) == (where == "memory")
             for part in logits_SN.split(5):
                 waiting.add(part)
             blocks[where] = list(waiting.blocks())
+            assert (waiting._file is None) == (where == "memory")
     assert [first for first, _ in blocks["file"]] == [0, 4, 8]
     for (first, one_Sn), (_, other_Sn) in zip(blocks["memory"], blocks["file"], strict=True):
         assert one_Sn.equal(other_Sn) and one_Sn.equal(logits_SN[:, first : first + 4])
@@ -190,7 +192,6 @@ def test_a_full_disk_under_waiting_logits_is_an_error_that_says_so(tmp_path: Pat
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with Spool(4, 3, tmp_path) as waiting:
-        assert waiting._file is not None
         monkeypatch.setattr(waiting, "_file", type("Full", (), {"seek": full, "close": lambda self: None, "write": full})())
         with pytest.raises(ResourceError, match="No space left"):
             waiting.add(torch.zeros(4, 3))
@@ -201,13 +202,26 @@ def test_a_full_disk_under_waiting_logits_is_an_error_that_says_so(tmp_path: Pat
 
 @pytest.fixture(scope="module", params=[False, True], ids=["single", "multi"])
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A run on many labels, and its data."""
+    """A run on many labels, and its data; with several labels two processes train it, and thresholds are tuned."""
     root = tmp_path_factory.mktemp("trained")
-    data = make(root / "data", rows=420, labels=MANY, multi_label=request.param)
-    extra = ["--set", "train.threshold=tuned"] if request.param else []
-    done = call("train", "--data", data, "--out", root / "run", *TINY, "--batch", 16, "--steps", 3, *extra, "--json")
+    data = make(root / "data", rows=600, labels=MANY, multi_label=request.param)
+    command = ["train", "--data", str(data), "--out", str(root / "run"), *TINY, "--batch", "16", "--steps", "3", "--json"]
+    done = torchrun(2, *command, "--set", "train.threshold=tuned") if request.param else call(*command)
     assert done.returncode == 0, done.stderr
     return root / "run", data
+
+
+def test_thresholds_that_two_processes_tune_are_those_of_all_logits(trained: tuple[Path, Path]) -> None:
+    run, where = trained
+    loaded, data = load_model(RunFolder(run), "best", torch.device("cpu")), load_data(Data(path=str(where)))
+    logits_SN = run_split(loaded.model, data, "val", loaded.config, torch.device("cpu")).logits_SN
+    saved = json.loads((run / "metrics.json").read_text())
+    if data.multi_label:
+        best = metrics.tuned_thresholds(logits_SN, data.targets("val"))
+        assert list(saved["thresholds"].values()) == pytest.approx(best, abs=1e-6)
+    multi = data.multi_label
+    again = metrics.compute(logits_SN, data.targets("val"), multi_label=multi, thresholds=loaded.thresholds)
+    assert saved["metrics"]["val"] == pytest.approx(again, abs=1e-5)
 
 
 def test_two_processes_evaluate_and_write_what_one_does(trained: tuple[Path, Path], tmp_path: Path) -> None:
@@ -230,10 +244,10 @@ def test_the_page_of_a_large_split_is_of_some_of_its_samples(
     run, _ = trained
     monkeypatch.setattr(reporting, "MOST_ANSWERS", 9 * MANY)
     done = reporting.report(run, out=tmp_path / "page.html", device="cpu", audit=False)
-    assert "of 9 of 21 samples" in done.notes[-1]
-    monkeypatch.setattr(reporting, "MOST_ANSWERS", 21 * MANY)
+    assert "of 9 of 30 samples" in done.notes[-1]
+    monkeypatch.setattr(reporting, "MOST_ANSWERS", 30 * MANY)
     whole = reporting.report(run, out=tmp_path / "page.html", device="cpu", audit=False)
-    assert "of 21 samples" not in " ".join(whole.notes)
+    assert "of 30 samples" not in " ".join(whole.notes)
     saved = json.loads((run / "metrics.json").read_text())["metrics"]["test"]
     assert whole.metrics == pytest.approx(saved) and done.metrics["loss"] != whole.metrics["loss"]
 

@@ -44,7 +44,8 @@ def evaluate(
 ) -> None:
     """Evaluate a run: metrics, labels, predictions.
 
-    Deterministic; no sample depends on its batch. Predictions go into the run, or where --out says.
+    Deterministic; no sample depends on its batch. Predictions go into the run, or where --out says, a line for each sample;
+    with more than 100 labels a line has the probabilities of the 20 most probable, of the predicted and of the true ones.
     """
     from mopefuse.checkpoint import check_parent
     from mopefuse.errors import ConfigError, did_you_mean

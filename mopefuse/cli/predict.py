@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -63,8 +65,9 @@ def predict(
     pairs = islice(_pairs(source, image, text, config, predictor.model), rank, None, world)
     answers: Iterable[Answer] = predict_pairs(predictor, pairs, batch=batch, top=top, routing=routing, strict=strict)
     if world > 1:
-        answers = _gathered(answers)
+        answers = _gathered(answers, batch)
         if rank:
+            deque(answers, maxlen=0)
             return
     errors: list[dict[str, str]] = []
     count = _write(answers, out, predictor, errors)
@@ -96,14 +99,24 @@ def _pairs(
     return [Pair(image.name if image else "text", {name: given.get(name) for name in model.modalities})]
 
 
-def _gathered(answers: Iterable[Answer]) -> list[Answer]:
-    """The answers of all processes, in the order of the input; each has every so-manyth."""
+def _gathered(answers: Iterable[Answer], batch: int) -> Iterator[Answer]:
+    """The answers of all processes, in the order of the input; nothing in processes but the main one.
+
+    Each process answers every so-manyth pair, and hands over `batch` answers at a time.
+    """
+    import torch
+
     from mopefuse import distributed
 
+    own = iter(answers)
     with distributed.joined():
-        parts: list[list[Any]] = distributed.gather(list(answers))
-    turns = max(map(len, parts))
-    return [part[turn] for turn in range(turns) for part in parts if turn < len(part)]
+        while True:
+            part = list(islice(own, batch))
+            if not distributed.largest(len(part), torch.device("cpu")):
+                return
+            sent = torch.frombuffer(bytearray(json.dumps(part).encode()), dtype=torch.uint8)
+            parts = [json.loads(bytes(text.numpy())) for (text,) in distributed.to_main([sent])]
+            yield from (each[turn] for turn in range(batch) for each in parts if turn < len(each))
 
 
 def _write(answers: Iterable[Answer], out: Path | None, predictor: Predictor, errors: list[dict[str, str]]) -> int:

@@ -30,7 +30,7 @@ from mopefuse.data.labels import Labels, LabelsBuilder
 from mopefuse.data.rows import LeftOut, NoRow, check_row, exceptions
 from mopefuse.data.tables import Found, Table, split_named
 
-VERSION = 4  # of what is kept
+VERSION = 5  # of what is kept
 _ROWS = 2  # of what rows are: a run knows its data by it
 Array = NDArray[Any]
 Advance = Callable[[int, int], None]

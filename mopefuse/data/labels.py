@@ -164,7 +164,7 @@ class Targets:
 
 def take_rows(start_S1: Numbers, value_Z: NDArray[Any], rows: NDArray[np.integer[Any]]) -> tuple[Numbers, NDArray[Any]]:
     """The values of some rows of a sparse table, as another one: where each row's begin (B + 1,), and the values."""
-    starts, lengths = start_S1[:-1][rows], np.diff(start_S1)[rows]
+    starts, lengths = start_S1[:-1][rows], start_S1[1:][rows] - start_S1[:-1][rows]
     start_B1 = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     places = np.arange(start_B1[-1]) + np.repeat(starts - start_B1[:-1], lengths)
     return start_B1, value_Z[places]
