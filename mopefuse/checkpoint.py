@@ -7,11 +7,14 @@ its place, synced, and renamed into it; without a valid manifest it does not exi
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +31,9 @@ MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 MANIFEST = "manifest.json"
 _CHUNK = 1 << 20  # bytes
 _WEIGHTS = (".safetensors", ".onnx", ".pt2", ".data")
-_TEMPORARY, _OLD = ".tmp-", ".tmp-old-"  # before the number of the process that writes
+_TEMPORARY, _OLD = ".tmp-", ".tmp-old-"  # before a number and that of the process that writes
+_numbers = itertools.count()
+_writing: set[Path] = set()  # names that this process uses now
 
 
 def publish(target: Path, write: Callable[[Path], None], facts: Mapping[str, Any]) -> None:
@@ -37,31 +42,24 @@ def publish(target: Path, write: Callable[[Path], None], facts: Mapping[str, Any
     Raises:
         ResourceError: the disk is full or cannot be written; `target` is as it was before.
     """
-    temporary = target.with_name(f"{target.name}{_TEMPORARY}{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-        write(temporary)
-        files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        for path in files:
-            sync(path)
-        listed = {str(path.relative_to(temporary)): {"sha256": sha256(path), "size": path.stat().st_size} for path in files}
-        manifest = {"format": FORMAT, **facts, "files": listed}
-        (temporary / MANIFEST).write_text(dump_json(manifest), encoding="utf-8")
-        sync(temporary / MANIFEST)
-        sync(temporary)
-        if target.exists():
-            old = target.with_name(f"{target.name}{_OLD}{os.getpid()}")
-            target.rename(old)  # `sweep` brings it back should the next line not be reached
+    with _temporary(target) as temporary, _temporary(target, _OLD) as old:
+        try:
+            temporary.mkdir(parents=True)
+            write(temporary)
+            files = sorted(path for path in temporary.rglob("*") if path.is_file())
+            for path in files:
+                sync(path)
+            listed = {str(path.relative_to(temporary)): {"sha256": sha256(path), "size": path.stat().st_size} for path in files}
+            manifest = {"format": FORMAT, **facts, "files": listed}
+            (temporary / MANIFEST).write_text(dump_json(manifest), encoding="utf-8")
+            sync(temporary / MANIFEST)
+            sync(temporary)
+            if target.exists():
+                target.rename(old)  # `sweep` brings it back should the next line not be reached
             temporary.rename(target)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(target)
-        sync(target.parent)
-    except OSError as error:
-        raise disk_error(error, target) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            sync(target.parent)
+        except OSError as error:
+            raise disk_error(error, target) from error
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -71,17 +69,50 @@ def write_atomically(path: Path, text: str) -> None:
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
     """Replace a text file by pieces as they come, whole or not at all."""
-    temporary = path.with_name(f"{path.name}{_TEMPORARY}{os.getpid()}")
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        file.writelines(lines)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path`: what is written there takes the place of `path` at the end, whole or not at all.
+
+    Raises:
+        ResourceError: the disk is full or cannot be written; `path` is as it was before.
+    """
+    with _temporary(path) as temporary:
+        try:
+            yield temporary
+            sync(temporary)
+            temporary.replace(path)
+            sync(path.parent)
+        except OSError as error:
+            raise disk_error(error, path) from error
+
+
+@contextmanager
+def _temporary(target: Path, kind: str = _TEMPORARY) -> Iterator[Path]:
+    """A name beside `target` that no other process or thread uses; what has it at the end is removed.
+
+    What earlier writers of `target` left when they were killed is swept first.
+    """
+    with suppress(OSError):
+        sweep(target.parent, target.name)
+    path = target.with_name(f"{target.name}{kind}{next(_numbers)}-{os.getpid()}")
+    _writing.add(path.absolute())
     try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            file.writelines(lines)
-        sync(temporary)
-        temporary.replace(path)
-        sync(path.parent)
-    except OSError as error:
-        raise disk_error(error, path) from error
+        yield path
     finally:
-        temporary.unlink(missing_ok=True)
+        _remove(path)
+        _writing.discard(path.absolute())
+
+
+def _remove(path: Path) -> None:
+    """Another process may be removing it as well."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def verify(folder: Path, *, kind: str, thorough: bool = True) -> dict[str, Any]:
@@ -234,18 +265,24 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         raise OSError(str(error)) from error
 
 
-def sweep(folder: Path) -> int:
-    """Remove what a killed process left half-written; how many. What a living process writes stays."""
+def sweep(folder: Path, name: str | None = None) -> int:
+    """Remove what a killed process left half-written; how many. What a living process writes stays.
+
+    Args:
+        name: only what was to become this file or folder; None for all in `folder`.
+    """
     swept = 0
-    for orphan in sorted(folder.glob(f"*{_TEMPORARY}*")) if folder.is_dir() else []:
+    pattern = f"{'*' if name is None else glob.escape(name)}{_TEMPORARY}*"
+    for orphan in sorted(folder.glob(pattern)) if folder.is_dir() else []:
         pid = orphan.name.rpartition("-")[2]
-        if not pid.isdecimal() or (alive(int(pid)) and int(pid) != os.getpid()):
+        if not pid.isdecimal() or (alive(int(pid)) and int(pid) != os.getpid()) or orphan.absolute() in _writing:
             continue
         target = orphan.with_name(orphan.name.partition(_TEMPORARY)[0])
-        if orphan.name == f"{target.name}{_OLD}{pid}" and not target.exists():
-            orphan.rename(target)  # killed between the two renames of `publish`
+        if orphan.name.startswith(f"{target.name}{_OLD}") and not target.exists():
+            with suppress(FileNotFoundError):  # another process was faster
+                orphan.rename(target)  # killed between the two renames of `publish`
             continue
-        shutil.rmtree(orphan) if orphan.is_dir() else orphan.unlink()
+        _remove(orphan)
         swept += 1
     return swept
 
