@@ -188,11 +188,11 @@ class RunFolder:
         if not self._lock.claimed or self._lock.is_ours():
             return
         if self._lock.file.exists():
-            what, fix = "another process has taken over this run", "let one process at a time write to it"
-            raise ResourceError(252, what, where=str(self.path), fix=fix)
+            fix = "let one process at a time write to it"
+            raise ResourceError(252, "another process has taken over this run", where=str(self.path), fix=fix)
         if not self.manifest_file.is_file():
-            what, fix = "the run folder is gone", "put it back and go on with --resume, or train again"
-            raise ResourceError(251, what, where=str(self.path), fix=fix)
+            fix = "put it back and go on with --resume, or train again"
+            raise ResourceError(251, "the run folder is gone", where=str(self.path), fix=fix)
 
     def _empty(self) -> None:
         for item in self.path.iterdir():
