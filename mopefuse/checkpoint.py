@@ -7,11 +7,14 @@ its place, synced, and renamed into it; without a valid manifest it does not exi
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +33,9 @@ MANIFEST = "manifest.json"
 FREE_SPACE = "free space, and run the command again"
 _CHUNK = 1 << 20  # bytes
 _WEIGHTS = (".safetensors", ".onnx", ".pt2", ".data")
-TEMPORARY, _OLD = ".tmp-", ".tmp-old-"  # before the number of the process that writes
+TEMPORARY, _OLD = ".tmp-", ".tmp-old-"  # before a number and that of the process that writes
+_numbers = itertools.count()
+_writing: set[Path] = set()  # names that this process uses now
 
 
 def publish(target: Path, write: Callable[[Path], None], facts: Mapping[str, Any]) -> None:
@@ -39,33 +44,26 @@ def publish(target: Path, write: Callable[[Path], None], facts: Mapping[str, Any
     Raises:
         ResourceError: the disk is full or cannot be written; `target` is as it was before.
     """
-    temporary = target.with_name(f"{target.name}{TEMPORARY}{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-        write(temporary)
-        files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        mode = temporary.stat().st_mode & 0o666  # as the umask has it, also of what a library wrote for the owner alone
-        for path in files:
-            path.chmod(mode)
-            sync(path)
-        listed = {str(path.relative_to(temporary)): {"sha256": sha256(path), "size": path.stat().st_size} for path in files}
-        manifest = {"format": FORMAT, **facts, "files": listed}
-        (temporary / MANIFEST).write_text(dump_json(manifest), encoding="utf-8")
-        sync(temporary / MANIFEST)
-        sync(temporary)
-        if target.exists():
-            old = target.with_name(f"{target.name}{_OLD}{os.getpid()}")
-            target.rename(old)  # `sweep` brings it back should the next line not be reached
+    with _temporary(target) as temporary, _temporary(target, _OLD) as old:
+        try:
+            temporary.mkdir(parents=True)
+            write(temporary)
+            files = sorted(path for path in temporary.rglob("*") if path.is_file())
+            mode = temporary.stat().st_mode & 0o666  # as the umask has it, also of what a library wrote for the owner alone
+            for path in files:
+                path.chmod(mode)
+                sync(path)
+            listed = {str(path.relative_to(temporary)): {"sha256": sha256(path), "size": path.stat().st_size} for path in files}
+            manifest = {"format": FORMAT, **facts, "files": listed}
+            (temporary / MANIFEST).write_text(dump_json(manifest), encoding="utf-8")
+            sync(temporary / MANIFEST)
+            sync(temporary)
+            if target.exists():
+                target.rename(old)  # `sweep` brings it back should the next line not be reached
             temporary.rename(target)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(target)
-        sync(target.parent)
-    except OSError as error:
-        raise disk_error(error, target) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            sync(target.parent)
+        except OSError as error:
+            raise disk_error(error, target) from error
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -75,18 +73,51 @@ def write_atomically(path: Path, text: str) -> None:
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
     """Replace a text file by pieces as they come, whole or not at all; its folder is made if it is not there."""
-    temporary = path.with_name(f"{path.name}{TEMPORARY}{os.getpid()}")
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        file.writelines(lines)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path`: what is written there takes the place of `path` at the end, whole or not at all.
+
+    Raises:
+        ResourceError: the disk is full or cannot be written; `path` is as it was before.
+    """
+    with _temporary(path) as temporary:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            sync(temporary)
+            temporary.replace(path)
+            sync(path.parent)
+        except OSError as error:
+            raise disk_error(error, path) from error
+
+
+@contextmanager
+def _temporary(target: Path, kind: str = TEMPORARY) -> Iterator[Path]:
+    """A name beside `target` that no other process or thread uses; what has it at the end is removed.
+
+    What earlier writers of `target` left when they were killed is swept first.
+    """
+    with suppress(OSError):
+        sweep(target.parent, target.name)
+    path = target.with_name(f"{target.name}{kind}{next(_numbers)}-{os.getpid()}")
+    _writing.add(path.absolute())
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            file.writelines(lines)
-        sync(temporary)
-        temporary.replace(path)
-        sync(path.parent)
-    except OSError as error:
-        raise disk_error(error, path) from error
+        yield path
     finally:
-        temporary.unlink(missing_ok=True)
+        _remove(path)
+        _writing.discard(path.absolute())
+
+
+def _remove(path: Path) -> None:
+    """Another process may be removing it as well."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def check_parent(path: Path, where: str = "--out") -> None:
@@ -250,21 +281,24 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         raise OSError(str(error)) from error
 
 
-def sweep(folder: Path) -> int:
-    """Remove what a killed process left half-written; how many. What a living process writes stays."""
+def sweep(folder: Path, name: str | None = None) -> int:
+    """Remove what a killed process left half-written; how many. What a living process writes stays.
+
+    Args:
+        name: only what was to become this file or folder; None for all in `folder`.
+    """
     swept = 0
-    for orphan in sorted(folder.glob(f"*{TEMPORARY}*")) if folder.is_dir() else []:
+    pattern = f"{'*' if name is None else glob.escape(name)}{TEMPORARY}*"
+    for orphan in sorted(folder.glob(pattern)) if folder.is_dir() else []:
         pid = orphan.name.rpartition("-")[2]
-        if not pid.isdecimal() or (alive(int(pid)) and int(pid) != os.getpid()):
+        if not pid.isdecimal() or (alive(int(pid)) and int(pid) != os.getpid()) or orphan.absolute() in _writing:
             continue
         target = orphan.with_name(orphan.name.partition(TEMPORARY)[0])
-        if orphan.name == f"{target.name}{_OLD}{pid}" and not target.exists():
-            orphan.rename(target)  # killed between the two renames of `publish`
+        if orphan.name.startswith(f"{target.name}{_OLD}") and not target.exists():
+            with suppress(FileNotFoundError):  # another process was faster
+                orphan.rename(target)  # killed between the two renames of `publish`
             continue
-        if orphan.is_dir():
-            shutil.rmtree(orphan, ignore_errors=True)  # another process may be sweeping as well
-        else:
-            orphan.unlink(missing_ok=True)
+        _remove(orphan)
         swept += 1
     return swept
 

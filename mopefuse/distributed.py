@@ -33,7 +33,9 @@ def start() -> tuple[int, int]:
         if gpus:
             torch.cuda.set_device(local_rank())
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=_TIMEOUT)
-        _waiting = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        everyone = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        assert isinstance(everyone, dist.ProcessGroup)
+        _waiting = everyone
     return rank(), world_size()
 
 

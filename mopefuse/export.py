@@ -15,7 +15,7 @@ import torch
 from mopefuse import adapter
 from mopefuse.bundle import Maker, Notice, Parity, public
 from mopefuse.card import model_card
-from mopefuse.checkpoint import check_parent, dump_json, publish, write_tensors
+from mopefuse.checkpoint import check_parent, dump_json, publish, sweep, write_tensors
 from mopefuse.errors import ConfigError
 from mopefuse.evaluate import Loaded, load_model
 from mopefuse.libraries import require
@@ -68,6 +68,7 @@ def export(
         EncoderError: an encoder cannot be traced or its tokenizer cannot be taken along.
         GateError: the graph's answers or inputs are not those of the model.
     """
+    sweep(out.absolute().parent, out.name)  # what was killed while it was replaced is back in its place
     _refuse(out, form, {"--int8": int8, "--routing": routing, "--half": half}, overwrite)
     if form == "onnx":
         require("onnx", "onnxscript", "onnxruntime", extra="export", what="export")

@@ -111,8 +111,8 @@ class RunFolder:
         return self.manifest_file.is_file() and read_json(self.manifest_file).get("kind") == KIND
 
     def begun(self) -> bool:
-        """Whether there is a run to resume: one that has published a checkpoint, or kept what it starts from."""
-        return self.exists() and (bool(self.steps()) or self._start.is_dir())
+        """Whether there is a run to resume: one that has published a checkpoint, or does not start from scratch."""
+        return self.exists() and bool(self.steps() or read_json(self.manifest_file).get("start"))
 
     def _never_began(self) -> bool:
         """No such folder, or one of a run that ended before its first checkpoint, as on an error in the data."""
@@ -190,11 +190,11 @@ class RunFolder:
         if not self._lock.claimed or self._lock.is_ours():
             return
         if self._lock.file.exists():
-            what, fix = "another process has taken over this run", "let one process at a time write to it"
-            raise ResourceError(252, what, where=str(self.path), fix=fix)
+            fix = "let one process at a time write to it"
+            raise ResourceError(252, "another process has taken over this run", where=str(self.path), fix=fix)
         if not self.manifest_file.is_file():
-            what, fix = "the run folder is gone", "put it back and go on with --resume, or train again"
-            raise ResourceError(251, what, where=str(self.path), fix=fix)
+            fix = "put it back and go on with --resume, or train again"
+            raise ResourceError(251, "the run folder is gone", where=str(self.path), fix=fix)
 
     def _empty(self) -> None:
         for item in self.path.iterdir():
@@ -277,22 +277,26 @@ class RunFolder:
     # -- where it starts from
 
     def keep_start(self, write: Callable[[Path], None], facts: Mapping[str, Any]) -> None:
-        """Publish what the run starts from instead of from scratch, until its first checkpoint is published."""
+        """Keep what a run starts from until its first checkpoint is published; the run's facts repeat their ``start``."""
         publish(self._start, write, {"kind": START, **facts})
 
     def kept_start(self) -> tuple[Path, dict[str, Any]] | None:
         """The folder of `keep_start`, verified, with its facts; None for a run that has a checkpoint or starts from scratch.
 
         Raises:
-            CheckpointError: it is damaged.
+            CheckpointError: it is damaged, gone, or of another run.
         """
-        if self.steps() or not self._start.is_dir():
+        expected = read_json(self.manifest_file).get("start")
+        if self.steps() or not expected:
             return None
         try:
-            return self._start, verify(self._start, kind=START)
+            facts = verify(self._start, kind=START)
+            if facts.get("start") != expected:
+                raise CheckpointError(250, "what is kept is not what this run starts from", where=str(self._start))
         except CheckpointError as error:
             error.fix = "begin anew: run mopefuse swap-encoder again"
             raise
+        return self._start, facts
 
     def drop_start(self) -> None:
         """Forget what the run was to start from."""

@@ -10,6 +10,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 
@@ -149,6 +150,7 @@ def _train(
     devices.place(model, device)
     config = model.config = resolved(config, model)
     facts = _facts(config, data, model)
+    facts["start"] = uuid4().hex if start else None  # which of several attempts in a folder it is
     facts["warm_up"] = {"names": list(start.fresh), "epochs": start.warm_up} if start and start.warm_up else None
     if begun is not None:
         if any(begun[key] != facts[key] for key in ("data", "labels", "multi_label")):
@@ -173,6 +175,8 @@ def _train(
         listener.notice(f"resuming at step {step} of {trainer.total}")
     else:
         distributed.on_main(lambda: folder.rewind_log(-1))  # of an attempt that ended before its first checkpoint
+        if begun is not None:
+            distributed.on_main(lambda: _write_settings(folder, config, data, facts))
         if (begun_from := closed_form.start(trainer, start)) is not None:
             trainer.begin(begun_from.state)
     with StopRequest() as stop:
@@ -198,7 +202,7 @@ def _begin(folder: RunFolder, config: RunConfig, data: DataSet, facts: dict[str,
     if start is None:
         folder.drop_start()
     else:
-        kept = {"fresh": list(start.fresh), "warm_up": start.warm_up}
+        kept = {"start": facts["start"], "fresh": list(start.fresh), "warm_up": start.warm_up}
         folder.keep_start(lambda to: write_tensors(to / _WEIGHTS, start.state), kept)
     _write_settings(folder, config, data, facts)
 

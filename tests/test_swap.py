@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -286,8 +287,9 @@ def test_a_swap_that_is_stopped_before_its_first_checkpoint_resumes_as_the_swap(
         with pytest.raises(Unplugged):
             swap_encoder(run, tmp_path / "stopped", **SWAPS[how])
     assert RunFolder(tmp_path / "stopped").steps() == []
-    done = call("train", "--resume", "--out", tmp_path / "stopped")
+    done = call("train", "--resume", "--out", tmp_path / "stopped", "--set", "train.patience=9")
     assert done.returncode == 0, done.stderr
+    assert RunFolder(tmp_path / "stopped").config().train.patience == 9
     for file in ("metrics.jsonl", "predictions.jsonl"):
         assert (tmp_path / "stopped" / file).read_text() == (tmp_path / "whole" / file).read_text()
     for name, tensor in weights(tmp_path / "whole", "step-0").items():
@@ -302,9 +304,19 @@ def test_a_swap_whose_start_is_damaged_does_not_begin_from_scratch(
         _while_features_are_computed(now)
         with pytest.raises(Unplugged):
             swap_encoder(run, tmp_path / "new", comp="tiny:text-b")
-    (tmp_path / "new" / "start" / "weights.safetensors").write_bytes(b"x")
-    done = call("train", "--resume", "--out", tmp_path / "new")
-    assert (done.returncode, "swap-encoder again" in done.stderr) == (6, True)
+    start = tmp_path / "new" / "start"
+    shutil.copytree(start, tmp_path / "start")
+    facts = json.loads((start / "manifest.json").read_text())
+    damages: list[Callable[[], object]] = [
+        lambda: (start / "weights.safetensors").write_bytes(b"x"),
+        lambda: (start / "manifest.json").write_text(json.dumps(facts | {"start": "another"})),
+        lambda: shutil.rmtree(start),
+    ]
+    for damage in damages:
+        shutil.copytree(tmp_path / "start", start, dirs_exist_ok=True)
+        damage()
+        done = call("train", "--resume", "--out", tmp_path / "new")
+        assert (done.returncode, "swap-encoder again" in done.stderr) == (6, True), done.stderr
     swap_encoder(run, tmp_path / "new", comp="tiny:text-b")
     assert call("eval", tmp_path / "new").returncode == 0
 

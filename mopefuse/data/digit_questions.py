@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from mopefuse.checkpoint import replacing
 from mopefuse.errors import DataError
 from mopefuse.regular_files import read_regular
 
@@ -191,13 +190,11 @@ def make(
         _check_same(folder, about)
         return counts
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as beside:
-        building = Path(beside) / "new"
+    with replacing(folder) as building:
         for split, rows in counts.items():
             _write_split(building, split, compose(split, rows, seed))
         about["sha256"] = _digest(building)
         (building / "dataset.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        os.replace(building, folder)
     return counts
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from mopefuse import __version__
-from mopefuse.checkpoint import alive, dump_json, sha256, sync
+from mopefuse.checkpoint import dump_json, sha256, sweep, sync
 from mopefuse.data._source import Sample, Skip, Source, complete, is_file_name
 from mopefuse.data._source_files import SourceFolder, listing, place, sums_file
 from mopefuse.data.subsets import hold_out
@@ -84,7 +84,7 @@ def prepare(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         return {**_same(target, identity), "written": False}
     target.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(target)
+    sweep(target.parent, target.name)
     building = target.with_name(f"{target.name}.tmp-{os.getpid()}")
     try:
         about = identity | _Build(reader, building, advance).run(link=images == "link")
@@ -241,12 +241,3 @@ def _same(target: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     if not whole or listing(target, there) != content:
         raise DataError(70, "files of this data set were changed, added or lost", where=str(target), fix=fix)
     return dict(about)
-
-
-def _sweep(target: Path) -> None:
-    """Remove what earlier tries at `target` left when they were killed; what a living process writes stays."""
-    pattern = re.compile(re.escape(target.name) + r"\.tmp-([0-9]{1,9})")
-    for path in target.parent.iterdir():
-        match = pattern.fullmatch(path.name)
-        if match and path.is_dir() and not path.is_symlink() and (int(match[1]) == os.getpid() or not alive(int(match[1]))):
-            shutil.rmtree(path)

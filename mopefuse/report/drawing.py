@@ -13,6 +13,7 @@ from pathlib import Path
 from markupsafe import Markup
 from PIL import Image, ImageColor, ImageDraw
 
+from mopefuse.checkpoint import replacing, write_atomically
 from mopefuse.report import fonts
 from mopefuse.report.pages import readable
 
@@ -139,10 +140,11 @@ class Drawing:
         return "".join(dict.fromkeys(lost))
 
     def save(self, folder: Path) -> list[Path]:
-        """Write NAME.svg and NAME.png into a folder."""
+        """Write NAME.svg and NAME.png into a folder, each whole or not at all."""
         paths = [folder / f"{self.name}.svg", folder / f"{self.name}.png"]
-        paths[0].write_text(self.svg_file(), encoding="utf-8")
-        self.png().save(paths[1])
+        write_atomically(paths[0], self.svg_file())
+        with replacing(paths[1]) as temporary:
+            self.png().save(temporary, "PNG")
         return paths
 
 

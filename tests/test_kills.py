@@ -1,0 +1,308 @@
+"""SIGKILL at every moment of what writes: no half file has a final name, the next call succeeds, and nothing is left over.
+
+A moment is a change in the folder that is watched: a file opened to write, after which the process dies with nothing in it;
+a folder made, a name changed or removed, before which it dies.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import call, make_pairs
+from PIL import Image
+from prepare_cases import food101
+from test_study import write_study
+from test_train import config
+
+from mopefuse import cache
+from mopefuse.checkpoint import read_json, verify
+from mopefuse.compare import study_facts
+from mopefuse.data.collate import Samples
+from mopefuse.data.digit_questions import make
+from mopefuse.data.load import load_data
+from mopefuse.encoders._base import create_encoder
+from mopefuse.errors import MopefuseError
+from mopefuse.grid import STUDY_FILE, read_study
+from mopefuse.study import run_study
+from mopefuse.train import train
+
+MOMENTS = (0, 1, 2, 3, 5, 7, 10, 14, 19, 25, 32, 40, 60, 90, 130, 200)
+_CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.symlink"}
+Action = Callable[[], Any]
+
+
+def fork(action: Action) -> int:
+    """Do something in a child that shares what is imported; its process number. Its exit code is 0, or the error's."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        action()
+        code = 0
+    except MopefuseError as error:
+        code = error.exit_code
+    finally:
+        os._exit(code)
+
+
+def end_of(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def die_at(moment: int, watched: Path) -> None:
+    """From now on, kill this process at its change number `moment` in a folder."""
+    seen = 0
+
+    def look(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal seen
+        if event not in _CHANGES | {"open"} or not str(arguments[0]).startswith(str(watched)):
+            return
+        flags = int(arguments[2] or 0) if event == "open" else 0
+        if event == "open" and not flags & (os.O_WRONLY | os.O_RDWR):
+            return
+        seen += 1
+        if seen == moment + 1:
+            if event == "open":
+                os.open(arguments[0], flags, 0o644)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(look)
+
+
+def kill_often(action: Action, watched: Path, check: Action, *, at_least: int = 4) -> int:
+    """Do something again and again and kill it, each time a little later, until it comes to its end; how many kills."""
+    for kills, moment in enumerate(MOMENTS):
+
+        def doomed(moment: int = moment) -> None:
+            die_at(moment, watched)
+            action()
+
+        code = end_of(fork(doomed))
+        check()
+        if code == 0:
+            assert kills >= at_least, "it was over before it could be killed often enough"
+            assert list(watched.rglob("*.tmp-*")) == [], "something is left over"
+            return kills
+        assert code == -signal.SIGKILL
+    raise AssertionError("it never came to its end")
+
+
+def cli(*arguments: object) -> Action:
+    def run() -> None:
+        done = call(*arguments)
+        if done.returncode:
+            raise AssertionError(done.stderr)
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache for each test, so that it is written in each."""
+    monkeypatch.setenv("MOPEFUSE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+# -- commands
+
+
+def test_export(trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def whole() -> None:
+        if (out / "adapter").exists():
+            verify(out / "adapter", kind="adapter")
+
+    def export() -> None:
+        if not (out / "adapter").exists():
+            cli("export", trained, "--format", "adapter", "-o", out / "adapter")()
+
+    out.mkdir()
+    kill_often(export, out, whole)
+    assert call("export", "verify", out / "adapter").returncode == 0
+
+
+def test_export_over_an_earlier_one(trained: Path, tmp_path: Path) -> None:
+    """The earlier one is there until the new one is, but for the moment between two names, from which it comes back."""
+    out = tmp_path / "out"
+    out.mkdir()
+    again = ("export", trained, "--format", "adapter", "-o", out / "adapter")
+    assert call(*again).returncode == 0
+    missing = 0
+
+    def whole() -> None:
+        nonlocal missing
+        missing += not (out / "adapter").exists()
+        if not (out / "adapter").exists():
+            refused = call(*again)
+            assert (refused.returncode, "--overwrite" in refused.stderr) == (3, True), "it came back"
+        verify(out / "adapter", kind="adapter")
+
+    kill_often(cli(*again, "--overwrite"), out, whole)
+    assert missing <= 1
+
+
+@pytest.mark.parametrize("name", ["answers.jsonl", "answers.csv"])
+def test_predict(trained: Path, pairs: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "out").mkdir()
+    assert call("predict", trained, pairs / "test.jsonl", "-o", tmp_path / "whole" / name).returncode == 0
+    expected = (tmp_path / "whole" / name).read_text()
+    out = tmp_path / "out" / name
+
+    def whole() -> None:
+        assert not out.exists() or out.read_text() == expected
+
+    kill_often(cli("predict", trained, pairs / "test.jsonl", "-o", out), out.parent, whole, at_least=2)
+    assert out.read_text() == expected
+
+
+def test_report(trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def whole() -> None:
+        for file in out.rglob("*"):
+            if file.suffix in (".html", ".svg"):
+                assert file.read_text().rstrip().endswith(("</html>", "</svg>")), file
+            if file.suffix == ".png":
+                with Image.open(file) as image:
+                    image.load()
+
+    out.mkdir()
+    kill_often(cli("report", trained, "--no-audit", "-o", out / "page.html", "--figures", out / "figures"), out, whole)
+    assert (out / "page.html").is_file() and list((out / "figures").glob("*.png"))
+
+
+def test_data_prepare(tmp_path: Path) -> None:
+    source, out = food101(tmp_path / "source"), tmp_path / "out"
+    out.mkdir()
+
+    def whole() -> None:
+        if (out / "data").exists():
+            assert read_json(out / "data" / "dataset.json")["rows"].keys() >= {"train", "val", "test"}
+
+    kill_often(cli("data", "prepare", "food101", source, out / "data"), out, whole)
+    assert call("data", "prepare", "food101", source, out / "data").returncode == 0, "it is the very preparation"
+
+
+def test_data_make(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    action = lambda: make(out / "data", train=8, val=4, test=4)  # noqa: E731
+
+    def whole() -> None:
+        if (out / "data").exists():
+            action()  # which compares every file
+
+    kill_often(action, out, whole)
+
+
+@pytest.mark.slow
+def test_study(pairs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    file = write_study(tmp_path, pairs, seeds=[0], grid={"prompts.experts": [1]}, baseline=None)
+    study = read_study(str(file), ["train.max_steps=1"])
+
+    def whole() -> None:
+        if (out / STUDY_FILE).exists():
+            assert study_facts(out)["cells"][0]["state"] in ("waiting", "running", "finished")
+
+    kill_often(lambda: run_study(study, out), out, whole, at_least=3)
+    assert study_facts(out)["cells"][0]["state"] == "finished"
+
+
+# -- the cache
+
+
+def fill_cache(data: Path) -> tuple[Any, bytes]:
+    """An index and decoded images: what they say."""
+    settings = config(data).data
+    loaded = load_data(settings)
+    samples = Samples(loaded, "train", {"main": ("image", create_encoder("tiny:vision").preprocess)}, settings)
+    samples.cache_images(lambda *_: None)
+    return loaded.fingerprint(), samples[0, 3]["main"].numpy().tobytes()
+
+
+def whole_entries() -> list[str]:
+    """Kinds of the entries of the cache, all of which are whole."""
+    found = [(kind, folder) for kind, folder, _, _ in cache.entries() if ".tmp-" not in folder.name]
+    for kind, folder in found:
+        verify(folder, kind=kind)
+    return sorted(kind for kind, _ in found)
+
+
+def test_index_and_images(tmp_path: Path, own_cache: Path) -> None:
+    data = make_pairs(tmp_path / "data")
+    expected = fill_cache(data)
+    own_cache.rename(tmp_path / "other")
+    kill_often(lambda: fill_cache(data), own_cache, whole_entries)
+    assert whole_entries() == ["images", "index", "index", "index"]
+    assert fill_cache(data) == expected
+
+
+def test_several_processes_on_one_cache_some_of_them_killed(tmp_path: Path, own_cache: Path) -> None:
+    data = make_pairs(tmp_path / "data")
+    expected = fill_cache(data)
+    for round_ in range(3):
+        own_cache.rename(tmp_path / f"other-{round_}")
+        begin = time.monotonic() + 0.3
+
+        def fill(moment: int | None, begin: float = begin) -> None:
+            time.sleep(max(0.0, begin - time.monotonic()))
+            if moment is not None:
+                die_at(moment, own_cache)
+            assert fill_cache(data) == expected
+
+        children = {fork(lambda moment=moment: fill(moment)): moment for moment in (None, 2 + 3 * round_, None, 9 - round_)}
+        for child, moment in children.items():
+            assert end_of(child) == (0 if moment is None else -signal.SIGKILL)
+        whole_entries()
+        assert fill_cache(data) == expected
+        assert whole_entries() == ["images", "index", "index", "index"]
+
+
+# -- a run
+
+
+def test_of_two_processes_on_one_run_one_trains_it(tmp_path: Path) -> None:
+    data = make_pairs(tmp_path / "data")
+    settings = config(data)
+    for resume in (False, True):
+        run = tmp_path / f"run-{resume}"
+        children = [fork(lambda: train(settings, run, resume=resume)) for _ in range(3)]  # noqa: B023 (done at once)
+        assert sorted(map(end_of, children)) == [0, 3, 3]
+        assert read_json(run / "metrics.json")["steps"] == 6
+        assert not (run / ".lock").exists()
+
+
+def test_the_first_moments_of_a_run(tmp_path: Path) -> None:
+    """Until it is a run: the same command begins it anew, whatever was written."""
+    data = make_pairs(tmp_path / "data")
+    expected = train(config(data, train__epochs=1), tmp_path / "whole")
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    action = lambda: train(config(data, train__epochs=1), runs / "run")  # noqa: E731
+
+    def whole() -> None:
+        if (runs / "run" / "checkpoints").is_dir() and list((runs / "run" / "checkpoints").glob("step-*[0-9]")):
+            raise Published
+
+    class Published(Exception):
+        pass
+
+    with pytest.raises(Published):
+        kill_often(action, runs, whole)
+    result = train(config(data, train__epochs=1), runs / "run", resume=True)
+    assert result["metrics"] == expected["metrics"]
+    assert json.loads((runs / "run" / "metrics.json").read_text())["metrics"] == expected["metrics"]
+    assert list(runs.rglob("*.tmp-*")) == []
