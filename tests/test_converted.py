@@ -106,7 +106,8 @@ def test_windows_without_prompts_can_be_converted(family: str, cases: dict[str, 
 def test_every_method_can_be_converted(name: str, gate: str) -> None:
     if "warm start" in name and gate == "none":
         return  # refused when it is built
-    model = build("tiny:vision", "tiny:text", **EVERY_METHOD[name], **({} if "prompts" in EVERY_METHOD[name] else {"gate": gate}))
+    options = {"prompts": {"gate": gate}, **EVERY_METHOD[name]}
+    model = build("tiny:vision", "tiny:text", **options)
     open_gates(model)
     check_types(model)
 
