@@ -17,14 +17,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mopefuse.data._base import Batch
 
+FAKE = FakeTensorMode(allow_non_fake_inputs=True)
+"""One for all: libraries keep tensors in caches, and those of one mode are refused in another."""
+
 
 def on_fake_cuda(tensor: Tensor) -> Tensor:
-    """A tensor of the same shape and type on the device; only within a `FakeTensorMode`."""
+    """A tensor of the same shape and type on the device; only within `FAKE`."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
 
 
 def move(model: nn.Module) -> None:
-    """All parameters and buffers of a model to the device, in place; only within a `FakeTensorMode`."""
+    """All parameters and buffers of a model to the device, in place; only within `FAKE`."""
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -98,6 +101,3 @@ def _fitting(gradient: Tensor | None, like: Any) -> Tensor | None:
     if tuple(gradient.shape) != tuple(like.shape):
         gradient = gradient.sum_to_size(*like.shape)
     return gradient.to(like.dtype)
-
-
-__all__ = ["FakeTensorMode", "autocast", "backward", "move", "moved", "on_fake_cuda"]

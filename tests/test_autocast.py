@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from encoder_cases import TIMM, Case
-from fake_cuda import FakeTensorMode, autocast, backward, move, moved
+from fake_cuda import FAKE, autocast, backward, move, moved
 from test_encoders import FAMILIES, cases  # noqa: F401 (a fixture)
 from test_fusion import TEXTS, build, images, open_gates
 from test_lora import SMALL_BERT
@@ -34,16 +34,17 @@ def runs_on_fake_cuda(model: Fusion) -> None:
     """Forward, backward and evaluation in both half precisions, as training and validation do them."""
     batch = model.collate(images(3), TEXTS[:3])
     learns = bool(model.ours()) and not model.closed_form
-    with FakeTensorMode():
+    with FAKE:
         move(model)
         on_device = moved(batch)
         for dtype in (torch.bfloat16, torch.float16):
             model.train()
             with autocast(dtype):
-                logits_BN = model(on_device).logits
-            assert logits_BN.dtype == torch.float32
+                output = model(on_device)
+            logits = [each_BN for each_BN in (output.logits_BN, output.alone_BN) if each_BN is not None]
+            assert all(each_BN.dtype == torch.float32 for each_BN in logits)
             if learns:
-                backward(logits_BN.square().sum())
+                backward(torch.cat(logits).square().sum())
                 assert all(parameter.grad is not None for parameter in model.ours().values())
                 model.zero_grad()
             model.eval()

@@ -279,7 +279,8 @@ def test_importing_the_package_does_not_import_torch() -> None:
     [
         (images(1), ["a", "b"], "1 images and 2 texts"),
         ([], [], "0 images"),
-        (["shoe.jpg"], ["a"], "got str and str"),
+        ([4], ["a"], "got int and str"),
+        (["shoe.jpg"], ["a"], "image not found: shoe.jpg"),
         (images(1), [3], "got Image and int"),
     ],
 )

@@ -29,6 +29,7 @@ from mopefuse.encoders import _lora
 from mopefuse.encoders._attention import Insert, Prompt, attend, attend_prompts, parts_of, split_fused, split_heads
 from mopefuse.encoders._prompted import PromptedEncoder
 from mopefuse.encoders._windows import attend_in_windows
+from mopefuse.precision import exact
 
 
 def prompt_model(encoder: PromptedEncoder, model: Any) -> None:
@@ -141,23 +142,35 @@ def _swin(self: Any, x_NLD: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def _swin_v2(self: Any, x_NLD: Tensor, mask: Tensor | None = None) -> Tensor:
-    """`WindowAttention.forward` of Swin V2, with the prompt in the slot: keys and queries of length 1, a scale per head."""
+    """`WindowAttention.forward` of Swin V2, with the prompt in the slot: keys and queries of length 1, a scale per head.
+
+    timm's own has no numbers for padding in float16, in which the least length that it divides by is 0.
+    """
     prompt: Prompt | None = self.prompt_slot.take()
-    if prompt is None:
+    if prompt is None and x_NLD.dtype != torch.float16:
         out: Tensor = swin_transformer_v2.WindowAttention.forward(self, x_NLD, mask)
         return out
-    (q, k, v), (prompt_k, prompt_v) = _project(self, x_NLD), _project_prompt(self, prompt)
-    q, k, prompt_k = (F.normalize(part, dim=-1) for part in (q, k, prompt_k))
+    q, k, v = _project(self, x_NLD)
+    q, k = _of_length_1(q), _of_length_1(k)
     scale_H11 = self.logit_scale.clamp(max=math.log(100.0)).exp()
     bias = _position_bias_v2(self)
-    if prompt.gate_H is None:
-        bias = _with_mask(bias, mask, x_NLD.shape[0])
-        return _leave(self, attend(q * scale_H11, k, v, prompt_k, prompt_v, mask=bias, scale=1.0))
+    if prompt is not None:
+        prompt_k, prompt_v = _project_prompt(self, prompt)
+        prompt_k = _of_length_1(prompt_k)
+        if prompt.gate_H is None:
+            bias = _with_mask(bias, mask, x_NLD.shape[0])
+            return _leave(self, attend(q * scale_H11, k, v, prompt_k, prompt_v, mask=bias, scale=1.0))
     scores = (q @ k.transpose(-2, -1)) * scale_H11 + bias
     if mask is not None:
         scores = (scores.unflatten(0, (-1, mask.shape[0])) + mask[:, None]).flatten(0, 1)
-    attended = scores.softmax(dim=-1) @ v + attend_prompts(q * scale_H11, prompt_k, prompt_v, prompt.gate_H, scale=1.0)
+    attended = scores.softmax(dim=-1) @ v
+    if prompt is not None and prompt.gate_H is not None:
+        attended = attended + attend_prompts(q * scale_H11, prompt_k, prompt_v, prompt.gate_H, scale=1.0)
     return _leave(self, attended)
+
+
+def _of_length_1(x_NHLE: Tensor) -> Tensor:
+    return F.normalize(exact(x_NHLE), dim=-1).to(x_NHLE.dtype)
 
 
 class _Kind(NamedTuple):
