@@ -166,7 +166,7 @@ class Data(Section):
     randaugment_magnitude: int = Field(9, ge=0, le=30, description="strength, with augment randaugment")
     crop_scale: float = Field(0.5, gt=0, le=1, description="least share of an image's area that augment crop keeps")
     cache_images: bool = Field(False, description="keep decoded, resized images in one file, which all runs share")
-    cache_features: bool = Field(True, description="compute what frozen encoders say of a sample once, where it cannot change")
+    cache_features: bool = Field(True, description="compute features of frozen encoders once per sample, for all runs")
     max_pixels: int = Field(50_000_000, ge=1, le=89_000_000, description="images with more pixels are refused unread")
     image_stats: Literal["encoder", "mmbt"] = Field("encoder", description="mean and deviation that images are normalised with")
 

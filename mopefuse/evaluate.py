@@ -166,14 +166,20 @@ def check_encoders(model: Fusion, manifest: dict[str, Any], *, where: str) -> No
         changed = [] if before is None else differences(before, now)
         expected = recorded.get("fingerprint")
         if side in fingerprints and fingerprints[side] != expected:
-            what = f"the weights of {encoder.spec} are not those that the run was trained with"
             changed.insert(0, f"fingerprint {fingerprints[side]}, expected {expected}")
-            raise CheckpointError(8, f"{what} ({_some(changed)})", where=where, fix=_SAME_ENCODER)
+            raise CheckpointError(
+                8,
+                f"the weights of {encoder.spec} are not those that the run was trained with ({_some(changed)})",
+                where=where,
+                fix=_SAME_ENCODER,
+            )
         if changed:
-            what = f"{encoder.spec} is not the encoder that the run was trained with, though its weights are equal"
-            if side not in fingerprints:
-                what = f"{encoder.spec} is not the encoder that the run was trained with"
-            raise CheckpointError(220, f"{what}: {_some(changed)}", where=where, fix=_SAME_ENCODER)
+            raise CheckpointError(
+                220,
+                f"{encoder.spec} is not the encoder that the run was trained with: {_some(changed)}",
+                where=where,
+                fix=_SAME_ENCODER,
+            )
         if before is not None and (versions := other_versions(before, now)):
             text = f"{encoder.spec} was trained with other versions of libraries ({', '.join(versions)})"
             warnings.warn(f"{text}; answers may differ slightly", Notice, stacklevel=2)

@@ -38,6 +38,14 @@ The contract: an encoder stays frozen; a sample depends neither on its batch nor
 of 0, the output is that of the untouched library, bit for bit; a prompt at each layer has an effect, gets a gradient, and
 leaves nothing behind. Tests compare ungated prompts with tokens that are inserted into a plain model of the library.
 
+Images have the size that the model's own image processor declares (of DINOv2 224 pixels, although its positions are for 518):
+positions are interpolated where that differs. `?size=N` asks for another size wherever the model can take one. `mopefuse
+encoders inspect SPEC` shows size, statistics and tokens per image.
+
+A run records more of an encoder than its weights: resolved configuration, pooling, preprocessing, a digest of the tokenizer
+and library versions. Loading it onto an encoder that differs is an error that names the field; another library version is
+a notice.
+
 The table is generated (`python scripts/encoders_page.py`) with small random models of each family.
 
 | family | reads | prompted layers | contract |

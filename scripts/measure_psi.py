@@ -1,4 +1,4 @@
-"""Measure what caching psi saves: time of the second epoch with and without, and whether the weights are the same bits.
+"""Measure what caching psi saves: time of the second epoch with and without, and how far the weights differ.
 
 ``python scripts/measure_psi.py [--main SPEC] [--comp SPEC]``; random weights and data, in a temporary folder.
 """
@@ -48,7 +48,7 @@ def make(root: Path, counts: dict[str, int], words: int) -> None:
 
 
 def main() -> None:
-    """Print the second epoch's time of each kind, their ratio, and whether the weights are equal."""
+    """Print the second epoch's time of each kind, their ratio, and the largest difference of a weight."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--main", default="timm:swin_base?pretrained=false")
     parser.add_argument("--comp", default="hf:bert-base?pretrained=false&max_tokens=64")
@@ -76,8 +76,8 @@ def main() -> None:
             last = max((Path(folder) / str(cached) / "checkpoints").glob("step-*"), key=lambda path: int(path.name[5:]))
             weights[cached] = load_file(last / "weights.safetensors")
             print(f"psi {'cached' if cached else 'computed'}: second epoch {seconds[cached]:.1f} s", flush=True)
-        same = all(torch.equal(weights[True][name], tensor) for name, tensor in weights[False].items())
-        print(f"ratio {seconds[True] / seconds[False]:.2f}, final weights {'equal to the bit' if same else 'DIFFER'}")
+        difference = max(float((weights[True][name] - tensor).abs().max()) for name, tensor in weights[False].items())
+        print(f"ratio {seconds[True] / seconds[False]:.2f}, largest difference of a final weight {difference:.1e}")
 
 
 if __name__ == "__main__":

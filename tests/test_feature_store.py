@@ -98,8 +98,8 @@ def test_another_fraction_split_and_data_set_of_the_same_samples_computes_only_w
     whole = features(data)
     assert (sum(encoded), first.different) == (40, some)
     assert whole.origin == f"{40 - some} of them now and kept in the cache, the others known from it"
-    for how in ({}, {"fraction": 0.3}, {"fraction": 0.9}):
-        assert "read from" in features(data, **how).origin
+    for share in (None, 0.3, 0.9):
+        assert "read from" in features(data, fraction=share).origin
     same = shutil.copytree(data, tmp_path / "elsewhere")
     lines = (same / "train.jsonl").read_text().splitlines()
     (same / "train.jsonl").write_text("\n".join(reversed(lines)) + "\n")

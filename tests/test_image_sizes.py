@@ -354,3 +354,5 @@ def test_inspect_and_training_see_the_declared_size(tmp_path: Path) -> None:
     done = call("train", "--main", f"{spec}?size=56", *arguments, "--data", data, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert call("eval", tmp_path / "run", "--device", "cpu").returncode == 0
+    done = call("export", tmp_path / "run", "-o", tmp_path / "bundle")  # compares the graph's answers with the model's
+    assert done.returncode == 0, done.stderr

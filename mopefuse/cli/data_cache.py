@@ -32,7 +32,7 @@ def cache(
     for kind, meaning in _KINDS.items():
         mine = [(length, facts) for other, _, length, facts in entries if other == kind]
         count = sum(int(facts.get("images" if kind == "images" else "rows") or 0) for _, facts in mine)
-        rows.append([meaning, str(len(mine)), f"{count:,}" if kind != "models" else "", size(sum(length for length, _ in mine))])
+        rows.append([meaning, str(len(mine)), f"{count:,}" if count else "", size(sum(length for length, _ in mine))])
     table(f"{kept.root() or 'no folder can be written'}", ["kept", "entries", "samples", "size"], rows)
     if clear:
         out().print(f"removed: {size(freed)}", markup=False)

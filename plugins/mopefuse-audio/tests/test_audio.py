@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 import transformers
 from mopefuse_audio import AudioEncoder
 
-from mopefuse.encoders import Prompt, create_encoder
+from mopefuse.encoders import Prompt, _description, create_encoder
 from mopefuse.errors import DataError, EncoderError
 from mopefuse.testing import check_encoder
 
@@ -128,3 +130,31 @@ def test_options_are_checked(option: str, folders: dict[str, Path]) -> None:
 def test_built_in_configurations_need_no_network() -> None:
     for name, built_in in AudioEncoder.built_in.items():
         assert transformers.AutoConfig.for_model(built_in.model_type, **built_in.config), name
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "changes", "said"),
+    [
+        ("wav2vec2", "config.json", {"hidden_act": "relu"}, "model.hidden_act"),
+        ("wav2vec2", "config.json", {"num_attention_heads": 2}, "model.num_attention_heads"),
+        ("wav2vec2", "preprocessor_config.json", {"do_normalize": False}, "preprocess.normalise"),
+        ("wav2vec2", "preprocessor_config.json", {"sampling_rate": 8000}, "preprocess.rate"),
+        ("whisper", "preprocessor_config.json", {"n_fft": 200}, "preprocess.window"),
+    ],
+)
+def test_what_changes_an_encoder_beside_its_weights_changes_its_description(
+    folders: dict[str, Path], tmp_path: Path, name: str, file: str, changes: dict[str, Any], said: str
+) -> None:
+    copy = shutil.copytree(folders[name], tmp_path / "copy")
+    kind = "WhisperFeatureExtractor" if name == "whisper" else "Wav2Vec2FeatureExtractor"
+    extractor = {"feature_extractor_type": kind, "sampling_rate": 16000, "do_normalize": True, "n_fft": 400, "feature_size": 1}
+    (copy / "preprocessor_config.json").write_text(json.dumps(extractor | ({"feature_size": 16} if name == "whisper" else {})))
+    before = create_encoder(spec(name, copy))
+    assert before.describe() == create_encoder(spec(name, copy)).describe()
+    assert str(tmp_path) not in json.dumps(before.describe())
+    assert before.describe()["libraries"].keys() >= {"transformers", "soxr", "torch"}
+    (copy / file).write_text(json.dumps(json.loads((copy / file).read_text()) | changes))
+    now = create_encoder(spec(name, copy))
+    assert now.fingerprint() == before.fingerprint()
+    assert [text for text in _description.differences(before.describe(), now.describe()) if text.startswith(said)]
+    assert now.digest() != before.digest()
