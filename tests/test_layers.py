@@ -11,9 +11,9 @@ import mopefuse
 
 ROOT = Path(mopefuse.__file__).parent
 ORDER = (  # from below; a module imports from rows above its own line, or from its own package
-    "errors",
+    "errors shown",
     "settings",
-    "registry config signals gates pixels tokens bootstrap libraries shown",
+    "registry config signals gates pixels tokens bootstrap libraries",
     "space plugins modality sides shares",
     "recipe checkpoint distributed metrics routing",
     "run device cache room",

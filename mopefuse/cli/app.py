@@ -21,7 +21,7 @@ from mopefuse.cli import plugins as plug
 from mopefuse.cli import swap_encoder as swap
 from mopefuse.cli._render import print_json, speaks_unicode
 from mopefuse.errors import Interrupted, MopefuseError, Notice
-from mopefuse.libraries import mendable
+from mopefuse.libraries import guard_imports, mendable
 
 app = typer.Typer(
     name="mopefuse",
@@ -69,6 +69,7 @@ def main() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     _show_notices()
+    guard_imports()
     os.environ.setdefault("MOPEFUSE_FLUSH_DENORMALS", "1")  # see mopefuse.device
     try:
         try:
