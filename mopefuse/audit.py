@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from mopefuse import device as devices
 from mopefuse import metrics
+from mopefuse.bootstrap import Outcome, difference
 from mopefuse.config import RunConfig
 from mopefuse.data._base import DataSet
 from mopefuse.data.altered import Blank, Shuffled, derangement
@@ -32,6 +34,7 @@ from mopefuse.source import trained
 Advance = Callable[[str, int, int], None]  # (of which condition, samples done, samples in all)
 MOST = 2000
 """Samples that are looked at, unless another number is given."""
+_RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,8 @@ class Condition:
         modality: that was shuffled or blank.
         metrics: as those of an evaluation.
         changed: share of the samples that get another answer than as is.
-        lost: mean score of a sample as is, less that here; a score is 1 for a right answer, or the F1 of the labels given.
-        error: standard error of `lost`, sample by sample.
+        lost: what the metric that selects checkpoints is as is, less what it is here.
+        low, high: 95 % interval of `lost`, by a paired bootstrap over the samples.
         logits_SN: of every sample.
     """
 
@@ -52,14 +55,15 @@ class Condition:
     metrics: dict[str, float]
     changed: float
     lost: float
-    error: float
+    low: float
+    high: float
     logits_SN: Tensor = field(repr=False, compare=False)
     modality: str = ""
 
     @property
     def matters(self) -> bool:
-        """Whether `lost` is other than 0 beyond chance (1.96 standard errors)."""
-        return abs(self.lost) > 1.96 * self.error
+        """Whether `lost` is more than noise: its interval does not reach 0."""
+        return self.low > 0 or self.high < 0
 
 
 @dataclass(frozen=True)
@@ -117,16 +121,23 @@ class Audit:
             return f"The model uses the {other}: {fell}."
         if shuffled.matters:
             return f"The {other} misleads the model: {fell}."
-        # Where no answer changed, the rule of three: Hanley and Lippman-Hand, "If nothing goes wrong", JAMA 1983.
-        bound = 196 * shuffled.error if shuffled.error else min(100.0, 300 / self.samples)
-        unsure = f"of {self.samples:,} samples, less than {bound:.1f} points may be chance"
-        return f"There is no sign that the model uses the {other}: {fell} ({unsure})."
+        return f"There is no sign that the model uses the {other}: {fell} ({self._noise(shuffled)})."
+
+    def _noise(self, shuffled: Condition) -> str:
+        """How sure it is that nothing was lost, in words."""
+        if shuffled.low == shuffled.high:
+            # The rule of three: Hanley and Lippman-Hand, "If nothing goes wrong, is everything all right?", JAMA 1983.
+            unseen = min(100.0, 300 / self.samples)
+            return f"nothing changed; with {self.samples:,} samples a loss of up to {unseen:.1f} points can go unseen"
+        low, high = 100 * shuffled.low, 100 * shuffled.high
+        interval = f"95 % interval {low:+.1f} to {high:+.1f}, {self.samples:,} samples"
+        return f"a loss of {100 * shuffled.lost:.1f} points is within noise: {interval}"
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but the logits."""
         facts = ("split", "samples", "total", "metric", "modality", "read", "same", "verdict")
         rows = [
-            {name: getattr(condition, name) for name in ("name", "modality", "metrics", "changed", "lost", "error", "matters")}
+            {name: getattr(condition, name) for name in ("name", "modality", "metrics", "changed", "lost", "low", "high", "matters")}
             for condition in self.conditions
         ]
         return {**{name: getattr(self, name) for name in facts}, "conditions": rows}
@@ -245,30 +256,17 @@ def _condition(
     name: str, modality: str, logits_SN: Tensor, as_is_SN: Tensor, data: DataSet, split: str, thresholds: metrics.Thresholds
 ) -> Condition:
     targets = data.targets(split)
+    actual_SN = targets.bool() if data.multi_label else one_hot(targets, logits_SN.shape[-1]).bool()
     before_SN, after_SN = (_answers(value, thresholds, data.multi_label) for value in (as_is_SN, logits_SN))
-    lost_S = _scores(before_SN, targets) - _scores(after_SN, targets)
-    return Condition(
-        name,
-        split_metrics(logits_SN, data, split, thresholds),
-        float((before_SN != after_SN).any(dim=-1).float().mean()),
-        float(lost_S.mean()),
-        float(lost_S.std(correction=0)) / len(lost_S) ** 0.5,
-        logits_SN,
-        modality,
-    )
+    before, after = (Outcome(given_SN.numpy(), actual_SN.numpy()) for given_SN in (before_SN, after_SN))
+    lost = difference([before], [after], selected_metric(multi_label=data.multi_label), resamples=_RESAMPLES)
+    changed = float((before_SN != after_SN).any(dim=-1).float().mean())
+    found = split_metrics(logits_SN, data, split, thresholds)
+    return Condition(name, found, changed, lost.value, lost.low, lost.high, logits_SN, modality)
 
 
 def _answers(logits_SN: Tensor, thresholds: metrics.Thresholds, multi_label: bool) -> Tensor:
     """Which labels are given (S, N)."""
     if multi_label:
         return metrics.over(metrics.probabilities(logits_SN, multi_label=True), thresholds)
-    return torch.nn.functional.one_hot(logits_SN.argmax(dim=-1), logits_SN.shape[-1]).bool()
-
-
-def _scores(answers_SN: Tensor, targets: Tensor) -> Tensor:
-    """F1 of the labels given to each sample (S,): with single labels 1 for a right answer, else 0."""
-    if targets.ndim == 1:
-        return answers_SN[torch.arange(len(targets)), targets].double()
-    right_S = (answers_SN & targets.bool()).sum(dim=-1).double()
-    all_S = answers_SN.sum(dim=-1) + targets.sum(dim=-1)
-    return torch.where(all_S > 0, 2 * right_S / all_S.clamp(min=1), 1.0)
+    return one_hot(logits_SN.argmax(dim=-1), logits_SN.shape[-1]).bool()

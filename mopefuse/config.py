@@ -16,6 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from mopefuse.errors import Notice
 from mopefuse.settings import invalid, keys_in
 
+# Bounds that no useful model reaches: a mistyped size is refused here instead of filling the memory.
+_MOST_TOKENS = 4096  # of a prompt; also experts of a layer
+_WIDEST = 16_384  # width of a hidden layer
+_MANY = 10**9  # of what takes no memory, so that arithmetic in 64 bits holds
+
 Layers = Annotated[str | tuple[int, ...], Field(union_mode="left_to_right")]
 
 
@@ -35,24 +40,28 @@ class Section(BaseModel):
 class Prompts(Section):
     """The prompts of every prompted layer of the main encoder (METHOD: static, dynamic, mapped)."""
 
-    static: int | None = Field(None, ge=0, description="tokens of the static prompt; default 6 (image main), 4 (text main)")
-    dynamic: int | None = Field(None, ge=0, description="tokens of the dynamic prompt; default 6 (image main), 4 (text main)")
-    mapped: int = Field(1, ge=0, description="tokens of the mapped prompt")
-    experts: int = Field(16, ge=1, description="prompt experts per layer, k")
+    static: int | None = Field(
+        None, ge=0, le=_MOST_TOKENS, description="tokens of the static prompt; default 6 (image main), 4 (text main)"
+    )
+    dynamic: int | None = Field(
+        None, ge=0, le=_MOST_TOKENS, description="tokens of the dynamic prompt; default 6 (image main), 4 (text main)"
+    )
+    mapped: int = Field(1, ge=0, le=_MOST_TOKENS, description="tokens of the mapped prompt")
+    experts: int = Field(16, ge=1, le=_MOST_TOKENS, description="prompt experts per layer, k")
     layers: Layers = Field("all", description="layers to prompt: all, last:N, first:N, or a list of indices from 0")
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout on prompts, in training")
     gate: Literal["none", "zero"] = Field(
         "zero", description="zero: prompts have a softmax of their own, gated from 0; none: the tokens', as in the papers"
     )
     init: float | None = Field(None, gt=0, description="prompts start in U(-init, init); default: the papers' rule by modality")
-    bottleneck: int = Field(80, ge=1, description="width of the mapper's trunk")
+    bottleneck: int = Field(80, ge=1, le=_WIDEST, description="width of the mapper's trunk")
     mapper_norm: Literal["layer", "batch-frozen"] = Field("layer", description="norm in the mapper's trunk")
     route_stage_starts: bool = Field(True, description="give the first block of each stage a dynamic prompt too")
 
     @field_validator("layers")
     @classmethod
     def _layers(cls, value: str | tuple[int, ...]) -> str | tuple[int, ...]:
-        if isinstance(value, str) and not re.fullmatch(r"all|(first|last):[1-9]\d*", value, re.ASCII):
+        if isinstance(value, str) and not re.fullmatch(r"all|(first|last):[1-9]\d{0,3}", value, re.ASCII):
             raise ValueError("must be all, first:N, last:N or a list of indices from 0")
         if not isinstance(value, str) and (min(value, default=-1) < 0 or len(set(value)) < len(value)):
             raise ValueError("must be different indices from 0")
@@ -63,7 +72,9 @@ class Router(Section):
     """How an instance weighs the prompt experts of a layer."""
 
     kind: Literal["cross", "joint"] = Field("cross", description="cross: from the other modality; joint: from both")
-    top_m: int | None = Field(None, ge=1, description="keep only the m largest weights of an instance; default: all (dense)")
+    top_m: int | None = Field(
+        None, ge=1, le=_MOST_TOKENS, description="keep only the m largest weights of an instance; default: all (dense)"
+    )
     temperature: float = Field(0.1, gt=0, description="of the routing softmax; towards 0 is one-hot")
     noise: bool = Field(True, description="add N(0, 1/k^2) to the scores in training")
     noise_in_eval: bool = Field(False, description="add it in evaluation too, as the released code does")
@@ -77,13 +88,13 @@ class CompTuning(Section):
     mode: Literal["frozen", "prompts", "lora", "full"] = Field(
         "frozen", description="frozen, deep static prompts, LoRA, or fully tuned"
     )
-    length: int = Field(4, ge=1, description="tokens of each static prompt, with mode prompts")
+    length: int = Field(4, ge=1, le=_MOST_TOKENS, description="tokens of each static prompt, with mode prompts")
 
 
 class Lora(Section):
     """Low-rank adaptation (LoRA), where an encoder learns by it."""
 
-    rank: int = Field(8, ge=1, description="r, width between the two matrices")
+    rank: int = Field(8, ge=1, le=_WIDEST, description="r, width between the two matrices")
     alpha: float = Field(16.0, ge=0, description="what they add is scaled by alpha / r; 0 is the frozen encoder")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on what enters them, in training")
     targets: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] | None = Field(
@@ -94,19 +105,28 @@ class Lora(Section):
 class Inserted(Section):
     """Tokens ahead of the main encoder's own, in methods that put some there."""
 
-    prompts: int = Field(20, ge=0, description="learned tokens of promptfuse and blindprompt")
-    images: int = Field(4, ge=1, description="tokens that mmbt and p-mmbt make of an image")
+    prompts: int = Field(20, ge=0, le=_MOST_TOKENS, description="learned tokens of promptfuse and blindprompt")
+    images: int = Field(4, ge=1, le=_MOST_TOKENS, description="tokens that mmbt and p-mmbt make of an image")
 
 
 class Interactive(Section):
     """Interactive prompting, with method pmf: prompts by which both encoders ask and tell one another."""
 
-    layers: int = Field(2, ge=0, description="last layers of both encoders in which they fuse; those before have no prompts")
-    queries: int = Field(4, ge=0, description="query prompts: what a layer makes of them is what the other encoder gets")
-    query_context: int = Field(4, ge=0, description="query context prompts: seen by the query prompts alone")
-    fusion_context: int = Field(4, ge=0, description="fusion context prompts: beside what comes from the other encoder")
+    layers: int = Field(
+        2, ge=0, le=_MANY, description="last layers of both encoders in which they fuse; those before have no prompts"
+    )
+    queries: int = Field(
+        4, ge=0, le=_MOST_TOKENS, description="query prompts: what a layer makes of them is what the other encoder gets"
+    )
+    query_context: int = Field(4, ge=0, le=_MOST_TOKENS, description="query context prompts: seen by the query prompts alone")
+    fusion_context: int = Field(
+        4, ge=0, le=_MOST_TOKENS, description="fusion context prompts: beside what comes from the other encoder"
+    )
     bottleneck: int | None = Field(
-        None, ge=1, description="hidden width of the mapping to the other encoder; default half the larger of both widths"
+        None,
+        ge=1,
+        le=_WIDEST,
+        description="hidden width of the mapping to the other encoder; default half the larger of both widths",
     )
 
 
@@ -116,10 +136,10 @@ class Linear(Section):
     features: Literal["concat", "main", "comp", "average"] = Field(
         "concat", description="both side by side, one of them, or the mean of what one regression for each says"
     )
-    strengths: tuple[Annotated[float, Field(gt=0)], ...] = Field(
-        (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0), min_length=1, description="C to try; validation chooses"
+    strengths: tuple[Annotated[float, Field(ge=1e-10, le=1e10)], ...] = Field(
+        (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0), min_length=1, max_length=100, description="C to try; validation chooses"
     )
-    max_iter: int = Field(300, ge=1, description="iterations of each regression")
+    max_iter: int = Field(300, ge=1, le=100_000, description="most iterations for each C")
 
 
 COLUMN_SETTINGS = {"text": "text_col", "image": "img_col"}
@@ -151,7 +171,7 @@ class Data(Section):
     allow_odd_labels: bool = Field(False, description="take lists in cells, and more labels than a third of the rows, as meant")
     val_fraction: float | None = Field(None, gt=0, lt=1, description="share of train held out as val, by class")
     test_fraction: float | None = Field(None, gt=0, lt=1, description="share of train held out as test, by class")
-    shots: int | None = Field(None, ge=1, description="train on so many rows of each class")
+    shots: int | None = Field(None, ge=1, le=_MANY, description="train on so many rows of each class")
     fraction: float | None = Field(None, gt=0, le=1, description="train on this share of each class")
     seed: int = Field(0, ge=0, lt=2**63, description="of what is held out or drawn, whatever the seed of the run")
     on_bad: Literal["error", "skip"] = Field("error", description="what a bad row or image does: end the run, or be left out")
@@ -162,7 +182,7 @@ class Data(Section):
     augment: Literal["none", "flip", "randaugment", "crop"] = Field(
         "none", description="training images only; crop: a random part of random size and shape, flipped at random"
     )
-    randaugment_ops: int = Field(2, ge=1, description="operations per image, with augment randaugment")
+    randaugment_ops: int = Field(2, ge=1, le=100, description="operations per image, with augment randaugment")
     randaugment_magnitude: int = Field(9, ge=0, le=30, description="strength, with augment randaugment")
     crop_scale: float = Field(0.5, gt=0, le=1, description="least share of an image's area that augment crop keeps")
     cache_images: bool = Field(False, description="keep decoded, resized images in one file, which all runs share")
@@ -197,10 +217,14 @@ class Data(Section):
 class Train(Section):
     """The optimiser and its schedule."""
 
-    epochs: int = Field(10, ge=0, description="passes over the training split")
-    max_steps: int | None = Field(None, ge=1, description="stop after this many optimiser steps, whatever epochs says")
-    batch_size: int = Field(32, ge=1, description="samples per optimiser step, over all processes")
-    accumulate: int = Field(1, ge=1, description="parts that a process computes its share of a batch in, to save memory")
+    epochs: int = Field(10, ge=0, le=_MANY, description="passes over the training split")
+    max_steps: int | None = Field(
+        None, ge=1, le=_MANY, description="stop after this many optimiser steps, whatever epochs says"
+    )
+    batch_size: int = Field(32, ge=1, le=_MANY, description="samples per optimiser step, over all processes")
+    accumulate: int = Field(
+        1, ge=1, le=65_536, description="parts that a process computes its share of a batch in, to save memory"
+    )
     lr: float | None = Field(None, gt=0, description="main side; default 4e-4 for an image encoder, 5e-4 for a text encoder")
     lr_comp: float | None = Field(
         None, gt=0, description="complementary side, where it learns; default as lr, and lr_tuned if fully tuned"
@@ -213,8 +237,8 @@ class Train(Section):
         "paper", description="paper: x 0.4 after 3/10 and 6/10 of training; cosine; one-cycle; constant"
     )
     warmup: float = Field(0.0, ge=0, lt=1, description="share of training with a linear warm-up")
-    evals_per_epoch: int = Field(1, ge=1, description="validations per epoch")
-    patience: int | None = Field(None, ge=1, description="stop after this many validations without a better one")
+    evals_per_epoch: int = Field(1, ge=1, le=1000, description="validations per epoch")
+    patience: int | None = Field(None, ge=1, le=_MANY, description="stop after this many validations without a better one")
     modality_dropout: float = Field(
         0.0, ge=0, lt=1, description="in training, share of samples that each modality that may be missing is taken from"
     )
@@ -225,8 +249,8 @@ class Train(Section):
         0.5, description="multi-label: probability from which a label is predicted; tuned: for each label on validation"
     )
     select: Literal["best", "last"] = Field("best", description="which checkpoint is tested: best on validation, or last")
-    checkpoint_every: int | None = Field(500, ge=1, description="also publish a checkpoint every so many steps")
-    log_every: int = Field(20, ge=1, description="steps between lines of metrics.jsonl")
+    checkpoint_every: int | None = Field(500, ge=1, le=_MANY, description="also publish a checkpoint every so many steps")
+    log_every: int = Field(20, ge=1, le=_MANY, description="steps between lines of metrics.jsonl")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU that has it, else fp32")
     compile: bool = Field(False, description="compile the model with torch.compile")
     checkpoint_activations: bool = Field(
@@ -250,7 +274,9 @@ class RunConfig(Section):
     head_norm: Literal["layer", "none"] = Field(
         "layer", description="layer: pooled features lose their scale before the head; none: as in the papers"
     )
-    head_hidden: int = Field(0, ge=0, description="width of a hidden layer in the head; 0 is the papers' linear head")
+    head_hidden: int = Field(
+        0, ge=0, le=_WIDEST, description="width of a hidden layer in the head; 0 is the papers' linear head"
+    )
     warm_start: Literal["none", "linear"] = Field(
         "none", description="linear: begin as logistic regression on standardised features of both, prompts gated to 0"
     )

@@ -49,12 +49,12 @@ Axis = Range | list[Any]
 class Search(Section):
     """What is searched, how long, and from which seed."""
 
-    trials: int = Field(20, ge=1, description="settings to try")
+    trials: int = Field(20, ge=1, le=100_000, description="settings to try")
     space: dict[str, Range | Annotated[list[Any], Field(min_length=1)]] = Field(
         min_length=1, description="path of a setting to a range (low, high, log) or a list of values"
     )
     seed: int = Field(0, ge=0, lt=2**32, description="of the sampler")
-    at_once: int = Field(1, ge=1, description="trials that are chosen together, none knowing how the others end")
+    at_once: int = Field(1, ge=1, le=1000, description="trials that are chosen together, none knowing how the others end")
 
     @field_validator("space")
     @classmethod

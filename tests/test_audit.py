@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -156,10 +158,12 @@ def test_exchanging_the_texts_hurts_a_model_that_reads_them(reader: Path) -> Non
     before, after = found["as is"].metrics["accuracy"], shuffled.metrics["accuracy"]
     assert shuffled.lost == pytest.approx(before - after)
     assert json.loads(json.dumps(found.as_dict()))["conditions"][1]["name"] == "shuffled"
-    # the error is that of the paired differences
+    # the interval is that of the paired differences
     targets = load_data(settings(Path()).data.model_copy(update={"path": str(_data_of(reader))})).targets("test")
     right = [(c.logits_SN.argmax(dim=-1) == targets).double() for c in (found["as is"], shuffled)]
-    assert shuffled.error == pytest.approx(float((right[0] - right[1]).std(correction=0)) / len(targets) ** 0.5)
+    spread = 1.96 * float((right[0] - right[1]).std(correction=0)) / len(targets) ** 0.5
+    assert shuffled.low == pytest.approx(shuffled.lost - spread, abs=0.05)
+    assert shuffled.high == pytest.approx(shuffled.lost + spread, abs=0.05)
 
 
 def _data_of(run: Path) -> Path:
@@ -181,12 +185,55 @@ def test_a_model_of_one_side_says_so(data: Path) -> None:
         assert said in audit_model(model_of(config), load_data(config.data), "test", config, CPU).verdict
 
 
-def test_several_labels_are_scored_by_their_f1(multi_pairs: Path) -> None:
+def test_several_labels_are_scored_by_the_metric_that_is_shown(multi_pairs: Path) -> None:
     config = settings(multi_pairs)
     found = audit_model(model_of(config), load_data(config.data), "test", config, CPU, thresholds=0.3)
     assert found.metric == "f1_macro"
-    before, after = (found[name].metrics["f1_samples"] for name in ("as is", "shuffled"))
+    before, after = (found[name].metrics["f1_macro"] for name in ("as is", "shuffled"))
     assert found["shuffled"].lost == pytest.approx(before - after)
+    assert found["shuffled"].low <= found["shuffled"].lost <= found["shuffled"].high
+
+
+@pytest.mark.parametrize("multi", [False, True], ids=["one label", "several"])
+@pytest.mark.parametrize("lost", [0, 1, 60], ids=["nothing", "little", "much"])
+def test_the_verdict_and_its_numbers_agree(
+    data: Path, multi_pairs: Path, multi: bool, lost: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is called noise is within the interval that is stated, and nothing else is."""
+    config = settings(multi_pairs if multi else data)
+    pairs = load_data(config.data)
+    split = pairs.splits["test"]
+    rows = [number % len(split.rows) for number in range(400)]
+    pairs = replace(pairs, splits={**pairs.splits, "test": split.part(rows)})
+    targets = pairs.targets("test")
+    right_SN = 20 * (targets if multi else torch.nn.functional.one_hot(targets, 3)).float() - 10
+    asked = 0
+
+    def answer(*args: Any, **more: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        logits_SN = right_SN.clone()
+        logits_SN[100:200] = logits_SN[100:200].roll(1, dims=1)  # as is, a quarter is wrong
+        if asked == 2 and lost:  # another text: some more are wrong, and with few also some fewer
+            logits_SN[: 2 * lost] = logits_SN[: 2 * lost].roll(1, dims=1)
+            logits_SN[100 : 100 + min(lost, 1)] = right_SN[100 : 100 + min(lost, 1)]
+        return SimpleNamespace(logits_SN=logits_SN)
+
+    monkeypatch.setattr("mopefuse.audit.run_split", answer)
+    found = audit_model(model_of(config), pairs, "test", config, CPU)
+    shuffled = found["shuffled"]
+    before, after = (100 * found[name].metrics[found.metric] for name in ("as is", "shuffled"))
+    assert 100 * shuffled.lost == pytest.approx(before - after)
+    assert f"goes from {before:.1f} to {after:.1f} %" in found.verdict
+    if lost == 60:
+        assert found.verdict.startswith("The model uses the text") and shuffled.low > 0
+    elif lost == 0:
+        assert "nothing changed; with 400 samples a loss of up to 0.8 points can go unseen" in found.verdict
+    else:
+        stated = re.search(r"a loss of (\S+) points is within noise: 95 % interval (\S+) to (\S+), 400 samples", found.verdict)
+        assert stated, found.verdict
+        loss, low, high = map(float, stated.groups())
+        assert loss == pytest.approx(before - after, abs=0.06) and low <= 0 <= high and low <= loss <= high
 
 
 def test_a_part_of_a_split_has_its_rows_keys_and_labels(data: Path) -> None:

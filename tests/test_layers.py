@@ -11,9 +11,9 @@ import mopefuse
 
 ROOT = Path(mopefuse.__file__).parent
 ORDER = (  # from below; a module imports from rows above its own line, or from its own package
-    "errors",
+    "errors shown",
     "settings",
-    "registry config signals threads precision gates pixels tokens bootstrap libraries shown regular_files",
+    "registry config signals threads precision gates pixels tokens bootstrap libraries regular_files",
     "space plugins modality sides shares pt2_words",
     "recipe checkpoint distributed metrics routing pt2_program",
     "folder_lock",

@@ -22,7 +22,7 @@ from mopefuse.cli import plugins as plug
 from mopefuse.cli import swap_encoder as swap
 from mopefuse.cli._render import print_json, speaks_unicode
 from mopefuse.errors import Interrupted, MopefuseError, Notice, ResourceError
-from mopefuse.libraries import mendable
+from mopefuse.libraries import guard_imports, mendable
 from mopefuse.shown import visible
 
 app = typer.Typer(
@@ -72,6 +72,7 @@ def main() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     _show_notices()
+    guard_imports()
     os.environ.setdefault("MOPEFUSE_FLUSH_DENORMALS", "1")  # see mopefuse.device
     try:
         try:

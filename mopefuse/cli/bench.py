@@ -18,8 +18,8 @@ PAIRS = (("timm:vit_base", "hf:bert-base"), ("timm:swin_base", "hf:bert-base"))
 
 Main = Annotated[str, typer.Option(help="Main encoder; its weights are random.")]
 Comp = Annotated[str, typer.Option(help="Complementary encoder; its weights are random.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Samples in a step.")]
-TextLength = Annotated[int, typer.Option(min=2, help="Tokens of each text.")]
+BatchSize = Annotated[int, typer.Option(min=1, max=65_536, help="Samples in a step.")]
+TextLength = Annotated[int, typer.Option(min=2, max=65_536, help="Tokens of each text.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 Precision = Annotated[str, typer.Option(help="auto, fp32 or bf16.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
@@ -39,8 +39,8 @@ def bench(
     memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Memory of a step, in processes of their own.")] = True,
     compiled: Annotated[bool, typer.Option("--compile", help="Through torch.compile.")] = False,
     recompute: Annotated[bool, typer.Option("--checkpoint-activations", help="A row with recomputed activations.")] = False,
-    rounds: Annotated[int, typer.Option(min=1, help="Repetitions of every row, in turns.")] = 2,
-    more: Annotated[int, typer.Option(min=0, help="Further ones after each, of the rows compared most.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, max=10_000, help="Repetitions of every row, in turns.")] = 2,
+    more: Annotated[int, typer.Option(min=0, max=10_000, help="Further ones after each, of the rows compared most.")] = 5,
     device: Device = "auto",
     precision: Precision = "auto",
     json: Json = False,
@@ -85,11 +85,11 @@ def bench(
 @app.command("loader")
 def loader(
     main: Main = PAIRS[0][0],
-    images: Annotated[int, typer.Option(min=1, help="JPEGs to make up.")] = 256,
-    side: Annotated[int, typer.Option(min=16, help="Their height and width in pixels.")] = 512,
+    images: Annotated[int, typer.Option(min=1, max=1_000_000, help="JPEGs to make up.")] = 256,
+    side: Annotated[int, typer.Option(min=16, max=9_000, help="Their height and width in pixels.")] = 512,
     batch: BatchSize = 32,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that read.")] = 0,
-    rounds: Annotated[int, typer.Option(min=1, help="Repetitions.")] = 3,
+    workers: Annotated[int, typer.Option(min=0, max=256, help="Processes that read.")] = 0,
+    rounds: Annotated[int, typer.Option(min=1, max=10_000, help="Repetitions.")] = 3,
     json: Json = False,
 ) -> None:
     """Images per second, decoded or from the cache.
@@ -114,7 +114,7 @@ def loader(
 
 @app.command("startup")
 def startup(
-    rounds: Annotated[int, typer.Option(min=1, help="Repetitions.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, max=10_000, help="Repetitions.")] = 5,
     json: Json = False,
 ) -> None:
     """Seconds of imports, and until the command line answers."""
@@ -136,7 +136,7 @@ def scale(
     comp: Comp = PAIRS[0][1],
     batch: BatchSize = 8,
     text_length: TextLength = 32,
-    rounds: Annotated[int, typer.Option(min=1, help="Repetitions.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, max=10_000, help="Repetitions.")] = 3,
     device: Device = "auto",
     precision: Precision = "auto",
     json: Json = False,
@@ -162,10 +162,10 @@ def scale(
 def ddp(
     main: Main = PAIRS[0][0],
     comp: Comp = PAIRS[0][1],
-    batch: Annotated[int, typer.Option(min=1, help="Samples in a step of all processes together.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, max=65_536, help="Samples in a step of all processes together.")] = 8,
     text_length: TextLength = 32,
     processes: Annotated[str, typer.Option(help="Numbers of processes, with commas.")] = "1,2",
-    rounds: Annotated[int, typer.Option(min=1, help="Repetitions.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, max=10_000, help="Repetitions.")] = 5,
     device: Device = "auto",
     precision: Precision = "auto",
     json: Json = False,

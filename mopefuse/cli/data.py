@@ -26,7 +26,7 @@ def group() -> None:
 def make(
     name: Annotated[str, typer.Argument(help="digit-questions, or a data set of a plugin.")],
     folder: Annotated[Path, typer.Argument(help="Folder to write.")],
-    seed: Annotated[int, typer.Option(min=0, help="Same seed, same files.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Same seed, same files.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Write a data set that needs no download.
@@ -57,7 +57,7 @@ def prepare(
     clean: Annotated[bool, typer.Option("--clean", help="food101: texts as lower-case words only.")] = False,
     premise: Annotated[bool, typer.Option("--premise", help="snli-ve: the caption before the hypothesis.")] = False,
     val: Annotated[int | None, typer.Option(min=1, help="food101: pairs to hold out; default 5000, of few a fifth.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="food101: of the held-out pairs; default 0.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="food101: of the held-out pairs; default 0.")] = None,
     images: Annotated[str, typer.Option(help="link (hard links where possible) or copy.")] = "link",
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:

@@ -10,7 +10,7 @@ import typer
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the data and the runs.")] = Path("demo"),
-    steps: Annotated[int | None, typer.Option(min=1, help="Train so many steps only: a look, not a result.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, max=10**9, help="Train so many steps only: a look, not a result.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace earlier runs in it.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:

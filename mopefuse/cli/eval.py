@@ -27,7 +27,7 @@ def evaluate(
     missing: Annotated[
         list[str] | None, typer.Option(help="Take a modality away: text=0.7 from 70 % of the samples; grid for a table.")
     ] = None,
-    missing_seed: Annotated[int, typer.Option(min=0, help="Of which samples lack it.")] = 0,
+    missing_seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of which samples lack it.")] = 0,
     min_: Annotated[list[str] | None, typer.Option("--min", help="Gate: accuracy=0.8; exit code 10 below it.")] = None,
     text_col: columns.TextCol = None,
     image_col: columns.ImageCol = None,

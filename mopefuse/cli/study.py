@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def study(
     file: Annotated[str, typer.Argument(help="YAML file of a study, or the name of one in recipes/studies.")],
     out: Annotated[Path | None, typer.Option(help="Folder for the runs; default studies/<name of the file>.")] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, if memory allows: threads are shared out.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, max=256, help="Runs at a time, if memory allows: threads are shared out.")] = 1,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Any setting, of all cells: --set train.epochs=3")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells, and stop.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,

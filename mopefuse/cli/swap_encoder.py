@@ -21,8 +21,8 @@ def swap_encoder(
         list[str] | None, typer.Option(help="New complementary encoder: hf:roberta-base; of several 2=SPEC or text=SPEC.")
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Another data set, perhaps with other labels.")] = None,
-    epochs: Annotated[int, typer.Option(min=0, help="Tune for so many epochs; 0 leaves the model as it is.")] = 0,
-    warm_up: Annotated[int, typer.Option(min=0, help="Of these, epochs in which only what is new learns.")] = 0,
+    epochs: Annotated[int, typer.Option(min=0, max=10**9, help="Tune for so many epochs; 0 leaves the model as it is.")] = 0,
+    warm_up: Annotated[int, typer.Option(min=0, max=10**9, help="Of these, epochs in which only what is new learns.")] = 0,
     scratch: Annotated[bool, typer.Option(help="With --epochs, also train from scratch to compare.")] = True,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Any setting of the new run.")] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,

@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
 
+from mopefuse import device as devices
 from mopefuse import modality, registry
-from mopefuse.config import Prompts, RunConfig, build_config, merge
+from mopefuse.config import Prompts, RunConfig, build_config, flat, merge
 from mopefuse.data.columns import require_column
 from mopefuse.encoders._base import Encoder, check_name, create_encoder, full_spec
 from mopefuse.encoders._preprocess import ImagePreprocess
-from mopefuse.errors import ConfigError, EncoderError, PluginError
+from mopefuse.errors import ConfigError, EncoderError, PluginError, ResourceError
 from mopefuse.fusion._base import Fusion
+from mopefuse.libraries import out_of_memory
+from mopefuse.shown import size
 from mopefuse.sides import is_comp, specs, with_specs
+
+SIZES = (
+    "prompts.experts prompts.static prompts.dynamic prompts.mapped prompts.bottleneck head_hidden comp_tuning.length lora.rank "
+    "inserted.prompts inserted.images pmf.queries pmf.query_context pmf.fusion_context pmf.bottleneck"
+).split()
+"""Settings that decide how many parameters a model has."""
 
 _BUILDING = threading.Lock()  # weights are drawn from the one generator of the process
 MMBT_MEAN, MMBT_STD = (0.46777044, 0.44531429, 0.40661017), (0.12221994, 0.12145835, 0.14380469)
@@ -58,8 +67,37 @@ def build_model(config: RunConfig, num_labels: int) -> Fusion:
             encoders[side].recompute = config.train.checkpoint_activations
             _require_declared(side, encoders[side])
         torch.default_generator.manual_seed(config.seed)
-        model = cast(Fusion, method(config, encoders, num_labels))
+        _require_memory(config, method, encoders)
+        try:
+            model = cast(Fusion, method(config, encoders, num_labels))
+        except (RuntimeError, MemoryError) as error:
+            if (needed := out_of_memory(error)) is None:
+                raise
+            raise _too_large(config, needed) from None
     return model.eval()
+
+
+def _require_memory(config: RunConfig, method: type[Fusion], encoders: Mapping[str, Encoder]) -> None:
+    """Refuse prompt experts that memory has no room for: a system may grant it, and then kill whoever uses it.
+
+    Raises:
+        ResourceError: the experts alone take more bytes than are free.
+    """
+    if "prompts" not in method.sections or "main" not in encoders:
+        return
+    dynamic = 6 if config.prompts.dynamic is None else config.prompts.dynamic
+    needed = 4 * config.prompts.experts * dynamic * sum(encoders["main"].widths)
+    free = devices.free_memory(torch.device("cpu"))
+    if free is not None and needed > free:
+        raise _too_large(config, f": {size(needed)} are needed, {size(free)} are free")
+
+
+def _too_large(config: RunConfig, needed: str) -> ResourceError:
+    """The error of a model that does not fit into memory, with the settings that make it large."""
+    values, usual = (flat(one.model_dump()) for one in (config, RunConfig(main="", comp="")))
+    large = [f"{path}={values[path]}" for path in SIZES if (values[path] or 0) > (usual[path] or 6)]
+    fix = "lower them" if large else "free memory, or use another --method"
+    return ResourceError(281, f"no memory for the model{needed}", where=", ".join(large), fix=fix)
 
 
 def check_names(config: RunConfig) -> None:

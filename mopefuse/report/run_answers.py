@@ -80,7 +80,7 @@ def audit(facts: RunFacts) -> Section | None:
             "name": _CONDITIONS.get(row["name"], f"without {row['name']}").format(row["modality"]),
             "value": row["metrics"][name],
             "lost": row["lost"],
-            "interval": 1.96 * row["error"],
+            "interval": (row["low"], row["high"]),
             "changed": row["changed"],
             "first": row["name"] == "as is",
         }
@@ -95,7 +95,7 @@ def audit(facts: RunFacts) -> Section | None:
         shown=percent,
         against=rows[0]["value"],
     )
-    score = "sample F1" if facts.multi_label else "accuracy"
+    score = "macro-F1" if facts.multi_label else "accuracy"
     body = fragment("audit", found, rows, drawing.svg(), told=told, split=facts.split, metric=name, score=score)
     return Section("audit", f"Does the model use the {found['modality']}?", body, (drawing,))
 
