@@ -122,8 +122,8 @@ def _check_expression(node: ast.expr, depth: int) -> None:
         fits = fits and words <= _ASSUMPTIONS
     elif name == "Integer":
         fits = len(values) == 1 and type(values[0]) is int and abs(values[0]) < _MOST
-    elif name == "Pow":
-        fits = len(values) == 2 and _is_small_power(node.args[1])
+    elif name == "Pow" and len(values) == 2:
+        fits = _is_small_power(node.args[1])
         _check_base(node.args[0], depth + 1)
     else:
         fits = name in _CALLS | _RELATIONS
