@@ -98,8 +98,10 @@ def read_pt2(file: Path) -> tuple[bytes, dict[str, Tensor], dict[str, Tensor]]:
                     raise _refused(file, f"{name} of another kind")
             weights = _tensors(archive, records, "data/weights/", payloads[0], file)
             constants = _tensors(archive, records, "data/constants/", payloads[1], file)
-    except (OSError, EOFError, RuntimeError, NotImplementedError, ValueError, zipfile.BadZipFile) as error:
-        raise _damaged(file, str(error)) from error
+    except (CheckpointError, MemoryError):
+        raise
+    except Exception as error:  # of a damaged archive, zipfile and torch raise whatever they meet
+        raise _damaged(file, str(error).partition("\n")[0]) from error
     if records:
         raise _refused(file, f"a record {min(records)[:80]!r} that nothing refers to")
     return json.dumps(program).encode(), weights, constants

@@ -210,10 +210,10 @@ def _plain(tree: _Tree) -> None:
 
 
 def _tree(text: str) -> str:
-    protocol, tree = json.loads(text)
-    if protocol != 1:
+    form = json.loads(text)
+    if not isinstance(form, list) or len(form) != 2 or form[0] != 1:
         raise ValueError("unknown form of nested arguments")
-    checked = _TREE.validate_python(tree)
+    checked = _TREE.validate_python(form[1])
     _plain(checked)
     return json.dumps([1, checked])
 

@@ -30,27 +30,34 @@ HIGHER_ORDER = frozenset({"torch.ops.higher_order.wrap_with_autocast", "torch.op
 
 ATEN = frozenset(
     """
-    __and__ __lshift__ __or__ __rshift__ __xor__ _assert_scalar _assert_tensor_metadata _unsafe_view abs
-    adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool2d add add_ addcdiv addcmul addmm alias all amax amin any
-    arange argmax argmin argsort as_strided avg_pool1d avg_pool2d avg_pool3d baddbmm batch_norm bitwise_and bitwise_not
-    bitwise_or bitwise_xor bmm broadcast_to bucketize cat ceil celu chunk clamp clamp_ clamp_max clamp_min clone concat
-    constant_pad_nd contiguous conv1d conv2d conv3d conv_transpose1d conv_transpose2d convolution copy copy_ cos cosh
-    cumprod cumsum detach detach_ diagonal diff div div_ divide dot dropout dropout_ einsum elu elu_ embedding eq erf exp
-    expand expand_as expm1 eye fill fill_ flatten flip floor floor_divide fmod full full_like gather ge gelu gelu_ glu
-    grid_sampler_2d group_norm gt hardsigmoid hardsigmoid_ hardswish hardswish_ hardtanh hardtanh_ im2col index index_add
-    index_put index_put_ index_select instance_norm isfinite isinf isnan layer_norm le leaky_relu leaky_relu_ lerp
-    lift_fresh_copy linalg_norm linalg_vector_norm linear linspace log log10 log1p log2 log_softmax logical_and
-    logical_not logical_or logical_xor logsumexp lt masked_fill masked_fill_ masked_scatter matmul max max_pool1d
-    max_pool2d max_pool3d maximum mean meshgrid min minimum mish mish_ mm movedim mul mul_ multiply mv narrow
-    native_batch_norm native_group_norm native_layer_norm ne neg new_full new_ones new_zeros nonzero norm numpy_T one_hot
-    ones ones_like outer pad permute pixel_shuffle pixel_unshuffle pow pow_ prod reciprocal relu relu6 relu6_ relu_
-    remainder repeat repeat_interleave reshape reshape_as rms_norm roll round rsqrt rsub scalar_tensor
-    scaled_dot_product_attention scatter scatter_ scatter_add scatter_reduce select select_scatter selu selu_ sigmoid
-    sigmoid_ sign silu silu_ sin sinh slice slice_scatter softmax softplus sort split split_with_sizes sqrt square squeeze
-    squeeze_ stack std sub sub_ subtract sum sym_constrain_range sym_constrain_range_for_size sym_numel sym_size
-    sym_storage_offset sym_stride t tan tanh tanh_ tensor_split tile to topk transpose tril triu true_divide type_as
-    unbind unflatten unfold unsqueeze unsqueeze_ upsample_bicubic2d upsample_bilinear2d upsample_nearest1d
-    upsample_nearest2d var var_mean view view_as where zero_ zeros zeros_like
+    __and__ __lshift__ __or__ __rshift__ __xor__ _adaptive_avg_pool2d _assert_scalar _assert_tensor_metadata _log_softmax
+    _softmax _to_copy _unsafe_view abs abs_ acos adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
+    adaptive_max_pool1d adaptive_max_pool2d add add_ addbmm addcdiv addcdiv_ addcmul addcmul_ addmm addmm_
+    affine_grid_generator alias all amax amin any arange argmax argmin argsort as_strided asin atan atan2 avg_pool1d
+    avg_pool2d avg_pool3d baddbmm baddbmm_ batch_norm bilinear bitwise_and bitwise_left_shift bitwise_not bitwise_or
+    bitwise_right_shift bitwise_xor bmm broadcast_to bucketize cat ceil celu channel_shuffle chunk clamp clamp_ clamp_max
+    clamp_max_ clamp_min clamp_min_ clone col2im concat constant_pad_nd contiguous conv1d conv2d conv3d conv_transpose1d
+    conv_transpose2d conv_transpose3d convolution copy copy_ cos cosh cosine_similarity count_nonzero cummax cumprod
+    cumsum cumsum_ detach detach_ diagonal diff div div_ divide dot dropout dropout_ einsum elu elu_ embedding eq erf erfc
+    exp exp_ expand expand_as expand_copy expm1 eye fill fill_ flatten flip floor floor_ floor_divide fmod full full_like
+    gather ge gelu gelu_ glu grid_sampler grid_sampler_2d group_norm gt gt_ hardshrink hardsigmoid hardsigmoid_ hardswish
+    hardswish_ hardtanh hardtanh_ hstack hypot im2col index index_add index_add_ index_copy index_fill index_put
+    index_put_ index_select instance_norm isfinite isin isinf isnan kron kthvalue layer_norm le leaky_relu leaky_relu_
+    lerp lerp_ lift_fresh_copy linalg_norm linalg_vector_norm linear linspace log log10 log1p log2 log_sigmoid log_softmax
+    logaddexp logcumsumexp logical_and logical_not logical_or logical_xor logit logsumexp lt masked_fill masked_fill_
+    masked_scatter masked_scatter_ matmul max max_pool1d max_pool2d max_pool3d maximum mean median meshgrid min minimum
+    mish mish_ mm moveaxis movedim mul mul_ multiply mv nan_to_num narrow native_batch_norm native_dropout
+    native_group_norm native_layer_norm ne neg neg_ new_full new_ones new_zeros nonzero norm numpy_T one_hot ones
+    ones_like outer pad permute pixel_shuffle pixel_unshuffle pow pow_ prelu prod ravel reciprocal reciprocal_ relu relu6
+    relu6_ relu_ remainder repeat repeat_interleave reshape reshape_as rms_norm roll round round_ rsqrt rsqrt_ rsub
+    scalar_tensor scaled_dot_product_attention scatter scatter_ scatter_add scatter_add_ scatter_reduce select
+    select_backward select_scatter selu selu_ sigmoid sigmoid_ sign silu silu_ sin sinh slice slice_scatter softmax
+    softplus softshrink sort split split_with_sizes sqrt sqrt_ square squeeze squeeze_ stack std std_mean sub sub_
+    subtract sum swapaxes sym_constrain_range sym_constrain_range_for_size sym_numel sym_size sym_storage_offset
+    sym_stride t take_along_dim tan tanh tanh_ tensor_split threshold tile to topk transpose tril tril_ triu triu_
+    true_divide trunc type_as unbind unflatten unfold unsafe_chunk unsafe_split unsqueeze unsqueeze_ upsample_bicubic2d
+    upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d upsample_trilinear3d var var_mean view
+    view_as vstack where zero_ zeros zeros_like
     """.split()
 )
 """On tensors, in all of their overloads."""
@@ -86,7 +93,8 @@ def _operator(text: str) -> str:
         return text
     module, _, operator = text.rpartition("torch.ops.aten.")
     name, _, overload = operator.partition(".")
-    if not module and name in ATEN and overload in getattr(torch.ops.aten, name).overloads():
+    packet = getattr(torch.ops.aten, name, None) if not module and name in ATEN else None
+    if packet is not None and overload in packet.overloads():
         return text
     raise ValueError(f"{text[:80]!r} is not an operator of exported graphs")
 
@@ -114,8 +122,8 @@ def _check_expression(node: ast.expr, depth: int) -> None:
         fits = fits and words <= _ASSUMPTIONS
     elif name == "Integer":
         fits = len(values) == 1 and type(values[0]) is int and abs(values[0]) < _MOST
-    elif name == "Pow":
-        fits = len(values) == 2 and _is_small_power(node.args[1])
+    elif name == "Pow" and len(values) == 2:
+        fits = _is_small_power(node.args[1])
         _check_base(node.args[0], depth + 1)
     else:
         fits = name in _CALLS | _RELATIONS

@@ -58,9 +58,10 @@ def _example(bundle: Bundle) -> tuple[Image.Image, str, NDArray[np.float64], flo
     except (KeyError, TypeError, ValueError) as error:
         what = f"example.json is damaged: {error}"
         raise CheckpointError(3, what, where=str(bundle.folder), fix=fix) from None
+    if name not in bundle.manifest["files"]:
+        what = f"the image of the example, {name}, is not a file of the manifest"
+        raise CheckpointError(3, what, where=str(bundle.folder), fix=fix)
     try:
-        if name not in bundle.manifest["files"]:
-            raise DataError(11, "the manifest does not name it")
         return open_image([bundle.folder], name, where=str(bundle.folder)), text, logits_N, tolerance
     except DataError as error:
         what = f"the image of the example, {name}, cannot be read: {error.what}"

@@ -126,7 +126,7 @@ def call(target: str, **argument: Any) -> Attack:
 
 
 def rename(value: Any, canary: Path) -> None:
-    """A tensor whose name is code; torch writes it into the source of the graph."""
+    """A tensor whose name is code; names are written into the source of the graph."""
     old = graph(value)["nodes"][-1]["name"]
     name = f"globals()[{code(canary)}]"
     text = json.dumps(value).replace(json.dumps(old), json.dumps(name))
@@ -158,7 +158,6 @@ RUNS_CODE: dict[str, Attack] = {  # if torch.export.load reads them, or at the f
     "an opaque object": constant_object("opaque_obj_0"),
     "an opaque object by the name of a JSON file": constant_object("opaque_obj_0.json"),
     "a size is code": program(lambda value, canary: first_value(value, "expr_str", code(canary))),
-    "a name is code": program(rename),
     "weights of the old kind": record("data/weights/model.pt"),
     "constants of the old kind": record("data/constants/model.pt"),
     "example inputs": record("data/sample_inputs/model.pt"),
@@ -185,11 +184,14 @@ OTHERS: dict[str, Attack] = {
     "a symbol that is code": program(lambda v, _: first_value(v, "expr_str", "Symbol('print()')")),
     "a power without end": program(lambda v, _: first_value(v, "expr_str", "Pow(Symbol('s0'), Integer(99999999))")),
     "a power of a power": program(lambda v, _: first_value(v, "expr_str", "Pow(Pow(Symbol('s0'), Integer(8)), Integer(8))")),
+    "a power of nothing": program(lambda v, _: first_value(v, "expr_str", "Pow()")),
     "a size of many brackets": program(lambda v, _: first_value(v, "expr_str", "Integer(" + "(" * 3000 + ")" * 3000 + ")")),
     "a long size": program(lambda v, _: first_value(v, "expr_str", "Add(" + "Integer(1), " * 9000 + "Integer(1))")),
     "a range of code": program(lambda v, _: v["range_constraints"].update({"print()": {"min_val": 0, "max_val": None}})),
     "a weight in place of a method": program(lambda v, _: first_value(v, "parameter_name", "model.__class__")),
-    "an input of code": program(lambda v, _: first_value(v, "forward_arg_names", ["a=print()"])),
+    "the name of an argument is code": program(lambda v, canary: first_value(v, "forward_arg_names", [f"a={code(canary)}"])),
+    "the name of a tensor is code": program(rename),
+    "arguments of no form": program(lambda v, _: first_value(v, "in_spec", "5")),
     "an unknown key": program(lambda v, _: v.update(hook="print()")),
     "another verifier": program(lambda v, _: v.update(verifiers=["print()"])),
     "numbers as words": program(lambda v, _: first_value(v, "is_single_tensor_return", "false")),

@@ -16,7 +16,7 @@ import numpy as np
 import pt2_cases
 import pytest
 import torch
-from conftest import call
+from conftest import TINY, call
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_export import reseal
@@ -29,11 +29,16 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def pt2(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pt2 bundle; not to be changed."""
-    out = tmp_path_factory.mktemp("exports") / "pt2"
-    done = call("export", trained, "-o", out, "--format", "pt2", "--routing")
-    assert done.returncode == 0, done.stderr
+def pt2(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small pt2 bundle; not to be changed."""
+    folder = tmp_path_factory.mktemp("exports")
+    run, out = folder / "run", folder / "pt2"
+    for command in (
+        ("train", *TINY, "--method", "late-concat", "--data", pairs, "--out", run, "--steps", "1"),
+        ("export", run, "-o", out, "--format", "pt2"),
+    ):
+        done = call(*command)
+        assert done.returncode == 0, done.stderr
     return out
 
 
@@ -137,7 +142,10 @@ def test_a_graph_that_gives_something_else_is_refused(pt2: Path, content: pt2_ca
 
     def change(program: Any) -> None:
         for outputs in (pt2_cases.graph(program)["outputs"], program["graph_module"]["signature"]["output_specs"]):
-            outputs.reverse()
+            outputs.extend(outputs[:])
+        leaf = {"type": None, "context": None, "children_spec": []}
+        tree = {"type": "builtins.tuple", "context": "null", "children_spec": [leaf, leaf]}
+        pt2_cases.first_value(program, "out_spec", json.dumps([1, tree]))
 
     pt2_cases.edit(changed, pt2_cases.PROGRAM, change)
     bad = Path(shutil.copytree(pt2, tmp_path / "bad"))
@@ -203,7 +211,7 @@ def mutate(content: pt2_cases.Content, seed: int, file: Path, canary: Path) -> N
 
 
 @given(seed=st.integers(0, 2**32))
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_changed_archive_loads_or_is_refused(seed: int, pt2: Path, content: pt2_cases.Content, tmp_path: Path) -> None:
     file, canary = tmp_path / "model.pt2", tmp_path / "canary"
     mutate(content, seed, file, canary)
