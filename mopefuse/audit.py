@@ -34,7 +34,7 @@ from mopefuse.source import trained
 Advance = Callable[[str, int, int], None]  # (of which condition, samples done, samples in all)
 MOST = 2000
 """Samples that are looked at, unless another number is given."""
-_RESAMPLES = 2000
+_RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,10 @@ class Audit:
         """Everything but the logits."""
         facts = ("split", "samples", "total", "metric", "modality", "read", "same", "verdict")
         rows = [
-            {name: getattr(condition, name) for name in ("name", "modality", "metrics", "changed", "lost", "low", "high", "matters")}
+            {
+                name: getattr(condition, name)
+                for name in ("name", "modality", "metrics", "changed", "lost", "low", "high", "matters")
+            }
             for condition in self.conditions
         ]
         return {**{name: getattr(self, name) for name in facts}, "conditions": rows}
