@@ -53,4 +53,4 @@ def notes(comparison: Comparison) -> list[str]:
             f"Differences with 95 % interval, and p of no difference: paired bootstrap over the {count(comparison.samples)} "
             "test samples, 10,000 resamples, of the mean over seeds."
         )
-    return [*told, *map(visible, comparison.notices)]
+    return [*told, *(visible(" ".join(notice.split())) for notice in comparison.notices)]
