@@ -224,6 +224,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_text(path: Path) -> str:
+    """The text of a file that mopefuse wrote; empty if there is none.
+
+    Raises:
+        CheckpointError: it cannot be read, or is not a regular file.
+    """
+    try:
+        return read_regular(path).decode("utf-8", "replace")
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        what = f"{path.name} cannot be read: {error.strerror}"
+        raise CheckpointError(3, what, where=str(path), fix="restore that file, or use another copy") from None
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file.
 

@@ -54,4 +54,4 @@ def _fold(trainer: Trainer, split: str) -> Fold:
             table = split_features(encoder, trainer.data, split, trainer.config, trainer.device, advance=told)
         features[side] = table
     missing = {side: torch.from_numpy(samples.lacking[side]) for side in features if side in samples.lacking}
-    return Fold(features, trainer.data.targets(split), missing)
+    return Fold(features, trainer.data.sparse_targets(split), missing)

@@ -27,6 +27,7 @@ from mopefuse.checkpoint import (
     finite,
     publish,
     read_json,
+    read_text,
     sweep,
     understood,
     verify,
@@ -36,7 +37,6 @@ from mopefuse.config import RunConfig, build_config
 from mopefuse.errors import CheckpointError, ConfigError, ResourceError
 from mopefuse.folder_lock import FolderLock
 from mopefuse.recipe import read_saved, to_yaml
-from mopefuse.regular_files import read_regular
 
 KIND, CHECKPOINT, START = "run", "checkpoint", "start"
 _NEWER = 7  # the number of the error of `understood`
@@ -256,7 +256,7 @@ class RunFolder:
             CheckpointError: it is there and cannot be read.
         """
         lines: list[dict[str, Any]] = []
-        for line in _text(self.log_file).split("\n"):
+        for line in read_text(self.log_file).split("\n"):
             try:
                 value = json.loads(line)
             except ValueError:
@@ -330,7 +330,7 @@ class RunFolder:
         """
         if not self._best.exists():
             return None
-        step = _text(self._best).strip().removeprefix("step-")
+        step = read_text(self._best).strip().removeprefix("step-")
         if not (step.isascii() and step.isdecimal()):
             raise CheckpointError(3, "the file best is damaged", where=str(self._best), fix="use the checkpoint last or step-N")
         return int(step)
@@ -387,17 +387,6 @@ class RunFolder:
         """Steps of the published checkpoints, whole or not, in order."""
         found = self.checkpoints.glob("step-*")
         return sorted(int(path.name[5:]) for path in found if path.is_dir() and re.fullmatch(r"step-(0|[1-9]\d*)", path.name))
-
-
-def _text(path: Path) -> str:
-    """What is in a file of a run; empty if there is none."""
-    try:
-        return read_regular(path).decode("utf-8", "replace")
-    except FileNotFoundError:
-        return ""
-    except OSError as error:
-        what = f"{path.name} cannot be read: {error.strerror}"
-        raise CheckpointError(3, what, where=str(path), fix="restore that file, or use another copy") from None
 
 
 def default_path() -> Path:
