@@ -15,7 +15,8 @@ from mopefuse.checkpoint import read_json, understood, verify
 from mopefuse.config import RunConfig, build_config
 from mopefuse.errors import CheckpointError
 from mopefuse.recipe import read_saved
-from mopefuse.run import RunFolder, checked
+from mopefuse.run import RunFolder
+from mopefuse.run_facts import check_facts
 
 KIND = "adapter"
 FACTS = "model.json"
@@ -48,7 +49,7 @@ class AdapterFolder(RunFolder):
         if not verify(self.path, kind=KIND)["files"].keys() >= {FACTS, "config.yaml", "weights.safetensors"}:
             raise CheckpointError(3, "the manifest names no weights", where=str(self.path), fix="export the run again")
         facts = {**read_json(self.manifest_file), **read_json(self.path / FACTS)}  # of one format, and migrated as one
-        return checked(understood(facts, KIND, str(self.path)), self.path / FACTS)
+        return check_facts(understood(facts, KIND, str(self.path)), self.path / FACTS)
 
     def checkpoint(self, which: str = "best") -> tuple[Path, dict[str, Any]]:
         """The folder with the only weights that there are, and their facts."""

@@ -9,11 +9,12 @@ import copy
 import re
 import warnings
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from mopefuse.errors import Notice
+from mopefuse.setting_paths import merge, nested
 from mopefuse.settings import invalid, keys_in
 
 # Bounds that no useful model reaches: a mistyped size is refused here instead of filling the memory.
@@ -369,34 +370,6 @@ def new_name(path: str, source: str) -> str:
         warnings.warn(f"{source}: {path} is now called {RENAMED[path]}", Notice, stacklevel=2)
     return RENAMED.get(path, path)
 
-
-def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Nested dictionaries, `over` winning."""
-    merged = dict(under)
-    for key, value in over.items():
-        below = merged.get(key)
-        merged[key] = merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    return merged
-
-
-def nested(path: str, value: Any) -> dict[str, Any]:
-    """``a.b`` and a value as ``{"a": {"b": value}}``."""
-    for part in reversed(path.split(".")):
-        value = {part: value}
-    return cast(dict[str, Any], value)
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, by dotted path: the inverse of `nested` and `merge`."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        path = f"{prefix}{key}"
-        found |= flat(value, f"{path}.") if isinstance(value, dict) and path not in MAPPINGS else {path: value}
-    return found
-
-
-MAPPINGS = frozenset({"data.columns"})
-"""Settings whose value is itself a mapping."""
 
 WITHOUT_EFFECT = frozenset(
     (

@@ -28,9 +28,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator
 
 from mopefuse.cache import key_of
-from mopefuse.config import WITHOUT_EFFECT, RunConfig, Section, build_config, flat, merge, nested
+from mopefuse.config import WITHOUT_EFFECT, RunConfig, Section, build_config
 from mopefuse.errors import ConfigError, did_you_mean
 from mopefuse.recipe import find_recipe, find_study, parse_set, read_recipe
+from mopefuse.setting_paths import flat, merge, nested
 from mopefuse.space import Search
 
 STUDY_FILE, KIND = "study.json", "study"

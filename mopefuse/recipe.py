@@ -13,9 +13,10 @@ from typing import Any
 
 import yaml
 
-from mopefuse.config import Data, RunConfig, build_config, flat, known_keys, merge, nested, new_name
+from mopefuse.config import Data, RunConfig, build_config, known_keys, new_name
 from mopefuse.errors import CheckpointError, ConfigError, did_you_mean
 from mopefuse.regular_files import read_regular
+from mopefuse.setting_paths import flat, merge, nested
 from mopefuse.settings import near_setting
 
 _HERE = Path(__file__).parent

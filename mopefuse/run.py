@@ -17,8 +17,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
 from mopefuse import registry
 from mopefuse.checkpoint import (
     FORMAT,
@@ -37,56 +35,11 @@ from mopefuse.config import RunConfig, build_config
 from mopefuse.errors import CheckpointError, ConfigError, ResourceError
 from mopefuse.folder_lock import FolderLock
 from mopefuse.recipe import read_saved, to_yaml
+from mopefuse.run_facts import check_facts
 
 KIND, CHECKPOINT, START = "run", "checkpoint", "start"
 _NEWER = 7  # the number of the error of `understood`
 _OF_MODEL = ("encoders", "labels", "multi_label")  # what a checkpoint repeats of the run's facts
-
-
-class _Encoder(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-    fingerprint: str | None
-    digest: str | None = None
-    description: dict[str, Any] | None = None  # see `mopefuse.encoders._description`; absent from older artefacts
-
-
-class _Plugin(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-    group: str
-    name: str
-    distribution: str
-
-
-class _Facts(BaseModel):
-    """What is relied on in the facts of a run or an adapter; they hold more."""
-
-    model_config = ConfigDict(strict=True)
-
-    mopefuse: str
-    method: str
-    labels: list[str] = Field(min_length=1)
-    multi_label: bool
-    encoders: dict[str, _Encoder]
-    data: dict[str, Any]
-    plugins: list[_Plugin] = []
-
-
-def checked(facts: dict[str, Any], file: Path) -> dict[str, Any]:
-    """The facts of a run or an adapter, if they are of the kinds that loading relies on.
-
-    Raises:
-        CheckpointError: one is missing, or no such thing.
-    """
-    try:
-        _Facts.model_validate(facts)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        name = ".".join(map(str, first["loc"]))
-        what = f"{file.name} is damaged: {name}: {first['msg'][0].lower()}{first['msg'][1:]}"
-        raise CheckpointError(3, what, where=str(file.parent), fix="restore that file, or use another copy") from None
-    return facts
 
 
 class RunFolder:
@@ -224,7 +177,7 @@ class RunFolder:
         Raises:
             CheckpointError: a newer version of mopefuse made this run, or its facts are damaged.
         """
-        return checked(understood(read_json(self.manifest_file), KIND, str(self.path)), self.manifest_file)
+        return check_facts(understood(read_json(self.manifest_file), KIND, str(self.path)), self.manifest_file)
 
     def _of_model(self) -> dict[str, Any]:
         known = understood(read_json(self.manifest_file), KIND, str(self.path))

@@ -35,11 +35,12 @@ from mopefuse.errors import ConfigError, Interrupted, MopefuseError, ResourceErr
 from mopefuse.fusion.build import build_model
 from mopefuse.grid import KIND, STUDY_FILE, Cell, Study
 from mopefuse.libraries import mendable
+from mopefuse.resume import differing
 from mopefuse.room import Room, Told
 from mopefuse.run import RunFolder
 from mopefuse.sides import specs
 from mopefuse.signals import StopRequest
-from mopefuse.train import differing, train
+from mopefuse.train import train
 from mopefuse.trainer import Listener, Progress
 
 WAITING, RUNNING, FINISHED, FAILED, STOPPED = "waiting", "running", "finished", "failed", "stopped"

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mopefuse import distributed
 from mopefuse.checkpoint import dump_json, write_atomically
-from mopefuse.config import RunConfig, build_config, merge
+from mopefuse.config import RunConfig, build_config
 from mopefuse.data.load import load_data
 from mopefuse.encoders._base import Encoder, full_spec
 from mopefuse.errors import ConfigError
@@ -28,6 +28,7 @@ from mopefuse.evaluate import elsewhere, load_model
 from mopefuse.fusion._base import Fusion
 from mopefuse.fusion.build import build_model, check_names
 from mopefuse.run import RunFolder
+from mopefuse.setting_paths import merge
 from mopefuse.sides import Comp, addressed, is_comp, with_specs
 from mopefuse.source import trained
 from mopefuse.train import resolved, train

@@ -18,32 +18,24 @@ from mopefuse import __version__, closed_form, distributed, metrics, registry
 from mopefuse import device as devices
 from mopefuse.checkpoint import FREE_SPACE, dump_json, read_tensors, write_atomically, write_tensors
 from mopefuse.config import Data as DataConfig
-from mopefuse.config import RunConfig, build_config, flat, merge, nested
+from mopefuse.config import RunConfig
 from mopefuse.data._base import SPLITS, DataSet
 from mopefuse.data.collate import Samples
 from mopefuse.data.load import load_data
 from mopefuse.doubts import notice_doubts
-from mopefuse.errors import ConfigError, DataError, Interrupted, ResourceError
+from mopefuse.errors import DataError, Interrupted, ResourceError
 from mopefuse.evaluate import check_encoders
 from mopefuse.fusion._base import Fusion, fresh_encoders
 from mopefuse.fusion.build import build_model, check_names, full_specs, require_rows
 from mopefuse.losses import classification_loss
 from mopefuse.modality import of
 from mopefuse.optim import with_learning_rates
+from mopefuse.resume import resumed
 from mopefuse.run import RunFolder
 from mopefuse.sides import is_comp
 from mopefuse.signals import StopRequest
 from mopefuse.trainer import Listener, Start, Trainer
 
-MAY_CHANGE = frozenset(
-    (
-        "device data.path data.image_roots data.workers data.cache_images data.cache_features data.strict "
-        "data.allow_odd_labels train.epochs "
-        "train.max_steps train.patience train.log_every train.checkpoint_every train.evals_per_epoch train.select "
-        "train.compile train.checkpoint_activations"
-    ).split()
-)
-"""Settings that a resumed run may change; all others are part of what the run is."""
 _WEIGHTS = "weights.safetensors"
 
 
@@ -105,7 +97,7 @@ def train(
     """Train, select on validation, test once; returns what ``metrics.json`` holds.
 
     Args:
-        config: for a resumed run, the saved configuration with changes on top (see `MAY_CHANGE`).
+        config: for a resumed run, the saved configuration with changes on top (see `mopefuse.resume.MAY_CHANGE`).
         start: a model to go on from instead of from scratch; published as step 0, and kept in the folder until then.
 
     Raises:
@@ -277,41 +269,6 @@ def drawn_ids(config: DataConfig, data: DataSet) -> dict[str, list[str]]:
 def _by_label(thresholds: metrics.Thresholds, data: DataSet) -> dict[str, float]:
     each = [thresholds] * len(data.labels) if isinstance(thresholds, float) else thresholds
     return dict(zip(data.labels, each, strict=True))
-
-
-def resumed(saved: RunConfig, new: RunConfig) -> tuple[RunConfig, list[str]]:
-    """The configuration that a resumed run goes on with, and what that changes, as ``path: old -> new``.
-
-    Args:
-        new: what it is None or silent about stays as it was.
-
-    Raises:
-        ConfigError: a change to what the run is, its encoders, prompts, data or optimisation.
-    """
-    before, after = _values(full_specs(saved)), _values(full_specs(new))
-    changed = differing(saved, new)
-    refused = [f"{key} (it was {before[key]}, now {after[key]})" for key in changed if key not in MAY_CHANGE]
-    if refused:
-        raise ConfigError(
-            32,
-            f"a resumed run cannot change {'; '.join(refused)}",
-            where="--resume",
-            fix="resume without that, or begin a new run",
-        )
-    values = saved.model_dump(mode="json")
-    for key in changed:
-        values = merge(values, nested(key, after[key]))
-    return build_config(values), [f"{key}: {before[key]} -> {after[key]}" for key in changed]
-
-
-def differing(saved: RunConfig, new: RunConfig) -> list[str]:
-    """Paths of the settings of a saved configuration that another one has otherwise; where it is silent it has not."""
-    before, after = _values(full_specs(saved)), _values(full_specs(new))
-    return [key for key in before if before[key] != after[key] and after[key] is not None]
-
-
-def _values(config: RunConfig) -> dict[str, Any]:
-    return flat(config.model_dump(mode="json"))
 
 
 def versions() -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from mopefuse.config import merge, nested
+from mopefuse.setting_paths import merge, nested
 
 
 @dataclass(frozen=True)

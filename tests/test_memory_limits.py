@@ -16,10 +16,11 @@ from conftest import call
 from pydantic import BaseModel
 
 from mopefuse import device as devices
-from mopefuse.config import RunConfig, build_config, nested
+from mopefuse.config import RunConfig, build_config
 from mopefuse.errors import ConfigError, ResourceError
 from mopefuse.fusion import build
 from mopefuse.libraries import mendable
+from mopefuse.setting_paths import nested
 
 TINY = {"main": "tiny:vision", "comp": "tiny:text"}
 

@@ -20,8 +20,9 @@ from conftest import make_pairs
 from mopefuse.checkpoint import read_tensors
 from mopefuse.config import build_config
 from mopefuse.errors import ConfigError, DataError, Interrupted, MopefuseError, NumericError
+from mopefuse.resume import resumed
 from mopefuse.run import RunFolder
-from mopefuse.train import resumed, train
+from mopefuse.train import train
 from mopefuse.trainer import Listener, Progress, Trainer
 
 BASE: dict[str, Any] = {

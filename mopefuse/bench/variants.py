@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mopefuse import device as devices
 from mopefuse import distributed, registry
 from mopefuse.bench.token_form import as_tokens, why_not
-from mopefuse.config import RunConfig, merge
+from mopefuse.config import RunConfig
 from mopefuse.data._base import Batch
 from mopefuse.encoders._base import Encoder, create_encoder, run_frozen
 from mopefuse.encoders._prompted import PromptedEncoder
@@ -26,6 +26,7 @@ from mopefuse.losses import classification_loss
 from mopefuse.modality import of
 from mopefuse.optim import make_optimizer, with_learning_rates
 from mopefuse.prompts.experts import importance_loss
+from mopefuse.setting_paths import merge
 from mopefuse.sides import specs
 
 LABELS = 10

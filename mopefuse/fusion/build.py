@@ -13,13 +13,14 @@ import torch
 
 from mopefuse import device as devices
 from mopefuse import modality, registry
-from mopefuse.config import Prompts, RunConfig, build_config, flat, merge
+from mopefuse.config import Prompts, RunConfig, build_config
 from mopefuse.data.columns import require_column
 from mopefuse.encoders._base import Encoder, check_name, create_encoder, full_spec
 from mopefuse.encoders._preprocess import ImagePreprocess
 from mopefuse.errors import ConfigError, EncoderError, PluginError, ResourceError
 from mopefuse.fusion._base import Fusion
 from mopefuse.libraries import out_of_memory
+from mopefuse.setting_paths import flat, merge
 from mopefuse.shown import size
 from mopefuse.sides import is_comp, specs, with_specs
 
