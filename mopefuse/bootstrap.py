@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import csr_array  # type: ignore[import-untyped]
+from scipy.sparse import csr_array
 
 RESAMPLES, SEED = 10_000, 0
 _AT_ONCE = 4_000_000  # numbers of a block of resamples, by sample or by label
