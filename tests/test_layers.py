@@ -100,7 +100,10 @@ MAY_NAME_THEM = {  # modalities are data: all others ask `mopefuse.modality`
     "fusion.mmbt": "a method that is defined for an image and a text",
     **dict.fromkeys(("data._source", "data.food101", "data.prepare", "data.digit_questions"), "written in the native format"),
     **dict.fromkeys(("cli.data", "cli._prepare_display", "bench.loader"), "written in the native format"),
-    **dict.fromkeys(("bundle", "bundle_facts", "graph", "predictor", "verify"), "the format of bundles, whose inputs are pixels and tokens"),
+    **dict.fromkeys(
+        ("bundle", "bundle_facts", "graph", "predictor", "verify"),
+        "the format of bundles, whose inputs are pixels and tokens",
+    ),
     **dict.fromkeys(("report.run_answers", "report.run_routing"), "a key of a template"),
     **dict.fromkeys(("report.drawing", "report.figures"), "a colour"),
     "demo": "the two baselines of the demo",
