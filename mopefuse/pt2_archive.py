@@ -30,7 +30,7 @@ Graph = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
 T = TypeVar("T")
 
 _LARGEST_JSON = 50_000_000  # bytes; a model of 48 layers has 2 million
-_MOST_VALUES = 1_000_000  # of a record of JSON, each of which takes up to 2 kB while it is checked; those 48 layers have 100,000
+_MOST_VALUES = 1_000_000  # of a record of JSON, each up to 2 kB while it is checked; 48 layers have 100,000
 _MOST_EXPLAINED = 1000  # errors in a record; of more, none is put into words
 _MOST_RECORDS = 100_000
 _PROGRAM, _WEIGHTS, _CONSTANTS = (
