@@ -65,9 +65,11 @@ class Bundle:
         self.modalities = tuple(dict.fromkeys(how["modality"] for how in self.sides.values()))
         needed = {how["modality"] for how in self.sides.values() if not how.get("may_lack")}
         self.may_lack = tuple(name for name in self.modalities if name not in needed)
-        self._tokenize = {
-            side: _tokenizer(how, folder, self.manifest) for side, how in self.sides.items() if how["modality"] == "text"
-        }
+        texts = {side: how for side, how in self.sides.items() if how["modality"] == "text"}
+        for how in texts.values() if "files" in self.manifest else ():  # a bundle that is being made has none yet
+            if (name := how["tokenizer"].get("file")) is not None and name not in self.manifest["files"]:
+                raise CheckpointError(3, f"the tokenizer {name} is not in the manifest", where=str(folder), fix=_AGAIN)
+        self._tokenize = {side: _tokenizer(how, folder) for side, how in texts.items()}
         self._run: Runner = (_onnx if file.suffix == ".onnx" else _pt2)(file, device, threads)
 
     def collate(self, images: Any = None, texts: Any = None, **more: Any) -> dict[str, Array]:
@@ -276,17 +278,9 @@ def _pt2(file: Path, device: str, threads: int | None) -> Runner:
 # -- tokens
 
 
-def _tokenizer(
-    how: Mapping[str, Any], folder: Path, manifest: Mapping[str, Any]
-) -> Callable[[Sequence[str]], tuple[Array, Array]]:
-    """From texts to ids and mask (B, L), as preprocess.json describes it.
-
-    Raises:
-        CheckpointError: the tokenizer cannot be read, or is not a file of the manifest.
-    """
+def _tokenizer(how: Mapping[str, Any], folder: Path) -> Callable[[Sequence[str]], tuple[Array, Array]]:
+    """From texts to ids and mask (B, L), as preprocess.json describes it."""
     own, most = how["tokenizer"], how["max_tokens"]
-    if "file" in own and own["file"] not in manifest.get("files", own.values()):  # a bundle in the making has none yet
-        raise CheckpointError(3, f"the tokenizer {own['file']} is not in the manifest", where=str(folder), fix=_AGAIN)
     rows = _rows(own, folder, most)
 
     def tokenize(texts: Sequence[str]) -> tuple[Array, Array]:
