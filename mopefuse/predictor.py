@@ -60,7 +60,7 @@ class Bundle:
         self.folder, self.manifest = folder, manifest or _verified(folder)
         file = folder / MODELS[self.manifest["model"]]
         self.labels, self.multi_label, thresholds = read_labels(folder)
-        self.thresholds: Sequence[float] = thresholds
+        self.thresholds: Sequence[float] = list(thresholds)
         self.sides, self.empty_is_missing = read_preprocess(folder)
         self.modalities = tuple(dict.fromkeys(how["modality"] for how in self.sides.values()))
         needed = {how["modality"] for how in self.sides.values() if not how.get("may_lack")}
