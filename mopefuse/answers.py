@@ -22,7 +22,7 @@ from mopefuse import device as devices
 from mopefuse import distributed, metrics
 from mopefuse.checkpoint import write_lines
 from mopefuse.config import RunConfig
-from mopefuse.data._base import DataSet
+from mopefuse.data._base import Batch, DataSet
 from mopefuse.data.collate import Samples, plain_batches
 from mopefuse.errors import NumericError
 from mopefuse.fusion._base import Fusion
@@ -83,20 +83,26 @@ class Answers:
         self._model.eval()
         done = 0
         batches = self._samples.batches(plain_batches(count, size, rank, world), pin=self._device.type == "cuda")
-        for _ in range(-(-count // (size * world))):
-            batch = next(batches, None)
-            if batch is None:
-                yield Answer(torch.zeros(0, dtype=torch.long), torch.zeros(0, self._labels))
-                continue
-            with torch.no_grad(), devices.autocast(self._config.train.precision, self._device):
-                output = self._model(batch.to(self._device))
-            if output.load_LK is not None:
-                self._load_LK = output.load_LK.float().cpu() + (0 if self._load_LK is None else self._load_LK)
-            routing_BLK = None if output.routing_BLK is None else output.routing_BLK.float().cpu()
-            done += len(batch.index)
-            yield Answer(batch.index, output.logits.float().cpu(), routing_BLK)
-            self._advance(min(done * world, count), count)
-        self._model.train(was_training)
+        try:
+            for _ in range(-(-count // (size * world))):
+                batch = next(batches, None)
+                if batch is None:
+                    yield Answer(torch.zeros(0, dtype=torch.long), torch.zeros(0, self._labels))
+                    continue
+                yield self._answer(batch)
+                done += len(batch.index)
+                self._advance(min(done * world, count), count)
+        finally:
+            self._model.train(was_training)
+        distributed.barrier()
+
+    def _answer(self, batch: Batch) -> Answer:
+        with torch.no_grad(), devices.autocast(self._config.train.precision, self._device):
+            output = self._model(batch.to(self._device))
+        if output.load_LK is not None:
+            self._load_LK = output.load_LK.float().cpu() + (0 if self._load_LK is None else self._load_LK)
+        routing_BLK = None if output.routing_BLK is None else output.routing_BLK.float().cpu()
+        return Answer(batch.index, output.logits.float().cpu(), routing_BLK)
 
     def load(self) -> Tensor | None:
         """The routing (L, K) summed over all answers that were given in all processes; None of a model that does not route."""

@@ -343,7 +343,7 @@ def _predictions(run: _Run) -> Iterator[_Line]:
                 yield _Line(row["id"], chosen, actual)
     except FileNotFoundError:
         raise CheckpointError(4, f"there is no {file.name}", where=str(run.path), fix=_AGAIN) from None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(3, f"{file.name} is damaged: {error}", where=str(run.path), fix=_AGAIN) from None
 
 

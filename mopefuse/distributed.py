@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 _TIMEOUT = timedelta(minutes=10)  # for work that all processes share equally
-_PATIENCE = timedelta(days=365)  # for the main process, whatever it does: if it dies, its connections close at once
+_PATIENCE = timedelta(days=365)  # for long work, as of the main process alone: if a process dies, its connections close at once
 _PART = 64 * 2**20  # bytes of a process's rows that travel at once
 _waiting: dist.ProcessGroup | None = None  # all processes, over connections of their own with `_PATIENCE`
 
@@ -77,9 +77,13 @@ def is_main() -> bool:
 
 
 def barrier() -> None:
-    """Wait for every process."""
+    """Wait for every process, as long as it lives: shares of long work do not take equally long.
+
+    Raises:
+        RuntimeError: a process is gone.
+    """
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(group=_waiting)
 
 
 def total(value: Tensor) -> Tensor:

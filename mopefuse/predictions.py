@@ -49,7 +49,7 @@ def predicted(
     if multi_label:
         chosen_BN = metrics.over(p_BN, thresholds)
     else:
-        chosen_BN = torch.zeros_like(p_BN, dtype=torch.bool).scatter_(1, p_BN.argmax(dim=-1, keepdim=True), True)
+        chosen_BN = torch.zeros_like(p_BN, dtype=torch.bool).scatter_(1, logits_BN.argmax(dim=-1, keepdim=True), True)
     kept_BN = torch.ones_like(chosen_BN)
     if p_BN.shape[1] > MOST_LABELS:
         true_BN = targets > 0 if multi_label else torch.zeros_like(chosen_BN).scatter_(1, targets.unsqueeze(1), True)

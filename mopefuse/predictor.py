@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mopefuse import modality, pixels, tokens
-from mopefuse.checkpoint import read_json, verify
+from mopefuse.bundle_facts import read_labels, read_preprocess
+from mopefuse.checkpoint import verify
 from mopefuse.errors import CheckpointError, ConfigError, DataError, Notice, NumericError, PackageError
 from mopefuse.libraries import mendable
 
@@ -58,20 +59,17 @@ class Bundle:
     ) -> None:
         self.folder, self.manifest = folder, manifest or _verified(folder)
         file = folder / MODELS[self.manifest["model"]]
-        try:
-            said = read_json(folder / "labels.json")
-            self.labels: tuple[str, ...] = tuple(said["labels"])
-            self.multi_label: bool = said["multi_label"]
-            self.thresholds: Sequence[float] = said["thresholds"]
-            how = read_json(folder / "preprocess.json")
-            self.sides: dict[str, dict[str, Any]] = how["sides"]
-            self.empty_is_missing: bool = how.get("empty_is_missing", False)
-            self.modalities = tuple(dict.fromkeys(how["modality"] for how in self.sides.values()))
-            needed = {how["modality"] for how in self.sides.values() if not how.get("may_lack")}
-            self.may_lack = tuple(name for name in self.modalities if name not in needed)
-            self._tokenize = {side: _tokenizer(how, folder) for side, how in self.sides.items() if how["modality"] == "text"}
-        except (KeyError, TypeError) as error:
-            raise CheckpointError(3, f"the bundle does not say its {error}", where=str(folder), fix=_AGAIN) from None
+        self.labels, self.multi_label, thresholds = read_labels(folder)
+        self.thresholds: Sequence[float] = list(thresholds)
+        self.sides, self.empty_is_missing = read_preprocess(folder)
+        self.modalities = tuple(dict.fromkeys(how["modality"] for how in self.sides.values()))
+        needed = {how["modality"] for how in self.sides.values() if not how.get("may_lack")}
+        self.may_lack = tuple(name for name in self.modalities if name not in needed)
+        texts = {side: how for side, how in self.sides.items() if how["modality"] == "text"}
+        for how in texts.values() if "files" in self.manifest else ():  # a bundle that is being made has none yet
+            if (name := how["tokenizer"].get("file")) is not None and name not in self.manifest["files"]:
+                raise CheckpointError(3, f"the tokenizer {name} is not in the manifest", where=str(folder), fix=_AGAIN)
+        self._tokenize = {side: _tokenizer(how, folder) for side, how in texts.items()}
         self._run: Runner = (_onnx if file.suffix == ".onnx" else _pt2)(file, device, threads)
 
     def collate(self, images: Any = None, texts: Any = None, **more: Any) -> dict[str, Array]:
@@ -178,7 +176,7 @@ class Bundle:
 def _verified(folder: Path) -> dict[str, Any]:
     """The manifest of a bundle whose files are those that were exported, and all there."""
     manifest = verify(folder, kind=KIND)
-    if manifest.get("model") not in MODELS:
+    if manifest.get("model") not in [*MODELS]:  # a list, as it may be something that cannot be hashed
         raise CheckpointError(3, "the manifest names no model", where=str(folder), fix=_AGAIN)
     missing = {"labels.json", "preprocess.json", MODELS[manifest["model"]]} - manifest["files"].keys()
     if missing:
@@ -303,7 +301,7 @@ def _rows(own: Mapping[str, Any], folder: Path, most: int) -> Callable[[Sequence
             1, "tokenizers is not installed", where=str(folder), fix='pip install "mopefuse[runtime]"'
         ) from None
     try:
-        tokenizer = Tokenizer.from_file(str(folder / Path(own["file"]).name))
+        tokenizer = Tokenizer.from_file(str(folder / own["file"]))
     except Exception as error:  # the library raises plain exceptions
         raise CheckpointError(
             9, f"{own['file']} cannot be read: {error}", where=str(folder), fix=_AGAIN

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import threading
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -28,13 +29,16 @@ from mopefuse.pt2_words import DTYPES
 Graph = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
 T = TypeVar("T")
 
-_LARGEST_JSON = 200_000_000  # bytes; a model of 48 layers has 10 million
+_LARGEST_JSON = 50_000_000  # bytes; a model of 48 layers has 2 million
+_MOST_VALUES = 1_000_000  # of a record of JSON, each up to 2 kB while it is checked; 48 layers have 100,000
+_MOST_EXPLAINED = 1000  # errors in a record; of more, none is put into words
 _MOST_RECORDS = 100_000
 _PROGRAM, _WEIGHTS, _CONSTANTS = (
     "models/model.json",
     "data/weights/model_weights_config.json",
     "data/constants/model_constants_config.json",
 )
+_loading = threading.Lock()  # torch deserialises one archive at a time, and `quietly` changes what all threads log
 _EMPTY = "data/sample_inputs/model.pt"  # a pickle, if it had anything in it
 _MARKS = {
     "archive_format": rb"pt2", "archive_version": rb"\d{1,3}", "byteorder": rb"little", ".data/version": rb"\d{1,3}\n?",
@@ -69,7 +73,7 @@ def load_pt2(file: Path, device: torch.device) -> Graph:
 
     program, weights, constants = read_pt2(file)
     try:
-        with quietly():
+        with _loading, quietly():
             exported = deserialize(SerializedArtifact(program, weights, constants, b""))  # type: ignore[arg-type]
             if device.type != "cpu":
                 from torch.export.passes import move_to_device_pass
@@ -136,9 +140,14 @@ def _parsed(
     entry = records.pop(name)
     if entry.file_size > _LARGEST_JSON:
         raise _refused(file, f"{entry.file_size:,} bytes of {name}")
+    text = archive.read(entry)
+    if sum(map(text.count, (b",", b"[", b"{"))) > _MOST_VALUES:
+        raise _refused(file, f"more than {_MOST_VALUES:,} values in {name}")
     try:
-        return grammar.validate_json(archive.read(entry))
+        return grammar.validate_json(text)
     except ValidationError as error:
+        if error.error_count() > _MOST_EXPLAINED:
+            raise _refused(file, f"{name}: {error.error_count():,} errors") from None
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"][-6:]))
         raise _refused(file, f"{name}: {place[:120]}: {first['msg'][:160]}") from None

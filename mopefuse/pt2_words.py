@@ -12,6 +12,7 @@ import builtins
 import keyword
 import re
 from functools import cache, lru_cache
+from math import prod
 from typing import Annotated, Literal
 
 import torch
@@ -70,6 +71,7 @@ _RELATIONS = {"Equality", "Unequality", "LessThan", "StrictLessThan", "GreaterTh
 _ASSUMPTIONS = {"positive", "integer", "nonnegative"}
 _HIGHEST_POWER = 8
 _DEEPEST = 12
+_MOST_TERMS = 300  # of a size that is multiplied out, as sympy does to compare sizes
 
 
 def _name(text: str) -> str:
@@ -110,12 +112,13 @@ def _expression(text: str) -> str:
     return ast.unparse(tree)
 
 
-def _check_expression(node: ast.expr, depth: int) -> None:
+def _check_expression(node: ast.expr, depth: int) -> int:
+    """Refuse what is not part of a size; else how many terms it has once it is multiplied out."""
     if isinstance(node, ast.Name) and node.id in ("true", "false"):
-        return
+        return 1
     if depth > _DEEPEST or not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
         raise ValueError("this is not an expression of a size")
-    name, values = node.func.id, [_constant(value) for value in node.args]
+    name, values, terms = node.func.id, [_constant(value) for value in node.args], 1
     words = {word.arg for word in node.keywords if _constant(word.value) is True}
     if name == "Symbol":
         fits = len(values) == 1 and isinstance(values[0], str) and _SYMBOL.fullmatch(values[0]) is not None
@@ -123,27 +126,30 @@ def _check_expression(node: ast.expr, depth: int) -> None:
     elif name == "Integer":
         fits = len(values) == 1 and type(values[0]) is int and abs(values[0]) < _MOST
     elif name == "Pow" and len(values) == 2:
-        fits = _is_small_power(node.args[1])
-        _check_base(node.args[0], depth + 1)
+        power = _small_power(node.args[1])
+        fits, terms = power is not None, _check_base(node.args[0], depth + 1) ** (power or 1)
     else:
         fits = name in _CALLS | _RELATIONS
-        for value in node.args:
-            _check_expression(value, depth + 1)
+        of_each = [_check_expression(value, depth + 1) for value in node.args]
+        terms = sum(of_each) if name == "Add" else prod(of_each) if name == "Mul" else 1
     if not fits or len(node.keywords) != (len(words) if name == "Symbol" else 0):
         raise ValueError(f"{name}(...) is not part of a size")
+    if terms > _MOST_TERMS:
+        raise ValueError("a size of too many terms")
+    return terms
 
 
-def _check_base(node: ast.expr, depth: int) -> None:
-    """What is raised to a power holds no other power, so that small text stays a small number."""
+def _check_base(node: ast.expr, depth: int) -> int:
+    """What is raised to a power holds no other power, so that small text stays a small number; the number of its terms."""
     if any(isinstance(inner, ast.Name) and inner.id == "Pow" for inner in ast.walk(node)):
         raise ValueError("a power of a power is not part of a size")
-    _check_expression(node, depth)
+    return _check_expression(node, depth)
 
 
-def _is_small_power(node: ast.expr) -> bool:
+def _small_power(node: ast.expr) -> int | None:
     power = _constant(node.args[0]) if isinstance(node, ast.Call) and len(node.args) == 1 else None
     _check_expression(node, _DEEPEST)
-    return type(power) is int and 2 <= power <= _HIGHEST_POWER
+    return power if isinstance(power, int) and 2 <= power <= _HIGHEST_POWER else None
 
 
 def _constant(node: ast.expr) -> object:

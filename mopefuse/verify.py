@@ -55,7 +55,7 @@ def _example(bundle: Bundle) -> tuple[Image.Image, str, NDArray[np.float64], flo
         logits_N = np.array(example["logits"], dtype=np.float64)
         if logits_N.shape != (len(bundle.labels),):
             raise ValueError(f"{logits_N.size} logits of {len(bundle.labels)} labels")
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         what = f"example.json is damaged: {error}"
         raise CheckpointError(3, what, where=str(bundle.folder), fix=fix) from None
     if name not in bundle.manifest["files"]:

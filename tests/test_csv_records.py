@@ -95,6 +95,19 @@ def test_cells_of_several_lines_are_kept(tmp_path: Path) -> None:
     assert (ids, problems) == (["1", "2"], {})
 
 
+def test_sentences_with_as_many_commas_as_a_row_are_no_rows() -> None:
+    review = "Nice, all in all.\nWarm, quiet, and near the beach\nThe food, though, was cold\nso, next time"
+    text = io.StringIO()
+    csv.writer(text).writerows([["img", "text", "label"], ["a.jpg", review, "good"], ["b.jpg", "Fine", "good"]])
+    records = Records(text.getvalue(), ",")
+    found = []
+    for record in records:
+        records.width = 3
+        found.append(record)
+    assert [record.problem for record in found] == [""] * 3
+    assert found[1].cells == ["a.jpg", review, "good"]
+
+
 def test_a_bad_row_of_several_lines_is_one(tmp_path: Path) -> None:
     ids, problems = read(['1,"two\nlines",a.png', *rows(3)[1:]], tmp_path)
     assert ids == ["2", "3"]

@@ -148,6 +148,27 @@ def test_the_others_wait_for_the_main_process_as_long_as_it_lives(tmp_path: Path
     assert (processes[0].returncode == -signal.SIGKILL) == (end == "dies")
 
 
+UNEVEN = """
+import os, time
+from datetime import timedelta
+from mopefuse import distributed
+
+distributed._TIMEOUT = timedelta(seconds=2)
+with distributed.joined():
+    if os.environ["RANK"] == "1":
+        time.sleep(5)
+    distributed.barrier()
+    assert distributed.gather(os.environ["RANK"]) == ["0", "1"]
+"""
+
+
+def test_a_process_whose_share_takes_longer_is_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "uneven.py").write_text(UNEVEN)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*launcher, str(tmp_path / "uneven.py")], capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 _EXCHANGE = """
 import torch
 from mopefuse import distributed

@@ -19,7 +19,7 @@ import pytest
 import torch
 from conftest import TINY, call, make_pairs, torchrun, write_rows
 
-from mopefuse import cache
+from mopefuse import cache, checkpoint
 from mopefuse.config import Data, build_config
 from mopefuse.data import features as module
 from mopefuse.data.feature_store import FeatureStore, Mapped
@@ -208,6 +208,22 @@ def test_a_damaged_shard_is_computed_again_and_the_others_are_read(data: Path, f
         shutil.rmtree(first)
         first = max(folder.glob("features/*/*"))
     assert second.exists()
+
+
+def test_a_process_compares_the_digests_of_a_shard_once(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[str] = []
+    sha256 = checkpoint.sha256
+
+    def count(path: Path) -> str:
+        hashed.append(path.name)
+        return sha256(path)
+
+    monkeypatch.setattr(checkpoint, "sha256", count)
+    features(data)
+    assert hashed.count("values.bin") == 2  # as it was published, and as it was read
+    hashed.clear()
+    assert "read from" in features(data).origin
+    assert "values.bin" not in hashed
 
 
 def test_a_store_that_is_cleared_while_it_is_used_or_filled(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import tracemalloc
 import warnings
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -86,6 +88,48 @@ def test_torch_alone_would_run_the_code(name: str, content: pt2_cases.Content, t
         with suppress(Exception):
             torch.export.load(tmp_path / "model.pt2").module()(sample())
     assert canary.exists()
+
+
+SIZES = {  # that sympy would multiply out
+    "a product of sums": "Mul(" + ", ".join(f"Add(Symbol('s{i}'), Integer({i + 1}))" for i in range(30)) + ")",
+    "a power of a sum": "Pow(Add(" + ", ".join(f"Symbol('s{i}')" for i in range(90)) + "), Integer(8))",
+    "a remainder": "PythonMod(Pow(Add(" + ", ".join(f"Symbol('s{i}')" for i in range(60)) + "), Integer(8)), Symbol('s1'))",
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_size_that_takes_hours_to_compare_is_refused(name: str, content: pt2_cases.Content, tmp_path: Path) -> None:
+    hostile = dict(content)
+    pt2_cases.edit(hostile, pt2_cases.PROGRAM, lambda value: pt2_cases.first_value(value, "expr_str", SIZES[name]))
+    pt2_cases.write(tmp_path / "model.pt2", hostile)
+    with pytest.raises(CheckpointError, match="too many terms"):
+        read_pt2(tmp_path / "model.pt2")
+
+
+FLOODS: dict[str, tuple[bytes, str]] = {
+    "wrong entries": (b'{"graph_module":{"graph":{"nodes":[' + b"0," * 5000 + b"0]}}}", "5,0.. errors"),
+    "entries": (b'{"graph_module":{"graph":{"nodes":[' + b"0," * 3_000_000 + b"0]}}}", "more than 1,000,000 values"),
+    "objects": (b'{"graph_module":{"module_call_graph":[' + b"{}," * 3_000_000 + b"{}]}}", "more than 1,000,000 values"),
+}
+
+
+@pytest.mark.parametrize("name", FLOODS)
+def test_a_small_archive_does_not_fill_the_memory(name: str, content: pt2_cases.Content, tmp_path: Path) -> None:
+    """Each value of a record takes hundreds of bytes while it is checked, and each error a thousand."""
+    text, said = FLOODS[name]
+    pt2_cases.write(tmp_path / "model.pt2", {**content, pt2_cases.PROGRAM: text})
+    tracemalloc.start()
+    with pytest.raises(CheckpointError, match=said):
+        read_pt2(tmp_path / "model.pt2")
+    assert tracemalloc.get_traced_memory()[1] < 4 * len(text) + 20_000_000
+    tracemalloc.stop()
+
+
+def test_threads_load_archives_at_once(pt2: Path) -> None:
+    """torch deserialises one archive at a time, and raises an error for a second one."""
+    with ThreadPoolExecutor(4) as pool:
+        graphs = [*pool.map(lambda _: load_pt2(pt2 / "model.pt2", CPU), range(8))]
+    assert all(torch.equal(graph(sample())[0], graphs[0](sample())[0]) for graph in graphs)
 
 
 def duplicate(file: Path, content: pt2_cases.Content) -> None:

@@ -169,6 +169,13 @@ def test_a_damaged_file_is_named(tmp_path: Path, loaded: dict[str, Predictor]) -
         assert caught.value.where == "sample 1"
 
 
+@pytest.mark.parametrize("empty", [np.zeros((0, 5, 3), np.uint8), np.zeros((4, 0), np.uint8), Image.new("L", (0, 0))])
+def test_an_image_without_pixels_is_refused(empty: Any, loaded: dict[str, Predictor]) -> None:
+    for predictor in loaded.values():
+        with pytest.raises(DataError, match="the image has no pixels"):
+            predictor.predict([empty], [TEXT])
+
+
 def test_a_pipe_in_the_place_of_an_image_is_not_waited_for(tmp_path: Path, loaded: dict[str, Predictor]) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(DataError, match="is not a regular file"):

@@ -19,6 +19,7 @@ from torch import Tensor
 from mopefuse import device as devices
 from mopefuse.cli import _train_display
 from mopefuse.config import Linear
+from mopefuse.errors import NumericError
 from mopefuse.fusion import _design, _logistic
 from mopefuse.fusion._design import Design, Side
 from mopefuse.fusion._lbfgs import Evaluation, minimise
@@ -332,3 +333,23 @@ def test_a_long_fit_says_how_long_it_will_take(
     for done in (0, 10, 20, 30):  # 4 s for each tenth; a line after 10 s
         display.reading("logistic regression on main, C 0.1", done, 100)
     assert capsys.readouterr().err == "logistic regression on main, C 0.1  30/100  eta 0:28\n"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_features_that_are_not_finite_are_refused_in_words(value: float) -> None:
+    features = correlated(30, 8)
+    features[3, 2] = value
+    fold = Fold({"comp": features}, torch.arange(30) % 3)
+    with pytest.raises(NumericError, match="a feature of the comp encoder is not finite"):
+        fit_heads({"head": ("comp",)}, fold, fold, how(3))
+
+
+@pytest.mark.parametrize("rows", [3, 50])
+@pytest.mark.parametrize("balanced", [False, True])
+def test_features_that_say_nothing_give_the_frequencies_of_classes(rows: int, balanced: bool) -> None:
+    fold = Fold({"comp": torch.zeros(rows, 8)}, torch.arange(rows) % 3)
+    state, _ = fit_heads({"head": ("comp",)}, fold, fold, how(3, balanced=balanced))
+    assert not state["head.weight"].any()
+    counts = torch.bincount(fold.targets).double()  # type: ignore[arg-type]
+    wanted = torch.full((3,), 1 / 3, dtype=torch.double) if balanced else counts / rows
+    assert (state["head.bias"].double().softmax(dim=0) - wanted).abs().max() < 1e-4

@@ -29,7 +29,7 @@ from mopefuse.data.labels import Labels, Targets
 from mopefuse.data.load import load_data
 from mopefuse.errors import NumericError, ResourceError
 from mopefuse.evaluate import load_model, run_split
-from mopefuse.predictions import KEPT, MOST_LABELS
+from mopefuse.predictions import KEPT, MOST_LABELS, predicted
 from mopefuse.run import RunFolder
 from mopefuse.spool import Spool
 
@@ -283,3 +283,13 @@ def test_memory_of_an_evaluation_does_not_grow_with_rows_times_labels(multi_labe
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 40, f"{done.stdout} MB more for 140 batches than for 20"
+
+
+def test_the_label_that_is_written_is_the_one_that_counts_where_probabilities_are_equal() -> None:
+    """Logits of a model that has learned nothing differ by less than probabilities can show."""
+    logits_BN = torch.tensor([[0.0, 1e-9, -1e-9], [1e-9, 0.0, 2e-9]])
+    assert logits_BN.softmax(dim=-1).argmax(dim=-1).tolist() == [0, 0]
+    targets_B = torch.tensor([1, 2])
+    found = predicted(torch.arange(2), logits_BN, targets_B, multi_label=False, thresholds=0.5)
+    assert found.label_Z[found.chosen_Z].tolist() == [1, 2]
+    assert metrics.compute(logits_BN, targets_B, multi_label=False)["accuracy"] == 1.0

@@ -86,8 +86,8 @@ class Records:
         """Whether the lines after the first of a record are rows by themselves, so that no cell can be meant to hold them.
 
         One is enough in a record that has not the cells of a row, and where it cannot be read at all, one with as many
-        delimiters as a row. A good record may hold anything: there, all lines but the last must be complete rows, and two
-        at least.
+        delimiters as a row. A good record may hold anything, sentences with as many commas as a row among it: there, all
+        lines but the last must be complete rows without a space after a delimiter, and two at least.
         """
         if not self.width:
             return cells is None
@@ -101,14 +101,21 @@ class Records:
         if bad:
             return any(self._is_row(line) or (cells is None and self._has_delimiters(line)) for line in inside)
         *lines, last = inside
-        return all(map(self._is_row, lines)) and len(lines) + self._is_row(last) >= 2
+        return all(map(self._is_dense_row, lines)) and len(lines) + self._is_dense_row(last) >= 2
 
     def _is_row(self, line: str) -> bool:
+        return len(self._cells(line)) == self.width
+
+    def _is_dense_row(self, line: str) -> bool:
+        cells = self._cells(line)
+        return len(cells) == self.width and not any(cell.startswith(" ") for cell in cells[1:])
+
+    def _cells(self, line: str) -> list[str]:
+        """The cells of a line by itself; none where it is not CSV."""
         try:
-            cells = next(csv.reader([line], delimiter=self._delimiter, strict=True), [])
+            return next(csv.reader([line], delimiter=self._delimiter, strict=True), [])
         except csv.Error:
-            return False
-        return len(cells) == self.width
+            return []
 
     def _has_delimiters(self, line: str) -> bool:
         return line.count(self._delimiter) >= max(1, self.width - 1)

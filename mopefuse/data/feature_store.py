@@ -124,11 +124,26 @@ class FeatureStore:
         return cache.append(KIND, self.key, write, {**facts, "rows": len(keys), "width": self.width}) is not None
 
 
+_Stamp = tuple[tuple[str, int, int, int], ...]
+_verified: dict[Path, _Stamp] = {}  # shards whose digests this process has compared, as their files were then
+
+
+def _stamp(folder: Path) -> _Stamp:
+    """Name, inode, size and time of the files of a shard, some of which change with any file."""
+    found = ((path.name, path.stat()) for path in folder.iterdir())
+    return tuple(sorted((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in found))
+
+
 def _read(folder: Path, width: int) -> Shard | None:
-    """A shard; None if it is damaged, or gone."""
-    facts = cache.verified(folder, KIND)
+    """A shard; None if it is damaged, or gone. Digests are compared once in each process."""
+    try:
+        stamp = _stamp(folder)
+    except OSError:
+        return None
+    facts = cache.verified(folder, KIND, thorough=_verified.get(folder) != stamp)
     if facts is None or facts.get("width") != width:
         return None
+    _verified[folder] = stamp
     try:
         keys, file = np.fromfile(folder / "keys.bin", dtype=KEY), folder / "values.bin"
         return Shard(folder.name, facts["files"][file.name]["sha256"], keys, Mapped(file, (len(keys), width)))

@@ -175,7 +175,8 @@ def _encoded(
 
 def _all_in_store(store: FeatureStore, values_U: Keys, *, complete: bool) -> Found | None:
     """Where all values are, if all processes find them in the same shards; None if one does not."""
-    if not all(distributed.gather(complete)):  # also waits for the shards of all processes
+    distributed.barrier()  # until all processes have published their shards, however long one takes
+    if not all(distributed.gather(complete)):
         return None
     if distributed.is_main():
         store.refresh()

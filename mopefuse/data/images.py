@@ -107,6 +107,8 @@ def _decoded(
 
 def _from_python(image: Image.Image, *, where: str) -> Image.Image:
     """An image that is open, or was made, as upright RGB."""
+    if 0 in image.size:
+        raise DataError(310, "the image has no pixels", where=where, fix="leave it out, or give another")
     try:
         if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
             raise NumericError(4, "the image has pixels that are not finite", where=where, fix="give an image of 8 bits")
@@ -200,7 +202,8 @@ class Images(Files):
         """Upright RGB, as of a file; a path is one that the caller trusts, as `PIL.Image.open` would.
 
         Raises:
-            DataError: see `open_image`. NumericError: a pixel is not finite, as images of floats can have them.
+            DataError: see `open_image`; or there are no pixels. NumericError: a pixel is not finite, as images of floats can
+                have them.
         """
         if isinstance(value, str | Path):
             file = regular_file(Path(value), str(value), where=where, what=self.name)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mopefuse import metrics
 from mopefuse.config import Linear
 from mopefuse.data.collate import Table
+from mopefuse.errors import NumericError
 from mopefuse.fusion._design import Design, Side, row_blocks, statistics
 from mopefuse.fusion._logistic import LogisticRegression, Sigmoids, Softmax
 from mopefuse.gates import selected_metric
@@ -48,10 +49,18 @@ class Fold(NamedTuple):
     missing: Mapping[str, Tensor] = {}
 
     def statistics(self, side: str) -> dict[str, Tensor]:
-        """The buffers of `Standard`, of the samples that have the side."""
+        """The buffers of `Standard`, of the samples that have the side.
+
+        Raises:
+            NumericError: a feature is not finite.
+        """
         every_S = torch.arange(len(self.targets))
         present_S = every_S[~self.missing[side]] if side in self.missing else every_S
-        return statistics(self.features[side], present_S)
+        found = statistics(self.features[side], present_S)
+        if not all(buffer_C.isfinite().all() for buffer_C in found.values()):
+            what = f"a feature of the {side} encoder is not finite on the training split"
+            raise NumericError(310, what, fix="add --set train.precision=fp32, or use another encoder")
+        return found
 
     def design(self, known: Mapping[str, Mapping[str, Tensor]], labels: int) -> Design:
         """The standardised features of the sides in `known`, which has the buffers of `Standard` for each."""
