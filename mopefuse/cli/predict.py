@@ -86,6 +86,7 @@ def _pairs(
     source: str | None, image: Path | None, text: str | None, config: Data, model: Model
 ) -> Iterable[Pair]:
     from mopefuse.data.images import open_image
+    from mopefuse.errors import DataError
     from mopefuse.predict import Pair, read_pairs
 
     if source is not None:
@@ -96,6 +97,10 @@ def _pairs(
         given["image"] = open_image([image.absolute().parent], image.name, where=str(image), max_pixels=config.max_pixels)
     if text is not None and (text.strip() or not model.empty_is_missing):
         given["text"] = text
+    for name, flag in (("image", "--image FILE"), ("text", "--text TEXT")):
+        if name in model.modalities and name not in model.may_lack and name not in given:
+            what = f"the pair has no {name}, and the model was not trained to do without"
+            raise DataError(100, what, where="predict", fix=f"add {flag}")
     return [Pair(image.name if image else "text", {name: given.get(name) for name in model.modalities})]
 
 
