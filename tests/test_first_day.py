@@ -75,3 +75,34 @@ def test_a_preview_of_rows_that_cannot_be_read_says_why(pairs: Path, tmp_path: P
     done = call("data", "preview", tmp_path / "new.csv", "-o", tmp_path / "page.html")
     assert done.returncode == 4
     assert "none of 3 rows can be read" in done.stderr and "has no text or img or label; found" in done.stderr
+
+
+def test_an_image_root_that_is_not_there_is_refused(trained: Path, pairs: Path, tmp_path: Path) -> None:
+    """Also where every image is found without it."""
+    for command in (
+        ("train", *TINY, "--data", pairs, "--out", tmp_path / "run", "--steps", "1"),
+        ("data", "check", pairs),
+        ("predict", trained, pairs / "test.jsonl"),
+    ):
+        done = call(*command, "--image-root", tmp_path / "phtos")
+        assert (done.returncode, "error[MF-CFG-301]" in done.stderr) == (3, True), done.stderr
+
+
+def test_a_table_beside_those_of_the_other_splits_names_their_folder(pairs: Path, tmp_path: Path) -> None:
+    done = call("train", *TINY, "--data", pairs / "train.jsonl", "--out", tmp_path / "run")
+    assert done.returncode == 4 and f"name the folder that has the other splits, too: {pairs}" in done.stderr
+
+
+def test_a_folder_of_images_alone_is_no_empty_folder(pairs: Path, tmp_path: Path) -> None:
+    done = call("train", *TINY, "--data", pairs / "images", "--out", tmp_path / "run")
+    count = len(list((pairs / "images").iterdir()))
+    assert done.returncode == 4 and f"(there is no table, but {count} files)" in done.stderr
+
+
+def test_predict_on_a_folder_or_an_image_names_what_it_reads(trained: Path, pairs: Path) -> None:
+    done = call("predict", trained, pairs)
+    assert done.returncode == 3 and f"{pairs} is a folder" in done.stderr and str(pairs / "test.jsonl") in done.stderr
+    image = pairs / "images" / "test-0.png"
+    done = call("predict", trained, image)
+    assert done.returncode == 3 and f"--image {image}" in done.stderr and "--text TEXT" in done.stderr
+    assert call("predict", trained, "--image", image, "--text", "what is the red digit").returncode == 0

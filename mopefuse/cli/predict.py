@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from mopefuse.predict import Answer, Model, Pair, Predictor
 
 
+_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+
+
 def predict(
     run: Annotated[Path, typer.Argument(metavar="MODEL", help="Run, adapter or bundle: a folder, or hf-hub:repo/name.")],
     source: Annotated[str | None, typer.Argument(metavar="[INPUT]", help="JSON lines, CSV, ... of pairs; - for stdin.")] = None,
@@ -57,7 +60,13 @@ def predict(
     if out is not None:
         check_parent(out)
     if isinstance(source, str) and source != "-" and not Path(source).is_file():
-        raise ConfigError(66, f"there is no file {source}", where="predict", fix="name a file of pairs, or - for stdin")
+        what, fix = f"there is no file {source}", "name a file of pairs, or - for stdin"
+        if Path(source).is_dir():
+            what, fix = f"{source} is a folder", f"name a file of pairs in it, as {Path(source) / 'test.jsonl'}"
+        raise ConfigError(66, what, where="predict", fix=fix)
+    if source is not None and Path(source).suffix.lower() in _IMAGES:
+        fix = f"add --image in front of it, and --text TEXT: --image {source}"
+        raise ConfigError(302, f"{source} is an image, not a file of pairs", where="predict", fix=fix)
     flags = columns.settings(text=text_col, image=image_col, others=column, identity=id_col, roots=image_root)
     predictor = load(run, checkpoint=checkpoint, device=device, main=main, comp=comp)
     config = input_settings(run, {path.removeprefix("data."): value for path, value in flags.items()})
