@@ -106,3 +106,15 @@ def test_predict_on_a_folder_or_an_image_names_what_it_reads(trained: Path, pair
     done = call("predict", trained, image)
     assert done.returncode == 3 and f"--image {image}" in done.stderr and "--text TEXT" in done.stderr
     assert call("predict", trained, "--image", image, "--text", "what is the red digit").returncode == 0
+
+
+def test_a_folder_is_no_file_to_write(trained: Path, pairs: Path, tmp_path: Path) -> None:
+    for command in (
+        ("eval", trained, "--out"),
+        ("compare", trained, "-o"),
+        ("data", "preview", pairs, "-o"),
+        ("data", "check", pairs, "--html"),
+    ):
+        done = call(*command, tmp_path)
+        assert (done.returncode, f"{tmp_path} is a folder" in done.stderr) == (3, True), done.stderr
+        assert call(*command, tmp_path / "new" / f"{command[0]}.html").returncode == 0

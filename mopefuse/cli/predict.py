@@ -47,7 +47,7 @@ def predict(
 
     Their labels and probabilities, one line for each, in the order of the input.
     """
-    from mopefuse.checkpoint import check_parent
+    from mopefuse.checkpoint import check_file
     from mopefuse.cli._render import err
     from mopefuse.data.files import MISSING
     from mopefuse.errors import ConfigError, DataError
@@ -58,7 +58,7 @@ def predict(
     if out is not None and out.suffix not in (".jsonl", ".csv"):
         raise ConfigError(65, f"{out.name} is neither .jsonl nor .csv", where="--out", fix="name a file of one of them")
     if out is not None:
-        check_parent(out)
+        check_file(out)
     if isinstance(source, str) and source != "-" and not Path(source).is_file():
         what, fix = f"there is no file {source}", "name a file of pairs, or - for stdin"
         if Path(source).is_dir():
