@@ -11,7 +11,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from scipy.sparse import csr_array  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.nn.functional import one_hot
 
@@ -261,11 +263,16 @@ def _condition(
     targets = data.targets(split)
     actual_SN = targets.bool() if data.multi_label else one_hot(targets, logits_SN.shape[-1]).bool()
     before_SN, after_SN = (_answers(value, thresholds, data.multi_label) for value in (as_is_SN, logits_SN))
-    before, after = (Outcome(given_SN.numpy(), actual_SN.numpy()) for given_SN in (before_SN, after_SN))
+    actual = _sparse(actual_SN)
+    before, after = (Outcome(_sparse(given_SN), actual) for given_SN in (before_SN, after_SN))
     lost = difference([before], [after], selected_metric(multi_label=data.multi_label), resamples=_RESAMPLES)
     changed = float((before_SN != after_SN).any(dim=-1).float().mean())
     found = split_metrics(logits_SN, data, split, thresholds)
     return Condition(name, found, changed, lost.value, lost.low, lost.high, logits_SN, modality)
+
+
+def _sparse(labels_SN: Tensor) -> csr_array:
+    return csr_array(labels_SN.numpy().astype(np.float64))
 
 
 def _answers(logits_SN: Tensor, thresholds: metrics.Thresholds, multi_label: bool) -> Tensor:

@@ -131,6 +131,13 @@ def check_parent(path: Path, where: str = "--out") -> None:
         raise ConfigError(54, f"{nearest} is not a folder", where=where, fix="name another place")
 
 
+def check_file(path: Path, where: str = "--out") -> None:
+    """Refuse, before any work, a file that cannot be made because a folder is there, or as `check_parent`."""
+    check_parent(path, where)
+    if path.is_dir():
+        raise ConfigError(303, f"{path} is a folder", where=where, fix="name a file")
+
+
 def verify(folder: Path, *, kind: str, thorough: bool = True) -> dict[str, Any]:
     """The manifest of a folder whose files are exactly as they were published.
 

@@ -117,7 +117,7 @@ def compare(
         metric: that is compared; default the study's, else accuracy, or macro-F1 of multi-label data.
         partly: whether cells that are not finished are left out of a study, in silence, as those that failed.
 
-    Of several folders, those that are no run or not finished are left out, with a notice.
+    Of several folders, those that are no run, not finished, or that repeat another one are left out, with a notice.
 
     Raises:
         CheckpointError: no such run or study, or damaged files.
@@ -144,7 +144,8 @@ def compare(
             notices += [] if there else [f"nothing is compared with {baseline}: no run of it is finished"]
     else:
         named, notices = _with_result(dict.fromkeys(folders))
-        groups = _by_settings(_finished(named))
+        groups, twins = _by_settings(_finished(named))
+        notices += twins
     runs = [run for _, group in groups for run in group]
     if not runs:
         raise ConfigError(87, "no run is finished", where=", ".join(map(str, folders)), fix="name finished runs")
@@ -262,34 +263,37 @@ def _read(path: Path) -> _Run:
         raise CheckpointError(3, what, where=str(path), fix="run mopefuse train with --resume")
     if not (result["metrics"] or {}).get("test"):
         raise ConfigError(87, f"{path} was not tested", where=str(path), fix="compare runs on data with a test split")
-    return _Run(
-        path, config.seed, identity(config), manifest["data"], manifest["multi_label"], tuple(manifest["labels"]), result
-    )
+    start = "a trained model" if manifest.get("start") else "scratch"
+    settings = {**identity(config), "start": start}
+    return _Run(path, config.seed, settings, manifest["data"], manifest["multi_label"], tuple(manifest["labels"]), result)
 
 
 def _same_test(runs: Sequence[_Run]) -> None:
     for run in runs[1:]:
-        for fact in ("test", "labels"):
-            mine, first = ((r.data.get("test") if fact == "test" else r.labels) for r in (run, runs[0]))
+        for what in ("labels", "samples"):  # in this order: samples differ if their labels do
+            mine, first = (r.labels if what == "labels" else r.data.get("test") for r in (run, runs[0]))
             if mine != first:
-                what = "samples" if fact == "test" else "labels"
                 both = f"{runs[0].path} and {run.path} were tested on different {what}"
                 raise ConfigError(84, both, where="compare", fix="compare runs on the same data")
 
 
-def _by_settings(runs: Sequence[_Run]) -> list[tuple[str, list[_Run]]]:
-    """Runs of the same settings together, each group with a name that no other has."""
+def _by_settings(runs: Sequence[_Run]) -> tuple[list[tuple[str, list[_Run]]], list[str]]:
+    """Runs of the same settings together, each group with a name that no other has; and a notice for each repetition.
+
+    A run with the settings and the seed of an earlier one says nothing new, and would count twice.
+    """
     groups: dict[str, list[_Run]] = {}
+    notices = []
     for run in runs:
         group = groups.setdefault(json.dumps(run.identity, sort_keys=True), [])
         twin = next((other for other in group if other.seed == run.seed), None)
         if twin is not None:
-            both = f"{twin.path} and {run.path} are the same settings and seed"
-            raise ConfigError(87, both, where="compare", fix="leave one out")
-        group.append(run)
+            notices.append(f"left out: {run.path} has the settings and the seed of {twin.path}")
+        else:
+            group.append(run)
     named = [(_common_name([run.path for run in group]), group) for group in groups.values()]
     names = [name for name, _ in named]
-    return [(name if names.count(name) == 1 else str(group[0].path), group) for name, group in named]
+    return [(name if names.count(name) == 1 else str(group[0].path), group) for name, group in named], notices
 
 
 def _common_name(paths: Sequence[Path]) -> str:

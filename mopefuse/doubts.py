@@ -31,8 +31,11 @@ def _unread(data: DataSet, model: Fusion) -> Iterator[str]:
 
 
 def _few_to_tune_on(config: RunConfig, data: DataSet) -> Iterator[str]:
-    """Thresholds that are tuned on few rows, or on few of some label."""
-    if config.train.threshold != "tuned" or not data.multi_label:
+    """Thresholds that are tuned on few rows, or on few of some label, or for nothing."""
+    if config.train.threshold != "tuned":
+        return
+    if not data.multi_label:
+        yield "--threshold tuned has no effect: each row has one label, and the likeliest is predicted"
         return
     labels = data.splits["val"].labels
     counts = labels.counts()

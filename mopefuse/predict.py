@@ -80,7 +80,10 @@ class Predictor:
 
         Raises:
             DataError: not as many of one as of another, or something that is no image or no text.
+            ConfigError: `top` is less than 1.
         """
+        if top is not None and top < 1:
+            raise ConfigError(300, f"top is {top}: at least one label is answered", where="predict", fix="name 1 or more")
         values = modality.named((images, texts), more)
         if not modality.count_of(values):
             return []
@@ -227,7 +230,9 @@ def _pair(found: Found, file: str, roots: Sequence[Path], layouts: Sequence[Layo
                 values[name] = modality.of(name).read(value, roots, where=place, config=config)
         return Pair(identity, values)
     except NoRow as error:
-        return Pair(identity, error=DataError(3, f"{where} {error}", where=where, fix="correct or remove it"))
+        named = "name the column that has it with --text-col, --image-col or --column, or remove the row"
+        fix = named if str(error).startswith(("has no ", "has none of ")) else "correct or remove it"
+        return Pair(identity, error=DataError(3, f"{where} {error}", where=where, fix=fix))
     except MopefuseError as error:
         return Pair(identity, error=error)
 

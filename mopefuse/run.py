@@ -167,7 +167,10 @@ class RunFolder:
             CheckpointError: the folder is not a run. PluginError: it needs a plugin that is not installed.
         """
         if not self.exists():
-            raise CheckpointError(4, f"{self.path} is not a run", fix="name a folder that mopefuse train wrote")
+            inside = (child for child in self.path.iterdir() if RunFolder(child).exists()) if self.path.is_dir() else ()
+            run = min(inside, default=None)
+            fix = f"name a run in it, such as {run}" if run else "name a folder that mopefuse train wrote"
+            raise CheckpointError(4, f"{self.path} is not a run", fix=fix)
         registry.require(self.manifest().get("plugins", ()), where=str(self.path))
         return build_config(read_saved(self.config_file), source=str(self.config_file))
 

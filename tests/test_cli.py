@@ -304,6 +304,7 @@ def test_a_gate_that_cannot_be_read_is_a_configuration_error(trained: Path, tmp_
         (("--device", "gpu"), 3),
         (("--device", "cuda:99"), 3),
         (("--out", "/dev/null/p.jsonl"), 3),
+        (("--out", "{tmp}"), 3),
         (("--checkpoint", "step-99"), 6),
         (("--data", "{tmp}"), 4),
     ],

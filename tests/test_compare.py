@@ -159,10 +159,29 @@ def test_a_path_that_is_not_there_is_refused(folder: Path, tmp_path: Path) -> No
     assert refused(folder / "full-0", tmp_path / "nowhere").code == "MF-CKPT-04"
 
 
-def test_the_same_run_twice_counts_once_and_a_copy_of_it_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_the_same_run_twice_counts_once_and_a_copy_of_it_is_left_out_with_a_notice(folder: Path, tmp_path: Path) -> None:
     assert compare([folder / "full-0", folder / "full-0"]).rows[0].seeds == (0,)
-    shutil.copytree(folder / "full-0", tmp_path / "copy")
-    assert refused(folder / "full-0", tmp_path / "copy").code == "MF-CFG-87"
+    shutil.copytree(folder / "full-0", copy := tmp_path / "copy")
+    found = compare([folder / "full-0", copy, folder / "full-1"])
+    assert [row.seeds for row in found.rows] == [(0, 1)]
+    assert found.notices == (f"left out: {copy} has the settings and the seed of {folder / 'full-0'}",)
+
+
+def test_a_swapped_run_and_the_same_from_scratch_are_two_rows(folder: Path, tmp_path: Path) -> None:
+    new = tmp_path / "swapped"
+    done = call("swap-encoder", folder / "full-0", "--comp", "tiny:text?pool=cls", "-o", new, "--epochs", "1")
+    assert done.returncode == 0, done.stderr
+    found = compare([folder / "full-0", *sorted(tmp_path.iterdir())])
+    assert [row.label for row in found.rows] == ["full-0", "swapped", "swapped-scratch"]
+    assert [row.settings["start"] for row in found.rows] == ["scratch", "a trained model", "scratch"]
+
+
+def test_runs_with_other_labels_are_refused_for_their_labels(folder: Path, tmp_path: Path) -> None:
+    data = make_pairs(tmp_path / "data", counts=COUNTS)
+    for file in data.glob("*.jsonl"):
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        file.write_text("".join(json.dumps({**row, "label": row["label"].upper()}) + "\n" for row in rows))
+    assert "different labels" in refused(folder / "full-0", train(data, tmp_path / "other")).what
 
 
 def test_unknown_rows_and_metrics_are_refused_with_the_nearest(folder: Path) -> None:

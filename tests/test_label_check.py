@@ -91,6 +91,9 @@ def test_prices_are_refused_where_each_is_a_class_and_doubted_where_they_recur()
         [f"{number}.0" for number in range(40)],
         [f"n{1440764 + 391 * number:08}" for number in range(50)],
         ["3", "17", "404"],
+        [str(1899 + 5 * number) for number in range(25)],  # years
+        [f"{number / 2}" for number in range(21)],  # ratings
+        [f"{701 * number:05}" for number in range(60)],  # postcodes
     ],
 )
 def test_numbers_that_are_codes_of_classes_are_left_alone(labels: list[str]) -> None:

@@ -47,6 +47,13 @@ def test_a_wrong_name_is_told_before_data_are_read(
     assert len(done.stderr.splitlines()) == 1 and not unread
 
 
+def test_a_folder_that_holds_no_model_is_told_before_data_are_read(unread: list[object], pairs: Path, tmp_path: Path) -> None:
+    (empty := tmp_path / "my-bert").mkdir()
+    done = call("train", "--main", "tiny:vision", "--comp", f"hf:{empty}", "--data", pairs, "--out", tmp_path / "run")
+    assert (done.returncode, unread) == (5, []), done.stderr
+    assert f"{empty} has no config.json" in done.stderr and "--comp" in done.stderr
+
+
 def test_swapping_tells_of_a_wrong_name_first(trained: Path, unread: list[object], tmp_path: Path) -> None:
     done = call("swap-encoder", trained, "--comp", "tiny:txt", "-o", tmp_path / "new")
     assert done.returncode == 5 and "--comp" in done.stderr and "did you mean text" in done.stderr and not unread

@@ -11,7 +11,7 @@ from typing import Any
 from mopefuse import distributed
 from mopefuse.cli._render import count, duration, err, out, percent, print_json, table
 from mopefuse.errors import ConfigError
-from mopefuse.shown import visible
+from mopefuse.shown import several, visible
 from mopefuse.trainer import Listener, Progress
 
 _LINE_EVERY = 10.0  # seconds between plain lines
@@ -22,6 +22,7 @@ class Display(Listener):
 
     def __init__(self, folder: Path, *, json: bool, tensorboard: bool = False) -> None:
         self.folder, self.json = folder, json
+        self.notices: list[str] = []
         self.console = err()
         self.live = self.console.is_terminal and not json and os.environ.get("RANK", "0") == "0"
         self._bar: Any = None
@@ -58,7 +59,8 @@ class Display(Listener):
             self._writer.close()
 
     def notice(self, text: str) -> None:
-        """A line on stderr."""
+        """A line on stderr, or one of ``notices`` in the JSON object."""
+        self.notices.append(text)
         if not self.json and distributed.is_main():
             self.console.print(text, style="yellow", markup=False)
 
@@ -120,7 +122,8 @@ class Display(Listener):
         if not distributed.is_main():
             return
         if self.json:
-            print_json({"ok": True, "run": str(self.folder), **result, "metrics": _tested(result), "splits": result["metrics"]})
+            found = {**result, "metrics": _tested(result), "splits": result["metrics"], "notices": self.notices}
+            print_json({"ok": True, "run": str(self.folder), **found})
             return
         splits = {name: found for name, found in result["metrics"].items() if found}
         names = [name for name in next(iter(splits.values()), {}) if name not in ("loss", "absent_labels")]
@@ -128,7 +131,8 @@ class Display(Listener):
         table(f"{self.folder}, step {result['selected_step']}", ["split", *names], rows)
         for split, found in splits.items():
             if found["absent_labels"]:
-                self.notice(f"{split}: {found['absent_labels']} labels have no sample; macro-F1 is over the others")
+                which = several(found["absent_labels"], "label has", "labels have")
+                self.notice(f"{split}: {which} no sample; macro-F1 is over the others")
         parameters = result["parameters"]
         share = 100 * parameters["trainable"] / parameters["total"]
         trained = f"{count(parameters['trainable'])} of {count(parameters['total'])} parameters trained ({share:.2f} %)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -40,8 +41,11 @@ def settings(
     """The settings that these options stand for, by path; None where one is not given.
 
     Raises:
-        ConfigError: ``--column`` cannot be read, or names another column than ``--text-col`` or ``--image-col``.
+        ConfigError: ``--column`` cannot be read, or names another column than ``--text-col`` or ``--image-col``; or there is
+            no folder of one of `roots`.
     """
+    for root in roots or ():
+        _require_folder(root)
     from mopefuse.config import COLUMN_SETTINGS
     from mopefuse.errors import ConfigError
     from mopefuse.recipe import flag_of
@@ -64,6 +68,13 @@ def settings(
         "data.image_roots": roots or None,
         "data.labels": labels,
     }
+
+
+def _require_folder(root: str) -> None:
+    from mopefuse.errors import ConfigError
+
+    if not Path(root).is_dir():
+        raise ConfigError(301, f"there is no folder {root}", where="--image-root", fix="check the path")
 
 
 def named(others: list[str] | None) -> dict[str, str] | None:

@@ -23,13 +23,13 @@ def compare(
 
     Mean and deviation over seeds, parameters, time, memory, significance by paired bootstrap.
     """
-    from mopefuse.checkpoint import check_parent, write_atomically
+    from mopefuse.checkpoint import check_file, write_atomically
     from mopefuse.errors import ConfigError, did_you_mean
 
     if format_ not in _FORMATS:
         raise ConfigError(88, f"there is no format {format_!r}", where="--format", fix=did_you_mean(format_, _FORMATS))
     if out is not None:
-        check_parent(out)
+        check_file(out)
     from mopefuse.cli._comparison import WRITERS, as_dict, show
     from mopefuse.cli._render import print_json
     from mopefuse.compare import compare as run_comparison

@@ -47,7 +47,7 @@ def evaluate(
     Deterministic; no sample depends on its batch. Predictions go into the run, or where --out says, a line for each sample;
     with more than 100 labels a line has the probabilities of the 20 most probable, of the predicted and of the true ones.
     """
-    from mopefuse.checkpoint import check_parent
+    from mopefuse.checkpoint import check_file
     from mopefuse.errors import ConfigError, did_you_mean
     from mopefuse.gates import check_gates, parse_gates
     from mopefuse.run import RunFolder
@@ -81,7 +81,7 @@ def evaluate(
     if kind_of(folder) != "bundle":
         trained(folder).config()
     if out is not None:
-        check_parent(out)
+        check_file(out)
     from mopefuse import distributed
     from mopefuse.cli._render import err
     from mopefuse.evaluate import evaluate as run_evaluation

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from mopefuse.predict import Answer, Model, Pair, Predictor
 
 
+_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+
+
 def predict(
     run: Annotated[Path, typer.Argument(metavar="MODEL", help="Run, adapter or bundle: a folder, or hf-hub:repo/name.")],
     source: Annotated[str | None, typer.Argument(metavar="[INPUT]", help="JSON lines, CSV, ... of pairs; - for stdin.")] = None,
@@ -44,7 +47,7 @@ def predict(
 
     Their labels and probabilities, one line for each, in the order of the input.
     """
-    from mopefuse.checkpoint import check_parent
+    from mopefuse.checkpoint import check_file
     from mopefuse.cli._render import err
     from mopefuse.data.files import MISSING
     from mopefuse.errors import ConfigError, DataError
@@ -55,9 +58,15 @@ def predict(
     if out is not None and out.suffix not in (".jsonl", ".csv"):
         raise ConfigError(65, f"{out.name} is neither .jsonl nor .csv", where="--out", fix="name a file of one of them")
     if out is not None:
-        check_parent(out)
+        check_file(out)
     if isinstance(source, str) and source != "-" and not Path(source).is_file():
-        raise ConfigError(66, f"there is no file {source}", where="predict", fix="name a file of pairs, or - for stdin")
+        what, fix = f"there is no file {source}", "name a file of pairs, or - for stdin"
+        if Path(source).is_dir():
+            what, fix = f"{source} is a folder", f"name a file of pairs in it, as {Path(source) / 'test.jsonl'}"
+        raise ConfigError(66, what, where="predict", fix=fix)
+    if source is not None and Path(source).suffix.lower() in _IMAGES:
+        fix = f"add --image in front of it, and --text TEXT: --image {source}"
+        raise ConfigError(302, f"{source} is an image, not a file of pairs", where="predict", fix=fix)
     flags = columns.settings(text=text_col, image=image_col, others=column, identity=id_col, roots=image_root)
     predictor = load(run, checkpoint=checkpoint, device=device, main=main, comp=comp)
     config = input_settings(run, {path.removeprefix("data."): value for path, value in flags.items()})
@@ -86,6 +95,7 @@ def _pairs(
     source: str | None, image: Path | None, text: str | None, config: Data, model: Model
 ) -> Iterable[Pair]:
     from mopefuse.data.images import open_image
+    from mopefuse.errors import DataError
     from mopefuse.predict import Pair, read_pairs
 
     if source is not None:
@@ -96,6 +106,10 @@ def _pairs(
         given["image"] = open_image([image.absolute().parent], image.name, where=str(image), max_pixels=config.max_pixels)
     if text is not None and (text.strip() or not model.empty_is_missing):
         given["text"] = text
+    for name, flag in (("image", "--image FILE"), ("text", "--text TEXT")):
+        if name in model.modalities and name not in model.may_lack and name not in given:
+            what = f"the pair has no {name}, and the model was not trained to do without"
+            raise DataError(100, what, where="predict", fix=f"add {flag}")
     return [Pair(image.name if image else "text", {name: given.get(name) for name in model.modalities})]
 
 

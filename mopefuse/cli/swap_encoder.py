@@ -60,6 +60,7 @@ def swap_encoder(
 
         tuned = swap.metrics.get("tuned", swap.metrics["after"])
         found = {**swap.as_dict(), "metrics": tuned["test"] or tuned["val"], "stages": swap.metrics}
+        found["notices"] = display.notices
         print_json({"ok": True, "run": str(out), **found})
         return
     _print(swap, out, tuned=bool(epochs))

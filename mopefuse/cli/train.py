@@ -175,7 +175,7 @@ def _dry_run(config: RunConfig, *, json: bool) -> None:
     if json:
         from mopefuse.cli._render import print_json
 
-        print_json(_as_dict(found))
+        print_json({**_as_dict(found), "notices": display.notices})
         return
     _print_plan(found)
 

@@ -18,13 +18,14 @@ from mopefuse.data import across
 from mopefuse.data._base import SPLITS, Row
 from mopefuse.data.columns import modalities_of
 from mopefuse.data.contents import Advance, Texts, Tokens, balance, describe_split, extremes, read_texts, rows_of
-from mopefuse.data.findings import KINDS, Finding, of_files, of_missing, of_rows
+from mopefuse.data.findings import KINDS, Finding, kind_of_row, of_files, of_missing, of_rows
 from mopefuse.data.index import Index, build, read_rows
 from mopefuse.data.label_check import check_labels
 from mopefuse.data.load import notice_splits, parts_of, roots_of, to_have
 from mopefuse.data.tables import Table, find_tables
 from mopefuse.errors import DataError
 from mopefuse.modality import of
+from mopefuse.shown import several
 
 Indexes = dict[str, Index]
 _NO_SPLIT = ("missing-split", "unreadable-table", "empty-split", "many-labels", "list-label")  # say why a split has no rows
@@ -214,6 +215,10 @@ def read_split(config: DataConfig, split: str) -> tuple[Index, tuple[Path, ...]]
     tables = find_tables(path, config)
     table = tables.get(split) or (tables.get("") if config.split_col or split == "train" else None)
     index = read_rows(table, split, modalities_of(tables.values(), config), config) if table else None
+    if index is not None and index.row_problems and not len(index.lines_S):
+        first, rows = index.row_problems[0], several(len(index.row_problems), "row")
+        what = f"none of {rows} can be read, the first as: {first.what}"
+        raise DataError(82, what, where=first.where, fix=first.fix or KINDS[kind_of_row(first.what)].todo)
     if index is None or not len(index.lines_S):
         there = ", ".join(tables) if path.is_dir() else path.name
         fix = f"there is {there or 'none'}; mopefuse data check says more"

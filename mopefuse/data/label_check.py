@@ -28,6 +28,8 @@ _ROWS_PER_CLASS = 3  # on average; fewer cannot be meant
 _SEPARATORS = "|;,/"
 _NUMBER = re.compile(r"[$€£¥]?\s*[-+]?(?:\d+|\d{1,3}(?:[, ]\d{3})+)(?:[.,]\d+)?(?:[eE][-+]?\d+)?\s*[%$€£¥]?")
 _CODES, _AMOUNTS = 20, 10  # most whole and most other numbers that pass for classes whatever they are
+_LEADING_ZERO = re.compile(r"0\d+")  # of codes, never of amounts
+_YEARS = 1500, 2100
 _ANCHORS = 20_000  # most frequent labels that rare ones are compared with
 _SHORTEST, _LONGEST = 4, 100  # characters of labels that are compared
 _COLUMN = "name the column with the class with --label-col"
@@ -142,13 +144,16 @@ def _parts(label: str, separator: str) -> set[str]:
 
 
 def _amounts(counts: Mapping[str, int]) -> Iterator[Doubt]:
-    """Numbers that are no codes of classes: with fractions, or far apart."""
+    """Numbers that are no codes, years or ratings: with fractions, or far apart."""
     numbers = [value for label in counts if (value := _number(label)) is not None]
-    if len(numbers) < 0.95 * len(counts) or len(numbers) <= _AMOUNTS:
+    if len(numbers) < 0.95 * len(counts) or len(numbers) <= _AMOUNTS or any(map(_LEADING_ZERO.fullmatch, counts)):
         return
+    lowest, highest = min(numbers), max(numbers)
     whole = all(value.is_integer() for value in numbers)
-    dense = max(numbers) - min(numbers) < 2 * len(numbers)
-    if whole and (dense or len(numbers) <= _CODES):
+    if whole and (highest - lowest < 2 * len(numbers) or len(numbers) <= _CODES or _YEARS[0] <= lowest <= highest <= _YEARS[1]):
+        return
+    halves = all((2 * value).is_integer() for value in numbers)
+    if halves and highest - lowest < len(numbers) <= 2 * _CODES:  # ratings
         return
     first = _most_frequent(counts, counts)
     what = f"labels are numbers, such as {_named(first)}: each of {len(counts):,} is a class of its own"

@@ -115,12 +115,16 @@ def to_have(name: str, path: Path, config: DataConfig) -> str:
     """What to do for a data set to have a split, before training."""
     hold = f"hold some rows of train out with --{name}-fraction 0.1"
     if path.is_file():
+        if path.stem in SPLITS and any((path.parent / f"{name}{suffix}").is_file() for suffix in SUFFIXES):
+            return f"name the folder that has the other splits, too: {path.parent}"
         named = split_column(find_tables(path, config)[""], config)
         if named is not None and named != config.split_col:
             return f"add --split-col {named}, the column that names the split of each row, or {hold}"
         return f"{hold}, or name the column that says the split with --split-col"
     found = [item.name for item in path.iterdir() if item.suffix in SUFFIXES or item.is_dir()]
-    there = f"(there is {', '.join(sorted(found)[:8]) or 'nothing'})"
+    files = sum(1 for _ in path.iterdir())
+    nothing = f"no table, but {several(files, 'file')}" if files else "nothing"
+    there = f"(there is {', '.join(sorted(found)[:8]) or nothing})"
     return f"provide {name}.jsonl{f', or {hold}' if name != 'train' else ''} {there}"
 
 

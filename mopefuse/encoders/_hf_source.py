@@ -77,7 +77,10 @@ def check_name(spec: Spec, known: Mapping[str, BuiltIn]) -> None:
         raise EncoderError(
             _numbers.NEEDS_TOWER, f"there is no part #{part}", where=str(spec), fix="write #text or #vision"
         )
-    if Path(name).expanduser().is_dir():
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise _no_config(folder, spec)
         return
     if name.startswith(("/", ".", "~")):
         raise EncoderError(_numbers.NO_FOLDER, f"there is no folder {name}", where=str(spec), fix="check the path")
@@ -90,14 +93,17 @@ def check_name(spec: Spec, known: Mapping[str, BuiltIn]) -> None:
         )
 
 
+def _no_config(folder: Path, spec: Spec) -> EncoderError:
+    fix = "use a folder of save_pretrained()"
+    return EncoderError(_numbers.BAD_CONFIG, f"{folder} has no config.json", where=str(spec), fix=fix)
+
+
 def _in_folder(
     spec: Spec, folder: Path, part: str, random: bool, trained: bool, parted: Collection[str], revision: str = ""
 ) -> Source:
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
-        raise EncoderError(
-            _numbers.BAD_CONFIG, f"{folder} has no config.json", where=str(spec), fix="use a folder of save_pretrained()"
-        )
+        raise _no_config(folder, spec)
     refuse_unsuitable(config, parted, str(spec))
     if config["model_type"] in TOWERS and not part:
         fix = f"write {spec.scheme}:{spec.name}#text or {spec.scheme}:{spec.name}#vision"

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from mopefuse import __version__
-from mopefuse.checkpoint import check_parent, write_atomically
+from mopefuse.checkpoint import check_file, write_atomically
 from mopefuse.errors import ConfigError, DataError
 from mopefuse.shown import visible
 
@@ -105,9 +105,9 @@ def check_place(page: Path, data: Path | None) -> None:
     """Refuse to write a page into a data folder, or over anything that is no page of ours.
 
     Raises:
-        DataError: such a place. ConfigError: see `check_parent`.
+        DataError: such a place. ConfigError: see `check_file`.
     """
-    check_parent(page, where="--html or --out")
+    check_file(page, where="--html or --out")
     if data is not None and data.is_dir() and page.resolve().is_relative_to(data.resolve()):
         raise DataError(84, "the page would lie in the data folder", where=str(page), fix="name a file beside it")
     if page.exists() and not _is_ours(page):

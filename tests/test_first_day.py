@@ -1,0 +1,120 @@
+"""What somebody new does and gets wrong: each answer names what to do next, and it works."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import TINY, call, write_rows
+from PIL import Image
+
+import mopefuse
+from mopefuse.errors import ConfigError
+
+
+def test_what_training_notices_is_in_its_json(pairs: Path, tmp_path: Path) -> None:
+    flags = (*TINY, "--data", pairs, "--steps", "1", "--threshold", "tuned", "--json")
+    text = "--threshold tuned has no effect: each row has one label, and the likeliest is predicted"
+    assert text in json.loads(call("train", *flags, "--out", tmp_path / "run").stdout)["notices"]
+    swapped = call("swap-encoder", tmp_path / "run", "--comp", "tiny:text?pool=cls", "-o", tmp_path / "new", "--json")
+    assert text in json.loads(swapped.stdout)["notices"]
+    assert isinstance(json.loads(call("train", *flags, "--dry-run").stdout)["notices"], list)
+
+
+def test_tuned_thresholds_of_several_labels_a_row_are_no_mistake(multi_pairs: Path, tmp_path: Path) -> None:
+    flags = (*TINY, "--data", multi_pairs, "--steps", "1", "--threshold", "tuned", "--out", tmp_path / "run")
+    assert "has no effect" not in call("train", *flags).stderr
+
+
+def test_labels_without_samples_are_counted_in_english(pairs: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (pairs / "val.jsonl").read_text().splitlines()]
+    labels = sorted({row["label"] for row in rows})
+    data = Path(shutil.copytree(pairs, tmp_path / "data"))
+    write_rows(data / "val.jsonl", [row for row in rows if row["label"] != labels[0]])
+    done = call("train", *TINY, "--data", data, "--steps", "1", "--out", tmp_path / "run")
+    assert "val: 1 label has no sample" in done.stderr
+
+
+@pytest.mark.parametrize("given", ["image", "text"])
+def test_a_pair_of_one_half_is_told_the_flag_of_the_other(given: str, trained: Path, pairs: Path) -> None:
+    half = {"image": ("--image", pairs / "images" / "test-0.png"), "text": ("--text", "what is the red digit")}
+    other = "text" if given == "image" else "image"
+    done = call("predict", trained, *half[given])
+    assert done.returncode == 4
+    assert f"the pair has no {other}" in done.stderr and f"fix: add --{other} " in done.stderr
+    assert call("predict", trained, *half[given], *half[other]).returncode == 0
+
+
+def test_rows_with_other_columns_are_told_the_flags(trained: Path, pairs: Path, tmp_path: Path) -> None:
+    write_rows(tmp_path / "new.jsonl", [{"title": "what is the red digit", "photo": "test-0.png"}])
+    flags = ("predict", trained, tmp_path / "new.jsonl", "--image-root", pairs / "images")
+    done = call(*flags)
+    assert done.returncode == 4 and "--text-col, --image-col" in done.stderr
+    assert call(*flags, "--text-col", "title", "--image-col", "photo").returncode == 0
+
+
+@pytest.mark.parametrize("top", [0, -1])
+def test_no_label_at_all_is_no_answer(top: int, trained: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        mopefuse.load(trained).predict(Image.new("RGB", (8, 8)), "what is the red digit", top=top)
+    assert error.value.code == "MF-CFG-300"
+
+
+def test_a_folder_of_runs_names_one(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "first").symlink_to(trained)
+    for command in ("eval", "report"):
+        done = call(command, tmp_path / "runs")
+        assert done.returncode == 6 and f"such as {tmp_path / 'runs' / 'first'}" in done.stderr
+
+
+def test_a_preview_of_rows_that_cannot_be_read_says_why(pairs: Path, tmp_path: Path) -> None:
+    (tmp_path / "new.csv").write_text("photo,title,kind\n" + "test-0.png,what is the red digit,a\n" * 3)
+    done = call("data", "preview", tmp_path / "new.csv", "-o", tmp_path / "page.html")
+    assert done.returncode == 4
+    assert "none of 3 rows can be read" in done.stderr and "has no text or img or label; found" in done.stderr
+
+
+def test_an_image_root_that_is_not_there_is_refused(trained: Path, pairs: Path, tmp_path: Path) -> None:
+    """Also where every image is found without it."""
+    for command in (
+        ("train", *TINY, "--data", pairs, "--out", tmp_path / "run", "--steps", "1"),
+        ("data", "check", pairs),
+        ("predict", trained, pairs / "test.jsonl"),
+    ):
+        done = call(*command, "--image-root", tmp_path / "phtos")
+        assert (done.returncode, "error[MF-CFG-301]" in done.stderr) == (3, True), done.stderr
+
+
+def test_a_table_beside_those_of_the_other_splits_names_their_folder(pairs: Path, tmp_path: Path) -> None:
+    done = call("train", *TINY, "--data", pairs / "train.jsonl", "--out", tmp_path / "run")
+    assert done.returncode == 4 and f"name the folder that has the other splits, too: {pairs}" in done.stderr
+
+
+def test_a_folder_of_images_alone_is_no_empty_folder(pairs: Path, tmp_path: Path) -> None:
+    done = call("train", *TINY, "--data", pairs / "images", "--out", tmp_path / "run")
+    count = len(list((pairs / "images").iterdir()))
+    assert done.returncode == 4 and f"(there is no table, but {count} files)" in done.stderr
+
+
+def test_predict_on_a_folder_or_an_image_names_what_it_reads(trained: Path, pairs: Path) -> None:
+    done = call("predict", trained, pairs)
+    assert done.returncode == 3 and f"{pairs} is a folder" in done.stderr and str(pairs / "test.jsonl") in done.stderr
+    image = pairs / "images" / "test-0.png"
+    done = call("predict", trained, image)
+    assert done.returncode == 3 and f"--image {image}" in done.stderr and "--text TEXT" in done.stderr
+    assert call("predict", trained, "--image", image, "--text", "what is the red digit").returncode == 0
+
+
+def test_a_folder_is_no_file_to_write(trained: Path, pairs: Path, tmp_path: Path) -> None:
+    for command in (
+        ("eval", trained, "--out"),
+        ("compare", trained, "-o"),
+        ("data", "preview", pairs, "-o"),
+        ("data", "check", pairs, "--html"),
+    ):
+        done = call(*command, tmp_path)
+        assert (done.returncode, f"{tmp_path} is a folder" in done.stderr) == (3, True), done.stderr
+        assert call(*command, tmp_path / "new" / f"{command[0]}.html").returncode == 0
