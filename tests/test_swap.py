@@ -258,7 +258,7 @@ def _while_features_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _while_step_0_is_validated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mopefuse.trainer.run_split", unplug)
+    monkeypatch.setattr("mopefuse.trainer.answers_to", unplug)
 
 
 def _while_step_0_is_published(monkeypatch: pytest.MonkeyPatch) -> None:
