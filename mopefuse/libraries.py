@@ -48,7 +48,7 @@ def not_installed(error: ImportError) -> PackageError | None:
 
 def mendable(error: Exception) -> MopefuseError | None:
     """What a user can do about an error of a library; None if it is a bug."""
-    if isinstance(error, ImportError):
+    if isinstance(error, ModuleNotFoundError):
         return not_installed(error)
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):

@@ -280,7 +280,8 @@ def test_of_two_processes_on_one_run_one_trains_it(tmp_path: Path) -> None:
     for resume in (False, True):
         run = tmp_path / f"run-{resume}"
         children = [fork(lambda: train(settings, run, resume=resume)) for _ in range(3)]  # noqa: B023 (done at once)
-        assert sorted(map(end_of, children)) == [0, 3, 3]
+        ends = sorted(map(end_of, children))
+        assert ends == [0, 3, 3] or (resume and ends in ([0, 0, 3], [0, 0, 0])), "who comes last may find it finished"
         assert read_json(run / "metrics.json")["steps"] == 6
         assert not (run / ".lock").exists()
 

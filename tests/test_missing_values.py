@@ -336,7 +336,8 @@ def test_none_among_values_is_what_says_nothing() -> None:
     ("values", "code"),
     [
         ({"images": [None], "texts": ["a", "b"]}, "MF-DATA-17"),
-        ({"images": ["no image"], "texts": ["a"]}, "MF-DATA-18"),
+        ({"images": ["no image"], "texts": ["a"]}, "MF-DATA-11"),
+        ({"images": [3.5], "texts": ["a"]}, "MF-DATA-18"),
         ({"images": [], "texts": []}, "MF-DATA-17"),
         ({}, "MF-DATA-17"),
         ({"images": [None], "texts": ["a"], "sounds": [1]}, "MF-DATA-91"),

@@ -297,7 +297,7 @@ def test_a_row_field_may_not_be_of_another_type(tmp_path: Path, field: str) -> N
     ids=["surrogate", "control", "white space", "empty", "long", "unicode"],
 )
 def test_a_text_is_made_readable_and_cut_before_it_is_tokenized(text: str, expected: str) -> None:
-    assert TextPreprocess(lambda texts, most: pytest.fail("not yet"), 4).item(text) == expected
+    assert TextPreprocess(lambda texts, most: texts == ["a"] or pytest.fail("not yet"), 4).item(text) == expected
 
 
 def test_a_data_set_made_twice_is_the_same(tmp_path: Path) -> None:
