@@ -196,7 +196,7 @@ def test_a_cell_whose_process_is_killed_is_recorded_and_the_others_go_on(file: P
 def test_asked_to_stop_it_saves_the_cells_under_way_and_no_process_stays(file: Path, undisturbed: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = start(file, out, "--jobs", "2", "--set", "train.epochs=2000")
-    wait_for(lambda: steps(out) >= 20, process)
+    wait_for(lambda: steps(out) >= 20 and len([*out.glob("cells/*/*/metrics.jsonl")]) == 2, process)
     pids = [json.loads(lock.read_text())["pid"] for lock in out.glob("cells/*/*/.lock")]
     with pytest.raises(ConfigError) as refused:
         run_study(read_study(str(file)), out)
