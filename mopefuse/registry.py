@@ -61,7 +61,7 @@ def parse_spec(text: str) -> Spec:
     head, has_query, query = text.strip().partition("?")
     scheme, has_scheme, name = head.partition(":")
     if not (scheme and has_scheme and name):
-        if head and not has_scheme and Path(head).expanduser().is_dir():
+        if head and not has_scheme and Path(os.path.expanduser(head)).is_dir():
             what = f"{text!r} is a folder, and does not say which library its model is of"
             raise ConfigError(11, what, fix=f"write hf:{text}")
         raise ConfigError(

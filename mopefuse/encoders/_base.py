@@ -11,10 +11,10 @@ Shapes: B batch, L tokens, P prompt tokens, D width of a layer, C width of the p
 from __future__ import annotations
 
 import hashlib
+import os
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -241,7 +241,7 @@ class Encoder(nn.Module):
         By default the name and the options in the spec; a family that reads a configuration returns that, without paths.
         """
         options = {key: value for key, value in self.spec.options.items() if key not in _description.SOURCES}
-        stored = Path(self.spec.name).expanduser().exists()  # a path says where it is, not what it is
+        stored = os.path.exists(os.path.expanduser(self.spec.name))  # a path says where it is, not what it is
         return {"class": type(self).__name__, **({} if stored else {"name": self.spec.name}), **options}
 
     def describe(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ def find(spec: Spec, known: Mapping[str, BuiltIn], parted: Collection[str] = ())
     pretrained = option_flag(spec, "pretrained", True)
     random = not pretrained or "weights" in spec.options
     trained = pretrained or "weights" in spec.options
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if folder.is_dir():
         return _in_folder(spec, folder, part, random, trained, parted)
     if pretrained:
@@ -77,7 +78,7 @@ def check_name(spec: Spec, known: Mapping[str, BuiltIn]) -> None:
         raise EncoderError(
             _numbers.NEEDS_TOWER, f"there is no part #{part}", where=str(spec), fix="write #text or #vision"
         )
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if folder.is_dir():
         if not (folder / "config.json").exists():
             raise _no_config(folder, spec)
