@@ -5,6 +5,7 @@ A repository is made private unless it is asked to be public; one that is public
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -84,7 +85,7 @@ def pack(
 def _local(adapter: Path) -> tuple[str, ...]:
     config = AdapterFolder(adapter).config()
     places = {spec: parse_spec(spec).name.partition("#")[0] for spec in specs(config).values() if spec}
-    return tuple(spec for spec, place in places.items() if Path(place).expanduser().is_dir())
+    return tuple(spec for spec, place in places.items() if os.path.isdir(os.path.expanduser(place)))
 
 
 def _ready(folder: Path, checkpoint: str) -> str:

@@ -128,6 +128,23 @@ class RunFolder:
         sweep(self.checkpoints)
         return notice
 
+    def claim(self, *, resume: bool, overwrite: bool) -> str:
+        """Make the folder ready and lock it; a notice as of `lock`.
+
+        The folder is checked again once it is locked: another process may have trained a whole run here in between.
+
+        Raises:
+            ConfigError: see `prepare` and `lock`.
+        """
+        self.prepare(resume=resume, overwrite=overwrite)
+        notice = self.lock()
+        try:
+            self.prepare(resume=resume, overwrite=overwrite)
+        except BaseException:
+            self.unlock()
+            raise
+        return notice
+
     def unlock(self) -> None:
         """Release the folder, if this object has locked it and nobody has taken it over."""
         self._lock.release()
@@ -151,6 +168,8 @@ class RunFolder:
 
     def _empty(self) -> None:
         for item in self.path.iterdir():
+            if item == self._lock.file and self._lock.is_ours():
+                continue
             shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
 
     # -- what the run is

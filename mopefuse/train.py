@@ -107,8 +107,7 @@ def train(
     listener = listener or Listener()
     with distributed.joined():
         folder = RunFolder(distributed.from_main(out))
-        distributed.on_main(lambda: folder.prepare(resume=resume, overwrite=overwrite))
-        notice = distributed.on_main(folder.lock)
+        notice = distributed.on_main(lambda: folder.claim(resume=resume, overwrite=overwrite))
         if notice:
             listener.notice(notice)
         try:

@@ -19,6 +19,7 @@ from test_checkpoint import save, started
 from mopefuse.checkpoint import born
 from mopefuse.config import build_config
 from mopefuse.errors import CheckpointError, ConfigError, ResourceError
+from mopefuse.folder_lock import FolderLock
 from mopefuse.run import RunFolder
 
 CONFIG = build_config({"main": "tiny:vision", "comp": "tiny:text"})
@@ -158,6 +159,27 @@ def test_locking_sweeps_what_a_killed_process_left(tmp_path: Path) -> None:
     (run.path / f"config.yaml.tmp-{os.getpid()}").touch()
     run.lock()
     assert not [path for path in run.path.rglob("*") if ".tmp-" in path.name]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_run_that_another_process_finishes_before_the_lock_is_taken_is_not_mixed_with_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    run = RunFolder(tmp_path / "run")
+    take = FolderLock.take
+
+    def late(lock: FolderLock) -> str:
+        save(started(run.path), 1)
+        return take(lock)
+
+    monkeypatch.setattr(FolderLock, "take", late)
+    if overwrite:
+        run.claim(resume=False, overwrite=True)
+        assert not run.exists() and run._lock.is_ours()
+    else:
+        with pytest.raises(ConfigError, match="not empty"):
+            run.claim(resume=False, overwrite=False)
+        assert run.exists() and not run._lock.file.exists()
 
 
 # -- configuration, log, checkpoints

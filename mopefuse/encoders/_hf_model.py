@@ -8,6 +8,7 @@ Shapes: B batch, L tokens, D width, C width of the pooled feature.
 from __future__ import annotations
 
 import inspect
+import os
 from abc import abstractmethod
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -198,7 +199,7 @@ def _build(spec: Spec, source: Source, config: Any, model: Any, options: dict[st
             fix="change the options, or check config.json",
         ) from error
     if "weights" in spec.options:
-        state = _weights.read_float(Path(spec.options["weights"]).expanduser())
+        state = _weights.read_float(Path(os.path.expanduser(spec.options["weights"])))
         _weights.load_strictly(built, state, where=str(spec))
     return built
 

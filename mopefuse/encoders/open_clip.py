@@ -15,6 +15,7 @@ Shapes: B batch, L tokens, P prompt tokens, D width, H heads, E width of a head.
 from __future__ import annotations
 
 import copy
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ class OpenCLIPEncoder(PromptedEncoder):
         model, self.revision = _load(spec, config, name, tag)
         self.backbone: Any = getattr(model, tower)
         if "weights" in spec.options:
-            state = _weights.read_float(Path(spec.options["weights"]).expanduser())
+            state = _weights.read_float(Path(os.path.expanduser(spec.options["weights"])))
             whole = f"{tower}."
             if any(key.startswith(whole) for key in state):
                 state = {key.removeprefix(whole): tensor for key, tensor in state.items() if key.startswith(whole)}

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ def _load(spec: Spec) -> tuple[Any, Spec, str]:
         if isinstance(model.get_submodule(name), nn.Linear | nn.Conv2d):
             model.set_submodule(name, nn.Identity())
     if "weights" in spec.options:
-        state = _weights.read_float(Path(spec.options["weights"]).expanduser())
+        state = _weights.read_float(Path(os.path.expanduser(spec.options["weights"])))
         _weights.load_strictly(model, state, where=str(spec), unused_prefixes=[f"{name}." for name in classifiers])
         if size is not None:  # only now: positions of the file are for the model's own size
             _set_size(spec, model, size)
