@@ -38,6 +38,7 @@ from mopefuse.recipe import read_saved, to_yaml
 from mopefuse.run_facts import check_facts
 
 KIND, CHECKPOINT, START = "run", "checkpoint", "start"
+_PROBE = ".writable"  # a file whose creation shows that the folder can be written to
 _NEWER = 7  # the number of the error of `understood`
 _OF_MODEL = ("encoders", "labels", "multi_label")  # what a checkpoint repeats of the run's facts
 
@@ -73,7 +74,7 @@ class RunFolder:
 
     def _leftovers(self) -> set[Path]:
         """What a process may have left that ended before this was a run; its lock says that files are not somebody else's."""
-        mine = {self._lock.file}
+        mine = {self._lock.file, *self.path.glob(f"{_PROBE}.tmp-*")}
         if self.checkpoints.is_dir() and not any(self.checkpoints.iterdir()):
             mine.add(self.checkpoints)
         if self._lock.file.is_file() and not self.manifest_file.exists():
@@ -109,7 +110,7 @@ class RunFolder:
             if there and overwrite:
                 self._empty()
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            probe = self.path / f".writable-{os.getpid()}"
+            probe = self.path / f"{_PROBE}.tmp-{os.getpid()}"
             probe.touch()
             probe.unlink()
         except OSError as error:

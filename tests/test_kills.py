@@ -78,9 +78,11 @@ def die_at(moment: int, watched: Path) -> None:
     sys.addaudithook(look)
 
 
-def kill_often(action: Action, watched: Path, check: Action, *, at_least: int = 4) -> int:
+def kill_often(
+    action: Action, watched: Path, check: Action, *, at_least: int = 4, moments: tuple[int, ...] = MOMENTS
+) -> int:
     """Do something again and again and kill it, each time a little later, until it comes to its end; how many kills."""
-    for kills, moment in enumerate(MOMENTS):
+    for kills, moment in enumerate(moments):
 
         def doomed(moment: int = moment) -> None:
             die_at(moment, watched)
@@ -302,7 +304,7 @@ def test_the_first_moments_of_a_run(tmp_path: Path) -> None:
         pass
 
     with pytest.raises(Published):
-        kill_often(action, runs, whole)
+        kill_often(action, runs, whole, moments=tuple(range(40)))
     result = train(config(data, train__epochs=1), runs / "run", resume=True)
     assert result["metrics"] == expected["metrics"]
     assert json.loads((runs / "run" / "metrics.json").read_text())["metrics"] == expected["metrics"]
