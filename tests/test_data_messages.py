@@ -139,6 +139,13 @@ def test_a_column_that_names_splits_and_is_not_used_is_said(data: Path) -> None:
     assert "names splits" not in plan(table, "--split-col", "part").stderr
 
 
+def test_a_folder_with_one_table_of_another_name_names_the_table(data: Path) -> None:
+    table = (data / "train.jsonl").rename(data / "items.jsonl")
+    for other in ("val", "test"):
+        (data / f"{other}.jsonl").unlink()
+    assert f"name the table itself: {table}" in plan(data).stderr
+
+
 def test_a_table_without_such_a_column_says_both_ways(data: Path) -> None:
     refused = plan(one_table(data))
     assert "--val-fraction 0.1, or name the column that says the split with --split-col" in refused.stderr

@@ -122,6 +122,9 @@ def to_have(name: str, path: Path, config: DataConfig) -> str:
             return f"add --split-col {named}, the column that names the split of each row, or {hold}"
         return f"{hold}, or name the column that says the split with --split-col"
     found = [item.name for item in path.iterdir() if item.suffix in SUFFIXES or item.is_dir()]
+    tables = [item for item in path.iterdir() if item.suffix in SUFFIXES and item.is_file()]
+    if len(tables) == 1 and tables[0].stem not in SPLITS:
+        return f"name the table itself: {tables[0]}"
     files = sum(1 for _ in path.iterdir())
     nothing = f"no table, but {several(files, 'file')}" if files else "nothing"
     there = f"(there is {', '.join(sorted(found)[:8]) or nothing})"
