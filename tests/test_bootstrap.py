@@ -11,7 +11,7 @@ from scipy import stats
 from scipy.sparse import csr_array
 from sklearn.metrics import f1_score
 
-from mopefuse.metrics import compute as metrics
+from mopefuse.metrics import classification as metrics
 from mopefuse.metrics.bootstrap import METRICS, Outcome, difference, drawn
 
 LABELS = 5

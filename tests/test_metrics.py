@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from sklearn import metrics as sk
 
 from mopefuse.core.artifact import dump_json, finite
-from mopefuse.metrics import compute, per_label, probabilities
-from mopefuse.metrics import compute as metrics
+from mopefuse.metrics import classification as metrics
+from mopefuse.metrics.classification import compute, per_label, probabilities
 from mopefuse.metrics.gates import selected_metric
 
 

@@ -22,7 +22,7 @@ from mopefuse.evaluation import missing
 from mopefuse.evaluation.missing_shares import parse, words
 from mopefuse.evaluation.split import prepared, run_split
 from mopefuse.inference.bundle import Bundle
-from mopefuse.metrics import compute as metrics
+from mopefuse.metrics import classification as metrics
 from mopefuse.runs.folder import RunFolder
 from mopefuse.runs.load import load_model
 

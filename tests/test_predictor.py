@@ -27,7 +27,7 @@ import mopefuse
 from mopefuse.encoders.base import create_encoder
 from mopefuse.inference import bundle as predictor
 from mopefuse.inference.bundle import Bundle
-from mopefuse.metrics import compute as metrics
+from mopefuse.metrics import classification as metrics
 from mopefuse.modalities import pixels
 
 ROOT = Path(__file__).parent.parent

@@ -31,7 +31,7 @@ from mopefuse.evaluation.answers import Answer, judge
 from mopefuse.evaluation.predictions import KEPT, MOST_LABELS, predicted
 from mopefuse.evaluation.split import run_split
 from mopefuse.evaluation.spool import Spool
-from mopefuse.metrics import compute as metrics
+from mopefuse.metrics import classification as metrics
 from mopefuse.report import run as reporting
 from mopefuse.runs.folder import RunFolder
 from mopefuse.runs.load import load_model

@@ -28,7 +28,7 @@ from mopefuse.errors import NumericError
 from mopefuse.evaluation.predictions import Predicted, lines, predicted
 from mopefuse.evaluation.spool import Spool
 from mopefuse.fusion.base import Fusion
-from mopefuse.metrics import compute as metrics
+from mopefuse.metrics import classification as metrics
 
 Advance = Callable[[int, int], None]  # (samples done, samples in all)
 

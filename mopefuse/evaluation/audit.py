@@ -28,7 +28,7 @@ from mopefuse.data.subsets import order_of
 from mopefuse.encoders.base import run_frozen
 from mopefuse.evaluation.split import prepared, run_split, split_metrics
 from mopefuse.fusion.base import Fusion
-from mopefuse.metrics import compute as metrics
+from mopefuse.metrics import classification as metrics
 from mopefuse.metrics.bootstrap import Outcome, difference
 from mopefuse.metrics.gates import selected_metric
 from mopefuse.runs.load import elsewhere, load_model, with_labels

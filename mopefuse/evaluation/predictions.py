@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mopefuse.core.formatting import json_text
 from mopefuse.data.base import Row
-from mopefuse.metrics import compute as metrics
+from mopefuse.metrics import classification as metrics
 
 MOST_LABELS, KEPT = 100, 20
 

@@ -21,7 +21,7 @@ from mopefuse.evaluation.answers import Advance, Answer, Answers, Said, collect
 from mopefuse.fusion.base import Fusion
 from mopefuse.fusion.build import require_rows
 from mopefuse.inference.bundle import Bundle
-from mopefuse.metrics import compute as metrics
+from mopefuse.metrics import classification as metrics
 from mopefuse.modalities.base import by_argument, of
 
 

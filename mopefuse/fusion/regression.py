@@ -17,7 +17,7 @@ from mopefuse.data.collate import Table
 from mopefuse.errors import NumericError
 from mopefuse.fusion._design import Design, Side, row_blocks, statistics
 from mopefuse.fusion._logistic import LogisticRegression, Sigmoids, Softmax
-from mopefuse.metrics import compute as metrics
+from mopefuse.metrics import classification as metrics
 from mopefuse.metrics.gates import selected_metric
 
 _NEVER = 30.0  # logit of what training has never, or always: a probability of 1e-13

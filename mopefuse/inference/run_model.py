@@ -10,7 +10,7 @@ import torch
 
 from mopefuse.config.sides import Comp
 from mopefuse.core import device as devices
-from mopefuse.metrics import compute as metrics
+from mopefuse.metrics import classification as metrics
 from mopefuse.modalities.base import by_argument
 from mopefuse.runs.load import load_model
 from mopefuse.runs.locate import trained

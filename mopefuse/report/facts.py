@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mopefuse.config.schema import RunConfig
 from mopefuse.data.base import DataSet, Row
-from mopefuse.metrics import compute as measures
+from mopefuse.metrics import classification as measures
 from mopefuse.report.data_pictures import Picture
 from mopefuse.report.row_values import picture_of
 

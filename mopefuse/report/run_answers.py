@@ -7,7 +7,7 @@ from typing import Any
 
 from mopefuse.config.sides import is_comp
 from mopefuse.core.formatting import percent
-from mopefuse.metrics import compute as metrics
+from mopefuse.metrics import classification as metrics
 from mopefuse.metrics.gates import selected_metric
 from mopefuse.report import figures
 from mopefuse.report.data_preview import draw

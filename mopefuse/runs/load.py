@@ -23,7 +23,7 @@ from mopefuse.encoders.description import SOURCES, differences, other_versions
 from mopefuse.errors import CheckpointError, DataError, Notice
 from mopefuse.fusion.base import Fusion, fresh_encoders
 from mopefuse.fusion.build import build_model
-from mopefuse.metrics import compute as metrics
+from mopefuse.metrics import classification as metrics
 from mopefuse.runs.folder import RunFolder
 
 

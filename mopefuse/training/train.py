@@ -27,7 +27,7 @@ from mopefuse.data.load import load_data
 from mopefuse.errors import DataError, Interrupted, ResourceError
 from mopefuse.fusion.base import Fusion, fresh_encoders
 from mopefuse.fusion.build import build_model, check_names, full_specs, require_rows
-from mopefuse.metrics import compute as metrics
+from mopefuse.metrics import classification as metrics
 from mopefuse.modalities.base import of
 from mopefuse.runs.folder import RunFolder
 from mopefuse.runs.load import check_encoders

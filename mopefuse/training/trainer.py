@@ -26,7 +26,7 @@ from mopefuse.errors import Interrupted, NumericError
 from mopefuse.evaluation.answers import Evaluation, judge, judge_tuned
 from mopefuse.evaluation.split import answers_to, prepared
 from mopefuse.fusion.base import Fusion, Output
-from mopefuse.metrics import compute as metrics
+from mopefuse.metrics import classification as metrics
 from mopefuse.metrics.gates import selected_metric
 from mopefuse.prompts.experts import importance_loss
 from mopefuse.prompts.usage import statistics
