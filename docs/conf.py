@@ -23,6 +23,7 @@ myst_heading_anchors = 3
 nb_execution_mode = os.environ.get("DOCS_NOTEBOOK", "auto")
 nb_execution_raise_on_error = True
 nb_execution_timeout = 600
+nb_output_stderr = "remove"  # progress
 
 # The Python reference. Public names are imported on first use, so autodoc needs them resolved.
 for name in mopefuse.__all__:
@@ -35,5 +36,5 @@ default_role = "code"
 
 # Every internal reference must resolve; other libraries' documentation cannot be reached offline.
 nitpicky = True
-nitpick_ignore_regex = [("py:.*", r"(?!mopefuse\.).*"), ("py:.*", r"mopefuse\..*\._.*")]
+nitpick_ignore_regex = [("py:.*", r"(?!mopefuse\.).*"), ("py:class", r"mopefuse\..*")]
 linkcheck_ignore = [r"https://github.com/mopefuse/.*"]
