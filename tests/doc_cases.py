@@ -1,4 +1,4 @@
-"""What the tests of README and documentation share: the blocks of a page, and a folder in which its commands find what they name."""
+"""Helpers for tests of README and documentation: the blocks of a page, and a folder that has what its commands name."""
 
 from __future__ import annotations
 
