@@ -9,6 +9,7 @@ import mopefuse
 project = "mopefuse"
 author = "the mopefuse authors"
 release = mopefuse.__version__
+html_show_copyright = False
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
 html_title = f"mopefuse {release}"
