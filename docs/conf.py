@@ -23,6 +23,7 @@ myst_heading_anchors = 3
 # The notebook is committed without outputs and executed when the pages are built.
 nb_execution_mode = os.environ.get("DOCS_NOTEBOOK", "auto")
 nb_execution_raise_on_error = True
+nb_execution_in_temp = True
 nb_execution_timeout = 600
 nb_output_stderr = "remove"  # progress
 

@@ -14,6 +14,8 @@ import pytest
 import yaml
 from doc_cases import DOCS, NOT_OURS, ROOT, blocks, commands, furnish, run_page
 
+import mopefuse
+
 PAGES = sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts)
 LESSONS = [path for path in PAGES if path.parent.name in ("tutorials", "how-to") or path.name == "fusion-methods.md"]
 ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
@@ -41,14 +43,6 @@ def test_the_command_line_page_has_every_command_and_flag() -> None:
     page = (DOCS / "cli.md").read_text(encoding="utf-8")
     for known in ("## mopefuse train", "## mopefuse data check", "`--warm-start`", "`-o, --out`", "`--audit, --no-audit`"):
         assert known in page
-
-
-def test_every_public_name_is_in_the_reference() -> None:
-    """The page takes them from `__all__`; what cannot be imported would break the build."""
-    import mopefuse
-
-    assert ".. automodule:: mopefuse" in (DOCS / "api.md").read_text(encoding="utf-8")
-    assert all(getattr(getattr(mopefuse, name), "__doc__", None) for name in mopefuse.__all__)
 
 
 # -- text
@@ -158,5 +152,6 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "build_fusion" in (tmp_path / "html" / "api.html").read_text(encoding="utf-8")
+    reference = (tmp_path / "html" / "api.html").read_text(encoding="utf-8")
+    assert [name for name in mopefuse.__all__ if name != "__version__" and f'id="mopefuse.{name}"' not in reference] == []
     assert (tmp_path / "html" / "quickstart.html").is_file()
