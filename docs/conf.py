@@ -24,6 +24,7 @@ myst_heading_anchors = 3
 nb_execution_mode = os.environ.get("DOCS_NOTEBOOK", "auto")
 nb_execution_raise_on_error = True
 nb_execution_in_temp = True
+nb_merge_streams = True
 nb_execution_timeout = 600
 nb_output_stderr = "remove"  # progress
 
