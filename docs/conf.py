@@ -31,6 +31,7 @@ nb_output_stderr = "remove"  # progress
 # The Python reference. Public names are imported on first use, so autodoc needs them resolved.
 for name in mopefuse.__all__:
     setattr(mopefuse, name, getattr(mopefuse, name))
+napoleon_use_ivar = True
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
