@@ -20,7 +20,7 @@ from mopefuse.data.missing import Taken
 from mopefuse.errors import DataError
 from mopefuse.evaluation import missing
 from mopefuse.evaluation.missing_shares import parse, words
-from mopefuse.evaluation.split import prepared, run_split
+from mopefuse.evaluation.split import prepare_samples, run_split
 from mopefuse.inference.bundle import Bundle
 from mopefuse.metrics import classification as metrics
 from mopefuse.runs.folder import RunFolder
@@ -53,7 +53,7 @@ def test_a_share_that_is_taken_away_is_told_kept_and_can_be_computed_again(run: 
     lacks = set(order[: cell["rows"]["text"]])
     mask_S = np.array([row.id in lacks for row in data.splits["test"].rows])
     cpu = torch.device("cpu")
-    taken = Taken(prepared(loaded.model, data, "test", loaded.config, cpu), {"text": mask_S})
+    taken = Taken(prepare_samples(loaded.model, data, "test", loaded.config, cpu), {"text": mask_S})
     logits_SN = run_split(loaded.model, data, "test", loaded.config, cpu, samples=taken).logits_SN
     again = metrics.compute(logits_SN, data.targets("test"), multi_label=False, thresholds=0.5)
     assert again == pytest.approx(cell["metrics"], abs=1e-6)
