@@ -62,7 +62,7 @@ def test_a_share_that_is_taken_away_is_told_kept_and_can_be_computed_again(run: 
 def test_a_grid_its_table_and_its_part_of_the_report(run: Path) -> None:
     done = call("eval", run, "--missing", "grid")
     assert done.returncode == 0, done.stderr
-    assert "100 % of samples lack text" in done.stdout and "nothing is taken away" in done.stdout
+    assert "100 % of samples lack text" in done.stdout and "nothing is removed" in done.stdout
     kept = kept_in(run)
     plain = next(cell for cell in kept["cells"] if not cell["missing"])
     assert plain["metrics"] == json.loads((run / "metrics.json").read_text())["metrics"]["test"]
@@ -118,7 +118,7 @@ def test_a_bundle_takes_whole_pairs(exported: Path) -> None:
 def test_words_and_what_they_are_made_of() -> None:
     assert parse(["grid"]) is None and parse(["text+audio=0.5"]) == [{"audio+text": 0.5}]
     assert words({"audio+text": 0.5, "image": 0.125}) == "50 % of samples lack audio and text, 12.5 % of samples lack image"
-    assert words({}) == words({"text": 0.0}) == "nothing is taken away"
+    assert words({}) == words({"text": 0.0}) == "nothing is removed"
 
 
 def test_predict_answers_rows_with_holes_where_the_model_learned_to(pairs: Path, trained: Path, tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_no_sample_loses_all_that_it_has(either: tuple[Path, Path], monkeypatch:
     lacks = {name: {row["id"] for row in rows if row[key] is None} for name, key in (("text", "text"), ("image", "img"))}
     kept = kept_in(run)
     assert kept["natural"] == {name: len(ids) for name, ids in lacks.items()}
-    assert f"1 image, {len(lacks['text'])} text" in done.stdout and "nothing but what rows lack" in done.stdout
+    assert f"1 image, {len(lacks['text'])} text" in done.stdout and "only what rows lack is missing" in done.stdout
     for cell in kept["cells"]:
         for name, count in cell["rows"].items():
             (other,) = {"text", "image"} - {name}

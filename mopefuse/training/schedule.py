@@ -22,7 +22,7 @@ class Duration:
     max_steps: int | None = None
 
     @classmethod
-    def of(cls, config: Train, samples: int) -> Duration:
+    def from_config(cls, config: Train, samples: int) -> Duration:
         """The duration of training on so many samples."""
         return cls(math.ceil(samples / config.batch_size), config.epochs, config.max_steps)
 

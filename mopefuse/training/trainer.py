@@ -116,7 +116,7 @@ class Trainer:
         self.train_samples = prepare_samples(model, data, "train", config, device, training=True, **callbacks)
         self.val_samples = prepare_samples(model, data, "val", config, device, **callbacks)
         # 2. How long to train, and when to validate.
-        self.duration = Duration.of(config.train, len(self.train_samples))
+        self.duration = Duration.from_config(config.train, len(self.train_samples))
         self.per_epoch = self.duration.per_epoch
         self.total = 0 if model.closed_form else self.duration.total
         self.eval_at = evaluation_steps(self.total, self.per_epoch, config.train.evals_per_epoch)
