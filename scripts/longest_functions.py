@@ -28,11 +28,10 @@ class Function(NamedTuple):
 
 def functions(root: Path = ROOT) -> list[Function]:
     """All functions below a folder, nested ones too, longest first."""
-    found = [
-        function
-        for path in sorted(root.rglob("*.py"))
-        for function in _inside(ast.parse(path.read_text(encoding="utf-8")), _module(path, root), str(path.relative_to(root.parent)))
-    ]
+    found: list[Function] = []
+    for path in sorted(root.rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        found += _inside(tree, _module(path, root), str(path.relative_to(root.parent)))
     return sorted(found, key=lambda function: (-function.lines, function.name))
 
 

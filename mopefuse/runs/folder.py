@@ -158,9 +158,9 @@ class RunFolder:
         """Remove what was written if the folder is not a run yet, so that the next run can use it; the folder stays."""
         if self._lock.is_ours() and not self.manifest_file.exists():
             self.config_file.unlink(missing_ok=True)
-            self.drop_start()
+            self.drop_initial_weights()
 
-    def _require_ours(self) -> None:
+    def _require_owned(self) -> None:
         """Refuse to write to a folder that was removed, or that another process has taken over."""
         if not self._lock.claimed or self._lock.is_ours():
             return
@@ -222,7 +222,7 @@ class RunFolder:
         Raises:
             ResourceError: the disk is full, or the folder was removed or taken over by another process.
         """
-        self._require_ours()
+        self._require_owned()
         try:
             with self.log_file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(finite(line), ensure_ascii=False) + "\n")
@@ -256,11 +256,11 @@ class RunFolder:
 
     # -- initial weights
 
-    def keep_start(self, write: Callable[[Path], None], facts: Mapping[str, Any]) -> None:
+    def save_initial_weights(self, write: Callable[[Path], None], facts: Mapping[str, Any]) -> None:
         """Save initial weights, kept until the first checkpoint is published; the run's manifest repeats their ``start``."""
         publish(self._start, write, {"kind": START, **facts})
 
-    def kept_start(self) -> tuple[Path, dict[str, Any]] | None:
+    def initial_weights(self) -> tuple[Path, dict[str, Any]] | None:
         """The verified folder of initial weights and its facts; None if the run has a checkpoint or starts from scratch.
 
         Raises:
@@ -278,7 +278,7 @@ class RunFolder:
             raise
         return self._start, facts
 
-    def drop_start(self) -> None:
+    def drop_initial_weights(self) -> None:
         """Remove the initial weights."""
         shutil.rmtree(self._start, ignore_errors=True)
 
@@ -290,9 +290,9 @@ class RunFolder:
         Raises:
             ResourceError: the disk is full, or the folder was removed or taken over by another process.
         """
-        self._require_ours()
+        self._require_owned()
         publish(self.checkpoints / f"step-{step}", write, {"kind": CHECKPOINT, "step": step, **self._model_facts(), **facts})
-        self.drop_start()
+        self.drop_initial_weights()
         keep = {step, self.best_step()}
         for old in self.steps():
             if old not in keep:

@@ -129,12 +129,12 @@ def _resume(folder: RunFolder, config: RunConfig, listener: Listener) -> _Origin
     config, changes = distributed.on_main(lambda: resumed(folder.config(), config))
     for change in changes:
         listener.notice(f"changed: {change}")
-    return _Origin(config, facts, distributed.on_main(lambda: _saved_start(folder)))
+    return _Origin(config, facts, distributed.on_main(lambda: _initial_weights(folder)))
 
 
-def _saved_start(folder: RunFolder) -> Start | None:
+def _initial_weights(folder: RunFolder) -> Start | None:
     """The initial weights of a run that has no checkpoint yet; None if it starts from scratch."""
-    saved = folder.kept_start()
+    saved = folder.initial_weights()
     if saved is None:
         return None
     path, facts = saved
@@ -150,10 +150,10 @@ def _begin(folder: RunFolder, prepared: Prepared, origin: _Origin, listener: Lis
 
     def write() -> None:
         if start is None:
-            folder.drop_start()
+            folder.drop_initial_weights()
         else:
             start_facts = {"start": facts["start"], "fresh": list(start.fresh), "warm_up": start.warm_up}
-            folder.keep_start(lambda to: write_tensors(to / _WEIGHTS, start.state), start_facts)
+            folder.save_initial_weights(lambda to: write_tensors(to / _WEIGHTS, start.state), start_facts)
         _write_settings(folder, prepared, facts)
 
     distributed.on_main(write)
