@@ -360,7 +360,7 @@ class RunFolder:
             raise
         differ = [key for key, value in self._model_facts().items() if manifest.get(key) != value]
         if differ:
-            what = f"the {differ[0]} in the run's manifest differ from those of its checkpoint"
+            what = f"the {differ[0]} of the run differ from those of its checkpoint"
             raise CheckpointError(3, what, where=str(self.path), fix="restore the run's manifest.json")
         return folder, manifest
 
