@@ -1,9 +1,9 @@
 """Artefacts of other versions, or in need of a plugin, by number in the list of faults, seen from the command line.
 
-tests/golden/format-N holds what the first version of that format wrote: a run, its adapter, and their answers. It was made
-in that folder by ``mopefuse train --main tiny:vision --comp tiny:text --device cpu --experts 2 --batch 3 --data data --out
-run --steps 1`` with ``--set`` prompts.static=1 dynamic=1 mapped=1 layers=last:2 bottleneck=2 init=1 and train.lr=0.02, then
-``mopefuse export`` and ``mopefuse predict run data/val.jsonl``. It is never made again.
+tests/golden/format-N holds a run of that format, its adapter, and their answers. It was made in that folder by ``mopefuse train
+--main tiny:vision --comp tiny:text --device cpu --experts 2 --batch 3 --data data --out run --steps 1`` with ``--set``
+prompts.static=1 dynamic=1 mapped=1 layers=last:2 bottleneck=2 init=1 and train.lr=0.02, then ``mopefuse export`` and
+``mopefuse predict run data/val.jsonl``. Once a version is released, the folder of its format is never made again.
 """
 
 from __future__ import annotations

@@ -90,10 +90,10 @@ def test_what_is_known_of_the_whole_split_is_not_asked_again(data: Path) -> None
     model, pairs, told = model_of(config), load_data(config.data), list[str]()
     whole_SN = run_split(model, pairs, "test", config, CPU).logits_SN
     for most in (None, 8):
-        asked = audit_model(model, pairs, "test", config, CPU, most=most)
+        asked = audit_model(model, pairs, "test", config, CPU, max_samples=most)
         told.clear()
         hear = lambda name, done, total: told.append(name)  # noqa: E731
-        known = audit_model(model, pairs, "test", config, CPU, most=most, as_is_SN=whole_SN, advance=hear)
+        known = audit_model(model, pairs, "test", config, CPU, max_samples=most, as_is_SN=whole_SN, advance=hear)
         assert "another text" in told and "as is" not in told
         torch.testing.assert_close(known["as is"].logits_SN, asked["as is"].logits_SN, atol=1e-5, rtol=0)
         assert known.verdict == asked.verdict
@@ -173,9 +173,9 @@ def _data_of(run: Path) -> Path:
 
 
 def test_of_a_large_split_some_samples_are_looked_at(reader: Path) -> None:
-    found = audit(reader, most=10)
+    found = audit(reader, max_samples=10)
     assert (found.samples, found.total, len(found["as is"].logits_SN)) == (10, 30, 10)
-    whole = audit(reader, most=None)["as is"].logits_SN
+    whole = audit(reader, max_samples=None)["as is"].logits_SN
     assert all((whole - row).abs().sum(dim=-1).min() < 1e-4 for row in found["as is"].logits_SN)
 
 
@@ -228,7 +228,7 @@ def test_the_verdict_and_its_numbers_agree(
     if lost == 60:
         assert found.verdict.startswith("The model uses the text") and shuffled.low > 0
     elif lost == 0:
-        assert "nothing changed; with 400 samples a loss of up to 0.8 points can go unseen" in found.verdict
+        assert "nothing changed; with 400 samples a loss of up to 0.8 points could go undetected" in found.verdict
     else:
         stated = re.search(r"a loss of (\S+) points is within noise: 95 % interval (\S+) to (\S+), 400 samples", found.verdict)
         assert stated, found.verdict

@@ -46,8 +46,8 @@ def published(folder: Path, content: str = "content") -> Path:
 def started(path: Path) -> RunFolder:
     run = RunFolder(path)
     run.prepare(resume=False, overwrite=False)
-    facts = {"mopefuse": "0.1.0", "method": "conditional", "labels": ["a"], "multi_label": False, "encoders": {}, "data": {}}
-    run.start(CONFIG, facts)
+    facts = {"mopefuse": "0.1.0", "method": "conditional", "labels": ["a"], "multi_label": False}
+    run.start(CONFIG, facts | {"encoders": {}, "data": {}, "plugins": []})
     return run
 
 

@@ -167,7 +167,7 @@ def test_another_version_of_a_library_gives_a_notice_and_computes_features_anew(
     installed = metadata.version
     newer = lambda name: "99.0" if name == "transformers" else installed(name)  # noqa: E731
     monkeypatch.setattr(metadata, "version", newer)
-    with pytest.warns(Notice, match=r"other versions of libraries \(transformers .*, now 99.0\)"):
+    with pytest.warns(Notice, match=r"other library versions \(transformers .*, now 99.0\)"):
         load_model(RunFolder(tmp_path / "run"), "best", CPU)
     encoder = create_encoder(f"hf:{folders['bert']}")
     assert "read from" not in split_features(encoder, load_data(Data(path=str(data))), "train", config, CPU).origin

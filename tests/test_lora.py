@@ -22,12 +22,12 @@ from mopefuse.data.load import load_data
 from mopefuse.encoders.base import Encoder, Inputs, Prompt, create_encoder
 from mopefuse.errors import CheckpointError, EncoderError, PackageError
 from mopefuse.evaluation.evaluate import evaluate
-from mopefuse.evaluation.split import prepared
+from mopefuse.evaluation.split import prepare_samples
 from mopefuse.fusion.base import Fusion, fresh_encoders
 from mopefuse.fusion.build import build_model
 from mopefuse.runs.folder import RunFolder
 from mopefuse.testing import check_encoder
-from mopefuse.training.swap import inherit
+from mopefuse.training.inherit import inherit
 from mopefuse.training.train import train
 
 RANK, ALPHA = 4, 6.0
@@ -224,9 +224,9 @@ def test_psi_learns_and_is_never_taken_from_what_was_computed_earlier(pairs: Pat
     assert build().frozen == ("comp",)
     config = model.config.model_copy(update={"data": model.config.data.model_copy(update={"path": str(pairs)})})
     heard: list[str] = []
-    prepared(model, load_data(config.data), "val", config, torch.device("cpu"), notice=heard.append)
+    prepare_samples(model, load_data(config.data), "val", config, torch.device("cpu"), notice=heard.append)
     assert heard == []
-    prepared(build(), load_data(config.data), "val", config, torch.device("cpu"), notice=heard.append)
+    prepare_samples(build(), load_data(config.data), "val", config, torch.device("cpu"), notice=heard.append)
     assert "encoded once" in heard[0]
 
 

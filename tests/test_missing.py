@@ -19,7 +19,7 @@ from mopefuse.data.collate import Samples
 from mopefuse.data.load import load_data
 from mopefuse.data.missing import Dropped, loss_order
 from mopefuse.errors import ConfigError, DataError
-from mopefuse.evaluation.split import prepared
+from mopefuse.evaluation.split import prepare_samples
 from mopefuse.fusion._design import statistics
 from mopefuse.fusion.base import Fusion
 from mopefuse.runs.folder import RunFolder
@@ -249,7 +249,7 @@ def test_a_regression_takes_what_is_missing_as_the_mean(pairs: Path, tmp_path: P
     assert done.returncode == 0, done.stderr
     model = load_model(RunFolder(tmp_path / "run"), "best", torch.device("cpu")).model
     config = RunFolder(tmp_path / "run").config()
-    found = prepared(model, load_data(config.data), "train", config, torch.device("cpu"))
+    found = prepare_samples(model, load_data(config.data), "train", config, torch.device("cpu"))
     lacking = torch.from_numpy(found.lacking["comp"])
     features = found.features["comp"][torch.arange(len(found))]
     assert 0 < lacking.sum() < len(lacking)

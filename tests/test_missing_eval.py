@@ -20,7 +20,7 @@ from mopefuse.data.missing import Taken
 from mopefuse.errors import DataError
 from mopefuse.evaluation import missing
 from mopefuse.evaluation.missing_shares import parse, words
-from mopefuse.evaluation.split import prepared, run_split
+from mopefuse.evaluation.split import prepare_samples, run_split
 from mopefuse.inference.bundle import Bundle
 from mopefuse.metrics import classification as metrics
 from mopefuse.runs.folder import RunFolder
@@ -53,7 +53,7 @@ def test_a_share_that_is_taken_away_is_told_kept_and_can_be_computed_again(run: 
     lacks = set(order[: cell["rows"]["text"]])
     mask_S = np.array([row.id in lacks for row in data.splits["test"].rows])
     cpu = torch.device("cpu")
-    taken = Taken(prepared(loaded.model, data, "test", loaded.config, cpu), {"text": mask_S})
+    taken = Taken(prepare_samples(loaded.model, data, "test", loaded.config, cpu), {"text": mask_S})
     logits_SN = run_split(loaded.model, data, "test", loaded.config, cpu, samples=taken).logits_SN
     again = metrics.compute(logits_SN, data.targets("test"), multi_label=False, thresholds=0.5)
     assert again == pytest.approx(cell["metrics"], abs=1e-6)
@@ -62,7 +62,7 @@ def test_a_share_that_is_taken_away_is_told_kept_and_can_be_computed_again(run: 
 def test_a_grid_its_table_and_its_part_of_the_report(run: Path) -> None:
     done = call("eval", run, "--missing", "grid")
     assert done.returncode == 0, done.stderr
-    assert "100 % of samples lack text" in done.stdout and "nothing is taken away" in done.stdout
+    assert "100 % of samples lack text" in done.stdout and "nothing is removed" in done.stdout
     kept = kept_in(run)
     plain = next(cell for cell in kept["cells"] if not cell["missing"])
     assert plain["metrics"] == json.loads((run / "metrics.json").read_text())["metrics"]["test"]
@@ -118,7 +118,7 @@ def test_a_bundle_takes_whole_pairs(exported: Path) -> None:
 def test_words_and_what_they_are_made_of() -> None:
     assert parse(["grid"]) is None and parse(["text+audio=0.5"]) == [{"audio+text": 0.5}]
     assert words({"audio+text": 0.5, "image": 0.125}) == "50 % of samples lack audio and text, 12.5 % of samples lack image"
-    assert words({}) == words({"text": 0.0}) == "nothing is taken away"
+    assert words({}) == words({"text": 0.0}) == "nothing is removed"
 
 
 def test_predict_answers_rows_with_holes_where_the_model_learned_to(pairs: Path, trained: Path, tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_no_sample_loses_all_that_it_has(either: tuple[Path, Path], monkeypatch:
     lacks = {name: {row["id"] for row in rows if row[key] is None} for name, key in (("text", "text"), ("image", "img"))}
     kept = kept_in(run)
     assert kept["natural"] == {name: len(ids) for name, ids in lacks.items()}
-    assert f"1 image, {len(lacks['text'])} text" in done.stdout and "nothing but what rows lack" in done.stdout
+    assert f"1 image, {len(lacks['text'])} text" in done.stdout and "only what rows lack is missing" in done.stdout
     for cell in kept["cells"]:
         for name, count in cell["rows"].items():
             (other,) = {"text", "image"} - {name}

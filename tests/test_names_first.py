@@ -8,14 +8,14 @@ import pytest
 from conftest import call
 from encoder_cases import save_hf
 
-from mopefuse.training import swap, train
+from mopefuse.training import plan, swap
 
 
 @pytest.fixture
 def unread(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """What was read of data; nothing, if all is well."""
     asked: list[object] = []
-    for module in (swap, train):
+    for module in (plan, swap):
         monkeypatch.setattr(module, "load_data", lambda *args, **how: asked.append(args) or pytest.fail("data were read"))
     return asked
 

@@ -21,7 +21,8 @@ from mopefuse.errors import ConfigError, EncoderError
 from mopefuse.evaluation.evaluate import evaluate
 from mopefuse.fusion.build import build_model
 from mopefuse.runs.folder import RunFolder
-from mopefuse.training.swap import inherit, swap_encoder
+from mopefuse.training.inherit import inherit
+from mopefuse.training.swap import swap_encoder
 from mopefuse.training.train import train
 
 LEARNED = ("query_QD", "query_context_XD", "fusion_context_PD")

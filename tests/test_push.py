@@ -369,7 +369,7 @@ def naming(name: str) -> Callable[[bytes], bytes]:
 
 
 SPOILT: dict[str, tuple[dict[str, Any], str]] = {  # name of a file to its content, or to what becomes of it
-    "no manifest": ({"manifest.json": None}, "holds no model of mopefuse"),
+    "no manifest": ({"manifest.json": None}, "does not hold a mopefuse model"),
     "a manifest that is no JSON": ({"manifest.json": b"<html>"}, "manifest.json is damaged"),
     "no list of files": ({"manifest.json": b'{"format": 1, "kind": "adapter"}'}, "names no files"),
     "a way up": ({"manifest.json": naming("../evil"), "../evil": b"evil"}, "outside its folder"),
@@ -377,7 +377,10 @@ SPOILT: dict[str, tuple[dict[str, Any], str]] = {  # name of a file to its conte
     "other weights": ({"weights.safetensors": b"evil"}, "weights.safetensors is not what was published"),
     "one bit of the weights": ({"weights.safetensors": altered}, "sha256 differs"),
     "a missing file": ({"model.json": None}, "lacks model.json"),
-    "something else": ({"manifest.json": lambda text: text.replace(b'"adapter"', b'"index"')}, "holds no model of mopefuse"),
+    "something else": (
+        {"manifest.json": lambda text: text.replace(b'"adapter"', b'"index"')},
+        "does not hold a mopefuse model",
+    ),
     "a newer format": ({"manifest.json": lambda text: text.replace(b": 1,", b": 99,", 1)}, "made by a newer mopefuse"),
 }
 

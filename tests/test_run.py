@@ -51,7 +51,7 @@ def test_a_run_with_a_checkpoint_is_refused_and_nothing_is_lost(tmp_path: Path) 
 @pytest.mark.parametrize("flag", ["resume", "overwrite"])
 def test_a_folder_that_is_not_a_run_is_neither_deleted_nor_written_to(tmp_path: Path, flag: str) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(ConfigError, match="not a run of mopefuse") as caught:
+    with pytest.raises(ConfigError, match="not a mopefuse run") as caught:
         RunFolder(tmp_path).prepare(resume=flag == "resume", overwrite=flag == "overwrite")
     assert (caught.value.code, caught.value.where) == ("MF-CFG-22", f"--{flag}")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
@@ -252,7 +252,7 @@ def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(tmp_path:
         save(run, 1)
     with pytest.raises(CheckpointError, match="there is no checkpoint") as caught:
         run.checkpoint(which)
-    assert ("step-1" if which not in ("best", "last") else "none") in caught.value.fix
+    assert ("step-1" if which not in ("best", "last") else "train the run") in caught.value.fix
 
 
 def test_a_damaged_best_is_an_error_and_not_a_crash(tmp_path: Path) -> None:
@@ -371,11 +371,11 @@ def test_what_was_written_before_it_was_a_run_is_not_in_the_way(tmp_path: Path) 
     run.prepare(resume=False, overwrite=False)
     run.lock()
     run.config_file.write_text("half")
-    run.keep_start(lambda folder: None, {})
+    run.save_initial_weights(lambda folder: None, {})
     (tmp_path / "run" / "manifest.json.tmp-1").touch()
     again = RunFolder(tmp_path / "run")
     again.prepare(resume=False, overwrite=False)
-    with pytest.raises(ConfigError, match="was to start from a trained model") as caught:
+    with pytest.raises(ConfigError, match="stopped before its initial weights were complete") as caught:
         again.prepare(resume=True, overwrite=False)
     assert "swap-encoder" in caught.value.fix
     (tmp_path / "run" / ".lock").unlink()

@@ -27,8 +27,9 @@ from mopefuse.data.labels import Labels, Targets
 from mopefuse.data.load import load_data
 from mopefuse.errors import NumericError, ResourceError
 from mopefuse.evaluation import spool
-from mopefuse.evaluation.answers import Answer, judge
+from mopefuse.evaluation.outputs import BatchOutput
 from mopefuse.evaluation.predictions import KEPT, MOST_LABELS, predicted
+from mopefuse.evaluation.scoring import score
 from mopefuse.evaluation.split import run_split
 from mopefuse.evaluation.spool import Spool
 from mopefuse.metrics import classification as metrics
@@ -112,9 +113,9 @@ def logits_of(data: DataSet, split: str) -> Tensor:
     return torch.randn(len(targets), MANY, generator=draw) + towards_SN - 2
 
 
-def batches(logits_SN: Tensor, sizes: Sequence[int]) -> Iterator[Answer]:
+def batches(logits_SN: Tensor, sizes: Sequence[int]) -> Iterator[BatchOutput]:
     for index_B in torch.arange(len(logits_SN)).split(list(sizes)):
-        yield Answer(index_B, logits_SN[index_B])
+        yield BatchOutput(index_B, logits_SN[index_B])
 
 
 def test_metrics_of_batches_are_those_of_the_whole(large: DataSet, tmp_path: Path) -> None:
@@ -122,7 +123,7 @@ def test_metrics_of_batches_are_those_of_the_whole(large: DataSet, tmp_path: Pat
     sizes = [7, 1, 200, len(targets) - 208]
     multi = large.multi_label
     thresholds = [0.2 + 0.004 * label for label in range(MANY)] if multi else 0.5
-    found = judge(batches(logits_SN, sizes), large, "train", thresholds, predictions=tmp_path / "p.jsonl")
+    found = score(batches(logits_SN, sizes), large, "train", thresholds, predictions=tmp_path / "p.jsonl")
     assert found.metrics == metrics.compute(logits_SN, targets, multi_label=multi, thresholds=thresholds)
     assert found.per_label == metrics.per_label(logits_SN, targets, large.labels, multi_label=multi, thresholds=thresholds)
     assert 0 < found.metrics["f1_macro"] < 1, "some answers are right"
@@ -143,7 +144,7 @@ def test_metrics_of_blocks_of_labels_are_those_of_the_whole() -> None:
 
 def test_of_many_labels_the_most_probable_the_predicted_and_the_true_are_written(large: DataSet, tmp_path: Path) -> None:
     logits_SN, targets = logits_of(large, "val"), large.targets("val")
-    found = judge(batches(logits_SN, [len(targets)]), large, "val", predictions=tmp_path / "p.jsonl")
+    found = score(batches(logits_SN, [len(targets)]), large, "val", predictions=tmp_path / "p.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
     assert [line["id"] for line in lines] == [row.id for row in large.splits["val"].rows]
     p_SN = metrics.probabilities(logits_SN, multi_label=large.multi_label)
@@ -166,7 +167,7 @@ def test_an_answer_that_is_not_finite_is_refused_and_nothing_is_written(large: D
     logits_SN = logits_of(large, "val")
     logits_SN[3, 2] = math.nan
     with pytest.raises(NumericError, match=f"on 1 of {len(logits_SN)} samples"):
-        judge(batches(logits_SN, [10, len(logits_SN) - 10]), large, "val", predictions=tmp_path / "p.jsonl")
+        score(batches(logits_SN, [10, len(logits_SN) - 10]), large, "val", predictions=tmp_path / "p.jsonl")
     assert not [*tmp_path.iterdir()]
 
 
@@ -259,7 +260,8 @@ _PEAK = """
 import resource, sys
 from pathlib import Path
 import torch
-from mopefuse.evaluation.answers import Answer, judge
+from mopefuse.evaluation.outputs import BatchOutput
+from mopefuse.evaluation.scoring import score
 from mopefuse.config.schema import Data
 from mopefuse.data.load import load_data
 
@@ -269,11 +271,11 @@ count, peak = len(data.splits["train"].rows), lambda: resource.getrusage(resourc
 def answers(many):
     draw = torch.Generator().manual_seed(0)
     for index_B in torch.arange(count).split(64)[:many]:
-        yield Answer(index_B, torch.randn(len(index_B), len(data.labels), generator=draw) - 4)
+        yield BatchOutput(index_B, torch.randn(len(index_B), len(data.labels), generator=draw) - 4)
 
-judge(answers(20), data, "train", predictions=Path(sys.argv[2]))
+score(answers(20), data, "train", predictions=Path(sys.argv[2]))
 before = peak()
-judge(answers(None), data, "train", predictions=Path(sys.argv[2]))
+score(answers(None), data, "train", predictions=Path(sys.argv[2]))
 print(peak() - before)
 """
 

@@ -259,7 +259,8 @@ def test_an_audit_takes_each_modality_away_by_itself(pairs: Path) -> None:
     rows, partner = data.splits["test"].rows, derangement(len(data.splits["test"].rows), 0).tolist()
     shown = [data.read(data.splits["test"], row, "image", config.data) for row in rows]
     batch = model.collate(shown, [rows[other].values["text"] for other in partner])
-    torch.testing.assert_close(found.of("shuffled", "text").logits_SN, model(batch).logits.detach(), atol=2e-5, rtol=1e-4)
+    shuffled_SN = found.condition("shuffled", "text").logits_SN
+    torch.testing.assert_close(shuffled_SN, model(batch).logits.detach(), atol=2e-5, rtol=1e-4)
     assert found.verdict.count("the image") == 1 and found.verdict.count("the text") == 1
 
 

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from mopefuse.config.schema import build_config
 from mopefuse.fusion.build import build_model
 from mopefuse.runs.folder import RunFolder
-from mopefuse.training.swap import inherit, swap_encoder
+from mopefuse.training.inherit import inherit
+from mopefuse.training.swap import swap_encoder
 from mopefuse.training.train import train
 from mopefuse.training.trainer import Listener
 
@@ -254,11 +255,11 @@ class Unplugged(Exception):
 
 
 def _while_features_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mopefuse.training.trainer.prepared", unplug)
+    monkeypatch.setattr("mopefuse.training.trainer.prepare_samples", unplug)
 
 
 def _while_step_0_is_validated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mopefuse.training.trainer.answers_to", unplug)
+    monkeypatch.setattr("mopefuse.training.trainer.model_outputs", unplug)
 
 
 def _while_step_0_is_published(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -226,6 +226,43 @@ def test_a_finished_run_is_not_trained_again_until_it_is_given_more_epochs(data:
     assert any("train.epochs: 3 -> 4" in text for text in notices.said)
 
 
+def finished_after(data: Path, run: Path, first: dict[str, Any], then: dict[str, Any]) -> tuple[int, list[str]]:
+    """Train, resume with other settings; the steps of the resumed run, and its notices that speak of steps."""
+    notices: list[str] = []
+    listener = Listener()
+    listener.notice = notices.append  # type: ignore[method-assign]
+    train(config(data, **first), run)
+    result = train(config(data, **first, **then), run, resume=True, listener=listener)
+    return result["steps"], [text for text in notices if text.startswith(("--steps", "already"))]
+
+
+def test_more_steps_than_the_epochs_allow_name_the_flag_that_adds_steps(data: Path, tmp_path: Path) -> None:
+    """4 steps per epoch: --steps is a cap, and so is --epochs."""
+    steps, notices = finished_after(data, tmp_path / "a", {"train__epochs": 1}, {"train__max_steps": 10})
+    assert steps == 4
+    assert notices == [
+        "--steps 10 is not reached: --epochs 1 ends after 4 steps; raise --epochs to 3",
+        "already finished at step 4; raise --epochs to continue",
+    ]
+    both = {"train__epochs": 1, "train__max_steps": 4}
+    assert finished_after(data, tmp_path / "b", both, {}) == (
+        4,
+        ["already finished at step 4; raise --epochs and --steps to continue"],
+    )
+    cut = {"train__epochs": 3, "train__max_steps": 2}
+    assert finished_after(data, tmp_path / "c", cut, {}) == (2, ["already finished at step 2; raise --steps to continue"])
+
+
+def test_a_new_run_is_told_that_its_steps_are_more_than_its_epochs(data: Path, tmp_path: Path) -> None:
+    for settings, told in (({"train__max_steps": 20}, 1), ({"train__max_steps": 12}, 0), ({}, 0)):
+        notices: list[str] = []
+        listener = Listener()
+        listener.notice = notices.append  # type: ignore[method-assign]
+        result = train(config(data, **settings), tmp_path / str(settings.get("train__max_steps")), listener=listener)
+        assert result["steps"] == 12
+        assert sum(text.startswith("--steps 20 is not reached: --epochs 3 ends after 12") for text in notices) == told
+
+
 @pytest.mark.parametrize(
     ("changed", "named"),
     [({"seed": 6}, "seed"), ({"prompts__experts": 5}, "experts"), ({"train__lr": 1.0}, "lr"), ({"main": "tiny:text"}, "main")],
@@ -241,7 +278,7 @@ def test_a_run_does_not_go_on_with_other_data(data: Path, tmp_path: Path) -> Non
         train(config(copy), tmp_path / "run", listener=StopAt(1, signal.SIGINT))
     with (copy / "val.jsonl").open("a") as file:
         file.write("\n")
-    with pytest.raises(DataError, match="not those"):
+    with pytest.raises(DataError, match="have changed since the run began"):
         train(config(copy), tmp_path / "run", resume=True)
 
 
@@ -262,7 +299,7 @@ def test_labels_in_another_order_are_other_data(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         train(config(data), tmp_path / "run", listener=StopAt(1, signal.SIGINT))
     (data / "labels.txt").write_text("b\na\nc\n")
-    with pytest.raises(DataError, match="not those"):
+    with pytest.raises(DataError, match="have changed since the run began"):
         train(config(data), tmp_path / "run", resume=True)
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["labels"] == ["a", "b", "c"]
 

@@ -17,7 +17,8 @@ from mopefuse.fusion.base import Fusion
 from mopefuse.fusion.build import build_model
 from mopefuse.runs.folder import RunFolder
 from mopefuse.training.optim import make_optimizer
-from mopefuse.training.train import resolved, train
+from mopefuse.training.plan import resolved
+from mopefuse.training.train import train
 
 ALL = sorted(
     name

@@ -17,8 +17,9 @@ from mopefuse.errors import ConfigError
 from mopefuse.fusion.build import build_model
 from mopefuse.runs.folder import RunFolder
 from mopefuse.training.optim import make_optimizer
+from mopefuse.training.plan import resolved
 from mopefuse.training.swap import swap_encoder
-from mopefuse.training.train import resolved, train
+from mopefuse.training.train import train
 
 BASE: dict[str, Any] = {
     "main": "tiny:vision",

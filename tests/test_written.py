@@ -171,7 +171,7 @@ def test_a_full_disk_is_told_with_a_fix_that_the_command_has(trained: Path, pair
         assert done.returncode == 7 and "MF-RES-01" in done.stderr, done.stderr
         assert "fix: free space, and run the command again" in done.stderr and "--resume" not in done.stderr
     done = call("train", *TINY, "--data", pairs, "--out", tmp_path / "run", "--steps", "2")
-    assert done.returncode == 7 and "fix: free space and go on with --resume" in done.stderr
+    assert done.returncode == 7 and "fix: free space and continue with --resume" in done.stderr
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small disk")

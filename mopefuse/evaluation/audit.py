@@ -1,4 +1,4 @@
-"""Does a model use its other modality? Its metric with that input as is, exchanged, blank, and without each kind of prompt.
+"""Does a model use its complementary modality? Its metrics with that input shuffled, blank, and without each kind of prompt.
 
 Shapes: S samples of the split, N labels.
 """
@@ -23,35 +23,32 @@ from mopefuse.core import device as devices
 from mopefuse.data.altered import Blank, Shuffled, derangement
 from mopefuse.data.base import DataSet
 from mopefuse.data.collate import Samples, blank
-from mopefuse.data.load import load_data
 from mopefuse.data.subsets import order_of
 from mopefuse.encoders.base import run_frozen
-from mopefuse.evaluation.split import prepared, run_split, split_metrics
+from mopefuse.evaluation.split import prepare_samples, run_split, split_metrics
 from mopefuse.fusion.base import Fusion
 from mopefuse.metrics import classification as metrics
 from mopefuse.metrics.bootstrap import Outcome, difference
 from mopefuse.metrics.gates import selected_metric
-from mopefuse.runs.load import elsewhere, load_model, with_labels
-from mopefuse.runs.locate import trained
+from mopefuse.runs.load import open_run
 
-Advance = Callable[[str, int, int], None]  # (of which condition, samples done, samples in all)
-MOST = 2000
-"""Samples that are looked at, unless another number is given."""
+Advance = Callable[[str, int, int], None]  # (condition, samples done, samples in all)
+MAX_SAMPLES = 2000
+"""Default number of samples of an audit."""
 _RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
 class Condition:
-    """How a model answers when something was taken away.
+    """The metrics of a model with an input altered or a kind of prompt removed.
 
     Args:
-        name: as is, shuffled, blank, or the kind of prompt that was left out.
-        modality: that was shuffled or blank.
-        metrics: as those of an evaluation.
-        changed: share of the samples that get another answer than as is.
-        lost: what the metric that selects checkpoints is as is, less what it is here.
-        low, high: 95 % interval of `lost`, by a paired bootstrap over the samples.
-        logits_SN: of every sample.
+        name: "as is", "shuffled", "blank", or the kind of prompt that was removed.
+        modality: that was shuffled or blank; empty for other conditions.
+        metrics: as in an evaluation.
+        changed: share of the samples whose prediction differs from "as is".
+        lost: drop of the checkpoint-selection metric from "as is".
+        low, high: 95 % interval of `lost`, from a paired bootstrap over the samples.
     """
 
     name: str
@@ -65,21 +62,21 @@ class Condition:
 
     @property
     def matters(self) -> bool:
-        """Whether `lost` is more than noise: its interval does not reach 0."""
+        """Whether `lost` differs from 0: its interval does not contain 0."""
         return self.low > 0 or self.high < 0
 
 
 @dataclass(frozen=True)
 class Audit:
-    """What a model depends on.
+    """Which inputs and prompts a model depends on.
 
     Args:
-        split: that was looked at. samples: so many of it. total: that it has.
-        metric: the one that selects checkpoints.
+        samples: number that the audit used, of `total` in the split.
+        metric: the checkpoint-selection metric.
         modalities: of the complementary inputs.
-        read: whether the model looks at them at all. alone: whether it looks at nothing else.
-        same: modality to the share of samples whose input was exchanged for an equal one.
-        conditions: as is first.
+        read: whether the model reads them at all. alone: whether it reads nothing else.
+        same: modality to the share of samples whose shuffled input equals their own.
+        conditions: "as is" first.
     """
 
     split: str
@@ -94,44 +91,44 @@ class Audit:
 
     @property
     def modality(self) -> str:
-        """Of the complementary inputs, in words."""
+        """The complementary modalities, in words."""
         return " and ".join(self.modalities)
 
     def __getitem__(self, name: str) -> Condition:
-        """The condition of a name; of several modalities the first."""
-        return self.of(name)
+        """The first condition with this name."""
+        return self.condition(name)
 
-    def of(self, name: str, modality: str = "") -> Condition:
-        """The condition of a name and a modality."""
+    def condition(self, name: str, modality: str = "") -> Condition:
+        """The condition with this name and modality; the first with this name if no modality is given."""
         return next(one for one in self.conditions if one.name == name and modality in ("", one.modality))
 
     @property
     def verdict(self) -> str:
-        """What the numbers mean, in a sentence for each modality."""
+        """The result in words, a sentence for each modality."""
         if not self.read:
             return f"The model does not look at the {self.modality}: nothing in its prompts depends on it."
         return " ".join(self._verdict(modality) for modality in self.modalities)
 
     def _verdict(self, other: str) -> str:
-        shuffled, blank = self.of("shuffled", other), self.of("blank", other)
+        shuffled, blank = self.condition("shuffled", other), self.condition("blank", other)
         before, after, empty = (100 * one.metrics[self.metric] for one in (self["as is"], shuffled, blank))
         name = "accuracy" if self.metric == "accuracy" else "macro-F1"
-        fell = f"with another sample's {other}, {name} goes from {before:.1f} to {after:.1f} %"
-        fell += f", and with none to {empty:.1f} %"
+        change = f"with another sample's {other}, {name} goes from {before:.1f} to {after:.1f} %"
+        change += f", and with none to {empty:.1f} %"
         if self.alone and len(self.modalities) == 1:
-            return f"The {other} is all that the model looks at: {fell}."
+            return f"The {other} is all that the model looks at: {change}."
         if shuffled.matters and shuffled.lost > 0:
-            return f"The model uses the {other}: {fell}."
+            return f"The model uses the {other}: {change}."
         if shuffled.matters:
-            return f"The {other} misleads the model: {fell}."
-        return f"There is no sign that the model uses the {other}: {fell} ({self._noise(shuffled)})."
+            return f"The {other} misleads the model: {change}."
+        return f"There is no sign that the model uses the {other}: {change} ({self._noise(shuffled)})."
 
     def _noise(self, shuffled: Condition) -> str:
-        """How sure it is that nothing was lost, in words."""
+        """How small a loss the audit could have detected, in words."""
         if shuffled.low == shuffled.high:
             # The rule of three: Hanley and Lippman-Hand, "If nothing goes wrong, is everything all right?", JAMA 1983.
             unseen = min(100.0, 300 / self.samples)
-            return f"nothing changed; with {self.samples:,} samples a loss of up to {unseen:.1f} points can go unseen"
+            return f"nothing changed; with {self.samples:,} samples a loss of up to {unseen:.1f} points could go undetected"
         low, high = 100 * shuffled.low, 100 * shuffled.high
         interval = f"95 % interval {low:+.1f} to {high:+.1f}, {self.samples:,} samples"
         return f"a loss of {100 * shuffled.lost:.1f} points is within noise: {interval}"
@@ -150,27 +147,33 @@ class Audit:
 
 
 def audit(
-    run: Path,
+    run: str | Path,
     *,
     split: str = "test",
     data: Path | None = None,
     checkpoint: str = "best",
     device: str = "auto",
-    most: int | None = MOST,
+    max_samples: int | None = MAX_SAMPLES,
     seed: int = 0,
     advance: Advance = lambda name, done, total: None,
 ) -> Audit:
-    """What a run, or an adapter with `data`, depends on; see `audit_model`.
+    """Audit a run, or an adapter with `data`; see `audit_model`.
 
     Raises:
         CheckpointError: no such run. DataError: no such split, bad rows, unknown labels.
     """
-    target = devices.resolve(device)
-    loaded = load_model(trained(run), checkpoint, target)
-    where = elsewhere(loaded.config.data, data)
-    dataset = with_labels(load_data(where, require=(split,)), loaded.manifest, split)
-    found: dict[str, Any] = {"thresholds": loaded.thresholds, "most": most, "seed": seed, "advance": advance}
-    return audit_model(loaded.model, dataset, split, loaded.config, target, **found)
+    opened = open_run(run, split, data, checkpoint=checkpoint, device=device)
+    return audit_model(
+        opened.model,
+        opened.data,
+        split,
+        opened.config,
+        opened.device,
+        thresholds=opened.thresholds,
+        max_samples=max_samples,
+        seed=seed,
+        advance=advance,
+    )
 
 
 def audit_model(
@@ -181,63 +184,65 @@ def audit_model(
     device: torch.device,
     *,
     thresholds: metrics.Thresholds = metrics.THRESHOLD,
-    most: int | None = MOST,
+    max_samples: int | None = MAX_SAMPLES,
     seed: int = 0,
     as_is_SN: Tensor | None = None,
     advance: Advance = lambda name, done, total: None,
 ) -> Audit:
-    """The metrics of a model as is, with its complementary input exchanged and blank, and without each kind of prompt.
+    """The metrics of a model as is, with each complementary input shuffled and blank, and without each kind of prompt.
 
     Args:
-        model: on `device`. thresholds: of multi-label data.
-        most: samples to look at, drawn by `seed`; None for all. seed: also of the exchange, which moves every sample's input.
-        as_is_SN: what the model says of the whole split as it is, if that is known.
+        model: on `device`. thresholds: decision thresholds of multi-label data.
+        max_samples: number of samples to draw; None for all.
+        seed: of the draw and of the shuffle, in which no sample keeps its own input.
+        as_is_SN: logits of the whole split with unaltered inputs, if they are known.
     """
     total = len(data.splits[split].rows)
-    if most is not None and total > most:
-        data, chosen = drawn(data, split, most, seed)
+    if max_samples is not None and total > max_samples:
+        data, chosen = subsample(data, split, max_samples, seed)
         as_is_SN = None if as_is_SN is None else as_is_SN[chosen]
-    samples = prepared(model, data, split, config, device)
+    samples = prepare_samples(model, data, split, config, device)
     partner_S = derangement(len(samples), seed)
-    sides = {name: [s for s in model.reads if is_comp(s) and model.encoder(s).modality == name] for name in _read(model, data)}
+    modalities = _complementary_modalities(model, data)
+    sides = {name: [s for s in model.reads if is_comp(s) and model.encoder(s).modality == name] for name in modalities}
     keys = {name: data.splits[split].keys[name] for name in sides}
 
-    def said(name: str, asked: Samples, without: str = "") -> Tensor:
+    def logits_of(condition: str, altered: Samples, without: str = "") -> Tensor:
         with model.without(without) if without else nullcontext():
-            told = lambda done, total: advance(name, done, total)  # noqa: E731
-            return run_split(model, data, split, config, device, samples=asked, advance=told).logits_SN
+            report = lambda done, total: advance(condition, done, total)  # noqa: E731
+            return run_split(model, data, split, config, device, samples=altered, advance=report).logits_SN
 
     read = any(sides.values())
-    logits = {("as is", ""): said("as is", samples) if as_is_SN is None else as_is_SN}
+    logits = {("as is", ""): logits_of("as is", samples) if as_is_SN is None else as_is_SN}
     for name, own in sides.items() if read else ():
-        logits["shuffled", name] = said(f"another {name}", Shuffled(samples, own, partner_S))
-        logits["blank", name] = said(f"no {name}", Blank(samples, own, _blank_features(model, own, config, device)))
-    logits |= {(kind, ""): said(kind, samples, without=kind) for kind in model.prompt_kinds}
+        logits["shuffled", name] = logits_of(f"another {name}", Shuffled(samples, own, partner_S))
+        logits["blank", name] = logits_of(f"no {name}", Blank(samples, own, _blank_features(model, own, config, device)))
+    logits |= {(kind, ""): logits_of(kind, samples, without=kind) for kind in model.prompt_kinds}
     plain_SN = logits["as is", ""]
     return Audit(
-        split,
-        len(samples),
-        total,
-        selected_metric(multi_label=data.multi_label),
-        tuple(sides),
-        read,
-        all(is_comp(side) for side in model.reads),
-        {name: float((own == own[partner_S.numpy()]).mean()) for name, own in keys.items()},
-        tuple(
+        split=split,
+        samples=len(samples),
+        total=total,
+        metric=selected_metric(multi_label=data.multi_label),
+        modalities=tuple(sides),
+        read=read,
+        alone=all(is_comp(side) for side in model.reads),
+        same={name: float((own == own[partner_S.numpy()]).mean()) for name, own in keys.items()},
+        conditions=tuple(
             _condition(name, modality, value_SN, plain_SN, data, split, thresholds)
             for (name, modality), value_SN in logits.items()
         ),
     )
 
 
-def drawn(data: DataSet, split: str, most: int, seed: int) -> tuple[DataSet, list[int]]:
-    """The data with only `most` samples of a split, drawn by `seed`, and which ones these are."""
-    chosen = sorted(order_of([row.id for row in data.splits[split].rows], seed)[:most])
+def subsample(data: DataSet, split: str, count: int, seed: int) -> tuple[DataSet, list[int]]:
+    """`data` with only `count` samples of a split, drawn with `seed`, and the positions of these samples."""
+    chosen = sorted(order_of([row.id for row in data.splits[split].rows], seed)[:count])
     return replace(data, splits={**data.splits, split: data.splits[split].part(chosen)}), chosen
 
 
-def _read(model: Fusion, data: DataSet) -> tuple[str, ...]:
-    """The modalities of the complementary encoders, or one that the main encoder does not read where there are none."""
+def _complementary_modalities(model: Fusion, data: DataSet) -> tuple[str, ...]:
+    """The modalities of the complementary encoders; without any, one that the main encoder does not read."""
     found = dict.fromkeys(model.encoder(side).modality for side in model.uses if is_comp(side))
     if found:
         return tuple(found)
@@ -263,21 +268,29 @@ def _condition(
 ) -> Condition:
     targets = data.targets(split)
     actual_SN = targets.bool() if data.multi_label else one_hot(targets, logits_SN.shape[-1]).bool()
-    before_SN, after_SN = (_answers(value, thresholds, data.multi_label) for value in (as_is_SN, logits_SN))
+    before_SN, after_SN = (_predicted(value, thresholds, data.multi_label) for value in (as_is_SN, logits_SN))
     actual = _sparse(actual_SN)
-    before, after = (Outcome(_sparse(given_SN), actual) for given_SN in (before_SN, after_SN))
+    before, after = (Outcome(_sparse(predicted_SN), actual) for predicted_SN in (before_SN, after_SN))
     lost = difference([before], [after], selected_metric(multi_label=data.multi_label), resamples=_RESAMPLES)
     changed = float((before_SN != after_SN).any(dim=-1).float().mean())
-    found = split_metrics(logits_SN, data, split, thresholds)
-    return Condition(name, found, changed, lost.value, lost.low, lost.high, logits_SN, modality)
+    return Condition(
+        name=name,
+        metrics=split_metrics(logits_SN, data, split, thresholds),
+        changed=changed,
+        lost=lost.value,
+        low=lost.low,
+        high=lost.high,
+        logits_SN=logits_SN,
+        modality=modality,
+    )
 
 
 def _sparse(labels_SN: Tensor) -> csr_array:
     return csr_array(labels_SN.numpy().astype(np.float64))
 
 
-def _answers(logits_SN: Tensor, thresholds: metrics.Thresholds, multi_label: bool) -> Tensor:
-    """Which labels are given (S, N)."""
+def _predicted(logits_SN: Tensor, thresholds: metrics.Thresholds, multi_label: bool) -> Tensor:
+    """Whether a label is predicted (S, N)."""
     if multi_label:
         return metrics.over(metrics.probabilities(logits_SN, multi_label=True), thresholds)
     return one_hot(logits_SN.argmax(dim=-1), logits_SN.shape[-1]).bool()

@@ -9,17 +9,17 @@ from typing import Any
 from mopefuse.config.recipe import read_saved
 from mopefuse.config.schema import build_config
 from mopefuse.config.sides import Comp
-from mopefuse.core import device as devices
-from mopefuse.data.load import load_data
-from mopefuse.evaluation.answers import Advance, Evaluation, judge
-from mopefuse.evaluation.split import answers_to, ask_split
+from mopefuse.evaluation.bundle_split import bundle_outputs
+from mopefuse.evaluation.outputs import Advance
+from mopefuse.evaluation.scoring import Evaluation, score
+from mopefuse.evaluation.split import model_outputs
 from mopefuse.inference.bundle import Bundle
-from mopefuse.runs.load import elsewhere, load_model, with_labels
-from mopefuse.runs.locate import kind_of, locate, trained
+from mopefuse.runs.load import load_split, open_run, with_data_path
+from mopefuse.runs.locate import kind_of, locate
 
 
 def evaluate(
-    run: Path,
+    run: str | Path,
     *,
     split: str = "test",
     data: Path | None = None,
@@ -31,29 +31,42 @@ def evaluate(
     predictions: Path | None = None,
     advance: Advance = lambda done, total: None,
 ) -> Evaluation:
-    """Evaluate a checkpoint of a run on a split of its data set, or of another with the same labels.
+    """Evaluate a checkpoint of a run on a split of its own data set, or of another one with the same labels.
 
     Args:
-        run: folder of a run, an adapter or a bundle; the latter two know of no data set.
-        layout: of `data`, see `elsewhere`.
-        main, comp: specs, where the same weights go by another name here; see `mopefuse.config.sides.addressed`.
-        predictions: a file that they are written to as they come, see `mopefuse.evaluation.predictions`.
+        run: folder of a run, an adapter or a bundle; adapters and bundles need `data`.
+        layout: settings of `data` that differ there, see `mopefuse.runs.load.with_data_path`.
+        main, comp: other specs of the same encoders, see `mopefuse.config.sides.addressed`.
+        predictions: file to write predictions to, see `mopefuse.evaluation.predictions`.
+        advance: progress over files to check, then over samples.
 
     Raises:
-        CheckpointError: no such run, or encoders other than it was trained with. DataError: unknown labels, bad rows.
+        CheckpointError: no such run, or its encoders differ from those it was trained with.
+        DataError: unknown labels, bad rows.
     """
-    run = locate(run)
-    if kind_of(run) == "bundle":
-        bundle = Bundle(run, device)
-        config = build_config(read_saved(run / "config.yaml"), source=str(run))
-        known = {"labels": bundle.labels, "multi_label": bundle.multi_label}
-        where = elsewhere(config.data, data, layout)
-        dataset = with_labels(load_data(where, require=(split,), advance=advance), known, split)
-        asked = ask_split(bundle, dataset, split, where, advance=advance)
-        return judge(asked, dataset, split, bundle.thresholds, predictions=predictions, together=False)
-    target = devices.resolve(device)
-    loaded = load_model(trained(run), checkpoint, target, main=main, comp=comp)
-    where = elsewhere(loaded.config.data, data, layout)
-    dataset = with_labels(load_data(where, require=(split,), advance=advance), loaded.manifest, split)
-    answers = answers_to(loaded.model, dataset, split, loaded.config, target, advance=advance)
-    return judge(answers, dataset, split, loaded.thresholds, predictions=predictions)
+    folder = locate(run)
+    if kind_of(folder) == "bundle":
+        return _evaluate_bundle(folder, split, data, layout, device, predictions, advance)
+    opened = open_run(
+        folder, split, data, layout=layout, checkpoint=checkpoint, device=device, main=main, comp=comp, advance=advance
+    )
+    outputs = model_outputs(opened.model, opened.data, split, opened.config, opened.device, advance=advance)
+    return score(outputs, opened.data, split, opened.thresholds, predictions=predictions)
+
+
+def _evaluate_bundle(
+    folder: Path,
+    split: str,
+    data: Path | None,
+    layout: Mapping[str, Any] | None,
+    device: str,
+    predictions: Path | None,
+    advance: Advance,
+) -> Evaluation:
+    bundle = Bundle(folder, device)
+    config = build_config(read_saved(folder / "config.yaml"), source=str(folder))
+    where = with_data_path(config.data, data, layout)
+    labels = {"labels": bundle.labels, "multi_label": bundle.multi_label}
+    dataset, _ = load_split(where, split, labels, advance=advance)
+    outputs = bundle_outputs(bundle, dataset, split, where, advance=advance)
+    return score(outputs, dataset, split, bundle.thresholds, predictions=predictions, distributed_outputs=False)

@@ -1,49 +1,37 @@
-"""What a model loses where samples lack a modality: its metrics with fixed shares of a split taken away.
+"""Metrics of a model where a fixed share of the samples of a split lacks a modality.
 
-Which samples lack it is a function of their ids, the modality and a seed, and is written beside the metrics.
-
-Shapes: S samples of the split.
+Which samples lack it depends on their ids, the modality and a seed, and is saved beside the metrics.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from mopefuse.config.sides import Comp
-from mopefuse.core import device as devices
 from mopefuse.core import distributed
 from mopefuse.core.artifact import dump_json, read_json, write_atomically
-from mopefuse.data.load import load_data
-from mopefuse.data.missing import Taken, loss_order
+from mopefuse.data.missing import Taken
 from mopefuse.errors import ConfigError
-from mopefuse.evaluation.answers import judge
-from mopefuse.evaluation.missing_shares import GRID, Shares, words
-from mopefuse.evaluation.split import answers_to, prepared
-from mopefuse.fusion.base import Fusion
-from mopefuse.runs.load import elsewhere, load_model, with_labels
-from mopefuse.runs.locate import kind_of, locate, trained
+from mopefuse.evaluation.missing_masks import Removal, plan_removal
+from mopefuse.evaluation.missing_shares import Shares, words
+from mopefuse.evaluation.scoring import score
+from mopefuse.evaluation.split import model_outputs, prepare_samples
+from mopefuse.runs.load import OpenRun, open_run
+from mopefuse.runs.locate import kind_of, locate
 
-SHARES = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
-"""Of samples that lack something, in the grid."""
-
-Lacks = Mapping[str, NDArray[np.bool_]]  # modality to (S,): whether a row has none
 Advance = Callable[[str, int, int], None]  # (what is missing, samples done, samples in all)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """The metrics of a split where some of its samples lack something.
+    """Metrics of a split of which some samples lack a modality.
 
     Args:
-        missing: share of samples that lack what is named. rows: how many these are. natural: how many rows lack each
-            modality before anything is taken away.
+        missing: share of samples that lack each kind. rows: number of these samples.
+        natural: number of rows that lack each modality in the data.
     """
 
     missing: Shares
@@ -54,32 +42,31 @@ class Cell:
 
     @property
     def words(self) -> str:
-        """What was taken away, so that nobody misreads it."""
+        """What is missing, in words."""
         return words(self.missing, self.natural)
 
     @property
     def lacking(self) -> str:
-        """How many samples lack what."""
+        """How many samples lack which modality, in words."""
         counts = self.rows or self.natural
-        return ", ".join(f"{count:,}" if self.rows else f"{count:,} {what}" for what, count in counts.items()) or "0"
+        return ", ".join(f"{count:,}" if self.rows else f"{count:,} {kind}" for kind, count in counts.items()) or "0"
 
     def as_dict(self) -> dict[str, Any]:
-        """What is kept of it."""
+        """Plain values, as saved in the run."""
         facts = {"missing": self.missing, "words": self.words, "rows": self.rows, "lacking": self.lacking}
         return {**facts, "metrics": self.metrics}
 
 
 @dataclass(frozen=True)
 class Missing:
-    """Metrics of a checkpoint on a split with samples that lack something.
+    """Metrics of a checkpoint on a split of which some samples lack a modality.
 
     Args:
-        step: of the checkpoint.
-        learned: whether training meets samples that lack any of it; a model that never did answers as if it were an average
-            sample's.
-        orders: ids of samples in the order in which they lose something, those whose rows lack it first: so many as a cell
-            says lack it. A sample that has nothing else is not among them; where a cell takes several things away, the
-            later ones pass over samples that have nothing else left by then.
+        step: of the checkpoint; None for an adapter.
+        learned: whether samples lacked these modalities in training. A model that never saw such a sample replaces the
+            missing features by those of an average sample.
+        orders: kind to ids of the samples that can lose it, in the order in which they do. A cell removes as many as its
+            `rows` says; where it removes several kinds, later ones skip samples that would have nothing left.
     """
 
     split: str
@@ -90,7 +77,7 @@ class Missing:
     orders: dict[str, list[str]]
 
     def as_dict(self) -> dict[str, Any]:
-        """What is kept of it in the run."""
+        """Plain values, as saved in the run."""
         facts = {"split": self.split, "step": self.step, "seed": self.seed, "learned": self.learned}
         cells = [cell.as_dict() for cell in self.cells]
         first = self.cells[0]
@@ -98,8 +85,8 @@ class Missing:
 
 
 def evaluate_missing(
-    run: Path,
-    asked: Sequence[Shares] | None,
+    run: str | Path,
+    shares: Sequence[Shares] | None,
     *,
     split: str = "test",
     data: Path | None = None,
@@ -112,138 +99,75 @@ def evaluate_missing(
     predictions: Path | None = None,
     advance: Advance = lambda what, done, total: None,
 ) -> Missing:
-    """Evaluate a run where samples lack what `asked` says; a run on its own data keeps what is found.
+    """Evaluate a run where shares of the samples lack modalities; for a run on its own data the result is saved in the run.
 
     Args:
-        asked: see `parse`; None for every modality that may be missing, and all of them, with each of `SHARES`.
-        seed: of which samples lack it. layout: of `data`, see `mopefuse.runs.load.elsewhere`.
-        predictions: a file for those where samples lack the last of `asked`.
+        shares: of `mopefuse.evaluation.missing_shares.parse`; None for a grid of shares of every modality that may be missing.
+        seed: determines which samples lack a modality.
+        layout: settings of `data` that differ there, see `mopefuse.runs.load.with_data_path`.
+        predictions: file for the predictions of the last entry of `shares`.
 
     Raises:
-        ConfigError: a modality that the model does not read or cannot do without.
+        ConfigError: a modality that the model does not read or that it needs, or `run` is a bundle.
         CheckpointError, DataError: see `mopefuse.evaluation.evaluate.evaluate`.
     """
-    run = locate(run)
-    if kind_of(run) == "bundle":
-        what = "what is missing is taken from runs and adapters, not from bundles"
-        raise ConfigError(151, what, where="--missing", fix="evaluate the run that it was made of")
-    target = devices.resolve(device)
-    loaded = load_model(trained(run), checkpoint, target, main=main, comp=comp)
-    where = elsewhere(loaded.config.data, data, layout)
-    dataset = with_labels(load_data(where, require=(split,)), loaded.manifest, split)
-    kinds = {"+".join(kind): kind for kind in _kinds(loaded.model)}
-    asked = _grid(kinds) if asked is None else asked
-    for what in sorted({what for shares in asked for what in shares}) or ([] if kinds else [GRID]):
-        _refuse_unknown(what, kinds, loaded.model)
-    samples = prepared(loaded.model, dataset, split, loaded.config, target)
-    ids = [row.id for row in dataset.splits[split].rows]
-    lacks = {name: dataset.splits[split].lacks(name) for name in read_by(loaded.model)}
-    natural = {name: count for name, lacks_S in lacks.items() if (count := int(lacks_S.sum()))}
-    every = dict.fromkeys(what for shares in asked for what in shares)
-    orders = {what: _order(ids, kinds[what], lacks, seed) for what in every}
-    cells: list[Cell] = []
-    for asked_for in asked:
-        masks, rows = _masks(asked_for, kinds, orders, lacks)
-        if len(asked) == 1:
-            _require_so_many(asked_for, rows, len(ids))
-        shares = {what: asked_for[what] if n == round(asked_for[what] * len(ids)) else n / len(ids) for what, n in rows.items()}
-        if any(cell.missing == shares for cell in cells):
-            continue
-        told = lambda done, total, shares=shares: advance(words(shares), done, total)  # noqa: E731
-        taken = Taken(samples, {name: mask_S for name, mask_S in masks.items() if mask_S.any()})
-        answers = answers_to(loaded.model, dataset, split, loaded.config, target, samples=taken, advance=told)
-        found = judge(answers, dataset, split, loaded.thresholds, predictions=predictions)
-        cells.append(Cell(shares, rows, natural, len(ids), found.metrics))
-    met = {loaded.model.encoder(side).modality for side in loaded.model.does_without}
-    learned = met.issuperset(name for kind in kinds.values() for name in kind)
-    named = {what: [ids[number] for number in order] for what, order in orders.items()}
-    own = kind_of(run) == "run"
-    step = int(trained(run).checkpoint(checkpoint)[1]["step"]) if own else None
-    missing = Missing(split, step, seed, learned, tuple(cells), named)
-    if own and data is None and distributed.is_main():
-        _keep(run, missing)
+    folder = locate(run)
+    if kind_of(folder) == "bundle":
+        fix = "evaluate the run that it was exported from"
+        raise ConfigError(151, "--missing needs a run or an adapter, not a bundle", where="--missing", fix=fix)
+    opened = open_run(folder, split, data, layout=layout, checkpoint=checkpoint, device=device, main=main, comp=comp)
+    removal, requested = plan_removal(opened.model, opened.data, split, shares, seed)
+    cells = _evaluate_cells(opened, removal, requested, predictions, advance)
+    trained_without = {opened.model.encoder(side).modality for side in opened.model.does_without}
+    is_run = kind_of(folder) == "run"
+    missing = Missing(
+        split=split,
+        step=opened.step,
+        seed=seed,
+        learned=trained_without.issuperset(name for kind in removal.kinds.values() for name in kind),
+        cells=tuple(cells),
+        orders={kind: [removal.ids[index] for index in order] for kind, order in removal.orders.items()},
+    )
+    if is_run and data is None and distributed.is_main():
+        _save(folder, missing)
     return missing
 
 
-def _kinds(model: Fusion) -> list[tuple[str, ...]]:
-    """Each modality that samples may lack, and all that they may lack at once; never everything that the model reads."""
-    may = sorted({model.encoder(side).modality for side in model.may_lack})
-    return [kind for size in range(1, len(may) + 1) for kind in combinations(may, size) if set(kind) < set(read_by(model))]
+def _evaluate_cells(
+    opened: OpenRun, removal: Removal, requested: Sequence[Shares], predictions: Path | None, advance: Advance
+) -> list[Cell]:
+    """A cell for each of the requested shares, without those that come out the same."""
+    model, data, split, config, device = opened.model, opened.data, opened.split, opened.config, opened.device
+    samples = prepare_samples(model, data, split, config, device)
+    cells: list[Cell] = []
+    for one in requested:
+        masks, counts = removal.masks(one)
+        if len(requested) == 1:
+            removal.require_shares(one, counts)
+        shares = removal.actual_shares(one, counts)
+        if any(cell.missing == shares for cell in cells):
+            continue
+        report = lambda done, total, shares=shares: advance(words(shares), done, total)  # noqa: E731
+        taken = Taken(samples, {name: mask_S for name, mask_S in masks.items() if mask_S.any()})
+        outputs = model_outputs(model, data, split, config, device, samples=taken, advance=report)
+        found = score(outputs, data, split, opened.thresholds, predictions=predictions)
+        cells.append(
+            Cell(missing=shares, rows=counts, natural=removal.natural, samples=len(removal.ids), metrics=found.metrics)
+        )
+    return cells
 
 
-def read_by(model: Fusion) -> tuple[str, ...]:
-    """The modalities that a model's encoders read."""
-    return tuple(dict.fromkeys(model.encoder(side).modality for side in model.uses))
-
-
-def _grid(kinds: Mapping[str, tuple[str, ...]]) -> list[Shares]:
-    return [{}, *({what: share} for what in kinds for share in SHARES)]
-
-
-def _refuse_unknown(what: str, kinds: Mapping[str, tuple[str, ...]], model: Fusion) -> None:
-    if what in kinds:
-        return
-    if not kinds:
-        fix = "use --method conditional, late-concat or linear, and encoders of several modalities"
-        raise ConfigError(152, f"{model.config.method} needs all that it reads", where=f"--missing {what}", fix=fix)
-    parts, read = set(what.split("+")), read_by(model)
-    said, fix = f"{model.config.method} cannot do without {what}", f"take away {' or '.join(kinds)}"
-    if unknown := sorted(parts - set(read)):
-        said = f"no encoder of this model reads {unknown[0]}"
-    elif parts == set(read):
-        said = f"a sample without {' and '.join(sorted(parts))} has nothing left that this model reads"
-    elif not model.config.either:
-        fix = f"train with --either, or {fix}"
-    raise ConfigError(152, said, where=f"--missing {what}", fix=fix)
-
-
-def _order(ids: Sequence[str], kind: tuple[str, ...], lacks: Lacks, seed: int) -> list[int]:
-    """The samples that can lack `kind`, in the order in which they lose it; first those whose rows do."""
-    without_S = np.logical_and.reduce([lacks[name] for name in kind])
-    nothing_else_S = np.logical_and.reduce([lacks_S for name, lacks_S in lacks.items() if name not in kind])
-    order = sorted(loss_order(ids, kind, seed), key=lambda number: not without_S[number])
-    return [number for number in order if not nothing_else_S[number]]
-
-
-def _masks(
-    shares: Shares, kinds: Mapping[str, tuple[str, ...]], orders: Mapping[str, Sequence[int]], lacks: Lacks
-) -> tuple[dict[str, NDArray[np.bool_]], dict[str, int]]:
-    """Modality to (S,), True where it is taken away or never was; and how many samples lack what was asked.
-
-    No sample loses the last that it has: what is taken first decides who can lose what comes next.
-    """
-    masks = {name: lacks_S.copy() for name, lacks_S in lacks.items()}
-    rows = {}
-    for what, share in shares.items():
-        mine, others = kinds[what], [name for name in masks if name not in kinds[what]]
-        natural_S = np.logical_and.reduce([lacks[name] for name in mine])
-        can = [number for number in orders[what] if not all(masks[name][number] for name in others)]
-        count = max(int(natural_S[can].sum()), round(share * len(natural_S)))
-        for name in mine:
-            masks[name][can[:count]] = True
-        rows[what] = min(count, len(can))
-    return masks, rows
-
-
-def _require_so_many(asked: Shares, rows: Mapping[str, int], samples: int) -> None:
-    for what, share in asked.items():
-        if rows[what] < round(share * samples):
-            said = f"{rows[what]:,} of {samples:,} samples can lack {what}: the others would have nothing left"
-            fix = f"write at most {what}={int(1000 * rows[what] / samples) / 1000:g}"
-            raise ConfigError(155, said, where=f"--missing {what}={share:g}", fix=fix)
-
-
-def kept(run: Path, split: str, step: int | None) -> dict[str, Any]:
-    """What was found and kept of a split at a step, with the first seed of those that were; empty if nothing was."""
+def saved_missing(run: Path, split: str, step: int | None) -> dict[str, Any]:
+    """The saved result for a split at a step, with the lowest seed of several; empty if there is none."""
     files = {int(path.stem.rpartition("-")[2]): path for path in run.glob(f"missing-{split}-step-{step}-seed-*.json")}
     return read_json(files[min(files)]) if files else {}
 
 
-def _keep(run: Path, missing: Missing) -> None:
-    """Add to what is kept of the same step and seed, if that is of the same samples."""
+def _save(run: Path, missing: Missing) -> None:
+    """Merge into the saved result of the same step and seed, if it is of the same samples."""
     path, new = run / f"missing-{missing.split}-step-{missing.step}-seed-{missing.seed}.json", missing.as_dict()
     old = read_json(path) if path.exists() else {}
     if all(old.get(key) == new[key] for key in ("samples", "natural", "learned")):
-        found = {str(cell["missing"]): cell for cell in [*old["cells"], *new["cells"]]}
-        new |= {"cells": list(found.values()), "orders": old["orders"] | new["orders"]}
+        cells = {str(cell["missing"]): cell for cell in [*old["cells"], *new["cells"]]}
+        new |= {"cells": list(cells.values()), "orders": old["orders"] | new["orders"]}
     write_atomically(path, dump_json(new))

@@ -1,4 +1,4 @@
-"""What to take away from a split, as a user says it and as a reader is told."""
+"""The values of ``--missing``: which share of a split lacks which modality; parsing and wording."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from mopefuse.errors import ConfigError
 
 GRID = "grid"
 Shares = dict[str, float]
-"""Modalities that the same samples lack, joined by "+", to the share of samples."""
+"""Share of samples that lack a modality, by modality; names joined by "+" are missing together."""
 
 
 def words(missing: Mapping[str, float], natural: Mapping[str, int] | None = None) -> str:
     """``70 % of samples lack text``.
 
     Args:
-        natural: how many rows lack each modality before anything is taken away.
+        natural: number of rows that lack each modality in the data.
     """
-    said = [f"{100 * share:.3g} % of samples lack {what.replace('+', ' and ')}" for what, share in missing.items() if share]
-    return ", ".join(said) or ("nothing but what rows lack is missing" if natural else "nothing is taken away")
+    parts = [f"{100 * share:.3g} % of samples lack {what.replace('+', ' and ')}" for what, share in missing.items() if share]
+    return ", ".join(parts) or ("only what rows lack is missing" if natural else "nothing is removed")
 
 
 def parse(texts: Sequence[str]) -> list[Shares] | None:
-    """``text=0.7`` (more than one: all at once) as what to take away; None for ``grid``.
+    """Parse ``text=0.7``, several of which apply at once; None for ``grid``.
 
     Raises:
-        ConfigError: no such thing, or no share from 0 to 1.
+        ConfigError: not MODALITY=SHARE with a share from 0 to 1, or a modality given twice.
     """
     if list(texts) == [GRID]:
         return None
@@ -39,8 +39,8 @@ def parse(texts: Sequence[str]) -> list[Shares] | None:
             share = -1.0
         if not (equals and what and 0 <= share <= 1):
             fix = "write text=0.7 for 70 % of the samples, text+audio=0.5 for samples that lack both, or grid by itself"
-            raise ConfigError(150, f"--missing {text} is no share of samples", where=f"--missing {text}", fix=fix)
+            raise ConfigError(150, f"{text} is not MODALITY=SHARE", where=f"--missing {text}", fix=fix)
         if what in found:
-            raise ConfigError(150, f"{what} is there twice", where=f"--missing {text}", fix="give it once")
+            raise ConfigError(150, f"{what} is given twice", where=f"--missing {text}", fix="give it once")
         found[what] = share
     return [found]

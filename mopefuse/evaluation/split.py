@@ -1,56 +1,30 @@
-"""Run a model over a split: every sample once, whatever the number of processes."""
+"""Run a model over a split: every sample once, whatever the number of processes.
+
+Shapes: S samples of the split, N labels.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from mopefuse.config.schema import Data as DataConfig
 from mopefuse.config.schema import RunConfig
 from mopefuse.core import distributed
-from mopefuse.data.base import DataSet, Row
+from mopefuse.data.base import DataSet
 from mopefuse.data.collate import Samples
-from mopefuse.data.columns import require_column
 from mopefuse.data.features import split_features
 from mopefuse.data.missing import Dropped
-from mopefuse.evaluation.answers import Advance, Answer, Answers, Said, collect
+from mopefuse.evaluation.outputs import Advance, ModelOutputs, SplitOutput, collect
 from mopefuse.fusion.base import Fusion
 from mopefuse.fusion.build import require_rows
-from mopefuse.inference.bundle import Bundle
 from mopefuse.metrics import classification as metrics
-from mopefuse.modalities.base import by_argument, of
+from mopefuse.modalities.base import of
 
 
-def ask_split(
-    bundle: Bundle,
-    data: DataSet,
-    split: str,
-    config: DataConfig,
-    *,
-    batch: int = 32,
-    advance: Advance = lambda done, total: None,
-) -> Iterator[Answer]:
-    """The answers of an exported bundle to all samples of a split, in its order."""
-    for name in bundle.modalities:
-        require_column("the bundle", name, data.modalities, where=str(bundle.folder))
-    rows = data.splits[split].rows
-    for first in range(0, len(rows), batch):
-        group = rows[first : first + batch]
-        values = {name: [_read(data, split, row, name, config) for row in group] for name in bundle.modalities}
-        logits_BN = torch.from_numpy(bundle.run(bundle.collate(**by_argument(values)))[0])
-        yield Answer(torch.arange(first, first + len(group)), logits_BN)
-        advance(first + len(group), len(rows))
-
-
-def _read(data: DataSet, split: str, row: Row, modality: str, config: DataConfig) -> Any:
-    return None if row.values[modality] is None else data.read(data.splits[split], row, modality, config)
-
-
-def answers_to(
+def model_outputs(
     model: Fusion,
     data: DataSet,
     split: str,
@@ -59,14 +33,14 @@ def answers_to(
     *,
     samples: Samples | None = None,
     advance: Advance = lambda done, total: None,
-) -> Answers:
-    """The answers of a model to all samples of a split, each in one process only, computed while they are read.
+) -> ModelOutputs:
+    """The outputs of a model for a split, each sample in one process only, computed while they are iterated over.
 
     Args:
-        samples: of this split, prepared for the model.
+        samples: of this split, prepared for the model; None to prepare them here.
     """
-    samples = samples or prepared(model, data, split, config, device)
-    return Answers(model, samples, config, device, labels=len(data.labels), advance=advance)
+    samples = samples or prepare_samples(model, data, split, config, device)
+    return ModelOutputs(model, samples, config, device, labels=len(data.labels), advance=advance)
 
 
 def run_split(
@@ -77,22 +51,23 @@ def run_split(
     device: torch.device,
     *,
     samples: Samples | None = None,
-    each: bool = False,
+    with_routing: bool = False,
     advance: Advance = lambda done, total: None,
-) -> Said:
-    """All samples of a split once, in its order; every process gets the whole. Of large splits see `answers_to`.
+) -> SplitOutput:
+    """The output of a model for a whole split, the same in every process; for large splits see `model_outputs`.
 
     Args:
-        samples: of this split, prepared for the model. each: keep the routing of each sample, too.
+        samples: of this split, prepared for the model; None to prepare them here.
+        with_routing: also return the expert weights of each sample.
 
     Raises:
-        NumericError: a logit is not finite, as after a step that made the model diverge.
+        NumericError: a logit is not finite, as after training diverged.
     """
-    answers = answers_to(model, data, split, config, device, samples=samples, advance=advance)
-    return collect(answers, data, split, each=each)
+    outputs = model_outputs(model, data, split, config, device, samples=samples, advance=advance)
+    return collect(outputs, data, split, with_routing=with_routing)
 
 
-def prepared(
+def prepare_samples(
     model: Fusion,
     data: DataSet,
     split: str,
@@ -103,28 +78,32 @@ def prepared(
     notice: Callable[[str], None] = lambda text: None,
     reading: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Samples:
-    """The samples of a split for a model; what nothing can change is computed here, once, and kept for other runs.
+    """The samples of a split for a model; features of frozen encoders are computed here, and cached for later runs.
 
     Args:
-        notice: told what was kept or found. reading: told of what is being computed, how much is done, and of how much.
+        training: with augmentation and modality dropout, if they are configured.
+        notice: called with what was computed or found in the cache.
+        reading: called with what is being computed, how much of it is done, and how much there is.
     """
     require_rows(model, data.modalities)
     features = {}
     for side in model.frozen if config.data.cache_features else ():
         encoder = model.encoder(side)
         if not (training and of(encoder.modality).is_picture and config.data.augment != "none"):
-            told = partial(reading, f"{encoder.spec.name} on {split}")
-            features[side] = split_features(encoder, data, split, config, device, advance=told)
+            advance = partial(reading, f"{encoder.spec.name} on {split}")
+            features[side] = split_features(encoder, data, split, config, device, advance=advance)
             what = f"{features[side].different:,} different {of(encoder.modality).plural}"
             notice(f"{split}: {what} encoded once by {encoder.spec}, {features[side].origin}")
     samples = Samples(data, split, model.readers(), config.data, features=features, seed=config.seed, training=training)
     model.require_all_but(samples.lacking, where=split)
     if config.data.cache_images:
-        told = partial(reading, f"decoding {split}")
+        advance = partial(reading, f"decoding {split}")
         if distributed.world_size() > 1:
-            distributed.on_main(lambda: samples.cache_images(told))
-        samples.cache_images(told)
-    dropped = [side for side in model.may_lack if side in model.reads] if training and config.train.modality_dropout else []
+            distributed.on_main(lambda: samples.cache_images(advance))
+        samples.cache_images(advance)
+    if not (training and config.train.modality_dropout):
+        return samples
+    dropped = [side for side in model.may_lack if side in model.reads]
     return Dropped(samples, dropped, config.train.modality_dropout) if dropped else samples
 
 

@@ -1,4 +1,4 @@
-"""Logits of a whole split for what needs all samples of a label at once, in memory or, where they are many, in a file.
+"""Transposes the logits of a split: written batch by batch, read label by label; in memory, or in a file if they are many.
 
 Shapes: S samples of the split, B of them in a batch, N labels, n labels of a block.
 """
@@ -18,26 +18,26 @@ from torch import Tensor
 from mopefuse.core.artifact import disk_error
 
 IN_MEMORY = 256 * 2**20
-"""Bytes of logits that are kept in memory; more go to a temporary file, which needs 4 bytes for each sample and label."""
+"""Bytes of logits kept in memory; more go to a temporary file, which takes 4 bytes for each sample and label."""
 BLOCK = 32 * 2**20
-"""Bytes of a block of labels, and of what waits to be written."""
+"""Bytes of a block of labels, and of the write buffer."""
 
 
 class Spool:
-    """Takes logits (B, N) of consecutive samples, and gives those of all samples (S, n), a block of labels at a time.
+    """Takes logits (B, N) of consecutive samples; returns those of all samples (S, n), a block of labels at a time.
 
     Args:
-        folder: where the temporary file is made; it has no name, so nothing is left of it whatever happens.
+        folder: of the temporary file, which is unnamed and so disappears even if the process is killed.
 
     Raises:
-        ResourceError: the disk is full or cannot be written.
+        ResourceError: the disk is full or not writable.
     """
 
     def __init__(self, samples: int, labels: int, folder: Path) -> None:
         self._samples, self._labels, self._folder = samples, labels, folder
         self._width = max(1, min(labels, BLOCK // (4 * samples)))
         self._large = 4 * samples * labels > IN_MEMORY
-        self._file: IO[bytes] | None = None  # made when there is something to write: in the main process
+        self._file: IO[bytes] | None = None  # only ever opened in the main process
         self._waiting: list[Tensor] = []
         self._bytes, self._written = 0, 0
 
@@ -46,11 +46,11 @@ class Spool:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._file is not None:
-            with suppress(OSError):  # of what a full disk did not take, which `add` has said
+            with suppress(OSError):  # a full disk, which `add` has already reported
                 self._file.close()
 
     def add(self, logits_BN: Tensor) -> None:
-        """The logits of the samples after those that were added before."""
+        """Append the logits of the next samples."""
         self._waiting.append(logits_BN.float())
         self._bytes += 4 * logits_BN.numel()
         if self._large and self._bytes >= BLOCK:
@@ -70,7 +70,7 @@ class Spool:
         self._waiting, self._bytes, self._written = [], 0, self._written + len(logits_BN)
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """The first label of each block, and the logits (S, n) of all samples for its labels, in order."""
+        """For each block in order, its first label and the logits (S, n) of all samples."""
         if not self._large:
             logits_SN = torch.cat(self._waiting)
             for first in range(0, self._labels, self._width):

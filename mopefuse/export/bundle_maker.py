@@ -24,8 +24,8 @@ from mopefuse.config.schema import RunConfig
 from mopefuse.core.artifact import dump_json
 from mopefuse.data.load import load_data
 from mopefuse.errors import ConfigError, EncoderError, GateError, NumericError
-from mopefuse.evaluation.answers import judge
-from mopefuse.evaluation.split import ask_split
+from mopefuse.evaluation.bundle_split import bundle_outputs
+from mopefuse.evaluation.scoring import score
 from mopefuse.export import graph
 from mopefuse.export.model_card import model_card
 from mopefuse.fusion.base import Fusion
@@ -116,12 +116,12 @@ class Maker:
         self.notice("evaluating the validation split")
         config = self.loaded.config.data
         data = load_data(config, require=("val",))
-        known: dict[str, Any] = {"thresholds": self.loaded.thresholds, "together": False}
-        before = judge(ask_split(bundle, data, "val", config), data, "val", **known).metrics
+        known: dict[str, Any] = {"thresholds": self.loaded.thresholds, "distributed_outputs": False}
+        before = score(bundle_outputs(bundle, data, "val", config), data, "val", **known).metrics
         graph.quantise(file)
         small = Bundle(bundle.folder, "cpu", threads=torch.get_num_threads(), manifest=self.manifest)
         self.notice("evaluating it again, in 8 bits")
-        after = judge(ask_split(small, data, "val", config), data, "val", **known).metrics
+        after = score(bundle_outputs(small, data, "val", config), data, "val", **known).metrics
         self.manifest["int8"] = {"before": before, "after": after}
         return small
 

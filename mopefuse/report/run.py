@@ -7,19 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mopefuse.config.schema import Data as DataConfig
-from mopefuse.core import device as devices
 from mopefuse.data.base import DataSet
-from mopefuse.data.load import load_data
 from mopefuse.errors import CheckpointError
-from mopefuse.evaluation.audit import Audit, audit_model, drawn
-from mopefuse.evaluation.missing import kept
+from mopefuse.evaluation.audit import Audit, audit_model, subsample
+from mopefuse.evaluation.missing import saved_missing
 from mopefuse.evaluation.split import run_split
 from mopefuse.report.facts import RunFacts
 from mopefuse.report.pages import check_places, save_figures, write
 from mopefuse.report.run_page import run_page, sections
 from mopefuse.runs.folder import RunFolder
-from mopefuse.runs.load import elsewhere, load_model, with_labels
+from mopefuse.runs.load import open_run
 from mopefuse.runs.locate import kind_of, locate, trained
 
 Advance = Callable[[str, int, int], None]  # (what, samples done, samples in all)
@@ -77,46 +74,43 @@ def report(
             the page would overwrite what is no page. ConfigError: `figures` is no folder.
     """
     folder, page = _run_of(run), out or run / PAGE
-    where = elsewhere(folder.config().data, data)
-    check_places(page, Path(where.path or ""), figures)
-    target = devices.resolve(device)
-    loaded = load_model(folder, _checkpoint(folder), target)
-    dataset, split = _data_of(where, loaded.manifest)
-    step = int(folder.checkpoint(_checkpoint(folder))[1]["step"])
+    check_places(page, data or Path(folder.config().data.path or ""), figures)
+    opened = open_run(run, split=None, data=data, checkpoint=_checkpoint(folder), device=device)
+    dataset, split, step = opened.data, opened.split, opened.step or 0
     notes = _notes(folder, dataset, split, step, audited=audit)
     most, total = max(1, MOST_ANSWERS // len(dataset.labels)), len(dataset.splits[split].rows)
     if total > most:
-        dataset, _ = drawn(dataset, split, most, seed=0)
+        dataset, _ = subsample(dataset, split, most, seed=0)
         part = f"This page is of {most:,} of {total:,} samples, drawn at random; mopefuse eval has the metrics of all."
         notes = (*notes, part)
     told = lambda done, total: advance(f"asking {split}", done, total)  # noqa: E731
-    said = run_split(loaded.model, dataset, split, loaded.config, target, each=True, advance=told)
+    said = run_split(opened.model, dataset, split, opened.config, opened.device, with_routing=True, advance=told)
     found = None
     if audit:
         found = audit_model(
-            loaded.model,
+            opened.model,
             dataset,
             split,
-            loaded.config,
-            target,
-            thresholds=loaded.thresholds,
+            opened.config,
+            opened.device,
+            thresholds=opened.thresholds,
             as_is_SN=said.logits_SN,
             advance=lambda name, done, total: advance(f"audit, {name}", done, total),
         )
     facts = RunFacts(
         folder.path.resolve().name,
         step,
-        loaded.config,
-        loaded.manifest,
+        opened.config,
+        opened.manifest,
         folder.result(),
         folder.read_log(),
         dataset,
         split,
         said.logits_SN,
-        loaded.thresholds,
+        opened.thresholds,
         said.routing_SLK,
         found.as_dict() if found else None,
-        kept(folder.path, split, step),
+        saved_missing(folder.path, split, step),
         notes,
     )
     parts = sections(facts)
@@ -145,14 +139,6 @@ def _run_of(run: Path) -> RunFolder:
 def _checkpoint(folder: RunFolder) -> str:
     """The checkpoint that a run's answers come from: the one it selects, or the last where none was validated yet."""
     return "best" if folder.best_step() is not None and folder.config().train.select == "best" else "last"
-
-
-def _data_of(config: DataConfig, manifest: dict[str, Any]) -> tuple[DataSet, str]:
-    data = load_data(config, require=())
-    split = "test" if "test" in data.splits else "val"
-    if split not in data.splits:
-        data, split = load_data(config, require=("test",)), "test"  # a table without splits, or what is missing is said
-    return with_labels(data, manifest, split), split
 
 
 def _notes(folder: RunFolder, data: DataSet, split: str, step: int, *, audited: bool) -> tuple[str, ...]:

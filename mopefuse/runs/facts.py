@@ -1,4 +1,4 @@
-"""The facts that a run or an adapter keeps in its manifest, and that loading relies on."""
+"""Validation of the facts in the manifest of a run or an adapter that loading relies on."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from mopefuse.errors import CheckpointError
 class _Encoder(BaseModel):
     model_config = ConfigDict(strict=True)
 
-    fingerprint: str | None
-    digest: str | None = None
-    description: dict[str, Any] | None = None  # see `mopefuse.encoders.description`; absent from older artefacts
+    modality: str
+    fingerprint: str | None  # None for a tuned encoder
+    digest: str
+    description: dict[str, Any]  # see `mopefuse.encoders.description`
 
 
 class _Plugin(BaseModel):
@@ -27,7 +28,7 @@ class _Plugin(BaseModel):
 
 
 class _Facts(BaseModel):
-    """What is relied on in the facts of a run or an adapter; they hold more."""
+    """The facts that loading relies on; a manifest holds more."""
 
     model_config = ConfigDict(strict=True)
 
@@ -37,14 +38,17 @@ class _Facts(BaseModel):
     multi_label: bool
     encoders: dict[str, _Encoder]
     data: dict[str, Any]
-    plugins: list[_Plugin] = []
+    plugins: list[_Plugin]
 
 
 def check_facts(facts: dict[str, Any], file: Path) -> dict[str, Any]:
-    """The facts of a run or an adapter, if they are of the kinds that loading relies on.
+    """Check the facts of a run or an adapter, and return them.
+
+    Args:
+        file: that they were read from.
 
     Raises:
-        CheckpointError: one is missing, or no such thing.
+        CheckpointError: a fact is missing or of the wrong type.
     """
     try:
         _Facts.model_validate(facts)

@@ -1,9 +1,9 @@
 """The folder of a run: its configuration, its lock, its log, its checkpoints.
 
-``config.yaml`` (resolved), ``manifest.json`` (what the run is), ``metrics.jsonl`` (a line per log step),
-``metrics.json`` (final), ``checkpoints/step-N/`` and ``checkpoints/best``, a file that names the best of them; ``start/``,
-the weights that a run starts from if not from scratch, until its first checkpoint is published.
-A checkpoint repeats what the run's manifest says of the model, so that neither can be changed alone.
+``config.yaml`` (resolved), ``manifest.json`` (encoders, labels, data), ``metrics.jsonl`` (a line per logged step),
+``metrics.json`` (the result), ``checkpoints/step-N/`` and ``checkpoints/best``, a text file with the name of the best
+checkpoint; ``start/``, the initial weights of a run that does not start from scratch, until its first checkpoint is published.
+Each checkpoint repeats the model facts of the run's manifest, so that an edit of only one of the two is detected.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from mopefuse.errors import CheckpointError, ConfigError, ResourceError
 from mopefuse.runs.facts import check_facts
 
 KIND, CHECKPOINT, START = "run", "checkpoint", "start"
-_PROBE = ".writable"  # a file whose creation shows that the folder can be written to
-_NEWER = 7  # the number of the error of `understood`
-_OF_MODEL = ("encoders", "labels", "multi_label")  # what a checkpoint repeats of the run's facts
+_PROBE = ".writable"  # name of a file that is created to see whether the folder is writable
+_NEWER = 7  # error number of `understood` for a newer format
+_MODEL_FACTS = ("encoders", "labels", "multi_label")  # repeated in each checkpoint
 
 
 class RunFolder:
@@ -61,53 +61,54 @@ class RunFolder:
     # -- life cycle
 
     def exists(self) -> bool:
-        """Whether this is the folder of a run."""
+        """Whether the folder is a run."""
         return self.manifest_file.is_file() and read_json(self.manifest_file).get("kind") == KIND
 
-    def begun(self) -> bool:
-        """Whether there is a run to resume: one that has published a checkpoint, or does not start from scratch."""
+    def can_resume(self) -> bool:
+        """Whether there is a run to resume: one with a checkpoint, or one that does not start from scratch."""
         return self.exists() and bool(self.steps() or read_json(self.manifest_file).get("start"))
 
-    def _never_began(self) -> bool:
-        """No such folder, or one of a run that ended before its first checkpoint, as on an error in the data."""
+    def _has_no_checkpoint(self) -> bool:
+        """Whether the folder is missing, or a run that ended before its first checkpoint, as on an error in the data."""
         return not self.path.is_dir() or (self.exists() and not self.steps() and not self.metrics_file.exists())
 
     def _leftovers(self) -> set[Path]:
-        """What a process may have left that ended before this was a run; its lock says that files are not somebody else's."""
-        mine = {self._lock.file, *self.path.glob(f"{_PROBE}.tmp-*")}
+        """Files of a process that ended before the folder became a run; its lock file tells them from a user's files."""
+        leftovers = {self._lock.file, *self.path.glob(f"{_PROBE}.tmp-*")}
         if self.checkpoints.is_dir() and not any(self.checkpoints.iterdir()):
-            mine.add(self.checkpoints)
+            leftovers.add(self.checkpoints)
         if self._lock.file.is_file() and not self.manifest_file.exists():
             files = (self.config_file, self.manifest_file, self._start)
-            mine |= {*files, *(path for file in files for path in self.path.glob(f"{file.name}.tmp-*"))}
-        return mine
+            leftovers |= {*files, *(path for file in files for path in self.path.glob(f"{file.name}.tmp-*"))}
+        return leftovers
 
     def prepare(
         self, *, resume: bool, overwrite: bool, fix: str = "add --resume or --overwrite, or name another --out"
     ) -> None:
-        """Make the folder ready for a new run, or for the one to resume, before anything slow is done; twice is once.
+        """Make the folder ready for a new or a resumed run, before anything slow is done; safe to call twice.
 
         Args:
-            fix: what to do where there is a run already.
+            fix: the error's advice where the folder already holds a run.
 
         Raises:
-            ConfigError: not writable, not empty, being written by another process, or (with `overwrite` or `resume`,
-                if there is something) not a run.
+            ConfigError: the folder is not writable, not empty, being written by another process, or (with `overwrite` or
+                `resume`) neither empty nor a run.
         """
         if resume and overwrite:
             raise ConfigError(25, "--resume and --overwrite contradict each other", fix="choose one")
-        there = not self._never_began() and not self._leftovers().issuperset(self.path.iterdir())
-        if there and not (resume or overwrite):
+        occupied = not self._has_no_checkpoint() and not self._leftovers().issuperset(self.path.iterdir())
+        if occupied and not (resume or overwrite):
             raise ConfigError(23, f"{self.path} is not empty", where="--out", fix=fix)
-        if there and not self.exists():
+        if occupied and not self.exists():
             flag = "--overwrite" if overwrite else "--resume"
-            raise ConfigError(22, f"{self.path} is not a run of mopefuse", where=flag, fix="name another --out, or empty it")
+            fix = "name another --out, or empty the folder"
+            raise ConfigError(22, f"{self.path} is not a mopefuse run", where=flag, fix=fix)
         if resume and self._start.exists() and not self.exists():
-            what = f"{self.path} was to start from a trained model, and was stopped before it was a run"
+            what = f"{self.path} was stopped before its initial weights were complete"
             raise ConfigError(250, what, where="--resume", fix="run mopefuse swap-encoder again")
         self._lock.refuse_if_taken()
         try:
-            if there and overwrite:
+            if occupied and overwrite:
                 self._empty()
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             probe = self.path / f"{_PROBE}.tmp-{os.getpid()}"
@@ -119,10 +120,13 @@ class RunFolder:
             ) from None
 
     def lock(self) -> str:
-        """Claim the folder for this process; a notice if the lock of a dead process was taken over.
+        """Lock the folder for this process.
+
+        Returns:
+            A notice if the lock of a dead process was taken over, else an empty string.
 
         Raises:
-            ConfigError: another process is writing this run.
+            ConfigError: another process is writing to this run.
         """
         notice = self._lock.take()
         sweep(self.path)
@@ -130,9 +134,9 @@ class RunFolder:
         return notice
 
     def claim(self, *, resume: bool, overwrite: bool) -> str:
-        """Make the folder ready and lock it; a notice as of `lock`.
+        """`prepare` and `lock`; returns the notice of `lock`.
 
-        The folder is checked again once it is locked: another process may have trained a whole run here in between.
+        The folder is checked again after locking, because another process may have trained a whole run in between.
 
         Raises:
             ConfigError: see `prepare` and `lock`.
@@ -147,24 +151,24 @@ class RunFolder:
         return notice
 
     def unlock(self) -> None:
-        """Release the folder, if this object has locked it and nobody has taken it over."""
+        """Release the lock, unless this object does not hold it or another process took it over."""
         self._lock.release()
 
     def abandon(self) -> None:
-        """Remove what was written if it is not a run yet, so that the next one can begin here; the folder stays."""
+        """Remove what was written if the folder is not a run yet, so that the next run can use it; the folder stays."""
         if self._lock.is_ours() and not self.manifest_file.exists():
             self.config_file.unlink(missing_ok=True)
-            self.drop_start()
+            self.drop_initial_weights()
 
-    def _require_ours(self) -> None:
-        """Refuse to write into a folder that is not there any more, or that somebody else writes to."""
+    def _require_owned(self) -> None:
+        """Refuse to write to a folder that was removed, or that another process has taken over."""
         if not self._lock.claimed or self._lock.is_ours():
             return
         if self._lock.file.exists():
-            fix = "let one process at a time write to it"
+            fix = "run one process at a time on this folder"
             raise ResourceError(252, "another process has taken over this run", where=str(self.path), fix=fix)
         if not self.manifest_file.is_file():
-            fix = "put it back and go on with --resume, or train again"
+            fix = "restore it and continue with --resume, or train again"
             raise ResourceError(251, "the run folder is gone", where=str(self.path), fix=fix)
 
     def _empty(self) -> None:
@@ -173,10 +177,10 @@ class RunFolder:
                 continue
             shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
 
-    # -- what the run is
+    # -- configuration, manifest, result
 
     def start(self, config: RunConfig, facts: Mapping[str, Any]) -> None:
-        """Write configuration and manifest; from here on the folder is a run."""
+        """Write configuration and manifest, which makes the folder a run."""
         write_atomically(self.config_file, to_yaml(config))
         write_atomically(self.manifest_file, dump_json({"kind": KIND, "format": FORMAT, **facts}))
 
@@ -184,30 +188,30 @@ class RunFolder:
         """The resolved configuration.
 
         Raises:
-            CheckpointError: the folder is not a run. PluginError: it needs a plugin that is not installed.
+            CheckpointError: the folder is not a run. PluginError: a plugin that the run needs is not installed.
         """
         if not self.exists():
             inside = (child for child in self.path.iterdir() if RunFolder(child).exists()) if self.path.is_dir() else ()
             run = min(inside, default=None)
             fix = f"name a run in it, such as {run}" if run else "name a folder that mopefuse train wrote"
             raise CheckpointError(4, f"{self.path} is not a run", fix=fix)
-        registry.require(self.manifest().get("plugins", ()), where=str(self.path))
+        registry.require(self.manifest()["plugins"], where=str(self.path))
         return build_config(read_saved(self.config_file), source=str(self.config_file))
 
     def manifest(self) -> dict[str, Any]:
-        """Encoders and their fingerprints, labels, data hashes.
+        """The facts of the run: encoders and their fingerprints, labels, data hashes.
 
         Raises:
-            CheckpointError: a newer version of mopefuse made this run, or its facts are damaged.
+            CheckpointError: a newer version of mopefuse wrote the run, or its manifest is damaged.
         """
         return check_facts(understood(read_json(self.manifest_file), KIND, str(self.path)), self.manifest_file)
 
-    def _of_model(self) -> dict[str, Any]:
-        known = understood(read_json(self.manifest_file), KIND, str(self.path))
-        return {key: known[key] for key in _OF_MODEL if key in known}
+    def _model_facts(self) -> dict[str, Any]:
+        facts = self.manifest()
+        return {key: facts[key] for key in _MODEL_FACTS}
 
     def result(self) -> dict[str, Any]:
-        """What metrics.json says of a finished run; empty before that."""
+        """The contents of metrics.json; empty for a run that is not finished."""
         return read_json(self.metrics_file) if self.metrics_file.exists() else {}
 
     # -- log
@@ -216,9 +220,9 @@ class RunFolder:
         """Append a line to metrics.jsonl.
 
         Raises:
-            ResourceError: the disk is full, or the folder is gone or somebody else's.
+            ResourceError: the disk is full, or the folder was removed or taken over by another process.
         """
-        self._require_ours()
+        self._require_owned()
         try:
             with self.log_file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(finite(line), ensure_ascii=False) + "\n")
@@ -226,10 +230,10 @@ class RunFolder:
             raise disk_error(error, self.log_file) from error
 
     def read_log(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl; a last line that was cut short is left out.
+        """The lines of metrics.jsonl, without a last line that is incomplete.
 
         Raises:
-            CheckpointError: it is there and cannot be read.
+            CheckpointError: the file exists and cannot be read.
         """
         lines: list[dict[str, Any]] = []
         for line in read_text(self.log_file).split("\n"):
@@ -243,24 +247,24 @@ class RunFolder:
         return lines
 
     def rewind_log(self, step: int, *, validated: bool = True) -> None:
-        """Forget what was logged after `step`, which a resumed run will log again; its validation too, if not `validated`."""
+        """Remove lines after `step`, which a resumed run will log again; also the validation at `step` unless `validated`."""
         if not self.log_file.exists():
             return
         until = [line for line in self.read_log() if line["step"] <= step]
         kept = [line for line in until if validated or line["step"] < step or "val" not in line]
         write_atomically(self.log_file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
 
-    # -- where it starts from
+    # -- initial weights
 
-    def keep_start(self, write: Callable[[Path], None], facts: Mapping[str, Any]) -> None:
-        """Keep what a run starts from until its first checkpoint is published; the run's facts repeat their ``start``."""
+    def save_initial_weights(self, write: Callable[[Path], None], facts: Mapping[str, Any]) -> None:
+        """Save initial weights, kept until the first checkpoint is published; the run's manifest repeats their ``start``."""
         publish(self._start, write, {"kind": START, **facts})
 
-    def kept_start(self) -> tuple[Path, dict[str, Any]] | None:
-        """The folder of `keep_start`, verified, with its facts; None for a run that has a checkpoint or starts from scratch.
+    def initial_weights(self) -> tuple[Path, dict[str, Any]] | None:
+        """The verified folder of initial weights and its facts; None if the run has a checkpoint or starts from scratch.
 
         Raises:
-            CheckpointError: it is damaged, gone, or of another run.
+            CheckpointError: the folder is damaged, missing, or belongs to another run.
         """
         expected = read_json(self.manifest_file).get("start")
         if self.steps() or not expected:
@@ -268,41 +272,41 @@ class RunFolder:
         try:
             facts = verify(self._start, kind=START)
             if facts.get("start") != expected:
-                raise CheckpointError(250, "what is kept is not what this run starts from", where=str(self._start))
+                raise CheckpointError(250, "the initial weights belong to another run", where=str(self._start))
         except CheckpointError as error:
-            error.fix = "begin anew: run mopefuse swap-encoder again"
+            error.fix = "run mopefuse swap-encoder again"
             raise
         return self._start, facts
 
-    def drop_start(self) -> None:
-        """Forget what the run was to start from."""
+    def drop_initial_weights(self) -> None:
+        """Remove the initial weights."""
         shutil.rmtree(self._start, ignore_errors=True)
 
     # -- checkpoints
 
     def save(self, step: int, write: Callable[[Path], None], facts: Mapping[str, Any]) -> None:
-        """Publish checkpoint step-N, and drop those that neither resume nor the best needs.
+        """Publish checkpoint step-N, and remove all others but the best.
 
         Raises:
-            ResourceError: the disk is full, or the folder is gone or somebody else's.
+            ResourceError: the disk is full, or the folder was removed or taken over by another process.
         """
-        self._require_ours()
-        publish(self.checkpoints / f"step-{step}", write, {"kind": CHECKPOINT, "step": step, **self._of_model(), **facts})
-        self.drop_start()
+        self._require_owned()
+        publish(self.checkpoints / f"step-{step}", write, {"kind": CHECKPOINT, "step": step, **self._model_facts(), **facts})
+        self.drop_initial_weights()
         keep = {step, self.best_step()}
         for old in self.steps():
             if old not in keep:
                 shutil.rmtree(self.checkpoints / f"step-{old}")
 
     def set_best(self, step: int) -> None:
-        """Name the best checkpoint."""
+        """Record which checkpoint is the best."""
         write_atomically(self._best, f"step-{step}\n")
 
     def best_step(self) -> int | None:
         """Step of the best checkpoint so far.
 
         Raises:
-            CheckpointError: the file that names it is damaged.
+            CheckpointError: the file ``checkpoints/best`` is damaged.
         """
         if not self._best.exists():
             return None
@@ -312,10 +316,10 @@ class RunFolder:
         return int(step)
 
     def latest(self) -> tuple[Path, dict[str, Any]] | None:
-        """The newest checkpoint that is whole, by step, with its manifest; None if there are no checkpoints.
+        """The undamaged checkpoint with the highest step, and its manifest; None if there are no checkpoints.
 
         Raises:
-            CheckpointError: the newest is of a newer version of mopefuse, or none is whole.
+            CheckpointError: a newer version of mopefuse wrote the newest, or all are damaged.
         """
         damaged = None
         for step in reversed(self.steps()):
@@ -327,7 +331,7 @@ class RunFolder:
                     raise
                 damaged = damaged or error
         if damaged is not None:
-            damaged.fix = "begin a new run: no other checkpoint is whole"
+            damaged.fix = "begin a new run: there is no undamaged checkpoint"
             raise damaged
         return None
 
@@ -335,7 +339,7 @@ class RunFolder:
         """The checkpoint ``best``, ``last`` or ``step-N``, verified, with its manifest.
 
         Raises:
-            CheckpointError: there is no such checkpoint, or it is damaged, or the run's manifest says something else.
+            CheckpointError: there is no such checkpoint, it is damaged, or it does not match the run's manifest.
         """
         steps = self.steps()
         if which == "last" and steps:
@@ -344,8 +348,9 @@ class RunFolder:
             which = f"step-{self.best_step()}"
         folder = self.checkpoints / which
         if which not in {f"step-{step}" for step in steps}:
-            there = ", ".join(f"step-{step}" for step in steps) or "none"
-            raise CheckpointError(4, f"there is no checkpoint {which}", where=str(self.checkpoints), fix=f"there are: {there}")
+            known = ", ".join(f"step-{step}" for step in steps)
+            fix = f"use one of {known}" if known else "train the run until its first checkpoint"
+            raise CheckpointError(4, f"there is no checkpoint {which}", where=str(self.checkpoints), fix=fix)
         try:
             manifest = verify(folder, kind=CHECKPOINT)
         except CheckpointError as error:
@@ -353,18 +358,18 @@ class RunFolder:
             if others and error.number != _NEWER:
                 error.fix = f"use --checkpoint {others[-1]}"
             raise
-        differ = [key for key, value in self._of_model().items() if manifest.get(key, value) != value]
+        differ = [key for key, value in self._model_facts().items() if manifest.get(key) != value]
         if differ:
-            what = f"the {differ[0]} of the run are not those that its checkpoint was trained for"
+            what = f"the {differ[0]} of the run differ from those of its checkpoint"
             raise CheckpointError(3, what, where=str(self.path), fix="restore the run's manifest.json")
         return folder, manifest
 
     def steps(self) -> list[int]:
-        """Steps of the published checkpoints, whole or not, in order."""
+        """Steps of the published checkpoints in ascending order, damaged ones included."""
         found = self.checkpoints.glob("step-*")
         return sorted(int(path.name[5:]) for path in found if path.is_dir() and re.fullmatch(r"step-(0|[1-9]\d*)", path.name))
 
 
 def default_path() -> Path:
-    """runs/<date>-<time>, for a run without a name."""
+    """``runs/<date>-<time>``, where no folder is named."""
     return Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}"

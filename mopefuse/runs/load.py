@@ -1,12 +1,12 @@
-"""Load a trained model from a run or an adapter, and the data that it is evaluated on."""
+"""Load a trained model from a run or an adapter, and the data set to evaluate it on."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -17,7 +17,7 @@ from mopefuse.config.sides import Comp, addressed, specs, with_specs
 from mopefuse.core import device as devices
 from mopefuse.core.artifact import read_tensors
 from mopefuse.data.base import DataSet
-from mopefuse.data.load import names_splits
+from mopefuse.data.load import load_data, names_splits
 from mopefuse.encoders.base import full_spec
 from mopefuse.encoders.description import SOURCES, differences, other_versions
 from mopefuse.errors import CheckpointError, DataError, Notice
@@ -25,114 +25,193 @@ from mopefuse.fusion.base import Fusion, fresh_encoders
 from mopefuse.fusion.build import build_model
 from mopefuse.metrics import classification as metrics
 from mopefuse.runs.folder import RunFolder
+from mopefuse.runs.locate import trained
+
+Advance = Callable[[int, int], None]  # (files checked, files in all)
 
 
-class Loaded(NamedTuple):
-    """A trained model and what it was trained with."""
+@dataclass(frozen=True)
+class Loaded:
+    """A trained model in evaluation mode, and what it was trained with.
+
+    Args:
+        step: training step of the loaded checkpoint; None for an adapter, which does not record it.
+    """
 
     model: Fusion
     config: RunConfig
     manifest: dict[str, Any]
     thresholds: metrics.Thresholds
+    step: int | None
+
+
+@dataclass(frozen=True)
+class OpenRun(Loaded):
+    """A trained model on `device`, with the data set and the split to evaluate it on."""
+
+    folder: RunFolder
+    data: DataSet
+    split: str
+    device: torch.device
+
+
+def open_run(
+    path: str | Path,
+    split: str | None = "test",
+    data: Path | None = None,
+    *,
+    layout: Mapping[str, Any] | None = None,
+    checkpoint: str = "best",
+    device: str = "auto",
+    main: str | None = None,
+    comp: Comp = None,
+    advance: Advance = lambda done, total: None,
+) -> OpenRun:
+    """Load the model of a run or an adapter, and the data set that it is evaluated on.
+
+    Args:
+        path: folder of a run or an adapter, or an adapter on the hub.
+        split: None for the test split, or the validation split where there is no test split.
+        data: another data set with the same labels; None for the run's own.
+        layout: settings of `data` that differ there, see `with_data_path`.
+        main, comp: other specs of the same encoders, see `mopefuse.config.sides.addressed`.
+        advance: progress of checking the files of a data set that was not checked before.
+
+    Raises:
+        CheckpointError: no such run, or its encoders differ from those it was trained with.
+        DataError: no such split, bad rows, or labels that the model was not trained for.
+    """
+    target, folder = devices.resolve(device), trained(path)
+    loaded = load_model(folder, checkpoint, target, main=main, comp=comp)
+    where = with_data_path(loaded.config.data, data, layout)
+    dataset, split = load_split(where, split, loaded.manifest, advance=advance)
+    return OpenRun(**vars(loaded), folder=folder, data=dataset, split=split, device=target)
+
+
+def load_split(
+    config: DataConfig,
+    split: str | None,
+    manifest: Mapping[str, Any],
+    *,
+    advance: Advance = lambda done, total: None,
+) -> tuple[DataSet, str]:
+    """The data set that `config` describes, with the labels of a trained model, and the name of the split.
+
+    Args:
+        split: must be there; None for test, or validation where there is no test split.
+        manifest: with ``labels`` and ``multi_label`` of the model.
+
+    Raises:
+        DataError: no such split, bad rows, or labels that the model was not trained for.
+    """
+    data = load_data(config, require=(split,) if split else (), advance=advance)
+    if split is None:
+        split = next((name for name in ("test", "val") if name in data.splits), None)
+    if split is None:  # one table without splits counts as test; otherwise the error names what is missing
+        data, split = load_data(config, require=("test",), advance=advance), "test"
+    return with_labels(data, manifest, split), split
 
 
 def load_model(
     folder: RunFolder, checkpoint: str, device: torch.device, *, main: str | None = None, comp: Comp = None
 ) -> Loaded:
-    """The model of a run or adapter with the weights of one of its checkpoints, its configuration and its manifest.
+    """The model of a run or an adapter with the weights of one of its checkpoints, on `device`.
 
     Args:
-        main, comp: specs, where the same weights go by another name here; see `mopefuse.config.sides.addressed`.
+        main, comp: other specs of the same encoders, see `mopefuse.config.sides.addressed`.
 
     Raises:
-        CheckpointError: the encoders' weights are not those that the run was trained with, or its files disagree.
+        CheckpointError: the encoders differ from those that the run was trained with, or its files do not match each other.
     """
     config, manifest = folder.config(), folder.manifest()
-    modality_of = {side: str(facts.get("modality", "")) for side, facts in manifest["encoders"].items()}
-    config = _elsewhere_named(config, addressed(main, comp, modality_of), str(folder.path))
+    modality_of = {side: str(facts["modality"]) for side, facts in manifest["encoders"].items()}
+    config = _with_other_specs(config, addressed(main, comp, modality_of), where=str(folder.path))
     model = build_model(config, len(manifest["labels"]))
     check_encoders(model, manifest, where=str(folder.path))
-    path, published = folder.checkpoint(checkpoint)
+    path, facts = folder.checkpoint(checkpoint)
     model.load_own_state(read_tensors(path / "weights.safetensors"), where=str(path))
     devices.place(model, device)
-    return Loaded(model.eval(), config, manifest, thresholds_of(published, config))
+    return Loaded(
+        model=model.eval(),
+        config=config,
+        manifest=manifest,
+        thresholds=get_thresholds(facts, config),
+        step=facts.get("step"),
+    )
 
 
-def _elsewhere_named(config: RunConfig, encoders: Mapping[str, str], where: str) -> RunConfig:
-    """A configuration with the same encoders by other names.
+def _with_other_specs(config: RunConfig, encoders: Mapping[str, str], *, where: str) -> RunConfig:
+    """`config` with other specs of the same encoders, such as a local folder in place of a name on the hub.
 
     Raises:
-        CheckpointError: an option differs that changes what an encoder says, such as ``pool``.
+        CheckpointError: the new spec changes an option that affects the encoder's features, such as ``pool``.
     """
-    named = {side: str(full_spec(spec)) for side, spec in encoders.items()}
-    before = specs(config)
-    for side, spec in named.items():
-        mine, theirs = (
-            {key: value for key, value in full_spec(text).options.items() if key not in SOURCES}
-            for text in (spec, before[side])
-        )
-        if mine != theirs:
-            what = f"{spec} has other options than {before[side]}, which the run was trained with"
+    new_specs = {side: str(full_spec(spec)) for side, spec in encoders.items()}
+    old_specs = specs(config)
+    for side, spec in new_specs.items():
+        if _feature_options(spec) != _feature_options(old_specs[side]):
+            what = f"{spec} has other options than {old_specs[side]}, which the run was trained with"
             raise CheckpointError(8, what, where=where, fix="write the same options, or use mopefuse swap-encoder")
-    return with_specs(config, named)
+    return with_specs(config, new_specs)
 
 
-def thresholds_of(checkpoint: Mapping[str, Any], config: RunConfig) -> metrics.Thresholds:
-    """The thresholds that go with a checkpoint: those tuned when it was validated, or the one that is set."""
-    if config.train.threshold == "tuned":
-        tuned: list[float] | None = checkpoint["progress"].get("thresholds")
-        return metrics.THRESHOLD if tuned is None else tuned
-    return config.train.threshold
+def _feature_options(spec: str) -> dict[str, str]:
+    """The options of a spec that affect features, not where weights come from."""
+    return {key: value for key, value in full_spec(spec).options.items() if key not in SOURCES}
 
 
-def check_encoders(model: Fusion, manifest: dict[str, Any], *, where: str) -> None:
-    """Compare the encoders with those that a run was trained with; another version of a library only gives a notice.
+def get_thresholds(checkpoint: Mapping[str, Any], config: RunConfig) -> metrics.Thresholds:
+    """Decision thresholds of a checkpoint: those tuned at its validation, or the one in the configuration.
+
+    Args:
+        checkpoint: its manifest.
+    """
+    if config.train.threshold != "tuned":
+        return config.train.threshold
+    tuned: list[float] | None = checkpoint["progress"]["thresholds"]
+    return metrics.THRESHOLD if tuned is None else tuned
+
+
+def check_encoders(model: Fusion, manifest: Mapping[str, Any], *, where: str) -> None:
+    """Compare the encoders of a model with those recorded in a manifest; a different library version only gives a notice.
 
     Raises:
-        CheckpointError: other weights, or another configuration, pooling, preprocessing or tokenizer; it names what differs.
+        CheckpointError: different weights, configuration, pooling, preprocessing or tokenizer; the message names what differs.
     """
     fingerprints = fresh_encoders(model)
     for side in model.uses:
-        encoder, recorded = model.encoder(side), manifest["encoders"].get(side, {})
-        now, before = encoder.describe(), recorded.get("description")
-        changed = [] if before is None else differences(before, now)
-        expected = recorded.get("fingerprint")
+        encoder, recorded = model.encoder(side), manifest["encoders"][side]
+        current = encoder.describe()
+        changed = differences(recorded["description"], current)
+        expected = recorded["fingerprint"]
         if side in fingerprints and fingerprints[side] != expected:
             changed.insert(0, f"fingerprint {fingerprints[side]}, expected {expected}")
-            raise CheckpointError(
-                8,
-                f"the weights of {encoder.spec} are not those that the run was trained with ({_some(changed)})",
-                where=where,
-                fix=_SAME_ENCODER,
-            )
+            what = f"the weights of {encoder.spec} are not those that the run was trained with ({_abridged(changed)})"
+            raise CheckpointError(8, what, where=where, fix=_SAME_ENCODER)
         if changed:
-            raise CheckpointError(
-                220,
-                f"{encoder.spec} is not the encoder that the run was trained with: {_some(changed)}",
-                where=where,
-                fix=_SAME_ENCODER,
-            )
-        if before is not None and (versions := other_versions(before, now)):
-            text = f"{encoder.spec} was trained with other versions of libraries ({', '.join(versions)})"
-            warnings.warn(f"{text}; answers may differ slightly", Notice, stacklevel=2)
+            what = f"{encoder.spec} is not the encoder that the run was trained with: {_abridged(changed)}"
+            raise CheckpointError(220, what, where=where, fix=_SAME_ENCODER)
+        if versions := other_versions(recorded["description"], current):
+            text = f"{encoder.spec} was trained with other library versions ({', '.join(versions)})"
+            warnings.warn(f"{text}; predictions may differ slightly", Notice, stacklevel=2)
 
 
 _SAME_ENCODER = "restore those files or options, load the same revision, or change the encoder with mopefuse swap-encoder"
 
 
-def _some(changed: Sequence[str], most: int = 6) -> str:
-    more = f"; and {len(changed) - most} more" if len(changed) > most else ""
-    return "; ".join(changed[:most]) + more
+def _abridged(changed: Sequence[str], limit: int = 6) -> str:
+    more = f"; and {len(changed) - limit} more" if len(changed) > limit else ""
+    return "; ".join(changed[:limit]) + more
 
 
-def elsewhere(config: DataConfig, path: Path | None, layout: Mapping[str, Any] | None = None) -> DataConfig:
-    """How to read other data of the same kind: nothing is held out or drawn there. The same data for None.
+def with_data_path(config: DataConfig, path: Path | None, layout: Mapping[str, Any] | None = None) -> DataConfig:
+    """`config` for another data set of the same kind, of which nothing is held out or subsampled; unchanged if `path` is None.
 
     Args:
-        layout: settings of `data` that are otherwise there: names of columns, folders of images.
+        layout: settings of the section `data` that differ there: column names, image folders.
 
     Raises:
-        ConfigError: one of `layout` is none.
+        ConfigError: an unknown or invalid setting in `layout`.
     """
     if path is None:
         return config
@@ -142,18 +221,20 @@ def elsewhere(config: DataConfig, path: Path | None, layout: Mapping[str, Any] |
     return changed_data(config.model_copy(update=own), {**(layout or {}), "path": str(path)})
 
 
-def with_labels(data: DataSet, manifest: dict[str, Any], split: str) -> DataSet:
-    """`data` with the labels that a model was trained for.
+def with_labels(data: DataSet, manifest: Mapping[str, Any], split: str) -> DataSet:
+    """`data` with the labels that a model was trained for, in the model's order.
 
     Raises:
-        DataError: a label that it does not know, or a single label where it gives several.
+        DataError: the split has a label that the model was not trained for, or single labels where the model is multi-label
+            or the reverse.
     """
     labels = tuple(manifest["labels"])
     unknown = sorted(data.splits[split].labels.counts().keys() - set(labels))
     if unknown:
-        raise DataError(
-            6, f"labels that the model does not know: {', '.join(unknown[:20])}", where=split, fix="evaluate on data it knows"
-        )
+        what = f"the model was not trained for these labels: {', '.join(unknown[:20])}"
+        raise DataError(6, what, where=split, fix="remove these rows, or train on data that has these labels")
     if data.multi_label != manifest["multi_label"]:
-        raise DataError(5, "single labels and lists of labels do not fit", where=split, fix="write labels as in training")
+        trained_as, found = ("multi-label", "single") if manifest["multi_label"] else ("single-label", "lists of")
+        what = f"the model is {trained_as}, and the data have {found} labels"
+        raise DataError(5, what, where=split, fix="write labels as in training")
     return replace(data, labels=labels)

@@ -1,4 +1,4 @@
-"""Where a trained model is: a run, an adapter or a bundle, in a folder or on the hub (``hf-hub:repo/name@revision``)."""
+"""Find a trained model: a run, an adapter or a bundle, in a folder or on the hub (``hf-hub:repo/name@revision``)."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ PREFIX = "hf-hub:"
 
 
 def locate(path: str | Path) -> Path:
-    """The folder that a path means; what is on the hub is fetched once, whole and of one commit, and kept.
+    """The local folder of a model; a model on the hub is downloaded once per commit and cached.
 
     Raises:
-        EncoderError: the hub cannot be reached, or has no such repository. CheckpointError: the repository holds something
-            else, names files outside itself, or lacks or changed one. ResourceError: there is no place to keep it.
+        EncoderError: the hub cannot be reached, or has no such repository.
+        CheckpointError: the repository does not hold a model, its manifest names files outside it, or a file is missing or
+            was changed.
+        ResourceError: the cache cannot be written.
     """
     text = str(path)
     if not text.startswith(PREFIX):
@@ -33,7 +35,7 @@ def locate(path: str | Path) -> Path:
         raise _no_model(repo, text)
     commit = manifest.parent.name
     key = cache.key_of(repo, commit)
-    with _said_of(text):
+    with _errors_name(text):
         names = listed_files(read_json(manifest), Path(text))
     if found := cache.find("models", key, thorough=False):
         return found[0] / "model"
@@ -42,62 +44,63 @@ def locate(path: str | Path) -> Path:
         for name in (MANIFEST, *names):
             fetched = _fetch(repo, name, commit, text)
             if fetched is None:
-                raise CheckpointError(2, f"{repo} lacks {name}, which its manifest names", where=text, fix="tell its owner")
+                what = f"{repo} lacks {name}, which its manifest names"
+                raise CheckpointError(2, what, where=text, fix="report it to its owner")
             target = folder / "model" / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(fetched, target)
         kind = kind_of(folder / "model")
         if kind not in (ADAPTER, "bundle"):
             raise _no_model(repo, text)
-        with _said_of(text):
+        with _errors_name(text):
             verify(folder / "model", kind=kind)
 
     kept = cache.keep("models", key, write, {"what": text})
     if kept is None:
-        raise ResourceError(10, f"{repo} cannot be kept", where=text, fix="set MOPEFUSE_CACHE to a folder that can be written")
+        raise ResourceError(10, f"{repo} cannot be cached", where=text, fix="set MOPEFUSE_CACHE to a writable folder")
     return kept / "model"
 
 
 def _fetch(repo: str, name: str, revision: str | None, where: str) -> Path | None:
-    """As `_hub.fetch`, with advice for models in place of that for encoders where there is no way to the hub."""
-    from mopefuse.core import error_numbers as _numbers
-    from mopefuse.core import hub as _hub
+    """`mopefuse.core.hub.fetch`, with a fix that suits models rather than encoders where the hub cannot be reached."""
+    from mopefuse.core import error_numbers, hub
 
     try:
-        return _hub.fetch(repo, name, revision, where=where)
+        return hub.fetch(repo, name, revision, where=where)
     except EncoderError as error:
-        if error.number in (_numbers.OFFLINE, _numbers.UNREACHABLE):
-            error.fix = "go online, or name a folder with a copy of it"
+        if error.number in (error_numbers.OFFLINE, error_numbers.UNREACHABLE):
+            error.fix = "go online, or name a folder with a copy of the model"
         raise
 
 
 def _no_model(repo: str, where: str) -> CheckpointError:
-    return CheckpointError(1, f"{repo} holds no model of mopefuse", where=where, fix="name a repository that mopefuse pushed")
+    fix = "name a repository that mopefuse push wrote"
+    return CheckpointError(1, f"{repo} does not hold a mopefuse model", where=where, fix=fix)
 
 
 @contextmanager
-def _said_of(where: str) -> Iterator[None]:
-    """What is wrong with a fetched file is said of its repository, not of a folder that nobody knows."""
+def _errors_name(where: str) -> Iterator[None]:
+    """Errors about a downloaded file name its repository, not the cache folder."""
     try:
         yield
     except CheckpointError as error:
         error.where = where
         if error.number == 2:
-            error.fix = "name another revision, or tell its owner"
+            error.fix = "name another revision, or report it to its owner"
         raise
 
 
 def kind_of(folder: Path) -> str:
-    """``run``, ``adapter`` or ``bundle``, as the manifest of a folder says; empty if it has none."""
+    """``run``, ``adapter`` or ``bundle``, according to the manifest of a folder; empty without a manifest."""
     file = folder / MANIFEST
     return str(read_json(file).get("kind", "")) if file.is_file() else ""
 
 
 def trained(path: str | Path) -> RunFolder:
-    """A run or an adapter, whichever a folder is.
+    """The run or adapter in a folder or on the hub.
 
     Raises:
-        CheckpointError: there is no such folder, or it is a bundle, which holds a graph and no model; or as `locate`.
+        CheckpointError: there is no such folder, or it is a bundle, which holds a graph and not a model; or see `locate`.
     """
     folder = locate(path)
     if not folder.is_dir():
@@ -105,5 +108,5 @@ def trained(path: str | Path) -> RunFolder:
     kind = kind_of(folder)
     if kind == "bundle":
         fix = "name the run that it was exported from"
-        raise CheckpointError(10, "a bundle can only be asked and evaluated", where=str(path), fix=fix)
+        raise CheckpointError(10, "a bundle can only be evaluated and used for predictions", where=str(path), fix=fix)
     return AdapterFolder(folder) if kind == ADAPTER else RunFolder(folder)

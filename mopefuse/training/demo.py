@@ -1,6 +1,6 @@
-"""The demonstration: one task, six ways to solve it, the same data, encoders and training for all.
+"""The demo: one task solved in six ways, with the same data, encoders and training for all.
 
-Digit questions needs both modalities: the image shows four digits, the text asks for one of them.
+The task needs both modalities: the image shows four digits, and the text asks for one of them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "late-concat": ("late concatenation of frozen features", {"method": "late-concat"}),
     "mlp": ("a deeper head (MLP) on the same features", {"method": "late-concat", "head_hidden": 512}),
 }
-"""Name of a run to what it is and how it differs from the recipe."""
+"""Name of a run to its title and its changes to the recipe."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ def demo(
 
     Args:
         out: folder for the data and the runs.
-        listener: title of a variant to what watches its training.
-        steps: train each variant for so many steps only; what comes out is a look, not a result.
+        listener: makes a listener of the training of a variant from its title.
+        steps: train each variant for only so many steps, as a quick look rather than a result.
     """
     data = out / "digit-questions"
     load(DATASETS, "digit-questions")(data)
@@ -57,9 +57,15 @@ def demo(
         config: RunConfig = resolve(recipe=RECIPE, flags={"data.path": str(data), "train.max_steps": steps, **changes})
         if config.method != "conditional":
             config = config.model_copy(update={"prompts": Prompts()})
-        with listener(title) as watching:
-            result = train(config, out / name, overwrite=overwrite, listener=watching)
+        with listener(title) as of_run:
+            result = train(config, out / name, overwrite=overwrite, listener=of_run)
         rows.append(
-            Row(name, title, result["metrics"]["test"]["accuracy"], result["parameters"]["trainable"], result["seconds"])
+            Row(
+                name=name,
+                title=title,
+                accuracy=result["metrics"]["test"]["accuracy"],
+                trainable=result["parameters"]["trainable"],
+                seconds=result["seconds"],
+            )
         )
     return rows

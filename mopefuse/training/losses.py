@@ -1,4 +1,4 @@
-"""What training minimises, and how rare classes weigh in it.
+"""The classification loss, and class weights for imbalanced data.
 
 Shapes: B batch, S samples of the training split, N labels.
 """
@@ -14,10 +14,12 @@ from mopefuse.fusion.base import Output
 
 
 def classification_loss(output: Output, batch: Batch, *, multi_label: bool, weights: Tensor | None = None) -> Tensor:
-    """Cross-entropy, or mean binary cross-entropy over labels, summed over the batch; of both answers, where there are two.
+    """Cross-entropy, or binary cross-entropy averaged over labels, summed over the batch.
+
+    The logits of the complementary side alone (`Output.alone_BN`), where a method has them, add a loss of the same form.
 
     Args:
-        weights: of `balanced_weights`.
+        weights: class weights of `balanced_weights`.
     """
     assert batch.targets is not None
     loss = _loss(output.logits_BN.float(), batch.targets, multi_label, weights)
@@ -36,14 +38,14 @@ def _loss(logits_BN: Tensor, targets: Tensor, multi_label: bool, weights: Tensor
 
 
 def balanced_weights(counts_N: Tensor, samples: int, *, multi_label: bool) -> Tensor:
-    """Weights with which every class counts the same, 1 on average over samples (scikit-learn's "balanced").
+    """Weights that give every class the same total weight, 1 on average over samples (scikit-learn's "balanced").
 
     Args:
-        counts_N: how many samples have each label. samples: S.
+        counts_N: number of samples with each label. samples: S.
 
     Returns:
-        (N,), S over the number of classes and a class's samples; or (2, N), for multi-label data: of a label's positives
-        and of its negatives, each S over two and their number. A class or side without samples weighs 1.
+        (N,): S / (number of classes * samples of the class). For multi-label data (2, N), for the positives and the negatives
+        of each label: S / (2 * their number). 1 where there are no samples.
     """
     counts_N = counts_N.float()
     if multi_label:

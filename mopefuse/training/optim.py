@@ -1,6 +1,6 @@
-"""Optimiser, learning-rate schedule and the state that an exact resume needs.
+"""Optimizer, learning-rate schedule, and the optimizer state that an exact resume needs.
 
-The learning rate is a function of the step alone, so the schedule has no state.
+The learning rate depends only on the step, so the schedule has no state.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ def with_learning_rates(
     """`config` with the papers' learning rates where none is given: 4e-4 for an image encoder, 5e-4 for others.
 
     Args:
-        tuned: sides whose encoder is fully tuned, the complementary one at `lr_tuned` as the main one.
-        fitted: whether the head begins as a regression: it gets a fiftieth.
+        tuned: sides whose encoder is fully tuned; a complementary encoder then has the learning rate `lr_tuned`, as the main
+            one has.
+        fitted: whether the head begins as a regression; its learning rate is then a fiftieth.
     """
     default = {side: of(modality).lr for side, modality in modality_of.items()}
     main = config.train.lr or default.get("main", default.get("comp", 4e-4))
@@ -48,7 +49,7 @@ def make_optimizer(model: Fusion, config: Train) -> torch.optim.AdamW:
 
 
 def factor(config: Train, step: int, total: int) -> float:
-    """What the peak learning rate is multiplied by at `step` (from 0) of `total`."""
+    """The factor of the peak learning rate at `step` (from 0) of `total`."""
     progress = step / max(1, total)
     warmup = config.warmup or (0.3 if config.schedule == "one-cycle" else 0.0)
     if progress < warmup:
@@ -63,16 +64,16 @@ def factor(config: Train, step: int, total: int) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, scale: float) -> None:
-    """Set every group to its peak times `scale`."""
+    """Set the learning rate of each parameter group to its peak times `scale`."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * scale
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, Tensor]:
-    """The optimiser's tensors by name: ``<parameter>/exp_avg``, ...
+    """The optimizer's tensors by name: ``<parameter>/exp_avg``, ...
 
     Args:
-        names: id of a parameter to its name.
+        names: ``id(parameter)`` to the parameter's name.
     """
     return {
         f"{names[id(parameter)]}/{key}": value
@@ -87,14 +88,14 @@ def load_optimizer_state(
     """The inverse of `optimizer_state`.
 
     Raises:
-        CheckpointError: a tensor of an unknown parameter.
+        CheckpointError: a tensor belongs to a parameter that the model does not have.
     """
     parameters = {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
     for full_name, tensor in state.items():
         name, _, key = full_name.rpartition("/")
         if name not in parameters:
             raise CheckpointError(
-                5, f"the optimiser state has {name}, which the model has not", where=where, fix="use another checkpoint"
+                5, f"the optimizer state has {name}, which the model does not have", where=where, fix="use another checkpoint"
             )
         parameter = parameters[name]
-        optimizer.state[parameter][key] = tensor.to(parameter.device).clone()  # of a fused optimiser also the step
+        optimizer.state[parameter][key] = tensor.to(parameter.device).clone()  # even the step count of a fused one

@@ -1,4 +1,4 @@
-"""Which settings a resumed run may change, and the configuration that it continues with."""
+"""The configuration of a resumed run: the saved one with those changes that do not affect what was trained so far."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ MAY_CHANGE = frozenset(
         "train.compile train.checkpoint_activations"
     ).split()
 )
-"""Settings that a resumed run may change; all others are part of what the run is."""
+"""Settings that a resumed run may change; all others define the run."""
 
 
 def resumed(saved: RunConfig, new: RunConfig) -> tuple[RunConfig, list[str]]:
-    """The configuration that a resumed run goes on with, and what that changes, as ``path: old -> new``.
+    """The configuration that a resumed run continues with, and its changes as ``path: old -> new``.
 
     Args:
-        new: what it is None or silent about stays as it was.
+        new: settings that are None here keep their saved value.
 
     Raises:
-        ConfigError: a change to what the run is, its encoders, prompts, data or optimisation.
+        ConfigError: a change to a setting that defines the run: its encoders, prompts, data or optimization.
     """
     before, after = _values(full_specs(saved)), _values(full_specs(new))
     changed = differing(saved, new)
@@ -37,7 +37,7 @@ def resumed(saved: RunConfig, new: RunConfig) -> tuple[RunConfig, list[str]]:
             32,
             f"a resumed run cannot change {'; '.join(refused)}",
             where="--resume",
-            fix="resume without that, or begin a new run",
+            fix="resume without this change, or begin a new run with another --out",
         )
     values = saved.model_dump(mode="json")
     for key in changed:
@@ -46,7 +46,7 @@ def resumed(saved: RunConfig, new: RunConfig) -> tuple[RunConfig, list[str]]:
 
 
 def differing(saved: RunConfig, new: RunConfig) -> list[str]:
-    """Paths of the settings of a saved configuration that another one has otherwise; where it is silent it has not."""
+    """Paths of the settings that differ in a new configuration; those that are None there do not count."""
     before, after = _values(full_specs(saved)), _values(full_specs(new))
     return [key for key in before if before[key] != after[key] and after[key] is not None]
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while training: finish the step, publish, stop."""
+"""Ctrl-C and SIGTERM in training: finish the step, publish a checkpoint, stop."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 
 class StopRequest:
-    """A context in which the first Ctrl-C or SIGTERM is noted, the second ignored, and the third ends the process.
+    """A context in which the first Ctrl-C or SIGTERM is recorded, the second ignored, and the third ends the process.
 
-    What is ignored already stays so: a cell of a study leaves Ctrl-C to the study.
+    A signal that was ignored before stays ignored: a run within a study leaves Ctrl-C to the study.
     """
 
     def __init__(self) -> None:
@@ -22,17 +22,17 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is not threading.main_thread():
-            return self  # Python lets only the main thread listen
+            return self  # Python delivers signals to the main thread only
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) is not signal.SIG_IGN:
-                self._before[number] = signal.signal(number, self._note)
+                self._before[number] = signal.signal(number, self._record)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         self.signal_number = number
         self._count += 1
         if self._count >= 3:

@@ -1,7 +1,7 @@
 """The training loop: steps, validations, checkpoints.
 
-Everything random in a step (dropout, router noise) is a function of (seed, step, process); order and augmentation are
-functions of (seed, epoch, index). So a resumed run needs no generator state to equal an uninterrupted one to the bit.
+Everything random in a step (dropout, router noise) depends only on (seed, step, process); sample order and augmentation
+depend only on (seed, epoch, index). A resumed run therefore needs no generator state to match an uninterrupted one bit for bit.
 """
 
 from __future__ import annotations
@@ -17,46 +17,48 @@ import torch
 from torch import Tensor
 
 from mopefuse.config.schema import RunConfig
-from mopefuse.core import device as devices
 from mopefuse.core import distributed
 from mopefuse.core.artifact import dump_json, read_tensors, write_atomically, write_tensors
 from mopefuse.data.base import Batch, DataSet
 from mopefuse.data.collate import Key, epoch_batches, seed_of, share
 from mopefuse.errors import Interrupted, NumericError
-from mopefuse.evaluation.answers import Evaluation, judge, judge_tuned
-from mopefuse.evaluation.split import answers_to, prepared
-from mopefuse.fusion.base import Fusion, Output
+from mopefuse.evaluation.scoring import Evaluation, score, score_tuned
+from mopefuse.evaluation.split import model_outputs, prepare_samples
+from mopefuse.fusion.base import Fusion
 from mopefuse.metrics import classification as metrics
 from mopefuse.metrics.gates import selected_metric
-from mopefuse.prompts.experts import importance_loss
 from mopefuse.prompts.usage import statistics
 from mopefuse.runs.folder import RunFolder
-from mopefuse.runs.load import thresholds_of
-from mopefuse.training.losses import balanced_weights, classification_loss
+from mopefuse.runs.load import get_thresholds
+from mopefuse.training.losses import balanced_weights
 from mopefuse.training.optim import factor, load_optimizer_state, make_optimizer, optimizer_state, set_learning_rate
+from mopefuse.training.schedule import Duration, evaluation_steps
+from mopefuse.training.step import Backward
 from mopefuse.training.stop_request import StopRequest
 
-_COLLAPSED = 0.75  # share of unused experts that is worth a warning
+_COLLAPSED = 0.75  # share of unused experts above which to warn of a router collapse
 
 
 @dataclass
 class Progress:
-    """Where training stands: what a checkpoint holds beside tensors."""
+    """The state of training that a checkpoint holds beside tensors."""
 
     step: int = 0
     best: float | None = None
     best_step: int = 0
-    waited: int = 0  # validations since the best
+    waited: int = 0  # validations since the best one
     seconds: float = 0.0
     thresholds: list[float] | None = None  # tuned at the last validation
     validated: int | None = None  # step of the last validation
 
 
 class Start(NamedTuple):
-    """Where training begins if not from scratch: a swapped model.
+    """Initial weights of a run that does not start from scratch.
 
-    state: of the model's own. fresh: names of parameters that nothing was learned for; with `warm_up`, only they learn in
-    the first epochs, so many.
+    Args:
+        state: the trainable state of the model.
+        fresh: names of the parameters that are new, not taken from a trained model.
+        warm_up: number of first epochs in which only `fresh` parameters learn.
     """
 
     state: dict[str, Tensor]
@@ -64,30 +66,38 @@ class Start(NamedTuple):
     warm_up: int = 0
 
 
+class WarmUp(NamedTuple):
+    """The parameters that learn in the first steps, while all others stay as they are."""
+
+    names: frozenset[str]
+    steps: int
+
+
 class Listener:
-    """What training tells whoever watches. Nothing here prints."""
+    """Callbacks of training, to be overridden. These do nothing."""
 
     def notice(self, text: str) -> None:
-        """Something worth a line."""
+        """Called with a message for the user."""
 
     def rows(self, counts: dict[str, int]) -> None:
-        """The data were read: how many rows each split has."""
+        """Called when the data were read, with the number of rows of each split."""
 
     def reading(self, what: str, done: int, total: int) -> None:
-        """So much is done of something that is computed once and kept."""
+        """Called with the progress of preparing data, such as computing features."""
 
     def step(self, progress: Progress, total: int, loss: float, lr: float) -> None:
-        """An optimiser step was made."""
+        """Called after each optimizer step; `total` is the number of steps of the run."""
 
     def evaluated(self, progress: Progress, found: dict[str, float], *, best: bool) -> None:
-        """A validation was made."""
+        """Called after each validation with its metrics."""
 
 
 class Trainer:
-    """One training run in one process (of possibly several).
+    """The training loop of a run on one process of possibly several.
 
     Args:
-        model: on `device`. run: prepared and started; only the main process writes to it.
+        model: on `device`.
+        run: a started run folder; only the main process writes to it.
     """
 
     def __init__(
@@ -99,42 +109,48 @@ class Trainer:
         device: torch.device,
         listener: Listener,
     ) -> None:
-        self.config, self.data, self.model, self.run, self.device, self.listener = (
-            config, data, model, run, device, listener,
-        )  # fmt: skip
-        told: dict[str, Any] = {"notice": listener.notice, "reading": listener.reading}
-        self.train_samples = prepared(model, data, "train", config, device, training=True, **told)
-        self.val_samples = prepared(model, data, "val", config, device, **told)
-        self.weights: Tensor | None = None
-        if config.train.class_weights == "balanced":
-            counts_N = data.sparse_targets("train").counts()
-            weights = balanced_weights(counts_N, len(self.train_samples), multi_label=data.multi_label)
-            self.weights = weights.to(device)
-        self.per_epoch = math.ceil(len(self.train_samples) / config.train.batch_size)
-        steps = min(config.train.epochs * self.per_epoch, config.train.max_steps or 10**18)
-        self.total = 0 if model.closed_form else steps
-        self.eval_at = _evaluation_steps(self.total, self.per_epoch, config.train.evals_per_epoch)
+        self.config, self.data, self.model = config, data, model
+        self.run, self.device, self.listener = run, device, listener
+        # 1. Samples, with features of frozen encoders computed or read from the cache.
+        callbacks: dict[str, Any] = {"notice": listener.notice, "reading": listener.reading}
+        self.train_samples = prepare_samples(model, data, "train", config, device, training=True, **callbacks)
+        self.val_samples = prepare_samples(model, data, "val", config, device, **callbacks)
+        # 2. How long to train, and when to validate.
+        self.duration = Duration.from_config(config.train, len(self.train_samples))
+        self.per_epoch = self.duration.per_epoch
+        self.total = 0 if model.closed_form else self.duration.total
+        self.eval_at = evaluation_steps(self.total, self.per_epoch, config.train.evals_per_epoch)
+        # 3. Loss, gradients and optimizer.
+        weights = self._class_weights()
+        self._backward = Backward(model, config, device, multi_label=data.multi_label, weights=weights)
         self.names = {id(parameter): name for name, parameter in model.ours().items()}
         self.optimizer = make_optimizer(model, config.train)
+        # 4. The state of training.
         self.progress = Progress()
         self.metric = selected_metric(multi_label=data.multi_label)
-        self._forward: Any = devices.compiled(model) if config.train.compile else model
-        self._collapse_told = False
-        self._alone: tuple[frozenset[str], int] | None = None
+        self._warned_of_collapse = False
+        self._warm_up: WarmUp | None = None
 
-    # -- resume and start
+    def _class_weights(self) -> Tensor | None:
+        if self.config.train.class_weights != "balanced":
+            return None
+        counts_N = self.data.sparse_targets("train").counts()
+        weights = balanced_weights(counts_N, len(self.train_samples), multi_label=self.data.multi_label)
+        return weights.to(self.device)
+
+    # -- start and resume
 
     def warm_up(self, names: Iterable[str], epochs: int) -> None:
-        """Let only these parameters learn in the first epochs."""
-        self._alone = (frozenset(names), epochs * self.per_epoch) if epochs else None
+        """Train only these parameters in the first epochs."""
+        self._warm_up = WarmUp(frozenset(names), epochs * self.per_epoch) if epochs else None
 
     def begin(self, state: Mapping[str, Tensor]) -> None:
-        """Start from a model's own state instead of from scratch; it is validated and published as step 0."""
+        """Start from a trainable state instead of from scratch; it is validated and published as step 0."""
         self.model.load_own_state(state, where="step 0")
         self._validate()
 
     def restore(self) -> bool:
-        """Continue from the newest whole checkpoint; False if there is none."""
+        """Continue from the newest undamaged checkpoint; False if there are no checkpoints."""
         found = distributed.on_main(self.run.latest)
         if found is None:
             return False
@@ -145,7 +161,7 @@ class Trainer:
         load_optimizer_state(self.optimizer, self.names, read_tensors(path / "optimizer.safetensors"), where=str(path))
         self.progress = Progress(**manifest["progress"])
         step = self.progress.step
-        validated = manifest["progress"].get("validated", step) == step  # earlier versions do not say
+        validated = self.progress.validated == step
 
         def rewind() -> None:
             self.run.rewind_log(step, validated=validated)
@@ -156,7 +172,7 @@ class Trainer:
         return True
 
     def save(self, *, best: bool = False) -> None:
-        """Publish a checkpoint of this step, and name it the best if it is."""
+        """Publish a checkpoint of this step, and record whether it is the best."""
 
         def write(folder: Path) -> None:
             write_tensors(folder / "weights.safetensors", self.model.own_state())
@@ -172,11 +188,11 @@ class Trainer:
     # -- the loop
 
     def fit(self, stop: StopRequest) -> None:
-        """Train until the last step, the end of patience, or a request to stop; where it ends, the model is validated.
+        """Train until the last step, early stopping or a stop request; the last step is always validated.
 
         Raises:
-            Interrupted: asked to stop; a checkpoint of the last step is published.
-            NumericError: a loss or gradient is not finite; nothing of that step was applied.
+            Interrupted: a stop was requested; a checkpoint of the last step was published.
+            NumericError: the loss or a gradient is not finite; that step was not applied.
         """
         started = time.perf_counter() - self.progress.seconds
         loader = self.train_samples.batches(_Keys(self), pin=self.device.type == "cuda")
@@ -206,7 +222,7 @@ class Trainer:
             self._validate()
 
     def _schedule(self) -> Iterator[tuple[int, list[int]]]:
-        """(epoch, global batch) of each step still to make."""
+        """(epoch, indices of the global batch) of each remaining step."""
         step = self.progress.step
         while step < self.total:
             epoch, first = divmod(step, self.per_epoch)
@@ -216,62 +232,25 @@ class Trainer:
                 step += 1
 
     def _step(self, batch: Batch, global_batch: list[int]) -> tuple[float, float]:
-        config = self.config
-        scale = factor(config.train, self.progress.step, self.total)
-        set_learning_rate(self.optimizer, scale)
+        """One optimizer step; returns the loss of the global batch and the learning rate."""
+        config, step = self.config, self.progress.step
+        set_learning_rate(self.optimizer, factor(config.train, step, self.total))
         self.optimizer.zero_grad(set_to_none=True)
-        torch.manual_seed(seed_of(config.seed, self.progress.step, distributed.rank()))
-        # A process without a share of a small last batch computes a sample of it that counts for nothing.
-        counts = 1.0 if share(global_batch, distributed.rank(), distributed.world_size()) else 0.0
-        count = min(config.train.accumulate, max(1, len(global_batch) // distributed.world_size()))
-        parts = [batch.part(number, count) for number in range(count)] if count > 1 else [batch]
-        whole_LK = self._whole_load(parts, counts) if count > 1 else None
-        loss = torch.zeros((), device=self.device)
-        for part in parts:
-            with devices.autocast(config.train.precision, self.device):
-                output = self._forward(part)
-            loss_of_part = classification_loss(output, part, multi_label=self.data.multi_label, weights=self.weights)
-            task = counts * loss_of_part / len(global_batch)
-            balance = self._balance(output, counts, whole_LK)
-            (task + balance).backward()
-            loss += task.detach() + balance.detach() / (len(parts) * distributed.world_size())
-        ours = self.model.ours()
-        if self._alone is not None and self.progress.step < self._alone[1]:
-            for name in ours.keys() - self._alone[0]:
-                ours[name].grad = None
-        distributed.sum_gradients(ours.values())
-        norm = torch.nn.utils.clip_grad_norm_(ours.values(), config.train.clip)
+        torch.manual_seed(seed_of(config.seed, step, distributed.rank()))
+        has_share = bool(share(global_batch, distributed.rank(), distributed.world_size()))
+        loss = self._backward(batch, len(global_batch), has_share=has_share)
+        parameters = self.model.ours()
+        if self._warm_up is not None and step < self._warm_up.steps:
+            for name in parameters.keys() - self._warm_up.names:
+                parameters[name].grad = None
+        distributed.sum_gradients(parameters.values())
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters.values(), config.train.clip))
         value = float(distributed.total(loss))
         lr = float(self.optimizer.param_groups[0]["lr"])
-        if not (math.isfinite(value) and math.isfinite(float(norm))):
-            self._refuse_step(value, float(norm), lr, global_batch)
+        if not (math.isfinite(value) and math.isfinite(norm)):
+            self._refuse_step(value, norm, lr, global_batch)
         self.optimizer.step()
         return value, lr
-
-    @torch.no_grad()
-    def _whole_load(self, parts: list[Batch], counts: float) -> Tensor | None:
-        """Routing summed over the global batch, before its parts are computed one by one with gradients."""
-        loads = []
-        for part in parts if self.config.router.importance_weight else ():
-            with devices.autocast(self.config.train.precision, self.device):
-                load_LK = self._forward(part).load_LK
-            if load_LK is None:
-                return None
-            loads.append(load_LK)
-        return distributed.summed(counts * torch.stack(loads).sum(dim=0)) if loads else None
-
-    def _balance(self, output: Output, counts: float, whole_LK: Tensor | None) -> Tensor:
-        """Weighted importance loss over the global batch.
-
-        Args:
-            whole_LK: load of the global batch, where `output` is of a part of this process's share only; the loss is
-                that of the whole, its gradient that of the part.
-        """
-        if output.load_LK is None or not self.config.router.importance_weight:
-            return torch.zeros((), device=self.device)
-        load_LK = counts * output.load_LK
-        load_LK = distributed.total(load_LK) if whole_LK is None else whole_LK + load_LK - load_LK.detach()
-        return self.config.router.importance_weight * importance_loss(load_LK, self.config.router.importance_threshold)
 
     def _refuse_step(self, loss: float, norm: float, lr: float, global_batch: list[int]) -> None:
         rows = self.data.splits["train"].rows
@@ -280,12 +259,12 @@ class Trainer:
         if distributed.is_main():
             facts = {"step": step, "loss": loss, "gradient_norm": norm, "lr": lr, "ids": ids}
             write_atomically(self.run.path / "nonfinite.json", dump_json(facts))
-        shown = ", ".join(ids[:5]) + (", …" if len(ids) > 5 else "")
+        first = ", ".join(ids[:5]) + (", …" if len(ids) > 5 else "")
         raise NumericError(
             1,
-            f"loss is {loss}, gradient norm {norm} at step {step} (lr {lr:g}, batch ids {shown})",
+            f"loss is {loss}, gradient norm {norm} at step {step} (lr {lr:g}, batch ids {first})",
             where=str(self.run.path / "nonfinite.json"),
-            fix="lower train.lr, or look at those samples",
+            fix="train again with a lower --lr, or inspect those samples",
         )
 
     def _log_step(self, epoch: int, loss: float, lr: float) -> None:
@@ -295,14 +274,14 @@ class Trainer:
     # -- validation
 
     def _validate(self) -> None:
-        answers = answers_to(self.model, self.data, "val", self.config, self.device, samples=self.val_samples)
+        outputs = model_outputs(self.model, self.data, "val", self.config, self.device, samples=self.val_samples)
         if self.data.multi_label and self.config.train.threshold == "tuned":
-            judged, self.progress.thresholds = judge_tuned(answers, self.data, "val", self.run.path)
+            evaluation, self.progress.thresholds = score_tuned(outputs, self.data, "val", self.run.path)
         else:
             threshold = self.config.train.threshold
-            judged = judge(answers, self.data, "val", metrics.THRESHOLD if threshold == "tuned" else threshold)
-        found = judged.metrics
-        routing = statistics(judged.load_LK) if judged.load_LK is not None else None
+            evaluation = score(outputs, self.data, "val", metrics.THRESHOLD if threshold == "tuned" else threshold)
+        found = evaluation.metrics
+        routing = statistics(evaluation.load_LK) if evaluation.load_LK is not None else None
         value = found[self.metric]
         best = not math.isnan(value) and (self.progress.best is None or value > self.progress.best)
         self.progress.waited = 0 if best else self.progress.waited + 1
@@ -312,8 +291,8 @@ class Trainer:
         line = {"step": self.progress.step, "val": found, **({"routing": routing} if routing else {})}
         distributed.on_main(lambda: self.run.log(line))
         self.save(best=best)
-        if routing and routing["unused_share"] > _COLLAPSED and not self._collapse_told:
-            self._collapse_told = True
+        if routing and routing["unused_share"] > _COLLAPSED and not self._warned_of_collapse:
+            self._warned_of_collapse = True
             self.listener.notice(
                 f"router collapse: {100 * routing['unused_share']:.0f} % of the experts are unused, "
                 f"entropy {routing['entropy']:.2f} of 1"
@@ -325,27 +304,27 @@ class Trainer:
         return patience is not None and self.progress.waited >= patience
 
     def _selected(self) -> tuple[Path, dict[str, Any]]:
-        """The selected checkpoint, verified, with its manifest; the same in all processes."""
+        """The verified folder of the selected checkpoint and its manifest, the same on all processes."""
         found: tuple[Path, dict[str, Any]] = distributed.on_main(lambda: self.run.checkpoint(self.config.train.select))
         return found
 
     def thresholds(self) -> metrics.Thresholds:
-        """Those of the selected checkpoint."""
-        return thresholds_of(self._selected()[1], self.config)
+        """The decision thresholds of the selected checkpoint."""
+        return get_thresholds(self._selected()[1], self.config)
 
     def test(self) -> Evaluation | None:
-        """Load the selected checkpoint and evaluate it on the test split, if there is one; predictions are written."""
+        """Load the selected checkpoint, evaluate it on the test split if there is one, and write its predictions."""
         path, _ = self._selected()
         self.model.load_own_state(read_tensors(path / "weights.safetensors"), where=str(path))
         if "test" not in self.data.splits:
             return None
-        samples = prepared(self.model, self.data, "test", self.config, self.device, reading=self.listener.reading)
-        answers = answers_to(self.model, self.data, "test", self.config, self.device, samples=samples)
-        return judge(answers, self.data, "test", self.thresholds(), predictions=self.run.predictions_file)
+        samples = prepare_samples(self.model, self.data, "test", self.config, self.device, reading=self.listener.reading)
+        outputs = model_outputs(self.model, self.data, "test", self.config, self.device, samples=samples)
+        return score(outputs, self.data, "test", self.thresholds(), predictions=self.run.predictions_file)
 
 
 class _Keys:
-    """The samples of this process for each step still to make; the loader walks through it once."""
+    """This process's samples for each remaining step; the loader iterates over it once."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
@@ -358,14 +337,3 @@ class _Keys:
         for epoch, global_batch in self._trainer._schedule():
             mine = share(global_batch, rank, world) or global_batch[:1]
             yield [(epoch, index) for index in mine]
-
-
-def _evaluation_steps(total: int, per_epoch: int, per_epoch_evaluations: int) -> set[int]:
-    """Steps after which to validate: evenly within each epoch, and after the last step."""
-    epochs = math.ceil(total / per_epoch)
-    at = {
-        epoch * per_epoch + math.ceil(per_epoch * (k + 1) / per_epoch_evaluations)
-        for epoch in range(epochs)
-        for k in range(per_epoch_evaluations)
-    }
-    return {step for step in at if step <= total} | ({total} if total else set())

@@ -1,0 +1,142 @@
+"""Carry the weights of a trained model over to one with another encoder or other labels, where they keep their meaning.
+
+A new complementary encoder leaves prompts, experts and head as they are; only what reads its features is new. A new main
+encoder with the same widths, heads and depth (ViT-B to DeiT-B, BERT to RoBERTa) leaves everything; one with another geometry
+leaves what does not depend on its layers. Rows of the head stay with their labels.
+
+Shapes: N labels, F features of the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mopefuse.config.sides import is_comp
+from mopefuse.encoders.base import Encoder
+from mopefuse.fusion.base import Fusion
+
+Fate = Literal["kept", "projected", "new"]
+
+
+class Inherited(NamedTuple):
+    """The origin of one tensor of the new model.
+
+    Args:
+        kept: number of its values that come from the trained run.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    fate: Fate
+    kept: int
+
+
+def inherit(
+    old: Fusion, new: Fusion, old_labels: Sequence[str], new_labels: Sequence[str]
+) -> tuple[dict[str, Tensor], list[Inherited]]:
+    """The trainable state of the new model, with all tensors of the old one that keep their meaning, and each one's origin.
+
+    The method defines what the meaning of a tensor depends on (`Fusion.bonds`).
+    """
+    known, heads = old.own_state(), _Heads(old, new, old_labels, new_labels)
+    state: dict[str, Tensor] = {}
+    inherited = []
+    for name, tensor in new.own_state().items():
+        value, kept = tensor.clone(), 0
+        if name.partition(".")[0] in new.heads:
+            kept = heads.carry(name, value, known)
+        elif name in known and known[name].shape == value.shape and _survives(new.bond(name), old, new):
+            value.copy_(known[name])
+            kept = value.numel()
+        fate: Fate = "new" if not kept else "kept" if kept == value.numel() else "projected"
+        state[name] = value
+        inherited.append(Inherited(name=name, shape=tuple(tensor.shape), fate=fate, kept=kept))
+    return state, inherited
+
+
+def same_geometry(one: Encoder, other: Encoder) -> bool:
+    """Whether two encoders have as many layers, of the same widths and heads, and features of the same width."""
+    return (one.widths, one.heads, one.feature_width, one.modality) == (
+        other.widths,
+        other.heads,
+        other.feature_width,
+        other.modality,
+    )
+
+
+def _survives(bond: str, old: Fusion, new: Fusion) -> bool:
+    """Whether the encoder that a tensor depends on is still there; see `Fusion.bonds`."""
+    side, _, aspect = bond.partition(" ")
+    if not side:
+        return True
+    if side not in old.uses:
+        return False
+    before, after = old.encoder(side), new.encoder(side)
+    return str(after.spec) == str(before.spec) if aspect == "features" else same_geometry(before, after)
+
+
+def _feature_bond(side: str) -> str:
+    """The bond of a head's columns: any main encoder of the same geometry will do, but only the same complementary one."""
+    return f"{side} features" if is_comp(side) else side
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """Carries over the rows of labels and the columns of encoders that both models have."""
+
+    old: Fusion
+    new: Fusion
+    old_labels: Sequence[str]
+    new_labels: Sequence[str]
+
+    def carry(self, name: str, value: Tensor, known: Mapping[str, Tensor]) -> int:
+        """Copy from the trained state `known` into `value`, a tensor of a head; returns the number of values copied."""
+        source = known.get(name)
+        if source is None or source.dim() != value.dim():
+            return 0
+        head, kind = name.partition(".")[0], name.rpartition(".")[2]
+        layers = sorted(other for other in known if other.startswith(f"{head}.") and other.endswith(kind))
+        rows = self._rows(min(len(source), len(value)), is_last=name == layers[-1])
+        if value.dim() == 1:
+            columns = [(0, 0)]
+        elif name == layers[0]:
+            columns = self._columns(head)
+        else:
+            columns = [(column, column) for column in range(min(source.shape[1], value.shape[1]))]
+        if not rows or not columns or not self._reads_a_survivor(head):
+            return 0
+        (old_rows, new_rows), (old_columns, new_columns) = torch.tensor(rows).T, torch.tensor(columns).T
+        if value.dim() == 1:
+            value[new_rows] = source[old_rows]
+        else:
+            value[new_rows[:, None], new_columns] = source[old_rows[:, None], old_columns]
+        return len(rows) * len(columns)
+
+    def _rows(self, common: int, *, is_last: bool) -> list[tuple[int, int]]:
+        """(old, new) rows that correspond: those of the same label in the last layer, of the same position in others."""
+        if not is_last:
+            return [(row, row) for row in range(common)]
+        labels = self.old_labels
+        return [(labels.index(label), row) for row, label in enumerate(self.new_labels) if label in labels]
+
+    def _columns(self, head: str) -> list[tuple[int, int]]:
+        """(old, new) columns of the first layer for features of the encoders that survive."""
+        begins, width_before = {}, 0
+        for side in self.old.heads[head]:
+            begins[side], width_before = width_before, width_before + self.old.encoder(side).feature_width
+        columns: list[tuple[int, int]] = []
+        begin = 0
+        for side in self.new.heads[head]:
+            width = self.new.encoder(side).feature_width
+            if side in begins and _survives(_feature_bond(side), self.old, self.new):
+                columns += [(begins[side] + column, begin + column) for column in range(width)]
+            begin += width
+        return columns
+
+    def _reads_a_survivor(self, head: str) -> bool:
+        return any(_survives(_feature_bond(side), self.old, self.new) for side in self.new.heads[head])

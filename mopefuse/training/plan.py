@@ -1,0 +1,176 @@
+"""What a run would train, and the preparation that planning and training share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from mopefuse.config.schema import RunConfig
+from mopefuse.core import device as devices
+from mopefuse.core import distributed
+from mopefuse.data.base import Batch, DataSet
+from mopefuse.data.collate import Samples
+from mopefuse.data.load import load_data
+from mopefuse.fusion.base import Fusion
+from mopefuse.fusion.build import build_model, check_names, full_specs, require_rows
+from mopefuse.modalities.base import of
+from mopefuse.training.facts import run_facts
+from mopefuse.training.losses import classification_loss
+from mopefuse.training.notices import likely_mistakes
+from mopefuse.training.optim import with_learning_rates
+from mopefuse.training.trainer import Listener
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run trains: the resolved configuration, the data, and the model before training."""
+
+    config: RunConfig
+    data: DataSet
+    model: Fusion
+
+    def facts(self) -> dict[str, Any]:
+        """The facts for the manifest of the run."""
+        return run_facts(self.config, self.data, self.model)
+
+    def warn(self, listener: Listener) -> None:
+        """Report likely mistakes in the configuration."""
+        for text in likely_mistakes(self.config, self.data, self.model):
+            listener.notice(text)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would train; nothing is trained or written.
+
+    Args:
+        rows: number of rows of each split.
+        encoders, preprocess: spec, and image size or maximum number of tokens, by side.
+        trainable: number of trainable parameters of each part of the model.
+        total: number of all parameters.
+        memory: estimated bytes of one training step.
+    """
+
+    config: RunConfig
+    rows: dict[str, int]
+    labels: tuple[str, ...]
+    multi_label: bool
+    encoders: dict[str, str]
+    preprocess: dict[str, dict[str, Any]]
+    trainable: dict[str, int]
+    total: int
+    memory: int
+
+    @property
+    def share(self) -> float:
+        """Trainable parameters over all parameters."""
+        return sum(self.trainable.values()) / self.total
+
+
+def plan(config: RunConfig, listener: Listener | None = None) -> Plan:
+    """Prepare a run as training does, and count its rows and parameters.
+
+    Raises:
+        MopefuseError: any error that training raises before its first step.
+    """
+    listener = listener or Listener()
+    prepared = prepare(config, listener)
+    prepared.warn(listener)
+    data, model = prepared.data, prepared.model
+    return Plan(
+        config=prepared.config,
+        rows={name: len(split.rows) for name, split in data.splits.items()},
+        labels=data.labels,
+        multi_label=data.multi_label,
+        encoders={side: str(model.encoder(side).spec) for side in model.uses},
+        preprocess={side: model.encoder(side).preprocess.describe() for side in model.uses},
+        trainable=model.breakdown(),
+        total=sum(parameter.numel() for parameter in model.parameters()),
+        memory=estimate_memory(model, data, prepared.config),
+    )
+
+
+def prepare(config: RunConfig, listener: Listener, device: torch.device | None = None) -> Prepared:
+    """Read the data, build the model, and resolve the defaults that depend on them.
+
+    Args:
+        device: to move the model to.
+
+    Raises:
+        MopefuseError: an unknown method or encoder, bad data, or a model that does not suit the data.
+    """
+    check_names(config)  # before the minutes that reading data can take
+    data = _load(config, listener)
+    config = _with_modalities(config, data)
+    model = build_model(config, len(data.labels))
+    _require_rows(model, data)
+    if device is not None:
+        devices.place(model, device)
+    model.config = resolved(config, model)
+    return Prepared(config=model.config, data=data, model=model)
+
+
+def resolved(config: RunConfig, model: Fusion) -> RunConfig:
+    """`config` with every default that depends on the encoders replaced by its value."""
+    modality_of = {side: model.encoder(side).modality for side in model.uses}
+    tuned = [side for side in model.uses if model.encoder(side).tuned]
+    return with_learning_rates(full_specs(model.resolve(config)), modality_of, tuned, fitted=model.standard is not None)
+
+
+def _load(config: RunConfig, listener: Listener) -> DataSet:
+    advance = partial(listener.reading, "checking files")
+    if distributed.world_size() > 1:  # one process checks the files, the others then find its index
+        distributed.on_main(lambda: load_data(config.data, advance=advance) and None)
+    data = load_data(config.data, advance=advance)
+    for text in data.notices:
+        listener.notice(text)
+    return data
+
+
+def _with_modalities(config: RunConfig, data: DataSet) -> RunConfig:
+    """`config` with the modalities of the data, so that a plugin installed later adds none to the run."""
+    return config.model_copy(update={"data": config.data.model_copy(update={"modalities": data.modalities})})
+
+
+def _require_rows(model: Fusion, data: DataSet) -> None:
+    """Refuse data that lack a modality that the model needs, before anything is computed."""
+    require_rows(model, data.modalities)
+    for name, split in data.splits.items():
+        lacks = {side: split.lacks(modality) for side, (modality, _) in model.readers().items()}
+        model.require_all_but({side: lacks_S for side, lacks_S in lacks.items() if lacks_S.any()}, where=name)
+
+
+def estimate_memory(model: Fusion, data: DataSet, config: RunConfig) -> int:
+    """Estimated bytes of one training step on one process: weights, gradients, AdamW's state, and activations.
+
+    Activations are those that the forward pass of the sample with the longest text saves for backward, times the samples
+    of a batch that one process computes at once.
+    """
+    batch = _longest_sample(model, data, config)
+    weights = {parameter.data_ptr() for parameter in model.parameters()}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        classification_loss(model(batch), batch, multi_label=data.multi_label)
+    samples = config.train.batch_size / config.train.accumulate / distributed.world_size()
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    trainable = sum(parameter.numel() * parameter.element_size() for parameter in model.ours().values())
+    return int(size + 3 * trainable + sum(saved.values()) * samples)
+
+
+def _longest_sample(model: Fusion, data: DataSet, config: RunConfig) -> Batch:
+    """A batch of one: the training sample with the longest text."""
+    samples = Samples(data, "train", model.readers(), config.data, seed=config.seed)
+    in_rows = [name for name in data.modalities if not of(name).is_file]
+    lengths = [sum(len(row.values[name] or "") for name in in_rows) for row in data.splits["train"].rows]
+    longest = max(range(len(lengths)), key=lengths.__getitem__)
+    return next(samples.batches([[(0, longest)]]))
