@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mopefuse.data.digit_questions import make
-from mopefuse.data.findings import KINDS, of_rows
+from mopefuse.data.findings import KINDS, row_findings
 from mopefuse.data.index import Index
 from mopefuse.report.data_check import check_page
 
@@ -312,7 +312,7 @@ def test_an_option_that_cannot_be_meant_is_refused(pairs: Path, flags: tuple[str
 
 def test_findings_of_rows_say_nothing_of_what_rows_hold(broken: Path) -> None:
     index: Index = report(broken, max_pixels=MAX_PIXELS).indexes["train"]
-    assert not [finding for finding in of_rows(index) if HOSTILE in finding.message]
+    assert not [finding for finding in row_findings(index) if HOSTILE in finding.message]
 
 
 # -- anything at all
