@@ -158,7 +158,7 @@ CASES: list[tuple[str, Change, int, list[str]]] = [
     ("F-41 LA", saved(Image.new("LA", (8, 8))), ACCEPTED, []),
     ("F-41 RGBA", saved(Image.new("RGBA", (8, 8))), ACCEPTED, []),
     ("F-41 I;16", saved(Image.new("I;16", (8, 8))), ACCEPTED, []),
-    ("F-42 GIF", animation("GIF"), ACCEPTED, [f"1 image is an animation, as {IMAGE}: its first frame is read"]),
+    ("F-42 GIF", animation("GIF"), ACCEPTED, [f"1 image is animated, such as {IMAGE}: only its first frame is read"]),
     ("F-42 WebP", animation("WEBP"), ACCEPTED, ["its first frame is read"]),
     ("F-43", saved(noise(), "JPEG", exif=exif), ACCEPTED, []),
     ("F-44 1 x 1", saved(noise(1, 1)), ACCEPTED, []),
@@ -201,7 +201,7 @@ CASES: list[tuple[str, Change, int, list[str]]] = [
     ("F-66 missing", lambda root: (root / "val.jsonl").unlink(), DATA, ["the val split is missing", "--val-fraction"]),
     ("F-67", row(id="train-0"), DATA, [f"{AT} the id 'train-0' is there already, in line 1"]),
     ("F-68", copied, ACCEPTED, ["1 image of test is also in train", "1 text of test is also in train"]),
-    ("F-70", row(img="../../etc/passwd"), DATA, ["MF-SEC-01", "leaves the image root", AT]),
+    ("F-70", row(img="../../etc/passwd"), DATA, ["MF-SEC-01", "the image path is outside the data folder", AT]),
 ]
 
 

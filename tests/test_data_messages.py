@@ -41,7 +41,7 @@ def test_images_that_are_all_elsewhere_name_the_flag(data: Path, place: str) -> 
     refused = plan(data)
     assert refused.returncode == 4
     assert "error[MF-DATA-11]: none of 12 images is found, such as images/train-0.png" in refused.stderr
-    fix = f"add --image-root {root}" if near else "name the folder that they are in with --image-root DIR"
+    fix = f"add --image-root {root}" if near else "name their folder with --image-root DIR"
     assert f"fix: {fix}" in refused.stderr
     assert f"fix: {fix}" in plan(data, "--on-bad", "skip").stderr
     report = check(data)

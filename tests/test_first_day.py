@@ -96,7 +96,7 @@ def test_a_table_beside_those_of_the_other_splits_names_their_folder(pairs: Path
 def test_a_folder_of_images_alone_is_no_empty_folder(pairs: Path, tmp_path: Path) -> None:
     done = call("train", *TINY, "--data", pairs / "images", "--out", tmp_path / "run")
     count = len(list((pairs / "images").iterdir()))
-    assert done.returncode == 4 and f"(there is no table, but {count} files)" in done.stderr
+    assert done.returncode == 4 and f"(the folder has no table among {count} files)" in done.stderr
 
 
 def test_predict_on_a_folder_or_an_image_names_what_it_reads(trained: Path, pairs: Path) -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mopefuse.config.schema import Data
-from mopefuse.data.label_cells import is_blank, normalised, parse_list, split_cell
+from mopefuse.data.label_cells import is_blank, normalise, parse_list, split_cell
 from mopefuse.data.label_check import Doubt, doubts
 from mopefuse.data.load import load_data
 
@@ -204,7 +204,7 @@ def test_labels_of_a_cell() -> None:
 def test_a_label_of_blanks_is_blank(label: str) -> None:
     assert is_blank(label)
     assert not any(map(is_blank, ["a", " a ", "\u200ba", "\u3042", "\ud800", "\ue000", "-"]))
-    assert normalised(f"{label}A{label}") == "a"
+    assert normalise(f"{label}A{label}") == "a"
 
 
 # -- as a user meets it

@@ -225,9 +225,9 @@ def test_a_listing_sees_files_that_changed_places(tmp_path: Path) -> None:
 
 def test_other_options_need_another_folder(tmp_path: Path) -> None:
     prepare(SNLIVE, snli_ve(tmp_path / "source"), tmp_path / "made")
-    with pytest.raises(DataError, match=r"prepared otherwise \(other options\)"):
+    with pytest.raises(DataError, match=r"prepared differently \(in: options\)"):
         prepare(SNLIVE, tmp_path / "source", tmp_path / "made", {"premise": True})
-    with pytest.raises(DataError, match=r"prepared otherwise \(other images\)"):
+    with pytest.raises(DataError, match=r"prepared differently \(in: images\)"):
         prepare(SNLIVE, tmp_path / "source", tmp_path / "made", images="copy")
 
 
@@ -314,7 +314,7 @@ def test_a_split_without_rows_is_an_error_that_says_why(tmp_path: Path) -> None:
         (Food101, {"val": True}, "MF-DATA-61", "give a number"),
         (Food101, {"clean": 1}, "MF-DATA-61", "give true or false"),
         (Food101, {"text": 3}, "MF-DATA-61", "give text"),
-        (Food101, {"text": "pages"}, "MF-DATA-61", "write page or title"),
+        (Food101, {"text": "pages"}, "MF-DATA-61", "use page or title"),
         (Food101, {"val": 0}, "MF-DATA-67", "pass --val 3"),
         (Food101, {"val": 5}, "MF-DATA-67", "pass --val 3"),
     ],

@@ -9,7 +9,7 @@ from pathlib import Path
 from mopefuse.config.schema import Data as DataConfig
 from mopefuse.data.base import Split
 from mopefuse.data.findings import Finding
-from mopefuse.data.label_cells import is_blank, normalised
+from mopefuse.data.label_cells import is_blank, normalise
 from mopefuse.data.split_rows import Parts
 from mopefuse.data.tables import read_bytes
 from mopefuse.errors import DataError, nearest
@@ -82,7 +82,7 @@ def read_labels_file(path: Path, *, fold: bool = False) -> tuple[str, ...]:
     repeated = [label for label, count in Counter(labels).items() if count > 1]
     if repeated:
         raise DataError(10, f"{path.name} lists {repeated[0]!r} twice", where=str(path), fix="list each label once")
-    return tuple(dict.fromkeys(map(normalised, labels))) if fold else tuple(labels)
+    return tuple(dict.fromkeys(map(normalise, labels))) if fold else tuple(labels)
 
 
 def is_multi_label(parts: Parts) -> bool:

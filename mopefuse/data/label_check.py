@@ -17,7 +17,7 @@ from mopefuse.config.schema import Data as DataConfig
 from mopefuse.core.formatting import several
 from mopefuse.data.findings import Finding, finding_at
 from mopefuse.data.index import Index
-from mopefuse.data.label_cells import normalised, parse_list
+from mopefuse.data.label_cells import normalise, parse_list
 from mopefuse.errors import DataError
 
 _FEW = 10  # classes that are never too many
@@ -197,7 +197,7 @@ def _variants(counts: Mapping[str, int]) -> Iterator[Doubt]:
     """Labels that differ only in case, spaces or Unicode form."""
     variants: defaultdict[str, list[str]] = defaultdict(list)
     for label in counts:
-        variants[normalised(label)].append(label)
+        variants[normalise(label)].append(label)
     for labels in variants.values():
         if len(labels) > 1:
             labels.sort(key=lambda label: (-counts[label], label))
@@ -216,7 +216,7 @@ def _misspelt(counts: Mapping[str, int]) -> Iterator[Doubt]:
     spelling: dict[str, str] = {}
     rows: Counter[str] = Counter()
     for label, count in counts.items():
-        key = normalised(label)
+        key = normalise(label)
         rows[key] += count
         if key not in spelling or counts[spelling[key]] < count:
             spelling[key] = label

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from mopefuse.data.base import Problem, Row
 from mopefuse.data.columns import EXPECTED, Layout
-from mopefuse.data.label_cells import is_blank, normalised, split_cell
+from mopefuse.data.label_cells import is_blank, normalise, split_cell
 
 _SURROGATE = re.compile("[\ud800-\udfff]")  # cannot be written to a file
 _KINDS = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
@@ -58,7 +58,7 @@ def check_row(row: Mapping[str, Any], line: int, split: str, layout: Layout) -> 
     identity = _identity(row, layout.identity, f"{split}-{line}")
     labels, is_list = _labels(row[layout.label], layout.label, layout.separator)
     if layout.fold_labels:
-        labels = tuple(dict.fromkeys(map(normalised, labels)))
+        labels = tuple(dict.fromkeys(map(normalise, labels)))
     _refuse_half_characters(identity, values, layout)
     if _SURROGATE.search("".join(labels)):
         raise NoRow(_half(layout.label))

@@ -186,7 +186,7 @@ def test_a_check_finds_what_is_wrong_with_clips(tmp_path: Path) -> None:
     assert kinds["train-3"] == ("unsafe-path", "MF-SEC-01")
     assert code == 4 and report["leaks"]["test"] == {"clips": 1, "texts": 0}
     assert "clips" in report["splits"]["train"] and "images" not in report["splits"]["train"]
-    with pytest.raises(DataError, match=r"1 bad row: train.jsonl:4, id train-3: the audio path leaves the audio root"):
+    with pytest.raises(DataError, match=r"1 bad row: train.jsonl:4, id train-3: the audio path is outside the data folder"):
         load_data(Data(path=str(root)))
 
 
