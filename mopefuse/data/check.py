@@ -159,7 +159,7 @@ def check(
         find_tables(path, config)  # raises
     if path.is_dir():  # each split has a table of its own
         config = config.model_copy(update={"split_col": None})
-    reading = _Reading(path, config, roots_of(path, config), fresh, advance)
+    reading = _Reading(path=path, config=config, roots=roots_of(path, config), fresh=fresh, advance=advance)
     began = time.perf_counter()
     indexes, found = reading.read()
     seconds = time.perf_counter() - began
@@ -256,7 +256,9 @@ class _Reading:
         modalities: of the rows, known after `read`. looked: number of files that were read, by split.
     """
 
-    def __init__(self, path: Path, config: DataConfig, roots: tuple[Path, ...], fresh: bool, advance: Advance) -> None:
+    def __init__(
+        self, *, path: Path, config: DataConfig, roots: tuple[Path, ...], fresh: bool, advance: Advance
+    ) -> None:
         self.path, self.config, self.roots, self.fresh = path, config, roots, fresh
         self.modalities: tuple[str, ...] = ()
         self.looked = Counter[str]()

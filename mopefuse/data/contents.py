@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mopefuse.config.schema import Data as DataConfig
 from mopefuse.data.columns import Layout
@@ -29,7 +28,6 @@ REPLACED = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 
 _EVERY = 256  # texts between two calls of `Advance`
 Advance = Callable[[str, int, int], None]
-Lengths = NDArray[np.int64]
 
 
 class Tokens(NamedTuple):

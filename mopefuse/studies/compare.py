@@ -101,7 +101,7 @@ class Comparison:
 
 
 class _Groups(NamedTuple):
-    """What is to be compared: label and runs of each row, and what study.json says where they are of a study."""
+    """Label and runs of each row to compare, and of a study, the entries of study.json."""
 
     rows: list[tuple[str, list[FinishedRun]]]
     notices: list[str]
@@ -171,7 +171,9 @@ def _read_groups(folders: Sequence[Path], *, partly: bool) -> _Groups:
     search = facts.get("search")
     if search:
         notices.append(_search_notice(search))
-    return _Groups(rows, notices, facts.get("metric"), facts.get("baseline"), search)
+    return _Groups(
+        rows=rows, notices=notices, metric=facts.get("metric"), baseline=facts.get("baseline"), search=search
+    )
 
 
 def _compare_with(

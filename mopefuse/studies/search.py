@@ -97,7 +97,7 @@ def run_search(study: Study, out: Path, *, jobs: int = 1, listener: StudyListene
     with claim_folder(out, listener):
         multi_label = load_data(study.trial(0, search.first())[0].config.data).multi_label
         metric = study.file.metric or selected_metric(multi_label=multi_label)
-        running = _RunningSearch(study, search, out, metric, jobs, listener)
+        running = _RunningSearch(study, search, out, metric=metric, jobs=jobs, listener=listener)
         with StopRequest() as stop:
             while len(running.trials) < search.trials and running.run_next(stop):
                 pass
@@ -117,7 +117,7 @@ class _RunningSearch:
     """The sampler, the trials so far, and the states of their runs."""
 
     def __init__(
-        self, study: Study, search: Search, out: Path, metric: str, jobs: int, listener: StudyListener
+        self, study: Study, search: Search, out: Path, *, metric: str, jobs: int, listener: StudyListener
     ) -> None:
         import optuna
 
@@ -132,7 +132,7 @@ class _RunningSearch:
         self.trials: list[Trial] = []
         self.status_of: dict[str, Status] = {}  # by run folder
         self.errors = _read_errors(out)
-        self.schedule = Schedule(study, out, [], jobs, listener)
+        self.schedule = Schedule(study=study, out=out, statuses=[], jobs=jobs, listener=listener)
         self.publish(only_new=True)
 
     def run_next(self, stop: StopRequest) -> bool:

@@ -120,7 +120,7 @@ def run_study(study: Study, out: Path, *, jobs: int = 1, listener: StudyListener
                 fix = "leave metric out to compare by the default one"
                 raise ConfigError(115, what, where=f"{study.name}, metric", fix=fix)
         with StopRequest() as stop:
-            Schedule(study, out, statuses, jobs, listener).run(stop)
+            Schedule(study=study, out=out, statuses=statuses, jobs=jobs, listener=listener).run(stop)
     if stop.signal_number and any(status.state != FINISHED for status in statuses):
         done = sum(status.state == FINISHED for status in statuses)
         raise Interrupted(
