@@ -74,7 +74,7 @@ def test_a_preview_of_rows_that_cannot_be_read_says_why(pairs: Path, tmp_path: P
     (tmp_path / "new.csv").write_text("photo,title,kind\n" + "test-0.png,what is the red digit,a\n" * 3)
     done = call("data", "preview", tmp_path / "new.csv", "-o", tmp_path / "page.html")
     assert done.returncode == 4
-    assert "none of 3 rows can be read" in done.stderr and "has no text or img or label; found" in done.stderr
+    assert "could not read any of the 3 rows" in done.stderr and "has no text or img or label; found" in done.stderr
 
 
 def test_an_image_root_that_is_not_there_is_refused(trained: Path, pairs: Path, tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def test_samples_are_those_of_the_files(tmp_path: Path, folders: dict[str, Path]
 def test_a_model_of_audio_refuses_rows_without(tmp_path: Path, folders: dict[str, Path]) -> None:
     audio = spec("wav2vec2", folders["wav2vec2"])
     code, _, err = call("train", "--main", "tiny:vision", "--comp", audio, *SMALL, "--data", make(tmp_path, "img", "text"))
-    assert code == 3 and "reads audio; a row has text and image" in err and "--column audio=NAME" in err
+    assert code == 3 and "reads audio, but rows have text and image" in err and "--column audio=NAME" in err
     with pytest.raises(ConfigError):
         require_rows(build_fusion(main="tiny:vision", comp=audio, num_labels=2), ("text", "image"))
 
