@@ -13,7 +13,7 @@ from mopefuse.core.formatting import several
 from mopefuse.data.base import SPLITS, Keys, Split
 from mopefuse.data.findings import Finding, finding_at, finding_of
 from mopefuse.data.index import Index
-from mopefuse.data.known_labels import one_class_message, read_labels_file
+from mopefuse.data.known_labels import describe_few, read_labels_file
 from mopefuse.data.labels import Labels
 from mopefuse.data.leaks import find_leaks
 from mopefuse.errors import DataError, nearest
@@ -42,9 +42,8 @@ def find_labels(indexes: Indexes, root: Path, config: DataConfig) -> tuple[tuple
         known = tuple(sorted(train.labels.counts())) if train else ()
     if train is None or not len(train.lines_S) or len(known) > 1:
         return known, []
-    return known, [
-        Finding(kind="one-class", split="train", where=train.file, message=one_class_message(known), code="MF-DATA-07")
-    ]
+    message = f"{describe_few(known)}; a classifier needs at least two"
+    return known, [Finding(kind="one-class", split="train", where=train.file, message=message, code="MF-DATA-07")]
 
 
 def mixed_labels(indexes: Indexes) -> Iterator[Finding]:

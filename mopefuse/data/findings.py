@@ -122,11 +122,11 @@ class Finding:
 
     @property
     def todo(self) -> str:
-        """What to do about it."""
+        """The hint of the finding, or else that of its kind."""
         return self.hint or KINDS[self.kind].todo
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Convert to plain values."""
         return {
             "kind": self.kind,
             "severity": self.severity,

@@ -40,14 +40,14 @@ def known_labels(
         if unknown:
             raise _unknown(unknown, split, labels, doubts)
     if "train" in splits and len(labels) < 2:
-        raise DataError(7, one_class_message(labels), where=splits["train"].file, fix="add another class")
+        what = f"{describe_few(labels)}; a classifier needs at least two"
+        raise DataError(7, what, where=splits["train"].file, fix="add another class")
     return labels
 
 
-def one_class_message(labels: Sequence[str]) -> str:
-    """Say that one or no label is not enough."""
-    found = f"there is only the label {labels[0]!r}" if labels else "there is no label"
-    return f"{found}; a classifier needs at least two"
+def describe_few(labels: Sequence[str]) -> str:
+    """Say that there is one label, or none."""
+    return f"there is only the label {labels[0]!r}" if labels else "there is no label"
 
 
 def _unknown(unknown: Counter[str], split: Split, labels: Sequence[str], doubts: Sequence[Finding]) -> DataError:

@@ -282,7 +282,8 @@ class Schedule:
         if status.state == RUNNING:  # it ended without sending a result
             status.state = STOPPED
         if status.state == STOPPED and not stopping:
-            what, fix = "the process of a cell was killed; usually host memory", "lower --jobs, and run the study again"
+            what = "the process of a cell was killed; usually it ran out of memory"
+            fix = "lower --jobs, and run the study again"
             status.state, status.error = FAILED, ResourceError(11, what, where=status.cell.folder, fix=fix).as_dict()
         self.finished_count += status.state == FINISHED
         write_study(self.study, self.out, self.statuses, self.facts)
