@@ -307,8 +307,8 @@ def test_a_split_without_rows_is_an_error_that_says_why(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "options", "code", "said"),
     [
-        (Food101, {"premise": True}, "MF-DATA-60", "food101 understands --text, --clean, --val, --seed"),
-        (SNLIVE, {"text": "page"}, "MF-DATA-60", "snli-ve understands --premise"),
+        (Food101, {"premise": True}, "MF-DATA-60", "food101 has the options --text, --clean, --val, --seed"),
+        (SNLIVE, {"text": "page"}, "MF-DATA-60", "snli-ve has the options --premise"),
         (MMIMDb, {"seed": 1}, "MF-DATA-60", "mm-imdb has no options"),
         (Food101, {"val": "many"}, "MF-DATA-61", "give a number"),
         (Food101, {"val": True}, "MF-DATA-61", "give a number"),
