@@ -90,7 +90,7 @@ def test_splits_that_are_published_together_have_a_row_of_their_own(tmp_path: Pa
         (("make", "food101", "DEST"), 4, "fix: mopefuse data prepare food101 SOURCE DEST"),
         (("prepare", "digit-questions", "SOURCE", "DEST"), 4, "fix: mopefuse data make digit-questions DEST"),
         (("prepare", "snli", "SOURCE", "DEST"), 3, "did you mean snli-ve"),
-        (("prepare", "snli-ve", "SOURCE", "DEST", "--clean"), 4, "fix: leave it out; snli-ve understands --premise"),
+        (("prepare", "snli-ve", "SOURCE", "DEST", "--clean"), 4, "fix: remove it; snli-ve has the options --premise"),
         (("prepare", "food101", "SOURCE", "DEST", "--premise"), 4, "food101 has no option --premise"),
         (("prepare", "mm-imdb", "SOURCE", "DEST", "--seed", "0"), 4, "mm-imdb has no options"),
         (("prepare", "mm-imdb", "SOURCE", "DEST"), 4, "there is no split.json; the folder has flickr30k_images"),
