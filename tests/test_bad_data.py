@@ -196,12 +196,12 @@ CASES: list[tuple[str, Change, int, list[str]]] = [
     ("label type no", row(label=False), DATA, [f"{AT} label is a boolean", "quote it"]),
     ("label type list", row(label=["a"]), DATA, ["MF-DATA-05", "some labels are strings and some are lists", AT]),
     ("no samples", every_label("a", "val", "test"), ACCEPTED, ["2 labels have no sample; macro-F1 is over the others"]),
-    ("one class", every_label("a", "train", "val", "test"), DATA, ["MF-DATA-07", "nothing to learn"]),
+    ("one class", every_label("a", "train", "val", "test"), DATA, ["MF-DATA-07", "a classifier needs at least two"]),
     ("split empty", whole(lambda content: b"\n"), DATA, ["MF-DATA-04", "the train split has no rows"]),
     ("split missing", lambda root: (root / "val.jsonl").unlink(), DATA, ["the val split is missing", "--val-fraction"]),
     ("id twice", row(id="train-0"), DATA, [f"{AT} the id 'train-0' is there already, in line 1"]),
     ("leak", copied, ACCEPTED, ["1 image of test is also in train", "1 text of test is also in train"]),
-    ("path outside", row(img="../../etc/passwd"), DATA, ["MF-SEC-01", "leaves the image root", AT]),
+    ("path outside", row(img="../../etc/passwd"), DATA, ["MF-SEC-01", "the image path is outside the data folder", AT]),
 ]
 
 
@@ -263,7 +263,7 @@ def test_empty_texts_are_counted_and_are_no_leak(tmp_path: Path) -> None:
         write_rows(tmp_path / f"{split}.jsonl", [rows[0] | {"text": ""}, rows[1] | {"text": " "}, *rows[2:]])
     notices = load_data(Data(path=str(tmp_path))).notices
     assert notices == tuple(
-        f"{split}: 2 texts are empty; --on-missing absent takes them as missing" for split in ("train", "val")
+        f"{split}: 2 texts are empty; to treat them as missing, add --on-missing absent" for split in ("train", "val")
     )
 
 
@@ -301,7 +301,7 @@ def test_bad_rows_are_skipped_when_that_is_asked_and_never_more_than_a_share(tmp
     options = ("train", *TINY, "--data", root, "--steps", "1", "--on-bad", "skip")
     few = call(*options, "--out", tmp_path / "few")
     assert few.returncode == 4
-    assert "2 of 12 rows are bad, more than the share 0.01 that may be skipped" in few.stderr
+    assert "2 of 12 rows are bad; at most a fraction of 0.01 may be skipped" in few.stderr
     done = call(*options, "--out", tmp_path / "run", "--set", "data.max_bad_fraction=0.2")
     assert done.returncode == 0, done.stderr
     assert "train: 2 bad rows are skipped, as train.jsonl:4, id train-3" in done.stderr

@@ -139,8 +139,8 @@ def test_what_is_no_finished_run_is_left_out_with_a_notice(folder: Path, tmp_pat
     found = compare(paths)
     assert [row.runs for row in found.rows] == [(folder / "full-0",)]
     assert found.notices == (
-        f"left out: {tmp_path / 'failed'} is no run",
-        f"left out: {tmp_path / 'notes.txt'} is no run",
+        f"left out: {tmp_path / 'failed'} is not a run",
+        f"left out: {tmp_path / 'notes.txt'} is not a run",
         f"left out: {tmp_path / 'half'} is not finished",
     )
     assert "half is not finished" in call("compare", *paths).stderr
@@ -164,7 +164,7 @@ def test_the_same_run_twice_counts_once_and_a_copy_of_it_is_left_out_with_a_noti
     shutil.copytree(folder / "full-0", copy := tmp_path / "copy")
     found = compare([folder / "full-0", copy, folder / "full-1"])
     assert [row.seeds for row in found.rows] == [(0, 1)]
-    assert found.notices == (f"left out: {copy} has the settings and the seed of {folder / 'full-0'}",)
+    assert found.notices == (f"left out: {copy} has the same settings and seed as {folder / 'full-0'}",)
 
 
 def test_a_swapped_run_and_the_same_from_scratch_are_two_rows(folder: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from mopefuse.config.schema import Data
 from mopefuse.data.csv_records import Records
-from mopefuse.data.index import read_rows
+from mopefuse.data.index_build import read_rows
 from mopefuse.data.tables import find_tables
 
 HEADER = "id,text,img,label"

@@ -149,10 +149,10 @@ def test_features_are_not_those_of_another_encoder_or_of_other_samples(photos: P
     rows = [json.loads(line) for line in (same / "train.jsonl").read_text().splitlines()]
     rows[0]["text"] += "!"
     write_rows(same / "train.jsonl", rows)
-    assert features(same).origin.startswith("1 of them now and kept in"), "the text that changed"
+    assert features(same).origin.startswith("1 of them computed and kept in"), "the text that changed"
     assert "read from" in features(same, "tiny:vision").origin
     Image.new("RGB", (30, 30)).save(same / rows[0]["img"])
-    assert features(same, "tiny:vision").origin.startswith("1 of them now and kept in")
+    assert features(same, "tiny:vision").origin.startswith("1 of them computed and kept in")
 
 
 @pytest.mark.parametrize("layer", range(3))

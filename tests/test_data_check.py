@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mopefuse.data.digit_questions import make
-from mopefuse.data.findings import KINDS, of_rows
+from mopefuse.data.findings import KINDS, row_findings
 from mopefuse.data.index import Index
 from mopefuse.report.data_check import check_page
 
@@ -62,7 +62,7 @@ def test_errors_come_on_stderr_in_one_line_after_the_report(broken: Path) -> Non
     assert done.returncode == 4
     assert done.stderr.splitlines()[-1] == f"error[MF-DATA-80]: 21 errors in {broken} · fix: correct what is listed above"
     lines = done.stdout.splitlines()
-    assert "error: train.jsonl:13, id t13: image not found: gone.png; 2 rows show it" in lines
+    assert "error: train.jsonl:13, id t13: image not found: gone.png; used by 2 rows" in lines
     assert "error: train.jsonl:15, id t15: cut.png is not a readable image (image file is truncated)" in lines
     assert "21 errors, 10 warnings" in lines
     summary = [text.split()[:4] for text in lines]
@@ -106,8 +106,8 @@ def test_the_exit_code_of_the_program_and_what_it_names(tmp_path: Path) -> None:
     assert done.returncode == 4
     assert f"error[MF-DATA-80]: 3 errors in {root} · " in done.stderr
     for named in (
-        "train.jsonl:9, id train-000008: image not found: images/train/000002.png; 4 rows show it",
-        "val.jsonl:5, id val-000004: images/val/000001.png is not a readable image (image file is truncated); 4 rows show it",
+        "train.jsonl:9, id train-000008: image not found: images/train/000002.png; used by 4 rows",
+        "val.jsonl:5, id val-000004: images/val/000001.png is not a readable image (image file is truncated); used by 4 rows",
         "test.jsonl:5: is not JSON ",
     ):
         assert f"error: {named}" in done.stdout
@@ -312,7 +312,7 @@ def test_an_option_that_cannot_be_meant_is_refused(pairs: Path, flags: tuple[str
 
 def test_findings_of_rows_say_nothing_of_what_rows_hold(broken: Path) -> None:
     index: Index = report(broken, max_pixels=MAX_PIXELS).indexes["train"]
-    assert not [finding for finding in of_rows(index) if HOSTILE in finding.message]
+    assert not [finding for finding in row_findings(index) if HOSTILE in finding.message]
 
 
 # -- anything at all

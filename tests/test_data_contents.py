@@ -14,7 +14,7 @@ from conftest import call, code_of, make_pairs
 from mopefuse.config.schema import Data
 from mopefuse.data import contents
 from mopefuse.data.check import check
-from mopefuse.data.findings import of_files
+from mopefuse.data.findings import file_findings
 from mopefuse.encoders.base import create_encoder
 from mopefuse.encoders.preprocess import TextPreprocess
 from mopefuse.report.tokens import measure, tokens_of
@@ -51,8 +51,8 @@ def test_each_unknown_label_is_counted_and_each_absent_one_named(tmp_path: Path)
     write(root / "val.jsonl", line("v1", "3.png", "x"), line("v2", "3.png", "y"), line("v3", "3.png", "x"))
     found = [(each.kind, each.where, each.message) for each in report(root).findings]
     assert found == [
-        ("unknown-label", "val.jsonl:1", "the label 'x' is not known to training (in 2 rows)"),
-        ("unknown-label", "val.jsonl:2", "the label 'y' is not known to training (in 1 row)"),
+        ("unknown-label", "val.jsonl:1", "training does not know the label 'x' (in 2 rows)"),
+        ("unknown-label", "val.jsonl:2", "training does not know the label 'y' (in 1 row)"),
         ("absent-label", "val.jsonl", "no row of val has the label 'a'"),
         ("absent-label", "val.jsonl", "no row of val has the label 'b'"),
     ]
@@ -106,7 +106,7 @@ def test_an_image_that_takes_long_is_remarked_on(pairs: Path) -> None:
     index = next(iter(report(pairs).indexes.values()))
     images = index.files["image"]
     images.looks = [look._replace(milliseconds=2001 if i == 3 else 2000) for i, look in enumerate(images.looks)]
-    (found,) = of_files(index, (pairs,))
+    (found,) = file_findings(index, (pairs,))
     assert (found.kind, found.image, found.id) == ("slow-image", "images/train-3.png", "train-3")
 
 

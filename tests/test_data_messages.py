@@ -40,8 +40,8 @@ def test_images_that_are_all_elsewhere_name_the_flag(data: Path, place: str) -> 
     near = root.parent in (data, data.parent)
     refused = plan(data)
     assert refused.returncode == 4
-    assert "error[MF-DATA-11]: none of 12 images is found, such as images/train-0.png" in refused.stderr
-    fix = f"add --image-root {root}" if near else "name the folder that they are in with --image-root DIR"
+    assert "error[MF-DATA-11]: none of the 12 images exists, such as images/train-0.png" in refused.stderr
+    fix = f"add --image-root {root}" if near else "name their folder with --image-root DIR"
     assert f"fix: {fix}" in refused.stderr
     assert f"fix: {fix}" in plan(data, "--on-bad", "skip").stderr
     report = check(data)
@@ -105,7 +105,7 @@ def test_empty_texts_name_on_missing(data: Path) -> None:
     rows = rows_of(data, "train")
     rows[2]["text"] = ""
     write_rows(data / "train.jsonl", rows)
-    assert "train: 1 text is empty; --on-missing absent takes it as missing" in plan(data).stderr
+    assert "train: 1 text is empty; to treat it as missing, add --on-missing absent" in plan(data).stderr
     assert "--on-missing absent" in check(data)["problems"][0]["hint"]
 
 
@@ -133,7 +133,7 @@ def test_a_column_that_names_splits_is_offered_and_used(data: Path, names: tuple
 
 
 def test_a_column_that_names_splits_and_is_not_used_is_said(data: Path) -> None:
-    said = "the column part of all.jsonl names splits, and is not looked at: to use it, add --split-col part"
+    said = "the column part of all.jsonl seems to name splits and is ignored; to use it, add --split-col part"
     table = one_table(data, train="train", val="val", test="test")
     assert said in plan(table, "--val-fraction", "0.2").stderr
     assert "names splits" not in plan(table, "--split-col", "part").stderr
@@ -148,7 +148,7 @@ def test_a_folder_with_one_table_of_another_name_names_the_table(data: Path) -> 
 
 def test_a_table_without_such_a_column_says_both_ways(data: Path) -> None:
     refused = plan(one_table(data))
-    assert "--val-fraction 0.1, or name the column that says the split with --split-col" in refused.stderr
+    assert "--val-fraction 0.1, or name the column with the split with --split-col" in refused.stderr
 
 
 # -- other delimiters

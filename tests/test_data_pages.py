@@ -168,7 +168,7 @@ def test_long_lists_are_cut_and_counted(tmp_path: Path) -> None:
 def test_the_sheet_shows_each_row_and_what_is_wrong_with_its_image(pages: dict[str, Page]) -> None:
     page = pages["sheet"]
     assert len(page.all("article")) == 19
-    for said in ("image not found: gone.png", "(image file is truncated)", "leaves the image root", "more than 12,000"):
+    for said in ("image not found: gone.png", "(image file is truncated)", "outside the data folder", "more than 12,000"):
         assert said in page.text
     assert page.text.count("no picture") == 10
     assert "19 of 19 rows, classes in turn, seed 0; 10 more cannot be read" in page.text

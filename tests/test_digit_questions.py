@@ -140,7 +140,7 @@ def test_another_folder_is_refused_and_left_alone(folder: Path, tmp_path: Path) 
         dq.make(tmp_path / "thesis.txt")
     dq.make(tmp_path / "made", train=4, val=4, test=4)
     (tmp_path / "made" / "train.jsonl").write_text("changed")
-    with pytest.raises(DataError, match="changed, added or lost"):
+    with pytest.raises(DataError, match="changed, added or removed"):
         dq.make(tmp_path / "made", train=4, val=4, test=4)
 
 

@@ -98,7 +98,7 @@ def test_another_fraction_split_and_data_set_of_the_same_samples_computes_only_w
     assert (sum(encoded), first.origin) == (some, "kept in the cache")
     whole = features(data)
     assert (sum(encoded), first.different) == (40, some)
-    assert whole.origin == f"{40 - some} of them now and kept in the cache, the others known from it"
+    assert whole.origin == f"{40 - some} of them computed and kept in the cache, the others read from it"
     for share in (None, 0.3, 0.9):
         assert "read from" in features(data, fraction=share).origin
     same = shutil.copytree(data, tmp_path / "elsewhere")
@@ -170,11 +170,11 @@ def test_large_inputs_go_in_small_batches(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_shards_are_published_as_the_work_goes_on(data: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_VALUES_AT_ONCE", 8)
-    monkeypatch.setattr(module, "_BYTES", 16 * 96 * 4)
+    monkeypatch.setattr(module, "_SHARD_BYTES", 16 * 96 * 4)
     whole = features(data)
     assert [len(shard.keys) for shard in store_of().shards] == [16, 16, 8]
     assert torch.equal(rows(features(data), 40), rows(whole, 40))
-    monkeypatch.setattr(module, "_SECONDS", 0.0)
+    monkeypatch.setattr(module, "_SHARD_SECONDS", 0.0)
     features(data, split="val")
     assert [len(shard.keys) for shard in store_of().shards] == [16, 16, 8, 8, 2]
 
@@ -309,7 +309,7 @@ sys.path.insert(0, tests)
 from mopefuse.data import features as module
 from test_feature_store import features, rows
 os.environ["MOPEFUSE_CACHE"] = cache  # conftest has one of its own
-module._VALUES_AT_ONCE, module._BYTES = 4, 8 * 96 * 4
+module._VALUES_AT_ONCE, module._SHARD_BYTES = 4, 8 * 96 * 4
 own = module.encode_pooled
 def slow(*what):
     time.sleep(float(seconds))

@@ -74,7 +74,7 @@ def test_a_preview_of_rows_that_cannot_be_read_says_why(pairs: Path, tmp_path: P
     (tmp_path / "new.csv").write_text("photo,title,kind\n" + "test-0.png,what is the red digit,a\n" * 3)
     done = call("data", "preview", tmp_path / "new.csv", "-o", tmp_path / "page.html")
     assert done.returncode == 4
-    assert "none of 3 rows can be read" in done.stderr and "has no text or img or label; found" in done.stderr
+    assert "could not read any of the 3 rows" in done.stderr and "has no text or img or label; found" in done.stderr
 
 
 def test_an_image_root_that_is_not_there_is_refused(trained: Path, pairs: Path, tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_a_table_beside_those_of_the_other_splits_names_their_folder(pairs: Path
 def test_a_folder_of_images_alone_is_no_empty_folder(pairs: Path, tmp_path: Path) -> None:
     done = call("train", *TINY, "--data", pairs / "images", "--out", tmp_path / "run")
     count = len(list((pairs / "images").iterdir()))
-    assert done.returncode == 4 and f"(there is no table, but {count} files)" in done.stderr
+    assert done.returncode == 4 and f"(the folder has no table among {count} files)" in done.stderr
 
 
 def test_predict_on_a_folder_or_an_image_names_what_it_reads(trained: Path, pairs: Path) -> None:

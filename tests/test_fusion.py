@@ -92,7 +92,7 @@ def test_an_encoder_of_what_no_row_has_is_refused(monkeypatch: pytest.MonkeyPatc
         build()
     assert caught.value.number == 134 and caught.value.where == "--main"
     monkeypatch.undo()
-    with pytest.raises(ConfigError, match="tiny:vision reads image; a row has text and audio") as caught:
+    with pytest.raises(ConfigError, match="tiny:vision reads image, but rows have text and audio") as caught:
         require_rows(build(), ("text", "audio"))
     assert caught.value.number == 132 and caught.value.where == "--main" and "--image-col NAME" in caught.value.fix
 

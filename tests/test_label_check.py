@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mopefuse.config.schema import Data
-from mopefuse.data.label_cells import is_blank, normalised, parse_list, split_cell
+from mopefuse.data.label_cells import is_blank, normalise, parse_list, split_cell
 from mopefuse.data.label_check import Doubt, doubts
 from mopefuse.data.load import load_data
 
@@ -148,7 +148,7 @@ def test_any_labels_can_be_looked_at(labels: list[str]) -> None:
 def test_tags_that_nearly_every_row_has_for_itself_are_refused() -> None:
     counts = Counter(f"tag {number}" for number in range(100)) | Counter({"often": 60})
     (many,) = (doubt for doubt in doubts(counts, 60) if doubt.kind == "many-labels")
-    assert many.message.startswith("101 different labels in 60 training rows that are given 160 times")
+    assert many.message.startswith("101 different labels in 60 training rows, used 160 times in all")
 
 
 # -- cells
@@ -204,7 +204,7 @@ def test_labels_of_a_cell() -> None:
 def test_a_label_of_blanks_is_blank(label: str) -> None:
     assert is_blank(label)
     assert not any(map(is_blank, ["a", " a ", "\u200ba", "\u3042", "\ud800", "\ue000", "-"]))
-    assert normalised(f"{label}A{label}") == "a"
+    assert normalise(f"{label}A{label}") == "a"
 
 
 # -- as a user meets it
@@ -258,7 +258,7 @@ def test_cells_with_a_separator_are_refused_by_train_with_the_flag(tmp_path: Pat
     assert {"many-labels", "joined-labels"} <= report["kinds"].keys()
     html = tmp_path / "page.html"
     call("data", "check", path, "--val-fraction", "0.2", "--html", html)
-    assert "join others with" in html.read_text() and "--label-sep" in html.read_text()
+    assert "are joined with" in html.read_text() and "--label-sep" in html.read_text()
 
 
 def test_a_column_of_prices_is_refused_and_allowed_when_it_is_meant(tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ def test_a_column_of_prices_is_refused_and_allowed_when_it_is_meant(tmp_path: Pa
     refused = train(path, tmp_path / "no")
     assert (refused.returncode, "--label-col" in refused.stderr) == (4, True)
     alone = train(path, tmp_path / "no", "--allow-odd-labels")
-    assert "no row of train can be held out as val" in alone.stderr
+    assert "no row of train can be held out for val" in alone.stderr
     table(path.parent, prices(40) * 2)
     assert train(path, tmp_path / "no").returncode == 4
     done = train(path, tmp_path / "run", "--allow-odd-labels")
@@ -290,7 +290,7 @@ def test_spellings_and_misspellings_are_noticed_by_check_and_train(tmp_path: Pat
     done = train(path, tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert "labels: 'Watches' (12), 'Watches ' (1), 'watches' (1) differ only in case" in done.stderr
-    assert "labels: 'Wacthes' (1 row) is nearly 'Watches' (14 rows), first in items.csv:16" in done.stderr
+    assert "labels: 'Wacthes' (1 row) is similar to 'Watches' (14 rows), first in items.csv:16" in done.stderr
 
 
 def test_spellings_are_one_label_with_the_flag_also_in_evaluation(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_the_modality_is_read_from_its_column_and_given_by_name(
         rows = [json.loads(line) for line in (data / f"{split}.jsonl").read_text().splitlines()]
         write_rows(data / f"{split}.jsonl", [{**row, "heat": f"{i} 0.5"} for i, row in enumerate(rows)])
     sides, run = ("--main", "tiny:vision", "--comp", "sensor:last"), tmp_path / "run"
-    assert "reads sensor; a row has text and image" in call("train", *TINY[4:], *sides, "--data", data, "--out", run).stderr
+    assert "reads sensor, but rows have text and image" in call("train", *TINY[4:], *sides, "--data", data, "--out", run).stderr
     done = call("train", *TINY[4:], *sides, "--data", data, "--out", run, "--steps", 2, "--column", "sensor=heat")
     assert done.returncode == 0, done.stderr
     predictor = load(run)

@@ -225,9 +225,9 @@ def test_a_listing_sees_files_that_changed_places(tmp_path: Path) -> None:
 
 def test_other_options_need_another_folder(tmp_path: Path) -> None:
     prepare(SNLIVE, snli_ve(tmp_path / "source"), tmp_path / "made")
-    with pytest.raises(DataError, match=r"prepared otherwise \(other options\)"):
+    with pytest.raises(DataError, match=r"prepared differently \(in: options\)"):
         prepare(SNLIVE, tmp_path / "source", tmp_path / "made", {"premise": True})
-    with pytest.raises(DataError, match=r"prepared otherwise \(other images\)"):
+    with pytest.raises(DataError, match=r"prepared differently \(in: images\)"):
         prepare(SNLIVE, tmp_path / "source", tmp_path / "made", images="copy")
 
 
@@ -307,14 +307,14 @@ def test_a_split_without_rows_is_an_error_that_says_why(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "options", "code", "said"),
     [
-        (Food101, {"premise": True}, "MF-DATA-60", "food101 understands --text, --clean, --val, --seed"),
-        (SNLIVE, {"text": "page"}, "MF-DATA-60", "snli-ve understands --premise"),
+        (Food101, {"premise": True}, "MF-DATA-60", "food101 has the options --text, --clean, --val, --seed"),
+        (SNLIVE, {"text": "page"}, "MF-DATA-60", "snli-ve has the options --premise"),
         (MMIMDb, {"seed": 1}, "MF-DATA-60", "mm-imdb has no options"),
         (Food101, {"val": "many"}, "MF-DATA-61", "give a number"),
         (Food101, {"val": True}, "MF-DATA-61", "give a number"),
         (Food101, {"clean": 1}, "MF-DATA-61", "give true or false"),
         (Food101, {"text": 3}, "MF-DATA-61", "give text"),
-        (Food101, {"text": "pages"}, "MF-DATA-61", "write page or title"),
+        (Food101, {"text": "pages"}, "MF-DATA-61", "use page or title"),
         (Food101, {"val": 0}, "MF-DATA-67", "pass --val 3"),
         (Food101, {"val": 5}, "MF-DATA-67", "pass --val 3"),
     ],

@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from prepare_cases import TEST_ROWS, TRAIN_ROWS, TRAIN_SKIPPED, food101, rows_of, skipped_in
 
-from mopefuse.data._food101_text import OddRow, TitleRow, clean, read_title, spelt_out
+from mopefuse.data._food101_text import OddRow, TitleRow, clean, plain_title, read_title
 from mopefuse.data._source_files import SourceFolder
 from mopefuse.data.food101 import Food101
 from mopefuse.data.prepare import Sample, Skip, prepare
@@ -48,7 +48,7 @@ def test_rows_are_images_with_their_titles(cleaned: bool, tmp_path: Path) -> Non
     assert skipped_in(tmp_path / "made") == TRAIN_SKIPPED
     assert about["rows"] == {"train": 12, "val": 4, "test": 3}
     assert about["difference"] == {"train+val": 16 - 67972, "test": 3 - 22716, "train+val+test": 19 - 90840}
-    assert (about["options"]["text"], about["text"]) == ("title", "title of the page (the only text there)")
+    assert (about["options"]["text"], about["text"]) == ("title", "title of the page (the only text available)")
     assert (about["labels"], about["seed"]) == (3, 0)
 
 
@@ -88,7 +88,7 @@ def test_rows_are_images_with_their_pages(by_split: bool, tmp_path: Path) -> Non
         ("images/train/stray.jpg", None, "not in the folder of a class"),
         (f"{below}/apple_pie/apple_pie_98.txt", None, "text without image"),
     ]
-    assert (about["options"]["text"], about["text"]) == ("page", "text of the page (the only text there)")
+    assert (about["options"]["text"], about["text"]) == ("page", "text of the page (the only text available)")
     sums = (tmp_path / "made" / "SHA256SUMS").read_text()
     assert all(f"{name}.txt" in sums for name in texts)
 
@@ -101,11 +101,11 @@ def test_pages_can_be_cleaned(tmp_path: Path) -> None:
 
 def test_of_two_texts_none_is_chosen_in_silence(tmp_path: Path) -> None:
     source = food101(tmp_path / "source", pages=True)
-    with pytest.raises(DataError, match="two texts for each image") as caught:
+    with pytest.raises(DataError, match="each image has two texts") as caught:
         prepare(Food101, source, tmp_path / "made", {"val": 4})
-    assert (caught.value.code, caught.value.fix) == ("MF-DATA-64", "say which: --text page or --text title")
+    assert (caught.value.code, caught.value.fix) == ("MF-DATA-64", "choose one: --text page or --text title")
     about = prepare(Food101, source, tmp_path / "made", {"val": 4, "text": "title"})
-    assert about["text"] == "title of the page (asked for)"
+    assert about["text"] == "title of the page (requested)"
     assert by_id(tmp_path / "made", "test") == expected("test", TEST_ROWS)
 
 
@@ -193,9 +193,9 @@ TITLE = st.text(PLAIN, max_size=20)
 def test_a_title_that_a_csv_writer_wrote_is_read_back(title: str) -> None:
     line = io.StringIO()
     csv.writer(line, lineterminator="").writerow(["a_1.jpg", title, "a"])
-    assert read_title(line.getvalue().encode()) == TitleRow("a_1.jpg", spelt_out(title), "a")
+    assert read_title(line.getvalue().encode()) == TitleRow("a_1.jpg", plain_title(title), "a")
     if not title.startswith("[["):
-        assert spelt_out(title) == title
+        assert plain_title(title) == title
 
 
 def test_a_quote_that_is_never_closed_takes_no_other_row_with_it(tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_a_real_titles_file_agrees_with_the_csv_module() -> None:
     ours = [read_title(line.rstrip(b"\r\n")) for line in Path(REAL).read_bytes().split(b"\n") if line.strip()]
     assert [type(row) for row in ours] == [TitleRow] * len(by_csv)
     assert [(row.image, row.title, row.label) for row in ours if isinstance(row, TitleRow)] == [
-        (image, spelt_out(title), label) for image, title, label in by_csv
+        (image, plain_title(title), label) for image, title, label in by_csv
     ]
     assert not any("\\x" in row.title or "[[" in row.title or html.unescape(row.title) != row.title for row in ours)
 

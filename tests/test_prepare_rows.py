@@ -49,10 +49,10 @@ def test_mm_imdb_is_its_longest_plots_with_their_genres(split: str, tmp_path: Pa
         (b"{", "is not JSON"),
         (b"\xff\xfe", "cannot be read as JSON"),
         (b"[" * 100_000, "cannot be read as JSON"),
-        (b"[]", "holds a list"),
+        (b"[]", "contains a list"),
         (b'{"train": [], "test": []}', "has no list 'dev'"),
-        (b'{"train": [133093], "dev": [], "test": []}', "has '133093' in 'train', which is the id of no film"),
-        (b'{"train": ["../../etc/passwd"], "dev": [], "test": []}', "which is the id of no film"),
+        (b'{"train": [133093], "dev": [], "test": []}', "has '133093' in 'train', which cannot be the id of a film"),
+        (b'{"train": ["../../etc/passwd"], "dev": [], "test": []}', "which cannot be the id of a film"),
         (b'{"train": [null], "dev": [], "test": []}', "has 'None' in 'train'"),
     ],
 )

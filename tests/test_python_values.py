@@ -136,14 +136,14 @@ def test_arrays_are_images(model: Fusion) -> None:
 
 def values_that_are_none() -> Iterator[tuple[Any, Any, str]]:
     image = drawn("RGB")
-    yield [1], [TEXT], "a pair is an image and a string, got int and str"
-    yield 1, TEXT, "images are a list, or an image, got int"
-    yield b"bytes", TEXT, "images are a list, or an image, got bytes"
-    yield {"a": image}, TEXT, "images are a list, or an image, got dict"
+    yield [1], [TEXT], "a sample must be an image and a string; got int and str"
+    yield 1, TEXT, "images must be a list, or an image; got int"
+    yield b"bytes", TEXT, "images must be a list, or an image; got bytes"
+    yield {"a": image}, TEXT, "images must be a list, or an image; got dict"
     yield [np.zeros((4, 4, 3))], [TEXT], "got ndarray and str"
     yield [torch.zeros(3, 4, 4)], [TEXT], "got Tensor and str"
     yield image, [1], "got Image and int"
-    yield image, 1, "texts are a list, or a string, got int"
+    yield image, 1, "texts must be a list, or a string; got int"
     yield "none.png", TEXT, "image not found: none.png"
     yield "nul\0.png", TEXT, "image not found"
     yield "https://example.org/a.png", TEXT, "image not found: https://example.org/a.png"

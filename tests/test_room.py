@@ -9,35 +9,35 @@ import torch
 from test_study import write_study
 
 from mopefuse.core import device as devices
-from mopefuse.studies.memory_budget import Room, Told
+from mopefuse.studies.memory_budget import MemoryBudget, MemoryReport
 from mopefuse.studies.study import FINISHED, StudyListener, run_study
 from mopefuse.studies.study_file import read_study
 
 GB = 10**9
 
 
-def test_the_first_process_always_fits_and_the_second_waits_for_what_it_tells() -> None:
-    room = Room()
-    assert (room.fits(0), room.fits(1)) == (True, False)
-    room.hear("a", Told(0.1, 2 * GB, 5 * GB))
-    assert room.fits(1)
+def test_the_first_process_always_fits_and_the_second_waits_for_its_report() -> None:
+    budget = MemoryBudget()
+    assert (budget.fits(0), budget.fits(1)) == (True, False)
+    budget.update("a", MemoryReport(0.1, 2 * GB, 5 * GB))
+    assert budget.fits(1)
 
 
-def test_one_that_has_not_grown_yet_keeps_its_room() -> None:
-    room = Room()
-    room.hear("a", Told(0.5, 3 * GB, 5 * GB))
-    assert room.fits(1), "3 of 5 free"
-    assert not room.fits(2), "the second, silent yet, will take 3 of the 5, and 2 is less than 3"
-    room.hear("b", Told(0.1, 3 * GB, 2 * GB))
-    assert not room.fits(2)
-    room.leave("b")
-    assert room.fits(1), "2 free, and the 3 that it had"
+def test_memory_is_kept_for_one_that_has_not_grown_yet() -> None:
+    budget = MemoryBudget()
+    budget.update("a", MemoryReport(0.5, 3 * GB, 5 * GB))
+    assert budget.fits(1), "3 of 5 free"
+    assert not budget.fits(2), "the second, without a report yet, may take 3 of the 5, and 2 is less than 3"
+    budget.update("b", MemoryReport(0.1, 3 * GB, 2 * GB))
+    assert not budget.fits(2)
+    budget.release("b")
+    assert budget.fits(1), "2 free, and the 3 that it had"
 
 
-def test_where_the_system_does_not_say_what_is_free_all_fit() -> None:
-    room = Room()
-    room.hear("a", Told(0.5, 3 * GB, None))
-    assert room.fits(7)
+def test_where_the_system_does_not_tell_free_memory_all_fit() -> None:
+    budget = MemoryBudget()
+    budget.update("a", MemoryReport(0.5, 3 * GB, None))
+    assert budget.fits(7)
 
 
 def test_free_memory_is_below_what_the_machine_has() -> None:
@@ -49,11 +49,11 @@ def test_free_memory_is_below_what_the_machine_has() -> None:
 def test_a_study_runs_one_at_a_time_where_memory_has_no_room(
     pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, roomy: bool
 ) -> None:
-    """Its cells are other processes, so what they tell is changed as it is heard."""
-    hear = Room.hear
+    """Its cells are other processes, so their reports are changed as they are received."""
+    update = MemoryBudget.update
     free = 10**15 if roomy else 1
-    monkeypatch.setattr(Room, "hear", lambda self, who, told: hear(self, who, told._replace(free=free)))
-    monkeypatch.setattr(Room, "leave", lambda self, who: self.peaks.pop(who, None))
+    monkeypatch.setattr(MemoryBudget, "update", lambda self, process, report: update(self, process, report._replace(free=free)))
+    monkeypatch.setattr(MemoryBudget, "release", lambda self, process: self.peaks.pop(process, None))
     most, notices = [0], []
 
     class Watch(StudyListener):

@@ -199,7 +199,7 @@ def test_compare_shows_the_trials_and_says_that_they_are_not_to_be_chosen_by_tes
             {"search": {"space": {"prompts.experts": [2, 8], "router.top_m": [1, 4]}}},
             (), "MF-CFG-01", "prompts.experts=2, router.top_m=4",
         ),
-        ({"search": {"space": {"train.lr": {"low": 1e-2, "high": 1e-4}}}}, (), "MF-CFG-80", "not below high"),
+        ({"search": {"space": {"train.lr": {"low": 1e-2, "high": 1e-4}}}}, (), "MF-CFG-80", "must be below high"),
         ({"search": {"space": {"train.lr": {"low": 0.0, "high": 1e-4, "log": True}}}}, (), "MF-CFG-80", "logarithm"),
         ({"search": {"space": {"prompts.experts": [4, 4]}}}, (), "MF-CFG-80", "twice"),
         ({"search": {"trials": 0}}, (), "MF-CFG-80", "trials"),

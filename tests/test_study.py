@@ -172,7 +172,7 @@ def test_a_cell_that_fails_is_recorded_and_the_others_go_on(pairs: Path, tmp_pat
     assert [row["label"] for row in said["comparison"]["rows"]] == ["fine"]
     *left_out, uncompared = said["comparison"]["notices"]
     assert [text.partition(":")[0] for text in left_out] == ["left out"] * 2
-    assert uncompared == "nothing is compared with no such method: no run of it is finished"
+    assert uncompared == "no row is compared with no such method: none of its runs is finished"
     assert [cell["error"] and cell["error"]["exit"] for cell in cells(tmp_path / "out")] == [None, 8, 3]
     good = {"fine": {}, "diverges": {"train.lr": 0.1}}
     mended = write_study(tmp_path, pairs, cells=good, grid={}, seeds=[0], baseline="fine")
@@ -264,7 +264,7 @@ def test_a_dry_run_knows_what_is_finished(undisturbed: Path, file: Path) -> None
 
 def test_a_metric_that_the_data_do_not_have_is_refused_before_the_first_run(multi_pairs: Path, tmp_path: Path) -> None:
     study = read_study(str(write_study(tmp_path, multi_pairs, metric="accuracy")))
-    with pytest.raises(ConfigError, match="multi-label data have no accuracy"):
+    with pytest.raises(ConfigError, match="multi-label data has no metric 'accuracy'"):
         run_study(study, tmp_path / "out")
     assert not list((tmp_path / "out").glob("cells/*"))
 

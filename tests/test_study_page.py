@@ -181,7 +181,7 @@ def test_what_is_missing_is_said_and_why(trained: Path, tmp_path: Path) -> None:
     assert "5 of 14 runs have no result, of which 2 failed" in page.text
     assert f"MF-NUM-01 loss is NaN {HOSTILE}" in page.text and "lower train.lr" in page.text
     assert "stopped before its end, at step 30" in page.text
-    assert "nothing is compared with linear: no run of it is finished" in page.text
+    assert "no row is compared with linear: none of its runs is finished" in page.text
     assert "Rows have different numbers of seeds" in page.text
     groups = {(group.label, group.state): group.seeds for group in facts_of(study).missing}
     assert groups == {

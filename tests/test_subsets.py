@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from mopefuse.config.schema import Data, build_config
 from mopefuse.data.load import load_data
-from mopefuse.data.subsets import few, hold_out, shares
+from mopefuse.data.subsets import apportion, few, hold_out
 from mopefuse.errors import ConfigError
 from mopefuse.fusion.base import Output
 from mopefuse.training.losses import balanced_weights, classification_loss
@@ -32,16 +32,16 @@ def drawn(rows: Any, labels: Any = SINGLE) -> Counter[str]:
 @given(st.lists(st.integers(2, 1000), min_size=1, max_size=9), st.floats(0, 0.5))
 def test_shares_are_whole_and_nearest_to_proportion(counts: list[int], share: float) -> None:
     total = int(share * sum(counts))
-    parts = shares(counts, total)
+    parts = apportion(counts, total)
     assert sum(parts) == total
     assert all(abs(part - count * total / sum(counts)) < 1 for part, count in zip(parts, counts, strict=True))
 
 
 def test_shares_by_hand() -> None:
     """10 of 80: 5.0 of 40, 3.125 of 25, 1.75 of 14, 0.125 of 1; the one that is left over goes to the 14."""
-    assert shares([40, 25, 14, 1], 10) == [5, 3, 2, 0]
-    assert shares([1, 1, 2], 2) == [0, 0, 1], "each keeps one"
-    assert shares([3, 3], 3) == [2, 1], "earlier ones win ties"
+    assert apportion([40, 25, 14, 1], 10) == [5, 3, 2, 0]
+    assert apportion([1, 1, 2], 2) == [0, 0, 1], "each keeps one"
+    assert apportion([3, 3], 3) == [2, 1], "earlier ones win ties"
 
 
 def test_shots_are_of_each_class() -> None:

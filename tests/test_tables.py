@@ -197,7 +197,7 @@ def test_a_folder_of_images_has_labels_by_folder_and_captions_beside_or_in_one_f
         (b'id,"text,img,label\n1,t,a.png,a\n', "the header has a quote that is not closed"),
         (b"id,text,img,label\n1,t,a.png\n", "table.csv:2 has 3 fields, the header has 4"),
         (b"id,text,img,label\n1,t,a.png,a,b\n", "table.csv:2 has 5 fields"),
-        (b"id,text,text,label\n", "the column 'text' is there twice"),
+        (b"id,text,text,label\n", "the column 'text' occurs twice"),
         (b"caption,img,label\nt,a.png,a\n", "did you mean --text-col caption?"),
         (b"id,text,img,label\n\n1,caf\xe9,a.png,a\n", "table.csv:3 is not UTF-8 (byte 0xe9)"),
         ("id,text\n".encode("utf-16"), "this is UTF-16"),
@@ -220,7 +220,7 @@ def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
 
 def test_a_split_in_two_formats_and_a_file_that_is_no_table_are_refused(copy: Path) -> None:
     write_csv(copy / "val.csv", rows_of(copy, "val"))
-    assert "the val split is there twice: val.jsonl and val.csv" in refused(copy).what
+    assert "the val split has two tables: val.jsonl and val.csv" in refused(copy).what
     (copy / "notes.txt").write_text("a")
     assert refused(copy / "notes.txt").code == "MF-DATA-20"
 

@@ -1,8 +1,8 @@
-r"""How the texts of UPMC Food-101 are read: rows of its titles files, and a cleaning that they and its pages can have.
+r"""Read the texts of UPMC Food-101: the rows of its titles files, and an optional cleaning of titles and pages.
 
-A titles file has lines ``<image name>,<title>,<class>`` without a header, made by a CSV writer from the printed form of
-lists of byte strings. So titles may hold commas, quotes and wrappers (``"[[""Dad's pie""]]"``; where a title had a comma
-the owners cut it there, and the wrapper's end with it), bytes written out (``\xe2\x84\xa2``), and entities (``&amp;``).
+A titles file has lines ``<image name>,<title>,<class>`` without a header, written by a CSV writer from the printed form of
+lists of byte strings. So titles may contain commas, quotes and wrappers (``"[[""Dad's pie""]]"``; a title with a comma was
+cut there, together with the end of the wrapper), escaped bytes (``\xe2\x84\xa2``), and entities (``&amp;``).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 
 class TitleRow(NamedTuple):
-    """One line of a titles file, understood."""
+    """One valid line of a titles file."""
 
     image: str
     title: str
@@ -21,7 +21,7 @@ class TitleRow(NamedTuple):
 
 
 class OddRow(NamedTuple):
-    """One line of a titles file that is no row: why, and the image that it names as far as it can be told."""
+    """One line of a titles file that is not valid: the reason, and the image that it names, if that is known."""
 
     reason: str
     image: str
@@ -35,10 +35,10 @@ _NEITHER_LETTER_NOR_DIGIT = re.compile(r"[\W_]+")
 
 
 def read_title(line: bytes) -> TitleRow | OddRow:
-    """One physical line, whatever the lines around it hold: a quote that is never closed harms no other row.
+    """Parse one line by itself, so that an unclosed quote spoils no other row.
 
-    The image name goes up to the first comma, the class follows the last one, the title is between them: in double quotes
-    by the CSV rule (a quote inside is doubled), or as it stands.
+    The image name ends at the first comma, the class starts after the last one, and the title is between them: in double
+    quotes by the rule of CSV (a quote inside is doubled), or without.
     """
     try:
         text = line.decode("utf-8")
@@ -56,39 +56,39 @@ def read_title(line: bytes) -> TitleRow | OddRow:
         title = inner.replace('""', '"')
     if not image.startswith(f"{label}_"):
         return OddRow("image name not of the class", image)
-    return TitleRow(image, spelt_out(title), label)
+    return TitleRow(image, plain_title(title), label)
 
 
-def spelt_out(title: str) -> str:
-    r"""A title as its page had it: without ``[["`` ``"]]``, bytes and entities as characters, one space between words.
+def plain_title(title: str) -> str:
+    r"""Restore a title: remove ``[["`` ``"]]``, decode bytes and entities, and put one space between words.
 
-    Bytes that are no UTF-8 are read as Windows-1252. Entities are resolved twice, for pages that wrote ``&amp;rsquo;``.
+    Bytes that are not UTF-8 are decoded as Windows-1252. Entities are resolved twice, for pages with ``&amp;rsquo;``.
     Control characters count as spaces.
     """
     if title.startswith(('[["', "[['")):
         quote = title[2]
         title = title[3:].removesuffix(f"{quote}]]")
-    title = html.unescape(html.unescape(_ESCAPE.sub(_escaped, title)))
+    title = html.unescape(html.unescape(_ESCAPE.sub(_unescape, title)))
     return " ".join(_CONTROL.sub(" ", title).split())
 
 
-def _escaped(match: re.Match[str]) -> str:
+def _unescape(match: re.Match[str]) -> str:
     if match[2]:
         return {"t": " ", "n": " ", "r": " "}.get(match[2], match[2])
-    written = bytes.fromhex(match[1].replace("\\x", ""))
+    raw = bytes.fromhex(match[1].replace("\\x", ""))
     try:
-        return written.decode("utf-8")
+        return raw.decode("utf-8")
     except UnicodeDecodeError:
-        return written.decode("cp1252", "replace")
+        return raw.decode("cp1252", "replace")
 
 
 def clean(text: str) -> str:
-    """A text as lower-case words: the option ``clean``.
+    """Reduce a text to lower-case words: the option ``clean``.
 
-    In this order: entities become characters (twice over), tags ``<...>`` and addresses (``http://``, ``https://``,
-    ``www.``, up to the next space) become spaces, every run of characters that are neither letters nor digits (of any
-    script) becomes one space, letters become lower case, spaces at both ends go. MMBT's preparation of Food-101 likewise
-    keeps lower-case words without punctuation; this is a cleaning of the same kind, not the same bytes.
+    In this order: entities are resolved twice, tags ``<...>`` and addresses (``http://``, ``https://``, ``www.``, up to the
+    next space) become spaces, every run of characters that are neither letters nor digits (of any script) becomes one space,
+    letters become lower case, and spaces at both ends are removed. MMBT's preparation of Food-101 also keeps lower-case words
+    without punctuation; the result is similar, not identical.
     """
     text = html.unescape(html.unescape(text))
     text = _ADDRESS.sub(" ", _TAG.sub(" ", text))

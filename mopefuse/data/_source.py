@@ -1,4 +1,4 @@
-"""A data set as its owners distribute it: what each reader of one says about itself, and what it yields."""
+"""The base class of readers of data sets as their owners distribute them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _FILE_NAME = re.compile("[^/\\\\\0\ud800-\udfff]+")
 
 
 class Sample(NamedTuple):
-    """One row to be, and where it comes from. `img` is a name in the source folder, and the same in the prepared one."""
+    """A row to be written, and the file and line it comes from. `img` is a name in the source and in the prepared folder."""
 
     id: str
     text: str
@@ -25,7 +25,7 @@ class Sample(NamedTuple):
 
 
 class Skip(NamedTuple):
-    """Something that became no row: why, and where it is. Reasons are few, so that they can be counted."""
+    """Something that cannot become a row: the reason, one of a few so that they can be counted, and the place."""
 
     reason: str
     file: str
@@ -38,15 +38,15 @@ class Source(ABC):
     Attributes:
         name: of the entry point.
         version: of the preparation; raised when the same files give other rows.
-        inputs: what is read, by its name directly below the source folder.
+        inputs: names of the files and folders that are read, directly below the source folder.
         layout: the files that it needs, for messages.
-        published: rows by split, or by splits added up (``train+val``), and who says so.
-        defaults: the options it understands and their values; the flags of the command line are ``--<option>``.
-        labels: the labels in their order, where the data set has a fixed list; written to labels.txt.
-        splits: what `rows` is asked for. Without "val", as many rows of "train" as the option ``val`` says are held out.
+        published: number of rows by split, or by a sum of splits (``train+val``), and who published it.
+        defaults: the options and their default values; on the command line they are ``--<option>``.
+        labels: in their order, if the data set has a fixed list; written to labels.txt.
+        splits: that `rows` can read. Without "val", the option ``val`` is the number of rows of "train" to hold out.
         folder: the source folder.
-        asked: what the user said.
-        options: `defaults` with that; a reader may fill in what depends on the files.
+        given: the options that the user gave.
+        options: all options; a reader may fill in what depends on the files.
     """
 
     name: ClassVar[str]
@@ -59,44 +59,44 @@ class Source(ABC):
     splits: ClassVar[tuple[str, ...]] = ("train", "val", "test")
 
     def __init__(self, folder: SourceFolder, options: Mapping[str, Any]) -> None:
-        """Look whether the files are there; read no rows yet.
+        """Check that the files exist; rows are not read yet.
 
         Raises:
             DataError: files are missing, or an option does not fit.
         """
         self.folder = folder
-        self.asked = dict(options)
+        self.given = dict(options)
         self.options = complete(type(self), options)
 
     @abstractmethod
     def rows(self, split: str) -> Iterator[Sample | Skip]:
-        """Everything that a split has, in an order that depends on nothing but the files."""
+        """Yield everything in a split, in an order that depends only on the files."""
 
     @property
     @abstractmethod
     def text(self) -> str:
-        """What the text of a row is, for dataset.json."""
+        """Describe the text of a row, for dataset.json."""
 
     def incomplete(self, missing: str) -> DataError:
-        """The error that something of `layout` is not there."""
-        there = self.folder.names()
-        has = ", ".join(there[:12]) + (", …" if len(there) > 12 else "") if there else "nothing"
+        """The error for a missing part of `layout`."""
+        names = self.folder.names()
+        has = ", ".join(names[:12]) + (", …" if len(names) > 12 else "") if names else "nothing"
         return DataError(
             63, f"there is no {missing}; the folder has {has}", where=str(self.folder.root), fix=f"provide {self.layout}"
         )
 
 
 def complete(kind: type[Source], options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a reader: its defaults with what was said.
+    """Complete the options of a reader with its defaults.
 
     Raises:
-        DataError: it does not understand an option, or the value is of another type.
+        DataError: an option is unknown, or its value has the wrong type.
     """
     known = ", ".join(f"--{key}" for key in kind.defaults)
     for key, value in options.items():
         if key not in kind.defaults:
-            fix = f"leave it out; {kind.name} understands {known}" if known else f"leave it out; {kind.name} has no options"
-            raise DataError(60, f"{kind.name} does not understand --{key}", where=f"--{key}", fix=fix)
+            fix = f"remove it; {kind.name} has the options {known}" if known else f"remove it; {kind.name} has no options"
+            raise DataError(60, f"{kind.name} has no option --{key}", where=f"--{key}", fix=fix)
         default = kind.defaults[key]
         expected = str if default is None else type(default)
         if type(value) is not expected:
@@ -106,5 +106,5 @@ def complete(kind: type[Source], options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_file_name(text: object) -> bool:
-    """Whether a value can be the name of one file: no way to another folder, no characters that names cannot have."""
+    """Whether a value is a valid name of a file, without a path to another folder."""
     return isinstance(text, str) and _FILE_NAME.fullmatch(text) is not None and text not in (".", "..")

@@ -1,4 +1,4 @@
-"""The files of a data set as its owners distribute it: read inside their folder only, and hashed as they are read."""
+"""Read the files of a data set as its owners distribute them, inside their folder only, and hash them on the way."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from typing import Any, BinaryIO, NamedTuple
 
 from mopefuse.errors import DataError, UnsafePathError
 
-_THREADS, _BATCH, _CHUNK = 8, 512, 1 << 20  # readers of images, images handed to them at once, bytes
+_THREADS, _BATCH, _CHUNK = 8, 512, 1 << 20  # threads that read images, images per round, bytes
 
 
 class SourceFolder:
-    """A folder that is read and never written. Names are relative to it, with ``/``.
+    """A folder that is only read. Names are relative to it, with ``/``.
 
     Attributes:
         root: the folder, links resolved.
-        sums: sha256 of every file that was read so far, in hex, by relative name.
+        sums: sha256 in hex of every file that was read, by relative name.
 
-    Every method raises a DataError where the system refuses to read something, and an UnsafePathError where a link, or a
-    name with ``..``, leads out of the folder.
+    Every method raises a DataError if something cannot be read, and an UnsafePathError if a link, or a name with ``..``,
+    leads outside the folder.
     """
 
     def __init__(self, root: Path) -> None:
@@ -33,11 +33,11 @@ class SourceFolder:
         self.sums: dict[str, str] = {}
         self._folders: dict[str, Path] = {}
         if not self.root.is_dir():
-            fix = "name the folder with the files as they were distributed"
+            fix = "name the folder that has the files as they were distributed"
             raise DataError(62, f"there is no source folder {root}", fix=fix)
 
     def names(self, folder: str = "") -> list[str]:
-        """What is in a folder, sorted; hidden names are left out. Empty if it is no folder."""
+        """List a folder, sorted, without hidden names; empty if it is not a folder."""
         path = self._folder(folder)
         if not path.is_dir():
             return []
@@ -45,25 +45,25 @@ class SourceFolder:
             return sorted(name for name in os.listdir(path) if not name.startswith("."))
 
     def path(self, name: str) -> Path | None:
-        """The regular file of this name, links resolved; None if there is none (a pipe, a device or a folder is none)."""
+        """The path of a regular file, links resolved; None if there is none (a pipe, a device or a folder does not count)."""
         folder, _, last = name.rpartition("/")
         path = self._folder(folder) / last
         try:
             if path.is_symlink():
                 path = self._inside(path.resolve(), name)
             return path if stat.S_ISREG(os.stat(path).st_mode) else None
-        except (OSError, ValueError, RuntimeError):  # nothing there, no name at all, links that go round in circles
+        except (OSError, ValueError, RuntimeError):  # missing, not a valid name, or a cycle of links
             return None
 
     def read(self, name: str) -> bytes:
-        """All bytes of a file."""
+        """Read a file."""
         with self._open(name) as file, _readable(self.root / name):
             content = file.read()
         self.sums[name] = hashlib.sha256(content).hexdigest()
         return content
 
     def lines(self, name: str) -> Iterator[tuple[int, bytes]]:
-        """(number from 1, content without its end) of every line of a file that is not blank; a byte order mark is dropped."""
+        """Yield (number from 1, content without line end) of every line that is not blank; a byte order mark is dropped."""
         digest = hashlib.sha256()
         with self._open(name) as file, _readable(self.root / name):
             for number, line in enumerate(file, start=1):
@@ -91,13 +91,13 @@ class SourceFolder:
 
     def _inside(self, path: Path, name: str) -> Path:
         if not path.is_relative_to(self.root):
-            fix = "put the files themselves there, or name the folder that they are in"
-            raise UnsafePathError(60, f"{name} leads out of the source folder", where=str(self.root), fix=fix)
+            fix = "put the files themselves there, or name the folder that has them"
+            raise UnsafePathError(60, f"{name} leads outside the source folder", where=str(self.root), fix=fix)
         return path
 
 
 class Placed(NamedTuple):
-    """What became of images: sha256 by name, how many are hard links (the others are copies), their bytes in all."""
+    """Images that were placed: sha256 by name, the number of hard links (the others are copies), and their size in bytes."""
 
     sums: dict[str, str]
     linked: int
@@ -105,11 +105,12 @@ class Placed(NamedTuple):
 
 
 def place(images: Mapping[str, Path], target: Path, *, link: bool, advance: Callable[[int], None]) -> Placed:
-    """Put `images`, relative name to file, below the folder `target`; their bytes are never changed.
+    """Link or copy images to a folder.
 
     Args:
-        link: by hard link, and by copy where the file system does not allow links.
-        advance: told how many are done.
+        images: file of each relative name.
+        link: use hard links, and copies where the file system does not allow links.
+        advance: called with the number done.
     """
     for folder in sorted({name.rpartition("/")[0] for name in images}):
         (target / folder).mkdir(parents=True, exist_ok=True)
@@ -146,15 +147,15 @@ def _place(source: Path, target: Path, link: bool) -> tuple[str, bool, int]:
 def _linked(source: Path, target: Path) -> bool:
     try:
         os.link(source, target)
-    except OSError:  # another file system, one without links, or files of somebody else
+    except OSError:  # another file system, one without links, or files of another owner
         return False
     return True
 
 
 def listing(root: Path, tops: Iterable[str]) -> dict[str, Any]:
-    """What is below some names of a folder, at a glance: how many files and bytes, and a sha256 of names and sizes.
+    """Summarise the files below some names of a folder: their number, bytes, and a sha256 of names and sizes.
 
-    Nothing is opened, hidden files do not count, links are not followed.
+    No file is opened, hidden files do not count, and links are not followed.
     """
     digest, files, size = hashlib.sha256(), 0, 0
     for path in _files(root, sorted(tops)):
@@ -175,7 +176,7 @@ def _files(root: Path, tops: Iterable[str]) -> Iterator[str]:
 
 
 def sums_file(sums: Mapping[str, str]) -> str:
-    """`sums` as ``sha256sum --check`` reads them, sorted by name."""
+    """Format `sums` for ``sha256sum --check``, sorted by name."""
     lines = []
     for name in sorted(sums):
         shown = name.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
@@ -185,6 +186,7 @@ def sums_file(sums: Mapping[str, str]) -> str:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
+    """Turn errors of the system into a DataError."""
     try:
         yield
     except OSError as error:

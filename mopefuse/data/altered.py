@@ -1,4 +1,4 @@
-"""Samples whose input of one side is another's, or nothing: to see what an answer depends on.
+"""Samples with the input of some sides exchanged or blank, to measure what predictions depend on.
 
 Shapes: S samples of the split, B batch, C width of a pooled feature.
 """
@@ -17,7 +17,7 @@ from mopefuse.data.collate import Samples, Table, blank, seed_of
 
 
 def derangement(count: int, seed: int) -> Tensor:
-    """A permutation (S,) that moves every sample, drawn evenly among all of one cycle; of one sample, itself.
+    """Draw a permutation (S,) that moves every sample, uniformly among those of one cycle; a single sample stays.
 
     Sattolo's algorithm: Information Processing Letters 22 (1986), 315.
     """
@@ -30,17 +30,17 @@ def derangement(count: int, seed: int) -> Tensor:
 
 
 class Shuffled(Samples):
-    """Each sample with the input that another has on some sides; targets and the other sides stay.
+    """Samples that have the input of another sample on some sides; targets and the other sides stay.
 
     Args:
-        partner_S: the sample that each takes it from.
+        partner_S: the other sample of each.
     """
 
     def __init__(self, samples: Samples, sides: Sequence[str], partner_S: Tensor) -> None:
         vars(self).update(vars(samples))
         self._sides, self._partner_S = sides, partner_S
-        theirs = {side: lacks_S[partner_S.numpy()] for side, lacks_S in samples.lacking.items() if side in sides}
-        self.lacking = {**samples.lacking, **theirs}
+        partner_lacks = {side: lacks_S[partner_S.numpy()] for side, lacks_S in samples.lacking.items() if side in sides}
+        self.lacking = {**samples.lacking, **partner_lacks}
         exchanged = {side: _Partners(table, partner_S) for side, table in samples.features.items() if side in sides}
         self.features = {**samples.features, **exchanged}
 
@@ -51,20 +51,20 @@ class Shuffled(Samples):
         other = int(self._partner_S[index])
         if side in self.lacking and self.absent(side, epoch, index):
             return blank(*self.readers[side])
-        return self.whole(side, epoch, other, row if row is None else self.split.rows[other])
+        return self.present_value(side, epoch, other, row if row is None else self.split.rows[other])
 
 
 class Blank(Samples):
-    """Each sample with what says nothing on some sides, an empty text or an image of mid-grey; it is not told to be missing.
+    """Samples that have a blank input on some sides, such as an empty text or a grey image, but are not marked as missing it.
 
     Args:
-        features: side to the pooled feature (1, C) of nothing, for a side whose features are known already.
+        features: by side, the pooled feature (1, C) of a blank input, for sides whose features are precomputed.
     """
 
     def __init__(self, samples: Samples, sides: Sequence[str], features: Mapping[str, Tensor]) -> None:
         vars(self).update(vars(samples))
         self._sides = sides
-        self.features = {**samples.features, **{side: _Same(features[side]) for side in sides if side in samples.features}}
+        self.features = {**samples.features, **{side: _Repeated(features[side]) for side in sides if side in samples.features}}
 
     def value(self, side: str, epoch: int, index: int, row: Row | None) -> Any:
         """See `Samples.value`."""
@@ -74,6 +74,8 @@ class Blank(Samples):
 
 
 class _Partners:
+    """Features of the partner of each row."""
+
     def __init__(self, table: Table, partner_S: Tensor) -> None:
         self._table, self._partner_S = table, partner_S
 
@@ -81,7 +83,9 @@ class _Partners:
         return self._table[self._partner_S[index_B]]
 
 
-class _Same:
+class _Repeated:
+    """The same feature for every row."""
+
     def __init__(self, feature_1C: Tensor) -> None:
         self._feature_1C = feature_1C
 

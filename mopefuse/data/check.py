@@ -1,6 +1,6 @@
-"""Everything that is wrong with a data set, found in one pass; nothing is written and nothing is printed.
+"""Find everything that is wrong with a data set in one pass; nothing is written and nothing is printed.
 
-A table that cannot be read hides nothing of the others, and one problem hides no other.
+A table that cannot be read does not hide the problems of the others, and one problem does not hide another.
 """
 
 from __future__ import annotations
@@ -19,31 +19,44 @@ from mopefuse.data import across
 from mopefuse.data.base import SPLITS, Row
 from mopefuse.data.columns import modalities_of
 from mopefuse.data.contents import Advance, Texts, Tokens, balance, describe_split, extremes, read_texts, rows_of
-from mopefuse.data.findings import KINDS, Finding, kind_of_row, of_files, of_missing, of_rows
-from mopefuse.data.index import Index, build, read_rows
+from mopefuse.data.findings import (
+    KINDS,
+    Finding,
+    file_findings,
+    finding_of,
+    kind_of_row,
+    missing_findings,
+    row_findings,
+)
+from mopefuse.data.index import Index
+from mopefuse.data.index_build import build, read_rows
 from mopefuse.data.label_check import check_labels
-from mopefuse.data.load import notice_splits, parts_of, roots_of, to_have
+from mopefuse.data.load import notice_splits, roots_of
+from mopefuse.data.split_rows import divide_rows, missing_split_hint
 from mopefuse.data.tables import Table, find_tables
 from mopefuse.errors import DataError
 from mopefuse.modalities.base import of
 
 Indexes = dict[str, Index]
-_NO_SPLIT = ("missing-split", "unreadable-table", "empty-split", "many-labels", "list-label")  # say why a split has no rows
+_NO_ROWS = ("missing-split", "unreadable-table", "empty-split", "many-labels", "list-label")  # explain a split without rows
 _RANK = {kind: number for number, kind in enumerate(KINDS)}
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a data set is and what is wrong with it.
+    """The contents of a data set and what is wrong with it.
 
     Args:
-        roots: folders that its files may be in, its own first.
-        modalities: that its rows have.
-        findings: errors first, by kind, split and line.
-        splits: counts of each. balance: label to split to rows.
-        trained: rows and labels of each split as training would have them, where some are held out or drawn.
-        seconds: that the pass over tables and files took, or reading their index from the cache.
-        looked: files that were read in it. from_cache: all that is known of the tables and files was there.
+        roots: folders that files may lie in, the data root first.
+        modalities: of the rows.
+        indexes: by split.
+        findings: errors first, then by kind, split and line.
+        splits: counts of each split, see `mopefuse.data.contents.describe_split`.
+        trained: rows and labels of each split as training uses them; empty unless rows are held out or drawn.
+        balance: rows of each split, by label.
+        leaks: rows that share a value with train, by split and modality.
+        seconds: that reading tables and files, or their index in the cache, took.
+        looked: files that were read. from_cache: whether the indexes of all splits were in the cache.
     """
 
     config: DataConfig
@@ -63,17 +76,17 @@ class Report:
 
     @property
     def errors(self) -> int:
-        """How many."""
+        """The number of errors."""
         return sum(finding.severity == "error" for finding in self.findings)
 
     @property
     def warnings(self) -> int:
-        """How many."""
+        """The number of warnings."""
         return len(self.findings) - self.errors
 
     @property
     def files_per_second(self) -> float | None:
-        """Of the files that were read; None where none was."""
+        """The speed of reading files; None if none was read."""
         return self.looked / self.seconds if self.looked else None
 
     @property
@@ -82,26 +95,26 @@ class Report:
         return extremes(self.balance)
 
     def by_kind(self) -> dict[str, list[Finding]]:
-        """The findings of each kind that there is, errors first."""
+        """Group the findings by kind, errors first."""
         groups: dict[str, list[Finding]] = {}
         for finding in self.findings:
             groups.setdefault(finding.kind, []).append(finding)
         return groups
 
     def todo(self, kind: str) -> str:
-        """What to do about findings of a kind: in their own words where all have the same."""
-        own = {finding.todo for finding in self.by_kind()[kind]}
-        return own.pop() if len(own) == 1 else KINDS[kind].todo
+        """Say what to do about the findings of a kind: the hint of the findings if they share one, else that of the kind."""
+        hints = {finding.todo for finding in self.by_kind()[kind]}
+        return hints.pop() if len(hints) == 1 else KINDS[kind].todo
 
     def row(self, split: str, number: int) -> Row:
-        """A row, read again."""
+        """Read a row again."""
         return rows_of(self.indexes[split], self.config)[number]
 
     def as_dict(self, most: int) -> dict[str, Any]:
-        """Plain values.
+        """Convert to plain values.
 
         Args:
-            most: findings to list; all are counted.
+            most: number of findings to list; all are counted.
         """
         return {
             "errors": self.errors,
@@ -131,72 +144,75 @@ def check(
     fresh: bool = False,
     advance: Advance = lambda stage, done, total: None,
 ) -> Report:
-    """Look at every row, file and text of the data set at `config.path`.
+    """Check every row, file and text of the data set at `config.path`.
 
     Args:
-        tokens: how the encoder that is to read the texts counts them; without, words are counted.
-        fresh: do not trust the index in the cache.
-        advance: told of (split or "texts", how many are done, how many there are).
+        tokens: of the encoder that is to read the texts; without it, words are counted.
+        fresh: read everything again instead of using the index in the cache.
+        advance: called with (split or "texts", number done, total number).
 
     Raises:
         DataError: there is no such folder or file.
     """
     path = Path(config.path or "")
     if not path.is_dir() and not path.is_file():
-        find_tables(path, config)  # says so
+        find_tables(path, config)  # raises
     if path.is_dir():  # each split has a table of its own
         config = config.model_copy(update={"split_col": None})
-    roots = roots_of(path, config)
-    looked = Counter[str]()
-
-    def count(split: str, done: int, total: int) -> None:
-        looked[split] = done
-        advance(split, done, total)
-
+    reading = _Reading(path=path, config=config, roots=roots_of(path, config), fresh=fresh, advance=advance)
     began = time.perf_counter()
-    tables, unreadable = _find(path, config)
-    notice_splits(tables, config)
-    modalities = modalities_of(tables.values(), config, lenient=True)
-    indexes, found = _read(path, tables, unreadable, roots, modalities, config, fresh, count)
+    indexes, found = reading.read()
     seconds = time.perf_counter() - began
-    seen: set[tuple[str, str]] = set()
-    for index in indexes.values():
-        ours = [finding for finding in of_rows(index) if (finding.where, finding.message) not in seen]
-        seen |= {(finding.where, finding.message) for finding in ours}  # of one table, each split sees what names none
-        found += [*ours, *of_files(index, roots), *of_missing(index)]
-    texts, odd = read_texts(indexes, config, tokens, advance)
-    labels, wrong = across.labels(indexes, roots[0], config)
-    leaked = list(across.leaks(indexes))
-    doubted = check_labels(indexes["train"], roots[0], config) if "train" in indexes else []
-    found += [*odd, *wrong, *doubted, *across.mixed_labels(indexes), *across.unknown_labels(indexes, labels)]
-    found += [*across.ids(indexes), *(finding for _, finding in leaked)]
+
+    texts, text_findings = read_texts(indexes, config, tokens, advance)
+    labels, label_findings = across.find_labels(indexes, reading.roots[0], config)
+    if "train" in indexes:
+        label_findings += check_labels(indexes["train"], reading.roots[0], config)
+    leaks = list(across.leaks(indexes))
+    found += _row_and_file_findings(indexes, reading.roots)
+    found += [*text_findings, *label_findings, *across.mixed_labels(indexes), *across.unknown_labels(indexes, labels)]
+    found += [*across.shared_ids(indexes), *(finding for _, finding in leaks)]
     trained, refused = _in_training(indexes, path, config)
-    found += refused if not any(finding.kind in _NO_SPLIT for finding in found) else []
-    counts = Counter((finding.split, modality) for modality, finding in leaked)
+    found += refused if not any(finding.kind in _NO_ROWS for finding in found) else []
     return Report(
-        config,
-        roots,
-        modalities,
-        indexes,
-        sorted(found, key=_order),
-        {name: describe_split(index, _bad_rows(index)) for name, index in indexes.items()},
-        trained,
-        balance(indexes, labels),
-        any(bool(index.list_S.any()) for index in indexes.values()),
-        texts,
-        {
-            name: {of(modality).plural: counts[name, modality] for modality in sorted(modalities, key=_files_first)}
-            for name in indexes
-            if name != "train" and "train" in indexes
-        },
-        seconds,
-        looked.total(),
-        bool(indexes) and not any(index.fresh for index in indexes.values()),
+        config=config,
+        roots=reading.roots,
+        modalities=reading.modalities,
+        indexes=indexes,
+        findings=sorted(found, key=_order),
+        splits={name: describe_split(index, _bad_rows(index)) for name, index in indexes.items()},
+        trained=trained,
+        balance=balance(indexes, labels),
+        multi_label=any(bool(index.list_S.any()) for index in indexes.values()),
+        texts=texts,
+        leaks=_count_leaks(leaks, indexes, reading.modalities),
+        seconds=seconds,
+        looked=reading.looked.total(),
+        from_cache=bool(indexes) and not any(index.fresh for index in indexes.values()),
     )
 
 
-def _files_first(modality: str) -> bool:
-    return not of(modality).is_file
+def _row_and_file_findings(indexes: Indexes, roots: tuple[Path, ...]) -> list[Finding]:
+    found: list[Finding] = []
+    seen: set[tuple[str, str]] = set()  # in a single table, a row that names no split is found once for each split
+    for index in indexes.values():
+        of_rows = [finding for finding in row_findings(index) if (finding.where, finding.message) not in seen]
+        seen |= {(finding.where, finding.message) for finding in of_rows}
+        found += [*of_rows, *file_findings(index, roots), *missing_findings(index)]
+    return found
+
+
+def _count_leaks(
+    leaks: list[tuple[str, Finding]], indexes: Indexes, modalities: tuple[str, ...]
+) -> dict[str, dict[str, int]]:
+    """Count the leaks of val and test by the plural of the modality, files first."""
+    counts = Counter((finding.split, modality) for modality, finding in leaks)
+    ordered = sorted(modalities, key=lambda modality: not of(modality).is_file)
+    return {
+        name: {of(modality).plural: counts[name, modality] for modality in ordered}
+        for name in indexes
+        if name != "train" and "train" in indexes
+    }
 
 
 def _order(finding: Finding) -> tuple[int, int, int, str]:
@@ -205,11 +221,18 @@ def _order(finding: Finding) -> tuple[int, int, int, str]:
     return _RANK[finding.kind], split, int(line) if line.isdecimal() else 0, finding.message
 
 
+def _bad_rows(index: Index) -> int:
+    return len(index.row_problems) + len(index.lines_S) - len(index.good())
+
+
 def read_split(config: DataConfig, split: str) -> tuple[Index, tuple[Path, ...]]:
-    """The rows of one split and the folders that their files may be in; files are not looked at.
+    """Read the rows of one split, without reading files.
+
+    Returns:
+        The index, and the folders that files may lie in.
 
     Raises:
-        DataError: there is no such folder, file or split, or its table cannot be read.
+        DataError: there is no such folder, file or split, its table cannot be read, or none of its rows is valid.
     """
     path = Path(config.path or "")
     tables = find_tables(path, config)
@@ -217,86 +240,105 @@ def read_split(config: DataConfig, split: str) -> tuple[Index, tuple[Path, ...]]
     index = read_rows(table, split, modalities_of(tables.values(), config), config) if table else None
     if index is not None and index.row_problems and not len(index.lines_S):
         first, rows = index.row_problems[0], several(len(index.row_problems), "row")
-        what = f"none of {rows} can be read, the first as: {first.what}"
+        what = f"could not read any of the {rows}; first error: {first.what}"
         raise DataError(82, what, where=first.where, fix=first.fix or KINDS[kind_of_row(first.what)].todo)
     if index is None or not len(index.lines_S):
-        there = ", ".join(tables) if path.is_dir() else path.name
-        fix = f"there is {there or 'none'}; mopefuse data check says more"
-        raise DataError(82, f"there are no rows of a {split} split", where=str(path), fix=fix)
+        present = ", ".join(tables) if path.is_dir() else path.name
+        fix = f"the data has {present or 'no split'}; run mopefuse data check for details"
+        raise DataError(82, f"the {split} split has no rows", where=str(path), fix=fix)
     return index, roots_of(path, config)
 
 
-def _find(path: Path, config: DataConfig) -> tuple[dict[str, Table], list[Finding]]:
-    """The table of each split that is there, or of all splits; and what is wrong with others."""
-    tables: dict[str, Table] = {}
-    found: list[Finding] = []
-    for name in SPLITS if path.is_dir() else SPLITS[:1]:
-        try:
-            tables |= find_tables(path, config, splits=(name,))
-        except DataError as error:
-            found.append(_unreadable(name, error))
-    return tables, found
+class _Reading:
+    """Reads the tables and files of a data set.
 
+    Attributes:
+        modalities: of the rows, known after `read`. looked: number of files that were read, by split.
+    """
 
-def _unreadable(split: str, error: DataError) -> Finding:
-    return Finding("unreadable-table", split, error.where, error.what, error.fix, error.code)
+    def __init__(
+        self, *, path: Path, config: DataConfig, roots: tuple[Path, ...], fresh: bool, advance: Advance
+    ) -> None:
+        self.path, self.config, self.roots, self.fresh = path, config, roots, fresh
+        self.modalities: tuple[str, ...] = ()
+        self.looked = Counter[str]()
+        self._advance = advance
 
+    def read(self) -> tuple[Indexes, list[Finding]]:
+        """Read the index of each split that can be read, and the findings about splits that are missing or unreadable."""
+        tables, found = self._find_tables()
+        notice_splits(tables, self.config)
+        self.modalities = modalities_of(tables.values(), self.config, lenient=True)
+        indexes, unreadable = self._build_indexes(tables)
+        found += unreadable
+        if found and not self.path.is_dir():
+            return {}, found[:1]
+        return indexes, found + self._absent_splits(indexes, {finding.split for finding in found})
 
-def _read(
-    path: Path,
-    tables: Mapping[str, Table],
-    unreadable: list[Finding],
-    roots: tuple[Path, ...],
-    modalities: tuple[str, ...],
-    config: DataConfig,
-    fresh: bool,
-    advance: Advance,
-) -> tuple[Indexes, list[Finding]]:
-    """The index of each split that can be read, and what is wrong with the others."""
-    indexes: Indexes = {}
-    found = list(unreadable)
-    for name in SPLITS if path.is_dir() or config.split_col else SPLITS[:1]:
-        table = tables.get(name) or tables.get("")
-        if table is None:
-            continue
-        try:
-            index = build(table, name, roots, modalities, config, fresh=fresh, advance=partial(advance, name))
-            if len(index.lines_S) or index.row_problems or path.is_dir():
+    def _find_tables(self) -> tuple[dict[str, Table], list[Finding]]:
+        """Find the table of each split, or the one of all splits, and the findings about tables that cannot be read."""
+        tables: dict[str, Table] = {}
+        found: list[Finding] = []
+        for name in SPLITS if self.path.is_dir() else SPLITS[:1]:
+            try:
+                tables |= find_tables(self.path, self.config, splits=(name,))
+            except DataError as error:
+                found.append(finding_of(error, "unreadable-table", name))
+        return tables, found
+
+    def _build_indexes(self, tables: Mapping[str, Table]) -> tuple[Indexes, list[Finding]]:
+        indexes: Indexes = {}
+        found: list[Finding] = []
+        for name in SPLITS if self.path.is_dir() or self.config.split_col else SPLITS[:1]:
+            table = tables.get(name) or tables.get("")
+            if table is None:
+                continue
+            advance = partial(self._count, name)
+            try:
+                index = build(table, name, self.roots, self.modalities, self.config, fresh=self.fresh, advance=advance)
+            except DataError as error:
+                found.append(finding_of(error, "unreadable-table", name))
+                continue
+            if len(index.lines_S) or index.row_problems or self.path.is_dir():
                 indexes[name] = index
-        except DataError as error:
-            found.append(_unreadable(name, error))
-    if found and not path.is_dir():
-        return {}, found[:1]
-    silent = {finding.split for finding in found}
-    for name, fraction in (("train", None), ("val", config.val_fraction), ("test", config.test_fraction)):
-        if name in indexes and not len(indexes[name].lines_S) and not indexes[name].row_problems:
-            where = indexes[name].file
-            found.append(Finding("empty-split", name, where, f"the {name} split has no rows", code="MF-DATA-04"))
-        elif name not in indexes and name not in silent and not fraction:
-            found.append(_missing(name, path, config))
-    return indexes, found
+        return indexes, found
+
+    def _count(self, split: str, done: int, total: int) -> None:
+        self.looked[split] = done
+        self._advance(split, done, total)
+
+    def _absent_splits(self, indexes: Indexes, explained: set[str]) -> list[Finding]:
+        """Splits that have no rows or are missing, without those that are `explained` by other findings."""
+        found: list[Finding] = []
+        for name, fraction in (("train", None), ("val", self.config.val_fraction), ("test", self.config.test_fraction)):
+            if name in indexes and not len(indexes[name].lines_S) and not indexes[name].row_problems:
+                where, message = indexes[name].file, f"the {name} split has no rows"
+                found.append(Finding(kind="empty-split", split=name, where=where, message=message, code="MF-DATA-04"))
+            elif name not in indexes and name not in explained and not fraction:
+                found.append(self._missing_split(name))
+        return found
+
+    def _missing_split(self, name: str) -> Finding:
+        where, hint = str(self.path), missing_split_hint(name, self.path, self.config)
+        if name == "test":
+            return Finding(kind="missing-test", split=name, where=where, message="there is no test split", hint=hint)
+        message = f"the {name} split is missing"
+        return Finding(kind="missing-split", split=name, where=where, message=message, hint=hint, code="MF-DATA-02")
 
 
 def _in_training(indexes: Indexes, path: Path, config: DataConfig) -> tuple[dict[str, dict[str, int]], list[Finding]]:
-    """What training has of each split where rows are held out or drawn, and why it has nothing of some."""
+    """Count rows and labels of each split as training uses them, where rows are held out or drawn.
+
+    Returns:
+        The counts, and the finding that training could not use the data.
+    """
     if not (config.val_fraction or config.test_fraction or config.shots or config.fraction):
         return {}, []
     try:
-        parts = parts_of(indexes, path, config)
+        parts = divide_rows(indexes, path, config)
     except DataError as error:
-        return {}, [Finding("empty-split", "", error.where, error.what, error.fix, error.code)]
+        return {}, [finding_of(error, "empty-split")]
     return {
         name: {"rows": len(rows), "labels": len(index.labels.take(rows).counts())}
         for name, (index, rows) in sorted(parts.items(), key=lambda part: SPLITS.index(part[0]))
     }, []
-
-
-def _missing(name: str, path: Path, config: DataConfig) -> Finding:
-    hint = to_have(name, path, config)
-    if name == "test":
-        return Finding("missing-test", name, str(path), "there is no test split", hint)
-    return Finding("missing-split", name, str(path), f"the {name} split is missing", hint, "MF-DATA-02")
-
-
-def _bad_rows(index: Index) -> int:
-    return len(index.row_problems) + len(index.lines_S) - len(index.good())

@@ -1,5 +1,5 @@
-"""From rows to batches. Order and augmentation are pure functions of (seed, epoch, index): a resumed run, another
-number of workers and another number of processes see the same samples in the same form.
+"""Turn rows into batches. Order and augmentation are pure functions of (seed, epoch, index), so that a resumed run, or one with
+another number of workers or processes, sees the same samples in the same form.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ Readers = Mapping[str, tuple[str, Preprocess]]  # side -> (modality, preprocess)
 
 
 class Table(Protocol):
-    """Features by row: a tensor (S, C), or what looks like one."""
+    """Features by row: a tensor (S, C), or something that can be indexed like one."""
 
     def __getitem__(self, index_B: Tensor) -> Tensor:
-        """(B, C)."""
+        """The features (B, C) of some rows."""
 
 
 class Samples(Dataset[dict[str, Any]]):
-    """Prepared samples of one split, by (epoch, index).
+    """Preprocessed samples of one split, by (epoch, index).
 
     Args:
-        readers: the sides to prepare; a side whose features are known already is left out.
-        features: side to features known already.
+        readers: modality and preprocessing of each side; sides with precomputed features are skipped.
+        features: by side, precomputed features.
         seed: of the augmentation.
         training: whether images are augmented.
 
-    Where a row has none of what an encoder reads, the encoder gets what says nothing, never augmented, and the batch says so.
+    Where a row lacks a modality, its encoder gets a blank input that is never augmented, and `Batch.missing` marks it.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Samples(Dataset[dict[str, Any]]):
         }
 
     def cache_images(self, advance: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Read images decoded and resized from one file from now on; see `mopefuse.data.pictures`."""
+        """Read decoded and resized images from the cache from now on, see `mopefuse.data.pictures`."""
         for side, (modality, preprocess) in self.readers.items():
             if of(modality).is_picture:
                 self.pictures[side] = pictures(self.data, self.split, modality, preprocess, self.config, advance=advance)
@@ -86,25 +86,25 @@ class Samples(Dataset[dict[str, Any]]):
             row = self.split.rows[index] if unread else None
             absent = {side: self.absent(side, epoch, index) for side in self.lacking}
             return {"index": index, "absent": absent} | {side: self.value(side, epoch, index, row) for side in self.readers}
-        except MopefuseError as error:  # a worker would turn it into text; as a value it arrives whole
+        except MopefuseError as error:  # a worker would turn the exception into text; a value arrives unchanged
             return {"error": error}
 
     def absent(self, side: str, epoch: int, index: int) -> bool:
-        """Whether a sample has nothing for a side's encoder; only asked of sides in `lacking`."""
+        """Whether a sample lacks the modality of a side; only for sides in `lacking`."""
         return bool(self.lacking[side][index])
 
     def value(self, side: str, epoch: int, index: int, row: Row | None) -> Any:
-        """What an encoder gets of a sample, before it is one of a batch.
+        """The preprocessed input of a side for one sample.
 
         Args:
-            row: read only where it is needed: not for a side whose images are cached.
+            row: of the sample; None if all images are cached.
         """
         if side in self.lacking and self.absent(side, epoch, index):
             return blank(*self.readers[side])
-        return self.whole(side, epoch, index, row)
+        return self.present_value(side, epoch, index, row)
 
-    def whole(self, side: str, epoch: int, index: int, row: Row | None) -> Any:
-        """What an encoder gets of a sample that has something for it; see `value`."""
+    def present_value(self, side: str, epoch: int, index: int, row: Row | None) -> Any:
+        """The preprocessed input of a side for a sample that does not lack it, see `value`."""
         modality, preprocess = self.readers[side]
         if side in self.pictures:
             reduced: Any = self.pictures[side][index]
@@ -118,21 +118,21 @@ class Samples(Dataset[dict[str, Any]]):
         return preprocess.ready(reduced)
 
     def batch(self, items: Sequence[dict[str, Any]]) -> Batch | MopefuseError:
-        """Prepared samples as one batch, or the error of one of them."""
+        """Combine samples into one batch; returns the error if one of them could not be read."""
         for item in items:
             if "error" in item:
                 return cast(MopefuseError, item["error"])
-        index = torch.tensor([item["index"] for item in items], dtype=torch.long)
+        index_B = torch.tensor([item["index"] for item in items], dtype=torch.long)
         inputs = {side: preprocess.batch([item[side] for item in items]) for side, (_, preprocess) in self.readers.items()}
-        features = {side: table[index] for side, table in self.features.items()}
+        features = {side: table[index_B] for side, table in self.features.items()}
         missing = {side: torch.tensor([item["absent"][side] for item in items]) for side in self.lacking}
-        return Batch(inputs, features, self.targets[index], index, missing)
+        return Batch(inputs=inputs, features=features, targets=self.targets[index_B], index=index_B, missing=missing)
 
     def batches(self, keys: Iterable[Sequence[Key]], *, pin: bool = False) -> Iterator[Batch]:
-        """Batches for `keys`, in that order; read in the main process or in `data.workers` others.
+        """Yield a batch for each item of `keys`, read in the main process or in `data.workers` worker processes.
 
         Raises:
-            DataError: a sample that cannot be read. ResourceError: a worker was killed.
+            DataError: a sample cannot be read. ResourceError: a worker was killed.
         """
         loader = DataLoader(
             self,
@@ -141,7 +141,7 @@ class Samples(Dataset[dict[str, Any]]):
             num_workers=self.config.workers,
             pin_memory=pin,
             generator=torch.Generator().manual_seed(0),  # keeps torch's global stream untouched
-            worker_init_fn=_leave_signals_to_the_main_process,
+            worker_init_fn=_ignore_signals,
         )
         iterator = iter(loader)
         while True:
@@ -160,22 +160,22 @@ class Samples(Dataset[dict[str, Any]]):
             yield batch
 
 
-def _leave_signals_to_the_main_process(worker: int) -> None:
-    """Ctrl-C and SIGTERM reach the whole process group; the main process ends its workers when it has saved."""
+def _ignore_signals(worker: int) -> None:
+    """Ignore Ctrl-C and SIGTERM in a worker: the main process handles them, and ends its workers after saving."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def blank(modality: str, preprocess: Preprocess) -> Any:
-    """What says nothing, prepared for a batch."""
+    """The preprocessed input of a sample that lacks the modality."""
     return preprocess.ready(preprocess.reduce(of(modality).nothing()))
 
 
 def augmentation(config: DataConfig, size: tuple[int, int]) -> Callable[[Image.Image], Image.Image]:
-    """What `data.augment`, unless it is none, does to a training image; it draws from torch's global generator.
+    """Build the augmentation of `data.augment`, which must not be none; it draws from torch's global generator.
 
     Args:
-        size: (height, width) in pixels of what the encoder sees.
+        size: (height, width) in pixels of the encoder's input.
     """
     from torchvision.transforms import v2  # takes as long to import as torch
 
@@ -191,29 +191,29 @@ def augmentation(config: DataConfig, size: tuple[int, int]) -> Callable[[Image.I
 
 
 def seed_of(*numbers: int) -> int:
-    """A seed of 64 bits that is a function of `numbers` and of nothing else."""
+    """Derive a 64-bit seed from numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def epoch_order(seed: int, epoch: int, count: int) -> list[int]:
-    """The permutation of `count` samples in which an epoch sees them."""
+    """The order of `count` samples in an epoch."""
     order: list[int] = np.random.Generator(np.random.PCG64(seed_of(seed, epoch))).permutation(count).tolist()
     return order
 
 
 def epoch_batches(seed: int, epoch: int, count: int, batch_size: int) -> list[list[int]]:
-    """The global batches of an epoch, the last one smaller if it must be; the same for any number of processes."""
+    """The global batches of an epoch, the same for any number of processes; the last one may be smaller."""
     order = epoch_order(seed, epoch, count)
     return [order[start : start + batch_size] for start in range(0, count, batch_size)]
 
 
 def share(batch: Sequence[int], rank: int, world: int) -> list[int]:
-    """What process `rank` of `world` computes of a global batch: every sample is in exactly one share."""
+    """The samples of a global batch that process `rank` of `world` computes; every sample belongs to exactly one process."""
     return list(batch[rank::world])
 
 
 def plain_batches(count: int, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[list[Key]]:
-    """Samples in order, each in exactly one process's batches."""
-    mine = range(rank, count, world)
-    for start in range(0, len(mine), batch_size):
-        yield [(0, index) for index in mine[start : start + batch_size]]
+    """Yield batches of samples in order; every sample belongs to exactly one process."""
+    own = range(rank, count, world)
+    for start in range(0, len(own), batch_size):
+        yield [(0, index) for index in own[start : start + batch_size]]

@@ -1,4 +1,4 @@
-"""Which modalities the rows of a data set have, and in which column of a table each stands."""
+"""The modalities of a data set, and the column of each."""
 
 from __future__ import annotations
 
@@ -13,113 +13,119 @@ from mopefuse.errors import ConfigError, DataError, did_you_mean, nearest
 from mopefuse.modalities import base as modality
 
 EXPECTED = ("text", "image")
-"""What a row of the papers' data has: expected where a table has the columns of fewer than two modalities."""
-_FLAGS = dict(zip(EXPECTED, ("--text-col", "--image-col"), strict=True))  # others have --column
-_LABELS = ("labels", "category", "class", "target", "genre", "genres", "y")  # what a label's column is called elsewhere
+"""The modalities that are expected if a table has columns of fewer than two."""
+_FLAGS = dict(zip(EXPECTED, ("--text-col", "--image-col"), strict=True))  # other modalities have --column
+_COMMON_LABELS = ("labels", "category", "class", "target", "genre", "genres", "y")  # common names of the label column
 
 
 def column_of(name: str, config: DataConfig) -> str:
-    """The column of a modality."""
-    own = dict(zip(EXPECTED, (config.text_col, config.img_col), strict=True))
-    return config.columns.get(name) or own.get(name, name)
+    """The name of the column of a modality."""
+    defaults = dict(zip(EXPECTED, (config.text_col, config.img_col), strict=True))
+    return config.columns.get(name) or defaults.get(name, name)
 
 
 def flag_for(name: str, column: str) -> str:
-    """What to write on the command line for a column to be that of a modality."""
+    """The flag that names the column of a modality."""
     return f"{_FLAGS[name]} {column}" if name in _FLAGS else f"--column {name}={column}"
 
 
 def in_order(found: Collection[str]) -> tuple[str, ...]:
-    """Modalities in the order of messages: `EXPECTED` first, then by name."""
+    """Sort modalities: `EXPECTED` first, then by name."""
     return (*(name for name in EXPECTED if name in found), *sorted(set(found) - set(EXPECTED)))
 
 
 def modalities_of(tables: Iterable[Table], config: DataConfig, *, lenient: bool = False) -> tuple[str, ...]:
-    """The modalities that rows have: those that `data.modalities` names, else those that have a column in some table.
+    """Find the modalities of the rows: those of `data.modalities`, or else those with a column in some table.
 
     Args:
-        lenient: look at other tables where one cannot be read.
+        lenient: ignore tables that cannot be read.
 
     Raises:
-        ConfigError: a setting names a modality that is not installed, or the label's column as that of a modality.
-        DataError: a table cannot be read, or a setting names a column that none has.
+        ConfigError: a setting names a modality that is not installed, or the column of the label is also that of a modality.
+        DataError: a table cannot be read, or a setting names a column that no table has.
     """
     known = modality.names()
-    for where, said in (("data.modalities", config.modalities or ()), ("data.columns", config.columns)):
-        for name in said:
+    for where, setting in (("data.modalities", config.modalities or ()), ("data.columns", config.columns)):
+        for name in setting:
             if name not in known:
-                what = f"no modality {name!r} is installed"
+                what = f"the modality {name!r} is not installed"
                 raise ConfigError(133, what, where=where, fix=did_you_mean(name, known))
     if config.modalities is not None:
-        return _apart_from_label(in_order(config.modalities), config)
+        return _refuse_label_column(in_order(config.modalities), config)
     columns = {name: column_of(name, config) for name in known}
-    named = _named(config)
-    there: set[str] = set()
-    read: list[Table] = []
+    named = _named_columns(config)
+    present: set[str] = set()
+    readable: list[Table] = []
     for table in (tables := list(tables)):
         with suppress(DataError) if lenient else nullcontext():
-            there |= columns_in(table, {*columns.values(), *named})
-            read.append(table)
-    absent = [column for column in named if column not in there]
-    if absent and len(read) == len(tables):
-        _refuse(absent, tables)
-    found = {name for name, column in columns.items() if column in there}
-    return _apart_from_label(in_order(found) if len(found) > 1 else EXPECTED, config)
+            present |= columns_in(table, {*columns.values(), *named})
+            readable.append(table)
+    absent = [column for column in named if column not in present]
+    if absent and len(readable) == len(tables):
+        _refuse_absent_columns(absent, tables)
+    found = {name for name, column in columns.items() if column in present}
+    return _refuse_label_column(in_order(found) if len(found) > 1 else EXPECTED, config)
 
 
-def _apart_from_label(modalities: tuple[str, ...], config: DataConfig) -> tuple[str, ...]:
-    """`modalities`, unless the label is read as one of them: a model would only learn to copy it."""
+def _refuse_label_column(modalities: tuple[str, ...], config: DataConfig) -> tuple[str, ...]:
+    """Return `modalities`, unless one of them has the column of the label: a model would only learn to copy it."""
     for name in modalities:
         if column_of(name, config) == config.label_col:
-            what = f"the column {config.label_col} is read as the label and as {name}"
-            fix = f"name another with --label-col or {flag_for(name, 'NAME')}"
+            what = f"the column {config.label_col} is used both as the label and as {name}"
+            fix = f"name another column with --label-col or {flag_for(name, 'NAME')}"
             raise ConfigError(231, what, where="data.label_col", fix=fix)
     return modalities
 
 
-def _named(config: DataConfig) -> list[str]:
-    """The columns that settings name otherwise than by default."""
+def _named_columns(config: DataConfig) -> list[str]:
+    """The columns that settings name, other than the defaults."""
     settings = ("text_col", "img_col", "label_col", "id_col")
-    own = [getattr(config, name) for name in settings if getattr(config, name) != DataConfig.model_fields[name].default]
-    return [*dict.fromkeys([*own, *config.columns.values()])]
+    named = [getattr(config, name) for name in settings if getattr(config, name) != DataConfig.model_fields[name].default]
+    return [*dict.fromkeys([*named, *config.columns.values()])]
 
 
-def _refuse(absent: Sequence[str], tables: Sequence[Table]) -> None:
-    """Refuse columns that no row of any table has; where there are no rows, others say so."""
-    there = {column for table in tables for column in some_columns(table)}
-    if not there:
+def _refuse_absent_columns(absent: Sequence[str], tables: Sequence[Table]) -> None:
+    """Refuse columns that no row of any table has; tables without rows are reported elsewhere."""
+    present = {column for table in tables for column in some_columns(table)}
+    if not present:
         return
-    near = [other for column in absent for other in nearest(column, there, most=1)]
-    fix = f"did you mean {', '.join(near)}?" if near else did_you_mean("", there)
+    near = [other for column in absent for other in nearest(column, present, most=1)]
+    fix = f"did you mean {', '.join(near)}?" if near else did_you_mean("", present)
     raise DataError(102, f"there is no column {' or '.join(absent)}", where=", ".join(t.file for t in tables), fix=fix)
 
 
 def require_column(who: str, name: str, modalities: Sequence[str], *, where: str) -> None:
-    """Refuse what reads a modality that rows do not have.
+    """Require that rows have a modality.
 
     Args:
-        who: that reads it. modalities: that rows have.
+        who: the encoder that reads it, for the message. name: the modality that is required.
+        modalities: of the rows.
+
+    Raises:
+        ConfigError: they do not have it.
     """
     if name not in modalities:
-        what = f"{who} reads {name}; a row has {' and '.join(modalities)}"
-        fix = f"name the column that has it, {flag_for(name, 'NAME')}, or use what reads one of these"
+        what = f"{who} reads {name}, but rows have {' and '.join(modalities)}"
+        fix = f"name the column of {name} with {flag_for(name, 'NAME')}, or use an encoder of another modality"
         raise ConfigError(132, what, where=where, fix=fix)
 
 
-def _like(column: str, free: Collection[str], elsewhere: Sequence[str]) -> list[str]:
-    """The one column that may be meant: of the nearest name, or of one that it has elsewhere; or none."""
-    return [*nearest(column, free, most=1), *(other for other in elsewhere if other in free)][:1]
+def _similar(column: str, free: Collection[str], common: Sequence[str]) -> list[str]:
+    """At most one column that may be meant: the one with the most similar name, or else with a common name."""
+    return [*nearest(column, free, most=1), *(other for other in common if other in free)][:1]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How rows are read: made once for a table.
+    """How the rows of a table are read.
 
     Args:
-        columns: modality to the name of its column, in order. in_rows: those whose values are in the rows themselves.
+        columns: name of the column of each modality, in order.
+        in_rows: the modalities whose values stand in the rows, not in files.
         identity, label: names of columns. separator: of labels in a cell. fold_labels: see `data.fold_labels`.
-        on_missing: see `data.on_missing`. null_is_empty: whether a null in a row is a value, an empty one.
-        empty_is_missing: whether an empty value in a row is none; of a file it always is.
+        on_missing: see `data.on_missing`.
+        null_is_empty: whether a null in a row counts as an empty value rather than a missing one.
+        empty_is_missing: whether an empty value in a row counts as missing; the name of a file always does.
     """
 
     columns: Mapping[str, str]
@@ -134,21 +140,21 @@ class Layout:
 
     @classmethod
     def of(cls, modalities: Sequence[str], config: DataConfig) -> Layout:
-        """That of rows with these modalities."""
+        """The layout of rows with these modalities."""
         return cls(
-            {name: column_of(name, config) for name in modalities},
-            frozenset(name for name in modalities if not modality.of(name).is_file),
-            config.id_col,
-            config.label_col,
-            config.label_sep,
-            config.fold_labels,
-            config.on_missing,
-            config.allow_missing_text,
-            config.on_missing != "error",
+            columns={name: column_of(name, config) for name in modalities},
+            in_rows=frozenset(name for name in modalities if not modality.of(name).is_file),
+            identity=config.id_col,
+            label=config.label_col,
+            separator=config.label_sep,
+            fold_labels=config.fold_labels,
+            on_missing=config.on_missing,
+            null_is_empty=config.allow_missing_text,
+            empty_is_missing=config.on_missing != "error",
         )
 
-    def said(self, name: str, row: Mapping[str, Any]) -> Any:
-        """What a row says of a modality: a string where it is well, None where there is nothing."""
+    def value_of(self, name: str, row: Mapping[str, Any]) -> Any:
+        """The value of a modality in a row: a string if the row is valid, None if it is missing."""
         value = row.get(self.columns[name])
         takes_empty = self.null_is_empty and name in self.in_rows
         if value is None:
@@ -159,22 +165,19 @@ class Layout:
         return value
 
     def hints(self, missing: Sequence[str], with_label: bool, row: Mapping[str, Any]) -> list[str]:
-        """Flags that may be meant, where columns are not there: for each the nearest name, or what it is called elsewhere."""
+        """Suggest a flag for each missing column, if another column has a similar or a common name."""
         free = [other for other in row if other not in {*self.columns.values(), self.identity, self.label}]
         found = []
         for name in missing:
-            near = _like(self.columns[name], free, modality.of(name).meant)
-            found += [flag_for(name, other) for other in near]
-            free = [other for other in free if other not in near]
+            similar = _similar(self.columns[name], free, modality.of(name).meant)
+            found += [flag_for(name, other) for other in similar]
+            free = [other for other in free if other not in similar]
         if with_label:
-            found += [f"--label-col {other}" for other in _like(self.label, free, _LABELS)]
+            found += [f"--label-col {other}" for other in _similar(self.label, free, _COMMON_LABELS)]
         return found
 
     def describe(self) -> tuple[object, ...]:
-        """Everything about it that a digest must know, but `on_missing`: where nothing is missing, it changes nothing.
-
-        Rows of text and image are described as before there were others, so that runs of that time know their data.
-        """
-        names = () if tuple(self.columns) == EXPECTED else tuple(self.columns)
+        """What decides how rows are read, for a digest; without `on_missing`, which matters only for missing values."""
+        names = () if tuple(self.columns) == EXPECTED else tuple(self.columns)  # fingerprints depend on this form
         folded = ("folded",) if self.fold_labels else ()
         return (*names, self.identity, *self.columns.values(), self.label, self.null_is_empty, self.separator, *folded)

@@ -1,8 +1,8 @@
-"""The records of a CSV file, each of one or more lines, so that a quote that is not closed does not take other rows with it.
+"""Read the records of a CSV file, each of one or more lines, so that an unclosed quote does not spoil other rows.
 
-A quoted cell may hold line breaks, so a quote that somebody forgot to close swallows the lines up to the next quote or the
-end of the file. A record that cannot be read, or that has too few or too many cells, is taken for such a quote if it
-swallowed lines that are complete rows by themselves; reading then goes on at the line after the quote.
+A quoted cell may contain line breaks, so an unclosed quote swallows the lines up to the next quote or the end of the file. A
+record that cannot be parsed, or that has the wrong number of cells, counts as such a quote if it swallowed lines that are
+complete rows by themselves; reading then continues at the line after the quote.
 """
 
 from __future__ import annotations
@@ -13,45 +13,49 @@ import re
 from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
-_RESCANS = 8  # times the length of the file that swallowed lines may be read again, as odd files could make it quadratic
-_HEAD = 65_536  # bytes of a table that its header is looked for in
-_FEWEST = 3  # columns that a table needs for lines inside a cell to be recognised as rows
+_RESCANS = 8  # limit on rereading swallowed lines, in lengths of the file; without it, reading could take quadratic time
+_HEAD = 65_536  # bytes in which the header is searched
+_FEWEST = 3  # columns that a table must have for swallowed lines to be recognised as rows
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 
 
 def delimiter_of(content: bytes, default: str, wanted: Collection[str]) -> str:
-    """What separates the cells of a table, from its header: the delimiter that gives most of the `wanted` columns.
+    """Detect the delimiter of a table from its header: the one that gives most of the `wanted` columns.
 
-    Where several give as many, it is `default` if that separates anything, else the one that gives most columns.
+    If several give as many, it is `default` if the header contains it, else the one that gives most columns.
     """
     lines = re.split("[\r\n]", content[:_HEAD].decode("utf-8-sig", "replace"))
-    header = next((line.replace("\0", "") for line in lines if line.strip()), "")  # which csv of Python 3.10 refuses
+    header = next((line.replace("\0", "") for line in lines if line.strip()), "")  # the csv module of Python 3.10 refuses NUL
 
-    def merit(delimiter: str) -> tuple[int, bool, int]:
+    def rank(delimiter: str) -> tuple[int, bool, int]:
         cells = [cell.strip() for cell in next(csv.reader([header], delimiter=delimiter), [])]
         return len(set(wanted) & set(cells)), delimiter == default and len(cells) > 1, len(cells)
 
-    return max((default, *_DELIMITERS), key=merit)
+    return max((default, *_DELIMITERS), key=rank)
 
 
 def name_of(delimiter: str) -> str:
-    """A delimiter in words."""
+    """The name of a delimiter, in the plural."""
     return _DELIMITERS[delimiter]
 
 
 class Record(NamedTuple):
-    """The cells of one record, or what is wrong with it."""
+    """The cells of one record, or its problem.
 
-    line: int  # from 1, its first
+    Args:
+        line: its first, from 1.
+    """
+
+    line: int
     cells: list[str]
     problem: str = ""
 
 
 class Records:
-    """The records of a text, empty lines left out.
+    """Iterates over the records of a text, without empty lines.
 
     Attributes:
-        width: how many cells a complete row has; 0 until the header is known.
+        width: number of cells of a complete row; 0 until the header is known.
     """
 
     def __init__(self, text: str, delimiter: str) -> None:
@@ -61,7 +65,7 @@ class Records:
         self._seek(io.StringIO(text, newline=""), 0, 0)
 
     def _seek(self, file: io.StringIO, place: int, lines: int) -> None:
-        """Go on at a place of the text that has so many lines before it."""
+        """Continue at a place of the text; `lines` is the number of lines before it."""
         file.seek(place)
         self._file, self._before = file, lines
         self._reader = csv.reader(file, delimiter=self._delimiter, strict=True)
@@ -83,11 +87,11 @@ class Records:
                 yield Record(line, cells or [], problem)
 
     def _swallows_rows(self, start: int, cells: list[str] | None) -> bool:
-        """Whether the lines after the first of a record are rows by themselves, so that no cell can be meant to hold them.
+        """Whether the lines after the first line of a record are rows by themselves, and so not the content of a cell.
 
-        One is enough in a record that has not the cells of a row, and where it cannot be read at all, one with as many
-        delimiters as a row. A good record may hold anything, sentences with as many commas as a row among it: there, all
-        lines but the last must be complete rows without a space after a delimiter, and two at least.
+        If the record has the wrong number of cells, one such line is enough; if it cannot be parsed, so is a line with as
+        many delimiters as a row. The cells of a good record may contain anything, even sentences with as many commas as a
+        row: then all lines but the last must be rows without a space after a delimiter, and at least two lines in all.
         """
         if not self.width:
             return cells is None
@@ -111,7 +115,7 @@ class Records:
         return len(cells) == self.width and not any(cell.startswith(" ") for cell in cells[1:])
 
     def _cells(self, line: str) -> list[str]:
-        """The cells of a line by itself; none where it is not CSV."""
+        """The cells of a line by itself; none if it is not CSV."""
         try:
             return next(csv.reader([line], delimiter=self._delimiter, strict=True), [])
         except csv.Error:
@@ -121,7 +125,7 @@ class Records:
         return line.count(self._delimiter) >= max(1, self.width - 1)
 
     def _recover(self, start: int, line: int, last: int) -> Iterator[Record]:
-        """Report the line with the quote, and go on after it; where that was done too often, report every line."""
+        """Report the line with the quote and continue after it; if that happened too often, report all swallowed lines."""
         end, count = self._file.tell(), last - line
         lines = f"the {count:,} lines" if count > 1 else "the line"
         problem = f"has a quote that is not closed: it would take in {lines} after it, up to line {last}"

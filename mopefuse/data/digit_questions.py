@@ -1,12 +1,12 @@
-"""Digit questions: a data set that neither modality can answer alone, made on the spot from real handwriting.
+"""Generate digit questions: a data set that needs both modalities, made from real handwriting.
 
-An image holds four handwritten digits, all different, in the four colours, one per cell of a 2 x 2 grid; a text asks
-for one of them by its place or by its colour (eight kinds of question). The label is that digit. The image alone leaves
-four equally likely answers (0.25), the text alone ten (0.10).
+An image shows four different handwritten digits in four colours, one per cell of a 2 x 2 grid; a text asks for one of them by
+its place or by its colour (eight kinds of question). The label is that digit. The image alone leaves four equally likely
+answers (accuracy 0.25), the text alone ten (0.10).
 
 The digits are scikit-learn's copy of the UCI "Optical Recognition of Handwritten Digits" test set (1,797 samples of
-8 x 8 pixels; E. Alpaydin and C. Kaynak, CC BY 4.0). Which sample may appear in which split is fixed, whatever the seed,
-so that whatever is pretrained on `handwriting("train")` has never seen a digit of the other splits.
+8 x 8 pixels; E. Alpaydin and C. Kaynak, CC BY 4.0). The split of each sample is fixed, whatever the seed, so
+that a model pretrained on `handwriting("train")` has never seen a digit of the other splits.
 
 Shapes: N images or samples, 8 and 16 pixels, 4 cells (top left, top right, bottom left, bottom right) or colours.
 """
@@ -79,7 +79,7 @@ TRAIN_TEMPLATES = {  # used in every split
         "can you read the {} number?",
     ),
 }
-TEST_ONLY_TEMPLATES = {  # used in the test split, beside those above
+TEST_ONLY_TEMPLATES = {  # used in the test split in addition to those above
     "place": (
         "can you make out the digit in the {} part of the picture?",
         "someone wrote a number at the {}; what is it?",
@@ -94,12 +94,12 @@ TEST_ONLY_TEMPLATES = {  # used in the test split, beside those above
     ),
 }
 
-_SHARE = {"train": range(70), "val": range(70, 80), "test": range(80, 100)}  # per cent of the UCI samples
+_PERCENT = {"train": range(70), "val": range(70, 80), "test": range(80, 100)}  # per cent of the UCI samples
 _SOURCE = "UCI Optical Recognition of Handwritten Digits (E. Alpaydin, C. Kaynak; CC BY 4.0), by scikit-learn load_digits"
 
 
 class Question(NamedTuple):
-    """One row: `image` counts the images of its split, `label` is the digit that the text asks for."""
+    """One row: `image` is the number of the image in its split, `label` the digit that the text asks for."""
 
     image: int
     text: str
@@ -107,38 +107,38 @@ class Question(NamedTuple):
 
 
 class Split(NamedTuple):
-    """What is written for one split, and what it was composed of."""
+    """The questions of one split, and what its images are composed of."""
 
     samples_N4: Array  # UCI sample in each cell
-    digits_N4: Array  # the digit that it shows
+    digits_N4: Array  # digit in each cell
     colours_N4: Array  # index into `COLOURS`
     questions: list[Question]
 
 
 @cache
 def _uci() -> tuple[Array, Array]:
-    """All samples: values 0..16 of shape (1797, 8, 8), digits of shape (1797,)."""
-    from sklearn.datasets import load_digits  # slow to import, and only needed here
+    """Load all samples: values 0..16 of shape (1797, 8, 8), digits of shape (1797,)."""
+    from sklearn.datasets import load_digits  # slow to import
 
     bunch = load_digits()
     return bunch.images.astype(np.uint8), bunch.target.astype(np.int64)
 
 
-def _part(index: int) -> int:
-    """0..99, spread evenly and for ever the same: decides the split of a UCI sample."""
+def _percentile(index: int) -> int:
+    """A fixed number 0..99, evenly distributed, that decides the split of a UCI sample."""
     return int.from_bytes(hashlib.sha256(f"digit {index}".encode()).digest()[:4], "big") % 100
 
 
 @cache
 def handwriting(split: str) -> tuple[Array, Array, Array]:
-    """The UCI samples of a split, no two share one: indices (N,), values 0..16 (N, 8, 8) and digits (N,)."""
+    """The UCI samples of a split, disjoint from other splits: indices (N,), values 0..16 (N, 8, 8) and digits (N,)."""
     values, digits = _uci()
-    indices = np.array([index for index in range(len(digits)) if _part(index) in _SHARE[split]])
+    indices = np.array([index for index in range(len(digits)) if _percentile(index) in _PERCENT[split]])
     return indices, values[indices], digits[indices]
 
 
 def paint(values_N488: Array, colours_N4: Array) -> Array:
-    """Digits (values 0..16) in colours (index into `COLOURS`) on black, as RGB images (N, 16, 16, 3) of 8 bits."""
+    """Paint digits (values 0..16) in colours (index into `COLOURS`) on black; returns 8-bit RGB images (N, 16, 16, 3)."""
     palette_C3 = np.array(list(COLOURS.values()), dtype=np.uint16)
     cells = values_N488[..., None].astype(np.uint16) * palette_C3[colours_N4][:, :, None, None] // 16
     grid: Array = cells.astype(np.uint8).reshape(-1, 2, 2, 8, 8, 3).transpose(0, 1, 3, 2, 4, 5)
@@ -146,7 +146,7 @@ def paint(values_N488: Array, colours_N4: Array) -> Array:
 
 
 def compose(split: str, rows: int, seed: int) -> Split:
-    """The images and questions of a split, a pure function of its arguments."""
+    """Compose the images and questions of a split; a pure function of its arguments."""
     random = np.random.default_rng([seed, SPLITS.index(split)])
     indices, _, digits = handwriting(split)
     by_digit = [indices[digits == digit] for digit in range(10)]
@@ -157,10 +157,10 @@ def compose(split: str, rows: int, seed: int) -> Split:
     questions = []
     for image in range(count):
         for kind in random.permutation(8)[:QUESTIONS_PER_IMAGE]:
-            asked, number = ("place", kind) if kind < 4 else ("colour", kind - 4)
-            cell = number if asked == "place" else int(np.flatnonzero(colours_N4[image] == number)[0])
-            names = PLACES[number] if asked == "place" else tuple(COLOURS)[number : number + 1]
-            templates = TRAIN_TEMPLATES[asked] + (TEST_ONLY_TEMPLATES[asked] if split == "test" else ())
+            aspect, number = ("place", kind) if kind < 4 else ("colour", kind - 4)
+            cell = number if aspect == "place" else int(np.flatnonzero(colours_N4[image] == number)[0])
+            names = PLACES[number] if aspect == "place" else tuple(COLOURS)[number : number + 1]
+            templates = TRAIN_TEMPLATES[aspect] + (TEST_ONLY_TEMPLATES[aspect] if split == "test" else ())
             text = str(random.choice(templates)).format(random.choice(names))
             questions.append(Question(image, text, int(digits_N4[image, cell])))
     return Split(samples_N4, digits_N4, colours_N4, questions[:rows])
@@ -172,19 +172,19 @@ def make(
     """Write the data set: ``{train,val,test}.jsonl``, ``images/<split>/<number>.png`` and ``dataset.json``.
 
     Args:
-        folder: must be new or empty, or hold this very data set already (then nothing is written).
-        seed: of the compositions and phrasings; the same arguments give the same bytes.
+        folder: must be new or empty, or already contain the same data set (then nothing is written).
+        seed: of compositions and phrasings; the same arguments give the same bytes.
         train, val, test: rows of each split. Four rows share an image.
 
     Returns:
         The rows of each split.
 
     Raises:
-        DataError: a count is not positive, or the folder holds something else.
+        DataError: a count is not positive, or the folder contains something else.
     """
     folder, counts = Path(folder).resolve(), {"train": train, "val": val, "test": test}
     if min(counts.values()) < 1 or seed < 0:
-        raise DataError(51, f"cannot make splits of {counts} rows with seed {seed}", fix="ask for at least one row each")
+        raise DataError(51, f"cannot make splits of {counts} rows with seed {seed}", fix="make at least one row of each split")
     about = {"dataset": "digit-questions", "version": 1, "seed": seed, "rows": counts, "source": _SOURCE}
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         _check_same(folder, about)
@@ -224,13 +224,17 @@ def _digest(folder: Path) -> str:
 
 
 def _check_same(folder: Path, about: dict[str, Any]) -> None:
-    """Raise a DataError unless `folder` is exactly the data set that `about` describes."""
-    fix = "name a new folder, or remove this one"
+    """Check that `folder` is exactly the data set that `about` describes.
+
+    Raises:
+        DataError: it is not.
+    """
+    fix = "choose a new folder, or remove this one"
     try:
         found = json.loads(read_regular(folder / "dataset.json").decode("utf-8"))
     except (OSError, ValueError):
         raise DataError(52, "the folder is not empty", where=str(folder), fix=fix) from None
     if not isinstance(found, dict) or {key: found.get(key) for key in about} != about:
-        raise DataError(53, "the folder holds another data set", where=str(folder / "dataset.json"), fix=fix)
+        raise DataError(53, "the folder contains another data set", where=str(folder / "dataset.json"), fix=fix)
     if found.get("sha256") != _digest(folder):
-        raise DataError(54, "files of this data set were changed, added or lost", where=str(folder), fix=fix)
+        raise DataError(54, "files of this data set were changed, added or removed", where=str(folder), fix=fix)

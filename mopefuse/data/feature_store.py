@@ -1,10 +1,10 @@
-"""Known features of one encoder, by the content of samples: append-only shards that processes, runs and data sets share.
+"""Store the features of one encoder by content, in append-only shards that processes, runs and data sets share.
 
-A shard is a folder ``features/<encoder>/<number>`` of the cache with sorted keys, the 16-byte digests of `Split.keys`, and
-their features. It is published whole and never changed; where two processes computed the same sample, the shard of the
-lower number holds it for both. Nothing is locked, and a damaged shard is as one that is not there.
+A shard is a folder ``features/<encoder>/<number>`` of the cache with sorted keys (the 16-byte digests of `Split.keys`) and
+their features. It is published whole and never changed; if two processes computed the same sample, both use the shard with the
+lower number. Nothing is locked, and a damaged shard is ignored.
 
-Shapes: N keys in all shards, U keys asked for, C width of a feature.
+Shapes: N keys in all shards, U wanted keys, C width of a feature.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Values = NDArray[np.float32]
 
 
 class Mapped:
-    """Features in a file (rows, C), mapped into memory; what is sent to another process is its path."""
+    """A memory-mapped file of features (rows, C). Pickling sends its path to the other process, not its content."""
 
     def __init__(self, file: Path, shape: tuple[int, int]) -> None:
         self._file, self._shape = file, shape
@@ -42,7 +42,7 @@ class Mapped:
         self._open()
 
     def __getitem__(self, rows: NDArray[np.int64]) -> Values:
-        """A copy of some rows."""
+        """Copy some rows."""
         found: Values = self._values[rows]
         return found
 
@@ -57,14 +57,14 @@ class Shard(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Where asked-for keys are: number of a shard, -1 where there is none, and the row in it."""
+    """The place of each wanted key: the number of a shard, -1 if no shard has it, and the row in it."""
 
     shard_U: NDArray[np.int32]
     row_U: NDArray[np.int64]
 
     @property
     def known_U(self) -> NDArray[np.bool_]:
-        """Whether each is anywhere."""
+        """Whether each key is in a shard."""
         known: NDArray[np.bool_] = self.shard_U >= 0
         return known
 
@@ -73,7 +73,7 @@ class FeatureStore:
     """The shards of one encoder.
 
     Args:
-        key: what tells the encoder from others. width: C.
+        key: of the encoder. width: C.
     """
 
     def __init__(self, key: str, width: int) -> None:
@@ -82,10 +82,10 @@ class FeatureStore:
         self._opened: dict[str, Shard] = {}
 
     def refresh(self, names: list[str] | None = None) -> None:
-        """Open what has been published since.
+        """Open the shards that have been published since.
 
         Args:
-            names: open these and no others, as another process named them.
+            names: open only these, those of another process.
         """
         folders = {folder.name: folder for folder in cache.parts(KIND, self.key)}
         self.shards = []
@@ -96,7 +96,7 @@ class FeatureStore:
                 self.shards.append(shard)
 
     def find(self, wanted_U: Keys) -> Found:
-        """Where the features of some keys are."""
+        """Find the features of some keys."""
         shard_U, row_U = np.full(len(wanted_U), -1, dtype=np.int32), np.zeros(len(wanted_U), dtype=np.int64)
         if not self.shards:
             return Found(shard_U, row_U)
@@ -105,7 +105,7 @@ class FeatureStore:
         numbers_N = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
         rows_N = np.concatenate([np.arange(size) for size in sizes])
         if len(sizes) > 1:
-            order_N = np.argsort(keys_N, kind="stable")  # of equal keys the first shard stays first
+            order_N = np.argsort(keys_N, kind="stable")  # keeps the first shard of equal keys
             keys_N, numbers_N, rows_N = keys_N[order_N], numbers_N[order_N], rows_N[order_N]
         place_U = np.searchsorted(keys_N, wanted_U)
         place_U[place_U == len(keys_N)] = 0
@@ -114,7 +114,11 @@ class FeatureStore:
         return Found(shard_U, row_U)
 
     def append(self, keys: Keys, values: Values, facts: Mapping[str, Any]) -> bool:
-        """Publish features as a new shard; False where nothing can be kept."""
+        """Publish features as a new shard.
+
+        Returns:
+            False if the cache cannot keep it.
+        """
         order = np.argsort(keys, kind="stable")
 
         def write(folder: Path) -> None:
@@ -125,17 +129,17 @@ class FeatureStore:
 
 
 _Stamp = tuple[tuple[str, int, int, int], ...]
-_verified: dict[Path, _Stamp] = {}  # shards whose digests this process has compared, as their files were then
+_verified: dict[Path, _Stamp] = {}  # shards whose digests this process has checked, with the state of their files
 
 
 def _stamp(folder: Path) -> _Stamp:
-    """Name, inode, size and time of the files of a shard, some of which change with any file."""
+    """Name, inode, size and time of the files of a shard; some of these change when a file does."""
     found = ((path.name, path.stat()) for path in folder.iterdir())
     return tuple(sorted((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in found))
 
 
 def _read(folder: Path, width: int) -> Shard | None:
-    """A shard; None if it is damaged, or gone. Digests are compared once in each process."""
+    """Read a shard; None if it is damaged or gone. Each process checks its digests once."""
     try:
         stamp = _stamp(folder)
     except OSError:

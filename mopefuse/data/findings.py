@@ -1,8 +1,6 @@
-"""What can be wrong with a data set: kinds of findings, and those that rows, images and texts show by themselves.
+"""The kinds of findings of a data check, and the findings about single rows and files.
 
-An error is what training would refuse; a warning is what it accepts, but somebody should know.
-
-Shapes: S rows of a split, I images.
+An error is something that training refuses; a warning is something that it accepts but the user should know.
 """
 
 from __future__ import annotations
@@ -18,6 +16,7 @@ import numpy as np
 
 from mopefuse.core.formatting import several
 from mopefuse.data.index import Index
+from mopefuse.errors import DataError
 from mopefuse.modalities.base import of
 from mopefuse.modalities.files import Files, root_to_name
 
@@ -29,35 +28,35 @@ class Kind(NamedTuple):
     todo: str
 
 
-KINDS = {  # in the order of a report
+KINDS = {  # in the order of the report
     "unsafe-path": Kind("error", "use paths inside the data folder, or allow their folder with --image-root"),
     "missing-split": Kind("error", "provide it, or hold some rows of train out"),
-    "unreadable-table": Kind("error", "mend or convert the file"),
+    "unreadable-table": Kind("error", "repair or convert the file"),
     "empty-split": Kind("error", "provide at least one row"),
-    "bad-labels-file": Kind("error", "write each label once, one a line, in UTF-8"),
+    "bad-labels-file": Kind("error", "write each label once, one per line, in UTF-8"),
     "bad-json": Kind("error", "correct the line"),
     "bad-encoding": Kind("error", "convert the file with iconv -t utf-8"),
     "bad-csv": Kind("error", "close quotes, and give each row the fields of the header"),
-    "not-an-object": Kind("error", "write one JSON object a line"),
+    "not-an-object": Kind("error", "write one JSON object per line"),
     "missing-column": Kind("error", "add it, or name the column that has it: --text-col, --image-col, --label-col"),
-    "missing-text": Kind("error", "give the row a text, or say what a row without is: --on-missing absent or skip"),
-    "nothing": Kind("error", "give the row a value, or say what a row without does: --on-missing skip or absent"),
+    "missing-text": Kind("error", "add a text, or allow rows without one with --on-missing absent or skip"),
+    "nothing": Kind("error", "add a value, or allow rows without one with --on-missing skip or absent"),
     "wrong-type": Kind("error", "write strings, and labels as a string or a list of strings"),
-    "empty-label": Kind("error", "give the row a label, or remove it"),
-    "half-character": Kind("error", "correct the character"),
+    "empty-label": Kind("error", "add a label, or remove the row"),
+    "half-character": Kind("error", "replace the character"),
     "bad-split-name": Kind("error", "write train, val or test"),
-    "duplicate-id": Kind("error", "give each row of a split its own id"),
+    "duplicate-id": Kind("error", "give each row of a split a unique id"),
     "bad-row": Kind("error", "correct or remove it"),
     "mixed-labels": Kind("error", "write all labels as strings, or all as lists"),
     "one-class": Kind("error", "add rows of another class"),
     "unknown-label": Kind("error", "correct it, or list all labels in labels.txt"),
     "list-label": Kind("error", "read lists with --label-sep list"),
-    "many-labels": Kind("error", "name the column with the class with --label-col, or separate labels with --label-sep"),
+    "many-labels": Kind("error", "name the column of the class with --label-col, or split labels with --label-sep"),
     "missing-image": Kind("error", "add the file"),
     "missing-file": Kind("error", "add the file"),
     "not-a-file": Kind("error", "name a file"),
     "empty-image": Kind("error", "replace or remove it"),
-    "truncated-image": Kind("error", "replace it with a whole one"),
+    "truncated-image": Kind("error", "replace it with a complete file"),
     "wrong-format-image": Kind("error", "convert it to JPEG, PNG, WEBP, GIF or BMP"),
     "unreadable-image": Kind("error", "replace or remove it"),
     "unreadable-file": Kind("error", "replace or remove it"),
@@ -67,56 +66,67 @@ KINDS = {  # in the order of a report
     "leaked-text": Kind("warning", "remove the row from one of the splits"),
     "leaked-file": Kind("warning", "remove the row from one of the splits"),
     "leaked-value": Kind("warning", "remove the row from one of the splits"),
-    "id-in-two-splits": Kind("warning", "give each row its own id"),
-    "absent-label": Kind("warning", "add rows of it; its F1 cannot be measured"),
-    "joined-labels": Kind("warning", "separate them with --label-sep, if they are several labels"),
-    "label-variants": Kind("warning", "make them one with --fold-labels, or write each label one way"),
-    "misspelt-label": Kind("warning", "correct it, if it is a misspelling"),
-    "numeric-labels": Kind("warning", "name the column with the class with --label-col, if they are amounts"),
-    "rare-labels": Kind("warning", "join or remove rare classes, or name another column with --label-col"),
-    "missing-value": Kind("warning", "nothing, if they may be without"),
-    "empty-text": Kind("warning", "give the row a text, or take it as missing: --on-missing absent"),
-    "replaced-characters": Kind("warning", "remove them; they are read as U+FFFD"),
-    "tiny-image": Kind("warning", "use the original; it is enlarged"),
-    "strip-image": Kind("warning", "crop it; of a long strip only the middle is seen"),
-    "animated-image": Kind("warning", "nothing, if its first frame is meant; only that is read"),
+    "id-in-two-splits": Kind("warning", "give each row a unique id"),
+    "absent-label": Kind("warning", "add rows with this label; its F1 cannot be measured"),
+    "joined-labels": Kind("warning", "if they are several labels, split them with --label-sep"),
+    "label-variants": Kind("warning", "merge them with --fold-labels, or spell each label one way"),
+    "misspelt-label": Kind("warning", "correct it if it is misspelt"),
+    "numeric-labels": Kind("warning", "if they are amounts, name the column of the class with --label-col"),
+    "rare-labels": Kind("warning", "merge or remove rare classes, or name another column with --label-col"),
+    "missing-value": Kind("warning", "none, if rows may lack it"),
+    "empty-text": Kind("warning", "add a text, or treat it as missing with --on-missing absent"),
+    "replaced-characters": Kind("warning", "remove them; encoders read them as U+FFFD"),
+    "tiny-image": Kind("warning", "use the original image; this one is enlarged"),
+    "strip-image": Kind("warning", "crop it; only the middle of a long strip is used"),
+    "animated-image": Kind("warning", "none, if the first frame is meant; only that is read"),
     "slow-image": Kind("warning", "shrink it, or train with --cache-images"),
 }
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is wrong with a row, an image or a split."""
+    """Something that is wrong with a row, a file or a split.
 
-    kind: str  # of `KINDS`
+    Args:
+        kind: of `KINDS`.
+        where: file:line, or a file; of the first row if several rows name the same file.
+        hint: what to do, if it differs from that of the kind.
+        code: of the error that training would raise; empty for a warning.
+        image: the image or other file that the row names, if it is about that.
+        rows: number of rows that it concerns.
+        row: number of the (first) row in its index; -1 if it is about no row.
+        twin: number of a row in the index of train that has the same value; -1 if there is none.
+    """
+
+    kind: str
     split: str
-    where: str  # file:line, or a file; of the first row where it is an image that several rows show
+    where: str
     message: str
     hint: str = ""
-    code: str = ""  # of the error that training would raise; empty for a warning
+    code: str = ""
     id: str = ""
-    image: str = ""  # or another file that a row names
-    rows: int = 1  # that it concerns
-    row: int = -1  # number of the row in its index
-    twin: int = -1  # number of a row in the index of train, that it has something in common with
+    image: str = ""
+    rows: int = 1
+    row: int = -1
+    twin: int = -1
 
     @property
     def severity(self) -> str:
-        """error or warning."""
+        """Either error or warning."""
         return KINDS[self.kind].severity
 
     @property
     def place(self) -> str:
-        """Where it is, with the id."""
+        """File, line and id."""
         return f"{self.where}, id {self.id}" if self.id else self.where
 
     @property
     def todo(self) -> str:
-        """What to do about it."""
+        """The hint of the finding, or else that of its kind."""
         return self.hint or KINDS[self.kind].todo
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Convert to plain values."""
         return {
             "kind": self.kind,
             "severity": self.severity,
@@ -131,13 +141,40 @@ class Finding:
         }
 
 
-def at(index: Index, row: int, kind: str, message: str, *, code: str = "", rows: int = 1, twin: int = -1) -> Finding:
-    """A finding at a row."""
-    where = f"{index.file}:{index.lines_S[row]}"
-    return Finding(kind, index.split, where, message, "", code, index.ids[row], "", rows, row, twin)
+def finding_at(
+    index: Index,
+    row: int,
+    kind: str,
+    message: str,
+    *,
+    hint: str = "",
+    code: str = "",
+    image: str = "",
+    rows: int = 1,
+    twin: int = -1,
+) -> Finding:
+    """Make a finding about a row; the arguments are those of `Finding`."""
+    return Finding(
+        kind=kind,
+        split=index.split,
+        where=index.place(row),
+        message=message,
+        hint=hint,
+        code=code,
+        id=index.ids[row],
+        image=image,
+        rows=rows,
+        row=row,
+        twin=twin,
+    )
 
 
-_ROWS = {  # how what is said of a bad row begins, or what it has
+def finding_of(error: DataError, kind: str, split: str = "") -> Finding:
+    """Make a finding of an error."""
+    return Finding(kind=kind, split=split, where=error.where, message=error.what, hint=error.fix, code=error.code)
+
+
+_PATTERNS = {  # of messages about bad rows, by kind
     "bad-split-name": r".* is none of train, val, test$",
     "nothing": r"has none of .*; found |(has no .*; found .*|.* is (null|empty), expected a string) \(use --on-missing",
     "missing-column": r"has no .*; found ",
@@ -151,54 +188,59 @@ _ROWS = {  # how what is said of a bad row begins, or what it has
     "half-character": r".* has half a character",
     "wrong-type": r".* is (null|a \w+|an object), expected a string",
 }
-def of_rows(index: Index) -> Iterator[Finding]:
-    """Rows that are none."""
+
+
+def row_findings(index: Index) -> Iterator[Finding]:
+    """Yield a finding for each row that is not valid."""
     for problem in index.row_problems:
         kind = kind_of_row(problem.what)
         identity = ""
         if kind == "duplicate-id":
             identity = ast.literal_eval(problem.what.removeprefix("the id ").rpartition(" is there already, in line ")[0])
-        elif index.file.endswith("/") and problem.what.startswith("("):  # an image folder, where files are the ids
+        elif index.file.endswith("/") and problem.what.startswith("("):  # in an image folder, files are the ids
             identity = problem.what[1:].rpartition(") has ")[0]
-        yield Finding(kind, index.split, problem.where, problem.what, code=problem.code, id=identity)
+        yield Finding(
+            kind=kind, split=index.split, where=problem.where, message=problem.what, code=problem.code, id=identity
+        )
 
 
 def kind_of_row(what: str) -> str:
-    """The kind of finding that what is said of a bad row stands for."""
-    return next((kind for kind, pattern in _ROWS.items() if re.match(pattern, what, re.DOTALL)), "bad-row")
+    """The kind of finding of a bad row, by the message about it."""
+    return next((kind for kind, pattern in _PATTERNS.items() if re.match(pattern, what, re.DOTALL)), "bad-row")
 
 
-def of_files(index: Index, roots: Sequence[Path]) -> Iterator[Finding]:
-    """What is wrong with files, each once, at the first row that names it."""
-    for modality, each in index.files.items():
-        kind_of = of(modality)
-        assert isinstance(kind_of, Files)
-        has_one = np.flatnonzero(each.number_S >= 0)
-        elsewhere = root_to_name(roots, each.names) if each.all_missing() else ""
-        numbers, first, rows_of = np.unique(each.number_S[has_one], return_index=True, return_counts=True)
-        for number, row, rows in zip(numbers.tolist(), has_one[first].tolist(), rows_of.tolist(), strict=True):
-            name, look = each.names[number], each.looks[number]
-            for kind, message, hint in kind_of.findings(name, look):
-                told = f"{message}; {rows} rows show it" if rows > 1 else message
-                where = f"{index.file}:{index.lines_S[row]}"
-                yield Finding(kind, index.split, where, told, elsewhere or hint, look.code, index.ids[row], name, rows, row)
+def file_findings(index: Index, roots: Sequence[Path]) -> Iterator[Finding]:
+    """Yield the findings about files, once for each file, at the first row that names it."""
+    for name, files in index.files.items():
+        modality = of(name)
+        assert isinstance(modality, Files)
+        present = np.flatnonzero(files.number_S >= 0)
+        root_hint = root_to_name(roots, files.names) if files.all_missing() else ""
+        numbers, first, counts = np.unique(files.number_S[present], return_index=True, return_counts=True)
+        for number, row, rows in zip(numbers.tolist(), present[first].tolist(), counts.tolist(), strict=True):
+            file, look = files.names[number], files.looks[number]
+            for kind, message, hint in modality.findings(file, look):
+                text = f"{message}; used by {rows} rows" if rows > 1 else message
+                yield finding_at(index, row, kind, text, hint=root_hint or hint, code=look.code, image=file, rows=rows)
 
 
-def of_missing(index: Index) -> Iterator[Finding]:
-    """What rows have nothing of, where they may: at the first of them."""
-    for modality, each in index.values.items():
-        lacking = np.flatnonzero(each.lacks())
+def missing_findings(index: Index) -> Iterator[Finding]:
+    """Yield a finding for each modality that rows lack, at the first of them, where settings allow that."""
+    for modality, values in index.values.items():
+        lacking = np.flatnonzero(values.lacks())
         if len(lacking):
-            yield at(index, int(lacking[0]), "missing-value", lacks(len(lacking), modality), rows=len(lacking))
-    for what, count in index.left_out.items():
-        yield Finding("missing-value", index.split, index.file, left_out(count, what), rows=count)
+            message = lacking_message(len(lacking), modality)
+            yield finding_at(index, int(lacking[0]), "missing-value", message, rows=len(lacking))
+    for modalities, count in index.left_out.items():
+        message = left_out_message(count, modalities)
+        yield Finding(kind="missing-value", split=index.split, where=index.file, message=message, rows=count)
 
 
-def lacks(count: int, modality: str) -> str:
-    """That rows have nothing of a modality."""
+def lacking_message(count: int, modality: str) -> str:
+    """Say that rows lack a modality."""
     return f"{several(count, 'row has', 'rows have')} no {modality}"
 
 
-def left_out(count: int, what: str) -> str:
-    """That rows are skipped as they have nothing of some modalities."""
-    return f"{several(count, f'row without {what} is', f'rows without {what} are')} left out"
+def left_out_message(count: int, modalities: str) -> str:
+    """Say that rows are skipped because they lack modalities."""
+    return f"{several(count, f'row without {modalities} is', f'rows without {modalities} are')} left out"

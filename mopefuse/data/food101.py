@@ -1,7 +1,7 @@
-"""UPMC Food-101: photographs of 101 dishes with the web pages they were found on, labelled with the dish.
+"""UPMC Food-101: photographs of 101 dishes with the web pages that they were found on, labelled with the dish.
 
 X. Wang, D. Kumar, N. Thome, M. Cord, F. Precioso, "Recipe recognition with large multimodal food dataset", ICMEW 2015.
-The text of an image is its page (``texts_txt``) or the page's title (``train_titles.csv``, ``test_titles.csv``).
+The text of an image is its web page (``texts_txt``) or the title of the page (``train_titles.csv``, ``test_titles.csv``).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ON_DISK = "files found on disk"
 class Food101(Source):
     """``images/{train,test}/<label>/<label>_<number>.jpg`` with a text each; 5,000 training pairs become the val split.
 
-    An image that train and test both have stays in test. Options: ``text`` (page or title), ``clean``, ``val`` (rows to
+    An image that is in both train and test stays in test. Options: ``text`` (page or title), ``clean``, ``val`` (rows to
     hold out), ``seed`` (of the rows that are held out).
     """
 
@@ -43,23 +43,23 @@ class Food101(Source):
         for split in self.splits:
             if not folder.names(f"images/{split}"):
                 raise self.incomplete(f"images/{split}")
-        self._asked = self.options["text"]
-        self.options["text"] = self._choose(self._asked)
+        self._requested_text = self.options["text"]
+        self.options["text"] = self._choose_text(self._requested_text)
         self._pages_used: set[str] = set()
 
-    def _choose(self, asked: str | None) -> str:
-        """Which text: the one that was asked for, or the only one there is."""
-        there = ["page"] if self.folder.names("texts_txt") else []
-        there += ["title"] if all(self._titles_file(split) for split in self.splits) else []
-        if asked not in (None, "page", "title"):
-            raise DataError(61, f"--text cannot be {asked!r}", where="--text", fix="write page or title")
-        if not there or (asked and asked not in there):
+    def _choose_text(self, requested: str | None) -> str:
+        """Choose the text that was requested, or the only one that exists."""
+        available = ["page"] if self.folder.names("texts_txt") else []
+        available += ["title"] if all(self._titles_file(split) for split in self.splits) else []
+        if requested not in (None, "page", "title"):
+            raise DataError(61, f"--text cannot be {requested!r}", where="--text", fix="use page or title")
+        if not available or (requested and requested not in available):
             needed = {"page": "texts_txt", "title": "train_titles.csv and test_titles.csv"}
-            raise self.incomplete(needed[asked] if asked else " and no ".join(needed.values()))
-        if not asked and len(there) > 1:
-            what = "there are two texts for each image, its page and the page's title"
-            raise DataError(64, what, where=str(self.folder.root), fix="say which: --text page or --text title")
-        return asked or there[0]
+            raise self.incomplete(needed[requested] if requested else " and no ".join(needed.values()))
+        if not requested and len(available) > 1:
+            what = "each image has two texts, its page and the title of the page"
+            raise DataError(64, what, where=str(self.folder.root), fix="choose one: --text page or --text title")
+        return requested or available[0]
 
     def _titles_file(self, split: str) -> str | None:
         names = (f"texts/{split}_titles.csv", f"{split}_titles.csv")
@@ -67,9 +67,9 @@ class Food101(Source):
 
     @property
     def text(self) -> str:
-        """The page or its title, and who chose."""
+        """The page or its title, and why."""
         kind = {"page": "text of the page", "title": "title of the page"}[self.options["text"]]
-        return f"{kind} ({'asked for' if self._asked else 'the only text there'})"
+        return f"{kind} ({'requested' if self._requested_text else 'the only text available'})"
 
     def rows(self, split: str) -> Iterator[Sample | Skip]:
         """By label, then by image name."""
@@ -79,7 +79,7 @@ class Food101(Source):
             yield from self._with_titles(split)
 
     def _images(self, split: str) -> Iterator[tuple[str, str, str] | Skip]:
-        """(label, image name, its path) of every image; what is none is skipped."""
+        """Yield (label, image name, path) of every image, and a skip for every other file."""
         tests = self.folder.names("images/test") if split == "train" else []
         tested = {name for label in tests for name in self.folder.names(f"images/test/{label}")}
         for label in self.folder.names(f"images/{split}"):
@@ -98,13 +98,14 @@ class Food101(Source):
                     yield label, name, path
 
     def _sample(self, text: str, label: str, name: str, path: str) -> Sample:
-        return Sample(name[:-4], clean(text) if self.options["clean"] else text, path, label, path)
+        text = clean(text) if self.options["clean"] else text
+        return Sample(id=name[:-4], text=text, img=path, label=label, file=path)
 
     def _with_titles(self, split: str) -> Iterator[Sample | Skip]:
         file = self._titles_file(split) or ""
         titles: dict[tuple[str, str], tuple[int, str]] = {}
-        odd_rows: set[str] = set()  # images that are named in a line that is listed already
-        odd_images: set[str] = set()  # images that are listed already
+        odd_rows: set[str] = set()  # images named in a line that was already skipped
+        odd_images: set[str] = set()  # images that were already skipped
         for number, line in self.folder.lines(file):
             row = read_title(line)
             if isinstance(row, OddRow):

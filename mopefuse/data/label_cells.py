@@ -1,4 +1,4 @@
-"""Labels as cells of a table write them: one, several with a separator, or a list as JSON or Python prints it."""
+"""Parse labels in the cells of a table: one label, several with a separator, or a list as JSON or Python prints it."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import unicodedata
 from contextlib import suppress
 
 LIST = "list"
-"""The value of `data.label_sep` for cells that are lists."""
+"""The value of `data.label_sep` for cells that contain lists."""
 
 _QUOTED = r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'"
 _ITEM = rf"(?:{_QUOTED}|-?\d+(?:\.\d+)?)"
 _ITEMS = re.compile(rf"{_ITEM}(?:(?:\s*,\s*|\s+){_ITEM})*\s*,?", re.DOTALL)  # numpy prints lists without commas
-_EACH = re.compile(_ITEM, re.DOTALL)
+_ONE_ITEM = re.compile(_ITEM, re.DOTALL)
 _NESTED = re.compile(r"[\[\](){}\"']")
-_BLANK = frozenset(("Zs", "Zl", "Zp", "Cc", "Cf"))  # categories of characters
-_LONGEST = 100_000  # characters of a cell that is looked at
+_BLANK = frozenset(("Zs", "Zl", "Zp", "Cc", "Cf"))  # Unicode categories
+_LONGEST = 100_000  # characters of a cell that is parsed
 
 
 def split_cell(cell: str, separator: str) -> tuple[str, ...]:
-    """The labels of a cell, each once, in its order; a cell of blanks has none.
+    """Split a cell into labels, without repetitions; a blank cell has none.
 
     Args:
-        separator: what stands between them, or `LIST`, where a cell that is no list is one label.
+        separator: of labels, or `LIST`; then a cell that is not a list is one label.
     """
     parts = parse_list(cell) if separator == LIST else cell.split(separator)
     stripped = (part.strip() for part in ([cell] if parts is None else parts))
@@ -32,9 +32,9 @@ def split_cell(cell: str, separator: str) -> tuple[str, ...]:
 
 
 def parse_list(text: str) -> list[str] | None:
-    """The items of a flat list such as ``["a", "b"]``, ``['a' 'b']``, ``('a',)`` or ``[a, b]``; None where `text` is none.
+    """Parse a flat list such as ``["a", "b"]``, ``['a' 'b']``, ``('a',)`` or ``[a, b]``; None if `text` is not a list.
 
-    A single word in brackets, such as ``[other]`` or ``(1)``, is no list.
+    A single word in brackets, such as ``[other]`` or ``(1)``, is not a list.
     """
     text = text.strip()
     if len(text) > _LONGEST or text[:1] + text[-1:] not in ("[]", "()", "{}"):
@@ -43,7 +43,7 @@ def parse_list(text: str) -> list[str] | None:
     if not inner:
         return [] if square else None
     if _ITEMS.fullmatch(inner) and (square or "," in inner or inner[0] in "'\""):
-        return [_unquoted(item) for item in _EACH.findall(inner)]
+        return [_unquoted(item) for item in _ONE_ITEM.findall(inner)]
     if square and "," in inner and not _NESTED.search(inner):
         return [part.strip() for part in inner.split(",")]
     return None
@@ -59,20 +59,20 @@ def _unquoted(item: str) -> str:
             return str(json.loads(item))
     try:
         return str(ast.literal_eval(item))
-    except (ValueError, SyntaxError):  # an escape that is none
+    except (ValueError, SyntaxError):  # an invalid escape
         return item[1:-1]
 
 
 def is_blank(label: str) -> bool:
-    """Whether nothing of a label can be seen: spaces, and characters that have no shape."""
+    """Whether a label has no visible characters."""
     if label.isascii() and label.isprintable():
         return not label.strip()
     return all(unicodedata.category(character) in _BLANK for character in label)
 
 
-def normalised(label: str) -> str:
-    """What labels have in common that differ only in case, spaces, Unicode form or characters that have no shape."""
+def normalise(label: str) -> str:
+    """Remove differences in case, spaces, Unicode form and invisible characters."""
     if not label.isascii():
-        shaped = unicodedata.normalize("NFKC", label)
-        label = "".join(character for character in shaped if unicodedata.category(character) != "Cf")
+        composed = unicodedata.normalize("NFKC", label)
+        label = "".join(character for character in composed if unicodedata.category(character) != "Cf")
     return " ".join(label.casefold().split())

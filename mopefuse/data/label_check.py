@@ -1,8 +1,7 @@
-"""Labels that are probably not what was meant: lists in cells, spellings of one label, numbers, a class for every row.
+"""Find labels that are probably a mistake: lists in cells, several spellings of a label, numbers, a class for every row.
 
-Everything is computed from how often each label occurs in training, without comparing labels pairwise: 10,000 labels of
-a million rows take seconds. A list of labels (``labels.txt``, ``--labels``) says which are meant, so then nothing
-is doubted.
+Everything is computed from the frequency of labels in training, without comparing labels pairwise: 10,000 labels of a million
+rows take seconds. Labels that are listed (``labels.txt``, ``--labels``) are taken as they are.
 """
 
 from __future__ import annotations
@@ -10,67 +9,76 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 from mopefuse.config.schema import Data as DataConfig
 from mopefuse.core.formatting import several
-from mopefuse.data.findings import Finding, at
+from mopefuse.data.findings import Finding, finding_at
 from mopefuse.data.index import Index
-from mopefuse.data.label_cells import normalised, parse_list
+from mopefuse.data.label_cells import normalise, parse_list
 from mopefuse.errors import DataError
 
-_FEW = 10  # classes that any number of rows may have
+_FEW = 10  # classes that are never too many
 _MOST_NOTICES = 8
-_ROWS_PER_CLASS = 3  # on average; fewer cannot be meant
+_ROWS_PER_CLASS = 3  # on average; fewer are a mistake
 _SEPARATORS = "|;,/"
 _NUMBER = re.compile(r"[$€£¥]?\s*[-+]?(?:\d+|\d{1,3}(?:[, ]\d{3})+)(?:[.,]\d+)?(?:[eE][-+]?\d+)?\s*[%$€£¥]?")
-_CODES, _AMOUNTS = 20, 10  # most whole and most other numbers that pass for classes whatever they are
-_LEADING_ZERO = re.compile(r"0\d+")  # of codes, never of amounts
+_CODES, _AMOUNTS = 20, 10  # most integers, and most other numbers, that may be classes whatever their values
+_LEADING_ZERO = re.compile(r"0\d+")  # codes have it, amounts do not
 _YEARS = 1500, 2100
-_ANCHORS = 20_000  # most frequent labels that rare ones are compared with
-_SHORTEST, _LONGEST = 4, 100  # characters of labels that are compared
-_COLUMN = "name the column with the class with --label-col"
-_MEANT = "if they are meant, add --allow-odd-labels or list them in labels.txt"
+_ANCHORS = 20_000  # number of frequent labels that rare ones are compared with
+_SHORTEST, _LONGEST = 4, 100  # length in characters of labels that are compared
+_COLUMN = "name the column of the class with --label-col"
+_INTENDED = "if they are correct, add --allow-odd-labels or list them in labels.txt"
 
 
 class Doubt(NamedTuple):
-    """Why labels are probably not what was meant, and what to do."""
+    """Why labels are probably a mistake, and what to do.
 
-    kind: str  # of `mopefuse.data.findings.KINDS`
+    Args:
+        kind: of `mopefuse.data.findings.KINDS`. label: an example.
+        rows: number of rows with such a label.
+    """
+
+    kind: str
     message: str
     fix: str
-    label: str  # whose first row shows it
-    rows: int  # that have such a label
+    label: str
+    rows: int
 
 
 REFUSED = {"list-label": "MF-DATA-231", "many-labels": "MF-DATA-232"}
-"""The kinds that training refuses unless `data.allow_odd_labels` is set, and the codes of the errors."""
+"""The kinds that training refuses unless `data.allow_odd_labels` is set, with their error codes."""
 
 
 def check_labels(index: Index, root: Path, config: DataConfig) -> list[Finding]:
-    """Doubts about the labels of the training split, each at the first row that gives rise to it."""
+    """Find doubtful labels of the training split; each finding is at the first row that has its example."""
     if config.labels or (root / "labels.txt").exists():
         return []
     counts = index.labels.counts()
     found = [doubt for doubt in doubts(counts, len(index.labels)) if doubt.kind not in REFUSED or not config.allow_odd_labels]
     first = index.labels.first_rows() if found else {}
     return [
-        replace(
-            at(index, first[doubt.label], doubt.kind, doubt.message, code=REFUSED.get(doubt.kind, ""), rows=doubt.rows),
+        finding_at(
+            index,
+            first[doubt.label],
+            doubt.kind,
+            doubt.message,
             hint=doubt.fix,
+            code=REFUSED.get(doubt.kind, ""),
+            rows=doubt.rows,
         )
         for doubt in found
     ]
 
 
 def refuse_labels(index: Index, root: Path, config: DataConfig) -> list[Finding]:
-    """Doubts about the labels of the training split, none of which training refuses.
+    """Find doubtful labels of the training split that training accepts.
 
     Raises:
-        DataError: the labels cannot be meant, and `data.allow_odd_labels` is not set.
+        DataError: the labels are certainly a mistake, and `data.allow_odd_labels` is not set.
     """
     found = check_labels(index, root, config)
     for finding in found:
@@ -82,18 +90,19 @@ def refuse_labels(index: Index, root: Path, config: DataConfig) -> list[Finding]
 
 
 def notices(found: list[Finding]) -> tuple[str, ...]:
-    """Doubts as lines for whoever trains on the labels."""
+    """Format findings as notices, for training."""
     shown = [f"labels: {finding.message}, first in {finding.where}: {finding.hint}" for finding in found[:_MOST_NOTICES]]
     more = len(found) - len(shown)
-    rest = f"labels: {several(more, 'more doubt', 'more doubts')}; mopefuse data check lists all"
+    rest = f"labels: {several(more, 'more warning', 'more warnings')}; mopefuse data check lists all"
     return (*shown, rest) if more else tuple(shown)
 
 
 def doubts(counts: Mapping[str, int], rows: int) -> list[Doubt]:
-    """What is doubtful about labels.
+    """Find doubtful labels.
 
     Args:
-        counts: training rows of each label. rows: in training; fewer than all counts where a row has several labels.
+        counts: training rows of each label.
+        rows: number of training rows; less than the sum of `counts` if rows have several labels.
     """
     lists = _lists(counts)
     joined = [] if lists else [*_joined(counts)]
@@ -104,7 +113,7 @@ def doubts(counts: Mapping[str, int], rows: int) -> list[Doubt]:
     return [*found, *([] if found else _rare(counts))]
 
 
-def _named(label: str) -> str:
+def _quote(label: str) -> str:
     return repr(label if len(label) <= 60 else f"{label[:60]}…")
 
 
@@ -113,29 +122,31 @@ def _most_frequent(labels: Iterable[str], counts: Mapping[str, int]) -> str:
 
 
 def _lists(counts: Mapping[str, int]) -> list[Doubt]:
-    """Cells that are lists, and were taken for one label each."""
+    """Labels that look like a list and are read as one label."""
     lists = [label for label in counts if label[0] in "[({" and parse_list(label) is not None]
     if not lists:
         return []
     rows, first = sum(counts[label] for label in lists), _most_frequent(lists, counts)
-    what = f"{several(rows, 'label is', 'labels are')} written as a list, such as {_named(first)}, and taken for one class"
-    return [Doubt("list-label", what, f"read lists with --label-sep list; {_MEANT}", first, rows)]
+    what = f"{several(rows, 'label is', 'labels are')} written as a list, such as {_quote(first)}, and read as one class"
+    fix = f"read lists with --label-sep list; {_INTENDED}"
+    return [Doubt(kind="list-label", message=what, fix=fix, label=first, rows=rows)]
 
 
 def _joined(counts: Mapping[str, int]) -> Iterator[Doubt]:
-    """Labels that join others by a separator: their parts recur in other labels, or few labels lack the separator."""
+    """Labels that consist of several, joined by a separator: their parts recur in other labels, or most labels have it."""
     for separator in _SEPARATORS:
         joined = {label: parts for label in counts if len(parts := _parts(label, separator)) > 1}
         if len(joined) < 2 and not any(part in counts for parts in joined.values() for part in parts):
             continue
-        having = Counter(part for parts in joined.values() for part in parts)
+        labels_with = Counter(part for parts in joined.values() for part in parts)
         known = {label.strip() for label in counts}
-        recurring = sum(all(having[part] > 1 or part in known for part in parts) for parts in joined.values())
+        recurring = sum(all(labels_with[part] > 1 or part in known for part in parts) for parts in joined.values())
         obvious = separator in "|;" and 2 * len(joined) >= len(counts)
         if 2 * recurring >= len(joined) or obvious:
             rows, first = sum(counts[label] for label in joined), _most_frequent(joined, counts)
-            what = f"{len(joined):,} of {len(counts):,} labels join others with {separator!r}, such as {_named(first)}"
-            yield Doubt("joined-labels", what, f'if they are several labels, add --label-sep "{separator}"', first, rows)
+            what = f"{len(joined):,} of {len(counts):,} labels are joined with {separator!r}, such as {_quote(first)}"
+            fix = f'if they are several labels, add --label-sep "{separator}"'
+            yield Doubt(kind="joined-labels", message=what, fix=fix, label=first, rows=rows)
             return
 
 
@@ -144,7 +155,7 @@ def _parts(label: str, separator: str) -> set[str]:
 
 
 def _amounts(counts: Mapping[str, int]) -> Iterator[Doubt]:
-    """Numbers that are no codes, years or ratings: with fractions, or far apart."""
+    """Numbers that are not codes, years or ratings: with fractions, or far apart."""
     numbers = [value for label in counts if (value := _number(label)) is not None]
     if len(numbers) < 0.95 * len(counts) or len(numbers) <= _AMOUNTS or any(map(_LEADING_ZERO.fullmatch, counts)):
         return
@@ -156,8 +167,9 @@ def _amounts(counts: Mapping[str, int]) -> Iterator[Doubt]:
     if halves and highest - lowest < len(numbers) <= 2 * _CODES:  # ratings
         return
     first = _most_frequent(counts, counts)
-    what = f"labels are numbers, such as {_named(first)}: each of {len(counts):,} is a class of its own"
-    yield Doubt("numeric-labels", what, f"if they are amounts, {_COLUMN}", first, sum(counts.values()))
+    what = f"labels are numbers, such as {_quote(first)}: each of {len(counts):,} is a class of its own"
+    fix, rows = f"if they are amounts, {_COLUMN}", sum(counts.values())
+    yield Doubt(kind="numeric-labels", message=what, fix=fix, label=first, rows=rows)
 
 
 def _number(label: str) -> float | None:
@@ -170,70 +182,72 @@ def _number(label: str) -> float | None:
 
 
 def _many(counts: Mapping[str, int], rows: int, causes: Iterable[Doubt]) -> Iterator[Doubt]:
-    """More classes than a third of the rows, or where rows have several labels, of how often any is given."""
-    given = sum(counts.values())
-    if len(counts) <= _FEW or _ROWS_PER_CLASS * len(counts) <= given:
+    """More classes than a third of the rows; if rows have several labels, than a third of all their labels."""
+    total = sum(counts.values())
+    if len(counts) <= _FEW or _ROWS_PER_CLASS * len(counts) <= total:
         return
     first = _most_frequent(counts, counts)
-    times = f" that are given {given:,} times" if given > rows else ""
-    what = f"{len(counts):,} different labels in {rows:,} training rows{times}, such as {_named(first)}: more than a third"
+    times = f", used {total:,} times in all" if total > rows else ""
+    what = f"{len(counts):,} different labels in {rows:,} training rows{times}, such as {_quote(first)}: more than a third"
     fix = next((cause.fix for cause in causes), _COLUMN)
-    yield Doubt("many-labels", what, f"{fix}; {_MEANT}", first, rows)
+    yield Doubt(kind="many-labels", message=what, fix=f"{fix}; {_INTENDED}", label=first, rows=rows)
 
 
 def _variants(counts: Mapping[str, int]) -> Iterator[Doubt]:
-    """Labels that differ only in what nobody means to tell classes apart by."""
-    alike: defaultdict[str, list[str]] = defaultdict(list)
+    """Labels that differ only in case, spaces or Unicode form."""
+    variants: defaultdict[str, list[str]] = defaultdict(list)
     for label in counts:
-        alike[normalised(label)].append(label)
-    for labels in alike.values():
+        variants[normalise(label)].append(label)
+    for labels in variants.values():
         if len(labels) > 1:
             labels.sort(key=lambda label: (-counts[label], label))
-            shown = ", ".join(f"{_named(label)} ({counts[label]:,})" for label in labels[:6])
+            shown = ", ".join(f"{_quote(label)} ({counts[label]:,})" for label in labels[:6])
             what = f"{shown} differ only in case, spaces or Unicode form, and are {len(labels)} classes"
-            fix = f"make them one with --fold-labels, or write them alike, as {_named(labels[0].strip())}"
-            yield Doubt("label-variants", what, fix, labels[-1], sum(counts[label] for label in labels[1:]))
+            fix = f"merge them with --fold-labels, or write all as {_quote(labels[0].strip())}"
+            rows = sum(counts[label] for label in labels[1:])
+            yield Doubt(kind="label-variants", message=what, fix=fix, label=labels[-1], rows=rows)
 
 
 def _misspelt(counts: Mapping[str, int]) -> Iterator[Doubt]:
     """Rare labels that are one edit away from a frequent one.
 
-    Two texts that are one edit apart have a text in common that is either of them with at most one character left out.
+    Two texts that are one edit apart share a text that is each of them with at most one character removed.
     """
     spelling: dict[str, str] = {}
     rows: Counter[str] = Counter()
     for label, count in counts.items():
-        key = normalised(label)
+        key = normalise(label)
         rows[key] += count
         if key not in spelling or counts[spelling[key]] < count:
             spelling[key] = label
     anchors: defaultdict[str, list[str]] = defaultdict(list)
     for key, count in islice(rows.most_common(), _ANCHORS):
         if count >= 5 and _SHORTEST <= len(key) <= _LONGEST:
-            for shorter in _one_left_out(key):
+            for shorter in _deletions(key):
                 anchors[shorter].append(key)
     for key, count in rows.items() if anchors else ():
         if not _SHORTEST <= len(key) <= _LONGEST:
             continue
-        near = {other for shorter in _one_left_out(key) for other in anchors.get(shorter, ())}
-        meant = [other for other in near if _is_rare(count, rows[other]) and _one_edit(key, other)]
-        if meant:
-            other = min(meant, key=lambda name: (-rows[name], name))
-            beside = f"{_named(spelling[other])} ({rows[other]:,} rows)"
-            what = f"{_named(spelling[key])} ({several(count, 'row')}) is nearly {beside}"
-            yield Doubt("misspelt-label", what, "correct it, if it is a misspelling", spelling[key], count)
+        near = {other for shorter in _deletions(key) for other in anchors.get(shorter, ())}
+        similar = [other for other in near if _is_rare(count, rows[other]) and _one_edit(key, other)]
+        if similar:
+            other = min(similar, key=lambda name: (-rows[name], name))
+            beside = f"{_quote(spelling[other])} ({rows[other]:,} rows)"
+            what = f"{_quote(spelling[key])} ({several(count, 'row')}) is similar to {beside}"
+            fix = "correct it if it is misspelt"
+            yield Doubt(kind="misspelt-label", message=what, fix=fix, label=spelling[key], rows=count)
 
 
 def _is_rare(count: int, beside: int) -> bool:
     return beside >= (5 if count == 1 else 10 if count <= 5 else 100) * count
 
 
-def _one_left_out(text: str) -> set[str]:
+def _deletions(text: str) -> set[str]:
     return {text, *(text[:i] + text[i + 1 :] for i in range(len(text)))}
 
 
 def _one_edit(one: str, other: str) -> bool:
-    """Whether a character was left out, put in or replaced, or two swapped; digits tell classes apart."""
+    """Whether one character was removed, inserted or replaced, or two swapped; a digit never counts as a misspelling."""
     shortest = min(len(one), len(other))
     start = next((i for i in range(shortest) if one[i] != other[i]), shortest)
     one, other = one[start:], other[start:]
@@ -246,8 +260,9 @@ def _one_edit(one: str, other: str) -> bool:
 
 
 def _rare(counts: Mapping[str, int]) -> Iterator[Doubt]:
-    """Classes that nearly all have a single row."""
+    """Classes of which most have a single row."""
     single = [label for label, count in counts.items() if count == 1]
     if len(counts) > _FEW and 2 * len(single) > len(counts):
-        what = f"{len(single):,} of {len(counts):,} labels have a single training row, such as {_named(min(single))}"
-        yield Doubt("rare-labels", what, f"join or remove rare classes, or {_COLUMN}", min(single), len(single))
+        what = f"{len(single):,} of {len(counts):,} labels have a single training row, such as {_quote(min(single))}"
+        fix = f"merge or remove rare classes, or {_COLUMN}"
+        yield Doubt(kind="rare-labels", message=what, fix=fix, label=min(single), rows=len(single))

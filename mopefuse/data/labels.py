@@ -1,10 +1,10 @@
-"""Labels of many rows, held as numbers: what rows are labelled, and the targets that a model is trained on.
+"""Labels of many rows, stored as numbers: the labels themselves, and the targets that a model is trained on.
 
-Both are sparse: memory grows with the labels that rows have, not with rows times labels. A million rows with three of
-10,000 labels each take 20 MB here and 40 GB as one dense tensor.
+Both are sparse: memory grows with the number of labels that rows have, not with rows times labels. A million rows with three
+of 10,000 labels each take 20 MB here and 40 GB as one dense tensor.
 
-Shapes: S rows of a split, B of them in a batch, Z labels of all rows together, N labels that a model knows, n some of them,
-U different labels that rows have.
+Shapes: S rows of a split, B of them in a batch, Z labels of all rows together, N labels of a model, n some of them,
+U different labels of the rows.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:  # rows are read where there is no torch, too
+if TYPE_CHECKING:  # rows can be read without torch
     from torch import Tensor
 
 Numbers = NDArray[np.int64]
 
 
 class Labels(Sequence[tuple[str, ...]]):
-    """The labels of each row: a sequence of tuples, made when they are read.
+    """The labels of each row: a sequence of tuples, each of which is built when it is accessed.
 
     Args:
         names: the different labels (U).
-        start_S1: where the labels of each row begin in `code_Z`, and where the last ones end (S + 1,).
-        code_Z: labels by their place in `names`, row after row.
+        start_S1: where the labels of each row start in `code_Z`, and where the last ones end (S + 1,).
+        code_Z: positions of labels in `names`, row after row.
     """
 
     def __init__(self, names: Sequence[str], start_S1: Numbers, code_Z: NDArray[np.int32]) -> None:
@@ -37,11 +37,11 @@ class Labels(Sequence[tuple[str, ...]]):
 
     @classmethod
     def of(cls, rows: Iterable[Sequence[str]]) -> Labels:
-        """Those of rows, in their order."""
+        """Build the labels of some rows, in their order."""
         builder = LabelsBuilder()
         for row in rows:
             builder.add(row)
-        return builder.done()
+        return builder.build()
 
     def __len__(self) -> int:
         return len(self.start_S1) - 1
@@ -68,23 +68,23 @@ class Labels(Sequence[tuple[str, ...]]):
                 yield tuple(self.names[code] for code in codes[start - starts[0] : stop - starts[0]])
 
     def take(self, rows: NDArray[np.integer[Any]]) -> Labels:
-        """The labels of some rows, in the order of `rows`."""
+        """Select the labels of some rows, in the order of `rows`."""
         start_S1, code_Z = take_rows(self.start_S1, self.code_Z, rows)
         return Labels(self.names, start_S1, code_Z)
 
     def counts(self) -> dict[str, int]:
-        """How many rows have each label, without those that none has."""
+        """Count the rows of each label; labels without rows are left out."""
         count_U = np.bincount(self.code_Z, minlength=len(self.names)).tolist()
         return {name: count for name, count in zip(self.names, count_U, strict=True) if count}
 
     def first_rows(self) -> dict[str, int]:
-        """The first row that has each label, by number."""
+        """The number of the first row of each label."""
         codes, places = np.unique(self.code_Z, return_index=True)
         rows = np.searchsorted(self.start_S1, places, side="right") - 1
         return {self.names[code]: row for code, row in zip(codes.tolist(), rows.tolist(), strict=True)}
 
-    def without(self) -> int:
-        """How many rows have no label."""
+    def count_unlabelled(self) -> int:
+        """Count the rows that have no label."""
         return int((np.diff(self.start_S1) == 0).sum())
 
 
@@ -96,24 +96,24 @@ class LabelsBuilder:
         self._starts, self._codes = array("q", [0]), array("i")
 
     def add(self, row: Iterable[str]) -> None:
-        """The labels of the next row."""
+        """Add the labels of the next row."""
         number = self._number
         self._codes.extend([number.setdefault(label, len(number)) for label in row])
         self._starts.append(len(self._codes))
 
-    def done(self) -> Labels:
+    def build(self) -> Labels:
         """The labels of all rows that were added."""
         return Labels(list(self._number), np.array(self._starts, dtype=np.int64), np.array(self._codes, dtype=np.int32))
 
 
 class Targets:
-    """What a model should answer to each row of a split; dense only for the rows or labels that are asked for.
+    """The training targets of a split. Only the rows or labels that are accessed become dense.
 
     Args:
         labels: of the rows. known: the labels of the model, in the order of its outputs (N).
 
     Raises:
-        KeyError: a row has a label that is not known.
+        KeyError: a row has a label that the model does not know.
     """
 
     def __init__(self, labels: Labels, known: Sequence[str], *, multi_label: bool) -> None:
@@ -140,13 +140,13 @@ class Targets:
         return targets_BN
 
     def dense(self) -> Tensor:
-        """All rows: class indices (S,), or zeros and ones (S, N)."""
+        """The targets of all rows: class indices (S,), or zeros and ones (S, N)."""
         import torch
 
         return self[torch.arange(len(self))]
 
     def columns(self, first: int, stop: int) -> Tensor:
-        """Of multi-label data, the labels from `first` to before `stop`: zeros and ones (S, n)."""
+        """The targets of the labels from `first` up to but not including `stop`: zeros and ones (S, n). Multi-label only."""
         import torch
 
         targets_Sn = torch.zeros(len(self), stop - first)
@@ -156,14 +156,18 @@ class Targets:
         return targets_Sn
 
     def counts(self) -> Tensor:
-        """How many rows have each label (N,)."""
+        """Count the rows of each label (N,)."""
         import torch
 
         return torch.from_numpy(np.bincount(self.label_Z, minlength=self.count))
 
 
 def take_rows(start_S1: Numbers, value_Z: NDArray[Any], rows: NDArray[np.integer[Any]]) -> tuple[Numbers, NDArray[Any]]:
-    """The values of some rows of a sparse table, as another one: where each row's begin (B + 1,), and the values."""
+    """Select rows of a sparse table.
+
+    Returns:
+        A sparse table again: where the values of each row start (B + 1,), and the values.
+    """
     starts, lengths = start_S1[:-1][rows], start_S1[1:][rows] - start_S1[:-1][rows]
     start_B1 = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     places = np.arange(start_B1[-1]) + np.repeat(starts - start_B1[:-1], lengths)

@@ -1,4 +1,4 @@
-"""What two splits share: an image or a text that a model has seen in training makes a test too easy."""
+"""Find values that two splits share: a model that has seen a test image or text in training gets a test that is too easy."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ from mopefuse.modalities.base import of
 Numbers = NDArray[np.int64]
 
 
-def leak(train: Split, other: Split) -> dict[str, Numbers]:
-    """By modality, the rows of `other` that share a value with `train`, by number: a file to the byte, or a text, whatever
-    its case and spaces.
+def find_leaks(train: Split, other: Split) -> dict[str, Numbers]:
+    """Find the rows of `other` that share a value with `train`: the same bytes of a file, or a text regardless of case and
+    spacing.
 
-    Where less than half of train's texts are different, texts are phrases of the task ("what is the red digit?") that are
-    meant to come again, and none counts. Empty texts never do.
+    If fewer than half of the texts of train are different, they are phrases of the task ("what is the red digit?") that
+    repeat by design, and no text counts as shared. Empty texts never count.
+
+    Returns:
+        Row numbers, by modality.
     """
     found = {}
     for name in sorted(train.keys, key=lambda name: not of(name).is_file):
-        values = train.alike[name][~(train.lacks(name) | train.empties(name))]
+        values = train.alike[name][~(train.lacks(name) | train.is_empty(name))]
         known = np.unique(values)
-        phrases = not of(name).is_file and 2 * len(known) < len(values)
-        found[name] = np.flatnonzero(np.isin(other.alike[name], known[:0] if phrases else known))
+        are_phrases = not of(name).is_file and 2 * len(known) < len(values)
+        found[name] = np.flatnonzero(np.isin(other.alike[name], known[:0] if are_phrases else known))
     return found

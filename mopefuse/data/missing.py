@@ -1,4 +1,4 @@
-"""Samples that lack a modality which their rows have: drawn anew for every epoch in training, or fixed, to see what is lost.
+"""Remove modalities from samples: at random in every epoch of training, or a fixed choice, to measure the loss.
 
 Shapes: S samples of the split.
 """
@@ -13,19 +13,19 @@ from numpy.typing import NDArray
 from mopefuse.data.collate import Samples, seed_of
 from mopefuse.data.subsets import order_of
 
-_DROPOUT = 1  # sets the draws apart from those of augmentation
+_DROPOUT = 1  # makes the random numbers differ from those of augmentation
 
 
 def loss_order(ids: Sequence[str], modalities: Sequence[str], seed: int) -> list[int]:
-    """The samples, by number, in the order in which they lose `modalities`: a larger share takes all of a smaller one."""
+    """The order (numbers of samples) in which samples lose `modalities`, so that a larger share includes a smaller one."""
     return order_of([f"{'+'.join(modalities)}:{name}" for name in ids], seed)
 
 
 class Taken(Samples):
-    """Samples of which some lack modalities, whatever their rows have.
+    """Samples from which some modalities are removed.
 
     Args:
-        masks: modality to (S,), True where it is taken away.
+        masks: by modality (S,), True where it is removed.
     """
 
     def __init__(self, samples: Samples, masks: Mapping[str, NDArray[np.bool_]]) -> None:
@@ -37,12 +37,12 @@ class Taken(Samples):
 
 
 class Dropped(Samples):
-    """Training samples that lack each of some modalities with a chance of `share`, as a function of (seed, epoch, index).
+    """Training samples from which modalities are removed at random, as a function of (seed, epoch, index).
 
-    Encoders of one modality lack it together, and no sample lacks everything.
+    Encoders of the same modality lose it together, and no sample loses all of its modalities.
 
     Args:
-        sides: that a sample may lack.
+        sides: whose modalities may be removed. share: probability of removing each.
     """
 
     def __init__(self, samples: Samples, sides: Sequence[str], share: float) -> None:
@@ -60,8 +60,8 @@ class Dropped(Samples):
         random = np.random.Generator(np.random.PCG64(seed_of(self.seed, epoch, index, _DROPOUT)))
         chance = random.random(len(self._modalities)).tolist()
         drawn = {modality for modality, value in zip(self._modalities, chance, strict=True) if value < self._share}
-        there = {modality for side, modality in self.modality_of.items() if not self._lacks(side, index)}
-        return set() if drawn >= there else drawn
+        present = {modality for side, modality in self.modality_of.items() if not self._lacks(side, index)}
+        return set() if drawn >= present else drawn
 
     def _lacks(self, side: str, index: int) -> bool:
         return side in self._natural and bool(self._natural[side][index])

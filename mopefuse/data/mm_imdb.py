@@ -18,38 +18,38 @@ GENRES = tuple(
     "Action Adventure Animation Biography Comedy Crime Documentary Drama Family Fantasy Film-Noir History Horror Music "
     "Musical Mystery Romance Sci-Fi Short Sport Thriller War Western".split()
 )
-_OF_SPLIT = {"train": "train", "val": "dev", "test": "test"}  # ours and theirs
-_SAYS = "MMBT's filter"
+_OF_SPLIT = {"train": "train", "val": "dev", "test": "test"}  # our names to those of the data set
+_AUTHOR = "MMBT's filter"
 
 
 class MMIMDb(Source):
     """``split.json`` names the films of each split, ``dataset/<id>.json`` and ``dataset/<id>.jpeg`` hold them.
 
-    The text is the longest plot (the first of equally long ones). A film with a genre other than the 23 is skipped, and
-    counted by the first such genre in its list.
+    The text is the longest plot (the first of equally long ones). A film with a genre other than these 23 is
+    skipped, and counted by the first such genre.
     """
 
     name: ClassVar[str] = "mm-imdb"
     inputs: ClassVar[tuple[str, ...]] = ("split.json", "dataset")
     layout: ClassVar[str] = "split.json, dataset/<id>.json and dataset/<id>.jpeg"
     published: ClassVar[Mapping[str, tuple[int, str]]] = {
-        "train": (15_552, _SAYS),
-        "val": (2_608, _SAYS),
-        "test": (7_799, _SAYS),
+        "train": (15_552, _AUTHOR),
+        "val": (2_608, _AUTHOR),
+        "test": (7_799, _AUTHOR),
     }
     labels: ClassVar[tuple[str, ...]] = GENRES
 
     def __init__(self, folder: SourceFolder, options: Mapping[str, Any]) -> None:
         """See `Source`. Reads split.json."""
         super().__init__(folder, options)
-        for name, there in (("split.json", folder.path("split.json")), ("folder dataset", folder.names("dataset"))):
-            if not there:
+        for name, found in (("split.json", folder.path("split.json")), ("folder dataset", folder.names("dataset"))):
+            if not found:
                 raise self.incomplete(name)
         self._films = self._read_splits()
 
     @property
     def text(self) -> str:
-        """The plot that was taken."""
+        """The plot that is used."""
         return "longest plot"
 
     def _read_splits(self) -> dict[str, list[str]]:
@@ -59,15 +59,15 @@ class MMIMDb(Source):
             problem = f"is not JSON ({error})" if isinstance(error, json.JSONDecodeError) else "cannot be read as JSON"
             raise self._bad_splits(problem) from None
         if not isinstance(found, dict):
-            raise self._bad_splits(f"holds a {type(found).__name__}")
+            raise self._bad_splits(f"contains a {type(found).__name__}, not an object")
         films: dict[str, list[str]] = {}
-        for split, theirs in _OF_SPLIT.items():
-            ids = found.get(theirs)
+        for split, original in _OF_SPLIT.items():
+            ids = found.get(original)
             if not isinstance(ids, list):
-                raise self._bad_splits(f"has no list {theirs!r}")
+                raise self._bad_splits(f"has no list {original!r}")
             for identity in ids:
                 if not is_file_name(identity):
-                    raise self._bad_splits(f"has {str(identity)[:40]!r} in {theirs!r}, which is the id of no film")
+                    raise self._bad_splits(f"has {str(identity)[:40]!r} in {original!r}, which cannot be the id of a film")
             films[split] = ids
         return films
 
@@ -76,7 +76,7 @@ class MMIMDb(Source):
         return DataError(65, f"split.json {problem}", where=str(self.folder.root / "split.json"), fix=fix)
 
     def rows(self, split: str) -> Iterator[Sample | Skip]:
-        """In the order of split.json."""
+        """Yield films in the order of split.json."""
         return map(self._film, self._films[split])
 
     def _film(self, identity: str) -> Sample | Skip:
@@ -95,9 +95,10 @@ class MMIMDb(Source):
         other = next((genre for genre in genres if genre not in GENRES), None)
         if other is not None:
             return Skip(f"genre {other[:40]}", file)
-        given = film.get("plot")
-        plots = [plot for plot in (given if isinstance(given, list) else [given]) if isinstance(plot, str)]
+        value = film.get("plot")
+        plots = [plot for plot in (value if isinstance(value, list) else [value]) if isinstance(plot, str)]
         plot = max(plots, key=len, default="")
         if not plot.strip():
             return Skip("no plot", file)
-        return Sample(identity, plot, f"dataset/{identity}.jpeg", list(dict.fromkeys(genres)), file)
+        image, labels = f"dataset/{identity}.jpeg", list(dict.fromkeys(genres))
+        return Sample(id=identity, text=plot, img=image, label=labels, file=file)

@@ -1,7 +1,7 @@
-"""Prepare a data set: from the files as their owners distribute them to the native row format, without any network.
+"""Convert a data set from the files that its owners distribute to the native row format, without network access.
 
-A data set is a subclass of `Source`, in one module and with one entry point of the group ``mopefuse.datasets``. It yields
-a `Sample` or a `Skip` for everything that it finds; `prepare` does what is common to all, and loses nothing in silence.
+A data set is a subclass of `Source`, in one module and with one entry point of the group ``mopefuse.datasets``. It yields a
+`Sample` or a `Skip` for everything that it finds; `prepare` does what all data sets have in common and records every skip.
 """
 
 from __future__ import annotations
@@ -26,16 +26,12 @@ from mopefuse.errors import DataError
 __all__ = ["Advance", "Sample", "Skip", "Source", "complete", "is_file_name", "prepare"]
 
 Advance = Callable[[str, int, int], None]
-"""Told what is being done, how much of it is done, and how much there is (an estimate, and never less than is done)."""
+"""Called with (stage, amount done, total amount); the total is an estimate and never less than what is done."""
 
 ABOUT, SKIPPED, SUMS = "dataset.json", "skipped.jsonl", "SHA256SUMS"
 _IDENTITY = ("dataset", "version", "options", "images", "source")
 _EVERY = 1000  # rows between two calls of `Advance`
 _SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    pass
 
 
 def prepare(
@@ -45,34 +41,35 @@ def prepare(
     options: Mapping[str, Any] | None = None,
     *,
     images: str = "link",
-    advance: Advance = _silent,
+    advance: Advance = lambda stage, done, total: None,
 ) -> dict[str, Any]:
-    """Write ``{train,val,test}.jsonl`` and the images they name, and what became of everything else.
+    """Write ``{train,val,test}.jsonl``, the images that they name, and a record of what was skipped.
 
-    Also written: labels.txt where the data set has a fixed list, skipped.jsonl (each thing that became no row: file, line,
-    reason), SHA256SUMS (of every file of `source` that was used, as ``sha256sum --check`` reads it there) and dataset.json.
-    The folder appears whole or not at all.
+    Also written: labels.txt if the data set has a fixed list of labels, skipped.jsonl (file, line and reason of each skip),
+    SHA256SUMS (of every file of `source` that was used; ``sha256sum --check`` reads it there) and dataset.json. The folder
+    is created completely or not at all.
 
     Args:
         source: folder with the files as they were distributed; it is only read.
-        dest: must be new or empty, or hold this very preparation already (then nothing is written).
-        options: those of the data set, see `Source.defaults`.
-        images: "link" (hard links; copies where the file system has none) or "copy".
+        dest: must be new or empty, or the result of the same preparation (then nothing is written).
+        options: of the data set, see `Source.defaults`.
+        images: "link" (hard links, or copies where the file system does not support them) or "copy".
+        advance: called with the progress.
 
     Returns:
-        What dataset.json holds, and as "written" whether anything was.
+        The content of dataset.json, and whether files were written as "written".
 
     Raises:
         DataError: files are missing or cannot be read, an option does not fit, a split has no rows, or `dest` is taken.
-        UnsafePathError: a link leads out of `source`.
-        OSError: `dest` cannot be written; nothing of it is left.
+        UnsafePathError: a link leads outside `source`.
+        OSError: `dest` cannot be written; nothing is left of it.
     """
     if images not in ("link", "copy"):
-        raise DataError(61, f"--images cannot be {images!r}", where="--images", fix="write link or copy")
+        raise DataError(61, f"--images cannot be {images!r}", where="--images", fix="use link or copy")
     folder, target = SourceFolder(source), Path(dest).resolve()
     if target.is_relative_to(folder.root):
-        fix = "name a folder beside it"
-        raise DataError(73, "the prepared data would lie in the source folder", where=str(target), fix=fix)
+        fix = "choose a folder outside it"
+        raise DataError(73, "the prepared data would lie inside the source folder", where=str(target), fix=fix)
     reader = kind(folder, options or {})
     identity = {
         "dataset": kind.name,
@@ -82,7 +79,7 @@ def prepare(
         "source": listing(folder.root, kind.inputs),
     }
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        return {**_same(target, identity), "written": False}
+        return {**_read_same(target, identity), "written": False}
     target.parent.mkdir(parents=True, exist_ok=True)
     sweep(target.parent, target.name)
     building = target.with_name(f"{target.name}.tmp-{os.getpid()}")
@@ -99,7 +96,7 @@ def prepare(
 
 
 class _Build:
-    """A data set under construction, in a folder of its own."""
+    """Writes a prepared data set into an empty folder."""
 
     def __init__(self, reader: Source, root: Path, advance: Advance) -> None:
         self.reader, self.root, self.advance = reader, root, advance
@@ -108,10 +105,10 @@ class _Build:
         self.counts: dict[str, int] = {}
         self.labels: set[str] = set(reader.labels)
         self.skipped: Counter[str] = Counter()
-        self.training: list[tuple[str, str]] = []  # (id, label) of what may be held out, in the order of its file
+        self.training: list[tuple[str, str]] = []  # (id, label) of rows that may be held out, in the order of the file
 
     def run(self, *, link: bool) -> dict[str, Any]:
-        """Write everything but dataset.json, and return what that will say of it."""
+        """Write everything except dataset.json; returns its content."""
         reader = self.reader
         self.root.mkdir()
         with (self.root / SKIPPED).open("w", encoding="utf-8", newline="\n") as skips:
@@ -128,7 +125,7 @@ class _Build:
         sums = sums_file(reader.folder.sums | placed.sums)
         (self.root / SUMS).write_text(sums, encoding="utf-8", errors="surrogateescape", newline="\n")
         tables = sorted(path for path in self.root.iterdir() if path.is_file())
-        published = {group: {"rows": rows, "by": says} for group, (rows, says) in reader.published.items()}
+        published = {group: {"rows": rows, "by": author} for group, (rows, author) in reader.published.items()}
         return {
             "mopefuse": __version__,
             "text": reader.text,
@@ -153,7 +150,7 @@ class _Build:
             for seen, found in enumerate(self.reader.rows(split), start=1):
                 if seen % _EVERY == 1:
                     self.advance(split, seen, max(published, seen))
-                skip = found if isinstance(found, Skip) else self._refused(found)
+                skip = found if isinstance(found, Skip) else self._check(found)
                 if skip is not None:
                     self._skip(skip, skips)
                 elif isinstance(found, Sample):
@@ -169,8 +166,12 @@ class _Build:
             what = f"no row of the {split} split can be used" + (f"; skipped so far: {most}" if most else "")
             raise DataError(66, what, where=str(self.reader.folder.root), fix=f"provide {self.reader.layout}")
 
-    def _refused(self, sample: Sample) -> Skip | None:
-        """Why a sample cannot be a row, if it cannot; else its id is taken and its image remembered."""
+    def _check(self, sample: Sample) -> Skip | None:
+        """Check a sample, and record its id and image.
+
+        Returns:
+            Why it cannot be a row, or None.
+        """
         if sample.id in self.ids:
             return Skip("id twice", sample.file, sample.line)
         if sample.img not in self.images:
@@ -190,11 +191,11 @@ class _Build:
     def _hold_out(self) -> None:
         """Move rows of train.jsonl to val.jsonl: as many as the option ``val`` says.
 
-        Where nobody said how many, and training has less than four times the usual number, a fifth is held out.
+        If the option is not given and training has less than four times its default, a fifth is held out.
         """
         ids, labels = [identity for identity, _ in self.training], [(label,) for _, label in self.training]
         number = self.reader.options["val"]
-        if "val" not in self.reader.asked and len(ids) < 4 * number:
+        if "val" not in self.reader.given and len(ids) < 4 * number:
             number = max(1, len(ids) // 5)
         _, held = hold_out(ids, labels, number, self.reader.options["seed"])
         if not 0 < 4 * number <= len(ids) or len(held) != number:
@@ -213,7 +214,7 @@ class _Build:
 
 
 def _line(sample: Sample) -> bytes:
-    """A row of the native format. Half characters (lone surrogates), which no file can hold, become U+FFFD."""
+    """Format a row as JSON. Lone surrogates, which UTF-8 cannot encode, become U+FFFD."""
     row = {"id": sample.id, "text": sample.text, "img": sample.img, "label": sample.label}
     text = json.dumps(row, ensure_ascii=False) + "\n"
     try:
@@ -222,9 +223,13 @@ def _line(sample: Sample) -> bytes:
         return _SURROGATE.sub("\ufffd", text).encode("utf-8")
 
 
-def _same(target: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """What dataset.json of `target` says; a DataError unless `target` is exactly the preparation that `identity` describes."""
-    fix = "name a new folder, or remove this one"
+def _read_same(target: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Read dataset.json of an earlier preparation.
+
+    Raises:
+        DataError: `target` is not exactly the preparation that `identity` describes.
+    """
+    fix = "choose a new folder, or remove this one"
     try:
         about = json.loads(read_regular(target / ABOUT).decode("utf-8"))
         same = {key: about[key] for key in _IDENTITY} == identity
@@ -233,11 +238,11 @@ def _same(target: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
         raise DataError(68, "the folder is not empty", where=str(target), fix=fix) from None
     if not same:
         known = {key: about[key] for key in _IDENTITY}
-        other = ", ".join(key for key in _IDENTITY if known[key] != identity[key])
-        what = f"the folder holds a data set that was prepared otherwise (other {other})"
+        differing = ", ".join(key for key in _IDENTITY if known[key] != identity[key])
+        what = f"the folder has a data set that was prepared differently (in: {differing})"
         raise DataError(69, what, where=str(target / ABOUT), fix=fix)
-    there = [name for name in os.listdir(target) if name != ABOUT and not name.startswith(".")]
-    whole = all((target / name).is_file() and sha256(target / name) == digest for name, digest in tables.items())
-    if not whole or listing(target, there) != content:
-        raise DataError(70, "files of this data set were changed, added or lost", where=str(target), fix=fix)
+    names = [name for name in os.listdir(target) if name != ABOUT and not name.startswith(".")]
+    unchanged = all((target / name).is_file() and sha256(target / name) == digest for name, digest in tables.items())
+    if not unchanged or listing(target, names) != content:
+        raise DataError(70, "files of this data set were changed, added or removed", where=str(target), fix=fix)
     return dict(about)

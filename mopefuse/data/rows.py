@@ -1,5 +1,5 @@
-"""What a row is: MMBT's ``{"id": .., "text": .., "img": "relative/path.jpg", "label": "x" | ["x", "y"]}``, with a column
-for each modality of the data set (see `mopefuse.data.columns`). Nothing of a row's content is echoed in a message.
+"""The format of a row: MMBT's ``{"id": .., "text": .., "img": "relative/path.jpg", "label": "x" | ["x", "y"]}``, with a column
+for each modality of the data set (see `mopefuse.data.columns`). Messages never repeat the content of a row.
 
 Shapes: S rows of a split.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, overload
 
 import numpy as np
@@ -17,56 +17,63 @@ from numpy.typing import NDArray
 
 from mopefuse.data.base import Problem, Row
 from mopefuse.data.columns import EXPECTED, Layout
-from mopefuse.data.label_cells import is_blank, normalised, split_cell
+from mopefuse.data.label_cells import is_blank, normalise, split_cell
 
 _SURROGATE = re.compile("[\ud800-\udfff]")  # cannot be written to a file
 _KINDS = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
 _OR_WITHOUT = "--on-missing skip or absent"
 
 
-class Checked(NamedTuple):
-    """A row that is one."""
+class ValidRow(NamedTuple):
+    """A row that passed all checks."""
 
     id: str
     values: dict[str, str | None]  # by modality
     labels: tuple[str, ...]
-    is_list: bool  # labels were written as a list
+    is_list: bool  # whether the labels are written as a list
 
 
 class NoRow(ValueError):
-    """What is wrong with a row."""
+    """The row is not valid; the message says why."""
 
 
 class LeftOut(Exception):
-    """A row that is left out, as it has nothing of some modalities."""
+    """The row is skipped because it lacks some modalities; the message names them."""
 
     def __init__(self, missing: Sequence[str]) -> None:
         super().__init__(" and ".join(missing))
 
 
-def check_row(row: Mapping[str, Any], line: int, split: str, layout: Layout) -> Checked:
-    """A row's fields, of the right kinds.
+def check_row(row: Mapping[str, Any], line: int, split: str, layout: Layout) -> ValidRow:
+    """Check the fields of a row.
+
+    Args:
+        line, split: make up the id of a row that has none.
 
     Raises:
-        NoRow: a column is missing, or a value of another kind. LeftOut: a value is missing, and such rows are skipped.
+        NoRow: a column is missing, or a value has the wrong type.
+        LeftOut: a value is missing, and settings say to skip such rows.
     """
     values = _values(row, layout, label=True)
     identity = _identity(row, layout.identity, f"{split}-{line}")
     labels, is_list = _labels(row[layout.label], layout.label, layout.separator)
     if layout.fold_labels:
-        labels = tuple(dict.fromkeys(map(normalised, labels)))
+        labels = tuple(dict.fromkeys(map(normalise, labels)))
     _refuse_half_characters(identity, values, layout)
     if _SURROGATE.search("".join(labels)):
         raise NoRow(_half(layout.label))
     _leave_out(values, layout)
-    return Checked(identity, values, labels, is_list)
+    return ValidRow(id=identity, values=values, labels=labels, is_list=is_list)
 
 
 def check_input(row: Mapping[str, Any], line: int, layout: Layout) -> tuple[str, dict[str, str | None]]:
-    """(id, values) of a row without a label, as in what is to be predicted.
+    """Check a row that is to be predicted, which needs no label.
+
+    Returns:
+        Its id, and its values by modality.
 
     Raises:
-        NoRow: a column is missing, or a value of another kind.
+        NoRow: a column is missing, or a value has the wrong type.
     """
     values = _values(row, layout, label=False)
     identity = _identity(row, layout.identity, str(line))
@@ -82,16 +89,17 @@ def _values(row: Mapping[str, Any], layout: Layout, *, label: bool) -> dict[str,
         raise NoRow(_no_column(missing, no_label, row, layout))
     values: dict[str, str | None] = {}
     for name, column in layout.columns.items():
-        said = layout.said(name, row)
-        if isinstance(said, str) or (said is None and lenient):
-            values[name] = said
+        value = layout.value_of(name, row)
+        if isinstance(value, str) or (value is None and lenient):
+            values[name] = value
             continue
-        kind = "empty" if isinstance(row.get(column), str) else _kind(said)
-        hint = _hint(name, layout) if said is None and label else ""  # what is to be predicted has no settings
+        kind = "empty" if isinstance(row.get(column), str) else _kind(value)
+        hint = _hint(name, layout) if value is None and label else ""  # these settings do not apply to prediction
         raise NoRow(f"{column} is {kind}, expected a string{hint}")
     if all(value is None for value in values.values()) and layout.on_missing != "skip":
         found = ", ".join(sorted(map(str, row))) or "nothing"
-        raise NoRow(f"has none of {', '.join(layout.columns.values())}; found {found}{_meant([*values], False, row, layout)}")
+        suggestions = _suggestions([*values], False, row, layout)
+        raise NoRow(f"has none of {', '.join(layout.columns.values())}; found {found}{suggestions}")
     return values
 
 
@@ -116,7 +124,7 @@ def _identity(row: Mapping[str, Any], column: str, default: str) -> str:
 
 
 def _refuse_half_characters(identity: str, values: Mapping[str, str | None], layout: Layout) -> None:
-    """In what names files; a text in a row may have them."""
+    """Refuse lone surrogates in ids and file names; a text may contain them."""
     if _SURROGATE.search(identity):
         raise NoRow(_half(layout.identity))
     for name, value in values.items():
@@ -145,18 +153,18 @@ def _labels(value: Any, name: str, separator: str | None) -> tuple[tuple[str, ..
 def _no_column(missing: Sequence[str], no_label: bool, row: Mapping[str, Any], layout: Layout) -> str:
     absent = " or ".join([*(layout.columns[name] for name in missing), *([layout.label] if no_label else [])])
     found = ", ".join(sorted(map(str, row))) or "nothing"
-    return f"has no {absent}; found {found}{_meant(missing, no_label, row, layout)}"
+    return f"has no {absent}; found {found}{_suggestions(missing, no_label, row, layout)}"
 
 
-def exceptions(problems: Sequence[Problem], layout: Layout) -> list[Problem]:
-    """Problems of a table that has good rows, so that a row without some column is one without a value, which may be meant."""
+def add_missing_hints(problems: Sequence[Problem], layout: Layout) -> list[Problem]:
+    """Add a hint to rows that lack a column: in a table with valid rows, the value may be missing on purpose."""
     columns = "|".join(map(re.escape, layout.columns.values()))
     pattern = re.compile(rf"has no (?:{columns})(?: or (?:{columns}))*; found [^;]*")
     hint = f" (use {_OR_WITHOUT} to go on without)"
-    return [replace(each, what=each.what + hint) if pattern.fullmatch(each.what) else each for each in problems]
+    return [replace(problem, what=problem.what + hint) if pattern.fullmatch(problem.what) else problem for problem in problems]
 
 
-def _meant(missing: Sequence[str], no_label: bool, row: Mapping[str, Any], layout: Layout) -> str:
+def _suggestions(missing: Sequence[str], no_label: bool, row: Mapping[str, Any], layout: Layout) -> str:
     hints = layout.hints(missing, no_label, row)
     return f"; did you mean {' '.join(hints)}?" if hints else ""
 
@@ -165,28 +173,24 @@ def _kind(value: Any) -> str:
     return _KINDS.get(type(value), "a string" if isinstance(value, str) else f"a {type(value).__name__}")
 
 
+@dataclass(frozen=True, eq=False)
 class Rows(Sequence[Row]):
-    """Rows read from where they stand, when they are asked for: half a million cost no more than their places.
+    """Rows that are parsed when they are accessed, so that half a million of them take little memory.
 
     Args:
         content: JSON lines. places_S2: first byte and end of each row in it. lines_S: line numbers, from 1.
         labels: of each row.
     """
 
-    def __init__(
-        self,
-        content: Any,
-        places_S2: NDArray[np.int64],
-        lines_S: NDArray[np.int64],
-        labels: Sequence[tuple[str, ...]],
-        split: str,
-        layout: Layout,
-    ) -> None:
-        self._content, self._places_S2, self._lines_S, self._labels = content, places_S2, lines_S, labels
-        self._split, self._layout = split, layout
+    content: bytes
+    places_S2: NDArray[np.int64]
+    lines_S: NDArray[np.int64]
+    labels: Sequence[tuple[str, ...]]
+    split: str
+    layout: Layout
 
     def __len__(self) -> int:
-        return len(self._places_S2)
+        return len(self.places_S2)
 
     @overload
     def __getitem__(self, index: int) -> Row: ...
@@ -197,11 +201,11 @@ class Rows(Sequence[Row]):
     def __getitem__(self, index: int | slice) -> Row | list[Row]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        start, stop = self._places_S2[index]
-        row, line = json.loads(bytes(self._content[start:stop])), int(self._lines_S[index])
-        identity = str(row.get(self._layout.identity, f"{self._split}-{line}"))
-        values = {name: self._layout.said(name, row) for name in self._layout.columns}
-        return Row(identity, values, self._labels[index], line)
+        start, stop = self.places_S2[index]
+        row, line = json.loads(self.content[start:stop]), int(self.lines_S[index])
+        identity = str(row.get(self.layout.identity, f"{self.split}-{line}"))
+        values = {name: self.layout.value_of(name, row) for name in self.layout.columns}
+        return Row(id=identity, values=values, labels=self.labels[index], line=line)
 
     def __iter__(self) -> Iterator[Row]:
         return (self[index] for index in range(len(self)))

@@ -14,13 +14,13 @@ from mopefuse.data._source_files import SourceFolder
 from mopefuse.data.prepare import Sample, Skip, Source, is_file_name
 
 LABELS = ("entailment", "neutral", "contradiction")
-_OF_SPLIT = {"train": "train", "val": "dev", "test": "test"}  # ours and theirs
+_OF_SPLIT = {"train": "train", "val": "dev", "test": "test"}  # our names to those of the data set
 _IMAGES = ("flickr30k_images", "flickr30k-images")
-_SAYS = "the authors of SNLI-VE"
+_AUTHOR = "the authors of SNLI-VE"
 
 
 class Pair(NamedTuple):
-    """What one line says; `id` is its pairID, "" if it has none that can be an id."""
+    """The content of one line; `id` is its pairID, "" if that is missing or not valid."""
 
     id: str
     text: str
@@ -29,10 +29,10 @@ class Pair(NamedTuple):
 
 
 def read_pair(line: bytes, *, premise: bool = False) -> Pair | str:
-    """One line of ``snli_ve_*.jsonl``, or the reason why it is no pair. Any bytes may be given.
+    """Parse one line of ``snli_ve_*.jsonl``; returns the reason if it is not valid.
 
     Args:
-        premise: put the caption (sentence1) and a space before the hypothesis (sentence2).
+        premise: whether the caption (sentence1) and a space come before the hypothesis (sentence2).
     """
     try:
         row = json.loads(line.decode("utf-8"))
@@ -58,27 +58,27 @@ def read_pair(line: bytes, *, premise: bool = False) -> Pair | str:
         return "no Flickr30K_ID"
     identity = row.get("pairID")
     return Pair(
-        identity if isinstance(identity, str) and identity.isprintable() else "",
-        " ".join(str(sentence) for sentence in sentences),
-        f"{image.removesuffix('.jpg')}.jpg",
-        label,
+        id=identity if isinstance(identity, str) and identity.isprintable() else "",
+        text=" ".join(str(sentence) for sentence in sentences),
+        image=f"{image.removesuffix('.jpg')}.jpg",
+        label=label,
     )
 
 
 class SNLIVE(Source):
     """``snli_ve_{train,dev,test}.jsonl`` and the folder of Flickr30k's photographs.
 
-    The text is the hypothesis, with the option ``premise`` the caption before it. The id is the pairID; a row without one,
-    or whose pairID an earlier row has, gets ``<split>-<line>``.
+    The text is the hypothesis; with the option ``premise``, the caption comes before it. The id is the pairID; if that
+    is missing or repeated, it is ``<split>-<line>``.
     """
 
     name: ClassVar[str] = "snli-ve"
-    inputs: ClassVar[tuple[str, ...]] = (*(f"snli_ve_{theirs}.jsonl" for theirs in _OF_SPLIT.values()), *_IMAGES)
+    inputs: ClassVar[tuple[str, ...]] = (*(f"snli_ve_{original}.jsonl" for original in _OF_SPLIT.values()), *_IMAGES)
     layout: ClassVar[str] = "snli_ve_{train,dev,test}.jsonl and flickr30k_images/<Flickr30K_ID>.jpg"
     published: ClassVar[Mapping[str, tuple[int, str]]] = {
-        "train": (529_527, _SAYS),
-        "val": (17_858, _SAYS),
-        "test": (17_901, _SAYS),
+        "train": (529_527, _AUTHOR),
+        "val": (17_858, _AUTHOR),
+        "test": (17_901, _AUTHOR),
     }
     defaults: ClassVar[Mapping[str, Any]] = {"premise": False}
     labels: ClassVar[tuple[str, ...]] = LABELS
@@ -86,9 +86,9 @@ class SNLIVE(Source):
     def __init__(self, folder: SourceFolder, options: Mapping[str, Any]) -> None:
         """See `Source`."""
         super().__init__(folder, options)
-        for theirs in _OF_SPLIT.values():
-            if folder.path(f"snli_ve_{theirs}.jsonl") is None:
-                raise self.incomplete(f"snli_ve_{theirs}.jsonl")
+        for original in _OF_SPLIT.values():
+            if folder.path(f"snli_ve_{original}.jsonl") is None:
+                raise self.incomplete(f"snli_ve_{original}.jsonl")
         self._images = next((name for name in _IMAGES if folder.names(name)), "")
         if not self._images:
             raise self.incomplete(f"folder {_IMAGES[0]}")
@@ -96,11 +96,11 @@ class SNLIVE(Source):
 
     @property
     def text(self) -> str:
-        """Which sentences."""
+        """The sentences that are used."""
         return "premise and hypothesis" if self.options["premise"] else "hypothesis"
 
     def rows(self, split: str) -> Iterator[Sample | Skip]:
-        """In the order of the file, one line in memory."""
+        """Yield pairs in the order of the file, with one line in memory."""
         file, premise = f"snli_ve_{_OF_SPLIT[split]}.jsonl", self.options["premise"]
         for number, line in self.folder.lines(file):
             pair = read_pair(line, premise=premise)
@@ -108,7 +108,8 @@ class SNLIVE(Source):
                 yield Skip(pair, file, number)
                 continue
             identity = pair.id if pair.id and pair.id not in self._ids else f"{split}-{number}"
-            while identity in self._ids:  # somebody's pairID looks like ours
+            while identity in self._ids:  # a pairID looks like a generated id
                 identity += "+"
             self._ids.add(identity)
-            yield Sample(identity, pair.text, f"{self._images}/{pair.image}", pair.label, file, number)
+            image = f"{self._images}/{pair.image}"
+            yield Sample(id=identity, text=pair.text, img=image, label=pair.label, file=file, line=number)

@@ -1,7 +1,7 @@
-"""Seeded, class-balanced parts of a split: what is held out, and few-shot subsets.
+"""Choose class-balanced subsets of a split at random: rows to hold out, and few-shot subsets.
 
-Which rows are chosen depends on the seed and on the rows themselves, by a hash of each, so another order of the file or
-another machine chooses the same.
+The choice depends only on the seed and on a hash of each row, so that it is the same for another order of the file and on
+another machine.
 """
 
 from __future__ import annotations
@@ -10,24 +10,24 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-_UNLABELLED = ("",)  # the class of rows without a label; no label is empty
+_UNLABELLED = ("",)  # the class of rows without a label; labels are never empty
 
 
 def order_of(names: Sequence[str], seed: int) -> list[int]:
-    """The numbers of `names` in an order that only they and `seed` decide."""
+    """Order the numbers of `names` at random, depending only on the names and `seed`."""
     keys = [hashlib.blake2b(f"{seed}:{name}".encode("utf-8", "surrogatepass")).digest() for name in names]
     return sorted(range(len(names)), key=lambda number: (keys[number], number))
 
 
-def shares(counts: Sequence[int], total: int) -> list[int]:
-    """`total` split in proportion to `counts`, by largest remainder; earlier ones win ties.
+def apportion(counts: Sequence[int], total: int) -> list[int]:
+    """Divide `total` in proportion to `counts`, by largest remainder; earlier counts win ties.
 
-    Each keeps at least one of its own, so the shares can add up to less than `total`.
+    Each share is less than its count, so the shares can add up to less than `total`.
     """
-    everything = sum(counts)
-    whole = [min(count * total // everything, count - 1) for count in counts]
+    sum_of_counts = sum(counts)
+    whole = [min(count * total // sum_of_counts, count - 1) for count in counts]
     left = total - sum(whole)
-    for i in sorted(range(len(counts)), key=lambda i: (-(counts[i] * total % everything), i)):
+    for i in sorted(range(len(counts)), key=lambda i: (-(counts[i] * total % sum_of_counts), i)):
         if left > 0 and whole[i] < counts[i] - 1:
             whole[i], left = whole[i] + 1, left - 1
     return whole
@@ -36,11 +36,14 @@ def shares(counts: Sequence[int], total: int) -> list[int]:
 def hold_out(
     groups: Sequence[str], labels: Sequence[tuple[str, ...]], count: int, seed: int
 ) -> tuple[list[int], list[int]]:
-    """Rows to keep and about `count` rows to hold out, in proportion to the classes, each in the order of the file.
+    """Choose about `count` rows to hold out, in proportion to the classes.
 
     Args:
-        groups: rows of a group (those of one image) stay together, so that nothing is on both sides.
-        labels: of each row; one with several counts for the rarest of them.
+        groups: of each row; rows of a group (such as those of one image) stay together.
+        labels: of each row; a row with several labels counts for the rarest of them.
+
+    Returns:
+        The rows to keep and the rows to hold out, each in the order of the file.
     """
     members: defaultdict[str, list[int]] = defaultdict(list)
     for row, group in enumerate(groups):
@@ -48,14 +51,14 @@ def hold_out(
     frequency = Counter(label for row in labels for label in row)
     by_class: defaultdict[str, list[str]] = defaultdict(list)
     for group, rows in members.items():
-        mine = {label for row in rows for label in labels[row]}
-        by_class[min(mine, key=lambda label: (frequency[label], label), default=_UNLABELLED[0])].append(group)
+        group_labels = {label for row in rows for label in labels[row]}
+        by_class[min(group_labels, key=lambda label: (frequency[label], label), default=_UNLABELLED[0])].append(group)
     classes = sorted(by_class)
     sizes = [sum(len(members[group]) for group in by_class[name]) for name in classes]
     held: list[int] = []
-    for name, wanted in zip(classes, shares(sizes, count), strict=True):
+    for name, wanted in zip(classes, apportion(sizes, count), strict=True):
         taken: list[int] = []
-        for number in order_of(by_class[name], seed)[:-1]:  # one group of each class stays, for training to know it
+        for number in order_of(by_class[name], seed)[:-1]:  # one group of each class stays in training
             rows = members[by_class[name][number]]
             if len(taken) + len(rows) <= wanted or (not taken and wanted):
                 taken += rows
@@ -67,24 +70,24 @@ def hold_out(
 def few(
     ids: Sequence[str], labels: Sequence[tuple[str, ...]], seed: int, *, shots: int | None, fraction: float | None
 ) -> list[int]:
-    """Rows to train on, in the order of the file.
+    """Choose rows to train on; returns them in the order of the file.
 
-    Rows without any label are a class of their own, as in `hold_out`.
+    Rows without a label are a class of their own, as in `hold_out`.
 
     Args:
-        shots: rows of each class; where rows have several labels, rows are taken until each label has so many (or all
-            of its rows are taken), rarest label first.
-        fraction: share of each class, at least one row of it; 1 takes every row.
+        shots: rows of each class; if rows have several labels, rows are taken, rarest label first, until each label has
+            this many or all of its rows.
+        fraction: of the rows of each class, at least one row; 1 takes every row.
     """
-    have = Counter(label for row in labels for label in row or _UNLABELLED)
-    wanted = {name: min(count, shots) if shots else max(1, round(count * (fraction or 1))) for name, count in have.items()}
+    available = Counter(label for row in labels for label in row or _UNLABELLED)
+    wanted = {name: min(count, shots) if shots else max(1, round(count * (fraction or 1))) for name, count in available.items()}
     by_label: defaultdict[str, list[int]] = defaultdict(list)
     for row in order_of(ids, seed):
         for name in labels[row] or _UNLABELLED:
             by_label[name].append(row)
     chosen: set[int] = set()
     taken: Counter[str] = Counter()
-    for name in sorted(have, key=lambda label: (have[label], label)):
+    for name in sorted(available, key=lambda label: (available[label], label)):
         for row in by_label[name]:
             if taken[name] >= wanted[name]:
                 break

@@ -1,6 +1,6 @@
-"""Where rows come from: JSON lines, CSV, TSV or Parquet files, and folders of images with captions.
+"""Read tables: JSON lines, CSV, TSV or Parquet files, and folders of images with captions.
 
-Each reader yields what its file holds, row by row, with line numbers; `mopefuse.data.rows` says whether a row is one.
+Each reader yields the rows of its file with line numbers; `mopefuse.data.rows` checks them.
 """
 
 from __future__ import annotations
@@ -24,61 +24,75 @@ from mopefuse.errors import DataError, Notice, did_you_mean, nearest
 SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 _MAGIC = {b"\x1f\x8b": "gzip", b"PAR1": "Parquet", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"PK\x03\x04": "a zip"}
-_SAME_SPLIT = {"dev": "val", "valid": "val", "validation": "val", "training": "train", "testing": "test"}
-_FIRST = 1000  # rows of a table that are asked whether they name a split
+_SPLIT_SYNONYMS = {"dev": "val", "valid": "val", "validation": "val", "training": "train", "testing": "test"}
+_FIRST_ROWS = 1000  # of a table, in which a column that names splits is searched
 _METADATA = ("metadata.jsonl", "metadata.csv")
 
 
 class Found(NamedTuple):
-    """One row as it stands: an object, or what is wrong with it."""
+    """One row before it is checked.
+
+    Args:
+        value: the object, or a message if it could not be parsed.
+        start, stop: place of the row in `Table.content`, in bytes.
+    """
 
     line: int
     value: dict[str, Any] | str
-    start: int = 0  # of the row in `Table.content`, in bytes
+    start: int = 0
     stop: int = 0
 
 
 class Table(NamedTuple):
-    """The rows of one file or folder."""
+    """The rows of one file or folder.
 
-    file: str  # for messages
-    digest: str  # sha256 of what it holds
+    Args:
+        file: its name, for messages. digest: sha256 of its content.
+        content: of a file of JSON lines; None of other formats, whose rows are converted to JSON lines.
+    """
+
+    file: str
+    digest: str
     rows: Callable[[], Iterator[Found]]
-    content: bytes | None = None  # JSON lines, which rows are places in; other formats are rewritten as such
+    content: bytes | None = None
 
 
 def find_tables(path: Path, config: DataConfig, *, splits: Sequence[str] = SPLITS) -> dict[str, Table]:
-    """The table of each split that a folder has, or under "" the one table that `path` is.
+    """Find the table of each split in a folder, or the single table at `path`.
 
     Args:
-        splits: only these are looked for.
+        splits: to look for in a folder.
+
+    Returns:
+        Tables by split; a single table under "".
 
     Raises:
-        DataError: nothing there, a split in two formats, a file that cannot be read or is of another format.
+        DataError: `path` does not exist, a split has two tables, or a file cannot be read or is not a table.
     """
     if path.is_file():
         return {"": _table(path, config)}
     if not path.is_dir():
-        beside = _beside(path)
-        near = [item for stem in nearest(path.stem, {item.stem for item in beside}) for item in beside if item.stem == stem]
-        meant = f"did you mean {', '.join(map(str, near[:3]))}? Else " if near else ""
-        fix = f"{meant}name a folder with train.jsonl, val.jsonl and test.jsonl, or one table"
+        siblings = _siblings(path)
+        stems = nearest(path.stem, {item.stem for item in siblings})
+        similar = [item for stem in stems for item in siblings if item.stem == stem]
+        suggestion = f"did you mean {', '.join(map(str, similar[:3]))}? Otherwise " if similar else ""
+        fix = f"{suggestion}name a folder with train.jsonl, val.jsonl and test.jsonl, or one table"
         raise DataError(1, f"there is no data folder {path}", fix=fix)
     tables = {}
     for split in splits:
-        there = [path / f"{split}{suffix}" for suffix in SUFFIXES if os.path.lexists(path / f"{split}{suffix}")]
-        if (path / split).is_dir() and not there and any(child.is_dir() for child in (path / split).iterdir()):
-            there.append(path / split)
-        if len(there) > 1:
-            names = " and ".join(file.name for file in there)
-            raise DataError(19, f"the {split} split is there twice: {names}", where=str(path), fix="remove one of them")
-        if there:
-            tables[split] = _table(there[0], config)
+        found = [path / f"{split}{suffix}" for suffix in SUFFIXES if os.path.lexists(path / f"{split}{suffix}")]
+        if (path / split).is_dir() and not found and any(child.is_dir() for child in (path / split).iterdir()):
+            found.append(path / split)
+        if len(found) > 1:
+            names = " and ".join(file.name for file in found)
+            raise DataError(19, f"the {split} split has two tables: {names}", where=str(path), fix="remove one of them")
+        if found:
+            tables[split] = _table(found[0], config)
     return tables
 
 
-def _beside(path: Path) -> list[Path]:
-    """Folders and tables in the folder that `path` would be in."""
+def _siblings(path: Path) -> list[Path]:
+    """Folders and tables in the parent folder of `path`."""
     try:
         return [item for item in sorted(path.parent.iterdir()) if item.suffix in SUFFIXES or item.is_dir()]
     except OSError:
@@ -100,16 +114,17 @@ def _table(path: Path, config: DataConfig) -> Table:
         delimiter = _delimiter(content, path, config)
         return Table(path.name, digest, lambda: _csv(content, path, delimiter))
     if kind != ".jsonl":
-        raise DataError(20, f"{path.name} is no table", where=str(path), fix=f"name a {', '.join(SUFFIXES)} file or a folder")
+        fix = f"name a {', '.join(SUFFIXES)} file or a folder"
+        raise DataError(20, f"{path.name} is not a table", where=str(path), fix=fix)
     return Table(path.name, digest, lambda: _json_lines(content), content)
 
 
 def columns_in(table: Table, names: Collection[str]) -> set[str]:
-    """Those of `names` that are columns of some row; all rows of a format other than JSON lines have the same."""
+    """Find which of `names` are columns of some row; only in JSON lines may rows have different columns."""
     objects = (row.value for row in table.rows() if isinstance(row.value, dict))
     if table.content is None:
         return set(names) & next(objects, {}).keys()
-    wanted = {name for name in names if any(key in table.content for key in _written(name))}
+    wanted = {name for name in names if any(key in table.content for key in _json_forms(name))}
     found: set[str] = set()
     for value in objects:
         found |= wanted & value.keys()
@@ -119,35 +134,35 @@ def columns_in(table: Table, names: Collection[str]) -> set[str]:
 
 
 def some_columns(table: Table) -> set[str]:
-    """The columns of the first row that is one; none where no row is."""
+    """The columns of the first row that could be parsed; none if there is no such row."""
     return {str(name) for name in next((row.value for row in table.rows() if isinstance(row.value, dict)), {})}
 
 
 def split_named(value: Any) -> str:
-    """The split that a cell names: train, val or test, also by other names for them; else the cell in lower case."""
-    said = str(value or "").strip().lower()
-    return _SAME_SPLIT.get(said, said)
+    """The split that a cell names: train, val or test, also by a synonym; otherwise the cell in lower case."""
+    name = str(value or "").strip().lower()
+    return _SPLIT_SYNONYMS.get(name, name)
 
 
 def split_column(table: Table, config: DataConfig) -> str | None:
-    """The column whose cells name splits, in the first rows of a table; None where there is none."""
-    rows = [row.value for row in islice(table.rows(), _FIRST) if isinstance(row.value, dict)]
+    """Find a column whose cells all name splits, in the first rows of a table; None if there is none."""
+    rows = [row.value for row in islice(table.rows(), _FIRST_ROWS) if isinstance(row.value, dict)]
     taken = {config.text_col, config.img_col, config.label_col, config.id_col, *config.columns.values()}
     names = [str(name) for name in rows[0] if name not in taken] if rows else []
     return next((name for name in names if all(split_named(row.get(name)) in SPLITS for row in rows)), None)
 
 
-def _written(name: str) -> Iterator[bytes]:
-    """A key as JSON writes it."""
+def _json_forms(name: str) -> Iterator[bytes]:
+    """Yield a key as it can be written in JSON."""
     yield json.dumps(name).encode()
     yield json.dumps(name, ensure_ascii=False).encode("utf-8", "surrogatepass")
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of a regular file.
+    """Read a regular file.
 
     Raises:
-        DataError: a pipe, device or folder (nothing is opened), or a file that cannot be read.
+        DataError: it is a pipe, device or folder (nothing is opened), or cannot be read.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would block
@@ -173,18 +188,18 @@ def _json_lines(content: bytes) -> Iterator[Found]:
         start = stop + 1
 
 
-class _Bad(ValueError):
-    pass
+class _InvalidJson(ValueError):
+    """JSON that the parser accepts but rows must not contain."""
 
 
 def json_line(line: bytes) -> dict[str, Any] | str:
-    """The object in a line of JSON, or what is wrong with it."""
+    """Parse a line of JSON; returns the object, or a message if it is not one."""
     try:
-        value = json.loads(line.decode("utf-8"), object_pairs_hook=_distinct, parse_constant=_refuse_constant)
+        value = json.loads(line.decode("utf-8"), object_pairs_hook=_refuse_duplicate_keys, parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
         place = f"byte 0x{line[error.start]:02x} at {error.start + 1}"
         return f"is not UTF-8 ({place}); convert the file, as from Latin 1 with iconv -f latin1 -t utf-8"
-    except _Bad as error:
+    except _InvalidJson as error:
         return str(error)
     except json.JSONDecodeError as error:
         return f"is not JSON (column {error.colno}: {error.msg})"
@@ -195,24 +210,24 @@ def json_line(line: bytes) -> dict[str, Any] | str:
     return value if isinstance(value, dict) else f"is a {type(value).__name__}, expected an object"
 
 
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
-        raise _Bad("has a key twice")
+        raise _InvalidJson("has a key twice")
     return value
 
 
 def _refuse_constant(name: str) -> Any:
-    raise _Bad(f"has {name}, which is not JSON")
+    raise _InvalidJson(f"has {name}, which is not JSON")
 
 
 # -- CSV and Parquet
 
 
 def _csv(content: bytes, path: Path, delimiter: str) -> Iterator[Found]:
-    """The rows of a CSV file. A quote that is not closed costs its own row and none of those after it."""
-    csv.field_size_limit(2**31 - 1)  # a text may be long; it is cut when it is read
-    records = Records(decoded(content, path), delimiter)
+    """Yield the rows of a CSV file; a quote that is not closed spoils only its own row."""
+    csv.field_size_limit(2**31 - 1)  # texts may be long
+    records = Records(decode_text(content, path), delimiter)
     header: list[str] = []
     for record in records:
         if not header:
@@ -227,18 +242,18 @@ def _csv(content: bytes, path: Path, delimiter: str) -> Iterator[Found]:
 
 
 def _delimiter(content: bytes, path: Path, config: DataConfig) -> str:
-    """What separates the cells of a file; a notice tells of another than its name says."""
+    """Detect the delimiter of a file; gives a notice if it differs from that of its suffix."""
     default = "\t" if path.suffix.lower() == ".tsv" else ","
     wanted = {config.text_col, config.img_col, config.label_col, config.id_col, *config.columns.values()}
     found = delimiter_of(content, default, wanted)
     if found != default:
-        what = f"{path.name} is read as separated by {name_of(found)}, not {name_of(default)}, as its header shows"
+        what = f"{path.name} is read as separated by {name_of(found)}, not {name_of(default)}, because of its header"
         warnings.warn(what, Notice, stacklevel=2)
     return found
 
 
-def decoded(content: bytes, path: Path) -> str:
-    """The text of a file.
+def decode_text(content: bytes, path: Path) -> str:
+    """Decode the content of a file as UTF-8.
 
     Raises:
         DataError: it is not UTF-8.
@@ -248,7 +263,8 @@ def decoded(content: bytes, path: Path) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         what = f"{path.name}:{line} is not UTF-8 (byte 0x{content[error.start]:02x})"
-        raise DataError(21, what, where=str(path), fix="convert it, as from Latin 1 with iconv -f latin1 -t utf-8") from None
+        fix = "convert it, for example from Latin 1 with iconv -f latin1 -t utf-8"
+        raise DataError(21, what, where=str(path), fix=fix) from None
 
 
 def _header(record: Record, path: Path) -> list[str]:
@@ -256,9 +272,9 @@ def _header(record: Record, path: Path) -> list[str]:
         fix = "correct the line with the names of the columns"
         raise DataError(230, f"the header {record.problem}", where=f"{path.name}:{record.line}", fix=fix)
     header = [cell.strip() for cell in record.cells]
-    twice = sorted({name for name in header if header.count(name) > 1})
-    if twice:
-        what = f"the column {twice[0]!r} is there twice"
+    repeated = sorted({name for name in header if header.count(name) > 1})
+    if repeated:
+        what = f"the column {repeated[0]!r} occurs twice"
         raise DataError(22, what, where=f"{path.name}:{record.line}", fix="name each column once")
     return header
 
@@ -279,11 +295,11 @@ def _parquet(path: Path) -> Iterator[Found]:
                     yield Found(number, {key: _plain(value) for key, value in row.items()})
     except (arrow.ArrowException, OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(24, f"{path.name} is damaged: {reason}", where=str(path), fix="provide a whole file") from None
+        raise DataError(24, f"{path.name} is damaged: {reason}", where=str(path), fix="provide the complete file") from None
 
 
 def _plain(value: Any) -> Any:
-    """Whole numbers as text: a column of them has one type, so that none is mistaken."""
+    """Convert integers to text: a column has one type, so integer ids and labels are not a mistake as in JSON."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
@@ -291,7 +307,7 @@ def _plain(value: Any) -> Any:
 
 
 def _image_folder(path: Path, config: DataConfig) -> Table:
-    """``<split>/<label>/<image>``, each with its text in ``<image>.txt`` beside it or in the split's metadata file."""
+    """Read ``<split>/<label>/<image>``, with texts in ``<image>.txt`` beside each or in the metadata file of the split."""
     metadata = next((path / name for name in _METADATA if (path / name).is_file()), None)
     captions = _captions(metadata, config) if metadata else None
     rows: list[Found] = []
@@ -323,15 +339,15 @@ def _images_below(path: Path) -> list[Path]:
 
 
 def _captions(metadata: Path, config: DataConfig) -> dict[str, Any]:
-    """The texts of a metadata file by ``file_name``, as the Hugging Face image folders have them."""
+    """Read the texts of a metadata file by ``file_name``, the format of Hugging Face image folders."""
     captions = {}
     for row in _table(metadata, config).rows():
         if isinstance(row.value, str):
             raise DataError(25, f"{metadata.name}:{row.line} {row.value}", where=str(metadata), fix="correct it")
         missing = {"file_name", config.text_col} - row.value.keys()
         if missing:
-            nearest = did_you_mean(config.text_col, row.value.keys())
+            fix = did_you_mean(config.text_col, row.value.keys())
             what = f"{metadata.name}:{row.line} has no {' or '.join(sorted(missing))}"
-            raise DataError(25, what, where=str(metadata), fix=nearest)
+            raise DataError(25, what, where=str(metadata), fix=fix)
         captions[str(row.value["file_name"])] = row.value[config.text_col]
     return captions

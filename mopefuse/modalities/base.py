@@ -1,8 +1,8 @@
-"""What a modality is: how its values stand in rows, are read, compared and shown. Nothing here needs torch.
+"""The base class of modalities: how values are stored in rows, read and compared. Nothing here needs torch.
 
-The name of an entry point in the group ``mopefuse.modalities`` is that of the modality: what encoders give as `modality`, and
-the column of a table that has its values unless another is named. A plugin's modality is imported when a table has its
-column, or an encoder of it is asked for.
+The name of an entry point in the group ``mopefuse.modalities`` is the name of the modality: the attribute `modality` of its
+encoders, and the default name of its column in tables. The modality of a plugin is imported when a table has its column, or an
+encoder of it is created.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from mopefuse.core import registry
 from mopefuse.errors import DataError, PluginError, did_you_mean
 
-if TYPE_CHECKING:  # a bundle is asked where there is no pydantic
+if TYPE_CHECKING:  # bundles run without pydantic
     from mopefuse.config.schema import Data as DataConfig
 
 BY_POSITION = {"image": "images", "text": "texts"}
-"""The modalities whose values the Python interface takes by position, to the names of these arguments; others are called as
-they are."""
+"""Modalities that the Python interface takes by position, with the names of these arguments. The arguments of others have the
+name of the modality."""
 
 
 class Modality:
-    """One kind of input. A subclass says what its values are; of files, see `mopefuse.modalities.files.Files`.
+    """One kind of input. Subclasses define its values; for values in files, see `mopefuse.modalities.files.Files`.
 
     Attributes:
         name: of its entry point. plural: for messages.
-        kind: what the Python interface takes for one, for messages. give: what to do where it got something else.
-        meant: names that its column has elsewhere.
-        leaked: the kind of finding that a value in two splits is, see `mopefuse.data.findings.KINDS`.
-        is_file: whether a row names a file; else the value is in the row.
-        is_picture: whether `read` gives a PIL image, which can be augmented, kept decoded, and shown.
-        prompt_length, lr: defaults of a main encoder that reads it, tokens of a prompt and learning rate.
+        kind: description of one value from Python, for messages. give: what to do about another type of value.
+        meant: common names of its column, for suggestions.
+        leaked: the kind of finding for a value that is in two splits, see `mopefuse.data.findings.KINDS`.
+        is_file: whether rows name a file instead of containing the value.
+        is_picture: whether `read` returns a PIL image, which can be augmented, cached and shown.
+        prompt_length, lr: defaults for a main encoder of this modality: prompt tokens, and learning rate.
     """
 
     name: str = ""
@@ -48,91 +48,103 @@ class Modality:
     lr: ClassVar[float] = 5e-4
 
     def read(self, value: str, roots: Sequence[Path], *, where: str, config: DataConfig) -> Any:
-        """What an encoder's preprocessing takes, of what a row says.
+        """Read a value for an encoder's preprocessing.
 
         Args:
-            roots: folders that files may be in, the data root first. where: file, line and id of the row.
+            value: of the row. roots: folders that files may lie in, the data root first.
+            where: file, line and id of the row, for messages.
+
+        Raises:
+            DataError: the value cannot be read.
         """
         return value
 
     def nothing(self) -> Any:
-        """A value that says nothing: what an encoder gets where a row has none."""
+        """A blank value, which encoders get where a row lacks the modality."""
         raise NotImplementedError
 
     def examples(self) -> list[Any]:
-        """A few values, as `read` gives them: of several sizes, for the contract of encoders."""
+        """A few values of several sizes, as `read` returns them, for tests of encoders."""
         raise NotImplementedError
 
     def accepts(self, value: Any) -> bool:
-        """Whether a value from Python can be one."""
+        """Whether a value from Python has an accepted type."""
         return True
 
     def is_single(self, value: Any) -> bool:
-        """Whether what Python hands over is one value rather than a list of them."""
+        """Whether an argument from Python is a single value rather than a list of values."""
         return isinstance(value, str | Path)
 
     def prepare(self, value: Any, *, where: str) -> Any:
-        """A value from Python as `read` gives the same value of a row.
+        """Convert a value from Python to what `read` returns.
 
         Args:
             where: the sample, for messages.
+
+        Raises:
+            DataError: the value cannot be read.
         """
         return value
 
     def alike(self, value: str) -> str:
-        """What two values in rows have in common that say the same."""
+        """Remove unimportant differences from a value of a row, so that equivalent values become equal."""
         return value
 
     def prompt_bound(self, patch_size: int, width: int) -> float:
-        """v, where prompts of a main encoder that reads it start in U(-v, v)."""
+        """The bound v of the uniform distribution U(-v, v) that initialises prompts of a main encoder of this modality.
+
+        Args:
+            patch_size: in pixels. width: of the encoder.
+        """
         return 0.3
 
 
 def of(name: str) -> Modality:
-    """The modality of a name.
+    """Get a modality by its name.
 
     Raises:
-        ConfigError: there is none. PluginError: its plugin cannot be imported, or gives something else.
+        ConfigError: it is not installed. PluginError: its plugin cannot be imported, or is not a modality.
     """
-    return _made(registry.load(registry.MODALITIES, name), name)
+    return _create(registry.load(registry.MODALITIES, name), name)
 
 
 @cache
-def _made(kind: Any, name: str) -> Modality:
+def _create(kind: Any, name: str) -> Modality:
     if not (isinstance(kind, type) and issubclass(kind, Modality)):
-        what = f"the modality {name!r} is no subclass of mopefuse.modalities.base.Modality"
-        raise PluginError(7, what, fix="mend the plugin, or uninstall it")
-    made = kind()
-    made.name = name
-    return made
+        what = f"the modality {name!r} is not a subclass of mopefuse.modalities.base.Modality"
+        raise PluginError(7, what, fix="correct the plugin, or uninstall it")
+    modality: Modality = kind()
+    modality.name = name
+    return modality
 
 
 def names() -> tuple[str, ...]:
-    """Every modality that is installed, by name. Imports none."""
+    """The names of all installed modalities; none is imported."""
     return tuple(registry.available(registry.MODALITIES))
 
 
-# -- what Python hands over
+# -- arguments from Python
 
 
 def by_argument(values: Mapping[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
-    """Values by modality as arguments of ``collate``: the inverse of `named`."""
-    return {BY_POSITION.get(name, name): each for name, each in values.items()}
+    """Convert values by modality to arguments of ``collate``: the inverse of `named`."""
+    return {BY_POSITION.get(name, name): listed for name, listed in values.items()}
 
 
 def named(by_position: Sequence[Any], more: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
-    """Lists of values by modality: those given by position (see `BY_POSITION`, None where left out) and those given by name.
+    """Convert arguments to lists of values by modality; a single value becomes a list of one.
 
-    A single value is a list of one.
+    Args:
+        by_position: in the order of `BY_POSITION`, None if omitted. more: arguments by name.
 
     Raises:
-        DataError: an unknown modality, or what is neither a value nor several.
+        DataError: an unknown modality, or an argument that is neither a value nor a list of values.
     """
     for name in more:
         if name not in names():
             raise DataError(91, f"there is no modality {name!r}", fix=did_you_mean(name, names()))
-    first = {name: values for name, values in zip(BY_POSITION, by_position, strict=True) if values is not None}
-    return {name: _listed(of(name), values) for name, values in {**first, **more}.items()}
+    positional = {name: values for name, values in zip(BY_POSITION, by_position, strict=True) if values is not None}
+    return {name: _listed(of(name), values) for name, values in {**positional, **more}.items()}
 
 
 def _listed(modality: Modality, values: Any) -> list[Any]:
@@ -140,62 +152,62 @@ def _listed(modality: Modality, values: Any) -> list[Any]:
         return [values]
     if isinstance(values, Iterable) and not isinstance(values, Mapping | str | bytes):
         return list(values)
-    what = f"{modality.plural} are a list, or {modality.kind}, got {type(values).__name__}"
+    what = f"{modality.plural} must be a list, or {modality.kind}; got {type(values).__name__}"
     raise DataError(210, what, fix=modality.give)
 
 
 def count_of(values: Mapping[str, Sequence[Any]]) -> int:
-    """How many samples these are.
+    """Count the samples.
 
     Raises:
-        DataError: not as many of one modality as of another.
+        DataError: modalities have different numbers of values.
     """
-    sizes = {name: len(each) for name, each in values.items()}
+    sizes = {name: len(listed) for name, listed in values.items()}
     if len(set(sizes.values())) > 1:
-        said = " and ".join(f"{size} {of(name).plural}" for name, size in sizes.items())
+        counts = " and ".join(f"{size} {of(name).plural}" for name, size in sizes.items())
         *others, last = sizes
         fix = f"give one {last} for each {others[0]}"
-        raise DataError(17, f"{said} are no pairs", fix=fix)
+        raise DataError(17, f"the numbers of values differ: {counts}", fix=fix)
     return next(iter(sizes.values()), 0)
 
 
 def require_kinds(values: Mapping[str, Sequence[Any]]) -> None:
-    """Refuse values that are not what their modality takes; None, where a sample has none, is.
+    """Check the types of values; None is accepted for a missing value.
 
     Raises:
-        DataError: the first that is not.
+        DataError: a value has a type that its modality does not accept.
     """
     modalities = {name: of(name) for name in values}
     for sample in zip(*values.values(), strict=True):
         for modality, value in zip(modalities.values(), sample, strict=True):
             if value is not None and not modality.accepts(value):
-                kinds = " and ".join(one.kind for one in modalities.values())
-                got = " and ".join(type(one).__name__ for one in sample)
-                raise DataError(18, f"a pair is {kinds}, got {got}", fix=modality.give)
+                kinds = " and ".join(expected.kind for expected in modalities.values())
+                got = " and ".join(type(item).__name__ for item in sample)
+                raise DataError(18, f"a sample must be {kinds}; got {got}", fix=modality.give)
 
 
 def or_nothing(name: str, values: Sequence[Any]) -> list[Any]:
-    """Values with one that says nothing where there is None."""
+    """Replace each None by a blank value."""
     return [of(name).nothing() if value is None else value for value in values]
 
 
 def prepared(name: str, values: Sequence[Any]) -> list[Any]:
-    """Values from Python as rows give them, see `Modality.prepare`; None stays.
+    """Convert values from Python, see `Modality.prepare`; None stays.
 
     Raises:
-        DataError: one that cannot be read.
+        DataError: a value cannot be read.
     """
-    one = of(name)
-    return [None if value is None else one.prepare(value, where=f"sample {i}") for i, value in enumerate(values)]
+    modality = of(name)
+    return [None if value is None else modality.prepare(value, where=f"sample {i}") for i, value in enumerate(values)]
 
 
 def require_given(name: str, values: Mapping[str, Sequence[Any]], who: str) -> Sequence[Any]:
-    """The values of a modality that somebody reads.
+    """Get the values of a modality that `who` reads.
 
     Raises:
-        DataError: there are none.
+        DataError: there are no values of it.
     """
     if name not in values:
         got = " and ".join(values) or "nothing"
-        raise DataError(92, f"{who} reads {name}, and got {got}", fix=f"give {of(name).plural}, or None for each sample")
+        raise DataError(92, f"{who} reads {name}, but got {got}", fix=f"give {of(name).plural}, or None for each sample")
     return values[name]

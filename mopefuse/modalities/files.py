@@ -1,6 +1,6 @@
-"""Files that rows name: inside their root, looked at once when the index is built, read when a sample is asked for.
+"""Files that rows name: they lie inside a root, are checked when the index is built, and are read when a sample is used.
 
-A modality whose values are files is a subclass of `Files`: it says what a whole file is, and what to make of one.
+A modality whose values are files is a subclass of `Files`, which defines how a file is decoded and checked.
 """
 
 from __future__ import annotations
@@ -18,25 +18,33 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from mopefuse.errors import DataError, MopefuseError, UnsafePathError
 from mopefuse.modalities.base import Modality
 
-if TYPE_CHECKING:  # a bundle is asked where there is no pydantic
+if TYPE_CHECKING:  # bundles run without pydantic
     from mopefuse.config.schema import Data as DataConfig
 
 MISSING = "MF-DATA-11"
-_MOST_FOLDERS = 100  # that are looked into for files that are elsewhere
+_MOST_FOLDERS = 100  # in which missing files are searched
 _KINDS = {"MF-SEC-01": "unsafe-path", MISSING: "missing-file", "MF-DATA-15": "not-a-file"}
 
 
 class Look(NamedTuple):
-    """What is known of a file."""
+    """The result of checking a file.
 
-    size: int = -1  # bytes; -1 for what is no file
-    mtime: int = 0  # ns
-    width: int = 0  # pixels, of a picture
+    Args:
+        size: in bytes; -1 if there is no file. mtime: in nanoseconds.
+        width, height: of a picture, in pixels.
+        milliseconds: that decoding took.
+        digest: of its content, 16 bytes.
+        code, what, fix: of the error; empty if the file can be read.
+    """
+
+    size: int = -1
+    mtime: int = 0
+    width: int = 0
     height: int = 0
     animated: bool = False
-    milliseconds: int = 0  # that decoding took
-    digest: bytes = b""  # of its content, 16 bytes
-    code: str = ""  # of the error that it is, if it is one
+    milliseconds: int = 0
+    digest: bytes = b""
+    code: str = ""
     what: str = ""
     fix: str = ""
 
@@ -49,41 +57,48 @@ class Files(Modality):
 
     @abstractmethod
     def decode(self, content: bytes, name: str, *, where: str, config: DataConfig) -> Any:
-        """What an encoder's preprocessing takes, of what a file holds.
+        """Decode the content of a file for an encoder's preprocessing.
 
         Args:
-            name: as the row says it, for messages. where: file, line and id of the row.
+            name: of the file in the row, for messages. where: file, line and id of the row.
 
         Raises:
-            DataError: it is damaged, of another format, or too large.
+            DataError: the file is damaged, of another format, or too large.
         """
 
     def look(self, content: bytes, name: str, config: DataConfig) -> Look:
-        """Whether `decode` can read a file, as cheaply as it can be known; size, times and digest are filled in later.
+        """Check, as cheaply as possible, whether `decode` can read a file; size, times and digest are filled in later.
 
         Raises:
-            DataError: as `decode`.
+            DataError: `decode` cannot read it.
         """
         self.decode(content, name, where="", config=config)
         return Look()
 
     def limits(self, config: DataConfig) -> tuple[object, ...]:
-        """The settings that decide what `look` says."""
+        """The settings that decide the result of `look`."""
         return ()
 
     def findings(self, name: str, look: Look) -> Iterator[tuple[str, str, str]]:
-        """What a data check says of a file: (kind, message, what to do or empty); see `mopefuse.data.findings.KINDS`."""
+        """Yield the findings of a data check about a file, as (kind, message, hint); see `mopefuse.data.findings.KINDS`."""
         if look.code:
             yield _KINDS.get(look.code, "unreadable-file"), look.what, look.fix
 
     def read(self, value: str, roots: Sequence[Path], *, where: str, config: DataConfig) -> Any:
         """See `Modality.read`."""
-        content = content_of(contained(roots, value, where=where, what=self.name), value, where)
+        content = read_content(contained(roots, value, where=where, what=self.name), value, where)
         return self.decode(content, value, where=where, config=config)
 
 
-def content_of(path: Path, name: str, where: str) -> bytes:
-    """What a file holds."""
+def read_content(path: Path, name: str, where: str) -> bytes:
+    """Read a file.
+
+    Args:
+        name: of the file in the row. where: file, line and id of the row.
+
+    Raises:
+        DataError: it cannot be read.
+    """
     try:
         return path.read_bytes()
     except OSError as error:
@@ -91,34 +106,34 @@ def content_of(path: Path, name: str, where: str) -> bytes:
         raise DataError(13, f"{name} cannot be read: {error.strerror}", where=where, fix=fix) from None
 
 
-# -- where a path leads
+# -- paths
 
 
 def contained(roots: Sequence[Path], relative: str, *, where: str, what: str) -> Path:
-    """The file that a path means: relative to the first of `roots` that has it, or absolute inside one of the others.
+    """Find the file of a path: relative to the first of `roots` that has it, or absolute inside another of them.
 
     Args:
         what: the modality, for messages.
 
     Raises:
-        UnsafePathError: the path is a URL or leads out of every root. DataError: it is not a regular file.
+        UnsafePathError: the path is a URL or leads outside all roots. DataError: it is not a regular file.
     """
     return regular_file(_place(roots, relative, where, what), relative, where=where, what=what)
 
 
 def regular_file(path: Path, name: str, *, where: str, what: str) -> Path:
-    """The same path, if it leads to a file.
+    """Check that a path is a regular file, and return it.
 
     Args:
         name: of the file, for messages. what: the modality, for messages.
 
     Raises:
-        DataError: there is none, or it is a folder, a pipe or a device.
+        DataError: it does not exist, or is a folder, a pipe or a device.
     """
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError):
-        fix = _other_case(path) or "add the file"
+        fix = _case_hint(path) or "add the file"
         raise DataError(11, f"{what} not found: {name}", where=where, fix=fix) from None
     if not stat.S_ISREG(mode):
         article = "an" if what[:1] in "aeiou" else "a"
@@ -128,40 +143,41 @@ def regular_file(path: Path, name: str, *, where: str, what: str) -> Path:
 
 def _place(roots: Sequence[Path], relative: str, where: str, what: str) -> Path:
     if "\0" in relative or "://" in relative or relative.startswith(("\\", "~")) or relative[1:2] == ":":
-        raise _leaves_root(where, what)
+        raise _outside_root(where, what)
     bases = [root.resolve() for root in roots]
     absolute = relative.startswith("/")
     allowed = bases[1:] if absolute else bases
     try:
         places = [path.resolve() for path in ([Path(relative)] if absolute else [base / relative for base in bases])]
-    except (OSError, RuntimeError, ValueError):  # links that go round in circles, half a character
+    except (OSError, RuntimeError, ValueError):  # a cycle of links, a lone surrogate
         raise DataError(11, f"{what} not found: {relative}", where=where, fix="add the file") from None
     if not all(any(path.is_relative_to(base) for base in allowed) for path in places):
-        raise _leaves_root(where, what)
+        raise _outside_root(where, what)
     return next((path for path in places[:-1] if os.path.exists(path)), places[-1])
 
 
-def _leaves_root(where: str, what: str) -> UnsafePathError:
-    fix = "use a path relative to the data folder, or allow its folder with --image-root"
-    return UnsafePathError(1, f"the {what} path leaves the {what} root", where=where, fix=fix)
+def _outside_root(where: str, what: str) -> UnsafePathError:
+    fix = "use a path relative to the data folder, or add --image-root DIR"
+    return UnsafePathError(1, f"the {what} path is outside the data folder", where=where, fix=fix)
 
 
-def _other_case(path: Path) -> str:
+def _case_hint(path: Path) -> str:
+    """Suggest a file whose name differs only in case."""
     try:
-        there = os.listdir(path.parent)
+        names = os.listdir(path.parent)
     except (OSError, ValueError):
         return ""
-    alike = [name for name in there if name.lower() == path.name.lower()]
-    return f"the folder has {alike[0]}: mind upper and lower case" if alike else ""
+    similar = [name for name in names if name.lower() == path.name.lower()]
+    return f"the folder has {similar[0]}: check upper and lower case" if similar else ""
 
 
 def root_to_name(roots: Sequence[Path], names: Sequence[str]) -> str:
-    """What to do where none of many files is found: name the folder that they are in, which may be near."""
-    near = [roots[0].parent, *(folder for parent in (roots[0], roots[0].parent) for folder in _folders(parent))]
-    for folder in near:
+    """Suggest the root of files that do not exist, from folders nearby."""
+    nearby = [roots[0].parent, *(folder for parent in (roots[0], roots[0].parent) for folder in _folders(parent))]
+    for folder in nearby:
         if all(os.path.isfile(folder / name) for name in names[:3]):
             return f"add --image-root {folder}"
-    return "name the folder that they are in with --image-root DIR"
+    return "name their folder with --image-root DIR"
 
 
 def _folders(parent: Path) -> list[Path]:
@@ -171,7 +187,7 @@ def _folders(parent: Path) -> list[Path]:
         return []
 
 
-# -- looking at many, without keeping any
+# -- checking many files
 
 
 def look_at(
@@ -183,15 +199,16 @@ def look_at(
     known: Mapping[str, Look] | None = None,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Look]:
-    """Look at files with all processors; those that did not change since they were `known` are not read again.
+    """Check files with all processors.
 
     Args:
-        advance: told of (files looked at, files to look at).
+        known: earlier results; unchanged files are not read again.
+        advance: called with (files checked, files to check).
     """
     known = known or {}
     looks = {name: known[name] for name in names if name in known and _unchanged(roots, name, known[name])}
     rest = [name for name in names if name not in looks]
-    with ThreadPoolExecutor(processors()) as pool:  # decoders let other threads run
+    with ThreadPoolExecutor(processors()) as pool:  # decoding releases the GIL
         for start in range(0, len(rest), 512):
             futures = [pool.submit(_look, modality, roots, name, config) for name in rest[start : start + 512]]
             for done, future in enumerate(as_completed(futures), start=start + 1):
@@ -202,7 +219,7 @@ def look_at(
 
 
 def processors() -> int:
-    """How many this process may use."""
+    """The number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -222,7 +239,7 @@ def _look(modality: Files, roots: Sequence[Path], name: str, config: DataConfig)
         path = contained(roots, name, where="", what=modality.name)
         status = path.stat()
         look = look._replace(size=status.st_size, mtime=status.st_mtime_ns)
-        content = content_of(path, name, "")
+        content = read_content(path, name, "")
         look = look._replace(digest=hashlib.blake2b(content, digest_size=16).digest())
         began = time.perf_counter()
         seen = modality.look(content, name, config)

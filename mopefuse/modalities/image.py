@@ -1,4 +1,4 @@
-"""Images that somebody else provided: inside their root, of a known format, of a bearable size, and whole."""
+"""The modality image, and reading untrusted images: inside their root, of a known format, not too large, and complete."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from mopefuse.errors import DataError, NumericError
-from mopefuse.modalities.files import Files, Look, contained, content_of, regular_file
+from mopefuse.modalities.files import Files, Look, contained, read_content, regular_file
 
-if TYPE_CHECKING:  # a bundle is asked where there is no pydantic
+if TYPE_CHECKING:  # bundles run without pydantic
     from mopefuse.config.schema import Data as DataConfig
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 50_000_000
-SMALL = 16  # pixels; an image with a shorter side is remarked on
-STRIP = 10  # of the sides of an image; a longer strip is remarked on
-SLOW = 2000  # milliseconds of decoding
+SMALL = 16  # pixels; a shorter side gives a warning
+STRIP = 10  # ratio of sides; a larger one gives a warning
+SLOW = 2000  # milliseconds of decoding; more give a warning
 _GREY = (128, 128, 128)
-_NO_IMAGE = {b"<!doctype": "HTML", b"<html": "HTML", b"<svg": "SVG", b"<?xml": "XML"}
+_NOT_IMAGES = {b"<!doctype": "HTML", b"<html": "HTML", b"<svg": "SVG", b"<?xml": "XML"}
 _DISABLED = {
     b"%pdf": "PDF",
     b"%!ps": "PostScript",
@@ -34,47 +34,51 @@ _DISABLED = {
     b"mm\0*": "TIFF",
     b"\0\0\1\0": "ICO",
 }
-_KINDS = {  # of findings
+_KINDS = {  # of findings, by error code
     "MF-SEC-01": "unsafe-path",
     "MF-DATA-11": "missing-image",
     "MF-DATA-12": "huge-image",
     "MF-DATA-14": "wrong-format-image",
     "MF-DATA-15": "not-a-file",
 }
-_UNREADABLE = {  # how what a decoder says begins
+_UNREADABLE = {  # kinds of findings, by how the message of the decoder starts
     "empty-image": ("it is empty",),
     "wrong-format-image": ("looks like ",),
     "truncated-image": ("image file is truncated", "Truncated File Read"),
 }
 
-# Of odd metadata, which pixels do not need, and of large images, which we refuse ourselves. A filter of the whole
-# process, as those that are set and reset are not safe when several threads read images.
+# Pillow warns of odd metadata, which does not matter for pixels, and of large images, which are refused below. The filter is
+# global, as temporary filters are not safe when several threads read images.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def open_image(roots: Sequence[Path], relative: str, *, where: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The image as upright RGB: EXIF orientation applied, transparency over white, first frame of an animation.
+    """Read an image as upright RGB: EXIF orientation applied, transparency over white, first frame of an animation.
 
     Args:
-        roots: folders that it may be in; see `contained`.
-        where: file and line of the row, for the message.
-        max_pixels: refused from the header, before anything is decoded.
+        roots: folders that it may lie in, see `contained`.
+        where: file and line of the row, for messages.
+        max_pixels: larger images are refused by their header, before anything is decoded.
 
     Raises:
-        DataError: a path outside `roots`, not a regular file, not an image of `FORMATS`, too large, or cut short.
+        DataError: the path is outside `roots` or not a regular file, or the file is not an image of `FORMATS`, too large,
+            or truncated.
     """
     path = contained(roots, relative, where=where, what="image")
-    return _decoded(content_of(path, relative, where), relative, where=where, max_pixels=max_pixels)[0]
+    return _decoded(read_content(path, relative, where), relative, where=where, max_pixels=max_pixels)[0]
 
 
 def _decoded(
     content: bytes, relative: str, *, where: str, max_pixels: int, glance: bool = False
 ) -> tuple[Image.Image, tuple[int, int]]:
-    """An image as upright RGB, and its (width, height) as stored.
+    """Decode an image.
 
     Args:
-        glance: only find out whether it can be decoded: of a JPEG every byte is read, but only an eighth of the size is
-            computed, which takes a fraction of the time.
+        glance: only find out whether it can be decoded: a JPEG is read completely but decoded at an eighth of its size, which
+            takes a fraction of the time.
+
+    Returns:
+        The image as upright RGB, and its (width, height) as stored.
     """
     try:
         image: Image.Image = Image.open(io.BytesIO(content), formats=FORMATS)
@@ -96,7 +100,7 @@ def _decoded(
         raise DataError(12, what, where=where, fix="shrink it") from None
     except MemoryError:
         raise
-    except Exception as error:  # decoders raise whatever they please on damaged files
+    except Exception as error:  # decoders raise anything on damaged files
         other = _starts_as(content, _DISABLED)
         if other:
             fix = f"convert it to one of {', '.join(FORMATS)}"
@@ -106,21 +110,21 @@ def _decoded(
 
 
 def _from_python(image: Image.Image, *, where: str) -> Image.Image:
-    """An image that is open, or was made, as upright RGB."""
+    """Convert an image from Python to upright RGB."""
     if 0 in image.size:
-        raise DataError(310, "the image has no pixels", where=where, fix="leave it out, or give another")
+        raise DataError(310, "the image has no pixels", where=where, fix="remove it, or give another image")
     try:
         if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
-            raise NumericError(4, "the image has pixels that are not finite", where=where, fix="give an image of 8 bits")
+            raise NumericError(4, "the image has pixels that are not finite", where=where, fix="give an 8-bit image")
         return upright_rgb(image)
     except (NumericError, MemoryError):
         raise
-    except Exception as error:  # of a file that is read only now: whatever its decoder pleases
+    except Exception as error:  # Pillow reads the file only now, and decoders raise anything
         raise DataError(13, f"the image cannot be read ({_reason(error)})", where=where, fix="replace or remove it") from None
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow image as RGB the way a viewer shows it: upright, 16-bit grey scaled to 8, transparency over white."""
+    """Convert any Pillow image to RGB as a viewer shows it: upright, 16-bit grey scaled to 8, transparency over white."""
     image = ImageOps.exif_transpose(image)
     if image.mode in ("I;16", "I;16B", "I"):
         image = image.point(lambda value: value / 256).convert("L")
@@ -133,7 +137,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 def _looks_like(content: bytes, error: Exception) -> str:
     if not content.strip():
         return "it is empty"
-    other = _starts_as(content, _NO_IMAGE)
+    other = _starts_as(content, _NOT_IMAGES)
     if other:
         return f"looks like {other}"
     return _reason(error)
@@ -152,7 +156,7 @@ def _starts_as(content: bytes, known: Mapping[bytes, str]) -> str:
 
 
 class Images(Files):
-    """An image file: upright RGB, see `open_image`."""
+    """Image files, read as upright RGB, see `open_image`."""
 
     plural: ClassVar[str] = "images"
     kind: ClassVar[str] = "an image"
@@ -170,7 +174,7 @@ class Images(Files):
         return _decoded(content, name, where=where, max_pixels=config.max_pixels)[0]
 
     def look(self, content: bytes, name: str, config: DataConfig) -> Look:
-        """See `Files.look`; of a JPEG only an eighth of the size is computed."""
+        """See `Files.look`; a JPEG is decoded at an eighth of its size."""
         image, (width, height) = _decoded(content, name, where="", max_pixels=config.max_pixels, glance=True)
         return Look(width=width, height=height, animated=_animated(image))
 
@@ -179,35 +183,34 @@ class Images(Files):
         return (config.max_pixels,)
 
     def nothing(self) -> Image.Image:
-        """Mid-grey."""
+        """A grey image."""
         return Image.new("RGB", (64, 64), _GREY)
 
     def examples(self) -> list[Any]:
-        """Noise, wide, square and tall."""
+        """Wide, square and tall noise."""
         random = np.random.default_rng(1)
         return [Image.fromarray(random.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in ((40, 60), (64, 64), (90, 50))]
 
     def accepts(self, value: Any) -> bool:
-        """PIL images, paths, arrays of 8 bits, and of 16 bits in grey."""
+        """Accepts PIL images, paths, 8-bit arrays, and 16-bit grey arrays."""
         if isinstance(value, np.ndarray):
             colours = value.ndim == 3 and value.shape[2] in (3, 4)
             return (value.dtype == np.uint8 and (colours or value.ndim == 2)) or (value.dtype == np.uint16 and value.ndim == 2)
         return isinstance(value, Image.Image | str | Path)
 
     def is_single(self, value: Any) -> bool:
-        """Also PIL images, and arrays of two or three axes."""
+        """Whether it is a path, a PIL image, or an array of two or three axes."""
         return isinstance(value, Image.Image | str | Path) or (isinstance(value, np.ndarray) and value.ndim in (2, 3))
 
     def prepare(self, value: Any, *, where: str) -> Image.Image:
-        """Upright RGB, as of a file; a path is one that the caller trusts, as `PIL.Image.open` would.
+        """Convert to upright RGB, as for a file. A path is trusted: it may lie in any folder.
 
         Raises:
-            DataError: see `open_image`; or there are no pixels. NumericError: a pixel is not finite, as images of floats can
-                have them.
+            DataError: see `open_image`; or the image has no pixels. NumericError: a pixel of a float image is not finite.
         """
         if isinstance(value, str | Path):
             file = regular_file(Path(value), str(value), where=where, what=self.name)
-            return _decoded(content_of(file, str(value), where), str(value), where=where, max_pixels=MAX_PIXELS)[0]
+            return _decoded(read_content(file, str(value), where), str(value), where=where, max_pixels=MAX_PIXELS)[0]
         return _from_python(Image.fromarray(value) if isinstance(value, np.ndarray) else value, where=where)
 
     def prompt_bound(self, patch_size: int, width: int) -> float:
@@ -217,8 +220,8 @@ class Images(Files):
     def findings(self, name: str, look: Look) -> Iterator[tuple[str, str, str]]:
         """See `Files.findings`."""
         if look.code:
-            said = look.what.rpartition(" is not a readable image (")[2]
-            known = (kind for kind, starts in _UNREADABLE.items() if said.startswith(starts))
+            reason = look.what.rpartition(" is not a readable image (")[2]
+            known = (kind for kind, starts in _UNREADABLE.items() if reason.startswith(starts))
             yield _KINDS.get(look.code) or next(known, "unreadable-image"), look.what, look.fix
             return
         short, long = sorted((look.width, look.height))
@@ -228,7 +231,7 @@ class Images(Files):
         if long > STRIP * short:
             yield "strip-image", sides, ""
         if look.animated:
-            yield "animated-image", f"{name} is an animation", ""
+            yield "animated-image", f"{name} is animated", ""
         if look.milliseconds > SLOW:
             yield "slow-image", f"{name} took {look.milliseconds / 1000:.1f} s to decode", ""
 
@@ -236,5 +239,5 @@ class Images(Files):
 def _animated(image: Image.Image) -> bool:
     try:
         return bool(getattr(image, "is_animated", False))
-    except Exception:  # a damaged second frame, which nobody looks at
+    except Exception:  # a damaged second frame, which is not used
         return True

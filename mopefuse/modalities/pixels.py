@@ -1,7 +1,8 @@
-"""Images as an encoder takes them, without torch: resized by Pillow, cut to size, 8 bits. Normalising is the model's part.
+"""Resize and crop 8-bit images for an encoder, without torch. The model normalises them.
 
-Training, `mopefuse predict` on a run and on an exported bundle all go through these two functions.
-Shapes: h, w of an image as it comes, H, W of what the encoder sees.
+Training, and `mopefuse predict` on a run or an exported bundle, all use these two functions.
+
+Shapes: h, w of the original image, H, W of the input of the encoder.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from PIL import Image
 
 Pixels = NDArray[np.uint8]  # (h, w, 3)
 
-_MOST_RATIO = 50  # of the sides of an image; of a longer strip only the middle is resized
+_MAX_RATIO = 50  # of the sides of an image; only the middle of a longer strip is resized
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -24,15 +25,20 @@ INTERPOLATIONS = {
 
 
 def shrink(image: Image.Image, resize: int | tuple[int, int], interpolation: str) -> Pixels:
-    """An RGB image with its shorter side at `resize` pixels, or squeezed to (height, width)."""
+    """Resize an RGB image; returns pixels (h, w, 3).
+
+    Args:
+        resize: new length of the shorter side, or (height, width) regardless of the aspect ratio, in pixels.
+        interpolation: a key of `INTERPOLATIONS`.
+    """
     if not isinstance(resize, int):
         return np.asarray(_resized(image, resize[1], resize[0], interpolation))
     width, height = image.size
     short = min(width, height)
-    if max(width, height) > _MOST_RATIO * short:
-        # A strip would grow to gigabytes when its short side is scaled up; only its middle is ever seen.
-        left, top = (max(0, round((side - _MOST_RATIO * short) / 2)) for side in (width, height))
-        width, height = min(width, _MOST_RATIO * short), min(height, _MOST_RATIO * short)
+    if max(width, height) > _MAX_RATIO * short:
+        # Scaling up the short side of a strip could take gigabytes, and the crop keeps only the middle.
+        left, top = (max(0, round((side - _MAX_RATIO * short) / 2)) for side in (width, height))
+        width, height = min(width, _MAX_RATIO * short), min(height, _MAX_RATIO * short)
         image = image.crop((left, top, left + width, top + height))
     long = int(resize * max(width, height) / short)
     return np.asarray(_resized(image, *((resize, long) if width <= height else (long, resize)), interpolation))
@@ -43,7 +49,11 @@ def _resized(image: Image.Image, width: int, height: int, interpolation: str) ->
 
 
 def centre(pixels: Pixels, size: tuple[int, int]) -> Pixels:
-    """The middle (H, W, 3) of an image; black around one that is smaller."""
+    """Crop the centre (H, W, 3) of an image (h, w, 3), with a black border if it is smaller.
+
+    Args:
+        size: (H, W), in pixels.
+    """
     short = [max(0, side - given) for side, given in zip(size, pixels.shape[:2], strict=True)]
     if any(short):
         pixels = np.pad(pixels, [(missing // 2, (missing + 1) // 2) for missing in short] + [(0, 0)])

@@ -1,4 +1,4 @@
-"""Texts: the modality whose values stand in the rows themselves."""
+"""The modality text; its values stand in the rows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from mopefuse.modalities.base import Modality
 
 
 class Texts(Modality):
-    """A text as it stands in its row."""
+    """Texts, used as they are in the row."""
 
     plural: ClassVar[str] = "texts"
     kind: ClassVar[str] = "a string"
@@ -23,14 +23,14 @@ class Texts(Modality):
         return ""
 
     def examples(self) -> list[Any]:
-        """Short, empty and longer."""
+        """Short, empty and longer texts."""
         longer = "the quick brown fox jumps over the lazy dog, and then over the dog's friend; both of them keep on sleeping"
         return ["A photo of two cats.", "", "no", longer]
 
     def accepts(self, value: Any) -> bool:
-        """Strings."""
+        """Accepts strings."""
         return isinstance(value, str)
 
     def alike(self, value: str) -> str:
-        """In lower case, with single spaces."""
+        """Convert to lower case and single spaces."""
         return " ".join(value.casefold().split())

@@ -1,4 +1,4 @@
-"""Texts before and after a tokenizer, without torch: made readable, hashed where there is no vocabulary, padded.
+"""Prepare texts for a tokenizer, tokenize without a vocabulary, and pad ids; without torch.
 
 Shapes: B batch, L tokens.
 """
@@ -14,24 +14,24 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-_CHARACTERS_PER_TOKEN = 32  # texts are cut to this many characters per token before they are tokenized
+_CHARACTERS_PER_TOKEN = 32  # texts are truncated to this many characters per token before tokenization
 _UNREADABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 _WORD = re.compile(r"\w+|[^\w\s]")
 
 
 def readable(text: str, max_tokens: int) -> str:
-    """All of a text that can matter, as any tokenizer takes it: lone surrogates and control characters become U+FFFD."""
+    """Truncate a text to what `max_tokens` can cover, and replace lone surrogates and control characters by U+FFFD."""
     return _UNREADABLE.sub("\ufffd", text[: _CHARACTERS_PER_TOKEN * max_tokens])
 
 
 def split_words(text: str) -> list[str]:
-    """Lower-cased runs of letters and digits, and each other visible character by itself."""
+    """Split a lower-cased text into runs of letters and digits, and single other visible characters."""
     return _WORD.findall(text.lower())
 
 
 @dataclass(frozen=True)
 class Words:
-    """Words to their places in a list: ids after `begin_id`, those that are not in it `unknown_id`."""
+    """Tokenizes by a list of words: `begin_id`, then the position of each word in the list, or `unknown_id`."""
 
     words: Sequence[str]
     begin_id: int
@@ -40,11 +40,11 @@ class Words:
 
     @cached_property
     def ids(self) -> dict[str, int]:
-        """Of each word."""
+        """The id of each word."""
         return {word: number for number, word in enumerate(self.words)}
 
     def rows(self, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
-        """Ids of each text."""
+        """Tokenize texts; returns the ids of each, at most `max_tokens`."""
         known = self.ids
         return [
             [self.begin_id, *(known.get(word, self.unknown_id) for word in split_words(text))][:max_tokens] for text in texts
@@ -53,9 +53,9 @@ class Words:
 
 @dataclass(frozen=True)
 class Hashing:
-    """Words to ids without a vocabulary: crc32 of the lower-cased word, modulo the vocabulary, past special ids.
+    """Tokenizes without a vocabulary: the id is the crc32 of the lower-cased word modulo `vocabulary`, without special ids.
 
-    For random weights only, where no tokenizer was trained: tests and benchmarks.
+    For encoders with random weights, in tests and benchmarks.
     """
 
     vocabulary: int
@@ -64,7 +64,7 @@ class Hashing:
     pad_id: int
 
     def rows(self, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
-        """Ids of each text, between the ids of begin and end."""
+        """Tokenize texts; returns the ids of each, between `begin_id` and `end_id`."""
         assert self.vocabulary > 3, "three special ids and at least one word"
         cut = [split_words(text)[: max_tokens - 2] for text in texts]
         return [[self.begin_id, *map(self._id, words), self.end_id] for words in cut]
@@ -79,9 +79,15 @@ class Hashing:
 def pad(
     rows: Sequence[Sequence[int]], pad_id: int, length: int | None = None
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Rows of ids to ids (B, L) and mask (B, L), True where real; L is `length`, or that of the longest row.
+    """Pad rows of ids.
 
-    A row of nothing, as tokenizers without special tokens make of an empty text, counts as one token of padding.
+    An empty row, which tokenizers without special tokens make of an empty text, counts as one token `pad_id`.
+
+    Args:
+        length: L; by default that of the longest row.
+
+    Returns:
+        Ids (B, L) and mask (B, L), True at tokens and False at padding.
     """
     rows = [row or [pad_id] for row in rows]
     lengths = np.array([len(row) for row in rows])

@@ -1,4 +1,4 @@
-"""How many processes memory allows beside one another, by what they tell of theirs."""
+"""How many processes fit into memory side by side, judged by what the running ones report."""
 
 from __future__ import annotations
 
@@ -6,39 +6,45 @@ from collections.abc import Hashable
 from typing import NamedTuple
 
 
-class Told(NamedTuple):
-    """What a process tells on its way: its share of the work done, its peak, and what is free on its device, in bytes."""
+class MemoryReport(NamedTuple):
+    """What a running process reports.
+
+    Args:
+        share: of its work that is done, from 0 to 1.
+        peak: its peak memory, in bytes.
+        free: memory that is free on its device, in bytes; None where the system does not tell.
+    """
 
     share: float
     peak: int
-    free: int | None  # None where the system does not say
+    free: int | None
 
 
-class Room:
-    """Whether one more process fits, which is taken to need what the largest so far did."""
+class MemoryBudget:
+    """Decides whether one more process fits. It is expected to need as much memory as the largest one so far."""
 
     def __init__(self) -> None:
-        self.largest = 0
-        self.free: int | None = None
-        self.peaks: dict[Hashable, int] = {}  # of those under way
+        self.largest_peak = 0  # bytes, of any process so far
+        self.free: int | None = None  # bytes
+        self.peaks: dict[Hashable, int] = {}  # bytes, of each running process
 
-    def hear(self, process: Hashable, told: Told) -> None:
-        """One that is under way tells how it stands."""
-        self.peaks[process] = told.peak
-        self.largest, self.free = max(self.largest, told.peak), told.free
+    def update(self, process: Hashable, report: MemoryReport) -> None:
+        """Take in the report of a running process."""
+        self.peaks[process] = report.peak
+        self.largest_peak, self.free = max(self.largest_peak, report.peak), report.free
 
-    def leave(self, process: Hashable) -> None:
-        """One is at its end, and what it had is free again."""
-        gone = self.peaks.pop(process, 0)
-        self.free = None if self.free is None else self.free + gone
+    def release(self, process: Hashable) -> None:
+        """Remove a process that has ended: its memory counts as free again."""
+        released = self.peaks.pop(process, 0)
+        self.free = None if self.free is None else self.free + released
 
     def fits(self, running: int) -> bool:
-        """Beside so many, of which those that did not reach the largest peak may still grow to it."""
+        """Whether one more process fits beside `running` others, each of which may still grow to the largest peak."""
         if not running:
             return True
-        if not self.largest:
-            return False  # the first of them tells soon
+        if not self.largest_peak:
+            return False  # no report yet; the first one comes soon
         if self.free is None:
             return True
-        growth = self.largest * running - sum(self.peaks.values())
-        return self.free - growth >= self.largest
+        growth = self.largest_peak * running - sum(self.peaks.values())
+        return self.free - growth >= self.largest_peak

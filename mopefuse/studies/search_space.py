@@ -1,4 +1,4 @@
-"""What a search may choose: settings by path, each from a range or a list.
+"""The search space: settings by path, each with a range or a list of values.
 
 ```yaml
 search:
@@ -23,23 +23,23 @@ from mopefuse.config.schema import Section
 
 
 class Range(Section):
-    """Numbers from `low` to `high`, both included; whole ones if both are written as such."""
+    """Numbers from `low` to `high`, both included; whole numbers if both bounds are."""
 
-    low: int | float = Field(description="least value")
-    high: int | float = Field(description="greatest value")
-    log: bool = Field(False, description="equal chances for equal ratios")
+    low: int | float = Field(description="smallest value")
+    high: int | float = Field(description="largest value")
+    log: bool = Field(False, description="sample the logarithm uniformly")
 
     @model_validator(mode="after")
     def _in_order(self) -> Range:
         if self.low >= self.high:
-            raise ValueError(f"low is {self.low}, not below high, {self.high}")
+            raise ValueError(f"low ({self.low}) must be below high ({self.high})")
         if self.log and self.low <= 0:
-            raise ValueError(f"low is {self.low}: a logarithm needs more than 0")
+            raise ValueError(f"low ({self.low}) must be above 0 where log is true")
         return self
 
     @property
-    def whole(self) -> bool:
-        """Whether only whole numbers are meant."""
+    def is_whole(self) -> bool:
+        """Whether both bounds are whole numbers, so that only whole numbers are tried."""
         return isinstance(self.low, int) and isinstance(self.high, int)
 
 
@@ -47,29 +47,29 @@ Axis = Range | list[Any]
 
 
 class Search(Section):
-    """What is searched, how long, and from which seed."""
+    """The section `search` of a study file."""
 
     trials: int = Field(20, ge=1, le=100_000, description="settings to try")
     space: dict[str, Range | Annotated[list[Any], Field(min_length=1)]] = Field(
         min_length=1, description="path of a setting to a range (low, high, log) or a list of values"
     )
-    seed: int = Field(0, ge=0, lt=2**32, description="of the sampler")
-    at_once: int = Field(1, ge=1, le=1000, description="trials that are chosen together, none knowing how the others end")
+    seed: int = Field(0, ge=0, lt=2**32, description="random seed of the sampler")
+    at_once: int = Field(1, ge=1, le=1000, description="trials that are proposed together, before the results of any")
 
     @field_validator("space")
     @classmethod
     def _values_differ(cls, value: dict[str, Axis]) -> dict[str, Axis]:
         for path, axis in value.items():
-            if isinstance(axis, list) and len({json.dumps(one) for one in axis}) < len(axis):
-                raise ValueError(f"{path} has a value twice")
+            if isinstance(axis, list) and len({json.dumps(item) for item in axis}) < len(axis):
+                raise ValueError(f"{path} lists a value twice")
         return value
 
     def first(self) -> dict[str, Any]:
-        """The least, or first, value of each setting."""
+        """The smallest, or first, value of each setting."""
         return {path: axis[0] if isinstance(axis, list) else axis.low for path, axis in self.space.items()}
 
     def extremes(self) -> Iterator[dict[str, Any]]:
-        """Each least and greatest value, each value of a list, alone and with each of every other setting."""
+        """Yield the bounds of each range and all values of each list, alone and paired with those of every other setting."""
         ends = {path: axis if isinstance(axis, list) else [axis.low, axis.high] for path, axis in self.space.items()}
         for path, values in ends.items():
             yield from ({path: value} for value in values)

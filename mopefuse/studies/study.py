@@ -1,21 +1,16 @@
-"""Run a study: every cell an ordinary run in a process of its own, what is finished never again.
+"""Run a study: every cell is an ordinary run in a process of its own, and finished cells are never run again.
 
-Killed at any moment and started again, a study goes on where it was; cells that were under way resume from their last
-checkpoint, exactly (`mopefuse.training.train`, on a CPU with the same number of threads). Index of the data, features of frozen
-encoders and decoded images are shared by all cells through the cache. Fewer cells than `jobs` run where memory does not
-allow one more as large as the largest so far (`mopefuse.studies.memory_budget`).
+A study that was killed continues when it is started again: unfinished cells resume exactly from their last checkpoint (see
+`mopefuse.training.train`; on a CPU, with the same number of threads). All cells share the data index, encoder features and
+decoded images through the cache. Fewer than `jobs` cells run at a time while memory does not allow more
+(`mopefuse.studies.memory_budget`).
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-import shutil
-import signal
-import sys
-import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,125 +22,132 @@ from typing import Any
 import torch
 
 from mopefuse import __version__
-from mopefuse.config.schema import WITHOUT_EFFECT, RunConfig
+from mopefuse.config.schema import WITHOUT_EFFECT
 from mopefuse.config.sides import specs
-from mopefuse.core import device as devices
 from mopefuse.core.artifact import FORMAT, dump_json, read_json, sweep, write_atomically
-from mopefuse.core.dependencies import mendable
 from mopefuse.data.load import load_data
 from mopefuse.errors import ConfigError, Interrupted, MopefuseError, ResourceError
 from mopefuse.fusion.build import build_model
 from mopefuse.runs.folder import RunFolder
-from mopefuse.studies.memory_budget import Room, Told
+from mopefuse.studies.cell_process import Message, Task, run_cell
+from mopefuse.studies.memory_budget import MemoryBudget, MemoryReport
 from mopefuse.studies.study_file import KIND, STUDY_FILE, Cell, Study
 from mopefuse.training.resume import differing
 from mopefuse.training.stop_request import StopRequest
-from mopefuse.training.train import train
-from mopefuse.training.trainer import Listener, Progress
 
 WAITING, RUNNING, FINISHED, FAILED, STOPPED = "waiting", "running", "finished", "failed", "stopped"
-_TICK = 0.2  # seconds between looks at signals
-_TELL_EVERY = 0.5  # seconds between messages of a cell on its way
+_POLL_SECONDS = 0.2  # between two checks for a stop signal
 
 
 @dataclass
 class Status:
-    """Where a cell stands."""
+    """The state of a cell, and its error if it failed."""
 
     cell: Cell
     state: str = WAITING
     error: dict[str, Any] | None = None
-    share: float = 0.0  # of its steps
+    share: float = 0.0  # of its steps that are done
 
 
 class StudyListener:
-    """What a study tells whoever watches. Nothing here prints."""
+    """Receives the events of a study; every method may be overridden. Prints nothing."""
 
     def notice(self, text: str) -> None:
-        """Something worth a line."""
+        """Receive a line of text for the user."""
 
     def moved(self, statuses: Sequence[Status], eta: float | None) -> None:
-        """Steps were made; `eta` in seconds, None as long as it cannot be told."""
+        """Steps were made. `eta`: seconds left, None while it cannot be estimated."""
 
     def ended(self, status: Status, statuses: Sequence[Status], eta: float | None) -> None:
-        """A cell is finished, failed or stopped."""
+        """A cell has finished, failed or was stopped. `eta`: as in `moved`."""
 
 
 def is_finished(cell: Cell, out: Path) -> bool:
-    """Whether a cell was run to its end, with just these settings."""
+    """Whether the run of a cell is finished and has exactly the settings of the cell."""
     run = RunFolder(out / cell.folder)
     try:
         return run.metrics_file.is_file() and not set(differing(run.config(), cell.config)) - WITHOUT_EFFECT
-    except MopefuseError:  # damaged; training says what is wrong with it
+    except MopefuseError:  # damaged; training raises the error
         return False
 
 
 def trainable(cells: Sequence[Cell]) -> dict[str, int | str]:
-    """Label to trainable parameters, or why there is no such model, where that is cheap: with data and encoders at hand."""
+    """Count the trainable parameters of each row of a study.
+
+    Returns:
+        Label to the count, or to the message of the error where there is no such model; only rows where it is cheap to
+        know: of ``tiny:`` encoders on data that can be read.
+    """
     found: dict[str, int | str] = {}
-    labels: dict[str, int] = {}  # by how data are read; 0 of what cannot be read
+    label_counts: dict[str, int] = {}  # by data settings; 0 where the data cannot be read
     for cell in cells:
         config = cell.config
         if cell.label in found or not all(spec.startswith("tiny:") for spec in specs(config).values()):
             continue
-        how = config.data.model_dump_json()
-        if how not in labels:
+        data_settings = config.data.model_dump_json()
+        if data_settings not in label_counts:
             try:
-                labels[how] = len(load_data(config.data).labels)
+                label_counts[data_settings] = len(load_data(config.data).labels)
             except MopefuseError:
-                labels[how] = 0
+                label_counts[data_settings] = 0
         try:
-            if labels[how]:
-                found[cell.label] = sum(build_model(config, labels[how]).breakdown().values())
+            if label_counts[data_settings]:
+                found[cell.label] = sum(build_model(config, label_counts[data_settings]).breakdown().values())
         except MopefuseError as error:
             found[cell.label] = str(error)
     return found
 
 
 def run_study(study: Study, out: Path, *, jobs: int = 1, listener: StudyListener | None = None) -> list[Status]:
-    """Run the cells that are not finished, in order, `jobs` at a time; ``study.json`` in `out` says how each stands.
+    """Run the cells that are not finished, in order, at most `jobs` at a time; ``study.json`` in `out` records their states.
 
-    A cell that fails is recorded and the others go on; the next call tries it again.
+    A cell that fails is recorded, and the others continue; the next call runs it again.
 
     Raises:
-        Interrupted: Ctrl-C or SIGTERM, after the cells under way published a checkpoint.
-        ConfigError: `out` is something else, or another process runs this study.
-        MopefuseError: the data cannot be used, and all cells have the same.
+        Interrupted: Ctrl-C or SIGTERM, after the running cells saved a checkpoint.
+        ConfigError: `out` is not the folder of a study, another process runs this study, or the data have no such metric.
+        MopefuseError: all cells use the same data, and it cannot be read.
     """
     listener = listener or StudyListener()
-    with claimed(out, listener):
+    with claim_folder(out, listener):
         statuses = [Status(cell, FINISHED if is_finished(cell, out) else WAITING) for cell in study.cells]
-        write(study, out, statuses)
+        write_study(study, out, statuses)
         waiting = [status for status in statuses if status.state != FINISHED]
         if waiting and len({status.cell.config.data.path for status in waiting}) == 1:
             metric, multi_label = study.file.metric, load_data(waiting[0].cell.config.data).multi_label
             if metric in (("accuracy",) if multi_label else ("f1_micro", "f1_samples")):
-                what = f"{'multi-label' if multi_label else 'single-label'} data have no {metric}"
-                raise ConfigError(115, what, where=f"{study.name}, metric", fix="leave it out for the usual one")
+                what = f"{'multi-label' if multi_label else 'single-label'} data has no metric {metric!r}"
+                fix = "leave metric out to compare by the default one"
+                raise ConfigError(115, what, where=f"{study.name}, metric", fix=fix)
         with StopRequest() as stop:
-            Schedule(study, out, statuses, jobs, listener).run(stop)
+            Schedule(study=study, out=out, statuses=statuses, jobs=jobs, listener=listener).run(stop)
     if stop.signal_number and any(status.state != FINISHED for status in statuses):
         done = sum(status.state == FINISHED for status in statuses)
         raise Interrupted(
-            stop.signal_number, f"with {done} of {len(statuses)} cells finished", fix="run the same command again to go on"
+            stop.signal_number, f"with {done} of {len(statuses)} cells finished", fix="run the same command again to continue"
         )
     return statuses
 
 
 @contextmanager
-def claimed(out: Path, listener: StudyListener) -> Iterator[None]:
-    """The folder of the study, for this process alone."""
-    there = [item for item in out.iterdir() if not item.name.startswith((".", STUDY_FILE))] if out.is_dir() else []
-    if there and not (out / STUDY_FILE).is_file():
-        raise ConfigError(82, f"{out} is not empty, and no study", where="--out", fix="name another --out")
-    if there and read_json(out / STUDY_FILE).get("kind") != KIND:
-        raise ConfigError(82, f"{STUDY_FILE} in {out} is not of a study of mopefuse", where="--out", fix="name another --out")
+def claim_folder(out: Path, listener: StudyListener) -> Iterator[None]:
+    """Create and lock the folder of a study while the context lasts.
+
+    Raises:
+        ConfigError: it is not empty and not a study, cannot be written, or is locked by another process.
+    """
+    items = [item for item in out.iterdir() if not item.name.startswith((".", STUDY_FILE))] if out.is_dir() else []
+    fix = "choose another folder with --out"
+    if items and not (out / STUDY_FILE).is_file():
+        raise ConfigError(82, f"{out} is not empty and not a study", where="--out", fix=fix)
+    if items and read_json(out / STUDY_FILE).get("kind") != KIND:
+        raise ConfigError(82, f"{STUDY_FILE} in {out} does not describe a study of mopefuse", where="--out", fix=fix)
     folder = RunFolder(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         notice = folder.lock()
     except OSError as error:
-        raise ConfigError(82, f"{out} cannot be written: {error.strerror}", where="--out", fix="name another --out") from None
+        raise ConfigError(82, f"{out} cannot be written: {error.strerror}", where="--out", fix=fix) from None
     if notice:
         listener.notice(notice)
     try:
@@ -155,8 +157,8 @@ def claimed(out: Path, listener: StudyListener) -> Iterator[None]:
         folder.unlock()
 
 
-def write(study: Study, out: Path, statuses: Sequence[Status], more: Mapping[str, Any] | None = None) -> None:
-    """study.json: how each cell stands."""
+def write_study(study: Study, out: Path, statuses: Sequence[Status], more: Mapping[str, Any] | None = None) -> None:
+    """Write study.json: the state of each cell, and `more` entries."""
     facts = {
         "kind": KIND,
         "format": FORMAT,
@@ -182,9 +184,13 @@ def write(study: Study, out: Path, statuses: Sequence[Status], more: Mapping[str
 
 @dataclass
 class Schedule:
-    """The cells under way: one process each, which speaks through a pipe and is gone when the pipe is.
+    """Runs cells, each in a process of its own that sends messages through a pipe; the pipe closes when the process ends.
 
-    statuses: may grow between calls of `run`. to_come: cells that are not among them yet. facts: more of study.json.
+    Args:
+        statuses: of all cells known so far; may grow between calls of `run`.
+        jobs: most processes at a time.
+        to_come: number of cells that are not among `statuses` yet.
+        facts: further entries of study.json.
     """
 
     study: Study
@@ -195,13 +201,13 @@ class Schedule:
     to_come: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
     running: dict[Connection, tuple[Any, Status]] = field(default_factory=dict)
-    room: Room = field(default_factory=Room)
-    told: set[str] = field(default_factory=set)
-    made: int = 0
+    memory_budget: MemoryBudget = field(default_factory=MemoryBudget)
+    notices_given: set[str] = field(default_factory=set)
+    finished_count: int = 0
     began: float = field(default_factory=time.monotonic)
 
     def run(self, stop: StopRequest) -> None:
-        """Run the cells that are waiting, until they ended or it is asked to stop."""
+        """Run the waiting cells until all have ended or a stop is requested."""
         waiting = deque(status for status in self.statuses if status.state == WAITING)
         stopping = False
         try:
@@ -210,137 +216,81 @@ class Schedule:
                     stopping = True
                     for process, _ in self.running.values():
                         process.terminate()
-                while waiting and not stopping and self._may_start():
+                while waiting and not stopping and self._can_start():
                     self._start(waiting.popleft())
-                for connection in wait(list(self.running), _TICK):
+                for connection in wait(list(self.running), _POLL_SECONDS):
                     assert isinstance(connection, Connection)
-                    self._hear(connection, stopping)
-        finally:  # empty, unless something went wrong here: a full disk, nobody who reads what is printed
+                    self._receive(connection, stopping)
+        finally:  # processes are left only after an unexpected error here, such as a full disk or a closed pipe
             for process, _ in self.running.values():
                 process.terminate()
             for process, _ in self.running.values():
                 process.join()
 
-    def _may_start(self) -> bool:
+    def _can_start(self) -> bool:
         count = len(self.running)
         if count >= self.jobs:
             return False
-        fits = self.room.fits(count)
-        if not fits and self.room.largest:
-            self._notice(f"not all of --jobs {self.jobs} at a time: memory has no room for one more", "")
+        fits = self.memory_budget.fits(count)
+        if not fits and self.memory_budget.largest_peak:
+            self._notice(f"running fewer than --jobs {self.jobs} at a time: memory has no room for one more")
         return fits
 
-    def _notice(self, text: str, of: str) -> None:
-        """What more than one cell would say is told once."""
-        if text not in self.told:
-            self.told.add(text)
-            self.listener.notice(f"{of}{text}")
+    def _notice(self, text: str, prefix: str = "") -> None:
+        """Pass a notice on, once even if several cells give it."""
+        if text not in self.notices_given:
+            self.notices_given.add(text)
+            self.listener.notice(f"{prefix}{text}")
 
     def _start(self, status: Status) -> None:
         methods = multiprocessing.get_all_start_methods()
         context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
         if "forkserver" in methods:
-            context.set_forkserver_preload(["mopefuse.studies.study"])  # imports are made once, not by each cell
-        here, there = context.Pipe()
-        threads = max(1, torch.get_num_threads() // self.jobs)
+            context.set_forkserver_preload(["mopefuse.studies.cell_process"])  # imports once for all cells
+        ours, theirs = context.Pipe()
         run = (self.out / status.cell.folder).absolute()
-        process = context.Process(target=_work, args=(there, status.cell.config, run, os.getcwd(), threads))  # type: ignore[attr-defined]
+        task = Task(status.cell.config, run, directory=os.getcwd(), threads=max(1, torch.get_num_threads() // self.jobs))
+        process = context.Process(target=run_cell, args=(theirs, task))  # type: ignore[attr-defined]
         process.start()
-        there.close()
+        theirs.close()
         status.state, status.error = RUNNING, None
-        self.running[here] = (process, status)
-        write(self.study, self.out, self.statuses, self.facts)
+        self.running[ours] = (process, status)
+        write_study(self.study, self.out, self.statuses, self.facts)
 
-    def _hear(self, connection: Connection, stopping: bool) -> None:
+    def _receive(self, connection: Connection, stopping: bool) -> None:
         _, status = self.running[connection]
         try:
-            said = connection.recv()
+            message: Message = connection.recv()
         except (EOFError, OSError):
             self._end(connection, stopping)
             return
-        if isinstance(said, Told):
-            status.share = said.share
-            self.room.hear(connection, said)
+        if isinstance(message, MemoryReport):
+            status.share = message.share
+            self.memory_budget.update(connection, message)
             self.listener.moved(self.statuses, self._eta())
-        elif isinstance(said, str):
-            self._notice(said, f"{status.cell.label}, seed {status.cell.seed}: ")
+        elif isinstance(message, str):
+            self._notice(message, f"{status.cell.label}, seed {status.cell.seed}: ")
         else:
-            status.state, status.error = said
+            status.error = message.error
+            status.state = STOPPED if message.interrupted else FAILED if message.error else FINISHED
 
     def _end(self, connection: Connection, stopping: bool) -> None:
         process, status = self.running.pop(connection)
-        self.room.leave(connection)
+        self.memory_budget.release(connection)
         connection.close()
         process.join()
-        if status.state == RUNNING:  # it said no last word
+        if status.state == RUNNING:  # it ended without sending a result
             status.state = STOPPED
         if status.state == STOPPED and not stopping:
-            what, fix = "the process of a cell was killed; usually host memory", "lower --jobs, and run the study again"
+            what = "the process of a cell was killed; usually it ran out of memory"
+            fix = "lower --jobs, and run the study again"
             status.state, status.error = FAILED, ResourceError(11, what, where=status.cell.folder, fix=fix).as_dict()
-        self.made += status.state == FINISHED
-        write(self.study, self.out, self.statuses, self.facts)
+        self.finished_count += status.state == FINISHED
+        write_study(self.study, self.out, self.statuses, self.facts)
         self.listener.ended(status, self.statuses, self._eta())
 
     def _eta(self) -> float | None:
-        """Seconds that the rest takes at the speed so far."""
-        made = self.made + sum(status.share for _, status in self.running.values())
-        left = sum(status.state in (WAITING, RUNNING) for status in self.statuses) + self.to_come - (made - self.made)
-        return (time.monotonic() - self.began) * left / made if made > 0.02 else None
-
-
-class _Tell(Listener):
-    """Sends the share of the steps that are made, what memory that takes, and notices."""
-
-    def __init__(self, connection: Connection, config: RunConfig) -> None:
-        self.connection, self.config, self.told = connection, config, 0.0
-
-    def notice(self, text: str) -> None:
-        self.connection.send(text)
-
-    def step(self, progress: Progress, total: int, loss: float, lr: float) -> None:
-        if time.monotonic() - self.told >= _TELL_EVERY:
-            self.told = time.monotonic()
-            self.send(progress.step / total)
-
-    def send(self, share: float) -> None:
-        device = devices.resolve(self.config.device)
-        self.connection.send(Told(share, devices.peak_memory(device), devices.free_memory(device)))
-
-
-def _work(connection: Connection, config: RunConfig, run: Path, place: str, threads: int) -> None:
-    """One cell, in its process. Its last word is (state, error)."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the study hears Ctrl-C and tells; training listens by itself
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.chdir(place)
-    torch.set_num_threads(threads)
-    if run.is_dir() and not RunFolder(run).exists():
-        shutil.rmtree(run)  # killed before it was a run
-    listener = _Tell(connection, config)
-    try:
-        train(config, run, resume=True, listener=listener)
-        listener.send(1.0)
-        word: tuple[str, dict[str, Any] | None] = (FINISHED, None)
-    except Interrupted:
-        word = (STOPPED, None)
-    except MopefuseError as error:
-        word = (FAILED, error.as_dict())
-    except Exception as error:
-        known = mendable(error)
-        word = (FAILED, known.as_dict() if known else _bug(error, run))
-    connection.send(word)
-    connection.close()
-
-
-def _bug(error: Exception, run: Path) -> dict[str, Any]:
-    log = run.with_name(f"{run.name}-crash.log")
-    log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-    return {"code": "MF-INT-00", "exit": 1, "message": f"{type(error).__name__}: {error}", "where": str(log), "hint": ""}
-
-
-def _end_with_parent() -> None:
-    """A study that is killed takes its cells with it, so that nothing is in the way of the next one."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        sys.stderr.flush()
-        os._exit(1)
+        """Estimate the seconds left, from the speed so far."""
+        done = self.finished_count + sum(status.share for _, status in self.running.values())
+        left = sum(status.state in (WAITING, RUNNING) for status in self.statuses) + self.to_come - (done - self.finished_count)
+        return (time.monotonic() - self.began) * left / done if done > 0.02 else None

@@ -1,18 +1,18 @@
-"""A study as a file: one YAML that stands for many runs, all settings of each known before the first begins.
+"""The file of a study: one YAML file that describes many runs. All their settings are known before the first one starts.
 
 ```yaml
-recipe: digit-questions/demo            # or nothing, and all settings below
-settings: {train: {epochs: 2}}          # of all cells, over the recipe
+recipe: digit-questions/demo            # optional
+settings: {train: {epochs: 2}}          # of all cells; they override the recipe
 seeds: [0, 1, 2]
-grid:                                   # every combination of ...
+grid:                                   # every combination of these values ...
   prompts.experts: [1, 4, 16]
-cells:                                  # ... and of these, each with a name of its own
+cells:                                  # ... with each of these named settings
   static only: {prompts.dynamic: 0, prompts.mapped: 0}
-baseline: static only, experts=1        # the row that others are compared with
+baseline: static only, experts=1        # the row that the others are compared with
 metric: accuracy
 ```
 
-In place of grid and cells, a section `search` (`mopefuse.studies.search_space`) makes its cells as it goes
+Instead of grid and cells, a section `search` (`mopefuse.studies.search_space`) lets a sampler propose the cells
 (`mopefuse.studies.search`).
 """
 
@@ -41,17 +41,17 @@ Settings = dict[str, Any]
 
 
 class StudyFile(Section):
-    """What the file may say."""
+    """The schema of the file."""
 
-    recipe: str | None = Field(None, description="settings to begin with: a recipe's name or file")
-    settings: Settings = Field({}, description="settings of all cells, nested or by path, over the recipe")
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1, description="of each cell")
-    grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field({}, description="path of a setting to its values")
-    cells: dict[str, Settings | None] = Field({}, description="label to settings, over those of all")
-    search: Search | None = Field(None, description="settings to find, in place of grid and cells")
-    baseline: str | None = Field(None, description="label of the row that others are compared with")
+    recipe: str | None = Field(None, description="name or file of the recipe to start from")
+    settings: Settings = Field({}, description="settings of all cells, nested or by path; they override the recipe")
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1, description="random seeds of each cell")
+    grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field({}, description="values of settings, by path")
+    cells: dict[str, Settings | None] = Field({}, description="settings of each cell, by label; they override `settings`")
+    search: Search | None = Field(None, description="settings to search, instead of grid and cells")
+    baseline: str | None = Field(None, description="label of the row that the others are compared with")
     metric: Literal["accuracy", "f1_macro", "f1_micro", "f1_samples"] | None = Field(
-        None, description="metric that is compared; default accuracy, or macro-F1 of multi-label data"
+        None, description="metric to compare by; default accuracy, or macro-F1 of multi-label data"
     )
 
     @field_validator("seeds")
@@ -66,9 +66,11 @@ class StudyFile(Section):
 class Cell:
     """One run of a study.
 
-    label: of its row; runs of a row differ in their seed only.
-    changes: by path, what it sets over what all cells have.
-    folder: its run folder in that of the study: it depends on the label and the settings, not on the place in the file.
+    Args:
+        label: of its row; the runs of a row differ in their seed only.
+        changes: its settings by path, without those of all cells.
+        folder: run folder, relative to that of the study; determined by the label and the settings, not by the order of
+            the file.
     """
 
     label: str
@@ -80,9 +82,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Study:
-    """A file that was read: its cells in the order of the rows, seeds within.
+    """A study that was read from its file.
 
-    base: settings of all cells, nested. Of a search, whose cells are not known before, `cells` is empty.
+    Args:
+        cells: ordered by row, then by seed; empty for a search, whose cells are not known yet.
+        base: settings of all cells, nested.
     """
 
     name: str
@@ -92,54 +96,56 @@ class Study:
 
     @property
     def runs(self) -> int:
-        """How many there will be; of a search the most, as settings can be proposed again."""
+        """The number of runs; of a search the maximum, as the same settings can be proposed twice."""
         return len(self.cells) if self.file.search is None else self.file.search.trials * len(self.file.seeds)
 
     def trial(self, number: int, chosen: Settings) -> list[Cell]:
-        """The cells of a trial of a search, one for each seed."""
-        short = _short(chosen)
-        what = ", ".join(f"{short[path]}={_rounded(value)}" for path, value in chosen.items())
+        """The cells of a trial of a search, one for each seed. `chosen`: settings by path."""
+        short = _short_names(chosen)
+        what = ", ".join(f"{short[path]}={_format_rounded(value)}" for path, value in chosen.items())
         cells = []
         for seed in self.file.seeds:
-            config = build_config(merge(self.base, _spread(chosen)) | {"seed": seed}, source=f"trial {number}")
-            cells.append(Cell(f"trial {number}: {what}", seed, chosen, config, _folder(what, config)))
+            config = build_config(merge(self.base, _nest(chosen)) | {"seed": seed}, source=f"trial {number}")
+            folder = _folder(what, config)
+            cells.append(Cell(label=f"trial {number}: {what}", seed=seed, changes=chosen, config=config, folder=folder))
         return cells
 
     @property
     def labels(self) -> list[str]:
-        """Of the rows, in order."""
+        """The labels of the rows, in order."""
         return list(dict.fromkeys(cell.label for cell in self.cells))
 
 
 def read_study(name: str, sets: Iterable[str] = ()) -> Study:
-    """A study from its file, or from the name of one that comes with mopefuse.
+    """Read a study from its file, or by the name of one that comes with mopefuse.
 
     Args:
-        sets: ``a.b=c``, of all cells, over everything else.
+        sets: ``a.b=c``, settings of all cells that override all others.
 
     Raises:
-        ConfigError: no such file, a key or setting that there is not, a setting out of bounds in any cell, cells that are
-            the same, or a baseline that is none of them.
+        ConfigError: no such file, an unknown key or setting, a setting out of bounds in any cell, two equal cells, or an
+            unknown baseline.
     """
     path = find_study(name)
     file = _checked(read_recipe(path), str(path))
-    over = parse_set(sets)
+    overrides = parse_set(sets)
     common = read_recipe(find_recipe(file.recipe)) if file.recipe is not None else {}
-    common = merge(common, _spread(file.settings))
-    for where, settings in (("settings", _spread(file.settings)), ("--set", over)):
+    common = merge(common, _nest(file.settings))
+    for where, settings in (("settings", _nest(file.settings)), ("--set", overrides)):
         _refuse_seed(settings, f"{path}, {where}")
-    base = merge(common, over)
+    base = merge(common, overrides)
     if file.search is not None:
-        _check_search(file, file.search, base, over, str(path))
+        _check_search(file, file.search, base, overrides, str(path))
         return Study(path.stem, file, (), base)
     cells: list[Cell] = []
     for label, changes in _rows(file, path.stem):
         where = f"{path}, cell {label!r}"
-        _refuse_seed(_spread(changes), where)
+        _refuse_seed(_nest(changes), where)
         for seed in file.seeds:
-            values = merge(merge(common, _spread(changes)), over) | {"seed": seed}
+            values = merge(merge(common, _nest(changes)), overrides) | {"seed": seed}
             config = build_config(values, source=where)
-            cells.append(Cell(label, seed, flat(_spread(changes)), config, _folder(label, config)))
+            folder, nested_changes = _folder(label, config), flat(_nest(changes))
+            cells.append(Cell(label=label, seed=seed, changes=nested_changes, config=config, folder=folder))
     _refuse_same(cells, str(path))
     study = Study(path.stem, file, tuple(cells), base)
     if file.baseline is not None and file.baseline not in study.labels:
@@ -148,12 +154,12 @@ def read_study(name: str, sets: Iterable[str] = ()) -> Study:
 
 
 def unknown_label(label: str, labels: Iterable[str], where: str) -> ConfigError:
-    """The error of a row that is not there."""
+    """The error for a label that no row has."""
     return ConfigError(85, f"there is no row {label!r}", where=where, fix=did_you_mean(label, labels))
 
 
 def identity(config: RunConfig) -> Settings:
-    """What makes a run another one, whatever its seed: settings by path."""
+    """The settings that distinguish a run from others, without its seed, by path."""
     settings = flat(config.model_dump(mode="json"))
     return {key: value for key, value in settings.items() if key != "seed" and key not in WITHOUT_EFFECT}
 
@@ -163,7 +169,8 @@ def _checked(values: Settings, source: str) -> StudyFile:
         return StudyFile.model_validate(values)
     except ValidationError as error:
         problems = "; ".join(_explain(detail) for detail in error.errors(include_url=False))
-        raise ConfigError(80, f"not a valid study: {problems}", where=source, fix="correct that; see recipes/studies") from None
+        fix = "correct the file; see recipes/studies for examples"
+        raise ConfigError(80, f"not a valid study: {problems}", where=source, fix=fix) from None
 
 
 def _explain(detail: Any) -> str:
@@ -173,59 +180,66 @@ def _explain(detail: Any) -> str:
     return f"{name}: {message[0].lower()}{message[1:]}"
 
 
-def _spread(settings: Mapping[str, Any] | None) -> Settings:
-    """Settings whose keys may be paths (``prompts.experts``) as nested ones."""
+def _nest(settings: Mapping[str, Any] | None) -> Settings:
+    """Nest settings whose keys may be paths, such as ``prompts.experts``."""
     values: Settings = {}
     for key, value in (settings or {}).items():
-        values = merge(values, nested(key, _spread(value) if isinstance(value, dict) else value))
+        values = merge(values, nested(key, _nest(value) if isinstance(value, dict) else value))
     return values
 
 
 def _rows(file: StudyFile, name: str) -> Iterable[tuple[str, Settings]]:
-    """Label and settings of each row: named cells times the axes of the grid."""
-    short = _short(file.grid)
+    """Yield label and settings of each row: every named cell with every combination of the grid."""
+    short = _short_names(file.grid)
     for cell, settings in file.cells.items() or [("", {})]:
         for values in itertools.product(*file.grid.values()):
             chosen = dict(zip(file.grid, values, strict=True))
-            parts = ([cell] if cell else []) + [f"{short[path]}={_shown(value)}" for path, value in chosen.items()]
+            parts = ([cell] if cell else []) + [f"{short[path]}={_format(value)}" for path, value in chosen.items()]
             yield ", ".join(parts) or name, {**(settings or {}), **chosen}
 
 
-def _short(paths: Iterable[str]) -> dict[str, str]:
-    """Paths of settings to their last parts, where these differ."""
+def _short_names(paths: Iterable[str]) -> dict[str, str]:
+    """Shorten each path to its last part, unless another path has the same."""
     paths = list(paths)
     last = Counter(path.rpartition(".")[2] for path in paths)
     return {path: path if last[path.rpartition(".")[2]] > 1 else path.rpartition(".")[2] for path in paths}
 
 
-def _rounded(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else _shown(value)
+def _format_rounded(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else _format(value)
 
 
-def _check_search(file: StudyFile, search: Search, base: Settings, over: Settings, source: str) -> None:
-    """Refuse what could only be found out by a trial: every setting at its bounds, alone and in pairs."""
-    idle = [key for key in ("grid", "cells", "baseline") if getattr(file, key)]
-    if idle:
-        raise ConfigError(110, f"a search has no {idle[0]}", where=source, fix=f"leave {idle[0]} out, or search")
-    fixed = sorted(flat(over).keys() & search.space.keys())
+def _check_search(file: StudyFile, search: Search, base: Settings, overrides: Settings, source: str) -> None:
+    """Validate every setting at its bounds, alone and in pairs, so that no trial fails for an invalid setting.
+
+    Raises:
+        ConfigError: an invalid setting, or keys that a search cannot have.
+    """
+    unused = [key for key in ("grid", "cells", "baseline") if getattr(file, key)]
+    if unused:
+        what = f"a study with a search cannot have {unused[0]}"
+        raise ConfigError(110, what, where=source, fix=f"remove {unused[0]}, or search")
+    fixed = sorted(flat(overrides).keys() & search.space.keys())
     if fixed:
-        raise ConfigError(111, f"{fixed[0]} is searched, and set", where=f"--set {fixed[0]}", fix="leave --set out")
+        what = f"{fixed[0]} is searched and also set"
+        raise ConfigError(111, what, where=f"--set {fixed[0]}", fix=f"remove --set {fixed[0]}")
     without = sorted(WITHOUT_EFFECT & search.space.keys())
     if without:
-        raise ConfigError(112, f"{without[0]} changes no metric", where=f"{source}, search.space", fix="leave it out")
-    _refuse_seed(_spread(search.space), f"{source}, search.space")
+        what = f"{without[0]} has no effect on metrics"
+        raise ConfigError(112, what, where=f"{source}, search.space", fix=f"remove {without[0]}")
+    _refuse_seed(_nest(search.space), f"{source}, search.space")
     needed = {side: search.first()[side] for side in search.space.keys() & {"main", "comp"}}
     for chosen in search.extremes():
-        shown = ", ".join(f"{path}={_rounded(value)}" for path, value in chosen.items())
-        build_config(merge(merge(base, needed), _spread(chosen)), source=f"{source}, search.space, {shown}")
+        shown = ", ".join(f"{path}={_format_rounded(value)}" for path, value in chosen.items())
+        build_config(merge(merge(base, needed), _nest(chosen)), source=f"{source}, search.space, {shown}")
 
 
-def _shown(value: Any) -> str:
+def _format(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False).replace(", ", ",").replace('"', "")
 
 
 def _folder(label: str, config: RunConfig) -> str:
-    """Without defaults, so that a setting that comes with a later version leaves the folders of a study where they are."""
+    """The folder of a cell; it ignores settings at their default, so that new settings do not change the folders."""
     readable = re.sub(r"[^A-Za-z0-9=._+-]+", "-", label).strip("-.")[:48] or "cell"
     defaults = identity(RunConfig(main="", comp=""))
     settings = {key: value for key, value in identity(config).items() if value != defaults[key]}
@@ -234,7 +248,7 @@ def _folder(label: str, config: RunConfig) -> str:
 
 def _refuse_seed(settings: Settings, where: str) -> None:
     if "seed" in settings:
-        raise ConfigError(80, "a study has a list of seeds, not a seed", where=where, fix="write seeds: [0, 1, 2]")
+        raise ConfigError(80, "a study takes a list of seeds, not a seed", where=where, fix="write seeds: [0, 1, 2]")
 
 
 def _refuse_same(cells: Iterable[Cell], source: str) -> None:
@@ -243,5 +257,5 @@ def _refuse_same(cells: Iterable[Cell], source: str) -> None:
         for what in (f"label {cell.label} {cell.seed}", json.dumps([identity(cell.config), cell.seed], sort_keys=True)):
             other = seen.setdefault(what, cell)
             if other is not cell:
-                both = f"{other.label!r} and {cell.label!r} of the study are the same"
-                raise ConfigError(81, both, where=source, fix="leave one out, or let another setting differ")
+                both = f"the cells {other.label!r} and {cell.label!r} are the same"
+                raise ConfigError(81, both, where=source, fix="remove one, or change one of its settings")

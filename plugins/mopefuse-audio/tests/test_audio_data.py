@@ -152,7 +152,7 @@ def test_samples_are_those_of_the_files(tmp_path: Path, folders: dict[str, Path]
 def test_a_model_of_audio_refuses_rows_without(tmp_path: Path, folders: dict[str, Path]) -> None:
     audio = spec("wav2vec2", folders["wav2vec2"])
     code, _, err = call("train", "--main", "tiny:vision", "--comp", audio, *SMALL, "--data", make(tmp_path, "img", "text"))
-    assert code == 3 and "reads audio; a row has text and image" in err and "--column audio=NAME" in err
+    assert code == 3 and "reads audio, but rows have text and image" in err and "--column audio=NAME" in err
     with pytest.raises(ConfigError):
         require_rows(build_fusion(main="tiny:vision", comp=audio, num_labels=2), ("text", "image"))
 
@@ -186,7 +186,7 @@ def test_a_check_finds_what_is_wrong_with_clips(tmp_path: Path) -> None:
     assert kinds["train-3"] == ("unsafe-path", "MF-SEC-01")
     assert code == 4 and report["leaks"]["test"] == {"clips": 1, "texts": 0}
     assert "clips" in report["splits"]["train"] and "images" not in report["splits"]["train"]
-    with pytest.raises(DataError, match=r"1 bad row: train.jsonl:4, id train-3: the audio path leaves the audio root"):
+    with pytest.raises(DataError, match=r"1 bad row: train.jsonl:4, id train-3: the audio path is outside the data folder"):
         load_data(Data(path=str(root)))
 
 

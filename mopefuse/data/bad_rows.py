@@ -1,0 +1,65 @@
+"""Refuse or skip the bad rows of a split."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mopefuse.config.schema import Data as DataConfig
+from mopefuse.core.formatting import several
+from mopefuse.data.base import Problem
+from mopefuse.data.findings import KINDS, kind_of_row
+from mopefuse.data.index import Index
+from mopefuse.errors import DataError, data_error
+from mopefuse.modalities.base import of
+from mopefuse.modalities.files import root_to_name
+
+_MOST_LISTED = 20
+
+
+def skip_bad_rows(index: Index, roots: Sequence[Path], config: DataConfig) -> tuple[Problem, ...]:
+    """Find the bad rows that may be skipped.
+
+    Raises:
+        DataError: there are bad rows, and they may not be skipped or are too many.
+        UnsafePathError: a path leads outside its root.
+    """
+    problems = index.problems()
+    if not problems:
+        return ()
+    unsafe = [problem for problem in problems if problem.code.startswith("MF-SEC")]
+    where, total = str(roots[0] / index.file), len(index.lines_S) + len(index.row_problems)
+    for modality, files in index.files.items() if not unsafe else ():
+        if files.all_missing():
+            what = f"none of the {len(files.names):,} {of(modality).plural} exists, such as {files.names[0]}"
+            raise DataError(11, what, where=where, fix=root_to_name(roots, files.names))
+    if config.on_bad == "skip" and not unsafe:
+        if len(problems) <= config.max_bad_fraction * total:
+            return tuple(problems)
+        what = f"{len(problems)} of {total} rows are bad; at most a fraction of {config.max_bad_fraction:g} may be skipped"
+        fix = "correct them, or raise data.max_bad_fraction"
+        raise DataError(26, f"{what}: {_join(problems)}", where=where, fix=fix)
+    shown = unsafe or problems
+    first = shown[0]
+    if len(problems) == 1 and first.file:
+        raise data_error(first.code, first.what, where=first.where, fix=first.fix)
+    code = first.code if len({problem.code for problem in shown}) == 1 else "MF-DATA-03"
+    fix = first.fix if unsafe else f"{_common_fix(problems)}; mopefuse data check --json lists all"
+    raise data_error(code, f"{several(len(shown), 'bad row')}: {_join(shown)}", where=where, fix=fix)
+
+
+def _join(problems: Sequence[Problem]) -> str:
+    """Join problems in one line; those with the same text are given once, with their number."""
+    by_text: dict[str, list[Problem]] = {}
+    for problem in problems:
+        by_text.setdefault(problem.what, []).append(problem)
+    shown = list(by_text.values())[:_MOST_LISTED]
+    listed = [f"{same[0]}" + (f" (and {len(same) - 1:,} more like it)" if len(same) > 1 else "") for same in shown]
+    rest = len(problems) - sum(map(len, shown))
+    return "; ".join([*listed, *([f"and {rest:,} more"] if rest else [])])
+
+
+def _common_fix(problems: Sequence[Problem]) -> str:
+    """The fix of all problems, if they have the same."""
+    fixes = {problem.fix or KINDS[kind_of_row(problem.what)].todo for problem in problems}
+    return fixes.pop() if len(fixes) == 1 else "correct or remove them"

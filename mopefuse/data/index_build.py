@@ -1,0 +1,198 @@
+"""Build the index of a split: one pass over its table, then one over its files, unless the cache has it.
+
+The cache key is a digest of everything the index depends on. When an index is read from the cache, sizes and times of its
+files are compared with those recorded, and only files that changed are read again.
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from mopefuse.config.schema import Data as DataConfig
+from mopefuse.core import cache
+from mopefuse.data import index_cache
+from mopefuse.data.base import SPLITS, Problem, digest
+from mopefuse.data.columns import Layout
+from mopefuse.data.index import Index, InFiles, InRows
+from mopefuse.data.labels import LabelsBuilder
+from mopefuse.data.rows import LeftOut, NoRow, ValidRow, add_missing_hints, check_row
+from mopefuse.data.tables import Found, Table, split_named
+from mopefuse.modalities import base as modality
+from mopefuse.modalities.files import Files, Look, look_at
+
+VERSION = 2  # of the definition of a row; it is part of the fingerprint by which a run recognises its data
+_NO_ROW, _MISSING = "MF-DATA-03", bytes(16)
+Advance = Callable[[int, int], None]
+
+
+def build(
+    table: Table,
+    split: str,
+    roots: Sequence[Path],
+    modalities: Sequence[str],
+    config: DataConfig,
+    *,
+    fresh: bool = False,
+    advance: Advance = lambda done, total: None,
+) -> Index:
+    """Read the index of a split from the cache, or build and cache it.
+
+    Args:
+        split: of a single table with a split column, only the rows of this split are used.
+        roots: folders that files may lie in, the data root first.
+        modalities: of the rows.
+        fresh: read everything again and replace the index in the cache.
+        advance: called with (files read, files to read).
+    """
+    kinds = {name: kind for name in modalities if isinstance(kind := modality.of(name), Files)}
+    settings = (config.split_col, *(limit for kind in kinds.values() for limit in kind.limits(config)))
+    index_digest = cache.key_of(VERSION, table.digest, split, table.file, *Layout.of(modalities, config).describe(), *settings)
+    key = index_cache.key_of(index_digest, roots, config)
+    index = None if fresh else index_cache.load(key, table)
+    if index is None:
+        index = read_rows(table, split, modalities, config, index_digest)
+    updated, total_before = {}, 0
+    for name, kind in kinds.items():
+        values, read_now = index.files[name], 0
+
+        def count(done: int, total: int) -> None:
+            nonlocal read_now
+            read_now = done
+            advance(total_before + done, total_before + total)  # noqa: B023 (called before the next)
+
+        known = dict(zip(values.names, values.looks, strict=True))
+        looks = look_at(kind, roots, values.names, config, known=known, advance=count)
+        updated[name] = replace(values, looks=[looks[file] for file in values.names])
+        total_before += read_now
+    if index.fresh or any(updated[name].looks != values.looks for name, values in index.files.items()):
+        index = replace(index, values={**index.values, **updated}, fresh=True)
+        index_cache.save(key, index, roots)
+    return index
+
+
+def read_rows(table: Table, split: str, modalities: Sequence[str], config: DataConfig, digest: str = "") -> Index:
+    """Build the index of a split from one pass over its table; files are not read, and nothing is cached."""
+    rows = _IndexBuilder(table, split, modalities, config)
+    for found in table.rows():
+        named = _named_split(found, config)
+        if named not in SPLITS or named == split:
+            rows.add(found, named)
+    return rows.build(digest)
+
+
+class _IndexBuilder:
+    """Collects the rows of a split, one at a time."""
+
+    def __init__(self, table: Table, split: str, modalities: Sequence[str], config: DataConfig) -> None:
+        self.table, self.split, self.config = table, split, config
+        self.layout = Layout.of(modalities, config)
+        self.used_columns = {self.layout.identity, self.layout.label, *self.layout.columns.values()}
+        self.values = {name: _ValuesBuilder(name) for name in modalities}
+        self.rewritten = bytearray()  # JSON lines, of a table in another format
+        self.places, self.lines, self.lists, self.labels = array("q"), array("q"), bytearray(), LabelsBuilder()
+        self.line_of: dict[str, int] = {}  # by id, in the order of the rows
+        self.problems: list[Problem] = []
+        self.left_out: Counter[str] = Counter()
+
+    def add(self, found: Found, named_split: str | None) -> None:
+        """Add a row, or its problem.
+
+        Args:
+            named_split: the split that the row names, see `_named_split`.
+        """
+        try:
+            row = self._check(found, named_split)
+        except NoRow as error:
+            where = f"{self.table.file}:{found.line}"
+            self.problems.append(Problem(code=_NO_ROW, where=where, what=str(error)))
+            return
+        except LeftOut as missing:
+            self.left_out[str(missing)] += 1
+            return
+        self.line_of[row.id] = found.line
+        self._add_place(found)
+        self.lines.append(found.line)
+        for name, value in row.values.items():
+            self.values[name].add(value)
+        self.labels.add(row.labels)
+        self.lists.append(row.is_list)
+
+    def _check(self, found: Found, named_split: str | None) -> ValidRow:
+        if isinstance(found.value, str):
+            raise NoRow(found.value)
+        if named_split == "":
+            raise NoRow(f"has no {self.config.split_col}; found {', '.join(sorted(map(str, found.value)))}")
+        if named_split not in (None, self.split):
+            raise NoRow(f"{self.config.split_col} is none of {', '.join(SPLITS)}")
+        row = check_row(found.value, found.line, self.split, self.layout)
+        if row.id in self.line_of:
+            raise NoRow(f"the id {row.id!r} is there already, in line {self.line_of[row.id]}")
+        return row
+
+    def _add_place(self, found: Found) -> None:
+        if self.table.content is not None:
+            self.places.extend((found.start, found.stop))
+            return
+        assert isinstance(found.value, dict)
+        self.places.append(len(self.rewritten))
+        native = {name: value for name, value in found.value.items() if name in self.used_columns}
+        self.rewritten += json.dumps(native).encode("utf-8") + b"\n"
+        self.places.append(len(self.rewritten) - 1)
+
+    def build(self, digest: str) -> Index:
+        """The index of all rows that were added."""
+        is_rewritten = self.table.content is None
+        return Index(
+            split=self.split,
+            file=self.table.file,
+            digest=digest,
+            content=bytes(self.rewritten) if self.table.content is None else self.table.content,
+            rewritten=is_rewritten,
+            places_S2=np.array(self.places, dtype=np.int64).reshape(-1, 2),
+            lines_S=np.array(self.lines, dtype=np.int64),
+            values={name: values.build() for name, values in self.values.items()},
+            labels=self.labels.build(),
+            list_S=np.frombuffer(bytes(self.lists), dtype=bool),
+            ids=list(self.line_of),
+            row_problems=add_missing_hints(self.problems, self.layout) if self.line_of else self.problems,
+            left_out=dict(self.left_out),
+            fresh=True,
+        )
+
+
+class _ValuesBuilder:
+    """Collects the values of one modality, row by row."""
+
+    def __init__(self, name: str) -> None:
+        self.modality = modality.of(name)
+        self.keys, self.alike = bytearray(), bytearray()
+        self.numbers = array("q")
+        self.names: dict[str, int] = {}
+
+    def add(self, value: str | None) -> None:
+        """Add the value of the next row; None if it is missing."""
+        if self.modality.is_file:
+            self.numbers.append(-1 if value is None else self.names.setdefault(value, len(self.names)))
+            return
+        self.keys += _MISSING if value is None else digest(value)
+        self.alike += _MISSING if value is None else digest(self.modality.alike(value))
+
+    def build(self) -> InRows | InFiles:
+        """The values of all rows that were added; files have not been looked at."""
+        if self.modality.is_file:
+            return InFiles(np.array(self.numbers, dtype=np.int64), [*self.names], [Look()] * len(self.names))
+        return InRows(np.frombuffer(bytes(self.keys), dtype="S16"), np.frombuffer(bytes(self.alike), dtype="S16"))
+
+
+def _named_split(found: Found, config: DataConfig) -> str | None:
+    """The split that a row names in the column `data.split_col`, "" if the cell is empty; None without such a column."""
+    if config.split_col is None or not isinstance(found.value, dict):
+        return None
+    return split_named(found.value.get(config.split_col))

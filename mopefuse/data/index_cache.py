@@ -1,0 +1,143 @@
+"""Indexes in the cache: rows.npz with arrays, index.json with texts, and rows.jsonl where rows were converted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mopefuse.config.schema import Data as DataConfig
+from mopefuse.core import cache
+from mopefuse.core.artifact import read_json
+from mopefuse.data.base import Problem
+from mopefuse.data.index import Array, Index, InFiles, InRows
+from mopefuse.data.labels import Labels
+from mopefuse.data.tables import Table
+from mopefuse.modalities.files import Look
+
+VERSION = 5  # of the format
+_LOOK_ARRAYS = ("size", "mtime", "side", "animated", "milliseconds", "digest")
+
+
+def key_of(digest: str, roots: Sequence[Path], config: DataConfig) -> str:
+    """The key of an index.
+
+    Args:
+        digest: see `Index.digest`. roots: folders that files may lie in.
+    """
+    return cache.key_of(VERSION, digest, config.on_missing, *(root.resolve() for root in roots))
+
+
+def save(key: str, index: Index, roots: Sequence[Path]) -> None:
+    """Keep an index in the cache, where that is possible."""
+    facts = {"digest": index.digest, "split": index.split, "root": str(roots[0]), "rows": len(index.lines_S)}
+    cache.keep("index", key, lambda folder: _write(index, folder), facts)
+
+
+def _write(index: Index, folder: Path) -> None:
+    arrays: dict[str, Any] = {
+        "places": index.places_S2,
+        "lines": index.lines_S,
+        "list": index.list_S,
+        "label_starts": index.labels.start_S1,
+        "labels": index.labels.code_Z,
+    }
+    for name, values in index.values.items():
+        found = _arrays(values) if isinstance(values, InFiles) else {"key": values.key_S, "alike": values.alike_S}
+        arrays |= {f"{name}.{part}": array for part, array in found.items()}
+    np.savez(folder / "rows.npz", **arrays)
+    texts = {
+        "labels": index.labels.names,
+        "ids": index.ids,
+        "modalities": list(index.values),
+        "files": {name: files.names for name, files in index.files.items()},
+        "bad_files": {
+            name: {str(i): [look.code, look.what, look.fix] for i, look in enumerate(files.looks) if look.code}
+            for name, files in index.files.items()
+        },
+        "row_problems": [[problem.code, problem.where, problem.what] for problem in index.row_problems],
+        "left_out": index.left_out,
+    }
+    (folder / "index.json").write_text(json.dumps(texts), encoding="utf-8")
+    if index.rewritten:
+        (folder / "rows.jsonl").write_bytes(index.content)
+
+
+def _arrays(files: InFiles) -> dict[str, Array]:
+    looks = files.looks
+    return {
+        "number": files.number_S,
+        "size": np.array([look.size for look in looks], dtype=np.int64),
+        "mtime": np.array([look.mtime for look in looks], dtype=np.int64),
+        "side": np.array([(look.width, look.height) for look in looks], dtype=np.int64).reshape(-1, 2),
+        "animated": np.array([look.animated for look in looks], dtype=bool),
+        "milliseconds": np.array([look.milliseconds for look in looks], dtype=np.int64),
+        "digest": np.array([look.digest.ljust(16, b"\0") for look in looks], dtype="S16"),
+    }
+
+
+def _files(arrays: dict[str, Array], names: list[str], bad: dict[str, list[str]]) -> InFiles:
+    """Rebuild the files of a modality.
+
+    Args:
+        arrays: as of `_arrays`. bad: code, what and fix of each bad file, by its number.
+    """
+    looks = []
+    columns = (arrays[name].tolist() for name in _LOOK_ARRAYS)
+    for i, (size, mtime, (width, height), animated, milliseconds, digest) in enumerate(zip(*columns, strict=True)):
+        code, what, fix = bad.get(str(i), ("", "", ""))
+        looks.append(
+            Look(
+                size=size,
+                mtime=mtime,
+                width=width,
+                height=height,
+                animated=animated,
+                milliseconds=milliseconds,
+                digest=digest,
+                code=code,
+                what=what,
+                fix=fix,
+            )
+        )
+    return InFiles(arrays["number"], names, looks)
+
+
+def load(key: str, table: Table) -> Index | None:
+    """Read an index from the cache; None if it has none.
+
+    Args:
+        table: that the index was built from.
+    """
+    found = cache.find("index", key)
+    if found is None:
+        return None
+    folder, facts = found
+    texts = read_json(folder / "index.json")
+    with np.load(folder / "rows.npz", allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    values: dict[str, InRows | InFiles] = {}
+    for name in texts["modalities"]:
+        own = {key.removeprefix(f"{name}."): array for key, array in arrays.items() if key.startswith(f"{name}.")}
+        if name in texts["files"]:
+            values[name] = _files(own, texts["files"][name], texts["bad_files"][name])
+        else:
+            values[name] = InRows(own["key"], own["alike"])
+    return Index(
+        split=facts["split"],
+        file=table.file,
+        digest=facts["digest"],
+        content=(folder / "rows.jsonl").read_bytes() if table.content is None else table.content,
+        rewritten=table.content is None,
+        places_S2=arrays["places"],
+        lines_S=arrays["lines"],
+        values=values,
+        labels=Labels(texts["labels"], arrays["label_starts"], arrays["labels"]),
+        list_S=arrays["list"],
+        ids=texts["ids"],
+        row_problems=[Problem(code=code, where=where, what=what) for code, where, what in texts["row_problems"]],
+        left_out=texts["left_out"],
+    )

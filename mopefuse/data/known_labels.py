@@ -1,0 +1,103 @@
+"""The labels of a data set: those of its labels file, or else of its training split."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from mopefuse.config.schema import Data as DataConfig
+from mopefuse.data.base import Split
+from mopefuse.data.findings import Finding
+from mopefuse.data.label_cells import is_blank, normalise
+from mopefuse.data.split_rows import Parts
+from mopefuse.data.tables import read_bytes
+from mopefuse.errors import DataError, nearest
+
+_MOST_LISTED = 20
+
+
+def known_labels(
+    root: Path, splits: Mapping[str, Split], config: DataConfig, doubts: Sequence[Finding]
+) -> tuple[str, ...]:
+    """Find the labels that a model can learn.
+
+    Args:
+        doubts: about the labels of the training split; used for the fix of an unknown label.
+
+    Raises:
+        DataError: a split has a label that training does not know, there are fewer than two labels, or the labels file
+            cannot be read.
+    """
+    listed = Path(config.labels) if config.labels else root / "labels.txt"
+    if config.labels or listed.exists():
+        labels = read_labels_file(listed, fold=config.fold_labels)
+    else:
+        labels = tuple(sorted(splits["train"].labels.counts())) if "train" in splits else ()
+    known = set(labels)
+    for split in splits.values() if labels else ():
+        unknown = Counter({label: count for label, count in split.labels.counts().items() if label not in known})
+        if unknown:
+            raise _unknown(unknown, split, labels, doubts)
+    if "train" in splits and len(labels) < 2:
+        what = f"{describe_few(labels)}; a classifier needs at least two"
+        raise DataError(7, what, where=splits["train"].file, fix="add another class")
+    return labels
+
+
+def describe_few(labels: Sequence[str]) -> str:
+    """Say that there is one label, or none."""
+    return f"there is only the label {labels[0]!r}" if labels else "there is no label"
+
+
+def _unknown(unknown: Counter[str], split: Split, labels: Sequence[str], doubts: Sequence[Finding]) -> DataError:
+    """The error for labels that training does not know, at the first row that has one."""
+    listed = []
+    for label, count in unknown.most_common(_MOST_LISTED):
+        near = nearest(label, labels, most=1)
+        listed.append(f"{label} ({count}{f'; did you mean {near[0]}?' if near else ''})")
+    rest = len(unknown) - len(listed)
+    what = f"labels that training does not know: {', '.join(listed)}{f', and {rest} more' if rest else ''}"
+    first = min(row for label, row in split.labels.first_rows().items() if label in unknown)
+    fix = "correct it, or, if it is a label, list all labels in labels.txt or in a file named with --labels"
+    fix = next((f"{doubt.hint}; otherwise {fix}" for doubt in doubts if doubt.kind == "joined-labels"), fix)
+    return DataError(6, what, where=split.where(split.rows[first]), fix=fix)
+
+
+def read_labels_file(path: Path, *, fold: bool = False) -> tuple[str, ...]:
+    """Read a file that lists labels, one per line, in its order.
+
+    Args:
+        fold: see `data.fold_labels`.
+
+    Raises:
+        DataError: it cannot be read, is not UTF-8, or lists a label twice.
+    """
+    try:
+        lines = read_bytes(path).decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        fix = "convert it with iconv -t utf-8"
+        raise DataError(10, f"{path.name} is not UTF-8: {error}", where=str(path), fix=fix) from None
+    labels = [line.rstrip("\r") for line in lines if not is_blank(line)]
+    repeated = [label for label, count in Counter(labels).items() if count > 1]
+    if repeated:
+        raise DataError(10, f"{path.name} lists {repeated[0]!r} twice", where=str(path), fix="list each label once")
+    return tuple(dict.fromkeys(map(normalise, labels))) if fold else tuple(labels)
+
+
+def is_multi_label(parts: Parts) -> bool:
+    """Whether labels are written as lists.
+
+    Raises:
+        DataError: some are lists and some are strings.
+    """
+    place_of: dict[bool, str] = {}  # of the first row whose labels are a list, or are not
+    for index, rows in parts.values():
+        lists = index.list_S[rows]
+        for is_list in (False, True):
+            if (lists == is_list).any():
+                place_of[is_list] = index.place(rows[lists == is_list][0])
+    if len(place_of) == 2:
+        what = "some labels are strings and some are lists"
+        raise DataError(5, what, where=place_of[True], fix="write all labels as strings, or all as lists")
+    return True in place_of

@@ -1,0 +1,90 @@
+"""The rows of each split: what is held out of train for val and test, and which rows of train are drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mopefuse.config.schema import Data as DataConfig
+from mopefuse.core.formatting import several
+from mopefuse.data.base import SPLITS
+from mopefuse.data.index import Index
+from mopefuse.data.subsets import few, hold_out
+from mopefuse.data.tables import SUFFIXES, find_tables, split_column
+from mopefuse.errors import ConfigError, DataError
+
+Numbers = NDArray[np.int64]
+Parts = dict[str, tuple[Index, Numbers]]
+"""By split, the index that has its rows, and the numbers of these rows in it."""
+
+
+def divide_rows(indexes: dict[str, Index], path: Path, config: DataConfig, require: Sequence[str] = ()) -> Parts:
+    """Assign rows to splits: hold rows out of train, then draw the rows of train that are used.
+
+    Args:
+        require: splits that must exist.
+
+    Raises:
+        DataError: a required split is missing, or a split has no rows.
+        ConfigError: a split that exists is to be held out.
+    """
+    parts: Parts = {name: (index, index.good()) for name, index in indexes.items()}
+    for name, fraction in (("test", config.test_fraction), ("val", config.val_fraction)):
+        if fraction is not None:
+            _hold_out(parts, name, fraction, path, config)
+    for name in require:
+        if name not in parts:
+            other = f"add --split {next(iter(parts), '')}, which exists"
+            fix = missing_split_hint(name, path, config) if "train" in require or not parts else other
+            raise DataError(2, f"the {name} split is missing", where=str(path), fix=fix)
+    for name, (index, rows) in parts.items():
+        if not len(rows):
+            where = str(path / index.file if path.is_dir() else path)
+            raise DataError(4, f"the {name} split has no rows", where=where, fix="provide at least one row")
+    if (config.shots or config.fraction) and "train" in parts:
+        index, rows = parts["train"]
+        labels, ids = index.labels.take(rows), [index.ids[row] for row in rows]
+        parts["train"] = (index, rows[few(ids, labels, config.seed, shots=config.shots, fraction=config.fraction)])
+    return parts
+
+
+def _hold_out(parts: Parts, name: str, fraction: float, path: Path, config: DataConfig) -> None:
+    """Move rows of train to the split `name`; without a train split nothing changes."""
+    if name in parts:
+        what = f"data.{name}_fraction is set, but there is a {name} split"
+        raise ConfigError(43, what, where=str(path), fix=f"unset it, or remove the {name} split")
+    if "train" not in parts:
+        return
+    index, rows = parts["train"]
+    all_groups = index.groups()
+    groups = [all_groups[row] for row in rows]
+    count = round(fraction * len(index.good()))
+    kept, held = hold_out(groups, index.labels.take(rows), count, config.seed)
+    if len(rows) and not held:
+        what = f"no row of train can be held out for {name}: a row (or image) of each label stays in train"
+        fix = f"raise --{name}-fraction, provide a {name} split, or merge rare labels"
+        raise DataError(4, what, where=str(path), fix=fix)
+    parts["train"], parts[name] = (index, rows[kept]), (index, rows[held])
+
+
+def missing_split_hint(name: str, path: Path, config: DataConfig) -> str:
+    """Say how to provide a split that is missing."""
+    hold_out_rows = f"hold out some rows of train with --{name}-fraction 0.1"
+    if path.is_file():
+        if path.stem in SPLITS and any((path.parent / f"{name}{suffix}").is_file() for suffix in SUFFIXES):
+            return f"name the folder that also has the other splits: {path.parent}"
+        column = split_column(find_tables(path, config)[""], config)
+        if column is not None and column != config.split_col:
+            return f"add --split-col {column}, the column that names the split of each row, or {hold_out_rows}"
+        return f"{hold_out_rows}, or name the column with the split with --split-col"
+    found = [item.name for item in path.iterdir() if item.suffix in SUFFIXES or item.is_dir()]
+    tables = [item for item in path.iterdir() if item.suffix in SUFFIXES and item.is_file()]
+    if len(tables) == 1 and tables[0].stem not in SPLITS:
+        return f"name the table itself: {tables[0]}"
+    files = sum(1 for _ in path.iterdir())
+    no_tables = f"no table among {several(files, 'file')}" if files else "nothing"
+    has = f"(the folder has {', '.join(sorted(found)[:8]) or no_tables})"
+    return f"provide {name}.jsonl{f', or {hold_out_rows}' if name != 'train' else ''} {has}"

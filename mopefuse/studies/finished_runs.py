@@ -1,0 +1,215 @@
+"""The finished runs of a comparison: their settings, metrics and predictions, read from their folders and checked.
+
+Shapes: S samples of the test split, N labels.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.sparse import csr_array
+
+from mopefuse.core.regular_files import open_regular
+from mopefuse.errors import CheckpointError, ConfigError
+from mopefuse.metrics.bootstrap import Outcome
+from mopefuse.runs.folder import RunFolder
+from mopefuse.studies.study_file import identity
+
+_EVALUATE_AGAIN = "write it again with mopefuse eval"
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A finished run, as its files describe it.
+
+    Args:
+        identity: settings that distinguish it from runs of other settings, whatever the seed.
+        data: fingerprint of each split. result: the content of metrics.json.
+    """
+
+    path: Path
+    seed: int
+    identity: dict[str, Any]
+    data: dict[str, Any]
+    multi_label: bool
+    labels: tuple[str, ...]
+    result: dict[str, Any]
+
+
+def select_finished(folders: Iterable[Path]) -> tuple[list[tuple[str, Path]], list[str]]:
+    """Find the runs that are finished; if none is, all runs.
+
+    Returns:
+        Name and folder of each, and a notice for each folder that is left out.
+
+    Raises:
+        CheckpointError: a folder does not exist, or none is a run.
+    """
+    runs, notices = [], []
+    for path in folders:
+        if RunFolder(path).exists():
+            runs.append((str(path), path))
+        elif path.exists():
+            notices.append(f"left out: {path} is not a run")
+        else:
+            raise _not_a_run(path)
+    if not runs:
+        raise _not_a_run(path)
+    finished = [(name, path) for name, path in runs if RunFolder(path).metrics_file.is_file()]
+    if not finished:
+        return runs, notices
+    notices += [f"left out: {name} is not finished" for name, path in runs if (name, path) not in finished]
+    return finished, notices
+
+
+def _not_a_run(path: Path) -> CheckpointError:
+    return CheckpointError(4, f"{path} is neither a run nor a study", where=str(path), fix="name folders of finished runs")
+
+
+def read_finished(named: Sequence[tuple[str, Path]]) -> list[FinishedRun]:
+    """Read runs, given by name (for messages) and folder.
+
+    Raises:
+        ConfigError: some are not finished, or have no test split. CheckpointError: damaged files.
+    """
+    unfinished = [name for name, path in named if not RunFolder(path).metrics_file.is_file()]
+    if unfinished:
+        shown = "; ".join(unfinished[:8]) + (f"; and {len(unfinished) - 8} more" if len(unfinished) > 8 else "")
+        raise ConfigError(83, f"not finished: {shown}", where="compare", fix="run them to the end, or leave them out")
+    return [_read(path) for _, path in named]
+
+
+def _read(path: Path) -> FinishedRun:
+    run = RunFolder(path)
+    config, manifest, result = run.config(), run.manifest(), run.result()
+    missing = [key for key in ("metrics", "parameters", "seconds", "peak_memory_bytes", "rows") if key not in result]
+    if missing:
+        what = f"metrics.json is damaged: {missing[0]} is missing"
+        raise CheckpointError(3, what, where=str(path), fix="run mopefuse train with --resume")
+    if not (result["metrics"] or {}).get("test"):
+        raise ConfigError(87, f"{path} has no test metrics", where=str(path), fix="compare runs on data with a test split")
+    start = "a trained model" if manifest.get("start") else "scratch"
+    return FinishedRun(
+        path=path,
+        seed=config.seed,
+        identity={**identity(config), "start": start},
+        data=manifest["data"],
+        multi_label=manifest["multi_label"],
+        labels=tuple(manifest["labels"]),
+        result=result,
+    )
+
+
+def require_same_test(runs: Sequence[FinishedRun]) -> None:
+    """Check that all runs were tested on the same samples and labels.
+
+    Raises:
+        ConfigError: they were not.
+    """
+    for run in runs[1:]:
+        for what in ("labels", "samples"):  # in this order: if labels differ, so do samples
+            ours, first = (r.labels if what == "labels" else r.data.get("test") for r in (run, runs[0]))
+            if ours != first:
+                both = f"{runs[0].path} and {run.path} were tested on different {what}"
+                raise ConfigError(84, both, where="compare", fix="compare runs on the same data")
+
+
+def group_by_settings(runs: Sequence[FinishedRun]) -> tuple[list[tuple[str, list[FinishedRun]]], list[str]]:
+    """Group the runs that differ only in their seed; a run that repeats settings and seed of an earlier one is left out.
+
+    Returns:
+        A unique name and the runs of each group, and a notice for each run that is left out.
+    """
+    groups: dict[str, list[FinishedRun]] = {}
+    notices = []
+    for run in runs:
+        group = groups.setdefault(json.dumps(run.identity, sort_keys=True), [])
+        twin = next((other for other in group if other.seed == run.seed), None)
+        if twin is not None:
+            notices.append(f"left out: {run.path} has the same settings and seed as {twin.path}")
+        else:
+            group.append(run)
+    named = [(_common_name([run.path for run in group]), group) for group in groups.values()]
+    names = [name for name, _ in named]
+    return [(name if names.count(name) == 1 else str(group[0].path), group) for name, group in named], notices
+
+
+def _common_name(paths: Sequence[Path]) -> str:
+    """Strip the seed: ``text`` for runs/text-0 and runs/text-1, or for runs/text/seed-0."""
+    places = [path.absolute() for path in paths]
+    names = [place.parent.name if re.fullmatch(r"seed-\d+", place.name) else place.name for place in places]
+    stripped = {re.sub(r"[-_.]?(seed|s)?[-_.]?\d+$", "", name) for name in names}
+    return stripped.pop() or names[0] if len(set(names)) > 1 and len(stripped) == 1 else names[0]
+
+
+# -- predictions
+
+
+class _Prediction(NamedTuple):
+    """One line of predictions.jsonl."""
+
+    id: str
+    predicted: Sequence[str]
+    actual: Sequence[str]
+
+
+def _read_predictions(run: FinishedRun) -> Iterator[_Prediction]:
+    file = RunFolder(run.path).predictions_file
+    try:
+        with io.TextIOWrapper(open_regular(file), encoding="utf-8", newline="\n") as lines:
+            for line in filter(str.strip, lines):
+                row = json.loads(line)
+                predicted, actual = (row["labels"], row["true"]) if run.multi_label else ([row["label"]], [row["true"]])
+                yield _Prediction(row["id"], predicted, actual)
+    except FileNotFoundError:
+        raise CheckpointError(4, f"there is no {file.name}", where=str(run.path), fix=_EVALUATE_AGAIN) from None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise CheckpointError(3, f"{file.name} is damaged: {error}", where=str(run.path), fix=_EVALUATE_AGAIN) from None
+
+
+def sample_ids(run: FinishedRun) -> list[str]:
+    """The ids of the samples (S,) that a run has predictions of."""
+    return [prediction.id for prediction in _read_predictions(run)]
+
+
+def read_outcome(run: FinishedRun, ids: Sequence[str]) -> Outcome:
+    """Read the predicted and the true labels of the samples `ids`, each as a sparse table (S, N).
+
+    Raises:
+        ConfigError: the run has predictions of other samples. CheckpointError: predictions are missing or damaged.
+    """
+    sample_of = {identity: sample for sample, identity in enumerate(ids)}
+    column_of = {label: column for column, label in enumerate(run.labels)}
+    seen_S = np.zeros(len(ids), dtype=np.bool_)
+    pairs = [array("q") for _ in range(4)]  # rows and columns of predicted labels, and of true ones
+    try:
+        for prediction in _read_predictions(run):
+            sample = sample_of.get(prediction.id, -1)
+            if sample < 0 or seen_S[sample]:
+                raise _other_samples(run)
+            seen_S[sample] = True
+            for (rows, columns), labels in zip((pairs[:2], pairs[2:]), (prediction.predicted, prediction.actual), strict=True):
+                columns.extend([column_of[label] for label in dict.fromkeys(labels)])
+                rows.extend([sample] * (len(columns) - len(rows)))
+    except (KeyError, TypeError) as error:
+        what = f"predictions.jsonl is damaged: {error}"
+        raise CheckpointError(3, what, where=str(run.path), fix=_EVALUATE_AGAIN) from None
+    if not seen_S.all():
+        raise _other_samples(run)
+    tables = [
+        csr_array((np.ones(len(rows)), (np.array(rows), np.array(columns))), shape=(len(ids), len(column_of)))
+        for rows, columns in (pairs[:2], pairs[2:])
+    ]
+    return Outcome(*tables)
+
+
+def _other_samples(run: FinishedRun) -> ConfigError:
+    return ConfigError(84, f"{run.path} has predictions of other samples", where=str(run.path), fix=_EVALUATE_AGAIN)
