@@ -20,7 +20,7 @@ from mopefuse.config.schema import RunConfig, build_config
 from mopefuse.encoders._prompted import PromptedEncoder
 from mopefuse.encoders.base import Encoder, create_encoder
 from mopefuse.errors import ResourceError
-from mopefuse.fusion._static import static_stack
+from mopefuse.fusion._static import build_static_stack
 
 CPU = torch.device("cpu")
 TINY = {"main": "tiny:vision", "comp": "tiny:text", "device": "cpu"}
@@ -61,7 +61,7 @@ def test_inserted_tokens_go_through_the_projection_and_keys_and_values_do_not() 
     assert isinstance(encoder, PromptedEncoder)
     rows: list[int] = []
     encoder._slots[0].block.attn.proj.register_forward_hook(lambda m, args, out: rows.append(args[0].shape[1]))  # type: ignore[union-attr]
-    stack = static_stack(build_config({**TINY, "prompts": {"static": 3, "gate": "none"}}).prompts, encoder)
+    stack = build_static_stack(build_config({**TINY, "prompts": {"static": 3, "gate": "none"}}).prompts, encoder)
     batch = {"pixels": torch.zeros(2, 64, 64, 3, dtype=torch.uint8)}
     prompts = stack.condition({})
     encoder.encode(batch, prompts)
