@@ -26,7 +26,10 @@ from hypothesis import strategies as st
 
 from mopefuse.config.schema import build_config
 from mopefuse.core import artifact as checkpoint
-from mopefuse.core.artifact import FORMAT, publish, read_json, read_tensors, sweep, verify, write_atomically, write_tensors
+from mopefuse.core import atomic_files
+from mopefuse.core.artifact import FORMAT, publish, read_json, verify
+from mopefuse.core.atomic_files import sweep, write_atomically
+from mopefuse.core.tensor_files import read_tensors, write_tensors
 from mopefuse.errors import CheckpointError, ResourceError
 from mopefuse.runs.folder import RunFolder
 
@@ -186,7 +189,7 @@ def test_a_log_or_text_that_cannot_be_written_is_a_resource_error(tmp_path: Path
     with pytest.raises(ResourceError, match=r"metrics\.jsonl"):
         run.log({"step": 1})
     write_atomically(tmp_path / "text", "old")
-    monkeypatch.setattr(checkpoint, "sync", lambda path: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+    monkeypatch.setattr(atomic_files, "sync", lambda path: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
     with pytest.raises(ResourceError, match="text: No space left"):
         write_atomically(tmp_path / "text", "new")
     assert (tmp_path / "text").read_text() == "old"

@@ -14,9 +14,8 @@ from conftest import TINY, call, make_pairs, run_cli, write_rows
 from typer.testing import CliRunner
 
 from mopefuse.cli.app import app
-from mopefuse.core import artifact as checkpoint
-from mopefuse.core import doctor
-from mopefuse.core.artifact import read_tensors
+from mopefuse.core import atomic_files, doctor
+from mopefuse.core.tensor_files import read_tensors
 
 MODULES = "print(*sys.modules, file=sys.stderr)"
 
@@ -323,7 +322,7 @@ def test_ctrl_c_in_eval_leaves_no_partial_file(trained: Path, tmp_path: Path, mo
         written.append(path.name)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "sync", interrupted)
+    monkeypatch.setattr(atomic_files, "sync", interrupted)
     done = call("eval", trained, "--out", tmp_path / "p.jsonl")
     assert written
     assert (done.returncode, done.stdout) == (130, "")

@@ -16,7 +16,7 @@ from test_tuned import answers
 from torch import Tensor
 
 from mopefuse.config.schema import build_config
-from mopefuse.core.artifact import read_tensors
+from mopefuse.core.tensor_files import read_tensors
 from mopefuse.errors import ConfigError, EncoderError
 from mopefuse.evaluation.evaluate import evaluate
 from mopefuse.fusion.build import build_model

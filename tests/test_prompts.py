@@ -139,7 +139,7 @@ def test_noise_has_the_papers_size() -> None:
     router = RouterModule(Router(), conditions={"comp": C}, widths=[8], experts=K).train()
     scores = router.score_conditions([torch.randn(4000, C)])
     with torch.no_grad():
-        routed = router(said, 0, torch.zeros(4000, 1, 8), None)
+        routed = router(scores, 0, torch.zeros(4000, 1, 8), None)
     shift_BK = routed.weights_BK.log() - routed.clean_BK.log()
     noise_BK = shift_BK - shift_BK.mean(-1, keepdim=True)  # the softmax leaves noise up to a constant per row
     assert noise_BK.std() * math.sqrt(K / (K - 1)) == pytest.approx(1 / K, rel=0.05)

@@ -188,32 +188,6 @@ def test_the_same_module_in_two_distributions_is_a_clash(install: Install) -> No
     assert load(ENCODERS, "two:audio").__name__ == "Encoder"
 
 
-@pytest.mark.parametrize(
-    ("versions", "said", "fix"),
-    [
-        ([], "", ""),
-        (["1"], "", ""),
-        (["2", "1"], "", ""),
-        (["2"], "version 2 of", "upgrade mopefuse"),
-        (["2", "3"], "version 2 and 3 of", "upgrade mopefuse"),
-        (["0"], "version 0 of", "upgrade one"),
-        (["new"], "version new of", "upgrade one"),
-    ],
-)
-def test_a_plugin_that_is_written_for_other_versions_is_named(
-    install: Install, versions: list[str], said: str, fix: str
-) -> None:
-    """A distribution that says nothing is of version 1."""
-    declared = [claim("one", version, "plug_works", registry.API_GROUP) for version in versions]
-    install(claim("one", "audio", "plug_works:Encoder"), claim("two", "5", "plug_works", registry.API_GROUP), *declared)
-    if not said:
-        assert load(ENCODERS, "audio").__name__ == "Encoder"
-        return
-    with pytest.raises(PluginError, match=f"one is written for {said}") as caught:
-        load(ENCODERS, "audio")
-    assert (caught.value.code, caught.value.fix) == ("MF-PLUG-04", fix)
-
-
 def test_an_entry_point_that_is_listed_twice_is_no_clash(install: Install) -> None:
     point = claim("one", "audio", "plug_works:Encoder")
     install(point, point)

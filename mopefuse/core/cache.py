@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mopefuse.core.artifact import TEMPORARY, publish, read_json, sweep, sync, verify
+from mopefuse.core.artifact import publish, read_json, verify
+from mopefuse.core.atomic_files import TEMPORARY, sweep, sync
 from mopefuse.errors import CheckpointError, ResourceError
 
 KINDS = ("index", "features", "images", "models")

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mopefuse.core.artifact import alive, born
+from mopefuse.core.atomic_files import alive, born
 from mopefuse.core.regular_files import read_regular
 from mopefuse.errors import ConfigError
 

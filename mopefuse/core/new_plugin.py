@@ -36,8 +36,7 @@ class Plugin(NamedTuple):
 
 def installed() -> list[Plugin]:
     """Every entry point of a plugin, also those that cannot be used. Imports none of them."""
-    groups = registry.groups() - {registry.API_GROUP}
-    points = [point for group in groups for claims in registry.available(group).values() for point in claims]
+    points = [point for group in registry.groups() for claims in registry.available(group).values() for point in claims]
     found = []
     for point in points:
         owner = registry.distribution(point)
@@ -64,7 +63,7 @@ def new(name: str, out: Path) -> Path:
         raise PluginError(10, f"{folder} is there already", where="--out", fix="name another folder, or move that one away")
     if not out.is_dir():
         raise PluginError(11, f"there is no folder {out}", where="--out", fix="make it, or name another folder")
-    words = {"name": name, "module": f"mopefuse_{name.replace('-', '_')}", "api": str(registry.API)}
+    words = {"name": name, "module": f"mopefuse_{name.replace('-', '_')}"}
     words["encoder"] = "".join(part.capitalize() for part in name.split("-")) + "Encoder"
     with tempfile.TemporaryDirectory(dir=out, prefix=f".{folder.name}-") as beside:
         building = Path(beside) / "new"

@@ -29,8 +29,6 @@ ENCODERS, FUSION, DATASETS = "mopefuse.encoders", "mopefuse.fusion", "mopefuse.d
 MODALITIES = "mopefuse.modalities"
 KINDS = {ENCODERS: "encoder scheme", FUSION: "fusion method", DATASETS: "data set", MODALITIES: "modality"}
 OURS = "mopefuse"
-API, API_GROUP = 1, "mopefuse.api"
-"""The version of what plugins build on, and the group in which a plugin names those that it is written for."""
 
 
 @dataclass(frozen=True)
@@ -177,18 +175,10 @@ def state(point: EntryPoint) -> str:
         return "unknown group"
     if set(point.name) & set(":?=+"):  # signs of specs, addresses and shares
         return "unusable name"
-    owner, owners = distribution(point), {distribution(claim) for claim in available(point.group)[point.name]}
-    if str(API) not in apis(owner):
-        return "other API"
+    owners = {distribution(claim) for claim in available(point.group)[point.name]}
     if OURS in owners:
         return "shadowed by built-in"
     return "clash" if len(owners) > 1 else "ok"
-
-
-def apis(owner: str) -> tuple[str, ...]:
-    """The versions of the plugin interface that a distribution is written for: 1 where it says nothing."""
-    said = [name for name, points in available(API_GROUP).items() if owner in map(distribution, points)]
-    return tuple(said) or ("1",)
 
 
 # -- what a run needs
@@ -255,7 +245,6 @@ def load(group: str, name: str) -> Any:
     if owners == [OURS]:
         _tell_of_shadowed(group, points[0].name)
         return points[0].load()
-    _require_api(owners[0])
     return _load_plugin(points[0])
 
 
@@ -278,16 +267,6 @@ def _tell_of_shadowed(group: str, name: str) -> None:
     if others:
         what = f"the {KINDS[group]} {name!r} is the built-in one; that of {' and '.join(others)} is {others[0]}:{name}"
         warnings.warn(what, Notice, stacklevel=3)
-
-
-def _require_api(owner: str) -> None:
-    """Refuse a distribution that is written for other versions of the plugin interface."""
-    said = apis(owner)
-    if str(API) in said:
-        return
-    newer = all(one.isdecimal() and int(one) > API for one in said)
-    what = f"{owner} is written for version {' and '.join(said)} of the plugin interface, this mopefuse has version {API}"
-    raise PluginError(4, what, where=f"entry points {API_GROUP}", fix=f"upgrade {OURS if newer else owner}")
 
 
 def _load_plugin(point: EntryPoint) -> Any:

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from transformers.models.auto import modeling_auto as auto
 
 from mopefuse.core import error_numbers as _numbers
-from mopefuse.core.artifact import check_tensors
 from mopefuse.core.registry import Spec
+from mopefuse.core.tensor_files import check_tensors
 from mopefuse.encoders import _hf_source, _hf_text, _lora, _options, _weights
 from mopefuse.encoders._hf_attention import ATTENTION, quietly
 from mopefuse.encoders._hf_families import BUILT_IN, TOWERS, BuiltIn, Family

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mopefuse.core import error_numbers as _numbers
-from mopefuse.core.artifact import read_tensors
+from mopefuse.core.tensor_files import read_tensors
 from mopefuse.errors import CheckpointError
 
 _SHOWN = 4  # names in a message

@@ -31,8 +31,8 @@ from torch import Tensor
 
 from mopefuse.core import error_numbers as _numbers
 from mopefuse.core import hub as _hub
-from mopefuse.core.artifact import check_tensors
 from mopefuse.core.registry import Spec
+from mopefuse.core.tensor_files import check_tensors
 from mopefuse.encoders import _open_clip_text, _options, _weights
 from mopefuse.encoders._prompted import PromptedEncoder
 from mopefuse.encoders._timm_attention import prompt_model
