@@ -226,7 +226,9 @@ def test_a_spec_is_a_value() -> None:
     assert Spec("a", "b", {"c": "d"}) == parse_spec("a:b?c=d")
 
 
-@pytest.mark.parametrize(("number", "says"), [(12, "x of the plugin acme cannot be made: KeyError: 'no'"), (13, "made a dict")])
+@pytest.mark.parametrize(
+    ("number", "says"), [(12, "the plugin acme failed to create x: KeyError: 'no'"), (13, "returned a dict")]
+)
 def test_an_encoder_that_a_plugin_cannot_make_is_an_error_of_the_plugin(
     number: int, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
