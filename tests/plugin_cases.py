@@ -112,7 +112,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 def forget() -> None:
     """Look again at what is installed."""
     registry.available.cache_clear()
-    registry._tell_of_shadowed.cache_clear()
+    registry._warn_of_shadowed.cache_clear()
     for name, module in list(sys.modules.items()):
         if str(Path(getattr(module, "__file__", None) or "/").parent) in _SITES:
             del sys.modules[name]

@@ -152,7 +152,7 @@ class Toy(TinyEncoder):
         self.spec = spec
 """
 NEED = {"group": registry.ENCODERS, "name": "toy", "distribution": "mopefuse-toy"}
-MISSING = "this run needs the plugin mopefuse-toy, which brings 'toy' and is not installed"
+MISSING = "this run needs the plugin mopefuse-toy, which provides 'toy'; it is not installed"
 
 
 @pytest.fixture

@@ -361,11 +361,11 @@ def test_doctor_tells_what_works_and_what_does_not(monkeypatch: pytest.MonkeyPat
     assert found["plugins"]["encoders: tiny"] == "mopefuse"
     checks = {"exit": ("import os; os._exit(3)", "a"), "raise": ("import no_such_module", "b"), "hang": ("while 1: pass", "c")}
     monkeypatch.setattr(doctor, "_CHECKS", checks)
-    monkeypatch.setattr(doctor, "_SECONDS", 1)
+    monkeypatch.setattr(doctor, "_TIMEOUT", 1)
     done = call("doctor")
     assert done.returncode == 5
     missing = "b (ModuleNotFoundError: No module named 'no_such_module')"
-    for problem in ("a (exit code 3)", missing, "c (no answer in 1 seconds)"):
+    for problem in ("a (exit code 3)", missing, "c (no result within 1 seconds)"):
         assert f"problem: {problem}" in done.stdout
 
 

@@ -137,7 +137,7 @@ def test_doctor_names_the_entry_points_that_fail_or_hang(site: Path, tmp_path: P
     here.setenv("PYTHONPATH", str(broken))
     here.setattr(doctor, "_CHECKS", {})
     here.setattr(doctor, "_DEVICES", "")
-    here.setattr(doctor, "_SECONDS", 3)
+    here.setattr(doctor, "_TIMEOUT", 3)
     problems = said(call("doctor", "--json"))["problems"]
     assert [problem for problem in problems if "hangs = mopefuse_hangs:X of mopefuse-hangs: no answer" in problem]
     assert [problem for problem in problems if "raises = mopefuse_raises:X of mopefuse-raises: " in problem]
@@ -181,7 +181,7 @@ def test_a_package_whose_entry_points_cannot_be_read_is_left_out(
         ),
         (
             ("encoders", "inspect", "mopefuse-one:toys:vision"), "MF-PLUG-05",
-            "mopefuse-one 1.5 brings no encoder scheme 'toys'", "did you mean mopefuse-one:toy, ",
+            "mopefuse-one 1.5 provides no encoder scheme 'toys'", "did you mean mopefuse-one:toy, ",
         ),
         (
             ("data", "make", "mopefuse-ten:made", "{tmp}"), "MF-PLUG-06",
@@ -284,11 +284,11 @@ NEED = {"group": "mopefuse.encoders", "name": "toy", "distribution": "mopefuse-t
 @pytest.mark.parametrize(
     ("need", "what", "fix"),
     [
-        ({}, "mopefuse-ten 0.3, which brings 'toy' and is not installed", "pip install mopefuse-ten==0.3"),
-        ({"version": ""}, "mopefuse-ten, which brings 'toy' and is not installed", "pip install mopefuse-ten"),
+        ({}, "mopefuse-ten 0.3, which provides 'toy'; it is not installed", "pip install mopefuse-ten==0.3"),
+        ({"version": ""}, "mopefuse-ten, which provides 'toy'; it is not installed", "pip install mopefuse-ten"),
         (
             {"distribution": "mopefuse-talks"},
-            "mopefuse-talks 0.3, which brings 'toy' and does not in version 1.5, which is installed",
+            "mopefuse-talks 0.3, which provides 'toy'; the installed version 1.5 does not provide it",
             "pip install mopefuse-talks==0.3",
         ),
     ],

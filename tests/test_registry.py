@@ -127,7 +127,7 @@ def install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Install
 
         monkeypatch.setattr(registry, "entry_points", listed)
         available.cache_clear()
-        registry._tell_of_shadowed.cache_clear()
+        registry._warn_of_shadowed.cache_clear()
 
     yield install
     monkeypatch.undo()
