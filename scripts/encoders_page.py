@@ -1,7 +1,7 @@
-"""Write docs/encoders.md: which families were tried, on small random models, whether they can be prompted, and what holds.
+"""Write docs/encoders.md: the families tested with small random models, and whether they can be prompted.
 
-``python scripts/encoders_page.py``, with the plugin mopefuse-audio installed, for which the page has rows, too;
-tests/test_encoders.py holds the page to the families that it tries.
+``python scripts/encoders_page.py``; needs the plugin mopefuse-audio, for which the page has rows too.
+tests/test_encoders.py checks that the page lists the families that it tests.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ The table is generated (`python scripts/encoders_page.py`) with small random mod
 
 
 def page() -> str:
-    """The whole page."""
+    """Generate the page."""
     torch.manual_seed(0)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
