@@ -165,18 +165,6 @@ def bench_pair(
     measured = [variant for variant in present if timed.facts[variant.name][2]] if with_memory else []
     growths = _measure_memory(config, batch, text_length, device, measured, advance)
     # 3. assemble the table
-    lines = tuple(
-        Line(
-            name=name,
-            train=timed.train.get(name),
-            infer=timed.infer.get(name),
-            memory=growths.get(name),
-            trainable=timed.facts.get(name, (0, 0, False))[0],
-            artefact=timed.facts.get(name, (0, 0, False))[1],
-            why_not=reason,
-        )
-        for name, reason in reasons.items()
-    )
     return PairBench(
         config=config,
         batch=batch,
@@ -185,7 +173,20 @@ def bench_pair(
         precision=devices.precision(config.train.precision, device),
         versions={name: metadata.version(name) for name in ("torch", "timm", "transformers")},
         weights=timed.weights,
-        lines=lines,
+        lines=tuple(_line(name, reason, timed, growths.get(name)) for name, reason in reasons.items()),
+    )
+
+
+def _line(name: str, why_not: str, timed: _Timed, memory: int | None) -> Line:
+    trainable, artefact, _ = timed.facts.get(name, (0, 0, False))
+    return Line(
+        name=name,
+        train=timed.train.get(name),
+        infer=timed.infer.get(name),
+        memory=memory,
+        trainable=trainable,
+        artefact=artefact,
+        why_not=why_not,
     )
 
 
