@@ -162,9 +162,8 @@ def bench_pair(
     timed = _time(subjects, turns, frozen, train=train, infer=infer, advance=advance)
     del subjects, frozen
     # 2. measure memory
-    measured = [variant for variant in present if timed.facts[variant.name][2]] if with_memory else []
+    measured = [variant for variant in present if with_memory and timed.facts[variant.name][2]]
     growths = _measure_memory(config, batch, text_length, device, measured, advance)
-    # 3. assemble the table
     return PairBench(
         config=config,
         batch=batch,
