@@ -176,7 +176,7 @@ def _fail(shared: int, case: int) -> int:
 def test_a_process_that_fails_or_is_ended_says_so() -> None:
     with pytest.raises(ValueError, match="as it is"):
         list(memory.in_fresh_processes(_build, _fail, (0,)))
-    with pytest.raises(ResourceError, match="was ended"):
+    with pytest.raises(ResourceError, match="was killed"):
         list(memory.in_fresh_processes(_build, _fail, (1,)))
 
 
