@@ -234,7 +234,7 @@ def test_one_flipped_bit_is_found(tmp_path: Path) -> None:
         (lambda a: change_manifest(a, files=None), "names no files"),
         (lambda a: change_manifest(a, files={"file": None}), "not what was published"),
         (lambda a: change_manifest(a, files={"file": {"size": 10**10}}), "not what was published"),
-        (lambda a: (a / "extra.safetensors").write_text("x"), "extra.safetensors is not in the manifest"),
+        (lambda a: (a / "extra.safetensors").write_text("x"), "extra.safetensors is not listed in the manifest"),
     ],
 )
 def test_a_folder_that_is_not_as_published_does_not_exist(tmp_path: Path, change: Callable[[Path], Any], said: str) -> None:
