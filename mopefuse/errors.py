@@ -1,7 +1,7 @@
-"""The errors that a user can cause: what happened, where, and what to do about it.
+"""Errors that a user can cause: what is wrong, where, and how to fix it.
 
-One class per exit code. A message is never a traceback: the command line converts a `MopefuseError` once, at its edge
-(`mopefuse.cli.app`), into ``error[MF-DATA-11]: <what> · <where> · fix: <one action>`` and the exit code of its class.
+One class per family of codes, each with its exit code. The command line converts a `MopefuseError` in one place
+(`mopefuse.cli.app`) into ``error[MF-DATA-11]: <what> · <where> · fix: <one action>``, without a traceback.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any
 
 
 class MopefuseError(Exception):
-    """Something that a user can cause and can mend.
+    """An error that a user can cause and fix.
 
     Args:
         number: stable within the family; `code` is ``MF-<family>-<number>``.
-        what: what is wrong, with the offending value.
-        where: file and line, sample id, or configuration path; empty if there is no place to name.
-        fix: one action that mends it.
+        what: what is wrong, including the offending value.
+        where: file and line, sample id, or configuration path; empty if no place can be named.
+        fix: one action that fixes it.
     """
 
     family = "INT"
@@ -31,14 +31,14 @@ class MopefuseError(Exception):
         self.what, self.where, self.fix = what, where, fix
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild, (type(self), vars(self))
+        return _unpickle, (type(self), vars(self))
 
     def __str__(self) -> str:
         parts = [self.what, self.where, f"fix: {self.fix}" if self.fix else ""]
         return " · ".join(part for part in parts if part)
 
     def as_dict(self) -> dict[str, object]:
-        """The body of ``--json`` output: ``{"code", "exit", "message", "where", "hint"}``."""
+        """Convert to the body of ``--json`` output: ``{"code", "exit", "message", "where", "hint"}``."""
         return {
             "code": self.code,
             "exit": self.exit_code,
@@ -48,10 +48,10 @@ class MopefuseError(Exception):
         }
 
 
-def _rebuild(kind: type[MopefuseError], facts: dict[str, Any]) -> MopefuseError:
-    """An error that came from another process."""
-    error = kind.__new__(kind, facts["what"])
-    vars(error).update(facts)
+def _unpickle(kind: type[MopefuseError], attributes: dict[str, Any]) -> MopefuseError:
+    """Restore an error that was pickled, for example in a data worker."""
+    error = kind.__new__(kind, attributes["what"])
+    vars(error).update(attributes)
     return error
 
 
@@ -68,37 +68,37 @@ class DataError(MopefuseError):
 
 
 class UnsafePathError(DataError):
-    """A path in the data leads out of the data folder."""
+    """A path in the data is outside the data folder."""
 
     family = "SEC"
 
 
 class EncoderError(MopefuseError):
-    """An encoder is unknown, unreachable, or unsuitable for the part it was given."""
+    """An encoder is unknown, unreachable, or unsuitable for its side."""
 
     family, exit_code = "ENC", 5
 
 
 class PackageError(EncoderError):
-    """An installed package is missing or does not fit another."""
+    """A package is missing, or does not match another."""
 
     family = "ENV"
 
 
 class CheckpointError(MopefuseError):
-    """A run, checkpoint or weights file is damaged, unsafe, or belongs to other encoders."""
+    """A run, checkpoint or weights file is damaged, unsafe, or incompatible."""
 
     family, exit_code = "CKPT", 6
 
 
 class ResourceError(MopefuseError):
-    """Disk, memory or a process ran out."""
+    """Disk space or memory ran out, or a process was killed."""
 
     family, exit_code = "RES", 7
 
 
 class NumericError(MopefuseError):
-    """A number that must be finite is not."""
+    """A value that must be finite is NaN or infinite."""
 
     family, exit_code = "NUM", 8
 
@@ -116,7 +116,7 @@ class GateError(MopefuseError):
 
 
 class Interrupted(MopefuseError):
-    """Training was asked to stop, and did so after publishing a checkpoint.
+    """Training was stopped by a signal, after publishing a checkpoint.
 
     Args:
         signal_number: 2 (Ctrl-C) gives exit code 130, 15 (SIGTERM) gives 143.
@@ -130,25 +130,25 @@ class Interrupted(MopefuseError):
 
 
 class Notice(UserWarning):
-    """Something that a user should know and need not mend; the command line prints it as one line."""
+    """A warning that needs no action; the command line prints it as one line."""
 
 
 def nearest(name: str, known: Iterable[str], *, most: int = 3) -> list[str]:
-    """The names that are nearly `name`, nearest first; none where none is."""
+    """Known names similar to `name`, most similar first, at most `most`."""
     return difflib.get_close_matches(name, sorted(known), n=most, cutoff=0.55)
 
 
 def did_you_mean(name: str, known: Iterable[str], *, most: int = 3) -> str:
-    """``did you mean a, b?`` for the names nearest to `name`; what there is where none is near; empty for no names."""
+    """Suggest the known names similar to `name`, as ``did you mean a, b?``; all names if none is similar."""
     names = sorted(known)
     near = nearest(name, names, most=most)
     if near:
         return f"did you mean {', '.join(near)}?"
-    return f"there are {', '.join(names[:12])}{', …' if len(names) > 12 else ''}" if names else ""
+    return f"use one of {', '.join(names[:12])}{', …' if len(names) > 12 else ''}" if names else ""
 
 
 def data_error(code: str, what: str, *, where: str = "", fix: str = "") -> DataError:
-    """The error of a row or image that a code stands for, where only the code was kept."""
+    """Build the error of a row or file from its code, as stored in an index."""
     _, family, number = code.split("-")
     kind = UnsafePathError if family == UnsafePathError.family else DataError
     return kind(int(number), what, where=where, fix=fix)

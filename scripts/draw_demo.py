@@ -1,4 +1,4 @@
-"""Draw the README's picture from what ``mopefuse demo`` left in a folder: nothing in it is typed in by hand.
+"""Draw the README's picture from the output folder of ``mopefuse demo``.
 
     python scripts/draw_demo.py demo docs/images/demo.png
 """
@@ -22,12 +22,12 @@ EXAMPLES = 4
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file."""
+    """Read the objects of a JSON-lines file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def draw(demo: Path, out: Path) -> None:
-    """Examples of the test split with the full method's answers, and the test accuracy of every method."""
+    """Draw examples of the test split with the full method's predictions, and the test accuracy of every method."""
     questions = {row["id"]: row for row in read_rows(demo / "digit-questions" / "test.jsonl")}
     answers = read_rows(demo / "conditional" / "predictions.jsonl")
     different = {questions[answer["id"]]["img"]: answer for answer in answers}  # the last question about each image
@@ -42,9 +42,9 @@ def draw(demo: Path, out: Path) -> None:
         right = answer["label"] == answer["true"]
         share = answer["probabilities"][answer["label"]]
         axes.set_title(_wrap(question["text"]), fontsize=8)
-        said = f"{answer['label']}  ({100 * share:.0f} %)" + ("" if right else f", true: {answer['true']}")
+        caption = f"{answer['label']}  ({100 * share:.0f} %)" + ("" if right else f", true: {answer['true']}")
         colour = "#146c2e" if right else "#b3261e"
-        axes.text(0.5, -0.08, said, transform=axes.transAxes, ha="center", va="top", fontsize=10, color=colour)
+        axes.text(0.5, -0.08, caption, transform=axes.transAxes, ha="center", va="top", fontsize=10, color=colour)
     axes = figure.add_subplot(grid[0, EXAMPLES + 1])
     names = list(VARIANTS)[::-1]
     found = [json.loads((demo / name / "metrics.json").read_text())["metrics"]["test"]["accuracy"] for name in names]

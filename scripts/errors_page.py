@@ -1,6 +1,6 @@
-"""Write docs/errors.md: exit codes, and every ``MF-`` code that the source raises with what it says.
+"""Write docs/errors.md: exit codes, and every ``MF-`` code in the source with its messages.
 
-``python scripts/errors_page.py``; tests/test_errors.py holds the page to the codes that the source has.
+``python scripts/errors_page.py``; tests/test_errors.py checks that the page lists exactly the codes in the source.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ KINDS: dict[str, type[errors.MopefuseError]] = {
     for kind in vars(errors).values()
     if isinstance(kind, type) and issubclass(kind, errors.MopefuseError) and kind.family not in ("INT", "STOP")
 }
-OUTSIDE = {  # written out in mopefuse.cli.app, or made of the number of a signal
+OUTSIDE = {  # literals in mopefuse.cli.app, or derived from the number of a signal
     "MF-INT-00": (1, ["a bug: please report it, with crash.log"]),
     "MF-USE-01": (2, ["the command line cannot be read (with `--json`; else the usage is shown)"]),
     "MF-STOP-02": (130, ["stopped at step … of … by Ctrl-C"]),
     "MF-STOP-15": (143, ["stopped at step … of … by SIGTERM"]),
 }
-NOTES = {  # where the message alone says nothing
+NOTES = {  # for codes whose message is built from variables alone
     "MF-CFG-01": "settings that are unknown, missing or out of bounds, each by its path",
-    "MF-CFG-09": "a file or folder cannot be used, in the words of the system",
-    "MF-DATA-231": "labels are lists that were taken for one class each",
+    "MF-CFG-09": "a file or folder cannot be used, with the system's message",
+    "MF-DATA-231": "lists of labels that were read as one class each",
     "MF-DATA-232": "more labels than a third of the training rows",
     "MF-ENC-21": "an encoder that cannot be prompted as `--main`, and why",
-    "MF-PLUG-01": "several plugins claim a name, and which",
+    "MF-PLUG-01": "several plugins provide the same name",
     "MF-PLUG-02": "a plugin cannot be imported: its distribution, entry point and the reason",
-    "MF-PLUG-03": "a run needs a plugin that is not installed, or not with what it needs: distribution and version",
-    "MF-PLUG-05": "an installed plugin does not bring what it is asked for",
+    "MF-PLUG-03": "a run needs a plugin that is not installed, or not in this version: distribution and version",
+    "MF-PLUG-05": "an installed plugin does not provide a name",
 }
 HEAD = """# Errors and exit codes
 
@@ -77,21 +77,21 @@ In the messages below, `…` stands for a value.
 
 
 def codes() -> dict[str, tuple[int, list[str]]]:
-    """Every code in the source: its exit code and its messages, in order."""
+    """Collect every code in the source with its exit code and messages, sorted."""
     found: dict[str, tuple[int, list[str]]] = dict(OUTSIDE)
     for path in sorted((ROOT / "mopefuse").rglob("*.py")):
-        for kind, number, said in _raised(ast.parse(path.read_text(encoding="utf-8")), path):
+        for kind, number, message in _raised(ast.parse(path.read_text(encoding="utf-8")), path):
             _, messages = found.setdefault(f"MF-{kind.family}-{number:02d}", (kind.exit_code, []))
-            if said not in messages:
-                messages.append(said)
+            if message not in messages:
+                messages.append(message)
     return dict(sorted(found.items(), key=lambda item: (item[1][0], item[0])))
 
 
 def _raised(tree: ast.Module, path: Path) -> Iterator[tuple[type[errors.MopefuseError], int, str]]:
-    """(class, number, message) of every error that a module makes.
+    """Iterate over class, number and message of every error that a module creates.
 
     A number is written out, or a name of `_numbers`. Where it is a variable, it comes from tuples of the same module that
-    begin with such a name and a message. A message that is a variable is what was last assigned to it above.
+    start with a number and a message. A message that is a variable has the value last assigned to it above.
     """
     assigned = [node for node in ast.walk(tree) if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)]
     for node in ast.walk(tree):
@@ -102,11 +102,11 @@ def _raised(tree: ast.Module, path: Path) -> Iterator[tuple[type[errors.Mopefuse
         known = [(number, pair[1]) for pair in pairs if pair and (number := _number(pair[0])) is not None]
         if not known:
             raise ValueError(f"{path}:{node.lineno}: which number is {ast.unparse(first)}?")
-        yield from ((kind, number, _template(_meant(message, assigned))) for number, message in known)
+        yield from ((kind, number, _template(_resolve(message, assigned))) for number, message in known)
 
 
-def _meant(message: ast.expr, assigned: list[ast.Assign]) -> ast.expr:
-    """The text that a variable holds, if it is one."""
+def _resolve(message: ast.expr, assigned: list[ast.Assign]) -> ast.expr:
+    """Resolve a variable to the expression last assigned to it."""
     if not isinstance(message, ast.Name):
         return message
     above = [node for node in assigned if ast.unparse(node.targets[0]) == message.id and node.lineno < message.lineno]
@@ -134,12 +134,12 @@ def _template(node: ast.AST) -> str:
 
 
 def page() -> str:
-    """The whole page."""
+    """Generate the page."""
     lines = []
     for code, (exit_code, messages) in codes().items():
-        telling = [NOTES[code]] if code in NOTES else [said for said in messages if re.search("[a-z]", said)]
-        shown = "<br>".join(message.replace("|", "\\|").replace("<", "&lt;") for message in sorted(telling))
-        lines.append(f"| `{code}` | {exit_code} | {shown} |\n")
+        texts = [NOTES[code]] if code in NOTES else [message for message in messages if re.search("[a-z]", message)]
+        cell = "<br>".join(text.replace("|", "\\|").replace("<", "&lt;") for text in sorted(texts))
+        lines.append(f"| `{code}` | {exit_code} | {cell} |\n")
     return HEAD + "".join(lines)
 
 

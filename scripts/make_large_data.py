@@ -1,7 +1,7 @@
-"""Make a data set of many rows and labels whose images are a handful of shared files, so that the disk holds it.
+"""Write a data set with many rows and labels that share a few image files, to save disk space.
 
-``python scripts/make_large_data.py OUT --rows 1000000 --labels 10000 --multi-label``; each row has a text of its own, and
-labels come with frequencies that fall off as 1 / rank, as they do in real data; each is in training at least once.
+``python scripts/make_large_data.py OUT --rows 1000000 --labels 10000 --multi-label``; every row has its own text, and label
+frequencies are proportional to 1 / rank, as in real data; every label occurs in training at least once.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ _AT_ONCE = 10_000  # rows whose labels are drawn together
 
 
 def make(out: Path, *, rows: int, labels: int, multi_label: bool, table: str = "jsonl", seed: int = 0) -> dict[str, int]:
-    """Write the splits and images of a data set; returns the rows of each split.
+    """Write the splits and images of a data set, and return the number of rows of each split.
 
     Args:
-        rows: in all splits together; training must have at least one for each of `labels`.
-        table: jsonl, or csv, where several labels are separated by ``|``.
+        rows: of all splits together; training must have at least one for each of `labels`.
+        table: jsonl, or csv with labels separated by ``|``.
     """
     counts = {name: max(1, round(share * rows)) for name, share in SPLITS.items()}
     counts["train"] = rows - counts["val"] - counts["test"]
     if counts["train"] < labels:
-        raise SystemExit(f"{labels} labels need at least {labels} rows of training, these are {counts['train']}")
+        raise SystemExit(f"{labels} labels need at least {labels} training rows, got {counts['train']}")
     random = np.random.default_rng(seed)
     (out / "images").mkdir(parents=True)
     for number in range(IMAGES):
@@ -63,14 +63,14 @@ def _rows(split: str, count: int, labels: int, multi_label: bool, random: np.ran
         for i, number in enumerate(range(start, start + size)):
             first = number if split == "train" and number < labels else drawn[i][0]
             chosen = dict.fromkeys([first, *drawn[i][1 : several[i]]]) if multi_label else [first]
-            said = [names[label] for label in chosen]
+            row_labels = [names[label] for label in chosen]
             text = " ".join([*(_WORDS[word] for word in words[i]), split, str(number)])
-            label: Any = said if multi_label else said[0]
+            label: Any = row_labels if multi_label else row_labels[0]
             yield {"id": f"{split}-{number}", "text": text, "img": f"images/{number % IMAGES}.png", "label": label}
 
 
 def main() -> None:
-    """Write a data set and print what it has."""
+    """Write a data set and print its size."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path, help="folder to make")
     parser.add_argument("--rows", type=int, default=1_000_000, help="of all splits: 90 %% train, 5 %% val, 5 %% test")
@@ -78,11 +78,17 @@ def main() -> None:
     parser.add_argument("--multi-label", action="store_true", help="one to four labels a row instead of one")
     parser.add_argument("--table", choices=("jsonl", "csv"), default="jsonl")
     parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     counts = make(
-        asked.out, rows=asked.rows, labels=asked.labels, multi_label=asked.multi_label, table=asked.table, seed=asked.seed
+        arguments.out,
+        rows=arguments.rows,
+        labels=arguments.labels,
+        multi_label=arguments.multi_label,
+        table=arguments.table,
+        seed=arguments.seed,
     )
-    print(f"{asked.out}: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()) + f"; {asked.labels:,} labels")
+    sizes = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    print(f"{arguments.out}: {sizes}; {arguments.labels:,} labels")
 
 
 if __name__ == "__main__":

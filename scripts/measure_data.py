@@ -1,7 +1,7 @@
 """Measure reading: checking images, reloading an index, and images/s decoded and from the cache.
 
 ``python scripts/measure_data.py [--rows 20000] [--main "timm:vit_base?pretrained=false"]``; writes into a temporary
-folder only. The images are photographs' equals in cost: 200 x 200 JPEGs of smooth noise, quality 90.
+folder only. The images cost as much to decode as photographs: 200 x 200 JPEGs of smooth noise, quality 90.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mopefuse.encoders.base import create_encoder
 
 
 def make(root: Path, rows: int, side: int = 200) -> None:
-    """A training and a validation split of `rows` in all, an image each."""
+    """Write a training and a validation split of `rows` in total, each row with an image."""
     rng = np.random.default_rng(0)
     (root / "images").mkdir(parents=True)
     counts = {"train": rows - rows // 10, "val": rows // 10}
@@ -43,35 +43,35 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--main", default="timm:vit_base?pretrained=false")
     parser.add_argument("--batch", type=int, default=32)
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MOPEFUSE_CACHE"] = f"{folder}/cache"
         root = Path(folder) / "data"
-        make(root, asked.rows)
+        make(root, arguments.rows)
         config = Data(path=str(root))
-        began = time.perf_counter()
+        start = time.perf_counter()
         load_data(config)
-        print(f"checked {asked.rows} images: {asked.rows / (time.perf_counter() - began):.0f} images/s")
+        print(f"checked {arguments.rows} images: {arguments.rows / (time.perf_counter() - start):.0f} images/s")
         times = []
         for _ in range(5):
-            began = time.perf_counter()
+            start = time.perf_counter()
             data = load_data(config)
-            times.append(time.perf_counter() - began)
+            times.append(time.perf_counter() - start)
         print(f"index reloaded in {sorted(times)[2]:.3f} s (median of 5)")
-        encoder = create_encoder(asked.main)
+        encoder = create_encoder(arguments.main)
         samples = Samples(data, "train", {"main": (encoder.modality, encoder.preprocess)}, config)
         some = min(len(samples), 2000)
         rates = {}
         for kind in ("decoded", "cached", "decoded", "cached"):
             if kind == "cached" and not samples.pictures:
-                began = time.perf_counter()
+                start = time.perf_counter()
                 samples.cache_images()
-                print(f"decoded into one file: {len(samples) / (time.perf_counter() - began):.0f} images/s")
+                print(f"decoded into one file: {len(samples) / (time.perf_counter() - start):.0f} images/s")
             kept, samples.pictures = samples.pictures, samples.pictures if kind == "cached" else {}
-            began = time.perf_counter()
-            for _ in samples.batches(plain_batches(some, asked.batch)):
+            start = time.perf_counter()
+            for _ in samples.batches(plain_batches(some, arguments.batch)):
                 pass
-            rates[kind] = some / (time.perf_counter() - began)
+            rates[kind] = some / (time.perf_counter() - start)
             samples.pictures = kept
         print(f"read for {encoder.spec}, one process: decoding {rates['decoded']:.0f} images/s, cached {rates['cached']:.0f}")
 

@@ -1,4 +1,4 @@
-"""Measure what caching psi saves: time of the second epoch with and without, and how far the weights differ.
+"""Measure the effect of caching psi: time of the second epoch with and without, and the difference of the weights.
 
 ``python scripts/measure_psi.py [--main SPEC] [--comp SPEC]``; random weights and data, in a temporary folder.
 """
@@ -23,18 +23,18 @@ from mopefuse.training.trainer import Listener, Progress
 
 
 class Clock(Listener):
-    """When each validation ended."""
+    """Records the time at which each validation ends."""
 
     def __init__(self) -> None:
         self.ended: list[float] = []
 
     def evaluated(self, progress: Progress, found: dict[str, float], *, best: bool) -> None:
-        """Note the time."""
+        """Record the time."""
         self.ended.append(time.perf_counter())
 
 
 def make(root: Path, counts: dict[str, int], words: int) -> None:
-    """Photographs of noise and texts of `words` different words."""
+    """Write splits with images of noise and texts of `words` random words."""
     rng = np.random.default_rng(0)
     (root / "images").mkdir(parents=True)
     for split, count in counts.items():
@@ -48,26 +48,26 @@ def make(root: Path, counts: dict[str, int], words: int) -> None:
 
 
 def main() -> None:
-    """Print the second epoch's time of each kind, their ratio, and the largest difference of a weight."""
+    """Print the time of the second epoch with and without caching, their ratio, and the largest difference of a weight."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--main", default="timm:swin_base?pretrained=false")
     parser.add_argument("--comp", default="hf:bert-base?pretrained=false&max_tokens=64")
     parser.add_argument("--rows", type=int, default=48)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--device", default="auto")
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MOPEFUSE_CACHE"] = f"{folder}/cache"
         root = Path(folder) / "data"
-        make(root, {"train": asked.rows, "val": asked.batch}, 80)
+        make(root, {"train": arguments.rows, "val": arguments.batch}, 80)
         seconds, weights = {}, {}
         for cached in (False, True):
             values = {
-                "main": asked.main,
-                "comp": asked.comp,
-                "device": asked.device,
+                "main": arguments.main,
+                "comp": arguments.comp,
+                "device": arguments.device,
                 "data": {"path": str(root), "cache_features": cached},
-                "train": {"epochs": 2, "batch_size": asked.batch},
+                "train": {"epochs": 2, "batch_size": arguments.batch},
             }
             clock = Clock()
             torch.manual_seed(0)

@@ -48,7 +48,6 @@ class Greets(Toy):
 """
 _SITES: set[str] = set()
 ENCODERS, FUSION, DATASETS = "mopefuse.encoders", "mopefuse.fusion", "mopefuse.datasets"
-API = "mopefuse.api"
 CLAIMS = {ENCODERS: {"toy": "Toy"}, FUSION: {"both": "Both"}, DATASETS: {"made": "make"}}
 PLUGINS: dict[str, tuple[dict[str, dict[str, str]], str]] = {
     "one": (CLAIMS, ENCODER.format(factor=1) + BOTH.format(who="one")),
@@ -58,8 +57,6 @@ PLUGINS: dict[str, tuple[dict[str, dict[str, str]], str]] = {
     "exits": ({ENCODERS: {"exits": "X"}}, "import sys; sys.exit(0)"),
     "hangs": ({ENCODERS: {"hangs": "X"}}, "import time\nwhile True: time.sleep(1)"),
     "talks": ({ENCODERS: {"talks": "Greets"}}, TALKS + ENCODER.format(factor=1) + GREETS),
-    "future": ({ENCODERS: {"future": "Toy"}, API: {"2": ""}}, ENCODER.format(factor=1)),
-    "both-apis": ({ENCODERS: {"patient": "Toy"}, API: {"1": "", "2": ""}}, ENCODER.format(factor=1)),
     "lost": ({"mopefuse.encoder": {"lost": "Toy"}, FUSION: {"no-method": "Toy"}}, "Toy = 7"),
 }
 """Suffix of a distribution to its entry points (the value is an attribute of its module) and its module."""
@@ -115,7 +112,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 def forget() -> None:
     """Look again at what is installed."""
     registry.available.cache_clear()
-    registry._tell_of_shadowed.cache_clear()
+    registry._warn_of_shadowed.cache_clear()
     for name, module in list(sys.modules.items()):
         if str(Path(getattr(module, "__file__", None) or "/").parent) in _SITES:
             del sys.modules[name]

@@ -20,7 +20,7 @@ from mopefuse.config.schema import RunConfig, build_config
 from mopefuse.encoders._prompted import PromptedEncoder
 from mopefuse.encoders.base import Encoder, create_encoder
 from mopefuse.errors import ResourceError
-from mopefuse.fusion._static import static_stack
+from mopefuse.fusion._static import build_static_stack
 
 CPU = torch.device("cpu")
 TINY = {"main": "tiny:vision", "comp": "tiny:text", "device": "cpu"}
@@ -61,7 +61,7 @@ def test_inserted_tokens_go_through_the_projection_and_keys_and_values_do_not() 
     assert isinstance(encoder, PromptedEncoder)
     rows: list[int] = []
     encoder._slots[0].block.attn.proj.register_forward_hook(lambda m, args, out: rows.append(args[0].shape[1]))  # type: ignore[union-attr]
-    stack = static_stack(build_config({**TINY, "prompts": {"static": 3, "gate": "none"}}).prompts, encoder)
+    stack = build_static_stack(build_config({**TINY, "prompts": {"static": 3, "gate": "none"}}).prompts, encoder)
     batch = {"pixels": torch.zeros(2, 64, 64, 3, dtype=torch.uint8)}
     prompts = stack.condition({})
     encoder.encode(batch, prompts)
@@ -72,7 +72,7 @@ def test_inserted_tokens_go_through_the_projection_and_keys_and_values_do_not() 
 
 def test_what_cannot_take_tokens_has_a_reason_instead_of_a_row() -> None:
     encoder = create_encoder("open_clip:ViT-B-32#visual?pretrained=false&force_image_size=64")
-    assert "no token form" in token_form.why_not(encoder)
+    assert "does not support prompts as tokens" in token_form.why_not(encoder)
 
 
 def test_the_floor_runs_both_encoders_and_goes_back_to_the_first_layer() -> None:
@@ -176,7 +176,7 @@ def _fail(shared: int, case: int) -> int:
 def test_a_process_that_fails_or_is_ended_says_so() -> None:
     with pytest.raises(ValueError, match="as it is"):
         list(memory.in_fresh_processes(_build, _fail, (0,)))
-    with pytest.raises(ResourceError, match="was ended"):
+    with pytest.raises(ResourceError, match="was killed"):
         list(memory.in_fresh_processes(_build, _fail, (1,)))
 
 

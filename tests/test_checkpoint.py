@@ -26,7 +26,10 @@ from hypothesis import strategies as st
 
 from mopefuse.config.schema import build_config
 from mopefuse.core import artifact as checkpoint
-from mopefuse.core.artifact import FORMAT, publish, read_json, read_tensors, sweep, verify, write_atomically, write_tensors
+from mopefuse.core import atomic_files
+from mopefuse.core.artifact import FORMAT, publish, read_json, verify
+from mopefuse.core.atomic_files import sweep, write_atomically
+from mopefuse.core.tensor_files import read_tensors, write_tensors
 from mopefuse.errors import CheckpointError, ResourceError
 from mopefuse.runs.folder import RunFolder
 
@@ -186,7 +189,7 @@ def test_a_log_or_text_that_cannot_be_written_is_a_resource_error(tmp_path: Path
     with pytest.raises(ResourceError, match=r"metrics\.jsonl"):
         run.log({"step": 1})
     write_atomically(tmp_path / "text", "old")
-    monkeypatch.setattr(checkpoint, "sync", lambda path: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+    monkeypatch.setattr(atomic_files, "sync", lambda path: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
     with pytest.raises(ResourceError, match="text: No space left"):
         write_atomically(tmp_path / "text", "new")
     assert (tmp_path / "text").read_text() == "old"
@@ -231,7 +234,7 @@ def test_one_flipped_bit_is_found(tmp_path: Path) -> None:
         (lambda a: change_manifest(a, files=None), "names no files"),
         (lambda a: change_manifest(a, files={"file": None}), "not what was published"),
         (lambda a: change_manifest(a, files={"file": {"size": 10**10}}), "not what was published"),
-        (lambda a: (a / "extra.safetensors").write_text("x"), "extra.safetensors is not in the manifest"),
+        (lambda a: (a / "extra.safetensors").write_text("x"), "extra.safetensors is not listed in the manifest"),
     ],
 )
 def test_a_folder_that_is_not_as_published_does_not_exist(tmp_path: Path, change: Callable[[Path], Any], said: str) -> None:

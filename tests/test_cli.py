@@ -14,9 +14,8 @@ from conftest import TINY, call, make_pairs, run_cli, write_rows
 from typer.testing import CliRunner
 
 from mopefuse.cli.app import app
-from mopefuse.core import artifact as checkpoint
-from mopefuse.core import doctor
-from mopefuse.core.artifact import read_tensors
+from mopefuse.core import atomic_files, doctor
+from mopefuse.core.tensor_files import read_tensors
 
 MODULES = "print(*sys.modules, file=sys.stderr)"
 
@@ -323,7 +322,7 @@ def test_ctrl_c_in_eval_leaves_no_partial_file(trained: Path, tmp_path: Path, mo
         written.append(path.name)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "sync", interrupted)
+    monkeypatch.setattr(atomic_files, "sync", interrupted)
     done = call("eval", trained, "--out", tmp_path / "p.jsonl")
     assert written
     assert (done.returncode, done.stdout) == (130, "")
@@ -362,11 +361,11 @@ def test_doctor_tells_what_works_and_what_does_not(monkeypatch: pytest.MonkeyPat
     assert found["plugins"]["encoders: tiny"] == "mopefuse"
     checks = {"exit": ("import os; os._exit(3)", "a"), "raise": ("import no_such_module", "b"), "hang": ("while 1: pass", "c")}
     monkeypatch.setattr(doctor, "_CHECKS", checks)
-    monkeypatch.setattr(doctor, "_SECONDS", 1)
+    monkeypatch.setattr(doctor, "_TIMEOUT", 1)
     done = call("doctor")
     assert done.returncode == 5
     missing = "b (ModuleNotFoundError: No module named 'no_such_module')"
-    for problem in ("a (exit code 3)", missing, "c (no answer in 1 seconds)"):
+    for problem in ("a (exit code 3)", missing, "c (no result within 1 seconds)"):
         assert f"problem: {problem}" in done.stdout
 
 

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import mopefuse
 from mopefuse.core import device as devices
-from mopefuse.core.artifact import read_tensors, write_tensors
+from mopefuse.core.tensor_files import read_tensors, write_tensors
 from mopefuse.fusion.base import Fusion
 from mopefuse.training.losses import classification_loss
 from mopefuse.training.optim import load_optimizer_state, make_optimizer, optimizer_state

@@ -82,7 +82,7 @@ def test_a_misspelt_alias_is_offered_before_the_hub(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(_hub, "try_to_load_from_cache", lambda *args, **kwargs: None)
     monkeypatch.setattr(_hub, "get_hf_file_metadata", fail)
-    assert "fix: did you mean hf:bert-base, hf:roberta-base? Else create it once" in str(fault("hf:bert-bsae"))
+    assert "fix: did you mean hf:bert-base, hf:roberta-base? Otherwise create it once" in str(fault("hf:bert-bsae"))
     assert "did you mean" not in str(fault("hf:org/bert-bsae"))
 
 

@@ -149,7 +149,7 @@ def test_which_families_take_tokens_ahead_of_their_own(encoders: dict[str, Encod
     texts = {f"hf-{kind}" for kind in ("bert", "roberta", "xlm-roberta", "distilbert", "electra")}
     images = {f"timm-{name}" for name in ("vit", "vit-qk-norm", "vit-post-norm", "deit-distilled", "dinov2")}
     assert takes == texts | images | {"open_clip-siglip-visual"}
-    with pytest.raises(EncoderError, match="takes no tokens beside its own") as refused:
+    with pytest.raises(EncoderError, match="does not support inserted tokens") as refused:
         encoders["timm-swin-padded"].encode(batch_of(encoders["timm-swin-padded"]), None, Insert(torch.zeros(3, 1, 16)))
     assert refused.value.number == 70
 
@@ -274,7 +274,7 @@ def test_an_interrupted_call_leaves_no_prompt(encoders: dict[str, Encoder]) -> N
     encoder.get_submodule("backbone.blocks.1.attn").register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="between"):
         encoder.encode(batch_of(encoder), lambda layer, tokens, mask: Prompt(prompts[layer]))
-    assert encoder._at_work.value is None and not encoder._call.waiting
+    assert encoder._current_call.value is None and not encoder._call.pending
 
 
 def test_prompts_of_another_batch_are_refused(encoders: dict[str, Encoder]) -> None:

@@ -54,8 +54,8 @@ def test_a_stop_has_the_exit_code_of_its_signal(number: int, code: int) -> None:
     ("name", "known", "expected"),
     [
         ("epoch", ["epochs", "lr"], "did you mean epochs?"),
-        ("zzz", ["b", "a"], "there are a, b"),
-        ("zzz", [str(i) for i in range(10, 30)], "there are 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, …"),
+        ("zzz", ["b", "a"], "use one of a, b"),
+        ("zzz", [str(i) for i in range(10, 30)], "use one of 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, …"),
         ("zzz", [], ""),
     ],
 )

@@ -253,7 +253,7 @@ def test_with_no_space_features_are_kept_in_memory(data: Path, monkeypatch: pyte
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mopefuse.core.artifact.sync", full)
+    monkeypatch.setattr("mopefuse.core.atomic_files.sync", full)
     found = features(data)
     assert found.origin == "kept in memory"
     torch.testing.assert_close(rows(found, 40), expected, atol=1e-5, rtol=0)

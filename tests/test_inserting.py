@@ -41,8 +41,8 @@ def test_blindprompt_is_promptfuse_with_a_mask() -> None:
     blind.load_own_state(fuse.own_state(), where="here")
     assert not torch.equal(answers(fuse), answers(blind))
     batch = fuse.collate(images(3), TEXTS[:3])
-    inserted = fuse.inserted(batch)
-    assert (inserted.blind, blind.inserted(batch).blind) == (0, 20)
+    inserted = fuse.build_insert(batch)
+    assert (inserted.blind, blind.build_insert(batch).blind) == (0, 20)
     assert inserted.tokens_BPD.shape == (3, 21, 96)
 
 
@@ -81,8 +81,9 @@ def test_mmbt_reads_the_places_of_a_cnn_as_its_paper_does(spec: str, places: int
     with torch.no_grad():
         encoder = model.encoder("comp")
         map_BCHW = encoder.backbone.forward_features(encoder.preprocess.finish(batch.inputs["comp"])["pixels"])
-        by_hand = [model.projected(map_BCHW[:, :, y, x]) for y in range(map_BCHW.shape[2]) for x in range(map_BCHW.shape[3])]
-        found = model.inserted(batch).tokens_BPD
+        height, width_ = map_BCHW.shape[2:]
+        by_hand = [model.project_features(map_BCHW[:, :, y, x]) for y in range(height) for x in range(width_)]
+        found = model.build_insert(batch).tokens_BPD
     assert (map_BCHW.shape[1], len(by_hand)) == (width, places)
     torch.testing.assert_close(found, torch.stack(by_hand, dim=1), atol=1e-5, rtol=1e-5)
 

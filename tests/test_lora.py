@@ -17,7 +17,7 @@ from test_tuned import ALL, answers, sides
 from torch import Tensor, nn
 
 from mopefuse.config.schema import Lora, RunConfig, build_config
-from mopefuse.core.artifact import read_tensors
+from mopefuse.core.tensor_files import read_tensors
 from mopefuse.data.load import load_data
 from mopefuse.encoders.base import Encoder, Inputs, Prompt, create_encoder
 from mopefuse.errors import CheckpointError, EncoderError, PackageError

@@ -16,7 +16,7 @@ from test_tuned import answers
 from torch import Tensor
 
 from mopefuse.config.schema import build_config
-from mopefuse.core.artifact import read_tensors
+from mopefuse.core.tensor_files import read_tensors
 from mopefuse.errors import ConfigError, EncoderError
 from mopefuse.evaluation.evaluate import evaluate
 from mopefuse.fusion.build import build_model
@@ -217,7 +217,7 @@ def test_a_failure_in_either_stream_surfaces_as_itself_and_leaves_nothing_behind
 def test_what_does_not_suit_is_refused() -> None:
     swin = "timm:swin_tiny?pretrained=false&img_size=32&window_size=1"
     for named, side in ((({"main": swin}), "main"), ({"comp": "timm:resnet18?pretrained=false"}, "comp")):
-        with pytest.raises(EncoderError, match="takes no tokens beside its own") as refused:
+        with pytest.raises(EncoderError, match="does not support inserted tokens") as refused:
             pmf(**named)
         assert refused.value.number == 70 and f"--{side}" in refused.value.fix
     with pytest.raises(ConfigError, match="3 fusion layers, but tiny:text has 2") as too_many:

@@ -128,9 +128,9 @@ def test_the_norm_ahead_of_attention_is_found(habits: dict[str, Any], norm: bool
         ({"windows": "mixed"}, "no projection of its tokens, normed or not, gives the values"),
         ({"times": 2.0}, "no projection of its tokens gives the keys"),
         ({"times": 2.0, "rotary": True}, "no projection of its tokens gives the keys"),
-        ({"times_attended": 2}, "attends more than once"),
-        ({"more": {"s_aux": torch.zeros(H)}}, "its attention takes s_aux"),
-        ({"layers": 1}, "is in no list of layers"),
+        ({"times_attended": 2}, "calls attention more than once"),
+        ({"more": {"s_aux": torch.zeros(H)}}, "its attention uses s_aux"),
+        ({"layers": 1}, "is not in a list of layers"),
     ],
 )
 def test_what_cannot_be_verified_is_refused_with_the_reason(habits: dict[str, Any], reason: str) -> None:

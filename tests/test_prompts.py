@@ -16,7 +16,14 @@ from mopefuse.config.schema import Prompts, Router
 from mopefuse.errors import ConfigError
 from mopefuse.prompts.experts import Router as RouterModule
 from mopefuse.prompts.experts import importance_loss, keep_largest, masked_mean, mix
-from mopefuse.prompts.stack import Conditioned, PromptStack, scaleless, select_layers, stage_starts, with_lengths
+from mopefuse.prompts.stack import (
+    ConditionedPrompts,
+    PromptStack,
+    fill_prompt_lengths,
+    normalize_feature,
+    select_layers,
+    stage_starts,
+)
 
 B, C, K, WIDTHS, HEADS = 5, 12, 4, (8, 8, 16), (2, 2, 4)
 
@@ -29,8 +36,8 @@ def build(router: Router | None = None, **prompts: object) -> PromptStack:
     ).eval()
 
 
-def ask(stack: PromptStack, psi_BC: torch.Tensor) -> Conditioned:
-    return stack.condition({"comp": scaleless(psi_BC)})
+def ask(stack: PromptStack, psi_BC: torch.Tensor) -> ConditionedPrompts:
+    return stack.condition({"comp": normalize_feature(psi_BC)})
 
 
 @pytest.fixture
@@ -130,9 +137,9 @@ def test_noise_is_for_training_only(kind: str, psi_BC: torch.Tensor) -> None:
 def test_noise_has_the_papers_size() -> None:
     torch.manual_seed(0)
     router = RouterModule(Router(), conditions={"comp": C}, widths=[8], experts=K).train()
-    said = router.conditioned([torch.randn(4000, C)])
+    scores = router.score_conditions([torch.randn(4000, C)])
     with torch.no_grad():
-        routed = router(said, 0, torch.zeros(4000, 1, 8), None)
+        routed = router(scores, 0, torch.zeros(4000, 1, 8), None)
     shift_BK = routed.weights_BK.log() - routed.clean_BK.log()
     noise_BK = shift_BK - shift_BK.mean(-1, keepdim=True)  # the softmax leaves noise up to a constant per row
     assert noise_BK.std() * math.sqrt(K / (K - 1)) == pytest.approx(1 / K, rel=0.05)
@@ -298,9 +305,9 @@ def test_the_frozen_batch_norm_of_the_released_code_takes_a_batch_of_one() -> No
 
 @pytest.mark.parametrize(("modality", "expected"), [("image", 6), ("text", 4)])
 def test_lengths_default_to_the_papers(modality: str, expected: int) -> None:
-    filled = with_lengths(Prompts(), modality)
+    filled = fill_prompt_lengths(Prompts(), modality)
     assert (filled.static, filled.dynamic) == (expected, expected)
-    assert with_lengths(Prompts(static=0, dynamic=9), modality).dynamic == 9
+    assert fill_prompt_lengths(Prompts(static=0, dynamic=9), modality).dynamic == 9
 
 
 def test_a_gate_is_one_scalar_per_head_that_starts_at_zero(psi_BC: torch.Tensor) -> None:

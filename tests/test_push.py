@@ -265,7 +265,7 @@ def test_a_hub_that_cannot_be_reached_is_explained(
         hub.stop()
     if how == "silent":
         monkeypatch.setattr(push, "_SECONDS", 0.2)
-        monkeypatch.setattr("mopefuse.core.hub._SECONDS", 0.2)
+        monkeypatch.setattr("mopefuse.core.hub._TIMEOUT", 0.2)
         hub.pause = 1.0
     move("mine", offline=how == "offline")
     done = call("push", adapter, REPO)

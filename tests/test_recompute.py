@@ -61,7 +61,7 @@ def gradients(
     )
     random = torch.Generator().manual_seed(5)
     backward((encoded.pooled_BC * torch.randn(encoded.pooled_BC.shape, generator=random)).sum())
-    assert encoder._at_work.value is None
+    assert encoder._current_call.value is None
     found = {f"prompt {layer}": prompt.grad for layer, prompt in enumerate(prompts)}
     found |= {f"gate {layer}": gate.grad for layer, gate in enumerate(gates)} if gated else {}
     found |= {"insert": ahead.grad} if insert else {}

@@ -24,8 +24,8 @@ from mopefuse.fusion import _design, _logistic
 from mopefuse.fusion._design import Design, Side
 from mopefuse.fusion._lbfgs import Evaluation, minimise
 from mopefuse.fusion.regression import Fold, How, Regression, fit_heads, fit_regression
-from mopefuse.fusion.regression import _of_classes as of_classes
-from mopefuse.fusion.regression import _of_labels as of_labels
+from mopefuse.fusion.regression import _binary_problem as binary_problem
+from mopefuse.fusion.regression import _multinomial_problem as multinomial_problem
 
 STRENGTHS = (1e-3, 1e-1, 10.0)
 
@@ -110,7 +110,7 @@ def solved(x: Tensor, y: Tensor, balanced: bool, strengths: tuple[float, ...]) -
     """Ours for one strength after another; of two classes the one row that scikit-learn has."""
     labels = y.shape[1] if y.ndim == 2 else int(y.max()) + 1
     wanted = how(labels, multi_label=y.ndim == 2, balanced=balanced)
-    fitted = (of_labels if wanted.multi_label else of_classes)(design(x, labels), y, wanted)
+    fitted = (binary_problem if wanted.multi_label else multinomial_problem)(design(x, labels), y, wanted)
     assert fitted.regression is not None
     return [
         tuple(part.numpy() for part in fitted.regression.solve(strength, 1000, lambda share: None)) for strength in strengths
@@ -123,7 +123,7 @@ def solved(x: Tensor, y: Tensor, balanced: bool, strengths: tuple[float, ...]) -
 def test_the_optimum_is_that_of_scikit_learn(
     problem: str, exact: bool, balanced: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_design, "_EXACT", 1e9 if exact else 0)
+    monkeypatch.setattr(_design, "_MAX_FLOAT64_PRODUCTS", 1e9 if exact else 0)
     make, label = PROBLEMS[problem]
     x = make()
     y = label(x)
@@ -146,7 +146,7 @@ def test_the_optimum_is_that_of_scikit_learn(
 def test_extreme_strengths_end_in_finite_weights(
     strength: float, exact: bool, labels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_design, "_EXACT", 1e9 if exact else 0)
+    monkeypatch.setattr(_design, "_MAX_FLOAT64_PRODUCTS", 1e9 if exact else 0)
     x = correlated(200, 10)
     y = separable(x, labels)
     steps = 0

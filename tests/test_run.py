@@ -17,7 +17,7 @@ import pytest
 from test_checkpoint import save, started
 
 from mopefuse.config.schema import build_config
-from mopefuse.core.artifact import born
+from mopefuse.core.atomic_files import born
 from mopefuse.core.folder_lock import FolderLock
 from mopefuse.errors import CheckpointError, ConfigError, ResourceError
 from mopefuse.runs.folder import RunFolder

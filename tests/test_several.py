@@ -22,7 +22,7 @@ from mopefuse.errors import ConfigError
 from mopefuse.evaluation.audit import audit_model
 from mopefuse.fusion.base import Fusion
 from mopefuse.fusion.build import build_model
-from mopefuse.prompts.stack import scaleless
+from mopefuse.prompts.stack import normalize_feature
 from mopefuse.runs.folder import RunFolder
 
 TWO = ["tiny:text", "tiny:text?pool=cls"]
@@ -93,7 +93,7 @@ def test_prompts_of_two_conditions_by_their_definition(router: str) -> None:
     model = several(router={"kind": router})
     batch = model.collate(images(3), TEXTS[:3])
     stack, layer = model.stack, model.stack.layers["1"]
-    psi = {side: scaleless(model.psi(side, batch)) for side in ("comp", "comp2")}
+    psi = {side: normalize_feature(model.psi(side, batch)) for side in ("comp", "comp2")}
     conditioned = stack.condition(psi)
     tokens_BLD = torch.randn(3, 5, model.encoder("main").widths[1])
     for i in range(2):

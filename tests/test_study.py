@@ -18,7 +18,7 @@ import pytest
 import yaml
 from conftest import call
 
-from mopefuse.core.artifact import alive
+from mopefuse.core.atomic_files import alive
 from mopefuse.core.registry import available
 from mopefuse.errors import ConfigError
 from mopefuse.runs.folder import RunFolder

@@ -18,7 +18,7 @@ import torch
 from conftest import make_pairs
 
 from mopefuse.config.schema import build_config
-from mopefuse.core.artifact import read_tensors
+from mopefuse.core.tensor_files import read_tensors
 from mopefuse.errors import ConfigError, DataError, Interrupted, MopefuseError, NumericError
 from mopefuse.runs.folder import RunFolder
 from mopefuse.training.resume import resumed

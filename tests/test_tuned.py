@@ -136,7 +136,7 @@ def test_a_run_of_it_resumes_to_the_bit_and_evaluates(pairs: Path, tmp_path: Pat
             }
         )
 
-    from mopefuse.core.artifact import read_tensors
+    from mopefuse.core.tensor_files import read_tensors
     from mopefuse.evaluation.evaluate import evaluate
 
     result = train(config(2), tmp_path / "whole")

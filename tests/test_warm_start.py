@@ -12,7 +12,7 @@ import torch
 from conftest import call, make_pairs
 
 from mopefuse.config.schema import build_config
-from mopefuse.core.artifact import read_tensors
+from mopefuse.core.tensor_files import read_tensors
 from mopefuse.errors import ConfigError
 from mopefuse.fusion.build import build_model
 from mopefuse.runs.folder import RunFolder

@@ -16,7 +16,7 @@ from conftest import TINY, call, run_cli
 from test_export import reseal
 
 from mopefuse import cli
-from mopefuse.core import artifact as checkpoint
+from mopefuse.core import atomic_files
 
 
 @pytest.fixture
@@ -154,7 +154,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(path: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr(checkpoint, "sync", fail)
+    monkeypatch.setattr(atomic_files, "sync", fail)
 
 
 @pytest.mark.usefixtures("full_disk")

@@ -1,4 +1,4 @@
-"""How fast samples are read: images decoded and resized for an encoder, and read from the cache of decoded ones."""
+"""Benchmark of reading samples: decoding and resizing images for an encoder, and reading them from the cache."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def bench_loader(
     rounds: int = 3,
     advance: Advance = lambda what, done, total: None,
 ) -> dict[str, Times]:
-    """Seconds to read made-up JPEGs of `side` by `side` pixels for an image encoder, "decoded" and from the cache.
+    """Time reading generated JPEGs of `side` by `side` pixels for an image encoder: "decoded" and "cached".
 
     Raises:
-        EncoderError: an encoder that cannot be had.
+        EncoderError: an encoder that cannot be created.
     """
     encoder = create_encoder(main)
     readers = {"main": (encoder.modality, encoder.preprocess)}
@@ -45,11 +45,11 @@ def bench_loader(
                 if name == "cached":
                     samples.cache_images()
                 keys = [[(0, index) for index in range(first, min(first + batch, images))] for first in range(0, images, batch)]
-                began = time.perf_counter()
+                start = time.perf_counter()
                 for _ in samples.batches(keys):
                     pass
                 if number:
-                    seconds[name].append(time.perf_counter() - began)
+                    seconds[name].append(time.perf_counter() - start)
     return {name: Times.of(each) for name, each in seconds.items()}
 
 

@@ -1,7 +1,7 @@
-"""Memory that a call takes beside what was there before: the CUDA allocator's peak, or the growth of a fresh process.
+"""Measurement of the memory that a call adds: the CUDA allocator's peak, or the growth of a fresh process.
 
-On a CPU a process is started that builds what all measurements share, without threads; each measurement is made in a copy of
-it (a fork) that nothing else has used memory in, and that ends with it.
+On a CPU a server process builds the inputs that all measurements share, without threads; each measurement runs in a fork of
+it, whose memory nothing else has used.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from mopefuse.errors import ResourceError
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
-Measure = Callable[[Any, Any], int]  # (what is shared, what is measured) to bytes
+Measure = Callable[[Any, Any], int]  # maps the shared inputs and a case to bytes
 
 
 def growth(device: torch.device, *calls: Callable[[], object]) -> int:
-    """Bytes by which the peak during some calls exceeds what was in use before them, in this process."""
+    """Bytes by which the peak during some calls exceeds the memory in use before them, in this process."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -35,13 +35,13 @@ def growth(device: torch.device, *calls: Callable[[], object]) -> int:
 
 
 def in_fresh_processes(build: Callable[[], Any], measure: Measure, cases: Sequence[Any]) -> Iterator[int]:
-    """`measure` of each case, each in a process of its own.
+    """Measure each case in a separate process.
 
     Args:
-        build: makes what all measurements share; called with one thread.
+        build: creates the inputs that all measurements share; called with one thread.
 
     Raises:
-        ResourceError: a process was ended before it answered, usually for want of memory.
+        ResourceError: a process was killed, usually for lack of memory.
     """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
@@ -51,10 +51,10 @@ def in_fresh_processes(build: Callable[[], Any], measure: Measure, cases: Sequen
     try:
         for case in cases:
             here.send(case)
-            said = _receive(here)
-            if isinstance(said, BaseException):
-                raise said
-            yield said
+            result = _receive(here)
+            if isinstance(result, BaseException):
+                raise result
+            yield result
     finally:
         here.close()
         process.join()
@@ -64,7 +64,7 @@ def _receive(connection: Connection) -> Any:
     try:
         return connection.recv()
     except EOFError:
-        what = "a process that measured memory was ended; usually there was not enough of it"
+        what = "a process that measured memory was killed, usually for lack of memory"
         return ResourceError(13, what, where="bench", fix="lower --batch, or add --no-memory")
 
 
@@ -78,18 +78,18 @@ def _serve(connection: Connection, threads: int, build: Callable[[], Any], measu
         except EOFError:
             return
         if not forks:
-            _answer(connection, threads, measure, shared, case)
+            _send_measurement(connection, threads, measure, shared, case)
             continue
         context: Any = multiprocessing.get_context("fork")
         here, there = context.Pipe(duplex=False)
-        process = context.Process(target=_answer, args=(there, threads, measure, shared, case))
+        process = context.Process(target=_send_measurement, args=(there, threads, measure, shared, case))
         process.start()
         there.close()
         connection.send(_receive(here))
         process.join()
 
 
-def _answer(connection: Connection, threads: int, measure: Measure, shared: Any, case: Any) -> None:
+def _send_measurement(connection: Connection, threads: int, measure: Measure, shared: Any, case: Any) -> None:
     torch.set_num_threads(threads)
     try:
         connection.send(measure(shared, case))
@@ -99,8 +99,8 @@ def _answer(connection: Connection, threads: int, measure: Measure, shared: Any,
 
 def _reset_peak(device: torch.device) -> int:
     try:
-        _RESET.write_text("5")  # from here on VmHWM is the peak
-    except OSError:  # not Linux: the peak may be that of building the model
+        _RESET.write_text("5")  # resets VmHWM, the peak
+    except OSError:  # not Linux: the peak may include building the model
         return devices.peak_memory(device)
     return _status("VmRSS")
 

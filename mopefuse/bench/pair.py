@@ -1,8 +1,8 @@
-"""What conditional prompting costs with one pair of encoders: time, memory, parameters and size, against the floor.
+"""Benchmark of conditional prompting with one pair of encoders: time, memory, parameters and size, compared to the floor.
 
-The *floor* is what cannot be had for less as long as both encoders are frozen and the main one is prompted: the complementary
-forward pass, the main forward pass, and the main backward pass down to its first layer, without any prompt. All weights and
-inputs are random; times do not depend on their values.
+The *floor* is the minimum cost of prompting the main encoder with both encoders frozen: the complementary forward pass, the
+main forward pass, and the main backward pass down to its first layer, without prompts. All weights and inputs are random;
+times do not depend on their values.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ from mopefuse.fusion.build import full_specs
 
 @dataclass(frozen=True)
 class Line:
-    """A row of the table; what was not measured is None."""
+    """A row of the table; values that were not measured are None."""
 
     name: str
     train: Times | None
     infer: Times | None
-    memory: int | None  # bytes of a training step beside the encoders
-    trainable: int
-    artefact: int  # bytes of what is trained
+    memory: int | None  # bytes of a training step, without the encoders
+    trainable: int  # parameters
+    artefact: int  # bytes of the saved tensors
     why_not: str = ""
 
 
 class Shared(NamedTuple):
-    """What measurements of memory share."""
+    """Inputs that all memory measurements share."""
 
     config: RunConfig
     encoders: dict[str, Encoder]
@@ -61,7 +61,7 @@ class Shared(NamedTuple):
 
 @dataclass(frozen=True)
 class PairBench:
-    """One pair of encoders."""
+    """Result of the benchmark of one pair of encoders."""
 
     config: RunConfig
     batch: int
@@ -74,34 +74,44 @@ class PairBench:
 
     @property
     def disturbed(self) -> float:
-        """Share of the repetitions in which others had more of the processors than `timing.CALM`."""
+        """Fraction of repetitions in which other machines took more of the processors than `timing.CALM`."""
         every = [share for line in self.lines for times in (line.train, line.infer) if times for share in times.stolen.values()]
         return sum(share > CALM for share in every) / len(every) if every else 0.0
 
     def line(self, name: str) -> Line:
-        """The row of that name."""
+        """Row by name."""
         return next(line for line in self.lines if line.name == name)
 
     def ratio(self, name: str, other: str = FLOOR, *, infer: bool = False) -> float | None:
-        """Time of one row over that of another; None if one of them was not measured."""
-        mine, theirs = ((line.infer if infer else line.train) for line in (self.line(name), self.line(other)))
-        return None if mine is None or theirs is None else mine.over(theirs)
+        """Ratio of the times of two rows; None if one of them was not measured."""
+        one, two = ((line.infer if infer else line.train) for line in (self.line(name), self.line(other)))
+        return None if one is None or two is None else one.over(two)
 
     def ratios(self) -> dict[str, float | None]:
-        """What docs/performance.md gives limits for."""
+        """The ratios for which docs/performance.md gives limits."""
         first, tuned = self.lines[1].name, "late-concat, fine-tuned"
-        mine, theirs = self.line(first).memory, self.line(tuned).memory
+        first_memory, tuned_memory = self.line(first).memory, self.line(tuned).memory
         experts = [line.name for line in self.lines if line.name.startswith("conditional, k = ")]
         return {
             **{f"training step: {name} / floor": self.ratio(name) for name in experts},
             f"answer: {first} / floor": self.ratio(first, infer=True),
             "training step: ungated / as tokens": self.ratio(UNGATED, TOKENS),
             f"training step: {first} / {tuned}": self.ratio(first, tuned),
-            f"memory: {first} / {tuned}": None if mine is None or not theirs else mine / theirs,
+            f"memory: {first} / {tuned}": None if first_memory is None or not tuned_memory else first_memory / tuned_memory,
             f"training step: psi cached / {first}": self.ratio("conditional, psi cached", first),
             f"artefact: {first} / encoders": self.line(first).artefact / self.weights,
             f"artefact in 16 bits: {first} / encoders": self.line(first).artefact / self.weights / 2,
         }
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """Facts and times of the variants that exist for a pair, by name."""
+
+    facts: Mapping[str, tuple[int, int, bool]]  # trainable parameters, bytes of the artefact, whether there is a training step
+    train: Mapping[str, Times]
+    infer: Mapping[str, Times]
+    weights: int  # bytes of both encoders, in float32
 
 
 def bench_pair(
@@ -120,69 +130,143 @@ def bench_pair(
     compiled: bool = False,
     advance: Advance = lambda what, done, total: None,
 ) -> PairBench:
-    """Measure every variant with one pair.
+    """Measure every variant with one pair of encoders.
 
     Args:
-        config: of the pair, its prompts, router and precision.
+        config: the pair, its prompts, router and precision.
         text_length: tokens of each text.
-        experts: numbers of experts; the first is that of all rows that name none.
+        experts: numbers of experts; the first is used by all rows that do not name one.
         methods, recompute: further rows, see `variants`.
-        rounds: of all variants in turns.
-        more: further rounds after each of them, of the floor and conditional prompts, and where the main encoder attends within
-            windows in turn with that of prompts as keys and values and as tokens; of answers half as many.
-        compiled: forward passes through `torch.compile`.
+        rounds: rounds over all variants.
+        more: further rounds after each of them, of the floor and conditional prompts, alternating, if the main encoder attends
+            within windows, with prompts as keys and values and as tokens; half as many for inference.
+        train, infer, with_memory: what to measure.
+        compiled: run forward passes through `torch.compile`.
 
     Raises:
-        EncoderError: an encoder that cannot be had, or a main encoder that cannot be prompted.
-        ConfigError: no such method. ResourceError: there is not enough memory.
+        EncoderError: an encoder that cannot be created, or a main encoder that cannot be prompted.
+        ConfigError: an unknown method.
+        ResourceError: not enough memory.
     """
     config = full_specs(config)
     device = devices.resolve(config.device)
     chosen = variants(experts, methods, recompute=recompute)
+    # 1. build the variants and time them; encoders and models are freed at the end
     frozen = build_encoders(config, device)
     frozen["main"].require_promptable(fix="use it as --comp instead")
-    data = random_batch(frozen, batch, text_length, device)
     reasons = {variant.name: missing(variant, frozen) for variant in chosen}
+    present = [variant for variant in chosen if not reasons[variant.name]]
+    data = random_batch(frozen, batch, text_length, device)
+    subjects = _build_subjects(config, present, frozen, data, device, compiled=compiled, advance=advance)
+    turns = _turns(device, rounds, more, frozen["main"], chosen[1].name, compiled=compiled)
+    timed = _time(subjects, turns, frozen, train=train, infer=infer, advance=advance)
+    del subjects, frozen
+    # 2. measure memory
+    measured = [variant for variant in present if with_memory and timed.facts[variant.name][2]]
+    growths = _measure_memory(config, batch, text_length, device, measured, advance)
+    return PairBench(
+        config=config,
+        batch=batch,
+        text_length=text_length,
+        device=_device_name(device),
+        precision=devices.precision(config.train.precision, device),
+        versions={name: metadata.version(name) for name in ("torch", "timm", "transformers")},
+        weights=timed.weights,
+        lines=tuple(_line(name, reason, timed, growths.get(name)) for name, reason in reasons.items()),
+    )
+
+
+def _line(name: str, why_not: str, timed: _Timed, memory: int | None) -> Line:
+    trainable, artefact, _ = timed.facts.get(name, (0, 0, False))
+    return Line(
+        name=name,
+        train=timed.train.get(name),
+        infer=timed.infer.get(name),
+        memory=memory,
+        trainable=trainable,
+        artefact=artefact,
+        why_not=why_not,
+    )
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+def _build_subjects(
+    config: RunConfig,
+    chosen: Sequence[Variant],
+    frozen: dict[str, Encoder],
+    data: Batch,
+    device: torch.device,
+    *,
+    compiled: bool,
+    advance: Advance,
+) -> dict[str, Subject]:
+    """Build the model of each variant and, on an uncompiled CPU, warm it up on one sample."""
     subjects = {}
     for variant in chosen:
-        if not reasons[variant.name]:
-            encoders = build_encoders(config, device) if variant.own_encoders else frozen
-            subjects[variant.name] = Subject(variant, config, encoders, data, device, compiled=compiled)
-    small = device.type == "cpu" and not compiled
-    for number, (name, subject) in enumerate(subjects.items() if small else ()):
-        advance(f"warming up: {name}", number, len(subjects))
-        subject.warm_up()
-    often = ((FLOOR, chosen[1].name), *([(UNGATED, TOKENS)] if in_windows(frozen["main"]) else []))
-    turns = Turns(rounds=rounds, often=often, more=more, warm_up=0 if small else 3, device=device)
+        encoders = build_encoders(config, device) if variant.own_encoders else frozen
+        subjects[variant.name] = Subject(variant, config, encoders, data, device, compiled=compiled)
+    if _warms_up_on_one_sample(device, compiled):
+        for number, (name, subject) in enumerate(subjects.items()):
+            advance(f"warming up: {name}", number, len(subjects))
+            subject.warm_up()
+    return subjects
+
+
+def _warms_up_on_one_sample(device: torch.device, compiled: bool) -> bool:
+    return device.type == "cpu" and not compiled
+
+
+def _turns(device: torch.device, rounds: int, more: int, main: Encoder, first: str, *, compiled: bool) -> Turns:
+    often = ((FLOOR, first), *([(UNGATED, TOKENS)] if in_windows(main) else []))
+    warm_up = 0 if _warms_up_on_one_sample(device, compiled) else 3
+    return Turns(rounds=rounds, often=often, more=more, warm_up=warm_up, device=device)
+
+
+def _time(
+    subjects: Mapping[str, Subject],
+    turns: Turns,
+    frozen: Mapping[str, Encoder],
+    *,
+    train: bool,
+    infer: bool,
+    advance: Advance,
+) -> _Timed:
+    """Time training steps and inference of the variants."""
     steps = {name: subject.step for name, subject in subjects.items() if subject.trains and train}
-    answers = {name: subject.infer for name, subject in subjects.items() if subject.variant.answers and infer}
+    passes = {name: subject.infer for name, subject in subjects.items() if subject.variant.answers and infer}
     fewer = replace(turns, more=turns.more // 2)
-    trained = turns.time(steps, lambda name, done, total: advance(f"training: {name}", done, total))
-    answered = fewer.time(answers, lambda name, done, total: advance(f"answering: {name}", done, total))
-    weights = sum(4 * p.numel() for encoder in frozen.values() for p in encoder.parameters())
-    facts = {name: (subject.trainable, subject.artefact, subject.trains) for name, subject in subjects.items()}
-    del subjects, frozen, steps, answers
-    measured = [variant for variant in chosen if variant.name in facts and facts[variant.name][2]] if with_memory else []
-    taken = {}
+    return _Timed(
+        facts={name: (subject.trainable, subject.artefact, subject.trains) for name, subject in subjects.items()},
+        train=turns.time(steps, lambda name, done, total: advance(f"training: {name}", done, total)),
+        infer=fewer.time(passes, lambda name, done, total: advance(f"inference: {name}", done, total)),
+        weights=sum(4 * p.numel() for encoder in frozen.values() for p in encoder.parameters()),
+    )
+
+
+def _measure_memory(
+    config: RunConfig,
+    batch: int,
+    text_length: int,
+    device: torch.device,
+    measured: Sequence[Variant],
+    advance: Advance,
+) -> dict[str, int]:
+    """Measure the memory of each variant's training step, in bytes by name."""
     growths = iter(_memory(config, batch, text_length, device, measured) if measured else ())
+    found = {}
     for number, variant in enumerate(measured):
         advance(f"memory: {variant.name}", number, len(measured))
-        taken[variant.name] = next(growths)
-    lines = [
-        Line(
-            variant.name, trained.get(variant.name), answered.get(variant.name), taken.get(variant.name),
-            *facts.get(variant.name, (0, 0))[:2], reasons[variant.name],
-        )
-        for variant in chosen
-    ]  # fmt: skip
-    named = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
-    versions = {name: metadata.version(name) for name in ("torch", "timm", "transformers")}
-    precision = devices.precision(config.train.precision, device)
-    return PairBench(config, batch, text_length, named, precision, versions, weights, tuple(lines))
+        found[variant.name] = next(growths)
+    return found
 
 
 def random_batch(encoders: Mapping[str, Encoder], batch: int, text_length: int, device: torch.device) -> Batch:
-    """Noise, the same for the same sizes."""
+    """Batch of random inputs and targets, equal for equal sizes."""
     generator = torch.Generator().manual_seed(0)
     inputs = {side: random_inputs(encoders[side], batch, text_length, generator) for side in encoders}
     targets = torch.randint(LABELS, (batch,), generator=generator)
@@ -192,7 +276,7 @@ def random_batch(encoders: Mapping[str, Encoder], batch: int, text_length: int, 
 def _memory(
     config: RunConfig, batch: int, text_length: int, device: torch.device, measured: Sequence[Variant]
 ) -> Iterator[int]:
-    """Bytes by which each variant's training step grows the memory in use, its gradients and optimiser state included."""
+    """Iterate over the memory in bytes that each variant's training step adds, including gradients and optimiser state."""
     build = partial(_encoders_and_batch, config, batch, text_length, device)
     if device.type == "cuda":
         return (_step_memory(build(), variant) for variant in measured)

@@ -1,4 +1,4 @@
-"""A training step of the same global batch on one process and on several: gloo on CPUs, NCCL on GPUs."""
+"""Benchmark of data parallelism: a training step of one global batch on several processes (gloo on CPUs, NCCL on GPUs)."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ def bench_parallel(
     rounds: int = 5,
     advance: Advance = lambda what, done, total: None,
 ) -> dict[int, Times]:
-    """Seconds of a step by number of processes, each of which computes its share of the batch. Threads are shared out.
+    """Time a step by number of processes, among which the batch and the CPU threads are divided.
 
     Raises:
-        ResourceError: a process ended without an answer.
+        ResourceError: a process died.
     """
     config = full_specs(config)
     found = {}
     for number, count in enumerate(processes):
         advance(f"processes {count}", number, len(processes))
-        found[count] = _of(count, config, batch, text_length, rounds)
+        found[count] = _time_step(count, config, batch, text_length, rounds)
     return found
 
 
-def _of(count: int, config: RunConfig, batch: int, text_length: int, rounds: int) -> Times:
+def _time_step(count: int, config: RunConfig, batch: int, text_length: int, rounds: int) -> Times:
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
     threads = max(1, torch.get_num_threads() // count)
@@ -57,7 +57,7 @@ def _of(count: int, config: RunConfig, batch: int, text_length: int, rounds: int
     try:
         seconds: tuple[float, ...] = here.recv()
     except EOFError:
-        raise ResourceError(12, f"one of {count} processes ended", where="bench ddp", fix="lower --batch") from None
+        raise ResourceError(12, f"one of {count} processes died", where="bench ddp", fix="lower --batch") from None
     finally:
         for process in started:
             process.join()

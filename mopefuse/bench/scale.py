@@ -1,4 +1,4 @@
-"""How the cost of conditional prompts grows: with experts, prompt length, batch and text length, one at a time."""
+"""Benchmark of how the cost of conditional prompts scales with experts, prompt length, batch and text length."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Point:
 
     @property
     def ratio(self) -> float:
-        """Of the step to the floor."""
+        """Ratio of the step to the floor."""
         return self.step.over(self.floor)
 
 
@@ -44,10 +44,10 @@ def bench_scale(
     rounds: int = 3,
     advance: Advance = lambda what, done, total: None,
 ) -> list[Point]:
-    """Every value of every axis, the others as given.
+    """Time every value of every axis, with the other settings fixed.
 
     Raises:
-        EncoderError: an encoder that cannot be had, or a main encoder that cannot be prompted.
+        EncoderError: an encoder that cannot be created, or a main encoder that cannot be prompted.
     """
     config = full_specs(config)
     device = devices.resolve(config.device)

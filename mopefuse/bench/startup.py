@@ -1,4 +1,4 @@
-"""How long the command line takes to answer without work: what people wait for at every typo."""
+"""Benchmark of the start-up time of the command line, which a user waits for even after a typo."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COMMANDS: Mapping[str, tuple[str, ...]] = {
 
 
 def bench_startup(*, rounds: int = 5, advance: Advance = lambda what, done, total: None) -> dict[str, Times]:
-    """Seconds of each command in a process of its own, in turns; one round ahead warms the file cache."""
+    """Time each command in a separate process, alternating; a first round warms the file cache and is not counted."""
     calls = {name: partial(_run, arguments) for name, arguments in COMMANDS.items()}
     return Turns(torch.device("cpu"), rounds, warm_up=1).time(calls, advance)
 

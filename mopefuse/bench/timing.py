@@ -1,4 +1,4 @@
-"""Times of several calls, taken in turns so that whatever else the machine does falls on all of them alike."""
+"""Timing of several calls, alternating so that other load on the machine affects all of them alike."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ from dataclasses import dataclass, field
 
 import torch
 
-Advance = Callable[[str, int, int], None]  # what is done, how often so far, how often in all
-
+Advance = Callable[[str, int, int], None]
+"""Progress callback: takes a description, the number of calls done and the total number."""
 
 CALM = 0.05
-"""Largest share of the processors' time that may go to other machines on the same host in a round that counts."""
+"""Rounds in which other machines on the same host take a larger fraction of the processors' time are not counted."""
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of one call, by the number of the round in which it was made.
+    """Times of one call.
 
-    stolen: share of the processors' time, while the call ran, that a virtual machine's host gave to others. Rounds with more
-        than `CALM` of it do not count, unless all are so.
+    Attributes:
+        by_round: seconds by the number of the round.
+        stolen: by round, the fraction of the processors' time during the call that a virtual machine's host gave to other
+            machines. Rounds with more than `CALM` are not counted, unless all have.
     """
 
     by_round: Mapping[int, float]
@@ -30,12 +32,12 @@ class Times:
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> Times:
-        """One call in each round."""
+        """Create from one time for each round."""
         return cls(dict(enumerate(seconds)))
 
     @property
     def seconds(self) -> tuple[float, ...]:
-        """Of each repetition that counts."""
+        """Seconds of each repetition that is counted."""
         return tuple(self.by_round[number] for number in self._counted(self.by_round))
 
     def _counted(self, rounds: Iterable[int]) -> list[int]:
@@ -43,19 +45,19 @@ class Times:
 
     @property
     def median(self) -> float:
-        """Of the repetitions."""
+        """Median of the counted repetitions, in seconds."""
         return statistics.median(self.seconds)
 
     @property
     def spread(self) -> float:
-        """Half the distance between the quartiles, as a share of the median; 0 of a single repetition."""
+        """Half the interquartile range as a fraction of the median; 0 for a single repetition."""
         if len(self.seconds) < 2:
             return 0.0
         low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
         return (high - low) / 2 / self.median
 
     def over(self, other: Times) -> float:
-        """Ratio to another call: the median over the rounds in which both were made."""
+        """Ratio to another call: the median over the rounds in which both were timed."""
         both = [number for number in self.by_round if number in other.by_round]
         calm = [number for number in both if max(self.stolen.get(number, 0.0), other.stolen.get(number, 0.0)) <= CALM]
         return statistics.median(self.by_round[number] / other.by_round[number] for number in calm or both)
@@ -63,10 +65,12 @@ class Times:
 
 @dataclass(frozen=True)
 class Turns:
-    """How calls are timed: in rounds, the order turned by one each round; the device has finished when a clock is read.
+    """Times calls in rounds; the order rotates by one each round, and the device is synchronised before reading the clock.
 
-    often, more: after each round so many further ones, of these groups of calls in turn, whose ratios are asked for most.
-    warm_up: rounds ahead that do not count.
+    Attributes:
+        often, more: groups of calls whose ratios matter most, and the number of further rounds of these groups, alternating,
+            after each round.
+        warm_up: initial rounds that are not counted.
     """
 
     device: torch.device
@@ -78,7 +82,7 @@ class Turns:
     def time(
         self, calls: Mapping[str, Callable[[], object]], advance: Advance = lambda what, done, total: None
     ) -> dict[str, Times]:
-        """Seconds of every call."""
+        """Time every call; the result has the same keys."""
         if not calls:
             return {}
         names = list(calls)
@@ -98,18 +102,18 @@ class Turns:
                 advance(name, done, total)
                 done += 1
                 _finish(self.device)
-                began, before = time.perf_counter(), _taken_by_others()
+                start, stolen_before = time.perf_counter(), _stolen_seconds()
                 calls[name]()
                 _finish(self.device)
-                taken = time.perf_counter() - began
+                elapsed = time.perf_counter() - start
                 if number >= self.warm_up:
-                    by_round[name][number] = taken
-                    stolen[name][number] = (_taken_by_others() - before) / taken
+                    by_round[name][number] = elapsed
+                    stolen[name][number] = (_stolen_seconds() - stolen_before) / elapsed
         return {name: Times(each, stolen[name]) for name, each in by_round.items()}
 
 
-def _taken_by_others() -> float:
-    """Seconds, mean of all processors, in which a virtual machine wanted to run and could not; 0 where that is not told."""
+def _stolen_seconds() -> float:
+    """Steal time since boot in seconds, averaged over processors; 0 if unknown."""
     try:
         with open("/proc/stat", encoding="ascii") as file:
             values = file.readline().split()

@@ -1,7 +1,7 @@
-"""Prompts the way the papers insert them, as tokens of every layer whose outputs are dropped: what the key/value form saves.
+"""Prompts as the papers insert them, as tokens of every layer whose outputs are dropped, to measure what keys/values save.
 
-For benchmarks. Outputs equal those of ungated prompts as keys and values; prompts here pass through everything that tokens
-pass through: query, attention, output projection and, but in Swin, the MLP. Swin's prompts are repeated for each window.
+For benchmarks. Outputs equal those of ungated prompts as keys and values; here prompts pass through everything that tokens
+pass through: query, attention, output projection and, except in Swin, the MLP. Swin's prompts are repeated for each window.
 
 Shapes: B batch, W windows per image, H heads, L tokens, P prompt tokens, D width.
 """
@@ -25,8 +25,8 @@ from mopefuse.encoders.tiny import TinyEncoder
 
 
 def why_not(encoder: Encoder) -> str:
-    """The reason why an encoder's prompts cannot be inserted here; empty if they can."""
-    return "" if encoder.insertable or in_windows(encoder) else f"no token form of {encoder.spec}"
+    """Reason why an encoder's prompts cannot be inserted as tokens; empty if they can."""
+    return "" if encoder.insertable or in_windows(encoder) else f"{encoder.spec} does not support prompts as tokens"
 
 
 def in_windows(encoder: Encoder) -> bool:
@@ -36,26 +36,26 @@ def in_windows(encoder: Encoder) -> bool:
 
 @contextmanager
 def as_tokens(encoder: Encoder) -> Iterator[None]:
-    """Insert the prompts of an encoder as tokens, for as long as the context lasts. They must be ungated."""
+    """Insert the prompts of an encoder, which must be ungated, as tokens within the context."""
     assert not why_not(encoder), why_not(encoder)
-    ask = encoder._ask
-    waiting: list[Tensor] = []  # the prompt of the layer at work
+    request_prompt = encoder._ask
+    pending: list[Tensor] = []  # the prompt of the current layer
 
-    def put_aside(layer: int, tokens_BLD: Tensor, mask_BL: Tensor | None = None) -> None:
-        prompt = ask(layer, tokens_BLD, mask_BL)
-        assert prompt is None or prompt.gate_H is None, "gated prompts are not among the tokens"
-        waiting[:] = [] if prompt is None else [prompt.tokens_BPD]
+    def store_prompt(layer: int, tokens_BLD: Tensor, mask_BL: Tensor | None = None) -> None:
+        prompt = request_prompt(layer, tokens_BLD, mask_BL)
+        assert prompt is None or prompt.gate_H is None, "gated prompts cannot be inserted as tokens"
+        pending[:] = [] if prompt is None else [prompt.tokens_BPD]
 
     handles: list[Any] = []
     windowed = [block for block in _blocks(encoder) if isinstance(block, SwinTransformerBlock)]
     plain = [block.attn.forward for block in windowed]
-    encoder._ask = put_aside  # type: ignore[method-assign]
+    encoder._ask = store_prompt  # type: ignore[method-assign]
     for block in windowed:
-        block.attn.forward = MethodType(_InWindows(block.norm1, waiting), block.attn)
+        block.attn.forward = MethodType(_InWindows(block.norm1, pending), block.attn)
     for block in () if windowed else _blocks(encoder):
         handles += [
-            block.register_forward_pre_hook(_Enter(waiting), with_kwargs=True),
-            block.register_forward_hook(_Leave(waiting)),
+            block.register_forward_pre_hook(_Enter(pending), with_kwargs=True),
+            block.register_forward_hook(_Leave(pending)),
         ]
     try:
         yield
@@ -74,17 +74,17 @@ def _blocks(encoder: Encoder) -> list[Any]:
 
 
 class _Enter:
-    """Puts the prompt ahead of the tokens that enter a block, and into its mask."""
+    """Prepends the prompt to the tokens that enter a block, and extends its mask."""
 
-    def __init__(self, waiting: list[Tensor]) -> None:
-        self.waiting = waiting
+    def __init__(self, pending: list[Tensor]) -> None:
+        self.pending = pending
 
     def __call__(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if not self.waiting:
+        if not self.pending:
             return None
-        (prompt_BPD,) = self.waiting
+        (prompt_BPD,) = self.pending
         count = prompt_BPD.shape[1]
         values: dict[int | str, Any] = dict(enumerate(args))
         values.update(kwargs)
@@ -96,20 +96,20 @@ class _Enter:
 
 
 class _Leave:
-    """Drops the prompt's outputs."""
+    """Removes the prompt's outputs."""
 
-    def __init__(self, waiting: list[Tensor]) -> None:
-        self.waiting = waiting
+    def __init__(self, pending: list[Tensor]) -> None:
+        self.pending = pending
 
     def __call__(self, block: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
-        if not self.waiting:
+        if not self.pending:
             return out
-        count = self.waiting.pop().shape[1]
+        count = self.pending.pop().shape[1]
         return out[:, count:] if isinstance(out, Tensor) else (out[0][:, count:], *out[1:])
 
 
 def _padded(mask: Tensor, count: int) -> Tensor:
-    """A mask (B, 1, 1 or L, L) of prompts and tokens; what a prompt sees does not matter."""
+    """Extend a mask (B, 1, 1 or L, L) to prompts; the rows of prompts do not matter."""
     rows = count if mask.shape[-2] > 1 else 0
     return F.pad(mask, (count, 0, rows, 0), value=mask.dtype == torch.bool)
 
@@ -117,22 +117,22 @@ def _padded(mask: Tensor, count: int) -> Tensor:
 class _InWindows:
     """Attention of a Swin block with the prompt in each of its windows."""
 
-    def __init__(self, norm: nn.Module, waiting: list[Tensor]) -> None:
-        self.norm, self.waiting = norm, waiting
+    def __init__(self, norm: nn.Module, pending: list[Tensor]) -> None:
+        self.norm, self.pending = norm, pending
 
     def __call__(self, attention: Any, x_NLD: Tensor, mask: Tensor | None = None) -> Tensor:
-        if not self.waiting:
+        if not self.pending:
             plain: Tensor = type(attention).forward(attention, x_NLD, mask)
             return plain
-        prompt_BPD: Tensor = self.norm(self.waiting.pop())
+        prompt_BPD: Tensor = self.norm(self.pending.pop())
         count, windows = prompt_BPD.shape[1], x_NLD.shape[0] // prompt_BPD.shape[0]
         both = torch.cat([prompt_BPD.repeat_interleave(windows, dim=0), x_NLD], dim=1)
         q, k, v = parts_of(attention.qkv(both), 3, attention.num_heads)
         scores = (q * attention.scale) @ k.transpose(-2, -1)  # not fused, as timm's own
         scores = scores + F.pad(attention._get_rel_pos_bias(), (count, 0, count, 0))
         if mask is not None:  # (W, L, L)
-            seen = F.pad(mask, (count, 0, count, 0))
-            scores = (scores.unflatten(0, (-1, mask.shape[0])) + seen[:, None]).flatten(0, 1)
+            padded = F.pad(mask, (count, 0, count, 0))
+            scores = (scores.unflatten(0, (-1, mask.shape[0])) + padded[:, None]).flatten(0, 1)
         attended = scores.softmax(dim=-1) @ v
         projected: Tensor = attention.proj_drop(attention.proj(attended.transpose(1, 2).flatten(2)))
         return projected[:, count:]

@@ -1,4 +1,4 @@
-"""What `mopefuse bench` compares: the frozen encoders alone, conditional prompts on them, and what one would do otherwise.
+"""The variants that `mopefuse bench` compares: the frozen encoders alone, conditional prompts, and alternatives.
 
 Shapes: B batch, L tokens.
 """
@@ -35,10 +35,14 @@ FLOOR, UNGATED, TOKENS = "floor", "conditional, ungated", "conditional, as token
 
 @dataclass(frozen=True)
 class Variant:
-    """One row.
+    """One row of the benchmark.
 
-    settings: over those of the pair. tokens: prompts inserted as tokens. cached: with psi given. bare: no model at all.
-    answers: whether how long it takes to answer is asked for too.
+    Attributes:
+        settings: override those of the pair.
+        tokens: whether prompts are inserted as tokens instead of keys and values.
+        cached: whether psi is precomputed.
+        bare: whether there is no fusion model, only the encoders.
+        answers: whether inference is timed too.
     """
 
     name: str
@@ -50,16 +54,16 @@ class Variant:
 
     @property
     def own_encoders(self) -> bool:
-        """Whether it may change encoders, and so needs its own."""
+        """Whether it may modify encoders and thus cannot share them."""
         return not self.bare and (self.settings.get("tune") == "full" or self.name == self.settings.get("method"))
 
 
 def variants(experts: Sequence[int], methods: Sequence[str] = (), *, recompute: bool = False) -> list[Variant]:
-    """The rows, of which the first two are the floor and conditional prompts of the first number of experts.
+    """List the rows, of which the first two are the floor and conditional prompts with the first number of experts.
 
     Args:
-        methods: further fusion methods, each with its own defaults.
-        recompute: also conditional prompts with activations that are recomputed.
+        methods: further fusion methods, each with its defaults.
+        recompute: add a row of conditional prompts with activation checkpointing.
     """
     k, *more = experts
     usual: dict[str, Any] = {"prompts": {"experts": k}}
@@ -81,17 +85,17 @@ def variants(experts: Sequence[int], methods: Sequence[str] = (), *, recompute: 
 
 
 def conditional(experts: int) -> str:
-    """Name of the row of conditional prompts with so many experts."""
+    """Name of the row of conditional prompts with a number of experts."""
     return f"conditional, k = {experts}"
 
 
 def missing(variant: Variant, encoders: Mapping[str, Encoder]) -> str:
-    """Why there is no such row with these encoders; empty if there is."""
+    """Reason why a row is not available with these encoders; empty if it is."""
     return why_not(encoders["main"]) if variant.tokens else ""
 
 
 def random_inputs(encoder: Encoder, batch: int, text_length: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Noise as images, random ids as texts of `text_length` tokens (fewer where the encoder takes no more)."""
+    """Random images, or random ids as texts of `text_length` tokens (fewer if that exceeds the encoder's maximum)."""
     preprocess: Any = encoder.preprocess
     if of(encoder.modality).is_picture:
         return {"pixels": torch.randint(256, (batch, *preprocess.size, 3), dtype=torch.uint8, generator=generator)}
@@ -102,8 +106,10 @@ def random_inputs(encoder: Encoder, batch: int, text_length: int, generator: tor
 
 
 class Subject:
-    """A variant ready to be timed: `step` trains on one batch, `infer` answers it; of the floor, both do what is needed
-    of the bare encoders: the complementary forward pass, the main one and, in `step`, the main backward pass."""
+    """A variant ready to be timed: `step` is a training step on one batch, `infer` a forward pass.
+
+    For the floor, both run the complementary and the main encoder, and `step` also the main backward pass.
+    """
 
     def __init__(
         self,
@@ -144,30 +150,30 @@ class Subject:
 
     @property
     def trainable(self) -> int:
-        """Parameters."""
+        """Number of trainable parameters."""
         return 0 if self.variant.bare else sum(self.model.breakdown().values())
 
     @property
     def artefact(self) -> int:
-        """Bytes of what is saved of it."""
+        """Size of the saved tensors in bytes."""
         return 0 if self.variant.bare else sum(t.numel() * t.element_size() for t in self.model.own_state().values())
 
-    def _form(self) -> AbstractContextManager[None]:
-        for encoder in self.encoders.values():  # which rows share
+    def _configured(self) -> AbstractContextManager[None]:
+        for encoder in self.encoders.values():  # shared between rows
             encoder.recompute = self.recompute
         return as_tokens(self.encoders["main"]) if self.variant.tokens else nullcontext()
 
     def warm_up(self) -> None:
-        """A training step on one sample: what is made once is made."""
+        """Run once on one sample, so that lazy initialisation is not timed."""
         whole, self.batch = self.batch, self.batch.part(0, len(self.batch.index))
         (self.step if self.trains else self.infer)()
         self.batch = whole
 
     def step(self) -> None:
-        """One training step."""
-        with self._form(), devices.autocast(self.config.train.precision, self.device):
+        """Run one training step."""
+        with self._configured(), devices.autocast(self.config.train.precision, self.device):
             if self.variant.bare:
-                handle = first_block(self.encoders["main"]).register_forward_pre_hook(_ask_for_gradient, with_kwargs=True)
+                handle = first_block(self.encoders["main"]).register_forward_pre_hook(_require_gradient, with_kwargs=True)
                 try:
                     loss = self._bare(self.batch).float().square().mean()
                 finally:
@@ -189,8 +195,8 @@ class Subject:
 
     @torch.no_grad()
     def infer(self) -> None:
-        """Answer the batch."""
-        with self._form(), devices.autocast(self.config.train.precision, self.device):
+        """Run one forward pass in evaluation mode."""
+        with self._configured(), devices.autocast(self.config.train.precision, self.device):
             self.model.eval()
             (self._bare if self.variant.bare else self._forward)(self.batch)
 
@@ -200,20 +206,20 @@ class Subject:
 
 
 def first_block(encoder: Encoder) -> nn.Module:
-    """The layer that the first prompt enters."""
+    """First promptable layer of an encoder."""
     if isinstance(encoder, PromptedEncoder):
         return encoder._slots[0].block
     assert isinstance(encoder, TinyEncoder)
     return encoder.blocks[0]
 
 
-def _ask_for_gradient(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    entering: Tensor = args[0] if args else kwargs["hidden_states"]
-    entering.requires_grad_()
+def _require_gradient(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    hidden.requires_grad_()
 
 
 def build_encoders(config: RunConfig, device: torch.device) -> dict[str, Encoder]:
-    """The pair, with random weights of the seed 0."""
+    """Create the pair's encoders, with seed 0 for random weights."""
     encoders = {}
     for side, spec in specs(config).items():
         torch.manual_seed(0)

@@ -18,11 +18,10 @@ def list_(json: Annotated[bool, typer.Option("--json", help="One JSON object on 
     """
     from mopefuse.cli._render import out, print_json, table
     from mopefuse.core.new_plugin import Plugin, installed
-    from mopefuse.core.registry import API
 
     found = installed()
     if json:
-        print_json({"ok": True, "api": API, "plugins": [plugin._asdict() for plugin in found]})
+        print_json({"ok": True, "plugins": [plugin._asdict() for plugin in found]})
         return
     if not found:
         out().print("no plugin is installed; mopefuse plugins new NAME writes one to begin with", markup=False)

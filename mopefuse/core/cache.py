@@ -1,9 +1,8 @@
-"""Where things are kept that cost time to compute and cannot change: indexes of data, features, decoded images,
-models fetched from the hub.
+"""The cache: indexes of data, encoder features, decoded images, and models fetched from the hub, shared by all runs.
 
-``$MOPEFUSE_CACHE``, else ``mopefuse`` in ``$XDG_CACHE_HOME`` or ``~/.cache``. An entry is a folder named by its kind and
-a digest of everything that it depends on, published whole (`checkpoint.publish`) and verified when it is read; all runs
-share it. Where nothing can be written, nothing is kept.
+Its folder is ``$MOPEFUSE_CACHE``, else ``mopefuse`` in ``$XDG_CACHE_HOME`` or ``~/.cache``. An entry is a folder named by its
+kind and a digest of everything that it depends on; it is published atomically (`artifact.publish`) and verified when it is
+read. If the folder is not writable, nothing is cached.
 """
 
 from __future__ import annotations
@@ -17,30 +16,31 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mopefuse.core.artifact import TEMPORARY, publish, read_json, sweep, sync, verify
+from mopefuse.core.artifact import publish, read_json, verify
+from mopefuse.core.atomic_files import TEMPORARY, sweep, sync
 from mopefuse.errors import CheckpointError, ResourceError
 
 KINDS = ("index", "features", "images", "models")
 
 
 def root() -> Path | None:
-    """The folder of the cache; None where there is none and none can be made."""
-    named = os.environ.get("MOPEFUSE_CACHE")
+    """Folder of the cache; None if it does not exist and cannot be created, or is not writable."""
+    configured = os.environ.get("MOPEFUSE_CACHE")
     try:
-        base = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mopefuse"
+        base = Path(configured) if configured else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mopefuse"
         base.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # no home
+    except (OSError, RuntimeError):  # no home folder
         return None
     return base if os.access(base, os.W_OK) else None
 
 
 def key_of(*parts: object) -> str:
-    """A digest of `parts`: the name of an entry that depends on them and on nothing else."""
+    """Digest of `parts`, the name of an entry that depends on them: 32 hex digits."""
     return hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 def find(kind: str, key: str, *, thorough: bool = True) -> tuple[Path, dict[str, Any]] | None:
-    """An entry's folder and its facts; None if there is none that is whole.
+    """Find an entry: its folder and its facts; None if it does not exist or is damaged.
 
     Args:
         thorough: compare the digests of its files and not only their sizes.
@@ -49,12 +49,12 @@ def find(kind: str, key: str, *, thorough: bool = True) -> tuple[Path, dict[str,
     folder = base / kind / key if base else None
     if folder is None or not folder.is_dir():
         return None
-    facts = verified(folder, kind, thorough=thorough)  # if damaged, as if it were not there: the next `keep` replaces it
+    facts = verified(folder, kind, thorough=thorough)  # a damaged entry is replaced by the next `keep`
     return None if facts is None else (folder, facts)
 
 
 def verified(folder: Path, kind: str, *, thorough: bool = True) -> dict[str, Any] | None:
-    """The facts of a published folder; None if it is not whole."""
+    """Verify a published folder and return its facts; None if it is damaged."""
     try:
         return verify(folder, kind=kind, thorough=thorough)
     except (CheckpointError, OSError):
@@ -62,7 +62,7 @@ def verified(folder: Path, kind: str, *, thorough: bool = True) -> dict[str, Any
 
 
 def keep(kind: str, key: str, write: Callable[[Path], None], facts: Mapping[str, Any]) -> Path | None:
-    """Publish an entry; its folder, or None where nothing can be kept (no cache folder, no space)."""
+    """Publish an entry and return its folder; None if it cannot be stored (no cache folder, no space)."""
     base = root()
     if base is None:
         return None
@@ -75,7 +75,7 @@ def keep(kind: str, key: str, write: Callable[[Path], None], facts: Mapping[str,
 
 
 def parts(kind: str, key: str) -> list[Path]:
-    """The folders that `append` has published below an entry, in that order; not yet whether they are whole."""
+    """Folders that `append` has published below an entry, in order, without verifying them."""
     base = root()
     try:
         folders = [path for path in (base / kind / key).iterdir() if path.name.isdecimal()] if base else []
@@ -85,22 +85,22 @@ def parts(kind: str, key: str) -> list[Path]:
 
 
 def append(kind: str, key: str, write: Callable[[Path], None], facts: Mapping[str, Any]) -> Path | None:
-    """Publish one more part of an entry, under the next number; its folder, or None where nothing can be kept.
+    """Publish another part of an entry, under the next number, and return its folder; None if it cannot be stored.
 
-    Of several processes, each gets a number of its own: a folder is only renamed to a name that is free.
+    Several processes may append at once: each gets its own number, since a rename to an existing folder fails.
     """
     base = root()
     if base is None:
         return None
     entry = base / kind / key
-    waiting = entry / f"part{TEMPORARY}{uuid.uuid4().hex}-{os.getpid()}"  # `sweep` removes it should this process be killed
+    unnumbered = entry / f"part{TEMPORARY}{uuid.uuid4().hex}-{os.getpid()}"  # `sweep` removes it if this process is killed
     try:
         sweep(entry)
-        publish(waiting, write, {"kind": kind, **facts})
+        publish(unnumbered, write, {"kind": kind, **facts})
         while True:
             last = max((int(path.name) for path in parts(kind, key)), default=-1)
             try:
-                waiting.rename(entry / f"{last + 1:06d}")
+                unnumbered.rename(entry / f"{last + 1:06d}")
             except OSError as error:
                 if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                     raise
@@ -110,11 +110,11 @@ def append(kind: str, key: str, write: Callable[[Path], None], facts: Mapping[st
     except (OSError, ResourceError):
         return None
     finally:
-        shutil.rmtree(waiting, ignore_errors=True)
+        shutil.rmtree(unnumbered, ignore_errors=True)
 
 
 def entries() -> Iterator[tuple[str, Path, int, dict[str, Any]]]:
-    """(kind, folder, bytes, facts) of every entry."""
+    """Iterate over all entries: kind, folder, size in bytes, facts."""
     base = root()
     for kind in KINDS if base else ():
         assert base is not None
@@ -128,7 +128,7 @@ def entries() -> Iterator[tuple[str, Path, int, dict[str, Any]]]:
 def _size(path: Path) -> int:
     try:
         return path.stat().st_size if path.is_file() else 0
-    except OSError:  # gone since it was listed
+    except OSError:  # removed since it was listed
         return 0
 
 
@@ -140,7 +140,7 @@ def _facts(folder: Path) -> dict[str, Any]:
 
 
 def clear() -> int:
-    """Remove every entry; how many bytes that freed."""
+    """Remove every entry and return the number of bytes freed."""
     freed = 0
     for _, folder, size, _ in list(entries()):
         shutil.rmtree(folder, ignore_errors=True)

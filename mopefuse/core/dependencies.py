@@ -1,4 +1,4 @@
-"""Errors of torch, torchvision and the system that a user can mend, as errors of mopefuse; optional packages."""
+"""Conversion of errors of torch, torchvision and the system to errors of mopefuse; checks for optional packages."""
 
 from __future__ import annotations
 
@@ -22,11 +22,15 @@ _ALLOCATION = re.compile(
     r"can't allocate memory(?:: you tried to allocate (\d+) bytes)?|can't start new thread|std::bad_alloc()"
 )
 _LESS_MEMORY = "free memory or raise its limit, use a smaller --batch, or --set train.accumulate=2"
-_SPARE = 256 * 2**20  # bytes that whoever needs PyTorch needs besides
+_SPARE = 256 * 2**20  # bytes needed besides PyTorch itself
 
 
 def require(*packages: str, extra: str, what: str) -> None:
-    """Refuse to go on without packages that `what` needs and the extra of that name installs. Imports none.
+    """Check that packages are installed, without importing them.
+
+    Args:
+        extra: optional dependency group that installs them.
+        what: what needs them, for the message.
 
     Raises:
         PackageError: one of them is not installed.
@@ -39,15 +43,15 @@ def require(*packages: str, extra: str, what: str) -> None:
 
 
 def not_installed(error: ImportError) -> PackageError | None:
-    """What to do about a package that mopefuse needs and is not there; None if it is a module of our own."""
+    """Convert the ImportError of a missing package; None if the missing module is mopefuse's own."""
     package = (error.name or "").partition(".")[0]
     if not isinstance(error, ModuleNotFoundError) or package in ("", "mopefuse"):
         return None
     return PackageError(1, f"{package} is not installed", fix="pip install mopefuse")
 
 
-def mendable(error: Exception) -> MopefuseError | None:
-    """What a user can do about an error of a library; None if it is a bug."""
+def convert_error(error: Exception) -> MopefuseError | None:
+    """Convert an error of a library that a user can fix; None for any other error."""
     if isinstance(error, ModuleNotFoundError):
         return not_installed(error)
     torch = sys.modules.get("torch")
@@ -57,7 +61,7 @@ def mendable(error: Exception) -> MopefuseError | None:
         )
     if isinstance(error, RuntimeError) and int(os.environ.get("WORLD_SIZE", "1")) > 1 and _from_collective(error):
         return ResourceError(
-            8, "another process failed", where=f"rank {os.environ.get('RANK')}", fix="see what that process said"
+            8, "another process failed", where=f"rank {os.environ.get('RANK')}", fix="see the error of that process"
         )
     if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
         return ResourceError(7, "a data worker was killed; usually host memory", where="data.workers", fix="lower data.workers")
@@ -73,8 +77,11 @@ def mendable(error: Exception) -> MopefuseError | None:
     return None
 
 
+mendable = convert_error
+
+
 def out_of_memory(error: BaseException) -> str | None:
-    """Whether this machine's memory, or what a process may have of it, ran out, and for what; None for another error."""
+    """Describe an error of running out of memory: text to append to a message, possibly empty; None for other errors."""
     for one in _chain(error):
         text = str(one)
         if isinstance(one, ImportError) and _UNMAPPED.search(text):
@@ -87,7 +94,7 @@ def out_of_memory(error: BaseException) -> str | None:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error and those that it was raised from."""
+    """Iterate over an error and its causes."""
     seen: list[BaseException] = []
     one: BaseException | None = error
     while one is not None and one not in seen:
@@ -97,16 +104,16 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 class _TorchInLittleMemory:
-    """Tries in another process whether PyTorch can be imported within a limit of address space, before it is here.
+    """Import hook that first tries to import PyTorch in another process with the same limit of address space.
 
-    Where the limit is a little too low, PyTorch does not raise an error while it loads: it ends the process.
+    If the limit is slightly too low, importing PyTorch does not raise an error but ends the process.
     """
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """None, which is to say that others find the module.
+        """Check that torch can be imported; returns None, so that the next finder is used.
 
         Raises:
-            ResourceError: it cannot be imported.
+            ResourceError: torch cannot be imported within the limit.
         """
         if name != "torch":
             return None
@@ -115,19 +122,19 @@ class _TorchInLittleMemory:
         done = subprocess.run([sys.executable, "-c", trial], capture_output=True, text=True, errors="replace", check=False)
         if done.returncode and re.search(f"{_UNMAPPED.pattern}|bad_alloc|MemoryError", done.stderr):
             limit = size(_address_space())
-            what = f"this process may have {limit} of address space, too little to load PyTorch"
-            raise ResourceError(280, what, where="ulimit -v", fix="raise the limit, as ulimit -v unlimited does")
+            what = f"the limit of address space, {limit}, is too low to load PyTorch"
+            raise ResourceError(280, what, where="ulimit -v", fix="raise the limit, for example by ulimit -v unlimited")
         return None
 
 
 def guard_imports() -> None:
-    """Have an import of torch fail with an error where the address space of this process is limited too much for it."""
+    """Make the import of torch raise an error if the limit of address space is too low for it."""
     if _address_space() and "torch" not in sys.modules:
         sys.meta_path.insert(0, _TorchInLittleMemory())
 
 
 def _address_space() -> int:
-    """Bytes that this process may map; 0 where there is no limit."""
+    """Limit of this process's address space in bytes; 0 without limit."""
     try:
         import resource
     except ImportError:  # not on Windows

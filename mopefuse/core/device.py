@@ -1,4 +1,4 @@
-"""Where a model runs and in which precision."""
+"""Devices: selection, precision, placement, compilation and memory."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch import nn
 from mopefuse.core import distributed
 from mopefuse.errors import ConfigError
 
-FLUSH = "MOPEFUSE_FLUSH_DENORMALS"  # "1": on CPUs; the command line sets it, in Python the caller's process is left as it is
+FLUSH = "MOPEFUSE_FLUSH_DENORMALS"  # "1" enables it on CPUs; set by the command line, not by the Python interface
 
 
 def resolve(name: str) -> torch.device:
-    """The device that ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps`` stands for, per process under torchrun.
+    """Resolve ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps`` to a device, for this process under torchrun.
 
     Raises:
         ConfigError: no such device.
@@ -36,8 +36,8 @@ def resolve(name: str) -> torch.device:
         device.type == "mps" and not torch.backends.mps.is_available()
     )
     if missing:
-        there = f"{count} CUDA device{'s' if count != 1 else ''}"
-        raise ConfigError(41, f"there is no device {name} (this machine has {there})", where="device", fix="use --device auto")
+        found = f"{count} CUDA device{'s' if count != 1 else ''}"
+        raise ConfigError(41, f"there is no device {name} (this machine has {found})", where="device", fix="use --device auto")
     flush_denormals(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -45,26 +45,26 @@ def resolve(name: str) -> torch.device:
 
 
 def flush_denormals(device: torch.device) -> None:
-    """Where `FLUSH` asks for it on a CPU, let the calling thread, which has a setting of its own, take tiny numbers for 0."""
+    """Make the calling thread flush denormal numbers to 0 on a CPU, if the environment variable `FLUSH` is set."""
     if device.type == "cpu" and os.environ.get(FLUSH) == "1":
-        # Masked attention leaves weights below 1e-38, and with them products take a hundred times as long.
+        # Masked attention produces weights below 1e-38, with which products take a hundred times as long.
         torch.set_flush_denormal(True)
 
 
 def precision(name: str, device: torch.device) -> str:
-    """``fp32`` or ``bf16``, which is also what ``auto`` stands for on a GPU that has it."""
+    """Resolve ``auto``, ``fp32`` or ``bf16``; ``auto`` is ``bf16`` on GPUs that support it."""
     if name == "auto":
         name = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return name
 
 
 def autocast(name: str, device: torch.device) -> AbstractContextManager[object]:
-    """In bf16 where `precision` says so; else plain float32."""
+    """Context of mixed precision in bf16 if `precision` resolves to it; no-op for float32."""
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision(name, device) == "bf16" else nullcontext()
 
 
 def place(model: nn.Module, device: torch.device) -> None:
-    """Move a model. On a GPU frozen convolutions get the memory format that its kernels want, `channels_last`."""
+    """Move a model to a device; on a GPU, frozen convolutions get the memory format `channels_last`, which is faster."""
     model.to(device)
     for module in model.modules() if device.type == "cuda" else ():
         if isinstance(module, nn.Conv2d) and not module.weight.requires_grad:
@@ -72,14 +72,14 @@ def place(model: nn.Module, device: torch.device) -> None:
 
 
 def compiled(call: Callable[..., Any]) -> Any:
-    """A model or function compiled by torch, its forward pass as one graph."""
-    # In a graph, a block that is computed again needs no second look into where its prompt waits.
+    """Compile a model or function with torch, its forward pass as one graph."""
+    # A recomputed block must not take its prompt from the slot a second time.
     torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
     return torch.compile(call)
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that one more process could have: on the GPU, or of this machine's or container's memory; None if unknown."""
+    """Free memory in bytes: of the GPU, or of this machine or container; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -96,7 +96,7 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes in use so far: of the CUDA allocator, else of the process."""
+    """Peak memory in bytes so far: of the CUDA allocator, or of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource

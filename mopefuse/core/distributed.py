@@ -1,8 +1,8 @@
-"""The few collectives that data parallelism needs; with one process they do nothing.
+"""Collective operations for data parallelism; with one process they do nothing.
 
 Every process computes its share of the global batch, with losses normalised by the size of the *global* batch, and the
-gradients of what is trainable are summed. That is the gradient of one process on the whole batch, also when the last
-batch does not divide, which averaging over processes would get wrong.
+gradients of trainable parameters are summed. The result is the gradient of one process on the whole batch, even if the last
+batch cannot be divided evenly, for which averaging over processes would be wrong.
 """
 
 from __future__ import annotations
@@ -17,37 +17,37 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_TIMEOUT = timedelta(minutes=10)  # for work that all processes share equally
-_PATIENCE = timedelta(days=365)  # for long work, as of the main process alone: if a process dies, its connections close at once
-_PART = 64 * 2**20  # bytes of a process's rows that travel at once
-_waiting: dist.ProcessGroup | None = None  # all processes, over connections of their own with `_PATIENCE`
+_TIMEOUT = timedelta(minutes=10)  # for work that is divided evenly
+_LONG_TIMEOUT = timedelta(days=365)  # for long work of one process; if a process dies, its connections close immediately
+_PART = 64 * 2**20  # bytes of a process's rows that are sent at once
+_patient_group: dist.ProcessGroup | None = None  # all processes, over separate connections with `_LONG_TIMEOUT`
 
 
 def start() -> tuple[int, int]:
-    """Join the processes that torchrun started, if it did; (rank, number of processes)."""
-    global _waiting
+    """Initialise the process group if torchrun started this process, and return (rank, number of processes)."""
+    global _patient_group
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1 and not dist.is_initialized():
-        # Objects and CPU tensors travel over gloo also where gradients travel over NCCL.
+        # Objects and CPU tensors are sent over gloo even if gradients are sent over NCCL.
         gpus = torch.cuda.is_available() and torch.cuda.device_count() >= local_world()
         if gpus:
             torch.cuda.set_device(local_rank())
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=_TIMEOUT)
-        everyone = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        everyone = dist.new_group(backend="gloo", timeout=_LONG_TIMEOUT)
         assert isinstance(everyone, dist.ProcessGroup)
-        _waiting = everyone
+        _patient_group = everyone
     return rank(), world_size()
 
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """A part of the program in which the processes that torchrun started work together; it may be inside another."""
-    mine = not dist.is_initialized()
+    """Keep the process group initialised within the context; contexts may be nested."""
+    outermost = not dist.is_initialized()
     start()
     try:
         yield
     finally:
-        if mine and dist.is_initialized():
+        if outermost and dist.is_initialized():
             dist.destroy_process_group()
 
 
@@ -72,22 +72,22 @@ def local_world() -> int:
 
 
 def is_main() -> bool:
-    """Whether this process writes files and speaks to the user."""
+    """Whether this is the process that writes files and prints messages."""
     return rank() == 0
 
 
 def barrier() -> None:
-    """Wait for every process, as long as it lives: shares of long work do not take equally long.
+    """Wait for every process, however long its work takes.
 
     Raises:
-        RuntimeError: a process is gone.
+        RuntimeError: a process has died.
     """
     if dist.is_initialized():
-        dist.barrier(group=_waiting)
+        dist.barrier(group=_patient_group)
 
 
 def total(value: Tensor) -> Tensor:
-    """Sum over processes. The gradient of this process's part is kept, so that summed gradients come out right."""
+    """Sum over processes; the gradient flows to this process's part only, so that gradients can be summed afterwards."""
     if not dist.is_initialized():
         return value
     summed = value.detach().clone()
@@ -96,9 +96,9 @@ def total(value: Tensor) -> Tensor:
 
 
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Sum the gradients of `parameters` over processes, in one message.
+    """Sum the gradients of `parameters` over processes in one operation.
 
-    A parameter that the model does not use has no gradient in any process, and keeps none.
+    A parameter without gradient is skipped; it must have none in any process.
     """
     if not dist.is_initialized():
         return
@@ -110,14 +110,14 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
 
 
 def summed(value: Tensor) -> Tensor:
-    """Sum over processes of a tensor without gradient."""
+    """Sum a tensor without gradient over processes, in place."""
     if dist.is_initialized():
         dist.all_reduce(value)
     return value
 
 
 def largest(number: int, device: torch.device) -> int:
-    """Maximum over processes, as of a signal that may have reached only one of them."""
+    """Maximum over processes, for example of a signal that only one of them received."""
     if not dist.is_initialized():
         return number
     value = torch.tensor([number], device=device)
@@ -126,7 +126,7 @@ def largest(number: int, device: torch.device) -> int:
 
 
 def gather(value: Any) -> list[Any]:
-    """`value` of every process, by rank."""
+    """Collect the value of every process, ordered by rank."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * world_size()
@@ -135,9 +135,9 @@ def gather(value: Any) -> list[Any]:
 
 
 def whole(own_RX: Tensor, count: int) -> Tensor:
-    """A tensor (count, ...) in every process from each one's own rows: rank, rank + world size, and so on.
+    """Assemble a tensor (count, ...) in every process from the rows of each: rank, rank + world size, and so on.
 
-    It travels in parts of bounded size, as numbers and not as objects.
+    Rows are sent as tensors in parts of bounded size.
     """
     if not dist.is_initialized():
         return own_RX
@@ -157,10 +157,13 @@ def whole(own_RX: Tensor, count: int) -> Tensor:
 
 
 def to_main(tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
-    """The tensors of every process by rank, in the main process, and nothing in the others.
+    """Send tensors to the main process.
 
     Args:
-        tensors: on the CPU, of one dimension; as many and of the same types in every process, their lengths may differ.
+        tensors: one-dimensional, on the CPU; their number and types must be equal in all processes, lengths may differ.
+
+    Returns:
+        The tensors of every process, ordered by rank, in the main process; an empty list in the others.
     """
     if not dist.is_initialized():
         return [tuple(tensors)]
@@ -183,22 +186,22 @@ def to_main(tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
 
 
 def from_main(value: Any) -> Any:
-    """The main process's `value`, in every process; they wait for it as long as the main process lives.
+    """Broadcast the main process's value, waiting for it however long it takes.
 
     Raises:
-        RuntimeError: the main process is gone.
+        RuntimeError: the main process has died.
     """
     if not dist.is_initialized():
         return value
     values = [value]
-    dist.broadcast_object_list(values, group=_waiting)
+    dist.broadcast_object_list(values, group=_patient_group)
     return values[0]
 
 
 def on_main(action: Callable[[], Any]) -> Any:
-    """Run `action`, however long it takes, in the main process; what it returns or raises, every process returns or raises.
+    """Run `action` in the main process, however long it takes, and return its result or raise its error in every process.
 
-    What the main process writes and others read belongs here: none of them goes on before it is written.
+    Use this to write files that other processes read afterwards.
     """
     outcome: Any = None
     if is_main():

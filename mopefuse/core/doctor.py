@@ -1,4 +1,4 @@
-"""What of an installation works, found out without importing what may be broken into this process."""
+"""Diagnosis of an installation; imports that may fail are tried in other processes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CHECKS = {
     "transformers": ("import transformers", "transformers cannot be imported; pip install -U transformers"),
     "open_clip": ("import open_clip", "open_clip cannot be imported; pip install -U open_clip_torch"),
 }
-_SECONDS = 120  # for one import
+_TIMEOUT = 120  # seconds for one import
 _DEVICES = """
 import torch
 print("cpu,", torch.get_num_threads(), "threads")
@@ -38,7 +38,7 @@ if torch.backends.mps.is_available():
 
 @dataclass
 class Examination:
-    """What was found."""
+    """Result of a diagnosis."""
 
     versions: dict[str, str] = field(default_factory=dict)
     machine: dict[str, str] = field(default_factory=dict)
@@ -46,12 +46,12 @@ class Examination:
     problems: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Convert to plain values."""
         return asdict(self)
 
 
 def examine() -> Examination:
-    """Versions, devices, caches and plugins; each import is tried in a process of its own."""
+    """Check versions, devices, caches and plugins, trying each import in a separate process."""
     found = Examination()
     found.versions = {"python": platform.python_version()} | {name: _version(name) for name in ("mopefuse", *_CORE)}
     for name, extra in _EXTRAS.items():
@@ -64,7 +64,7 @@ def examine() -> Examination:
             found.problems.append(f"{problem} ({error})")
     found.machine["devices"] = "; ".join(_try(_DEVICES)[0].splitlines()) or "none"
     home = Path(os.environ.get("HF_HOME") or Path("~/.cache/huggingface").expanduser())
-    found.machine["hub cache"] = f"{home} ({'there' if home.is_dir() else 'not there yet'})"
+    found.machine["hub cache"] = f"{home} ({'exists' if home.is_dir() else 'does not exist yet'})"
     found.machine["offline"] = "yes (HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else "no"
     found.machine["shared memory"] = _shared_memory()
     for group in registry.KINDS:
@@ -77,9 +77,9 @@ def examine() -> Examination:
 
 
 def _problems_of(group: str, name: str, point: EntryPoint) -> list[str]:
-    """What is wrong with an entry point of a plugin, by its import in a process of its own."""
+    """List the problems of a plugin's entry point, importing it in a separate process."""
     place = f"{point.name} = {point.value} of {registry.distribution(point)}"
-    clash = [f"{place} has a name that others claim; write {name}"] if registry.state(point) == "clash" else []
+    clash = [f"{place} has a name that other plugins also provide; write {name}"] if registry.state(point) == "clash" else []
     error = _try(f"from mopefuse.core.registry import load; load({group!r}, {name!r})")[1]
     return [*clash, f"{place}: {error}"] if error else clash
 
@@ -92,18 +92,18 @@ def _version(name: str) -> str:
 
 
 def _try(code: str) -> tuple[str, str]:
-    """(stdout, last line of the error) of a snippet of Python in a fresh process."""
+    """Run Python code in a new process and return its stdout and the last line of its error, empty on success."""
     try:
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=_SECONDS, check=False)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=_TIMEOUT, check=False)
     except subprocess.TimeoutExpired:
-        return "", f"no answer in {_SECONDS} seconds"
-    said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-    return done.stdout, said[-1] if done.returncode else ""
+        return "", f"no result within {_TIMEOUT} seconds"
+    lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+    return done.stdout, lines[-1] if done.returncode else ""
 
 
 def _shared_memory() -> str:
-    place = Path("/dev/shm")
-    if not place.is_dir():
+    folder = Path("/dev/shm")
+    if not folder.is_dir():
         return "not used on this system"
-    facts = os.statvfs(place)
-    return f"{facts.f_frsize * facts.f_blocks / 2**30:.1f} GiB"
+    stats = os.statvfs(folder)
+    return f"{stats.f_frsize * stats.f_blocks / 2**30:.1f} GiB"

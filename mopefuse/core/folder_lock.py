@@ -1,4 +1,4 @@
-"""The file ``.lock`` in a folder that one process at a time may write to: a run, a study."""
+"""Lock of a folder that only one process at a time may write to, such as a run or a study: the file ``.lock``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mopefuse.core.artifact import alive, born
+from mopefuse.core.atomic_files import alive, born
 from mopefuse.core.regular_files import read_regular
 from mopefuse.errors import ConfigError
 
@@ -22,28 +22,28 @@ except ImportError:  # Windows
 
 
 class FolderLock:
-    """A lock that holds the number, machine and time of birth of its process. Creating the object touches nothing."""
+    """A lock that records process id, host and start time of its owner. Creating the object does not take the lock."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.file = folder, folder / ".lock"
-        self._content = ""  # what this object wrote into the file
+        self._content = ""  # content of the file if this object holds the lock
 
     def take(self) -> str:
-        """Claim the folder for this process; a notice if the lock of a dead process was taken over.
+        """Take the lock for this process; return a notice if the lock of a dead process was taken over, else "".
 
         Raises:
-            ConfigError: another process holds it.
+            ConfigError: another process holds the lock.
         """
         notice = ""
         mine = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "born": born(os.getpid())})
-        with _one_at_a_time(self.folder):  # of several that find a lock to take over, the first has it
+        with _exclusive(self.folder):  # only one process may take over a stale lock
             while True:
                 try:
                     descriptor = os.open(self.file, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
                 except FileExistsError:
                     owner = self.refuse_if_taken()
                     self.file.unlink(missing_ok=True)
-                    notice = f"took over the lock of a process that is gone ({owner['pid'] if owner else 'unknown'})"
+                    notice = f"took over the lock of a process that has ended ({owner['pid'] if owner else 'unknown'})"
                     continue
                 os.write(descriptor, mine.encode())
                 os.close(descriptor)
@@ -52,32 +52,32 @@ class FolderLock:
         return notice
 
     def release(self) -> None:
-        """Give the folder up, if it is still this object's."""
+        """Release the lock if this object still holds it."""
         if self.is_ours():
             self.file.unlink(missing_ok=True)
         self._content = ""
 
     @property
     def claimed(self) -> bool:
-        """Whether this object has taken the lock, and not released it."""
+        """Whether this object has taken the lock and not released it."""
         return bool(self._content)
 
     def is_ours(self) -> bool:
-        """Whether this object holds the lock still: nobody has removed it or taken it over."""
+        """Whether this object still holds the lock, that is, no other process removed it or took it over."""
         try:
             return self.claimed and read_regular(self.file).decode("utf-8", "replace") == self._content
         except OSError:
             return False
 
     def refuse_if_taken(self) -> dict[str, Any] | None:
-        """Who held the lock and is gone. A process that was killed a moment ago is given a second to be gone.
+        """Return the dead owner of the lock, waiting up to a second for a process that was just killed to end.
 
         Raises:
-            ConfigError: another process holds it.
+            ConfigError: another process holds the lock.
         """
         for _ in range(10):
             owner = self._owner()
-            if not _is_another(owner):
+            if not _is_other_process(owner):
                 return owner
             if owner and owner["host"] != socket.gethostname():
                 break
@@ -85,7 +85,7 @@ class FolderLock:
         raise self._taken(owner)
 
     def _owner(self) -> dict[str, Any] | None:
-        for wait in (0.0, 0.2):  # who has just made the file may not have written to it yet
+        for wait in (0.0, 0.2):  # the process that just created the file may not have written to it yet
             time.sleep(wait if self.file.exists() else 0.0)
             try:
                 owner = json.loads(read_regular(self.file).decode("utf-8"))
@@ -99,12 +99,12 @@ class FolderLock:
         who = f"process {owner['pid']} on {owner['host']}" if owner else "another process"
         fix = "wait for it, or name another --out"
         if owner and owner["host"] != socket.gethostname():
-            fix += f"; if it is gone, remove {self.file.name} there"
+            fix += f"; if that process has ended, remove {self.file}"
         return ConfigError(24, f"{who} is writing this run", where=str(self.folder), fix=fix)
 
 
-def _is_another(owner: dict[str, Any] | None) -> bool:
-    """Whether a lock's owner is another process that lives: a number may come again, as in containers."""
+def _is_other_process(owner: dict[str, Any] | None) -> bool:
+    """Whether the owner is another running process; compares start times, since process ids are reused."""
     if owner is None or (owner["host"] == socket.gethostname() and owner["pid"] == os.getpid()):
         return False
     if owner["host"] != socket.gethostname():
@@ -113,14 +113,14 @@ def _is_another(owner: dict[str, Any] | None) -> bool:
 
 
 @contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """A part of the program that one process at a time is in, for each folder; where the system has no such locks, all."""
+def _exclusive(folder: Path) -> Iterator[None]:
+    """Exclude other processes from the context, for each folder; no-op on systems without file locks."""
     if fcntl is None:
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with suppress(OSError):  # of file systems that have none
+        with suppress(OSError):  # file systems without locks
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:

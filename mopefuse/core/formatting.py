@@ -1,7 +1,7 @@
-"""Text and numbers as people read them, in a terminal, in a file and on a page.
+"""Formatting of text and numbers for terminals, files and pages.
 
-Whatever comes from data, from a file or from somebody else's model goes through `visible`, or through a function here that
-does, on its way out: a terminal obeys the escape sequences in a label, and a label with a line break forges a line.
+All output of text from data, files or other people's models goes through `visible`, directly or through another function
+here: otherwise a terminal would execute escape sequences in a label, and a line break in a label could forge a line.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import re
 from typing import Any
 
 _HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff\ufffe\uffff]")
-"""Control characters, what reorders a line (U+202E and its kind), and what is no character."""
+"""Control characters, characters that reorder a line (such as U+202E), and noncharacters."""
 
 _MARKDOWN = re.compile(r"[|`]|<(?=[A-Za-z/!?])")
 
 
 def visible(text: object, *, lines: bool = False) -> str:
-    """A text with control and reordering characters spelt out: ``\\x1b[31m``, ``\\x0a``, ``\\u202e``.
+    """Escape control and reordering characters: ``\\x1b[31m``, ``\\x0a``, ``\\u202e``.
 
     Args:
-        lines: keep line breaks and tabs, of a text that is laid out in lines.
+        lines: keep line breaks and tabs.
     """
     return _HIDDEN.sub(_layout if lines else _spelt, str(text))
 
@@ -35,35 +35,35 @@ def _layout(found: re.Match[str]) -> str:
 
 
 def json_text(value: Any, **options: Any) -> str:
-    """JSON in which such characters are escapes, which mean the same; others are as they are."""
+    """Serialise to JSON, with control and reordering characters as JSON escapes and other characters unescaped."""
     text = json.dumps(value, **{"ensure_ascii": False, **options})
     return _HIDDEN.sub(lambda found: found[0] if found[0] == "\n" else f"\\u{ord(found[0]):04x}", text)
 
 
 def spreadsheet_cell(value: object) -> object:
-    """A cell of CSV; a text that a spreadsheet would take for a formula begins with an apostrophe."""
+    """Format a cell of CSV; an apostrophe is prepended to text that a spreadsheet would interpret as a formula."""
     if not isinstance(value, str):
         return value
     return f"'{visible(value)}" if value[:1] in tuple("=+-@\t\r") else visible(value)
 
 
 def markdown(text: object) -> str:
-    """A text in a line or cell of Markdown: no cell ends in it, no HTML or code begins."""
+    """Escape a text for a line or table cell of Markdown."""
     return _MARKDOWN.sub(r"\\\g<0>", visible(text))
 
 
 def percent(value: float | None) -> str:
-    """0.8123 as 81.2 %."""
+    """Format 0.8123 as 81.2 %."""
     return "-" if value is None or value != value else f"{100 * value:.1f} %"
 
 
 def share(value: float) -> str:
-    """0.8 as 80 %, 0.8123 as 81.23 %."""
+    """Format 0.8 as 80 %, 0.8123 as 81.23 %."""
     return f"{100 * value:.4g} %"
 
 
 def count(number: int) -> str:
-    """1234567 as 1.23 M."""
+    """Format 1234567 as 1.23 M."""
     for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
         if number >= size:
             return f"{number / size:.3g}{unit}"
@@ -71,17 +71,17 @@ def count(number: int) -> str:
 
 
 def size(length: int) -> str:
-    """1536 as 1.54 kB."""
+    """Format 1536 as 1.54 kB."""
     return f"{count(length)}{'' if length >= 1000 else ' '}B"
 
 
 def duration(seconds: float) -> str:
-    """75.2 as 1:15."""
+    """Format 75.2 seconds as 1:15."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def several(number: int, what: str, plural: str = "") -> str:
-    """1 row, 2 rows, 1,000 rows; `plural` of words that have another."""
+    """Format a number with a noun: 1 row, 2 rows, 1,000 rows; `plural` is for irregular nouns."""
     return f"{number:,} {what if number == 1 else plural or f'{what}s'}"

@@ -1,7 +1,7 @@
-"""Files of hub repositories: from the local cache first, else fetched, checked, and every failure in plain words.
+"""Files of hub repositories: taken from the local cache or downloaded and verified, with an error for each way to fail.
 
-The cache wins even when the repository has moved on since: the same run gives the same encoder, and works without a
-network. Only error classes of `huggingface_hub.errors` are told apart; of the transport below it, none is named.
+Cached files are used even if the repository has changed since, so that a run always gets the same encoder and works without
+a network. Only error classes of `huggingface_hub.errors` are distinguished, not those of the transport below it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mopefuse.core.aliases import ALIASES
 from mopefuse.core.artifact import sha256
 from mopefuse.errors import EncoderError, MopefuseError, ResourceError, nearest
 
-_SECONDS = 3.0  # for the first answer of the hub
+_TIMEOUT = 3.0  # seconds for the hub's first response
 _SHA256_DIGITS = 64
 _ELSEWHERE = (
     "create it once on a connected machine and copy its cache (HF_HOME), or use a local folder or ?weights=file, "
@@ -37,14 +37,14 @@ _ELSEWHERE = (
 
 
 def fetch(repo: str, filename: str, revision: str | None = None, *, where: str) -> Path | None:
-    """One file of a repository on the local disk; None if the repository has no such file.
+    """Fetch one file of a repository and return its path; None if the repository has no such file.
 
     Args:
-        where: the spec that asked, for messages.
+        where: the spec of the encoder, for messages.
 
     Raises:
-        EncoderError: offline, unreachable, gated, not visible, missing, broken: each with its own number and text.
-        ResourceError: the cache cannot be written.
+        EncoderError: offline, unreachable, gated, not visible, missing or a broken download, each with its own number.
+        ResourceError: the cache is not writable.
     """
     try:
         cached = try_to_load_from_cache(repo, filename, revision=revision)
@@ -54,13 +54,13 @@ def fetch(repo: str, filename: str, revision: str | None = None, *, where: str) 
         ) from error
     if isinstance(cached, str):
         return Path(cached)
-    if cached is not None:  # known not to be there
+    if cached is not None:  # cached as not existing
         return None
     try:
-        metadata = get_hf_file_metadata(hf_hub_url(repo, filename, revision=revision), timeout=_SECONDS)
+        metadata = get_hf_file_metadata(hf_hub_url(repo, filename, revision=revision), timeout=_TIMEOUT)
     except EntryNotFoundError:
         return None
-    except Exception as error:  # asked over the network only: whatever failed, it was the way there
+    except Exception as error:  # the call only uses the network, so any other error is one of the connection
         raise explain(error, repo, revision, where) from error
     path = _download(repo, filename, revision, where)
     _verify(path, metadata.etag, where)
@@ -82,14 +82,14 @@ def _download(repo: str, filename: str, revision: str | None, where: str) -> Pat
     except Exception as error:
         raise EncoderError(
             _numbers.BROKEN_DOWNLOAD,
-            f"the download of {filename} of {repo} broke off: {error}",
+            f"the download of {filename} of {repo} was interrupted: {error}",
             where=where,
-            fix="try again: it resumes",
+            fix="try again; the download resumes",
         ) from error
 
 
 def _verify(path: Path, etag: str | None, where: str) -> None:
-    """Compare a large file with the hub's own sha256 (the etag of such files); a file that differs is removed."""
+    """Compare a large file with the hub's sha256 (the etag of such files), and remove the file if they differ."""
     if etag is None or len(etag) != _SHA256_DIGITS:
         return
     found = sha256(path)
@@ -98,17 +98,17 @@ def _verify(path: Path, etag: str | None, where: str) -> None:
         path.unlink(missing_ok=True)
         raise EncoderError(
             _numbers.BROKEN_DOWNLOAD,
-            f"{path.name} arrived with sha256 {found[:12]}…, the hub says {etag[:12]}…; it was removed",
+            f"{path.name} has sha256 {found[:12]}… instead of {etag[:12]}…, and was removed",
             where=where,
             fix="try again",
         )
 
 
 def fetch_all(repo: str, filenames: Iterable[str], revision: str | None = None, *, where: str) -> None:
-    """Bring those of `filenames` that the repository has into the cache; what is cached already suffices offline.
+    """Fetch those of `filenames` that the repository has. If the hub is unreachable, cached files suffice.
 
     Raises:
-        EncoderError, ResourceError: as `fetch`, save that an unreachable hub is no error here: these files are optional.
+        EncoderError, ResourceError: see `fetch`.
     """
     for filename in filenames:
         try:
@@ -120,10 +120,10 @@ def fetch_all(repo: str, filenames: Iterable[str], revision: str | None = None, 
 
 
 def fetch_safetensors(repo: str, revision: str | None = None, *, where: str) -> Path:
-    """``model.safetensors`` of a repository, or the index of its parts with all of them fetched.
+    """Fetch ``model.safetensors`` of a repository, or all its parts, and return the path of the file or of the index.
 
     Raises:
-        EncoderError: the repository has no safetensors; or as `fetch`.
+        EncoderError: the repository has no safetensors weights, or see `fetch`.
     """
     whole = fetch(repo, "model.safetensors", revision, where=where)
     if whole is not None:
@@ -134,13 +134,13 @@ def fetch_safetensors(repo: str, revision: str | None = None, *, where: str) -> 
     for part in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())):
         if fetch(repo, part, revision, where=where) is None:
             raise EncoderError(
-                _numbers.BROKEN_DOWNLOAD, f"{repo} lacks {part}, which its index names", where=where, fix="tell its owner"
+                _numbers.BROKEN_DOWNLOAD, f"{repo} lacks {part}, which its index lists", where=where, fix="use another revision"
             )
     return index
 
 
 def no_safetensors(name: str, where: str) -> EncoderError:
-    """The error for a repository or folder with weights in pickles only, or with none."""
+    """Build the error for a repository or folder without safetensors weights."""
     return EncoderError(
         _numbers.NO_SAFETENSORS,
         f"{name} has no safetensors weights; other formats (.bin, .pt) are pickles and could run code",
@@ -150,11 +150,11 @@ def no_safetensors(name: str, where: str) -> EncoderError:
 
 
 def explain(error: Exception, repo: str, revision: str | None, where: str) -> MopefuseError:
-    """What a failure on the way to the hub means, and what to do."""
+    """Convert an error of a request to the hub to one of mopefuse."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     number, what, fix = _meaning(error, status, repo, revision)
-    if "/" not in repo and (near := nearest(repo, ALIASES["hf"], most=2)):  # no organisation: an alias was meant
-        fix = f"did you mean {', '.join(f'hf:{name}' for name in near)}? Else {fix}"
+    if "/" not in repo and (near := nearest(repo, ALIASES["hf"], most=2)):  # no organisation: probably an alias
+        fix = f"did you mean {', '.join(f'hf:{name}' for name in near)}? Otherwise {fix}"
     return EncoderError(number, what, where=where, fix=fix)
 
 

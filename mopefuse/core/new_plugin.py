@@ -1,4 +1,4 @@
-"""Plugins: what is installed, found out without importing any, and a complete one to begin with."""
+"""Plugins: a list of those installed, without importing them, and a template for a new one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mopefuse.core import registry
 from mopefuse.errors import PluginError
 
 SKELETON = Path(__file__).parent / "skeleton"
-_FILES = {  # of the skeleton, to where they go
+_FILES = {  # files of the skeleton, by target path
     "pyproject.toml.txt": "pyproject.toml",
     "README.md.txt": "README.md",
     "module.py.txt": "$module.py",
@@ -24,20 +24,19 @@ _FILES = {  # of the skeleton, to where they go
 
 
 class Plugin(NamedTuple):
-    """An entry point that is not our own."""
+    """An entry point of another distribution than mopefuse."""
 
     distribution: str
     version: str
     group: str
     name: str
     value: str
-    state: str  # "ok", or why its plain name does not give it; see `registry.state`
+    state: str  # "ok", or the reason why its plain name does not resolve to it; see `registry.state`
 
 
 def installed() -> list[Plugin]:
-    """Every entry point of a plugin, also those that cannot be used. Imports none of them."""
-    groups = registry.groups() - {registry.API_GROUP}
-    points = [point for group in groups for claims in registry.available(group).values() for point in claims]
+    """List every entry point of a plugin, including unusable ones, without importing them."""
+    points = [point for group in registry.groups() for claims in registry.available(group).values() for point in claims]
     found = []
     for point in points:
         owner = registry.distribution(point)
@@ -48,23 +47,21 @@ def installed() -> list[Plugin]:
 
 
 def new(name: str, out: Path) -> Path:
-    """Write the package ``mopefuse-<name>`` into the folder `out`: an encoder, its test, a README.
-
-    The folder appears whole or not at all.
+    """Write the package ``mopefuse-<name>`` atomically into the folder `out`: an encoder, its test, a README.
 
     Returns:
         The folder of the package.
 
     Raises:
-        PluginError: `name` is no name for a package or that of a built-in, or there is something where it would go.
+        PluginError: `name` is not a valid package name or is a built-in scheme, or the folder exists, or `out` does not.
     """
     _check_name(name)
     folder = out / f"mopefuse-{name}"
     if os.path.lexists(folder):
-        raise PluginError(10, f"{folder} is there already", where="--out", fix="name another folder, or move that one away")
+        raise PluginError(10, f"{folder} already exists", where="--out", fix="choose another folder, or remove that one")
     if not out.is_dir():
-        raise PluginError(11, f"there is no folder {out}", where="--out", fix="make it, or name another folder")
-    words = {"name": name, "module": f"mopefuse_{name.replace('-', '_')}", "api": str(registry.API)}
+        raise PluginError(11, f"there is no folder {out}", where="--out", fix="create it, or choose another folder")
+    words = {"name": name, "module": f"mopefuse_{name.replace('-', '_')}"}
     words["encoder"] = "".join(part.capitalize() for part in name.split("-")) + "Encoder"
     with tempfile.TemporaryDirectory(dir=out, prefix=f".{folder.name}-") as beside:
         building = Path(beside) / "new"
@@ -83,7 +80,7 @@ def _check_name(name: str) -> None:
     nearest = re.sub("^[0-9-]+", "", nearest)
     if name != nearest or not name:
         fix = f"write {nearest}" if nearest else "write a word, for example audio"
-        what = f"{name!r} is no name for a plugin: lower-case letters, digits and single hyphens, a letter first"
+        what = f"{name!r} is not a valid plugin name: use lower-case letters, digits and single hyphens, starting with a letter"
         raise PluginError(8, what, where="NAME", fix=fix)
     if registry.claimed(registry.ENCODERS, name) and registry.full_name(registry.ENCODERS, name) == name:
         raise PluginError(9, f"{name} is a built-in encoder scheme", where="NAME", fix=f"write {name}-2 or another name")

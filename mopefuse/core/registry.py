@@ -1,12 +1,12 @@
-"""Names to implementations: entry points, and the specs that users type.
+"""The registry: implementations by name, as entry points, and the specs of encoders.
 
-Encoders, fusion methods, data sets and modalities are entry points of the groups below. The built-in ones are entry
-points of our own distribution and come through the same door as plugins. Listing imports nothing; a clash or a broken
-plugin is an error only for who asks for it.
+Encoders, fusion methods, data sets and modalities are entry points of the groups below. The built-in ones are entry points
+of mopefuse's own distribution, found in the same way as those of plugins. Listing imports nothing; a name clash or a broken
+plugin is an error only when that name is loaded.
 
-A name is plain (``conditional``) or names its distribution too (``mopefuse-audio:contrast``). A plain name stands for the
-built-in of that name, else for the plugin that claims it, if only one does. What a run records is the full name: plain of
-a built-in, with the distribution of a plugin, so that it stands for the same whatever is installed later.
+A name is plain (``conditional``) or includes its distribution (``mopefuse-audio:contrast``). A plain name resolves to the
+built-in of that name, else to the plugin that provides it, if there is only one. Runs record the full name, which includes
+the distribution of a plugin, so that it resolves to the same implementation whatever is installed later.
 """
 
 from __future__ import annotations
@@ -29,15 +29,14 @@ ENCODERS, FUSION, DATASETS = "mopefuse.encoders", "mopefuse.fusion", "mopefuse.d
 MODALITIES = "mopefuse.modalities"
 KINDS = {ENCODERS: "encoder scheme", FUSION: "fusion method", DATASETS: "data set", MODALITIES: "modality"}
 OURS = "mopefuse"
-API, API_GROUP = 1, "mopefuse.api"
-"""The version of what plugins build on, and the group in which a plugin names those that it is written for."""
 
 
 @dataclass(frozen=True)
 class Spec:
-    """``scheme:name[?key=value&...]``, parsed. The name is the scheme's own business and may have colons.
+    """A parsed encoder spec, ``scheme:name[?key=value&...]``.
 
-    The scheme is a full name: that of a plugin begins with its distribution (``mopefuse-audio:audio``).
+    The scheme is a full name: that of a plugin starts with its distribution (``mopefuse-audio:audio``). The scheme defines
+    the meaning of the name, which may contain colons.
     """
 
     scheme: str
@@ -50,9 +49,9 @@ class Spec:
 
 
 def parse_spec(text: str) -> Spec:
-    """`text` as a `Spec`.
+    """Parse a spec.
 
-    In ``a:b:c``, `a` is the scheme if it is a built-in one; else the distribution, if it brings a scheme `b` or there is no
+    In ``a:b:c``, `a` is the scheme if it is a built-in one; else the distribution, if it provides a scheme `b` or there is no
     scheme `a`; else the scheme.
 
     Raises:
@@ -62,10 +61,9 @@ def parse_spec(text: str) -> Spec:
     scheme, has_scheme, name = head.partition(":")
     if not (scheme and has_scheme and name):
         if head and not has_scheme and Path(os.path.expanduser(head)).is_dir():
-            what = f"{text!r} is a folder, and does not say which library its model is of"
-            raise ConfigError(11, what, fix=f"write hf:{text}")
+            raise ConfigError(11, f"{text!r} is a folder without a scheme", fix=f"write hf:{text}")
         raise ConfigError(
-            11, f"{text!r} is not an encoder", fix="write scheme:name, for example timm:vit_base or hf:bert-base"
+            11, f"{text!r} is not an encoder spec", fix="write scheme:name, for example timm:vit_base or hf:bert-base"
         )
     options: dict[str, str] = {}
     for pair in query.split("&") if has_query else []:
@@ -91,7 +89,7 @@ def _scheme_and_name(first: str, rest: str) -> tuple[str, str]:
 
 @cache
 def available(group: str) -> dict[str, tuple[EntryPoint, ...]]:
-    """Every name of a group with the entry points that claim it, our own first. Imports none of them."""
+    """Map every name of a group to the entry points that provide it, mopefuse's own first, without importing them."""
     found: dict[str, list[EntryPoint]] = {}
     for point in sorted(_installed(group), key=lambda p: (distribution(p) != OURS, p.name, distribution(p))):
         claims = found.setdefault(point.name, [])
@@ -103,7 +101,7 @@ def available(group: str) -> dict[str, tuple[EntryPoint, ...]]:
 def _installed(group: str) -> list[EntryPoint]:
     try:
         return list(entry_points(group=group))
-    except (TypeError, ValueError):  # some package's list of entry points cannot be read: without that package
+    except (TypeError, ValueError):  # some package has unreadable metadata: skip that package
         first = {_name_of(dist): dist for dist in reversed(list(distributions()))}
         return [point for dist in first.values() for point in _readable(dist) if point.group == group]
 
@@ -117,7 +115,7 @@ def _readable(dist: Distribution) -> list[EntryPoint]:
 
 
 def groups() -> set[str]:
-    """Every group of entry points that is called as ours are, also those that nobody asks for."""
+    """Every installed group of entry points whose name starts with ``mopefuse.``, including unknown ones."""
     try:
         found = set(entry_points().groups)
     except (TypeError, ValueError):
@@ -126,7 +124,7 @@ def groups() -> set[str]:
 
 
 def distribution(point: EntryPoint) -> str:
-    """The name of the installed distribution that an entry point comes from, as package indexes normalise it."""
+    """Normalised name of the distribution that an entry point belongs to."""
     return _name_of(point.dist)
 
 
@@ -139,12 +137,12 @@ def _name_of(dist: Distribution | None) -> str:
 
 
 def canonical(name: str) -> str:
-    """The name of a distribution in its normal form."""
+    """Normalise the name of a distribution."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def claimed(group: str, name: str) -> tuple[EntryPoint, ...]:
-    """What a name can stand for: the built-in alone, else all plugins that claim it; of ``dist:name``, that one."""
+    """Entry points that a name may resolve to: the built-in one, else those of all plugins; for ``dist:name`` that one."""
     owner, is_full, plain = name.rpartition(":")
     points = available(group).get(plain, ())
     if is_full:
@@ -153,7 +151,7 @@ def claimed(group: str, name: str) -> tuple[EntryPoint, ...]:
 
 
 def full_name(group: str, name: str) -> str:
-    """A name as runs record it; one that nobody claims, or several do, as it is."""
+    """Full name as runs record it; a name that is unknown or ambiguous is returned unchanged."""
     owners = {distribution(point) for point in claimed(group, name)}
     if len(owners) != 1:
         return name
@@ -162,7 +160,7 @@ def full_name(group: str, name: str) -> str:
 
 
 def to_write(group: str) -> dict[str, EntryPoint]:
-    """Every entry point of a group by what is to be written for it: its name, or the full one where that is taken."""
+    """Map the shortest unambiguous name of every entry point of a group to the entry point."""
     found = {}
     for name, points in available(group).items():
         owners = [distribution(point) for point in points]
@@ -172,30 +170,22 @@ def to_write(group: str) -> dict[str, EntryPoint]:
 
 
 def state(point: EntryPoint) -> str:
-    """``ok``, or why the plain name of a plugin's entry point does not give what it stands for. Imports nothing."""
+    """``ok``, or the reason why the plain name of a plugin's entry point does not resolve to it. Imports nothing."""
     if point.group not in KINDS:
         return "unknown group"
-    if set(point.name) & set(":?=+"):  # signs of specs, addresses and shares
+    if set(point.name) & set(":?=+"):  # separators in specs, repository names and missing shares
         return "unusable name"
-    owner, owners = distribution(point), {distribution(claim) for claim in available(point.group)[point.name]}
-    if str(API) not in apis(owner):
-        return "other API"
+    owners = {distribution(claim) for claim in available(point.group)[point.name]}
     if OURS in owners:
         return "shadowed by built-in"
     return "clash" if len(owners) > 1 else "ok"
-
-
-def apis(owner: str) -> tuple[str, ...]:
-    """The versions of the plugin interface that a distribution is written for: 1 where it says nothing."""
-    said = [name for name, points in available(API_GROUP).items() if owner in map(distribution, points)]
-    return tuple(said) or ("1",)
 
 
 # -- what a run needs
 
 
 def needs(names: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
-    """What `require` has to know of the plugins among (group, name) pairs."""
+    """Describe the plugins among (group, name) pairs, for `require`."""
     points = [point for group, name in sorted(set(names)) for point in claimed(group, name)[:1]]
     return [
         {"group": point.group, "name": point.name, "distribution": owner, "version": version_of(owner)}
@@ -205,27 +195,27 @@ def needs(names: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
 
 
 def require(needs: Iterable[Mapping[str, str]], *, where: str) -> None:
-    """Refuse an artefact whose encoders or method come from plugins that are not installed.
+    """Check that the plugins of an artefact are installed.
 
     Args:
-        needs: as the artefact records them, see `needs`; of older ones without a version.
+        needs: plugins as the artefact records them, see `needs`.
 
     Raises:
-        PluginError: it names the distribution and the version to install.
+        PluginError: a plugin is missing; the message gives its distribution and version.
     """
     for need in needs:
         owner, made_with = need["distribution"], need.get("version", "")
         if claimed(need["group"], f"{owner}:{need['name']}"):
             continue
-        there = version_of(owner)
-        state = f"does not in version {there}, which is installed" if there else "is not installed"
+        installed = version_of(owner)
+        problem = f"the installed version {installed} does not provide it" if installed else "it is not installed"
         package = f"{owner} {made_with}".strip()
-        what = f"this run needs the plugin {package}, which brings {need['name']!r} and {state}"
+        what = f"this run needs the plugin {package}, which provides {need['name']!r}; {problem}"
         raise PluginError(3, what, where=where, fix=f"pip install {package.replace(' ', '==')}")
 
 
 def version_of(owner: str) -> str:
-    """The version of an installed distribution; empty if it is not installed."""
+    """Version of a distribution; empty if it is not installed."""
     try:
         return version(owner)
     except PackageNotFoundError:
@@ -236,11 +226,11 @@ def version_of(owner: str) -> str:
 
 
 def load(group: str, name: str) -> Any:
-    """What the entry point `name` of `group` stands for. A built-in wins over plugins of the same name.
+    """Load the implementation of a name. A built-in takes precedence over plugins of the same name.
 
     Raises:
-        ConfigError: no such name (EncoderError for encoders); the nearest ones are offered.
-        PluginError: several plugins claim the name, or the one that does is of another API or cannot be imported.
+        ConfigError: no such name (EncoderError for encoders); similar ones are suggested.
+        PluginError: several plugins provide the name, or the one that does cannot be imported.
     """
     points = claimed(group, name)
     owners = sorted({distribution(point) for point in points})
@@ -249,21 +239,20 @@ def load(group: str, name: str) -> Any:
     if len(owners) > 1:
         more = ":NAME" if group == ENCODERS else ""
         fix = f"write {' or '.join(f'{owner}:{name}{more}' for owner in owners)}"
-        if group == MODALITIES:  # encoders and columns give it by its plain name
+        if group == MODALITIES:  # encoders and columns use plain names only
             fix = "uninstall one of them"
         raise PluginError(1, f"the {KINDS[group]} {name!r} is claimed by {' and '.join(owners)}", fix=fix)
     if owners == [OURS]:
-        _tell_of_shadowed(group, points[0].name)
+        _warn_of_shadowed(group, points[0].name)
         return points[0].load()
-    _require_api(owners[0])
     return _load_plugin(points[0])
 
 
 def _unknown(group: str, name: str) -> MopefuseError:
     owner, is_full, plain = name.rpartition(":")
-    near, there = did_you_mean(name, to_write(group)), version_of(owner) if is_full else ""
-    if there:
-        return PluginError(5, f"{owner} {there} brings no {KINDS[group]} {plain!r}", where=name, fix=near)
+    near, installed = did_you_mean(name, to_write(group)), version_of(owner) if is_full else ""
+    if installed:
+        return PluginError(5, f"{owner} {installed} provides no {KINDS[group]} {plain!r}", where=name, fix=near)
     if is_full:
         return PluginError(6, f"the plugin {owner} is not installed", where=name, fix=near)
     if group == ENCODERS:
@@ -272,22 +261,12 @@ def _unknown(group: str, name: str) -> MopefuseError:
 
 
 @cache
-def _tell_of_shadowed(group: str, name: str) -> None:
-    """Once, that plugins claim the name of a built-in."""
+def _warn_of_shadowed(group: str, name: str) -> None:
+    """Warn once that plugins provide the name of a built-in."""
     others = sorted({distribution(point) for point in available(group)[name]} - {OURS})
     if others:
         what = f"the {KINDS[group]} {name!r} is the built-in one; that of {' and '.join(others)} is {others[0]}:{name}"
         warnings.warn(what, Notice, stacklevel=3)
-
-
-def _require_api(owner: str) -> None:
-    """Refuse a distribution that is written for other versions of the plugin interface."""
-    said = apis(owner)
-    if str(API) in said:
-        return
-    newer = all(one.isdecimal() and int(one) > API for one in said)
-    what = f"{owner} is written for version {' and '.join(said)} of the plugin interface, this mopefuse has version {API}"
-    raise PluginError(4, what, where=f"entry points {API_GROUP}", fix=f"upgrade {OURS if newer else owner}")
 
 
 def _load_plugin(point: EntryPoint) -> Any:
@@ -297,25 +276,25 @@ def _load_plugin(point: EntryPoint) -> Any:
             return point.load()
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # also SystemExit, and what test runners raise to skip
-        said = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
-        what = f"the {KINDS[point.group]} {point.name!r} of {owner} cannot be imported: {said}"
+    except BaseException as error:  # also SystemExit, and the exceptions by which test runners skip
+        reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+        what = f"the {KINDS[point.group]} {point.name!r} of {owner} cannot be imported: {reason}"
         raise PluginError(2, what, where=point.value, fix=f"upgrade or uninstall {owner}") from error
 
 
 @contextmanager
 def nothing_on_stdout() -> Iterator[None]:
-    """Stdout is for results: what is printed meanwhile, also by a process that is started, goes to stderr."""
-    stdout, kept = sys.stdout, None
+    """Redirect stdout, which is for results, to stderr within the context, also for child processes."""
+    stdout, original = sys.stdout, None
     stdout.flush()
-    with suppress(OSError):  # a process may have neither
-        kept = os.dup(1)
+    with suppress(OSError):  # a process may have no stdout or stderr
+        original = os.dup(1)
         os.dup2(2, 1)
     try:
         with redirect_stdout(sys.stderr):
             yield
     finally:
         stdout.flush()
-        if kept is not None:
-            os.dup2(kept, 1)
-            os.close(kept)
+        if original is not None:
+            os.dup2(original, 1)
+            os.close(original)

@@ -1,4 +1,4 @@
-"""Read files that somebody else may have put in their place: a pipe or a device there must not keep us waiting."""
+"""Reading of files that may have been replaced by a pipe or device, on which opening or reading could block."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ def open_regular(path: Path) -> BinaryIO:
     """Open a regular file, or a link to one, for reading.
 
     Raises:
-        OSError: there is none, it cannot be read, or it is a pipe, a device, a socket or a folder.
+        OSError: it does not exist, cannot be read, or is a pipe, device, socket or folder.
     """
-    _require_regular(os.stat(path).st_mode, path)  # opening some devices has effects of its own
+    _require_regular(os.stat(path).st_mode, path)  # opening some devices has side effects
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
-        _require_regular(os.fstat(descriptor).st_mode, path)  # it may have been exchanged since
+        _require_regular(os.fstat(descriptor).st_mode, path)  # it may have been replaced since
     except OSError:
         os.close(descriptor)
         raise
@@ -33,6 +33,6 @@ def _require_regular(mode: int, path: Path) -> None:
 
 
 def read_regular(path: Path) -> bytes:
-    """The content of a regular file; see `open_regular`."""
+    """Read a regular file; see `open_regular`."""
     with open_regular(path) as file:
         return file.read()

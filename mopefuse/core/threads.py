@@ -1,4 +1,4 @@
-"""Values that each thread has for itself, so that one model can serve several threads at once."""
+"""Thread-local values, so that one model can serve several threads at once."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 
 class PerThread(threading.local):
-    """A value of its own for each thread, None until it is set. A copy and an unpickled object begin with None everywhere.
+    """A thread-local value, None until it is set. Copies and unpickled objects start with None in every thread.
 
-    Not a `contextvars.ContextVar`, which can be neither copied nor set within a graph of torch.compile.
+    Unlike a `contextvars.ContextVar` it can be copied, and set within a graph of torch.compile.
     """
 
     def __init__(self) -> None:
@@ -19,7 +19,7 @@ class PerThread(threading.local):
 
     @contextmanager
     def set(self, value: Any) -> Iterator[None]:
-        """Have this value in this thread for as long as the context lasts, then the one before."""
+        """Set the value in this thread within the context."""
         before, self.value = self.value, value
         try:
             yield

@@ -1,4 +1,4 @@
-"""Frozen encoders; here is what an encoder of a plugin is made of, see docs/plugins.md. Imported when it is asked for."""
+"""Frozen encoders. Exports the types that a plugin's encoder needs (docs/plugins.md), imported on first access."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = [
     "mean_of",
     "split_heads",
 ]
-_PLACES = {
+_MODULES = {
     "BuiltIn": "mopefuse.encoders._hf_families",
     "Family": "mopefuse.encoders._hf_families",
     "Source": "mopefuse.encoders._hf_source",
@@ -49,7 +49,7 @@ _PLACES = {
 
 
 def __getattr__(name: str) -> Any:
-    """One of `__all__`, which takes torch to import."""
+    """Import a name in `__all__` on first access, because it needs torch."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_PLACES.get(name, "mopefuse.encoders.base")), name)
+    return getattr(import_module(_MODULES.get(name, "mopefuse.encoders.base")), name)

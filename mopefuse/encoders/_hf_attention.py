@@ -1,9 +1,9 @@
-"""Prompts in the attention of any transformers model whose layers `_probe` can verify.
+"""Prompts in the attention of transformers models whose layers `probe` can verify.
 
-The attention of each layer is a function that transformers looks up by a name of our own. With no prompt it is transformers'
-own scaled-dot-product function; else it adds the keys and values of the prompt in the layer's slot.
+transformers looks the attention function up by name, and this module registers one. Without a prompt it calls transformers'
+scaled-dot-product function; with one it also attends to the keys and values of the prompt in the layer's slot.
 
-Shapes: B batch, L tokens, H heads of queries, G heads of keys and values, E width of a head.
+Shapes: B batch, L tokens, H heads of queries, E width of a head.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mopefuse.encoders._prompted import Slot
 from mopefuse.encoders.attention import attend, attend_prompts
 from mopefuse.encoders.probe import Watch
 
-ATTENTION = "mopefuse"  # our name in transformers' attention interface
+ATTENTION = "mopefuse"  # name in transformers' attention interface
 
 
 def _attention(
@@ -36,14 +36,14 @@ def _attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' scaled-dot-product attention, with the prompt in the module's slot. Query (B, H, L, E)."""
+    """Compute scaled-dot-product attention, including the prompt in the module's slot. Query (B, H, L, E)."""
     slot: Slot | Watch | None = getattr(module, "prompt_slot", None)
     if isinstance(slot, Watch):
         slot.attend(module, query, key, value, kwargs)
         slot = None
     prompt = slot.take() if slot is not None else None
     if slot is not None and slot.insert is not None:
-        attention_mask = slot.insert.mask(attention_mask, query.shape[2])
+        attention_mask = slot.insert.attention_mask(attention_mask, query.shape[2])
     if prompt is None or prompt.gate_H is not None:
         out_BLHE, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
@@ -64,7 +64,7 @@ def _attention(
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Without transformers' progress bar and warnings, as of heads that an encoder has no use for."""
+    """Suppress transformers' progress bar and warnings, for example about unused heads."""
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

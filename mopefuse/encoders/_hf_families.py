@@ -1,6 +1,6 @@
-"""What is known of transformers' model families, as plain data: how each sums its input up, and who is refused.
+"""Facts about transformers' model families: modality, pooling, statistics, and checks of a configuration.
 
-Where a model can be prompted is not written here: `_probe` finds it. A family needs a row only where the defaults do not fit.
+Promptable layers are not listed here but found by `probe`. A family needs an entry only if the defaults do not fit.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from mopefuse.errors import EncoderError
 class Family:
     """One model family.
 
-    Args:
-        modality: what it reads.
-        pool: the family's own summary, one of `pools`; ``cls`` is the first token, ``last`` the last one of a text. ``pooler``
-            is possible as well where a model's constructor asks whether to have one.
-        filled: texts are padded to the one length that the model was trained with, and padding is attended to.
-        insertable: tokens can go ahead of the first layer: of texts read in both directions, with one mask for all layers.
+    Attributes:
+        modality: of its input.
+        pool: the family's default pooling, one of `pools`: ``cls`` is the first token, ``last`` the last token of a text.
+            ``pooler`` is also available if the model's constructor has an option for it.
+        filled: whether texts are padded to the fixed length of pretraining, and padding is attended to.
+        insertable: whether tokens can be inserted before the first layer, which needs bidirectional attention with the same
+            mask in all layers.
         statistics: of images, a key of `_hf_images.STATISTICS`, used with random weights only.
-        model: its class in transformers, where `AutoModel` does not know it.
-        part: attribute of the model that is the encoder, where it has a decoder as well.
+        model: class in transformers if `AutoModel` does not know the family.
+        part: attribute of the model that is the encoder if it also has a decoder.
     """
 
     modality: str
@@ -58,12 +59,12 @@ TOWERS: dict[str, dict[str, str]] = {
     "clip": {"text": "clip_text_model", "vision": "clip_vision_model"},
     "siglip": {"text": "siglip_text_model", "vision": "siglip_vision_model"},
 }
-"""Models of two towers, and the model type of each, by the part of a spec that names it."""
+"""Model types of the towers of two-tower models, by the part of a spec that names the tower."""
 
 
 @dataclass(frozen=True)
 class BuiltIn:
-    """The configuration of a well-known repository, for random weights without a network."""
+    """Configuration of a well-known repository, for random weights without a network."""
 
     model_type: str
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -95,14 +96,14 @@ BUILT_IN: dict[str, BuiltIn] = {
 }
 
 
-def refuse_unsuitable(config: Mapping[str, Any], parted: Collection[str], where: str) -> None:
-    """Refuse, from ``config.json`` alone, what brings code of its own or is an encoder with a decoder.
+def check_config(config: Mapping[str, Any], parted: Collection[str], where: str) -> None:
+    """Check by ``config.json`` alone that a model needs no code of its repository and is not an encoder-decoder.
 
     Args:
-        parted: model types whose encoder can be had without the decoder.
+        parted: model types whose encoder can be used without the decoder.
 
     Raises:
-        EncoderError: naming what it is.
+        EncoderError: the model is unsuitable, with the reason.
     """
     kind = config.get("model_type")
     if not isinstance(kind, str):
@@ -112,7 +113,7 @@ def refuse_unsuitable(config: Mapping[str, Any], parted: Collection[str], where:
     if config.get("auto_map"):
         raise EncoderError(
             _numbers.REMOTE_CODE,
-            f"config.json asks to run code of its own (auto_map: {', '.join(map(str, config['auto_map']))})",
+            f"config.json requires code of the repository (auto_map: {', '.join(map(str, config['auto_map']))})",
             where=where,
             fix="use a model that is part of transformers",
         )

@@ -1,4 +1,4 @@
-"""Images for transformers' encoders: what their image processor declares, or a default for random weights."""
+"""Image preprocessing of transformers' encoders, from their image processor or by default for random weights."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _SQUEEZED_FROM = 384
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
 
 
-def by_default(statistics: str, size: tuple[int, int]) -> ImagePreprocess:
-    """For random weights: a family's usual statistics."""
+def default_preprocess(statistics: str, size: tuple[int, int]) -> ImagePreprocess:
+    """Build preprocessing for random weights, with a family's usual statistics."""
     mean, std = STATISTICS[statistics]
     return ImagePreprocess(size, mean, std, size[0] if size[0] == size[1] else size)
 
@@ -24,15 +24,15 @@ def by_default(statistics: str, size: tuple[int, int]) -> ImagePreprocess:
 def from_processor(
     processor: Any, *, size: tuple[int, int] | None = None, squeeze: tuple[int, int] | None = None
 ) -> ImagePreprocess:
-    """What a transformers image processor declares.
+    """Build preprocessing from a transformers image processor.
 
     Args:
-        size: instead of the size that it declares; what it resizes to is scaled with it.
-        squeeze: the one size that the encoder takes, to which images are resized whatever the processor declares.
+        size: overrides the declared crop size; the resize is scaled in proportion.
+        squeeze: size that images are resized to without cropping, whatever the processor declares.
     """
-    resize, crop = (squeeze, squeeze) if squeeze else _declared(processor)
+    resize, crop = (squeeze, squeeze) if squeeze else _declared_sizes(processor)
     if size is not None:
-        resize, crop = _scaled(resize, crop, size), size
+        resize, crop = _scale_resize(resize, crop, size), size
     scale = 255 * (processor.rescale_factor if getattr(processor, "do_rescale", True) else 1.0)
     normalise = getattr(processor, "do_normalize", True)
     mean = [value / scale for value in (processor.image_mean if normalise else (0.0,) * 3)]
@@ -46,21 +46,21 @@ def from_processor(
     )
 
 
-def _declared(processor: Any) -> tuple[int | tuple[int, int], tuple[int, int]]:
-    """What a processor resizes to, and what it crops out of that."""
+def _declared_sizes(processor: Any) -> tuple[int | tuple[int, int], tuple[int, int]]:
+    """Sizes to which a processor resizes and crops."""
     resize = _side(processor.size)
     crop = _side(processor.crop_size) if getattr(processor, "do_center_crop", False) else resize
     size = (crop, crop) if isinstance(crop, int) else crop
     part = getattr(processor, "crop_pct", None)
-    if part and isinstance(resize, int):  # of ConvNeXt: small images are cropped, those of 384 pixels and more squeezed
+    if part and isinstance(resize, int):  # ConvNeXt crops below 384 pixels, and else resizes without cropping
         return (int(resize / part), size) if resize < _SQUEEZED_FROM else (size, size)
     return (resize if getattr(processor, "do_resize", True) else size), size
 
 
-def _scaled(
+def _scale_resize(
     resize: int | tuple[int, int], crop: tuple[int, int], size: tuple[int, int]
 ) -> int | tuple[int, int]:
-    """`resize`, in the same proportion to `size` as it was to `crop`."""
+    """Scale `resize` so that it has the same ratio to `size` as to `crop`."""
     if isinstance(resize, int) and size[0] == size[1] and crop[0] == crop[1]:
         return round(resize * size[0] / crop[0])
     height, width = (resize, resize) if isinstance(resize, int) else resize
@@ -68,7 +68,7 @@ def _scaled(
 
 
 def _side(size: Any) -> int | tuple[int, int]:
-    """A processor's size: both sides, or the shorter one."""
+    """Read a processor's size: (height, width), or the shorter side."""
     values = {key: value for key, value in dict(size).items() if value is not None}
     if "height" in values:
         return int(values["height"]), int(values["width"])

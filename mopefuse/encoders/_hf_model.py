@@ -1,6 +1,6 @@
-"""An encoder around any transformers model: found, configured, built, read and probed. What it reads is a subclass's business.
+"""Base class of encoders around a transformers model: locates, configures, builds, loads and probes it.
 
-Weights are read from safetensors only and no repository's code is ever run.
+Subclasses define the modality. Weights are read from safetensors only, and code from a repository is never run.
 
 Shapes: B batch, L tokens, D width, C width of the pooled feature.
 """
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from transformers.models.auto import modeling_auto as auto
 
 from mopefuse.core import error_numbers as _numbers
-from mopefuse.core.artifact import check_tensors
 from mopefuse.core.registry import Spec
+from mopefuse.core.tensor_files import check_tensors
 from mopefuse.encoders import _hf_source, _hf_text, _lora, _options, _weights
 from mopefuse.encoders._hf_attention import ATTENTION, quietly
 from mopefuse.encoders._hf_families import BUILT_IN, TOWERS, BuiltIn, Family
@@ -37,18 +37,18 @@ _NO_PART = frozenset({
     "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "id2label", "label2id", "num_labels",
     "problem_type", "return_dict", "output_hidden_states", "output_attentions", "use_cache", "finetuning_task",
 })  # fmt: skip
-"""Fields of a configuration that no feature depends on."""
+"""Fields of a configuration that do not affect features."""
 
 
 class TransformersEncoder(PromptedEncoder):
-    """A transformers model as an encoder; its layers can be prompted if the probe verifies them.
+    """A transformers model as an encoder; its layers are promptable if the probe verifies them.
 
-    A subclass says which model types it knows, how raw values become the model's input, and how to run it.
+    A subclass lists the model types that it knows, and defines preprocessing and the forward pass.
 
     Raises (on construction):
-        EncoderError: no such folder or repository, or it holds no encoder that can be used, or an unknown option.
-        CheckpointError: its weights are damaged, a pickle, incomplete, or do not fit.
-        ResourceError: the hub's cache cannot be written.
+        EncoderError: no such folder or repository, no usable encoder there, or an unknown option.
+        CheckpointError: the weights are damaged, a pickle, incomplete, or do not fit.
+        ResourceError: the hub's cache is not writable.
     """
 
     families: ClassVar[Mapping[str, Family]] = {}
@@ -82,47 +82,47 @@ class TransformersEncoder(PromptedEncoder):
         self.feature_width, self.token_width = encoded.pooled_BC.shape[1], encoded.tokens_BLD.shape[2]
 
     def architecture(self) -> dict[str, Any]:
-        """The class, the pooling and the configuration with its options applied."""
+        """Describe the class, the pooling and the configuration with options applied."""
         values = {key: value for key, value in self.model_config.to_dict().items() if key not in _NO_PART}
         values = {key: value for key, value in values.items() if not key.startswith("_")}
         return {"class": type(self.backbone).__name__, "pool": self._pool, **values}
 
     @abstractmethod
     def _preprocess(self, source: Source) -> Preprocess:
-        """How raw values become input, from what lies beside the model."""
+        """Build preprocessing from the files beside the model."""
 
     @abstractmethod
     def _example_inputs(self) -> Inputs:
-        """Input of two samples, for the probe."""
+        """Inputs of two samples, for the probe."""
 
     def _other_family(self, kind: str, model: Any) -> Family:
-        """The family of a model type that `families` does not name.
+        """Family of a model type that is not in `families`.
 
         Raises:
-            EncoderError: it is of no use here.
+            EncoderError: the type is not supported.
         """
-        raise unsuitable(f"a {kind} model cannot be read by {self.spec.scheme}:", self.spec, self.families)
+        raise unsuitable(f"{self.spec.scheme}: does not support {kind} models", self.spec, self.families)
 
     def _probe(self, example: Inputs) -> Encoded:
-        """Find the layers that can be prompted and hook them; with none, say why in `why_not_main`."""
+        """Find the promptable layers and hook them; if there are none, set `why_not_main`."""
         encoded: list[Encoded] = []
         self.eval()
         own = self.backbone.config._attn_implementation
-        if own == "sdpa":  # else ours would not be the untouched model
+        if own == "sdpa":  # else ours would differ from the unmodified model
             with quietly():
                 self.backbone.set_attn_implementation(ATTENTION)
         try:
             sites, reason = find_sites(self.backbone, lambda: encoded.append(self._run(example)))
         except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
-            what = f"a {self.model_config.model_type} model does not run on {self.modality} alone: {error}"
+            what = f"this {self.model_config.model_type} model does not run on {self.modality} alone: {error}"
             raise unsuitable(what, self.spec, self.families) from error
         if not sites:
-            self.backbone.set_attn_implementation(own)  # which also says what masks are like
+            self.backbone.set_attn_implementation(own)  # which also determines the form of masks
             reason = reason if own == "sdpa" else "transformers has no scaled-dot-product attention for it"
             self.why_not_main = f"cannot be prompted: {reason}; usable as --comp (pooled feature)"
             return encoded[0]
         slots = self._prompt_blocks([site.block for site in sites], [site.norm for site in sites])
-        adapted: dict[nn.Module, None] = {}  # in order; layers can share theirs
+        adapted: dict[nn.Module, None] = {}  # ordered set, since layers can share projections
         for slot, site in zip(slots, sites, strict=True):
             slot.site = site
             site.attention.prompt_slot = slot  # type: ignore[assignment]
@@ -135,18 +135,18 @@ class TransformersEncoder(PromptedEncoder):
 
 
 def mean_of(tokens_BLD: Tensor, mask_BL: Tensor) -> Tensor:
-    """The mean of the real tokens of each sample, (B, D)."""
+    """Mean over the tokens of each sample that are not padding, (B, D)."""
     weights_BL1 = mask_BL[:, :, None].to(tokens_BLD.dtype)
     return (tokens_BLD * weights_BL1).sum(dim=1) / weights_BL1.sum(dim=1)
 
 
 def unsuitable(what: str, spec: Spec, families: Collection[str]) -> EncoderError:
-    """An error that offers other families."""
+    """Build the error for an unsuitable model, which lists the supported families."""
     return EncoderError(_numbers.UNSUITABLE, what, where=str(spec), fix=f"use another one, for example {', '.join(families)}")
 
 
 def _configure(spec: Spec, source: Source, ours: Collection[str]) -> Any:
-    """The configuration of the encoder (of one tower, where there are two) with the options applied."""
+    """Load the configuration of the encoder, or of one tower, and apply the options."""
     try:
         if source.folder is None:
             values = dict(source.config)
@@ -161,7 +161,7 @@ def _configure(spec: Spec, source: Source, ours: Collection[str]) -> Any:
             fix="use another model, or upgrade transformers",
         ) from error
     if hasattr(config, "use_cache"):
-        config.use_cache = False  # of keys and values, for decoders that write on
+        config.use_cache = False  # the cache of keys and values is for text generation
     if config.model_type in TOWERS:
         config = config.text_config if source.part == "text" else config.vision_config
     accepted = {key for key in config.to_dict() if not key.startswith("_")} - {"model_type", "auto_map", "architectures"}
@@ -172,13 +172,13 @@ def _configure(spec: Spec, source: Source, ours: Collection[str]) -> Any:
             setattr(config, key, list(value) if isinstance(value, tuple) else value)
         except StrictDataclassError as error:
             raise EncoderError(
-                _numbers.BAD_OPTION, f"{key}={value} is not possible: {error}", where=str(spec), fix=f"change {key}"
+                _numbers.BAD_OPTION, f"{key}={value} is invalid: {error}", where=str(spec), fix=f"change {key}"
             ) from error
     return config
 
 
 def _model_class(spec: Spec, config: Any) -> Any:
-    """The model without a head."""
+    """Class of the model without a head."""
     found = auto.MODEL_MAPPING.get(type(config), None)
     if found is None:
         what = f"transformers {transformers.__version__} has no {config.model_type} model without a head"
@@ -187,7 +187,7 @@ def _model_class(spec: Spec, config: Any) -> Any:
 
 
 def _build(spec: Spec, source: Source, config: Any, model: Any, options: dict[str, Any]) -> Any:
-    """The model with its weights, in float32."""
+    """Build the model and load its weights, in float32."""
     try:
         if not source.random:
             return _pretrained(spec, source, config, model, options)
@@ -228,7 +228,7 @@ def _pretrained(spec: Spec, source: Source, config: Any, kind: Any, options: dic
     if missing:
         raise CheckpointError(
             _numbers.KEYS_DIFFER,
-            f"the weights of {spec.name} lack {len(missing)} that the encoder needs: {', '.join(missing[:4])}",
+            f"the weights of {spec.name} lack {len(missing)} tensors of the encoder: {', '.join(missing[:4])}",
             where=str(spec),
             fix="change ?pool= or the other options, or use other weights",
         )

@@ -1,4 +1,4 @@
-"""Where a transformers encoder comes from: a folder, a repository of the hub, or a built-in configuration."""
+"""Sources of transformers encoders: a folder, a repository of the hub, or a built-in configuration."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from mopefuse.core import error_numbers as _numbers
 from mopefuse.core import hub as _hub
 from mopefuse.core.registry import Spec
-from mopefuse.encoders._hf_families import TOWERS, BuiltIn, refuse_unsuitable
+from mopefuse.encoders._hf_families import TOWERS, BuiltIn, check_config
 from mopefuse.encoders._hf_text import POOLING_FILES, TOKENIZER_FILES, read_json
 from mopefuse.encoders.base import option_flag
 from mopefuse.errors import EncoderError, did_you_mean
@@ -23,14 +23,16 @@ _COMMIT = re.compile("[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class Source:
-    """What a spec names.
+    """The source of an encoder.
 
-    Args:
-        folder: with config.json and all that could be had beside it; None for a built-in configuration.
+    Attributes:
+        folder: with config.json and the other available files; None for a built-in configuration.
+        config: content of config.json.
         part: ``text`` or ``vision`` of a two-tower model, else empty.
-        random: no weights but those of ``?weights=``.
-        trained: weights come from somewhere, so a tokenizer that was not trained with them would be wrong.
+        random: weights are random unless ``?weights=`` is set.
+        trained: weights are pretrained or from ``?weights=``, so the tokenizer must be the one of pretraining.
         revision: commit of the hub repository.
+        pool: default pooling of a built-in configuration.
     """
 
     folder: Path | None
@@ -43,15 +45,15 @@ class Source:
 
 
 def find(spec: Spec, known: Mapping[str, BuiltIn], parted: Collection[str] = ()) -> Source:
-    """The source that ``name[@revision][#part]`` names, fetched, and its configuration checked before any weights are.
+    """Locate and fetch the source ``name[@revision][#part]``; its configuration is checked before weights are fetched.
 
     Args:
         known: built-in configurations, by name.
-        parted: see `refuse_unsuitable`.
+        parted: see `check_config`.
 
     Raises:
-        EncoderError: no such folder or repository, or what it holds cannot be an encoder here.
-        ResourceError: the hub's cache cannot be written.
+        EncoderError: no such folder or repository, or no usable encoder there.
+        ResourceError: the hub's cache is not writable.
     """
     check_name(spec, known)
     name, _, part = spec.name.partition("#")
@@ -69,7 +71,7 @@ def find(spec: Spec, known: Mapping[str, BuiltIn], parted: Collection[str] = ())
 
 
 def check_name(spec: Spec, known: Mapping[str, BuiltIn]) -> None:
-    """Refuse what cannot be found, as far as it shows without a network; arguments as those of `find`.
+    """Check a name as far as possible without a network; arguments as in `find`.
 
     Raises:
         EncoderError: no such part, folder or built-in configuration.
@@ -89,14 +91,14 @@ def check_name(spec: Spec, known: Mapping[str, BuiltIn]) -> None:
     if not option_flag(spec, "pretrained", True) and spec.name not in known:
         raise EncoderError(
             _numbers.NO_BUILT_IN_CONFIG,
-            f"no built-in configuration of {spec.name}, and pretrained=false uses no network",
+            f"there is no built-in configuration of {spec.name}, and pretrained=false does not use the network",
             where=str(spec),
             fix=f"use a folder with config.json; {did_you_mean(spec.name, known)}",
         )
 
 
 def _no_config(folder: Path, spec: Spec) -> EncoderError:
-    fix = "use a folder of save_pretrained()"
+    fix = "use a folder written by save_pretrained()"
     return EncoderError(_numbers.BAD_CONFIG, f"{folder} has no config.json", where=str(spec), fix=fix)
 
 
@@ -106,13 +108,13 @@ def _in_folder(
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise _no_config(folder, spec)
-    refuse_unsuitable(config, parted, str(spec))
+    check_config(config, parted, str(spec))
     if config["model_type"] in TOWERS and not part:
         fix = f"write {spec.scheme}:{spec.name}#text or {spec.scheme}:{spec.name}#vision"
         raise EncoderError(_numbers.NEEDS_TOWER, f"{spec.name} has two towers", where=str(spec), fix=fix)
     if part and not any(config["model_type"] in (kind, parts[part]) for kind, parts in TOWERS.items()):
         what = f"{spec.name} is a {config['model_type']} model and has no part #{part}"
-        raise EncoderError(_numbers.NEEDS_TOWER, what, where=str(spec), fix=f"leave out #{part}")
+        raise EncoderError(_numbers.NEEDS_TOWER, what, where=str(spec), fix=f"remove #{part}")
     if not random and not any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
         raise _hub.no_safetensors(str(folder), str(spec))
     return Source(folder, config, part, random, trained, revision)
@@ -127,7 +129,7 @@ def _from_hub(spec: Spec, name: str, part: str, random: bool, trained: bool, par
             _numbers.BAD_CONFIG, f"{repo} has no config.json", where=where, fix="use a transformers repository"
         )
     config = read_json(path)
-    refuse_unsuitable(config if isinstance(config, dict) else {}, parted, where)
+    check_config(config if isinstance(config, dict) else {}, parted, where)
     if not random:
         _hub.fetch_safetensors(repo, revision or None, where=where)
     wanted = (*TOKENIZER_FILES, *POOLING_FILES, *IMAGE_FILES)

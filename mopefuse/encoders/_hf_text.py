@@ -1,4 +1,4 @@
-"""Texts for transformers' encoders: their tokenizer, or a hashing one where random weights have none.
+"""Text preprocessing of transformers' encoders: their tokenizer, or a hashing tokenizer for random weights without one.
 
 Shapes: B batch, L tokens.
 """
@@ -27,26 +27,26 @@ POOLING_FILES = ("modules.json", "1_Pooling/config.json", "sentence_bert_config.
 
 
 class Tokenize:
-    """A transformers tokenizer. Padding is done here: on the right, whatever the tokenizer's own habit, to `length` if any."""
+    """Wraps a transformers tokenizer; pads on the right, whatever the tokenizer's own setting, to `length` if it is set."""
 
     def __init__(self, tokenizer: Any, pad_id: int, length: int | None = None) -> None:
         self.tokenizer, self.pad_id, self.length = tokenizer, pad_id, length
 
     def __call__(self, texts: list[str], max_tokens: int) -> tuple[Tensor, Tensor]:
         rows = self.tokenizer(texts, truncation=True, max_length=max_tokens, padding=False)["input_ids"]
-        return padded(rows, self.pad_id, self.length)
+        return pad_rows(rows, self.pad_id, self.length)
 
     def save(self, file: Path) -> dict[str, Any]:
-        """Write the tokenizer as the library tokenizers reads it; see `TextPreprocess.save`.
+        """Write the tokenizer in the format of the library tokenizers; see `TextPreprocess.save`.
 
         Raises:
-            EncoderError: the tokenizer is one of transformers' own in Python, which nothing else can read.
+            EncoderError: the tokenizer is implemented in Python and has no such format.
         """
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise EncoderError(
                 _numbers.NO_TOKENIZER,
-                f"{type(self.tokenizer).__name__} cannot be taken out of transformers",
+                f"{type(self.tokenizer).__name__} cannot be saved without transformers",
                 fix="use a model that has a tokenizer.json",
             )
         file.write_text(backend.to_str(), encoding="utf-8")
@@ -54,29 +54,32 @@ class Tokenize:
 
 
 class HashingTokenize:
-    """Words to ids without a vocabulary, see `tokens.Hashing`."""
+    """Maps words to ids without a vocabulary, see `tokens.Hashing`."""
 
     def __init__(self, hashing: tokens.Hashing) -> None:
         self.hashing = hashing
         self.length: int | None = None
 
     def __call__(self, texts: list[str], max_tokens: int) -> tuple[Tensor, Tensor]:
-        return padded(self.hashing.rows(texts, max_tokens), self.hashing.pad_id, self.length)
+        return pad_rows(self.hashing.rows(texts, max_tokens), self.hashing.pad_id, self.length)
 
     def save(self, file: Path) -> dict[str, Any]:
-        """Nothing to write; see `TextPreprocess.save`."""
+        """Describe the tokenizer; writes no file. See `TextPreprocess.save`."""
         return {"kind": "hashing", **asdict(self.hashing)}
 
 
-def padded(rows: list[list[int]], pad_id: int, length: int | None = None) -> tuple[Tensor, Tensor]:
-    """Rows of ids to ids (B, L) and mask (B, L), True where real; L is `length`, or that of the longest row."""
+def pad_rows(rows: list[list[int]], pad_id: int, length: int | None = None) -> tuple[Tensor, Tensor]:
+    """Pad rows of ids to ids (B, L) and mask (B, L), False for padding; L is `length` or the longest row's."""
     ids, mask = tokens.pad(rows, pad_id, length)
     return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
 def hashing_for(config: Mapping[str, Any]) -> HashingTokenize:
-    """The hashing tokenizer with a configuration's special ids; BERT's where it names none, the last ids where those do
-    not fit its vocabulary. CLIP pools at the end token: it is the configuration's, or the highest id."""
+    """Build the hashing tokenizer for a configuration.
+
+    Special ids default to BERT's, or to the last ids of a smaller vocabulary. CLIP pools at the end token, which is the
+    configuration's or the highest id.
+    """
     size = int(config["vocab_size"])
     begin = _first(config, ("bos_token_id", "cls_token_id"), 101 if size > 103 else size - 2, size)
     end = _first(config, ("eos_token_id", "sep_token_id"), 102 if size > 103 else size - 1, size)
@@ -91,17 +94,17 @@ def _first(config: Mapping[str, Any], keys: tuple[str, ...], default: int, size:
 
 
 def limit_of(config: Mapping[str, Any]) -> int:
-    """Most tokens that an encoder has positions for; RoBERTa counts positions from its padding id on."""
+    """Maximum number of tokens by an encoder's positions; RoBERTa's positions start after its padding id."""
     positions = int(config.get("max_position_embeddings") or 512)
     offset = "roberta" in str(config.get("model_type")) or config.get("model_type") in ("camembert", "mpnet")
     return positions - (int(config.get("pad_token_id") or 0) + 1 if offset else 0)
 
 
 def declared_pool(folder: Path | None, where: str) -> str | None:
-    """What a sentence-transformers folder declares: ``mean``, ``cls``, ``last``; None in other folders.
+    """Pooling that a sentence-transformers folder declares: ``mean``, ``cls``, ``last``; None in other folders.
 
     Raises:
-        EncoderError: another way of pooling.
+        EncoderError: another pooling.
     """
     modules, pooling = (read_json(folder / name) if folder else None for name in POOLING_FILES[:2])
     if not modules or not pooling:
@@ -112,7 +115,7 @@ def declared_pool(folder: Path | None, where: str) -> str | None:
     if len(declared) != 1 or not declared <= names.keys():
         raise EncoderError(
             _numbers.UNSUITABLE,
-            f"its sentence-transformers pooling is {' and '.join(sorted(declared)) or 'not named'}",
+            f"unsupported sentence-transformers pooling: {' and '.join(sorted(declared)) or 'not named'}",
             where=where,
             fix="add ?pool=mean, ?pool=cls or ?pool=last",
         )
@@ -120,16 +123,16 @@ def declared_pool(folder: Path | None, where: str) -> str | None:
 
 
 def declared_length(folder: Path | None) -> int | None:
-    """The most tokens that a sentence-transformers folder declares."""
+    """Maximum number of tokens that a sentence-transformers folder declares; None if it does not."""
     length = ((read_json(folder / POOLING_FILES[2]) if folder else None) or {}).get("max_seq_length")
     return length if isinstance(length, int) and length >= 2 else None
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file, None if there is no such file.
+    """Read a JSON file; None if there is no such file.
 
     Raises:
-        EncoderError: it is not JSON.
+        EncoderError: the file is not JSON.
     """
     if not path.is_file():
         return None

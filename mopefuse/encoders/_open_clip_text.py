@@ -1,7 +1,4 @@
-"""Texts for open_clip's text towers: CLIP's own tokenizer, or that of a hub repository, padded to the context length.
-
-Shapes: B batch, L tokens of the context.
-"""
+"""Text preprocessing of open_clip's text towers: CLIP's tokenizer or a hub repository's, padded to the context length."""
 
 from __future__ import annotations
 
@@ -28,14 +25,14 @@ from mopefuse.errors import EncoderError
 
 
 def texts(spec: Spec, name: str, config: Mapping[str, Any], length: int, *, trained: bool) -> TextPreprocess:
-    """Preprocessing for a tower of a context of `length` tokens.
+    """Build preprocessing for a tower with a context of `length` tokens.
 
     Args:
         config: `text_cfg` of the model.
-        trained: whether its weights are, so that only the tokenizer that they were trained with will do.
+        trained: whether the weights are pretrained and thus need the tokenizer of pretraining.
 
     Raises:
-        EncoderError: the hub cannot give the tokenizer, or ``max_tokens`` is not possible.
+        EncoderError: the tokenizer cannot be fetched, or ``max_tokens`` is invalid.
     """
     most = _options.max_tokens(spec, length, length)
     if "hf_tokenizer_name" not in config:
@@ -51,22 +48,22 @@ def texts(spec: Spec, name: str, config: Mapping[str, Any], length: int, *, trai
     pad_id = int(tokenizer.pad_token_id or 0)
     clean = get_clean_fn(config.get("tokenizer_kwargs", {}).get("clean", "whitespace"))
     tokenize = _ToLength(_hf_text.Tokenize(tokenizer, pad_id), length, pad_id, clean)
-    return TextPreprocess(tokenize, most, repo, vocabulary, None, length)  # not saved: the cleaning is open_clip's
+    return TextPreprocess(tokenize, most, repo, vocabulary, None, length)  # cannot be saved: open_clip cleans the texts
 
 
 def why_unsuitable(config: Mapping[str, Any]) -> str:
-    """Why texts for a tower of this `text_cfg` cannot be made; empty if they can.
+    """Reason why a tower with this `text_cfg` is not supported; empty if it is.
 
-    A tokenizer of the hub is used as SigLIP does: after a cleaning of the text, and with no more to be done to its ids.
+    Tokenizers of the hub are supported as SigLIP uses them: after cleaning the text, and without changing the ids.
     """
     more = sorted(config.get("tokenizer_kwargs", {}).keys() - {"clean"})
     if "hf_tokenizer_name" in config and (more or config.get("pool_type") != "last"):
-        return f"uses the tokenizer of {config['hf_tokenizer_name']} in a way that is not known here"
+        return f"uses the tokenizer of {config['hf_tokenizer_name']} in an unsupported way"
     return ""
 
 
 class _ClipTokenize:
-    """open_clip's own tokenizer. Ids are padded to the context length; the mask ends after the end-of-text token."""
+    """Wraps open_clip's own tokenizer. Ids are padded to the context length; the mask ends after the end-of-text token."""
 
     def __init__(self, context_length: int) -> None:
         self.context_length, self.tokenizer = context_length, open_clip.SimpleTokenizer()
@@ -76,10 +73,10 @@ class _ClipTokenize:
         ids = F.pad(ids, (0, self.context_length - max_tokens))
         end = (ids == self.tokenizer.eot_token_id).int().argmax(dim=1, keepdim=True)
         mask = torch.arange(self.context_length)[None, :] <= end
-        return ids * mask, mask  # what a text puts after an <end_of_text> of its own is dropped
+        return ids * mask, mask  # tokens after an <end_of_text> within the text are dropped
 
     def save(self, file: Path) -> dict[str, Any]:
-        """Write the same byte pairs as the library tokenizers reads them; see `TextPreprocess.save`."""
+        """Write the same byte pairs in the format of the library tokenizers; see `TextPreprocess.save`."""
         clip = self.tokenizer
         begin, end = ((clip.decoder[number], number) for number in (clip.sot_token_id, clip.eot_token_id))
         merges = sorted(clip.bpe_ranks, key=lambda pair: clip.bpe_ranks[pair])
@@ -96,7 +93,7 @@ class _ClipTokenize:
 
 
 class _ToLength:
-    """Another tokenizer on cleaned texts, its rows padded to one length. The mask ends where a text does."""
+    """Wraps another tokenizer: cleans texts and pads rows to a fixed length. The mask ends where the text does."""
 
     def __init__(
         self,
@@ -114,7 +111,7 @@ class _ToLength:
 
 
 def _from_hub(repo: str, where: str) -> Any:
-    """The tokenizer of a repository, by the library transformers, from its files alone."""
+    """Load the tokenizer of a repository with transformers, without running code of the repository."""
     path = _hub.fetch(repo, "tokenizer.json", where=where)
     if path is None:
         raise EncoderError(

@@ -1,4 +1,4 @@
-"""The options of an encoder spec, ``?key=value&key=value``, as values of the library that builds the backbone."""
+"""Options of an encoder spec, ``?key=value&key=value``, parsed and checked."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _WORDS: dict[str, Any] = {"true": True, "false": False, "none": None}
 
 
 def parse_value(text: str) -> Any:
-    """``true``/``false``/``none``, an int, a float, a tuple of such where there is a comma, else the text itself."""
+    """Parse ``true``, ``false``, ``none``, an int, a float, or a tuple of such at commas; other text is returned unchanged."""
     if "," in text:
         return tuple(parse_value(part) for part in text.strip("()[]").split(",") if part.strip())
     word = text.strip()
@@ -28,38 +28,38 @@ def parse_value(text: str) -> Any:
 
 
 def library_options(spec: Spec, ours: Iterable[str]) -> dict[str, Any]:
-    """The options that are not `ours`, parsed: they go to the library's own constructor."""
+    """Parse the options that are not `ours`, which are passed to the library's constructor."""
     return {key: parse_value(value) for key, value in spec.options.items() if key not in set(ours)}
 
 
 def unknown_option(spec: Spec, key: str, accepted: Iterable[str]) -> EncoderError:
-    """The error for an option that nobody takes."""
+    """Build the error for an unknown option."""
     names = sorted(set(accepted))
     return EncoderError(
         _numbers.UNKNOWN_OPTION,
-        f"{spec.scheme}:{spec.name} takes no option {key!r}",
+        f"{spec.scheme}:{spec.name} has no option {key!r}",
         where=str(spec),
         fix=did_you_mean(key, names) or "remove it",
     )
 
 
 def one_of(spec: Spec, key: str, default: str, allowed: Iterable[str]) -> str:
-    """An option with a closed set of values.
+    """Value of an option with a fixed set of values.
 
     Raises:
-        EncoderError: another value; the allowed ones are named.
+        EncoderError: another value; the message lists the allowed ones.
     """
     names = list(allowed)
     value = spec.options.get(key, default)
     if value not in names:
         raise EncoderError(
-            _numbers.BAD_OPTION, f"{key}={value} is not possible here", where=str(spec), fix=f"use {' or '.join(names)}"
+            _numbers.BAD_OPTION, f"{key}={value} is not supported", where=str(spec), fix=f"use {' or '.join(names)}"
         )
     return value
 
 
 def max_tokens(spec: Spec, default: int, limit: int) -> int:
-    """The option ``max_tokens``: an integer of 2 (the two special tokens) to `limit` (what the encoder has positions for).
+    """Value of the option ``max_tokens``: from 2 (the special tokens) to `limit` (the encoder's positions).
 
     Raises:
         EncoderError: anything else.
@@ -68,15 +68,15 @@ def max_tokens(spec: Spec, default: int, limit: int) -> int:
     if type(value) is not int or not 2 <= value <= limit:
         raise EncoderError(
             _numbers.BAD_OPTION,
-            f"max_tokens={spec.options.get('max_tokens', default)} is not an integer of 2 to {limit}",
+            f"max_tokens={spec.options.get('max_tokens', default)} is not an integer from 2 to {limit}",
             where=str(spec),
             fix=f"use max_tokens={min(default, limit)}",
         )
     return value
 
 
-def three(spec: Spec, key: str, default: Iterable[float]) -> tuple[float, float, float]:
-    """An option with one number per colour channel; one number stands for all three.
+def per_channel(spec: Spec, key: str, default: Iterable[float]) -> tuple[float, float, float]:
+    """Value of an option with one number per colour channel, or a single number for all three.
 
     Raises:
         EncoderError: not one or three numbers.
@@ -86,7 +86,7 @@ def three(spec: Spec, key: str, default: Iterable[float]) -> tuple[float, float,
     if len(numbers) != 3 or any(isinstance(n, bool) or not isinstance(n, int | float) for n in numbers):
         raise EncoderError(
             _numbers.BAD_OPTION,
-            f"{key}={spec.options.get(key)} is not one number or three",
+            f"{key}={spec.options.get(key)} is neither one number nor three",
             where=str(spec),
             fix=f"write {key}=0.5 or {key}=0.485,0.456,0.406",
         )
@@ -94,7 +94,7 @@ def three(spec: Spec, key: str, default: Iterable[float]) -> tuple[float, float,
 
 
 def image_size(spec: Spec) -> tuple[int, int] | None:
-    """The option ``size``: one number for a square, or height and width, in pixels; None where it is not given.
+    """Value of the option ``size`` as (height, width) in pixels, from one number or two; None if it is unset.
 
     Raises:
         EncoderError: not one or two positive integers.
@@ -110,10 +110,10 @@ def image_size(spec: Spec) -> tuple[int, int] | None:
 
 
 def require_patches(spec: Spec, size: tuple[int, int], patch: int) -> None:
-    """Refuse a size that patches of `patch` pixels do not fill.
+    """Check that both sides are multiples of `patch` pixels.
 
     Raises:
-        EncoderError: a side is no multiple of it; it names the nearest that is.
+        EncoderError: a side is not; the message gives the nearest size.
     """
     if any(side % patch for side in size):
         near = ",".join(str(max(patch, round(side / patch) * patch)) for side in dict.fromkeys(size))
@@ -122,6 +122,6 @@ def require_patches(spec: Spec, size: tuple[int, int], patch: int) -> None:
 
 
 def cannot_resize(spec: Spec, reason: object) -> EncoderError:
-    """The error for a model that takes images of its own size only."""
-    what = f"{spec.scheme}:{spec.name} cannot take images of size={spec.options['size']}: {reason}"
-    return EncoderError(_numbers.BAD_OPTION, what, where=str(spec), fix="leave size out")
+    """Build the error for a model that does not support another image size."""
+    what = f"{spec.scheme}:{spec.name} does not support size={spec.options['size']}: {reason}"
+    return EncoderError(_numbers.BAD_OPTION, what, where=str(spec), fix="remove size")

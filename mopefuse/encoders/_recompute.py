@@ -1,7 +1,8 @@
-"""Activation checkpointing: a block computed once more in the backward pass, instead of keeping what its gradient needs.
+"""Activation checkpointing: a block is recomputed in the backward pass instead of storing its activations.
 
-Chen et al., Training Deep Nets with Sublinear Memory Cost, https://arxiv.org/abs/1604.06174. Gradients are the same to the
-bit. The libraries' own checkpointing would run a block's hooks again, which ask for prompts: only its forward method is.
+Chen et al., Training Deep Nets with Sublinear Memory Cost, https://arxiv.org/abs/1604.06174. Gradients are equal bit for
+bit. Only a block's forward method is recomputed; the libraries' own checkpointing would also run its hooks again, which
+request prompts.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 
 def run_block(forward: Callable[..., Any], *inputs: Any, recompute: bool, learns: bool, **options: Any) -> Any:
-    """``forward(*inputs, **options)`` of one block; recomputed where asked for, if there is a gradient to compute.
+    """Run ``forward(*inputs, **options)`` of one block, with checkpointing if `recompute` is set and a gradient is needed.
 
     Args:
-        learns: whether weights of the block do; else nothing in it is random.
+        learns: whether the block has trainable weights; only then can it have dropout, whose random state is restored.
     """
     if not (recompute and torch.is_grad_enabled() and (learns or _needs_gradient((*inputs, *options.values())))):
         return forward(*inputs, **options)

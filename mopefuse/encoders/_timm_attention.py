@@ -1,10 +1,10 @@
-"""Attention of timm's blocks with the keys and values of a prompt: one function for each kind, in the place of its `forward`.
+"""Attention of timm's blocks with the keys and values of a prompt: one function for each kind replaces its `forward`.
 
-Without a prompt it is timm's own method; with a gate of 0 it gives the same bits. What is done to the keys of tokens is done
-to those of a prompt (norms, unit length), save what says where a token is: position bias and rotation. Windows of an image are
-adjacent along the batch axis: a prompt is projected once per image, its keys and values repeated for each window.
+Without a prompt it calls timm's own method; with a gate of 0 the result is equal bit for bit. Keys of a prompt are treated
+like those of tokens (norms, unit length), except that they have no position (bias, rotation). Windows of an image are
+adjacent along the batch axis: a prompt is projected once per image, and its keys and values are repeated for each window.
 
-Source of how prompts enter: arXiv 2312.03734; of the attentions: the installed timm.
+How prompts are inserted follows arXiv 2312.03734; the attention functions follow the installed timm.
 
 Shapes: B batch, W windows per image, N = B * W, H heads, L tokens, P prompt tokens, D width, E width of a head, X = 3 * H * E.
 """
@@ -33,7 +33,7 @@ from mopefuse.encoders.attention import Insert, Prompt, attend, attend_prompts, 
 
 
 def prompt_model(encoder: PromptedEncoder, model: Any) -> None:
-    """Have the blocks of a timm model, which is a part of `encoder`, ask it for prompts; fills the attributes that say so."""
+    """Make the blocks of a timm model within `encoder` promptable, and set the encoder's attributes accordingly."""
     blocks, encoder.why_not_main = _promptable(model)
     encoder.insertable = bool(blocks) and isinstance(model, VisionTransformer)
     kinds = [_KINDS[type(block), type(block.attn)] for block in blocks]
@@ -52,7 +52,7 @@ def prompt_model(encoder: PromptedEncoder, model: Any) -> None:
 
 
 def _promptable(model: Any) -> tuple[list[Any], str]:
-    """The blocks that can be prompted, in order; else none, and the reason."""
+    """Find the promptable blocks, in order; if there are none, return the reason."""
     blocks: list[Any] = []
     if isinstance(model, VisionTransformer | beit.Beit | Eva):
         blocks = list(model.blocks)
@@ -66,64 +66,67 @@ def _promptable(model: Any) -> tuple[list[Any], str]:
         attention = getattr(block, "attn", None)
         if (type(block), type(attention)) not in _KINDS or getattr(attention, "gate", None) is not None:
             name = type(block if attention is None else attention).__name__
-            return [], f"has attention of a kind that cannot be prompted ({name}); usable as --comp"
+            return [], f"has attention that cannot be prompted ({name}); usable as --comp (pooled feature)"
     return blocks, ""
 
 
 def _vit(self: Any, x_BLD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """`timm.layers.Attention.forward`, with the prompt in the slot, and inserted tokens that are blind."""
+    """`timm.layers.Attention.forward` with the prompt in the slot, and with blind inserted tokens."""
     prompt: Prompt | None = self.prompt_slot.take()
     insert: Insert | None = self.prompt_slot.insert
-    seen = None if insert is None else insert.mask(None, x_BLD.shape[1])
-    if prompt is None and seen is None:
+    mask = None if insert is None else insert.attention_mask(None, x_BLD.shape[1])
+    if prompt is None and mask is None:
         out: Tensor = Attention.forward(self, x_BLD, *args, **kwargs)
         return out
-    _refuse_masks(args, kwargs)
+    _check_no_masks(args, kwargs)
     gated = prompt is not None and prompt.gate_H is not None
-    q, k, v, again = split_fused(self.qkv(x_BLD), self.num_heads) if gated else (*_project(self, x_BLD), None)
+    q, k, v, q_copy = split_fused(self.qkv(x_BLD), self.num_heads) if gated else (*_project(self, x_BLD), None)
     q, k = self.q_norm(q), self.k_norm(k)
     if prompt is None or gated:
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=seen) if seen is not None else _own(self, q, k, v)
+        if mask is None:
+            attended = _attend_as_timm(self, q, k, v)
+        else:
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     if prompt is not None:
         prompt_k, prompt_v = _project_prompt(self, prompt)
         prompt_k = self.k_norm(prompt_k)
         if prompt.gate_H is None:
-            attended = attend(q, k, v, prompt_k, prompt_v, mask=seen)
+            attended = attend(q, k, v, prompt_k, prompt_v, mask=mask)
         else:
-            attended = attended + attend_prompts(self.q_norm(again), prompt_k, prompt_v, prompt.gate_H)
-    return _leave(self, attended)
+            attended = attended + attend_prompts(self.q_norm(q_copy), prompt_k, prompt_v, prompt.gate_H)
+    return _project_out(self, attended)
 
 
 def _beit(self: Any, x_BLD: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
-    """`timm.models.beit.Attention.forward`, with the prompt in the slot."""
+    """`timm.models.beit.Attention.forward` with the prompt in the slot."""
     prompt: Prompt | None = self.prompt_slot.take()
     if prompt is None:
         out: Tensor = beit.Attention.forward(self, x_BLD, shared_rel_pos_bias)
         return out
-    own = None if self.relative_position_bias_table is None else self._get_rel_pos_bias()
-    biases = [bias for bias in (own, shared_rel_pos_bias) if bias is not None]
-    return _leave(self, _attended(self, *_project(self, x_BLD), *_project_prompt(self, prompt), prompt.gate_H, biases))
+    own_bias = None if self.relative_position_bias_table is None else self._get_rel_pos_bias()
+    biases = [bias for bias in (own_bias, shared_rel_pos_bias) if bias is not None]
+    return _project_out(self, _attend(self, *_project(self, x_BLD), *_project_prompt(self, prompt), prompt.gate_H, biases))
 
 
 def _rotary(self: Any, x_BLD: Tensor, rope: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-    """`EvaAttention.forward` and `AttentionRope.forward`, with the prompt in the slot, which no rotation gives a place."""
+    """`EvaAttention.forward` and `AttentionRope.forward` with the prompt in the slot, which is not rotated."""
     prompt: Prompt | None = self.prompt_slot.take()
     if prompt is None:
         out: Tensor = type(self).forward(self, x_BLD, rope, *args, **kwargs)
         return out
-    _refuse_masks(args, kwargs)
+    _check_no_masks(args, kwargs)
     (q, k, v), (prompt_k, prompt_v) = _project(self, x_BLD), _project_prompt(self, prompt)
     q, k, prompt_k = self.q_norm(q), self.k_norm(k), self.k_norm(prompt_k)
     if rope is not None:
-        q, k = (_rotated(self, part, rope).type_as(v) for part in (q, k))
+        q, k = (_rotate(self, part, rope).type_as(v) for part in (q, k))
     groups = getattr(self, "num_kv_groups", 1)
     if groups > 1:
         k, v, prompt_k, prompt_v = (part.repeat_interleave(groups, dim=1) for part in (k, v, prompt_k, prompt_v))
-    return _leave(self, _attended(self, q, k, v, prompt_k, prompt_v, prompt.gate_H))
+    return _project_out(self, _attend(self, q, k, v, prompt_k, prompt_v, prompt.gate_H))
 
 
 def _swin(self: Any, x_NLD: Tensor, mask: Tensor | None = None) -> Tensor:
-    """`WindowAttention.forward` of Swin, with the prompt in the slot."""
+    """`WindowAttention.forward` of Swin with the prompt in the slot."""
     prompt: Prompt | None = self.prompt_slot.take()
     if prompt is None:
         out: Tensor = WindowAttention.forward(self, x_NLD, mask)
@@ -132,8 +135,8 @@ def _swin(self: Any, x_NLD: Tensor, mask: Tensor | None = None) -> Tensor:
     bias = self._get_rel_pos_bias()
     if self.fused_attn:
         q, k, v = _project(self, x_NLD)
-        bias = _with_mask(bias, mask, x_NLD.shape[0])
-        return _leave(self, attend(q, k, v, prompt_k, prompt_v, gate_H=prompt.gate_H, mask=bias, scale=self.scale))
+        bias = _add_mask(bias, mask, x_NLD.shape[0])
+        return _project_out(self, attend(q, k, v, prompt_k, prompt_v, gate_H=prompt.gate_H, mask=bias, scale=self.scale))
     attended_NLD = attend_in_windows(
         self.qkv(x_NLD), prompt_k, prompt_v, gate_H=prompt.gate_H, bias_1HLL=bias, mask_WLL=mask, scale=self.scale
     )
@@ -142,41 +145,43 @@ def _swin(self: Any, x_NLD: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def _swin_v2(self: Any, x_NLD: Tensor, mask: Tensor | None = None) -> Tensor:
-    """`WindowAttention.forward` of Swin V2, with the prompt in the slot: keys and queries of length 1, a scale per head.
+    """`WindowAttention.forward` of Swin V2 with the prompt in the slot: keys and queries of length 1, a scale per head.
 
-    timm's own has no numbers for padding in float16, in which the least length that it divides by is 0.
+    Replaces timm's method also in float16, in which timm's minimum length rounds to 0, so that padding becomes NaN.
     """
     prompt: Prompt | None = self.prompt_slot.take()
     if prompt is None and x_NLD.dtype != torch.float16:
         out: Tensor = swin_transformer_v2.WindowAttention.forward(self, x_NLD, mask)
         return out
     q, k, v = _project(self, x_NLD)
-    q, k = _of_length_1(q), _of_length_1(k)
+    q, k = _normalize(q), _normalize(k)
     scale_H11 = self.logit_scale.clamp(max=math.log(100.0)).exp()
     bias = _position_bias_v2(self)
     if prompt is not None:
         prompt_k, prompt_v = _project_prompt(self, prompt)
-        prompt_k = _of_length_1(prompt_k)
+        prompt_k = _normalize(prompt_k)
         if prompt.gate_H is None:
-            bias = _with_mask(bias, mask, x_NLD.shape[0])
-            return _leave(self, attend(q * scale_H11, k, v, prompt_k, prompt_v, mask=bias, scale=1.0))
+            bias = _add_mask(bias, mask, x_NLD.shape[0])
+            return _project_out(self, attend(q * scale_H11, k, v, prompt_k, prompt_v, mask=bias, scale=1.0))
     scores = (q @ k.transpose(-2, -1)) * scale_H11 + bias
     if mask is not None:
         scores = (scores.unflatten(0, (-1, mask.shape[0])) + mask[:, None]).flatten(0, 1)
     attended = scores.softmax(dim=-1) @ v
     if prompt is not None and prompt.gate_H is not None:
         attended = attended + attend_prompts(q * scale_H11, prompt_k, prompt_v, prompt.gate_H, scale=1.0)
-    return _leave(self, attended)
+    return _project_out(self, attended)
 
 
-def _of_length_1(x_NHLE: Tensor) -> Tensor:
+def _normalize(x_NHLE: Tensor) -> Tensor:
     return F.normalize(exact(x_NHLE), dim=-1).to(x_NHLE.dtype)
 
 
 class _Kind(NamedTuple):
     """How the attention of a kind of block is prompted.
 
-    norm: what the block applies ahead of it; None in a post-norm block.
+    Attributes:
+        forward: replaces the attention's own method.
+        norm: name of the norm that the block applies ahead of its attention; None in a post-norm block.
     """
 
     forward: Callable[..., Tensor]
@@ -195,14 +200,14 @@ _KINDS: dict[tuple[type, type], _Kind] = {
 }
 
 
-def _refuse_masks(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _check_no_masks(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     assert not args and not any(v is not None and v is not False for v in kwargs.values()), "no mask is passed to a ViT"
 
 
 def _project(attention: Any, x_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value, each (B, H, L, E)."""
+    """Project tokens to query, key and value, each (B, H, L, E)."""
     if attention.qkv is None:
-        k, v = _project_apart(attention, x_BLD)
+        k, v = _project_separately(attention, x_BLD)
         return split_heads(attention.q_proj(x_BLD), attention.num_heads), k, v
     bias_X = _bias_beside(attention)
     if bias_X is None:
@@ -219,7 +224,7 @@ def _project_prompt(attention: Any, prompt: Prompt) -> tuple[Tensor, Tensor]:
     """Key and value of a prompt, each (B, H, P, E); a projection that LoRA wraps gives them only beside the query."""
     qkv = attention.qkv
     if qkv is None:
-        return _project_apart(attention, prompt.tokens_BPD)
+        return _project_separately(attention, prompt.tokens_BPD)
     if type(qkv) is not nn.Linear:
         return _project(attention, prompt.tokens_BPD)[1:]
     bias_X, query = _bias_beside(attention), qkv.out_features // 3
@@ -229,27 +234,27 @@ def _project_prompt(attention: Any, prompt: Prompt) -> tuple[Tensor, Tensor]:
     return k, v
 
 
-def _project_apart(attention: Any, x_BLD: Tensor) -> tuple[Tensor, Tensor]:
-    """Key and value of an attention that has a projection for each; they may have fewer heads than the query."""
+def _project_separately(attention: Any, x_BLD: Tensor) -> tuple[Tensor, Tensor]:
+    """Project tokens by separate projections of key and value, which may have fewer heads than the query."""
     heads = getattr(attention, "num_kv_heads", attention.num_heads)
     return split_heads(attention.k_proj(x_BLD), heads), split_heads(attention.v_proj(x_BLD), heads)
 
 
 def _bias_beside(attention: Any) -> Tensor | None:
-    """The bias of a fused projection that is kept beside it, (X,), where there is one."""
+    """Bias of a fused projection that is stored separately, (X,); None if there is none."""
     if getattr(attention, "q_bias", None) is None:
         return None
     return torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
 
 
-def _rotated(attention: Any, x_BHLE: Tensor, rope: Tensor) -> Tensor:
-    """With the positions of patches; tokens ahead of them have none."""
-    ahead = attention.num_prefix_tokens
+def _rotate(attention: Any, x_BHLE: Tensor, rope: Tensor) -> Tensor:
+    """Apply the rotary positions of patches; prefix tokens have none."""
+    prefix = attention.num_prefix_tokens
     half = getattr(attention, "rotate_half", False)
-    return torch.cat([x_BHLE[:, :, :ahead], apply_rot_embed_cat(x_BHLE[:, :, ahead:], rope, half=half)], dim=2)
+    return torch.cat([x_BHLE[:, :, :prefix], apply_rot_embed_cat(x_BHLE[:, :, prefix:], rope, half=half)], dim=2)
 
 
-def _attended(
+def _attend(
     attention: Any,
     q: Tensor,
     k: Tensor,
@@ -259,14 +264,14 @@ def _attended(
     gate_H: Tensor | None,
     biases: list[Tensor] | None = None,
 ) -> Tensor:
-    """Attention of tokens to tokens and to a prompt, (B, H, L, E); `biases` are added to the scores of tokens."""
+    """Compute attention of tokens to tokens and to a prompt, (B, H, L, E); `biases` are added to the scores of tokens."""
     if gate_H is None:
         return attend(q, k, v, prompt_k, prompt_v, mask=_sum(biases), scale=attention.scale)
-    return _own(attention, q, k, v, biases) + attend_prompts(q, prompt_k, prompt_v, gate_H, scale=attention.scale)
+    return _attend_as_timm(attention, q, k, v, biases) + attend_prompts(q, prompt_k, prompt_v, gate_H, scale=attention.scale)
 
 
-def _own(attention: Any, q: Tensor, k: Tensor, v: Tensor, biases: list[Tensor] | None = None) -> Tensor:
-    """Attention of tokens to tokens by timm's own steps, (B, H, L, E)."""
+def _attend_as_timm(attention: Any, q: Tensor, k: Tensor, v: Tensor, biases: list[Tensor] | None = None) -> Tensor:
+    """Compute attention of tokens to tokens in the same steps as timm, (B, H, L, E)."""
     if attention.fused_attn:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=_sum(biases))
     scores: Tensor = (q * attention.scale) @ k.transpose(-2, -1)
@@ -279,23 +284,23 @@ def _sum(biases: list[Tensor] | None) -> Tensor | None:
     return sum(biases[1:], biases[0]) if biases else None
 
 
-def _with_mask(bias_1HLL: Tensor, mask_WLL: Tensor | None, count: int) -> Tensor:
-    """What is added to the scores of `count` windows."""
+def _add_mask(bias_1HLL: Tensor, mask_WLL: Tensor | None, count: int) -> Tensor:
+    """Add the mask of windows to the position bias, for `count` windows."""
     if mask_WLL is None:
         return bias_1HLL
     return bias_1HLL + mask_WLL.repeat(count // mask_WLL.shape[0], 1, 1)[:, None]
 
 
 def _position_bias_v2(attention: Any) -> Tensor:
-    """Of places in a window to one another, by the network that Swin V2 has for it, (1, H, L, L)."""
+    """Position bias within a window by Swin V2's network of relative coordinates, (1, H, L, L)."""
     table = attention.cpb_mlp(attention.relative_coords_table).view(-1, attention.num_heads)
     index_LL = attention.relative_position_index
     bias_HLL = table[index_LL.view(-1)].view(*index_LL.shape, -1).permute(2, 0, 1).contiguous()
     return (16 * torch.sigmoid(bias_HLL))[None]
 
 
-def _leave(attention: Any, attended_NHLE: Tensor) -> Tensor:
-    """What leaves an attention, (N, L, D): normed, where it has a norm, and projected."""
+def _project_out(attention: Any, attended_NHLE: Tensor) -> Tensor:
+    """Apply the attention's output norm, if any, and its output projection: (N, L, D)."""
     attended_NLD = attended_NHLE.transpose(1, 2).flatten(2)
     if getattr(attention, "norm", None) is not None:
         attended_NLD = attention.norm(attended_NLD)

@@ -1,4 +1,4 @@
-"""Files of weights that a user names, loaded strictly."""
+"""Weight files given by the user, loaded strictly."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from mopefuse.core import error_numbers as _numbers
-from mopefuse.core.artifact import read_tensors
+from mopefuse.core.tensor_files import read_tensors
 from mopefuse.errors import CheckpointError
 
-_SHOWN = 4  # names in a message
+_MAX_NAMES = 4  # in a message
 
 
 def read_float(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, half precision raised to float32.
+    """Read the tensors of a safetensors file; half precision is converted to float32.
 
     Raises:
-        CheckpointError: no such file, a pickle, damaged.
+        CheckpointError: the file is missing, a pickle, or damaged.
     """
     halves = (torch.float16, torch.bfloat16)
     return {name: tensor.float() if tensor.dtype in halves else tensor for name, tensor in read_tensors(path).items()}
@@ -28,24 +28,24 @@ def read_float(path: Path) -> dict[str, Tensor]:
 def load_strictly(
     module: nn.Module, state: Mapping[str, Tensor], *, where: str, unused_prefixes: Iterable[str] = ()
 ) -> None:
-    """Load exactly the tensors that `module` has.
+    """Load a state whose tensors must be exactly those of `module`.
 
     Args:
-        unused_prefixes: tensors of the file that may be there and are not used, such as a classifier's.
+        unused_prefixes: prefixes of tensors in the file that are ignored, such as a classifier's.
 
     Raises:
-        CheckpointError: names that are missing, not expected, or of another shape, with examples.
+        CheckpointError: tensors are missing, unexpected or of another shape.
     """
     prefixes = tuple(unused_prefixes)
     given = {name: tensor for name, tensor in state.items() if not (prefixes and name.startswith(prefixes))}
-    wanted = module.state_dict()
+    expected = module.state_dict()
     faults = {
-        "missing": [name for name in wanted if name not in given],
-        "unexpected": [name for name in given if name not in wanted],
+        "missing": [name for name in expected if name not in given],
+        "unexpected": [name for name in given if name not in expected],
         "of another shape": [
-            f"{name} ({_shape(given[name])}, need {_shape(wanted[name])})"
-            for name in wanted
-            if name in given and given[name].shape != wanted[name].shape
+            f"{name} ({_shape(given[name])}, need {_shape(expected[name])})"
+            for name in expected
+            if name in given and given[name].shape != expected[name].shape
         ],
     }
     if any(faults.values()):
@@ -54,7 +54,7 @@ def load_strictly(
             _numbers.KEYS_DIFFER,
             f"the weights do not fit {type(module).__name__}: {found}",
             where=where,
-            fix="use the weights of this very encoder, with the same options",
+            fix="use weights of this encoder, with the same options",
         )
     module.load_state_dict(given)
 
@@ -64,4 +64,4 @@ def _shape(tensor: Tensor) -> str:
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
+    return ", ".join(names[:_MAX_NAMES]) + (", …" if len(names) > _MAX_NAMES else "")

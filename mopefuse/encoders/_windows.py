@@ -1,7 +1,7 @@
-"""Attention within windows, step by step as timm's Swin computes it, to the tokens and to a prompt.
+"""Attention within windows to the tokens and to a prompt, in the same steps as timm's Swin.
 
-Both forms have a backward pass of their own: written as single operations, what it costs to copy, add up and scale
-gradients is more than what the prompt costs. The gated result is that of timm to the bit where the gate is 0.
+Both variants have a custom backward pass: as separate operations, copying, adding and scaling gradients would cost more than
+the prompt itself. With a gate of 0 the result equals timm's, bit for bit.
 
 Shapes: B batch, W windows of an image, N = B * W with the windows of an image adjacent, H heads, Z = N * H, L tokens,
 P prompt tokens, S = P + L, E width of a head.
@@ -30,11 +30,11 @@ def attend_in_windows(
     mask_WLL: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """What leaves the attention before its projection, (N, L, H * E).
+    """Compute the output of the attention before its projection, (N, L, H * E).
 
     Args:
-        qkv_NLX: X = 3 * H * E, as the fused projection gives it.
-        bias_1HLL, mask_WLL: added to the scores of tokens; those of prompts have none. They get no gradient.
+        qkv_NLX: output of the fused projection, X = 3 * H * E.
+        bias_1HLL, mask_WLL: added to the scores of tokens, not of prompts. They get no gradient.
     """
     form: type[_Form] = _Joint
     if gate_H is not None:
@@ -42,24 +42,24 @@ def attend_in_windows(
         prompt_v_BHPE = prompt_v_BHPE * torch.tanh(gate_H).to(prompt_v_BHPE.dtype)[:, None, None]
     inputs = (qkv_NLX, prompt_k_BHPE, prompt_v_BHPE, bias_1HLL, mask_WLL, scale)
     if not torch.is_grad_enabled():
-        return _computed(form, inputs)[0]
+        return _compute(form, inputs)[0]
     out_NLD: Tensor = form.apply(*inputs)
     return out_NLD
 
 
 class _Form(torch.autograd.Function):
-    """What both forms share: from the fused projection to heads and back."""
+    """Interface of both variants, which start from the fused projection."""
 
     @staticmethod
     def compute(
         qkv_NLX: Tensor, k_BHPE: Tensor, v_BHPE: Tensor, bias: Tensor, mask: Tensor | None, scale: float
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The result, and what its gradient needs."""
+        """Return the result and the tensors that the backward pass needs."""
         raise NotImplementedError
 
 
 class _Gated(_Form):
-    """Two attentions, to tokens and to the prompt, added."""
+    """Gated prompts: the sum of an attention to tokens and an attention to the prompt."""
 
     @staticmethod
     def compute(
@@ -88,7 +88,7 @@ class _Gated(_Form):
         of_scores_ZPL = _of_softmax(torch.bmm(value_ZPE, of_out_ZLE.transpose(1, 2)), weights_ZPL, 1)
         of_key, of_value = torch.bmm(of_scores_ZPL, q_ZLE), torch.bmm(weights_ZPL, of_out_ZLE)
         of_qkv_NLX = None
-        if context.needs_input_grad[0]:  # not in the first block: nothing ahead of it learns
+        if context.needs_input_grad[0]:  # false in the first block, with nothing trainable before it
             of_scores_ZLL = _of_softmax(torch.bmm(of_out_ZLE, v_ZLE.transpose(1, 2)), weights_ZLL, -1)
             of_q = torch.bmm(of_scores_ZLL, k_ZLE).baddbmm_(of_scores_ZPL.transpose(1, 2), key_ZPE)
             of_k = torch.bmm(of_scores_ZLL.transpose(1, 2), q_ZLE)
@@ -98,7 +98,7 @@ class _Gated(_Form):
 
 
 class _Joint(_Form):
-    """One attention to tokens and prompt, as if the prompt were among the tokens."""
+    """Ungated prompts: one attention to tokens and prompt, with a shared softmax."""
 
     @staticmethod
     def compute(
@@ -134,27 +134,27 @@ class _Joint(_Form):
         return _gradients(context, of_qkv_NLX, of_key[:, :prompts], of_value[:, :prompts])
 
 
-def _computed(form: type[_Form], inputs: tuple[Any, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """`_Form.compute` in the type of the inputs, whatever autocast would have single operations do."""
+def _compute(form: type[_Form], inputs: tuple[Any, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Run `_Form.compute` in the type of the inputs, without autocast."""
     with torch.autocast(inputs[0].device.type, enabled=False):
         return form.compute(*inputs)
 
 
 def _forward(form: type[_Form], context: Any, inputs: tuple[Any, ...]) -> Tensor:
-    out_NLD, kept = _computed(form, inputs)
-    context.save_for_backward(*kept)
+    out_NLD, saved = _compute(form, inputs)
+    context.save_for_backward(*saved)
     context.batch, context.heads = inputs[1].shape[:2]
     context.scale = inputs[-1]
     return out_NLD
 
 
 def _scaled(q_NHLE: Tensor, scale: float) -> Tensor:
-    """Times scale and in memory by head, (Z, L, E); never the argument itself."""
+    """Copy, scale and reorder to contiguous heads, (Z, L, E)."""
     return q_NHLE.clone(memory_format=torch.contiguous_format).mul_(scale).flatten(0, 1)
 
 
 def _fused(context: Any, of_q_ZLE: Tensor, of_k_ZLE: Tensor, of_v_ZLE: Tensor) -> Tensor:
-    """The gradient of the fused projection, (N, L, X), of those of the scaled query, which is written over, key and value."""
+    """Gradient of the fused projection (N, L, X) from those of key, value and scaled query, which is modified in place."""
     parts = (of_q_ZLE.mul_(context.scale), of_k_ZLE, of_v_ZLE)
     heads, (rows, length, width) = context.heads, of_q_ZLE.shape
     fused_NL3HE = of_q_ZLE.new_empty(rows // heads, length, 3, heads, width)
@@ -164,24 +164,24 @@ def _fused(context: Any, of_q_ZLE: Tensor, of_k_ZLE: Tensor, of_v_ZLE: Tensor) -
 
 
 def _heads(x_NLD: Tensor, heads: int) -> Tensor:
-    """(N, L, H * E) to (Z, L, E)."""
+    """Reshape (N, L, H * E) to (Z, L, E)."""
     split: Tensor = x_NLD.unflatten(-1, (heads, -1))
     return split.transpose(1, 2).contiguous().flatten(0, 1)
 
 
 def _join(x_ZLE: Tensor, heads: int) -> Tensor:
-    """The inverse of `_heads`."""
+    """Invert `_heads`."""
     return _apart(x_ZLE, heads).flatten(2)
 
 
 def _apart(x_ZLE: Tensor, heads: int) -> Tensor:
-    """(Z, L, E) as (N, L, H, E), a view."""
+    """View (Z, L, E) as (N, L, H, E)."""
     split: Tensor = x_ZLE.unflatten(0, (-1, heads))
     return split.transpose(1, 2)
 
 
 def _weights(scores_Z: Tensor, count: int, bias: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax of scores, which are written over, of `count` windows, in their type; sums are at least float32."""
+    """Add bias and mask to the scores of `count` windows in place, and apply softmax, in float32 or better."""
     exact_Z = exact(scores_Z)
     exact_NH = exact_Z.unflatten(0, (count, -1))
     exact_NH += bias
@@ -195,14 +195,14 @@ def _softmax(scores_Z: Tensor, dim: int) -> Tensor:
 
 
 def _of_softmax(of_weights: Tensor, weights: Tensor, dim: int) -> Tensor:
-    """Gradient of the scores."""
+    """Gradient of the scores from the gradient of their softmax."""
     return torch._softmax_backward_data(of_weights, weights, dim, weights.dtype)
 
 
 def _gradients(
     context: Any, of_qkv_NLX: Tensor | None, of_key_ZPE: Tensor, of_value_ZPE: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """For each input of `compute`; a prompt's are those of all windows of its image together."""
+    """Gradients of each input of `compute`; those of a prompt are summed over the windows of its image."""
     shape = (context.batch, -1, context.heads)
     of_key_BHPE, of_value_BHPE = (part.unflatten(0, shape).sum(dim=1) for part in (of_key_ZPE, of_value_ZPE))
     return of_qkv_NLX, of_key_BHPE, of_value_BHPE, None, None, None

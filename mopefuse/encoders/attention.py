@@ -17,11 +17,12 @@ from torch.autograd.function import once_differentiable
 
 
 class Prompt(NamedTuple):
-    """What one layer is prompted with.
+    """The prompt of one layer.
 
-    tokens_BPD: enter the layer as tokens would, before the norm that it applies ahead of its attention.
-    gate_H: None as in the papers: prompts share the softmax with the tokens. One scalar per head: prompts are attended
-        to by a softmax of their own whose result is added, scaled by tanh(gate); a gate of 0 is the untouched layer.
+    Attributes:
+        tokens_BPD: prompt tokens at the layer's input, before the norm ahead of its attention.
+        gate_H: None as in the papers: prompts and tokens share one softmax. With one scalar per head, prompts have a separate
+            softmax whose result is scaled by tanh(gate) and added; a gate of 0 leaves the layer unchanged.
     """
 
     tokens_BPD: Tensor
@@ -29,37 +30,40 @@ class Prompt(NamedTuple):
 
 
 class Insert(NamedTuple):
-    """Tokens that go ahead of an encoder's own through all layers, and are dropped at the end.
+    """Tokens that precede an encoder's own through all layers and are dropped from the output.
 
-    tokens_BPD: enter the first layer as they are, without position, segment or embedding norm; D is its width.
-    blind: the first so many see one another and nothing else; everything else sees everything.
+    Attributes:
+        tokens_BPD: inputs of the first layer, of width D, without position, segment embedding or embedding norm.
+        blind: the number of leading tokens that attend to one another only; all other tokens attend to everything.
     """
 
     tokens_BPD: Tensor
     blind: int = 0
 
-    def ahead(self, x_BLD: Tensor) -> Tensor:
-        """The encoder's tokens with these ahead."""
+    def prepend_to(self, x_BLD: Tensor) -> Tensor:
+        """Prepend the inserted tokens to the encoder's own, (B, P + L, D)."""
         return torch.cat([self.tokens_BPD.to(x_BLD.dtype), x_BLD], dim=1)
 
-    def real(self, mask_BL: Tensor | None) -> Tensor | None:
-        """Which of all tokens are real, given which of the encoder's own are: the inserted ones are."""
+    def extend_mask(self, mask_BL: Tensor | None) -> Tensor | None:
+        """Extend a padding mask to the inserted tokens, which are never padding: (B, P + L)."""
         return None if mask_BL is None else F.pad(mask_BL, (self.tokens_BPD.shape[1], 0), value=True)
 
-    def mask(self, mask: Tensor | None, length: int) -> Tensor | None:
-        """Who sees whom among all `length` tokens (queries, keys), given that of the encoder's own, alike for all queries.
+    def attention_mask(self, mask: Tensor | None, length: int) -> Tensor | None:
+        """Build the attention mask of all `length` tokens, broadcastable to (B, H, length, length).
 
-        The one row of keys of `mask` that counts is its first.
+        Args:
+            mask: attention mask of the encoder's own tokens, boolean or additive; its rows must be equal for all queries,
+                and only the first is used.
         """
         if mask is not None:
             mask = F.pad(mask[..., :1, :], (self.tokens_BPD.shape[1], 0), value=mask.dtype == torch.bool)
         if not self.blind:
             return mask
         position = torch.arange(length, device=self.tokens_BPD.device)
-        seen = (position[:, None] >= self.blind) | (position[None, :] < self.blind)
+        visible = (position[:, None] >= self.blind) | (position[None, :] < self.blind)
         if mask is None or mask.dtype == torch.bool:
-            return seen[None, None] if mask is None else mask & seen
-        return mask.masked_fill(~seen, -torch.inf)
+            return visible[None, None] if mask is None else mask & visible
+        return mask.masked_fill(~visible, -torch.inf)
 
 
 def attend(
@@ -74,11 +78,14 @@ def attend(
     causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """Attention of tokens to tokens and to prompts, (N, H, L, E).
+    """Compute the attention of tokens to tokens and to prompts, (N, H, L, E).
 
-    Prompts carry no position: whatever the mask (boolean, or additive as a position bias is; broadcastable to
-    (N, H, L, L)) says of the tokens, and under causal attention too, every query sees every prompt with a bias of 0.
-    Ungated, a mask of more keys than there are tokens also says which of the last prompt tokens are seen.
+    Prompts have no position: every query attends to every prompt token with a bias of 0, whatever the mask or causality
+    of the tokens.
+
+    Args:
+        mask: boolean or additive (as a position bias), broadcastable to (N, H, L, L). Without a gate it may have more keys
+            than there are tokens; then it also masks the last prompt tokens.
     """
     if gate_H is not None:
         tokens = F.scaled_dot_product_attention(
@@ -90,8 +97,8 @@ def attend(
         mask = torch.ones(length, length, dtype=torch.bool, device=q_NHLE.device).tril()
     prompt_k_BHPE, prompt_v_BHPE = (for_windows(part, q_NHLE.shape[0]) for part in (prompt_k_BHPE, prompt_v_BHPE))
     if mask is not None:
-        unsaid = prompt_k_BHPE.shape[2] + k_NHLE.shape[2] - mask.shape[-1]
-        mask = F.pad(mask, (unsaid, 0), value=mask.dtype == torch.bool)
+        uncovered = prompt_k_BHPE.shape[2] + k_NHLE.shape[2] - mask.shape[-1]
+        mask = F.pad(mask, (uncovered, 0), value=mask.dtype == torch.bool)
     keys, values = torch.cat([prompt_k_BHPE, k_NHLE], dim=2), torch.cat([prompt_v_BHPE, v_NHLE], dim=2)
     return F.scaled_dot_product_attention(q_NHLE, keys, values, attn_mask=mask, scale=scale)
 
@@ -99,13 +106,13 @@ def attend(
 def attend_prompts(
     q_NHLE: Tensor, prompt_k_BHPE: Tensor, prompt_v_BHPE: Tensor, gate_H: Tensor, *, scale: float | None = None
 ) -> Tensor:
-    """What gated prompts add to the attention of tokens to tokens, (N, H, L, E): exactly 0 where the gate is 0.
+    """Compute the term that gated prompts add to the attention of tokens to tokens, (N, H, L, E); exactly 0 for a gate of 0.
 
-    Not the library's fused attention, which on a CPU takes three times as long for so few keys: a softmax along the
-    last axis of a score matrix (L, P) falls out of its vector registers, along the other axis of (P, L) it does not.
+    Does not use PyTorch's fused attention, which takes three times as long on a CPU for so few keys: its softmax along the
+    last axis of (L, P) scores vectorises badly, a softmax along the first axis of (P, L) scores well.
 
     Args:
-        q_NHLE: N = B, or N = B * W for the W windows of each image, adjacent; all of them see the image's prompts.
+        q_NHLE: N = B, or N = B * W for the W windows of each image, which are adjacent and share the image's prompts.
     """
     scale = q_NHLE.shape[-1] ** -0.5 if scale is None else scale
     gated_BHPE = prompt_v_BHPE * torch.tanh(gate_H).to(prompt_v_BHPE.dtype)[:, None, None]
@@ -115,19 +122,19 @@ def attend_prompts(
 
 
 def for_windows(x_BHPE: Tensor, count: int) -> Tensor:
-    """What each image has, for each of its windows: (N, H, P, E) with N = `count`, the windows of an image adjacent."""
+    """Repeat the values of each image for each of its windows: (N, H, P, E) with N = `count`, windows of an image adjacent."""
     windows = count // x_BHPE.shape[0]
     return x_BHPE if windows == 1 else x_BHPE[:, None].expand(-1, windows, -1, -1, -1).flatten(0, 1)
 
 
 def split_heads(x_BPD: Tensor, heads: int) -> Tensor:
-    """(B, P, H*E) to (B, H, P, E)."""
+    """Reshape (B, P, H * E) to (B, H, P, E)."""
     split: Tensor = x_BPD.unflatten(-1, (heads, -1))
     return split.transpose(1, 2)
 
 
 def split_fused(qkv_BLX: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of a fused projection query, key and value, (B, H, L, E) each, and the query once more, in memory in that order."""
+    """Split a fused projection into query, key, value and a contiguous copy of the query, (B, H, L, E) each."""
     if torch.is_grad_enabled() and qkv_BLX.requires_grad:
         q, k, v, again = _SplitFused.apply(qkv_BLX, heads)
         return q, k, v, again
@@ -136,13 +143,16 @@ def split_fused(qkv_BLX: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor, Te
 
 
 def parts_of(fused_BLX: Tensor, parts: int, heads: int) -> Tensor:
-    """Views of what a fused projection gives, (parts, B, H, L, E): query, key and value, or the last two."""
+    """View the output of a fused projection as (parts, B, H, L, E): query, key and value, or the last two."""
     split: Tensor = fused_BLX.unflatten(-1, (parts, heads, -1))
     return split.permute(2, 0, 3, 1, 4)
 
 
 class _SplitFused(torch.autograd.Function):
-    """Gradients go at once where the projection wants them, where views would have them stacked, added and copied."""
+    """Splits a fused projection; the backward pass writes gradients directly into the fused layout.
+
+    With plain views, autograd would stack, add and copy them.
+    """
 
     @staticmethod
     def forward(context: Any, qkv_BLX: Tensor, heads: int) -> tuple[Tensor, ...]:

@@ -1,21 +1,19 @@
-"""What an encoder is: the one seam between a frozen backbone and the prompts that condition it.
+"""The base class of encoders, and the only interface between a frozen backbone and the prompts that condition it.
 
-An encoder knows nothing of where prompts come from. It takes one callback, ``prompt_at(layer, tokens_BLD, mask_BL)``,
-hands it the tokens that are about to enter a layer, and owns how the answer enters that layer's attention and masks.
-To add a family of encoders, write one module with a subclass of `Encoder` and name it in the entry-point group
-``mopefuse.encoders``; `mopefuse.testing.check_encoder` says whether it keeps the contract.
+An encoder does not know where prompts come from. It takes one callback, ``prompt_at(layer, tokens_BLD, mask_BL)``, calls it
+with the input tokens of each layer, and inserts the returned prompt into that layer's attention and masks. To add a family
+of encoders, write a module with a subclass of `Encoder` and register it in the entry-point group ``mopefuse.encoders``;
+`mopefuse.testing.check_encoder` tests the contract.
 
 Shapes: B batch, L tokens, P prompt tokens, D width of a layer, C width of the pooled feature, H heads.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,95 +26,48 @@ from mopefuse.core.registry import Spec
 from mopefuse.core.threads import PerThread
 from mopefuse.encoders import _lora
 from mopefuse.encoders import description as _description
+from mopefuse.encoders._fingerprint import fingerprint
+from mopefuse.encoders._types import Call, Encoded, Inputs, Preprocess, PromptAt
 from mopefuse.encoders.attention import Insert, Prompt
 from mopefuse.errors import EncoderError, MopefuseError, PluginError
 from mopefuse.modalities.base import of
 
-__all__ = ["Encoded", "Encoder", "Inputs", "Insert", "Preprocess", "Prompt", "PromptAt", "create_encoder"]
-
-Inputs = dict[str, Tensor]
-PromptAt = Callable[[int, Tensor, "Tensor | None"], "Prompt | None"]
-
-
-class Encoded(NamedTuple):
-    """What an encoder returns."""
-
-    pooled_BC: Tensor  # the encoder's own summary: [CLS], mean, EOT, ...
-    tokens_BLD: Tensor  # last layer, prompts never among them
-    mask_BL: Tensor | None  # True where a token is real; None if all are
-
-
-class Call:
-    """One `Encoder.encode` or `Encoder.run_layer` on its way through the layers. Each thread has its own.
-
-    Attributes:
-        mask_BL: which tokens of the texts being encoded are real; None if all are.
-        waiting: prompts that have been asked for and not yet used, by the number of their slot, see `_prompted`.
-        runs: how often the block of a slot has run.
-    """
-
-    def __init__(self, prompt_at: PromptAt | None = None, insert: Insert | None = None) -> None:
-        self.prompt_at, self.insert = prompt_at, insert
-        self.mask_BL: Tensor | None = None
-        self.waiting: dict[int, Prompt] = {}
-        self.runs: dict[int, int] = {}
-
-
-class Preprocess(Protocol):
-    """How raw values of one modality become an encoder's input: its own size, statistics, tokenizer."""
-
-    def item(self, value: Any) -> Any:
-        """One raw value, prepared alone (in a data worker): `ready` of `reduce`."""
-
-    def reduce(self, value: Any) -> Any:
-        """The part of `item` that never changes and may be kept: an image resized, as an array of 8 bits, a text cut."""
-
-    def ready(self, reduced: Any) -> Any:
-        """The rest of `item`, after augmentation: an image cropped."""
-
-    def batch(self, items: Sequence[Any]) -> Inputs:
-        """Prepared values of a batch as the tensors that `Encoder.encode` takes, first dimension B."""
-
-    def finish(self, inputs: Mapping[str, Tensor]) -> Inputs:
-        """What is left to do where the encoder is, by `Encoder.encode`: 8-bit pixels to normalised floats."""
-
-    def describe(self) -> dict[str, Any]:
-        """Plain values for `encoders inspect` and for exported artefacts."""
+__all__ = ["Call", "Encoded", "Encoder", "Inputs", "Insert", "Preprocess", "Prompt", "PromptAt", "create_encoder"]
 
 
 class Encoder(nn.Module):
     """A frozen pretrained backbone of one modality.
 
-    A subclass builds its backbone in `__init__`, fills the attributes below, calls `_ask(layer, tokens, mask)` as
-    tokens enter block `layer`, and has the attention of that block use the answer (`_attention.attend`). Without a
-    prompt its output is that of the untouched backbone, bit for bit. A sample's output never depends on its batch.
+    A subclass builds its backbone in `__init__`, sets the attributes below, calls `_ask(layer, tokens, mask)` with the
+    input tokens of block `layer`, and passes the returned prompt to the attention of that block (`attention.attend`).
+    Without a prompt its output equals that of the unmodified backbone, bit for bit. A sample's output does not depend on
+    its batch.
     """
 
-
     spec: Spec  # with the full name, as recorded in a run
-    modality: str  # name of an entry point in the group ``mopefuse.modalities``, as text
-    widths: tuple[int, ...] = ()  # D of each promptable layer; empty if the encoder can be complementary only
+    modality: str  # name of an entry point in the group ``mopefuse.modalities``, for example text
+    widths: tuple[int, ...] = ()  # D of each promptable layer; empty if the encoder can only be complementary
     heads: tuple[int, ...] = ()  # H of each promptable layer
     feature_width: int  # C
-    token_width: int = 0  # D of the tokens that `encode` returns, which of a CNN are the places of its map; 0 if not known
+    token_width: int = 0  # D of the tokens that `encode` returns, for a CNN the locations of its feature map; 0 if unknown
     preprocess: Preprocess
     patch_size: int = 16  # side of a patch in pixels; images only, used by the papers' initialisation
-    revision: str = ""  # commit of the hub repository that the weights came from, where there is one
-    recompute: bool = False  # whether promptable blocks keep no activations, see `_recompute`
-    insertable: bool = False  # whether its layers take other tokens beside its own, see `Insert` and `run_layer`
-    lora_targets: tuple[str, ...] = ()  # names of the query and value projections, as submodules that are called
-    libraries: tuple[str, ...] = ()  # distributions whose code computes its features, beside torch and mopefuse
-    why_not_main: str = ""  # for an encoder without promptable layers: the reason, for the error message
+    revision: str = ""  # commit of the hub repository from which the weights were loaded
+    recompute: bool = False  # whether promptable blocks recompute activations in the backward pass, see `_recompute`
+    insertable: bool = False  # whether its layers support inserted tokens, see `Insert` and `run_layer`
+    lora_targets: tuple[str, ...] = ()  # names of the submodules that project queries and values
+    libraries: tuple[str, ...] = ()  # distributions besides torch and mopefuse that affect its features
+    why_not_main: str = ""  # if there are no promptable layers: the reason, for the error message
 
     def __init__(self, spec: Spec) -> None:
         super().__init__()
         self.spec = spec
         self.tuned = self.adapted = False
-        self._at_work = PerThread()  # a `Call`
+        self._current_call = PerThread()  # a `Call`
 
     @classmethod
     def check_name(cls, spec: Spec) -> None:
-        """Refuse a name that the scheme does not know, before any data are read. Loads no weights and asks no network.
+        """Check that the scheme knows a name, without loading weights or using the network.
 
         Raises:
             EncoderError: there is no such encoder.
@@ -124,17 +75,17 @@ class Encoder(nn.Module):
 
     @abstractmethod
     def _encode(self, inputs: Inputs) -> Encoded:
-        """The forward pass; blocks ask for their prompts through `_ask`."""
+        """Run the forward pass; blocks get their prompts from `_ask`."""
 
     def encode(self, inputs: Inputs, prompt_at: PromptAt | None = None, insert: Insert | None = None) -> Encoded:
-        """Encode a batch, prompted at every layer for which `prompt_at` returns a prompt.
+        """Encode a batch, with a prompt in every layer for which `prompt_at` returns one.
 
         Args:
-            insert: tokens to go ahead of the encoder's own, through all layers; they are not among what is returned, but
-                among what `prompt_at` is handed.
+            insert: tokens that precede the encoder's own through all layers; they are part of the tokens passed to
+                `prompt_at`, but not of the output.
 
         Raises:
-            EncoderError: prompts for an encoder that has no layer to prompt, tokens for one that does not take them.
+            EncoderError: the encoder does not support prompts, or does not support inserted tokens.
         """
         if prompt_at is not None:
             self.require_promptable(fix="use it as --comp instead")
@@ -143,45 +94,57 @@ class Encoder(nn.Module):
             found, need = insert.tokens_BPD.shape[2], self.widths[0]
             assert found == need, f"inserted tokens of width {found}, need {need}"
             insert = insert if insert.tokens_BPD.shape[1] else None
-        with self._at_work.set(Call(prompt_at, insert)):
-            return self._encode(self._finished(inputs))
+        with self._current_call.set(Call(prompt_at, insert)):
+            return self._encode(self._finish_inputs(inputs))
 
-    def _finished(self, inputs: Inputs) -> Inputs:
-        """What `_encode` takes, numbers in the type of the weights."""
-        own = weight_type(self)
+    def _finish_inputs(self, inputs: Inputs) -> Inputs:
+        """Finish preprocessing and cast floating-point inputs to the type of the weights."""
+        dtype = weight_type(self)
         finished = self.preprocess.finish(inputs)
-        return {name: tensor.to(own) if tensor.is_floating_point() else tensor for name, tensor in finished.items()}
+        return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in finished.items()}
 
     def require_promptable(self, *, fix: str) -> None:
-        """Raise an EncoderError that says why, if there is no layer to prompt."""
+        """Check that there are promptable layers.
+
+        Raises:
+            EncoderError: there are none; the message gives the reason.
+        """
         if not self.widths:
-            raise EncoderError(21, f"{self.spec} {self.why_not_main or 'has no layer to prompt'}", fix=fix)
+            raise EncoderError(21, f"{self.spec} {self.why_not_main or 'has no promptable layer'}", fix=fix)
 
     def require_insertable(self, side: str = "main") -> None:
-        """Raise an EncoderError if no token can go beside the encoder's own."""
+        """Check that the encoder supports inserted tokens.
+
+        Raises:
+            EncoderError: it does not.
+        """
         if not self.insertable:
             fix = f"use tiny:, a ViT of timm: or a BERT of hf: as --{side}, or another --method"
-            raise EncoderError(70, f"{self.spec} takes no tokens beside its own", fix=fix)
+            raise EncoderError(70, f"{self.spec} does not support inserted tokens", fix=fix)
 
     def run_layer(
         self, layer: int, tokens_BLD: Tensor, mask_BK: Tensor | None = None, prompt: Prompt | None = None
     ) -> Tensor:
-        """What one promptable layer makes of tokens by itself, (B, L, D); also from within ``prompt_at``.
+        """Run one promptable layer on its own; may be called from within ``prompt_at``.
 
-        Of the tokens that a layer is run on, those whose outputs are not wanted can as well be its prompt, ungated.
+        Tokens whose outputs are not needed can be passed as an ungated prompt instead.
 
         Args:
-            mask_BK: which are real of the last K of what is seen, the prompt followed by the tokens; None if all are.
+            mask_BK: mask of the last K keys, where keys are the prompt followed by the tokens; False for padding, None
+                without padding.
+
+        Returns:
+            Output tokens (B, L, D).
 
         Raises:
-            EncoderError: an encoder that takes no tokens beside its own.
+            EncoderError: the encoder does not support inserted tokens.
         """
         self.require_insertable()
-        with self._at_work.set(Call()):
+        with self._current_call.set(Call()):
             return self._run_layer(layer, tokens_BLD, None if mask_BK is None else mask_BK[:, None, None], prompt)
 
     def _run_layer(self, layer: int, tokens_BLD: Tensor, mask_B11K: Tensor | None, prompt: Prompt | None) -> Tensor:
-        raise NotImplementedError(f"{type(self).__name__} is insertable, and gives no `_run_layer`")
+        raise NotImplementedError(f"{type(self).__name__} is insertable but does not implement `_run_layer`")
 
     def forward(self, inputs: Inputs, prompt_at: PromptAt | None = None, insert: Insert | None = None) -> Encoded:
         """Same as `encode`."""
@@ -189,8 +152,8 @@ class Encoder(nn.Module):
 
     @property
     def _call(self) -> Call:
-        """The call at work in this thread; one without prompts where the backbone is run by itself."""
-        call = self._at_work.value
+        """State of the current call in this thread; an empty one if the backbone is called directly."""
+        call = self._current_call.value
         return call if isinstance(call, Call) else Call()
 
     def _ask(self, layer: int, tokens_BLD: Tensor, mask_BL: Tensor | None = None) -> Prompt | None:
@@ -198,17 +161,17 @@ class Encoder(nn.Module):
         return None if prompt_at is None else prompt_at(layer, tokens_BLD, mask_BL)
 
     def freeze(self) -> None:
-        """No parameter learns, and the backbone stays in evaluation mode (no dropout) whatever `train()` says."""
+        """Make no parameter trainable; the backbone stays in evaluation mode (no dropout) even after `train()`."""
         self.tuned = self.adapted = False
         self.requires_grad_(False).eval()
 
     def tune(self) -> None:
-        """Every parameter learns."""
+        """Make every parameter trainable."""
         self.tuned = True
         self.requires_grad_(True)
 
     def adapt(self, lora: Lora) -> None:
-        """What LoRA adds learns, see `_lora.adapt`; once."""
+        """Add trainable LoRA parameters, see `_lora.adapt`. May be called once."""
         _lora.adapt(self, lora)
         self.adapted = True
         for name, parameter in self.named_parameters():
@@ -216,17 +179,18 @@ class Encoder(nn.Module):
 
     @property
     def learns(self) -> bool:
-        """Whether anything of it does: its features then change from step to step."""
+        """Whether any parameter is trainable, so that features change during training."""
         return self.tuned or self.adapted
 
     def learned(self, name: str) -> bool:
-        """Whether a parameter or buffer of it, by its name here, is learned and not given."""
+        """Whether a parameter or buffer of this encoder is trained rather than loaded from the pretrained weights."""
         return self.tuned or (self.adapted and _lora.is_lora(name))
 
     def train(self, mode: bool = True) -> Encoder:
-        """Training mode reaches the backbone only when it is fully tuned; of an adapted one, LoRA's own dropout.
+        """Set training mode: of the backbone only if it is fully tuned, else only of LoRA's dropout.
 
-        Never a batch norm: it would mix the samples of a batch, and have statistics of its own in each process.
+        Batch norms always stay in evaluation mode: otherwise a sample's output would depend on its batch, and statistics
+        would differ between processes.
         """
         super().train(mode and self.tuned)
         for module in self.modules() if mode and self.tuned else ():
@@ -237,16 +201,16 @@ class Encoder(nn.Module):
         return self
 
     def architecture(self) -> dict[str, Any]:
-        """Every plain value of the model that its features depend on, besides its weights: resolved configuration, pooling.
+        """Plain values besides the weights that determine the features: resolved configuration, pooling.
 
         By default the name and the options in the spec; a family that reads a configuration returns that, without paths.
         """
         options = {key: value for key, value in self.spec.options.items() if key not in _description.SOURCES}
-        stored = os.path.exists(os.path.expanduser(self.spec.name))  # a path says where it is, not what it is
+        stored = os.path.exists(os.path.expanduser(self.spec.name))  # a path does not identify a model
         return {"class": type(self).__name__, **({} if stored else {"name": self.spec.name}), **options}
 
     def describe(self) -> dict[str, Any]:
-        """What determines its features besides its weights: sections ``model``, ``preprocess`` and ``libraries``."""
+        """Describe what determines the features besides the weights: ``model``, ``preprocess`` and ``libraries``."""
         owners = [registry.distribution(point) for point in registry.claimed(registry.ENCODERS, self.spec.scheme)]
         description = {
             "model": self.architecture(),
@@ -257,9 +221,9 @@ class Encoder(nn.Module):
         return plain
 
     def count_tokens(self) -> int:
-        """Tokens of a value that says nothing, in one forward pass: of an image, patches and class token.
+        """Count the tokens of an empty value by a forward pass: of an image, its patches and class token.
 
-        They are counted where they enter the first promptable layer; of an encoder without one, where they leave the last.
+        Counts the input of the first promptable layer, or the output if there is none.
         """
         counted: list[int] = []
 
@@ -272,62 +236,48 @@ class Encoder(nn.Module):
         return counted[0] if counted else encoded.tokens_BLD.shape[1]
 
     def digest(self) -> str:
-        """16 hex digits that change with any value of `describe`, library versions among them."""
+        """Hash of `describe`, including library versions: 16 hex digits."""
         return _description.digest(self.describe())
 
     def fingerprint(self) -> str:
-        """16 hex digits that change with the name, shape or type of any weight and with any one value; not with LoRA."""
-        digest = hashlib.sha256()
+        """Hash of names, shapes, types and values of the weights, without LoRA's: 16 hex digits."""
         weights = self.state_dict()
         if self.adapted:
-            weights = {_lora.original(name): tensor for name, tensor in weights.items() if not _lora.is_lora(name)}
-        for name, tensor in sorted(weights.items()):
-            flat = tensor.detach().reshape(-1)
-            picked = flat[:: max(1, flat.numel() // 4096)].cpu()
-            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}{_sum_of_bits(flat)}".encode())
-            digest.update(picked.double().numpy().tobytes())
-        return digest.hexdigest()[:16]
-
-
-def _sum_of_bits(flat: Tensor) -> int:
-    """All values as whole numbers, added: changes with any one of them, on any device alike."""
-    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(flat.element_size())
-    if flat.dtype == torch.bool or whole is None:
-        return int(flat.double().sum())
-    return int(flat.contiguous().view(whole).sum(dtype=torch.int64))
+            weights = {_lora.original_name(name): tensor for name, tensor in weights.items() if not _lora.is_lora(name)}
+        return fingerprint(weights)
 
 
 def create_encoder(text: str) -> Encoder:
-    """The frozen encoder that a spec names, its alias resolved (``encoder.spec`` has the full name).
+    """Create the frozen encoder that a spec names; ``encoder.spec`` has the full name of an alias.
 
     Raises:
-        ConfigError: not a spec, or an unknown scheme.
-        EncoderError: the scheme knows no such encoder, or cannot load it.
-        PluginError: the plugin that brings the scheme cannot be used.
+        ConfigError: not a spec.
+        EncoderError: an unknown scheme, an unknown encoder of the scheme, or one that cannot be loaded.
+        PluginError: the plugin that provides the scheme cannot be used.
     """
     spec = full_spec(text)
-    make = registry.load(registry.ENCODERS, spec.scheme)
+    build = registry.load(registry.ENCODERS, spec.scheme)
     owner, of_plugin, _ = spec.scheme.rpartition(":")
     try:
         with registry.nothing_on_stdout():
-            encoder = make(spec)
+            encoder = build(spec)
     except Exception as error:
         if not of_plugin or isinstance(error, MopefuseError):
             raise
-        what = f"{spec.name} of the plugin {owner} cannot be made: {type(error).__name__}: {error}"
+        what = f"the plugin {owner} failed to create {spec.name}: {type(error).__name__}: {error}"
         raise PluginError(12, what, where=str(spec), fix=f"upgrade or uninstall {owner}") from error
     if not isinstance(encoder, Encoder):
-        what = f"the plugin {owner} made a {type(encoder).__name__}, which is no mopefuse.encoders.Encoder"
+        what = f"the plugin {owner} returned a {type(encoder).__name__} instead of a mopefuse.encoders.Encoder"
         raise PluginError(13, what, where=str(spec), fix=f"upgrade or uninstall {owner}")
     encoder.freeze()
     return encoder
 
 
 def check_name(text: str) -> None:
-    """Refuse a spec whose scheme or name does not exist, as far as this machine knows.
+    """Check that the scheme and the name of a spec exist, as far as can be known without the network.
 
     Raises:
-        as `create_encoder`
+        ConfigError, EncoderError, PluginError: see `create_encoder`.
     """
     spec = full_spec(text)
     check = getattr(registry.load(registry.ENCODERS, spec.scheme), "check_name", None)  # a plugin may be a function
@@ -336,33 +286,38 @@ def check_name(text: str) -> None:
 
 
 def full_spec(text: str) -> Spec:
-    """A spec with its alias resolved to the documented full name. Imports no encoder."""
+    """Parse a spec and resolve its alias to the full name, without importing an encoder."""
     spec = registry.parse_spec(text)
     return replace(spec, name=ALIASES.get(spec.scheme, {}).get(spec.name, spec.name))
 
 
 def option_flag(spec: Spec, key: str, default: bool) -> bool:
-    """A ``true``/``false`` option of a spec."""
+    """Value of a boolean option of a spec.
+
+    Raises:
+        EncoderError: neither ``true`` nor ``false``.
+    """
     value = spec.options.get(key, str(default)).lower()
     if value not in ("true", "false"):
-        raise EncoderError(22, f"{key}={value} is neither true nor false", where=str(spec))
+        raise EncoderError(22, f"{key}={value} is neither true nor false", where=str(spec), fix=f"write {key}=true")
     return value == "true"
 
 
 def run_frozen(encoder: Encoder, inputs: Inputs) -> Encoded:
-    """A forward pass without prompts and without a graph, as psi of a frozen complementary encoder is computed."""
+    """Encode without prompts and without building an autograd graph."""
     with torch.no_grad():
         return encoder.encode(inputs)
 
 
-_ELEMENTS = 64 * 3 * 224 * 224  # most elements of one input tensor of a batch, as pixels and tokens are
-_SAMPLES = 32  # more bring nothing on a CPU, and pad texts more
+_MAX_ELEMENTS = 64 * 3 * 224 * 224  # of one input tensor of a batch
+_MAX_SAMPLES = 32  # more are not faster on a CPU, and need more padding
 
 
 def encode_pooled(encoder: Encoder, inputs: Inputs) -> Tensor:
-    """Pooled features (B, C) of a frozen encoder, in batches of samples of similar length, without padding they do not need.
+    """Compute pooled features (B, C) of a frozen encoder, in parts of samples of similar length to save padding.
 
-    A sample's feature depends on its batch by rounding only. Padding is on the right; an encoder with a fixed length keeps it.
+    A sample's feature depends on its part by rounding only. Padding must be on the right; inputs of an encoder with a fixed
+    length are not shortened.
     """
     count = len(next(iter(inputs.values())))
     order_B, lengths_B = torch.arange(count), None
@@ -372,13 +327,13 @@ def encode_pooled(encoder: Encoder, inputs: Inputs) -> Tensor:
         order_B = lengths_B.argsort(stable=True)
     largest = max(tensor[0].numel() for tensor in inputs.values())
     pooled_BC: Tensor | None = None
-    for part_b in order_B.split(max(1, min(_SAMPLES, _ELEMENTS // largest))):
-        some = {name: tensor[part_b.to(tensor.device)] for name, tensor in inputs.items()}
+    for index_b in order_B.split(max(1, min(_MAX_SAMPLES, _MAX_ELEMENTS // largest))):
+        part = {name: tensor[index_b.to(tensor.device)] for name, tensor in inputs.items()}
         if lengths_B is not None:
-            longest = int(lengths_B[part_b].max())
-            some = {name: tensor[:, :longest] if tensor.shape[1:2] == (padded,) else tensor for name, tensor in some.items()}
-        found_bC = run_frozen(encoder, some).pooled_BC
-        pooled_BC = found_bC.new_empty(count, found_bC.shape[1]) if pooled_BC is None else pooled_BC
-        pooled_BC[part_b.to(found_bC.device)] = found_bC
+            longest = int(lengths_B[index_b].max())
+            part = {name: tensor[:, :longest] if tensor.shape[1:2] == (padded,) else tensor for name, tensor in part.items()}
+        part_bC = run_frozen(encoder, part).pooled_BC
+        pooled_BC = part_bC.new_empty(count, part_bC.shape[1]) if pooled_BC is None else pooled_BC
+        pooled_BC[index_b.to(part_bC.device)] = part_bC
     assert pooled_BC is not None, "an empty batch"
     return pooled_BC

@@ -1,7 +1,7 @@
-"""What determines an encoder's features besides its weights, as plain values: recorded in runs, and part of cache keys.
+"""Descriptions of encoders: plain values besides the weights that determine the features, used in runs and cache keys.
 
-A description has three sections: ``model`` (resolved configuration and pooling), ``preprocess`` (sizes, statistics, digests of
-the tokenizer) and ``libraries`` (versions). It holds no path, so that the same encoder is the same wherever it is stored.
+A description has three sections: ``model`` (resolved configuration and pooling), ``preprocess`` (sizes, statistics, digests
+of the tokenizer) and ``libraries`` (versions). It contains no paths, so it does not depend on where an encoder is stored.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from dataclasses import fields, is_dataclass
 from importlib import metadata
 from typing import Any
 
-SOURCES = frozenset({"pretrained", "weights"})  # options of a spec that say where weights are, not what is computed
-_NAMES = ("tokenizer", "name")  # in a preprocess: what it is called, which may be a path
-_INTERNAL = ("preprocess.tokenizer.state",)  # fields whose form belongs to a library version
+SOURCES = frozenset({"pretrained", "weights"})  # options of a spec that select weights and do not affect the architecture
+_NAMES = ("tokenizer", "name")  # fields of a preprocess that name it, possibly by a path
+_INTERNAL = ("preprocess.tokenizer.state",)  # fields whose format depends on the library version
 _PLAIN = (bool, int, float, str, tuple, list, type(None))
 
 
 def versions(distributions: Iterable[str]) -> dict[str, str]:
-    """The installed versions of `distributions`; those not installed are left out."""
+    """Installed versions of `distributions`; those that are not installed are omitted."""
     found = {}
     for name in sorted(set(distributions)):
         try:
@@ -31,31 +31,31 @@ def versions(distributions: Iterable[str]) -> dict[str, str]:
 
 
 def preprocess_values(preprocess: Any) -> dict[str, Any]:
-    """What `describe` says, and every plain field of a preprocess that is a dataclass; a tokenizer by its digests."""
+    """Collect `describe`, every plain field of a preprocess that is a dataclass, and the digests of its tokenizer."""
     values = dict(preprocess.describe())
     if is_dataclass(preprocess):
-        own = {one.name: getattr(preprocess, one.name) for one in fields(preprocess)}
-        values |= {name: value for name, value in own.items() if isinstance(value, _PLAIN)}
+        attributes = {one.name: getattr(preprocess, one.name) for one in fields(preprocess)}
+        values |= {name: value for name, value in attributes.items() if isinstance(value, _PLAIN)}
     values = {name: value for name, value in values.items() if name not in _NAMES}
     digests = getattr(preprocess, "digests", None)
     return values if digests is None else {**values, "tokenizer": digests()}
 
 
 def plain(value: Any) -> Any:
-    """`value` as it is after a trip through JSON: with lists for tuples, and text for what JSON has no form for."""
+    """Convert a value to what JSON can hold: lists for tuples, text for anything else."""
     return json.loads(json.dumps(value, default=str, sort_keys=True))
 
 
 def digest(description: Mapping[str, Any]) -> str:
-    """16 hex digits that change with any value of a description."""
+    """Hash of a description: 16 hex digits."""
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The fields of two descriptions that differ, as ``model.hidden_act: was "gelu", is "relu"``; library versions aside.
+    """List the fields that differ, as ``model.hidden_act: was "gelu", is "relu"``, except library versions.
 
-    Other versions of a library name other fields and serialise tokenizers differently: then only fields that both
-    descriptions have are compared.
+    If library versions differ, only fields that both descriptions have are compared, without `_INTERNAL` ones: another
+    version may name fields or serialise tokenizers differently.
     """
     both = flat(before), flat(now)
     skipped = set(both[0].keys() ^ both[1].keys()) | set(_INTERNAL) if other_versions(before, now) else set()
@@ -68,14 +68,14 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def other_versions(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The libraries whose versions differ, as ``transformers 5.1.0, now 5.2.0``."""
+    """List the libraries whose versions differ, as ``transformers 5.1.0, now 5.2.0``."""
     was, is_ = (values.get("libraries") or {} for values in (before, now))
     names = sorted(name for name in was.keys() | is_.keys() if was.get(name) != is_.get(name))
     return [f"{name} {was.get(name, 'absent')}, now {is_.get(name, 'absent')}" for name in names]
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values by dotted name."""
+    """Flatten nested values to dotted names."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):

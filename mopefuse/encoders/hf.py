@@ -1,12 +1,12 @@
 """Encoders of transformers: ``hf:bert-base``, ``hf:org/name@revision``, ``hf:/path/to/folder``, ``hf:clip-text``.
 
-Which layers can be prompted is found by a probe and not by name (`_probe`); a model whose layers it cannot verify gives its
-pooled feature. Decoder-only language models are encoders of text as well, summed up by their last token.
+Promptable layers are found by a probe and not by name (`probe`); a model whose layers it cannot verify provides its pooled
+feature only. Decoder-only language models are text encoders too, pooled by their last token.
 
-Images have the size that the model's image processor declares, to which the model's positions are interpolated if they are for
-another one; ``?size=`` overrides it.
+Images have the size that the model's image processor declares; the model's positions are interpolated to it if necessary.
+``?size=`` overrides it.
 
-Options: ``pretrained``, ``weights``, ``pool``, ``max_tokens`` (text), ``size`` (images); others replace values of the
+Options: ``pretrained``, ``weights``, ``pool``, ``max_tokens`` (text), ``size`` (images); others override values of the
 configuration.
 
 Shapes: B batch, L tokens, D width, C width of the pooled feature.
@@ -42,7 +42,7 @@ class HFEncoder(TransformersEncoder):
 
     families = FAMILIES
     own_options = _OURS
-    _interpolate = False  # positions, to images of another size than the model was built for
+    _interpolate = False  # whether positions are interpolated to another image size than the model's
 
     def _other_family(self, kind: str, model: Any) -> Family:
         if model.main_input_name == "pixel_values":
@@ -57,42 +57,42 @@ class HFEncoder(TransformersEncoder):
         return self._images(source)
 
     def _images(self, source: Source) -> ImagePreprocess:
-        """What the image processor declares, or ``?size=``; if the model cannot take either, its own size."""
-        built_for, asked = _built_for(self.model_config), _options.image_size(self.spec)
-        if asked is None and "image_size" in self.spec.options:
-            asked = built_for
+        """Build preprocessing from the image processor and ``?size=``; if the model supports neither size, use its own."""
+        native, requested = _native_size(self.model_config), _options.image_size(self.spec)
+        if requested is None and "image_size" in self.spec.options:
+            requested = native
         patch = getattr(self.model_config, "patch_size", None)
-        if "size" in self.spec.options and asked and isinstance(patch, int):
-            _options.require_patches(self.spec, asked, patch)
+        if "size" in self.spec.options and requested and isinstance(patch, int):
+            _options.require_patches(self.spec, requested, patch)
         processor = _processor(self.spec, source)
         if processor is None:
-            found = _hf_images.by_default(self._family.statistics, asked or built_for or (224, 224))
+            found = _hf_images.default_preprocess(self._family.statistics, requested or native or (224, 224))
         else:
-            found = _hf_images.from_processor(processor, size=asked)
-        if built_for is None or found.size == built_for:
+            found = _hf_images.from_processor(processor, size=requested)
+        if native is None or found.size == native:
             return found
         self._interpolate = "interpolate_pos_encoding" in inspect.signature(self.backbone.forward).parameters
-        reason = self._refuses(found.size)
-        if reason is None:
+        error = self._try_size(found.size)
+        if error is None:
             return found
         if "size" in self.spec.options:
-            raise _options.cannot_resize(self.spec, reason)
+            raise _options.cannot_resize(self.spec, error)
         self._interpolate = False
-        return _hf_images.from_processor(processor, squeeze=built_for)
+        return _hf_images.from_processor(processor, squeeze=native)
 
     @torch.no_grad()
-    def _refuses(self, size: tuple[int, int]) -> Exception | None:
-        """Why the model does not run on images of a size; None if it does."""
+    def _try_size(self, size: tuple[int, int]) -> Exception | None:
+        """Run the model on an image of a size; return the error, None if it runs."""
         was_training = self.backbone.training
         try:
-            self.backbone.eval()(pixel_values=torch.zeros(1, 3, *size), **self._more())
+            self.backbone.eval()(pixel_values=torch.zeros(1, 3, *size), **self._image_options())
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
             return error
         finally:
             self.backbone.train(was_training)
         return None
 
-    def _more(self) -> dict[str, bool]:
+    def _image_options(self) -> dict[str, bool]:
         return {"interpolate_pos_encoding": True} if self._interpolate else {}
 
     def _example_inputs(self) -> Inputs:
@@ -101,7 +101,7 @@ class HFEncoder(TransformersEncoder):
         return self.preprocess.batch(["a b", "c"])
 
     def _probe(self, example: Inputs) -> Encoded:
-        self._prefix = 0  # tokens ahead of the patches
+        self._prefix = 0  # number of tokens before the patches
         encoded = super()._probe(example)
         side = getattr(self.model_config, "patch_size", None)
         if isinstance(self.preprocess, ImagePreprocess) and isinstance(side, int):
@@ -113,18 +113,18 @@ class HFEncoder(TransformersEncoder):
     def _run(self, inputs: Inputs) -> Encoded:
         if self.modality == "text":
             mask_BL = self._call.mask_BL = inputs["mask"]
-            seen = None if self._family.filled else mask_BL.long()
-            out = self.backbone(input_ids=inputs["ids"], attention_mask=seen)
+            attention_mask = None if self._family.filled else mask_BL.long()
+            out = self.backbone(input_ids=inputs["ids"], attention_mask=attention_mask)
         else:
             mask_BL = None
-            out = self.backbone(pixel_values=inputs["pixels"], **self._more())
+            out = self.backbone(pixel_values=inputs["pixels"], **self._image_options())
         tokens_BLD: Tensor = out.last_hidden_state
         if tokens_BLD.dim() == 4:
             tokens_BLD = tokens_BLD.flatten(2).transpose(1, 2)
         return Encoded(self._pooled(out, tokens_BLD, mask_BL), tokens_BLD, mask_BL)
 
     def _pooled(self, out: Any, tokens_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
-        """The summary that `pool` names."""
+        """Pool the output as the option `pool` selects, (B, C)."""
         if self._pool == "pooler" and getattr(out, "pooler_output", None) is not None:
             pooled_BC: Tensor = out.pooler_output.flatten(1)
             return pooled_BC
@@ -139,7 +139,7 @@ class HFEncoder(TransformersEncoder):
 
 
 def _texts(spec: Spec, source: Source, config: Any, *, filled: bool) -> TextPreprocess:
-    """The encoder's own tokenizer and length."""
+    """Build preprocessing with the encoder's tokenizer and length."""
     if "size" in spec.options:
         raise _options.unknown_option(spec, "size", {*_OURS} - {"size"})
     values = {**config.to_dict(), "model_type": config.model_type}
@@ -170,8 +170,8 @@ def _texts(spec: Spec, source: Source, config: Any, *, filled: bool) -> TextPrep
     return TextPreprocess(tokenize, most, spec.name, int(config.vocab_size), tokenize.save, tokenize.length)
 
 
-def _built_for(config: Any) -> tuple[int, int] | None:
-    """The size of images, in pixels, that a model's positions are for."""
+def _native_size(config: Any) -> tuple[int, int] | None:
+    """(height, width) in pixels of the images that a model's positions are for."""
     side = getattr(config, "image_size", None)
     if not side:
         return None
@@ -179,10 +179,10 @@ def _built_for(config: Any) -> tuple[int, int] | None:
 
 
 def _processor(spec: Spec, source: Source) -> Any:
-    """The image processor beside the model; None for random weights that have none.
+    """Load the image processor beside the model; None for random weights without one.
 
     Raises:
-        EncoderError: trained weights without one, or one that cannot be read.
+        EncoderError: pretrained weights without an image processor, or one that cannot be read.
     """
     if "max_tokens" in spec.options:
         raise _options.unknown_option(spec, "max_tokens", {*_OURS} - {"max_tokens"})
@@ -190,7 +190,7 @@ def _processor(spec: Spec, source: Source) -> Any:
         if source.trained and source.folder is not None:
             raise EncoderError(
                 _numbers.NO_IMAGE_CONFIG,
-                f"{source.folder} has no preprocessor_config.json: size and statistics of its images are not known",
+                f"{source.folder} has no preprocessor_config.json, which gives the size and statistics of images",
                 where=str(spec),
                 fix="save the image processor beside the model",
             )

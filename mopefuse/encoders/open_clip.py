@@ -1,10 +1,10 @@
 """Towers of open_clip: ``open_clip:ViT-B-32/laion2b_s34b_b79k#visual``, ``open_clip:ViT-B-32#text?pretrained=false``.
 
-A tower's pooled feature is its own output, projection included. Its text tower takes ids of its full context length,
-as it was trained. In CLIP a causal mask keeps padding out of what is pooled at the end-of-text token; SigLIP sees the
-padding, and pools the last token. Prompts are passed to the block's ``nn.MultiheadAttention`` as more keys and values
-than queries; gated prompts are added to its output, so that whatever kernel it runs, a gate of 0 leaves that output
-alone. A visual tower that is a model of timm (as SigLIP's) is prompted as one of ``timm:`` is.
+A tower's pooled feature is its output including the projection. The text tower takes ids of its full context length, as in
+pretraining. In CLIP the causal mask keeps padding from affecting the pooled end-of-text token; SigLIP attends to padding
+and pools the last token. Ungated prompts are passed to the block's ``nn.MultiheadAttention`` as additional keys and values;
+the contribution of gated prompts is added to its output, so that a gate of 0 leaves the output unchanged for any kernel. A
+visual tower that is a model of timm (as SigLIP's) is prompted like ``timm:`` encoders.
 
 Options: ``pretrained``, ``weights``, ``max_tokens`` (text), ``size`` (images; positions are interpolated, as with open_clip's
 ``force_image_size``), ``force_quick_gelu`` as in open_clip.
@@ -31,8 +31,8 @@ from torch import Tensor
 
 from mopefuse.core import error_numbers as _numbers
 from mopefuse.core import hub as _hub
-from mopefuse.core.artifact import check_tensors
 from mopefuse.core.registry import Spec
+from mopefuse.core.tensor_files import check_tensors
 from mopefuse.encoders import _open_clip_text, _options, _weights
 from mopefuse.encoders._prompted import PromptedEncoder
 from mopefuse.encoders._timm_attention import prompt_model
@@ -50,7 +50,7 @@ class OpenCLIPEncoder(PromptedEncoder):
     """One tower of an open_clip model. ``encode`` takes ``{"pixels": (B, 3, H, W)}`` or ``{"ids", "mask": (B, L)}``.
 
     Raises (on construction):
-        EncoderError: unknown model, tag, tower or option, no safetensors weights, or the hub cannot give them.
+        EncoderError: unknown model, tag, tower or option, no safetensors weights, or a failed download.
         CheckpointError: ``weights`` is damaged, a pickle, or does not fit.
     """
 
@@ -70,7 +70,7 @@ class OpenCLIPEncoder(PromptedEncoder):
             if any(key.startswith(whole) for key in state):
                 state = {key.removeprefix(whole): tensor for key, tensor in state.items() if key.startswith(whole)}
             if tower == "visual" and "size" in spec.options:
-                state = _interpolated(state, model)
+                state = _interpolate_positions(state, model)
             _weights.load_strictly(self.backbone, state, where=str(spec))
         if hasattr(self.backbone, "output_tokens"):
             self.backbone.output_tokens = True
@@ -88,7 +88,7 @@ class OpenCLIPEncoder(PromptedEncoder):
             self._prompt_tower()
 
     def architecture(self) -> dict[str, Any]:
-        """The tower's configuration with the options applied."""
+        """Describe the tower's configuration with options applied."""
         return self._architecture
 
     @classmethod
@@ -120,8 +120,8 @@ class OpenCLIPEncoder(PromptedEncoder):
         return Encoded(pooled_BC, tokens, None)
 
 
-def _interpolated(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
-    """Weights of a visual tower with their positions for the size that the model was built for."""
+def _interpolate_positions(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """Interpolate the positions among a visual tower's weights to the model's image size."""
     whole = {f"visual.{key}": tensor for key, tensor in state.items()}
     resize_pos_embed(whole, model)
     return {key.removeprefix("visual."): tensor for key, tensor in whole.items()}
@@ -130,19 +130,19 @@ def _interpolated(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
 def _attention(
     self: Any, q_x: Tensor, k_x: Tensor | None = None, v_x: Tensor | None = None, attn_mask: Tensor | None = None
 ) -> Tensor:
-    """`ResidualAttentionBlock.attention`, with the prompt in the slot."""
+    """`ResidualAttentionBlock.attention` with the prompt in the slot."""
     prompt: Prompt | None = self.prompt_slot.take()
     if prompt is None or prompt.gate_H is not None:
         out: Tensor = ResidualAttentionBlock.attention(self, q_x=q_x, k_x=k_x, v_x=v_x, attn_mask=attn_mask)
-        return out if prompt is None else out + _gated(self.attn, q_x, prompt)
+        return out if prompt is None else out + _attend_gated(self.attn, q_x, prompt)
     kv_x = torch.cat([prompt.tokens_BPD, q_x], dim=1)
     mask = None if attn_mask is None else F.pad(attn_mask.to(q_x.dtype), (prompt.tokens_BPD.shape[1], 0))
     attended: Tensor = self.attn(q_x, kv_x, kv_x, need_weights=False, attn_mask=mask)[0]
     return attended
 
 
-def _gated(attn: Any, x_BLD: Tensor, prompt: Prompt) -> Tensor:
-    """What gated prompts add to the output of the attention: the output projection is linear."""
+def _attend_gated(attn: Any, x_BLD: Tensor, prompt: Prompt) -> Tensor:
+    """Compute the term that gated prompts add to the attention's output, whose projection is linear: (B, L, D)."""
     assert prompt.gate_H is not None
     query_weight, kv_weight = attn.in_proj_weight.split([attn.embed_dim, 2 * attn.embed_dim])
     query_bias, kv_bias = attn.in_proj_bias.split([attn.embed_dim, 2 * attn.embed_dim])
@@ -153,16 +153,16 @@ def _gated(attn: Any, x_BLD: Tensor, prompt: Prompt) -> Tensor:
 
 
 def _promptable(tower: Any) -> tuple[list[Any], str]:
-    """The blocks that can be prompted, in order; else none, and the reason."""
+    """Find the promptable blocks, in order; if there are none, return the reason."""
     known = type(tower) is VisionTransformer or (type(tower) is TextTransformer and tower.cls_emb is None)
     blocks = list(tower.transformer.resblocks) if known else []
     if blocks and all(type(block) is ResidualAttentionBlock for block in blocks):
         return blocks, ""
-    return [], f"has a tower of a kind that cannot be prompted ({type(tower).__name__}); usable as --comp (pooled feature)"
+    return [], f"has a tower that cannot be prompted ({type(tower).__name__}); usable as --comp (pooled feature)"
 
 
 def _parse(spec: Spec) -> tuple[str, str, str]:
-    """Model, tag of its weights, tower."""
+    """Split a spec's name into model, tag of its weights and tower."""
     model, _, tower = spec.name.partition("#")
     name, _, tag = model.partition("/")
     if tower not in _TOWERS:
@@ -185,7 +185,7 @@ def _parse(spec: Spec) -> tuple[str, str, str]:
             _numbers.UNKNOWN_NAME,
             f"open_clip has no weights {tag!r} of {name}" if tag else f"{spec.name} names no weights",
             where=str(spec),
-            fix=(did_you_mean(tag, tags) if tags else "") or "add ?pretrained=false, or ?weights=file",
+            fix=(did_you_mean(tag, tags) if tags else "") or "add ?pretrained=false or ?weights=FILE",
         )
     return name, tag, tower
 
@@ -195,7 +195,7 @@ def _random(spec: Spec) -> bool:
 
 
 def _config(spec: Spec, name: str, tag: str, tower: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The model's configuration with the options applied, and the statistics of its images."""
+    """Load the model's configuration with options applied, and the statistics of its images."""
     config = copy.deepcopy(open_clip.get_model_config(name))
     statistics = open_clip.get_pretrained_cfg(name, tag) or {
         "mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD,
@@ -227,14 +227,14 @@ def _config(spec: Spec, name: str, tag: str, tower: str) -> tuple[dict[str, Any]
 
 
 def _load(spec: Spec, config: dict[str, Any], name: str, tag: str) -> tuple[Any, str]:
-    """The model, and the commit of its weights."""
+    """Build the model; also return the commit of its weights."""
     path = None if _random(spec) else _fetch(spec, name, tag)
     try:
         model = open_clip.CustomTextCLIP(**config)
         if path is not None:
             load_checkpoint(model, str(path))
         if {"size", "force_image_size"} & spec.options.keys() and isinstance(model.visual, TimmModel):
-            model.visual.set_input_size(config["vision_cfg"]["image_size"])  # its constructor leaves the trunk as it is
+            model.visual.set_input_size(config["vision_cfg"]["image_size"])  # its constructor does not resize the trunk
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise EncoderError(
             _numbers.CANNOT_BUILD, f"open_clip cannot build {name}: {error}", where=str(spec), fix="change the options"
@@ -243,7 +243,7 @@ def _load(spec: Spec, config: dict[str, Any], name: str, tag: str) -> tuple[Any,
 
 
 def _fetch(spec: Spec, name: str, tag: str) -> Path:
-    """The safetensors file of a tag. open_clip itself would fall back to a pickle."""
+    """Fetch the safetensors file of a tag. open_clip itself would fall back to a pickle."""
     hub = open_clip.get_pretrained_cfg(name, tag).get("hf_hub", "")
     repo, _, filename = hub.rpartition("/") if hub.count("/") > 1 else (hub, "", "")
     wanted = [Path(filename).with_suffix(".safetensors").name] if filename else []
@@ -256,14 +256,13 @@ def _fetch(spec: Spec, name: str, tag: str) -> Path:
 
 
 def _image_preprocess(spec: Spec, tower: Any, statistics: dict[str, Any]) -> ImagePreprocess:
-    """Own size, statistics and way of resizing."""
+    """Build preprocessing from the tower's size and the statistics of its weights."""
     side = tower.image_size
     size = (int(side), int(side)) if isinstance(side, int) else (int(side[0]), int(side[1]))
     mode = statistics["resize_mode"]
     if mode not in ("shortest", "squash"):
-        raise EncoderError(
-            _numbers.UNSUITABLE, f"{spec.name} resizes images in the way {mode!r}", where=str(spec), fix="use other weights"
-        )
+        what = f"{spec.name} has the unsupported resize mode {mode!r}"
+        raise EncoderError(_numbers.UNSUITABLE, what, where=str(spec), fix="use other weights")
     shorter = mode == "shortest" and size[0] == size[1]
     mean, std = statistics["mean"], statistics["std"]
     return ImagePreprocess(

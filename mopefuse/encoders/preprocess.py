@@ -1,4 +1,7 @@
-"""Preprocessing that the families share: images by an encoder's own size and statistics, texts by its tokenizer."""
+"""Preprocessing shared by all families: images with an encoder's size and statistics, texts with its tokenizer.
+
+Shapes: B batch, H and W height and width in pixels, L tokens.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +25,15 @@ from mopefuse.modalities import pixels, tokens
 
 @dataclass(frozen=True)
 class ImagePreprocess:
-    """Resize (shorter side to `resize`, or both sides when it is a pair), centre crop to `size`, scale, normalise.
+    """Resizes (the shorter side to `resize`, or both sides if it is a pair), centre-crops to `size`, scales, normalises.
 
-    Augmentation has its place after `reduce` and before `ready`.
+    Augmentation is applied between `reduce` and `ready`.
 
-    Args:
-        size: (height, width) in pixels of what the encoder sees.
+    Attributes:
+        size: (height, width) of the encoder's input, in pixels.
         mean, std: per channel, of values scaled to 0..1.
-        resize: shorter side in pixels, or (height, width) to be squeezed to.
+        resize: shorter side in pixels, or (height, width) without keeping the aspect ratio.
+        interpolation: name of a Pillow filter.
     """
 
     size: tuple[int, int]
@@ -39,23 +43,23 @@ class ImagePreprocess:
     interpolation: str = "bicubic"
 
     def item(self, value: Image.Image) -> Tensor:
-        """An image to a (H, W, 3) tensor of 8 bits, which batches small; `finish` normalises it where the encoder is."""
+        """Convert an image to a uint8 tensor (H, W, 3); it stays 8-bit until `finish` normalises it on the device."""
         return self.ready(self.reduce(value))
 
     def reduce(self, value: Image.Image) -> NDArray[np.uint8]:
-        """All of an image that any crop of it needs, resized: what can be kept on disk. (h, w, 3), not yet cropped."""
+        """Resize an image without cropping it: uint8 array (height, width, 3), which may be cached."""
         return pixels.shrink(value.convert("RGB"), self.resize, self.interpolation)
 
     def ready(self, reduced: NDArray[np.uint8]) -> Tensor:
-        """The centre of what `reduce` gave, perhaps augmented since, at the size that the encoder sees."""
+        """Crop the centre of a resized and possibly augmented image: (H, W, 3)."""
         return torch.from_numpy(pixels.centre(reduced, self.size).copy())
 
     def batch(self, items: Sequence[Tensor]) -> dict[str, Tensor]:
-        """``{"pixels": (B, H, W, 3)}`` of 8 bits."""
+        """Stack images: ``{"pixels": (B, H, W, 3)}``, uint8."""
         return {"pixels": torch.stack(list(items))}
 
     def finish(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """``{"pixels": (B, 3, H, W)}``, floats, normalised; those that are floats already stay as they are."""
+        """Normalise uint8 pixels: ``{"pixels": (B, 3, H, W)}``; floating-point pixels are returned unchanged."""
         images = inputs["pixels"]
         if images.dtype != torch.uint8:
             return dict(inputs)
@@ -64,7 +68,7 @@ class ImagePreprocess:
         return {**inputs, "pixels": scaled.sub_(mean).div_(std)}
 
     def describe(self) -> dict[str, Any]:
-        """Sizes in pixels, statistics of values in 0..1."""
+        """Describe sizes in pixels and statistics of values in 0..1."""
         return {
             "modality": "image",
             "size": list(self.size),
@@ -86,15 +90,16 @@ Save = Callable[[Path], dict[str, Any]]
 
 @dataclass(frozen=True)
 class TextPreprocess:
-    """Cut in characters, make readable, tokenize and pad a batch.
+    """Truncates texts by characters, replaces unreadable characters, tokenizes and pads a batch.
 
-    Args:
-        tokenize: (texts, most tokens) to ids (B, L) and mask (B, L), True where a token is real.
-        max_tokens: most tokens of one text, special ones included.
-        vocabulary: ids are below it.
-        save: write what `mopefuse.inference.bundle` needs to tokenize in the same way to a file, and describe it for
-            preprocess.json; None where that is not possible, and then the encoder cannot be exported.
-        length: the one length that the encoder takes, to which every text is padded; None for any.
+    Attributes:
+        tokenize: maps texts and a maximum number of tokens to ids (B, L) and mask (B, L), False for padding.
+        max_tokens: maximum number of tokens of a text, including special ones.
+        name: of the tokenizer.
+        vocabulary: size of the vocabulary; ids are below it.
+        save: writes what `mopefuse.inference.bundle` needs to tokenize in the same way to a file, and returns its
+            description for preprocess.json; None if that is not possible, so that the encoder cannot be exported.
+        length: fixed length to which every text is padded; None for the longest of the batch.
     """
 
     tokenize: Tokenize
@@ -105,31 +110,31 @@ class TextPreprocess:
     length: int | None = None
 
     def __post_init__(self) -> None:
-        self.tokenize(["a"], self.max_tokens)  # libraries set a tokenizer up on its first use, which threads must not share
+        self.tokenize(["a"], self.max_tokens)  # libraries initialise a tokenizer on first use, which is not thread-safe
 
     def item(self, value: str) -> str:
-        """A text that any tokenizer takes: lone surrogates and control characters become U+FFFD."""
+        """Prepare one text: truncate it, and replace lone surrogates and control characters by U+FFFD."""
         return self.reduce(value)
 
     def reduce(self, value: str) -> str:
-        """All of a text that can matter: cut in characters before it is tokenized, and made readable."""
+        """Truncate a text to the characters that `max_tokens` can cover, and replace unreadable characters."""
         return tokens.readable(value, self.max_tokens)
 
     def ready(self, reduced: str) -> str:
-        """The text as it is; tokens are made of a whole batch."""
+        """Return the text unchanged; `batch` tokenizes it."""
         return reduced
 
     def batch(self, items: Sequence[str]) -> dict[str, Tensor]:
-        """``{"ids": (B, L), "mask": (B, L)}``, padded to the longest text of the batch."""
+        """Tokenize texts: ``{"ids": (B, L), "mask": (B, L)}``, padded to `length` or to the longest text."""
         ids, mask = self.tokenize(list(items), self.max_tokens)
         return {"ids": ids, "mask": mask.bool()}
 
     def finish(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tokens as they are."""
+        """Return the inputs unchanged."""
         return dict(inputs)
 
     def digests(self) -> dict[str, str]:
-        """What tells its tokenizer from others: digests of the ids of example texts, and of its saved state if it has one."""
+        """Identify the tokenizer: digests of the ids of example texts, and of its saved state if it can be saved."""
         found = {"examples": hashlib.sha256()}
         for tensor in self.batch([self.item(text) for text in _EXAMPLES]).values():
             found["examples"].update(f"{tuple(tensor.shape)}".encode() + tensor.long().numpy().tobytes())
@@ -137,13 +142,13 @@ class TextPreprocess:
             file = Path(folder) / "tokenizer"
             try:
                 facts = {} if self.save is None else self.save(file)
-            except EncoderError:  # a tokenizer written in Python: its examples have to do
+            except EncoderError:  # a tokenizer in Python cannot be saved and is identified by the examples alone
                 facts = {}
             if facts:
-                said = json.dumps(facts, sort_keys=True, default=str).encode()
-                found["state"] = hashlib.sha256(said + (file.read_bytes() if file.is_file() else b""))
+                content = json.dumps(facts, sort_keys=True, default=str).encode()
+                found["state"] = hashlib.sha256(content + (file.read_bytes() if file.is_file() else b""))
         return {name: digest.hexdigest()[:16] for name, digest in found.items()}
 
     def describe(self) -> dict[str, Any]:
-        """The tokenizer's name and the most tokens of one text."""
+        """Describe the tokenizer by its name and `max_tokens`."""
         return {"modality": "text", "tokenizer": self.name, "max_tokens": self.max_tokens}

@@ -1,13 +1,11 @@
-"""Where a transformers model can be prompted: found by watching one forward pass, whatever its modules are called.
+"""Finds the promptable layers of a transformers model by observing one forward pass, independent of module names.
 
-A prompt acts through its keys and values alone, so three things have to be known of a layer: the norm that it applies ahead
-of its attention, and the projections that make keys and values of what that norm gives. The watch sees every module that is
-at work when attention is called, tries what it saw (`_site`), and believes only what gives, computed once more from the
-tokens that entered the layer, the keys and values that the attention was handed: row by row, as a set of rows where tokens
-were sorted into windows, and up to a rotation where keys carry their position in one (rotations keep lengths). What it
-cannot verify it refuses, with the reason.
-
-Source of why keys and values suffice: arXiv 2312.03734 drops the outputs of prompts after every layer.
+A prompt acts through its keys and values only (arXiv 2312.03734 drops the outputs of prompts after every layer), so three
+modules of a layer must be known: the norm ahead of its attention, and the projections to keys and values. `Watch` records
+every module call; `_site` tries combinations of recorded modules and accepts only one that, recomputed from the layer's input
+tokens, reproduces the keys and values passed to the attention function. They are compared row by row; as a set of rows if
+tokens are partitioned into windows; and by length only if keys have rotary positions (a rotation keeps lengths). A layer
+that cannot be verified is not promptable, and the reason is reported.
 
 Shapes: B batch, L tokens, H heads of the queries, G heads of keys and values, E width of a head, D width of the layer.
 """
@@ -22,15 +20,16 @@ import torch
 from torch import Tensor, nn
 
 _TOLERANCE = 1e-4  # of the largest value, in float32
-_PLAIN = {"softcap", "s_aux", "position_bias", "cache"}  # changes to attention that ours does not know
+_UNSUPPORTED = {"softcap", "s_aux", "position_bias", "cache"}  # arguments of attention that `_hf_attention` does not support
 
 
 @dataclass(frozen=True)
 class Projection:
-    """A linear module, by the name under which one of its ancestors has it, and where in its output keys or values are.
+    """A linear module that outputs keys or values, possibly among others.
 
-    Args:
-        layout: one of `_LAYOUTS`.
+    Attributes:
+        parent, name: an ancestor of the module and its attribute name there.
+        layout, part: which part of the output, see `_LAYOUTS`.
         queries, heads, width: H, G and E.
     """
 
@@ -43,19 +42,19 @@ class Projection:
     width: int
 
     def __call__(self, normed_BLD: Tensor) -> Tensor:
-        """Keys or values, (B, L, G, E)."""
+        """Compute keys or values, (B, L, G, E)."""
         out_BLX: Tensor = getattr(self.parent, self.name)(normed_BLD)
         return _LAYOUTS[self.layout](out_BLX, self)
 
 
 @dataclass(frozen=True)
 class Site:
-    """One layer that can be prompted.
+    """One promptable layer.
 
-    Args:
-        norm: applied to tokens ahead of keys and values; None in a post-norm layer.
-        key_norm: applied to keys, either to each head's or to all of a token's together.
-        query: parent and name of the projection of queries, where it is one by itself.
+    Attributes:
+        norm: applied to tokens ahead of the projections; None in a post-norm layer.
+        key_norm: a norm of keys, and whether it is applied to each head separately.
+        query: parent and name of the projection of queries, if it is separate.
         width, heads: D and H.
     """
 
@@ -70,7 +69,7 @@ class Site:
     heads: int
 
     def project(self, normed_BLD: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys, without position, and values of normed tokens: (B, H, L, E) each, heads repeated where they are shared."""
+        """Project normed tokens to keys, without position, and values: (B, H, L, E) each, with shared heads repeated."""
         shared = self.heads // self.key.heads
         pair = _normed_keys(self.key(normed_BLD), self.key_norm), self.value(normed_BLD)
         key, value = (part.transpose(1, 2) for part in pair)
@@ -79,7 +78,7 @@ class Site:
 
 @dataclass(eq=False)
 class _Call:
-    """A module at work, what entered it and, once it is done, what left it; of a layer, all that was done inside so far."""
+    """A recorded module call: its input tokens, its output once it has returned, and the calls inside it."""
 
     module: nn.Module
     tokens: Tensor | None
@@ -88,59 +87,62 @@ class _Call:
     attended: bool = False
 
 
-class _Refused(Exception):
-    """Why a layer cannot be prompted."""
+class _NotPromptable(Exception):
+    """The reason why a layer cannot be prompted."""
 
 
 class Watch:
-    """What the attention function tells, while a model runs once, about each attention."""
+    """Records module calls and attention calls during one forward pass, and collects the sites or the first fault."""
 
     def __init__(self, model: nn.Module) -> None:
         self.sites: list[Site] = []
         self.fault = ""
-        self._open: list[_Call] = []  # the outermost first
+        self._open: list[_Call] = []  # calls in progress, outermost first
         lists = [module for module in model.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
         self._listed = {id(child) for listed in lists for child in listed}
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """A module begins."""
+        """Record the start of a module's call."""
         values = [*args, kwargs.get("hidden_states"), *kwargs.values()]
         tensors = [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
         self._open.append(_Call(module, tensors[0] if tensors else None))
 
     def leave(self, module: nn.Module, args: Any, out: Any) -> None:
-        """It ends."""
+        """Record the end of a module's call."""
         call = self._open.pop()
         call.out = out
         if self._open:
             self._open[-1].inside += [*call.inside, call]
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, more: Mapping[str, Any]) -> None:
-        """Attention is called: (B or windows, heads, L, E) each."""
+        """Record a call of the attention function; query, key and value are (B or windows, heads, L, E)."""
         try:
             layers = [call for call in self._open if id(call.module) in self._listed and call.tokens is not None]
             if not layers:
-                raise _Refused("its attention is in no list of layers")
+                raise _NotPromptable("its attention is not in a list of layers")
             layer = layers[-1]
             if layer.attended:
-                raise _Refused("it attends more than once")
+                raise _NotPromptable("it calls attention more than once")
             layer.attended = True
-            strange = sorted(name for name in _PLAIN if more.get(name) is not None)
-            if strange:
-                raise _Refused(f"its attention takes {', '.join(strange)}")
+            unsupported = sorted(name for name in _UNSUPPORTED if more.get(name) is not None)
+            if unsupported:
+                raise _NotPromptable(f"its attention uses {', '.join(unsupported)}")
             inner = self._open[self._open.index(layer) + 1 :]
             done = [*layer.inside, *(call for outer in inner for call in outer.inside)]
             self.sites.append(_site(layer, done, module, query, key, value))
-        except _Refused as refusal:
-            self.fault = self.fault or f"layer {len(self.sites)} ({type(module).__name__}) cannot be prompted: {refusal}"
+        except _NotPromptable as reason:
+            self.fault = self.fault or f"layer {len(self.sites)} ({type(module).__name__}) cannot be prompted: {reason}"
 
 
 def find_sites(model: nn.Module, run: Callable[[], object]) -> tuple[list[Site], str]:
-    """The layers that can be prompted, in the order in which they run; none, and the reason, if one of them cannot.
+    """Find the promptable layers, in the order in which they run.
 
     Args:
         model: of transformers, in evaluation mode and in float32, with the attention function of `_hf_attention`.
-        run: one forward pass, best of more than one sample and a few tokens.
+        run: one forward pass, preferably of several samples and a few tokens.
+
+    Returns:
+        All layers and an empty text; no layers and the reason if any layer cannot be prompted.
     """
     watch = Watch(model)
     modules = list(model.modules())
@@ -162,10 +164,10 @@ def find_sites(model: nn.Module, run: Callable[[], object]) -> tuple[list[Site],
 
 
 def _site(layer: _Call, done: list[_Call], attention: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> Site:
-    """What of `done`, the calls since the layer began, gives these keys and values.
+    """Find the modules among the layer's calls (`done`) that reproduce these keys and values.
 
     Raises:
-        _Refused: nothing does.
+        _NotPromptable: none do.
     """
     assert layer.tokens is not None
     tokens_BLD = layer.tokens.flatten(1, -2)
@@ -179,7 +181,7 @@ def _site(layer: _Call, done: list[_Call], attention: nn.Module, query: Tensor, 
     )
     norm, normed_BLD, of_value = next(values, (None, None, None))
     if of_value is None or normed_BLD is None:
-        raise _Refused("no projection of its tokens, normed or not, gives the values that its attention sees")
+        raise _NotPromptable("no projection of its tokens, normed or not, gives the values of its attention")
     keys = (
         (found, key_norm)
         for found, given in _projections(layer.module, linears[::-1], normed_BLD, width=key.shape[3], **sizes)
@@ -188,17 +190,17 @@ def _site(layer: _Call, done: list[_Call], attention: nn.Module, query: Tensor, 
     )
     of_key, key_norm = next(keys, (None, None))
     if of_key is None:
-        raise _Refused("no projection of its tokens gives the keys that its attention sees")
-    taken = {id(getattr(found.parent, found.name)) for found in (of_key, of_value)}
-    own = [call.module for call in linears if id(call.module) not in taken and _gives(call, query)]
-    query_of = _parent_of(layer.module, own[0]) if len(own) == 1 else None
-    return Site(layer.module, attention, norm, of_key, of_value, key_norm, query_of, tokens_BLD.shape[2], heads)
+        raise _NotPromptable("no projection of its tokens gives the keys of its attention")
+    used = {id(getattr(found.parent, found.name)) for found in (of_key, of_value)}
+    others = [call.module for call in linears if id(call.module) not in used and _has_query_size(call, query)]
+    of_query = _parent_of(layer.module, others[0]) if len(others) == 1 else None
+    return Site(layer.module, attention, norm, of_key, of_value, key_norm, of_query, tokens_BLD.shape[2], heads)
 
 
 def _norms(
     tokens_BLD: Tensor, entered: Tensor, done: list[_Call]
 ) -> Iterator[tuple[nn.Module | None, Tensor]]:
-    """Nothing, and every module that was handed the layer's own tokens and works on each by itself; with what it gives."""
+    """Iterate over candidate norms and their outputs: none, and every module that maps the layer's tokens one by one."""
     yield None, tokens_BLD
     for call in done:
         given = call.tokens
@@ -214,7 +216,7 @@ def _norms(
 def _projections(
     layer: nn.Module, linears: list[_Call], normed_BLD: Tensor, *, queries: int, heads: int, width: int
 ) -> Iterator[tuple[Projection, Tensor]]:
-    """Every way in which a linear module that ran could give keys or values of this many heads of this width; with them."""
+    """Iterate over every way to read keys or values of this size from a linear module that was called, with the result."""
     sizes = {
         "alone": heads * width,
         "pair": 2 * heads * width,
@@ -239,7 +241,7 @@ def _projections(
 
 
 def _key_norms(key: Projection, done: list[_Call]) -> Iterator[tuple[nn.Module, bool] | None]:
-    """No norm, and every module that ran on keys of one head, or of all heads of a token, and kept their shape."""
+    """Iterate over candidate norms of keys: none, and every module that kept the shape of keys of one head or of all."""
     yield None
     for call in done:
         if call.tokens is None or not isinstance(call.out, Tensor) or call.out.shape != call.tokens.shape:
@@ -257,10 +259,10 @@ def _normed_keys(key_BLGE: Tensor, key_norm: tuple[nn.Module, bool] | None) -> T
 
 
 def _same(ours_BLGE: Tensor, seen_NGLE: Tensor, *, turned: bool = False) -> bool:
-    """Whether attention saw these: of the same tokens in order, or of windows of them in any order, perhaps with padding.
+    """Whether these are the keys or values of attention: in order, or as windows in any order and possibly padded.
 
     Args:
-        turned: lengths suffice where the directions differ, as those of keys do after a rotary position code.
+        turned: also accept vectors of equal lengths and different directions, as keys with rotary positions have.
     """
     batch, length, heads, width = ours_BLGE.shape
     seen = seen_NGLE.transpose(1, 2)
@@ -274,7 +276,7 @@ def _same(ours_BLGE: Tensor, seen_NGLE: Tensor, *, turned: bool = False) -> bool
 
 
 def _in_windows(rows_BLX: Tensor, windows: Tensor) -> bool:
-    """Whether every row of a sample is in one of its windows, which are adjacent."""
+    """Whether every row of a sample occurs in one of its windows, which are adjacent."""
     batch = rows_BLX.shape[0]
     return windows.shape[0] % batch == 0 and all(map(_among, rows_BLX, windows.reshape(batch, -1, rows_BLX.shape[2])))
 
@@ -284,7 +286,7 @@ def _close(left: Tensor, right: Tensor) -> bool:
 
 
 def _among(rows: Tensor, others: Tensor) -> bool:
-    """Whether every row is one of the others. They are looked up by their products with one fixed random direction."""
+    """Whether every row occurs among the others; candidates are found by projecting both on one fixed random direction."""
     if rows.shape[0] > others.shape[0]:
         return False
     direction = torch.randn(rows.shape[1], generator=torch.Generator().manual_seed(0)).to(rows)
@@ -300,12 +302,12 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(weight, Tensor) and weight.dim() == 2 and not isinstance(module, nn.Embedding)
 
 
-def _gives(call: _Call, query: Tensor) -> bool:
+def _has_query_size(call: _Call, query: Tensor) -> bool:
     return isinstance(call.out, Tensor) and call.out.shape[-1] == query.shape[1] * query.shape[3]
 
 
 def _parent_of(layer: nn.Module, module: nn.Module) -> tuple[nn.Module, str]:
-    """By which name which module below `layer` has `module`."""
+    """Parent of `module` within `layer`, and its attribute name there."""
     name = next(name for name, other in layer.named_modules() if other is module)
     parent, _, last = name.rpartition(".")
     return layer.get_submodule(parent), last
@@ -319,5 +321,5 @@ _LAYOUTS: dict[str, Callable[[Tensor, Projection], Tensor]] = {
     ),
     "by head": lambda out, p: out.unflatten(-1, (p.heads, p.queries // p.heads + 2, p.width))[..., p.part - 2, :],
 }
-"""Where keys (part 0) or values (part 1) are in what a projection gives: it gives nothing else; keys, then values; queries,
-keys and values, as a fused projection does; or for each head of keys its queries, key and value."""
+"""How to read keys (part 0) or values (part 1) from the output of a projection: the whole output; keys, then values; queries,
+keys, then values; or, for each head of keys, its queries, key and value."""

@@ -1,11 +1,11 @@
 """Encoders of timm: ``timm:vit_base``, ``timm:swin_tiny_patch4_window7_224?img_size=64&window_size=4``.
 
 Models of the classes VisionTransformer (ViT, DeiT, DINOv2, SigLIP), Eva (EVA, EVA-02, DINOv3, Perception Encoder, ViT with
-rotary positions), Beit, SwinTransformer and SwinTransformerV2 can be prompted, as `_timm_attention` says, unless their blocks
-are of a kind that it does not know; every other model of timm gives its pooled feature.
+rotary positions), Beit, SwinTransformer and SwinTransformerV2 can be prompted if `_timm_attention` supports their blocks;
+every other model of timm provides its pooled feature only.
 
 Options: ``pretrained``, ``weights``, ``pool=own|token|avg``, ``mean``, ``std``, ``size`` (positions are interpolated); others
-go to the model's constructor.
+are passed to the model's constructor.
 
 Shapes: B batch, L tokens, D width.
 """
@@ -27,8 +27,8 @@ from torch import nn
 from mopefuse.core import error_numbers as _numbers
 from mopefuse.core import hub as _hub
 from mopefuse.core.aliases import ALIASES
-from mopefuse.core.artifact import check_tensors
 from mopefuse.core.registry import Spec
+from mopefuse.core.tensor_files import check_tensors
 from mopefuse.encoders import _options, _weights
 from mopefuse.encoders._prompted import PromptedEncoder
 from mopefuse.encoders._timm_attention import prompt_model
@@ -48,7 +48,7 @@ class TimmEncoder(PromptedEncoder):
     """A timm model. ``encode`` takes ``{"pixels": (B, 3, H, W)}``.
 
     Raises (on construction):
-        EncoderError: unknown name or option, no safetensors weights, or the hub cannot give them.
+        EncoderError: unknown name or option, no safetensors weights, or a failed download.
         CheckpointError: ``weights`` is damaged, a pickle, or does not fit.
     """
 
@@ -68,8 +68,8 @@ class TimmEncoder(PromptedEncoder):
         prompt_model(self, self.backbone)
 
     def architecture(self) -> dict[str, Any]:
-        """The model's name without the tag of its weights, the options of its constructor, and the pooling."""
-        options = _options.library_options(self.spec, (*_OURS, "img_size"))  # the size is the preprocess's
+        """Describe the model's name without the tag of its weights, the constructor's options, and the pooling."""
+        options = _options.library_options(self.spec, (*_OURS, "img_size"))  # `preprocess` describes the size
         return {"name": self.spec.name.partition(".")[0], "pool": self._pool, **options}
 
     @classmethod
@@ -91,7 +91,7 @@ class TimmEncoder(PromptedEncoder):
 
 
 def _load(spec: Spec) -> tuple[Any, Spec, str]:
-    """The model without its classifier, the spec with the full name, and the commit of its weights."""
+    """Load the model without its classifier; also return the spec with the full name, and the commit of the weights."""
     _check_name(spec)
     pretrained = option_flag(spec, "pretrained", True) and "weights" not in spec.options
     path, commit = _fetch(spec) if pretrained else (None, "")
@@ -106,7 +106,7 @@ def _load(spec: Spec) -> tuple[Any, Spec, str]:
     if "weights" in spec.options:
         state = _weights.read_float(Path(os.path.expanduser(spec.options["weights"])))
         _weights.load_strictly(model, state, where=str(spec), unused_prefixes=[f"{name}." for name in classifiers])
-        if size is not None:  # only now: positions of the file are for the model's own size
+        if size is not None:  # after loading: the file's positions are for the model's default size
             _set_size(spec, model, size)
     if size is not None:
         _try_size(spec, model, size)
@@ -130,12 +130,12 @@ def _check_name(spec: Spec) -> None:
             _numbers.UNKNOWN_NAME,
             f"timm has no weights {tag!r} of {architecture}",
             where=str(spec),
-            fix=did_you_mean(tag, tags) or "add ?pretrained=false, or ?weights=file",
+            fix=did_you_mean(tag, tags) or "add ?pretrained=false or ?weights=FILE",
         )
 
 
 def _fetch(spec: Spec) -> tuple[Path, str]:
-    """The safetensors file of a pretrained model, and its commit. timm itself would fall back to a pickle."""
+    """Fetch the safetensors file of a pretrained model; also return its commit. timm itself would fall back to a pickle."""
     config = timm.get_pretrained_cfg(spec.name)
     repo = getattr(config, "hf_hub_id", None)
     if not repo:
@@ -152,10 +152,10 @@ def _fetch(spec: Spec) -> tuple[Path, str]:
 
 
 def _set_size(spec: Spec, model: Any, size: tuple[int, int]) -> None:
-    """Interpolate the positions of a built model; one without them (a CNN) takes any size."""
+    """Interpolate the positions of a model; one without positions (a CNN) supports any size."""
     if not hasattr(model, "set_input_size"):
         return
-    stages = getattr(model, "layers", None)  # of a Swin: its windows stay as they are
+    stages = getattr(model, "layers", None)  # of a Swin, whose window size is kept
     windows = {} if stages is None else {"window_size": int(stages[0].blocks[0].window_size[0])}
     try:
         model.set_input_size(img_size=size, **windows)
@@ -165,7 +165,11 @@ def _set_size(spec: Spec, model: Any, size: tuple[int, int]) -> None:
 
 @torch.no_grad()
 def _try_size(spec: Spec, model: Any, size: tuple[int, int]) -> None:
-    """Refuse a size that the model does not run on."""
+    """Check that the model runs on images of a size.
+
+    Raises:
+        EncoderError: it does not.
+    """
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     if patch is not None:
         _options.require_patches(spec, size, int(patch[0]) if isinstance(patch, tuple) else int(patch))
@@ -196,13 +200,13 @@ def _build(spec: Spec, pretrained: bool, overlay: dict[str, Any] | None, size: t
             where=str(spec),
             fix="change these options",
         ) from error
-    for key in set(options) - _accepted(model):  # taken without complaint, and without effect
+    for key in set(options) - _accepted(model):  # silently ignored by timm
         raise _options.unknown_option(spec, key, _accepted(model))
     return model
 
 
 def _accepted(model: nn.Module) -> set[str]:
-    """The options that the constructor of a model takes."""
+    """Options that the constructor of a model accepts."""
     names = {
         name
         for kind in type(model).__mro__
@@ -214,21 +218,21 @@ def _accepted(model: nn.Module) -> set[str]:
 
 
 def _preprocess(model: Any, spec: Spec) -> ImagePreprocess:
-    """The model's own size, statistics and crop (`timm.data.resolve_model_data_config`)."""
+    """Build preprocessing from the model's size, statistics and crop (`timm.data.resolve_model_data_config`)."""
     config = resolve_model_data_config(model)
     size = tuple(config["input_size"][1:])
     built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    asked = _options.image_size(spec)
-    if asked is not None:
-        size = asked
+    requested = _options.image_size(spec)
+    if requested is not None:
+        size = requested
     elif "img_size" in spec.options and built_for is not None:
         size = (built_for, built_for) if isinstance(built_for, int) else tuple(built_for)
     scaled = tuple(math.floor(side / config["crop_pct"]) for side in size)
     shorter = size[0] == size[1] and config["crop_mode"] != "squash"
     return ImagePreprocess(
         size=(int(size[0]), int(size[1])),
-        mean=_options.three(spec, "mean", config["mean"]),
-        std=_options.three(spec, "std", config["std"]),
+        mean=_options.per_channel(spec, "mean", config["mean"]),
+        std=_options.per_channel(spec, "std", config["std"]),
         resize=scaled[0] if shorter else (scaled[0], scaled[1]),
         interpolation=config["interpolation"],
     )

@@ -1,10 +1,10 @@
-"""``tiny:vision`` and ``tiny:text``: two small transformers whose weights are part of the package; and one more of each.
+"""``tiny:vision`` and ``tiny:text``: two small transformers whose weights ship with the package, in two variants each.
 
-They make the digit questions task (`mopefuse.data.digit_questions`) runnable in minutes on a laptop and without any
-network, and they are the encoders of the tests. ``scripts/pretrain_tiny.py`` taught each its own modality alone: vision
-to read four coloured digits, text to guess masked words. ``tiny:vision-b`` and ``tiny:text-b`` were taught the same from
-another seed, so that an encoder can be swapped for one of the same kind and size. Options: ``?pretrained=false`` for
-random weights, ``?pool=cls`` or ``?pool=mean`` for the pooled feature.
+They run the digit questions task (`mopefuse.data.digit_questions`) in minutes on a laptop without a network, and the tests
+use them. ``scripts/pretrain_tiny.py`` pretrained each on its own modality alone: vision to read four coloured digits, text
+to predict masked words. ``tiny:vision-b`` and ``tiny:text-b`` were pretrained from another seed, so that an encoder can be
+swapped for one of the same kind and size. Options: ``?pretrained=false`` for random weights, ``?pool=cls`` or
+``?pool=mean`` for the pooled feature.
 
 Plain pre-norm transformers (An image is worth 16x16 words, https://arxiv.org/abs/2010.11929, scaled down).
 Shapes: B batch, L tokens ([CLS] first), P prompt tokens, D width, C = D width of the pooled feature, H heads.
@@ -41,13 +41,13 @@ _IMAGE, _PATCH = 16, 4
 
 
 class Shape(NamedTuple):
-    """Of one tiny transformer."""
+    """Modality and dimensions of a tiny transformer."""
 
     modality: str
     width: int
     depth: int
     heads: int
-    pool: str  # unless the spec says otherwise
+    pool: str  # default of the option `pool`
 
 
 _VISION, _TEXT = Shape("image", 96, 4, 4, "cls"), Shape("text", 96, 2, 4, "mean")
@@ -56,29 +56,29 @@ SHAPES = {"vision": _VISION, "text": _TEXT, "vision-b": _VISION, "text-b": _TEXT
 
 @cache
 def words() -> tokens.Words:
-    """The vocabulary as what splits and looks up."""
+    """Word-level tokenizer with the vocabulary of the package."""
     text = (WEIGHTS / "tiny-text-vocabulary.txt").read_text(encoding="utf-8")
     return tokens.Words(tuple(text.split()), begin_id=CLS, unknown_id=UNKNOWN, pad_id=PAD)
 
 
 def vocabulary() -> dict[str, int]:
-    """Words to ids; the first four are special."""
+    """Ids by word; the first four are special."""
     return words().ids
 
 
 def tokenize(texts: list[str], max_tokens: int) -> tuple[Tensor, Tensor]:
-    """The words of each text after a [CLS], as ids (B, L) and mask (B, L), True where real."""
+    """Tokenize texts into [CLS] and words: ids (B, L) and mask (B, L), False for padding."""
     ids, mask = tokens.pad(words().rows(texts, max_tokens), PAD)
     return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
 def save_tokenizer(file: Path) -> dict[str, Any]:
-    """Nothing to write, the words are few; see `TextPreprocess.save`."""
+    """Describe the tokenizer, including its words; writes no file. See `TextPreprocess.save`."""
     return {"kind": "words", **asdict(words())}
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block. A prompt is normed as tokens are, and lends its keys and values only."""
+    """A pre-norm transformer block. A prompt is normed like tokens and contributes keys and values only."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -88,13 +88,17 @@ class Block(nn.Module):
         self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x_BLD: Tensor, mask: Tensor | None = None, prompt: Prompt | None = None) -> Tensor:
-        """Tokens in, tokens out; prompts never among them. The mask is boolean, broadcastable to (B, H, L, L)."""
+        """Compute output tokens (B, L, D).
+
+        Args:
+            mask: boolean, broadcastable to (B, H, L, L).
+        """
         q, k, v = (split_heads(part, self.heads) for part in self.qkv(self.norm1(x_BLD)).chunk(3, dim=-1))
         if prompt is None:
-            seen_BHLE = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            attended_BHLE = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         else:
-            seen_BHLE = attend(q, k, v, *self._keys_values(prompt.tokens_BPD), gate_H=prompt.gate_H, mask=mask)
-        x_BLD = x_BLD + self.proj(seen_BHLE.transpose(1, 2).flatten(2))
+            attended_BHLE = attend(q, k, v, *self._keys_values(prompt.tokens_BPD), gate_H=prompt.gate_H, mask=mask)
+        x_BLD = x_BLD + self.proj(attended_BHLE.transpose(1, 2).flatten(2))
         out_BLD: Tensor = x_BLD + self.fc2(F.gelu(self.fc1(self.norm2(x_BLD))))
         return out_BLD
 
@@ -104,7 +108,7 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Images (B, 3, 16, 16) as [CLS] and 16 patches of 4 x 4 pixels, row by row."""
+    """Embeds images (B, 3, 16, 16) as [CLS] and 16 patches of 4 x 4 pixels, row by row."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -113,7 +117,7 @@ class PatchEmbed(nn.Module):
         self.position_LD = nn.Parameter(torch.randn(1 + (_IMAGE // _PATCH) ** 2, width) * 0.02)
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, None]:
-        """Tokens (B, 17, D); all are real."""
+        """Return tokens (B, 17, D) and no mask."""
         patches_BL = F.unfold(inputs["pixels"], _PATCH, stride=_PATCH).transpose(1, 2)
         tokens_BLD = self.patch(patches_BL)
         cls_B1D = self.cls_D.expand(tokens_BLD.shape[0], 1, -1)
@@ -121,7 +125,7 @@ class PatchEmbed(nn.Module):
 
 
 class WordEmbed(nn.Module):
-    """Word ids (B, L), [CLS] first, as tokens."""
+    """Embeds word ids (B, L), [CLS] first."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -130,7 +134,7 @@ class WordEmbed(nn.Module):
         nn.init.normal_(self.word.weight, std=0.02)
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Tokens (B, L, D) and which of them are real (B, L)."""
+        """Return tokens (B, L, D) and their mask (B, L)."""
         ids_BL = inputs["ids"]
         return self.word(ids_BL) + self.position_LD[: ids_BL.shape[1]], inputs["mask"]
 
@@ -139,7 +143,7 @@ class TinyEncoder(Encoder):
     """One of `SHAPES`.
 
     Raises:
-        EncoderError: unknown name, option or value of an option; weights that are missing or damaged.
+        EncoderError: an unknown name, option or value of an option; missing or damaged weights.
     """
 
     libraries = ("pillow",)
@@ -153,7 +157,7 @@ class TinyEncoder(Encoder):
         shape = SHAPES[spec.name]
         self.pool = spec.options.get("pool", shape.pool)
         if self.pool not in ("cls", "mean"):
-            raise EncoderError(53, f"tiny cannot pool by {self.pool!r}", where=str(spec), fix="use pool=cls or pool=mean")
+            raise EncoderError(53, f"tiny has no pooling {self.pool!r}", where=str(spec), fix="use pool=cls or pool=mean")
         self.patch_size, self.insertable = _PATCH, True
         self.modality, self.feature_width, self.token_width = shape.modality, shape.width, shape.width
         self.widths, self.heads = (shape.width,) * shape.depth, (shape.heads,) * shape.depth
@@ -166,7 +170,7 @@ class TinyEncoder(Encoder):
             self._load(f"tiny-{spec.name}.safetensors")
 
     def architecture(self) -> dict[str, Any]:
-        """The shape, and the pooling."""
+        """Describe the shape and the pooling."""
         return {**SHAPES[self.spec.name]._asdict(), "pool": self.pool}
 
     @classmethod
@@ -179,8 +183,8 @@ class TinyEncoder(Encoder):
         x_BLD, mask_BL = self.embed(inputs)
         mask, all_BL, insert = None if mask_BL is None else mask_BL[:, None, None], mask_BL, self._call.insert
         if insert is not None:
-            x_BLD, all_BL = insert.ahead(x_BLD), insert.real(mask_BL)
-            mask = insert.mask(mask, x_BLD.shape[1])
+            x_BLD, all_BL = insert.prepend_to(x_BLD), insert.extend_mask(mask_BL)
+            mask = insert.attention_mask(mask, x_BLD.shape[1])
         for layer, block in enumerate(self.blocks):
             prompt = self._ask(layer, x_BLD, all_BL)
             x_BLD = self._run_block(block, x_BLD, mask, prompt)
@@ -201,8 +205,8 @@ class TinyEncoder(Encoder):
             return x_BLD[:, 0]
         if mask_BL is None:
             return x_BLD.mean(dim=1)
-        real_BL1 = mask_BL[..., None].to(x_BLD.dtype)
-        return (x_BLD * real_BL1).sum(dim=1) / real_BL1.sum(dim=1)
+        mask_BL1 = mask_BL[..., None].to(x_BLD.dtype)
+        return (x_BLD * mask_BL1).sum(dim=1) / mask_BL1.sum(dim=1)
 
     def _load(self, file: str) -> None:
         try:

@@ -1,4 +1,4 @@
-"""Fusion methods; here is what one of a plugin is made of, see docs/plugins.md. Imported when it is asked for."""
+"""Fusion methods. Exports the types that a plugin's method needs (docs/plugins.md), imported on first access."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Batch", "Fusion", "Output"]
 
 
 def __getattr__(name: str) -> Any:
-    """One of `__all__`, which takes torch to import."""
+    """Import a name in `__all__` on first access, because it needs torch."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module("mopefuse.fusion.base"), name)

@@ -1,4 +1,4 @@
-"""What methods share that put tokens of one modality among those of the other one's encoder, the reader.
+"""Base class of methods that insert tokens of one modality (the source) into the encoder of the other (the reader).
 
 Shapes: B batch, P inserted tokens, C width of a feature, D width of the reader's tokens, N labels.
 """
@@ -17,17 +17,17 @@ from mopefuse.data.base import Batch
 from mopefuse.encoders.base import Encoder, Insert
 from mopefuse.fusion._tuned import TunedFusion
 from mopefuse.fusion.base import Output
-from mopefuse.prompts.stack import scaleless
+from mopefuse.prompts.stack import normalize_feature
 
 
 class InsertingFusion(TunedFusion):
-    """An encoder, the main one unless `roles` says otherwise, that reads other tokens ahead of its own and classifies.
+    """The reader, the main encoder unless `roles` is overridden, processes inserted tokens ahead of its own.
 
-    They enter its first layer without position, and go through all. What comes from the other encoder loses its scale and
-    is projected to the reader's width (`project`).
+    Inserted tokens enter the first layer without position embeddings and pass through all layers. Features of the source
+    are normalised and projected to the reader's width (`project`). The head classifies the reader's pooled feature.
 
     Raises:
-        EncoderError: a reader that takes no tokens beside its own (`Encoder.insertable`).
+        EncoderError: the reader does not support inserted tokens (`Encoder.insertable`).
     """
 
     parts: ClassVar[dict[str, str]] = {r"^project\.": "projection", r"^prompt_PD$": "inserted prompts", **TunedFusion.parts}
@@ -42,34 +42,34 @@ class InsertingFusion(TunedFusion):
         self.head = self.make_head(reader.feature_width, num_labels)
 
     def roles(self) -> tuple[str, str]:
-        """The side whose encoder reads and classifies, and the side that it reads tokens of."""
+        """Sides of the reader and of the source."""
         return "main", "comp"
 
     @property
     def head_sides(self) -> tuple[str, ...]:
-        """The encoder alone that has read the other one."""
+        """The reader alone."""
         return (self.reader,)
 
     def bond(self, name: str) -> str:
-        """Also of what is inserted."""
+        """Dependency of a trainable tensor, see `bonds`; also of the projection and the inserted prompts."""
         if name.startswith("project."):
             return f"{self.source} features"
         return self.reader if name == "prompt_PD" else super().bond(name)
 
     def source_width(self) -> int:
-        """Width of what is projected."""
+        """Width C of the projected features."""
         return self.encoder(self.source).feature_width
 
     @abstractmethod
-    def inserted(self, batch: Batch) -> Insert:
-        """The tokens of a batch."""
+    def build_insert(self, batch: Batch) -> Insert:
+        """Build the tokens to insert for a batch."""
 
-    def projected(self, feature_BXC: Tensor) -> Tensor:
-        """Features (B, ..., C) without their scale, as tokens (B, ..., D)."""
-        return apply_in_own_type(self.project, scaleless(feature_BXC))
+    def project_features(self, feature_BXC: Tensor) -> Tensor:
+        """Normalise features (B, ..., C) and project them to tokens (B, ..., D)."""
+        return apply_in_own_type(self.project, normalize_feature(feature_BXC))
 
     def forward(self, batch: Batch) -> Output:
-        """Logits (B, N)."""
-        insert, prompt_at = self.inserted(batch), self.prompts(self.reader)
+        """Compute logits (B, N)."""
+        insert, prompt_at = self.build_insert(batch), self.prompts(self.reader)
         encoded = self.encoder(self.reader).encode(batch.inputs[self.reader], prompt_at, insert)
         return Output(self.classify(encoded.pooled_BC))

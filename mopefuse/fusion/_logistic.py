@@ -1,14 +1,14 @@
 """Logistic regression with a ridge penalty, as scikit-learn defines it, for all labels at once.
 
-One label or two classes are a binary regression (Cox, J. R. Stat. Soc. B 20, 1958), more classes a multinomial one. What is
-minimised is scikit-learn's objective divided by C and the number of samples: the mean weighted loss, and the squares of the
-weights, but not of the bias, times 1 / (2 C S).
+One label or two classes are a binary regression (Cox, J. R. Stat. Soc. B 20, 1958), more classes a multinomial one. The
+objective is scikit-learn's divided by C and the number of samples: the mean weighted loss plus the squared weights, without
+the bias, times 1 / (2 C S).
 
 The optimiser works in the eigenbasis of the features' covariance, where the Hessian of a label is nearly diagonal: the
 curvature of its loss, averaged over samples, times the eigenvalues (compare Böhning, Ann. Inst. Stat. Math. 44, 1992).
 
-Shapes: S samples, B samples of a block, F features, R directions of the eigenbasis, N labels or classes, A of them that are
-computed, P = R + 1 parameters of a label, its bias last.
+Shapes: S samples, B samples of a block, F features, R directions of the eigenbasis, N labels or classes, A active ones
+among them, P = R + 1 parameters of a label, its bias last, G problems (labels, or 1 for a softmax).
 """
 
 from __future__ import annotations
@@ -24,20 +24,21 @@ from mopefuse.data.collate import Table
 from mopefuse.fusion._design import Design
 from mopefuse.fusion._lbfgs import Evaluation, minimise
 
-_TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-7}  # relative error of the objective at which a regression is solved
+_TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-7}  # relative error of the objective at convergence
 _NOISE = {torch.float64: 1e-12, torch.float32: 1e-6}  # relative rounding error of the objective
 _MEMORY = 10
 _HISTORY_BYTES = 512 * 2**20
 _SIGN_BYTES = 256 * 2**20
-_WIDEST = 2048  # features of one eigenbasis: more are in several, as if those were uncorrelated
-_SAMPLED = 32768  # samples that the covariance is estimated from
+_WIDEST = 2048  # features of one eigenbasis; more are split into groups that are treated as uncorrelated
+_SAMPLED = 32768  # samples from which the covariance is estimated
 _LEAST_CURVATURE = 1e-8
 
 
 class Basis:
-    """Orthonormal directions of the features, and their mean squares: the eigenbasis of what a `Design` holds.
+    """Eigenbasis of the features' covariance: orthonormal directions and their mean squares.
 
-    Samples fewer than features span only some directions. The others are left out: no optimum has a weight there.
+    If there are fewer samples than features, only the directions that they span are included; the optimum has no weight
+    along the others.
     """
 
     def __init__(self, design: Design) -> None:
@@ -50,7 +51,7 @@ class Basis:
     def _part(design: Design, index_S: Tensor, start: int) -> tuple[Tensor, Tensor]:
         columns = slice(start, min(start + _WIDEST, design.width))
         width = columns.stop - start
-        if design.rows < width:  # then `index_S` has all of them
+        if design.rows < width:  # then `index_S` holds all rows
             spanned_FS, _ = torch.linalg.qr(design[index_S][:, columns].double().T)
         else:
             spanned_FS = None
@@ -67,18 +68,18 @@ class Basis:
         return basis_FR, square_R.clamp(min=0)
 
     def weights(self, along_AR: Tensor) -> Tensor:
-        """Weights (A, F) from their components along the directions."""
+        """Convert components (A, R) along the directions to weights (A, F)."""
         parts = along_AR.split([basis_FR.shape[1] for basis_FR in self.bases], dim=1)
         return torch.cat([part_AR @ basis_FR.T for part_AR, basis_FR in zip(parts, self.bases, strict=True)], dim=1)
 
     def along(self, weight_AF: Tensor) -> Tensor:
-        """The components (A, R) of weights, or of their gradients, along the directions."""
+        """Convert weights (A, F), or their gradients, to components (A, R) along the directions."""
         parts = weight_AF.split([basis_FR.shape[0] for basis_FR in self.bases], dim=1)
         return torch.cat([part_AF @ basis_FR for part_AF, basis_FR in zip(parts, self.bases, strict=True)], dim=1)
 
 
 class BlockLoss(NamedTuple):
-    """Of the samples of a block: losses, summed; their derivatives by the logits; and the sums of the second ones."""
+    """Loss of a block: summed over samples, its derivatives by the logits, and its summed second derivatives."""
 
     loss_G: Tensor
     slope_BA: Tensor
@@ -86,33 +87,34 @@ class BlockLoss(NamedTuple):
 
 
 class Sigmoids:
-    """A binary regression for each of some labels, independent of one another.
+    """Loss of independent binary regressions, one for each of some labels.
 
     Args:
-        targets: zeros and ones (S, all labels) by row. columns_N: the labels.
-        weight_2N: of samples without a label, and with it; None where all count the same.
+        targets: zeros and ones (S, all labels) by row.
+        columns_N: indices of the labels that are fitted.
+        weight_2N: weights of samples without and with each label; None for equal weights.
     """
 
     joint = False
 
     def __init__(self, targets: Table, columns_N: Tensor, weight_2N: Tensor | None) -> None:
         self.targets, self.columns_N, self.weight_2N = targets, columns_N, weight_2N
-        self._room = _SIGN_BYTES
+        self._free_bytes = _SIGN_BYTES
         self._signs: dict[int, Tensor] = {}
 
     def _sign(self, rows: slice) -> Tensor:
-        """1 where a sample has a label, else -1 (B, N); kept while there is room."""
+        """Return 1 for samples with a label, else -1 (B, N); cached up to `_SIGN_BYTES`."""
         sign_BN = self._signs.get(rows.start)
         if sign_BN is None:
             targets_BN = self.targets[torch.arange(rows.start, rows.stop)][:, self.columns_N]
             sign_BN = (targets_BN > 0.5).to(torch.int8).mul_(2).sub_(1)
-            if sign_BN.numel() <= self._room:
-                self._room -= sign_BN.numel()
+            if sign_BN.numel() <= self._free_bytes:
+                self._free_bytes -= sign_BN.numel()
                 self._signs[rows.start] = sign_BN
         return sign_BN
 
     def block(self, rows: slice, logits_BA: Tensor, index_A: Tensor) -> BlockLoss:
-        """Of the labels with the numbers `index_A` among `columns_N`."""
+        """Compute the loss of the labels at positions `index_A` of `columns_N`."""
         sign_BA = self._sign(rows)
         if len(index_A) < sign_BA.shape[1]:
             sign_BA = sign_BA[:, index_A]
@@ -129,10 +131,11 @@ class Sigmoids:
 
 
 class Softmax:
-    """One multinomial regression.
+    """Loss of one multinomial regression.
 
     Args:
-        targets_S: class indices. weight_N: of the samples of each class; None where all count the same.
+        targets_S: class indices.
+        weight_N: weight of the samples of each class; None for equal weights.
     """
 
     joint = True
@@ -141,7 +144,7 @@ class Softmax:
         self.targets_S, self.weight_N = targets_S, weight_N
 
     def block(self, rows: slice, logits_BA: Tensor, index_A: Tensor) -> BlockLoss:
-        """Of all classes."""
+        """Compute the loss of all classes."""
         actual_B1 = self.targets_S[rows, None]
         log_p_BA = logits_BA.log_softmax(dim=-1)
         loss_B1, slope_BA = -log_p_BA.gather(1, actual_B1), log_p_BA.exp_()
@@ -155,24 +158,25 @@ class Softmax:
 
 
 class LogisticRegression:
-    """Regressions on one design, for one strength after another; each begins where the last ended.
+    """Regressions on one design, solved for one C after another; each is warm-started at the previous solution.
 
     Args:
-        start_N: biases of the labels or classes to begin with.
+        start_N: initial biases of the labels or classes.
     """
 
     def __init__(self, design: Design, loss: Sigmoids | Softmax, start_N: Tensor) -> None:
         self.design, self.loss, self.basis = design, loss, Basis(design)
         width = len(self.basis.square_R)
-        self.found_NP = torch.cat([torch.zeros(len(start_N), width, dtype=torch.double), start_N.double()[:, None]], dim=1)
+        self.solution_NP = torch.cat([torch.zeros(len(start_N), width, dtype=torch.double), start_N.double()[:, None]], dim=1)
 
     def solve(self, strength: float, max_iter: int, advance: Callable[[float], None]) -> tuple[Tensor, Tensor]:
-        """Weights (N, F) and biases (N,) for a C, in float64.
+        """Compute the weights (N, F) and biases (N,) for a C (`strength`), in float64.
 
         Args:
-            advance: called with the estimated share of the work that is done.
+            max_iter: limit of optimiser steps.
+            advance: called with the estimated fraction of the work that is done.
         """
-        labels, width = self.found_NP.shape
+        labels, width = self.solution_NP.shape
         size = labels if self.loss.joint else max(1, _HISTORY_BYTES // (16 * _MEMORY * width))
         for first in range(0, labels, size):
             part = slice(first, min(first + size, labels))
@@ -180,14 +184,14 @@ class LogisticRegression:
             def report(share: float, part: slice = part) -> None:
                 advance((part.start + share * (part.stop - part.start)) / labels)
 
-            self.found_NP[part] = self._minimum(part, strength, max_iter, report)
-        if self.loss.joint:  # a softmax is the same whatever is added to all
-            self.found_NP[:, -1] -= self.found_NP[:, -1].mean()
-        return self.basis.weights(self.found_NP[:, :-1]), self.found_NP[:, -1].clone()
+            self.solution_NP[part] = self._minimum(part, strength, max_iter, report)
+        if self.loss.joint:  # a softmax is invariant to a constant added to all biases
+            self.solution_NP[:, -1] -= self.solution_NP[:, -1].mean()
+        return self.basis.weights(self.solution_NP[:, :-1]), self.solution_NP[:, -1].clone()
 
     def _minimum(self, part: slice, strength: float, max_iter: int, advance: Callable[[float], None]) -> Tensor:
-        """Parameters (A, P) of some labels, or of all classes."""
-        start_AP = self.found_NP[part]
+        """Minimise the objective of some labels, or of all classes: parameters (A, P)."""
+        start_AP = self.solution_NP[part]
 
         def evaluate(x_GP: Tensor, index_G: Tensor) -> Evaluation:
             return self._evaluate(x_GP, index_G + part.start, strength)
@@ -203,8 +207,8 @@ class LogisticRegression:
         ).reshape(start_AP.shape)
 
     def _evaluate(self, x_GP: Tensor, index_G: Tensor, strength: float) -> Evaluation:
-        """The objective of the labels `index_G`, or of all classes together."""
-        x_AP, samples = x_GP.reshape(-1, self.found_NP.shape[1]), self.design.rows
+        """Evaluate the objective of the labels `index_G`, or of all classes together."""
+        x_AP, samples = x_GP.reshape(-1, self.solution_NP.shape[1]), self.design.rows
         along_AR, bias_A = x_AP[:, :-1], x_AP[:, -1].to(self.design.dtype)
         weight_AF = self.basis.weights(along_AR).to(self.design.dtype)
         loss_G, slope_A, curvature_A = x_GP.new_zeros(len(x_GP)), x_GP.new_zeros(len(x_AP)), x_GP.new_zeros(len(x_AP))

@@ -1,6 +1,6 @@
-"""Deep static prompts: the same learned tokens for every sample, new ones at every layer.
+"""Deep static prompts: learned tokens that are the same for every sample and different at every layer.
 
-Jia et al., Visual Prompt Tuning, https://arxiv.org/abs/2203.12119 (its deep form), as keys and values.
+Jia et al., Visual Prompt Tuning, https://arxiv.org/abs/2203.12119 (VPT-Deep), inserted as keys and values.
 """
 
 from __future__ import annotations
@@ -8,16 +8,16 @@ from __future__ import annotations
 from mopefuse.config.schema import Prompts, Router
 from mopefuse.encoders.base import Encoder
 from mopefuse.modalities.base import of
-from mopefuse.prompts.stack import PromptStack, with_lengths
+from mopefuse.prompts.stack import PromptStack, fill_prompt_lengths
 
 
-def static_stack(prompts: Prompts, encoder: Encoder) -> PromptStack:
-    """The static prompts that `prompts` asks for, for an encoder; without layers if their length is 0.
+def build_static_stack(prompts: Prompts, encoder: Encoder) -> PromptStack:
+    """Build an encoder's static prompts from the settings `prompts`; the stack has no layers if their length is 0.
 
     Raises:
-        ConfigError: `prompts.layers` names one that the encoder does not have.
+        ConfigError: `prompts.layers` names a layer that the encoder does not have.
     """
-    alone = with_lengths(prompts, encoder.modality).model_copy(update={"dynamic": 0, "mapped": 0})
+    alone = fill_prompt_lengths(prompts, encoder.modality).model_copy(update={"dynamic": 0, "mapped": 0})
     return PromptStack(
         alone,
         Router(),
@@ -29,5 +29,5 @@ def static_stack(prompts: Prompts, encoder: Encoder) -> PromptStack:
 
 
 def initial_bound(encoder: Encoder) -> float:
-    """v, where prompts start in U(-v, v), by the papers' rule for the encoder's modality."""
+    """Bound v of the initial distribution U(-v, v) of prompts, by the papers' rule for the encoder's modality."""
     return of(encoder.modality).prompt_bound(encoder.patch_size, encoder.widths[0])

@@ -1,4 +1,4 @@
-"""What fusion methods other than the conditional one share: encoders that learn in one of four ways.
+"""Base class of fusion methods whose encoders are tuned in one of four ways.
 
 Shapes: B batch, C width of a pooled feature.
 """
@@ -13,23 +13,23 @@ from torch import Tensor, nn
 from mopefuse.config.schema import RunConfig
 from mopefuse.data.base import Batch
 from mopefuse.encoders.base import Encoded, Encoder, PromptAt, run_frozen
-from mopefuse.fusion._static import static_stack
+from mopefuse.fusion._static import build_static_stack
 from mopefuse.fusion.base import Fusion
 from mopefuse.prompts.stack import PromptStack
 
 
 class TunedFusion(Fusion):
-    """A fusion whose encoders are frozen (``probe``), have deep static prompts (``prompt``) or LoRA, or are tuned (``full``).
+    """Encoders are frozen (``probe``), prompted (``prompt``), adapted by LoRA (``lora``) or fine-tuned (``full``).
 
-    Prompts have the length, layers, gate, dropout and start of the section `prompts`. Limits: ``prompt`` of length 0 is
-    ``probe``, and so are ``prompt`` with gates of 0 and ``lora`` with an alpha of 0, to the bit.
+    Length, layers, gate, dropout and initial bound of the static prompts come from the section `prompts`. Limits: prompts
+    of length 0, gates of 0 and ``lora`` with alpha 0 all equal ``probe``, bit for bit.
 
     Raises:
-        EncoderError: an encoder that cannot be prompted or adapted, and is to be.
+        EncoderError: an encoder that does not support the chosen tuning.
     """
 
-    prompts_always: ClassVar[bool] = False  # whether settings of `prompts` count however encoders learn
-    own_tune: ClassVar[str] = "probe"  # where the setting `tune` says nothing
+    always_uses_prompts: ClassVar[bool] = False  # whether the section `prompts` has an effect for every `tune`
+    default_tune: ClassVar[str] = "probe"  # used if the setting `tune` is unset
     parts: ClassVar[dict[str, str]] = {
         r"^stacks\..*static_SD$": "static prompts",
         r"^stacks\..*gate_H$": "gates",
@@ -40,7 +40,7 @@ class TunedFusion(Fusion):
 
     def __init__(self, config: RunConfig, encoders: Mapping[str, Encoder]) -> None:
         super().__init__(config, encoders)
-        self.tune = config.tune or self.own_tune
+        self.tune = config.tune or self.default_tune
         self.stacks = nn.ModuleDict()
         for side in self.uses:
             encoder = self.encoder(side)
@@ -50,23 +50,23 @@ class TunedFusion(Fusion):
                 encoder.adapt(config.lora)
             elif self.tune == "prompt":
                 encoder.require_promptable(fix="use --tune probe, lora or full")
-                stack = static_stack(config.prompts, encoder)
+                stack = build_static_stack(config.prompts, encoder)
                 if len(stack.layers):
                     self.stacks[side] = stack
         self.frozen = tuple(side for side in self.uses if side not in self.stacks and not self.encoder(side).learns)
 
     def resolve(self, config: RunConfig) -> RunConfig:
-        """`config` with the way that encoders are tuned in."""
+        """Return `config` with `tune` set."""
         return config.model_copy(update={"tune": self.tune})
 
     def unused_sections(self) -> list[str]:
-        """Also the prompts, where there are none."""
+        """List changed sections without effect, including `prompts` if no encoder is prompted."""
         unused = super().unused_sections()
-        count = self.tune == "prompt" or self.prompts_always or self.config.prompts == RunConfig(main="", comp="").prompts
-        return unused if count else [*unused, "prompts"]
+        unchanged = self.config.prompts == RunConfig(main="", comp="").prompts
+        return unused if unchanged or self.always_uses_prompts or self.tune == "prompt" else [*unused, "prompts"]
 
     def prompts(self, side: str) -> PromptAt | None:
-        """The static prompts of a side; None if it has none."""
+        """Static prompts of a side; None if it has none."""
         if side not in self.stacks:
             return None
         stack = self.stacks[side]
@@ -74,11 +74,11 @@ class TunedFusion(Fusion):
         return stack.condition({})
 
     def encode(self, side: str, batch: Batch) -> Encoded:
-        """A side with its static prompts, if it has any; without a graph where nothing of it learns."""
+        """Encode a side with its static prompts; no autograd graph is built if nothing in it is trainable."""
         if side not in self.stacks and not self.encoder(side).learns:
             return run_frozen(self.encoder(side), batch.inputs[side])
         return self.encoder(side).encode(batch.inputs[side], self.prompts(side))
 
     def pooled(self, side: str, batch: Batch) -> Tensor:
-        """Pooled feature of a side (B, C), computed earlier where nothing of it learns."""
+        """Pooled feature (B, C) of a side; taken from the batch if it is frozen and was computed earlier."""
         return self.feature(side, batch) if side in self.frozen else self.encode(side, batch).pooled_BC

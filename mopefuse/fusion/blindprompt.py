@@ -1,4 +1,4 @@
-"""BlindPrompt: PromptFuse whose learned tokens see one another only, and so cannot answer for the inputs.
+"""BlindPrompt: PromptFuse whose learned tokens attend to one another only, and so cannot depend on the input.
 
 Liang, Zhao and Schütze, https://arxiv.org/abs/2203.08055, the second method of that paper.
 """
@@ -13,7 +13,7 @@ from mopefuse.fusion.promptfuse import PromptFuse
 class BlindPrompt(PromptFuse):
     """`PromptFuse` with an attention mask: learned tokens attend to learned tokens, all others to everything.
 
-    The aligned feature is no learned token: it sees, and is seen. Differences and limit as of `PromptFuse`.
+    The projected psi is not masked. The differences from the paper and the limit are those of `PromptFuse`.
     """
 
     blind: ClassVar[bool] = True

@@ -1,11 +1,15 @@
 """Conditional prompt tuning: the complementary modality conditions the prompts of the main one at every layer.
 
-Jiang et al., arXiv 2312.03734, revised as MoPE, arXiv 2403.10568. Prompts enter as keys and values, which equals the
-papers' inserted tokens (`gate: none`) or adds a gated attention of their own (`gate: zero`, not in the papers). With
-`warm_start: linear`, not in the papers either, the head also takes the complementary feature, and begins as the method
-`linear`: what validation then selects is never worse there than logistic regression, and the difference is the prompts'.
+Jiang et al., arXiv 2312.03734, revised as MoPE, arXiv 2403.10568. Prompts enter as keys and values, which is equivalent to
+the papers' inserted tokens (`gate: none`), or through a separate gated attention (`gate: zero`). Beyond the papers:
 
-Of several complementary encoders, which the papers do not have, each gives a condition. What a sample lacks is a learned one.
+* `gate: zero`.
+* `warm_start: linear`: the head also takes the complementary feature and is initialised to the solution of the method
+  `linear`, so that the selected checkpoint is at least as good on validation as logistic regression.
+* Several complementary encoders, each a condition of its own. A modality that a sample lacks is replaced by a learned
+  condition.
+
+Shapes: B batch, C width of psi, N labels.
 """
 
 from __future__ import annotations
@@ -22,22 +26,22 @@ from mopefuse.core.precision import apply_exactly
 from mopefuse.data.base import Batch
 from mopefuse.encoders.base import Encoder
 from mopefuse.errors import ConfigError
-from mopefuse.fusion._static import initial_bound, static_stack
+from mopefuse.fusion._static import build_static_stack, initial_bound
 from mopefuse.fusion.base import Fusion, Output
-from mopefuse.prompts.stack import PromptStack, scaleless, with_lengths
+from mopefuse.prompts.stack import PromptStack, fill_prompt_lengths, normalize_feature
 
 
 class ConditionalFusion(Fusion):
-    """Complementary encoder, main encoder, prompt stack, head.
+    """Complementary encoders condition the prompts of the main encoder, whose pooled feature is classified.
 
-    Limits: no static, dynamic or mapped prompt is the method `main-only`, a linear probe of the main encoder; one
-    expert is plain conditional prompting; static prompts alone are deep prompt tuning, blind to the other modality.
+    Limits: without prompts it equals `main-only`, a linear probe of the main encoder; with one expert it is conditional
+    prompting without routing; with static prompts alone it is deep prompt tuning, independent of the other modality.
 
     Raises:
-        ConfigError: the complementary encoder is to be tuned, but nothing looks at it; a warm start with prompts that are
-            not gated, or with a deeper head.
-        EncoderError: the main encoder has no layer to prompt, or the complementary one has none and is to be prompted,
-            or no projection that LoRA holds for and is to be adapted.
+        ConfigError: the complementary encoder is tuned but has no effect; a warm start with ungated prompts, with
+            `either`, or with a hidden layer in the head.
+        EncoderError: the main encoder has no promptable layer; the complementary encoder has none although
+            `comp_tuning.mode=prompts`, or does not support LoRA although `comp_tuning.mode=lora`.
     """
 
     several: ClassVar[bool] = True
@@ -75,42 +79,42 @@ class ConditionalFusion(Fusion):
             prompts, config.router, widths=main.widths, heads=main.heads, conditions=widths, bound=prompts.init
         )
         if config.warm_start == "linear":
-            _refuse_cold(config)
+            _check_warm_start(config)
             self.begin_as_regression(num_labels)
         else:
             self.head = self.make_head(main.feature_width, num_labels)
         self.head_comp = self.make_head(sum(widths.values()), num_labels) if config.either else None
-        blind = self.stack.blind and self.standard is None and self.head_comp is None
-        if blind and config.comp_tuning.mode != "frozen":
+        uses_comp = self.stack.conditional or self.standard is not None or self.head_comp is not None
+        if not uses_comp and config.comp_tuning.mode != "frozen":
             raise ConfigError(
                 14,
-                "nothing looks at the complementary encoder that is to be tuned",
+                "the complementary encoder would be tuned, but no prompt depends on it",
                 where="comp_tuning",
                 fix="add dynamic or mapped prompts",
             )
         for side in self.comps:
-            self._begin_tuning(side, prompts.gate)
-        if blind:
+            self._set_up_tuning(side, prompts.gate)
+        if not uses_comp:
             self.reads = ("main",)
         elif config.comp_tuning.mode == "frozen":
             self.frozen = self.comps
         self.learn_absence([side for side in self.does_without if side in self.reads and side != "main"])
 
-    def _begin_tuning(self, side: str, gate: Literal["none", "zero"]) -> None:
-        """Let a complementary encoder learn as `comp_tuning` says."""
-        encoder, how = self.encoder(side), self.config.comp_tuning
-        if how.mode == "prompts":
-            encoder.require_promptable(fix="use it as --comp_tuning.mode=frozen instead")
-            prompts = Prompts(static=how.length, gate=gate, dropout=self.config.prompts.dropout)
-            self.add_module(f"{side}_stack", static_stack(prompts, encoder))
-        elif how.mode == "full":
+    def _set_up_tuning(self, side: str, gate: Literal["none", "zero"]) -> None:
+        """Make a complementary encoder trainable according to `comp_tuning`."""
+        encoder, tuning = self.encoder(side), self.config.comp_tuning
+        if tuning.mode == "prompts":
+            encoder.require_promptable(fix="add --set comp_tuning.mode=frozen")
+            prompts = Prompts(static=tuning.length, gate=gate, dropout=self.config.prompts.dropout)
+            self.add_module(f"{side}_stack", build_static_stack(prompts, encoder))
+        elif tuning.mode == "full":
             encoder.tune()
-        elif how.mode == "lora":
+        elif tuning.mode == "lora":
             encoder.adapt(self.config.lora)
 
     @property
     def does_without(self) -> tuple[str, ...]:
-        """With `either` also the main side, whose samples are answered by a head of the others alone."""
+        """Sides that a sample may lack; with `either` also the main side, in whose absence `head_comp` classifies."""
         found = super().does_without
         return found if found or not self.config.either else ("main",)
 
@@ -121,46 +125,46 @@ class ConditionalFusion(Fusion):
 
     @property
     def head_sides(self) -> tuple[str, ...]:
-        """The main encoder alone, which was asked by the others; all after a warm start."""
+        """The main encoder alone; every side with a warm start."""
         return ("main",) if self.standard is None else self.uses
 
     @property
     def heads(self) -> dict[str, tuple[str, ...]]:
-        """With `either` also one of the complementary sides alone."""
+        """Sides by head; with `either` there is also `head_comp`, on the complementary sides."""
         return super().heads | ({} if self.head_comp is None else {"head_comp": self.comps})
 
     def unused_sections(self) -> list[str]:
-        """Also the settings of the regression, where there is none."""
+        """List changed sections without effect, including `linear` without a warm start."""
         unused = super().unused_sections()
         return [section for section in unused if section != "linear" or self.standard is None]
 
     def resolve(self, config: RunConfig) -> RunConfig:
-        """`config` with the papers' lengths and initial bound of the prompts where none are given."""
+        """Return `config` with unset prompt lengths and initial bound replaced by the papers'."""
         main = self.encoder("main")
-        prompts = with_lengths(config.prompts, main.modality)
+        prompts = fill_prompt_lengths(config.prompts, main.modality)
         bound = prompts.init or initial_bound(main)
         return config.model_copy(update={"prompts": prompts.model_copy(update={"init": bound})})
 
     @property
     def prompt_kinds(self) -> tuple[str, ...]:
-        """Of static, dynamic and mapped, those that the main encoder has."""
+        """The kinds of prompts that the main encoder has: static, dynamic, mapped."""
         return self.stack.kinds
 
     def without(self, kind: str) -> AbstractContextManager[None]:
-        """Answer without the static, dynamic or mapped prompts of the main encoder."""
+        """Disable one kind of the main encoder's prompts within the context."""
         return self.stack.without(kind)
 
     def psi(self, side: str, batch: Batch) -> Tensor:
-        """What a complementary encoder says of each sample, (B, C)."""
+        """Pooled feature of a complementary encoder, (B, C)."""
         if side in self.frozen:
             return self.feature(side, batch)
         stack = getattr(self, f"{side}_stack", None)
         return self.encoder(side).encode(batch.inputs[side], stack and stack.condition({})).pooled_BC
 
     def forward(self, batch: Batch) -> Output:
-        """Logits (B, N) and the routing of each routed layer."""
+        """Compute logits (B, N) and the routing of each routed layer."""
         psi_BC = {side: self.psi(side, batch) for side in self.comps if side in self.reads}
-        conditions_BC = {side: self.or_absent(side, scaleless(psi), batch) for side, psi in psi_BC.items()}
+        conditions_BC = {side: self.or_absent(side, normalize_feature(psi), batch) for side, psi in psi_BC.items()}
         conditioned = self.stack.condition(conditions_BC) if len(self.stack.layers) else None
         pooled_BC = self.encoder("main").encode(batch.inputs["main"], conditioned).pooled_BC
         features = (pooled_BC,) if self.standard is None else (pooled_BC, *psi_BC.values())
@@ -173,14 +177,12 @@ class ConditionalFusion(Fusion):
         return Output(logits_BN, conditioned.routing() if conditioned else None, alone_BN)
 
 
-def _refuse_cold(config: RunConfig) -> None:
-    """Refuse a warm start of a model that would not begin as the regression."""
+def _check_warm_start(config: RunConfig) -> None:
+    """Check that a warm-started model equals the regression before the first step."""
     if config.prompts.gate != "zero":
-        raise ConfigError(
-            101, "ungated prompts change the encoder from the first step", where="prompts.gate", fix="use --gate zero"
-        )
+        raise ConfigError(101, "warm_start=linear requires prompts.gate=zero", where="prompts.gate", fix="use --gate zero")
     if config.either:
-        what = "a regression on all encoders is no answer without the main one"
-        raise ConfigError(146, what, where="--either", fix="leave --warm-start or --either out")
+        what = "warm_start=linear needs the main modality of every sample, which --either makes optional"
+        raise ConfigError(146, what, where="--either", fix="remove --warm-start or --either")
     if config.head_hidden:
-        raise ConfigError(102, "a regression is no deeper head", where="head_hidden", fix="leave head_hidden at 0")
+        raise ConfigError(102, "warm_start=linear requires head_hidden=0", where="head_hidden", fix="add --set head_hidden=0")

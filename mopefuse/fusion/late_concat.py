@@ -1,6 +1,8 @@
-"""Late concatenation: a head on all pooled features side by side.
+"""Late concatenation: a head on the concatenated pooled features.
 
-The simplest fusion there is, and on small data a strong one.
+The simplest fusion method, and a strong one on small data.
+
+Shapes: B batch, N labels.
 """
 
 from __future__ import annotations
@@ -17,9 +19,12 @@ from mopefuse.fusion.base import Output
 
 
 class LateConcat(TunedFusion):
-    """head(concat(norm(main), norm(comp), ...)); linear unless `head_hidden`. Encoders are frozen unless `tune` says otherwise.
+    """Classifies by head(concat(norm(main), norm(comp), ...)); encoders are frozen by default (`tune`).
 
-    Fully tuned it is the fine-tuned late fusion of the papers' tables; they leave out the norm (`head_norm: none`).
+    With ``--tune full`` and ``head_norm: none`` it is the fine-tuned late fusion of the papers' tables.
+
+    Raises:
+        ConfigError: `either` without training samples that lack the main modality.
     """
 
     several: ClassVar[bool] = True
@@ -27,11 +32,11 @@ class LateConcat(TunedFusion):
     def __init__(self, config: RunConfig, encoders: Mapping[str, Encoder], num_labels: int) -> None:
         super().__init__(config, encoders)
         if config.either and not self.does_without:
-            what = "training would meet no sample without the main modality"
+            what = "no training sample would lack the main modality"
             raise ConfigError(145, what, where="--either", fix="add --modality-dropout 0.1, or --on-missing absent")
         self.learn_absence(self.does_without)
         self.head = self.make_head(sum(self.encoder(side).feature_width for side in self.uses), num_labels)
 
     def forward(self, batch: Batch) -> Output:
-        """Logits (B, N)."""
+        """Compute logits (B, N)."""
         return Output(self.classify(*(self.pooled(side, batch) for side in self.uses), batch=batch))

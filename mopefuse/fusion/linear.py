@@ -1,7 +1,7 @@
-"""Logistic regression on frozen features: what a practitioner tries first, and what a fusion has to beat.
+"""Logistic regression on frozen features: the first baseline to try, and the one that a fusion method must beat.
 
-Logistic regression, with the objective of scikit-learn's, on features of the frozen encoders that are standardised by the
-training split; C is chosen on validation. It takes no training step.
+The objective is scikit-learn's. Features of the frozen encoders are standardised with statistics of the training split, and
+C is chosen on validation. There are no training steps.
 
 Shapes: B batch, C width of one side's feature, N labels.
 """
@@ -25,11 +25,12 @@ from mopefuse.fusion.regression import Advance, Fold, How, fit_heads
 
 
 class LinearFusion(Fusion):
-    """A linear head on standardised features, fitted in closed form before what would be the first step.
+    """A linear head on standardised features, fitted without training steps.
 
-    ``linear.features``: ``concat`` (all side by side), ``main`` or ``comp`` (one kind alone), ``average`` (the mean of the
-    probabilities of one regression for each side). Limits: `concat` with its weights on one side set to 0 is the other
-    side alone; `average` of two equal sides is one of them. What a sample lacks has the mean of the training split.
+    ``linear.features`` selects ``concat`` (all features concatenated), ``main`` or ``comp`` (those of one kind), or
+    ``average`` (the mean of the probabilities of one regression per side). Limits: `concat` with zero weights for one side
+    is a regression on the other; `average` of two equal sides equals either. A side that a sample lacks is replaced by its
+    mean over the training split.
     """
 
     several: ClassVar[bool] = True
@@ -48,13 +49,13 @@ class LinearFusion(Fusion):
 
     @classmethod
     def sides(cls, config: RunConfig) -> tuple[str, ...]:
-        """The sides in ``linear.features``."""
-        asked = config.linear.features
-        both = asked in ("concat", "average")
-        return tuple(side for side in super().sides(config) if both or is_comp(side) == (asked == "comp"))
+        """The sides that ``linear.features`` selects."""
+        features = config.linear.features
+        both = features in ("concat", "average")
+        return tuple(side for side in super().sides(config) if both or is_comp(side) == (features == "comp"))
 
     def forward(self, batch: Batch) -> Output:
-        """Logits (B, N)."""
+        """Compute logits (B, N)."""
         features = [self.feature(side, batch) for side in self.uses]
         if not self.average:
             return Output(self.classify(*features, batch=batch))
@@ -67,7 +68,7 @@ class LinearFusion(Fusion):
         return Output(torch.where(multi, mean_of_sigmoids(*each_BN), mean_of_softmaxes(*each_BN)))
 
     def fit(self, train: Fold, val: Fold, how: How, advance: Advance) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Weights of the regression, or of both, and the C of each."""
+        """Fit the regression, or one for each side with `average`; see `Fusion.fit`."""
         if not self.average:
             return super().fit(train, val, how, advance)
         state, chosen = fit_heads({f"head.{side}": (side,) for side in self.uses}, train, val, how, advance)
@@ -75,11 +76,11 @@ class LinearFusion(Fusion):
 
 
 def mean_of_softmaxes(*each_BN: Tensor) -> Tensor:
-    """Logits whose softmax is the mean of those of all."""
+    """Logits whose softmax is the mean of the softmaxes of `each_BN`."""
     return torch.stack([one_BN.log_softmax(dim=-1) for one_BN in each_BN]).logsumexp(dim=0)
 
 
 def mean_of_sigmoids(*each_BN: Tensor) -> Tensor:
-    """Logits whose sigmoid is the mean of those of all."""
+    """Logits whose sigmoid is the mean of the sigmoids of `each_BN`."""
     yes_BN = torch.stack([F.logsigmoid(one_BN) for one_BN in each_BN]).logsumexp(dim=0)
     return yes_BN - torch.stack([F.logsigmoid(-one_BN) for one_BN in each_BN]).logsumexp(dim=0)

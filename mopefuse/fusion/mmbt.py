@@ -1,4 +1,4 @@
-"""MMBT: image tokens, projected, are read by a text encoder together with the words.
+"""MMBT: a text encoder processes projected image tokens together with the tokens of the text.
 
 Kiela et al., Supervised Multimodal Bitransformers for Classifying Images and Text, https://arxiv.org/abs/1909.02950.
 Shapes: B batch, L tokens of the image encoder, M image tokens, C width of the image encoder's tokens.
@@ -19,44 +19,45 @@ from mopefuse.fusion._inserting import InsertingFusion
 
 
 class MMBT(InsertingFusion):
-    """``inserted.images`` tokens ahead of a text's own; both encoders are fully tuned unless `tune` says otherwise.
+    """Inserts ``inserted.images`` image tokens ahead of the text's own; both encoders are fine-tuned by default (`tune`).
 
-    Equal to the paper's: pooled parts of the image, one projection for all of them, one transformer over both, its own
-    classification token. Different: any image encoder in place of ResNet-152, whose last tokens (a class token among them)
-    are averaged in as many runs of neighbours; image tokens enter without position and segment embeddings; encoders are not
-    unfrozen one after the other. Limit: with one image token of an encoder that pools by the mean it is `Sequential`.
+    As in the paper: pooled regions of the image, one projection for all of them, one transformer over both modalities and
+    its classification token. Unlike the paper: any image encoder instead of ResNet-152; its output tokens (including a
+    class token) are averaged over that many runs of consecutive tokens; image tokens have no position or segment
+    embeddings; encoders are not unfrozen in stages. Limit: with one image token, and an image encoder that pools by the
+    mean, it equals `Sequential`.
 
     Raises:
-        EncoderError: two encoders of one modality, a text encoder that takes no tokens beside its own, or an image encoder
-            whose tokens are not known.
+        EncoderError: both encoders have the same modality, the text encoder does not support inserted tokens, or the image
+            encoder does not provide its tokens.
     """
 
-    own_tune: ClassVar[str] = "full"
+    default_tune: ClassVar[str] = "full"
     sections: ClassVar[tuple[str, ...]] = (*InsertingFusion.sections, "inserted")
 
     def __init__(self, config: RunConfig, encoders: Mapping[str, Encoder], num_labels: int) -> None:
         super().__init__(config, encoders, num_labels)
-        self.frozen = ()  # tokens of the image are read, not its pooled feature
+        self.frozen = ()  # the image's tokens are used, and only pooled features can be cached
 
     def roles(self) -> tuple[str, str]:
-        """The text reads the image, whichever is main."""
+        """Sides of the text (reader) and of the image (source), whichever is main."""
         sides = {self.encoder(side).modality: side for side in self.uses}
         if sides.keys() != {"text", "image"}:
-            what = f"{self.config.method} is of a text and an image; both encoders are of one modality"
+            what = f"{self.config.method} needs a text and an image encoder, but both encoders have the same modality"
             raise EncoderError(71, what, fix="name one of each as --main and --comp")
         return sides["text"], sides["image"]
 
     def source_width(self) -> int:
-        """C, which for an encoder with a projection of its own is not that of its feature."""
+        """Width C of the image tokens, which differs from the feature's if the encoder projects its pooled output."""
         encoder = self.encoder(self.source)
         if not encoder.token_width:
-            what = f"the width of the tokens of {encoder.spec} is not known"
+            what = f"{encoder.spec} does not provide its tokens"
             raise EncoderError(72, what, fix="use an image encoder of timm:, hf: or tiny:")
         return encoder.token_width
 
-    def inserted(self, batch: Batch) -> Insert:
-        """Parts of the image as tokens."""
+    def build_insert(self, batch: Batch) -> Insert:
+        """Pool the image tokens to M tokens and project them."""
         tokens_BLC = self.encode(self.source, batch).tokens_BLD
         count = min(self.config.inserted.images, tokens_BLC.shape[1])
         parts_BMC = F.adaptive_avg_pool1d(tokens_BLC.transpose(1, 2), count).transpose(1, 2)
-        return Insert(self.projected(parts_BMC))
+        return Insert(self.project_features(parts_BMC))

@@ -1,6 +1,6 @@
-"""Late concatenation of two prompt-tuned encoders: what prompting gives without letting the modalities meet.
+"""Late concatenation of two prompt-tuned encoders: prompting without interaction between the modalities.
 
-A baseline of Jiang et al., arXiv 2312.03734, there called P-LateConcat.
+The baseline P-LateConcat of Jiang et al., arXiv 2312.03734.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from mopefuse.fusion.late_concat import LateConcat
 class PLateConcat(LateConcat):
     """`LateConcat` with deep static prompts in both encoders.
 
-    Equal to the paper's: both encoders frozen, prompts at every layer, features concatenated. Different: prompts are gated
-    unless ``--gate none``, and features lose their scale unless ``head_norm: none``. Limit: with ``--static 0`` it is
-    `LateConcat`, to the bit.
+    As in the paper: both encoders are frozen, every layer has prompts, features are concatenated. Unlike the paper: prompts
+    are gated unless ``--gate none``, and features are normalised unless ``head_norm: none``. Limit: with ``--static 0`` it
+    equals `LateConcat`, bit for bit.
     """
 
-    own_tune: ClassVar[str] = "prompt"
+    default_tune: ClassVar[str] = "prompt"

@@ -1,4 +1,4 @@
-"""MMBT with prompt-tuned encoders: a baseline of Jiang et al., arXiv 2312.03734, there called P-MMBT."""
+"""MMBT with prompt-tuned encoders: the baseline P-MMBT of Jiang et al., arXiv 2312.03734."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from mopefuse.fusion.mmbt import MMBT
 
 
 class PMMBT(MMBT):
-    """`MMBT` with deep static prompts in both frozen encoders, in place of fine-tuning.
+    """`MMBT` with deep static prompts in both frozen encoders instead of fine-tuning.
 
-    Different from the paper's: as `MMBT`, and prompts are gated unless ``--gate none``. Limit: with ``--static 0`` it is `MMBT`
-    with frozen encoders, to the bit.
+    Unlike the paper: the differences of `MMBT`, and prompts are gated unless ``--gate none``. Limit: with ``--static 0`` it
+    equals `MMBT` with frozen encoders, bit for bit.
     """
 
-    own_tune: ClassVar[str] = "prompt"
+    default_tune: ClassVar[str] = "prompt"

@@ -1,7 +1,7 @@
-"""Sequential fusion by prompts: the complementary feature is one prompt of the main encoder, at its first layer.
+"""Sequential fusion by prompts: the complementary feature is one prompt token of the main encoder's first layer.
 
-A baseline of Jiang et al., arXiv 2312.03734, there called P-SequentialFuse.
-Shapes: B batch, L tokens, P prompt tokens, C width of psi, D width of the main encoder's first layer, H its heads.
+The baseline P-SequentialFuse of Jiang et al., arXiv 2312.03734.
+Shapes: B batch, L tokens, P prompt tokens, C width of psi, D width of the main encoder's first layer, H its heads, N labels.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ from mopefuse.data.base import Batch
 from mopefuse.encoders.base import Encoder, Prompt
 from mopefuse.fusion._tuned import TunedFusion
 from mopefuse.fusion.base import Output
-from mopefuse.prompts.stack import scaleless
+from mopefuse.prompts.stack import normalize_feature
 
 
 class PSequential(TunedFusion):
-    """psi, projected, beside the deep static prompts of a prompted main encoder; the complementary one is prompted too.
+    """Adds the projected psi to the static prompts of the main encoder's first layer; both encoders are prompted.
 
-    Equal to the paper's: the modalities meet at the first layer only, and by one token. Different: psi loses its scale, and
-    prompts are gated unless ``--gate none``, at the first layer with one gate for both. Limits: with gates of 0 it is
-    `main-only`, to the bit; with ``--gate none --static 0`` it is a token inserted into the first layer and dropped after it.
+    As in the paper: the modalities interact at the first layer only, through one token. Unlike the paper: psi is
+    normalised, and prompts are gated unless ``--gate none``; at the first layer psi and the static prompts share a gate.
+    Limits: with gates of 0 it equals `main-only`, bit for bit; with ``--gate none --static 0`` it is a token inserted into
+    the first layer and dropped after it.
 
     Raises:
-        EncoderError: an encoder that cannot be prompted.
+        EncoderError: an encoder that does not support prompts.
     """
 
-    prompts_always: ClassVar[bool] = True  # the gate of psi
-    own_tune: ClassVar[str] = "prompt"
+    always_uses_prompts: ClassVar[bool] = True  # for the gate of psi
+    default_tune: ClassVar[str] = "prompt"
     parts: ClassVar[dict[str, str]] = {r"^project\.": "projection", r"^gate_H$": "gates", **TunedFusion.parts}
     bonds: ClassVar[dict[str, str]] = {**TunedFusion.bonds, r"^project\.": "comp features", r"^gate_H$": "main"}
 
@@ -50,12 +51,12 @@ class PSequential(TunedFusion):
 
     @property
     def head_sides(self) -> tuple[str, ...]:
-        """The main encoder alone, which was asked by the other one."""
+        """The main encoder alone."""
         return ("main",)
 
     def forward(self, batch: Batch) -> Output:
-        """Logits (B, N)."""
-        psi_B1D = apply_in_own_type(self.project, scaleless(self.pooled("comp", batch)))[:, None]
+        """Compute logits (B, N)."""
+        psi_B1D = apply_in_own_type(self.project, normalize_feature(self.pooled("comp", batch)))[:, None]
         static = self.prompts("main")
 
         def prompt_at(layer: int, tokens_BLD: Tensor, mask_BL: Tensor | None) -> Prompt | None:

@@ -1,7 +1,8 @@
-"""PMF: two frozen encoders that question one another in their last layers, by prompts with three separate tasks.
+"""PMF: two frozen encoders query each other in their last layers, through prompts with three separate roles.
 
 Li et al., Efficient Multimodal Fusion via Interactive Prompting, https://arxiv.org/abs/2304.06306.
-Shapes: B batch, L tokens, Q query prompts, X query context prompts, P fusion context prompts, D width of a layer, H heads.
+Shapes: B batch, L tokens, Q query prompts, X query context prompts, P fusion context prompts, D width of a layer, H heads,
+K keys of the querying stage (L + Q), N labels.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ from mopefuse.fusion.base import Fusion, Output
 
 
 class FusionLayer(nn.Module):
-    """What one layer of one encoder learns. Prompts of length 0 have no parameters.
+    """Learned parameters of one layer of one encoder. Prompts of length 0 have no parameters.
 
     Args:
         width, heads: of the layer.
-        other_width: of the other encoder's layer, that `mapping` leads to.
+        other_width: width of the other encoder's layer, the output of `mapping`.
+        hidden: width of the bottleneck of `mapping`.
+        bound: prompts are initialised from U(-bound, bound).
     """
 
     def __init__(
@@ -34,36 +37,37 @@ class FusionLayer(nn.Module):
     ) -> None:
         super().__init__()
 
-        def learned(count: int) -> nn.Parameter | None:
-            return nn.Parameter(torch.empty(count, width).uniform_(-bound, bound)) if count else None
+        def random_prompt(length: int) -> nn.Parameter | None:
+            return nn.Parameter(torch.empty(length, width).uniform_(-bound, bound)) if length else None
 
-        asks = lengths.queries > 0
-        self.query_QD = learned(lengths.queries)
-        self.query_context_XD = learned(lengths.query_context if asks else 0)
-        self.fusion_context_PD = learned(lengths.fusion_context)
+        has_queries = lengths.queries > 0
+        self.query_QD = random_prompt(lengths.queries)
+        self.query_context_XD = random_prompt(lengths.query_context if has_queries else 0)
+        self.fusion_context_PD = random_prompt(lengths.fusion_context)
         self.mapping: nn.Sequential | None = None
-        if asks:
+        if has_queries:
             self.mapping = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, other_width))
         self.gate_H = nn.Parameter(torch.zeros(heads)) if gated else None
 
 
 class PMF(Fusion):
-    """In each fusion layer, of both encoders: a querying stage and a fusion stage; then a head on both pooled features.
+    """Runs a querying stage and a fusion stage in each fusion layer of both encoders; one head reads both pooled features.
 
-    Querying: the frozen layer is run on [tokens; query prompts; query context prompts]. What it makes of the query prompts,
-    mapped to the other's width by a bottleneck of two layers, is what the other encoder gets. Fusion: the layer is run on
-    [tokens; fusion context prompts; what the other encoder gives], and the tokens alone go on.
+    Querying: the frozen layer processes [tokens; query prompts; query context prompts]. Its output at the query prompts,
+    mapped to the other encoder's width by a two-layer bottleneck, is passed to the other encoder. Fusion: the layer
+    processes [tokens; fusion context prompts; tokens passed by the other encoder], and only the tokens are kept.
 
-    Equal to the paper's: the two stages, prompts of three kinds in both directions, new ones in each layer and none below,
-    so that no gradient is kept there. All three kinds learn. Different: of the querying stage only the query prompts are
-    computed, which is exact; the fusion stage's prompts are gated unless ``--gate none``; prompts start and drop out as those
-    of other methods; one linear head reads both features, which lose their scale, instead of the mean of two heads. Encoders of
-    other depths are aligned at their last layers. Limits: no fusion layer, or gates of 0, is `late-concat` of frozen encoders;
-    no query prompt is `p-late-concat` with static prompts in the last layers; all to the bit.
+    As in the paper: both stages; prompts of three kinds, all trained, in both directions; separate prompts in each fusion
+    layer and none below, so that no activations are kept there for the backward pass. Unlike the paper: the querying stage
+    computes the query prompts only, which gives the same result; the fusion stage's prompts are gated unless ``--gate
+    none``; initialisation and dropout of prompts are those of the other methods; one linear head on both normalised
+    features replaces the mean of two heads. Encoders of different depths are aligned at their last layers. Limits: without
+    fusion layers, or with gates of 0, it equals `late-concat` of frozen encoders; without query prompts it equals
+    `p-late-concat` with static prompts in the last layers; both bit for bit.
 
     Raises:
         ConfigError: more fusion layers than an encoder has.
-        EncoderError: an encoder that takes no tokens beside its own (`Encoder.insertable`).
+        EncoderError: an encoder that does not support inserted tokens (`Encoder.insertable`).
     """
 
     parts: ClassVar[dict[str, str]] = {
@@ -87,10 +91,10 @@ class PMF(Fusion):
 
     def __init__(self, config: RunConfig, encoders: Mapping[str, Encoder], num_labels: int) -> None:
         super().__init__(config, encoders)
-        own = config.pmf
-        self.depth = own.layers if own.queries + own.fusion_context else 0
+        lengths = config.pmf
+        self.depth = lengths.layers if lengths.queries + lengths.fusion_context else 0
         for side in self.uses:
-            self._refuse(side)
+            self._check_encoder(side)
         hidden = self.resolve(config).pmf.bottleneck
         assert hidden is not None
         self.dropout = nn.Dropout(config.prompts.dropout)
@@ -99,7 +103,7 @@ class PMF(Fusion):
             encoder = self.encoder(side)
             self.stacks[side] = nn.ModuleList(
                 FusionLayer(
-                    own,
+                    lengths,
                     width=encoder.widths[layer],
                     heads=encoder.heads[layer],
                     other_width=self.encoder(other).widths[layer],
@@ -112,59 +116,63 @@ class PMF(Fusion):
         self.frozen = () if self.depth else self.uses
         self.head = self.make_head(sum(self.encoder(side).feature_width for side in self.uses), num_labels)
 
-    def _refuse(self, side: str) -> None:
+    def _check_encoder(self, side: str) -> None:
         encoder = self.encoder(side)
         encoder.require_insertable(side)
         if self.depth > len(encoder.widths):
-            problem = f"{self.depth} fusion layers, but {encoder.spec} has {len(encoder.widths)} layers"
-            raise ConfigError(103, problem, where="pmf.layers", fix="fuse in fewer layers")
+            what = f"{self.depth} fusion layers, but {encoder.spec} has {len(encoder.widths)} layers"
+            raise ConfigError(103, what, where="pmf.layers", fix=f"set pmf.layers to {len(encoder.widths)} or less")
 
     def resolve(self, config: RunConfig) -> RunConfig:
-        """`config` with the width of the bottleneck where none is given."""
+        """Return `config` with the width of the bottleneck set."""
         widest = max(width for side in self.uses for width in self.encoder(side).widths)
         hidden = config.pmf.bottleneck or max(1, widest // 2)
         return config.model_copy(update={"pmf": config.pmf.model_copy(update={"bottleneck": hidden})})
 
-    def layer(self, side: str, at: int) -> FusionLayer:
-        """What the fusion layer `at` of a side learns."""
+    def fusion_layer(self, side: str, at: int) -> FusionLayer:
+        """Learned parameters of fusion layer number `at` of a side."""
         layer = self.stacks[side][at]  # type: ignore[index]
         assert isinstance(layer, FusionLayer)
         return layer
 
-    def number(self, side: str, at: int) -> int:
-        """The encoder's own number of the fusion layer `at`."""
+    def encoder_layer(self, side: str, at: int) -> int:
+        """Index of fusion layer number `at` among the layers of the encoder."""
         return len(self.encoder(side).widths) - self.depth + at
 
     def query(self, side: str, at: int, tokens_BLD: Tensor, mask_BL: Tensor | None) -> Tensor | None:
-        """The querying stage of a side: what the other one gets (B, Q, D of the other); None without query prompts.
+        """Run the querying stage of a side.
 
-        The query prompts are the layer's tokens here, and all else that they see is its prompt (`Encoder.run_layer`).
+        The query prompts are passed as the layer's tokens, and everything that they attend to as its prompt
+        (`Encoder.run_layer`).
+
+        Returns:
+            Tokens for the other encoder (B, Q, its D); None without query prompts.
         """
-        layer = self.layer(side, at)
+        layer = self.fusion_layer(side, at)
         if layer.query_QD is None or layer.mapping is None:
             return None
-        context = [] if layer.query_context_XD is None else [self.expanded(layer.query_context_XD, tokens_BLD)]
-        query_BQD = self.expanded(layer.query_QD, tokens_BLD)
-        real_BK = None if mask_BL is None else F.pad(mask_BL, (0, query_BQD.shape[1]), value=True)
-        seen = Prompt(torch.cat([*context, tokens_BLD], dim=1))
-        answer_BQD = self.encoder(side).run_layer(self.number(side, at), query_BQD, real_BK, seen)
-        mapped_BQD: Tensor = layer.mapping(answer_BQD)
+        context = [] if layer.query_context_XD is None else [self.expand_prompt(layer.query_context_XD, tokens_BLD)]
+        query_BQD = self.expand_prompt(layer.query_QD, tokens_BLD)
+        mask_BK = None if mask_BL is None else F.pad(mask_BL, (0, query_BQD.shape[1]), value=True)
+        attended = Prompt(torch.cat([*context, tokens_BLD], dim=1))
+        out_BQD = self.encoder(side).run_layer(self.encoder_layer(side, at), query_BQD, mask_BK, attended)
+        mapped_BQD: Tensor = layer.mapping(out_BQD)
         return mapped_BQD
 
-    def prompt(self, side: str, at: int, given_BQD: Tensor | None, tokens_BLD: Tensor) -> Prompt:
-        """The fusion stage's prompt of a side, with what the other one gives."""
-        layer = self.layer(side, at)
-        parts = [] if layer.fusion_context_PD is None else [self.expanded(layer.fusion_context_PD, tokens_BLD)]
-        parts += [] if given_BQD is None else [self.dropout(given_BQD).to(tokens_BLD.dtype)]
+    def fusion_prompt(self, side: str, at: int, passed_BQD: Tensor | None, tokens_BLD: Tensor) -> Prompt:
+        """Build the fusion stage's prompt of a side: fusion context prompts and the tokens passed by the other side."""
+        layer = self.fusion_layer(side, at)
+        parts = [] if layer.fusion_context_PD is None else [self.expand_prompt(layer.fusion_context_PD, tokens_BLD)]
+        parts += [] if passed_BQD is None else [self.dropout(passed_BQD).to(tokens_BLD.dtype)]
         return Prompt(torch.cat(parts, dim=1), layer.gate_H)
 
-    def expanded(self, learned_PD: Tensor, tokens_BLD: Tensor) -> Tensor:
-        """Learned prompts for each sample (B, P, D)."""
+    def expand_prompt(self, learned_PD: Tensor, tokens_BLD: Tensor) -> Tensor:
+        """Repeat a learned prompt for each sample, with dropout: (B, P, D)."""
         dropped_BPD: Tensor = self.dropout(learned_PD.expand(tokens_BLD.shape[0], -1, -1))
         return dropped_BPD.to(tokens_BLD.dtype)
 
     def forward(self, batch: Batch) -> Output:
-        """Logits (B, N)."""
+        """Compute logits (B, N)."""
         if not self.depth:
             return Output(self.classify(*(self.feature(side, batch) for side in self.uses)))
         main, comp = _Exchange(self, batch).run()
@@ -172,39 +180,42 @@ class PMF(Fusion):
 
 
 class _Exchange:
-    """One batch on its way through both encoders, which need one another's tokens at every fusion layer.
+    """The forward pass of one batch through both encoders, which need each other's tokens at every fusion layer.
 
-    The complementary encoder runs while the main one waits ahead of its first fusion layer, and steps the main one's tokens
-    forward with it, layer by layer. The main encoder then goes on with the prompts found. So its fusion layers run twice, but
-    for the last, and no encoder has to be able to stop halfway.
+    When the main encoder reaches its first fusion layer, the complementary encoder is run from within the callback; at each
+    of its fusion layers it also advances the main encoder's tokens by one layer. The main encoder then continues with the
+    prompts computed on the way. Its fusion layers except the last thus run twice, but no encoder needs to support
+    suspending its forward pass.
     """
 
     def __init__(self, pmf: PMF, batch: Batch) -> None:
         self.pmf, self.batch = pmf, batch
-        self.main: tuple[Tensor, Tensor | None]  # tokens that are to enter the next fusion layer, and their mask
+        self.main: tuple[Tensor, Tensor | None]  # input tokens of the main encoder's next fusion layer, and their mask
         self.comp: Encoded
-        self.prompts: list[Prompt] = []  # of the main encoder's fusion layers
+        self.main_prompts: list[Prompt] = []  # one for each of the main encoder's fusion layers
 
     def run(self) -> tuple[Encoded, Encoded]:
-        """What the main and the complementary encoder return."""
-        main = self.pmf.encoder("main").encode(self.batch.inputs["main"], self._main_at)
+        """Return the outputs of the main and the complementary encoder."""
+        main = self.pmf.encoder("main").encode(self.batch.inputs["main"], self._prompt_main_at)
         return main, self.comp
 
-    def _main_at(self, layer: int, tokens_BLD: Tensor, mask_BL: Tensor | None) -> Prompt | None:
-        at = layer - self.pmf.number("main", 0)
+    def _prompt_main_at(self, layer: int, tokens_BLD: Tensor, mask_BL: Tensor | None) -> Prompt | None:
+        at = layer - self.pmf.encoder_layer("main", 0)
         if at == 0:
             self.main = tokens_BLD, mask_BL
-            self.comp = self.pmf.encoder("comp").encode(self.batch.inputs["comp"], self._comp_at)
-        return self.prompts[at] if at >= 0 else None
+            self.comp = self.pmf.encoder("comp").encode(self.batch.inputs["comp"], self._prompt_comp_at)
+        return self.main_prompts[at] if at >= 0 else None
 
-    def _comp_at(self, layer: int, tokens_BLD: Tensor, mask_BL: Tensor | None) -> Prompt | None:
-        pmf, at = self.pmf, layer - self.pmf.number("comp", 0)
+    def _prompt_comp_at(self, layer: int, tokens_BLD: Tensor, mask_BL: Tensor | None) -> Prompt | None:
+        pmf, at = self.pmf, layer - self.pmf.encoder_layer("comp", 0)
         if at < 0:
             return None
-        main_BLD, real_BL = self.main
-        of_main, of_comp = pmf.query("main", at, main_BLD, real_BL), pmf.query("comp", at, tokens_BLD, mask_BL)
-        self.prompts.append(pmf.prompt("main", at, of_comp, main_BLD))
+        main_BLD, main_mask_BL = self.main
+        from_main_BQD = pmf.query("main", at, main_BLD, main_mask_BL)
+        from_comp_BQD = pmf.query("comp", at, tokens_BLD, mask_BL)
+        self.main_prompts.append(pmf.fusion_prompt("main", at, from_comp_BQD, main_BLD))
         if at + 1 < pmf.depth:
-            number = pmf.number("main", at)
-            self.main = pmf.encoder("main").run_layer(number, main_BLD, real_BL, self.prompts[at]), real_BL
-        return pmf.prompt("comp", at, of_main, tokens_BLD)
+            number = pmf.encoder_layer("main", at)
+            next_BLD = pmf.encoder("main").run_layer(number, main_BLD, main_mask_BL, self.main_prompts[at])
+            self.main = next_BLD, main_mask_BL
+        return pmf.fusion_prompt("comp", at, from_main_BQD, tokens_BLD)

@@ -1,4 +1,4 @@
-"""PromptFuse: learned input tokens and one aligned feature teach a frozen encoder to read the other modality.
+"""PromptFuse: learned input tokens and one projected feature adapt a frozen encoder to the other modality.
 
 Liang, Zhao and Schütze, Modular and Parameter-Efficient Multimodal Fusion with Prompting, https://arxiv.org/abs/2203.08055.
 Shapes: B batch, P learned tokens, D width of the main encoder's tokens.
@@ -20,16 +20,16 @@ from mopefuse.fusion._static import initial_bound
 
 
 class PromptFuse(InsertingFusion):
-    """``inserted.prompts`` learned tokens and psi, projected, ahead of the main encoder's own; both encoders are frozen.
+    """Inserts ``inserted.prompts`` learned tokens and the projected psi ahead of the main tokens; both encoders are frozen.
 
-    Equal to the paper's: tokens at the input only, that pass through all layers. Different: classification by a linear head
-    on the pooled feature instead of an answer in words; the projection of psi learns; tokens have no position. Limit: without
-    learned tokens it is `Sequential` with frozen encoders, to the bit.
+    As in the paper: tokens are inserted at the input only and pass through all layers. Unlike the paper: a linear head on
+    the pooled feature classifies instead of generated text; the projection of psi is trained; inserted tokens have no
+    position embeddings. Limit: without learned tokens it equals `Sequential` with frozen encoders, bit for bit.
     """
 
     sections: ClassVar[tuple[str, ...]] = (*InsertingFusion.sections, "inserted")
-    prompts_always: ClassVar[bool] = True  # the bound of learned tokens
-    blind: ClassVar[bool] = False  # whether learned tokens see one another only
+    always_uses_prompts: ClassVar[bool] = True  # for the initial bound of learned tokens
+    blind: ClassVar[bool] = False  # whether learned tokens attend to one another only
 
     def __init__(self, config: RunConfig, encoders: Mapping[str, Encoder], num_labels: int) -> None:
         super().__init__(config, encoders, num_labels)
@@ -37,9 +37,9 @@ class PromptFuse(InsertingFusion):
         bound = config.prompts.init or initial_bound(main)
         self.prompt_PD = nn.Parameter(torch.empty(count, main.widths[0]).uniform_(-bound, bound)) if count else None
 
-    def inserted(self, batch: Batch) -> Insert:
-        """The learned tokens, and psi as one more."""
-        psi_B1D = self.projected(self.pooled("comp", batch))[:, None]
+    def build_insert(self, batch: Batch) -> Insert:
+        """Concatenate the learned tokens and the projected psi."""
+        psi_B1D = self.project_features(self.pooled("comp", batch))[:, None]
         if self.prompt_PD is None:
             return Insert(psi_B1D)
         prompt_BPD = self.prompt_PD.to(psi_B1D.dtype).expand(psi_B1D.shape[0], -1, -1)

@@ -1,4 +1,4 @@
-"""Logistic regression on standardised features: the rival that is hard to beat on small data, and a place to start from.
+"""Logistic regression on standardised features: a strong baseline on small data, and the starting point of a warm start.
 
 Shapes: S samples, C width of one side's feature, F of all features side by side, N labels.
 """
@@ -20,36 +20,41 @@ from mopefuse.fusion._logistic import LogisticRegression, Sigmoids, Softmax
 from mopefuse.metrics import classification as metrics
 from mopefuse.metrics.gates import selected_metric
 
-_NEVER = 30.0  # logit of what training has never, or always: a probability of 1e-13
+_NEVER = 30.0  # magnitude of the logit of a label that every or no training sample has: a probability of 1e-13
 
 Advance = Callable[[str, float], None]
-"""Called with what is being fitted and the estimated share of all work that is done."""
+"""Progress callback: takes a description of the current fit and the estimated fraction of all work that is done."""
 
 
-def _silent(what: str, share: float) -> None:
+def _ignore_progress(what: str, share: float) -> None:
     return None
 
 
 class Targets(Protocol):
-    """Class indices or rows of zeros and ones by row: a tensor, or what looks like one."""
+    """Targets indexed by row: class indices, or rows of zeros and ones. A tensor is one."""
 
     def __len__(self) -> int:
-        """S."""
+        """Return S."""
 
     def __getitem__(self, index_B: Tensor) -> Tensor:
-        """(B,) or (B, N)."""
+        """Return the targets (B,) or (B, N) of some rows."""
 
 
 class Fold(NamedTuple):
-    """Pooled features (S, C) of a split by side, its targets: (S,) class indices, or (S, N) zeros and ones; and by side which
-    samples (S,) lack it."""
+    """Features and targets of a split.
+
+    Attributes:
+        features: pooled features (S, C) by side.
+        targets: class indices (S,), or zeros and ones (S, N).
+        missing: for each side that some sample lacks, which samples (S,) lack it.
+    """
 
     features: Mapping[str, Table]
     targets: Targets
     missing: Mapping[str, Tensor] = {}
 
     def statistics(self, side: str) -> dict[str, Tensor]:
-        """The buffers of `Standard`, of the samples that have the side.
+        """Compute the buffers of `Standard` over the samples that have the side.
 
         Raises:
             NumericError: a feature is not finite.
@@ -63,16 +68,19 @@ class Fold(NamedTuple):
         return found
 
     def design(self, known: Mapping[str, Mapping[str, Tensor]], labels: int) -> Design:
-        """The standardised features of the sides in `known`, which has the buffers of `Standard` for each."""
+        """Assemble the standardised features of the sides in `known`, which maps each side to its buffers of `Standard`."""
         sides = [Side(self.features[side], buffers, self.missing.get(side)) for side, buffers in known.items()]
         return Design(sides, len(self.targets), labels)
 
 
 class How(NamedTuple):
-    """What a regression is fitted for.
+    """Settings of a regression.
 
-    threshold: of multi-label predictions, a probability, or "tuned" for each label on validation. balanced: every class
-    counts the same, however rare.
+    Attributes:
+        labels: N.
+        threshold: probability above which a label is predicted (multi-label), or "tuned": one per label, on validation.
+        balanced: whether every class has the same total weight, however rare.
+        settings: the section `linear` of the configuration.
     """
 
     labels: int
@@ -83,7 +91,7 @@ class How(NamedTuple):
 
 
 class Regression(NamedTuple):
-    """A linear head on standardised features; `strength` is its C, `score` the selected metric on validation."""
+    """A fitted linear head on standardised features; `strength` is its C, `score` its selected metric on validation."""
 
     weight_NF: Tensor
     bias_N: Tensor
@@ -92,7 +100,7 @@ class Regression(NamedTuple):
 
 
 class Standard(nn.Module):
-    """Features less their mean over the training split, by their deviation. Constants: saved, but they do not learn."""
+    """Standardises features by their mean and standard deviation over the training split, which are saved as buffers."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -102,17 +110,20 @@ class Standard(nn.Module):
         self.deviation_C: Tensor
 
     def forward(self, feature_BC: Tensor) -> Tensor:
-        """(B, C), in float32."""
+        """Return standardised features (B, C), in float32."""
         return (exact(feature_BC) - self.mean_C) / self.deviation_C
 
 
 def fit_heads(
-    heads: Mapping[str, Sequence[str]], train: Fold, val: Fold, how: How, advance: Advance = _silent
+    heads: Mapping[str, Sequence[str]], train: Fold, val: Fold, how: How, advance: Advance = _ignore_progress
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """A regression for each head on the sides that it takes, their features standardised and side by side.
+    """Fit a regression for each head on the concatenated, standardised features of its sides.
+
+    Args:
+        heads: sides by the name of the head.
 
     Returns:
-        ``standard.<side>.*``, ``<head>.weight`` and ``<head>.bias``, and the C of each, by the names of its sides.
+        Tensors ``standard.<side>.*``, ``<head>.weight`` and ``<head>.bias``; and the C of each head, keyed by its sides.
     """
     state: dict[str, Tensor] = {}
     chosen: dict[str, float] = {}
@@ -121,12 +132,12 @@ def fit_heads(
     for side, found in known.items():
         state |= {f"standard.{side}.{name}": tensor for name, tensor in found.items()}
     for number, (name, group) in enumerate(heads.items()):
-        on, own = " and ".join(group), {side: known[side] for side in group}
+        on, buffers = " and ".join(group), {side: known[side] for side in group}
 
-        def report(what: str, share: float, begun: int = number, on: str = on) -> None:
-            advance(f"logistic regression on {on}, {what}", (begun + share) / len(heads))
+        def report(what: str, share: float, done: int = number, on: str = on) -> None:
+            advance(f"logistic regression on {on}, {what}", (done + share) / len(heads))
 
-        designs = train.design(own, how.labels), val.design(own, how.labels)
+        designs = train.design(buffers, how.labels), val.design(buffers, how.labels)
         regression = fit_regression(designs[0], train.targets, designs[1], val.targets, how, report)
         state |= {f"{name}.weight": regression.weight_NF, f"{name}.bias": regression.bias_N}
         chosen[on] = regression.strength
@@ -134,9 +145,9 @@ def fit_heads(
 
 
 def fit_regression(
-    train: Design, targets: Targets, val: Design, val_targets: Targets, how: How, advance: Advance = _silent
+    train: Design, targets: Targets, val: Design, val_targets: Targets, how: How, advance: Advance = _ignore_progress
 ) -> Regression:
-    """The regression whose C does best on validation; the smallest such C.
+    """Fit a regression for each C and return the one with the best score on validation; the smallest C wins ties.
 
     Args:
         targets, val_targets: (S,) class indices, or (S, N) zeros and ones.
@@ -144,13 +155,13 @@ def fit_regression(
     best: Regression | None = None
     strengths = sorted(how.settings.strengths)
     actual = val_targets[torch.arange(val.rows)]
-    fitted = (_of_labels if how.multi_label else _of_classes)(train, targets, how)
+    problem = (_binary_problem if how.multi_label else _multinomial_problem)(train, targets, how)
     for number, strength in enumerate(strengths):
 
-        def report(share: float, begun: int = number, strength: float = strength) -> None:
-            advance(f"C {strength:g}", (begun + share) / len(strengths))
+        def report(share: float, done: int = number, strength: float = strength) -> None:
+            advance(f"C {strength:g}", (done + share) / len(strengths))
 
-        weight_NF, bias_N = fitted.solve(strength, how.settings.max_iter, report)
+        weight_NF, bias_N = problem.solve(strength, how.settings.max_iter, report)
         logits_SN = val.logits(weight_NF, bias_N)
         thresholds = _thresholds(logits_SN, actual, how)
         found = metrics.compute(logits_SN, actual, multi_label=how.multi_label, thresholds=thresholds)
@@ -167,13 +178,13 @@ def _thresholds(logits_SN: Tensor, val: Tensor, how: How) -> metrics.Thresholds:
     return metrics.THRESHOLD if isinstance(how.threshold, str) else how.threshold
 
 
-class _Fitted(NamedTuple):
-    """Regressions of the labels that the training split tells apart, among all labels.
+class _Problem(NamedTuple):
+    """The regression of the labels that vary within the training split, embedded in all labels.
 
-    Args:
-        regression: None where there is nothing to tell apart.
-        index_A: labels that are fitted; of two classes both, though their regression has one row.
-        bias_N: of all labels where no feature says more.
+    Attributes:
+        regression: None if no label varies.
+        index_A: labels that are fitted; both of two classes, although their regression has one row.
+        bias_N: biases of all labels, used for those that are not fitted.
         width: F.
     """
 
@@ -187,36 +198,36 @@ class _Fitted(NamedTuple):
         weight_NF, bias_N = torch.zeros(len(self.bias_N), self.width), self.bias_N.clone()
         if self.regression is not None:
             rows_AF, row_biases_A = self.regression.solve(strength, max_iter, advance)
-            if len(rows_AF) < len(self.index_A):  # of the second of two classes: half of it each way gives the same softmax
+            if len(rows_AF) < len(self.index_A):  # one row for two classes: plus and minus half of it give the same softmax
                 rows_AF, row_biases_A = torch.cat([-rows_AF, rows_AF]) / 2, torch.cat([-row_biases_A, row_biases_A]) / 2
             weight_NF[self.index_A], bias_N[self.index_A] = rows_AF.float(), row_biases_A.float()
         return weight_NF, bias_N
 
 
-def _of_labels(train: Design, targets_SN: Targets, how: How) -> _Fitted:
-    """A binary regression for each label that some, but not all, samples have."""
+def _binary_problem(train: Design, targets_SN: Targets, how: How) -> _Problem:
+    """Set up a binary regression for each label that some, but not all, samples have."""
     with_N = torch.zeros(how.labels, dtype=torch.double)
     for rows in row_blocks(train.rows, how.labels):
         with_N += targets_SN[torch.arange(rows.start, rows.stop)].sum(dim=0, dtype=torch.double)
     bias_N = torch.where(with_N > 0, _NEVER, -_NEVER).float()
     index_A = ((with_N > 0) & (with_N < train.rows)).nonzero()[:, 0]
     if not len(index_A):
-        return _Fitted(None, index_A, bias_N, train.width)
+        return _Problem(None, index_A, bias_N, train.width)
     count_2A = torch.stack([train.rows - with_N, with_N])[:, index_A]
     weight_2A = train.rows / (2 * count_2A) if how.balanced else None
     start_A = torch.zeros(len(index_A)) if how.balanced else (count_2A[1] / count_2A[0]).log()
     regression = LogisticRegression(train, Sigmoids(targets_SN, index_A, weight_2A), start_A)
-    return _Fitted(regression, index_A, bias_N, train.width)
+    return _Problem(regression, index_A, bias_N, train.width)
 
 
-def _of_classes(train: Design, targets: Targets, how: How) -> _Fitted:
-    """A multinomial regression of the classes that some sample has; a binary one where there are two."""
+def _multinomial_problem(train: Design, targets: Targets, how: How) -> _Problem:
+    """Set up a multinomial regression of the classes that occur; a binary one if there are two."""
     targets_S = targets[torch.arange(train.rows)]
     count_N = torch.bincount(targets_S, minlength=how.labels).double()
     bias_N = torch.where(count_N > 0, 0.0, -_NEVER).float()
     index_A = count_N.nonzero()[:, 0]
     if len(index_A) == 1:
-        return _Fitted(None, index_A, bias_N, train.width)
+        return _Problem(None, index_A, bias_N, train.width)
     count_A = count_N[index_A]
     weight_A = train.rows / (len(index_A) * count_A) if how.balanced else None
     start_A = torch.zeros(len(index_A)) if how.balanced else count_A.log()
@@ -229,4 +240,4 @@ def _of_classes(train: Design, targets: Targets, how: How) -> _Fitted:
         start_A = start_A.diff()
     else:
         loss = Softmax(classes_S, weight_A)
-    return _Fitted(LogisticRegression(train, loss, start_A), index_A, bias_N, train.width)
+    return _Problem(LogisticRegression(train, loss, start_A), index_A, bias_N, train.width)

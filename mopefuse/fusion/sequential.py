@@ -1,6 +1,6 @@
-"""Sequential fusion: the complementary feature becomes one more token of the main encoder, which is fine-tuned.
+"""Sequential fusion: the complementary feature is inserted as one token into the main encoder, which is fine-tuned.
 
-A baseline of Jiang et al., arXiv 2312.03734, there called SequentialFuse. Shapes: B batch, C width of psi.
+The baseline SequentialFuse of Jiang et al., arXiv 2312.03734. Shapes: B batch, C width of psi.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from mopefuse.fusion._inserting import InsertingFusion
 
 
 class Sequential(InsertingFusion):
-    """psi, projected, ahead of the main encoder's own tokens; both encoders are fully tuned unless `tune` says otherwise.
+    """Inserts the projected psi ahead of the main encoder's own tokens; both encoders are fine-tuned by default (`tune`).
 
-    Equal to the paper's: one token, fine-tuning. Different: psi loses its scale before it is projected, and the token has no
-    position of its own. Limit: with `tune: probe` and a projection that is constant it is blind to the other modality.
+    As in the paper: one token, fine-tuning. Unlike the paper: psi is normalised before the projection, and the token has no
+    position embedding. Limit: with `tune: probe` and a constant projection it is independent of the other modality.
     """
 
-    own_tune: ClassVar[str] = "full"
+    default_tune: ClassVar[str] = "full"
 
-    def inserted(self, batch: Batch) -> Insert:
-        """psi as one token."""
-        return Insert(self.projected(self.pooled("comp", batch))[:, None])
+    def build_insert(self, batch: Batch) -> Insert:
+        """Project psi to one token."""
+        return Insert(self.project_features(self.pooled("comp", batch))[:, None])

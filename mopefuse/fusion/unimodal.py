@@ -1,8 +1,8 @@
-"""One modality alone: what it knows without the other is the floor that any fusion must beat.
+"""One modality alone: the baseline that any fusion method must beat.
 
-With ``--tune``: a probe of the frozen encoder, deep prompt tuning (Jia et al., https://arxiv.org/abs/2203.12119; Liu et al.,
-P-Tuning v2, https://arxiv.org/abs/2110.07602; here as keys and values, gated unless ``--gate none``), LoRA (Hu et al.,
-https://arxiv.org/abs/2106.09685), or fine-tuning.
+``--tune`` selects a linear probe of the frozen encoder, deep prompt tuning (Jia et al., https://arxiv.org/abs/2203.12119;
+Liu et al., P-Tuning v2, https://arxiv.org/abs/2110.07602; here as keys and values, gated unless ``--gate none``), LoRA (Hu
+et al., https://arxiv.org/abs/2106.09685), or fine-tuning.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Paired bootstrap over test samples: how much of a difference between two systems is the choice of the samples.
+"""Paired bootstrap over test samples: the uncertainty of a difference between two systems due to the choice of samples.
 
 Efron and Tibshirani, An Introduction to the Bootstrap, 1993 (percentile interval, chapter 13); Berg-Kirkpatrick,
 Burkett and Klein, An Empirical Investigation of Statistical Significance in NLP, EMNLP 2012 (the test, paired).
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
 RESAMPLES, SEED = 10_000, 0
-_AT_ONCE = 4_000_000  # numbers of a block of resamples, by sample or by label
+_BLOCK = 4_000_000  # numbers in a block of resamples, by sample or by label
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -24,25 +24,25 @@ Bools = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one run says of the test samples, and what is true: which labels, both (S, N), sparse, 1 where there is one."""
+    """Predicted and true labels of the test samples in one run: sparse matrices (S, N) with 1 for each label."""
 
     predicted_SN: csr_array
     actual_SN: csr_array
 
     @cached_property
     def right_SN(self) -> csr_array:
-        """Labels that are predicted and true."""
+        """Correctly predicted labels (S, N)."""
         return csr_array(self.predicted_SN.multiply(self.actual_SN))
 
     @cached_property
     def counts_3S(self) -> Floats:
-        """How many labels of each sample are right, predicted and true (3, S)."""
+        """Numbers of correct, predicted and true labels of each sample (3, S)."""
         return np.stack([each_SN.sum(axis=1) for each_SN in (self.right_SN, self.predicted_SN, self.actual_SN)])
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A metric of one system less that of another, its 95 % interval, and a two-sided p-value."""
+    """Difference of a metric between two systems, with its 95 % interval and a two-sided p-value."""
 
     value: float
     low: float
@@ -53,17 +53,15 @@ class Difference:
 def difference(
     ours: Sequence[Outcome], theirs: Sequence[Outcome], metric: str, *, resamples: int = RESAMPLES, seed: int = SEED
 ) -> Difference:
-    """The difference of a metric between two systems, each given by one run a seed, on the same samples in the same order.
+    """Compare a metric between two systems, each given by one run per seed, on the same samples in the same order.
 
-    The metric of a system is its mean over seeds; so the numbers of seeds may differ, and where they are equal this is the
-    mean of the differences of seeds paired in order. Samples are drawn with replacement, the same for all runs of both
-    systems. With d the difference on the test split and d* on a resample:
+    The metric of a system is its mean over seeds, so the numbers of seeds may differ. Samples are drawn with replacement,
+    the same for all runs of both systems. With d the difference on the test split and d* on a resample:
 
     * interval: the 2.5 and 97.5 percentiles of d*;
     * p = (1 + number of resamples with |d* - d| >= |d|) / (1 + resamples): d* centred at no difference, two-sided.
 
-    What varies is the choice of test samples alone. That another seed gives another model is in the deviation over seeds,
-    not here.
+    Only the choice of test samples varies. The variation of models between seeds is not included.
 
     Args:
         metric: of `METRICS`.
@@ -83,13 +81,13 @@ def difference(
 
 
 def drawn(samples: int, resamples: int, seed: int, *, labels: int = 1) -> Iterator[Floats]:
-    """Blocks (R, S) of how often each sample is in each resample, drawn with replacement; the same for any `labels`.
+    """Iterate over blocks (R, S) of how often each sample occurs in each resample, drawn with replacement.
 
     Args:
-        labels: N, which bounds the blocks where a metric has numbers (R, N).
+        labels: N; limits the size of blocks for metrics that need (R, N) numbers, without affecting the samples.
     """
     random = np.random.default_rng(seed)
-    block = max(1, _AT_ONCE // max(samples, labels))
+    block = max(1, _BLOCK // max(samples, labels))
     for first in range(0, resamples, block):
         count = min(block, resamples - first)
         index_RS = random.integers(0, samples, (count, samples)) + samples * np.arange(count)[:, None]
@@ -101,14 +99,14 @@ def _of_system(runs: Sequence[Outcome], metric: str, weights_RS: Floats) -> Floa
 
 
 def _accuracy(run: Outcome, weights_RS: Floats) -> Floats:
-    """Share of samples with exactly the labels that are true."""
+    """Fraction of samples with exactly the true labels."""
     right_S, predicted_S, actual_S = run.counts_3S
     exact_S: Bools = (right_S == predicted_S) & (right_S == actual_S)
     return _mean(exact_S.astype(np.float64), weights_RS)
 
 
 def _f1_macro(run: Outcome, weights_RS: Floats) -> Floats:
-    """Mean over the labels that the resample has, as `mopefuse.metrics.classification` has it; 0 if it has none."""
+    """Mean F1 over the labels that occur in the resample, as in `mopefuse.metrics.classification`; 0 if none occur."""
     right_RN, both_RN, actual_RN = _counts(run, weights_RS)
     f1_RN = 2 * right_RN / np.maximum(both_RN, 1)
     present_RN = actual_RN > 0
@@ -132,7 +130,7 @@ def _mean(value_S: Floats, weights_RS: Floats) -> Floats:
 
 
 def _counts(run: Outcome, weights_RS: Floats) -> tuple[Floats, Floats, Floats]:
-    """(R, N): samples rightly predicted to have a label, predictions plus truths of it, and truths."""
+    """Numbers (R, N) of correct predictions of a label, of predictions plus true occurrences, and of true occurrences."""
     right_RN = weights_RS @ run.right_SN
     actual_RN = weights_RS @ run.actual_SN
     return right_RN, weights_RS @ run.predicted_SN + actual_RN, actual_RN
@@ -144,4 +142,5 @@ METRICS: dict[str, Callable[[Outcome, Floats], Floats]] = {
     "f1_micro": _f1_micro,
     "f1_samples": _f1_samples,
 }
-"""Each from an outcome and weights (R, S) to values (R,); with weights of 1 those of `mopefuse.metrics.classification`."""
+"""Metrics that map an outcome and weights (R, S) to values (R,); for weights of 1 they equal
+`mopefuse.metrics.classification`."""

@@ -1,4 +1,4 @@
-"""Metrics of a split: counts that are added up batch by batch, so that no more than the samples and the labels is held.
+"""Classification metrics of a split, accumulated batch by batch in memory proportional to samples plus labels.
 
 Shapes: S samples of the split, B of them in a batch, N labels, n some of them.
 """
@@ -14,19 +14,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 THRESHOLD = 0.5
-"""Multi-label: a label is predicted from this probability on, unless thresholds are given."""
+"""Default threshold of multi-label predictions: a label is predicted from this probability on."""
 
 Thresholds = Sequence[float] | float
 
 
 class Tally:
-    """What metrics are computed from, collected from batches of a split in any order: memory grows with S + N.
+    """Counts from which metrics are computed, accumulated over batches of a split in any order.
 
-    Everything but the loss is counted in whole numbers, and losses are kept per sample, so the metrics depend neither on
-    the batches nor on which process saw which of them.
+    Everything except the loss is counted in integers, and losses are stored per sample, so that metrics do not depend on
+    how samples are divided into batches or among processes.
 
     Args:
-        samples: S. labels: N.
+        samples: S.
+        labels: N.
     """
 
     def __init__(self, samples: int, labels: int, *, multi_label: bool) -> None:
@@ -38,12 +39,13 @@ class Tally:
     def add(
         self, index_B: Tensor, logits_Bn: Tensor, targets: Tensor, thresholds: Thresholds = THRESHOLD, *, first: int = 0
     ) -> None:
-        """Count a batch; every sample, and of multi-label data every label of it, must come once.
+        """Count a batch; every sample, and for multi-label data every label of it, must be added exactly once.
 
         Args:
-            index_B: places of the samples in the split.
-            targets: class indices (B,), or zeros and ones (B, n). thresholds: one, or one of each of the n labels.
-            first: the label that the first column stands for; single-label data need all columns at once.
+            index_B: indices of the samples in the split.
+            targets: class indices (B,), or zeros and ones (B, n).
+            thresholds: one for all, or one for each of the n labels.
+            first: label of the first column; single-label data need all columns at once.
         """
         logits_Bn = logits_Bn.float()
         if self.multi_label:
@@ -67,15 +69,15 @@ class Tally:
         self.loss_S[index_B] += loss_B.double()
 
     def sums(self) -> tuple[Tensor, ...]:
-        """What is to be summed, in place, over processes that have counted different samples."""
+        """Tensors to sum, in place, over processes that have counted different samples."""
         by_label = (self.right_N, self.predicted_N, self.actual_N)
         return (*by_label, self.right_S, self.predicted_S, self.actual_S, self.loss_S)
 
     def metrics(self) -> dict[str, float]:
-        """Metrics of the split, each in 0..1, and the mean loss.
+        """Compute the metrics of the split, each in 0..1, and the mean loss.
 
-        F1 macro is over the labels that the split has (`absent_labels` counts the others), and 0 if it has none; F1 samples
-        counts a sample without labels as 1 if none is predicted, else as 0.
+        Macro F1 is the mean over labels that occur in the split (`absent_labels` counts the others), 0 if none do. For F1
+        over samples, a sample without labels counts 1 if none is predicted, else 0.
         """
         right_N, actual_N = self.right_N.numpy(), self.actual_N.numpy()
         both_N = self.predicted_N.numpy() + actual_N
@@ -100,7 +102,7 @@ class Tally:
         return float((labelled * (~empty).sum() + (predicted_S[empty] == 0).sum()) / len(actual_S))
 
     def per_label(self, labels: Sequence[str]) -> list[dict[str, Any]]:
-        """Precision, recall, F1 and support of each label; what is 0 of 0 is 0."""
+        """Compute precision, recall, F1 and support of each label; 0 / 0 counts as 0."""
         right_N, predicted_N, actual_N = (each_N.numpy() for each_N in (self.right_N, self.predicted_N, self.actual_N))
         scores = (_ratio(right_N, predicted_N), _ratio(right_N, actual_N), _ratio(2 * right_N, predicted_N + actual_N))
         rows = zip(labels, *(score_N.tolist() for score_N in scores), actual_N.tolist(), strict=True)
@@ -108,14 +110,14 @@ class Tally:
 
 
 def _ratio(part: Any, whole: Any) -> NDArray[np.float64]:
-    """`part` / `whole`, 0 where both are 0."""
+    """Divide `part` by `whole`; 0 / 0 is 0."""
     return np.asarray(part / np.maximum(whole, 1), dtype=np.float64)
 
 
 def tuned_thresholds(logits_SN: Tensor, targets_SN: Tensor) -> list[float]:
-    """For each label the threshold with the best F1 on a split (the validation split), midway between two samples.
+    """Find for each label the threshold with the best F1 on a (validation) split, midway between two samples.
 
-    A label that the split does not have keeps 0.5.
+    Labels that do not occur in the split get 0.5.
     """
     found = []
     for p_S, y_S in zip(probabilities(logits_SN, multi_label=True).double().T, targets_SN.T, strict=True):
@@ -124,24 +126,24 @@ def tuned_thresholds(logits_SN: Tensor, targets_SN: Tensor) -> list[float]:
         chosen_S = torch.arange(1, len(p_S) + 1, dtype=torch.double)
         f1_S = 2 * right_S / (chosen_S + right_S[-1])
         next_S = torch.cat([p_S[1:], p_S[-1:] * 0])
-        f1_S[p_S == next_S] = -1  # no threshold lies between equals
+        f1_S[p_S == next_S] = -1  # no threshold separates equal probabilities
         best = int(f1_S.argmax())
         found.append(float((p_S[best] + next_S[best]) / 2) if right_S[-1] > 0 else THRESHOLD)
     return found
 
 
 def over(probabilities_SN: Tensor, thresholds: Thresholds) -> Tensor:
-    """Which labels are predicted (S, N)."""
+    """Labels whose probability reaches the threshold (S, N)."""
     return probabilities_SN.double() >= torch.as_tensor(thresholds, dtype=torch.double)
 
 
 def probabilities(logits_SN: Tensor, *, multi_label: bool) -> Tensor:
-    """Softmax over labels, or a sigmoid each for multi-label data."""
+    """Softmax over labels, or a sigmoid for each label of multi-label data."""
     return logits_SN.float().sigmoid() if multi_label else logits_SN.float().softmax(dim=-1)
 
 
 def tally(logits_SN: Tensor, targets: Tensor, *, multi_label: bool, thresholds: Thresholds = THRESHOLD) -> Tally:
-    """The tally of a whole split at once; see `Tally.add`."""
+    """Count a whole split at once; see `Tally.add`."""
     found = Tally(*logits_SN.shape, multi_label=multi_label)
     found.add(torch.arange(len(logits_SN)), logits_SN, targets, thresholds)
     return found
@@ -150,22 +152,23 @@ def tally(logits_SN: Tensor, targets: Tensor, *, multi_label: bool, thresholds: 
 def compute(
     logits_SN: Tensor, targets: Tensor, *, multi_label: bool, thresholds: Thresholds = THRESHOLD
 ) -> dict[str, float]:
-    """Metrics of a whole split at once; see `Tally.metrics`."""
+    """Compute metrics of a whole split at once; see `Tally.metrics`."""
     return tally(logits_SN, targets, multi_label=multi_label, thresholds=thresholds).metrics()
 
 
 def per_label(
     logits_SN: Tensor, targets: Tensor, labels: Sequence[str], *, multi_label: bool, thresholds: Thresholds = THRESHOLD
 ) -> list[dict[str, Any]]:
-    """Precision, recall, F1 and support of each label of a whole split at once; see `Tally.per_label`."""
+    """Compute precision, recall, F1 and support of each label of a whole split at once; see `Tally.per_label`."""
     return tally(logits_SN, targets, multi_label=multi_label, thresholds=thresholds).per_label(labels)
 
 
 class Calibration(NamedTuple):
-    """How far confidence is from being right.
+    """Calibration of probabilities.
 
-    Args:
-        error: expected calibration error, 0..1. bins: (mean confidence, share that is right, answers) of each.
+    Attributes:
+        error: expected calibration error, 0..1.
+        bins: mean confidence, accuracy and number of predictions of each bin.
     """
 
     error: float
@@ -173,11 +176,11 @@ class Calibration(NamedTuple):
 
 
 def calibration(probabilities_SN: Tensor, targets: Tensor, *, bins: int = 15) -> Calibration:
-    """Expected calibration error over bins of equal width: sum over bins of |right - confidence| times their share of answers.
+    """Compute the expected calibration error: |accuracy - confidence| of bins of equal width, weighted by predictions.
 
-    Guo et al. 2017, "On Calibration of Modern Neural Networks" (equation 3). The answer to a sample is its most probable
-    label, and its confidence that probability. With several labels each label of each sample is an answer, its confidence
-    the label's probability, and it is right if the sample has the label.
+    Guo et al. 2017, "On Calibration of Modern Neural Networks" (equation 3). The prediction for a sample is its most
+    probable label, with that probability as confidence. For multi-label data each label of each sample is a prediction with
+    the label's probability as confidence; it is correct if the sample has the label.
 
     Args:
         targets: class indices (S,), or zeros and ones (S, N) for multi-label data.
@@ -187,7 +190,7 @@ def calibration(probabilities_SN: Tensor, targets: Tensor, *, bins: int = 15) ->
         right_A = (predicted_A == targets).double()
     else:
         confidence_A, right_A = probabilities_SN.double().flatten(), targets.double().flatten()
-    bin_A = (confidence_A * bins).ceil().long().clamp(1, bins) - 1  # a bin has its upper edge
+    bin_A = (confidence_A * bins).ceil().long().clamp(1, bins) - 1  # a bin includes its upper edge
     count_M = torch.zeros(bins, dtype=torch.double).index_add_(0, bin_A, torch.ones_like(confidence_A))
     sums_2M = [torch.zeros(bins, dtype=torch.double).index_add_(0, bin_A, value_A) for value_A in (confidence_A, right_A)]
     mean_2M = [sum_M / count_M.clamp(min=1) for sum_M in sums_2M]
@@ -197,12 +200,12 @@ def calibration(probabilities_SN: Tensor, targets: Tensor, *, bins: int = 15) ->
 
 
 def confusion(predicted_S: Tensor, targets_S: Tensor, labels: int) -> Tensor:
-    """How many samples of each class (N, N; rows) were given each label (columns)."""
+    """Confusion matrix (N, N): numbers of samples by true class (rows) and predicted class (columns)."""
     return torch.bincount(targets_S * labels + predicted_S, minlength=labels * labels).reshape(labels, labels)
 
 
 def confused(predicted_S: Tensor, targets_S: Tensor, labels: int, *, most: int) -> list[tuple[int, int, int]]:
-    """(samples, true class, predicted class) of the pairs of classes that are confused most often, most often first."""
+    """Pairs of classes that are confused most often, as (samples, true class, predicted class), most frequent first."""
     wrong_S = predicted_S != targets_S
     pairs, counts = (targets_S * labels + predicted_S)[wrong_S].unique(return_counts=True)  # ascending
     order = counts.argsort(descending=True, stable=True)[:most]
@@ -210,7 +213,7 @@ def confused(predicted_S: Tensor, targets_S: Tensor, labels: int, *, most: int) 
 
 
 def sample_losses(logits_SN: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of each sample (S,); with several labels the mean over them."""
+    """Cross-entropy of each sample (S,); for multi-label data the mean over labels."""
     if targets.ndim == 1:
         return torch.nn.functional.cross_entropy(logits_SN.float(), targets, reduction="none")
     return torch.nn.functional.binary_cross_entropy_with_logits(logits_SN.float(), targets, reduction="none").mean(dim=-1)

@@ -1,4 +1,4 @@
-"""Metrics by name, and quality gates: a least value of one, for scripts and continuous integration."""
+"""Names of metrics, and quality gates: minimum values of metrics, for scripts and continuous integration."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ METRICS = ("accuracy", "f1_macro", "f1_micro", "f1_samples")
 
 
 def selected_metric(*, multi_label: bool) -> str:
-    """The metric that chooses the best checkpoint: accuracy, or macro-F1 for multi-label data."""
+    """Name of the metric that selects the best checkpoint: accuracy, or macro-F1 for multi-label data."""
     return "f1_macro" if multi_label else "accuracy"
 
 
 def parse_gates(texts: Sequence[str]) -> dict[str, float]:
-    """``metric=value`` arguments as metric to least value.
+    """Parse ``metric=value`` arguments to minimum values by metric.
 
     Raises:
-        ConfigError: not such a gate, or an unknown metric.
+        ConfigError: not of this form, or an unknown metric.
     """
     gates = {}
     for text in texts:
@@ -36,10 +36,11 @@ def parse_gates(texts: Sequence[str]) -> dict[str, float]:
 
 
 def check_gates(found: Mapping[str, float], gates: Mapping[str, float]) -> None:
-    """Every metric at or above its gate; NaN is below any.
+    """Check that every metric is at or above its gate; NaN is below any gate.
 
     Raises:
-        ConfigError: a metric that this kind of data does not have. GateError: a metric below its gate.
+        ConfigError: a metric that is not computed for these data.
+        GateError: a metric below its gate.
     """
     for name, least in gates.items():
         if name not in found:

@@ -1,8 +1,9 @@
-"""A mixture of prompt experts: how an instance weighs the experts of every layer, and what keeps the load even.
+"""A mixture of prompt experts: routes each sample to the experts of every layer, and balances their load.
 
-Jiang et al., arXiv 2312.03734 (router `cross`), revised as MoPE, arXiv 2403.10568 (router `joint`). One object routes all
-prompted layers, so that the scores of the `cross` router are one matrix product.
-Shapes: B batch, N prompted layers, K experts, C conditioning width, D width of a layer, Q query width, L tokens.
+Jiang et al., arXiv 2312.03734 (router `cross`), revised as MoPE, arXiv 2403.10568 (router `joint`). One router serves all
+prompted layers, so that the scores of the `cross` router are a single matrix product.
+Shapes: B batch, N prompted layers, K experts, C conditioning width, D width of a layer, Q query width, L tokens,
+X experts (`cross`) or query components (`joint`).
 """
 
 from __future__ import annotations
@@ -19,17 +20,17 @@ from mopefuse.core.precision import exact
 
 
 class Routed(NamedTuple):
-    """Weights of the experts of one layer; rows sum to 1."""
+    """Expert weights of one layer; rows sum to 1."""
 
-    weights_BK: Tensor  # what the experts are mixed with
-    clean_BK: Tensor  # without noise and before top-m: what the importance loss balances
+    weights_BK: Tensor  # used to mix the experts
+    clean_BK: Tensor  # without noise and before top-m; balanced by the importance loss
 
 
 class Router(nn.Module):
-    """softmax(scores / temperature + noise) over the experts of each layer; see `RouterConfig` for the settings.
+    """Computes softmax(scores / temperature + noise) over the experts of each layer; see `RouterConfig` for the settings.
 
     Args:
-        conditions: name of each condition to its width C. What they say is added up, each with an equal share at the start.
+        conditions: width C of each condition by name. Their scores are summed; at initialisation each contributes equally.
         widths: D of each prompted layer.
         experts: K. One expert needs no routing: its weight is 1 and the router has no parameters.
     """
@@ -38,61 +39,66 @@ class Router(nn.Module):
         super().__init__()
         self.config, self.experts = config, experts
         self.joint = config.kind == "joint" and experts > 1
-        self.others = nn.ParameterDict()  # of conditions beyond the first: what weight_NKC or of_comp_NQC is of that
+        self.others = nn.ParameterDict()  # counterparts of weight_NKC or of_comp_NQC for conditions beyond the first
         layers = len(widths)
         if experts == 1:
             return
 
-        def drawn(rows: int, width: int) -> nn.Parameter:
-            # Scores of conditions with unit variance start with a deviation of one temperature: far from saturated.
-            spread = config.temperature / math.sqrt(width * len(conditions))
-            return nn.Parameter(torch.randn(layers, rows, width) * spread)
+        def random_weight(rows: int, width: int) -> nn.Parameter:
+            # For conditions of unit variance, initial scores have a standard deviation of one temperature, which
+            # keeps the softmax far from saturation.
+            std = config.temperature / math.sqrt(width * len(conditions))
+            return nn.Parameter(torch.randn(layers, rows, width) * std)
 
         first, *rest = conditions
         if not self.joint:
-            self.weight_NKC = drawn(experts, conditions[first])
+            self.weight_NKC = random_weight(experts, conditions[first])
             self.bias_NK = nn.Parameter(torch.zeros(layers, experts))
-            self.others.update({name: drawn(experts, conditions[name]) for name in rest})
+            self.others.update({name: random_weight(experts, conditions[name]) for name in rest})
             return
-        # Keys can be orthogonal only if the query is at least as wide as there are experts; a fifth of it (2 of 10 in the
-        # released code) is the main modality's.
+        # Keys can only be orthogonal if the query is at least as wide as the number of experts. As in the released code
+        # (2 of 10), a fifth of the query comes from the main modality.
         query = max(10, experts)
-        of_main = math.ceil(query / 5)
-        self.of_comp_NQC = drawn(query - of_main, conditions[first])
+        main_share = math.ceil(query / 5)
+        self.of_comp_NQC = random_weight(query - main_share, conditions[first])
         self.of_main = nn.ParameterList(
-            nn.Parameter(torch.randn(of_main, d) * config.temperature / math.sqrt(d)) for d in widths
+            nn.Parameter(torch.randn(main_share, d) * config.temperature / math.sqrt(d)) for d in widths
         )
         keys = torch.stack([torch.linalg.qr(torch.randn(query, experts))[0] for _ in range(layers)])
         self.register_buffer("keys_NQK", keys * math.sqrt(query / experts))
         self.keys_NQK: Tensor
-        self.others.update({name: drawn(query - of_main, conditions[name]) for name in rest})
+        self.others.update({name: random_weight(query - main_share, conditions[name]) for name in rest})
 
-    def conditioned(self, conditions_BC: Sequence[Tensor]) -> Tensor:
-        """What the conditions say of all layers at once: scores (B, N, K), or queries (B, N, Q) of the joint router.
+    def score_conditions(self, conditions_BC: Sequence[Tensor]) -> Tensor:
+        """Compute the conditions' part of the routing for all layers at once.
 
-        In float32 also under autocast: a tenth of a temperature's rounding would already move the weights.
+        Runs in float32 even under autocast, because at a temperature of 0.1 rounding errors would change the weights.
+
+        Returns:
+            Scores (B, N, K), or for the joint router the conditions' part of the queries (B, N, Q).
         """
         first_BC = conditions_BC[0]
         if self.experts == 1:
             return first_BC.new_ones(first_BC.shape[0], 1, 1)
         with torch.autocast(first_BC.device.type, enabled=False):
             weights_NXC = (self.of_comp_NQC if self.joint else self.weight_NKC, *self.others.values())
-            said_BNX = torch.einsum("bc,nxc->bnx", exact(first_BC), exact(weights_NXC[0]))
+            scores_BNX = torch.einsum("bc,nxc->bnx", exact(first_BC), exact(weights_NXC[0]))
             for other_BC, weight_NXC in zip(conditions_BC[1:], weights_NXC[1:], strict=True):
-                said_BNX = said_BNX + torch.einsum("bc,nxc->bnx", exact(other_BC), exact(weight_NXC))
-            return said_BNX if self.joint else said_BNX + self.bias_NK
+                scores_BNX = scores_BNX + torch.einsum("bc,nxc->bnx", exact(other_BC), exact(weight_NXC))
+            return scores_BNX if self.joint else scores_BNX + self.bias_NK
 
-    def forward(self, said_BNX: Tensor, position: int, tokens_BLD: Tensor, mask_BL: Tensor | None) -> Routed:
-        """Route layer number `position` among the prompted ones.
+    def forward(self, scores_BNX: Tensor, position: int, tokens_BLD: Tensor, mask_BL: Tensor | None) -> Routed:
+        """Route one layer.
 
         Args:
-            said_BNX: from `conditioned`.
-            tokens_BLD, mask_BL: what enters the layer; only the joint router looks at it, and only at real tokens.
+            scores_BNX: from `score_conditions`.
+            position: index of the layer among the routed ones.
+            tokens_BLD, mask_BL: input of the layer; used by the joint router only, which ignores padding.
         """
         if self.experts == 1:
-            ones_BK = said_BNX[:, 0]
+            ones_BK = scores_BNX[:, 0]
             return Routed(ones_BK, ones_BK)
-        scores_BK = said_BNX[:, position]
+        scores_BK = scores_BNX[:, position]
         if self.joint:
             with torch.autocast(tokens_BLD.device.type, enabled=False):
                 mean_BD = masked_mean(exact(tokens_BLD), mask_BL)
@@ -108,7 +114,7 @@ class Router(nn.Module):
 
 
 def masked_mean(tokens_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
-    """Mean of the real tokens, (B, D)."""
+    """Mean over the tokens that are not padding, (B, D)."""
     if mask_BL is None:
         return tokens_BLD.mean(dim=1)
     mask_BL1 = mask_BL.to(tokens_BLD.dtype).unsqueeze(-1)
@@ -116,7 +122,7 @@ def masked_mean(tokens_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
 
 
 def keep_largest(weights_BK: Tensor, m: int | None) -> Tensor:
-    """Each row with all but its `m` largest weights set to 0, summing to 1 again; unchanged for None."""
+    """Zero all but the `m` largest weights of each row and renormalise it to sum to 1; None keeps all."""
     if m is None or m >= weights_BK.shape[-1]:
         return weights_BK
     largest, index = weights_BK.topk(m, dim=-1)
@@ -124,9 +130,9 @@ def keep_largest(weights_BK: Tensor, m: int | None) -> Tensor:
 
 
 def mix(weights_BK: Tensor, experts_KX: Tensor, m: int | None) -> Tensor:
-    """Experts weighed and added up, (B, X): one matrix product, in which nothing of size B * K * X is ever made.
+    """Weighted sum of the experts (B, X), computed as one matrix product without a B x K x X intermediate.
 
-    Where at most `m` of many weights are not 0, only the experts that they belong to are read.
+    If at most `m` of many weights are nonzero, only the experts with nonzero weights are read.
     """
     if m is None or m * 16 > experts_KX.shape[0]:
         return weights_BK @ experts_KX
@@ -135,12 +141,13 @@ def mix(weights_BK: Tensor, experts_KX: Tensor, m: int | None) -> Tensor:
 
 
 def importance_loss(load_NK: Tensor, threshold: float = 0.0) -> Tensor:
-    """Mean over layers of the squared coefficient of variation of expert load.
+    """Mean over layers of the squared coefficient of variation of the expert load.
 
-    0 if the load is even, K - 1 if one expert takes all; a layer counts only above `threshold`.
+    It is 0 if the load is balanced and K - 1 if one expert takes everything.
 
     Args:
         load_NK: noise-free weights summed over the (global) batch, per layer.
+        threshold: layers whose value is not above it contribute 0.
     """
     squared_N = load_NK.var(dim=-1, correction=0) / load_NK.mean(dim=-1) ** 2
     return torch.where(squared_N > threshold, squared_N, 0.0).mean()

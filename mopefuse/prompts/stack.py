@@ -1,11 +1,12 @@
-"""The prompts of every layer of the main encoder: static, dynamic and mapped, conditioned on the other modality.
+"""Prompts for every layer of the main encoder: static, dynamic and mapped, conditioned on the other modality.
 
-Jiang et al., arXiv 2312.03734; MoPE, arXiv 2403.10568. The stack knows no encoder: it is told widths and heads, and
-answers ``prompt_at(layer, tokens, mask)``. Differences from the papers are settings: `gate: zero` and the norm of psi.
-With several complementary modalities each has its own psi: the router adds up what all of them say, and each gives a mapped
-prompt of its own. With one it is the papers' model.
+Jiang et al., arXiv 2312.03734; MoPE, arXiv 2403.10568. The stack is independent of any encoder: it takes layer widths and
+head counts, and provides the callback ``prompt_at(layer, tokens, mask)``. `gate: zero` and the normalisation of psi, the
+conditioning feature, differ from the papers; both are settings. Several complementary modalities, which the papers do not
+cover, each have their own psi: the router sums their scores, and each contributes its own mapped prompt.
 
-Shapes: B batch, N prompted layers, S static, P dynamic, M mapped tokens, K experts, C width of a psi, D width of a layer.
+Shapes: B batch, N prompted layers, S static, P dynamic, M mapped tokens, K experts, C width of a psi, D width of a layer,
+H heads, h width of the mapper's bottleneck.
 """
 
 from __future__ import annotations
@@ -30,10 +31,13 @@ KINDS = ("static", "dynamic", "mapped")
 
 
 class LayerPrompts(nn.Module):
-    """What one layer of width D learns. A part of length 0 has no parameters.
+    """Learned prompts of one layer of width D. A prompt of length 0 has no parameters.
 
     Args:
-        others: names of conditions beyond the first, each with a mapped prompt of its own.
+        bound: prompts are initialised from U(-bound, bound).
+        dynamic: P, 0 for a layer without routing.
+        top_m: experts that are mixed per sample; None mixes all.
+        others: names of conditions beyond the first, each of which has its own mapped prompt.
     """
 
     def __init__(
@@ -63,10 +67,13 @@ class LayerPrompts(nn.Module):
     def forward(
         self, batch: int, weights_BK: Tensor | None, trunks_Bh: Sequence[Tensor] = (), without: str = ""
     ) -> Tensor | None:
-        """The layer's prompt, (B, S + P + M, D), or what is left of it `without` one of `KINDS`; None for nothing.
+        """Build the layer's prompt, (B, S + P + M, D); None if it is empty.
 
         Args:
-            trunks_Bh: of each condition; each gives M tokens.
+            batch: B.
+            weights_BK: expert weights, for a layer with dynamic prompts.
+            trunks_Bh: output of the mapper's trunk for each condition; each is mapped to M tokens.
+            without: one of `KINDS` to leave out; empty for none.
         """
         parts = []
         if self.static_SD is not None and without != "static":
@@ -85,13 +92,13 @@ class PromptStack(nn.Module):
     """All prompts of one encoder.
 
     Args:
-        config: lengths must be numbers by now (`with_lengths`).
+        config: with prompt lengths filled in (`fill_prompt_lengths`).
         widths, heads: of every promptable layer of the encoder.
-        conditions: name of each condition to the width C of its psi; none where all prompts are static.
-        bound: prompts start in U(-bound, bound).
+        conditions: width C of each psi by the name of its condition; empty if all prompts are static.
+        bound: prompts are initialised from U(-bound, bound).
 
     Raises:
-        ConfigError: `layers` names one that the encoder does not have.
+        ConfigError: `prompts.layers` names a layer that the encoder does not have.
     """
 
     def __init__(
@@ -136,54 +143,54 @@ class PromptStack(nn.Module):
             self.trunks.update(dict(zip(self.names[1:], others, strict=True)))
 
     @property
-    def blind(self) -> bool:
-        """Whether the prompts are the same whatever the condition is."""
-        return self.router is None and self.trunk is None
+    def conditional(self) -> bool:
+        """Whether the prompts depend on the conditions."""
+        return self.router is not None or self.trunk is not None
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Of `KINDS`, the prompts that some layer has."""
-        there = (
+        """The `KINDS` of prompts that at least one layer has."""
+        present = (
             any(getattr(layer, name) is not None for layer in self.layers.values())
             for name in ("static_SD", "experts_KPD", "mapper")
         )
-        return tuple(kind for kind, has in zip(KINDS, there, strict=True) if has)
+        return tuple(kind for kind, has_any in zip(KINDS, present, strict=True) if has_any)
 
     @contextmanager
     def without(self, kind: str) -> Iterator[None]:
-        """Leave out the prompts of one kind in this thread, as if they had never been there; what was learned stays."""
+        """Disable the prompts of one kind in the current thread within the context; parameters are unchanged."""
         assert kind in self.kinds
         with self._removed.set(kind):
             yield
 
-    def condition(self, psi_BC: Mapping[str, Tensor]) -> Conditioned:
-        """The prompts of one batch.
+    def condition(self, psi_BC: Mapping[str, Tensor]) -> ConditionedPrompts:
+        """Condition the prompts on one batch.
 
         Args:
-            psi_BC: of each condition, without its scale (`scaleless`), so that encoders of any feature scale can be exchanged;
-                may be empty where all prompts are static.
+            psi_BC: normalised psi (`normalize_feature`) of each condition, so that encoders of any feature scale can be
+                exchanged; may be empty if all prompts are static.
         """
-        return Conditioned(self, psi_BC)
+        return ConditionedPrompts(self, psi_BC)
 
 
-def scaleless(psi_BC: Tensor) -> Tensor:
-    """psi with a mean of 0 and a variance of 1 over its width, in float32; zeros stay zeros."""
+def normalize_feature(psi_BC: Tensor) -> Tensor:
+    """psi with mean 0 and variance 1 over its width, in float32; an all-zero psi stays zero."""
     return F.layer_norm(exact(psi_BC), psi_BC.shape[-1:], eps=1e-8)
 
 
-class Conditioned:
-    """The answer to ``prompt_at`` for one batch; `routed` collects the routing of each routed layer on the way."""
+class ConditionedPrompts:
+    """The ``prompt_at`` callback for one batch; `routed` collects the routing of each routed layer during the forward pass."""
 
     def __init__(self, stack: PromptStack, psi_BC: Mapping[str, Tensor]) -> None:
         self.stack = stack
         self.routed: list[Routed] = []
-        each_BC = [] if stack.blind else [psi_BC[name] for name in stack.names]
-        self._said_BNX = stack.router.conditioned(each_BC) if stack.router is not None else None
+        each_BC = [psi_BC[name] for name in stack.names] if stack.conditional else []
+        self._scores_BNX = stack.router.score_conditions(each_BC) if stack.router is not None else None
         trunks = () if stack.trunk is None else (stack.trunk, *stack.trunks.values())
         self._trunks_Bh = [apply_in_own_type(trunk, one_BC) for trunk, one_BC in zip(trunks, each_BC, strict=False)]
 
     def __call__(self, layer: int, tokens_BLD: Tensor, mask_BL: Tensor | None) -> Prompt | None:
-        """The prompt of a layer; None where it has none."""
+        """Build the prompt of a layer; None if it has none."""
         stack, name = self.stack, str(layer)
         if name not in stack.layers:
             return None
@@ -191,8 +198,8 @@ class Conditioned:
         assert isinstance(prompts, LayerPrompts)
         weights_BK = None
         if prompts.dynamic:
-            assert stack.router is not None and self._said_BNX is not None
-            routed = stack.router(self._said_BNX, stack.routed.index(layer), tokens_BLD, mask_BL)
+            assert stack.router is not None and self._scores_BNX is not None
+            routed = stack.router(self._scores_BNX, stack.routed.index(layer), tokens_BLD, mask_BL)
             self.routed.append(routed)
             weights_BK = routed.weights_BK
         prompt_BPD = prompts(tokens_BLD.shape[0], weights_BK, self._trunks_Bh, stack._removed.value or "")
@@ -201,7 +208,7 @@ class Conditioned:
         return Prompt(stack.dropout(prompt_BPD).to(tokens_BLD.dtype), prompts.gate_H)
 
     def routing(self) -> Tensor | None:
-        """Noise-free weights (B, N, K) of all routed layers, after the forward pass; None without routing."""
+        """Noise-free weights (B, N, K) of all routed layers, available after the forward pass; None without routing."""
         return torch.stack([routed.clean_BK for routed in self.routed], dim=1) if self.routed else None
 
 
@@ -211,14 +218,14 @@ def _trunk(config: PromptConfig, width: int) -> nn.Sequential:
 
 
 class _FrozenBatchNorm(nn.BatchNorm1d):
-    """The released code keeps its batch norm in evaluation mode: its statistics stay those of a standard normal."""
+    """Batch norm that stays in evaluation mode, as in the released code: mean 0 and variance 1 are never updated."""
 
     def train(self, mode: bool = True) -> _FrozenBatchNorm:
         return super().train(False)
 
 
-def with_lengths(config: PromptConfig, modality: str) -> PromptConfig:
-    """`config` with the papers' prompt lengths where none is given: 6 for an image encoder, 4 for others."""
+def fill_prompt_lengths(config: PromptConfig, modality: str) -> PromptConfig:
+    """Return `config` with unset prompt lengths replaced by the papers': 6 for an image encoder, 4 for others."""
     length = of(modality).prompt_length
     return config.model_copy(
         update={
@@ -229,10 +236,10 @@ def with_lengths(config: PromptConfig, modality: str) -> PromptConfig:
 
 
 def select_layers(layers: str | Sequence[int], count: int) -> tuple[int, ...]:
-    """Indices that ``all``, ``first:N``, ``last:N`` or a list stands for among `count` layers.
+    """Resolve ``all``, ``first:N``, ``last:N`` or a list to sorted indices among `count` layers.
 
     Raises:
-        ConfigError: an index or number that the encoder does not have.
+        ConfigError: an index or N that exceeds the number of layers.
     """
     if not isinstance(layers, str):
         chosen = tuple(sorted(set(layers)))
@@ -243,12 +250,15 @@ def select_layers(layers: str | Sequence[int], count: int) -> tuple[int, ...]:
         chosen = tuple(range(int(number)) if end == "first" else range(count - int(number), count))
     if chosen and not 0 <= chosen[0] <= chosen[-1] < count:
         raise ConfigError(
-            7, f"the main encoder has {count} layers, 0 to {count - 1}; got {layers}", where="prompts.layers", fix="name those"
+            7,
+            f"the main encoder has {count} layers, 0 to {count - 1}; got {layers}",
+            where="prompts.layers",
+            fix=f"use layers from 0 to {count - 1}, or all",
         )
     return chosen
 
 
 def stage_starts(widths: Sequence[int]) -> set[int]:
-    """First blocks of the stages of an encoder whose width changes; empty for one of a single width."""
+    """First layer of each stage of an encoder whose width changes between stages; empty if all layers have one width."""
     starts = {i for i in range(1, len(widths)) if widths[i] != widths[i - 1]}
     return starts | {0} if starts else set()

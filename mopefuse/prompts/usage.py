@@ -1,4 +1,4 @@
-"""What the experts of a mixture are used for: how evenly, by which classes, and with which words.
+"""Routing statistics: how evenly the experts of a mixture are used, by which classes, and for which words.
 
 Shapes: S samples of a split, L routed layers, K experts, N classes, V words.
 """
@@ -15,21 +15,21 @@ import torch
 from torch import Tensor
 
 UNUSED = 0.05
-"""An expert below this share of an even load is unused, or dead."""
+"""An expert whose load is below this fraction of a balanced load is unused."""
 
-_PRIOR = 10.0  # words that the prior of `words_of_experts` is worth
+_PRIOR = 10.0  # total pseudo-count of the prior of `words_of_experts`
 _MOST_WORDS = 20_000
-_NOTABLE = 1.96  # of a z-score: by chance in a word of forty
+_NOTABLE = 1.96  # z-score that one word in forty exceeds by chance
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)?")
 
 
 def usage(load_LK: Tensor) -> Tensor:
-    """Share of each expert of a layer (L, K), from weights summed over samples; rows sum to 1."""
+    """Fraction of the load of each expert in each layer (L, K), from weights summed over samples; rows sum to 1."""
     return load_LK / load_LK.sum(dim=-1, keepdim=True)
 
 
 def entropy(share_LK: Tensor) -> Tensor:
-    """Entropy of each row over that of an even one (L,): 1 is even, 0 a single expert; 1 for one expert."""
+    """Normalised entropy of each row (L,): 1 for a balanced load, 0 if one expert takes everything; 1 if K = 1."""
     experts = share_LK.shape[-1]
     if experts == 1:
         return torch.ones(share_LK.shape[:-1])
@@ -37,26 +37,26 @@ def entropy(share_LK: Tensor) -> Tensor:
 
 
 def variation(share_LK: Tensor) -> Tensor:
-    """Coefficient of variation of the load of the experts of each layer (L,): 0 is even, sqrt(K - 1) a single expert."""
+    """Coefficient of variation of the load in each layer (L,): 0 if balanced, sqrt(K - 1) if one expert takes everything."""
     return share_LK.std(dim=-1, correction=0) / share_LK.mean(dim=-1)
 
 
 def unused(share_LK: Tensor) -> Tensor:
-    """Which experts have less than `UNUSED` of an even load (L, K)."""
+    """Which experts have less than `UNUSED` of a balanced load (L, K)."""
     return share_LK * share_LK.shape[-1] < UNUSED
 
 
 def information(routing_SLK: Tensor) -> Tensor:
-    """How much the choice of experts tells about the sample, in each layer (L,).
+    """Normalised mutual information of sample and expert in each layer (L,).
 
-    The entropy of the mean weights less the mean entropy of the weights, over log K: 0 where all samples are routed alike,
-    1 where each takes one expert and all experts are taken evenly.
+    The entropy of the mean weights minus the mean entropy of the weights, divided by log K: 0 if all samples are routed
+    alike, 1 if each sample uses a single expert and the load is balanced.
     """
     return entropy(routing_SLK.mean(dim=0)) - entropy(routing_SLK).mean(dim=0)
 
 
 def statistics(load_LK: Tensor) -> dict[str, Any]:
-    """How evenly experts are used: what training logs at each validation.
+    """Summarise the load, as training logs it at each validation.
 
     Returns:
         ``entropy`` and ``unused_share``, averaged over layers, and ``usage``, the share of each expert of each layer.
@@ -81,14 +81,14 @@ def by_class(weights_SK: Tensor, targets: Tensor, classes: int) -> Tensor:
 
 
 def words_of_experts(weights_SK: Tensor, texts: Sequence[str], *, most: int = 6) -> list[list[tuple[str, float]]]:
-    """For each expert the words that its texts have more often than others, with the z-score of that.
+    """Find the words that are most characteristic of each expert's texts.
 
     Log-odds ratio with an informative Dirichlet prior (Monroe, Colaresi and Quinn 2008, "Fightin' Words", section 3.5). A
-    word counts once for each text that has it, with the expert's weight for the expert and with the rest of the weight
-    against it; the prior is the frequency of words in all texts. Only what is above 1.96 is given.
+    word counts once for each text that contains it: the expert's weight for the expert, and the remaining weight against it;
+    the prior is the frequency of words in all texts. Only words with a z-score above 1.96 are returned.
 
     Returns:
-        (word, z) of each expert, the highest first, at most `most`.
+        For each expert (word, z-score), highest first, at most `most`.
     """
     found = [sorted(set(_WORD.findall(text.lower()))) for text in texts]
     frequent = Counter(word for words in found for word in words).most_common(_MOST_WORDS)
@@ -108,11 +108,11 @@ def words_of_experts(weights_SK: Tensor, texts: Sequence[str], *, most: int = 6)
 
 
 def _log_odds(count_VK: Tensor, total_V: Tensor) -> Tensor:
-    """z-scores (V, K) of the log-odds of words with an expert against those without it."""
+    """z-scores (V, K) of the log-odds of words with an expert compared to those without it."""
     prior_V1 = (_PRIOR * total_V / total_V.sum()).unsqueeze(-1)
-    mine_VK, rest_VK = count_VK + prior_V1, (total_V.unsqueeze(-1) - count_VK).clamp(min=0) + prior_V1
+    with_VK, without_VK = count_VK + prior_V1, (total_V.unsqueeze(-1) - count_VK).clamp(min=0) + prior_V1
 
     def odds(part_VK: Tensor) -> Tensor:
         return part_VK.log() - (part_VK.sum(dim=0) - part_VK).clamp(min=1e-12).log()
 
-    return (odds(mine_VK) - odds(rest_VK)) / (1 / mine_VK + 1 / rest_VK).sqrt()
+    return (odds(with_VK) - odds(without_VK)) / (1 / with_VK + 1 / without_VK).sqrt()

@@ -1,0 +1,63 @@
+"""The types around an encoder: its input, its output, its preprocessing, and the state of one call.
+
+Shapes: B batch, L tokens, D width of a layer, C width of the pooled feature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from mopefuse.encoders.attention import Insert, Prompt
+
+Inputs = dict[str, Tensor]
+PromptAt = Callable[[int, Tensor, "Tensor | None"], "Prompt | None"]
+"""Maps a layer index, the layer's input tokens (B, L, D) and their mask (B, L) to the layer's prompt."""
+
+
+class Encoded(NamedTuple):
+    """Output of an encoder."""
+
+    pooled_BC: Tensor  # pooled by the encoder's own method: [CLS], mean, EOT, ...
+    tokens_BLD: Tensor  # output of the last layer, without prompts
+    mask_BL: Tensor | None  # False for padding; None without padding
+
+
+class Call:
+    """State of one call of `Encoder.encode` or `Encoder.run_layer`. Each thread has its own.
+
+    Attributes:
+        mask_BL: mask of the texts being encoded, False for padding; None without padding.
+        pending: prompts that a block's attention has not used yet, by the number of their slot, see `_prompted`.
+        runs: how often the block of each slot has run.
+    """
+
+    def __init__(self, prompt_at: PromptAt | None = None, insert: Insert | None = None) -> None:
+        self.prompt_at, self.insert = prompt_at, insert
+        self.mask_BL: Tensor | None = None
+        self.pending: dict[int, Prompt] = {}
+        self.runs: dict[int, int] = {}
+
+
+class Preprocess(Protocol):
+    """Converts raw values of one modality to an encoder's input, with its image size, statistics or tokenizer."""
+
+    def item(self, value: Any) -> Any:
+        """Prepare one raw value (in a data worker): `reduce`, then `ready`."""
+
+    def reduce(self, value: Any) -> Any:
+        """Do the deterministic part of `item`, whose result may be cached: resize an image to 8 bits, truncate a text."""
+
+    def ready(self, reduced: Any) -> Any:
+        """Do the rest of `item`, after augmentation: crop an image."""
+
+    def batch(self, items: Sequence[Any]) -> Inputs:
+        """Collate prepared values into the tensors that `Encoder.encode` takes, with first dimension B."""
+
+    def finish(self, inputs: Mapping[str, Tensor]) -> Inputs:
+        """Do what is best done on the encoder's device, called by `Encoder.encode`: normalise 8-bit pixels."""
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values for `encoders inspect` and for exported artefacts."""
