@@ -17,9 +17,23 @@ from typing import Annotated, Any
 import typer
 
 from mopefuse import __version__
-from mopefuse.cli import bench, compare, data, demo, doctor, encoders, eval, export, plugins, predict, push, report, study
+from mopefuse.cli import (
+    bench,
+    compare,
+    data,
+    demo,
+    doctor,
+    encoders,
+    eval,
+    export,
+    plugins,
+    predict,
+    push,
+    report,
+    study,
+    train,
+)
 from mopefuse.cli import swap_encoder as swap
-from mopefuse.cli import train
 from mopefuse.cli._render import print_json, speaks_unicode
 from mopefuse.cli.settings import add_command
 from mopefuse.core.dependencies import guard_imports, mendable

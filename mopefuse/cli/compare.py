@@ -7,21 +7,33 @@ from typing import Annotated
 
 import typer
 
+from mopefuse.cli.options import Json
+
 _FORMATS = ("table", "markdown", "csv", "json", "latex")
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN... | STUDY", help="Folders of finished runs, or of one study.")],
-    against: Annotated[str | None, typer.Option(help="Row, or run, that significance is computed against.")] = None,
-    metric: Annotated[str | None, typer.Option(help="accuracy, f1_macro, ...; default as the study says.")] = None,
-    val: Annotated[bool, typer.Option("--val", help="Metrics on validation too.")] = False,
-    format_: Annotated[str, typer.Option("--format", help="table, markdown, csv, json or latex.")] = "table",
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write; default stdout.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN|STUDY", help="Folders of finished runs, or the folder of one study.")
+    ],
+    against: Annotated[
+        str | None, typer.Option(metavar="ROW|RUN", help="Baseline for differences and their significance.")
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="Metric to compare: accuracy, f1_macro, ... Default: that of the study or task.")
+    ] = None,
+    val: Annotated[bool, typer.Option("--val", help="Also show metrics on validation.")] = False,
+    format_: Annotated[str, typer.Option("--format", metavar="|".join(_FORMATS), help="Format of the table.")] = "table",
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="File to write. Default: stdout.")] = None,
+    json: Json = False,
 ) -> None:
     """Compare runs in one table.
 
-    Mean and deviation over seeds, parameters, time, memory, significance by paired bootstrap.
+    Runs that differ only in their seed are one row: mean and standard deviation of the metrics, parameters, time and memory.
+    With --against, differences to a baseline are tested by paired bootstrap. Runs that were tested on other data are left
+    out, with a notice.
+
+    Example: mopefuse compare runs/* --against runs/linear
     """
     from mopefuse.core.artifact import check_file, write_atomically
     from mopefuse.errors import ConfigError, did_you_mean

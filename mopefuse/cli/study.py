@@ -7,22 +7,33 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mopefuse.cli.options import Json, Set
+
 if TYPE_CHECKING:
     from mopefuse.studies.study import Status
     from mopefuse.studies.study_file import Study
 
 
 def study(
-    file: Annotated[str, typer.Argument(help="YAML file of a study, or the name of one in recipes/studies.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for the runs; default studies/<name of the file>.")] = None,
-    jobs: Annotated[int, typer.Option(min=1, max=256, help="Runs at a time, if memory allows: threads are shared out.")] = 1,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Any setting, of all cells: --set train.epochs=3")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells, and stop.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    file: Annotated[
+        str, typer.Argument(metavar="FILE|NAME", help="YAML file of a study, or the name of one in recipes/studies.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder for the runs. Default: studies/<name of the study>.")
+    ] = None,
+    jobs: Annotated[
+        int, typer.Option(min=1, max=256, help="Runs at the same time, if memory allows. They share the CPU threads.")
+    ] = 1,
+    set_: Set = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs, and train nothing.")] = False,
+    json: Json = False,
 ) -> None:
-    """Train a grid, or search for settings, and compare.
+    """Train a grid of runs, or search for settings.
 
-    Run it again to go on: nothing is run twice.
+    The finished runs are compared in one table. Run the command again to continue: finished runs are not repeated. --set
+    changes a setting of all runs.
+
+    Example: mopefuse study grid.yaml --out studies/grid --dry-run
     """
     from mopefuse.studies.study_file import read_study
 
@@ -57,7 +68,8 @@ def study(
         show(comparison, f"{folder}, test split")
     if failed:
         if not json:
-            err().print(f"{len(failed)} of {len(statuses)} cells failed; run the same command again to try them", markup=False)
+            text = f"{len(failed)} of {len(statuses)} runs failed; run the same command again to repeat them"
+            err().print(text, markup=False)
         raise typer.Exit(int((failed[0].error or {}).get("exit", 1)))
 
 
@@ -95,8 +107,8 @@ def _dry_run(chosen: Study, folder: Path, *, json: bool) -> None:
         changes = ", ".join(f"{path}={value}" for path, value in cells[0].changes.items())
         done = f"{sum(cell.folder in finished for cell in cells)} of {len(cells)}"
         rows.append([label, changes or "-", f"{counts[label]:,}" if label in counts else "-", done])
-    table(chosen.name, ["cell", "settings", "trainable parameters", "finished"], rows, left=(0, 1))
+    table(chosen.name, ["row", "settings", "trainable parameters", "finished"], rows, left=(0, 1))
     for label, why in refused.items():
         err().print(f"notice: {label} will fail: {why}", markup=False)
     seeds = ", ".join(map(str, chosen.file.seeds))
-    out().print(f"{len(chosen.cells)} runs: {len(rows)} cells, seeds {seeds}; into {folder}", markup=False)
+    out().print(f"{len(chosen.cells)} runs: {len(rows)} rows, seeds {seeds}; in {folder}", markup=False)

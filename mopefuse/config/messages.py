@@ -59,7 +59,8 @@ def help_text(field: FieldInfo, *, default: bool = True) -> str:
     facts = [*([f"default: {value}"] if shown else []), *bounds(field)]
     if command_line_type(field) == list[str]:
         facts.append("repeatable")
-    return f"{text[:1].upper()}{text[1:]}{example}.{_bracketed(facts)}"
+    stop = "" if text.endswith(".") else "."
+    return f"{text[:1].upper()}{text[1:]}{example}{stop}{_bracketed(facts)}"
 
 
 def _bracketed(facts: list[str]) -> str:

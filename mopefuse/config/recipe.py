@@ -1,7 +1,7 @@
 """Where settings come from: a YAML recipe, overridden by flags, overridden by ``--set``. YAML is read strictly.
 
 No tags (so no Python objects), no duplicate keys, no aliases (a few bytes of them can expand to gigabytes), and a value is a
-number only if it looks like one to everybody: ``1e-4`` is, ``1:30`` and ``0x10`` are text, and so are dates, ``no`` and ``off``.
+number only if it looks like one to everybody: ``1e-4`` is, ``1:30``, ``0x10``, dates, ``no`` and ``off`` are text.
 """
 
 from __future__ import annotations

@@ -278,10 +278,12 @@ class RunConfig(Section):
         description="complementary encoder: its features condition the prompts",
         examples=["hf:bert-base"],
     )
-    method: str = Field("conditional", description="fusion method: conditional, linear, late-concat, main-only, comp-only and others")
+    method: str = Field("conditional", description="fusion method: conditional, linear, late-concat, main-only, ...")
     seed: int = Field(0, ge=0, lt=2**63, description="random seed of everything in training")
-    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="device to compute on: auto, cpu, cuda, cuda:N or mps")
-    compat: Literal["none", "official"] = Field("none", description="defaults to use: those of mopefuse (none), or of the papers' released code (official)")
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="device to compute on: auto, cpu, cuda, cuda:N or mps"
+    )
+    compat: Literal["none", "official"] = Field("none", description="official: take the defaults of the papers' released code")
     head_norm: Literal["layer", "none"] = Field(
         "layer", description="normalisation of the pooled features before the head; none: as in the papers"
     )
