@@ -38,10 +38,14 @@ def bench(
     ] = None,
     batch: BatchSize = 8,
     text_length: TextLength = 32,
-    experts: Annotated[str, typer.Option(metavar="N,N,...", help="Numbers of experts to measure; the first is used in most rows.")] = "16,256,1024",
+    experts: Annotated[
+        str, typer.Option(metavar="N,N,...", help="Numbers of experts to measure; the first is used in most rows.")
+    ] = "16,256,1024",
     train: Annotated[bool, typer.Option("--train", help="Measure only training steps.")] = False,
     infer: Annotated[bool, typer.Option("--infer", help="Measure only predictions.")] = False,
-    memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Measure the memory of a step, in separate processes.")] = True,
+    memory: Annotated[
+        bool, typer.Option("--memory/--no-memory", help="Measure the memory of a step, in separate processes.")
+    ] = True,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the models with torch.compile.")] = False,
     recompute: Annotated[bool, typer.Option("--checkpoint-activations", help="Also measure recomputed activations.")] = False,
     rounds: Rounds = 2,
@@ -58,7 +62,9 @@ def bench(
     and inputs. All are compared with the floor, the two frozen encoders without prompts (a forward pass of the complementary
     encoder, a forward and a backward pass of the main encoder).
 
-    Example: mopefuse bench --main timm:vit_base --comp hf:bert-base --batch 8
+    \b
+    Example:
+      mopefuse bench --main timm:vit_base --comp hf:bert-base --batch 8
     """
     if context.invoked_subcommand is not None:
         return

@@ -33,7 +33,9 @@ def compare(
     With --against, differences to a baseline are tested by paired bootstrap. Runs that were tested on other data are left
     out, with a notice.
 
-    Example: mopefuse compare runs/* --against runs/linear
+    \b
+    Example:
+      mopefuse compare runs/* --against runs/linear
     """
     from mopefuse.core.artifact import check_file, write_atomically
     from mopefuse.errors import ConfigError, did_you_mean

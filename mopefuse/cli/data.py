@@ -36,7 +36,9 @@ def make(
 
     The tables and images are in the format that train reads.
 
-    Example: mopefuse data make digit-questions digits
+    \b
+    Example:
+      mopefuse data make digit-questions digits
     """
     from mopefuse.cli._render import print_json, table
     from mopefuse.core.registry import DATASETS, load
@@ -80,7 +82,9 @@ def prepare(
 
     Writes the tables and images in the format that train reads. Needs no network.
 
-    Example: mopefuse data prepare mm-imdb ~/downloads/mmimdb mm-imdb
+    \b
+    Example:
+      mopefuse data prepare mm-imdb ~/downloads/mmimdb mm-imdb
     """
     from mopefuse.cli._prepare_display import PrepareDisplay, show
     from mopefuse.cli._render import print_json

@@ -39,7 +39,9 @@ def check(
     Reads every row and image, changes nothing, and exits with code 4 if training would refuse the data. Warnings are for
     what training accepts, such as an image that is in train and in test, or labels that look misspelt.
 
-    Example: mopefuse data check reviews.csv --text-col review --label-col stars --val-fraction 0.1 --test-fraction 0.1
+    \b
+    Example:
+      mopefuse data check reviews.csv --text-col review --label-col stars
     """
     config = _config(folder, settings, set_)
     if html is not None:

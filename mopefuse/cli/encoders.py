@@ -65,7 +65,9 @@ def inspect(
 
     Shows its modality, layers, widths, preprocessing, tokens per image and number of parameters.
 
-    Example: mopefuse encoders inspect "timm:vit_base?pretrained=false"
+    \b
+    Example:
+      mopefuse encoders inspect "timm:vit_base?pretrained=false"
     """
     from mopefuse.cli._render import out, print_json
     from mopefuse.encoders.base import create_encoder

@@ -51,7 +51,9 @@ def evaluate(
     only the probabilities of the 20 most probable labels, and of the predicted and the true ones. Columns of --data that you
     do not name are those of the run.
 
-    Example: mopefuse eval runs/first --split val --min accuracy=0.8
+    \b
+    Example:
+      mopefuse eval runs/first --split val --min accuracy=0.8
     """
     from mopefuse.evaluation.missing_shares import parse
     from mopefuse.metrics.gates import parse_gates

@@ -36,7 +36,9 @@ def export(
     An exported model is compared with the trained one before it is written. mopefuse export verify FOLDER checks an exported
     folder later: its files, and its prediction for an example.
 
-    Example: mopefuse export runs/first --format onnx -o bundle
+    \b
+    Example:
+      mopefuse export runs/first --format onnx -o bundle
     """
     from mopefuse.cli._render import err, print_json
     from mopefuse.cli._render import out as out_

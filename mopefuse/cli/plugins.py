@@ -43,7 +43,9 @@ def new(
 ) -> None:
     """Create a plugin package with a small encoder and its test.
 
-    Example: mopefuse plugins new toy
+    \b
+    Example:
+      mopefuse plugins new toy
     """
     from mopefuse.cli._render import lines, print_json
     from mopefuse.cli._render import out as console

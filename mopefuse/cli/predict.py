@@ -53,9 +53,10 @@ def predict(
     Writes one line of JSON (or CSV) per row, with its label and probabilities, in the order of the input. Columns that you do
     not name are those of the run.
 
-    Example: mopefuse predict runs/first new.jsonl -o predictions.csv
-
-    Example: mopefuse predict runs/first --image photo.jpg --text "a red car"
+    \b
+    Examples:
+      mopefuse predict runs/first new.jsonl -o predictions.csv
+      mopefuse predict runs/first --image photo.jpg --text "a red car"
     """
     _check(source, image, text, out)
     from mopefuse.inference.predict import input_settings, load, predict_pairs

@@ -26,7 +26,9 @@ def push(
 
     Everybody who may read the repository can then use hf-hub:REPO/NAME in place of a run.
 
-    Example: mopefuse push runs/first my-name/my-model --dry-run
+    \b
+    Example:
+      mopefuse push runs/first my-name/my-model --dry-run
     """
     from mopefuse.cli._render import err, out, print_json, size
     from mopefuse.export.push import pack, send

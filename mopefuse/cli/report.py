@@ -42,7 +42,9 @@ def report(
 
     The report of a run shows its predictions and mistakes, training curves, routing, and whether it uses both modalities.
 
-    Example: mopefuse report runs/first
+    \b
+    Example:
+      mopefuse report runs/first
     """
     from mopefuse.cli._comparison import as_dict
     from mopefuse.cli._render import err

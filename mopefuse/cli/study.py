@@ -33,7 +33,9 @@ def study(
     The finished runs are compared in one table. Run the command again to continue: finished runs are not repeated. --set
     changes a setting of all runs.
 
-    Example: mopefuse study grid.yaml --out studies/grid --dry-run
+    \b
+    Example:
+      mopefuse study grid.yaml --out studies/grid --dry-run
     """
     from mopefuse.studies.study_file import read_study
 

@@ -41,7 +41,9 @@ def swap_encoder(
     Trained weights that fit the new encoder are kept; the command prints which. With a new encoder, expect poor metrics
     until the run is trained with --epochs.
 
-    Example: mopefuse swap-encoder runs/first --comp hf:roberta-base --epochs 2 -o runs/swapped
+    \b
+    Example:
+      mopefuse swap-encoder runs/first --comp hf:roberta-base -o runs/new
     """
     from mopefuse.cli._train_display import Display
     from mopefuse.config.recipe import parse_set

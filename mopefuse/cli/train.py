@@ -36,9 +36,10 @@ def train(
     The checkpoint that is best on validation is tested once at the end. Encoders are named SCHEME:NAME[?KEY=VALUE]; see
     mopefuse encoders. Under torchrun, training is data parallel.
 
-    Example: mopefuse train --main timm:vit_base --comp hf:bert-base --data DIR --out runs/first
-
-    First baseline: mopefuse train --method linear --main timm:vit_base --comp hf:bert-base --data DIR
+    \b
+    Example, and a strong simple baseline to begin with:
+      mopefuse train --main timm:vit_base --comp hf:bert-base --data DIR
+      mopefuse train --method linear --main SPEC --comp SPEC --data DIR
     """
     from mopefuse.runs.folder import RunFolder, default_path
 

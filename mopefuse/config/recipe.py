@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from mopefuse.config.flags import flag_of
+from mopefuse.config.flags import FLAGS
 from mopefuse.config.messages import near_setting
 from mopefuse.config.schema import Data, RunConfig, build_config, known_keys
 from mopefuse.config.setting_paths import flat, merge, nested
@@ -181,14 +181,23 @@ def resolve(
     path = find_recipe(recipe) if recipe is not None else None
     values = saved.model_dump(mode="json") if saved is not None else {}
     values = merge(values, read_recipe(path) if path is not None else {})
-    for name, value in (flags or {}).items():
-        if value is not None:
-            values = merge(values, nested(name, value))
+    given = {name: value for name, value in (flags or {}).items() if value is not None}
+    for name, value in given.items():
+        values = merge(values, nested(name, value))
     last = parse_set(sets)
-    unset = (flags or {}).keys() - flat(values).keys()
-    given = {name for name, value in (flags or {}).items() if value is not None}
-    names = {name: flag_of(name) for name in unset | given if name not in flat(last)}
+    names = {} if flags is None else _names(given, flat(values), flat(last))
     return build_config(merge(values, last), source=str(path or ""), names=names)
+
+
+def _names(given: Mapping[str, Any], known: Mapping[str, Any], last: Mapping[str, Any]) -> dict[str, str]:
+    """Path to flag, of the settings that a flag set, and of those that are set nowhere.
+
+    Args:
+        given: settings of flags. known: settings of all sources but ``--set``. last: those of ``--set``.
+    """
+    return {
+        flag.path: flag.name for flag in FLAGS if flag.path not in last and (flag.path in given or flag.path not in known)
+    }
 
 
 def find_recipe(name: str) -> Path:
