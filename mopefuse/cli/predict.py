@@ -28,7 +28,7 @@ _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 def predict(
     run: Model,
     source: Annotated[
-        str | None, typer.Argument(metavar="INPUT", help="Table of new rows (.jsonl, .csv, ...), or - for JSON lines on stdin.")
+        str | None, typer.Argument(metavar="INPUT", help="Table of new rows (.jsonl, .csv, ...), or - for stdin.")
     ] = None,
     *,
     image: Annotated[
@@ -141,7 +141,7 @@ def _pairs(
         given["text"] = text
     for name, flag in (("image", "--image FILE"), ("text", "--text TEXT")):
         if name in model.modalities and name not in model.may_lack and name not in given:
-            what = f"the row has no {name}, and the model was not trained to predict without one"
+            what = f"the row has no {name}, and the model cannot predict without it"
             raise DataError(100, what, where="predict", fix=f"add {flag}")
     return [Pair(image.name if image else "text", {name: given.get(name) for name in model.modalities})]
 

@@ -31,7 +31,7 @@ _NEEDS = {  # type of a pydantic error to what the setting needs
     "finite_number": "a finite number",
     "bool_type": "true or false",
     "bool_parsing": "true or false",
-    "string_type": "text",
+    "string_type": "a text",
     "literal_error": "{expected}",
     "tuple_type": "a list",
     "dict_type": "a mapping",
