@@ -120,7 +120,7 @@ def _show_texts(report: Report) -> None:
 def _summary(report: Report) -> str:
     """How many files were read, and how fast."""
     if report.from_cache:
-        return f"read from the cache in {report.seconds:.2f} s; --fresh reads every file again"
+        return f"all files were in the cache, read in {report.seconds:.2f} s; --fresh reads every file again"
     what = " and ".join(_files(report)) or "files"
     rate = f" ({report.files_per_second:,.0f} {what}/s)" if report.files_per_second else ""
     total = sum(len(each.names) for index in report.indexes.values() for each in index.files.values())

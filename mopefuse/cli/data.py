@@ -13,7 +13,7 @@ from mopefuse.cli.settings import add_command
 
 app = typer.Typer(help="Check, preview, prepare and generate data sets.", no_args_is_help=True)
 
-Target = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to write.")]
+Target = Annotated[Path, typer.Argument(metavar="DEST", help="Folder to write.")]
 
 add_command(app, "check", data_check.check, group="data")
 add_command(app, "preview", data_check.preview, group="data")
@@ -46,7 +46,7 @@ def make(
 
     maker = load(DATASETS, name)
     if _is_source(maker):
-        fix = f"mopefuse data prepare {name} SOURCE FOLDER"
+        fix = f"mopefuse data prepare {name} SOURCE DEST"
         raise DataError(72, f"{name} is not generated but prepared from files that you download", where=name, fix=fix)
     counts = maker(folder, seed=seed)
     if json:

@@ -109,8 +109,8 @@ def _dry_run(chosen: Study, folder: Path, *, json: bool) -> None:
         changes = ", ".join(f"{path}={value}" for path, value in cells[0].changes.items())
         done = f"{sum(cell.folder in finished for cell in cells)} of {len(cells)}"
         rows.append([label, changes or "-", f"{counts[label]:,}" if label in counts else "-", done])
-    table(chosen.name, ["row", "settings", "trainable parameters", "finished"], rows, left=(0, 1))
+    table(chosen.name, ["cell", "settings", "trainable parameters", "finished"], rows, left=(0, 1))
     for label, why in refused.items():
         err().print(f"notice: {label} will fail: {why}", markup=False)
     seeds = ", ".join(map(str, chosen.file.seeds))
-    out().print(f"{len(chosen.cells)} runs: {len(rows)} rows, seeds {seeds}; in {folder}", markup=False)
+    out().print(f"{len(chosen.cells)} runs: {len(rows)} cells, seeds {seeds}; in {folder}", markup=False)
