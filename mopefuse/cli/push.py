@@ -17,7 +17,7 @@ def push(
         str, typer.Argument(metavar="REPO/NAME", help="Repository on the Hugging Face Hub. Created if it does not exist.")
     ],
     checkpoint: Annotated[str, typer.Option(help="Checkpoint of a run to use: best, last or step-N.")] = "best",
-    public: Annotated[bool, typer.Option("--public", help="Use a public repository, new or existing. Default: private.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="Use a public repository. Default: private.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files, and upload nothing.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Upload without asking.")] = False,
     json: Json = False,
