@@ -17,11 +17,8 @@ import pytest
 from artefact_cases import MANIFEST, Artefact, Ask, read, refused, resume, tree, write
 from conftest import TINY, call, run_cli
 
-from mopefuse.config import schema as config
-from mopefuse.config.recipe import read_recipe, resolve
 from mopefuse.core import artifact as checkpoint
 from mopefuse.core import registry
-from mopefuse.errors import Notice
 from mopefuse.runs.folder import RunFolder
 
 pytest_plugins = ["artefact_cases"]
@@ -98,46 +95,9 @@ def test_F_80_a_golden_run_is_resumed(number: int, tmp_path: Path) -> None:
 # -- settings that were renamed
 
 
-def test_F_81_a_renamed_setting_of_an_older_version_is_told_once(
-    artefact: Artefact, say: Ask, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    said = say(artefact.path)
+def test_F_81_an_unknown_setting_is_refused_with_the_nearest(artefact: Artefact, say: Ask) -> None:
     artefact.config("  experts: 2", "  num_experts: 2")
     refused(say(artefact.path), "MF-CFG-01", "unknown setting prompts.num_experts", "did you mean prompts.experts", exit_code=3)
-    monkeypatch.setitem(config.RENAMED, "prompts.num_experts", "prompts.experts")
-    done = say(artefact.path)
-    assert (done.returncode, done.stdout) == (0, said.stdout)
-    notices = [line for line in done.stderr.splitlines() if line.startswith("notice: ")]
-    assert notices == [f"notice: {artefact.path / 'config.yaml'}: prompts.num_experts is now called prompts.experts"]
-
-
-def test_F_81_a_recipe_and_a_resumed_run_of_an_older_version_are_written_in_new_names(
-    pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe, run = tmp_path / "old.yaml", tmp_path / "run"
-    recipe.write_text("main: tiny:vision\ncomp: tiny:text\nmixture:\n  size: 3\ntrain:\n  lr_of_main: 0.001\n")
-    command = ("train", "--recipe", recipe, "--data", pairs, "--out", run, "--steps", "1", "--device", "cpu")
-    refused(call(*command), "MF-CFG-01", "unknown setting mixture", "unknown setting train.lr_of_main", exit_code=3)
-    assert not run.exists()
-    monkeypatch.setitem(config.RENAMED, "train.lr_of_main", "train.lr")
-    recipe.write_text(recipe.read_text().replace("mixture:\n  size: 3\n", ""))
-    done = call(*command)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("notice: ") == 1 and "train.lr_of_main is now called train.lr" in done.stderr
-    assert read_recipe(run / "config.yaml")["train"]["lr"] == 0.001
-    text = (run / "config.yaml").read_text()
-    (run / "config.yaml").write_text(text.replace("  lr: 0.001\n", "  lr_of_main: 0.001\n"))
-    done = resume(run, 2)
-    assert (done.returncode, done.stderr.count("notice: ")) == (0, 1), done.stderr
-    assert (run / "config.yaml").read_text() == text.replace("max_steps: 1\n", "max_steps: 2\n")
-
-
-def test_F_81_set_takes_an_old_name_and_wins_over_the_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(config.RENAMED, "train.lr_of_main", "train.lr")
-    recipe = tmp_path / "new.yaml"
-    recipe.write_text("main: tiny:vision\ncomp: tiny:text\ntrain:\n  lr: 0.001\n")
-    with pytest.warns(Notice, match=r"--set: train\.lr_of_main is now called train\.lr"):
-        assert resolve(recipe=str(recipe), sets=["train.lr_of_main=0.5"]).train.lr == 0.5
 
 
 # -- a plugin that is not installed

@@ -280,3 +280,27 @@ def test_the_table_is_plain_when_piped(folder: Path) -> None:
 def test_unknown_formats_and_places_are_refused(folder: Path, more: tuple[str, ...], code: str) -> None:
     done = call("compare", *runs(folder), *more)
     assert (done.returncode, code in done.stderr) == (3, True)
+
+
+def test_of_runs_on_different_data_the_largest_group_is_compared(folder: Path, tmp_path: Path) -> None:
+    fewer = train(make_pairs(tmp_path / "fewer", counts=COUNTS | {"test": 39}), tmp_path / "runs" / "fewer")
+    multi = train(make_pairs(tmp_path / "multi", multi=True, counts=COUNTS), tmp_path / "runs" / "multi")
+    named = [fewer, folder / "full-0", multi, folder / "text-0"]
+    done = call("compare", *named, "--json")
+    found = json.loads(done.stdout)
+    assert [row["label"] for row in found["rows"]] == ["full-0", "text-0"]
+    first = folder / "full-0"
+    assert found["notices"] == [
+        f"left out: {fewer} was tested on other samples than {first}",
+        f"left out: {multi} was tested on other samples than {first}",
+    ]
+    assert f"left out: {fewer} was tested on other samples" in call("compare", *named).stderr
+    twice = train(tmp_path / "fewer", tmp_path / "runs" / "twice", "--seed", "1")
+    found = json.loads(call("compare", *named, twice, folder / "text-1", "--against", fewer, "--json").stdout)
+    assert [run for row in found["rows"] for run in row["runs"]] == [str(fewer), str(twice)], "the group of the baseline"
+
+
+def test_two_runs_on_different_data_are_no_comparison(folder: Path, tmp_path: Path) -> None:
+    other = train(make_pairs(tmp_path / "data", counts=COUNTS | {"test": 39}), tmp_path / "other")
+    done = call("compare", folder / "full-0", other)
+    assert done.returncode == 3 and "MF-CFG-84" in done.stderr

@@ -7,14 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 from conftest import code_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mopefuse.cli import train
-from mopefuse.cli.app import app
-from mopefuse.config.recipe import flag_of, parse_set, read_recipe, read_yaml, resolve, to_yaml
+from mopefuse.config.recipe import parse_set, read_recipe, read_yaml, resolve, to_yaml
 from mopefuse.config.schema import OFFICIAL, RunConfig, build_config, known_keys
 from mopefuse.errors import ConfigError
 
@@ -87,60 +84,44 @@ def test_a_bad_value_is_named_by_the_flag_that_set_it_and_the_nearest_is_offered
     with pytest.raises(ConfigError) as caught:
         resolve(flags=flags)
     assert (caught.value.what, caught.value.fix) == (
-        "--gate: input should be 'none' or 'zero', got 'zeros'", "did you mean zero?"
+        "--gate: got 'zeros'; needs 'none' or 'zero'", "did you mean zero?"
     )  # fmt: skip
-    with pytest.raises(ConfigError, match=r"^prompts.gate: input .* fix: did you mean none\?"):
+    with pytest.raises(ConfigError, match=r"^prompts.gate: got 'nones'.* fix: did you mean none\?"):
         resolve(flags=flags, sets=["prompts.gate=nones"])
-    with pytest.raises(ConfigError, match=r"--batch: .*, got 0 · fix: correct the settings named"):
+    with pytest.raises(ConfigError, match=r"--batch: got 0; needs at least 1 · fix: correct the settings named"):
         resolve(flags=flags | {"train.batch_size": 0})
-
-
-def test_every_setting_of_train_is_named_by_a_flag_that_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Asked(Exception):
-        pass
-
-    def asked(flags: dict[str, Any], **others: Any) -> None:
-        raise Asked(flags)
-
-    monkeypatch.setattr("mopefuse.config.recipe.resolve", asked)
-    with pytest.raises(Asked) as caught:
-        train.train()
-    commands: Any = typer.main.get_command(app)
-    options = {name for option in commands.commands["train"].params for name in option.opts}
-    assert len(caught.value.args[0]) > 30
-    assert {flag_of(path) for path in caught.value.args[0]} <= options
 
 
 @pytest.mark.parametrize(
     ("section", "key", "value", "said"),
     [
-        ("prompts", "experts", 0, "greater than or equal to 1"),
-        ("prompts", "experts", -3, "greater than or equal to 1"),
-        ("prompts", "experts", 4.7, "fractional"),
+        ("prompts", "experts", 0, "needs at least 1"),
+        ("prompts", "experts", -3, "needs at least 1"),
+        ("prompts", "experts", 4.7, "needs a whole number"),
         ("prompts", "experts", True, "true and false"),
-        ("prompts", "experts", "many", "valid integer"),
-        ("prompts", "dropout", 1.0, "less than 1"),
-        ("prompts", "dropout", -0.1, "greater than or equal to 0"),
+        ("prompts", "experts", "many", "needs a whole number"),
+        ("prompts", "dropout", 1.0, "needs less than 1"),
+        ("prompts", "dropout", -0.1, "needs at least 0"),
         ("prompts", "layers", "last:0", "first:N"),
         ("prompts", "layers", "some", "first:N"),
         ("prompts", "layers", [0, 0], "different"),
         ("prompts", "layers", [-1], "from 0"),
         ("prompts", "layers", [], "from 0"),
         ("prompts", "layers", 3, "got 3"),
-        ("router", "temperature", 0, "greater than 0"),
-        ("router", "top_m", 0, "greater than or equal to 1"),
-        ("train", "lr", float("nan"), "finite"),
-        ("train", "lr", float("inf"), "finite"),
-        ("train", "lr", 0, "greater than 0"),
-        ("train", "batch_size", 0, "greater than or equal to 1"),
-        ("train", "epochs", -1, "greater than or equal to 0"),
-        ("data", "max_pixels", 10**9, "less than or equal to"),
-        ("data", "cache_images", "perhaps", "boolean"),
+        ("router", "temperature", 0, "needs more than 0"),
+        ("router", "top_m", 0, "needs at least 1"),
+        ("train", "lr", float("nan"), "needs a finite number"),
+        ("train", "lr", float("inf"), "needs a finite number"),
+        ("train", "lr", 0, "needs more than 0"),
+        ("train", "batch_size", 0, "needs at least 1"),
+        ("train", "epochs", -1, "needs at least 0"),
+        ("data", "max_pixels", 10**9, "needs at most 89000000"),
+        ("data", "cache_images", "perhaps", "needs true or false"),
     ],
 )
 def test_a_value_out_of_bounds_is_refused_by_its_path(section: str, key: str, value: Any, said: str) -> None:
     error = refused(**{section: {key: value}})
-    assert f"{section}.{key}: " in f"{error.what}: "
+    assert f"{section}.{key}: got " in error.what
     assert said in error.what
 
 
@@ -203,7 +184,7 @@ def test_a_set_that_cannot_be_read_names_the_path_and_what_to_write(text: str, n
 
 
 def test_a_set_of_the_wrong_type_names_path_type_and_value() -> None:
-    with pytest.raises(ConfigError, match=r"train\.lr: .*number.*'fast'"):
+    with pytest.raises(ConfigError, match=r"train\.lr: got 'fast'; needs a number"):
         resolve(flags=BASE, sets=["train.lr=fast"])
 
 
@@ -218,15 +199,15 @@ def test_a_set_of_the_wrong_type_names_path_type_and_value() -> None:
         ("a: !own x", "tags", ":1:4"),
         ("a: !!bool x", "tags", ":1:4"),
         ("a: &x [1]\nb: *x", "aliases", ":2:4"),
-        ("seed: 1\nseed: 2", "'seed' is there twice", ":2:1"),
-        ("train: {lr: 1, lr: 2}", "'lr' is there twice", ":1:16"),
+        ("seed: 1\nseed: 2", "'seed' appears twice", ":2:1"),
+        ("train: {lr: 1, lr: 2}", "'lr' appears twice", ":1:16"),
         ("train:\n\tlr: 1", "tab", ":2:1"),
         ("? [a]\n: b", "key", ":1:3"),
         ("train: {lr: 1", "expected", ":1:"),
         ("a: 1\nb: \x00", "not allowed", ":2:4"),
         ("- 1\n- 2", "mapping", ""),
         ("just words", "mapping", ""),
-        (b"a: \xff", "cannot be read", ""),
+        (b"a: \xff", "cannot read the recipe", ""),
         ("a: " + "9" * 5000, "digits", ""),
         ("a: " + "[" * 1000, "not a valid recipe", ""),
     ],

@@ -60,7 +60,7 @@ def test_no_kind_is_left_without_a_case(broken: Path) -> None:
 def test_errors_come_on_stderr_in_one_line_after_the_report(broken: Path) -> None:
     done = call("data", "check", broken, "--max-pixels", MAX_PIXELS)
     assert done.returncode == 4
-    assert done.stderr.splitlines()[-1] == f"error[MF-DATA-80]: 21 errors in {broken} · fix: correct what is listed above"
+    assert done.stderr.splitlines()[-1] == f"error[MF-DATA-80]: 21 errors in {broken} · fix: correct the problems listed"
     lines = done.stdout.splitlines()
     assert "error: train.jsonl:13, id t13: image not found: gone.png; used by 2 rows" in lines
     assert "error: train.jsonl:15, id t15: cut.png is not a readable image (image file is truncated)" in lines
@@ -78,7 +78,7 @@ def test_json_has_the_error_in_its_usual_form_beside_the_report(broken: Path) ->
         "exit": 4,
         "message": f"21 errors in {broken}",
         "where": "",
-        "hint": "correct what is listed",
+        "hint": "correct the problems listed",
     }
     assert len(found["problems"]) == 3
     assert (found["errors"], found["warnings"], sum(found["kinds"].values())) == (21, 10, 31)
@@ -334,3 +334,35 @@ def test_any_bytes_are_checked_and_have_a_page(
     page = check_page(found, name="x", told="", columns=(), splits=())
     assert not re.search("[\x00-\x08\ud800-\udfff]", page)
     page.encode("utf-8")
+
+
+# -- what training leaves out
+
+
+def test_rows_that_training_would_leave_out_are_warnings(tmp_path: Path) -> None:
+    data = make_pairs(tmp_path / "data")
+    (data / "images" / "train-7.png").unlink()
+    assert call("data", "check", data).returncode == 4
+    skip = ("--on-bad", "skip", "--set", "data.max_bad_fraction=0.1")
+    done = call("data", "check", data, *skip)
+    assert done.returncode == 0, done.stderr
+    assert "warning: train.jsonl:8, id train-7: image not found: images/train-7.png" in done.stdout
+    assert "0 errors, 1 warning" in done.stdout
+    assert call("train", *TINY, "--data", data, "--out", tmp_path / "run", "--steps", "1", *skip).returncode == 0
+    assert call("data", "check", data, *skip, "--strict").returncode == 4
+    found = said(call("data", "check", data, *skip, "--json"))
+    assert [(problem["severity"], problem["id"]) for problem in found["problems"]] == [("warning", "train-7")]
+
+
+@pytest.mark.parametrize("spoil", ["too many", "unsafe"])
+def test_rows_that_training_would_not_leave_out_stay_errors(tmp_path: Path, spoil: str) -> None:
+    data = make_pairs(tmp_path / "data")
+    (data / "images" / "train-7.png").unlink()
+    skip = ("--on-bad", "skip", "--set", "data.max_bad_fraction=0.1")
+    if spoil == "too many":
+        (data / "images" / "train-8.png").unlink()
+    else:
+        (data / "val.jsonl").write_text((data / "val.jsonl").read_text().replace("images/val-0.png", "../val-0.png"))
+    done = call("data", "check", data, *skip)
+    assert done.returncode == 4 and "--on-bad skip leaves out a fraction of data.max_bad_fraction at most" in done.stderr
+    assert call("train", *TINY, "--data", data, "--out", tmp_path / "run", "--steps", "1", *skip).returncode == 4

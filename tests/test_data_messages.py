@@ -62,7 +62,7 @@ def test_predict_without_any_image_names_the_flag(trained: Path, pairs: Path, tm
     shutil.copy(pairs / "test.jsonl", tmp_path)
     done = call("predict", trained, tmp_path / "test.jsonl")
     assert done.returncode == 4
-    assert "fix: name the folder that the files are in with --image-root DIR" in done.stderr
+    assert "fix: name the folder of the files with --image-root DIR" in done.stderr
     assert call("predict", trained, tmp_path / "test.jsonl", "--image-root", pairs).returncode == 0
 
 

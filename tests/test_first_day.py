@@ -43,7 +43,7 @@ def test_a_pair_of_one_half_is_told_the_flag_of_the_other(given: str, trained: P
     other = "text" if given == "image" else "image"
     done = call("predict", trained, *half[given])
     assert done.returncode == 4
-    assert f"the pair has no {other}" in done.stderr and f"fix: add --{other} " in done.stderr
+    assert f"the row has no {other}" in done.stderr and f"fix: add --{other} " in done.stderr
     assert call("predict", trained, *half[given], *half[other]).returncode == 0
 
 

@@ -169,7 +169,6 @@ NAMES_OF_MODALITIES = {"image", "img", "text", "audio"}
 MAY_NAME_THEM = {  # modalities are data: all others ask `mopefuse.modalities.base`
     "modalities.base": "which two the Python interface takes by position",
     "config.schema": "the defaults of text_col and img_col",
-    "config.recipe": "what rows had in runs of a version that knew no other modality",
     "data.columns": "what is expected of a table where little is there, and the flags for it",
     "modalities.image": "the reader of images",
     "data.findings": "the key of --json output that names a file",

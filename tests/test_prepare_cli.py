@@ -65,7 +65,7 @@ not a JSON object        1
 unknown gold label       1
 
 text: hypothesis; 3 labels
-each of the skipped: {tmp_path / "made" / "skipped.jsonl"}
+list of the skipped: {tmp_path / "made" / "skipped.jsonl"}
 """
     assert len(SNLI_VE_SKIPPED) == 10
     again = call("data", "prepare", "snli-ve", tmp_path / "source", tmp_path / "made")
@@ -97,7 +97,7 @@ def test_splits_that_are_published_together_have_a_row_of_their_own(tmp_path: Pa
         (("prepare", "snli-ve", "SOURCE", "DEST", "--images", "move"), 4, "fix: write link or copy"),
         (("prepare", "snli-ve", "nowhere", "DEST"), 4, "there is no source folder nowhere"),
         (("prepare", "food101", "SOURCE", "DEST", "--val", "0"), 2, "--val"),
-        (("prepare", "food101", "SOURCE"), 2, "Missing argument 'dest'"),
+        (("prepare", "food101", "SOURCE"), 2, "Missing argument 'DEST'"),
     ],
 )
 def test_what_does_not_fit_is_one_line_that_says_what_does(

@@ -140,7 +140,7 @@ def best(run: Path) -> dict[str, torch.Tensor]:
 def test_a_swap_without_tuning_is_a_run_that_can_be_evaluated(run: Path, tmp_path: Path) -> None:
     done = call("swap-encoder", run, "--comp", "tiny:text?pool=cls", "-o", tmp_path / "new")
     assert done.returncode == 0, done.stderr
-    assert "not tuned" in done.stderr
+    assert "not trained" in done.stderr
     assert re.search(r"^stack\.layers\.\*\.experts_KPD +kept +4 ", done.stdout, re.MULTILINE)
     assert re.search(r"^stack\.router\.weight_NKC +new +1 ", done.stdout, re.MULTILINE)
     assert torch.equal(best(tmp_path / "new")["head.weight"], best(run)["head.weight"])

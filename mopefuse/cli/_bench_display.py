@@ -1,4 +1,4 @@
-"""What ``mopefuse bench`` shows: tables, and plain values for ``--json``."""
+"""Print the results of ``mopefuse bench`` as tables, or convert them for ``--json``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mopefuse.cli._render import count, err, size, table
 
 
 def show_pair(pair: PairBench) -> None:
-    """A table on stdout; what has no row is told on stderr."""
+    """Print a table on stdout, and on stderr why values are missing."""
     columns = ["variant", "step", "samples/s", "of floor", "answer", "of floor", "memory", "trained", "artefact"]
     rows = [
         [
@@ -22,10 +22,10 @@ def show_pair(pair: PairBench) -> None:
         ]
         for line in pair.lines
     ]  # fmt: skip
-    told = f"batch {pair.batch}, {pair.text_length} tokens, {pair.precision} on {pair.device}, weights {size(pair.weights)}"
-    table(f"{pair.config.main} with {pair.config.comp}; {told}", columns, rows)
+    facts = f"batch {pair.batch}, {pair.text_length} tokens, {pair.precision} on {pair.device}, weights {size(pair.weights)}"
+    table(f"{pair.config.main} with {pair.config.comp}; {facts}", columns, rows)
     if pair.disturbed > 0.5:
-        what = f"in {100 * pair.disturbed:.0f} % of the repetitions the host gave this machine's processors to others"
+        what = f"in {100 * pair.disturbed:.0f} % of the repetitions other processes used the processors"
         err().print(f"{what}; measure again before you rely on these numbers", style="yellow")
     for line in pair.lines:
         if line.why_not:
@@ -33,7 +33,7 @@ def show_pair(pair: PairBench) -> None:
 
 
 def pair_as_dict(pair: PairBench) -> dict[str, Any]:
-    """Every number; seconds and bytes."""
+    """All numbers, in seconds and bytes."""
     return {
         "main": pair.config.main,
         "comp": pair.config.comp,
@@ -65,19 +65,19 @@ def pair_as_dict(pair: PairBench) -> dict[str, Any]:
 
 
 def times_as_dict(times: Times) -> dict[str, Any]:
-    """Median and spread of the repetitions that count; every repetition, and the share of it that others took."""
+    """Median and spread of the repetitions that count; every repetition, and its share of stolen processor time."""
     every = {"seconds": list(times.by_round.values()), "stolen": [round(share, 4) for share in times.stolen.values()]}
     return {"median": times.median, "spread": times.spread, **every}
 
 
 def show_times(title: str, found: Mapping[str, Times], per_second: Mapping[str, str] | None = None) -> None:
-    """A row for each; with `per_second` a column of that."""
+    """Print a row for each measurement; with `per_second`, also that column."""
     columns = ["", "time", *(["per second"] if per_second else [])]
     table(title, columns, [[name, _time(times), *([per_second[name]] if per_second else [])] for name, times in found.items()])
 
 
 def show_scale(title: str, found: Sequence[Point]) -> None:
-    """A row for each setting."""
+    """Print a row for each setting."""
     rows = [
         [f"{point.axis} {point.value}", _time(point.step), _time(point.floor), f"{point.ratio:.3f}"] for point in found
     ]
@@ -85,7 +85,7 @@ def show_scale(title: str, found: Sequence[Point]) -> None:
 
 
 def point_as_dict(point: Point) -> dict[str, Any]:
-    """One setting and its times."""
+    """A setting and its times, as plain values."""
     times = {"step": times_as_dict(point.step), "floor": times_as_dict(point.floor)}
     return {"axis": point.axis, "value": point.value, **times, "of_floor": point.ratio}
 

@@ -1,25 +1,27 @@
-"""What a data check shows: splits, problems by kind and each, labels, texts, and how the pass went."""
+"""Print a data check: splits, problems by kind, labels with their warnings, texts, and a summary."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mopefuse.cli._render import out, size, table
 from mopefuse.core.formatting import several, visible
 from mopefuse.data.check import Report
+from mopefuse.data.findings import Finding
 from mopefuse.modalities.base import of
 from mopefuse.report.data_check import against_limits, check_page, how_many
 from mopefuse.report.pages import write
 
 _MOST_LABELS = 30
 _MOST_OF_A_KIND = 5  # problems that are listed one by one
+_ABOUT_LABELS = ("absent-label", "joined-labels", "label-variants", "misspelt-label", "numeric-labels", "rare-labels")
 _COLOURS = {"error": "red", "warning": "yellow"}
 
 
 def write_page(report: Report, folder: Path, page: Path) -> None:
     """Write the page of a check."""
-    write(page, check_page(report, name=str(folder), told=_told(report), columns=_columns(report), splits=_splits(report)))
+    write(page, check_page(report, name=str(folder), told=_summary(report), columns=_columns(report), splits=_splits(report)))
 
 
 def show(report: Report, folder: Path, page: Path | None) -> None:
@@ -29,7 +31,7 @@ def show(report: Report, folder: Path, page: Path | None) -> None:
     if report.trained:
         console.print()
         rows = [[name, *(f"{count:,}" for count in facts.values())] for name, facts in report.trained.items()]
-        table("in training, as rows are held out or drawn", ["split", "rows", "labels"], rows)
+        table("in training, after rows are held out or drawn", ["split", "rows", "labels"], rows)
     groups = report.by_kind()
     if groups:
         console.print()
@@ -38,23 +40,34 @@ def show(report: Report, folder: Path, page: Path | None) -> None:
             for kind, found in groups.items()
         ]
         table("problems", ["kind", "severity", "count", "first", "what to do"], rows, left=(0, 1, 3, 4))
-        console.print()
-        for kind, found in groups.items():
-            for finding in found[:_MOST_OF_A_KIND]:
-                said = f"{finding.severity}: {visible(finding.place)}: {visible(finding.message)}"
-                console.print(said, style=_COLOURS[finding.severity], markup=False)
-            if len(found) > _MOST_OF_A_KIND:
-                rest = len(found) - _MOST_OF_A_KIND
-                console.print(f"         and {rest:,} more of {kind}; --html FILE or --json lists them", markup=False)
+    _list({kind: found for kind, found in groups.items() if kind not in _ABOUT_LABELS})
     console.print()
     _show_labels(report)
+    about_labels = {kind: found for kind, found in groups.items() if kind in _ABOUT_LABELS}
+    _list(about_labels, "labels to look at:")
     console.print()
     _show_texts(report)
     console.print()
-    console.print(_told(report), markup=False)
+    console.print(_summary(report), markup=False)
     if page is not None:
         console.print(f"page: {page}", markup=False)
     console.print(f"{several(report.errors, 'error')}, {several(report.warnings, 'warning')}", markup=False)
+
+
+def _list(groups: Mapping[str, Sequence[Finding]], heading: str = "") -> None:
+    """Print the first findings of each kind, one per line."""
+    console = out()
+    if groups:
+        console.print()
+    if groups and heading:
+        console.print(heading, style="bold", markup=False)
+    for kind, found in groups.items():
+        for finding in found[:_MOST_OF_A_KIND]:
+            text = f"{finding.severity}: {visible(finding.place)}: {visible(finding.message)}"
+            console.print(text, style=_COLOURS[finding.severity], markup=False)
+        if len(found) > _MOST_OF_A_KIND:
+            rest = len(found) - _MOST_OF_A_KIND
+            console.print(f"         and {rest:,} more of {kind}; --html FILE or --json lists them", markup=False)
 
 
 def _files(report: Report) -> list[str]:
@@ -82,14 +95,14 @@ def _show_labels(report: Report) -> None:
         half = _MOST_LABELS // 2
         shown = [*counts[:half], *counts[-half:]]
     rows = [[visible(label), *(f"{count[name]:,}" for name in names)] for label, count in shown]
-    kind = ", several a row" if report.multi_label else ""
+    kind = ", several per row" if report.multi_label else ""
     part = f", the {_MOST_LABELS // 2} most frequent and rarest" if len(counts) > _MOST_LABELS else ""
     table(f"{len(counts):,} labels{kind}{part}", ["label", *names], rows)
     found = report.extremes
     if found["ratio"]:
         most, least = (f"{visible(found[which]['label'])} ({found[which]['rows']:,})" for which in ("most_frequent", "rarest"))
-        said = f"{found['of']}: most frequent {most}, rarest {least}, ratio {found['ratio']:.3g}"
-        out().print(said, markup=False)
+        text = f"{found['of']}: most frequent {most}, rarest {least}, ratio {found['ratio']:.3g}"
+        out().print(text, markup=False)
 
 
 def _show_texts(report: Report) -> None:
@@ -104,9 +117,10 @@ def _show_texts(report: Report) -> None:
         out().print(against_limits(facts), markup=False)
 
 
-def _told(report: Report) -> str:
+def _summary(report: Report) -> str:
+    """How many files were read, and how fast."""
     if report.from_cache:
-        return f"the index was in the cache, read in {report.seconds:.2f} s; --fresh looks at everything again"
+        return f"all files were in the cache, read in {report.seconds:.2f} s; --fresh reads every file again"
     what = " and ".join(_files(report)) or "files"
     rate = f" ({report.files_per_second:,.0f} {what}/s)" if report.files_per_second else ""
     total = sum(len(each.names) for index in report.indexes.values() for each in index.files.values())

@@ -1,4 +1,4 @@
-"""A comparison as text: for a terminal, Markdown, LaTeX, CSV and JSON."""
+"""A comparison of runs as text: for a terminal, Markdown, LaTeX, CSV and JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LATEX |= {character: "\\" + character for character in "&%$#_{}"}
 
 
 def show(comparison: Comparison, title: str, splits: Splits = ("test",)) -> None:
-    """A table on stdout, the best row standing out; what it means and what was left out on stderr."""
+    """Print the table on stdout with the best row highlighted, and the notes on stderr."""
     best = comparison.best("test", comparison.metric)
     bold = next((number for number, row in enumerate(comparison.rows) if row.label in best), None)
     columns, rows = cells(comparison, splits)
@@ -29,12 +29,12 @@ def show(comparison: Comparison, title: str, splits: Splits = ("test",)) -> None
 
 
 def as_table(comparison: Comparison, splits: Splits) -> str:
-    """As on a terminal, without colour."""
+    """The table as on a terminal, without colour, followed by the notes."""
     return "\n".join([plain_table(*cells(comparison, splits)), *notes(comparison)]) + "\n"
 
 
 def as_markdown(comparison: Comparison, splits: Splits) -> str:
-    """A table whose best numbers are bold, and a note on significance."""
+    """A Markdown table with the best numbers in bold, followed by the notes."""
     columns, rows = cells(comparison, splits, lambda text: f"**{text}**")
     lines = [columns, [":--" if number == 0 else "--:" for number in range(len(columns))], *rows]
     body = "\n".join("| " + " | ".join(map(markdown, line)) + " |" for line in lines)
@@ -42,7 +42,7 @@ def as_markdown(comparison: Comparison, splits: Splits) -> str:
 
 
 def as_latex(comparison: Comparison, splits: Splits) -> str:
-    """A tabular without packages; the best numbers are bold, notes are comments."""
+    """A LaTeX tabular that needs no packages; the best numbers are bold, notes are comments."""
     columns, rows = cells(comparison, splits, lambda text: f"\0{text}\1")
     body = [" & ".join(map(_escaped, line)) + r" \\" for line in (columns, *rows)]
     remarks = [f"% {' '.join(line.split())}" for line in notes(comparison)]
@@ -51,7 +51,7 @@ def as_latex(comparison: Comparison, splits: Splits) -> str:
 
 
 def as_csv(comparison: Comparison, splits: Splits) -> str:
-    """A line per row, every number in full; a label that a spreadsheet would compute gets a quote before it."""
+    """CSV with full precision; a label that a spreadsheet would run as a formula is quoted."""
     names = [f"{split}_{metric}" for split in splits for metric in comparison.metrics]
     columns = ["label", "n", "seeds", *(f"{name}_{what}" for name in names for what in ("mean", "std"))]
     columns += ["trainable", "total", "seconds_mean", "peak_memory_bytes"]
@@ -71,12 +71,12 @@ def as_csv(comparison: Comparison, splits: Splits) -> str:
 
 
 def as_json(comparison: Comparison, splits: Splits) -> str:
-    """`as_dict` as text, all splits."""
+    """`as_dict` as JSON, with all splits."""
     return json_text(finite(as_dict(comparison)), indent=1) + "\n"
 
 
 def as_dict(comparison: Comparison) -> dict[str, Any]:
-    """Everything, with the value of each seed."""
+    """The comparison as plain values, with the value of each seed."""
     return {
         "metric": comparison.metric,
         "against": comparison.against,

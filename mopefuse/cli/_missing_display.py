@@ -1,4 +1,4 @@
-"""How ``mopefuse eval --missing`` shows what it found."""
+"""Print the results of ``mopefuse eval --missing``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def show(run: str, found: Missing) -> None:
-    """A row for each part of the samples that lack something."""
+    """Print a row for each modality and share of the samples that lack it."""
     name = next(key for key in ("accuracy", "f1_macro") if key in found.cells[0].metrics)
     plain = next((cell.metrics[name] for cell in found.cells if not cell.missing), None)
     rows = []
@@ -21,5 +21,5 @@ def show(run: str, found: Missing) -> None:
     first = f"of {found.cells[0].samples:,} samples of {found.split}"
     table(run, [first, "lack it", name, *([] if plain is None else ["points"])], rows)
     if not found.learned:
-        told = "training never met samples that lack something: they are answered as an average one; see --modality-dropout"
-        err().print(f"notice: {told}", markup=False)
+        text = "trained on complete samples only: average features replace missing ones; see --modality-dropout"
+        err().print(f"notice: {text}", markup=False)

@@ -1,4 +1,4 @@
-"""What preparing a data set shows: a bar with ETA on a terminal, a plain line now and then elsewhere; then two tables."""
+"""Progress and result of preparing a data set: a live bar on a terminal, plain lines elsewhere; then two tables."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _LINE_EVERY = 10.0  # seconds between plain lines
 
 
 class PrepareDisplay:
-    """A context whose `advance` renders to stderr; `silent` shows nothing."""
+    """A context whose `advance` shows progress on stderr; `silent` shows nothing."""
 
     def __init__(self, *, silent: bool) -> None:
         self.console, self.silent = err(), silent
         self._bar: Any = None
         self._tasks: dict[str, Any] = {}
         self._began: dict[str, float] = {}
-        self._told = time.monotonic()
+        self._printed_at = time.monotonic()
 
     def __enter__(self) -> PrepareDisplay:
         if self.console.is_terminal and not self.silent:
@@ -53,7 +53,7 @@ class PrepareDisplay:
             self._bar.stop()
 
     def advance(self, stage: str, done: int, total: int) -> None:
-        """Move the bar of a stage (a split, or "images"), or print a line now and then."""
+        """Update the bar of a stage (a split, or "images"), or print a line from time to time."""
         if self.silent:
             return
         if self._bar is not None:
@@ -63,14 +63,14 @@ class PrepareDisplay:
             return
         now = time.monotonic()
         began = self._began.setdefault(stage, now)
-        if now - self._told >= _LINE_EVERY:
-            self._told = now
+        if now - self._printed_at >= _LINE_EVERY:
+            self._printed_at = now
             eta = duration((now - began) / done * (total - done))
             self.console.print(f"{stage}  {done:,}/{total:,}  eta {eta}", markup=False)
 
 
 def show(about: Mapping[str, Any], dest: Path) -> None:
-    """The tables of a prepared data set: its rows beside the published numbers, and why others were skipped."""
+    """Print the tables of a prepared data set: its rows beside the published numbers, and why rows were skipped."""
     rows, published, difference = about["rows"], about["published"], about["difference"]
     cells = []
     for group in [*rows, *(group for group in published if group not in rows)]:
@@ -92,6 +92,6 @@ def show(about: Mapping[str, Any], dest: Path) -> None:
     console.print()
     console.print(f"text: {about['text']}; {about['labels']} labels", markup=False)
     if about["skipped"]:
-        console.print(f"each of the skipped: {dest / 'skipped.jsonl'}", markup=False)
+        console.print(f"list of the skipped: {dest / 'skipped.jsonl'}", markup=False)
     if not about["written"]:
         console.print("This preparation was there already; nothing was written.", markup=False)

@@ -1,4 +1,4 @@
-"""How the command line speaks: results on stdout, everything else on stderr, one JSON object with ``--json``."""
+"""Output of the command line: results on stdout, everything else on stderr; with ``--json`` one object on stdout."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 
 def out() -> Console:
-    """Results: tables in colour on a terminal, plain when piped."""
+    """The console for results: stdout, in colour on a terminal, plain in a pipe."""
     return _console(stderr=False)
 
 
 def err() -> Console:
-    """Progress, notices and errors."""
+    """The console for progress, notices and errors: stderr."""
     return _console(stderr=True)
 
 
 def _console(*, stderr: bool) -> Console:
-    """A console that prints each text as one line: nothing in it is markup, control characters in it are spelt out."""
+    """A console that prints each text as one line, without markup and with control characters escaped."""
     from rich.console import Console
     from rich.status import Status
     from rich.text import Text
@@ -49,21 +49,21 @@ def _console(*, stderr: bool) -> Console:
 
 
 def lines(text: str) -> Text:
-    """A text that a console prints as the several lines that it is."""
+    """A text that a console prints with its line breaks."""
     from rich.text import Text
 
     return Text(visible(text, lines=True))
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """One object on stdout and nothing else there; what is not a number is null."""
+    """Print one JSON object on stdout; NaN and infinity become null."""
     from mopefuse.core.artifact import finite
 
     print(json_text(finite(value), ensure_ascii=not speaks_unicode(sys.stdout)))
 
 
 def speaks_unicode(stream: Any) -> bool:
-    """Whether every character can be written to a stream as it is."""
+    """Whether a stream can encode every character."""
     return (getattr(stream, "encoding", None) or "utf-8").lower().replace("-", "") == "utf8"
 
 
@@ -75,7 +75,11 @@ def table(
     bold: int | None = None,
     left: Collection[int] = (0,),
 ) -> None:
-    """A table on stdout: columns of the numbers `left` begin at the left, others end at the right; row `bold` stands out."""
+    """Print a table on stdout.
+
+    Args:
+        bold: number of the row to highlight. left: numbers of the left-aligned columns; others are right-aligned.
+    """
     console = out()
     if not console.is_terminal:
         print(f"{visible(title)}:")
@@ -92,7 +96,7 @@ def table(
 
 
 def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: Collection[int] = (0,)) -> str:
-    """The same without colour or lines, as it is piped."""
+    """The table as text, without colour or lines."""
     written = [[visible(cell) for cell in row] for row in (columns, *rows)]
     widths = [max(len(row[i]) for row in written) for i in range(len(columns))]
     lines = []

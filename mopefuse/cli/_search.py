@@ -1,4 +1,4 @@
-"""A study that searches: its plan, and its trials with the best of them."""
+"""Run or plan a study that searches for settings, and show its trials."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def run(study: Study, folder: Path, *, jobs: int, json: bool) -> None:
-    """Run the trials and show them, the best first."""
+    """Run the trials and show them, best first."""
     from mopefuse.cli._study_display import StudyDisplay
     from mopefuse.studies.search import run_search
 
@@ -32,14 +32,14 @@ def run(study: Study, folder: Path, *, jobs: int, json: bool) -> None:
             error = status.error or {}
             err().print(f"failed: {status.cell.folder}: {error['code']} {error['message']}", markup=False)
         if failed:
-            told = f"a trial that failed, but for lack of memory, is not tried again as long as its folder is in {folder}"
-            err().print(told, markup=False)
+            text = f"failed trials are not repeated while their folders are in {folder}, unless memory ran out"
+            err().print(text, markup=False)
     if searched.best is None:
         raise typer.Exit(int((failed[0].error or {}).get("exit", 1)) if failed else 8)
 
 
 def plan(study: Study, folder: Path, *, json: bool) -> None:
-    """What would be searched."""
+    """Show what would be searched, without training."""
     search = study.file.search
     assert search is not None
     if json:
@@ -49,7 +49,7 @@ def plan(study: Study, folder: Path, *, json: bool) -> None:
     rows = [[path, _axis(axis)] for path, axis in search.space.items()]
     table(study.name, ["setting", "from"], rows, left=(0, 1))
     seeds = ", ".join(map(str, study.file.seeds))
-    out().print(f"{study.runs} runs: {search.trials} trials, seeds {seeds}; into {folder}", markup=False)
+    out().print(f"{study.runs} runs: {search.trials} trials, seeds {seeds}; in {folder}", markup=False)
 
 
 def _axis(axis: Axis) -> str:
@@ -73,8 +73,8 @@ def _show(searched: Searched, folder: Path) -> None:
     if best is None:
         return
     tested = on_test(best, folder).get(searched.metric)
-    said = f"; on test it has {100 * tested:.1f}" if tested is not None else ""
-    err().print(f"* best on validation: trial {best.number}{said}. Train with its settings:", markup=False)
+    on_test_too = f" ({100 * tested:.1f} on test)" if tested is not None else ""
+    err().print(f"* best on validation: trial {best.number}{on_test_too}. Train with its settings:", markup=False)
     out().print(command(best, folder), markup=False)
 
 

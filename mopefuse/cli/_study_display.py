@@ -1,4 +1,4 @@
-"""What a study shows: a live bar over cells on a terminal, a plain line per cell elsewhere, with ETA."""
+"""Progress of a study: a live bar on a terminal, one line per run elsewhere, with the time left."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mopefuse.studies.study_file import Study
 
 
 class StudyDisplay(StudyListener):
-    """A listener that renders to stderr."""
+    """A listener that shows progress on stderr."""
 
     def __init__(self, study: Study, *, json: bool) -> None:
         self.study, self.json = study, json
@@ -33,12 +33,12 @@ class StudyDisplay(StudyListener):
                 TextColumn("[bold]{task.fields[done]} of {task.fields[cells]} runs"),
                 BarColumn(),
                 TimeElapsedColumn(),
-                TextColumn("{task.fields[said]}", markup=False),
+                TextColumn("{task.fields[text]}", markup=False),
                 console=self.console,
                 transient=True,
             )
             self._bar.start()
-            self._task = self._bar.add_task("", total=self.total, done=0, cells=self.total, said="")
+            self._task = self._bar.add_task("", total=self.total, done=0, cells=self.total, text="")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -46,22 +46,22 @@ class StudyDisplay(StudyListener):
             self._bar.stop()
 
     def notice(self, text: str) -> None:
-        """A line on stderr."""
+        """Print a line on stderr."""
         if not self.json:
             self.console.print(text, markup=False)
 
     def moved(self, statuses: Sequence[Status], eta: float | None) -> None:
-        """Move the bar."""
+        """Update the bar."""
         if self._bar is not None:
             running = [status for status in statuses if status.state == RUNNING]
-            made = sum(status.state == FINISHED for status in statuses)
+            finished = sum(status.state == FINISHED for status in statuses)
             names = ", ".join(f"{status.cell.label}, seed {status.cell.seed}" for status in running)
-            said = f"eta {duration(eta)}  {names}" if eta is not None else names
-            share = made + sum(status.share for status in running)
-            self._bar.update(self._task, completed=share, done=made, said=visible(said))
+            text = f"eta {duration(eta)}  {names}" if eta is not None else names
+            share = finished + sum(status.share for status in running)
+            self._bar.update(self._task, completed=share, done=finished, text=visible(text))
 
     def ended(self, status: Status, statuses: Sequence[Status], eta: float | None) -> None:
-        """A line per cell."""
+        """Print a line for a run that ended."""
         if self.json:
             return
         done = sum(other.state in (FINISHED, FAILED) for other in statuses)

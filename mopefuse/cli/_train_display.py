@@ -1,4 +1,4 @@
-"""What training shows: a live bar with ETA on a terminal, a plain line per validation elsewhere."""
+"""Progress and result of training: a live bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LINE_EVERY = 10.0  # seconds between plain lines
 
 
 class Display(Listener):
-    """A listener that renders to stderr; `result` prints the final table, or one JSON object."""
+    """A listener that shows progress on stderr; `result` prints the final table, or one JSON object."""
 
     def __init__(self, folder: Path, *, json: bool, tensorboard: bool = False) -> None:
         self.folder, self.json = folder, json
@@ -27,7 +27,7 @@ class Display(Listener):
         self.live = self.console.is_terminal and not json and os.environ.get("RANK", "0") == "0"
         self._bar: Any = None
         self._task: Any = None
-        self._told = time.monotonic()
+        self._printed_at = time.monotonic()
         self._began: tuple[int, float] | None = None
         self._reading = _Pace()
         self._writer_type = _tensorboard() if tensorboard else None
@@ -44,12 +44,12 @@ class Display(Listener):
                 TimeElapsedColumn(),
                 TextColumn("eta"),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[said]}", markup=False),
+                TextColumn("{task.fields[text]}", markup=False),
                 console=self.console,
                 transient=True,
             )
             self._bar.start()
-            self._task = self._bar.add_task("preparing", total=None, said="")
+            self._task = self._bar.add_task("preparing", total=None, text="")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -59,31 +59,31 @@ class Display(Listener):
             self._writer.close()
 
     def notice(self, text: str) -> None:
-        """A line on stderr, or one of ``notices`` in the JSON object."""
+        """Print a notice on stderr, or keep it for ``notices`` of the JSON object."""
         self.notices.append(text)
         if not self.json and distributed.is_main():
             self.console.print(text, style="yellow", markup=False)
 
     def rows(self, counts: dict[str, int]) -> None:
-        """A line on stderr."""
+        """Print the number of rows of each split."""
         if not self.json and distributed.is_main():
-            said = ", ".join(f"{name} {count:,}" for name, count in counts.items())
-            self.console.print(f"rows: {said}", markup=False)
+            text = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+            self.console.print(f"rows: {text}", markup=False)
 
     def reading(self, what: str, done: int, total: int) -> None:
-        """Move the bar, or print a line now and then, while something is computed that is kept."""
+        """Update the bar, or print a line from time to time, while something is computed for the cache."""
         if not distributed.is_main() or self.json:
             return
         now = time.monotonic()
         self._reading.update(done, total, now)
         if self._bar is not None:
             self._bar.update(self._task, description=visible(what), completed=done, total=total)
-        elif now - self._told >= _LINE_EVERY:
-            self._told, eta = now, self._reading.eta(now)
+        elif now - self._printed_at >= _LINE_EVERY:
+            self._printed_at, eta = now, self._reading.eta(now)
             self.console.print(f"{what}  {done}/{total}{f'  eta {duration(eta)}' if eta is not None else ''}", markup=False)
 
     def step(self, progress: Progress, total: int, loss: float, lr: float) -> None:
-        """Move the bar, or print a line now and then."""
+        """Update the bar, or print a line from time to time."""
         if self._writer_type is not None and self._writer is None and distributed.is_main():
             self._writer = self._writer_type(str(self.folder / "tensorboard"))
         if self._writer is not None:
@@ -93,20 +93,20 @@ class Display(Listener):
             return
         if self._bar is not None:
             self._bar.update(
-                self._task, description="training", completed=progress.step, total=total, said=f"loss {loss:.3f}"
+                self._task, description="training", completed=progress.step, total=total, text=f"loss {loss:.3f}"
             )
             return
         now = time.monotonic()
         if self._began is None:
             self._began = (progress.step, now)
-        if now - self._told >= _LINE_EVERY:
-            self._told = now
+        if now - self._printed_at >= _LINE_EVERY:
+            self._printed_at = now
             per_step = (now - self._began[1]) / max(1, progress.step - self._began[0])
             eta = duration(per_step * (total - progress.step))
             self.console.print(f"step {progress.step}/{total}  loss {loss:.3f}  lr {lr:.2g}  eta {eta}", markup=False)
 
     def evaluated(self, progress: Progress, found: dict[str, float], *, best: bool) -> None:
-        """A line per validation."""
+        """Print a line for an evaluation on validation."""
         if self._writer is not None:
             for name, value in found.items():
                 self._writer.add_scalar(f"val/{name}", value, progress.step)
@@ -118,7 +118,7 @@ class Display(Listener):
         self.console.print(line, markup=False)
 
     def result(self, result: dict[str, Any]) -> None:
-        """The final metrics."""
+        """Print the final metrics."""
         if not distributed.is_main():
             return
         if self.json:
@@ -142,20 +142,20 @@ class Display(Listener):
 
 
 class _Pace:
-    """How long a computation that reports its progress will go on, by its pace so far."""
+    """Estimates the time left of a computation from its pace so far."""
 
     def __init__(self) -> None:
         self.total = self.first = self.done = 0
         self.began = 0.0
 
     def update(self, done: int, total: int, now: float) -> None:
-        """Note the progress at a time in seconds; another total, or less done than before, is another computation."""
+        """Record progress at a time in seconds; another total, or less done than before, starts another computation."""
         if total != self.total or done < self.done:
             self.total, self.first, self.began = total, done, now
         self.done = done
 
     def eta(self, now: float) -> float | None:
-        """Seconds left; None where nothing was done since the computation began."""
+        """Seconds left; None if nothing was done since the computation began."""
         if self.done <= self.first:
             return None
         return (now - self.began) / (self.done - self.first) * (self.total - self.done)

@@ -1,7 +1,7 @@
-"""The command line: `main` runs a command and turns what went wrong into one line and an exit code.
+"""The command line: `main` runs a command and turns an error into one line and an exit code.
 
-Commands are one typed function each, in a file of its name. They import what is heavy inside, so that ``--help`` and a
-usage error do not wait for torch.
+Each command is one typed function in a file of its name. It imports what is heavy inside, so that ``--help`` and a usage
+error do not wait for torch.
 """
 
 from __future__ import annotations
@@ -17,25 +17,41 @@ from typing import Annotated, Any
 import typer
 
 from mopefuse import __version__
-from mopefuse.cli import bench, compare, data, demo, doctor, encoders, eval, export, predict, push, report, study, train
-from mopefuse.cli import plugins as plug
+from mopefuse.cli import (
+    bench,
+    compare,
+    data,
+    demo,
+    doctor,
+    encoders,
+    eval,
+    export,
+    plugins,
+    predict,
+    push,
+    report,
+    study,
+    train,
+)
 from mopefuse.cli import swap_encoder as swap
 from mopefuse.cli._render import print_json, speaks_unicode
+from mopefuse.cli.settings import add_command
 from mopefuse.core.dependencies import guard_imports, mendable
 from mopefuse.core.formatting import visible
 from mopefuse.errors import Interrupted, MopefuseError, Notice, ResourceError
 
 app = typer.Typer(
     name="mopefuse",
-    help="Fuse two modalities with frozen pretrained encoders: conditional prompts, mixed from prompt experts.",
+    help="Train, evaluate and export classifiers on two or more modalities, such as image and text, with frozen encoders.",
+    epilog="Start: mopefuse demo, or mopefuse data check DIR on your own table. COMMAND --help explains a command.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command("train")(train.train)
-app.command("eval")(eval.evaluate)
-app.command("predict")(predict.predict)
+add_command(app, "train", train.train)
+add_command(app, "eval", eval.evaluate, defaults=False)
+add_command(app, "predict", predict.predict, defaults=False)
 app.command("swap-encoder")(swap.swap_encoder)
 app.command("export")(export.export)
 app.command("push")(push.push)
@@ -45,53 +61,43 @@ app.command("compare")(compare.compare)
 app.command("demo")(demo.demo)
 app.add_typer(data.app, name="data")
 app.add_typer(encoders.app, name="encoders")
-app.add_typer(plug.app, name="plugins")
+app.add_typer(plugins.app, name="plugins")
 app.add_typer(bench.app, name="bench")
 app.command("doctor")(doctor.doctor)
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         print(f"mopefuse {__version__}")
         raise typer.Exit
 
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an internal error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Print the traceback of an internal error.")] = False,
 ) -> None:
     if debug:
         os.environ["MOPEFUSE_DEBUG"] = "1"
 
 
 def main() -> None:
-    """Entry point of the command ``mopefuse``. Exit codes: see docs/errors.md."""
+    """Run the command line; the entry point of ``mopefuse``. Exit codes: see docs/errors.md."""
     _open_standard_streams()
-    for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show is spelt out instead of ending the program
+    for stream in (sys.stdout, sys.stderr):  # characters that a terminal cannot show are escaped instead of being an error
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     _show_notices()
     guard_imports()
     os.environ.setdefault("MOPEFUSE_FLUSH_DENORMALS", "1")  # see mopefuse.core.device
     try:
-        try:
-            app()
-        except SystemExit:
-            _flush()
-            raise
+        _run()
     except BrokenPipeError:
-        _no_reader()
-    except SystemExit as leaving:
-        if isinstance(leaving.__context__, BrokenPipeError):  # typer makes it exit code 1
-            _no_reader()
-        if leaving.code == 130:
-            _exit(Interrupted(2, "by Ctrl-C before there was anything to save", fix="run the command again"))
-        if leaving.code == 2 and "--json" in sys.argv:
-            message = "the command line cannot be read; stderr says why"
-            body = {"code": "MF-USE-01", "exit": 2, "message": message, "where": "", "hint": "see mopefuse --help"}
-            print_json({"ok": False, "error": body})
-        raise
+        _stop_without_reader()
+    except KeyboardInterrupt:  # before Typer began, or while it ended
+        _exit(_interrupted())
     except MopefuseError as error:
         _exit(error)
     except Exception as error:
@@ -101,10 +107,38 @@ def main() -> None:
         _crash(error)
 
 
-def _open_standard_streams() -> None:
-    """Have what is closed, as a daemon's streams may be, or open the wrong way read from and write to nowhere.
+def _run() -> None:
+    """Run the command.
 
-    Else the next file that is opened would get the number of a standard stream, and what is printed would go into it.
+    Raises:
+        SystemExit: always, unless the command raises another error.
+    """
+    try:
+        try:
+            app()
+        except SystemExit:
+            _flush()
+            raise
+    except SystemExit as leaving:
+        if isinstance(leaving.__context__, BrokenPipeError):  # Typer makes it exit code 1
+            _stop_without_reader()
+        if leaving.code == 130:
+            _exit(_interrupted())
+        if leaving.code == 2 and "--json" in sys.argv:
+            message = "the command line cannot be read; stderr says why"
+            body = {"code": "MF-USE-01", "exit": 2, "message": message, "where": "", "hint": "see mopefuse --help"}
+            print_json({"ok": False, "error": body})
+        raise
+
+
+def _interrupted() -> Interrupted:
+    return Interrupted(2, "by Ctrl-C before there was anything to save", fix="run the command again")
+
+
+def _open_standard_streams() -> None:
+    """Connect standard streams that are closed (as a daemon's may be), or open the wrong way, to /dev/null.
+
+    Otherwise the next file that is opened would get the number of a standard stream, and output would be written into it.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
@@ -123,32 +157,32 @@ def _open_standard_streams() -> None:
 
 
 def _flush() -> None:
-    """Write out what was printed, while an error can still be told.
+    """Write buffered output, while an error can still be reported.
 
     Raises:
-        ResourceError: stdout cannot be written, as to a full disk. BrokenPipeError: nobody reads any more.
+        ResourceError: stdout cannot be written, such as to a full disk. BrokenPipeError: the reader is gone.
     """
     try:
         sys.stdout.flush()
     except BrokenPipeError:
         raise
     except OSError as error:
-        fix = "send it where it can be written; files that the command wrote are whole"
-        raise ResourceError(250, f"the result cannot be printed: {error.strerror}", where="stdout", fix=fix) from None
+        fix = "write the output elsewhere; files that the command wrote are complete"
+        raise ResourceError(250, f"cannot print the result: {error.strerror}", where="stdout", fix=fix) from None
 
 
-def _to_nowhere(stream: Any) -> None:
-    """Let what a stream still holds be lost in silence."""
+def _discard(stream: Any) -> None:
+    """Discard the output that a stream still holds."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _show_notices() -> None:
-    """Warnings that are meant for users as one line; others as Python shows them."""
+    """Print warnings that are meant for users as one line; others as Python does."""
     plain = warnings.showwarning
 
     def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
         if issubclass(category, Notice):
-            if os.environ.get("RANK", "0") == "0":  # every process has something to say, one says it
+            if os.environ.get("RANK", "0") == "0":  # of several processes, only the first prints it
                 print(f"notice: {visible(message)}", file=sys.stderr)
         else:
             plain(message, category, *place, **more)
@@ -158,7 +192,7 @@ def _show_notices() -> None:
 
 def _exit(error: MopefuseError) -> None:
     if error.family == "STOP" and os.environ.get("RANK", "0") != "0":
-        sys.exit(error.exit_code)  # every process stops, one says so
+        sys.exit(error.exit_code)  # of several processes, only the first reports it
     if not ("--json" in sys.argv and _print_json(error.as_dict())):
         kind = "stopped" if error.family == "STOP" else f"error[{error.code}]"
         text = f"{kind}: {visible(error)}"
@@ -171,7 +205,7 @@ def _exit(error: MopefuseError) -> None:
 
 
 def _print_json(body: dict[str, object]) -> bool:
-    """Print an error on stdout; whether it could be."""
+    """Print an error on stdout; return whether that was possible."""
     try:
         print_json({"ok": False, "error": body})
         sys.stdout.flush()
@@ -181,16 +215,16 @@ def _print_json(body: dict[str, object]) -> bool:
 
 
 def _drain() -> None:
-    """What cannot be written any more is lost in silence: the exit code says what went wrong before."""
+    """Discard output that cannot be written any more: the exit code already stands for the error."""
     try:
         sys.stdout.flush()
     except OSError:
-        _to_nowhere(sys.stdout)
+        _discard(sys.stdout)
 
 
-def _no_reader() -> None:
-    """Who read our output has stopped to, as ``| head`` does: that is no error, and the rest goes nowhere."""
-    _to_nowhere(sys.stdout)
+def _stop_without_reader() -> None:
+    """Exit quietly: the reader of the output has stopped reading, as ``| head`` does, which is no error."""
+    _discard(sys.stdout)
     sys.exit(141)
 
 

@@ -1,4 +1,4 @@
-"""``mopefuse bench``: what conditional prompts cost; and ``loader``, ``startup``, ``scale``, ``ddp``."""
+"""``mopefuse bench``: time and memory of conditional prompts; and ``loader``, ``startup``, ``scale``, ``ddp``."""
 
 from __future__ import annotations
 
@@ -8,73 +8,93 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mopefuse.cli.options import Device, Json
+
 if TYPE_CHECKING:
     from mopefuse.bench.timing import Advance
     from mopefuse.config.schema import RunConfig
 
-app = typer.Typer(invoke_without_command=True, rich_markup_mode=None, help="What conditional prompts cost, against the floor.")
+app = typer.Typer(invoke_without_command=True, rich_markup_mode=None, help="Measure time and memory on this machine.")
 
 PAIRS = (("timm:vit_base", "hf:bert-base"), ("timm:swin_base", "hf:bert-base"))
 
-Main = Annotated[str, typer.Option(help="Main encoder; its weights are random.")]
-Comp = Annotated[str, typer.Option(help="Complementary encoder; its weights are random.")]
-BatchSize = Annotated[int, typer.Option(min=1, max=65_536, help="Samples in a step.")]
-TextLength = Annotated[int, typer.Option(min=2, max=65_536, help="Tokens of each text.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
-Precision = Annotated[str, typer.Option(help="auto, fp32 or bf16.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+Main = Annotated[str, typer.Option(metavar="SPEC", help="Main encoder, with random weights.")]
+Comp = Annotated[str, typer.Option(metavar="SPEC", help="Complementary encoder, with random weights.")]
+BatchSize = Annotated[int, typer.Option(min=1, max=65_536, help="Samples per step.")]
+TextLength = Annotated[int, typer.Option(min=2, max=65_536, help="Tokens per text.")]
+Precision = Annotated[str, typer.Option(metavar="auto|fp32|bf16", help="Number format; auto: bf16 if the GPU has it.")]
+Rounds = Annotated[int, typer.Option(min=1, max=10_000, help="Repetitions of each measurement.")]
 
 
 @app.callback()
 def bench(
     context: typer.Context,
-    main: Annotated[str | None, typer.Option(help="Main encoder; without --main and --comp ViT-B and Swin-B.")] = None,
-    comp: Annotated[str | None, typer.Option(help="Complementary encoder; default BERT-base.")] = None,
-    method: Annotated[list[str] | None, typer.Option(help="A further fusion method, as a row; repeatable.")] = None,
+    main: Annotated[
+        str | None, typer.Option(metavar="SPEC", help="Main encoder. Default: ViT-B, and in a second table Swin-B.")
+    ] = None,
+    comp: Annotated[str | None, typer.Option(metavar="SPEC", help="Complementary encoder. Default: BERT-base.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Also measure this fusion method. Repeatable.")
+    ] = None,
     batch: BatchSize = 8,
     text_length: TextLength = 32,
-    experts: Annotated[str, typer.Option(help="Numbers of experts; the first is that of most rows.")] = "16,256,1024",
-    train: Annotated[bool, typer.Option("--train", help="Only training steps.")] = False,
-    infer: Annotated[bool, typer.Option("--infer", help="Only answers.")] = False,
-    memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Memory of a step, in processes of their own.")] = True,
-    compiled: Annotated[bool, typer.Option("--compile", help="Through torch.compile.")] = False,
-    recompute: Annotated[bool, typer.Option("--checkpoint-activations", help="A row with recomputed activations.")] = False,
-    rounds: Annotated[int, typer.Option(min=1, max=10_000, help="Repetitions of every row, in turns.")] = 2,
-    more: Annotated[int, typer.Option(min=0, max=10_000, help="Further ones after each, of the rows compared most.")] = 5,
+    experts: Annotated[
+        str, typer.Option(metavar="N,N,...", help="Numbers of experts to measure; the first is used in most rows.")
+    ] = "16,256,1024",
+    train: Annotated[bool, typer.Option("--train", help="Measure only training steps.")] = False,
+    infer: Annotated[bool, typer.Option("--infer", help="Measure only predictions.")] = False,
+    memory: Annotated[
+        bool, typer.Option("--memory/--no-memory", help="Measure the memory of a step, in separate processes.")
+    ] = True,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the models with torch.compile.")] = False,
+    recompute: Annotated[bool, typer.Option("--checkpoint-activations", help="Also measure recomputed activations.")] = False,
+    rounds: Rounds = 2,
+    more: Annotated[
+        int, typer.Option(min=0, max=10_000, help="Further repetitions in each round, of the most important rows.")
+    ] = 5,
     device: Device = "auto",
     precision: Precision = "auto",
     json: Json = False,
 ) -> None:
-    """Time, memory, parameters and size of conditional prompts and of the alternatives, with random weights and inputs.
+    """Measure time and memory on this machine.
 
-    The floor is the two frozen encoders without prompts: complementary forward, main forward and backward to its first
-    layer. docs/performance.md explains the rows.
+    Without a command: time, memory, parameters and size of conditional prompts and of the alternatives, with random weights
+    and inputs. All are compared with the floor, the two frozen encoders without prompts (a forward pass of the complementary
+    encoder, a forward and a backward pass of the main encoder).
+
+    \b
+    Example:
+      mopefuse bench --main timm:vit_base --comp hf:bert-base --batch 8
     """
     if context.invoked_subcommand is not None:
         return
+    pairs = PAIRS if main is None and comp is None else ((main or PAIRS[0][0], comp or PAIRS[0][1]),)
+    options = {
+        "batch": batch,
+        "text_length": text_length,
+        "experts": _numbers(experts),
+        "methods": tuple(dict.fromkeys(method or ())),
+        "recompute": recompute,
+        "rounds": rounds,
+        "more": more,
+        "train": train or not infer,
+        "infer": infer or not train,
+        "with_memory": memory and (train or not infer),
+        "compiled": compiled,
+    }
+    _bench_pairs([(pair, _config(*pair, device, precision)) for pair in pairs], options, json=json)
+
+
+def _bench_pairs(pairs: list[tuple[tuple[str, str], RunConfig]], options: dict[str, Any], *, json: bool) -> None:
+    """Measure pairs of encoders, and print a table for each or one JSON object."""
     from mopefuse.bench.pair import bench_pair
     from mopefuse.cli._bench_display import pair_as_dict, show_pair
     from mopefuse.cli._render import print_json
 
-    pairs = PAIRS if main is None and comp is None else ((main or PAIRS[0][0], comp or PAIRS[0][1]),)
-    numbers, found = _numbers(experts), []
-    for one, other in pairs:
-        with _progress(f"{one} with {other}") as advance:
-            result = bench_pair(
-                _config(one, other, device, precision),
-                batch=batch,
-                text_length=text_length,
-                experts=numbers,
-                methods=tuple(dict.fromkeys(method or ())),
-                recompute=recompute,
-                rounds=rounds,
-                more=more,
-                train=train or not infer,
-                infer=infer or not train,
-                with_memory=memory and (train or not infer),
-                compiled=compiled,
-                advance=advance,
-            )
+    found = []
+    for (main, comp), config in pairs:
+        with _progress(f"{main} with {comp}") as advance:
+            result = bench_pair(config, **options, advance=advance)
         found.append(pair_as_dict(result))
         if not json:
             show_pair(result)
@@ -85,17 +105,14 @@ def bench(
 @app.command("loader")
 def loader(
     main: Main = PAIRS[0][0],
-    images: Annotated[int, typer.Option(min=1, max=1_000_000, help="JPEGs to make up.")] = 256,
+    images: Annotated[int, typer.Option(min=1, max=1_000_000, help="Number of JPEG files to generate.")] = 256,
     side: Annotated[int, typer.Option(min=16, max=9_000, help="Their height and width in pixels.")] = 512,
     batch: BatchSize = 32,
-    workers: Annotated[int, typer.Option(min=0, max=256, help="Processes that read.")] = 0,
-    rounds: Annotated[int, typer.Option(min=1, max=10_000, help="Repetitions.")] = 3,
+    workers: Annotated[int, typer.Option(min=0, max=256, help="Processes that load the data.")] = 0,
+    rounds: Rounds = 3,
     json: Json = False,
 ) -> None:
-    """Images per second, decoded or from the cache.
-
-    Decoded and resized, and from the cache of decoded ones.
-    """
+    """Measure images per second, decoded or cached."""
     from mopefuse.bench.loader import bench_loader
     from mopefuse.cli._bench_display import show_times
     from mopefuse.cli._render import print_json
@@ -114,10 +131,10 @@ def loader(
 
 @app.command("startup")
 def startup(
-    rounds: Annotated[int, typer.Option(min=1, max=10_000, help="Repetitions.")] = 5,
+    rounds: Rounds = 5,
     json: Json = False,
 ) -> None:
-    """Seconds of imports, and until the command line answers."""
+    """Measure seconds of imports and of --help."""
     from mopefuse.bench.startup import bench_startup
     from mopefuse.cli._bench_display import show_times, times_as_dict
     from mopefuse.cli._render import print_json
@@ -136,14 +153,14 @@ def scale(
     comp: Comp = PAIRS[0][1],
     batch: BatchSize = 8,
     text_length: TextLength = 32,
-    rounds: Annotated[int, typer.Option(min=1, max=10_000, help="Repetitions.")] = 3,
+    rounds: Rounds = 3,
     device: Device = "auto",
     precision: Precision = "auto",
     json: Json = False,
 ) -> None:
-    """How a training step grows.
+    """Measure how a training step scales.
 
-    With experts, prompt length, batch and text length, one at a time.
+    Varies the number of experts, the prompt length, the batch size and the text length, one at a time.
     """
     from mopefuse.bench.scale import bench_scale
     from mopefuse.cli._bench_display import point_as_dict, show_scale
@@ -162,17 +179,17 @@ def scale(
 def ddp(
     main: Main = PAIRS[0][0],
     comp: Comp = PAIRS[0][1],
-    batch: Annotated[int, typer.Option(min=1, max=65_536, help="Samples in a step of all processes together.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, max=65_536, help="Samples per step, summed over all processes.")] = 8,
     text_length: TextLength = 32,
-    processes: Annotated[str, typer.Option(help="Numbers of processes, with commas.")] = "1,2",
-    rounds: Annotated[int, typer.Option(min=1, max=10_000, help="Repetitions.")] = 5,
+    processes: Annotated[str, typer.Option(metavar="N,N,...", help="Numbers of processes to measure.")] = "1,2",
+    rounds: Rounds = 5,
     device: Device = "auto",
     precision: Precision = "auto",
     json: Json = False,
 ) -> None:
-    """A training step on one process and on several.
+    """Measure a step on one process and on several.
 
-    Of the same batch: gloo on CPUs, NCCL on GPUs.
+    All divide the same batch between them, with gloo on CPUs and NCCL on GPUs.
     """
     from mopefuse.bench.parallel import bench_parallel
     from mopefuse.cli._bench_display import show_times, times_as_dict
@@ -191,7 +208,7 @@ def ddp(
 
 
 def random_weights(spec: str) -> str:
-    """A spec that needs no download."""
+    """The spec with random weights, which need no download."""
     if spec.startswith("tiny:") or "pretrained=" in spec or "weights=" in spec:
         return spec
     return f"{spec}{'&' if '?' in spec else '?'}pretrained=false"
@@ -212,24 +229,24 @@ def _numbers(text: str, where: str = "--experts") -> tuple[int, ...]:
     except ValueError:
         found = ()
     if not found or min(found) < 1:
-        raise ConfigError(130, f"{text!r} is no list of numbers", where=where, fix="write 16 or 4,16,256")
+        raise ConfigError(130, f"{text!r} is not a list of numbers from 1", where=where, fix="write 16, or 4,16,256")
     return found
 
 
 @contextmanager
 def _progress(what: str) -> Iterator[Advance]:
-    """A line on stderr that says what is measured and how much is done; on no terminal a line for each stage."""
+    """Show progress on stderr: a live line on a terminal, otherwise one line per stage."""
     from mopefuse.cli._render import err
 
-    console, told = err(), set[str]()
+    console, printed = err(), set[str]()
     with console.status(f"{what}: building the models") as status:
 
         def advance(now: str, done: int, total: int) -> None:
             stage = now.partition(":")[0]
             if console.is_terminal:
                 status.update(f"{what}: {now} ({done}/{total})")
-            elif stage not in told:
-                told.add(stage)
+            elif stage not in printed:
+                printed.add(stage)
                 console.print(f"{what}: {stage}", markup=False)
 
         yield advance

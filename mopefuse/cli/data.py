@@ -8,30 +8,37 @@ from typing import Annotated
 import typer
 
 from mopefuse.cli import data_cache, data_check
+from mopefuse.cli.options import Json, Seed
+from mopefuse.cli.settings import add_command
 
-app = typer.Typer(help="Check, preview, make and prepare data sets.", no_args_is_help=True)
+app = typer.Typer(help="Check, preview, prepare and generate data sets.", no_args_is_help=True)
 
+Target = Annotated[Path, typer.Argument(metavar="DEST", help="Folder to write.")]
 
-app.command("check")(data_check.check)
-app.command("preview")(data_check.preview)
+add_command(app, "check", data_check.check, group="data")
+add_command(app, "preview", data_check.preview, group="data")
 app.command("cache")(data_cache.cache)
 
 
 @app.callback()
 def group() -> None:
-    """Check, preview, make and prepare data sets."""
+    """Check, preview, prepare and generate data sets."""
 
 
 @app.command("make")
 def make(
-    name: Annotated[str, typer.Argument(help="digit-questions, or a data set of a plugin.")],
-    folder: Annotated[Path, typer.Argument(help="Folder to write.")],
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Same seed, same files.")] = 0,
-    json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="digit-questions, or a data set of a plugin.")],
+    folder: Target,
+    seed: Seed = 0,
+    json: Json = False,
 ) -> None:
-    """Write a data set that needs no download.
+    """Generate a data set that needs no download.
 
-    It is in the native row format.
+    The tables and images are in the format that train reads.
+
+    \b
+    Example:
+      mopefuse data make digit-questions digits
     """
     from mopefuse.cli._render import print_json, table
     from mopefuse.core.registry import DATASETS, load
@@ -40,7 +47,7 @@ def make(
     maker = load(DATASETS, name)
     if _is_source(maker):
         fix = f"mopefuse data prepare {name} SOURCE DEST"
-        raise DataError(72, f"{name} is not made, it is prepared from the files of its owners", where=name, fix=fix)
+        raise DataError(72, f"{name} is not generated but prepared from files that you download", where=name, fix=fix)
     counts = maker(folder, seed=seed)
     if json:
         print_json({"ok": True, "folder": str(folder), "rows": counts})
@@ -50,20 +57,34 @@ def make(
 
 @app.command("prepare")
 def prepare(
-    name: Annotated[str, typer.Argument(help="food101, mm-imdb, snli-ve, or a data set of a plugin.")],
-    source: Annotated[Path, typer.Argument(help="Folder with the files as their owners distribute them.")],
-    dest: Annotated[Path, typer.Argument(help="Folder to write.")],
-    text: Annotated[str | None, typer.Option(help="food101: page or title; default the only one there.")] = None,
-    clean: Annotated[bool, typer.Option("--clean", help="food101: texts as lower-case words only.")] = False,
-    premise: Annotated[bool, typer.Option("--premise", help="snli-ve: the caption before the hypothesis.")] = False,
-    val: Annotated[int | None, typer.Option(min=1, help="food101: pairs to hold out; default 5000, of few a fifth.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="food101: of the held-out pairs; default 0.")] = None,
-    images: Annotated[str, typer.Option(help="link (hard links where possible) or copy.")] = "link",
-    json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="food101, mm-imdb, snli-ve, or a data set of a plugin.")
+    ],
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder with the files as published.")],
+    dest: Target,
+    text: Annotated[
+        str | None, typer.Option(metavar="page|title", help="food101: text to use. Default: the only one that the files have.")
+    ] = None,
+    clean: Annotated[bool, typer.Option("--clean", help="food101: keep only the words of a text, in lower case.")] = False,
+    premise: Annotated[bool, typer.Option("--premise", help="snli-ve: put the caption before the hypothesis.")] = False,
+    val: Annotated[
+        int | None, typer.Option(min=1, help="food101: rows to hold out as val. Default: 5000, or a fifth if there are few.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**63 - 1, help="food101: random seed of the held-out rows. Default: 0.")
+    ] = None,
+    images: Annotated[
+        str, typer.Option(metavar="link|copy", help="Link images (with hard links where possible), or copy them.")
+    ] = "link",
+    json: Json = False,
 ) -> None:
-    """Write a data set that you downloaded.
+    """Convert a published data set that you downloaded.
 
-    It is in the native row format, and needs no network.
+    Writes the tables and images in the format that train reads. Needs no network.
+
+    \b
+    Example:
+      mopefuse data prepare mm-imdb ~/downloads/mmimdb mm-imdb
     """
     from mopefuse.cli._prepare_display import PrepareDisplay, show
     from mopefuse.cli._render import print_json
@@ -74,9 +95,9 @@ def prepare(
     kind = load(DATASETS, name)
     if not _is_source(kind):
         fix = f"mopefuse data make {name} {dest}"
-        raise DataError(71, f"{name} is not prepared from files, it is made", where=name, fix=fix)
-    said = {"text": text, "clean": clean or None, "premise": premise or None, "val": val, "seed": seed}
-    options = {key: value for key, value in said.items() if value is not None}
+        raise DataError(71, f"{name} is generated, not prepared from files", where=name, fix=fix)
+    given = {"text": text, "clean": clean or None, "premise": premise or None, "val": val, "seed": seed}
+    options = {key: value for key, value in given.items() if value is not None}
     with PrepareDisplay(silent=json) as display:
         about = run(kind, source, dest, options, images=images, advance=display.advance)
     if json:
@@ -86,7 +107,7 @@ def prepare(
 
 
 def _is_source(kind: object) -> bool:
-    """Whether an entry point is a data set that is prepared from files; else it is a function that makes one."""
+    """Whether a data set is prepared from files, a class; otherwise it is generated by a function."""
     from mopefuse.data.prepare import Source
 
     return isinstance(kind, type) and issubclass(kind, Source)

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from mopefuse.cli.options import Json
+
 _KINDS = {
     "index": "indexes of splits",
     "features": "features of encoders",
@@ -15,25 +17,29 @@ _KINDS = {
 
 
 def cache(
-    clear: Annotated[bool, typer.Option("--clear", help="Remove everything; it is computed again when needed.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    clear: Annotated[bool, typer.Option("--clear", help="Delete the cache. Entries are computed again when needed.")] = False,
+    json: Json = False,
 ) -> None:
-    """Show what is kept between runs, or remove it. $MOPEFUSE_CACHE says where it is."""
-    from mopefuse.cli._render import out, print_json, size, table
-    from mopefuse.core import cache as kept
+    """Show the cache, or delete it.
 
-    entries = list(kept.entries())
-    freed = kept.clear() if clear else 0
+    The cache keeps indexes of tables, features of frozen encoders and decoded images, which all runs share. Set its folder
+    with the environment variable MOPEFUSE_CACHE.
+    """
+    from mopefuse.cli._render import out, print_json, size, table
+    from mopefuse.core import cache as store
+
+    entries = list(store.entries())
+    freed = store.clear() if clear else 0
     if json:
         listed = [{"kind": kind, "bytes": size, "path": str(path), **_about(facts)} for kind, path, size, facts in entries]
-        print_json({"ok": True, "folder": str(kept.root() or ""), "entries": listed, "freed_bytes": freed})
+        print_json({"ok": True, "folder": str(store.root() or ""), "entries": listed, "freed_bytes": freed})
         return
     rows = []
     for kind, meaning in _KINDS.items():
         mine = [(length, facts) for other, _, length, facts in entries if other == kind]
         count = sum(int(facts.get("images" if kind == "images" else "rows") or 0) for _, facts in mine)
         rows.append([meaning, str(len(mine)), f"{count:,}" if count else "", size(sum(length for length, _ in mine))])
-    table(f"{kept.root() or 'no folder can be written'}", ["kept", "entries", "samples", "size"], rows)
+    table(f"{store.root() or 'no cache: no folder can be written'}", ["cached", "entries", "samples", "size"], rows)
     if clear:
         out().print(f"removed: {size(freed)}", markup=False)
 

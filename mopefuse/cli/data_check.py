@@ -7,63 +7,43 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mopefuse.cli import columns
+from mopefuse.cli.options import DataPath, Json, Seed, SetData, Split
+from mopefuse.cli.settings import Settings
 from mopefuse.core.formatting import several
 
 if TYPE_CHECKING:
     from mopefuse.config.schema import Data
-
-Folder = Annotated[Path, typer.Argument(help="Folder with train, val and test (.jsonl, .csv, ...), or one table.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
-MaxPixels = Annotated[int | None, typer.Option("--max-pixels", help="Images with more pixels are refused unread.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="A setting of the data: --set data.allow_missing_text=true")]
+    from mopefuse.data.check import Report
+    from mopefuse.data.index import Index
+    from mopefuse.errors import DataError
 
 
 def check(
-    folder: Folder,
-    encoder: Annotated[str | None, typer.Option(help="Count tokens as it does, and how many texts it cuts.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Also write a page with pictures of what is wrong.")] = None,
-    most: Annotated[int, typer.Option(min=0, max=10**9, help="Problems to list in --json; all are counted.")] = 1000,
-    strict: Annotated[bool, typer.Option("--strict", help="Warnings are errors: exit code 4.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Look at everything again, whatever is in the cache.")] = False,
-    text_col: columns.TextCol = None,
-    image_col: columns.ImageCol = None,
-    column: columns.Column = None,
-    label_col: columns.LabelCol = None,
-    id_col: columns.IdCol = None,
-    split_col: columns.SplitCol = None,
-    label_sep: columns.LabelSep = None,
-    image_root: columns.ImageRoot = None,
-    labels: columns.Labels = None,
-    fold_labels: columns.FoldLabels = None,
-    allow_odd_labels: columns.AllowOddLabels = None,
-    val_fraction: Annotated[float | None, typer.Option(help="As in train: val need not be there.")] = None,
-    test_fraction: Annotated[float | None, typer.Option(help="As in train: test need not be there.")] = None,
-    on_missing: Annotated[str | None, typer.Option(help="As in train: error, skip or absent.")] = None,
-    max_pixels: MaxPixels = None,
-    set_: Set = None,
+    folder: DataPath,
+    *,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with code 4 for warnings, too.")] = False,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write a page with the problems and their images.")
+    ] = None,
+    encoder: Annotated[
+        str | None, typer.Option(metavar="SPEC", help="Text encoder: count its tokens, and the texts that it would cut.")
+    ] = None,
+    most: Annotated[int, typer.Option(min=0, max=10**9, help="With --json: list at most N problems; all are counted.")] = 1000,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Read every file again instead of using the cache.")] = False,
+    set_: SetData = None,
     json: Json = False,
+    settings: Settings,
 ) -> None:
-    """Find everything that is wrong with a data set.
+    """Check a data set before training.
 
-    Only reads it; exit code 4 if training would refuse it.
-    Warnings are what training accepts: the same image in train and test, tiny images, texts that are empty.
+    Reads every row and image, changes nothing, and exits with code 4 if training would refuse the data. Warnings are for
+    what training accepts, such as an image that is in train and in test, or labels that look misspelt.
+
+    \b
+    Example:
+      mopefuse data check reviews.csv --text-col review --label-col stars
     """
-    flags = columns.settings(
-        text=text_col,
-        image=image_col,
-        others=column,
-        label=label_col,
-        identity=id_col,
-        split=split_col,
-        separator=label_sep,
-        roots=image_root,
-        labels=labels,
-    )
-    flags |= {"data.val_fraction": val_fraction, "data.test_fraction": test_fraction}
-    flags |= {"data.fold_labels": fold_labels, "data.allow_odd_labels": allow_odd_labels}
-    flags |= {"data.on_missing": on_missing, "data.max_pixels": max_pixels}
-    config = _config(folder, flags, set_)
+    config = _config(folder, settings, set_)
     if html is not None:
         from mopefuse.report.pages import check_place
 
@@ -71,7 +51,6 @@ def check(
     from mopefuse.cli import _check_display as display
     from mopefuse.cli._prepare_display import PrepareDisplay
     from mopefuse.data.check import check as run_check
-    from mopefuse.errors import DataError
 
     tokens = None
     if encoder is not None:
@@ -80,13 +59,9 @@ def check(
         tokens = tokens_of(encoder)
     with PrepareDisplay(silent=json) as progress:
         report = run_check(config, tokens=tokens, fresh=fresh, advance=progress.advance)
-    error = None
-    if report.errors:
-        fix = "correct what is listed" if json else "correct what is listed above"
-        error = DataError(80, f"{several(report.errors, 'error')} in {folder}", fix=fix)
-    elif strict and report.warnings:
-        fix = "correct what is listed, or leave --strict out"
-        error = DataError(81, f"{several(report.warnings, 'warning')} in {folder}, and they count", where="--strict", fix=fix)
+    if config.on_bad == "skip":
+        report = _skip_bad_rows(report)
+    error = _verdict(report, folder, strict=strict)
     if html is not None:
         display.write_page(report, folder, html)
     if not json:
@@ -94,6 +69,25 @@ def check(
         if error is not None:
             raise error
         return
+    _print_json(report, error, most, html)
+
+
+def _verdict(report: Report, folder: Path, *, strict: bool) -> DataError | None:
+    """The error that the command ends with, if any."""
+    from mopefuse.errors import DataError
+
+    if report.errors:
+        fix = "correct the problems listed"
+        if report.config.on_bad == "skip":
+            fix += "; --on-bad skip leaves out a fraction of data.max_bad_fraction at most, and no unsafe paths"
+        return DataError(80, f"{several(report.errors, 'error')} in {folder}", fix=fix)
+    if strict and report.warnings:
+        what = f"{several(report.warnings, 'warning')} in {folder}"
+        return DataError(81, what, where="--strict", fix="correct the problems listed, or leave --strict out")
+    return None
+
+
+def _print_json(report: Report, error: DataError | None, most: int, html: Path | None) -> None:
     from mopefuse.cli._render import print_json
 
     body = {"error": error.as_dict()} if error is not None else {}
@@ -103,40 +97,53 @@ def check(
         raise typer.Exit(error.exit_code)
 
 
-def preview(
-    folder: Folder,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Page to write.")] = Path("preview.html"),
-    split: Annotated[str, typer.Option(help="train, val or test.")] = "train",
-    rows: Annotated[int, typer.Option(min=1, max=100_000, help="Rows to show.")] = 48,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of which rows are shown.")] = 0,
-    text_col: columns.TextCol = None,
-    image_col: columns.ImageCol = None,
-    column: columns.Column = None,
-    label_col: columns.LabelCol = None,
-    id_col: columns.IdCol = None,
-    split_col: columns.SplitCol = None,
-    label_sep: columns.LabelSep = None,
-    image_root: columns.ImageRoot = None,
-    max_pixels: MaxPixels = None,
-    set_: Set = None,
-    json: Json = False,
-) -> None:
-    """Write a contact sheet of a split as one HTML page.
+def _skip_bad_rows(report: Report) -> Report:
+    """The report with a warning instead of an error for each row that ``--on-bad skip`` leaves out of training.
 
-    Pictures, texts and labels, every class in turn.
+    Training still refuses a split with more of them than `data.max_bad_fraction`, and paths that leave the data folder.
     """
-    flags = columns.settings(
-        text=text_col,
-        image=image_col,
-        others=column,
-        label=label_col,
-        identity=id_col,
-        split=split_col,
-        separator=label_sep,
-        roots=image_root,
-        labels=None,
-    )
-    config = _config(folder, flags | {"data.max_pixels": max_pixels}, set_)
+    from dataclasses import replace
+
+    from mopefuse.data.findings import Finding
+
+    class Skipped(Finding):
+        severity = "warning"
+
+    codes = {
+        (name, problem.code)
+        for name, index in report.indexes.items()
+        if _can_skip(index, report.config.max_bad_fraction)
+        for problem in index.problems()
+    }
+    findings = [
+        Skipped(**vars(finding)) if (finding.split, finding.code) in codes else finding for finding in report.findings
+    ]
+    return replace(report, findings=sorted(findings, key=lambda finding: finding.severity))
+
+
+def _can_skip(index: Index, fraction: float) -> bool:
+    """Whether training leaves out the bad rows of a split rather than refuse it."""
+    problems, rows = index.problems(), len(index.lines_S) + len(index.row_problems)
+    unsafe = any(problem.code.startswith("MF-SEC") for problem in problems)
+    return not unsafe and len(problems) <= fraction * rows and not any(each.all_missing() for each in index.files.values())
+
+
+def preview(
+    folder: DataPath,
+    *,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="Page to write.")] = Path("preview.html"),
+    split: Split = "train",
+    rows: Annotated[int, typer.Option(min=1, max=100_000, help="Number of rows to show.")] = 48,
+    seed: Seed = 0,
+    set_: SetData = None,
+    json: Json = False,
+    settings: Settings,
+) -> None:
+    """Write a page with sample rows of a data set.
+
+    Shows images, texts and labels, taking one row of each class in turn.
+    """
+    config = _config(folder, settings, set_)
     from mopefuse.cli._render import out as results
     from mopefuse.cli._render import print_json
     from mopefuse.data.check import read_split
@@ -153,7 +160,7 @@ def preview(
         results().print(f"{several(shown, 'row')} of {split}: {out}", markup=False)
 
 
-def _config(folder: Path, flags: dict[str, Any], sets: list[str] | None) -> Data:
+def _config(folder: Path, settings: dict[str, Any], sets: list[str] | None) -> Data:
     from mopefuse.config.recipe import data_settings
 
-    return data_settings({"data.path": str(folder), **flags}, sets or ())
+    return data_settings({"data.path": str(folder), **settings}, sets or ())

@@ -7,16 +7,20 @@ from typing import Annotated
 
 import typer
 
+from mopefuse.cli.options import Json
+
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the data and the runs.")] = Path("demo"),
-    steps: Annotated[int | None, typer.Option(min=1, max=10**9, help="Train so many steps only: a look, not a result.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace earlier runs in it.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the data and the runs.")] = Path("demo"),
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=10**9, help="Stop each training after N steps: a quick look, not a result.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the runs that the folder has.")] = False,
+    json: Json = False,
 ) -> None:
-    """Fuse real images with text, offline and in minutes.
+    """Train on a small data set that comes along, offline.
 
-    Conditional prompts against five simpler ways.
+    Compares conditional prompts with five simpler methods on questions about images of digits. Takes a few minutes on a CPU.
     """
     from mopefuse.cli._render import duration, err, percent, print_json, table
     from mopefuse.cli._train_display import Display

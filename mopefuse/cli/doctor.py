@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import typer
 
+from mopefuse.cli.options import Json
 
-def doctor(json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False) -> None:
-    """Say what is installed, and whether it fits together.
 
-    Versions, devices, mismatched torch and torchvision, caches, plugins; exit code 5 if something must be mended.
+def doctor(json: Json = False) -> None:
+    """Check the installation.
+
+    Shows versions, devices, caches and plugins, and packages that do not fit together, such as torch and torchvision. Exits
+    with code 5 if there is a problem.
     """
     from mopefuse.cli._render import out, print_json, table
     from mopefuse.core.doctor import examine
@@ -19,15 +20,15 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="One JSON object on
     if json:
         print_json({"ok": not found.problems, **found.as_dict()})
     else:
-        table("versions", ["package", "version"], [[name, said] for name, said in found.versions.items()])
+        table("versions", ["package", "version"], [[name, version] for name, version in found.versions.items()])
         print()
-        table("machine", ["what", "found"], [[name, said] for name, said in found.machine.items()])
+        table("machine", ["", "found"], [[name, value] for name, value in found.machine.items()])
         print()
-        table("plugins", ["entry point", "distribution"], [[name, said] for name, said in found.plugins.items()])
+        table("plugins", ["entry point", "distribution"], [[name, brought_by] for name, brought_by in found.plugins.items()])
         for problem in found.problems:
             print()
             out().print(f"problem: {problem}", style="bold red", markup=False)
         if not found.problems:
-            print("\nall is well")
+            print("\nno problems found")
     if found.problems:
         raise typer.Exit(5)

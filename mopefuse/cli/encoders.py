@@ -6,15 +6,24 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(help="List encoders, or inspect one.", invoke_without_command=True)
+from mopefuse.cli.options import Json
+
+app = typer.Typer(help="List encoders, or show and test one.", invoke_without_command=True)
+
+EncoderSpec = Annotated[
+    str, typer.Argument(metavar="SPEC", help="Encoder: SCHEME:NAME[?KEY=VALUE&...], such as timm:vit_base.")
+]
 
 
 @app.callback()
 def list_(
     context: typer.Context,
-    json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    json: Json = False,
 ) -> None:
-    """List schemes and aliases. Imports no encoder."""
+    """List encoders, or show and test one.
+
+    Without a command: list the schemes (libraries) and the short names that can be used with --main and --comp.
+    """
     if context.invoked_subcommand is not None:
         return
     from mopefuse.cli._render import out, print_json, table
@@ -44,17 +53,21 @@ def list_(
     ]
     table("aliases", ["alias", "stands for"], aliases)
     print()
-    out().print("mopefuse encoders inspect SPEC shows one; ?pretrained=false gives random weights without a network")
+    out().print("show one: mopefuse encoders inspect SPEC; with ?pretrained=false it has random weights and needs no download")
 
 
 @app.command("inspect")
 def inspect(
-    spec: Annotated[str, typer.Argument(help="scheme:name[?key=value&...]")],
-    json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    spec: EncoderSpec,
+    json: Json = False,
 ) -> None:
-    """Say what an encoder is.
+    """Show an encoder.
 
-    Modality, layers, widths, feature width, preprocessing, tokens per image and parameters.
+    Shows its modality, layers, widths, preprocessing, tokens per image and number of parameters.
+
+    \b
+    Example:
+      mopefuse encoders inspect "timm:vit_base?pretrained=false"
     """
     from mopefuse.cli._render import out, print_json
     from mopefuse.encoders.base import create_encoder
@@ -92,12 +105,12 @@ def inspect(
 
 @app.command("check")
 def check(
-    spec: Annotated[str, typer.Argument(help="scheme:name[?key=value&...]")],
-    json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    spec: EncoderSpec,
+    json: Json = False,
 ) -> None:
-    """Run the contract of encoders on one.
+    """Test whether an encoder can be used.
 
-    What holds, where it can be prompted, and if not, why.
+    Runs the tests that every encoder must pass, and shows whether it can be prompted (--main) or only used as --comp.
     """
     from mopefuse.cli._render import lines, out, print_json, table
     from mopefuse.encoders.base import create_encoder

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mopefuse.cli import columns
+from mopefuse.cli.options import Checkpoint, Device, Json, Model, OtherComp, OtherMain, Split
+from mopefuse.cli.settings import Settings, of_data
 
 if TYPE_CHECKING:
     from mopefuse.evaluation.missing_shares import Shares
@@ -16,65 +17,79 @@ _SPLITS = ("train", "val", "test")
 
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="MODEL", help="Run, adapter or bundle: a folder, or hf-hub:repo/name.")],
-    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
-    data: Annotated[Path | None, typer.Option(help="Other data with the same labels: a folder or a table.")] = None,
-    checkpoint: Annotated[str, typer.Option(help="best, last or step-N.")] = "best",
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write predictions here; default: into the run.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    main: Annotated[str | None, typer.Option(help="Where the main encoder's weights go by another name here.")] = None,
-    comp: Annotated[list[str] | None, typer.Option(help="Where the complementary one's do; of several 2=SPEC.")] = None,
+    run: Model,
+    *,
+    split: Split = "test",
+    data: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Evaluate on other data with the same labels: a folder or a table.")
+    ] = None,
+    checkpoint: Checkpoint = "best",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FILE", help="File for the predictions. Default: in the run folder.")
+    ] = None,
+    min_: Annotated[
+        list[str] | None,
+        typer.Option("--min", metavar="METRIC=VALUE", help="Exit with code 10 if a metric is below: accuracy=0.8. Repeatable."),
+    ] = None,
     missing: Annotated[
-        list[str] | None, typer.Option(help="Take a modality away: text=0.7 from 70 % of the samples; grid for a table.")
+        list[str] | None,
+        typer.Option(
+            metavar="MODALITY=SHARE|grid",
+            help="Remove a modality from a share of the samples: text=0.7; grid: measure several shares.",
+        ),
     ] = None,
-    missing_seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of which samples lack it.")] = 0,
-    min_: Annotated[list[str] | None, typer.Option("--min", help="Gate: accuracy=0.8; exit code 10 below it.")] = None,
-    text_col: columns.TextCol = None,
-    image_col: columns.ImageCol = None,
-    column: columns.Column = None,
-    label_col: columns.LabelCol = None,
-    id_col: columns.IdCol = None,
-    split_col: columns.SplitCol = None,
-    label_sep: columns.LabelSep = None,
-    image_root: columns.ImageRoot = None,
-    on_missing: Annotated[
-        str | None, typer.Option(help="What a row of --data without a modality is: error, skip or absent; as in training.")
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    missing_seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Random seed of --missing.")] = 0,
+    device: Device = "auto",
+    main: OtherMain = None,
+    comp: OtherComp = None,
+    json: Json = False,
+    settings: Settings,
 ) -> None:
-    """Evaluate a run: metrics, labels, predictions.
+    """Evaluate a run: metrics, and a prediction for every sample.
 
-    Deterministic; no sample depends on its batch. Predictions go into the run, or where --out says, a line for each sample;
-    with more than 100 labels a line has the probabilities of the 20 most probable, of the predicted and of the true ones.
+    Deterministic, and independent of the batch size. There is one line of JSON per sample; with more than 100 labels it has
+    only the probabilities of the 20 most probable labels, and of the predicted and the true ones. Columns of --data that you
+    do not name are those of the run.
+
+    \b
+    Example:
+      mopefuse eval runs/first --split val --min accuracy=0.8
     """
-    from mopefuse.core.artifact import check_file
-    from mopefuse.errors import ConfigError, did_you_mean
     from mopefuse.evaluation.missing_shares import parse
-    from mopefuse.metrics.gates import check_gates, parse_gates
-    from mopefuse.runs.folder import RunFolder
-    from mopefuse.runs.locate import kind_of, locate, trained
+    from mopefuse.metrics.gates import parse_gates
 
     gates = parse_gates(min_ or ())
-    asked = parse(missing) if missing else []
-    if asked is None and (out or gates):
-        fix = "leave it out, or give one share, as text=0.7"
-        raise ConfigError(153, "a grid has many results", where="--out" if out else "--min", fix=fix)
-    read = columns.settings(
-        text=text_col,
-        image=image_col,
-        others=column,
-        label=label_col,
-        identity=id_col,
-        split=split_col,
-        separator=label_sep,
-        roots=image_root,
-        labels=None,
-    )
-    read["data.on_missing"] = on_missing
-    layout = {path.removeprefix("data."): value for path, value in read.items() if value is not None}
-    if layout and data is None:
-        what = "a run's own data are read as they were in training"
-        raise ConfigError(154, what, where=", ".join(layout), fix="leave it out, or name other data with --data")
+    shares = parse(missing) if missing else []
+    layout = of_data(settings)
+    _check(run, split, data, settings, out, single=shares is not None, gated=bool(gates))
+    options: dict[str, Any] = {"split": split, "data": data, "layout": layout, "checkpoint": checkpoint, "device": device}
+    options |= {"main": main, "comp": comp}
+    if missing:
+        _evaluate_missing(run, shares, options | {"seed": missing_seed}, gates, out, json=json)
+    else:
+        _evaluate(run, options, gates, out, json=json)
+
+
+def _check(
+    run: Path, split: str, data: Path | None, settings: Settings, out: Path | None, *, single: bool, gated: bool
+) -> None:
+    """Refuse what can be refused before torch is imported.
+
+    Args:
+        single: whether there is one result, not a grid of them. gated: whether a metric must be reached.
+    """
+    from mopefuse.config.flags import flag_of
+    from mopefuse.core.artifact import check_file
+    from mopefuse.errors import ConfigError, did_you_mean
+    from mopefuse.runs.locate import kind_of, locate, trained
+
+    if not single and (out or gated):
+        fix = "leave it out, or give one share, such as text=0.7"
+        raise ConfigError(153, "--missing grid has many results", where="--out" if out else "--min", fix=fix)
+    if settings and data is None:
+        what = "a run reads its own data as in training"
+        fix = "leave it out, or name other data with --data"
+        raise ConfigError(154, what, where=", ".join(map(flag_of, settings)), fix=fix)
     if split not in _SPLITS:
         raise ConfigError(53, f"there is no split {split!r}", where="--split", fix=did_you_mean(split, _SPLITS))
     folder = locate(run)
@@ -82,40 +97,45 @@ def evaluate(
         trained(folder).config()
     if out is not None:
         check_file(out)
+
+
+def _evaluate(run: Path, options: dict[str, Any], gates: dict[str, float], out: Path | None, *, json: bool) -> None:
     from mopefuse.cli._render import err
     from mopefuse.core import distributed
     from mopefuse.evaluation.evaluate import evaluate as run_evaluation
+    from mopefuse.metrics.gates import check_gates
 
-    how: dict[str, Any] = {"split": split, "data": data, "layout": layout, "checkpoint": checkpoint, "device": device}
-    how |= {"main": main, "comp": comp}
-    if missing:
-        _evaluate_missing(run, asked, how | {"seed": missing_seed}, gates, out, json=json)
-        return
-    own = split == "test" and data is None and checkpoint == "best"
-    predictions = out
-    if out is None and kind_of(folder) == "run":
-        predictions = RunFolder(folder).predictions_file if own else folder / f"predictions-{split}-{checkpoint}.jsonl"
+    split = options["split"]
+    file = out or _predictions_file(run, options)
     with distributed.joined(), err().status(f"evaluating {split}") as status:
-        told = lambda done, total: status.update(f"evaluating {split}: {done}/{total}")  # noqa: E731
-        found = run_evaluation(run, **how, predictions=predictions, advance=told)
+        advance = lambda done, total: status.update(f"evaluating {split}: {done}/{total}")  # noqa: E731
+        found = run_evaluation(run, **options, predictions=file, advance=advance)
     if not distributed.is_main():
         return
     if not json:
-        _print(run, found.split, found.metrics, found.per_label, predictions)
+        _print(run, found.split, found.metrics, found.per_label, file)
         check_gates(found.metrics, gates)
         return
-    facts = {
-        "run": str(run),
-        "split": split,
-        "metrics": found.metrics,
-        "per_label": found.per_label,
-        "predictions": str(predictions) if predictions else None,
-    }
-    _print_gated(found.metrics, gates, facts)
+    facts = {"run": str(run), "split": split, "metrics": found.metrics, "per_label": found.per_label}
+    _print_gated(found.metrics, gates, {**facts, "predictions": str(file) if file else None})
+
+
+def _predictions_file(run: Path, options: dict[str, Any]) -> Path | None:
+    """The file in a run for its predictions; None for anything but a run."""
+    from mopefuse.runs.folder import RunFolder
+    from mopefuse.runs.locate import kind_of, locate
+
+    folder = locate(run)
+    if kind_of(folder) != "run":
+        return None
+    split, checkpoint = options["split"], options["checkpoint"]
+    if split == "test" and options["data"] is None and checkpoint == "best":
+        return RunFolder(folder).predictions_file
+    return folder / f"predictions-{split}-{checkpoint}.jsonl"
 
 
 def _print_gated(metrics: dict[str, float], gates: dict[str, float], facts: dict[str, Any]) -> None:
-    """One JSON object, and the exit code of a gate that does not hold."""
+    """Print one JSON object, and exit with code 10 if a metric is below its gate."""
     from mopefuse.cli._render import print_json
     from mopefuse.errors import GateError
     from mopefuse.metrics.gates import check_gates
@@ -129,7 +149,7 @@ def _print_gated(metrics: dict[str, float], gates: dict[str, float], facts: dict
 
 
 def _evaluate_missing(
-    run: Path, asked: list[Shares] | None, how: dict[str, Any], gates: dict[str, float], out: Path | None, *, json: bool
+    run: Path, shares: list[Shares] | None, options: dict[str, Any], gates: dict[str, float], out: Path | None, *, json: bool
 ) -> None:
     from mopefuse.cli._missing_display import show
     from mopefuse.cli._render import err
@@ -138,8 +158,8 @@ def _evaluate_missing(
     from mopefuse.metrics.gates import check_gates
 
     with distributed.joined(), err().status("loading") as status:
-        told = lambda what, done, total: status.update(f"{what}: {done}/{total}")  # noqa: E731
-        found = evaluate_missing(run, asked, **how, predictions=out, advance=told)
+        advance = lambda what, done, total: status.update(f"{what}: {done}/{total}")  # noqa: E731
+        found = evaluate_missing(run, shares, **options, predictions=out, advance=advance)
     if not distributed.is_main():
         return
     last = found.cells[-1]
@@ -163,6 +183,6 @@ def _print(
     table(f"{run}, {split}", ["label", "precision", "recall", "f1", "support"], rows)
     plain = ("loss", "absent_labels")
     shown = [[name, f"{value:.4g}" if name in plain else percent(value)] for name, value in metrics.items()]
-    table(f"{split}: {support} labels given", ["metric", "value"], shown)
+    table(f"{split}: {support} true labels", ["metric", "value"], shown)
     if predictions is not None:
         out().print(f"predictions: {predictions}", markup=False)

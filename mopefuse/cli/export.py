@@ -7,26 +7,38 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mopefuse.cli.options import Checkpoint, Json
+
 if TYPE_CHECKING:
     from mopefuse.export.export import Exported
 
 
 def export(
     run: Annotated[str, typer.Argument(metavar="RUN|verify", help="Run or adapter: a folder, or hf-hub:repo/name.")],
-    exported: Annotated[Path | None, typer.Argument(metavar="[EXPORTED]", help="After verify: the folder to compare.")] = None,
-    form: Annotated[str, typer.Option("--format", help="onnx, pt2 (torch.export) or adapter (trained weights only).")] = "onnx",
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write.")] = None,
-    checkpoint: Annotated[str, typer.Option(help="best, last or step-N.")] = "best",
-    routing: Annotated[bool, typer.Option("--routing", help="The graph also says which experts it used.")] = False,
-    int8: Annotated[bool, typer.Option("--int8", help="8-bit weights (onnx); measured on the validation split.")] = False,
-    half: Annotated[bool, typer.Option("--half", help="16-bit floats (adapter): half the size.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    exported: Annotated[
+        Path | None, typer.Argument(metavar="EXPORTED", help="After verify: the exported folder to check.")
+    ] = None,
+    form: Annotated[
+        str, typer.Option("--format", metavar="onnx|pt2|adapter", help="What to write; adapter: only the trained weights.")
+    ] = "onnx",
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="Folder to write.")] = None,
+    checkpoint: Checkpoint = "best",
+    routing: Annotated[
+        bool, typer.Option("--routing", help="The exported model also returns the weights of the prompt experts.")
+    ] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="onnx: 8-bit weights; their effect is measured on validation.")] = False,
+    half: Annotated[bool, typer.Option("--half", help="adapter: 16-bit floats, half the size.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export in --out.")] = False,
+    json: Json = False,
 ) -> None:
-    """Write a trained model as a graph, or as an adapter.
+    """Export a trained model: ONNX, pt2 or adapter.
 
-    A graph is ONNX or pt2; both are checked before they are published.
-    `mopefuse export verify FOLDER` compares an exported folder with its manifest, and its answer with the example.
+    An exported model is compared with the trained one before it is written. mopefuse export verify FOLDER checks an exported
+    folder later: its files, and its prediction for an example.
+
+    \b
+    Example:
+      mopefuse export runs/first --format onnx -o bundle
     """
     from mopefuse.cli._render import err, print_json
     from mopefuse.cli._render import out as out_
@@ -43,7 +55,7 @@ def export(
         return
     if exported is not None or out is None:
         fix = "write mopefuse export RUN -o OUT, or mopefuse export verify FOLDER"
-        raise ConfigError(71, "there is not one folder to write", where="export", fix=fix)
+        raise ConfigError(71, "no folder to write given" if out is None else "two folders given", where="export", fix=fix)
     from mopefuse.export.export import export as run_export
 
     with err().status("loading the model") as status:
@@ -69,14 +81,14 @@ def _print(result: Exported) -> None:
 
     if result.parity is not None:
         parity = result.parity
-        took = parity.milliseconds
+        milliseconds = parity.milliseconds
         rows = [
             ["largest difference of logits", f"{parity.max_difference:.2g}"],
             ["same labels", f"{percent(parity.labels_agree)} of {parity.probes}"],
-            [f"one pair, {parity.threads} threads: the graph", f"{took['graph']:.1f} ms"],
-            [f"one pair, {parity.threads} threads: PyTorch", f"{took['model']:.1f} ms"],
+            [f"one row, {parity.threads} threads: exported", f"{milliseconds['graph']:.1f} ms"],
+            [f"one row, {parity.threads} threads: PyTorch", f"{milliseconds['model']:.1f} ms"],
         ]
-        table("compared with the model at batches of 1, 2 and 7", ["", ""], rows)
+        table("compared with the trained model, batches of 1, 2 and 7", ["", ""], rows)
     if result.int8 is not None:
         names = list(result.int8["before"])
         rows = [[when, *(f"{metrics[name]:.4g}" for name in names)] for when, metrics in result.int8.items()]

@@ -7,14 +7,16 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="List installed plugins, or begin a new one.", no_args_is_help=True)
+from mopefuse.cli.options import Json
+
+app = typer.Typer(help="List installed plugins, or create one.", no_args_is_help=True)
 
 
 @app.command("list")
-def list_(json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False) -> None:
-    """List what other distributions bring, importing none.
+def list_(json: Json = False) -> None:
+    """List installed plugins, without importing them.
 
-    Every entry point, and whether its name can be used.
+    Shows every entry point that other packages add, and whether its name can be used.
     """
     from mopefuse.cli._render import out, print_json, table
     from mopefuse.core.new_plugin import Plugin, installed
@@ -24,21 +26,26 @@ def list_(json: Annotated[bool, typer.Option("--json", help="One JSON object on 
         print_json({"ok": True, "plugins": [plugin._asdict() for plugin in found]})
         return
     if not found:
-        out().print("no plugin is installed; mopefuse plugins new NAME writes one to begin with", markup=False)
+        out().print("no plugin is installed; create one with mopefuse plugins new NAME", markup=False)
         return
     table("plugins", list(Plugin._fields), found, left=range(len(Plugin._fields)))
     if any(plugin.state in ("clash", "shadowed by built-in") for plugin in found):
         out().print()
-        out().print("a name that is taken is written with its distribution: DIST:NAME, an encoder DIST:SCHEME:NAME")
+        out().print("write a name that is taken with its distribution: DIST:NAME, for an encoder DIST:SCHEME:NAME")
 
 
 @app.command("new")
 def new(
-    name: Annotated[str, typer.Argument(help="The scheme of its encoders; the package is mopefuse-NAME.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder in which the folder mopefuse-NAME is made.")] = Path(),
-    json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Scheme of its encoders. The package is called mopefuse-NAME.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to create the folder mopefuse-NAME in.")] = Path(),
+    json: Json = False,
 ) -> None:
-    """Write a complete package with a small encoder and its test."""
+    """Create a plugin package with a small encoder and its test.
+
+    \b
+    Example:
+      mopefuse plugins new toy
+    """
     from mopefuse.cli._render import lines, print_json
     from mopefuse.cli._render import out as console
     from mopefuse.core.new_plugin import new as write

@@ -13,63 +13,56 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mopefuse.cli import columns
+from mopefuse.cli.options import Checkpoint, Device, Model, OtherComp, OtherMain
+from mopefuse.cli.settings import Settings, of_data
 
 if TYPE_CHECKING:
     from mopefuse.config.schema import Data
-    from mopefuse.inference.predict import Answer, Model, Pair, Predictor
+    from mopefuse.inference.predict import Answer, Pair, Predictor
+    from mopefuse.inference.predict import Model as LoadedModel
 
 
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 
 
 def predict(
-    run: Annotated[Path, typer.Argument(metavar="MODEL", help="Run, adapter or bundle: a folder, or hf-hub:repo/name.")],
-    source: Annotated[str | None, typer.Argument(metavar="[INPUT]", help="JSON lines, CSV, ... of pairs; - for stdin.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write, .jsonl or .csv; default stdout.")] = None,
-    image: Annotated[Path | None, typer.Option(help="A single image, with --text; alone if the model does without.")] = None,
-    text: Annotated[str | None, typer.Option(help="The text of a single image.")] = None,
-    top: Annotated[int | None, typer.Option(min=1, max=10**9, help="Only the likeliest labels.")] = None,
-    routing: Annotated[bool, typer.Option("--routing", help="Add the weights of the experts that were used.")] = False,
+    run: Model,
+    source: Annotated[
+        str | None, typer.Argument(metavar="INPUT", help="Table of new rows (.jsonl, .csv, ...), or - for stdin.")
+    ] = None,
+    *,
+    image: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Instead of INPUT: the image of a single row, usually with --text.")
+    ] = None,
+    text: Annotated[str | None, typer.Option(metavar="TEXT", help="The text of that row.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FILE", help="File to write, .jsonl or .csv. Default: stdout.")
+    ] = None,
+    top: Annotated[int | None, typer.Option(min=1, max=10**9, help="Write only the N most probable labels.")] = None,
+    routing: Annotated[bool, typer.Option("--routing", help="Also write the weights of the prompt experts.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first row that cannot be read.")] = False,
-    batch: Annotated[int, typer.Option(min=1, max=1_000_000, help="Pairs at a time.")] = 32,
-    checkpoint: Annotated[str, typer.Option(help="best, last or step-N.")] = "best",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    main: Annotated[str | None, typer.Option(help="Where the main encoder's weights go by another name here.")] = None,
-    comp: Annotated[list[str] | None, typer.Option(help="Where the complementary one's do; of several 2=SPEC.")] = None,
-    text_col: columns.TextCol = None,
-    image_col: columns.ImageCol = None,
-    column: columns.Column = None,
-    id_col: columns.IdCol = None,
-    image_root: columns.ImageRoot = None,
+    batch: Annotated[int, typer.Option(min=1, max=1_000_000, help="Rows per batch.")] = 32,
+    checkpoint: Checkpoint = "best",
+    device: Device = "auto",
+    main: OtherMain = None,
+    comp: OtherComp = None,
+    settings: Settings,
 ) -> None:
-    """Say what new pairs are.
+    """Predict labels for new rows.
 
-    Their labels and probabilities, one line for each, in the order of the input.
+    Writes one line of JSON (or CSV) per row, with its label and probabilities, in the order of the input. Columns that you do
+    not name are those of the run.
+
+    \b
+    Examples:
+      mopefuse predict runs/first new.jsonl -o predictions.csv
+      mopefuse predict runs/first --image photo.jpg --text "a red car"
     """
-    from mopefuse.cli._render import err
-    from mopefuse.core.artifact import check_file
-    from mopefuse.errors import ConfigError, DataError
+    _check(source, image, text, out)
     from mopefuse.inference.predict import input_settings, load, predict_pairs
-    from mopefuse.modalities.files import MISSING
 
-    if (source is None) == (image is None and text is None):
-        raise ConfigError(64, "there is not one input", where="predict", fix="name a file, or give --image and --text")
-    if out is not None and out.suffix not in (".jsonl", ".csv"):
-        raise ConfigError(65, f"{out.name} is neither .jsonl nor .csv", where="--out", fix="name a file of one of them")
-    if out is not None:
-        check_file(out)
-    if isinstance(source, str) and source != "-" and not Path(source).is_file():
-        what, fix = f"there is no file {source}", "name a file of pairs, or - for stdin"
-        if Path(source).is_dir():
-            what, fix = f"{source} is a folder", f"name a file of pairs in it, as {Path(source) / 'test.jsonl'}"
-        raise ConfigError(66, what, where="predict", fix=fix)
-    if source is not None and Path(source).suffix.lower() in _IMAGES:
-        fix = f"add --image in front of it, and --text TEXT: --image {source}"
-        raise ConfigError(302, f"{source} is an image, not a file of pairs", where="predict", fix=fix)
-    flags = columns.settings(text=text_col, image=image_col, others=column, identity=id_col, roots=image_root)
     predictor = load(run, checkpoint=checkpoint, device=device, main=main, comp=comp)
-    config = input_settings(run, {path.removeprefix("data."): value for path, value in flags.items()})
+    config = input_settings(run, of_data(settings))
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     pairs = islice(_pairs(source, image, text, config, predictor.model), rank, None, world)
     answers: Iterable[Answer] = predict_pairs(predictor, pairs, batch=batch, top=top, routing=routing, strict=strict)
@@ -80,20 +73,60 @@ def predict(
             return
     errors: list[dict[str, str]] = []
     count = _write(answers, out, predictor, errors)
-    said = f"{count} pair{'s' if count != 1 else ''}"
+    _summarise(count, errors, str(source))
+
+
+def _check(source: str | None, image: Path | None, text: str | None, out: Path | None) -> None:
+    """Refuse input that is missing or of the wrong kind, and a file that cannot be written, before torch is imported."""
+    from mopefuse.core.artifact import check_file
+    from mopefuse.errors import ConfigError
+
+    if (source is None) == (image is None and text is None):
+        what = "no input given" if source is None else "both INPUT and --image or --text given"
+        raise ConfigError(64, what, where="predict", fix="name a table, or give --image and --text")
+    if out is not None and out.suffix not in (".jsonl", ".csv"):
+        raise ConfigError(65, f"{out.name} is neither .jsonl nor .csv", where="--out", fix="end the name in .jsonl or .csv")
+    if out is not None:
+        check_file(out)
+    if source is None or source == "-":
+        return
+    path = Path(source)
+    if not path.is_file():
+        what, fix = f"there is no file {source}", "name a table of rows, or - for stdin"
+        if path.is_dir():
+            what, fix = f"{source} is a folder", f"name a table in it, such as {path / 'test.jsonl'}"
+        raise ConfigError(66, what, where="predict", fix=fix)
+    if path.suffix.lower() in _IMAGES:
+        fix = f"write --image {source} --text TEXT"
+        raise ConfigError(302, f"{source} is an image, not a table of rows", where="predict", fix=fix)
+
+
+def _summarise(count: int, errors: list[dict[str, str]], source: str) -> None:
+    """Print how many rows were predicted.
+
+    Raises:
+        DataError: none could be.
+    """
+    from mopefuse.cli._render import err
+    from mopefuse.core.formatting import several
+    from mopefuse.errors import DataError
+    from mopefuse.modalities.files import MISSING
+
+    rows = several(count, "row")
     if errors and len(errors) == count:
-        what = f"none of {said} could be read, the first as: {errors[0]['message']}"
-        gone = {error["code"] for error in errors} == {MISSING}
-        fix = "name the folder that the files are in with --image-root DIR" if gone else errors[0]["hint"]
-        raise DataError(101, what, where=str(source), fix=fix or "name a file of pairs")
+        what = f"could not read any of {rows}; first error: {errors[0]['message']}"
+        all_missing = {error["code"] for error in errors} == {MISSING}
+        fix = "name the folder of the files with --image-root DIR" if all_missing else errors[0]["hint"]
+        raise DataError(101, what, where=source, fix=fix or "name a table of rows")
     if errors:
-        said += f", {len(errors)} of them could not be read: see their error; the first: {errors[0]['message']}"
-    err().print(said, markup=False)
+        rows += f", {len(errors)} of them could not be read (see their field error); first error: {errors[0]['message']}"
+    err().print(rows, markup=False)
 
 
 def _pairs(
-    source: str | None, image: Path | None, text: str | None, config: Data, model: Model
+    source: str | None, image: Path | None, text: str | None, config: Data, model: LoadedModel
 ) -> Iterable[Pair]:
+    """The rows to predict, from a table, from stdin, or from ``--image`` and ``--text``."""
     from mopefuse.errors import DataError
     from mopefuse.inference.predict import Pair, read_pairs
     from mopefuse.modalities.image import open_image
@@ -108,15 +141,15 @@ def _pairs(
         given["text"] = text
     for name, flag in (("image", "--image FILE"), ("text", "--text TEXT")):
         if name in model.modalities and name not in model.may_lack and name not in given:
-            what = f"the pair has no {name}, and the model was not trained to do without"
+            what = f"the row has no {name}, and the model cannot predict without it"
             raise DataError(100, what, where="predict", fix=f"add {flag}")
     return [Pair(image.name if image else "text", {name: given.get(name) for name in model.modalities})]
 
 
 def _gathered(answers: Iterable[Answer], batch: int) -> Iterator[Answer]:
-    """The answers of all processes, in the order of the input; nothing in processes but the main one.
+    """The predictions of all processes, in the order of the input; nothing in processes but the main one.
 
-    Each process answers every so-manyth pair, and hands over `batch` answers at a time.
+    Process r of W predicts rows r, r + W, r + 2W, ..., and hands over `batch` predictions at a time.
     """
     import torch
 
@@ -134,7 +167,7 @@ def _gathered(answers: Iterable[Answer], batch: int) -> Iterator[Answer]:
 
 
 def _write(answers: Iterable[Answer], out: Path | None, predictor: Predictor, errors: list[dict[str, str]]) -> int:
-    """Write answers as they come, collect what the errors among them say, and count them all."""
+    """Write predictions as they come, collect their errors, and return how many there are."""
     from mopefuse.cli._render import err
     from mopefuse.core.artifact import write_lines
     from mopefuse.inference.predict import as_csv, as_jsonl

@@ -8,19 +8,27 @@ from typing import Annotated
 
 import typer
 
+from mopefuse.cli.options import Json
+
 
 def push(
-    run: Annotated[Path, typer.Argument(help="Run, adapter or exported bundle; of a run, its adapter is pushed.")],
-    repo: Annotated[str, typer.Argument(metavar="REPO/NAME", help="Repository on the hub; made if it is not there.")],
-    checkpoint: Annotated[str, typer.Option(help="Of a run: best, last or step-N.")] = "best",
-    public: Annotated[bool, typer.Option("--public", help="For everybody to see; default: private.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the files.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run (its adapter is uploaded), adapter or exported bundle.")],
+    repo: Annotated[
+        str, typer.Argument(metavar="REPO/NAME", help="Repository on the Hugging Face Hub. Created if it does not exist.")
+    ],
+    checkpoint: Annotated[str, typer.Option(help="Checkpoint of a run to use: best, last or step-N.")] = "best",
+    public: Annotated[bool, typer.Option("--public", help="Use a public repository. Default: private.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files, and upload nothing.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Upload without asking.")] = False,
+    json: Json = False,
 ) -> None:
-    """Put a trained model on the hub.
+    """Upload a trained model to the Hugging Face Hub.
 
-    There hf-hub:repo/name is a run for everybody who may read it. Private by default.
+    Everybody who may read the repository can then use hf-hub:REPO/NAME in place of a run.
+
+    \b
+    Example:
+      mopefuse push runs/first my-name/my-model --dry-run
     """
     from mopefuse.cli._render import err, out, print_json, size
     from mopefuse.export.push import pack, send
@@ -33,7 +41,7 @@ def push(
         for name, length in parcel.files.items():
             console.print(f"  {name}  {size(length)}", markup=False)
         for spec in parcel.local:
-            console.print(f"{spec} is a folder of this machine: others give their own with --main or --comp", markup=False)
+            console.print(f"{spec} is a folder on this machine: others name their own copy with --main or --comp", markup=False)
         if not (dry_run or yes) and sys.stdin.isatty() and not typer.confirm("upload these files?", err=True):
             raise typer.Exit(1)
         url = None if dry_run else send(parcel)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mopefuse.cli.options import Json
+
 if TYPE_CHECKING:
     from mopefuse.report.run import Reported
     from mopefuse.report.study import StudyReported
@@ -16,19 +18,33 @@ _OF_RUN, _OF_STUDY = ("device", "data", "audit"), ("against", "metric")
 
 def report(
     context: typer.Context,
-    run: Annotated[Path, typer.Argument(metavar="RUN | STUDY", help="Folder of a run, or of a study.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Page to write; default: report.html in the folder.")] = None,
-    figures: Annotated[Path | None, typer.Option(help="Folder for the figures of the page, as SVG and PNG.")] = None,
-    device: Annotated[str, typer.Option(help="Of a run: auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    data: Annotated[Path | None, typer.Option(help="Of a run: where its data are now.")] = None,
-    audit: Annotated[bool, typer.Option("--audit/--no-audit", help="Of a run: ask with inputs and prompts taken away.")] = True,
-    against: Annotated[str | None, typer.Option(help="Of a study: row that significance is computed against.")] = None,
-    metric: Annotated[str | None, typer.Option(help="Of a study: accuracy, f1_macro, ...; default as it says.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    run: Annotated[Path, typer.Argument(metavar="RUN|STUDY", help="Folder of a run or of a study.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FILE", help="Page to write. Default: report.html in the folder.")
+    ] = None,
+    figures: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Also write the figures to this folder, as SVG and PNG.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="For a run: device to compute on: auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    data: Annotated[Path | None, typer.Option(metavar="PATH", help="For a run: its data, if they were moved.")] = None,
+    audit: Annotated[
+        bool, typer.Option("--audit/--no-audit", help="For a run: measure what each modality and the prompts contribute.")
+    ] = True,
+    against: Annotated[
+        str | None, typer.Option(metavar="ROW", help="For a study: baseline for differences and their significance.")
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="For a study: metric to compare: accuracy, f1_macro, ... Default: that of the study.")
+    ] = None,
+    json: Json = False,
 ) -> None:
-    """Write one HTML page about a run or a study.
+    """Write an HTML report on a run or a study.
 
-    Of a run: its answers, learning, router, and whether it uses both modalities.
+    The report of a run shows its predictions and mistakes, training curves, routing, and whether it uses both modalities.
+
+    \b
+    Example:
+      mopefuse report runs/first
     """
     from mopefuse.cli._comparison import as_dict
     from mopefuse.cli._render import err
@@ -50,12 +66,16 @@ def report(
 
 
 def _refuse(context: typer.Context, names: tuple[str, ...], kind: str) -> None:
-    """Options that have no meaning here."""
+    """Refuse options that do not apply.
+
+    Raises:
+        ConfigError: one of `names` was given for a `kind`, a run or a study.
+    """
     from mopefuse.errors import ConfigError
 
-    said = [name for name in names if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"]
-    if said:
-        raise ConfigError(120, f"a {kind} has no --{said[0]}", where=f"--{said[0]}", fix="leave it out")
+    given = [name for name in names if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"]
+    if given:
+        raise ConfigError(120, f"--{given[0]} does not apply to a {kind}", where=f"--{given[0]}", fix="leave it out")
 
 
 def _show(done: Reported | StudyReported, more: dict[str, object], *, json: bool, verdict: str = "") -> None:

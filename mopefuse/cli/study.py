@@ -7,22 +7,35 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mopefuse.cli.options import Json, Set
+
 if TYPE_CHECKING:
     from mopefuse.studies.study import Status
     from mopefuse.studies.study_file import Study
 
 
 def study(
-    file: Annotated[str, typer.Argument(help="YAML file of a study, or the name of one in recipes/studies.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for the runs; default studies/<name of the file>.")] = None,
-    jobs: Annotated[int, typer.Option(min=1, max=256, help="Runs at a time, if memory allows: threads are shared out.")] = 1,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Any setting, of all cells: --set train.epochs=3")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells, and stop.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    file: Annotated[
+        str, typer.Argument(metavar="FILE|NAME", help="YAML file of a study, or the name of one in recipes/studies.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder for the runs. Default: studies/<name of the study>.")
+    ] = None,
+    jobs: Annotated[
+        int, typer.Option(min=1, max=256, help="Runs at the same time, if memory allows. They share the CPU threads.")
+    ] = 1,
+    set_: Set = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs, and train nothing.")] = False,
+    json: Json = False,
 ) -> None:
-    """Train a grid, or search for settings, and compare.
+    """Train a grid of runs, or search for settings.
 
-    Run it again to go on: nothing is run twice.
+    The finished runs are compared in one table. Run the command again to continue: finished runs are not repeated. --set
+    changes a setting of all runs.
+
+    \b
+    Example:
+      mopefuse study grid.yaml --out studies/grid --dry-run
     """
     from mopefuse.studies.study_file import read_study
 
@@ -57,7 +70,8 @@ def study(
         show(comparison, f"{folder}, test split")
     if failed:
         if not json:
-            err().print(f"{len(failed)} of {len(statuses)} cells failed; run the same command again to try them", markup=False)
+            text = f"{len(failed)} of {len(statuses)} runs failed; run the same command again to repeat them"
+            err().print(text, markup=False)
         raise typer.Exit(int((failed[0].error or {}).get("exit", 1)))
 
 
@@ -99,4 +113,4 @@ def _dry_run(chosen: Study, folder: Path, *, json: bool) -> None:
     for label, why in refused.items():
         err().print(f"notice: {label} will fail: {why}", markup=False)
     seeds = ", ".join(map(str, chosen.file.seeds))
-    out().print(f"{len(chosen.cells)} runs: {len(rows)} cells, seeds {seeds}; into {folder}", markup=False)
+    out().print(f"{len(chosen.cells)} runs: {len(rows)} cells, seeds {seeds}; in {folder}", markup=False)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from mopefuse.cli.options import Json, Set, Trained
 
 if TYPE_CHECKING:
     from mopefuse.training.swap import Swap
@@ -14,45 +16,49 @@ _STAGES = {"before": "before the swap", "after": "right after it", "tuned": "aft
 
 
 def swap_encoder(
-    run: Annotated[Path, typer.Argument(help="Run or adapter: a folder, or hf-hub:repo/name.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the new run.")],
-    main: Annotated[str | None, typer.Option(help="New main encoder: timm:deit_base")] = None,
+    run: Trained,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the new run.")],
+    main: Annotated[str | None, typer.Option(metavar="SPEC", help="New main encoder, such as timm:deit_base.")] = None,
     comp: Annotated[
-        list[str] | None, typer.Option(help="New complementary encoder: hf:roberta-base; of several 2=SPEC or text=SPEC.")
+        list[str] | None,
+        typer.Option(
+            metavar="SPEC", help="New complementary encoder, such as hf:roberta-base; for one of several, 2=SPEC or text=SPEC."
+        ),
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="Another data set, perhaps with other labels.")] = None,
-    epochs: Annotated[int, typer.Option(min=0, max=10**9, help="Tune for so many epochs; 0 leaves the model as it is.")] = 0,
-    warm_up: Annotated[int, typer.Option(min=0, max=10**9, help="Of these, epochs in which only what is new learns.")] = 0,
-    scratch: Annotated[bool, typer.Option(help="With --epochs, also train from scratch to compare.")] = True,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Any setting of the new run.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    data: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Other data, possibly with other labels: a folder or a table.")
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=0, max=10**9, help="Train the new run for N epochs; 0: do not train it.")] = 0,
+    warm_up: Annotated[
+        int, typer.Option(min=0, max=10**9, help="Train only what is new for the first N of these epochs.")
+    ] = 0,
+    scratch: Annotated[bool, typer.Option(help="With --epochs, also train a run from scratch and compare.")] = True,
+    set_: Set = None,
+    json: Json = False,
 ) -> None:
-    """Change an encoder of a trained run, or its data.
+    """Replace an encoder of a trained run, or its data.
 
-    What was learned is kept where it can be, and what was kept is printed.
+    Trained weights that fit the new encoder are kept; the command prints which. With a new encoder, expect poor metrics
+    until the run is trained with --epochs.
+
+    \b
+    Example:
+      mopefuse swap-encoder runs/first --comp hf:roberta-base -o runs/new
     """
     from mopefuse.cli._train_display import Display
     from mopefuse.config.recipe import parse_set
+    from mopefuse.config.sides import check_weights
     from mopefuse.runs.locate import trained
 
     settings = parse_set(set_ or ())
     trained(run).config()
+    check_weights({**({"main": main} if main else {}), **{f"comp{number}": spec for number, spec in enumerate(comp or ())}})
     from mopefuse.core import distributed
     from mopefuse.training.swap import swap_encoder as run_swap
 
+    changes: dict[str, Any] = {"main": main, "comp": comp, "data": data, "settings": settings}
     with Display(out, json=json) as display:
-        swap = run_swap(
-            run,
-            out,
-            main=main,
-            comp=comp,
-            data=data,
-            settings=settings,
-            epochs=epochs,
-            warm_up=warm_up,
-            scratch=scratch,
-            listener=display,
-        )
+        swap = run_swap(run, out, **changes, epochs=epochs, warm_up=warm_up, scratch=scratch, listener=display)
     if not distributed.is_main():
         return
     if json:
@@ -78,8 +84,8 @@ def _print(swap: Swap, folder: Path, *, tuned: bool) -> None:
         for place, number in enumerate((1, size, entry.kept)):
             group[place] += number
     rows = [[name, fate, str(count), f"{size:,}", f"{kept:,}"] for (name, fate), (count, size, kept) in groups.items()]
-    table("what became of the trained tensors", ["group", "", "tensors", "values", "from the run"], rows)
-    out().print(f"{percent(swap.share_kept)} of the new run's own values come from the trained one", markup=False)
+    table("trained tensors", ["group", "", "tensors", "values", "kept from the run"], rows)
+    out().print(f"{percent(swap.share_kept)} of the trainable values of the new run are kept from the old one", markup=False)
     name = next(key for key in ("accuracy", "f1_macro") if key in (swap.metrics["after"]["val"] or {}))
     shown = [
         [_STAGES[stage], *(percent((splits.get(split) or {}).get(name)) for split in ("val", "test"))]
@@ -87,7 +93,7 @@ def _print(swap: Swap, folder: Path, *, tuned: bool) -> None:
     ]
     table(name, ["", "val", "test"], shown)
     if not tuned:
-        err().print("not tuned: with a new encoder the metric is expected to be poor; tune with --epochs", markup=False)
+        err().print("not trained: with a new encoder, expect poor metrics; train with --epochs", markup=False)
     out().print(f"run folder: {folder}", markup=False)
 
 

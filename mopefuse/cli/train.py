@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mopefuse.cli import columns
+from mopefuse.cli.options import Json, Set
+from mopefuse.cli.settings import Settings
 
 if TYPE_CHECKING:
     from mopefuse.config.schema import RunConfig
@@ -16,131 +17,34 @@ if TYPE_CHECKING:
 
 
 def train(
-    main: Annotated[str | None, typer.Option(help="Encoder that is prompted and classifies: timm:vit_base")] = None,
-    comp: Annotated[
-        list[str] | None, typer.Option(help="Encoder that conditions the prompts: hf:bert-base; more than once for several.")
+    settings: Settings,
+    out: Annotated[Path | None, typer.Option(help="Run folder to write. Default: runs/<date>-<time>.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(metavar="FILE|NAME", help="YAML file with settings. Flags and --set override it.")
     ] = None,
-    data: Annotated[str | None, typer.Option(help="Folder with train, val and test (.jsonl, .csv, ...), or one table.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder to write; default runs/<date>-<time>.")] = None,
-    method: Annotated[str | None, typer.Option(help="conditional, linear, late-concat, main-only, ...: see README.")] = None,
-    recipe: Annotated[str | None, typer.Option(help="YAML file with settings; flags and --set win over it.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Any setting: --set train.epochs=3")] = None,
-    experts: Annotated[int | None, typer.Option(help="Prompt experts per layer.")] = None,
-    static: Annotated[int | None, typer.Option(help="Tokens of the static prompt.")] = None,
-    dynamic: Annotated[int | None, typer.Option(help="Tokens of the dynamic prompt.")] = None,
-    mapped: Annotated[int | None, typer.Option(help="Tokens of the mapped prompt.")] = None,
-    layers: Annotated[str | None, typer.Option(help="Layers to prompt: all, last:6, first:6, or 0,3,5.")] = None,
-    router: Annotated[str | None, typer.Option(help="cross or joint.")] = None,
-    top_m: Annotated[int | None, typer.Option(help="Route to the m best experts only.")] = None,
-    gate: Annotated[str | None, typer.Option(help="zero, or none as in the papers.")] = None,
-    comp_tuning: Annotated[str | None, typer.Option(help="Complementary encoder: frozen, prompts, lora or full.")] = None,
-    tune: Annotated[str | None, typer.Option(help="Encoders of other methods: probe, prompt, lora or full.")] = None,
-    warm_start: Annotated[str | None, typer.Option(help="linear: begin as the method linear, see README.")] = None,
-    compat: Annotated[str | None, typer.Option(help="official: the released code's choices.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the training split.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Stop after so many steps.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Samples per step, over all processes.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate of the main side.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = None,
-    precision: Annotated[str | None, typer.Option(help="auto, fp32 or bf16.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes that read the data.")] = None,
-    text_col: columns.TextCol = None,
-    image_col: columns.ImageCol = None,
-    column: columns.Column = None,
-    label_col: columns.LabelCol = None,
-    id_col: columns.IdCol = None,
-    split_col: columns.SplitCol = None,
-    label_sep: columns.LabelSep = None,
-    image_root: columns.ImageRoot = None,
-    labels: columns.Labels = None,
-    fold_labels: columns.FoldLabels = None,
-    allow_odd_labels: columns.AllowOddLabels = None,
-    val_fraction: Annotated[float | None, typer.Option(help="Hold this share of train out as val.")] = None,
-    test_fraction: Annotated[float | None, typer.Option(help="Hold this share of train out as test.")] = None,
-    shots: Annotated[int | None, typer.Option(help="Train on so many rows of each class.")] = None,
-    fraction: Annotated[float | None, typer.Option(help="Train on this share of each class.")] = None,
-    on_missing: Annotated[str | None, typer.Option(help="Rows without a text, an image, ...: error, skip or absent.")] = None,
-    on_bad: Annotated[str | None, typer.Option(help="Bad rows and images: error or skip.")] = None,
-    strict: Annotated[bool | None, typer.Option("--strict", help="Rows of train in val or test are an error.")] = None,
-    cache_images: Annotated[bool | None, typer.Option("--cache-images", help="Keep decoded images in one file.")] = None,
-    modality_dropout: Annotated[float | None, typer.Option(help="Share of training samples that lose each modality.")] = None,
-    either: Annotated[bool, typer.Option("--either", help="Also learn to answer without the main modality.")] = False,
-    class_weights: Annotated[str | None, typer.Option(help="none, or balanced: rare classes count as much.")] = None,
-    threshold: Annotated[str | None, typer.Option(help="Multi-label: a probability, or tuned on validation.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, to the bit.")] = False,
+    set_: Set = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out from its last checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be trained, and stop.")] = False,
-    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also log for TensorBoard, into the run.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and print what would be trained, without training.")
+    ] = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard logs into the run.")] = False,
+    json: Json = False,
 ) -> None:
-    """Train a fusion of frozen encoders, and test it once.
+    """Train a classifier on two frozen encoders.
 
-    The checkpoint that is best on validation is tested.
-    Encoders are named scheme:name[?key=value]; mopefuse encoders lists them. Under torchrun this is data parallel.
+    The checkpoint that is best on validation is tested once at the end. Encoders are named SCHEME:NAME[?KEY=VALUE]; see
+    mopefuse encoders. Under torchrun, training is data parallel.
+
+    \b
+    Example, and a strong simple baseline to begin with:
+      mopefuse train --main timm:vit_base --comp hf:bert-base --data DIR
+      mopefuse train --method linear --main SPEC --comp SPEC --data DIR
     """
-    flags: dict[str, Any] = {
-        "main": main,
-        "comp": comp or None,
-        "method": method,
-        "data.path": data,
-        "prompts.experts": experts,
-        "prompts.static": static,
-        "prompts.dynamic": dynamic,
-        "prompts.mapped": mapped,
-        "prompts.layers": _layers(layers),
-        "prompts.gate": gate,
-        "router.kind": router,
-        "router.top_m": top_m,
-        "comp_tuning.mode": comp_tuning,
-        "tune": tune,
-        "warm_start": warm_start,
-        "compat": compat,
-        "train.epochs": epochs,
-        "train.max_steps": steps,
-        "train.batch_size": batch,
-        "train.lr": lr,
-        "train.precision": precision,
-        "seed": seed,
-        "device": device,
-        "data.workers": workers,
-        "data.fold_labels": fold_labels,
-        "data.allow_odd_labels": allow_odd_labels,
-        "data.val_fraction": val_fraction,
-        "data.test_fraction": test_fraction,
-        "data.shots": shots,
-        "data.fraction": fraction,
-        "data.on_missing": on_missing,
-        "data.on_bad": on_bad,
-        "data.strict": strict,
-        "data.cache_images": cache_images,
-        "train.class_weights": class_weights,
-        "train.modality_dropout": modality_dropout,
-        "either": either or None,
-        "train.threshold": _number(threshold),
-        **columns.settings(
-            text=text_col,
-            image=image_col,
-            others=column,
-            label=label_col,
-            identity=id_col,
-            split=split_col,
-            separator=label_sep,
-            roots=image_root,
-            labels=labels,
-        ),
-    }
-    from mopefuse.config.recipe import resolve
-    from mopefuse.errors import ConfigError
     from mopefuse.runs.folder import RunFolder, default_path
 
-    if resume and out is None:
-        raise ConfigError(26, "--resume does not say which run", where="--resume", fix="add --out RUN")
     folder = RunFolder(out or default_path())
-    if resume and main is None and recipe is None and not folder.exists():
-        raise ConfigError(27, f"there is no run {folder.path}", where="--resume", fix="name the folder of a run")
-    saved = folder.config() if resume and folder.exists() else None
-    config = resolve(recipe=recipe, flags=flags, sets=set_ or (), saved=saved)
+    config = _resolve(settings, recipe, set_ or [], folder, named=out is not None, resume=resume)
     if dry_run:
         _dry_run(config, json=json)
         return
@@ -154,16 +58,30 @@ def train(
     display.result(result)
 
 
-def _number(text: str | None) -> str | float | None:
-    try:
-        return None if text is None else float(text)
-    except ValueError:
-        return text
+def _resolve(
+    settings: Settings, recipe: str | None, sets: list[str], folder: Any, *, named: bool, resume: bool
+) -> RunConfig:
+    """The configuration of the run.
 
+    Args:
+        named: whether ``--out`` was given.
 
-def _layers(text: str | None) -> str | list[int] | None:
-    parts = text.split(",") if text else []
-    return [int(part) for part in parts] if parts and all(part.strip().isdecimal() for part in parts) else text
+    Raises:
+        ConfigError: the run to resume is not named or does not exist, or settings are invalid.
+        CheckpointError: a file of weights does not exist.
+    """
+    from mopefuse.config.recipe import resolve
+    from mopefuse.config.sides import check_weights, specs
+    from mopefuse.errors import ConfigError
+
+    if resume and not named:
+        raise ConfigError(26, "--resume needs the folder of the run", where="--resume", fix="add --out RUN")
+    if resume and "main" not in settings and recipe is None and not folder.exists():
+        raise ConfigError(27, f"there is no run {folder.path}", where="--resume", fix="name the folder of a run")
+    saved = folder.config() if resume and folder.exists() else None
+    config = resolve(recipe=recipe, flags=settings, sets=sets, saved=saved)
+    check_weights(specs(config))
+    return config
 
 
 def _dry_run(config: RunConfig, *, json: bool) -> None:
@@ -213,10 +131,10 @@ def _print_plan(found: Plan) -> None:
     trainable = sum(found.trainable.values())
     parts = [[part, f"{number:,}", f"{100 * number / found.total:.3f} %"] for part, number in found.trainable.items()]
     parts.append(["trainable", f"{trainable:,}", f"{100 * found.share:.3f} %"])
-    parts.append(["in all", f"{found.total:,}", ""])
+    parts.append(["total", f"{found.total:,}", ""])
     console.print()
     table("parameters", ["part", "parameters", "share"], parts, bold=len(parts) - 2)
-    memory = f"{found.memory / 2**20:,.0f} MiB ({count(trainable)} trainable; libraries not counted)"
+    memory = f"{found.memory / 2**20:,.0f} MiB ({count(trainable)} trainable; without libraries)"
     console.print()
     console.print(f"estimated memory of a training step: {memory}")
 

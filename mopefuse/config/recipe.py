@@ -1,7 +1,7 @@
-"""Where settings come from: a YAML recipe under flags under ``--set``, read strictly.
+"""Where settings come from: a YAML recipe, overridden by flags, overridden by ``--set``. YAML is read strictly.
 
-No tags (so no Python objects), no duplicate keys, no aliases (a few bytes of them can stand for gigabytes), and only what
-looks like a number to everyone is one: ``1e-4`` is, ``1:30`` and ``0x10`` are text, and so are dates, ``no`` and ``off``.
+No tags (so no Python objects), no duplicate keys, no aliases (a few bytes of them can expand to gigabytes), and a value is a
+number only if it looks like one to everybody: ``1e-4`` is, ``1:30``, ``0x10``, dates, ``no`` and ``off`` are text.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ from typing import Any
 
 import yaml
 
+from mopefuse.config.flags import FLAGS
 from mopefuse.config.messages import near_setting
-from mopefuse.config.schema import Data, RunConfig, build_config, known_keys, new_name
+from mopefuse.config.schema import Data, RunConfig, build_config, known_keys
 from mopefuse.config.setting_paths import flat, merge, nested
 from mopefuse.core.regular_files import read_regular
 from mopefuse.errors import CheckpointError, ConfigError, did_you_mean
 
 _HERE = Path(__file__).parents[1]
 RECIPES = (_HERE / "recipes", _HERE.parent / "recipes")
-"""Where recipes are: in an installed package, and in a clone of the repository."""
+"""Folders of the recipes: in an installed package, and in a clone of the repository."""
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -40,13 +41,13 @@ class _StrictLoader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 raise yaml.MarkedYAMLError(None, None, "a key must be a word", key.start_mark)
             if key.value in seen:
-                raise yaml.MarkedYAMLError(None, None, f"the key {key.value!r} is there twice", key.start_mark)
+                raise yaml.MarkedYAMLError(None, None, f"the key {key.value!r} appears twice", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what `_StrictLoader` would read as a number, beside what others would."""
+    """Quotes every text that `_StrictLoader` would read as a number, besides those that others would."""
 
 
 _PLAIN = {
@@ -65,19 +66,19 @@ for _name, (_regex, _first) in _PLAIN.items():
 
 
 def read_yaml(text: str, source: str) -> Any:
-    """`text` as plain values.
+    """Parse YAML into plain values.
 
     Raises:
-        ConfigError: not YAML, or YAML that is not plain data; where is file:line:column.
+        ConfigError: not YAML, or YAML that is not plain data; its place is file:line:column.
     """
     try:
         return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 (a SafeLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
-        problem = error.problem or "it cannot be read"
+        problem = error.problem or "cannot be parsed"
         if "'\\t'" in problem:
-            problem = "a tab where only spaces may indent"
+            problem = "a tab; indent with spaces only"
         raise ConfigError(2, f"not a valid recipe: {problem}", where=where, fix="correct that line") from None
     except yaml.reader.ReaderError as error:
         lines = text[: error.position].split("\n")
@@ -92,7 +93,7 @@ def read_yaml(text: str, source: str) -> Any:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The settings of a recipe file.
+    """Read the settings of a recipe file.
 
     Raises:
         ConfigError: no such file, not a regular one, not UTF-8, not YAML, or not a mapping.
@@ -100,7 +101,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     try:
         text = read_regular(path).decode("utf-8-sig")
     except (UnicodeDecodeError, OSError) as error:
-        raise ConfigError(3, f"the recipe cannot be read: {error}", where=str(path), fix="name a readable UTF-8 file") from None
+        raise ConfigError(3, f"cannot read the recipe: {error}", where=str(path), fix="name a readable UTF-8 file") from None
     return _settings(text, path)
 
 
@@ -110,13 +111,16 @@ def _settings(text: str, path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise ConfigError(
-            4, f"a recipe is a mapping of settings, this is a {type(values).__name__}", where=str(path), fix="see recipes/"
+            4,
+            f"a recipe must be a mapping of settings, got a {type(values).__name__}",
+            where=str(path),
+            fix="write NAME: VALUE lines",
         )
     return values
 
 
 def read_saved(path: Path) -> dict[str, Any]:
-    """The settings of a run, an adapter or a bundle; where they are of a version that knew no other modalities, with those.
+    """Read the settings that were saved with a run, an adapter or a bundle.
 
     Raises:
         CheckpointError: the file cannot be read. ConfigError: not YAML, or not a mapping.
@@ -125,28 +129,24 @@ def read_saved(path: Path) -> dict[str, Any]:
         text = read_regular(path).decode("utf-8-sig")
     except (UnicodeDecodeError, OSError) as error:
         raise CheckpointError(3, f"{path.name} is damaged: {error}", where=str(path), fix="use another copy") from None
-    values = _settings(text, path)
-    if isinstance(values.get("data"), dict):
-        values["data"].setdefault("modalities", ["text", "image"])
-    return values
+    return _settings(text, path)
 
 
 def parse_set(assignments: Iterable[str]) -> dict[str, Any]:
-    """``--set a.b=c`` arguments as nested settings; values are read as YAML.
+    """Parse ``--set a.b=c`` arguments into nested settings; values are parsed as YAML.
 
     Raises:
-        ConfigError: no ``=``, or a path that is no setting; the nearest keys are offered.
+        ConfigError: no ``=``, or a path that is no setting, with the nearest names.
     """
     values: dict[str, Any] = {}
     for text in assignments:
         name, equals, value = text.partition("=")
-        path = tuple(new_name(name.strip(), "--set").split("."))
+        path = tuple(name.strip().split("."))
         _check_path(path)
         if not equals or not value.strip():
             raise ConfigError(5, f"--set {name} has no value", where=name, fix=f"write --set {name}=VALUE")
         values = merge(values, nested(".".join(path), read_yaml(value, f"--set {name}")))
     return values
-
 
 
 def _check_path(path: tuple[str, ...]) -> None:
@@ -168,44 +168,40 @@ def resolve(
     sets: Iterable[str] = (),
     saved: RunConfig | None = None,
 ) -> RunConfig:
-    """The configuration of a run: defaults under `saved` (of a run to resume) under the recipe, flags and ``--set``.
+    """Build the configuration of a run. Later sources win: defaults, `saved`, the recipe, flags, ``--set``.
 
     Args:
         recipe: a file, or the name of a recipe that comes with mopefuse, such as ``digit-questions/conditional``.
-        flags: settings by dotted path; those that are None are not given.
+        flags: settings by dotted path; None stands for not given.
+        saved: configuration of the run to resume.
+
+    Raises:
+        ConfigError: there is no such recipe, or settings are unknown, missing or invalid.
     """
     path = find_recipe(recipe) if recipe is not None else None
     values = saved.model_dump(mode="json") if saved is not None else {}
     values = merge(values, read_recipe(path) if path is not None else {})
-    for name, value in (flags or {}).items():
-        if value is not None:
-            values = merge(values, nested(name, value))
+    given = {name: value for name, value in (flags or {}).items() if value is not None}
+    for name, value in given.items():
+        values = merge(values, nested(name, value))
     last = parse_set(sets)
-    unset = (flags or {}).keys() - flat(values).keys()
-    given = {name for name, value in (flags or {}).items() if value is not None}
-    names = {name: flag_of(name) for name in unset | given if name not in flat(last)}
+    names = {} if flags is None else _names(given, flat(values), flat(last))
     return build_config(merge(values, last), source=str(path or ""), names=names)
 
 
-_FLAGS = {
-    "data.path": "--data",
-    "data.img_col": "--image-col",
-    "data.columns": "--column",
-    "data.image_roots": "--image-root",
-    "train.max_steps": "--steps",
-    "train.batch_size": "--batch",
-    "router.kind": "--router",
-    "comp_tuning.mode": "--comp-tuning",
-}
+def _names(given: Mapping[str, Any], known: Mapping[str, Any], last: Mapping[str, Any]) -> dict[str, str]:
+    """Path to flag, of the settings that a flag set, and of those that are set nowhere.
 
-
-def flag_of(path: str) -> str:
-    """The flag of ``mopefuse train`` that sets the setting at `path`, where there is one."""
-    return _FLAGS.get(path, f"--{path.rpartition('.')[2].replace('_', '-')}")
+    Args:
+        given: settings of flags. known: settings of all sources but ``--set``. last: those of ``--set``.
+    """
+    return {
+        flag.path: flag.name for flag in FLAGS if flag.path not in last and (flag.path in given or flag.path not in known)
+    }
 
 
 def find_recipe(name: str) -> Path:
-    """The file that `name` stands for: itself, or one of the recipes that come with mopefuse."""
+    """The file of a recipe: `name` itself, or a recipe that comes with mopefuse."""
     path = Path(name)
     if path.exists():
         return path
@@ -217,10 +213,10 @@ def find_recipe(name: str) -> Path:
 
 
 def find_study(name: str) -> Path:
-    """The file that the `name` of a study stands for: itself, or one of those that come with mopefuse.
+    """The file of a study: `name` itself, or a study that comes with mopefuse.
 
     Raises:
-        ConfigError: neither.
+        ConfigError: there is neither.
     """
     path = Path(name)
     if path.is_file():
@@ -233,35 +229,35 @@ def find_study(name: str) -> Path:
 
 
 def _named(name: str, pattern: str) -> tuple[Path | None, list[str]]:
-    """The recipe of a name, and the names of all that there are."""
+    """The file of the recipe called `name`, and the names of all recipes."""
     folders = [folder for folder in RECIPES if folder.is_dir()]
     found = next((file for folder in folders if (file := folder / f"{name}.yaml").is_file()), None)
     return found, sorted({str(p.relative_to(f).with_suffix("")) for f in folders for p in f.glob(pattern)})
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The resolved configuration, every setting written out; `read_recipe` gives the same configuration back."""
+    """The configuration as YAML, with every setting; `read_recipe` reads it back unchanged."""
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, width=120)
 
 
 def data_settings(flags: Mapping[str, Any], sets: Iterable[str] = ()) -> Data:
-    """The section `data` by itself, of settings by path and ``--set`` assignments; see `resolve`.
+    """Build the section `data` alone, from settings by path and ``--set`` assignments; see `resolve`.
 
     Raises:
-        ConfigError: one that there is not, or of another kind.
+        ConfigError: settings are unknown or invalid.
     """
-    encoders = {"main": "tiny:vision", "comp": "tiny:text"}  # that a run needs and its data do not
+    encoders = {"main": "tiny:vision", "comp": "tiny:text"}  # required in a run, irrelevant for its data
     return resolve(flags={**encoders, **flags}, sets=sets).data
 
 
 def changed_data(saved: Data, changes: Mapping[str, Any]) -> Data:
-    """The settings of data of a trained model, with changes for other data of the same kind.
+    """The data settings of a trained model, changed for other data of the same kind.
 
     Args:
-        changes: by name; those that are None are not given. In `columns`, modalities that are not named keep their column.
+        changes: by name; None stands for not given. Modalities that `columns` does not name keep their column.
 
     Raises:
-        ConfigError: one that there is not, or of another kind.
+        ConfigError: settings are unknown or invalid.
     """
     given = {name: value for name, value in changes.items() if value is not None}
     if "columns" in given:

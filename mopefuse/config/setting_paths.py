@@ -1,4 +1,4 @@
-"""Settings as nested dictionaries and by dotted path: ``{"train": {"lr": 1}}`` and ``train.lr``."""
+"""Convert settings between nested dictionaries and dotted paths: ``{"train": {"lr": 1}}`` and ``train.lr``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ MAPPINGS = frozenset({"data.columns"})
 
 
 def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Nested dictionaries, `over` winning."""
+    """Merge nested dictionaries; values of `over` replace those of `under`."""
     merged = dict(under)
     for key, value in over.items():
         below = merged.get(key)
@@ -25,7 +25,7 @@ def nested(path: str, value: Any) -> dict[str, Any]:
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, by dotted path: the inverse of `nested` and `merge`."""
+    """Flatten nested dictionaries to dotted paths: the inverse of `nested` and `merge`."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         path = f"{prefix}{key}"

@@ -1,0 +1,37 @@
+"""Options and arguments that several commands share and that set no setting."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="PATH=VALUE", help="Set any other setting, such as train.clip=0.5. Repeatable."),
+]
+SetData = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="PATH=VALUE", help="Set any other data setting, such as data.allow_missing_text=true."),
+]
+DataPath = Annotated[
+    Path, typer.Argument(metavar="DATA", help="Folder with train, val and test tables (.jsonl, .csv, ...), or one table.")
+]
+Model = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="Run, adapter or exported bundle: a folder, or hf-hub:repo/name.")
+]
+Trained = Annotated[Path, typer.Argument(metavar="RUN", help="Run or adapter: a folder, or hf-hub:repo/name.")]
+Checkpoint = Annotated[str, typer.Option("--checkpoint", help="Checkpoint to use: best, last or step-N.")]
+Device = Annotated[str, typer.Option("--device", help="Device to compute on: auto, cpu, cuda, cuda:N or mps.")]
+Split = Annotated[str, typer.Option("--split", help="Split of the data: train, val or test.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Random seed: the same seed gives the same result.")]
+OtherMain = Annotated[
+    str | None,
+    typer.Option("--main", metavar="SPEC", help="Where the weights of the main encoder are, if not where training had them."),
+]
+OtherComp = Annotated[
+    list[str] | None,
+    typer.Option("--comp", metavar="SPEC", help="The same for the complementary encoder; for one of several, 2=SPEC."),
+]

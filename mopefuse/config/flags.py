@@ -1,0 +1,94 @@
+"""The flags of the command line that set a setting, one line each.
+
+`mopefuse.cli.settings` makes the options of the commands from this table: their help, default and bounds are those of the
+setting in `mopefuse.config.schema`. Importing this module imports no schema.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+MODEL, DATA, TRAINING, PROMPTS = "Model", "Data", "Training", "Prompts (method conditional)"
+COLUMNS = "Columns of the table"
+TRAIN = "train"
+TRAIN_AND_CHECK = "train, data check"
+EVERY_TABLE = "train, data check, data preview, eval, predict"
+LABELLED = "train, data check, data preview, eval"
+
+
+class Flag(NamedTuple):
+    """A flag and the setting that it sets.
+
+    panel: heading in the help. commands: those that have the flag, separated by ``, ``. metavar: what stands for the value
+    in the help; empty for the usual one of its type.
+    """
+
+    name: str
+    path: str
+    panel: str
+    commands: str = TRAIN
+    metavar: str = ""
+
+
+FLAGS = (
+    Flag("--main", "main", MODEL, metavar="SPEC"),
+    Flag("--comp", "comp", MODEL, metavar="SPEC"),
+    Flag("--method", "method", MODEL, metavar="NAME"),
+    Flag("--comp-tuning", "comp_tuning.mode", MODEL),
+    Flag("--tune", "tune", MODEL),
+    Flag("--warm-start", "warm_start", MODEL),
+    Flag("--either", "either", MODEL),
+    Flag("--compat", "compat", MODEL),
+    Flag("--data", "data.path", DATA, metavar="PATH"),
+    Flag("--val-fraction", "data.val_fraction", DATA, TRAIN_AND_CHECK),
+    Flag("--test-fraction", "data.test_fraction", DATA, TRAIN_AND_CHECK),
+    Flag("--shots", "data.shots", DATA),
+    Flag("--fraction", "data.fraction", DATA),
+    Flag("--on-missing", "data.on_missing", DATA, "train, data check, eval"),
+    Flag("--on-bad", "data.on_bad", DATA, TRAIN_AND_CHECK),
+    Flag("--strict", "data.strict", DATA),
+    Flag("--max-pixels", "data.max_pixels", DATA, "train, data check, data preview"),
+    Flag("--cache-images", "data.cache_images", DATA),
+    Flag("--workers", "data.workers", DATA),
+    Flag("--text-col", "data.text_col", COLUMNS, EVERY_TABLE, metavar="NAME"),
+    Flag("--image-col", "data.img_col", COLUMNS, EVERY_TABLE, metavar="NAME"),
+    Flag("--column", "data.columns", COLUMNS, EVERY_TABLE, metavar="MODALITY=NAME"),
+    Flag("--label-col", "data.label_col", COLUMNS, LABELLED, metavar="NAME"),
+    Flag("--id-col", "data.id_col", COLUMNS, EVERY_TABLE, metavar="NAME"),
+    Flag("--split-col", "data.split_col", COLUMNS, LABELLED, metavar="NAME"),
+    Flag("--label-sep", "data.label_sep", COLUMNS, LABELLED, metavar="TEXT"),
+    Flag("--image-root", "data.image_roots", COLUMNS, EVERY_TABLE, metavar="DIR"),
+    Flag("--labels", "data.labels", COLUMNS, TRAIN_AND_CHECK, metavar="FILE"),
+    Flag("--fold-labels", "data.fold_labels", COLUMNS, TRAIN_AND_CHECK),
+    Flag("--allow-odd-labels", "data.allow_odd_labels", COLUMNS, TRAIN_AND_CHECK),
+    Flag("--epochs", "train.epochs", TRAINING),
+    Flag("--steps", "train.max_steps", TRAINING),
+    Flag("--batch", "train.batch_size", TRAINING),
+    Flag("--lr", "train.lr", TRAINING),
+    Flag("--class-weights", "train.class_weights", TRAINING),
+    Flag("--modality-dropout", "train.modality_dropout", TRAINING),
+    Flag("--threshold", "train.threshold", TRAINING, metavar="NUMBER|tuned"),
+    Flag("--seed", "seed", TRAINING),
+    Flag("--device", "device", TRAINING, metavar="DEVICE"),
+    Flag("--precision", "train.precision", TRAINING),
+    Flag("--experts", "prompts.experts", PROMPTS),
+    Flag("--static", "prompts.static", PROMPTS),
+    Flag("--dynamic", "prompts.dynamic", PROMPTS),
+    Flag("--mapped", "prompts.mapped", PROMPTS),
+    Flag("--layers", "prompts.layers", PROMPTS, metavar="LAYERS"),
+    Flag("--gate", "prompts.gate", PROMPTS),
+    Flag("--router", "router.kind", PROMPTS),
+    Flag("--top-m", "router.top_m", PROMPTS),
+)
+
+_BY_PATH = {flag.path: flag.name for flag in FLAGS}
+
+
+def flags_for(command: str) -> tuple[Flag, ...]:
+    """The flags of a command, such as ``train`` or ``data check``."""
+    return tuple(flag for flag in FLAGS if command in flag.commands.split(", "))
+
+
+def flag_of(path: str) -> str:
+    """The flag that sets the setting at `path`; the path itself where there is none."""
+    return _BY_PATH.get(path, path)
