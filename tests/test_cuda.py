@@ -80,15 +80,15 @@ def test_the_state_of_the_fused_optimiser_survives_a_checkpoint(tmp_path: Path) 
         by.step()
 
     step(model, optimizer)
-    names, others = ({id(p): name for name, p in fusion.ours().items()} for fusion in (model, other))
+    names, others = ({id(p): name for name, p in fusion.named_trainable_parameters().items()} for fusion in (model, other))
     write_tensors(tmp_path / "optimizer.safetensors", optimizer_state(optimizer, names))
-    other.load_own_state(model.own_state(), where="memory")
+    other.load_trainable_state_dict(model.trainable_state_dict(), where="memory")
     load_optimizer_state(restored, others, read_tensors(tmp_path / "optimizer.safetensors"), where="file")
     kept = [tensor for entry in restored.state.values() for tensor in entry.values()]
     assert kept and all(tensor.device.type == GPU.type for tensor in kept)
     step(model, optimizer)
     step(other, restored)
-    torch.testing.assert_close(other.own_state(), model.own_state(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(other.trainable_state_dict(), model.trainable_state_dict(), atol=1e-5, rtol=1e-4)
 
 
 def test_predictions_are_close_to_those_of_the_cpu(data: Path, tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_activation_checkpointing_gives_the_same_gradients(gate: str) -> None:
         model.zero_grad()
         torch.manual_seed(0)
         model(model.collate(images(4), TEXTS[:4])).logits.square().sum().backward()
-        found.append({name: ours.grad for name, ours in model.ours().items() if ours.grad is not None})
+        found.append({name: ours.grad for name, ours in model.named_trainable_parameters().items() if ours.grad is not None})
     torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-3)
 
 
@@ -167,7 +167,7 @@ def test_prompted_attention_runs_in_fused_kernels(pair: tuple[str, str], gate: s
             logits = model(batch).logits
         logits.float().square().sum().backward()
     assert logits.isfinite().all()
-    assert all(ours.grad is None or ours.grad.isfinite().all() for ours in model.ours().values())
+    assert all(ours.grad is None or ours.grad.isfinite().all() for ours in model.trainable_parameters())
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="torch.compile needs triton on a GPU")
@@ -182,6 +182,6 @@ def test_a_compiled_step_is_that_of_the_model() -> None:
             output = forward(batch)
         loss = classification_loss(output, batch, multi_label=False)
         loss.backward()
-        norms = [float(ours.grad.norm()) for ours in model.ours().values() if ours.grad is not None]
+        norms = [float(ours.grad.norm()) for ours in model.trainable_parameters() if ours.grad is not None]
         found.append([float(loss.detach()), *norms])
     assert found[1] == pytest.approx(found[0], rel=5e-2, abs=1e-3)

@@ -114,7 +114,7 @@ def _facts(loaded: Loaded, result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write_adapter(folder: Path, loaded: Loaded, facts: Mapping[str, Any], name: str, half: bool) -> None:
-    state = loaded.model.own_state()
+    state = loaded.model.trainable_state_dict()
     if half:
         state = {name: tensor.half() if tensor.dtype == torch.float32 else tensor for name, tensor in state.items()}
         large = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]

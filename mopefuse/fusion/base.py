@@ -286,26 +286,33 @@ class Fusion(nn.Module):
         self.require_all_but(missing, where="collate")
         return Batch(inputs, {}, None, torch.arange(count), missing).to(next(self.parameters()).device)
 
-    def is_ours(self, name: str) -> bool:
-        """Whether a parameter or buffer is ours: not part of a frozen encoder. Ours is trained, saved and exported."""
+    def is_trainable(self, name: str) -> bool:
+        """Whether a parameter or buffer, by its name here, is trained, saved and exported: all but the frozen encoders."""
         side, _, own = name.partition(".")
         return side not in self.uses or self.encoder(side).learned(own)
 
-    def ours(self) -> dict[str, nn.Parameter]:
-        """The parameters that learn, by name."""
-        return {name: parameter for name, parameter in self.named_parameters() if self.is_ours(name)}
+    def named_trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that training changes, by name."""
+        return {name: parameter for name, parameter in self.named_parameters() if self.is_trainable(name)}
 
-    def own_state(self) -> dict[str, Tensor]:
-        """What a run saves: `ours` and the constants that belong to them."""
-        return {name: tensor.detach() for name, tensor in self.state_dict().items() if self.is_ours(name)}
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """The parameters that training changes: ``torch.optim.AdamW(model.trainable_parameters())``."""
+        return list(self.named_trainable_parameters().values())
 
-    def load_own_state(self, state: Mapping[str, Tensor], *, where: str) -> None:
-        """The inverse of `own_state`.
+    def trainable_state_dict(self) -> dict[str, Tensor]:
+        """What a run saves: the trainable parameters, and the constants that belong to them, as the keys of the router."""
+        return {name: tensor.detach() for name, tensor in self.state_dict().items() if self.is_trainable(name)}
+
+    def load_trainable_state_dict(self, state: Mapping[str, Tensor], *, where: str = "load_trainable_state_dict") -> None:
+        """Load what `trainable_state_dict` returned, all of it; the encoders keep their weights.
+
+        Args:
+            state: values of any floating-point type. where: their origin, for messages.
 
         Raises:
             CheckpointError: other names or shapes than this model has, or values that are not finite.
         """
-        expected = self.own_state()
+        expected = self.trainable_state_dict()
         problems = [f"{name} is missing" for name in sorted(expected.keys() - state.keys())]
         problems += [f"{name} is not expected" for name in sorted(state.keys() - expected.keys())]
         for name in sorted(expected.keys() & state.keys()):
@@ -344,7 +351,7 @@ class Fusion(nn.Module):
     def breakdown(self) -> dict[str, int]:
         """Trainable parameters by part, largest first."""
         count: Counter[str] = Counter()
-        for name, parameter in self.ours().items():
+        for name, parameter in self.named_trainable_parameters().items():
             part = next((part for pattern, part in self.parts.items() if re.search(pattern, name)), "other")
             count[part] += parameter.numel()
         return dict(count.most_common())

@@ -41,7 +41,7 @@ def build_fusion(
     """An ordinary `nn.Module` with frozen encoders, for anyone's training loop.
 
     ``model.collate(images, texts)`` (other modalities by name) gives a batch, ``model(batch).logits`` has shape
-    (B, num_labels), and ``model.ours()`` are the parameters to train.
+    (B, num_labels), and ``model.named_trainable_parameters()`` are the parameters to train.
 
     Args:
         main, comp: encoder specs; of several complementary encoders a list.

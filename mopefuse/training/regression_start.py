@@ -40,7 +40,7 @@ def start(trainer: Trainer, given: Start | None = None) -> Start | None:
     trainer.progress.seconds = time.perf_counter() - began
     said = ", ".join(f"C {value:g} on {name}" for name, value in chosen.items())
     trainer.listener.notice(f"logistic regression, chosen on validation: {said}")
-    return Start({**model.own_state(), **state})
+    return Start({**model.trainable_state_dict(), **state})
 
 
 def _fold(trainer: Trainer, split: str) -> Fold:

@@ -184,10 +184,10 @@ def inherit(
 
     What a tensor hangs on is for the method to say (`Fusion.bonds`).
     """
-    known = old.own_state()
+    known = old.trainable_state_dict()
     state: dict[str, Tensor] = {}
     inherited = []
-    for name, tensor in new.own_state().items():
+    for name, tensor in new.trainable_state_dict().items():
         value, kept = tensor.clone(), 0
         if name.partition(".")[0] in new.heads:
             kept = _carry_head(name, value, known, old, new, old_labels, new_labels)

@@ -114,7 +114,7 @@ class Trainer:
         steps = min(config.train.epochs * self.per_epoch, config.train.max_steps or 10**18)
         self.total = 0 if model.closed_form else steps
         self.eval_at = _evaluation_steps(self.total, self.per_epoch, config.train.evals_per_epoch)
-        self.names = {id(parameter): name for name, parameter in model.ours().items()}
+        self.names = {id(parameter): name for name, parameter in model.named_trainable_parameters().items()}
         self.optimizer = make_optimizer(model, config.train)
         self.progress = Progress()
         self.metric = selected_metric(multi_label=data.multi_label)
@@ -130,7 +130,7 @@ class Trainer:
 
     def begin(self, state: Mapping[str, Tensor]) -> None:
         """Start from a model's own state instead of from scratch; it is validated and published as step 0."""
-        self.model.load_own_state(state, where="step 0")
+        self.model.load_trainable_state_dict(state, where="step 0")
         self._validate()
 
     def restore(self) -> bool:
@@ -141,7 +141,7 @@ class Trainer:
         path, manifest = found
         if manifest["step"] < self.run.steps()[-1]:
             self.listener.notice(f"the checkpoint step-{self.run.steps()[-1]} is damaged; step-{manifest['step']} is used")
-        self.model.load_own_state(read_tensors(path / "weights.safetensors"), where=str(path))
+        self.model.load_trainable_state_dict(read_tensors(path / "weights.safetensors"), where=str(path))
         load_optimizer_state(self.optimizer, self.names, read_tensors(path / "optimizer.safetensors"), where=str(path))
         self.progress = Progress(**manifest["progress"])
         step = self.progress.step
@@ -159,7 +159,7 @@ class Trainer:
         """Publish a checkpoint of this step, and name it the best if it is."""
 
         def write(folder: Path) -> None:
-            write_tensors(folder / "weights.safetensors", self.model.own_state())
+            write_tensors(folder / "weights.safetensors", self.model.trainable_state_dict())
             write_tensors(folder / "optimizer.safetensors", optimizer_state(self.optimizer, self.names))
 
         def publish() -> None:
@@ -235,7 +235,7 @@ class Trainer:
             balance = self._balance(output, counts, whole_LK)
             (task + balance).backward()
             loss += task.detach() + balance.detach() / (len(parts) * distributed.world_size())
-        ours = self.model.ours()
+        ours = self.model.named_trainable_parameters()
         if self._alone is not None and self.progress.step < self._alone[1]:
             for name in ours.keys() - self._alone[0]:
                 ours[name].grad = None
@@ -336,7 +336,7 @@ class Trainer:
     def test(self) -> Evaluation | None:
         """Load the selected checkpoint and evaluate it on the test split, if there is one; predictions are written."""
         path, _ = self._selected()
-        self.model.load_own_state(read_tensors(path / "weights.safetensors"), where=str(path))
+        self.model.load_trainable_state_dict(read_tensors(path / "weights.safetensors"), where=str(path))
         if "test" not in self.data.splits:
             return None
         samples = prepared(self.model, self.data, "test", self.config, self.device, reading=self.listener.reading)
