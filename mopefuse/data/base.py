@@ -163,8 +163,8 @@ class Batch:
 
         return Batch(*(walk(getattr(self, one.name)) for one in fields(self)))
 
-    def to(self, device: torch.device) -> Batch:
-        """The batch on `device`."""
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch on a device; `index` stays on the CPU."""
         return replace(self._map(lambda tensor: tensor.to(device, non_blocking=True)), index=self.index)
 
     def pin_memory(self) -> Batch:

@@ -29,7 +29,8 @@ from mopefuse.evaluation.split import ask_split
 from mopefuse.export import graph
 from mopefuse.export.model_card import model_card
 from mopefuse.fusion.base import Fusion
-from mopefuse.inference.bundle import KIND, MODELS, Array, Bundle
+from mopefuse.inference.bundle import KIND, MODELS, Bundle
+from mopefuse.inference.bundle_runtime import Array
 from mopefuse.inference.predict import Predictor
 from mopefuse.inference.pt2 import save_pt2
 from mopefuse.runs.load import Loaded

@@ -74,7 +74,7 @@ def model_card(
         facts: encoders, labels, data hashes and metrics, as of `AdapterFolder.manifest`.
         form: "adapter", "onnx" or "pt2".
         checks: how far the exported graph was from the model.
-        command: that made the folder.
+        command: that made the folder from a run; empty for a model from a training loop in Python.
     """
     labels = facts["labels"]
     shown = ", ".join(map(markdown, labels[:20])) + (", …" if len(labels) > 20 else "")
@@ -93,9 +93,12 @@ def model_card(
     for split, digest in facts["data"].items():
         rows = (facts.get("rows") or {}).get(split)
         text += f"- {split}: {f'{rows:,} rows, ' if rows else ''}data hash `{digest}`\n"
-    text += f"- mopefuse {facts['mopefuse']}, seed {facts.get('seed', '-')}; all settings are in `config.yaml`\n"
-    text += "- again: `mopefuse train --recipe config.yaml --data DATA --out RUN`"
-    text += f", then `{command}`\n" if command else "\n"
+    text += f"- mopefuse {facts['mopefuse']}, seed {facts.get('seed', '-')}; "
+    if command:
+        text += "all settings are in `config.yaml`\n"
+        text += f"- to repeat it: `mopefuse train --recipe config.yaml --data DATA --out RUN`, then `{command}`\n"
+    else:
+        text += "the settings of the model are in `config.yaml`; a training loop in Python trained it\n"
     for name, value in (checks or {}).items():
         text += f"- {name}: {value}\n"
     text += "\n## How to use it\n\n" + _USE[form].format(packages=" ".join(RUNTIME))

@@ -11,9 +11,7 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import reduce
-from operator import and_
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -25,18 +23,21 @@ from mopefuse.config.schema import RunConfig
 from mopefuse.config.sides import is_comp, specs
 from mopefuse.core.precision import apply_exactly, exact
 from mopefuse.data.base import Batch
-from mopefuse.encoders.base import Encoder, Inputs, Preprocess, run_frozen
-from mopefuse.errors import CheckpointError, ConfigError, DataError
+from mopefuse.encoders.base import Encoder, Preprocess, run_frozen
+from mopefuse.errors import CheckpointError, ConfigError
+from mopefuse.fusion.collator import Collator, Requirements
 from mopefuse.fusion.regression import Advance, Fold, How, Standard, fit_heads
-from mopefuse.modalities import base as modality
+
+Task = Literal["single-label", "multi-label"]
+TASKS: tuple[Task, ...] = ("single-label", "multi-label")
 
 
 class Output(NamedTuple):
-    """What a method says of a batch."""
+    """The output of a fusion method for a batch."""
 
     logits_BN: Tensor
     routing_BLK: Tensor | None = None  # noise-free expert weights of each routed layer
-    alone_BN: Tensor | None = None  # logits of the complementary side alone, which learns them beside the others (`either`)
+    alone_BN: Tensor | None = None  # logits from the complementary side alone, trained beside the others (`either`)
 
     @property
     def logits(self) -> Tensor:
@@ -76,6 +77,12 @@ class Fusion(nn.Module):
     """Whether it takes any number of complementary encoders, and does without those that a sample has nothing for."""
     closed_form: ClassVar[bool] = False  # whether nothing is left to train after `fit`: no step is made
     head: nn.Module
+    num_labels: int = 0
+    """N, set by `mopefuse.fusion.build.build_model`."""
+    labels: tuple[str, ...] = ()
+    """Their names in the order of the logits, if known."""
+    task: Task = "single-label"
+    """One label for each sample (softmax, cross-entropy), or any number of them (sigmoid, binary cross-entropy)."""
 
     def __init__(self, config: RunConfig, encoders: Mapping[str, Encoder]) -> None:
         super().__init__()
@@ -172,28 +179,15 @@ class Fusion(nn.Module):
         dropped = self.config.train.modality_dropout > 0 and not self.closed_form
         return self.may_lack if dropped or self.config.data.on_missing == "absent" else ()
 
+    @property
+    def requirements(self) -> Requirements:
+        """Which modalities a sample must have."""
+        modality_of = {side: self.encoder(side).modality for side in self.reads}
+        return Requirements(self.config.method, modality_of, self.may_lack, self.several and len(self.uses) > 1)
+
     def require_all_but(self, lacking: Mapping[str, NDArray[np.bool_] | Tensor], *, where: str) -> None:
-        """Refuse samples that lack what this model cannot do without, or all that it reads.
-
-        Args:
-            lacking: sides that some sample has nothing for, to which ones (S,).
-
-        Raises:
-            DataError: one of them is not in `may_lack`, or a sample has nothing.
-        """
-        for side in lacking:
-            if side in self.may_lack:
-                continue
-            modality = self.encoder(side).modality
-            fix = "leave them out with --on-missing skip"
-            if self.several and side == "main" and len(self.uses) > 1:
-                fix = f"train with --either, or {fix}"
-            what = f"samples lack {modality}, and {self.config.method} cannot do without what its {side} encoder reads"
-            raise DataError(100, what, where=where, fix=fix)
-        empty = int(reduce(and_, lacking.values()).sum()) if lacking.keys() >= {*self.reads} else 0
-        if empty:
-            what = f"{empty} of the samples have nothing that the encoders read"
-            raise DataError(110, what, where=where, fix="leave them out, as --on-missing skip does")
+        """Refuse samples that lack a required modality; see `Requirements.check`."""
+        self.requirements.check(lacking, where=where)
 
     def or_absent(self, side: str, normed_BC: Tensor, batch: Batch) -> Tensor:
         """A side's features without their scale, and the absent condition for samples that have nothing for it.
@@ -257,34 +251,13 @@ class Fusion(nn.Module):
         """Side to modality and preprocessing."""
         return {side: (self.encoder(side).modality, self.encoder(side).preprocess) for side in self.reads}
 
-    def collate(self, images: Any = None, texts: Any = None, **more: Any) -> Batch:
-        """Raw values to a batch on the model's device: each encoder's own preprocessing, no augmentation.
+    @property
+    def collate(self) -> Collator:
+        """``model.collate(images, texts)`` or ``DataLoader(dataset, collate_fn=model.collate)``: a batch on the CPU.
 
-        Args:
-            images, texts, more: by modality (``audio=[...]``), one for each sample; None for a sample that has none. What no
-                encoder reads may be left out. Images are PIL images, paths or arrays of uint8 (height, width, 3), and are
-                prepared as the files of a data set are. One value alone is a list of one.
-
-        Raises:
-            DataError: not as many of one as of another, none, or something that is no image or no text.
+        See `mopefuse.fusion.collator.Collator`. It holds the preprocessing of the encoders and none of their weights.
         """
-        values = modality.named((images, texts), more)
-        count = modality.count_of(values)
-        if not count:
-            said = " and ".join(f"0 {modality.of(name).plural}" for name in values) or "nothing"
-            raise DataError(17, f"{said} are no pairs", fix="give one value for each sample")
-        modality.require_kinds(values)
-        read = {name for name, _ in self.readers().values()}
-        values |= {name: modality.prepared(name, values[name]) for name in read if name in values}
-        inputs: dict[str, Inputs] = {}
-        missing: dict[str, Tensor] = {}
-        for side, (name, preprocess) in self.readers().items():
-            own = modality.require_given(name, values, f"the {side} encoder")
-            inputs[side] = preprocess.batch([preprocess.item(value) for value in modality.or_nothing(name, own)])
-            if any(value is None for value in own):
-                missing[side] = torch.tensor([value is None for value in own])
-        self.require_all_but(missing, where="collate")
-        return Batch(inputs, {}, None, torch.arange(count), missing).to(next(self.parameters()).device)
+        return Collator(self.readers(), self.requirements, self.num_labels, self.task == "multi-label")
 
     def is_trainable(self, name: str) -> bool:
         """Whether a parameter or buffer, by its name here, is trained, saved and exported: all but the frozen encoders."""
