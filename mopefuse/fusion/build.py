@@ -168,16 +168,20 @@ def _config_of(given: Mapping[str, Any]) -> RunConfig:
     return build_config(values, source="build_fusion", names=names)
 
 
-def build_model(config: RunConfig, num_labels: int) -> Fusion:
+def build_model(config: RunConfig, num_labels: int, *, method: type[Fusion] | None = None) -> Fusion:
     """Build the model of a run, in evaluation mode: equal weights for an equal seed, whatever the state of the caller's
-    random generators."""
-    method = _method(config)
+    random generators.
+
+    Args:
+        num_labels: N, the number of logits. method: default the registered one that `config` names.
+    """
+    method = method or _method(config)
     with _BUILDING, torch.random.fork_rng(devices=[]):
         encoders = {side: _load_encoder(config, side) for side in method.sides(config)}
         torch.default_generator.manual_seed(config.seed)
         _require_memory(config, method, encoders)
         try:
-            model = cast(Fusion, method(config, encoders, num_labels))
+            model = cast(Fusion, cast(Any, method)(config, encoders, num_labels))
         except (RuntimeError, MemoryError) as error:
             if (needed := out_of_memory(error)) is None:
                 raise
