@@ -1,4 +1,4 @@
-"""A configuration to a model: encoders by their specs, the fusion method by its name, all weights by the seed."""
+"""Build a model from a configuration: encoders from their specs, the fusion method by name, new weights from the seed."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ SIZES = (
     "prompts.experts prompts.static prompts.dynamic prompts.mapped prompts.bottleneck head_hidden comp_tuning.length lora.rank "
     "inserted.prompts inserted.images pmf.queries pmf.query_context pmf.fusion_context pmf.bottleneck"
 ).split()
-"""Settings that decide how many parameters a model has."""
+"""Settings that determine the number of parameters of a model."""
 
-_BUILDING = threading.Lock()  # weights are drawn from the one generator of the process
+_BUILDING = threading.Lock()  # new weights come from the process-wide random generator
 MMBT_MEAN, MMBT_STD = (0.46777044, 0.44531429, 0.40661017), (0.12221994, 0.12145835, 0.14380469)
 
 
@@ -208,7 +208,7 @@ def _load_encoder(config: RunConfig, side: str) -> Encoder:
 
 
 def _require_memory(config: RunConfig, method: type[Fusion], encoders: Mapping[str, Encoder]) -> None:
-    """Refuse prompt experts that memory has no room for: a system may grant it, and then kill whoever uses it.
+    """Refuse prompt experts that do not fit into free memory: the system might grant it, and kill the process on first use.
 
     Raises:
         ResourceError: the experts alone take more bytes than are free.
@@ -223,7 +223,7 @@ def _require_memory(config: RunConfig, method: type[Fusion], encoders: Mapping[s
 
 
 def _too_large(config: RunConfig, needed: str) -> ResourceError:
-    """The error of a model that does not fit into memory, with the settings that make it large."""
+    """The error for a model that does not fit into memory, with the settings that make it large."""
     values, usual = (flat(one.model_dump()) for one in (config, RunConfig(main="", comp="")))
     large = [f"{path}={values[path]}" for path in SIZES if (values[path] or 0) > (usual[path] or 6)]
     fix = "lower them" if large else "free memory, or use another --method"
@@ -231,11 +231,11 @@ def _too_large(config: RunConfig, needed: str) -> ResourceError:
 
 
 def check_names(config: RunConfig) -> None:
-    """Refuse a method or an encoder that does not exist, before the minutes that reading data can take.
+    """Refuse a method or an encoder that does not exist, before data are read, which can take minutes.
 
     Raises:
-        ConfigError: no such method, or no spec of an encoder. EncoderError: no such encoder, as far as this machine knows.
-        PluginError: the plugin that brings one of them cannot be used.
+        ConfigError: no such method, or not the spec of an encoder. EncoderError: no such encoder, as far as this machine knows.
+        PluginError: the plugin that provides one of them cannot be used.
     """
     for side in _method(config).sides(config):
         with _named(side):
@@ -253,7 +253,7 @@ def _method(config: RunConfig) -> Any:
 
 @contextmanager
 def _named(side: str) -> Iterator[None]:
-    """An error says of which side, and its fix with which flag."""
+    """Add the flag of a side to errors about its encoder."""
     flag = "--comp" if is_comp(side) else "--main"
     try:
         yield
@@ -270,16 +270,16 @@ def _require_declared(side: str, encoder: Encoder) -> None:
 
 
 def require_rows(model: Fusion, modalities: Sequence[str]) -> None:
-    """Refuse a model one of whose encoders reads what rows do not have.
+    """Refuse data without a modality that an encoder of the model reads.
 
     Args:
-        modalities: that rows of the data set have.
+        modalities: the modalities of the data set.
     """
     for side in model.reads:
         require_column(str(model.encoder(side).spec), model.encoder(side).modality, modalities, where=f"--{side}")
 
 
 def full_specs(config: RunConfig) -> RunConfig:
-    """The configuration with aliases of encoders and names of plugins written out, as a run records it."""
+    """`config` with full names in place of aliases of encoders and short names of plugins, as a run records it."""
     config = with_specs(config, {side: str(full_spec(spec)) for side, spec in specs(config).items() if spec})
     return config.model_copy(update={"method": registry.full_name(registry.FUSION, config.method)})
