@@ -59,9 +59,11 @@ def train(config: RunConfig, out: str | Path, *, resume: bool = False, overwrite
     Raises:
         MopefuseError: an invalid setting, data, encoder or folder; see docs/errors.md.
     """
+    from mopefuse.core.python_names import python_names
     from mopefuse.training.train import train as train_run
 
-    return train_run(config, Path(out), resume=resume, overwrite=overwrite)
+    with python_names():
+        return train_run(config, Path(out), resume=resume, overwrite=overwrite)
 
 
 def evaluate(
@@ -85,10 +87,12 @@ def evaluate(
         CheckpointError: there is no such run, or its encoders are not those that it was trained with.
         DataError: labels that the model does not know, or invalid rows.
     """
+    from mopefuse.core.python_names import python_names
     from mopefuse.evaluation.evaluate import evaluate as evaluate_run
 
     place = None if data is None else Path(data)
-    return evaluate_run(Path(run), split=split, data=place, layout=layout, checkpoint=checkpoint, device=device)
+    with python_names():
+        return evaluate_run(Path(run), split=split, data=place, layout=layout, checkpoint=checkpoint, device=device)
 
 
 def __getattr__(name: str) -> Any:

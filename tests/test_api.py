@@ -20,6 +20,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import mopefuse
+from mopefuse.core.python_names import as_argument
 from mopefuse.errors import CheckpointError, ConfigError, DataError, EncoderError, MopefuseError, NumericError
 from mopefuse.fusion.base import Fusion
 
@@ -160,7 +161,7 @@ def test_what_is_wrong_with_a_data_set_is_told(pairs: Path, tmp_path: Path) -> N
         mopefuse.PairDataset(pairs, "train", labels=["none", "of them"])
     with pytest.raises(ConfigError, match="labels must be different names"):
         mopefuse.PairDataset(pairs, "train", labels=["a", "a"])
-    with pytest.raises(ConfigError, match="on_missing"):
+    with pytest.raises(ConfigError, match=r"^on_missing: input should be 'error', 'skip' or 'absent', got 'ignore'"):
         mopefuse.PairDataset(pairs, "train", on_missing="ignore")  # type: ignore[arg-type]
     with pytest.raises(DataError, match="the dev split is missing"):
         mopefuse.PairDataset(pairs, "dev")
@@ -233,6 +234,21 @@ def test_a_label_that_is_none_is_refused(labels: list[Any], task: Any, number: i
     with pytest.raises(DataError, match=message) as caught:
         model.collate(rows)
     assert caught.value.number == number and caught.value.where.startswith("sample ")
+
+
+def test_errors_name_arguments_and_leave_commands_as_they_are() -> None:
+    said = as_argument("write --split-col NAME, or --val-fraction 0.1; mopefuse data check --json lists all")
+    assert said == "write split_col NAME, or val_fraction 0.1; mopefuse data check --json lists all"
+
+
+def test_train_and_evaluate_name_arguments(pairs: Path, tmp_path: Path) -> None:
+    config = mopefuse.build_config({"main": "tiny:vision", "comp": "tiny:text", "data": {"path": str(pairs)}})
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("")
+    with pytest.raises(ConfigError, match=r"is not empty · out · fix: add resume or overwrite, or name another out"):
+        mopefuse.train(config, str(tmp_path / "full"))
+    with pytest.raises(CheckpointError, match="there is no run"):
+        mopefuse.evaluate(str(tmp_path / "none"))
 
 
 # -- what is trained, saved and loaded
@@ -336,7 +352,7 @@ def test_what_cannot_be_saved_is_refused_and_nothing_is_written(tmp_path: Path) 
     with pytest.raises(ConfigError, match=r"is not empty · out · fix: name another out$"):
         mopefuse.save_adapter(build(), mine, labels=labels, overwrite=True)
     mopefuse.save_adapter(build(), out, labels=labels)
-    with pytest.raises(ConfigError, match="or add overwrite=True"):
+    with pytest.raises(ConfigError, match=r"name another out, or add overwrite$"):
         mopefuse.save_adapter(build(), out, labels=labels)
 
 

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from mopefuse.config.recipe import changed_data
 from mopefuse.config.schema import Data as DataConfig
+from mopefuse.core.python_names import python_names
 from mopefuse.data.load import load_data
 from mopefuse.errors import ConfigError, DataError
 
@@ -70,8 +71,9 @@ class PairDataset(Dataset[dict[str, Any]]):
             "image_roots": [*map(str, image_roots)], "val_fraction": val_fraction, "test_fraction": test_fraction,
             "seed": seed, "on_missing": on_missing, "on_bad": on_bad,
         }  # fmt: skip
-        self.config = changed_data(DataConfig(), settings)
-        self.data = load_data(self.config, require=(split,))
+        with python_names():
+            self.config = changed_data(DataConfig(), settings)
+            self.data = load_data(self.config, require=(split,))
         self.split = self.data.splits[split]
         self.labels = _labels(labels, self.data.labels)
         self.task: Literal["single-label", "multi-label"] = "multi-label" if self.data.multi_label else "single-label"

@@ -14,6 +14,7 @@ import torch
 from mopefuse.config.recipe import to_yaml
 from mopefuse.config.schema import RunConfig
 from mopefuse.core.artifact import check_parent, dump_json, publish, sweep, write_tensors
+from mopefuse.core.python_names import python_names
 from mopefuse.data.columns import in_order
 from mopefuse.errors import ConfigError, EncoderError, NumericError
 from mopefuse.export.model_card import model_card
@@ -55,7 +56,8 @@ def save_adapter(
     """
     folder = Path(out)
     sweep(folder.absolute().parent, folder.name)
-    require_free(folder, overwrite, names=("out", "overwrite=True"))
+    with python_names():
+        require_free(folder, overwrite)
     names = _names_of(model, labels)
     each = _thresholds_for(names, thresholds)
     _require_finite(model)
@@ -111,21 +113,18 @@ def write_adapter(
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def require_free(out: Path, overwrite: bool, *, names: tuple[str, str] = ("--out", "--overwrite")) -> None:
+def require_free(out: Path, overwrite: bool) -> None:
     """Refuse a folder that is not empty, unless it is an earlier export and may be replaced.
-
-    Args:
-        names: of the two arguments, for messages.
 
     Raises:
         ConfigError: the folder is not empty, or its parent cannot be written to.
     """
-    check_parent(out, where=names[0])
+    check_parent(out)
     taken = out.exists() and not (out.is_dir() and not any(out.iterdir()))
     replaceable = out.is_dir() and kind_of(out) in (BUNDLE, adapter.KIND)
     if taken and not (overwrite and replaceable):
-        fix = f"name another {names[0]}" + (f", or add {names[1]}" if replaceable else "")
-        raise ConfigError(23, f"{out} is not empty", where=names[0], fix=fix)
+        fix = "name another --out" + (", or add --overwrite" if replaceable else "")
+        raise ConfigError(23, f"{out} is not empty", where="--out", fix=fix)
 
 
 def _names_of(model: Fusion, labels: Sequence[str] | None) -> tuple[str, ...]:

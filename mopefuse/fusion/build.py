@@ -19,6 +19,7 @@ from mopefuse.core import device as devices
 from mopefuse.core import registry
 from mopefuse.core.dependencies import out_of_memory
 from mopefuse.core.formatting import size
+from mopefuse.core.python_names import python_names
 from mopefuse.data.columns import require_column
 from mopefuse.encoders.base import Encoder, check_name, create_encoder, full_spec
 from mopefuse.encoders.preprocess import ImagePreprocess
@@ -112,22 +113,13 @@ def build_fusion(
     if task not in TASKS:
         what = f"task is {task!r}, need one of {', '.join(TASKS)}"
         raise ConfigError(338, what, where="task", fix=did_you_mean(str(task), TASKS))
-    try:
+    with python_names():
         model = build_model(_config_of(given), count)
-    except (ConfigError, EncoderError, ResourceError) as error:
-        error.where, error.fix = (_FLAG.sub(_argument, text) for text in (error.where, error.fix))
-        raise
     model.labels, model.task = names, task
     return model
 
 
 _NO_SETTINGS = {"num_labels", "labels", "task"}
-_FLAG = re.compile(r"--([a-z]+(?:-[a-z]+)*)")
-
-
-def _argument(flag: re.Match[str]) -> str:
-    """The argument of `build_fusion` that a flag of the command line stands for."""
-    return flag[1].replace("-", "_")
 
 
 def _label_names(num_labels: int | None, labels: Sequence[str] | None) -> tuple[tuple[str, ...], int]:
