@@ -1,4 +1,4 @@
-"""Take a trained model out of its run: as one ONNX or pt2 graph in a bundle, or as an adapter for its own encoders.
+"""Export a trained model: as one ONNX or pt2 graph in a bundle, or as an adapter, which loads its encoders by name.
 
 A bundle is checked before it exists (`mopefuse.export.bundle_maker`); `mopefuse.inference.bundle` runs it,
 for ONNX without torch.
@@ -28,7 +28,7 @@ FORMS = ("onnx", "pt2", "adapter")
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written."""
+    """An export that was written."""
 
     folder: Path
     form: Form
@@ -37,7 +37,7 @@ class Exported:
     int8: dict[str, dict[str, float]] | None = None  # metrics on the validation split, "before" and "after"
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """The same as plain values, for JSON."""
         return {**asdict(self), "folder": str(self.folder)}
 
 
@@ -57,15 +57,17 @@ def export(
 
     Args:
         form: ``onnx``, ``pt2`` or ``adapter``.
-        routing: the graph also says which experts it used.
-        int8: 8-bit weights of matrix products (ONNX); the metric on the run's validation split is measured before and after.
-        half: 16-bit floats, half the size (adapter); answers then differ in the third or fourth digit.
-        overwrite: replace an earlier export.
+        routing: whether the graph also returns the routing weights of the experts.
+        int8: whether weights of matrix products have 8 bits (ONNX); the metric on the run's validation split is measured before
+            and after.
+        half: whether weights have 16 bits (adapter); probabilities then differ in the third or fourth digit.
+        overwrite: whether to replace an earlier export.
+        notice: called with a description of each step.
 
     Raises:
-        ConfigError: `out` is taken, or the options do not go together. PackageError: what exporting needs is missing.
-        EncoderError: an encoder cannot be traced or its tokenizer cannot be taken along.
-        GateError: the graph's answers or inputs are not those of the model.
+        ConfigError: `out` is not empty, or the options do not go together. PackageError: a missing package.
+        EncoderError: an encoder cannot be traced, or its tokenizer cannot be exported.
+        GateError: the graph's logits or inputs differ from those of the model.
     """
     sweep(out.absolute().parent, out.name)  # what was killed while it was replaced is back in its place
     _refuse(out, form, {"--int8": int8, "--routing": routing, "--half": half}, overwrite)
@@ -81,19 +83,19 @@ def export(
             lambda folder: write_adapter(folder, loaded.model, config, facts, name=out.name, half=half, command=command),
             {"kind": adapter.KIND},
         )
-        return Exported(out, form, _size(out))
+        return Exported(folder=out, form=form, size=_size(out))
     maker = Maker(loaded, facts, form, routing=routing, int8=int8, name=out.name, notice=notice)
     publish(out, maker.write, maker.manifest)
-    return Exported(out, form, _size(out), maker.parity, maker.manifest.get("int8"))
+    return Exported(folder=out, form=form, size=_size(out), parity=maker.parity, int8=maker.manifest.get("int8"))
 
 
 _GOES_WITH = {"--int8": ("onnx",), "--routing": ("onnx", "pt2"), "--half": ("adapter",)}
 
 
-def _refuse(out: Path, form: str, asked: Mapping[str, bool], overwrite: bool) -> None:
+def _refuse(out: Path, form: str, options: Mapping[str, bool], overwrite: bool) -> None:
     if form not in FORMS:
         raise ConfigError(67, f"there is no format {form!r}", where="--format", fix=f"use {', '.join(FORMS)}")
-    for option, wanted in asked.items():
+    for option, wanted in options.items():
         if wanted and form not in _GOES_WITH[option]:
             what = f"{option} does not go with --format {form}"
             raise ConfigError(68, what, where=option, fix=f"leave it out, or use --format {_GOES_WITH[option][0]}")
@@ -101,7 +103,7 @@ def _refuse(out: Path, form: str, asked: Mapping[str, bool], overwrite: bool) ->
 
 
 def _facts(loaded: Loaded, result: Mapping[str, Any]) -> dict[str, Any]:
-    """What a reader of the artefact should know, and what loading it needs."""
+    """The facts that loading the export needs and that its model card shows."""
     manifest, labels = loaded.manifest, loaded.manifest["labels"]
     own = loaded.thresholds
     thresholds = [own] * len(labels) if isinstance(own, float) else list(own)
