@@ -39,7 +39,7 @@ def check_fusion(
     values = {"main": main, "comp": comp if isinstance(comp, str) else tuple(comp), **(settings or {}), "method": name}
     try:
         checks = FusionChecks(found, build_config(values, source="check_fusion"), samples)
-    except MopefuseError:
+    except (AssertionError, MopefuseError):
         raise
     except Exception as error:
         fix = "take (config, encoders, num_labels) in __init__, and call super().__init__(config, encoders) first"
