@@ -209,7 +209,7 @@ def test_what_is_no_method_or_cannot_be_built_is_told() -> None:
     with pytest.raises(AssertionError, match="is no subclass of Fusion · fix: derive"):
         check_fusion(nn.Linear)  # type: ignore[arg-type]
 
-    with pytest.raises(AssertionError, match="^Sum: needs at least two samples"):
+    with pytest.raises(AssertionError, match=r"^Sum: needs at least two samples"):
         check_fusion(Sum, samples={"image": [Image.new("RGB", (8, 8))], "text": ["a"]})
 
     class NoArguments(Sum):
