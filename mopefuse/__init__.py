@@ -1,29 +1,106 @@
-"""Fuse two modalities with frozen pretrained encoders: conditional prompts, mixed from prompt experts.
+"""Classify samples of two or more modalities with frozen pretrained encoders, fused by a small trained part.
 
-``build_fusion(main=SPEC, comp=SPEC, num_labels=N)`` gives an `nn.Module`, ``load(RUN).predict(images, texts)`` asks a
-trained run; the command line is ``mopefuse --help``.
+In a training loop of your own: `build_fusion`, `PairDataset`, `save_adapter`. As the command line does it: `RunConfig` or
+`build_config`, `train`, `evaluate`. With what was trained: `load` to predict, `load_model` for an `nn.Module`.
+Importing this package imports neither torch nor pydantic; each name imports what it needs when it is first used.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from mopefuse.config.schema import RunConfig, build_config
+    from mopefuse.data.pairs import PairDataset
+    from mopefuse.evaluation.scoring import Evaluation
+    from mopefuse.export.adapter import save_adapter
     from mopefuse.fusion.build import build_fusion
+    from mopefuse.inference.load_model import load_model
     from mopefuse.inference.predict import load
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "build_fusion", "load"]
+__all__ = [
+    "PairDataset",
+    "RunConfig",
+    "__version__",
+    "build_config",
+    "build_fusion",
+    "evaluate",
+    "load",
+    "load_model",
+    "save_adapter",
+    "train",
+]
+_MODULES = {
+    "PairDataset": "mopefuse.data.pairs",
+    "RunConfig": "mopefuse.config.schema",
+    "build_config": "mopefuse.config.schema",
+    "build_fusion": "mopefuse.fusion.build",
+    "load": "mopefuse.inference.predict",
+    "load_model": "mopefuse.inference.load_model",
+    "save_adapter": "mopefuse.export.adapter",
+}
+
+
+def train(config: RunConfig, out: str | Path, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+    """Train as ``mopefuse train`` does: into a run folder, the best checkpoint on validation tested once.
+
+    Args:
+        config: all settings; ``build_config({"main": SPEC, "comp": SPEC, "data": {"path": DIR}})`` makes one.
+        out: the run folder. resume: go on with the run in it. overwrite: replace the run in it.
+
+    Returns:
+        The content of ``metrics.json``: "metrics" by split, "parameters", "seconds" and more.
+
+    Raises:
+        MopefuseError: an invalid setting, data, encoder or folder; see docs/errors.md.
+    """
+    from mopefuse.core.python_names import python_names
+    from mopefuse.training.train import train as train_run
+
+    with python_names():
+        return train_run(config, Path(out), resume=resume, overwrite=overwrite)
+
+
+def evaluate(
+    run: str | Path,
+    *,
+    split: str = "test",
+    data: str | Path | None = None,
+    layout: Mapping[str, Any] | None = None,
+    checkpoint: str = "best",
+    device: str = "auto",
+) -> Evaluation:
+    """Evaluate a run, an adapter or a bundle on a split, as ``mopefuse eval`` does; ``.metrics`` has the metrics by name.
+
+    Args:
+        run: a folder, or ``hf-hub:repo/name``. split: "train", "val" or "test".
+        data: folder or table to evaluate on; default the data of the run. An adapter and a bundle need it.
+        layout: settings of `data` that differ there, by name: ``{"text_col": "caption"}``.
+        checkpoint: of a run: "best", "last" or "step-N". device: "auto", "cpu", "cuda", "cuda:N" or "mps".
+
+    Raises:
+        CheckpointError: there is no such run, or its encoders are not those that it was trained with.
+        DataError: labels that the model does not know, or invalid rows.
+    """
+    from mopefuse.core.python_names import python_names
+    from mopefuse.evaluation.evaluate import evaluate as evaluate_run
+
+    place = None if data is None else Path(data)
+    with python_names():
+        return evaluate_run(Path(run), split=split, data=place, layout=layout, checkpoint=checkpoint, device=device)
 
 
 def __getattr__(name: str) -> Any:
-    """What is heavy to import is imported when it is asked for."""
-    if name == "build_fusion":
-        from mopefuse.fusion.build import build_fusion
+    """Import a public name when it is first used."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)
 
-        return build_fusion
-    if name == "load":
-        from mopefuse.inference.predict import load
 
-        return load
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

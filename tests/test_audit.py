@@ -133,8 +133,8 @@ def test_leaving_out_a_kind_is_a_model_that_never_had_it(data: Path, kind: str) 
     found = audit_model(model, pairs, "test", config, CPU)
     less = settings(data, prompts={**lengths, kind: 0, "experts": 4, "gate": "none"})
     without = model_of(less)
-    own = model.own_state()
-    without.load_own_state({name: own[name] for name in without.own_state()}, where="")
+    own = model.trainable_state_dict()
+    without.load_trainable_state_dict({name: own[name] for name in without.trainable_state_dict()}, where="")
     assert found[kind].logits_SN.equal(run_split(without, pairs, "test", less, CPU).logits_SN)
     again = run_split(model, pairs, "test", config, CPU).logits_SN
     assert again.equal(found["as is"].logits_SN), "the model is as it was"

@@ -33,7 +33,7 @@ INSERTING = ("sequential", "mmbt", "p-mmbt", "promptfuse", "blindprompt", "pmf")
 def runs_on_fake_cuda(model: Fusion) -> None:
     """Forward, backward and evaluation in both half precisions, as training and validation do them."""
     batch = model.collate(images(3), TEXTS[:3])
-    learns = bool(model.ours()) and not model.closed_form
+    learns = bool(model.named_trainable_parameters()) and not model.closed_form
     with FAKE:
         move(model)
         on_device = moved(batch)
@@ -45,7 +45,7 @@ def runs_on_fake_cuda(model: Fusion) -> None:
             assert all(each_BN.dtype == torch.float32 for each_BN in logits)
             if learns:
                 backward(torch.cat(logits).square().sum())
-                assert all(parameter.grad is not None for parameter in model.ours().values())
+                assert all(parameter.grad is not None for parameter in model.trainable_parameters())
                 model.zero_grad()
             model.eval()
             with torch.no_grad(), autocast(dtype):

@@ -95,9 +95,9 @@ def test_the_floor_runs_both_encoders_and_goes_back_to_the_first_layer() -> None
 
 def test_a_step_of_a_row_is_a_step_of_training() -> None:
     subject = prepared(TINY, Variant("one", {"prompts": {"experts": 2}}))
-    before = {name: p.detach().clone() for name, p in subject.model.ours().items()}
+    before = {name: p.detach().clone() for name, p in subject.model.named_trainable_parameters().items()}
     subject.step()
-    moved = {name for name, p in subject.model.ours().items() if not torch.equal(p, before[name])}
+    moved = {name for name, p in subject.model.named_trainable_parameters().items() if not torch.equal(p, before[name])}
     assert "head.weight" in moved
     assert all(p.grad is None for name, p in subject.model.named_parameters() if name not in before)
 
@@ -145,8 +145,8 @@ def test_every_row_is_there_with_every_number(found: PairBench) -> None:
 def test_what_is_counted_is_what_a_run_trains_and_saves(found: PairBench) -> None:
     subject = prepared(TINY, Variant("one", {"prompts": {"experts": 4}}))
     line = found.line(conditional(4))
-    assert line.trainable == sum(p.numel() for p in subject.model.ours().values())
-    assert line.artefact == sum(t.numel() * t.element_size() for t in subject.model.own_state().values())
+    assert line.trainable == sum(p.numel() for p in subject.model.trainable_parameters())
+    assert line.artefact == sum(t.numel() * t.element_size() for t in subject.model.trainable_state_dict().values())
     assert found.line(FLOOR).trainable == found.line(FLOOR).artefact == 0
     assert found.line("late-concat, fine-tuned").artefact > found.weights
 

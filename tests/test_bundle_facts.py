@@ -53,7 +53,7 @@ def test_no_value_in_a_file_of_a_bundle_is_an_internal_error(
     before = json.loads((bundle / file).read_text())
     manifest = json.loads((bundle / "manifest.json").read_text())
     run = Bundle(bundle)._run
-    monkeypatch.setattr(predictor, "_onnx", lambda *args: run)
+    monkeypatch.setattr(predictor, "load_runner", lambda *args: run)
     monkeypatch.setattr(predictor, "_verified", lambda folder: manifest)
     refused = tried = 0
     for path in places(before):

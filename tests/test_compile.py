@@ -65,7 +65,8 @@ def learn(model: Fusion, forward: Any, count: int = 4) -> tuple[Tensor, dict[str
     torch.manual_seed(0)
     logits = forward(model.collate(images(count), TEXTS[:count])).logits
     logits.square().sum().backward()
-    return logits.detach(), {name: ours.grad.clone() for name, ours in model.ours().items() if ours.grad is not None}
+    trained = model.named_trainable_parameters()
+    return logits.detach(), {name: tensor.grad.clone() for name, tensor in trained.items() if tensor.grad is not None}
 
 
 @pytest.mark.parametrize(
@@ -92,7 +93,7 @@ def test_a_model_that_learns_is_one_graph_with_the_same_numbers(pair: str, optio
 @pytest.mark.parametrize("pair", ["tiny", "swin and bert"])
 def test_steps_of_one_shape_are_compiled_once_and_smaller_batches_once_more(pair: str) -> None:
     model, counter = built(pair), CompileCounterWithBackend("eager")
-    forward, optimizer = torch.compile(model, backend=counter, fullgraph=True), torch.optim.AdamW(model.ours().values())
+    forward, optimizer = torch.compile(model, backend=counter, fullgraph=True), torch.optim.AdamW(model.trainable_parameters())
     counts = []
     for size in (5, 5, 5, 3, 4, 2):
         learn(model, forward, size)

@@ -76,7 +76,7 @@ def test_what_was_loaded_prepares_and_learns_as_before(tmp_path: Path) -> None:
     again = torch.load(tmp_path / "model.pt", weights_only=False)
     assert torch.equal(answer(again), answer(model))
     again(again.collate(images(3), TEXTS[:3])).logits.sum().backward()
-    assert all(parameter.grad is not None for parameter in again.ours().values())
+    assert all(parameter.grad is not None for parameter in again.trainable_parameters())
     assert all(parameter.grad is None for parameter in model.parameters())
 
 

@@ -76,19 +76,19 @@ def test_the_state_of_the_fused_optimiser_survives_a_checkpoint(tmp_path: Path) 
     def step(fusion: Fusion, by: torch.optim.Optimizer) -> None:
         by.zero_grad()
         torch.manual_seed(0)
-        fusion(fusion.collate(images(4), TEXTS[:4])).logits.square().sum().backward()
+        fusion(fusion.collate(images(4), TEXTS[:4]).to(GPU)).logits.square().sum().backward()
         by.step()
 
     step(model, optimizer)
-    names, others = ({id(p): name for name, p in fusion.ours().items()} for fusion in (model, other))
+    names, others = ({id(p): name for name, p in fusion.named_trainable_parameters().items()} for fusion in (model, other))
     write_tensors(tmp_path / "optimizer.safetensors", optimizer_state(optimizer, names))
-    other.load_own_state(model.own_state(), where="memory")
+    other.load_trainable_state_dict(model.trainable_state_dict(), where="memory")
     load_optimizer_state(restored, others, read_tensors(tmp_path / "optimizer.safetensors"), where="file")
     kept = [tensor for entry in restored.state.values() for tensor in entry.values()]
     assert kept and all(tensor.device.type == GPU.type for tensor in kept)
     step(model, optimizer)
     step(other, restored)
-    torch.testing.assert_close(other.own_state(), model.own_state(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(other.trainable_state_dict(), model.trainable_state_dict(), atol=1e-5, rtol=1e-4)
 
 
 def test_predictions_are_close_to_those_of_the_cpu(data: Path, tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_predictions_are_close_to_those_of_the_cpu(data: Path, tmp_path: Path) -
 @pytest.mark.parametrize("gate", ["zero", "none"])
 def test_bf16_is_close_to_fp32(pair: tuple[str, str], gate: str) -> None:
     model = on_gpu(*pair, gate=gate).eval()
-    batch = model.collate(images(4), TEXTS[:4])
+    batch = model.collate(images(4), TEXTS[:4]).to(GPU)
     with torch.no_grad():
         need = model(batch).logits
         with bf16():
@@ -115,7 +115,7 @@ def peak(model: Fusion, *, recompute: bool) -> int:
     """Bytes that one training step takes beside what was there."""
     for side in model.uses:
         model.encoder(side).recompute = recompute
-    batch = model.collate(images(4) * 4, TEXTS[:4] * 4)
+    batch = model.collate(images(4) * 4, TEXTS[:4] * 4).to(GPU)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -131,7 +131,7 @@ def test_frozen_convolutions_are_laid_out_for_the_gpu() -> None:
     devices.place(model, GPU)
     convolution = next(module for module in model.modules() if isinstance(module, torch.nn.Conv2d))
     assert convolution.weight.is_contiguous(memory_format=torch.channels_last)
-    assert model(model.collate(images(4), TEXTS[:4])).logits.isfinite().all()
+    assert model(model.collate(images(4), TEXTS[:4]).to(GPU)).logits.isfinite().all()
 
 
 def test_activation_checkpointing_takes_less_memory() -> None:
@@ -151,8 +151,8 @@ def test_activation_checkpointing_gives_the_same_gradients(gate: str) -> None:
             model.encoder(side).recompute = recompute
         model.zero_grad()
         torch.manual_seed(0)
-        model(model.collate(images(4), TEXTS[:4])).logits.square().sum().backward()
-        found.append({name: ours.grad for name, ours in model.ours().items() if ours.grad is not None})
+        model(model.collate(images(4), TEXTS[:4]).to(GPU)).logits.square().sum().backward()
+        found.append({name: ours.grad for name, ours in model.named_trainable_parameters().items() if ours.grad is not None})
     torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-3)
 
 
@@ -161,20 +161,20 @@ def test_activation_checkpointing_gives_the_same_gradients(gate: str) -> None:
 def test_prompted_attention_runs_in_fused_kernels(pair: tuple[str, str], gate: str) -> None:
     """Forward and backward; without the plain kernel, what a fused one refuses is an error. Texts are padded."""
     model = on_gpu(*pair, gate=gate, comp_tuning={"mode": "prompts"})
-    batch = model.collate(images(4), TEXTS[:4])
+    batch = model.collate(images(4), TEXTS[:4]).to(GPU)
     with sdpa_kernel(FUSED_KERNELS):
         with bf16():
             logits = model(batch).logits
         logits.float().square().sum().backward()
     assert logits.isfinite().all()
-    assert all(ours.grad is None or ours.grad.isfinite().all() for ours in model.ours().values())
+    assert all(ours.grad is None or ours.grad.isfinite().all() for ours in model.trainable_parameters())
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="torch.compile needs triton on a GPU")
 def test_a_compiled_step_is_that_of_the_model() -> None:
     """Without noise and dropout, which compiled code draws from a generator of its own."""
     model = on_gpu("tiny:vision", "tiny:text", dropout=0.0, router={"noise": False})
-    batch = replace(model.collate(images(4), TEXTS[:4]), targets=torch.arange(4, device=GPU))
+    batch = replace(model.collate(images(4), TEXTS[:4]).to(GPU), targets=torch.arange(4, device=GPU))
     found = []
     for forward in (model, torch.compile(model, fullgraph=True)):
         model.zero_grad()
@@ -182,6 +182,6 @@ def test_a_compiled_step_is_that_of_the_model() -> None:
             output = forward(batch)
         loss = classification_loss(output, batch, multi_label=False)
         loss.backward()
-        norms = [float(ours.grad.norm()) for ours in model.ours().values() if ours.grad is not None]
+        norms = [float(ours.grad.norm()) for ours in model.trainable_parameters() if ours.grad is not None]
         found.append([float(loss.detach()), *norms])
     assert found[1] == pytest.approx(found[0], rel=5e-2, abs=1e-3)

@@ -108,12 +108,12 @@ def test_without_prompts_it_is_a_linear_probe() -> None:
     pooled_BC = model.encoder("main").encode(batch.inputs["main"]).pooled_BC
     normed_BC = (pooled_BC - pooled_BC.mean(-1, keepdim=True)) / pooled_BC.std(-1, correction=0, keepdim=True)
     torch.testing.assert_close(model(batch).logits, normed_BC @ model.head.weight.T + model.head.bias)
-    assert set(model.ours()) == {"head.weight", "head.bias"}
+    assert set(model.named_trainable_parameters()) == {"head.weight", "head.bias"}
     probe = build(method="main-only")
-    probe.load_own_state(model.own_state(), where="here")
+    probe.load_trainable_state_dict(model.trainable_state_dict(), where="here")
     assert torch.equal(model(batch).logits, probe(batch).logits)
     as_published = build(static=0, dynamic=0, mapped=0, head_norm="none")
-    as_published.load_own_state(model.own_state(), where="here")
+    as_published.load_trainable_state_dict(model.trainable_state_dict(), where="here")
     assert torch.equal(as_published(batch).logits, model.head(pooled_BC))
 
 
@@ -161,16 +161,16 @@ CONDITIONAL = {
 )
 def test_exactly_these_parameters_learn_and_are_saved(options: dict[str, object], expected: set[str]) -> None:
     model = build(**options)
-    assert set(model.ours()) == expected
-    assert set(model.own_state()) == expected
+    assert set(model.named_trainable_parameters()) == expected
+    assert set(model.trainable_state_dict()) == expected
     assert {name for name, p in model.named_parameters() if p.requires_grad} == expected
-    assert sum(model.breakdown().values()) == sum(p.numel() for p in model.ours().values())
+    assert sum(model.breakdown().values()) == sum(p.numel() for p in model.trainable_parameters())
     assert "other" not in model.breakdown()
 
 
 def test_orthogonal_keys_are_saved_but_do_not_learn() -> None:
     model = build(router={"kind": "joint"})
-    assert set(model.own_state()) - set(model.ours()) == {"stack.router.keys_NQK"}
+    assert set(model.trainable_state_dict()) - set(model.named_trainable_parameters()) == {"stack.router.keys_NQK"}
 
 
 @pytest.mark.parametrize("mode", ["frozen", "prompts", "lora", "full"])
@@ -178,13 +178,13 @@ def test_frozen_weights_never_move_and_ours_all_do(mode: str) -> None:
     model = build(comp_tuning={"mode": mode}).train()
     open_gates(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    optimizer = torch.optim.SGD(model.ours().values(), lr=0.1)
+    optimizer = torch.optim.SGD(model.trainable_parameters(), lr=0.1)
     batch = model.collate(images(5), TEXTS)
     torch.nn.functional.cross_entropy(model(batch).logits, torch.arange(5)).backward()
     optimizer.step()
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert moved <= set(model.ours())
-    ours = {name for name in model.ours() if not name.startswith("comp.")}
+    assert moved <= set(model.named_trainable_parameters())
+    ours = {name for name in model.named_trainable_parameters() if not name.startswith("comp.")}
     assert ours <= moved
     assert any(name.startswith("comp.") for name in moved) == (mode in ("full", "lora"))
 
@@ -224,23 +224,23 @@ def test_the_same_seed_gives_the_same_model_whatever_was_drawn_before() -> None:
 
 def test_own_state_goes_round() -> None:
     model, other = build(seed=1), build(seed=2)
-    other.load_own_state(model.own_state(), where="here")
+    other.load_trainable_state_dict(model.trainable_state_dict(), where="here")
     batch = model.collate(images(2), TEXTS[:2])
     assert torch.equal(model(batch).logits, other(batch).logits)
 
 
 def test_a_state_that_does_not_fit_is_refused_and_named() -> None:
     model = build()
-    state = model.own_state()
+    state = model.trainable_state_dict()
     for change, message in [
         ({"head.weight": torch.zeros(3, 3)}, r"head\.weight is \(3, 3\), expected \(7, 96\)"),
         ({"head.bias": torch.full((7,), float("nan"))}, "not finite"),
         ({"main.extra": torch.zeros(1)}, r"main\.extra is not expected"),
     ]:
         with pytest.raises(CheckpointError, match=message):
-            model.load_own_state(state | change, where="here")
+            model.load_trainable_state_dict(state | change, where="here")
     with pytest.raises(CheckpointError, match=r"head\.bias is missing"):
-        model.load_own_state({k: v for k, v in state.items() if k != "head.bias"}, where="here")
+        model.load_trainable_state_dict({k: v for k, v in state.items() if k != "head.bias"}, where="here")
 
 
 def test_prompts_start_by_the_papers_rule() -> None:

@@ -57,7 +57,7 @@ def build(name: str) -> Fusion:
         sharpen(model.encoder("comp"))
     random = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in model.ours().values():
+        for parameter in model.trainable_parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=random))
     return model.eval()
 

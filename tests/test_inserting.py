@@ -32,13 +32,13 @@ def test_the_other_modality_reaches_the_logits_and_a_constant_projection_is_blin
 @pytest.mark.parametrize("method", ["promptfuse", "blindprompt"])
 def test_promptfuse_without_learned_tokens_is_sequential_with_frozen_encoders(method: str) -> None:
     fuse, sequential = build(method=method, inserted={"prompts": 0}), build(method="sequential", tune="probe")
-    sequential.load_own_state(fuse.own_state(), where="here")
+    sequential.load_trainable_state_dict(fuse.trainable_state_dict(), where="here")
     assert torch.equal(answers(fuse), answers(sequential))
 
 
 def test_blindprompt_is_promptfuse_with_a_mask() -> None:
     fuse, blind = build(method="promptfuse"), build(method="blindprompt")
-    blind.load_own_state(fuse.own_state(), where="here")
+    blind.load_trainable_state_dict(fuse.trainable_state_dict(), where="here")
     assert not torch.equal(answers(fuse), answers(blind))
     batch = fuse.collate(images(3), TEXTS[:3])
     inserted = fuse.build_insert(batch)
@@ -63,7 +63,7 @@ def test_blind_tokens_are_deep_prompts_that_depend_on_nothing() -> None:
 def test_mmbt_with_one_token_of_a_mean_pooled_image_is_sequential() -> None:
     encoders = {"main": "tiny:text", "comp": "tiny:vision?pool=mean"}
     one, sequential = build(method="mmbt", inserted={"images": 1}, **encoders), build(method="sequential", **encoders)
-    sequential.load_own_state(one.own_state(), where="here")
+    sequential.load_trainable_state_dict(one.trainable_state_dict(), where="here")
     torch.testing.assert_close(answers(one), answers(sequential), atol=1e-5, rtol=1e-5)
 
 
@@ -91,14 +91,15 @@ def test_mmbt_reads_the_places_of_a_cnn_as_its_paper_does(spec: str, places: int
 def test_p_mmbt_without_prompts_is_mmbt_with_frozen_encoders() -> None:
     encoders = sides("mmbt")
     prompted, frozen = build(method="p-mmbt", static=0, **encoders), build(method="mmbt", tune="probe", **encoders)
-    frozen.load_own_state(prompted.own_state(), where="here")
+    frozen.load_trainable_state_dict(prompted.trainable_state_dict(), where="here")
     assert torch.equal(answers(prompted), answers(frozen))
 
 
 def test_p_sequential_with_closed_gates_is_main_only_and_ungated_it_is_a_prompt_of_the_first_layer() -> None:
     probe = build(method="main-only")
     closed = build(method="p-sequential")
-    probe.load_own_state({name: t for name, t in closed.own_state().items() if name.startswith("head.")}, where="here")
+    head = {name: t for name, t in closed.trainable_state_dict().items() if name.startswith("head.")}
+    probe.load_trainable_state_dict(head, where="here")
     assert torch.equal(answers(closed), answers(probe))
     model = build(method="p-sequential", static=0, gate="none")
     batch = model.collate(images(3), TEXTS[:3])
@@ -126,9 +127,10 @@ def test_the_text_reads_the_image_whichever_is_main(method: str) -> None:
     image_main = build(method=method, main="tiny:vision", comp="tiny:text")
     other = {"main": "comp", "comp": "main"}
     exchanged = {
-        ".".join(other.get(part, part) for part in name.split(".")): tensor for name, tensor in text_main.own_state().items()
+        ".".join(other.get(part, part) for part in name.split(".")): tensor
+        for name, tensor in text_main.trainable_state_dict().items()
     }
-    image_main.load_own_state(exchanged, where="here")
+    image_main.load_trainable_state_dict(exchanged, where="here")
     assert torch.equal(answers(text_main), answers(image_main))
     assert [model.bond("project.weight") for model in (text_main, image_main)] == ["comp features", "main features"]
 

@@ -186,19 +186,20 @@ def test_an_alpha_of_0_is_the_frozen_encoder_to_the_bit(method: str) -> None:
     adapted = build(method=method, tune="lora", lora={"alpha": 0}, **sides(method))
     learn(adapted)
     frozen = build(method=method, tune="probe", **sides(method))
-    frozen.load_own_state({n: t for n, t in adapted.own_state().items() if ".lora_" not in n}, where="here")
+    without_lora = {n: t for n, t in adapted.trainable_state_dict().items() if ".lora_" not in n}
+    frozen.load_trainable_state_dict(without_lora, where="here")
     assert torch.equal(answers(adapted), answers(frozen))
     shown = build(method=method, tune="lora", **sides(method))
     learn(shown)
-    shown.load_own_state({**shown.own_state(), **frozen.own_state()}, where="here")
+    shown.load_trainable_state_dict({**shown.trainable_state_dict(), **frozen.trainable_state_dict()}, where="here")
     assert not torch.allclose(answers(shown), answers(frozen))
 
 
 def test_psi_of_an_adapted_encoder_is_the_feature_of_comp_only() -> None:
     alone, unimodal = build(comp_tuning={"mode": "lora"}), build(method="comp-only", tune="lora")
     learn(alone)
-    mine = {name for name in alone.own_state() if name.startswith("comp.")}
-    assert mine == {name for name in unimodal.own_state() if name.startswith("comp.")}
+    mine = {name for name in alone.trainable_state_dict() if name.startswith("comp.")}
+    assert mine == {name for name in unimodal.trainable_state_dict() if name.startswith("comp.")}
     batch = alone.collate(images(3), TEXTS[:3])
     with torch.no_grad():
         for name in mine:
@@ -309,11 +310,11 @@ def test_what_learned_is_what_is_saved_and_no_weight_of_an_encoder_is(run: tuple
     folder, settings = run
     saved = weights(folder)
     model = build_model(config(pairs, **settings), 3)
-    assert saved.keys() == model.own_state().keys()
+    assert saved.keys() == model.trainable_state_dict().keys()
     of_encoders = {name for name in saved if name.startswith(("main.", "comp."))}
     assert of_encoders and all(name.endswith((".lora_A.default.weight", ".lora_B.default.weight")) for name in of_encoders)
     assert all(saved[name].any() for name in of_encoders), "LoRA has learned"
-    assert {name for name, p in model.named_parameters() if p.requires_grad} == set(model.ours())
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == set(model.named_trainable_parameters())
     assert sum(model.breakdown()[part] for part in model.breakdown() if part.startswith("LoRA")) == sum(
         saved[name].numel() for name in of_encoders
     )

@@ -43,7 +43,7 @@ def heard(comp: Any = "tiny:text", **options: Any) -> Fusion:
     model = build(comp=comp, experts=4, data={"on_missing": "absent"}, **options)
     open_gates(model)
     with torch.no_grad():
-        for name, parameter in model.ours().items():
+        for name, parameter in model.named_trainable_parameters().items():
             if name.startswith(("head", "absent")):
                 parameter.normal_()
     return model
@@ -77,11 +77,11 @@ def test_an_answer_does_not_depend_on_what_is_missing_and_that_of_others_not_at_
 
 
 def test_what_stands_in_is_learned_from_zero_and_only_where_that_was_asked_for() -> None:
-    assert not any(name.startswith("absent") for name in build().own_state())
+    assert not any(name.startswith("absent") for name in build().trainable_state_dict())
     for asked in ({"data": {"on_missing": "absent"}}, {"train": {"modality_dropout": 0.1}}):
         model = build(**asked, either=True)
-        assert [name for name in model.own_state() if name.startswith("absent")] == ["absent.comp"]
-        assert torch.equal(model.own_state()["absent.comp"], torch.zeros(model.encoder("comp").feature_width))
+        assert [name for name in model.trainable_state_dict() if name.startswith("absent")] == ["absent.comp"]
+        assert torch.equal(model.trainable_state_dict()["absent.comp"], torch.zeros(model.encoder("comp").feature_width))
     assert not build(either=True).absent and build(either=True).does_without == ("main",)
     model = heard()
     model(without(model.collate(images(2), TEXTS[:2]), "comp", [0])).logits.sum().backward()

@@ -125,7 +125,7 @@ def test_prompts_of_all_three_kinds_learn_in_both_streams_and_no_encoder_does(ga
         for layer in model.stacks[side]:
             assert all(getattr(layer, name).grad.abs().sum() > 0 for name in LEARNED)
     moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
-    assert moved == set(model.ours()) == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert moved == set(model.named_trainable_parameters()) == {name for name, p in model.named_parameters() if p.requires_grad}
     assert all(name.startswith(("stacks.", "head.")) for name in moved)
 
 
@@ -144,10 +144,10 @@ def test_gradients_are_those_of_the_definition() -> None:
     batch = model.collate(images(5), TEXTS)
     streams = {side: tiny_stream(model.encoder(side), batch.inputs[side]) for side in ("main", "comp")}
     ours, by_hand = (
-        torch.autograd.grad(F.cross_entropy(logits, torch.arange(5)), list(model.ours().values()))
+        torch.autograd.grad(F.cross_entropy(logits, torch.arange(5)), list(model.trainable_parameters()))
         for logits in (model(batch).logits, by_definition(model, streams))
     )
-    for name, one, other in zip(model.ours(), ours, by_hand, strict=True):
+    for name, one, other in zip(model.named_trainable_parameters(), ours, by_hand, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
@@ -169,9 +169,10 @@ def test_the_exchange_goes_both_ways() -> None:
 
 def test_no_fusion_layer_and_closed_gates_are_late_concatenation_of_frozen_encoders_to_the_bit() -> None:
     plain, none, closed = build(method="late-concat"), pmf(pmf={"layers": 0}), pmf()
-    assert none.frozen == plain.frozen and set(none.ours()) == set(plain.ours())
+    assert none.frozen == plain.frozen and set(none.named_trainable_parameters()) == set(plain.named_trainable_parameters())
     for model in (none, closed):
-        plain.load_own_state({n: t for n, t in model.own_state().items() if n.startswith("head.")}, where="here")
+        head = {n: t for n, t in model.trainable_state_dict().items() if n.startswith("head.")}
+        plain.load_trainable_state_dict(head, where="here")
         assert torch.equal(answers(model), answers(plain))
     open_gates(closed)
     assert not torch.equal(answers(closed), answers(plain))
@@ -182,13 +183,13 @@ def test_without_query_prompts_it_is_static_prompts_in_the_last_layers_to_the_bi
     model = pmf(gate=gate, pmf={"queries": 0, "fusion_context": 3})
     static = build(method="p-late-concat", gate=gate, layers="last:2", static=3)
     open_gates(model)
-    state = {name: tensor for name, tensor in model.own_state().items() if name.startswith("head.")}
+    state = {name: tensor for name, tensor in model.trainable_state_dict().items() if name.startswith("head.")}
     for side, depth in (("main", 4), ("comp", 2)):
         for at, layer in enumerate(model.stacks[side]):
             state[f"stacks.{side}.layers.{depth - 2 + at}.static_SD"] = layer.fusion_context_PD
             if gate == "zero":
                 state[f"stacks.{side}.layers.{depth - 2 + at}.gate_H"] = layer.gate_H
-    static.load_own_state(state, where="here")
+    static.load_trainable_state_dict(state, where="here")
     assert torch.equal(answers(model), answers(static))
 
 
@@ -196,9 +197,9 @@ def test_without_query_prompts_it_is_static_prompts_in_the_last_layers_to_the_bi
 def test_kinds_can_be_left_out(lengths: dict[str, int]) -> None:
     model = pmf(gate="none", dropout=0.0, pmf=lengths)
     F.cross_entropy(answers(model), torch.arange(5)).backward()
-    assert all(parameter.grad is not None for parameter in model.ours().values())
+    assert all(parameter.grad is not None for parameter in model.trainable_parameters())
     missing = {f"{kind}_XD" if kind == "query_context" else f"{kind}_PD" for kind in lengths}
-    assert {name.rpartition(".")[2] for name in model.ours()} & set(LEARNED) == set(LEARNED) - missing
+    assert {name.rpartition(".")[2] for name in model.named_trainable_parameters()} & set(LEARNED) == set(LEARNED) - missing
 
 
 @pytest.mark.parametrize("side", ["main", "comp"])
@@ -235,7 +236,7 @@ def test_another_encoder_keeps_what_hangs_on_the_one_that_stays() -> None:
     _, inherited = inherit(old, new, list("abcdefg"), list("abcdefg"))
     fresh = {entry.name for entry in inherited if entry.fate == "new"}
     assert fresh == {f"stacks.main.{at}.mapping.0.{kind}" for at in (0, 1) for kind in ("weight", "bias")}
-    assert all(old.bond(name) for name in old.ours() if not name.startswith("head."))
+    assert all(old.bond(name) for name in old.named_trainable_parameters() if not name.startswith("head."))
 
 
 def test_it_is_an_ordinary_run_and_exports(pairs: Path, tmp_path: Path) -> None:
@@ -261,7 +262,7 @@ def test_a_run_of_it_resumes_to_the_bit(pairs: Path, tmp_path: Path) -> None:
         read_tensors(RunFolder(tmp_path / name).checkpoint("last")[0] / "weights.safetensors") for name in ("whole", "parts")
     )
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-    begun = build_model(config(1), 3).own_state()
+    begun = build_model(config(1), 3).trainable_state_dict()
     assert all(not torch.equal(one[name], begun[name]) for name in one if name.endswith(LEARNED))
 
 

@@ -26,6 +26,7 @@ from torchvision.transforms.v2 import functional as TF
 import mopefuse
 from mopefuse.encoders.base import create_encoder
 from mopefuse.inference import bundle as predictor
+from mopefuse.inference import bundle_tokens
 from mopefuse.inference.bundle import Bundle
 from mopefuse.metrics import classification as metrics
 from mopefuse.modalities import pixels
@@ -91,10 +92,10 @@ def test_tokens_are_those_of_the_encoder(
     how["tokenizer"]["file"] = file.name
     if not file.exists():
         del how["tokenizer"]["file"]
-    monkeypatch.setattr(predictor, "find_spec", lambda name: object() if ftfy else None)
+    monkeypatch.setattr(bundle_tokens, "find_spec", lambda name: object() if ftfy else None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        tokenize = predictor._tokenizer(how, tmp_path)
+        tokenize = bundle_tokens.load_tokenizer(how, tmp_path)
         broken = kind == "open_clip" and not ftfy
         texts = [text for text in TEXTS if not (broken and "mojibake" in text)]
         wanted = preprocess.batch([preprocess.item(text) for text in texts])
@@ -105,8 +106,8 @@ def test_tokens_are_those_of_the_encoder(
 
 
 def test_text_that_may_need_ftfy_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(predictor, "find_spec", lambda name: None)
-    clean = predictor._clip_text()
+    monkeypatch.setattr(bundle_tokens, "find_spec", lambda name: None)
+    clean = bundle_tokens._clip_text()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert clean("  A &lt;b&gt;  C ") == "a <b> c"

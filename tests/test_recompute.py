@@ -165,7 +165,7 @@ def test_every_method_learns_the_same(method: str) -> None:
         model.train()
         torch.manual_seed(0)
         model(model.collate(images(4), TEXTS[:4])).logits.square().sum().backward()
-        found.append({name: ours.grad for name, ours in model.ours().items() if ours.grad is not None})
+        found.append({name: ours.grad for name, ours in model.named_trainable_parameters().items() if ours.grad is not None})
     assert_equal(found[1], found[0])
 
 

@@ -83,9 +83,9 @@ def test_an_encoder_that_is_not_said_clearly_is_refused(comp: list[str]) -> None
 
 def test_one_in_a_list_is_the_old_model() -> None:
     text, listed = build(), build(comp=["tiny:text"])  # type: ignore[arg-type]
-    assert text.own_state().keys() == listed.own_state().keys()
-    for name, tensor in text.own_state().items():
-        assert torch.equal(tensor, listed.own_state()[name]), name
+    assert text.trainable_state_dict().keys() == listed.trainable_state_dict().keys()
+    for name, tensor in text.trainable_state_dict().items():
+        assert torch.equal(tensor, listed.trainable_state_dict()[name]), name
 
 
 @pytest.mark.parametrize("router", ["cross", "joint"])
@@ -133,7 +133,7 @@ def test_prompts_of_two_conditions_by_their_definition(router: str) -> None:
 def test_no_sample_sees_another_and_every_encoder_is_heard(options: dict[str, Any]) -> None:
     model = several(THREE, **options)
     with torch.no_grad():
-        for name, parameter in model.ours().items():
+        for name, parameter in model.named_trainable_parameters().items():
             if name.startswith("head"):
                 parameter.normal_()
     whole = model.collate(images(3), TEXTS[:3])
@@ -151,10 +151,11 @@ def test_no_sample_sees_another_and_every_encoder_is_heard(options: dict[str, An
 def test_everything_that_is_ours_learns(mode: str) -> None:
     model = several(comp_tuning={"mode": mode}, dropout=0.0)
     model(model.collate(images(3), TEXTS[:3])).logits.square().sum().backward()
-    still = [name for name, parameter in model.ours().items() if parameter.grad is None or not parameter.grad.any()]
+    trained = model.named_trainable_parameters()
+    still = [name for name, parameter in trained.items() if parameter.grad is None or not parameter.grad.any()]
     # Half of LoRA begins at 0, and hides the other half; the tokenizer's other words, a class token that pooling does not use.
     assert [name for name in still if "lora_A" not in name and not name.startswith(("comp.", "comp2."))] == []
-    assert any(name.startswith("comp2") for name in model.ours()) == (mode != "frozen")
+    assert any(name.startswith("comp2") for name in model.named_trainable_parameters()) == (mode != "frozen")
 
 
 @pytest.mark.parametrize("method", ["mmbt", "pmf", "p-late-concat", "sequential", "promptfuse", "p-sequential"])

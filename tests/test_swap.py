@@ -38,10 +38,10 @@ def pair(old: dict[str, Any], new: dict[str, Any], labels: Labels = (["a", "b"],
     """(old model, state that the new one gets, fate by name), the old model with values that tell where they are from."""
     one, other = build_model(config_of(**old), len(labels[0])), build_model(config_of(**new, seed=5), len(labels[1]))
     with torch.no_grad():
-        for parameter in one.ours().values():
+        for parameter in one.trainable_parameters():
             parameter.normal_()
     state, inherited = inherit(one, other, *labels)
-    return one.own_state(), state, {entry.name: entry.fate for entry in inherited}
+    return one.trainable_state_dict(), state, {entry.name: entry.fate for entry in inherited}
 
 
 def kept(fates: dict[str, str], prefix: str) -> set[str]:

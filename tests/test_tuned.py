@@ -54,19 +54,20 @@ def test_a_sample_does_not_depend_on_its_batch(method: str, tune: str) -> None:
 def test_all_that_is_ours_learns_and_nothing_else(method: str, tune: str) -> None:
     model = build(method=method, tune=tune, dropout=0.0, **sides(method)).train()
     open_gates(model)
-    for name, parameter in model.ours().items():
+    for name, parameter in model.named_trainable_parameters().items():
         if ".lora_B." in name:  # while it is 0, A gets no gradient
             torch.nn.init.normal_(parameter)
     batch = model.collate(images(5), TEXTS)
     torch.nn.functional.cross_entropy(model(batch).logits, torch.arange(5)).backward()
     moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
-    unused = {name for name in model.ours() if name.endswith((".word.weight", "position_LD")) and name not in moved}
-    assert moved | unused == set(model.ours()) == {name for name, p in model.named_parameters() if p.requires_grad}
+    trained = set(model.named_trainable_parameters())
+    unused = {name for name in trained if name.endswith((".word.weight", "position_LD")) and name not in moved}
+    assert moved | unused == trained == {name for name, p in model.named_parameters() if p.requires_grad}
     tuned = {name.partition(".")[0] for name in moved} & {"main", "comp"}
     assert tuned == (set(model.uses) if tune in ("full", "lora") else set())
     assert all(".lora_" in name for name in moved if tune == "lora" and name.startswith(("main.", "comp.")))
     assert "other" not in model.breakdown()
-    assert all(model.bond(name) for name in model.own_state() if not name.startswith("head."))
+    assert all(model.bond(name) for name in model.trainable_state_dict() if not name.startswith("head."))
 
 
 @pytest.mark.parametrize("method", ALL)
@@ -74,11 +75,11 @@ def test_prompts_of_no_length_and_prompts_gated_to_0_are_a_probe_to_the_bit(meth
     probe = build(method=method, tune="probe", **sides(method))
     none = build(method=method, tune="prompt", static=0, **sides(method))
     gated = build(method=method, tune="prompt", **sides(method))
-    state = none.own_state()
-    assert not len(none.stacks) and set(state) == set(probe.own_state())
-    probe.load_own_state(state, where="here")
-    known = gated.own_state()
-    gated.load_own_state(known | {name: tensor for name, tensor in state.items() if name in known}, where="here")
+    state = none.trainable_state_dict()
+    assert not len(none.stacks) and set(state) == set(probe.trainable_state_dict())
+    probe.load_trainable_state_dict(state, where="here")
+    known = gated.trainable_state_dict()
+    gated.load_trainable_state_dict(known | {name: tensor for name, tensor in state.items() if name in known}, where="here")
     assert torch.equal(answers(none), answers(probe))
     assert torch.equal(answers(gated), answers(probe))
     open_gates(gated)
@@ -87,7 +88,7 @@ def test_prompts_of_no_length_and_prompts_gated_to_0_are_a_probe_to_the_bit(meth
 
 def test_p_late_concat_without_prompts_is_late_concat() -> None:
     prompted, plain = build(method="p-late-concat", static=0), build(method="late-concat")
-    plain.load_own_state(prompted.own_state(), where="here")
+    plain.load_trainable_state_dict(prompted.trainable_state_dict(), where="here")
     assert torch.equal(answers(prompted), answers(plain))
     assert plain.frozen == prompted.frozen == ("main", "comp")
 
@@ -95,7 +96,8 @@ def test_p_late_concat_without_prompts_is_late_concat() -> None:
 def test_main_only_with_prompts_is_conditional_with_static_prompts_alone() -> None:
     alone, ours = build(method="main-only", tune="prompt", static=3), build(static=3, dynamic=0, mapped=0)
     open_gates(alone)
-    ours.load_own_state({n.replace("stacks.main.", "stack."): t for n, t in alone.own_state().items()}, where="here")
+    state = {n.replace("stacks.main.", "stack."): t for n, t in alone.trainable_state_dict().items()}
+    ours.load_trainable_state_dict(state, where="here")
     torch.testing.assert_close(answers(alone), answers(ours))
 
 
@@ -107,7 +109,7 @@ def test_tuned_weights_have_a_learning_rate_of_their_own(tune: str, lr: float) -
     model = build_model(config, 3)
     rates = resolved(config, model).train
     of = {id(p): group["peak"] for group in make_optimizer(model, rates).param_groups for p in group["params"]}
-    found = {name.partition(".")[0]: of[id(p)] for name, p in model.ours().items()}
+    found = {name.partition(".")[0]: of[id(p)] for name, p in model.named_trainable_parameters().items()}
     comp = 3e-5 if tune == "full" else 5e-4
     expected = {"head": 4e-4, "main": lr, "comp": comp} if tune != "prompt" else {"head": 4e-4, "stacks": comp}
     assert found == expected

@@ -79,7 +79,7 @@ def test_logits_of_step_0_are_those_of_the_regression(data: Path, tmp_path: Path
         train(settings, tmp_path / settings.method)
         model = build_model(settings, 3)
         path = RunFolder(tmp_path / settings.method).checkpoint()[0]
-        model.load_own_state(read_tensors(path / "weights.safetensors"), where="here")
+        model.load_trainable_state_dict(read_tensors(path / "weights.safetensors"), where="here")
         from test_fusion import TEXTS, images
 
         logits.append(model(model.collate(images(5), TEXTS)).logits)
@@ -117,7 +117,7 @@ def test_the_head_learns_slower_and_the_statistics_not_at_all(data: Path, tmp_pa
     )
     assert all(torch.equal(start[n], end[n]) for n in start if n.startswith("standard."))
     assert not torch.equal(start["head.weight"], end["head.weight"])
-    assert not set(model.ours()) & {n for n in start if n.startswith("standard.")}
+    assert not set(model.named_trainable_parameters()) & {n for n in start if n.startswith("standard.")}
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,7 @@ class Subject:
     @property
     def artefact(self) -> int:
         """Size of the saved tensors in bytes."""
-        return 0 if self.variant.bare else sum(t.numel() * t.element_size() for t in self.model.own_state().values())
+        return 0 if self.variant.bare else sum(t.numel() * t.element_size() for t in self.model.trainable_state_dict().values())
 
     def _configured(self) -> AbstractContextManager[None]:
         for encoder in self.encoders.values():  # shared between rows
@@ -189,8 +189,8 @@ class Subject:
             return
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        distributed.sum_gradients(self.model.ours().values())
-        torch.nn.utils.clip_grad_norm_(self.model.ours().values(), self.config.train.clip)
+        distributed.sum_gradients(self.model.trainable_parameters())
+        torch.nn.utils.clip_grad_norm_(self.model.trainable_parameters(), self.config.train.clip)
         self.optimizer.step()
 
     @torch.no_grad()

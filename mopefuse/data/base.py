@@ -181,7 +181,7 @@ class Batch:
 
         return Batch(**{item.name: walk(getattr(self, item.name)) for item in fields(self)})
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: torch.device | str) -> Batch:
         """Copy the batch to `device`; `index` stays on the CPU."""
         return replace(self._map(lambda tensor: tensor.to(device, non_blocking=True)), index=self.index)
 

@@ -1,7 +1,7 @@
-"""Make a bundle: one graph with all that running it needs, checked against the model before it is published.
+"""Make a bundle: one graph and everything needed to run it, compared with the model before it is published.
 
-Its preprocessing is compared with training's, bit for bit, and its answers with the model's, alone and in batches, for short,
-long and padded texts.
+Its inputs must equal those of training bit for bit, and its logits those of the model nearly, for single pairs and batches,
+with short, long and padded texts.
 
 Shapes: B batch, N labels.
 """
@@ -29,7 +29,8 @@ from mopefuse.evaluation.scoring import score
 from mopefuse.export import graph
 from mopefuse.export.model_card import model_card
 from mopefuse.fusion.base import Fusion
-from mopefuse.inference.bundle import KIND, MODELS, Array, Bundle
+from mopefuse.inference.bundle import KIND, MODELS, Bundle
+from mopefuse.inference.bundle_runtime import Array
 from mopefuse.inference.predict import Predictor
 from mopefuse.inference.pt2 import save_pt2
 from mopefuse.runs.load import Loaded
@@ -44,10 +45,11 @@ Notice = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Parity:
-    """How far a graph is from the model that it was made of, over all probes.
+    """How closely a graph agrees with the model that it was made from, over all probes.
 
     Args:
-        milliseconds: median time of one pair, {"graph", "model"}, on the same threads.
+        max_difference: largest absolute difference of logits. labels_agree: share of probes with the same predicted labels.
+        milliseconds: median time of one pair, by "graph" and "model", with the same number of threads.
     """
 
     max_difference: float
@@ -58,7 +60,7 @@ class Parity:
 
 
 def public(config: RunConfig) -> RunConfig:
-    """A configuration without the places of its data, which are nobody else's business."""
+    """`config` without the location of its data, which stays private."""
     return config.model_copy(update={"data": config.data.model_copy(update={"path": None, "image_roots": ()})})
 
 
@@ -76,7 +78,7 @@ class Maker:
         self.parity: Parity | None = None
 
     def write(self, folder: Path) -> None:
-        """All files of the bundle; raises before anything of it is published."""
+        """Write all files of the bundle into `folder`; an error is raised before anything is published."""
         sides, empty = describe(self.loaded.model, folder), self.config.data.on_missing != "error"
         (folder / "preprocess.json").write_text(dump_json({"sides": sides, "empty_is_missing": empty}), encoding="utf-8")
         labels = {"labels": self.facts["labels"], "multi_label": self.facts["multi_label"]}
@@ -126,7 +128,7 @@ class Maker:
         return small
 
     def _write_example(self, folder: Path, bundle: Bundle) -> None:
-        """A made-up pair and what the bundle says of it: nobody's data."""
+        """Write a synthetic pair and the bundle's prediction for it, for `mopefuse export verify`."""
         image = _gradient(64, 48)
         image.save(folder / "example.png")
         logits_BN, _ = bundle.run(bundle.collate([image], [EXAMPLE_TEXT]))
@@ -151,10 +153,10 @@ class Maker:
 
 
 def describe(model: Fusion, folder: Path) -> dict[str, dict[str, Any]]:
-    """How each side's raw values become inputs, for preprocess.json; tokenizers are written into `folder`.
+    """The preprocessing of each side, for preprocess.json; tokenizers are written into `folder`.
 
     Raises:
-        EncoderError: an encoder whose preprocessing only it can do.
+        EncoderError: the preprocessing of an encoder cannot be described.
     """
     sides: dict[str, dict[str, Any]] = {}
     for side, (modality, preprocess) in model.readers().items():
@@ -174,8 +176,8 @@ def describe(model: Fusion, folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def probes(sides: Mapping[str, Mapping[str, Any]]) -> tuple[list[Any], list[Any]]:
-    """Seven pairs: images of several shapes; texts that are empty, short, of other scripts, too long for any encoder; none
-    where the model can do without."""
+    """Seven pairs to compare with: images of several shapes; texts that are empty, short, of other scripts, or too long for
+    any encoder; None for some values if the model can predict without them."""
     rng = np.random.default_rng(0)
     sizes = [(64, 48), (48, 64), (333, 250), (16, 16), (300, 20), (224, 224), (31, 97)]
     images = [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
@@ -199,10 +201,10 @@ def _gradient(width: int, height: int) -> Image.Image:
 
 
 def compare(made: graph.Graph, bundle: Bundle, images: Sequence[Any], texts: Sequence[Any]) -> Parity:
-    """The bundle against the model, at batch sizes 1, 2 and 7: inputs must be equal, logits nearly.
+    """Compare the bundle with the model at batch sizes 1, 2 and 7: inputs must be equal, logits nearly.
 
     Raises:
-        GateError: inputs differ, or logits by more than `TOLERANCE`, or a label.
+        GateError: inputs differ, or logits differ by more than `TOLERANCE`.
     """
     groups = [[i] for i in range(7)] + [[0, 1], [1, 5], [3, 6], [*range(7)]]
     worst, agree, routed = 0.0, 0, 0.0
@@ -224,7 +226,13 @@ def compare(made: graph.Graph, bundle: Bundle, images: Sequence[Any], texts: Seq
         what = f"the exported graph's answers differ by {max(worst, routed):.2g}, more than {TOLERANCE:g}"
         where = f"{agree} of {count} labels agree"
         raise GateError(2, what, where=where, fix="use --format adapter, and report it")
-    return Parity(worst, agree / count, count, torch.get_num_threads(), _times(made, bundle, images[:1], texts[:1]))
+    return Parity(
+        max_difference=worst,
+        labels_agree=agree / count,
+        probes=count,
+        threads=torch.get_num_threads(),
+        milliseconds=_times(made, bundle, images[:1], texts[:1]),
+    )
 
 
 def _off(found: Array, wanted: Array) -> float:
@@ -234,14 +242,14 @@ def _off(found: Array, wanted: Array) -> float:
 
 
 def _chosen(logits_BN: Array, bundle: Bundle) -> Array:
-    """Which labels are said: (B, N) of booleans, or the place of the likeliest (B, 1)."""
+    """The predicted labels: a mask (B, N) for multi-label models, else the index of the most likely label (B, 1)."""
     if bundle.multi_label:
         return logits_BN >= np.log(np.array(bundle.thresholds) / (1 - np.array(bundle.thresholds) + 1e-12))
     return np.asarray(logits_BN.argmax(axis=-1)[:, None])
 
 
 def _times(made: graph.Graph, bundle: Bundle, images: Sequence[Any], texts: Sequence[Any]) -> dict[str, float]:
-    """Median milliseconds of one pair in turn, without its preprocessing."""
+    """Median milliseconds of one pair without its preprocessing, graph and model in turn."""
     own, theirs = made.collate(images, texts), bundle.collate(images, texts)
     taken: dict[str, list[float]] = {"graph": [], "model": []}
     with torch.inference_mode():

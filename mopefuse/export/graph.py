@@ -1,8 +1,8 @@
-"""A trained model as one graph, raw tensors in and logits out: for ONNX, and as a pt2 archive of torch.export.
+"""A trained model as one graph from raw tensors to logits, for ONNX and for pt2 archives of torch.export.
 
-Inputs are named by side: ``main_pixels`` (B, H, W, 3) of 8 bits, ``comp_ids`` and ``comp_mask`` (B, L), and, of sides that a
-sample may have nothing for, ``comp_missing`` (B,). The batch and the length of texts are dynamic, under the names ``batch``
-and ``<side>_tokens``. Outputs: ``logits`` (B, N) and, if asked for, ``routing`` (B, routed layers, K).
+Inputs are named by side: ``main_pixels`` (B, H, W, 3) of 8 bits, ``comp_ids`` and ``comp_mask`` (B, L), and ``comp_missing``
+(B,) for sides that a sample may lack. The batch and the length of texts are dynamic, with the names ``batch`` and
+``<side>_tokens``. Outputs: ``logits`` (B, N) and, with `routing`, ``routing`` (B, routed layers, K).
 
 Shapes: B batch, L tokens, N labels, K experts.
 """
@@ -36,11 +36,11 @@ class Graph(nn.Module):
 
     @property
     def outputs(self) -> list[str]:
-        """Names, in order."""
+        """The names of the outputs, in order."""
         return ["logits", "routing"] if self.routing else ["logits"]
 
     def collate(self, images: Sequence[Any], texts: Sequence[Any]) -> dict[str, Tensor]:
-        """Pairs as named tensors on the CPU; None where one has none, and the model can do without."""
+        """Pairs as named tensors on the CPU; None for a value that is missing, if the model can predict without it."""
         batch = self.model.collate(images, texts)
         named = {f"{side}_{name}": t.cpu() for side, inputs in batch.inputs.items() for name, t in inputs.items()}
         for side in (side for side in self.model.does_without if side in batch.inputs):
@@ -49,7 +49,7 @@ class Graph(nn.Module):
         return named
 
     def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        """Logits (B, N), and routing if asked for."""
+        """Logits (B, N), and routing (B, routed layers, K) with `routing`."""
         sides: dict[str, dict[str, Tensor]] = {}
         for name, tensor in inputs.items():
             side, _, own = name.partition("_")
@@ -63,10 +63,10 @@ class Graph(nn.Module):
 
 
 def trace(graph: Graph, example: Mapping[str, Tensor], fixed_lengths: Mapping[str, int | None]) -> ExportedProgram:
-    """The graph of a model on the CPU, traced with an example batch of two or more.
+    """Trace the graph of a model on the CPU with an example batch of at least two samples.
 
     Args:
-        fixed_lengths: of each text side, the one length that its encoder takes, or None for any.
+        fixed_lengths: by text side, the only length that its encoder takes, or None for any.
 
     Raises:
         EncoderError: an encoder does something that torch.export cannot trace.
@@ -85,7 +85,7 @@ def trace(graph: Graph, example: Mapping[str, Tensor], fixed_lengths: Mapping[st
 
 
 def _axes(example: Mapping[str, Tensor], fixed_lengths: Mapping[str, int | None]) -> dict[str, dict[int, str]]:
-    """Names of the dynamic axes of each input."""
+    """The names of the dynamic axes of each input, by axis."""
     axes: dict[str, dict[int, str]] = {}
     for name, tensor in example.items():
         side = name.partition("_")[0]
@@ -97,7 +97,7 @@ def _axes(example: Mapping[str, Tensor], fixed_lengths: Mapping[str, int | None]
 def save_onnx(
     program: ExportedProgram, graph: Graph, example: Mapping[str, Tensor], fixed_lengths: Mapping[str, int | None], file: Path
 ) -> None:
-    """Write ONNX, its weights inside; in ``<file>.data`` beside it where they are too large for that.
+    """Write an ONNX file that contains its weights; weights that are too large for it go to ``<file>.data`` beside it.
 
     Raises:
         PackageError: onnx or onnxscript is not installed.
@@ -120,7 +120,7 @@ def save_onnx(
 
 
 def quantise(file: Path) -> None:
-    """Make the weights of an ONNX file's matrix products 8-bit, in place (onnxruntime's dynamic quantisation).
+    """Quantise the weights of an ONNX file's matrix products to 8 bits, in place (onnxruntime's dynamic quantisation).
 
     Raises:
         PackageError: onnxruntime or onnx is not installed. ConfigError: the weights are too large to be in one file.
@@ -144,6 +144,6 @@ def quantise(file: Path) -> None:
 
 
 def fixed_lengths(descriptions: Mapping[str, Mapping[str, Any]]) -> dict[str, int | None]:
-    """Of each text side, the one length of tokens that its encoder takes; None for any."""
+    """The only number of tokens that the encoder of each text side takes; None for any."""
     texts = {side: how for side, how in descriptions.items() if how["modality"] == "text"}
     return {side: how.get("length") for side, how in texts.items()}

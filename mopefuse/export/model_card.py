@@ -1,4 +1,4 @@
-"""The model card of what is exported or pushed: what it is, what it was trained on, how good it is, how to use it."""
+"""The model card of an export: what the model is, what it was trained on, its metrics, and how to use it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ tags:
 
 # {title}
 
-Says of {inputs} which of {count} labels {fit}: {labels}.
+A classifier of {inputs} into {count} labels{several}: {labels}.
 Pretrained encoders, fused by the method `{method}` of mopefuse (conditional prompts from prompt experts: arXiv 2312.03734,
 2403.10568).
 
@@ -26,7 +26,8 @@ Pretrained encoders, fused by the method `{method}` of mopefuse (conditional pro
 """
 
 _USE = {
-    "adapter": """The encoders are not in this folder. They are loaded by their names, and refused if their weights are others.
+    "adapter": """The encoders are not in this folder. They are loaded by name, and refused if their weights
+differ from those in training.
 
 ```python
 from PIL import Image
@@ -47,9 +48,9 @@ pip install {packages}
 mopefuse predict FOLDER --image image.jpg --text "a text"
 ```
 
-In Python, `mopefuse.load("FOLDER").predict(images, texts)`; with onnxruntime alone, `preprocess.json` says how images
-and texts become the inputs of `model.onnx`. `mopefuse export verify FOLDER` compares every file, and the answer to the
-example, with what was exported.
+In Python: `mopefuse.load("FOLDER").predict(images, texts)`. To use onnxruntime alone, `preprocess.json` describes how
+images and texts become the inputs of `model.onnx`. `mopefuse export verify FOLDER` compares every file, and the prediction for
+the example, with the export.
 """,
     "pt2": """One graph of torch.export, all encoders inside:
 
@@ -68,19 +69,20 @@ RUNTIME = ("onnxruntime", "tokenizers", "pillow", "numpy", "typer", "rich", "pyd
 def model_card(
     facts: Mapping[str, Any], *, title: str, form: str, checks: Mapping[str, Any] | None = None, command: str = ""
 ) -> str:
-    """Markdown with the header that hubs read.
+    """The card in Markdown, with the metadata that hubs read.
 
     Args:
         facts: encoders, labels, data hashes and metrics, as of `AdapterFolder.manifest`.
         form: "adapter", "onnx" or "pt2".
-        checks: how far the exported graph was from the model.
-        command: that made the folder.
+        checks: comparisons of the exported graph with the model, by name.
+        command: that made the folder from a run; empty for a model from a training loop in Python.
     """
     labels = facts["labels"]
     shown = ", ".join(map(markdown, labels[:20])) + (", …" if len(labels) > 20 else "")
-    fit = "fit" if facts["multi_label"] else "fits best"
+    several = ", any number of them for each sample" if facts["multi_label"] else ""
     inputs = " and ".join(dict.fromkeys(encoder["modality"] for encoder in facts["encoders"].values()))
-    text = _HEAD.format(inputs=inputs, title=markdown(title), count=len(labels), fit=fit, labels=shown, method=facts["method"])
+    labelled = {"count": len(labels), "several": several, "labels": shown}
+    text = _HEAD.format(inputs=inputs, title=markdown(title), method=facts["method"], **labelled)
     for side, encoder in facts["encoders"].items():
         weights = encoder["fingerprint"] or "in this folder (tuned)"
         spec, revision = _code(encoder["spec"]), markdown(encoder["revision"] or "-")
@@ -93,9 +95,12 @@ def model_card(
     for split, digest in facts["data"].items():
         rows = (facts.get("rows") or {}).get(split)
         text += f"- {split}: {f'{rows:,} rows, ' if rows else ''}data hash `{digest}`\n"
-    text += f"- mopefuse {facts['mopefuse']}, seed {facts.get('seed', '-')}; all settings are in `config.yaml`\n"
-    text += "- again: `mopefuse train --recipe config.yaml --data DATA --out RUN`"
-    text += f", then `{command}`\n" if command else "\n"
+    text += f"- mopefuse {facts['mopefuse']}, seed {facts.get('seed', '-')}; "
+    if command:
+        text += "all settings are in `config.yaml`\n"
+        text += f"- to repeat it: `mopefuse train --recipe config.yaml --data DATA --out RUN`, then `{command}`\n"
+    else:
+        text += "the settings of the model are in `config.yaml`; a training loop in Python trained it\n"
     for name, value in (checks or {}).items():
         text += f"- {name}: {value}\n"
     text += "\n## How to use it\n\n" + _USE[form].format(packages=" ".join(RUNTIME))
@@ -103,7 +108,7 @@ def model_card(
 
 
 def _code(text: object) -> str:
-    """In backticks, in a table."""
+    """`text` so that it can stand in backticks within a table."""
     return visible(text).replace("`", "'").replace("|", "\\|")
 
 

@@ -1,6 +1,6 @@
-"""Put a trained model on the hub: an adapter of a run, or what was exported, as it is.
+"""Upload a trained model to the Hugging Face hub: a run as an adapter, an export as it is.
 
-A repository is made private unless it is asked to be public; one that is public already is not written to by mistake.
+New repositories are private unless `public` is set, which is also required to write to a public repository.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _UNREACHABLE = 59  # as `_explain` numbers it
 
 @dataclass(frozen=True)
 class Parcel:
-    """What would be uploaded.
+    """An upload that is ready to be sent.
 
     Args:
         files: name to bytes.
-        private: whether the repository is, or will be.
-        there: whether it exists already; None if the hub could not be asked.
-        local: encoders that are folders of this machine, which nobody else can load by that name.
+        private: whether the repository is, or will be, private.
+        there: whether it exists; None if the hub could not be reached.
+        local: specs of encoders that are folders on this machine, which others cannot load.
     """
 
     repo: str
@@ -49,7 +49,7 @@ class Parcel:
 def pack(
     run: Path, repo: str, *, checkpoint: str = "best", public: bool = False, offline: bool = False
 ) -> Iterator[Parcel]:
-    """What pushing a run, an adapter or a bundle to `repo` would upload; nothing is sent yet.
+    """Prepare the upload of a run, an adapter or a bundle to `repo`; nothing is sent yet.
 
     Args:
         offline: go on where the hub cannot be reached, without knowing whether the repository exists.
@@ -79,7 +79,14 @@ def pack(
             export(run, folder, form="adapter", checkpoint=checkpoint)
         names = [MANIFEST, *verify(folder, kind=kind, thorough=False)["files"]]
         sizes = {file: (folder / file).stat().st_size for file in sorted(names)}
-        yield Parcel(name, folder, sizes, private if there else not public, there, _local(folder) if kind == "adapter" else ())
+        yield Parcel(
+            repo=name,
+            folder=folder,
+            files=sizes,
+            private=private if there else not public,
+            there=there,
+            local=_local(folder) if kind == "adapter" else (),
+        )
 
 
 def _local(adapter: Path) -> tuple[str, ...]:
@@ -89,7 +96,7 @@ def _local(adapter: Path) -> tuple[str, ...]:
 
 
 def _ready(folder: Path, checkpoint: str) -> str:
-    """``adapter`` or ``bundle`` for what is pushed as it is, checked; empty for a run."""
+    """``adapter`` or ``bundle`` for an export, after its files were verified; empty for a run."""
     kind = kind_of(folder)
     if kind not in ("adapter", "bundle"):
         trained(folder).config()
@@ -102,7 +109,7 @@ def _ready(folder: Path, checkpoint: str) -> str:
 
 
 def _state(repo: str) -> tuple[bool | None, bool]:
-    """Whether a repository exists, and whether it is private."""
+    """Whether a repository exists (None if unknown), and whether it is private."""
     try:
         return True, bool(HfApi().repo_info(repo, timeout=_SECONDS).private)
     except RepositoryNotFoundError as error:
@@ -114,7 +121,7 @@ def _state(repo: str) -> tuple[bool | None, bool]:
 
 
 def send(parcel: Parcel) -> str:
-    """Upload a parcel in one commit; the address of the repository.
+    """Upload a parcel in one commit, and return the address of the repository.
 
     Raises:
         EncoderError: the hub cannot be reached, or does not let you write.

@@ -1,4 +1,4 @@
-"""Whether an exported folder is still what was exported, and still says the same. Needs no torch, but for a pt2 bundle."""
+"""Verify that an exported folder is unchanged and still predicts the same. Only a pt2 bundle needs torch for that."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from mopefuse.runs.locate import kind_of
 
 
 def verify_export(folder: Path) -> str:
-    """Compare an exported folder with its manifest, and a bundle's answer to its example with the one it was exported with.
+    """Compare an exported folder with its manifest, and a bundle's logits for its example with those at export.
 
     Returns:
-        What was found to hold, in words.
+        The result, in words.
 
     Raises:
-        CheckpointError: a file is missing, was changed, or is none of the manifest's. GateError: another answer.
+        CheckpointError: a file is missing, changed, or not in the manifest. GateError: the logits differ.
     """
     if kind_of(folder) == ADAPTER:
         config = AdapterFolder(folder).config()
@@ -44,10 +44,10 @@ def verify_export(folder: Path) -> str:
 
 
 def _example(bundle: Bundle) -> tuple[Image.Image, str, NDArray[np.float64], float]:
-    """Image, text, logits (N,) and tolerance of a bundle's example.
+    """The image, text, logits (N,) and tolerance of a bundle's example.
 
     Raises:
-        CheckpointError: it has none, or one that cannot be read.
+        CheckpointError: the example is missing or cannot be read.
     """
     example, fix = read_json(bundle.folder / "example.json"), "export the run again"
     try:

@@ -1,4 +1,4 @@
-"""What a fusion method is, and what of it is "ours": one predicate decides what is trained, saved and exported.
+"""The base class of fusion methods. One predicate, `Fusion.is_trainable`, decides what is trained, saved and exported.
 
 To add a method, write one module with a subclass of `Fusion` and name it in the entry-point group ``mopefuse.fusion``.
 Shapes: B batch, N labels, C width of a pooled feature.
@@ -11,9 +11,7 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import reduce
-from operator import and_
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -25,18 +23,21 @@ from mopefuse.config.schema import RunConfig
 from mopefuse.config.sides import is_comp, specs
 from mopefuse.core.precision import apply_exactly, exact
 from mopefuse.data.base import Batch
-from mopefuse.encoders.base import Encoder, Inputs, Preprocess, run_frozen
-from mopefuse.errors import CheckpointError, ConfigError, DataError
+from mopefuse.encoders.base import Encoder, Preprocess, run_frozen
+from mopefuse.errors import CheckpointError, ConfigError
+from mopefuse.fusion.collator import Collator, Requirements
 from mopefuse.fusion.regression import Advance, Fold, How, Standard, fit_heads
-from mopefuse.modalities import base as modality
+
+Task = Literal["single-label", "multi-label"]
+TASKS: tuple[Task, ...] = ("single-label", "multi-label")
 
 
 class Output(NamedTuple):
-    """What a method says of a batch."""
+    """The output of a fusion method for a batch."""
 
     logits_BN: Tensor
     routing_BLK: Tensor | None = None  # noise-free expert weights of each routed layer
-    alone_BN: Tensor | None = None  # logits of the complementary side alone, which learns them beside the others (`either`)
+    alone_BN: Tensor | None = None  # logits from the complementary side alone, trained beside the others (`either`)
 
     @property
     def logits(self) -> Tensor:
@@ -45,16 +46,19 @@ class Output(NamedTuple):
 
     @property
     def load_LK(self) -> Tensor | None:
-        """Routing summed over the batch: what the importance loss balances."""
+        """Routing weights summed over the batch (L, K), which the importance loss balances."""
         return None if self.routing_BLK is None else self.routing_BLK.sum(dim=0)
 
 
 class Fusion(nn.Module):
-    """Encoders, what fuses them, and a head.
+    """Encoders, the modules that fuse them, and a head.
 
-    A subclass is built from ``(config, encoders, num_labels)``, sets `head` by `make_head` and gives `forward`. `uses`
-    names the sides that it needs; `frozen` those whose encoder gets no prompts and never learns, so that its features
-    can be computed once; `reads` those whose samples its forward pass looks at.
+    A subclass is built from ``(config, encoders, num_labels)``, sets `head` with `make_head` and implements `forward`.
+
+    Attributes:
+        uses: the sides that the method needs, such as ("main", "comp").
+        frozen: the sides whose encoder gets no prompts and is never trained, so that its features can be cached.
+        reads: the sides whose samples the forward pass reads.
     """
 
     uses: tuple[str, ...] = ("main", "comp")
@@ -67,15 +71,21 @@ class Fusion(nn.Module):
         r"^main\.": "main encoder",
     }
 
-    sections: ClassVar[tuple[str, ...]] = ()  # of the optional ones, those that the method uses
+    sections: ClassVar[tuple[str, ...]] = ()  # optional sections of the configuration that the method uses
     bonds: ClassVar[dict[str, str]] = {r"^(?:standard|absent)\.(\w+)": r"\1 features"}
-    """Pattern of a tensor's name to what its meaning hangs on: "main" or "comp" for the geometry of that encoder's layers,
-    "main features" or "comp features" for the values that this very encoder gives; ``\1`` is the pattern's first group.
-    Others mean the same with any encoder."""
+    """From a pattern of tensor names to what such a tensor depends on, for `mopefuse swap-encoder`: "main" or "comp" for the
+    shape of that encoder's layers, "main features" or "comp features" for the features of this very encoder; ``\1`` is the
+    pattern's first group. A tensor that matches none is valid with any encoder."""
     several: ClassVar[bool] = False
-    """Whether it takes any number of complementary encoders, and does without those that a sample has nothing for."""
-    closed_form: ClassVar[bool] = False  # whether nothing is left to train after `fit`: no step is made
+    """Whether it takes any number of complementary encoders, and handles samples that lack their modalities."""
+    closed_form: ClassVar[bool] = False  # whether `fit` trains everything, so that no training step is made
     head: nn.Module
+    num_labels: int = 0
+    """N, set by `mopefuse.fusion.build.build_model`."""
+    labels: tuple[str, ...] = ()
+    """Their names in the order of the logits, if known."""
+    task: Task = "single-label"
+    """One label for each sample (softmax, cross-entropy), or any number of them (sigmoid, binary cross-entropy)."""
 
     def __init__(self, config: RunConfig, encoders: Mapping[str, Encoder]) -> None:
         super().__init__()
@@ -85,7 +95,7 @@ class Fusion(nn.Module):
             self.add_module(side, encoders[side])
         self.frozen: tuple[str, ...] = ()
         self.reads: tuple[str, ...] = self.uses
-        self.standard: nn.ModuleDict | None = None  # by side, where the head takes standardised features
+        self.standard: nn.ModuleDict | None = None  # by side, if the head takes standardised features
         self.absent = nn.ParameterDict()
         if config.either and "main" not in self.may_lack:
             what = f"{config.method} cannot do without the main modality"
@@ -98,42 +108,42 @@ class Fusion(nn.Module):
             raise ConfigError(144, what, where="--modality-dropout", fix="leave it out")
 
     def learn_absence(self, sides: Sequence[str]) -> None:
-        """Learn what stands in for `sides` where a sample has nothing for them; see `or_absent`."""
+        """Add a trainable vector for each of `sides` that replaces its features where a sample lacks them; see `or_absent`."""
         widths = {side: self.encoder(side).feature_width for side in sides}
         self.absent.update({side: nn.Parameter(torch.zeros(width)) for side, width in widths.items()})
 
     @classmethod
     def sides(cls, config: RunConfig) -> tuple[str, ...]:
-        """The sides that a model of this configuration needs encoders of: `uses`, with all complementary ones for "comp".
+        """The sides that a model of this configuration needs: `uses`, with all complementary sides in place of "comp".
 
         Raises:
-            ConfigError: several complementary encoders, and a method of two modalities.
+            ConfigError: several complementary encoders for a method that takes one.
         """
-        there = [side for side in specs(config) if is_comp(side)]
-        if "comp" in cls.uses and len(there) > 1 and not cls.several:
-            what = f"{config.method} fuses two encoders, and {len(there)} are complementary"
+        complementary = [side for side in specs(config) if is_comp(side)]
+        if "comp" in cls.uses and len(complementary) > 1 and not cls.several:
+            what = f"{config.method} takes one complementary encoder, and {len(complementary)} are given"
             raise ConfigError(142, what, where="--comp", fix="name one, or use --method conditional, late-concat or linear")
-        return tuple(one for side in cls.uses for one in (there if side == "comp" else [side]))
+        return tuple(one for side in cls.uses for one in (complementary if side == "comp" else [side]))
 
     @abstractmethod
     def forward(self, batch: Batch) -> Output:
-        """Logits of a batch."""
+        """The logits of a batch (B, N), with the routing and what else training needs."""
 
     def resolve(self, config: RunConfig) -> RunConfig:
-        """`config` with the defaults written out that depend on the encoders."""
+        """`config` with defaults that depend on the encoders replaced by their values."""
         return config
 
     @property
     def prompt_kinds(self) -> tuple[str, ...]:
-        """The kinds of prompts that `without` can leave out."""
+        """The kinds of prompts that `without` can switch off."""
         return ()
 
     def without(self, kind: str) -> AbstractContextManager[None]:
-        """Answer without the prompts of a kind, for as long as the context lasts."""
+        """A context in which the model ignores one kind of prompts."""
         raise NotImplementedError(f"{type(self).__name__} has no prompts {kind}")
 
     def unused_sections(self) -> list[str]:
-        """Sections of settings that were changed from their defaults and that this method does not look at, and settings."""
+        """Sections and settings that differ from their defaults and that this method does not use."""
         default = RunConfig(main="", comp="")
         settings = ["train.modality_dropout"] if self.config.train.modality_dropout and self.closed_form else []
         optional = ("warm_start", "tune", "prompts", "router", "comp_tuning", "lora", "inserted", "pmf", "linear")
@@ -142,16 +152,16 @@ class Fusion(nn.Module):
 
     @property
     def head_sides(self) -> tuple[str, ...]:
-        """The sides whose pooled features the head takes, side by side."""
+        """The sides whose pooled features are concatenated for the head."""
         return self.uses
 
     @property
     def heads(self) -> dict[str, tuple[str, ...]]:
-        """The sides that each head takes, by the name of the module."""
+        """The sides whose features each head takes, by the name of its module."""
         return {"head": self.head_sides}
 
     def bond(self, name: str) -> str:
-        """What the meaning of a tensor of ours hangs on, see `bonds`; of a tuned encoder on that encoder."""
+        """What a trainable tensor depends on, see `bonds`; a tensor of a tuned encoder depends on that encoder."""
         side = name.partition(".")[0]
         if side in self.uses:
             return f"{side} features"
@@ -160,7 +170,7 @@ class Fusion(nn.Module):
 
     @property
     def may_lack(self) -> tuple[str, ...]:
-        """The sides that a sample may have nothing for; what the main one reads only where that was asked for (`either`)."""
+        """The sides that a sample can lack; the main modality only with `either`."""
         if not self.several or len(self.uses) == 1:
             return ()
         needed = () if self.config.either or "main" not in self.uses else (self.encoder("main").modality,)
@@ -168,37 +178,24 @@ class Fusion(nn.Module):
 
     @property
     def does_without(self) -> tuple[str, ...]:
-        """Of `may_lack`, the sides that training takes from samples, or that rows may be without (`data.on_missing`)."""
+        """Of `may_lack`, the sides that training drops from samples, or that rows may lack (`data.on_missing`)."""
         dropped = self.config.train.modality_dropout > 0 and not self.closed_form
         return self.may_lack if dropped or self.config.data.on_missing == "absent" else ()
 
+    @property
+    def requirements(self) -> Requirements:
+        """Which modalities a sample must have."""
+        modality_of = {side: self.encoder(side).modality for side in self.reads}
+        return Requirements(self.config.method, modality_of, self.may_lack, self.several and len(self.uses) > 1)
+
     def require_all_but(self, lacking: Mapping[str, NDArray[np.bool_] | Tensor], *, where: str) -> None:
-        """Refuse samples that lack what this model cannot do without, or all that it reads.
-
-        Args:
-            lacking: sides that some sample has nothing for, to which ones (S,).
-
-        Raises:
-            DataError: one of them is not in `may_lack`, or a sample has nothing.
-        """
-        for side in lacking:
-            if side in self.may_lack:
-                continue
-            modality = self.encoder(side).modality
-            fix = "leave them out with --on-missing skip"
-            if self.several and side == "main" and len(self.uses) > 1:
-                fix = f"train with --either, or {fix}"
-            what = f"samples lack {modality}, and {self.config.method} cannot do without what its {side} encoder reads"
-            raise DataError(100, what, where=where, fix=fix)
-        empty = int(reduce(and_, lacking.values()).sum()) if lacking.keys() >= {*self.reads} else 0
-        if empty:
-            what = f"{empty} of the samples have nothing that the encoders read"
-            raise DataError(110, what, where=where, fix="leave them out, as --on-missing skip does")
+        """Refuse samples that lack a required modality; see `Requirements.check`."""
+        self.requirements.check(lacking, where=where)
 
     def or_absent(self, side: str, normed_BC: Tensor, batch: Batch) -> Tensor:
-        """A side's features without their scale, and the absent condition for samples that have nothing for it.
+        """Replace a side's normalised features (B, C) by the absent condition in the rows of samples that lack the side.
 
-        It is learned, from 0, which is what an average sample has; where it was not learned it is 0.
+        The absent condition is trained from 0, the feature of an average sample; without `learn_absence` it is 0.
         """
         missing_B = batch.missing.get(side)
         if missing_B is None:
@@ -213,25 +210,24 @@ class Fusion(nn.Module):
         return encoder
 
     def feature(self, side: str, batch: Batch) -> Tensor:
-        """Pooled feature (B, C) of a frozen side: from the batch if it was computed earlier, else computed now."""
+        """Pooled features (B, C) of a frozen side: from the batch if they were cached, else computed now."""
         if side in batch.features:
             return batch.features[side]
         return exact(run_frozen(self.encoder(side), batch.inputs[side]).pooled_BC)
 
     def make_head(self, width: int, num_labels: int) -> nn.Module:
-        """From pooled features of `width` to logits: linear, or with one hidden layer (`head_hidden`)."""
+        """A head from pooled features (B, width) to logits (B, N): linear, or with one hidden layer (`head_hidden`)."""
         hidden = self.config.head_hidden
         if not hidden:
             return nn.Linear(width, num_labels)
         return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, num_labels))
 
     def classify(self, *pooled_BC: Tensor, batch: Batch | None = None) -> Tensor:
-        """Logits (B, N) of the head on pooled features side by side, each without its scale (`head_norm`, `standard`).
-
-        In float32 also under autocast.
+        """Logits (B, N) of the head on normalised and concatenated features (`head_norm`, `standard`), in float32.
 
         Args:
-            pooled_BC: of each of `head_sides`. batch: says which samples lack which, where the method does without.
+            pooled_BC: the pooled features of each of `head_sides`, in order.
+            batch: pass it if samples may lack a side; its features are then replaced, see `or_absent`.
         """
         if self.standard is not None:
             pooled_BC = self.standardised(*pooled_BC)
@@ -243,69 +239,55 @@ class Fusion(nn.Module):
         return apply_exactly(self.head, torch.cat(pooled_BC, dim=-1))
 
     def begin_as_regression(self, num_labels: int) -> None:
-        """Make the head one that `fit` fills: linear, on standardised features of all sides."""
+        """Set a linear head on standardised features of all sides, whose weights `fit` computes."""
         widths = {side: self.encoder(side).feature_width for side in self.uses}
         self.standard = nn.ModuleDict({side: Standard(width) for side, width in widths.items()})
         self.head = nn.Linear(sum(widths.values()), num_labels)
 
     def standardised(self, *pooled_BC: Tensor) -> tuple[Tensor, ...]:
-        """The pooled features of the sides in `standard`, in its order, by the statistics of the training split."""
+        """Standardise the pooled features of the sides in `standard`, in its order, with statistics of the training split."""
         assert self.standard is not None
         return tuple(one(pooled) for one, pooled in zip(self.standard.values(), pooled_BC, strict=True))
 
     def readers(self) -> dict[str, tuple[str, Preprocess]]:
-        """Side to modality and preprocessing."""
+        """From each side that the model reads to its modality and preprocessing."""
         return {side: (self.encoder(side).modality, self.encoder(side).preprocess) for side in self.reads}
 
-    def collate(self, images: Any = None, texts: Any = None, **more: Any) -> Batch:
-        """Raw values to a batch on the model's device: each encoder's own preprocessing, no augmentation.
+    @property
+    def collate(self) -> Collator:
+        """``model.collate(images, texts)`` or ``DataLoader(dataset, collate_fn=model.collate)``: a batch on the CPU.
 
-        Args:
-            images, texts, more: by modality (``audio=[...]``), one for each sample; None for a sample that has none. What no
-                encoder reads may be left out. Images are PIL images, paths or arrays of uint8 (height, width, 3), and are
-                prepared as the files of a data set are. One value alone is a list of one.
-
-        Raises:
-            DataError: not as many of one as of another, none, or something that is no image or no text.
+        See `mopefuse.fusion.collator.Collator`. It holds the preprocessing of the encoders and none of their weights.
         """
-        values = modality.named((images, texts), more)
-        count = modality.count_of(values)
-        if not count:
-            said = " and ".join(f"0 {modality.of(name).plural}" for name in values) or "nothing"
-            raise DataError(17, f"{said} are no pairs", fix="give one value for each sample")
-        modality.require_kinds(values)
-        read = {name for name, _ in self.readers().values()}
-        values |= {name: modality.prepared(name, values[name]) for name in read if name in values}
-        inputs: dict[str, Inputs] = {}
-        missing: dict[str, Tensor] = {}
-        for side, (name, preprocess) in self.readers().items():
-            own = modality.require_given(name, values, f"the {side} encoder")
-            inputs[side] = preprocess.batch([preprocess.item(value) for value in modality.or_nothing(name, own)])
-            if any(value is None for value in own):
-                missing[side] = torch.tensor([value is None for value in own])
-        self.require_all_but(missing, where="collate")
-        return Batch(inputs, {}, None, torch.arange(count), missing).to(next(self.parameters()).device)
+        return Collator(self.readers(), self.requirements, self.num_labels, self.task == "multi-label")
 
-    def is_ours(self, name: str) -> bool:
-        """Whether a parameter or buffer is ours: not part of a frozen encoder. Ours is trained, saved and exported."""
+    def is_trainable(self, name: str) -> bool:
+        """Whether a parameter or buffer, by its name here, is trained, saved and exported: all but the frozen encoders."""
         side, _, own = name.partition(".")
         return side not in self.uses or self.encoder(side).learned(own)
 
-    def ours(self) -> dict[str, nn.Parameter]:
-        """The parameters that learn, by name."""
-        return {name: parameter for name, parameter in self.named_parameters() if self.is_ours(name)}
+    def named_trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that training changes, by name."""
+        return {name: parameter for name, parameter in self.named_parameters() if self.is_trainable(name)}
 
-    def own_state(self) -> dict[str, Tensor]:
-        """What a run saves: `ours` and the constants that belong to them."""
-        return {name: tensor.detach() for name, tensor in self.state_dict().items() if self.is_ours(name)}
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """The parameters that training changes: ``torch.optim.AdamW(model.trainable_parameters())``."""
+        return list(self.named_trainable_parameters().values())
 
-    def load_own_state(self, state: Mapping[str, Tensor], *, where: str) -> None:
-        """The inverse of `own_state`.
+    def trainable_state_dict(self) -> dict[str, Tensor]:
+        """What a run saves: the trainable parameters, and the constants that belong to them, as the keys of the router."""
+        return {name: tensor.detach() for name, tensor in self.state_dict().items() if self.is_trainable(name)}
+
+    def load_trainable_state_dict(self, state: Mapping[str, Tensor], *, where: str = "load_trainable_state_dict") -> None:
+        """Load what `trainable_state_dict` returned, all of it; the encoders keep their weights.
+
+        Args:
+            state: values of any floating-point type. where: their origin, for messages.
 
         Raises:
             CheckpointError: other names or shapes than this model has, or values that are not finite.
         """
-        expected = self.own_state()
+        expected = self.trainable_state_dict()
         problems = [f"{name} is missing" for name in sorted(expected.keys() - state.keys())]
         problems += [f"{name} is not expected" for name in sorted(state.keys() - expected.keys())]
         for name in sorted(expected.keys() & state.keys()):
@@ -322,20 +304,20 @@ class Fusion(nn.Module):
                 tensor.copy_(state[name])
 
     def fit(self, train: Fold, val: Fold, how: How, advance: Advance) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """What to begin with where `standard` is set: the head as a regression on the features of the encoders unprompted.
+        """Fit the head as a regression on the features of the encoders without prompts, where `standard` is set.
 
         Args:
             train, val: pooled features of the sides in `standard`.
-            advance: called now and then with what is being fitted and the share of the work that is done.
+            advance: called now and then with a name of the current step and the completed share of the work.
 
         Returns:
-            Tensors of ours by name, and the C that validation chose.
+            Trainable tensors by name, and the C that validation chose, by head.
         """
         assert self.standard is not None
         return fit_heads({"head": tuple(self.standard)}, train, val, how, advance)
 
     def pace(self, name: str) -> str:
-        """Whose learning rate a parameter of ours has: "main", "comp", "head", or "tuned" for those of the main encoder."""
+        """The learning rate that a trainable parameter uses: "main", "comp", "head", or "tuned" for a tuned main encoder."""
         part = re.split(r"[._\d]", name.removeprefix("stacks."))[0]
         if name.startswith("main.") and self.encoder("main").tuned:
             return "tuned"
@@ -344,12 +326,12 @@ class Fusion(nn.Module):
     def breakdown(self) -> dict[str, int]:
         """Trainable parameters by part, largest first."""
         count: Counter[str] = Counter()
-        for name, parameter in self.ours().items():
+        for name, parameter in self.named_trainable_parameters().items():
             part = next((part for pattern, part in self.parts.items() if re.search(pattern, name)), "other")
             count[part] += parameter.numel()
         return dict(count.most_common())
 
 
 def fresh_encoders(model: Fusion) -> dict[str, str]:
-    """Side to fingerprint, of encoders whose weights come from outside the run (those tuned come from it)."""
+    """The fingerprints, by side, of encoders whose weights are not saved with the model (those of tuned encoders are)."""
     return {side: model.encoder(side).fingerprint() for side in model.uses if not model.encoder(side).tuned}

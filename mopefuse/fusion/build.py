@@ -1,86 +1,206 @@
-"""A configuration to a model: encoders by their specs, the fusion method by its name, all weights by the seed."""
+"""Build a model from a configuration: encoders from their specs, the fusion method by name, new weights from the seed."""
 
 from __future__ import annotations
 
+import inspect
 import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
 import torch
 
 from mopefuse.config.schema import Prompts, RunConfig, build_config
-from mopefuse.config.setting_paths import flat, merge
+from mopefuse.config.setting_paths import flat, merge, nested
 from mopefuse.config.sides import is_comp, specs, with_specs
 from mopefuse.core import device as devices
 from mopefuse.core import registry
 from mopefuse.core.dependencies import out_of_memory
 from mopefuse.core.formatting import size
+from mopefuse.core.python_names import python_names
 from mopefuse.data.columns import require_column
 from mopefuse.encoders.base import Encoder, check_name, create_encoder, full_spec
 from mopefuse.encoders.preprocess import ImagePreprocess
-from mopefuse.errors import ConfigError, EncoderError, PluginError, ResourceError
-from mopefuse.fusion.base import Fusion
+from mopefuse.errors import ConfigError, EncoderError, PluginError, ResourceError, did_you_mean
+from mopefuse.fusion.base import TASKS, Fusion, Task
 from mopefuse.modalities import base as modality
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 SIZES = (
     "prompts.experts prompts.static prompts.dynamic prompts.mapped prompts.bottleneck head_hidden comp_tuning.length lora.rank "
     "inserted.prompts inserted.images pmf.queries pmf.query_context pmf.fusion_context pmf.bottleneck"
 ).split()
-"""Settings that decide how many parameters a model has."""
+"""Settings that determine the number of parameters of a model."""
 
-_BUILDING = threading.Lock()  # weights are drawn from the one generator of the process
+_BUILDING = threading.Lock()  # new weights come from the process-wide random generator
 MMBT_MEAN, MMBT_STD = (0.46777044, 0.44531429, 0.40661017), (0.12221994, 0.12145835, 0.14380469)
 
 
-def build_fusion(
-    main: str, comp: str | Sequence[str], num_labels: int, *, method: str = "conditional", seed: int = 0, **options: Any
-) -> Fusion:
-    """An ordinary `nn.Module` with frozen encoders, for anyone's training loop.
+class OtherSettings(TypedDict, total=False):
+    """More arguments of `build_fusion`: settings of a recipe by their own name, whole sections as dictionaries."""
 
-    ``model.collate(images, texts)`` (other modalities by name) gives a batch, ``model(batch).logits`` has shape
-    (B, num_labels), and ``model.ours()`` are the parameters to train.
+    dropout: float  # probability with which prompt values are dropped in training mode, from 0 to below 1
+    init: float  # prompts start in U(-init, init)
+    bottleneck: int  # width of the mapper's trunk
+    mapper_norm: Literal["layer", "batch-frozen"]
+    route_stage_starts: bool  # whether the first block of each stage has a dynamic prompt too
+    tune: Literal["probe", "prompt", "lora", "full"]  # how encoders learn with other methods than "conditional"
+    head_hidden: int  # width of a hidden layer in the head; 0 for a linear head
+    head_norm: Literal["layer", "none"]  # whether pooled features are normalised before the head
+    warm_start: Literal["none", "linear"]  # "linear": the head is a regression on all features, fitted by `mopefuse.train`
+    either: bool  # whether to add a head for samples without the main modality
+    compat: Literal["none", "official"]  # "official": defaults of the code that the papers released
+    prompts: Mapping[str, Any]
+    router: Mapping[str, Any]
+    comp_tuning: Mapping[str, Any]
+    lora: Mapping[str, Any]
+    inserted: Mapping[str, Any]
+    pmf: Mapping[str, Any]
+    linear: Mapping[str, Any]
+    data: Mapping[str, Any]
+    train: Mapping[str, Any]
+
+
+def build_fusion(
+    main: str,
+    comp: str | Sequence[str] | None = None,
+    num_labels: int | None = None,
+    *,
+    labels: Sequence[str] | None = None,
+    task: Task = "single-label",
+    method: str = "conditional",
+    seed: int = 0,
+    experts: int | None = None,
+    static: int | None = None,
+    dynamic: int | None = None,
+    mapped: int | None = None,
+    layers: str | Sequence[int] | None = None,
+    gate: Literal["none", "zero"] | None = None,
+    **other: Unpack[OtherSettings],
+) -> Fusion:
+    """Build a fusion model with frozen pretrained encoders: an ordinary `nn.Module`, in evaluation mode, on the CPU.
+
+    ``model.collate`` makes a `Batch` on the CPU; ``model(batch.to(device)).logits`` has shape (B, N), N the number of labels;
+    ``model.trainable_parameters()`` are the parameters to optimise. An argument that is None has the default of
+    ``mopefuse train``.
 
     Args:
-        main, comp: encoder specs; of several complementary encoders a list.
-        options: settings of the section `prompts` by their own name (``experts=4``), other sections as dictionaries
-            (``router={"top_m": 2}``); ``mopefuse train --dry-run`` prints them all.
+        main: spec of the encoder that is prompted and classifies, as ``timm:vit_base_patch16_224``; see ``mopefuse encoders``.
+        comp: spec of the complementary encoder, which conditions the prompts, or a list of several; None or "" for a method
+            that reads the main modality alone.
+        num_labels: N, the number of logits; may be left out if `labels` are given.
+        labels: names of the labels in the order of the logits; saved with the model by `mopefuse.save_adapter`.
+        task: "single-label" (softmax over the logits) or "multi-label" (a sigmoid of each).
+        method: name of the fusion method, an entry point of ``mopefuse.fusion``.
+        seed: of all weights that are not pretrained, 0 to 2**63 - 1; the random state of the caller is left as it is.
+        experts: prompt experts in each prompted layer, K.
+        static, dynamic, mapped: tokens of the static, dynamic and mapped prompt in each prompted layer, P; 0 for none.
+        layers: the layers of the main encoder to prompt: "all", "last:N", "first:N", or indices from 0.
+        gate: "zero" (prompts have a softmax of their own and a gate that starts at 0) or "none" (they share the softmax of
+            the tokens).
+        other: see `OtherSettings`.
 
     Raises:
-        ConfigError: an unknown or invalid setting. EncoderError: an encoder that cannot be had, or not for that side.
+        ConfigError: an argument that does not exist, or a value that is invalid or does not fit the others.
+        EncoderError: an encoder that cannot be loaded, or does not suit its side. ResourceError: not enough memory.
     """
-    short = {key: options.pop(key) for key in list(options) if key in Prompts.model_fields}
-    values = merge({"prompts": short}, options) | {"main": main, "comp": comp, "method": method, "seed": seed}
-    return build_model(build_config(values), num_labels)
+    given = {name: value for name, value in locals().items() if name != "other"} | other
+    names, count = _label_names(num_labels, labels)
+    if task not in TASKS:
+        what = f"task is {task!r}, need one of {', '.join(TASKS)}"
+        raise ConfigError(338, what, where="task", fix=did_you_mean(str(task), TASKS))
+    with python_names():
+        model = build_model(_config_of(given), count)
+    model.labels, model.task = names, task
+    return model
 
 
-def build_model(config: RunConfig, num_labels: int) -> Fusion:
-    """The model of a run, in evaluation mode; the same weights for the same seed, whatever the caller drew before."""
-    method = _method(config)
+_NO_SETTINGS = {"num_labels", "labels", "task"}
+
+
+def _label_names(num_labels: int | None, labels: Sequence[str] | None) -> tuple[tuple[str, ...], int]:
+    """The names of labels, if given, and their number.
+
+    Raises:
+        ConfigError: neither is given, they contradict each other, or they are not names and a number of labels.
+    """
+    if labels is not None:
+        names = () if isinstance(labels, str) else tuple(labels)
+        if not names or not all(isinstance(name, str) and name for name in names) or len({*names}) < len(names):
+            fix = 'give labels as ["cat", "dog"]'
+            raise ConfigError(335, "labels must be different names, at least one", where="labels", fix=fix)
+        if num_labels not in (None, len(names)):
+            what = f"num_labels is {num_labels}, and labels has {len(names)} names"
+            raise ConfigError(336, what, where="num_labels", fix="leave num_labels out")
+        return names, len(names)
+    if not isinstance(num_labels, int) or isinstance(num_labels, bool) or num_labels < 1:
+        what = f"num_labels is {num_labels!r}, need a number of labels from 1"
+        raise ConfigError(337, what, where="num_labels", fix="give num_labels=N, or the names as labels=[...]")
+    return (), num_labels
+
+
+def _config_of(given: Mapping[str, Any]) -> RunConfig:
+    """The configuration that the arguments of `build_fusion` describe."""
+    known = {*inspect.signature(build_fusion).parameters, *OtherSettings.__annotations__} - {"other"}
+    values: dict[str, Any] = {}
+    names: dict[str, str] = {}
+    for name, value in given.items():
+        if name not in known:
+            fix = did_you_mean(name, known)
+            raise ConfigError(339, f"build_fusion has no argument {name!r}", where=name, fix=fix)
+        if name in _NO_SETTINGS or value is None:
+            continue
+        path = f"prompts.{name}" if name in Prompts.model_fields else name
+        names[path] = name
+        values = merge(values, nested(path, dict(value) if isinstance(value, Mapping) else value))
+    return build_config(values, source="build_fusion", names=names)
+
+
+def build_model(config: RunConfig, num_labels: int, *, method: type[Fusion] | None = None) -> Fusion:
+    """Build the model of a run, in evaluation mode: equal weights for an equal seed, whatever the state of the caller's
+    random generators.
+
+    Args:
+        num_labels: N, the number of logits. method: default the registered one that `config` names.
+    """
+    method = method or _method(config)
     with _BUILDING, torch.random.fork_rng(devices=[]):
-        encoders = {}
-        for side in method.sides(config):
-            torch.default_generator.manual_seed(config.seed)
-            with _named(side):
-                encoder = create_encoder(specs(config)[side])
-            encoders[side] = _with_statistics(encoder, config)
-            encoders[side].recompute = config.train.checkpoint_activations
-            _require_declared(side, encoders[side])
+        encoders = {side: _load_encoder(config, side) for side in method.sides(config)}
         torch.default_generator.manual_seed(config.seed)
         _require_memory(config, method, encoders)
         try:
-            model = cast(Fusion, method(config, encoders, num_labels))
+            model = cast(Fusion, cast(Any, method)(config, encoders, num_labels))
         except (RuntimeError, MemoryError) as error:
             if (needed := out_of_memory(error)) is None:
                 raise
             raise _too_large(config, needed) from None
+    model.num_labels = num_labels
     return model.eval()
 
 
+def load_encoder(config: RunConfig, side: str) -> Encoder:
+    """The frozen encoder of one side, as `build_model` loads it."""
+    with _BUILDING, torch.random.fork_rng(devices=[]):
+        return _load_encoder(config, side)
+
+
+def _load_encoder(config: RunConfig, side: str) -> Encoder:
+    torch.default_generator.manual_seed(config.seed)
+    with _named(side):
+        encoder = create_encoder(specs(config)[side])
+    if config.data.image_stats == "mmbt" and isinstance(encoder.preprocess, ImagePreprocess):
+        encoder.preprocess = replace(encoder.preprocess, mean=MMBT_MEAN, std=MMBT_STD)
+    encoder.recompute = config.train.checkpoint_activations
+    _require_declared(side, encoder)
+    return encoder
+
+
 def _require_memory(config: RunConfig, method: type[Fusion], encoders: Mapping[str, Encoder]) -> None:
-    """Refuse prompt experts that memory has no room for: a system may grant it, and then kill whoever uses it.
+    """Refuse prompt experts that do not fit into free memory: the system might grant it, and kill the process on first use.
 
     Raises:
         ResourceError: the experts alone take more bytes than are free.
@@ -95,7 +215,7 @@ def _require_memory(config: RunConfig, method: type[Fusion], encoders: Mapping[s
 
 
 def _too_large(config: RunConfig, needed: str) -> ResourceError:
-    """The error of a model that does not fit into memory, with the settings that make it large."""
+    """The error for a model that does not fit into memory, with the settings that make it large."""
     values, usual = (flat(one.model_dump()) for one in (config, RunConfig(main="", comp="")))
     large = [f"{path}={values[path]}" for path in SIZES if (values[path] or 0) > (usual[path] or 6)]
     fix = "lower them" if large else "free memory, or use another --method"
@@ -103,11 +223,11 @@ def _too_large(config: RunConfig, needed: str) -> ResourceError:
 
 
 def check_names(config: RunConfig) -> None:
-    """Refuse a method or an encoder that does not exist, before the minutes that reading data can take.
+    """Refuse a method or an encoder that does not exist, before data are read, which can take minutes.
 
     Raises:
-        ConfigError: no such method, or no spec of an encoder. EncoderError: no such encoder, as far as this machine knows.
-        PluginError: the plugin that brings one of them cannot be used.
+        ConfigError: no such method, or not the spec of an encoder. EncoderError: no such encoder, as far as this machine knows.
+        PluginError: the plugin that provides one of them cannot be used.
     """
     for side in _method(config).sides(config):
         with _named(side):
@@ -125,7 +245,7 @@ def _method(config: RunConfig) -> Any:
 
 @contextmanager
 def _named(side: str) -> Iterator[None]:
-    """An error says of which side, and its fix with which flag."""
+    """Add the flag of a side to errors about its encoder."""
     flag = "--comp" if is_comp(side) else "--main"
     try:
         yield
@@ -142,22 +262,16 @@ def _require_declared(side: str, encoder: Encoder) -> None:
 
 
 def require_rows(model: Fusion, modalities: Sequence[str]) -> None:
-    """Refuse a model one of whose encoders reads what rows do not have.
+    """Refuse data without a modality that an encoder of the model reads.
 
     Args:
-        modalities: that rows of the data set have.
+        modalities: the modalities of the data set.
     """
     for side in model.reads:
         require_column(str(model.encoder(side).spec), model.encoder(side).modality, modalities, where=f"--{side}")
 
 
 def full_specs(config: RunConfig) -> RunConfig:
-    """The configuration with aliases of encoders and names of plugins written out, as a run records it."""
+    """`config` with full names in place of aliases of encoders and short names of plugins, as a run records it."""
     config = with_specs(config, {side: str(full_spec(spec)) for side, spec in specs(config).items() if spec})
     return config.model_copy(update={"method": registry.full_name(registry.FUSION, config.method)})
-
-
-def _with_statistics(encoder: Encoder, config: RunConfig) -> Encoder:
-    if config.data.image_stats == "mmbt" and isinstance(encoder.preprocess, ImagePreprocess):
-        encoder.preprocess = replace(encoder.preprocess, mean=MMBT_MEAN, std=MMBT_STD)
-    return encoder

@@ -1,6 +1,6 @@
-"""The JSON files of a bundle, checked before anything relies on them.
+"""Check the JSON files of a bundle before anything relies on them.
 
-By hand: where bundles are run, pydantic need not be installed.
+The checks are written by hand, as pydantic need not be installed where bundles are run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _FIX = "export the run again"
 
 
 class Labels(NamedTuple):
-    """What ``labels.json`` says; a threshold for each label."""
+    """The content of ``labels.json``; `thresholds` has one for each label."""
 
     labels: tuple[str, ...]
     multi_label: bool
@@ -31,30 +31,30 @@ class Labels(NamedTuple):
 
 
 def read_labels(folder: Path) -> Labels:
-    """``labels.json`` of a bundle.
+    """Read ``labels.json`` of a bundle.
 
     Raises:
         CheckpointError: it is missing or damaged.
     """
-    said = read_json(folder / "labels.json")
-    _require(said, {"labels": _is_names, "multi_label": _is_bool, "thresholds": _is_numbers}, folder, "labels.json")
-    if len(said["thresholds"]) != len(said["labels"]):
-        raise _damaged(folder, "labels.json", f"{len(said['thresholds'])} thresholds of {len(said['labels'])} labels")
-    return Labels(tuple(said["labels"]), said["multi_label"], tuple(map(float, said["thresholds"])))
+    found = read_json(folder / "labels.json")
+    _require(found, {"labels": _is_names, "multi_label": _is_bool, "thresholds": _is_numbers}, folder, "labels.json")
+    if len(found["thresholds"]) != len(found["labels"]):
+        raise _damaged(folder, "labels.json", f"{len(found['thresholds'])} thresholds of {len(found['labels'])} labels")
+    return Labels(tuple(found["labels"]), found["multi_label"], tuple(map(float, found["thresholds"])))
 
 
 def read_preprocess(folder: Path) -> tuple[dict[str, dict[str, Any]], bool]:
-    """``preprocess.json`` of a bundle: how each side's values become inputs, and whether an empty value is a missing one.
+    """Read ``preprocess.json`` of a bundle: the preprocessing of each side, and whether an empty value counts as missing.
 
     Raises:
         CheckpointError: it is missing or damaged.
     """
     file = "preprocess.json"
-    said = {"empty_is_missing": False, **read_json(folder / file)}
-    _require(said, {"sides": _is_object, "empty_is_missing": _is_bool}, folder, file)
-    for side, how in said["sides"].items():
+    found = {"empty_is_missing": False, **read_json(folder / file)}
+    _require(found, {"sides": _is_object, "empty_is_missing": _is_bool}, folder, file)
+    for side, how in found["sides"].items():
         _require_side(how, folder, f"{file}: {side}")
-    return said["sides"], said["empty_is_missing"]
+    return found["sides"], found["empty_is_missing"]
 
 
 def _require_side(how: Any, folder: Path, where: str) -> None:

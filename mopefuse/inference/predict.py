@@ -1,6 +1,6 @@
-"""Say what new pairs are: from a file, a stream or Python, in their order, with an error where a pair is none.
+"""Predict labels for new pairs from a file, a stream or Python, in input order; an invalid pair gets an error instead.
 
-Nothing here needs torch; a trained run brings it when it is loaded.
+Nothing here needs torch; loading a trained run imports it.
 
 Shapes: B batch, N labels.
 """
@@ -30,15 +30,17 @@ from mopefuse.inference.bundle import Bundle
 from mopefuse.modalities import base as modality
 from mopefuse.runs.locate import kind_of, locate, trained
 
-Answer = dict[str, Any]
+Prediction = dict[str, Any]
+Answer = Prediction  # its name in `mopefuse.cli.predict`
 
 
 class Model(Protocol):
-    """What can be asked: a trained run or an exported bundle.
+    """A trained run or an exported bundle.
 
     Attributes:
-        modalities: that its encoders read. may_lack: those of them that it was trained to do without.
-        empty_is_missing: whether it was trained with empty texts as missing ones.
+        labels: in the order of the logits. thresholds: of each label, probability from which it is predicted (multi-label).
+        modalities: the modalities that its encoders read. may_lack: those of them that it can predict without.
+        empty_is_missing: whether it was trained with empty texts as missing texts.
     """
 
     labels: tuple[str, ...]
@@ -48,14 +50,17 @@ class Model(Protocol):
     may_lack: tuple[str, ...]
     empty_is_missing: bool
 
-    def say(self, values: Mapping[str, Sequence[Any]]) -> tuple[list[list[float]], list[Any] | None]:
-        """Probabilities (B, N), and the routing of each sample, layers by experts, where the model routes; values by
-        modality."""
+    def predict_probabilities(self, values: Mapping[str, Sequence[Any]]) -> tuple[list[list[float]], list[Any] | None]:
+        """Probabilities (B, N), and the routing weights of each sample (routed layers, experts), None without a router.
+
+        Args:
+            values: by modality, B of each.
+        """
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """A model that is asked about samples; `mopefuse.load` makes one."""
+    """Predicts labels of samples with a loaded model; made by `mopefuse.load`. Several threads may share one."""
 
     model: Model
 
@@ -67,39 +72,39 @@ class Predictor:
         top: int | None = None,
         routing: bool = False,
         **more: Any,
-    ) -> list[Answer]:
-        """What each sample is: ``{"label" | "labels", "probabilities": {label: p}}``.
+    ) -> list[Prediction]:
+        """The prediction for each sample: ``{"label" | "labels", "probabilities": {label: p}}``.
 
         Args:
             images: PIL images of any mode, paths of files, or arrays of uint8 (height, width, 3); they are prepared as the
-                files of a data set are. texts: as many. more: as many of other modalities, by name (``audio=[...]``). What
-                the model does not read may be left out; None in a list is a sample that has none; one value alone is a list
-                of one.
-            top: most labels in "probabilities", the likeliest first; default all.
-            routing: add the weights of the experts, a list for each routed layer.
+                files of a data set are. texts: one for each image. more: values of other modalities, by name
+                (``audio=[...]``). Modalities that the model does not read may be left out; None in a list is a sample
+                without a value; one value alone is a list of one.
+            top: number of labels in "probabilities", the most likely first; default all.
+            routing: whether to add the weights of the experts, a list for each routed layer.
 
         Raises:
-            DataError: not as many of one as of another, or something that is no image or no text.
+            DataError: unequal numbers of values, or a value that is not of its modality.
             ConfigError: `top` is less than 1.
         """
         if top is not None and top < 1:
-            raise ConfigError(300, f"top is {top}: at least one label is answered", where="predict", fix="name 1 or more")
+            raise ConfigError(300, f"top is {top}, need at least 1", where="predict", fix="give 1 or more")
         values = modality.named((images, texts), more)
         if not modality.count_of(values):
             return []
         _require(values, self.model)
-        said, routed = self.model.say(values)
-        if not all(map(isfinite, chain.from_iterable(said))):
+        p_BN, weights_BLK = self.model.predict_probabilities(values)
+        if not all(map(isfinite, chain.from_iterable(p_BN))):
             raise NumericError(3, "the model's answer is not finite", fix="train again, or use another checkpoint")
-        answers = [answer(p_N, self.model, top) for p_N in said]
-        if routing and routed is not None:
-            for one, weights in zip(answers, routed, strict=True):
-                one["routing"] = weights
-        return answers
+        predictions = [prediction(p_N, self.model, top) for p_N in p_BN]
+        if routing and weights_BLK is not None:
+            for each, weights_LK in zip(predictions, weights_BLK, strict=True):
+                each["routing"] = weights_LK
+        return predictions
 
 
 def _require(values: Mapping[str, Sequence[Any]], model: Model) -> None:
-    """Refuse samples without what the model needs, or with nothing."""
+    """Refuse samples that lack a modality that the model needs, or all modalities."""
     read = {name: each for name, each in values.items() if name in model.modalities}
     for number, sample in enumerate(zip(*read.values(), strict=True)):
         missing = [name for name, value in zip(read, sample, strict=True) if value is None]
@@ -109,8 +114,8 @@ def _require(values: Mapping[str, Sequence[Any]], model: Model) -> None:
             raise DataError(100, what, fix="leave it out, or train with --modality-dropout, for the main encoder with --either")
 
 
-def answer(p_N: Sequence[float], model: Model, top: int | None) -> Answer:
-    """A prediction from probabilities."""
+def prediction(p_N: Sequence[float], model: Model, top: int | None) -> Prediction:
+    """The prediction for one sample, from the probabilities of the labels."""
     likeliest = sorted(range(len(p_N)), key=lambda i: (-p_N[i], i))[:top]
     probabilities = {model.labels[i]: round(p_N[i], 6) for i in likeliest}
     if model.multi_label:
@@ -122,17 +127,18 @@ def answer(p_N: Sequence[float], model: Model, top: int | None) -> Answer:
 def load(
     path: str | Path, *, checkpoint: str = "best", device: str = "auto", main: str | None = None, comp: Comp = None
 ) -> Predictor:
-    """A trained run, an adapter or an exported bundle to ask; ``hf-hub:repo/name`` is fetched first.
+    """Load a trained run, an adapter or an exported bundle to predict with; ``hf-hub:repo/name`` is downloaded first.
 
     Args:
-        checkpoint: of a run: best, last or step-N.
-        main, comp: specs of the encoders, where the weights that the run was trained with go by other names here; of several
-            complementary ones as in ``["2=SPEC"]`` or ``["text=SPEC"]``.
+        checkpoint: of a run: "best", "last" or "step-N".
+        device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:N" or "mps".
+        main, comp: specs of the encoders, where the same weights have other names on this machine; of several complementary
+            encoders as in ``["2=SPEC"]`` or ``["text=SPEC"]``.
 
     Raises:
-        CheckpointError: there is none, or its encoders are not those that it was trained with.
-        ConfigError: an option that a bundle, which has its encoders inside, cannot have.
-        PackageError: a run or an adapter, and torch or another library of encoders is not installed.
+        CheckpointError: there is no such run, or its encoders are not those that it was trained with.
+        ConfigError: an option that does not apply to a bundle, which contains its encoders.
+        PackageError: torch or a library of encoders, which a run or an adapter needs, is not installed.
     """
     folder = locate(path)
     if not folder.is_dir():
@@ -151,11 +157,11 @@ def load(
 
 
 def input_settings(path: str | Path, changes: Mapping[str, Any] | None = None) -> DataConfig:
-    """How to read samples for a model: with the columns that its training data had.
+    """The settings to read samples for a model with: the columns of its training data.
 
     Args:
         path: of the model, see `load`.
-        changes: settings of `data` by name, which win; see `mopefuse.config.recipe.changed_data`.
+        changes: settings of `data` by name that override those; see `mopefuse.config.recipe.changed_data`.
 
     Raises:
         CheckpointError: there is no such model. ConfigError: one of `changes` is no setting.
@@ -168,12 +174,12 @@ def input_settings(path: str | Path, changes: Mapping[str, Any] | None = None) -
     return changed_data(saved.model_copy(update={"path": None, "on_missing": "error"}), changes or {})
 
 
-# -- pairs from files
+# -- reading pairs
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One line of the input: what it says of each modality that the model reads, or why it is none."""
+    """One line of the input: its value of each modality that the model reads, or the error that makes it invalid."""
 
     id: str
     values: Mapping[str, Any] = field(default_factory=dict)
@@ -188,15 +194,15 @@ def read_pairs(
     *,
     empty_is_missing: bool = False,
 ) -> Iterator[Pair]:
-    """The samples of a table, or of lines of JSON as they come; files are relative to the table's folder.
+    """The samples of a table, or of lines of JSON as they arrive; files are relative to the table's folder.
 
     Args:
-        modalities: that are read; others need not be there.
-        may_lack: those of them that a row need not have; a row that has nothing at all is none.
-        empty_is_missing: whether it has none of what is empty.
+        modalities: the modalities to read; rows need no others.
+        may_lack: the modalities that a row may lack; a row that lacks all of them is invalid.
+        empty_is_missing: whether a row with an empty value lacks the modality.
 
     Raises:
-        DataError: no such file, or one that is no table.
+        DataError: there is no such file, or it is not a table.
     """
     if isinstance(source, Path):
         if not source.is_file():
@@ -223,8 +229,8 @@ def _pair(found: Found, file: str, roots: Sequence[Path], layouts: Sequence[Layo
             raise NoRow(found.value)
         values: dict[str, Any] = {}
         for layout in layouts:
-            identity, said = check_input(found.value, found.line, layout)
-            values = {**said, **values}  # what the first says of what is needed stays
+            identity, found_values = check_input(found.value, found.line, layout)
+            values = {**found_values, **values}  # the first layout decides on modalities that are needed
         place = f"{where}, id {identity}"
         for name, value in values.items():
             if value is not None:
@@ -246,39 +252,42 @@ def predict_pairs(
     top: int | None = None,
     routing: bool = False,
     strict: bool = False,
-) -> Iterator[Answer]:
-    """An answer for each pair, in their order; ``{"id", "error": {...}}`` for what is no pair.
+) -> Iterator[Prediction]:
+    """A prediction for each pair, in their order; ``{"id", "error": {...}}`` for an invalid pair.
+
+    Args:
+        batch: pairs in one forward pass.
 
     Raises:
-        MopefuseError: with `strict`, the first thing that is no pair.
+        MopefuseError: with `strict`, the error of the first invalid pair.
     """
     pairs = iter(pairs)
     while group := list(islice(pairs, batch)):
         good = [pair for pair in group if pair.error is None]
         values = {name: [pair.values[name] for pair in good] for name in (good[0].values if good else ())}
-        said = iter(predictor.predict(**modality.by_argument(values), top=top, routing=routing))
+        predictions = iter(predictor.predict(**modality.by_argument(values), top=top, routing=routing))
         for pair in group:
             if pair.error is not None and strict:
                 raise pair.error
-            yield {"id": pair.id, **({"error": pair.error.as_dict()} if pair.error is not None else next(said))}
+            yield {"id": pair.id, **({"error": pair.error.as_dict()} if pair.error is not None else next(predictions))}
 
 
-# -- answers to files
+# -- writing predictions
 
 
-def as_jsonl(answers: Iterable[Answer]) -> Iterator[str]:
-    """One JSON object a line."""
-    return (json_text(one) + "\n" for one in answers)
+def as_jsonl(predictions: Iterable[Prediction]) -> Iterator[str]:
+    """One line of JSON for each prediction."""
+    return (json_text(one) + "\n" for one in predictions)
 
 
-def as_csv(answers: Iterable[Answer], labels: Sequence[str]) -> Iterator[str]:
+def as_csv(predictions: Iterable[Prediction], labels: Sequence[str]) -> Iterator[str]:
     """A header, then id, label (labels separated by ``|``), the probability of each label, and the error."""
     yield _csv_line(["id", "label", *(f"p({label})" for label in labels), "error"])
-    for one in answers:
+    for one in predictions:
         chosen = "|".join(one["labels"]) if "labels" in one else one.get("label", "")
-        said: Mapping[str, float] = one.get("probabilities", {})
+        probabilities: Mapping[str, float] = one.get("probabilities", {})
         error = one["error"]["message"] if "error" in one else ""
-        yield _csv_line([one["id"], chosen, *(said.get(label, "") for label in labels), error])
+        yield _csv_line([one["id"], chosen, *(probabilities.get(label, "") for label in labels), error])
 
 
 def _csv_line(cells: Sequence[object]) -> str:

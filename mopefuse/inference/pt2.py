@@ -1,8 +1,8 @@
-"""pt2 archives: written without what is nobody's business, and read without trusting them.
+"""Write pt2 archives without local paths and names, and read them without trusting them.
 
 A pt2 archive is a zip file of JSON and of the raw bytes of tensors. torch's own reader unpickles and evaluates parts of it, so
-it never sees the file: every record is read once, checked against `mopefuse.inference.pt2_program`, and only what passed is
-handed on.
+it never sees the file: every record is read once and checked against `mopefuse.inference.pt2_program`, and only records that
+pass are given to torch.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ def save_pt2(program: ExportedProgram, file: Path) -> None:
 
 
 def load_pt2(file: Path, device: torch.device) -> Graph:
-    """The function in a pt2 archive.
+    """Load the graph in a pt2 archive as a function.
 
     Raises:
-        CheckpointError: it has something in it that exported graphs do not need, or it cannot be read.
+        CheckpointError: it contains something that exported graphs do not need, or it cannot be read.
     """
     from torch._export.serde.serialize import SerializedArtifact, deserialize
 
@@ -88,7 +88,7 @@ def load_pt2(file: Path, device: torch.device) -> Graph:
 
 
 def read_pt2(file: Path) -> tuple[bytes, dict[str, Tensor], dict[str, Tensor]]:
-    """The program as JSON, the weights and the constants by name; all of it checked, nothing of it executed.
+    """Read the program as JSON, the weights and the constants by name; everything is checked, nothing is executed.
 
     Raises:
         CheckpointError: see `load_pt2`.
@@ -113,7 +113,7 @@ def read_pt2(file: Path) -> tuple[bytes, dict[str, Tensor], dict[str, Tensor]]:
 
 
 def _records(archive: zipfile.ZipFile, file: Path) -> dict[str, zipfile.ZipInfo]:
-    """What is in an archive, by name without its one outer folder: each name once, uncompressed, no larger than the file."""
+    """The records of an archive, by name without the outer folder: names are unique, and nothing is compressed."""
     records: dict[str, zipfile.ZipInfo] = {}
     roots = set()
     for entry in archive.infolist()[: _MOST_RECORDS + 1]:
@@ -157,7 +157,7 @@ def _parsed(
 def _tensors(
     archive: zipfile.ZipFile, records: dict[str, zipfile.ZipInfo], folder: str, payloads: Mapping[str, Payload], file: Path
 ) -> dict[str, Tensor]:
-    """The tensors that a table of payloads names; several may be views of one record."""
+    """The tensors in a table of payloads; several may be views of one record."""
     flat: dict[str, Tensor] = {}
     found: dict[str, Tensor] = {}
     for name, payload in payloads.items():
@@ -186,7 +186,7 @@ def _damaged(file: Path, why: str) -> CheckpointError:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Without what tracers and converters log for their own developers."""
+    """Suppress the warnings and logs of tracers and converters, which are for their developers."""
     chatty = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "root", "")]
     levels = [logger.level for logger in chatty]
     for logger in chatty:

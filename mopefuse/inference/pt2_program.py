@@ -1,4 +1,4 @@
-"""The grammar of the JSON in a pt2 archive, checked before torch sees a word of it.
+"""The grammar of the JSON in a pt2 archive, checked before torch reads any of it.
 
 `torch.export` trusts its files: it resolves operators by attribute access on ``torch``, evaluates sizes with sympy's ``eval``,
 writes names into Python source that it executes, and imports modules that a tree of arguments names. So nothing reaches it but
@@ -28,12 +28,12 @@ def _one(value: T) -> T:
 
 
 def _no_longer(value: object) -> object:
-    """Only the first entry, which says how the graph is called; the others are of submodules that no longer exist."""
+    """Keep the first entry only, the signature of the graph; the others belong to submodules that no longer exist."""
     return value[:1] if isinstance(value, list) else value
 
 
 OneOf = Annotated[T, AfterValidator(_one)]
-"""An object with one of its fields."""
+"""An object with exactly one of the fields."""
 
 _Left_out = AfterValidator(lambda value: type(value)())
 _Nothing = Annotated[dict[str, Any], Field(max_length=0)]
@@ -198,7 +198,7 @@ class _Tree(TypedDict):
 
 
 def _plain(tree: _Tree) -> None:
-    """Refuse nested arguments other than tuples, lists and dictionaries with names as keys."""
+    """Refuse nested arguments other than tuples, lists and dictionaries with string keys."""
     if tree["type"] == "builtins.dict":
         keys = json.loads(tree["context"] or "null")
         if not isinstance(keys, list) or not all(isinstance(key, str) and key.isidentifier() for key in keys):
@@ -283,7 +283,7 @@ class _StoredMeta(TypedDict):
 
 
 class Payload(TypedDict):
-    """Where the bytes of a tensor are, and which of them."""
+    """The record that holds the bytes of a tensor, and the part of it."""
 
     path_name: Annotated[str, StringConstraints(pattern=r"^(weight|tensor)_[0-9]{1,6}$")]
     is_param: bool

@@ -1,4 +1,4 @@
-"""Words that a pt2 archive may use: names, places of tensors, operators, sizes and types, as `pydantic` types.
+"""The vocabulary of a pt2 archive as `pydantic` types: names, paths of tensors, operators, sizes and types.
 
 Each becomes part of Python source, of an attribute's path or of an evaluated expression once torch loads the archive. Operators
 are those of the graphs of encoders and fusion methods. Left out on purpose is what reads files (``from_file``), Python's
@@ -22,10 +22,10 @@ DTYPES = {
     1: torch.uint8, 2: torch.int8, 3: torch.int16, 4: torch.int32, 5: torch.int64, 6: torch.float16, 7: torch.float32,
     8: torch.float64, 12: torch.bool, 13: torch.bfloat16,
 }  # fmt: skip
-"""Types of tensors by their number in the archive; others are not exported."""
+"""Tensor types by their number in the archive; others are not exported."""
 
 PYTHON = frozenset(f"_operator.{name}" for name in "add sub mul floordiv mod neg eq ne ge gt le lt".split())
-"""On sizes."""
+"""Operators on sizes."""
 
 HIGHER_ORDER = frozenset({"torch.ops.higher_order.wrap_with_autocast", "torch.ops.higher_order.wrap_with_set_grad_enabled"})
 
@@ -61,7 +61,7 @@ ATEN = frozenset(
     view_as vstack where zero_ zeros zeros_like
     """.split()
 )
-"""On tensors, in all of their overloads."""
+"""Operators on tensors, in all their overloads."""
 
 _MOST = 2**48  # elements, and bytes, of anything
 _RESERVED = {*keyword.kwlist, *keyword.softkwlist, *dir(builtins), "self", "torch", "math", "device", "inf", "nan"}
@@ -75,14 +75,14 @@ _MOST_TERMS = 300  # of a size that is multiplied out, as sympy does to compare 
 
 
 def _name(text: str) -> str:
-    """A word that becomes the name of a variable in generated source."""
+    """A string that becomes the name of a variable in generated source."""
     if text in _RESERVED or text.startswith("__"):
         raise ValueError(f"{text!r} cannot be a name")
     return text
 
 
 def _path(text: str) -> str:
-    """The place of a tensor in the model."""
+    """The dotted path of a tensor in the model."""
     if any(part.startswith("__") for part in text.split(".")):
         raise ValueError(f"{text!r} cannot be the place of a tensor")
     return text
@@ -103,7 +103,7 @@ def _operator(text: str) -> str:
 
 @lru_cache(maxsize=1000)
 def _expression(text: str) -> str:
-    """A size such as ``Mul(Integer(2), Symbol('s0', integer=True))``, written anew from its parts."""
+    """A size such as ``Mul(Integer(2), Symbol('s0', integer=True))``, rebuilt from its checked parts."""
     try:
         tree = ast.parse(text, mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -113,7 +113,7 @@ def _expression(text: str) -> str:
 
 
 def _check_expression(node: ast.expr, depth: int) -> int:
-    """Refuse what is not part of a size; else how many terms it has once it is multiplied out."""
+    """The number of terms of a size once it is multiplied out; anything that is not part of a size is refused."""
     if isinstance(node, ast.Name) and node.id in ("true", "false"):
         return 1
     if depth > _DEEPEST or not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):

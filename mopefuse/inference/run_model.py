@@ -1,4 +1,4 @@
-"""A trained run as something to ask, see `mopefuse.inference.predict`."""
+"""A trained run behind the `mopefuse.inference.predict.Model` protocol."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mopefuse.runs.locate import trained
 
 
 class RunModel:
-    """The model of a run or an adapter on its device.
+    """The model of a run or an adapter, on one device.
 
     Raises:
         CheckpointError: there is no such run or checkpoint, or the encoders are not those that it was trained with.
@@ -33,14 +33,14 @@ class RunModel:
         self.may_lack = tuple(name for name in self.modalities if name not in needed)
         self.empty_is_missing = loaded.config.data.on_missing != "error"
         self.multi_label: bool = loaded.manifest["multi_label"]
-        each = loaded.thresholds
-        self.thresholds: Sequence[float] = [each] * len(self.labels) if isinstance(each, float) else each
+        thresholds = loaded.thresholds
+        self.thresholds: Sequence[float] = [thresholds] * len(self.labels) if isinstance(thresholds, float) else thresholds
 
     @torch.no_grad()
-    def say(self, values: Mapping[str, Sequence[Any]]) -> tuple[list[list[float]], list[Any] | None]:
+    def predict_probabilities(self, values: Mapping[str, Sequence[Any]]) -> tuple[list[list[float]], list[Any] | None]:
         """Probabilities (B, N) and routing; see `mopefuse.inference.predict.Model`."""
         devices.flush_denormals(self.device)
-        batch = self.fusion.collate(**by_argument(values))
+        batch = self.fusion.collate(**by_argument(values)).to(self.device)
         with devices.autocast(self.precision, self.device):
             output = self.fusion(batch)
         p_BN = metrics.probabilities(output.logits_BN.float().cpu(), multi_label=self.multi_label)

@@ -129,7 +129,7 @@ def load_model(
     model = build_model(config, len(manifest["labels"]))
     check_encoders(model, manifest, where=str(folder.path))
     path, facts = folder.checkpoint(checkpoint)
-    model.load_own_state(read_tensors(path / "weights.safetensors"), where=str(path))
+    model.load_trainable_state_dict(read_tensors(path / "weights.safetensors"), where=str(path))
     devices.place(model, device)
     return Loaded(
         model=model.eval(),

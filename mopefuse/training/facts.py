@@ -9,48 +9,20 @@ from typing import Any
 from mopefuse import __version__
 from mopefuse.config.schema import Data as DataConfig
 from mopefuse.config.schema import RunConfig
-from mopefuse.core import registry
 from mopefuse.data.base import SPLITS, DataSet
-from mopefuse.fusion.base import Fusion, fresh_encoders
+from mopefuse.fusion.base import Fusion
+from mopefuse.fusion.facts import model_facts
 
 
 def run_facts(config: RunConfig, data: DataSet, model: Fusion) -> dict[str, Any]:
     """The facts in the manifest of a run, which loading and resuming compare with what they find."""
     return {
-        "mopefuse": __version__,
-        "method": config.method,
-        "encoders": _encoders(model),
-        "plugins": _plugins(config, model),
+        **model_facts(model, config.method),
         "labels": list(data.labels),
         "multi_label": data.multi_label,
         "data": data.fingerprint(),
         "skipped": {name: [f"{problem.code} {problem}" for problem in split.skipped] for name, split in data.splits.items()},
     }
-
-
-def _encoders(model: Fusion) -> dict[str, dict[str, Any]]:
-    fingerprints, facts = fresh_encoders(model), {}
-    for side in model.uses:
-        encoder = model.encoder(side)
-        facts[side] = {
-            "spec": str(encoder.spec),
-            "modality": encoder.modality,
-            "feature_width": encoder.feature_width,
-            "layers": len(encoder.widths),
-            "revision": encoder.revision,
-            "fingerprint": fingerprints.get(side),
-            "digest": encoder.digest(),
-            "description": encoder.describe(),
-        }
-    return facts
-
-
-def _plugins(config: RunConfig, model: Fusion) -> list[dict[str, str]]:
-    """Entry points of other distributions without which the run cannot be loaded."""
-    encoders = [model.encoder(side) for side in model.uses]
-    needs = {(registry.ENCODERS, encoder.spec.scheme) for encoder in encoders}
-    needs |= {(registry.MODALITIES, encoder.modality) for encoder in encoders}
-    return registry.needs(needs | {(registry.FUSION, config.method)})
 
 
 def drawn_ids(config: DataConfig, data: DataSet) -> dict[str, list[str]]:

@@ -43,10 +43,10 @@ def inherit(
 
     The method defines what the meaning of a tensor depends on (`Fusion.bonds`).
     """
-    known, heads = old.own_state(), _Heads(old, new, old_labels, new_labels)
+    known, heads = old.trainable_state_dict(), _Heads(old, new, old_labels, new_labels)
     state: dict[str, Tensor] = {}
     inherited = []
-    for name, tensor in new.own_state().items():
+    for name, tensor in new.trainable_state_dict().items():
         value, kept = tensor.clone(), 0
         if name.partition(".")[0] in new.heads:
             kept = heads.carry(name, value, known)

@@ -38,7 +38,7 @@ def with_learning_rates(
 
 def make_optimizer(model: Fusion, config: Train) -> torch.optim.AdamW:
     """AdamW with a group for each `Fusion.pace`; ``group["peak"]`` is its learning rate before the schedule."""
-    ours = model.ours()
+    ours = model.named_trainable_parameters()
     groups = []
     peaks = {"main": config.lr, "comp": config.lr_comp, "head": config.lr_head, "tuned": config.lr_tuned}
     for pace, peak in peaks.items():

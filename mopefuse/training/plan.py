@@ -163,7 +163,7 @@ def estimate_memory(model: Fusion, data: DataSet, config: RunConfig) -> int:
         classification_loss(model(batch), batch, multi_label=data.multi_label)
     samples = config.train.batch_size / config.train.accumulate / distributed.world_size()
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    trainable = sum(parameter.numel() * parameter.element_size() for parameter in model.ours().values())
+    trainable = sum(parameter.numel() * parameter.element_size() for parameter in model.trainable_parameters())
     return int(size + 3 * trainable + sum(saved.values()) * samples)
 
 

@@ -39,7 +39,7 @@ def regression_start(trainer: Trainer, given: Start | None = None) -> Start | No
     trainer.progress.seconds = time.perf_counter() - began
     strengths = ", ".join(f"C {value:g} on {name}" for name, value in chosen.items())
     trainer.listener.notice(f"logistic regression, chosen on validation: {strengths}")
-    return Start({**model.own_state(), **state})
+    return Start({**model.trainable_state_dict(), **state})
 
 
 def _purpose(trainer: Trainer) -> How:

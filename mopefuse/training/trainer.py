@@ -123,7 +123,7 @@ class Trainer:
         # 3. Loss, gradients and optimizer.
         weights = self._class_weights()
         self._backward = Backward(model, config, device, multi_label=data.multi_label, weights=weights)
-        self.names = {id(parameter): name for name, parameter in model.ours().items()}
+        self.names = {id(parameter): name for name, parameter in model.named_trainable_parameters().items()}
         self.optimizer = make_optimizer(model, config.train)
         # 4. The state of training.
         self.progress = Progress()
@@ -146,7 +146,7 @@ class Trainer:
 
     def begin(self, state: Mapping[str, Tensor]) -> None:
         """Start from a trainable state instead of from scratch; it is validated and published as step 0."""
-        self.model.load_own_state(state, where="step 0")
+        self.model.load_trainable_state_dict(state, where="step 0")
         self._validate()
 
     def restore(self) -> bool:
@@ -157,7 +157,7 @@ class Trainer:
         path, manifest = found
         if manifest["step"] < self.run.steps()[-1]:
             self.listener.notice(f"the checkpoint step-{self.run.steps()[-1]} is damaged; step-{manifest['step']} is used")
-        self.model.load_own_state(read_tensors(path / "weights.safetensors"), where=str(path))
+        self.model.load_trainable_state_dict(read_tensors(path / "weights.safetensors"), where=str(path))
         load_optimizer_state(self.optimizer, self.names, read_tensors(path / "optimizer.safetensors"), where=str(path))
         self.progress = Progress(**manifest["progress"])
         step = self.progress.step
@@ -175,7 +175,7 @@ class Trainer:
         """Publish a checkpoint of this step, and record whether it is the best."""
 
         def write(folder: Path) -> None:
-            write_tensors(folder / "weights.safetensors", self.model.own_state())
+            write_tensors(folder / "weights.safetensors", self.model.trainable_state_dict())
             write_tensors(folder / "optimizer.safetensors", optimizer_state(self.optimizer, self.names))
 
         def publish() -> None:
@@ -239,7 +239,7 @@ class Trainer:
         torch.manual_seed(seed_of(config.seed, step, distributed.rank()))
         has_share = bool(share(global_batch, distributed.rank(), distributed.world_size()))
         loss = self._backward(batch, len(global_batch), has_share=has_share)
-        parameters = self.model.ours()
+        parameters = self.model.named_trainable_parameters()
         if self._warm_up is not None and step < self._warm_up.steps:
             for name in parameters.keys() - self._warm_up.names:
                 parameters[name].grad = None
@@ -315,7 +315,7 @@ class Trainer:
     def test(self) -> Evaluation | None:
         """Load the selected checkpoint, evaluate it on the test split if there is one, and write its predictions."""
         path, _ = self._selected()
-        self.model.load_own_state(read_tensors(path / "weights.safetensors"), where=str(path))
+        self.model.load_trainable_state_dict(read_tensors(path / "weights.safetensors"), where=str(path))
         if "test" not in self.data.splits:
             return None
         samples = prepare_samples(self.model, self.data, "test", self.config, self.device, reading=self.listener.reading)

@@ -1,0 +1,162 @@
+"""From raw values or rows to a batch on the CPU, with the preprocessing of each encoder, and which values a sample needs.
+
+Nothing here refers to the weights of a model: a `Collator` is small to pickle, so that data workers can use it.
+
+Shapes: B batch, N labels, S samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import and_
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mopefuse.data.base import Batch
+from mopefuse.encoders.base import Inputs, Preprocess
+from mopefuse.errors import DataError
+from mopefuse.modalities import base as modalities
+
+LABEL = "label"
+"""The key of a row's label."""
+
+
+@dataclass(frozen=True)
+class Requirements:
+    """Which modalities a sample must have.
+
+    Args:
+        method: name of the fusion method, for messages.
+        modality_of: side to the modality that its encoder reads, of all sides that the model reads.
+        may_lack: the sides that a sample may have no value for.
+        either_helps: whether training with ``--either`` lifts the requirement for the main side.
+    """
+
+    method: str
+    modality_of: Mapping[str, str]
+    may_lack: tuple[str, ...]
+    either_helps: bool
+
+    def check(self, lacking: Mapping[str, NDArray[np.bool_] | Tensor], *, where: str) -> None:
+        """Refuse samples that lack a required modality, or all modalities that the model reads.
+
+        Args:
+            lacking: the sides that some sample has no value for, each with a mask (S,), True where a sample has none.
+
+        Raises:
+            DataError: a sample lacks a side that is not in `may_lack`, or has no value at all.
+        """
+        for side in lacking:
+            if side in self.may_lack:
+                continue
+            fix = "leave them out with --on-missing skip"
+            if self.either_helps and side == "main":
+                fix = f"train with --either, or {fix}"
+            what = f"samples lack {self.modality_of[side]}, which the {side} encoder of {self.method} needs"
+            raise DataError(100, what, where=where, fix=fix)
+        empty = int(reduce(and_, lacking.values()).sum()) if lacking.keys() >= self.modality_of.keys() else 0
+        if empty:
+            what = f"{empty} of the samples have no value that an encoder reads"
+            raise DataError(110, what, where=where, fix="leave them out with --on-missing skip")
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Prepares raw values with each encoder's own preprocessing, without augmentation; `Fusion.collate` makes one.
+
+    Args:
+        readers: side to modality and preprocessing, of the sides that the model reads.
+        num_labels: N; 0 if not known. multi_label: whether a row's label is a list of indices instead of one index.
+    """
+
+    readers: Mapping[str, tuple[str, Preprocess]]
+    requirements: Requirements
+    num_labels: int = 0
+    multi_label: bool = False
+
+    def __call__(self, images: Any = None, texts: Any = None, **more: Any) -> Batch:
+        """A batch on the CPU, of values by modality or of rows.
+
+        ``collate(images, texts)``, ``collate(texts=texts, audio=clips)``, or ``collate(rows)`` with rows such as those of
+        `mopefuse.PairDataset`: ``{"image": image, "text": text, "label": index}``.
+
+        Args:
+            images, texts, more: one value for each sample, by modality; None for a sample that has none. Modalities that no
+                encoder reads may be left out. Images are PIL images of any mode, paths, or arrays of uint8
+                (height, width, 3); they are prepared as the files of a data set are. One value alone is a list of one.
+                As the only argument, `images` can be a list of rows: mappings from modality to value; where all have the
+                key "label", an index from 0 or, for multi-label, a list of indices, `Batch.targets` is set: (B,) int64, or
+                (B, N) float32. Other keys are ignored.
+
+        Raises:
+            DataError: unequal numbers of values, none at all, a value of another kind, a missing value that is needed, or a
+                label that is not an index from 0 to N - 1.
+        """
+        targets = None
+        if texts is None and not more and _are_rows(images):
+            targets = self._targets(images)
+            values = _by_modality(images, {name for name, _ in self.readers.values()})
+        else:
+            values = modalities.named((images, texts), more)
+        count = modalities.count_of(values)
+        if not count:
+            given = " and ".join(f"0 {modalities.of(name).plural}" for name in values) or "nothing"
+            raise DataError(17, f"{given} are no pairs", fix="give one value for each sample")
+        modalities.require_kinds(values)
+        read = {name for name, _ in self.readers.values()}
+        values |= {name: modalities.prepared(name, values[name]) for name in read if name in values}
+        inputs: dict[str, Inputs] = {}
+        missing: dict[str, Tensor] = {}
+        for side, (name, preprocess) in self.readers.items():
+            own = modalities.require_given(name, values, f"the {side} encoder")
+            inputs[side] = preprocess.batch([preprocess.item(value) for value in modalities.or_nothing(name, own)])
+            if any(value is None for value in own):
+                missing[side] = torch.tensor([value is None for value in own])
+        self.requirements.check(missing, where="collate")
+        return Batch(inputs, {}, targets, torch.arange(count), missing)
+
+    def _targets(self, rows: Sequence[Mapping[str, Any]]) -> Tensor | None:
+        """The labels of rows as `Batch.targets`; None if no row has one."""
+        without = [number for number, row in enumerate(rows) if LABEL not in row]
+        if len(without) == len(rows):
+            return None
+        if without:
+            what = "the row has no label, and others of the batch have"
+            raise DataError(335, what, where=f"sample {without[0]}", fix="give each row a label, or none")
+        for number, row in enumerate(rows):
+            self._check_label(row[LABEL], f"sample {number}")
+        if not self.multi_label:
+            return torch.tensor([row[LABEL] for row in rows], dtype=torch.int64)
+        targets_BN = torch.zeros(len(rows), self.num_labels)
+        for number, row in enumerate(rows):
+            targets_BN[number, list(row[LABEL])] = 1.0
+        return targets_BN
+
+    def _check_label(self, label: Any, where: str) -> None:
+        """Refuse a label that is not an index below N, or a list of them."""
+        is_list = isinstance(label, Sequence) and not isinstance(label, str)
+        indices = label if self.multi_label and is_list else [label]
+        if is_list == self.multi_label and all(isinstance(i, int) and not isinstance(i, bool) for i in indices):
+            wrong = [i for i in indices if not 0 <= i < (self.num_labels or i + 1)]
+            if not wrong:
+                return
+            what = f"the label is {wrong[0]}, and the model has {self.num_labels} labels"
+            raise DataError(336, what, where=where, fix=f"use indices from 0 to {self.num_labels - 1}")
+        wanted = "a list of indices, as the model is multi-label" if self.multi_label else "one index from 0"
+        fix = f"give {wanted}; a mopefuse.PairDataset does"
+        raise DataError(337, f"the label is {label!r:.60}, need {wanted}", where=where, fix=fix)
+
+
+def _are_rows(values: Any) -> bool:
+    return isinstance(values, list | tuple) and bool(values) and all(isinstance(value, Mapping) for value in values)
+
+
+def _by_modality(rows: Sequence[Mapping[str, Any]], read: set[str]) -> dict[str, Sequence[Any]]:
+    """The values of rows, of each modality that some row has; None where a row has none."""
+    return {name: [row.get(name) for row in rows] for name in sorted(read) if any(name in row for row in rows)}

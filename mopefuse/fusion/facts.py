@@ -1,0 +1,41 @@
+"""The facts about a model that a saved run or adapter keeps, and that loading it compares."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mopefuse import __version__
+from mopefuse.core import registry
+from mopefuse.fusion.base import Fusion, fresh_encoders
+
+
+def model_facts(model: Fusion, method: str) -> dict[str, Any]:
+    """Version, method, encoders with the fingerprints of their weights, and the plugins that loading the model needs.
+
+    Args:
+        method: full name of the fusion method.
+    """
+    fingerprints = fresh_encoders(model)
+    encoders = {side: model.encoder(side) for side in model.uses}
+    return {
+        "mopefuse": __version__,
+        "method": method,
+        "encoders": {
+            side: {
+                "spec": str(encoder.spec),
+                "modality": encoder.modality,
+                "feature_width": encoder.feature_width,
+                "layers": len(encoder.widths),
+                "revision": encoder.revision,
+                "fingerprint": fingerprints.get(side),
+                "digest": encoder.digest(),
+                "description": encoder.describe(),
+            }
+            for side, encoder in encoders.items()
+        },
+        "plugins": registry.needs(
+            {(registry.FUSION, method)}
+            | {(registry.ENCODERS, encoder.spec.scheme) for encoder in encoders.values()}
+            | {(registry.MODALITIES, encoder.modality) for encoder in encoders.values()}
+        ),
+    }

@@ -1,0 +1,49 @@
+"""How contracts are checked: as parts, each a claim, a check that raises an AssertionError, and how to mend what it finds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from mopefuse.errors import MopefuseError
+
+
+class Part(NamedTuple):
+    """One part of a contract.
+
+    Args:
+        claim: what holds. check: raises an AssertionError that says what is broken and where. fix: what to change.
+    """
+
+    claim: str
+    check: Callable[[], None]
+    fix: str
+
+    def fault(self) -> tuple[str, Exception | None]:
+        """How the claim is broken, and the exception that showed it; empty and None where it holds."""
+        try:
+            self.check()
+        except AssertionError as broken:
+            return f"{broken} · fix: {self.fix}", broken
+        except Exception as error:  # code of a plugin raises whatever it pleases
+            reason = str(error) if isinstance(error, MopefuseError) else f"{type(error).__name__}: {error}"
+            return f"while it was checked that it {self.claim}: {reason} · fix: {self.fix}", error
+        return "", None
+
+
+def enforce(parts: Sequence[Part]) -> None:
+    """Check all parts in order.
+
+    Raises:
+        AssertionError: the first part that is broken: what, where, and how to mend it.
+    """
+    for part in parts:
+        message, cause = part.fault()
+        if message:
+            raise AssertionError(message) from cause
+
+
+def faults(parts: Sequence[Part]) -> Iterator[tuple[str, str]]:
+    """Every claim, with how it is broken; empty where it holds."""
+    for part in parts:
+        yield part.claim, part.fault()[0]

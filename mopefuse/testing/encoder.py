@@ -1,0 +1,101 @@
+"""The contract that every encoder keeps.
+
+See `mopefuse.encoders.base.Encoder`; what is checked is in `encoder_checks` and `encoder_prompts`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from mopefuse.encoders.base import Encoder, create_encoder
+from mopefuse.modalities.base import of
+from mopefuse.testing._contract import Part, enforce, faults
+from mopefuse.testing.encoder_prompts import PromptChecks
+
+
+def check_encoder(encoder: str | Encoder, samples: Sequence[Any] | None = None) -> Encoder:
+    """Check that an encoder keeps the contract of `mopefuse.encoders.base.Encoder`; it is returned frozen.
+
+    Args:
+        encoder: a spec, or an encoder, which is frozen first.
+        samples: at least two raw values of its modality; default ``preprocess.examples()`` where there is such a method, else
+            the examples of the modality.
+
+    Raises:
+        AssertionError: the first part of the contract that is broken: what, where, and how to mend it.
+    """
+    built = create_encoder(encoder) if isinstance(encoder, str) else encoder
+    built.freeze()
+    values = list(samples if samples is not None else _samples(built))
+    assert len(values) >= 2, "check_encoder needs at least two samples: one alone cannot leak into another"
+    enforce(_parts(PromptChecks(built, values)))
+    return built
+
+
+def contract(encoder: Encoder, samples: Sequence[Any] | None = None) -> Iterator[tuple[str, str]]:
+    """Every part of the contract in words, and how a frozen encoder breaks it; empty where it holds. See `check_encoder`."""
+    yield from faults(_parts(PromptChecks(encoder, list(samples if samples is not None else _samples(encoder)))))
+
+
+def _parts(check: PromptChecks) -> list[Part]:
+    alone = "mask padding in attention and pooling, and use no statistics over the batch"
+    plain = [
+        Part("says what it is", check.attributes, "set the attributes of mopefuse.encoders.Encoder to what they describe"),
+        Part("stays frozen and in evaluation mode", check.frozen, "do not override freeze() or train(), or call super() there"),
+        Part(
+            "gives a feature and tokens, the same each time",
+            check.plain_output,
+            "return Encoded(pooled_BC, tokens_BLD, mask_BL) from _encode, without dropout or other randomness",
+        ),
+        Part("a sample does not depend on its batch", lambda: check.does_not_depend_on_the_batch(None), alone),
+        Part("a sample by itself, without padding, is the same", check.without_padding, alone),
+    ]
+    if not check.encoder.widths:
+        fix = "leave encode() as it is, and implement _encode() only"
+        return [*plain, Part("refuses prompts", check.refuses_prompts, fix)]
+    return [*plain, *_prompted_parts(check, alone)]
+
+
+def _prompted_parts(check: PromptChecks, alone: str) -> list[Part]:
+    insertable = check.encoder.insertable
+    insert = "takes tokens beside its own" if insertable else "refuses tokens beside its own"
+    use = "give prompt.tokens_BPD the layer's own norm and projections, and pass keys, values and gate_H to mopefuse's attend"
+    keep = "keep nothing on self during a call; use mopefuse.core.threads.PerThread where hooks need it"
+    parts = [
+        Part(
+            "asks for a prompt at each layer, in order",
+            check.layers_in_order,
+            "call self._ask(layer, tokens_BLD, mask_BL) once as tokens enter each of the layers in widths",
+        ),
+        Part(
+            "without prompts and with a gate of 0, bit for bit the same",
+            check.untouched_without_prompts,
+            "compute the layer as the backbone does where _ask returns None, and use mopefuse's attend where it does not",
+        ),
+        Part("a prompt at each layer has an effect", check.every_layer_listens, use),
+        Part(
+            "with prompts, a sample does not depend on its batch",
+            lambda: check.does_not_depend_on_the_batch(lambda gates: None),
+            alone,
+        ),
+        Part(
+            "with gated prompts, a sample does not depend on its batch",
+            lambda: check.does_not_depend_on_the_batch(lambda gates: gates),
+            alone,
+        ),
+        Part("gradients reach every prompt and gate, and no weight", check.gradients, f"do not detach prompts; {use}"),
+        Part("a prompt does not outlive its call", check.nothing_is_left_behind, keep),
+        Part(
+            insert,
+            check.inserted_tokens,
+            "put inserted tokens ahead of the encoder's own and into masks, or set insertable = False",
+        ),
+    ]
+    fix = "compute in _run_layer what the layer computes in _encode, with the prompt as more keys and values"
+    return [*parts, Part("each layer by itself gives the same", check.layers_by_themselves, fix)] if insertable else parts
+
+
+def _samples(encoder: Encoder) -> list[Any]:
+    own = getattr(encoder.preprocess, "examples", None)
+    return list(own() if own is not None else of(encoder.modality).examples())

@@ -1,0 +1,181 @@
+"""What is checked of an encoder that takes prompts, and of one that takes tokens beside its own.
+
+Shapes: B batch, L tokens, P prompt tokens, D width of a layer, K keys that a query sees.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mopefuse.encoders.base import Encoded, Insert, Prompt, PromptAt
+from mopefuse.errors import EncoderError
+from mopefuse.testing.encoder_checks import PROMPT_TOKENS, EncoderChecks, prompts_at
+
+
+class PromptChecks(EncoderChecks):
+    """The checks of an encoder with promptable layers."""
+
+    def only_at(self, chosen: int, gates: list[Tensor] | None) -> PromptAt:
+        """A callback that returns a prompt at one layer alone."""
+        answers = prompts_at(self.prompts, gates)
+        return lambda layer, tokens, mask: answers(layer, tokens, mask) if layer == chosen else None
+
+    def layers_in_order(self) -> None:
+        """`prompt_at` is called once at each layer, with its width."""
+        seen: list[tuple[int, int]] = []
+
+        def look(layer: int, tokens_BLD: Tensor, mask_BL: Tensor | None) -> None:
+            assert tokens_BLD.dim() == 3, self.message(f"layer {layer} hands over tokens of shape {tuple(tokens_BLD.shape)}")
+            assert len(tokens_BLD) == len(self.values), self.message(f"layer {layer} sees a batch of {len(tokens_BLD)}")
+            if mask_BL is not None:
+                assert mask_BL.dtype == torch.bool, self.message(f"the mask at layer {layer} is not boolean")
+                assert mask_BL.shape == tokens_BLD.shape[:2], self.message(f"mask and tokens differ at layer {layer}")
+            seen.append((layer, tokens_BLD.shape[2]))
+
+        self.run(self.inputs, look)
+        assert seen == list(enumerate(self.encoder.widths)), self.message(
+            f"prompt_at saw (layer, width) {seen}, need {list(enumerate(self.encoder.widths))}"
+        )
+
+    def untouched_without_prompts(self) -> None:
+        """No prompt, a prompt without tokens and a gate of 0 leave the output as it is, bit for bit."""
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad):
+                plain = self.encoder.encode(self.inputs)
+                for what, prompt_at in {
+                    "no answer": lambda layer, tokens, mask: None,
+                    "a prompt of no tokens": lambda layer, tokens, mask: Prompt(self.prompts[layer][:, :0]),
+                    "a gate of 0": lambda layer, tokens, mask: Prompt(
+                        self.prompts[layer], torch.zeros_like(self.gates[layer])
+                    ),
+                }.items():
+                    self.same(self.encoder.encode(self.inputs, prompt_at), plain, f"{what} changes the output")
+
+    def every_layer_listens(self) -> None:
+        """A prompt at one layer changes the feature, and is not among the returned tokens."""
+        plain = self.run(self.inputs)
+        for gates in (None, self.gates):
+            for chosen in range(len(self.encoder.widths)):
+                out = self.run(self.inputs, self.only_at(chosen, gates))
+                kind = "a gated prompt" if gates else "a prompt"
+                assert out.tokens_BLD.shape == plain.tokens_BLD.shape, self.message(
+                    f"{kind} at layer {chosen} is among the returned tokens: {tuple(out.tokens_BLD.shape)}"
+                )
+                assert not torch.equal(out.pooled_BC, plain.pooled_BC), self.message(f"{kind} at layer {chosen} has no effect")
+
+    def gradients(self) -> None:
+        """Prompts and gates of all layers get a gradient, weights none."""
+        prompts = [prompt.clone().requires_grad_() for prompt in self.prompts]
+        gates = [gate.clone().requires_grad_() for gate in self.gates]
+        for used in (None, gates):
+            out = self.encoder.encode(self.inputs, prompts_at(prompts, used))
+            (out.pooled_BC.square().sum() + out.tokens_BLD.sin().sum()).backward()
+        for name, tensors in (("prompt", prompts), ("gate", gates)):
+            for layer, tensor in enumerate(tensors):
+                assert tensor.grad is not None and tensor.grad.isfinite().all(), self.message(
+                    f"the gradient of the {name} of layer {layer} is missing or not finite"
+                )
+                assert tensor.grad.abs().sum() > 0, self.message(f"the gradient of the {name} of layer {layer} is 0")
+        touched = [name for name, parameter in self.encoder.named_parameters() if parameter.grad is not None]
+        assert not touched, self.message(f"frozen, yet {touched[:3]} got a gradient")
+
+    def nothing_is_left_behind(self) -> None:
+        """An exception of `prompt_at` is passed on, and leaves no prompt behind."""
+        plain = self.run(self.inputs)
+
+        def fail(layer: int, tokens: Tensor, mask: Tensor | None) -> Prompt:
+            if layer == len(self.encoder.widths) - 1:
+                raise Stop
+            return Prompt(self.prompts[layer])
+
+        try:
+            self.run(self.inputs, fail)
+        except Stop:
+            self.same(self.run(self.inputs), plain, "a prompt outlives the call that it was given to")
+            return
+        raise AssertionError(self.message("an exception of prompt_at is swallowed"))
+
+    def inserted_tokens(self) -> None:
+        """Tokens beside the encoder's own are refused, or keep what `Insert` promises."""
+        tokens = self.prompts[0]
+        if not self.encoder.insertable:
+            try:
+                self.encoder.encode(self.inputs, None, Insert(tokens))
+            except EncoderError:
+                return
+            raise AssertionError(self.message("is not insertable, and takes tokens all the same"))
+        with torch.no_grad():
+            plain = self.encoder.encode(self.inputs)
+            none = self.encoder.encode(self.inputs, None, Insert(tokens[:, :0]))
+            self.same(none, plain, "inserting no token changes the output")
+            for blind in range(PROMPT_TOKENS):
+                self._inserted(Insert(tokens, blind), plain)
+            self.same(self.encoder.encode(self.inputs), plain, "an inserted token outlives the call that it was given to")
+        learned = tokens.clone().requires_grad_()
+        self.encoder.encode(self.inputs, None, Insert(learned)).pooled_BC.square().sum().backward()
+        assert learned.grad is not None and (learned.grad.abs().sum(dim=(1, 2)) > 0).all(), self.message(
+            "inserted tokens get no gradient"
+        )
+
+    def _inserted(self, insert: Insert, plain: Encoded) -> None:
+        kind = f"inserted tokens, {insert.blind} of them blind,"
+        seen: list[Tensor] = []
+
+        def last(layer: int, tokens_BLD: Tensor, mask_BL: Tensor | None) -> None:
+            assert mask_BL is None or mask_BL.shape == tokens_BLD.shape[:2], self.message(f"{kind} are not in the mask")
+            seen[:] = [tokens_BLD]
+
+        out = self.encoder.encode(self.inputs, last, insert)
+        assert out.tokens_BLD.shape == plain.tokens_BLD.shape, self.message(f"{kind} are among the returned tokens")
+        assert not torch.equal(out.pooled_BC, plain.pooled_BC), self.message(f"{kind} have no effect")
+        for index, item in enumerate(self.items):
+            rows = Insert(insert.tokens_BPD[index : index + 1], insert.blind)
+            alone = self.encoder.encode(self.batch([item]), None, rows)
+            self.close(out.pooled_BC[index], alone.pooled_BC[0], f"with {kind} sample {index} depends on the rest of its batch")
+        same = Insert(insert.tokens_BPD[:1].expand_as(insert.tokens_BPD), insert.blind)
+        self.encoder.encode(self.inputs, last, same)
+        together = seen[0][:, : insert.blind]
+        if insert.blind:
+            self.close(together, together[:1].expand_as(together), f"{kind} see what they should not")
+        sighted = seen[0][:, insert.blind : insert.tokens_BPD.shape[1]]
+        if len(self.encoder.widths) > 1:
+            assert not torch.allclose(sighted, sighted[:1].expand_as(sighted)), self.message(f"{kind} see no token of a sample")
+
+    def layers_by_themselves(self) -> None:
+        """`run_layer` computes what the layer computes within `encode`."""
+        entering: list[tuple[Tensor, Tensor | None]] = []
+
+        def look(layer: int, tokens_BLD: Tensor, mask_BL: Tensor | None) -> Prompt:
+            entering.append((tokens_BLD, mask_BL))
+            return Prompt(self.prompts[layer], self.gates[layer] if layer % 2 else None)
+
+        self.run(self.inputs, look)
+        for layer, (tokens_BLD, mask_BL) in enumerate(entering):
+            real = torch.ones_like(tokens_BLD[..., 0], dtype=torch.bool) if mask_BL is None else mask_BL
+            if layer + 1 < len(entering):
+                with torch.no_grad():
+                    out = self.encoder.run_layer(layer, tokens_BLD, mask_BL, look(layer, tokens_BLD, mask_BL))
+                entering.pop()
+                self.close(out[real], entering[layer + 1][0][real], f"layer {layer} by itself gives something else")
+            self._read(layer, tokens_BLD, mask_BL, real)
+
+    def _read(self, layer: int, tokens_BLD: Tensor, mask_BL: Tensor | None, real_BL: Tensor) -> None:
+        """Tokens as what a query sees: the same as the layer on both, and of each sample its own real ones."""
+        query_BPD, run = self.prompts[layer].clone().requires_grad_(), self.encoder.run_layer
+        real_BK = F.pad(real_BL, (0, PROMPT_TOKENS), value=True)
+        mask_BK = None if mask_BL is None else real_BK
+        read = run(layer, query_BPD, mask_BK, Prompt(tokens_BLD))
+        whole = run(layer, torch.cat([tokens_BLD, query_BPD], dim=1), mask_BK)[:, -PROMPT_TOKENS:]
+        self.close(read, whole, f"at layer {layer}, tokens as a prompt are not as tokens")
+        for index, real in enumerate(real_BL):
+            one = slice(index, index + 1)
+            alone = run(layer, query_BPD[one], None, Prompt(tokens_BLD[one][:, real]))
+            self.close(read[one], alone, f"at layer {layer}, what sample {index} is asked depends on its batch or padding")
+        (grad,) = torch.autograd.grad(read.square().sum(), query_BPD)
+        assert grad.isfinite().all() and grad.abs().sum() > 0, self.message(f"a query of layer {layer} gets no gradient")
+
+
+class Stop(Exception):
+    """Raised by a callback to see what an interrupted call leaves behind."""

@@ -1,0 +1,79 @@
+"""The contract that every modality keeps; see `mopefuse.modalities.base.Modality`. What is checked is in `modality_checks`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mopefuse.core import registry
+from mopefuse.modalities.base import Modality, of
+from mopefuse.testing._contract import Part, enforce
+from mopefuse.testing.modality_checks import Equal, FileChecks, ModalityChecks, same
+
+
+def check_modality(
+    modality: str, *, values: Sequence[str] = (), root: Path | None = None, equal: Equal = same
+) -> Modality:
+    """Check that a modality keeps the contract of `mopefuse.modalities.base.Modality`; it is returned.
+
+    Args:
+        modality: its registered name.
+        values: some values as they stand in rows: paths of files relative to `root`, or what stands in the row itself.
+        root: folder of the files.
+        equal: whether two values, as read() gives them, are the same; default by `==`, of arrays and images by their elements.
+
+    Raises:
+        AssertionError: the first part of the contract that is broken: what, where, and how to mend it.
+    """
+    found = registry.load(registry.MODALITIES, modality)
+    assert isinstance(found, type) and issubclass(found, Modality), (
+        f"{modality}: is no subclass of mopefuse.modalities.base.Modality · fix: name a subclass in the entry point"
+    )
+    made: Any = of(modality)
+    if made.is_file:
+        assert values and root is not None, f"{modality}: values are files · fix: give check_modality values=[...] and root="
+        checks: ModalityChecks = FileChecks(made, values, root, equal)
+    else:
+        checks = ModalityChecks(made, values, root or Path(), equal)
+    enforce(_parts(checks))
+    return of(modality)
+
+
+def _parts(check: ModalityChecks) -> list[Part]:
+    mopefuse_error = "raise mopefuse.errors.DataError(number, what, where=where, fix=...) in place of other exceptions"
+    parts = [
+        Part("says what it is", check.attributes, "set plural, kind and give to plain words for messages"),
+        Part(
+            "gives examples and a value that says nothing",
+            check.examples,
+            "return at least two values, as read() gives them, from examples(), and one from nothing()",
+        ),
+        Part(
+            "tells one value from a list of them",
+            check.single_and_lists,
+            "override is_single(): True for one value, False for a list or tuple of values",
+        ),
+        Part(
+            "refuses what is no value of it",
+            check.other_objects_are_refused,
+            f"override accepts(): False for what is no value; in prepare(), {mopefuse_error}",
+        ),
+        Part("reads values the same each time", check.reading, f"keep nothing on self in read(); {mopefuse_error}"),
+        Part(
+            "prepares values from Python as those of rows",
+            check.prepared_as_read,
+            "return from prepare() what read() returns for the same value",
+        ),
+        Part("has readers and values that data workers can have", check.workers, "keep no open files, locks or lambdas"),
+        Part("reads damaged values as errors", check.damaged, mopefuse_error),
+    ]
+    if isinstance(check, FileChecks):
+        safe = "decode with a library for this format alone; numpy.load needs allow_pickle=False"
+        inside = "let Files.read() find the file, and override decode() only"
+        parts += [
+            Part("never unpickles a file", check.no_pickle, safe),
+            Part("reads no file outside the data folder", check.stays_inside, inside),
+            Part("looks at a file as it decodes it", check.look, "raise in look() where decode() would, and nowhere else"),
+        ]
+    return parts
