@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ import torch
 from chromium import BROWSER, Chromium
 from hypothesis import settings
 from PIL import Image
+from warm import Server
 
 from mopefuse.errors import MopefuseError
 
@@ -41,11 +45,17 @@ Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest begins first, so that no process is left with it at the end; what needs a GPU is skipped without."""
-    items.sort(key=lambda item: item.path.name not in ("test_readme.py", "test_predictor.py"))
+    """What needs a GPU is skipped where there is none."""
     for item in items if not torch.cuda.is_available() else ():
         if item.get_closest_marker("cuda"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def matrix(cases: Iterable[Any], quick: Collection[Any]) -> list[Any]:
+    """Values for `parametrize`, of which the quick tier runs only those in `quick`."""
+    cases = list(cases)
+    assert all(case in cases for case in quick), "a representative that is not a case"
+    return [case if case in quick else pytest.param(case, marks=pytest.mark.matrix) for case in cases]
 
 
 def make_pairs(root: Path, *, multi: bool = False, counts: dict[str, int] = COUNTS) -> Path:
@@ -108,8 +118,27 @@ def code_of(action: Callable[[], object]) -> str:
     return ""
 
 
+@functools.cache
+def warm_server() -> Server:
+    """Started by the first test that needs it."""
+    server = Server()
+    atexit.register(server.close)
+    return server
+
+
 def run_cli(*args: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The command line in a process of its own."""
+    """The command line in a process of its own, with these variables in its environment.
+
+    It is forked from one that has imported the libraries, unless a variable may be one that Python or a library reads when it
+    starts.
+    """
+    if any(name != "PYTHONPATH" and not name.startswith("MOPEFUSE_") for name in environment):
+        return start_cli(*args, **environment)
+    return warm_server().run(["-m", "mopefuse", *map(str, args)], [environment], timeout=120)
+
+
+def start_cli(*args: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command line in a Python that was started for it."""
     return subprocess.run(
         [sys.executable, "-m", "mopefuse", *map(str, args)],
         capture_output=True,
@@ -135,6 +164,22 @@ def call(*args: object) -> subprocess.CompletedProcess[str]:
             code = leaving.code
     assert isinstance(code, int), "the command line always ends with an exit code"
     return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
+
+
+def run_ranks(processes: int, *program: object) -> subprocess.CompletedProcess[str]:
+    """A program in several processes that find each other as those of torchrun do, without its launcher.
+
+    Args:
+        processes: how many.
+        program: see `warm.Server.run`.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
+    shared |= {"LOCAL_WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1"}
+    ranks = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    return warm_server().run([str(part) for part in program], ranks)
 
 
 def torchrun(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
+from conftest import matrix
 from encoder_cases import TIMM, Case
 from fake_cuda import FAKE, autocast, backward, move, moved
-from test_encoders import FAMILIES, cases  # noqa: F401 (a fixture)
+from families import FAMILIES, QUICK
 from test_fusion import TEXTS, build, images, open_gates
 from test_lora import SMALL_BERT
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from mopefuse import registry
 from mopefuse.fusion._base import Fusion
 
+pytest_plugins = ["families"]
 VIT, SWIN = f"timm:{TIMM['vit']}", f"timm:{TIMM['swin-padded']}"
 METHODS: dict[str, dict[str, Any]] = {
     **{name: {"method": name} for name in registry.available(registry.FUSION)},
@@ -53,14 +56,14 @@ def runs_on_fake_cuda(model: Fusion) -> None:
 
 
 @pytest.mark.parametrize("gate", ["none", "zero"])
-@pytest.mark.parametrize("family", [*FAMILIES, "tiny-vision", "tiny-text"])
-def test_every_encoder_runs_in_half_precision(family: str, gate: str, cases: dict[str, Case]) -> None:  # noqa: F811
+@pytest.mark.parametrize("family", matrix([*FAMILIES, "tiny-vision", "tiny-text"], QUICK))
+def test_every_encoder_runs_in_half_precision(family: str, gate: str, cases: Mapping[str, Case]) -> None:
     spec = family.replace("-", ":") if family.startswith("tiny") else cases[family].spec
     runs_on_fake_cuda(build(spec, "tiny:text", prompts={"gate": gate}))
 
 
 @pytest.mark.parametrize("gate", ["none", "zero"])
-@pytest.mark.parametrize("main", ["vit", "swin"])
+@pytest.mark.parametrize("main", matrix(["vit", "swin"], ["vit"]))
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_in_half_precision(method: str, main: str, gate: str) -> None:
     if (main == "swin" and method in INSERTING) or ("warm start" in method and gate == "none"):
