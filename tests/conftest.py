@@ -35,7 +35,7 @@ torch.set_num_threads(1)
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
 
-pytest.register_assert_rewrite("artefact_cases", "plugin_cases")  # modules of helpers with fixtures
+pytest.register_assert_rewrite("artefact_cases", "families", "plugin_cases")  # modules of helpers with fixtures
 
 LABELS = ("a", "b", "c")
 COUNTS = {"train": 12, "val": 6, "test": 7}
@@ -166,20 +166,17 @@ def call(*args: object) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
 
 
-def run_ranks(processes: int, *program: object) -> subprocess.CompletedProcess[str]:
-    """A program in several processes that find each other as those of torchrun do, without its launcher.
-
-    Args:
-        processes: how many.
-        program: see `warm.Server.run`.
-    """
+def ranks(
+    processes: int, *arguments: object, program: Sequence[str] = ("-m", "mopefuse")
+) -> subprocess.CompletedProcess[str]:
+    """The same as `torchrun` without its launcher, in processes forked from one that has imported the libraries."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
     shared |= {"LOCAL_WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1"}
-    ranks = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
-    return warm_server().run([str(part) for part in program], ranks)
+    environments = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    return warm_server().run([*program, *map(str, arguments)], environments)
 
 
 def torchrun(

@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import matrix
 from encoder_cases import Case
-from test_autocast import METHODS as EVERY_METHOD
 from families import FAMILIES, QUICK
+from test_autocast import METHODS as EVERY_METHOD
 from test_fusion import TEXTS, build, images, open_gates
 from torch import Tensor
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from conftest import TINY, call, code_of, make_pairs
+from conftest import TINY, call, code_of, make_pairs, matrix
 from PIL import Image
 
 import mopefuse
@@ -125,12 +125,13 @@ def test_a_run_its_adapter_and_its_bundles_have_the_same_metric(
     assert unnamed.returncode == 3 and "add --data DIR" in unnamed.stderr
 
 
-def test_several_labels_keep_the_thresholds_of_the_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", matrix(["onnx", "pt2"], ["pt2"]))
+def test_several_labels_keep_the_thresholds_of_the_run(form: str, tmp_path: Path) -> None:
     root = make_pairs(tmp_path / "data", multi=True)
     run, out = tmp_path / "run", tmp_path / "bundle"
     assert call("train", *TINY, "--data", root, "--out", run, "--steps", "2", "--threshold", "tuned").returncode == 0
-    assert call("export", run, "-o", out).returncode == 0
-    assert mopefuse.load(out).model.thresholds == list(read_json(run / "metrics.json")["thresholds"].values())
+    assert call("export", run, "-o", out, "--format", form).returncode == 0
+    assert mopefuse.load(out, device="cpu").model.thresholds == list(read_json(run / "metrics.json")["thresholds"].values())
     for mine, theirs in zip(answers(out, root, tmp_path / "a.jsonl"), answers(run, root, tmp_path / "b.jsonl"), strict=True):
         assert mine["labels"] == theirs["labels"]
 

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import call
-from conftest import matrix
+from conftest import call, matrix
 from encoder_cases import Case
-from oracles import insert_prompts
 from families import FAMILIES, QUICK
+from oracles import insert_prompts
 from test_encoders import batch_of, prompts_for
 from test_fusion import TEXTS, build, images, open_gates
 from test_tuned import ALL, answers, sides
@@ -298,7 +297,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(scope="module", params=matrix(METHODS, ["conditional"]))
 def run(request: pytest.FixtureRequest, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """(folder, settings) of a small pair of hf, tuned by LoRA; not to be changed."""
     out: Path = tmp_path_factory.mktemp("lora") / request.param
@@ -332,7 +331,7 @@ def test_it_resumes_to_the_bit(run: tuple[Path, dict[str, Any]], pairs: Path, tm
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("form", ["onnx", "pt2", "adapter"])
+@pytest.mark.parametrize("form", matrix(["onnx", "pt2", "adapter"], ["pt2", "adapter"]))
 def test_what_is_exported_says_what_the_run_says(
     run: tuple[Path, dict[str, Any]], form: str, pairs: Path, tmp_path: Path
 ) -> None:

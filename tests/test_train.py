@@ -146,6 +146,7 @@ def wait_for_lines(file: Path, count: int, child: int) -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.soak
 def test_killed_at_random_moments_and_resumed_it_ends_bit_equal(data: Path, tmp_path: Path) -> None:
     settings = config(data, train__epochs=15, train__evals_per_epoch=2, data__augment="flip", train__checkpoint_every=1)
     train(settings, tmp_path / "whole")
@@ -290,6 +291,7 @@ def test_accumulation_is_the_whole_batch_at_once(data: Path, tmp_path: Path, par
         assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=1e-4)
 
 
+@pytest.mark.process
 def test_a_group_signal_does_not_kill_the_data_workers(data: Path, tmp_path: Path) -> None:
     """systemd and SLURM signal every process of a job."""
     arguments = command(data, tmp_path / "run", "--workers", "2", "--epochs", "500")

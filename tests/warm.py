@@ -26,10 +26,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-LIBRARIES = (  # those that start a thread when imported, as onnxruntime does, cannot be among them
-    "torch", "torch.distributed", "torchvision", "torch.utils.data", "timm", "transformers", "transformers.models.auto.modeling_auto",
-    "open_clip", "sklearn.metrics", "sklearn.linear_model", "scipy.sparse", "scipy.stats", "safetensors.torch", "huggingface_hub",
-    "pydantic", "typer", "rich.console", "rich.progress", "rich.table", "yaml", "jinja2", "PIL.Image", "tokenizers",
+LIBRARIES = (  # not onnxruntime, which starts a thread when it is imported: a fork has no other threads
+    "torch", "torch.distributed", "torch.utils.data", "torchvision", "timm", "open_clip", "transformers",
+    "transformers.models.auto.modeling_auto", "tokenizers", "huggingface_hub", "safetensors.torch", "sklearn.metrics",
+    "sklearn.linear_model", "scipy.sparse", "scipy.stats", "pydantic", "typer", "rich.console", "rich.progress", "rich.table",
+    "yaml", "jinja2", "PIL.Image",
 )  # fmt: skip
 
 
