@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from chromium import BROWSER, Chromium
+from filelock import FileLock
 from hypothesis import settings
 from PIL import Image
 from warm import Server
@@ -102,10 +103,14 @@ def trained(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The ONNX bundle of `trained`, with routing; not to be changed."""
-    out = tmp_path_factory.mktemp("exports") / "bundle"
-    done = call("export", trained, "-o", out, "--routing")
-    assert done.returncode == 0, done.stderr
+    """The ONNX bundle of `trained`, with routing; not to be changed. Takes many seconds, so that all workers share one."""
+    base = tmp_path_factory.getbasetemp()
+    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    out = root / "exported" / "bundle"
+    with FileLock(root / "exported.lock"):
+        if not out.exists():
+            done = call("export", trained, "-o", out, "--routing")
+            assert done.returncode == 0, done.stderr
     return out
 
 
