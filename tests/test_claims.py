@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 TIERS = {"process", "matrix", "soak"}  # markers of tests that `make test` leaves out
-CLAIMS: dict[str, dict[str, str]] = {  # quick: some of the tests that hold a claim in `make test`; full: those of `make test-all`
+# Of each claim: "quick", tests that hold it in `make test`; "full", the tests about it that only `make test-all` runs.
+CLAIMS: dict[str, dict[str, str]] = {
     "prompts as keys and values equal inserted tokens, in every encoder": {
-        "quick": "test_encoders::test_keys_and_values_equal_inserted_tokens test_prompts::test_prompts_match_the_definition "
+        "quick": "test_encoders::test_keys_and_values_equal_inserted_tokens "
+        "test_prompts::test_prompts_match_the_definition "
         "test_windows::test_it_is_attention_with_the_prompt_in_every_window",
         "full": "test_encoders::test_which_families_take_tokens_ahead_of_their_own",
     },
