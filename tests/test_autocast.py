@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -10,7 +10,7 @@ import torch
 from conftest import matrix
 from encoder_cases import TIMM, Case
 from fake_cuda import FAKE, autocast, backward, move, moved
-from families import FAMILIES, QUICK
+from families import FAMILIES
 from test_fusion import TEXTS, build, images, open_gates
 from test_lora import SMALL_BERT
 from torch import Tensor, nn
@@ -33,14 +33,14 @@ METHODS: dict[str, dict[str, Any]] = {
 INSERTING = ("sequential", "mmbt", "p-mmbt", "promptfuse", "blindprompt", "pmf")
 
 
-def runs_on_fake_cuda(model: Fusion) -> None:
-    """Forward, backward and evaluation in both half precisions, as training and validation do them."""
+def runs_on_fake_cuda(model: Fusion, dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float16)) -> None:
+    """Forward, backward and evaluation in half precision, as training and validation do them."""
     batch = model.collate(images(3), TEXTS[:3])
     learns = bool(model.ours()) and not model.closed_form
     with FAKE:
         move(model)
         on_device = moved(batch)
-        for dtype in (torch.bfloat16, torch.float16):
+        for dtype in dtypes:
             model.train()
             with autocast(dtype):
                 output = model(on_device)
@@ -55,11 +55,13 @@ def runs_on_fake_cuda(model: Fusion) -> None:
                 assert model(on_device).logits.dtype == torch.float32
 
 
-@pytest.mark.parametrize("gate", ["none", "zero"])
-@pytest.mark.parametrize("family", matrix([*FAMILIES, "tiny-vision", "tiny-text"], QUICK))
-def test_every_encoder_runs_in_half_precision(family: str, gate: str, cases: Mapping[str, Case]) -> None:
+@pytest.mark.parametrize(("gate", "dtype"), [("none", torch.bfloat16), ("zero", torch.float16)], ids=str)
+@pytest.mark.parametrize("family", matrix([*FAMILIES, "tiny-vision", "tiny-text"], ["hf-bert", "timm-swin-padded"]))
+def test_every_encoder_runs_in_half_precision(
+    family: str, gate: str, dtype: torch.dtype, cases: Mapping[str, Case]
+) -> None:
     spec = family.replace("-", ":") if family.startswith("tiny") else cases[family].spec
-    runs_on_fake_cuda(build(spec, "tiny:text", prompts={"gate": gate}))
+    runs_on_fake_cuda(build(spec, "tiny:text", prompts={"gate": gate}), [dtype])
 
 
 @pytest.mark.parametrize("gate", ["none", "zero"])

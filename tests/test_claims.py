@@ -24,7 +24,8 @@ CLAIMS: dict[str, dict[str, str]] = {
         "test_fusion::test_zero_gated_prompts_start_as_the_frozen_encoder_to_the_bit",
     },
     "every encoder keeps the contract": {
-        "quick": "test_encoders::test_every_family_keeps_the_contract test_lora::test_an_adapted_encoder_keeps_the_contract",
+        "quick": "test_encoders::test_every_family_keeps_the_contract "
+        "test_lora::test_an_adapted_encoder_keeps_the_contract",
     },
     "an answer does not depend on the batch that it is in": {
         "quick": "test_fusion::test_a_sample_does_not_depend_on_its_batch "
@@ -46,7 +47,8 @@ CLAIMS: dict[str, dict[str, str]] = {
         "test_converted::test_methods_that_read_images_among_words_can_be_saved_and_converted",
     },
     "half precision and recomputed activations change no more than they must": {
-        "quick": "test_autocast::test_every_method_runs_in_half_precision test_recompute::test_gradients_are_the_same_to_the_bit",
+        "quick": "test_autocast::test_every_method_runs_in_half_precision "
+        "test_recompute::test_gradients_are_the_same_to_the_bit",
     },
     "a compiled model is one graph with the same numbers": {
         "quick": "test_compile::test_a_model_that_learns_is_one_graph_with_the_same_numbers",
