@@ -32,6 +32,8 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 INSERTING = ("sequential", "mmbt", "p-mmbt", "promptfuse", "blindprompt", "pmf")
 
+GATES_AND_TYPES = pytest.mark.parametrize(("gate", "dtype"), [("none", torch.bfloat16), ("zero", torch.float16)], ids=str)
+
 
 def runs_on_fake_cuda(model: Fusion, dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float16)) -> None:
     """Forward, backward and evaluation in half precision, as training and validation do them."""
@@ -55,7 +57,7 @@ def runs_on_fake_cuda(model: Fusion, dtypes: Sequence[torch.dtype] = (torch.bflo
                 assert model(on_device).logits.dtype == torch.float32
 
 
-@pytest.mark.parametrize(("gate", "dtype"), [("none", torch.bfloat16), ("zero", torch.float16)], ids=str)
+@GATES_AND_TYPES
 @pytest.mark.parametrize("family", matrix([*FAMILIES, "tiny-vision", "tiny-text"], ["hf-bert", "timm-swin-padded"]))
 def test_every_encoder_runs_in_half_precision(
     family: str, gate: str, dtype: torch.dtype, cases: Mapping[str, Case]
@@ -64,14 +66,14 @@ def test_every_encoder_runs_in_half_precision(
     runs_on_fake_cuda(build(spec, "tiny:text", prompts={"gate": gate}), [dtype])
 
 
-@pytest.mark.parametrize("gate", ["none", "zero"])
+@GATES_AND_TYPES
 @pytest.mark.parametrize("main", matrix(["vit", "swin"], ["vit"]))
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_runs_in_half_precision(method: str, main: str, gate: str) -> None:
+@pytest.mark.parametrize("method", matrix(METHODS, ["conditional", "late-concat, lora", "pmf"]))
+def test_every_method_runs_in_half_precision(method: str, main: str, gate: str, dtype: torch.dtype) -> None:
     if (main == "swin" and method in INSERTING) or ("warm start" in method and gate == "none"):
         return  # refused when it is built
     options = {**METHODS[method], "prompts": {"gate": gate}}
-    runs_on_fake_cuda(build({"vit": VIT, "swin": SWIN}[main], SMALL_BERT, **options))
+    runs_on_fake_cuda(build({"vit": VIT, "swin": SWIN}[main], SMALL_BERT, **options), [dtype])
 
 
 def test_a_cnn_that_is_tuned_runs_in_half_precision() -> None:
