@@ -137,7 +137,15 @@ CLAIMS: dict[str, dict[str, str]] = {
     "an encoder is swapped, and what does not hang on it stays": {
         "quick": "test_swap::test_nothing_swapped_is_everything_kept "
         "test_swap::test_a_new_complementary_encoder_leaves_prompts_experts_and_head "
-        "test_swap::test_a_swapped_run_that_is_killed_resumes_to_the_same_end",
+        "test_swap::test_a_swapped_run_that_is_killed_resumes_to_the_same_end "
+        "test_swap::test_tuning_is_compared_with_training_from_scratch",
+        "full": "test_swap_learning::"
+        "test_with_another_text_encoder_it_reaches_sooner_what_training_from_scratch_ends_with",
+    },
+    "a command does its work where nobody can read what it prints": {
+        "quick": "test_standard_streams::test_training_with_closed_streams_comes_to_its_end "
+        "test_standard_streams::test_a_result_that_cannot_be_printed_is_an_error",
+        "full": "test_standard_streams::test_a_study_with_closed_streams_comes_to_its_end",
     },
     "a study gives the same table whatever interrupts it": {
         "quick": "test_study::test_what_is_finished_is_not_run_again_and_what_is_added_is "
