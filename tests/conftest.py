@@ -7,6 +7,7 @@ import functools
 import io
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -33,6 +34,8 @@ os.environ.setdefault("MOPEFUSE_FLUSH_DENORMALS", "0")  # commands run in this p
 _CACHE = tempfile.TemporaryDirectory(prefix="mopefuse-cache-")
 os.environ["MOPEFUSE_CACHE"] = _CACHE.name  # of all tests, and gone with them
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a job of the background, and what tests start would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
 

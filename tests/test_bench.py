@@ -160,6 +160,7 @@ def _build() -> int:
     return 0
 
 
+@pytest.mark.process
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak cannot be set back")
 def test_memory_is_what_a_call_took_at_its_peak() -> None:
     small, large, again = memory.in_fresh_processes(_build, _hold, (20, 200, 20))

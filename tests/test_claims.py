@@ -178,7 +178,8 @@ CLAIMS: dict[str, dict[str, str]] = {
     "bench measures what it says": {
         "quick": "test_bench::test_tokens_inserted_and_keys_and_values_give_the_same "
         "test_bench::test_the_command_prints_one_object_with_both_ratios",
-        "full": "test_bench::test_starts_are_timed_for_every_kind_of_answer test_bench::test_processes_share_a_batch",
+        "full": "test_bench::test_starts_are_timed_for_every_kind_of_answer test_bench::test_processes_share_a_batch "
+        "test_bench::test_memory_is_what_a_call_took_at_its_peak",
     },
     "every recipe runs": {"quick": "test_recipes::test_two_steps_run_on_tiny_encoders_and_data"},
     "nothing that a command prints escapes into the terminal or the page": {
