@@ -128,6 +128,9 @@ CLAIMS: dict[str, dict[str, str]] = {
     "what an ONNX graph or pt2 bundle answers is what the model answers": {
         "quick": "test_graph::test_onnx_says_what_the_model_says test_export::test_a_bundle_answers_as_the_run_does "
         "test_export::test_a_graph_that_answers_otherwise_is_not_published",
+        "full": "test_export::test_a_bundle_that_reads_texts_otherwise_is_not_published "
+        "test_export::test_eight_bits_are_smaller_and_measured_before_and_after "
+        "test_export::TestWeightsBesideTheGraph::test_they_are_needed_whole_and_inside_the_folder",
     },
     "a bundle needs no torch": {
         "quick": "test_predictor::test_the_runtime_imports_no_torch test_predictor::test_tokens_are_those_of_the_encoder",
@@ -150,7 +153,8 @@ CLAIMS: dict[str, dict[str, str]] = {
     "a study gives the same table whatever interrupts it": {
         "quick": "test_study::test_what_is_finished_is_not_run_again_and_what_is_added_is "
         "test_study::test_a_cell_that_is_told_to_stop_by_others_is_recorded_as_failed",
-        "full": "test_study::test_killed_at_random_and_started_again_it_gives_the_same_table "
+        "full": "test_study::test_a_finished_cell_of_every_method_counts_as_finished "
+        "test_study::test_killed_at_random_and_started_again_it_gives_the_same_table "
         "test_study::test_a_cell_whose_process_is_killed_is_recorded_and_the_others_go_on "
         "test_study::test_asked_to_stop_it_saves_the_cells_under_way_and_no_process_stays",
     },
@@ -214,6 +218,7 @@ def has_a_quick_case(test: str) -> bool:
     """Whether `make test` runs the test with some of its parameters."""
     module = importlib.import_module(test.partition("::")[0])
     marks = marks_of(module) + marks_of(function_of(test))
+    marks += marks_of(function_of(test.rpartition("::")[0])) if test.count("::") == 2 else []
     lists = [mark.args[1] for mark in marks if mark.name == "parametrize"]
     return not tier_of(marks) and all(any(not tier_of(getattr(case, "marks", ())) for case in cases) for cases in lists)
 

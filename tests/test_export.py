@@ -190,6 +190,7 @@ def test_a_graph_that_answers_otherwise_is_not_published(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.matrix
 def test_a_bundle_that_reads_texts_otherwise_is_not_published(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,6 +261,7 @@ def test_export_without_its_packages_names_the_extra(
 # -- 8 bits
 
 
+@pytest.mark.matrix
 def test_eight_bits_are_smaller_and_measured_before_and_after(exported: Path, trained: Path, tmp_path: Path) -> None:
     done = call("export", trained, "--int8", "-o", tmp_path / "out", "--json")
     assert done.returncode == 0, done.stderr
@@ -316,6 +318,7 @@ def test_a_bundle_that_lacks_a_fact_is_refused(key: str, copy: Path) -> None:
     assert code_of(lambda: Bundle(copy)) == "MF-CKPT-03"
 
 
+@pytest.mark.soak
 class TestWeightsBesideTheGraph:
     """F-109: models of more than 2 GB keep their weights in model.onnx.data."""
 

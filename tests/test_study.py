@@ -141,6 +141,7 @@ def test_what_is_finished_is_not_run_again_and_what_is_added_is(undisturbed: Pat
     assert all(again[row["label"]] == row["metrics"] for row in table(undisturbed))
 
 
+@pytest.mark.matrix
 def test_a_finished_cell_of_every_method_counts_as_finished(pairs: Path, tmp_path: Path) -> None:
     labels = {name: {"method": name} for name in available("mopefuse.fusion")}
     file = write_study(tmp_path, pairs, baseline=None, grid={}, seeds=[0], cells={**labels, "warm": {"warm_start": "linear"}})
