@@ -13,7 +13,7 @@ import pytest
 import transformers
 from encoder_cases import HF, TIMM, TOWERS, Case, add_open_clip_models, hf_case, open_clip_case, save_hf, sharpen, timm_case
 
-from mopefuse.encoders._base import Encoder, create_encoder
+from mopefuse.encoders.base import Encoder, create_encoder
 
 Value = TypeVar("Value")
 SWIN = transformers.SwinModel._supports_attention_backend  # not yet in transformers 5.3, where it cannot be prompted

@@ -15,8 +15,8 @@ from test_fusion import TEXTS, build, images, open_gates
 from test_lora import SMALL_BERT
 from torch import Tensor, nn
 
-from mopefuse import registry
-from mopefuse.fusion._base import Fusion
+from mopefuse.core import registry
+from mopefuse.fusion.base import Fusion
 
 pytest_plugins = ["families"]
 VIT, SWIN = f"timm:{TIMM['vit']}", f"timm:{TIMM['swin-padded']}"

@@ -17,8 +17,8 @@ from test_autocast import METHODS as EVERY_METHOD
 from test_fusion import TEXTS, build, images, open_gates
 from torch import Tensor
 
-from mopefuse.data._base import Batch
-from mopefuse.fusion._base import Fusion
+from mopefuse.data.base import Batch
+from mopefuse.fusion.base import Fusion
 
 pytest_plugins = ["families"]
 TYPES = (torch.bfloat16, torch.float16, torch.float64)

@@ -97,7 +97,7 @@ def test_no_file_has_more_than_400_lines() -> None:
 
 
 NAMES_OF_MODALITIES = {"image", "img", "text", "audio"}
-MAY_NAME_THEM = {  # modalities are data: all others ask `mopefuse.modality`
+MAY_NAME_THEM = {  # modalities are data: all others ask `mopefuse.modalities.base`
     "modality": "which two the Python interface takes by position",
     "config": "the defaults of text_col and img_col",
     "recipe": "what rows had in runs of a version that knew no other modality",

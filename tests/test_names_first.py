@@ -8,7 +8,8 @@ import pytest
 from conftest import call
 from encoder_cases import save_hf
 
-from mopefuse import swap, train
+from mopefuse.training import swap
+from mopefuse.training import train
 
 
 @pytest.fixture

@@ -22,8 +22,8 @@ from mopefuse.cli import plugins as plug
 from mopefuse.cli import swap_encoder as swap
 from mopefuse.cli._render import print_json, speaks_unicode
 from mopefuse.errors import Interrupted, MopefuseError, Notice, ResourceError
-from mopefuse.libraries import guard_imports, mendable
-from mopefuse.shown import visible
+from mopefuse.core.dependencies import guard_imports, mendable
+from mopefuse.core.formatting import visible
 
 app = typer.Typer(
     name="mopefuse",
@@ -73,7 +73,7 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     _show_notices()
     guard_imports()
-    os.environ.setdefault("MOPEFUSE_FLUSH_DENORMALS", "1")  # see mopefuse.device
+    os.environ.setdefault("MOPEFUSE_FLUSH_DENORMALS", "1")  # see mopefuse.core.device
     try:
         try:
             app()

@@ -35,7 +35,7 @@ def make(
     """
     from mopefuse.cli._render import print_json, table
     from mopefuse.errors import DataError
-    from mopefuse.registry import DATASETS, load
+    from mopefuse.core.registry import DATASETS, load
 
     maker = load(DATASETS, name)
     if _is_source(maker):
@@ -69,7 +69,7 @@ def prepare(
     from mopefuse.cli._render import print_json
     from mopefuse.data.prepare import prepare as run
     from mopefuse.errors import DataError
-    from mopefuse.registry import DATASETS, load
+    from mopefuse.core.registry import DATASETS, load
 
     kind = load(DATASETS, name)
     if not _is_source(kind):

@@ -19,7 +19,7 @@ def cache(
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Show what is kept between runs, or remove it. $MOPEFUSE_CACHE says where it is."""
-    from mopefuse import cache as kept
+    from mopefuse.core import cache as kept
     from mopefuse.cli._render import out, print_json, size, table
 
     entries = list(kept.entries())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from mopefuse.export import Exported
+    from mopefuse.export.export import Exported
 
 
 def export(
@@ -33,7 +33,7 @@ def export(
     from mopefuse.errors import ConfigError
 
     if run == "verify" and exported is not None:
-        from mopefuse.verify import verify_export
+        from mopefuse.export.verify import verify_export
 
         found = verify_export(exported)
         if json:

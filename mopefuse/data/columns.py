@@ -7,8 +7,8 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from mopefuse import modality
-from mopefuse.config import Data as DataConfig
+from mopefuse.modalities import base as modality
+from mopefuse.config.schema import Data as DataConfig
 from mopefuse.data.tables import Table, columns_in, some_columns
 from mopefuse.errors import ConfigError, DataError, did_you_mean, nearest
 

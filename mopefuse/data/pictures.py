@@ -17,11 +17,11 @@ import numpy as np
 import PIL
 from numpy.typing import NDArray
 
-from mopefuse import cache
-from mopefuse.config import Data as DataConfig
-from mopefuse.data._base import DataSet, Split
-from mopefuse.data.files import processors
-from mopefuse.encoders._base import Preprocess
+from mopefuse.core import cache
+from mopefuse.config.schema import Data as DataConfig
+from mopefuse.data.base import DataSet, Split
+from mopefuse.modalities.files import processors
+from mopefuse.encoders.base import Preprocess
 from mopefuse.errors import ResourceError
 
 VERSION = 1

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mopefuse import tokens
-from mopefuse.encoders import _numbers
+from mopefuse.modalities import tokens
+from mopefuse.core import error_numbers as _numbers
 from mopefuse.errors import EncoderError
 
 TOKENIZER_FILES = (

@@ -26,10 +26,10 @@ from timm.models.vision_transformer import Block, ResPostBlock, VisionTransforme
 from torch import Tensor, nn
 
 from mopefuse.encoders import _lora
-from mopefuse.encoders._attention import Insert, Prompt, attend, attend_prompts, parts_of, split_fused, split_heads
+from mopefuse.encoders.attention import Insert, Prompt, attend, attend_prompts, parts_of, split_fused, split_heads
 from mopefuse.encoders._prompted import PromptedEncoder
 from mopefuse.encoders._windows import attend_in_windows
-from mopefuse.precision import exact
+from mopefuse.core.precision import exact
 
 
 def prompt_model(encoder: PromptedEncoder, model: Any) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mopefuse.data.files import contained
-from mopefuse.data.images import open_image
+from mopefuse.modalities.files import contained
+from mopefuse.modalities.image import open_image
 from mopefuse.errors import DataError
 from mopefuse.report.pages import thumbnail
 

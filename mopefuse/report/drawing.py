@@ -13,7 +13,7 @@ from pathlib import Path
 from markupsafe import Markup
 from PIL import Image, ImageColor, ImageDraw
 
-from mopefuse.checkpoint import replacing, write_atomically
+from mopefuse.core.artifact import replacing, write_atomically
 from mopefuse.report import fonts
 from mopefuse.report.pages import readable
 

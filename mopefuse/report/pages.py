@@ -17,9 +17,9 @@ from markupsafe import Markup
 from PIL import Image
 
 from mopefuse import __version__
-from mopefuse.checkpoint import check_file, write_atomically
+from mopefuse.core.artifact import check_file, write_atomically
 from mopefuse.errors import ConfigError, DataError
-from mopefuse.shown import visible
+from mopefuse.core.formatting import visible
 
 if TYPE_CHECKING:
     from mopefuse.report.drawing import Drawing

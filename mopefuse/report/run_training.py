@@ -10,7 +10,7 @@ from mopefuse.report.drawing import Drawing
 from mopefuse.report.facts import RunFacts
 from mopefuse.report.pages import Section, fragment
 from mopefuse.report.run_answers import main_metric
-from mopefuse.shown import percent, share
+from mopefuse.core.formatting import percent, share
 
 
 def training(facts: RunFacts) -> Section | None:

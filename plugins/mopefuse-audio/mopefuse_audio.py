@@ -26,7 +26,7 @@ from torch import Tensor
 
 from mopefuse.encoders import BuiltIn, Encoded, Family, Inputs, Source, TransformersEncoder, mean_of
 from mopefuse.errors import EncoderError
-from mopefuse.registry import Spec
+from mopefuse.core.registry import Spec
 
 _SECONDS = 10.0
 
