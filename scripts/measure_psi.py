@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from mopefuse.core.artifact import dump_json
 from mopefuse.config.schema import build_config
+from mopefuse.core.artifact import dump_json
 from mopefuse.training.train import train
 from mopefuse.training.trainer import Listener, Progress
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 from conftest import make_pairs, write_rows
 
-from mopefuse.evaluation.audit import audit, audit_model
 from mopefuse.config.schema import RunConfig, build_config
 from mopefuse.data.altered import derangement
 from mopefuse.data.load import load_data
-from mopefuse.evaluation.evaluate import run_split
+from mopefuse.evaluation.audit import audit, audit_model
+from mopefuse.evaluation.split import run_split
 from mopefuse.fusion.base import Fusion
 from mopefuse.fusion.build import build_model
 from mopefuse.training.train import train

@@ -18,8 +18,8 @@ from mopefuse.bench.timing import Times, Turns
 from mopefuse.bench.variants import FLOOR, Subject, Variant, build_encoders, conditional, variants
 from mopefuse.cli.bench import PAIRS
 from mopefuse.config.schema import RunConfig, build_config
-from mopefuse.encoders.base import Encoder, create_encoder
 from mopefuse.encoders._prompted import PromptedEncoder
+from mopefuse.encoders.base import Encoder, create_encoder
 from mopefuse.errors import ResourceError
 from mopefuse.fusion._static import static_stack
 

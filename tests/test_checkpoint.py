@@ -24,9 +24,9 @@ from conftest import code_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from mopefuse.config.schema import build_config
 from mopefuse.core import artifact as checkpoint
 from mopefuse.core.artifact import FORMAT, publish, read_json, read_tensors, sweep, verify, write_atomically, write_tensors
-from mopefuse.config.schema import build_config
 from mopefuse.errors import CheckpointError, ResourceError
 from mopefuse.runs.folder import RunFolder
 

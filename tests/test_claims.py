@@ -185,6 +185,11 @@ CLAIMS: dict[str, dict[str, str]] = {
         "full": "test_bench::test_starts_are_timed_for_every_kind_of_answer test_bench::test_processes_share_a_batch "
         "test_bench::test_memory_is_what_a_call_took_at_its_peak",
     },
+    "every command and every piece of Python that the documentation shows runs": {
+        "quick": "test_readme::test_every_command_and_every_piece_of_python_runs",
+        "full": "test_docs::test_every_command_and_every_piece_of_python_of_a_page_runs "
+        "test_docs::test_the_notebook_runs_from_top_to_bottom test_docs::test_the_site_builds_without_a_warning",
+    },
     "every recipe runs": {"quick": "test_recipes::test_two_steps_run_on_tiny_encoders_and_data"},
     "nothing that a command prints escapes into the terminal or the page": {
         "quick": "test_escapes::test_predict test_report::test_hostile_labels_texts_and_ids_are_shown_as_they_are",

@@ -13,10 +13,10 @@ import pytest
 from conftest import TINY, call, make_pairs, run_cli, write_rows
 from typer.testing import CliRunner
 
+from mopefuse.cli.app import app
 from mopefuse.core import artifact as checkpoint
 from mopefuse.core import doctor
 from mopefuse.core.artifact import read_tensors
-from mopefuse.cli.app import app
 
 MODULES = "print(*sys.modules, file=sys.stderr)"
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from conftest import TINY, call, code_of, make_pairs
 
+from mopefuse.config.recipe import changed_data, data_settings
 from mopefuse.config.schema import Data, RunConfig, build_config
 from mopefuse.errors import ConfigError
 from mopefuse.inference.predict import input_settings
-from mopefuse.config.recipe import changed_data, data_settings
 
 COLUMNS = {"id": "no", "text": "title", "img": "photo", "label": "kind"}
 FLAGS = ("--id-col", "no", "--text-col", "title", "--image-col", "photo", "--label-col", "kind")

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from mopefuse.cli import train
 from mopefuse.cli.app import app
+from mopefuse.config.recipe import flag_of, parse_set, read_recipe, read_yaml, resolve, to_yaml
 from mopefuse.config.schema import OFFICIAL, RunConfig, build_config, known_keys
 from mopefuse.errors import ConfigError
-from mopefuse.config.recipe import flag_of, parse_set, read_recipe, read_yaml, resolve, to_yaml
 
 BASE = {"main": "tiny:vision", "comp": "tiny:text"}
 

@@ -14,15 +14,15 @@ from conftest import TINY, call, code_of, make_pairs, ranks, write_rows
 from PIL import Image
 from safetensors.torch import load_file
 
-from mopefuse.core import cache
-from mopefuse.modalities import base as modality
 from mopefuse.config.schema import Data, build_config
+from mopefuse.core import cache
 from mopefuse.data.collate import Samples
 from mopefuse.data.features import split_features
-from mopefuse.modalities.files import Files, look_at
 from mopefuse.data.load import load_data
 from mopefuse.data.pictures import pictures
 from mopefuse.encoders.base import create_encoder, run_frozen
+from mopefuse.modalities import base as modality
+from mopefuse.modalities.files import Files, look_at
 from mopefuse.training.train import train
 from mopefuse.training.trainer import Listener
 

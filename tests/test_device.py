@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-from mopefuse.core import device as devices
 from mopefuse.cli.app import main
+from mopefuse.core import device as devices
 from mopefuse.errors import ConfigError
 
 PRODUCT = """

@@ -22,8 +22,8 @@ from mopefuse.data.load import load_data
 from mopefuse.encoders import description as _description
 from mopefuse.encoders.base import create_encoder
 from mopefuse.errors import CheckpointError, Notice
-from mopefuse.evaluation.evaluate import load_model
 from mopefuse.runs.folder import RunFolder
+from mopefuse.runs.load import load_model
 from mopefuse.runs.locate import trained
 from mopefuse.training.train import train
 

@@ -18,8 +18,8 @@ from encoder_cases import SIGLIP, code, edit_config, fault, save_hf, save_tokeni
 from huggingface_hub import errors as hub_errors
 from safetensors.torch import save_file
 
-from mopefuse.core import hub as _hub
 from mopefuse.core import error_numbers as _numbers
+from mopefuse.core import hub as _hub
 from mopefuse.encoders.base import create_encoder
 from mopefuse.errors import CheckpointError, EncoderError, ResourceError
 from mopefuse.testing import check_encoder

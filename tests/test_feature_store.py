@@ -19,9 +19,9 @@ import pytest
 import torch
 from conftest import TINY, call, make_pairs, ranks, write_rows
 
-from mopefuse.core import cache
-from mopefuse.core import artifact as checkpoint
 from mopefuse.config.schema import Data, build_config
+from mopefuse.core import artifact as checkpoint
+from mopefuse.core import cache
 from mopefuse.data import features as module
 from mopefuse.data.feature_store import FeatureStore, Mapped
 from mopefuse.data.features import split_features

@@ -1,4 +1,4 @@
-"""F-108: the exported graph says what the model says, at every batch size, every text length, and for every kind of pair."""
+"""The exported graph says what the model says, at every batch size, every text length, and for every kind of pair."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from conftest import matrix
 from encoder_cases import OPEN_CLIP, sharpen
 
 import mopefuse
+from mopefuse.encoders.base import Encoded, Inputs
 from mopefuse.export import graph
 from mopefuse.export.bundle_maker import TOLERANCE, describe, probes
-from mopefuse.encoders.base import Encoded, Inputs
 from mopefuse.fusion.base import Fusion
 
 BERT = (

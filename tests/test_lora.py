@@ -18,17 +18,18 @@ from test_fusion import TEXTS, build, images, open_gates
 from test_tuned import ALL, answers, sides
 from torch import Tensor, nn
 
-from mopefuse.core.artifact import read_tensors
 from mopefuse.config.schema import Lora, RunConfig, build_config
+from mopefuse.core.artifact import read_tensors
 from mopefuse.data.load import load_data
 from mopefuse.encoders.base import Encoder, Inputs, Prompt, create_encoder
 from mopefuse.errors import CheckpointError, EncoderError, PackageError
-from mopefuse.evaluation.evaluate import evaluate, prepared
+from mopefuse.evaluation.evaluate import evaluate
+from mopefuse.evaluation.split import prepared
 from mopefuse.fusion.base import Fusion, fresh_encoders
 from mopefuse.fusion.build import build_model
 from mopefuse.runs.folder import RunFolder
-from mopefuse.training.swap import inherit
 from mopefuse.testing import check_encoder
+from mopefuse.training.swap import inherit
 from mopefuse.training.train import train
 
 pytest_plugins = ["families"]

@@ -8,8 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mopefuse.core import registry
 from mopefuse.config.schema import build_config
+from mopefuse.core import registry
 from mopefuse.encoders.base import Encoder, create_encoder
 
 D, DEPTH, N = 768, 12, 101

@@ -19,11 +19,12 @@ from mopefuse.data.collate import Samples
 from mopefuse.data.load import load_data
 from mopefuse.data.missing import Dropped, loss_order
 from mopefuse.errors import ConfigError, DataError
-from mopefuse.evaluation.evaluate import load_model, prepared
-from mopefuse.fusion.base import Fusion
+from mopefuse.evaluation.split import prepared
 from mopefuse.fusion._design import statistics
-from mopefuse.training.losses import classification_loss
+from mopefuse.fusion.base import Fusion
 from mopefuse.runs.folder import RunFolder
+from mopefuse.runs.load import load_model
+from mopefuse.training.losses import classification_loss
 
 METHODS: list[dict[str, Any]] = [
     {},

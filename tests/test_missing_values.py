@@ -16,8 +16,8 @@ from PIL import Image
 
 from mopefuse import build_fusion, load
 from mopefuse.config.schema import Data, build_config
-from mopefuse.data.base import Batch, DataSet
 from mopefuse.data.altered import Shuffled
+from mopefuse.data.base import Batch, DataSet
 from mopefuse.data.check import check
 from mopefuse.data.collate import Samples
 from mopefuse.data.features import split_features

@@ -8,8 +8,7 @@ import pytest
 from conftest import call
 from encoder_cases import save_hf
 
-from mopefuse.training import swap
-from mopefuse.training import train
+from mopefuse.training import swap, train
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from test_fusion import PAIRS, TEXTS, build, images, open_gates
 from test_tuned import answers
 from torch import Tensor
 
-from mopefuse.core.artifact import read_tensors
 from mopefuse.config.schema import build_config
+from mopefuse.core.artifact import read_tensors
 from mopefuse.errors import ConfigError, EncoderError
 from mopefuse.evaluation.evaluate import evaluate
 from mopefuse.fusion.build import build_model

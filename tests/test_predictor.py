@@ -24,11 +24,11 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 import mopefuse
+from mopefuse.encoders.base import create_encoder
+from mopefuse.inference import bundle as predictor
+from mopefuse.inference.bundle import Bundle
 from mopefuse.metrics import classification as metrics
 from mopefuse.modalities import pixels
-from mopefuse.inference import bundle as predictor
-from mopefuse.encoders.base import create_encoder
-from mopefuse.inference.bundle import Bundle
 
 ROOT = Path(__file__).parent.parent
 TEXTS = [
@@ -123,7 +123,7 @@ def test_probabilities_are_those_of_training(multi: bool) -> None:
         assert np.allclose(predictor.probabilities(logits, multi_label=multi), wanted, atol=1e-7)
 
 
-# -- F-110, F-111: inputs that are none
+# -- inputs that are none
 
 
 def good(bundle: Bundle) -> dict[str, Any]:

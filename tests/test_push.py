@@ -18,8 +18,8 @@ from huggingface_hub import close_session
 from PIL import Image
 
 import mopefuse
-from mopefuse.export import push
 from mopefuse.core.artifact import publish, verify
+from mopefuse.export import push
 from mopefuse.runs.locate import kind_of, locate
 
 REPO, MODEL = "org/model", "hf-hub:org/model"

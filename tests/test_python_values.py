@@ -17,11 +17,11 @@ from PIL import Image
 
 import mopefuse
 from mopefuse.config.schema import Data
-from mopefuse.modalities.image import open_image, upright_rgb
 from mopefuse.encoders.preprocess import ImagePreprocess
 from mopefuse.errors import DataError
 from mopefuse.fusion.base import Fusion
 from mopefuse.inference.predict import Predictor, predict_pairs, read_pairs
+from mopefuse.modalities.image import open_image, upright_rgb
 
 TEXT = "what is the red digit"
 KINDS = ["run", "adapter", "onnx", "pt2"]

@@ -15,9 +15,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mopefuse.core import registry
+from mopefuse.core.registry import DATASETS, ENCODERS, FUSION, Spec, available, load, parse_spec
 from mopefuse.encoders import create_encoder
 from mopefuse.errors import ConfigError, MopefuseError, Notice, PluginError
-from mopefuse.core.registry import DATASETS, ENCODERS, FUSION, Spec, available, load, parse_spec
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,9 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.class_weight import compute_sample_weight
 from torch import Tensor
 
-from mopefuse.core import device as devices
 from mopefuse.cli import _train_display
 from mopefuse.config.schema import Linear
+from mopefuse.core import device as devices
 from mopefuse.errors import NumericError
 from mopefuse.fusion import _design, _logistic
 from mopefuse.fusion._design import Design, Side

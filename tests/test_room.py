@@ -9,9 +9,9 @@ import torch
 from test_study import write_study
 
 from mopefuse.core import device as devices
-from mopefuse.studies.study_file import read_study
 from mopefuse.studies.memory_budget import Room, Told
 from mopefuse.studies.study import FINISHED, StudyListener, run_study
+from mopefuse.studies.study_file import read_study
 
 GB = 10**9
 

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 from test_checkpoint import save, started
 
-from mopefuse.core.artifact import born
 from mopefuse.config.schema import build_config
-from mopefuse.errors import CheckpointError, ConfigError, ResourceError
+from mopefuse.core.artifact import born
 from mopefuse.core.folder_lock import FolderLock
+from mopefuse.errors import CheckpointError, ConfigError, ResourceError
 from mopefuse.runs.folder import RunFolder
 
 CONFIG = build_config({"main": "tiny:vision", "comp": "tiny:text"})

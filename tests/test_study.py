@@ -19,11 +19,11 @@ import yaml
 from conftest import call
 
 from mopefuse.core.artifact import alive
-from mopefuse.errors import ConfigError
-from mopefuse.studies.study_file import read_study
 from mopefuse.core.registry import available
+from mopefuse.errors import ConfigError
 from mopefuse.runs.folder import RunFolder
 from mopefuse.studies.study import FAILED, FINISHED, StudyListener, is_finished, run_study
+from mopefuse.studies.study_file import read_study
 
 STEPS = {"epochs": 4, "batch_size": 4, "lr": 1e-2, "log_every": 1, "checkpoint_every": 5}  # 12 steps of a run
 

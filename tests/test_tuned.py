@@ -9,14 +9,14 @@ import pytest
 import torch
 from test_fusion import TEXTS, build, images, open_gates
 
-from mopefuse.core import registry
 from mopefuse.config.schema import build_config
+from mopefuse.core import registry
 from mopefuse.errors import EncoderError
-from mopefuse.fusion.base import Fusion
 from mopefuse.fusion._tuned import TunedFusion
+from mopefuse.fusion.base import Fusion
 from mopefuse.fusion.build import build_model
-from mopefuse.training.optim import make_optimizer
 from mopefuse.runs.folder import RunFolder
+from mopefuse.training.optim import make_optimizer
 from mopefuse.training.train import resolved, train
 
 ALL = sorted(

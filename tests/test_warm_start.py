@@ -11,12 +11,12 @@ import pytest
 import torch
 from conftest import call, make_pairs
 
-from mopefuse.core.artifact import read_tensors
 from mopefuse.config.schema import build_config
+from mopefuse.core.artifact import read_tensors
 from mopefuse.errors import ConfigError
 from mopefuse.fusion.build import build_model
-from mopefuse.training.optim import make_optimizer
 from mopefuse.runs.folder import RunFolder
+from mopefuse.training.optim import make_optimizer
 from mopefuse.training.swap import swap_encoder
 from mopefuse.training.train import resolved, train
 

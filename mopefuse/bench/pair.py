@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import torch
 
-from mopefuse.core import device as devices
 from mopefuse.bench import memory
 from mopefuse.bench.timing import CALM, Advance, Times, Turns
 from mopefuse.bench.token_form import in_windows
@@ -32,6 +31,7 @@ from mopefuse.bench.variants import (
     variants,
 )
 from mopefuse.config.schema import RunConfig
+from mopefuse.core import device as devices
 from mopefuse.data.base import Batch
 from mopefuse.encoders.base import Encoder
 from mopefuse.fusion.build import full_specs

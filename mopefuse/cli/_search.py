@@ -10,9 +10,9 @@ import typer
 from mopefuse.cli._render import err, out, print_json, table
 
 if TYPE_CHECKING:
-    from mopefuse.studies.study_file import Study
     from mopefuse.studies.search import Searched, Trial
     from mopefuse.studies.search_space import Axis
+    from mopefuse.studies.study_file import Study
 
 
 def run(study: Study, folder: Path, *, jobs: int, json: bool) -> None:

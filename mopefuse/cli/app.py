@@ -21,9 +21,9 @@ from mopefuse.cli import bench, compare, data, demo, doctor, encoders, eval, exp
 from mopefuse.cli import plugins as plug
 from mopefuse.cli import swap_encoder as swap
 from mopefuse.cli._render import print_json, speaks_unicode
-from mopefuse.errors import Interrupted, MopefuseError, Notice, ResourceError
 from mopefuse.core.dependencies import guard_imports, mendable
 from mopefuse.core.formatting import visible
+from mopefuse.errors import Interrupted, MopefuseError, Notice, ResourceError
 
 app = typer.Typer(
     name="mopefuse",

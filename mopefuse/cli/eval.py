@@ -49,9 +49,9 @@ def evaluate(
     """
     from mopefuse.core.artifact import check_file
     from mopefuse.errors import ConfigError, did_you_mean
+    from mopefuse.evaluation.missing_shares import parse
     from mopefuse.metrics.gates import check_gates, parse_gates
     from mopefuse.runs.folder import RunFolder
-    from mopefuse.evaluation.missing_shares import parse
     from mopefuse.runs.locate import kind_of, locate, trained
 
     gates = parse_gates(min_ or ())
@@ -82,8 +82,8 @@ def evaluate(
         trained(folder).config()
     if out is not None:
         check_file(out)
-    from mopefuse.core import distributed
     from mopefuse.cli._render import err
+    from mopefuse.core import distributed
     from mopefuse.evaluation.evaluate import evaluate as run_evaluation
 
     how: dict[str, Any] = {"split": split, "data": data, "layout": layout, "checkpoint": checkpoint, "device": device}
@@ -131,11 +131,11 @@ def _print_gated(metrics: dict[str, float], gates: dict[str, float], facts: dict
 def _evaluate_missing(
     run: Path, asked: list[Shares] | None, how: dict[str, Any], gates: dict[str, float], out: Path | None, *, json: bool
 ) -> None:
-    from mopefuse.core import distributed
     from mopefuse.cli._missing_display import show
     from mopefuse.cli._render import err
-    from mopefuse.metrics.gates import check_gates
+    from mopefuse.core import distributed
     from mopefuse.evaluation.missing import evaluate_missing
+    from mopefuse.metrics.gates import check_gates
 
     with distributed.joined(), err().status("loading") as status:
         told = lambda what, done, total: status.update(f"{what}: {done}/{total}")  # noqa: E731

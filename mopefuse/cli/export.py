@@ -44,7 +44,7 @@ def export(
     if exported is not None or out is None:
         fix = "write mopefuse export RUN -o OUT, or mopefuse export verify FOLDER"
         raise ConfigError(71, "there is not one folder to write", where="export", fix=fix)
-    from mopefuse.export import export as run_export
+    from mopefuse.export.export import export as run_export
 
     with err().status("loading the model") as status:
         result = run_export(

@@ -47,11 +47,11 @@ def predict(
 
     Their labels and probabilities, one line for each, in the order of the input.
     """
-    from mopefuse.core.artifact import check_file
     from mopefuse.cli._render import err
-    from mopefuse.modalities.files import MISSING
+    from mopefuse.core.artifact import check_file
     from mopefuse.errors import ConfigError, DataError
     from mopefuse.inference.predict import input_settings, load, predict_pairs
+    from mopefuse.modalities.files import MISSING
 
     if (source is None) == (image is None and text is None):
         raise ConfigError(64, "there is not one input", where="predict", fix="name a file, or give --image and --text")
@@ -94,9 +94,9 @@ def predict(
 def _pairs(
     source: str | None, image: Path | None, text: str | None, config: Data, model: Model
 ) -> Iterable[Pair]:
-    from mopefuse.modalities.image import open_image
     from mopefuse.errors import DataError
     from mopefuse.inference.predict import Pair, read_pairs
+    from mopefuse.modalities.image import open_image
 
     if source is not None:
         place, empty = sys.stdin.buffer if source == "-" else Path(source), model.empty_is_missing
@@ -135,8 +135,8 @@ def _gathered(answers: Iterable[Answer], batch: int) -> Iterator[Answer]:
 
 def _write(answers: Iterable[Answer], out: Path | None, predictor: Predictor, errors: list[dict[str, str]]) -> int:
     """Write answers as they come, collect what the errors among them say, and count them all."""
-    from mopefuse.core.artifact import write_lines
     from mopefuse.cli._render import err
+    from mopefuse.core.artifact import write_lines
     from mopefuse.inference.predict import as_csv, as_jsonl
 
     done = 0

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from mopefuse.studies.study_file import Study
     from mopefuse.studies.study import Status
+    from mopefuse.studies.study_file import Study
 
 
 def study(

@@ -130,8 +130,8 @@ def train(
             labels=labels,
         ),
     }
-    from mopefuse.errors import ConfigError
     from mopefuse.config.recipe import resolve
+    from mopefuse.errors import ConfigError
     from mopefuse.runs.folder import RunFolder, default_path
 
     if resume and out is None:

@@ -13,13 +13,13 @@ from typing import Any
 
 import yaml
 
-from mopefuse.config.schema import Data, RunConfig, build_config, known_keys, new_name
-from mopefuse.errors import CheckpointError, ConfigError, did_you_mean
-from mopefuse.core.regular_files import read_regular
-from mopefuse.config.setting_paths import flat, merge, nested
 from mopefuse.config.messages import near_setting
+from mopefuse.config.schema import Data, RunConfig, build_config, known_keys, new_name
+from mopefuse.config.setting_paths import flat, merge, nested
+from mopefuse.core.regular_files import read_regular
+from mopefuse.errors import CheckpointError, ConfigError, did_you_mean
 
-_HERE = Path(__file__).parent
+_HERE = Path(__file__).parents[1]
 RECIPES = (_HERE / "recipes", _HERE.parent / "recipes")
 """Where recipes are: in an installed package, and in a clone of the repository."""
 

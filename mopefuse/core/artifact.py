@@ -18,9 +18,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mopefuse.errors import CheckpointError, ConfigError, ResourceError
-from mopefuse.core.regular_files import open_regular, read_regular
 from mopefuse.core.formatting import json_text
+from mopefuse.core.regular_files import open_regular, read_regular
+from mopefuse.errors import CheckpointError, ConfigError, ResourceError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,8 +12,8 @@ from importlib.machinery import ModuleSpec
 from importlib.metadata import version
 from types import ModuleType
 
-from mopefuse.errors import ConfigError, MopefuseError, PackageError, ResourceError
 from mopefuse.core.formatting import size
+from mopefuse.errors import ConfigError, MopefuseError, PackageError, ResourceError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mopefuse.core.artifact import alive, born
-from mopefuse.errors import ConfigError
 from mopefuse.core.regular_files import read_regular
+from mopefuse.errors import ConfigError
 
 try:
     import fcntl

@@ -23,9 +23,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from mopefuse.core.artifact import sha256
 from mopefuse.core import error_numbers as _numbers
 from mopefuse.core.aliases import ALIASES
+from mopefuse.core.artifact import sha256
 from mopefuse.errors import EncoderError, MopefuseError, ResourceError, nearest
 
 _SECONDS = 3.0  # for the first answer of the hub

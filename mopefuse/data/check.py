@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mopefuse.config.schema import Data as DataConfig
+from mopefuse.core.formatting import several
 from mopefuse.data import across
 from mopefuse.data.base import SPLITS, Row
 from mopefuse.data.columns import modalities_of
@@ -25,7 +26,6 @@ from mopefuse.data.load import notice_splits, parts_of, roots_of, to_have
 from mopefuse.data.tables import Table, find_tables
 from mopefuse.errors import DataError
 from mopefuse.modalities.base import of
-from mopefuse.core.formatting import several
 
 Indexes = dict[str, Index]
 _NO_SPLIT = ("missing-split", "unreadable-table", "empty-split", "many-labels", "list-label")  # say why a split has no rows

@@ -19,10 +19,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mopefuse.core import cache
-from mopefuse.core import distributed
-from mopefuse.core import device as devices
 from mopefuse.config.schema import RunConfig
+from mopefuse.core import cache, distributed
+from mopefuse.core import device as devices
 from mopefuse.data.base import DataSet, Keys
 from mopefuse.data.collate import Key, Samples
 from mopefuse.data.feature_store import FeatureStore, Found, Mapped, Values

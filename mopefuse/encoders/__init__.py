@@ -6,13 +6,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mopefuse.encoders.attention import attend, split_heads
-    from mopefuse.encoders.base import Encoded, Encoder, Inputs, Insert, Preprocess, Prompt, PromptAt, create_encoder
+    from mopefuse.core.registry import Spec
     from mopefuse.encoders._hf_families import BuiltIn, Family
     from mopefuse.encoders._hf_model import TransformersEncoder, mean_of
     from mopefuse.encoders._hf_source import Source
+    from mopefuse.encoders.attention import attend, split_heads
+    from mopefuse.encoders.base import Encoded, Encoder, Inputs, Insert, Preprocess, Prompt, PromptAt, create_encoder
     from mopefuse.encoders.preprocess import ImagePreprocess, TextPreprocess
-    from mopefuse.core.registry import Spec
 
 __all__ = [
     "BuiltIn",

@@ -17,8 +17,8 @@ from torch import nn
 
 from mopefuse.config.schema import Lora
 from mopefuse.core import error_numbers as _numbers
-from mopefuse.errors import EncoderError, did_you_mean
 from mopefuse.core.dependencies import require
+from mopefuse.errors import EncoderError, did_you_mean
 from mopefuse.modalities.base import of
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from mopefuse.core import error_numbers as _numbers
-from mopefuse.errors import EncoderError, did_you_mean
 from mopefuse.core.registry import Spec
+from mopefuse.errors import EncoderError, did_you_mean
 
 _WORDS: dict[str, Any] = {"true": True, "false": False, "none": None}
 

@@ -20,17 +20,17 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from mopefuse.core import registry
 from mopefuse.config.schema import Lora
-from mopefuse.encoders import _lora
-from mopefuse.encoders import description as _description
-from mopefuse.encoders.attention import Insert, Prompt
+from mopefuse.core import registry
 from mopefuse.core.aliases import ALIASES
-from mopefuse.errors import EncoderError, MopefuseError, PluginError
-from mopefuse.modalities.base import of
 from mopefuse.core.precision import weight_type
 from mopefuse.core.registry import Spec
 from mopefuse.core.threads import PerThread
+from mopefuse.encoders import _lora
+from mopefuse.encoders import description as _description
+from mopefuse.encoders.attention import Insert, Prompt
+from mopefuse.errors import EncoderError, MopefuseError, PluginError
+from mopefuse.modalities.base import of
 
 __all__ = ["Encoded", "Encoder", "Inputs", "Insert", "Preprocess", "Prompt", "PromptAt", "create_encoder"]
 

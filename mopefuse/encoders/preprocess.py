@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from mopefuse.modalities import pixels
-from mopefuse.modalities import tokens
 from mopefuse.errors import EncoderError
+from mopefuse.modalities import pixels, tokens
 
 
 @dataclass(frozen=True)

@@ -18,17 +18,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mopefuse.config.schema import RunConfig
 from mopefuse.core import device as devices
 from mopefuse.core import distributed
-from mopefuse.metrics import classification as metrics
 from mopefuse.core.artifact import write_lines
-from mopefuse.config.schema import RunConfig
 from mopefuse.data.base import Batch, DataSet
 from mopefuse.data.collate import Samples, plain_batches
 from mopefuse.errors import NumericError
-from mopefuse.fusion.base import Fusion
 from mopefuse.evaluation.predictions import Predicted, lines, predicted
 from mopefuse.evaluation.spool import Spool
+from mopefuse.fusion.base import Fusion
+from mopefuse.metrics import classification as metrics
 
 Advance = Callable[[int, int], None]  # (samples done, samples in all)
 

@@ -17,20 +17,21 @@ from scipy.sparse import csr_array
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from mopefuse.core import device as devices
-from mopefuse.metrics import classification as metrics
-from mopefuse.metrics.bootstrap import Outcome, difference
 from mopefuse.config.schema import RunConfig
-from mopefuse.data.base import DataSet
+from mopefuse.config.sides import is_comp
+from mopefuse.core import device as devices
 from mopefuse.data.altered import Blank, Shuffled, derangement
+from mopefuse.data.base import DataSet
 from mopefuse.data.collate import Samples, blank
 from mopefuse.data.load import load_data
 from mopefuse.data.subsets import order_of
 from mopefuse.encoders.base import run_frozen
-from mopefuse.evaluation.evaluate import elsewhere, load_model, prepared, run_split, split_metrics, with_labels
+from mopefuse.evaluation.split import prepared, run_split, split_metrics
 from mopefuse.fusion.base import Fusion
+from mopefuse.metrics import classification as metrics
+from mopefuse.metrics.bootstrap import Outcome, difference
 from mopefuse.metrics.gates import selected_metric
-from mopefuse.config.sides import is_comp
+from mopefuse.runs.load import elsewhere, load_model, with_labels
 from mopefuse.runs.locate import trained
 
 Advance = Callable[[str, int, int], None]  # (of which condition, samples done, samples in all)

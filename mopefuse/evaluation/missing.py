@@ -16,17 +16,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mopefuse.config.sides import Comp
 from mopefuse.core import device as devices
 from mopefuse.core import distributed
-from mopefuse.evaluation.answers import judge
 from mopefuse.core.artifact import dump_json, read_json, write_atomically
 from mopefuse.data.load import load_data
 from mopefuse.data.missing import Taken, loss_order
 from mopefuse.errors import ConfigError
-from mopefuse.evaluation.evaluate import answers_to, elsewhere, load_model, prepared, with_labels
-from mopefuse.fusion.base import Fusion
+from mopefuse.evaluation.answers import judge
 from mopefuse.evaluation.missing_shares import GRID, Shares, words
-from mopefuse.config.sides import Comp
+from mopefuse.evaluation.split import answers_to, prepared
+from mopefuse.fusion.base import Fusion
+from mopefuse.runs.load import elsewhere, load_model, with_labels
 from mopefuse.runs.locate import kind_of, locate, trained
 
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
@@ -115,7 +116,7 @@ def evaluate_missing(
 
     Args:
         asked: see `parse`; None for every modality that may be missing, and all of them, with each of `SHARES`.
-        seed: of which samples lack it. layout: of `data`, see `mopefuse.evaluation.evaluate.elsewhere`.
+        seed: of which samples lack it. layout: of `data`, see `mopefuse.runs.load.elsewhere`.
         predictions: a file for those where samples lack the last of `asked`.
 
     Raises:

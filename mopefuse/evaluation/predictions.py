@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mopefuse.metrics import classification as metrics
-from mopefuse.data.base import Row
 from mopefuse.core.formatting import json_text
+from mopefuse.data.base import Row
+from mopefuse.metrics import classification as metrics
 
 MOST_LABELS, KEPT = 100, 20
 

@@ -19,19 +19,20 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mopefuse.export import graph
-from mopefuse.evaluation.answers import judge
-from mopefuse.export.model_card import model_card
-from mopefuse.core.artifact import dump_json
+from mopefuse.config.recipe import to_yaml
 from mopefuse.config.schema import RunConfig
+from mopefuse.core.artifact import dump_json
 from mopefuse.data.load import load_data
 from mopefuse.errors import ConfigError, EncoderError, GateError, NumericError
-from mopefuse.evaluation.evaluate import Loaded, ask_split
+from mopefuse.evaluation.answers import judge
+from mopefuse.evaluation.split import ask_split
+from mopefuse.export import graph
+from mopefuse.export.model_card import model_card
 from mopefuse.fusion.base import Fusion
-from mopefuse.inference.predict import Predictor
 from mopefuse.inference.bundle import KIND, MODELS, Array, Bundle
+from mopefuse.inference.predict import Predictor
 from mopefuse.inference.pt2 import save_pt2
-from mopefuse.config.recipe import to_yaml
+from mopefuse.runs.load import Loaded
 
 TOLERANCE = 1e-4  # of logits, in float32
 INT8_TOLERANCE = 1e-2  # of the example on another machine, whose 8-bit arithmetic may differ

@@ -1,6 +1,7 @@
 """Take a trained model out of its run: as one ONNX or pt2 graph in a bundle, or as an adapter for its own encoders.
 
-A bundle is checked before it exists (`mopefuse.export.bundle_maker`); `mopefuse.inference.bundle` runs it, for ONNX without torch.
+A bundle is checked before it exists (`mopefuse.export.bundle_maker`); `mopefuse.inference.bundle` runs it,
+for ONNX without torch.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ from typing import Any, Literal
 
 import torch
 
-from mopefuse.runs import adapter
+from mopefuse.config.recipe import to_yaml
+from mopefuse.core.artifact import check_parent, dump_json, publish, sweep, write_tensors
+from mopefuse.core.dependencies import require
+from mopefuse.errors import ConfigError
 from mopefuse.export.bundle_maker import Maker, Notice, Parity, public
 from mopefuse.export.model_card import model_card
-from mopefuse.core.artifact import check_parent, dump_json, publish, sweep, write_tensors
-from mopefuse.errors import ConfigError
-from mopefuse.evaluation.evaluate import Loaded, load_model
-from mopefuse.core.dependencies import require
 from mopefuse.inference.bundle import KIND
-from mopefuse.config.recipe import to_yaml
+from mopefuse.runs import adapter
+from mopefuse.runs.load import Loaded, load_model
 from mopefuse.runs.locate import kind_of, trained
 
 Form = Literal["onnx", "pt2", "adapter"]

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from mopefuse.core.dependencies import require
 from mopefuse.data.base import Batch
 from mopefuse.errors import ConfigError, EncoderError
 from mopefuse.fusion.base import Fusion
-from mopefuse.core.dependencies import require
 from mopefuse.inference.pt2 import quietly
 
 OPSET = 20

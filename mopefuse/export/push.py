@@ -15,11 +15,11 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
-from mopefuse.runs.adapter import AdapterFolder
-from mopefuse.core.artifact import MANIFEST, verify
-from mopefuse.errors import CheckpointError, ConfigError, EncoderError, MopefuseError
-from mopefuse.core.registry import parse_spec
 from mopefuse.config.sides import specs
+from mopefuse.core.artifact import MANIFEST, verify
+from mopefuse.core.registry import parse_spec
+from mopefuse.errors import CheckpointError, ConfigError, EncoderError, MopefuseError
+from mopefuse.runs.adapter import AdapterFolder
 from mopefuse.runs.locate import PREFIX, kind_of, locate, trained
 
 _SECONDS = 10.0  # for the first answer of the hub
@@ -73,7 +73,7 @@ def pack(
         raise ConfigError(73, f"{name} is public", where="push", fix="add --public, or name another repository")
     with tempfile.TemporaryDirectory() as temporary:
         if not kind:
-            from mopefuse.export import export
+            from mopefuse.export.export import export
 
             folder, kind = Path(temporary) / name.partition("/")[2], "adapter"
             export(run, folder, form="adapter", checkpoint=checkpoint)

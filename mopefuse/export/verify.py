@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mopefuse.runs.adapter import KIND as ADAPTER
-from mopefuse.runs.adapter import AdapterFolder
 from mopefuse.core.artifact import read_json
-from mopefuse.modalities.image import open_image
 from mopefuse.errors import CheckpointError, DataError, GateError
 from mopefuse.inference.bundle import Bundle
+from mopefuse.modalities.image import open_image
+from mopefuse.runs.adapter import KIND as ADAPTER
+from mopefuse.runs.adapter import AdapterFolder
 from mopefuse.runs.locate import kind_of
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from mopefuse.config.schema import RunConfig
 from mopefuse.data.base import Batch
 from mopefuse.encoders.base import Encoded, Encoder, PromptAt, run_frozen
-from mopefuse.fusion.base import Fusion
 from mopefuse.fusion._static import static_stack
+from mopefuse.fusion.base import Fusion
 from mopefuse.prompts.stack import PromptStack
 
 

@@ -21,14 +21,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mopefuse.modalities import base as modality
 from mopefuse.config.schema import RunConfig
+from mopefuse.config.sides import is_comp, specs
+from mopefuse.core.precision import apply_exactly, exact
 from mopefuse.data.base import Batch
 from mopefuse.encoders.base import Encoder, Inputs, Preprocess, run_frozen
 from mopefuse.errors import CheckpointError, ConfigError, DataError
 from mopefuse.fusion.regression import Advance, Fold, How, Standard, fit_heads
-from mopefuse.core.precision import apply_exactly, exact
-from mopefuse.config.sides import is_comp, specs
+from mopefuse.modalities import base as modality
 
 
 class Output(NamedTuple):

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from mopefuse.config.schema import Prompts, RunConfig
+from mopefuse.core.precision import apply_exactly
 from mopefuse.data.base import Batch
 from mopefuse.encoders.base import Encoder
 from mopefuse.errors import ConfigError
-from mopefuse.fusion.base import Fusion, Output
 from mopefuse.fusion._static import initial_bound, static_stack
-from mopefuse.core.precision import apply_exactly
+from mopefuse.fusion.base import Fusion, Output
 from mopefuse.prompts.stack import PromptStack, scaleless, with_lengths
 
 

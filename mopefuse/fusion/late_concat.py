@@ -12,8 +12,8 @@ from mopefuse.config.schema import RunConfig
 from mopefuse.data.base import Batch
 from mopefuse.encoders.base import Encoder
 from mopefuse.errors import ConfigError
-from mopefuse.fusion.base import Output
 from mopefuse.fusion._tuned import TunedFusion
+from mopefuse.fusion.base import Output
 
 
 class LateConcat(TunedFusion):

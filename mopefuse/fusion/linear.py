@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mopefuse.config.schema import RunConfig
+from mopefuse.config.sides import is_comp
+from mopefuse.core.precision import apply_exactly
 from mopefuse.data.base import Batch
 from mopefuse.encoders.base import Encoder
 from mopefuse.fusion.base import Fusion, Output
 from mopefuse.fusion.regression import Advance, Fold, How, fit_heads
-from mopefuse.core.precision import apply_exactly
-from mopefuse.config.sides import is_comp
 
 
 class LinearFusion(Fusion):

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from mopefuse.config.schema import RunConfig
+from mopefuse.core.precision import apply_in_own_type
 from mopefuse.data.base import Batch
 from mopefuse.encoders.base import Encoder, Prompt
-from mopefuse.fusion.base import Output
 from mopefuse.fusion._tuned import TunedFusion
-from mopefuse.core.precision import apply_in_own_type
+from mopefuse.fusion.base import Output
 from mopefuse.prompts.stack import scaleless
 
 

@@ -17,8 +17,8 @@ from mopefuse.config.schema import Interactive, RunConfig
 from mopefuse.data.base import Batch
 from mopefuse.encoders.base import Encoded, Encoder, Prompt
 from mopefuse.errors import ConfigError
-from mopefuse.fusion.base import Fusion, Output
 from mopefuse.fusion._static import initial_bound
+from mopefuse.fusion.base import Fusion, Output
 
 
 class FusionLayer(nn.Module):

@@ -11,14 +11,14 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from mopefuse.metrics import classification as metrics
 from mopefuse.config.schema import Linear
+from mopefuse.core.precision import exact
 from mopefuse.data.collate import Table
 from mopefuse.errors import NumericError
 from mopefuse.fusion._design import Design, Side, row_blocks, statistics
 from mopefuse.fusion._logistic import LogisticRegression, Sigmoids, Softmax
+from mopefuse.metrics import classification as metrics
 from mopefuse.metrics.gates import selected_metric
-from mopefuse.core.precision import exact
 
 _NEVER = 30.0  # logit of what training has never, or always: a probability of 1e-13
 

@@ -19,13 +19,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mopefuse.modalities import base as modality
-from mopefuse.modalities import pixels
-from mopefuse.modalities import tokens
-from mopefuse.inference.bundle_facts import read_labels, read_preprocess
 from mopefuse.core.artifact import verify
-from mopefuse.errors import CheckpointError, ConfigError, DataError, Notice, NumericError, PackageError
 from mopefuse.core.dependencies import mendable
+from mopefuse.errors import CheckpointError, ConfigError, DataError, Notice, NumericError, PackageError
+from mopefuse.inference.bundle_facts import read_labels, read_preprocess
+from mopefuse.modalities import base as modality
+from mopefuse.modalities import pixels, tokens
 
 KIND = "bundle"
 MODELS = {"onnx": "model.onnx", "pt2": "model.pt2"}
@@ -75,8 +74,8 @@ class Bundle:
         self._run: Runner = (_onnx if file.suffix == ".onnx" else _pt2)(file, device, threads)
 
     def collate(self, images: Any = None, texts: Any = None, **more: Any) -> dict[str, Array]:
-        """Images and texts, as `mopefuse.inference.predict.Predictor.predict` takes them, as the graph's inputs; None where a sample has
-        none, and the graph can do without.
+        """Images and texts, as `mopefuse.inference.predict.Predictor.predict` takes them,
+        as the graph's inputs; None where a sample has none, and the graph can do without.
 
         Raises:
             DataError: not as many of one as of another, something that is no image or no text, or None where something is

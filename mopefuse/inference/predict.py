@@ -16,18 +16,18 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, Protocol
 
-from mopefuse.modalities import base as modality
+from mopefuse.config.recipe import changed_data, read_saved
 from mopefuse.config.schema import Data as DataConfig
 from mopefuse.config.schema import build_config
+from mopefuse.config.sides import Comp
+from mopefuse.core.dependencies import not_installed
+from mopefuse.core.formatting import json_text, spreadsheet_cell
 from mopefuse.data.columns import Layout, in_order
 from mopefuse.data.rows import NoRow, check_input
 from mopefuse.data.tables import Found, find_tables, json_line
 from mopefuse.errors import CheckpointError, ConfigError, DataError, MopefuseError, NumericError
-from mopefuse.core.dependencies import not_installed
 from mopefuse.inference.bundle import Bundle
-from mopefuse.config.recipe import changed_data, read_saved
-from mopefuse.core.formatting import json_text, spreadsheet_cell
-from mopefuse.config.sides import Comp
+from mopefuse.modalities import base as modality
 from mopefuse.runs.locate import kind_of, locate, trained
 
 Answer = dict[str, Any]
@@ -154,7 +154,8 @@ def input_settings(path: str | Path, changes: Mapping[str, Any] | None = None) -
     """How to read samples for a model: with the columns that its training data had.
 
     Args:
-        path: of the model, see `load`. changes: settings of `data` by name, which win; see `mopefuse.config.recipe.changed_data`.
+        path: of the model, see `load`.
+        changes: settings of `data` by name, which win; see `mopefuse.config.recipe.changed_data`.
 
     Raises:
         CheckpointError: there is no such model. ConfigError: one of `changes` is no setting.

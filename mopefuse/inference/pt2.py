@@ -1,7 +1,8 @@
 """pt2 archives: written without what is nobody's business, and read without trusting them.
 
 A pt2 archive is a zip file of JSON and of the raw bytes of tensors. torch's own reader unpickles and evaluates parts of it, so
-it never sees the file: every record is read once, checked against `mopefuse.inference.pt2_program`, and only what passed is handed on.
+it never sees the file: every record is read once, checked against `mopefuse.inference.pt2_program`, and only what passed is
+handed on.
 """
 
 from __future__ import annotations

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from mopefuse.config.sides import Comp
 from mopefuse.core import device as devices
 from mopefuse.metrics import classification as metrics
-from mopefuse.evaluation.evaluate import load_model
 from mopefuse.modalities.base import by_argument
-from mopefuse.config.sides import Comp
+from mopefuse.runs.load import load_model
 from mopefuse.runs.locate import trained
 
 

@@ -108,7 +108,7 @@ def _accuracy(run: Outcome, weights_RS: Floats) -> Floats:
 
 
 def _f1_macro(run: Outcome, weights_RS: Floats) -> Floats:
-    """Mean over the labels that the resample has, as `mopefuse.metrics.classification.compute` has it; 0 if it has none."""
+    """Mean over the labels that the resample has, as `mopefuse.metrics.classification` has it; 0 if it has none."""
     right_RN, both_RN, actual_RN = _counts(run, weights_RS)
     f1_RN = 2 * right_RN / np.maximum(both_RN, 1)
     present_RN = actual_RN > 0
@@ -144,4 +144,4 @@ METRICS: dict[str, Callable[[Outcome, Floats], Floats]] = {
     "f1_micro": _f1_micro,
     "f1_samples": _f1_samples,
 }
-"""Each from an outcome and weights (R, S) to values (R,); with weights of 1 those of `mopefuse.metrics.classification.compute`."""
+"""Each from an outcome and weights (R, S) to values (R,); with weights of 1 those of `mopefuse.metrics.classification`."""

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from PIL import Image, ImageOps
 
-from mopefuse.modalities.files import Files, Look, contained, content_of, regular_file
 from mopefuse.errors import DataError, NumericError
+from mopefuse.modalities.files import Files, Look, contained, content_of, regular_file
 
 if TYPE_CHECKING:  # a bundle is asked where there is no pydantic
     from mopefuse.config.schema import Data as DataConfig

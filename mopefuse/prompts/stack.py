@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from mopefuse.config.schema import Prompts as PromptConfig
 from mopefuse.config.schema import Router as RouterConfig
+from mopefuse.core.precision import apply_in_own_type, exact
+from mopefuse.core.threads import PerThread
 from mopefuse.encoders.attention import Prompt
 from mopefuse.errors import ConfigError
 from mopefuse.modalities.base import of
-from mopefuse.core.precision import apply_in_own_type, exact
 from mopefuse.prompts.experts import Routed, Router, mix
-from mopefuse.core.threads import PerThread
 
 KINDS = ("static", "dynamic", "mapped")
 

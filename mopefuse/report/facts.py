@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from mopefuse.metrics import classification as measures
 from mopefuse.config.schema import RunConfig
 from mopefuse.data.base import DataSet, Row
+from mopefuse.metrics import classification as measures
 from mopefuse.report.data_pictures import Picture
 from mopefuse.report.row_values import picture_of
 

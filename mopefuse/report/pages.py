@@ -18,8 +18,8 @@ from PIL import Image
 
 from mopefuse import __version__
 from mopefuse.core.artifact import check_file, write_atomically
-from mopefuse.errors import ConfigError, DataError
 from mopefuse.core.formatting import visible
+from mopefuse.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from mopefuse.report.drawing import Drawing

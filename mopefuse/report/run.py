@@ -7,18 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mopefuse.core import device as devices
-from mopefuse.evaluation.audit import Audit, audit_model, drawn
 from mopefuse.config.schema import Data as DataConfig
+from mopefuse.core import device as devices
 from mopefuse.data.base import DataSet
 from mopefuse.data.load import load_data
 from mopefuse.errors import CheckpointError
-from mopefuse.evaluation.evaluate import elsewhere, load_model, run_split, with_labels
+from mopefuse.evaluation.audit import Audit, audit_model, drawn
 from mopefuse.evaluation.missing import kept
+from mopefuse.evaluation.split import run_split
 from mopefuse.report.facts import RunFacts
 from mopefuse.report.pages import check_places, save_figures, write
 from mopefuse.report.run_page import run_page, sections
 from mopefuse.runs.folder import RunFolder
+from mopefuse.runs.load import elsewhere, load_model, with_labels
 from mopefuse.runs.locate import kind_of, locate, trained
 
 Advance = Callable[[str, int, int], None]  # (what, samples done, samples in all)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mopefuse.studies.compare import Comparison, compare, has_result, study_facts
-from mopefuse.studies.study_file import STUDY_FILE
 from mopefuse.report import study_page
 from mopefuse.report.pages import check_places, save_figures, write
 from mopefuse.report.study_facts import StudyFacts
+from mopefuse.studies.compare import Comparison, compare, has_result, study_facts
+from mopefuse.studies.study_file import STUDY_FILE
 
 
 @dataclass(frozen=True)

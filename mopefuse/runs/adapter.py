@@ -10,13 +10,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mopefuse.config.recipe import read_saved
+from mopefuse.config.schema import RunConfig, build_config
 from mopefuse.core import registry
 from mopefuse.core.artifact import read_json, understood, verify
-from mopefuse.config.schema import RunConfig, build_config
 from mopefuse.errors import CheckpointError
-from mopefuse.config.recipe import read_saved
-from mopefuse.runs.folder import RunFolder
 from mopefuse.runs.facts import check_facts
+from mopefuse.runs.folder import RunFolder
 
 KIND = "adapter"
 FACTS = "model.json"

@@ -17,6 +17,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from mopefuse.config.recipe import read_saved, to_yaml
+from mopefuse.config.schema import RunConfig, build_config
 from mopefuse.core import registry
 from mopefuse.core.artifact import (
     FORMAT,
@@ -31,10 +33,8 @@ from mopefuse.core.artifact import (
     verify,
     write_atomically,
 )  # fmt: skip
-from mopefuse.config.schema import RunConfig, build_config
-from mopefuse.errors import CheckpointError, ConfigError, ResourceError
 from mopefuse.core.folder_lock import FolderLock
-from mopefuse.config.recipe import read_saved, to_yaml
+from mopefuse.errors import CheckpointError, ConfigError, ResourceError
 from mopefuse.runs.facts import check_facts
 
 KIND, CHECKPOINT, START = "run", "checkpoint", "start"

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mopefuse.core import cache
-from mopefuse.runs.adapter import KIND as ADAPTER
-from mopefuse.runs.adapter import AdapterFolder
 from mopefuse.core.artifact import MANIFEST, listed_files, read_json, verify
 from mopefuse.errors import CheckpointError, EncoderError, ResourceError
+from mopefuse.runs.adapter import KIND as ADAPTER
+from mopefuse.runs.adapter import AdapterFolder
 from mopefuse.runs.folder import RunFolder
 
 PREFIX = "hf-hub:"
@@ -60,8 +60,8 @@ def locate(path: str | Path) -> Path:
 
 def _fetch(repo: str, name: str, revision: str | None, where: str) -> Path | None:
     """As `_hub.fetch`, with advice for models in place of that for encoders where there is no way to the hub."""
-    from mopefuse.core import hub as _hub
     from mopefuse.core import error_numbers as _numbers
+    from mopefuse.core import hub as _hub
 
     try:
         return _hub.fetch(repo, name, revision, where=where)

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.sparse import csr_array
 
-from mopefuse.metrics.bootstrap import Difference, Outcome, difference
 from mopefuse.core.artifact import read_json
-from mopefuse.errors import CheckpointError, ConfigError, did_you_mean
-from mopefuse.metrics.gates import METRICS, selected_metric
-from mopefuse.studies.study_file import KIND, STUDY_FILE, identity, unknown_label
 from mopefuse.core.regular_files import open_regular
+from mopefuse.errors import CheckpointError, ConfigError, did_you_mean
+from mopefuse.metrics.bootstrap import Difference, Outcome, difference
+from mopefuse.metrics.gates import METRICS, selected_metric
 from mopefuse.runs.folder import RunFolder
+from mopefuse.studies.study_file import KIND, STUDY_FILE, identity, unknown_label
 
 _AGAIN = "write it again with mopefuse eval"
 

@@ -20,15 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from mopefuse.core.artifact import read_json
+from mopefuse.core.dependencies import require
 from mopefuse.data.load import load_data
 from mopefuse.errors import CheckpointError, ConfigError, Interrupted, ResourceError, did_you_mean
 from mopefuse.metrics.gates import selected_metric
-from mopefuse.studies.study_file import STUDY_FILE, Cell, Settings, Study
-from mopefuse.core.dependencies import require
 from mopefuse.runs.folder import RunFolder
-from mopefuse.training.stop_request import StopRequest
 from mopefuse.studies.search_space import Axis, Search
 from mopefuse.studies.study import FAILED, FINISHED, WAITING, Schedule, Status, StudyListener, claimed, is_finished, write
+from mopefuse.studies.study_file import STUDY_FILE, Cell, Settings, Study
+from mopefuse.training.stop_request import StopRequest
 
 
 @dataclass(frozen=True)

@@ -27,18 +27,18 @@ from typing import Any
 import torch
 
 from mopefuse import __version__
+from mopefuse.config.schema import WITHOUT_EFFECT, RunConfig
+from mopefuse.config.sides import specs
 from mopefuse.core import device as devices
 from mopefuse.core.artifact import FORMAT, dump_json, read_json, sweep, write_atomically
-from mopefuse.config.schema import WITHOUT_EFFECT, RunConfig
+from mopefuse.core.dependencies import mendable
 from mopefuse.data.load import load_data
 from mopefuse.errors import ConfigError, Interrupted, MopefuseError, ResourceError
 from mopefuse.fusion.build import build_model
-from mopefuse.studies.study_file import KIND, STUDY_FILE, Cell, Study
-from mopefuse.core.dependencies import mendable
-from mopefuse.training.resume import differing
-from mopefuse.studies.memory_budget import Room, Told
 from mopefuse.runs.folder import RunFolder
-from mopefuse.config.sides import specs
+from mopefuse.studies.memory_budget import Room, Told
+from mopefuse.studies.study_file import KIND, STUDY_FILE, Cell, Study
+from mopefuse.training.resume import differing
 from mopefuse.training.stop_request import StopRequest
 from mopefuse.training.train import train
 from mopefuse.training.trainer import Listener, Progress

@@ -12,7 +12,8 @@ baseline: static only, experts=1        # the row that others are compared with
 metric: accuracy
 ```
 
-In place of grid and cells, a section `search` (`mopefuse.studies.search_space`) makes its cells as it goes (`mopefuse.studies.search`).
+In place of grid and cells, a section `search` (`mopefuse.studies.search_space`) makes its cells as it goes
+(`mopefuse.studies.search`).
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
-from mopefuse.core.cache import key_of
-from mopefuse.config.schema import WITHOUT_EFFECT, RunConfig, Section, build_config
-from mopefuse.errors import ConfigError, did_you_mean
 from mopefuse.config.recipe import find_recipe, find_study, parse_set, read_recipe
+from mopefuse.config.schema import WITHOUT_EFFECT, RunConfig, Section, build_config
 from mopefuse.config.setting_paths import flat, merge, nested
+from mopefuse.core.cache import key_of
+from mopefuse.errors import ConfigError, did_you_mean
 from mopefuse.studies.search_space import Search
 
 STUDY_FILE, KIND = "study.json", "study"

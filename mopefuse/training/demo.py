@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mopefuse.config.schema import Prompts, RunConfig
 from mopefuse.config.recipe import resolve
+from mopefuse.config.schema import Prompts, RunConfig
 from mopefuse.core.registry import DATASETS, load
 from mopefuse.training.train import train
 from mopefuse.training.trainer import Listener

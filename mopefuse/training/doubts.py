@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mopefuse.config.schema import RunConfig
+from mopefuse.config.sides import is_comp
 from mopefuse.data.base import DataSet
 from mopefuse.fusion.base import Fusion
-from mopefuse.config.sides import is_comp
 from mopefuse.training.trainer import Listener
 
 _FEWEST_ROWS, _FEWEST_OF_A_LABEL = 100, 10  # of validation, for thresholds to be tuned on

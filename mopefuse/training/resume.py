@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from mopefuse.config.schema import RunConfig, build_config
+from mopefuse.config.setting_paths import flat, merge, nested
 from mopefuse.errors import ConfigError
 from mopefuse.fusion.build import full_specs
-from mopefuse.config.setting_paths import flat, merge, nested
 
 MAY_CHANGE = frozenset(
     (

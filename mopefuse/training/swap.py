@@ -18,18 +18,18 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from mopefuse.config.schema import RunConfig, build_config
+from mopefuse.config.setting_paths import merge
+from mopefuse.config.sides import Comp, addressed, is_comp, with_specs
 from mopefuse.core import distributed
 from mopefuse.core.artifact import dump_json, write_atomically
-from mopefuse.config.schema import RunConfig, build_config
 from mopefuse.data.load import load_data
 from mopefuse.encoders.base import Encoder, full_spec
 from mopefuse.errors import ConfigError
-from mopefuse.evaluation.evaluate import elsewhere, load_model
 from mopefuse.fusion.base import Fusion
 from mopefuse.fusion.build import build_model, check_names
 from mopefuse.runs.folder import RunFolder
-from mopefuse.config.setting_paths import merge
-from mopefuse.config.sides import Comp, addressed, is_comp, with_specs
+from mopefuse.runs.load import elsewhere, load_model
 from mopefuse.runs.locate import trained
 from mopefuse.training.train import resolved, train
 from mopefuse.training.trainer import Listener, Start

@@ -15,28 +15,27 @@ from uuid import uuid4
 import torch
 
 from mopefuse import __version__
-from mopefuse.training import regression_start as closed_form
-from mopefuse.core import distributed
-from mopefuse.metrics import classification as metrics
-from mopefuse.core import registry
-from mopefuse.core import device as devices
-from mopefuse.core.artifact import FREE_SPACE, dump_json, read_tensors, write_atomically, write_tensors
 from mopefuse.config.schema import Data as DataConfig
 from mopefuse.config.schema import RunConfig
+from mopefuse.config.sides import is_comp
+from mopefuse.core import device as devices
+from mopefuse.core import distributed, registry
+from mopefuse.core.artifact import FREE_SPACE, dump_json, read_tensors, write_atomically, write_tensors
 from mopefuse.data.base import SPLITS, DataSet
 from mopefuse.data.collate import Samples
 from mopefuse.data.load import load_data
-from mopefuse.training.doubts import notice_doubts
 from mopefuse.errors import DataError, Interrupted, ResourceError
-from mopefuse.evaluation.evaluate import check_encoders
 from mopefuse.fusion.base import Fusion, fresh_encoders
 from mopefuse.fusion.build import build_model, check_names, full_specs, require_rows
-from mopefuse.training.losses import classification_loss
+from mopefuse.metrics import classification as metrics
 from mopefuse.modalities.base import of
+from mopefuse.runs.folder import RunFolder
+from mopefuse.runs.load import check_encoders
+from mopefuse.training import regression_start as closed_form
+from mopefuse.training.doubts import notice_doubts
+from mopefuse.training.losses import classification_loss
 from mopefuse.training.optim import with_learning_rates
 from mopefuse.training.resume import resumed
-from mopefuse.runs.folder import RunFolder
-from mopefuse.config.sides import is_comp
 from mopefuse.training.stop_request import StopRequest
 from mopefuse.training.trainer import Listener, Start, Trainer
 
@@ -106,7 +105,7 @@ def train(
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM, after a checkpoint was published.
-        MopefuseError: see FAULTS in the documentation; what was published before is kept.
+        MopefuseError: see docs/errors.md; what was published before is kept.
     """
     listener = listener or Listener()
     with distributed.joined():

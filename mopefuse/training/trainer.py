@@ -16,23 +16,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mopefuse.config.schema import RunConfig
 from mopefuse.core import device as devices
 from mopefuse.core import distributed
-from mopefuse.metrics import classification as metrics
-from mopefuse.evaluation.answers import Evaluation, judge, judge_tuned
 from mopefuse.core.artifact import dump_json, read_tensors, write_atomically, write_tensors
-from mopefuse.config.schema import RunConfig
 from mopefuse.data.base import Batch, DataSet
 from mopefuse.data.collate import Key, epoch_batches, seed_of, share
 from mopefuse.errors import Interrupted, NumericError
-from mopefuse.evaluation.evaluate import answers_to, prepared, thresholds_of
+from mopefuse.evaluation.answers import Evaluation, judge, judge_tuned
+from mopefuse.evaluation.split import answers_to, prepared
 from mopefuse.fusion.base import Fusion, Output
+from mopefuse.metrics import classification as metrics
 from mopefuse.metrics.gates import selected_metric
-from mopefuse.training.losses import balanced_weights, classification_loss
-from mopefuse.training.optim import factor, load_optimizer_state, make_optimizer, optimizer_state, set_learning_rate
 from mopefuse.prompts.experts import importance_loss
 from mopefuse.prompts.usage import statistics
 from mopefuse.runs.folder import RunFolder
+from mopefuse.runs.load import thresholds_of
+from mopefuse.training.losses import balanced_weights, classification_loss
+from mopefuse.training.optim import factor, load_optimizer_state, make_optimizer, optimizer_state, set_learning_rate
 from mopefuse.training.stop_request import StopRequest
 
 _COLLAPSED = 0.75  # share of unused experts that is worth a warning
