@@ -52,7 +52,8 @@ CLAIMS: dict[str, dict[str, str]] = {
     },
     "a compiled model is one graph with the same numbers": {
         "quick": "test_compile::test_a_model_that_learns_is_one_graph_with_the_same_numbers",
-        "full": "test_compile::test_a_compiled_run_learns_what_a_run_learns",
+        "full": "test_compile::test_a_compiled_run_learns_what_a_run_learns "
+        "test_compile::test_steps_of_one_shape_are_compiled_once_and_smaller_batches_once_more",
     },
     "a resumed run equals an uninterrupted one, to the bit": {
         "quick": "test_train::test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit "
@@ -128,7 +129,7 @@ CLAIMS: dict[str, dict[str, str]] = {
     "what an ONNX graph or pt2 bundle answers is what the model answers": {
         "quick": "test_graph::test_onnx_says_what_the_model_says test_export::test_a_bundle_answers_as_the_run_does "
         "test_export::test_a_graph_that_answers_otherwise_is_not_published",
-        "full": "test_export::test_a_bundle_that_reads_texts_otherwise_is_not_published "
+        "full": "test_several::test_export_and_report test_export::test_a_bundle_that_reads_texts_otherwise_is_not_published "
         "test_export::test_eight_bits_are_smaller_and_measured_before_and_after "
         "test_export::TestWeightsBesideTheGraph::test_they_are_needed_whole_and_inside_the_folder",
     },
@@ -172,7 +173,8 @@ CLAIMS: dict[str, dict[str, str]] = {
         "quick": "test_plugin_docs::test_the_method_and_the_promptable_encoder_train_and_are_swapped "
         "test_plugins::test_lists_import_no_plugin test_new_plugin::test_a_new_plugin_trains_as_either_encoder",
         "full": "test_new_plugin::test_a_new_plugin_passes_its_own_test_and_is_inspected "
-        "test_new_plugin::test_the_contract_test_of_a_new_plugin_can_fail",
+        "test_new_plugin::test_the_contract_test_of_a_new_plugin_can_fail "
+        "test_new_plugin::test_public_names_are_there_and_cost_nothing_until_used",
     },
     "a model goes to the Hugging Face Hub and comes back": {
         "quick": "test_push::test_the_adapter_and_nothing_else_is_sent_in_one_commit "

@@ -93,6 +93,7 @@ def test_a_model_that_learns_is_one_graph_with_the_same_numbers(pair: str, optio
 
 
 @pytest.mark.parametrize("pair", matrix(["tiny", "swin and bert"], ["tiny"]))
+@pytest.mark.matrix
 def test_steps_of_one_shape_are_compiled_once_and_smaller_batches_once_more(pair: str) -> None:
     model, counter = built(pair), CompileCounterWithBackend("eager")
     forward, optimizer = torch.compile(model, backend=counter, fullgraph=True), torch.optim.AdamW(model.ours().values())

@@ -141,6 +141,7 @@ def test_a_new_plugin_needs_a_folder_to_be_in(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("package", ["mopefuse.encoders", "mopefuse.fusion"])
+@pytest.mark.process
 def test_public_names_are_there_and_cost_nothing_until_used(package: str) -> None:
     code = (
         f"import sys, {package} as p; assert 'torch' not in sys.modules; "
