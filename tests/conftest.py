@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import io
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -18,8 +22,10 @@ import numpy as np
 import pytest
 import torch
 from chromium import BROWSER, Chromium
+from filelock import FileLock
 from hypothesis import settings
 from PIL import Image
+from warm import Server
 
 from mopefuse.errors import MopefuseError
 
@@ -28,10 +34,12 @@ os.environ.setdefault("MOPEFUSE_FLUSH_DENORMALS", "0")  # commands run in this p
 _CACHE = tempfile.TemporaryDirectory(prefix="mopefuse-cache-")
 os.environ["MOPEFUSE_CACHE"] = _CACHE.name  # of all tests, and gone with them
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a job of the background, and what tests start would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
 
-pytest.register_assert_rewrite("artefact_cases", "plugin_cases")  # modules of helpers with fixtures
+pytest.register_assert_rewrite("artefact_cases", "families", "plugin_cases")  # modules of helpers with fixtures
 
 LABELS = ("a", "b", "c")
 COUNTS = {"train": 12, "val": 6, "test": 7}
@@ -41,11 +49,17 @@ Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest begins first, so that no process is left with it at the end; what needs a GPU is skipped without."""
-    items.sort(key=lambda item: item.path.name not in ("test_readme.py", "test_predictor.py"))
+    """What needs a GPU is skipped where there is none."""
     for item in items if not torch.cuda.is_available() else ():
         if item.get_closest_marker("cuda"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def matrix(cases: Iterable[Any], quick: Collection[Any]) -> list[Any]:
+    """Values for `parametrize`, of which the quick tier runs only those in `quick`."""
+    cases = list(cases)
+    assert all(case in cases for case in quick), "a representative that is not a case"
+    return [case if case in quick else pytest.param(case, marks=pytest.mark.matrix) for case in cases]
 
 
 def make_pairs(root: Path, *, multi: bool = False, counts: dict[str, int] = COUNTS) -> Path:
@@ -92,10 +106,14 @@ def trained(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The ONNX bundle of `trained`, with routing; not to be changed."""
-    out = tmp_path_factory.mktemp("exports") / "bundle"
-    done = call("export", trained, "-o", out, "--routing")
-    assert done.returncode == 0, done.stderr
+    """The ONNX bundle of `trained`, with routing; not to be changed. Takes many seconds, so that all workers share one."""
+    base = tmp_path_factory.getbasetemp()
+    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    out = root / "exported" / "bundle"
+    with FileLock(root / "exported.lock"):
+        if not out.exists():
+            done = call("export", trained, "-o", out, "--routing")
+            assert done.returncode == 0, done.stderr
     return out
 
 
@@ -108,8 +126,27 @@ def code_of(action: Callable[[], object]) -> str:
     return ""
 
 
+@functools.cache
+def warm_server() -> Server:
+    """Started by the first test that needs it."""
+    server = Server()
+    atexit.register(server.close)
+    return server
+
+
 def run_cli(*args: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The command line in a process of its own."""
+    """The command line in a process of its own, with these variables in its environment.
+
+    It is forked from one that has imported the libraries, unless a variable may be one that Python or a library reads when it
+    starts.
+    """
+    if any(name != "PYTHONPATH" and not name.startswith("MOPEFUSE_") for name in environment):
+        return start_cli(*args, **environment)
+    return warm_server().run(["-m", "mopefuse", *map(str, args)], [environment], timeout=120)
+
+
+def start_cli(*args: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command line in a Python that was started for it."""
     return subprocess.run(
         [sys.executable, "-m", "mopefuse", *map(str, args)],
         capture_output=True,
@@ -135,6 +172,19 @@ def call(*args: object) -> subprocess.CompletedProcess[str]:
             code = leaving.code
     assert isinstance(code, int), "the command line always ends with an exit code"
     return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
+
+
+def ranks(
+    processes: int, *arguments: object, program: Sequence[str] = ("-m", "mopefuse")
+) -> subprocess.CompletedProcess[str]:
+    """The same as `torchrun` without its launcher, in processes forked from one that has imported the libraries."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
+    shared |= {"LOCAL_WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1"}
+    environments = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    return warm_server().run([*program, *map(str, arguments)], environments)
 
 
 def torchrun(

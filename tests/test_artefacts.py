@@ -31,7 +31,7 @@ from artefact_cases import (
     resume,
     write,
 )  # fmt: skip
-from conftest import TINY, call, run_cli
+from conftest import TINY, call, start_cli
 from safetensors.torch import load_file, save_file
 
 from mopefuse.core import artifact as checkpoint
@@ -50,12 +50,13 @@ def test_what_is_whole_loads(artefact: Artefact, say: Ask) -> None:
 # -- torch and torchvision that do not match
 
 
+@pytest.mark.process
 def test_F_72_a_torchvision_of_another_torch_is_named_with_both_versions(pairs: Path, tmp_path: Path) -> None:
     (tmp_path / "torchvision").mkdir()
     fails = "raise RuntimeError('operator torchvision::nms does not exist')\n"
     (tmp_path / "torchvision" / "__init__.py").write_text(fails)
     augmented = ("--data", pairs, "--set", "data.augment=flip")
-    done = run_cli("train", *TINY, *augmented, "--out", tmp_path / "run", PYTHONPATH=str(tmp_path))
+    done = start_cli("train", *TINY, *augmented, "--out", tmp_path / "run", PYTHONPATH=str(tmp_path))
     both = f"torchvision {version('torchvision')} does not match torch {version('torch')}"
     refused(done, "MF-ENV-02", both, exit_code=5, fix="pip install")
     assert "Traceback" not in done.stderr

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
 import torch
+from conftest import matrix
 from encoder_cases import TIMM, Case
 from fake_cuda import FAKE, autocast, backward, move, moved
-from test_encoders import FAMILIES, cases  # noqa: F401 (a fixture)
+from families import FAMILIES
 from test_fusion import TEXTS, build, images, open_gates
 from test_lora import SMALL_BERT
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from mopefuse.core import registry
 from mopefuse.fusion.base import Fusion
 
+pytest_plugins = ["families"]
 VIT, SWIN = f"timm:{TIMM['vit']}", f"timm:{TIMM['swin-padded']}"
 METHODS: dict[str, dict[str, Any]] = {
     **{name: {"method": name} for name in registry.available(registry.FUSION)},
@@ -29,15 +32,17 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 INSERTING = ("sequential", "mmbt", "p-mmbt", "promptfuse", "blindprompt", "pmf")
 
+GATES_AND_TYPES = pytest.mark.parametrize(("gate", "dtype"), [("none", torch.bfloat16), ("zero", torch.float16)], ids=str)
 
-def runs_on_fake_cuda(model: Fusion) -> None:
-    """Forward, backward and evaluation in both half precisions, as training and validation do them."""
+
+def runs_on_fake_cuda(model: Fusion, dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float16)) -> None:
+    """Forward, backward and evaluation in half precision, as training and validation do them."""
     batch = model.collate(images(3), TEXTS[:3])
     learns = bool(model.named_trainable_parameters()) and not model.closed_form
     with FAKE:
         move(model)
         on_device = moved(batch)
-        for dtype in (torch.bfloat16, torch.float16):
+        for dtype in dtypes:
             model.train()
             with autocast(dtype):
                 output = model(on_device)
@@ -52,21 +57,23 @@ def runs_on_fake_cuda(model: Fusion) -> None:
                 assert model(on_device).logits.dtype == torch.float32
 
 
-@pytest.mark.parametrize("gate", ["none", "zero"])
-@pytest.mark.parametrize("family", [*FAMILIES, "tiny-vision", "tiny-text"])
-def test_every_encoder_runs_in_half_precision(family: str, gate: str, cases: dict[str, Case]) -> None:  # noqa: F811
+@GATES_AND_TYPES
+@pytest.mark.parametrize("family", matrix([*FAMILIES, "tiny-vision", "tiny-text"], ["hf-bert", "timm-swin-padded"]))
+def test_every_encoder_runs_in_half_precision(
+    family: str, gate: str, dtype: torch.dtype, cases: Mapping[str, Case]
+) -> None:
     spec = family.replace("-", ":") if family.startswith("tiny") else cases[family].spec
-    runs_on_fake_cuda(build(spec, "tiny:text", prompts={"gate": gate}))
+    runs_on_fake_cuda(build(spec, "tiny:text", prompts={"gate": gate}), [dtype])
 
 
-@pytest.mark.parametrize("gate", ["none", "zero"])
-@pytest.mark.parametrize("main", ["vit", "swin"])
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_runs_in_half_precision(method: str, main: str, gate: str) -> None:
+@GATES_AND_TYPES
+@pytest.mark.parametrize("main", matrix(["vit", "swin"], ["vit"]))
+@pytest.mark.parametrize("method", matrix(METHODS, ["conditional", "late-concat, lora", "pmf"]))
+def test_every_method_runs_in_half_precision(method: str, main: str, gate: str, dtype: torch.dtype) -> None:
     if (main == "swin" and method in INSERTING) or ("warm start" in method and gate == "none"):
         return  # refused when it is built
     options = {**METHODS[method], "prompts": {"gate": gate}}
-    runs_on_fake_cuda(build({"vit": VIT, "swin": SWIN}[main], SMALL_BERT, **options))
+    runs_on_fake_cuda(build({"vit": VIT, "swin": SWIN}[main], SMALL_BERT, **options), [dtype])
 
 
 def test_a_cnn_that_is_tuned_runs_in_half_precision() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import TINY, call, make_pairs, torchrun, write_rows
+from conftest import TINY, call, make_pairs, ranks, write_rows
 from PIL import Image
 
 from mopefuse.config.schema import Data
@@ -277,7 +277,7 @@ def test_a_split_smaller_than_the_processes_is_evaluated_exactly(tmp_path: Path)
     found = []
     for processes in (1, 2):
         run = tmp_path / str(processes)
-        done = torchrun(processes, "train", *TINY, "--data", str(root), "--out", str(run), "--steps", "1", "--json")
+        done = ranks(processes, "train", *TINY, "--data", str(root), "--out", str(run), "--steps", "1", "--json")
         assert done.returncode == 0, done.stderr
         assert len((run / "predictions.jsonl").read_text().splitlines()) == 1
         found.append(json.loads(done.stdout)["splits"]["test"]["accuracy"])

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import run_cli
 
 from mopefuse.bench import memory, scale, token_form
 from mopefuse.bench.pair import PairBench, bench_pair, random_batch
@@ -159,6 +160,7 @@ def _build() -> int:
     return 0
 
 
+@pytest.mark.process
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak cannot be set back")
 def test_memory_is_what_a_call_took_at_its_peak() -> None:
     small, large, again = memory.in_fresh_processes(_build, _hold, (20, 200, 20))
@@ -181,7 +183,7 @@ def test_a_process_that_fails_or_is_ended_says_so() -> None:
 
 
 def mopefuse(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "mopefuse", "bench", *arguments], capture_output=True, text=True, check=False)
+    return run_cli("bench", *arguments)
 
 
 def test_the_command_prints_one_object_with_both_ratios() -> None:
@@ -236,6 +238,7 @@ def test_images_are_read_decoded_and_from_the_cache() -> None:
     assert found["decoded"]["images_per_second"] > 0 and found["cached"]["images_per_second"] > 0
 
 
+@pytest.mark.process
 def test_starts_are_timed_for_every_kind_of_answer() -> None:
     said = mopefuse("startup", "--rounds", "1", "--json")
     assert said.returncode == 0, said.stderr
@@ -252,6 +255,7 @@ def test_growth_is_measured_along_every_axis(monkeypatch: pytest.MonkeyPatch) ->
     assert all(point.ratio > 0 for point in points)
 
 
+@pytest.mark.process
 def test_processes_share_a_batch() -> None:
     pair = ("--main", "tiny:vision", "--comp", "tiny:text")
     said = mopefuse("ddp", *pair, "--batch", "4", "--rounds", "1", "--device", "cpu", "--json")

@@ -136,6 +136,7 @@ for step in range(1, 10**6):
 """
 
 
+@pytest.mark.soak
 def test_a_kill_at_any_moment_of_a_save_loop_leaves_the_newest_whole(tmp_path: Path) -> None:
     run = started(tmp_path / "run")
     for moment in range(5):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY, call, code_of, make_pairs
+from conftest import TINY, call, code_of, make_pairs, matrix
 
 from mopefuse.config.recipe import changed_data, data_settings
 from mopefuse.config.schema import Data, RunConfig, build_config
@@ -60,7 +60,7 @@ def test_predict_reads_the_columns_that_the_run_was_trained_with(renamed: tuple[
     assert ids(call("predict", run, root / "test.csv")) == [f"test-{number}" for number in range(7)]
 
 
-@pytest.mark.parametrize("form", ["onnx", "adapter"])
+@pytest.mark.parametrize("form", matrix(["onnx", "adapter"], ["adapter"]))
 def test_what_is_exported_reads_the_columns_of_the_run(renamed: tuple[Path, Path], tmp_path: Path, form: str) -> None:
     root, run = renamed
     done = call("export", run, "-o", tmp_path / form, "--format", form)

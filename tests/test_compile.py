@@ -11,7 +11,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from conftest import make_pairs
+from conftest import make_pairs, matrix
 from encoder_cases import OPEN_CLIP, TIMM
 from test_fusion import TEXTS, images, open_gates
 from test_lora import SMALL_BERT
@@ -72,10 +72,13 @@ def learn(model: Fusion, forward: Any, count: int = 4) -> tuple[Tensor, dict[str
 @pytest.mark.parametrize(
     ("pair", "options"),
     [
-        *((pair, {}) for pair in PAIRS),
-        *((pair, UNGATED) for pair in ("vit and bert", "swin and bert")),
-        *((pair, RECOMPUTED) for pair in ("vit and bert", "tiny")),
-        ("tiny", JOINT),
+        pytest.param(pair, options, marks=() if (pair, options) == ("tiny", {}) else pytest.mark.matrix)
+        for pair, options in (
+            *((pair, {}) for pair in PAIRS),
+            *((pair, UNGATED) for pair in ("vit and bert", "swin and bert")),
+            *((pair, RECOMPUTED) for pair in ("vit and bert", "tiny")),
+            ("tiny", JOINT),
+        )
     ],
     ids=str,
 )
@@ -90,7 +93,8 @@ def test_a_model_that_learns_is_one_graph_with_the_same_numbers(pair: str, optio
     torch.testing.assert_close(compiled_gradients, gradients, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("pair", ["tiny", "swin and bert"])
+@pytest.mark.parametrize("pair", matrix(["tiny", "swin and bert"], ["tiny"]))
+@pytest.mark.matrix
 def test_steps_of_one_shape_are_compiled_once_and_smaller_batches_once_more(pair: str) -> None:
     model, counter = built(pair), CompileCounterWithBackend("eager")
     forward, optimizer = torch.compile(model, backend=counter, fullgraph=True), torch.optim.AdamW(model.trainable_parameters())
@@ -104,7 +108,7 @@ def test_steps_of_one_shape_are_compiled_once_and_smaller_batches_once_more(pair
     assert counts == [1, 1, 1, 2, 2, 2]
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
 def test_a_compiled_run_learns_what_a_run_learns(tmp_path: Path) -> None:
     """Without noise and dropout, which compiled code draws from a generator of its own."""

@@ -5,19 +5,22 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import matrix
 from encoder_cases import Case
+from families import FAMILIES, QUICK
 from test_autocast import METHODS as EVERY_METHOD
-from test_encoders import FAMILIES, cases  # noqa: F401 (a fixture)
 from test_fusion import TEXTS, build, images, open_gates
 from torch import Tensor
 
 from mopefuse.data.base import Batch
 from mopefuse.fusion.base import Fusion
 
+pytest_plugins = ["families"]
 TYPES = (torch.bfloat16, torch.float16, torch.float64)
 METHODS = [name for name in EVERY_METHOD if name not in ("mmbt", "p-mmbt")]  # which want the text as main encoder
 LOAD = """
@@ -32,7 +35,7 @@ print(len(model))
 """
 
 
-def model_of(family: str, cases: dict[str, Case]) -> Fusion:  # noqa: F811
+def model_of(family: str, cases: Mapping[str, Case]) -> Fusion:
     model = build(cases[family].spec, "tiny:text")
     open_gates(model)
     return model
@@ -60,8 +63,9 @@ def assert_loads_elsewhere(models: dict[str, Fusion], folder: Path) -> None:
     assert done.stdout.strip() == str(len(models))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("library", ["hf", "timm", "open_clip"])
-def test_every_encoder_is_saved_whole(library: str, cases: dict[str, Case], tmp_path: Path) -> None:  # noqa: F811
+def test_every_encoder_is_saved_whole(library: str, cases: Mapping[str, Case], tmp_path: Path) -> None:
     families = [family for family in FAMILIES if family.startswith(library)]
     assert_loads_elsewhere({family: model_of(family, cases) for family in families}, tmp_path)
 
@@ -92,18 +96,18 @@ def check_types(model: Fusion) -> None:
     assert torch.equal(answer(model), wanted), "the model that was copied is as it was"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_encoder_can_be_converted(family: str, cases: dict[str, Case]) -> None:  # noqa: F811
+@pytest.mark.parametrize("family", matrix(FAMILIES, QUICK))
+def test_every_encoder_can_be_converted(family: str, cases: Mapping[str, Case]) -> None:
     check_types(model_of(family, cases))
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if "swin" in name])
-def test_windows_without_prompts_can_be_converted(family: str, cases: dict[str, Case]) -> None:  # noqa: F811
+@pytest.mark.parametrize("family", matrix([name for name in FAMILIES if "swin" in name], ["timm-swin-padded"]))
+def test_windows_without_prompts_can_be_converted(family: str, cases: Mapping[str, Case]) -> None:
     check_types(build(cases[family].spec, "tiny:text", method="late-concat"))
 
 
 @pytest.mark.parametrize("gate", ["none", "zero"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", matrix(METHODS, ["conditional", "pmf", "late-concat, lora"]))
 def test_every_method_can_be_converted(name: str, gate: str) -> None:
     if "warm start" in name and gate == "none":
         return  # refused when it is built
@@ -113,6 +117,7 @@ def test_every_method_can_be_converted(name: str, gate: str) -> None:
     check_types(model)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", ["mmbt", "p-mmbt"])
 def test_methods_that_read_images_among_words_can_be_saved_and_converted(name: str, tmp_path: Path) -> None:
     model = build("tiny:text", "tiny:vision", method=name)

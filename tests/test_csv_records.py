@@ -155,11 +155,11 @@ def test_two_columns_that_a_writer_wrote_come_back(table: list[tuple[str, str]])
 @pytest.mark.parametrize("line", ['ab","d', 'x,"', '"', 'a,"b""'])
 def test_many_odd_quotes_take_no_quadratic_time(line: str) -> None:
     text = "x,y\n" + f"{line}\n" * 30_000 + "a,b\n"
-    began = time.perf_counter()
+    began = time.process_time()
     records = Records(text, ",")
     lines = set()
     for record in records:
         records.width = 2
         lines.add(record.line)
-    assert time.perf_counter() - began < 20
+    assert time.process_time() - began < 20
     assert max(lines) > 29_000

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, call, code_of, make_pairs, torchrun, write_rows
+from conftest import TINY, call, code_of, make_pairs, ranks, write_rows
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -204,7 +204,7 @@ def test_without_a_place_for_a_cache_all_works_and_nothing_is_kept(
 def test_processes_share_what_is_kept(photos: Path, tmp_path: Path) -> None:
     train(settings(photos, cache_images=True), tmp_path / "one")
     shutil.rmtree(tmp_path / "cache")
-    done = torchrun(
+    done = ranks(
         2, "train", *TINY, "--data", str(photos), "--out", str(tmp_path / "two"), "--steps", "2", "--cache-images"
     )
     assert done.returncode == 0, done.stderr

@@ -105,7 +105,7 @@ def test_the_workflow_covers_every_supported_python() -> None:
 # -- what runs
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("page", LESSONS, ids=lambda path: path.stem)
 def test_every_command_and_every_piece_of_python_of_a_page_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -124,7 +124,7 @@ def test_all_lessons_but_text_blocks_show_commands_of_ours() -> None:
     assert without == ["python"]  # which has Python
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import nbformat
     from nbclient import NotebookClient
@@ -139,7 +139,7 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytes
     assert "'probabilities'" in printed
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     """The notebook has a test of its own."""
     folders = ["-d", tmp_path / "trees", DOCS, tmp_path / "html"]

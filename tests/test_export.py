@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from conftest import TINY, call, code_of, make_pairs
+from conftest import TINY, call, code_of, make_pairs, matrix
 from PIL import Image
 
 import mopefuse
@@ -125,12 +125,13 @@ def test_a_run_its_adapter_and_its_bundles_have_the_same_metric(
     assert unnamed.returncode == 3 and "add --data DIR" in unnamed.stderr
 
 
-def test_several_labels_keep_the_thresholds_of_the_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", matrix(["onnx", "pt2"], ["pt2"]))
+def test_several_labels_keep_the_thresholds_of_the_run(form: str, tmp_path: Path) -> None:
     root = make_pairs(tmp_path / "data", multi=True)
     run, out = tmp_path / "run", tmp_path / "bundle"
     assert call("train", *TINY, "--data", root, "--out", run, "--steps", "2", "--threshold", "tuned").returncode == 0
-    assert call("export", run, "-o", out).returncode == 0
-    assert mopefuse.load(out).model.thresholds == list(read_json(run / "metrics.json")["thresholds"].values())
+    assert call("export", run, "-o", out, "--format", form).returncode == 0
+    assert mopefuse.load(out, device="cpu").model.thresholds == list(read_json(run / "metrics.json")["thresholds"].values())
     for mine, theirs in zip(answers(out, root, tmp_path / "a.jsonl"), answers(run, root, tmp_path / "b.jsonl"), strict=True):
         assert mine["labels"] == theirs["labels"]
 
@@ -189,6 +190,7 @@ def test_a_graph_that_answers_otherwise_is_not_published(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.matrix
 def test_a_bundle_that_reads_texts_otherwise_is_not_published(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -259,6 +261,7 @@ def test_export_without_its_packages_names_the_extra(
 # -- 8 bits
 
 
+@pytest.mark.matrix
 def test_eight_bits_are_smaller_and_measured_before_and_after(exported: Path, trained: Path, tmp_path: Path) -> None:
     done = call("export", trained, "--int8", "-o", tmp_path / "out", "--json")
     assert done.returncode == 0, done.stderr
@@ -315,6 +318,7 @@ def test_a_bundle_that_lacks_a_fact_is_refused(key: str, copy: Path) -> None:
     assert code_of(lambda: Bundle(copy)) == "MF-CKPT-03"
 
 
+@pytest.mark.soak
 class TestWeightsBesideTheGraph:
     """Models of more than 2 GB keep their weights in model.onnx.data."""
 

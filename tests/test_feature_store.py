@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, call, make_pairs, torchrun, write_rows
+from conftest import TINY, call, make_pairs, ranks, write_rows
 
 from mopefuse.config.schema import Data, build_config
 from mopefuse.core import artifact as checkpoint
@@ -326,6 +326,7 @@ def start(data: Path, out: Path, seconds: float, noise: float = 0.0) -> subproce
     return subprocess.Popen(arguments, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
+@pytest.mark.process
 def test_processes_that_compute_at_the_same_time_agree_to_the_bit(data: Path, tmp_path: Path) -> None:
     load_data(Data(path=str(data)))  # the index
     processes = [start(data, tmp_path / f"{number}.pt", 1.0, number / 1000) for number in range(3)]
@@ -337,6 +338,7 @@ def test_processes_that_compute_at_the_same_time_agree_to_the_bit(data: Path, tm
     assert len(keys) > len(np.unique(keys)) == 40, "they did compute the same at the same time"
 
 
+@pytest.mark.process
 def test_a_killed_process_leaves_what_it_published_and_nothing_half_written(
     data: Path, tmp_path: Path, folder: Path, encoded: list[int]
 ) -> None:
@@ -357,7 +359,7 @@ def test_a_killed_process_leaves_what_it_published_and_nothing_half_written(
 
 def test_several_ranks_compute_each_sample_once_and_use_the_same_values(data: Path, tmp_path: Path, folder: Path) -> None:
     for name in ("one", "two"):
-        done = torchrun(2, "train", *TINY, "--data", str(data), "--out", str(tmp_path / name), "--steps", "2")
+        done = ranks(2, "train", *TINY, "--data", str(data), "--out", str(tmp_path / name), "--steps", "2")
         assert done.returncode == 0, done.stderr
     store = store_of()
     keys = np.concatenate([shard.keys for shard in store.shards])
@@ -369,10 +371,10 @@ def test_several_ranks_compute_each_sample_once_and_use_the_same_values(data: Pa
 
 def test_ranks_without_a_common_cache_use_the_same_values_too(data: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    done = torchrun(2, "train", *TINY, "--data", str(data), "--out", str(tmp_path / "with"), "--steps", "2")
+    done = ranks(2, "train", *TINY, "--data", str(data), "--out", str(tmp_path / "with"), "--steps", "2")
     assert done.returncode == 0, done.stderr
     os.environ["MOPEFUSE_CACHE"] = str(tmp_path / "file" / "none")
-    done = torchrun(2, "train", *TINY, "--data", str(data), "--out", str(tmp_path / "without"), "--steps", "2")
+    done = ranks(2, "train", *TINY, "--data", str(data), "--out", str(tmp_path / "without"), "--steps", "2")
     assert done.returncode == 0, done.stderr
     one, two = (
         [json.loads(line) for line in (tmp_path / name / "predictions.jsonl").read_text().splitlines()]
@@ -385,6 +387,7 @@ def test_ranks_without_a_common_cache_use_the_same_values_too(data: Path, tmp_pa
 # -- many
 
 
+@pytest.mark.soak
 def test_a_million_samples_are_looked_up_without_an_object_for_each(tmp_path: Path) -> None:
     count, width = 1_000_000, 8
     keys = np.random.default_rng(0).integers(0, 256, (count, 16), dtype=np.uint8).view("S16").ravel()

@@ -10,6 +10,7 @@ import onnxruntime
 import open_clip
 import pytest
 import torch
+from conftest import matrix
 from encoder_cases import OPEN_CLIP, sharpen
 
 import mopefuse
@@ -62,7 +63,7 @@ def build(name: str) -> Fusion:
     return model.eval()
 
 
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("name", matrix(PAIRS, ["BERT and ViT, joint router, two of four experts"]))
 def test_onnx_says_what_the_model_says(name: str, tmp_path: Path) -> None:
     model = build(name)
     sides = describe(model, tmp_path)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import call, make_pairs
+from conftest import call, make_pairs, matrix
 from PIL import Image
 from prepare_cases import food101
 from test_study import write_study
@@ -133,6 +133,7 @@ def test_export(trained: Path, tmp_path: Path) -> None:
     assert call("export", "verify", out / "adapter").returncode == 0
 
 
+@pytest.mark.soak
 def test_export_over_an_earlier_one(trained: Path, tmp_path: Path) -> None:
     """The earlier one is there until the new one is, but for the moment between two names, from which it comes back."""
     out = tmp_path / "out"
@@ -153,7 +154,7 @@ def test_export_over_an_earlier_one(trained: Path, tmp_path: Path) -> None:
     assert missing <= 1
 
 
-@pytest.mark.parametrize("name", ["answers.jsonl", "answers.csv"])
+@pytest.mark.parametrize("name", matrix(["answers.jsonl", "answers.csv"], ["answers.jsonl"]))
 def test_predict(trained: Path, pairs: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / "whole").mkdir()
     (tmp_path / "out").mkdir()
@@ -168,6 +169,7 @@ def test_predict(trained: Path, pairs: Path, tmp_path: Path, name: str) -> None:
     assert out.read_text() == expected
 
 
+@pytest.mark.soak
 def test_report(trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
 
@@ -184,6 +186,7 @@ def test_report(trained: Path, tmp_path: Path) -> None:
     assert (out / "page.html").is_file() and list((out / "figures").glob("*.png"))
 
 
+@pytest.mark.soak
 def test_data_prepare(tmp_path: Path) -> None:
     source, out = food101(tmp_path / "source"), tmp_path / "out"
     out.mkdir()
@@ -196,6 +199,7 @@ def test_data_prepare(tmp_path: Path) -> None:
     assert call("data", "prepare", "food101", source, out / "data").returncode == 0, "it is the very preparation"
 
 
+@pytest.mark.soak
 def test_data_make(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
@@ -208,7 +212,7 @@ def test_data_make(tmp_path: Path) -> None:
     kill_often(action, out, whole)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_study(pairs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
@@ -252,6 +256,7 @@ def test_index_and_images(tmp_path: Path, own_cache: Path) -> None:
     assert fill_cache(data) == expected
 
 
+@pytest.mark.soak
 def test_several_processes_on_one_cache_some_of_them_killed(tmp_path: Path, own_cache: Path) -> None:
     data = make_pairs(tmp_path / "data")
     expected = fill_cache(data)
@@ -276,6 +281,7 @@ def test_several_processes_on_one_cache_some_of_them_killed(tmp_path: Path, own_
 # -- a run
 
 
+@pytest.mark.soak
 def test_of_two_processes_on_one_run_one_trains_it(tmp_path: Path) -> None:
     data = make_pairs(tmp_path / "data")
     settings = config(data)
@@ -288,6 +294,7 @@ def test_of_two_processes_on_one_run_one_trains_it(tmp_path: Path) -> None:
         assert not (run / ".lock").exists()
 
 
+@pytest.mark.soak
 def test_the_first_moments_of_a_run(tmp_path: Path) -> None:
     """Until it is a run: the same command begins it anew, whatever was written."""
     data = make_pairs(tmp_path / "data")

@@ -187,10 +187,10 @@ def test_any_cell_is_a_list_or_not(cell: str) -> None:
 
 
 def test_a_long_cell_takes_no_time() -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     for cell in ("[" + "'a' " * 24_000 + "]", "[" + '"' * 90_000 + "]", "[" * 90_000 + "]", "['" + "\\" * 90_000 + "]"):
         parse_list(cell)
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5
 
 
 def test_labels_of_a_cell() -> None:
@@ -343,9 +343,9 @@ def test_ten_thousand_labels_take_seconds() -> None:
     drawn = random.Random(0)
     names = ["".join(drawn.choices("abcdefghijklmnopqrstuvwxyz", k=12)) for _ in range(10_000)]
     counts = {name: drawn.randint(20, 200) for name in names} | {f"{names[0][:5]}!{names[0][6:]}": 1}
-    began = time.perf_counter()
+    began = time.process_time()
     assert [doubt.kind for doubt in doubts(counts, sum(counts.values()))] == ["misspelt-label"]
-    assert time.perf_counter() - began < 10
+    assert time.process_time() - began < 10
 
 
 def test_warnings_on_labels_have_a_heading_of_their_own_after_the_labels(tmp_path: Path) -> None:

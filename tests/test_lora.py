@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import call
+from conftest import call, matrix
 from encoder_cases import Case
+from families import FAMILIES, QUICK
 from oracles import insert_prompts
-from test_encoders import FAMILIES, batch_of, cases, prompts_for  # noqa: F401 (a fixture)
+from test_encoders import batch_of, prompts_for
 from test_fusion import TEXTS, build, images, open_gates
 from test_tuned import ALL, answers, sides
 from torch import Tensor, nn
@@ -30,12 +32,15 @@ from mopefuse.testing import check_encoder
 from mopefuse.training.inherit import inherit
 from mopefuse.training.train import train
 
+pytest_plugins = ["families"]
 RANK, ALPHA = 4, 6.0
 CLIP = [name for name in FAMILIES if name.startswith("open_clip") and name != "open_clip-siglip-visual"]
 UNCALLED = [name for name in FAMILIES if name.startswith(("timm-beit", "timm-swinv2"))]
 UNCALLED += [name for name in FAMILIES if name.startswith("timm-eva02") and name != "timm-eva02-apart"]
 HOLDS = [name for name in FAMILIES if name not in (*CLIP, *UNCALLED, "hf-gpt2")]
 TINY = ("vision", "text")
+ADAPTED = [*HOLDS, *(f"tiny-{name}" for name in TINY)]
+QUICK_ADAPTED = [name for name in QUICK if name in HOLDS]
 SMALL_BERT = (
     "hf:bert-base?pretrained=false&hidden_size=32&num_hidden_layers=2&num_attention_heads=4&intermediate_size=48"
     "&vocab_size=300"
@@ -63,7 +68,7 @@ def tiny_case(name: str) -> Case:
     return Case(f"tiny:{name}", lambda encoder: create_encoder(f"tiny:{name}"), run)
 
 
-def case_of(family: str, cases: dict[str, Case]) -> Case:  # noqa: F811
+def case_of(family: str, cases: Mapping[str, Case]) -> Case:
     return tiny_case(family.removeprefix("tiny-")) if family.startswith("tiny-") else cases[family]
 
 
@@ -77,9 +82,9 @@ def merge(encoder: Encoder, plain: nn.Module, names: tuple[str, ...]) -> None:
             plain.get_submodule(name.removeprefix("backbone.")).weight.add_(ALPHA / RANK * (b @ a))
 
 
-@pytest.mark.parametrize("family", [*HOLDS, *(f"tiny-{name}" for name in TINY)])
+@pytest.mark.parametrize("family", matrix(ADAPTED, QUICK_ADAPTED))
 def test_it_begins_as_the_encoder_to_the_bit_and_learned_it_equals_merged_weights(
-    family: str, cases: dict[str, Case]  # noqa: F811
+    family: str, cases: Mapping[str, Case]
 ) -> None:
     case = case_of(family, cases)
     encoder = create_encoder(case.spec)
@@ -100,9 +105,9 @@ def test_it_begins_as_the_encoder_to_the_bit_and_learned_it_equals_merged_weight
     torch.testing.assert_close(learned.tokens_BLD[real], tokens[real], atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", [*HOLDS, *(f"tiny-{name}" for name in TINY)])
+@pytest.mark.parametrize("family", matrix(ADAPTED, QUICK_ADAPTED))
 def test_prompts_of_an_adapted_encoder_get_keys_and_values_from_the_merged_weights(
-    family: str, cases: dict[str, Case]  # noqa: F811
+    family: str, cases: Mapping[str, Case]
 ) -> None:
     """Where a family computes these beside the library's own code, what LoRA adds could be lost."""
     case = case_of(family, cases)
@@ -124,8 +129,8 @@ def test_prompts_of_an_adapted_encoder_get_keys_and_values_from_the_merged_weigh
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", [*HOLDS, *(f"tiny-{name}" for name in TINY)])
-def test_an_adapted_encoder_keeps_the_contract(family: str, cases: dict[str, Case]) -> None:  # noqa: F811
+@pytest.mark.parametrize("family", matrix(ADAPTED, QUICK_ADAPTED))
+def test_an_adapted_encoder_keeps_the_contract(family: str, cases: Mapping[str, Case]) -> None:
     encoder = create_encoder(case_of(family, cases).spec)
     encoder.adapt(Lora())
     learn(encoder)
@@ -144,7 +149,7 @@ def refusal(spec: str, number: int, **lora: Any) -> EncoderError:
 
 @pytest.mark.parametrize("family", CLIP)
 def test_fused_attention_of_open_clip_is_refused_and_its_other_layers_are_not(
-    family: str, cases: dict[str, Case]  # noqa: F811
+    family: str, cases: Mapping[str, Case]
 ) -> None:
     spec = cases[family].spec
     assert "c_fc, c_proj" in refusal(spec, 80).fix
@@ -156,12 +161,12 @@ def test_fused_attention_of_open_clip_is_refused_and_its_other_layers_are_not(
     assert not torch.allclose(encoder.encode(batch_of(encoder)).pooled_BC, before)
 
 
-@pytest.mark.parametrize("family", UNCALLED)
-def test_weights_that_are_read_without_a_call_are_refused(family: str, cases: dict[str, Case]) -> None:  # noqa: F811
+@pytest.mark.parametrize("family", matrix(UNCALLED, ["timm-beit"]))
+def test_weights_that_are_read_without_a_call_are_refused(family: str, cases: Mapping[str, Case]) -> None:
     refusal(cases[family].spec, 82)
 
 
-def test_projections_that_are_no_linear_layers_are_refused(cases: dict[str, Case]) -> None:  # noqa: F811
+def test_projections_that_are_no_linear_layers_are_refused(cases: Mapping[str, Case]) -> None:
     """GPT-2's are `Conv1D`, with their weights the other way round."""
     refusal(cases["hf-gpt2"].spec, 80)
 
@@ -294,7 +299,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(scope="module", params=matrix(METHODS, ["conditional"]))
 def run(request: pytest.FixtureRequest, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """(folder, settings) of a small pair of hf, tuned by LoRA; not to be changed."""
     out: Path = tmp_path_factory.mktemp("lora") / request.param
@@ -328,7 +333,7 @@ def test_it_resumes_to_the_bit(run: tuple[Path, dict[str, Any]], pairs: Path, tm
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("form", ["onnx", "pt2", "adapter"])
+@pytest.mark.parametrize("form", matrix(["onnx", "pt2", "adapter"], ["pt2", "adapter"]))
 def test_what_is_exported_says_what_the_run_says(
     run: tuple[Path, dict[str, Any]], form: str, pairs: Path, tmp_path: Path
 ) -> None:

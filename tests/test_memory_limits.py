@@ -104,6 +104,7 @@ def test_memory_that_runs_out_is_exit_7(action: Callable[[], Any]) -> None:
     assert mendable(ImportError("no module named x")) is None
 
 
+@pytest.mark.process
 @pytest.mark.skipif(sys.platform != "linux", reason="ulimit -v limits address space on Linux")
 @pytest.mark.parametrize("megabytes", [150, 600, 1500, 3000])
 @pytest.mark.parametrize("command", ["train", "predict", "--help"])

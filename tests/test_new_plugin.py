@@ -44,6 +44,7 @@ def test_a_new_plugin_is_a_whole_package(fresh: tuple[Path, Path]) -> None:
     assert [path.name for path in fresh[0].parent.iterdir() if path.name.startswith(".")] == []
 
 
+@pytest.mark.process
 def test_a_new_plugin_passes_its_own_test_and_is_inspected(fresh: tuple[Path, Path], tmp_path: Path) -> None:
     package, site = fresh
     environment = {"PYTHONPATH": str(site), "PYTHONDONTWRITEBYTECODE": "1"}
@@ -63,6 +64,7 @@ def test_a_new_plugin_passes_its_own_test_and_is_inspected(fresh: tuple[Path, Pa
     ]
 
 
+@pytest.mark.process
 def test_the_contract_test_of_a_new_plugin_can_fail(fresh: tuple[Path, Path], tmp_path: Path) -> None:
     """With attention to all tokens, padding or not, a text's answer depends on the batch that it is in."""
     package = shutil.copytree(fresh[0], tmp_path / "package")
@@ -139,6 +141,7 @@ def test_a_new_plugin_needs_a_folder_to_be_in(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("package", ["mopefuse.encoders", "mopefuse.fusion"])
+@pytest.mark.process
 def test_public_names_are_there_and_cost_nothing_until_used(package: str) -> None:
     code = (
         f"import sys, {package} as p; assert 'torch' not in sys.modules; "

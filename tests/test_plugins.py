@@ -117,6 +117,7 @@ def test_what_a_plugin_prints_is_not_among_the_results(site: Path, here: pytest.
     assert "from print" in done.stderr and "from the constructor" in done.stderr
 
 
+@pytest.mark.process
 def test_a_plugin_that_hangs_is_stopped_by_ctrl_c(site: Path) -> None:
     imported(site)
     command = [sys.executable, "-m", "mopefuse", "encoders", "inspect", "hangs:x"]

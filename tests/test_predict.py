@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY, call, code_of, make_pairs, run_cli, torchrun, write_rows
+from conftest import TINY, call, code_of, make_pairs, ranks, run_cli, write_rows
 from PIL import Image
 
 import mopefuse
@@ -195,7 +195,7 @@ def test_what_cannot_be_asked_is_refused(trained: Path, options: tuple[str, ...]
 
 def test_several_processes_give_the_same_file(trained: Path, mixed: Path, tmp_path: Path) -> None:
     assert call("predict", trained, mixed, "-o", tmp_path / "one.jsonl", "--batch", "1").returncode == 0
-    done = torchrun(2, "predict", str(trained), str(mixed), "-o", str(tmp_path / "two.jsonl"), "--batch", "1")
+    done = ranks(2, "predict", str(trained), str(mixed), "-o", str(tmp_path / "two.jsonl"), "--batch", "1")
     assert done.returncode == 0, done.stderr
     for one, two in zip(rows(tmp_path / "one.jsonl"), rows(tmp_path / "two.jsonl"), strict=True):
         if "label" in one:

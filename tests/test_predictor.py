@@ -204,6 +204,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.process
 def test_a_bundle_is_asked_where_there_is_no_torch(environment: Path, exported: Path, tmp_path: Path) -> None:
     """First with onnxruntime, tokenizers, Pillow and numpy alone; then from the command line, which needs a few more."""
     example = json.loads((exported / "example.json").read_text())

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_encoders import FAMILIES, batch_of, cases, encoders, prompts_for  # noqa: F401 (fixtures)
+from conftest import matrix
+from families import FAMILIES, QUICK
+from test_encoders import batch_of, prompts_for
 from test_fusion import TEXTS, build, images, open_gates
 from test_lora import learn
 from test_train import assert_same_run, config, data  # noqa: F401 (a fixture)
@@ -21,11 +23,12 @@ from mopefuse.encoders.base import Encoder, Insert, Prompt, create_encoder
 from mopefuse.fusion.base import Fusion
 from mopefuse.training.train import train
 
+pytest_plugins = ["families"]
 FRESH = [*FAMILIES, "tiny-vision", "tiny-text"]
 Gradients = dict[str, Tensor]
 
 
-def encoder_of(family: str, encoders: dict[str, Encoder]) -> Encoder:  # noqa: F811
+def encoder_of(family: str, encoders: Mapping[str, Encoder]) -> Encoder:
     """One of one's own."""
     return create_encoder(family.replace("-", ":")) if family.startswith("tiny") else copy.deepcopy(encoders[family])
 
@@ -76,22 +79,22 @@ def assert_equal(found: Gradients, need: Gradients) -> None:
 
 
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "ungated"])
-@pytest.mark.parametrize("family", FRESH)
-def test_gradients_are_the_same_to_the_bit(family: str, gated: bool, encoders: dict[str, Encoder]) -> None:  # noqa: F811
+@pytest.mark.parametrize("family", matrix(FRESH, [*QUICK, "tiny-text"]))
+def test_gradients_are_the_same_to_the_bit(family: str, gated: bool, encoders: Mapping[str, Encoder]) -> None:
     encoder = encoder_of(family, encoders)
     plain = gradients(encoder, gated=gated, recompute=False)
     assert_equal(gradients(encoder, gated=gated, recompute=True), plain)
 
 
 @pytest.mark.parametrize("family", ["timm-vit", "hf-bert", "tiny-text"])
-def test_tokens_ahead_are_seen_again(family: str, encoders: dict[str, Encoder]) -> None:  # noqa: F811
+def test_tokens_ahead_are_seen_again(family: str, encoders: Mapping[str, Encoder]) -> None:
     encoder = encoder_of(family, encoders)
     plain = gradients(encoder, gated=False, recompute=False, insert=True)
     assert_equal(gradients(encoder, gated=False, recompute=True, insert=True), plain)
 
 
 @pytest.mark.parametrize("family", ["timm-vit", "hf-albert", "open_clip-visual", "tiny-text"])
-def test_the_backward_pass_may_run_in_another_thread(family: str, encoders: dict[str, Encoder]) -> None:  # noqa: F811
+def test_the_backward_pass_may_run_in_another_thread(family: str, encoders: Mapping[str, Encoder]) -> None:
     """As on a GPU, where it always does."""
     encoder = encoder_of(family, encoders)
     insert = encoder.insertable
@@ -100,7 +103,7 @@ def test_the_backward_pass_may_run_in_another_thread(family: str, encoders: dict
 
 
 @pytest.mark.parametrize("family", ["timm-vit", "timm-swin-padded", "hf-bert", "tiny-vision"])
-def test_dropout_of_lora_is_drawn_once(family: str, encoders: dict[str, Encoder]) -> None:  # noqa: F811
+def test_dropout_of_lora_is_drawn_once(family: str, encoders: Mapping[str, Encoder]) -> None:
     encoder = encoder_of(family, encoders)
     encoder.adapt(Lora(rank=2, dropout=0.5))
     encoder.train()
@@ -110,7 +113,7 @@ def test_dropout_of_lora_is_drawn_once(family: str, encoders: dict[str, Encoder]
     assert_equal(gradients(encoder, gated=True, recompute=True), plain)
 
 
-def test_a_tuned_encoder_gets_its_gradients(encoders: dict[str, Encoder]) -> None:  # noqa: F811
+def test_a_tuned_encoder_gets_its_gradients(encoders: Mapping[str, Encoder]) -> None:
     encoder = encoder_of("hf-bert", encoders)
     encoder.tune()
     encoder.train()  # with BERT's own dropout
@@ -142,7 +145,7 @@ def test_a_model_keeps_less(options: dict[str, Any]) -> None:
     assert kept(model, True) < kept(model, False) / 2
 
 
-def test_without_a_gradient_nothing_is_recomputed(encoders: dict[str, Encoder]) -> None:  # noqa: F811
+def test_without_a_gradient_nothing_is_recomputed(encoders: Mapping[str, Encoder]) -> None:
     """A frozen encoder with prompts that learn nothing leaves no graph, and in prediction there is none."""
     encoder = encoder_of("hf-bert", encoders)
     encoder.recompute = True

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, call, torchrun
+from conftest import TINY, call, ranks
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -210,7 +210,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     root = tmp_path_factory.mktemp("trained")
     data = make(root / "data", rows=600, labels=MANY, multi_label=request.param)
     command = ["train", "--data", str(data), "--out", str(root / "run"), *TINY, "--batch", "16", "--steps", "3", "--json"]
-    done = torchrun(2, *command, "--set", "train.threshold=tuned") if request.param else call(*command)
+    done = ranks(2, *command, "--set", "train.threshold=tuned") if request.param else call(*command)
     assert done.returncode == 0, done.stderr
     return root / "run", data
 
@@ -234,7 +234,7 @@ def test_two_processes_evaluate_and_write_what_one_does(trained: tuple[Path, Pat
     for processes in (1, 2):
         out = tmp_path / f"{processes}.jsonl"
         command = ["eval", str(run), "--split", "test", "--data", str(data), "-o", str(out), "--json"]
-        done = call(*command) if processes == 1 else torchrun(processes, *command)
+        done = call(*command) if processes == 1 else ranks(processes, *command)
         assert done.returncode == 0, done.stderr
         said[processes] = json.loads(done.stdout)
     assert said[1]["metrics"] == said[2]["metrics"] and said[1]["per_label"] == said[2]["per_label"]
@@ -280,6 +280,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("multi_label", [False, True], ids=["single", "multi"])
 def test_memory_of_an_evaluation_does_not_grow_with_rows_times_labels(multi_label: bool, tmp_path: Path) -> None:
     """All logits of 9,000 rows and 2,000 labels are 72 MB, dense targets another 72, and objects of each 20 times that."""

@@ -91,6 +91,7 @@ def test_the_test_split_chooses_nothing(undisturbed: tuple[Path, Searched], file
     assert again.best.number == searched.best.number
 
 
+@pytest.mark.matrix
 def test_the_validation_split_chooses_what_comes_next(undisturbed: tuple[Path, Searched], tmp_path: Path, pairs: Path) -> None:
     """The control of the test above: with other values the sampler, past its random trials, proposes others."""
     _, searched = undisturbed
@@ -121,7 +122,7 @@ def test_what_is_finished_is_not_run_again_and_more_trials_go_on(
     assert {path: path.stat().st_mtime_ns for path in times} == times
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_killed_and_started_again_it_finds_the_same(undisturbed: tuple[Path, Searched], file: Path, tmp_path: Path) -> None:
     out = tmp_path / "killed"
     kills = 0

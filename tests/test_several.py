@@ -232,6 +232,7 @@ def test_swap_encoder_by_number(run: Path, tmp_path: Path) -> None:
     assert json.loads(done.stdout)["error"]["code"] == "MF-CFG-140"
 
 
+@pytest.mark.matrix
 def test_export_and_report(run: Path, tmp_path: Path) -> None:
     done = call("export", run, "--format", "onnx", "-o", tmp_path / "bundle")
     assert done.returncode == 0, done.stderr

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TINY
+from conftest import TINY, matrix
 
 CLOSED = "<&- >&- 2>&-"
 
@@ -29,7 +29,7 @@ def shell(*command: object, streams: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("streams", [CLOSED, ">&-", "<&-", "1</dev/null"])
+@pytest.mark.parametrize("streams", matrix([CLOSED, ">&-", "<&-", "1</dev/null"], [CLOSED]))
 def test_training_with_closed_streams_comes_to_its_end(pairs: Path, tmp_path: Path, streams: str) -> None:
     run, workers = tmp_path / "run", 2 if streams == CLOSED else 0
     done = shell("train", *TINY, "--data", pairs, "--out", run, "--steps", 2, "--workers", workers, streams=streams)
@@ -39,6 +39,7 @@ def test_training_with_closed_streams_comes_to_its_end(pairs: Path, tmp_path: Pa
         json.loads((run / file).read_text())  # nothing that is printed went into it
 
 
+@pytest.mark.process
 def test_a_study_with_closed_streams_comes_to_its_end(pairs: Path, tmp_path: Path) -> None:
     """Its cells are processes of their own, which take over what is closed."""
     settings = {"main": "tiny:vision", "comp": "tiny:text", "device": "cpu", "data.path": str(pairs)}
@@ -49,13 +50,13 @@ def test_a_study_with_closed_streams_comes_to_its_end(pairs: Path, tmp_path: Pat
     assert (done.returncode, [cell["state"] for cell in cells]) == (0, ["finished", "finished"]), cells
 
 
-@pytest.mark.parametrize("streams", ["2>&-", CLOSED])
+@pytest.mark.parametrize("streams", matrix(["2>&-", CLOSED], ["2>&-"]))
 def test_an_error_that_nobody_hears_still_has_its_exit_code(tmp_path: Path, streams: str) -> None:
     done = shell("compare", tmp_path, streams=streams)
     assert (done.returncode, done.stdout) == (6, ""), "an error is no result"
 
 
-@pytest.mark.parametrize("more", [(), ("--json",)], ids=str)
+@pytest.mark.parametrize("more", matrix([(), ("--json",)], [()]), ids=str)
 def test_a_result_that_cannot_be_printed_is_an_error(trained: Path, more: tuple[str, ...]) -> None:
     done = shell("compare", trained, *more, streams="> /dev/full")
     assert (done.returncode, "MF-RES-250" in done.stderr) == (7, True), done.stderr

@@ -97,7 +97,7 @@ def test_every_cell_is_an_ordinary_run_with_its_settings(undisturbed: Path) -> N
     assert len(set(predictions(undisturbed).values())) >= 3, "runs that do not differ could not show a difference"
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_killed_at_random_and_started_again_it_gives_the_same_table(undisturbed: Path, file: Path, tmp_path: Path) -> None:
     """SIGKILL of the process that was started, two cells at a time: its cells end with it, and the next call goes on."""
     moments, out, kills, done = random.Random(1), tmp_path / "killed", 0, 0
@@ -141,6 +141,7 @@ def test_what_is_finished_is_not_run_again_and_what_is_added_is(undisturbed: Pat
     assert all(again[row["label"]] == row["metrics"] for row in table(undisturbed))
 
 
+@pytest.mark.matrix
 def test_a_finished_cell_of_every_method_counts_as_finished(pairs: Path, tmp_path: Path) -> None:
     labels = {name: {"method": name} for name in available("mopefuse.fusion")}
     file = write_study(tmp_path, pairs, baseline=None, grid={}, seeds=[0], cells={**labels, "warm": {"warm_start": "linear"}})
@@ -180,7 +181,7 @@ def test_a_cell_that_fails_is_recorded_and_the_others_go_on(pairs: Path, tmp_pat
     assert (done.returncode, "diverges" in done.stdout) == (0, True)
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_a_cell_whose_process_is_killed_is_recorded_and_the_others_go_on(file: Path, tmp_path: Path) -> None:
     process = start(file, tmp_path / "out", "--set", "train.epochs=10")
     wait_for(lambda: steps(tmp_path / "out") >= 3, process)
@@ -192,7 +193,7 @@ def test_a_cell_whose_process_is_killed_is_recorded_and_the_others_go_on(file: P
     assert cells(tmp_path / "out")[0]["error"]["code"] == "MF-RES-11"
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_asked_to_stop_it_saves_the_cells_under_way_and_no_process_stays(file: Path, undisturbed: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = start(file, out, "--jobs", "2", "--set", "train.epochs=2000")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, call, make_pairs, torchrun, write_rows
+from conftest import TINY, call, make_pairs, ranks, write_rows
 from safetensors.torch import load_file
 
 from mopefuse.config.schema import build_config
@@ -169,7 +169,7 @@ def test_tuning_is_compared_with_training_from_scratch(run: Path, tmp_path: Path
 
 def test_two_processes_swap_tune_and_compare_as_one_does(run: Path, tmp_path: Path) -> None:
     options = ("--comp", "tiny:text-b", "--epochs", "1", "--json")
-    done = torchrun(2, "swap-encoder", str(run), "-o", str(tmp_path / "two"), *options)
+    done = ranks(2, "swap-encoder", str(run), "-o", str(tmp_path / "two"), *options)
     assert done.returncode == 0, done.stderr
     alone = call("swap-encoder", run, "-o", tmp_path / "one", *options)
     two, one = json.loads(done.stdout)["stages"], json.loads(alone.stdout)["stages"]

@@ -31,6 +31,7 @@ def accuracies(run: Path) -> list[float]:
     return [line["val"]["accuracy"] for line in RunFolder(run).read_log() if "val" in line and line["step"]]
 
 
+@pytest.mark.soak
 def test_with_another_text_encoder_it_reaches_sooner_what_training_from_scratch_ends_with(
     base: Path, tmp_path: Path
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import call as command
+from conftest import matrix
 from encoder_cases import TIMM, save_hf
-from test_encoders import FAMILIES, SENTENCES, cases, encoders  # noqa: F401 (fixtures)
+from families import FAMILIES, QUICK
+from test_encoders import SENTENCES
 from test_fusion import TEXTS, build, images, open_gates
 from torch import Tensor
 
@@ -26,6 +28,7 @@ from mopefuse.data.base import Batch
 from mopefuse.encoders.base import Encoder, Inputs, Insert, Prompt, create_encoder
 from mopefuse.fusion.base import Fusion
 
+pytest_plugins = ["families"]
 THREADS = 4
 
 
@@ -94,8 +97,8 @@ def prompted(encoder: Encoder, thread: int, *, gated: bool, insert: bool) -> Cal
 
 
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "ungated"])
-@pytest.mark.parametrize("family", [*FAMILIES, "tiny-vision", "tiny-text"])
-def test_threads_share_an_encoder(family: str, gated: bool, encoders: dict[str, Encoder]) -> None:  # noqa: F811
+@pytest.mark.parametrize("family", matrix([*FAMILIES, "tiny-vision", "tiny-text"], [*QUICK, "tiny-text"]))
+def test_threads_share_an_encoder(family: str, gated: bool, encoders: Mapping[str, Encoder]) -> None:
     encoder = encoders[family] if family in encoders else create_encoder(family.replace("-", ":"))
     calls = [prompted(encoder, thread, gated=gated, insert=encoder.insertable) for thread in range(THREADS)]
     alone = [call() for call in calls]
@@ -142,7 +145,7 @@ def collated(model: Fusion, thread: int) -> Batch:
 
 
 @pytest.mark.parametrize("gate", ["none", "zero"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", matrix(METHODS, ["conditional", "pmf", "p-mmbt"]))
 def test_threads_share_a_model(method: str, gate: str) -> None:
     text_first = method in ("mmbt", "p-mmbt")
     main, comp = ("tiny:text", "tiny:vision") if text_first else ("tiny:vision", "tiny:text")
@@ -185,7 +188,9 @@ def run_of_libraries(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder / "run"
 
 
-@pytest.mark.parametrize("kind", ["run", "run of libraries", "adapter", "onnx", "pt2"])
+@pytest.mark.parametrize(
+    "kind", matrix(["run", "run of libraries", "adapter", "onnx", "pt2"], ["run", "run of libraries", "pt2"])
+)
 def test_threads_share_what_was_loaded(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     run: Path = request.getfixturevalue("run_of_libraries" if kind == "run of libraries" else "trained")
     if not kind.startswith("run"):

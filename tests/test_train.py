@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_pairs
+from conftest import make_pairs, matrix
 
 from mopefuse.config.schema import build_config
 from mopefuse.core.tensor_files import read_tensors
@@ -86,9 +86,16 @@ def assert_same_run(one: Path, other: Path) -> None:
 AUGMENTED = {"data__augment": "randaugment", "comp_tuning__mode": "prompts"}
 
 
-@pytest.mark.parametrize("changed", [{}, AUGMENTED, {"router__kind": "joint", "train__accumulate": 2}], ids=str)
 @pytest.mark.parametrize(
-    ("step", "number", "code"), [(1, signal.SIGINT, 130), (5, signal.SIGTERM, 143), (4, signal.SIGINT, 130)]
+    "changed", matrix([{}, AUGMENTED, {"router__kind": "joint", "train__accumulate": 2}], [AUGMENTED]), ids=str
+)
+@pytest.mark.parametrize(
+    ("step", "number", "code"),
+    [
+        (1, signal.SIGINT, 130),
+        (5, signal.SIGTERM, 143),
+        pytest.param(4, signal.SIGINT, 130, marks=pytest.mark.matrix),
+    ],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
     data: Path, tmp_path: Path, changed: dict[str, Any], step: int, number: int, code: int
@@ -146,6 +153,7 @@ def wait_for_lines(file: Path, count: int, child: int) -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.soak
 def test_killed_at_random_moments_and_resumed_it_ends_bit_equal(data: Path, tmp_path: Path) -> None:
     settings = config(data, train__epochs=15, train__evals_per_epoch=2, data__augment="flip", train__checkpoint_every=1)
     train(settings, tmp_path / "whole")
@@ -327,6 +335,7 @@ def test_accumulation_is_the_whole_batch_at_once(data: Path, tmp_path: Path, par
         assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=1e-4)
 
 
+@pytest.mark.process
 def test_a_group_signal_does_not_kill_the_data_workers(data: Path, tmp_path: Path) -> None:
     """systemd and SLURM signal every process of a job."""
     arguments = command(data, tmp_path / "run", "--workers", "2", "--epochs", "500")

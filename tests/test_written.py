@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY, call, run_cli
+from conftest import TINY, call, run_cli, start_cli
 from test_export import reseal
 
 from mopefuse import cli
@@ -37,14 +37,15 @@ def without_torch(tmp_path: Path) -> dict[str, str]:
     return {"PYTHONPATH": f"{tmp_path / 'none'}{os.pathsep}{here}"}
 
 
+@pytest.mark.process
 def test_a_run_without_torch_is_told_what_to_install(
     without_torch: dict[str, str], trained: Path, exported: Path, pairs: Path, tmp_path: Path
 ) -> None:
     table = pairs / "test.jsonl"
-    assert run_cli("predict", exported, table, **without_torch).returncode == 0
+    assert start_cli("predict", exported, table, **without_torch).returncode == 0
     encoders = ("--main", "tiny:vision", "--comp", "tiny:text")
     for command in (("predict", trained, table), ("train", *encoders, "--data", pairs, "--out", tmp_path / "run")):
-        done = run_cli(*command, **without_torch)
+        done = start_cli(*command, **without_torch)
         assert done.returncode == 5, done.stderr
         assert done.stderr == "error[MF-ENV-01]: torch is not installed · fix: pip install mopefuse\n"
 
@@ -107,6 +108,7 @@ def test_folders_above_what_is_written_are_made(trained: Path, pairs: Path, tmp_
 # -- without a network
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "network", [{"HF_HUB_OFFLINE": "1"}, {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}], ids=["off", "no way"]
 )
