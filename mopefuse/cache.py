@@ -1,5 +1,5 @@
 """Where things are kept that cost time to compute and cannot change: indexes of data, features, decoded images,
-models fetched from the hub.
+models fetched from the hub, scripts of charts.
 
 ``$MOPEFUSE_CACHE``, else ``mopefuse`` in ``$XDG_CACHE_HOME`` or ``~/.cache``. An entry is a folder named by its kind and
 a digest of everything that it depends on, published whole (`checkpoint.publish`) and verified when it is read; all runs
@@ -20,7 +20,7 @@ from typing import Any
 from mopefuse.checkpoint import TEMPORARY, publish, read_json, sweep, sync, verify
 from mopefuse.errors import CheckpointError, ResourceError
 
-KINDS = ("index", "features", "images", "models")
+KINDS = ("index", "features", "images", "models", "charts")
 
 
 def root() -> Path | None:
