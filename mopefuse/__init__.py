@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mopefuse.fusion.build import build_fusion
-    from mopefuse.predict import load
+    from mopefuse.inference.predict import load
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "build_fusion", "load"]
@@ -23,7 +23,7 @@ def __getattr__(name: str) -> Any:
 
         return build_fusion
     if name == "load":
-        from mopefuse.predict import load
+        from mopefuse.inference.predict import load
 
         return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,16 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mopefuse.encoders._base import Encoded, Encoder, Inputs, Insert, Prompt, PromptAt, create_encoder, encode_pooled
+from mopefuse.encoders.base import Encoded, Encoder, Inputs, Insert, Prompt, PromptAt, create_encoder, encode_pooled
 from mopefuse.errors import EncoderError
-from mopefuse.modality import of
+from mopefuse.modalities.base import of
 
 _TOLERANCE = 1e-4  # of the largest value, in float32
 _PROMPT_TOKENS = 3
 
 
 def check_encoder(encoder: str | Encoder, samples: Sequence[Any] | None = None) -> Encoder:
-    """Check that an encoder keeps the contract of `mopefuse.encoders._base.Encoder`; it is returned frozen.
+    """Check that an encoder keeps the contract of `mopefuse.encoders.base.Encoder`; it is returned frozen.
 
     Args:
         encoder: a spec, or an encoder (which is frozen first).

@@ -16,7 +16,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from PIL import Image
 
-from mopefuse.demo import VARIANTS
+from mopefuse.training.demo import VARIANTS
 
 EXAMPLES = 4
 

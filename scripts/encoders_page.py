@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from mopefuse.encoders._base import create_encoder
+from mopefuse.encoders.base import create_encoder
 from mopefuse.testing import contract
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mopefuse import errors
-from mopefuse.encoders import _numbers
+from mopefuse.core import error_numbers as _numbers
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "errors.md"

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mopefuse.config import Data
+from mopefuse.config.schema import Data
 from mopefuse.data.collate import Samples, plain_batches
 from mopefuse.data.load import load_data
-from mopefuse.encoders._base import create_encoder
+from mopefuse.encoders.base import create_encoder
 
 
 def make(root: Path, rows: int, side: int = 200) -> None:

@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from mopefuse.checkpoint import dump_json
-from mopefuse.config import build_config
-from mopefuse.train import train
-from mopefuse.trainer import Listener, Progress
+from mopefuse.config.schema import build_config
+from mopefuse.core.artifact import dump_json
+from mopefuse.training.train import train
+from mopefuse.training.trainer import Listener, Progress
 
 
 class Clock(Listener):

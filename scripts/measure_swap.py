@@ -13,11 +13,11 @@ import argparse
 import tempfile
 from pathlib import Path
 
+from mopefuse.config.recipe import resolve
 from mopefuse.data.digit_questions import make
-from mopefuse.recipe import resolve
-from mopefuse.run import RunFolder
-from mopefuse.swap import swap_encoder
-from mopefuse.train import train
+from mopefuse.runs.folder import RunFolder
+from mopefuse.training.swap import swap_encoder
+from mopefuse.training.train import train
 
 
 def curve(run: Path) -> dict[int, float]:

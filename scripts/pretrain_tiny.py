@@ -27,10 +27,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mopefuse import tokens
+from mopefuse.core.registry import Spec
 from mopefuse.data import digit_questions as dq
 from mopefuse.encoders import tiny
-from mopefuse.registry import Spec
+from mopefuse.modalities import tokens
 
 VOCABULARY = "tiny-text-vocabulary.txt"
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from conftest import TINY, call
 
-from mopefuse.checkpoint import sha256
+from mopefuse.core.artifact import sha256
 
 WEIGHTS, MANIFEST = "weights.safetensors", "manifest.json"
 Done = subprocess.CompletedProcess[str]

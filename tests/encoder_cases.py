@@ -19,7 +19,7 @@ from timm.models.eva import Eva
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 
-from mopefuse.encoders._base import Encoder, Inputs, create_encoder
+from mopefuse.encoders.base import Encoder, Inputs, create_encoder
 from mopefuse.errors import EncoderError, MopefuseError
 
 WORDS = "a an and both brown cats dog dogs fox friend jumps keep lazy no of on over photo quick sleeping the then two".split()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mopefuse.data._base import Batch
+from mopefuse.data.base import Batch
 
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)
 """One for all: libraries keep tensors in caches, and those of one mode are refused in another."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mopefuse import registry
+from mopefuse.core import registry
 
 MARK = "import pathlib; pathlib.Path(__file__).with_suffix('.imported').touch()\n"
 ENCODER = """

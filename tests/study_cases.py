@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from mopefuse.setting_paths import merge, nested
+from mopefuse.config.setting_paths import merge, nested
 
 
 @dataclass(frozen=True)

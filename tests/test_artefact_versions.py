@@ -17,10 +17,12 @@ import pytest
 from artefact_cases import MANIFEST, Artefact, Ask, copy_adapter, copy_run, read, refused, resume, tree, write
 from conftest import TINY, call, run_cli
 
-from mopefuse import checkpoint, config, registry
+from mopefuse.config import schema as config
+from mopefuse.config.recipe import read_recipe, resolve
+from mopefuse.core import artifact as checkpoint
+from mopefuse.core import registry
 from mopefuse.errors import Notice
-from mopefuse.recipe import read_recipe, resolve
-from mopefuse.run import RunFolder
+from mopefuse.runs.folder import RunFolder
 
 pytest_plugins = ["artefact_cases"]
 
@@ -103,7 +105,7 @@ def from_one_to_two(manifest: dict[str, Any]) -> dict[str, Any]:
 def format_2(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if format 1, in which labels are called classes, were that of an older version."""
     monkeypatch.setattr(checkpoint, "FORMAT", 2)
-    monkeypatch.setattr("mopefuse.run.FORMAT", 2)
+    monkeypatch.setattr("mopefuse.runs.folder.FORMAT", 2)
     monkeypatch.setattr(checkpoint, "MIGRATIONS", {1: from_one_to_two})
 
 
@@ -189,7 +191,7 @@ def test_F_81_set_takes_an_old_name_and_wins_over_the_recipe(monkeypatch: pytest
 
 TOY = """
 from mopefuse.encoders.tiny import TinyEncoder
-from mopefuse.registry import Spec
+from mopefuse.core.registry import Spec
 
 class Toy(TinyEncoder):
     def __init__(self, spec):

@@ -34,7 +34,7 @@ from artefact_cases import (
 from conftest import TINY, call, run_cli
 from safetensors.torch import load_file, save_file
 
-from mopefuse import checkpoint
+from mopefuse.core import artifact as checkpoint
 
 pytest_plugins = ["artefact_cases"]
 SEALED = pytest.mark.parametrize("sealed", [False, True], ids=["as it is", "with a manifest that fits"])

@@ -14,14 +14,14 @@ import pytest
 import torch
 from conftest import make_pairs, write_rows
 
-from mopefuse.audit import audit, audit_model
-from mopefuse.config import RunConfig, build_config
+from mopefuse.config.schema import RunConfig, build_config
 from mopefuse.data.altered import derangement
 from mopefuse.data.load import load_data
-from mopefuse.evaluate import run_split
-from mopefuse.fusion._base import Fusion
+from mopefuse.evaluation.audit import audit, audit_model
+from mopefuse.evaluation.split import run_split
+from mopefuse.fusion.base import Fusion
 from mopefuse.fusion.build import build_model
-from mopefuse.train import train
+from mopefuse.training.train import train
 
 CPU = torch.device("cpu")
 COUNTS = {"train": 48, "val": 12, "test": 30}
@@ -219,7 +219,7 @@ def test_the_verdict_and_its_numbers_agree(
             logits_SN[100 : 100 + min(lost, 1)] = right_SN[100 : 100 + min(lost, 1)]
         return SimpleNamespace(logits_SN=logits_SN)
 
-    monkeypatch.setattr("mopefuse.audit.run_split", answer)
+    monkeypatch.setattr("mopefuse.evaluation.audit.run_split", answer)
     found = audit_model(model_of(config), pairs, "test", config, CPU)
     shuffled = found["shuffled"]
     before, after = (100 * found[name].metrics[found.metric] for name in ("as is", "shuffled"))

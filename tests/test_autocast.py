@@ -13,8 +13,8 @@ from test_fusion import TEXTS, build, images, open_gates
 from test_lora import SMALL_BERT
 from torch import Tensor, nn
 
-from mopefuse import registry
-from mopefuse.fusion._base import Fusion
+from mopefuse.core import registry
+from mopefuse.fusion.base import Fusion
 
 VIT, SWIN = f"timm:{TIMM['vit']}", f"timm:{TIMM['swin-padded']}"
 METHODS: dict[str, dict[str, Any]] = {

@@ -20,9 +20,9 @@ import pytest
 from conftest import TINY, call, make_pairs, torchrun, write_rows
 from PIL import Image
 
-from mopefuse.config import Data
+from mopefuse.config.schema import Data
 from mopefuse.data.load import load_data
-from mopefuse.encoders._base import create_encoder
+from mopefuse.encoders.base import create_encoder
 
 Change = Callable[[Path], object]
 IMAGE = "images/train-3.png"  # of train.jsonl:4
@@ -334,7 +334,7 @@ def test_all_bad_rows_are_found_and_not_only_the_first(tmp_path: Path) -> None:
 
 
 def test_an_image_that_becomes_unreadable_during_training_names_its_sample(pairs: Path, tmp_path: Path) -> None:
-    from mopefuse.config import Data
+    from mopefuse.config.schema import Data
     from mopefuse.data.collate import Samples
     from mopefuse.data.load import load_data
     from mopefuse.errors import DataError

@@ -16,9 +16,9 @@ from mopefuse.bench.pair import PairBench, bench_pair, random_batch
 from mopefuse.bench.timing import Times, Turns
 from mopefuse.bench.variants import FLOOR, Subject, Variant, build_encoders, conditional, variants
 from mopefuse.cli.bench import PAIRS
-from mopefuse.config import RunConfig, build_config
-from mopefuse.encoders._base import Encoder, create_encoder
+from mopefuse.config.schema import RunConfig, build_config
 from mopefuse.encoders._prompted import PromptedEncoder
+from mopefuse.encoders.base import Encoder, create_encoder
 from mopefuse.errors import ResourceError
 from mopefuse.fusion._static import static_stack
 

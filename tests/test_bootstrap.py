@@ -11,8 +11,8 @@ from scipy import stats
 from scipy.sparse import csr_array
 from sklearn.metrics import f1_score
 
-from mopefuse import metrics
-from mopefuse.bootstrap import METRICS, Outcome, difference, drawn
+from mopefuse.metrics import classification as metrics
+from mopefuse.metrics.bootstrap import METRICS, Outcome, difference, drawn
 
 LABELS = 5
 
@@ -130,7 +130,7 @@ def test_sides_may_be_exchanged() -> None:
 
 def test_resamples_do_not_depend_on_how_many_fit_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = np.concatenate(list(drawn(30, 50, seed=4)))
-    monkeypatch.setattr("mopefuse.bootstrap._AT_ONCE", 90)
+    monkeypatch.setattr("mopefuse.metrics.bootstrap._AT_ONCE", 90)
     assert len(list(drawn(30, 50, seed=4))) == 17
     assert (np.concatenate(list(drawn(30, 50, seed=4))) == whole).all()
     assert (whole.sum(axis=1) == 30).all()

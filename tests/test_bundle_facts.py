@@ -14,11 +14,11 @@ from conftest import call
 from PIL import Image
 from test_export import reseal
 
-from mopefuse import predictor
 from mopefuse.errors import CheckpointError, MopefuseError
-from mopefuse.predict import Predictor
-from mopefuse.predictor import Bundle
-from mopefuse.verify import verify_export
+from mopefuse.export.verify import verify_export
+from mopefuse.inference import bundle as predictor
+from mopefuse.inference.bundle import Bundle
+from mopefuse.inference.predict import Predictor
 
 FILES = ("labels.json", "preprocess.json", "example.json")
 LEAVE_OUT = object()

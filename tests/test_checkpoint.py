@@ -24,11 +24,11 @@ from conftest import code_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mopefuse import checkpoint
-from mopefuse.checkpoint import FORMAT, publish, read_json, read_tensors, sweep, verify, write_atomically, write_tensors
-from mopefuse.config import build_config
+from mopefuse.config.schema import build_config
+from mopefuse.core import artifact as checkpoint
+from mopefuse.core.artifact import FORMAT, publish, read_json, read_tensors, sweep, verify, write_atomically, write_tensors
 from mopefuse.errors import CheckpointError, ResourceError
-from mopefuse.run import RunFolder
+from mopefuse.runs.folder import RunFolder
 
 CONFIG = build_config({"main": "tiny:vision", "comp": "tiny:text"})
 Write = Callable[[Path], None]
@@ -88,7 +88,7 @@ def test_publishing_again_replaces(tmp_path: Path) -> None:
 _KILLED = """
 import os, signal, sys
 from pathlib import Path
-from mopefuse import checkpoint
+from mopefuse.core import artifact as checkpoint
 at, folder = sys.argv[1], Path(sys.argv[2])
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -125,7 +125,7 @@ def test_a_kill_while_publishing_leaves_what_was_there(tmp_path: Path, at: str, 
 _LOOP = """
 import sys
 from pathlib import Path
-from mopefuse.run import RunFolder
+from mopefuse.runs.folder import RunFolder
 run = RunFolder(Path(sys.argv[1]))
 for step in range(1, 10**6):
     run.save(step, lambda folder: (folder / "file").write_bytes(b"x" * 50_000), {})

@@ -13,9 +13,10 @@ import pytest
 from conftest import TINY, call, make_pairs, run_cli, write_rows
 from typer.testing import CliRunner
 
-from mopefuse import checkpoint, doctor
-from mopefuse.checkpoint import read_tensors
 from mopefuse.cli.app import app
+from mopefuse.core import artifact as checkpoint
+from mopefuse.core import doctor
+from mopefuse.core.artifact import read_tensors
 
 MODULES = "print(*sys.modules, file=sys.stderr)"
 
@@ -45,7 +46,7 @@ def test_help_and_lists_wait_for_nothing_heavy(args: tuple[str, ...]) -> None:
     assert done.returncode == 0
     assert done.stdout
     heavy = {"torchvision", "timm", "transformers", "open_clip", "sklearn", "peft", "optuna"}
-    heavy |= {"mopefuse.config", "mopefuse.encoders.tiny"}
+    heavy |= {"mopefuse.config.schema", "mopefuse.encoders.tiny"}
     if args != ("encoders",):
         heavy |= {"torch", "numpy"}
     assert not modules & heavy

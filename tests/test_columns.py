@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from conftest import TINY, call, code_of, make_pairs
 
-from mopefuse.config import Data, RunConfig, build_config
+from mopefuse.config.recipe import changed_data, data_settings
+from mopefuse.config.schema import Data, RunConfig, build_config
 from mopefuse.errors import ConfigError
-from mopefuse.predict import input_settings
-from mopefuse.recipe import changed_data, data_settings
+from mopefuse.inference.predict import input_settings
 
 COLUMNS = {"id": "no", "text": "title", "img": "photo", "label": "kind"}
 FLAGS = ("--id-col", "no", "--text-col", "title", "--image-col", "photo", "--label-col", "kind")
@@ -201,7 +201,7 @@ def test_thresholds_tuned_on_many_rows_of_each_label_are_not(tmp_path: Path) -> 
 
 
 def test_the_settings_of_columns_are_those_of_the_configuration() -> None:
-    from mopefuse.config import COLUMN_SETTINGS
+    from mopefuse.config.schema import COLUMN_SETTINGS
     from mopefuse.data.columns import EXPECTED
 
     assert tuple(COLUMN_SETTINGS) == EXPECTED

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from conftest import TINY, call, make_pairs
 
-from mopefuse.compare import Row, Spread, compare
 from mopefuse.errors import MopefuseError
+from mopefuse.studies.compare import Row, Spread, compare
 
 COUNTS = {"train": 12, "val": 6, "test": 40}
 

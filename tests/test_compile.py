@@ -20,8 +20,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import mopefuse
-from mopefuse.fusion._base import Fusion
-from mopefuse.train import train
+from mopefuse.fusion.base import Fusion
+from mopefuse.training.train import train
 
 COMPILER = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
 CLIP = "open_clip:mopefuse-tiny#{}?pretrained=false"

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from mopefuse.cli import train
 from mopefuse.cli.app import app
-from mopefuse.config import OFFICIAL, RunConfig, build_config, known_keys
+from mopefuse.config.recipe import flag_of, parse_set, read_recipe, read_yaml, resolve, to_yaml
+from mopefuse.config.schema import OFFICIAL, RunConfig, build_config, known_keys
 from mopefuse.errors import ConfigError
-from mopefuse.recipe import flag_of, parse_set, read_recipe, read_yaml, resolve, to_yaml
 
 BASE = {"main": "tiny:vision", "comp": "tiny:text"}
 
@@ -102,7 +102,7 @@ def test_every_setting_of_train_is_named_by_a_flag_that_it_has(monkeypatch: pyte
     def asked(flags: dict[str, Any], **others: Any) -> None:
         raise Asked(flags)
 
-    monkeypatch.setattr("mopefuse.recipe.resolve", asked)
+    monkeypatch.setattr("mopefuse.config.recipe.resolve", asked)
     with pytest.raises(Asked) as caught:
         train.train()
     commands: Any = typer.main.get_command(app)

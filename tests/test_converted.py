@@ -15,8 +15,8 @@ from test_encoders import FAMILIES, cases  # noqa: F401 (a fixture)
 from test_fusion import TEXTS, build, images, open_gates
 from torch import Tensor
 
-from mopefuse.data._base import Batch
-from mopefuse.fusion._base import Fusion
+from mopefuse.data.base import Batch
+from mopefuse.fusion.base import Fusion
 
 TYPES = (torch.bfloat16, torch.float16, torch.float64)
 METHODS = [name for name in EVERY_METHOD if name not in ("mmbt", "p-mmbt")]  # which want the text as main encoder

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from mopefuse.config import Data
+from mopefuse.config.schema import Data
 from mopefuse.data.csv_records import Records
 from mopefuse.data.index import read_rows
 from mopefuse.data.tables import find_tables

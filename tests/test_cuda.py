@@ -19,12 +19,12 @@ from test_train import config, log, weights
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import mopefuse
-from mopefuse import device as devices
-from mopefuse.checkpoint import read_tensors, write_tensors
-from mopefuse.fusion._base import Fusion
-from mopefuse.losses import classification_loss
-from mopefuse.optim import load_optimizer_state, make_optimizer, optimizer_state
-from mopefuse.train import train
+from mopefuse.core import device as devices
+from mopefuse.core.artifact import read_tensors, write_tensors
+from mopefuse.fusion.base import Fusion
+from mopefuse.training.losses import classification_loss
+from mopefuse.training.optim import load_optimizer_state, make_optimizer, optimizer_state
+from mopefuse.training.train import train
 
 pytestmark = pytest.mark.cuda
 

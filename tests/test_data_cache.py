@@ -14,16 +14,17 @@ from conftest import TINY, call, code_of, make_pairs, torchrun, write_rows
 from PIL import Image
 from safetensors.torch import load_file
 
-from mopefuse import cache, modality
-from mopefuse.config import Data, build_config
+from mopefuse.config.schema import Data, build_config
+from mopefuse.core import cache
 from mopefuse.data.collate import Samples
 from mopefuse.data.features import split_features
-from mopefuse.data.files import Files, look_at
 from mopefuse.data.load import load_data
 from mopefuse.data.pictures import pictures
-from mopefuse.encoders._base import create_encoder, run_frozen
-from mopefuse.train import train
-from mopefuse.trainer import Listener
+from mopefuse.encoders.base import create_encoder, run_frozen
+from mopefuse.modalities import base as modality
+from mopefuse.modalities.files import Files, look_at
+from mopefuse.training.train import train
+from mopefuse.training.trainer import Listener
 
 CPU = torch.device("cpu")
 
@@ -114,7 +115,7 @@ def test_the_second_run_encodes_and_decodes_nothing(photos: Path, tmp_path: Path
     train(settings(photos, cache_images=True), tmp_path / "first", listener=told)
     assert "train: 3 different texts encoded once by tiny:text, kept in" in " ".join(told.said)
     monkeypatch.setattr("mopefuse.data.features.encode_pooled", lambda *_: pytest.fail("a text was encoded"))
-    monkeypatch.setattr("mopefuse.data.images._decoded", lambda *_, **__: pytest.fail("an image was decoded or looked at"))
+    monkeypatch.setattr("mopefuse.modalities.image._decoded", lambda *_, **__: pytest.fail("an image was decoded or looked at"))
     told = Notices()
     train(settings(photos, cache_images=True), tmp_path / "second", listener=told)
     assert "train: 3 different texts encoded once by tiny:text, read from" in " ".join(told.said)

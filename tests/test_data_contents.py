@@ -11,12 +11,12 @@ import pytest
 from check_cases import folder, kinds, line, report, said, save, write
 from conftest import call, code_of, make_pairs
 
-from mopefuse.config import Data
+from mopefuse.config.schema import Data
 from mopefuse.data import contents
 from mopefuse.data.check import check
 from mopefuse.data.findings import of_files
-from mopefuse.encoders._base import create_encoder
-from mopefuse.encoders._preprocess import TextPreprocess
+from mopefuse.encoders.base import create_encoder
+from mopefuse.encoders.preprocess import TextPreprocess
 from mopefuse.report.tokens import measure, tokens_of
 
 # -- labels

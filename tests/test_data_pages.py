@@ -15,7 +15,7 @@ from check_cases import ATTRIBUTE, HOSTILE, MAX_PIXELS, line, make_broken, save
 from conftest import call
 from PIL import Image
 
-from mopefuse.config import Data
+from mopefuse.config.schema import Data
 from mopefuse.data.check import check
 from mopefuse.report import charts, data_check
 from mopefuse.report.data_preview import draw

@@ -9,13 +9,13 @@ import sys
 import pytest
 import torch
 
-from mopefuse import device as devices
 from mopefuse.cli.app import main
+from mopefuse.core import device as devices
 from mopefuse.errors import ConfigError
 
 PRODUCT = """
 import os, sys, torch
-from mopefuse import device
+from mopefuse.core import device
 device.resolve("cpu")
 tiny = torch.tensor([1e-20])
 print(float(tiny * tiny) > 0)

@@ -60,7 +60,7 @@ def test_one_process_speaks_for_all(data: Path, tmp_path: Path) -> None:
 
 SLOW_MAIN = """
 import os, time
-from mopefuse.run import RunFolder
+from mopefuse.runs.folder import RunFolder
 if os.environ["RANK"] == "0":
     set_best = RunFolder.set_best
     def slowly(self, step):
@@ -90,7 +90,7 @@ def test_no_process_reads_which_checkpoint_is_best_before_it_is_written(
 PATIENT = """
 import os, signal, sys, time
 from datetime import timedelta
-from mopefuse import distributed
+from mopefuse.core import distributed
 from mopefuse.errors import DataError
 
 distributed._TIMEOUT = timedelta(seconds=2)
@@ -111,7 +111,7 @@ try:
         said = distributed.on_main(work)
         distributed.barrier()
 except Exception as error:
-    from mopefuse.libraries import mendable
+    from mopefuse.core.dependencies import mendable
     said = str(mendable(error) or error)
 print(f"{os.environ['RANK']}: {said}; after {time.monotonic() - began:.1f} s", flush=True)
 """
@@ -151,7 +151,7 @@ def test_the_others_wait_for_the_main_process_as_long_as_it_lives(tmp_path: Path
 UNEVEN = """
 import os, time
 from datetime import timedelta
-from mopefuse import distributed
+from mopefuse.core import distributed
 
 distributed._TIMEOUT = timedelta(seconds=2)
 with distributed.joined():
@@ -171,7 +171,7 @@ def test_a_process_whose_share_takes_longer_is_waited_for(tmp_path: Path) -> Non
 
 _EXCHANGE = """
 import torch
-from mopefuse import distributed
+from mopefuse.core import distributed
 
 with distributed.joined():
     rank, world = distributed.rank(), distributed.world_size()

@@ -16,16 +16,16 @@ import transformers
 from conftest import call, make_pairs, write_rows
 from encoder_cases import WORDS, add_open_clip_models, edit_config, save_hf
 
-from mopefuse.config import Data, build_config
+from mopefuse.config.schema import Data, build_config
 from mopefuse.data.features import split_features
 from mopefuse.data.load import load_data
-from mopefuse.encoders import _description
-from mopefuse.encoders._base import create_encoder
+from mopefuse.encoders import description as _description
+from mopefuse.encoders.base import create_encoder
 from mopefuse.errors import CheckpointError, Notice
-from mopefuse.evaluate import load_model
-from mopefuse.run import RunFolder
-from mopefuse.source import trained
-from mopefuse.train import train
+from mopefuse.runs.folder import RunFolder
+from mopefuse.runs.load import load_model
+from mopefuse.runs.locate import trained
+from mopefuse.training.train import train
 
 CPU = torch.device("cpu")
 

@@ -18,8 +18,9 @@ from encoder_cases import SIGLIP, code, edit_config, fault, save_hf, save_tokeni
 from huggingface_hub import errors as hub_errors
 from safetensors.torch import save_file
 
-from mopefuse.encoders import _hub, _numbers
-from mopefuse.encoders._base import create_encoder
+from mopefuse.core import error_numbers as _numbers
+from mopefuse.core import hub as _hub
+from mopefuse.encoders.base import create_encoder
 from mopefuse.errors import CheckpointError, EncoderError, ResourceError
 from mopefuse.testing import check_encoder
 
@@ -88,7 +89,7 @@ def test_a_misspelt_alias_is_offered_before_the_hub(monkeypatch: pytest.MonkeyPa
 def test_offline_mode_is_quick_and_says_what_to_do(tmp_path: Path) -> None:
     """In a process of its own: huggingface_hub reads the variables when it is imported."""
     program = (
-        "import time; from mopefuse.encoders import _hub; from mopefuse.errors import EncoderError; t = time.time()\n"
+        "import time; from mopefuse.core import hub as _hub; from mopefuse.errors import EncoderError; t = time.time()\n"
         "try: _hub.fetch('google-bert/bert-base-uncased', 'config.json', where='hf:bert-base')\n"
         "except EncoderError as error: print(error.code, time.time() - t < 1, error)"
     )

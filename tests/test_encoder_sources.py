@@ -15,8 +15,9 @@ import transformers
 from encoder_cases import HF, OPEN_CLIP, TIMM, code, edit_config, fault, save_hf, save_tokenizer
 from safetensors.torch import save_file
 
-from mopefuse.encoders import _hub, _numbers
-from mopefuse.encoders._base import create_encoder
+from mopefuse.core import error_numbers as _numbers
+from mopefuse.core import hub as _hub
+from mopefuse.encoders.base import create_encoder
 from mopefuse.errors import CheckpointError
 from mopefuse.testing import check_encoder
 

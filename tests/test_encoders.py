@@ -28,7 +28,7 @@ from encoder_cases import (
 from oracles import insert_prompts
 from PIL import Image
 
-from mopefuse.encoders._base import Encoder, Inputs, Insert, Prompt, create_encoder
+from mopefuse.encoders.base import Encoder, Inputs, Insert, Prompt, create_encoder
 from mopefuse.errors import EncoderError
 from mopefuse.testing import check_encoder
 

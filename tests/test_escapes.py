@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from study_cases import Made, make_study
 
-from mopefuse import shown
+from mopefuse.core import formatting as shown
 
 EVIL = "\x1b]0;owned\x07\x1b[31mred\x9b2J\u202edlog\r\nerror[MF-X]: forged|`<img src=x>[red]x[/]\x7f"
 OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")

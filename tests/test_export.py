@@ -14,10 +14,10 @@ from conftest import TINY, call, code_of, make_pairs
 from PIL import Image
 
 import mopefuse
-from mopefuse import bundle as making
-from mopefuse import graph
-from mopefuse.checkpoint import publish, read_json
-from mopefuse.predictor import Bundle
+from mopefuse.core.artifact import publish, read_json
+from mopefuse.export import bundle_maker as making
+from mopefuse.export import graph
+from mopefuse.inference.bundle import Bundle
 
 BUNDLE = set(
     "README.md config.yaml example.json example.png labels.json manifest.json model.onnx preprocess.json".split()

@@ -19,14 +19,15 @@ import pytest
 import torch
 from conftest import TINY, call, make_pairs, torchrun, write_rows
 
-from mopefuse import cache, checkpoint
-from mopefuse.config import Data, build_config
+from mopefuse.config.schema import Data, build_config
+from mopefuse.core import artifact as checkpoint
+from mopefuse.core import cache
 from mopefuse.data import features as module
 from mopefuse.data.feature_store import FeatureStore, Mapped
 from mopefuse.data.features import split_features
 from mopefuse.data.load import load_data
-from mopefuse.encoders._base import create_encoder, encode_pooled, run_frozen
-from mopefuse.train import train
+from mopefuse.encoders.base import create_encoder, encode_pooled, run_frozen
+from mopefuse.training.train import train
 
 CPU = torch.device("cpu")
 COUNTS = {"train": 40, "val": 10, "test": 10}
@@ -156,7 +157,7 @@ def test_large_inputs_go_in_small_batches(monkeypatch: pytest.MonkeyPatch) -> No
         sizes.append(len(some["pixels"]))
         return own(one, {"pixels": some["pixels"][:, :16, :16]})
 
-    monkeypatch.setattr("mopefuse.encoders._base.run_frozen", spy)
+    monkeypatch.setattr("mopefuse.encoders.base.run_frozen", spy)
     encode_pooled(encoder, {"pixels": torch.zeros(30, 518, 518, 3, dtype=torch.uint8)})
     assert max(sizes) == 11, "the pixels of 64 images of 224 x 224"
     sizes.clear()
@@ -252,7 +253,7 @@ def test_with_no_space_features_are_kept_in_memory(data: Path, monkeypatch: pyte
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mopefuse.checkpoint.sync", full)
+    monkeypatch.setattr("mopefuse.core.artifact.sync", full)
     found = features(data)
     assert found.origin == "kept in memory"
     torch.testing.assert_close(rows(found, 40), expected, atol=1e-5, rtol=0)

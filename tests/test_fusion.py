@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 import mopefuse
-from mopefuse.config import build_config
-from mopefuse.encoders._base import Encoder, create_encoder
+from mopefuse.config.schema import build_config
+from mopefuse.encoders.base import Encoder, create_encoder
 from mopefuse.errors import CheckpointError, ConfigError, DataError, EncoderError
-from mopefuse.fusion._base import Fusion
 from mopefuse.fusion._static import initial_bound
+from mopefuse.fusion.base import Fusion
 from mopefuse.fusion.build import build_model, require_rows
 
 PAIRS = [("tiny:vision", "tiny:text"), ("tiny:text", "tiny:vision")]

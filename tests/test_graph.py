@@ -13,10 +13,10 @@ import torch
 from encoder_cases import OPEN_CLIP, sharpen
 
 import mopefuse
-from mopefuse import graph
-from mopefuse.bundle import TOLERANCE, describe, probes
-from mopefuse.encoders._base import Encoded, Inputs
-from mopefuse.fusion._base import Fusion
+from mopefuse.encoders.base import Encoded, Inputs
+from mopefuse.export import graph
+from mopefuse.export.bundle_maker import TOLERANCE, describe, probes
+from mopefuse.fusion.base import Fusion
 
 BERT = (
     "hf:bert-base?pretrained=false&hidden_size=32&num_hidden_layers=2&num_attention_heads=4&intermediate_size=48"

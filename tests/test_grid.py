@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from mopefuse.errors import ConfigError
-from mopefuse.grid import read_study
+from mopefuse.studies.study_file import read_study
 
 BASE: dict[str, Any] = {"settings": {"main": "tiny:vision", "comp": "tiny:text", "train.epochs": 2}}
 

@@ -22,8 +22,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm.data import create_transform, resolve_model_data_config
 
-from mopefuse.encoders import _numbers
-from mopefuse.encoders._base import create_encoder
+from mopefuse.core import error_numbers as _numbers
+from mopefuse.encoders.base import create_encoder
 from mopefuse.errors import EncoderError
 from mopefuse.testing import check_encoder
 

@@ -18,8 +18,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
-from mopefuse.data.images import FORMATS, open_image
 from mopefuse.errors import DataError
+from mopefuse.modalities.image import FORMATS, open_image
 
 RED, WHITE, BLACK = (255, 0, 0), (255, 255, 255), (0, 0, 0)
 

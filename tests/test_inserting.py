@@ -10,9 +10,9 @@ from conftest import call
 from test_fusion import TEXTS, build, images
 from test_tuned import answers, sides
 
-from mopefuse.encoders._base import Insert, Prompt, create_encoder
+from mopefuse.encoders.base import Insert, Prompt, create_encoder
 from mopefuse.errors import EncoderError
-from mopefuse.evaluate import evaluate
+from mopefuse.evaluation.evaluate import evaluate
 
 INSERTING = ("sequential", "mmbt", "p-mmbt", "promptfuse", "blindprompt")
 

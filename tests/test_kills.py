@@ -22,17 +22,17 @@ from prepare_cases import food101
 from test_study import write_study
 from test_train import config
 
-from mopefuse import cache
-from mopefuse.checkpoint import read_json, verify
-from mopefuse.compare import study_facts
+from mopefuse.core import cache
+from mopefuse.core.artifact import read_json, verify
 from mopefuse.data.collate import Samples
 from mopefuse.data.digit_questions import make
 from mopefuse.data.load import load_data
-from mopefuse.encoders._base import create_encoder
+from mopefuse.encoders.base import create_encoder
 from mopefuse.errors import MopefuseError
-from mopefuse.grid import STUDY_FILE, read_study
-from mopefuse.study import run_study
-from mopefuse.train import train
+from mopefuse.studies.compare import study_facts
+from mopefuse.studies.study import run_study
+from mopefuse.studies.study_file import STUDY_FILE, read_study
+from mopefuse.training.train import train
 
 MOMENTS = (0, 1, 2, 3, 5, 7, 10, 14, 19, 25, 32, 40, 60, 90, 130, 200)
 _CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.symlink"}

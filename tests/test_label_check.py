@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from mopefuse.config import Data
+from mopefuse.config.schema import Data
 from mopefuse.data.label_cells import is_blank, normalised, parse_list, split_cell
 from mopefuse.data.label_check import Doubt, doubts
 from mopefuse.data.load import load_data

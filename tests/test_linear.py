@@ -13,15 +13,15 @@ from conftest import call
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from mopefuse.config import Linear, build_config
+from mopefuse.config.schema import Linear, build_config
 from mopefuse.data.load import load_data
-from mopefuse.encoders._base import create_encoder, encode_pooled
+from mopefuse.encoders.base import create_encoder, encode_pooled
 from mopefuse.errors import ConfigError
 from mopefuse.fusion._design import Design, Side, statistics
-from mopefuse.fusion._regression import Fold, How, Regression, fit_heads, fit_regression
-from mopefuse.run import RunFolder
-from mopefuse.train import train
-from mopefuse.trainer import Listener
+from mopefuse.fusion.regression import Fold, How, Regression, fit_heads, fit_regression
+from mopefuse.runs.folder import RunFolder
+from mopefuse.training.train import train
+from mopefuse.training.trainer import Listener
 
 SPECS = {"main": "tiny:vision", "comp": "tiny:text"}
 FEATURES = ("concat", "main", "comp", "average")

@@ -16,18 +16,19 @@ from test_fusion import TEXTS, build, images, open_gates
 from test_tuned import ALL, answers, sides
 from torch import Tensor, nn
 
-from mopefuse.checkpoint import read_tensors
-from mopefuse.config import Lora, RunConfig, build_config
+from mopefuse.config.schema import Lora, RunConfig, build_config
+from mopefuse.core.artifact import read_tensors
 from mopefuse.data.load import load_data
-from mopefuse.encoders._base import Encoder, Inputs, Prompt, create_encoder
+from mopefuse.encoders.base import Encoder, Inputs, Prompt, create_encoder
 from mopefuse.errors import CheckpointError, EncoderError, PackageError
-from mopefuse.evaluate import evaluate, prepared
-from mopefuse.fusion._base import Fusion, fresh_encoders
+from mopefuse.evaluation.evaluate import evaluate
+from mopefuse.evaluation.split import prepared
+from mopefuse.fusion.base import Fusion, fresh_encoders
 from mopefuse.fusion.build import build_model
-from mopefuse.run import RunFolder
-from mopefuse.swap import inherit
+from mopefuse.runs.folder import RunFolder
 from mopefuse.testing import check_encoder
-from mopefuse.train import train
+from mopefuse.training.swap import inherit
+from mopefuse.training.train import train
 
 RANK, ALPHA = 4, 6.0
 CLIP = [name for name in FAMILIES if name.startswith("open_clip") and name != "open_clip-siglip-visual"]

@@ -15,12 +15,12 @@ import torch
 from conftest import call
 from pydantic import BaseModel
 
-from mopefuse import device as devices
-from mopefuse.config import RunConfig, build_config
+from mopefuse.config.schema import RunConfig, build_config
+from mopefuse.config.setting_paths import nested
+from mopefuse.core import device as devices
+from mopefuse.core.dependencies import mendable
 from mopefuse.errors import ConfigError, ResourceError
 from mopefuse.fusion import build
-from mopefuse.libraries import mendable
-from mopefuse.setting_paths import nested
 
 TINY = {"main": "tiny:vision", "comp": "tiny:text"}
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mopefuse import registry
-from mopefuse.config import build_config
-from mopefuse.encoders._base import Encoder, create_encoder
+from mopefuse.config.schema import build_config
+from mopefuse.core import registry
+from mopefuse.encoders.base import Encoder, create_encoder
 
 D, DEPTH, N = 768, 12, 101
 HEAD = N * D + N  # on the feature of one side

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 
-from mopefuse import metrics
-from mopefuse.checkpoint import dump_json, finite
-from mopefuse.gates import selected_metric
-from mopefuse.metrics import compute, per_label, probabilities
+from mopefuse.core.artifact import dump_json, finite
+from mopefuse.metrics import classification as metrics
+from mopefuse.metrics.classification import compute, per_label, probabilities
+from mopefuse.metrics.gates import selected_metric
 
 
 def logits_of(predicted: list[int], labels: int) -> torch.Tensor:

@@ -14,16 +14,17 @@ from conftest import call
 from missing_cases import holes, train, weights
 from test_fusion import TEXTS, build, images, open_gates
 
-from mopefuse.config import build_config
+from mopefuse.config.schema import build_config
 from mopefuse.data.collate import Samples
 from mopefuse.data.load import load_data
 from mopefuse.data.missing import Dropped, loss_order
 from mopefuse.errors import ConfigError, DataError
-from mopefuse.evaluate import load_model, prepared
-from mopefuse.fusion._base import Fusion
+from mopefuse.evaluation.split import prepared
 from mopefuse.fusion._design import statistics
-from mopefuse.losses import classification_loss
-from mopefuse.run import RunFolder
+from mopefuse.fusion.base import Fusion
+from mopefuse.runs.folder import RunFolder
+from mopefuse.runs.load import load_model
+from mopefuse.training.losses import classification_loss
 
 METHODS: list[dict[str, Any]] = [
     {},

@@ -15,14 +15,16 @@ from missing_cases import holes, train
 from test_fusion import images
 
 import mopefuse
-from mopefuse import metrics, missing
 from mopefuse.data.load import load_data
 from mopefuse.data.missing import Taken
 from mopefuse.errors import DataError
-from mopefuse.evaluate import load_model, prepared, run_split
-from mopefuse.predictor import Bundle
-from mopefuse.run import RunFolder
-from mopefuse.shares import parse, words
+from mopefuse.evaluation import missing
+from mopefuse.evaluation.missing_shares import parse, words
+from mopefuse.evaluation.split import prepared, run_split
+from mopefuse.inference.bundle import Bundle
+from mopefuse.metrics import classification as metrics
+from mopefuse.runs.folder import RunFolder
+from mopefuse.runs.load import load_model
 
 
 @pytest.fixture(scope="module")

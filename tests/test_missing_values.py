@@ -15,17 +15,17 @@ from conftest import TINY, call, code_of, make_pairs, write_rows
 from PIL import Image
 
 from mopefuse import build_fusion, load
-from mopefuse.config import Data, build_config
-from mopefuse.data._base import Batch, DataSet
+from mopefuse.config.schema import Data, build_config
 from mopefuse.data.altered import Shuffled
+from mopefuse.data.base import Batch, DataSet
 from mopefuse.data.check import check
 from mopefuse.data.collate import Samples
 from mopefuse.data.features import split_features
 from mopefuse.data.load import load_data
-from mopefuse.encoders._base import create_encoder, run_frozen
+from mopefuse.encoders.base import create_encoder, run_frozen
 from mopefuse.errors import DataError
-from mopefuse.modality import of
-from mopefuse.train import train
+from mopefuse.modalities.base import of
+from mopefuse.training.train import train
 
 CPU = torch.device("cpu")
 GONE = {"no column": ..., "null": None, "empty": "", "blank": "  "}

@@ -8,7 +8,7 @@ import pytest
 from conftest import call
 from encoder_cases import save_hf
 
-from mopefuse import swap, train
+from mopefuse.training import swap, train
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import pytest
 from conftest import TINY, call, run_cli
 from plugin_cases import add_site, pip_install
 
-from mopefuse import plugins
+from mopefuse.core import new_plugin as plugins
 from mopefuse.errors import PluginError
 
 pytest_plugins = ["plugin_cases"]

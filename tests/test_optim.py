@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mopefuse.config import build_config
-from mopefuse.optim import factor, load_optimizer_state
+from mopefuse.config.schema import build_config
+from mopefuse.training.optim import factor, load_optimizer_state
 
 
 def test_the_optimisers_state_is_put_where_its_parameters_are() -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from plugin_cases import add_site, pip_install
 
 from mopefuse import load
-from mopefuse.registry import API, API_GROUP, ENCODERS, FUSION, MODALITIES, parse_spec
+from mopefuse.core.registry import API, API_GROUP, ENCODERS, FUSION, MODALITIES, parse_spec
 from mopefuse.testing import check_encoder
 
 pytest_plugins = ["plugin_cases"]

@@ -16,7 +16,7 @@ import pytest
 from conftest import TINY, call, run_cli
 from plugin_cases import PLUGINS, add_site, imported, module_of
 
-from mopefuse import doctor, registry
+from mopefuse.core import doctor, registry
 from mopefuse.errors import ConfigError, PluginError
 
 pytest_plugins = ["plugin_cases"]

@@ -15,14 +15,14 @@ from test_fusion import PAIRS, TEXTS, build, images, open_gates
 from test_tuned import answers
 from torch import Tensor
 
-from mopefuse.checkpoint import read_tensors
-from mopefuse.config import build_config
+from mopefuse.config.schema import build_config
+from mopefuse.core.artifact import read_tensors
 from mopefuse.errors import ConfigError, EncoderError
-from mopefuse.evaluate import evaluate
+from mopefuse.evaluation.evaluate import evaluate
 from mopefuse.fusion.build import build_model
-from mopefuse.run import RunFolder
-from mopefuse.swap import inherit, swap_encoder
-from mopefuse.train import train
+from mopefuse.runs.folder import RunFolder
+from mopefuse.training.swap import inherit, swap_encoder
+from mopefuse.training.train import train
 
 LEARNED = ("query_QD", "query_context_XD", "fusion_context_PD")
 

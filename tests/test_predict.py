@@ -15,8 +15,8 @@ from conftest import TINY, call, code_of, make_pairs, run_cli, torchrun, write_r
 from PIL import Image
 
 import mopefuse
-from mopefuse.config import Data
-from mopefuse.predict import as_csv, predict_pairs, read_pairs
+from mopefuse.config.schema import Data
+from mopefuse.inference.predict import as_csv, predict_pairs, read_pairs
 
 MODALITIES = ("image", "text")
 

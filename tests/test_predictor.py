@@ -24,9 +24,11 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 import mopefuse
-from mopefuse import metrics, pixels, predictor
-from mopefuse.encoders._base import create_encoder
-from mopefuse.predictor import Bundle
+from mopefuse.encoders.base import create_encoder
+from mopefuse.inference import bundle as predictor
+from mopefuse.inference.bundle import Bundle
+from mopefuse.metrics import classification as metrics
+from mopefuse.modalities import pixels
 
 ROOT = Path(__file__).parent.parent
 TEXTS = [
@@ -206,7 +208,7 @@ def test_a_bundle_is_asked_where_there_is_no_torch(environment: Path, exported: 
     example = json.loads((exported / "example.json").read_text())
     python, clean = environment / "bin" / "python", {"PATH": os.environ["PATH"], "MOPEFUSE_CACHE": str(tmp_path / "cache")}
     program = (
-        "import sys; from pathlib import Path; from PIL import Image; from mopefuse.predictor import Bundle\n"
+        "import sys; from pathlib import Path; from PIL import Image; from mopefuse.inference.bundle import Bundle\n"
         f"folder = Path({str(exported)!r}); bundle = Bundle(folder)\n"
         f"inputs = bundle.collate([Image.open(folder / 'example.png')], [{example['text']!r}])\n"
         "print(bundle.run(inputs)[0][0].tolist()); print(sorted({'torch', 'typer', 'pydantic'} & set(sys.modules)))"

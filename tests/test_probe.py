@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import AttentionInterface
 
 from mopefuse.encoders._hf_attention import ATTENTION
-from mopefuse.encoders._probe import Site, find_sites
+from mopefuse.encoders.probe import Site, find_sites
 
 B, L, H, G, E = 2, 12, 4, 2, 8
 D = 24

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mopefuse.config import Prompts, Router
+from mopefuse.config.schema import Prompts, Router
 from mopefuse.errors import ConfigError
 from mopefuse.prompts.experts import Router as RouterModule
 from mopefuse.prompts.experts import importance_loss, keep_largest, masked_mean, mix

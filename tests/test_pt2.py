@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 from test_export import reseal
 
 from mopefuse.errors import CheckpointError
-from mopefuse.predictor import Bundle
-from mopefuse.pt2_archive import load_pt2, read_pt2
+from mopefuse.inference.bundle import Bundle
+from mopefuse.inference.pt2 import load_pt2, read_pt2
 
 CPU = torch.device("cpu")
 

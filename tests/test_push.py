@@ -18,9 +18,9 @@ from huggingface_hub import close_session
 from PIL import Image
 
 import mopefuse
-from mopefuse import push
-from mopefuse.checkpoint import publish, verify
-from mopefuse.source import kind_of, locate
+from mopefuse.core.artifact import publish, verify
+from mopefuse.export import push
+from mopefuse.runs.locate import kind_of, locate
 
 REPO, MODEL = "org/model", "hf-hub:org/model"
 ADAPTER = {"README.md", "config.yaml", "model.json", "weights.safetensors", "manifest.json"}
@@ -265,7 +265,7 @@ def test_a_hub_that_cannot_be_reached_is_explained(
         hub.stop()
     if how == "silent":
         monkeypatch.setattr(push, "_SECONDS", 0.2)
-        monkeypatch.setattr("mopefuse.encoders._hub._SECONDS", 0.2)
+        monkeypatch.setattr("mopefuse.core.hub._SECONDS", 0.2)
         hub.pause = 1.0
     move("mine", offline=how == "offline")
     done = call("push", adapter, REPO)

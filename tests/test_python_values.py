@@ -16,12 +16,12 @@ from conftest import call, code_of, write_rows
 from PIL import Image
 
 import mopefuse
-from mopefuse.config import Data
-from mopefuse.data.images import open_image, upright_rgb
-from mopefuse.encoders._preprocess import ImagePreprocess
+from mopefuse.config.schema import Data
+from mopefuse.encoders.preprocess import ImagePreprocess
 from mopefuse.errors import DataError
-from mopefuse.fusion._base import Fusion
-from mopefuse.predict import Predictor, predict_pairs, read_pairs
+from mopefuse.fusion.base import Fusion
+from mopefuse.inference.predict import Predictor, predict_pairs, read_pairs
+from mopefuse.modalities.image import open_image, upright_rgb
 
 TEXT = "what is the red digit"
 KINDS = ["run", "adapter", "onnx", "pt2"]
@@ -187,7 +187,7 @@ def test_a_bundle_prepares_images_without_torch_and_pydantic(exported: Path, fol
 import sys
 sys.modules["torch"] = sys.modules["pydantic"] = None
 from pathlib import Path
-from mopefuse.predictor import Bundle
+from mopefuse.inference.bundle import Bundle
 bundle = Bundle(Path(sys.argv[1]))
 print(bundle.run(bundle.collate(sys.argv[2], "what is the red digit"))[0].shape)
 """

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from conftest import call
 
-from mopefuse.grid import Cell, Study, read_study
-from mopefuse.recipe import find_recipe, find_study, resolve
-from mopefuse.study import trainable
-from mopefuse.train import train
+from mopefuse.config.recipe import find_recipe, find_study, resolve
+from mopefuse.studies.study import trainable
+from mopefuse.studies.study_file import Cell, Study, read_study
+from mopefuse.training.train import train
 
 ROOT = Path(__file__).parent.parent
 STUDIES = sorted((ROOT / "recipes" / "studies").glob("*.yaml"))

@@ -16,10 +16,10 @@ from test_lora import learn
 from test_train import assert_same_run, config, data  # noqa: F401 (a fixture)
 from torch import Tensor
 
-from mopefuse.config import Lora
-from mopefuse.encoders._base import Encoder, Insert, Prompt, create_encoder
-from mopefuse.fusion._base import Fusion
-from mopefuse.train import train
+from mopefuse.config.schema import Lora
+from mopefuse.encoders.base import Encoder, Insert, Prompt, create_encoder
+from mopefuse.fusion.base import Fusion
+from mopefuse.training.train import train
 
 FRESH = [*FAMILIES, "tiny-vision", "tiny-text"]
 Gradients = dict[str, Tensor]

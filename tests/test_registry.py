@@ -14,10 +14,10 @@ from conftest import call
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from mopefuse import registry
+from mopefuse.core import registry
+from mopefuse.core.registry import DATASETS, ENCODERS, FUSION, Spec, available, load, parse_spec
 from mopefuse.encoders import create_encoder
 from mopefuse.errors import ConfigError, MopefuseError, Notice, PluginError
-from mopefuse.registry import DATASETS, ENCODERS, FUSION, Spec, available, load, parse_spec
 
 
 @pytest.mark.parametrize(
@@ -75,14 +75,14 @@ def test_the_built_ins_come_through_the_door_of_plugins() -> None:
 
 def test_listing_imports_no_encoder_and_no_torch() -> None:
     code = (
-        "import sys; from mopefuse.registry import *; "
+        "import sys; from mopefuse.core.registry import *; "
         "names = [*available(ENCODERS), *available(FUSION), *available(DATASETS)]; "
         "print(len(names), sorted(m for m in sys.modules if m.startswith(('torch', 'timm', 'numpy', 'pydantic', 'mopefuse.'))))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     count, _, loaded = done.stdout.partition(" ")
     assert int(count) >= 9
-    assert loaded.strip() == "['mopefuse.errors', 'mopefuse.registry']"
+    assert loaded.strip() == "['mopefuse.errors', 'mopefuse.core.registry']"
 
 
 class Installed(Distribution):

@@ -16,16 +16,16 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.class_weight import compute_sample_weight
 from torch import Tensor
 
-from mopefuse import device as devices
 from mopefuse.cli import _train_display
-from mopefuse.config import Linear
+from mopefuse.config.schema import Linear
+from mopefuse.core import device as devices
 from mopefuse.errors import NumericError
 from mopefuse.fusion import _design, _logistic
 from mopefuse.fusion._design import Design, Side
 from mopefuse.fusion._lbfgs import Evaluation, minimise
-from mopefuse.fusion._regression import Fold, How, Regression, fit_heads, fit_regression
-from mopefuse.fusion._regression import _of_classes as of_classes
-from mopefuse.fusion._regression import _of_labels as of_labels
+from mopefuse.fusion.regression import Fold, How, Regression, fit_heads, fit_regression
+from mopefuse.fusion.regression import _of_classes as of_classes
+from mopefuse.fusion.regression import _of_labels as of_labels
 
 STRENGTHS = (1e-3, 1e-1, 10.0)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import call
 
-from mopefuse.regular_files import open_regular, read_regular
+from mopefuse.core.regular_files import open_regular, read_regular
 
 
 def as_pipe(path: Path) -> None:

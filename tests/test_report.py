@@ -18,13 +18,13 @@ from conftest import TINY, call, make_pairs, write_rows
 from PIL import Image
 from test_data_pages import Page
 
-from mopefuse.config import Data
+from mopefuse.config.schema import Data
 from mopefuse.data.load import load_data
 from mopefuse.report import figures, planes, run_answers, run_routing
 from mopefuse.report.facts import RunFacts
 from mopefuse.report.pages import Section, fragment, sections_page
-from mopefuse.reporting import report
-from mopefuse.run import RunFolder
+from mopefuse.report.run import report
+from mopefuse.runs.folder import RunFolder
 
 SECTIONS = ["audit", "task", "resources", "confusion", "calibration", "examples", "mistakes", "training"]
 ROUTING = ["usage", "routing-training", "classes", "experts"]

@@ -11,9 +11,9 @@ import pytest
 from test_train import StopAt, assert_same_run, config, data, log
 
 from mopefuse.errors import Interrupted, ResourceError
-from mopefuse.run import RunFolder
-from mopefuse.train import train
-from mopefuse.trainer import Listener, Progress
+from mopefuse.runs.folder import RunFolder
+from mopefuse.training.train import train
+from mopefuse.training.trainer import Listener, Progress
 
 __all__ = ["data"]  # the fixture
 

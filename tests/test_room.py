@@ -8,10 +8,10 @@ import pytest
 import torch
 from test_study import write_study
 
-from mopefuse import device as devices
-from mopefuse.grid import read_study
-from mopefuse.room import Room, Told
-from mopefuse.study import FINISHED, StudyListener, run_study
+from mopefuse.core import device as devices
+from mopefuse.studies.memory_budget import Room, Told
+from mopefuse.studies.study import FINISHED, StudyListener, run_study
+from mopefuse.studies.study_file import read_study
 
 GB = 10**9
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from mopefuse import routing
+from mopefuse.prompts import usage as routing
 
 K = 8
 EVEN, ONE = torch.full((1, K), 1 / K), torch.eye(K)[[3]]

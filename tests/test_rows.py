@@ -15,10 +15,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from mopefuse.config import Data
-from mopefuse.data._base import DataSet, Split
+from mopefuse.config.schema import Data
+from mopefuse.data.base import DataSet, Split
 from mopefuse.data.load import load_data
-from mopefuse.encoders._preprocess import TextPreprocess
+from mopefuse.encoders.preprocess import TextPreprocess
 from mopefuse.errors import DataError
 
 GOOD = {"id": "1", "text": "t", "img": "a.png", "label": "a"}

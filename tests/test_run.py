@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 from test_checkpoint import save, started
 
-from mopefuse.checkpoint import born
-from mopefuse.config import build_config
+from mopefuse.config.schema import build_config
+from mopefuse.core.artifact import born
+from mopefuse.core.folder_lock import FolderLock
 from mopefuse.errors import CheckpointError, ConfigError, ResourceError
-from mopefuse.folder_lock import FolderLock
-from mopefuse.run import RunFolder
+from mopefuse.runs.folder import RunFolder
 
 CONFIG = build_config({"main": "tiny:vision", "comp": "tiny:text"})
 Write = Callable[[Path], None]
@@ -88,7 +88,7 @@ def test_a_read_only_folder_is_told(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir(mode=0o555)
     code = (
         "import os, sys; from pathlib import Path\n"
-        "from mopefuse.run import RunFolder; from mopefuse.errors import ConfigError\n"
+        "from mopefuse.runs.folder import RunFolder; from mopefuse.errors import ConfigError\n"
         "run = RunFolder(Path('run'))\n"
         "if os.geteuid() == 0: os.setuid(65534)\n"
         "try: run.prepare(resume=False, overwrite=False)\n"
@@ -290,7 +290,7 @@ def test_a_number_that_another_process_has_now_is_not_the_owner(tmp_path: Path) 
 _CONTENDER = """
 import sys, time
 from pathlib import Path
-from mopefuse import folder_lock
+from mopefuse.core import folder_lock
 from mopefuse.errors import ConfigError
 refuse = folder_lock.FolderLock.refuse_if_taken
 def slowly(self):

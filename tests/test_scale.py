@@ -21,17 +21,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mopefuse import metrics, reporting, spool
-from mopefuse.answers import Answer, judge
-from mopefuse.config import Data
-from mopefuse.data._base import DataSet
+from mopefuse.config.schema import Data
+from mopefuse.data.base import DataSet
 from mopefuse.data.labels import Labels, Targets
 from mopefuse.data.load import load_data
 from mopefuse.errors import NumericError, ResourceError
-from mopefuse.evaluate import load_model, run_split
-from mopefuse.predictions import KEPT, MOST_LABELS, predicted
-from mopefuse.run import RunFolder
-from mopefuse.spool import Spool
+from mopefuse.evaluation import spool
+from mopefuse.evaluation.answers import Answer, judge
+from mopefuse.evaluation.predictions import KEPT, MOST_LABELS, predicted
+from mopefuse.evaluation.split import run_split
+from mopefuse.evaluation.spool import Spool
+from mopefuse.metrics import classification as metrics
+from mopefuse.report import run as reporting
+from mopefuse.runs.folder import RunFolder
+from mopefuse.runs.load import load_model
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "make_large_data.py"
 MANY = 150  # labels, more than have all their probabilities written
@@ -256,8 +259,8 @@ _PEAK = """
 import resource, sys
 from pathlib import Path
 import torch
-from mopefuse.answers import Answer, judge
-from mopefuse.config import Data
+from mopefuse.evaluation.answers import Answer, judge
+from mopefuse.config.schema import Data
 from mopefuse.data.load import load_data
 
 data = load_data(Data(path=sys.argv[1]))

@@ -15,9 +15,9 @@ from conftest import call
 from test_study import start, steps, wait_for
 
 from mopefuse.errors import ConfigError, PackageError
-from mopefuse.grid import read_study
-from mopefuse.run import RunFolder
-from mopefuse.search import Searched, run_search
+from mopefuse.runs.folder import RunFolder
+from mopefuse.studies.search import Searched, run_search
+from mopefuse.studies.study_file import read_study
 
 SPACE: dict[str, Any] = {
     "train.lr": {"low": 1e-4, "high": 1e-1, "log": True},

@@ -14,16 +14,16 @@ from conftest import call
 from test_fusion import TEXTS, build, images, open_gates
 from test_swap import SMALL, config_of, kept, pair
 
-from mopefuse.audit import audit_model
-from mopefuse.config import build_config
+from mopefuse.config.schema import build_config
+from mopefuse.config.sides import addressed, specs, with_specs
 from mopefuse.data.altered import derangement
 from mopefuse.data.load import load_data
 from mopefuse.errors import ConfigError
-from mopefuse.fusion._base import Fusion
+from mopefuse.evaluation.audit import audit_model
+from mopefuse.fusion.base import Fusion
 from mopefuse.fusion.build import build_model
 from mopefuse.prompts.stack import scaleless
-from mopefuse.run import RunFolder
-from mopefuse.sides import addressed, specs, with_specs
+from mopefuse.runs.folder import RunFolder
 
 TWO = ["tiny:text", "tiny:text?pool=cls"]
 THREE = [*TWO, "tiny:vision"]

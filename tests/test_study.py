@@ -18,12 +18,12 @@ import pytest
 import yaml
 from conftest import call
 
-from mopefuse.checkpoint import alive
+from mopefuse.core.artifact import alive
+from mopefuse.core.registry import available
 from mopefuse.errors import ConfigError
-from mopefuse.grid import read_study
-from mopefuse.registry import available
-from mopefuse.run import RunFolder
-from mopefuse.study import FAILED, FINISHED, StudyListener, is_finished, run_study
+from mopefuse.runs.folder import RunFolder
+from mopefuse.studies.study import FAILED, FINISHED, StudyListener, is_finished, run_study
+from mopefuse.studies.study_file import read_study
 
 STEPS = {"epochs": 4, "batch_size": 4, "lr": 1e-2, "log_every": 1, "checkpoint_every": 5}  # 12 steps of a run
 

@@ -15,15 +15,15 @@ from conftest import call, code_of
 from study_cases import Made, change, make_study
 from test_data_pages import Page
 
-from mopefuse.compare import compare
-from mopefuse.config import RunConfig
+from mopefuse.config.schema import RunConfig
 from mopefuse.report import fonts, planes, study_figures
 from mopefuse.report.drawing import Area, Dot, Line
 from mopefuse.report.drawing import Text as Word
 from mopefuse.report.figures import middling
+from mopefuse.report.study import report_study
 from mopefuse.report.study_facts import StudyFacts
 from mopefuse.report.sweeps import sweeps
-from mopefuse.study_report import report_study
+from mopefuse.studies.compare import compare
 
 FRACTIONS = (0.01, 0.1, 1.0)
 HOSTILE_ROW = f"plain {HOSTILE}"

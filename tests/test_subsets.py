@@ -14,12 +14,12 @@ from conftest import TINY, call, make_pairs, write_rows
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mopefuse.config import Data, build_config
+from mopefuse.config.schema import Data, build_config
 from mopefuse.data.load import load_data
 from mopefuse.data.subsets import few, hold_out, shares
 from mopefuse.errors import ConfigError
-from mopefuse.fusion._base import Output
-from mopefuse.losses import balanced_weights, classification_loss
+from mopefuse.fusion.base import Output
+from mopefuse.training.losses import balanced_weights, classification_loss
 
 IDS = [f"row-{number}" for number in range(60)]
 SINGLE = [("often",) if number % 6 else ("rare",) for number in range(60)]  # 50 and 10

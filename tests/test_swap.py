@@ -14,12 +14,12 @@ import torch
 from conftest import TINY, call, make_pairs, torchrun, write_rows
 from safetensors.torch import load_file
 
-from mopefuse.config import build_config
+from mopefuse.config.schema import build_config
 from mopefuse.fusion.build import build_model
-from mopefuse.run import RunFolder
-from mopefuse.swap import inherit, swap_encoder
-from mopefuse.train import train
-from mopefuse.trainer import Listener
+from mopefuse.runs.folder import RunFolder
+from mopefuse.training.swap import inherit, swap_encoder
+from mopefuse.training.train import train
+from mopefuse.training.trainer import Listener
 
 SMALL = "timm:vit_tiny?pretrained=false&img_size=32&patch_size=16&depth=2&embed_dim=48&num_heads=4"
 DEEPER = SMALL.replace("depth=2", "depth=3")
@@ -254,11 +254,11 @@ class Unplugged(Exception):
 
 
 def _while_features_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mopefuse.trainer.prepared", unplug)
+    monkeypatch.setattr("mopefuse.training.trainer.prepared", unplug)
 
 
 def _while_step_0_is_validated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mopefuse.trainer.answers_to", unplug)
+    monkeypatch.setattr("mopefuse.training.trainer.answers_to", unplug)
 
 
 def _while_step_0_is_published(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from mopefuse.config.recipe import resolve
 from mopefuse.data.digit_questions import make
-from mopefuse.recipe import resolve
-from mopefuse.run import RunFolder
-from mopefuse.swap import swap_encoder
-from mopefuse.train import train
+from mopefuse.runs.folder import RunFolder
+from mopefuse.training.swap import swap_encoder
+from mopefuse.training.train import train
 
 CHANCE = 0.1
 

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from mopefuse.config import Data
-from mopefuse.data._base import DataSet
+from mopefuse.config.schema import Data
+from mopefuse.data.base import DataSet
 from mopefuse.data.csv_records import delimiter_of
 from mopefuse.data.load import load_data
 from mopefuse.errors import MopefuseError, Notice

@@ -20,11 +20,11 @@ from test_fusion import TEXTS, build, images, open_gates
 from torch import Tensor
 
 import mopefuse
-from mopefuse import device as devices
-from mopefuse import registry
-from mopefuse.data._base import Batch
-from mopefuse.encoders._base import Encoder, Inputs, Insert, Prompt, create_encoder
-from mopefuse.fusion._base import Fusion
+from mopefuse.core import device as devices
+from mopefuse.core import registry
+from mopefuse.data.base import Batch
+from mopefuse.encoders.base import Encoder, Inputs, Insert, Prompt, create_encoder
+from mopefuse.fusion.base import Fusion
 
 THREADS = 4
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mopefuse.data import digit_questions as dq
 from mopefuse.encoders import tiny
-from mopefuse.encoders._attention import Prompt
-from mopefuse.encoders._base import Encoder, Inputs, create_encoder
+from mopefuse.encoders.attention import Prompt
+from mopefuse.encoders.base import Encoder, Inputs, create_encoder
 from mopefuse.errors import EncoderError
 from mopefuse.testing import check_encoder
 

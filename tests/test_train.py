@@ -17,13 +17,13 @@ import pytest
 import torch
 from conftest import make_pairs
 
-from mopefuse.checkpoint import read_tensors
-from mopefuse.config import build_config
+from mopefuse.config.schema import build_config
+from mopefuse.core.artifact import read_tensors
 from mopefuse.errors import ConfigError, DataError, Interrupted, MopefuseError, NumericError
-from mopefuse.resume import resumed
-from mopefuse.run import RunFolder
-from mopefuse.train import train
-from mopefuse.trainer import Listener, Progress, Trainer
+from mopefuse.runs.folder import RunFolder
+from mopefuse.training.resume import resumed
+from mopefuse.training.train import train
+from mopefuse.training.trainer import Listener, Progress, Trainer
 
 BASE: dict[str, Any] = {
     "main": "tiny:vision",

@@ -9,15 +9,15 @@ import pytest
 import torch
 from test_fusion import TEXTS, build, images, open_gates
 
-from mopefuse import registry
-from mopefuse.config import build_config
+from mopefuse.config.schema import build_config
+from mopefuse.core import registry
 from mopefuse.errors import EncoderError
-from mopefuse.fusion._base import Fusion
 from mopefuse.fusion._tuned import TunedFusion
+from mopefuse.fusion.base import Fusion
 from mopefuse.fusion.build import build_model
-from mopefuse.optim import make_optimizer
-from mopefuse.run import RunFolder
-from mopefuse.train import resolved, train
+from mopefuse.runs.folder import RunFolder
+from mopefuse.training.optim import make_optimizer
+from mopefuse.training.train import resolved, train
 
 ALL = sorted(
     name
@@ -135,8 +135,8 @@ def test_a_run_of_it_resumes_to_the_bit_and_evaluates(pairs: Path, tmp_path: Pat
             }
         )
 
-    from mopefuse.checkpoint import read_tensors
-    from mopefuse.evaluate import evaluate
+    from mopefuse.core.artifact import read_tensors
+    from mopefuse.evaluation.evaluate import evaluate
 
     result = train(config(2), tmp_path / "whole")
     train(config(1), tmp_path / "parts")

@@ -11,14 +11,14 @@ import pytest
 import torch
 from conftest import call, make_pairs
 
-from mopefuse.checkpoint import read_tensors
-from mopefuse.config import build_config
+from mopefuse.config.schema import build_config
+from mopefuse.core.artifact import read_tensors
 from mopefuse.errors import ConfigError
 from mopefuse.fusion.build import build_model
-from mopefuse.optim import make_optimizer
-from mopefuse.run import RunFolder
-from mopefuse.swap import swap_encoder
-from mopefuse.train import resolved, train
+from mopefuse.runs.folder import RunFolder
+from mopefuse.training.optim import make_optimizer
+from mopefuse.training.swap import swap_encoder
+from mopefuse.training.train import resolved, train
 
 BASE: dict[str, Any] = {
     "main": "tiny:vision",

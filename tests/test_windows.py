@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from mopefuse.encoders import _windows
-from mopefuse.encoders._attention import attend, split_fused
 from mopefuse.encoders._windows import attend_in_windows
+from mopefuse.encoders.attention import attend, split_fused
 
 B, W, H, L, P, E = 2, 3, 2, 4, 3, 5
 SCALE = E**-0.5

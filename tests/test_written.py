@@ -15,7 +15,8 @@ import pytest
 from conftest import TINY, call, run_cli
 from test_export import reseal
 
-from mopefuse import checkpoint, cli
+from mopefuse import cli
+from mopefuse.core import artifact as checkpoint
 
 
 @pytest.fixture

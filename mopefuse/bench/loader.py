@@ -11,10 +11,10 @@ import numpy as np
 from PIL import Image
 
 from mopefuse.bench.timing import Advance, Times
-from mopefuse.config import Data
+from mopefuse.config.schema import Data
 from mopefuse.data.collate import Samples
 from mopefuse.data.load import load_data
-from mopefuse.encoders._base import create_encoder
+from mopefuse.encoders.base import create_encoder
 
 
 def bench_loader(

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from mopefuse import device as devices
+from mopefuse.core import device as devices
 from mopefuse.errors import ResourceError
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")

@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import torch
 
-from mopefuse import device as devices
 from mopefuse.bench import memory
 from mopefuse.bench.timing import CALM, Advance, Times, Turns
 from mopefuse.bench.token_form import in_windows
@@ -31,9 +30,10 @@ from mopefuse.bench.variants import (
     random_inputs,
     variants,
 )
-from mopefuse.config import RunConfig
-from mopefuse.data._base import Batch
-from mopefuse.encoders._base import Encoder
+from mopefuse.config.schema import RunConfig
+from mopefuse.core import device as devices
+from mopefuse.data.base import Batch
+from mopefuse.encoders.base import Encoder
 from mopefuse.fusion.build import full_specs
 
 

@@ -9,12 +9,12 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from mopefuse import device as devices
-from mopefuse import distributed
 from mopefuse.bench.pair import random_batch
 from mopefuse.bench.timing import Advance, Times, Turns
 from mopefuse.bench.variants import Subject, Variant, build_encoders
-from mopefuse.config import RunConfig
+from mopefuse.config.schema import RunConfig
+from mopefuse.core import device as devices
+from mopefuse.core import distributed
 from mopefuse.errors import ResourceError
 from mopefuse.fusion.build import full_specs
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mopefuse import device as devices
 from mopefuse.bench.pair import random_batch
 from mopefuse.bench.timing import Advance, Times, Turns
 from mopefuse.bench.variants import FLOOR, Subject, Variant, build_encoders
-from mopefuse.config import RunConfig
+from mopefuse.config.schema import RunConfig
+from mopefuse.core import device as devices
 from mopefuse.fusion.build import full_specs
 
 AXES: Mapping[str, Sequence[int]] = {

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
-from mopefuse.encoders._attention import parts_of
-from mopefuse.encoders._base import Encoder
 from mopefuse.encoders._prompted import PromptedEncoder
+from mopefuse.encoders.attention import parts_of
+from mopefuse.encoders.base import Encoder
 from mopefuse.encoders.tiny import TinyEncoder
 
 

@@ -13,21 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mopefuse import device as devices
-from mopefuse import distributed, registry
 from mopefuse.bench.token_form import as_tokens, why_not
-from mopefuse.config import RunConfig
-from mopefuse.data._base import Batch
-from mopefuse.encoders._base import Encoder, create_encoder, run_frozen
+from mopefuse.config.schema import RunConfig
+from mopefuse.config.setting_paths import merge
+from mopefuse.config.sides import specs
+from mopefuse.core import device as devices
+from mopefuse.core import distributed, registry
+from mopefuse.data.base import Batch
 from mopefuse.encoders._prompted import PromptedEncoder
+from mopefuse.encoders.base import Encoder, create_encoder, run_frozen
 from mopefuse.encoders.tiny import TinyEncoder
-from mopefuse.fusion._base import Fusion
-from mopefuse.losses import classification_loss
-from mopefuse.modality import of
-from mopefuse.optim import make_optimizer, with_learning_rates
+from mopefuse.fusion.base import Fusion
+from mopefuse.modalities.base import of
 from mopefuse.prompts.experts import importance_loss
-from mopefuse.setting_paths import merge
-from mopefuse.sides import specs
+from mopefuse.training.losses import classification_loss
+from mopefuse.training.optim import make_optimizer, with_learning_rates
 
 LABELS = 10
 FLOOR, UNGATED, TOKENS = "floor", "conditional, ungated", "conditional, as tokens"

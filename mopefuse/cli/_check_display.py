@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mopefuse.cli._render import out, size, table
+from mopefuse.core.formatting import several, visible
 from mopefuse.data.check import Report
-from mopefuse.modality import of
+from mopefuse.modalities.base import of
 from mopefuse.report.data_check import against_limits, check_page, how_many
 from mopefuse.report.pages import write
-from mopefuse.shown import several, visible
 
 _MOST_LABELS = 30
 _MOST_OF_A_KIND = 5  # problems that are listed one by one

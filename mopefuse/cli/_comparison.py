@@ -7,11 +7,11 @@ import io
 from collections.abc import Callable
 from typing import Any
 
-from mopefuse.checkpoint import finite
 from mopefuse.cli._render import err, plain_table, table
-from mopefuse.compare import Comparison, Row
+from mopefuse.core.artifact import finite
+from mopefuse.core.formatting import json_text, markdown, spreadsheet_cell
 from mopefuse.report.comparison import Splits, cells, notes
-from mopefuse.shown import json_text, markdown, spreadsheet_cell
+from mopefuse.studies.compare import Comparison, Row
 
 _LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "·": r"$\cdot$"}
 _LATEX |= {character: f"${character}$" for character in "<>|"}

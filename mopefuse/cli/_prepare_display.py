@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from mopefuse.cli._render import duration, err, out, table
-from mopefuse.shown import visible
+from mopefuse.core.formatting import visible
 
 _LINE_EVERY = 10.0  # seconds between plain lines
 

@@ -6,11 +6,11 @@ import sys
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mopefuse.shown import count as count
-from mopefuse.shown import duration as duration
-from mopefuse.shown import json_text, visible
-from mopefuse.shown import percent as percent
-from mopefuse.shown import size as size
+from mopefuse.core.formatting import count as count
+from mopefuse.core.formatting import duration as duration
+from mopefuse.core.formatting import json_text, visible
+from mopefuse.core.formatting import percent as percent
+from mopefuse.core.formatting import size as size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,7 +57,7 @@ def lines(text: str) -> Text:
 
 def print_json(value: dict[str, Any]) -> None:
     """One object on stdout and nothing else there; what is not a number is null."""
-    from mopefuse.checkpoint import finite
+    from mopefuse.core.artifact import finite
 
     print(json_text(finite(value), ensure_ascii=not speaks_unicode(sys.stdout)))
 

@@ -10,15 +10,15 @@ import typer
 from mopefuse.cli._render import err, out, print_json, table
 
 if TYPE_CHECKING:
-    from mopefuse.grid import Study
-    from mopefuse.search import Searched, Trial
-    from mopefuse.space import Axis
+    from mopefuse.studies.search import Searched, Trial
+    from mopefuse.studies.search_space import Axis
+    from mopefuse.studies.study_file import Study
 
 
 def run(study: Study, folder: Path, *, jobs: int, json: bool) -> None:
     """Run the trials and show them, the best first."""
     from mopefuse.cli._study_display import StudyDisplay
-    from mopefuse.search import run_search
+    from mopefuse.studies.search import run_search
 
     with StudyDisplay(study, json=json) as display:
         searched = run_search(study, folder, jobs=jobs, listener=display)
@@ -59,7 +59,7 @@ def _axis(axis: Axis) -> str:
 
 
 def _show(searched: Searched, folder: Path) -> None:
-    from mopefuse.search import command, on_test
+    from mopefuse.studies.search import command, on_test
 
     best = searched.best
     ranked = sorted(searched.trials, key=lambda t: (-1.0 if t.value is None else t.value, -t.number), reverse=True)
@@ -88,7 +88,7 @@ def _percent(trial: Trial) -> str:
 
 
 def _as_dict(searched: Searched, folder: Path) -> dict[str, Any]:
-    from mopefuse.search import command, on_test
+    from mopefuse.studies.search import command, on_test
 
     best = searched.best
     chosen = None

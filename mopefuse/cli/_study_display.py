@@ -7,9 +7,9 @@ from types import TracebackType
 from typing import Any
 
 from mopefuse.cli._render import duration, err
-from mopefuse.grid import Study
-from mopefuse.shown import visible
-from mopefuse.study import FAILED, FINISHED, RUNNING, Status, StudyListener
+from mopefuse.core.formatting import visible
+from mopefuse.studies.study import FAILED, FINISHED, RUNNING, Status, StudyListener
+from mopefuse.studies.study_file import Study
 
 
 class StudyDisplay(StudyListener):

@@ -8,11 +8,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from mopefuse import distributed
 from mopefuse.cli._render import count, duration, err, out, percent, print_json, table
+from mopefuse.core import distributed
+from mopefuse.core.formatting import several, visible
 from mopefuse.errors import ConfigError
-from mopefuse.shown import several, visible
-from mopefuse.trainer import Listener, Progress
+from mopefuse.training.trainer import Listener, Progress
 
 _LINE_EVERY = 10.0  # seconds between plain lines
 

@@ -21,9 +21,9 @@ from mopefuse.cli import bench, compare, data, demo, doctor, encoders, eval, exp
 from mopefuse.cli import plugins as plug
 from mopefuse.cli import swap_encoder as swap
 from mopefuse.cli._render import print_json, speaks_unicode
+from mopefuse.core.dependencies import guard_imports, mendable
+from mopefuse.core.formatting import visible
 from mopefuse.errors import Interrupted, MopefuseError, Notice, ResourceError
-from mopefuse.libraries import guard_imports, mendable
-from mopefuse.shown import visible
 
 app = typer.Typer(
     name="mopefuse",
@@ -73,7 +73,7 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     _show_notices()
     guard_imports()
-    os.environ.setdefault("MOPEFUSE_FLUSH_DENORMALS", "1")  # see mopefuse.device
+    os.environ.setdefault("MOPEFUSE_FLUSH_DENORMALS", "1")  # see mopefuse.core.device
     try:
         try:
             app()

@@ -10,7 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from mopefuse.bench.timing import Advance
-    from mopefuse.config import RunConfig
+    from mopefuse.config.schema import RunConfig
 
 app = typer.Typer(invoke_without_command=True, rich_markup_mode=None, help="What conditional prompts cost, against the floor.")
 
@@ -198,7 +198,7 @@ def random_weights(spec: str) -> str:
 
 
 def _config(main: str, comp: str, device: str, precision: str) -> RunConfig:
-    from mopefuse.config import build_config
+    from mopefuse.config.schema import build_config
 
     values: dict[str, Any] = {"main": random_weights(main), "comp": random_weights(comp), "device": device}
     return build_config({**values, "train": {"precision": precision}})

@@ -46,9 +46,9 @@ def settings(
     """
     for root in roots or ():
         _require_folder(root)
-    from mopefuse.config import COLUMN_SETTINGS
+    from mopefuse.config.recipe import flag_of
+    from mopefuse.config.schema import COLUMN_SETTINGS
     from mopefuse.errors import ConfigError
-    from mopefuse.recipe import flag_of
 
     columns, own = named(others) or {}, {"text_col": text, "img_col": image}
     for modality, setting in COLUMN_SETTINGS.items():

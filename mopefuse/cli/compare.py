@@ -23,7 +23,7 @@ def compare(
 
     Mean and deviation over seeds, parameters, time, memory, significance by paired bootstrap.
     """
-    from mopefuse.checkpoint import check_file, write_atomically
+    from mopefuse.core.artifact import check_file, write_atomically
     from mopefuse.errors import ConfigError, did_you_mean
 
     if format_ not in _FORMATS:
@@ -32,7 +32,7 @@ def compare(
         check_file(out)
     from mopefuse.cli._comparison import WRITERS, as_dict, show
     from mopefuse.cli._render import print_json
-    from mopefuse.compare import compare as run_comparison
+    from mopefuse.studies.compare import compare as run_comparison
 
     found = run_comparison(runs, against=against, metric=metric)
     splits = ("val", "test") if val else ("test",)

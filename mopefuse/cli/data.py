@@ -34,8 +34,8 @@ def make(
     It is in the native row format.
     """
     from mopefuse.cli._render import print_json, table
+    from mopefuse.core.registry import DATASETS, load
     from mopefuse.errors import DataError
-    from mopefuse.registry import DATASETS, load
 
     maker = load(DATASETS, name)
     if _is_source(maker):
@@ -67,9 +67,9 @@ def prepare(
     """
     from mopefuse.cli._prepare_display import PrepareDisplay, show
     from mopefuse.cli._render import print_json
+    from mopefuse.core.registry import DATASETS, load
     from mopefuse.data.prepare import prepare as run
     from mopefuse.errors import DataError
-    from mopefuse.registry import DATASETS, load
 
     kind = load(DATASETS, name)
     if not _is_source(kind):

@@ -20,8 +20,8 @@ def cache(
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Show what is kept between runs, or remove it. $MOPEFUSE_CACHE says where it is."""
-    from mopefuse import cache as kept
     from mopefuse.cli._render import out, print_json, size, table
+    from mopefuse.core import cache as kept
 
     entries = list(kept.entries())
     freed = kept.clear() if clear else 0

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mopefuse.cli import columns
-from mopefuse.shown import several
+from mopefuse.core.formatting import several
 
 if TYPE_CHECKING:
-    from mopefuse.config import Data
+    from mopefuse.config.schema import Data
 
 Folder = Annotated[Path, typer.Argument(help="Folder with train, val and test (.jsonl, .csv, ...), or one table.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
@@ -154,6 +154,6 @@ def preview(
 
 
 def _config(folder: Path, flags: dict[str, Any], sets: list[str] | None) -> Data:
-    from mopefuse.recipe import data_settings
+    from mopefuse.config.recipe import data_settings
 
     return data_settings({"data.path": str(folder), **flags}, sets or ())

@@ -20,7 +20,7 @@ def demo(
     """
     from mopefuse.cli._render import duration, err, percent, print_json, table
     from mopefuse.cli._train_display import Display
-    from mopefuse.demo import demo as run_demo
+    from mopefuse.training.demo import demo as run_demo
 
     console = err()
 

@@ -13,7 +13,7 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="One JSON object on
     Versions, devices, mismatched torch and torchvision, caches, plugins; exit code 5 if something must be mended.
     """
     from mopefuse.cli._render import out, print_json, table
-    from mopefuse.doctor import examine
+    from mopefuse.core.doctor import examine
 
     found = examine()
     if json:

@@ -18,8 +18,8 @@ def list_(
     if context.invoked_subcommand is not None:
         return
     from mopefuse.cli._render import out, print_json, table
-    from mopefuse.encoders.aliases import ALIASES, COMP_ONLY, FAMILIES
-    from mopefuse.registry import ENCODERS, distribution, to_write
+    from mopefuse.core.aliases import ALIASES, COMP_ONLY, FAMILIES
+    from mopefuse.core.registry import ENCODERS, distribution, to_write
 
     found = to_write(ENCODERS)
     if json:
@@ -57,8 +57,8 @@ def inspect(
     Modality, layers, widths, feature width, preprocessing, tokens per image and parameters.
     """
     from mopefuse.cli._render import out, print_json
-    from mopefuse.encoders._base import create_encoder
-    from mopefuse.modality import of
+    from mopefuse.encoders.base import create_encoder
+    from mopefuse.modalities.base import of
 
     encoder = create_encoder(spec)
     facts: dict[str, Any] = {
@@ -100,7 +100,7 @@ def check(
     What holds, where it can be prompted, and if not, why.
     """
     from mopefuse.cli._render import lines, out, print_json, table
-    from mopefuse.encoders._base import create_encoder
+    from mopefuse.encoders.base import create_encoder
     from mopefuse.testing import contract
 
     encoder = create_encoder(spec)

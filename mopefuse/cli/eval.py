@@ -10,7 +10,7 @@ import typer
 from mopefuse.cli import columns
 
 if TYPE_CHECKING:
-    from mopefuse.shares import Shares
+    from mopefuse.evaluation.missing_shares import Shares
 
 _SPLITS = ("train", "val", "test")
 
@@ -47,12 +47,12 @@ def evaluate(
     Deterministic; no sample depends on its batch. Predictions go into the run, or where --out says, a line for each sample;
     with more than 100 labels a line has the probabilities of the 20 most probable, of the predicted and of the true ones.
     """
-    from mopefuse.checkpoint import check_file
+    from mopefuse.core.artifact import check_file
     from mopefuse.errors import ConfigError, did_you_mean
-    from mopefuse.gates import check_gates, parse_gates
-    from mopefuse.run import RunFolder
-    from mopefuse.shares import parse
-    from mopefuse.source import kind_of, locate, trained
+    from mopefuse.evaluation.missing_shares import parse
+    from mopefuse.metrics.gates import check_gates, parse_gates
+    from mopefuse.runs.folder import RunFolder
+    from mopefuse.runs.locate import kind_of, locate, trained
 
     gates = parse_gates(min_ or ())
     asked = parse(missing) if missing else []
@@ -82,9 +82,9 @@ def evaluate(
         trained(folder).config()
     if out is not None:
         check_file(out)
-    from mopefuse import distributed
     from mopefuse.cli._render import err
-    from mopefuse.evaluate import evaluate as run_evaluation
+    from mopefuse.core import distributed
+    from mopefuse.evaluation.evaluate import evaluate as run_evaluation
 
     how: dict[str, Any] = {"split": split, "data": data, "layout": layout, "checkpoint": checkpoint, "device": device}
     how |= {"main": main, "comp": comp}
@@ -118,7 +118,7 @@ def _print_gated(metrics: dict[str, float], gates: dict[str, float], facts: dict
     """One JSON object, and the exit code of a gate that does not hold."""
     from mopefuse.cli._render import print_json
     from mopefuse.errors import GateError
-    from mopefuse.gates import check_gates
+    from mopefuse.metrics.gates import check_gates
 
     try:
         check_gates(metrics, gates)
@@ -131,11 +131,11 @@ def _print_gated(metrics: dict[str, float], gates: dict[str, float], facts: dict
 def _evaluate_missing(
     run: Path, asked: list[Shares] | None, how: dict[str, Any], gates: dict[str, float], out: Path | None, *, json: bool
 ) -> None:
-    from mopefuse import distributed
     from mopefuse.cli._missing_display import show
     from mopefuse.cli._render import err
-    from mopefuse.gates import check_gates
-    from mopefuse.missing import evaluate_missing
+    from mopefuse.core import distributed
+    from mopefuse.evaluation.missing import evaluate_missing
+    from mopefuse.metrics.gates import check_gates
 
     with distributed.joined(), err().status("loading") as status:
         told = lambda what, done, total: status.update(f"{what}: {done}/{total}")  # noqa: E731

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from mopefuse.export import Exported
+    from mopefuse.export.export import Exported
 
 
 def export(
@@ -33,7 +33,7 @@ def export(
     from mopefuse.errors import ConfigError
 
     if run == "verify" and exported is not None:
-        from mopefuse.verify import verify_export
+        from mopefuse.export.verify import verify_export
 
         found = verify_export(exported)
         if json:
@@ -44,7 +44,7 @@ def export(
     if exported is not None or out is None:
         fix = "write mopefuse export RUN -o OUT, or mopefuse export verify FOLDER"
         raise ConfigError(71, "there is not one folder to write", where="export", fix=fix)
-    from mopefuse.export import export as run_export
+    from mopefuse.export.export import export as run_export
 
     with err().status("loading the model") as status:
         result = run_export(

@@ -17,8 +17,8 @@ def list_(json: Annotated[bool, typer.Option("--json", help="One JSON object on 
     Every entry point, and whether its name can be used.
     """
     from mopefuse.cli._render import out, print_json, table
-    from mopefuse.plugins import Plugin, installed
-    from mopefuse.registry import API
+    from mopefuse.core.new_plugin import Plugin, installed
+    from mopefuse.core.registry import API
 
     found = installed()
     if json:
@@ -42,7 +42,7 @@ def new(
     """Write a complete package with a small encoder and its test."""
     from mopefuse.cli._render import lines, print_json
     from mopefuse.cli._render import out as console
-    from mopefuse.plugins import new as write
+    from mopefuse.core.new_plugin import new as write
 
     folder = write(name, out)
     if json:

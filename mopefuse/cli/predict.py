@@ -16,8 +16,8 @@ import typer
 from mopefuse.cli import columns
 
 if TYPE_CHECKING:
-    from mopefuse.config import Data
-    from mopefuse.predict import Answer, Model, Pair, Predictor
+    from mopefuse.config.schema import Data
+    from mopefuse.inference.predict import Answer, Model, Pair, Predictor
 
 
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
@@ -47,11 +47,11 @@ def predict(
 
     Their labels and probabilities, one line for each, in the order of the input.
     """
-    from mopefuse.checkpoint import check_file
     from mopefuse.cli._render import err
-    from mopefuse.data.files import MISSING
+    from mopefuse.core.artifact import check_file
     from mopefuse.errors import ConfigError, DataError
-    from mopefuse.predict import input_settings, load, predict_pairs
+    from mopefuse.inference.predict import input_settings, load, predict_pairs
+    from mopefuse.modalities.files import MISSING
 
     if (source is None) == (image is None and text is None):
         raise ConfigError(64, "there is not one input", where="predict", fix="name a file, or give --image and --text")
@@ -94,9 +94,9 @@ def predict(
 def _pairs(
     source: str | None, image: Path | None, text: str | None, config: Data, model: Model
 ) -> Iterable[Pair]:
-    from mopefuse.data.images import open_image
     from mopefuse.errors import DataError
-    from mopefuse.predict import Pair, read_pairs
+    from mopefuse.inference.predict import Pair, read_pairs
+    from mopefuse.modalities.image import open_image
 
     if source is not None:
         place, empty = sys.stdin.buffer if source == "-" else Path(source), model.empty_is_missing
@@ -120,7 +120,7 @@ def _gathered(answers: Iterable[Answer], batch: int) -> Iterator[Answer]:
     """
     import torch
 
-    from mopefuse import distributed
+    from mopefuse.core import distributed
 
     own = iter(answers)
     with distributed.joined():
@@ -135,9 +135,9 @@ def _gathered(answers: Iterable[Answer], batch: int) -> Iterator[Answer]:
 
 def _write(answers: Iterable[Answer], out: Path | None, predictor: Predictor, errors: list[dict[str, str]]) -> int:
     """Write answers as they come, collect what the errors among them say, and count them all."""
-    from mopefuse.checkpoint import write_lines
     from mopefuse.cli._render import err
-    from mopefuse.predict import as_csv, as_jsonl
+    from mopefuse.core.artifact import write_lines
+    from mopefuse.inference.predict import as_csv, as_jsonl
 
     done = 0
 

@@ -23,7 +23,7 @@ def push(
     There hf-hub:repo/name is a run for everybody who may read it. Private by default.
     """
     from mopefuse.cli._render import err, out, print_json, size
-    from mopefuse.push import pack, send
+    from mopefuse.export.push import pack, send
 
     with pack(run, repo, checkpoint=checkpoint, public=public, offline=dry_run) as parcel:
         seen = "private" if parcel.private else "public"

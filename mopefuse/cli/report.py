@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from mopefuse.reporting import Reported
-    from mopefuse.study_report import StudyReported
+    from mopefuse.report.run import Reported
+    from mopefuse.report.study import StudyReported
 
 _OF_RUN, _OF_STUDY = ("device", "data", "audit"), ("against", "metric")
 
@@ -32,7 +32,7 @@ def report(
     """
     from mopefuse.cli._comparison import as_dict
     from mopefuse.cli._render import err
-    from mopefuse.study_report import is_study, report_study
+    from mopefuse.report.study import is_study, report_study
 
     study = is_study(run)
     _refuse(context, _OF_RUN if study else _OF_STUDY, "study" if study else "run")
@@ -41,7 +41,7 @@ def report(
         compared = as_dict(done.comparison) if done.comparison else None
         _show(done, {"comparison": compared}, json=json)
         return
-    from mopefuse.reporting import report as report_run
+    from mopefuse.report.run import report as report_run
 
     with err().status("loading") as status:
         advance = lambda what, number, total: status.update(f"{what}: {number}/{total}")  # noqa: E731

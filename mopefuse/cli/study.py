@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from mopefuse.grid import Study
-    from mopefuse.study import Status
+    from mopefuse.studies.study import Status
+    from mopefuse.studies.study_file import Study
 
 
 def study(
@@ -24,7 +24,7 @@ def study(
 
     Run it again to go on: nothing is run twice.
     """
-    from mopefuse.grid import read_study
+    from mopefuse.studies.study_file import read_study
 
     chosen = read_study(file, set_ or ())
     folder = out or Path("studies") / chosen.name
@@ -39,8 +39,8 @@ def study(
     from mopefuse.cli._comparison import as_dict, show
     from mopefuse.cli._render import err, print_json
     from mopefuse.cli._study_display import StudyDisplay
-    from mopefuse.compare import compare
-    from mopefuse.study import FINISHED, run_study
+    from mopefuse.studies.compare import compare
+    from mopefuse.studies.study import FINISHED, run_study
 
     with StudyDisplay(chosen, json=json) as display:
         statuses = run_study(chosen, folder, jobs=jobs, listener=display)
@@ -68,7 +68,7 @@ def _as_dict(status: Status) -> dict[str, Any]:
 
 def _dry_run(chosen: Study, folder: Path, *, json: bool) -> None:
     from mopefuse.cli._render import err, out, print_json, table
-    from mopefuse.study import is_finished, trainable
+    from mopefuse.studies.study import is_finished, trainable
 
     found = trainable(chosen.cells)
     counts = {label: count for label, count in found.items() if isinstance(count, int)}

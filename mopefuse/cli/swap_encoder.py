@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from mopefuse.swap import Swap
+    from mopefuse.training.swap import Swap
 
 _STAGES = {"before": "before the swap", "after": "right after it", "tuned": "after tuning", "scratch": "trained from scratch"}
 
@@ -32,13 +32,13 @@ def swap_encoder(
     What was learned is kept where it can be, and what was kept is printed.
     """
     from mopefuse.cli._train_display import Display
-    from mopefuse.recipe import parse_set
-    from mopefuse.source import trained
+    from mopefuse.config.recipe import parse_set
+    from mopefuse.runs.locate import trained
 
     settings = parse_set(set_ or ())
     trained(run).config()
-    from mopefuse import distributed
-    from mopefuse.swap import swap_encoder as run_swap
+    from mopefuse.core import distributed
+    from mopefuse.training.swap import swap_encoder as run_swap
 
     with Display(out, json=json) as display:
         swap = run_swap(

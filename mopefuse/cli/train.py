@@ -11,8 +11,8 @@ import typer
 from mopefuse.cli import columns
 
 if TYPE_CHECKING:
-    from mopefuse.config import RunConfig
-    from mopefuse.train import Plan
+    from mopefuse.config.schema import RunConfig
+    from mopefuse.training.train import Plan
 
 
 def train(
@@ -130,9 +130,9 @@ def train(
             labels=labels,
         ),
     }
+    from mopefuse.config.recipe import resolve
     from mopefuse.errors import ConfigError
-    from mopefuse.recipe import resolve
-    from mopefuse.run import RunFolder, default_path
+    from mopefuse.runs.folder import RunFolder, default_path
 
     if resume and out is None:
         raise ConfigError(26, "--resume does not say which run", where="--resume", fix="add --out RUN")
@@ -147,7 +147,7 @@ def train(
     if os.environ.get("RANK", "0") == "0":
         folder.prepare(resume=resume, overwrite=overwrite)
     from mopefuse.cli._train_display import Display
-    from mopefuse.train import train as run_training
+    from mopefuse.training.train import train as run_training
 
     with Display(folder.path, json=json, tensorboard=tensorboard) as display:
         result = run_training(config, folder.path, resume=resume, overwrite=overwrite, listener=display)
@@ -168,7 +168,7 @@ def _layers(text: str | None) -> str | list[int] | None:
 
 def _dry_run(config: RunConfig, *, json: bool) -> None:
     from mopefuse.cli._train_display import Display
-    from mopefuse.train import plan
+    from mopefuse.training.train import plan
 
     with Display(Path(), json=json) as display:
         found = plan(config, display)
@@ -201,7 +201,7 @@ def _as_dict(found: Plan) -> dict[str, Any]:
 
 def _print_plan(found: Plan) -> None:
     from mopefuse.cli._render import count, lines, out, table
-    from mopefuse.recipe import to_yaml
+    from mopefuse.config.recipe import to_yaml
 
     console = out()
     console.print(lines(to_yaml(found.config)))

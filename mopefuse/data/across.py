@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mopefuse.config import Data as DataConfig
-from mopefuse.data._base import SPLITS, Keys, Split
+from mopefuse.config.schema import Data as DataConfig
+from mopefuse.core.formatting import several
+from mopefuse.data.base import SPLITS, Keys, Split
 from mopefuse.data.findings import Finding, at
 from mopefuse.data.index import Index
 from mopefuse.data.labels import Labels
 from mopefuse.data.leaks import leak
 from mopefuse.data.load import listed_labels
 from mopefuse.errors import DataError, nearest
-from mopefuse.modality import of
-from mopefuse.shown import several
+from mopefuse.modalities.base import of
 
 Indexes = Mapping[str, Index]
 _MOST_HINTS = 100  # unknown labels of a split whose nearest known one is looked for, which takes long among many

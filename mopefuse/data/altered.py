@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mopefuse.data._base import Row
+from mopefuse.data.base import Row
 from mopefuse.data.collate import Samples, Table, blank, seed_of
 
 

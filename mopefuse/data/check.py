@@ -13,9 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mopefuse.config import Data as DataConfig
+from mopefuse.config.schema import Data as DataConfig
+from mopefuse.core.formatting import several
 from mopefuse.data import across
-from mopefuse.data._base import SPLITS, Row
+from mopefuse.data.base import SPLITS, Row
 from mopefuse.data.columns import modalities_of
 from mopefuse.data.contents import Advance, Texts, Tokens, balance, describe_split, extremes, read_texts, rows_of
 from mopefuse.data.findings import KINDS, Finding, kind_of_row, of_files, of_missing, of_rows
@@ -24,8 +25,7 @@ from mopefuse.data.label_check import check_labels
 from mopefuse.data.load import notice_splits, parts_of, roots_of, to_have
 from mopefuse.data.tables import Table, find_tables
 from mopefuse.errors import DataError
-from mopefuse.modality import of
-from mopefuse.shown import several
+from mopefuse.modalities.base import of
 
 Indexes = dict[str, Index]
 _NO_SPLIT = ("missing-split", "unreadable-table", "empty-split", "many-labels", "list-label")  # say why a split has no rows

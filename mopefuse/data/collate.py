@@ -15,12 +15,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mopefuse.config import Data as DataConfig
-from mopefuse.data._base import Batch, DataSet, Row
+from mopefuse.config.schema import Data as DataConfig
+from mopefuse.data.base import Batch, DataSet, Row
 from mopefuse.data.pictures import Pictures, pictures
-from mopefuse.encoders._base import Preprocess
+from mopefuse.encoders.base import Preprocess
 from mopefuse.errors import MopefuseError, ResourceError
-from mopefuse.modality import of
+from mopefuse.modalities.base import of
 
 Key = tuple[int, int]  # (epoch, index)
 Readers = Mapping[str, tuple[str, Preprocess]]  # side -> (modality, preprocess)

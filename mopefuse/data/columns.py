@@ -7,10 +7,10 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from mopefuse import modality
-from mopefuse.config import Data as DataConfig
+from mopefuse.config.schema import Data as DataConfig
 from mopefuse.data.tables import Table, columns_in, some_columns
 from mopefuse.errors import ConfigError, DataError, did_you_mean, nearest
+from mopefuse.modalities import base as modality
 
 EXPECTED = ("text", "image")
 """What a row of the papers' data has: expected where a table has the columns of fewer than two modalities."""

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mopefuse.config import Data as DataConfig
+from mopefuse.config.schema import Data as DataConfig
 from mopefuse.data.columns import Layout
 from mopefuse.data.findings import Finding, at
 from mopefuse.data.index import Index
 from mopefuse.data.rows import Rows
-from mopefuse.modality import of
+from mopefuse.modalities.base import of
 
 MOST_TEXTS = 20_000  # whose length is measured
 TOKENS_PER_WORD = 1.3  # an estimate, for English and subword vocabularies

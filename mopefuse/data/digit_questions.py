@@ -23,9 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mopefuse.checkpoint import replacing
+from mopefuse.core.artifact import replacing
+from mopefuse.core.regular_files import read_regular
 from mopefuse.errors import DataError
-from mopefuse.regular_files import read_regular
 
 Array = NDArray[Any]
 

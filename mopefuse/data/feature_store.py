@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mopefuse import cache
-from mopefuse.data._base import Keys
+from mopefuse.core import cache
+from mopefuse.data.base import Keys
 
 KIND = "features"
 KEY = np.dtype("S16")

@@ -19,14 +19,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mopefuse import cache, distributed
-from mopefuse import device as devices
-from mopefuse.config import RunConfig
-from mopefuse.data._base import DataSet, Keys
+from mopefuse.config.schema import RunConfig
+from mopefuse.core import cache, distributed
+from mopefuse.core import device as devices
+from mopefuse.data.base import DataSet, Keys
 from mopefuse.data.collate import Key, Samples
 from mopefuse.data.feature_store import FeatureStore, Found, Mapped, Values
-from mopefuse.encoders._base import Encoder, encode_pooled
-from mopefuse.modality import of
+from mopefuse.encoders.base import Encoder, encode_pooled
+from mopefuse.modalities.base import of
 
 VERSION = 2
 _BYTES, _SECONDS = 64 << 20, 60.0  # of features in a shard, and of work that a killed process can lose

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mopefuse.data.files import Files, root_to_name
+from mopefuse.core.formatting import several
 from mopefuse.data.index import Index
-from mopefuse.modality import of
-from mopefuse.shown import several
+from mopefuse.modalities.base import of
+from mopefuse.modalities.files import Files, root_to_name
 
 
 class Kind(NamedTuple):

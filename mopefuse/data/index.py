@@ -20,15 +20,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mopefuse import cache, modality
-from mopefuse.checkpoint import read_json
-from mopefuse.config import Data as DataConfig
-from mopefuse.data._base import SPLITS, Problem, digest_of
+from mopefuse.config.schema import Data as DataConfig
+from mopefuse.core import cache
+from mopefuse.core.artifact import read_json
+from mopefuse.data.base import SPLITS, Problem, digest_of
 from mopefuse.data.columns import Layout
-from mopefuse.data.files import MISSING, Files, Look, look_at
 from mopefuse.data.labels import Labels, LabelsBuilder
 from mopefuse.data.rows import LeftOut, NoRow, check_row, exceptions
 from mopefuse.data.tables import Found, Table, split_named
+from mopefuse.modalities import base as modality
+from mopefuse.modalities.files import MISSING, Files, Look, look_at
 
 VERSION = 5  # of what is kept
 _ROWS = 2  # of what rows are: a run knows its data by it

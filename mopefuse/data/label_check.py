@@ -15,12 +15,12 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from mopefuse.config import Data as DataConfig
+from mopefuse.config.schema import Data as DataConfig
+from mopefuse.core.formatting import several
 from mopefuse.data.findings import Finding, at
 from mopefuse.data.index import Index
 from mopefuse.data.label_cells import normalised, parse_list
 from mopefuse.errors import DataError
-from mopefuse.shown import several
 
 _FEW = 10  # classes that any number of rows may have
 _MOST_NOTICES = 8

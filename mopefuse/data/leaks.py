@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from mopefuse.data._base import Split
-from mopefuse.modality import of
+from mopefuse.data.base import Split
+from mopefuse.modalities.base import of
 
 Numbers = NDArray[np.int64]
 

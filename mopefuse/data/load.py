@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mopefuse import cache
-from mopefuse.config import Data as DataConfig
+from mopefuse.config.schema import Data as DataConfig
+from mopefuse.core import cache
+from mopefuse.core.formatting import several
 from mopefuse.data import label_check
-from mopefuse.data._base import SPLITS, DataSet, Problem, Split
+from mopefuse.data.base import SPLITS, DataSet, Problem, Split
 from mopefuse.data.columns import Layout, modalities_of
-from mopefuse.data.files import root_to_name
 from mopefuse.data.findings import KINDS, Finding, kind_of_row, lacks, left_out
 from mopefuse.data.index import Advance, Index, build
 from mopefuse.data.label_cells import is_blank, normalised
@@ -25,8 +25,8 @@ from mopefuse.data.rows import Rows
 from mopefuse.data.subsets import few, hold_out
 from mopefuse.data.tables import SUFFIXES, Table, columns_in, find_tables, read_bytes, split_column
 from mopefuse.errors import ConfigError, DataError, Notice, data_error, nearest
-from mopefuse.modality import of
-from mopefuse.shown import several
+from mopefuse.modalities.base import of
+from mopefuse.modalities.files import root_to_name
 
 _MOST_LISTED = 20
 Numbers = NDArray[np.int64]

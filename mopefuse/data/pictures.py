@@ -17,12 +17,12 @@ import numpy as np
 import PIL
 from numpy.typing import NDArray
 
-from mopefuse import cache
-from mopefuse.config import Data as DataConfig
-from mopefuse.data._base import DataSet, Split
-from mopefuse.data.files import processors
-from mopefuse.encoders._base import Preprocess
+from mopefuse.config.schema import Data as DataConfig
+from mopefuse.core import cache
+from mopefuse.data.base import DataSet, Split
+from mopefuse.encoders.base import Preprocess
 from mopefuse.errors import ResourceError
+from mopefuse.modalities.files import processors
 
 VERSION = 1
 _AT_ONCE = 256

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from mopefuse.data._base import Problem, Row
+from mopefuse.data.base import Problem, Row
 from mopefuse.data.columns import EXPECTED, Layout
 from mopefuse.data.label_cells import is_blank, normalised, split_cell
 

@@ -16,8 +16,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mopefuse.config import Data as DataConfig
-from mopefuse.data._base import SPLITS
+from mopefuse.config.schema import Data as DataConfig
+from mopefuse.data.base import SPLITS
 from mopefuse.data.csv_records import Record, Records, delimiter_of, name_of
 from mopefuse.errors import DataError, Notice, did_you_mean, nearest
 

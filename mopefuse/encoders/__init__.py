@@ -6,13 +6,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mopefuse.encoders._attention import attend, split_heads
-    from mopefuse.encoders._base import Encoded, Encoder, Inputs, Insert, Preprocess, Prompt, PromptAt, create_encoder
+    from mopefuse.core.registry import Spec
     from mopefuse.encoders._hf_families import BuiltIn, Family
     from mopefuse.encoders._hf_model import TransformersEncoder, mean_of
     from mopefuse.encoders._hf_source import Source
-    from mopefuse.encoders._preprocess import ImagePreprocess, TextPreprocess
-    from mopefuse.registry import Spec
+    from mopefuse.encoders.attention import attend, split_heads
+    from mopefuse.encoders.base import Encoded, Encoder, Inputs, Insert, Preprocess, Prompt, PromptAt, create_encoder
+    from mopefuse.encoders.preprocess import ImagePreprocess, TextPreprocess
 
 __all__ = [
     "BuiltIn",
@@ -40,11 +40,11 @@ _PLACES = {
     "Source": "mopefuse.encoders._hf_source",
     "TransformersEncoder": "mopefuse.encoders._hf_model",
     "mean_of": "mopefuse.encoders._hf_model",
-    "attend": "mopefuse.encoders._attention",
-    "split_heads": "mopefuse.encoders._attention",
-    "ImagePreprocess": "mopefuse.encoders._preprocess",
-    "TextPreprocess": "mopefuse.encoders._preprocess",
-    "Spec": "mopefuse.registry",
+    "attend": "mopefuse.encoders.attention",
+    "split_heads": "mopefuse.encoders.attention",
+    "ImagePreprocess": "mopefuse.encoders.preprocess",
+    "TextPreprocess": "mopefuse.encoders.preprocess",
+    "Spec": "mopefuse.core.registry",
 }
 
 
@@ -52,4 +52,4 @@ def __getattr__(name: str) -> Any:
     """One of `__all__`, which takes torch to import."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_PLACES.get(name, "mopefuse.encoders._base")), name)
+    return getattr(import_module(_PLACES.get(name, "mopefuse.encoders.base")), name)

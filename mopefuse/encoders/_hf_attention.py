@@ -18,9 +18,9 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 from transformers.utils import logging
 
-from mopefuse.encoders._attention import attend, attend_prompts
-from mopefuse.encoders._probe import Watch
 from mopefuse.encoders._prompted import Slot
+from mopefuse.encoders.attention import attend, attend_prompts
+from mopefuse.encoders.probe import Watch
 
 ATTENTION = "mopefuse"  # our name in transformers' attention interface
 

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mopefuse.encoders import _numbers
+from mopefuse.core import error_numbers as _numbers
 from mopefuse.errors import EncoderError
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mopefuse.encoders._preprocess import ImagePreprocess
+from mopefuse.encoders.preprocess import ImagePreprocess
 
 STATISTICS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),

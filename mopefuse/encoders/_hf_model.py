@@ -21,16 +21,17 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto as auto
 
-from mopefuse.checkpoint import check_tensors
-from mopefuse.encoders import _hf_source, _hf_text, _lora, _numbers, _options, _weights
-from mopefuse.encoders._base import Encoded, Inputs, Preprocess
+from mopefuse.core import error_numbers as _numbers
+from mopefuse.core.artifact import check_tensors
+from mopefuse.core.registry import Spec
+from mopefuse.encoders import _hf_source, _hf_text, _lora, _options, _weights
 from mopefuse.encoders._hf_attention import ATTENTION, quietly
 from mopefuse.encoders._hf_families import BUILT_IN, TOWERS, BuiltIn, Family
 from mopefuse.encoders._hf_source import Source
-from mopefuse.encoders._probe import find_sites
 from mopefuse.encoders._prompted import PromptedEncoder
+from mopefuse.encoders.base import Encoded, Inputs, Preprocess
+from mopefuse.encoders.probe import find_sites
 from mopefuse.errors import CheckpointError, EncoderError
-from mopefuse.registry import Spec
 
 _NO_PART = frozenset({
     "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "id2label", "label2id", "num_labels",

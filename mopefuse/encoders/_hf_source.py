@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mopefuse.encoders import _hub, _numbers
-from mopefuse.encoders._base import option_flag
+from mopefuse.core import error_numbers as _numbers
+from mopefuse.core import hub as _hub
+from mopefuse.core.registry import Spec
 from mopefuse.encoders._hf_families import TOWERS, BuiltIn, refuse_unsuitable
 from mopefuse.encoders._hf_text import POOLING_FILES, TOKENIZER_FILES, read_json
+from mopefuse.encoders.base import option_flag
 from mopefuse.errors import EncoderError, did_you_mean
-from mopefuse.registry import Spec
 
 IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 _COMMIT = re.compile("[0-9a-f]{40}")

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mopefuse import tokens
-from mopefuse.encoders import _numbers
+from mopefuse.core import error_numbers as _numbers
 from mopefuse.errors import EncoderError
+from mopefuse.modalities import tokens
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",

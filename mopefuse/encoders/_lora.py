@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from mopefuse.config import Lora
-from mopefuse.encoders import _numbers
+from mopefuse.config.schema import Lora
+from mopefuse.core import error_numbers as _numbers
+from mopefuse.core.dependencies import require
 from mopefuse.errors import EncoderError, did_you_mean
-from mopefuse.libraries import require
-from mopefuse.modality import of
+from mopefuse.modalities.base import of
 
 if TYPE_CHECKING:
-    from mopefuse.encoders._base import Encoder
+    from mopefuse.encoders.base import Encoder
 
 
 def is_lora(name: str) -> bool:

@@ -19,10 +19,12 @@ from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
-from mopefuse.encoders import _hf_text, _hub, _numbers, _options
-from mopefuse.encoders._preprocess import TextPreprocess
+from mopefuse.core import error_numbers as _numbers
+from mopefuse.core import hub as _hub
+from mopefuse.core.registry import Spec
+from mopefuse.encoders import _hf_text, _options
+from mopefuse.encoders.preprocess import TextPreprocess
 from mopefuse.errors import EncoderError
-from mopefuse.registry import Spec
 
 
 def texts(spec: Spec, name: str, config: Mapping[str, Any], length: int, *, trained: bool) -> TextPreprocess:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from mopefuse.encoders import _numbers
+from mopefuse.core import error_numbers as _numbers
+from mopefuse.core.registry import Spec
 from mopefuse.errors import EncoderError, did_you_mean
-from mopefuse.registry import Spec
 
 _WORDS: dict[str, Any] = {"true": True, "false": False, "none": None}
 

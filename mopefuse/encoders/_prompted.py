@@ -17,11 +17,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mopefuse.encoders._attention import Insert, Prompt
-from mopefuse.encoders._base import Call, Encoded, Encoder, Inputs
-from mopefuse.encoders._probe import Site
+from mopefuse.core.registry import Spec
 from mopefuse.encoders._recompute import run_block
-from mopefuse.registry import Spec
+from mopefuse.encoders.attention import Insert, Prompt
+from mopefuse.encoders.base import Call, Encoded, Encoder, Inputs
+from mopefuse.encoders.probe import Site
 
 
 class Slot:

@@ -25,11 +25,11 @@ from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, 
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
+from mopefuse.core.precision import exact
 from mopefuse.encoders import _lora
-from mopefuse.encoders._attention import Insert, Prompt, attend, attend_prompts, parts_of, split_fused, split_heads
 from mopefuse.encoders._prompted import PromptedEncoder
 from mopefuse.encoders._windows import attend_in_windows
-from mopefuse.precision import exact
+from mopefuse.encoders.attention import Insert, Prompt, attend, attend_prompts, parts_of, split_fused, split_heads
 
 
 def prompt_model(encoder: PromptedEncoder, model: Any) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mopefuse.checkpoint import read_tensors
-from mopefuse.encoders import _numbers
+from mopefuse.core import error_numbers as _numbers
+from mopefuse.core.artifact import read_tensors
 from mopefuse.errors import CheckpointError
 
 _SHOWN = 4  # names in a message

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mopefuse.encoders._attention import for_windows, parts_of
-from mopefuse.precision import exact
+from mopefuse.core.precision import exact
+from mopefuse.encoders.attention import for_windows, parts_of
 
 
 def attend_in_windows(

@@ -22,14 +22,15 @@ import transformers
 from torch import Tensor
 from transformers.models.auto import modeling_auto as auto
 
-from mopefuse.encoders import _hf_images, _hf_source, _hf_text, _numbers, _options
-from mopefuse.encoders._base import Encoded, Inputs
+from mopefuse.core import error_numbers as _numbers
+from mopefuse.core.registry import Spec
+from mopefuse.encoders import _hf_images, _hf_source, _hf_text, _options
 from mopefuse.encoders._hf_families import DECODER, FAMILIES, IMAGE, TEXT, Family
 from mopefuse.encoders._hf_model import TransformersEncoder, mean_of, unsuitable
 from mopefuse.encoders._hf_source import Source
-from mopefuse.encoders._preprocess import ImagePreprocess, TextPreprocess
+from mopefuse.encoders.base import Encoded, Inputs
+from mopefuse.encoders.preprocess import ImagePreprocess, TextPreprocess
 from mopefuse.errors import EncoderError
-from mopefuse.registry import Spec
 
 _OURS = ("pretrained", "weights", "pool", "max_tokens", "size")
 _MASKED = set(auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES)

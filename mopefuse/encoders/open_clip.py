@@ -29,15 +29,17 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import ResidualAttentionBlock, TextTransformer, VisionTransformer
 from torch import Tensor
 
-from mopefuse.checkpoint import check_tensors
-from mopefuse.encoders import _hub, _numbers, _open_clip_text, _options, _weights
-from mopefuse.encoders._attention import Prompt, attend_prompts, split_heads
-from mopefuse.encoders._base import Encoded, Inputs, option_flag
-from mopefuse.encoders._preprocess import ImagePreprocess
+from mopefuse.core import error_numbers as _numbers
+from mopefuse.core import hub as _hub
+from mopefuse.core.artifact import check_tensors
+from mopefuse.core.registry import Spec
+from mopefuse.encoders import _open_clip_text, _options, _weights
 from mopefuse.encoders._prompted import PromptedEncoder
 from mopefuse.encoders._timm_attention import prompt_model
+from mopefuse.encoders.attention import Prompt, attend_prompts, split_heads
+from mopefuse.encoders.base import Encoded, Inputs, option_flag
+from mopefuse.encoders.preprocess import ImagePreprocess
 from mopefuse.errors import EncoderError, did_you_mean
-from mopefuse.registry import Spec
 
 _OURS = ("pretrained", "weights", "max_tokens")
 _TOWERS = {"visual": "image", "text": "text"}

@@ -24,15 +24,17 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import nn
 
-from mopefuse.checkpoint import check_tensors
-from mopefuse.encoders import _hub, _numbers, _options, _weights
-from mopefuse.encoders._base import Encoded, Inputs, option_flag
-from mopefuse.encoders._preprocess import ImagePreprocess
+from mopefuse.core import error_numbers as _numbers
+from mopefuse.core import hub as _hub
+from mopefuse.core.aliases import ALIASES
+from mopefuse.core.artifact import check_tensors
+from mopefuse.core.registry import Spec
+from mopefuse.encoders import _options, _weights
 from mopefuse.encoders._prompted import PromptedEncoder
 from mopefuse.encoders._timm_attention import prompt_model
-from mopefuse.encoders.aliases import ALIASES
+from mopefuse.encoders.base import Encoded, Inputs, option_flag
+from mopefuse.encoders.preprocess import ImagePreprocess
 from mopefuse.errors import EncoderError, did_you_mean
-from mopefuse.registry import Spec
 
 _OURS = ("pretrained", "weights", "pool", "mean", "std", "size")
 _NEVER = {

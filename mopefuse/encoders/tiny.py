@@ -24,14 +24,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from mopefuse import tokens
+from mopefuse.core.registry import Spec
 from mopefuse.encoders import _lora
-from mopefuse.encoders._attention import Prompt, attend, split_heads
-from mopefuse.encoders._base import Encoded, Encoder, Inputs, option_flag
-from mopefuse.encoders._preprocess import ImagePreprocess, TextPreprocess
 from mopefuse.encoders._recompute import run_block
+from mopefuse.encoders.attention import Prompt, attend, split_heads
+from mopefuse.encoders.base import Encoded, Encoder, Inputs, option_flag
+from mopefuse.encoders.preprocess import ImagePreprocess, TextPreprocess
 from mopefuse.errors import EncoderError, did_you_mean
-from mopefuse.registry import Spec
+from mopefuse.modalities import tokens
 
 WEIGHTS = resources.files("mopefuse.encoders") / "weights"
 PAD, CLS, MASK, UNKNOWN = range(4)  # ids of the first words of the vocabulary

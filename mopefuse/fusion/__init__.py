@@ -6,8 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mopefuse.data._base import Batch
-    from mopefuse.fusion._base import Fusion, Output
+    from mopefuse.data.base import Batch
+    from mopefuse.fusion.base import Fusion, Output
 
 __all__ = ["Batch", "Fusion", "Output"]
 
@@ -16,4 +16,4 @@ def __getattr__(name: str) -> Any:
     """One of `__all__`, which takes torch to import."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module("mopefuse.fusion._base"), name)
+    return getattr(import_module("mopefuse.fusion.base"), name)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mopefuse import device as devices
+from mopefuse.core import device as devices
 from mopefuse.data.collate import Table
 
 _BLOCK_BYTES = 64 * 2**20

@@ -5,9 +5,9 @@ Jia et al., Visual Prompt Tuning, https://arxiv.org/abs/2203.12119 (its deep for
 
 from __future__ import annotations
 
-from mopefuse.config import Prompts, Router
-from mopefuse.encoders._base import Encoder
-from mopefuse.modality import of
+from mopefuse.config.schema import Prompts, Router
+from mopefuse.encoders.base import Encoder
+from mopefuse.modalities.base import of
 from mopefuse.prompts.stack import PromptStack, with_lengths
 
 

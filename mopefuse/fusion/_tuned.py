@@ -10,11 +10,11 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from mopefuse.config import RunConfig
-from mopefuse.data._base import Batch
-from mopefuse.encoders._base import Encoded, Encoder, PromptAt, run_frozen
-from mopefuse.fusion._base import Fusion
+from mopefuse.config.schema import RunConfig
+from mopefuse.data.base import Batch
+from mopefuse.encoders.base import Encoded, Encoder, PromptAt, run_frozen
 from mopefuse.fusion._static import static_stack
+from mopefuse.fusion.base import Fusion
 from mopefuse.prompts.stack import PromptStack
 
 

@@ -11,18 +11,19 @@ from typing import Any, cast
 
 import torch
 
-from mopefuse import device as devices
-from mopefuse import modality, registry
-from mopefuse.config import Prompts, RunConfig, build_config
+from mopefuse.config.schema import Prompts, RunConfig, build_config
+from mopefuse.config.setting_paths import flat, merge
+from mopefuse.config.sides import is_comp, specs, with_specs
+from mopefuse.core import device as devices
+from mopefuse.core import registry
+from mopefuse.core.dependencies import out_of_memory
+from mopefuse.core.formatting import size
 from mopefuse.data.columns import require_column
-from mopefuse.encoders._base import Encoder, check_name, create_encoder, full_spec
-from mopefuse.encoders._preprocess import ImagePreprocess
+from mopefuse.encoders.base import Encoder, check_name, create_encoder, full_spec
+from mopefuse.encoders.preprocess import ImagePreprocess
 from mopefuse.errors import ConfigError, EncoderError, PluginError, ResourceError
-from mopefuse.fusion._base import Fusion
-from mopefuse.libraries import out_of_memory
-from mopefuse.setting_paths import flat, merge
-from mopefuse.shown import size
-from mopefuse.sides import is_comp, specs, with_specs
+from mopefuse.fusion.base import Fusion
+from mopefuse.modalities import base as modality
 
 SIZES = (
     "prompts.experts prompts.static prompts.dynamic prompts.mapped prompts.bottleneck head_hidden comp_tuning.length lora.rank "

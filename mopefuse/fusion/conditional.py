@@ -17,13 +17,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from mopefuse.config import Prompts, RunConfig
-from mopefuse.data._base import Batch
-from mopefuse.encoders._base import Encoder
+from mopefuse.config.schema import Prompts, RunConfig
+from mopefuse.core.precision import apply_exactly
+from mopefuse.data.base import Batch
+from mopefuse.encoders.base import Encoder
 from mopefuse.errors import ConfigError
-from mopefuse.fusion._base import Fusion, Output
 from mopefuse.fusion._static import initial_bound, static_stack
-from mopefuse.precision import apply_exactly
+from mopefuse.fusion.base import Fusion, Output
 from mopefuse.prompts.stack import PromptStack, scaleless, with_lengths
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from mopefuse.config import RunConfig
-from mopefuse.data._base import Batch
-from mopefuse.encoders._base import Encoder
+from mopefuse.config.schema import RunConfig
+from mopefuse.data.base import Batch
+from mopefuse.encoders.base import Encoder
 from mopefuse.errors import ConfigError
-from mopefuse.fusion._base import Output
 from mopefuse.fusion._tuned import TunedFusion
+from mopefuse.fusion.base import Output
 
 
 class LateConcat(TunedFusion):

@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mopefuse.config import RunConfig
-from mopefuse.data._base import Batch
-from mopefuse.encoders._base import Encoder
-from mopefuse.fusion._base import Fusion, Output
-from mopefuse.fusion._regression import Advance, Fold, How, fit_heads
-from mopefuse.precision import apply_exactly
-from mopefuse.sides import is_comp
+from mopefuse.config.schema import RunConfig
+from mopefuse.config.sides import is_comp
+from mopefuse.core.precision import apply_exactly
+from mopefuse.data.base import Batch
+from mopefuse.encoders.base import Encoder
+from mopefuse.fusion.base import Fusion, Output
+from mopefuse.fusion.regression import Advance, Fold, How, fit_heads
 
 
 class LinearFusion(Fusion):

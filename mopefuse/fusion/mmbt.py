@@ -11,9 +11,9 @@ from typing import ClassVar
 
 import torch.nn.functional as F
 
-from mopefuse.config import RunConfig
-from mopefuse.data._base import Batch
-from mopefuse.encoders._base import Encoder, Insert
+from mopefuse.config.schema import RunConfig
+from mopefuse.data.base import Batch
+from mopefuse.encoders.base import Encoder, Insert
 from mopefuse.errors import EncoderError
 from mopefuse.fusion._inserting import InsertingFusion
 

@@ -12,12 +12,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from mopefuse.config import RunConfig
-from mopefuse.data._base import Batch
-from mopefuse.encoders._base import Encoder, Prompt
-from mopefuse.fusion._base import Output
+from mopefuse.config.schema import RunConfig
+from mopefuse.core.precision import apply_in_own_type
+from mopefuse.data.base import Batch
+from mopefuse.encoders.base import Encoder, Prompt
 from mopefuse.fusion._tuned import TunedFusion
-from mopefuse.precision import apply_in_own_type
+from mopefuse.fusion.base import Output
 from mopefuse.prompts.stack import scaleless
 
 

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mopefuse.config import Interactive, RunConfig
-from mopefuse.data._base import Batch
-from mopefuse.encoders._base import Encoded, Encoder, Prompt
+from mopefuse.config.schema import Interactive, RunConfig
+from mopefuse.data.base import Batch
+from mopefuse.encoders.base import Encoded, Encoder, Prompt
 from mopefuse.errors import ConfigError
-from mopefuse.fusion._base import Fusion, Output
 from mopefuse.fusion._static import initial_bound
+from mopefuse.fusion.base import Fusion, Output
 
 
 class FusionLayer(nn.Module):

@@ -12,9 +12,9 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from mopefuse.config import RunConfig
-from mopefuse.data._base import Batch
-from mopefuse.encoders._base import Encoder, Insert
+from mopefuse.config.schema import RunConfig
+from mopefuse.data.base import Batch
+from mopefuse.encoders.base import Encoder, Insert
 from mopefuse.fusion._inserting import InsertingFusion
 from mopefuse.fusion._static import initial_bound
 

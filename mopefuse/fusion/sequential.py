@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from mopefuse.data._base import Batch
-from mopefuse.encoders._base import Insert
+from mopefuse.data.base import Batch
+from mopefuse.encoders.base import Insert
 from mopefuse.fusion._inserting import InsertingFusion
 
 

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mopefuse.config import Router as RouterConfig
-from mopefuse.precision import exact
+from mopefuse.config.schema import Router as RouterConfig
+from mopefuse.core.precision import exact
 
 
 class Routed(NamedTuple):

@@ -17,14 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mopefuse.config import Prompts as PromptConfig
-from mopefuse.config import Router as RouterConfig
-from mopefuse.encoders._attention import Prompt
+from mopefuse.config.schema import Prompts as PromptConfig
+from mopefuse.config.schema import Router as RouterConfig
+from mopefuse.core.precision import apply_in_own_type, exact
+from mopefuse.core.threads import PerThread
+from mopefuse.encoders.attention import Prompt
 from mopefuse.errors import ConfigError
-from mopefuse.modality import of
-from mopefuse.precision import apply_in_own_type, exact
+from mopefuse.modalities.base import of
 from mopefuse.prompts.experts import Routed, Router, mix
-from mopefuse.threads import PerThread
 
 KINDS = ("static", "dynamic", "mapped")
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from mopefuse.core.formatting import percent, several
 from mopefuse.report.chart import Chart, data_of, make_chart, plain, readable, short_names
-from mopefuse.shown import percent, several
 
 _NAME, _BAR_NAME = 18, 28  # characters of a name beside a heat map, and beside a bar
 _BINS = 32  # of a histogram

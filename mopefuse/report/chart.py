@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mopefuse.checkpoint import replacing, write_atomically
-from mopefuse.libraries import require
+from mopefuse.core.artifact import replacing, write_atomically
+from mopefuse.core.dependencies import require
+from mopefuse.core.formatting import visible
 from mopefuse.report.themes import FILE_THEME
-from mopefuse.shown import visible
 
 FILE_WIDTH = 460  # pixels of the plotting area in a file; on a page a chart is as wide as there is room
 _SCALE = 3  # pixels of a PNG for each of an SVG

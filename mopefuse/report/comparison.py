@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from mopefuse.compare import Comparison, Row, Spread
-from mopefuse.shown import count, duration, size, visible
+from mopefuse.core.formatting import count, duration, size, visible
+from mopefuse.studies.compare import Comparison, Row, Spread
 
 Splits = Sequence[str]
 Mark = Callable[[str], str]

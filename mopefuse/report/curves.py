@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mopefuse.core.formatting import share
 from mopefuse.report.chart import Chart, data_of, make_chart, plain, readable, short_names
-from mopefuse.shown import share
 
 MOST_NAMED = 15  # points of a scatter that have a legend
 _NAME = 44  # characters of a name in a legend

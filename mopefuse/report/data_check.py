@@ -10,7 +10,7 @@ from typing import Any
 from mopefuse.data.check import Report
 from mopefuse.data.contents import TOKENS_PER_WORD
 from mopefuse.data.findings import Finding
-from mopefuse.modality import of
+from mopefuse.modalities.base import of
 from mopefuse.report import charts
 from mopefuse.report.data_pictures import Picture, first_bytes
 from mopefuse.report.pages import dump, render

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mopefuse.data.files import contained
-from mopefuse.data.images import open_image
 from mopefuse.errors import DataError
+from mopefuse.modalities.files import contained
+from mopefuse.modalities.image import open_image
 from mopefuse.report.pages import thumbnail
 
 _SMALL = 64  # pixels; an image whose longer side is shorter is shown enlarged

@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from mopefuse.config import Data as DataConfig
+from mopefuse.config.schema import Data as DataConfig
 from mopefuse.data.contents import rows_of
-from mopefuse.data.files import processors
 from mopefuse.data.index import Index
 from mopefuse.data.subsets import order_of
+from mopefuse.modalities.files import processors
 from mopefuse.report.data_pictures import Picture
 from mopefuse.report.pages import render
 from mopefuse.report.row_values import other_files, picture_name, picture_of, text_of

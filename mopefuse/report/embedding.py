@@ -17,7 +17,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from mopefuse import cache as kept
+from mopefuse.core import cache as kept
 from mopefuse.report.chart import Chart
 from mopefuse.report.themes import THEMES
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from mopefuse import metrics as measures
-from mopefuse.config import RunConfig
-from mopefuse.data._base import DataSet, Row
+from mopefuse.config.schema import RunConfig
+from mopefuse.data.base import DataSet, Row
+from mopefuse.metrics import classification as measures
 from mopefuse.report.data_pictures import Picture
 from mopefuse.report.row_values import picture_of
 
@@ -27,8 +27,8 @@ class RunFacts:
         name: of the run. step: of the checkpoint that answered.
         manifest, result, log: manifest.json, metrics.json (empty before a run ends) and the lines of metrics.jsonl.
         split: that was asked. logits_SN, routing_SLK: what was said of it.
-        audit: `mopefuse.audit.Audit.as_dict`, or None where none was made.
-        missing: `mopefuse.missing.Missing.as_dict` of this split and step; empty where nobody asked.
+        audit: `mopefuse.evaluation.audit.Audit.as_dict`, or None where none was made.
+        missing: `mopefuse.evaluation.missing.Missing.as_dict` of this split and step; empty where nobody asked.
         notes: what a reader must know first.
     """
 

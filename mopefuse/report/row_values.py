@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mopefuse.data._base import Row
-from mopefuse.modality import of
+from mopefuse.data.base import Row
+from mopefuse.modalities.base import of
 from mopefuse.report.data_pictures import Picture, picture
 
 

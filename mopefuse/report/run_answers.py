@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from mopefuse import metrics
-from mopefuse.gates import selected_metric
+from mopefuse.config.sides import is_comp
+from mopefuse.core.formatting import percent
+from mopefuse.metrics import classification as metrics
+from mopefuse.metrics.gates import selected_metric
 from mopefuse.report import figures
 from mopefuse.report.data_preview import draw
 from mopefuse.report.facts import RunFacts
 from mopefuse.report.pages import Section, fragment
 from mopefuse.report.row_values import text_of
 from mopefuse.report.settings import changed
-from mopefuse.shown import percent
-from mopefuse.sides import is_comp
 
 _EXAMPLES, _MISTAKES = 8, 8
 _CLASSES = 30  # of a confusion matrix that can be read

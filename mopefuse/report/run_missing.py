@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from mopefuse.core.formatting import percent, share
 from mopefuse.report import planes
 from mopefuse.report.facts import RunFacts
 from mopefuse.report.pages import Section, fragment
 from mopefuse.report.run_answers import main_metric
-from mopefuse.shown import percent, share
 
 
 def missing(facts: RunFacts) -> Section | None:

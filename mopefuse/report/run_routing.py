@@ -10,14 +10,14 @@ from typing import Any
 
 from torch import Tensor
 
-from mopefuse import routing
-from mopefuse.modality import of
+from mopefuse.core.formatting import percent
+from mopefuse.modalities.base import of
+from mopefuse.prompts import usage as routing
 from mopefuse.report import figures, planes
 from mopefuse.report.drawing import Drawing
 from mopefuse.report.facts import RunFacts
 from mopefuse.report.pages import Section, fragment
 from mopefuse.report.row_values import text_of
-from mopefuse.shown import percent
 
 _LAYERS, _EXPERTS, _CLASSES, _TIMES = 24, 32, 30, 16  # that a heat map shows
 _SPECIALISTS, _EXEMPLARS = 8, 5

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from mopefuse.core.formatting import percent, share
 from mopefuse.report import figures, planes
 from mopefuse.report.drawing import Drawing
 from mopefuse.report.facts import RunFacts
 from mopefuse.report.pages import Section, fragment
 from mopefuse.report.run_answers import main_metric
-from mopefuse.shown import percent, share
 
 
 def training(facts: RunFacts) -> Section | None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from mopefuse.config import RunConfig
-from mopefuse.setting_paths import flat
+from mopefuse.config.schema import RunConfig
+from mopefuse.config.setting_paths import flat
 
 
 def changed(config: RunConfig, *, hidden: Collection[str] = ()) -> list[tuple[str, str, str]]:

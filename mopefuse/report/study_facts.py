@@ -8,9 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mopefuse.compare import Comparison, Row, Spread, has_result
-from mopefuse.config import RunConfig
-from mopefuse.run import RunFolder
+from mopefuse.config.schema import RunConfig
+from mopefuse.runs.folder import RunFolder
+from mopefuse.studies.compare import Comparison, Row, Spread, has_result
 
 _NOT_YET = {
     "waiting": "not begun",

@@ -7,13 +7,13 @@ from typing import TypeVar
 
 from markupsafe import Markup
 
-from mopefuse.compare import Comparison, Row, Spread
+from mopefuse.core.formatting import share
 from mopefuse.report import planes
 from mopefuse.report.drawing import Drawing
 from mopefuse.report.pages import Section, fragment
 from mopefuse.report.study_facts import StudyFacts
 from mopefuse.report.sweeps import Sweep, sweeps
-from mopefuse.shown import share
+from mopefuse.studies.compare import Comparison, Row, Spread
 
 _MOST = len(planes.COLOURS)  # curves of one figure
 _ROWS = 60  # of a table of dots

@@ -6,15 +6,15 @@ from dataclasses import replace
 
 from markupsafe import Markup
 
-from mopefuse.compare import Comparison
+from mopefuse.config.setting_paths import flat
+from mopefuse.core.formatting import percent
 from mopefuse.report import study_figures
 from mopefuse.report.comparison import cells, notes
 from mopefuse.report.pages import Section, fragment, sections_page
 from mopefuse.report.settings import changed, written
 from mopefuse.report.study_facts import StudyFacts
-from mopefuse.run import RunFolder
-from mopefuse.setting_paths import flat
-from mopefuse.shown import percent
+from mopefuse.runs.folder import RunFolder
+from mopefuse.studies.compare import Comparison
 
 
 def sections(facts: StudyFacts) -> list[Section]:

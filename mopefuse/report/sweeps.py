@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mopefuse.compare import Row
+from mopefuse.studies.compare import Row
 
 _LEAST = 3  # different values that make a line
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from mopefuse.data.contents import Tokens
-from mopefuse.encoders._base import create_encoder
-from mopefuse.encoders._preprocess import TextPreprocess
+from mopefuse.encoders.base import create_encoder
+from mopefuse.encoders.preprocess import TextPreprocess
 from mopefuse.errors import DataError
 
 _LONG = 32  # times the limit; longer texts are not counted to their end

@@ -24,9 +24,9 @@ import transformers
 from mopefuse_audio_clips import Clip, Samples, clip_of
 from torch import Tensor
 
+from mopefuse.core.registry import Spec
 from mopefuse.encoders import BuiltIn, Encoded, Family, Inputs, Source, TransformersEncoder, mean_of
 from mopefuse.errors import EncoderError
-from mopefuse.registry import Spec
 
 _SECONDS = 10.0
 

@@ -18,9 +18,9 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
-from mopefuse.config import Data
-from mopefuse.data.files import Files, Look
+from mopefuse.config.schema import Data
 from mopefuse.errors import DataError
+from mopefuse.modalities.files import Files, Look
 
 MOST = 300_000_000  # samples of a clip, all channels together: 100 minutes in stereo at 25 kHz
 _BLOCK = 1 << 20  # samples decoded at a time, to be looked at

@@ -14,7 +14,8 @@ import torch
 import transformers
 from mopefuse_audio import AudioEncoder
 
-from mopefuse.encoders import Prompt, _description, create_encoder
+from mopefuse.encoders import Prompt, create_encoder
+from mopefuse.encoders import description as _description
 from mopefuse.errors import DataError, EncoderError
 from mopefuse.testing import check_encoder
 

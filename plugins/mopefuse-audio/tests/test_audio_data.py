@@ -20,7 +20,7 @@ from PIL import Image
 from test_audio import save, spec
 
 from mopefuse import build_fusion, load
-from mopefuse.config import Data
+from mopefuse.config.schema import Data
 from mopefuse.data.load import load_data
 from mopefuse.errors import ConfigError, DataError
 from mopefuse.fusion.build import require_rows

@@ -1,0 +1,148 @@
+"""Where things are kept that cost time to compute and cannot change: indexes of data, features, decoded images,
+models fetched from the hub, scripts of charts.
+
+``$MOPEFUSE_CACHE``, else ``mopefuse`` in ``$XDG_CACHE_HOME`` or ``~/.cache``. An entry is a folder named by its kind and
+a digest of everything that it depends on, published whole (`checkpoint.publish`) and verified when it is read; all runs
+share it. Where nothing can be written, nothing is kept.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mopefuse.core.artifact import TEMPORARY, publish, read_json, sweep, sync, verify
+from mopefuse.errors import CheckpointError, ResourceError
+
+KINDS = ("index", "features", "images", "models", "charts")
+
+
+def root() -> Path | None:
+    """The folder of the cache; None where there is none and none can be made."""
+    named = os.environ.get("MOPEFUSE_CACHE")
+    try:
+        base = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mopefuse"
+        base.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # no home
+        return None
+    return base if os.access(base, os.W_OK) else None
+
+
+def key_of(*parts: object) -> str:
+    """A digest of `parts`: the name of an entry that depends on them and on nothing else."""
+    return hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def find(kind: str, key: str, *, thorough: bool = True) -> tuple[Path, dict[str, Any]] | None:
+    """An entry's folder and its facts; None if there is none that is whole.
+
+    Args:
+        thorough: compare the digests of its files and not only their sizes.
+    """
+    base = root()
+    folder = base / kind / key if base else None
+    if folder is None or not folder.is_dir():
+        return None
+    facts = verified(folder, kind, thorough=thorough)  # if damaged, as if it were not there: the next `keep` replaces it
+    return None if facts is None else (folder, facts)
+
+
+def verified(folder: Path, kind: str, *, thorough: bool = True) -> dict[str, Any] | None:
+    """The facts of a published folder; None if it is not whole."""
+    try:
+        return verify(folder, kind=kind, thorough=thorough)
+    except (CheckpointError, OSError):
+        return None
+
+
+def keep(kind: str, key: str, write: Callable[[Path], None], facts: Mapping[str, Any]) -> Path | None:
+    """Publish an entry; its folder, or None where nothing can be kept (no cache folder, no space)."""
+    base = root()
+    if base is None:
+        return None
+    sweep(base / kind)
+    try:
+        publish(base / kind / key, write, {"kind": kind, **facts})
+    except ResourceError:  # no space, or another process was faster
+        return base / kind / key if find(kind, key, thorough=False) else None
+    return base / kind / key
+
+
+def parts(kind: str, key: str) -> list[Path]:
+    """The folders that `append` has published below an entry, in that order; not yet whether they are whole."""
+    base = root()
+    try:
+        folders = [path for path in (base / kind / key).iterdir() if path.name.isdecimal()] if base else []
+    except OSError:
+        return []
+    return sorted(folders, key=lambda path: int(path.name))
+
+
+def append(kind: str, key: str, write: Callable[[Path], None], facts: Mapping[str, Any]) -> Path | None:
+    """Publish one more part of an entry, under the next number; its folder, or None where nothing can be kept.
+
+    Of several processes, each gets a number of its own: a folder is only renamed to a name that is free.
+    """
+    base = root()
+    if base is None:
+        return None
+    entry = base / kind / key
+    waiting = entry / f"part{TEMPORARY}{uuid.uuid4().hex}-{os.getpid()}"  # `sweep` removes it should this process be killed
+    try:
+        sweep(entry)
+        publish(waiting, write, {"kind": kind, **facts})
+        while True:
+            last = max((int(path.name) for path in parts(kind, key)), default=-1)
+            try:
+                waiting.rename(entry / f"{last + 1:06d}")
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    raise
+                continue  # another process was faster
+            sync(entry)
+            return entry / f"{last + 1:06d}"
+    except (OSError, ResourceError):
+        return None
+    finally:
+        shutil.rmtree(waiting, ignore_errors=True)
+
+
+def entries() -> Iterator[tuple[str, Path, int, dict[str, Any]]]:
+    """(kind, folder, bytes, facts) of every entry."""
+    base = root()
+    for kind in KINDS if base else ():
+        assert base is not None
+        for folder in sorted(path for path in (base / kind).glob("*") if path.is_dir()):
+            size = sum(_size(path) for path in folder.rglob("*"))
+            found = [_facts(part) for part in parts(kind, folder.name)]
+            facts = {**found[-1], "rows": sum(part.get("rows", 0) for part in found)} if found else _facts(folder)
+            yield kind, folder, size, facts
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size if path.is_file() else 0
+    except OSError:  # gone since it was listed
+        return 0
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    try:
+        return read_json(folder / "manifest.json")
+    except CheckpointError:
+        return {}
+
+
+def clear() -> int:
+    """Remove every entry; how many bytes that freed."""
+    freed = 0
+    for _, folder, size, _ in list(entries()):
+        shutil.rmtree(folder, ignore_errors=True)
+        freed += 0 if folder.exists() else size
+    return freed

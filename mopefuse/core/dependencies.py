@@ -1,0 +1,141 @@
+"""Errors of torch, torchvision and the system that a user can mend, as errors of mopefuse; optional packages."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.machinery import ModuleSpec
+from importlib.metadata import version
+from types import ModuleType
+
+from mopefuse.core.formatting import size
+from mopefuse.errors import ConfigError, MopefuseError, PackageError, ResourceError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+_UNMAPPED = re.compile("failed to map segment|cannot allocate memory|Cannot allocate memory")
+_ALLOCATION = re.compile(
+    r"can't allocate memory(?:: you tried to allocate (\d+) bytes)?|can't start new thread|std::bad_alloc()"
+)
+_LESS_MEMORY = "free memory or raise its limit, use a smaller --batch, or --set train.accumulate=2"
+_SPARE = 256 * 2**20  # bytes that whoever needs PyTorch needs besides
+
+
+def require(*packages: str, extra: str, what: str) -> None:
+    """Refuse to go on without packages that `what` needs and the extra of that name installs. Imports none.
+
+    Raises:
+        PackageError: one of them is not installed.
+    """
+    from importlib.util import find_spec
+
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise PackageError(1, f"{what} needs {' and '.join(missing)}", fix=f'pip install "mopefuse[{extra}]"')
+
+
+def not_installed(error: ImportError) -> PackageError | None:
+    """What to do about a package that mopefuse needs and is not there; None if it is a module of our own."""
+    package = (error.name or "").partition(".")[0]
+    if not isinstance(error, ModuleNotFoundError) or package in ("", "mopefuse"):
+        return None
+    return PackageError(1, f"{package} is not installed", fix="pip install mopefuse")
+
+
+def mendable(error: Exception) -> MopefuseError | None:
+    """What a user can do about an error of a library; None if it is a bug."""
+    if isinstance(error, ModuleNotFoundError):
+        return not_installed(error)
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return ResourceError(
+            5, "out of GPU memory", where=str(error).split(".")[0], fix="use a smaller --batch, or --set train.accumulate=2"
+        )
+    if isinstance(error, RuntimeError) and int(os.environ.get("WORLD_SIZE", "1")) > 1 and _from_collective(error):
+        return ResourceError(
+            8, "another process failed", where=f"rank {os.environ.get('RANK')}", fix="see what that process said"
+        )
+    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+        return ResourceError(7, "a data worker was killed; usually host memory", where="data.workers", fix="lower data.workers")
+    if isinstance(error, RuntimeError) and "operator torchvision::" in str(error):
+        what = f"torchvision {version('torchvision')} does not match torch {version('torch')}"
+        return PackageError(2, what, fix="pip install --upgrade torch torchvision, both from one index")
+    if (needed := out_of_memory(error)) is not None:
+        return ResourceError(6, f"out of memory{needed}", fix=_LESS_MEMORY)
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return ResourceError(1, f"{error.strerror}", where=str(error.filename or ""), fix="free space, memory or open files")
+    if isinstance(error, OSError) and error.filename is not None:
+        return ConfigError(9, f"{error.strerror}: {error.filename}", fix="name a path that can be used")
+    return None
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """Whether this machine's memory, or what a process may have of it, ran out, and for what; None for another error."""
+    for one in _chain(error):
+        text = str(one)
+        if isinstance(one, ImportError) and _UNMAPPED.search(text):
+            return f" while {text.split(':')[0]} was loaded"
+        if isinstance(one, RuntimeError) and (match := _ALLOCATION.search(text)):
+            return f": {size(int(match[1]))} were needed at once" if match[1] else ""
+        if isinstance(one, MemoryError):
+            return ""
+    return None
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error and those that it was raised from."""
+    seen: list[BaseException] = []
+    one: BaseException | None = error
+    while one is not None and one not in seen:
+        seen.append(one)
+        one = one.__cause__ or (None if one.__suppress_context__ else one.__context__)
+    return iter(seen)
+
+
+class _TorchInLittleMemory:
+    """Tries in another process whether PyTorch can be imported within a limit of address space, before it is here.
+
+    Where the limit is a little too low, PyTorch does not raise an error while it loads: it ends the process.
+    """
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """None, which is to say that others find the module.
+
+        Raises:
+            ResourceError: it cannot be imported.
+        """
+        if name != "torch":
+            return None
+        sys.meta_path.remove(self)
+        trial = f"import mmap, torch; mmap.mmap(-1, {_SPARE})"
+        done = subprocess.run([sys.executable, "-c", trial], capture_output=True, text=True, errors="replace", check=False)
+        if done.returncode and re.search(f"{_UNMAPPED.pattern}|bad_alloc|MemoryError", done.stderr):
+            limit = size(_address_space())
+            what = f"this process may have {limit} of address space, too little to load PyTorch"
+            raise ResourceError(280, what, where="ulimit -v", fix="raise the limit, as ulimit -v unlimited does")
+        return None
+
+
+def guard_imports() -> None:
+    """Have an import of torch fail with an error where the address space of this process is limited too much for it."""
+    if _address_space() and "torch" not in sys.modules:
+        sys.meta_path.insert(0, _TorchInLittleMemory())
+
+
+def _address_space() -> int:
+    """Bytes that this process may map; 0 where there is no limit."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return 0
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return 0 if limit == resource.RLIM_INFINITY else limit
+
+
+def _from_collective(error: RuntimeError) -> bool:
+    text = f"{type(error).__name__} {error}".lower()
+    return any(word in text for word in ("dist", "gloo", "nccl", "connection closed by peer"))

@@ -1,0 +1,109 @@
+"""What of an installation works, found out without importing what may be broken into this process."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import EntryPoint, PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from mopefuse.core import registry
+
+_CORE = "torch torchvision timm transformers open_clip_torch typer rich pydantic pyyaml safetensors huggingface_hub".split()
+_CORE += "scikit-learn pillow numpy jinja2".split()
+_EXTRAS = {"onnx": "export", "onnxruntime": "export", "matplotlib": "report", "tensorboard": "track"}
+_EXTRAS |= {"peft": "lora", "optuna": "search"}
+_CHECKS = {
+    "torch and torchvision": ("import torchvision", "torch and torchvision do not match; pip install -U torch torchvision"),
+    "timm": ("import timm", "timm cannot be imported; pip install -U timm"),
+    "transformers": ("import transformers", "transformers cannot be imported; pip install -U transformers"),
+    "open_clip": ("import open_clip", "open_clip cannot be imported; pip install -U open_clip_torch"),
+}
+_SECONDS = 120  # for one import
+_DEVICES = """
+import torch
+print("cpu,", torch.get_num_threads(), "threads")
+for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+    p = torch.cuda.get_device_properties(i)
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    print(f"cuda:{i}, {p.name}, {p.total_memory / 2**30:.0f} GiB, bf16 {bf16}")
+if torch.backends.mps.is_available():
+    print("mps")
+"""
+
+
+@dataclass
+class Examination:
+    """What was found."""
+
+    versions: dict[str, str] = field(default_factory=dict)
+    machine: dict[str, str] = field(default_factory=dict)
+    plugins: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def examine() -> Examination:
+    """Versions, devices, caches and plugins; each import is tried in a process of its own."""
+    found = Examination()
+    found.versions = {"python": platform.python_version()} | {name: _version(name) for name in ("mopefuse", *_CORE)}
+    for name, extra in _EXTRAS.items():
+        found.versions[name] = _version(name).replace("missing", f'not installed (pip install "mopefuse[{extra}]")')
+    found.problems += [f"{name} is missing; pip install {name}" for name in _CORE if found.versions[name] == "missing"]
+    for name, (code, problem) in _CHECKS.items():
+        error = _try(code)[1]
+        found.machine[name] = error or "works"
+        if error:
+            found.problems.append(f"{problem} ({error})")
+    found.machine["devices"] = "; ".join(_try(_DEVICES)[0].splitlines()) or "none"
+    home = Path(os.environ.get("HF_HOME") or Path("~/.cache/huggingface").expanduser())
+    found.machine["hub cache"] = f"{home} ({'there' if home.is_dir() else 'not there yet'})"
+    found.machine["offline"] = "yes (HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else "no"
+    found.machine["shared memory"] = _shared_memory()
+    for group in registry.KINDS:
+        for name, point in registry.to_write(group).items():
+            owner = registry.distribution(point)
+            found.plugins[f"{group.partition('.')[2]}: {name}"] = owner
+            if owner != registry.OURS:
+                found.problems += _problems_of(group, name, point)
+    return found
+
+
+def _problems_of(group: str, name: str, point: EntryPoint) -> list[str]:
+    """What is wrong with an entry point of a plugin, by its import in a process of its own."""
+    place = f"{point.name} = {point.value} of {registry.distribution(point)}"
+    clash = [f"{place} has a name that others claim; write {name}"] if registry.state(point) == "clash" else []
+    error = _try(f"from mopefuse.core.registry import load; load({group!r}, {name!r})")[1]
+    return [*clash, f"{place}: {error}"] if error else clash
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "missing"
+
+
+def _try(code: str) -> tuple[str, str]:
+    """(stdout, last line of the error) of a snippet of Python in a fresh process."""
+    try:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return "", f"no answer in {_SECONDS} seconds"
+    said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+    return done.stdout, said[-1] if done.returncode else ""
+
+
+def _shared_memory() -> str:
+    place = Path("/dev/shm")
+    if not place.is_dir():
+        return "not used on this system"
+    facts = os.statvfs(place)
+    return f"{facts.f_frsize * facts.f_blocks / 2**30:.1f} GiB"

@@ -1,0 +1,194 @@
+"""Files of hub repositories: from the local cache first, else fetched, checked, and every failure in plain words.
+
+The cache wins even when the repository has moved on since: the same run gives the same encoder, and works without a
+network. Only error classes of `huggingface_hub.errors` are told apart; of the transport below it, none is named.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from mopefuse.core import error_numbers as _numbers
+from mopefuse.core.aliases import ALIASES
+from mopefuse.core.artifact import sha256
+from mopefuse.errors import EncoderError, MopefuseError, ResourceError, nearest
+
+_SECONDS = 3.0  # for the first answer of the hub
+_SHA256_DIGITS = 64
+_ELSEWHERE = (
+    "create it once on a connected machine and copy its cache (HF_HOME), or use a local folder or ?weights=file, "
+    "or add ?pretrained=false for random weights"
+)
+
+
+def fetch(repo: str, filename: str, revision: str | None = None, *, where: str) -> Path | None:
+    """One file of a repository on the local disk; None if the repository has no such file.
+
+    Args:
+        where: the spec that asked, for messages.
+
+    Raises:
+        EncoderError: offline, unreachable, gated, not visible, missing, broken: each with its own number and text.
+        ResourceError: the cache cannot be written.
+    """
+    try:
+        cached = try_to_load_from_cache(repo, filename, revision=revision)
+    except HFValidationError as error:
+        raise EncoderError(
+            _numbers.NOT_FOUND, f"{repo!r} is not the name of a repository", where=where, fix="write organisation/name"
+        ) from error
+    if isinstance(cached, str):
+        return Path(cached)
+    if cached is not None:  # known not to be there
+        return None
+    try:
+        metadata = get_hf_file_metadata(hf_hub_url(repo, filename, revision=revision), timeout=_SECONDS)
+    except EntryNotFoundError:
+        return None
+    except Exception as error:  # asked over the network only: whatever failed, it was the way there
+        raise explain(error, repo, revision, where) from error
+    path = _download(repo, filename, revision, where)
+    _verify(path, metadata.etag, where)
+    return path
+
+
+def _download(repo: str, filename: str, revision: str | None, where: str) -> Path:
+    try:
+        return Path(hf_hub_download(repo, filename, revision=revision))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise explain(error, repo, revision, where) from error
+    except OSError as error:
+        raise ResourceError(
+            _numbers.CACHE_NOT_WRITABLE,
+            f"cannot write {filename} of {repo} to {error.filename or HF_HUB_CACHE}: {error.strerror or error}",
+            where=where,
+            fix="free space there, or set HF_HOME to a folder that can be written",
+        ) from error
+    except Exception as error:
+        raise EncoderError(
+            _numbers.BROKEN_DOWNLOAD,
+            f"the download of {filename} of {repo} broke off: {error}",
+            where=where,
+            fix="try again: it resumes",
+        ) from error
+
+
+def _verify(path: Path, etag: str | None, where: str) -> None:
+    """Compare a large file with the hub's own sha256 (the etag of such files); a file that differs is removed."""
+    if etag is None or len(etag) != _SHA256_DIGITS:
+        return
+    found = sha256(path)
+    if found != etag:
+        path.resolve().unlink()
+        path.unlink(missing_ok=True)
+        raise EncoderError(
+            _numbers.BROKEN_DOWNLOAD,
+            f"{path.name} arrived with sha256 {found[:12]}…, the hub says {etag[:12]}…; it was removed",
+            where=where,
+            fix="try again",
+        )
+
+
+def fetch_all(repo: str, filenames: Iterable[str], revision: str | None = None, *, where: str) -> None:
+    """Bring those of `filenames` that the repository has into the cache; what is cached already suffices offline.
+
+    Raises:
+        EncoderError, ResourceError: as `fetch`, save that an unreachable hub is no error here: these files are optional.
+    """
+    for filename in filenames:
+        try:
+            fetch(repo, filename, revision, where=where)
+        except EncoderError as error:
+            if error.code not in (_code(_numbers.OFFLINE), _code(_numbers.UNREACHABLE)):
+                raise
+            return
+
+
+def fetch_safetensors(repo: str, revision: str | None = None, *, where: str) -> Path:
+    """``model.safetensors`` of a repository, or the index of its parts with all of them fetched.
+
+    Raises:
+        EncoderError: the repository has no safetensors; or as `fetch`.
+    """
+    whole = fetch(repo, "model.safetensors", revision, where=where)
+    if whole is not None:
+        return whole
+    index = fetch(repo, "model.safetensors.index.json", revision, where=where)
+    if index is None:
+        raise no_safetensors(repo, where)
+    for part in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())):
+        if fetch(repo, part, revision, where=where) is None:
+            raise EncoderError(
+                _numbers.BROKEN_DOWNLOAD, f"{repo} lacks {part}, which its index names", where=where, fix="tell its owner"
+            )
+    return index
+
+
+def no_safetensors(name: str, where: str) -> EncoderError:
+    """The error for a repository or folder with weights in pickles only, or with none."""
+    return EncoderError(
+        _numbers.NO_SAFETENSORS,
+        f"{name} has no safetensors weights; other formats (.bin, .pt) are pickles and could run code",
+        where=where,
+        fix="use a revision with model.safetensors, or convert the weights where you trust them",
+    )
+
+
+def explain(error: Exception, repo: str, revision: str | None, where: str) -> MopefuseError:
+    """What a failure on the way to the hub means, and what to do."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    number, what, fix = _meaning(error, status, repo, revision)
+    if "/" not in repo and (near := nearest(repo, ALIASES["hf"], most=2)):  # no organisation: an alias was meant
+        fix = f"did you mean {', '.join(f'hf:{name}' for name in near)}? Else {fix}"
+    return EncoderError(number, what, where=where, fix=fix)
+
+
+def _meaning(error: Exception, status: int | None, repo: str, revision: str | None) -> tuple[int, str, str]:
+    if isinstance(error, GatedRepoError):
+        return _numbers.GATED, f"{repo} is gated", "accept its terms on its page, then set HF_TOKEN"
+    if isinstance(error, RepositoryNotFoundError) and status == 401:
+        return (
+            _numbers.NOT_VISIBLE,
+            f"there is no repository {repo}, or it is private and no token was given",
+            "check the spelling, or set HF_TOKEN",
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return _numbers.NOT_FOUND, f"there is no repository {repo} that your token can see", "check the spelling"
+    if isinstance(error, RevisionNotFoundError):
+        return (
+            _numbers.NO_REVISION,
+            f"{repo} has no revision {revision or 'main'!r}",
+            "use a branch, a tag or a full commit after the @",
+        )
+    if isinstance(error, OfflineModeIsEnabled):
+        return _numbers.OFFLINE, f"{repo} is not in the local cache, and HF_HUB_OFFLINE=1 forbids the network", _ELSEWHERE
+    if isinstance(error, HfHubHTTPError) and status == 401:
+        return _numbers.BAD_TOKEN, f"the hub does not accept your token for {repo}", "renew HF_TOKEN, or unset it"
+    if isinstance(error, HfHubHTTPError) and status == 403:
+        return _numbers.FORBIDDEN, f"your token may not read {repo}", "use a token with permission to read it"
+    if isinstance(error, HfHubHTTPError):
+        return _numbers.HUB_FAILED, f"the hub failed on {repo} (HTTP {status})", "try again later"
+    return (
+        _numbers.UNREACHABLE,
+        f"{repo} is not in the local cache, and the hub cannot be reached ({type(error).__name__})",
+        _ELSEWHERE,
+    )
+
+
+def _code(number: int) -> str:
+    return EncoderError(number, "").code

@@ -1,0 +1,253 @@
+"""Make a bundle: one graph with all that running it needs, checked against the model before it is published.
+
+Its preprocessing is compared with training's, bit for bit, and its answers with the model's, alone and in batches, for short,
+long and padded texts.
+
+Shapes: B batch, N labels.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mopefuse.config.recipe import to_yaml
+from mopefuse.config.schema import RunConfig
+from mopefuse.core.artifact import dump_json
+from mopefuse.data.load import load_data
+from mopefuse.errors import ConfigError, EncoderError, GateError, NumericError
+from mopefuse.evaluation.answers import judge
+from mopefuse.evaluation.split import ask_split
+from mopefuse.export import graph
+from mopefuse.export.model_card import model_card
+from mopefuse.fusion.base import Fusion
+from mopefuse.inference.bundle import KIND, MODELS, Array, Bundle
+from mopefuse.inference.predict import Predictor
+from mopefuse.inference.pt2 import save_pt2
+from mopefuse.runs.load import Loaded
+
+TOLERANCE = 1e-4  # of logits, in float32
+INT8_TOLERANCE = 1e-2  # of the example on another machine, whose 8-bit arithmetic may differ
+EXAMPLE_TEXT = "an example"
+_REPEATS = 9  # of timed forward passes
+
+Notice = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far a graph is from the model that it was made of, over all probes.
+
+    Args:
+        milliseconds: median time of one pair, {"graph", "model"}, on the same threads.
+    """
+
+    max_difference: float
+    labels_agree: float
+    probes: int
+    threads: int
+    milliseconds: dict[str, float]
+
+
+def public(config: RunConfig) -> RunConfig:
+    """A configuration without the places of its data, which are nobody else's business."""
+    return config.model_copy(update={"data": config.data.model_copy(update={"path": None, "image_roots": ()})})
+
+
+class Maker:
+    """Writes and checks one bundle; `manifest` is complete when `write` has returned."""
+
+    def __init__(
+        self, loaded: Loaded, facts: dict[str, Any], form: str, *, routing: bool, int8: bool, name: str, notice: Notice
+    ) -> None:
+        self.loaded, self.facts, self.form, self.int8, self.name, self.notice = loaded, facts, form, int8, name, notice
+        self.config = public(loaded.config)
+        self.graph = graph.Graph(loaded.model, routing=routing)
+        self.command = f"mopefuse export RUN --format {form}{' --routing' * routing}{' --int8' * int8} -o OUT"
+        self.manifest: dict[str, Any] = {"kind": KIND, "model": form}
+        self.parity: Parity | None = None
+
+    def write(self, folder: Path) -> None:
+        """All files of the bundle; raises before anything of it is published."""
+        sides, empty = describe(self.loaded.model, folder), self.config.data.on_missing != "error"
+        (folder / "preprocess.json").write_text(dump_json({"sides": sides, "empty_is_missing": empty}), encoding="utf-8")
+        labels = {"labels": self.facts["labels"], "multi_label": self.facts["multi_label"]}
+        labels["thresholds"] = self.facts["progress"]["thresholds"]
+        (folder / "labels.json").write_text(dump_json(labels), encoding="utf-8")
+        (folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+        images, texts = probes(sides)
+        self._check_routing(images, texts)
+        self.notice("tracing the model")
+        lengths, example = graph.fixed_lengths(sides), self.graph.collate(images[:3], texts[:3])
+        program = graph.trace(self.graph, example, lengths)
+        file = folder / MODELS[self.form]
+        self.notice(f"writing {file.name}")
+        if self.form == "onnx":
+            graph.save_onnx(program, self.graph, example, lengths, file)
+        else:
+            save_pt2(program, file)
+        del program
+        self.notice("comparing its answers with the model's")
+        bundle = Bundle(folder, "cpu", threads=torch.get_num_threads(), manifest=self.manifest)
+        self.parity = compare(self.graph, bundle, images, texts)
+        self.manifest["parity"] = asdict(self.parity)
+        if self.int8:
+            bundle = self._quantise(bundle, file)
+        self._write_example(folder, bundle)
+        self._write_card(folder)
+
+    def _check_routing(self, images: Sequence[Any], texts: Sequence[Any]) -> None:
+        if not self.graph.routing:
+            return
+        with torch.no_grad():
+            output = self.loaded.model(self.loaded.model.collate(images[:1], texts[:1]))
+        if output.routing_BLK is None:
+            raise ConfigError(69, "this model routes nothing", where="--routing", fix="leave --routing out")
+
+    def _quantise(self, bundle: Bundle, file: Path) -> Bundle:
+        self.notice("evaluating the validation split")
+        config = self.loaded.config.data
+        data = load_data(config, require=("val",))
+        known: dict[str, Any] = {"thresholds": self.loaded.thresholds, "together": False}
+        before = judge(ask_split(bundle, data, "val", config), data, "val", **known).metrics
+        graph.quantise(file)
+        small = Bundle(bundle.folder, "cpu", threads=torch.get_num_threads(), manifest=self.manifest)
+        self.notice("evaluating it again, in 8 bits")
+        after = judge(ask_split(small, data, "val", config), data, "val", **known).metrics
+        self.manifest["int8"] = {"before": before, "after": after}
+        return small
+
+    def _write_example(self, folder: Path, bundle: Bundle) -> None:
+        """A made-up pair and what the bundle says of it: nobody's data."""
+        image = _gradient(64, 48)
+        image.save(folder / "example.png")
+        logits_BN, _ = bundle.run(bundle.collate([image], [EXAMPLE_TEXT]))
+        example = {
+            "image": "example.png",
+            "text": EXAMPLE_TEXT,
+            "logits": logits_BN[0].tolist(),
+            "answer": Predictor(bundle).predict([image], [EXAMPLE_TEXT])[0],
+            "tolerance": INT8_TOLERANCE if self.int8 else TOLERANCE,
+        }
+        (folder / "example.json").write_text(dump_json(example), encoding="utf-8")
+
+    def _write_card(self, folder: Path) -> None:
+        assert self.parity is not None
+        found = f"{self.parity.max_difference:.2g}, in {self.parity.probes} probes"
+        checks = {"largest difference of its logits from the model's": found}
+        for when, metrics in (self.manifest.get("int8") or {}).items():
+            name = next(key for key in ("accuracy", "f1_macro") if key in metrics)
+            checks[f"validation {name} {when} 8-bit weights"] = f"{metrics[name]:.4f}"
+        card = model_card(self.facts, title=self.name, form=self.form, checks=checks, command=self.command)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def describe(model: Fusion, folder: Path) -> dict[str, dict[str, Any]]:
+    """How each side's raw values become inputs, for preprocess.json; tokenizers are written into `folder`.
+
+    Raises:
+        EncoderError: an encoder whose preprocessing only it can do.
+    """
+    sides: dict[str, dict[str, Any]] = {}
+    for side, (modality, preprocess) in model.readers().items():
+        how, save = preprocess.describe(), getattr(preprocess, "save", None)
+        known = {"image": {"size", "resize", "interpolation"}, "text": {"max_tokens"}}.get(modality, {"unknown"})
+        if not known <= how.keys() or (modality == "text" and save is None):
+            raise EncoderError(
+                57, f"the preprocessing of {model.encoder(side).spec} cannot be taken out of it", fix="use --format adapter"
+            )
+        if save is not None:
+            file = folder / f"{side}-tokenizer.json"
+            how |= {"tokenizer_name": how["tokenizer"], "vocabulary": getattr(preprocess, "vocabulary", 0)}
+            how["length"] = getattr(preprocess, "length", None)
+            how["tokenizer"] = {**save(file), **({"file": file.name} if file.exists() else {})}
+        sides[side] = how | {"may_lack": side in model.does_without}
+    return sides
+
+
+def probes(sides: Mapping[str, Mapping[str, Any]]) -> tuple[list[Any], list[Any]]:
+    """Seven pairs: images of several shapes; texts that are empty, short, of other scripts, too long for any encoder; none
+    where the model can do without."""
+    rng = np.random.default_rng(0)
+    sizes = [(64, 48), (48, 64), (333, 250), (16, 16), (300, 20), (224, 224), (31, 97)]
+    images = [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
+    images[2] = _gradient(333, 250)
+    longest = max((how["max_tokens"] for how in sides.values() if how["modality"] == "text"), default=1)
+    words = "the quick brown fox, jumps over 12 lazy dogs; isn't it? "
+    middle = words * max(1, min(longest, 128) // 32)
+    other = "Größe 42 – “très” bon café &amp; 日本語"
+    texts = ["a small red shoe", "", words, other, middle, words * longest, "what is the top left digit?"]
+    found: dict[str, list[Any]] = {"image": [*images], "text": [*texts]}
+    for number, how in enumerate(sides.values()):
+        if how["may_lack"]:
+            found[how["modality"]][3 + number % 4] = None
+    return found["image"], found["text"]
+
+
+def _gradient(width: int, height: int) -> Image.Image:
+    row, column = np.mgrid[0:height, 0:width]
+    channels = (255 * column // width, 255 * row // height, 255 * (row + column) // (width + height))
+    return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
+
+
+def compare(made: graph.Graph, bundle: Bundle, images: Sequence[Any], texts: Sequence[Any]) -> Parity:
+    """The bundle against the model, at batch sizes 1, 2 and 7: inputs must be equal, logits nearly.
+
+    Raises:
+        GateError: inputs differ, or logits by more than `TOLERANCE`, or a label.
+    """
+    groups = [[i] for i in range(7)] + [[0, 1], [1, 5], [3, 6], [*range(7)]]
+    worst, agree, routed = 0.0, 0, 0.0
+    for group in groups:
+        own = made.collate([images[i] for i in group], [texts[i] for i in group])
+        theirs = bundle.collate([images[i] for i in group], [texts[i] for i in group])
+        for name, tensor in own.items():
+            if not np.array_equal(tensor.numpy(), theirs[name]):
+                where, what = f"inputs {group}", f"{name} of the bundle is not what training makes of the same pair"
+                raise GateError(2, what, where=where, fix="use --format adapter, and report it")
+        with torch.no_grad():
+            wanted = [output.numpy() for output in made(own)]
+        found = bundle.run(theirs)
+        worst = max(worst, _off(found[0], wanted[0]))
+        routed = max(routed, 0.0 if found[1] is None else _off(found[1], wanted[1]))
+        agree += int((_chosen(found[0], bundle) == _chosen(wanted[0], bundle)).all(axis=-1).sum())
+    count = sum(map(len, groups))
+    if not max(worst, routed) <= TOLERANCE:
+        what = f"the exported graph's answers differ by {max(worst, routed):.2g}, more than {TOLERANCE:g}"
+        where = f"{agree} of {count} labels agree"
+        raise GateError(2, what, where=where, fix="use --format adapter, and report it")
+    return Parity(worst, agree / count, count, torch.get_num_threads(), _times(made, bundle, images[:1], texts[:1]))
+
+
+def _off(found: Array, wanted: Array) -> float:
+    if not np.isfinite(wanted).all():
+        raise NumericError(3, "the model's answer is not finite", where="probes", fix="use another checkpoint")
+    return float(np.abs(found - wanted).max())
+
+
+def _chosen(logits_BN: Array, bundle: Bundle) -> Array:
+    """Which labels are said: (B, N) of booleans, or the place of the likeliest (B, 1)."""
+    if bundle.multi_label:
+        return logits_BN >= np.log(np.array(bundle.thresholds) / (1 - np.array(bundle.thresholds) + 1e-12))
+    return np.asarray(logits_BN.argmax(axis=-1)[:, None])
+
+
+def _times(made: graph.Graph, bundle: Bundle, images: Sequence[Any], texts: Sequence[Any]) -> dict[str, float]:
+    """Median milliseconds of one pair in turn, without its preprocessing."""
+    own, theirs = made.collate(images, texts), bundle.collate(images, texts)
+    taken: dict[str, list[float]] = {"graph": [], "model": []}
+    with torch.inference_mode():
+        for _ in range(_REPEATS):
+            for name, action in (("graph", lambda: bundle.run(theirs)), ("model", lambda: made(own))):
+                begun = time.perf_counter()
+                action()
+                taken[name].append(1e3 * (time.perf_counter() - begun))
+    return {name: statistics.median(values[1:]) for name, values in taken.items()}

@@ -1,0 +1,148 @@
+"""Put a trained model on the hub: an adapter of a run, or what was exported, as it is.
+
+A repository is made private unless it is asked to be public; one that is public already is not written to by mistake.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
+from mopefuse.config.sides import specs
+from mopefuse.core.artifact import MANIFEST, verify
+from mopefuse.core.registry import parse_spec
+from mopefuse.errors import CheckpointError, ConfigError, EncoderError, MopefuseError
+from mopefuse.runs.adapter import AdapterFolder
+from mopefuse.runs.locate import PREFIX, kind_of, locate, trained
+
+_SECONDS = 10.0  # for the first answer of the hub
+_UNREACHABLE = 59  # as `_explain` numbers it
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """What would be uploaded.
+
+    Args:
+        files: name to bytes.
+        private: whether the repository is, or will be.
+        there: whether it exists already; None if the hub could not be asked.
+        local: encoders that are folders of this machine, which nobody else can load by that name.
+    """
+
+    repo: str
+    folder: Path
+    files: dict[str, int]
+    private: bool
+    there: bool | None
+    local: tuple[str, ...]
+
+
+@contextmanager
+def pack(
+    run: Path, repo: str, *, checkpoint: str = "best", public: bool = False, offline: bool = False
+) -> Iterator[Parcel]:
+    """What pushing a run, an adapter or a bundle to `repo` would upload; nothing is sent yet.
+
+    Args:
+        offline: go on where the hub cannot be reached, without knowing whether the repository exists.
+
+    Raises:
+        ConfigError: no name of a repository, or it is public already and `public` was not said.
+        CheckpointError: the folder is damaged. EncoderError: the hub cannot be reached or does not let you in.
+    """
+    name = repo.removeprefix(PREFIX)
+    if name.count("/") != 1:
+        raise ConfigError(72, f"{repo!r} is not the name of a repository", where="push", fix="write organisation/name")
+    folder = locate(run)
+    kind = _ready(folder, checkpoint)
+    try:
+        there, private = _state(name)
+    except EncoderError as error:
+        if not offline or error.number != _UNREACHABLE:
+            raise
+        there, private = None, False
+    if there and not private and not public:
+        raise ConfigError(73, f"{name} is public", where="push", fix="add --public, or name another repository")
+    with tempfile.TemporaryDirectory() as temporary:
+        if not kind:
+            from mopefuse.export.export import export
+
+            folder, kind = Path(temporary) / name.partition("/")[2], "adapter"
+            export(run, folder, form="adapter", checkpoint=checkpoint)
+        names = [MANIFEST, *verify(folder, kind=kind, thorough=False)["files"]]
+        sizes = {file: (folder / file).stat().st_size for file in sorted(names)}
+        yield Parcel(name, folder, sizes, private if there else not public, there, _local(folder) if kind == "adapter" else ())
+
+
+def _local(adapter: Path) -> tuple[str, ...]:
+    config = AdapterFolder(adapter).config()
+    places = {spec: parse_spec(spec).name.partition("#")[0] for spec in specs(config).values() if spec}
+    return tuple(spec for spec, place in places.items() if os.path.isdir(os.path.expanduser(place)))
+
+
+def _ready(folder: Path, checkpoint: str) -> str:
+    """``adapter`` or ``bundle`` for what is pushed as it is, checked; empty for a run."""
+    kind = kind_of(folder)
+    if kind not in ("adapter", "bundle"):
+        trained(folder).config()
+        return ""
+    verify(folder, kind=kind)
+    if checkpoint != "best":
+        what = f"what was exported has no checkpoint {checkpoint}"
+        raise CheckpointError(4, what, where=str(folder), fix="leave --checkpoint out")
+    return kind
+
+
+def _state(repo: str) -> tuple[bool | None, bool]:
+    """Whether a repository exists, and whether it is private."""
+    try:
+        return True, bool(HfApi().repo_info(repo, timeout=_SECONDS).private)
+    except RepositoryNotFoundError as error:
+        if error.response.status_code == 401:  # nobody is told what there is
+            raise _explain(error, repo) from error
+        return False, False
+    except Exception as error:  # asked over the network only: whatever failed, it was the way there
+        raise _explain(error, repo) from error
+
+
+def send(parcel: Parcel) -> str:
+    """Upload a parcel in one commit; the address of the repository.
+
+    Raises:
+        EncoderError: the hub cannot be reached, or does not let you write.
+    """
+    api = HfApi()
+    try:
+        if not parcel.there:
+            api.create_repo(parcel.repo, private=parcel.private, exist_ok=True)
+        done = api.upload_folder(
+            repo_id=parcel.repo,
+            folder_path=parcel.folder,
+            allow_patterns=list(parcel.files),
+            commit_message="A model of mopefuse",
+        )
+    except Exception as error:  # as above
+        raise _explain(error, parcel.repo) from error
+    return str(done.repo_url if hasattr(done, "repo_url") else done)
+
+
+def _explain(error: Exception, repo: str) -> MopefuseError:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, HFValidationError):
+        return ConfigError(72, f"{repo!r} is not the name of a repository", where="push", fix="write organisation/name")
+    if status in (401, 403):
+        fix = "set HF_TOKEN to a token that may write there"
+        return EncoderError(58, f"the hub does not let you write to {repo} (HTTP {status})", where="push", fix=fix)
+    if isinstance(error, HfHubHTTPError) and status is not None:
+        return EncoderError(44, f"the hub failed on {repo} (HTTP {status})", where="push", fix="try again later")
+    return EncoderError(
+        59, f"the hub cannot be reached ({type(error).__name__})", where="push", fix="go online, and unset HF_HUB_OFFLINE"
+    )

@@ -1,0 +1,48 @@
+"""A trained run as something to ask, see `mopefuse.inference.predict`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mopefuse.config.sides import Comp
+from mopefuse.core import device as devices
+from mopefuse.metrics import classification as metrics
+from mopefuse.modalities.base import by_argument
+from mopefuse.runs.load import load_model
+from mopefuse.runs.locate import trained
+
+
+class RunModel:
+    """The model of a run or an adapter on its device.
+
+    Raises:
+        CheckpointError: there is no such run or checkpoint, or the encoders are not those that it was trained with.
+    """
+
+    def __init__(self, run: Path, checkpoint: str, device: str, *, main: str | None = None, comp: Comp = None) -> None:
+        self.device = devices.resolve(device)
+        loaded = load_model(trained(run), checkpoint, self.device, main=main, comp=comp)
+        self.fusion, self.precision = loaded.model, loaded.config.train.precision
+        self.labels: tuple[str, ...] = tuple(loaded.manifest["labels"])
+        self.modalities = tuple(dict.fromkeys(self.fusion.encoder(side).modality for side in self.fusion.reads))
+        needed = {self.fusion.encoder(side).modality for side in set(self.fusion.reads) - set(self.fusion.does_without)}
+        self.may_lack = tuple(name for name in self.modalities if name not in needed)
+        self.empty_is_missing = loaded.config.data.on_missing != "error"
+        self.multi_label: bool = loaded.manifest["multi_label"]
+        each = loaded.thresholds
+        self.thresholds: Sequence[float] = [each] * len(self.labels) if isinstance(each, float) else each
+
+    @torch.no_grad()
+    def say(self, values: Mapping[str, Sequence[Any]]) -> tuple[list[list[float]], list[Any] | None]:
+        """Probabilities (B, N) and routing; see `mopefuse.inference.predict.Model`."""
+        devices.flush_denormals(self.device)
+        batch = self.fusion.collate(**by_argument(values))
+        with devices.autocast(self.precision, self.device):
+            output = self.fusion(batch)
+        p_BN = metrics.probabilities(output.logits_BN.float().cpu(), multi_label=self.multi_label)
+        routing = None if output.routing_BLK is None else output.routing_BLK.float().cpu().tolist()
+        return p_BN.tolist(), routing

@@ -1,0 +1,147 @@
+"""Paired bootstrap over test samples: how much of a difference between two systems is the choice of the samples.
+
+Efron and Tibshirani, An Introduction to the Bootstrap, 1993 (percentile interval, chapter 13); Berg-Kirkpatrick,
+Burkett and Klein, An Empirical Investigation of Statistical Significance in NLP, EMNLP 2012 (the test, paired).
+Shapes: R resamples, S samples, N labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import csr_array
+
+RESAMPLES, SEED = 10_000, 0
+_AT_ONCE = 4_000_000  # numbers of a block of resamples, by sample or by label
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run says of the test samples, and what is true: which labels, both (S, N), sparse, 1 where there is one."""
+
+    predicted_SN: csr_array
+    actual_SN: csr_array
+
+    @cached_property
+    def right_SN(self) -> csr_array:
+        """Labels that are predicted and true."""
+        return csr_array(self.predicted_SN.multiply(self.actual_SN))
+
+    @cached_property
+    def counts_3S(self) -> Floats:
+        """How many labels of each sample are right, predicted and true (3, S)."""
+        return np.stack([each_SN.sum(axis=1) for each_SN in (self.right_SN, self.predicted_SN, self.actual_SN)])
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A metric of one system less that of another, its 95 % interval, and a two-sided p-value."""
+
+    value: float
+    low: float
+    high: float
+    p: float
+
+
+def difference(
+    ours: Sequence[Outcome], theirs: Sequence[Outcome], metric: str, *, resamples: int = RESAMPLES, seed: int = SEED
+) -> Difference:
+    """The difference of a metric between two systems, each given by one run a seed, on the same samples in the same order.
+
+    The metric of a system is its mean over seeds; so the numbers of seeds may differ, and where they are equal this is the
+    mean of the differences of seeds paired in order. Samples are drawn with replacement, the same for all runs of both
+    systems. With d the difference on the test split and d* on a resample:
+
+    * interval: the 2.5 and 97.5 percentiles of d*;
+    * p = (1 + number of resamples with |d* - d| >= |d|) / (1 + resamples): d* centred at no difference, two-sided.
+
+    What varies is the choice of test samples alone. That another seed gives another model is in the deviation over seeds,
+    not here.
+
+    Args:
+        metric: of `METRICS`.
+    """
+    assert ours and theirs
+    samples, labels = ours[0].actual_SN.shape
+    whole = np.ones((1, samples))
+    observed = float((_of_system(ours, metric, whole) - _of_system(theirs, metric, whole))[0])
+    blocks = [
+        _of_system(ours, metric, weights_RS) - _of_system(theirs, metric, weights_RS)
+        for weights_RS in drawn(samples, resamples, seed, labels=labels)
+    ]
+    drawn_R = np.concatenate(blocks)
+    low, high = np.quantile(drawn_R, [0.025, 0.975])
+    beyond = int((np.abs(drawn_R - observed) >= abs(observed) - 1e-12).sum())  # sums of the same terms in another order
+    return Difference(observed, float(low), float(high), (1 + beyond) / (1 + resamples))
+
+
+def drawn(samples: int, resamples: int, seed: int, *, labels: int = 1) -> Iterator[Floats]:
+    """Blocks (R, S) of how often each sample is in each resample, drawn with replacement; the same for any `labels`.
+
+    Args:
+        labels: N, which bounds the blocks where a metric has numbers (R, N).
+    """
+    random = np.random.default_rng(seed)
+    block = max(1, _AT_ONCE // max(samples, labels))
+    for first in range(0, resamples, block):
+        count = min(block, resamples - first)
+        index_RS = random.integers(0, samples, (count, samples)) + samples * np.arange(count)[:, None]
+        yield np.bincount(index_RS.ravel(), minlength=count * samples).reshape(count, samples).astype(np.float64)
+
+
+def _of_system(runs: Sequence[Outcome], metric: str, weights_RS: Floats) -> Floats:
+    return np.asarray(np.mean([METRICS[metric](run, weights_RS) for run in runs], axis=0), np.float64)
+
+
+def _accuracy(run: Outcome, weights_RS: Floats) -> Floats:
+    """Share of samples with exactly the labels that are true."""
+    right_S, predicted_S, actual_S = run.counts_3S
+    exact_S: Bools = (right_S == predicted_S) & (right_S == actual_S)
+    return _mean(exact_S.astype(np.float64), weights_RS)
+
+
+def _f1_macro(run: Outcome, weights_RS: Floats) -> Floats:
+    """Mean over the labels that the resample has, as `mopefuse.metrics.classification` has it; 0 if it has none."""
+    right_RN, both_RN, actual_RN = _counts(run, weights_RS)
+    f1_RN = 2 * right_RN / np.maximum(both_RN, 1)
+    present_RN = actual_RN > 0
+    return np.asarray((f1_RN * present_RN).sum(axis=1) / np.maximum(present_RN.sum(axis=1), 1), np.float64)
+
+
+def _f1_micro(run: Outcome, weights_RS: Floats) -> Floats:
+    right_RN, both_RN, _ = _counts(run, weights_RS)
+    return np.asarray(2 * right_RN.sum(axis=1) / np.maximum(both_RN.sum(axis=1), 1), np.float64)
+
+
+def _f1_samples(run: Outcome, weights_RS: Floats) -> Floats:
+    """Mean F1 of a sample; one without labels counts 1 if none is predicted, else 0."""
+    right_S, predicted_S, actual_S = run.counts_3S
+    both_S = predicted_S + actual_S
+    return _mean(np.where(both_S == 0, 1.0, 2 * right_S / np.maximum(both_S, 1)), weights_RS)
+
+
+def _mean(value_S: Floats, weights_RS: Floats) -> Floats:
+    return np.asarray(weights_RS @ value_S / len(value_S), np.float64)
+
+
+def _counts(run: Outcome, weights_RS: Floats) -> tuple[Floats, Floats, Floats]:
+    """(R, N): samples rightly predicted to have a label, predictions plus truths of it, and truths."""
+    right_RN = weights_RS @ run.right_SN
+    actual_RN = weights_RS @ run.actual_SN
+    return right_RN, weights_RS @ run.predicted_SN + actual_RN, actual_RN
+
+
+METRICS: dict[str, Callable[[Outcome, Floats], Floats]] = {
+    "accuracy": _accuracy,
+    "f1_macro": _f1_macro,
+    "f1_micro": _f1_micro,
+    "f1_samples": _f1_samples,
+}
+"""Each from an outcome and weights (R, S) to values (R,); with weights of 1 those of `mopefuse.metrics.classification`."""

@@ -1,0 +1,36 @@
+"""Texts: the modality whose values stand in the rows themselves."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from mopefuse.modalities.base import Modality
+
+
+class Texts(Modality):
+    """A text as it stands in its row."""
+
+    plural: ClassVar[str] = "texts"
+    kind: ClassVar[str] = "a string"
+    leaked: ClassVar[str] = "leaked-text"
+    give: ClassVar[str] = "give texts as strings"
+    meant: ClassVar[tuple[str, ...]] = (
+        "caption", "title", "name", "sentence", "description", "content", "plot", "review", "body",
+    )  # fmt: skip
+
+    def nothing(self) -> str:
+        """An empty text."""
+        return ""
+
+    def examples(self) -> list[Any]:
+        """Short, empty and longer."""
+        longer = "the quick brown fox jumps over the lazy dog, and then over the dog's friend; both of them keep on sleeping"
+        return ["A photo of two cats.", "", "no", longer]
+
+    def accepts(self, value: Any) -> bool:
+        """Strings."""
+        return isinstance(value, str)
+
+    def alike(self, value: str) -> str:
+        """In lower case, with single spaces."""
+        return " ".join(value.casefold().split())

@@ -1,0 +1,173 @@
+"""One page about a run: what it was given, how it learned, what it answers, and what its answers depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mopefuse.config.schema import Data as DataConfig
+from mopefuse.core import device as devices
+from mopefuse.data.base import DataSet
+from mopefuse.data.load import load_data
+from mopefuse.errors import CheckpointError
+from mopefuse.evaluation.audit import Audit, audit_model, drawn
+from mopefuse.evaluation.missing import kept
+from mopefuse.evaluation.split import run_split
+from mopefuse.report.facts import RunFacts
+from mopefuse.report.pages import check_places, save_figures, write
+from mopefuse.report.run_page import run_page, sections
+from mopefuse.runs.folder import RunFolder
+from mopefuse.runs.load import elsewhere, load_model, with_labels
+from mopefuse.runs.locate import kind_of, locate, trained
+
+Advance = Callable[[str, int, int], None]  # (what, samples done, samples in all)
+PAGE = "report.html"
+MOST_ANSWERS = 25_000_000
+"""Samples times labels whose probabilities a page is made of; of more samples it takes a part."""
+
+
+@dataclass(frozen=True)
+class Reported:
+    """What was written, and the numbers on top of it."""
+
+    page: Path
+    figures: tuple[Path, ...]
+    split: str
+    step: int
+    metrics: dict[str, float]
+    calibration_error: float
+    audit: Audit | None
+    notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return {
+            "page": str(self.page),
+            "bytes": self.page.stat().st_size,
+            "figures": [str(path) for path in self.figures],
+            "split": self.split,
+            "step": self.step,
+            "metrics": self.metrics,
+            "calibration_error": self.calibration_error,
+            "audit": self.audit.as_dict() if self.audit else None,
+            "notes": list(self.notes),
+        }
+
+
+def report(
+    run: Path,
+    *,
+    out: Path | None = None,
+    figures: Path | None = None,
+    device: str = "auto",
+    data: Path | None = None,
+    audit: bool = True,
+    advance: Advance = lambda what, done, total: None,
+) -> Reported:
+    """Write the page of a run: of its selected checkpoint, on the test split, or on validation where there is none.
+
+    Args:
+        out: of the page; ``report.html`` in the run. figures: a folder for the page's figures, as SVG and PNG.
+        data: where the run's data are now. audit: whether to ask the model with inputs and prompts taken away, too.
+
+    Raises:
+        CheckpointError: no run, an adapter or a bundle, or no checkpoint yet. DataError: the data are not there any more, or
+            the page would overwrite what is no page. ConfigError: `figures` is no folder.
+    """
+    folder, page = _run_of(run), out or run / PAGE
+    where = elsewhere(folder.config().data, data)
+    check_places(page, Path(where.path or ""), figures)
+    target = devices.resolve(device)
+    loaded = load_model(folder, _checkpoint(folder), target)
+    dataset, split = _data_of(where, loaded.manifest)
+    step = int(folder.checkpoint(_checkpoint(folder))[1]["step"])
+    notes = _notes(folder, dataset, split, step, audited=audit)
+    most, total = max(1, MOST_ANSWERS // len(dataset.labels)), len(dataset.splits[split].rows)
+    if total > most:
+        dataset, _ = drawn(dataset, split, most, seed=0)
+        part = f"This page is of {most:,} of {total:,} samples, drawn at random; mopefuse eval has the metrics of all."
+        notes = (*notes, part)
+    told = lambda done, total: advance(f"asking {split}", done, total)  # noqa: E731
+    said = run_split(loaded.model, dataset, split, loaded.config, target, each=True, advance=told)
+    found = None
+    if audit:
+        found = audit_model(
+            loaded.model,
+            dataset,
+            split,
+            loaded.config,
+            target,
+            thresholds=loaded.thresholds,
+            as_is_SN=said.logits_SN,
+            advance=lambda name, done, total: advance(f"audit, {name}", done, total),
+        )
+    facts = RunFacts(
+        folder.path.resolve().name,
+        step,
+        loaded.config,
+        loaded.manifest,
+        folder.result(),
+        folder.read_log(),
+        dataset,
+        split,
+        said.logits_SN,
+        loaded.thresholds,
+        said.routing_SLK,
+        found.as_dict() if found else None,
+        kept(folder.path, split, step),
+        notes,
+    )
+    parts = sections(facts)
+    write(page, run_page(facts, parts))
+    files, lost = save_figures(parts, figures)
+    return Reported(page, files, split, step, facts.metrics, facts.calibration.error, found, (*facts.notes, *lost))
+
+
+def _run_of(run: Path) -> RunFolder:
+    """The folder of a run with a checkpoint.
+
+    Raises:
+        CheckpointError: it is something else.
+    """
+    kind = kind_of(locate(run))
+    if kind in ("adapter", "bundle"):
+        what = f"{run} is {'an adapter' if kind == 'adapter' else 'a bundle'}, which keeps no log and knows of no data"
+        raise CheckpointError(20, what, fix="name the run that it was exported from")
+    folder = trained(run)
+    folder.config()
+    if not folder.steps():
+        raise CheckpointError(21, "the run has no checkpoint yet", where=str(run), fix="go on with mopefuse train --resume")
+    return folder
+
+
+def _checkpoint(folder: RunFolder) -> str:
+    """The checkpoint that a run's answers come from: the one it selects, or the last where none was validated yet."""
+    return "best" if folder.best_step() is not None and folder.config().train.select == "best" else "last"
+
+
+def _data_of(config: DataConfig, manifest: dict[str, Any]) -> tuple[DataSet, str]:
+    data = load_data(config, require=())
+    split = "test" if "test" in data.splits else "val"
+    if split not in data.splits:
+        data, split = load_data(config, require=("test",)), "test"  # a table without splits, or what is missing is said
+    return with_labels(data, manifest, split), split
+
+
+def _notes(folder: RunFolder, data: DataSet, split: str, step: int, *, audited: bool) -> tuple[str, ...]:
+    notes = []
+    if not folder.result():
+        notes.append(
+            f"This run is not finished: the page shows step {step:,}, and nothing of time, memory and parameters. "
+            "Go on with mopefuse train --resume."
+        )
+    if split != "test":
+        notes.append(
+            "There is no test split: all numbers are of validation, which the step was selected by, and are too good for that."
+        )
+    if folder.manifest()["data"].get(split) != data.fingerprint()[split]:
+        notes.append(f"The {split} data are not those that the run was made with.")
+    if not audited:
+        notes.append("No audit was made: whether the model uses its other modality is not on this page.")
+    return tuple(notes)

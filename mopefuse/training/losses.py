@@ -1,0 +1,53 @@
+"""What training minimises, and how rare classes weigh in it.
+
+Shapes: B batch, S samples of the training split, N labels.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mopefuse.data.base import Batch
+from mopefuse.fusion.base import Output
+
+
+def classification_loss(output: Output, batch: Batch, *, multi_label: bool, weights: Tensor | None = None) -> Tensor:
+    """Cross-entropy, or mean binary cross-entropy over labels, summed over the batch; of both answers, where there are two.
+
+    Args:
+        weights: of `balanced_weights`.
+    """
+    assert batch.targets is not None
+    loss = _loss(output.logits_BN.float(), batch.targets, multi_label, weights)
+    if output.alone_BN is not None:
+        loss = loss + _loss(output.alone_BN.float(), batch.targets, multi_label, weights)
+    return loss
+
+
+def _loss(logits_BN: Tensor, targets: Tensor, multi_label: bool, weights: Tensor | None) -> Tensor:
+    if multi_label:
+        loss_BN = F.binary_cross_entropy_with_logits(logits_BN, targets, reduction="none")
+        if weights is not None:
+            loss_BN = loss_BN * torch.where(targets > 0, weights[0], weights[1])
+        return loss_BN.mean(dim=-1).sum()
+    return F.cross_entropy(logits_BN, targets, weight=weights, reduction="sum")
+
+
+def balanced_weights(counts_N: Tensor, samples: int, *, multi_label: bool) -> Tensor:
+    """Weights with which every class counts the same, 1 on average over samples (scikit-learn's "balanced").
+
+    Args:
+        counts_N: how many samples have each label. samples: S.
+
+    Returns:
+        (N,), S over the number of classes and a class's samples; or (2, N), for multi-label data: of a label's positives
+        and of its negatives, each S over two and their number. A class or side without samples weighs 1.
+    """
+    counts_N = counts_N.float()
+    if multi_label:
+        counts_2N = torch.stack([counts_N, samples - counts_N])
+        return torch.where(counts_2N > 0, samples / (2 * counts_2N.clamp(min=1)), 1.0)
+    present = int((counts_N > 0).sum())
+    return torch.where(counts_N > 0, samples / (present * counts_N.clamp(min=1)), 1.0)

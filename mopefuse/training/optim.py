@@ -1,0 +1,100 @@
+"""Optimiser, learning-rate schedule and the state that an exact resume needs.
+
+The learning rate is a function of the step alone, so the schedule has no state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor
+
+from mopefuse.config.schema import RunConfig, Train
+from mopefuse.errors import CheckpointError
+from mopefuse.fusion.base import Fusion
+from mopefuse.modalities.base import of
+
+
+def with_learning_rates(
+    config: RunConfig, modality_of: Mapping[str, str], tuned: Collection[str] = (), *, fitted: bool = False
+) -> RunConfig:
+    """`config` with the papers' learning rates where none is given: 4e-4 for an image encoder, 5e-4 for others.
+
+    Args:
+        tuned: sides whose encoder is fully tuned, the complementary one at `lr_tuned` as the main one.
+        fitted: whether the head begins as a regression: it gets a fiftieth.
+    """
+    default = {side: of(modality).lr for side, modality in modality_of.items()}
+    main = config.train.lr or default.get("main", default.get("comp", 4e-4))
+    full = config.train.lr_tuned if "comp" in tuned else None
+    comp = config.train.lr_comp or full or config.train.lr or default.get("comp", main)
+    head = config.train.lr_head or main * (1 / 50 if fitted else 1)
+    rates = {"lr": main, "lr_comp": comp, "lr_head": head}
+    return config.model_copy(update={"train": config.train.model_copy(update=rates)})
+
+
+def make_optimizer(model: Fusion, config: Train) -> torch.optim.AdamW:
+    """AdamW with a group for each `Fusion.pace`; ``group["peak"]`` is its learning rate before the schedule."""
+    ours = model.ours()
+    groups = []
+    peaks = {"main": config.lr, "comp": config.lr_comp, "head": config.lr_head, "tuned": config.lr_tuned}
+    for pace, peak in peaks.items():
+        parameters = [parameter for name, parameter in ours.items() if model.pace(name) == pace]
+        if parameters:
+            groups.append({"params": parameters, "lr": peak, "peak": peak})
+    return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
+
+
+def factor(config: Train, step: int, total: int) -> float:
+    """What the peak learning rate is multiplied by at `step` (from 0) of `total`."""
+    progress = step / max(1, total)
+    warmup = config.warmup or (0.3 if config.schedule == "one-cycle" else 0.0)
+    if progress < warmup:
+        if config.schedule == "one-cycle":
+            return 0.04 + 0.96 * (1 - math.cos(math.pi * progress / warmup)) / 2
+        return (step + 1) / (warmup * total + 1)
+    if config.schedule == "constant":
+        return 1.0
+    if config.schedule == "paper":
+        return 0.4 ** ((progress >= 0.3) + (progress >= 0.6))
+    return (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup))) / 2
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, scale: float) -> None:
+    """Set every group to its peak times `scale`."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * scale
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, Tensor]:
+    """The optimiser's tensors by name: ``<parameter>/exp_avg``, ...
+
+    Args:
+        names: id of a parameter to its name.
+    """
+    return {
+        f"{names[id(parameter)]}/{key}": value
+        for parameter, entry in optimizer.state.items()
+        for key, value in entry.items()
+    }
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, names: Mapping[int, str], state: Mapping[str, Tensor], *, where: str
+) -> None:
+    """The inverse of `optimizer_state`.
+
+    Raises:
+        CheckpointError: a tensor of an unknown parameter.
+    """
+    parameters = {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
+    for full_name, tensor in state.items():
+        name, _, key = full_name.rpartition("/")
+        if name not in parameters:
+            raise CheckpointError(
+                5, f"the optimiser state has {name}, which the model has not", where=where, fix="use another checkpoint"
+            )
+        parameter = parameters[name]
+        optimizer.state[parameter][key] = tensor.to(parameter.device).clone()  # of a fused optimiser also the step

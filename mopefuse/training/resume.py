@@ -1,0 +1,55 @@
+"""Which settings a resumed run may change, and the configuration that it continues with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mopefuse.config.schema import RunConfig, build_config
+from mopefuse.config.setting_paths import flat, merge, nested
+from mopefuse.errors import ConfigError
+from mopefuse.fusion.build import full_specs
+
+MAY_CHANGE = frozenset(
+    (
+        "device data.path data.image_roots data.workers data.cache_images data.cache_features data.strict "
+        "data.allow_odd_labels train.epochs "
+        "train.max_steps train.patience train.log_every train.checkpoint_every train.evals_per_epoch train.select "
+        "train.compile train.checkpoint_activations"
+    ).split()
+)
+"""Settings that a resumed run may change; all others are part of what the run is."""
+
+
+def resumed(saved: RunConfig, new: RunConfig) -> tuple[RunConfig, list[str]]:
+    """The configuration that a resumed run goes on with, and what that changes, as ``path: old -> new``.
+
+    Args:
+        new: what it is None or silent about stays as it was.
+
+    Raises:
+        ConfigError: a change to what the run is, its encoders, prompts, data or optimisation.
+    """
+    before, after = _values(full_specs(saved)), _values(full_specs(new))
+    changed = differing(saved, new)
+    refused = [f"{key} (it was {before[key]}, now {after[key]})" for key in changed if key not in MAY_CHANGE]
+    if refused:
+        raise ConfigError(
+            32,
+            f"a resumed run cannot change {'; '.join(refused)}",
+            where="--resume",
+            fix="resume without that, or begin a new run",
+        )
+    values = saved.model_dump(mode="json")
+    for key in changed:
+        values = merge(values, nested(key, after[key]))
+    return build_config(values), [f"{key}: {before[key]} -> {after[key]}" for key in changed]
+
+
+def differing(saved: RunConfig, new: RunConfig) -> list[str]:
+    """Paths of the settings of a saved configuration that another one has otherwise; where it is silent it has not."""
+    before, after = _values(full_specs(saved)), _values(full_specs(new))
+    return [key for key in before if before[key] != after[key] and after[key] is not None]
+
+
+def _values(config: RunConfig) -> dict[str, Any]:
+    return flat(config.model_dump(mode="json"))
