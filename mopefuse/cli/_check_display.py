@@ -19,7 +19,8 @@ _COLOURS = {"error": "red", "warning": "yellow"}
 
 def write_page(report: Report, folder: Path, page: Path) -> None:
     """Write the page of a check."""
-    write(page, check_page(report, name=str(folder), told=_told(report), columns=_columns(report), splits=_splits(report)))
+    tables = {"columns": _columns(report), "splits": _splits(report)}
+    write(page, check_page(report, name=str(folder), summary=_summary(report), **tables))
 
 
 def show(report: Report, folder: Path, page: Path | None) -> None:
@@ -51,7 +52,7 @@ def show(report: Report, folder: Path, page: Path | None) -> None:
     console.print()
     _show_texts(report)
     console.print()
-    console.print(_told(report), markup=False)
+    console.print(_summary(report), markup=False)
     if page is not None:
         console.print(f"page: {page}", markup=False)
     console.print(f"{several(report.errors, 'error')}, {several(report.warnings, 'warning')}", markup=False)
@@ -104,7 +105,7 @@ def _show_texts(report: Report) -> None:
         out().print(against_limits(facts), markup=False)
 
 
-def _told(report: Report) -> str:
+def _summary(report: Report) -> str:
     if report.from_cache:
         return f"the index was in the cache, read in {report.seconds:.2f} s; --fresh looks at everything again"
     what = " and ".join(_files(report)) or "files"

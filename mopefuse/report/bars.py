@@ -50,7 +50,7 @@ def bars(
     if against is not None and 0 <= against <= top:
         layers.append(alt.Chart(data_of([{"value": against}])).mark_rule(style="reference").encode(x="value:Q"))
     table = [[text, shown(value)] for text, value in values]
-    return make_chart(name, label, layers, ["", across], table, height=alt.Step(22))
+    return make_chart(name, label, layers, ["", across], table, height=22 * len(rows))
 
 
 def heat_map(
@@ -94,7 +94,7 @@ def heat_map(
     y = alt.Y("row:O", sort=None, axis=y_axis, scale=alt.Scale(padding=0.04))
     base = alt.Chart(data_of(cells)).encode(x=x, y=y)
     domain, colours = ([-1, 0, 1], "diverging") if signed else ([0, 1], "ramp")
-    colour = alt.Color("shade:Q", scale=alt.Scale(domain=domain, range=colours), legend=None)
+    colour = alt.Color("shade:Q", scale=alt.Scale(domain=domain, range=colours, interpolate="rgb"), legend=None)
     layers = [base.mark_rect(cornerRadius=2).encode(color=colour, tooltip=alt.Tooltip("tip:N"))]
     if written:
         for strong, style in ((True, "on-colour"), (False, "strong")):
@@ -102,7 +102,7 @@ def heat_map(
             layers.append(texts.mark_text(style=style).encode(text="text:N"))
     number = in_table or (lambda i, j: percent(values[i][j]))
     table = [[row, *(number(i, j) for j in range(len(columns)))] for i, row in enumerate(rows)]
-    return make_chart(name, label, layers, [f"{down} \\ {across}", *columns], table, height=alt.Step(24))
+    return make_chart(name, label, layers, [f"{down} \\ {across}", *columns], table, height=24 * len(rows))
 
 
 def reliability(name: str, label: str, bins: Sequence[tuple[float, float, int]]) -> Chart:
@@ -115,11 +115,11 @@ def reliability(name: str, label: str, bins: Sequence[tuple[float, float, int]])
 
     rows = []
     for confidence, right, count in bins:
-        tip = f"{several(count, 'answer')}, confidence {percent(confidence)}, right {percent(right)}"
+        tip = f"{several(count, 'prediction')}, confidence {percent(confidence)}, right {percent(right)}"
         if count:
             rows.append({"confidence": confidence, "right": right, "count": count, "tip": tip, "over": confidence > right})
     scale = alt.Scale(domain=[0, 1])
-    x = alt.X("confidence:Q", scale=scale, axis=alt.Axis(title="confidence of the answer", format=".0%", grid=False))
+    x = alt.X("confidence:Q", scale=scale, axis=alt.Axis(title="confidence of the prediction", format=".0%", grid=False, tickCount=5))
     y_axis = alt.Axis(title="share that is right", format=".0%", domain=False, ticks=False)
     size = alt.Size("count:Q", scale=alt.Scale(range=[30, 500]), legend=None)
     ends = data_of([{"confidence": 0, "right": 0}, {"confidence": 1, "right": 1}])
@@ -129,7 +129,7 @@ def reliability(name: str, label: str, bins: Sequence[tuple[float, float, int]])
         base = alt.Chart(data_of([row for row in rows if row["over"] == over])).encode(x=x, y=y)
         layers.append(base.mark_rule(style=style, strokeWidth=2).encode(y2="confidence:Q"))
         layers.append(base.mark_circle(style=style, opacity=0.85).encode(size=size, tooltip=alt.Tooltip("tip:N")))
-    columns = ["mean confidence", "right", "answers"]
+    columns = ["mean confidence", "right", "predictions"]
     table = [[percent(confidence), percent(right), f"{count:,}"] for confidence, right, count in bins if count]
     return make_chart(name, label, layers, columns, table, height=250)
 
@@ -158,7 +158,8 @@ def histogram(name: str, label: str, values: Sequence[int], *, unit: str, what: 
         tip = f"{range_} {unit}: {heights[number]:,} {what}"
         rows.append({"first": first + 0.05 * step, "end": first + 0.95 * step, "count": heights[number], "tip": tip})
         table.append([range_, f"{heights[number]:,}"])
-    x = alt.X("first:Q", scale=alt.Scale(domain=[0, count * step], nice=False), axis=alt.Axis(title=unit, format=",d", grid=False))
+    x_axis = alt.Axis(title=unit, format=",d", grid=False)
+    x = alt.X("first:Q", scale=alt.Scale(domain=[0, count * step], nice=False), axis=x_axis)
     y = alt.Y("count:Q", axis=alt.Axis(title=what, format="~s", tickCount=4, domain=False, ticks=False))
     drawn = alt.Chart(data_of(rows)).mark_rect(cornerRadius=1)
     layers = [drawn.encode(x=x, x2="end:Q", y=y, y2=alt.datum(0), tooltip=alt.Tooltip("tip:N"))]

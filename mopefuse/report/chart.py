@@ -12,7 +12,7 @@ from mopefuse.core.dependencies import require
 from mopefuse.core.formatting import visible
 from mopefuse.report.themes import FILE_THEME
 
-FILE_WIDTH = 460  # pixels of the plotting area in a file; on a page a chart is as wide as there is room
+FILE_WIDTH = 560  # pixels of a file; on a page a chart is as wide as there is room
 _SCALE = 3  # pixels of a PNG for each of an SVG
 
 Spec = Mapping[str, Any]
@@ -56,16 +56,17 @@ class Chart:
 
 
 def make_chart(
-    name: str, label: str, layers: Sequence[Any], columns: Sequence[str], rows: Sequence[Sequence[str]], *, height: Any
+    name: str, label: str, layers: Sequence[Any], columns: Sequence[str], rows: Sequence[Sequence[str]], *, height: int
 ) -> Chart:
     """A chart of Altair layers, as wide as its place.
 
     Args:
-        columns, rows: see `Chart`. height: of the plotting area in pixels, or an `altair.Step`.
+        columns, rows: see `Chart`. height: of the plotting area, in pixels.
     """
     import altair
 
-    spec = altair.layer(*layers).properties(width="container", height=height).to_dict()
+    fit = altair.AutoSizeParams(type="fit-x", contains="padding")
+    spec = altair.layer(*layers).properties(width="container", height=height, autosize=fit).to_dict()
     spec.pop("$schema", None)  # an address, which no page of ours has
     spec.pop("config", None)  # a page and a file have themes of their own
     return Chart(name, label, spec, columns, rows)

@@ -130,7 +130,7 @@ def dots(name: str, label: str, points: Sequence[Curve], *, across: str, percent
         base.mark_circle(size=80, opacity=1).encode(x=alt.X("y:Q", scale=scale, axis=axis), tooltip=alt.Tooltip("tip:N")),
     ]
     table = [[point.name, _value(point, 0, shown)] for point in points]
-    return make_chart(name, label, layers, ["row", across], table, height=alt.Step(24))
+    return make_chart(name, label, layers, ["row", across], table, height=24 * len(rows))
 
 
 # -- parts

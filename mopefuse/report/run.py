@@ -15,12 +15,16 @@ from mopefuse.errors import CheckpointError
 from mopefuse.evaluation.audit import Audit, audit_model, drawn
 from mopefuse.evaluation.missing import kept
 from mopefuse.evaluation.split import run_split
+from mopefuse.metrics.gates import selected_metric
+from mopefuse.report.baselines import find_baselines
+from mopefuse.report.chart import require_charts
 from mopefuse.report.facts import RunFacts
-from mopefuse.report.pages import check_places, save_figures, write
+from mopefuse.report.pages import check_places, save_charts, write
 from mopefuse.report.run_page import run_page, sections
 from mopefuse.runs.folder import RunFolder
 from mopefuse.runs.load import elsewhere, load_model, with_labels
 from mopefuse.runs.locate import kind_of, locate, trained
+from mopefuse.training.train import resolved
 
 Advance = Callable[[str, int, int], None]  # (what, samples done, samples in all)
 PAGE = "report.html"
@@ -69,13 +73,15 @@ def report(
     """Write the page of a run: of its selected checkpoint, on the test split, or on validation where there is none.
 
     Args:
-        out: of the page; ``report.html`` in the run. figures: a folder for the page's figures, as SVG and PNG.
+        out: of the page; ``report.html`` in the run. figures: a folder for the page's charts, as SVG and PNG.
         data: where the run's data are now. audit: whether to ask the model with inputs and prompts taken away, too.
 
     Raises:
         CheckpointError: no run, an adapter or a bundle, or no checkpoint yet. DataError: the data are not there any more, or
-            the page would overwrite what is no page. ConfigError: `figures` is no folder.
+            the page would overwrite what is no page. ConfigError: `figures` is no folder. PackageError: the extra
+            `report` is not installed.
     """
+    require_charts("mopefuse report")
     folder, page = _run_of(run), out or run / PAGE
     where = elsewhere(folder.config().data, data)
     check_places(page, Path(where.path or ""), figures)
@@ -114,15 +120,17 @@ def report(
         split,
         said.logits_SN,
         loaded.thresholds,
-        said.routing_SLK,
-        found.as_dict() if found else None,
-        kept(folder.path, split, step),
-        notes,
+        routing_SLK=said.routing_SLK,
+        audit=found.as_dict() if found else None,
+        missing=kept(folder.path, split, step),
+        notes=notes,
+        baselines=find_baselines(folder, split, selected_metric(multi_label=dataset.multi_label)),
+        derive=lambda config: resolved(config, loaded.model),
     )
     parts = sections(facts)
     write(page, run_page(facts, parts))
-    files, lost = save_figures(parts, figures)
-    return Reported(page, files, split, step, facts.metrics, facts.calibration.error, found, (*facts.notes, *lost))
+    files = save_charts(parts, figures)
+    return Reported(page, files, split, step, facts.metrics, facts.calibration.error, found, facts.notes)
 
 
 def _run_of(run: Path) -> RunFolder:
