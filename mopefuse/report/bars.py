@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mopefuse.core.formatting import percent, several
-from mopefuse.report.chart import Chart, data_of, make_chart, plain, readable, short_names
+from mopefuse.report.chart import Chart, data_of, make_chart, plain, readable, short_names, zoom
 
 _NAME, _BAR_NAME = 18, 28  # characters of a name beside a heat map, and beside a bar
 _BINS = 32  # of a histogram
@@ -119,7 +119,8 @@ def reliability(name: str, label: str, bins: Sequence[tuple[float, float, int]])
         if count:
             rows.append({"confidence": confidence, "right": right, "count": count, "tip": tip, "over": confidence > right})
     scale = alt.Scale(domain=[0, 1])
-    x = alt.X("confidence:Q", scale=scale, axis=alt.Axis(title="confidence of the prediction", format=".0%", grid=False, tickCount=5))
+    x_axis = alt.Axis(title="confidence of the prediction", format=".0%", grid=False, tickCount=5)
+    x = alt.X("confidence:Q", scale=scale, axis=x_axis)
     y_axis = alt.Axis(title="share that is right", format=".0%", domain=False, ticks=False)
     size = alt.Size("count:Q", scale=alt.Scale(range=[30, 500]), legend=None)
     ends = data_of([{"confidence": 0, "right": 0}, {"confidence": 1, "right": 1}])
@@ -181,17 +182,16 @@ def sizes(name: str, label: str, found: Iterable[tuple[int, int]]) -> Chart | No
     groups: Counter[tuple[float, float]] = Counter()
     for (width, height), number in counts.items():
         groups[(_rounded(width), _rounded(height)) if many else (width, height)] += number
-    about, rows = "about " if many else "", []
+    about, rows = "about " if many else "", list[dict[str, Any]]()
     for (wide, high), number in sorted(groups.items(), key=lambda item: -item[1]):
         tip = f"{about}{wide:,.0f} x {high:,.0f} pixels: {several(number, 'image')}"
         rows.append({"width": wide, "height": high, "count": number, "tip": tip})
     x = alt.X("width:Q", scale=_pixels([row["width"] for row in rows]), axis=_pixel_axis("width"))
     y = alt.Y("height:Q", scale=_pixels([row["height"] for row in rows]), axis=_pixel_axis("height"))
     size = alt.Size("count:Q", scale=alt.Scale(range=[24, 320], domainMin=0), legend=None)
-    zoom = alt.selection_interval(name="zoom", bind="scales", zoom="wheel![event.ctrlKey || event.metaKey]")
     dots = alt.Chart(data_of(rows)).mark_circle(opacity=0.55).encode(x=x, y=y, size=size, tooltip=alt.Tooltip("tip:N"))
     table = [[f"{about}{row['width']:,.0f} x {row['height']:,.0f}", f"{row['count']:,}"] for row in rows[:_PLACES]]
-    return make_chart(name, label, [dots.add_params(zoom)], ["pixels", "images"], table, height=190)
+    return make_chart(name, label, [dots.add_params(zoom())], ["pixels", "images"], table, height=190)
 
 
 def _rounded(pixels: float) -> float:

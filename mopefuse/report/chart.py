@@ -55,6 +55,13 @@ class Chart:
         return paths
 
 
+def zoom() -> Any:
+    """Zoom with the wheel while Ctrl is held, so that a page still scrolls; drag to move, double-click to go back."""
+    import altair
+
+    return altair.selection_interval(name="zoom", bind="scales", zoom="wheel![event.ctrlKey || event.metaKey]")
+
+
 def make_chart(
     name: str, label: str, layers: Sequence[Any], columns: Sequence[str], rows: Sequence[Sequence[str]], *, height: int
 ) -> Chart:

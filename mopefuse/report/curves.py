@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mopefuse.core.formatting import share
-from mopefuse.report.chart import Chart, data_of, make_chart, plain, readable, short_names
+from mopefuse.report.chart import Chart, data_of, make_chart, plain, readable, short_names, zoom
 
 MOST_NAMED = 15  # points of a scatter that have a legend
 _NAME = 44  # characters of a name in a legend
@@ -74,7 +74,7 @@ def curves(
     layers.append(base.mark_line(strokeWidth=2).encode(y=y))
     few = max(len(line.points) for line in lines) <= _FEW
     dots = base.mark_circle(size=42 if few else 90, opacity=1 if few else 0).encode(y=y, tooltip=alt.Tooltip("tip:N"))
-    layers.append(dots.add_params(_zoom()) if len(xs) >= _ZOOM_FROM else dots)
+    layers.append(dots.add_params(zoom()) if len(xs) >= _ZOOM_FROM else dots)
     if mark is not None and xs[0] <= mark <= xs[-1]:
         layers += _selected(mark, near_end=mark > (xs[0] + 2 * xs[-1]) / 3)
     return make_chart(name, label, layers, *_table(lines, across, up, shown), height=_HEIGHT)
@@ -102,7 +102,7 @@ def scatter(name: str, label: str, points: Sequence[Curve], *, across: str, up: 
     tint = {"color": _colour(names)} if named else {}
     layers = [
         base.mark_rule(strokeWidth=1.4).encode(y=alt.Y("low:Q", scale=scale, axis=axis), y2="high:Q", **tint),
-        base.mark_circle(size=90, opacity=1).encode(y=y, tooltip=alt.Tooltip("tip:N"), **tint).add_params(_zoom()),
+        base.mark_circle(size=90, opacity=1).encode(y=y, tooltip=alt.Tooltip("tip:N"), **tint).add_params(zoom()),
         base.mark_text(style="strong", dx=11, dy=-7).encode(y=y, text="number:N"),
     ]
     columns = ["", "row", across, up]
@@ -197,17 +197,10 @@ def _up_axis(title: str, percent: bool) -> Any:
     return alt.Axis(title=readable(title), format=_number_format(percent), tickCount=5, domain=False, ticks=False)
 
 
-def _zoom() -> Any:
-    """Zoom with the wheel while Ctrl is held, so that a page still scrolls; drag to move, double-click to go back."""
-    import altair as alt
-
-    return alt.selection_interval(name="zoom", bind="scales", zoom="wheel![event.ctrlKey || event.metaKey]")
-
-
 def _selected(step: float, *, near_end: bool) -> list[Any]:
     import altair as alt
 
     base = alt.Chart(data_of([{"x": step, "text": "selected"}])).encode(x="x:Q")
     align, dx = ("right", -5) if near_end else ("left", 5)
-    text = base.mark_text(style="strong", align=align, dx=dx, dy=7).encode(y=alt.value(0), text="text:N")
+    text = base.mark_text(style="strong", align=align, dx=dx, dy=-7).encode(y=alt.value(0), text="text:N")
     return [base.mark_rule(style="reference"), text]

@@ -30,7 +30,7 @@ def missing(facts: RunFacts) -> Section | None:
     ]
     notes = [f"All {found['samples']:,} samples of {found['split']}; a larger share includes the samples of a smaller one."]
     if not found["learned"]:
-        notes.append("Training never met samples that lack something: the features of an average sample replace what is missing.")
+        notes.append("Training had no samples that lack something: features of an average sample replace what is missing.")
     title, table = "Where a modality is missing", fragment("table", columns, rows, 1, notes)
     if any(len(line.points) > 1 for line in lines):
         label = f"{name} by the share of samples that lack a modality"

@@ -171,7 +171,7 @@ def _classes(facts: RunFacts, routing_SLK: Tensor, told_most: int) -> Section:
     charts = [_classes_of(facts, routing_SLK[:, layer], layer, told_most) for layer in layers]
     caption = (
         "Mean weight of each expert over the samples of each class, in percent. If rows are alike, experts are not chosen by "
-        "class; a column that is dark in one row only is the expert of a class."
+        "class; a column that is strong in one row only belongs to one class."
     )
     if len(facts.labels) > _CLASSES:
         caption += f" The {_CLASSES} most frequent of {len(facts.labels):,} classes."

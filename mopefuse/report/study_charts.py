@@ -111,8 +111,10 @@ def _learning(facts: StudyFacts, comparison: Comparison, rows: Sequence[Row]) ->
     charts, captions = [], []
     for number, part in enumerate(_parts(lines), 1):
         name = "validation" if number == 1 else f"validation-{number}"
-        ends = {"low": low, "high": high} if high > low else {}
-        charts.append(curves(name, label, part, across="step", up=comparison.metric, percent=True, bands=True, **ends))
+        ends = (low, high) if high > low else (None, None)
+        up = comparison.metric
+        chart = curves(name, label, part, across="step", up=up, low=ends[0], high=ends[1], percent=True, bands=True)
+        charts.append(chart)
         of = f" of {part[0].name}" if len(part) == 1 else ""
         captions.append(f"{_sentence(label)}{of}: {deviation(rows)}.")
     without = [row.label for row in rows if row.label not in {line.name for line in lines}]

@@ -17,7 +17,8 @@ from mopefuse.report.pages import Section, fragment, sections_page
 from mopefuse.report.settings import changed, written
 from mopefuse.report.study_facts import StudyFacts
 from mopefuse.runs.folder import RunFolder
-from mopefuse.studies.compare import Comparisonfrom mopefuse.training.optim import with_learning_rates
+from mopefuse.studies.compare import Comparison
+from mopefuse.training.optim import with_learning_rates
 
 _OF_ENCODERS = frozenset({"prompts.init", "pmf.bottleneck", "tune"})  # filled in from encoders, which are not loaded here
 
