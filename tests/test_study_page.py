@@ -12,14 +12,14 @@ import pytest
 from check_cases import HOSTILE
 from chromium import Chromium
 from conftest import call, code_of
+from mopefuse.report.drawing import Area, Dot, Line
+from mopefuse.report.drawing import Text as Word
+from mopefuse.report.figures import middling
 from study_cases import Made, change, make_study
 from test_data_pages import Page
 
 from mopefuse.config.schema import RunConfig
 from mopefuse.report import fonts, planes, study_figures
-from mopefuse.report.drawing import Area, Dot, Line
-from mopefuse.report.drawing import Text as Word
-from mopefuse.report.figures import middling
 from mopefuse.report.study import report_study
 from mopefuse.report.study_facts import StudyFacts
 from mopefuse.report.sweeps import sweeps

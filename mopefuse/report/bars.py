@@ -14,7 +14,8 @@ from mopefuse.report.chart import Chart, data_of, make_chart, plain, readable, s
 
 _NAME, _BAR_NAME = 18, 28  # characters of a name beside a heat map, and beside a bar
 _BINS = 32  # of a histogram
-_PLACES = 40  # of an axis of image sizes, where there are many different ones
+_PLACES = 20  # in a decade of an axis of image sizes, where there are many different ones
+_LISTED = 40  # sizes in the table of numbers
 _MOST_SIZES = 400
 
 
@@ -139,7 +140,7 @@ def histogram(name: str, label: str, values: Sequence[int], *, unit: str, what: 
     """Whole numbers from 0; the last bar has all that is beyond the 99th percentile. None where there are no values.
 
     Args:
-        unit: of the values. what: is counted. limit: a value to mark, 0 for none.
+        unit: of the values. what: is counted, in the singular. limit: a value to mark, 0 for none.
     """
     import altair as alt
 
@@ -156,19 +157,19 @@ def histogram(name: str, label: str, values: Sequence[int], *, unit: str, what: 
         first, last = number * step, (number + 1) * step - 1
         open_ended = number == count - 1 and max(values) > last
         range_ = f"{first:,} or more" if open_ended else f"{first:,}" if first == last else f"{first:,} to {last:,}"
-        tip = f"{range_} {unit}: {heights[number]:,} {what}"
+        tip = f"{range_} {unit}: {several(heights[number], what)}"
         rows.append({"first": first + 0.05 * step, "end": first + 0.95 * step, "count": heights[number], "tip": tip})
         table.append([range_, f"{heights[number]:,}"])
     x_axis = alt.Axis(title=unit, format=",d", grid=False)
     x = alt.X("first:Q", scale=alt.Scale(domain=[0, count * step], nice=False), axis=x_axis)
-    y = alt.Y("count:Q", axis=alt.Axis(title=what, format="~s", tickCount=4, domain=False, ticks=False))
+    y = alt.Y("count:Q", axis=alt.Axis(title=f"{what}s", format="~s", tickCount=4, domain=False, ticks=False))
     drawn = alt.Chart(data_of(rows)).mark_rect(cornerRadius=1)
     layers = [drawn.encode(x=x, x2="end:Q", y=y, y2=alt.datum(0), tooltip=alt.Tooltip("tip:N"))]
     if limit and limit <= count * step:
         mark = alt.Chart(data_of([{"first": limit, "text": "limit of the encoder"}])).encode(x="first:Q")
         layers.append(mark.mark_rule(style="reference"))
         layers.append(mark.mark_text(style="strong", align="right", dx=-5, dy=7).encode(y=alt.value(0), text="text:N"))
-    return make_chart(name, label, layers, [unit, what], table, height=190)
+    return make_chart(name, label, layers, [unit, f"{what}s"], table, height=190)
 
 
 def sizes(name: str, label: str, found: Iterable[tuple[int, int]]) -> Chart | None:
@@ -190,12 +191,12 @@ def sizes(name: str, label: str, found: Iterable[tuple[int, int]]) -> Chart | No
     y = alt.Y("height:Q", scale=_pixels([row["height"] for row in rows]), axis=_pixel_axis("height"))
     size = alt.Size("count:Q", scale=alt.Scale(range=[24, 320], domainMin=0), legend=None)
     dots = alt.Chart(data_of(rows)).mark_circle(opacity=0.55).encode(x=x, y=y, size=size, tooltip=alt.Tooltip("tip:N"))
-    table = [[f"{about}{row['width']:,.0f} x {row['height']:,.0f}", f"{row['count']:,}"] for row in rows[:_PLACES]]
+    table = [[f"{about}{row['width']:,.0f} x {row['height']:,.0f}", f"{row['count']:,}"] for row in rows[:_LISTED]]
     return make_chart(name, label, [dots.add_params(zoom())], ["pixels", "images"], table, height=190)
 
 
 def _rounded(pixels: float) -> float:
-    """The nearest of 40 sizes in a decade."""
+    """The nearest of 20 sizes in a decade."""
     return float(10 ** (round(math.log10(pixels) * _PLACES) / _PLACES))
 
 
