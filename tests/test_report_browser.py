@@ -10,7 +10,7 @@ import pytest
 import torch
 from check_cases import ATTRIBUTE, HOSTILE
 from chromium import Chromium
-from report_cases import facts_of
+from report_cases import UNDRAWN, facts_of, settle
 from test_data_pages import Page
 
 from mopefuse.report import run_errors, run_routing
@@ -27,25 +27,6 @@ CHOOSE = """{{ const one = document.querySelector('{}'); one.value = '{}';
 def run(reported: Path) -> Path:
     """A run of two steps with its page; not to be changed."""
     return reported
-
-
-UNDRAWN = """[...document.querySelectorAll('[data-chart]')].filter(
-    place => place.clientWidth > 0 && !(place.querySelector('svg')?.getBoundingClientRect().width > 100)
-).map(place => place.dataset.chart)"""
-
-
-def settle(browser: Chromium, *, closed: bool = True) -> None:
-    """Wait until charts are drawn.
-
-    Args:
-        closed: only those that are not in a closed part of the page.
-    """
-    every = "document.documentElement.dataset.charts === 'drawn'"
-    for _ in range(300):
-        if browser.evaluate(every if closed else f"{UNDRAWN}.length === 0"):
-            return
-        time.sleep(0.1)
-    raise AssertionError(browser.evaluate(UNDRAWN))
 
 
 @pytest.mark.parametrize("dark", [False, True])

@@ -174,7 +174,9 @@ def _number_format(percent: bool) -> str:
 def _across_scale(log: bool, padding: int = 6) -> Any:
     import altair as alt
 
-    return alt.Scale(type="log" if log else "linear", nice=False, zero=False, padding=padding)
+    if log:
+        return alt.Scale(type="log", nice=False, padding=padding)
+    return alt.Scale(nice=False, zero=False, padding=padding)
 
 
 def _across_axis(title: str, ticks: Sequence[float] | None) -> Any:
