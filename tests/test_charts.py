@@ -108,7 +108,7 @@ def test_curves_of_one_point_or_of_one_value_can_be_drawn(tmp_path: Path) -> Non
 def test_the_selected_step_is_marked_where_it_is_in_sight() -> None:
     for mark, seen in ((2.0, [2.0]), (9.0, [])):
         chart = curves("x", "x", [Curve("y", [(1, 1), (3, 2)])], across="step", up="y", mark=mark)
-        assert [row["x"] for row in rows_of(chart, "text")] == seen
+        assert [row["x"] for row in rows_of(chart, "shown")] == seen
 
 
 def test_long_names_keep_their_ends_and_stay_different() -> None:

@@ -297,8 +297,8 @@ def test_a_histogram_has_every_value_and_its_limit() -> None:
         (0, "4 words: 0 texts"),
         (1, "5 words: 1 text"),
     ]
-    assert [row["first"] for row in rows_of(found, "text")] == [4]
-    assert rows_of(drawn([3], limit=512), "text") == [], "a limit that is out of sight"
+    assert [row["first"] for row in rows_of(found, "shown")] == [4]
+    assert rows_of(drawn([3], limit=512), "shown") == [], "a limit that is out of sight"
     many = drawn([*range(1000), 10**6])
     assert (len(tips(many)), tips(many)[-1]) == (32, "961 or more words: 40 texts")
     assert many.rows[-1] == ["961 or more", "40"]

@@ -38,7 +38,7 @@ def bars(
 
     names = short_names([text for text, _ in values], _BAR_NAME)
     rows = [
-        {"name": short, "value": value, "text": shown(value), "tip": f"{text}: {shown(value)}"}
+        {"name": short, "value": value, "shown": shown(value), "tip": f"{text}: {shown(value)}"}
         for short, (text, value) in zip(names, values, strict=True)
     ]
     x = alt.X("value:Q", scale=alt.Scale(domain=[0, top * 1.18 or 1]), axis=None)
@@ -46,7 +46,7 @@ def bars(
     base = alt.Chart(data_of(rows)).encode(x=x, y=y)
     layers = [
         base.mark_bar(cornerRadiusEnd=2, size=14).encode(tooltip=alt.Tooltip("tip:N")),
-        base.mark_text(align="right").encode(x=alt.value("width"), text="text:N"),
+        base.mark_text(align="right").encode(x=alt.value("width"), text="shown:N"),
     ]
     if against is not None and 0 <= against <= top:
         layers.append(alt.Chart(data_of([{"value": against}])).mark_rule(style="reference").encode(x="value:Q"))
@@ -85,7 +85,7 @@ def heat_map(
             shade = 0.0 if value != value or top <= 0 else min(1.0, max(0.0, value / top))
             cell: dict[str, Any] = {"row": row_names[i], "column": column_names[j], "tip": tips(i, j)}
             cell |= {"shade": -shade if signed and i != j else shade, "strong": shade > 0.6}
-            cells.append(cell | ({"text": written(i, j)} if written else {}))
+            cells.append(cell | ({"shown": written(i, j)} if written else {}))
     upright = max(map(len, column_names), default=0) > 3
     x_axis = alt.Axis(
         title=readable(across), labelAngle=-90 if upright else 0, ticks=False, domain=False, labelLimit=120, labelOverlap=False
@@ -100,7 +100,7 @@ def heat_map(
     if written:
         for strong, style in ((True, "on-colour"), (False, "strong")):
             texts = base.transform_filter(alt.FieldEqualPredicate(field="strong", equal=strong))
-            layers.append(texts.mark_text(style=style).encode(text="text:N"))
+            layers.append(texts.mark_text(style=style).encode(text="shown:N"))
     number = in_table or (lambda i, j: percent(values[i][j]))
     table = [[row, *(number(i, j) for j in range(len(columns)))] for i, row in enumerate(rows)]
     return make_chart(name, label, layers, [f"{down} \\ {across}", *columns], table, height=24 * len(rows))
@@ -166,9 +166,9 @@ def histogram(name: str, label: str, values: Sequence[int], *, unit: str, what: 
     drawn = alt.Chart(data_of(rows)).mark_rect(cornerRadius=1)
     layers = [drawn.encode(x=x, x2="end:Q", y=y, y2=alt.datum(0), tooltip=alt.Tooltip("tip:N"))]
     if limit and limit <= count * step:
-        mark = alt.Chart(data_of([{"first": limit, "text": "limit of the encoder"}])).encode(x="first:Q")
+        mark = alt.Chart(data_of([{"first": limit, "shown": "limit of the encoder"}])).encode(x="first:Q")
         layers.append(mark.mark_rule(style="reference"))
-        layers.append(mark.mark_text(style="strong", align="right", dx=-5, dy=7).encode(y=alt.value(0), text="text:N"))
+        layers.append(mark.mark_text(style="strong", align="right", dx=-5, dy=7).encode(y=alt.value(0), text="shown:N"))
     return make_chart(name, label, layers, [unit, f"{what}s"], table, height=190)
 
 
@@ -185,7 +185,7 @@ def sizes(name: str, label: str, found: Iterable[tuple[int, int]]) -> Chart | No
         groups[(_rounded(width), _rounded(height)) if many else (width, height)] += number
     about, rows = "about " if many else "", list[dict[str, Any]]()
     for (wide, high), number in sorted(groups.items(), key=lambda item: -item[1]):
-        tip = f"{about}{wide:,.0f} x {high:,.0f} pixels: {several(number, 'image')}"
+        tip = f"{about}{wide:,.0f} x {high:,.0f} pixels: {number:,} image{'' if number == 1 else 's'}"
         rows.append({"width": wide, "height": high, "count": number, "tip": tip})
     x = alt.X("width:Q", scale=_pixels([row["width"] for row in rows]), axis=_pixel_axis("width"))
     y = alt.Y("height:Q", scale=_pixels([row["height"] for row in rows]), axis=_pixel_axis("height"))

@@ -202,7 +202,7 @@ def _up_axis(title: str, percent: bool) -> Any:
 def _selected(step: float, *, near_end: bool) -> list[Any]:
     import altair as alt
 
-    base = alt.Chart(data_of([{"x": step, "text": "selected"}])).encode(x="x:Q")
+    base = alt.Chart(data_of([{"x": step, "shown": "selected"}])).encode(x="x:Q")
     align, dx = ("right", -5) if near_end else ("left", 5)
-    text = base.mark_text(style="strong", align=align, dx=dx, dy=-7).encode(y=alt.value(0), text="text:N")
+    text = base.mark_text(style="strong", align=align, dx=dx, dy=-7).encode(y=alt.value(0), text="shown:N")
     return [base.mark_rule(style="reference"), text]
