@@ -162,7 +162,7 @@ def histogram(name: str, label: str, values: Sequence[int], *, unit: str, what: 
         table.append([range_, f"{heights[number]:,}"])
     x_axis = alt.Axis(title=unit, format=",d", grid=False)
     x = alt.X("first:Q", scale=alt.Scale(domain=[0, count * step], nice=False), axis=x_axis)
-    y = alt.Y("count:Q", axis=alt.Axis(title=f"{what}s", format="~s", tickCount=4, domain=False, ticks=False))
+    y = alt.Y("count:Q", axis=alt.Axis(title=f"{what}s", format=",.6~r", tickCount=4, tickMinStep=1, domain=False, ticks=False))
     drawn = alt.Chart(data_of(rows)).mark_rect(cornerRadius=1)
     layers = [drawn.encode(x=x, x2="end:Q", y=y, y2=alt.datum(0), tooltip=alt.Tooltip("tip:N"))]
     if limit and limit <= count * step:

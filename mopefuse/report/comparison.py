@@ -17,7 +17,7 @@ def cells(comparison: Comparison, splits: Splits, mark: Mark = str) -> tuple[lis
     compared = comparison.against is not None
     names = [metric if split == "test" else f"{split} {metric}" for split, metric in metrics]
     columns = ["method", "n", *names, "trainable", "share", "time", "memory"]
-    columns += [f"{comparison.metric} less that of {visible(comparison.against)}", "p"] if compared else []
+    columns += [f"Δ {comparison.metric} vs {visible(comparison.against)}", "p"] if compared else []
     rows = []
     for row in comparison.rows:
         found = [visible(row.label), str(len(row.runs))]

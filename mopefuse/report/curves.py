@@ -69,7 +69,7 @@ def curves(
     base = alt.Chart(data_of(rows)).encode(x=x, **({} if len(lines) == 1 else {"color": _colour(names)}))
     layers = []
     if any(row["low"] < row["high"] for row in rows):
-        spread = base.mark_area(opacity=0.16) if bands and len(xs) > 1 else base.mark_rule(strokeWidth=1.4)
+        spread = base.mark_area(opacity=0.12) if bands and len(xs) > 1 else base.mark_rule(strokeWidth=1.4)
         layers.append(spread.encode(y=alt.Y("low:Q", scale=scale, axis=axis), y2="high:Q"))
     layers.append(base.mark_line(strokeWidth=2).encode(y=y))
     few = max(len(line.points) for line in lines) <= _FEW

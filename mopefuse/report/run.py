@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mopefuse.config.schema import Data as DataConfig
 from mopefuse.core import device as devices
 from mopefuse.data.base import DataSet
@@ -22,7 +24,7 @@ from mopefuse.report.facts import RunFacts
 from mopefuse.report.pages import check_places, save_charts, write
 from mopefuse.report.run_page import run_page, sections
 from mopefuse.runs.folder import RunFolder
-from mopefuse.runs.load import elsewhere, load_model, with_labels
+from mopefuse.runs.load import Loaded, elsewhere, load_model, with_labels
 from mopefuse.runs.locate import kind_of, locate, trained
 from mopefuse.training.train import resolved
 
@@ -95,42 +97,59 @@ def report(
         dataset, _ = drawn(dataset, split, most, seed=0)
         part = f"This page is of {most:,} of {total:,} samples, drawn at random; mopefuse eval has the metrics of all."
         notes = (*notes, part)
-    told = lambda done, total: advance(f"asking {split}", done, total)  # noqa: E731
-    said = run_split(loaded.model, dataset, split, loaded.config, target, each=True, advance=told)
-    found = None
-    if audit:
-        found = audit_model(
-            loaded.model,
-            dataset,
-            split,
-            loaded.config,
-            target,
-            thresholds=loaded.thresholds,
-            as_is_SN=said.logits_SN,
-            advance=lambda name, done, total: advance(f"audit, {name}", done, total),
-        )
-    facts = RunFacts(
-        folder.path.resolve().name,
-        step,
-        loaded.config,
-        loaded.manifest,
-        folder.result(),
-        folder.read_log(),
-        dataset,
-        split,
-        said.logits_SN,
-        loaded.thresholds,
-        routing_SLK=said.routing_SLK,
-        audit=found.as_dict() if found else None,
-        missing=kept(folder.path, split, step),
-        notes=notes,
-        baselines=find_baselines(folder, split, selected_metric(multi_label=dataset.multi_label)),
-        derive=lambda config: resolved(config, loaded.model),
-    )
+    facts, found = _facts(folder, loaded, dataset, split, step, target, audit=audit, notes=notes, advance=advance)
     parts = sections(facts)
     write(page, run_page(facts, parts))
     files = save_charts(parts, figures)
     return Reported(page, files, split, step, facts.metrics, facts.calibration.error, found, facts.notes)
+
+
+def _facts(
+    folder: RunFolder,
+    loaded: Loaded,
+    data: DataSet,
+    split: str,
+    step: int,
+    device: torch.device,
+    *,
+    audit: bool,
+    notes: tuple[str, ...],
+    advance: Advance,
+) -> tuple[RunFacts, Audit | None]:
+    """What the page is made of, with the predictions of the model, and the audit if one is wanted."""
+    predicting = lambda done, total: advance(f"predicting {split}", done, total)  # noqa: E731
+    outputs = run_split(loaded.model, data, split, loaded.config, device, each=True, advance=predicting)
+    found = None
+    if audit:
+        found = audit_model(
+            loaded.model,
+            data,
+            split,
+            loaded.config,
+            device,
+            thresholds=loaded.thresholds,
+            as_is_SN=outputs.logits_SN,
+            advance=lambda name, done, total: advance(f"audit, {name}", done, total),
+        )
+    facts = RunFacts(
+        name=folder.path.resolve().name,
+        step=step,
+        config=loaded.config,
+        manifest=loaded.manifest,
+        result=folder.result(),
+        log=folder.read_log(),
+        data=data,
+        split=split,
+        logits_SN=outputs.logits_SN,
+        thresholds=loaded.thresholds,
+        routing_SLK=outputs.routing_SLK,
+        audit=found.as_dict() if found else None,
+        missing=kept(folder.path, split, step),
+        notes=notes,
+        baselines=find_baselines(folder, split, selected_metric(multi_label=data.multi_label)),
+        derive=lambda config: resolved(config, loaded.model),
+    )
+    return facts, found
 
 
 def _run_of(run: Path) -> RunFolder:
@@ -141,7 +160,7 @@ def _run_of(run: Path) -> RunFolder:
     """
     kind = kind_of(locate(run))
     if kind in ("adapter", "bundle"):
-        what = f"{run} is {'an adapter' if kind == 'adapter' else 'a bundle'}, which keeps no log and knows of no data"
+        what = f"{run} is {'an adapter' if kind == 'adapter' else 'a bundle'}, which has no log and no data"
         raise CheckpointError(20, what, fix="name the run that it was exported from")
     folder = trained(run)
     folder.config()

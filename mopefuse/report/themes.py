@@ -23,7 +23,7 @@ def _theme(
         "mark": {"color": accent, "aria": False},
         "view": {"stroke": None},
         "axis": {**text, "domainColor": line, "gridColor": line, "tickColor": line, "labelLimit": 190, "labelPadding": 6},
-        "legend": {**text, "labelLimit": 330, "symbolStrokeWidth": 3},
+        "legend": {**text, "labelLimit": 330, "symbolStrokeWidth": 3, "symbolOpacity": 1},
         "text": {"color": soft, "fontSize": 12},
         "range": {
             "category": list(series),
