@@ -99,7 +99,8 @@ def _kinds(report: Report) -> list[dict[str, Any]]:
 
 def _lengths(report: Report) -> Chart | None:
     values = report.texts.tokens_T or report.texts.words_T
-    return histogram("lengths", "how long texts are", values, unit=_unit(report), what="measured text", limit=report.texts.limit)
+    unit, limit = _unit(report), report.texts.limit
+    return histogram("lengths", "how long texts are", values, unit=unit, what="measured text", limit=limit)
 
 
 def _sizes(report: Report) -> Chart | None:
