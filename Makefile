@@ -1,9 +1,9 @@
-# make demo, make test and make check work on a fresh machine: they create .venv when it is missing or stale.
+# make demo, make test, make check and make docs work on a fresh machine: they create .venv when it is missing or stale.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-plugins check install clean
+.PHONY: demo test test-plugins check docs linkcheck install clean
 
 install: $(INSTALLED)
 
@@ -27,7 +27,16 @@ test-plugins: $(INSTALLED)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
+	$(BIN)/codespell
 	$(BIN)/mypy
 
+# The site goes to docs/_build/html. Warnings are errors, and so are broken links within the documentation.
+docs: $(INSTALLED)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
+# Links to other sites; needs a network.
+linkcheck: $(INSTALLED)
+	DOCS_NOTEBOOK=off $(BIN)/python -m sphinx -W --keep-going -q -b linkcheck docs docs/_build/linkcheck
+
 clean:
-	rm -rf .venv build dist demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build dist demo docs/_build .pytest_cache .mypy_cache .ruff_cache

@@ -39,35 +39,35 @@ NOTES = {  # where the message alone says nothing
 }
 HEAD = """# Errors and exit codes
 
-An error that you can mend is one line on stderr, without a traceback:
+An error that you can fix is one line on stderr, without a traceback:
 
 ```
 error[MF-DATA-11]: image not found: images/a.jpg · train.jsonl:17, id 4411 · fix: add the file
 ```
 
-With `--json` it is one object on stdout, and nothing else is there:
+With `--json` it is one object on stdout, and nothing else is printed there:
 
 ```
 {"ok": false, "error": {"code": "MF-DATA-11", "exit": 4, "message": "...", "where": "...", "hint": "..."}}
 ```
 
-Codes are stable: what one stands for does not change, and a number is never used again.
+Codes are stable: their meaning does not change, and numbers are never reused.
 
 | exit code | meaning |
 | --- | --- |
 | 0 | done |
 | 1 | internal error, a bug: one line, and `crash.log` with the traceback (`mopefuse --debug ...` prints it too) |
-| 2 | the command line cannot be read |
+| 2 | the command line is invalid |
 | 3 | the configuration is invalid: a recipe, a flag, `--set`, the run folder |
 | 4 | the data are invalid: a split, a row, an image |
 | 5 | an encoder is unknown, unreachable or unsuitable |
 | 6 | a run, checkpoint or weights file is damaged, unsafe, or belongs to other encoders |
-| 7 | disk, memory or a process ran out |
+| 7 | out of disk space or memory, or a process was killed |
 | 8 | a number that must be finite is not |
 | 9 | a plugin cannot be used |
 | 10 | a quality gate was not met (`eval --min`) |
-| 130, 143 | stopped by Ctrl-C, by SIGTERM; training publishes a checkpoint first, and `--resume` goes on from it |
-| 141 | whoever read the output stopped reading, as `head` does |
+| 130, 143 | stopped by Ctrl-C, by SIGTERM; training saves a checkpoint first, and `--resume` continues from it |
+| 141 | the reader of the output stopped reading, as `head` does |
 
 In the messages below, `…` stands for a value.
 

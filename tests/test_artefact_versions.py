@@ -42,7 +42,7 @@ def expected(golden: Path) -> dict[str, Any]:
     return {row["id"]: pytest.approx(row["probabilities"], abs=1e-5) for row in rows}
 
 
-# -- F-79
+# -- a newer format
 
 
 def newer(artefact: Artefact, manifest: Path, **facts: object) -> str:
@@ -67,7 +67,7 @@ def test_F_79_a_newer_checkpoint_is_neither_loaded_nor_passed_over(of_run: Artef
     assert tree(of_run.path / "checkpoints") == before
 
 
-# -- F-80
+# -- an older format
 
 
 def test_F_80_every_format_has_golden_files_and_a_way_to_the_next() -> None:
@@ -142,7 +142,7 @@ def test_F_80_a_resumed_run_is_of_the_format_that_wrote_it_last(tmp_path: Path, 
     assert answers(artefact.path, golden / "data" / "val.jsonl")
 
 
-# -- F-81
+# -- settings that were renamed
 
 
 def test_F_81_a_renamed_setting_of_an_older_version_is_told_once(
@@ -187,7 +187,7 @@ def test_F_81_set_takes_an_old_name_and_wins_over_the_recipe(monkeypatch: pytest
         assert resolve(recipe=str(recipe), sets=["train.lr_of_main=0.5"]).train.lr == 0.5
 
 
-# -- F-107
+# -- a plugin that is not installed
 
 TOY = """
 from mopefuse.encoders.tiny import TinyEncoder

@@ -47,7 +47,7 @@ def test_what_is_whole_loads(artefact: Artefact, say: Ask) -> None:
     assert say(artefact.path).stdout == done.stdout
 
 
-# -- F-72
+# -- torch and torchvision that do not match
 
 
 def test_F_72_a_torchvision_of_another_torch_is_named_with_both_versions(pairs: Path, tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_F_72_a_torchvision_of_another_torch_is_named_with_both_versions(pairs: 
     assert "Traceback" not in done.stderr
 
 
-# -- F-73
+# -- pickles in the place of weights
 
 
 @SEALED
@@ -100,18 +100,18 @@ def test_F_73_a_pickle_as_weights_of_an_encoder_runs_nothing(tmp_path: Path) -> 
     assert call("encoders", "inspect", f"{spec}&weights={tmp_path / 'good.safetensors'}").returncode == 0
 
 
-# -- F-74, F-75
+# -- damaged weights
 
 
 @SEALED
 @pytest.mark.parametrize(
     "damage",
     [
-        pytest.param(lambda whole: whole[: len(whole) // 2], id="F-74 truncated"),
-        pytest.param(overlapping, id="F-74 overlapping tensors"),
-        pytest.param(lambda whole: (200_000_000).to_bytes(8, "little") + whole[8:], id="F-74 200 MB of header"),
-        pytest.param(lambda whole: whole + b"junk", id="F-74 trailing junk"),
-        pytest.param(lambda whole: b"", id="F-74 empty"),
+        pytest.param(lambda whole: whole[: len(whole) // 2], id="truncated"),
+        pytest.param(overlapping, id="overlapping tensors"),
+        pytest.param(lambda whole: (200_000_000).to_bytes(8, "little") + whole[8:], id="200 MB of header"),
+        pytest.param(lambda whole: whole + b"junk", id="trailing junk"),
+        pytest.param(lambda whole: b"", id="empty"),
     ],
 )
 def test_damaged_weights_are_refused_and_the_other_checkpoint_offered(
@@ -150,7 +150,7 @@ def test_F_75_one_flipped_bit_of_any_file_of_an_adapter_is_found(of_adapter: Art
     refused(say(of_adapter.path), "MF-CKPT-02", f"{name} is not what was published (sha256 differs)")
 
 
-# -- F-76
+# -- manifests that were edited
 
 
 DAMAGED = {"labels": 7, "multi_label": "no", "encoders": ["tiny:vision"], "plugins": True}
@@ -160,15 +160,15 @@ NEEDED = ("mopefuse", "method", "labels", "multi_label", "encoders", "data")
 @pytest.mark.parametrize(
     ("code", "said", "changed"),
     [
-        pytest.param("MF-CKPT-03", "the labels of the run", {"labels": ["a", "b", "d"]}, id="F-76 a label renamed"),
-        pytest.param("MF-CKPT-03", "the labels of the run", {"labels": ["b", "a", "c"]}, id="F-76 labels permuted"),
-        pytest.param("MF-CKPT-03", "the labels of the run", {"labels": ["a", "b"]}, id="F-76 fewer labels"),
-        pytest.param("MF-CKPT-03", "the multi_label of the run", {"multi_label": True}, id="F-76 several labels"),
-        pytest.param("MF-CKPT-03", "the encoders of the run", {"encoders.main.spec": "tiny:vision-b"}, id="F-76 spec"),
-        pytest.param("MF-CKPT-08", "expected 0123", {"encoders.main.fingerprint": "0123"}, id="F-76 fingerprint"),
-        pytest.param("MF-CKPT-08", "expected None", {"encoders.comp.fingerprint": None}, id="F-76 no fingerprint"),
-        *(pytest.param("MF-CKPT-03", f"damaged: {key}: ", {key: bad}, id=f"F-76 {key} {bad}") for key, bad in DAMAGED.items()),
-        *(pytest.param("MF-CKPT-03", f"damaged: {key}: ", {key: ...}, id=f"F-76 no {key}") for key in NEEDED),
+        pytest.param("MF-CKPT-03", "the labels of the run", {"labels": ["a", "b", "d"]}, id="a label renamed"),
+        pytest.param("MF-CKPT-03", "the labels of the run", {"labels": ["b", "a", "c"]}, id="labels permuted"),
+        pytest.param("MF-CKPT-03", "the labels of the run", {"labels": ["a", "b"]}, id="fewer labels"),
+        pytest.param("MF-CKPT-03", "the multi_label of the run", {"multi_label": True}, id="several labels"),
+        pytest.param("MF-CKPT-03", "the encoders of the run", {"encoders.main.spec": "tiny:vision-b"}, id="spec"),
+        pytest.param("MF-CKPT-08", "expected 0123", {"encoders.main.fingerprint": "0123"}, id="fingerprint"),
+        pytest.param("MF-CKPT-08", "expected None", {"encoders.comp.fingerprint": None}, id="no fingerprint"),
+        *(pytest.param("MF-CKPT-03", f"damaged: {key}: ", {key: bad}, id=f"{key} {bad}") for key, bad in DAMAGED.items()),
+        *(pytest.param("MF-CKPT-03", f"damaged: {key}: ", {key: ...}, id=f"no {key}") for key in NEEDED),
     ],
 )
 def test_a_manifest_that_was_edited_is_refused(
@@ -224,7 +224,7 @@ def test_F_76_a_size_of_10_gb_is_compared_and_not_believed(artefact: Artefact, n
     refused(say(artefact.path), "MF-CKPT-02", f"{name} is not what was published")
 
 
-# -- F-77, F-78
+# -- other encoders, numbers that are not finite
 
 
 @pytest.mark.parametrize("side", ["main", "comp"])

@@ -249,7 +249,7 @@ def test_routing_of_a_model_that_has_none_is_refused(pairs: Path, tmp_path: Path
 def test_export_without_its_packages_names_the_extra(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """F-112."""
+    """An export needs the package onnx, and says so."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnx" else object())
     done = call("export", trained, "-o", tmp_path / "out")
     assert done.returncode == 5 and "MF-ENV-01" in done.stderr and 'pip install "mopefuse[export]"' in done.stderr
@@ -316,7 +316,7 @@ def test_a_bundle_that_lacks_a_fact_is_refused(key: str, copy: Path) -> None:
 
 
 class TestWeightsBesideTheGraph:
-    """F-109: models of more than 2 GB keep their weights in model.onnx.data."""
+    """Models of more than 2 GB keep their weights in model.onnx.data."""
 
     @pytest.fixture
     def large(self, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -1,4 +1,4 @@
-"""F-108: the exported graph says what the model says, at every batch size, every text length, and for every kind of pair."""
+"""The exported graph says what the model says, at every batch size, every text length, and for every kind of pair."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def only(site: Path, tmp_path: Path, *plugins: str) -> Path:
     return folder
 
 
-# -- F-102, F-105: what is broken is listed, and breaks nothing else
+# -- what is broken is listed, and breaks nothing else
 
 
 @pytest.mark.parametrize("args", [("plugins", "list"), ("plugins", "list", "--json"), ("encoders",), ("encoders", "--json")])
@@ -161,7 +161,7 @@ def test_a_package_whose_entry_points_cannot_be_read_is_left_out(
     assert {"tiny", "timm"} <= registry.available(registry.ENCODERS).keys()
 
 
-# -- F-103, F-104: names that several claim
+# -- names that several claim
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ def test_probabilities_are_those_of_training(multi: bool) -> None:
         assert np.allclose(predictor.probabilities(logits, multi_label=multi), wanted, atol=1e-7)
 
 
-# -- F-110, F-111: inputs that are none
+# -- inputs that are none
 
 
 def good(bundle: Bundle) -> dict[str, Any]:

@@ -268,7 +268,7 @@ def test_labels_in_another_order_are_other_data(tmp_path: Path) -> None:
 
 
 def test_a_model_that_diverged_in_the_last_step_is_never_the_best(data: Path, tmp_path: Path) -> None:
-    """F-26, where the step itself was finite and what it led to is not."""
+    """The step itself was finite and what it led to is not."""
     with pytest.raises(NumericError, match="not finite on") as refused:
         train(config(data, train__lr=1e20, train__max_steps=1), tmp_path / "run")
     assert refused.value.exit_code == 8
@@ -322,7 +322,7 @@ def test_a_log_of_a_killed_run_without_a_checkpoint_is_not_appended_to(data: Pat
 
 
 def test_validation_logs_how_evenly_experts_are_used_and_collapse_is_told_once(data: Path, tmp_path: Path) -> None:
-    """F-35."""
+    """A router that collapses is worth a notice."""
     train(config(data), tmp_path / "run")
     routing = [line["routing"] for line in log(tmp_path / "run") if "val" in line]
     assert len(routing) == 3

@@ -39,7 +39,7 @@ class Section(BaseModel):
 
 
 class Prompts(Section):
-    """The prompts of every prompted layer of the main encoder (METHOD: static, dynamic, mapped)."""
+    """The prompts of every prompted layer of the main encoder: static, dynamic and mapped."""
 
     static: int | None = Field(
         None, ge=0, le=_MOST_TOKENS, description="tokens of the static prompt; default 6 (image main), 4 (text main)"
@@ -317,8 +317,8 @@ OFFICIAL: dict[str, Any] = {
     "data": {"image_stats": "mmbt"},
     "train": {"select": "last"},
 }
-"""What ``compat: official`` sets where nothing else is said: the released code as METHOD 3 and 4 describe it, without
-the leak between samples. Its average over prompts and patches at the end has no counterpart here: prompts have no output."""
+"""What ``compat: official`` sets unless it is set explicitly: the choices of the authors' released code, without its leak
+between samples. Its average over prompts and patches at the end has no counterpart here: prompts have no output."""
 
 
 RENAMED: dict[str, str] = {}

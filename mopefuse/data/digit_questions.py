@@ -141,7 +141,7 @@ def paint(values_N488: Array, colours_N4: Array) -> Array:
     """Digits (values 0..16) in colours (index into `COLOURS`) on black, as RGB images (N, 16, 16, 3) of 8 bits."""
     palette_C3 = np.array(list(COLOURS.values()), dtype=np.uint16)
     cells = values_N488[..., None].astype(np.uint16) * palette_C3[colours_N4][:, :, None, None] // 16
-    grid = cells.astype(np.uint8).reshape(-1, 2, 2, 8, 8, 3).transpose(0, 1, 3, 2, 4, 5)
+    grid: Array = cells.astype(np.uint8).reshape(-1, 2, 2, 8, 8, 3).transpose(0, 1, 3, 2, 4, 5)
     return grid.reshape(-1, 16, 16, 3)
 
 

@@ -105,7 +105,7 @@ def train(
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM, after a checkpoint was published.
-        MopefuseError: see FAULTS in the documentation; what was published before is kept.
+        MopefuseError: see docs/errors.md; what was published before is kept.
     """
     listener = listener or Listener()
     with distributed.joined():
