@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mopefuse.report import run_answers, run_baselines, run_errors, run_missing, run_routing, run_training
+from mopefuse.report import run_baselines, run_errors, run_missing, run_overview, run_routing, run_training
 from mopefuse.report.facts import RunFacts
 from mopefuse.report.pages import Section, sections_page
 
@@ -13,9 +13,9 @@ def sections(facts: RunFacts) -> list[Section]:
     """Everything on a run, in the order of the page."""
     found: Sequence[Section | None] = (
         run_baselines.baselines(facts),
-        run_answers.audit(facts),
+        run_overview.audit(facts),
         run_missing.missing(facts),
-        run_answers.task(facts),
+        run_overview.task(facts),
         run_training.resources(facts),
         run_errors.confusion(facts),
         run_errors.scores(facts),
@@ -37,4 +37,4 @@ def run_page(facts: RunFacts, parts: Sequence[Section]) -> str:
     encoders = " and ".join(str(encoder.get("spec", "")) for encoder in facts.manifest["encoders"].values())
     summary = f"{facts.config.method} with {encoders}; predictions of step {facts.step:,} on {facts.split}"
     pill = facts.config.method
-    return sections_page(facts.name, summary, run_answers.tiles(facts), parts, pill=pill, notes=facts.notes)
+    return sections_page(facts.name, summary, run_overview.tiles(facts), parts, pill=pill, notes=facts.notes)

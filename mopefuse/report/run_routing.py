@@ -62,8 +62,8 @@ def _usage(facts: RunFacts, routing_SLK: Tensor) -> Section:
         strict=True,
     )
     rows = [
-        (f"layer {number}", f"{even:.2f}", f"{cv:.2f}", _dead(dead), f"{told:.2f}")
-        for number, (even, cv, dead, told) in enumerate(columns, 1)
+        (f"layer {number}", f"{even:.2f}", f"{cv:.2f}", _dead(dead), f"{information:.2f}")
+        for number, (even, cv, dead, information) in enumerate(columns, 1)
     ]
     chart = _by_expert("usage", "mean weight of each expert, by layer", share_LK[:_LAYERS], _names(share_LK), down="layer")
     body = fragment("usage", rows, chart, split=facts.split, samples=len(routing_SLK), unused=percent(routing.UNUSED))
@@ -107,7 +107,7 @@ def _most_used(share_XK: Tensor) -> list[int]:
     return sorted(chosen)
 
 
-def _over_training(facts: RunFacts, told_most: int) -> Section | None:
+def _over_training(facts: RunFacts, most_informative: int) -> Section | None:
     lines = [line for line in facts.log if line.get("routing")]
     if not lines:
         return None
@@ -117,7 +117,7 @@ def _over_training(facts: RunFacts, told_most: int) -> Section | None:
     parts = [Curve("entropy of the load", entropy), Curve("share of unused experts", unused)]
     chart = curves("entropy", label, parts, across="step", up="share", mark=float(facts.step), low=0.0, high=1.0)
     caption = "Entropy of the load on validation, averaged over layers: 1 is even, 0 a single expert."
-    by_step = _usage_by_step(lines, told_most)
+    by_step = _usage_by_step(lines, most_informative)
     body = fragment("figure", chart, caption)
     if by_step:
         names = [f"layer {layer + 1}" for layer, _ in by_step]
@@ -125,12 +125,12 @@ def _over_training(facts: RunFacts, told_most: int) -> Section | None:
         panels = [
             (name, fragment("figure", one, text)) for name, (_, one), text in zip(names, by_step, captions, strict=True)
         ]
-        chosen = next((place for place, (layer, _) in enumerate(by_step) if layer == told_most), 0)
+        chosen = next((place for place, (layer, _) in enumerate(by_step) if layer == most_informative), 0)
         body = fragment("columns", [body, fragment("tabs", "usage-layer", panels, chosen)])
     return Section("routing-training", "Routing during training", body, (chart, *(one for _, one in by_step)))
 
 
-def _usage_by_step(lines: Sequence[Any], told_most: int) -> list[tuple[int, Chart]]:
+def _usage_by_step(lines: Sequence[Any], most_informative: int) -> list[tuple[int, Chart]]:
     """The share of each expert by step, for the layers that `_layers` names."""
     lines = [line for line in lines if line["routing"].get("usage")]
     every = max(1, -(-len(lines) // _TIMES))
@@ -138,7 +138,7 @@ def _usage_by_step(lines: Sequence[Any], told_most: int) -> list[tuple[int, Char
     if len(lines) < 2:
         return []
     count = min(len(line["routing"]["usage"]) for line in lines)
-    return [(layer, _usage_of_layer(lines, layer)) for layer in _layers(count, told_most)]
+    return [(layer, _usage_of_layer(lines, layer)) for layer in _layers(count, most_informative)]
 
 
 def _usage_of_layer(lines: Sequence[Any], layer: int) -> Chart:
@@ -160,36 +160,36 @@ def _usage_of_layer(lines: Sequence[Any], layer: int) -> Chart:
     )
 
 
-def _layers(count: int, told_most: int) -> list[int]:
+def _layers(count: int, most_informative: int) -> list[int]:
     """The layer whose routing tells most, and the first, the middle and the last."""
-    return sorted({min(told_most, count - 1), 0, (count - 1) // 2, count - 1})
+    return sorted({min(most_informative, count - 1), 0, (count - 1) // 2, count - 1})
 
 
-def _classes(facts: RunFacts, routing_SLK: Tensor, told_most: int) -> Section:
+def _classes(facts: RunFacts, routing_SLK: Tensor, most_informative: int) -> Section:
     """A few layers, one at a time."""
-    layers = _layers(routing_SLK.shape[1], told_most)
-    charts = [_classes_of(facts, routing_SLK[:, layer], layer, told_most) for layer in layers]
+    layers = _layers(routing_SLK.shape[1], most_informative)
+    charts = [_classes_of(facts, routing_SLK[:, layer], layer, most_informative) for layer in layers]
     caption = (
         "Mean weight of each expert over the samples of each class, in percent. If rows are alike, experts are not chosen by "
         "class; a column that is strong in one row only belongs to one class."
     )
     if len(facts.labels) > _CLASSES:
         caption += f" The {_CLASSES} most frequent of {len(facts.labels):,} classes."
-    most = f" The routing of layer {told_most + 1} depends most on the sample." if len(layers) > 1 else ""
+    most = f" The routing of layer {most_informative + 1} depends most on the sample." if len(layers) > 1 else ""
     panels = [
         (f"layer {layer + 1}", fragment("figure", chart, f"Layer {layer + 1}. {caption}{most}"))
         for layer, chart in zip(layers, charts, strict=True)
     ]
-    body = fragment("tabs", "layer", panels, layers.index(told_most)) if len(panels) > 1 else panels[0][1]
+    body = fragment("tabs", "layer", panels, layers.index(most_informative)) if len(panels) > 1 else panels[0][1]
     return Section("classes", "Classes and experts", body, tuple(charts))
 
 
-def _classes_of(facts: RunFacts, weights_SK: Tensor, layer: int, told_most: int) -> Chart:
+def _classes_of(facts: RunFacts, weights_SK: Tensor, layer: int, most_informative: int) -> Chart:
     mean_NK = routing.by_class(weights_SK, facts.targets, len(facts.labels))
     support_N = facts.targets.bincount(minlength=len(facts.labels)) if facts.targets.ndim == 1 else facts.targets.sum(dim=0)
     frequent = sorted(support_N.argsort(descending=True, stable=True)[:_CLASSES].tolist())
     label = f"mean weight of each expert of layer {layer + 1}, by class"
-    name = "classes" if layer == told_most else f"classes-layer-{layer + 1}"
+    name = "classes" if layer == most_informative else f"classes-layer-{layer + 1}"
     return _by_expert(name, label, mean_NK[frequent], [facts.labels[number] for number in frequent], down="class")
 
 

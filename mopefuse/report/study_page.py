@@ -92,8 +92,8 @@ def _table(comparison: Comparison) -> Section:
 
 def _missing(facts: StudyFacts) -> Section:
     if not facts.left:
-        told = Markup("<p>Nothing: {} and each has a result.</p>").format(_number(len(facts.cells), "run"))
-        return Section("missing", "What is missing", told)
+        text = Markup("<p>Nothing: all {} have a result.</p>").format(_number(len(facts.cells), "run"))
+        return Section("missing", "What is missing", text)
     lines = [(group.label, ", ".join(map(str, group.seeds)), group.state, group.why, group.fix) for group in facts.missing]
     return Section("missing", "What is missing", fragment("table", ["row", "seeds", "state", "why", "what to do"], lines, 5))
 
