@@ -7,6 +7,7 @@ import functools
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -102,6 +103,17 @@ def trained(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = call("train", *TINY, "--data", pairs, "--out", run, "--steps", "2")
     assert done.returncode == 0, done.stderr
     return run
+
+
+@pytest.fixture(scope="session")
+def reported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of `trained` with its page; not to be changed."""
+    from mopefuse.report.run import report
+
+    copy = tmp_path_factory.mktemp("reported") / "run"
+    shutil.copytree(trained, copy)
+    report(copy, device="cpu")
+    return copy
 
 
 @pytest.fixture(scope="session")

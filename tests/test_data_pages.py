@@ -9,15 +9,18 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
+from chart_cases import rows_of, tips
 from check_cases import ATTRIBUTE, HOSTILE, MAX_PIXELS, line, make_broken, save
 from conftest import call
 from PIL import Image
 
 from mopefuse.config.schema import Data
 from mopefuse.data.check import check
-from mopefuse.report import charts, data_check
+from mopefuse.report import data_check
+from mopefuse.report.bars import histogram, sizes
 from mopefuse.report.data_preview import draw
 from mopefuse.report.pages import dump, thumbnail
 
@@ -32,6 +35,7 @@ class Page(HTMLParser):
         self.open: list[str] = []
         self.elements: list[tuple[str, dict[str, str]]] = []
         self.text = ""
+        self.scripts: list[str] = []
         self.feed(html)
         self.close()
         assert self.open == []
@@ -45,11 +49,37 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if self.open[-1:] != ["style"]:
+        if self.open[-1:] == ["script"]:
+            self.scripts.append(data)
+        elif self.open[-1:] != ["style"]:
             self.text += data
 
     def all(self, tag: str) -> list[dict[str, str]]:
         return [attributes for name, attributes in self.elements if name == tag]
+
+    def check_harmless(self) -> None:
+        """It loads nothing, and runs no script but those that its policy lists by their content."""
+        for tag, attributes in self.elements:
+            links = [key for key in attributes if key.startswith("on") or key in ("href", "srcset", "action", "xlink:href")]
+            assert not links, tag
+            assert attributes.get("src", "data:image/jpeg;base64,").startswith("data:image/jpeg;base64,")
+        policy = next(meta["content"] for meta in self.all("meta") if "http-equiv" in meta)
+        parts = dict(part.strip().partition(" ")[::2] for part in policy.split(";"))
+        data, *sources = self.scripts or [""]
+        assert parts.pop("script-src", "").split() == [
+            f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'" for source in sources
+        ]
+        assert parts == {"default-src": "'none'", "style-src": "'unsafe-inline'", "img-src": "data:"}
+        if sources:
+            assert [script.get("type") for script in self.all("script")] == ["application/json", *[None] * len(sources)]
+            assert json.loads(data).keys() == {"charts", "themes"} and "<" not in data
+
+    def charts(self) -> set[str]:
+        """Names of the charts on it, each with its specification."""
+        names = [attributes["data-chart"] for attributes in self.all("div") if "data-chart" in attributes]
+        assert len(set(names)) == len(names)
+        assert set(names) == (json.loads(self.scripts[0])["charts"].keys() if self.scripts else set())
+        return set(names)
 
     def pictures(self) -> list[Image.Image]:
         kinds = [attributes["src"].partition(",") for attributes in self.all("img")]
@@ -85,16 +115,15 @@ def pages(broken: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
 
 
 @pytest.mark.parametrize("name", ["check", "sheet"])
-def test_a_page_loads_nothing_and_runs_nothing(pages: dict[str, Page], name: str) -> None:
+def test_a_page_loads_nothing_and_runs_only_its_own_scripts(pages: dict[str, Page], name: str) -> None:
     page = pages[name]
     allowed = "html head meta title style body main header footer section article h1 h2 p div span i b br img table tr th td"
-    allowed += " code pre details summary ul li svg line rect circle text"
+    allowed += " code pre details summary ul li"
+    if name == "check":
+        allowed += " script noscript figure figcaption thead tbody"
     assert {tag for tag, _ in page.elements} <= set(allowed.split())
-    for tag, attributes in page.elements:
-        assert not [key for key in attributes if key.startswith("on") or key in ("href", "srcset", "action", "xlink:href")], tag
-        assert attributes.get("src", "data:image/jpeg;base64,").startswith("data:image/jpeg;base64,")
-    policy = next(meta["content"] for meta in page.all("meta") if "http-equiv" in meta)
-    assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    page.check_harmless()
+    assert len(page.scripts) == (3 if name == "check" else 0)
 
 
 @pytest.mark.parametrize("name", ["check", "sheet"])
@@ -123,8 +152,8 @@ def test_the_page_of_a_check_has_its_counts_kinds_and_labels(pages: dict[str, Pa
     page = pages["check"]
     for said in ("21 errors", "10 warnings", "truncated-image", "train.jsonl:15, id t15", "zebra", "8 x 30 to 20 x 300"):
         assert said in page.text
-    assert len(page.all("svg")) == 2
-    assert len(page.all("circle")) == 3  # sizes of images that could be decoded: 24 x 24, 8 x 30, 20 x 300
+    assert page.charts() == {"lengths", "sizes"}
+    assert "24 x 24" in page.text and "20 x 300" in page.text, "sizes of images that could be decoded, in a table"
     bars = [attributes["title"] for attributes in page.all("span") if attributes.get("class") == "name"]
     assert bars == ["a", "b", HOSTILE, "zebra"]
 
@@ -151,13 +180,13 @@ def test_of_many_offenders_sixty_are_seen_and_every_kind_is(tmp_path: Path) -> N
     (tmp_path / "train.jsonl").write_text("\n".join([*rows, line("t90", "cut.png")]))
     report = check(Data(path=str(tmp_path)))
     assert len(report.by_kind()["tiny-image"]) == 90
-    page = Page(data_check.check_page(report, name="x", told="", columns=(), splits=()))
+    page = Page(data_check.check_page(report, name="x", summary="", columns=(), splits=()))
     assert (len(page.all("img")), len(page.all("pre"))) == (59, 1)
 
 
 def test_long_lists_are_cut_and_counted(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("{\n" * 300)
-    page = Page(data_check.check_page(check(Data(path=str(tmp_path))), name="x", told="", columns=(), splits=()))
+    page = Page(data_check.check_page(check(Data(path=str(tmp_path))), name="x", summary="", columns=(), splits=()))
     assert page.text.count("train.jsonl:") == 200 + 1
     assert "and 100 more" in page.text
 
@@ -256,31 +285,33 @@ def test_bytes_are_shown_in_hex_and_as_text() -> None:
 
 
 def test_a_histogram_has_every_value_and_its_limit() -> None:
-    found = charts.histogram([1, 1, 2, 5], unit="words", limit=4)
-    assert [(round(bar.height), bar.title) for bar in found.bars] == [
+    def drawn(values: list[int], limit: int = 0) -> Any:
+        return histogram("x", "x", values, unit="words", what="text", limit=limit)
+
+    found = drawn([1, 1, 2, 5], limit=4)
+    assert [(row["count"], row["tip"]) for row in rows_of(found, "count")] == [
         (0, "0 words: 0 texts"),
-        (170, "1 words: 2 texts"),
-        (85, "2 words: 1 texts"),
+        (2, "1 words: 2 texts"),
+        (1, "2 words: 1 text"),
         (0, "3 words: 0 texts"),
         (0, "4 words: 0 texts"),
-        (85, "5 words: 1 texts"),
+        (1, "5 words: 1 text"),
     ]
-    assert found.limit == pytest.approx(400 * 4 / 6)
-    assert charts.histogram([3], unit="words", limit=512).limit is None
-    many = charts.histogram([*range(1000), 10**6], unit="words")
-    assert (len(many.bars), many.bars[-1].title) == (32, "961 or more words: 40 texts")
-    assert charts.histogram([], unit="words").bars == ()
+    assert [row["first"] for row in rows_of(found, "shown")] == [4]
+    assert rows_of(drawn([3], limit=512), "shown") == [], "a limit that is out of sight"
+    many = drawn([*range(1000), 10**6])
+    assert (len(tips(many)), tips(many)[-1]) == (32, "961 or more words: 40 texts")
+    assert many.rows[-1] == ["961 or more", "40"]
+    assert drawn([]) is None
 
 
-def test_a_scatter_puts_sizes_where_they_belong() -> None:
-    found = charts.scatter([(100, 10)] * 3 + [(10, 100)])
-    large, small = found.dots
-    assert (large.title, small.title) == ("100 x 10 pixels: 3 images", "10 x 100 pixels: 1 images")
-    assert large.x > small.x and large.y > small.y and large.radius > small.radius
-    for number in (1, 5, 300):
-        for value in range(1, 500, 7):
-            spread = charts.scatter((value * step, value) for step in range(1, number + 1))
-            assert all(0 <= dot.x <= 400 and 0 <= dot.y <= 170 for dot in spread.dots)
-            assert spread.x_ticks and spread.y_ticks
-    assert len(charts.scatter((width, height) for width in range(1, 100) for height in range(1, 100)).dots) <= 41 * 41
-    assert charts.scatter([]).dots == ()
+def test_sizes_of_images_are_counted_and_many_are_grouped() -> None:
+    found = sizes("x", "x", [(100, 10)] * 3 + [(10, 100)])
+    assert found is not None
+    assert tips(found) == ["100 x 10 pixels: 3 images", "10 x 100 pixels: 1 image"]
+    assert sizes("x", "x", []) is None
+    many = sizes("x", "x", ((width, height) for width in range(1, 100) for height in range(1, 100)))
+    assert many is not None
+    rows = rows_of(many, "count")
+    assert len(rows) <= 41 * 41 and sum(row["count"] for row in rows) == 99 * 99
+    assert all(row["tip"].startswith("about ") and 0.9 < row["width"] < 110 for row in rows)

@@ -180,8 +180,8 @@ MAY_NAME_THEM = {  # modalities are data: all others ask `mopefuse.modalities.ba
         ("export.bundle_maker", "inference.bundle_facts", "export.graph", "inference.bundle", "export.verify"),
         "the format of bundles, whose inputs are pixels and tokens",
     ),
-    **dict.fromkeys(("report.run_answers", "report.run_routing"), "a key of a template"),
-    **dict.fromkeys(("report.drawing", "report.figures"), "a colour"),
+    **dict.fromkeys(("report.run_errors", "report.run_routing"), "a key of a template"),
+    "report.themes": "a kind of mark in charts",
     "training.demo": "the two baselines of the demo",
 }
 

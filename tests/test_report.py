@@ -5,60 +5,33 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from chart_cases import rows_of, tips
 from check_cases import ATTRIBUTE, HOSTILE
-from chromium import Chromium
 from conftest import TINY, call, make_pairs, write_rows
 from PIL import Image
+from report_cases import facts_of, keys, page_of
 from test_data_pages import Page
 
 from mopefuse.config.schema import Data
 from mopefuse.data.load import load_data
-from mopefuse.report import figures, planes, run_answers, run_routing
-from mopefuse.report.facts import RunFacts
+from mopefuse.report import run_errors, run_routing
 from mopefuse.report.pages import Section, fragment, sections_page
 from mopefuse.report.run import report
-from mopefuse.runs.folder import RunFolder
 
-SECTIONS = ["audit", "task", "resources", "confusion", "calibration", "examples", "mistakes", "training"]
+SECTIONS = [
+    "baselines", "audit", "task", "resources", "confusion", "scores", "calibration", "examples", "mistakes", "training",
+]  # fmt: skip
 ROUTING = ["usage", "routing-training", "classes", "experts"]
 
 
-@pytest.fixture(scope="module")
-def run(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of a run of two steps with its page; not to be changed."""
-    copy = tmp_path_factory.mktemp("report") / "run"
-    shutil.copytree(trained, copy)
-    report(copy, device="cpu")
-    return copy
-
-
-def page_of(run: Path) -> Page:
-    return Page((run / "report.html").read_text(encoding="utf-8"))
-
-
-def facts_of(run: Path, **other: Any) -> RunFacts:
-    """What a page is made of, with answers of our own."""
-    folder = RunFolder(run)
-    config = folder.config()
-    data = load_data(config.data)
-    logits_SN = other.pop("logits_SN", torch.zeros(len(data.splits["test"].rows), len(data.labels)))
-    facts = RunFacts("run", 2, config, folder.manifest(), folder.result(), folder.read_log(), data, "test", logits_SN, 0.5)
-    return replace(facts, **other)
-
-
-def keys(page: Page) -> list[str]:
-    return [attributes["id"] for attributes in page.all("section") if "id" in attributes]
-
-
-def titles(html: str) -> list[str]:
-    return re.findall(r"<title>([^<]*)</title>", html)
+@pytest.fixture
+def run(reported: Path) -> Path:
+    """A run of two steps with its page; not to be changed."""
+    return reported
 
 
 # -- the page
@@ -76,14 +49,25 @@ def test_the_page_has_every_section_and_says_what_the_numbers_mean(run: Path) ->
     assert len(page.pictures()) >= 7
 
 
-def test_the_page_loads_nothing_and_runs_nothing(run: Path) -> None:
+def test_the_page_loads_nothing_and_runs_only_its_own_scripts(run: Path) -> None:
     page = page_of(run)
-    assert "http" not in (run / "report.html").read_text(encoding="utf-8").replace("http-equiv", "")
-    assert not {"script", "link", "iframe", "object", "a", "form"} & {tag for tag, _ in page.elements}
-    for tag, attributes in page.elements:
-        assert not [key for key in attributes if key.startswith("on") or key in ("href", "srcset", "xlink:href")], tag
-        assert attributes.get("src", "data:image/jpeg;base64,").startswith("data:image/jpeg;base64,")
-    assert (run / "report.html").stat().st_size < 1_000_000
+    page.check_harmless()
+    assert len(page.scripts) == 3, "data, library, and what sorts and filters"
+    assert not {"link", "iframe", "object", "a", "form"} & {tag for tag, _ in page.elements}
+    html = (run / "report.html").read_text(encoding="utf-8")
+    without = re.sub("<script.*?</script>", "", html, flags=re.DOTALL)
+    assert "http" not in without.replace("http-equiv", "")
+    assert len(html) < 1_500_000 and len(without) < 300_000
+
+
+def test_every_chart_has_its_numbers_in_a_table_too(run: Path) -> None:
+    page = page_of(run)
+    names = page.charts()
+    assert names >= {"audit", "parameters", "confusion", "calibration", "loss", "validation", "usage", "entropy", "classes"}
+    numbers = [attributes for attributes in page.all("details") if attributes.get("class") == "numbers"]
+    assert len(numbers) == len(names) - 1, "those of the audit are in its own table"
+    assert "Scripts are off" in page.text
+    assert all(attributes["aria-label"] for attributes in page.all("div") if "data-chart" in attributes)
 
 
 @pytest.mark.parametrize("multi", [False, True])
@@ -102,19 +86,21 @@ def test_hostile_labels_texts_and_ids_are_shown_as_they_are(tmp_path: Path, mult
     done = report(run, device="cpu", figures=tmp_path / "figures")
     page = page_of(run)
     assert {attributes.get("src", "")[:5] for attributes in page.all("img")} == {"data:"}
-    assert not page.all("script")
-    assert len(page.all("b")) == len([1 for div in page.all("div") if div.get("class") == "tile"]), "the tiles alone are bold"
+    page.check_harmless()
+    tiles = [1 for div in page.all("div") if div.get("class") == "tile"]
+    assert len(page.all("b")) == len(tiles) + 2, "the tiles, and this run among the baselines, are bold"
     assert HOSTILE in page.text and odd in page.text and "<b>c</b> & 'd'" in page.text
     for path in done.figures:
         if path.suffix == ".svg":
             assert not re.search("<(script|img|b)[ >]", path.read_text(encoding="utf-8"))
 
 
-def test_several_labels_have_bars_and_no_confusion(multi_pairs: Path, tmp_path: Path) -> None:
+def test_several_labels_have_scores_and_no_confusion(multi_pairs: Path, tmp_path: Path) -> None:
     assert call("train", *TINY, "--data", multi_pairs, "--out", tmp_path / "run", "--steps", "2").returncode == 0
     report(tmp_path / "run", device="cpu")
     page = page_of(tmp_path / "run")
-    assert keys(page) == [{"confusion": "labels"}.get(key, key) for key in SECTIONS] + ROUTING
+    assert keys(page) == [key for key in SECTIONS if key != "confusion"] + ROUTING
+    assert "labels" in page.charts()
     assert "any number of 3: a, b, c" in page.text
 
 
@@ -133,13 +119,28 @@ def test_a_method_without_a_router_has_no_routing(pairs: Path, tmp_path: Path) -
 def test_the_confusion_matrix_is_that_of_the_answers(run: Path) -> None:
     # classes of the test split are a, b, c, a, b, c, a
     answers = torch.nn.functional.one_hot(torch.tensor([0, 1, 2, 1, 1, 0, 0]), 3).float()
-    section = run_answers.errors(facts_of(run, logits_SN=answers))
-    found = [title for title in titles(section.body) if "answered as" in title]
-    assert found[:3] == ["a answered as a: 2 (66.7 %)", "a answered as b: 1 (33.3 %)", "a answered as c: 0 (0.0 %)"]
-    assert found[3:] == [
-        "b answered as a: 0 (0.0 %)", "b answered as b: 2 (100.0 %)", "b answered as c: 0 (0.0 %)",
-        "c answered as a: 1 (50.0 %)", "c answered as b: 0 (0.0 %)", "c answered as c: 1 (50.0 %)",
+    section = run_errors.confusion(facts_of(run, logits_SN=answers))
+    assert section is not None
+    assert tips(section.charts[0]) == [
+        "a predicted as a: 2 (66.7 %)", "a predicted as b: 1 (33.3 %)", "a predicted as c: 0 (0.0 %)",
+        "b predicted as a: 0 (0.0 %)", "b predicted as b: 2 (100.0 %)", "b predicted as c: 0 (0.0 %)",
+        "c predicted as a: 1 (50.0 %)", "c predicted as b: 0 (0.0 %)", "c predicted as c: 1 (50.0 %)",
     ]  # fmt: skip
+    cells = rows_of(section.charts[0], "shade")
+    assert [cell["shown"] for cell in cells] == list("210020101"), "counts are in the cells"
+    assert [cell["shade"] for cell in cells] == pytest.approx([2 / 3, -1 / 3, 0, 0, 1, 0, -1 / 2, 0, 1 / 2])
+    assert section.charts[0].rows == [["a", "2", "1", "0"], ["b", "0", "2", "0"], ["c", "1", "0", "1"]]
+
+
+def test_scores_of_each_class_are_those_of_scikit_learn(run: Path) -> None:
+    from sklearn.metrics import precision_recall_fscore_support
+
+    predicted = [0, 1, 2, 1, 1, 0, 0]
+    facts = facts_of(run, logits_SN=torch.nn.functional.one_hot(torch.tensor(predicted), 3).float())
+    page = Page(str(run_errors.scores(facts).body))
+    found = [float(cell["data-value"]) for cell in page.all("td") if "data-value" in cell]
+    expected = precision_recall_fscore_support(facts.targets.numpy(), predicted, zero_division=0)
+    assert found == pytest.approx([float(value) for row in zip(*expected, strict=True) for value in row])
 
 
 def test_of_many_classes_the_most_confused_pairs_are_listed(tmp_path: Path, run: Path) -> None:
@@ -152,9 +153,10 @@ def test_of_many_classes_the_most_confused_pairs_are_listed(tmp_path: Path, run:
     answers = torch.nn.functional.one_hot(targets, 40).float()
     wrong = [i for i, label in enumerate(loaded.splits["test"].labels) if label[0] in ("class 3", "class 4")]
     answers[wrong] = torch.nn.functional.one_hot(torch.tensor([loaded.labels.index("class 9")] * 2), 40).float()
-    section = run_answers.errors(facts_of(run, data=loaded, logits_SN=answers))
-    page = Page(f"<table>{section.body}</table>")
-    assert section.figures == () and "1 of 1" in page.text
+    section = run_errors.confusion(facts_of(run, data=loaded, logits_SN=answers))
+    assert section is not None
+    page = Page(str(section.body))
+    assert section.charts == () and "1 of 1" in page.text
     assert len(page.all("tr")) == 1 + 2
     assert "class 3" in page.text and "class 9" in page.text and "class 7" not in page.text
 
@@ -163,11 +165,12 @@ def test_the_worst_mistakes_are_wrong_and_those_with_the_highest_loss_come_first
     logits_SN = torch.zeros(7, 3)
     logits_SN[0, 0], logits_SN[1, 0], logits_SN[2, 1], logits_SN[4, 1] = 5, 2, 9, 1  # right, wrong, wrong, right
     logits_SN[5, 2], logits_SN[6, 0], logits_SN[3, 0] = 1, 1, 1
-    section = run_answers.mistakes(facts_of(run, logits_SN=logits_SN))
+    section = run_errors.mistakes(facts_of(run, logits_SN=logits_SN))
     assert section is not None
-    assert re.findall(r">(test-\d)</code>", section.body) == ["test-2", "test-1"]
+    assert re.findall(r">(test-\d)</code>", section.body) == ["test-2", "test-1"] * 2, "with a picture, and in the table"
+    assert "2 of 7 predictions on test are wrong" in section.body
     right = torch.nn.functional.one_hot(facts_of(run).targets, 3).float()
-    assert run_answers.mistakes(facts_of(run, logits_SN=right)) is None
+    assert run_errors.mistakes(facts_of(run, logits_SN=right)) is None
 
 
 def test_experts_show_the_samples_with_the_highest_weight_and_no_text_twice(run: Path) -> None:
@@ -179,9 +182,9 @@ def test_experts_show_the_samples_with_the_highest_weight_and_no_text_twice(run:
     weights = re.findall(r"weight (\d\.\d\d)", sections["experts"].body)
     first, second = "0.90 0.90 0.20 0.90 0.80", "0.90 0.30 0.20 0.80 0.10"  # three texts, then the highest of the rest
     assert " ".join(weights) == f"{first} {second}"
-    assert "layer 1, expert 1: 50.0 %" in titles(sections["usage"].body)
-    assert "a, expert 1: 16.7 %" in titles(sections["classes"].body)  # samples 0, 3 and 6
-    assert [figure.name for figure in sections["usage"].figures] == ["usage"]
+    assert "layer 1, expert 1: 50.0 %" in tips(sections["usage"].charts[0])
+    assert "a, expert 1: 16.7 %" in tips(sections["classes"].charts[-1])  # samples 0, 3 and 6
+    assert [chart.name for chart in sections["usage"].charts] == ["usage"]
 
 
 def test_classes_and_experts_are_shown_of_several_layers_one_at_a_time(run: Path) -> None:
@@ -190,7 +193,7 @@ def test_classes_and_experts_are_shown_of_several_layers_one_at_a_time(run: Path
     routing_SLK[:, 4, 1] = 1 - routing_SLK[:, 4, 0]
     section = next(part for part in run_routing.sections(facts_of(run, routing_SLK=routing_SLK)) if part.key == "classes")
     names = ["classes-layer-1", "classes-layer-3", "classes", "classes-layer-6"]
-    assert [figure.name for figure in section.figures] == names, "first, middle, the one that tells most, last"
+    assert [chart.name for chart in section.charts] == names, "first, middle, the one that tells most, last"
     page = Page(str(section.body))
     chosen = [attributes["id"] for attributes in page.all("input") if "checked" in attributes]
     assert (len(page.all("input")), chosen) == (4, ["layer-3"])
@@ -199,6 +202,29 @@ def test_classes_and_experts_are_shown_of_several_layers_one_at_a_time(run: Path
 
 def test_one_expert_is_no_routing(run: Path) -> None:
     assert run_routing.sections(facts_of(run, routing_SLK=torch.ones(7, 2, 1))) == []
+
+
+def test_routing_is_closed_where_the_model_does_not_use_what_it_routes_by(run: Path) -> None:
+    routing_SLK, condition = torch.full((7, 2, 2), 0.5), {"name": "shuffled", "matters": False}
+    for matters in (False, True):
+        audit = {"read": True, "modality": "text", "conditions": [condition | {"matters": matters}]}
+        parts = run_routing.sections(facts_of(run, routing_SLK=routing_SLK, audit=audit))
+        page = Page(sections_page("x", "x", [], parts))
+        outer = [attributes for attributes in page.all("section") if attributes.get("class") == "folded"]
+        assert len(outer) == (not matters)
+        assert keys(page) == ROUTING
+        assert ("The audit found no sign that the model uses the text" in page.text) == (not matters)
+    open_ = run_routing.sections(facts_of(run, routing_SLK=routing_SLK))
+    assert {section.folded for section in open_} == {""}, "without an audit nobody knows"
+
+
+def test_routing_by_step_is_shown_of_few_layers(run: Path) -> None:
+    usage = [[0.5, 0.5]] * 12
+    log = [{"step": n, "routing": {"entropy": 1.0, "unused_share": 0.0, "usage": usage}} for n in (1, 2, 3)]
+    facts = facts_of(run, routing_SLK=torch.full((7, 12, 2), 0.5), log=log)
+    section = next(part for part in run_routing.sections(facts) if part.key == "routing-training")
+    assert [chart.name for chart in section.charts] == ["entropy", *(f"usage-layer-{n}" for n in (1, 6, 12))]
+    assert "step 2, expert 1: 50.0 %" in tips(section.charts[1])
 
 
 # -- what is missing, and what is no run
@@ -281,76 +307,10 @@ def test_the_command_tells_what_it_wrote(trained: Path, tmp_path: Path) -> None:
             assert Page(path.read_text(encoding="utf-8")).all("svg")[0]["xmlns"] == "http://www.w3.org/2000/svg"
 
 
-def test_a_picture_has_the_colours_of_its_heat_map() -> None:
-    drawing = figures.heat_map("x", "x", [[0.0, 1.0], [0.5, float("nan")]], ["a", "b"], ["1", "2"])
-    pixels = np.asarray(drawing.png()).astype(int)
-    rects = [shape for shape in drawing.shapes if getattr(shape, "title", "") and hasattr(shape, "height")]
-    found = [tuple(pixels[int((r.y + r.height / 4) * 3), int((r.x + r.width / 4) * 3)]) for r in rects]  # type: ignore[union-attr]
-    blue = [255 * 3 - sum(colour) for colour in found]
-    assert found[0] == found[3] and blue[0] < blue[2] < blue[1]
-    assert found[1] == (0x35, 0x66, 0xD6)
-
-
-def test_ticks_are_round_and_inside() -> None:
-    assert figures.ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
-    assert figures.ticks(0.713, 0.964) == [0.8, 0.9]
-    assert figures.ticks(3, 3) == [3]
-    for low, high in ((0, 7), (-3, 1e6), (1e-6, 2e-6), (5, 5000)):
-        found = figures.ticks(low, high)
-        assert 2 <= len(found) <= 7 and all(low - 1e-9 <= tick <= high + 1e-9 for tick in found)
-
-
-def test_curves_of_one_point_or_of_one_value_can_be_drawn() -> None:
-    for points in ([(1.0, 0.5)], [(1.0, 0.5), (2.0, 0.5)]):
-        drawing = planes.curves("x", "x", [planes.Curve("y", points, [0.1] * len(points))], across="step", mark=1)
-        assert "nan" not in drawing.svg() and drawing.png().size[0] > 0
-
-
 def test_sections_of_other_pages_are_put_together_and_escaped() -> None:
     halves = [Section(f"s{n}", f"title <{n}>", fragment("rows", [("<i>", "&")]), half=n < 3) for n in range(4)]
-    page = Page(sections_page("<b>x</b>", "told", [("name", "1 %")], halves, notes=["<note>"]))
+    page = Page(sections_page("<b>x</b>", "summary", [("name", "1 %")], halves, notes=["<note>"]))
+    assert page.scripts == [], "without a chart or a table to sort"
     assert keys(page) == ["s0", "s1", "s2", "s3"]
     assert [attributes.get("class") for attributes in page.all("div")].count("pair") == 1
     assert "title <0>" in page.text and "<note>" in page.text and "<b>x</b>" in page.text
-
-
-# -- in a browser
-
-
-@pytest.mark.parametrize("dark", [False, True])
-@pytest.mark.parametrize("width", [360, 1200])
-def test_a_browser_shows_the_page_without_asking_or_complaining(run: Path, browser: Chromium, width: int, dark: bool) -> None:
-    browser.show(run / "report.html", width=width, dark=dark)
-    assert [url for url in browser.requests if not url.startswith("data:image/jpeg")] == [(run / "report.html").as_uri()]
-    assert browser.complaints == []
-    assert browser.evaluate("document.documentElement.scrollWidth") == width, "nothing scrolls sideways"
-    unseen = "[...document.images].filter(image => !image.complete || !image.naturalWidth || !image.clientWidth).length"
-    assert browser.evaluate(unseen) == 0
-    drawings = "[...document.querySelectorAll('svg.drawing')].filter(svg => svg.clientWidth < 100).length"
-    assert browser.evaluate(drawings) == 0
-    paper = np.asarray(browser.picture()).reshape(-1, 3)
-    light = float((paper.mean(axis=1) > 128).mean())
-    assert light < 0.3 if dark else light > 0.7
-
-
-def test_a_layer_is_chosen_without_a_script(run: Path, browser: Chromium, tmp_path: Path) -> None:
-    routing_SLK = torch.full((7, 6, 2), 0.5)
-    routing_SLK[:, 4, 0] = 0.0
-    routing_SLK[::2, 4] = torch.tensor([1.0, 0.0])
-    parts = run_routing.sections(facts_of(run, routing_SLK=routing_SLK))
-    (tmp_path / "page.html").write_text(sections_page("x", "x", [], parts), encoding="utf-8")
-    browser.show(tmp_path / "page.html")
-    seen = "[...document.querySelectorAll('.panels > div')].map(panel => getComputedStyle(panel).visibility == 'visible')"
-    for number in (1, 2, 3, 4):
-        browser.evaluate(f"document.querySelector('label[for=layer-{number}]').click()")
-        assert browser.evaluate(seen) == [number == other for other in (1, 2, 3, 4)]
-
-
-def test_a_browser_tells_of_requests_and_complaints(tmp_path: Path, browser: Chromium) -> None:
-    """Else the test above could not fail."""
-    page = tmp_path / "bad.html"
-    page.write_text("<p style='width: 3000px'>x<img src='missing.png'><script>console.log('x'); nothing()</script>")
-    browser.show(page, width=360)
-    assert any(url.endswith("missing.png") for url in browser.requests)
-    assert len(browser.complaints) >= 2
-    assert browser.evaluate("document.documentElement.scrollWidth") > 360

@@ -9,17 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from chart_cases import encodings, tips
+from chart_cases import rows_of as data_of
 from check_cases import HOSTILE
 from chromium import Chromium
 from conftest import call, code_of
+from report_cases import UNDRAWN, settle
 from study_cases import Made, change, make_study
 from test_data_pages import Page
 
 from mopefuse.config.schema import RunConfig
-from mopefuse.report import fonts, planes, study_figures
-from mopefuse.report.drawing import Area, Dot, Line
-from mopefuse.report.drawing import Text as Word
-from mopefuse.report.figures import middling
+from mopefuse.report import study_charts
 from mopefuse.report.study import report_study
 from mopefuse.report.study_facts import StudyFacts
 from mopefuse.report.sweeps import sweeps
@@ -60,15 +60,11 @@ def facts_of(study: Path) -> StudyFacts:
 def sections(study: Path) -> dict[str, Any]:
     facts = facts_of(study)
     assert facts.comparison is not None
-    return {section.key: section for section in study_figures.sections(facts, facts.comparison)}
+    return {section.key: section for section in study_charts.sections(facts, facts.comparison)}
 
 
 def keys(page: Page) -> list[str]:
     return [attributes["id"] for attributes in page.all("section") if "id" in attributes]
-
-
-def titles(drawing: Any) -> list[str]:
-    return [shape.title for shape in drawing.shapes if isinstance(shape, Dot) and shape.title]
 
 
 # -- what is on it
@@ -78,7 +74,8 @@ def test_the_page_has_the_table_of_the_comparison_and_every_figure(study: Path) 
     page = page_of(study)
     assert keys(page) == ["comparison", "against-data-fraction", "rows", "parameters", "learning", "missing", "settings"]
     printed = call("compare", study, "--format", "csv").stdout.splitlines()
-    assert len(page.all("tr")) == len(printed) + 1 + 7, "the table, and what each row sets"
+    numbers = (1 + 3) + (1 + 7) + (1 + 7) + (1 + 3)
+    assert len(page.all("tr")) == len(printed) + 1 + 7 + numbers, "the table, what each row sets, and the numbers of charts"
     shown = call("compare", study, "--format", "table")
     assert shown.returncode == 0
     cells = set(re.findall(r"\d+\.\d ± \d\.\d", shown.stdout))
@@ -93,9 +90,12 @@ def test_the_page_has_the_table_of_the_comparison_and_every_figure(study: Path) 
 def test_the_page_is_harmless_and_small(study: Path) -> None:
     page, html = page_of(study), (study / "report.html").read_text(encoding="utf-8")
     assert HOSTILE in page.text, "shown as text"
-    assert not {"script", "link", "iframe", "object", "a", "form", "img"} & {tag for tag, _ in page.elements}
-    assert "http" not in html.replace("http-equiv", "")
-    assert len(html) < 300_000
+    page.check_harmless()
+    assert not {"link", "iframe", "object", "a", "form", "img"} & {tag for tag, _ in page.elements}
+    assert page.charts() == {"against-data-fraction", "rows", "parameters", "validation"}
+    without = re.sub("<script.*?</script>", "", html, flags=re.DOTALL)
+    assert "http" not in without.replace("http-equiv", "")
+    assert len(html) < 1_300_000 and len(without) < 100_000
     for path in (study / "figures").glob("*.svg"):
         assert not re.search("<(script|img)[ >]", path.read_text(encoding="utf-8"))
 
@@ -111,14 +111,14 @@ def test_figures_are_files_too_as_those_of_a_run(study: Path) -> None:
 
 def test_points_are_means_and_their_bars_sample_deviations(study: Path) -> None:
     found = sections(study)
-    against = titles(found["against-data-fraction"].figures[0])
+    against = tips(found["against-data-fraction"].charts[0])
     assert "late, data.fraction 0.01: 32 % ± 2 %" in against
     assert f"{HOSTILE_ROW}, data.fraction 1: 52 % ± 2 %" in against
     assert len(against) == 6
-    assert "linear: 40 %" in titles(found["rows"].figures[0]), "three equal runs have no spread"
-    assert "late, fraction=0.1: 52 % ± 2 %, trainable parameters 10,000" in titles(found["parameters"].figures[0])
-    assert "late, fraction=1.0, step 30: 80 % ± 10 %" in titles(found["learning"].figures[0])
-    assert "Without a curve, as validated once only or never at the same steps: linear." in found["learning"].body
+    assert "linear: 40 %" in tips(found["rows"].charts[0]), "three equal runs have no spread"
+    assert "late, fraction=0.1: 52 % ± 2 %, trainable parameters 10,000" in tips(found["parameters"].charts[0])
+    assert "late, fraction=1.0, step 30: 80 % ± 10 %" in tips(found["learning"].charts[0])
+    assert "Without a curve, because validated only once or never at the same steps: linear." in found["learning"].body
 
 
 def test_curves_are_of_the_steps_that_all_seeds_have(trained: Path, tmp_path: Path) -> None:
@@ -157,11 +157,12 @@ def test_of_a_search_the_choice_of_validation_stands_out_not_the_best_on_test(tr
 
 def test_many_rows_are_several_figures_on_the_same_axes(trained: Path, tmp_path: Path) -> None:
     methods = [Made(f"row {n}", {"train.lr": 0.1 + n, "head_hidden": n + 1}, [n / 20], {1: 0.0, 9: n / 20}) for n in range(14)]
-    drawings = sections(make_study(trained, tmp_path / "made", methods))["learning"].figures
-    assert [drawing.name for drawing in drawings] == ["validation", "validation-2", "validation-3"]
-    assert sum(len(titles(drawing)) for drawing in drawings) == 2 * 14
-    ticks = [[shape.text for shape in drawing.shapes if isinstance(shape, Word) and "%" in shape.text] for drawing in drawings]
-    assert ticks[0] == ticks[1] == ticks[2]
+    charts = sections(make_study(trained, tmp_path / "made", methods))["learning"].charts
+    assert [chart.name for chart in charts] == ["validation", "validation-2", "validation-3"]
+    assert sum(len(tips(chart)) for chart in charts) == 2 * 14
+    for chart in charts:
+        for y in encodings(chart, "y"):
+            assert (y["scale"]["domainMin"], y["scale"]["domainMax"]) == (0.0, pytest.approx(13 / 20))
 
 
 # -- what is missing
@@ -208,9 +209,9 @@ def test_one_seed_has_no_spread_and_linear_rows_no_curves(trained: Path, tmp_pat
     page, found = page_of(study), sections(study)
     assert "Every row is one run" in page.text and "±" not in page.text
     assert "one run each, so there is no spread" in page.text
-    assert found["learning"].figures == () and "no curves" in found["learning"].body
-    lines = [shape for key in ("rows", "parameters") for shape in found[key].figures[0].shapes if isinstance(shape, Line)]
-    assert {line.colour for line in lines} == {"axis"}, "nothing but the grid"
+    assert found["learning"].charts == () and "no curves" in found["learning"].body
+    for key in ("rows", "parameters"):
+        assert all(row["low"] == row["y"] == row["high"] for row in data_of(found[key].charts[0], "tip"))
 
 
 # -- the command
@@ -250,50 +251,11 @@ def test_a_damaged_study_is_an_error(tmp_path: Path, content: str) -> None:
 # -- parts
 
 
-def test_spread_is_bars_or_a_band_and_ends_where_it_says() -> None:
-    line = planes.Curve("a", [(1.0, 0.5), (100.0, 0.5)], [0.1, 0.2])
-    bars = planes.curves("x", "x", [line], across="x", log=True, low=0.0, high=1.0)
-    upright = [shape for shape in bars.shapes if isinstance(shape, Line) and len({x for x, _ in shape.points}) == 1]
-    lengths = [abs(shape.points[0][1] - shape.points[1][1]) for shape in upright]
-    grid = [shape.points[0][1] for shape in bars.shapes if isinstance(shape, Line) and shape.colour == "axis"]
-    assert lengths == pytest.approx([0.2 * (max(grid) - min(grid)), 0.4 * (max(grid) - min(grid))]), "the grid is from 0 to 1"
-    band = planes.curves("x", "x", [line], across="x", bands=True).shapes
-    assert [len(shape.points) for shape in band if isinstance(shape, Area)] == [4]
-
-
-def test_a_logarithmic_axis_puts_equal_ratios_at_equal_distances() -> None:
-    drawing = planes.curves("x", "x", [planes.Curve("a", [(0.01, 1), (0.1, 2), (1.0, 3)])], across="x", log=True)
-    dots = [shape.x for shape in drawing.shapes if isinstance(shape, Dot)]
-    assert dots[1] - dots[0] == pytest.approx(dots[2] - dots[1])
-    assert planes.spans_decades([1, 16]) and not planes.spans_decades([1, 9]) and not planes.spans_decades([0, 100])
-
-
-def test_long_names_keep_their_ends() -> None:
-    assert middling("a long name, fraction=0.1", 13) == "a long…on=0.1"
-    assert len(middling("x" * 99, 13)) == len(middling("x" * 99, 12)) + 1 == 13
-    assert middling("short", 5) == "short"
-
-
-def test_a_picture_has_no_boxes_for_letters_that_its_font_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pillow's own font has no ä, and draws the same box for it as for anything else that it lacks."""
-    monkeypatch.setattr(fonts, "_names", lambda: ("",))
-    assert fonts.able("säß ok", 20)[1] == "s?? ok"
-    drawing = planes.dots("x", "x", [planes.Curve("größe \u4e2d", [(0, 0.5)])], across="x")
-    assert set(drawing.unwritable) == {"ö", "ß", "\u4e2d"}
-    assert planes.dots("x", "x", [planes.Curve("plain ±…", [(0, 0.5)])], across="x").unwritable == ""
-
-
-def test_what_pictures_lack_is_told(trained: Path, tmp_path: Path) -> None:
-    study = make_study(trained, tmp_path / "made", [Made("a \U0010fffe\u1362", {}, [0.5], {})])
-    lacks = [note for note in report_study(study, figures=tmp_path / "figures").notes if "question marks" in note]
-    assert len(lacks) == (fonts.lost("\u1362") != "")
-    assert not any("question marks" in note for note in report_study(study).notes)
-
-
 def test_settings_that_all_rows_have_are_listed_once(study: Path) -> None:
     text = page_of(study).text
     assert RunConfig(main="", comp="").train.batch_size != 4
     assert text.count("train.batch_size") == 1 and text.count("data.fraction") >= 2
+    assert not {"train.lr", "train.lr_comp", "prompts.static", "prompts.init", "data.modalities"} & {*text.split()}, "filled in"
 
 
 # -- in a browser
@@ -304,10 +266,11 @@ def test_settings_that_all_rows_have_are_listed_once(study: Path) -> None:
 def test_a_browser_shows_the_page_without_asking_or_complaining(study: Path, browser: Chromium, width: int, dark: bool) -> None:
     browser.show(study / "report.html", width=width, dark=dark)
     assert browser.requests == [(study / "report.html").as_uri()]
+    settle(browser)
     assert browser.complaints == []
     assert browser.evaluate("document.documentElement.scrollWidth") == width, "tables scroll in their boxes, not the page"
     wide = "[...document.querySelectorAll('.scroll')].some(box => box.scrollWidth > box.clientWidth)"
     assert browser.evaluate(wide) == (width < 600)
-    assert browser.evaluate("[...document.querySelectorAll('svg.drawing')].filter(svg => svg.clientWidth < 100).length") == 0
+    assert browser.evaluate(UNDRAWN) == []
     light = float((np.asarray(browser.picture()).reshape(-1, 3).mean(axis=1) > 128).mean())
     assert light < 0.3 if dark else light > 0.7

@@ -21,7 +21,8 @@ _COLOURS = {"error": "red", "warning": "yellow"}
 
 def write_page(report: Report, folder: Path, page: Path) -> None:
     """Write the page of a check."""
-    write(page, check_page(report, name=str(folder), told=_summary(report), columns=_columns(report), splits=_splits(report)))
+    columns, splits = _columns(report), _splits(report)
+    write(page, check_page(report, name=str(folder), summary=_summary(report), columns=columns, splits=splits))
 
 
 def show(report: Report, folder: Path, page: Path | None) -> None:

@@ -13,6 +13,7 @@ _KINDS = {
     "features": "features of encoders",
     "images": "decoded images",
     "models": "models from the hub",
+    "charts": "scripts of charts",
 }
 
 

@@ -17,7 +17,7 @@ def cells(comparison: Comparison, splits: Splits, mark: Mark = str) -> tuple[lis
     compared = comparison.against is not None
     names = [metric if split == "test" else f"{split} {metric}" for split, metric in metrics]
     columns = ["method", "n", *names, "trainable", "share", "time", "memory"]
-    columns += [f"{comparison.metric} less that of {visible(comparison.against)}", "p"] if compared else []
+    columns += [f"Δ {comparison.metric} vs {visible(comparison.against)}", "p"] if compared else []
     rows = []
     for row in comparison.rows:
         found = [visible(row.label), str(len(row.runs))]
@@ -47,10 +47,10 @@ def _versus(row: Row) -> list[str]:
 def notes(comparison: Comparison) -> list[str]:
     """What the numbers are, and what the comparison leaves out."""
     several = any(len(row.runs) > 1 for row in comparison.rows)
-    told = [f"Metrics in per cent{', mean ± sample deviation over n seeds' if several else ''}; time is the mean of a run."]
+    remarks = [f"Metrics in per cent{', mean ± sample deviation over n seeds' if several else ''}; time is the mean of a run."]
     if comparison.against is not None:
-        told.append(
-            f"Differences with 95 % interval, and p of no difference: paired bootstrap over the {count(comparison.samples)} "
-            "test samples, 10,000 resamples, of the mean over seeds."
+        remarks.append(
+            "Differences with 95 % interval, and the p-value of no difference: paired bootstrap over the "
+            f"{count(comparison.samples)} test samples, 10,000 resamples, of the mean over seeds."
         )
-    return [*told, *(visible(" ".join(notice.split())) for notice in comparison.notices)]
+    return [*remarks, *(visible(" ".join(notice.split())) for notice in comparison.notices)]

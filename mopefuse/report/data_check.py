@@ -11,7 +11,8 @@ from mopefuse.data.check import Report
 from mopefuse.data.contents import TOKENS_PER_WORD
 from mopefuse.data.findings import Finding
 from mopefuse.modalities.base import of
-from mopefuse.report import charts
+from mopefuse.report.bars import histogram, sizes
+from mopefuse.report.chart import Chart, require_charts
 from mopefuse.report.data_pictures import Picture, first_bytes
 from mopefuse.report.pages import dump, render
 from mopefuse.report.row_values import picture_of, text_of
@@ -47,14 +48,43 @@ class Offender:
     bytes: tuple[tuple[str, str], ...] = ()  # the beginning of a file, in hex and as text
 
 
-def check_page(report: Report, *, name: str, told: str, columns: Sequence[str], splits: Sequence[Sequence[str]]) -> str:
+def check_page(report: Report, *, name: str, summary: str, columns: Sequence[str], splits: Sequence[Sequence[str]]) -> str:
     """The page, as HTML.
 
     Args:
-        name: of the data set. told: how the pass went.
+        name: of the data set. summary: how the pass went.
         columns, splits: a table with a row for each split, its name first.
+
+    Raises:
+        PackageError: the extra `report` is not installed.
     """
-    kinds = [
+    require_charts("the page of a data check")
+    lengths, images = _lengths(report), _sizes(report)
+    ratio = report.extremes["ratio"]
+    return render(
+        "check.html",
+        [chart for chart in (lengths, images) if chart is not None],
+        data=name,
+        summary=summary,
+        errors=report.errors,
+        warnings=report.warnings,
+        tiles=_tiles(report),
+        columns=columns,
+        splits=splits,
+        kinds=_kinds(report),
+        balance=_balance(report),
+        later=[split for split in _LATER if split in report.splits],
+        multi_label=report.multi_label,
+        ratio=f"{ratio:.3g}" if ratio else "",
+        texts=_texts(report),
+        lengths=lengths,
+        sizes=images,
+        offenders=[_offender(report, finding) for finding in _worst(report)],
+    )
+
+
+def _kinds(report: Report) -> list[dict[str, Any]]:
+    return [
         {
             "name": kind,
             "severity": found[0].severity,
@@ -65,35 +95,18 @@ def check_page(report: Report, *, name: str, told: str, columns: Sequence[str], 
         }
         for kind, found in report.by_kind().items()
     ]
-    ratio = report.extremes["ratio"]
-    return render(
-        "check.html",
-        data=name,
-        told=told,
-        errors=report.errors,
-        warnings=report.warnings,
-        tiles=_tiles(report),
-        columns=columns,
-        splits=splits,
-        kinds=kinds,
-        balance=_balance(report),
-        later=[split for split in _LATER if split in report.splits],
-        multi_label=report.multi_label,
-        ratio=f"{ratio:.3g}" if ratio else "",
-        texts=_texts(report),
-        lengths=charts.histogram(
-            report.texts.tokens_T or report.texts.words_T, unit=_unit(report), limit=report.texts.limit
-        ),
-        unit=_unit(report),
-        sizes=charts.scatter(
-            (look.width, look.height)
-            for index in report.indexes.values()
-            for each in index.files.values()
-            for look in each.looks
-            if look.width
-        ),
-        offenders=[_offender(report, finding) for finding in _worst(report)],
-    )
+
+
+def _lengths(report: Report) -> Chart | None:
+    values = report.texts.tokens_T or report.texts.words_T
+    unit, limit = _unit(report), report.texts.limit
+    return histogram("lengths", "how long texts are", values, unit=unit, what="measured text", limit=limit)
+
+
+def _sizes(report: Report) -> Chart | None:
+    files = (each for index in report.indexes.values() for each in index.files.values())
+    found = ((look.width, look.height) for each in files for look in each.looks if look.width)
+    return sizes("sizes", "how large images are", found)
 
 
 def _tiles(report: Report) -> list[tuple[str, str]]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mopefuse.config.schema import Data as DataConfig
 from mopefuse.data.contents import rows_of
@@ -69,8 +70,8 @@ def preview_page(
 
     with ThreadPoolExecutor(processors()) as pool:
         cards = list(pool.map(card, draw(index.ids, index.labels, rows, seed)))
-    counts = {"rows": len(index.ids), "no_rows": len(index.row_problems)}
-    return render("preview.html", data=name, split=index.split, seed=seed, cards=cards, **counts), len(cards)
+    facts: dict[str, Any] = {"rows": len(index.ids), "no_rows": len(index.row_problems)}
+    return render("preview.html", data=name, split=index.split, seed=seed, cards=cards, **facts), len(cards)
 
 
 def draw(ids: Sequence[str], labels: Sequence[tuple[str, ...]], most: int, seed: int) -> list[int]:

@@ -15,19 +15,24 @@ from torch import Tensor
 from mopefuse.config.schema import RunConfig
 from mopefuse.data.base import DataSet, Row
 from mopefuse.metrics import classification as measures
+from mopefuse.metrics.gates import selected_metric
+from mopefuse.report.baselines import Baseline
 from mopefuse.report.data_pictures import Picture
 from mopefuse.report.row_values import picture_of
+from mopefuse.report.settings import Derive
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """A run, and what its model says of one split.
+    """A run, and what its model predicts for one split.
 
     Args:
         name: of the run. step: of the checkpoint that answered.
         manifest, result, log: manifest.json, metrics.json (empty before a run ends) and the lines of metrics.jsonl.
-        split: that was asked. logits_SN, routing_SLK: what was said of it.
+        split: whose labels are predicted. logits_SN, routing_SLK: outputs of the model for it.
         audit: `mopefuse.evaluation.audit.Audit.as_dict`, or None where none was made.
+        baselines: simpler methods on the same data, from `find_baselines`.
+        derive: fills in settings that are left open, see `mopefuse.report.settings.changed`.
         missing: `mopefuse.evaluation.missing.Missing.as_dict` of this split and step; empty where nobody asked.
         notes: what a reader must know first.
     """
@@ -46,6 +51,8 @@ class RunFacts:
     audit: Mapping[str, Any] | None = None
     missing: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    baselines: tuple[Baseline, ...] = ()
+    derive: Derive = lambda config: config
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -56,6 +63,19 @@ class RunFacts:
     def multi_label(self) -> bool:
         """Whether a sample may have several labels."""
         return self.data.multi_label
+
+    @property
+    def main_metric(self) -> str:
+        """The name of the metric that selects checkpoints."""
+        return selected_metric(multi_label=self.multi_label)
+
+    @property
+    def complementary_unused(self) -> bool:
+        """Whether the audit found no sign that the model uses its complementary modalities."""
+        if self.audit is None:
+            return False
+        exchanged = [row for row in self.audit["conditions"] if row["name"] == "shuffled"]
+        return not self.audit["read"] or not any(row["matters"] for row in exchanged)
 
     @cached_property
     def targets(self) -> Tensor:
@@ -86,8 +106,8 @@ class RunFacts:
         where = self.data.splits[self.split].where(row)
         return picture_of(row, self.data.image_roots, max_pixels=self.config.data.max_pixels, place=where)
 
-    def given(self, number: int) -> tuple[str, ...]:
-        """The labels that the model gives a sample."""
+    def predicted(self, number: int) -> tuple[str, ...]:
+        """The labels that the model predicts for a sample."""
         p_N = self.p_SN[number]
         if not self.multi_label:
             return (self.labels[int(p_N.argmax())],)

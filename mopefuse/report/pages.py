@@ -1,6 +1,6 @@
-"""Self-contained HTML pages: one file with its style and pictures in it, which never asks a network for anything.
+"""Self-contained HTML pages: one file with its style, scripts and pictures in it, which never loads anything.
 
-Everything that comes from data is escaped, in attributes too, and what cannot be shown is spelt out.
+Everything that comes from data is escaped, in attributes and scripts too, and what cannot be shown is spelt out.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
@@ -18,19 +18,12 @@ from PIL import Image
 
 from mopefuse import __version__
 from mopefuse.core.artifact import check_file, write_atomically
-from mopefuse.core.formatting import visible
 from mopefuse.errors import ConfigError, DataError
-
-if TYPE_CHECKING:
-    from mopefuse.report.drawing import Drawing
+from mopefuse.report.chart import Chart, readable
+from mopefuse.report.embedding import embed
 
 SIDE = 200  # pixels; the longer side of a thumbnail
 _MARK = '<meta name="generator" content="mopefuse">'
-
-
-def readable(text: str) -> str:
-    """A text in which what cannot be shown is spelt out."""
-    return visible(text, lines=True)
 
 
 def _readable(value: Any) -> Any:
@@ -49,9 +42,14 @@ _ENVIRONMENT.filters["thousands"] = lambda number: f"{number:,}"
 _ENVIRONMENT.filters["percent"] = lambda share: f"{100 * share:.1f} %"
 
 
-def render(template: str, **facts: Any) -> str:
-    """A page of `templates`, filled in."""
-    return _ENVIRONMENT.get_template(template).render(mark=Markup(_MARK), version=__version__, **facts)
+def render(template: str, charts: Sequence[Chart] = (), *, scripted: bool = False, **facts: Any) -> str:
+    """A page of `templates`, filled in.
+
+    Args:
+        charts: all that are on it. scripted: whether it has a table to sort or filter.
+    """
+    embedded = embed(charts, scripted=scripted)
+    return _ENVIRONMENT.get_template(template).render(mark=Markup(_MARK), version=__version__, embedded=embedded, **facts)
 
 
 @dataclass(frozen=True)
@@ -60,15 +58,19 @@ class Section:
 
     Args:
         key: its address on the page, unique there. body: escaped HTML, from `fragment`.
-        figures: drawings in it, which can be written as files, too.
+        charts: those in it, which can be written as files, too.
         half: it may stand beside another half, where there is room.
+        folded: why it is closed at first, in a sentence; neighbours closed for one reason are closed together.
+        scripted: it has a table to sort or filter.
     """
 
     key: str
     title: str
     body: Markup
-    figures: tuple[Drawing, ...] = ()
+    charts: tuple[Chart, ...] = ()
     half: bool = False
+    folded: str = ""
+    scripted: bool = False
 
 
 def fragment(name: str, *values: Any, **facts: Any) -> Markup:
@@ -79,7 +81,7 @@ def fragment(name: str, *values: Any, **facts: Any) -> Markup:
 
 def sections_page(
     title: str,
-    told: str,
+    summary: str,
     tiles: Sequence[tuple[str, str]],
     sections: Sequence[Section],
     *,
@@ -89,16 +91,21 @@ def sections_page(
     """A page of sections.
 
     Args:
-        told: what it is about. tiles: (name, value) of the numbers on top.
+        summary: what it is about. tiles: (name, value) of the numbers on top.
         pill: a word beside the title. notes: what a reader must know first.
     """
     groups: list[list[Section]] = []
     for section in sections:
-        if section.half and groups and groups[-1][0].half and len(groups[-1]) == 1:
-            groups[-1].append(section)
+        last = groups[-1] if groups else []
+        beside = section.half and len(last) == 1 and last[0].half and not last[0].folded
+        if last and ((beside and not section.folded) or (section.folded and section.folded == last[0].folded)):
+            last.append(section)
         else:
             groups.append([section])
-    return render("sections.html", title=title, told=told, tiles=tiles, groups=groups, pill=pill, notes=notes)
+    charts = [chart for section in sections for chart in section.charts]
+    scripted = any(section.scripted for section in sections)
+    page = {"title": title, "summary": summary, "tiles": tiles, "groups": groups, "pill": pill, "notes": notes}
+    return render("sections.html", charts, scripted=scripted, **page)
 
 
 def check_place(page: Path, data: Path | None) -> None:
@@ -125,16 +132,12 @@ def check_places(page: Path, data: Path | None, figures: Path | None) -> None:
         raise ConfigError(90, f"{figures} is no folder", where="--figures", fix="name a folder for the figures")
 
 
-def save_figures(parts: Sequence[Section], figures: Path | None) -> tuple[tuple[Path, ...], list[str]]:
-    """The files of the figures, and what is wrong with them."""
-    if figures is None:
-        return (), []
-    figures.mkdir(parents=True, exist_ok=True)
-    drawings = [drawing for part in parts for drawing in part.figures]
-    lost = "".join(dict.fromkeys("".join(drawing.unwritable for drawing in drawings)))
-    files = tuple(path for drawing in drawings for path in drawing.save(figures))
-    what = f"no font here has {lost[:20]}: PNG figures have question marks instead, the SVG ones and the page are whole"
-    return files, [what] if lost else []
+def save_charts(parts: Sequence[Section], folder: Path | None) -> tuple[Path, ...]:
+    """Write the charts of sections as SVG and PNG; their files, none where no folder is named."""
+    if folder is None:
+        return ()
+    folder.mkdir(parents=True, exist_ok=True)
+    return tuple(path for part in parts for chart in part.charts for path in chart.save(folder))
 
 
 def _is_ours(page: Path) -> bool:

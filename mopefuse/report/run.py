@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,16 @@ from mopefuse.errors import CheckpointError
 from mopefuse.evaluation.audit import Audit, audit_model, subsample
 from mopefuse.evaluation.missing import saved_missing
 from mopefuse.evaluation.split import run_split
+from mopefuse.metrics.gates import selected_metric
+from mopefuse.report.baselines import find_baselines
+from mopefuse.report.chart import require_charts
 from mopefuse.report.facts import RunFacts
-from mopefuse.report.pages import check_places, save_figures, write
+from mopefuse.report.pages import check_places, save_charts, write
 from mopefuse.report.run_page import run_page, sections
 from mopefuse.runs.folder import RunFolder
-from mopefuse.runs.load import open_run
+from mopefuse.runs.load import OpenRun, open_run
 from mopefuse.runs.locate import kind_of, locate, trained
+from mopefuse.training.plan import resolved
 
 Advance = Callable[[str, int, int], None]  # (what, samples done, samples in all)
 PAGE = "report.html"
@@ -66,13 +70,15 @@ def report(
     """Write the page of a run: of its selected checkpoint, on the test split, or on validation where there is none.
 
     Args:
-        out: of the page; ``report.html`` in the run. figures: a folder for the page's figures, as SVG and PNG.
+        out: of the page; ``report.html`` in the run. figures: a folder for the page's charts, as SVG and PNG.
         data: where the run's data are now. audit: whether to ask the model with inputs and prompts taken away, too.
 
     Raises:
         CheckpointError: no run, an adapter or a bundle, or no checkpoint yet. DataError: the data are not there any more, or
-            the page would overwrite what is no page. ConfigError: `figures` is no folder.
+            the page would overwrite what is no page. ConfigError: `figures` is no folder. PackageError: the extra
+            `report` is not installed.
     """
+    require_charts("mopefuse report")
     folder, page = _run_of(run), out or run / PAGE
     check_places(page, data or Path(folder.config().data.path or ""), figures)
     opened = open_run(run, split=None, data=data, checkpoint=_checkpoint(folder), device=device)
@@ -83,40 +89,51 @@ def report(
         dataset, _ = subsample(dataset, split, most, seed=0)
         part = f"This page is of {most:,} of {total:,} samples, drawn at random; mopefuse eval has the metrics of all."
         notes = (*notes, part)
-    told = lambda done, total: advance(f"asking {split}", done, total)  # noqa: E731
-    said = run_split(opened.model, dataset, split, opened.config, opened.device, with_routing=True, advance=told)
+    facts, found = _facts(replace(opened, data=dataset), audit=audit, notes=notes, advance=advance)
+    parts = sections(facts)
+    write(page, run_page(facts, parts))
+    files = save_charts(parts, figures)
+    return Reported(page, files, split, step, facts.metrics, facts.calibration.error, found, facts.notes)
+
+
+def _facts(
+    opened: OpenRun, *, audit: bool, notes: tuple[str, ...], advance: Advance
+) -> tuple[RunFacts, Audit | None]:
+    """What the page is made of, with the predictions of the model, and the audit if one is wanted."""
+    data, split, step, folder = opened.data, opened.split, opened.step or 0, opened.folder
+    predicting = lambda done, total: advance(f"predicting {split}", done, total)  # noqa: E731
+    outputs = run_split(opened.model, data, split, opened.config, opened.device, with_routing=True, advance=predicting)
     found = None
     if audit:
         found = audit_model(
             opened.model,
-            dataset,
+            data,
             split,
             opened.config,
             opened.device,
             thresholds=opened.thresholds,
-            as_is_SN=said.logits_SN,
+            as_is_SN=outputs.logits_SN,
             advance=lambda name, done, total: advance(f"audit, {name}", done, total),
         )
     facts = RunFacts(
-        folder.path.resolve().name,
-        step,
-        opened.config,
-        opened.manifest,
-        folder.result(),
-        folder.read_log(),
-        dataset,
-        split,
-        said.logits_SN,
-        opened.thresholds,
-        said.routing_SLK,
-        found.as_dict() if found else None,
-        saved_missing(folder.path, split, step),
-        notes,
+        name=folder.path.resolve().name,
+        step=step,
+        config=opened.config,
+        manifest=opened.manifest,
+        result=folder.result(),
+        log=folder.read_log(),
+        data=data,
+        split=split,
+        logits_SN=outputs.logits_SN,
+        thresholds=opened.thresholds,
+        routing_SLK=outputs.routing_SLK,
+        audit=found.as_dict() if found else None,
+        missing=saved_missing(folder.path, split, step),
+        notes=notes,
+        baselines=find_baselines(folder, split, selected_metric(multi_label=data.multi_label)),
+        derive=lambda config: resolved(config, opened.model),
     )
-    parts = sections(facts)
-    write(page, run_page(facts, parts))
-    files, lost = save_figures(parts, figures)
-    return Reported(page, files, split, step, facts.metrics, facts.calibration.error, found, (*facts.notes, *lost))
+    return facts, found
 
 
 def _run_of(run: Path) -> RunFolder:
@@ -127,7 +144,7 @@ def _run_of(run: Path) -> RunFolder:
     """
     kind = kind_of(locate(run))
     if kind in ("adapter", "bundle"):
-        what = f"{run} is {'an adapter' if kind == 'adapter' else 'a bundle'}, which keeps no log and knows of no data"
+        what = f"{run} is {'an adapter' if kind == 'adapter' else 'a bundle'}, which has no log and no data"
         raise CheckpointError(20, what, fix="name the run that it was exported from")
     folder = trained(run)
     folder.config()

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mopefuse.report import run_answers, run_missing, run_routing, run_training
+from mopefuse.report import run_baselines, run_errors, run_missing, run_overview, run_routing, run_training
 from mopefuse.report.facts import RunFacts
 from mopefuse.report.pages import Section, sections_page
 
 
 def sections(facts: RunFacts) -> list[Section]:
-    """All that there is to say of a run, in the order of the page."""
+    """Everything on a run, in the order of the page."""
     found: Sequence[Section | None] = (
-        run_answers.audit(facts),
+        run_baselines.baselines(facts),
+        run_overview.audit(facts),
         run_missing.missing(facts),
-        run_answers.task(facts),
+        run_overview.task(facts),
         run_training.resources(facts),
-        run_answers.errors(facts),
-        run_answers.calibration(facts),
-        run_answers.examples(facts),
-        run_answers.mistakes(facts),
+        run_errors.confusion(facts),
+        run_errors.scores(facts),
+        run_errors.calibration(facts),
+        run_errors.examples(facts),
+        run_errors.mistakes(facts),
         run_training.training(facts),
         *run_routing.sections(facts),
     )
@@ -33,6 +35,6 @@ def run_page(facts: RunFacts, parts: Sequence[Section]) -> str:
         parts: from `sections`.
     """
     encoders = " and ".join(str(encoder.get("spec", "")) for encoder in facts.manifest["encoders"].values())
-    told = f"{facts.config.method} with {encoders}; answers of step {facts.step:,} on {facts.split}"
+    summary = f"{facts.config.method} with {encoders}; predictions of step {facts.step:,} on {facts.split}"
     pill = facts.config.method
-    return sections_page(facts.name, told, run_answers.tiles(facts), parts, pill=pill, notes=facts.notes)
+    return sections_page(facts.name, summary, run_overview.tiles(facts), parts, pill=pill, notes=facts.notes)

@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-from mopefuse.core.formatting import percent, share
-from mopefuse.report import figures, planes
-from mopefuse.report.drawing import Drawing
+from mopefuse.core.formatting import percent, several
+from mopefuse.report.bars import bars
+from mopefuse.report.chart import Chart
+from mopefuse.report.curves import Curve, curves
 from mopefuse.report.facts import RunFacts
 from mopefuse.report.pages import Section, fragment
-from mopefuse.report.run_answers import main_metric
 
 
 def training(facts: RunFacts) -> Section | None:
     """Loss of training and validation, and the validation metric, by step."""
     trained = _curve(facts, lambda line: line.get("loss"))
     validated = _curve(facts, lambda line: (line.get("val") or {}).get("loss"))
-    name = main_metric(facts)
+    name = facts.main_metric
     scores = _curve(facts, lambda line: (line.get("val") or {}).get(name))
-    mark, drawings = float(facts.step), list[Drawing]()
-    lines = [planes.Curve(title, points) for title, points in (("training", trained), ("validation", validated)) if points]
+    mark, charts = float(facts.step), list[Chart]()
+    lines = [Curve(title, points) for title, points in (("training", trained), ("validation", validated)) if points]
     if lines:
-        drawings.append(planes.curves("loss", "loss by step", lines, across="step", mark=mark, low=0.0))
+        charts.append(curves("loss", "loss by step", lines, across="step", up="loss", mark=mark, low=0.0))
     if scores:
-        score = planes.Curve(name, scores)
         title = f"validation {name} by step"
-        drawings.append(planes.curves("validation", title, [score], across="step", mark=mark, shown=share))
-    if not drawings:
+        line = Curve(name, scores)
+        charts.append(curves("validation", title, [line], across="step", up=name, mark=mark, percent=True))
+    if not charts:
         return None
-    told = [f"{drawing.label}; the line is at the step whose weights answered on this page" for drawing in drawings]
-    body = fragment("figures", [(drawing.svg(), text) for drawing, text in zip(drawings, told, strict=True)])
-    return Section("training", "Training", body, tuple(drawings))
+    captions = [f"{chart.label}; the dashed line is the step whose weights this page shows" for chart in charts]
+    body = fragment("figures", list(zip(charts, captions, strict=True)))
+    return Section("training", "Training", body, tuple(charts))
 
 
 def _curve(facts: RunFacts, value: Any) -> list[tuple[float, float]]:
@@ -48,23 +47,21 @@ def resources(facts: RunFacts) -> Section | None:
     if "seconds" in result:
         rows.append(("time", f"{_duration(result['seconds'])}, {result.get('steps', 0):,} steps"))
     if result.get("peak_memory_bytes"):
-        rows.append(("most memory", f"{result['peak_memory_bytes'] / 1e6:,.0f} MB"))
+        rows.append(("peak memory", f"{result['peak_memory_bytes'] / 1e6:,.0f} MB"))
     if "device" in result:
-        rows.append(("on", result["device"]))
-        rows.append(("processes", f"{result.get('processes', 1)}, threads of each {result.get('threads', 1)}"))
+        rows.append(("device", result["device"]))
+        rows.append(("processes", f"{result.get('processes', 1)}, each with {several(result.get('threads', 1), 'thread')}"))
     parameters = result.get("parameters", {})
     if parameters:
-        learn = f"{parameters['trainable']:,} ({percent(parameters['trainable'] / max(1, parameters['total']))}) learn"
-        rows.append(("parameters", f"{parameters['total']:,}, of which {learn}"))
+        trained = f"{parameters['trainable']:,} ({percent(parameters['trainable'] / max(1, parameters['total']))})"
+        rows.append(("parameters", f"{parameters['total']:,}, of which {trained} are trained"))
     rows.append(("software", ", ".join(f"{name} {version}" for name, version in result.get("versions", {}).items())))
-    drawings: Sequence[Drawing] = ()
+    charts: tuple[Chart, ...] = ()
     if parts := list(parameters.get("by_part", {}).items()):
         most = max(count for _, count in parts)
-        drawings = [
-            figures.bars("parameters", "trained parameters by part", parts, top=most, shown=lambda value: f"{value:,.0f}")
-        ]
-    body = fragment("resources", rows, [drawing.svg() for drawing in drawings])
-    return Section("resources", "Resources", body, tuple(drawings), half=True)
+        label = "trained parameters by part"
+        charts = (bars("parameters", label, parts, across="parameters", top=most, shown=lambda value: f"{value:,.0f}"),)
+    return Section("resources", "Resources", fragment("resources", rows, charts), charts, half=True)
 
 
 def _duration(seconds: float) -> str:

@@ -1,26 +1,60 @@
-"""Settings as a page shows them."""
+"""Settings as a page shows them: those that somebody chose, without defaults and what follows from other settings."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from mopefuse.config.schema import RunConfig
-from mopefuse.config.setting_paths import flat
+from mopefuse.config.schema import OFFICIAL, RunConfig
+from mopefuse.config.setting_paths import flat, merge, nested
+
+Derive = Callable[[RunConfig], RunConfig]
+"""Fills in settings that are left open, as a run does when it begins."""
+_FROM_DATA = frozenset({"data.modalities"})  # never chosen: what the rows of the data have
 
 
-def changed(config: RunConfig, *, hidden: Collection[str] = ()) -> list[tuple[str, str, str]]:
-    """(name, value, default) of the settings that differ from their defaults."""
-    default = flat(RunConfig(main="", comp="").model_dump(mode="json"))
+def changed(config: RunConfig, derive: Derive, *, hidden: Collection[str] = ()) -> list[tuple[str, str, str]]:
+    """(name, value, default) of the settings that were chosen and differ from their defaults.
+
+    The configuration of a run has every value filled in: learning rates, lengths of prompts. Whatever `derive` would fill in
+    for a setting left open was not chosen.
+    """
+    values, default = flat(config.model_dump(mode="json")), _defaults(config)
+    derived = _derived(config, derive, [name for name, value in values.items() if value is not None and default[name] is None])
+    usual = {**default, **derived}
     return [
-        (name, written(value), written(default.get(name)))
-        for name, value in flat(config.model_dump(mode="json")).items()
-        if value != default.get(name) and name not in hidden
+        (name, written(value), written(usual[name]))
+        for name, value in values.items()
+        if value != usual[name] and name not in hidden and name not in _FROM_DATA
     ]
+
+
+def _derived(config: RunConfig, derive: Derive, names: Sequence[str]) -> dict[str, Any]:
+    """What is filled in for each of the settings of `names` if those that nobody chose are left open.
+
+    One setting may follow another, as learning rates do: of several that cannot all have been left open, the first was chosen.
+    """
+    values, chosen = flat(config.model_dump(mode="json")), dict[str, Any]()
+    while True:
+        left_open = config.model_dump(mode="json")
+        for name in names:
+            left_open = left_open if name in chosen else merge(left_open, nested(name, None))
+        found = flat(derive(RunConfig.model_validate(left_open)).model_dump(mode="json"))
+        other = next((name for name in names if name not in chosen and found[name] != values[name]), None)
+        if other is None:
+            return {name: chosen.get(name, found[name]) for name in names}
+        chosen[other] = found[other]
+
+
+def _defaults(config: RunConfig) -> dict[str, Any]:
+    usual = RunConfig(main="", comp="").model_dump(mode="json")
+    return flat(merge(usual, OFFICIAL) if config.compat == "official" else usual)
 
 
 def written(value: Any) -> str:
     """A value of a setting."""
     if value is None:
-        return "none, or by encoder"
+        return "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(written, value)) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)

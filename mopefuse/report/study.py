@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mopefuse.report import study_page
-from mopefuse.report.pages import check_places, save_figures, write
+from mopefuse.report.chart import require_charts
+from mopefuse.report.pages import check_places, save_charts, write
 from mopefuse.report.study_facts import StudyFacts
 from mopefuse.studies.compare import Comparison, compare, has_result, study_facts
 from mopefuse.studies.study_file import STUDY_FILE
@@ -48,6 +49,7 @@ def report_study(
         CheckpointError: damaged files. ConfigError: runs that cannot be compared, an unknown label or metric, or `figures`
             is no folder. DataError: the page would overwrite what is no page.
     """
+    require_charts("mopefuse report")
     page = out or study / "report.html"
     known = study_facts(study)
     check_places(page, None, figures)
@@ -56,5 +58,5 @@ def report_study(
     facts = StudyFacts(study, known, comparison)
     parts = study_page.sections(facts)
     write(page, study_page.study_page(facts, parts))
-    files, lost = save_figures(parts, figures)
-    return StudyReported(page, files, len(facts.cells), facts.left, comparison, (*study_page.remarks(facts), *lost))
+    files = save_charts(parts, figures)
+    return StudyReported(page, files, len(facts.cells), facts.left, comparison, tuple(study_page.remarks(facts)))

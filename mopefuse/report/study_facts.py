@@ -14,7 +14,7 @@ from mopefuse.studies.compare import Comparison, Row, Spread, has_result
 
 _NOT_YET = {
     "waiting": "not begun",
-    "running": "under way when the study last wrote of it, or killed",
+    "running": "under way when study.json was last written, or killed",
     "stopped": "stopped before its end",
     "finished": "finished, and its folder is gone",
 }
@@ -96,11 +96,13 @@ class StudyFacts:
         return [(step, Spread(tuple(values))) for step, values in sorted(whole.items())]
 
     @cached_property
-    def configs(self) -> list[RunConfig]:
-        """Of the first run of each row that was begun."""
-        first: dict[str, RunConfig] = {}
+    def begun(self) -> list[tuple[RunConfig, dict[str, str]]]:
+        """The configuration, and the modality of each encoder, of the first run of each row that was begun."""
+        first: dict[str, tuple[RunConfig, dict[str, str]]] = {}
         for cell in self.cells:
             run = RunFolder(self.folder / cell["run"])
             if cell["label"] not in first and run.exists():
-                first[cell["label"]] = run.config()
+                encoders = run.manifest()["encoders"]
+                modality_of = {side: encoder["modality"] for side, encoder in encoders.items() if encoder.get("modality")}
+                first[cell["label"]] = run.config(), modality_of
         return list(first.values())

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from markupsafe import Markup
 
+from mopefuse.config.schema import RunConfig
 from mopefuse.config.setting_paths import flat
 from mopefuse.core.formatting import percent
-from mopefuse.report import study_figures
+from mopefuse.prompts.stack import fill_prompt_lengths
+from mopefuse.report import study_charts
 from mopefuse.report.comparison import cells, notes
 from mopefuse.report.pages import Section, fragment, sections_page
 from mopefuse.report.settings import changed, written
 from mopefuse.report.study_facts import StudyFacts
 from mopefuse.runs.folder import RunFolder
 from mopefuse.studies.compare import Comparison
+from mopefuse.training.optim import with_learning_rates
+
+_OF_ENCODERS = frozenset({"prompts.init", "pmf.bottleneck", "tune"})  # filled in from encoders, which are not loaded here
 
 
 def sections(facts: StudyFacts) -> list[Section]:
-    """All that there is to say of a study, in the order of the page."""
+    """Everything on a study, in the order of the page."""
     comparison = facts.comparison
-    found = [_table(comparison), *study_figures.sections(facts, comparison)] if comparison else []
+    found = [_table(comparison), *study_charts.sections(facts, comparison)] if comparison else []
     return [*found, _missing(facts), _settings(facts)]
 
 
@@ -31,8 +37,8 @@ def study_page(facts: StudyFacts, parts: list[Section]) -> str:
         parts: from `sections`.
     """
     labels = {cell["label"] for cell in facts.cells}
-    told = f"A study of {_number(len(labels), 'row')} and {_number(len(facts.cells), 'run')}"
-    return sections_page(facts.name, told, _tiles(facts), parts, pill="study", notes=remarks(facts))
+    summary = f"A study of {_number(len(labels), 'row')} and {_number(len(facts.cells), 'run')}"
+    return sections_page(facts.name, summary, _tiles(facts), parts, pill="study", notes=remarks(facts))
 
 
 def remarks(facts: StudyFacts) -> list[str]:
@@ -51,7 +57,7 @@ def remarks(facts: StudyFacts) -> list[str]:
     if len({len(row.runs) for row in rows}) > 1:
         found.append("Rows have different numbers of seeds; n in the table says how many.")
     if all(len(row.runs) == 1 for row in rows):
-        found.append("Every row is one run: how much another seed would change is not on this page.")
+        found.append("Every row is one run, so this page does not show how much another seed would change.")
     return found + list(facts.comparison.notices)
 
 
@@ -78,16 +84,16 @@ def _tiles(facts: StudyFacts) -> list[tuple[str, str]]:
 
 def _table(comparison: Comparison) -> Section:
     columns, lines = cells(comparison, ("test",), lambda text: Markup("<b>{}</b>").format(text))
-    told = notes(replace(comparison, notices=()))
+    below = notes(replace(comparison, notices=()))
     bold = "the best of a column" if comparison.chosen is None else "the trial that validation chose"
-    told[0] = f"Bold is {bold}. {told[0]}"
-    return Section("comparison", "Comparison", fragment("table", columns, lines, told=told))
+    below[0] = f"Bold is {bold}. {below[0]}"
+    return Section("comparison", "Comparison", fragment("table", columns, lines, notes=below))
 
 
 def _missing(facts: StudyFacts) -> Section:
     if not facts.left:
-        told = Markup("<p>Nothing: {} and each has a result.</p>").format(_number(len(facts.cells), "run"))
-        return Section("missing", "What is missing", told)
+        text = Markup("<p>Nothing: all {} have a result.</p>").format(_number(len(facts.cells), "run"))
+        return Section("missing", "What is missing", text)
     lines = [(group.label, ", ".join(map(str, group.seeds)), group.state, group.why, group.fix) for group in facts.missing]
     return Section("missing", "What is missing", fragment("table", ["row", "seeds", "state", "why", "what to do"], lines, 5))
 
@@ -110,18 +116,28 @@ def _circumstances(comparison: Comparison) -> list[tuple[str, str]]:
     counts = [", ".join(f"{split} {count:,}" for split, count in result["rows"].items()) for result in results]
     versions = [", ".join(f"{name} {version}" for name, version in result.get("versions", {}).items()) for result in results]
     devices = [str(result.get("device", "")) for result in results]
-    named = (("data", counts), ("on", devices), ("software", versions))
+    named = (("data", counts), ("device", devices), ("software", versions))
     return [(name, "; ".join(filter(None, dict.fromkeys(each)))) for name, each in named if any(each)]
 
 
 def _common(facts: StudyFacts) -> Markup:
-    """Settings that all rows that were begun have, other than the defaults."""
-    if not facts.configs:
+    """Settings that all rows that were begun have, of those that were chosen."""
+    if not facts.begun:
         return Markup("")
-    first, *others = (flat(config.model_dump(mode="json")) for config in facts.configs)
+    first, *others = (flat(config.model_dump(mode="json")) for config, _ in facts.begun)
     shared = {path for path, value in first.items() if all(other.get(path, value) == value for other in others)}
-    found = [setting for setting in changed(facts.configs[0]) if setting[0] in shared - {"seed"}]
-    return fragment("settings", found, "Settings of all rows, other than the defaults")
+    config, modality_of = facts.begun[0]
+    chosen = changed(config, lambda open_: _filled_in(open_, modality_of))
+    found = [setting for setting in chosen if setting[0] in shared - {"seed", *_OF_ENCODERS}]
+    return fragment("settings", found, "Settings of all rows that were chosen")
+
+
+def _filled_in(config: RunConfig, modality_of: Mapping[str, str]) -> RunConfig:
+    """A configuration with what follows from the modalities of its encoders, as a run fills it in."""
+    if "main" in modality_of:
+        config = config.model_copy(update={"prompts": fill_prompt_lengths(config.prompts, modality_of["main"])})
+    tuned = list(modality_of) if config.tune == "full" else []
+    return with_learning_rates(config, modality_of, tuned, fitted="linear" in (config.method, config.warm_start))
 
 
 def _own(facts: StudyFacts) -> Markup:
@@ -131,5 +147,6 @@ def _own(facts: StudyFacts) -> Markup:
     if not paths:
         return Markup("")
     lines = [[label, *(written(found[path]) if path in found else "" for path in paths)] for label, found in each.items()]
-    table = fragment("table", ["row", *paths], lines, told=["Empty is as the other settings say."])
+    note = "An empty cell is as in the settings of all rows, or the default."
+    table = fragment("table", ["row", *paths], lines, notes=[note])
     return Markup("<h3>What each row sets</h3>") + table

@@ -1,4 +1,4 @@
-"""Sections of a study's page that are figures: learning, a metric against a setting, rows, and parameters."""
+"""Sections of a study's page that are charts: learning, a metric against a setting, rows, and parameters."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from typing import TypeVar
 
 from markupsafe import Markup
 
-from mopefuse.core.formatting import share
-from mopefuse.report import planes
-from mopefuse.report.drawing import Drawing
+from mopefuse.report.chart import Chart
+from mopefuse.report.curves import MOST_NAMED, Curve, curves, dots, scatter, spans_decades
 from mopefuse.report.pages import Section, fragment
 from mopefuse.report.study_facts import StudyFacts
 from mopefuse.report.sweeps import Sweep, sweeps
+from mopefuse.report.themes import SERIES
 from mopefuse.studies.compare import Comparison, Row, Spread
 
-_MOST = len(planes.COLOURS)  # curves of one figure
+_MOST = SERIES  # curves of one chart
 _ROWS = 60  # of a table of dots
 T = TypeVar("T")
 
 
 def sections(facts: StudyFacts, comparison: Comparison) -> list[Section]:
-    """All figures that the finished runs allow."""
+    """All charts that the finished runs allow."""
     rows = [row for row in comparison.rows if facts.score(row).mean == facts.score(row).mean]
     if not rows:
         return []
@@ -47,80 +47,83 @@ def _sentence(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def _point(name: str, spread: Spread, x: float = 0.0) -> planes.Curve:
-    return planes.Curve(name, [(x, spread.mean)], [spread.std or 0.0])
+def _point(name: str, spread: Spread, x: float = 0.0) -> Curve:
+    return Curve(name, [(x, spread.mean)], [spread.std or 0.0])
 
 
-def _section(key: str, title: str, drawings: Sequence[Drawing], told: Sequence[str], *, half: bool = False) -> Section:
-    pairs = [(drawing.svg(), text) for drawing, text in zip(drawings, told, strict=True)]
-    return Section(key, title, fragment("figures", pairs), tuple(drawings), half=half)
+def _section(key: str, title: str, charts: Sequence[Chart], captions: Sequence[str], *, half: bool = False) -> Section:
+    body = fragment("figures", list(zip(charts, captions, strict=True)))
+    return Section(key, title, body, tuple(charts), half=half)
 
 
 def _against_setting(facts: StudyFacts, comparison: Comparison, sweep: Sweep) -> Section:
     key = f"against-{sweep.path.replace('.', '-')}"
-    drawings, told = [], []
-    log = planes.spans_decades([value for series in sweep.series for value, _ in series.rows])
+    charts, captions = [], []
+    log = spans_decades([value for series in sweep.series for value, _ in series.rows])
     for number, part in enumerate(_parts(sweep.series), 1):
         lines = []
         for series in part:
             scores = [(value, facts.score(row)) for value, row in series.rows]
             points = [(value, score.mean) for value, score in scores]
-            lines.append(planes.Curve(series.name, points, [score.std or 0.0 for _, score in scores]))
+            lines.append(Curve(series.name, points, [score.std or 0.0 for _, score in scores]))
         label = f"{comparison.metric} on test against {sweep.path}"
         name = key if number == 1 else f"{key}-{number}"
-        drawings.append(planes.curves(name, label, lines, across=sweep.path, shown=share, log=log))
+        charts.append(curves(name, label, lines, across=sweep.path, up=comparison.metric, percent=True, log=log))
         shown = [row for series in part for _, row in series.rows]
         names = f" of {lines[0].name}" if len(lines) == 1 and lines[0].name != sweep.path else ""
-        told.append(f"{_sentence(label)}{names}: {deviation(shown)}.{' The setting is on a logarithmic axis.' if log else ''}")
-    return _section(key, f"Against {sweep.path}", drawings, told, half=len(drawings) == 1)
+        axis = " The setting is on a logarithmic axis." if log else ""
+        captions.append(f"{_sentence(label)}{names}: {deviation(shown)}.{axis}")
+    return _section(key, f"Against {sweep.path}", charts, captions, half=len(charts) == 1)
 
 
 def _rows(facts: StudyFacts, comparison: Comparison, rows: Sequence[Row]) -> Section:
     points = [_point(row.label, facts.score(row)) for row in rows[:_ROWS]]
     label = f"{comparison.metric} on test of each row"
-    drawing = planes.dots("rows", label, points, across=f"test {comparison.metric}", shown=share)
+    chart = dots("rows", label, points, across=f"test {comparison.metric}", percent=True)
     left = f" {len(rows) - _ROWS:,} more are in the table only." if len(rows) > _ROWS else ""
-    return _section("rows", "Row by row", [drawing], [f"{_sentence(label)}: {deviation(rows)}.{left}"], half=True)
+    return _section("rows", "Row by row", [chart], [f"{_sentence(label)}: {deviation(rows)}.{left}"], half=True)
 
 
 def _parameters(facts: StudyFacts, comparison: Comparison, rows: Sequence[Row]) -> Section:
     points = [_point(row.label, facts.score(row), float(row.trainable)) for row in rows[:_ROWS]]
     label = f"{comparison.metric} on test against trainable parameters"
-    drawing = planes.scatter("parameters", label, points, across="trainable parameters", shown=share)
-    told = f"{_sentence(label)}: {deviation(rows)}."
-    if len(points) > planes.MOST_NAMED:
-        told += " Numbers are those of the rows of the table, from above."
-    return _section("parameters", "What parameters buy", [drawing], [told], half=True)
+    across = "trainable parameters"
+    chart = scatter("parameters", label, points, across=across, up=comparison.metric, percent=True)
+    caption = f"{_sentence(label)}: {deviation(rows)}."
+    if len(points) > MOST_NAMED:
+        caption += " Numbers are those of the rows of the table, from above."
+    return _section("parameters", "Score and parameters", [chart], [caption], half=True)
 
 
 def _learning(facts: StudyFacts, comparison: Comparison, rows: Sequence[Row]) -> Section:
-    """The validation metric by step: all rows in one figure where they are few, else part by part on the same axes."""
+    """The validation metric by step: all rows in one chart where they are few, else part by part on the same axes."""
     lines = []
     for row in rows:
         found = facts.learning(row)
         if len(found) > 1:
             points = [(float(step), spread.mean) for step, spread in found]
-            lines.append(planes.Curve(row.label, points, [spread.std or 0.0 for _, spread in found]))
+            lines.append(Curve(row.label, points, [spread.std or 0.0 for _, spread in found]))
     if not lines:
         return Section("learning", "Learning", Markup("<p>There are no curves: no row was validated more than once.</p>"))
-    ends = [y + sign * d for line in lines for (_, y), d in zip(line.points, line.spread, strict=True) for sign in (-1, 1)]
-    low, high = min(ends), max(ends)
+    values = [y + sign * d for line in lines for (_, y), d in zip(line.points, line.spread, strict=True) for sign in (-1, 1)]
+    low, high = min(values), max(values)
     label = f"validation {comparison.metric} by step"
-    drawings, told = [], []
+    charts, captions = [], []
     for number, part in enumerate(_parts(lines), 1):
         name = "validation" if number == 1 else f"validation-{number}"
-        drawings.append(
-            planes.curves(name, label, part, across="step", low=low, high=high, shown=share, bands=True)
-        )
+        ends = (low, high) if high > low else (None, None)
+        up = comparison.metric
+        chart = curves(name, label, part, across="step", up=up, low=ends[0], high=ends[1], percent=True, bands=True)
+        charts.append(chart)
         of = f" of {part[0].name}" if len(part) == 1 else ""
-        told.append(f"{_sentence(label)}{of}: {deviation(rows)}.")
+        captions.append(f"{_sentence(label)}{of}: {deviation(rows)}.")
     without = [row.label for row in rows if row.label not in {line.name for line in lines}]
     if without:
-        told[-1] += f" Without a curve, as validated once only or never at the same steps: {', '.join(without)}."
-    return _section("learning", "Learning", drawings, told)
+        captions[-1] += f" Without a curve, because validated only once or never at the same steps: {', '.join(without)}."
+    return _section("learning", "Learning", charts, captions)
 
 
 def _parts(items: Sequence[T]) -> list[Sequence[T]]:
-    """As few parts as hold all, none with more than one figure can show, and about as many in each."""
+    """As few parts as hold all, none with more than one chart can show, and about as many in each."""
     count = -(-len(items) // _MOST)
     return [items[len(items) * part // count : len(items) * (part + 1) // count] for part in range(count)]

@@ -1,0 +1,49 @@
+"""The section of a run's page that sets its score beside that of simpler methods."""
+
+from __future__ import annotations
+
+from mopefuse.core.formatting import percent
+from mopefuse.report.baselines import command_for, majority_score
+from mopefuse.report.facts import RunFacts
+from mopefuse.report.pages import Section, fragment
+
+
+def baselines(facts: RunFacts) -> Section:
+    """This run, the majority class, and whatever simpler method was run on the same data."""
+    metric, mine = facts.main_metric, facts.metrics[facts.main_metric]
+    rows: list[tuple[str, str, float, int]] = []
+    majority = majority_score(facts.data, facts.split, metric)
+    if majority is not None:
+        label, score = majority
+        rows.append((f"always “{label}”, the most frequent label in training", "", score, 1))
+    for one in facts.baselines:
+        n = f", mean of {len(one.scores)} runs" if len(one.scores) > 1 else ""
+        rows.append((f"{one.what}{n}", one.folders[0], one.score, len(one.scores)))
+    rows.sort(key=lambda row: row[2])
+    lines = [
+        {"what": what, "place": place, "score": percent(score), "ahead": f"{100 * (mine - score):+.1f}", "won": mine > score}
+        for what, place, score, _ in rows
+    ]
+    body = fragment(
+        "baselines",
+        lines,
+        percent(mine),
+        metric=metric.replace("_", " "),
+        split=facts.split,
+        start=_start(facts),
+        command="" if facts.baselines or facts.config.method == "linear" else command_for(facts.config),
+    )
+    return Section("baselines", "Compared with simple baselines", body)
+
+
+def _start(facts: RunFacts) -> str:
+    """What the regression that a run began with reached on validation, in a sentence; empty where there was none."""
+    scores = {line["step"]: (line.get("val") or {}).get(facts.main_metric) for line in facts.log}
+    first, chosen = scores.get(0), scores.get(facts.step)
+    if facts.config.warm_start != "linear" or not isinstance(first, int | float) or not isinstance(chosen, int | float):
+        return ""
+    name = facts.main_metric.replace("_", " ")
+    return (
+        f"Training began as a logistic regression on the features of the frozen encoders (--set warm_start=linear). On "
+        f"validation that had {name} {percent(first)}, and step {facts.step:,} has {percent(chosen)}."
+    )

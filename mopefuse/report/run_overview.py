@@ -1,0 +1,85 @@
+"""The top of a run's page: its main numbers, what the task is, and whether the model uses its other modality."""
+
+from __future__ import annotations
+
+from mopefuse.config.sides import is_comp
+from mopefuse.core.formatting import percent
+from mopefuse.report.bars import bars
+from mopefuse.report.chart import shorten
+from mopefuse.report.facts import RunFacts
+from mopefuse.report.pages import Section, fragment
+from mopefuse.report.settings import changed
+
+_LABELS = 120  # characters of the list of labels
+_LISTED = frozenset({"main", "comp", "method", "data.path"})  # settings that have a line of their own
+_CONDITIONS = {
+    "as is": "as is",
+    "shuffled": "another sample's {}",
+    "blank": "no {}",
+    "static": "without static prompts",
+    "dynamic": "without dynamic prompts",
+    "mapped": "without mapped prompts",
+}
+
+
+def tiles(facts: RunFacts) -> list[tuple[str, str]]:
+    """The numbers on top of the page."""
+    found = [
+        (f"{facts.split} {name.replace('_', ' ')}", percent(facts.metrics[name]))
+        for name in ("accuracy", "f1_macro", "f1_micro")
+        if name in facts.metrics
+    ]
+    found.append((f"{facts.split} calibration error", percent(facts.calibration.error)))
+    parameters = facts.result.get("parameters")
+    if parameters:
+        share = parameters["trainable"] / max(1, parameters["total"])
+        found.append((f"trained parameters, {percent(share)} of all", f"{parameters['trainable']:,}"))
+    return found
+
+
+def task(facts: RunFacts) -> Section:
+    """Data, labels, encoders, counts, and the settings that were chosen."""
+    counts = facts.result.get("rows") or {name: len(split.rows) for name, split in facts.data.splits.items()}
+    kind = "any number of" if facts.multi_label else "one of"
+    rows = [
+        ("data", str(facts.data.root)),
+        ("rows", ", ".join(f"{name} {count:,}" for name, count in counts.items())),
+        ("labels", f"{kind} {len(facts.labels):,}: {shorten(', '.join(facts.labels), _LABELS)}"),
+        ("method", facts.config.method),
+    ]
+    for side, encoder in facts.manifest["encoders"].items():
+        about = f"{encoder.get('spec', '')} ({encoder.get('modality', '')}, {encoder.get('layers', '?')} layers)"
+        rows.append(("complementary encoder" if is_comp(side) else f"{side} encoder", about))
+    body = fragment("rows", rows) + fragment("settings", changed(facts.config, facts.derive, hidden=_LISTED))
+    return Section("task", "The task", body, half=True)
+
+
+def audit(facts: RunFacts) -> Section | None:
+    """Whether the model uses its other modality."""
+    if facts.audit is None:
+        return None
+    found, name = facts.audit, facts.main_metric
+    rows = [
+        {
+            "name": _CONDITIONS.get(row["name"], f"without {row['name']}").format(row["modality"]),
+            "value": row["metrics"][name],
+            "lost": row["lost"],
+            "interval": (row["low"], row["high"]),
+            "changed": row["changed"],
+            "first": row["name"] == "as is",
+        }
+        for row in found["conditions"]
+    ]
+    whole = found["samples"] == found["total"]
+    samples = f"all {found['samples']:,}" if whole else f"{found['samples']:,} of {found['total']:,}"
+    chart = bars(
+        "audit",
+        f"{name} when an input or a prompt is taken away",
+        [(row["name"], row["value"]) for row in rows],
+        across=name,
+        shown=percent,
+        against=rows[0]["value"],
+    )
+    score = "macro-F1" if facts.multi_label else "accuracy"
+    body = fragment("audit", found, rows, chart, samples=samples, split=facts.split, metric=name, score=score)
+    return Section("audit", f"Does the model use the {found['modality']}?", body, (chart,))
