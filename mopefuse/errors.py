@@ -133,7 +133,7 @@ class Notice(UserWarning):
     """A warning that needs no action; the command line prints it as one line."""
 
 
-def nearest(name: str, known: Iterable[str], *, most: int = 3) -> list[str]:
+def similar_names(name: str, known: Iterable[str], *, most: int = 3) -> list[str]:
     """Known names similar to `name`, most similar first, at most `most`."""
     return difflib.get_close_matches(name, sorted(known), n=most, cutoff=0.55)
 
@@ -141,7 +141,7 @@ def nearest(name: str, known: Iterable[str], *, most: int = 3) -> list[str]:
 def did_you_mean(name: str, known: Iterable[str], *, most: int = 3) -> str:
     """Suggest the known names similar to `name`, as ``did you mean a, b?``; all names if none is similar."""
     names = sorted(known)
-    near = nearest(name, names, most=most)
+    near = similar_names(name, names, most=most)
     if near:
         return f"did you mean {', '.join(near)}?"
     return f"use one of {', '.join(names[:12])}{', …' if len(names) > 12 else ''}" if names else ""

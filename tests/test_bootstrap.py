@@ -12,7 +12,7 @@ from scipy.sparse import csr_array
 from sklearn.metrics import f1_score
 
 from mopefuse.metrics import classification as metrics
-from mopefuse.metrics.bootstrap import METRICS, Outcome, difference, drawn
+from mopefuse.metrics.bootstrap import METRICS, Outcome, difference, draw_resamples
 
 LABELS = 5
 
@@ -129,14 +129,14 @@ def test_sides_may_be_exchanged() -> None:
 
 
 def test_resamples_do_not_depend_on_how_many_fit_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = np.concatenate(list(drawn(30, 50, seed=4)))
+    whole = np.concatenate(list(draw_resamples(30, 50, seed=4)))
     monkeypatch.setattr("mopefuse.metrics.bootstrap._BLOCK", 90)
-    assert len(list(drawn(30, 50, seed=4))) == 17
-    assert (np.concatenate(list(drawn(30, 50, seed=4))) == whole).all()
+    assert len(list(draw_resamples(30, 50, seed=4))) == 17
+    assert (np.concatenate(list(draw_resamples(30, 50, seed=4))) == whole).all()
     assert (whole.sum(axis=1) == 30).all()
 
 
 def test_the_samples_that_are_drawn_do_not_depend_on_the_number_of_labels() -> None:
-    few, many = (np.concatenate([*drawn(7, 50, 1, labels=labels)]) for labels in (5, 1_000_000))
+    few, many = (np.concatenate([*draw_resamples(7, 50, 1, labels=labels)]) for labels in (5, 1_000_000))
     assert (few == many).all()
     assert few.shape == (50, 7)

@@ -382,12 +382,12 @@ BROKEN_MODALITIES: list[tuple[type[Modality], str, str]] = [
 def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[type[Modality]], Modality]:
     """Check a modality as if a plugin had registered it by the name `toy`."""
     (tmp_path / "a.bin").write_bytes(b"DATA\x08abc")
-    load, names = registry.load, modalities.names()
+    load, names = registry.load, modalities.modality_names()
 
     def check(kind: type[Modality]) -> Modality:
         modalities._made.cache_clear()
         monkeypatch.setattr(registry, "load", lambda group, name: kind if name == "toy" else load(group, name))
-        monkeypatch.setattr(modalities, "names", lambda: (*names, "toy"))
+        monkeypatch.setattr(modalities, "modality_names", lambda: (*names, "toy"))
         return check_modality("toy", values=["a.bin"] if kind.is_file else ["0.5 1.0"], root=tmp_path)
 
     return check

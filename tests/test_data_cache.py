@@ -236,7 +236,7 @@ def test_an_image_that_many_rows_show_is_kept_once(photos: Path, empty: Path) ->
 
 def test_images_that_did_not_change_are_not_read_again(photos: Path) -> None:
     names = [f"images/train-{i}.png" for i in range(4)]
-    kind, how = modality.of("image"), Data()
+    kind, how = modality.get_modality("image"), Data()
     assert isinstance(kind, Files)
     looks = look_at(kind, [photos], names, how)
     reading: list[tuple[int, int]] = []

@@ -11,7 +11,7 @@ from PIL import Image
 
 from mopefuse.config.schema import Data
 from mopefuse.data.load import load_data, read_indexes
-from mopefuse.data.subsets import few, hold_out, order_of
+from mopefuse.data.subsets import few, hold_out, random_order
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "data_fingerprints.json").read_text(encoding="utf-8"))
 
@@ -97,6 +97,6 @@ def test_fingerprints_are_those_of_earlier_versions(case: str, tmp_path: Path) -
 def test_the_same_rows_are_chosen_as_by_earlier_versions() -> None:
     ids = [f"row-{number}" for number in range(20)]
     labels: list[tuple[str, ...]] = [("ab"[number % 3 == 0],) for number in range(20)]
-    assert order_of(ids, 5)[:8] == [2, 6, 18, 14, 8, 0, 1, 7]
+    assert random_order(ids, 5)[:8] == [2, 6, 18, 14, 8, 0, 1, 7]
     assert hold_out(ids, labels, 6, 5)[1] == [1, 2, 6, 8, 14, 18]
     assert few(ids, labels, 5, shots=3, fraction=None) == [0, 2, 6, 8, 14, 18]

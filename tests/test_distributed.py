@@ -15,7 +15,7 @@ import pytest
 from conftest import call, matrix, ranks, torchrun
 from test_train import command, data, log, weights
 
-from mopefuse.data.collate import epoch_batches, share
+from mopefuse.data.collate import epoch_batches, process_share
 
 __all__ = ["data"]  # the fixture
 
@@ -43,7 +43,7 @@ def test_two_processes_equal_one(data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 def test_every_sample_is_in_one_share_whatever_the_number_of_processes(world: int) -> None:
     for batch in epoch_batches(seed=1, epoch=4, count=23, batch_size=8):
-        shares = [share(batch, rank, world) for rank in range(world)]
+        shares = [process_share(batch, rank, world) for rank in range(world)]
         assert sorted(chain.from_iterable(shares)) == sorted(batch)
     everything, next_epoch, next_seed = (
         list(chain.from_iterable(epoch_batches(seed, epoch, 23, 8))) for seed, epoch in ((1, 4), (1, 5), (2, 5))

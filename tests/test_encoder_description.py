@@ -24,7 +24,7 @@ from mopefuse.encoders.base import create_encoder
 from mopefuse.errors import CheckpointError, Notice
 from mopefuse.runs.folder import RunFolder
 from mopefuse.runs.load import load_model
-from mopefuse.runs.locate import trained
+from mopefuse.runs.locate import find_run
 from mopefuse.training.train import train
 
 CPU = torch.device("cpu")
@@ -145,7 +145,7 @@ def test_a_tuned_encoder_is_checked_as_well(folders: dict[str, Path], data: Path
     train(settings(data, folders, tune="full"), tmp_path / "run")
     edit_config(folders["bert"], hidden_act="relu")
     with pytest.raises(CheckpointError, match=r'model.hidden_act: was "gelu", is "relu"'):
-        load_model(trained(tmp_path / "run"), "best", CPU)
+        load_model(find_run(tmp_path / "run"), "best", CPU)
 
 
 def test_a_resumed_run_checks_its_encoders(folders: dict[str, Path], data: Path, tmp_path: Path) -> None:

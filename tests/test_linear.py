@@ -18,7 +18,7 @@ from mopefuse.data.load import load_data
 from mopefuse.encoders.base import create_encoder, encode_pooled
 from mopefuse.errors import ConfigError
 from mopefuse.fusion._design import Design, Side, statistics
-from mopefuse.fusion.regression import Fold, How, Regression, fit_heads, fit_regression
+from mopefuse.fusion.regression import FitSettings, Fold, Regression, fit_heads, fit_regression
 from mopefuse.runs.folder import RunFolder
 from mopefuse.training.train import train
 from mopefuse.training.trainer import Listener
@@ -144,9 +144,9 @@ def test_a_method_of_one_side_needs_no_encoder_for_the_other(
 # -- the regression itself
 
 
-def how(labels: int = 3, **changed: Any) -> How:
+def how(labels: int = 3, **changed: Any) -> FitSettings:
     known: dict[str, Any] = {"multi_label": False, "threshold": 0.5, "balanced": False, "settings": Linear(strengths=(1.0,))}
-    return How(labels, **(known | changed))
+    return FitSettings(labels, **(known | changed))
 
 
 def drawn(rows: int = 40, width: int = 5, seed: int = 0) -> torch.Tensor:
@@ -159,7 +159,7 @@ def design(x: torch.Tensor, labels: int = 3) -> Design:
     return Design([Side(x, known)], len(x), labels)
 
 
-def fit(x: torch.Tensor, y: torch.Tensor, val_x: torch.Tensor, val_y: torch.Tensor, wanted: How) -> Regression:
+def fit(x: torch.Tensor, y: torch.Tensor, val_x: torch.Tensor, val_y: torch.Tensor, wanted: FitSettings) -> Regression:
     return fit_regression(design(x, wanted.labels), y, design(val_x, wanted.labels), val_y, wanted)
 
 

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from mopefuse.config.schema import RunConfig, build_config
 from mopefuse.config.setting_paths import nested
 from mopefuse.core import device as devices
-from mopefuse.core.dependencies import mendable
+from mopefuse.core.dependencies import convert_error
 from mopefuse.errors import ConfigError, ResourceError
 from mopefuse.fusion import build
 
@@ -98,10 +98,10 @@ def no_pages() -> None:
 def test_memory_that_runs_out_is_exit_7(action: Callable[[], Any]) -> None:
     with pytest.raises(Exception) as caught:  # noqa: PT011 (which one is up to the library)
         action()
-    known = mendable(caught.value)
+    known = convert_error(caught.value)
     assert known is not None and known.exit_code == 7 and "memory" in f"{known}".lower()
-    assert mendable(RuntimeError("shapes do not fit")) is None
-    assert mendable(ImportError("no module named x")) is None
+    assert convert_error(RuntimeError("shapes do not fit")) is None
+    assert convert_error(ImportError("no module named x")) is None
 
 
 @pytest.mark.process

@@ -213,8 +213,8 @@ def test_the_most_confused_classes_are_those_of_the_confusion_matrix() -> None:
     predicted_S, targets_S = (torch.randint(6, (200,), generator=draw) for _ in range(2))
     matrix = metrics.confusion(predicted_S, targets_S, 6).tolist()
     pairs = sorted((-matrix[i][j], i, j) for i in range(6) for j in range(6) if i != j)
-    assert metrics.confused(predicted_S, targets_S, 6, most=9) == [(-count, i, j) for count, i, j in pairs[:9]]
-    assert metrics.confused(targets_S, targets_S, 6, most=9) == []
+    assert metrics.most_confused(predicted_S, targets_S, 6, most=9) == [(-count, i, j) for count, i, j in pairs[:9]]
+    assert metrics.most_confused(targets_S, targets_S, 6, most=9) == []
 
 
 @pytest.mark.parametrize("multi_label", [False, True])

@@ -17,7 +17,7 @@ from test_fusion import TEXTS, build, images, open_gates
 from mopefuse.config.schema import build_config
 from mopefuse.data.collate import Samples
 from mopefuse.data.load import load_data
-from mopefuse.data.missing import Dropped, loss_order
+from mopefuse.data.missing import ModalityDropout, removal_order
 from mopefuse.errors import ConfigError, DataError
 from mopefuse.evaluation.split import prepare_samples
 from mopefuse.fusion._design import statistics
@@ -173,16 +173,16 @@ def samples(data: Any, model: Fusion, **changed: Any) -> Samples:
     return Samples(data, "train", model.readers(), config.data, training=True, **changed)
 
 
-def drawn(dropped: Dropped, epoch: int) -> list[bool]:
+def drawn(dropped: ModalityDropout, epoch: int) -> list[bool]:
     return [dropped.absent("comp", epoch, index) for index in range(len(dropped))]
 
 
 def test_dropout_is_a_function_of_seed_epoch_and_index(data: Any) -> None:
     model = build()
-    one = Dropped(samples(data, model, seed=3), ["comp"], 0.3)
-    same = Dropped(samples(data, model, seed=3), ["comp"], 0.3)
+    one = ModalityDropout(samples(data, model, seed=3), ["comp"], 0.3)
+    same = ModalityDropout(samples(data, model, seed=3), ["comp"], 0.3)
     assert drawn(one, 1) == drawn(same, 1) != drawn(one, 2)
-    assert drawn(Dropped(samples(data, model, seed=4), ["comp"], 0.3), 1) != drawn(one, 1)
+    assert drawn(ModalityDropout(samples(data, model, seed=4), ["comp"], 0.3), 1) != drawn(one, 1)
     share = np.mean([drawn(one, epoch) for epoch in range(200)])
     count = 200 * len(one)
     assert abs(share - 0.3) < 4 * (0.3 * 0.7 / count) ** 0.5
@@ -193,7 +193,7 @@ def test_dropout_is_a_function_of_seed_epoch_and_index(data: Any) -> None:
 def test_encoders_of_one_modality_lose_it_together_and_nothing_loses_everything(data: Any) -> None:
     how: dict[str, Any] = {"method": "late-concat", "either": True, "data": {"on_missing": "absent"}}
     model = build(comp=["tiny:text", "tiny:text?pool=cls", "tiny:vision"], **how)
-    dropped = Dropped(samples(data, model), model.may_lack, 0.9)
+    dropped = ModalityDropout(samples(data, model), model.may_lack, 0.9)
     every = 0
     for epoch in range(20):
         for index in range(len(dropped)):
@@ -206,10 +206,10 @@ def test_encoders_of_one_modality_lose_it_together_and_nothing_loses_everything(
 
 def test_a_larger_share_takes_all_that_a_smaller_one_does() -> None:
     ids = [str(number) for number in range(500)]
-    order = loss_order(ids, ["text"], 0)
+    order = removal_order(ids, ["text"], 0)
     assert sorted(order) == list(range(500)) and order != list(range(500))
-    assert loss_order(ids[::-1], ["text"], 0) == [499 - number for number in order]
-    assert loss_order(ids, ["audio"], 0) != order != loss_order(ids, ["text"], 1)
+    assert removal_order(ids[::-1], ["text"], 0) == [499 - number for number in order]
+    assert removal_order(ids, ["audio"], 0) != order != removal_order(ids, ["text"], 1)
 
 
 def test_a_resumed_run_with_dropout_equals_an_uninterrupted_one(pairs: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from test_fusion import images
 
 import mopefuse
 from mopefuse.data.load import load_data
-from mopefuse.data.missing import Taken
+from mopefuse.data.missing import FixedMissing
 from mopefuse.errors import DataError
 from mopefuse.evaluation import missing
 from mopefuse.evaluation.missing_shares import parse, words
@@ -53,7 +53,7 @@ def test_a_share_that_is_taken_away_is_told_kept_and_can_be_computed_again(run: 
     lacks = set(order[: cell["rows"]["text"]])
     mask_S = np.array([row.id in lacks for row in data.splits["test"].rows])
     cpu = torch.device("cpu")
-    taken = Taken(prepare_samples(loaded.model, data, "test", loaded.config, cpu), {"text": mask_S})
+    taken = FixedMissing(prepare_samples(loaded.model, data, "test", loaded.config, cpu), {"text": mask_S})
     logits_SN = run_split(loaded.model, data, "test", loaded.config, cpu, samples=taken).logits_SN
     again = metrics.compute(logits_SN, data.targets("test"), multi_label=False, thresholds=0.5)
     assert again == pytest.approx(cell["metrics"], abs=1e-6)
@@ -179,7 +179,7 @@ def either(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
 def test_no_sample_loses_all_that_it_has(either: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     run, data = either
     masks: list[Any] = []
-    monkeypatch.setattr(missing, "Taken", lambda samples, taken: masks.append(taken) or Taken(samples, taken))
+    monkeypatch.setattr(missing, "Taken", lambda samples, taken: masks.append(taken) or FixedMissing(samples, taken))
     done = call("eval", run, "--missing", "grid")
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]

@@ -16,7 +16,7 @@ from PIL import Image
 
 from mopefuse import build_fusion, load
 from mopefuse.config.schema import Data, build_config
-from mopefuse.data.altered import Shuffled
+from mopefuse.data.altered import ShuffledSamples
 from mopefuse.data.base import Batch, DataSet
 from mopefuse.data.check import check
 from mopefuse.data.collate import Samples
@@ -24,7 +24,7 @@ from mopefuse.data.features import split_features
 from mopefuse.data.load import load_data
 from mopefuse.encoders.base import create_encoder, run_frozen
 from mopefuse.errors import DataError
-from mopefuse.modalities.base import of
+from mopefuse.modalities.base import get_modality
 from mopefuse.training.train import train
 
 CPU = torch.device("cpu")
@@ -282,7 +282,7 @@ def test_what_is_missing_is_blank_and_told_of(data: Path, augment: str, kept: bo
         "main": [False, False, True],
         "comp": [False, True, False],
     }
-    blank = create_encoder("tiny:vision").preprocess.item(of("image").nothing())
+    blank = create_encoder("tiny:vision").preprocess.item(get_modality("image").nothing())
     assert torch.equal(found.inputs["main"]["pixels"][2], blank)
     alone = create_encoder("tiny:text").preprocess.batch([""])
     assert torch.equal(found.inputs["comp"]["ids"][1][: alone["ids"].shape[1]], alone["ids"][0])
@@ -313,7 +313,7 @@ def test_features_of_what_is_missing_are_those_of_nothing(data: Path) -> None:
 def test_an_exchange_moves_what_is_missing_too(data: Path) -> None:
     change(data, "train", 1, text=None)
     one = samples(read(data, on_missing="absent"))
-    turned = Shuffled(one, ("comp",), torch.tensor([1, 0, *range(2, 12)]))
+    turned = ShuffledSamples(one, ("comp",), torch.tensor([1, 0, *range(2, 12)]))
     assert batch(turned, 0, 1).missing["comp"].tolist() == [True, False]
     ids = batch(one, 1, 0).inputs["comp"]["ids"]
     assert torch.equal(batch(turned, 0, 1).inputs["comp"]["ids"], ids)
@@ -326,7 +326,7 @@ def test_none_among_values_is_what_says_nothing() -> None:
     model = build_fusion(**READERS, num_labels=3, either=True)
     picture = Image.new("RGB", (20, 20), "red")
     found = model.collate([picture, None], [None, "a"])
-    blank = model.collate([picture, of("image").nothing()], ["", "a"])
+    blank = model.collate([picture, get_modality("image").nothing()], ["", "a"])
     assert {side: missing.tolist() for side, missing in found.missing.items()} == {"main": [False, True], "comp": [True, False]}
     assert blank.missing == {}
     assert torch.equal(model(replace(found, missing={})).logits, model(blank).logits)

@@ -318,6 +318,6 @@ def test_a_name_of_nobody_offers_what_would_have_to_be_written(site: Path, here:
     with pytest.raises(ConfigError) as caught:
         registry.load(registry.FUSION, "bothh")
     assert caught.value.what == "there is no fusion method 'bothh'"
-    names = registry.to_write(registry.FUSION)
+    names = registry.shortest_names(registry.FUSION)
     assert "both" not in names
     assert {"mopefuse-one:both", "mopefuse-two:both", "conditional"} <= names.keys()

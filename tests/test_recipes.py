@@ -10,7 +10,7 @@ import pytest
 from conftest import call
 
 from mopefuse.config.recipe import find_recipe, find_study, resolve
-from mopefuse.studies.study import trainable
+from mopefuse.studies.study import count_trainable
 from mopefuse.studies.study_file import Cell, Study, read_study
 from mopefuse.training.train import train
 
@@ -76,7 +76,7 @@ def test_two_steps_run_on_tiny_encoders_and_data(path: Path, pairs: Path, tmp_pa
 def test_every_cell_of_a_study_can_be_built_on_tiny_data(path: Path, pairs: Path) -> None:
     study = read_study(str(path), [f"data.path={pairs}"])
     cells = cells_of(study)
-    assert trainable(cells).keys() == {cell.label for cell in cells}
+    assert count_trainable(cells).keys() == {cell.label for cell in cells}
     assert study.file.seeds == ((0, 1, 2) if study.file.search is None else (0,))
 
 
@@ -92,6 +92,6 @@ def test_two_steps_of_the_first_and_last_cell_run_on_tiny_data(path: Path, pairs
 
 def test_experts_and_static_prompts_of_the_study_have_about_the_same_parameters(pairs: Path) -> None:
     study = read_study("experts-vs-length", [f"data.path={pairs}"])
-    counts = list(trainable(study.cells).values())
+    counts = list(count_trainable(study.cells).values())
     for experts, static in zip(counts[:4], counts[4:], strict=True):
         assert static == pytest.approx(experts, rel=0.25)

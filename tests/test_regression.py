@@ -23,16 +23,16 @@ from mopefuse.errors import NumericError
 from mopefuse.fusion import _design, _logistic
 from mopefuse.fusion._design import Design, Side
 from mopefuse.fusion._lbfgs import Evaluation, minimise
-from mopefuse.fusion.regression import Fold, How, Regression, fit_heads, fit_regression
+from mopefuse.fusion.regression import FitSettings, Fold, Regression, fit_heads, fit_regression
 from mopefuse.fusion.regression import _binary_problem as binary_problem
 from mopefuse.fusion.regression import _multinomial_problem as multinomial_problem
 
 STRENGTHS = (1e-3, 1e-1, 10.0)
 
 
-def how(labels: int, **changed: Any) -> How:
+def how(labels: int, **changed: Any) -> FitSettings:
     known: dict[str, Any] = {"multi_label": False, "threshold": 0.5, "balanced": False, "settings": Linear()}
-    return How(labels, **(known | changed))
+    return FitSettings(labels, **(known | changed))
 
 
 def design(x: Tensor, labels: int) -> Design:
@@ -210,7 +210,7 @@ def test_labels_that_all_or_no_samples_have_leave_the_others_as_they_are() -> No
     assert not among.weight_NF[[0, 3]].any()
 
 
-def fit(x: Tensor, y: Tensor, wanted: How) -> Regression:
+def fit(x: Tensor, y: Tensor, wanted: FitSettings) -> Regression:
     return fit_regression(design(x, wanted.labels), y, design(x, wanted.labels), y, wanted)
 
 

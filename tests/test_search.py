@@ -16,7 +16,7 @@ from test_study import start, steps, wait_for
 
 from mopefuse.errors import ConfigError, PackageError
 from mopefuse.runs.folder import RunFolder
-from mopefuse.studies.search import Searched, run_search
+from mopefuse.studies.search import SearchResult, run_search
 from mopefuse.studies.study_file import read_study
 
 SPACE: dict[str, Any] = {
@@ -36,7 +36,7 @@ def write_search(folder: Path, pairs: Path, name: str = "search", **values: Any)
     return folder / f"{name}.yaml"
 
 
-def facts(searched: Searched) -> list[Any]:
+def facts(searched: SearchResult) -> list[Any]:
     return [(t.number, t.settings, t.value, [s.cell.folder for s in t.statuses]) for t in searched.trials]
 
 
@@ -46,13 +46,13 @@ def file(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(file: Path) -> tuple[Path, Searched]:
+def undisturbed(file: Path) -> tuple[Path, SearchResult]:
     """(folder, what was found); not to be changed."""
     out = file.parent / "undisturbed"
     return out, run_search(read_study(str(file)), out)
 
 
-def test_trials_are_those_that_optuna_proposes_for_these_values(undisturbed: tuple[Path, Searched]) -> None:
+def test_trials_are_those_that_optuna_proposes_for_these_values(undisturbed: tuple[Path, SearchResult]) -> None:
     out, searched = undisturbed
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=3))
     for trial in searched.trials:
@@ -68,7 +68,7 @@ def test_trials_are_those_that_optuna_proposes_for_these_values(undisturbed: tup
     assert searched.best.value == study.best_value == max(trial.value or 0 for trial in searched.trials)
 
 
-def test_every_trial_is_an_ordinary_run_with_its_settings(undisturbed: tuple[Path, Searched]) -> None:
+def test_every_trial_is_an_ordinary_run_with_its_settings(undisturbed: tuple[Path, SearchResult]) -> None:
     out, searched = undisturbed
     for trial in searched.trials:
         config = RunFolder(out / trial.statuses[0].cell.folder).config()
@@ -77,7 +77,7 @@ def test_every_trial_is_an_ordinary_run_with_its_settings(undisturbed: tuple[Pat
     assert not [path for path in out.rglob("*") if path.suffix in (".pkl", ".pickle", ".db", ".pt")]
 
 
-def test_the_test_split_chooses_nothing(undisturbed: tuple[Path, Searched], file: Path, tmp_path: Path) -> None:
+def test_the_test_split_chooses_nothing(undisturbed: tuple[Path, SearchResult], file: Path, tmp_path: Path) -> None:
     """With the test metrics of all runs turned upside down, trials and best are the same."""
     before, searched = undisturbed
     out = tmp_path / "out"
@@ -92,7 +92,9 @@ def test_the_test_split_chooses_nothing(undisturbed: tuple[Path, Searched], file
 
 
 @pytest.mark.matrix
-def test_the_validation_split_chooses_what_comes_next(undisturbed: tuple[Path, Searched], tmp_path: Path, pairs: Path) -> None:
+def test_the_validation_split_chooses_what_comes_next(
+    undisturbed: tuple[Path, SearchResult], tmp_path: Path, pairs: Path
+) -> None:
     """The control of the test above: with other values the sampler, past its random trials, proposes others."""
     _, searched = undisturbed
     more = write_search(tmp_path, pairs, search={"trials": 12})
@@ -110,7 +112,7 @@ def test_the_validation_split_chooses_what_comes_next(undisturbed: tuple[Path, S
 
 
 def test_what_is_finished_is_not_run_again_and_more_trials_go_on(
-    undisturbed: tuple[Path, Searched], pairs: Path, tmp_path: Path
+    undisturbed: tuple[Path, SearchResult], pairs: Path, tmp_path: Path
 ) -> None:
     before, searched = undisturbed
     out = tmp_path / "out"
@@ -123,7 +125,7 @@ def test_what_is_finished_is_not_run_again_and_more_trials_go_on(
 
 
 @pytest.mark.soak
-def test_killed_and_started_again_it_finds_the_same(undisturbed: tuple[Path, Searched], file: Path, tmp_path: Path) -> None:
+def test_killed_and_started_again_it_finds_the_same(undisturbed: tuple[Path, SearchResult], file: Path, tmp_path: Path) -> None:
     out = tmp_path / "killed"
     kills = 0
     for moment in (3, 9, 10**9):
@@ -159,7 +161,7 @@ def test_settings_that_come_again_are_one_run_and_a_failed_one_stays_failed(pair
 
 
 def test_the_table_marks_the_best_and_its_command_trains(
-    undisturbed: tuple[Path, Searched], file: Path, tmp_path: Path
+    undisturbed: tuple[Path, SearchResult], file: Path, tmp_path: Path
 ) -> None:
     out, searched = undisturbed
     done = call("study", file, "--out", out)
@@ -176,7 +178,9 @@ def test_the_table_marks_the_best_and_its_command_trains(
     assert mine == theirs
 
 
-def test_compare_shows_the_trials_and_says_that_they_are_not_to_be_chosen_by_test(undisturbed: tuple[Path, Searched]) -> None:
+def test_compare_shows_the_trials_and_says_that_they_are_not_to_be_chosen_by_test(
+    undisturbed: tuple[Path, SearchResult],
+) -> None:
     out, searched = undisturbed
     done = call("compare", out, "--json")
     said = json.loads(done.stdout)
@@ -228,7 +232,9 @@ def test_an_encoder_can_be_searched_that_no_setting_names(pairs: Path, tmp_path:
     assert RunFolder(tmp_path / "out" / trial.statuses[0].cell.folder).config().main == trial.settings["main"]
 
 
-def test_a_metric_that_the_data_have_not_is_refused(undisturbed: tuple[Path, Searched], pairs: Path, tmp_path: Path) -> None:
+def test_a_metric_that_the_data_have_not_is_refused(
+    undisturbed: tuple[Path, SearchResult], pairs: Path, tmp_path: Path
+) -> None:
     shutil.copytree(undisturbed[0], tmp_path / "out")
     with pytest.raises(ConfigError, match="f1_samples") as caught:
         run_search(read_study(str(write_search(tmp_path, pairs, metric="f1_samples"))), tmp_path / "out")

@@ -78,7 +78,7 @@ def _work(
     if count > 1:
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
         os.environ |= {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
-    with distributed.joined():
+    with distributed.process_group():
         device = devices.resolve(config.device)
         encoders = build_encoders(config, device)
         batch = random_batch(encoders, share, text_length, device)

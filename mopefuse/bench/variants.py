@@ -24,7 +24,7 @@ from mopefuse.encoders._prompted import PromptedEncoder
 from mopefuse.encoders.base import Encoder, create_encoder, run_frozen
 from mopefuse.encoders.tiny import TinyEncoder
 from mopefuse.fusion.base import Fusion
-from mopefuse.modalities.base import of
+from mopefuse.modalities.base import get_modality
 from mopefuse.prompts.experts import importance_loss
 from mopefuse.training.losses import classification_loss
 from mopefuse.training.optim import make_optimizer, with_learning_rates
@@ -97,7 +97,7 @@ def missing(variant: Variant, encoders: Mapping[str, Encoder]) -> str:
 def random_inputs(encoder: Encoder, batch: int, text_length: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Random images, or random ids as texts of `text_length` tokens (fewer if that exceeds the encoder's maximum)."""
     preprocess: Any = encoder.preprocess
-    if of(encoder.modality).is_picture:
+    if get_modality(encoder.modality).is_picture:
         return {"pixels": torch.randint(256, (batch, *preprocess.size, 3), dtype=torch.uint8, generator=generator)}
     length = preprocess.length or min(text_length, preprocess.max_tokens)
     ids = torch.randint(preprocess.vocabulary or 1000, (batch, length), generator=generator)

@@ -9,7 +9,7 @@ from mopefuse.cli._render import out, size, table
 from mopefuse.core.formatting import several, visible
 from mopefuse.data.check import Report
 from mopefuse.data.findings import Finding
-from mopefuse.modalities.base import of
+from mopefuse.modalities.base import get_modality
 from mopefuse.report.data_check import against_limits, check_page, how_many
 from mopefuse.report.pages import write
 
@@ -72,7 +72,7 @@ def _list(groups: Mapping[str, Sequence[Finding]], heading: str = "") -> None:
 
 
 def _files(report: Report) -> list[str]:
-    return [of(name).plural for name in report.modalities if of(name).is_file]
+    return [get_modality(name).plural for name in report.modalities if get_modality(name).is_file]
 
 
 def _columns(report: Report) -> list[str]:

@@ -10,7 +10,7 @@ import typer
 from mopefuse.cli._render import err, out, print_json, table
 
 if TYPE_CHECKING:
-    from mopefuse.studies.search import Searched, Trial
+    from mopefuse.studies.search import SearchResult, Trial
     from mopefuse.studies.search_space import Axis
     from mopefuse.studies.study_file import Study
 
@@ -58,7 +58,7 @@ def _axis(axis: Axis) -> str:
     return f"{axis.low} to {axis.high}{', logarithmic' if axis.log else ''}"
 
 
-def _show(searched: Searched, folder: Path) -> None:
+def _show(searched: SearchResult, folder: Path) -> None:
     from mopefuse.studies.search import command, on_test
 
     best = searched.best
@@ -87,7 +87,7 @@ def _percent(trial: Trial) -> str:
     return "failed" if trial.value is None else f"{100 * trial.value:.1f}"
 
 
-def _as_dict(searched: Searched, folder: Path) -> dict[str, Any]:
+def _as_dict(searched: SearchResult, folder: Path) -> dict[str, Any]:
     from mopefuse.studies.search import command, on_test
 
     best = searched.best

@@ -36,7 +36,7 @@ from mopefuse.cli import (
 from mopefuse.cli import swap_encoder as swap
 from mopefuse.cli._render import print_json, speaks_unicode
 from mopefuse.cli.settings import add_command
-from mopefuse.core.dependencies import guard_imports, mendable
+from mopefuse.core.dependencies import convert_error, guard_imports
 from mopefuse.core.formatting import visible
 from mopefuse.errors import Interrupted, MopefuseError, Notice, ResourceError
 
@@ -101,7 +101,7 @@ def main() -> None:
     except MopefuseError as error:
         _exit(error)
     except Exception as error:
-        known = mendable(error)
+        known = convert_error(error)
         if known is not None:
             _exit(known)
         _crash(error)

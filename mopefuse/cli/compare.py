@@ -39,7 +39,7 @@ def compare(
     """
     from dataclasses import replace
 
-    from mopefuse.core.artifact import check_file, write_atomically
+    from mopefuse.core.atomic_files import check_file, write_atomically
     from mopefuse.errors import ConfigError, did_you_mean
 
     if format_ not in _FORMATS:

@@ -28,9 +28,9 @@ def list_(
         return
     from mopefuse.cli._render import out, print_json, table
     from mopefuse.core.aliases import ALIASES, COMP_ONLY, FAMILIES
-    from mopefuse.core.registry import ENCODERS, distribution, to_write
+    from mopefuse.core.registry import ENCODERS, distribution, shortest_names
 
-    found = to_write(ENCODERS)
+    found = shortest_names(ENCODERS)
     if json:
         schemes = [
             {
@@ -71,7 +71,7 @@ def inspect(
     """
     from mopefuse.cli._render import out, print_json
     from mopefuse.encoders.base import create_encoder
-    from mopefuse.modalities.base import of
+    from mopefuse.modalities.base import get_modality
 
     encoder = create_encoder(spec)
     facts: dict[str, Any] = {
@@ -86,7 +86,7 @@ def inspect(
         "fingerprint": encoder.fingerprint(),
         "preprocess": encoder.preprocess.describe(),
     }
-    if of(encoder.modality).is_picture:
+    if get_modality(encoder.modality).is_picture:
         facts["tokens"] = encoder.count_tokens()
     if not encoder.widths:
         facts["why_not_main"] = encoder.why_not_main

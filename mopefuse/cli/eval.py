@@ -79,9 +79,9 @@ def _check(
         single: whether there is one result, not a grid of them. gated: whether a metric must be reached.
     """
     from mopefuse.config.flags import flag_of
-    from mopefuse.core.artifact import check_file
+    from mopefuse.core.atomic_files import check_file
     from mopefuse.errors import ConfigError, did_you_mean
-    from mopefuse.runs.locate import kind_of, locate, trained
+    from mopefuse.runs.locate import find_run, kind_of, locate
 
     if not single and (out or gated):
         fix = "leave it out, or give one share, such as text=0.7"
@@ -94,7 +94,7 @@ def _check(
         raise ConfigError(53, f"there is no split {split!r}", where="--split", fix=did_you_mean(split, _SPLITS))
     folder = locate(run)
     if kind_of(folder) != "bundle":
-        trained(folder).config()
+        find_run(folder).config()
     if out is not None:
         check_file(out)
 
@@ -107,7 +107,7 @@ def _evaluate(run: Path, options: dict[str, Any], gates: dict[str, float], out: 
 
     split = options["split"]
     file = out or _predictions_file(run, options)
-    with distributed.joined(), err().status(f"evaluating {split}") as status:
+    with distributed.process_group(), err().status(f"evaluating {split}") as status:
         advance = lambda done, total: status.update(f"evaluating {split}: {done}/{total}")  # noqa: E731
         found = run_evaluation(run, **options, predictions=file, advance=advance)
     if not distributed.is_main():
@@ -157,7 +157,7 @@ def _evaluate_missing(
     from mopefuse.evaluation.missing import evaluate_missing
     from mopefuse.metrics.gates import check_gates
 
-    with distributed.joined(), err().status("loading") as status:
+    with distributed.process_group(), err().status("loading") as status:
         advance = lambda what, done, total: status.update(f"{what}: {done}/{total}")  # noqa: E731
         found = evaluate_missing(run, shares, **options, predictions=out, advance=advance)
     if not distributed.is_main():

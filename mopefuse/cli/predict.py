@@ -78,7 +78,7 @@ def predict(
 
 def _check(source: str | None, image: Path | None, text: str | None, out: Path | None) -> None:
     """Refuse input that is missing or of the wrong kind, and a file that cannot be written, before torch is imported."""
-    from mopefuse.core.artifact import check_file
+    from mopefuse.core.atomic_files import check_file
     from mopefuse.errors import ConfigError
 
     if (source is None) == (image is None and text is None):
@@ -156,20 +156,20 @@ def _gathered(answers: Iterable[Answer], batch: int) -> Iterator[Answer]:
     from mopefuse.core import distributed
 
     own = iter(answers)
-    with distributed.joined():
+    with distributed.process_group():
         while True:
             part = list(islice(own, batch))
             if not distributed.largest(len(part), torch.device("cpu")):
                 return
             sent = torch.frombuffer(bytearray(json.dumps(part).encode()), dtype=torch.uint8)
-            parts = [json.loads(bytes(text.numpy())) for (text,) in distributed.to_main([sent])]
+            parts = [json.loads(bytes(text.numpy())) for (text,) in distributed.send_to_main([sent])]
             yield from (each[turn] for turn in range(batch) for each in parts if turn < len(each))
 
 
 def _write(answers: Iterable[Answer], out: Path | None, predictor: Predictor, errors: list[dict[str, str]]) -> int:
     """Write predictions as they come, collect their errors, and return how many there are."""
     from mopefuse.cli._render import err
-    from mopefuse.core.artifact import write_lines
+    from mopefuse.core.atomic_files import write_lines
     from mopefuse.inference.predict import as_csv, as_jsonl
 
     done = 0

@@ -82,9 +82,9 @@ def _as_dict(status: Status) -> dict[str, Any]:
 
 def _dry_run(chosen: Study, folder: Path, *, json: bool) -> None:
     from mopefuse.cli._render import err, out, print_json, table
-    from mopefuse.studies.study import is_finished, trainable
+    from mopefuse.studies.study import count_trainable, is_finished
 
-    found = trainable(chosen.cells)
+    found = count_trainable(chosen.cells)
     counts = {label: count for label, count in found.items() if isinstance(count, int)}
     refused = {label: why for label, why in found.items() if isinstance(why, str)}
     finished = {cell.folder for cell in chosen.cells if is_finished(cell, folder)}

@@ -48,10 +48,10 @@ def swap_encoder(
     from mopefuse.cli._train_display import Display
     from mopefuse.config.recipe import parse_set
     from mopefuse.config.sides import check_weights
-    from mopefuse.runs.locate import trained
+    from mopefuse.runs.locate import find_run
 
     settings = parse_set(set_ or ())
-    trained(run).config()
+    find_run(run).config()
     check_weights({**({"main": main} if main else {}), **{f"comp{number}": spec for number, spec in enumerate(comp or ())}})
     from mopefuse.core import distributed
     from mopefuse.training.swap import swap_encoder as run_swap

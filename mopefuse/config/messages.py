@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from mopefuse.errors import ConfigError, did_you_mean, nearest
+from mopefuse.errors import ConfigError, did_you_mean, similar_names
 
 Model = type[BaseModel]
 Path = tuple[str, ...]
@@ -121,11 +121,11 @@ def near_setting(model: Model, path: Path) -> str:
     """``did you mean train.lr?`` for a path whose last part is no key; one without a section may lack its section."""
     *section, key = path
     keys = keys_in(model, tuple(section))
-    near = [".".join((*section, name)) for name in nearest(key, keys)]
+    near = [".".join((*section, name)) for name in similar_names(key, keys)]
     if not section:
         inner = list(_in_sections(model))
         near = [path for path in inner if _last(path) == key] or near
-        near = near or [path for name in nearest(key, {*map(_last, inner)}) for path in inner if _last(path) == name]
+        near = near or [path for name in similar_names(key, {*map(_last, inner)}) for path in inner if _last(path) == name]
     return f"did you mean {', '.join(near)}?" if near else did_you_mean(key, keys)
 
 
@@ -211,7 +211,7 @@ def _near_choice(detail: Any) -> list[str]:
     """The nearest of the values that a setting may have, where it has a few."""
     if detail["type"] != "literal_error":
         return []
-    return nearest(str(detail["input"]), re.findall("'([^']*)'", detail["ctx"]["expected"]), most=1)
+    return similar_names(str(detail["input"]), re.findall("'([^']*)'", detail["ctx"]["expected"]), most=1)
 
 
 def _short(value: Any) -> str:

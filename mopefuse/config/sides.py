@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mopefuse.config.schema import RunConfig
-from mopefuse.core.artifact import check_tensors
+from mopefuse.core.tensor_files import check_tensors
 from mopefuse.errors import CheckpointError, ConfigError
 
 Comp = str | Sequence[str] | None

@@ -13,55 +13,14 @@ from typing import Any
 
 from mopefuse.core import atomic_files
 from mopefuse.core.atomic_files import (
-    FREE_SPACE,
     OLD,
-    TEMPORARY,
-    alive,
-    born,
-    check_file,
-    check_parent,
     disk_error,
-    replacing,
-    sweep,
-    sync,
     temporary_name,
-    write_atomically,
-    write_lines,
 )
 from mopefuse.core.formatting import json_text
 from mopefuse.core.regular_files import open_regular, read_regular
-from mopefuse.core.tensor_files import check_tensors, read_tensors, write_tensors
 from mopefuse.errors import CheckpointError
 
-__all__ = [
-    "FORMAT",
-    "FREE_SPACE",
-    "MANIFEST",
-    "TEMPORARY",
-    "alive",
-    "born",
-    "check_file",
-    "check_manifest",
-    "check_parent",
-    "check_tensors",
-    "disk_error",
-    "dump_json",
-    "finite",
-    "listed_files",
-    "publish",
-    "read_json",
-    "read_tensors",
-    "read_text",
-    "replacing",
-    "sha256",
-    "sweep",
-    "sync",
-    "understood",
-    "verify",
-    "write_atomically",
-    "write_lines",
-    "write_tensors",
-]
 FORMAT = 1  # format version of every artefact
 MANIFEST = "manifest.json"
 _CHUNK = 1 << 20  # bytes
@@ -139,9 +98,6 @@ def check_manifest(manifest: dict[str, Any], kind: str, where: str) -> dict[str,
         what = f"made by a newer mopefuse{by} (format {manifest['format']}); this version reads up to format {FORMAT}"
         raise CheckpointError(7, what, where=where, fix="upgrade mopefuse")
     return manifest
-
-
-understood = check_manifest
 
 
 def listed_files(manifest: Mapping[str, Any], folder: Path) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def root() -> Path | None:
     return base if os.access(base, os.W_OK) else None
 
 
-def key_of(*parts: object) -> str:
+def make_key(*parts: object) -> str:
     """Digest of `parts`, the name of an entry that depends on them: 32 hex digits."""
     return hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
@@ -49,11 +49,11 @@ def find(kind: str, key: str, *, thorough: bool = True) -> tuple[Path, dict[str,
     folder = base / kind / key if base else None
     if folder is None or not folder.is_dir():
         return None
-    facts = verified(folder, kind, thorough=thorough)  # a damaged entry is replaced by the next `keep`
+    facts = verify_entry(folder, kind, thorough=thorough)  # a damaged entry is replaced by the next `store`
     return None if facts is None else (folder, facts)
 
 
-def verified(folder: Path, kind: str, *, thorough: bool = True) -> dict[str, Any] | None:
+def verify_entry(folder: Path, kind: str, *, thorough: bool = True) -> dict[str, Any] | None:
     """Verify a published folder and return its facts; None if it is damaged."""
     try:
         return verify(folder, kind=kind, thorough=thorough)
@@ -61,7 +61,7 @@ def verified(folder: Path, kind: str, *, thorough: bool = True) -> dict[str, Any
         return None
 
 
-def keep(kind: str, key: str, write: Callable[[Path], None], facts: Mapping[str, Any]) -> Path | None:
+def store(kind: str, key: str, write: Callable[[Path], None], facts: Mapping[str, Any]) -> Path | None:
     """Publish an entry and return its folder; None if it cannot be stored (no cache folder, no space)."""
     base = root()
     if base is None:

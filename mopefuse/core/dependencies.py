@@ -77,9 +77,6 @@ def convert_error(error: Exception) -> MopefuseError | None:
     return None
 
 
-mendable = convert_error
-
-
 def out_of_memory(error: BaseException) -> str | None:
     """Describe an error of running out of memory: text to append to a message, possibly empty; None for other errors."""
     for one in _chain(error):

@@ -40,7 +40,7 @@ def start() -> tuple[int, int]:
 
 
 @contextmanager
-def joined() -> Iterator[None]:
+def process_group() -> Iterator[None]:
     """Keep the process group initialised within the context; contexts may be nested."""
     outermost = not dist.is_initialized()
     start()
@@ -86,7 +86,7 @@ def barrier() -> None:
         dist.barrier(group=_patient_group)
 
 
-def total(value: Tensor) -> Tensor:
+def sum_with_gradient(value: Tensor) -> Tensor:
     """Sum over processes; the gradient flows to this process's part only, so that gradients can be summed afterwards."""
     if not dist.is_initialized():
         return value
@@ -134,7 +134,7 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
-def whole(own_RX: Tensor, count: int) -> Tensor:
+def gather_rows(own_RX: Tensor, count: int) -> Tensor:
     """Assemble a tensor (count, ...) in every process from the rows of each: rank, rank + world size, and so on.
 
     Rows are sent as tensors in parts of bounded size.
@@ -156,7 +156,7 @@ def whole(own_RX: Tensor, count: int) -> Tensor:
     return found
 
 
-def to_main(tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+def send_to_main(tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
     """Send tensors to the main process.
 
     Args:
@@ -185,7 +185,7 @@ def to_main(tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
     return found
 
 
-def from_main(value: Any) -> Any:
+def broadcast_from_main(value: Any) -> Any:
     """Broadcast the main process's value, waiting for it however long it takes.
 
     Raises:
@@ -198,7 +198,7 @@ def from_main(value: Any) -> Any:
     return values[0]
 
 
-def on_main(action: Callable[[], Any]) -> Any:
+def run_on_main(action: Callable[[], Any]) -> Any:
     """Run `action` in the main process, however long it takes, and return its result or raise its error in every process.
 
     Use this to write files that other processes read afterwards.
@@ -211,7 +211,7 @@ def on_main(action: Callable[[], Any]) -> Any:
             if world_size() == 1:
                 raise
             outcome = (False, error)
-    done, value = from_main(outcome)
+    done, value = broadcast_from_main(outcome)
     if not done:
         raise value
     return value

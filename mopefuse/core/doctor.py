@@ -68,7 +68,7 @@ def examine() -> Examination:
     found.machine["offline"] = "yes (HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else "no"
     found.machine["shared memory"] = _shared_memory()
     for group in registry.KINDS:
-        for name, point in registry.to_write(group).items():
+        for name, point in registry.shortest_names(group).items():
             owner = registry.distribution(point)
             found.plugins[f"{group.partition('.')[2]}: {name}"] = owner
             if owner != registry.OURS:

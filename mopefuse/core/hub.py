@@ -26,7 +26,7 @@ from huggingface_hub.errors import (
 from mopefuse.core import error_numbers as _numbers
 from mopefuse.core.aliases import ALIASES
 from mopefuse.core.artifact import sha256
-from mopefuse.errors import EncoderError, MopefuseError, ResourceError, nearest
+from mopefuse.errors import EncoderError, MopefuseError, ResourceError, similar_names
 
 _TIMEOUT = 3.0  # seconds for the hub's first response
 _SHA256_DIGITS = 64
@@ -153,7 +153,7 @@ def explain(error: Exception, repo: str, revision: str | None, where: str) -> Mo
     """Convert an error of a request to the hub to one of mopefuse."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     number, what, fix = _meaning(error, status, repo, revision)
-    if "/" not in repo and (near := nearest(repo, ALIASES["hf"], most=2)):  # no organisation: probably an alias
+    if "/" not in repo and (near := similar_names(repo, ALIASES["hf"], most=2)):  # no organisation: probably an alias
         fix = f"did you mean {', '.join(f'hf:{name}' for name in near)}? Otherwise {fix}"
     return EncoderError(number, what, where=where, fix=fix)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 
-def exact(x: Tensor) -> Tensor:
+def to_float32(x: Tensor) -> Tensor:
     """Convert to float32; float64 is kept."""
     return x if x.dtype == torch.float64 else x.float()
 
@@ -26,7 +26,7 @@ def apply_in_own_type(module: nn.Module, x_BX: Tensor) -> Tensor:
     return out
 
 
-def apply_exactly(module: nn.Module, x_BX: Tensor) -> Tensor:
+def apply_without_autocast(module: nn.Module, x_BX: Tensor) -> Tensor:
     """Apply a module without autocast, in the type of its weights: float32 unless the whole model was converted."""
     with torch.autocast(x_BX.device.type, enabled=False):
         return apply_in_own_type(module, x_BX)

@@ -159,7 +159,7 @@ def full_name(group: str, name: str) -> str:
     return plain if owner == OURS else f"{owner}:{plain}"
 
 
-def to_write(group: str) -> dict[str, EntryPoint]:
+def shortest_names(group: str) -> dict[str, EntryPoint]:
     """Map the shortest unambiguous name of every entry point of a group to the entry point."""
     found = {}
     for name, points in available(group).items():
@@ -250,7 +250,7 @@ def load(group: str, name: str) -> Any:
 
 def _unknown(group: str, name: str) -> MopefuseError:
     owner, is_full, plain = name.rpartition(":")
-    near, installed = did_you_mean(name, to_write(group)), version_of(owner) if is_full else ""
+    near, installed = did_you_mean(name, shortest_names(group)), version_of(owner) if is_full else ""
     if installed:
         return PluginError(5, f"{owner} {installed} provides no {KINDS[group]} {plain!r}", where=name, fix=near)
     if is_full:
@@ -272,7 +272,7 @@ def _warn_of_shadowed(group: str, name: str) -> None:
 def _load_plugin(point: EntryPoint) -> Any:
     owner = distribution(point)
     try:
-        with nothing_on_stdout():
+        with redirect_stdout_to_stderr():
             return point.load()
     except KeyboardInterrupt:
         raise
@@ -283,7 +283,7 @@ def _load_plugin(point: EntryPoint) -> Any:
 
 
 @contextmanager
-def nothing_on_stdout() -> Iterator[None]:
+def redirect_stdout_to_stderr() -> Iterator[None]:
     """Redirect stdout, which is for results, to stderr within the context, also for child processes."""
     stdout, original = sys.stdout, None
     stdout.flush()

@@ -16,8 +16,8 @@ from mopefuse.data.index import Index
 from mopefuse.data.known_labels import describe_few, read_labels_file
 from mopefuse.data.labels import Labels
 from mopefuse.data.leaks import find_leaks
-from mopefuse.errors import DataError, nearest
-from mopefuse.modalities.base import of
+from mopefuse.errors import DataError, similar_names
+from mopefuse.modalities.base import get_modality
 
 Indexes = Mapping[str, Index]
 _MOST_HINTS = 100  # unknown labels of a split for which a similar known label is searched, which is slow
@@ -64,7 +64,7 @@ def unknown_labels(indexes: Indexes, known: tuple[str, ...]) -> Iterator[Finding
     for name, index in indexes.items() if known else ():
         counts, first = index.labels.counts(), index.labels.first_rows()
         for number, label in enumerate(sorted(counts.keys() - set(known))):
-            near = nearest(label, known, most=1) if number < _MOST_HINTS else []
+            near = similar_names(label, known, most=1) if number < _MOST_HINTS else []
             hint = f"; did you mean {near[0]!r}?" if near else ""
             message = f"training does not know the label {label!r} (in {several(counts[label], 'row')}){hint}"
             yield finding_at(index, first[label], "unknown-label", message, code="MF-DATA-06", rows=counts[label])
@@ -103,7 +103,7 @@ def leaks(indexes: Indexes) -> Iterator[tuple[str, Finding]]:
             for row, twin in zip(rows.tolist(), twins, strict=True):
                 other = int(good["train"][twin])
                 place = f"{indexes['train'].place(other)}, id {indexes['train'].ids[other]}"
-                kind, message = of(modality).leaked, f"its {modality} is also in {place}"
+                kind, message = get_modality(modality).leaked, f"its {modality} is also in {place}"
                 yield modality, finding_at(indexes[name], int(good[name][row]), kind, message, twin=other)
 
 

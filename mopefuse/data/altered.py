@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mopefuse.data.base import Row
-from mopefuse.data.collate import Samples, Table, blank, seed_of
+from mopefuse.data.collate import FeatureTable, Samples, blank_input, seed_of
 
 
 def derangement(count: int, seed: int) -> Tensor:
@@ -29,7 +29,7 @@ def derangement(count: int, seed: int) -> Tensor:
     return torch.from_numpy(order)
 
 
-class Shuffled(Samples):
+class ShuffledSamples(Samples):
     """Samples that have the input of another sample on some sides; targets and the other sides stay.
 
     Args:
@@ -50,11 +50,11 @@ class Shuffled(Samples):
             return super().value(side, epoch, index, row)
         other = int(self._partner_S[index])
         if side in self.lacking and self.absent(side, epoch, index):
-            return blank(*self.readers[side])
+            return blank_input(*self.readers[side])
         return self.present_value(side, epoch, other, row if row is None else self.split.rows[other])
 
 
-class Blank(Samples):
+class BlankSamples(Samples):
     """Samples that have a blank input on some sides, such as an empty text or a grey image, but are not marked as missing it.
 
     Args:
@@ -70,13 +70,13 @@ class Blank(Samples):
         """See `Samples.value`."""
         if side not in self._sides:
             return super().value(side, epoch, index, row)
-        return blank(*self.readers[side])
+        return blank_input(*self.readers[side])
 
 
 class _Partners:
     """Features of the partner of each row."""
 
-    def __init__(self, table: Table, partner_S: Tensor) -> None:
+    def __init__(self, table: FeatureTable, partner_S: Tensor) -> None:
         self._table, self._partner_S = table, partner_S
 
     def __getitem__(self, index_B: Tensor) -> Tensor:

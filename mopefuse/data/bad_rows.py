@@ -11,7 +11,7 @@ from mopefuse.data.base import Problem
 from mopefuse.data.findings import KINDS, kind_of_row
 from mopefuse.data.index import Index
 from mopefuse.errors import DataError, data_error
-from mopefuse.modalities.base import of
+from mopefuse.modalities.base import get_modality
 from mopefuse.modalities.files import root_to_name
 
 _MOST_LISTED = 20
@@ -31,7 +31,7 @@ def skip_bad_rows(index: Index, roots: Sequence[Path], config: DataConfig) -> tu
     where, total = str(roots[0] / index.file), len(index.lines_S) + len(index.row_problems)
     for modality, files in index.files.items() if not unsafe else ():
         if files.all_missing():
-            what = f"none of the {len(files.names):,} {of(modality).plural} exists, such as {files.names[0]}"
+            what = f"none of the {len(files.names):,} {get_modality(modality).plural} exists, such as {files.names[0]}"
             raise DataError(11, what, where=where, fix=root_to_name(roots, files.names))
     if config.on_bad == "skip" and not unsafe:
         if len(problems) <= config.max_bad_fraction * total:

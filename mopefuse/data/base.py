@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mopefuse.config.schema import Data as DataConfig
 from mopefuse.data.labels import Labels, Targets
-from mopefuse.modalities.base import of
+from mopefuse.modalities.base import get_modality
 
 if TYPE_CHECKING:  # rows can be read without torch
     import torch
@@ -140,7 +140,7 @@ class DataSet:
         Raises:
             DataError: the value cannot be read; the error names file, line and id.
         """
-        kind, value = of(modality), row.values[modality]
+        kind, value = get_modality(modality), row.values[modality]
         return kind.nothing() if value is None else kind.read(value, self.image_roots, where=split.where(row), config=config)
 
     def targets(self, split: str) -> Tensor:
@@ -189,6 +189,6 @@ class Batch:
         """Copy the batch to page-locked memory; called by the data loader."""
         return self._map(lambda tensor: tensor.pin_memory())
 
-    def part(self, number: int, of: int) -> Batch:
-        """The part of this number of `of` nearly equal parts."""
-        return self._map(lambda tensor: tensor.tensor_split(of)[number])
+    def part(self, number: int, get_modality: int) -> Batch:
+        """The part of this number of `get_modality` nearly equal parts."""
+        return self._map(lambda tensor: tensor.tensor_split(get_modality)[number])

@@ -35,7 +35,7 @@ from mopefuse.data.load import notice_splits, roots_of
 from mopefuse.data.split_rows import divide_rows, missing_split_hint
 from mopefuse.data.tables import Table, find_tables
 from mopefuse.errors import DataError
-from mopefuse.modalities.base import of
+from mopefuse.modalities.base import get_modality
 
 Indexes = dict[str, Index]
 _NO_ROWS = ("missing-split", "unreadable-table", "empty-split", "many-labels", "list-label")  # explain a split without rows
@@ -207,9 +207,9 @@ def _count_leaks(
 ) -> dict[str, dict[str, int]]:
     """Count the leaks of val and test by the plural of the modality, files first."""
     counts = Counter((finding.split, modality) for modality, finding in leaks)
-    ordered = sorted(modalities, key=lambda modality: not of(modality).is_file)
+    ordered = sorted(modalities, key=lambda modality: not get_modality(modality).is_file)
     return {
-        name: {of(modality).plural: counts[name, modality] for modality in ordered}
+        name: {get_modality(modality).plural: counts[name, modality] for modality in ordered}
         for name in indexes
         if name != "train" and "train" in indexes
     }

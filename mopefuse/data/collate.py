@@ -20,13 +20,13 @@ from mopefuse.data.base import Batch, DataSet, Row
 from mopefuse.data.pictures import Pictures, pictures
 from mopefuse.encoders.base import Preprocess
 from mopefuse.errors import MopefuseError, ResourceError
-from mopefuse.modalities.base import of
+from mopefuse.modalities.base import get_modality
 
 Key = tuple[int, int]  # (epoch, index)
 Readers = Mapping[str, tuple[str, Preprocess]]  # side -> (modality, preprocess)
 
 
-class Table(Protocol):
+class FeatureTable(Protocol):
     """Features by row: a tensor (S, C), or something that can be indexed like one."""
 
     def __getitem__(self, index_B: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ class Samples(Dataset[dict[str, Any]]):
         readers: Readers,
         config: DataConfig,
         *,
-        features: Mapping[str, Table] | None = None,
+        features: Mapping[str, FeatureTable] | None = None,
         seed: int = 0,
         training: bool = False,
     ) -> None:
@@ -67,13 +67,13 @@ class Samples(Dataset[dict[str, Any]]):
         self.changes = {
             side: augmentation(config, preprocess.describe()["size"])
             for side, (modality, preprocess) in self.readers.items()
-            if training and config.augment != "none" and of(modality).is_picture
+            if training and config.augment != "none" and get_modality(modality).is_picture
         }
 
     def cache_images(self, advance: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Read decoded and resized images from the cache from now on, see `mopefuse.data.pictures`."""
         for side, (modality, preprocess) in self.readers.items():
-            if of(modality).is_picture:
+            if get_modality(modality).is_picture:
                 self.pictures[side] = pictures(self.data, self.split, modality, preprocess, self.config, advance=advance)
 
     def __len__(self) -> int:
@@ -100,7 +100,7 @@ class Samples(Dataset[dict[str, Any]]):
             row: of the sample; None if all images are cached.
         """
         if side in self.lacking and self.absent(side, epoch, index):
-            return blank(*self.readers[side])
+            return blank_input(*self.readers[side])
         return self.present_value(side, epoch, index, row)
 
     def present_value(self, side: str, epoch: int, index: int, row: Row | None) -> Any:
@@ -166,9 +166,9 @@ def _ignore_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def blank(modality: str, preprocess: Preprocess) -> Any:
+def blank_input(modality: str, preprocess: Preprocess) -> Any:
     """The preprocessed input of a sample that lacks the modality."""
-    return preprocess.ready(preprocess.reduce(of(modality).nothing()))
+    return preprocess.ready(preprocess.reduce(get_modality(modality).nothing()))
 
 
 def augmentation(config: DataConfig, size: tuple[int, int]) -> Callable[[Image.Image], Image.Image]:
@@ -207,7 +207,7 @@ def epoch_batches(seed: int, epoch: int, count: int, batch_size: int) -> list[li
     return [order[start : start + batch_size] for start in range(0, count, batch_size)]
 
 
-def share(batch: Sequence[int], rank: int, world: int) -> list[int]:
+def process_share(batch: Sequence[int], rank: int, world: int) -> list[int]:
     """The samples of a global batch that process `rank` of `world` computes; every sample belongs to exactly one process."""
     return list(batch[rank::world])
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from mopefuse.config.schema import Data as DataConfig
 from mopefuse.data.tables import Table, columns_in, some_columns
-from mopefuse.errors import ConfigError, DataError, did_you_mean, nearest
+from mopefuse.errors import ConfigError, DataError, did_you_mean, similar_names
 from mopefuse.modalities import base as modality
 
 EXPECTED = ("text", "image")
@@ -29,7 +29,7 @@ def flag_for(name: str, column: str) -> str:
     return f"{_FLAGS[name]} {column}" if name in _FLAGS else f"--column {name}={column}"
 
 
-def in_order(found: Collection[str]) -> tuple[str, ...]:
+def sort_modalities(found: Collection[str]) -> tuple[str, ...]:
     """Sort modalities: `EXPECTED` first, then by name."""
     return (*(name for name in EXPECTED if name in found), *sorted(set(found) - set(EXPECTED)))
 
@@ -44,14 +44,14 @@ def modalities_of(tables: Iterable[Table], config: DataConfig, *, lenient: bool 
         ConfigError: a setting names a modality that is not installed, or the column of the label is also that of a modality.
         DataError: a table cannot be read, or a setting names a column that no table has.
     """
-    known = modality.names()
+    known = modality.modality_names()
     for where, setting in (("data.modalities", config.modalities or ()), ("data.columns", config.columns)):
         for name in setting:
             if name not in known:
                 what = f"the modality {name!r} is not installed"
                 raise ConfigError(133, what, where=where, fix=did_you_mean(name, known))
     if config.modalities is not None:
-        return _refuse_label_column(in_order(config.modalities), config)
+        return _refuse_label_column(sort_modalities(config.modalities), config)
     columns = {name: column_of(name, config) for name in known}
     named = _named_columns(config)
     present: set[str] = set()
@@ -64,7 +64,7 @@ def modalities_of(tables: Iterable[Table], config: DataConfig, *, lenient: bool 
     if absent and len(readable) == len(tables):
         _refuse_absent_columns(absent, tables)
     found = {name for name, column in columns.items() if column in present}
-    return _refuse_label_column(in_order(found) if len(found) > 1 else EXPECTED, config)
+    return _refuse_label_column(sort_modalities(found) if len(found) > 1 else EXPECTED, config)
 
 
 def _refuse_label_column(modalities: tuple[str, ...], config: DataConfig) -> tuple[str, ...]:
@@ -89,7 +89,7 @@ def _refuse_absent_columns(absent: Sequence[str], tables: Sequence[Table]) -> No
     present = {column for table in tables for column in some_columns(table)}
     if not present:
         return
-    near = [other for column in absent for other in nearest(column, present, most=1)]
+    near = [other for column in absent for other in similar_names(column, present, most=1)]
     fix = f"did you mean {', '.join(near)}?" if near else did_you_mean("", present)
     raise DataError(102, f"there is no column {' or '.join(absent)}", where=", ".join(t.file for t in tables), fix=fix)
 
@@ -112,7 +112,7 @@ def require_column(who: str, name: str, modalities: Sequence[str], *, where: str
 
 def _similar(column: str, free: Collection[str], common: Sequence[str]) -> list[str]:
     """At most one column that may be meant: the one with the most similar name, or else with a common name."""
-    return [*nearest(column, free, most=1), *(other for other in common if other in free)][:1]
+    return [*similar_names(column, free, most=1), *(other for other in common if other in free)][:1]
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class Layout:
         """The layout of rows with these modalities."""
         return cls(
             columns={name: column_of(name, config) for name in modalities},
-            in_rows=frozenset(name for name in modalities if not modality.of(name).is_file),
+            in_rows=frozenset(name for name in modalities if not modality.get_modality(name).is_file),
             identity=config.id_col,
             label=config.label_col,
             separator=config.label_sep,
@@ -169,7 +169,7 @@ class Layout:
         free = [other for other in row if other not in {*self.columns.values(), self.identity, self.label}]
         found = []
         for name in missing:
-            similar = _similar(self.columns[name], free, modality.of(name).meant)
+            similar = _similar(self.columns[name], free, modality.get_modality(name).meant)
             found += [flag_for(name, other) for other in similar]
             free = [other for other in free if other not in similar]
         if with_label:

@@ -18,7 +18,7 @@ from mopefuse.data.columns import Layout
 from mopefuse.data.findings import Finding, finding_at
 from mopefuse.data.index import Index
 from mopefuse.data.rows import Rows
-from mopefuse.modalities.base import of
+from mopefuse.modalities.base import get_modality
 
 MOST_TEXTS = 20_000  # most texts whose length is measured
 TOKENS_PER_WORD = 1.3  # an estimate, for English and subword vocabularies
@@ -119,7 +119,7 @@ def _count_texts(indexes: Mapping[str, Index]) -> int:
 
 
 def _is_text(modality: str) -> bool:
-    return not of(modality).is_file
+    return not get_modality(modality).is_file
 
 
 def _iterate_texts(indexes: Mapping[str, Index], config: DataConfig) -> Iterator[tuple[Index, int, str]]:
@@ -160,7 +160,7 @@ def describe_split(index: Index, bad_rows: int) -> dict[str, Any]:
         "file": index.file,
         "rows": len(index.lines_S) + len(index.row_problems),
         "bad_rows": bad_rows,
-        **{of(name).plural: len(files.names) for name, files in index.files.items()},
+        **{get_modality(name).plural: len(files.names) for name, files in index.files.items()},
         "labels": len(index.labels.counts()),
         "rows_without_label": index.labels.count_unlabelled(),
         "pixels": {"smallest": list(by_area[0]), "largest": list(by_area[-1])} if by_area else None,

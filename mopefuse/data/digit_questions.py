@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mopefuse.core.artifact import replacing
+from mopefuse.core.atomic_files import replacing
 from mopefuse.core.regular_files import read_regular
 from mopefuse.errors import DataError
 

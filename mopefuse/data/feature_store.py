@@ -144,7 +144,7 @@ def _read(folder: Path, width: int) -> Shard | None:
         stamp = _stamp(folder)
     except OSError:
         return None
-    facts = cache.verified(folder, KIND, thorough=_verified.get(folder) != stamp)
+    facts = cache.verify_entry(folder, KIND, thorough=_verified.get(folder) != stamp)
     if facts is None or facts.get("width") != width:
         return None
     _verified[folder] = stamp

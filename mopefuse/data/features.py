@@ -27,7 +27,7 @@ from mopefuse.data.base import DataSet, Keys
 from mopefuse.data.collate import Key, Samples
 from mopefuse.data.feature_store import FeatureStore, Found, Mapped, Values
 from mopefuse.encoders.base import Encoder, encode_pooled
-from mopefuse.modalities.base import of
+from mopefuse.modalities.base import get_modality
 
 VERSION = 2
 _SHARD_BYTES, _SHARD_SECONDS = 64 << 20, 60.0  # most features in a shard, and most work that a killed process loses
@@ -93,7 +93,7 @@ def split_features(
     )
     store = computation.store
     store.refresh()
-    known_U: Mask = distributed.from_main(store.find(values_U).known_U)
+    known_U: Mask = distributed.broadcast_from_main(store.find(values_U).known_U)
     share_U = _share(~known_U)
     not_stored = computation.compute_and_store(share_U, {"encoder": str(encoder.spec), "root": str(data.root)})
     missing = int((~known_U).sum())
@@ -113,7 +113,7 @@ def split_features(
 
 def _key(encoder: Encoder, config: RunConfig, device: torch.device) -> str:
     """The key of a store: everything except the samples that decides a feature, apart from rounding."""
-    return cache.key_of(VERSION, encoder.fingerprint(), encoder.digest(), config.train.precision, device.type)
+    return cache.make_key(VERSION, encoder.fingerprint(), encoder.digest(), config.train.precision, device.type)
 
 
 def _share(missing_U: Mask) -> Mask:
@@ -171,7 +171,7 @@ class _Computation:
 
     def _encode(self, numbers_M: Numbers) -> Iterator[Piece]:
         """Encode values, some at a time."""
-        size = _FILES_AT_ONCE if of(self.encoder.modality).is_file else _VALUES_AT_ONCE
+        size = _FILES_AT_ONCE if get_modality(self.encoder.modality).is_file else _VALUES_AT_ONCE
         chunks = [numbers_M[start : start + size] for start in range(0, len(numbers_M), size)]
 
         def keys() -> Iterator[list[Key]]:
@@ -198,7 +198,7 @@ class _Computation:
             return None
         if distributed.is_main():
             store.refresh()
-        names = distributed.from_main([shard.name for shard in store.shards])
+        names = distributed.broadcast_from_main([shard.name for shard in store.shards])
         store.refresh(names)
         found = store.find(self.values_U)
         views = distributed.gather((bool(found.known_U.all()), [(shard.name, shard.sha256) for shard in store.shards]))

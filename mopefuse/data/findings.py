@@ -17,7 +17,7 @@ import numpy as np
 from mopefuse.core.formatting import several
 from mopefuse.data.index import Index
 from mopefuse.errors import DataError
-from mopefuse.modalities.base import of
+from mopefuse.modalities.base import get_modality
 from mopefuse.modalities.files import Files, root_to_name
 
 
@@ -212,7 +212,7 @@ def kind_of_row(what: str) -> str:
 def file_findings(index: Index, roots: Sequence[Path]) -> Iterator[Finding]:
     """Yield the findings about files, once for each file, at the first row that names it."""
     for name, files in index.files.items():
-        modality = of(name)
+        modality = get_modality(name)
         assert isinstance(modality, Files)
         present = np.flatnonzero(files.number_S >= 0)
         root_hint = root_to_name(roots, files.names) if files.all_missing() else ""

@@ -22,8 +22,8 @@ from mopefuse.data.base import SPLITS, Problem, digest
 from mopefuse.data.columns import Layout
 from mopefuse.data.index import Index, InFiles, InRows
 from mopefuse.data.labels import LabelsBuilder
-from mopefuse.data.rows import LeftOut, NoRow, ValidRow, add_missing_hints, check_row
-from mopefuse.data.tables import Found, Table, split_named
+from mopefuse.data.rows import InvalidRow, LeftOut, ValidRow, add_missing_hints, check_row
+from mopefuse.data.tables import Table, TableRow, split_named
 from mopefuse.modalities import base as modality
 from mopefuse.modalities.files import Files, Look, look_at
 
@@ -51,9 +51,11 @@ def build(
         fresh: read everything again and replace the index in the cache.
         advance: called with (files read, files to read).
     """
-    kinds = {name: kind for name in modalities if isinstance(kind := modality.of(name), Files)}
+    kinds = {name: kind for name in modalities if isinstance(kind := modality.get_modality(name), Files)}
     settings = (config.split_col, *(limit for kind in kinds.values() for limit in kind.limits(config)))
-    index_digest = cache.key_of(VERSION, table.digest, split, table.file, *Layout.of(modalities, config).describe(), *settings)
+    index_digest = cache.make_key(
+        VERSION, table.digest, split, table.file, *Layout.of(modalities, config).describe(), *settings
+    )
     key = index_cache.key_of(index_digest, roots, config)
     index = None if fresh else index_cache.load(key, table)
     if index is None:
@@ -101,7 +103,7 @@ class _IndexBuilder:
         self.problems: list[Problem] = []
         self.left_out: Counter[str] = Counter()
 
-    def add(self, found: Found, named_split: str | None) -> None:
+    def add(self, found: TableRow, named_split: str | None) -> None:
         """Add a row, or its problem.
 
         Args:
@@ -109,7 +111,7 @@ class _IndexBuilder:
         """
         try:
             row = self._check(found, named_split)
-        except NoRow as error:
+        except InvalidRow as error:
             where = f"{self.table.file}:{found.line}"
             self.problems.append(Problem(code=_NO_ROW, where=where, what=str(error)))
             return
@@ -124,19 +126,19 @@ class _IndexBuilder:
         self.labels.add(row.labels)
         self.lists.append(row.is_list)
 
-    def _check(self, found: Found, named_split: str | None) -> ValidRow:
+    def _check(self, found: TableRow, named_split: str | None) -> ValidRow:
         if isinstance(found.value, str):
-            raise NoRow(found.value)
+            raise InvalidRow(found.value)
         if named_split == "":
-            raise NoRow(f"has no {self.config.split_col}; found {', '.join(sorted(map(str, found.value)))}")
+            raise InvalidRow(f"has no {self.config.split_col}; found {', '.join(sorted(map(str, found.value)))}")
         if named_split not in (None, self.split):
-            raise NoRow(f"{self.config.split_col} is none of {', '.join(SPLITS)}")
+            raise InvalidRow(f"{self.config.split_col} is none of {', '.join(SPLITS)}")
         row = check_row(found.value, found.line, self.split, self.layout)
         if row.id in self.line_of:
-            raise NoRow(f"the id {row.id!r} is there already, in line {self.line_of[row.id]}")
+            raise InvalidRow(f"the id {row.id!r} is there already, in line {self.line_of[row.id]}")
         return row
 
-    def _add_place(self, found: Found) -> None:
+    def _add_place(self, found: TableRow) -> None:
         if self.table.content is not None:
             self.places.extend((found.start, found.stop))
             return
@@ -171,7 +173,7 @@ class _ValuesBuilder:
     """Collects the values of one modality, row by row."""
 
     def __init__(self, name: str) -> None:
-        self.modality = modality.of(name)
+        self.modality = modality.get_modality(name)
         self.keys, self.alike = bytearray(), bytearray()
         self.numbers = array("q")
         self.names: dict[str, int] = {}
@@ -191,7 +193,7 @@ class _ValuesBuilder:
         return InRows(np.frombuffer(bytes(self.keys), dtype="S16"), np.frombuffer(bytes(self.alike), dtype="S16"))
 
 
-def _named_split(found: Found, config: DataConfig) -> str | None:
+def _named_split(found: TableRow, config: DataConfig) -> str | None:
     """The split that a row names in the column `data.split_col`, "" if the cell is empty; None without such a column."""
     if config.split_col is None or not isinstance(found.value, dict):
         return None

@@ -28,13 +28,13 @@ def key_of(digest: str, roots: Sequence[Path], config: DataConfig) -> str:
     Args:
         digest: see `Index.digest`. roots: folders that files may lie in.
     """
-    return cache.key_of(VERSION, digest, config.on_missing, *(root.resolve() for root in roots))
+    return cache.make_key(VERSION, digest, config.on_missing, *(root.resolve() for root in roots))
 
 
 def save(key: str, index: Index, roots: Sequence[Path]) -> None:
     """Keep an index in the cache, where that is possible."""
     facts = {"digest": index.digest, "split": index.split, "root": str(roots[0]), "rows": len(index.lines_S)}
-    cache.keep("index", key, lambda folder: _write(index, folder), facts)
+    cache.store("index", key, lambda folder: _write(index, folder), facts)
 
 
 def _write(index: Index, folder: Path) -> None:

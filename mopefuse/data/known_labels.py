@@ -12,7 +12,7 @@ from mopefuse.data.findings import Finding
 from mopefuse.data.label_cells import is_blank, normalise
 from mopefuse.data.split_rows import Parts
 from mopefuse.data.tables import read_bytes
-from mopefuse.errors import DataError, nearest
+from mopefuse.errors import DataError, similar_names
 
 _MOST_LISTED = 20
 
@@ -54,7 +54,7 @@ def _unknown(unknown: Counter[str], split: Split, labels: Sequence[str], doubts:
     """The error for labels that training does not know, at the first row that has one."""
     listed = []
     for label, count in unknown.most_common(_MOST_LISTED):
-        near = nearest(label, labels, most=1)
+        near = similar_names(label, labels, most=1)
         listed.append(f"{label} ({count}{f'; did you mean {near[0]}?' if near else ''})")
     rest = len(unknown) - len(listed)
     what = f"labels that training does not know: {', '.join(listed)}{f', and {rest} more' if rest else ''}"

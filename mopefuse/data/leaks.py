@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mopefuse.data.base import Split
-from mopefuse.modalities.base import of
+from mopefuse.modalities.base import get_modality
 
 Numbers = NDArray[np.int64]
 
@@ -22,9 +22,9 @@ def find_leaks(train: Split, other: Split) -> dict[str, Numbers]:
         Row numbers, by modality.
     """
     found = {}
-    for name in sorted(train.keys, key=lambda name: not of(name).is_file):
+    for name in sorted(train.keys, key=lambda name: not get_modality(name).is_file):
         values = train.alike[name][~(train.lacks(name) | train.is_empty(name))]
         known = np.unique(values)
-        are_phrases = not of(name).is_file and 2 * len(known) < len(values)
+        are_phrases = not get_modality(name).is_file and 2 * len(known) < len(values)
         found[name] = np.flatnonzero(np.isin(other.alike[name], known[:0] if are_phrases else known))
     return found

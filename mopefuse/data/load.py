@@ -23,7 +23,7 @@ from mopefuse.data.rows import Rows
 from mopefuse.data.split_rows import Numbers, divide_rows
 from mopefuse.data.tables import Table, columns_in, find_tables, split_column
 from mopefuse.errors import ConfigError, DataError, Notice
-from mopefuse.modalities.base import of
+from mopefuse.modalities.base import get_modality
 
 
 def load_data(
@@ -94,7 +94,7 @@ def read_indexes(
     return {name: build(table, name, roots, modalities, config, advance=advance) for name, table in tables.items()}
 
 
-def names_splits(path: Path, config: DataConfig) -> bool:
+def has_split_column(path: Path, config: DataConfig) -> bool:
     """Whether `path` is a table with the column `data.split_col`; a folder names splits by its files."""
     if not config.split_col or not path.is_file():
         return False
@@ -142,7 +142,7 @@ def _fingerprint(name: str, index: Index, rows: Numbers, skipped: Sequence[Probl
     files = [values.keys()[rows].tobytes().hex() for values in index.files.values()]
     lacks = {modality: values.lacks()[rows] for modality, values in index.values.items()}
     lacking = [f"{modality} {lacks_S.tobytes().hex()}" for modality, lacks_S in lacks.items() if lacks_S.any()]
-    return cache.key_of(index.digest, name, *problems, rows.tobytes().hex(), *files, *lacking, *index.left_out)
+    return cache.make_key(index.digest, name, *problems, rows.tobytes().hex(), *files, *lacking, *index.left_out)
 
 
 # -- notices
@@ -181,7 +181,7 @@ def _row_notices(splits: dict[str, Split], indexes: dict[str, Index], config: Da
         empty = {modality: int(split.is_empty(modality).sum()) for modality in split.keys}
         for modality, count in empty.items():
             if count:
-                text = f"{split.name}: {several(count, f'{modality} is', f'{of(modality).plural} are')} empty"
+                text = f"{split.name}: {several(count, f'{modality} is', f'{get_modality(modality).plural} are')} empty"
                 hint = f"; to treat {'it' if count == 1 else 'them'} as missing, add --on-missing absent"
                 found.append(text if config.on_missing != "error" else text + hint)
     return found
@@ -201,6 +201,6 @@ def _leak_notices(splits: dict[str, Split]) -> list[str]:
     for name in ("val", "test"):
         if name in splits and "train" in splits:
             for modality, rows in find_leaks(splits["train"], splits[name]).items():
-                text = several(len(rows), modality, of(modality).plural)
+                text = several(len(rows), modality, get_modality(modality).plural)
                 found += [f"{text} of {name} {'is' if len(rows) == 1 else 'are'} also in train"] if len(rows) else []
     return found

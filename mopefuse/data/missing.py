@@ -11,17 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mopefuse.data.collate import Samples, seed_of
-from mopefuse.data.subsets import order_of
+from mopefuse.data.subsets import random_order
 
 _DROPOUT = 1  # makes the random numbers differ from those of augmentation
 
 
-def loss_order(ids: Sequence[str], modalities: Sequence[str], seed: int) -> list[int]:
+def removal_order(ids: Sequence[str], modalities: Sequence[str], seed: int) -> list[int]:
     """The order (numbers of samples) in which samples lose `modalities`, so that a larger share includes a smaller one."""
-    return order_of([f"{'+'.join(modalities)}:{name}" for name in ids], seed)
+    return random_order([f"{'+'.join(modalities)}:{name}" for name in ids], seed)
 
 
-class Taken(Samples):
+class FixedMissing(Samples):
     """Samples from which some modalities are removed.
 
     Args:
@@ -36,7 +36,7 @@ class Taken(Samples):
                 self.lacking[side] = masks[modality] | samples.lacking.get(side, False)
 
 
-class Dropped(Samples):
+class ModalityDropout(Samples):
     """Training samples from which modalities are removed at random, as a function of (seed, epoch, index).
 
     Encoders of the same modality lose it together, and no sample loses all of its modalities.

@@ -22,7 +22,7 @@ from mopefuse.core import cache
 from mopefuse.data.base import DataSet, Split
 from mopefuse.encoders.base import Preprocess
 from mopefuse.errors import ResourceError
-from mopefuse.modalities.files import processors
+from mopefuse.modalities.files import processor_count
 
 VERSION = 1
 _AT_ONCE = 256
@@ -68,7 +68,7 @@ def pictures(
     """
     keys_U, first_U, number_S = np.unique(split.keys[modality], return_index=True, return_inverse=True)
     resizing = {name: value for name, value in preprocess.describe().items() if name in ("resize", "interpolation")}
-    key = cache.key_of(VERSION, keys_U.tobytes().hex(), resizing, PIL.__version__, version("torchvision"))
+    key = cache.make_key(VERSION, keys_U.tobytes().hex(), resizing, PIL.__version__, version("torchvision"))
     found = cache.find("images", key, thorough=False)
     if found is not None:
         return Pictures(found[0], number_S)
@@ -78,7 +78,7 @@ def pictures(
         return pixels
 
     facts = {"images": len(first_U), "root": str(data.root), **resizing}
-    folder = cache.keep("images", key, lambda folder: _write(folder, decode, first_U.tolist(), advance), facts)
+    folder = cache.store("images", key, lambda folder: _write(folder, decode, first_U.tolist(), advance), facts)
     if folder is None:
         where = str(cache.root() or "there is no folder for it")
         raise ResourceError(9, "decoded images cannot be kept", where=where, fix="set MOPEFUSE_CACHE to a folder with space")
@@ -89,7 +89,7 @@ def _write(
     folder: Path, decode: Callable[[int], Pixels], numbers: Sequence[int], advance: Callable[[int, int], None]
 ) -> None:
     sides, starts, end = [], [], 0
-    with (folder / "pixels.bin").open("wb") as file, ThreadPoolExecutor(processors()) as pool:  # decoding releases the GIL
+    with (folder / "pixels.bin").open("wb") as file, ThreadPoolExecutor(processor_count()) as pool:  # decoding releases the GIL
         for start in range(0, len(numbers), _AT_ONCE):
             for pixels in pool.map(decode, numbers[start : start + _AT_ONCE]):
                 sides.append(pixels.shape[:2])

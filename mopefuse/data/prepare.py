@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from mopefuse import __version__
-from mopefuse.core.artifact import dump_json, sha256, sweep, sync
+from mopefuse.core.artifact import dump_json, sha256
+from mopefuse.core.atomic_files import sweep, sync
 from mopefuse.core.regular_files import read_regular
 from mopefuse.data._source import Sample, Skip, Source, complete, is_file_name
 from mopefuse.data._source_files import SourceFolder, listing, place, sums_file

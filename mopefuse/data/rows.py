@@ -33,7 +33,7 @@ class ValidRow(NamedTuple):
     is_list: bool  # whether the labels are written as a list
 
 
-class NoRow(ValueError):
+class InvalidRow(ValueError):
     """The row is not valid; the message says why."""
 
 
@@ -61,7 +61,7 @@ def check_row(row: Mapping[str, Any], line: int, split: str, layout: Layout) -> 
         labels = tuple(dict.fromkeys(map(normalise, labels)))
     _refuse_half_characters(identity, values, layout)
     if _SURROGATE.search("".join(labels)):
-        raise NoRow(_half(layout.label))
+        raise InvalidRow(_half(layout.label))
     _leave_out(values, layout)
     return ValidRow(id=identity, values=values, labels=labels, is_list=is_list)
 
@@ -86,7 +86,7 @@ def _values(row: Mapping[str, Any], layout: Layout, *, label: bool) -> dict[str,
     missing = [] if lenient else [name for name, column in layout.columns.items() if column not in row]
     no_label = label and layout.label not in row
     if missing or no_label:
-        raise NoRow(_no_column(missing, no_label, row, layout))
+        raise InvalidRow(_no_column(missing, no_label, row, layout))
     values: dict[str, str | None] = {}
     for name, column in layout.columns.items():
         value = layout.value_of(name, row)
@@ -95,11 +95,11 @@ def _values(row: Mapping[str, Any], layout: Layout, *, label: bool) -> dict[str,
             continue
         kind = "empty" if isinstance(row.get(column), str) else _kind(value)
         hint = _hint(name, layout) if value is None and label else ""  # these settings do not apply to prediction
-        raise NoRow(f"{column} is {kind}, expected a string{hint}")
+        raise InvalidRow(f"{column} is {kind}, expected a string{hint}")
     if all(value is None for value in values.values()) and layout.on_missing != "skip":
         found = ", ".join(sorted(map(str, row))) or "nothing"
         suggestions = _suggestions([*values], False, row, layout)
-        raise NoRow(f"has none of {', '.join(layout.columns.values())}; found {found}{suggestions}")
+        raise InvalidRow(f"has none of {', '.join(layout.columns.values())}; found {found}{suggestions}")
     return values
 
 
@@ -119,17 +119,17 @@ def _leave_out(values: Mapping[str, str | None], layout: Layout) -> None:
 def _identity(row: Mapping[str, Any], column: str, default: str) -> str:
     identity = row.get(column, default)
     if not isinstance(identity, str | int) or isinstance(identity, bool):
-        raise NoRow(f"{column} is {_kind(identity)}, expected a string")
+        raise InvalidRow(f"{column} is {_kind(identity)}, expected a string")
     return str(identity)
 
 
 def _refuse_half_characters(identity: str, values: Mapping[str, str | None], layout: Layout) -> None:
     """Refuse lone surrogates in ids and file names; a text may contain them."""
     if _SURROGATE.search(identity):
-        raise NoRow(_half(layout.identity))
+        raise InvalidRow(_half(layout.identity))
     for name, value in values.items():
         if value is not None and name not in layout.in_rows and _SURROGATE.search(value):
-            raise NoRow(_half(layout.columns[name]))
+            raise InvalidRow(_half(layout.columns[name]))
 
 
 def _half(column: str) -> str:
@@ -141,13 +141,13 @@ def _labels(value: Any, name: str, separator: str | None) -> tuple[tuple[str, ..
         return split_cell(value, separator), True
     if isinstance(value, str):
         if is_blank(value):
-            raise NoRow(f"{name} is empty")
+            raise InvalidRow(f"{name} is empty")
         return (value,), False
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         if any(map(is_blank, value)):
-            raise NoRow(f"{name} has an empty label")
+            raise InvalidRow(f"{name} has an empty label")
         return tuple(dict.fromkeys(value)), True
-    raise NoRow(f"{name} is {_kind(value)}, expected a string or a list of strings (quote it)")
+    raise InvalidRow(f"{name} is {_kind(value)}, expected a string or a list of strings (quote it)")
 
 
 def _no_column(missing: Sequence[str], no_label: bool, row: Mapping[str, Any], layout: Layout) -> str:

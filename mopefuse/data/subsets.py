@@ -13,7 +13,7 @@ from collections.abc import Sequence
 _UNLABELLED = ("",)  # the class of rows without a label; labels are never empty
 
 
-def order_of(names: Sequence[str], seed: int) -> list[int]:
+def random_order(names: Sequence[str], seed: int) -> list[int]:
     """Order the numbers of `names` at random, depending only on the names and `seed`."""
     keys = [hashlib.blake2b(f"{seed}:{name}".encode("utf-8", "surrogatepass")).digest() for name in names]
     return sorted(range(len(names)), key=lambda number: (keys[number], number))
@@ -58,7 +58,7 @@ def hold_out(
     held: list[int] = []
     for name, wanted in zip(classes, apportion(sizes, count), strict=True):
         taken: list[int] = []
-        for number in order_of(by_class[name], seed)[:-1]:  # one group of each class stays in training
+        for number in random_order(by_class[name], seed)[:-1]:  # one group of each class stays in training
             rows = members[by_class[name][number]]
             if len(taken) + len(rows) <= wanted or (not taken and wanted):
                 taken += rows
@@ -82,7 +82,7 @@ def few(
     available = Counter(label for row in labels for label in row or _UNLABELLED)
     wanted = {name: min(count, shots) if shots else max(1, round(count * (fraction or 1))) for name, count in available.items()}
     by_label: defaultdict[str, list[int]] = defaultdict(list)
-    for row in order_of(ids, seed):
+    for row in random_order(ids, seed):
         for name in labels[row] or _UNLABELLED:
             by_label[name].append(row)
     chosen: set[int] = set()

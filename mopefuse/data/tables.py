@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from mopefuse.config.schema import Data as DataConfig
 from mopefuse.data.base import SPLITS
 from mopefuse.data.csv_records import Record, Records, delimiter_of, name_of
-from mopefuse.errors import DataError, Notice, did_you_mean, nearest
+from mopefuse.errors import DataError, Notice, did_you_mean, similar_names
 
 SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
@@ -29,7 +29,7 @@ _FIRST_ROWS = 1000  # of a table, in which a column that names splits is searche
 _METADATA = ("metadata.jsonl", "metadata.csv")
 
 
-class Found(NamedTuple):
+class TableRow(NamedTuple):
     """One row before it is checked.
 
     Args:
@@ -53,7 +53,7 @@ class Table(NamedTuple):
 
     file: str
     digest: str
-    rows: Callable[[], Iterator[Found]]
+    rows: Callable[[], Iterator[TableRow]]
     content: bytes | None = None
 
 
@@ -73,7 +73,7 @@ def find_tables(path: Path, config: DataConfig, *, splits: Sequence[str] = SPLIT
         return {"": _table(path, config)}
     if not path.is_dir():
         siblings = _siblings(path)
-        stems = nearest(path.stem, {item.stem for item in siblings})
+        stems = similar_names(path.stem, {item.stem for item in siblings})
         similar = [item for stem in stems for item in siblings if item.stem == stem]
         suggestion = f"did you mean {', '.join(map(str, similar[:3]))}? Otherwise " if similar else ""
         fix = f"{suggestion}name a folder with train.jsonl, val.jsonl and test.jsonl, or one table"
@@ -175,7 +175,7 @@ def read_bytes(path: Path) -> bytes:
 # -- JSON lines
 
 
-def _json_lines(content: bytes) -> Iterator[Found]:
+def _json_lines(content: bytes) -> Iterator[TableRow]:
     start = 3 if content.startswith(b"\xef\xbb\xbf") else 0
     number = 0
     while start < len(content):
@@ -184,7 +184,7 @@ def _json_lines(content: bytes) -> Iterator[Found]:
         stop = len(content) if end < 0 else end
         line = content[start:stop]
         if line.strip():
-            yield Found(number, json_line(line), start, stop)
+            yield TableRow(number, parse_json_line(line), start, stop)
         start = stop + 1
 
 
@@ -192,7 +192,7 @@ class _InvalidJson(ValueError):
     """JSON that the parser accepts but rows must not contain."""
 
 
-def json_line(line: bytes) -> dict[str, Any] | str:
+def parse_json_line(line: bytes) -> dict[str, Any] | str:
     """Parse a line of JSON; returns the object, or a message if it is not one."""
     try:
         value = json.loads(line.decode("utf-8"), object_pairs_hook=_refuse_duplicate_keys, parse_constant=_refuse_constant)
@@ -224,7 +224,7 @@ def _refuse_constant(name: str) -> Any:
 # -- CSV and Parquet
 
 
-def _csv(content: bytes, path: Path, delimiter: str) -> Iterator[Found]:
+def _csv(content: bytes, path: Path, delimiter: str) -> Iterator[TableRow]:
     """Yield the rows of a CSV file; a quote that is not closed spoils only its own row."""
     csv.field_size_limit(2**31 - 1)  # texts may be long
     records = Records(decode_text(content, path), delimiter)
@@ -234,11 +234,11 @@ def _csv(content: bytes, path: Path, delimiter: str) -> Iterator[Found]:
             header = _header(record, path)
             records.width = len(header)
         elif record.problem:
-            yield Found(record.line, record.problem)
+            yield TableRow(record.line, record.problem)
         elif len(record.cells) != len(header):
-            yield Found(record.line, f"has {len(record.cells)} fields, the header has {len(header)}")
+            yield TableRow(record.line, f"has {len(record.cells)} fields, the header has {len(header)}")
         else:
-            yield Found(record.line, dict(zip(header, record.cells, strict=True)))
+            yield TableRow(record.line, dict(zip(header, record.cells, strict=True)))
 
 
 def _delimiter(content: bytes, path: Path, config: DataConfig) -> str:
@@ -279,7 +279,7 @@ def _header(record: Record, path: Path) -> list[str]:
     return header
 
 
-def _parquet(path: Path) -> Iterator[Found]:
+def _parquet(path: Path) -> Iterator[TableRow]:
     try:
         import pyarrow as arrow
         from pyarrow import parquet
@@ -292,7 +292,7 @@ def _parquet(path: Path) -> Iterator[Found]:
             for batch in file.iter_batches():
                 for row in batch.to_pylist():
                     number += 1
-                    yield Found(number, {key: _plain(value) for key, value in row.items()})
+                    yield TableRow(number, {key: _plain(value) for key, value in row.items()})
     except (arrow.ArrowException, OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(24, f"{path.name} is damaged: {reason}", where=str(path), fix="provide the complete file") from None
@@ -310,7 +310,7 @@ def _image_folder(path: Path, config: DataConfig) -> Table:
     """Read ``<split>/<label>/<image>``, with texts in ``<image>.txt`` beside each or in the metadata file of the split."""
     metadata = next((path / name for name in _METADATA if (path / name).is_file()), None)
     captions = _captions(metadata, config) if metadata else None
-    rows: list[Found] = []
+    rows: list[TableRow] = []
     for number, file in enumerate(_images_below(path), start=1):
         name = file.relative_to(path).as_posix()
         value: dict[str, Any] = {config.id_col: name, config.img_col: f"{path.name}/{name}", config.label_col: file.parent.name}
@@ -320,15 +320,15 @@ def _image_folder(path: Path, config: DataConfig) -> Table:
             try:
                 value[config.text_col] = read_bytes(file.with_suffix(".txt")).decode("utf-8-sig").strip()
             except UnicodeDecodeError:
-                rows.append(Found(number, f"({name}) has a caption that is not UTF-8"))
+                rows.append(TableRow(number, f"({name}) has a caption that is not UTF-8"))
                 continue
         else:
             value[config.text_col] = None
         if value[config.text_col] is None and not config.allow_missing_text and config.on_missing == "error":
             hint = f"add {file.with_suffix('.txt').name} beside it, or a line in metadata.jsonl, or --on-missing skip or absent"
-            rows.append(Found(number, f"({name}) has no text: {hint}"))
+            rows.append(TableRow(number, f"({name}) has no text: {hint}"))
             continue
-        rows.append(Found(number, value))
+        rows.append(TableRow(number, value))
     digest = hashlib.sha256(json.dumps([row.value for row in rows]).encode()).hexdigest()
     return Table(f"{path.name}/", digest, lambda: iter(rows))
 

@@ -19,7 +19,7 @@ from mopefuse.config.schema import Lora
 from mopefuse.core import error_numbers as _numbers
 from mopefuse.core.dependencies import require
 from mopefuse.errors import EncoderError, did_you_mean
-from mopefuse.modalities.base import of
+from mopefuse.modalities.base import get_modality
 
 if TYPE_CHECKING:
     from mopefuse.encoders.base import Encoder
@@ -95,7 +95,7 @@ def _check_called(encoder: Encoder, names: Iterable[str]) -> None:
         for name in names
     ]
     preprocess = encoder.preprocess
-    inputs = preprocess.batch([preprocess.item(of(encoder.modality).examples()[0])])
+    inputs = preprocess.batch([preprocess.item(get_modality(encoder.modality).examples()[0])])
     device = next(encoder.parameters()).device
     try:
         with torch.no_grad():

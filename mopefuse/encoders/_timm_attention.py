@@ -25,7 +25,7 @@ from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, 
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
-from mopefuse.core.precision import exact
+from mopefuse.core.precision import to_float32
 from mopefuse.encoders import _lora
 from mopefuse.encoders._prompted import PromptedEncoder
 from mopefuse.encoders._windows import attend_in_windows
@@ -173,7 +173,7 @@ def _swin_v2(self: Any, x_NLD: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def _normalize(x_NHLE: Tensor) -> Tensor:
-    return F.normalize(exact(x_NHLE), dim=-1).to(x_NHLE.dtype)
+    return F.normalize(to_float32(x_NHLE), dim=-1).to(x_NHLE.dtype)
 
 
 class _Kind(NamedTuple):

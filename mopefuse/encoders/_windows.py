@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mopefuse.core.precision import exact
+from mopefuse.core.precision import to_float32
 from mopefuse.encoders.attention import for_windows, parts_of
 
 
@@ -182,7 +182,7 @@ def _apart(x_ZLE: Tensor, heads: int) -> Tensor:
 
 def _weights(scores_Z: Tensor, count: int, bias: Tensor, mask: Tensor | None) -> Tensor:
     """Add bias and mask to the scores of `count` windows in place, and apply softmax, in float32 or better."""
-    exact_Z = exact(scores_Z)
+    exact_Z = to_float32(scores_Z)
     exact_NH = exact_Z.unflatten(0, (count, -1))
     exact_NH += bias
     if mask is not None:
@@ -191,7 +191,7 @@ def _weights(scores_Z: Tensor, count: int, bias: Tensor, mask: Tensor | None) ->
 
 
 def _softmax(scores_Z: Tensor, dim: int) -> Tensor:
-    return exact(scores_Z).softmax(dim=dim).to(scores_Z.dtype)
+    return to_float32(scores_Z).softmax(dim=dim).to(scores_Z.dtype)
 
 
 def _of_softmax(of_weights: Tensor, weights: Tensor, dim: int) -> Tensor:

@@ -30,7 +30,7 @@ from mopefuse.encoders._fingerprint import fingerprint
 from mopefuse.encoders._types import Call, Encoded, Inputs, Preprocess, PromptAt
 from mopefuse.encoders.attention import Insert, Prompt
 from mopefuse.errors import EncoderError, MopefuseError, PluginError
-from mopefuse.modalities.base import of
+from mopefuse.modalities.base import get_modality
 
 __all__ = ["Call", "Encoded", "Encoder", "Inputs", "Insert", "Preprocess", "Prompt", "PromptAt", "create_encoder"]
 
@@ -230,7 +230,7 @@ class Encoder(nn.Module):
         def count(layer: int, tokens_BLD: Tensor, mask_BL: Tensor | None) -> None:
             counted.append(tokens_BLD.shape[1])
 
-        inputs = self.preprocess.batch([self.preprocess.item(of(self.modality).nothing())])
+        inputs = self.preprocess.batch([self.preprocess.item(get_modality(self.modality).nothing())])
         with torch.no_grad():
             encoded = self.encode(inputs, count if self.widths else None)
         return counted[0] if counted else encoded.tokens_BLD.shape[1]
@@ -259,7 +259,7 @@ def create_encoder(text: str) -> Encoder:
     build = registry.load(registry.ENCODERS, spec.scheme)
     owner, of_plugin, _ = spec.scheme.rpartition(":")
     try:
-        with registry.nothing_on_stdout():
+        with registry.redirect_stdout_to_stderr():
             encoder = build(spec)
     except Exception as error:
         if not of_plugin or isinstance(error, MopefuseError):

@@ -20,10 +20,10 @@ from torch.nn.functional import one_hot
 from mopefuse.config.schema import RunConfig
 from mopefuse.config.sides import is_comp
 from mopefuse.core import device as devices
-from mopefuse.data.altered import Blank, Shuffled, derangement
+from mopefuse.data.altered import BlankSamples, ShuffledSamples, derangement
 from mopefuse.data.base import DataSet
-from mopefuse.data.collate import Samples, blank
-from mopefuse.data.subsets import order_of
+from mopefuse.data.collate import Samples, blank_input
+from mopefuse.data.subsets import random_order
 from mopefuse.encoders.base import run_frozen
 from mopefuse.evaluation.split import prepare_samples, run_split, split_metrics
 from mopefuse.fusion.base import Fusion
@@ -110,8 +110,8 @@ class Audit:
         return " ".join(self._verdict(modality) for modality in self.modalities)
 
     def _verdict(self, other: str) -> str:
-        shuffled, blank = self.condition("shuffled", other), self.condition("blank", other)
-        before, after, empty = (100 * one.metrics[self.metric] for one in (self["as is"], shuffled, blank))
+        shuffled, blank_input = self.condition("shuffled", other), self.condition("blank", other)
+        before, after, empty = (100 * one.metrics[self.metric] for one in (self["as is"], shuffled, blank_input))
         name = "accuracy" if self.metric == "accuracy" else "macro-F1"
         change = f"with another sample's {other}, {name} goes from {before:.1f} to {after:.1f} %"
         change += f", and with none to {empty:.1f} %"
@@ -215,8 +215,8 @@ def audit_model(
     read = any(sides.values())
     logits = {("as is", ""): logits_of("as is", samples) if as_is_SN is None else as_is_SN}
     for name, own in sides.items() if read else ():
-        logits["shuffled", name] = logits_of(f"another {name}", Shuffled(samples, own, partner_S))
-        logits["blank", name] = logits_of(f"no {name}", Blank(samples, own, _blank_features(model, own, config, device)))
+        logits["shuffled", name] = logits_of(f"another {name}", ShuffledSamples(samples, own, partner_S))
+        logits["blank", name] = logits_of(f"no {name}", BlankSamples(samples, own, _blank_features(model, own, config, device)))
     logits |= {(kind, ""): logits_of(kind, samples, without=kind) for kind in model.prompt_kinds}
     plain_SN = logits["as is", ""]
     return Audit(
@@ -237,7 +237,7 @@ def audit_model(
 
 def subsample(data: DataSet, split: str, count: int, seed: int) -> tuple[DataSet, list[int]]:
     """`data` with only `count` samples of a split, drawn with `seed`, and the positions of these samples."""
-    chosen = sorted(order_of([row.id for row in data.splits[split].rows], seed)[:count])
+    chosen = sorted(random_order([row.id for row in data.splits[split].rows], seed)[:count])
     return replace(data, splits={**data.splits, split: data.splits[split].part(chosen)}), chosen
 
 
@@ -256,7 +256,7 @@ def _blank_features(model: Fusion, sides: Sequence[str], config: RunConfig, devi
     for side in sides:
         if side in model.frozen:
             encoder = model.encoder(side)
-            inputs = encoder.preprocess.batch([blank(encoder.modality, encoder.preprocess)])
+            inputs = encoder.preprocess.batch([blank_input(encoder.modality, encoder.preprocess)])
             with devices.autocast(config.train.precision, device):
                 found_1C = run_frozen(encoder, {name: tensor.to(device) for name, tensor in inputs.items()}).pooled_BC
             features[side] = found_1C.float().cpu()
@@ -292,5 +292,5 @@ def _sparse(labels_SN: Tensor) -> csr_array:
 def _predicted(logits_SN: Tensor, thresholds: metrics.Thresholds, multi_label: bool) -> Tensor:
     """Whether a label is predicted (S, N)."""
     if multi_label:
-        return metrics.over(metrics.probabilities(logits_SN, multi_label=True), thresholds)
+        return metrics.predicted_labels(metrics.probabilities(logits_SN, multi_label=True), thresholds)
     return one_hot(logits_SN.argmax(dim=-1), logits_SN.shape[-1]).bool()

@@ -12,7 +12,7 @@ from mopefuse.data.base import DataSet, Row
 from mopefuse.data.columns import require_column
 from mopefuse.evaluation.outputs import Advance, BatchOutput
 from mopefuse.inference.bundle import Bundle
-from mopefuse.modalities.base import by_argument
+from mopefuse.modalities.base import to_arguments
 
 
 def bundle_outputs(
@@ -31,7 +31,7 @@ def bundle_outputs(
     for first in range(0, len(rows), batch_size):
         batch = rows[first : first + batch_size]
         values = {name: [_read(data, split, row, name, config) for row in batch] for name in bundle.modalities}
-        logits_BN = torch.from_numpy(bundle.run(bundle.collate(**by_argument(values)))[0])
+        logits_BN = torch.from_numpy(bundle.run(bundle.collate(**to_arguments(values)))[0])
         yield BatchOutput(torch.arange(first, first + len(batch)), logits_BN)
         advance(first + len(batch), len(rows))
 

@@ -12,8 +12,9 @@ from typing import Any
 
 from mopefuse.config.sides import Comp
 from mopefuse.core import distributed
-from mopefuse.core.artifact import dump_json, read_json, write_atomically
-from mopefuse.data.missing import Taken
+from mopefuse.core.artifact import dump_json, read_json
+from mopefuse.core.atomic_files import write_atomically
+from mopefuse.data.missing import FixedMissing
 from mopefuse.errors import ConfigError
 from mopefuse.evaluation.missing_masks import Removal, plan_removal
 from mopefuse.evaluation.missing_shares import Shares, words
@@ -148,7 +149,7 @@ def _evaluate_cells(
         if any(cell.missing == shares for cell in cells):
             continue
         report = lambda done, total, shares=shares: advance(words(shares), done, total)  # noqa: E731
-        taken = Taken(samples, {name: mask_S for name, mask_S in masks.items() if mask_S.any()})
+        taken = FixedMissing(samples, {name: mask_S for name, mask_S in masks.items() if mask_S.any()})
         outputs = model_outputs(model, data, split, config, device, samples=taken, advance=report)
         found = score(outputs, data, split, opened.thresholds, predictions=predictions)
         cells.append(

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mopefuse.data.base import DataSet
-from mopefuse.data.missing import loss_order
+from mopefuse.data.missing import removal_order
 from mopefuse.errors import ConfigError
 from mopefuse.evaluation.missing_shares import GRID, Shares
 from mopefuse.fusion.base import Fusion
@@ -143,5 +143,5 @@ def _order(
     """The samples that can lose `kind`, by position, in the order in which they lose it; rows that lack it come first."""
     natural_S = np.logical_and.reduce([lacks[name] for name in kind])
     nothing_else_S = np.logical_and.reduce([lacks_S for name, lacks_S in lacks.items() if name not in kind])
-    order = sorted(loss_order(ids, kind, seed), key=lambda index: not natural_S[index])
+    order = sorted(removal_order(ids, kind, seed), key=lambda index: not natural_S[index])
     return [index for index in order if not nothing_else_S[index]]

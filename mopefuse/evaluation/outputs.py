@@ -127,12 +127,12 @@ def collect(outputs: ModelOutputs, data: DataSet, split: str, *, with_routing: b
         if with_routing and output.routing_BLK is not None:
             routing.append(output.routing_BLK)
     load_LK = outputs.load()
-    logits_SN = distributed.whole(own_RN, count)
+    logits_SN = distributed.gather_rows(own_RN, count)
     require_finite(is_nonfinite(logits_SN), data, split)
     if not with_routing or load_LK is None:
         return SplitOutput(logits_SN, load_LK)
     routing_RLK = torch.cat(routing) if routing else torch.zeros(0, *load_LK.shape)
-    return SplitOutput(logits_SN, load_LK, distributed.whole(routing_RLK, count))
+    return SplitOutput(logits_SN, load_LK, distributed.gather_rows(routing_RLK, count))
 
 
 def is_nonfinite(logits_SN: Tensor) -> Tensor:

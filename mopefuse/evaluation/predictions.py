@@ -48,7 +48,7 @@ def predicted(
     """
     p_BN = metrics.probabilities(logits_BN, multi_label=multi_label)
     if multi_label:
-        chosen_BN = metrics.over(p_BN, thresholds)
+        chosen_BN = metrics.predicted_labels(p_BN, thresholds)
     else:
         chosen_BN = torch.zeros_like(p_BN, dtype=torch.bool).scatter_(1, logits_BN.argmax(dim=-1, keepdim=True), True)
     kept_BN = torch.ones_like(chosen_BN)

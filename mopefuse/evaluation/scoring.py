@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mopefuse.core import distributed
-from mopefuse.core.artifact import write_lines
+from mopefuse.core.atomic_files import write_lines
 from mopefuse.data.base import DataSet
 from mopefuse.evaluation.outputs import BatchOutput, ModelOutputs, is_nonfinite, require_finite
 from mopefuse.evaluation.predictions import Predicted, lines, predicted
@@ -70,7 +70,7 @@ def score(
             tally.add(index_B, logits_BN, targets_of_batch, thresholds)
             if predictions is not None:
                 own = predicted(index_B, logits_BN, targets_of_batch, multi_label=multi, thresholds=thresholds)
-                parts = [Predicted(*part) for part in distributed.to_main(own)] if distributed_outputs else [own]
+                parts = [Predicted(*part) for part in distributed.send_to_main(own)] if distributed_outputs else [own]
                 yield from lines(parts, rows, data.labels, multi_label=multi)
         if distributed_outputs:
             distributed.summed(nonfinite_S)
@@ -103,7 +103,7 @@ def score_tuned(outputs: ModelOutputs, data: DataSet, split: str, folder: Path) 
     with Spool(count, labels, folder) as spool:
         for output in outputs:
             nonfinite_S[output.index_B] = is_nonfinite(output.logits_BN)
-            parts = distributed.to_main((output.index_B, output.logits_BN.flatten()))
+            parts = distributed.send_to_main((output.index_B, output.logits_BN.flatten()))
             if parts:
                 order = torch.cat([index_B for index_B, _ in parts]).argsort()
                 spool.add(torch.cat([logits.reshape(-1, labels) for _, logits in parts])[order])
@@ -118,5 +118,5 @@ def score_tuned(outputs: ModelOutputs, data: DataSet, split: str, folder: Path) 
                 tally.add(torch.arange(count), logits_Sn, targets_Sn, best, first=first)
             return Evaluation(split, tally.metrics(), tally.per_label(data.labels), load_LK), thresholds
 
-        tuned: tuple[Evaluation, list[float]] = distributed.on_main(tune)
+        tuned: tuple[Evaluation, list[float]] = distributed.run_on_main(tune)
     return tuned

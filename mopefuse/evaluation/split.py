@@ -16,12 +16,12 @@ from mopefuse.core import distributed
 from mopefuse.data.base import DataSet
 from mopefuse.data.collate import Samples
 from mopefuse.data.features import split_features
-from mopefuse.data.missing import Dropped
+from mopefuse.data.missing import ModalityDropout
 from mopefuse.evaluation.outputs import Advance, ModelOutputs, SplitOutput, collect
 from mopefuse.fusion.base import Fusion
 from mopefuse.fusion.build import require_rows
 from mopefuse.metrics import classification as metrics
-from mopefuse.modalities.base import of
+from mopefuse.modalities.base import get_modality
 
 
 def model_outputs(
@@ -89,22 +89,22 @@ def prepare_samples(
     features = {}
     for side in model.frozen if config.data.cache_features else ():
         encoder = model.encoder(side)
-        if not (training and of(encoder.modality).is_picture and config.data.augment != "none"):
+        if not (training and get_modality(encoder.modality).is_picture and config.data.augment != "none"):
             advance = partial(reading, f"{encoder.spec.name} on {split}")
             features[side] = split_features(encoder, data, split, config, device, advance=advance)
-            what = f"{features[side].different:,} different {of(encoder.modality).plural}"
+            what = f"{features[side].different:,} different {get_modality(encoder.modality).plural}"
             notice(f"{split}: {what} encoded once by {encoder.spec}, {features[side].origin}")
     samples = Samples(data, split, model.readers(), config.data, features=features, seed=config.seed, training=training)
     model.require_all_but(samples.lacking, where=split)
     if config.data.cache_images:
         advance = partial(reading, f"decoding {split}")
         if distributed.world_size() > 1:
-            distributed.on_main(lambda: samples.cache_images(advance))
+            distributed.run_on_main(lambda: samples.cache_images(advance))
         samples.cache_images(advance)
     if not (training and config.train.modality_dropout):
         return samples
     dropped = [side for side in model.may_lack if side in model.reads]
-    return Dropped(samples, dropped, config.train.modality_dropout) if dropped else samples
+    return ModalityDropout(samples, dropped, config.train.modality_dropout) if dropped else samples
 
 
 def split_metrics(

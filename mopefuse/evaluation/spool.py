@@ -15,7 +15,7 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from mopefuse.core.artifact import disk_error
+from mopefuse.core.atomic_files import disk_error
 
 IN_MEMORY = 256 * 2**20
 """Bytes of logits kept in memory; more go to a temporary file, which takes 4 bytes for each sample and label."""

@@ -13,9 +13,11 @@ import torch
 
 from mopefuse.config.recipe import to_yaml
 from mopefuse.config.schema import RunConfig
-from mopefuse.core.artifact import check_parent, dump_json, publish, sweep, write_tensors
+from mopefuse.core.artifact import dump_json, publish
+from mopefuse.core.atomic_files import check_parent, sweep
 from mopefuse.core.python_names import python_names
-from mopefuse.data.columns import in_order
+from mopefuse.core.tensor_files import write_tensors
+from mopefuse.data.columns import sort_modalities
 from mopefuse.errors import ConfigError, EncoderError, NumericError
 from mopefuse.export.model_card import model_card
 from mopefuse.fusion.base import Fusion, fresh_encoders
@@ -154,7 +156,7 @@ def _thresholds_for(labels: Sequence[str], thresholds: float | Sequence[float]) 
 def _saved_config(model: Fusion, thresholds: float | Sequence[float]) -> RunConfig:
     """The configuration that rebuilds the model, with its defaults written out and no location of data."""
     config = full_specs(model.resolve(model.config))
-    modalities = in_order({model.encoder(side).modality for side in model.reads})
+    modalities = sort_modalities({model.encoder(side).modality for side in model.reads})
     data = config.data.model_copy(update={"path": None, "image_roots": (), "modalities": modalities})
     threshold = float(thresholds) if isinstance(thresholds, int | float) else "tuned"
     return config.model_copy(update={"data": data, "train": config.train.model_copy(update={"threshold": threshold})})

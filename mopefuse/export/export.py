@@ -13,14 +13,15 @@ from typing import Any, Literal
 
 import torch
 
-from mopefuse.core.artifact import publish, sweep
+from mopefuse.core.artifact import publish
+from mopefuse.core.atomic_files import sweep
 from mopefuse.core.dependencies import require
 from mopefuse.errors import ConfigError
 from mopefuse.export.adapter import require_free, write_adapter
 from mopefuse.export.bundle_maker import Maker, Notice, Parity, public
 from mopefuse.runs import adapter
 from mopefuse.runs.load import Loaded, load_model
-from mopefuse.runs.locate import trained
+from mopefuse.runs.locate import find_run
 
 Form = Literal["onnx", "pt2", "adapter"]
 FORMS = ("onnx", "pt2", "adapter")
@@ -73,7 +74,7 @@ def export(
     _refuse(out, form, {"--int8": int8, "--routing": routing, "--half": half}, overwrite)
     if form == "onnx":
         require("onnx", "onnxscript", "onnxruntime", extra="export", what="export")
-    source = trained(run)
+    source = find_run(run)
     loaded = load_model(source, checkpoint, torch.device("cpu"))
     facts = _facts(loaded, source.result())
     if form == "adapter":

@@ -20,7 +20,7 @@ from mopefuse.core.artifact import MANIFEST, verify
 from mopefuse.core.registry import parse_spec
 from mopefuse.errors import CheckpointError, ConfigError, EncoderError, MopefuseError
 from mopefuse.runs.adapter import AdapterFolder
-from mopefuse.runs.locate import PREFIX, kind_of, locate, trained
+from mopefuse.runs.locate import PREFIX, find_run, kind_of, locate
 
 _SECONDS = 10.0  # for the first answer of the hub
 _UNREACHABLE = 59  # as `_explain` numbers it
@@ -99,7 +99,7 @@ def _ready(folder: Path, checkpoint: str) -> str:
     """``adapter`` or ``bundle`` for an export, after its files were verified; empty for a run."""
     kind = kind_of(folder)
     if kind not in ("adapter", "bundle"):
-        trained(folder).config()
+        find_run(folder).config()
         return ""
     verify(folder, kind=kind)
     if checkpoint != "best":

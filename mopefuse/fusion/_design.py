@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mopefuse.core import device as devices
-from mopefuse.data.collate import Table
+from mopefuse.data.collate import FeatureTable
 
 _BLOCK_BYTES = 64 * 2**20
 _BLOCK_ROWS = 8192
@@ -27,7 +27,7 @@ class Side:
         missing_S: which samples lack the side, if any do.
     """
 
-    def __init__(self, table: Table, buffers: Mapping[str, Tensor], missing_S: Tensor | None = None) -> None:
+    def __init__(self, table: FeatureTable, buffers: Mapping[str, Tensor], missing_S: Tensor | None = None) -> None:
         self.table, self.buffers, self.missing_S = table, buffers, missing_S
         self.width = len(buffers["mean_C"])
 
@@ -83,7 +83,7 @@ def row_blocks(rows: int, width: int) -> Iterator[slice]:
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 
 
-def statistics(table: Table, index_S: Tensor) -> dict[str, Tensor]:
+def statistics(table: FeatureTable, index_S: Tensor) -> dict[str, Tensor]:
     """Compute the buffers of `Standard` over some rows of a table; constant features get a deviation of 1.
 
     Means and deviations are accumulated in float64, block by block (Chan, Golub and LeVeque 1983), which is accurate also

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mopefuse.data.collate import Table
+from mopefuse.data.collate import FeatureTable
 from mopefuse.fusion._design import Design
 from mopefuse.fusion._lbfgs import Evaluation, minimise
 
@@ -97,7 +97,7 @@ class Sigmoids:
 
     joint = False
 
-    def __init__(self, targets: Table, columns_N: Tensor, weight_2N: Tensor | None) -> None:
+    def __init__(self, targets: FeatureTable, columns_N: Tensor, weight_2N: Tensor | None) -> None:
         self.targets, self.columns_N, self.weight_2N = targets, columns_N, weight_2N
         self._free_bytes = _SIGN_BYTES
         self._signs: dict[int, Tensor] = {}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from mopefuse.config.schema import Prompts, Router
 from mopefuse.encoders.base import Encoder
-from mopefuse.modalities.base import of
+from mopefuse.modalities.base import get_modality
 from mopefuse.prompts.stack import PromptStack, fill_prompt_lengths
 
 
@@ -30,4 +30,4 @@ def build_static_stack(prompts: Prompts, encoder: Encoder) -> PromptStack:
 
 def initial_bound(encoder: Encoder) -> float:
     """Bound v of the initial distribution U(-v, v) of prompts, by the papers' rule for the encoder's modality."""
-    return of(encoder.modality).prompt_bound(encoder.patch_size, encoder.widths[0])
+    return get_modality(encoder.modality).prompt_bound(encoder.patch_size, encoder.widths[0])

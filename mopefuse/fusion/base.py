@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from mopefuse.config.schema import RunConfig
 from mopefuse.config.sides import is_comp, specs
-from mopefuse.core.precision import apply_exactly, exact
+from mopefuse.core.precision import apply_without_autocast, to_float32
 from mopefuse.data.base import Batch
 from mopefuse.encoders.base import Encoder, Preprocess, run_frozen
 from mopefuse.errors import CheckpointError, ConfigError
 from mopefuse.fusion.collator import Collator, Requirements
-from mopefuse.fusion.regression import Advance, Fold, How, Standard, fit_heads
+from mopefuse.fusion.regression import Advance, FitSettings, Fold, Standard, fit_heads
 
 Task = Literal["single-label", "multi-label"]
 TASKS: tuple[Task, ...] = ("single-label", "multi-label")
@@ -213,7 +213,7 @@ class Fusion(nn.Module):
         """Pooled features (B, C) of a frozen side: from the batch if they were cached, else computed now."""
         if side in batch.features:
             return batch.features[side]
-        return exact(run_frozen(self.encoder(side), batch.inputs[side]).pooled_BC)
+        return to_float32(run_frozen(self.encoder(side), batch.inputs[side]).pooled_BC)
 
     def make_head(self, width: int, num_labels: int) -> nn.Module:
         """A head from pooled features (B, width) to logits (B, N): linear, or with one hidden layer (`head_hidden`)."""
@@ -232,11 +232,11 @@ class Fusion(nn.Module):
         if self.standard is not None:
             pooled_BC = self.standardised(*pooled_BC)
         elif self.config.head_norm == "layer":
-            pooled_BC = tuple(F.layer_norm(exact(pooled), pooled.shape[-1:]) for pooled in pooled_BC)
+            pooled_BC = tuple(F.layer_norm(to_float32(pooled), pooled.shape[-1:]) for pooled in pooled_BC)
         if batch is not None:
             both = zip(self.head_sides, pooled_BC, strict=True)
             pooled_BC = tuple(self.or_absent(side, pooled, batch) for side, pooled in both)
-        return apply_exactly(self.head, torch.cat(pooled_BC, dim=-1))
+        return apply_without_autocast(self.head, torch.cat(pooled_BC, dim=-1))
 
     def begin_as_regression(self, num_labels: int) -> None:
         """Set a linear head on standardised features of all sides, whose weights `fit` computes."""
@@ -303,7 +303,7 @@ class Fusion(nn.Module):
             for name, tensor in expected.items():
                 tensor.copy_(state[name])
 
-    def fit(self, train: Fold, val: Fold, how: How, advance: Advance) -> tuple[dict[str, Tensor], dict[str, float]]:
+    def fit(self, train: Fold, val: Fold, how: FitSettings, advance: Advance) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Fit the head as a regression on the features of the encoders without prompts, where `standard` is set.
 
         Args:

@@ -256,7 +256,7 @@ def _named(side: str) -> Iterator[None]:
 
 
 def _require_declared(side: str, encoder: Encoder) -> None:
-    if encoder.modality not in modality.names():
+    if encoder.modality not in modality.modality_names():
         what = f"{encoder.spec} reads {encoder.modality}, a modality that is not installed"
         raise ConfigError(134, what, where=f"--{side}", fix="install the plugin that brings it, or use another encoder")
 

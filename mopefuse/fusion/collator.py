@@ -103,19 +103,19 @@ class Collator:
             targets = self._targets(images)
             values = _by_modality(images, {name for name, _ in self.readers.values()})
         else:
-            values = modalities.named((images, texts), more)
-        count = modalities.count_of(values)
+            values = modalities.from_arguments((images, texts), more)
+        count = modalities.count_samples(values)
         if not count:
-            given = " and ".join(f"0 {modalities.of(name).plural}" for name in values) or "nothing"
+            given = " and ".join(f"0 {modalities.get_modality(name).plural}" for name in values) or "nothing"
             raise DataError(17, f"{given} are no pairs", fix="give one value for each sample")
-        modalities.require_kinds(values)
+        modalities.require_types(values)
         read = {name for name, _ in self.readers.values()}
-        values |= {name: modalities.prepared(name, values[name]) for name in read if name in values}
+        values |= {name: modalities.prepare_values(name, values[name]) for name in read if name in values}
         inputs: dict[str, Inputs] = {}
         missing: dict[str, Tensor] = {}
         for side, (name, preprocess) in self.readers.items():
-            own = modalities.require_given(name, values, f"the {side} encoder")
-            inputs[side] = preprocess.batch([preprocess.item(value) for value in modalities.or_nothing(name, own)])
+            own = modalities.require_values(name, values, f"the {side} encoder")
+            inputs[side] = preprocess.batch([preprocess.item(value) for value in modalities.fill_missing(name, own)])
             if any(value is None for value in own):
                 missing[side] = torch.tensor([value is None for value in own])
         self.requirements.check(missing, where="collate")

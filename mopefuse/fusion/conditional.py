@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mopefuse.config.schema import Prompts, RunConfig
-from mopefuse.core.precision import apply_exactly
+from mopefuse.core.precision import apply_without_autocast
 from mopefuse.data.base import Batch
 from mopefuse.encoders.base import Encoder
 from mopefuse.errors import ConfigError
@@ -171,7 +171,7 @@ class ConditionalFusion(Fusion):
         logits_BN = self.classify(*features, batch=batch)
         alone_BN = None
         if self.head_comp is not None:
-            alone_BN = apply_exactly(self.head_comp, torch.cat(list(conditions_BC.values()), dim=-1))
+            alone_BN = apply_without_autocast(self.head_comp, torch.cat(list(conditions_BC.values()), dim=-1))
             if "main" in batch.missing:
                 logits_BN = torch.where(batch.missing["main"][:, None], alone_BN.to(logits_BN.dtype), logits_BN)
         return Output(logits_BN, conditioned.routing() if conditioned else None, alone_BN)

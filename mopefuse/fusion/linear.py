@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from mopefuse.config.schema import RunConfig
 from mopefuse.config.sides import is_comp
-from mopefuse.core.precision import apply_exactly
+from mopefuse.core.precision import apply_without_autocast
 from mopefuse.data.base import Batch
 from mopefuse.encoders.base import Encoder
 from mopefuse.fusion.base import Fusion, Output
-from mopefuse.fusion.regression import Advance, Fold, How, fit_heads
+from mopefuse.fusion.regression import Advance, FitSettings, Fold, fit_heads
 
 
 class LinearFusion(Fusion):
@@ -63,11 +63,11 @@ class LinearFusion(Fusion):
         assert isinstance(heads, nn.ModuleDict) and isinstance(multi, Tensor)
         normed = dict(zip(self.uses, self.standardised(*features), strict=True))
         each_BN = [
-            apply_exactly(heads[side], self.or_absent(side, feature_BC, batch)) for side, feature_BC in normed.items()
+            apply_without_autocast(heads[side], self.or_absent(side, feature_BC, batch)) for side, feature_BC in normed.items()
         ]
         return Output(torch.where(multi, mean_of_sigmoids(*each_BN), mean_of_softmaxes(*each_BN)))
 
-    def fit(self, train: Fold, val: Fold, how: How, advance: Advance) -> tuple[dict[str, Tensor], dict[str, float]]:
+    def fit(self, train: Fold, val: Fold, how: FitSettings, advance: Advance) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Fit the regression, or one for each side with `average`; see `Fusion.fit`."""
         if not self.average:
             return super().fit(train, val, how, advance)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from mopefuse.config.schema import Linear
-from mopefuse.core.precision import exact
-from mopefuse.data.collate import Table
+from mopefuse.core.precision import to_float32
+from mopefuse.data.collate import FeatureTable
 from mopefuse.errors import NumericError
 from mopefuse.fusion._design import Design, Side, row_blocks, statistics
 from mopefuse.fusion._logistic import LogisticRegression, Sigmoids, Softmax
@@ -49,7 +49,7 @@ class Fold(NamedTuple):
         missing: for each side that some sample lacks, which samples (S,) lack it.
     """
 
-    features: Mapping[str, Table]
+    features: Mapping[str, FeatureTable]
     targets: Targets
     missing: Mapping[str, Tensor] = {}
 
@@ -73,7 +73,7 @@ class Fold(NamedTuple):
         return Design(sides, len(self.targets), labels)
 
 
-class How(NamedTuple):
+class FitSettings(NamedTuple):
     """Settings of a regression.
 
     Attributes:
@@ -111,11 +111,11 @@ class Standard(nn.Module):
 
     def forward(self, feature_BC: Tensor) -> Tensor:
         """Return standardised features (B, C), in float32."""
-        return (exact(feature_BC) - self.mean_C) / self.deviation_C
+        return (to_float32(feature_BC) - self.mean_C) / self.deviation_C
 
 
 def fit_heads(
-    heads: Mapping[str, Sequence[str]], train: Fold, val: Fold, how: How, advance: Advance = _ignore_progress
+    heads: Mapping[str, Sequence[str]], train: Fold, val: Fold, how: FitSettings, advance: Advance = _ignore_progress
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Fit a regression for each head on the concatenated, standardised features of its sides.
 
@@ -145,7 +145,7 @@ def fit_heads(
 
 
 def fit_regression(
-    train: Design, targets: Targets, val: Design, val_targets: Targets, how: How, advance: Advance = _ignore_progress
+    train: Design, targets: Targets, val: Design, val_targets: Targets, how: FitSettings, advance: Advance = _ignore_progress
 ) -> Regression:
     """Fit a regression for each C and return the one with the best score on validation; the smallest C wins ties.
 
@@ -172,7 +172,7 @@ def fit_regression(
     return best
 
 
-def _thresholds(logits_SN: Tensor, val: Tensor, how: How) -> metrics.Thresholds:
+def _thresholds(logits_SN: Tensor, val: Tensor, how: FitSettings) -> metrics.Thresholds:
     if how.multi_label and how.threshold == "tuned":
         return metrics.tuned_thresholds(logits_SN, val)
     return metrics.THRESHOLD if isinstance(how.threshold, str) else how.threshold
@@ -204,7 +204,7 @@ class _Problem(NamedTuple):
         return weight_NF, bias_N
 
 
-def _binary_problem(train: Design, targets_SN: Targets, how: How) -> _Problem:
+def _binary_problem(train: Design, targets_SN: Targets, how: FitSettings) -> _Problem:
     """Set up a binary regression for each label that some, but not all, samples have."""
     with_N = torch.zeros(how.labels, dtype=torch.double)
     for rows in row_blocks(train.rows, how.labels):
@@ -220,7 +220,7 @@ def _binary_problem(train: Design, targets_SN: Targets, how: How) -> _Problem:
     return _Problem(regression, index_A, bias_N, train.width)
 
 
-def _multinomial_problem(train: Design, targets: Targets, how: How) -> _Problem:
+def _multinomial_problem(train: Design, targets: Targets, how: FitSettings) -> _Problem:
     """Set up a multinomial regression of the classes that occur; a binary one if there are two."""
     targets_S = targets[torch.arange(train.rows)]
     count_N = torch.bincount(targets_S, minlength=how.labels).double()

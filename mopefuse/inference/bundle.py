@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mopefuse.core.artifact import verify
-from mopefuse.core.dependencies import mendable
+from mopefuse.core.dependencies import convert_error
 from mopefuse.errors import CheckpointError, DataError, NumericError
 from mopefuse.inference.bundle_facts import read_labels, read_preprocess
 from mopefuse.inference.bundle_runtime import EXPORT_AGAIN, Array, Runner, load_runner
@@ -72,19 +72,19 @@ class Bundle:
         Raises:
             DataError: unequal numbers of values, a value that is not of its modality, or None where a value is needed.
         """
-        values = modality.named((images, texts), more)
-        modality.count_of(values)
-        modality.require_kinds(values)
-        values |= {name: modality.prepared(name, values[name]) for name in self.modalities if name in values}
+        values = modality.from_arguments((images, texts), more)
+        modality.count_samples(values)
+        modality.require_types(values)
+        values |= {name: modality.prepare_values(name, values[name]) for name in self.modalities if name in values}
         inputs: dict[str, Array] = {}
         for side, how in self.sides.items():
-            given = modality.require_given(how["modality"], values, "the bundle")
+            given = modality.require_values(how["modality"], values, "the bundle")
             if how.get("may_lack"):
                 inputs[f"{side}_missing"] = np.array([value is None for value in given], dtype=np.bool_)
             elif any(value is None for value in given):
                 what = f"a sample has no {how['modality']}, and the model was not trained to do without"
                 raise DataError(100, what, where=side, fix="leave it out")
-            own = modality.or_nothing(how["modality"], given)
+            own = modality.fill_missing(how["modality"], given)
             if how["modality"] == "image":
                 resize = how["resize"] if isinstance(how["resize"], int) else (how["resize"][0], how["resize"][1])
                 shrunk = [pixels.shrink(image, resize, how["interpolation"]) for image in own]
@@ -125,7 +125,7 @@ class Bundle:
         try:
             outputs = self._run(inputs)
         except Exception as error:  # a damaged graph fails in whichever operator it reaches
-            if (known := mendable(error)) is not None:
+            if (known := convert_error(error)) is not None:
                 raise known from error
             reason = str(error).partition("\n")[0]
             what = f"the graph cannot be run: {reason}"
@@ -139,7 +139,7 @@ class Bundle:
 
     def predict_probabilities(self, values: Mapping[str, Sequence[Any]]) -> tuple[list[list[float]], list[Any] | None]:
         """Probabilities (B, N) and routing; see `mopefuse.inference.predict.Model`."""
-        logits_BN, routing = self.run(self.collate(**modality.by_argument(values)))
+        logits_BN, routing = self.run(self.collate(**modality.to_arguments(values)))
         p_BN: list[list[float]] = probabilities(logits_BN, multi_label=self.multi_label).tolist()
         return p_BN, None if routing is None else routing.tolist()
 

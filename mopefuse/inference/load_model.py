@@ -8,7 +8,7 @@ from mopefuse.config.sides import Comp
 from mopefuse.core import device as devices
 from mopefuse.fusion.base import Fusion
 from mopefuse.runs import load as runs
-from mopefuse.runs.locate import trained
+from mopefuse.runs.locate import find_run
 
 
 def load_model(
@@ -28,7 +28,7 @@ def load_model(
     Raises:
         CheckpointError: there is no such run, it is a bundle, or its encoders are not those that it was trained with.
     """
-    loaded = runs.load_model(trained(path), checkpoint, devices.resolve(device), main=main, comp=comp)
+    loaded = runs.load_model(find_run(path), checkpoint, devices.resolve(device), main=main, comp=comp)
     model = loaded.model
     model.labels = tuple(loaded.manifest["labels"])
     model.task = "multi-label" if loaded.manifest["multi_label"] else "single-label"

@@ -22,13 +22,13 @@ from mopefuse.config.schema import build_config
 from mopefuse.config.sides import Comp
 from mopefuse.core.dependencies import not_installed
 from mopefuse.core.formatting import json_text, spreadsheet_cell
-from mopefuse.data.columns import Layout, in_order
-from mopefuse.data.rows import NoRow, check_input
-from mopefuse.data.tables import Found, find_tables, json_line
+from mopefuse.data.columns import Layout, sort_modalities
+from mopefuse.data.rows import InvalidRow, check_input
+from mopefuse.data.tables import TableRow, find_tables, parse_json_line
 from mopefuse.errors import CheckpointError, ConfigError, DataError, MopefuseError, NumericError
 from mopefuse.inference.bundle import Bundle
 from mopefuse.modalities import base as modality
-from mopefuse.runs.locate import kind_of, locate, trained
+from mopefuse.runs.locate import find_run, kind_of, locate
 
 Prediction = dict[str, Any]
 Answer = Prediction  # its name in `mopefuse.cli.predict`
@@ -89,8 +89,8 @@ class Predictor:
         """
         if top is not None and top < 1:
             raise ConfigError(300, f"top is {top}, need at least 1", where="predict", fix="give 1 or more")
-        values = modality.named((images, texts), more)
-        if not modality.count_of(values):
+        values = modality.from_arguments((images, texts), more)
+        if not modality.count_samples(values):
             return []
         _require(values, self.model)
         p_BN, weights_BLK = self.model.predict_probabilities(values)
@@ -170,7 +170,7 @@ def input_settings(path: str | Path, changes: Mapping[str, Any] | None = None) -
     if kind_of(folder) == "bundle":
         saved = build_config(read_saved(folder / "config.yaml"), source=str(folder)).data
     else:
-        saved = trained(folder).config().data
+        saved = find_run(folder).config().data
     return changed_data(saved.model_copy(update={"path": None, "on_missing": "error"}), changes or {})
 
 
@@ -211,22 +211,22 @@ def read_pairs(
         root, file, rows = source.parent, table.file, table.rows()
     else:
         root, file = Path(), "stdin"
-        rows = (Found(number, json_line(line)) for number, line in enumerate(source, start=1) if line.strip())
+        rows = (TableRow(number, parse_json_line(line)) for number, line in enumerate(source, start=1) if line.strip())
     roots = (root, *map(Path, config.image_roots))
     needed = [name for name in modalities if name not in may_lack]
-    layouts = [Layout.of(in_order(needed), config)] if needed else []
+    layouts = [Layout.of(sort_modalities(needed), config)] if needed else []
     if may_lack:
-        lenient = Layout.of(in_order(modalities), config.model_copy(update={"on_missing": "absent"}))
+        lenient = Layout.of(sort_modalities(modalities), config.model_copy(update={"on_missing": "absent"}))
         layouts.append(replace(lenient, empty_is_missing=empty_is_missing))
     for found in rows:
         yield _pair(found, file, roots, layouts, config)
 
 
-def _pair(found: Found, file: str, roots: Sequence[Path], layouts: Sequence[Layout], config: DataConfig) -> Pair:
+def _pair(found: TableRow, file: str, roots: Sequence[Path], layouts: Sequence[Layout], config: DataConfig) -> Pair:
     where, identity = f"{file}:{found.line}", str(found.line)
     try:
         if isinstance(found.value, str):
-            raise NoRow(found.value)
+            raise InvalidRow(found.value)
         values: dict[str, Any] = {}
         for layout in layouts:
             identity, found_values = check_input(found.value, found.line, layout)
@@ -234,9 +234,9 @@ def _pair(found: Found, file: str, roots: Sequence[Path], layouts: Sequence[Layo
         place = f"{where}, id {identity}"
         for name, value in values.items():
             if value is not None:
-                values[name] = modality.of(name).read(value, roots, where=place, config=config)
+                values[name] = modality.get_modality(name).read(value, roots, where=place, config=config)
         return Pair(identity, values)
-    except NoRow as error:
+    except InvalidRow as error:
         named = "name the column that has it with --text-col, --image-col or --column, or remove the row"
         fix = named if str(error).startswith(("has no ", "has none of ")) else "correct or remove it"
         return Pair(identity, error=DataError(3, f"{where} {error}", where=where, fix=fix))
@@ -265,7 +265,7 @@ def predict_pairs(
     while group := list(islice(pairs, batch)):
         good = [pair for pair in group if pair.error is None]
         values = {name: [pair.values[name] for pair in good] for name in (good[0].values if good else ())}
-        predictions = iter(predictor.predict(**modality.by_argument(values), top=top, routing=routing))
+        predictions = iter(predictor.predict(**modality.to_arguments(values), top=top, routing=routing))
         for pair in group:
             if pair.error is not None and strict:
                 raise pair.error

@@ -11,9 +11,9 @@ import torch
 from mopefuse.config.sides import Comp
 from mopefuse.core import device as devices
 from mopefuse.metrics import classification as metrics
-from mopefuse.modalities.base import by_argument
+from mopefuse.modalities.base import to_arguments
 from mopefuse.runs.load import load_model
-from mopefuse.runs.locate import trained
+from mopefuse.runs.locate import find_run
 
 
 class RunModel:
@@ -25,7 +25,7 @@ class RunModel:
 
     def __init__(self, run: Path, checkpoint: str, device: str, *, main: str | None = None, comp: Comp = None) -> None:
         self.device = devices.resolve(device)
-        loaded = load_model(trained(run), checkpoint, self.device, main=main, comp=comp)
+        loaded = load_model(find_run(run), checkpoint, self.device, main=main, comp=comp)
         self.fusion, self.precision = loaded.model, loaded.config.train.precision
         self.labels: tuple[str, ...] = tuple(loaded.manifest["labels"])
         self.modalities = tuple(dict.fromkeys(self.fusion.encoder(side).modality for side in self.fusion.reads))
@@ -40,7 +40,7 @@ class RunModel:
     def predict_probabilities(self, values: Mapping[str, Sequence[Any]]) -> tuple[list[list[float]], list[Any] | None]:
         """Probabilities (B, N) and routing; see `mopefuse.inference.predict.Model`."""
         devices.flush_denormals(self.device)
-        batch = self.fusion.collate(**by_argument(values)).to(self.device)
+        batch = self.fusion.collate(**to_arguments(values)).to(self.device)
         with devices.autocast(self.precision, self.device):
             output = self.fusion(batch)
         p_BN = metrics.probabilities(output.logits_BN.float().cpu(), multi_label=self.multi_label)

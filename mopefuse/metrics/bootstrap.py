@@ -72,7 +72,7 @@ def difference(
     observed = float((_of_system(ours, metric, whole) - _of_system(theirs, metric, whole))[0])
     blocks = [
         _of_system(ours, metric, weights_RS) - _of_system(theirs, metric, weights_RS)
-        for weights_RS in drawn(samples, resamples, seed, labels=labels)
+        for weights_RS in draw_resamples(samples, resamples, seed, labels=labels)
     ]
     drawn_R = np.concatenate(blocks)
     low, high = np.quantile(drawn_R, [0.025, 0.975])
@@ -80,7 +80,7 @@ def difference(
     return Difference(observed, float(low), float(high), (1 + beyond) / (1 + resamples))
 
 
-def drawn(samples: int, resamples: int, seed: int, *, labels: int = 1) -> Iterator[Floats]:
+def draw_resamples(samples: int, resamples: int, seed: int, *, labels: int = 1) -> Iterator[Floats]:
     """Iterate over blocks (R, S) of how often each sample occurs in each resample, drawn with replacement.
 
     Args:

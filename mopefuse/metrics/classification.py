@@ -49,7 +49,7 @@ class Tally:
         """
         logits_Bn = logits_Bn.float()
         if self.multi_label:
-            predicted_Bn = over(probabilities(logits_Bn, multi_label=True), thresholds)
+            predicted_Bn = predicted_labels(probabilities(logits_Bn, multi_label=True), thresholds)
             actual_Bn = targets > 0
             right_Bn = predicted_Bn & actual_Bn
             loss_B = torch.nn.functional.binary_cross_entropy_with_logits(logits_Bn, targets, reduction="none").sum(dim=-1)
@@ -132,7 +132,7 @@ def tuned_thresholds(logits_SN: Tensor, targets_SN: Tensor) -> list[float]:
     return found
 
 
-def over(probabilities_SN: Tensor, thresholds: Thresholds) -> Tensor:
+def predicted_labels(probabilities_SN: Tensor, thresholds: Thresholds) -> Tensor:
     """Labels whose probability reaches the threshold (S, N)."""
     return probabilities_SN.double() >= torch.as_tensor(thresholds, dtype=torch.double)
 
@@ -204,7 +204,7 @@ def confusion(predicted_S: Tensor, targets_S: Tensor, labels: int) -> Tensor:
     return torch.bincount(targets_S * labels + predicted_S, minlength=labels * labels).reshape(labels, labels)
 
 
-def confused(predicted_S: Tensor, targets_S: Tensor, labels: int, *, most: int) -> list[tuple[int, int, int]]:
+def most_confused(predicted_S: Tensor, targets_S: Tensor, labels: int, *, most: int) -> list[tuple[int, int, int]]:
     """Pairs of classes that are confused most often, as (samples, true class, predicted class), most frequent first."""
     wrong_S = predicted_S != targets_S
     pairs, counts = (targets_S * labels + predicted_S)[wrong_S].unique(return_counts=True)  # ascending

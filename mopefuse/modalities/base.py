@@ -99,7 +99,7 @@ class Modality:
         return 0.3
 
 
-def of(name: str) -> Modality:
+def get_modality(name: str) -> Modality:
     """Get a modality by its name.
 
     Raises:
@@ -118,7 +118,7 @@ def _create(kind: Any, name: str) -> Modality:
     return modality
 
 
-def names() -> tuple[str, ...]:
+def modality_names() -> tuple[str, ...]:
     """The names of all installed modalities; none is imported."""
     return tuple(registry.available(registry.MODALITIES))
 
@@ -126,12 +126,12 @@ def names() -> tuple[str, ...]:
 # -- arguments from Python
 
 
-def by_argument(values: Mapping[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
-    """Convert values by modality to arguments of ``collate``: the inverse of `named`."""
+def to_arguments(values: Mapping[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
+    """Convert values by modality to arguments of ``collate``: the inverse of `from_arguments`."""
     return {BY_POSITION.get(name, name): listed for name, listed in values.items()}
 
 
-def named(by_position: Sequence[Any], more: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
+def from_arguments(by_position: Sequence[Any], more: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
     """Convert arguments to lists of values by modality; a single value becomes a list of one.
 
     Args:
@@ -141,10 +141,10 @@ def named(by_position: Sequence[Any], more: Mapping[str, Any]) -> dict[str, Sequ
         DataError: an unknown modality, or an argument that is neither a value nor a list of values.
     """
     for name in more:
-        if name not in names():
-            raise DataError(91, f"there is no modality {name!r}", fix=did_you_mean(name, names()))
+        if name not in modality_names():
+            raise DataError(91, f"there is no modality {name!r}", fix=did_you_mean(name, modality_names()))
     positional = {name: values for name, values in zip(BY_POSITION, by_position, strict=True) if values is not None}
-    return {name: _listed(of(name), values) for name, values in {**positional, **more}.items()}
+    return {name: _listed(get_modality(name), values) for name, values in {**positional, **more}.items()}
 
 
 def _listed(modality: Modality, values: Any) -> list[Any]:
@@ -156,7 +156,7 @@ def _listed(modality: Modality, values: Any) -> list[Any]:
     raise DataError(210, what, fix=modality.give)
 
 
-def count_of(values: Mapping[str, Sequence[Any]]) -> int:
+def count_samples(values: Mapping[str, Sequence[Any]]) -> int:
     """Count the samples.
 
     Raises:
@@ -164,20 +164,20 @@ def count_of(values: Mapping[str, Sequence[Any]]) -> int:
     """
     sizes = {name: len(listed) for name, listed in values.items()}
     if len(set(sizes.values())) > 1:
-        counts = " and ".join(f"{size} {of(name).plural}" for name, size in sizes.items())
+        counts = " and ".join(f"{size} {get_modality(name).plural}" for name, size in sizes.items())
         *others, last = sizes
         fix = f"give one {last} for each {others[0]}"
         raise DataError(17, f"the numbers of values differ: {counts}", fix=fix)
     return next(iter(sizes.values()), 0)
 
 
-def require_kinds(values: Mapping[str, Sequence[Any]]) -> None:
+def require_types(values: Mapping[str, Sequence[Any]]) -> None:
     """Check the types of values; None is accepted for a missing value.
 
     Raises:
         DataError: a value has a type that its modality does not accept.
     """
-    modalities = {name: of(name) for name in values}
+    modalities = {name: get_modality(name) for name in values}
     for sample in zip(*values.values(), strict=True):
         for modality, value in zip(modalities.values(), sample, strict=True):
             if value is not None and not modality.accepts(value):
@@ -186,22 +186,22 @@ def require_kinds(values: Mapping[str, Sequence[Any]]) -> None:
                 raise DataError(18, f"a sample must be {kinds}; got {got}", fix=modality.give)
 
 
-def or_nothing(name: str, values: Sequence[Any]) -> list[Any]:
+def fill_missing(name: str, values: Sequence[Any]) -> list[Any]:
     """Replace each None by a blank value."""
-    return [of(name).nothing() if value is None else value for value in values]
+    return [get_modality(name).nothing() if value is None else value for value in values]
 
 
-def prepared(name: str, values: Sequence[Any]) -> list[Any]:
+def prepare_values(name: str, values: Sequence[Any]) -> list[Any]:
     """Convert values from Python, see `Modality.prepare`; None stays.
 
     Raises:
         DataError: a value cannot be read.
     """
-    modality = of(name)
+    modality = get_modality(name)
     return [None if value is None else modality.prepare(value, where=f"sample {i}") for i, value in enumerate(values)]
 
 
-def require_given(name: str, values: Mapping[str, Sequence[Any]], who: str) -> Sequence[Any]:
+def require_values(name: str, values: Mapping[str, Sequence[Any]], who: str) -> Sequence[Any]:
     """Get the values of a modality that `who` reads.
 
     Raises:
@@ -209,5 +209,7 @@ def require_given(name: str, values: Mapping[str, Sequence[Any]], who: str) -> S
     """
     if name not in values:
         got = " and ".join(values) or "nothing"
-        raise DataError(92, f"{who} reads {name}, but got {got}", fix=f"give {of(name).plural}, or None for each sample")
+        raise DataError(
+            92, f"{who} reads {name}, but got {got}", fix=f"give {get_modality(name).plural}, or None for each sample"
+        )
     return values[name]

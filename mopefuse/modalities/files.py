@@ -86,7 +86,7 @@ class Files(Modality):
 
     def read(self, value: str, roots: Sequence[Path], *, where: str, config: DataConfig) -> Any:
         """See `Modality.read`."""
-        content = read_content(contained(roots, value, where=where, what=self.name), value, where)
+        content = read_content(resolve_inside(roots, value, where=where, what=self.name), value, where)
         return self.decode(content, value, where=where, config=config)
 
 
@@ -109,7 +109,7 @@ def read_content(path: Path, name: str, where: str) -> bytes:
 # -- paths
 
 
-def contained(roots: Sequence[Path], relative: str, *, where: str, what: str) -> Path:
+def resolve_inside(roots: Sequence[Path], relative: str, *, where: str, what: str) -> Path:
     """Find the file of a path: relative to the first of `roots` that has it, or absolute inside another of them.
 
     Args:
@@ -208,7 +208,7 @@ def look_at(
     known = known or {}
     looks = {name: known[name] for name in names if name in known and _unchanged(roots, name, known[name])}
     rest = [name for name in names if name not in looks]
-    with ThreadPoolExecutor(processors()) as pool:  # decoding releases the GIL
+    with ThreadPoolExecutor(processor_count()) as pool:  # decoding releases the GIL
         for start in range(0, len(rest), 512):
             futures = [pool.submit(_look, modality, roots, name, config) for name in rest[start : start + 512]]
             for done, future in enumerate(as_completed(futures), start=start + 1):
@@ -218,7 +218,7 @@ def look_at(
     return looks
 
 
-def processors() -> int:
+def processor_count() -> int:
     """The number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -236,7 +236,7 @@ def _unchanged(roots: Iterable[Path], name: str, look: Look) -> bool:
 def _look(modality: Files, roots: Sequence[Path], name: str, config: DataConfig) -> tuple[str, Look]:
     look = Look()
     try:
-        path = contained(roots, name, where="", what=modality.name)
+        path = resolve_inside(roots, name, where="", what=modality.name)
         status = path.stat()
         look = look._replace(size=status.st_size, mtime=status.st_mtime_ns)
         content = read_content(path, name, "")

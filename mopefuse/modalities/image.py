@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from mopefuse.errors import DataError, NumericError
-from mopefuse.modalities.files import Files, Look, contained, read_content, regular_file
+from mopefuse.modalities.files import Files, Look, read_content, regular_file, resolve_inside
 
 if TYPE_CHECKING:  # bundles run without pydantic
     from mopefuse.config.schema import Data as DataConfig
@@ -56,7 +56,7 @@ def open_image(roots: Sequence[Path], relative: str, *, where: str, max_pixels: 
     """Read an image as upright RGB: EXIF orientation applied, transparency over white, first frame of an animation.
 
     Args:
-        roots: folders that it may lie in, see `contained`.
+        roots: folders that it may lie in, see `resolve_inside`.
         where: file and line of the row, for messages.
         max_pixels: larger images are refused by their header, before anything is decoded.
 
@@ -64,7 +64,7 @@ def open_image(roots: Sequence[Path], relative: str, *, where: str, max_pixels: 
         DataError: the path is outside `roots` or not a regular file, or the file is not an image of `FORMATS`, too large,
             or truncated.
     """
-    path = contained(roots, relative, where=where, what="image")
+    path = resolve_inside(roots, relative, where=where, what="image")
     return _decoded(read_content(path, relative, where), relative, where=where, max_pixels=max_pixels)[0]
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mopefuse.config.schema import Router as RouterConfig
-from mopefuse.core.precision import exact
+from mopefuse.core.precision import to_float32
 
 
 class Routed(NamedTuple):
@@ -82,9 +82,9 @@ class Router(nn.Module):
             return first_BC.new_ones(first_BC.shape[0], 1, 1)
         with torch.autocast(first_BC.device.type, enabled=False):
             weights_NXC = (self.of_comp_NQC if self.joint else self.weight_NKC, *self.others.values())
-            scores_BNX = torch.einsum("bc,nxc->bnx", exact(first_BC), exact(weights_NXC[0]))
+            scores_BNX = torch.einsum("bc,nxc->bnx", to_float32(first_BC), to_float32(weights_NXC[0]))
             for other_BC, weight_NXC in zip(conditions_BC[1:], weights_NXC[1:], strict=True):
-                scores_BNX = scores_BNX + torch.einsum("bc,nxc->bnx", exact(other_BC), exact(weight_NXC))
+                scores_BNX = scores_BNX + torch.einsum("bc,nxc->bnx", to_float32(other_BC), to_float32(weight_NXC))
             return scores_BNX if self.joint else scores_BNX + self.bias_NK
 
     def forward(self, scores_BNX: Tensor, position: int, tokens_BLD: Tensor, mask_BL: Tensor | None) -> Routed:
@@ -101,11 +101,11 @@ class Router(nn.Module):
         scores_BK = scores_BNX[:, position]
         if self.joint:
             with torch.autocast(tokens_BLD.device.type, enabled=False):
-                mean_BD = masked_mean(exact(tokens_BLD), mask_BL)
+                mean_BD = masked_mean(to_float32(tokens_BLD), mask_BL)
                 mean_BD = nn.functional.layer_norm(mean_BD, mean_BD.shape[-1:])
-                query_BQ = torch.cat([mean_BD @ exact(self.of_main[position]).T, scores_BK], dim=-1)
-                scores_BK = query_BQ @ exact(self.keys_NQK[position])
-        logits_BK = exact(scores_BK) / self.config.temperature
+                query_BQ = torch.cat([mean_BD @ to_float32(self.of_main[position]).T, scores_BK], dim=-1)
+                scores_BK = query_BQ @ to_float32(self.keys_NQK[position])
+        logits_BK = to_float32(scores_BK) / self.config.temperature
         clean_BK = logits_BK.softmax(dim=-1)
         weights_BK = clean_BK
         if self.config.noise and (self.training or self.config.noise_in_eval):

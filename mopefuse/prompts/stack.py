@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from mopefuse.config.schema import Prompts as PromptConfig
 from mopefuse.config.schema import Router as RouterConfig
-from mopefuse.core.precision import apply_in_own_type, exact
+from mopefuse.core.precision import apply_in_own_type, to_float32
 from mopefuse.core.threads import PerThread
 from mopefuse.encoders.attention import Prompt
 from mopefuse.errors import ConfigError
-from mopefuse.modalities.base import of
+from mopefuse.modalities.base import get_modality
 from mopefuse.prompts.experts import Routed, Router, mix
 
 KINDS = ("static", "dynamic", "mapped")
@@ -175,7 +175,7 @@ class PromptStack(nn.Module):
 
 def normalize_feature(psi_BC: Tensor) -> Tensor:
     """psi with mean 0 and variance 1 over its width, in float32; an all-zero psi stays zero."""
-    return F.layer_norm(exact(psi_BC), psi_BC.shape[-1:], eps=1e-8)
+    return F.layer_norm(to_float32(psi_BC), psi_BC.shape[-1:], eps=1e-8)
 
 
 class ConditionedPrompts:
@@ -226,7 +226,7 @@ class _FrozenBatchNorm(nn.BatchNorm1d):
 
 def fill_prompt_lengths(config: PromptConfig, modality: str) -> PromptConfig:
     """Return `config` with unset prompt lengths replaced by the papers': 6 for an image encoder, 4 for others."""
-    length = of(modality).prompt_length
+    length = get_modality(modality).prompt_length
     return config.model_copy(
         update={
             "static": length if config.static is None else config.static,

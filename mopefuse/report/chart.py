@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mopefuse.core.artifact import replacing, write_atomically
+from mopefuse.core.atomic_files import replacing, write_atomically
 from mopefuse.core.dependencies import require
 from mopefuse.core.formatting import visible
 from mopefuse.report.themes import FILE_THEME

@@ -10,7 +10,7 @@ from typing import Any
 from mopefuse.data.check import Report
 from mopefuse.data.contents import TOKENS_PER_WORD
 from mopefuse.data.findings import Finding
-from mopefuse.modalities.base import of
+from mopefuse.modalities.base import get_modality
 from mopefuse.report.bars import histogram, sizes
 from mopefuse.report.chart import Chart, require_charts
 from mopefuse.report.data_pictures import Picture, first_bytes
@@ -110,7 +110,7 @@ def _sizes(report: Report) -> Chart | None:
 
 
 def _tiles(report: Report) -> list[tuple[str, str]]:
-    files = [of(name).plural for name in report.modalities if of(name).is_file]
+    files = [get_modality(name).plural for name in report.modalities if get_modality(name).is_file]
     names = ("rows", "bad_rows", *files, "bytes")
     totals = {name: sum(facts[name] for facts in report.splits.values()) for name in names}
     return [

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mopefuse.errors import DataError
-from mopefuse.modalities.files import contained
+from mopefuse.modalities.files import resolve_inside
 from mopefuse.modalities.image import open_image
 from mopefuse.report.pages import thumbnail
 
@@ -41,7 +41,7 @@ def picture(roots: Sequence[Path], name: str, *, max_pixels: int, place: str = "
 def first_bytes(roots: Sequence[Path], name: str) -> bytes:
     """The beginning of a file in `roots`; nothing where there is no such file."""
     try:
-        with contained(roots, name, where="", what="file").open("rb") as file:
+        with resolve_inside(roots, name, where="", what="file").open("rb") as file:
             return file.read(_HEAD)
     except (DataError, OSError):
         return b""

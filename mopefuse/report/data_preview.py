@@ -12,8 +12,8 @@ from typing import Any
 from mopefuse.config.schema import Data as DataConfig
 from mopefuse.data.contents import rows_of
 from mopefuse.data.index import Index
-from mopefuse.data.subsets import order_of
-from mopefuse.modalities.files import processors
+from mopefuse.data.subsets import random_order
+from mopefuse.modalities.files import processor_count
 from mopefuse.report.data_pictures import Picture
 from mopefuse.report.pages import render
 from mopefuse.report.row_values import other_files, picture_name, picture_of, text_of
@@ -68,7 +68,7 @@ def preview_page(
             f"… and {length - _MOST:,} characters more" if length > _MOST else "",
         )
 
-    with ThreadPoolExecutor(processors()) as pool:
+    with ThreadPoolExecutor(processor_count()) as pool:
         cards = list(pool.map(card, draw(index.ids, index.labels, rows, seed)))
     facts: dict[str, Any] = {"rows": len(index.ids), "no_rows": len(index.row_problems)}
     return render("preview.html", data=name, split=index.split, seed=seed, cards=cards, **facts), len(cards)
@@ -81,7 +81,7 @@ def draw(ids: Sequence[str], labels: Sequence[tuple[str, ...]], most: int, seed:
     """
     frequency = Counter(label for row in labels for label in row)
     by_class: defaultdict[str, list[int]] = defaultdict(list)
-    for row in order_of(ids, seed):
+    for row in random_order(ids, seed):
         by_class[min(labels[row], key=lambda label: (frequency[label], label), default="")].append(row)
     turns = sorted((turn, name, row) for name, rows in by_class.items() for turn, row in enumerate(rows))
     return [row for _, row in sorted((name, row) for _, name, row in turns[:most])]

@@ -74,7 +74,7 @@ def _library() -> str:
     """Vega, Vega-Lite and vega-embed as one script. To bundle them takes seconds, so the result is cached."""
     import vl_convert
 
-    key = kept.key_of("vega", version("vl-convert-python"), vl_convert.get_vega_version(), _EXPORTS)
+    key = kept.make_key("vega", version("vl-convert-python"), vl_convert.get_vega_version(), _EXPORTS)
     found = kept.find(_KIND, key)
     if found is not None:
         return (found[0] / _FILE).read_text(encoding="utf-8")
@@ -83,5 +83,5 @@ def _library() -> str:
     def write(folder: Path) -> None:
         (folder / _FILE).write_text(source, encoding="utf-8", newline="\n")
 
-    kept.keep(_KIND, key, write, {"charts": 1})
+    kept.store(_KIND, key, write, {"charts": 1})
     return source

@@ -111,5 +111,5 @@ class RunFacts:
         p_N = self.p_SN[number]
         if not self.multi_label:
             return (self.labels[int(p_N.argmax())],)
-        chosen = measures.over(p_N.unsqueeze(0), self.thresholds)[0].tolist()
+        chosen = measures.predicted_labels(p_N.unsqueeze(0), self.thresholds)[0].tolist()
         return tuple(label for label, yes in zip(self.labels, chosen, strict=True) if yes)

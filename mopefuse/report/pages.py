@@ -17,7 +17,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from mopefuse import __version__
-from mopefuse.core.artifact import check_file, write_atomically
+from mopefuse.core.atomic_files import check_file, write_atomically
 from mopefuse.errors import ConfigError, DataError
 from mopefuse.report.chart import Chart, readable
 from mopefuse.report.embedding import embed

@@ -6,23 +6,27 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mopefuse.data.base import Row
-from mopefuse.modalities.base import of
+from mopefuse.modalities.base import get_modality
 from mopefuse.report.data_pictures import Picture, picture
 
 
 def text_of(row: Row) -> str:
     """Its texts, one after the other; empty where it has none."""
-    return "\n".join(value for name, value in row.values.items() if value and not of(name).is_file)
+    return "\n".join(value for name, value in row.values.items() if value and not get_modality(name).is_file)
 
 
 def picture_name(row: Row) -> str:
     """The file of its picture; empty where it has none."""
-    return next((value for name, value in row.values.items() if value and of(name).is_picture), "")
+    return next((value for name, value in row.values.items() if value and get_modality(name).is_picture), "")
 
 
 def other_files(row: Row) -> list[str]:
     """What it has beside texts and its picture: files, each with its modality."""
-    return [f"{name}: {value}" for name, value in row.values.items() if value and of(name).is_file and not of(name).is_picture]
+    return [
+        f"{name}: {value}"
+        for name, value in row.values.items()
+        if value and get_modality(name).is_file and not get_modality(name).is_picture
+    ]
 
 
 def picture_of(row: Row, roots: Sequence[Path], *, max_pixels: int, place: str = "", text: str = "") -> Picture:

@@ -20,7 +20,7 @@ from mopefuse.report.pages import check_places, save_charts, write
 from mopefuse.report.run_page import run_page, sections
 from mopefuse.runs.folder import RunFolder
 from mopefuse.runs.load import OpenRun, open_run
-from mopefuse.runs.locate import kind_of, locate, trained
+from mopefuse.runs.locate import find_run, kind_of, locate
 from mopefuse.training.plan import resolved
 
 Advance = Callable[[str, int, int], None]  # (what, samples done, samples in all)
@@ -146,7 +146,7 @@ def _run_of(run: Path) -> RunFolder:
     if kind in ("adapter", "bundle"):
         what = f"{run} is {'an adapter' if kind == 'adapter' else 'a bundle'}, which has no log and no data"
         raise CheckpointError(20, what, fix="name the run that it was exported from")
-    folder = trained(run)
+    folder = find_run(run)
     folder.config()
     if not folder.steps():
         raise CheckpointError(21, "the run has no checkpoint yet", where=str(run), fix="go on with mopefuse train --resume")

@@ -35,7 +35,7 @@ def confusion(facts: RunFacts) -> Section | None:
     predicted_S, count = facts.logits_SN.argmax(dim=-1), len(facts.labels)
     if count > _CLASSES:
         support_N = facts.targets.bincount(minlength=count).tolist()
-        worst = metrics.confused(predicted_S, facts.targets, count, most=_PAIRS)
+        worst = metrics.most_confused(predicted_S, facts.targets, count, most=_PAIRS)
         rows = [(facts.labels[i], facts.labels[j], number, support_N[i]) for number, i, j in worst]
         return Section("confusion", "Which classes are confused", fragment("confused", rows, count), half=True)
     matrix = metrics.confusion(predicted_S, facts.targets, count)

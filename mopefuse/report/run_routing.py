@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from mopefuse.core.formatting import percent
-from mopefuse.modalities.base import of
+from mopefuse.modalities.base import get_modality
 from mopefuse.prompts import usage as routing
 from mopefuse.report.bars import heat_map
 from mopefuse.report.chart import Chart, shorten
@@ -198,7 +198,7 @@ def _specialists(facts: RunFacts, weights_SK: Tensor, layer: int) -> Section:
     split = facts.data.splits[facts.split]
     words_K = routing.words_of_experts(weights_SK, [text_of(row) for row in split.rows])
     dead_K = routing.unused(share_K.unsqueeze(0))[0]
-    alike_S = min(split.alike.items(), key=lambda item: of(item[0]).is_file)[1]  # of texts where there are some
+    alike_S = min(split.alike.items(), key=lambda item: get_modality(item[0]).is_file)[1]  # of texts where there are some
     used = [expert for expert in share_K.argsort(descending=True, stable=True).tolist() if not dead_K[expert]]
     experts = [
         {

@@ -13,7 +13,7 @@ from typing import Any
 from mopefuse.config.recipe import read_saved
 from mopefuse.config.schema import RunConfig, build_config
 from mopefuse.core import registry
-from mopefuse.core.artifact import read_json, understood, verify
+from mopefuse.core.artifact import check_manifest, read_json, verify
 from mopefuse.errors import CheckpointError
 from mopefuse.runs.facts import check_facts
 from mopefuse.runs.folder import RunFolder
@@ -49,7 +49,7 @@ class AdapterFolder(RunFolder):
         if not verify(self.path, kind=KIND)["files"].keys() >= {FACTS, "config.yaml", "weights.safetensors"}:
             raise CheckpointError(3, "the manifest names no weights", where=str(self.path), fix="export the run again")
         facts = {**read_json(self.manifest_file), **read_json(self.path / FACTS)}
-        return check_facts(understood(facts, KIND, str(self.path)), self.path / FACTS)
+        return check_facts(check_manifest(facts, KIND, str(self.path)), self.path / FACTS)
 
     def checkpoint(self, which: str = "best") -> tuple[Path, dict[str, Any]]:
         """The folder with the only weights of an adapter, and its facts.

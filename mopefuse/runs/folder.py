@@ -20,26 +20,15 @@ from typing import Any
 from mopefuse.config.recipe import read_saved, to_yaml
 from mopefuse.config.schema import RunConfig, build_config
 from mopefuse.core import registry
-from mopefuse.core.artifact import (
-    FORMAT,
-    disk_error,
-    dump_json,
-    finite,
-    publish,
-    read_json,
-    read_text,
-    sweep,
-    understood,
-    verify,
-    write_atomically,
-)  # fmt: skip
+from mopefuse.core.artifact import FORMAT, check_manifest, dump_json, finite, publish, read_json, read_text, verify
+from mopefuse.core.atomic_files import disk_error, sweep, write_atomically
 from mopefuse.core.folder_lock import FolderLock
 from mopefuse.errors import CheckpointError, ConfigError, ResourceError
 from mopefuse.runs.facts import check_facts
 
 KIND, CHECKPOINT, START = "run", "checkpoint", "start"
 _PROBE = ".writable"  # name of a file that is created to see whether the folder is writable
-_NEWER = 7  # error number of `understood` for a newer format
+_NEWER = 7  # error number of `check_manifest` for a newer format
 _MODEL_FACTS = ("encoders", "labels", "multi_label")  # repeated in each checkpoint
 
 
@@ -204,7 +193,7 @@ class RunFolder:
         Raises:
             CheckpointError: a newer version of mopefuse wrote the run, or its manifest is damaged.
         """
-        return check_facts(understood(read_json(self.manifest_file), KIND, str(self.path)), self.manifest_file)
+        return check_facts(check_manifest(read_json(self.manifest_file), KIND, str(self.path)), self.manifest_file)
 
     def _model_facts(self) -> dict[str, Any]:
         facts = self.manifest()

@@ -15,9 +15,9 @@ from mopefuse.config.schema import Data as DataConfig
 from mopefuse.config.schema import RunConfig
 from mopefuse.config.sides import Comp, addressed, specs, with_specs
 from mopefuse.core import device as devices
-from mopefuse.core.artifact import read_tensors
+from mopefuse.core.tensor_files import read_tensors
 from mopefuse.data.base import DataSet
-from mopefuse.data.load import load_data, names_splits
+from mopefuse.data.load import has_split_column, load_data
 from mopefuse.encoders.base import full_spec
 from mopefuse.encoders.description import SOURCES, differences, other_versions
 from mopefuse.errors import CheckpointError, DataError, Notice
@@ -25,7 +25,7 @@ from mopefuse.fusion.base import Fusion, fresh_encoders
 from mopefuse.fusion.build import build_model
 from mopefuse.metrics import classification as metrics
 from mopefuse.runs.folder import RunFolder
-from mopefuse.runs.locate import trained
+from mopefuse.runs.locate import find_run
 
 Advance = Callable[[int, int], None]  # (files checked, files in all)
 
@@ -81,7 +81,7 @@ def open_run(
         CheckpointError: no such run, or its encoders differ from those it was trained with.
         DataError: no such split, bad rows, or labels that the model was not trained for.
     """
-    target, folder = devices.resolve(device), trained(path)
+    target, folder = devices.resolve(device), find_run(path)
     loaded = load_model(folder, checkpoint, target, main=main, comp=comp)
     where = with_data_path(loaded.config.data, data, layout)
     dataset, split = load_split(where, split, loaded.manifest, advance=advance)
@@ -216,7 +216,7 @@ def with_data_path(config: DataConfig, path: Path | None, layout: Mapping[str, A
     if path is None:
         return config
     own = {"labels": None, "val_fraction": None, "test_fraction": None, "shots": None, "fraction": None}
-    if not names_splits(path, config):
+    if not has_split_column(path, config):
         own["split_col"] = None
     return changed_data(config.model_copy(update=own), {**(layout or {}), "path": str(path)})
 

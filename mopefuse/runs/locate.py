@@ -34,7 +34,7 @@ def locate(path: str | Path) -> Path:
     if manifest is None:
         raise _no_model(repo, text)
     commit = manifest.parent.name
-    key = cache.key_of(repo, commit)
+    key = cache.make_key(repo, commit)
     with _errors_name(text):
         names = listed_files(read_json(manifest), Path(text))
     if found := cache.find("models", key, thorough=False):
@@ -55,7 +55,7 @@ def locate(path: str | Path) -> Path:
         with _errors_name(text):
             verify(folder / "model", kind=kind)
 
-    kept = cache.keep("models", key, write, {"what": text})
+    kept = cache.store("models", key, write, {"what": text})
     if kept is None:
         raise ResourceError(10, f"{repo} cannot be cached", where=text, fix="set MOPEFUSE_CACHE to a writable folder")
     return kept / "model"
@@ -96,7 +96,7 @@ def kind_of(folder: Path) -> str:
     return str(read_json(file).get("kind", "")) if file.is_file() else ""
 
 
-def trained(path: str | Path) -> RunFolder:
+def find_run(path: str | Path) -> RunFolder:
     """The run or adapter in a folder or on the hub.
 
     Raises:

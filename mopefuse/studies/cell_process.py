@@ -19,7 +19,7 @@ import torch
 
 from mopefuse.config.schema import RunConfig
 from mopefuse.core import device as devices
-from mopefuse.core.dependencies import mendable
+from mopefuse.core.dependencies import convert_error
 from mopefuse.errors import Interrupted, MopefuseError
 from mopefuse.runs.folder import RunFolder
 from mopefuse.studies.memory_budget import MemoryReport
@@ -74,7 +74,7 @@ def run_cell(connection: Connection, task: Task) -> None:
     except MopefuseError as error:
         result = Result(error.as_dict())
     except Exception as error:
-        known = mendable(error)
+        known = convert_error(error)
         result = Result(known.as_dict() if known else _write_crash_log(error, task.run))
     connection.send(result)
     connection.close()

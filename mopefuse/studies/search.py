@@ -61,7 +61,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Searched:
+class SearchResult:
     """The result of a search: all trials in their order, and the validation metric that they are compared by."""
 
     trials: tuple[Trial, ...]
@@ -79,7 +79,7 @@ class Searched:
         return list({status.cell.folder: status for trial in self.trials for status in trial.statuses}.values())
 
 
-def run_search(study: Study, out: Path, *, jobs: int = 1, listener: StudyListener | None = None) -> Searched:
+def run_search(study: Study, out: Path, *, jobs: int = 1, listener: StudyListener | None = None) -> SearchResult:
     """Run the trials that are not finished, in order.
 
     Raises:
@@ -103,7 +103,7 @@ def run_search(study: Study, out: Path, *, jobs: int = 1, listener: StudyListene
                 pass
         if len(running.trials) == search.trials:
             running.publish()
-    result = Searched(tuple(running.trials), metric)
+    result = SearchResult(tuple(running.trials), metric)
     if len(result.trials) < search.trials:
         raise Interrupted(
             stop.signal_number,
@@ -185,7 +185,7 @@ class _RunningSearch:
 
     def publish(self, *, only_new: bool = False) -> None:
         """Write study.json; with `only_new`, keep an existing file, which may list more trials."""
-        best = Searched(tuple(self.trials), self.metric).best
+        best = SearchResult(tuple(self.trials), self.metric).best
         trials = [
             {"trial": trial.number, "settings": trial.settings, "value": trial.value, "label": trial.label}
             for trial in self.trials

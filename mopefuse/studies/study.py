@@ -24,7 +24,8 @@ import torch
 from mopefuse import __version__
 from mopefuse.config.schema import WITHOUT_EFFECT
 from mopefuse.config.sides import specs
-from mopefuse.core.artifact import FORMAT, dump_json, read_json, sweep, write_atomically
+from mopefuse.core.artifact import FORMAT, dump_json, read_json
+from mopefuse.core.atomic_files import sweep, write_atomically
 from mopefuse.data.load import load_data
 from mopefuse.errors import ConfigError, Interrupted, MopefuseError, ResourceError
 from mopefuse.fusion.build import build_model
@@ -71,7 +72,7 @@ def is_finished(cell: Cell, out: Path) -> bool:
         return False
 
 
-def trainable(cells: Sequence[Cell]) -> dict[str, int | str]:
+def count_trainable(cells: Sequence[Cell]) -> dict[str, int | str]:
     """Count the trainable parameters of each row of a study.
 
     Returns:

@@ -31,7 +31,7 @@ from pydantic import Field, ValidationError, field_validator
 from mopefuse.config.recipe import find_recipe, find_study, parse_set, read_recipe
 from mopefuse.config.schema import WITHOUT_EFFECT, RunConfig, Section, build_config
 from mopefuse.config.setting_paths import flat, merge, nested
-from mopefuse.core.cache import key_of
+from mopefuse.core.cache import make_key
 from mopefuse.errors import ConfigError, did_you_mean
 from mopefuse.studies.search_space import Search
 
@@ -243,7 +243,7 @@ def _folder(label: str, config: RunConfig) -> str:
     readable = re.sub(r"[^A-Za-z0-9=._+-]+", "-", label).strip("-.")[:48] or "cell"
     defaults = identity(RunConfig(main="", comp=""))
     settings = {key: value for key, value in identity(config).items() if value != defaults[key]}
-    return f"cells/{readable}-{key_of(json.dumps(settings, sort_keys=True))[:8]}/seed-{config.seed}"
+    return f"cells/{readable}-{make_key(json.dumps(settings, sort_keys=True))[:8]}/seed-{config.seed}"
 
 
 def _refuse_seed(settings: Settings, where: str) -> None:

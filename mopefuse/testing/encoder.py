@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mopefuse.encoders.base import Encoder, create_encoder
-from mopefuse.modalities.base import of
+from mopefuse.modalities.base import get_modality
 from mopefuse.testing._contract import Part, enforce, faults
 from mopefuse.testing.encoder_prompts import PromptChecks
 
@@ -98,4 +98,4 @@ def _prompted_parts(check: PromptChecks, alone: str) -> list[Part]:
 
 def _samples(encoder: Encoder) -> list[Any]:
     own = getattr(encoder.preprocess, "examples", None)
-    return list(own() if own is not None else of(encoder.modality).examples())
+    return list(own() if own is not None else get_modality(encoder.modality).examples())

@@ -19,7 +19,7 @@ from mopefuse.encoders.base import encode_pooled
 from mopefuse.errors import DataError
 from mopefuse.fusion.base import Fusion, Output
 from mopefuse.fusion.build import build_model
-from mopefuse.modalities.base import by_argument, of
+from mopefuse.modalities.base import get_modality, to_arguments
 from mopefuse.testing.encoder_checks import TOLERANCE
 
 NUM_LABELS = 3
@@ -48,7 +48,7 @@ class FusionChecks:
 
     def batch(self, model: Fusion, values: Mapping[str, Sequence[Any]] | None = None) -> Batch:
         """A batch of the samples, or of `values`."""
-        return model.collate(**by_argument(values or self.values))
+        return model.collate(**to_arguments(values or self.values))
 
     def output(self) -> None:
         """Types and shapes of `Output`."""
@@ -197,6 +197,6 @@ class FusionChecks:
 
 def _examples(modalities: Sequence[str]) -> dict[str, list[Any]]:
     """Examples of each modality, the same number of each."""
-    examples = {name: of(name).examples() for name in modalities}
+    examples = {name: get_modality(name).examples() for name in modalities}
     count = min(map(len, examples.values()))
     return {name: [*values[:count]] for name, values in examples.items()}

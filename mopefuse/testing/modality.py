@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mopefuse.core import registry
-from mopefuse.modalities.base import Modality, of
+from mopefuse.modalities.base import Modality, get_modality
 from mopefuse.testing._contract import Part, enforce
 from mopefuse.testing.modality_checks import Equal, FileChecks, ModalityChecks, same
 
@@ -30,14 +30,14 @@ def check_modality(
     assert isinstance(found, type) and issubclass(found, Modality), (
         f"{modality}: is no subclass of mopefuse.modalities.base.Modality · fix: name a subclass in the entry point"
     )
-    made: Any = of(modality)
+    made: Any = get_modality(modality)
     if made.is_file:
         assert values and root is not None, f"{modality}: values are files · fix: give check_modality values=[...] and root="
         checks: ModalityChecks = FileChecks(made, values, root, equal)
     else:
         checks = ModalityChecks(made, values, root or Path(), equal)
     enforce(_parts(checks))
-    return of(modality)
+    return get_modality(modality)
 
 
 def _parts(check: ModalityChecks) -> list[Part]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from mopefuse.config.schema import Data
 from mopefuse.errors import MopefuseError
-from mopefuse.modalities.base import BY_POSITION, Modality, named
+from mopefuse.modalities.base import BY_POSITION, Modality, from_arguments
 from mopefuse.modalities.files import Files
 
 _DAMAGED = ("", "no value", "\0", "\ud800", "-1e999 nan", "[", "9" * 5000)
@@ -59,7 +59,7 @@ class ModalityChecks:
         for values in (examples, tuple(examples), examples[:1]):
             what = f"is_single() takes a {type(values).__name__} of values for one value"
             assert not self.modality.is_single(values), self.message(what)
-            found = named((None,) * len(BY_POSITION), {self.modality.name: values})[self.modality.name]
+            found = from_arguments((None,) * len(BY_POSITION), {self.modality.name: values})[self.modality.name]
             assert len(found) == len(values), self.message(f"{len(values)} values become {len(found)}")
 
     def other_objects_are_refused(self) -> None:

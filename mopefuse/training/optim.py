@@ -14,7 +14,7 @@ from torch import Tensor
 from mopefuse.config.schema import RunConfig, Train
 from mopefuse.errors import CheckpointError
 from mopefuse.fusion.base import Fusion
-from mopefuse.modalities.base import of
+from mopefuse.modalities.base import get_modality
 
 
 def with_learning_rates(
@@ -27,7 +27,7 @@ def with_learning_rates(
             one has.
         fitted: whether the head begins as a regression; its learning rate is then a fiftieth.
     """
-    default = {side: of(modality).lr for side, modality in modality_of.items()}
+    default = {side: get_modality(modality).lr for side, modality in modality_of.items()}
     main = config.train.lr or default.get("main", default.get("comp", 4e-4))
     full = config.train.lr_tuned if "comp" in tuned else None
     comp = config.train.lr_comp or full or config.train.lr or default.get("comp", main)

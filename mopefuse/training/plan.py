@@ -16,7 +16,7 @@ from mopefuse.data.collate import Samples
 from mopefuse.data.load import load_data
 from mopefuse.fusion.base import Fusion
 from mopefuse.fusion.build import build_model, check_names, full_specs, require_rows
-from mopefuse.modalities.base import of
+from mopefuse.modalities.base import get_modality
 from mopefuse.training.facts import run_facts
 from mopefuse.training.losses import classification_loss
 from mopefuse.training.notices import likely_mistakes
@@ -123,7 +123,7 @@ def resolved(config: RunConfig, model: Fusion) -> RunConfig:
 def _load(config: RunConfig, listener: Listener) -> DataSet:
     advance = partial(listener.reading, "checking files")
     if distributed.world_size() > 1:  # one process checks the files, the others then find its index
-        distributed.on_main(lambda: load_data(config.data, advance=advance) and None)
+        distributed.run_on_main(lambda: load_data(config.data, advance=advance) and None)
     data = load_data(config.data, advance=advance)
     for text in data.notices:
         listener.notice(text)
@@ -170,7 +170,7 @@ def estimate_memory(model: Fusion, data: DataSet, config: RunConfig) -> int:
 def _longest_sample(model: Fusion, data: DataSet, config: RunConfig) -> Batch:
     """A batch of one: the training sample with the longest text."""
     samples = Samples(data, "train", model.readers(), config.data, seed=config.seed)
-    in_rows = [name for name in data.modalities if not of(name).is_file]
+    in_rows = [name for name in data.modalities if not get_modality(name).is_file]
     lengths = [sum(len(row.values[name] or "") for name in in_rows) for row in data.splits["train"].rows]
     longest = max(range(len(lengths)), key=lengths.__getitem__)
     return next(samples.batches([[(0, longest)]]))

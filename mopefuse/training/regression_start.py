@@ -12,9 +12,9 @@ from functools import partial
 import torch
 
 from mopefuse.core import distributed
-from mopefuse.data.collate import Table
+from mopefuse.data.collate import FeatureTable
 from mopefuse.data.features import split_features
-from mopefuse.fusion.regression import Fold, How
+from mopefuse.fusion.regression import FitSettings, Fold
 from mopefuse.training.trainer import Start, Trainer
 
 
@@ -35,17 +35,17 @@ def regression_start(trainer: Trainer, given: Start | None = None) -> Start | No
         return given._replace(state=given.state | buffers)
     val, purpose = _fold(trainer, "val"), _purpose(trainer)
     report = lambda what, share: trainer.listener.reading(what, round(100 * share), 100)  # noqa: E731
-    state, chosen = distributed.on_main(lambda: model.fit(train, val, purpose, report))
+    state, chosen = distributed.run_on_main(lambda: model.fit(train, val, purpose, report))
     trainer.progress.seconds = time.perf_counter() - began
     strengths = ", ".join(f"C {value:g} on {name}" for name, value in chosen.items())
     trainer.listener.notice(f"logistic regression, chosen on validation: {strengths}")
     return Start({**model.trainable_state_dict(), **state})
 
 
-def _purpose(trainer: Trainer) -> How:
+def _purpose(trainer: Trainer) -> FitSettings:
     """What the regression is fitted for."""
     data, config = trainer.data, trainer.config
-    return How(
+    return FitSettings(
         labels=len(data.labels),
         multi_label=data.multi_label,
         threshold=config.train.threshold,
@@ -57,7 +57,7 @@ def _purpose(trainer: Trainer) -> How:
 def _fold(trainer: Trainer, split: str) -> Fold:
     """Features and targets of a split."""
     samples = trainer.train_samples if split == "train" else trainer.val_samples
-    features: dict[str, Table] = {}
+    features: dict[str, FeatureTable] = {}
     for side in trainer.model.standard or ():
         table = samples.features.get(side)
         if table is None:  # the encoder will be prompted, or training augments its images

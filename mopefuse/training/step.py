@@ -79,7 +79,7 @@ class Backward:
             return torch.zeros((), device=self._device)
         load_LK = weight * output.load_LK
         if global_load_LK is None:
-            load_LK = distributed.total(load_LK)
+            load_LK = distributed.sum_with_gradient(load_LK)
         else:
             load_LK = global_load_LK + load_LK - load_LK.detach()
         return router.importance_weight * importance_loss(load_LK, router.importance_threshold)

@@ -14,7 +14,8 @@ from mopefuse.config.schema import RunConfig, build_config
 from mopefuse.config.setting_paths import merge
 from mopefuse.config.sides import Comp, addressed, with_specs
 from mopefuse.core import distributed
-from mopefuse.core.artifact import dump_json, write_atomically
+from mopefuse.core.artifact import dump_json
+from mopefuse.core.atomic_files import write_atomically
 from mopefuse.data.load import load_data
 from mopefuse.encoders.base import full_spec
 from mopefuse.errors import ConfigError
@@ -22,7 +23,7 @@ from mopefuse.fusion.base import Fusion
 from mopefuse.fusion.build import build_model, check_names
 from mopefuse.runs.folder import RunFolder
 from mopefuse.runs.load import Loaded, load_model, with_data_path
-from mopefuse.runs.locate import trained
+from mopefuse.runs.locate import find_run
 from mopefuse.training.inherit import Inherited, inherit
 from mopefuse.training.plan import resolved
 from mopefuse.training.train import train
@@ -92,10 +93,10 @@ def swap_encoder(
         raise ConfigError(61, "nothing is swapped", where="swap-encoder", fix="name --main SPEC, --comp SPEC or --data DIR")
     _require_enough_epochs(warm_up, epochs)
     listener = listener or Listener()
-    with distributed.joined():
-        distributed.on_main(lambda: RunFolder(out).prepare(resume=False, overwrite=False, fix="name another --out"))
+    with distributed.process_group():
+        distributed.run_on_main(lambda: RunFolder(out).prepare(resume=False, overwrite=False, fix="name another --out"))
         # 1. The trained model, and the new one before training.
-        source = trained(run)
+        source = find_run(run)
         old = load_model(source, "best", CPU)
         _require_trained_by_steps(old, run)
         modality_of = {side: old.model.encoder(side).modality for side in old.model.uses}
@@ -116,7 +117,7 @@ def swap_encoder(
         encoders = {side: str(model.encoder(side).spec) for side in model.uses}
         swap = Swap(inherited=tuple(inherited), metrics=metrics, encoders=encoders)
         facts = dump_json({"from": str(run), **swap.as_dict()})
-        distributed.on_main(lambda: write_atomically(out / "swap.json", facts))
+        distributed.run_on_main(lambda: write_atomically(out / "swap.json", facts))
         return swap
 
 
@@ -135,7 +136,7 @@ def _require_trained_by_steps(old: Loaded, run: Path) -> None:
 def _new_model(config: RunConfig) -> tuple[Fusion, tuple[str, ...]]:
     """The new model before training, and the labels of its data."""
     check_names(config)
-    labels = distributed.on_main(lambda: load_data(config.data).labels)
+    labels = distributed.run_on_main(lambda: load_data(config.data).labels)
     return build_model(config, len(labels)), labels
 
 

@@ -15,7 +15,9 @@ import torch
 from mopefuse.config.schema import RunConfig
 from mopefuse.core import device as devices
 from mopefuse.core import distributed
-from mopefuse.core.artifact import FREE_SPACE, dump_json, read_tensors, write_atomically, write_tensors
+from mopefuse.core.artifact import dump_json
+from mopefuse.core.atomic_files import FREE_SPACE, write_atomically
+from mopefuse.core.tensor_files import read_tensors, write_tensors
 from mopefuse.data.base import SPLITS, DataSet
 from mopefuse.errors import DataError, Interrupted, ResourceError
 from mopefuse.metrics import classification as metrics
@@ -53,8 +55,8 @@ def train(
         MopefuseError: see docs/errors.md; published checkpoints are kept.
     """
     listener = listener or Listener()
-    with distributed.joined():
-        folder = RunFolder(distributed.from_main(out))
+    with distributed.process_group():
+        folder = RunFolder(distributed.broadcast_from_main(out))
         with _claimed(folder, listener, resume=resume, overwrite=overwrite):
             return _train(config, folder, listener, resume=resume, start=start)
 
@@ -62,7 +64,7 @@ def train(
 @contextmanager
 def _claimed(folder: RunFolder, listener: Listener, *, resume: bool, overwrite: bool) -> Iterator[None]:
     """The folder, prepared and locked while the context lasts."""
-    notice = distributed.on_main(lambda: folder.claim(resume=resume, overwrite=overwrite))
+    notice = distributed.run_on_main(lambda: folder.claim(resume=resume, overwrite=overwrite))
     if notice:
         listener.notice(notice)
     try:
@@ -123,13 +125,13 @@ def _train(
 
 def _resume(folder: RunFolder, config: RunConfig, listener: Listener) -> _Origin | None:
     """The run in the folder with the changes in `config`; None if it has not published anything yet."""
-    facts = distributed.on_main(lambda: folder.manifest() if folder.can_resume() else None)
+    facts = distributed.run_on_main(lambda: folder.manifest() if folder.can_resume() else None)
     if facts is None:
         return None
-    config, changes = distributed.on_main(lambda: resumed(folder.config(), config))
+    config, changes = distributed.run_on_main(lambda: resumed(folder.config(), config))
     for change in changes:
         listener.notice(f"changed: {change}")
-    return _Origin(config, facts, distributed.on_main(lambda: _initial_weights(folder)))
+    return _Origin(config, facts, distributed.run_on_main(lambda: _initial_weights(folder)))
 
 
 def _initial_weights(folder: RunFolder) -> Start | None:
@@ -156,7 +158,7 @@ def _begin(folder: RunFolder, prepared: Prepared, origin: _Origin, listener: Lis
             folder.save_initial_weights(lambda to: write_tensors(to / _WEIGHTS, start.state), start_facts)
         _write_settings(folder, prepared, facts)
 
-    distributed.on_main(write)
+    distributed.run_on_main(write)
     return facts
 
 
@@ -184,16 +186,16 @@ def _go_to_start(
         listener.notice(trainer.duration.notice)
     if origin.facts is not None and trainer.restore():
         step = trainer.progress.step
-        result: dict[str, Any] | None = distributed.on_main(lambda: _continue(folder, prepared, facts, trainer))
+        result: dict[str, Any] | None = distributed.run_on_main(lambda: _continue(folder, prepared, facts, trainer))
         if result is None:
             listener.notice(f"resuming at step {step} of {trainer.total}")
         else:
             more = "" if prepared.model.closed_form else f"; raise {' and '.join(trainer.duration.limits)} to continue"
             listener.notice(f"already finished at step {step}{more}")
         return result
-    distributed.on_main(lambda: folder.rewind_log(-1))  # lines of an attempt that ended before its first checkpoint
+    distributed.run_on_main(lambda: folder.rewind_log(-1))  # lines of an attempt that ended before its first checkpoint
     if origin.facts is not None:
-        distributed.on_main(lambda: _write_settings(folder, prepared, facts))
+        distributed.run_on_main(lambda: _write_settings(folder, prepared, facts))
     if (start := regression_start(trainer, origin.start)) is not None:
         trainer.begin(start.state)
     return None
@@ -240,7 +242,7 @@ def _finish(trainer: Trainer, prepared: Prepared, folder: RunFolder, device: tor
         "seed": trainer.config.seed,
         "versions": versions(),
     }
-    distributed.on_main(lambda: write_atomically(folder.metrics_file, dump_json(result)))
+    distributed.run_on_main(lambda: write_atomically(folder.metrics_file, dump_json(result)))
     return result
 
 

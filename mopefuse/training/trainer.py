@@ -18,9 +18,11 @@ from torch import Tensor
 
 from mopefuse.config.schema import RunConfig
 from mopefuse.core import distributed
-from mopefuse.core.artifact import dump_json, read_tensors, write_atomically, write_tensors
+from mopefuse.core.artifact import dump_json
+from mopefuse.core.atomic_files import write_atomically
+from mopefuse.core.tensor_files import read_tensors, write_tensors
 from mopefuse.data.base import Batch, DataSet
-from mopefuse.data.collate import Key, epoch_batches, seed_of, share
+from mopefuse.data.collate import Key, epoch_batches, process_share, seed_of
 from mopefuse.errors import Interrupted, NumericError
 from mopefuse.evaluation.scoring import Evaluation, score, score_tuned
 from mopefuse.evaluation.split import model_outputs, prepare_samples
@@ -151,7 +153,7 @@ class Trainer:
 
     def restore(self) -> bool:
         """Continue from the newest undamaged checkpoint; False if there are no checkpoints."""
-        found = distributed.on_main(self.run.latest)
+        found = distributed.run_on_main(self.run.latest)
         if found is None:
             return False
         path, manifest = found
@@ -168,7 +170,7 @@ class Trainer:
             if self.progress.best is not None:
                 self.run.set_best(self.progress.best_step)
 
-        distributed.on_main(rewind)
+        distributed.run_on_main(rewind)
         return True
 
     def save(self, *, best: bool = False) -> None:
@@ -183,7 +185,7 @@ class Trainer:
             if best:
                 self.run.set_best(self.progress.step)
 
-        distributed.on_main(publish)
+        distributed.run_on_main(publish)
 
     # -- the loop
 
@@ -237,7 +239,7 @@ class Trainer:
         set_learning_rate(self.optimizer, factor(config.train, step, self.total))
         self.optimizer.zero_grad(set_to_none=True)
         torch.manual_seed(seed_of(config.seed, step, distributed.rank()))
-        has_share = bool(share(global_batch, distributed.rank(), distributed.world_size()))
+        has_share = bool(process_share(global_batch, distributed.rank(), distributed.world_size()))
         loss = self._backward(batch, len(global_batch), has_share=has_share)
         parameters = self.model.named_trainable_parameters()
         if self._warm_up is not None and step < self._warm_up.steps:
@@ -245,7 +247,7 @@ class Trainer:
                 parameters[name].grad = None
         distributed.sum_gradients(parameters.values())
         norm = float(torch.nn.utils.clip_grad_norm_(parameters.values(), config.train.clip))
-        value = float(distributed.total(loss))
+        value = float(distributed.sum_with_gradient(loss))
         lr = float(self.optimizer.param_groups[0]["lr"])
         if not (math.isfinite(value) and math.isfinite(norm)):
             self._refuse_step(value, norm, lr, global_batch)
@@ -289,7 +291,7 @@ class Trainer:
             self.progress.best, self.progress.best_step = value, self.progress.step
         self.progress.validated = self.progress.step
         line = {"step": self.progress.step, "val": found, **({"routing": routing} if routing else {})}
-        distributed.on_main(lambda: self.run.log(line))
+        distributed.run_on_main(lambda: self.run.log(line))
         self.save(best=best)
         if routing and routing["unused_share"] > _COLLAPSED and not self._warned_of_collapse:
             self._warned_of_collapse = True
@@ -305,7 +307,7 @@ class Trainer:
 
     def _selected(self) -> tuple[Path, dict[str, Any]]:
         """The verified folder of the selected checkpoint and its manifest, the same on all processes."""
-        found: tuple[Path, dict[str, Any]] = distributed.on_main(lambda: self.run.checkpoint(self.config.train.select))
+        found: tuple[Path, dict[str, Any]] = distributed.run_on_main(lambda: self.run.checkpoint(self.config.train.select))
         return found
 
     def thresholds(self) -> metrics.Thresholds:
@@ -335,5 +337,5 @@ class _Keys:
     def __iter__(self) -> Iterator[list[Key]]:
         rank, world = distributed.rank(), distributed.world_size()
         for epoch, global_batch in self._trainer._schedule():
-            mine = share(global_batch, rank, world) or global_batch[:1]
+            mine = process_share(global_batch, rank, world) or global_batch[:1]
             yield [(epoch, index) for index in mine]
