@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mopefuse import errors
-from mopefuse.core import error_numbers as _numbers
+from mopefuse.core import error_codes
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "errors.md"
@@ -90,7 +90,7 @@ def codes() -> dict[str, tuple[int, list[str]]]:
 def _raised(tree: ast.Module, path: Path) -> Iterator[tuple[type[errors.MopefuseError], int, str]]:
     """Iterate over class, number and message of every error that a module creates.
 
-    A number is written out, or a name of `_numbers`. Where it is a variable, it comes from tuples of the same module that
+    A number is a constant of `mopefuse.core.error_codes`. Where it is a variable, it comes from tuples of the same module that
     start with a number and a message. A message that is a variable has the value last assigned to it above.
     """
     assigned = [node for node in ast.walk(tree) if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)]
@@ -118,10 +118,8 @@ def _pair(node: ast.AST) -> list[ast.expr]:
 
 
 def _number(node: ast.expr) -> int | None:
-    if isinstance(node, ast.Constant) and isinstance(node.value, int):
-        return node.value
-    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "_numbers":
-        return int(getattr(_numbers, node.attr))
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id.endswith("Code"):
+        return int(getattr(error_codes, node.value.id)[node.attr])
     return None
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from mopefuse import errors
+from mopefuse.core import error_codes
 from mopefuse.errors import ConfigError, DataError, Interrupted, MopefuseError, did_you_mean
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,13 +85,22 @@ def test_the_page_has_every_exit_code(script: dict[str, Any]) -> None:
         assert re.search(rf"^\| {kind.exit_code} \|", table, re.MULTILINE)
 
 
-def test_the_scan_sees_every_code_that_is_written_out(script: dict[str, Any]) -> None:
-    """An independent look: whatever number follows the name of an error class in the text of the source."""
+def test_the_scan_sees_every_code_that_is_raised(script: dict[str, Any]) -> None:
+    """An independent look: whatever constant follows the name of an error class in the text of the source."""
     kinds = {kind.__name__: kind.family for kind in KINDS if kind not in (MopefuseError, Interrupted)}
     found = set()
     for path in (ROOT / "mopefuse").rglob("*.py"):
-        for name, number in re.findall(r"\b(\w+Error)\(\s*(\d+)\b", path.read_text(encoding="utf-8")):
-            if name in kinds:
-                found.add(f"MF-{kinds[name]}-{int(number):02d}")
+        for name, enum, constant in re.findall(r"\b(\w+Error)\(\s*(\w+Code)\.(\w+)\b", path.read_text(encoding="utf-8")):
+            code = getattr(error_codes, enum)[constant]
+            assert code.text == f"MF-{kinds[name]}-{int(code):02d}", f"{path.name}: {enum} in {name}"
+            found.add(code.text)
     assert found <= script["codes"]().keys()
     assert len(found) > 50
+
+
+def test_errors_are_made_of_constants_and_each_constant_is_used() -> None:
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "mopefuse").rglob("*.py"))
+    assert re.findall(r"\b\w+Error\(\s*\d+\b", source) == []
+    enums = [kind for kind in vars(error_codes).values() if isinstance(kind, type) and issubclass(kind, error_codes.ErrorCode)]
+    constants = {f"{enum.__name__}.{code.name}" for enum in enums for code in enum}
+    assert constants == set(re.findall(r"\b\w+Code\.[A-Z][A-Z0-9_]+\b", source))

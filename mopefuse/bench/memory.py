@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from mopefuse.core import device as devices
+from mopefuse.core.error_codes import ResourceCode
 from mopefuse.errors import ResourceError
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -65,7 +66,7 @@ def _receive(connection: Connection) -> Any:
         return connection.recv()
     except EOFError:
         what = "a process that measured memory was killed, usually for lack of memory"
-        return ResourceError(13, what, where="bench", fix="lower --batch, or add --no-memory")
+        return ResourceError(ResourceCode.MEASUREMENT_ENDED, what, where="bench", fix="lower --batch, or add --no-memory")
 
 
 def _serve(connection: Connection, threads: int, build: Callable[[], Any], measure: Measure) -> None:

@@ -15,6 +15,7 @@ from mopefuse.bench.variants import Subject, Variant, build_encoders
 from mopefuse.config.schema import RunConfig
 from mopefuse.core import device as devices
 from mopefuse.core import distributed
+from mopefuse.core.error_codes import ResourceCode
 from mopefuse.errors import ResourceError
 from mopefuse.fusion.build import full_specs
 
@@ -57,7 +58,9 @@ def _time_step(count: int, config: RunConfig, batch: int, text_length: int, roun
     try:
         seconds: tuple[float, ...] = here.recv()
     except EOFError:
-        raise ResourceError(12, f"one of {count} processes died", where="bench ddp", fix="lower --batch") from None
+        raise ResourceError(
+            ResourceCode.BENCH_PROCESS_ENDED, f"one of {count} processes died", where="bench ddp", fix="lower --batch"
+        ) from None
     finally:
         for process in started:
             process.join()

@@ -10,6 +10,7 @@ from typing import Any
 
 from mopefuse.cli._render import count, duration, err, out, percent, print_json, table
 from mopefuse.core import distributed
+from mopefuse.core.error_codes import ConfigCode
 from mopefuse.core.formatting import several, visible
 from mopefuse.errors import ConfigError
 from mopefuse.training.trainer import Listener, Progress
@@ -170,5 +171,7 @@ def _tensorboard() -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         fix = 'pip install "mopefuse[track]"'
-        raise ConfigError(42, "tensorboard is not installed", where="--tensorboard", fix=fix) from None
+        raise ConfigError(
+            ConfigCode.TENSORBOARD_MISSING, "tensorboard is not installed", where="--tensorboard", fix=fix
+        ) from None
     return SummaryWriter

@@ -37,6 +37,7 @@ from mopefuse.cli import swap_encoder as swap
 from mopefuse.cli._render import print_json, speaks_unicode
 from mopefuse.cli.settings import add_command
 from mopefuse.core.dependencies import convert_error, guard_imports
+from mopefuse.core.error_codes import ResourceCode
 from mopefuse.core.formatting import visible
 from mopefuse.errors import Interrupted, MopefuseError, Notice, ResourceError
 
@@ -168,7 +169,9 @@ def _flush() -> None:
         raise
     except OSError as error:
         fix = "write the output elsewhere; files that the command wrote are complete"
-        raise ResourceError(250, f"cannot print the result: {error.strerror}", where="stdout", fix=fix) from None
+        raise ResourceError(
+            ResourceCode.OUTPUT_CLOSED, f"cannot print the result: {error.strerror}", where="stdout", fix=fix
+        ) from None
 
 
 def _discard(stream: Any) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mopefuse.cli.options import Device, Json
+from mopefuse.core.error_codes import ConfigCode
 
 if TYPE_CHECKING:
     from mopefuse.bench.timing import Advance
@@ -229,7 +230,9 @@ def _numbers(text: str, where: str = "--experts") -> tuple[int, ...]:
     except ValueError:
         found = ()
     if not found or min(found) < 1:
-        raise ConfigError(130, f"{text!r} is not a list of numbers from 1", where=where, fix="write 16, or 4,16,256")
+        raise ConfigError(
+            ConfigCode.NOT_A_NUMBER_LIST, f"{text!r} is not a list of numbers from 1", where=where, fix="write 16, or 4,16,256"
+        )
     return found
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from mopefuse.cli.options import Json
+from mopefuse.core.error_codes import ConfigCode
 
 _FORMATS = ("table", "markdown", "csv", "json", "latex")
 
@@ -43,7 +44,12 @@ def compare(
     from mopefuse.errors import ConfigError, did_you_mean
 
     if format_ not in _FORMATS:
-        raise ConfigError(88, f"there is no format {format_!r}", where="--format", fix=did_you_mean(format_, _FORMATS))
+        raise ConfigError(
+            ConfigCode.UNKNOWN_TABLE_FORMAT,
+            f"there is no format {format_!r}",
+            where="--format",
+            fix=did_you_mean(format_, _FORMATS),
+        )
     if out is not None:
         check_file(out)
     from mopefuse.cli._comparison import WRITERS, as_dict, show

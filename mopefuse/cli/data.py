@@ -10,6 +10,7 @@ import typer
 from mopefuse.cli import data_cache, data_check
 from mopefuse.cli.options import Json, Seed
 from mopefuse.cli.settings import add_command
+from mopefuse.core.error_codes import DataCode
 
 app = typer.Typer(help="Check, preview, prepare and generate data sets.", no_args_is_help=True)
 
@@ -47,7 +48,12 @@ def make(
     maker = load(DATASETS, name)
     if _is_source(maker):
         fix = f"mopefuse data prepare {name} SOURCE DEST"
-        raise DataError(72, f"{name} is not generated but prepared from files that you download", where=name, fix=fix)
+        raise DataError(
+            DataCode.PREPARED_NOT_MADE,
+            f"{name} is not generated but prepared from files that you download",
+            where=name,
+            fix=fix,
+        )
     counts = maker(folder, seed=seed)
     if json:
         print_json({"ok": True, "folder": str(folder), "rows": counts})
@@ -95,7 +101,7 @@ def prepare(
     kind = load(DATASETS, name)
     if not _is_source(kind):
         fix = f"mopefuse data make {name} {dest}"
-        raise DataError(71, f"{name} is generated, not prepared from files", where=name, fix=fix)
+        raise DataError(DataCode.MADE_NOT_PREPARED, f"{name} is generated, not prepared from files", where=name, fix=fix)
     given = {"text": text, "clean": clean or None, "premise": premise or None, "val": val, "seed": seed}
     options = {key: value for key, value in given.items() if value is not None}
     with PrepareDisplay(silent=json) as display:

@@ -9,6 +9,7 @@ import typer
 
 from mopefuse.cli.options import DataPath, Json, Seed, SetData, Split
 from mopefuse.cli.settings import Settings
+from mopefuse.core.error_codes import DataCode
 from mopefuse.core.formatting import several
 
 if TYPE_CHECKING:
@@ -80,10 +81,12 @@ def _verdict(report: Report, folder: Path, *, strict: bool) -> DataError | None:
         fix = "correct the problems listed"
         if report.config.on_bad == "skip":
             fix += "; --on-bad skip leaves out a fraction of data.max_bad_fraction at most, and no unsafe paths"
-        return DataError(80, f"{several(report.errors, 'error')} in {folder}", fix=fix)
+        return DataError(DataCode.CHECK_FOUND_ERRORS, f"{several(report.errors, 'error')} in {folder}", fix=fix)
     if strict and report.warnings:
         what = f"{several(report.warnings, 'warning')} in {folder}"
-        return DataError(81, what, where="--strict", fix="correct the problems listed, or leave --strict out")
+        return DataError(
+            DataCode.CHECK_FOUND_WARNINGS, what, where="--strict", fix="correct the problems listed, or leave --strict out"
+        )
     return None
 
 

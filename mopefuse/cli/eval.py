@@ -9,6 +9,7 @@ import typer
 
 from mopefuse.cli.options import Checkpoint, Device, Json, Model, OtherComp, OtherMain, Split
 from mopefuse.cli.settings import Settings, of_data
+from mopefuse.core.error_codes import ConfigCode
 
 if TYPE_CHECKING:
     from mopefuse.evaluation.missing_shares import Shares
@@ -85,13 +86,17 @@ def _check(
 
     if not single and (out or gated):
         fix = "leave it out, or give one share, such as text=0.7"
-        raise ConfigError(153, "--missing grid has many results", where="--out" if out else "--min", fix=fix)
+        raise ConfigError(
+            ConfigCode.GRID_HAS_NO_SINGLE_RESULT, "--missing grid has many results", where="--out" if out else "--min", fix=fix
+        )
     if settings and data is None:
         what = "a run reads its own data as in training"
         fix = "leave it out, or name other data with --data"
-        raise ConfigError(154, what, where=", ".join(map(flag_of, settings)), fix=fix)
+        raise ConfigError(ConfigCode.COLUMNS_OF_OWN_DATA, what, where=", ".join(map(flag_of, settings)), fix=fix)
     if split not in _SPLITS:
-        raise ConfigError(53, f"there is no split {split!r}", where="--split", fix=did_you_mean(split, _SPLITS))
+        raise ConfigError(
+            ConfigCode.NO_SUCH_SPLIT, f"there is no split {split!r}", where="--split", fix=did_you_mean(split, _SPLITS)
+        )
     folder = locate(run)
     if kind_of(folder) != "bundle":
         find_run(folder).config()

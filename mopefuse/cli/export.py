@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mopefuse.cli.options import Checkpoint, Json
+from mopefuse.core.error_codes import ConfigCode
 
 if TYPE_CHECKING:
     from mopefuse.export.export import Exported
@@ -55,7 +56,12 @@ def export(
         return
     if exported is not None or out is None:
         fix = "write mopefuse export RUN -o OUT, or mopefuse export verify FOLDER"
-        raise ConfigError(71, "no folder to write given" if out is None else "two folders given", where="export", fix=fix)
+        raise ConfigError(
+            ConfigCode.NOT_ONE_OUTPUT,
+            "no folder to write given" if out is None else "two folders given",
+            where="export",
+            fix=fix,
+        )
     from mopefuse.export.export import export as run_export
 
     with err().status("loading the model") as status:

@@ -15,6 +15,7 @@ import typer
 
 from mopefuse.cli.options import Checkpoint, Device, Model, OtherComp, OtherMain
 from mopefuse.cli.settings import Settings, of_data
+from mopefuse.core.error_codes import ConfigCode, DataCode
 
 if TYPE_CHECKING:
     from mopefuse.config.schema import Data
@@ -83,9 +84,14 @@ def _check(source: str | None, image: Path | None, text: str | None, out: Path |
 
     if (source is None) == (image is None and text is None):
         what = "no input given" if source is None else "both INPUT and --image or --text given"
-        raise ConfigError(64, what, where="predict", fix="name a table, or give --image and --text")
+        raise ConfigError(ConfigCode.NOT_ONE_INPUT, what, where="predict", fix="name a table, or give --image and --text")
     if out is not None and out.suffix not in (".jsonl", ".csv"):
-        raise ConfigError(65, f"{out.name} is neither .jsonl nor .csv", where="--out", fix="end the name in .jsonl or .csv")
+        raise ConfigError(
+            ConfigCode.UNKNOWN_OUTPUT_SUFFIX,
+            f"{out.name} is neither .jsonl nor .csv",
+            where="--out",
+            fix="end the name in .jsonl or .csv",
+        )
     if out is not None:
         check_file(out)
     if source is None or source == "-":
@@ -95,10 +101,10 @@ def _check(source: str | None, image: Path | None, text: str | None, out: Path |
         what, fix = f"there is no file {source}", "name a table of rows, or - for stdin"
         if path.is_dir():
             what, fix = f"{source} is a folder", f"name a table in it, such as {path / 'test.jsonl'}"
-        raise ConfigError(66, what, where="predict", fix=fix)
+        raise ConfigError(ConfigCode.BAD_PREDICT_INPUT, what, where="predict", fix=fix)
     if path.suffix.lower() in _IMAGES:
         fix = f"write --image {source} --text TEXT"
-        raise ConfigError(302, f"{source} is an image, not a table of rows", where="predict", fix=fix)
+        raise ConfigError(ConfigCode.INPUT_IS_AN_IMAGE, f"{source} is an image, not a table of rows", where="predict", fix=fix)
 
 
 def _summarise(count: int, errors: list[dict[str, str]], source: str) -> None:
@@ -117,7 +123,7 @@ def _summarise(count: int, errors: list[dict[str, str]], source: str) -> None:
         what = f"could not read any of {rows}; first error: {errors[0]['message']}"
         all_missing = {error["code"] for error in errors} == {MISSING}
         fix = "name the folder of the files with --image-root DIR" if all_missing else errors[0]["hint"]
-        raise DataError(101, what, where=source, fix=fix or "name a table of rows")
+        raise DataError(DataCode.NO_ROW_READABLE, what, where=source, fix=fix or "name a table of rows")
     if errors:
         rows += f", {len(errors)} of them could not be read (see their field error); first error: {errors[0]['message']}"
     err().print(rows, markup=False)
@@ -142,7 +148,7 @@ def _pairs(
     for name, flag in (("image", "--image FILE"), ("text", "--text TEXT")):
         if name in model.modalities and name not in model.may_lack and name not in given:
             what = f"the row has no {name}, and the model cannot predict without it"
-            raise DataError(100, what, where="predict", fix=f"add {flag}")
+            raise DataError(DataCode.MODALITY_REQUIRED, what, where="predict", fix=f"add {flag}")
     return [Pair(image.name if image else "text", {name: given.get(name) for name in model.modalities})]
 
 

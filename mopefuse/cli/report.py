@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mopefuse.cli.options import Json
+from mopefuse.core.error_codes import ConfigCode
 
 if TYPE_CHECKING:
     from mopefuse.report.run import Reported
@@ -75,7 +76,12 @@ def _refuse(context: typer.Context, names: tuple[str, ...], kind: str) -> None:
 
     given = [name for name in names if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"]
     if given:
-        raise ConfigError(120, f"--{given[0]} does not apply to a {kind}", where=f"--{given[0]}", fix="leave it out")
+        raise ConfigError(
+            ConfigCode.REPORT_OPTION_NOT_APPLICABLE,
+            f"--{given[0]} does not apply to a {kind}",
+            where=f"--{given[0]}",
+            fix="leave it out",
+        )
 
 
 def _show(done: Reported | StudyReported, more: dict[str, object], *, json: bool, verdict: str = "") -> None:

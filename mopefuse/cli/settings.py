@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperCommand
 
 from mopefuse.config.flags import Flag, flag_of, flags_for
+from mopefuse.core.error_codes import ConfigCode
 
 Settings = dict[str, Any]
 """Settings that were given on the command line: dotted path to value."""
@@ -144,7 +145,7 @@ def _checked(values: Mapping[str, Any]) -> Settings:
         if column is not None and given.get(path, column) != column:
             flag = flag_of(path)
             what = f"{flag} {given[path]} and --column {modality}={column} name two columns for one modality"
-            raise ConfigError(230, what, where=f"{flag}, --column", fix="leave one of them out")
+            raise ConfigError(ConfigCode.COLUMN_NAMED_TWICE, what, where=f"{flag}, --column", fix="leave one of them out")
         given |= {path: column} if column is not None else {}
     return given | ({"data.columns": columns} if columns else {})
 
@@ -153,7 +154,9 @@ def _require_folder(root: str) -> None:
     from mopefuse.errors import ConfigError
 
     if not Path(root).is_dir():
-        raise ConfigError(301, f"there is no folder {root}", where="--image-root", fix="check the path")
+        raise ConfigError(
+            ConfigCode.PARENT_FOLDER_MISSING, f"there is no folder {root}", where="--image-root", fix="check the path"
+        )
 
 
 def _parse_columns(texts: list[str]) -> dict[str, str]:
@@ -169,7 +172,7 @@ def _parse_columns(texts: list[str]) -> dict[str, str]:
         modality, _, name = (part.strip() for part in text.partition("="))
         if not (modality and name) or modality in found:
             fix = "write each once, as --column MODALITY=NAME, for example --column audio=clip"
-            raise ConfigError(135, f"cannot read the column {text!r}", where="--column", fix=fix)
+            raise ConfigError(ConfigCode.BAD_COLUMN_OPTION, f"cannot read the column {text!r}", where="--column", fix=fix)
         found[modality] = name
     return found
 

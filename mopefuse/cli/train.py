@@ -10,6 +10,7 @@ import typer
 
 from mopefuse.cli.options import Json, Set
 from mopefuse.cli.settings import Settings
+from mopefuse.core.error_codes import ConfigCode
 
 if TYPE_CHECKING:
     from mopefuse.config.schema import RunConfig
@@ -75,9 +76,13 @@ def _resolve(
     from mopefuse.errors import ConfigError
 
     if resume and not named:
-        raise ConfigError(26, "--resume needs the folder of the run", where="--resume", fix="add --out RUN")
+        raise ConfigError(
+            ConfigCode.RESUME_WITHOUT_RUN, "--resume needs the folder of the run", where="--resume", fix="add --out RUN"
+        )
     if resume and "main" not in settings and recipe is None and not folder.exists():
-        raise ConfigError(27, f"there is no run {folder.path}", where="--resume", fix="name the folder of a run")
+        raise ConfigError(
+            ConfigCode.NO_RUN_TO_RESUME, f"there is no run {folder.path}", where="--resume", fix="name the folder of a run"
+        )
     saved = folder.config() if resume and folder.exists() else None
     config = resolve(recipe=recipe, flags=settings, sets=sets, saved=saved)
     check_weights(specs(config))

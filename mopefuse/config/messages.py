@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from mopefuse.core.error_codes import ConfigCode
 from mopefuse.errors import ConfigError, did_you_mean, similar_names
 
 Model = type[BaseModel]
@@ -152,7 +153,7 @@ def invalid(error: ValidationError, model: Model, values: dict[str, Any], source
     fix = f"did you mean {', '.join(chosen)}?" if len(chosen) == len(details) else "correct the settings named"
     if all(detail["type"] == "missing" for detail in details):
         fix = f"add {' '.join(_example(detail, model, names) for detail in details)}"
-    return ConfigError(1, "; ".join(_problems(details, model, values, names)), where=source, fix=fix)
+    return ConfigError(ConfigCode.INVALID_SETTINGS, "; ".join(_problems(details, model, values, names)), where=source, fix=fix)
 
 
 def _problems(details: list[Any], model: Model, values: dict[str, Any], names: Mapping[str, str]) -> list[str]:

@@ -17,6 +17,7 @@ from mopefuse.config.flags import FLAGS
 from mopefuse.config.messages import near_setting
 from mopefuse.config.schema import Data, RunConfig, build_config, known_keys
 from mopefuse.config.setting_paths import flat, merge, nested
+from mopefuse.core.error_codes import CheckpointCode, ConfigCode
 from mopefuse.core.regular_files import read_regular
 from mopefuse.errors import CheckpointError, ConfigError, did_you_mean
 
@@ -79,17 +80,21 @@ def read_yaml(text: str, source: str) -> Any:
         problem = error.problem or "cannot be parsed"
         if "'\\t'" in problem:
             problem = "a tab; indent with spaces only"
-        raise ConfigError(2, f"not a valid recipe: {problem}", where=where, fix="correct that line") from None
+        raise ConfigError(
+            ConfigCode.RECIPE_NOT_YAML, f"not a valid recipe: {problem}", where=where, fix="correct that line"
+        ) from None
     except yaml.reader.ReaderError as error:
         lines = text[: error.position].split("\n")
         raise ConfigError(
-            2,
+            ConfigCode.RECIPE_NOT_YAML,
             f"not a valid recipe: the character {chr(error.character)!r} is not allowed",
             where=f"{source}:{len(lines)}:{len(lines[-1]) + 1}",
             fix="remove it",
         ) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(2, f"not a valid recipe: {error}", where=source, fix="write plain YAML") from None
+        raise ConfigError(
+            ConfigCode.RECIPE_NOT_YAML, f"not a valid recipe: {error}", where=source, fix="write plain YAML"
+        ) from None
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -101,7 +106,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
     try:
         text = read_regular(path).decode("utf-8-sig")
     except (UnicodeDecodeError, OSError) as error:
-        raise ConfigError(3, f"cannot read the recipe: {error}", where=str(path), fix="name a readable UTF-8 file") from None
+        raise ConfigError(
+            ConfigCode.RECIPE_UNREADABLE, f"cannot read the recipe: {error}", where=str(path), fix="name a readable UTF-8 file"
+        ) from None
     return _settings(text, path)
 
 
@@ -111,7 +118,7 @@ def _settings(text: str, path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise ConfigError(
-            4,
+            ConfigCode.RECIPE_NOT_A_MAPPING,
             f"a recipe must be a mapping of settings, got a {type(values).__name__}",
             where=str(path),
             fix="write NAME: VALUE lines",
@@ -128,7 +135,9 @@ def read_saved(path: Path) -> dict[str, Any]:
     try:
         text = read_regular(path).decode("utf-8-sig")
     except (UnicodeDecodeError, OSError) as error:
-        raise CheckpointError(3, f"{path.name} is damaged: {error}", where=str(path), fix="use another copy") from None
+        raise CheckpointError(
+            CheckpointCode.CONTENT_DAMAGED, f"{path.name} is damaged: {error}", where=str(path), fix="use another copy"
+        ) from None
     return _settings(text, path)
 
 
@@ -144,7 +153,9 @@ def parse_set(assignments: Iterable[str]) -> dict[str, Any]:
         path = tuple(name.strip().split("."))
         _check_path(path)
         if not equals or not value.strip():
-            raise ConfigError(5, f"--set {name} has no value", where=name, fix=f"write --set {name}=VALUE")
+            raise ConfigError(
+                ConfigCode.SET_WITHOUT_VALUE, f"--set {name} has no value", where=name, fix=f"write --set {name}=VALUE"
+            )
         values = merge(values, nested(".".join(path), read_yaml(value, f"--set {name}")))
     return values
 
@@ -154,10 +165,15 @@ def _check_path(path: tuple[str, ...]) -> None:
         if part not in known_keys(path[:depth]):
             where = ".".join(path[: depth + 1])
             fix = near_setting(RunConfig, path[: depth + 1])
-            raise ConfigError(6, f"there is no setting {where}", where=f"--set {'.'.join(path)}", fix=fix)
+            raise ConfigError(
+                ConfigCode.UNKNOWN_SETTING, f"there is no setting {where}", where=f"--set {'.'.join(path)}", fix=fix
+            )
     if known_keys(path):
         raise ConfigError(
-            6, f"{'.'.join(path)} is a section", where="--set", fix=f"set one of its keys: {', '.join(known_keys(path))}"
+            ConfigCode.UNKNOWN_SETTING,
+            f"{'.'.join(path)} is a section",
+            where="--set",
+            fix=f"set one of its keys: {', '.join(known_keys(path))}",
         )
 
 
@@ -208,7 +224,7 @@ def find_recipe(name: str) -> Path:
     found, known = _named(name, "**/*.yaml")
     fix = did_you_mean(name, [other for other in known if not other.startswith("studies/")]) or "name a YAML file"
     if found is None:
-        raise ConfigError(3, f"there is no recipe {name}", where="--recipe", fix=fix)
+        raise ConfigError(ConfigCode.RECIPE_UNREADABLE, f"there is no recipe {name}", where="--recipe", fix=fix)
     return found
 
 
@@ -224,7 +240,7 @@ def find_study(name: str) -> Path:
     found, known = _named(f"studies/{name}", "studies/*.yaml")
     if found is None:
         fix = did_you_mean(name, [other.removeprefix("studies/") for other in known]) or "name a YAML file"
-        raise ConfigError(3, f"there is no study {name}", where="FILE", fix=fix)
+        raise ConfigError(ConfigCode.RECIPE_UNREADABLE, f"there is no study {name}", where="FILE", fix=fix)
     return found
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mopefuse.config.schema import RunConfig
+from mopefuse.core.error_codes import ConfigCode
 from mopefuse.core.tensor_files import check_tensors
 from mopefuse.errors import CheckpointError, ConfigError
 
@@ -56,7 +57,9 @@ def addressed(main: str | None, comp: Comp, modality_of: Mapping[str, str]) -> d
         match = _ADDRESS.match(text)
         side = _side(match[1] if match else None, text, sides, modality_of)
         if side in named:
-            raise ConfigError(141, f"--comp names {side} twice", where=f"--comp {text}", fix="name each encoder once")
+            raise ConfigError(
+                ConfigCode.COMP_NAMED_TWICE, f"--comp names {side} twice", where=f"--comp {text}", fix="name each encoder once"
+            )
         named[side] = text[match.end() :] if match else text
     return named
 
@@ -71,7 +74,7 @@ def _side(address: str | None, text: str, sides: Sequence[str], modality_of: Map
     what = f"there are {len(sides)} complementary encoders, and {text} does not say which one is meant"
     if address is not None and not found:
         what = f"there is no complementary encoder {address}"
-    raise ConfigError(140, what, where=f"--comp {text}", fix=f"write one of {known} before the spec")
+    raise ConfigError(ConfigCode.UNKNOWN_COMP_SIDE, what, where=f"--comp {text}", fix=f"write one of {known} before the spec")
 
 
 def check_weights(named: Mapping[str, str]) -> None:

@@ -17,6 +17,7 @@ from mopefuse.core.atomic_files import (
     disk_error,
     temporary_name,
 )
+from mopefuse.core.error_codes import CheckpointCode
 from mopefuse.core.formatting import json_text
 from mopefuse.core.regular_files import open_regular, read_regular
 from mopefuse.errors import CheckpointError
@@ -75,12 +76,18 @@ def verify(folder: Path, *, kind: str, thorough: bool = True) -> dict[str, Any]:
     for name, facts in files.items():
         if not isinstance(facts, dict) or not _as_published(folder / name, facts, thorough):
             raise CheckpointError(
-                2, f"{name} is not what was published (sha256 differs)", where=str(folder), fix="use another checkpoint"
+                CheckpointCode.FILE_DAMAGED,
+                f"{name} is not what was published (sha256 differs)",
+                where=str(folder),
+                fix="use another checkpoint",
             )
     extra = sorted(path.name for path in folder.iterdir() if path.suffix in _WEIGHTS and path.name not in files)
     if extra:
         raise CheckpointError(
-            2, f"{extra[0]} is not listed in the manifest", where=str(folder), fix="use another checkpoint"
+            CheckpointCode.FILE_DAMAGED,
+            f"{extra[0]} is not listed in the manifest",
+            where=str(folder),
+            fix="use another checkpoint",
         )
     return manifest
 
@@ -92,11 +99,13 @@ def check_manifest(manifest: dict[str, Any], kind: str, where: str) -> dict[str,
         CheckpointError: another kind, or a newer format.
     """
     if manifest.get("kind") != kind or type(manifest.get("format")) is not int or manifest["format"] < 1:
-        raise CheckpointError(1, f"this is not a {kind} of mopefuse", where=where, fix=f"name a {kind} of mopefuse")
+        raise CheckpointError(
+            CheckpointCode.NOT_OURS, f"this is not a {kind} of mopefuse", where=where, fix=f"name a {kind} of mopefuse"
+        )
     if manifest["format"] > FORMAT:
         by = f" {manifest['mopefuse']}" if isinstance(manifest.get("mopefuse"), str) else ""
         what = f"made by a newer mopefuse{by} (format {manifest['format']}); this version reads up to format {FORMAT}"
-        raise CheckpointError(7, what, where=where, fix="upgrade mopefuse")
+        raise CheckpointError(CheckpointCode.NEWER_FORMAT, what, where=where, fix="upgrade mopefuse")
     return manifest
 
 
@@ -108,10 +117,17 @@ def listed_files(manifest: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """
     files = manifest.get("files")
     if not isinstance(files, dict):
-        raise CheckpointError(3, "the manifest names no files", where=str(folder), fix="use another checkpoint")
+        raise CheckpointError(
+            CheckpointCode.CONTENT_DAMAGED, "the manifest names no files", where=str(folder), fix="use another checkpoint"
+        )
     for name in files:
         if "\0" in name or "\\" in name or not _inside(folder, name):
-            raise CheckpointError(3, f"the manifest names {name!r}, outside its folder", where=str(folder), fix="do not use it")
+            raise CheckpointError(
+                CheckpointCode.CONTENT_DAMAGED,
+                f"the manifest names {name!r}, outside its folder",
+                where=str(folder),
+                fix="do not use it",
+            )
     return files
 
 
@@ -142,11 +158,20 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(read_regular(path).decode("utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(4, f"there is no {path.name}", where=str(path.parent), fix="name a finished run") from None
+        raise CheckpointError(
+            CheckpointCode.NOT_FOUND, f"there is no {path.name}", where=str(path.parent), fix="name a finished run"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(3, f"{path.name} is damaged: {error}", where=str(path), fix="use another copy") from None
+        raise CheckpointError(
+            CheckpointCode.CONTENT_DAMAGED, f"{path.name} is damaged: {error}", where=str(path), fix="use another copy"
+        ) from None
     if not isinstance(value, dict):
-        raise CheckpointError(3, f"{path.name} is damaged: not a JSON object", where=str(path), fix="use another copy")
+        raise CheckpointError(
+            CheckpointCode.CONTENT_DAMAGED,
+            f"{path.name} is damaged: not a JSON object",
+            where=str(path),
+            fix="use another copy",
+        )
     return value
 
 
@@ -162,7 +187,9 @@ def read_text(path: Path) -> str:
         return ""
     except OSError as error:
         what = f"{path.name} cannot be read: {error.strerror}"
-        raise CheckpointError(3, what, where=str(path), fix="restore that file, or use another copy") from None
+        raise CheckpointError(
+            CheckpointCode.CONTENT_DAMAGED, what, where=str(path), fix="restore that file, or use another copy"
+        ) from None
 
 
 def dump_json(value: Any) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from mopefuse.core.error_codes import ConfigCode, ResourceCode
 from mopefuse.errors import ConfigError, ResourceError
 
 FREE_SPACE = "free space, and run the command again"
@@ -81,7 +82,7 @@ def check_parent(path: Path, where: str = "--out") -> None:
     """
     nearest = next(parent for parent in path.absolute().parents if parent.exists() or parent.is_symlink())
     if not nearest.is_dir():
-        raise ConfigError(54, f"{nearest} is not a folder", where=where, fix="choose another path")
+        raise ConfigError(ConfigCode.NOT_A_FOLDER, f"{nearest} is not a folder", where=where, fix="choose another path")
 
 
 def check_file(path: Path, where: str = "--out") -> None:
@@ -92,7 +93,7 @@ def check_file(path: Path, where: str = "--out") -> None:
     """
     check_parent(path, where)
     if path.is_dir():
-        raise ConfigError(303, f"{path} is a folder", where=where, fix="give the name of a file")
+        raise ConfigError(ConfigCode.FILE_IS_A_FOLDER, f"{path} is a folder", where=where, fix="give the name of a file")
 
 
 def sweep(folder: Path, name: str | None = None) -> int:
@@ -156,7 +157,9 @@ def disk_error(error: OSError, path: Path) -> ResourceError:
     reason = reason.rpartition("I/O error: ")[2].partition(" (os error")[0]  # as safetensors words it
     full = "No space" in reason or error.errno in (errno.ENOSPC, errno.EDQUOT)
     fix = FREE_SPACE if full else "make the folder writable, or name another"
-    return ResourceError(1, f"cannot write {path.name}: {reason} (free {free:.1f} MB)", where=str(path.parent), fix=fix)
+    return ResourceError(
+        ResourceCode.CANNOT_WRITE, f"cannot write {path.name}: {reason} (free {free:.1f} MB)", where=str(path.parent), fix=fix
+    )
 
 
 def sync(path: Path) -> None:

@@ -12,6 +12,7 @@ from importlib.machinery import ModuleSpec
 from importlib.metadata import version
 from types import ModuleType
 
+from mopefuse.core.error_codes import ConfigCode, PackageCode, ResourceCode
 from mopefuse.core.formatting import size
 from mopefuse.errors import ConfigError, MopefuseError, PackageError, ResourceError
 
@@ -39,7 +40,9 @@ def require(*packages: str, extra: str, what: str) -> None:
 
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
-        raise PackageError(1, f"{what} needs {' and '.join(missing)}", fix=f'pip install "mopefuse[{extra}]"')
+        raise PackageError(
+            PackageCode.PACKAGE_MISSING, f"{what} needs {' and '.join(missing)}", fix=f'pip install "mopefuse[{extra}]"'
+        )
 
 
 def not_installed(error: ImportError) -> PackageError | None:
@@ -47,7 +50,7 @@ def not_installed(error: ImportError) -> PackageError | None:
     package = (error.name or "").partition(".")[0]
     if not isinstance(error, ModuleNotFoundError) or package in ("", "mopefuse"):
         return None
-    return PackageError(1, f"{package} is not installed", fix="pip install mopefuse")
+    return PackageError(PackageCode.PACKAGE_MISSING, f"{package} is not installed", fix="pip install mopefuse")
 
 
 def convert_error(error: Exception) -> MopefuseError | None:
@@ -57,23 +60,43 @@ def convert_error(error: Exception) -> MopefuseError | None:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return ResourceError(
-            5, "out of GPU memory", where=str(error).split(".")[0], fix="use a smaller --batch, or --set train.accumulate=2"
+            ResourceCode.GPU_MEMORY,
+            "out of GPU memory",
+            where=str(error).split(".")[0],
+            fix="use a smaller --batch, or --set train.accumulate=2",
         )
     if isinstance(error, RuntimeError) and int(os.environ.get("WORLD_SIZE", "1")) > 1 and _from_collective(error):
         return ResourceError(
-            8, "another process failed", where=f"rank {os.environ.get('RANK')}", fix="see the error of that process"
+            ResourceCode.OTHER_PROCESS_FAILED,
+            "another process failed",
+            where=f"rank {os.environ.get('RANK')}",
+            fix="see the error of that process",
         )
     if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
-        return ResourceError(7, "a data worker was killed; usually host memory", where="data.workers", fix="lower data.workers")
+        return ResourceError(
+            ResourceCode.WORKER_KILLED,
+            "a data worker was killed; usually host memory",
+            where="data.workers",
+            fix="lower data.workers",
+        )
     if isinstance(error, RuntimeError) and "operator torchvision::" in str(error):
         what = f"torchvision {version('torchvision')} does not match torch {version('torch')}"
-        return PackageError(2, what, fix="pip install --upgrade torch torchvision, both from one index")
+        return PackageError(
+            PackageCode.TORCHVISION_MISMATCH, what, fix="pip install --upgrade torch torchvision, both from one index"
+        )
     if (needed := out_of_memory(error)) is not None:
-        return ResourceError(6, f"out of memory{needed}", fix=_LESS_MEMORY)
+        return ResourceError(ResourceCode.HOST_MEMORY, f"out of memory{needed}", fix=_LESS_MEMORY)
     if isinstance(error, OSError) and error.errno in _FULL:
-        return ResourceError(1, f"{error.strerror}", where=str(error.filename or ""), fix="free space, memory or open files")
+        return ResourceError(
+            ResourceCode.CANNOT_WRITE,
+            f"{error.strerror}",
+            where=str(error.filename or ""),
+            fix="free space, memory or open files",
+        )
     if isinstance(error, OSError) and error.filename is not None:
-        return ConfigError(9, f"{error.strerror}: {error.filename}", fix="name a path that can be used")
+        return ConfigError(
+            ConfigCode.PATH_NOT_USABLE, f"{error.strerror}: {error.filename}", fix="name a path that can be used"
+        )
     return None
 
 
@@ -120,7 +143,12 @@ class _TorchInLittleMemory:
         if done.returncode and re.search(f"{_UNMAPPED.pattern}|bad_alloc|MemoryError", done.stderr):
             limit = size(_address_space())
             what = f"the limit of address space, {limit}, is too low to load PyTorch"
-            raise ResourceError(280, what, where="ulimit -v", fix="raise the limit, for example by ulimit -v unlimited")
+            raise ResourceError(
+                ResourceCode.ADDRESS_SPACE_TOO_SMALL,
+                what,
+                where="ulimit -v",
+                fix="raise the limit, for example by ulimit -v unlimited",
+            )
         return None
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from mopefuse.core import distributed
+from mopefuse.core.error_codes import ConfigCode
 from mopefuse.errors import ConfigError
 
 FLUSH = "MOPEFUSE_FLUSH_DENORMALS"  # "1" enables it on CPUs; set by the command line, not by the Python interface
@@ -25,7 +26,12 @@ def resolve(name: str) -> torch.device:
         ConfigError: no such device.
     """
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name, re.ASCII):
-        raise ConfigError(41, f"there is no device {name!r}", where="device", fix="write auto, cpu, cuda, cuda:N or mps")
+        raise ConfigError(
+            ConfigCode.NO_SUCH_DEVICE,
+            f"there is no device {name!r}",
+            where="device",
+            fix="write auto, cpu, cuda, cuda:N or mps",
+        )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda" and distributed.local_world() > 1:
@@ -37,7 +43,12 @@ def resolve(name: str) -> torch.device:
     )
     if missing:
         found = f"{count} CUDA device{'s' if count != 1 else ''}"
-        raise ConfigError(41, f"there is no device {name} (this machine has {found})", where="device", fix="use --device auto")
+        raise ConfigError(
+            ConfigCode.NO_SUCH_DEVICE,
+            f"there is no device {name} (this machine has {found})",
+            where="device",
+            fix="use --device auto",
+        )
     flush_denormals(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mopefuse.core.atomic_files import alive, born
+from mopefuse.core.error_codes import ConfigCode
 from mopefuse.core.regular_files import read_regular
 from mopefuse.errors import ConfigError
 
@@ -100,7 +101,7 @@ class FolderLock:
         fix = "wait for it, or name another --out"
         if owner and owner["host"] != socket.gethostname():
             fix += f"; if that process has ended, remove {self.file}"
-        return ConfigError(24, f"{who} is writing this run", where=str(self.folder), fix=fix)
+        return ConfigError(ConfigCode.RUN_FOLDER_IN_USE, f"{who} is writing this run", where=str(self.folder), fix=fix)
 
 
 def _is_other_process(owner: dict[str, Any] | None) -> bool:

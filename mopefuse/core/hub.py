@@ -23,9 +23,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from mopefuse.core import error_numbers as _numbers
 from mopefuse.core.aliases import ALIASES
 from mopefuse.core.artifact import sha256
+from mopefuse.core.error_codes import EncoderCode, ResourceCode
 from mopefuse.errors import EncoderError, MopefuseError, ResourceError, similar_names
 
 _TIMEOUT = 3.0  # seconds for the hub's first response
@@ -50,7 +50,7 @@ def fetch(repo: str, filename: str, revision: str | None = None, *, where: str) 
         cached = try_to_load_from_cache(repo, filename, revision=revision)
     except HFValidationError as error:
         raise EncoderError(
-            _numbers.NOT_FOUND, f"{repo!r} is not the name of a repository", where=where, fix="write organisation/name"
+            EncoderCode.NOT_FOUND, f"{repo!r} is not the name of a repository", where=where, fix="write organisation/name"
         ) from error
     if isinstance(cached, str):
         return Path(cached)
@@ -74,14 +74,14 @@ def _download(repo: str, filename: str, revision: str | None, where: str) -> Pat
         raise explain(error, repo, revision, where) from error
     except OSError as error:
         raise ResourceError(
-            _numbers.CACHE_NOT_WRITABLE,
+            ResourceCode.HUB_CACHE_NOT_WRITABLE,
             f"cannot write {filename} of {repo} to {error.filename or HF_HUB_CACHE}: {error.strerror or error}",
             where=where,
             fix="free space there, or set HF_HOME to a folder that can be written",
         ) from error
     except Exception as error:
         raise EncoderError(
-            _numbers.BROKEN_DOWNLOAD,
+            EncoderCode.BROKEN_DOWNLOAD,
             f"the download of {filename} of {repo} was interrupted: {error}",
             where=where,
             fix="try again; the download resumes",
@@ -97,7 +97,7 @@ def _verify(path: Path, etag: str | None, where: str) -> None:
         path.resolve().unlink()
         path.unlink(missing_ok=True)
         raise EncoderError(
-            _numbers.BROKEN_DOWNLOAD,
+            EncoderCode.BROKEN_DOWNLOAD,
             f"{path.name} has sha256 {found[:12]}… instead of {etag[:12]}…, and was removed",
             where=where,
             fix="try again",
@@ -114,7 +114,7 @@ def fetch_all(repo: str, filenames: Iterable[str], revision: str | None = None, 
         try:
             fetch(repo, filename, revision, where=where)
         except EncoderError as error:
-            if error.code not in (_code(_numbers.OFFLINE), _code(_numbers.UNREACHABLE)):
+            if error.code not in (_code(EncoderCode.OFFLINE), _code(EncoderCode.UNREACHABLE)):
                 raise
             return
 
@@ -134,7 +134,10 @@ def fetch_safetensors(repo: str, revision: str | None = None, *, where: str) -> 
     for part in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())):
         if fetch(repo, part, revision, where=where) is None:
             raise EncoderError(
-                _numbers.BROKEN_DOWNLOAD, f"{repo} lacks {part}, which its index lists", where=where, fix="use another revision"
+                EncoderCode.BROKEN_DOWNLOAD,
+                f"{repo} lacks {part}, which its index lists",
+                where=where,
+                fix="use another revision",
             )
     return index
 
@@ -142,7 +145,7 @@ def fetch_safetensors(repo: str, revision: str | None = None, *, where: str) -> 
 def no_safetensors(name: str, where: str) -> EncoderError:
     """Build the error for a repository or folder without safetensors weights."""
     return EncoderError(
-        _numbers.NO_SAFETENSORS,
+        EncoderCode.NO_SAFETENSORS,
         f"{name} has no safetensors weights; other formats (.bin, .pt) are pickles and could run code",
         where=where,
         fix="use a revision with model.safetensors, or convert the weights where you trust them",
@@ -160,31 +163,31 @@ def explain(error: Exception, repo: str, revision: str | None, where: str) -> Mo
 
 def _meaning(error: Exception, status: int | None, repo: str, revision: str | None) -> tuple[int, str, str]:
     if isinstance(error, GatedRepoError):
-        return _numbers.GATED, f"{repo} is gated", "accept its terms on its page, then set HF_TOKEN"
+        return EncoderCode.GATED, f"{repo} is gated", "accept its terms on its page, then set HF_TOKEN"
     if isinstance(error, RepositoryNotFoundError) and status == 401:
         return (
-            _numbers.NOT_VISIBLE,
+            EncoderCode.NOT_VISIBLE,
             f"there is no repository {repo}, or it is private and no token was given",
             "check the spelling, or set HF_TOKEN",
         )
     if isinstance(error, RepositoryNotFoundError):
-        return _numbers.NOT_FOUND, f"there is no repository {repo} that your token can see", "check the spelling"
+        return EncoderCode.NOT_FOUND, f"there is no repository {repo} that your token can see", "check the spelling"
     if isinstance(error, RevisionNotFoundError):
         return (
-            _numbers.NO_REVISION,
+            EncoderCode.NO_REVISION,
             f"{repo} has no revision {revision or 'main'!r}",
             "use a branch, a tag or a full commit after the @",
         )
     if isinstance(error, OfflineModeIsEnabled):
-        return _numbers.OFFLINE, f"{repo} is not in the local cache, and HF_HUB_OFFLINE=1 forbids the network", _ELSEWHERE
+        return EncoderCode.OFFLINE, f"{repo} is not in the local cache, and HF_HUB_OFFLINE=1 forbids the network", _ELSEWHERE
     if isinstance(error, HfHubHTTPError) and status == 401:
-        return _numbers.BAD_TOKEN, f"the hub does not accept your token for {repo}", "renew HF_TOKEN, or unset it"
+        return EncoderCode.BAD_TOKEN, f"the hub does not accept your token for {repo}", "renew HF_TOKEN, or unset it"
     if isinstance(error, HfHubHTTPError) and status == 403:
-        return _numbers.FORBIDDEN, f"your token may not read {repo}", "use a token with permission to read it"
+        return EncoderCode.FORBIDDEN, f"your token may not read {repo}", "use a token with permission to read it"
     if isinstance(error, HfHubHTTPError):
-        return _numbers.HUB_FAILED, f"the hub failed on {repo} (HTTP {status})", "try again later"
+        return EncoderCode.HUB_FAILED, f"the hub failed on {repo} (HTTP {status})", "try again later"
     return (
-        _numbers.UNREACHABLE,
+        EncoderCode.UNREACHABLE,
         f"{repo} is not in the local cache, and the hub cannot be reached ({type(error).__name__})",
         _ELSEWHERE,
     )

@@ -12,6 +12,7 @@ from string import Template
 from typing import NamedTuple
 
 from mopefuse.core import registry
+from mopefuse.core.error_codes import PluginCode
 from mopefuse.errors import PluginError
 
 SKELETON = Path(__file__).parent / "skeleton"
@@ -58,9 +59,13 @@ def new(name: str, out: Path) -> Path:
     _check_name(name)
     folder = out / f"mopefuse-{name}"
     if os.path.lexists(folder):
-        raise PluginError(10, f"{folder} already exists", where="--out", fix="choose another folder, or remove that one")
+        raise PluginError(
+            PluginCode.FOLDER_EXISTS, f"{folder} already exists", where="--out", fix="choose another folder, or remove that one"
+        )
     if not out.is_dir():
-        raise PluginError(11, f"there is no folder {out}", where="--out", fix="create it, or choose another folder")
+        raise PluginError(
+            PluginCode.NO_PARENT_FOLDER, f"there is no folder {out}", where="--out", fix="create it, or choose another folder"
+        )
     words = {"name": name, "module": f"mopefuse_{name.replace('-', '_')}"}
     words["encoder"] = "".join(part.capitalize() for part in name.split("-")) + "Encoder"
     with tempfile.TemporaryDirectory(dir=out, prefix=f".{folder.name}-") as beside:
@@ -81,6 +86,11 @@ def _check_name(name: str) -> None:
     if name != nearest or not name:
         fix = f"write {nearest}" if nearest else "write a word, for example audio"
         what = f"{name!r} is not a valid plugin name: use lower-case letters, digits and single hyphens, starting with a letter"
-        raise PluginError(8, what, where="NAME", fix=fix)
+        raise PluginError(PluginCode.BAD_NAME, what, where="NAME", fix=fix)
     if registry.claimed(registry.ENCODERS, name) and registry.full_name(registry.ENCODERS, name) == name:
-        raise PluginError(9, f"{name} is a built-in encoder scheme", where="NAME", fix=f"write {name}-2 or another name")
+        raise PluginError(
+            PluginCode.BUILT_IN_NAME,
+            f"{name} is a built-in encoder scheme",
+            where="NAME",
+            fix=f"write {name}-2 or another name",
+        )

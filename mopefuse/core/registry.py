@@ -23,6 +23,7 @@ from importlib.metadata import Distribution, EntryPoint, PackageNotFoundError, d
 from pathlib import Path
 from typing import Any
 
+from mopefuse.core.error_codes import ConfigCode, EncoderCode, PluginCode
 from mopefuse.errors import ConfigError, EncoderError, MopefuseError, Notice, PluginError, did_you_mean
 
 ENCODERS, FUSION, DATASETS = "mopefuse.encoders", "mopefuse.fusion", "mopefuse.datasets"
@@ -61,16 +62,21 @@ def parse_spec(text: str) -> Spec:
     scheme, has_scheme, name = head.partition(":")
     if not (scheme and has_scheme and name):
         if head and not has_scheme and Path(os.path.expanduser(head)).is_dir():
-            raise ConfigError(11, f"{text!r} is a folder without a scheme", fix=f"write hf:{text}")
+            raise ConfigError(ConfigCode.NOT_AN_ENCODER_SPEC, f"{text!r} is a folder without a scheme", fix=f"write hf:{text}")
         raise ConfigError(
-            11, f"{text!r} is not an encoder spec", fix="write scheme:name, for example timm:vit_base or hf:bert-base"
+            ConfigCode.NOT_AN_ENCODER_SPEC,
+            f"{text!r} is not an encoder spec",
+            fix="write scheme:name, for example timm:vit_base or hf:bert-base",
         )
     options: dict[str, str] = {}
     for pair in query.split("&") if has_query else []:
         key, _, value = pair.partition("=")
         if not (key and value) or key in options:
             raise ConfigError(
-                12, f"cannot read the option {pair!r}", where=text, fix="write each option once, as ?key=value&key=value"
+                ConfigCode.BAD_SPEC_OPTION,
+                f"cannot read the option {pair!r}",
+                where=text,
+                fix="write each option once, as ?key=value&key=value",
             )
         options[key] = value
     return Spec(*_scheme_and_name(scheme, name), options)
@@ -211,7 +217,9 @@ def require(needs: Iterable[Mapping[str, str]], *, where: str) -> None:
         problem = f"the installed version {installed} does not provide it" if installed else "it is not installed"
         package = f"{owner} {made_with}".strip()
         what = f"this run needs the plugin {package}, which provides {need['name']!r}; {problem}"
-        raise PluginError(3, what, where=where, fix=f"pip install {package.replace(' ', '==')}")
+        raise PluginError(
+            PluginCode.REQUIRED_PLUGIN_MISSING, what, where=where, fix=f"pip install {package.replace(' ', '==')}"
+        )
 
 
 def version_of(owner: str) -> str:
@@ -241,7 +249,7 @@ def load(group: str, name: str) -> Any:
         fix = f"write {' or '.join(f'{owner}:{name}{more}' for owner in owners)}"
         if group == MODALITIES:  # encoders and columns use plain names only
             fix = "uninstall one of them"
-        raise PluginError(1, f"the {KINDS[group]} {name!r} is claimed by {' and '.join(owners)}", fix=fix)
+        raise PluginError(PluginCode.NAME_CLASH, f"the {KINDS[group]} {name!r} is claimed by {' and '.join(owners)}", fix=fix)
     if owners == [OURS]:
         _warn_of_shadowed(group, points[0].name)
         return points[0].load()
@@ -252,12 +260,14 @@ def _unknown(group: str, name: str) -> MopefuseError:
     owner, is_full, plain = name.rpartition(":")
     near, installed = did_you_mean(name, shortest_names(group)), version_of(owner) if is_full else ""
     if installed:
-        return PluginError(5, f"{owner} {installed} provides no {KINDS[group]} {plain!r}", where=name, fix=near)
+        return PluginError(
+            PluginCode.NAME_NOT_PROVIDED, f"{owner} {installed} provides no {KINDS[group]} {plain!r}", where=name, fix=near
+        )
     if is_full:
-        return PluginError(6, f"the plugin {owner} is not installed", where=name, fix=near)
+        return PluginError(PluginCode.NOT_INSTALLED, f"the plugin {owner} is not installed", where=name, fix=near)
     if group == ENCODERS:
-        return EncoderError(13, f"there is no scheme {name!r}", fix=near)
-    return ConfigError(13, f"there is no {KINDS[group]} {name!r}", fix=near)
+        return EncoderError(EncoderCode.UNKNOWN_SCHEME, f"there is no scheme {name!r}", fix=near)
+    return ConfigError(ConfigCode.UNKNOWN_NAME, f"there is no {KINDS[group]} {name!r}", fix=near)
 
 
 @cache
@@ -279,7 +289,7 @@ def _load_plugin(point: EntryPoint) -> Any:
     except BaseException as error:  # also SystemExit, and the exceptions by which test runners skip
         reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
         what = f"the {KINDS[point.group]} {point.name!r} of {owner} cannot be imported: {reason}"
-        raise PluginError(2, what, where=point.value, fix=f"upgrade or uninstall {owner}") from error
+        raise PluginError(PluginCode.IMPORT_FAILED, what, where=point.value, fix=f"upgrade or uninstall {owner}") from error
 
 
 @contextmanager

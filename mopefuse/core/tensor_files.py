@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mopefuse.core.error_codes import CheckpointCode
 from mopefuse.core.regular_files import open_regular
 from mopefuse.errors import CheckpointError
 
@@ -27,7 +28,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError, ValueError, OverflowError, KeyError, RuntimeError) as error:
         raise CheckpointError(
-            2, f"{path.name} is damaged: {error}", where=str(path), fix="use another copy or checkpoint"
+            CheckpointCode.FILE_DAMAGED,
+            f"{path.name} is damaged: {error}",
+            where=str(path),
+            fix="use another copy or checkpoint",
         ) from None
 
 
@@ -42,16 +46,25 @@ def check_tensors(path: Path) -> None:
             head = file.read(9)
     except OSError as error:
         raise CheckpointError(
-            4, f"the weights cannot be read: {error.strerror}", where=str(path), fix="name an existing file"
+            CheckpointCode.NOT_FOUND,
+            f"the weights cannot be read: {error.strerror}",
+            where=str(path),
+            fix="name an existing file",
         ) from None
     if head[8:] == b"{":  # after eight bytes of header length
         return
     if head.startswith((b"PK\x03\x04", b"\x80", b"\x1f\x8b")):
         raise CheckpointError(
-            6, "this is a pickle, which could run code when loaded", where=str(path), fix="convert it to safetensors"
+            CheckpointCode.UNSAFE_CONTENT,
+            "this is a pickle, which could run code when loaded",
+            where=str(path),
+            fix="convert it to safetensors",
         )
     raise CheckpointError(
-        2, f"{path.name} is damaged: not in safetensors format", where=str(path), fix="use another copy or checkpoint"
+        CheckpointCode.FILE_DAMAGED,
+        f"{path.name} is damaged: not in safetensors format",
+        where=str(path),
+        fix="use another copy or checkpoint",
     )
 
 

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
 
+from mopefuse.core.error_codes import DataCode
 from mopefuse.data._source_files import SourceFolder
 from mopefuse.errors import DataError
 
@@ -82,7 +83,10 @@ class Source(ABC):
         names = self.folder.names()
         has = ", ".join(names[:12]) + (", …" if len(names) > 12 else "") if names else "nothing"
         return DataError(
-            63, f"there is no {missing}; the folder has {has}", where=str(self.folder.root), fix=f"provide {self.layout}"
+            DataCode.SOURCE_FILE_MISSING,
+            f"there is no {missing}; the folder has {has}",
+            where=str(self.folder.root),
+            fix=f"provide {self.layout}",
         )
 
 
@@ -96,12 +100,12 @@ def complete(kind: type[Source], options: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in options.items():
         if key not in kind.defaults:
             fix = f"remove it; {kind.name} has the options {known}" if known else f"remove it; {kind.name} has no options"
-            raise DataError(60, f"{kind.name} has no option --{key}", where=f"--{key}", fix=fix)
+            raise DataError(DataCode.UNKNOWN_PREPARE_OPTION, f"{kind.name} has no option --{key}", where=f"--{key}", fix=fix)
         default = kind.defaults[key]
         expected = str if default is None else type(default)
         if type(value) is not expected:
             fix = f"give {'text' if expected is str else 'a number' if expected is int else 'true or false'}"
-            raise DataError(61, f"--{key} cannot be {value!r}", where=f"--{key}", fix=fix)
+            raise DataError(DataCode.BAD_PREPARE_OPTION, f"--{key} cannot be {value!r}", where=f"--{key}", fix=fix)
     return {**kind.defaults, **options}
 
 

@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from mopefuse.core.error_codes import DataCode, PathCode
 from mopefuse.errors import DataError, UnsafePathError
 
 _THREADS, _BATCH, _CHUNK = 8, 512, 1 << 20  # threads that read images, images per round, bytes
@@ -34,7 +35,7 @@ class SourceFolder:
         self._folders: dict[str, Path] = {}
         if not self.root.is_dir():
             fix = "name the folder that has the files as they were distributed"
-            raise DataError(62, f"there is no source folder {root}", fix=fix)
+            raise DataError(DataCode.SOURCE_UNREADABLE, f"there is no source folder {root}", fix=fix)
 
     def names(self, folder: str = "") -> list[str]:
         """List a folder, sorted, without hidden names; empty if it is not a folder."""
@@ -76,7 +77,7 @@ class SourceFolder:
     def _open(self, name: str) -> BinaryIO:
         path = self.path(name)
         if path is None:
-            raise DataError(62, f"there is no file {name}", where=str(self.root), fix="provide it")
+            raise DataError(DataCode.SOURCE_UNREADABLE, f"there is no file {name}", where=str(self.root), fix="provide it")
         with _readable(path):
             return path.open("rb")
 
@@ -92,7 +93,9 @@ class SourceFolder:
     def _inside(self, path: Path, name: str) -> Path:
         if not path.is_relative_to(self.root):
             fix = "put the files themselves there, or name the folder that has them"
-            raise UnsafePathError(60, f"{name} leads outside the source folder", where=str(self.root), fix=fix)
+            raise UnsafePathError(
+                PathCode.OUTSIDE_SOURCE, f"{name} leads outside the source folder", where=str(self.root), fix=fix
+            )
         return path
 
 
@@ -191,4 +194,6 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise DataError(62, f"{path.name} cannot be read: {reason}", where=str(path), fix="make it readable") from None
+        raise DataError(
+            DataCode.SOURCE_UNREADABLE, f"{path.name} cannot be read: {reason}", where=str(path), fix="make it readable"
+        ) from None

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mopefuse.config.schema import Data as DataConfig
+from mopefuse.core.error_codes import DataCode
 from mopefuse.core.formatting import several
 from mopefuse.data.base import SPLITS, Keys, Split
 from mopefuse.data.findings import Finding, finding_at, finding_of
@@ -43,7 +44,7 @@ def find_labels(indexes: Indexes, root: Path, config: DataConfig) -> tuple[tuple
     if train is None or not len(train.lines_S) or len(known) > 1:
         return known, []
     message = f"{describe_few(known)}; a classifier needs at least two"
-    return known, [Finding(kind="one-class", split="train", where=train.file, message=message, code="MF-DATA-07")]
+    return known, [Finding(kind="one-class", split="train", where=train.file, message=message, code=DataCode.ONE_CLASS.text)]
 
 
 def mixed_labels(indexes: Indexes) -> Iterator[Finding]:
@@ -56,7 +57,7 @@ def mixed_labels(indexes: Indexes) -> Iterator[Finding]:
     index = next(index for index in indexes.values() if (index.list_S == rarer_is_list).any())
     row = int(np.flatnonzero(index.list_S == rarer_is_list)[0])
     message = f"labels are strings in {strings} rows and lists in {lists}"
-    yield finding_at(index, row, "mixed-labels", message, code="MF-DATA-05", rows=min(lists, strings))
+    yield finding_at(index, row, "mixed-labels", message, code=DataCode.MIXED_LABELS.text, rows=min(lists, strings))
 
 
 def unknown_labels(indexes: Indexes, known: tuple[str, ...]) -> Iterator[Finding]:
@@ -67,7 +68,9 @@ def unknown_labels(indexes: Indexes, known: tuple[str, ...]) -> Iterator[Finding
             near = similar_names(label, known, most=1) if number < _MOST_HINTS else []
             hint = f"; did you mean {near[0]!r}?" if near else ""
             message = f"training does not know the label {label!r} (in {several(counts[label], 'row')}){hint}"
-            yield finding_at(index, first[label], "unknown-label", message, code="MF-DATA-06", rows=counts[label])
+            yield finding_at(
+                index, first[label], "unknown-label", message, code=DataCode.UNKNOWN_LABEL.text, rows=counts[label]
+            )
         for label in known if len(index.lines_S) else ():
             if label not in counts:
                 message = f"no row of {name} has the label {label!r}"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mopefuse.config.schema import Data as DataConfig
+from mopefuse.core.error_codes import DataCode
 from mopefuse.core.formatting import several
 from mopefuse.data.base import Problem
 from mopefuse.data.findings import KINDS, kind_of_row
@@ -32,18 +33,18 @@ def skip_bad_rows(index: Index, roots: Sequence[Path], config: DataConfig) -> tu
     for modality, files in index.files.items() if not unsafe else ():
         if files.all_missing():
             what = f"none of the {len(files.names):,} {get_modality(modality).plural} exists, such as {files.names[0]}"
-            raise DataError(11, what, where=where, fix=root_to_name(roots, files.names))
+            raise DataError(DataCode.FILE_NOT_FOUND, what, where=where, fix=root_to_name(roots, files.names))
     if config.on_bad == "skip" and not unsafe:
         if len(problems) <= config.max_bad_fraction * total:
             return tuple(problems)
         what = f"{len(problems)} of {total} rows are bad; at most a fraction of {config.max_bad_fraction:g} may be skipped"
         fix = "correct them, or raise data.max_bad_fraction"
-        raise DataError(26, f"{what}: {_join(problems)}", where=where, fix=fix)
+        raise DataError(DataCode.TOO_MANY_BAD_ROWS, f"{what}: {_join(problems)}", where=where, fix=fix)
     shown = unsafe or problems
     first = shown[0]
     if len(problems) == 1 and first.file:
         raise data_error(first.code, first.what, where=first.where, fix=first.fix)
-    code = first.code if len({problem.code for problem in shown}) == 1 else "MF-DATA-03"
+    code = first.code if len({problem.code for problem in shown}) == 1 else DataCode.BAD_ROW.text
     fix = first.fix if unsafe else f"{_common_fix(problems)}; mopefuse data check --json lists all"
     raise data_error(code, f"{several(len(shown), 'bad row')}: {_join(shown)}", where=where, fix=fix)
 

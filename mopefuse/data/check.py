@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mopefuse.config.schema import Data as DataConfig
+from mopefuse.core.error_codes import DataCode
 from mopefuse.core.formatting import several
 from mopefuse.data import across
 from mopefuse.data.base import SPLITS, Row
@@ -241,11 +242,11 @@ def read_split(config: DataConfig, split: str) -> tuple[Index, tuple[Path, ...]]
     if index is not None and index.row_problems and not len(index.lines_S):
         first, rows = index.row_problems[0], several(len(index.row_problems), "row")
         what = f"could not read any of the {rows}; first error: {first.what}"
-        raise DataError(82, what, where=first.where, fix=first.fix or KINDS[kind_of_row(first.what)].todo)
+        raise DataError(DataCode.NO_ROW_TO_CHECK, what, where=first.where, fix=first.fix or KINDS[kind_of_row(first.what)].todo)
     if index is None or not len(index.lines_S):
         present = ", ".join(tables) if path.is_dir() else path.name
         fix = f"the data has {present or 'no split'}; run mopefuse data check for details"
-        raise DataError(82, f"the {split} split has no rows", where=str(path), fix=fix)
+        raise DataError(DataCode.NO_ROW_TO_CHECK, f"the {split} split has no rows", where=str(path), fix=fix)
     return index, roots_of(path, config)
 
 
@@ -313,7 +314,9 @@ class _Reading:
         for name, fraction in (("train", None), ("val", self.config.val_fraction), ("test", self.config.test_fraction)):
             if name in indexes and not len(indexes[name].lines_S) and not indexes[name].row_problems:
                 where, message = indexes[name].file, f"the {name} split has no rows"
-                found.append(Finding(kind="empty-split", split=name, where=where, message=message, code="MF-DATA-04"))
+                found.append(
+                    Finding(kind="empty-split", split=name, where=where, message=message, code=DataCode.EMPTY_SPLIT.text)
+                )
             elif name not in indexes and name not in explained and not fraction:
                 found.append(self._missing_split(name))
         return found
@@ -323,7 +326,7 @@ class _Reading:
         if name == "test":
             return Finding(kind="missing-test", split=name, where=where, message="there is no test split", hint=hint)
         message = f"the {name} split is missing"
-        return Finding(kind="missing-split", split=name, where=where, message=message, hint=hint, code="MF-DATA-02")
+        return Finding(kind="missing-split", split=name, where=where, message=message, hint=hint, code=DataCode.NO_SPLIT.text)
 
 
 def _in_training(indexes: Indexes, path: Path, config: DataConfig) -> tuple[dict[str, dict[str, int]], list[Finding]]:

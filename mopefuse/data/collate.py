@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mopefuse.config.schema import Data as DataConfig
+from mopefuse.core.error_codes import ResourceCode
 from mopefuse.data.base import Batch, DataSet, Row
 from mopefuse.data.pictures import Pictures, pictures
 from mopefuse.encoders.base import Preprocess
@@ -151,7 +152,10 @@ class Samples(Dataset[dict[str, Any]]):
                 if "DataLoader worker" not in str(error):
                     raise
                 raise ResourceError(
-                    7, "a data worker was killed; usually host memory", where="data.workers", fix="lower data.workers"
+                    ResourceCode.WORKER_KILLED,
+                    "a data worker was killed; usually host memory",
+                    where="data.workers",
+                    fix="lower data.workers",
                 ) from error
             if batch is None:
                 return

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mopefuse.config.schema import Data as DataConfig
+from mopefuse.core.error_codes import ConfigCode, DataCode
 from mopefuse.data.tables import Table, columns_in, some_columns
 from mopefuse.errors import ConfigError, DataError, did_you_mean, similar_names
 from mopefuse.modalities import base as modality
@@ -49,7 +50,7 @@ def modalities_of(tables: Iterable[Table], config: DataConfig, *, lenient: bool 
         for name in setting:
             if name not in known:
                 what = f"the modality {name!r} is not installed"
-                raise ConfigError(133, what, where=where, fix=did_you_mean(name, known))
+                raise ConfigError(ConfigCode.MODALITY_NOT_INSTALLED, what, where=where, fix=did_you_mean(name, known))
     if config.modalities is not None:
         return _refuse_label_column(sort_modalities(config.modalities), config)
     columns = {name: column_of(name, config) for name in known}
@@ -73,7 +74,7 @@ def _refuse_label_column(modalities: tuple[str, ...], config: DataConfig) -> tup
         if column_of(name, config) == config.label_col:
             what = f"the column {config.label_col} is used both as the label and as {name}"
             fix = f"name another column with --label-col or {flag_for(name, 'NAME')}"
-            raise ConfigError(231, what, where="data.label_col", fix=fix)
+            raise ConfigError(ConfigCode.LABEL_COLUMN_IS_INPUT, what, where="data.label_col", fix=fix)
     return modalities
 
 
@@ -91,7 +92,9 @@ def _refuse_absent_columns(absent: Sequence[str], tables: Sequence[Table]) -> No
         return
     near = [other for column in absent for other in similar_names(column, present, most=1)]
     fix = f"did you mean {', '.join(near)}?" if near else did_you_mean("", present)
-    raise DataError(102, f"there is no column {' or '.join(absent)}", where=", ".join(t.file for t in tables), fix=fix)
+    raise DataError(
+        DataCode.NO_COLUMN, f"there is no column {' or '.join(absent)}", where=", ".join(t.file for t in tables), fix=fix
+    )
 
 
 def require_column(who: str, name: str, modalities: Sequence[str], *, where: str) -> None:
@@ -107,7 +110,7 @@ def require_column(who: str, name: str, modalities: Sequence[str], *, where: str
     if name not in modalities:
         what = f"{who} reads {name}, but rows have {' and '.join(modalities)}"
         fix = f"name the column of {name} with {flag_for(name, 'NAME')}, or use an encoder of another modality"
-        raise ConfigError(132, what, where=where, fix=fix)
+        raise ConfigError(ConfigCode.MODALITY_NOT_IN_DATA, what, where=where, fix=fix)
 
 
 def _similar(column: str, free: Collection[str], common: Sequence[str]) -> list[str]:

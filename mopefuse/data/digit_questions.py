@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mopefuse.core.atomic_files import replacing
+from mopefuse.core.error_codes import DataCode
 from mopefuse.core.regular_files import read_regular
 from mopefuse.errors import DataError
 
@@ -184,7 +185,11 @@ def make(
     """
     folder, counts = Path(folder).resolve(), {"train": train, "val": val, "test": test}
     if min(counts.values()) < 1 or seed < 0:
-        raise DataError(51, f"cannot make splits of {counts} rows with seed {seed}", fix="make at least one row of each split")
+        raise DataError(
+            DataCode.CANNOT_MAKE_SPLITS,
+            f"cannot make splits of {counts} rows with seed {seed}",
+            fix="make at least one row of each split",
+        )
     about = {"dataset": "digit-questions", "version": 1, "seed": seed, "rows": counts, "source": _SOURCE}
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         _check_same(folder, about)
@@ -233,8 +238,12 @@ def _check_same(folder: Path, about: dict[str, Any]) -> None:
     try:
         found = json.loads(read_regular(folder / "dataset.json").decode("utf-8"))
     except (OSError, ValueError):
-        raise DataError(52, "the folder is not empty", where=str(folder), fix=fix) from None
+        raise DataError(DataCode.MADE_FOLDER_NOT_EMPTY, "the folder is not empty", where=str(folder), fix=fix) from None
     if not isinstance(found, dict) or {key: found.get(key) for key in about} != about:
-        raise DataError(53, "the folder contains another data set", where=str(folder / "dataset.json"), fix=fix)
+        raise DataError(
+            DataCode.OTHER_MADE_DATA, "the folder contains another data set", where=str(folder / "dataset.json"), fix=fix
+        )
     if found.get("sha256") != _digest(folder):
-        raise DataError(54, "files of this data set were changed, added or removed", where=str(folder), fix=fix)
+        raise DataError(
+            DataCode.MADE_DATA_CHANGED, "files of this data set were changed, added or removed", where=str(folder), fix=fix
+        )

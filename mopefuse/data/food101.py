@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
+from mopefuse.core.error_codes import DataCode
 from mopefuse.data._food101_text import OddRow, clean, read_title
 from mopefuse.data._source_files import SourceFolder
 from mopefuse.data.prepare import Sample, Skip, Source
@@ -52,13 +53,17 @@ class Food101(Source):
         available = ["page"] if self.folder.names("texts_txt") else []
         available += ["title"] if all(self._titles_file(split) for split in self.splits) else []
         if requested not in (None, "page", "title"):
-            raise DataError(61, f"--text cannot be {requested!r}", where="--text", fix="use page or title")
+            raise DataError(
+                DataCode.BAD_PREPARE_OPTION, f"--text cannot be {requested!r}", where="--text", fix="use page or title"
+            )
         if not available or (requested and requested not in available):
             needed = {"page": "texts_txt", "title": "train_titles.csv and test_titles.csv"}
             raise self.incomplete(needed[requested] if requested else " and no ".join(needed.values()))
         if not requested and len(available) > 1:
             what = "each image has two texts, its page and the title of the page"
-            raise DataError(64, what, where=str(self.folder.root), fix="choose one: --text page or --text title")
+            raise DataError(
+                DataCode.TWO_TEXTS_PER_IMAGE, what, where=str(self.folder.root), fix="choose one: --text page or --text title"
+            )
         return requested or available[0]
 
     def _titles_file(self, split: str) -> str | None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from mopefuse.config.schema import Data as DataConfig
 from mopefuse.core import cache
+from mopefuse.core.error_codes import DataCode
 from mopefuse.data import index_cache
 from mopefuse.data.base import SPLITS, Problem, digest
 from mopefuse.data.columns import Layout
@@ -28,7 +29,7 @@ from mopefuse.modalities import base as modality
 from mopefuse.modalities.files import Files, Look, look_at
 
 VERSION = 2  # of the definition of a row; it is part of the fingerprint by which a run recognises its data
-_NO_ROW, _MISSING = "MF-DATA-03", bytes(16)
+_NO_ROW, _MISSING = DataCode.BAD_ROW.text, bytes(16)
 Advance = Callable[[int, int], None]
 
 

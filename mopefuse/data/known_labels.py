@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mopefuse.config.schema import Data as DataConfig
+from mopefuse.core.error_codes import DataCode
 from mopefuse.data.base import Split
 from mopefuse.data.findings import Finding
 from mopefuse.data.label_cells import is_blank, normalise
@@ -41,7 +42,7 @@ def known_labels(
             raise _unknown(unknown, split, labels, doubts)
     if "train" in splits and len(labels) < 2:
         what = f"{describe_few(labels)}; a classifier needs at least two"
-        raise DataError(7, what, where=splits["train"].file, fix="add another class")
+        raise DataError(DataCode.ONE_CLASS, what, where=splits["train"].file, fix="add another class")
     return labels
 
 
@@ -61,7 +62,7 @@ def _unknown(unknown: Counter[str], split: Split, labels: Sequence[str], doubts:
     first = min(row for label, row in split.labels.first_rows().items() if label in unknown)
     fix = "correct it, or, if it is a label, list all labels in labels.txt or in a file named with --labels"
     fix = next((f"{doubt.hint}; otherwise {fix}" for doubt in doubts if doubt.kind == "joined-labels"), fix)
-    return DataError(6, what, where=split.where(split.rows[first]), fix=fix)
+    return DataError(DataCode.UNKNOWN_LABEL, what, where=split.where(split.rows[first]), fix=fix)
 
 
 def read_labels_file(path: Path, *, fold: bool = False) -> tuple[str, ...]:
@@ -77,11 +78,13 @@ def read_labels_file(path: Path, *, fold: bool = False) -> tuple[str, ...]:
         lines = read_bytes(path).decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         fix = "convert it with iconv -t utf-8"
-        raise DataError(10, f"{path.name} is not UTF-8: {error}", where=str(path), fix=fix) from None
+        raise DataError(DataCode.BAD_LABEL_FILE, f"{path.name} is not UTF-8: {error}", where=str(path), fix=fix) from None
     labels = [line.rstrip("\r") for line in lines if not is_blank(line)]
     repeated = [label for label, count in Counter(labels).items() if count > 1]
     if repeated:
-        raise DataError(10, f"{path.name} lists {repeated[0]!r} twice", where=str(path), fix="list each label once")
+        raise DataError(
+            DataCode.BAD_LABEL_FILE, f"{path.name} lists {repeated[0]!r} twice", where=str(path), fix="list each label once"
+        )
     return tuple(dict.fromkeys(map(normalise, labels))) if fold else tuple(labels)
 
 
@@ -99,5 +102,5 @@ def is_multi_label(parts: Parts) -> bool:
                 place_of[is_list] = index.place(rows[lists == is_list][0])
     if len(place_of) == 2:
         what = "some labels are strings and some are lists"
-        raise DataError(5, what, where=place_of[True], fix="write all labels as strings, or all as lists")
+        raise DataError(DataCode.MIXED_LABELS, what, where=place_of[True], fix="write all labels as strings, or all as lists")
     return True in place_of

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mopefuse.config.schema import Data as DataConfig
+from mopefuse.core.error_codes import DataCode
 from mopefuse.core.formatting import several
 from mopefuse.data.findings import Finding, finding_at
 from mopefuse.data.index import Index
@@ -49,7 +50,7 @@ class Doubt(NamedTuple):
     rows: int
 
 
-REFUSED = {"list-label": "MF-DATA-231", "many-labels": "MF-DATA-232"}
+REFUSED = {"list-label": DataCode.LIST_LABELS.text, "many-labels": DataCode.TOO_MANY_LABELS.text}
 """The kinds that training refuses unless `data.allow_odd_labels` is set, with their error codes."""
 
 
@@ -83,9 +84,9 @@ def refuse_labels(index: Index, root: Path, config: DataConfig) -> list[Finding]
     found = check_labels(index, root, config)
     for finding in found:
         if finding.kind == "list-label":
-            raise DataError(231, finding.message, where=finding.place, fix=finding.hint)
+            raise DataError(DataCode.LIST_LABELS, finding.message, where=finding.place, fix=finding.hint)
         if finding.kind == "many-labels":
-            raise DataError(232, finding.message, where=finding.place, fix=finding.hint)
+            raise DataError(DataCode.TOO_MANY_LABELS, finding.message, where=finding.place, fix=finding.hint)
     return found
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mopefuse.config.schema import Data as DataConfig
 from mopefuse.core import cache
+from mopefuse.core.error_codes import ConfigCode, DataCode
 from mopefuse.core.formatting import several
 from mopefuse.data import label_check
 from mopefuse.data.bad_rows import skip_bad_rows
@@ -45,7 +46,7 @@ def load_data(
         ConfigError: no data set is named.
     """
     if config.path is None:
-        raise ConfigError(8, "no data set is named", where="data.path", fix="add --data DIR")
+        raise ConfigError(ConfigCode.NO_DATA_SET, "no data set is named", where="data.path", fix="add --data DIR")
     path = Path(config.path)
     roots = roots_of(path, config)
     indexes = read_indexes(config, require, advance=advance)
@@ -157,7 +158,7 @@ def _notices(splits: dict[str, Split], indexes: dict[str, Index], config: DataCo
     leaks = _leak_notices(splits)
     if leaks and config.strict:
         fix = "remove them from train, or remove --strict"
-        raise DataError(27, "; ".join(leaks), where=str(config.path), fix=fix)
+        raise DataError(DataCode.LEAKED_ROWS, "; ".join(leaks), where=str(config.path), fix=fix)
     return (
         *_row_notices(splits, indexes, config),
         *_animation_notices(indexes),

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
+from mopefuse.core.error_codes import DataCode
 from mopefuse.data._source_files import SourceFolder
 from mopefuse.data.prepare import Sample, Skip, Source, is_file_name
 from mopefuse.errors import DataError
@@ -73,7 +74,7 @@ class MMIMDb(Source):
 
     def _bad_splits(self, problem: str) -> DataError:
         fix = 'provide {"train": [ids], "dev": [ids], "test": [ids]}, ids as strings'
-        return DataError(65, f"split.json {problem}", where=str(self.folder.root / "split.json"), fix=fix)
+        return DataError(DataCode.BAD_SPLIT_JSON, f"split.json {problem}", where=str(self.folder.root / "split.json"), fix=fix)
 
     def rows(self, split: str) -> Iterator[Sample | Skip]:
         """Yield films in the order of split.json."""

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from mopefuse.config.recipe import changed_data
 from mopefuse.config.schema import Data as DataConfig
+from mopefuse.core.error_codes import ConfigCode, DataCode
 from mopefuse.core.python_names import python_names
 from mopefuse.data.load import load_data
 from mopefuse.errors import ConfigError, DataError
@@ -81,7 +82,9 @@ class PairDataset(Dataset[dict[str, Any]]):
         unknown = [label for label in self.split.labels.counts() if label not in self._number]
         if unknown:
             what = f"labels that are not in `labels`: {', '.join(sorted(unknown)[:20])}"
-            raise DataError(338, what, where=self.split.file, fix="add them to labels, or remove the rows")
+            raise DataError(
+                DataCode.LABEL_NOT_IN_LABELS, what, where=self.split.file, fix="add them to labels, or remove the rows"
+            )
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -118,5 +121,5 @@ def _labels(given: Sequence[str] | None, found: tuple[str, ...]) -> tuple[str, .
     labels = found if given is None else () if isinstance(given, str) else tuple(given)
     if not labels or len({*labels}) < len(labels):
         what = "there is no training split to take the labels from" if given is None else "labels must be different names"
-        raise ConfigError(343, what, where="labels", fix="give labels=[...], as in model.labels")
+        raise ConfigError(ConfigCode.DATA_SET_LABELS_UNKNOWN, what, where="labels", fix="give labels=[...], as in model.labels")
     return labels

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from mopefuse.config.schema import Data as DataConfig
 from mopefuse.core import cache
+from mopefuse.core.error_codes import ResourceCode
 from mopefuse.data.base import DataSet, Split
 from mopefuse.encoders.base import Preprocess
 from mopefuse.errors import ResourceError
@@ -81,7 +82,12 @@ def pictures(
     folder = cache.store("images", key, lambda folder: _write(folder, decode, first_U.tolist(), advance), facts)
     if folder is None:
         where = str(cache.root() or "there is no folder for it")
-        raise ResourceError(9, "decoded images cannot be kept", where=where, fix="set MOPEFUSE_CACHE to a folder with space")
+        raise ResourceError(
+            ResourceCode.IMAGE_CACHE_NOT_WRITABLE,
+            "decoded images cannot be kept",
+            where=where,
+            fix="set MOPEFUSE_CACHE to a folder with space",
+        )
     return Pictures(folder, number_S)
 
 

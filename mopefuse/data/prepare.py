@@ -18,6 +18,7 @@ from typing import Any, TextIO
 from mopefuse import __version__
 from mopefuse.core.artifact import dump_json, sha256
 from mopefuse.core.atomic_files import sweep, sync
+from mopefuse.core.error_codes import DataCode
 from mopefuse.core.regular_files import read_regular
 from mopefuse.data._source import Sample, Skip, Source, complete, is_file_name
 from mopefuse.data._source_files import SourceFolder, listing, place, sums_file
@@ -66,11 +67,13 @@ def prepare(
         OSError: `dest` cannot be written; nothing is left of it.
     """
     if images not in ("link", "copy"):
-        raise DataError(61, f"--images cannot be {images!r}", where="--images", fix="use link or copy")
+        raise DataError(DataCode.BAD_PREPARE_OPTION, f"--images cannot be {images!r}", where="--images", fix="use link or copy")
     folder, target = SourceFolder(source), Path(dest).resolve()
     if target.is_relative_to(folder.root):
         fix = "choose a folder outside it"
-        raise DataError(73, "the prepared data would lie inside the source folder", where=str(target), fix=fix)
+        raise DataError(
+            DataCode.TARGET_INSIDE_SOURCE, "the prepared data would lie inside the source folder", where=str(target), fix=fix
+        )
     reader = kind(folder, options or {})
     identity = {
         "dataset": kind.name,
@@ -165,7 +168,9 @@ class _Build:
         if not kept:
             most = ", ".join(f"{reason} ({number})" for reason, number in self.skipped.most_common(3))
             what = f"no row of the {split} split can be used" + (f"; skipped so far: {most}" if most else "")
-            raise DataError(66, what, where=str(self.reader.folder.root), fix=f"provide {self.reader.layout}")
+            raise DataError(
+                DataCode.SOURCE_INCOMPLETE, what, where=str(self.reader.folder.root), fix=f"provide {self.reader.layout}"
+            )
 
     def _check(self, sample: Sample) -> Skip | None:
         """Check a sample, and record its id and image.
@@ -203,7 +208,7 @@ class _Build:
             classes = len(set(labels))
             what = f"{number:,} validation pairs cannot be held out of {len(ids):,} training pairs of {classes} classes"
             fix = f"pass --val {max(1, len(ids) // 5)}" if len(ids) > 4 else "provide more training pairs"
-            raise DataError(67, what, where="--val", fix=fix)
+            raise DataError(DataCode.CANNOT_HOLD_OUT, what, where="--val", fix=fix)
         chosen = {ids[row] for row in held}
         whole = (self.root / "train.jsonl").rename(self.root / "whole")
         parts = (self.root / "train.jsonl").open("wb"), (self.root / "val.jsonl").open("wb")
@@ -236,14 +241,16 @@ def _read_same(target: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
         same = {key: about[key] for key in _IDENTITY} == identity
         tables, content = dict(about["sha256"]), about["content"]
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        raise DataError(68, "the folder is not empty", where=str(target), fix=fix) from None
+        raise DataError(DataCode.PREPARED_FOLDER_NOT_EMPTY, "the folder is not empty", where=str(target), fix=fix) from None
     if not same:
         known = {key: about[key] for key in _IDENTITY}
         differing = ", ".join(key for key in _IDENTITY if known[key] != identity[key])
         what = f"the folder has a data set that was prepared differently (in: {differing})"
-        raise DataError(69, what, where=str(target / ABOUT), fix=fix)
+        raise DataError(DataCode.PREPARED_OTHERWISE, what, where=str(target / ABOUT), fix=fix)
     names = [name for name in os.listdir(target) if name != ABOUT and not name.startswith(".")]
     unchanged = all((target / name).is_file() and sha256(target / name) == digest for name, digest in tables.items())
     if not unchanged or listing(target, names) != content:
-        raise DataError(70, "files of this data set were changed, added or removed", where=str(target), fix=fix)
+        raise DataError(
+            DataCode.PREPARED_DATA_CHANGED, "files of this data set were changed, added or removed", where=str(target), fix=fix
+        )
     return dict(about)

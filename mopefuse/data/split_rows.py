@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mopefuse.config.schema import Data as DataConfig
+from mopefuse.core.error_codes import ConfigCode, DataCode
 from mopefuse.core.formatting import several
 from mopefuse.data.base import SPLITS
 from mopefuse.data.index import Index
@@ -39,11 +40,11 @@ def divide_rows(indexes: dict[str, Index], path: Path, config: DataConfig, requi
         if name not in parts:
             other = f"add --split {next(iter(parts), '')}, which exists"
             fix = missing_split_hint(name, path, config) if "train" in require or not parts else other
-            raise DataError(2, f"the {name} split is missing", where=str(path), fix=fix)
+            raise DataError(DataCode.NO_SPLIT, f"the {name} split is missing", where=str(path), fix=fix)
     for name, (index, rows) in parts.items():
         if not len(rows):
             where = str(path / index.file if path.is_dir() else path)
-            raise DataError(4, f"the {name} split has no rows", where=where, fix="provide at least one row")
+            raise DataError(DataCode.EMPTY_SPLIT, f"the {name} split has no rows", where=where, fix="provide at least one row")
     if (config.shots or config.fraction) and "train" in parts:
         index, rows = parts["train"]
         labels, ids = index.labels.take(rows), [index.ids[row] for row in rows]
@@ -55,7 +56,7 @@ def _hold_out(parts: Parts, name: str, fraction: float, path: Path, config: Data
     """Move rows of train to the split `name`; without a train split nothing changes."""
     if name in parts:
         what = f"data.{name}_fraction is set, but there is a {name} split"
-        raise ConfigError(43, what, where=str(path), fix=f"unset it, or remove the {name} split")
+        raise ConfigError(ConfigCode.FRACTION_AND_SPLIT, what, where=str(path), fix=f"unset it, or remove the {name} split")
     if "train" not in parts:
         return
     index, rows = parts["train"]
@@ -66,7 +67,7 @@ def _hold_out(parts: Parts, name: str, fraction: float, path: Path, config: Data
     if len(rows) and not held:
         what = f"no row of train can be held out for {name}: a row (or image) of each label stays in train"
         fix = f"raise --{name}-fraction, provide a {name} split, or merge rare labels"
-        raise DataError(4, what, where=str(path), fix=fix)
+        raise DataError(DataCode.EMPTY_SPLIT, what, where=str(path), fix=fix)
     parts["train"], parts[name] = (index, rows[kept]), (index, rows[held])
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mopefuse.config.schema import Data as DataConfig
+from mopefuse.core.error_codes import DataCode
 from mopefuse.data.base import SPLITS
 from mopefuse.data.csv_records import Record, Records, delimiter_of, name_of
 from mopefuse.errors import DataError, Notice, did_you_mean, similar_names
@@ -77,7 +78,7 @@ def find_tables(path: Path, config: DataConfig, *, splits: Sequence[str] = SPLIT
         similar = [item for stem in stems for item in siblings if item.stem == stem]
         suggestion = f"did you mean {', '.join(map(str, similar[:3]))}? Otherwise " if similar else ""
         fix = f"{suggestion}name a folder with train.jsonl, val.jsonl and test.jsonl, or one table"
-        raise DataError(1, f"there is no data folder {path}", fix=fix)
+        raise DataError(DataCode.NO_DATA_FOLDER, f"there is no data folder {path}", fix=fix)
     tables = {}
     for split in splits:
         found = [path / f"{split}{suffix}" for suffix in SUFFIXES if os.path.lexists(path / f"{split}{suffix}")]
@@ -85,7 +86,9 @@ def find_tables(path: Path, config: DataConfig, *, splits: Sequence[str] = SPLIT
             found.append(path / split)
         if len(found) > 1:
             names = " and ".join(file.name for file in found)
-            raise DataError(19, f"the {split} split has two tables: {names}", where=str(path), fix="remove one of them")
+            raise DataError(
+                DataCode.SPLIT_TWICE, f"the {split} split has two tables: {names}", where=str(path), fix="remove one of them"
+            )
         if found:
             tables[split] = _table(found[0], config)
     return tables
@@ -109,13 +112,15 @@ def _table(path: Path, config: DataConfig) -> Table:
         return Table(path.name, digest, lambda: _parquet(path))
     for start, name in _MAGIC.items():
         if content.startswith(start):
-            raise DataError(8, f"this is {name}, not text", where=str(path), fix="convert it to UTF-8 JSON lines or CSV")
+            raise DataError(
+                DataCode.NOT_TEXT, f"this is {name}, not text", where=str(path), fix="convert it to UTF-8 JSON lines or CSV"
+            )
     if kind in (".csv", ".tsv"):
         delimiter = _delimiter(content, path, config)
         return Table(path.name, digest, lambda: _csv(content, path, delimiter))
     if kind != ".jsonl":
         fix = f"name a {', '.join(SUFFIXES)} file or a folder"
-        raise DataError(20, f"{path.name} is not a table", where=str(path), fix=fix)
+        raise DataError(DataCode.NOT_A_TABLE, f"{path.name} is not a table", where=str(path), fix=fix)
     return Table(path.name, digest, lambda: _json_lines(content), content)
 
 
@@ -166,10 +171,14 @@ def read_bytes(path: Path) -> bytes:
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would block
-            raise DataError(16, f"{path.name} is not a regular file", where=str(path), fix="provide a file")
+            raise DataError(
+                DataCode.TABLE_UNREADABLE, f"{path.name} is not a regular file", where=str(path), fix="provide a file"
+            )
         return path.read_bytes()
     except OSError as error:
-        raise DataError(16, f"{path.name} cannot be read: {error.strerror}", where=str(path), fix="make it readable") from None
+        raise DataError(
+            DataCode.TABLE_UNREADABLE, f"{path.name} cannot be read: {error.strerror}", where=str(path), fix="make it readable"
+        ) from None
 
 
 # -- JSON lines
@@ -264,18 +273,18 @@ def decode_text(content: bytes, path: Path) -> str:
         line = content.count(b"\n", 0, error.start) + 1
         what = f"{path.name}:{line} is not UTF-8 (byte 0x{content[error.start]:02x})"
         fix = "convert it, for example from Latin 1 with iconv -f latin1 -t utf-8"
-        raise DataError(21, what, where=str(path), fix=fix) from None
+        raise DataError(DataCode.NOT_UTF8, what, where=str(path), fix=fix) from None
 
 
 def _header(record: Record, path: Path) -> list[str]:
     if record.problem:
         fix = "correct the line with the names of the columns"
-        raise DataError(230, f"the header {record.problem}", where=f"{path.name}:{record.line}", fix=fix)
+        raise DataError(DataCode.BAD_HEADER, f"the header {record.problem}", where=f"{path.name}:{record.line}", fix=fix)
     header = [cell.strip() for cell in record.cells]
     repeated = sorted({name for name in header if header.count(name) > 1})
     if repeated:
         what = f"the column {repeated[0]!r} occurs twice"
-        raise DataError(22, what, where=f"{path.name}:{record.line}", fix="name each column once")
+        raise DataError(DataCode.COLUMN_TWICE, what, where=f"{path.name}:{record.line}", fix="name each column once")
     return header
 
 
@@ -285,7 +294,7 @@ def _parquet(path: Path) -> Iterator[TableRow]:
         from pyarrow import parquet
     except ImportError:
         fix = 'pip install "mopefuse[parquet]", or convert the file to JSON lines'
-        raise DataError(23, "reading Parquet needs pyarrow", where=str(path), fix=fix) from None
+        raise DataError(DataCode.PARQUET_NEEDS_PYARROW, "reading Parquet needs pyarrow", where=str(path), fix=fix) from None
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
@@ -295,7 +304,9 @@ def _parquet(path: Path) -> Iterator[TableRow]:
                     yield TableRow(number, {key: _plain(value) for key, value in row.items()})
     except (arrow.ArrowException, OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(24, f"{path.name} is damaged: {reason}", where=str(path), fix="provide the complete file") from None
+        raise DataError(
+            DataCode.PARQUET_DAMAGED, f"{path.name} is damaged: {reason}", where=str(path), fix="provide the complete file"
+        ) from None
 
 
 def _plain(value: Any) -> Any:
@@ -343,11 +354,13 @@ def _captions(metadata: Path, config: DataConfig) -> dict[str, Any]:
     captions = {}
     for row in _table(metadata, config).rows():
         if isinstance(row.value, str):
-            raise DataError(25, f"{metadata.name}:{row.line} {row.value}", where=str(metadata), fix="correct it")
+            raise DataError(
+                DataCode.FIELD_MISSING, f"{metadata.name}:{row.line} {row.value}", where=str(metadata), fix="correct it"
+            )
         missing = {"file_name", config.text_col} - row.value.keys()
         if missing:
             fix = did_you_mean(config.text_col, row.value.keys())
             what = f"{metadata.name}:{row.line} has no {' or '.join(sorted(missing))}"
-            raise DataError(25, what, where=str(metadata), fix=fix)
+            raise DataError(DataCode.FIELD_MISSING, what, where=str(metadata), fix=fix)
         captions[str(row.value["file_name"])] = row.value[config.text_col]
     return captions

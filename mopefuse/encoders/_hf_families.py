@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mopefuse.core import error_numbers as _numbers
+from mopefuse.core.error_codes import EncoderCode
 from mopefuse.errors import EncoderError
 
 
@@ -108,11 +108,11 @@ def check_config(config: Mapping[str, Any], parted: Collection[str], where: str)
     kind = config.get("model_type")
     if not isinstance(kind, str):
         raise EncoderError(
-            _numbers.BAD_CONFIG, "config.json names no model_type", where=where, fix="use a transformers model"
+            EncoderCode.BAD_CONFIG, "config.json names no model_type", where=where, fix="use a transformers model"
         )
     if config.get("auto_map"):
         raise EncoderError(
-            _numbers.REMOTE_CODE,
+            EncoderCode.REMOTE_CODE,
             f"config.json requires code of the repository (auto_map: {', '.join(map(str, config['auto_map']))})",
             where=where,
             fix="use a model that is part of transformers",
@@ -122,5 +122,5 @@ def check_config(config: Mapping[str, Any], parted: Collection[str], where: str)
             f"this {kind} model is set up as the decoder of another"
         )
         raise EncoderError(
-            _numbers.UNSUITABLE, what, where=where, fix="use an encoder or a language model, for example hf:bert-base"
+            EncoderCode.UNSUITABLE, what, where=where, fix="use an encoder or a language model, for example hf:bert-base"
         )

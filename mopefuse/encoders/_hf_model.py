@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto as auto
 
-from mopefuse.core import error_numbers as _numbers
+from mopefuse.core.error_codes import CheckpointCode, EncoderCode
 from mopefuse.core.registry import Spec
 from mopefuse.core.tensor_files import check_tensors
 from mopefuse.encoders import _hf_source, _hf_text, _lora, _options, _weights
@@ -142,7 +142,9 @@ def mean_of(tokens_BLD: Tensor, mask_BL: Tensor) -> Tensor:
 
 def unsuitable(what: str, spec: Spec, families: Collection[str]) -> EncoderError:
     """Build the error for an unsuitable model, which lists the supported families."""
-    return EncoderError(_numbers.UNSUITABLE, what, where=str(spec), fix=f"use another one, for example {', '.join(families)}")
+    return EncoderError(
+        EncoderCode.UNSUITABLE, what, where=str(spec), fix=f"use another one, for example {', '.join(families)}"
+    )
 
 
 def _configure(spec: Spec, source: Source, ours: Collection[str]) -> Any:
@@ -155,7 +157,7 @@ def _configure(spec: Spec, source: Source, ours: Collection[str]) -> Any:
             config = transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
         raise EncoderError(
-            _numbers.UNSUITABLE,
+            EncoderCode.UNSUITABLE,
             f"transformers {transformers.__version__} cannot read the configuration: {error}",
             where=str(spec),
             fix="use another model, or upgrade transformers",
@@ -172,7 +174,7 @@ def _configure(spec: Spec, source: Source, ours: Collection[str]) -> Any:
             setattr(config, key, list(value) if isinstance(value, tuple) else value)
         except StrictDataclassError as error:
             raise EncoderError(
-                _numbers.BAD_OPTION, f"{key}={value} is invalid: {error}", where=str(spec), fix=f"change {key}"
+                EncoderCode.BAD_OPTION, f"{key}={value} is invalid: {error}", where=str(spec), fix=f"change {key}"
             ) from error
     return config
 
@@ -194,7 +196,7 @@ def _build(spec: Spec, source: Source, config: Any, model: Any, options: dict[st
         built = model._from_config(config, dtype=torch.float32, **options)
     except (TypeError, ValueError, AssertionError, RuntimeError, ZeroDivisionError) as error:
         raise EncoderError(
-            _numbers.CANNOT_BUILD,
+            EncoderCode.CANNOT_BUILD,
             f"transformers cannot build this {config.model_type} model: {error}",
             where=str(spec),
             fix="change the options, or check config.json",
@@ -222,12 +224,15 @@ def _pretrained(spec: Spec, source: Source, config: Any, kind: Any, options: dic
             )
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            _numbers.DAMAGED_FILE, f"weights in {source.folder} are damaged: {error}", where=str(spec), fix="fetch them again"
+            CheckpointCode.FILE_DAMAGED,
+            f"weights in {source.folder} are damaged: {error}",
+            where=str(spec),
+            fix="fetch them again",
         ) from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise CheckpointError(
-            _numbers.KEYS_DIFFER,
+            CheckpointCode.ENCODER_WEIGHTS_MISMATCH,
             f"the weights of {spec.name} lack {len(missing)} tensors of the encoder: {', '.join(missing[:4])}",
             where=str(spec),
             fix="change ?pool= or the other options, or use other weights",

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mopefuse.core import error_numbers as _numbers
 from mopefuse.core import hub as _hub
+from mopefuse.core.error_codes import EncoderCode
 from mopefuse.core.registry import Spec
 from mopefuse.encoders._hf_families import TOWERS, BuiltIn, check_config
 from mopefuse.encoders._hf_text import POOLING_FILES, TOKENIZER_FILES, read_json
@@ -79,7 +79,7 @@ def check_name(spec: Spec, known: Mapping[str, BuiltIn]) -> None:
     name, _, part = spec.name.partition("#")
     if part and part not in ("text", "vision"):
         raise EncoderError(
-            _numbers.NEEDS_TOWER, f"there is no part #{part}", where=str(spec), fix="write #text or #vision"
+            EncoderCode.TOWER_NOT_NAMED, f"there is no part #{part}", where=str(spec), fix="write #text or #vision"
         )
     folder = Path(os.path.expanduser(name))
     if folder.is_dir():
@@ -87,10 +87,10 @@ def check_name(spec: Spec, known: Mapping[str, BuiltIn]) -> None:
             raise _no_config(folder, spec)
         return
     if name.startswith(("/", ".", "~")):
-        raise EncoderError(_numbers.NO_FOLDER, f"there is no folder {name}", where=str(spec), fix="check the path")
+        raise EncoderError(EncoderCode.NO_FOLDER, f"there is no folder {name}", where=str(spec), fix="check the path")
     if not option_flag(spec, "pretrained", True) and spec.name not in known:
         raise EncoderError(
-            _numbers.NO_BUILT_IN_CONFIG,
+            EncoderCode.NO_BUILT_IN_CONFIG,
             f"there is no built-in configuration of {spec.name}, and pretrained=false does not use the network",
             where=str(spec),
             fix=f"use a folder with config.json; {did_you_mean(spec.name, known)}",
@@ -99,7 +99,7 @@ def check_name(spec: Spec, known: Mapping[str, BuiltIn]) -> None:
 
 def _no_config(folder: Path, spec: Spec) -> EncoderError:
     fix = "use a folder written by save_pretrained()"
-    return EncoderError(_numbers.BAD_CONFIG, f"{folder} has no config.json", where=str(spec), fix=fix)
+    return EncoderError(EncoderCode.BAD_CONFIG, f"{folder} has no config.json", where=str(spec), fix=fix)
 
 
 def _in_folder(
@@ -111,10 +111,10 @@ def _in_folder(
     check_config(config, parted, str(spec))
     if config["model_type"] in TOWERS and not part:
         fix = f"write {spec.scheme}:{spec.name}#text or {spec.scheme}:{spec.name}#vision"
-        raise EncoderError(_numbers.NEEDS_TOWER, f"{spec.name} has two towers", where=str(spec), fix=fix)
+        raise EncoderError(EncoderCode.TOWER_NOT_NAMED, f"{spec.name} has two towers", where=str(spec), fix=fix)
     if part and not any(config["model_type"] in (kind, parts[part]) for kind, parts in TOWERS.items()):
         what = f"{spec.name} is a {config['model_type']} model and has no part #{part}"
-        raise EncoderError(_numbers.NEEDS_TOWER, what, where=str(spec), fix=f"remove #{part}")
+        raise EncoderError(EncoderCode.TOWER_NOT_NAMED, what, where=str(spec), fix=f"remove #{part}")
     if not random and not any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
         raise _hub.no_safetensors(str(folder), str(spec))
     return Source(folder, config, part, random, trained, revision)
@@ -126,7 +126,7 @@ def _from_hub(spec: Spec, name: str, part: str, random: bool, trained: bool, par
     path = _hub.fetch(repo, "config.json", revision or None, where=where)
     if path is None:
         raise EncoderError(
-            _numbers.BAD_CONFIG, f"{repo} has no config.json", where=where, fix="use a transformers repository"
+            EncoderCode.BAD_CONFIG, f"{repo} has no config.json", where=where, fix="use a transformers repository"
         )
     config = read_json(path)
     check_config(config if isinstance(config, dict) else {}, parted, where)

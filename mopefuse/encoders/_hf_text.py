@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mopefuse.core import error_numbers as _numbers
+from mopefuse.core.error_codes import EncoderCode
 from mopefuse.errors import EncoderError
 from mopefuse.modalities import tokens
 
@@ -45,7 +45,7 @@ class Tokenize:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise EncoderError(
-                _numbers.NO_TOKENIZER,
+                EncoderCode.NO_TOKENIZER,
                 f"{type(self.tokenizer).__name__} cannot be saved without transformers",
                 fix="use a model that has a tokenizer.json",
             )
@@ -114,7 +114,7 @@ def declared_pool(folder: Path | None, where: str) -> str | None:
     names = {"mean_tokens": "mean", "mean": "mean", "cls_token": "cls", "cls": "cls", "lasttoken": "last"}
     if len(declared) != 1 or not declared <= names.keys():
         raise EncoderError(
-            _numbers.UNSUITABLE,
+            EncoderCode.UNSUITABLE,
             f"unsupported sentence-transformers pooling: {' and '.join(sorted(declared)) or 'not named'}",
             where=where,
             fix="add ?pool=mean, ?pool=cls or ?pool=last",
@@ -139,4 +139,4 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise EncoderError(_numbers.BAD_CONFIG, f"{path} is not JSON: {error}", fix="fetch the file again") from error
+        raise EncoderError(EncoderCode.BAD_CONFIG, f"{path} is not JSON: {error}", fix="fetch the file again") from error

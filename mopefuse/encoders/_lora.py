@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from mopefuse.config.schema import Lora
-from mopefuse.core import error_numbers as _numbers
 from mopefuse.core.dependencies import require
+from mopefuse.core.error_codes import EncoderCode
 from mopefuse.errors import EncoderError, did_you_mean
 from mopefuse.modalities.base import get_modality
 
@@ -72,14 +72,14 @@ def _targets(encoder: Encoder, lora: Lora) -> list[str]:
             what = f"{encoder.spec} has no default layers for LoRA"
             others = sorted({name.rpartition(".")[2] for name in linear})
             fix = f"set lora.targets; its linear layers are {', '.join(others)}" if others else "use another --tune"
-            raise EncoderError(_numbers.LORA_UNKNOWN, what, fix=fix)
+            raise EncoderError(EncoderCode.LORA_UNSUPPORTED, what, fix=fix)
         return list(encoder.lora_targets)
     found = {target: [name for name in linear if f".{name}".endswith(f".{target}")] for target in lora.targets}
     for target, names in found.items():
         if not names:
             near = did_you_mean(target, {name.rpartition(".")[2] for name in linear})
             what = f"{encoder.spec} has no linear layer {target!r}"
-            raise EncoderError(_numbers.LORA_NO_LAYER, what, where="lora.targets", fix=near or "use another --tune")
+            raise EncoderError(EncoderCode.LORA_NO_SUCH_LAYER, what, where="lora.targets", fix=near or "use another --tune")
     return list(dict.fromkeys(name for names in found.values() for name in names))
 
 
@@ -105,4 +105,6 @@ def _check_called(encoder: Encoder, names: Iterable[str]) -> None:
             hook.remove()
     if not_called:
         what = f"LoRA would have no effect on {min(not_called)} of {encoder.spec}, whose weights are used without calling it"
-        raise EncoderError(_numbers.LORA_UNHEARD, what, where="lora.targets", fix="set lora.targets to other linear layers")
+        raise EncoderError(
+            EncoderCode.LORA_WITHOUT_EFFECT, what, where="lora.targets", fix="set lora.targets to other linear layers"
+        )

@@ -16,8 +16,8 @@ from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
-from mopefuse.core import error_numbers as _numbers
 from mopefuse.core import hub as _hub
+from mopefuse.core.error_codes import EncoderCode
 from mopefuse.core.registry import Spec
 from mopefuse.encoders import _hf_text, _options
 from mopefuse.encoders.preprocess import TextPreprocess
@@ -115,12 +115,15 @@ def _from_hub(repo: str, where: str) -> Any:
     path = _hub.fetch(repo, "tokenizer.json", where=where)
     if path is None:
         raise EncoderError(
-            _numbers.NO_TOKENIZER, f"{repo} has no tokenizer.json", where=where, fix="use a CLIP model, or another text encoder"
+            EncoderCode.NO_TOKENIZER,
+            f"{repo} has no tokenizer.json",
+            where=where,
+            fix="use a CLIP model, or another text encoder",
         )
     _hub.fetch_all(repo, _hf_text.TOKENIZER_FILES, where=where)
     try:
         return transformers.AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False, local_files_only=True)
     except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
         raise EncoderError(
-            _numbers.NO_TOKENIZER, f"the tokenizer of {repo} cannot be read: {error}", where=where, fix="fetch it again"
+            EncoderCode.NO_TOKENIZER, f"the tokenizer of {repo} cannot be read: {error}", where=where, fix="fetch it again"
         ) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from mopefuse.core import error_numbers as _numbers
+from mopefuse.core.error_codes import EncoderCode
 from mopefuse.core.registry import Spec
 from mopefuse.errors import EncoderError, did_you_mean
 
@@ -36,7 +36,7 @@ def unknown_option(spec: Spec, key: str, accepted: Iterable[str]) -> EncoderErro
     """Build the error for an unknown option."""
     names = sorted(set(accepted))
     return EncoderError(
-        _numbers.UNKNOWN_OPTION,
+        EncoderCode.UNKNOWN_OPTION,
         f"{spec.scheme}:{spec.name} has no option {key!r}",
         where=str(spec),
         fix=did_you_mean(key, names) or "remove it",
@@ -53,7 +53,7 @@ def one_of(spec: Spec, key: str, default: str, allowed: Iterable[str]) -> str:
     value = spec.options.get(key, default)
     if value not in names:
         raise EncoderError(
-            _numbers.BAD_OPTION, f"{key}={value} is not supported", where=str(spec), fix=f"use {' or '.join(names)}"
+            EncoderCode.BAD_OPTION, f"{key}={value} is not supported", where=str(spec), fix=f"use {' or '.join(names)}"
         )
     return value
 
@@ -67,7 +67,7 @@ def max_tokens(spec: Spec, default: int, limit: int) -> int:
     value = parse_value(spec.options.get("max_tokens", str(default)))
     if type(value) is not int or not 2 <= value <= limit:
         raise EncoderError(
-            _numbers.BAD_OPTION,
+            EncoderCode.BAD_OPTION,
             f"max_tokens={spec.options.get('max_tokens', default)} is not an integer from 2 to {limit}",
             where=str(spec),
             fix=f"use max_tokens={min(default, limit)}",
@@ -85,7 +85,7 @@ def per_channel(spec: Spec, key: str, default: Iterable[float]) -> tuple[float, 
     numbers = value if isinstance(value, tuple) else (value,) * 3
     if len(numbers) != 3 or any(isinstance(n, bool) or not isinstance(n, int | float) for n in numbers):
         raise EncoderError(
-            _numbers.BAD_OPTION,
+            EncoderCode.BAD_OPTION,
             f"{key}={spec.options.get(key)} is neither one number nor three",
             where=str(spec),
             fix=f"write {key}=0.5 or {key}=0.485,0.456,0.406",
@@ -105,7 +105,7 @@ def image_size(spec: Spec) -> tuple[int, int] | None:
     sides = value if isinstance(value, tuple) else (value, value)
     if len(sides) != 2 or any(type(side) is not int or side < 1 for side in sides):
         what = f"size={spec.options['size']} is not a number of pixels"
-        raise EncoderError(_numbers.BAD_OPTION, what, where=str(spec), fix="write size=224, or size=224,448")
+        raise EncoderError(EncoderCode.BAD_OPTION, what, where=str(spec), fix="write size=224, or size=224,448")
     return sides[0], sides[1]
 
 
@@ -118,10 +118,10 @@ def require_patches(spec: Spec, size: tuple[int, int], patch: int) -> None:
     if any(side % patch for side in size):
         near = ",".join(str(max(patch, round(side / patch) * patch)) for side in dict.fromkeys(size))
         what = f"size={spec.options['size']} is not a multiple of the patch size, {patch} pixels"
-        raise EncoderError(_numbers.BAD_OPTION, what, where=str(spec), fix=f"use size={near}")
+        raise EncoderError(EncoderCode.BAD_OPTION, what, where=str(spec), fix=f"use size={near}")
 
 
 def cannot_resize(spec: Spec, reason: object) -> EncoderError:
     """Build the error for a model that does not support another image size."""
     what = f"{spec.scheme}:{spec.name} does not support size={spec.options['size']}: {reason}"
-    return EncoderError(_numbers.BAD_OPTION, what, where=str(spec), fix="remove size")
+    return EncoderError(EncoderCode.BAD_OPTION, what, where=str(spec), fix="remove size")

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mopefuse.core import error_numbers as _numbers
+from mopefuse.core.error_codes import CheckpointCode
 from mopefuse.core.tensor_files import read_tensors
 from mopefuse.errors import CheckpointError
 
@@ -51,7 +51,7 @@ def load_strictly(
     if any(faults.values()):
         found = "; ".join(f"{len(names)} {fault}: {_some(names)}" for fault, names in faults.items() if names)
         raise CheckpointError(
-            _numbers.KEYS_DIFFER,
+            CheckpointCode.ENCODER_WEIGHTS_MISMATCH,
             f"the weights do not fit {type(module).__name__}: {found}",
             where=where,
             fix="use weights of this encoder, with the same options",

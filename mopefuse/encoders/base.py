@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mopefuse.config.schema import Lora
 from mopefuse.core import registry
 from mopefuse.core.aliases import ALIASES
+from mopefuse.core.error_codes import EncoderCode, PluginCode
 from mopefuse.core.precision import weight_type
 from mopefuse.core.registry import Spec
 from mopefuse.core.threads import PerThread
@@ -110,7 +111,9 @@ class Encoder(nn.Module):
             EncoderError: there are none; the message gives the reason.
         """
         if not self.widths:
-            raise EncoderError(21, f"{self.spec} {self.why_not_main or 'has no promptable layer'}", fix=fix)
+            raise EncoderError(
+                EncoderCode.NOT_PROMPTABLE, f"{self.spec} {self.why_not_main or 'has no promptable layer'}", fix=fix
+            )
 
     def require_insertable(self, side: str = "main") -> None:
         """Check that the encoder supports inserted tokens.
@@ -120,7 +123,7 @@ class Encoder(nn.Module):
         """
         if not self.insertable:
             fix = f"use tiny:, a ViT of timm: or a BERT of hf: as --{side}, or another --method"
-            raise EncoderError(70, f"{self.spec} does not support inserted tokens", fix=fix)
+            raise EncoderError(EncoderCode.NOT_INSERTABLE, f"{self.spec} does not support inserted tokens", fix=fix)
 
     def run_layer(
         self, layer: int, tokens_BLD: Tensor, mask_BK: Tensor | None = None, prompt: Prompt | None = None
@@ -265,10 +268,10 @@ def create_encoder(text: str) -> Encoder:
         if not of_plugin or isinstance(error, MopefuseError):
             raise
         what = f"the plugin {owner} failed to create {spec.name}: {type(error).__name__}: {error}"
-        raise PluginError(12, what, where=str(spec), fix=f"upgrade or uninstall {owner}") from error
+        raise PluginError(PluginCode.ENCODER_FAILED, what, where=str(spec), fix=f"upgrade or uninstall {owner}") from error
     if not isinstance(encoder, Encoder):
         what = f"the plugin {owner} returned a {type(encoder).__name__} instead of a mopefuse.encoders.Encoder"
-        raise PluginError(13, what, where=str(spec), fix=f"upgrade or uninstall {owner}")
+        raise PluginError(PluginCode.NOT_AN_ENCODER, what, where=str(spec), fix=f"upgrade or uninstall {owner}")
     encoder.freeze()
     return encoder
 
@@ -299,7 +302,9 @@ def option_flag(spec: Spec, key: str, default: bool) -> bool:
     """
     value = spec.options.get(key, str(default)).lower()
     if value not in ("true", "false"):
-        raise EncoderError(22, f"{key}={value} is neither true nor false", where=str(spec), fix=f"write {key}=true")
+        raise EncoderError(
+            EncoderCode.BAD_OPTION_VALUE, f"{key}={value} is neither true nor false", where=str(spec), fix=f"write {key}=true"
+        )
     return value == "true"
 
 

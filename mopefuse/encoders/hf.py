@@ -22,7 +22,7 @@ import transformers
 from torch import Tensor
 from transformers.models.auto import modeling_auto as auto
 
-from mopefuse.core import error_numbers as _numbers
+from mopefuse.core.error_codes import EncoderCode
 from mopefuse.core.registry import Spec
 from mopefuse.encoders import _hf_images, _hf_source, _hf_text, _options
 from mopefuse.encoders._hf_families import DECODER, FAMILIES, IMAGE, TEXT, Family
@@ -147,7 +147,7 @@ def _texts(spec: Spec, source: Source, config: Any, *, filled: bool) -> TextPrep
     if source.folder is None or not any((source.folder / name).is_file() for name in _hf_text.VOCABULARIES):
         if (source.trained and source.folder is not None) or "weights" in spec.options:
             raise EncoderError(
-                _numbers.NO_TOKENIZER,
+                EncoderCode.NO_TOKENIZER,
                 f"{source.folder or spec.name} has no tokenizer (tokenizer.json, vocab.txt, ...)",
                 where=str(spec),
                 fix="save the tokenizer beside the model, or add ?pretrained=false for random weights",
@@ -162,7 +162,10 @@ def _texts(spec: Spec, source: Source, config: Any, *, filled: bool) -> TextPrep
         )
     except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
         raise EncoderError(
-            _numbers.NO_TOKENIZER, f"the tokenizer of {spec.name} cannot be read: {error}", where=str(spec), fix="save it again"
+            EncoderCode.NO_TOKENIZER,
+            f"the tokenizer of {spec.name} cannot be read: {error}",
+            where=str(spec),
+            fix="save it again",
         ) from error
     own = min(limit, _hf_text.declared_length(source.folder) or limit, tokenizer.model_max_length)
     pad_id = config.pad_token_id if isinstance(config.pad_token_id, int) else tokenizer.pad_token_id or 0
@@ -189,7 +192,7 @@ def _processor(spec: Spec, source: Source) -> Any:
     if source.folder is None or not any((source.folder / name).is_file() for name in _hf_source.IMAGE_FILES):
         if source.trained and source.folder is not None:
             raise EncoderError(
-                _numbers.NO_IMAGE_CONFIG,
+                EncoderCode.NO_IMAGE_CONFIG,
                 f"{source.folder} has no preprocessor_config.json, which gives the size and statistics of images",
                 where=str(spec),
                 fix="save the image processor beside the model",
@@ -199,5 +202,5 @@ def _processor(spec: Spec, source: Source) -> Any:
         return transformers.AutoImageProcessor.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True)
     except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
         raise EncoderError(
-            _numbers.NO_IMAGE_CONFIG, f"the image processor cannot be read: {error}", where=str(spec), fix="save it again"
+            EncoderCode.NO_IMAGE_CONFIG, f"the image processor cannot be read: {error}", where=str(spec), fix="save it again"
         ) from error

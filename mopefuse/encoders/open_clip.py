@@ -29,8 +29,8 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import ResidualAttentionBlock, TextTransformer, VisionTransformer
 from torch import Tensor
 
-from mopefuse.core import error_numbers as _numbers
 from mopefuse.core import hub as _hub
+from mopefuse.core.error_codes import EncoderCode
 from mopefuse.core.registry import Spec
 from mopefuse.core.tensor_files import check_tensors
 from mopefuse.encoders import _open_clip_text, _options, _weights
@@ -167,14 +167,14 @@ def _parse(spec: Spec) -> tuple[str, str, str]:
     name, _, tag = model.partition("/")
     if tower not in _TOWERS:
         raise EncoderError(
-            _numbers.NEEDS_TOWER,
+            EncoderCode.TOWER_NOT_NAMED,
             f"{spec.name} names no tower",
             where=str(spec),
             fix=f"write {spec.scheme}:{model}#visual or {spec.scheme}:{model}#text",
         )
     if name not in open_clip.list_models():
         raise EncoderError(
-            _numbers.UNKNOWN_NAME,
+            EncoderCode.UNKNOWN_MODEL,
             f"unknown open_clip model {name!r}",
             where=str(spec),
             fix=did_you_mean(name, open_clip.list_models()),
@@ -182,7 +182,7 @@ def _parse(spec: Spec) -> tuple[str, str, str]:
     tags = open_clip.list_pretrained_tags_by_model(name)
     if tag not in tags and not _random(spec):
         raise EncoderError(
-            _numbers.UNKNOWN_NAME,
+            EncoderCode.UNKNOWN_MODEL,
             f"open_clip has no weights {tag!r} of {name}" if tag else f"{spec.name} names no weights",
             where=str(spec),
             fix=(did_you_mean(tag, tags) if tags else "") or "add ?pretrained=false or ?weights=FILE",
@@ -207,7 +207,7 @@ def _config(spec: Spec, name: str, tag: str, tower: str) -> tuple[dict[str, Any]
     why = why or (_open_clip_text.why_unsuitable(text) if tower == "text" else "")
     if why:
         fix = "use a CLIP or SigLIP model with open_clip's own text tower, or the same encoder through hf: or timm:"
-        raise EncoderError(_numbers.UNSUITABLE, f"{name}#{tower} {why}", where=str(spec), fix=fix)
+        raise EncoderError(EncoderCode.UNSUITABLE, f"{name}#{tower} {why}", where=str(spec), fix=fix)
     options = _options.library_options(spec, ("pretrained", "weights"))
     own = ("max_tokens",) if tower == "text" else ("size", "force_image_size")
     accepted = ("pretrained", "weights", "force_quick_gelu", *own)
@@ -237,7 +237,7 @@ def _load(spec: Spec, config: dict[str, Any], name: str, tag: str) -> tuple[Any,
             model.visual.set_input_size(config["vision_cfg"]["image_size"])  # its constructor does not resize the trunk
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise EncoderError(
-            _numbers.CANNOT_BUILD, f"open_clip cannot build {name}: {error}", where=str(spec), fix="change the options"
+            EncoderCode.CANNOT_BUILD, f"open_clip cannot build {name}: {error}", where=str(spec), fix="change the options"
         ) from error
     return model, path.parent.name if path else ""
 
@@ -262,7 +262,7 @@ def _image_preprocess(spec: Spec, tower: Any, statistics: dict[str, Any]) -> Ima
     mode = statistics["resize_mode"]
     if mode not in ("shortest", "squash"):
         what = f"{spec.name} has the unsupported resize mode {mode!r}"
-        raise EncoderError(_numbers.UNSUITABLE, what, where=str(spec), fix="use other weights")
+        raise EncoderError(EncoderCode.UNSUITABLE, what, where=str(spec), fix="use other weights")
     shorter = mode == "shortest" and size[0] == size[1]
     mean, std = statistics["mean"], statistics["std"]
     return ImagePreprocess(

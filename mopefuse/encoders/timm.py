@@ -24,9 +24,9 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import nn
 
-from mopefuse.core import error_numbers as _numbers
 from mopefuse.core import hub as _hub
 from mopefuse.core.aliases import ALIASES
+from mopefuse.core.error_codes import EncoderCode
 from mopefuse.core.registry import Spec
 from mopefuse.core.tensor_files import check_tensors
 from mopefuse.encoders import _options, _weights
@@ -119,7 +119,7 @@ def _check_name(spec: Spec) -> None:
     architecture, _, tag = spec.name.partition(".")
     if not timm.is_model(architecture):
         raise EncoderError(
-            _numbers.UNKNOWN_NAME,
+            EncoderCode.UNKNOWN_MODEL,
             f"unknown timm model {spec.name!r}",
             where=str(spec),
             fix=did_you_mean(architecture, [*timm.list_models(), *ALIASES["timm"]]),
@@ -127,7 +127,7 @@ def _check_name(spec: Spec) -> None:
     tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{architecture}.*")]
     if tag and tag not in tags:
         raise EncoderError(
-            _numbers.UNKNOWN_NAME,
+            EncoderCode.UNKNOWN_MODEL,
             f"timm has no weights {tag!r} of {architecture}",
             where=str(spec),
             fix=did_you_mean(tag, tags) or "add ?pretrained=false or ?weights=FILE",
@@ -195,7 +195,7 @@ def _build(spec: Spec, pretrained: bool, overlay: dict[str, Any] | None, size: t
         for key in set(options) - accepted:
             raise _options.unknown_option(spec, key, accepted) from error
         raise EncoderError(
-            _numbers.CANNOT_BUILD,
+            EncoderCode.CANNOT_BUILD,
             f"timm cannot build {spec.name} with {options}: {error}",
             where=str(spec),
             fix="change these options",

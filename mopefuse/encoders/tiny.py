@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 
+from mopefuse.core.error_codes import EncoderCode
 from mopefuse.core.registry import Spec
 from mopefuse.encoders import _lora
 from mopefuse.encoders._recompute import run_block
@@ -153,11 +154,21 @@ class TinyEncoder(Encoder):
         self.check_name(spec)
         known = ("pretrained", "pool")
         for option in spec.options.keys() - set(known):
-            raise EncoderError(52, f"tiny has no option {option!r}", where=str(spec), fix=did_you_mean(option, known))
+            raise EncoderError(
+                EncoderCode.UNKNOWN_TINY_OPTION,
+                f"tiny has no option {option!r}",
+                where=str(spec),
+                fix=did_you_mean(option, known),
+            )
         shape = SHAPES[spec.name]
         self.pool = spec.options.get("pool", shape.pool)
         if self.pool not in ("cls", "mean"):
-            raise EncoderError(53, f"tiny has no pooling {self.pool!r}", where=str(spec), fix="use pool=cls or pool=mean")
+            raise EncoderError(
+                EncoderCode.BAD_TINY_POOLING,
+                f"tiny has no pooling {self.pool!r}",
+                where=str(spec),
+                fix="use pool=cls or pool=mean",
+            )
         self.patch_size, self.insertable = _PATCH, True
         self.modality, self.feature_width, self.token_width = shape.modality, shape.width, shape.width
         self.widths, self.heads = (shape.width,) * shape.depth, (shape.heads,) * shape.depth
@@ -177,7 +188,9 @@ class TinyEncoder(Encoder):
     def check_name(cls, spec: Spec) -> None:
         """See `Encoder.check_name`."""
         if spec.name not in SHAPES:
-            raise EncoderError(51, f"there is no encoder tiny:{spec.name}", fix=did_you_mean(spec.name, SHAPES))
+            raise EncoderError(
+                EncoderCode.UNKNOWN_TINY_MODEL, f"there is no encoder tiny:{spec.name}", fix=did_you_mean(spec.name, SHAPES)
+            )
 
     def _encode(self, inputs: Inputs) -> Encoded:
         x_BLD, mask_BL = self.embed(inputs)
@@ -214,7 +227,10 @@ class TinyEncoder(Encoder):
             self.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
         except (OSError, SafetensorError, RuntimeError) as error:
             raise EncoderError(
-                54, f"cannot load the weights of {self.spec}: {error}", where=file, fix="reinstall mopefuse"
+                EncoderCode.WEIGHTS_UNREADABLE,
+                f"cannot load the weights of {self.spec}: {error}",
+                where=file,
+                fix="reinstall mopefuse",
             ) from error
 
 

@@ -14,6 +14,7 @@ from mopefuse.config.sides import Comp
 from mopefuse.core import distributed
 from mopefuse.core.artifact import dump_json, read_json
 from mopefuse.core.atomic_files import write_atomically
+from mopefuse.core.error_codes import ConfigCode
 from mopefuse.data.missing import FixedMissing
 from mopefuse.errors import ConfigError
 from mopefuse.evaluation.missing_masks import Removal, plan_removal
@@ -115,7 +116,9 @@ def evaluate_missing(
     folder = locate(run)
     if kind_of(folder) == "bundle":
         fix = "evaluate the run that it was exported from"
-        raise ConfigError(151, "--missing needs a run or an adapter, not a bundle", where="--missing", fix=fix)
+        raise ConfigError(
+            ConfigCode.MISSING_NEEDS_A_RUN, "--missing needs a run or an adapter, not a bundle", where="--missing", fix=fix
+        )
     opened = open_run(folder, split, data, layout=layout, checkpoint=checkpoint, device=device, main=main, comp=comp)
     removal, requested = plan_removal(opened.model, opened.data, split, shares, seed)
     cells = _evaluate_cells(opened, removal, requested, predictions, advance)

@@ -12,6 +12,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
+from mopefuse.core.error_codes import ConfigCode
 from mopefuse.data.base import DataSet
 from mopefuse.data.missing import removal_order
 from mopefuse.errors import ConfigError
@@ -82,7 +83,7 @@ class Removal:
             if counts[kind] < round(share * total):
                 what = f"{counts[kind]:,} of {total:,} samples can lack {kind}: the others would have nothing left"
                 fix = f"write at most {kind}={int(1000 * counts[kind] / total) / 1000:g}"
-                raise ConfigError(155, what, where=f"--missing {kind}={share:g}", fix=fix)
+                raise ConfigError(ConfigCode.MISSING_SHARE_TOO_LARGE, what, where=f"--missing {kind}={share:g}", fix=fix)
 
 
 def plan_removal(
@@ -125,7 +126,9 @@ def _require_removable(kind: str, kinds: Mapping[str, tuple[str, ...]], model: F
     method = model.config.method
     if not kinds:
         fix = "use --method conditional, late-concat or linear, and encoders of several modalities"
-        raise ConfigError(152, f"{method} needs every modality that it reads", where=f"--missing {kind}", fix=fix)
+        raise ConfigError(
+            ConfigCode.MODALITY_NOT_OPTIONAL, f"{method} needs every modality that it reads", where=f"--missing {kind}", fix=fix
+        )
     parts, read = set(kind.split("+")), set(modalities_read(model))
     what, fix = f"{method} cannot predict without {kind}", f"use {' or '.join(f'--missing {name}=SHARE' for name in kinds)}"
     if unknown := sorted(parts - read):
@@ -134,7 +137,7 @@ def _require_removable(kind: str, kinds: Mapping[str, tuple[str, ...]], model: F
         what = f"a sample without {' and '.join(sorted(parts))} has nothing left that this model reads"
     elif not model.config.either:
         fix = f"train with --either, or {fix}"
-    raise ConfigError(152, what, where=f"--missing {kind}", fix=fix)
+    raise ConfigError(ConfigCode.MODALITY_NOT_OPTIONAL, what, where=f"--missing {kind}", fix=fix)
 
 
 def _order(

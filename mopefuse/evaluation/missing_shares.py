@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from mopefuse.core.error_codes import ConfigCode
 from mopefuse.errors import ConfigError
 
 GRID = "grid"
@@ -39,8 +40,10 @@ def parse(texts: Sequence[str]) -> list[Shares] | None:
             share = -1.0
         if not (equals and what and 0 <= share <= 1):
             fix = "write text=0.7 for 70 % of the samples, text+audio=0.5 for samples that lack both, or grid by itself"
-            raise ConfigError(150, f"{text} is not MODALITY=SHARE", where=f"--missing {text}", fix=fix)
+            raise ConfigError(ConfigCode.BAD_MISSING_SHARE, f"{text} is not MODALITY=SHARE", where=f"--missing {text}", fix=fix)
         if what in found:
-            raise ConfigError(150, f"{what} is given twice", where=f"--missing {text}", fix="give it once")
+            raise ConfigError(
+                ConfigCode.BAD_MISSING_SHARE, f"{what} is given twice", where=f"--missing {text}", fix="give it once"
+            )
         found[what] = share
     return [found]

@@ -18,6 +18,7 @@ from torch import Tensor
 from mopefuse.config.schema import RunConfig
 from mopefuse.core import device as devices
 from mopefuse.core import distributed
+from mopefuse.core.error_codes import NumericCode
 from mopefuse.data.base import Batch, DataSet
 from mopefuse.data.collate import Samples, plain_batches
 from mopefuse.errors import NumericError
@@ -153,7 +154,7 @@ def require_finite(nonfinite_S: Tensor, data: DataSet, split: str) -> None:
         return
     first = data.splits[split].rows[int(nonfinite_S.nonzero()[0])].id
     raise NumericError(
-        2,
+        NumericCode.EVALUATION_NOT_FINITE,
         f"the model's output is not finite on {int(nonfinite_S.sum())} of {len(nonfinite_S)} samples",
         where=f"{split}, first id {first}",
         fix="train again with a lower --lr",

@@ -15,6 +15,7 @@ from mopefuse.config.recipe import to_yaml
 from mopefuse.config.schema import RunConfig
 from mopefuse.core.artifact import dump_json, publish
 from mopefuse.core.atomic_files import check_parent, sweep
+from mopefuse.core.error_codes import ConfigCode, EncoderCode, NumericCode
 from mopefuse.core.python_names import python_names
 from mopefuse.core.tensor_files import write_tensors
 from mopefuse.data.columns import sort_modalities
@@ -107,7 +108,7 @@ def write_adapter(
         large = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
         if large:
             what = f"{large[0]} has values that 16 bits do not hold"
-            raise ConfigError(131, what, where="--half", fix="leave it out")
+            raise ConfigError(ConfigCode.VALUES_EXCEED_HALF_PRECISION, what, where="--half", fix="leave it out")
     write_tensors(folder / "weights.safetensors", state)
     (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     (folder / adapter.FACTS).write_text(dump_json(facts), encoding="utf-8")
@@ -126,17 +127,19 @@ def require_free(out: Path, overwrite: bool) -> None:
     replaceable = out.is_dir() and kind_of(out) in (BUNDLE, adapter.KIND)
     if taken and not (overwrite and replaceable):
         fix = "name another --out" + (", or add --overwrite" if replaceable else "")
-        raise ConfigError(23, f"{out} is not empty", where="--out", fix=fix)
+        raise ConfigError(ConfigCode.RUN_FOLDER_NOT_EMPTY, f"{out} is not empty", where="--out", fix=fix)
 
 
 def _names_of(model: Fusion, labels: Sequence[str] | None) -> tuple[str, ...]:
     names = model.labels if labels is None else () if isinstance(labels, str) else tuple(labels)
     if not names:
         fix = "give labels=[...] to save_adapter or to build_fusion"
-        raise ConfigError(340, "the model has no names for its labels", where="labels", fix=fix)
+        raise ConfigError(
+            ConfigCode.MODEL_WITHOUT_LABEL_NAMES, "the model has no names for its labels", where="labels", fix=fix
+        )
     if len({*names}) < len(names) or (model.num_labels and len(names) != model.num_labels):
         what = f"{len(names)} names of labels, {len({*names})} of them different, for {model.num_labels} logits"
-        raise ConfigError(341, what, where="labels", fix="give one name for each logit")
+        raise ConfigError(ConfigCode.LABEL_NAMES_DO_NOT_FIT_MODEL, what, where="labels", fix="give one name for each logit")
     return names
 
 
@@ -149,7 +152,9 @@ def _thresholds_for(labels: Sequence[str], thresholds: float | Sequence[float]) 
     each = [float(thresholds)] * len(labels) if isinstance(thresholds, int | float) else list(map(float, thresholds))
     if len(each) != len(labels) or not all(0 < threshold < 1 for threshold in each):
         what = f"thresholds is {thresholds!s:.60}, need a probability, or one for each of {len(labels)} labels"
-        raise ConfigError(342, what, where="thresholds", fix="give values between 0 and 1, or leave it out for 0.5")
+        raise ConfigError(
+            ConfigCode.INVALID_THRESHOLDS, what, where="thresholds", fix="give values between 0 and 1, or leave it out for 0.5"
+        )
     return each
 
 
@@ -165,7 +170,12 @@ def _saved_config(model: Fusion, thresholds: float | Sequence[float]) -> RunConf
 def _require_finite(model: Fusion) -> None:
     for name, tensor in model.trainable_state_dict().items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise NumericError(335, f"the weights {name} are not finite", where="save_adapter", fix="save an earlier state")
+            raise NumericError(
+                NumericCode.SAVED_WEIGHTS_NOT_FINITE,
+                f"the weights {name} are not finite",
+                where="save_adapter",
+                fix="save an earlier state",
+            )
 
 
 def _require_unchanged_encoders(model: Fusion) -> None:
@@ -178,4 +188,4 @@ def _require_unchanged_encoders(model: Fusion) -> None:
         if fingerprint != load_encoder(model.config, side).fingerprint():
             what = f"the weights of the {side} encoder are no longer those of {spec}, and an adapter does not contain them"
             fix = "train with tune or comp_tuning to change an encoder, and use autocast in place of model.to(dtype)"
-            raise EncoderError(335, what, where="save_adapter", fix=fix)
+            raise EncoderError(EncoderCode.FROZEN_ENCODER_CHANGED, what, where="save_adapter", fix=fix)

@@ -22,6 +22,7 @@ from PIL import Image
 from mopefuse.config.recipe import to_yaml
 from mopefuse.config.schema import RunConfig
 from mopefuse.core.artifact import dump_json
+from mopefuse.core.error_codes import ConfigCode, EncoderCode, GateCode, NumericCode
 from mopefuse.data.load import load_data
 from mopefuse.errors import ConfigError, EncoderError, GateError, NumericError
 from mopefuse.evaluation.bundle_split import bundle_outputs
@@ -112,7 +113,7 @@ class Maker:
         with torch.no_grad():
             output = self.loaded.model(self.loaded.model.collate(images[:1], texts[:1]))
         if output.routing_BLK is None:
-            raise ConfigError(69, "this model routes nothing", where="--routing", fix="leave --routing out")
+            raise ConfigError(ConfigCode.NO_ROUTING, "this model routes nothing", where="--routing", fix="leave --routing out")
 
     def _quantise(self, bundle: Bundle, file: Path) -> Bundle:
         self.notice("evaluating the validation split")
@@ -164,7 +165,9 @@ def describe(model: Fusion, folder: Path) -> dict[str, dict[str, Any]]:
         known = {"image": {"size", "resize", "interpolation"}, "text": {"max_tokens"}}.get(modality, {"unknown"})
         if not known <= how.keys() or (modality == "text" and save is None):
             raise EncoderError(
-                57, f"the preprocessing of {model.encoder(side).spec} cannot be taken out of it", fix="use --format adapter"
+                EncoderCode.PREPROCESSING_NOT_EXPORTABLE,
+                f"the preprocessing of {model.encoder(side).spec} cannot be taken out of it",
+                fix="use --format adapter",
             )
         if save is not None:
             file = folder / f"{side}-tokenizer.json"
@@ -214,7 +217,7 @@ def compare(made: graph.Graph, bundle: Bundle, images: Sequence[Any], texts: Seq
         for name, tensor in own.items():
             if not np.array_equal(tensor.numpy(), theirs[name]):
                 where, what = f"inputs {group}", f"{name} of the bundle is not what training makes of the same pair"
-                raise GateError(2, what, where=where, fix="use --format adapter, and report it")
+                raise GateError(GateCode.EXPORT_DIFFERS, what, where=where, fix="use --format adapter, and report it")
         with torch.no_grad():
             wanted = [output.numpy() for output in made(own)]
         found = bundle.run(theirs)
@@ -225,7 +228,7 @@ def compare(made: graph.Graph, bundle: Bundle, images: Sequence[Any], texts: Seq
     if not max(worst, routed) <= TOLERANCE:
         what = f"the exported graph's answers differ by {max(worst, routed):.2g}, more than {TOLERANCE:g}"
         where = f"{agree} of {count} labels agree"
-        raise GateError(2, what, where=where, fix="use --format adapter, and report it")
+        raise GateError(GateCode.EXPORT_DIFFERS, what, where=where, fix="use --format adapter, and report it")
     return Parity(
         max_difference=worst,
         labels_agree=agree / count,
@@ -237,7 +240,9 @@ def compare(made: graph.Graph, bundle: Bundle, images: Sequence[Any], texts: Seq
 
 def _off(found: Array, wanted: Array) -> float:
     if not np.isfinite(wanted).all():
-        raise NumericError(3, "the model's answer is not finite", where="probes", fix="use another checkpoint")
+        raise NumericError(
+            NumericCode.PREDICTION_NOT_FINITE, "the model's answer is not finite", where="probes", fix="use another checkpoint"
+        )
     return float(np.abs(found - wanted).max())
 
 

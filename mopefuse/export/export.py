@@ -16,6 +16,7 @@ import torch
 from mopefuse.core.artifact import publish
 from mopefuse.core.atomic_files import sweep
 from mopefuse.core.dependencies import require
+from mopefuse.core.error_codes import ConfigCode
 from mopefuse.errors import ConfigError
 from mopefuse.export.adapter import require_free, write_adapter
 from mopefuse.export.bundle_maker import Maker, Notice, Parity, public
@@ -95,11 +96,18 @@ _GOES_WITH = {"--int8": ("onnx",), "--routing": ("onnx", "pt2"), "--half": ("ada
 
 def _refuse(out: Path, form: str, options: Mapping[str, bool], overwrite: bool) -> None:
     if form not in FORMS:
-        raise ConfigError(67, f"there is no format {form!r}", where="--format", fix=f"use {', '.join(FORMS)}")
+        raise ConfigError(
+            ConfigCode.UNKNOWN_EXPORT_FORMAT, f"there is no format {form!r}", where="--format", fix=f"use {', '.join(FORMS)}"
+        )
     for option, wanted in options.items():
         if wanted and form not in _GOES_WITH[option]:
             what = f"{option} does not go with --format {form}"
-            raise ConfigError(68, what, where=option, fix=f"leave it out, or use --format {_GOES_WITH[option][0]}")
+            raise ConfigError(
+                ConfigCode.OPTION_OF_OTHER_FORMAT,
+                what,
+                where=option,
+                fix=f"leave it out, or use --format {_GOES_WITH[option][0]}",
+            )
     require_free(out, overwrite)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from mopefuse.core.dependencies import require
+from mopefuse.core.error_codes import ConfigCode, EncoderCode
 from mopefuse.data.base import Batch
 from mopefuse.errors import ConfigError, EncoderError
 from mopefuse.fusion.base import Fusion
@@ -78,7 +79,9 @@ def trace(graph: Graph, example: Mapping[str, Tensor], fixed_lengths: Mapping[st
     except Exception as error:  # torch.export raises whatever the traced code and its own checks please
         specs = " and ".join(str(graph.model.encoder(side).spec) for side in graph.model.reads)
         raise EncoderError(
-            56, f"torch.export cannot trace {specs}: {str(error).splitlines()[0]}", fix="use --format adapter"
+            EncoderCode.NOT_TRACEABLE,
+            f"torch.export cannot trace {specs}: {str(error).splitlines()[0]}",
+            fix="use --format adapter",
         ) from error
     program.example_inputs = None  # torch.export would write them as a pickle
     return program
@@ -130,7 +133,12 @@ def quantise(file: Path) -> None:
     from onnxruntime.quantization import QuantType, quant_pre_process, quantize_dynamic
 
     if file.with_name(f"{file.name}.data").exists():
-        raise ConfigError(74, f"--int8 takes models of up to {LARGEST:,} bytes", where="--int8", fix="leave --int8 out")
+        raise ConfigError(
+            ConfigCode.TOO_LARGE_FOR_INT8,
+            f"--int8 takes models of up to {LARGEST:,} bytes",
+            where="--int8",
+            fix="leave --int8 out",
+        )
     ready, small = file.with_name("ready.onnx"), file.with_name("small.onnx")
     with quietly():
         model = onnx.load(file)

@@ -17,13 +17,13 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, Repository
 
 from mopefuse.config.sides import specs
 from mopefuse.core.artifact import MANIFEST, verify
+from mopefuse.core.error_codes import CheckpointCode, ConfigCode, EncoderCode
 from mopefuse.core.registry import parse_spec
 from mopefuse.errors import CheckpointError, ConfigError, EncoderError, MopefuseError
 from mopefuse.runs.adapter import AdapterFolder
 from mopefuse.runs.locate import PREFIX, find_run, kind_of, locate
 
 _SECONDS = 10.0  # for the first answer of the hub
-_UNREACHABLE = 59  # as `_explain` numbers it
 
 
 @dataclass(frozen=True)
@@ -60,17 +60,24 @@ def pack(
     """
     name = repo.removeprefix(PREFIX)
     if name.count("/") != 1:
-        raise ConfigError(72, f"{repo!r} is not the name of a repository", where="push", fix="write organisation/name")
+        raise ConfigError(
+            ConfigCode.BAD_REPOSITORY_NAME,
+            f"{repo!r} is not the name of a repository",
+            where="push",
+            fix="write organisation/name",
+        )
     folder = locate(run)
     kind = _ready(folder, checkpoint)
     try:
         there, private = _state(name)
     except EncoderError as error:
-        if not offline or error.number != _UNREACHABLE:
+        if not offline or error.number != EncoderCode.HUB_UNREACHABLE_ON_PUSH:
             raise
         there, private = None, False
     if there and not private and not public:
-        raise ConfigError(73, f"{name} is public", where="push", fix="add --public, or name another repository")
+        raise ConfigError(
+            ConfigCode.REPOSITORY_IS_PUBLIC, f"{name} is public", where="push", fix="add --public, or name another repository"
+        )
     with tempfile.TemporaryDirectory() as temporary:
         if not kind:
             from mopefuse.export.export import export
@@ -104,7 +111,7 @@ def _ready(folder: Path, checkpoint: str) -> str:
     verify(folder, kind=kind)
     if checkpoint != "best":
         what = f"what was exported has no checkpoint {checkpoint}"
-        raise CheckpointError(4, what, where=str(folder), fix="leave --checkpoint out")
+        raise CheckpointError(CheckpointCode.NOT_FOUND, what, where=str(folder), fix="leave --checkpoint out")
     return kind
 
 
@@ -144,12 +151,24 @@ def send(parcel: Parcel) -> str:
 def _explain(error: Exception, repo: str) -> MopefuseError:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, HFValidationError):
-        return ConfigError(72, f"{repo!r} is not the name of a repository", where="push", fix="write organisation/name")
+        return ConfigError(
+            ConfigCode.BAD_REPOSITORY_NAME,
+            f"{repo!r} is not the name of a repository",
+            where="push",
+            fix="write organisation/name",
+        )
     if status in (401, 403):
         fix = "set HF_TOKEN to a token that may write there"
-        return EncoderError(58, f"the hub does not let you write to {repo} (HTTP {status})", where="push", fix=fix)
+        return EncoderError(
+            EncoderCode.HUB_WRITE_FORBIDDEN, f"the hub does not let you write to {repo} (HTTP {status})", where="push", fix=fix
+        )
     if isinstance(error, HfHubHTTPError) and status is not None:
-        return EncoderError(44, f"the hub failed on {repo} (HTTP {status})", where="push", fix="try again later")
+        return EncoderError(
+            EncoderCode.HUB_FAILED, f"the hub failed on {repo} (HTTP {status})", where="push", fix="try again later"
+        )
     return EncoderError(
-        59, f"the hub cannot be reached ({type(error).__name__})", where="push", fix="go online, and unset HF_HUB_OFFLINE"
+        EncoderCode.HUB_UNREACHABLE_ON_PUSH,
+        f"the hub cannot be reached ({type(error).__name__})",
+        where="push",
+        fix="go online, and unset HF_HUB_OFFLINE",
     )

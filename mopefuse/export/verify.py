@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mopefuse.core.artifact import read_json
+from mopefuse.core.error_codes import CheckpointCode, GateCode
 from mopefuse.errors import CheckpointError, DataError, GateError
 from mopefuse.inference.bundle import Bundle
 from mopefuse.modalities.image import open_image
@@ -35,7 +36,7 @@ def verify_export(folder: Path) -> str:
     off = float(np.abs(logits_BN[0] - logits_N).max())
     if not off <= tolerance:
         raise GateError(
-            3,
+            GateCode.EXAMPLE_DIFFERS,
             f"the answer to the example differs by {off:.2g}, more than {tolerance:g}",
             where=str(folder),
             fix="export again with the packages of this machine",
@@ -57,12 +58,12 @@ def _example(bundle: Bundle) -> tuple[Image.Image, str, NDArray[np.float64], flo
             raise ValueError(f"{logits_N.size} logits of {len(bundle.labels)} labels")
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         what = f"example.json is damaged: {error}"
-        raise CheckpointError(3, what, where=str(bundle.folder), fix=fix) from None
+        raise CheckpointError(CheckpointCode.CONTENT_DAMAGED, what, where=str(bundle.folder), fix=fix) from None
     if name not in bundle.manifest["files"]:
         what = f"the image of the example, {name}, is not a file of the manifest"
-        raise CheckpointError(3, what, where=str(bundle.folder), fix=fix)
+        raise CheckpointError(CheckpointCode.CONTENT_DAMAGED, what, where=str(bundle.folder), fix=fix)
     try:
         return open_image([bundle.folder], name, where=str(bundle.folder)), text, logits_N, tolerance
     except DataError as error:
         what = f"the image of the example, {name}, cannot be read: {error.what}"
-        raise CheckpointError(2, what, where=str(bundle.folder), fix=fix) from None
+        raise CheckpointError(CheckpointCode.FILE_DAMAGED, what, where=str(bundle.folder), fix=fix) from None

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from mopefuse.config.schema import RunConfig
 from mopefuse.config.sides import is_comp, specs
+from mopefuse.core.error_codes import CheckpointCode, ConfigCode
 from mopefuse.core.precision import apply_without_autocast, to_float32
 from mopefuse.data.base import Batch
 from mopefuse.encoders.base import Encoder, Preprocess, run_frozen
@@ -99,13 +100,15 @@ class Fusion(nn.Module):
         self.absent = nn.ParameterDict()
         if config.either and "main" not in self.may_lack:
             what = f"{config.method} cannot do without the main modality"
-            raise ConfigError(143, what, where="--either", fix="use --method conditional or late-concat")
+            raise ConfigError(
+                ConfigCode.MAIN_NOT_OPTIONAL, what, where="--either", fix="use --method conditional or late-concat"
+            )
         if config.either and len({self.encoder(side).modality for side in self.uses}) == 1:
             what = f"all encoders read {self.encoder('main').modality}: where the main one has none, no other has"
-            raise ConfigError(143, what, where="--either", fix="leave it out")
+            raise ConfigError(ConfigCode.MAIN_NOT_OPTIONAL, what, where="--either", fix="leave it out")
         if config.train.modality_dropout and not self.may_lack:
             what = f"{config.method} needs all that it reads: there is nothing to drop"
-            raise ConfigError(144, what, where="--modality-dropout", fix="leave it out")
+            raise ConfigError(ConfigCode.NOTHING_TO_DROP, what, where="--modality-dropout", fix="leave it out")
 
     def learn_absence(self, sides: Sequence[str]) -> None:
         """Add a trainable vector for each of `sides` that replaces its features where a sample lacks them; see `or_absent`."""
@@ -122,7 +125,12 @@ class Fusion(nn.Module):
         complementary = [side for side in specs(config) if is_comp(side)]
         if "comp" in cls.uses and len(complementary) > 1 and not cls.several:
             what = f"{config.method} takes one complementary encoder, and {len(complementary)} are given"
-            raise ConfigError(142, what, where="--comp", fix="name one, or use --method conditional, late-concat or linear")
+            raise ConfigError(
+                ConfigCode.TOO_MANY_ENCODERS,
+                what,
+                where="--comp",
+                fix="name one, or use --method conditional, late-concat or linear",
+            )
         return tuple(one for side in cls.uses for one in (complementary if side == "comp" else [side]))
 
     @abstractmethod
@@ -297,7 +305,10 @@ class Fusion(nn.Module):
                 problems.append(f"{name} has values that are not finite")
         if problems:
             raise CheckpointError(
-                5, f"the weights do not fit the model: {'; '.join(problems[:8])}", where=where, fix="use another checkpoint"
+                CheckpointCode.STATE_MISMATCH,
+                f"the weights do not fit the model: {'; '.join(problems[:8])}",
+                where=where,
+                fix="use another checkpoint",
             )
         with torch.no_grad():
             for name, tensor in expected.items():

@@ -18,6 +18,7 @@ from mopefuse.config.sides import is_comp, specs, with_specs
 from mopefuse.core import device as devices
 from mopefuse.core import registry
 from mopefuse.core.dependencies import out_of_memory
+from mopefuse.core.error_codes import ConfigCode, PluginCode, ResourceCode
 from mopefuse.core.formatting import size
 from mopefuse.core.python_names import python_names
 from mopefuse.data.columns import require_column
@@ -112,7 +113,7 @@ def build_fusion(
     names, count = _label_names(num_labels, labels)
     if task not in TASKS:
         what = f"task is {task!r}, need one of {', '.join(TASKS)}"
-        raise ConfigError(338, what, where="task", fix=did_you_mean(str(task), TASKS))
+        raise ConfigError(ConfigCode.UNKNOWN_TASK, what, where="task", fix=did_you_mean(str(task), TASKS))
     with python_names():
         model = build_model(_config_of(given), count)
     model.labels, model.task = names, task
@@ -132,14 +133,18 @@ def _label_names(num_labels: int | None, labels: Sequence[str] | None) -> tuple[
         names = () if isinstance(labels, str) else tuple(labels)
         if not names or not all(isinstance(name, str) and name for name in names) or len({*names}) < len(names):
             fix = 'give labels as ["cat", "dog"]'
-            raise ConfigError(335, "labels must be different names, at least one", where="labels", fix=fix)
+            raise ConfigError(
+                ConfigCode.LABEL_NAMES_NOT_UNIQUE, "labels must be different names, at least one", where="labels", fix=fix
+            )
         if num_labels not in (None, len(names)):
             what = f"num_labels is {num_labels}, and labels has {len(names)} names"
-            raise ConfigError(336, what, where="num_labels", fix="leave num_labels out")
+            raise ConfigError(ConfigCode.NUM_LABELS_CONTRADICTS_LABELS, what, where="num_labels", fix="leave num_labels out")
         return names, len(names)
     if not isinstance(num_labels, int) or isinstance(num_labels, bool) or num_labels < 1:
         what = f"num_labels is {num_labels!r}, need a number of labels from 1"
-        raise ConfigError(337, what, where="num_labels", fix="give num_labels=N, or the names as labels=[...]")
+        raise ConfigError(
+            ConfigCode.NUM_LABELS_MISSING, what, where="num_labels", fix="give num_labels=N, or the names as labels=[...]"
+        )
     return (), num_labels
 
 
@@ -151,7 +156,7 @@ def _config_of(given: Mapping[str, Any]) -> RunConfig:
     for name, value in given.items():
         if name not in known:
             fix = did_you_mean(name, known)
-            raise ConfigError(339, f"build_fusion has no argument {name!r}", where=name, fix=fix)
+            raise ConfigError(ConfigCode.UNKNOWN_ARGUMENT, f"build_fusion has no argument {name!r}", where=name, fix=fix)
         if name in _NO_SETTINGS or value is None:
             continue
         path = f"prompts.{name}" if name in Prompts.model_fields else name
@@ -219,7 +224,7 @@ def _too_large(config: RunConfig, needed: str) -> ResourceError:
     values, usual = (flat(one.model_dump()) for one in (config, RunConfig(main="", comp="")))
     large = [f"{path}={values[path]}" for path in SIZES if (values[path] or 0) > (usual[path] or 6)]
     fix = "lower them" if large else "free memory, or use another --method"
-    return ResourceError(281, f"no memory for the model{needed}", where=", ".join(large), fix=fix)
+    return ResourceError(ResourceCode.MODEL_TOO_LARGE, f"no memory for the model{needed}", where=", ".join(large), fix=fix)
 
 
 def check_names(config: RunConfig) -> None:
@@ -239,7 +244,7 @@ def _method(config: RunConfig) -> Any:
     method = registry.load(registry.FUSION, config.method)
     if not (isinstance(method, type) and issubclass(method, Fusion)):
         what = f"the fusion method {config.method!r} is no subclass of mopefuse.fusion.Fusion"
-        raise PluginError(7, what, fix="mend the plugin, or uninstall it")
+        raise PluginError(PluginCode.NOT_A_SUBCLASS, what, fix="mend the plugin, or uninstall it")
     return method
 
 
@@ -258,7 +263,12 @@ def _named(side: str) -> Iterator[None]:
 def _require_declared(side: str, encoder: Encoder) -> None:
     if encoder.modality not in modality.modality_names():
         what = f"{encoder.spec} reads {encoder.modality}, a modality that is not installed"
-        raise ConfigError(134, what, where=f"--{side}", fix="install the plugin that brings it, or use another encoder")
+        raise ConfigError(
+            ConfigCode.ENCODER_MODALITY_NOT_INSTALLED,
+            what,
+            where=f"--{side}",
+            fix="install the plugin that brings it, or use another encoder",
+        )
 
 
 def require_rows(model: Fusion, modalities: Sequence[str]) -> None:

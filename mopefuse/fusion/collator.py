@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mopefuse.core.error_codes import DataCode
 from mopefuse.data.base import Batch
 from mopefuse.encoders.base import Inputs, Preprocess
 from mopefuse.errors import DataError
@@ -59,11 +60,11 @@ class Requirements:
             if self.either_helps and side == "main":
                 fix = f"train with --either, or {fix}"
             what = f"samples lack {self.modality_of[side]}, which the {side} encoder of {self.method} needs"
-            raise DataError(100, what, where=where, fix=fix)
+            raise DataError(DataCode.MODALITY_REQUIRED, what, where=where, fix=fix)
         empty = int(reduce(and_, lacking.values()).sum()) if lacking.keys() >= self.modality_of.keys() else 0
         if empty:
             what = f"{empty} of the samples have no value that an encoder reads"
-            raise DataError(110, what, where=where, fix="leave them out with --on-missing skip")
+            raise DataError(DataCode.EMPTY_SAMPLES, what, where=where, fix="leave them out with --on-missing skip")
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class Collator:
         count = modalities.count_samples(values)
         if not count:
             given = " and ".join(f"0 {modalities.get_modality(name).plural}" for name in values) or "nothing"
-            raise DataError(17, f"{given} are no pairs", fix="give one value for each sample")
+            raise DataError(DataCode.NO_PAIRS, f"{given} are no pairs", fix="give one value for each sample")
         modalities.require_types(values)
         read = {name for name, _ in self.readers.values()}
         values |= {name: modalities.prepare_values(name, values[name]) for name in read if name in values}
@@ -128,7 +129,9 @@ class Collator:
             return None
         if without:
             what = "the row has no label, and others of the batch have"
-            raise DataError(335, what, where=f"sample {without[0]}", fix="give each row a label, or none")
+            raise DataError(
+                DataCode.ROWS_WITH_AND_WITHOUT_LABEL, what, where=f"sample {without[0]}", fix="give each row a label, or none"
+            )
         for number, row in enumerate(rows):
             self._check_label(row[LABEL], f"sample {number}")
         if not self.multi_label:
@@ -147,10 +150,12 @@ class Collator:
             if not wrong:
                 return
             what = f"the label is {wrong[0]}, and the model has {self.num_labels} labels"
-            raise DataError(336, what, where=where, fix=f"use indices from 0 to {self.num_labels - 1}")
+            raise DataError(
+                DataCode.LABEL_INDEX_OUT_OF_RANGE, what, where=where, fix=f"use indices from 0 to {self.num_labels - 1}"
+            )
         wanted = "a list of indices, as the model is multi-label" if self.multi_label else "one index from 0"
         fix = f"give {wanted}; a mopefuse.PairDataset does"
-        raise DataError(337, f"the label is {label!r:.60}, need {wanted}", where=where, fix=fix)
+        raise DataError(DataCode.INVALID_LABEL_VALUE, f"the label is {label!r:.60}, need {wanted}", where=where, fix=fix)
 
 
 def _are_rows(values: Any) -> bool:

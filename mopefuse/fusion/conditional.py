@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from mopefuse.config.schema import Prompts, RunConfig
+from mopefuse.core.error_codes import ConfigCode
 from mopefuse.core.precision import apply_without_autocast
 from mopefuse.data.base import Batch
 from mopefuse.encoders.base import Encoder
@@ -87,7 +88,7 @@ class ConditionalFusion(Fusion):
         uses_comp = self.stack.conditional or self.standard is not None or self.head_comp is not None
         if not uses_comp and config.comp_tuning.mode != "frozen":
             raise ConfigError(
-                14,
+                ConfigCode.TUNED_ENCODER_UNUSED,
                 "the complementary encoder would be tuned, but no prompt depends on it",
                 where="comp_tuning",
                 fix="add dynamic or mapped prompts",
@@ -180,9 +181,19 @@ class ConditionalFusion(Fusion):
 def _check_warm_start(config: RunConfig) -> None:
     """Check that a warm-started model equals the regression before the first step."""
     if config.prompts.gate != "zero":
-        raise ConfigError(101, "warm_start=linear requires prompts.gate=zero", where="prompts.gate", fix="use --gate zero")
+        raise ConfigError(
+            ConfigCode.WARM_START_NEEDS_GATE,
+            "warm_start=linear requires prompts.gate=zero",
+            where="prompts.gate",
+            fix="use --gate zero",
+        )
     if config.either:
         what = "warm_start=linear needs the main modality of every sample, which --either makes optional"
-        raise ConfigError(146, what, where="--either", fix="remove --warm-start or --either")
+        raise ConfigError(ConfigCode.WARM_START_NEEDS_MAIN, what, where="--either", fix="remove --warm-start or --either")
     if config.head_hidden:
-        raise ConfigError(102, "warm_start=linear requires head_hidden=0", where="head_hidden", fix="add --set head_hidden=0")
+        raise ConfigError(
+            ConfigCode.WARM_START_NEEDS_LINEAR_HEAD,
+            "warm_start=linear requires head_hidden=0",
+            where="head_hidden",
+            fix="add --set head_hidden=0",
+        )

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from mopefuse.config.schema import RunConfig
+from mopefuse.core.error_codes import ConfigCode
 from mopefuse.data.base import Batch
 from mopefuse.encoders.base import Encoder
 from mopefuse.errors import ConfigError
@@ -33,7 +34,12 @@ class LateConcat(TunedFusion):
         super().__init__(config, encoders)
         if config.either and not self.does_without:
             what = "no training sample would lack the main modality"
-            raise ConfigError(145, what, where="--either", fix="add --modality-dropout 0.1, or --on-missing absent")
+            raise ConfigError(
+                ConfigCode.NEVER_TRAINED_WITHOUT_MAIN,
+                what,
+                where="--either",
+                fix="add --modality-dropout 0.1, or --on-missing absent",
+            )
         self.learn_absence(self.does_without)
         self.head = self.make_head(sum(self.encoder(side).feature_width for side in self.uses), num_labels)
 

@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 
 from mopefuse.config.schema import RunConfig
+from mopefuse.core.error_codes import EncoderCode
 from mopefuse.data.base import Batch
 from mopefuse.encoders.base import Encoder, Insert
 from mopefuse.errors import EncoderError
@@ -44,7 +45,7 @@ class MMBT(InsertingFusion):
         sides = {self.encoder(side).modality: side for side in self.uses}
         if sides.keys() != {"text", "image"}:
             what = f"{self.config.method} needs a text and an image encoder, but both encoders have the same modality"
-            raise EncoderError(71, what, fix="name one of each as --main and --comp")
+            raise EncoderError(EncoderCode.NEEDS_IMAGE_AND_TEXT, what, fix="name one of each as --main and --comp")
         return sides["text"], sides["image"]
 
     def source_width(self) -> int:
@@ -52,7 +53,7 @@ class MMBT(InsertingFusion):
         encoder = self.encoder(self.source)
         if not encoder.token_width:
             what = f"{encoder.spec} does not provide its tokens"
-            raise EncoderError(72, what, fix="use an image encoder of timm:, hf: or tiny:")
+            raise EncoderError(EncoderCode.TOKEN_WIDTH_UNKNOWN, what, fix="use an image encoder of timm:, hf: or tiny:")
         return encoder.token_width
 
     def build_insert(self, batch: Batch) -> Insert:

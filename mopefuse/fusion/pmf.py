@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mopefuse.config.schema import Interactive, RunConfig
+from mopefuse.core.error_codes import ConfigCode
 from mopefuse.data.base import Batch
 from mopefuse.encoders.base import Encoded, Encoder, Prompt
 from mopefuse.errors import ConfigError
@@ -121,7 +122,12 @@ class PMF(Fusion):
         encoder.require_insertable(side)
         if self.depth > len(encoder.widths):
             what = f"{self.depth} fusion layers, but {encoder.spec} has {len(encoder.widths)} layers"
-            raise ConfigError(103, what, where="pmf.layers", fix=f"set pmf.layers to {len(encoder.widths)} or less")
+            raise ConfigError(
+                ConfigCode.TOO_MANY_FUSION_LAYERS,
+                what,
+                where="pmf.layers",
+                fix=f"set pmf.layers to {len(encoder.widths)} or less",
+            )
 
     def resolve(self, config: RunConfig) -> RunConfig:
         """Return `config` with the width of the bottleneck set."""

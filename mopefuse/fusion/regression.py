@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mopefuse.config.schema import Linear
+from mopefuse.core.error_codes import NumericCode
 from mopefuse.core.precision import to_float32
 from mopefuse.data.collate import FeatureTable
 from mopefuse.errors import NumericError
@@ -64,7 +65,9 @@ class Fold(NamedTuple):
         found = statistics(self.features[side], present_S)
         if not all(buffer_C.isfinite().all() for buffer_C in found.values()):
             what = f"a feature of the {side} encoder is not finite on the training split"
-            raise NumericError(310, what, fix="add --set train.precision=fp32, or use another encoder")
+            raise NumericError(
+                NumericCode.FEATURE_NOT_FINITE, what, fix="add --set train.precision=fp32, or use another encoder"
+            )
         return found
 
     def design(self, known: Mapping[str, Mapping[str, Tensor]], labels: int) -> Design:

@@ -16,6 +16,7 @@ import numpy as np
 
 from mopefuse.core.artifact import verify
 from mopefuse.core.dependencies import convert_error
+from mopefuse.core.error_codes import CheckpointCode, DataCode, NumericCode
 from mopefuse.errors import CheckpointError, DataError, NumericError
 from mopefuse.inference.bundle_facts import read_labels, read_preprocess
 from mopefuse.inference.bundle_runtime import EXPORT_AGAIN, Array, Runner, load_runner
@@ -59,7 +60,12 @@ class Bundle:
         texts = {side: how for side, how in self.sides.items() if how["modality"] == "text"}
         for how in texts.values() if "files" in self.manifest else ():  # a bundle that is being made has none yet
             if (name := how["tokenizer"].get("file")) is not None and name not in self.manifest["files"]:
-                raise CheckpointError(3, f"the tokenizer {name} is not in the manifest", where=str(folder), fix=EXPORT_AGAIN)
+                raise CheckpointError(
+                    CheckpointCode.CONTENT_DAMAGED,
+                    f"the tokenizer {name} is not in the manifest",
+                    where=str(folder),
+                    fix=EXPORT_AGAIN,
+                )
         self._tokenize = {side: load_tokenizer(how, folder) for side, how in texts.items()}
         self._run: Runner = load_runner(file, device, threads)
 
@@ -83,7 +89,7 @@ class Bundle:
                 inputs[f"{side}_missing"] = np.array([value is None for value in given], dtype=np.bool_)
             elif any(value is None for value in given):
                 what = f"a sample has no {how['modality']}, and the model was not trained to do without"
-                raise DataError(100, what, where=side, fix="leave it out")
+                raise DataError(DataCode.MODALITY_REQUIRED, what, where=side, fix="leave it out")
             own = modality.fill_missing(how["modality"], given)
             if how["modality"] == "image":
                 resize = how["resize"] if isinstance(how["resize"], int) else (how["resize"][0], how["resize"][1])
@@ -111,9 +117,11 @@ class Bundle:
         outputs = self._outputs({name: np.ascontiguousarray(inputs[name]) for name in in_order})  # as the graph was traced
         if outputs[0].shape[1:] != (len(self.labels),):
             what = f"the graph has {outputs[0].shape[-1]} logits, and labels.json has {len(self.labels)} labels"
-            raise CheckpointError(3, what, where=str(self.folder), fix=EXPORT_AGAIN)
+            raise CheckpointError(CheckpointCode.CONTENT_DAMAGED, what, where=str(self.folder), fix=EXPORT_AGAIN)
         if not np.isfinite(outputs[0]).all():
-            raise NumericError(3, "the model's answer is not finite", where=str(self.folder), fix=EXPORT_AGAIN)
+            raise NumericError(
+                NumericCode.PREDICTION_NOT_FINITE, "the model's answer is not finite", where=str(self.folder), fix=EXPORT_AGAIN
+            )
         return outputs[0], outputs[1] if len(outputs) > 1 else None
 
     def _outputs(self, inputs: dict[str, Array]) -> Sequence[Array]:
@@ -129,12 +137,12 @@ class Bundle:
                 raise known from error
             reason = str(error).partition("\n")[0]
             what = f"the graph cannot be run: {reason}"
-            raise CheckpointError(200, what, where=str(self.folder), fix=EXPORT_AGAIN) from error
+            raise CheckpointError(CheckpointCode.GRAPH_FAILED, what, where=str(self.folder), fix=EXPORT_AGAIN) from error
         batch = len(next(iter(inputs.values())))
         dims = [(output.ndim, len(output) if output.ndim else 0, output.dtype.kind) for output in outputs]
         if dims not in ([(2, batch, "f")], [(2, batch, "f"), (3, batch, "f")]):
             what = "the graph does not give the logits of each sample, and their routing"
-            raise CheckpointError(200, what, where=str(self.folder), fix=EXPORT_AGAIN)
+            raise CheckpointError(CheckpointCode.GRAPH_FAILED, what, where=str(self.folder), fix=EXPORT_AGAIN)
         return outputs
 
     def predict_probabilities(self, values: Mapping[str, Sequence[Any]]) -> tuple[list[list[float]], list[Any] | None]:
@@ -152,7 +160,9 @@ class Bundle:
         shapes = {name: (how, own, kind) for side, how in self.sides.items() for name, own, kind in _expected(side, how)}
         if inputs.keys() != shapes.keys():
             raise DataError(
-                87, f"the inputs are {', '.join(sorted(inputs))}", fix=f"give {', '.join(sorted(shapes))}, as `collate` does"
+                DataCode.WRONG_INPUT_NAMES,
+                f"the inputs are {', '.join(sorted(inputs))}",
+                fix=f"give {', '.join(sorted(shapes))}, as `collate` does",
             )
         batch = len(next(iter(inputs.values())))
         for name, array in inputs.items():
@@ -162,7 +172,7 @@ class Bundle:
                 wanted = "x".join(str(side) if side else "L" for side in shape[1:])
                 what = f"{name} is {array.dtype} of shape {'x'.join(map(str, array.shape))}"
                 fix = f"give {np.dtype(kind)} of shape Bx{wanted}, with the same B from 1 in all inputs"
-                raise DataError(88, what, where=name, fix=fix)
+                raise DataError(DataCode.WRONG_INPUT_SHAPE, what, where=name, fix=fix)
             if name.endswith("_ids"):
                 _check_ids(name, array, inputs[name.replace("_ids", "_mask")], how)
 
@@ -171,10 +181,14 @@ def _verified(folder: Path) -> dict[str, Any]:
     """The manifest of a bundle, after all its files were compared with it."""
     manifest = verify(folder, kind=KIND)
     if manifest.get("model") not in [*MODELS]:  # a list, as it may be something that cannot be hashed
-        raise CheckpointError(3, "the manifest names no model", where=str(folder), fix=EXPORT_AGAIN)
+        raise CheckpointError(
+            CheckpointCode.CONTENT_DAMAGED, "the manifest names no model", where=str(folder), fix=EXPORT_AGAIN
+        )
     missing = {"labels.json", "preprocess.json", MODELS[manifest["model"]]} - manifest["files"].keys()
     if missing:
-        raise CheckpointError(3, f"the manifest names no {min(missing)}", where=str(folder), fix=EXPORT_AGAIN)
+        raise CheckpointError(
+            CheckpointCode.CONTENT_DAMAGED, f"the manifest names no {min(missing)}", where=str(folder), fix=EXPORT_AGAIN
+        )
     return manifest
 
 
@@ -191,10 +205,12 @@ def _check_ids(name: str, ids_BL: Array, mask_BL: Array, how: Mapping[str, Any])
     most, length = how["vocabulary"], how.get("length") or how["max_tokens"]
     if ids_BL.shape != mask_BL.shape or not 1 <= ids_BL.shape[1] <= length or not mask_BL.any(axis=1).all():
         what = f"{name} of shape {ids_BL.shape} does not go with its mask, or has other than 1 to {length} tokens"
-        raise DataError(89, what, where=name, fix="give ids and mask of one shape, with a real token in each row")
+        raise DataError(
+            DataCode.MASK_MISMATCH, what, where=name, fix="give ids and mask of one shape, with a real token in each row"
+        )
     if ids_BL.min() < 0 or (most and ids_BL.max() >= most):
         what = f"{name} has the token {ids_BL.max() if ids_BL.min() >= 0 else ids_BL.min()}; the encoder knows 0 to {most - 1}"
-        raise DataError(90, what, where=name, fix="use the tokenizer of the bundle (`collate`)")
+        raise DataError(DataCode.TOKEN_OUT_OF_RANGE, what, where=name, fix="use the tokenizer of the bundle (`collate`)")
 
 
 def probabilities(logits_BN: Array, *, multi_label: bool) -> Array:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mopefuse.core.artifact import read_json
+from mopefuse.core.error_codes import CheckpointCode
 from mopefuse.errors import CheckpointError
 from mopefuse.modalities.pixels import INTERPOLATIONS
 
@@ -88,7 +89,7 @@ def _require(values: Any, fields: Mapping[str, Check], folder: Path, where: str)
 
 
 def _damaged(folder: Path, where: str, why: str) -> CheckpointError:
-    return CheckpointError(3, f"{where} is damaged: {why}", where=str(folder), fix=_FIX)
+    return CheckpointError(CheckpointCode.CONTENT_DAMAGED, f"{where} is damaged: {why}", where=str(folder), fix=_FIX)
 
 
 # -- kinds of values

@@ -8,6 +8,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from mopefuse.core.error_codes import CheckpointCode, ConfigCode, PackageCode
 from mopefuse.errors import CheckpointError, ConfigError, PackageError
 
 EXPORT_AGAIN = "export the run again"
@@ -33,7 +34,10 @@ def _onnx(file: Path, device: str, threads: int | None) -> Runner:
         import onnxruntime
     except ImportError as error:
         raise PackageError(
-            1, f"onnxruntime cannot be imported: {error}", where=str(file), fix='pip install "mopefuse[runtime]"'
+            PackageCode.PACKAGE_MISSING,
+            f"onnxruntime cannot be imported: {error}",
+            where=str(file),
+            fix='pip install "mopefuse[runtime]"',
         ) from None
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -45,7 +49,10 @@ def _onnx(file: Path, device: str, threads: int | None) -> Runner:
     except Exception as error:  # onnxruntime's own errors have no common class
         reason = str(error).splitlines()[0]
         raise CheckpointError(
-            9, f"onnxruntime cannot load {file.name}: {reason}", where=str(file), fix=EXPORT_AGAIN
+            CheckpointCode.BUNDLE_UNREADABLE,
+            f"onnxruntime cannot load {file.name}: {reason}",
+            where=str(file),
+            fix=EXPORT_AGAIN,
         ) from None
     used = {value.name for value in session.get_inputs()}  # a graph may have no use for a mask
     return lambda inputs: session.run(None, {name: array for name, array in inputs.items() if name in used})
@@ -59,7 +66,10 @@ def _providers(device: str) -> list[Any]:
     if kind not in ("auto", "cpu", "cuda") or (kind == "cuda" and "CUDAExecutionProvider" not in available):
         names = ", ".join(available)
         raise ConfigError(
-            41, f"onnxruntime has no device {device} (it has {names})", where="device", fix="use --device auto or cpu"
+            ConfigCode.NO_SUCH_DEVICE,
+            f"onnxruntime has no device {device} (it has {names})",
+            where="device",
+            fix="use --device auto or cpu",
         )
     cuda = [("CUDAExecutionProvider", {"device_id": int(number or 0)})]
     return [*(cuda if kind != "cpu" and "CUDAExecutionProvider" in available else []), "CPUExecutionProvider"]
@@ -70,7 +80,10 @@ def _pt2(file: Path, device: str, threads: int | None) -> Runner:
         import torch
     except ImportError:
         raise PackageError(
-            1, "a pt2 bundle needs torch", where=str(file), fix="pip install torch, or export with --format onnx"
+            PackageCode.PACKAGE_MISSING,
+            "a pt2 bundle needs torch",
+            where=str(file),
+            fix="pip install torch, or export with --format onnx",
         ) from None
     from mopefuse.core import device as devices
     from mopefuse.inference.pt2 import load_pt2

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from mopefuse.core.error_codes import CheckpointCode, PackageCode
 from mopefuse.errors import CheckpointError, Notice, PackageError
 from mopefuse.inference.bundle_runtime import EXPORT_AGAIN, Array
 from mopefuse.modalities import tokens
@@ -49,13 +50,13 @@ def _rows(own: Mapping[str, Any], folder: Path, most: int) -> Callable[[Sequence
         from tokenizers import Tokenizer
     except ImportError:
         raise PackageError(
-            1, "tokenizers is not installed", where=str(folder), fix='pip install "mopefuse[runtime]"'
+            PackageCode.PACKAGE_MISSING, "tokenizers is not installed", where=str(folder), fix='pip install "mopefuse[runtime]"'
         ) from None
     try:
         tokenizer = Tokenizer.from_file(str(folder / own["file"]))
     except Exception as error:  # the library raises plain exceptions
         raise CheckpointError(
-            9, f"{own['file']} cannot be read: {error}", where=str(folder), fix=EXPORT_AGAIN
+            CheckpointCode.BUNDLE_UNREADABLE, f"{own['file']} cannot be read: {error}", where=str(folder), fix=EXPORT_AGAIN
         ) from None
     tokenizer.no_padding()
     tokenizer.enable_truncation(most, direction=own["cut"])

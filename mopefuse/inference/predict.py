@@ -21,6 +21,7 @@ from mopefuse.config.schema import Data as DataConfig
 from mopefuse.config.schema import build_config
 from mopefuse.config.sides import Comp
 from mopefuse.core.dependencies import not_installed
+from mopefuse.core.error_codes import CheckpointCode, ConfigCode, DataCode, NumericCode
 from mopefuse.core.formatting import json_text, spreadsheet_cell
 from mopefuse.data.columns import Layout, sort_modalities
 from mopefuse.data.rows import InvalidRow, check_input
@@ -88,14 +89,18 @@ class Predictor:
             ConfigError: `top` is less than 1.
         """
         if top is not None and top < 1:
-            raise ConfigError(300, f"top is {top}, need at least 1", where="predict", fix="give 1 or more")
+            raise ConfigError(ConfigCode.BAD_TOP_COUNT, f"top is {top}, need at least 1", where="predict", fix="give 1 or more")
         values = modality.from_arguments((images, texts), more)
         if not modality.count_samples(values):
             return []
         _require(values, self.model)
         p_BN, weights_BLK = self.model.predict_probabilities(values)
         if not all(map(isfinite, chain.from_iterable(p_BN))):
-            raise NumericError(3, "the model's answer is not finite", fix="train again, or use another checkpoint")
+            raise NumericError(
+                NumericCode.PREDICTION_NOT_FINITE,
+                "the model's answer is not finite",
+                fix="train again, or use another checkpoint",
+            )
         predictions = [prediction(p_N, self.model, top) for p_N in p_BN]
         if routing and weights_BLK is not None:
             for each, weights_LK in zip(predictions, weights_BLK, strict=True):
@@ -111,7 +116,11 @@ def _require(values: Mapping[str, Sequence[Any]], model: Model) -> None:
         needed = [name for name in missing if name not in model.may_lack]
         if needed or (missing and len(missing) == len(read)):
             what = f"sample {number} has no {' and no '.join(needed or missing)}, and the model was not trained to do without"
-            raise DataError(100, what, fix="leave it out, or train with --modality-dropout, for the main encoder with --either")
+            raise DataError(
+                DataCode.MODALITY_REQUIRED,
+                what,
+                fix="leave it out, or train with --modality-dropout, for the main encoder with --either",
+            )
 
 
 def prediction(p_N: Sequence[float], model: Model, top: int | None) -> Prediction:
@@ -142,11 +151,18 @@ def load(
     """
     folder = locate(path)
     if not folder.is_dir():
-        raise CheckpointError(4, f"there is no run {path}", fix="name a folder that mopefuse train or export wrote")
+        raise CheckpointError(
+            CheckpointCode.NOT_FOUND, f"there is no run {path}", fix="name a folder that mopefuse train or export wrote"
+        )
     if kind_of(folder) == "bundle":
         if checkpoint != "best" or main or comp:
             fix = "leave --checkpoint, --main and --comp out"
-            raise ConfigError(70, "a bundle has one set of weights, encoders included", where=str(path), fix=fix)
+            raise ConfigError(
+                ConfigCode.MODEL_WITHOUT_ENCODERS,
+                "a bundle has one set of weights, encoders included",
+                where=str(path),
+                fix=fix,
+            )
         return Predictor(Bundle(folder, device))
     try:
         from mopefuse.inference.run_model import RunModel
@@ -206,7 +222,11 @@ def read_pairs(
     """
     if isinstance(source, Path):
         if not source.is_file():
-            raise DataError(28, f"there is no file {source}", fix="name a .jsonl, .csv, .tsv or .parquet file, or - for stdin")
+            raise DataError(
+                DataCode.NO_TABLE,
+                f"there is no file {source}",
+                fix="name a .jsonl, .csv, .tsv or .parquet file, or - for stdin",
+            )
         table = find_tables(source, config)[""]
         root, file, rows = source.parent, table.file, table.rows()
     else:
@@ -239,7 +259,7 @@ def _pair(found: TableRow, file: str, roots: Sequence[Path], layouts: Sequence[L
     except InvalidRow as error:
         named = "name the column that has it with --text-col, --image-col or --column, or remove the row"
         fix = named if str(error).startswith(("has no ", "has none of ")) else "correct or remove it"
-        return Pair(identity, error=DataError(3, f"{where} {error}", where=where, fix=fix))
+        return Pair(identity, error=DataError(DataCode.BAD_ROW, f"{where} {error}", where=where, fix=fix))
     except MopefuseError as error:
         return Pair(identity, error=error)
 

@@ -23,6 +23,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from mopefuse.core.error_codes import CheckpointCode, EncoderCode
 from mopefuse.errors import CheckpointError, EncoderError
 from mopefuse.inference.pt2_program import PAYLOADS, PROGRAM, Payload
 from mopefuse.inference.pt2_words import DTYPES
@@ -61,7 +62,9 @@ def save_pt2(program: ExportedProgram, file: Path) -> None:
     try:
         read_pt2(file)
     except CheckpointError as error:
-        raise EncoderError(200, f"a pt2 archive cannot hold this graph: {error.what}", fix="use --format onnx") from error
+        raise EncoderError(
+            EncoderCode.GRAPH_NOT_ARCHIVABLE, f"a pt2 archive cannot hold this graph: {error.what}", fix="use --format onnx"
+        ) from error
 
 
 def load_pt2(file: Path, device: torch.device) -> Graph:
@@ -177,11 +180,13 @@ def _tensors(
 def _refused(file: Path, what: str) -> CheckpointError:
     fix = "use --format onnx, or do not use it"
     what = f"{file.name} has what no exported graph needs, and what could run code when loaded: {what}"
-    return CheckpointError(6, what, where=str(file), fix=fix)
+    return CheckpointError(CheckpointCode.UNSAFE_CONTENT, what, where=str(file), fix=fix)
 
 
 def _damaged(file: Path, why: str) -> CheckpointError:
-    return CheckpointError(2, f"{file.name} is damaged: {why}", where=str(file), fix="export it again")
+    return CheckpointError(
+        CheckpointCode.FILE_DAMAGED, f"{file.name} is damaged: {why}", where=str(file), fix="export it again"
+    )
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from mopefuse.core.error_codes import ConfigCode, GateCode
 from mopefuse.errors import ConfigError, GateError, did_you_mean
 
 METRICS = ("accuracy", "f1_macro", "f1_micro", "f1_samples")
@@ -25,13 +26,17 @@ def parse_gates(texts: Sequence[str]) -> dict[str, float]:
     for text in texts:
         name, _, value = text.partition("=")
         if name not in METRICS:
-            raise ConfigError(52, f"there is no metric {name!r}", where="--min", fix=did_you_mean(name, METRICS))
+            raise ConfigError(
+                ConfigCode.UNKNOWN_METRIC, f"there is no metric {name!r}", where="--min", fix=did_you_mean(name, METRICS)
+            )
         try:
             gates[name] = float(value)
         except ValueError:
             gates[name] = math.nan
         if not math.isfinite(gates[name]):
-            raise ConfigError(51, f"cannot read the gate {text!r}", where="--min", fix="write --min accuracy=0.8")
+            raise ConfigError(
+                ConfigCode.BAD_GATE, f"cannot read the gate {text!r}", where="--min", fix="write --min accuracy=0.8"
+            )
     return gates
 
 
@@ -44,6 +49,13 @@ def check_gates(found: Mapping[str, float], gates: Mapping[str, float]) -> None:
     """
     for name, least in gates.items():
         if name not in found:
-            raise ConfigError(52, f"these data have no metric {name!r}", where="--min", fix=did_you_mean(name, found))
+            raise ConfigError(
+                ConfigCode.UNKNOWN_METRIC, f"these data have no metric {name!r}", where="--min", fix=did_you_mean(name, found)
+            )
         if not found[name] >= least:
-            raise GateError(1, f"{name} is {found[name]:.4f}, below {least:g}", where="--min", fix="train longer or lower it")
+            raise GateError(
+                GateCode.METRIC_TOO_LOW,
+                f"{name} is {found[name]:.4f}, below {least:g}",
+                where="--min",
+                fix="train longer or lower it",
+            )

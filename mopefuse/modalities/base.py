@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mopefuse.core import registry
+from mopefuse.core.error_codes import DataCode, PluginCode
 from mopefuse.errors import DataError, PluginError, did_you_mean
 
 if TYPE_CHECKING:  # bundles run without pydantic
@@ -112,7 +113,7 @@ def get_modality(name: str) -> Modality:
 def _create(kind: Any, name: str) -> Modality:
     if not (isinstance(kind, type) and issubclass(kind, Modality)):
         what = f"the modality {name!r} is not a subclass of mopefuse.modalities.base.Modality"
-        raise PluginError(7, what, fix="correct the plugin, or uninstall it")
+        raise PluginError(PluginCode.NOT_A_SUBCLASS, what, fix="correct the plugin, or uninstall it")
     modality: Modality = kind()
     modality.name = name
     return modality
@@ -142,7 +143,9 @@ def from_arguments(by_position: Sequence[Any], more: Mapping[str, Any]) -> dict[
     """
     for name in more:
         if name not in modality_names():
-            raise DataError(91, f"there is no modality {name!r}", fix=did_you_mean(name, modality_names()))
+            raise DataError(
+                DataCode.UNKNOWN_MODALITY, f"there is no modality {name!r}", fix=did_you_mean(name, modality_names())
+            )
     positional = {name: values for name, values in zip(BY_POSITION, by_position, strict=True) if values is not None}
     return {name: _listed(get_modality(name), values) for name, values in {**positional, **more}.items()}
 
@@ -153,7 +156,7 @@ def _listed(modality: Modality, values: Any) -> list[Any]:
     if isinstance(values, Iterable) and not isinstance(values, Mapping | str | bytes):
         return list(values)
     what = f"{modality.plural} must be a list, or {modality.kind}; got {type(values).__name__}"
-    raise DataError(210, what, fix=modality.give)
+    raise DataError(DataCode.BAD_VALUES, what, fix=modality.give)
 
 
 def count_samples(values: Mapping[str, Sequence[Any]]) -> int:
@@ -167,7 +170,7 @@ def count_samples(values: Mapping[str, Sequence[Any]]) -> int:
         counts = " and ".join(f"{size} {get_modality(name).plural}" for name, size in sizes.items())
         *others, last = sizes
         fix = f"give one {last} for each {others[0]}"
-        raise DataError(17, f"the numbers of values differ: {counts}", fix=fix)
+        raise DataError(DataCode.NO_PAIRS, f"the numbers of values differ: {counts}", fix=fix)
     return next(iter(sizes.values()), 0)
 
 
@@ -183,7 +186,7 @@ def require_types(values: Mapping[str, Sequence[Any]]) -> None:
             if value is not None and not modality.accepts(value):
                 kinds = " and ".join(expected.kind for expected in modalities.values())
                 got = " and ".join(type(item).__name__ for item in sample)
-                raise DataError(18, f"a sample must be {kinds}; got {got}", fix=modality.give)
+                raise DataError(DataCode.BAD_PAIR, f"a sample must be {kinds}; got {got}", fix=modality.give)
 
 
 def fill_missing(name: str, values: Sequence[Any]) -> list[Any]:
@@ -210,6 +213,8 @@ def require_values(name: str, values: Mapping[str, Sequence[Any]], who: str) -> 
     if name not in values:
         got = " and ".join(values) or "nothing"
         raise DataError(
-            92, f"{who} reads {name}, but got {got}", fix=f"give {get_modality(name).plural}, or None for each sample"
+            DataCode.WRONG_VALUE_KIND,
+            f"{who} reads {name}, but got {got}",
+            fix=f"give {get_modality(name).plural}, or None for each sample",
         )
     return values[name]

@@ -15,15 +15,16 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+from mopefuse.core.error_codes import DataCode, PathCode
 from mopefuse.errors import DataError, MopefuseError, UnsafePathError
 from mopefuse.modalities.base import Modality
 
 if TYPE_CHECKING:  # bundles run without pydantic
     from mopefuse.config.schema import Data as DataConfig
 
-MISSING = "MF-DATA-11"
+MISSING = DataCode.FILE_NOT_FOUND.text
 _MOST_FOLDERS = 100  # in which missing files are searched
-_KINDS = {"MF-SEC-01": "unsafe-path", MISSING: "missing-file", "MF-DATA-15": "not-a-file"}
+_KINDS = {PathCode.OUTSIDE_ROOT.text: "unsafe-path", MISSING: "missing-file", DataCode.NOT_A_REGULAR_FILE.text: "not-a-file"}
 
 
 class Look(NamedTuple):
@@ -103,7 +104,7 @@ def read_content(path: Path, name: str, where: str) -> bytes:
         return path.read_bytes()
     except OSError as error:
         fix = "make it readable"
-        raise DataError(13, f"{name} cannot be read: {error.strerror}", where=where, fix=fix) from None
+        raise DataError(DataCode.FILE_UNREADABLE, f"{name} cannot be read: {error.strerror}", where=where, fix=fix) from None
 
 
 # -- paths
@@ -134,10 +135,12 @@ def regular_file(path: Path, name: str, *, where: str, what: str) -> Path:
         mode = os.stat(path).st_mode
     except (OSError, ValueError):
         fix = _case_hint(path) or "add the file"
-        raise DataError(11, f"{what} not found: {name}", where=where, fix=fix) from None
+        raise DataError(DataCode.FILE_NOT_FOUND, f"{what} not found: {name}", where=where, fix=fix) from None
     if not stat.S_ISREG(mode):
         article = "an" if what[:1] in "aeiou" else "a"
-        raise DataError(15, f"{name} is not a regular file", where=where, fix=f"name {article} {what} file")
+        raise DataError(
+            DataCode.NOT_A_REGULAR_FILE, f"{name} is not a regular file", where=where, fix=f"name {article} {what} file"
+        )
     return path
 
 
@@ -150,7 +153,7 @@ def _place(roots: Sequence[Path], relative: str, where: str, what: str) -> Path:
     try:
         places = [path.resolve() for path in ([Path(relative)] if absolute else [base / relative for base in bases])]
     except (OSError, RuntimeError, ValueError):  # a cycle of links, a lone surrogate
-        raise DataError(11, f"{what} not found: {relative}", where=where, fix="add the file") from None
+        raise DataError(DataCode.FILE_NOT_FOUND, f"{what} not found: {relative}", where=where, fix="add the file") from None
     if not all(any(path.is_relative_to(base) for base in allowed) for path in places):
         raise _outside_root(where, what)
     return next((path for path in places[:-1] if os.path.exists(path)), places[-1])
@@ -158,7 +161,7 @@ def _place(roots: Sequence[Path], relative: str, where: str, what: str) -> Path:
 
 def _outside_root(where: str, what: str) -> UnsafePathError:
     fix = "use a path relative to the data folder, or add --image-root DIR"
-    return UnsafePathError(1, f"the {what} path is outside the data folder", where=where, fix=fix)
+    return UnsafePathError(PathCode.OUTSIDE_ROOT, f"the {what} path is outside the data folder", where=where, fix=fix)
 
 
 def _case_hint(path: Path) -> str:

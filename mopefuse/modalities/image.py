@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from PIL import Image, ImageOps
 
+from mopefuse.core.error_codes import DataCode, NumericCode, PathCode
 from mopefuse.errors import DataError, NumericError
 from mopefuse.modalities.files import Files, Look, read_content, regular_file, resolve_inside
 
@@ -35,11 +36,11 @@ _DISABLED = {
     b"\0\0\1\0": "ICO",
 }
 _KINDS = {  # of findings, by error code
-    "MF-SEC-01": "unsafe-path",
-    "MF-DATA-11": "missing-image",
-    "MF-DATA-12": "huge-image",
-    "MF-DATA-14": "wrong-format-image",
-    "MF-DATA-15": "not-a-file",
+    PathCode.OUTSIDE_ROOT.text: "unsafe-path",
+    DataCode.FILE_NOT_FOUND.text: "missing-image",
+    DataCode.TOO_MANY_PIXELS.text: "huge-image",
+    DataCode.IMAGE_FORMAT_NOT_ENABLED.text: "wrong-format-image",
+    DataCode.NOT_A_REGULAR_FILE.text: "not-a-file",
 }
 _UNREADABLE = {  # kinds of findings, by how the message of the decoder starts
     "empty-image": ("it is empty",),
@@ -85,7 +86,7 @@ def _decoded(
         size = image.size
         if size[0] * size[1] > max_pixels:
             what = f"{relative} has {size[0]} x {size[1]} pixels, more than {max_pixels:,}"
-            raise DataError(12, what, where=where, fix="shrink it, or raise data.max_pixels")
+            raise DataError(DataCode.TOO_MANY_PIXELS, what, where=where, fix="shrink it, or raise data.max_pixels")
         if not glance:
             return upright_rgb(image), size
         image.draft(None, (size[0] // 8, size[1] // 8))
@@ -97,30 +98,44 @@ def _decoded(
     except Image.DecompressionBombError as error:  # "Image size (400000000 pixels) exceeds ...", nothing was decoded
         count = int(next(iter(re.findall(r"\d+", str(error))), 0))
         what = f"{relative} has {count:,} pixels, more than {max_pixels:,}"
-        raise DataError(12, what, where=where, fix="shrink it") from None
+        raise DataError(DataCode.TOO_MANY_PIXELS, what, where=where, fix="shrink it") from None
     except MemoryError:
         raise
     except Exception as error:  # decoders raise anything on damaged files
         other = _starts_as(content, _DISABLED)
         if other:
             fix = f"convert it to one of {', '.join(FORMATS)}"
-            raise DataError(14, f"{relative} is of the format {other}, which is not enabled", where=where, fix=fix) from None
+            raise DataError(
+                DataCode.IMAGE_FORMAT_NOT_ENABLED,
+                f"{relative} is of the format {other}, which is not enabled",
+                where=where,
+                fix=fix,
+            ) from None
         what = f"{relative} is not a readable image ({_looks_like(content, error)})"
-        raise DataError(13, what, where=where, fix="replace or remove it") from None
+        raise DataError(DataCode.FILE_UNREADABLE, what, where=where, fix="replace or remove it") from None
 
 
 def _from_python(image: Image.Image, *, where: str) -> Image.Image:
     """Convert an image from Python to upright RGB."""
     if 0 in image.size:
-        raise DataError(310, "the image has no pixels", where=where, fix="remove it, or give another image")
+        raise DataError(
+            DataCode.IMAGE_WITHOUT_PIXELS, "the image has no pixels", where=where, fix="remove it, or give another image"
+        )
     try:
         if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
-            raise NumericError(4, "the image has pixels that are not finite", where=where, fix="give an 8-bit image")
+            raise NumericError(
+                NumericCode.PIXELS_NOT_FINITE,
+                "the image has pixels that are not finite",
+                where=where,
+                fix="give an 8-bit image",
+            )
         return upright_rgb(image)
     except (NumericError, MemoryError):
         raise
     except Exception as error:  # Pillow reads the file only now, and decoders raise anything
-        raise DataError(13, f"the image cannot be read ({_reason(error)})", where=where, fix="replace or remove it") from None
+        raise DataError(
+            DataCode.FILE_UNREADABLE, f"the image cannot be read ({_reason(error)})", where=where, fix="replace or remove it"
+        ) from None
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:

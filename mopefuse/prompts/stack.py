@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mopefuse.config.schema import Prompts as PromptConfig
 from mopefuse.config.schema import Router as RouterConfig
+from mopefuse.core.error_codes import ConfigCode
 from mopefuse.core.precision import apply_in_own_type, to_float32
 from mopefuse.core.threads import PerThread
 from mopefuse.encoders.attention import Prompt
@@ -250,7 +251,7 @@ def select_layers(layers: str | Sequence[int], count: int) -> tuple[int, ...]:
         chosen = tuple(range(int(number)) if end == "first" else range(count - int(number), count))
     if chosen and not 0 <= chosen[0] <= chosen[-1] < count:
         raise ConfigError(
-            7,
+            ConfigCode.LAYER_OUT_OF_RANGE,
             f"the main encoder has {count} layers, 0 to {count - 1}; got {layers}",
             where="prompts.layers",
             fix=f"use layers from 0 to {count - 1}, or all",

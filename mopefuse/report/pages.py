@@ -18,6 +18,7 @@ from PIL import Image
 
 from mopefuse import __version__
 from mopefuse.core.atomic_files import check_file, write_atomically
+from mopefuse.core.error_codes import ConfigCode, DataCode
 from mopefuse.errors import ConfigError, DataError
 from mopefuse.report.chart import Chart, readable
 from mopefuse.report.embedding import embed
@@ -116,9 +117,13 @@ def check_place(page: Path, data: Path | None) -> None:
     """
     check_file(page, where="--html or --out")
     if data is not None and data.is_dir() and page.resolve().is_relative_to(data.resolve()):
-        raise DataError(84, "the page would lie in the data folder", where=str(page), fix="name a file beside it")
+        raise DataError(
+            DataCode.PAGE_INSIDE_DATA, "the page would lie in the data folder", where=str(page), fix="name a file beside it"
+        )
     if page.exists() and not _is_ours(page):
-        raise DataError(86, f"{page.name} is there and is no page of mopefuse", where=str(page), fix="name another file")
+        raise DataError(
+            DataCode.PAGE_NOT_OURS, f"{page.name} is there and is no page of mopefuse", where=str(page), fix="name another file"
+        )
 
 
 def check_places(page: Path, data: Path | None, figures: Path | None) -> None:
@@ -129,7 +134,9 @@ def check_places(page: Path, data: Path | None, figures: Path | None) -> None:
     """
     check_place(page, data)
     if figures is not None and figures.exists() and not figures.is_dir():
-        raise ConfigError(90, f"{figures} is no folder", where="--figures", fix="name a folder for the figures")
+        raise ConfigError(
+            ConfigCode.FIGURES_NOT_A_FOLDER, f"{figures} is no folder", where="--figures", fix="name a folder for the figures"
+        )
 
 
 def save_charts(parts: Sequence[Section], folder: Path | None) -> tuple[Path, ...]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mopefuse.core.error_codes import CheckpointCode
 from mopefuse.data.base import DataSet
 from mopefuse.errors import CheckpointError
 from mopefuse.evaluation.audit import Audit, audit_model, subsample
@@ -145,11 +146,16 @@ def _run_of(run: Path) -> RunFolder:
     kind = kind_of(locate(run))
     if kind in ("adapter", "bundle"):
         what = f"{run} is {'an adapter' if kind == 'adapter' else 'a bundle'}, which has no log and no data"
-        raise CheckpointError(20, what, fix="name the run that it was exported from")
+        raise CheckpointError(CheckpointCode.NO_TRAINING_LOG, what, fix="name the run that it was exported from")
     folder = find_run(run)
     folder.config()
     if not folder.steps():
-        raise CheckpointError(21, "the run has no checkpoint yet", where=str(run), fix="go on with mopefuse train --resume")
+        raise CheckpointError(
+            CheckpointCode.NO_CHECKPOINT_YET,
+            "the run has no checkpoint yet",
+            where=str(run),
+            fix="go on with mopefuse train --resume",
+        )
     return folder
 
 

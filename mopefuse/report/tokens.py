@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mopefuse.core.error_codes import DataCode
 from mopefuse.data.contents import Tokens
 from mopefuse.encoders.base import create_encoder
 from mopefuse.encoders.preprocess import TextPreprocess
@@ -19,7 +20,12 @@ def tokens_of(spec: str) -> Tokens:
     encoder = create_encoder(spec)
     preprocess = encoder.preprocess
     if not isinstance(preprocess, TextPreprocess):
-        raise DataError(85, f"{spec} reads no texts", where="--encoder", fix="name a text encoder, as hf:bert-base")
+        raise DataError(
+            DataCode.ENCODER_READS_NO_TEXT,
+            f"{spec} reads no texts",
+            where="--encoder",
+            fix="name a text encoder, as hf:bert-base",
+        )
     return Tokens(str(encoder.spec), preprocess.max_tokens, lambda texts: measure(preprocess, texts))
 
 

@@ -14,6 +14,7 @@ from mopefuse.config.recipe import read_saved
 from mopefuse.config.schema import RunConfig, build_config
 from mopefuse.core import registry
 from mopefuse.core.artifact import check_manifest, read_json, verify
+from mopefuse.core.error_codes import CheckpointCode
 from mopefuse.errors import CheckpointError
 from mopefuse.runs.facts import check_facts
 from mopefuse.runs.folder import RunFolder
@@ -47,7 +48,12 @@ class AdapterFolder(RunFolder):
     def _facts(self) -> dict[str, Any]:
         """Read and verified once, because the weights of a tuned encoder are large."""
         if not verify(self.path, kind=KIND)["files"].keys() >= {FACTS, "config.yaml", "weights.safetensors"}:
-            raise CheckpointError(3, "the manifest names no weights", where=str(self.path), fix="export the run again")
+            raise CheckpointError(
+                CheckpointCode.CONTENT_DAMAGED,
+                "the manifest names no weights",
+                where=str(self.path),
+                fix="export the run again",
+            )
         facts = {**read_json(self.manifest_file), **read_json(self.path / FACTS)}
         return check_facts(check_manifest(facts, KIND, str(self.path)), self.path / FACTS)
 
@@ -59,7 +65,7 @@ class AdapterFolder(RunFolder):
         """
         if which != "best":
             what = f"an adapter has no checkpoint {which}"
-            raise CheckpointError(4, what, where=str(self.path), fix="leave --checkpoint out")
+            raise CheckpointError(CheckpointCode.NOT_FOUND, what, where=str(self.path), fix="leave --checkpoint out")
         return self.path, self.manifest()
 
     def result(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from mopefuse.core.error_codes import CheckpointCode
 from mopefuse.errors import CheckpointError
 
 
@@ -56,5 +57,7 @@ def check_facts(facts: dict[str, Any], file: Path) -> dict[str, Any]:
         first = error.errors(include_url=False)[0]
         name = ".".join(map(str, first["loc"]))
         what = f"{file.name} is damaged: {name}: {first['msg'][0].lower()}{first['msg'][1:]}"
-        raise CheckpointError(3, what, where=str(file.parent), fix="restore that file, or use another copy") from None
+        raise CheckpointError(
+            CheckpointCode.CONTENT_DAMAGED, what, where=str(file.parent), fix="restore that file, or use another copy"
+        ) from None
     return facts

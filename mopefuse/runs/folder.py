@@ -22,13 +22,13 @@ from mopefuse.config.schema import RunConfig, build_config
 from mopefuse.core import registry
 from mopefuse.core.artifact import FORMAT, check_manifest, dump_json, finite, publish, read_json, read_text, verify
 from mopefuse.core.atomic_files import disk_error, sweep, write_atomically
+from mopefuse.core.error_codes import CheckpointCode, ConfigCode, ResourceCode
 from mopefuse.core.folder_lock import FolderLock
 from mopefuse.errors import CheckpointError, ConfigError, ResourceError
 from mopefuse.runs.facts import check_facts
 
 KIND, CHECKPOINT, START = "run", "checkpoint", "start"
 _PROBE = ".writable"  # name of a file that is created to see whether the folder is writable
-_NEWER = 7  # error number of `check_manifest` for a newer format
 _MODEL_FACTS = ("encoders", "labels", "multi_label")  # repeated in each checkpoint
 
 
@@ -84,17 +84,19 @@ class RunFolder:
                 `resume`) neither empty nor a run.
         """
         if resume and overwrite:
-            raise ConfigError(25, "--resume and --overwrite contradict each other", fix="choose one")
+            raise ConfigError(
+                ConfigCode.RESUME_AND_OVERWRITE, "--resume and --overwrite contradict each other", fix="choose one"
+            )
         occupied = not self._has_no_checkpoint() and not self._leftovers().issuperset(self.path.iterdir())
         if occupied and not (resume or overwrite):
-            raise ConfigError(23, f"{self.path} is not empty", where="--out", fix=fix)
+            raise ConfigError(ConfigCode.RUN_FOLDER_NOT_EMPTY, f"{self.path} is not empty", where="--out", fix=fix)
         if occupied and not self.exists():
             flag = "--overwrite" if overwrite else "--resume"
             fix = "name another --out, or empty the folder"
-            raise ConfigError(22, f"{self.path} is not a mopefuse run", where=flag, fix=fix)
+            raise ConfigError(ConfigCode.NOT_A_RUN_FOLDER, f"{self.path} is not a mopefuse run", where=flag, fix=fix)
         if resume and self._start.exists() and not self.exists():
             what = f"{self.path} was stopped before its initial weights were complete"
-            raise ConfigError(250, what, where="--resume", fix="run mopefuse swap-encoder again")
+            raise ConfigError(ConfigCode.START_WAS_INTERRUPTED, what, where="--resume", fix="run mopefuse swap-encoder again")
         self._lock.refuse_if_taken()
         try:
             if occupied and overwrite:
@@ -105,7 +107,10 @@ class RunFolder:
             probe.unlink()
         except OSError as error:
             raise ConfigError(
-                21, f"the run directory {self.path} is not writable: {error.strerror}", where="--out", fix="name another --out"
+                ConfigCode.RUN_FOLDER_NOT_WRITABLE,
+                f"the run directory {self.path} is not writable: {error.strerror}",
+                where="--out",
+                fix="name another --out",
             ) from None
 
     def lock(self) -> str:
@@ -155,10 +160,12 @@ class RunFolder:
             return
         if self._lock.file.exists():
             fix = "run one process at a time on this folder"
-            raise ResourceError(252, "another process has taken over this run", where=str(self.path), fix=fix)
+            raise ResourceError(
+                ResourceCode.RUN_TAKEN_OVER, "another process has taken over this run", where=str(self.path), fix=fix
+            )
         if not self.manifest_file.is_file():
             fix = "restore it and continue with --resume, or train again"
-            raise ResourceError(251, "the run folder is gone", where=str(self.path), fix=fix)
+            raise ResourceError(ResourceCode.RUN_FOLDER_GONE, "the run folder is gone", where=str(self.path), fix=fix)
 
     def _empty(self) -> None:
         for item in self.path.iterdir():
@@ -183,7 +190,7 @@ class RunFolder:
             inside = (child for child in self.path.iterdir() if RunFolder(child).exists()) if self.path.is_dir() else ()
             run = min(inside, default=None)
             fix = f"name a run in it, such as {run}" if run else "name a folder that mopefuse train wrote"
-            raise CheckpointError(4, f"{self.path} is not a run", fix=fix)
+            raise CheckpointError(CheckpointCode.NOT_FOUND, f"{self.path} is not a run", fix=fix)
         registry.require(self.manifest()["plugins"], where=str(self.path))
         return build_config(read_saved(self.config_file), source=str(self.config_file))
 
@@ -261,7 +268,9 @@ class RunFolder:
         try:
             facts = verify(self._start, kind=START)
             if facts.get("start") != expected:
-                raise CheckpointError(250, "the initial weights belong to another run", where=str(self._start))
+                raise CheckpointError(
+                    CheckpointCode.START_CHANGED, "the initial weights belong to another run", where=str(self._start)
+                )
         except CheckpointError as error:
             error.fix = "run mopefuse swap-encoder again"
             raise
@@ -301,7 +310,12 @@ class RunFolder:
             return None
         step = read_text(self._best).strip().removeprefix("step-")
         if not (step.isascii() and step.isdecimal()):
-            raise CheckpointError(3, "the file best is damaged", where=str(self._best), fix="use the checkpoint last or step-N")
+            raise CheckpointError(
+                CheckpointCode.CONTENT_DAMAGED,
+                "the file best is damaged",
+                where=str(self._best),
+                fix="use the checkpoint last or step-N",
+            )
         return int(step)
 
     def latest(self) -> tuple[Path, dict[str, Any]] | None:
@@ -316,7 +330,7 @@ class RunFolder:
             try:
                 return folder, verify(folder, kind=CHECKPOINT)
             except CheckpointError as error:
-                if error.number == _NEWER:
+                if error.number == CheckpointCode.NEWER_FORMAT:
                     raise
                 damaged = damaged or error
         if damaged is not None:
@@ -339,18 +353,22 @@ class RunFolder:
         if which not in {f"step-{step}" for step in steps}:
             known = ", ".join(f"step-{step}" for step in steps)
             fix = f"use one of {known}" if known else "train the run until its first checkpoint"
-            raise CheckpointError(4, f"there is no checkpoint {which}", where=str(self.checkpoints), fix=fix)
+            raise CheckpointError(
+                CheckpointCode.NOT_FOUND, f"there is no checkpoint {which}", where=str(self.checkpoints), fix=fix
+            )
         try:
             manifest = verify(folder, kind=CHECKPOINT)
         except CheckpointError as error:
             others = [f"step-{step}" for step in steps if f"step-{step}" != which]
-            if others and error.number != _NEWER:
+            if others and error.number != CheckpointCode.NEWER_FORMAT:
                 error.fix = f"use --checkpoint {others[-1]}"
             raise
         differ = [key for key, value in self._model_facts().items() if manifest.get(key) != value]
         if differ:
             what = f"the {differ[0]} of the run differ from those of its checkpoint"
-            raise CheckpointError(3, what, where=str(self.path), fix="restore the run's manifest.json")
+            raise CheckpointError(
+                CheckpointCode.CONTENT_DAMAGED, what, where=str(self.path), fix="restore the run's manifest.json"
+            )
         return folder, manifest
 
     def steps(self) -> list[int]:

@@ -15,6 +15,7 @@ from mopefuse.config.schema import Data as DataConfig
 from mopefuse.config.schema import RunConfig
 from mopefuse.config.sides import Comp, addressed, specs, with_specs
 from mopefuse.core import device as devices
+from mopefuse.core.error_codes import CheckpointCode, DataCode
 from mopefuse.core.tensor_files import read_tensors
 from mopefuse.data.base import DataSet
 from mopefuse.data.load import has_split_column, load_data
@@ -151,7 +152,9 @@ def _with_other_specs(config: RunConfig, encoders: Mapping[str, str], *, where: 
     for side, spec in new_specs.items():
         if _feature_options(spec) != _feature_options(old_specs[side]):
             what = f"{spec} has other options than {old_specs[side]}, which the run was trained with"
-            raise CheckpointError(8, what, where=where, fix="write the same options, or use mopefuse swap-encoder")
+            raise CheckpointError(
+                CheckpointCode.ENCODER_CHANGED, what, where=where, fix="write the same options, or use mopefuse swap-encoder"
+            )
     return with_specs(config, new_specs)
 
 
@@ -187,10 +190,10 @@ def check_encoders(model: Fusion, manifest: Mapping[str, Any], *, where: str) ->
         if side in fingerprints and fingerprints[side] != expected:
             changed.insert(0, f"fingerprint {fingerprints[side]}, expected {expected}")
             what = f"the weights of {encoder.spec} are not those that the run was trained with ({_abridged(changed)})"
-            raise CheckpointError(8, what, where=where, fix=_SAME_ENCODER)
+            raise CheckpointError(CheckpointCode.ENCODER_CHANGED, what, where=where, fix=_SAME_ENCODER)
         if changed:
             what = f"{encoder.spec} is not the encoder that the run was trained with: {_abridged(changed)}"
-            raise CheckpointError(220, what, where=where, fix=_SAME_ENCODER)
+            raise CheckpointError(CheckpointCode.OTHER_ENCODER, what, where=where, fix=_SAME_ENCODER)
         if versions := other_versions(recorded["description"], current):
             text = f"{encoder.spec} was trained with other library versions ({', '.join(versions)})"
             warnings.warn(f"{text}; predictions may differ slightly", Notice, stacklevel=2)
@@ -232,9 +235,11 @@ def with_labels(data: DataSet, manifest: Mapping[str, Any], split: str) -> DataS
     unknown = sorted(data.splits[split].labels.counts().keys() - set(labels))
     if unknown:
         what = f"the model was not trained for these labels: {', '.join(unknown[:20])}"
-        raise DataError(6, what, where=split, fix="remove these rows, or train on data that has these labels")
+        raise DataError(
+            DataCode.UNKNOWN_LABEL, what, where=split, fix="remove these rows, or train on data that has these labels"
+        )
     if data.multi_label != manifest["multi_label"]:
         trained_as, found = ("multi-label", "single") if manifest["multi_label"] else ("single-label", "lists of")
         what = f"the model is {trained_as}, and the data have {found} labels"
-        raise DataError(5, what, where=split, fix="write labels as in training")
+        raise DataError(DataCode.MIXED_LABELS, what, where=split, fix="write labels as in training")
     return replace(data, labels=labels)

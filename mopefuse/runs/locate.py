@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mopefuse.core import cache
 from mopefuse.core.artifact import MANIFEST, listed_files, read_json, verify
+from mopefuse.core.error_codes import CheckpointCode, ResourceCode
 from mopefuse.errors import CheckpointError, EncoderError, ResourceError
 from mopefuse.runs.adapter import KIND as ADAPTER
 from mopefuse.runs.adapter import AdapterFolder
@@ -45,7 +46,7 @@ def locate(path: str | Path) -> Path:
             fetched = _fetch(repo, name, commit, text)
             if fetched is None:
                 what = f"{repo} lacks {name}, which its manifest names"
-                raise CheckpointError(2, what, where=text, fix="report it to its owner")
+                raise CheckpointError(CheckpointCode.FILE_DAMAGED, what, where=text, fix="report it to its owner")
             target = folder / "model" / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(fetched, target)
@@ -57,7 +58,12 @@ def locate(path: str | Path) -> Path:
 
     kept = cache.store("models", key, write, {"what": text})
     if kept is None:
-        raise ResourceError(10, f"{repo} cannot be cached", where=text, fix="set MOPEFUSE_CACHE to a writable folder")
+        raise ResourceError(
+            ResourceCode.MODEL_CACHE_NOT_WRITABLE,
+            f"{repo} cannot be cached",
+            where=text,
+            fix="set MOPEFUSE_CACHE to a writable folder",
+        )
     return kept / "model"
 
 
@@ -75,7 +81,7 @@ def _fetch(repo: str, name: str, revision: str | None, where: str) -> Path | Non
 
 def _no_model(repo: str, where: str) -> CheckpointError:
     fix = "name a repository that mopefuse push wrote"
-    return CheckpointError(1, f"{repo} does not hold a mopefuse model", where=where, fix=fix)
+    return CheckpointError(CheckpointCode.NOT_OURS, f"{repo} does not hold a mopefuse model", where=where, fix=fix)
 
 
 @contextmanager
@@ -85,7 +91,7 @@ def _errors_name(where: str) -> Iterator[None]:
         yield
     except CheckpointError as error:
         error.where = where
-        if error.number == 2:
+        if error.number == CheckpointCode.FILE_DAMAGED:
             error.fix = "name another revision, or report it to its owner"
         raise
 
@@ -104,9 +110,16 @@ def find_run(path: str | Path) -> RunFolder:
     """
     folder = locate(path)
     if not folder.is_dir():
-        raise CheckpointError(4, f"there is no run {path}", fix="name a folder that mopefuse train or export wrote")
+        raise CheckpointError(
+            CheckpointCode.NOT_FOUND, f"there is no run {path}", fix="name a folder that mopefuse train or export wrote"
+        )
     kind = kind_of(folder)
     if kind == "bundle":
         fix = "name the run that it was exported from"
-        raise CheckpointError(10, "a bundle can only be evaluated and used for predictions", where=str(path), fix=fix)
+        raise CheckpointError(
+            CheckpointCode.BUNDLE_NOT_TRAINABLE,
+            "a bundle can only be evaluated and used for predictions",
+            where=str(path),
+            fix=fix,
+        )
     return AdapterFolder(folder) if kind == ADAPTER else RunFolder(folder)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mopefuse.core.artifact import read_json
+from mopefuse.core.error_codes import CheckpointCode, ConfigCode
 from mopefuse.errors import CheckpointError, ConfigError, did_you_mean
 from mopefuse.metrics.bootstrap import Difference, difference
 from mopefuse.metrics.gates import METRICS, selected_metric
@@ -139,13 +140,20 @@ def compare(
             notices.append(f"no row is compared with {groups.baseline}: none of its runs is finished")
     runs = [run for _, group in groups.rows for run in group]
     if not runs:
-        raise ConfigError(87, "no run is finished", where=", ".join(map(str, folders)), fix="name finished runs")
+        raise ConfigError(
+            ConfigCode.NOTHING_TO_COMPARE, "no run is finished", where=", ".join(map(str, folders)), fix="name finished runs"
+        )
     require_same_test(runs)
     if metric is None:
         metric = groups.metric or selected_metric(multi_label=runs[0].multi_label)
     known = [name for name in METRICS if name in runs[0].result["metrics"]["test"]]
     if metric not in known:
-        raise ConfigError(86, f"these runs have no metric {metric!r}", where="--metric", fix=did_you_mean(metric, known))
+        raise ConfigError(
+            ConfigCode.UNKNOWN_COMPARISON_METRIC,
+            f"these runs have no metric {metric!r}",
+            where="--metric",
+            fix=did_you_mean(metric, known),
+        )
     comparison = Comparison(
         rows=tuple(_row(label, group, runs) for label, group in groups.rows),
         metric=metric,
@@ -161,7 +169,7 @@ def _read_groups(folders: Sequence[Path], *, partly: bool) -> _Groups:
     studies = [folder for folder in folders if (folder / STUDY_FILE).is_file()]
     if studies and len(folders) > 1:
         what = "a study can only be compared by itself"
-        raise ConfigError(87, what, where=str(studies[0]), fix="name one study, or runs")
+        raise ConfigError(ConfigCode.NOTHING_TO_COMPARE, what, where=str(studies[0]), fix="name one study, or runs")
     if not studies:
         named, notices = select_finished(dict.fromkeys(folders))
         rows, repeated = group_by_settings(read_finished(named))
@@ -229,7 +237,12 @@ def study_facts(folder: Path) -> dict[str, Any]:
     facts = read_json(folder / STUDY_FILE)
     cells = facts.get("cells")
     if facts.get("kind") != KIND or not isinstance(cells, list) or not cells or not all(map(_is_cell, cells)):
-        raise CheckpointError(3, f"{STUDY_FILE} is damaged", where=str(folder), fix="run mopefuse study again with this --out")
+        raise CheckpointError(
+            CheckpointCode.CONTENT_DAMAGED,
+            f"{STUDY_FILE} is damaged",
+            where=str(folder),
+            fix="run mopefuse study again with this --out",
+        )
     return facts
 
 

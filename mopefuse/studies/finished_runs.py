@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.sparse import csr_array
 
+from mopefuse.core.error_codes import CheckpointCode, ConfigCode
 from mopefuse.core.regular_files import open_regular
 from mopefuse.errors import CheckpointError, ConfigError
 from mopefuse.metrics.bootstrap import Outcome
@@ -71,7 +72,9 @@ def select_finished(folders: Iterable[Path]) -> tuple[list[tuple[str, Path]], li
 
 
 def _not_a_run(path: Path) -> CheckpointError:
-    return CheckpointError(4, f"{path} is neither a run nor a study", where=str(path), fix="name folders of finished runs")
+    return CheckpointError(
+        CheckpointCode.NOT_FOUND, f"{path} is neither a run nor a study", where=str(path), fix="name folders of finished runs"
+    )
 
 
 def read_finished(named: Sequence[tuple[str, Path]]) -> list[FinishedRun]:
@@ -83,7 +86,12 @@ def read_finished(named: Sequence[tuple[str, Path]]) -> list[FinishedRun]:
     unfinished = [name for name, path in named if not RunFolder(path).metrics_file.is_file()]
     if unfinished:
         shown = "; ".join(unfinished[:8]) + (f"; and {len(unfinished) - 8} more" if len(unfinished) > 8 else "")
-        raise ConfigError(83, f"not finished: {shown}", where="compare", fix="run them to the end, or leave them out")
+        raise ConfigError(
+            ConfigCode.RUNS_NOT_FINISHED,
+            f"not finished: {shown}",
+            where="compare",
+            fix="run them to the end, or leave them out",
+        )
     return [_read(path) for _, path in named]
 
 
@@ -93,9 +101,14 @@ def _read(path: Path) -> FinishedRun:
     missing = [key for key in ("metrics", "parameters", "seconds", "peak_memory_bytes", "rows") if key not in result]
     if missing:
         what = f"metrics.json is damaged: {missing[0]} is missing"
-        raise CheckpointError(3, what, where=str(path), fix="run mopefuse train with --resume")
+        raise CheckpointError(CheckpointCode.CONTENT_DAMAGED, what, where=str(path), fix="run mopefuse train with --resume")
     if not (result["metrics"] or {}).get("test"):
-        raise ConfigError(87, f"{path} has no test metrics", where=str(path), fix="compare runs on data with a test split")
+        raise ConfigError(
+            ConfigCode.NOTHING_TO_COMPARE,
+            f"{path} has no test metrics",
+            where=str(path),
+            fix="compare runs on data with a test split",
+        )
     start = "a trained model" if manifest.get("start") else "scratch"
     return FinishedRun(
         path=path,
@@ -119,7 +132,7 @@ def require_same_test(runs: Sequence[FinishedRun]) -> None:
             ours, first = (r.labels if what == "labels" else r.data.get("test") for r in (run, runs[0]))
             if ours != first:
                 both = f"{runs[0].path} and {run.path} were tested on different {what}"
-                raise ConfigError(84, both, where="compare", fix="compare runs on the same data")
+                raise ConfigError(ConfigCode.RUNS_NOT_COMPARABLE, both, where="compare", fix="compare runs on the same data")
 
 
 def group_by_settings(runs: Sequence[FinishedRun]) -> tuple[list[tuple[str, list[FinishedRun]]], list[str]]:
@@ -170,9 +183,13 @@ def _read_predictions(run: FinishedRun) -> Iterator[_Prediction]:
                 predicted, actual = (row["labels"], row["true"]) if run.multi_label else ([row["label"]], [row["true"]])
                 yield _Prediction(row["id"], predicted, actual)
     except FileNotFoundError:
-        raise CheckpointError(4, f"there is no {file.name}", where=str(run.path), fix=_EVALUATE_AGAIN) from None
+        raise CheckpointError(
+            CheckpointCode.NOT_FOUND, f"there is no {file.name}", where=str(run.path), fix=_EVALUATE_AGAIN
+        ) from None
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise CheckpointError(3, f"{file.name} is damaged: {error}", where=str(run.path), fix=_EVALUATE_AGAIN) from None
+        raise CheckpointError(
+            CheckpointCode.CONTENT_DAMAGED, f"{file.name} is damaged: {error}", where=str(run.path), fix=_EVALUATE_AGAIN
+        ) from None
 
 
 def sample_ids(run: FinishedRun) -> list[str]:
@@ -201,7 +218,7 @@ def read_outcome(run: FinishedRun, ids: Sequence[str]) -> Outcome:
                 rows.extend([sample] * (len(columns) - len(rows)))
     except (KeyError, TypeError) as error:
         what = f"predictions.jsonl is damaged: {error}"
-        raise CheckpointError(3, what, where=str(run.path), fix=_EVALUATE_AGAIN) from None
+        raise CheckpointError(CheckpointCode.CONTENT_DAMAGED, what, where=str(run.path), fix=_EVALUATE_AGAIN) from None
     if not seen_S.all():
         raise _other_samples(run)
     tables = [
@@ -212,4 +229,6 @@ def read_outcome(run: FinishedRun, ids: Sequence[str]) -> Outcome:
 
 
 def _other_samples(run: FinishedRun) -> ConfigError:
-    return ConfigError(84, f"{run.path} has predictions of other samples", where=str(run.path), fix=_EVALUATE_AGAIN)
+    return ConfigError(
+        ConfigCode.RUNS_NOT_COMPARABLE, f"{run.path} has predictions of other samples", where=str(run.path), fix=_EVALUATE_AGAIN
+    )

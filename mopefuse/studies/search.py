@@ -21,6 +21,7 @@ from typing import Any
 
 from mopefuse.core.artifact import read_json
 from mopefuse.core.dependencies import require
+from mopefuse.core.error_codes import CheckpointCode, ConfigCode
 from mopefuse.data.load import load_data
 from mopefuse.errors import CheckpointError, ConfigError, Interrupted, ResourceError, did_you_mean
 from mopefuse.metrics.gates import selected_metric
@@ -176,7 +177,7 @@ class _RunningSearch:
             found = RunFolder(self.out / status.cell.folder).result()["metrics"]["val"] or {}
             if found and self.metric not in found:
                 what = f"these runs have no metric {self.metric!r}"
-                raise ConfigError(113, what, where="metric", fix=did_you_mean(self.metric, found))
+                raise ConfigError(ConfigCode.UNKNOWN_SEARCH_METRIC, what, where="metric", fix=did_you_mean(self.metric, found))
             value = found.get(self.metric)
             if value is None or not math.isfinite(value):
                 return None
@@ -202,7 +203,9 @@ def _read_errors(out: Path) -> dict[str, Any]:
         failed = {cell["run"]: cell["error"] for cell in cells if cell["state"] == FAILED}
         return {run: error for run, error in failed.items() if error["exit"] != ResourceError.exit_code}
     except (KeyError, TypeError):
-        raise CheckpointError(3, f"{STUDY_FILE} is damaged", where=str(out), fix="choose another folder with --out") from None
+        raise CheckpointError(
+            CheckpointCode.CONTENT_DAMAGED, f"{STUDY_FILE} is damaged", where=str(out), fix="choose another folder with --out"
+        ) from None
 
 
 def _distribution(axis: Axis) -> Any:

@@ -26,6 +26,7 @@ from mopefuse.config.schema import WITHOUT_EFFECT
 from mopefuse.config.sides import specs
 from mopefuse.core.artifact import FORMAT, dump_json, read_json
 from mopefuse.core.atomic_files import sweep, write_atomically
+from mopefuse.core.error_codes import ConfigCode, ResourceCode
 from mopefuse.data.load import load_data
 from mopefuse.errors import ConfigError, Interrupted, MopefuseError, ResourceError
 from mopefuse.fusion.build import build_model
@@ -119,7 +120,7 @@ def run_study(study: Study, out: Path, *, jobs: int = 1, listener: StudyListener
             if metric in (("accuracy",) if multi_label else ("f1_micro", "f1_samples")):
                 what = f"{'multi-label' if multi_label else 'single-label'} data has no metric {metric!r}"
                 fix = "leave metric out to compare by the default one"
-                raise ConfigError(115, what, where=f"{study.name}, metric", fix=fix)
+                raise ConfigError(ConfigCode.UNKNOWN_STUDY_METRIC, what, where=f"{study.name}, metric", fix=fix)
         with StopRequest() as stop:
             Schedule(study=study, out=out, statuses=statuses, jobs=jobs, listener=listener).run(stop)
     if stop.signal_number and any(status.state != FINISHED for status in statuses):
@@ -140,15 +141,19 @@ def claim_folder(out: Path, listener: StudyListener) -> Iterator[None]:
     items = [item for item in out.iterdir() if not item.name.startswith((".", STUDY_FILE))] if out.is_dir() else []
     fix = "choose another folder with --out"
     if items and not (out / STUDY_FILE).is_file():
-        raise ConfigError(82, f"{out} is not empty and not a study", where="--out", fix=fix)
+        raise ConfigError(ConfigCode.BAD_STUDY_FOLDER, f"{out} is not empty and not a study", where="--out", fix=fix)
     if items and read_json(out / STUDY_FILE).get("kind") != KIND:
-        raise ConfigError(82, f"{STUDY_FILE} in {out} does not describe a study of mopefuse", where="--out", fix=fix)
+        raise ConfigError(
+            ConfigCode.BAD_STUDY_FOLDER, f"{STUDY_FILE} in {out} does not describe a study of mopefuse", where="--out", fix=fix
+        )
     folder = RunFolder(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         notice = folder.lock()
     except OSError as error:
-        raise ConfigError(82, f"{out} cannot be written: {error.strerror}", where="--out", fix=fix) from None
+        raise ConfigError(
+            ConfigCode.BAD_STUDY_FOLDER, f"{out} cannot be written: {error.strerror}", where="--out", fix=fix
+        ) from None
     if notice:
         listener.notice(notice)
     try:
@@ -285,7 +290,10 @@ class Schedule:
         if status.state == STOPPED and not stopping:
             what = "the process of a cell was killed; usually it ran out of memory"
             fix = "lower --jobs, and run the study again"
-            status.state, status.error = FAILED, ResourceError(11, what, where=status.cell.folder, fix=fix).as_dict()
+            status.state, status.error = (
+                FAILED,
+                ResourceError(ResourceCode.CELL_FAILED, what, where=status.cell.folder, fix=fix).as_dict(),
+            )
         self.finished_count += status.state == FINISHED
         write_study(self.study, self.out, self.statuses, self.facts)
         self.listener.ended(status, self.statuses, self._eta())

@@ -32,6 +32,7 @@ from mopefuse.config.recipe import find_recipe, find_study, parse_set, read_reci
 from mopefuse.config.schema import WITHOUT_EFFECT, RunConfig, Section, build_config
 from mopefuse.config.setting_paths import flat, merge, nested
 from mopefuse.core.cache import make_key
+from mopefuse.core.error_codes import ConfigCode
 from mopefuse.errors import ConfigError, did_you_mean
 from mopefuse.studies.search_space import Search
 
@@ -155,7 +156,7 @@ def read_study(name: str, sets: Iterable[str] = ()) -> Study:
 
 def unknown_label(label: str, labels: Iterable[str], where: str) -> ConfigError:
     """The error for a label that no row has."""
-    return ConfigError(85, f"there is no row {label!r}", where=where, fix=did_you_mean(label, labels))
+    return ConfigError(ConfigCode.NO_SUCH_STUDY_ROW, f"there is no row {label!r}", where=where, fix=did_you_mean(label, labels))
 
 
 def identity(config: RunConfig) -> Settings:
@@ -170,7 +171,7 @@ def _checked(values: Settings, source: str) -> StudyFile:
     except ValidationError as error:
         problems = "; ".join(_explain(detail) for detail in error.errors(include_url=False))
         fix = "correct the file; see recipes/studies for examples"
-        raise ConfigError(80, f"not a valid study: {problems}", where=source, fix=fix) from None
+        raise ConfigError(ConfigCode.BAD_STUDY_FILE, f"not a valid study: {problems}", where=source, fix=fix) from None
 
 
 def _explain(detail: Any) -> str:
@@ -218,15 +219,19 @@ def _check_search(file: StudyFile, search: Search, base: Settings, overrides: Se
     unused = [key for key in ("grid", "cells", "baseline") if getattr(file, key)]
     if unused:
         what = f"a study with a search cannot have {unused[0]}"
-        raise ConfigError(110, what, where=source, fix=f"remove {unused[0]}, or search")
+        raise ConfigError(ConfigCode.INCOMPLETE_SEARCH, what, where=source, fix=f"remove {unused[0]}, or search")
     fixed = sorted(flat(overrides).keys() & search.space.keys())
     if fixed:
         what = f"{fixed[0]} is searched and also set"
-        raise ConfigError(111, what, where=f"--set {fixed[0]}", fix=f"remove --set {fixed[0]}")
+        raise ConfigError(
+            ConfigCode.SETTING_BOTH_SEARCHED_AND_FIXED, what, where=f"--set {fixed[0]}", fix=f"remove --set {fixed[0]}"
+        )
     without = sorted(WITHOUT_EFFECT & search.space.keys())
     if without:
         what = f"{without[0]} has no effect on metrics"
-        raise ConfigError(112, what, where=f"{source}, search.space", fix=f"remove {without[0]}")
+        raise ConfigError(
+            ConfigCode.SEARCHED_SETTING_WITHOUT_EFFECT, what, where=f"{source}, search.space", fix=f"remove {without[0]}"
+        )
     _refuse_seed(_nest(search.space), f"{source}, search.space")
     needed = {side: search.first()[side] for side in search.space.keys() & {"main", "comp"}}
     for chosen in search.extremes():
@@ -248,7 +253,9 @@ def _folder(label: str, config: RunConfig) -> str:
 
 def _refuse_seed(settings: Settings, where: str) -> None:
     if "seed" in settings:
-        raise ConfigError(80, "a study takes a list of seeds, not a seed", where=where, fix="write seeds: [0, 1, 2]")
+        raise ConfigError(
+            ConfigCode.BAD_STUDY_FILE, "a study takes a list of seeds, not a seed", where=where, fix="write seeds: [0, 1, 2]"
+        )
 
 
 def _refuse_same(cells: Iterable[Cell], source: str) -> None:
@@ -258,4 +265,6 @@ def _refuse_same(cells: Iterable[Cell], source: str) -> None:
             other = seen.setdefault(what, cell)
             if other is not cell:
                 both = f"the cells {other.label!r} and {cell.label!r} are the same"
-                raise ConfigError(81, both, where=source, fix="remove one, or change one of its settings")
+                raise ConfigError(
+                    ConfigCode.EQUAL_STUDY_CELLS, both, where=source, fix="remove one, or change one of its settings"
+                )

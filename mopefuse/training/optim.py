@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mopefuse.config.schema import RunConfig, Train
+from mopefuse.core.error_codes import CheckpointCode
 from mopefuse.errors import CheckpointError
 from mopefuse.fusion.base import Fusion
 from mopefuse.modalities.base import get_modality
@@ -95,7 +96,10 @@ def load_optimizer_state(
         name, _, key = full_name.rpartition("/")
         if name not in parameters:
             raise CheckpointError(
-                5, f"the optimizer state has {name}, which the model does not have", where=where, fix="use another checkpoint"
+                CheckpointCode.STATE_MISMATCH,
+                f"the optimizer state has {name}, which the model does not have",
+                where=where,
+                fix="use another checkpoint",
             )
         parameter = parameters[name]
         optimizer.state[parameter][key] = tensor.to(parameter.device).clone()  # even the step count of a fused one

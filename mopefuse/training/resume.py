@@ -6,6 +6,7 @@ from typing import Any
 
 from mopefuse.config.schema import RunConfig, build_config
 from mopefuse.config.setting_paths import flat, merge, nested
+from mopefuse.core.error_codes import ConfigCode
 from mopefuse.errors import ConfigError
 from mopefuse.fusion.build import full_specs
 
@@ -34,7 +35,7 @@ def resumed(saved: RunConfig, new: RunConfig) -> tuple[RunConfig, list[str]]:
     refused = [f"{key} (it was {before[key]}, now {after[key]})" for key in changed if key not in MAY_CHANGE]
     if refused:
         raise ConfigError(
-            32,
+            ConfigCode.SETTING_FIXED_ON_RESUME,
             f"a resumed run cannot change {'; '.join(refused)}",
             where="--resume",
             fix="resume without this change, or begin a new run with another --out",

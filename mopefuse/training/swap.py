@@ -16,6 +16,7 @@ from mopefuse.config.sides import Comp, addressed, with_specs
 from mopefuse.core import distributed
 from mopefuse.core.artifact import dump_json
 from mopefuse.core.atomic_files import write_atomically
+from mopefuse.core.error_codes import ConfigCode
 from mopefuse.data.load import load_data
 from mopefuse.encoders.base import full_spec
 from mopefuse.errors import ConfigError
@@ -90,7 +91,12 @@ def swap_encoder(
         ConfigError: nothing is swapped, or `out` is not empty. EncoderError: an encoder that cannot be used on its side.
     """
     if main is None and not comp and data is None:
-        raise ConfigError(61, "nothing is swapped", where="swap-encoder", fix="name --main SPEC, --comp SPEC or --data DIR")
+        raise ConfigError(
+            ConfigCode.NOTHING_TO_SWAP,
+            "nothing is swapped",
+            where="swap-encoder",
+            fix="name --main SPEC, --comp SPEC or --data DIR",
+        )
     _require_enough_epochs(warm_up, epochs)
     listener = listener or Listener()
     with distributed.process_group():
@@ -124,13 +130,13 @@ def swap_encoder(
 def _require_enough_epochs(warm_up: int, epochs: int) -> None:
     if not 0 <= warm_up <= epochs:
         what = f"{warm_up} epochs of warm-up in {epochs} epochs of tuning"
-        raise ConfigError(62, what, where="--warm-up", fix="raise --epochs")
+        raise ConfigError(ConfigCode.WARM_UP_TOO_LONG, what, where="--warm-up", fix="raise --epochs")
 
 
 def _require_trained_by_steps(old: Loaded, run: Path) -> None:
     if old.model.closed_form:
         what = f"{old.config.method} is fitted anew for other encoders"
-        raise ConfigError(100, what, where=str(run), fix="use mopefuse train")
+        raise ConfigError(ConfigCode.METHOD_CANNOT_SWAP, what, where=str(run), fix="use mopefuse train")
 
 
 def _new_model(config: RunConfig) -> tuple[Fusion, tuple[str, ...]]:
@@ -160,7 +166,7 @@ def _new_config(
     for side in new_specs:
         if side not in old.model.uses:
             what = f"{old.config.method} has no {side} encoder"
-            raise ConfigError(63, what, where=f"--{side}", fix="swap the other encoder")
+            raise ConfigError(ConfigCode.NO_SUCH_SIDE, what, where=f"--{side}", fix="swap the other encoder")
     config = with_specs(old.config, {side: str(full_spec(spec)) for side, spec in new_specs.items()})
     values = config.model_dump(mode="json")
     if new_specs:

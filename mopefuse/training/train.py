@@ -17,6 +17,7 @@ from mopefuse.core import device as devices
 from mopefuse.core import distributed
 from mopefuse.core.artifact import dump_json
 from mopefuse.core.atomic_files import FREE_SPACE, write_atomically
+from mopefuse.core.error_codes import DataCode
 from mopefuse.core.tensor_files import read_tensors, write_tensors
 from mopefuse.data.base import SPLITS, DataSet
 from mopefuse.errors import DataError, Interrupted, ResourceError
@@ -168,7 +169,7 @@ def _same_run(folder: RunFolder, prepared: Prepared, facts: dict[str, Any]) -> d
     found = {"data": data.fingerprint(), "labels": list(data.labels), "multi_label": data.multi_label}
     if any(facts[key] != value for key, value in found.items()):
         what = "the data have changed since the run began"
-        raise DataError(9, what, where=str(data.root), fix="restore the data, or begin a new run")
+        raise DataError(DataCode.DATA_CHANGED, what, where=str(data.root), fix="restore the data, or begin a new run")
     check_encoders(prepared.model, facts, where=str(folder.path))
     return facts
 

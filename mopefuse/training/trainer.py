@@ -20,6 +20,7 @@ from mopefuse.config.schema import RunConfig
 from mopefuse.core import distributed
 from mopefuse.core.artifact import dump_json
 from mopefuse.core.atomic_files import write_atomically
+from mopefuse.core.error_codes import NumericCode
 from mopefuse.core.tensor_files import read_tensors, write_tensors
 from mopefuse.data.base import Batch, DataSet
 from mopefuse.data.collate import Key, epoch_batches, process_share, seed_of
@@ -263,7 +264,7 @@ class Trainer:
             write_atomically(self.run.path / "nonfinite.json", dump_json(facts))
         first = ", ".join(ids[:5]) + (", …" if len(ids) > 5 else "")
         raise NumericError(
-            1,
+            NumericCode.LOSS_NOT_FINITE,
             f"loss is {loss}, gradient norm {norm} at step {step} (lr {lr:g}, batch ids {first})",
             where=str(self.run.path / "nonfinite.json"),
             fix="train again with a lower --lr, or inspect those samples",
