@@ -42,26 +42,15 @@ def export(
       mopefuse export runs/first --format onnx -o bundle
     """
     from mopefuse.cli._render import err, print_json
-    from mopefuse.cli._render import out as out_
     from mopefuse.errors import ConfigError
 
     if run == "verify" and exported is not None:
-        from mopefuse.export.verify import verify_export
-
-        found = verify_export(exported)
-        if json:
-            print_json({"ok": True, "folder": str(exported), "found": found})
-        else:
-            out_().print(f"{exported}: {found}")
+        _verify(exported, json=json)
         return
     if exported is not None or out is None:
+        what = "no folder to write given" if out is None else "two folders given"
         fix = "write mopefuse export RUN -o OUT, or mopefuse export verify FOLDER"
-        raise ConfigError(
-            ConfigCode.NOT_ONE_OUTPUT,
-            "no folder to write given" if out is None else "two folders given",
-            where="export",
-            fix=fix,
-        )
+        raise ConfigError(ConfigCode.NOT_ONE_OUTPUT, what, where="export", fix=fix)
     from mopefuse.export.export import export as run_export
 
     with err().status("loading the model") as status:
@@ -80,6 +69,17 @@ def export(
         print_json({"ok": True, **result.as_dict()})
     else:
         _print(result)
+
+
+def _verify(folder: Path, *, json: bool) -> None:
+    from mopefuse.cli._render import out, print_json
+    from mopefuse.export.verify import verify_export
+
+    found = verify_export(folder)
+    if json:
+        print_json({"ok": True, "folder": str(folder), "found": found})
+    else:
+        out().print(f"{folder}: {found}")
 
 
 def _print(result: Exported) -> None:

@@ -91,12 +91,8 @@ def swap_encoder(
         ConfigError: nothing is swapped, or `out` is not empty. EncoderError: an encoder that cannot be used on its side.
     """
     if main is None and not comp and data is None:
-        raise ConfigError(
-            ConfigCode.NOTHING_TO_SWAP,
-            "nothing is swapped",
-            where="swap-encoder",
-            fix="name --main SPEC, --comp SPEC or --data DIR",
-        )
+        fix = "name --main SPEC, --comp SPEC or --data DIR"
+        raise ConfigError(ConfigCode.NOTHING_TO_SWAP, "nothing is swapped", where="swap-encoder", fix=fix)
     _require_enough_epochs(warm_up, epochs)
     listener = listener or Listener()
     with distributed.process_group():
