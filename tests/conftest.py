@@ -111,7 +111,7 @@ def reported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from mopefuse.report.run import report
 
     copy = tmp_path_factory.mktemp("reported") / "run"
-    shutil.copytree(trained, copy)
+    shutil.copytree(trained, copy, ignore=shutil.ignore_patterns("missing-*"))
     report(copy, device="cpu")
     return copy
 

@@ -92,9 +92,9 @@ def test_labels_and_task_are_those_of_the_model() -> None:
     ("options", "message"),
     [
         ({"expert": 4}, "build_fusion has no argument 'expert' · expert · fix: did you mean experts?"),
-        ({"experts": 0}, "experts: input should be greater than or equal to 1, got 0"),
-        ({"gate": "on"}, "gate: input should be 'none' or 'zero', got 'on'"),
-        ({"layers": "every"}, "layers: must be all, first:N, last:N or a list of indices from 0"),
+        ({"experts": 0}, "experts: got 0; needs at least 1"),
+        ({"gate": "on"}, "gate: got 'on'; needs 'none' or 'zero'"),
+        ({"layers": "every"}, "layers: got 'every'; needs all, first:N, last:N, or a list of indices from 0"),
         ({"num_labels": 0}, "num_labels is 0, need a number of labels from 1 · num_labels"),
         ({"num_labels": None}, "num_labels is None, need a number of labels from 1 · num_labels"),
         ({"num_labels": None, "labels": ["a", "a"]}, "labels must be different names, at least one · labels"),
@@ -161,7 +161,7 @@ def test_what_is_wrong_with_a_data_set_is_told(pairs: Path, tmp_path: Path) -> N
         mopefuse.PairDataset(pairs, "train", labels=["none", "of them"])
     with pytest.raises(ConfigError, match="labels must be different names"):
         mopefuse.PairDataset(pairs, "train", labels=["a", "a"])
-    with pytest.raises(ConfigError, match=r"^on_missing: input should be 'error', 'skip' or 'absent', got 'ignore'"):
+    with pytest.raises(ConfigError, match=r"^on_missing: got 'ignore'; needs 'error', 'skip' or 'absent'"):
         mopefuse.PairDataset(pairs, "train", on_missing="ignore")  # type: ignore[arg-type]
     with pytest.raises(DataError, match="the dev split is missing"):
         mopefuse.PairDataset(pairs, "dev")

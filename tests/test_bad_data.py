@@ -158,7 +158,7 @@ CASES: list[tuple[str, Change, int, list[str]]] = [
     ("mode LA", saved(Image.new("LA", (8, 8))), ACCEPTED, []),
     ("mode RGBA", saved(Image.new("RGBA", (8, 8))), ACCEPTED, []),
     ("mode I;16", saved(Image.new("I;16", (8, 8))), ACCEPTED, []),
-    ("animation GIF", animation("GIF"), ACCEPTED, [f"1 image is an animation, as {IMAGE}: its first frame is read"]),
+    ("animation GIF", animation("GIF"), ACCEPTED, [f"1 image is animated, such as {IMAGE}: only its first frame is read"]),
     ("animation WebP", animation("WEBP"), ACCEPTED, ["its first frame is read"]),
     ("EXIF orientation", saved(noise(), "JPEG", exif=exif), ACCEPTED, []),
     ("size 1 x 1", saved(noise(1, 1)), ACCEPTED, []),
@@ -304,7 +304,7 @@ def test_bad_rows_are_skipped_when_that_is_asked_and_never_more_than_a_share(tmp
     assert "2 of 12 rows are bad; at most a fraction of 0.01 may be skipped" in few.stderr
     done = call(*options, "--out", tmp_path / "run", "--set", "data.max_bad_fraction=0.2")
     assert done.returncode == 0, done.stderr
-    assert "train: 2 bad rows are skipped, as train.jsonl:4, id train-3" in done.stderr
+    assert "train: 2 bad rows are skipped, the first as: train.jsonl:4, id train-3" in done.stderr
     skipped = json.loads((tmp_path / "run" / "manifest.json").read_text())["skipped"]
     assert [entry[:10] for entry in skipped["train"]] == ["MF-DATA-13", "MF-DATA-03"]
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["rows"]["train"] == 10

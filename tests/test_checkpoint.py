@@ -264,7 +264,7 @@ def test_a_newer_format_is_told_with_both_numbers(tmp_path: Path) -> None:
     change_manifest(published(tmp_path / "a"), format=FORMAT + 1)
     error = refused(tmp_path / "a")
     assert f"format {FORMAT + 1}" in error.what
-    assert f"up to {FORMAT}" in error.what
+    assert f"up to format {FORMAT}" in error.what
     assert "upgrade" in error.fix
 
 

@@ -385,7 +385,7 @@ def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[type[Mod
     load, names = registry.load, modalities.modality_names()
 
     def check(kind: type[Modality]) -> Modality:
-        modalities._made.cache_clear()
+        modalities._create.cache_clear()
         monkeypatch.setattr(registry, "load", lambda group, name: kind if name == "toy" else load(group, name))
         monkeypatch.setattr(modalities, "modality_names", lambda: (*names, "toy"))
         return check_modality("toy", values=["a.bin"] if kind.is_file else ["0.5 1.0"], root=tmp_path)

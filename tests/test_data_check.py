@@ -331,7 +331,7 @@ def test_any_bytes_are_checked_and_have_a_page(
     found = report(root)
     assert found.errors, "val is missing"
     json.dumps(found.as_dict(1000))
-    page = check_page(found, name="x", told="", columns=(), splits=())
+    page = check_page(found, name="x", summary="", columns=(), splits=())
     assert not re.search("[\x00-\x08\ud800-\udfff]", page)
     page.encode("utf-8")
 

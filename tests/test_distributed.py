@@ -110,8 +110,8 @@ def work():
 began = time.monotonic()
 said = None
 try:
-    with distributed.joined():
-        said = distributed.on_main(work)
+    with distributed.process_group():
+        said = distributed.run_on_main(work)
         distributed.barrier()
 except Exception as error:
     from mopefuse.core.dependencies import mendable
@@ -158,7 +158,7 @@ from datetime import timedelta
 from mopefuse.core import distributed
 
 distributed._TIMEOUT = timedelta(seconds=2)
-with distributed.joined():
+with distributed.process_group():
     if os.environ["RANK"] == "1":
         time.sleep(5)
     distributed.barrier()
@@ -176,14 +176,14 @@ _EXCHANGE = """
 import torch
 from mopefuse.core import distributed
 
-with distributed.joined():
+with distributed.process_group():
     rank, world = distributed.rank(), distributed.world_size()
     distributed._PART = 32  # bytes, so that rows travel in several parts
     for count in (1, 2, 7, 8):
         rows_SW = torch.arange(3.0 * count).reshape(count, 3)
-        assert distributed.whole(rows_SW[rank::world], count).equal(rows_SW), (rank, count)
+        assert distributed.gather_rows(rows_SW[rank::world], count).equal(rows_SW), (rank, count)
     own = (torch.full((rank,), rank), torch.arange(3 - rank, dtype=torch.float16), torch.tensor([rank == 1]))
-    found = distributed.to_main(own)
+    found = distributed.send_to_main(own)
     assert len(found) == (world if rank == 0 else 0)
     for source, theirs in enumerate(found):
         assert [tensor.tolist() for tensor in theirs] == [[source] * source, list(range(3 - source)), [source == 1]]

@@ -18,8 +18,8 @@ from encoder_cases import SIGLIP, code, edit_config, fault, save_hf, save_tokeni
 from huggingface_hub import errors as hub_errors
 from safetensors.torch import save_file
 
-from mopefuse.core import error_numbers as _numbers
 from mopefuse.core import hub as _hub
+from mopefuse.core.error_codes import EncoderCode
 from mopefuse.encoders.base import create_encoder
 from mopefuse.errors import CheckpointError, EncoderError, ResourceError
 from mopefuse.testing import check_encoder
@@ -48,15 +48,15 @@ def response(status: int) -> Any:
 
 
 HUB = [
-    (hub_errors.GatedRepoError("x", response=response(403)), _numbers.GATED, "accept its terms"),
-    (hub_errors.RepositoryNotFoundError("x", response=response(401)), _numbers.NOT_VISIBLE, "private"),
-    (hub_errors.RepositoryNotFoundError("x", response=response(404)), _numbers.NOT_FOUND, "your token can see"),
-    (hub_errors.RevisionNotFoundError("x", response=response(404)), _numbers.NO_REVISION, "'v9'"),
-    (hub_errors.HfHubHTTPError("x", response=response(401)), _numbers.BAD_TOKEN, "renew HF_TOKEN"),
-    (hub_errors.HfHubHTTPError("x", response=response(403)), _numbers.FORBIDDEN, "may not read"),
-    (hub_errors.HfHubHTTPError("x", response=response(503)), _numbers.HUB_FAILED, "503"),
-    (hub_errors.OfflineModeIsEnabled("x"), _numbers.OFFLINE, "HF_HUB_OFFLINE=1"),
-    (ConnectionError("x"), _numbers.UNREACHABLE, "connected machine"),
+    (hub_errors.GatedRepoError("x", response=response(403)), EncoderCode.GATED, "accept its terms"),
+    (hub_errors.RepositoryNotFoundError("x", response=response(401)), EncoderCode.NOT_VISIBLE, "private"),
+    (hub_errors.RepositoryNotFoundError("x", response=response(404)), EncoderCode.NOT_FOUND, "your token can see"),
+    (hub_errors.RevisionNotFoundError("x", response=response(404)), EncoderCode.NO_REVISION, "'v9'"),
+    (hub_errors.HfHubHTTPError("x", response=response(401)), EncoderCode.BAD_TOKEN, "renew HF_TOKEN"),
+    (hub_errors.HfHubHTTPError("x", response=response(403)), EncoderCode.FORBIDDEN, "may not read"),
+    (hub_errors.HfHubHTTPError("x", response=response(503)), EncoderCode.HUB_FAILED, "503"),
+    (hub_errors.OfflineModeIsEnabled("x"), EncoderCode.OFFLINE, "HF_HUB_OFFLINE=1"),
+    (ConnectionError("x"), EncoderCode.UNREACHABLE, "connected machine"),
 ]
 
 
@@ -95,7 +95,7 @@ def test_offline_mode_is_quick_and_says_what_to_do(tmp_path: Path) -> None:
     )
     env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": ""}
     ran = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
-    assert ran.stdout.startswith(f"{code(_numbers.OFFLINE)} True"), ran.stdout
+    assert ran.stdout.startswith(f"{code(EncoderCode.OFFLINE)} True"), ran.stdout
     assert "local folder" in ran.stdout and "?pretrained=false" in ran.stdout
 
 
@@ -124,7 +124,7 @@ def test_a_repository_of_transformers(folders: Path, tmp_path: Path, monkeypatch
 def test_a_refused_configuration_downloads_no_weights(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     edit_config(bert, model_type="t5", is_encoder_decoder=True)
     asked = serve(bert, monkeypatch)
-    assert fault("hf:org/decoder").code == code(_numbers.UNSUITABLE)
+    assert fault("hf:org/decoder").code == code(EncoderCode.UNSUITABLE)
     assert asked == ["org/decoder@None/config.json"]
 
 
@@ -137,9 +137,9 @@ def test_a_repository_in_parts_or_in_pickles(bert: Path, monkeypatch: pytest.Mon
     serve(bert, monkeypatch)
     assert create_encoder("hf:org/parts").fingerprint() == whole
     (bert / "model.safetensors.index.json").unlink()
-    assert fault("hf:org/pickles").code == code(_numbers.NO_SAFETENSORS)
-    assert fault("timm:vit_base").code == code(_numbers.NO_SAFETENSORS)
-    assert fault("open_clip:vit-b-32").code == code(_numbers.NO_SAFETENSORS)
+    assert fault("hf:org/pickles").code == code(EncoderCode.NO_SAFETENSORS)
+    assert fault("timm:vit_base").code == code(EncoderCode.NO_SAFETENSORS)
+    assert fault("open_clip:vit-b-32").code == code(EncoderCode.NO_SAFETENSORS)
 
 
 def test_pretrained_weights_of_timm_are_read_from_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,12 +205,12 @@ def test_weights_of_siglip_without_their_tokenizer_are_refused(siglip: Path, mon
 
     monkeypatch.setattr(_hub, "get_hf_file_metadata", offline)
     error = fault(spec)
-    assert error.code == code(_numbers.OFFLINE) and "org/siglip is not in the local cache" in str(error)
+    assert error.code == code(EncoderCode.OFFLINE) and "org/siglip is not in the local cache" in str(error)
     (siglip / "tokenizer.json").write_text("{")
     serve(siglip, monkeypatch)
-    assert fault(spec).code == code(_numbers.NO_TOKENIZER)
+    assert fault(spec).code == code(EncoderCode.NO_TOKENIZER)
     (siglip / "tokenizer.json").unlink()
-    assert fault(spec).code == code(_numbers.NO_TOKENIZER)
+    assert fault(spec).code == code(EncoderCode.NO_TOKENIZER)
 
 
 def test_a_download_is_checked_against_the_sha256_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +224,7 @@ def test_a_download_is_checked_against_the_sha256_of_the_hub(tmp_path: Path, mon
     arrived.write_bytes(b"hullo")
     with pytest.raises(EncoderError, match="sha256") as caught:
         _hub.fetch("org/name", "model.safetensors", where="x")
-    assert caught.value.code == code(_numbers.BROKEN_DOWNLOAD) and not arrived.exists()
+    assert caught.value.code == code(EncoderCode.BROKEN_DOWNLOAD) and not arrived.exists()
 
 
 def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:

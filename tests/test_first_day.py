@@ -90,7 +90,7 @@ def test_an_image_root_that_is_not_there_is_refused(trained: Path, pairs: Path, 
 
 def test_a_table_beside_those_of_the_other_splits_names_their_folder(pairs: Path, tmp_path: Path) -> None:
     done = call("train", *TINY, "--data", pairs / "train.jsonl", "--out", tmp_path / "run")
-    assert done.returncode == 4 and f"name the folder that has the other splits, too: {pairs}" in done.stderr
+    assert done.returncode == 4 and f"name the folder that also has the other splits: {pairs}" in done.stderr
 
 
 def test_a_folder_of_images_alone_is_no_empty_folder(pairs: Path, tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_an_encoder_of_what_no_row_has_is_refused(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("mopefuse.fusion.build.create_encoder", lambda spec: replace_modality(create_encoder(spec)))
     with pytest.raises(ConfigError, match="reads smell, a modality that is not installed") as caught:
         build()
-    assert caught.value.number == 134 and caught.value.where == "--main"
+    assert caught.value.number == 134 and caught.value.where == "main"
     monkeypatch.undo()
     with pytest.raises(ConfigError, match="tiny:vision reads image, but rows have text and audio") as caught:
         require_rows(build(), ("text", "audio"))
@@ -252,7 +252,7 @@ def test_prompts_start_by_the_papers_rule() -> None:
 
 
 def test_an_encoder_without_layers_to_prompt_is_refused_as_main() -> None:
-    with pytest.raises(EncoderError, match=r"--comp") as refused:
+    with pytest.raises(EncoderError, match=r"usable as comp") as refused:
         build(main="timm:resnet18?pretrained=false", comp="tiny:text")
     assert refused.value.exit_code == 5
 

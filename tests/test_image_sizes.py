@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm.data import create_transform, resolve_model_data_config
 
-from mopefuse.core import error_numbers as _numbers
+from mopefuse.core.error_codes import EncoderCode
 from mopefuse.encoders.base import create_encoder
 from mopefuse.errors import EncoderError
 from mopefuse.testing import check_encoder
@@ -330,7 +330,7 @@ def test_size_of_open_clip_is_checked_by_the_contract(tmp_path: Path) -> None:
 )
 def test_a_size_that_is_not_possible_is_refused(spec: str, said: str, fix: str) -> None:
     error = fault(spec)
-    assert error.number == _numbers.BAD_OPTION
+    assert error.number == EncoderCode.BAD_OPTION
     assert said in error.what and fix in error.fix
 
 

@@ -85,7 +85,7 @@ def test_another_seed_or_checkpoint_takes_nothing_from_what_is_kept(run: Path) -
 
 def test_a_model_that_never_met_it_is_told_of(trained: Path) -> None:
     done = call("eval", trained, "--missing", "text=1")
-    assert done.returncode == 0 and "never met" in done.stderr, done.stderr
+    assert done.returncode == 0 and "trained on complete samples only" in done.stderr, done.stderr
     for file in trained.glob("missing-test-*.json"):
         file.unlink()
 
@@ -179,7 +179,7 @@ def either(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
 def test_no_sample_loses_all_that_it_has(either: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     run, data = either
     masks: list[Any] = []
-    monkeypatch.setattr(missing, "Taken", lambda samples, taken: masks.append(taken) or FixedMissing(samples, taken))
+    monkeypatch.setattr(missing, "FixedMissing", lambda samples, taken: masks.append(taken) or FixedMissing(samples, taken))
     done = call("eval", run, "--missing", "grid")
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
@@ -224,7 +224,7 @@ def test_a_sample_that_has_nothing_is_refused(either: tuple[Path, Path], tmp_pat
     model = load_model(RunFolder(either[0]), "best", torch.device("cpu")).model
     one, none = images(1)[0], None
     assert model.collate([one, none], [none, "a"]).missing.keys() == {"main", "comp"}
-    with pytest.raises(DataError, match="1 of the samples have nothing") as caught:
+    with pytest.raises(DataError, match="1 of the samples have no value") as caught:
         model.collate([one, none], ["a", none])
     assert caught.value.number == 110
 

@@ -76,7 +76,7 @@ def test_a_folder_without_a_scheme_is_told_how_to_be_named(
 
 def test_an_encoder_that_was_not_named_is_asked_for_by_its_flag(pairs: Path, tmp_path: Path) -> None:
     done = call("train", "--main", "tiny:vision", "--data", pairs)
-    assert done.returncode == 3 and "--comp is missing (encoder whose" in done.stderr
+    assert done.returncode == 3 and "--comp is missing (complementary encoder" in done.stderr
     assert done.stderr.endswith("fix: add --comp hf:bert-base\n") and "Union" not in done.stderr
     done = call("train", "--data", pairs)
     assert "--main is missing" in done.stderr and "fix: add --main timm:vit_base --comp hf:bert-base" in done.stderr

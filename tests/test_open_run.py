@@ -13,7 +13,7 @@ from test_layers import FILES, name_of
 from mopefuse.errors import CheckpointError, ConfigError, DataError
 from mopefuse.runs.load import open_run
 
-LOAD_A_MODEL_WITHOUT_DATA = {"training.swap", "export.export", "inference.run_model"}
+LOAD_A_MODEL_WITHOUT_DATA = {"training.swap", "export.export", "inference.load_model", "inference.run_model"}
 
 
 def test_whoever_needs_model_and_data_opens_the_run() -> None:
@@ -41,7 +41,7 @@ def test_the_split_is_the_one_named_or_test_or_validation(trained: Path, pairs: 
 def test_an_adapter_is_opened_with_data_only(trained: Path, pairs: Path, tmp_path: Path) -> None:
     assert call("export", trained, "--format", "adapter", "-o", tmp_path / "adapter").returncode == 0
     assert open_run(tmp_path / "adapter", data=pairs, device="cpu").step is None
-    with pytest.raises(ConfigError, match="no data set was named"):
+    with pytest.raises(ConfigError, match="no data set is named"):
         open_run(tmp_path / "adapter", device="cpu")
     with pytest.raises(CheckpointError, match="there is no run"):
         open_run(tmp_path / "nowhere", device="cpu")

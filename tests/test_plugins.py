@@ -140,7 +140,7 @@ def test_doctor_names_the_entry_points_that_fail_or_hang(site: Path, tmp_path: P
     here.setattr(doctor, "_DEVICES", "")
     here.setattr(doctor, "_TIMEOUT", 3)
     problems = said(call("doctor", "--json"))["problems"]
-    assert [problem for problem in problems if "hangs = mopefuse_hangs:X of mopefuse-hangs: no answer" in problem]
+    assert [problem for problem in problems if "hangs = mopefuse_hangs:X of mopefuse-hangs: no result within" in problem]
     assert [problem for problem in problems if "raises = mopefuse_raises:X of mopefuse-raises: " in problem]
     assert len([problem for problem in problems if "raises" in problem or "hangs" in problem]) == 2
 

@@ -220,7 +220,7 @@ def test_what_does_not_suit_is_refused() -> None:
     for named, side in ((({"main": swin}), "main"), ({"comp": "timm:resnet18?pretrained=false"}, "comp")):
         with pytest.raises(EncoderError, match="does not support inserted tokens") as refused:
             pmf(**named)
-        assert refused.value.number == 70 and f"--{side}" in refused.value.fix
+        assert refused.value.number == 70 and f"as {side}" in refused.value.fix
     with pytest.raises(ConfigError, match="3 fusion layers, but tiny:text has 2") as too_many:
         pmf(pmf={"layers": 3})
     assert too_many.value.number == 103

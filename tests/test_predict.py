@@ -51,7 +51,7 @@ def assert_alike(one: dict[str, Any], other: dict[str, Any]) -> None:
 def test_a_split_gets_the_answers_that_evaluation_wrote(trained: Path, pairs: Path, tmp_path: Path) -> None:
     done = call("predict", trained, pairs / "test.jsonl", "-o", tmp_path / "out.jsonl")
     assert done.returncode == 0, done.stderr
-    assert "7 pairs" in done.stderr
+    assert "7 rows" in done.stderr
     for mine, theirs in zip(rows(tmp_path / "out.jsonl"), rows(trained / "predictions.jsonl"), strict=True):
         assert_alike(mine, without(theirs, "true"))
 
@@ -117,7 +117,7 @@ def mixed(pairs: Path, tmp_path: Path) -> Path:
 def test_what_is_no_pair_becomes_a_row_with_its_error(trained: Path, mixed: Path, tmp_path: Path) -> None:
     done = call("predict", trained, mixed, "-o", tmp_path / "out.jsonl", "--batch", "2")
     assert done.returncode == 0, done.stderr
-    assert "9 pairs, 6 of them could not be read" in done.stderr
+    assert "9 rows, 6 of them could not be read" in done.stderr
     told = rows(tmp_path / "out.jsonl")
     assert [row["id"] for row in told] == ["test-0", "2", "3", "test-1", "c", "d", "e", "test-2", "9"]
     codes = [row["error"]["code"] if "error" in row else "" for row in told]
@@ -129,7 +129,7 @@ def test_where_nothing_can_be_read_the_answer_is_no_success(trained: Path, tmp_p
     (tmp_path / "in.csv").write_text("id,text,photo\n1,a,x.png\n2,b,y.png\n")
     done = call("predict", trained, tmp_path / "in.csv", "-o", tmp_path / "out.jsonl")
     assert done.returncode == 4
-    assert "none of 2 pairs could be read" in done.stderr and "--image-col photo" in done.stderr
+    assert "could not read any of 2 rows" in done.stderr and "--image-col photo" in done.stderr
     assert len(rows(tmp_path / "out.jsonl")) == 2
     (tmp_path / "in.csv").write_text("id,text,photo\n")
     assert call("predict", trained, tmp_path / "in.csv").returncode == 0, "no rows, no answers"

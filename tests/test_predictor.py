@@ -136,7 +136,7 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str, str]] = {
     "floats": (lambda i: i | {"main_pixels": i["main_pixels"] / 255}, "MF-DATA-88", "uint8"),
     "no batch": (lambda i: i | {"main_pixels": i["main_pixels"][0]}, "MF-DATA-88", "Bx16x16x3"),
     "an empty batch": (lambda i: {name: array[:0] for name, array in i.items()}, "MF-DATA-88", "B from 1"),
-    "batches of two sizes": (lambda i: i | {"main_pixels": i["main_pixels"][:1]}, "MF-DATA-88", "alike in all"),
+    "batches of two sizes": (lambda i: i | {"main_pixels": i["main_pixels"][:1]}, "MF-DATA-88", "the same B from 1"),
     "ids of 32 bits": (lambda i: i | {"comp_ids": i["comp_ids"].astype(np.int32)}, "MF-DATA-88", "int64"),
     "a token that is not known": (lambda i: i | {"comp_ids": i["comp_ids"] + 10_000}, "MF-DATA-90", "knows 0 to"),
     "a negative token": (lambda i: i | {"comp_ids": i["comp_ids"] - 5}, "MF-DATA-90", "token -"),

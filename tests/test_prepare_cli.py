@@ -94,7 +94,7 @@ def test_splits_that_are_published_together_have_a_row_of_their_own(tmp_path: Pa
         (("prepare", "food101", "SOURCE", "DEST", "--premise"), 4, "food101 has no option --premise"),
         (("prepare", "mm-imdb", "SOURCE", "DEST", "--seed", "0"), 4, "mm-imdb has no options"),
         (("prepare", "mm-imdb", "SOURCE", "DEST"), 4, "there is no split.json; the folder has flickr30k_images"),
-        (("prepare", "snli-ve", "SOURCE", "DEST", "--images", "move"), 4, "fix: write link or copy"),
+        (("prepare", "snli-ve", "SOURCE", "DEST", "--images", "move"), 4, "fix: use link or copy"),
         (("prepare", "snli-ve", "nowhere", "DEST"), 4, "there is no source folder nowhere"),
         (("prepare", "food101", "SOURCE", "DEST", "--val", "0"), 2, "--val"),
         (("prepare", "food101", "SOURCE"), 2, "Missing argument 'DEST'"),

@@ -284,7 +284,7 @@ def test_a_number_that_another_process_has_now_is_not_the_owner(tmp_path: Path) 
     folder.prepare(resume=False, overwrite=False)
     owner = {"pid": os.getppid(), "host": socket.gethostname(), "born": "1"}
     (tmp_path / "run" / ".lock").write_text(json.dumps(owner))
-    assert "gone" in folder.lock()
+    assert "took over" in folder.lock()
 
 
 _CONTENDER = """

@@ -64,7 +64,7 @@ def test_labels_are_a_sequence_of_what_each_row_has(rows: list[tuple[str, ...]],
     assert list(labels[1:3]) == rows[1:3]
     assert labels.counts() == {name: sum(name in row for row in rows) for name in "abcde" if any(name in row for row in rows)}
     assert labels.first_rows() == {name: next(i for i, row in enumerate(rows) if name in row) for name in labels.counts()}
-    assert labels.without() == rows.count(())
+    assert labels.count_unlabelled() == rows.count(())
 
 
 def test_labels_of_many_rows_come_in_their_order() -> None:

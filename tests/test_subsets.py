@@ -129,7 +129,7 @@ def test_of_a_class_of_one_nothing_is_held_out() -> None:
 
 
 def test_shots_and_fraction_exclude_each_other() -> None:
-    with pytest.raises(ConfigError, match="set one"):
+    with pytest.raises(ConfigError, match="set only one"):
         build_config({"main": "a:b", "comp": "a:b", "data": {"shots": 1, "fraction": 0.5}})
 
 

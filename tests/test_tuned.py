@@ -119,7 +119,7 @@ def test_tuned_weights_have_a_learning_rate_of_their_own(tune: str, lr: float) -
 
 def test_an_encoder_that_cannot_be_prompted_can_be_probed_and_tuned() -> None:
     resnet = "timm:resnet18?pretrained=false"
-    with pytest.raises(EncoderError, match="--tune probe, lora or full"):
+    with pytest.raises(EncoderError, match="tune probe, lora or full"):
         build(comp=resnet, method="comp-only", tune="prompt")
     assert build(comp=resnet, method="comp-only", tune="full").encoder("comp").tuned
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mopefuse.core import cache
 from mopefuse.core.artifact import MANIFEST, listed_files, read_json, verify
-from mopefuse.core.error_codes import CheckpointCode, ResourceCode
+from mopefuse.core.error_codes import CheckpointCode, EncoderCode, ResourceCode
 from mopefuse.errors import CheckpointError, EncoderError, ResourceError
 from mopefuse.runs.adapter import KIND as ADAPTER
 from mopefuse.runs.adapter import AdapterFolder
@@ -69,12 +69,12 @@ def locate(path: str | Path) -> Path:
 
 def _fetch(repo: str, name: str, revision: str | None, where: str) -> Path | None:
     """`mopefuse.core.hub.fetch`, with a fix that suits models rather than encoders where the hub cannot be reached."""
-    from mopefuse.core import error_numbers, hub
+    from mopefuse.core import hub
 
     try:
         return hub.fetch(repo, name, revision, where=where)
     except EncoderError as error:
-        if error.number in (error_numbers.OFFLINE, error_numbers.UNREACHABLE):
+        if error.number in (EncoderCode.OFFLINE, EncoderCode.UNREACHABLE):
             error.fix = "go online, or name a folder with a copy of the model"
         raise
 
