@@ -35,6 +35,7 @@ os.environ.setdefault("MOPEFUSE_FLUSH_DENORMALS", "0")  # commands run in this p
 _CACHE = tempfile.TemporaryDirectory(prefix="mopefuse-cache-")
 os.environ["MOPEFUSE_CACHE"] = _CACHE.name  # of all tests, and gone with them
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start: threads of several workers slow each other many times over
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a job of the background, and what tests start would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("any machine", deadline=None)

@@ -114,8 +114,8 @@ try:
         said = distributed.run_on_main(work)
         distributed.barrier()
 except Exception as error:
-    from mopefuse.core.dependencies import mendable
-    said = str(mendable(error) or error)
+    from mopefuse.core.dependencies import convert_error
+    said = str(convert_error(error) or error)
 print(f"{os.environ['RANK']}: {said}; after {time.monotonic() - began:.1f} s", flush=True)
 """
 
