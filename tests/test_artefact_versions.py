@@ -132,6 +132,7 @@ def test_F_107_a_manifest_that_names_a_plugin_that_is_not_installed(artefact: Ar
     refused(say(artefact.path), "MF-PLUG-03", MISSING, exit_code=9, fix="pip install mopefuse-toy")
 
 
+@pytest.mark.process
 def test_F_107_a_run_records_its_plugins_and_is_refused_without_them(
     pairs: Path, toy: Path, tmp_path: Path, say: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:

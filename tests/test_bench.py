@@ -175,6 +175,7 @@ def _fail(shared: int, case: int) -> int:
     raise ValueError("as it is")
 
 
+@pytest.mark.process
 def test_a_process_that_fails_or_is_ended_says_so() -> None:
     with pytest.raises(ValueError, match="as it is"):
         list(memory.in_fresh_processes(_build, _fail, (0,)))

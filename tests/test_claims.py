@@ -26,6 +26,8 @@ CLAIMS: dict[str, dict[str, str]] = {
     "every encoder keeps the contract": {
         "quick": "test_encoders::test_every_family_keeps_the_contract "
         "test_lora::test_an_adapted_encoder_keeps_the_contract",
+        "full": "test_image_sizes::test_inspect_and_training_see_the_declared_size "
+        "test_image_sizes::test_size_overrides_for_models_of_timm",
     },
     "an answer does not depend on the batch that it is in": {
         "quick": "test_fusion::test_a_sample_does_not_depend_on_its_batch "
@@ -43,7 +45,8 @@ CLAIMS: dict[str, dict[str, str]] = {
     "a model is saved, copied and converted as a torch module": {
         "quick": "test_converted::test_what_was_loaded_prepares_and_learns_as_before "
         "test_converted::test_every_method_can_be_converted",
-        "full": "test_converted::test_every_encoder_is_saved_whole "
+        "full": "test_converted::test_every_method_is_saved_whole "
+        "test_converted::test_every_encoder_is_saved_whole "
         "test_converted::test_methods_that_read_images_among_words_can_be_saved_and_converted",
     },
     "half precision and recomputed activations change no more than they must": {
@@ -58,7 +61,8 @@ CLAIMS: dict[str, dict[str, str]] = {
     "a resumed run equals an uninterrupted one, to the bit": {
         "quick": "test_train::test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit "
         "test_missing::test_a_resumed_run_with_dropout_equals_an_uninterrupted_one",
-        "full": "test_train::test_killed_at_random_moments_and_resumed_it_ends_bit_equal "
+        "full": "test_inserting::test_it_is_an_ordinary_run "
+        "test_train::test_killed_at_random_moments_and_resumed_it_ends_bit_equal "
         "test_kills::test_the_first_moments_of_a_run",
     },
     "the same seed gives the same run, whatever the number of workers": {
@@ -129,7 +133,11 @@ CLAIMS: dict[str, dict[str, str]] = {
     "what an ONNX graph or pt2 bundle answers is what the model answers": {
         "quick": "test_graph::test_onnx_says_what_the_model_says test_export::test_a_bundle_answers_as_the_run_does "
         "test_export::test_a_graph_that_answers_otherwise_is_not_published",
-        "full": "test_several::test_export_and_report test_export::test_a_bundle_that_reads_texts_otherwise_is_not_published "
+        "full": "test_export::test_several_labels_keep_the_thresholds_of_the_run "
+        "test_lora::test_what_is_exported_says_what_the_run_says "
+        "test_pmf::test_it_is_an_ordinary_run_and_exports "
+        "test_linear::test_it_is_exported_as_a_graph_that_says_the_same "
+        "test_several::test_export_and_report test_export::test_a_bundle_that_reads_texts_otherwise_is_not_published "
         "test_export::test_eight_bits_are_smaller_and_measured_before_and_after "
         "test_export::TestWeightsBesideTheGraph::test_they_are_needed_whole_and_inside_the_folder",
     },
@@ -149,12 +157,14 @@ CLAIMS: dict[str, dict[str, str]] = {
     "a command does its work where nobody can read what it prints": {
         "quick": "test_standard_streams::test_training_with_closed_streams_comes_to_its_end "
         "test_standard_streams::test_a_result_that_cannot_be_printed_is_an_error",
-        "full": "test_standard_streams::test_a_study_with_closed_streams_comes_to_its_end",
+        "full": "test_written::test_every_file_is_written_as_the_umask_has_it "
+        "test_standard_streams::test_a_study_with_closed_streams_comes_to_its_end",
     },
     "a study gives the same table whatever interrupts it": {
         "quick": "test_study::test_what_is_finished_is_not_run_again_and_what_is_added_is "
         "test_study::test_a_cell_that_is_told_to_stop_by_others_is_recorded_as_failed",
-        "full": "test_study::test_a_finished_cell_of_every_method_counts_as_finished "
+        "full": "test_room::test_a_study_runs_one_at_a_time_where_memory_has_no_room "
+        "test_study::test_a_finished_cell_of_every_method_counts_as_finished "
         "test_study::test_killed_at_random_and_started_again_it_gives_the_same_table "
         "test_study::test_a_cell_whose_process_is_killed_is_recorded_and_the_others_go_on "
         "test_study::test_asked_to_stop_it_saves_the_cells_under_way_and_no_process_stays",
@@ -162,7 +172,8 @@ CLAIMS: dict[str, dict[str, str]] = {
     "a search proposes what Optuna does and never looks at the test split": {
         "quick": "test_search::test_trials_are_those_that_optuna_proposes_for_these_values "
         "test_search::test_the_test_split_chooses_nothing",
-        "full": "test_search::test_the_validation_split_chooses_what_comes_next "
+        "full": "test_search::test_trials_of_one_batch_are_the_same_for_any_number_of_jobs "
+        "test_search::test_the_validation_split_chooses_what_comes_next "
         "test_search::test_killed_and_started_again_it_finds_the_same",
     },
     "rows may lack a modality, as the model was trained for": {
@@ -172,19 +183,24 @@ CLAIMS: dict[str, dict[str, str]] = {
     "a plugin adds an encoder, a method, a modality or data, and a bad one harms nobody": {
         "quick": "test_plugin_docs::test_the_method_and_the_promptable_encoder_train_and_are_swapped "
         "test_plugins::test_lists_import_no_plugin test_new_plugin::test_a_new_plugin_trains_as_either_encoder",
-        "full": "test_new_plugin::test_a_new_plugin_passes_its_own_test_and_is_inspected "
+        "full": "test_plugin_docs::test_the_plugin_of_nine_lines_is_installed_inspected_and_keeps_the_contract "
+        "test_artefact_versions::test_F_107_a_run_records_its_plugins_and_is_refused_without_them "
+        "test_new_plugin::test_a_new_plugin_passes_its_own_test_and_is_inspected "
         "test_new_plugin::test_the_contract_test_of_a_new_plugin_can_fail "
         "test_new_plugin::test_public_names_are_there_and_cost_nothing_until_used",
     },
     "a model goes to the Hugging Face Hub and comes back": {
         "quick": "test_push::test_the_adapter_and_nothing_else_is_sent_in_one_commit "
         "test_push::test_a_hub_that_cannot_be_reached_is_explained",
-        "full": "test_written::test_what_would_be_pushed_is_listed_without_a_network",
+        "full": "test_push::test_another_machine_gets_the_answers_of_the_run_also_offline "
+        "test_written::test_what_would_be_pushed_is_listed_without_a_network",
     },
     "bench measures what it says": {
         "quick": "test_bench::test_tokens_inserted_and_keys_and_values_give_the_same "
         "test_bench::test_the_command_prints_one_object_with_both_ratios",
-        "full": "test_bench::test_starts_are_timed_for_every_kind_of_answer test_bench::test_processes_share_a_batch "
+        "full": "test_device::test_numbers_too_small_to_matter_are_zero_where_that_is_asked_for "
+        "test_bench::test_a_process_that_fails_or_is_ended_says_so "
+        "test_bench::test_starts_are_timed_for_every_kind_of_answer test_bench::test_processes_share_a_batch "
         "test_bench::test_memory_is_what_a_call_took_at_its_peak",
     },
     "every command and every piece of Python that the documentation shows runs": {

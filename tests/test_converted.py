@@ -70,6 +70,7 @@ def test_every_encoder_is_saved_whole(library: str, cases: Mapping[str, Case], t
     assert_loads_elsewhere({family: model_of(family, cases) for family in families}, tmp_path)
 
 
+@pytest.mark.matrix
 def test_every_method_is_saved_whole(tmp_path: Path) -> None:
     assert_loads_elsewhere({name: method(name) for name in METHODS}, tmp_path)
 

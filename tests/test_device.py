@@ -22,6 +22,7 @@ print(float(tiny * tiny) > 0)
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("asked", "kept"), [({}, "True"), ({devices.FLUSH: "0"}, "True"), ({devices.FLUSH: "1"}, "False")])
 def test_numbers_too_small_to_matter_are_zero_where_that_is_asked_for(asked: dict[str, str], kept: str) -> None:
     """Weights of masked attention, e^-100, make products a hundred times as slow where they are kept."""

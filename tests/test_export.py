@@ -125,6 +125,7 @@ def test_a_run_its_adapter_and_its_bundles_have_the_same_metric(
     assert unnamed.returncode == 3 and "add --data DIR" in unnamed.stderr
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("form", matrix(["onnx", "pt2"], ["pt2"]))
 def test_several_labels_keep_the_thresholds_of_the_run(form: str, tmp_path: Path) -> None:
     root = make_pairs(tmp_path / "data", multi=True)

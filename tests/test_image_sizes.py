@@ -268,6 +268,7 @@ TIMM = {
 }
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("spec", TIMM)
 def test_size_overrides_for_models_of_timm(spec: str) -> None:
     size, tokens = TIMM[spec]
@@ -342,6 +343,7 @@ def test_size_is_no_option_of_encoders_that_cannot_take_it(spec: str) -> None:
         create_encoder(spec)
 
 
+@pytest.mark.matrix
 def test_inspect_and_training_see_the_declared_size(tmp_path: Path) -> None:
     spec = save(tmp_path / "dinov2", "facebook/dinov2-small")
     done = call("encoders", "inspect", spec)

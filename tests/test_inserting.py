@@ -135,6 +135,7 @@ def test_the_text_reads_the_image_whichever_is_main(method: str) -> None:
     assert [model.bond("project.weight") for model in (text_main, image_main)] == ["comp features", "main features"]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("method", ["promptfuse", "p-mmbt", "p-sequential"])
 def test_it_is_an_ordinary_run(pairs: Path, tmp_path: Path, method: str) -> None:
     named = sides(method) or {"main": "tiny:vision", "comp": "tiny:text"}

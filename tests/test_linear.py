@@ -105,6 +105,7 @@ def test_it_is_an_ordinary_run(pairs: Path, tmp_path: Path) -> None:
     assert (refused.returncode, "MF-CFG-100" in refused.stderr) == (3, True)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("features", ["concat", "average"])
 def test_it_is_exported_as_a_graph_that_says_the_same(pairs: Path, tmp_path: Path, features: str) -> None:
     train(config(pairs, features), tmp_path / "run")

@@ -333,6 +333,7 @@ def test_it_resumes_to_the_bit(run: tuple[Path, dict[str, Any]], pairs: Path, tm
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("form", matrix(["onnx", "pt2", "adapter"], ["pt2", "adapter"]))
 def test_what_is_exported_says_what_the_run_says(
     run: tuple[Path, dict[str, Any]], form: str, pairs: Path, tmp_path: Path

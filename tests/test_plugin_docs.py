@@ -36,6 +36,7 @@ def shown(tmp_path: Path) -> Path:
     return site
 
 
+@pytest.mark.process
 def test_the_plugin_of_nine_lines_is_installed_inspected_and_keeps_the_contract(
     tmp_path: Path, here: pytest.MonkeyPatch
 ) -> None:

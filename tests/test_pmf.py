@@ -239,6 +239,7 @@ def test_another_encoder_keeps_what_hangs_on_the_one_that_stays() -> None:
     assert all(old.bond(name) for name in old.named_trainable_parameters() if not name.startswith("head."))
 
 
+@pytest.mark.matrix
 def test_it_is_an_ordinary_run_and_exports(pairs: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     flags = ("--main", "tiny:vision", "--comp", "tiny:text", "--method", "pmf", "--set", "pmf.layers=1")

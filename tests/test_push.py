@@ -92,6 +92,7 @@ def only_object(text: str) -> dict[str, Any]:
 # -- there and back
 
 
+@pytest.mark.process
 def test_another_machine_gets_the_answers_of_the_run_also_offline(
     trained: Path, pairs: Path, hub: FakeHub, tmp_path: Path
 ) -> None:

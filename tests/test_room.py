@@ -45,6 +45,7 @@ def test_free_memory_is_below_what_the_machine_has() -> None:
     assert free is None or 0 < free < 2**50
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("roomy", [True, False])
 def test_a_study_runs_one_at_a_time_where_memory_has_no_room(
     pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, roomy: bool

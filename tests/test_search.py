@@ -138,6 +138,7 @@ def test_killed_and_started_again_it_finds_the_same(undisturbed: tuple[Path, Sea
     assert facts(run_search(read_study(str(file)), out)) == facts(undisturbed[1])
 
 
+@pytest.mark.soak
 def test_trials_of_one_batch_are_the_same_for_any_number_of_jobs(pairs: Path, tmp_path: Path) -> None:
     file = write_search(tmp_path, pairs, search={"trials": 4, "at_once": 2}, seeds=[0, 1])
     one, two = (run_search(read_study(str(file)), tmp_path / str(jobs), jobs=jobs) for jobs in (1, 2))

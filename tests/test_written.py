@@ -132,6 +132,7 @@ def umask() -> Iterator[None]:
     os.umask(before)
 
 
+@pytest.mark.process
 @pytest.mark.usefixtures("umask")
 def test_every_file_is_written_as_the_umask_has_it(pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOPEFUSE_CACHE", str(tmp_path / "cache"))
