@@ -69,7 +69,7 @@ def bert(folders: Path, tmp_path: Path) -> Path:
         ("hf:/no/such/folder", EncoderCode.NO_FOLDER, "/no/such/folder"),
         ("hf:not a name/x", EncoderCode.NOT_FOUND, "organisation/name"),
         ("hf:bert-base#left", EncoderCode.TOWER_NOT_NAMED, "#text or #vision"),
-        ("hf:org/unknown?pretrained=false", EncoderCode.NO_BUILT_IN_CONFIG, "pretrained=false uses no network"),
+        ("hf:org/unknown?pretrained=false", EncoderCode.NO_BUILT_IN_CONFIG, "pretrained=false does not use the network"),
         (f"{VIT}&dpeth=3", EncoderCode.UNKNOWN_OPTION, "did you mean depth"),
         (f"{VIT}&num_classes=3", EncoderCode.UNKNOWN_OPTION, "num_classes"),
         (f"{VIT}&pool=max", EncoderCode.BAD_OPTION, "use own or token or avg"),
