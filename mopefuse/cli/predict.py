@@ -19,8 +19,8 @@ from mopefuse.core.error_codes import ConfigCode, DataCode
 
 if TYPE_CHECKING:
     from mopefuse.config.schema import Data
-    from mopefuse.inference.predict import Answer, Pair, Predictor
     from mopefuse.inference.predict import Model as LoadedModel
+    from mopefuse.inference.predict import Pair, Prediction, Predictor
 
 
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
@@ -66,7 +66,7 @@ def predict(
     config = input_settings(run, of_data(settings))
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     pairs = islice(_pairs(source, image, text, config, predictor.model), rank, None, world)
-    answers: Iterable[Answer] = predict_pairs(predictor, pairs, batch=batch, top=top, routing=routing, strict=strict)
+    answers: Iterable[Prediction] = predict_pairs(predictor, pairs, batch=batch, top=top, routing=routing, strict=strict)
     if world > 1:
         answers = _gathered(answers, batch)
         if rank:
@@ -152,7 +152,7 @@ def _pairs(
     return [Pair(image.name if image else "text", {name: given.get(name) for name in model.modalities})]
 
 
-def _gathered(answers: Iterable[Answer], batch: int) -> Iterator[Answer]:
+def _gathered(answers: Iterable[Prediction], batch: int) -> Iterator[Prediction]:
     """The predictions of all processes, in the order of the input; nothing in processes but the main one.
 
     Process r of W predicts rows r, r + W, r + 2W, ..., and hands over `batch` predictions at a time.
@@ -172,7 +172,7 @@ def _gathered(answers: Iterable[Answer], batch: int) -> Iterator[Answer]:
             yield from (each[turn] for turn in range(batch) for each in parts if turn < len(each))
 
 
-def _write(answers: Iterable[Answer], out: Path | None, predictor: Predictor, errors: list[dict[str, str]]) -> int:
+def _write(answers: Iterable[Prediction], out: Path | None, predictor: Predictor, errors: list[dict[str, str]]) -> int:
     """Write predictions as they come, collect their errors, and return how many there are."""
     from mopefuse.cli._render import err
     from mopefuse.core.atomic_files import write_lines
@@ -180,7 +180,7 @@ def _write(answers: Iterable[Answer], out: Path | None, predictor: Predictor, er
 
     done = 0
 
-    def counted() -> Iterator[Answer]:
+    def counted() -> Iterator[Prediction]:
         nonlocal done
         for done, one in enumerate(answers, start=1):
             if "error" in one:

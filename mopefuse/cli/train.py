@@ -14,7 +14,7 @@ from mopefuse.core.error_codes import ConfigCode
 
 if TYPE_CHECKING:
     from mopefuse.config.schema import RunConfig
-    from mopefuse.training.train import Plan
+    from mopefuse.training.plan import Plan
 
 
 def train(
@@ -91,7 +91,7 @@ def _resolve(
 
 def _dry_run(config: RunConfig, *, json: bool) -> None:
     from mopefuse.cli._train_display import Display
-    from mopefuse.training.train import plan
+    from mopefuse.training.plan import plan
 
     with Display(Path(), json=json) as display:
         found = plan(config, display)

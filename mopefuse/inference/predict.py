@@ -32,7 +32,6 @@ from mopefuse.modalities import base as modality
 from mopefuse.runs.locate import find_run, kind_of, locate
 
 Prediction = dict[str, Any]
-Answer = Prediction  # its name in `mopefuse.cli.predict`
 
 
 class Model(Protocol):

@@ -25,9 +25,7 @@ from mopefuse.metrics import classification as metrics
 from mopefuse.runs.folder import RunFolder
 from mopefuse.runs.load import check_encoders
 from mopefuse.training.facts import drawn_ids, versions
-from mopefuse.training.plan import Plan as Plan  # re-exported
 from mopefuse.training.plan import Prepared, prepare
-from mopefuse.training.plan import plan as plan
 from mopefuse.training.regression_start import regression_start
 from mopefuse.training.resume import resumed
 from mopefuse.training.stop_request import StopRequest
