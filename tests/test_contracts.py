@@ -71,7 +71,7 @@ class Sum(Fusion):
     def __init__(self, config: Any, encoders: Any, num_labels: int) -> None:
         super().__init__(config, encoders)
         self.frozen = self.uses
-        self.learn_absence(self.does_without)
+        self.learn_absence(self.optional_sides)
         self.head = self.make_head(sum(self.encoder(side).feature_width for side in self.uses), num_labels)
 
     def features(self, batch: Batch) -> list[Tensor]:

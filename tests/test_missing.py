@@ -82,7 +82,7 @@ def test_what_stands_in_is_learned_from_zero_and_only_where_that_was_asked_for()
         model = build(**asked, either=True)
         assert [name for name in model.trainable_state_dict() if name.startswith("absent")] == ["absent.comp"]
         assert torch.equal(model.trainable_state_dict()["absent.comp"], torch.zeros(model.encoder("comp").feature_width))
-    assert not build(either=True).absent and build(either=True).does_without == ("main",)
+    assert not build(either=True).absent and build(either=True).optional_sides == ("main",)
     model = heard()
     model(without(model.collate(images(2), TEXTS[:2]), "comp", [0])).logits.sum().backward()
     assert model.absent["comp"].grad is not None and model.absent["comp"].grad.any()
@@ -96,8 +96,9 @@ def test_each_of_several_encoders_can_be_missing_by_itself() -> None:
     batch = model.collate(images(3), TEXTS[:3])
     answers = [model(without(batch, side, [1])).logits[1] for side in ("comp", "comp2")]
     assert not torch.allclose(*answers)
-    assert model.may_lack == ("main", "comp", "comp2")
-    assert build(comp=["tiny:text", "tiny:vision"]).may_lack == ("comp",), "a sample with an image for one encoder lacks none"
+    assert model.droppable_sides == ("main", "comp", "comp2")
+    one_image_each = build(comp=["tiny:text", "tiny:vision"])
+    assert one_image_each.droppable_sides == ("comp",), "a sample with an image for one encoder has one for both"
 
 
 @pytest.mark.parametrize(
@@ -119,7 +120,7 @@ def test_what_would_learn_nothing_is_refused(options: dict[str, Any], number: in
 @pytest.mark.parametrize("method", ["main-only", "comp-only", "mmbt", "pmf", "promptfuse", "sequential"])
 def test_methods_that_need_everything_say_so(method: str) -> None:
     model = build(method=method)
-    assert model.may_lack == ()
+    assert model.droppable_sides == ()
     texts = [None, "a"] if "comp" in model.uses else ["a", "b"]
     shown = images(2) if "comp" in model.uses else [None, images(1)[0]]
     with pytest.raises(DataError) as caught:
@@ -155,7 +156,7 @@ def test_either_answers_from_the_complementary_side_alone() -> None:
 
 def test_late_concat_can_lack_either_but_is_told() -> None:
     model = heard(method="late-concat", either=True)
-    assert model.may_lack == ("main", "comp")
+    assert model.droppable_sides == ("main", "comp")
     answers = model(model.collate([None, *images(1)], ["a", None])).logits
     assert answers.isfinite().all()
 
@@ -193,7 +194,7 @@ def test_dropout_is_a_function_of_seed_epoch_and_index(data: Any) -> None:
 def test_encoders_of_one_modality_lose_it_together_and_nothing_loses_everything(data: Any) -> None:
     how: dict[str, Any] = {"method": "late-concat", "either": True, "data": {"on_missing": "absent"}}
     model = build(comp=["tiny:text", "tiny:text?pool=cls", "tiny:vision"], **how)
-    dropped = ModalityDropout(samples(data, model), model.may_lack, 0.9)
+    dropped = ModalityDropout(samples(data, model), model.droppable_sides, 0.9)
     every = 0
     for epoch in range(20):
         for index in range(len(dropped)):

@@ -292,12 +292,12 @@ import sys, time
 from pathlib import Path
 from mopefuse.core import folder_lock
 from mopefuse.errors import ConfigError
-refuse = folder_lock.FolderLock.refuse_if_taken
+raise_if_locked = folder_lock.FolderLock.raise_if_locked
 def slowly(self):
-    owner = refuse(self)
+    owner = raise_if_locked(self)
     time.sleep(0.3)
     return owner
-folder_lock.FolderLock.refuse_if_taken = slowly
+folder_lock.FolderLock.raise_if_locked = slowly
 print("ready", flush=True)
 sys.stdin.readline()
 try:

@@ -38,7 +38,7 @@ def in_windows(encoder: Encoder) -> bool:
 def as_tokens(encoder: Encoder) -> Iterator[None]:
     """Insert the prompts of an encoder, which must be ungated, as tokens within the context."""
     assert not why_not(encoder), why_not(encoder)
-    request_prompt = encoder._ask
+    request_prompt = encoder._request_prompt
     pending: list[Tensor] = []  # the prompt of the current layer
 
     def store_prompt(layer: int, tokens_BLD: Tensor, mask_BL: Tensor | None = None) -> None:
@@ -49,7 +49,7 @@ def as_tokens(encoder: Encoder) -> Iterator[None]:
     handles: list[Any] = []
     windowed = [block for block in _blocks(encoder) if isinstance(block, SwinTransformerBlock)]
     plain = [block.attn.forward for block in windowed]
-    encoder._ask = store_prompt  # type: ignore[method-assign]
+    encoder._request_prompt = store_prompt  # type: ignore[method-assign]
     for block in windowed:
         block.attn.forward = MethodType(_InWindows(block.norm1, pending), block.attn)
     for block in () if windowed else _blocks(encoder):
@@ -60,7 +60,7 @@ def as_tokens(encoder: Encoder) -> Iterator[None]:
     try:
         yield
     finally:
-        del encoder._ask
+        del encoder._request_prompt
         for handle in handles:
             handle.remove()
         for block, forward in zip(windowed, plain, strict=True):

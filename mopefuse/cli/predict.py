@@ -139,14 +139,14 @@ def _pairs(
 
     if source is not None:
         place, empty = sys.stdin.buffer if source == "-" else Path(source), model.empty_is_missing
-        return read_pairs(place, config, model.modalities, model.may_lack, empty_is_missing=empty)
+        return read_pairs(place, config, model.modalities, model.optional_modalities, empty_is_missing=empty)
     given: dict[str, Any] = {}
     if image is not None:
         given["image"] = open_image([image.absolute().parent], image.name, where=str(image), max_pixels=config.max_pixels)
     if text is not None and (text.strip() or not model.empty_is_missing):
         given["text"] = text
     for name, flag in (("image", "--image FILE"), ("text", "--text TEXT")):
-        if name in model.modalities and name not in model.may_lack and name not in given:
+        if name in model.modalities and name not in model.optional_modalities and name not in given:
             what = f"the row has no {name}, and the model cannot predict without it"
             raise DataError(DataCode.MODALITY_REQUIRED, what, where="predict", fix=f"add {flag}")
     return [Pair(image.name if image else "text", {name: given.get(name) for name in model.modalities})]

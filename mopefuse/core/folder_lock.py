@@ -42,7 +42,7 @@ class FolderLock:
                 try:
                     descriptor = os.open(self.file, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
                 except FileExistsError:
-                    owner = self.refuse_if_taken()
+                    owner = self.raise_if_locked()
                     self.file.unlink(missing_ok=True)
                     notice = f"took over the lock of a process that has ended ({owner['pid'] if owner else 'unknown'})"
                     continue
@@ -70,7 +70,7 @@ class FolderLock:
         except OSError:
             return False
 
-    def refuse_if_taken(self) -> dict[str, Any] | None:
+    def raise_if_locked(self) -> dict[str, Any] | None:
         """Return the dead owner of the lock, waiting up to a second for a process that was just killed to end.
 
         Raises:

@@ -122,7 +122,7 @@ def evaluate_missing(
     opened = open_run(folder, split, data, layout=layout, checkpoint=checkpoint, device=device, main=main, comp=comp)
     removal, requested = plan_removal(opened.model, opened.data, split, shares, seed)
     cells = _evaluate_cells(opened, removal, requested, predictions, advance)
-    trained_without = {opened.model.encoder(side).modality for side in opened.model.does_without}
+    trained_without = {opened.model.encoder(side).modality for side in opened.model.optional_sides}
     is_run = kind_of(folder) == "run"
     missing = Missing(
         split=split,

@@ -103,7 +103,7 @@ def prepare_samples(
         samples.cache_images(advance)
     if not (training and config.train.modality_dropout):
         return samples
-    dropped = [side for side in model.may_lack if side in model.reads]
+    dropped = [side for side in model.droppable_sides if side in model.reads]
     return ModalityDropout(samples, dropped, config.train.modality_dropout) if dropped else samples
 
 

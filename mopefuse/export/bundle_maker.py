@@ -174,7 +174,7 @@ def describe(model: Fusion, folder: Path) -> dict[str, dict[str, Any]]:
             how |= {"tokenizer_name": how["tokenizer"], "vocabulary": getattr(preprocess, "vocabulary", 0)}
             how["length"] = getattr(preprocess, "length", None)
             how["tokenizer"] = {**save(file), **({"file": file.name} if file.exists() else {})}
-        sides[side] = how | {"may_lack": side in model.does_without}
+        sides[side] = how | {"may_lack": side in model.optional_sides}
     return sides
 
 

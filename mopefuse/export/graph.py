@@ -44,7 +44,7 @@ class Graph(nn.Module):
         """Pairs as named tensors on the CPU; None for a value that is missing, if the model can predict without it."""
         batch = self.model.collate(images, texts)
         named = {f"{side}_{name}": t.cpu() for side, inputs in batch.inputs.items() for name, t in inputs.items()}
-        for side in (side for side in self.model.does_without if side in batch.inputs):
+        for side in (side for side in self.model.optional_sides if side in batch.inputs):
             none_B = torch.zeros(len(batch.index), dtype=torch.bool)
             named[f"{side}_missing"] = batch.missing.get(side, none_B).cpu()
         return named

@@ -53,7 +53,7 @@ class TunedFusion(Fusion):
                 stack = build_static_stack(config.prompts, encoder)
                 if len(stack.layers):
                     self.stacks[side] = stack
-        self.frozen = tuple(side for side in self.uses if side not in self.stacks and not self.encoder(side).learns)
+        self.frozen = tuple(side for side in self.uses if side not in self.stacks and not self.encoder(side).trainable)
 
     def resolve(self, config: RunConfig) -> RunConfig:
         """Return `config` with `tune` set."""
@@ -75,7 +75,7 @@ class TunedFusion(Fusion):
 
     def encode(self, side: str, batch: Batch) -> Encoded:
         """Encode a side with its static prompts; no autograd graph is built if nothing in it is trainable."""
-        if side not in self.stacks and not self.encoder(side).learns:
+        if side not in self.stacks and not self.encoder(side).trainable:
             return run_frozen(self.encoder(side), batch.inputs[side])
         return self.encoder(side).encode(batch.inputs[side], self.prompts(side))
 

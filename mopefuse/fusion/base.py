@@ -98,7 +98,7 @@ class Fusion(nn.Module):
         self.reads: tuple[str, ...] = self.uses
         self.standard: nn.ModuleDict | None = None  # by side, if the head takes standardised features
         self.absent = nn.ParameterDict()
-        if config.either and "main" not in self.may_lack:
+        if config.either and "main" not in self.droppable_sides:
             what = f"{config.method} cannot do without the main modality"
             raise ConfigError(
                 ConfigCode.MAIN_NOT_OPTIONAL, what, where="--either", fix="use --method conditional or late-concat"
@@ -106,7 +106,7 @@ class Fusion(nn.Module):
         if config.either and len({self.encoder(side).modality for side in self.uses}) == 1:
             what = f"all encoders read {self.encoder('main').modality}: where the main one has none, no other has"
             raise ConfigError(ConfigCode.MAIN_NOT_OPTIONAL, what, where="--either", fix="leave it out")
-        if config.train.modality_dropout and not self.may_lack:
+        if config.train.modality_dropout and not self.droppable_sides:
             what = f"{config.method} needs all that it reads: there is nothing to drop"
             raise ConfigError(ConfigCode.NOTHING_TO_DROP, what, where="--modality-dropout", fix="leave it out")
 
@@ -177,7 +177,7 @@ class Fusion(nn.Module):
         return next(found, "")
 
     @property
-    def may_lack(self) -> tuple[str, ...]:
+    def droppable_sides(self) -> tuple[str, ...]:
         """The sides that a sample can lack; the main modality only with `either`."""
         if not self.several or len(self.uses) == 1:
             return ()
@@ -185,16 +185,16 @@ class Fusion(nn.Module):
         return tuple(side for side in self.uses if self.encoder(side).modality not in needed)
 
     @property
-    def does_without(self) -> tuple[str, ...]:
-        """Of `may_lack`, the sides that training drops from samples, or that rows may lack (`data.on_missing`)."""
+    def optional_sides(self) -> tuple[str, ...]:
+        """Those of `droppable_sides` that are missing in training: by modality dropout, or in rows (`data.on_missing`)."""
         dropped = self.config.train.modality_dropout > 0 and not self.closed_form
-        return self.may_lack if dropped or self.config.data.on_missing == "absent" else ()
+        return self.droppable_sides if dropped or self.config.data.on_missing == "absent" else ()
 
     @property
     def requirements(self) -> Requirements:
         """Which modalities a sample must have."""
         modality_of = {side: self.encoder(side).modality for side in self.reads}
-        return Requirements(self.config.method, modality_of, self.may_lack, self.several and len(self.uses) > 1)
+        return Requirements(self.config.method, modality_of, self.droppable_sides, self.several and len(self.uses) > 1)
 
     def require_all_but(self, lacking: Mapping[str, NDArray[np.bool_] | Tensor], *, where: str) -> None:
         """Refuse samples that lack a required modality; see `Requirements.check`."""
@@ -272,7 +272,7 @@ class Fusion(nn.Module):
     def is_trainable(self, name: str) -> bool:
         """Whether a parameter or buffer, by its name here, is trained, saved and exported: all but the frozen encoders."""
         side, _, own = name.partition(".")
-        return side not in self.uses or self.encoder(side).learned(own)
+        return side not in self.uses or self.encoder(side).is_trainable(own)
 
     def named_trainable_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that training changes, by name."""

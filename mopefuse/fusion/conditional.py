@@ -99,7 +99,7 @@ class ConditionalFusion(Fusion):
             self.reads = ("main",)
         elif config.comp_tuning.mode == "frozen":
             self.frozen = self.comps
-        self.learn_absence([side for side in self.does_without if side in self.reads and side != "main"])
+        self.learn_absence([side for side in self.optional_sides if side in self.reads and side != "main"])
 
     def _set_up_tuning(self, side: str, gate: Literal["none", "zero"]) -> None:
         """Make a complementary encoder trainable according to `comp_tuning`."""
@@ -114,9 +114,9 @@ class ConditionalFusion(Fusion):
             encoder.adapt(self.config.lora)
 
     @property
-    def does_without(self) -> tuple[str, ...]:
+    def optional_sides(self) -> tuple[str, ...]:
         """Sides that a sample may lack; with `either` also the main side, in whose absence `head_comp` classifies."""
-        found = super().does_without
+        found = super().optional_sides
         return found if found or not self.config.either else ("main",)
 
     @property

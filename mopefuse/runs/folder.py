@@ -97,7 +97,7 @@ class RunFolder:
         if resume and self._start.exists() and not self.exists():
             what = f"{self.path} was stopped before its initial weights were complete"
             raise ConfigError(ConfigCode.START_WAS_INTERRUPTED, what, where="--resume", fix="run mopefuse swap-encoder again")
-        self._lock.refuse_if_taken()
+        self._lock.raise_if_locked()
         try:
             if occupied and overwrite:
                 self._empty()

@@ -66,12 +66,12 @@ def _prompted_parts(check: PromptChecks, alone: str) -> list[Part]:
         Part(
             "asks for a prompt at each layer, in order",
             check.layers_in_order,
-            "call self._ask(layer, tokens_BLD, mask_BL) once as tokens enter each of the layers in widths",
+            "call self._request_prompt(layer, tokens_BLD, mask_BL) once as tokens enter each of the layers in widths",
         ),
         Part(
             "without prompts and with a gate of 0, bit for bit the same",
             check.untouched_without_prompts,
-            "compute the layer as the backbone does where _ask returns None, and use mopefuse's attend where it does not",
+            "where _request_prompt returns None, compute the layer as the backbone does; elsewhere use mopefuse's attend",
         ),
         Part("a prompt at each layer has an effect", check.every_layer_listens, use),
         Part(
