@@ -206,7 +206,7 @@ def test_a_broken_method_is_told_what_where_and_how_to_mend_it(method: type[Fusi
 
 
 def test_what_is_no_method_or_cannot_be_built_is_told() -> None:
-    with pytest.raises(AssertionError, match="is no subclass of Fusion · fix: derive"):
+    with pytest.raises(AssertionError, match="is not a subclass of Fusion · fix: derive"):
         check_fusion(nn.Linear)  # type: ignore[arg-type]
 
     with pytest.raises(AssertionError, match=r"^Sum: needs at least two samples"):
@@ -227,8 +227,8 @@ class Numbers(Modality):
     """A modality that keeps the contract: numbers in a cell."""
 
     plural = "readings"
-    kind = "a list of numbers"
-    give = "give lists of numbers"
+    value_description = "a list of numbers"
+    type_fix = "give lists of numbers"
 
     def read(self, value: str, roots: Any, *, where: str, config: Any) -> Any:
         try:
@@ -236,7 +236,7 @@ class Numbers(Modality):
         except ValueError:
             raise DataError(1000, "it is no list of numbers", where=where, fix="write numbers with spaces between") from None
 
-    def nothing(self) -> Any:
+    def blank_value(self) -> Any:
         return []
 
     def examples(self) -> list[Any]:
@@ -297,15 +297,15 @@ class Blocks(Files):
     """A modality of files that keeps the contract: ``DATA`` and a number of bytes."""
 
     plural = "blocks"
-    kind = "bytes"
-    give = "give bytes"
+    value_description = "bytes"
+    type_fix = "give bytes"
 
     def decode(self, content: bytes, name: str, *, where: str, config: Any) -> bytes:
         if content[:4] != b"DATA" or content[4:5] != bytes([len(content)]):
             raise DataError(1001, f"{name} is no block", where=where, fix="write DATA, its size, and its bytes")
         return content
 
-    def nothing(self) -> bytes:
+    def blank_value(self) -> bytes:
         return b""
 
     def examples(self) -> list[Any]:
@@ -361,9 +361,9 @@ class Blob:
 
 
 BROKEN_MODALITIES: list[tuple[type[Modality], str, str]] = [
-    (NoWords, "plural is '', need words", "set plural, kind and give"),
+    (NoWords, "plural is '', need words", "set plural, value_description and type_fix"),
     (OneExample, "examples() gives 1 values, need at least 2", "at least two values"),
-    (RefusesNothing, "accepts() refuses a list of its own examples() or nothing()", "from nothing()"),
+    (RefusesNothing, "accepts() refuses a list of its own examples() or blank_value()", "from blank_value()"),
     (AllSingle, "is_single() takes a list of values for one value", "override is_single()"),
     (AcceptsAll, "accepts() and prepare() take a object for a value", "override accepts()"),
     (RawErrors, "read() of 'no value' raises a ValueError, need a MopefuseError", "raise mopefuse.errors.DataError"),
@@ -409,7 +409,7 @@ def test_a_broken_modality_is_told_what_where_and_how_to_mend_it(
 
 
 def test_what_is_no_modality_and_files_without_a_folder_are_told(check: Callable[[type[Modality]], Modality]) -> None:
-    with pytest.raises(AssertionError, match=r"is no subclass of mopefuse\.modalities\.base\.Modality"):
+    with pytest.raises(AssertionError, match=r"is not a subclass of mopefuse\.modalities\.base\.Modality"):
         check(Blob)  # type: ignore[arg-type]
     with pytest.raises(AssertionError, match="values are files · fix: give check_modality"):
         check_modality("image")

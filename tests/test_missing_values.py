@@ -282,7 +282,7 @@ def test_what_is_missing_is_blank_and_told_of(data: Path, augment: str, kept: bo
         "main": [False, False, True],
         "comp": [False, True, False],
     }
-    blank = create_encoder("tiny:vision").preprocess.item(get_modality("image").nothing())
+    blank = create_encoder("tiny:vision").preprocess.item(get_modality("image").blank_value())
     assert torch.equal(found.inputs["main"]["pixels"][2], blank)
     alone = create_encoder("tiny:text").preprocess.batch([""])
     assert torch.equal(found.inputs["comp"]["ids"][1][: alone["ids"].shape[1]], alone["ids"][0])
@@ -326,7 +326,7 @@ def test_none_among_values_is_what_says_nothing() -> None:
     model = build_fusion(**READERS, num_labels=3, either=True)
     picture = Image.new("RGB", (20, 20), "red")
     found = model.collate([picture, None], [None, "a"])
-    blank = model.collate([picture, get_modality("image").nothing()], ["", "a"])
+    blank = model.collate([picture, get_modality("image").blank_value()], ["", "a"])
     assert {side: missing.tolist() for side, missing in found.missing.items()} == {"main": [False, True], "comp": [True, False]}
     assert blank.missing == {}
     assert torch.equal(model(replace(found, missing={})).logits, model(blank).logits)

@@ -106,7 +106,7 @@ def leaks(indexes: Indexes) -> Iterator[tuple[str, Finding]]:
             for row, twin in zip(rows.tolist(), twins, strict=True):
                 other = int(good["train"][twin])
                 place = f"{indexes['train'].place(other)}, id {indexes['train'].ids[other]}"
-                kind, message = get_modality(modality).leaked, f"its {modality} is also in {place}"
+                kind, message = get_modality(modality).leak_kind, f"its {modality} is also in {place}"
                 yield modality, finding_at(indexes[name], int(good[name][row]), kind, message, twin=other)
 
 

@@ -140,8 +140,10 @@ class DataSet:
         Raises:
             DataError: the value cannot be read; the error names file, line and id.
         """
-        kind, value = get_modality(modality), row.values[modality]
-        return kind.nothing() if value is None else kind.read(value, self.image_roots, where=split.where(row), config=config)
+        reader, value = get_modality(modality), row.values[modality]
+        if value is None:
+            return reader.blank_value()
+        return reader.read(value, self.image_roots, where=split.where(row), config=config)
 
     def targets(self, split: str) -> Tensor:
         """Class indices (S,), or for multi-label data zeros and ones (S, N) as floats. For large data see `sparse_targets`."""
@@ -189,6 +191,6 @@ class Batch:
         """Copy the batch to page-locked memory; called by the data loader."""
         return self._map(lambda tensor: tensor.pin_memory())
 
-    def part(self, number: int, get_modality: int) -> Batch:
-        """The part of this number of `get_modality` nearly equal parts."""
-        return self._map(lambda tensor: tensor.tensor_split(get_modality)[number])
+    def part(self, number: int, count: int) -> Batch:
+        """One of `count` nearly equal parts, counted from 0."""
+        return self._map(lambda tensor: tensor.tensor_split(count)[number])

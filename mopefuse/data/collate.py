@@ -172,7 +172,7 @@ def _ignore_signals(worker: int) -> None:
 
 def blank_input(modality: str, preprocess: Preprocess) -> Any:
     """The preprocessed input of a sample that lacks the modality."""
-    return preprocess.ready(preprocess.reduce(get_modality(modality).nothing()))
+    return preprocess.ready(preprocess.reduce(get_modality(modality).blank_value()))
 
 
 def augmentation(config: DataConfig, size: tuple[int, int]) -> Callable[[Image.Image], Image.Image]:

@@ -172,7 +172,7 @@ class Layout:
         free = [other for other in row if other not in {*self.columns.values(), self.identity, self.label}]
         found = []
         for name in missing:
-            similar = _similar(self.columns[name], free, modality.get_modality(name).meant)
+            similar = _similar(self.columns[name], free, modality.get_modality(name).common_columns)
             found += [flag_for(name, other) for other in similar]
             free = [other for other in free if other not in similar]
         if with_label:

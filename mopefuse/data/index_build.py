@@ -185,7 +185,7 @@ class _ValuesBuilder:
             self.numbers.append(-1 if value is None else self.names.setdefault(value, len(self.names)))
             return
         self.keys += _MISSING if value is None else digest(value)
-        self.alike += _MISSING if value is None else digest(self.modality.alike(value))
+        self.alike += _MISSING if value is None else digest(self.modality.normalise(value))
 
     def build(self) -> InRows | InFiles:
         """The values of all rows that were added; files have not been looked at."""

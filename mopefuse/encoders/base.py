@@ -235,7 +235,7 @@ class Encoder(nn.Module):
         def count(layer: int, tokens_BLD: Tensor, mask_BL: Tensor | None) -> None:
             counted.append(tokens_BLD.shape[1])
 
-        inputs = self.preprocess.batch([self.preprocess.item(get_modality(self.modality).nothing())])
+        inputs = self.preprocess.batch([self.preprocess.item(get_modality(self.modality).blank_value())])
         with torch.no_grad():
             encoded = self.encode(inputs, count if self.widths else None)
         return counted[0] if counted else encoded.tokens_BLD.shape[1]

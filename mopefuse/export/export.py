@@ -97,7 +97,7 @@ _GOES_WITH = {"--int8": ("onnx",), "--routing": ("onnx", "pt2"), "--half": ("ada
 def _refuse(out: Path, form: str, options: Mapping[str, bool], overwrite: bool) -> None:
     if form not in FORMS:
         raise ConfigError(
-            ConfigCode.UNKNOWN_EXPORT_FORMAT, f"there is no format {form!r}", where="--format", fix=f"use {', '.join(FORMS)}"
+            ConfigCode.UNKNOWN_EXPORT_FORMAT, f"unknown format {form!r}", where="--format", fix=f"use {', '.join(FORMS)}"
         )
     for option, wanted in options.items():
         if wanted and form not in _GOES_WITH[option]:

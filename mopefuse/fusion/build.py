@@ -243,7 +243,7 @@ def _method(config: RunConfig) -> Any:
     """The class of the fusion method, a subclass of `Fusion`."""
     method = registry.load(registry.FUSION, config.method)
     if not (isinstance(method, type) and issubclass(method, Fusion)):
-        what = f"the fusion method {config.method!r} is no subclass of mopefuse.fusion.Fusion"
+        what = f"the fusion method {config.method!r} is not a subclass of mopefuse.fusion.Fusion"
         raise PluginError(PluginCode.NOT_A_SUBCLASS, what, fix="mend the plugin, or uninstall it")
     return method
 

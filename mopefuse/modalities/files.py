@@ -54,7 +54,7 @@ class Files(Modality):
     """A modality whose values are files, named by paths relative to the data root."""
 
     is_file: ClassVar[bool] = True
-    leaked: ClassVar[str] = "leaked-file"
+    leak_kind: ClassVar[str] = "leaked-file"
 
     @abstractmethod
     def decode(self, content: bytes, name: str, *, where: str, config: DataConfig) -> Any:

@@ -174,12 +174,12 @@ class Images(Files):
     """Image files, read as upright RGB, see `open_image`."""
 
     plural: ClassVar[str] = "images"
-    kind: ClassVar[str] = "an image"
-    give: ClassVar[str] = "give a PIL image, the path of a file, or an array of uint8 (height, width, 3)"
-    meant: ClassVar[tuple[str, ...]] = (
+    value_description: ClassVar[str] = "an image"
+    type_fix: ClassVar[str] = "give a PIL image, the path of a file, or an array of uint8 (height, width, 3)"
+    common_columns: ClassVar[tuple[str, ...]] = (
         "image", "image_path", "img_path", "filename", "file_name", "file", "path", "photo", "picture",
     )  # fmt: skip
-    leaked: ClassVar[str] = "leaked-image"
+    leak_kind: ClassVar[str] = "leaked-image"
     is_picture: ClassVar[bool] = True
     prompt_length: ClassVar[int] = 6
     lr: ClassVar[float] = 4e-4
@@ -197,7 +197,7 @@ class Images(Files):
         """See `Files.limits`."""
         return (config.max_pixels,)
 
-    def nothing(self) -> Image.Image:
+    def blank_value(self) -> Image.Image:
         """A grey image."""
         return Image.new("RGB", (64, 64), _GREY)
 

@@ -35,7 +35,7 @@ def check_fusion(
     name = method if isinstance(method, str) else method.__name__
     found = registry.load(registry.FUSION, method) if isinstance(method, str) else method
     fix = "derive the class from mopefuse.fusion.Fusion, and name it in the entry point"
-    assert isinstance(found, type) and issubclass(found, Fusion), f"{name}: is no subclass of Fusion · fix: {fix}"
+    assert isinstance(found, type) and issubclass(found, Fusion), f"{name}: is not a subclass of Fusion · fix: {fix}"
     values = {"main": main, "comp": comp if isinstance(comp, str) else tuple(comp), **(settings or {}), "method": name}
     try:
         checks = FusionChecks(found, build_config(values, source="check_fusion"), samples)

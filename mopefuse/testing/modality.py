@@ -28,7 +28,7 @@ def check_modality(
     """
     found = registry.load(registry.MODALITIES, modality)
     assert isinstance(found, type) and issubclass(found, Modality), (
-        f"{modality}: is no subclass of mopefuse.modalities.base.Modality · fix: name a subclass in the entry point"
+        f"{modality}: is not a subclass of mopefuse.modalities.base.Modality · fix: name a subclass in the entry point"
     )
     made: Any = get_modality(modality)
     if made.is_file:
@@ -43,11 +43,11 @@ def check_modality(
 def _parts(check: ModalityChecks) -> list[Part]:
     mopefuse_error = "raise mopefuse.errors.DataError(number, what, where=where, fix=...) in place of other exceptions"
     parts = [
-        Part("says what it is", check.attributes, "set plural, kind and give to plain words for messages"),
+        Part("says what it is", check.attributes, "set plural, value_description and type_fix to plain words for messages"),
         Part(
-            "gives examples and a value that says nothing",
+            "has examples and a blank value",
             check.examples,
-            "return at least two values, as read() gives them, from examples(), and one from nothing()",
+            "return at least two values, as read() gives them, from examples(), and a blank one from blank_value()",
         ),
         Part(
             "tells one value from a list of them",

@@ -39,19 +39,20 @@ class ModalityChecks:
 
     def attributes(self) -> None:
         """Words for messages."""
-        for name in ("plural", "kind", "give"):
+        for name in ("plural", "value_description", "type_fix"):
             text = getattr(self.modality, name)
             assert isinstance(text, str) and text, self.message(f"{name} is {text!r}, need words for messages")
         name = self.modality.name
         assert name.isidentifier(), self.message(f"its name is {name!r}, need letters, digits and _")
 
     def examples(self) -> None:
-        """`examples` and `nothing` give values that are accepted."""
+        """`examples` and `blank_value` return values that are accepted."""
         examples = self.modality.examples()
         assert len(examples) >= 2, self.message(f"examples() gives {len(examples)} values, need at least 2")
-        for value in (*examples, self.modality.nothing()):
+        for value in (*examples, self.modality.blank_value()):
             kind = type(value).__name__
-            assert self.modality.accepts(value), self.message(f"accepts() refuses a {kind} of its own examples() or nothing()")
+            what = f"accepts() refuses a {kind} of its own examples() or blank_value()"
+            assert self.modality.accepts(value), self.message(what)
 
     def single_and_lists(self) -> None:
         """A list of values stays one, of one value as of several."""

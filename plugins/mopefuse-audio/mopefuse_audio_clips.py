@@ -91,9 +91,9 @@ class Audio(Files):
     """A file of audio. From Python, a clip is a path, or samples (T,) or (T, channels) and their rate in Hz."""
 
     plural: ClassVar[str] = "clips"
-    kind: ClassVar[str] = "a path, or samples and their rate"
-    give: ClassVar[str] = "give clips as paths, or as (samples, rate)"
-    meant: ClassVar[tuple[str, ...]] = ("clip", "wav", "sound", "audio_path", "file_name", "file", "path")
+    value_description: ClassVar[str] = "a path, or samples and their rate"
+    type_fix: ClassVar[str] = "give clips as paths, or as (samples, rate)"
+    common_columns: ClassVar[tuple[str, ...]] = ("clip", "wav", "sound", "audio_path", "file_name", "file", "path")
 
     def decode(self, content: bytes, name: str, *, where: str, config: Data) -> Clip:
         """See `Files.decode`: the encoder says how much of it is heard."""
@@ -104,7 +104,7 @@ class Audio(Files):
         Clip(content, name).check()
         return Look()
 
-    def nothing(self) -> tuple[Samples, int]:
+    def blank_value(self) -> tuple[Samples, int]:
         """A second of silence."""
         return np.zeros(16000, dtype=np.float32), 16000
 

@@ -256,6 +256,6 @@ def test_a_clip_may_not_be_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
         Clip(written(TONE), "a.wav").check()
 
 
-def test_silence_is_what_says_nothing() -> None:
-    samples, rate = Audio().nothing()
+def test_the_blank_value_is_a_second_of_silence() -> None:
+    samples, rate = Audio().blank_value()
     assert not samples.any() and len(samples) == rate
