@@ -204,7 +204,7 @@ def test_the_verdict_and_its_numbers_agree(
     pairs = load_data(config.data)
     split = pairs.splits["test"]
     rows = [number % len(split.rows) for number in range(400)]
-    pairs = replace(pairs, splits={**pairs.splits, "test": split.part(rows)})
+    pairs = replace(pairs, splits={**pairs.splits, "test": split.select_rows(rows)})
     targets = pairs.targets("test")
     right_SN = 20 * (targets if multi else torch.nn.functional.one_hot(targets, 3)).float() - 10
     asked = 0
@@ -239,7 +239,7 @@ def test_the_verdict_and_its_numbers_agree(
 def test_a_part_of_a_split_has_its_rows_keys_and_labels(data: Path) -> None:
     pairs = load_data(settings(data).data)
     split = pairs.splits["test"]
-    part = split.part([4, 2])
+    part = split.select_rows([4, 2])
     assert [row.id for row in part.rows] == [split.rows[4].id, split.rows[2].id]
     assert list(part.labels) == [split.labels[4], split.labels[2]]
     assert part.keys["image"].tolist() == [split.keys["image"][4], split.keys["image"][2]]

@@ -106,7 +106,7 @@ def test_a_step_of_a_row_is_a_step_of_training() -> None:
 def test_ratios_are_of_the_same_round() -> None:
     floor, other = Times({0: 1.0, 1: 10.0, 2: 1.0}), Times({0: 2.0, 1: 20.0})
     assert other.over(floor) == 2.0
-    assert Times.of([1.0, 2.0, 3.0, 4.0, 100.0]).median == 3.0
+    assert Times.from_seconds([1.0, 2.0, 3.0, 4.0, 100.0]).median == 3.0
 
 
 def test_rounds_that_others_disturbed_do_not_count_unless_all_are() -> None:

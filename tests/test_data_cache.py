@@ -260,7 +260,7 @@ def test_an_index_from_the_cache_equals_a_fresh_one(photos: Path, empty: Path) -
     def read() -> Any:
         data = load_data(Data(path=str(photos)))
         splits = data.splits.values()
-        keys = [[each.tolist() for each in (*split.keys.values(), *split.alike.values())] for split in splits]
+        keys = [[each.tolist() for each in (*split.keys.values(), *split.loose_keys.values())] for split in splits]
         return [keys, *((split.hash, list(split.rows), list(split.labels)) for split in splits)]
 
     fresh = read()

@@ -73,7 +73,7 @@ def test_a_value_that_is_not_there_is_what_the_policy_says(data: Path, form: str
         row = kept.splits["train"].rows[4]
         assert (row.line, row.values[modality], None in kept.splits["train"].rows[3].values.values()) == (5, None, False)
         for name in ("text", "image"):
-            assert np.flatnonzero(kept.splits["train"].lacks(name)).tolist() == ([4] if name == modality else [])
+            assert np.flatnonzero(kept.splits["train"].is_missing(name)).tolist() == ([4] if name == modality else [])
         assert f"train: 1 row has no {modality}" in kept.notices
 
 
@@ -109,7 +109,7 @@ def test_a_null_that_is_taken_as_empty_is_not_missing(data: Path, policy: str) -
     change(data, "train", 4, text=None)
     change(data, "train", 5, text="")
     split = read(data, on_missing=policy, allow_missing_text=True).splits["train"]
-    assert [split.rows[i].values["text"] for i in (4, 5)] == ["", ""] and not split.lacks("text").any()
+    assert [split.rows[i].values["text"] for i in (4, 5)] == ["", ""] and not split.is_missing("text").any()
 
 
 @pytest.mark.parametrize("policy", ["skip", "absent"])
@@ -130,7 +130,7 @@ def test_empty_cells_of_a_table_are_missing(data: Path) -> None:
     with pytest.raises(DataError, match=r"img is empty, expected a string \(use --on-missing"):
         read(data)
     kept = read(data, on_missing="absent").splits["train"]
-    assert [np.flatnonzero(kept.lacks(name)).tolist() for name in ("text", "image")] == [[2], [3]]
+    assert [np.flatnonzero(kept.is_missing(name)).tolist() for name in ("text", "image")] == [[2], [3]]
     left = read(data, on_missing="skip")
     assert len(left.splits["train"].rows) == 10
     assert {f"train.csv: 1 row without {modality} is left out" for modality in ("text", "image")} <= set(left.notices)
@@ -201,7 +201,7 @@ def test_a_column_that_is_named_and_that_no_table_has_is_refused(data: Path, opt
 
 def test_a_column_is_there_if_any_row_has_it(data: Path) -> None:
     change(data, "val", 5, txt="caption")
-    assert read(data, on_missing="absent", text_col="txt").splits["train"].lacks("text").all()
+    assert read(data, on_missing="absent", text_col="txt").splits["train"].is_missing("text").all()
 
 
 # -- what a data set is

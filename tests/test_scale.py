@@ -57,7 +57,7 @@ rows_of_labels = st.lists(st.lists(st.sampled_from("abcde"), max_size=4, unique=
 
 @given(rows_of_labels, st.data())
 def test_labels_are_a_sequence_of_what_each_row_has(rows: list[tuple[str, ...]], draw: Any) -> None:
-    labels = Labels.of(rows)
+    labels = Labels.from_rows(rows)
     assert list(labels) == rows == [labels[number] for number in range(len(labels))]
     picked = draw.draw(st.lists(st.integers(0, len(rows) - 1))) if rows else []
     assert list(labels.take(np.array(picked, dtype=np.int64))) == [rows[number] for number in picked]
@@ -69,13 +69,13 @@ def test_labels_are_a_sequence_of_what_each_row_has(rows: list[tuple[str, ...]],
 
 def test_labels_of_many_rows_come_in_their_order() -> None:
     rows = [tuple(str(number)[: number % 4]) for number in range(9_000)]
-    assert list(Labels.of(rows)) == rows
+    assert list(Labels.from_rows(rows)) == rows
 
 
 @given(rows_of_labels.filter(len))
 def test_targets_of_some_rows_or_labels_are_parts_of_the_dense_ones(rows: list[tuple[str, ...]]) -> None:
     known = "edcbaz"
-    targets = Targets(Labels.of(rows), known, multi_label=True)
+    targets = Targets(Labels.from_rows(rows), known, multi_label=True)
     expected_SN = torch.tensor([[float(label in row) for label in known] for row in rows])
     assert targets.dense().equal(expected_SN)
     index_B = torch.tensor([len(rows) - 1, 0, 0])

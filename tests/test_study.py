@@ -272,7 +272,7 @@ def test_a_metric_that_the_data_do_not_have_is_refused_before_the_first_run(mult
 
 def test_an_error_of_the_study_itself_leaves_no_cell_running(file: Path, tmp_path: Path) -> None:
     class Closed(StudyListener):
-        def moved(self, statuses: Any, eta: Any) -> None:
+        def on_progress(self, statuses: Any, eta: Any) -> None:
             raise BrokenPipeError
 
     with pytest.raises(BrokenPipeError):
@@ -284,7 +284,7 @@ def test_a_cell_that_is_told_to_stop_by_others_is_recorded_as_failed(file: Path,
     ended = []
 
     class Kill(StudyListener):
-        def moved(self, statuses: Any, eta: Any) -> None:
+        def on_progress(self, statuses: Any, eta: Any) -> None:
             if not ended:
                 ended.append(1)
                 multiprocessing.active_children()[0].terminate()

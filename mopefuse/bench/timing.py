@@ -31,7 +31,7 @@ class Times:
     stolen: Mapping[int, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, seconds: Sequence[float]) -> Times:
+    def from_seconds(cls, seconds: Sequence[float]) -> Times:
         """Create from one time for each round."""
         return cls(dict(enumerate(seconds)))
 

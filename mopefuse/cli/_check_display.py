@@ -37,7 +37,7 @@ def show(report: Report, folder: Path, page: Path | None) -> None:
     if groups:
         console.print()
         rows = [
-            [kind, found[0].severity, f"{len(found):,}", visible(found[0].place), visible(report.todo(kind))]
+            [kind, found[0].severity, f"{len(found):,}", visible(found[0].place), visible(report.fix(kind))]
             for kind, found in groups.items()
         ]
         table("problems", ["kind", "severity", "count", "first", "what to do"], rows, left=(0, 1, 3, 4))

@@ -62,7 +62,7 @@ class Samples(Dataset[dict[str, Any]]):
         self.readers = {side: reader for side, reader in readers.items() if side not in self.features}
         self.targets = data.sparse_targets(split)
         self.modality_of = {side: modality for side, (modality, _) in readers.items()}
-        lacks = {side: self.split.lacks(modality) for side, (modality, _) in readers.items()}
+        lacks = {side: self.split.is_missing(modality) for side, (modality, _) in readers.items()}
         self.lacking: dict[str, NDArray[np.bool_]] = {side: lacks_S for side, lacks_S in lacks.items() if lacks_S.any()}
         self.pictures: dict[str, Pictures] = {}
         self.changes = {

@@ -142,7 +142,7 @@ class Layout:
     empty_is_missing: bool
 
     @classmethod
-    def of(cls, modalities: Sequence[str], config: DataConfig) -> Layout:
+    def from_config(cls, modalities: Sequence[str], config: DataConfig) -> Layout:
         """The layout of rows with these modalities."""
         return cls(
             columns={name: column_of(name, config) for name in modalities},

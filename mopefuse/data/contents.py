@@ -115,7 +115,7 @@ def read_texts(
 
 def _count_texts(indexes: Mapping[str, Index]) -> int:
     texts = (values for index in indexes.values() for name, values in index.values.items() if _is_text(name))
-    return sum(int((~values.lacks()).sum()) for values in texts)
+    return sum(int((~values.is_missing()).sum()) for values in texts)
 
 
 def _is_text(modality: str) -> bool:
@@ -137,7 +137,7 @@ def rows_of(index: Index, config: DataConfig) -> Rows:
         lines_S=index.lines_S,
         labels=index.labels,
         split=index.split,
-        layout=Layout.of([*index.values], config),
+        layout=Layout.from_config([*index.values], config),
     )
 
 

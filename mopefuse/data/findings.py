@@ -25,7 +25,7 @@ class Kind(NamedTuple):
     """One kind of finding."""
 
     severity: str  # error or warning
-    todo: str
+    fix: str
 
 
 KINDS = {  # in the order of the report
@@ -121,9 +121,9 @@ class Finding:
         return f"{self.where}, id {self.id}" if self.id else self.where
 
     @property
-    def todo(self) -> str:
+    def fix(self) -> str:
         """The hint of the finding, or else that of its kind."""
-        return self.hint or KINDS[self.kind].todo
+        return self.hint or KINDS[self.kind].fix
 
     def as_dict(self) -> dict[str, Any]:
         """Convert to plain values."""
@@ -137,7 +137,7 @@ class Finding:
             "image": self.image,
             "rows": self.rows,
             "message": self.message,
-            "hint": self.todo,
+            "hint": self.fix,
         }
 
 
@@ -227,7 +227,7 @@ def file_findings(index: Index, roots: Sequence[Path]) -> Iterator[Finding]:
 def missing_findings(index: Index) -> Iterator[Finding]:
     """Yield a finding for each modality that rows lack, at the first of them, where settings allow that."""
     for modality, values in index.values.items():
-        lacking = np.flatnonzero(values.lacks())
+        lacking = np.flatnonzero(values.is_missing())
         if len(lacking):
             message = lacking_message(len(lacking), modality)
             yield finding_at(index, int(lacking[0]), "missing-value", message, rows=len(lacking))

@@ -25,21 +25,21 @@ class InRows:
     """The values of a modality that stand in the rows, as digests of 16 bytes; zeros where a value is missing.
 
     Args:
-        key_S: digest of each value. alike_S: digest of each value after `Modality.alike`.
+        key_S: digest of each value. loose_key_S: digest of each value after `Modality.normalise`.
     """
 
     key_S: Array
-    alike_S: Array
+    loose_key_S: Array
 
     def keys(self) -> Array:
         """Digests (S,), see `Split.keys`."""
         return self.key_S
 
-    def alike(self) -> Array:
-        """Digests (S,), see `Split.alike`."""
-        return self.alike_S
+    def loose_keys(self) -> Array:
+        """Digests (S,), see `Split.loose_keys`."""
+        return self.loose_key_S
 
-    def lacks(self) -> Array:
+    def is_missing(self) -> Array:
         """Whether the value is missing, for each row (S,)."""
         return np.asarray(self.key_S == b"")
 
@@ -62,11 +62,11 @@ class InFiles:
         keys_I = np.array([*(look.digest.ljust(16, b"\0") for look in self.looks), b""], dtype="S16")
         return keys_I[self.number_S]
 
-    def alike(self) -> Array:
-        """Digests (S,), see `Split.alike`; the same as `keys`."""
+    def loose_keys(self) -> Array:
+        """Digests (S,), see `Split.loose_keys`; the same as `keys`."""
         return self.keys()
 
-    def lacks(self) -> Array:
+    def is_missing(self) -> Array:
         """Whether the value is missing, for each row (S,)."""
         return self.number_S < 0
 

@@ -55,7 +55,7 @@ def build(
     kinds = {name: kind for name in modalities if isinstance(kind := modality.get_modality(name), Files)}
     settings = (config.split_col, *(limit for kind in kinds.values() for limit in kind.limits(config)))
     index_digest = cache.make_key(
-        VERSION, table.digest, split, table.file, *Layout.of(modalities, config).describe(), *settings
+        VERSION, table.digest, split, table.file, *Layout.from_config(modalities, config).describe(), *settings
     )
     key = index_cache.key_of(index_digest, roots, config)
     index = None if fresh else index_cache.load(key, table)
@@ -95,7 +95,7 @@ class _IndexBuilder:
 
     def __init__(self, table: Table, split: str, modalities: Sequence[str], config: DataConfig) -> None:
         self.table, self.split, self.config = table, split, config
-        self.layout = Layout.of(modalities, config)
+        self.layout = Layout.from_config(modalities, config)
         self.used_columns = {self.layout.identity, self.layout.label, *self.layout.columns.values()}
         self.values = {name: _ValuesBuilder(name) for name in modalities}
         self.rewritten = bytearray()  # JSON lines, of a table in another format
@@ -175,7 +175,7 @@ class _ValuesBuilder:
 
     def __init__(self, name: str) -> None:
         self.modality = modality.get_modality(name)
-        self.keys, self.alike = bytearray(), bytearray()
+        self.keys, self.loose_keys = bytearray(), bytearray()
         self.numbers = array("q")
         self.names: dict[str, int] = {}
 
@@ -185,13 +185,13 @@ class _ValuesBuilder:
             self.numbers.append(-1 if value is None else self.names.setdefault(value, len(self.names)))
             return
         self.keys += _MISSING if value is None else digest(value)
-        self.alike += _MISSING if value is None else digest(self.modality.normalise(value))
+        self.loose_keys += _MISSING if value is None else digest(self.modality.normalise(value))
 
     def build(self) -> InRows | InFiles:
         """The values of all rows that were added; files have not been looked at."""
         if self.modality.is_file:
             return InFiles(np.array(self.numbers, dtype=np.int64), [*self.names], [Look()] * len(self.names))
-        return InRows(np.frombuffer(bytes(self.keys), dtype="S16"), np.frombuffer(bytes(self.alike), dtype="S16"))
+        return InRows(np.frombuffer(bytes(self.keys), dtype="S16"), np.frombuffer(bytes(self.loose_keys), dtype="S16"))
 
 
 def _named_split(found: TableRow, config: DataConfig) -> str | None:

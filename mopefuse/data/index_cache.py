@@ -46,7 +46,7 @@ def _write(index: Index, folder: Path) -> None:
         "labels": index.labels.code_Z,
     }
     for name, values in index.values.items():
-        found = _arrays(values) if isinstance(values, InFiles) else {"key": values.key_S, "alike": values.alike_S}
+        found = _arrays(values) if isinstance(values, InFiles) else {"key": values.key_S, "alike": values.loose_key_S}
         arrays |= {f"{name}.{part}": array for part, array in found.items()}
     np.savez(folder / "rows.npz", **arrays)
     texts = {

@@ -238,7 +238,7 @@ def audit_model(
 def subsample(data: DataSet, split: str, count: int, seed: int) -> tuple[DataSet, list[int]]:
     """`data` with only `count` samples of a split, drawn with `seed`, and the positions of these samples."""
     chosen = sorted(random_order([row.id for row in data.splits[split].rows], seed)[:count])
-    return replace(data, splits={**data.splits, split: data.splits[split].part(chosen)}), chosen
+    return replace(data, splits={**data.splits, split: data.splits[split].select_rows(chosen)}), chosen
 
 
 def _complementary_modalities(model: Fusion, data: DataSet) -> tuple[str, ...]:

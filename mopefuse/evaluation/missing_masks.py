@@ -43,7 +43,7 @@ class Removal:
     @property
     def natural(self) -> dict[str, int]:
         """Modality to the number of rows that lack it in the data; without those that no row lacks."""
-        return {name: count for name, lacks_S in self.missing.items() if (count := int(lacks_S.sum()))}
+        return {name: count for name, missing_S in self.missing.items() if (count := int(missing_S.sum()))}
 
     def masks(self, shares: Shares) -> tuple[dict[str, NDArray[np.bool_]], dict[str, int]]:
         """Remove shares of modalities.
@@ -53,7 +53,7 @@ class Removal:
         Returns:
             Modality to (S,), True where a sample lacks it afterwards; and kind to the number of samples that lack it.
         """
-        masks = {name: lacks_S.copy() for name, lacks_S in self.missing.items()}
+        masks = {name: missing_S.copy() for name, missing_S in self.missing.items()}
         counts = {}
         for kind, share in shares.items():
             own, others = self.kinds[kind], [name for name in masks if name not in self.kinds[kind]]
@@ -104,7 +104,7 @@ def plan_removal(
     for kind in sorted(requested) or ([] if kinds else [GRID]):
         _require_removable(kind, kinds, model)
     ids = tuple(row.id for row in data.splits[split].rows)
-    missing = {name: data.splits[split].lacks(name) for name in modalities_read(model)}
+    missing = {name: data.splits[split].is_missing(name) for name in modalities_read(model)}
     orders = {kind: _order(ids, kinds[kind], missing, seed) for kind in requested}
     return Removal(ids=ids, kinds=kinds, missing=missing, orders=orders), list(shares)
 
@@ -145,6 +145,6 @@ def _order(
 ) -> list[int]:
     """The samples that can lose `kind`, by position, in the order in which they lose it; rows that lack it come first."""
     natural_S = np.logical_and.reduce([missing[name] for name in kind])
-    nothing_else_S = np.logical_and.reduce([lacks_S for name, lacks_S in missing.items() if name not in kind])
+    nothing_else_S = np.logical_and.reduce([missing_S for name, missing_S in missing.items() if name not in kind])
     order = sorted(removal_order(ids, kind, seed), key=lambda index: not natural_S[index])
     return [index for index in order if not nothing_else_S[index]]

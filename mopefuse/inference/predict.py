@@ -233,9 +233,9 @@ def read_pairs(
         rows = (TableRow(number, parse_json_line(line)) for number, line in enumerate(source, start=1) if line.strip())
     roots = (root, *map(Path, config.image_roots))
     needed = [name for name in modalities if name not in optional_modalities]
-    layouts = [Layout.of(sort_modalities(needed), config)] if needed else []
+    layouts = [Layout.from_config(sort_modalities(needed), config)] if needed else []
     if optional_modalities:
-        lenient = Layout.of(sort_modalities(modalities), config.model_copy(update={"on_missing": "absent"}))
+        lenient = Layout.from_config(sort_modalities(modalities), config.model_copy(update={"on_missing": "absent"}))
         layouts.append(replace(lenient, empty_is_missing=empty_is_missing))
     for found in rows:
         yield _pair(found, file, roots, layouts, config)

@@ -90,7 +90,7 @@ def _kinds(report: Report) -> list[dict[str, Any]]:
             "severity": found[0].severity,
             "count": len(found),
             "first": found[0].place,
-            "todo": report.todo(kind),
+            "fix": report.fix(kind),
             "listed": found[:_MOST_LISTED],
         }
         for kind, found in report.by_kind().items()

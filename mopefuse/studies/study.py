@@ -52,16 +52,16 @@ class Status:
 
 
 class StudyListener:
-    """Receives the events of a study; every method may be overridden. Prints nothing."""
+    """Callbacks of a study, to be overridden. These do nothing."""
 
     def notice(self, text: str) -> None:
-        """Receive a line of text for the user."""
+        """Called with a message for the user."""
 
-    def moved(self, statuses: Sequence[Status], eta: float | None) -> None:
-        """Steps were made. `eta`: seconds left, None while it cannot be estimated."""
+    def on_progress(self, statuses: Sequence[Status], eta: float | None) -> None:
+        """Called while cells run. `eta`: seconds left, None while it cannot be estimated."""
 
-    def ended(self, status: Status, statuses: Sequence[Status], eta: float | None) -> None:
-        """A cell has finished, failed or was stopped. `eta`: as in `moved`."""
+    def on_cell_end(self, status: Status, statuses: Sequence[Status], eta: float | None) -> None:
+        """Called when a cell has finished, failed or was stopped. `eta`: as in `on_progress`."""
 
 
 def is_finished(cell: Cell, out: Path) -> bool:
@@ -273,7 +273,7 @@ class Schedule:
         if isinstance(message, MemoryReport):
             status.share = message.share
             self.memory_budget.update(connection, message)
-            self.listener.moved(self.statuses, self._eta())
+            self.listener.on_progress(self.statuses, self._eta())
         elif isinstance(message, str):
             self._notice(message, f"{status.cell.label}, seed {status.cell.seed}: ")
         else:
@@ -296,7 +296,7 @@ class Schedule:
             )
         self.finished_count += status.state == FINISHED
         write_study(self.study, self.out, self.statuses, self.facts)
-        self.listener.ended(status, self.statuses, self._eta())
+        self.listener.on_cell_end(status, self.statuses, self._eta())
 
     def _eta(self) -> float | None:
         """Estimate the seconds left, from the speed so far."""

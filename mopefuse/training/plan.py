@@ -139,8 +139,8 @@ def _require_rows(model: Fusion, data: DataSet) -> None:
     """Refuse data that lack a modality that the model needs, before anything is computed."""
     require_rows(model, data.modalities)
     for name, split in data.splits.items():
-        lacks = {side: split.lacks(modality) for side, (modality, _) in model.readers().items()}
-        model.require_all_but({side: lacks_S for side, lacks_S in lacks.items() if lacks_S.any()}, where=name)
+        missing = {side: split.is_missing(modality) for side, (modality, _) in model.readers().items()}
+        model.require_all_but({side: missing_S for side, missing_S in missing.items() if missing_S.any()}, where=name)
 
 
 def estimate_memory(model: Fusion, data: DataSet, config: RunConfig) -> int:

@@ -207,7 +207,7 @@ def test_a_row_without_a_clip_is_an_error_left_out_or_kept(value: Any, tmp_path:
     assert len(skipped.splits["train"].rows) == 5 and "train.jsonl: 1 row without audio is left out" in skipped.notices
     kept = load_data(Data(path=str(root), on_missing="absent"))
     assert kept.splits["train"].rows[1].values["audio"] is None
-    assert kept.splits["train"].lacks("audio").tolist() == [False, True, False, False, False, False]
+    assert kept.splits["train"].is_missing("audio").tolist() == [False, True, False, False, False, False]
     sides = ("--main", "tiny:text", "--comp", spec("wav2vec2", folders["wav2vec2"]))
     done("train", *sides, *SMALL, "--data", root, "--out", tmp_path / "run", "--on-missing", "absent")
 
