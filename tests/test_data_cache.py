@@ -108,7 +108,7 @@ def test_the_second_run_encodes_and_decodes_nothing(photos: Path, tmp_path: Path
         def __init__(self) -> None:
             self.said: list[str] = []
 
-        def notice(self, text: str) -> None:
+        def on_notice(self, text: str) -> None:
             self.said.append(text)
 
     told = Notices()

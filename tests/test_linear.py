@@ -115,7 +115,7 @@ def test_it_is_exported_as_a_graph_that_says_the_same(pairs: Path, tmp_path: Pat
 
 def test_a_run_that_was_killed_before_its_checkpoint_is_fitted_when_it_resumes(pairs: Path, tmp_path: Path) -> None:
     class Killed(Listener):
-        def notice(self, text: str) -> None:
+        def on_notice(self, text: str) -> None:
             if "logistic" in text:
                 raise KeyboardInterrupt
 

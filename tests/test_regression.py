@@ -331,7 +331,7 @@ def test_a_long_fit_says_how_long_it_will_take(
     monkeypatch.setattr(_train_display, "time", SimpleNamespace(monotonic=lambda: next(times)))
     display = _train_display.Display(tmp_path, json=False)  # at 0 s
     for done in (0, 10, 20, 30):  # 4 s for each tenth; a line after 10 s
-        display.reading("logistic regression on main, C 0.1", done, 100)
+        display.on_data_progress("logistic regression on main, C 0.1", done, 100)
     assert capsys.readouterr().err == "logistic regression on main, C 0.1  30/100  eta 0:28\n"
 
 

@@ -25,7 +25,7 @@ class StudyDisplay(StudyListener):
     def __enter__(self) -> StudyDisplay:
         search = self.study.file.search
         rows = f"{len(self.study.labels)} cells" if search is None else f"{search.trials} trials"
-        self.notice(f"{self.total} runs: {rows}, {len(self.study.file.seeds)} seeds")
+        self.on_notice(f"{self.total} runs: {rows}, {len(self.study.file.seeds)} seeds")
         if self.console.is_terminal and not self.json:
             from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -45,7 +45,7 @@ class StudyDisplay(StudyListener):
         if self._bar is not None:
             self._bar.stop()
 
-    def notice(self, text: str) -> None:
+    def on_notice(self, text: str) -> None:
         """Print a line on stderr."""
         if not self.json:
             self.console.print(text, markup=False)

@@ -54,7 +54,7 @@ class Status:
 class StudyListener:
     """Callbacks of a study, to be overridden. These do nothing."""
 
-    def notice(self, text: str) -> None:
+    def on_notice(self, text: str) -> None:
         """Called with a message for the user."""
 
     def on_progress(self, statuses: Sequence[Status], eta: float | None) -> None:
@@ -155,7 +155,7 @@ def claim_folder(out: Path, listener: StudyListener) -> Iterator[None]:
             ConfigCode.BAD_STUDY_FOLDER, f"{out} cannot be written: {error.strerror}", where="--out", fix=fix
         ) from None
     if notice:
-        listener.notice(notice)
+        listener.on_notice(notice)
     try:
         sweep(out)
         yield
@@ -246,7 +246,7 @@ class Schedule:
         """Pass a notice on, once even if several cells give it."""
         if text not in self.notices_given:
             self.notices_given.add(text)
-            self.listener.notice(f"{prefix}{text}")
+            self.listener.on_notice(f"{prefix}{text}")
 
     def _start(self, status: Status) -> None:
         methods = multiprocessing.get_all_start_methods()

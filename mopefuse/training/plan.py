@@ -39,7 +39,7 @@ class Prepared:
     def warn(self, listener: Listener) -> None:
         """Report likely mistakes in the configuration."""
         for text in likely_mistakes(self.config, self.data, self.model):
-            listener.notice(text)
+            listener.on_notice(text)
 
 
 @dataclass(frozen=True)
@@ -121,12 +121,12 @@ def resolved(config: RunConfig, model: Fusion) -> RunConfig:
 
 
 def _load(config: RunConfig, listener: Listener) -> DataSet:
-    advance = partial(listener.reading, "checking files")
+    advance = partial(listener.on_data_progress, "checking files")
     if distributed.world_size() > 1:  # one process checks the files, the others then find its index
         distributed.run_on_main(lambda: load_data(config.data, advance=advance) and None)
     data = load_data(config.data, advance=advance)
     for text in data.notices:
-        listener.notice(text)
+        listener.on_notice(text)
     return data
 
 

@@ -108,7 +108,7 @@ def swap_encoder(
         for side in new_specs:
             before, now = modality_of[side], model.encoder(side).modality
             if before != now:
-                listener.notice(f"the {side} encoder read {before}, and the new one reads {now}")
+                listener.on_notice(f"the {side} encoder read {before}, and the new one reads {now}")
         # 2. The weights that the new model inherits.
         state, inherited = inherit(old.model, model, old.manifest["labels"], labels)
         start = Start(state, tuple(entry.name for entry in inherited if entry.fate == "new"), warm_up)
