@@ -17,7 +17,7 @@ import pytest
 from test_checkpoint import save, started
 
 from mopefuse.config.schema import build_config
-from mopefuse.core.atomic_files import born
+from mopefuse.core.atomic_files import start_time
 from mopefuse.core.folder_lock import FolderLock
 from mopefuse.errors import CheckpointError, ConfigError, ResourceError
 from mopefuse.runs.folder import RunFolder
@@ -268,7 +268,7 @@ def test_the_lock_of_a_killed_process_that_nobody_waited_for_is_taken_over(tmp_p
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     folder = RunFolder(tmp_path / "run")
     folder.prepare(resume=False, overwrite=False)
-    owner = {"pid": process.pid, "host": socket.gethostname(), "born": born(process.pid)}
+    owner = {"pid": process.pid, "host": socket.gethostname(), "born": start_time(process.pid)}
     (tmp_path / "run" / ".lock").write_text(json.dumps(owner))
     with pytest.raises(ConfigError, match="is writing this run"):
         folder.lock()
@@ -278,7 +278,7 @@ def test_the_lock_of_a_killed_process_that_nobody_waited_for_is_taken_over(tmp_p
 
 
 def test_a_number_that_another_process_has_now_is_not_the_owner(tmp_path: Path) -> None:
-    if not born(os.getpid()):
+    if not start_time(os.getpid()):
         pytest.skip("this system does not say when a process began")
     folder = RunFolder(tmp_path / "run")
     folder.prepare(resume=False, overwrite=False)

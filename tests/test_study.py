@@ -18,7 +18,7 @@ import pytest
 import yaml
 from conftest import call
 
-from mopefuse.core.atomic_files import alive
+from mopefuse.core.atomic_files import is_alive
 from mopefuse.core.registry import available
 from mopefuse.errors import ConfigError
 from mopefuse.runs.folder import RunFolder
@@ -207,7 +207,7 @@ def test_asked_to_stop_it_saves_the_cells_under_way_and_no_process_stays(file: P
     assert process.returncode == 143, said
     assert "0 of 4 cells finished" in said
     assert len(pids) == 2
-    assert not any(alive(pid) for pid in pids)
+    assert not any(is_alive(pid) for pid in pids)
     states = [cell["state"] for cell in cells(out)]
     assert sorted(states) == ["stopped", "stopped", "waiting", "waiting"]
     for cell in cells(out):

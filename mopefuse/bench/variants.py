@@ -126,7 +126,7 @@ class Subject:
         method = registry.load(registry.FUSION, self.config.method)
         torch.manual_seed(0)
         self.model: Fusion = method(self.config, encoders, LABELS)
-        devices.place(self.model, device)
+        devices.move_to_device(self.model, device)
         self.recompute = self.config.train.checkpoint_activations
         if variant.bare:
             self.model = self.model.requires_grad_(False)
@@ -135,8 +135,8 @@ class Subject:
         self.config = with_learning_rates(self.config, modality, tuned)
         self.batch = self._with_features(batch) if variant.cached else batch
         self.optimizer = None if variant.bare or self.model.closed_form else make_optimizer(self.model, self.config.train)
-        self._bare: Any = devices.compiled(self._both_encoders) if compiled else self._both_encoders
-        self._forward: Any = devices.compiled(self.model) if compiled else self.model
+        self._bare: Any = devices.compile_as_one_graph(self._both_encoders) if compiled else self._both_encoders
+        self._forward: Any = devices.compile_as_one_graph(self.model) if compiled else self.model
 
     def _with_features(self, batch: Batch) -> Batch:
         with torch.no_grad():

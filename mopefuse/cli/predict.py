@@ -165,7 +165,7 @@ def _gathered(answers: Iterable[Prediction], batch: int) -> Iterator[Prediction]
     with distributed.process_group():
         while True:
             part = list(islice(own, batch))
-            if not distributed.largest(len(part), torch.device("cpu")):
+            if not distributed.max_over_processes(len(part), torch.device("cpu")):
                 return
             sent = torch.frombuffer(bytearray(json.dumps(part).encode()), dtype=torch.uint8)
             parts = [json.loads(bytes(text.numpy())) for (text,) in distributed.send_to_main([sent])]

@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 from mopefuse import __version__
 from mopefuse.core.artifact import dump_json, sha256
-from mopefuse.core.atomic_files import sweep, sync
+from mopefuse.core.atomic_files import remove_leftovers, sync
 from mopefuse.core.error_codes import DataCode
 from mopefuse.core.regular_files import read_regular
 from mopefuse.data._source import Sample, Skip, Source, complete, is_file_name
@@ -83,7 +83,7 @@ def prepare(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         return {**_read_same(target, identity), "written": False}
     target.parent.mkdir(parents=True, exist_ok=True)
-    sweep(target.parent, target.name)
+    remove_leftovers(target.parent, target.name)
     building = target.with_name(f"{target.name}.tmp-{os.getpid()}")
     try:
         about = identity | _Build(reader, building, advance).run(link=images == "link")

@@ -216,7 +216,7 @@ class Encoder(nn.Module):
 
     def describe(self) -> dict[str, Any]:
         """Describe what determines the features besides the weights: ``model``, ``preprocess`` and ``libraries``."""
-        owners = [registry.distribution(point) for point in registry.claimed(registry.ENCODERS, self.spec.scheme)]
+        owners = [registry.distribution(point) for point in registry.find_candidates(registry.ENCODERS, self.spec.scheme)]
         description = {
             "model": self.architecture(),
             "preprocess": _description.preprocess_values(self.preprocess),

@@ -252,7 +252,7 @@ def _fetch(spec: Spec, name: str, tag: str) -> Path:
         if path is not None:
             check_tensors(path)
             return path
-    raise _hub.no_safetensors(repo or f"{name}/{tag}", str(spec))
+    raise _hub.no_safetensors_error(repo or f"{name}/{tag}", str(spec))
 
 
 def _image_preprocess(spec: Spec, tower: Any, statistics: dict[str, Any]) -> ImagePreprocess:

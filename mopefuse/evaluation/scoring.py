@@ -73,7 +73,7 @@ def score(
                 parts = [Predicted(*part) for part in distributed.send_to_main(own)] if distributed_outputs else [own]
                 yield from lines(parts, rows, data.labels, multi_label=multi)
         if distributed_outputs:
-            distributed.summed(nonfinite_S)
+            distributed.sum_over_processes(nonfinite_S)
         require_finite(nonfinite_S, data, split)
 
     if predictions is not None and distributed.is_main():
@@ -81,7 +81,7 @@ def score(
     else:
         deque(scored_lines(), maxlen=0)
     for sums in tally.sums() if distributed_outputs else ():
-        distributed.summed(sums)
+        distributed.sum_over_processes(sums)
     load_LK = outputs.load() if isinstance(outputs, ModelOutputs) else None
     return Evaluation(split, tally.metrics(), tally.per_label(data.labels), load_LK)
 
@@ -107,7 +107,7 @@ def score_tuned(outputs: ModelOutputs, data: DataSet, split: str, folder: Path) 
             if parts:
                 order = torch.cat([index_B for index_B, _ in parts]).argsort()
                 spool.add(torch.cat([logits.reshape(-1, labels) for _, logits in parts])[order])
-        require_finite(distributed.summed(nonfinite_S), data, split)
+        require_finite(distributed.sum_over_processes(nonfinite_S), data, split)
         load_LK = outputs.load()
 
         def tune() -> tuple[Evaluation, list[float]]:

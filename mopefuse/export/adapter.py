@@ -14,7 +14,7 @@ import torch
 from mopefuse.config.recipe import to_yaml
 from mopefuse.config.schema import RunConfig
 from mopefuse.core.artifact import dump_json, publish
-from mopefuse.core.atomic_files import check_parent, sweep
+from mopefuse.core.atomic_files import check_parent, remove_leftovers
 from mopefuse.core.error_codes import ConfigCode, EncoderCode, NumericCode
 from mopefuse.core.python_names import python_names
 from mopefuse.core.tensor_files import write_tensors
@@ -58,7 +58,7 @@ def save_adapter(
         EncoderError: the weights of a frozen encoder were changed or converted. NumericError: weights that are not finite.
     """
     folder = Path(out)
-    sweep(folder.absolute().parent, folder.name)
+    remove_leftovers(folder.absolute().parent, folder.name)
     with python_names():
         require_free(folder, overwrite)
     names = _names_of(model, labels)

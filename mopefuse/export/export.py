@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from mopefuse.core.artifact import publish
-from mopefuse.core.atomic_files import sweep
+from mopefuse.core.atomic_files import remove_leftovers
 from mopefuse.core.dependencies import require
 from mopefuse.core.error_codes import ConfigCode
 from mopefuse.errors import ConfigError
@@ -71,7 +71,7 @@ def export(
         EncoderError: an encoder cannot be traced, or its tokenizer cannot be exported.
         GateError: the graph's logits or inputs differ from those of the model.
     """
-    sweep(out.absolute().parent, out.name)  # what was killed while it was replaced is back in its place
+    remove_leftovers(out.absolute().parent, out.name)  # what was killed while it was replaced is back in its place
     _refuse(out, form, {"--int8": int8, "--routing": routing, "--half": half}, overwrite)
     if form == "onnx":
         require("onnx", "onnxscript", "onnxruntime", extra="export", what="export")

@@ -8,7 +8,7 @@ from dataclasses import replace
 from markupsafe import Markup
 
 from mopefuse.config.schema import RunConfig
-from mopefuse.config.setting_paths import flat
+from mopefuse.config.setting_paths import flatten
 from mopefuse.core.formatting import percent
 from mopefuse.prompts.stack import fill_prompt_lengths
 from mopefuse.report import study_charts
@@ -124,7 +124,7 @@ def _common(facts: StudyFacts) -> Markup:
     """Settings that all rows that were begun have, of those that were chosen."""
     if not facts.begun:
         return Markup("")
-    first, *others = (flat(config.model_dump(mode="json")) for config, _ in facts.begun)
+    first, *others = (flatten(config.model_dump(mode="json")) for config, _ in facts.begun)
     shared = {path for path, value in first.items() if all(other.get(path, value) == value for other in others)}
     config, modality_of = facts.begun[0]
     chosen = changed(config, lambda open_: _filled_in(open_, modality_of))

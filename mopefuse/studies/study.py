@@ -25,7 +25,7 @@ from mopefuse import __version__
 from mopefuse.config.schema import WITHOUT_EFFECT
 from mopefuse.config.sides import specs
 from mopefuse.core.artifact import FORMAT, dump_json, read_json
-from mopefuse.core.atomic_files import sweep, write_atomically
+from mopefuse.core.atomic_files import remove_leftovers, write_atomically
 from mopefuse.core.error_codes import ConfigCode, ResourceCode
 from mopefuse.data.load import load_data
 from mopefuse.errors import ConfigError, Interrupted, MopefuseError, ResourceError
@@ -157,7 +157,7 @@ def claim_folder(out: Path, listener: StudyListener) -> Iterator[None]:
     if notice:
         listener.on_notice(notice)
     try:
-        sweep(out)
+        remove_leftovers(out)
         yield
     finally:
         folder.unlock()

@@ -108,7 +108,7 @@ def prepare(config: RunConfig, listener: Listener, device: torch.device | None =
     model = build_model(config, len(data.labels))
     _require_rows(model, data)
     if device is not None:
-        devices.place(model, device)
+        devices.move_to_device(model, device)
     model.config = resolved(config, model)
     return Prepared(config=model.config, data=data, model=model)
 

@@ -12,7 +12,7 @@ import torch
 
 from mopefuse.config.schema import RunConfig, build_config
 from mopefuse.config.setting_paths import merge
-from mopefuse.config.sides import Comp, addressed, with_specs
+from mopefuse.config.sides import Comp, specs_by_side, with_specs
 from mopefuse.core import distributed
 from mopefuse.core.artifact import dump_json
 from mopefuse.core.atomic_files import write_atomically
@@ -102,7 +102,7 @@ def swap_encoder(
         old = load_model(source, "best", CPU)
         _require_trained_by_steps(old, run)
         modality_of = {side: old.model.encoder(side).modality for side in old.model.uses}
-        new_specs = addressed(main, comp, modality_of)
+        new_specs = specs_by_side(main, comp, modality_of)
         config = _new_config(old, new_specs, data=data, settings=settings or {}, epochs=epochs)
         model, labels = _new_model(config)
         for side in new_specs:

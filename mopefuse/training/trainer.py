@@ -213,7 +213,7 @@ class Trainer:
                 self._validate()
             elif self.config.train.checkpoint_every and self.progress.step % self.config.train.checkpoint_every == 0:
                 self.save()
-            signal_number = distributed.largest(stop.signal_number, self.device)
+            signal_number = distributed.max_over_processes(stop.signal_number, self.device)
             if signal_number:
                 self.save()
                 raise Interrupted(
@@ -321,7 +321,8 @@ class Trainer:
         self.model.load_trainable_state_dict(read_tensors(path / "weights.safetensors"), where=str(path))
         if "test" not in self.data.splits:
             return None
-        samples = prepare_samples(self.model, self.data, "test", self.config, self.device, reading=self.listener.on_data_progress)
+        progress = self.listener.on_data_progress
+        samples = prepare_samples(self.model, self.data, "test", self.config, self.device, reading=progress)
         outputs = model_outputs(self.model, self.data, "test", self.config, self.device, samples=samples)
         return score(outputs, self.data, "test", self.thresholds(), predictions=self.run.predictions_file)
 
