@@ -73,7 +73,7 @@ def test_inserted_tokens_go_through_the_projection_and_keys_and_values_do_not() 
 
 def test_what_cannot_take_tokens_has_a_reason_instead_of_a_row() -> None:
     encoder = create_encoder("open_clip:ViT-B-32#visual?pretrained=false&force_image_size=64")
-    assert "does not support prompts as tokens" in token_form.why_not(encoder)
+    assert "does not support prompts as tokens" in token_form.why_not_insertable(encoder)
 
 
 def test_the_floor_runs_both_encoders_and_goes_back_to_the_first_layer() -> None:

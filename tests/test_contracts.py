@@ -66,7 +66,7 @@ def test_text_and_image_keep_the_contract(tmp_path: Path) -> None:
 class Sum(Fusion):
     """A method that keeps the contract; those below break one claim each."""
 
-    several = True
+    takes_several_comps = True
 
     def __init__(self, config: Any, encoders: Any, num_labels: int) -> None:
         super().__init__(config, encoders)
@@ -75,7 +75,7 @@ class Sum(Fusion):
         self.head = self.make_head(sum(self.encoder(side).feature_width for side in self.uses), num_labels)
 
     def features(self, batch: Batch) -> list[Tensor]:
-        return [self.feature(side, batch) for side in self.uses]
+        return [self.pooled_feature(side, batch) for side in self.uses]
 
     def forward(self, batch: Batch) -> Output:
         return Output(self.classify(*self.features(batch), batch=batch))
@@ -156,7 +156,7 @@ class Lenient:
 
 
 class TakesAnything(Sum):
-    several = False
+    takes_several_comps = False
 
     @property
     def requirements(self) -> Any:
@@ -182,13 +182,13 @@ BROKEN_METHODS: list[tuple[type[Fusion], str, str]] = [
     (KeepsTheBatch, "forward() sets last of the model", "keep nothing on self"),
     (CentresTheBatch, "logits of sample 0 depend on the rest of its batch", "no mean, norm or attention over the batch"),
     (UnusedLayer, "the trainable parameter spare.weight gets no gradient", "use every parameter"),
-    (ThawsAnEncoder, "requires_grad of comp.", "let frozen encoders be"),
-    (IgnoresComputedFeatures, "KeyError: 'main'", "with self.feature(side, batch)"),
+    (ThawsAnEncoder, "requires_grad of comp.", "read frozen encoders with"),
+    (IgnoresComputedFeatures, "KeyError: 'main'", "with self.pooled_feature(side, batch)"),
     (LearnsOutsideItsState, "a fresh model with the saved state gives other logits", "parameters"),
     (HoldsALock, "cannot pickle", "no open files, locks or lambdas"),
-    (TakesAnything, "takes a sample without", "set several = True"),
+    (TakesAnything, "takes a sample without", "set takes_several_comps = True"),
     (ForgetsTheAbsent, "learns what stands in for a missing comp value", "pass batch=batch to self.classify()"),
-    (NeedsAll, "a sample without text changes the logits of others", "self.or_absent"),
+    (NeedsAll, "a sample without text changes the logits of others", "self.replace_missing"),
 ]
 
 

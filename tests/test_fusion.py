@@ -208,7 +208,7 @@ def test_known_features_replace_the_encoder_to_the_bit() -> None:
     for method in METHODS:
         model = build(method=method)
         batch = model.collate(images(4), TEXTS[:4])
-        known = {side: model.feature(side, batch) for side in model.frozen}
+        known = {side: model.pooled_feature(side, batch) for side in model.frozen}
         inputs = {side: value for side, value in batch.inputs.items() if side not in known}
         assert torch.equal(model(batch).logits, model(replace(batch, inputs=inputs, features=known)).logits)
 

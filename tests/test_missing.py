@@ -86,7 +86,7 @@ def test_what_stands_in_is_learned_from_zero_and_only_where_that_was_asked_for()
     model = heard()
     model(without(model.collate(images(2), TEXTS[:2]), "comp", [0])).logits.sum().backward()
     assert model.absent["comp"].grad is not None and model.absent["comp"].grad.any()
-    assert model.bond("absent.comp") == "comp features" and model.pace("absent.comp") == "main"
+    assert model.dependency_of("absent.comp") == "comp features" and model.learning_rate_group("absent.comp") == "main"
     model = heard(method="linear")
     assert not model.absent, "nothing is trained after a closed form"
 

@@ -300,7 +300,7 @@ def test_features_of_what_is_missing_are_those_of_nothing(data: Path) -> None:
     found, encoder = read(data, on_missing="absent"), create_encoder("tiny:text")
     config = build_config({**READERS, "device": "cpu", "data": {"path": str(data)}})
     nothing = run_frozen(encoder, encoder.preprocess.batch([""])).pooled_BC
-    computed = build_fusion(**READERS, num_labels=3).feature("comp", batch(samples(found), 3, 0))
+    computed = build_fusion(**READERS, num_labels=3).pooled_feature("comp", batch(samples(found), 3, 0))
     torch.testing.assert_close(computed[:1], nothing, atol=1e-5, rtol=0)
     for origin in ("kept in", "read from"):
         features = split_features(encoder, found, "train", config, CPU)

@@ -236,7 +236,7 @@ def test_another_encoder_keeps_what_hangs_on_the_one_that_stays() -> None:
     _, inherited = inherit(old, new, list("abcdefg"), list("abcdefg"))
     fresh = {entry.name for entry in inherited if entry.fate == "new"}
     assert fresh == {f"stacks.main.{at}.mapping.0.{kind}" for at in (0, 1) for kind in ("weight", "bias")}
-    assert all(old.bond(name) for name in old.named_trainable_parameters() if not name.startswith("head."))
+    assert all(old.dependency_of(name) for name in old.named_trainable_parameters() if not name.startswith("head."))
 
 
 @pytest.mark.matrix

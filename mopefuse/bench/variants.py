@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mopefuse.bench.token_form import as_tokens, why_not
+from mopefuse.bench.token_form import as_tokens, why_not_insertable
 from mopefuse.config.schema import RunConfig
 from mopefuse.config.setting_paths import merge
 from mopefuse.config.sides import specs
@@ -91,7 +91,7 @@ def conditional(experts: int) -> str:
 
 def missing(variant: Variant, encoders: Mapping[str, Encoder]) -> str:
     """Reason why a row is not available with these encoders; empty if it is."""
-    return why_not(encoders["main"]) if variant.tokens else ""
+    return why_not_insertable(encoders["main"]) if variant.tokens else ""
 
 
 def random_inputs(encoder: Encoder, batch: int, text_length: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -140,7 +140,7 @@ class Subject:
 
     def _with_features(self, batch: Batch) -> Batch:
         with torch.no_grad():
-            psi_BC = self.model.feature("comp", batch)
+            psi_BC = self.model.pooled_feature("comp", batch)
         return Batch({"main": batch.inputs["main"]}, {"comp": psi_BC}, batch.targets, batch.index)
 
     @property

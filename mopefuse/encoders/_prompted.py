@@ -59,7 +59,7 @@ class Slot:
         runs[self.number] = runs.get(self.number, 0) + 1
         return self.layers[runs[self.number] - 1]
 
-    def take(self) -> Prompt | None:
+    def pop(self) -> Prompt | None:
         """Take the prompt out of the slot; None if there is none."""
         return self.encoder._call.pending.pop(self.number, None)
 
@@ -136,7 +136,7 @@ class _BlockForward:
         if not encoder.recompute:
             return self._run_original(*args, **kwargs)
         options = {"recompute": True, "trainable": encoder.trainable}
-        return run_block(self._run_in_call, slot.take(), slot.insert, *args, **options, **kwargs)
+        return run_block(self._run_in_call, slot.pop(), slot.insert, *args, **options, **kwargs)
 
     def _run_original(self, *args: Any, **kwargs: Any) -> Any:
         return type(self.slot.block).forward(self.slot.block, *args, **kwargs)

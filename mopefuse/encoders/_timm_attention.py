@@ -29,7 +29,7 @@ from mopefuse.core.precision import to_float32
 from mopefuse.encoders import _lora
 from mopefuse.encoders._prompted import PromptedEncoder
 from mopefuse.encoders._windows import attend_in_windows
-from mopefuse.encoders.attention import Insert, Prompt, attend, attend_prompts, parts_of, split_fused, split_heads
+from mopefuse.encoders.attention import Insert, Prompt, attend, attend_prompts, split_fused, split_heads, view_parts
 
 
 def prompt_model(encoder: PromptedEncoder, model: Any) -> None:
@@ -216,7 +216,7 @@ def _project(attention: Any, x_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         fused_BLX = attention.qkv(x_BLD) + bias_X
     else:
         fused_BLX = F.linear(x_BLD, attention.qkv.weight, bias_X)
-    q, k, v = parts_of(fused_BLX, 3, attention.num_heads)
+    q, k, v = view_parts(fused_BLX, 3, attention.num_heads)
     return q, k, v
 
 
@@ -230,7 +230,7 @@ def _project_prompt(attention: Any, prompt: Prompt) -> tuple[Tensor, Tensor]:
     bias_X, query = _bias_beside(attention), qkv.out_features // 3
     bias_X = qkv.bias if bias_X is None else bias_X
     kv = F.linear(prompt.tokens_BPD, qkv.weight[query:], None if bias_X is None else bias_X[query:])
-    k, v = parts_of(kv, 2, attention.num_heads)
+    k, v = view_parts(kv, 2, attention.num_heads)
     return k, v
 
 

@@ -222,7 +222,7 @@ class Encoder(nn.Module):
             "preprocess": _description.preprocess_values(self.preprocess),
             "libraries": _description.versions(("mopefuse", "torch", *self.libraries, *owners)),
         }
-        plain: dict[str, Any] = _description.plain(description)
+        plain: dict[str, Any] = _description.to_json_values(description)
         return plain
 
     def count_tokens(self) -> int:

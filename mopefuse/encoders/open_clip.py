@@ -204,7 +204,7 @@ def _config(spec: Spec, name: str, tag: str, tower: str) -> tuple[dict[str, Any]
     text = config["text_cfg"]
     why = "needs a text model that open_clip does not bundle" if text.get("hf_model_name") else ""
     why = why or ("has a decoder" if "multimodal_cfg" in config else "")
-    why = why or (_open_clip_text.why_unsuitable(text) if tower == "text" else "")
+    why = why or (_open_clip_text.find_unsupported_setting(text) if tower == "text" else "")
     if why:
         fix = "use a CLIP or SigLIP model with open_clip's own text tower, or the same encoder through hf: or timm:"
         raise EncoderError(EncoderCode.UNSUITABLE, f"{name}#{tower} {why}", where=str(spec), fix=fix)

@@ -208,7 +208,7 @@ def audit_model(
     keys = {name: data.splits[split].keys[name] for name in sides}
 
     def logits_of(condition: str, altered: Samples, without: str = "") -> Tensor:
-        with model.without(without) if without else nullcontext():
+        with model.without_prompts(without) if without else nullcontext():
             report = lambda done, total: advance(condition, done, total)  # noqa: E731
             return run_split(model, data, split, config, device, samples=altered, advance=report).logits_SN
 

@@ -21,7 +21,7 @@ from mopefuse.core.tensor_files import write_tensors
 from mopefuse.data.columns import sort_modalities
 from mopefuse.errors import ConfigError, EncoderError, NumericError
 from mopefuse.export.model_card import model_card
-from mopefuse.fusion.base import Fusion, fresh_encoders
+from mopefuse.fusion.base import Fusion, unsaved_fingerprints
 from mopefuse.fusion.build import full_specs, load_encoder
 from mopefuse.fusion.facts import model_facts
 from mopefuse.inference.bundle import KIND as BUNDLE
@@ -183,7 +183,7 @@ def _require_unchanged_encoders(model: Fusion) -> None:
 
     Each encoder is loaded again for the comparison, one at a time.
     """
-    for side, fingerprint in fresh_encoders(model).items():
+    for side, fingerprint in unsaved_fingerprints(model).items():
         spec = str(model.encoder(side).spec)
         if fingerprint != load_encoder(model.config, side).fingerprint():
             what = f"the weights of the {side} encoder are no longer those of {spec}, and an adapter does not contain them"

@@ -22,7 +22,7 @@ from mopefuse.core.error_codes import ConfigCode, EncoderCode
 from mopefuse.data.base import Batch
 from mopefuse.errors import ConfigError, EncoderError
 from mopefuse.fusion.base import Fusion
-from mopefuse.inference.pt2 import quietly
+from mopefuse.inference.pt2 import silence_exporters
 
 OPSET = 20
 LARGEST = 2_000_000_000  # bytes of weights in one ONNX file, which protobuf limits to 2 GiB; above, they go beside it
@@ -74,7 +74,7 @@ def trace(graph: Graph, example: Mapping[str, Tensor], fixed_lengths: Mapping[st
     """
     dims = {name: {axis: Dim.DYNAMIC for axis in axes} for name, axes in _axes(example, fixed_lengths).items()}
     try:
-        with torch.no_grad(), quietly():
+        with torch.no_grad(), silence_exporters():
             program = torch.export.export(graph.eval(), (dict(example),), dynamic_shapes={"inputs": dims})
     except Exception as error:  # torch.export raises whatever the traced code and its own checks please
         specs = " and ".join(str(graph.model.encoder(side).spec) for side in graph.model.reads)
@@ -106,7 +106,7 @@ def save_onnx(
         PackageError: onnx or onnxscript is not installed.
     """
     require("onnx", "onnxscript", extra="export", what="export")
-    with quietly():
+    with silence_exporters():
         made = torch.onnx.export(
             program,
             dynamo=True,
@@ -140,7 +140,7 @@ def quantise(file: Path) -> None:
             fix="leave --int8 out",
         )
     ready, small = file.with_name("ready.onnx"), file.with_name("small.onnx")
-    with quietly():
+    with silence_exporters():
         model = onnx.load(file)
         del model.graph.value_info[:]  # shapes of torch's own, which contradict those that onnxruntime infers
         onnx.save(model, file)

@@ -36,7 +36,7 @@ class TunedFusion(Fusion):
         **Fusion.parts,
     }
     sections: ClassVar[tuple[str, ...]] = ("tune", "prompts")
-    bonds: ClassVar[dict[str, str]] = {**Fusion.bonds, r"^stacks\.(\w+)\.": r"\1"}
+    dependencies: ClassVar[dict[str, str]] = {**Fusion.dependencies, r"^stacks\.(\w+)\.": r"\1"}
 
     def __init__(self, config: RunConfig, encoders: Mapping[str, Encoder]) -> None:
         super().__init__(config, encoders)
@@ -81,4 +81,4 @@ class TunedFusion(Fusion):
 
     def pooled(self, side: str, batch: Batch) -> Tensor:
         """Pooled feature (B, C) of a side; taken from the batch if it is frozen and was computed earlier."""
-        return self.feature(side, batch) if side in self.frozen else self.encode(side, batch).pooled_BC
+        return self.pooled_feature(side, batch) if side in self.frozen else self.encode(side, batch).pooled_BC

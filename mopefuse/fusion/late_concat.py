@@ -28,7 +28,7 @@ class LateConcat(TunedFusion):
         ConfigError: `either` without training samples that lack the main modality.
     """
 
-    several: ClassVar[bool] = True
+    takes_several_comps: ClassVar[bool] = True
 
     def __init__(self, config: RunConfig, encoders: Mapping[str, Encoder], num_labels: int) -> None:
         super().__init__(config, encoders)

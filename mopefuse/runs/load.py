@@ -22,7 +22,7 @@ from mopefuse.data.load import has_split_column, load_data
 from mopefuse.encoders.base import full_spec
 from mopefuse.encoders.description import SOURCES, differences, other_versions
 from mopefuse.errors import CheckpointError, DataError, Notice
-from mopefuse.fusion.base import Fusion, fresh_encoders
+from mopefuse.fusion.base import Fusion, unsaved_fingerprints
 from mopefuse.fusion.build import build_model
 from mopefuse.metrics import classification as metrics
 from mopefuse.runs.folder import RunFolder
@@ -181,7 +181,7 @@ def check_encoders(model: Fusion, manifest: Mapping[str, Any], *, where: str) ->
     Raises:
         CheckpointError: different weights, configuration, pooling, preprocessing or tokenizer; the message names what differs.
     """
-    fingerprints = fresh_encoders(model)
+    fingerprints = unsaved_fingerprints(model)
     for side in model.uses:
         encoder, recorded = model.encoder(side), manifest["encoders"][side]
         current = encoder.describe()

@@ -73,7 +73,7 @@ def _prompted_parts(check: PromptChecks, alone: str) -> list[Part]:
             check.untouched_without_prompts,
             "where _request_prompt returns None, compute the layer as the backbone does; elsewhere use mopefuse's attend",
         ),
-        Part("a prompt at each layer has an effect", check.every_layer_listens, use),
+        Part("a prompt at each layer has an effect", check.every_layer_uses_its_prompt, use),
         Part(
             "with prompts, a sample does not depend on its batch",
             lambda: check.does_not_depend_on_the_batch(lambda gates: None),
@@ -85,7 +85,7 @@ def _prompted_parts(check: PromptChecks, alone: str) -> list[Part]:
             alone,
         ),
         Part("gradients reach every prompt and gate, and no weight", check.gradients, f"do not detach prompts; {use}"),
-        Part("a prompt does not outlive its call", check.nothing_is_left_behind, keep),
+        Part("a prompt does not outlive its call", check.keeps_no_state, keep),
         Part(
             insert,
             check.inserted_tokens,
@@ -93,7 +93,7 @@ def _prompted_parts(check: PromptChecks, alone: str) -> list[Part]:
         ),
     ]
     fix = "compute in _run_layer what the layer computes in _encode, with the prompt as more keys and values"
-    return [*parts, Part("each layer by itself gives the same", check.layers_by_themselves, fix)] if insertable else parts
+    return [*parts, Part("each layer by itself gives the same", check.layers_run_alone, fix)] if insertable else parts
 
 
 def _samples(encoder: Encoder) -> list[Any]:

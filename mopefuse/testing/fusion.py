@@ -61,7 +61,7 @@ def _parts(check: FusionChecks) -> list[Part]:
             check.deterministic,
             "use dropout and noise in training mode only",
         ),
-        Part("keeps nothing of a call", check.nothing_is_left_behind, keep),
+        Part("keeps nothing of a call", check.keeps_no_state, keep),
         Part(
             "does not let a sample depend on its batch",
             check.samples_are_independent,
@@ -70,12 +70,12 @@ def _parts(check: FusionChecks) -> list[Part]:
         Part(
             "sends gradients to its trainable parameters, and to no others",
             check.gradients,
-            "use every parameter in forward(), and let frozen encoders be: read them with self.feature() or run_frozen()",
+            "use every parameter in forward(); read frozen encoders with self.pooled_feature() or run_frozen()",
         ),
         Part(
             "uses features that were computed earlier",
             check.cached_features,
-            "get features of the sides in self.frozen with self.feature(side, batch), and leave other sides out of self.frozen",
+            "get features of the sides in self.frozen, and of no others, with self.pooled_feature(side, batch)",
         ),
         Part(
             "saves all that it learns",
@@ -86,12 +86,12 @@ def _parts(check: FusionChecks) -> list[Part]:
         Part(
             "refuses samples without what it needs",
             check.missing_is_refused,
-            "leave collate and requirements as they are, or set several = True if it handles missing modalities",
+            "leave collate and requirements as they are, or set takes_several_comps = True if it handles missing modalities",
         ),
         Part(
             "handles samples without what it says it can lack",
             check.missing_is_handled,
-            "pass batch=batch to self.classify(), or use self.or_absent(side, feature_BC, batch)",
+            "pass batch=batch to self.classify(), or use self.replace_missing(side, feature_BC, batch)",
         ),
     ]
     return parts

@@ -80,7 +80,7 @@ class FusionChecks:
             "in evaluation mode, the same batch gives other logits the second time"
         )
 
-    def nothing_is_left_behind(self) -> None:
+    def keeps_no_state(self) -> None:
         """Modules that are not part of an encoder have the same attributes after a call."""
         before = {name: dict(vars(module)) for name, module in self._own_modules(self.model)}
         self.run_and_check(self.model, self.batch(self.model))

@@ -62,7 +62,7 @@ def _parts(check: ModalityChecks) -> list[Part]:
         Part("reads values the same each time", check.reading, f"keep nothing on self in read(); {mopefuse_error}"),
         Part(
             "prepares values from Python as those of rows",
-            check.prepared_as_read,
+            check.prepares_as_it_reads,
             "return from prepare() what read() returns for the same value",
         ),
         Part("has readers and values that data workers can have", check.workers, "keep no open files, locks or lambdas"),

@@ -91,7 +91,7 @@ class ModalityChecks:
             assert self.equal(first, self.read(value)), self.message(f"reading {value!r:.60} twice gives two results")
             assert self.modality.accepts(first), self.message(f"accepts() refuses what read() gives for {value!r:.60}")
 
-    def prepared_as_read(self) -> None:
+    def prepares_as_it_reads(self) -> None:
         """What read() gives stays as it is when it is prepared."""
         for value in self.values:
             read = self.read(value)
@@ -119,7 +119,7 @@ class FileChecks(ModalityChecks):
 
     def prepared_as_read(self) -> None:
         """A file by its path gives what its row gives."""
-        super().prepared_as_read()
+        super().prepares_as_it_reads()
         for value in self.values:
             path = self.root / value
             for given in (path, str(path)):

@@ -140,7 +140,7 @@ def _require_rows(model: Fusion, data: DataSet) -> None:
     require_rows(model, data.modalities)
     for name, split in data.splits.items():
         missing = {side: split.is_missing(modality) for side, (modality, _) in model.readers().items()}
-        model.require_all_but({side: missing_S for side, missing_S in missing.items() if missing_S.any()}, where=name)
+        model.require_modalities({side: missing_S for side, missing_S in missing.items() if missing_S.any()}, where=name)
 
 
 def estimate_memory(model: Fusion, data: DataSet, config: RunConfig) -> int:
