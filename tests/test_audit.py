@@ -110,7 +110,7 @@ def test_static_prompts_alone_change_nothing_when_the_text_does(data: Path) -> N
     found = audit_model(model, load_data(config.data), "test", config, CPU)
     for name in ("shuffled", "blank"):
         assert found[name].logits_SN.equal(found["as is"].logits_SN)
-        assert (found[name].changed, found[name].lost, found[name].matters) == (0, 0, False)
+        assert (found[name].changed, found[name].lost, found[name].is_significant) == (0, 0, False)
     assert found.verdict.startswith("There is no sign that the model uses the text")
 
 
@@ -153,7 +153,7 @@ def reader(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_exchanging_the_texts_hurts_a_model_that_reads_them(reader: Path) -> None:
     found = audit(reader, seed=1)
     shuffled = found["shuffled"]
-    assert shuffled.lost > 0.3 and shuffled.matters
+    assert shuffled.lost > 0.3 and shuffled.is_significant
     assert found.verdict.startswith("The model uses the text: with another sample's text, accuracy goes from ")
     before, after = found["as is"].metrics["accuracy"], shuffled.metrics["accuracy"]
     assert shuffled.lost == pytest.approx(before - after)

@@ -105,14 +105,14 @@ def test_a_step_of_a_row_is_a_step_of_training() -> None:
 
 def test_ratios_are_of_the_same_round() -> None:
     floor, other = Times({0: 1.0, 1: 10.0, 2: 1.0}), Times({0: 2.0, 1: 20.0})
-    assert other.over(floor) == 2.0
+    assert other.ratio_to(floor) == 2.0
     assert Times.from_seconds([1.0, 2.0, 3.0, 4.0, 100.0]).median == 3.0
 
 
 def test_rounds_that_others_disturbed_do_not_count_unless_all_are() -> None:
     floor, other = Times({0: 1.0, 1: 1.0, 2: 5.0}, {0: 0.0, 1: 0.05, 2: 0.4}), Times({0: 2.0, 1: 3.0, 2: 5.0}, {1: 0.06})
     assert floor.seconds == (1.0, 1.0) and other.seconds == (2.0, 5.0)
-    assert other.over(floor) == 2.0
+    assert other.ratio_to(floor) == 2.0
     assert Times({0: 1.0, 1: 3.0}, {0: 0.5, 1: 0.5}).median == 2.0
 
 
@@ -153,7 +153,7 @@ def test_what_is_counted_is_what_a_run_trains_and_saves(found: PairBench) -> Non
 
 
 def _hold(shared: int, case: int) -> int:
-    return memory.growth(CPU, lambda: torch.ones(case * 2**20 // 4).sum())
+    return memory.memory_growth(CPU, lambda: torch.ones(case * 2**20 // 4).sum())
 
 
 def _build() -> int:

@@ -350,7 +350,7 @@ class OpensAnything(Blocks):
 
 
 class RefusesWhole(Blocks):
-    def look(self, content: bytes, name: str, config: Any) -> Any:
+    def inspect(self, content: bytes, name: str, config: Any) -> Any:
         raise DataError(1003, "no", fix="none")
 
 
@@ -371,10 +371,10 @@ BROKEN_MODALITIES: list[tuple[type[Modality], str, str]] = [
     (Doubles, "prepare() changes what read() gives for '0.5 1.0'", "return from prepare() what read() returns"),
     (HasALambda, "the modality cannot be handed to a data worker", "lambdas"),
     (Unprepared, "prepare() of the path of a.bin is not what read() gives", "return from prepare()"),
-    (TakesHalves, "look() takes half a file for a value", "raise mopefuse.errors.DataError"),
+    (TakesHalves, "inspect() takes half a file for a value", "raise mopefuse.errors.DataError"),
     (Unpickles, "a file with a pickle in it ran code of its own", "allow_pickle=False"),
     (OpensAnything, "read() takes the path '/", "let Files.read() find the file"),
-    (RefusesWhole, "look() refuses a.bin, which decode() reads", "raise in look() where decode() would"),
+    (RefusesWhole, "inspect() refuses a.bin, which decode() reads", "raise in inspect() where decode() would"),
 ]
 
 

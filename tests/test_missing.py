@@ -175,7 +175,7 @@ def samples(data: Any, model: Fusion, **changed: Any) -> Samples:
 
 
 def drawn(dropped: ModalityDropout, epoch: int) -> list[bool]:
-    return [dropped.absent("comp", epoch, index) for index in range(len(dropped))]
+    return [dropped.is_missing("comp", epoch, index) for index in range(len(dropped))]
 
 
 def test_dropout_is_a_function_of_seed_epoch_and_index(data: Any) -> None:
@@ -198,7 +198,7 @@ def test_encoders_of_one_modality_lose_it_together_and_nothing_loses_everything(
     every = 0
     for epoch in range(20):
         for index in range(len(dropped)):
-            lost = {side: dropped.absent(side, epoch, index) for side in model.uses}
+            lost = {side: dropped.is_missing(side, epoch, index) for side in model.uses}
             assert lost["main"] == lost["comp3"] and lost["comp"] == lost["comp2"]
             assert not all(lost.values())
             every += any(lost.values())

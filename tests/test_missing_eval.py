@@ -19,7 +19,7 @@ from mopefuse.data.load import load_data
 from mopefuse.data.missing import FixedMissing
 from mopefuse.errors import DataError
 from mopefuse.evaluation import missing
-from mopefuse.evaluation.missing_shares import parse, words
+from mopefuse.evaluation.missing_shares import describe_shares, parse_shares
 from mopefuse.evaluation.split import prepare_samples, run_split
 from mopefuse.inference.bundle import Bundle
 from mopefuse.metrics import classification as metrics
@@ -116,9 +116,10 @@ def test_a_bundle_takes_whole_pairs(exported: Path) -> None:
 
 
 def test_words_and_what_they_are_made_of() -> None:
-    assert parse(["grid"]) is None and parse(["text+audio=0.5"]) == [{"audio+text": 0.5}]
-    assert words({"audio+text": 0.5, "image": 0.125}) == "50 % of samples lack audio and text, 12.5 % of samples lack image"
-    assert words({}) == words({"text": 0.0}) == "nothing is removed"
+    assert parse_shares(["grid"]) is None and parse_shares(["text+audio=0.5"]) == [{"audio+text": 0.5}]
+    found = describe_shares({"audio+text": 0.5, "image": 0.125})
+    assert found == "50 % of samples lack audio and text, 12.5 % of samples lack image"
+    assert describe_shares({}) == describe_shares({"text": 0.0}) == "nothing is removed"
 
 
 def test_predict_answers_rows_with_holes_where_the_model_learned_to(pairs: Path, trained: Path, tmp_path: Path) -> None:

@@ -214,11 +214,11 @@ def test_a_listing_sees_files_that_changed_places(tmp_path: Path) -> None:
         (tmp_path / one / "x").write_bytes(b"1")
         (tmp_path / one / "y").write_bytes(b"22")
         (tmp_path / one / f".{other}").write_bytes(b"not looked at")
-    as_it_was = _source_files.listing(tmp_path, ["a", "b", "no such"])
+    as_it_was = _source_files.summarise_files(tmp_path, ["a", "b", "no such"])
     assert (as_it_was["files"], as_it_was["bytes"]) == (4, 6)
     (tmp_path / "a/x").write_bytes(b"22")
     (tmp_path / "a/y").write_bytes(b"1")
-    exchanged = _source_files.listing(tmp_path, ["b", "a"])
+    exchanged = _source_files.summarise_files(tmp_path, ["b", "a"])
     assert (exchanged["files"], exchanged["bytes"]) == (4, 6)
     assert exchanged["sha256"] != as_it_was["sha256"]
 

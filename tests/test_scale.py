@@ -28,7 +28,7 @@ from mopefuse.data.load import load_data
 from mopefuse.errors import NumericError, ResourceError
 from mopefuse.evaluation import spool
 from mopefuse.evaluation.outputs import BatchOutput
-from mopefuse.evaluation.predictions import KEPT, MOST_LABELS, predicted
+from mopefuse.evaluation.predictions import KEPT, MOST_LABELS, collect_predictions
 from mopefuse.evaluation.scoring import score
 from mopefuse.evaluation.split import run_split
 from mopefuse.evaluation.spool import Spool
@@ -296,6 +296,6 @@ def test_the_label_that_is_written_is_the_one_that_counts_where_probabilities_ar
     logits_BN = torch.tensor([[0.0, 1e-9, -1e-9], [1e-9, 0.0, 2e-9]])
     assert logits_BN.softmax(dim=-1).argmax(dim=-1).tolist() == [0, 0]
     targets_B = torch.tensor([1, 2])
-    found = predicted(torch.arange(2), logits_BN, targets_B, multi_label=False, thresholds=0.5)
+    found = collect_predictions(torch.arange(2), logits_BN, targets_B, multi_label=False, thresholds=0.5)
     assert found.label_Z[found.chosen_Z].tolist() == [1, 2]
     assert metrics.compute(logits_BN, targets_B, multi_label=False)["accuracy"] == 1.0

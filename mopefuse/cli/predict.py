@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mopefuse.cli.options import Checkpoint, Device, Model, OtherComp, OtherMain
-from mopefuse.cli.settings import Settings, of_data
+from mopefuse.cli.settings import Settings, data_section
 from mopefuse.core.error_codes import ConfigCode, DataCode
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def predict(
     from mopefuse.inference.predict import input_settings, load, predict_pairs
 
     predictor = load(run, checkpoint=checkpoint, device=device, main=main, comp=comp)
-    config = input_settings(run, of_data(settings))
+    config = input_settings(run, data_section(settings))
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     pairs = islice(_pairs(source, image, text, config, predictor.model), rank, None, world)
     answers: Iterable[Prediction] = predict_pairs(predictor, pairs, batch=batch, top=top, routing=routing, strict=strict)

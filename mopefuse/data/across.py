@@ -90,7 +90,7 @@ def shared_ids(indexes: Indexes) -> Iterator[Finding]:
                 seen[identity] = index.place(row)
 
 
-def leaks(indexes: Indexes) -> Iterator[tuple[str, Finding]]:
+def leak_findings(indexes: Indexes) -> Iterator[tuple[str, Finding]]:
     """Yield (modality, finding) for each row of val and test that shares a value with train, see `mopefuse.data.leaks`.
 
     Rows with a bad file are left out.

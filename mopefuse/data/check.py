@@ -169,7 +169,7 @@ def check(
     labels, label_findings = across.find_labels(indexes, reading.roots[0], config)
     if "train" in indexes:
         label_findings += check_labels(indexes["train"], reading.roots[0], config)
-    leaks = list(across.leaks(indexes))
+    leaks = list(across.leak_findings(indexes))
     found += _row_and_file_findings(indexes, reading.roots)
     found += [*text_findings, *label_findings, *across.mixed_labels(indexes), *across.unknown_labels(indexes, labels)]
     found += [*across.shared_ids(indexes), *(finding for _, finding in leaks)]

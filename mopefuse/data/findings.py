@@ -218,10 +218,10 @@ def file_findings(index: Index, roots: Sequence[Path]) -> Iterator[Finding]:
         root_hint = root_to_name(roots, files.names) if files.all_missing() else ""
         numbers, first, counts = np.unique(files.number_S[present], return_index=True, return_counts=True)
         for number, row, rows in zip(numbers.tolist(), present[first].tolist(), counts.tolist(), strict=True):
-            file, look = files.names[number], files.looks[number]
-            for kind, message, hint in modality.findings(file, look):
+            file, info = files.names[number], files.infos[number]
+            for kind, message, hint in modality.findings(file, info):
                 text = f"{message}; used by {rows} rows" if rows > 1 else message
-                yield finding_at(index, row, kind, text, hint=root_hint or hint, code=look.code, image=file, rows=rows)
+                yield finding_at(index, row, kind, text, hint=root_hint or hint, code=info.code, image=file, rows=rows)
 
 
 def missing_findings(index: Index) -> Iterator[Finding]:

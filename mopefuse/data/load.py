@@ -190,7 +190,7 @@ def _row_notices(splits: dict[str, Split], indexes: dict[str, Index], config: Da
 
 def _animation_notices(indexes: dict[str, Index]) -> list[str]:
     all_files = [files for index in indexes.values() for files in index.files.values()]
-    animated = [name for files in all_files for name, look in zip(files.names, files.looks, strict=True) if look.animated]
+    animated = [name for files in all_files for name, info in zip(files.names, files.infos, strict=True) if info.animated]
     if not animated:
         return []
     text = several(len(animated), "image is animated", "images are animated")

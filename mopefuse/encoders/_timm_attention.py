@@ -72,7 +72,7 @@ def _promptable(model: Any) -> tuple[list[Any], str]:
 
 def _vit(self: Any, x_BLD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """`timm.layers.Attention.forward` with the prompt in the slot, and with blind inserted tokens."""
-    prompt: Prompt | None = self.prompt_slot.take()
+    prompt: Prompt | None = self.prompt_slot.pop()
     insert: Insert | None = self.prompt_slot.insert
     mask = None if insert is None else insert.attention_mask(None, x_BLD.shape[1])
     if prompt is None and mask is None:
@@ -99,7 +99,7 @@ def _vit(self: Any, x_BLD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 def _beit(self: Any, x_BLD: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
     """`timm.models.beit.Attention.forward` with the prompt in the slot."""
-    prompt: Prompt | None = self.prompt_slot.take()
+    prompt: Prompt | None = self.prompt_slot.pop()
     if prompt is None:
         out: Tensor = beit.Attention.forward(self, x_BLD, shared_rel_pos_bias)
         return out
@@ -110,7 +110,7 @@ def _beit(self: Any, x_BLD: Tensor, shared_rel_pos_bias: Tensor | None = None) -
 
 def _rotary(self: Any, x_BLD: Tensor, rope: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
     """`EvaAttention.forward` and `AttentionRope.forward` with the prompt in the slot, which is not rotated."""
-    prompt: Prompt | None = self.prompt_slot.take()
+    prompt: Prompt | None = self.prompt_slot.pop()
     if prompt is None:
         out: Tensor = type(self).forward(self, x_BLD, rope, *args, **kwargs)
         return out
@@ -127,7 +127,7 @@ def _rotary(self: Any, x_BLD: Tensor, rope: Tensor | None = None, *args: Any, **
 
 def _swin(self: Any, x_NLD: Tensor, mask: Tensor | None = None) -> Tensor:
     """`WindowAttention.forward` of Swin with the prompt in the slot."""
-    prompt: Prompt | None = self.prompt_slot.take()
+    prompt: Prompt | None = self.prompt_slot.pop()
     if prompt is None:
         out: Tensor = WindowAttention.forward(self, x_NLD, mask)
         return out
@@ -149,7 +149,7 @@ def _swin_v2(self: Any, x_NLD: Tensor, mask: Tensor | None = None) -> Tensor:
 
     Replaces timm's method also in float16, in which timm's minimum length rounds to 0, so that padding becomes NaN.
     """
-    prompt: Prompt | None = self.prompt_slot.take()
+    prompt: Prompt | None = self.prompt_slot.pop()
     if prompt is None and x_NLD.dtype != torch.float16:
         out: Tensor = swin_transformer_v2.WindowAttention.forward(self, x_NLD, mask)
         return out

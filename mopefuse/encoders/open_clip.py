@@ -131,7 +131,7 @@ def _attention(
     self: Any, q_x: Tensor, k_x: Tensor | None = None, v_x: Tensor | None = None, attn_mask: Tensor | None = None
 ) -> Tensor:
     """`ResidualAttentionBlock.attention` with the prompt in the slot."""
-    prompt: Prompt | None = self.prompt_slot.take()
+    prompt: Prompt | None = self.prompt_slot.pop()
     if prompt is None or prompt.gate_H is not None:
         out: Tensor = ResidualAttentionBlock.attention(self, q_x=q_x, k_x=k_x, v_x=v_x, attn_mask=attn_mask)
         return out if prompt is None else out + _attend_gated(self.attn, q_x, prompt)

@@ -61,7 +61,7 @@ class Condition:
     modality: str = ""
 
     @property
-    def matters(self) -> bool:
+    def is_significant(self) -> bool:
         """Whether `lost` differs from 0: its interval does not contain 0."""
         return self.low > 0 or self.high < 0
 
@@ -117,9 +117,9 @@ class Audit:
         change += f", and with none to {empty:.1f} %"
         if self.alone and len(self.modalities) == 1:
             return f"The {other} is all that the model looks at: {change}."
-        if shuffled.matters and shuffled.lost > 0:
+        if shuffled.is_significant and shuffled.lost > 0:
             return f"The model uses the {other}: {change}."
-        if shuffled.matters:
+        if shuffled.is_significant:
             return f"The {other} misleads the model: {change}."
         return f"There is no sign that the model uses the {other}: {change} ({self._noise(shuffled)})."
 

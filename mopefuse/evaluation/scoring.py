@@ -18,7 +18,7 @@ from mopefuse.core import distributed
 from mopefuse.core.atomic_files import write_lines
 from mopefuse.data.base import DataSet
 from mopefuse.evaluation.outputs import BatchOutput, ModelOutputs, is_nonfinite, require_finite
-from mopefuse.evaluation.predictions import Predicted, lines, predicted
+from mopefuse.evaluation.predictions import Predicted, collect_predictions, to_json_lines
 from mopefuse.evaluation.spool import Spool
 from mopefuse.metrics import classification as metrics
 
@@ -69,9 +69,9 @@ def score(
             nonfinite_S[index_B] = is_nonfinite(logits_BN)
             tally.add(index_B, logits_BN, targets_of_batch, thresholds)
             if predictions is not None:
-                own = predicted(index_B, logits_BN, targets_of_batch, multi_label=multi, thresholds=thresholds)
+                own = collect_predictions(index_B, logits_BN, targets_of_batch, multi_label=multi, thresholds=thresholds)
                 parts = [Predicted(*part) for part in distributed.send_to_main(own)] if distributed_outputs else [own]
-                yield from lines(parts, rows, data.labels, multi_label=multi)
+                yield from to_json_lines(parts, rows, data.labels, multi_label=multi)
         if distributed_outputs:
             distributed.sum_over_processes(nonfinite_S)
         require_finite(nonfinite_S, data, split)

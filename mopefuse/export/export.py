@@ -19,7 +19,7 @@ from mopefuse.core.dependencies import require
 from mopefuse.core.error_codes import ConfigCode
 from mopefuse.errors import ConfigError
 from mopefuse.export.adapter import require_free, write_adapter
-from mopefuse.export.bundle_maker import Maker, Notice, Parity, public
+from mopefuse.export.bundle_maker import Maker, Notice, Parity, without_data_path
 from mopefuse.runs import adapter
 from mopefuse.runs.load import Loaded, load_model
 from mopefuse.runs.locate import find_run
@@ -79,7 +79,7 @@ def export(
     loaded = load_model(source, checkpoint, torch.device("cpu"))
     facts = _facts(loaded, source.result())
     if form == "adapter":
-        config, command = public(loaded.config), "mopefuse export RUN --format adapter -o OUT"
+        config, command = without_data_path(loaded.config), "mopefuse export RUN --format adapter -o OUT"
         publish(
             out,
             lambda folder: write_adapter(folder, loaded.model, config, facts, name=out.name, half=half, command=command),

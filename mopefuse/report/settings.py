@@ -13,7 +13,7 @@ Derive = Callable[[RunConfig], RunConfig]
 _FROM_DATA = frozenset({"data.modalities"})  # never chosen: what the rows of the data have
 
 
-def changed(config: RunConfig, derive: Derive, *, hidden: Collection[str] = ()) -> list[tuple[str, str, str]]:
+def changed_settings(config: RunConfig, derive: Derive, *, hidden: Collection[str] = ()) -> list[tuple[str, str, str]]:
     """(name, value, default) of the settings that were chosen and differ from their defaults.
 
     The configuration of a run has every value filled in: learning rates, lengths of prompts. Whatever `derive` would fill in
@@ -23,7 +23,7 @@ def changed(config: RunConfig, derive: Derive, *, hidden: Collection[str] = ()) 
     derived = _derived(config, derive, [name for name, value in values.items() if value is not None and default[name] is None])
     usual = {**default, **derived}
     return [
-        (name, written(value), written(usual[name]))
+        (name, format_setting(value), format_setting(usual[name]))
         for name, value in values.items()
         if value != usual[name] and name not in hidden and name not in _FROM_DATA
     ]
@@ -51,10 +51,10 @@ def _defaults(config: RunConfig) -> dict[str, Any]:
     return flatten(merge(usual, OFFICIAL) if config.compat == "official" else usual)
 
 
-def written(value: Any) -> str:
+def format_setting(value: Any) -> str:
     """A value of a setting."""
     if value is None:
         return "none"
     if isinstance(value, list | tuple):
-        return ", ".join(map(written, value)) or "none"
+        return ", ".join(map(format_setting, value)) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -223,12 +223,12 @@ def _decode(axis: Axis, value: Any) -> Any:
     return json.loads(value) if isinstance(axis, list) else value
 
 
-def command(trial: Trial, out: Path) -> str:
+def train_command(trial: Trial, out: Path) -> str:
     """The command that trains with the settings of a trial, into another folder."""
     return f"mopefuse train --recipe {out / trial.statuses[0].cell.folder / 'config.yaml'} --out runs/best"
 
 
-def on_test(trial: Trial, out: Path) -> Mapping[str, float]:
+def test_metrics(trial: Trial, out: Path) -> Mapping[str, float]:
     """Test metrics of a trial, as means over seeds; empty where the data have no test split. Only for the chosen trial."""
     found = [RunFolder(out / status.cell.folder).result()["metrics"]["test"] or {} for status in trial.statuses]
     return {name: sum(metrics[name] for metrics in found) / len(found) for name in found[0]}

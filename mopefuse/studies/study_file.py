@@ -159,7 +159,7 @@ def unknown_label(label: str, labels: Iterable[str], where: str) -> ConfigError:
     return ConfigError(ConfigCode.NO_SUCH_STUDY_ROW, f"there is no row {label!r}", where=where, fix=did_you_mean(label, labels))
 
 
-def identity(config: RunConfig) -> Settings:
+def distinguishing_settings(config: RunConfig) -> Settings:
     """The settings that distinguish a run from others, without its seed, by path."""
     settings = flatten(config.model_dump(mode="json"))
     return {key: value for key, value in settings.items() if key != "seed" and key not in WITHOUT_EFFECT}
@@ -246,8 +246,8 @@ def _format(value: Any) -> str:
 def _folder(label: str, config: RunConfig) -> str:
     """The folder of a cell; it ignores settings at their default, so that new settings do not change the folders."""
     readable = re.sub(r"[^A-Za-z0-9=._+-]+", "-", label).strip("-.")[:48] or "cell"
-    defaults = identity(RunConfig(main="", comp=""))
-    settings = {key: value for key, value in identity(config).items() if value != defaults[key]}
+    defaults = distinguishing_settings(RunConfig(main="", comp=""))
+    settings = {key: value for key, value in distinguishing_settings(config).items() if value != defaults[key]}
     return f"cells/{readable}-{make_key(json.dumps(settings, sort_keys=True))[:8]}/seed-{config.seed}"
 
 
@@ -261,7 +261,8 @@ def _refuse_seed(settings: Settings, where: str) -> None:
 def _refuse_same(cells: Iterable[Cell], source: str) -> None:
     seen: dict[str, Cell] = {}
     for cell in cells:
-        for what in (f"label {cell.label} {cell.seed}", json.dumps([identity(cell.config), cell.seed], sort_keys=True)):
+        settings = json.dumps([distinguishing_settings(cell.config), cell.seed], sort_keys=True)
+        for what in (f"label {cell.label} {cell.seed}", settings):
             other = seen.setdefault(what, cell)
             if other is not cell:
                 both = f"the cells {other.label!r} and {cell.label!r} are the same"

@@ -74,6 +74,10 @@ def _parts(check: ModalityChecks) -> list[Part]:
         parts += [
             Part("never unpickles a file", check.no_pickle, safe),
             Part("reads no file outside the data folder", check.stays_inside, inside),
-            Part("looks at a file as it decodes it", check.look, "raise in look() where decode() would, and nowhere else"),
+            Part(
+                "inspects a file as it decodes it",
+                check.inspects_whole_files,
+                "raise in inspect() where decode() would, and nowhere else",
+            ),
         ]
     return parts

@@ -117,7 +117,7 @@ class FileChecks(ModalityChecks):
 
     modality: Files
 
-    def prepared_as_read(self) -> None:
+    def prepares_as_it_reads(self) -> None:
         """A file by its path gives what its row gives."""
         super().prepares_as_it_reads()
         for value in self.values:
@@ -137,12 +137,12 @@ class FileChecks(ModalityChecks):
         whole = (self.root / self.values[0]).read_bytes()
         damaged = {"an empty file": b"", "a page of HTML": b"<!doctype html>", "half a file": whole[: len(whole) // 2]}
         for what, content in damaged.items():
-            refused = self.refuses(partial(self.look_at, content), f"look() at {what}")
-            assert refused, self.message(f"look() takes {what} for a value")
+            refused = self.refuses(partial(self.inspect, content), f"inspect() at {what}")
+            assert refused, self.message(f"inspect() takes {what} for a value")
 
-    def look_at(self, content: bytes) -> None:
-        """See `Files.look`."""
-        self.modality.look(content, "file", self.config)
+    def inspect(self, content: bytes) -> None:
+        """See `Files.inspect`."""
+        self.modality.inspect(content, "file", self.config)
 
     def decode(self, content: bytes) -> Any:
         """See `Files.decode`."""
@@ -154,7 +154,7 @@ class FileChecks(ModalityChecks):
         np.save(array, np.array([_Trap()], dtype=object), allow_pickle=True)
         for content in (bytes(ForkingPickler.dumps(_Trap())), array.getvalue()):
             _Trap.loaded = False
-            for action in (self.look_at, self.decode):
+            for action in (self.inspect, self.decode):
                 with suppress(MopefuseError):
                     action(content)
             assert not _Trap.loaded, self.message("a file with a pickle in it ran code of its own")
@@ -165,13 +165,13 @@ class FileChecks(ModalityChecks):
             refused = self.refuses(partial(self.read, value), f"read() of the path {value!r:.60}")
             assert refused, self.message(f"read() takes the path {value!r}")
 
-    def look(self) -> None:
-        """Whole files pass `look`."""
+    def inspects_whole_files(self) -> None:
+        """Whole files pass `inspect`."""
         for value in self.values:
             try:
-                self.look_at((self.root / value).read_bytes())
+                self.inspect((self.root / value).read_bytes())
             except MopefuseError as error:
-                raise AssertionError(self.message(f"look() refuses {value}, which decode() reads: {error}")) from error
+                raise AssertionError(self.message(f"inspect() refuses {value}, which decode() reads: {error}")) from error
 
 
 class _Trap:

@@ -23,7 +23,7 @@ from mopefuse.core.atomic_files import write_atomically
 from mopefuse.core.error_codes import NumericCode
 from mopefuse.core.tensor_files import read_tensors, write_tensors
 from mopefuse.data.base import Batch, DataSet
-from mopefuse.data.collate import Key, epoch_batches, process_share, seed_of
+from mopefuse.data.collate import Key, derive_seed, epoch_batches, process_share
 from mopefuse.errors import Interrupted, NumericError
 from mopefuse.evaluation.scoring import Evaluation, score, score_tuned
 from mopefuse.evaluation.split import model_outputs, prepare_samples
@@ -239,7 +239,7 @@ class Trainer:
         config, step = self.config, self.progress.step
         set_learning_rate(self.optimizer, factor(config.train, step, self.total))
         self.optimizer.zero_grad(set_to_none=True)
-        torch.manual_seed(seed_of(config.seed, step, distributed.rank()))
+        torch.manual_seed(derive_seed(config.seed, step, distributed.rank()))
         has_share = bool(process_share(global_batch, distributed.rank(), distributed.world_size()))
         loss = self._backward(batch, len(global_batch), has_share=has_share)
         parameters = self.model.named_trainable_parameters()

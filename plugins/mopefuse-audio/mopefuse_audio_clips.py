@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from mopefuse.config.schema import Data
 from mopefuse.errors import DataError
-from mopefuse.modalities.files import Files, Look
+from mopefuse.modalities.files import FileInfo, Files
 
 MOST = 300_000_000  # samples of a clip, all channels together: 100 minutes in stereo at 25 kHz
 _BLOCK = 1 << 20  # samples decoded at a time, to be looked at
@@ -99,10 +99,10 @@ class Audio(Files):
         """See `Files.decode`: the encoder says how much of it is heard."""
         return Clip(content, name, where)
 
-    def look(self, content: bytes, name: str, config: Data) -> Look:
-        """See `Files.look`."""
+    def inspect(self, content: bytes, name: str, config: Data) -> FileInfo:
+        """See `Files.inspect`."""
         Clip(content, name).check()
-        return Look()
+        return FileInfo()
 
     def blank_value(self) -> tuple[Samples, int]:
         """A second of silence."""
