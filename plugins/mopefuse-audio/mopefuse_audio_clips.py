@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,15 +29,15 @@ Samples = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Clip:
-    """A file of audio, not yet decoded.
+    """A file of audio, not yet decoded. Clips of the same content are equal.
 
     Args:
         content: of the file. name: as its row says it. where: file, line and id of the row.
     """
 
     content: bytes
-    name: str
-    where: str = ""
+    name: str = field(compare=False)
+    where: str = field(default="", compare=False)
 
     def start(self, seconds: float) -> tuple[Samples, int]:
         """Samples (T, channels) of the first seconds, and their rate.
@@ -114,17 +114,42 @@ class Audio(Files):
         return [(random.standard_normal(size).astype(np.float32), rate) for size, rate in sizes]
 
     def accepts(self, value: Any) -> bool:
-        """Paths, clips, and samples with their rate."""
-        return isinstance(value, str | Path | Clip) or (isinstance(value, tuple) and len(value) == 2)
+        """Accepts paths, clips, and samples with their rate."""
+        return isinstance(value, str | Path | Clip) or _is_samples(value)
+
+    def is_single(self, value: Any) -> bool:
+        """Whether it is a path, a clip, or samples with their rate; a tuple of two such values is a list."""
+        return isinstance(value, str | Path | Clip) or _is_samples(value)
+
+    def prepare(self, value: Any, *, where: str) -> Any:
+        """Read the file of a path, as for a row. A path is trusted: it may lie in any folder.
+
+        Raises:
+            DataError: the file cannot be read.
+        """
+        return clip_of(value, where=where) if isinstance(value, str | Path) else value
 
 
-def clip_of(path: str | Path) -> Clip:
+def _is_samples(value: Any) -> bool:
+    """Whether a value is a pair of samples and their rate in Hz."""
+    return (
+        isinstance(value, tuple)
+        and len(value) == 2
+        and not isinstance(value[0], str | Path | Clip | tuple)
+        and isinstance(value[1], int | float | np.number)
+    )
+
+
+def clip_of(path: str | Path, *, where: str = "") -> Clip:
     """The clip in a file.
+
+    Args:
+        where: the sample, for messages.
 
     Raises:
         DataError: the file cannot be read.
     """
     try:
-        return Clip(Path(path).read_bytes(), str(path))
+        return Clip(Path(path).read_bytes(), str(path), where)
     except OSError as error:
-        raise DataError(202, f"{path} cannot be read: {error.strerror}", fix="name a file of audio") from None
+        raise DataError(202, f"{path} cannot be read: {error.strerror}", where=where, fix="name a file of audio") from None

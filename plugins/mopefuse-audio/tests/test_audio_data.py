@@ -24,6 +24,7 @@ from mopefuse.config.schema import Data
 from mopefuse.data.load import load_data
 from mopefuse.errors import ConfigError, DataError
 from mopefuse.fusion.build import require_rows
+from mopefuse.testing import check_modality
 
 COUNTS = {"train": 6, "val": 4, "test": 4}
 SMALL = ("--device", "cpu", "--experts", "2", "--batch", "4", "--steps", "2")
@@ -259,3 +260,21 @@ def test_a_clip_may_not_be_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_blank_value_is_a_second_of_silence() -> None:
     samples, rate = Audio().blank_value()
     assert not samples.any() and len(samples) == rate
+
+
+def test_the_modality_keeps_the_contract(tmp_path: Path) -> None:
+    (tmp_path / "mono.wav").write_bytes(written(TONE))
+    (tmp_path / "stereo.flac").write_bytes(written(np.stack([TONE, -TONE], axis=1), format="FLAC"))
+    assert isinstance(check_modality("audio", values=["mono.wav", "stereo.flac"], root=tmp_path), Audio)
+
+
+def test_a_pair_of_samples_and_rate_is_one_value_and_a_pair_of_paths_is_two() -> None:
+    audio = Audio()
+    assert audio.is_single((TONE, 16000)) and audio.accepts((TONE, 16000))
+    assert not audio.is_single(("a.wav", "b.wav")) and not audio.accepts(("a.wav", "b.wav"))
+
+
+def test_a_path_that_cannot_be_read_names_the_sample(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be read") as caught:
+        Audio().prepare(tmp_path / "missing.wav", where="sample 3")
+    assert caught.value.where == "sample 3"
