@@ -176,7 +176,7 @@ def _fail(shared: int, case: int) -> int:
 
 
 @pytest.mark.process
-def test_a_process_that_fails_or_is_ended_says_so() -> None:
+def test_a_failed_or_killed_process_is_an_error() -> None:
     with pytest.raises(ValueError, match="as it is"):
         list(memory.in_fresh_processes(_build, _fail, (0,)))
     with pytest.raises(ResourceError, match="was killed"):

@@ -158,7 +158,7 @@ def test_a_kill_at_any_moment_of_a_save_loop_leaves_the_newest_whole(tmp_path: P
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
-def test_a_full_disk_is_told_with_what_is_free_and_keeps_what_was_there(tmp_path: Path, code: int) -> None:
+def test_a_full_disk_is_an_error_with_the_free_space_and_keeps_existing_files(tmp_path: Path, code: int) -> None:
     published(tmp_path / "a", "old")
 
     def write(folder: Path) -> None:
@@ -260,7 +260,7 @@ def test_a_manifest_cannot_name_what_is_outside(tmp_path: Path, name: str, monke
     assert "outside its folder" in refused(folder).what
 
 
-def test_a_newer_format_is_told_with_both_numbers(tmp_path: Path) -> None:
+def test_a_newer_format_is_an_error_with_both_versions(tmp_path: Path) -> None:
     change_manifest(published(tmp_path / "a"), format=FORMAT + 1)
     error = refused(tmp_path / "a")
     assert f"format {FORMAT + 1}" in error.what

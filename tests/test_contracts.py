@@ -197,7 +197,7 @@ def test_the_toy_method_keeps_the_contract() -> None:
 
 
 @pytest.mark.parametrize(("method", "what", "fix"), BROKEN_METHODS, ids=lambda value: getattr(value, "__name__", ""))
-def test_a_broken_method_is_told_what_where_and_how_to_mend_it(method: type[Fusion], what: str, fix: str) -> None:
+def test_a_broken_method_fails_with_what_where_and_a_fix(method: type[Fusion], what: str, fix: str) -> None:
     with pytest.raises(AssertionError) as caught:
         check_fusion(method)
     message, _, advice = str(caught.value).partition(" · fix: ")
@@ -205,7 +205,7 @@ def test_a_broken_method_is_told_what_where_and_how_to_mend_it(method: type[Fusi
     assert what in message and fix in advice
 
 
-def test_what_is_no_method_or_cannot_be_built_is_told() -> None:
+def test_a_method_that_is_not_a_subclass_or_cannot_be_built_fails() -> None:
     with pytest.raises(AssertionError, match="is not a subclass of Fusion · fix: derive"):
         check_fusion(nn.Linear)  # type: ignore[arg-type]
 
@@ -399,7 +399,7 @@ def test_the_toy_modalities_keep_the_contract(kind: type[Modality], check: Calla
 
 
 @pytest.mark.parametrize(("kind", "what", "fix"), BROKEN_MODALITIES, ids=lambda value: getattr(value, "__name__", ""))
-def test_a_broken_modality_is_told_what_where_and_how_to_mend_it(
+def test_a_broken_modality_fails_with_what_and_a_fix(
     kind: type[Modality], what: str, fix: str, check: Callable[[type[Modality]], Modality]
 ) -> None:
     with pytest.raises(AssertionError) as caught:
@@ -408,7 +408,7 @@ def test_a_broken_modality_is_told_what_where_and_how_to_mend_it(
     assert what in message and fix in advice
 
 
-def test_what_is_no_modality_and_files_without_a_folder_are_told(check: Callable[[type[Modality]], Modality]) -> None:
+def test_a_class_that_is_not_a_modality_and_files_without_a_folder_fail(check: Callable[[type[Modality]], Modality]) -> None:
     with pytest.raises(AssertionError, match=r"is not a subclass of mopefuse\.modalities\.base\.Modality"):
         check(Blob)  # type: ignore[arg-type]
     with pytest.raises(AssertionError, match="values are files · fix: give check_modality"):

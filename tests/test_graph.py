@@ -64,7 +64,7 @@ def build(name: str) -> Fusion:
 
 
 @pytest.mark.parametrize("name", matrix(PAIRS, ["BERT and ViT, joint router, two of four experts"]))
-def test_onnx_says_what_the_model_says(name: str, tmp_path: Path) -> None:
+def test_onnx_predicts_as_the_model_does(name: str, tmp_path: Path) -> None:
     model = build(name)
     sides = describe(model, tmp_path)
     images, texts = probe_pairs(sides)

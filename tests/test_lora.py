@@ -246,7 +246,7 @@ def test_the_encoder_stays_in_evaluation_mode_and_only_the_dropout_of_lora_drops
     assert torch.equal(answers(model.eval()), answers(model))
 
 
-def test_settings_of_lora_that_nothing_uses_are_told() -> None:
+def test_unused_lora_settings_give_a_notice() -> None:
     changed = {"lora": {"rank": 2}}
     assert "lora" in build(**changed).unused_sections()
     assert "lora" in build(method="late-concat", tune="probe", **changed).unused_sections()
@@ -335,7 +335,7 @@ def test_it_resumes_to_the_bit(run: tuple[Path, dict[str, Any]], pairs: Path, tm
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("form", matrix(["onnx", "pt2", "adapter"], ["pt2", "adapter"]))
-def test_what_is_exported_says_what_the_run_says(
+def test_an_export_predicts_as_the_run_does(
     run: tuple[Path, dict[str, Any]], form: str, pairs: Path, tmp_path: Path
 ) -> None:
     """The parity of a graph with the model is checked on export; here that the model had LoRA in it, and its metrics."""

@@ -59,7 +59,7 @@ def without(batch: Any, side: str, rows: list[int]) -> Any:
 
 
 @pytest.mark.parametrize("options", METHODS, ids=str)
-def test_an_answer_does_not_depend_on_what_is_missing_and_that_of_others_not_at_all(options: dict[str, Any]) -> None:
+def test_missing_values_change_only_the_predictions_of_their_own_rows(options: dict[str, Any]) -> None:
     model = heard(**options)
     whole = model.collate(images(4), TEXTS[:4])
     other = model.collate(images(4), [TEXTS[0], "something else", "8", TEXTS[3]])
@@ -137,7 +137,7 @@ def test_the_main_modality_is_needed_unless_the_model_was_trained_without() -> N
     assert refused.value.number == 143
 
 
-def test_either_answers_from_the_complementary_side_alone() -> None:
+def test_either_predicts_from_the_complementary_side_alone() -> None:
     model = heard(either=True)
     pictures = images(3)
     some = model(model.collate([pictures[0], None, pictures[2]], TEXTS[:3]))

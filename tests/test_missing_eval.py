@@ -83,7 +83,7 @@ def test_another_seed_or_checkpoint_takes_nothing_from_what_is_kept(run: Path) -
     assert "70 % of samples lack text" in (run / "report.html").read_text()
 
 
-def test_a_model_that_never_met_it_is_told_of(trained: Path) -> None:
+def test_a_model_never_trained_with_missing_modalities_gives_a_notice(trained: Path) -> None:
     done = call("eval", trained, "--missing", "text=1")
     assert done.returncode == 0 and "trained on complete samples only" in done.stderr, done.stderr
     for file in trained.glob("missing-test-*.json"):
@@ -144,7 +144,7 @@ def test_predict_answers_rows_with_holes_where_the_model_learned_to(pairs: Path,
     ]  # fmt: skip
 
 
-def test_a_bundle_that_was_not_trained_to_do_without_says_so(exported: Path) -> None:
+def test_a_bundle_not_trained_for_missing_modalities_raises_an_error(exported: Path) -> None:
     bundle = Bundle(exported)
     with pytest.raises(DataError) as caught:
         bundle.collate(images(2), ["a", None])

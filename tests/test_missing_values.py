@@ -236,7 +236,7 @@ def test_a_resumed_run_keeps_its_policy_and_columns(named: tuple[str, ...], data
     assert done.returncode == 0, done.stderr
 
 
-def test_what_two_splits_lack_is_no_leak(data: Path) -> None:
+def test_values_missing_in_two_splits_are_not_leaks(data: Path) -> None:
     for split in ("train", "test"):
         for number, row in enumerate((data / f"{split}.jsonl").read_text().splitlines()):
             change(data, split, number, text=f"{split} {json.loads(row)['id']}")
@@ -322,7 +322,7 @@ def test_an_exchange_moves_what_is_missing_too(data: Path) -> None:
 # -- from Python and in predictions
 
 
-def test_none_among_values_is_what_says_nothing() -> None:
+def test_none_among_values_becomes_the_blank_value() -> None:
     model = build_fusion(**READERS, num_labels=3, either=True)
     picture = Image.new("RGB", (20, 20), "red")
     found = model.collate([picture, None], [None, "a"])
@@ -354,7 +354,7 @@ def test_what_no_encoder_reads_can_be_left_out() -> None:
 
 
 @pytest.mark.parametrize("policy", ["error", "absent"])
-def test_a_run_answers_what_it_was_trained_to(policy: str, data: Path, tmp_path: Path) -> None:
+def test_a_run_predicts_what_it_was_trained_for(policy: str, data: Path, tmp_path: Path) -> None:
     where, run = {"path": str(data), "on_missing": policy}, tmp_path / "run"
     train(build_config({**READERS, "device": "cpu", "data": where, "train": {"max_steps": 1}}), run)
     image = {"img": "images/test-1.png"}

@@ -65,7 +65,7 @@ def test_every_row_names_an_image_that_is_there_and_every_image_is_named(
 
 
 @pytest.mark.parametrize(("kind", "tree", "options"), CASES)
-def test_dataset_json_says_what_was_made_of_what(
+def test_dataset_json_records_sources_and_results(
     kind: type[Source], tree: Tree, options: dict[str, Any], tmp_path: Path
 ) -> None:
     result = prepare(kind, tree(tmp_path / "source"), tmp_path / "made", options)
@@ -151,7 +151,7 @@ def test_links_within_the_source_and_to_the_source_are_followed(tmp_path: Path) 
     assert not (tmp_path / "made/dataset/0000001.jpeg").is_symlink()
 
 
-def test_what_is_no_regular_file_is_no_image(tmp_path: Path) -> None:
+def test_an_irregular_file_is_not_an_image(tmp_path: Path) -> None:
     source = mm_imdb(tmp_path / "source")
     (source / "dataset/0000001.jpeg").unlink()
     os.mkfifo(source / "dataset/0000001.jpeg")

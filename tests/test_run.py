@@ -75,14 +75,14 @@ def test_overwrite_and_resume_contradict_each_other(tmp_path: Path) -> None:
     assert run.exists()
 
 
-def test_a_folder_that_cannot_be_written_is_told_before_anything_slow(tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_an_error_before_anything_slow(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="not writable") as caught:
         RunFolder(tmp_path / "file" / "run").prepare(resume=False, overwrite=False)
     assert caught.value.code == "MF-CFG-21"
 
 
-def test_a_read_only_folder_is_told(tmp_path: Path) -> None:
+def test_a_read_only_folder_is_an_error(tmp_path: Path) -> None:
     """As somebody whom permissions bind, which root is not."""
     tmp_path.chmod(0o755)
     (tmp_path / "run").mkdir(mode=0o555)
@@ -342,7 +342,7 @@ WRITES = {"log": lambda run: run.log({"step": 1}), "save": lambda run: save(run,
 
 
 @pytest.mark.parametrize("write", WRITES)
-def test_a_folder_that_is_gone_is_told_and_not_made_again(tmp_path: Path, write: str) -> None:
+def test_a_removed_folder_is_an_error_and_not_recreated(tmp_path: Path, write: str) -> None:
     run = locked(tmp_path / "run")
     shutil.rmtree(tmp_path / "run")
     with pytest.raises(ResourceError, match="the run folder is gone") as caught:

@@ -188,7 +188,7 @@ def test_logits_in_a_file_are_those_in_memory(tmp_path: Path, monkeypatch: pytes
     assert not [*tmp_path.iterdir()], "the file has no name"
 
 
-def test_a_full_disk_under_waiting_logits_is_an_error_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_while_logits_are_spooled_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spool, "IN_MEMORY", 8)
     monkeypatch.setattr(spool, "BLOCK", 8)
 

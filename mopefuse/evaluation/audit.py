@@ -136,11 +136,9 @@ class Audit:
     def as_dict(self) -> dict[str, Any]:
         """Everything but the logits."""
         facts = ("split", "samples", "total", "metric", "modality", "read", "same", "verdict")
+        shown = ("name", "modality", "metrics", "changed", "lost", "low", "high")
         rows = [
-            {
-                name: getattr(condition, name)
-                for name in ("name", "modality", "metrics", "changed", "lost", "low", "high", "matters")
-            }
+            {**{name: getattr(condition, name) for name in shown}, "matters": condition.is_significant}
             for condition in self.conditions
         ]
         return {**{name: getattr(self, name) for name in facts}, "conditions": rows}

@@ -81,7 +81,7 @@ def call(*args: object) -> tuple[int, str, str]:
     return int(leaving.value.code or 0), out.getvalue(), err.getvalue()
 
 
-def test_clips_that_nobody_asked_for_can_be_left_out(tmp_path: Path) -> None:
+def test_clips_that_no_encoder_reads_can_be_left_out(tmp_path: Path) -> None:
     root = change(make(tmp_path / "data", "audio", "img", "text"), 0, audio=None)
     images = ("train", "--main", "tiny:vision", "--comp", "tiny:text", "--data", root, *SMALL)
     code, _, err = call(*images, "--out", tmp_path / "run")
@@ -245,7 +245,7 @@ def test_every_format_is_read(kind: str) -> None:
     ],
     ids=["empty", "HTML", "cut WAV", "cut FLAC", "no samples", "NaN"],
 )
-def test_what_is_no_clip_is_refused(content: bytes, said: str) -> None:
+def test_damaged_clips_are_refused(content: bytes, said: str) -> None:
     with pytest.raises(DataError, match=said) as caught:
         Clip(content, "a.wav").check()
     assert caught.value.code == "MF-DATA-200" and caught.value.what.startswith("a.wav ")
