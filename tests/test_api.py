@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import call, write_rows
+from conftest import call, matrix, write_rows
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -184,7 +184,7 @@ def test_a_row_that_lacks_a_modality_has_none_and_the_batch_says_so(pairs: Path,
     assert model(batch).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("context", matrix(["fork", "spawn"], ["fork"]))
 def test_data_workers_collate_what_the_main_process_does(pairs: Path, context: str) -> None:
     dataset, model = mopefuse.PairDataset(pairs, "train"), build()
     plain = DataLoader(dataset, batch_size=4, collate_fn=model.collate)
@@ -291,6 +291,7 @@ def test_a_saved_model_predicts_as_before(method: str, pairs: Path, tmp_path: Pa
     assert accuracy == pytest.approx(np.mean(right))
 
 
+@pytest.mark.process
 def test_the_command_line_takes_a_saved_model(pairs: Path, tmp_path: Path) -> None:
     dataset = mopefuse.PairDataset(pairs, "val")
     model = build(num_labels=None, labels=dataset.labels)

@@ -272,6 +272,7 @@ def test_phrases_that_every_split_has_are_not_leaks(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.process
 def test_a_split_smaller_than_the_processes_is_evaluated_exactly(tmp_path: Path) -> None:
     root = make_pairs(tmp_path / "data", counts={"train": 6, "val": 3, "test": 1})
     found = []

@@ -47,7 +47,8 @@ CLAIMS: dict[str, dict[str, str]] = {
         "test_converted::test_every_method_can_be_converted",
         "full": "test_converted::test_every_method_is_saved_whole "
         "test_converted::test_every_encoder_is_saved_whole "
-        "test_converted::test_methods_that_read_images_among_words_can_be_saved_and_converted",
+        "test_converted::test_methods_that_read_images_among_words_can_be_saved_and_converted "
+        "test_api::test_the_command_line_takes_a_saved_model",
     },
     "half precision and recomputed activations change no more than they must": {
         "quick": "test_autocast::test_every_method_runs_in_half_precision "
@@ -100,6 +101,7 @@ CLAIMS: dict[str, dict[str, str]] = {
         "quick": "test_distributed::test_two_processes_equal_one test_predict::test_several_processes_give_the_same_file "
         "test_distributed::test_a_process_whose_share_takes_longer_is_waited_for",
         "full": "test_distributed::test_one_process_speaks_for_all "
+        "test_bad_data::test_a_split_smaller_than_the_processes_is_evaluated_exactly "
         "test_distributed::test_the_others_wait_for_the_main_process_as_long_as_it_lives",
     },
     "evaluation is deterministic and repeats what training measured": {
@@ -110,7 +112,7 @@ CLAIMS: dict[str, dict[str, str]] = {
         "quick": "test_pt2::test_a_hostile_archive_is_refused_and_runs_nothing test_pt2::test_torch_alone_would_run_the_code "
         "test_artefacts::test_F_73_a_pickle_in_place_of_weights_runs_nothing "
         "test_artefacts::test_F_76_nothing_outside_is_opened test_layers::test_nothing_loads_pickles",
-        "full": "test_pt2::test_a_changed_archive_loads_or_is_refused",
+        "full": "test_pt2::test_a_changed_archive_loads_or_is_refused test_pt2::test_threads_load_archives_at_once",
     },
     "damage to an artefact is found and named": {
         "quick": "test_artefacts::test_F_75_one_flipped_bit_of_the_weights_is_found "
@@ -179,6 +181,7 @@ CLAIMS: dict[str, dict[str, str]] = {
     "rows may lack a modality, as the model was trained for": {
         "quick": "test_missing_eval::test_predict_answers_rows_with_holes_where_the_model_learned_to "
         "test_missing_values::test_a_value_that_is_not_there_is_what_the_policy_says",
+        "full": "test_missing_eval::test_bundles_predict_rows_with_holes_as_their_run_does",
     },
     "a plugin adds an encoder, a method, a modality or data, and a bad one harms nobody": {
         "quick": "test_plugin_docs::test_the_method_and_the_promptable_encoder_train_and_are_swapped "

@@ -126,22 +126,32 @@ def test_predict_answers_rows_with_holes_where_the_model_learned_to(pairs: Path,
     data = holes(pairs, tmp_path / "data", column="text")
     done = train(data, tmp_path / "run", "--on-missing", "absent", "--steps", 2)
     assert done.returncode == 0, done.stderr
-    assert call("export", tmp_path / "run", "--format", "onnx", "-o", tmp_path / "bundle").returncode == 0
-    assert call("export", tmp_path / "run", "--format", "pt2", "-o", tmp_path / "pt2").returncode == 0
-    found = [json.loads(call("eval", tmp_path / name, "--data", data, "--json").stdout) for name in ("run", "bundle", "pt2")]
-    for one in found[1:]:
-        assert one["metrics"] == pytest.approx(found[0]["metrics"], abs=1e-5)
-    asked = {name: call("predict", folder, data / "test.jsonl") for name, folder in
-             {"run": tmp_path / "run", "bundle": tmp_path / "bundle", "other": trained}.items()}  # fmt: skip
-    said = {name: [json.loads(line) for line in done.stdout.splitlines()] for name, done in asked.items()}
-    assert said["run"] and not any("error" in row for row in [*said["run"], *said["bundle"]])
-    assert sum("error" in row for row in said["other"]) == len(said["run"][::3])
-    for one, other in zip(said["run"], said["bundle"], strict=True):
-        assert one["probabilities"] == pytest.approx(other["probabilities"], abs=1e-4)
+    found = {
+        name: [json.loads(line) for line in call("predict", folder, data / "test.jsonl").stdout.splitlines()]
+        for name, folder in {"run": tmp_path / "run", "other": trained}.items()
+    }
+    assert found["run"] and not any("error" in row for row in found["run"])
+    assert sum("error" in row for row in found["other"]) == len(found["run"][::3])
     whole = [json.loads(line) for line in call("predict", tmp_path / "run", pairs / "test.jsonl").stdout.splitlines()]
-    assert [one["probabilities"] == other["probabilities"] for one, other in zip(said["run"], whole, strict=True)][:3] == [
-        False, True, True,
-    ]  # fmt: skip
+    same = [one["probabilities"] == other["probabilities"] for one, other in zip(found["run"], whole, strict=True)]
+    assert same[:3] == [False, True, True]
+
+
+@pytest.mark.process
+def test_bundles_predict_rows_with_holes_as_their_run_does(pairs: Path, tmp_path: Path) -> None:
+    data = holes(pairs, tmp_path / "data", column="text")
+    run = tmp_path / "run"
+    assert train(data, run, "--on-missing", "absent", "--steps", 2).returncode == 0
+    wanted = [json.loads(line)["probabilities"] for line in call("predict", run, data / "test.jsonl").stdout.splitlines()]
+    metrics = json.loads(call("eval", run, "--data", data, "--json").stdout)["metrics"]
+    for kind in ("onnx", "pt2"):
+        bundle = tmp_path / kind
+        assert call("export", run, "--format", kind, "-o", bundle).returncode == 0
+        rows = [json.loads(line) for line in call("predict", bundle, data / "test.jsonl").stdout.splitlines()]
+        for row, probabilities in zip(rows, wanted, strict=True):
+            assert row["probabilities"] == pytest.approx(probabilities, abs=1e-4)
+        found = json.loads(call("eval", bundle, "--data", data, "--json").stdout)["metrics"]
+        assert found == pytest.approx(metrics, abs=1e-5)
 
 
 def test_a_bundle_not_trained_for_missing_modalities_raises_an_error(exported: Path) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import pt2_cases
 import pytest
 import torch
-from conftest import TINY, call
+from conftest import TINY, call, matrix
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_export import reseal
@@ -77,7 +77,7 @@ def test_a_hostile_archive_is_refused_and_runs_nothing(
     assert not canary.exists()
 
 
-@pytest.mark.parametrize("name", pt2_cases.RUNS_CODE)
+@pytest.mark.parametrize("name", matrix(pt2_cases.RUNS_CODE, list(pt2_cases.RUNS_CODE)[:1]))
 def test_torch_alone_would_run_the_code(name: str, content: pt2_cases.Content, tmp_path: Path) -> None:
     """Else the test above would prove nothing."""
     hostile, canary = dict(content), tmp_path / "canary"
@@ -125,6 +125,7 @@ def test_a_small_archive_does_not_fill_the_memory(name: str, content: pt2_cases.
     tracemalloc.stop()
 
 
+@pytest.mark.process
 def test_threads_load_archives_at_once(pt2: Path) -> None:
     """torch deserialises one archive at a time, and raises an error for a second one."""
     with ThreadPoolExecutor(4) as pool:

@@ -289,7 +289,7 @@ def test_a_cell_terminated_from_outside_is_recorded_as_failed(file: Path, tmp_pa
                 ended.append(1)
                 multiprocessing.active_children()[0].terminate()
 
-    statuses = run_study(read_study(str(file), ["train.epochs=40"]), tmp_path / "out", listener=Kill())
+    statuses = run_study(read_study(str(file), ["train.epochs=10"]), tmp_path / "out", listener=Kill())
     assert [status.state for status in statuses] == [FAILED, FINISHED, FINISHED, FINISHED]
     assert statuses[0].error is not None
     assert statuses[0].error["code"] == "MF-RES-11"
