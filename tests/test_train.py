@@ -21,9 +21,10 @@ from mopefuse.config.schema import build_config
 from mopefuse.core.tensor_files import read_tensors
 from mopefuse.errors import ConfigError, DataError, Interrupted, MopefuseError, NumericError
 from mopefuse.runs.folder import RunFolder
+from mopefuse.training.listener import Listener, Progress
 from mopefuse.training.resume import resumed
 from mopefuse.training.train import train
-from mopefuse.training.trainer import Listener, Progress, Trainer
+from mopefuse.training.trainer import Trainer
 
 BASE: dict[str, Any] = {
     "main": "tiny:vision",
