@@ -4,12 +4,18 @@ import sys
 
 
 def main() -> None:
-    """Run the command line. Ctrl-C while it is still being imported exits quietly with code 130."""
+    """Run the command line.
+
+    Ctrl-C exits with code 130 and one line also where `mopefuse.cli.app` cannot: while it is imported, and before and after
+    it handles errors itself.
+    """
     try:
         from mopefuse.cli.app import main as run
+
+        run()
     except KeyboardInterrupt:
+        print("stopped: by Ctrl-C · fix: run the command again", file=sys.stderr)
         sys.exit(130)
-    run()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Write docs/cli.md: every command with its usage, arguments and options, from the Typer application itself.
+"""Write docs/cli.md: every command with its usage, arguments and options, from the Typer application itself, and the options
+that the built-in data sets declare.
 
 Run ``python scripts/cli_page.py`` after a change of a flag or its help; tests/test_docs.py fails while the page is out of date.
 """
@@ -12,6 +13,8 @@ from typing import Any
 import typer
 
 from mopefuse.cli.app import app
+from mopefuse.core.registry import DATASETS, OURS, available, distribution
+from mopefuse.data.options import declared_options
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "cli.md"
 HEAD = """# Command line
@@ -41,6 +44,18 @@ def section(path: str, command: Any) -> str:
     return f"\n## {path}\n\n```text\n{usage}\n```\n\n{_escape(command.help or '')}\n{table}"
 
 
+def data_sets() -> str:
+    """The options of each built-in data set."""
+    points = [claims[0] for claims in available(DATASETS).values() if distribution(claims[0]) == OURS]
+    rows = [
+        f"| `{point.name}` | `{option.flag}` | {_cell(option.help)}{_default(option.default)} |\n"
+        for point in points
+        for option in declared_options(point.load())
+    ]
+    intro = "`mopefuse data make NAME` and `mopefuse data prepare NAME` also take the options of NAME."
+    return f"\n## Options of data sets\n\n{intro}\n\n| data set | option | meaning |\n| --- | --- | --- |\n{''.join(rows)}"
+
+
 def _name(parameter: Any) -> str:
     """`-o, --out` of an option, `RUN` or `[INPUT]` of an argument; the same with every version of Typer."""
     if parameter.param_type_name == "option":
@@ -51,9 +66,12 @@ def _name(parameter: Any) -> str:
 
 
 def _meaning(parameter: Any) -> str:
-    default = getattr(parameter.default, "value", parameter.default)
-    known = isinstance(default, (str, int, float)) and not isinstance(default, bool)
-    return _cell(parameter.help or "") + (f" Default: `{default}`." if known else "")
+    return _cell(parameter.help or "") + _default(getattr(parameter.default, "value", parameter.default))
+
+
+def _default(value: Any) -> str:
+    known = isinstance(value, (str, int, float)) and not isinstance(value, bool)
+    return f" Default: `{value}`." if known else ""
 
 
 def _cell(text: str) -> str:
@@ -67,7 +85,7 @@ def _escape(text: str) -> str:
 def page() -> str:
     """The whole page."""
     command = typer.main.get_command(app)
-    return HEAD + "".join(section(path, found) for path, found in walk(command, "mopefuse"))
+    return HEAD + "".join(section(path, found) for path, found in walk(command, "mopefuse")) + data_sets()
 
 
 if __name__ == "__main__":

@@ -6,24 +6,54 @@
 from __future__ import annotations
 
 import argparse
+import base64
 import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from PIL import Image
+import altair as alt
+import vl_convert
 
 from mopefuse.training.demo import VARIANTS
 
-EXAMPLES = 4
+EXAMPLES, SIDE = 4, 130  # number of images, and their width in pixels
+RIGHT, WRONG, OTHERS, OURS = "#146c2e", "#b3261e", "#9aa0a6", "#1a73e8"
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Read the objects of a JSON-lines file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def example(demo: Path, question: dict[str, Any], answer: dict[str, Any]) -> alt.LayerChart:
+    """Draw an image with its question above it, and the model's answer below."""
+    right = answer["label"] == answer["true"]
+    share = answer["probabilities"][answer["label"]]
+    caption = f"{answer['label']}  ({100 * share:.0f} %)" + ("" if right else f", true: {answer['true']}")
+    image = base64.b64encode((demo / "digit-questions" / question["img"]).read_bytes()).decode()
+    row = alt.Data(values=[{"url": f"data:image/png;base64,{image}", "caption": caption}])
+    middle = alt.value(SIDE / 2)
+    picture = alt.Chart(row).mark_image(width=SIDE, height=SIDE, smooth=False).encode(url="url:N", x=middle, y=middle)
+    below = alt.Chart(row).mark_text(fontSize=14, color=RIGHT if right else WRONG).encode(
+        text="caption:N", x=middle, y=alt.value(SIDE + 14)
+    )
+    title = alt.TitleParams(_wrap(question["text"]), fontSize=11, fontWeight="normal", anchor="middle")
+    return (picture + below).properties(width=SIDE, height=SIDE, title=title)
+
+
+def accuracies(demo: Path) -> alt.LayerChart:
+    """Draw the test accuracy of every method as bars, the full method in another colour."""
+    metrics = {name: json.loads((demo / name / "metrics.json").read_text(encoding="utf-8"))["metrics"] for name in VARIANTS}
+    rows = [
+        {"method": VARIANTS[name][0], "accuracy": found["test"]["accuracy"], "ours": name == "conditional"}
+        for name, found in metrics.items()
+    ]
+    colour = alt.condition("datum.ours", alt.value(OURS), alt.value(OTHERS))
+    y = alt.Y("method:N", sort=None, axis=alt.Axis(title=None, ticks=False, domain=False, labelLimit=300))
+    x = alt.X("accuracy:Q", scale=alt.Scale(domain=[0, 1.1]), axis=None)
+    bars = alt.Chart(alt.Data(values=rows)).encode(x=x, y=y)
+    numbers = bars.mark_text(align="left", dx=4).encode(text=alt.Text("accuracy:Q", format=".0%"))
+    return (bars.mark_bar().encode(color=colour) + numbers).properties(width=150, height=SIDE, title="test accuracy")
 
 
 def draw(demo: Path, out: Path) -> None:
@@ -32,41 +62,19 @@ def draw(demo: Path, out: Path) -> None:
     answers = read_rows(demo / "conditional" / "predictions.jsonl")
     different = {questions[answer["id"]]["img"]: answer for answer in answers}  # the last question about each image
     chosen = list(different.values())[:: max(1, len(different) // EXAMPLES)][:EXAMPLES]
-    figure = plt.figure(figsize=(12, 2.6), dpi=150)
-    grid = figure.add_gridspec(1, EXAMPLES + 2, wspace=0.2, width_ratios=[1] * EXAMPLES + [1.8, 1.6])
-    for column, answer in enumerate(chosen):
-        axes = figure.add_subplot(grid[0, column])
-        question = questions[answer["id"]]
-        axes.imshow(Image.open(demo / "digit-questions" / question["img"]).convert("RGB"), interpolation="nearest")
-        axes.set_axis_off()
-        right = answer["label"] == answer["true"]
-        share = answer["probabilities"][answer["label"]]
-        axes.set_title(_wrap(question["text"]), fontsize=8)
-        caption = f"{answer['label']}  ({100 * share:.0f} %)" + ("" if right else f", true: {answer['true']}")
-        colour = "#146c2e" if right else "#b3261e"
-        axes.text(0.5, -0.08, caption, transform=axes.transAxes, ha="center", va="top", fontsize=10, color=colour)
-    axes = figure.add_subplot(grid[0, EXAMPLES + 1])
-    names = list(VARIANTS)[::-1]
-    found = [json.loads((demo / name / "metrics.json").read_text())["metrics"]["test"]["accuracy"] for name in names]
-    bars = axes.barh([VARIANTS[name][0] for name in names], found, color=["#9aa0a6"] * (len(names) - 1) + ["#1a73e8"])
-    axes.bar_label(bars, [f"{100 * value:.0f} %" for value in found], padding=3, fontsize=8)
-    axes.set_xlim(0, 1.1)
-    axes.set_xticks([])
-    axes.tick_params(axis="y", labelsize=8, length=0)
-    axes.set_title("test accuracy", fontsize=9)
-    for side in ("top", "right", "bottom"):
-        axes.spines[side].set_visible(False)
+    examples = [example(demo, questions[answer["id"]], answer) for answer in chosen]
+    figure = alt.hconcat(*examples, accuracies(demo), spacing=24, background="white").configure_view(stroke=None)
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, bbox_inches="tight", facecolor="white")
+    out.write_bytes(vl_convert.vegalite_to_png(figure.to_json(), scale=2))
 
 
-def _wrap(text: str, width: int = 22) -> str:
+def _wrap(text: str, width: int = 22) -> list[str]:
     lines = [""]
     for word in text.split():
         if len(lines[-1]) + len(word) >= width:
             lines.append("")
         lines[-1] = f"{lines[-1]} {word}".strip()
-    return "\n".join(lines)
+    return lines
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 from mopefuse.config.schema import build_config
 from mopefuse.core.artifact import dump_json
+from mopefuse.training.listener import Listener, Progress
 from mopefuse.training.train import train
-from mopefuse.training.trainer import Listener, Progress
 
 
 class Clock(Listener):

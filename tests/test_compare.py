@@ -295,6 +295,7 @@ def test_of_runs_on_different_data_the_largest_group_is_compared(folder: Path, t
         f"left out: {multi} was tested on other samples than {first}",
     ]
     assert f"left out: {fewer} was tested on other samples" in call("compare", *named).stderr
+    assert list(compare(named).notices) == found["notices"], "the command line adds nothing of its own"
     twice = train(tmp_path / "fewer", tmp_path / "runs" / "twice", "--seed", "1")
     found = json.loads(call("compare", *named, twice, folder / "text-1", "--against", fewer, "--json").stdout)
     assert [run for row in found["rows"] for run in row["runs"]] == [str(fewer), str(twice)], "the group of the baseline"

@@ -11,9 +11,9 @@ from conftest import code_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mopefuse.config.recipe import parse_set, read_recipe, read_yaml, resolve, to_yaml
+from mopefuse.config.recipe import parse_set, read_recipe, read_yaml, resolve, saved_config, to_yaml
 from mopefuse.config.schema import OFFICIAL, RunConfig, build_config, known_keys
-from mopefuse.errors import ConfigError
+from mopefuse.errors import CheckpointError, ConfigError
 
 BASE = {"main": "tiny:vision", "comp": "tiny:text"}
 
@@ -220,6 +220,15 @@ def test_yaml_that_is_not_plain_data_is_refused_with_its_place(
         read_recipe(path)
     assert problem in caught.value.what
     assert f"{path}{place}" in caught.value.where
+
+
+def test_a_saved_configuration_that_cannot_be_read_is_damage_and_not_a_recipe(tmp_path: Path) -> None:
+    path = recipe(tmp_path, b"a: \xff")
+    with pytest.raises(CheckpointError, match="is damaged: ") as caught:
+        saved_config(path)
+    assert (caught.value.code, caught.value.where) == ("MF-CKPT-03", str(path))
+    path.write_text(to_yaml(resolve(flags=BASE)))
+    assert saved_config(path) == resolve(flags=BASE)
 
 
 def test_a_python_tag_runs_nothing(tmp_path: Path) -> None:

@@ -23,8 +23,8 @@ from mopefuse.data.pictures import pictures
 from mopefuse.encoders.base import create_encoder, run_frozen
 from mopefuse.modalities import base as modality
 from mopefuse.modalities.files import Files, inspect_files
+from mopefuse.training.listener import Listener
 from mopefuse.training.train import train
-from mopefuse.training.trainer import Listener
 
 CPU = torch.device("cpu")
 

@@ -13,6 +13,7 @@ import typer
 from conftest import TINY, call
 from typer.testing import CliRunner
 
+from mopefuse.__main__ import main as start_command
 from mopefuse.cli.app import app
 from mopefuse.cli.settings import add_command
 from mopefuse.config import flags
@@ -216,13 +217,32 @@ def test_swap_encoder_reports_it_too(trained: Path, tmp_path: Path) -> None:
 # -- Ctrl-C
 
 
-def test_ctrl_c_while_the_command_line_is_imported_is_quiet(tmp_path: Path) -> None:
-    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt\n")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
-    done = subprocess.run(
-        [sys.executable, "-m", "mopefuse", "doctor"], env=environment, capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+@pytest.mark.parametrize(
+    ("module", "start"),
+    [
+        ("typer", ("-m", "mopefuse")),
+        ("rich", ("-c", "from mopefuse.__main__ import main; main()")),  # while a command runs; started as when installed
+    ],
+)
+def test_ctrl_c_while_something_is_imported_is_one_line(module: str, start: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / f"{module}.py").write_text("raise KeyboardInterrupt\n")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path]), "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, *start, "plugins", "list"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (130, "", 1)
+    assert done.stderr.startswith("stopped: by Ctrl-C")
+
+
+def test_ctrl_c_before_errors_are_handled_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mopefuse.cli.app.guard_imports", interrupted)
+    with pytest.raises(SystemExit) as left:
+        start_command()
+    assert (left.value.code, capsys.readouterr().err.count("\n")) == (130, 1)
 
 
 def test_ctrl_c_before_typer_begins_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

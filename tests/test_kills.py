@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from conftest import call, make_pairs, matrix
+from forks import end_of, fork
 from PIL import Image
 from prepare_cases import food101
 from test_study import write_study
@@ -28,7 +29,6 @@ from mopefuse.data.collate import Samples
 from mopefuse.data.digit_questions import make
 from mopefuse.data.load import load_data
 from mopefuse.encoders.base import create_encoder
-from mopefuse.errors import MopefuseError
 from mopefuse.studies.compare import study_facts
 from mopefuse.studies.study import run_study
 from mopefuse.studies.study_file import STUDY_FILE, read_study
@@ -37,25 +37,6 @@ from mopefuse.training.train import train
 MOMENTS = (0, 1, 2, 3, 5, 7, 10, 14, 19, 25, 32, 40, 60, 90, 130, 200)
 _CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.symlink"}
 Action = Callable[[], Any]
-
-
-def fork(action: Action) -> int:
-    """Do something in a child that shares what is imported; its process number. Its exit code is 0, or the error's."""
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        action()
-        code = 0
-    except MopefuseError as error:
-        code = error.exit_code
-    finally:
-        os._exit(code)
-
-
-def end_of(child: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def die_at(moment: int, watched: Path) -> None:

@@ -162,8 +162,8 @@ MAY_NAME_THEM = {  # modalities are data: all others ask `mopefuse.modalities.ba
     "data.findings": "the key of --json output that names a file",
     "cli.predict": "--image and --text",
     "fusion.mmbt": "a method that is defined for an image and a text",
-    **dict.fromkeys(("data._source", "data.food101", "data.prepare", "data.digit_questions"), "written in the native format"),
-    **dict.fromkeys(("cli.data", "cli._prepare_display", "bench.loader"), "written in the native format"),
+    **dict.fromkeys(("data.food101", "data.prepare", "data.digit_questions"), "written in the native format"),
+    **dict.fromkeys(("cli._prepare_display", "bench.loader"), "written in the native format"),
     **dict.fromkeys(
         ("export.bundle_maker", "inference.bundle_facts", "export.graph", "inference.bundle", "export.verify"),
         "the format of bundles, whose inputs are pixels and tokens",

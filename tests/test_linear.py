@@ -20,8 +20,8 @@ from mopefuse.errors import ConfigError
 from mopefuse.fusion._design import Design, Side, statistics
 from mopefuse.fusion.regression import FitSettings, Fold, Regression, fit_heads, fit_regression
 from mopefuse.runs.folder import RunFolder
+from mopefuse.training.listener import Listener
 from mopefuse.training.train import train
-from mopefuse.training.trainer import Listener
 
 SPECS = {"main": "tiny:vision", "comp": "tiny:text"}
 FEATURES = ("concat", "main", "comp", "average")

@@ -98,12 +98,14 @@ def test_the_data_set_is_prepared(tmp_path: Path, here: pytest.MonkeyPatch) -> N
     lines = []
     for number, split in enumerate(("train", "train", "val", "test", "test")):
         Image.new("RGB", (20, 20), (50 * number, 0, 0)).save(source / "images" / f"{number}.png")
-        lines.append(f"{split}\t{number}.png\t{'ab'[number % 2]}\t{'' if number == 4 else 'a caption'}\n")
+        lines.append(f"{split}\t{number}.png\t{'ab'[number % 2]}\t{'' if number == 4 else 'A caption'}\n")
     (source / "captions.tsv").write_text("".join(lines))
-    done = call("data", "prepare", "captions", source, tmp_path / "dest", "--json")
+    assert "--lower" in call("data", "prepare", "captions", "--help").stdout
+    done = call("data", "prepare", "captions", source, tmp_path / "dest", "--lower", "--json")
     assert done.returncode == 0, done.stderr
     written = {split: (tmp_path / "dest" / f"{split}.jsonl").read_text() for split in ("train", "val", "test")}
     assert {split: text.count("\n") for split, text in written.items()} == {"train": 2, "val": 1, "test": 1}
+    assert all(json.loads(line)["text"] == "a caption" for text in written.values() for line in text.splitlines())
     assert "no caption" in (tmp_path / "dest" / "skipped.jsonl").read_text()
 
 

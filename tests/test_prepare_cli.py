@@ -17,7 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from prepare_cases import SNLI_VE_SKIPPED, food101, mm_imdb, pair, snli_ve
 
-from mopefuse.data.prepare import prepare
+from mopefuse.data.prepare import Option, prepare
 from mopefuse.data.snli_ve import LABELS, SNLIVE, Pair, read_pair
 
 
@@ -90,6 +90,11 @@ def test_splits_that_are_published_together_have_a_row_of_their_own(tmp_path: Pa
         (("make", "food101", "DEST"), 4, "fix: mopefuse data prepare food101 SOURCE DEST"),
         (("prepare", "digit-questions", "SOURCE", "DEST"), 4, "fix: mopefuse data make digit-questions DEST"),
         (("prepare", "snli", "SOURCE", "DEST"), 3, "did you mean snli-ve"),
+        (("prepare", "snli", "SOURCE", "DEST", "--premise"), 3, "did you mean snli-ve"),
+        (("prepare", "snli-ve", "SOURCE", "DEST", "--premises"), 4, "fix: did you mean --premise?"),
+        (("prepare", "snli-ve", "SOURCE", "DEST", "--image", "copy"), 4, "fix: did you mean --images?"),
+        (("prepare", "food101", "SOURCE", "DEST", "--text", "pages"), 4, "fix: use page or title"),
+        (("make", "digit-questions", "DEST", "--train", "0"), 2, "--train"),
         (("prepare", "snli-ve", "SOURCE", "DEST", "--clean"), 4, "fix: remove it; snli-ve has the options --premise"),
         (("prepare", "food101", "SOURCE", "DEST", "--premise"), 4, "food101 has no option --premise"),
         (("prepare", "mm-imdb", "SOURCE", "DEST", "--seed", "0"), 4, "mm-imdb has no options"),
@@ -109,6 +114,24 @@ def test_what_does_not_fit_is_one_line_that_says_what_does(
     assert (done.returncode, done.stdout) == (code, "")
     assert said_ in done.stderr and "Traceback" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["SOURCE"]
+
+
+def test_options_are_those_of_the_data_set(tmp_path: Path) -> None:
+    listed = {name: call("data", "prepare", name, "--help").stdout for name in ("food101", "snli-ve", "mm-imdb")}
+    flags = ("--text", "--clean", "--val", "--seed", "--premise")
+    found = {name: [flag for flag in flags if flag in text] for name, text in listed.items()}
+    assert found == {"food101": ["--text", "--clean", "--val", "--seed"], "snli-ve": ["--premise"], "mm-imdb": []}
+    done = call("data", "make", "digit-questions", tmp_path / "made", "--train", 3, "--val", 2, "--test", 1, "--json")
+    assert said(done)["rows"] == {"train": 3, "val": 2, "test": 1}
+    before_the_name = call("data", "prepare", "--premise", "snli-ve", snli_ve(tmp_path / "source"), tmp_path / "dest", "--json")
+    assert said(before_the_name)["options"] == {"premise": True}
+
+
+def test_an_option_that_the_command_has_already_is_an_error_of_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SNLIVE, "declared_options", (Option("images", 1, "Something else."),))
+    done = call("data", "prepare", "snli-ve", "SOURCE", "DEST")
+    assert done.returncode == 9
+    assert "the data set 'snli-ve' declares the option --images, which the command has already" in done.stderr
 
 
 def test_preparing_imports_no_torch(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from test_train import StopAt, assert_same_run, config, data, log
 
 from mopefuse.errors import Interrupted, ResourceError
 from mopefuse.runs.folder import RunFolder
+from mopefuse.training.listener import Listener, Progress
 from mopefuse.training.train import train
-from mopefuse.training.trainer import Listener, Progress
 
 __all__ = ["data"]  # the fixture
 

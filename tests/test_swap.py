@@ -18,9 +18,9 @@ from mopefuse.config.schema import build_config
 from mopefuse.fusion.build import build_model
 from mopefuse.runs.folder import RunFolder
 from mopefuse.training.inherit import inherit
+from mopefuse.training.listener import Listener
 from mopefuse.training.swap import swap_encoder
 from mopefuse.training.train import train
-from mopefuse.training.trainer import Listener
 
 SMALL = "timm:vit_tiny?pretrained=false&img_size=32&patch_size=16&depth=2&embed_dim=48&num_heads=4"
 DEEPER = SMALL.replace("depth=2", "depth=3")

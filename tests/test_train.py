@@ -16,14 +16,16 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_pairs, matrix
+from forks import end_of, fork, has_ended
 
 from mopefuse.config.schema import build_config
 from mopefuse.core.tensor_files import read_tensors
 from mopefuse.errors import ConfigError, DataError, Interrupted, MopefuseError, NumericError
 from mopefuse.runs.folder import RunFolder
+from mopefuse.training.listener import Listener, Progress
 from mopefuse.training.resume import resumed
 from mopefuse.training.train import train
-from mopefuse.training.trainer import Listener, Progress, Trainer
+from mopefuse.training.trainer import Trainer
 
 BASE: dict[str, Any] = {
     "main": "tiny:vision",
@@ -134,20 +136,19 @@ def test_ctrl_c_in_the_test_after_the_last_step_loses_nothing(
 
 def start_fork(settings: Any, run: Path) -> int:
     """Train in a child that shares what is imported; its process id. Its exit code is 0 if it came to the end."""
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        train(settings, run, resume=True)
-        code = 0
-    finally:
-        os._exit(code)
+    return fork(lambda: train(settings, run, resume=True))
+
+
+def test_a_child_that_fails_shows_why(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    child = start_fork(config(tmp_path / "nowhere"), tmp_path / "run")
+    assert end_of(child) == 4
+    printed = capfd.readouterr().err
+    assert "Traceback" in printed and "DataError" in printed
 
 
 def wait_for_lines(file: Path, count: int, child: int) -> None:
     """Until a file has so many lines, or the process has ended: how fast the machine is decides nothing."""
-    while os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+    while not has_ended(child):
         if file.exists() and file.read_bytes().count(b"\n") >= count:
             return
         time.sleep(0.005)
@@ -165,7 +166,7 @@ def test_killed_at_random_moments_and_resumed_it_ends_bit_equal(data: Path, tmp_
             wait_for_lines(tmp_path / "parts" / "metrics.jsonl", (kills_by_step or [0])[-1] + moments.randint(0, 4), child)
             time.sleep(moments.uniform(0, 0.05))
             os.kill(child, signal.SIGKILL)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        status = end_of(child)
         if status == 0:
             break
         assert status == -signal.SIGKILL
@@ -358,6 +359,7 @@ def test_a_group_signal_does_not_kill_the_data_workers(data: Path, tmp_path: Pat
 def test_a_log_of_a_killed_run_without_a_checkpoint_is_not_appended_to(data: Path, tmp_path: Path) -> None:
     child = start_fork(config(data, train__epochs=2000), tmp_path / "run")
     while not any(line["step"] >= 2 for line in log(tmp_path / "run")):
+        assert not has_ended(child), "training failed"
         time.sleep(0.005)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)

@@ -13,7 +13,7 @@ from mopefuse.core import distributed
 from mopefuse.core.error_codes import ConfigCode
 from mopefuse.core.formatting import several, visible
 from mopefuse.errors import ConfigError
-from mopefuse.training.trainer import Listener, Progress
+from mopefuse.training.listener import Listener, Progress
 
 _LINE_EVERY = 10.0  # seconds between plain lines
 

@@ -38,8 +38,6 @@ def compare(
     Example:
       mopefuse compare runs/* --against runs/linear
     """
-    from dataclasses import replace
-
     from mopefuse.core.atomic_files import check_file, write_atomically
     from mopefuse.errors import ConfigError, did_you_mean
 
@@ -56,9 +54,7 @@ def compare(
     from mopefuse.cli._render import print_json
     from mopefuse.studies.compare import compare as run_comparison
 
-    chosen, notices = _on_the_same_data(runs, against)
-    found = run_comparison(chosen, against=against, metric=metric)
-    found = replace(found, notices=(*notices, *found.notices))
+    found = run_comparison(runs, against=against, metric=metric)
     splits = ("val", "test") if val else ("test",)
     if out is not None:
         write_atomically(out, WRITERS[format_](found, splits))
@@ -68,33 +64,3 @@ def compare(
         show(found, f"test split, {found.samples} samples", splits)
     elif out is None:
         print(WRITERS[format_](found, splits), end="")
-
-
-def _on_the_same_data(paths: list[Path], against: str | None) -> tuple[list[Path], list[str]]:
-    """The largest group of runs that were tested on the same samples and labels, or the group of the run `against`.
-
-    Returns:
-        Those paths, with all that are no finished runs, and a notice for each run that is left out. All paths where no two
-        runs were tested on the same data, which is an error of the comparison.
-    """
-    from mopefuse.runs.folder import RunFolder
-
-    groups: dict[tuple[str, ...], list[Path]] = {}
-    for path in dict.fromkeys(paths):
-        run = RunFolder(path)
-        if run.exists() and run.metrics_file.is_file():
-            facts = run.manifest()
-            groups.setdefault((str(facts["labels"]), str(facts["data"].get("test"))), []).append(path)
-    largest = max(groups.values(), key=len, default=[])
-    kept = next((group for group in groups.values() if against is not None and Path(against) in group), largest)
-    if len(groups) < 2 or len(kept) < 2:
-        return paths, []
-    labels, _ = next(key for key, group in groups.items() if group is kept)
-    notices = [
-        f"left out: {path} was tested on other {'labels' if key[0] != labels else 'samples'} than {kept[0]}"
-        for key, group in groups.items()
-        if group is not kept
-        for path in group
-    ]
-    left_out = {path for group in groups.values() if group is not kept for path in group}
-    return [path for path in paths if path not in left_out], notices

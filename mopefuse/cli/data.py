@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from mopefuse.cli import data_cache, data_check
+from mopefuse.cli._data_set_options import DataSetCommand, given_options
 from mopefuse.cli.options import Json, Seed
 from mopefuse.cli.settings import add_command
 from mopefuse.core.error_codes import DataCode
@@ -26,9 +27,12 @@ def group() -> None:
     """Check, preview, prepare and generate data sets."""
 
 
-@app.command("make")
+@app.command("make", cls=DataSetCommand)
 def make(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="digit-questions, or a data set of a plugin.")],
+    ctx: typer.Context,
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="Data set, such as digit-questions. NAME --help lists its options.")
+    ],
     folder: Target,
     seed: Seed = 0,
     json: Json = False,
@@ -54,31 +58,22 @@ def make(
             where=name,
             fix=fix,
         )
-    counts = maker(folder, seed=seed)
+    counts = maker(folder, seed=seed, **given_options(ctx))
     if json:
         print_json({"ok": True, "folder": str(folder), "rows": counts})
         return
     table(str(folder), ["split", "rows"], [[split, f"{number:,}"] for split, number in counts.items()])
 
 
-@app.command("prepare")
+@app.command("prepare", cls=DataSetCommand)
 def prepare(
+    ctx: typer.Context,
     name: Annotated[
-        str, typer.Argument(metavar="NAME", help="food101, mm-imdb, snli-ve, or a data set of a plugin.")
+        str,
+        typer.Argument(metavar="NAME", help="Data set, such as food101, mm-imdb or snli-ve. NAME --help lists its options."),
     ],
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder with the files as published.")],
     dest: Target,
-    text: Annotated[
-        str | None, typer.Option(metavar="page|title", help="food101: text to use. Default: the only one that the files have.")
-    ] = None,
-    clean: Annotated[bool, typer.Option("--clean", help="food101: keep only the words of a text, in lower case.")] = False,
-    premise: Annotated[bool, typer.Option("--premise", help="snli-ve: put the caption before the hypothesis.")] = False,
-    val: Annotated[
-        int | None, typer.Option(min=1, help="food101: rows to hold out as val. Default: 5000, or a fifth if there are few.")
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(min=0, max=2**63 - 1, help="food101: random seed of the held-out rows. Default: 0.")
-    ] = None,
     images: Annotated[
         str, typer.Option(metavar="link|copy", help="Link images (with hard links where possible), or copy them.")
     ] = "link",
@@ -102,10 +97,8 @@ def prepare(
     if not _is_source(kind):
         fix = f"mopefuse data make {name} {dest}"
         raise DataError(DataCode.MADE_NOT_PREPARED, f"{name} is generated, not prepared from files", where=name, fix=fix)
-    given = {"text": text, "clean": clean or None, "premise": premise or None, "val": val, "seed": seed}
-    options = {key: value for key, value in given.items() if value is not None}
     with PrepareDisplay(silent=json) as display:
-        about = run(kind, source, dest, options, images=images, advance=display.advance)
+        about = run(kind, source, dest, given_options(ctx), images=images, advance=display.advance)
     if json:
         print_json({"ok": True, "folder": str(dest), **about})
     else:

@@ -35,6 +35,8 @@ _NEEDS = {  # type of a pydantic error to what the setting needs
     "string_type": "a text",
     "literal_error": "{expected}",
     "tuple_type": "a list",
+    "list_type": "a list",
+    "too_short": "at least {min_length} value",
     "dict_type": "a mapping",
 }
 
@@ -175,7 +177,7 @@ def _problems(details: list[Any], model: Model, values: dict[str, Any], names: M
         elif isinstance(got, dict):
             problems.append(f"{name}: {_lower(detail['msg'].removeprefix('Value error, '))}")
         else:
-            start = f"{name}: got {_short(got)}; needs"
+            start = f"{name}: got {shortened(got)}; needs"
             problems += [] if start in needs else [start]
             needs.setdefault(start, []).append(_describe_need(detail, model, path))
     return [f"{text} {' or '.join(dict.fromkeys(needs[text]))}" if text in needs else text for text in problems]
@@ -193,6 +195,11 @@ def _describe_need(detail: Any, model: Model, path: Path) -> str:
     """What a setting needs, after the word "needs"."""
     if detail["type"] == "string_pattern_mismatch":
         return str(field_at(model, path).description).rpartition(": ")[2]
+    return need(detail)
+
+
+def need(detail: Any) -> str:
+    """What the value that a pydantic error is about would have to be, after the word "needs"."""
     context = {key: f"{value:g}" if isinstance(value, float) else value for key, value in detail.get("ctx", {}).items()}
     if detail["type"] in _NEEDS:
         return _NEEDS[detail["type"]].format(**context)
@@ -217,6 +224,7 @@ def _near_choice(detail: Any) -> list[str]:
     return similar_names(str(detail["input"]), re.findall("'([^']*)'", detail["ctx"]["expected"]), most=1)
 
 
-def _short(value: Any) -> str:
+def shortened(value: Any) -> str:
+    """A value as Python writes it, cut after 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}…"

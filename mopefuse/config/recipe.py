@@ -97,22 +97,22 @@ def read_yaml(text: str, source: str) -> Any:
         ) from None
 
 
-def read_recipe(path: Path) -> dict[str, Any]:
-    """Read the settings of a recipe file.
+def read_recipe(path: Path, *, saved: bool = False) -> dict[str, Any]:
+    """Read the settings of a recipe file, or those that were saved with a run, an adapter or a bundle.
 
     Raises:
         ConfigError: no such file, not a regular one, not UTF-8, not YAML, or not a mapping.
+        CheckpointError: a `saved` file cannot be read.
     """
     try:
         text = read_regular(path).decode("utf-8-sig")
     except (UnicodeDecodeError, OSError) as error:
+        if saved:
+            what = f"{path.name} is damaged: {error}"
+            raise CheckpointError(CheckpointCode.CONTENT_DAMAGED, what, where=str(path), fix="use another copy") from None
         raise ConfigError(
             ConfigCode.RECIPE_UNREADABLE, f"cannot read the recipe: {error}", where=str(path), fix="name a readable UTF-8 file"
         ) from None
-    return _settings(text, path)
-
-
-def _settings(text: str, path: Path) -> dict[str, Any]:
     values = read_yaml(text, str(path))
     if values is None:
         return {}
@@ -126,19 +126,13 @@ def _settings(text: str, path: Path) -> dict[str, Any]:
     return values
 
 
-def read_saved(path: Path) -> dict[str, Any]:
-    """Read the settings that were saved with a run, an adapter or a bundle.
+def saved_config(path: Path) -> RunConfig:
+    """The configuration that was saved with a run, an adapter or a bundle.
 
     Raises:
-        CheckpointError: the file cannot be read. ConfigError: not YAML, or not a mapping.
+        CheckpointError: the file cannot be read. ConfigError: not YAML, or settings that are invalid.
     """
-    try:
-        text = read_regular(path).decode("utf-8-sig")
-    except (UnicodeDecodeError, OSError) as error:
-        raise CheckpointError(
-            CheckpointCode.CONTENT_DAMAGED, f"{path.name} is damaged: {error}", where=str(path), fix="use another copy"
-        ) from None
-    return _settings(text, path)
+    return build_config(read_recipe(path, saved=True), source=str(path))
 
 
 def parse_set(assignments: Iterable[str]) -> dict[str, Any]:

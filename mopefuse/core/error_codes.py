@@ -333,6 +333,7 @@ class PluginCode(ErrorCode):
     NO_PARENT_FOLDER = 11
     ENCODER_FAILED = 12
     NOT_AN_ENCODER = 13
+    OPTION_NAME_TAKEN = 350
 
 
 @unique

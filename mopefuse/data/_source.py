@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from mopefuse.core.error_codes import DataCode
 from mopefuse.data._source_files import SourceFolder
+from mopefuse.data.options import Option, complete
 from mopefuse.errors import DataError
 
 _FILE_NAME = re.compile("[^/\\\\\0\ud800-\udfff]+")
@@ -42,7 +43,7 @@ class Source(ABC):
         inputs: names of the files and folders that are read, directly below the source folder.
         layout: the files that it needs, for messages.
         published: number of rows by split, or by a sum of splits (``train+val``), and who published it.
-        defaults: the options and their default values; on the command line they are ``--<option>``.
+        declared_options: the options that it takes; on the command line they are ``--<name>``.
         labels: in their order, if the data set has a fixed list; written to labels.txt.
         splits: that `rows` can read. Without "val", the option ``val`` is the number of rows of "train" to hold out.
         folder: the source folder.
@@ -55,7 +56,7 @@ class Source(ABC):
     inputs: ClassVar[tuple[str, ...]]
     layout: ClassVar[str]
     published: ClassVar[Mapping[str, tuple[int, str]]] = {}
-    defaults: ClassVar[Mapping[str, Any]] = {}
+    declared_options: ClassVar[tuple[Option, ...]] = ()
     labels: ClassVar[tuple[str, ...]] = ()
     splits: ClassVar[tuple[str, ...]] = ("train", "val", "test")
 
@@ -67,7 +68,7 @@ class Source(ABC):
         """
         self.folder = folder
         self.given = dict(options)
-        self.options = complete(type(self), options)
+        self.options = complete(self.name, self.declared_options, options)
 
     @abstractmethod
     def rows(self, split: str) -> Iterator[Sample | Skip]:
@@ -88,25 +89,6 @@ class Source(ABC):
             where=str(self.folder.root),
             fix=f"provide {self.layout}",
         )
-
-
-def complete(kind: type[Source], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Complete the options of a reader with its defaults.
-
-    Raises:
-        DataError: an option is unknown, or its value has the wrong type.
-    """
-    known = ", ".join(f"--{key}" for key in kind.defaults)
-    for key, value in options.items():
-        if key not in kind.defaults:
-            fix = f"remove it; {kind.name} has the options {known}" if known else f"remove it; {kind.name} has no options"
-            raise DataError(DataCode.UNKNOWN_PREPARE_OPTION, f"{kind.name} has no option --{key}", where=f"--{key}", fix=fix)
-        default = kind.defaults[key]
-        expected = str if default is None else type(default)
-        if type(value) is not expected:
-            fix = f"give {'text' if expected is str else 'a number' if expected is int else 'true or false'}"
-            raise DataError(DataCode.BAD_PREPARE_OPTION, f"--{key} cannot be {value!r}", where=f"--{key}", fix=fix)
-    return {**kind.defaults, **options}
 
 
 def is_file_name(text: object) -> bool:

@@ -26,6 +26,7 @@ from PIL import Image
 from mopefuse.core.atomic_files import replace_atomically
 from mopefuse.core.error_codes import DataCode
 from mopefuse.core.regular_files import read_regular
+from mopefuse.data.options import Option, with_options
 from mopefuse.errors import DataError
 
 Array = NDArray[Any]
@@ -167,6 +168,11 @@ def compose(split: str, rows: int, seed: int) -> Split:
     return Split(samples_N4, digits_N4, colours_N4, questions[:rows])
 
 
+@with_options(
+    Option("train", 16000, "Rows of the training split.", least=1),
+    Option("val", 1000, "Rows of the validation split.", least=1),
+    Option("test", 2000, "Rows of the test split.", least=1),
+)
 def make(
     folder: Path, *, seed: int = 0, train: int = 16000, val: int = 1000, test: int = 2000
 ) -> dict[str, int]:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from mopefuse.core.error_codes import DataCode
 from mopefuse.data._food101_text import OddRow, clean, read_title
 from mopefuse.data._source_files import SourceFolder
-from mopefuse.data.prepare import Sample, Skip, Source
+from mopefuse.data.prepare import Option, Sample, Skip, Source
 from mopefuse.errors import DataError
 
 _ON_DISK = "files found on disk"
@@ -21,8 +21,7 @@ _ON_DISK = "files found on disk"
 class Food101(Source):
     """``images/{train,test}/<label>/<label>_<number>.jpg`` with a text each; 5,000 training pairs become the val split.
 
-    An image that is in both train and test stays in test. Options: ``text`` (page or title), ``clean``, ``val`` (rows to
-    hold out), ``seed`` (of the rows that are held out).
+    An image that is in both train and test stays in test.
     """
 
     name: ClassVar[str] = "food101"
@@ -35,7 +34,12 @@ class Food101(Source):
         "test": (22_716, _ON_DISK),
         "train+val+test": (90_840, "papers"),
     }
-    defaults: ClassVar[Mapping[str, Any]] = {"text": None, "clean": False, "val": 5000, "seed": 0}
+    declared_options: ClassVar[tuple[Option, ...]] = (
+        Option("text", None, "Text to use. Default: the only one that the files have.", choices=("page", "title")),
+        Option("clean", False, "Keep only the words of a text, in lower case."),
+        Option("val", 5000, "Rows to hold out as val; without it a fifth, if there are few.", least=1),
+        Option("seed", 0, "Random seed of the held-out rows.", least=0),
+    )
     splits: ClassVar[tuple[str, ...]] = ("train", "test")
 
     def __init__(self, folder: SourceFolder, options: Mapping[str, Any]) -> None:
@@ -52,10 +56,6 @@ class Food101(Source):
         """Choose the text that was requested, or the only one that exists."""
         available = ["page"] if self.folder.names("texts_txt") else []
         available += ["title"] if all(self._titles_file(split) for split in self.splits) else []
-        if requested not in (None, "page", "title"):
-            raise DataError(
-                DataCode.BAD_PREPARE_OPTION, f"--text cannot be {requested!r}", where="--text", fix="use page or title"
-            )
         if not available or (requested and requested not in available):
             needed = {"page": "texts_txt", "title": "train_titles.csv and test_titles.csv"}
             raise self.incomplete(needed[requested] if requested else " and no ".join(needed.values()))

@@ -20,12 +20,13 @@ from mopefuse.core.artifact import dump_json, sha256
 from mopefuse.core.atomic_files import remove_leftovers, sync
 from mopefuse.core.error_codes import DataCode
 from mopefuse.core.regular_files import read_regular
-from mopefuse.data._source import Sample, Skip, Source, complete, is_file_name
+from mopefuse.data._source import Sample, Skip, Source, is_file_name
 from mopefuse.data._source_files import SourceFolder, place_images, summarise_files, sums_file
+from mopefuse.data.options import Option, with_options
 from mopefuse.data.subsets import hold_out
 from mopefuse.errors import DataError
 
-__all__ = ["Advance", "Sample", "Skip", "Source", "complete", "is_file_name", "prepare"]
+__all__ = ["Advance", "Option", "Sample", "Skip", "Source", "is_file_name", "prepare", "with_options"]
 
 Advance = Callable[[str, int, int], None]
 """Called with (stage, amount done, total amount); the total is an estimate and never less than what is done."""
@@ -54,7 +55,7 @@ def prepare(
     Args:
         source: folder with the files as they were distributed; it is only read.
         dest: must be new or empty, or the result of the same preparation (then nothing is written).
-        options: of the data set, see `Source.defaults`.
+        options: of the data set, by name; see `Source.declared_options`.
         images: "link" (hard links, or copies where the file system does not support them) or "copy".
         advance: called with the progress.
 

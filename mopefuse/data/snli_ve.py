@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 from mopefuse.data._source_files import SourceFolder
-from mopefuse.data.prepare import Sample, Skip, Source, is_file_name
+from mopefuse.data.prepare import Option, Sample, Skip, Source, is_file_name
 
 LABELS = ("entailment", "neutral", "contradiction")
 _OF_SPLIT = {"train": "train", "val": "dev", "test": "test"}  # our names to those of the data set
@@ -80,7 +80,7 @@ class SNLIVE(Source):
         "val": (17_858, _AUTHOR),
         "test": (17_901, _AUTHOR),
     }
-    defaults: ClassVar[Mapping[str, Any]] = {"premise": False}
+    declared_options: ClassVar[tuple[Option, ...]] = (Option("premise", False, "Put the caption before the hypothesis."),)
     labels: ClassVar[tuple[str, ...]] = LABELS
 
     def __init__(self, folder: SourceFolder, options: Mapping[str, Any]) -> None:

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mopefuse.config.recipe import read_saved
-from mopefuse.config.schema import build_config
+from mopefuse.config.recipe import saved_config
 from mopefuse.config.sides import Comp
 from mopefuse.evaluation.bundle_split import bundle_outputs
 from mopefuse.evaluation.outputs import Advance
@@ -64,7 +63,7 @@ def _evaluate_bundle(
     advance: Advance,
 ) -> Evaluation:
     bundle = Bundle(folder, device)
-    config = build_config(read_saved(folder / "config.yaml"), source=str(folder))
+    config = saved_config(folder / "config.yaml")
     where = with_data_path(config.data, data, layout)
     labels = {"labels": bundle.labels, "multi_label": bundle.multi_label}
     dataset, _ = load_split(where, split, labels, advance=advance)

@@ -16,9 +16,8 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, Protocol
 
-from mopefuse.config.recipe import changed_data, read_saved
+from mopefuse.config.recipe import changed_data, saved_config
 from mopefuse.config.schema import Data as DataConfig
-from mopefuse.config.schema import build_config
 from mopefuse.config.sides import Comp
 from mopefuse.core.dependencies import not_installed
 from mopefuse.core.error_codes import CheckpointCode, ConfigCode, DataCode, NumericCode
@@ -183,7 +182,7 @@ def input_settings(path: str | Path, changes: Mapping[str, Any] | None = None) -
     """
     folder = locate(path)
     if kind_of(folder) == "bundle":
-        saved = build_config(read_saved(folder / "config.yaml"), source=str(folder)).data
+        saved = saved_config(folder / "config.yaml").data
     else:
         saved = find_run(folder).config().data
     return changed_data(saved.model_copy(update={"path": None, "on_missing": "error"}), changes or {})

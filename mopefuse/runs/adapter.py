@@ -10,8 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mopefuse.config.recipe import read_saved
-from mopefuse.config.schema import RunConfig, build_config
+from mopefuse.config.recipe import saved_config
+from mopefuse.config.schema import RunConfig
 from mopefuse.core import registry
 from mopefuse.core.artifact import check_manifest, read_json, verify
 from mopefuse.core.error_codes import CheckpointCode
@@ -38,7 +38,7 @@ class AdapterFolder(RunFolder):
             PluginError: a plugin that the model needs is not installed.
         """
         registry.require(self.manifest()["plugins"], where=str(self.path))
-        return build_config(read_saved(self.config_file), source=str(self.config_file))
+        return saved_config(self.config_file)
 
     def manifest(self) -> dict[str, Any]:
         """Encoders and their fingerprints, labels and data hashes, as recorded by the run."""

@@ -17,8 +17,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mopefuse.config.recipe import read_saved, to_yaml
-from mopefuse.config.schema import RunConfig, build_config
+from mopefuse.config.recipe import saved_config, to_yaml
+from mopefuse.config.schema import RunConfig
 from mopefuse.core import registry
 from mopefuse.core.artifact import FORMAT, check_manifest, dump_json, finite, publish, read_json, read_text, verify
 from mopefuse.core.atomic_files import disk_error, remove_leftovers, write_atomically
@@ -192,7 +192,7 @@ class RunFolder:
             fix = f"name a run in it, such as {run}" if run else "name a folder that mopefuse train wrote"
             raise CheckpointError(CheckpointCode.NOT_FOUND, f"{self.path} is not a run", fix=fix)
         registry.require(self.manifest()["plugins"], where=str(self.path))
-        return build_config(read_saved(self.config_file), source=str(self.config_file))
+        return saved_config(self.config_file)
 
     def manifest(self) -> dict[str, Any]:
         """The facts of the run: encoders and their fingerprints, labels, data hashes.

@@ -23,8 +23,8 @@ from mopefuse.core.dependencies import convert_error
 from mopefuse.errors import Interrupted, MopefuseError
 from mopefuse.runs.folder import RunFolder
 from mopefuse.studies.memory_budget import MemoryReport
+from mopefuse.training.listener import Listener, Progress
 from mopefuse.training.train import train
-from mopefuse.training.trainer import Listener, Progress
 
 _REPORT_EVERY = 0.5  # seconds between two memory reports
 

@@ -22,6 +22,7 @@ from mopefuse.studies.finished_runs import (
     require_same_test,
     sample_ids,
     select_finished,
+    select_same_data,
 )
 from mopefuse.studies.study_file import KIND, STUDY_FILE, unknown_label
 
@@ -124,14 +125,15 @@ def compare(
         metric: to compare by; default the study's, else accuracy, or macro-F1 of multi-label data.
         partly: leave out unfinished and failed cells of a study without an error or a notice.
 
-    Of several folders, those that are not a finished run, or that repeat another one, are left out, with a notice.
+    Of several folders, those that are not a finished run, or that repeat another one, are left out, with a notice. So are
+    runs that were tested on other data than most, or than the run `against`.
 
     Raises:
         CheckpointError: no such run or study, or damaged files.
         ConfigError: no run is finished, runs were tested on different data, or an unknown label or metric.
     """
     folders = [Path(path) for path in paths]
-    groups = _read_groups(folders, partly=partly)
+    groups = _read_groups(folders, against, partly=partly)
     notices = list(groups.notices)
     if against is None and groups.baseline is not None:
         if groups.baseline in dict(groups.rows):
@@ -165,15 +167,16 @@ def compare(
     return _compare_with(comparison, dict(groups.rows), against, metric) if against is not None else comparison
 
 
-def _read_groups(folders: Sequence[Path], *, partly: bool) -> _Groups:
+def _read_groups(folders: Sequence[Path], against: str | None, *, partly: bool) -> _Groups:
     studies = [folder for folder in folders if (folder / STUDY_FILE).is_file()]
     if studies and len(folders) > 1:
         what = "a study can only be compared by itself"
         raise ConfigError(ConfigCode.NOTHING_TO_COMPARE, what, where=str(studies[0]), fix="name one study, or runs")
     if not studies:
         named, notices = select_finished(dict.fromkeys(folders))
+        named, elsewhere = select_same_data(named, against)
         rows, repeated = group_by_settings(read_finished(named))
-        return _Groups(rows, notices + repeated)
+        return _Groups(rows, notices + elsewhere + repeated)
     facts = study_facts(studies[0])
     rows, notices = _study_rows(studies[0], facts, partly=partly)
     search = facts.get("search")

@@ -77,6 +77,36 @@ def _not_a_run(path: Path) -> CheckpointError:
     )
 
 
+def select_same_data(
+    named: Sequence[tuple[str, Path]], against: str | None = None
+) -> tuple[list[tuple[str, Path]], list[str]]:
+    """Find the largest group of runs that were tested on the same samples and labels, or the group of the run `against`.
+
+    Args:
+        named: name and folder of each run.
+
+    Returns:
+        Name and folder of each run of that group, and a notice for each other run. All runs if no two of them belong to one
+        group, which `require_same_test` refuses.
+    """
+    groups: dict[tuple[str, str], list[tuple[str, Path]]] = {}
+    for name, path in named:
+        facts = RunFolder(path).manifest()
+        groups.setdefault((str(facts["labels"]), str(facts["data"].get("test"))), []).append((name, path))
+    of_baseline = (group for group in groups.values() if against and any(path == Path(against) for _, path in group))
+    kept = next(of_baseline, max(groups.values(), key=len))
+    if len(groups) < 2 or len(kept) < 2:
+        return list(named), []
+    labels, _ = next(key for key, group in groups.items() if group is kept)
+    notices = [
+        f"left out: {name} was tested on other {'labels' if key[0] != labels else 'samples'} than {kept[0][0]}"
+        for key, group in groups.items()
+        if group is not kept
+        for name, _ in group
+    ]
+    return kept, notices
+
+
 def read_finished(named: Sequence[tuple[str, Path]]) -> list[FinishedRun]:
     """Read runs, given by name (for messages) and folder.
 

@@ -17,7 +17,7 @@ import json
 from collections.abc import Iterator
 from typing import Annotated, Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from mopefuse.config.schema import Section
 
@@ -43,14 +43,22 @@ class Range(Section):
         return isinstance(self.low, int) and isinstance(self.high, int)
 
 
-Axis = Range | list[Any]
+def _kind(value: Any) -> str | None:
+    return "range" if isinstance(value, dict | Range) else "list" if isinstance(value, list) else None
+
+
+Axis = Annotated[
+    Annotated[Range, Tag("range")] | Annotated[list[Any], Field(min_length=1), Tag("list")],
+    Discriminator(_kind, custom_error_type="axis", custom_error_message="a list of values, or a range (low, high, log)"),
+]
+"""What is wrong with a value is said of the one kind that it is meant as."""
 
 
 class Search(Section):
     """The section `search` of a study file."""
 
     trials: int = Field(20, ge=1, le=100_000, description="settings to try")
-    space: dict[str, Range | Annotated[list[Any], Field(min_length=1)]] = Field(
+    space: dict[str, Axis] = Field(
         min_length=1, description="path of a setting to a range (low, high, log) or a list of values"
     )
     seed: int = Field(0, ge=0, lt=2**32, description="random seed of the sampler")

@@ -28,13 +28,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
+from mopefuse.config.messages import need, shortened
 from mopefuse.config.recipe import find_recipe, find_study, parse_set, read_recipe
 from mopefuse.config.schema import WITHOUT_EFFECT, RunConfig, Section, build_config
 from mopefuse.config.setting_paths import flatten, merge, nest
 from mopefuse.core.cache import make_key
 from mopefuse.core.error_codes import ConfigCode
 from mopefuse.errors import ConfigError, did_you_mean
-from mopefuse.studies.search_space import Search
+from mopefuse.studies.search_space import Range, Search
 
 STUDY_FILE, KIND = "study.json", "study"
 
@@ -169,16 +170,37 @@ def _checked(values: Settings, source: str) -> StudyFile:
     try:
         return StudyFile.model_validate(values)
     except ValidationError as error:
-        problems = "; ".join(_explain(detail) for detail in error.errors(include_url=False))
+        problems: dict[str, list[str]] = {}  # start of a problem to what the value could be instead
+        for detail in error.errors(include_url=False):
+            start, needed = _explain(detail, values)
+            problems.setdefault(start, []).append(needed)
+        text = "; ".join(start + " or ".join(filter(None, needs)) for start, needs in problems.items())
         fix = "correct the file; see recipes/studies for examples"
-        raise ConfigError(ConfigCode.BAD_STUDY_FILE, f"not a valid study: {problems}", where=source, fix=fix) from None
+        raise ConfigError(ConfigCode.BAD_STUDY_FILE, f"not a valid study: {text}", where=source, fix=fix) from None
 
 
-def _explain(detail: Any) -> str:
-    name, message = ".".join(map(str, detail["loc"])), detail["msg"].removeprefix("Value error, ")
+def _explain(detail: Any, values: Settings) -> tuple[str, str]:
+    """The start of the text about an error, and what the value needs, if it has the wrong type."""
+    path = _path_in_file(detail, values)
+    name = ".".join(path)
     if detail["type"] == "extra_forbidden":
-        return f"unknown key {name} ({did_you_mean(name, StudyFile.model_fields)})"
-    return f"{name}: {message[0].lower()}{message[1:]}"
+        known = StudyFile if len(path) == 1 else Search if len(path) == 2 else Range
+        return f"unknown key {name} ({did_you_mean(path[-1], known.model_fields)})", ""
+    if detail["type"] == "missing":
+        return f"{name} is missing", ""
+    if detail["type"] == "value_error":
+        return f"{name}: {need(detail)}", ""
+    return f"{name}: got {shortened(detail['input'])}; needs ", need(detail)
+
+
+def _path_in_file(detail: Any, values: Settings) -> list[str]:
+    """The path of an error as far as the file has it, without the types that pydantic tried for a value."""
+    path, found = [], values
+    for part in detail["loc"]:
+        if part in found if isinstance(found, dict) else isinstance(found, list) and isinstance(part, int):
+            path.append(str(part))
+            found = found[part]
+    return [*path, str(detail["loc"][-1])] if detail["type"] == "missing" else path
 
 
 def _nest(settings: Mapping[str, Any] | None) -> Settings:

@@ -14,8 +14,8 @@ from typing import Any
 from mopefuse.config.recipe import resolve
 from mopefuse.config.schema import Prompts, RunConfig
 from mopefuse.core.registry import DATASETS, load
+from mopefuse.training.listener import Listener
 from mopefuse.training.train import train
-from mopefuse.training.trainer import Listener
 
 RECIPE = "digit-questions/demo"
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -26,9 +26,10 @@ from mopefuse.runs.folder import RunFolder
 from mopefuse.runs.load import Loaded, load_model, with_data_path
 from mopefuse.runs.locate import find_run
 from mopefuse.training.inherit import Inherited, inherit
+from mopefuse.training.listener import Listener
 from mopefuse.training.plan import resolved
 from mopefuse.training.train import train
-from mopefuse.training.trainer import Listener, Start
+from mopefuse.training.trainer import Start
 
 CPU = torch.device("cpu")
 

@@ -25,11 +25,12 @@ from mopefuse.metrics import classification as metrics
 from mopefuse.runs.folder import RunFolder
 from mopefuse.runs.load import check_encoders
 from mopefuse.training.facts import drawn_ids, versions
+from mopefuse.training.listener import Listener
 from mopefuse.training.plan import Prepared, prepare
 from mopefuse.training.regression_start import regression_start
 from mopefuse.training.resume import resumed
 from mopefuse.training.stop_request import StopRequest
-from mopefuse.training.trainer import Listener, Start, Trainer
+from mopefuse.training.trainer import Start, Trainer
 
 _WEIGHTS = "weights.safetensors"
 

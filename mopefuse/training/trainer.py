@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +33,7 @@ from mopefuse.metrics.gates import selected_metric
 from mopefuse.prompts.usage import statistics
 from mopefuse.runs.folder import RunFolder
 from mopefuse.runs.load import get_thresholds
+from mopefuse.training.listener import Listener, Progress
 from mopefuse.training.losses import balanced_weights
 from mopefuse.training.optim import factor, load_optimizer_state, make_optimizer, optimizer_state, set_learning_rate
 from mopefuse.training.schedule import Duration, evaluation_steps
@@ -40,19 +41,6 @@ from mopefuse.training.step import Backward
 from mopefuse.training.stop_request import StopRequest
 
 _COLLAPSED = 0.75  # share of unused experts above which to warn of a router collapse
-
-
-@dataclass
-class Progress:
-    """The state of training that a checkpoint holds beside tensors."""
-
-    step: int = 0
-    best: float | None = None
-    best_step: int = 0
-    waited: int = 0  # validations since the best one
-    seconds: float = 0.0
-    thresholds: list[float] | None = None  # tuned at the last validation
-    validated: int | None = None  # step of the last validation
 
 
 class Start(NamedTuple):
@@ -74,25 +62,6 @@ class WarmUp(NamedTuple):
 
     names: frozenset[str]
     steps: int
-
-
-class Listener:
-    """Callbacks of training, to be overridden. These do nothing."""
-
-    def on_notice(self, text: str) -> None:
-        """Called with a message for the user."""
-
-    def on_rows(self, counts: dict[str, int]) -> None:
-        """Called when the data were read, with the number of rows of each split."""
-
-    def on_data_progress(self, what: str, done: int, total: int) -> None:
-        """Called with the progress of preparing data, such as computing features."""
-
-    def on_step(self, progress: Progress, total: int, loss: float, lr: float) -> None:
-        """Called after each optimizer step; `total` is the number of steps of the run."""
-
-    def on_validation(self, progress: Progress, found: dict[str, float], *, best: bool) -> None:
-        """Called after each validation with its metrics."""
 
 
 class Trainer:

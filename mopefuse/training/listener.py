@@ -1,0 +1,37 @@
+"""What training reports while it runs: its progress, and the callbacks of a display or a log. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Progress:
+    """The state of training that a checkpoint holds beside tensors."""
+
+    step: int = 0
+    best: float | None = None
+    best_step: int = 0
+    waited: int = 0  # validations since the best one
+    seconds: float = 0.0
+    thresholds: list[float] | None = None  # tuned at the last validation
+    validated: int | None = None  # step of the last validation
+
+
+class Listener:
+    """Callbacks of training, to be overridden. These do nothing."""
+
+    def on_notice(self, text: str) -> None:
+        """Called with a message for the user."""
+
+    def on_rows(self, counts: dict[str, int]) -> None:
+        """Called when the data were read, with the number of rows of each split."""
+
+    def on_data_progress(self, what: str, done: int, total: int) -> None:
+        """Called with the progress of preparing data, such as computing features."""
+
+    def on_step(self, progress: Progress, total: int, loss: float, lr: float) -> None:
+        """Called after each optimizer step; `total` is the number of steps of the run."""
+
+    def on_validation(self, progress: Progress, found: dict[str, float], *, best: bool) -> None:
+        """Called after each validation with its metrics."""

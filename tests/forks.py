@@ -1,0 +1,38 @@
+"""Children of this process, which share what it has imported."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from mopefuse.errors import MopefuseError
+
+
+def fork(action: Callable[[], Any]) -> int:
+    """Do something in a child; its process number. Its exit code is 0, or the error's, whose traceback it prints."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        action()
+        code = 0
+    except BaseException as error:
+        traceback.print_exc()
+        sys.stderr.flush()
+        code = error.exit_code if isinstance(error, MopefuseError) else 1
+    finally:
+        os._exit(code)
+
+
+def end_of(child: int) -> int:
+    """Wait for a child to end; its exit code, or minus the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def has_ended(child: int) -> bool:
+    """Whether a child has ended; it can still be waited for."""
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
