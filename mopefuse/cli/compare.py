@@ -30,7 +30,7 @@ def compare(
 ) -> None:
     """Compare runs in one table.
 
-    Runs that differ only in their seed are one row: mean and standard deviation of the metrics, parameters, time and memory.
+    Runs that differ only in their seed form one row: mean and standard deviation of metrics, parameters, time and memory.
     With --against, differences to a baseline are tested by paired bootstrap. If runs were tested on different data, those of
     the largest group are compared, and a notice names the others.
 
@@ -91,7 +91,7 @@ def _on_the_same_data(paths: list[Path], against: str | None) -> tuple[list[Path
         return paths, []
     labels, _ = next(key for key, group in groups.items() if group is kept)
     notices = [
-        f"left out: {path} was tested on other {'labels' if key[0] != labels else 'samples'} than {kept[0]}"
+        f"left out: {path} was tested on different {'labels' if key[0] != labels else 'samples'} from {kept[0]}"
         for key, group in groups.items()
         if group is not kept
         for path in group

@@ -69,9 +69,9 @@ def prepare(
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder with the files as published.")],
     dest: Target,
     text: Annotated[
-        str | None, typer.Option(metavar="page|title", help="food101: text to use. Default: the only one that the files have.")
+        str | None, typer.Option(metavar="page|title", help="food101: text to use. Default: the only one in the files.")
     ] = None,
-    clean: Annotated[bool, typer.Option("--clean", help="food101: keep only the words of a text, in lower case.")] = False,
+    clean: Annotated[bool, typer.Option("--clean", help="food101: reduce texts to words in lower case.")] = False,
     premise: Annotated[bool, typer.Option("--premise", help="snli-ve: put the caption before the hypothesis.")] = False,
     val: Annotated[
         int | None, typer.Option(min=1, help="food101: rows to hold out as val. Default: 5000, or a fifth if there are few.")

@@ -30,13 +30,13 @@ def evaluate(
     ] = None,
     min_: Annotated[
         list[str] | None,
-        typer.Option("--min", metavar="METRIC=VALUE", help="Exit with code 10 if a metric is below: accuracy=0.8. Repeatable."),
+        typer.Option("--min", metavar="METRIC=VALUE", help="Exit with code 10 if a metric is below VALUE. Repeatable."),
     ] = None,
     missing: Annotated[
         list[str] | None,
         typer.Option(
             metavar="MODALITY=SHARE|grid",
-            help="Remove a modality from a share of the samples: text=0.7; grid: measure several shares.",
+            help="Remove a modality from a fraction of the samples (text=0.7); grid: measure several fractions.",
         ),
     ] = None,
     missing_seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Random seed of --missing.")] = 0,
@@ -48,9 +48,9 @@ def evaluate(
 ) -> None:
     """Evaluate a run: metrics, and a prediction for every sample.
 
-    Deterministic, and independent of the batch size. There is one line of JSON per sample; with more than 100 labels it has
-    only the probabilities of the 20 most probable labels, and of the predicted and the true ones. Columns of --data that you
-    do not name are those of the run.
+    Results do not depend on the batch size. Predictions are one line of JSON per sample; with more than 100 labels, it has
+    only the probabilities of the 20 most probable labels and of the predicted and true ones. Column options that you
+    omit default to those of the run.
 
     \b
     Example:

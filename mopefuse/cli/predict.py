@@ -51,7 +51,7 @@ def predict(
 ) -> None:
     """Predict labels for new rows.
 
-    Writes one line of JSON (or CSV) per row, with its label and probabilities, in the order of the input. Columns that you do
+    Writes one line of JSON (or CSV) per row, with the predicted label and probabilities, in input order. Columns that you do
     not name are those of the run.
 
     \b

@@ -34,11 +34,11 @@ def train(
 ) -> None:
     """Train a classifier on two frozen encoders.
 
-    The checkpoint that is best on validation is tested once at the end. Encoders are named SCHEME:NAME[?KEY=VALUE]; see
+    The best checkpoint on validation is evaluated once on the test split. Encoders are given as SCHEME:NAME[?KEY=VALUE]; see
     mopefuse encoders. Under torchrun, training is data parallel.
 
     \b
-    Example, and a strong simple baseline to begin with:
+    Examples; the second is a strong, simple baseline to start with:
       mopefuse train --main timm:vit_base --comp hf:bert-base --data DIR
       mopefuse train --method linear --main SPEC --comp SPEC --data DIR
     """

@@ -1,4 +1,4 @@
-"""Train a fusion of frozen encoders into a run folder; the checkpoint that is best on validation is tested once."""
+"""Train a fusion of frozen encoders into a run folder; the best checkpoint on validation is tested once."""
 
 from __future__ import annotations
 
