@@ -51,8 +51,8 @@ def test_each_unknown_label_is_counted_and_each_absent_one_named(tmp_path: Path)
     write(root / "val.jsonl", line("v1", "3.png", "x"), line("v2", "3.png", "y"), line("v3", "3.png", "x"))
     found = [(each.kind, each.where, each.message) for each in report(root).findings]
     assert found == [
-        ("unknown-label", "val.jsonl:1", "training does not know the label 'x' (in 2 rows)"),
-        ("unknown-label", "val.jsonl:2", "training does not know the label 'y' (in 1 row)"),
+        ("unknown-label", "val.jsonl:1", "the label 'x' does not occur in train (in 2 rows)"),
+        ("unknown-label", "val.jsonl:2", "the label 'y' does not occur in train (in 1 row)"),
         ("absent-label", "val.jsonl", "no row of val has the label 'a'"),
         ("absent-label", "val.jsonl", "no row of val has the label 'b'"),
     ]

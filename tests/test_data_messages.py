@@ -40,7 +40,7 @@ def test_images_that_are_all_elsewhere_name_the_flag(data: Path, place: str) -> 
     near = root.parent in (data, data.parent)
     refused = plan(data)
     assert refused.returncode == 4
-    assert "error[MF-DATA-11]: none of the 12 images exists, such as images/train-0.png" in refused.stderr
+    assert "error[MF-DATA-11]: none of the 12 images exist; first missing: images/train-0.png" in refused.stderr
     fix = f"add --image-root {root}" if near else "name their folder with --image-root DIR"
     assert f"fix: {fix}" in refused.stderr
     assert f"fix: {fix}" in plan(data, "--on-bad", "skip").stderr
@@ -162,4 +162,4 @@ def test_a_csv_with_another_delimiter_trains_with_a_notice(data: Path, delimiter
     done = plan(data / "all.csv", "--val-fraction", "0.2")
     assert done.returncode == 0, done.stderr
     name = {";": "semicolons", "\t": "tabs"}[delimiter]
-    assert done.stderr.count(f"notice: all.csv is read as separated by {name}, not commas") == 1
+    assert done.stderr.count(f"notice: all.csv is parsed as separated by {name}, not commas") == 1

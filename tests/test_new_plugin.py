@@ -109,8 +109,8 @@ def test_a_new_plugin_imports_only_what_is_public(fresh: tuple[Path, Path]) -> N
         ("été", "write ete"),
         ("a\nb", "write a-b"),
         ("audio\n", "write audio"),
-        ("", "write a word, for example audio"),
-        ("音", "write a word, for example audio"),
+        ("", "choose a single word, for example audio"),
+        ("音", "choose a single word, for example audio"),
         ("tiny", "write tiny-2 or another name"),
     ],
 )

@@ -190,7 +190,7 @@ def test_a_package_whose_entry_points_cannot_be_read_is_left_out(
         ),
         (
             ("train", *TINY, "--data", "{pairs}", "--out", "{tmp}/run", "--method", "no-method"), "MF-PLUG-07",
-            "the fusion method 'no-method' is no subclass of mopefuse.fusion.Fusion", "mend the plugin, or uninstall it",
+            "the fusion method 'no-method' is no subclass of mopefuse.fusion.Fusion", "fix the plugin, or uninstall it",
         ),
     ],
 )  # fmt: skip

@@ -110,7 +110,7 @@ def test_a_method_without_a_router_has_no_routing(pairs: Path, tmp_path: Path) -
     report(tmp_path / "run", device="cpu")
     page = page_of(tmp_path / "run")
     assert keys(page) == SECTIONS
-    assert "The model does not look at the text" in page.text
+    assert "The model ignores the text" in page.text
 
 
 # -- numbers

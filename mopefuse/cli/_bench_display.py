@@ -25,7 +25,7 @@ def show_pair(pair: PairBench) -> None:
     facts = f"batch {pair.batch}, {pair.text_length} tokens, {pair.precision} on {pair.device}, weights {size(pair.weights)}"
     table(f"{pair.config.main} with {pair.config.comp}; {facts}", columns, rows)
     if pair.disturbed > 0.5:
-        what = f"in {100 * pair.disturbed:.0f} % of the repetitions other processes used the processors"
+        what = f"in {100 * pair.disturbed:.0f} % of the repetitions, other processes used the CPU"
         err().print(f"{what}; measure again before you rely on these numbers", style="yellow")
     for line in pair.lines:
         if line.why_not:
@@ -78,9 +78,7 @@ def show_times(title: str, found: Mapping[str, Times], per_second: Mapping[str, 
 
 def show_scale(title: str, found: Sequence[Point]) -> None:
     """Print a row for each setting."""
-    rows = [
-        [f"{point.axis} {point.value}", _time(point.step), _time(point.floor), f"{point.ratio:.3f}"] for point in found
-    ]
+    rows = [[f"{point.axis} {point.value}", _time(point.step), _time(point.floor), f"{point.ratio:.3f}"] for point in found]
     table(title, ["", "step", "floor", "of floor"], rows)
 
 

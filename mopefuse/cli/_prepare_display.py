@@ -92,6 +92,6 @@ def show(about: Mapping[str, Any], dest: Path) -> None:
     console.print()
     console.print(f"text: {about['text']}; {about['labels']} labels", markup=False)
     if about["skipped"]:
-        console.print(f"list of the skipped: {dest / 'skipped.jsonl'}", markup=False)
+        console.print(f"skipped rows are listed in {dest / 'skipped.jsonl'}", markup=False)
     if not about["written"]:
-        console.print("This preparation was there already; nothing was written.", markup=False)
+        console.print("The folder already has this prepared data set; nothing was written.", markup=False)

@@ -231,7 +231,10 @@ def _numbers(text: str, where: str = "--experts") -> tuple[int, ...]:
         found = ()
     if not found or min(found) < 1:
         raise ConfigError(
-            ConfigCode.NOT_A_NUMBER_LIST, f"{text!r} is not a list of numbers from 1", where=where, fix="write 16, or 4,16,256"
+            ConfigCode.NOT_A_NUMBER_LIST,
+            f"{text!r} is not a list of positive integers",
+            where=where,
+            fix="write 16, or 4,16,256",
         )
     return found
 

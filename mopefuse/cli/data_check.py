@@ -80,7 +80,7 @@ def _verdict(report: Report, folder: Path, *, strict: bool) -> DataError | None:
     if report.errors:
         fix = "correct the problems listed"
         if report.config.on_bad == "skip":
-            fix += "; --on-bad skip leaves out a fraction of data.max_bad_fraction at most, and no unsafe paths"
+            fix += "; --on-bad skip tolerates a fraction of data.max_bad_fraction at most, and no unsafe paths"
         return DataError(DataCode.CHECK_FOUND_ERRORS, f"{several(report.errors, 'error')} in {folder}", fix=fix)
     if strict and report.warnings:
         what = f"{several(report.warnings, 'warning')} in {folder}"
@@ -118,9 +118,7 @@ def _skip_bad_rows(report: Report) -> Report:
         if _can_skip(index, report.config.max_bad_fraction)
         for problem in index.problems()
     }
-    findings = [
-        Skipped(**vars(finding)) if (finding.split, finding.code) in codes else finding for finding in report.findings
-    ]
+    findings = [Skipped(**vars(finding)) if (finding.split, finding.code) in codes else finding for finding in report.findings]
     return replace(report, findings=sorted(findings, key=lambda finding: finding.severity))
 
 

@@ -87,10 +87,13 @@ def _check(
     if not single and (out or gated):
         fix = "leave it out, or give one share, such as text=0.7"
         raise ConfigError(
-            ConfigCode.GRID_HAS_NO_SINGLE_RESULT, "--missing grid has many results", where="--out" if out else "--min", fix=fix
+            ConfigCode.GRID_HAS_NO_SINGLE_RESULT,
+            "--missing grid has more than one result",
+            where="--out" if out else "--min",
+            fix=fix,
         )
     if settings and data is None:
-        what = "a run reads its own data as in training"
+        what = "column options apply only to --data"
         fix = "leave it out, or name other data with --data"
         raise ConfigError(ConfigCode.COLUMNS_OF_OWN_DATA, what, where=", ".join(map(flag_of, settings)), fix=fix)
     if split not in _SPLITS:

@@ -125,13 +125,11 @@ def _summarise(count: int, errors: list[dict[str, str]], source: str) -> None:
         fix = "name the folder of the files with --image-root DIR" if all_missing else errors[0]["hint"]
         raise DataError(DataCode.NO_ROW_READABLE, what, where=source, fix=fix or "name a table of rows")
     if errors:
-        rows += f", {len(errors)} of them could not be read (see their field error); first error: {errors[0]['message']}"
+        rows += f", {len(errors)} of which could not be read (see the field error); first error: {errors[0]['message']}"
     err().print(rows, markup=False)
 
 
-def _pairs(
-    source: str | None, image: Path | None, text: str | None, config: Data, model: LoadedModel
-) -> Iterable[Pair]:
+def _pairs(source: str | None, image: Path | None, text: str | None, config: Data, model: LoadedModel) -> Iterable[Pair]:
     """The rows to predict, from a table, from stdin, or from ``--image`` and ``--text``."""
     from mopefuse.errors import DataError
     from mopefuse.inference.predict import Pair, read_pairs

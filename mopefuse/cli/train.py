@@ -59,9 +59,7 @@ def train(
     display.result(result)
 
 
-def _resolve(
-    settings: Settings, recipe: str | None, sets: list[str], folder: Any, *, named: bool, resume: bool
-) -> RunConfig:
+def _resolve(settings: Settings, recipe: str | None, sets: list[str], folder: Any, *, named: bool, resume: bool) -> RunConfig:
     """The configuration of the run.
 
     Args:
@@ -139,7 +137,7 @@ def _print_plan(found: Plan) -> None:
     parts.append(["total", f"{found.total:,}", ""])
     console.print()
     table("parameters", ["part", "parameters", "share"], parts, bold=len(parts) - 2)
-    memory = f"{found.memory / 2**20:,.0f} MiB ({count(trainable)} trainable; without libraries)"
+    memory = f"{found.memory / 2**20:,.0f} MiB ({count(trainable)} trainable; without the libraries' own)"
     console.print()
     console.print(f"estimated memory of a training step: {memory}")
 
@@ -147,7 +145,7 @@ def _print_plan(found: Plan) -> None:
 def _limits(preprocess: dict[str, Any]) -> str:
     """What an encoder sees of a sample; longer texts are cut."""
     if "max_tokens" in preprocess:
-        return f"{preprocess['modality']}, cut after {preprocess['max_tokens']} tokens"
+        return f"{preprocess['modality']}, truncated to {preprocess['max_tokens']} tokens"
     if "size" in preprocess:
         return f"{preprocess['modality']}, {' x '.join(map(str, preprocess['size']))}"
     return ", ".join([preprocess["modality"], *(f"{name} {value}" for name, value in preprocess.items() if name != "modality")])

@@ -77,7 +77,7 @@ def verify(folder: Path, *, kind: str, thorough: bool = True) -> dict[str, Any]:
         if not isinstance(facts, dict) or not _as_published(folder / name, facts, thorough):
             raise CheckpointError(
                 CheckpointCode.FILE_DAMAGED,
-                f"{name} is not what was published (sha256 differs)",
+                f"{name} has changed since it was written (sha256 differs)",
                 where=str(folder),
                 fix="use another checkpoint",
             )
@@ -100,7 +100,7 @@ def check_manifest(manifest: dict[str, Any], kind: str, where: str) -> dict[str,
     """
     if manifest.get("kind") != kind or type(manifest.get("format")) is not int or manifest["format"] < 1:
         raise CheckpointError(
-            CheckpointCode.NOT_OURS, f"this is not a {kind} of mopefuse", where=where, fix=f"name a {kind} of mopefuse"
+            CheckpointCode.NOT_OURS, f"this is not a mopefuse {kind}", where=where, fix=f"give a mopefuse {kind}"
         )
     if manifest["format"] > FORMAT:
         by = f" {manifest['mopefuse']}" if isinstance(manifest.get("mopefuse"), str) else ""

@@ -135,7 +135,7 @@ def fetch_safetensors(repo: str, revision: str | None = None, *, where: str) -> 
         if fetch(repo, part, revision, where=where) is None:
             raise EncoderError(
                 EncoderCode.BROKEN_DOWNLOAD,
-                f"{repo} lacks {part}, which its index lists",
+                f"{repo} lacks {part}, which is listed in its index",
                 where=where,
                 fix="use another revision",
             )
@@ -185,7 +185,7 @@ def _meaning(error: Exception, status: int | None, repo: str, revision: str | No
     if isinstance(error, HfHubHTTPError) and status == 403:
         return EncoderCode.FORBIDDEN, f"your token may not read {repo}", "use a token with permission to read it"
     if isinstance(error, HfHubHTTPError):
-        return EncoderCode.HUB_FAILED, f"the hub failed on {repo} (HTTP {status})", "try again later"
+        return EncoderCode.HUB_FAILED, f"the hub returned an error for {repo} (HTTP {status})", "try again later"
     return (
         EncoderCode.UNREACHABLE,
         f"{repo} is not in the local cache, and the hub cannot be reached ({type(error).__name__})",

@@ -249,7 +249,7 @@ def load(group: str, name: str) -> Any:
         fix = f"write {' or '.join(f'{owner}:{name}{more}' for owner in owners)}"
         if group == MODALITIES:  # encoders and columns use plain names only
             fix = "uninstall one of them"
-        raise PluginError(PluginCode.NAME_CLASH, f"the {KINDS[group]} {name!r} is claimed by {' and '.join(owners)}", fix=fix)
+        raise PluginError(PluginCode.NAME_CLASH, f"the {KINDS[group]} {name!r} is provided by {' and '.join(owners)}", fix=fix)
     if owners == [OURS]:
         _warn_of_shadowed(group, points[0].name)
         return points[0].load()

@@ -55,7 +55,7 @@ def read_title(line: bytes) -> TitleRow | OddRow:
             return OddRow("quote not closed", image)
         title = inner.replace('""', '"')
     if not image.startswith(f"{label}_"):
-        return OddRow("image name not of the class", image)
+        return OddRow("image name does not start with its class", image)
     return TitleRow(image, plain_title(title), label)
 
 

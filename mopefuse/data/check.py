@@ -203,9 +203,7 @@ def _row_and_file_findings(indexes: Indexes, roots: tuple[Path, ...]) -> list[Fi
     return found
 
 
-def _count_leaks(
-    leaks: list[tuple[str, Finding]], indexes: Indexes, modalities: tuple[str, ...]
-) -> dict[str, dict[str, int]]:
+def _count_leaks(leaks: list[tuple[str, Finding]], indexes: Indexes, modalities: tuple[str, ...]) -> dict[str, dict[str, int]]:
     """Count the leaks of val and test by the plural of the modality, files first."""
     counts = Counter((finding.split, modality) for modality, finding in leaks)
     ordered = sorted(modalities, key=lambda modality: not get_modality(modality).is_file)
@@ -245,7 +243,7 @@ def read_split(config: DataConfig, split: str) -> tuple[Index, tuple[Path, ...]]
         raise DataError(DataCode.NO_ROW_TO_CHECK, what, where=first.where, fix=first.fix or KINDS[kind_of_row(first.what)].todo)
     if index is None or not len(index.lines_S):
         present = ", ".join(tables) if path.is_dir() else path.name
-        fix = f"the data has {present or 'no split'}; run mopefuse data check for details"
+        fix = f"the data have {present or 'no split'}; run mopefuse data check for details"
         raise DataError(DataCode.NO_ROW_TO_CHECK, f"the {split} split has no rows", where=str(path), fix=fix)
     return index, roots_of(path, config)
 
@@ -257,9 +255,7 @@ class _Reading:
         modalities: of the rows, known after `read`. looked: number of files that were read, by split.
     """
 
-    def __init__(
-        self, *, path: Path, config: DataConfig, roots: tuple[Path, ...], fresh: bool, advance: Advance
-    ) -> None:
+    def __init__(self, *, path: Path, config: DataConfig, roots: tuple[Path, ...], fresh: bool, advance: Advance) -> None:
         self.path, self.config, self.roots, self.fresh = path, config, roots, fresh
         self.modalities: tuple[str, ...] = ()
         self.looked = Counter[str]()

@@ -153,7 +153,7 @@ class Samples(Dataset[dict[str, Any]]):
                     raise
                 raise ResourceError(
                     ResourceCode.WORKER_KILLED,
-                    "a data worker was killed; usually host memory",
+                    "a data worker was killed; usually the host ran out of memory",
                     where="data.workers",
                     fix="lower data.workers",
                 ) from error

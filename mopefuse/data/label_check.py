@@ -169,7 +169,7 @@ def _amounts(counts: Mapping[str, int]) -> Iterator[Doubt]:
         return
     first = _most_frequent(counts, counts)
     what = f"labels are numbers, such as {_quote(first)}: each of {len(counts):,} is a class of its own"
-    fix, rows = f"if they are amounts, {_COLUMN}", sum(counts.values())
+    fix, rows = f"if they are quantities, {_COLUMN}", sum(counts.values())
     yield Doubt(kind="numeric-labels", message=what, fix=fix, label=first, rows=rows)
 
 

@@ -133,7 +133,7 @@ def _refuse_half_characters(identity: str, values: Mapping[str, str | None], lay
 
 
 def _half(column: str) -> str:
-    return f"{column} has half a character (a lone surrogate)"
+    return f"{column} contains a lone surrogate (half of a character)"
 
 
 def _labels(value: Any, name: str, separator: str | None) -> tuple[tuple[str, ...], bool]:

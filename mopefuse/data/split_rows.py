@@ -65,7 +65,7 @@ def _hold_out(parts: Parts, name: str, fraction: float, path: Path, config: Data
     count = round(fraction * len(index.good()))
     kept, held = hold_out(groups, index.labels.take(rows), count, config.seed)
     if len(rows) and not held:
-        what = f"no row of train can be held out for {name}: a row (or image) of each label stays in train"
+        what = f"no row of train can be held out for {name}: each label must keep a row (or image) in train"
         fix = f"raise --{name}-fraction, provide a {name} split, or merge rare labels"
         raise DataError(DataCode.EMPTY_SPLIT, what, where=str(path), fix=fix)
     parts["train"], parts[name] = (index, rows[kept]), (index, rows[held])

@@ -139,4 +139,4 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise EncoderError(EncoderCode.BAD_CONFIG, f"{path} is not JSON: {error}", fix="fetch the file again") from error
+        raise EncoderError(EncoderCode.BAD_CONFIG, f"{path} is not JSON: {error}", fix="download the file again") from error

@@ -165,7 +165,7 @@ def _texts(spec: Spec, source: Source, config: Any, *, filled: bool) -> TextPrep
             EncoderCode.NO_TOKENIZER,
             f"the tokenizer of {spec.name} cannot be read: {error}",
             where=str(spec),
-            fix="save it again",
+            fix="save it again with save_pretrained()",
         ) from error
     own = min(limit, _hf_text.declared_length(source.folder) or limit, tokenizer.model_max_length)
     pad_id = config.pad_token_id if isinstance(config.pad_token_id, int) else tokenizer.pad_token_id or 0

@@ -106,7 +106,7 @@ class Audit:
     def verdict(self) -> str:
         """The result in words, a sentence for each modality."""
         if not self.read:
-            return f"The model does not look at the {self.modality}: nothing in its prompts depends on it."
+            return f"The model ignores the {self.modality}: none of its prompts depend on it."
         return " ".join(self._verdict(modality) for modality in self.modalities)
 
     def _verdict(self, other: str) -> str:
@@ -116,7 +116,7 @@ class Audit:
         change = f"with another sample's {other}, {name} goes from {before:.1f} to {after:.1f} %"
         change += f", and with none to {empty:.1f} %"
         if self.alone and len(self.modalities) == 1:
-            return f"The {other} is all that the model looks at: {change}."
+            return f"The {other} is the only input that the model uses: {change}."
         if shuffled.matters and shuffled.lost > 0:
             return f"The model uses the {other}: {change}."
         if shuffled.matters:
@@ -128,7 +128,7 @@ class Audit:
         if shuffled.low == shuffled.high:
             # The rule of three: Hanley and Lippman-Hand, "If nothing goes wrong, is everything all right?", JAMA 1983.
             unseen = min(100.0, 300 / self.samples)
-            return f"nothing changed; with {self.samples:,} samples a loss of up to {unseen:.1f} points could go undetected"
+            return f"nothing changed; with {self.samples:,} samples, a drop of up to {unseen:.1f} points could go undetected"
         low, high = 100 * shuffled.low, 100 * shuffled.high
         interval = f"95 % interval {low:+.1f} to {high:+.1f}, {self.samples:,} samples"
         return f"a loss of {100 * shuffled.lost:.1f} points is within noise: {interval}"

@@ -68,9 +68,7 @@ class Removal:
     def actual_shares(self, shares: Shares, counts: Mapping[str, int]) -> Shares:
         """The requested shares, or what they became where rows lack more, or fewer samples can lose a modality."""
         total = len(self.ids)
-        return {
-            kind: shares[kind] if count == round(shares[kind] * total) else count / total for kind, count in counts.items()
-        }
+        return {kind: shares[kind] if count == round(shares[kind] * total) else count / total for kind, count in counts.items()}
 
     def require_shares(self, shares: Shares, counts: Mapping[str, int]) -> None:
         """Refuse shares that would leave samples without any modality.
@@ -81,7 +79,7 @@ class Removal:
         total = len(self.ids)
         for kind, share in shares.items():
             if counts[kind] < round(share * total):
-                what = f"{counts[kind]:,} of {total:,} samples can lack {kind}: the others would have nothing left"
+                what = f"only {counts[kind]:,} of {total:,} samples can lack {kind}: the others have no other modality"
                 fix = f"write at most {kind}={int(1000 * counts[kind] / total) / 1000:g}"
                 raise ConfigError(ConfigCode.MISSING_SHARE_TOO_LARGE, what, where=f"--missing {kind}={share:g}", fix=fix)
 
@@ -134,15 +132,13 @@ def _require_removable(kind: str, kinds: Mapping[str, tuple[str, ...]], model: F
     if unknown := sorted(parts - read):
         what = f"no encoder of this model reads {unknown[0]}"
     elif parts == read:
-        what = f"a sample without {' and '.join(sorted(parts))} has nothing left that this model reads"
+        what = f"a sample without {' and '.join(sorted(parts))} has no input for this model"
     elif not model.config.either:
         fix = f"train with --either, or {fix}"
     raise ConfigError(ConfigCode.MODALITY_NOT_OPTIONAL, what, where=f"--missing {kind}", fix=fix)
 
 
-def _order(
-    ids: Sequence[str], kind: tuple[str, ...], lacks: Mapping[str, NDArray[np.bool_]], seed: int
-) -> list[int]:
+def _order(ids: Sequence[str], kind: tuple[str, ...], lacks: Mapping[str, NDArray[np.bool_]], seed: int) -> list[int]:
     """The samples that can lose `kind`, by position, in the order in which they lose it; rows that lack it come first."""
     natural_S = np.logical_and.reduce([lacks[name] for name in kind])
     nothing_else_S = np.logical_and.reduce([lacks_S for name, lacks_S in lacks.items() if name not in kind])

@@ -113,7 +113,7 @@ class Maker:
         with torch.no_grad():
             output = self.loaded.model(self.loaded.model.collate(images[:1], texts[:1]))
         if output.routing_BLK is None:
-            raise ConfigError(ConfigCode.NO_ROUTING, "this model routes nothing", where="--routing", fix="leave --routing out")
+            raise ConfigError(ConfigCode.NO_ROUTING, "this model has no routing", where="--routing", fix="remove --routing")
 
     def _quantise(self, bundle: Bundle, file: Path) -> Bundle:
         self.notice("evaluating the validation split")
@@ -166,7 +166,7 @@ def describe(model: Fusion, folder: Path) -> dict[str, dict[str, Any]]:
         if not known <= how.keys() or (modality == "text" and save is None):
             raise EncoderError(
                 EncoderCode.PREPROCESSING_NOT_EXPORTABLE,
-                f"the preprocessing of {model.encoder(side).spec} cannot be taken out of it",
+                f"the preprocessing of {model.encoder(side).spec} cannot be exported",
                 fix="use --format adapter",
             )
         if save is not None:
@@ -216,7 +216,7 @@ def compare(made: graph.Graph, bundle: Bundle, images: Sequence[Any], texts: Seq
         theirs = bundle.collate([images[i] for i in group], [texts[i] for i in group])
         for name, tensor in own.items():
             if not np.array_equal(tensor.numpy(), theirs[name]):
-                where, what = f"inputs {group}", f"{name} of the bundle is not what training makes of the same pair"
+                where, what = f"inputs {group}", f"{name} of the bundle differs from training for the same pair"
                 raise GateError(GateCode.EXPORT_DIFFERS, what, where=where, fix="use --format adapter, and report it")
         with torch.no_grad():
             wanted = [output.numpy() for output in made(own)]
@@ -241,7 +241,10 @@ def compare(made: graph.Graph, bundle: Bundle, images: Sequence[Any], texts: Seq
 def _off(found: Array, wanted: Array) -> float:
     if not np.isfinite(wanted).all():
         raise NumericError(
-            NumericCode.PREDICTION_NOT_FINITE, "the model's answer is not finite", where="probes", fix="use another checkpoint"
+            NumericCode.PREDICTION_NOT_FINITE,
+            "the model's prediction is NaN or infinite",
+            where="probes",
+            fix="use another checkpoint",
         )
     return float(np.abs(found - wanted).max())
 

@@ -101,7 +101,7 @@ def _refuse(out: Path, form: str, options: Mapping[str, bool], overwrite: bool) 
         )
     for option, wanted in options.items():
         if wanted and form not in _GOES_WITH[option]:
-            what = f"{option} does not go with --format {form}"
+            what = f"{option} cannot be combined with --format {form}"
             raise ConfigError(
                 ConfigCode.OPTION_OF_OTHER_FORMAT,
                 what,

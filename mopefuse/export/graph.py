@@ -135,7 +135,7 @@ def quantise(file: Path) -> None:
     if file.with_name(f"{file.name}.data").exists():
         raise ConfigError(
             ConfigCode.TOO_LARGE_FOR_INT8,
-            f"--int8 takes models of up to {LARGEST:,} bytes",
+            f"--int8 supports models of up to {LARGEST:,} bytes",
             where="--int8",
             fix="leave --int8 out",
         )

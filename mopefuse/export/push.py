@@ -46,9 +46,7 @@ class Parcel:
 
 
 @contextmanager
-def pack(
-    run: Path, repo: str, *, checkpoint: str = "best", public: bool = False, offline: bool = False
-) -> Iterator[Parcel]:
+def pack(run: Path, repo: str, *, checkpoint: str = "best", public: bool = False, offline: bool = False) -> Iterator[Parcel]:
     """Prepare the upload of a run, an adapter or a bundle to `repo`; nothing is sent yet.
 
     Args:
@@ -110,7 +108,7 @@ def _ready(folder: Path, checkpoint: str) -> str:
         return ""
     verify(folder, kind=kind)
     if checkpoint != "best":
-        what = f"what was exported has no checkpoint {checkpoint}"
+        what = f"an export has no checkpoint {checkpoint}"
         raise CheckpointError(CheckpointCode.NOT_FOUND, what, where=str(folder), fix="leave --checkpoint out")
     return kind
 
@@ -160,11 +158,14 @@ def _explain(error: Exception, repo: str) -> MopefuseError:
     if status in (401, 403):
         fix = "set HF_TOKEN to a token that may write there"
         return EncoderError(
-            EncoderCode.HUB_WRITE_FORBIDDEN, f"the hub does not let you write to {repo} (HTTP {status})", where="push", fix=fix
+            EncoderCode.HUB_WRITE_FORBIDDEN,
+            f"you do not have write access to {repo} on the hub (HTTP {status})",
+            where="push",
+            fix=fix,
         )
     if isinstance(error, HfHubHTTPError) and status is not None:
         return EncoderError(
-            EncoderCode.HUB_FAILED, f"the hub failed on {repo} (HTTP {status})", where="push", fix="try again later"
+            EncoderCode.HUB_FAILED, f"the hub returned an error for {repo} (HTTP {status})", where="push", fix="try again later"
         )
     return EncoderError(
         EncoderCode.HUB_UNREACHABLE_ON_PUSH,

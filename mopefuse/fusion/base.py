@@ -104,10 +104,10 @@ class Fusion(nn.Module):
                 ConfigCode.MAIN_NOT_OPTIONAL, what, where="--either", fix="use --method conditional or late-concat"
             )
         if config.either and len({self.encoder(side).modality for side in self.uses}) == 1:
-            what = f"all encoders read {self.encoder('main').modality}: where the main one has none, no other has"
+            what = f"all encoders read {self.encoder('main').modality}, so a sample without it has no input"
             raise ConfigError(ConfigCode.MAIN_NOT_OPTIONAL, what, where="--either", fix="leave it out")
         if config.train.modality_dropout and not self.may_lack:
-            what = f"{config.method} needs all that it reads: there is nothing to drop"
+            what = f"{config.method} needs every modality, so none can be dropped"
             raise ConfigError(ConfigCode.NOTHING_TO_DROP, what, where="--modality-dropout", fix="leave it out")
 
     def learn_absence(self, sides: Sequence[str]) -> None:

@@ -112,7 +112,7 @@ def build_fusion(
     given = {name: value for name, value in locals().items() if name != "other"} | other
     names, count = _label_names(num_labels, labels)
     if task not in TASKS:
-        what = f"task is {task!r}, need one of {', '.join(TASKS)}"
+        what = f"task must be one of {', '.join(TASKS)}, got {task!r}"
         raise ConfigError(ConfigCode.UNKNOWN_TASK, what, where="task", fix=did_you_mean(str(task), TASKS))
     with python_names():
         model = build_model(_config_of(given), count)
@@ -134,14 +134,14 @@ def _label_names(num_labels: int | None, labels: Sequence[str] | None) -> tuple[
         if not names or not all(isinstance(name, str) and name for name in names) or len({*names}) < len(names):
             fix = 'give labels as ["cat", "dog"]'
             raise ConfigError(
-                ConfigCode.LABEL_NAMES_NOT_UNIQUE, "labels must be different names, at least one", where="labels", fix=fix
+                ConfigCode.LABEL_NAMES_NOT_UNIQUE, "labels must be a non-empty list of distinct names", where="labels", fix=fix
             )
         if num_labels not in (None, len(names)):
             what = f"num_labels is {num_labels}, and labels has {len(names)} names"
             raise ConfigError(ConfigCode.NUM_LABELS_CONTRADICTS_LABELS, what, where="num_labels", fix="leave num_labels out")
         return names, len(names)
     if not isinstance(num_labels, int) or isinstance(num_labels, bool) or num_labels < 1:
-        what = f"num_labels is {num_labels!r}, need a number of labels from 1"
+        what = f"num_labels must be a positive integer, got {num_labels!r}"
         raise ConfigError(
             ConfigCode.NUM_LABELS_MISSING, what, where="num_labels", fix="give num_labels=N, or the names as labels=[...]"
         )
@@ -244,7 +244,7 @@ def _method(config: RunConfig) -> Any:
     method = registry.load(registry.FUSION, config.method)
     if not (isinstance(method, type) and issubclass(method, Fusion)):
         what = f"the fusion method {config.method!r} is no subclass of mopefuse.fusion.Fusion"
-        raise PluginError(PluginCode.NOT_A_SUBCLASS, what, fix="mend the plugin, or uninstall it")
+        raise PluginError(PluginCode.NOT_A_SUBCLASS, what, fix="fix the plugin, or uninstall it")
     return method
 
 
@@ -267,7 +267,7 @@ def _require_declared(side: str, encoder: Encoder) -> None:
             ConfigCode.ENCODER_MODALITY_NOT_INSTALLED,
             what,
             where=f"--{side}",
-            fix="install the plugin that brings it, or use another encoder",
+            fix="install the plugin that provides it, or use another encoder",
         )
 
 

@@ -88,7 +88,9 @@ class Predictor:
             ConfigError: `top` is less than 1.
         """
         if top is not None and top < 1:
-            raise ConfigError(ConfigCode.BAD_TOP_COUNT, f"top is {top}, need at least 1", where="predict", fix="give 1 or more")
+            raise ConfigError(
+                ConfigCode.BAD_TOP_COUNT, f"top must be at least 1, got {top}", where="predict", fix="give 1 or more"
+            )
         values = modality.from_arguments((images, texts), more)
         if not modality.count_samples(values):
             return []
@@ -97,7 +99,7 @@ class Predictor:
         if not all(map(isfinite, chain.from_iterable(p_BN))):
             raise NumericError(
                 NumericCode.PREDICTION_NOT_FINITE,
-                "the model's answer is not finite",
+                "the model's prediction is NaN or infinite",
                 fix="train again, or use another checkpoint",
             )
         predictions = [prediction(p_N, self.model, top) for p_N in p_BN]
@@ -114,11 +116,11 @@ def _require(values: Mapping[str, Sequence[Any]], model: Model) -> None:
         missing = [name for name, value in zip(read, sample, strict=True) if value is None]
         needed = [name for name in missing if name not in model.may_lack]
         if needed or (missing and len(missing) == len(read)):
-            what = f"sample {number} has no {' and no '.join(needed or missing)}, and the model was not trained to do without"
+            what = f"sample {number} has no {' and no '.join(needed or missing)}, and the model was not trained to handle that"
             raise DataError(
                 DataCode.MODALITY_REQUIRED,
                 what,
-                fix="leave it out, or train with --modality-dropout, for the main encoder with --either",
+                fix="remove it, or train with --modality-dropout (or --either, if the main modality is missing)",
             )
 
 
@@ -158,7 +160,7 @@ def load(
             fix = "leave --checkpoint, --main and --comp out"
             raise ConfigError(
                 ConfigCode.MODEL_WITHOUT_ENCODERS,
-                "a bundle has one set of weights, encoders included",
+                "checkpoint and encoders of a bundle cannot be changed",
                 where=str(path),
                 fix=fix,
             )

@@ -138,9 +138,7 @@ def _records(archive: zipfile.ZipFile, file: Path) -> dict[str, zipfile.ZipInfo]
     return records
 
 
-def _parsed(
-    grammar: TypeAdapter[T], archive: zipfile.ZipFile, records: dict[str, zipfile.ZipInfo], name: str, file: Path
-) -> T:
+def _parsed(grammar: TypeAdapter[T], archive: zipfile.ZipFile, records: dict[str, zipfile.ZipInfo], name: str, file: Path) -> T:
     entry = records.pop(name)
     if entry.file_size > _LARGEST_JSON:
         raise _refused(file, f"{entry.file_size:,} bytes of {name}")
@@ -179,7 +177,7 @@ def _tensors(
 
 def _refused(file: Path, what: str) -> CheckpointError:
     fix = "use --format onnx, or do not use it"
-    what = f"{file.name} has what no exported graph needs, and what could run code when loaded: {what}"
+    what = f"{file.name} contains what no exported graph needs and what could run code when loaded: {what}"
     return CheckpointError(CheckpointCode.UNSAFE_CONTENT, what, where=str(file), fix=fix)
 
 

@@ -97,9 +97,7 @@ def report(
     return Reported(page, files, split, step, facts.metrics, facts.calibration.error, found, facts.notes)
 
 
-def _facts(
-    opened: OpenRun, *, audit: bool, notes: tuple[str, ...], advance: Advance
-) -> tuple[RunFacts, Audit | None]:
+def _facts(opened: OpenRun, *, audit: bool, notes: tuple[str, ...], advance: Advance) -> tuple[RunFacts, Audit | None]:
     """What the page is made of, with the predictions of the model, and the audit if one is wanted."""
     data, split, step, folder = opened.data, opened.split, opened.step or 0, opened.folder
     predicting = lambda done, total: advance(f"predicting {split}", done, total)  # noqa: E731
@@ -145,7 +143,7 @@ def _run_of(run: Path) -> RunFolder:
     """
     kind = kind_of(locate(run))
     if kind in ("adapter", "bundle"):
-        what = f"{run} is {'an adapter' if kind == 'adapter' else 'a bundle'}, which has no log and no data"
+        what = f"{run} is {'an adapter' if kind == 'adapter' else 'a bundle'}, which has neither a log nor data"
         raise CheckpointError(CheckpointCode.NO_TRAINING_LOG, what, fix="name the run that it was exported from")
     folder = find_run(run)
     folder.config()
@@ -154,7 +152,7 @@ def _run_of(run: Path) -> RunFolder:
             CheckpointCode.NO_CHECKPOINT_YET,
             "the run has no checkpoint yet",
             where=str(run),
-            fix="go on with mopefuse train --resume",
+            fix="continue with mopefuse train --resume",
         )
     return folder
 

@@ -15,14 +15,14 @@ def tokens_of(spec: str) -> Tokens:
     """How the text encoder that a spec names counts.
 
     Raises:
-        DataError: it reads no texts. EncoderError: there is no such encoder, or it cannot be loaded.
+        DataError: it does not read text. EncoderError: there is no such encoder, or it cannot be loaded.
     """
     encoder = create_encoder(spec)
     preprocess = encoder.preprocess
     if not isinstance(preprocess, TextPreprocess):
         raise DataError(
             DataCode.ENCODER_READS_NO_TEXT,
-            f"{spec} reads no texts",
+            f"{spec} does not read text",
             where="--encoder",
             fix="name a text encoder, as hf:bert-base",
         )

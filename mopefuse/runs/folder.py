@@ -95,7 +95,7 @@ class RunFolder:
             fix = "name another --out, or empty the folder"
             raise ConfigError(ConfigCode.NOT_A_RUN_FOLDER, f"{self.path} is not a mopefuse run", where=flag, fix=fix)
         if resume and self._start.exists() and not self.exists():
-            what = f"{self.path} was stopped before its initial weights were complete"
+            what = f"{self.path} was interrupted before its initial weights were saved"
             raise ConfigError(ConfigCode.START_WAS_INTERRUPTED, what, where="--resume", fix="run mopefuse swap-encoder again")
         self._lock.refuse_if_taken()
         try:
@@ -312,7 +312,7 @@ class RunFolder:
         if not (step.isascii() and step.isdecimal()):
             raise CheckpointError(
                 CheckpointCode.CONTENT_DAMAGED,
-                "the file best is damaged",
+                "checkpoints/best is damaged",
                 where=str(self._best),
                 fix="use the checkpoint last or step-N",
             )

@@ -151,7 +151,7 @@ def _with_other_specs(config: RunConfig, encoders: Mapping[str, str], *, where: 
     old_specs = specs(config)
     for side, spec in new_specs.items():
         if _feature_options(spec) != _feature_options(old_specs[side]):
-            what = f"{spec} has other options than {old_specs[side]}, which the run was trained with"
+            what = f"{spec} has different options from {old_specs[side]}, which the run was trained with"
             raise CheckpointError(
                 CheckpointCode.ENCODER_CHANGED, what, where=where, fix="write the same options, or use mopefuse swap-encoder"
             )

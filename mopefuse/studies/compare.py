@@ -168,7 +168,7 @@ def compare(
 def _read_groups(folders: Sequence[Path], *, partly: bool) -> _Groups:
     studies = [folder for folder in folders if (folder / STUDY_FILE).is_file()]
     if studies and len(folders) > 1:
-        what = "a study can only be compared by itself"
+        what = "a study cannot be compared with other runs or studies"
         raise ConfigError(ConfigCode.NOTHING_TO_COMPARE, what, where=str(studies[0]), fix="name one study, or runs")
     if not studies:
         named, notices = select_finished(dict.fromkeys(folders))
@@ -179,14 +179,10 @@ def _read_groups(folders: Sequence[Path], *, partly: bool) -> _Groups:
     search = facts.get("search")
     if search:
         notices.append(_search_notice(search))
-    return _Groups(
-        rows=rows, notices=notices, metric=facts.get("metric"), baseline=facts.get("baseline"), search=search
-    )
+    return _Groups(rows=rows, notices=notices, metric=facts.get("metric"), baseline=facts.get("baseline"), search=search)
 
 
-def _compare_with(
-    comparison: Comparison, groups: dict[str, list[FinishedRun]], against: str, metric: str
-) -> Comparison:
+def _compare_with(comparison: Comparison, groups: dict[str, list[FinishedRun]], against: str, metric: str) -> Comparison:
     """Add the differences of all rows from the row `against`, a label or the path of one of its runs."""
     labels = [row.label for row in comparison.rows]
     baseline = next((row.label for row in comparison.rows if Path(against) in row.runs), against)
@@ -220,9 +216,7 @@ def _row(label: str, group: Sequence[FinishedRun], all_runs: Sequence[FinishedRu
 def _spreads(group: Sequence[FinishedRun], split: str) -> dict[str, Spread]:
     found = [run.result["metrics"][split] or {} for run in group]
     names = [name for name in METRICS if all(name in metrics for metrics in found)]
-    return {
-        name: Spread(tuple(math.nan if metrics[name] is None else metrics[name] for metrics in found)) for name in names
-    }
+    return {name: Spread(tuple(math.nan if metrics[name] is None else metrics[name] for metrics in found)) for name in names}
 
 
 # -- study.json
@@ -267,9 +261,7 @@ def _search_notice(search: dict[str, Any]) -> str:
     return f"rows are trials of a search: {chosen}; choosing by the test split would make its metrics too good"
 
 
-def _study_rows(
-    folder: Path, facts: dict[str, Any], *, partly: bool
-) -> tuple[list[tuple[str, list[FinishedRun]]], list[str]]:
+def _study_rows(folder: Path, facts: dict[str, Any], *, partly: bool) -> tuple[list[tuple[str, list[FinishedRun]]], list[str]]:
     """Label and finished runs of each row, and a notice for each cell that failed; no notices with `partly`."""
     failed = [cell for cell in facts["cells"] if cell["state"] == "failed"]
     notices = [

@@ -90,7 +90,7 @@ def read_finished(named: Sequence[tuple[str, Path]]) -> list[FinishedRun]:
             ConfigCode.RUNS_NOT_FINISHED,
             f"not finished: {shown}",
             where="compare",
-            fix="run them to the end, or leave them out",
+            fix="finish them, or leave them out",
         )
     return [_read(path) for _, path in named]
 
@@ -201,7 +201,7 @@ def read_outcome(run: FinishedRun, ids: Sequence[str]) -> Outcome:
     """Read the predicted and the true labels of the samples `ids`, each as a sparse table (S, N).
 
     Raises:
-        ConfigError: the run has predictions of other samples. CheckpointError: predictions are missing or damaged.
+        ConfigError: the run has predictions for other samples. CheckpointError: predictions are missing or damaged.
     """
     sample_of = {identity: sample for sample, identity in enumerate(ids)}
     column_of = {label: column for column, label in enumerate(run.labels)}
@@ -230,5 +230,8 @@ def read_outcome(run: FinishedRun, ids: Sequence[str]) -> Outcome:
 
 def _other_samples(run: FinishedRun) -> ConfigError:
     return ConfigError(
-        ConfigCode.RUNS_NOT_COMPARABLE, f"{run.path} has predictions of other samples", where=str(run.path), fix=_EVALUATE_AGAIN
+        ConfigCode.RUNS_NOT_COMPARABLE,
+        f"{run.path} has predictions for other samples",
+        where=str(run.path),
+        fix=_EVALUATE_AGAIN,
     )

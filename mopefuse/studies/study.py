@@ -136,12 +136,12 @@ def claim_folder(out: Path, listener: StudyListener) -> Iterator[None]:
     """Create and lock the folder of a study while the context lasts.
 
     Raises:
-        ConfigError: it is not empty and not a study, cannot be written, or is locked by another process.
+        ConfigError: it is neither empty nor a study, cannot be written, or is locked by another process.
     """
     items = [item for item in out.iterdir() if not item.name.startswith((".", STUDY_FILE))] if out.is_dir() else []
     fix = "choose another folder with --out"
     if items and not (out / STUDY_FILE).is_file():
-        raise ConfigError(ConfigCode.BAD_STUDY_FOLDER, f"{out} is not empty and not a study", where="--out", fix=fix)
+        raise ConfigError(ConfigCode.BAD_STUDY_FOLDER, f"{out} is neither empty nor a study", where="--out", fix=fix)
     if items and read_json(out / STUDY_FILE).get("kind") != KIND:
         raise ConfigError(
             ConfigCode.BAD_STUDY_FOLDER, f"{STUDY_FILE} in {out} does not describe a study of mopefuse", where="--out", fix=fix
@@ -239,7 +239,7 @@ class Schedule:
             return False
         fits = self.memory_budget.fits(count)
         if not fits and self.memory_budget.largest_peak:
-            self._notice(f"running fewer than --jobs {self.jobs} at a time: memory has no room for one more")
+            self._notice(f"running fewer than --jobs {self.jobs} at a time: there is not enough memory for one more")
         return fits
 
     def _notice(self, text: str, prefix: str = "") -> None:
@@ -288,7 +288,7 @@ class Schedule:
         if status.state == RUNNING:  # it ended without sending a result
             status.state = STOPPED
         if status.state == STOPPED and not stopping:
-            what = "the process of a cell was killed; usually it ran out of memory"
+            what = "the process of a cell was killed, probably because it ran out of memory"
             fix = "lower --jobs, and run the study again"
             status.state, status.error = (
                 FAILED,

@@ -15,7 +15,7 @@ from mopefuse.testing.encoder_prompts import PromptChecks
 
 
 def check_encoder(encoder: str | Encoder, samples: Sequence[Any] | None = None) -> Encoder:
-    """Check that an encoder keeps the contract of `mopefuse.encoders.base.Encoder`; it is returned frozen.
+    """Check that an encoder satisfies the contract of `mopefuse.encoders.base.Encoder`; it is returned frozen.
 
     Args:
         encoder: a spec, or an encoder, which is frozen first.

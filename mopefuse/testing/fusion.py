@@ -21,7 +21,7 @@ def check_fusion(
     samples: Mapping[str, Sequence[Any]] | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Fusion:
-    """Check that a fusion method keeps the contract of `mopefuse.fusion.Fusion`; a fresh model of it is returned.
+    """Check that a fusion method satisfies the contract of `mopefuse.fusion.Fusion`; a fresh model of it is returned.
 
     Args:
         method: its registered name, or its class.

@@ -12,10 +12,8 @@ from mopefuse.testing._contract import Part, enforce
 from mopefuse.testing.modality_checks import Equal, FileChecks, ModalityChecks, same
 
 
-def check_modality(
-    modality: str, *, values: Sequence[str] = (), root: Path | None = None, equal: Equal = same
-) -> Modality:
-    """Check that a modality keeps the contract of `mopefuse.modalities.base.Modality`; it is returned.
+def check_modality(modality: str, *, values: Sequence[str] = (), root: Path | None = None, equal: Equal = same) -> Modality:
+    """Check that a modality satisfies the contract of `mopefuse.modalities.base.Modality`; it is returned.
 
     Args:
         modality: its registered name.

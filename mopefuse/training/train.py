@@ -93,9 +93,7 @@ class _Origin:
     start: Start | None
 
 
-def _train(
-    config: RunConfig, folder: RunFolder, listener: Listener, *, resume: bool, start: Start | None
-) -> dict[str, Any]:
+def _train(config: RunConfig, folder: RunFolder, listener: Listener, *, resume: bool, start: Start | None) -> dict[str, Any]:
     device = devices.resolve(config.device)
     # 1. A new run, or the one in the folder with the settings that may change.
     origin = _resume(folder, config, listener) if resume else None
@@ -118,7 +116,7 @@ def _train(
     try:
         return _finish(trainer, prepared, folder, device)
     except KeyboardInterrupt:
-        what = f"after the last step, {trainer.progress.step}, before the test; its checkpoint is published"
+        what = f"after the last step, {trainer.progress.step}, before the test; its checkpoint has been saved"
         raise Interrupted(signal.SIGINT, what, fix="continue with --resume") from None
 
 
