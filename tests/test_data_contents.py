@@ -203,7 +203,7 @@ def test_lengths_with_an_encoder_are_its_tokens_and_what_it_cuts(tmp_path: Path)
     assert found["tokens"] == {"median": 32, "p95": 39, "longest": 41}
     assert found["cut"] == {"texts": 2, "share": 2 / 5}
     done = call("data", "check", root, "--encoder", "tiny:text", "--val-fraction", "0.2")
-    assert "tiny:text reads 32 tokens, and cuts 2 of the measured texts (40.0 %)" in done.stdout
+    assert "tiny:text reads 32 tokens and truncates 2 of the measured texts (40.0 %)" in done.stdout
 
 
 @pytest.mark.parametrize("spec", ["tiny:text", "hf:bert-base?pretrained=false", "open_clip:vit-b-32-text?pretrained=false"])

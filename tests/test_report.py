@@ -249,11 +249,11 @@ def test_without_a_test_split_validation_is_shown_and_said_to_be(pairs: Path, tr
     done = report(trained, out=tmp_path / "page.html", data=data, device="cpu", audit=False)
     assert done.split == "val"
     text = Page((tmp_path / "page.html").read_text(encoding="utf-8")).text
-    assert "There is no test split" in text and "are not those that the run was made with" not in text
+    assert "There is no test split" in text and "have changed since the run was trained" not in text
     rows = (data / "val.jsonl").read_text().splitlines()
     (data / "val.jsonl").write_text("\n".join(rows[:-1]))
     done = report(trained, out=tmp_path / "page.html", data=data, device="cpu", audit=False)
-    assert any("are not those that the run was made with" in note for note in done.notes)
+    assert any("have changed since the run was trained" in note for note in done.notes)
 
 
 def test_what_is_no_run_is_told_apart(exported: Path, trained: Path, pairs: Path, tmp_path: Path) -> None:

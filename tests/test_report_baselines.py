@@ -34,7 +34,7 @@ def run(reported: Path) -> Path:
 def chosen(run: Path) -> dict[str, str]:
     page = Page((run / "report.html").read_text(encoding="utf-8"))
     found = re.findall(r"<code>([a-z_.]+)</code><br>(.*?) <span", (run / "report.html").read_text(encoding="utf-8"))
-    assert "Settings that were chosen" in page.text
+    assert "Settings that are not defaults" in page.text
     return dict(found)
 
 

@@ -110,19 +110,19 @@ def reliability(name: str, label: str, bins: Sequence[tuple[float, float, int]])
     """How often answers of a confidence are right; the diagonal is perfect calibration.
 
     Args:
-        bins: (mean confidence, share that is right, how many) of each bin of equal width, in order; 0 of an empty one.
+        bins: (mean confidence, accuracy, number of predictions) of each bin of equal width, in order; 0 if empty.
     """
     import altair as alt
 
     rows = []
     for confidence, right, count in bins:
-        tip = f"{several(count, 'prediction')}, confidence {percent(confidence)}, right {percent(right)}"
+        tip = f"{several(count, 'prediction')}, confidence {percent(confidence)}, accuracy {percent(right)}"
         if count:
             rows.append({"confidence": confidence, "right": right, "count": count, "tip": tip, "over": confidence > right})
     scale = alt.Scale(domain=[0, 1])
     x_axis = alt.Axis(title="confidence of the prediction", format=".0%", grid=False, tickCount=5)
     x = alt.X("confidence:Q", scale=scale, axis=x_axis)
-    y_axis = alt.Axis(title="share that is right", format=".0%", domain=False, ticks=False)
+    y_axis = alt.Axis(title="accuracy", format=".0%", domain=False, ticks=False)
     size = alt.Size("count:Q", scale=alt.Scale(range=[30, 500]), legend=None)
     ends = data_of([{"confidence": 0, "right": 0}, {"confidence": 1, "right": 1}])
     y = alt.Y("right:Q", scale=scale, axis=y_axis)

@@ -25,7 +25,7 @@ from mopefuse.studies.compare import has_result, study_facts
 from mopefuse.studies.study_file import STUDY_FILE
 
 SIMPLER = ("linear", "late-concat", "main-only", "comp-only")
-"""Methods that a fusion has to beat."""
+"""Methods that a fusion method has to beat."""
 _MOST_FOLDERS = 200  # beside a run that are looked at
 _MOST_ABOVE = 3  # folders above a run that may be its study's
 

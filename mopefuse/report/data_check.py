@@ -100,7 +100,7 @@ def _kinds(report: Report) -> list[dict[str, Any]]:
 def _lengths(report: Report) -> Chart | None:
     values = report.texts.tokens_T or report.texts.words_T
     unit, limit = _unit(report), report.texts.limit
-    return histogram("lengths", "how long texts are", values, unit=unit, what="measured text", limit=limit)
+    return histogram("lengths", "text lengths", values, unit=unit, what="measured text", limit=limit)
 
 
 def _sizes(report: Report) -> Chart | None:
@@ -134,12 +134,12 @@ def how_many(facts: Mapping[str, Any]) -> str:
 
 
 def against_limits(facts: Mapping[str, Any]) -> str:
-    """What an encoder cuts, or an estimate of it; `facts` are those of `Texts.as_dict`, some texts measured."""
+    """What an encoder truncates, or an estimate of it; `facts` are those of `Texts.as_dict`, some texts measured."""
     if "cut" in facts:
         cut = f"{facts['cut']['texts']:,} of the measured texts ({100 * facts['cut']['share']:.1f} %)"
-        return f"{facts['encoder']} reads {facts['limit']:,} tokens, and cuts {cut}"
+        return f"{facts['encoder']} reads {facts['limit']:,} tokens and truncates {cut}"
     over = ", ".join(f"{100 * share:.1f} % over {limit}" for limit, share in facts["estimate"]["share_over"].items())
-    return f"an estimate at {TOKENS_PER_WORD} tokens a word: {over} tokens; --encoder SPEC counts them"
+    return f"estimated at {TOKENS_PER_WORD} tokens per word: {over} tokens; --encoder SPEC counts them"
 
 
 def _texts(report: Report) -> str:

@@ -88,7 +88,7 @@ def report(
     most, total = max(1, MOST_ANSWERS // len(dataset.labels)), len(dataset.splits[split].rows)
     if total > most:
         dataset, _ = subsample(dataset, split, most, seed=0)
-        part = f"This page is of {most:,} of {total:,} samples, drawn at random; mopefuse eval has the metrics of all."
+        part = f"This page shows {most:,} of {total:,} samples, drawn at random; mopefuse eval reports the metrics of all."
         notes = (*notes, part)
     facts, found = _facts(replace(opened, data=dataset), audit=audit, notes=notes, advance=advance)
     parts = sections(facts)
@@ -166,15 +166,15 @@ def _notes(folder: RunFolder, data: DataSet, split: str, step: int, *, audited: 
     notes = []
     if not folder.result():
         notes.append(
-            f"This run is not finished: the page shows step {step:,}, and nothing of time, memory and parameters. "
-            "Go on with mopefuse train --resume."
+            f"This run is not finished: the page shows step {step:,}, without time, memory and parameter counts. "
+            "Continue with mopefuse train --resume."
         )
     if split != "test":
         notes.append(
-            "There is no test split: all numbers are of validation, which the step was selected by, and are too good for that."
+            "There is no test split: all numbers are from validation, which also selected the step, so they are optimistic."
         )
     if folder.manifest()["data"].get(split) != data.fingerprint()[split]:
-        notes.append(f"The {split} data are not those that the run was made with.")
+        notes.append(f"The {split} data have changed since the run was trained.")
     if not audited:
-        notes.append("No audit was made: whether the model uses its other modality is not on this page.")
+        notes.append("The audit was skipped, so this page does not show whether the model uses the other modality.")
     return tuple(notes)

@@ -44,6 +44,6 @@ def _start(facts: RunFacts) -> str:
         return ""
     name = facts.main_metric.replace("_", " ")
     return (
-        f"Training began as a logistic regression on the features of the frozen encoders (--set warm_start=linear). On "
-        f"validation that had {name} {percent(first)}, and step {facts.step:,} has {percent(chosen)}."
+        f"Training started from a logistic regression on the features of the frozen encoders (--set warm_start=linear). "
+        f"Its {name} on validation was {percent(first)}; that of step {facts.step:,} is {percent(chosen)}."
     )

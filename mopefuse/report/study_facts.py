@@ -14,9 +14,9 @@ from mopefuse.studies.compare import Comparison, Row, Spread, has_result
 
 _NOT_YET = {
     "waiting": "not begun",
-    "running": "under way when study.json was last written, or killed",
-    "stopped": "stopped before its end",
-    "finished": "finished, and its folder is gone",
+    "running": "running when study.json was last written, or killed since",
+    "stopped": "interrupted",
+    "finished": "finished, but its folder has been deleted",
 }
 _AGAIN = "run mopefuse study again"
 

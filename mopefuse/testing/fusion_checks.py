@@ -107,7 +107,7 @@ class FusionChecks:
         assert trainable, self.message("has no trainable parameter")
         learns = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         odd = sorted(learns ^ trainable.keys())
-        assert not odd, self.message(f"requires_grad of {odd[0]} is {odd[0] in learns}, but it is not so in is_trainable()")
+        assert not odd, self.message(f"requires_grad of {odd[0]} is {odd[0] in learns}, but is_trainable() disagrees")
         self.loss(model, self.batch(model)).backward()
         for name, parameter in model.named_parameters():
             if name not in trainable:
@@ -151,7 +151,7 @@ class FusionChecks:
         copied = self.run_and_check(copy.deepcopy(self.model), batch)
         assert torch.equal(copied, self.run_and_check(self.model, batch)), self.message("a deep copy gives other logits")
         size = len(ForkingPickler.dumps(self.model.collate))
-        assert size <= _LARGEST, self.message(f"the collator takes {size:,} bytes: it seems to hold weights")
+        assert size <= _LARGEST, self.message(f"the pickled collator has {size:,} bytes: it seems to hold weights")
 
     def missing_is_refused(self) -> None:
         """A sample without what the method needs is a DataError when a batch is made."""
@@ -162,7 +162,7 @@ class FusionChecks:
                 self.batch(model, self._without(modality))
             except DataError:
                 continue
-            raise AssertionError(self.message(f"takes a sample without {modality}, which it does not say it can lack"))
+            raise AssertionError(self.message(f"accepts a sample without {modality}, which is not declared optional"))
 
     def missing_is_handled(self) -> None:
         """A sample without a modality that may be lacking gets finite logits, and does not change the others."""

@@ -54,7 +54,7 @@ class ModalityChecks:
             assert self.modality.accepts(value), self.message(f"accepts() refuses a {kind} of its own examples() or nothing()")
 
     def single_and_lists(self) -> None:
-        """A list of values stays one, of one value as of several."""
+        """A list of values is treated as a list, even with a single element."""
         examples = self.modality.examples()
         for values in (examples, tuple(examples), examples[:1]):
             what = f"is_single() takes a {type(values).__name__} of values for one value"
@@ -63,12 +63,12 @@ class ModalityChecks:
             assert len(found) == len(values), self.message(f"{len(values)} values become {len(found)}")
 
     def other_objects_are_refused(self) -> None:
-        """What is no value is not accepted, or is a MopefuseError when it is prepared."""
+        """Objects that are not values are not accepted, or raise a MopefuseError when they are prepared."""
         for value in _OTHER_OBJECTS:
             if self.modality.accepts(value):
                 kind = type(value).__name__
                 refused = self.refuses(partial(self.modality.prepare, value, where="sample 0"), f"prepare() of a {kind}")
-                assert refused, self.message(f"accepts() and prepare() take a {kind} for a value")
+                assert refused, self.message(f"accepts() and prepare() accept a {kind} as a value")
 
     def refuses(self, action: Callable[[], object], what: str) -> bool:
         """Whether an action raises a `MopefuseError`; one without a fix, or any other exception, is a fault."""
@@ -91,7 +91,7 @@ class ModalityChecks:
             assert self.modality.accepts(first), self.message(f"accepts() refuses what read() gives for {value!r:.60}")
 
     def prepared_as_read(self) -> None:
-        """What read() gives stays as it is when it is prepared."""
+        """prepare() leaves the result of read() unchanged."""
         for value in self.values:
             read = self.read(value)
             found = self.modality.prepare(read, where="sample 0")
@@ -137,7 +137,7 @@ class FileChecks(ModalityChecks):
         damaged = {"an empty file": b"", "a page of HTML": b"<!doctype html>", "half a file": whole[: len(whole) // 2]}
         for what, content in damaged.items():
             refused = self.refuses(partial(self.look_at, content), f"look() at {what}")
-            assert refused, self.message(f"look() takes {what} for a value")
+            assert refused, self.message(f"look() accepts {what} as a value")
 
     def look_at(self, content: bytes) -> None:
         """See `Files.look`."""
@@ -159,7 +159,7 @@ class FileChecks(ModalityChecks):
             assert not _Trap.loaded, self.message("a file with a pickle in it ran code of its own")
 
     def stays_inside(self) -> None:
-        """A path out of the folder, of what is not there, or of a folder, is refused."""
+        """Paths that leave the folder, do not exist, or name a folder are rejected."""
         for value in ("../elsewhere", str((self.root / self.values[0]).resolve()), "not-there", "."):
             refused = self.refuses(partial(self.read, value), f"read() of the path {value!r:.60}")
             assert refused, self.message(f"read() takes the path {value!r}")
