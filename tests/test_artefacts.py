@@ -253,7 +253,7 @@ def test_F_77_the_same_weights_by_another_name_are_accepted(artefact: Artefact, 
     again = say(artefact.path, "--main", "tiny:vision?pretrained=true", "--comp", "tiny:text?pretrained=true")
     assert (again.returncode, again.stdout) == (0, said.stdout)
     other = say(artefact.path, "--comp", "tiny:text?pool=cls")
-    refused(other, "MF-CKPT-08", "has other options", fix="swap-encoder")
+    refused(other, "MF-CKPT-08", "has different options", fix="swap-encoder")
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])

@@ -168,16 +168,16 @@ def test_a_package_whose_entry_points_cannot_be_read_is_left_out(
     [
         (
             ("encoders", "inspect", "toy:vision"), "MF-PLUG-01",
-            "the encoder scheme 'toy' is claimed by mopefuse-one and mopefuse-two",
+            "the encoder scheme 'toy' is provided by mopefuse-one and mopefuse-two",
             "write mopefuse-one:toy:NAME or mopefuse-two:toy:NAME",
         ),
         (
             ("data", "make", "made", "{tmp}"), "MF-PLUG-01",
-            "the data set 'made' is claimed by mopefuse-one and mopefuse-two", "write mopefuse-one:made or mopefuse-two:made",
+            "the data set 'made' is provided by mopefuse-one and mopefuse-two", "write mopefuse-one:made or mopefuse-two:made",
         ),
         (
             ("train", *TINY, "--data", "{pairs}", "--out", "{tmp}/run", "--method", "both"), "MF-PLUG-01",
-            "the fusion method 'both' is claimed by mopefuse-one and mopefuse-two",
+            "the fusion method 'both' is provided by mopefuse-one and mopefuse-two",
             "write mopefuse-one:both or mopefuse-two:both",
         ),
         (

@@ -66,7 +66,7 @@ def test_every_chart_has_its_numbers_in_a_table_too(run: Path) -> None:
     assert names >= {"audit", "parameters", "confusion", "calibration", "loss", "validation", "usage", "entropy", "classes"}
     numbers = [attributes for attributes in page.all("details") if attributes.get("class") == "numbers"]
     assert len(numbers) == len(names) - 1, "those of the audit are in its own table"
-    assert "Scripts are off" in page.text
+    assert "JavaScript is off" in page.text
     assert all(attributes["aria-label"] for attributes in page.all("div") if "data-chart" in attributes)
 
 
@@ -238,7 +238,7 @@ def test_an_unfinished_run_has_a_page_that_says_so(trained: Path, tmp_path: Path
     done = report(run, device="cpu", audit=False)
     page = page_of(run)
     assert "This run is not finished: the page shows step 2" in page.text
-    assert "No audit was made" in page.text and done.audit is None
+    assert "The audit was skipped" in page.text and done.audit is None
     assert keys(page) == [key for key in SECTIONS if key not in ("audit", "resources")] + ROUTING
 
 

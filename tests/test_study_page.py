@@ -197,7 +197,7 @@ def test_a_study_without_any_result_has_a_page(trained: Path, tmp_path: Path) ->
     change(study, 0, state="running")
     done = report_study(study)
     assert keys(page_of(study)) == ["missing", "settings"]
-    assert "No run is finished" in page_of(study).text and "under way" in page_of(study).text
+    assert "No run is finished" in page_of(study).text and "running when study.json" in page_of(study).text
     assert done.comparison is None
 
 

@@ -1,6 +1,6 @@
 """The command line: `main` runs a command and turns an error into one line and an exit code.
 
-Each command is one typed function in a file of its name. It imports what is heavy inside, so that ``--help`` and a usage
+Each command is one typed function in a file of its name. Heavy imports are inside it, so that ``--help`` and a usage
 error do not wait for torch.
 """
 
@@ -226,7 +226,7 @@ def _drain() -> None:
 
 
 def _stop_without_reader() -> None:
-    """Exit quietly: the reader of the output has stopped reading, as ``| head`` does, which is no error."""
+    """Exit quietly: the reader of the output has stopped reading, as ``| head`` does, which is not an error."""
     _discard(sys.stdout)
     sys.exit(141)
 

@@ -74,7 +74,7 @@ def _on_the_same_data(paths: list[Path], against: str | None) -> tuple[list[Path
     """The largest group of runs that were tested on the same samples and labels, or the group of the run `against`.
 
     Returns:
-        Those paths, with all that are no finished runs, and a notice for each run that is left out. All paths where no two
+        Those paths, with all that are not finished runs, and a notice for each run that is left out. All paths where no two
         runs were tested on the same data, which is an error of the comparison.
     """
     from mopefuse.runs.folder import RunFolder

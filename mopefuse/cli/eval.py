@@ -74,7 +74,7 @@ def evaluate(
 def _check(
     run: Path, split: str, data: Path | None, settings: Settings, out: Path | None, *, single: bool, gated: bool
 ) -> None:
-    """Refuse what can be refused before torch is imported.
+    """Check the options before torch is imported.
 
     Args:
         single: whether there is one result, not a grid of them. gated: whether a metric must be reached.

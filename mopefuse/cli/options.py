@@ -1,4 +1,4 @@
-"""Options and arguments that several commands share and that set no setting."""
+"""Options and arguments that several commands share and that do not correspond to a setting."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Where settings come from: a YAML recipe, overridden by flags, overridden by ``--set``. YAML is read strictly.
 
 No tags (so no Python objects), no duplicate keys, no aliases (a few bytes of them can expand to gigabytes), and a value is a
-number only if it looks like one to everybody: ``1e-4`` is, ``1:30``, ``0x10``, dates, ``no`` and ``off`` are text.
+number only if it is unambiguous: ``1e-4`` is, ``1:30``, ``0x10``, dates, ``no`` and ``off`` are text.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every text that `_StrictLoader` would read as a number, besides those that others would."""
+    """Also quotes strings that `_StrictLoader`, unlike other loaders, would read as a number."""
 
 
 _PLAIN = {
@@ -145,7 +145,7 @@ def parse_set(assignments: Iterable[str]) -> dict[str, Any]:
     """Parse ``--set a.b=c`` arguments into nested settings; values are parsed as YAML.
 
     Raises:
-        ConfigError: no ``=``, or a path that is no setting, with the nearest names.
+        ConfigError: no ``=``, or a path that is not a setting, with the nearest names.
     """
     values: dict[str, Any] = {}
     for text in assignments:

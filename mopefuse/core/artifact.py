@@ -43,7 +43,7 @@ def publish(target: Path, write: Callable[[Path], None], facts: Mapping[str, Any
             temporary.mkdir(parents=True)
             write(temporary)
             files = sorted(path for path in temporary.rglob("*") if path.is_file())
-            mode = temporary.stat().st_mode & 0o666  # follow the umask, also for files that a library made private
+            mode = temporary.stat().st_mode & 0o666  # follow the umask, even if a library made the file private
             for path in files:
                 path.chmod(mode)
                 atomic_files.sync(path)
@@ -68,7 +68,7 @@ def verify(folder: Path, *, kind: str, thorough: bool = True) -> dict[str, Any]:
         thorough: compare the digests of files and not only their sizes.
 
     Raises:
-        CheckpointError: no manifest, another kind or a newer format, a path outside the folder, a changed file, or weights
+        CheckpointError: no manifest, a different kind or a newer format, a path outside the folder, a changed file, or weights
             that the manifest does not list.
     """
     manifest = check_manifest(read_json(folder / MANIFEST), kind, str(folder))

@@ -1,4 +1,4 @@
-"""Files of hub repositories: taken from the local cache or downloaded and verified, with an error for each way to fail.
+"""Files of hub repositories: from the local cache, or downloaded and verified, with an error for each kind of failure.
 
 Cached files are used even if the repository has changed since, so that a run always gets the same encoder and works without
 a network. Only error classes of `huggingface_hub.errors` are distinguished, not those of the transport below it.
@@ -60,7 +60,7 @@ def fetch(repo: str, filename: str, revision: str | None = None, *, where: str) 
         metadata = get_hf_file_metadata(hf_hub_url(repo, filename, revision=revision), timeout=_TIMEOUT)
     except EntryNotFoundError:
         return None
-    except Exception as error:  # the call only uses the network, so any other error is one of the connection
+    except Exception as error:  # the call only uses the network, so any other error is a connection error
         raise explain(error, repo, revision, where) from error
     path = _download(repo, filename, revision, where)
     _verify(path, metadata.etag, where)

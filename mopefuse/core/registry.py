@@ -237,7 +237,7 @@ def load(group: str, name: str) -> Any:
     """Load the implementation of a name. A built-in takes precedence over plugins of the same name.
 
     Raises:
-        ConfigError: no such name (EncoderError for encoders); similar ones are suggested.
+        ConfigError: no such name (EncoderError for encoders); the message suggests similar ones.
         PluginError: several plugins provide the name, or the one that does cannot be imported.
     """
     points = claimed(group, name)

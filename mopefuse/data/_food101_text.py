@@ -35,7 +35,7 @@ _NEITHER_LETTER_NOR_DIGIT = re.compile(r"[\W_]+")
 
 
 def read_title(line: bytes) -> TitleRow | OddRow:
-    """Parse one line by itself, so that an unclosed quote spoils no other row.
+    """Parse one line by itself, so that an unclosed quote does not affect other rows.
 
     The image name ends at the first comma, the class starts after the last one, and the title is between them: in double
     quotes by the rule of CSV (a quote inside is doubled), or without.

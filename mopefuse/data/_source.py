@@ -1,4 +1,4 @@
-"""The base class of readers of data sets as their owners distribute them."""
+"""The base class of readers of data sets in their original form."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Source(ABC):
 
     Attributes:
         name: of the entry point.
-        version: of the preparation; raised when the same files give other rows.
+        version: version of the preparation; raised when the same files give different rows.
         inputs: names of the files and folders that are read, directly below the source folder.
         layout: the files that it needs, for messages.
         published: number of rows by split, or by a sum of splits (``train+val``), and who published it.

@@ -114,8 +114,8 @@ class DataSet:
     Args:
         root: folder that paths in rows are relative to.
         labels: defined by the training split, or by a list of labels.
-        image_roots: folders that images and other files may lie in, `root` first.
-        notices: what the user should know.
+        image_roots: folders that may contain images and other files, `root` first.
+        notices: notices for the user.
     """
 
     root: Path

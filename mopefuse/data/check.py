@@ -1,4 +1,4 @@
-"""Find everything that is wrong with a data set in one pass; nothing is written and nothing is printed.
+"""Find every problem of a data set in one pass; nothing is written or printed.
 
 A table that cannot be read does not hide the problems of the others, and one problem does not hide another.
 """
@@ -48,7 +48,7 @@ class Report:
     """The contents of a data set and what is wrong with it.
 
     Args:
-        roots: folders that files may lie in, the data root first.
+        roots: folders that may contain files, the data root first.
         modalities: of the rows.
         indexes: by split.
         findings: errors first, then by kind, split and line.

@@ -141,7 +141,7 @@ class Samples(Dataset[dict[str, Any]]):
             collate_fn=self.batch,
             num_workers=self.config.workers,
             pin_memory=pin,
-            generator=torch.Generator().manual_seed(0),  # keeps torch's global stream untouched
+            generator=torch.Generator().manual_seed(0),  # does not touch torch's global random state
             worker_init_fn=_ignore_signals,
         )
         iterator = iter(loader)

@@ -124,7 +124,7 @@ class Layout:
 
     Args:
         columns: name of the column of each modality, in order.
-        in_rows: the modalities whose values stand in the rows, not in files.
+        in_rows: the modalities whose values are stored in the rows, not in files.
         identity, label: names of columns. separator: of labels in a cell. fold_labels: see `data.fold_labels`.
         on_missing: see `data.on_missing`.
         null_is_empty: whether a null in a row counts as an empty value rather than a missing one.

@@ -20,7 +20,7 @@ from mopefuse.data.index import Index
 from mopefuse.data.rows import Rows
 from mopefuse.modalities.base import get_modality
 
-MOST_TEXTS = 20_000  # most texts whose length is measured
+MOST_TEXTS = 20_000  # maximum number of texts whose length is measured
 TOKENS_PER_WORD = 1.3  # an estimate, for English and subword vocabularies
 LIMITS = (77, 512)  # tokens that CLIP and BERT read
 REPLACED = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")

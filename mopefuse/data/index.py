@@ -22,7 +22,7 @@ Array = NDArray[Any]
 
 @dataclass
 class InRows:
-    """The values of a modality that stand in the rows, as digests of 16 bytes; zeros where a value is missing.
+    """The values of a modality that are stored in the rows, as digests of 16 bytes; zeros where a value is missing.
 
     Args:
         key_S: digest of each value. alike_S: digest of each value after `Modality.alike`.

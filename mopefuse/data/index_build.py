@@ -47,7 +47,7 @@ def build(
 
     Args:
         split: of a single table with a split column, only the rows of this split are used.
-        roots: folders that files may lie in, the data root first.
+        roots: folders that may contain files, the data root first.
         modalities: of the rows.
         fresh: read everything again and replace the index in the cache.
         advance: called with (files read, files to read).

@@ -26,7 +26,7 @@ def key_of(digest: str, roots: Sequence[Path], config: DataConfig) -> str:
     """The key of an index.
 
     Args:
-        digest: see `Index.digest`. roots: folders that files may lie in.
+        digest: see `Index.digest`. roots: folders that may contain files.
     """
     return cache.make_key(VERSION, digest, config.on_missing, *(root.resolve() for root in roots))
 

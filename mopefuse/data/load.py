@@ -66,7 +66,7 @@ def load_data(
 
 
 def roots_of(path: Path, config: DataConfig) -> tuple[Path, ...]:
-    """The folders that images and other files may lie in: that of the data first."""
+    """The folders that may contain images and other files: that of the data first."""
     return (path.parent if path.is_file() else path, *map(Path, config.image_roots))
 
 
@@ -150,7 +150,7 @@ def _fingerprint(name: str, index: Index, rows: Numbers, skipped: Sequence[Probl
 
 
 def _notices(splits: dict[str, Split], indexes: dict[str, Index], config: DataConfig) -> tuple[str, ...]:
-    """Say what the user should know about the data.
+    """Notices about the data for the user.
 
     Raises:
         DataError: val or test shares values with train, and `data.strict` is set.

@@ -72,7 +72,7 @@ def _hold_out(parts: Parts, name: str, fraction: float, path: Path, config: Data
 
 
 def missing_split_hint(name: str, path: Path, config: DataConfig) -> str:
-    """Say how to provide a split that is missing."""
+    """A hint on how to provide a missing split."""
     hold_out_rows = f"hold out some rows of train with --{name}-fraction 0.1"
     if path.is_file():
         if path.stem in SPLITS and any((path.parent / f"{name}{suffix}").is_file() for suffix in SUFFIXES):

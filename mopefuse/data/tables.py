@@ -234,7 +234,7 @@ def _refuse_constant(name: str) -> Any:
 
 
 def _csv(content: bytes, path: Path, delimiter: str) -> Iterator[TableRow]:
-    """Yield the rows of a CSV file; a quote that is not closed spoils only its own row."""
+    """Yield the rows of a CSV file; an unclosed quote affects only its own row."""
     csv.field_size_limit(2**31 - 1)  # texts may be long
     records = Records(decode_text(content, path), delimiter)
     header: list[str] = []

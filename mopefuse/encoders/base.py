@@ -315,13 +315,13 @@ def run_frozen(encoder: Encoder, inputs: Inputs) -> Encoded:
 
 
 _MAX_ELEMENTS = 64 * 3 * 224 * 224  # of one input tensor of a batch
-_MAX_SAMPLES = 32  # more are not faster on a CPU, and need more padding
+_MAX_SAMPLES = 32  # larger chunks are not faster on a CPU and need more padding
 
 
 def encode_pooled(encoder: Encoder, inputs: Inputs) -> Tensor:
-    """Compute pooled features (B, C) of a frozen encoder, in parts of samples of similar length to save padding.
+    """Compute pooled features (B, C) of a frozen encoder, in chunks of samples of similar length to save padding.
 
-    A sample's feature depends on its part by rounding only. Padding must be on the right; inputs of an encoder with a fixed
+    A sample's feature depends on its chunk only by rounding. Padding must be on the right; inputs of an encoder with a fixed
     length are not shortened.
     """
     count = len(next(iter(inputs.values())))

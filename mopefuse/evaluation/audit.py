@@ -1,4 +1,4 @@
-"""Does a model use its complementary modality? Its metrics with that input shuffled, blank, and without each kind of prompt.
+"""Does a model use its complementary modality? Metrics with that input shuffled or blank, and without each kind of prompt.
 
 Shapes: S samples of the split, N labels.
 """

@@ -140,7 +140,7 @@ def evaluate_missing(
 def _evaluate_cells(
     opened: OpenRun, removal: Removal, requested: Sequence[Shares], predictions: Path | None, advance: Advance
 ) -> list[Cell]:
-    """A cell for each of the requested shares, without those that come out the same."""
+    """A cell for each of the requested shares, without duplicates."""
     model, data, split, config, device = opened.model, opened.data, opened.split, opened.config, opened.device
     samples = prepare_samples(model, data, split, config, device)
     cells: list[Cell] = []

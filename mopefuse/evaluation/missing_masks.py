@@ -42,7 +42,7 @@ class Removal:
 
     @property
     def natural(self) -> dict[str, int]:
-        """Modality to the number of rows that lack it in the data; without those that no row lacks."""
+        """Number of rows that lack each modality in the data; without modalities that no row lacks."""
         return {name: count for name, lacks_S in self.lacks.items() if (count := int(lacks_S.sum()))}
 
     def masks(self, shares: Shares) -> tuple[dict[str, NDArray[np.bool_]], dict[str, int]]:
@@ -66,7 +66,7 @@ class Removal:
         return masks, counts
 
     def actual_shares(self, shares: Shares, counts: Mapping[str, int]) -> Shares:
-        """The requested shares, or what they became where rows lack more, or fewer samples can lose a modality."""
+        """The shares reached: different from those requested if rows lack more, or fewer samples can lose a modality."""
         total = len(self.ids)
         return {kind: shares[kind] if count == round(shares[kind] * total) else count / total for kind, count in counts.items()}
 

@@ -1,4 +1,4 @@
-"""Transposes the logits of a split: written batch by batch, read label by label; in memory, or in a file if they are many.
+"""Transposes the logits of a split: written batch by batch, read label by label; in memory, or in a file if there are many.
 
 Shapes: S samples of the split, B of them in a batch, N labels, n labels of a block.
 """

@@ -46,7 +46,7 @@ def save_adapter(
         model: from `mopefuse.build_fusion` or `mopefuse.load_model`; it is left as it is, also in training mode.
         out: the folder to write, whole or not at all.
         labels: names in the order of the logits; default those that the model was built with.
-        thresholds: for "multi-label": the probability from which a label is predicted, one for all labels or one each.
+        thresholds: for "multi-label": the probability from which a label is predicted, one for all labels or one per label.
         metrics: by split, for the model card: ``{"val": {"accuracy": 0.9}}``.
         overwrite: whether to replace an earlier export in `out`.
 

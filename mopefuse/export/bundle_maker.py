@@ -1,6 +1,6 @@
 """Make a bundle: one graph and everything needed to run it, compared with the model before it is published.
 
-Its inputs must equal those of training bit for bit, and its logits those of the model nearly, for single pairs and batches,
+Its inputs must equal those of training bit for bit, and its logits nearly those of the model, for single pairs and batches,
 with short, long and padded texts.
 
 Shapes: B batch, N labels.
@@ -204,7 +204,7 @@ def _gradient(width: int, height: int) -> Image.Image:
 
 
 def compare(made: graph.Graph, bundle: Bundle, images: Sequence[Any], texts: Sequence[Any]) -> Parity:
-    """Compare the bundle with the model at batch sizes 1, 2 and 7: inputs must be equal, logits nearly.
+    """Compare the bundle with the model at batch sizes 1, 2 and 7: inputs must be equal, and logits within a tolerance.
 
     Raises:
         GateError: inputs differ, or logits differ by more than `TOLERANCE`.

@@ -67,7 +67,7 @@ def export(
         notice: called with a description of each step.
 
     Raises:
-        ConfigError: `out` is not empty, or the options do not go together. PackageError: a missing package.
+        ConfigError: `out` is not empty, or the options cannot be combined. PackageError: a missing package.
         EncoderError: an encoder cannot be traced, or its tokenizer cannot be exported.
         GateError: the graph's logits or inputs differ from those of the model.
     """

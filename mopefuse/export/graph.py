@@ -76,7 +76,7 @@ def trace(graph: Graph, example: Mapping[str, Tensor], fixed_lengths: Mapping[st
     try:
         with torch.no_grad(), quietly():
             program = torch.export.export(graph.eval(), (dict(example),), dynamic_shapes={"inputs": dims})
-    except Exception as error:  # torch.export raises whatever the traced code and its own checks please
+    except Exception as error:  # torch.export can raise any exception
         specs = " and ".join(str(graph.model.encoder(side).spec) for side in graph.model.reads)
         raise EncoderError(
             EncoderCode.NOT_TRACEABLE,

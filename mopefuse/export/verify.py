@@ -1,4 +1,4 @@
-"""Verify that an exported folder is unchanged and still predicts the same. Only a pt2 bundle needs torch for that."""
+"""Verify that an exported folder is unchanged and still predicts the same. Needs torch only for a pt2 bundle."""
 
 from __future__ import annotations
 

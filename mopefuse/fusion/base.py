@@ -52,7 +52,7 @@ class Output(NamedTuple):
 
 
 class Fusion(nn.Module):
-    """Encoders, the modules that fuse them, and a head.
+    """Encoders, the modules that fuse their features, and a head.
 
     A subclass is built from ``(config, encoders, num_labels)``, sets `head` with `make_head` and implements `forward`.
 
@@ -319,7 +319,7 @@ class Fusion(nn.Module):
 
         Args:
             train, val: pooled features of the sides in `standard`.
-            advance: called now and then with a name of the current step and the completed share of the work.
+            advance: called periodically with a name of the current step and the completed fraction of the work.
 
         Returns:
             Trainable tensors by name, and the C that validation chose, by head.

@@ -49,12 +49,12 @@ class OtherSettings(TypedDict, total=False):
     bottleneck: int  # width of the mapper's trunk
     mapper_norm: Literal["layer", "batch-frozen"]
     route_stage_starts: bool  # whether the first block of each stage has a dynamic prompt too
-    tune: Literal["probe", "prompt", "lora", "full"]  # how encoders learn with other methods than "conditional"
+    tune: Literal["probe", "prompt", "lora", "full"]  # how encoders are trained with methods except "conditional"
     head_hidden: int  # width of a hidden layer in the head; 0 for a linear head
     head_norm: Literal["layer", "none"]  # whether pooled features are normalised before the head
     warm_start: Literal["none", "linear"]  # "linear": the head is a regression on all features, fitted by `mopefuse.train`
     either: bool  # whether to add a head for samples without the main modality
-    compat: Literal["none", "official"]  # "official": defaults of the code that the papers released
+    compat: Literal["none", "official"]  # "official": defaults of the papers' released code
     prompts: Mapping[str, Any]
     router: Mapping[str, Any]
     comp_tuning: Mapping[str, Any]
@@ -90,7 +90,7 @@ def build_fusion(
     ``mopefuse train``.
 
     Args:
-        main: spec of the encoder that is prompted and classifies, as ``timm:vit_base_patch16_224``; see ``mopefuse encoders``.
+        main: spec of the encoder that is prompted and classified, as ``timm:vit_base_patch16_224``; see ``mopefuse encoders``.
         comp: spec of the complementary encoder, which conditions the prompts, or a list of several; None or "" for a method
             that reads the main modality alone.
         num_labels: N, the number of logits; may be left out if `labels` are given.
@@ -101,7 +101,7 @@ def build_fusion(
         experts: prompt experts in each prompted layer, K.
         static, dynamic, mapped: tokens of the static, dynamic and mapped prompt in each prompted layer, P; 0 for none.
         layers: the layers of the main encoder to prompt: "all", "last:N", "first:N", or indices from 0.
-        gate: "zero" (prompts have a softmax of their own and a gate that starts at 0) or "none" (they share the softmax of
+        gate: "zero" (prompts have a separate softmax and a gate that starts at 0) or "none" (they share the softmax of
             the tokens).
         other: see `OtherSettings`.
 
@@ -166,7 +166,7 @@ def _config_of(given: Mapping[str, Any]) -> RunConfig:
 
 
 def build_model(config: RunConfig, num_labels: int, *, method: type[Fusion] | None = None) -> Fusion:
-    """Build the model of a run, in evaluation mode: equal weights for an equal seed, whatever the state of the caller's
+    """Build the model of a run, in evaluation mode: the same seed gives the same weights, regardless of the caller's
     random generators.
 
     Args:
@@ -231,7 +231,7 @@ def check_names(config: RunConfig) -> None:
     """Refuse a method or an encoder that does not exist, before data are read, which can take minutes.
 
     Raises:
-        ConfigError: no such method, or not the spec of an encoder. EncoderError: no such encoder, as far as this machine knows.
+        ConfigError: no such method, or not the spec of an encoder. EncoderError: no such encoder, checked only locally.
         PluginError: the plugin that provides one of them cannot be used.
     """
     for side in _method(config).sides(config):

@@ -1,4 +1,4 @@
-"""Predict with an exported bundle, without torch: it needs onnxruntime, tokenizers, Pillow and numpy alone.
+"""Predict with an exported bundle, without torch: it needs only onnxruntime, tokenizers, Pillow and numpy.
 
 ``Bundle(folder)`` compares every file with the manifest before it opens one. `mopefuse.load` and ``mopefuse predict`` use
 it; your own program can, too. Preprocessing is that of training, pixel for pixel and token for token.

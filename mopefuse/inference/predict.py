@@ -1,4 +1,4 @@
-"""Predict labels for new pairs from a file, a stream or Python, in input order; an invalid pair gets an error instead.
+"""Predict labels for new pairs from a file, a stream or Python, in input order; an invalid pair gives an error instead.
 
 Nothing here needs torch; loading a trained run imports it.
 
@@ -79,7 +79,7 @@ class Predictor:
             images: PIL images of any mode, paths of files, or arrays of uint8 (height, width, 3); they are prepared as the
                 files of a data set are. texts: one for each image. more: values of other modalities, by name
                 (``audio=[...]``). Modalities that the model does not read may be left out; None in a list is a sample
-                without a value; one value alone is a list of one.
+                without a value; a single value is treated as a list of one.
             top: number of labels in "probabilities", the most likely first; default all.
             routing: whether to add the weights of the experts, a list for each routed layer.
 

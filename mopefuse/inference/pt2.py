@@ -86,7 +86,7 @@ def load_pt2(file: Path, device: torch.device) -> Graph:
             return exported.module(check_guards=False)  # `Bundle` checks the inputs
     except MemoryError:
         raise
-    except Exception as error:  # of a graph that contradicts itself, torch raises whatever it meets
+    except Exception as error:  # for an inconsistent graph, torch can raise any exception
         raise _damaged(file, str(error).partition("\n")[0]) from error
 
 

@@ -2,7 +2,7 @@
 
 Each becomes part of Python source, of an attribute's path or of an evaluated expression once torch loads the archive. Operators
 are those of the graphs of encoders and fusion methods. Left out on purpose is what reads files (``from_file``), Python's
-``attrgetter`` and ``methodcaller``, what of ``torch`` is no operator, and operators of other packages.
+``attrgetter`` and ``methodcaller``, attributes of ``torch`` that are not operators, and operators of other packages.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def _check_expression(node: ast.expr, depth: int) -> int:
 
 
 def _check_base(node: ast.expr, depth: int) -> int:
-    """What is raised to a power holds no other power, so that small text stays a small number; the number of its terms."""
+    """Check that the base of a power has no other power, so that a short text is a small number; returns its terms."""
     if any(isinstance(inner, ast.Name) and inner.id == "Pow" for inner in ast.walk(node)):
         raise ValueError("a power of a power is not part of a size")
     return _check_expression(node, depth)

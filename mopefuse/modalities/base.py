@@ -52,7 +52,7 @@ class Modality:
         """Read a value for an encoder's preprocessing.
 
         Args:
-            value: of the row. roots: folders that files may lie in, the data root first.
+            value: value in the row. roots: folders that may contain files, the data root first.
             where: file, line and id of the row, for messages.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Charts of amounts: bars, heat maps, histograms, sizes of images, and a reliability diagram."""
+"""Bar-like charts: bars, heat maps, histograms, sizes of images, and a reliability diagram."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def heat_map(
     in_table: Callable[[int, int], str] | None = None,
     signed: bool = False,
 ) -> Chart:
-    """A table of shades from none at 0 to the full one at `top`; what is no number is 0.
+    """A heat map with shades from none at 0 to full at `top`; NaN counts as 0.
 
     Args:
         rows, columns: names. across, down: what the columns and what the rows are.
@@ -107,7 +107,7 @@ def heat_map(
 
 
 def reliability(name: str, label: str, bins: Sequence[tuple[float, float, int]]) -> Chart:
-    """How often answers of a confidence are right; the diagonal is perfect calibration.
+    """A reliability diagram: accuracy by confidence; the diagonal is perfect calibration.
 
     Args:
         bins: (mean confidence, accuracy, number of predictions) of each bin of equal width, in order; 0 if empty.

@@ -63,7 +63,7 @@ def find_baselines(run: RunFolder, split: str, metric: str) -> tuple[Baseline, .
             if theirs["labels"] == mine["labels"] and isinstance(score, int | float):
                 found.setdefault(_what(config), []).append((float(score), str(folder)))
         except (MopefuseError, OSError, KeyError, AttributeError):
-            continue  # a damaged run beside this one is no reason to have no page
+            continue  # a damaged run next to this one must not prevent the page
     baselines = [Baseline(what, *(tuple(each) for each in zip(*runs, strict=True))) for what, runs in found.items()]
     return tuple(sorted(baselines, key=lambda one: -one.score))
 

@@ -18,7 +18,7 @@ _HEIGHT = 240
 
 @dataclass(frozen=True)
 class Curve:
-    """Points to be joined; `spread` is how far to either side of each they may lie (a deviation, an interval)."""
+    """Points to be joined; `spread` is the half-width of the error bar of each (a deviation, an interval)."""
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -48,7 +48,7 @@ def curves(
     log: bool = False,
     bands: bool = False,
 ) -> Chart:
-    """Curves in one plane, with a legend where there are several.
+    """Curves in one chart, with a legend if there are several.
 
     Args:
         across, up: what is on the horizontal and on the vertical axis. mark: where the selected step is.

@@ -1,4 +1,4 @@
-"""The page of a data check: counts, problems by kind, labels, lengths, sizes, and a closer look at the worst."""
+"""The page of a data check: counts, problems by kind, labels, lengths, sizes, and examples of the worst problems."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MOST_FOLDED = 2000
 _LATER = ("val", "test")
 _TEXT = 600  # characters of a text beside a picture
 _DAMAGED = ("truncated-image", "empty-image", "wrong-format-image", "unreadable-image")
-_SHOWN = (  # kinds that a picture, or the lack of one, explains
+_SHOWN = (  # kinds for which it helps to see the image
     *_DAMAGED,
     "huge-image",
     "leaked-image",
@@ -153,7 +153,7 @@ def _texts(report: Report) -> str:
 
 
 def _balance(report: Report) -> list[list[dict[str, Any]]]:
-    """Labels with their share of each split; what is many comes in a second group."""
+    """Labels with their fraction of each split; labels beyond a limit are in a second group."""
     totals = {split: sum(counts[split] for counts in report.balance.values()) for split in report.splits}
     shares = {
         label: {split: counts[split] / max(1, totals[split]) for split in totals} for label, counts in report.balance.items()
@@ -175,7 +175,7 @@ def _balance(report: Report) -> list[list[dict[str, Any]]]:
 
 
 def _worst(report: Report) -> list[Finding]:
-    """Findings to look at closely, kinds in turn, so that many of one do not hide another."""
+    """Findings to show, alternating between kinds, so that a frequent kind does not hide the others."""
     groups = [found for kind, found in report.by_kind().items() if kind in _SHOWN]
     turns = [finding for turn in zip_longest(*groups) for finding in turn if finding is not None]
     chosen = set(map(id, turns[:_MOST_OFFENDERS]))

@@ -1,4 +1,4 @@
-"""Pictures of rows for pages: thumbnails, and what is there instead of a picture that cannot be shown."""
+"""Pictures of rows for pages: thumbnails, and placeholders for images that cannot be shown."""
 
 from __future__ import annotations
 

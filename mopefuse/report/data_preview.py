@@ -18,7 +18,7 @@ from mopefuse.report.data_pictures import Picture
 from mopefuse.report.pages import render
 from mopefuse.report.row_values import other_files, picture_name, picture_of, text_of
 
-_START = 300  # characters of a text that are seen unasked
+_START = 300  # characters of a text that are shown at first
 _MOST = 20_000  # of one that is opened
 
 
@@ -45,7 +45,7 @@ def preview_page(
     """The sheet as HTML, and how many rows are on it.
 
     Args:
-        rows: at most so many. seed: of which.
+        rows: maximum number of rows. seed: random seed of their choice.
     """
     read = rows_of(index, config)
 

@@ -60,8 +60,8 @@ class Section:
     Args:
         key: its address on the page, unique there. body: escaped HTML, from `fragment`.
         charts: those in it, which can be written as files, too.
-        half: it may stand beside another half, where there is room.
-        folded: why it is closed at first, in a sentence; neighbours closed for one reason are closed together.
+        half: whether another half may be placed next to it, if there is space.
+        folded: why it is collapsed at first, in a sentence; neighbours with the same reason are collapsed together.
         scripted: it has a table to sort or filter.
     """
 
@@ -110,7 +110,7 @@ def sections_page(
 
 
 def check_place(page: Path, data: Path | None) -> None:
-    """Refuse to write a page into a data folder, or over anything that is no page of ours.
+    """Refuse to write a page into a data folder, or over a file that is not a mopefuse page.
 
     Raises:
         DataError: such a place. ConfigError: see `check_file`.

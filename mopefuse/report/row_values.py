@@ -1,4 +1,4 @@
-"""How a page shows what a row says: a picture, texts, and of other files their names."""
+"""How a page shows a row: its image, its texts, and the names of other files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def picture_name(row: Row) -> str:
 
 
 def other_files(row: Row) -> list[str]:
-    """What it has beside texts and its picture: files, each with its modality."""
+    """Its values other than texts and the image: files, each with its modality."""
     return [
         f"{name}: {value}"
         for name, value in row.values.items()

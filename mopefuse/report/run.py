@@ -1,4 +1,4 @@
-"""One page about a run: what it was given, how it learned, what it answers, and what its answers depend on."""
+"""One page about a run: its settings, training curves and predictions, and what the predictions depend on."""
 
 from __future__ import annotations
 
@@ -72,11 +72,11 @@ def report(
 
     Args:
         out: of the page; ``report.html`` in the run. figures: a folder for the page's charts, as SVG and PNG.
-        data: where the run's data are now. audit: whether to ask the model with inputs and prompts taken away, too.
+        data: where the run's data are now. audit: whether to evaluate the model without inputs and prompts, too.
 
     Raises:
         CheckpointError: no run, an adapter or a bundle, or no checkpoint yet. DataError: the data are not there any more, or
-            the page would overwrite what is no page. ConfigError: `figures` is no folder. PackageError: the extra
+            the page would overwrite another file. ConfigError: `figures` is not a folder. PackageError: the extra
             `report` is not installed.
     """
     require_charts("mopefuse report")

@@ -1,4 +1,4 @@
-"""One page about a study: what its runs reached, how surely, what they cost, and what is missing. No model is asked."""
+"""One page about a study: metrics, their uncertainty, cost, and missing runs. No model is run."""
 
 from __future__ import annotations
 

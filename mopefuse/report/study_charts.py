@@ -35,7 +35,7 @@ def sections(facts: StudyFacts, comparison: Comparison) -> list[Section]:
 
 
 def deviation(rows: Iterable[Row]) -> str:
-    """What error bars are, in words that end a sentence."""
+    """What error bars are, as the end of a sentence."""
     several = sorted({len(row.runs) for row in rows})
     if several[-1] == 1:
         return "one run each, so there are no error bars"

@@ -97,7 +97,7 @@ class StudyFacts:
 
     @cached_property
     def begun(self) -> list[tuple[RunConfig, dict[str, str]]]:
-        """The configuration, and the modality of each encoder, of the first run of each row that was begun."""
+        """The configuration, and the modality of each encoder, of the first run that was started of each row."""
         first: dict[str, tuple[RunConfig, dict[str, str]]] = {}
         for cell in self.cells:
             run = RunFolder(self.folder / cell["run"])

@@ -1,4 +1,4 @@
-"""Rows that differ in one number only: a metric against that setting."""
+"""Sweeps: rows that differ in a single number, and a metric against that setting."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ _MODEL_FACTS = ("encoders", "labels", "multi_label")  # repeated in each checkpo
 
 
 class RunFolder:
-    """A run on disk. Creating the object touches nothing."""
+    """A run on disk. Creating the object does not touch the disk."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -58,11 +58,11 @@ class RunFolder:
         return self.exists() and bool(self.steps() or read_json(self.manifest_file).get("start"))
 
     def _has_no_checkpoint(self) -> bool:
-        """Whether the folder is missing, or a run that ended before its first checkpoint, as on an error in the data."""
+        """Whether the folder is missing, or a run that ended before its first checkpoint, for example by a data error."""
         return not self.path.is_dir() or (self.exists() and not self.steps() and not self.metrics_file.exists())
 
     def _leftovers(self) -> set[Path]:
-        """Files of a process that ended before the folder became a run; its lock file tells them from a user's files."""
+        """Files of a process that ended before the folder became a run; its lock file sets them apart from a user's."""
         leftovers = {self._lock.file, *self.path.glob(f"{_PROBE}.tmp-*")}
         if self.checkpoints.is_dir() and not any(self.checkpoints.iterdir()):
             leftovers.add(self.checkpoints)
@@ -378,5 +378,5 @@ class RunFolder:
 
 
 def default_path() -> Path:
-    """``runs/<date>-<time>``, where no folder is named."""
+    """The default run folder, ``runs/<date>-<time>``."""
     return Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}"

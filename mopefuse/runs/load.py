@@ -99,7 +99,7 @@ def load_split(
     """The data set that `config` describes, with the labels of a trained model, and the name of the split.
 
     Args:
-        split: must be there; None for test, or validation where there is no test split.
+        split: must exist; None selects test, or validation if there is no test split.
         manifest: with ``labels`` and ``multi_label`` of the model.
 
     Raises:

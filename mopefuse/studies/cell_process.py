@@ -31,7 +31,7 @@ _REPORT_EVERY = 0.5  # seconds between two memory reports
 
 @dataclass(frozen=True)
 class Task:
-    """What a process is started with.
+    """The arguments of a cell's process.
 
     Args:
         run: absolute path of the run folder. directory: the working directory that relative paths of `config` refer to.
@@ -107,7 +107,7 @@ def _write_crash_log(error: Exception, run: Path) -> dict[str, Any]:
 
 
 def _exit_with_parent() -> None:
-    """Exit when the study is killed, so that no cell is left over to collide with the next study."""
+    """Exit when the study is killed, so that no orphaned process interferes with the next study."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])

@@ -194,7 +194,7 @@ class Schedule:
 
     Args:
         statuses: of all cells known so far; may grow between calls of `run`.
-        jobs: most processes at a time.
+        jobs: maximum number of processes at a time.
         to_come: number of cells that are not among `statuses` yet.
         facts: further entries of study.json.
     """
@@ -243,7 +243,7 @@ class Schedule:
         return fits
 
     def _notice(self, text: str, prefix: str = "") -> None:
-        """Pass a notice on, once even if several cells give it."""
+        """Pass a notice on, only once even if several cells give it."""
         if text not in self.notices_given:
             self.notices_given.add(text)
             self.listener.notice(f"{prefix}{text}")

@@ -23,7 +23,7 @@ _OTHER_OBJECTS = (object(), {"a": 1}, {1, 2}, 3.5j)
 
 
 class ModalityChecks:
-    """One modality, and values of it as they stand in rows."""
+    """One modality, and values of it as they are stored in rows."""
 
     def __init__(self, modality: Modality, values: Sequence[str], root: Path, equal: Equal) -> None:
         self.modality, self.values, self.root, self.equal = modality, [*values], root, equal

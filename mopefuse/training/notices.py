@@ -22,7 +22,7 @@ def likely_mistakes(config: RunConfig, data: DataSet, model: Fusion) -> Iterator
 
 
 def _unread_modalities(data: DataSet, model: Fusion) -> Iterator[str]:
-    """Modalities in the data that none of several encoders reads."""
+    """Notices about modalities in the data that no encoder reads."""
     specs = {side: str(model.encoder(side).spec) for side in model.uses}
     read = sorted({model.encoder(side).modality for side in model.uses})
     unread = [name for name in data.modalities if name not in read]

@@ -1,4 +1,4 @@
-"""Initial weights of methods whose head begins as a regression on features of the encoders without prompts.
+"""Initial weights of methods whose head starts as a logistic regression on features of the encoders without prompts.
 
 These are the models with a head on standardised features (`Fusion.standard`): the weights are the fitted head and the
 statistics of the features.

@@ -36,7 +36,7 @@ def resumed(saved: RunConfig, new: RunConfig) -> tuple[RunConfig, list[str]]:
     if refused:
         raise ConfigError(
             ConfigCode.SETTING_FIXED_ON_RESUME,
-            f"settings that a resumed run cannot change: {'; '.join(refused)}",
+            f"a resumed run cannot change {'; '.join(refused)}",
             where="--resume",
             fix="resume without this change, or begin a new run with another --out",
         )

@@ -23,7 +23,7 @@ class Duration:
 
     @classmethod
     def from_config(cls, config: Train, samples: int) -> Duration:
-        """The duration of training on so many samples."""
+        """The duration of training on a number of samples."""
         return cls(math.ceil(samples / config.batch_size), config.epochs, config.max_steps)
 
     @property

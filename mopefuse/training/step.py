@@ -38,7 +38,7 @@ class Backward:
         Args:
             batch: this process's share. batch_size: of the global batch.
             has_share: False where the global batch is smaller than the number of processes and this one has no share of
-                it: it then computes a sample that counts for nothing.
+                it: it then computes a dummy sample with weight zero.
         """
         weight = 1.0 if has_share else 0.0
         count = min(self._config.train.accumulate, max(1, batch_size // distributed.world_size()))

@@ -44,7 +44,7 @@ _COLLAPSED = 0.75  # share of unused experts above which to warn of a router col
 
 @dataclass
 class Progress:
-    """The state of training that a checkpoint holds beside tensors."""
+    """The training state in a checkpoint other than tensors."""
 
     step: int = 0
     best: float | None = None
@@ -77,7 +77,7 @@ class WarmUp(NamedTuple):
 
 
 class Listener:
-    """Callbacks of training, to be overridden. These do nothing."""
+    """Training callbacks, to be overridden; the defaults do nothing."""
 
     def notice(self, text: str) -> None:
         """Called with a message for the user."""
