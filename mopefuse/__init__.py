@@ -81,7 +81,7 @@ def evaluate(
         run: a folder, or ``hf-hub:repo/name``. split: "train", "val" or "test".
         data: folder or table to evaluate on; default: the run's own. Required for adapters and bundles.
         layout: settings of `data` that differ there, by name: ``{"text_col": "caption"}``.
-        checkpoint: of a run: "best", "last" or "step-N". device: "auto", "cpu", "cuda", "cuda:N" or "mps".
+        checkpoint: for a run: "best", "last" or "step-N". device: "auto", "cpu", "cuda", "cuda:N" or "mps".
 
     Raises:
         CheckpointError: there is no such run, or its encoders are not those that it was trained with.

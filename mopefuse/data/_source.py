@@ -37,7 +37,7 @@ class Source(ABC):
     """A reader of one data set's files.
 
     Attributes:
-        name: of the entry point.
+        name: name of the entry point.
         version: version of the preparation; raised when the same files give different rows.
         inputs: names of the files and folders that are read, directly below the source folder.
         layout: the files that it needs, for messages.

@@ -41,7 +41,7 @@ class Problem:
     """What is wrong with one row.
 
     Args:
-        code: of the error. where: file and line, and the id if it is known.
+        code: code of the error. where: file and line, and the id if it is known.
         file: that the row names, if the problem is with that file.
     """
 
@@ -67,7 +67,7 @@ class Split:
     Args:
         name: train, val or test. file: name of its file, for messages.
         rows: each is read when it is accessed.
-        labels: of each row; available without reading it.
+        labels: labels of each row; available without reading it.
         keys: by modality, digests (S,) of the values (a text, or the content of a file); zero where the value is missing.
         alike: by modality, digests (S,) that ignore unimportant differences: those of texts, case and spacing.
         hash: digest of everything in the split, including what was skipped.

@@ -49,7 +49,7 @@ class Report:
 
     Args:
         roots: folders that may contain files, the data root first.
-        modalities: of the rows.
+        modalities: modalities of the rows.
         indexes: by split.
         findings: errors first, then by kind, split and line.
         splits: counts of each split, see `mopefuse.data.contents.describe_split`.
@@ -148,7 +148,7 @@ def check(
     """Check every row, file and text of the data set at `config.path`.
 
     Args:
-        tokens: of the encoder that is to read the texts; without it, words are counted.
+        tokens: token counter of the encoder that will read the texts; without it, words are counted.
         fresh: read everything again instead of using the index in the cache.
         advance: called with (split or "texts", number done, total number).
 
@@ -252,7 +252,7 @@ class _Reading:
     """Reads the tables and files of a data set.
 
     Attributes:
-        modalities: of the rows, known after `read`. looked: number of files that were read, by split.
+        modalities: modalities of the rows, known after `read`. looked: number of files that were read, by split.
     """
 
     def __init__(self, *, path: Path, config: DataConfig, roots: tuple[Path, ...], fresh: bool, advance: Advance) -> None:

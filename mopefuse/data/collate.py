@@ -40,7 +40,7 @@ class Samples(Dataset[dict[str, Any]]):
     Args:
         readers: modality and preprocessing of each side; sides with precomputed features are skipped.
         features: by side, precomputed features.
-        seed: of the augmentation.
+        seed: seed of the augmentation.
         training: whether images are augmented.
 
     Where a row lacks a modality, its encoder gets a blank input that is never augmented, and `Batch.missing` marks it.
@@ -98,7 +98,7 @@ class Samples(Dataset[dict[str, Any]]):
         """The preprocessed input of a side for one sample.
 
         Args:
-            row: of the sample; None if all images are cached.
+            row: row of the sample; None if all images are cached.
         """
         if side in self.lacking and self.absent(side, epoch, index):
             return blank_input(*self.readers[side])

@@ -89,7 +89,7 @@ def read_texts(
     """Read every text once: measure lengths, and find texts that are empty or have characters that are replaced.
 
     Args:
-        tokens: of the encoder that is to read them; None measures characters and words only.
+        tokens: token counter of the encoder that will read them; None measures characters and words only.
         advance: called with ("texts", number read, total number).
     """
     total = _count_texts(indexes)

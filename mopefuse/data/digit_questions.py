@@ -174,7 +174,7 @@ def make(
 
     Args:
         folder: must be new or empty, or already contain the same data set (then nothing is written).
-        seed: of compositions and phrasings; the same arguments give the same bytes.
+        seed: seed of compositions and phrasings; the same arguments give the same bytes.
         train, val, test: rows of each split. Four rows share an image.
 
     Returns:

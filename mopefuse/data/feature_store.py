@@ -73,7 +73,7 @@ class FeatureStore:
     """The shards of one encoder.
 
     Args:
-        key: of the encoder. width: C.
+        key: key of the encoder. width: C.
     """
 
     def __init__(self, key: str, width: int) -> None:

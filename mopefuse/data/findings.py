@@ -88,10 +88,10 @@ class Finding:
     """Something that is wrong with a row, a file or a split.
 
     Args:
-        kind: of `KINDS`.
+        kind: one of `KINDS`.
         where: file:line, or a file; of the first row if several rows name the same file.
         hint: what to do, if it differs from that of the kind.
-        code: of the error that training would raise; empty for a warning.
+        code: code of the error that training would raise; empty for a warning.
         image: the image or other file that the row names, if it is about that.
         rows: number of rows that it concerns.
         row: number of the (first) row in its index; -1 if it is about no row.

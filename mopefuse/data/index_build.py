@@ -46,9 +46,9 @@ def build(
     """Read the index of a split from the cache, or build and cache it.
 
     Args:
-        split: of a single table with a split column, only the rows of this split are used.
+        split: for a single table with a split column: only the rows of this split are used.
         roots: folders that may contain files, the data root first.
-        modalities: of the rows.
+        modalities: modalities of the rows.
         fresh: read everything again and replace the index in the cache.
         advance: called with (files read, files to read).
     """

@@ -39,7 +39,7 @@ class Doubt(NamedTuple):
     """Why labels are probably a mistake, and what to do.
 
     Args:
-        kind: of `mopefuse.data.findings.KINDS`. label: an example.
+        kind: one of `mopefuse.data.findings.KINDS`. label: an example.
         rows: number of rows with such a label.
     """
 

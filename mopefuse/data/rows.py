@@ -179,7 +179,7 @@ class Rows(Sequence[Row]):
 
     Args:
         content: JSON lines. places_S2: first byte and end of each row in it. lines_S: line numbers, from 1.
-        labels: of each row.
+        labels: labels of each row.
     """
 
     content: bytes

@@ -49,7 +49,7 @@ class Table(NamedTuple):
 
     Args:
         file: its name, for messages. digest: sha256 of its content.
-        content: of a file of JSON lines; None of other formats, whose rows are converted to JSON lines.
+        content: content of a file of JSON lines; None for other formats, whose rows are converted to JSON lines.
     """
 
     file: str

@@ -138,7 +138,7 @@ def find_sites(model: nn.Module, run: Callable[[], object]) -> tuple[list[Site],
     """Find the promptable layers, in the order in which they run.
 
     Args:
-        model: of transformers, in evaluation mode and in float32, with the attention function of `_hf_attention`.
+        model: transformers model, in evaluation mode and in float32, with the attention function of `_hf_attention`.
         run: one forward pass, preferably of several samples and a few tokens.
 
     Returns:

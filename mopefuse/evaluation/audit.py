@@ -73,7 +73,7 @@ class Audit:
     Args:
         samples: number that the audit used, of `total` in the split.
         metric: the checkpoint-selection metric.
-        modalities: of the complementary inputs.
+        modalities: modalities of the complementary inputs.
         read: whether the model reads them at all. alone: whether it reads nothing else.
         same: modality to the share of samples whose shuffled input equals their own.
         conditions: "as is" first.
@@ -194,7 +194,7 @@ def audit_model(
     Args:
         model: on `device`. thresholds: decision thresholds of multi-label data.
         max_samples: number of samples to draw; None for all.
-        seed: of the draw and of the shuffle, in which no sample keeps its own input.
+        seed: seed of the draw and of the shuffle, in which no sample keeps its own input.
         as_is_SN: logits of the whole split with unaltered inputs, if they are known.
     """
     total = len(data.splits[split].rows)

@@ -64,7 +64,7 @@ class Missing:
     """Metrics of a checkpoint on a split of which some samples lack a modality.
 
     Args:
-        step: of the checkpoint; None for an adapter.
+        step: step of the checkpoint; None for an adapter.
         learned: whether samples lacked these modalities in training. A model that never saw such a sample replaces the
             missing features by those of an average sample.
         orders: kind to ids of the samples that can lose it, in the order in which they do. A cell removes as many as its

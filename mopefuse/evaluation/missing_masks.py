@@ -28,7 +28,7 @@ class Removal:
     """The modalities that samples of a split may lose, and in which order samples lose them.
 
     Args:
-        ids: of the samples.
+        ids: ids of the samples.
         kinds: name ("text", "image+text") to the modalities that a sample loses together.
         lacks: modality to (S,), whether a row of the data has none.
         orders: kind to the samples that can lose it, by position: rows that lack it first. A sample that has nothing else

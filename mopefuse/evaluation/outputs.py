@@ -145,7 +145,7 @@ def require_finite(nonfinite_S: Tensor, data: DataSet, split: str) -> None:
     """Refuse logits that are not finite, as they are after training diverged.
 
     Args:
-        nonfinite_S: of `is_nonfinite`, for all samples of the split.
+        nonfinite_S: from `is_nonfinite`, for all samples of the split.
 
     Raises:
         NumericError: some are not finite; it names the first sample.

@@ -33,8 +33,8 @@ class Bundle:
 
     Args:
         device: "auto" (a GPU if the installed runtime supports one, else the CPU), "cpu", "cuda" or "cuda:N".
-        threads: of onnxruntime; None for its default.
-        manifest: of a bundle that is being made and is not published yet.
+        threads: threads of onnxruntime; None for its default.
+        manifest: manifest of a bundle that is still being made.
 
     Raises:
         CheckpointError: not a bundle, or a file differs from what was exported. PackageError: a missing package.

@@ -140,7 +140,7 @@ def load(
     """Load a trained run, an adapter or an exported bundle to predict with; ``hf-hub:repo/name`` is downloaded first.
 
     Args:
-        checkpoint: of a run: "best", "last" or "step-N".
+        checkpoint: for a run: "best", "last" or "step-N".
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:N" or "mps".
         main, comp: specs of the encoders, where the same weights have other names on this machine; of several complementary
             encoders as in ``["2=SPEC"]`` or ``["text=SPEC"]``.
@@ -177,7 +177,7 @@ def input_settings(path: str | Path, changes: Mapping[str, Any] | None = None) -
     """The settings to read samples for a model with: the columns of its training data.
 
     Args:
-        path: of the model, see `load`.
+        path: path of the model, see `load`.
         changes: settings of `data` by name that override those; see `mopefuse.config.recipe.changed_data`.
 
     Raises:

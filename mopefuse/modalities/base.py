@@ -28,7 +28,7 @@ class Modality:
     """One kind of input. Subclasses define its values; for values in files, see `mopefuse.modalities.files.Files`.
 
     Attributes:
-        name: of its entry point. plural: for messages.
+        name: name of its entry point. plural: for messages.
         kind: description of one value from Python, for messages. give: what to do about another type of value.
         meant: common names of its column, for suggestions.
         leaked: the kind of finding for a value that is in two splits, see `mopefuse.data.findings.KINDS`.
@@ -95,7 +95,7 @@ class Modality:
         """The bound v of the uniform distribution U(-v, v) that initialises prompts of a main encoder of this modality.
 
         Args:
-            patch_size: in pixels. width: of the encoder.
+            patch_size: in pixels. width: width of the encoder.
         """
         return 0.3
 

@@ -140,7 +140,7 @@ def histogram(name: str, label: str, values: Sequence[int], *, unit: str, what: 
     """Whole numbers from 0; the last bar has all that is beyond the 99th percentile. None where there are no values.
 
     Args:
-        unit: of the values. what: is counted, in the singular. limit: a value to mark, 0 for none.
+        unit: unit of the values. what: what is counted, in the singular. limit: a value to mark, 0 for none.
     """
     import altair as alt
 

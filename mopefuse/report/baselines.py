@@ -35,7 +35,7 @@ class Baseline:
     """Runs of a simpler method on the data of a run.
 
     Args:
-        what: the method and its encoders. scores: of each run, in 0..1. folders: of these runs.
+        what: the method and its encoders. scores: score of each run, in 0..1. folders: folders of these runs.
     """
 
     what: str

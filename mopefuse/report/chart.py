@@ -68,7 +68,7 @@ def make_chart(
     """A chart of Altair layers, as wide as its place.
 
     Args:
-        columns, rows: see `Chart`. height: of the plotting area, in pixels.
+        columns, rows: see `Chart`. height: height of the plotting area, in pixels.
     """
     import altair
 

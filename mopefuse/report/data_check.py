@@ -52,7 +52,7 @@ def check_page(report: Report, *, name: str, summary: str, columns: Sequence[str
     """The page, as HTML.
 
     Args:
-        name: of the data set. summary: how the pass went.
+        name: name of the data set. summary: how the pass went.
         columns, splits: a table with a row for each split, its name first.
 
     Raises:

@@ -71,7 +71,7 @@ def report(
     """Write the page of a run: of its selected checkpoint, on the test split, or on validation where there is none.
 
     Args:
-        out: of the page; ``report.html`` in the run. figures: a folder for the page's charts, as SVG and PNG.
+        out: file of the page; ``report.html`` in the run. figures: a folder for the page's charts, as SVG and PNG.
         data: where the run's data are now. audit: whether to evaluate the model without inputs and prompts, too.
 
     Raises:

@@ -42,7 +42,7 @@ def report_study(
     """Write the page of a study, from the files of its runs alone; what is not finished is listed on it.
 
     Args:
-        out: of the page; ``report.html`` in the study. figures: a folder for the page's figures, as SVG and PNG.
+        out: file of the page; ``report.html`` in the study. figures: a folder for the page's figures, as SVG and PNG.
         against, metric: as those of `mopefuse.studies.compare.compare`.
 
     Raises:

@@ -37,7 +37,7 @@ class StudyFacts:
     """A study.
 
     Args:
-        study: what study.json says. comparison: of what is finished; None if nothing is.
+        study: what study.json says. comparison: comparison of the finished runs; None if nothing is.
     """
 
     folder: Path

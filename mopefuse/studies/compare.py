@@ -54,7 +54,7 @@ class Row:
         settings: by path, those that are not the same in all rows.
         metrics: by split and metric.
         trainable, total: parameters.
-        seconds: of training. peak_memory: in bytes, the largest of the runs.
+        seconds: training time. peak_memory: in bytes, the largest of the runs.
         versus: difference of the compared metric on the test split; None in the row that others are compared with.
     """
 
@@ -76,8 +76,8 @@ class Comparison:
 
     Args:
         metric: that rows are compared by. against: label of the row that others are compared with.
-        samples: of the test split.
-        chosen: of a search, label of the row with the best validation metric, "" if there is none; None of other studies.
+        samples: samples of the test split.
+        chosen: for a search, the label of the row with the best validation metric, "" if there is none; None for other studies.
     """
 
     rows: tuple[Row, ...]
@@ -250,7 +250,7 @@ def has_result(folder: Path, cell: dict[str, Any]) -> bool:
     """Whether a cell of a study is finished.
 
     Args:
-        folder: of the study. cell: its entry in study.json.
+        folder: folder of the study. cell: its entry in study.json.
     """
     return cell["state"] != "failed" and RunFolder(folder / cell["run"]).metrics_file.is_file()
 

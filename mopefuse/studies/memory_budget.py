@@ -10,7 +10,7 @@ class MemoryReport(NamedTuple):
     """What a running process reports.
 
     Args:
-        share: of its work that is done, from 0 to 1.
+        share: fraction of its work that is done, from 0 to 1.
         peak: its peak memory, in bytes.
         free: memory that is free on its device, in bytes; None if the system does not report it.
     """

@@ -193,7 +193,7 @@ class Schedule:
     """Runs cells, each in a process of its own that sends messages through a pipe; the pipe closes when the process ends.
 
     Args:
-        statuses: of all cells known so far; may grow between calls of `run`.
+        statuses: statuses of all cells known so far; may grow between calls of `run`.
         jobs: maximum number of processes at a time.
         to_come: number of cells that are not among `statuses` yet.
         facts: further entries of study.json.

@@ -68,7 +68,7 @@ class Cell:
     """One run of a study.
 
     Args:
-        label: of its row; the runs of a row differ in their seed only.
+        label: label of its row; the runs of a row differ in their seed only.
         changes: its settings by path, without those of all cells.
         folder: run folder, relative to that of the study; determined by the label and the settings, not by the order of
             the file.

@@ -27,7 +27,7 @@ def check_fusion(
         method: its registered name, or its class.
         main, comp: specs of encoders that it can fuse.
         samples: values by modality, the same number of each, at least 2; default the examples of the modalities.
-        settings: of a recipe, by section: ``{"prompts": {"experts": 2}}``.
+        settings: settings of a recipe, by section: ``{"prompts": {"experts": 2}}``.
 
     Raises:
         AssertionError: the first part of the contract that is broken: what, where, and how to fix it.

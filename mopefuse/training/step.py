@@ -36,7 +36,7 @@ class Backward:
         """Add the gradients of this process's share, in `train.accumulate` parts; returns its part of the loss.
 
         Args:
-            batch: this process's share. batch_size: of the global batch.
+            batch: this process's share. batch_size: size of the global batch.
             has_share: False where the global batch is smaller than the number of processes and this one has no share of
                 it: it then computes a dummy sample with weight zero.
         """

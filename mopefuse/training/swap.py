@@ -83,7 +83,7 @@ def swap_encoder(
             ``text=SPEC`` selects one by position or by modality.
         data: another data set, possibly with other labels.
         settings: other settings of the new run, nested.
-        epochs: of tuning; 0 leaves the swapped model untrained.
+        epochs: number of tuning epochs; 0 leaves the swapped model untrained.
         warm_up: number of the first of these epochs in which only new parameters learn.
         scratch: with `epochs`, also train a model from scratch for as many, into ``<out>-scratch``, for comparison.
 
