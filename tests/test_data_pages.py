@@ -237,7 +237,7 @@ def test_a_split_that_is_not_there_has_no_sheet(tmp_path: Path, split: str) -> N
     (root / "train.jsonl").write_text(line("1"))
     done = call("data", "preview", root, "--split", split, "-o", tmp_path / "sheet.html")
     assert (done.returncode, done.stderr.split(":")[0]) == (4, "error[MF-DATA-82]")
-    assert "the data has train" in done.stderr
+    assert "the data have train" in done.stderr
     assert not (tmp_path / "sheet.html").exists()
 
 

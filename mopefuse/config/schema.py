@@ -368,7 +368,7 @@ WITHOUT_EFFECT = frozenset(
 
 
 def known_keys(path: tuple[str, ...]) -> list[str]:
-    """The keys of the section at `path`; empty if it is no section."""
+    """The keys of the section at `path`; empty if it is not a section."""
     return keys_in(RunConfig, path)
 
 

@@ -12,7 +12,7 @@ from mopefuse.modalities.image import open_image
 from mopefuse.report.pages import thumbnail
 
 _SMALL = 64  # pixels; an image whose longer side is shorter is shown enlarged
-_HEAD = 64  # bytes of a file that is no image
+_HEAD = 64  # bytes of a file that is not an image
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def report_study(
 
     Raises:
         CheckpointError: damaged files. ConfigError: runs that cannot be compared, an unknown label or metric, or `figures`
-            is no folder. DataError: the page would overwrite what is no page.
+            is not a folder. DataError: the page would overwrite another file.
     """
     require_charts("mopefuse report")
     page = out or study / "report.html"
