@@ -220,12 +220,12 @@ def test_rows_give_the_batch_that_their_values_give() -> None:
         ([0, None], "single-label", 335, "the row has no label, but other rows of the batch have one"),
         ([0, 3], "single-label", 336, "the label is 3, and the model has 3 labels"),
         ([0, -1], "single-label", 336, "the label is -1"),
-        (["a", 1], "single-label", 337, "the label is 'a', need one index from 0"),
-        ([True, 1], "single-label", 337, "the label is True, need one index"),
-        ([[0], [1]], "single-label", 337, r"the label is \[0\], need one index"),
-        ([1, 2], "multi-label", 337, "the label is 1, need a list of indices"),
+        (["a", 1], "single-label", 337, "the label is 'a', expected one index from 0"),
+        ([True, 1], "single-label", 337, "the label is True, expected one index"),
+        ([[0], [1]], "single-label", 337, r"the label is \[0\], expected one index"),
+        ([1, 2], "multi-label", 337, "the label is 1, expected a list of indices"),
         ([[0, 3], []], "multi-label", 336, "the label is 3, and the model has 3 labels"),
-        (["ab", []], "multi-label", 337, "the label is 'ab', need a list of indices"),
+        (["ab", []], "multi-label", 337, "the label is 'ab', expected a list of indices"),
     ],
 )
 def test_a_label_that_is_none_is_refused(labels: list[Any], task: Any, number: int, message: str) -> None:
@@ -245,7 +245,7 @@ def test_train_and_evaluate_name_arguments(pairs: Path, tmp_path: Path) -> None:
     config = mopefuse.build_config({"main": "tiny:vision", "comp": "tiny:text", "data": {"path": str(pairs)}})
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("")
-    with pytest.raises(ConfigError, match=r"is not empty · out · fix: add resume or overwrite, or name another out"):
+    with pytest.raises(ConfigError, match=r"is not empty · out · fix: add resume or overwrite, or choose another out"):
         mopefuse.train(config, str(tmp_path / "full"))
     with pytest.raises(CheckpointError, match="there is no run"):
         mopefuse.evaluate(str(tmp_path / "none"))
@@ -349,10 +349,10 @@ def test_what_cannot_be_saved_is_refused_and_nothing_is_written(tmp_path: Path) 
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("years of work")
-    with pytest.raises(ConfigError, match=r"is not empty · out · fix: name another out$"):
+    with pytest.raises(ConfigError, match=r"is not empty · out · fix: choose another out$"):
         mopefuse.save_adapter(build(), mine, labels=labels, overwrite=True)
     mopefuse.save_adapter(build(), out, labels=labels)
-    with pytest.raises(ConfigError, match=r"name another out, or add overwrite$"):
+    with pytest.raises(ConfigError, match=r"choose another out, or add overwrite$"):
         mopefuse.save_adapter(build(), out, labels=labels)
 
 

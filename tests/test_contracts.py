@@ -175,8 +175,8 @@ class NeedsAll(Sum):
 
 
 BROKEN_METHODS: list[tuple[type[Fusion], str, str]] = [
-    (ReturnsATensor, "forward() returns a Tensor, need an Output", "return Output(logits_BN)"),
-    (TooFewLogits, "logits have the shape (3, 2), need (3, 3)", "one column for each of num_labels"),
+    (ReturnsATensor, "forward() returns a Tensor, expected an Output", "return Output(logits_BN)"),
+    (TooFewLogits, "logits have the shape (3, 2), expected (3, 3)", "one column for each of num_labels"),
     (RoutingWithoutSum, "routing weights of a layer do not add up to 1", "return Output"),
     (AlwaysDropout, "gives other logits the second time", "in training mode only"),
     (KeepsTheBatch, "forward() sets last of the model", "keep nothing on self"),
@@ -361,12 +361,12 @@ class Blob:
 
 
 BROKEN_MODALITIES: list[tuple[type[Modality], str, str]] = [
-    (NoWords, "plural is '', need words", "set plural, kind and give"),
-    (OneExample, "examples() gives 1 values, need at least 2", "at least two values"),
+    (NoWords, "plural is '', expected words", "set plural, kind and give"),
+    (OneExample, "examples() gives 1 values, expected at least 2", "at least two values"),
     (RefusesNothing, "accepts() refuses a list of its own examples() or nothing()", "from nothing()"),
     (AllSingle, "is_single() takes a list of values for one value", "override is_single()"),
     (AcceptsAll, "accepts() and prepare() accept a object as a value", "override accepts()"),
-    (RawErrors, "read() of 'no value' raises a ValueError, need a MopefuseError", "raise mopefuse.errors.DataError"),
+    (RawErrors, "read() of 'no value' raises a ValueError, expected a MopefuseError", "raise mopefuse.errors.DataError"),
     (Counts, "reading '0.5 1.0' twice gives two results", "keep nothing on self"),
     (Doubles, "prepare() changes what read() gives for '0.5 1.0'", "return from prepare() what read() returns"),
     (HasALambda, "the modality cannot be handed to a data worker", "lambdas"),

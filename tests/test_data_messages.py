@@ -41,7 +41,7 @@ def test_images_that_are_all_elsewhere_name_the_flag(data: Path, place: str) -> 
     refused = plan(data)
     assert refused.returncode == 4
     assert "error[MF-DATA-11]: none of the 12 images exist; first missing: images/train-0.png" in refused.stderr
-    fix = f"add --image-root {root}" if near else "name their folder with --image-root DIR"
+    fix = f"add --image-root {root}" if near else "give their folder with --image-root DIR"
     assert f"fix: {fix}" in refused.stderr
     assert f"fix: {fix}" in plan(data, "--on-bad", "skip").stderr
     report = check(data)
@@ -62,7 +62,7 @@ def test_predict_without_any_image_names_the_flag(trained: Path, pairs: Path, tm
     shutil.copy(pairs / "test.jsonl", tmp_path)
     done = call("predict", trained, tmp_path / "test.jsonl")
     assert done.returncode == 4
-    assert "fix: name the folder of the files with --image-root DIR" in done.stderr
+    assert "fix: give the folder of the files with --image-root DIR" in done.stderr
     assert call("predict", trained, tmp_path / "test.jsonl", "--image-root", pairs).returncode == 0
 
 

@@ -86,7 +86,7 @@ def test_a_missing_folder_or_split_is_named_with_what_is_there(tmp_path: Path) -
         load(tmp_path / "no" / "where")
     for name in ("products.csv", "snd.csv"):
         (tmp_path / name).touch()
-    with pytest.raises(DataError, match=r"no data folder .* fix: did you mean [^,]*/products.csv\? Otherwise name a folder"):
+    with pytest.raises(DataError, match=r"no data folder .* fix: did you mean [^,]*/products.csv\? Otherwise give a folder"):
         load(tmp_path / "product.csv")
     write_rows(tmp_path / "train.jsonl", [GOOD])
     write_rows(tmp_path / "dev.jsonl", [GOOD])

@@ -85,7 +85,7 @@ def _verdict(report: Report, folder: Path, *, strict: bool) -> DataError | None:
     if strict and report.warnings:
         what = f"{several(report.warnings, 'warning')} in {folder}"
         return DataError(
-            DataCode.CHECK_FOUND_WARNINGS, what, where="--strict", fix="correct the problems listed, or leave --strict out"
+            DataCode.CHECK_FOUND_WARNINGS, what, where="--strict", fix="correct the problems listed, or remove --strict"
         )
     return None
 

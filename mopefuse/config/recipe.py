@@ -107,7 +107,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
         text = read_regular(path).decode("utf-8-sig")
     except (UnicodeDecodeError, OSError) as error:
         raise ConfigError(
-            ConfigCode.RECIPE_UNREADABLE, f"cannot read the recipe: {error}", where=str(path), fix="name a readable UTF-8 file"
+            ConfigCode.RECIPE_UNREADABLE, f"cannot read the recipe: {error}", where=str(path), fix="give a readable UTF-8 file"
         ) from None
     return _settings(text, path)
 
@@ -222,7 +222,7 @@ def find_recipe(name: str) -> Path:
     if path.exists():
         return path
     found, known = _named(name, "**/*.yaml")
-    fix = did_you_mean(name, [other for other in known if not other.startswith("studies/")]) or "name a YAML file"
+    fix = did_you_mean(name, [other for other in known if not other.startswith("studies/")]) or "give a YAML file"
     if found is None:
         raise ConfigError(ConfigCode.RECIPE_UNREADABLE, f"there is no recipe {name}", where="--recipe", fix=fix)
     return found
@@ -239,7 +239,7 @@ def find_study(name: str) -> Path:
         return path
     found, known = _named(f"studies/{name}", "studies/*.yaml")
     if found is None:
-        fix = did_you_mean(name, [other.removeprefix("studies/") for other in known]) or "name a YAML file"
+        fix = did_you_mean(name, [other.removeprefix("studies/") for other in known]) or "give a YAML file"
         raise ConfigError(ConfigCode.RECIPE_UNREADABLE, f"there is no study {name}", where="FILE", fix=fix)
     return found
 

@@ -159,7 +159,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(read_regular(path).decode("utf-8"))
     except FileNotFoundError:
         raise CheckpointError(
-            CheckpointCode.NOT_FOUND, f"there is no {path.name}", where=str(path.parent), fix="name a finished run"
+            CheckpointCode.NOT_FOUND, f"there is no {path.name}", where=str(path.parent), fix="give a finished run"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(

@@ -156,7 +156,7 @@ def disk_error(error: OSError, path: Path) -> ResourceError:
     reason = error.strerror or str(error)
     reason = reason.rpartition("I/O error: ")[2].partition(" (os error")[0]  # the wording of safetensors
     full = "No space" in reason or error.errno in (errno.ENOSPC, errno.EDQUOT)
-    fix = FREE_SPACE if full else "make the folder writable, or name another"
+    fix = FREE_SPACE if full else "make the folder writable, or choose another"
     return ResourceError(
         ResourceCode.CANNOT_WRITE, f"cannot write {path.name}: {reason} (free {free:.1f} MB)", where=str(path.parent), fix=fix
     )

@@ -73,7 +73,7 @@ def _refuse_label_column(modalities: tuple[str, ...], config: DataConfig) -> tup
     for name in modalities:
         if column_of(name, config) == config.label_col:
             what = f"the column {config.label_col} is used both as the label and as {name}"
-            fix = f"name another column with --label-col or {flag_for(name, 'NAME')}"
+            fix = f"choose another column with --label-col or {flag_for(name, 'NAME')}"
             raise ConfigError(ConfigCode.LABEL_COLUMN_IS_INPUT, what, where="data.label_col", fix=fix)
     return modalities
 

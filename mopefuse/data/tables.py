@@ -77,7 +77,7 @@ def find_tables(path: Path, config: DataConfig, *, splits: Sequence[str] = SPLIT
         stems = similar_names(path.stem, {item.stem for item in siblings})
         similar = [item for stem in stems for item in siblings if item.stem == stem]
         suggestion = f"did you mean {', '.join(map(str, similar[:3]))}? Otherwise " if similar else ""
-        fix = f"{suggestion}name a folder with train.jsonl, val.jsonl and test.jsonl, or one table"
+        fix = f"{suggestion}give a folder with train.jsonl, val.jsonl and test.jsonl, or one table"
         raise DataError(DataCode.NO_DATA_FOLDER, f"there is no data folder {path}", fix=fix)
     tables = {}
     for split in splits:
@@ -119,7 +119,7 @@ def _table(path: Path, config: DataConfig) -> Table:
         delimiter = _delimiter(content, path, config)
         return Table(path.name, digest, lambda: _csv(content, path, delimiter))
     if kind != ".jsonl":
-        fix = f"name a {', '.join(SUFFIXES)} file or a folder"
+        fix = f"give a {', '.join(SUFFIXES)} file or a folder"
         raise DataError(DataCode.NOT_A_TABLE, f"{path.name} is not a table", where=str(path), fix=fix)
     return Table(path.name, digest, lambda: _json_lines(content), content)
 

@@ -93,7 +93,7 @@ class Encoder(nn.Module):
         if insert is not None:
             self.require_insertable()
             found, need = insert.tokens_BPD.shape[2], self.widths[0]
-            assert found == need, f"inserted tokens of width {found}, need {need}"
+            assert found == need, f"inserted tokens of width {found}, expected {need}"
             insert = insert if insert.tokens_BPD.shape[1] else None
         with self._current_call.set(Call(prompt_at, insert)):
             return self._encode(self._finish_inputs(inputs))

@@ -108,7 +108,7 @@ def write_adapter(
         large = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
         if large:
             what = f"{large[0]} has values outside the range of 16-bit floats"
-            raise ConfigError(ConfigCode.VALUES_EXCEED_HALF_PRECISION, what, where="--half", fix="leave it out")
+            raise ConfigError(ConfigCode.VALUES_EXCEED_HALF_PRECISION, what, where="--half", fix="remove it")
     write_tensors(folder / "weights.safetensors", state)
     (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     (folder / adapter.FACTS).write_text(dump_json(facts), encoding="utf-8")
@@ -126,7 +126,7 @@ def require_free(out: Path, overwrite: bool) -> None:
     taken = out.exists() and not (out.is_dir() and not any(out.iterdir()))
     replaceable = out.is_dir() and kind_of(out) in (BUNDLE, adapter.KIND)
     if taken and not (overwrite and replaceable):
-        fix = "name another --out" + (", or add --overwrite" if replaceable else "")
+        fix = "choose another --out" + (", or add --overwrite" if replaceable else "")
         raise ConfigError(ConfigCode.RUN_FOLDER_NOT_EMPTY, f"{out} is not empty", where="--out", fix=fix)
 
 

@@ -137,7 +137,7 @@ def quantise(file: Path) -> None:
             ConfigCode.TOO_LARGE_FOR_INT8,
             f"--int8 supports models of up to {LARGEST:,} bytes",
             where="--int8",
-            fix="leave --int8 out",
+            fix="remove --int8",
         )
     ready, small = file.with_name("ready.onnx"), file.with_name("small.onnx")
     with quietly():

@@ -74,7 +74,7 @@ def pack(run: Path, repo: str, *, checkpoint: str = "best", public: bool = False
         there, private = None, False
     if there and not private and not public:
         raise ConfigError(
-            ConfigCode.REPOSITORY_IS_PUBLIC, f"{name} is public", where="push", fix="add --public, or name another repository"
+            ConfigCode.REPOSITORY_IS_PUBLIC, f"{name} is public", where="push", fix="add --public, or choose another repository"
         )
     with tempfile.TemporaryDirectory() as temporary:
         if not kind:
@@ -109,7 +109,7 @@ def _ready(folder: Path, checkpoint: str) -> str:
     verify(folder, kind=kind)
     if checkpoint != "best":
         what = f"an export has no checkpoint {checkpoint}"
-        raise CheckpointError(CheckpointCode.NOT_FOUND, what, where=str(folder), fix="leave --checkpoint out")
+        raise CheckpointError(CheckpointCode.NOT_FOUND, what, where=str(folder), fix="remove --checkpoint")
     return kind
 
 

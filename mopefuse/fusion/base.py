@@ -105,10 +105,10 @@ class Fusion(nn.Module):
             )
         if config.either and len({self.encoder(side).modality for side in self.uses}) == 1:
             what = f"all encoders read {self.encoder('main').modality}, so a sample without it has no input"
-            raise ConfigError(ConfigCode.MAIN_NOT_OPTIONAL, what, where="--either", fix="leave it out")
+            raise ConfigError(ConfigCode.MAIN_NOT_OPTIONAL, what, where="--either", fix="remove it")
         if config.train.modality_dropout and not self.may_lack:
             what = f"{config.method} needs every modality, so none can be dropped"
-            raise ConfigError(ConfigCode.NOTHING_TO_DROP, what, where="--modality-dropout", fix="leave it out")
+            raise ConfigError(ConfigCode.NOTHING_TO_DROP, what, where="--modality-dropout", fix="remove it")
 
     def learn_absence(self, sides: Sequence[str]) -> None:
         """Add a trainable vector for each of `sides` that replaces its features where a sample lacks them; see `or_absent`."""

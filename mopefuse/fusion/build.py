@@ -138,7 +138,7 @@ def _label_names(num_labels: int | None, labels: Sequence[str] | None) -> tuple[
             )
         if num_labels not in (None, len(names)):
             what = f"num_labels is {num_labels}, and labels has {len(names)} names"
-            raise ConfigError(ConfigCode.NUM_LABELS_CONTRADICTS_LABELS, what, where="num_labels", fix="leave num_labels out")
+            raise ConfigError(ConfigCode.NUM_LABELS_CONTRADICTS_LABELS, what, where="num_labels", fix="remove num_labels")
         return names, len(names)
     if not isinstance(num_labels, int) or isinstance(num_labels, bool) or num_labels < 1:
         what = f"num_labels must be a positive integer, got {num_labels!r}"

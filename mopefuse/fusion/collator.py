@@ -155,7 +155,7 @@ class Collator:
             )
         wanted = "a list of indices, as the model is multi-label" if self.multi_label else "one index from 0"
         fix = f"give {wanted}; a mopefuse.PairDataset does"
-        raise DataError(DataCode.INVALID_LABEL_VALUE, f"the label is {label!r:.60}, need {wanted}", where=where, fix=fix)
+        raise DataError(DataCode.INVALID_LABEL_VALUE, f"the label is {label!r:.60}, expected {wanted}", where=where, fix=fix)
 
 
 def _are_rows(values: Any) -> bool:

@@ -89,7 +89,7 @@ class Bundle:
                 inputs[f"{side}_missing"] = np.array([value is None for value in given], dtype=np.bool_)
             elif any(value is None for value in given):
                 what = f"a sample has no {how['modality']}, and the model was not trained to handle that"
-                raise DataError(DataCode.MODALITY_REQUIRED, what, where=side, fix="leave it out")
+                raise DataError(DataCode.MODALITY_REQUIRED, what, where=side, fix="remove it")
             own = modality.fill_missing(how["modality"], given)
             if how["modality"] == "image":
                 resize = how["resize"] if isinstance(how["resize"], int) else (how["resize"][0], how["resize"][1])

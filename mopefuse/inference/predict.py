@@ -153,7 +153,7 @@ def load(
     folder = locate(path)
     if not folder.is_dir():
         raise CheckpointError(
-            CheckpointCode.NOT_FOUND, f"there is no run {path}", fix="name a folder that mopefuse train or export wrote"
+            CheckpointCode.NOT_FOUND, f"there is no run {path}", fix="give a folder that mopefuse train or export wrote"
         )
     if kind_of(folder) == "bundle":
         if checkpoint != "best" or main or comp:
@@ -226,7 +226,7 @@ def read_pairs(
             raise DataError(
                 DataCode.NO_TABLE,
                 f"there is no file {source}",
-                fix="name a .jsonl, .csv, .tsv or .parquet file, or - for stdin",
+                fix="give a .jsonl, .csv, .tsv or .parquet file, or - for stdin",
             )
         table = find_tables(source, config)[""]
         root, file, rows = source.parent, table.file, table.rows()

@@ -180,7 +180,7 @@ def root_to_name(roots: Sequence[Path], names: Sequence[str]) -> str:
     for folder in nearby:
         if all(os.path.isfile(folder / name) for name in names[:3]):
             return f"add --image-root {folder}"
-    return "name their folder with --image-root DIR"
+    return "give their folder with --image-root DIR"
 
 
 def _folders(parent: Path) -> list[Path]:

@@ -65,7 +65,7 @@ class AdapterFolder(RunFolder):
         """
         if which != "best":
             what = f"an adapter has no checkpoint {which}"
-            raise CheckpointError(CheckpointCode.NOT_FOUND, what, where=str(self.path), fix="leave --checkpoint out")
+            raise CheckpointError(CheckpointCode.NOT_FOUND, what, where=str(self.path), fix="remove --checkpoint")
         return self.path, self.manifest()
 
     def result(self) -> dict[str, Any]:

@@ -72,7 +72,7 @@ class RunFolder:
         return leftovers
 
     def prepare(
-        self, *, resume: bool, overwrite: bool, fix: str = "add --resume or --overwrite, or name another --out"
+        self, *, resume: bool, overwrite: bool, fix: str = "add --resume or --overwrite, or choose another --out"
     ) -> None:
         """Make the folder ready for a new or a resumed run, before anything slow is done; safe to call twice.
 
@@ -92,7 +92,7 @@ class RunFolder:
             raise ConfigError(ConfigCode.RUN_FOLDER_NOT_EMPTY, f"{self.path} is not empty", where="--out", fix=fix)
         if occupied and not self.exists():
             flag = "--overwrite" if overwrite else "--resume"
-            fix = "name another --out, or empty the folder"
+            fix = "choose another --out, or empty the folder"
             raise ConfigError(ConfigCode.NOT_A_RUN_FOLDER, f"{self.path} is not a mopefuse run", where=flag, fix=fix)
         if resume and self._start.exists() and not self.exists():
             what = f"{self.path} was interrupted before its initial weights were saved"
@@ -110,7 +110,7 @@ class RunFolder:
                 ConfigCode.RUN_FOLDER_NOT_WRITABLE,
                 f"the run directory {self.path} is not writable: {error.strerror}",
                 where="--out",
-                fix="name another --out",
+                fix="choose another --out",
             ) from None
 
     def lock(self) -> str:
@@ -189,7 +189,7 @@ class RunFolder:
         if not self.exists():
             inside = (child for child in self.path.iterdir() if RunFolder(child).exists()) if self.path.is_dir() else ()
             run = min(inside, default=None)
-            fix = f"name a run in it, such as {run}" if run else "name a folder that mopefuse train wrote"
+            fix = f"give a run in it, such as {run}" if run else "give a folder that mopefuse train wrote"
             raise CheckpointError(CheckpointCode.NOT_FOUND, f"{self.path} is not a run", fix=fix)
         registry.require(self.manifest()["plugins"], where=str(self.path))
         return build_config(read_saved(self.config_file), source=str(self.config_file))

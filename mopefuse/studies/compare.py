@@ -141,7 +141,7 @@ def compare(
     runs = [run for _, group in groups.rows for run in group]
     if not runs:
         raise ConfigError(
-            ConfigCode.NOTHING_TO_COMPARE, "no run is finished", where=", ".join(map(str, folders)), fix="name finished runs"
+            ConfigCode.NOTHING_TO_COMPARE, "no run is finished", where=", ".join(map(str, folders)), fix="give finished runs"
         )
     require_same_test(runs)
     if metric is None:
@@ -169,7 +169,7 @@ def _read_groups(folders: Sequence[Path], *, partly: bool) -> _Groups:
     studies = [folder for folder in folders if (folder / STUDY_FILE).is_file()]
     if studies and len(folders) > 1:
         what = "a study cannot be compared with other runs or studies"
-        raise ConfigError(ConfigCode.NOTHING_TO_COMPARE, what, where=str(studies[0]), fix="name one study, or runs")
+        raise ConfigError(ConfigCode.NOTHING_TO_COMPARE, what, where=str(studies[0]), fix="give one study, or runs")
     if not studies:
         named, notices = select_finished(dict.fromkeys(folders))
         rows, repeated = group_by_settings(read_finished(named))

@@ -73,7 +73,7 @@ def select_finished(folders: Iterable[Path]) -> tuple[list[tuple[str, Path]], li
 
 def _not_a_run(path: Path) -> CheckpointError:
     return CheckpointError(
-        CheckpointCode.NOT_FOUND, f"{path} is neither a run nor a study", where=str(path), fix="name folders of finished runs"
+        CheckpointCode.NOT_FOUND, f"{path} is neither a run nor a study", where=str(path), fix="give folders of finished runs"
     )
 
 

@@ -48,7 +48,7 @@ class EncoderChecks:
     def attributes(self) -> None:
         """The attributes fit one another and what `preprocess` gives; the fingerprint is stable."""
         e = self.encoder
-        assert e.modality.isidentifier(), self.message(f"modality is {e.modality!r}, need a name such as 'image'")
+        assert e.modality.isidentifier(), self.message(f"modality is {e.modality!r}, expected a name such as 'image'")
         assert len(e.widths) == len(e.heads), self.message(f"{len(e.widths)} widths but {len(e.heads)} heads")
         assert all(type(n) is int and n > 0 for n in (*e.widths, *e.heads, e.feature_width)), self.message(
             "widths, heads and feature_width must be positive integers"
@@ -72,7 +72,7 @@ class EncoderChecks:
         """Shapes and types of `Encoded`, and the same values the second time."""
         out, count = self.run(self.inputs), len(self.values)
         assert out.pooled_BC.shape == (count, self.encoder.feature_width), self.message(
-            f"pooled feature {tuple(out.pooled_BC.shape)}, need {(count, self.encoder.feature_width)}"
+            f"pooled feature {tuple(out.pooled_BC.shape)}, expected {(count, self.encoder.feature_width)}"
         )
         assert out.tokens_BLD.dim() == 3 and len(out.tokens_BLD) == count, self.message("tokens are not (B, L, D)")
         assert self.encoder.token_width in (0, out.tokens_BLD.shape[2]), self.message(

@@ -36,7 +36,7 @@ class PromptChecks(EncoderChecks):
 
         self.run(self.inputs, look)
         assert seen == list(enumerate(self.encoder.widths)), self.message(
-            f"prompt_at saw (layer, width) {seen}, need {list(enumerate(self.encoder.widths))}"
+            f"prompt_at saw (layer, width) {seen}, expected {list(enumerate(self.encoder.widths))}"
         )
 
     def untouched_without_prompts(self) -> None:

@@ -58,13 +58,13 @@ class FusionChecks:
         """The logits (B, N) of a batch, without gradients, after a check of the output."""
         with torch.no_grad():
             output = model(batch)
-        assert isinstance(output, Output), self.message(f"forward() returns a {type(output).__name__}, need an Output")
+        assert isinstance(output, Output), self.message(f"forward() returns a {type(output).__name__}, expected an Output")
         shape, need = tuple(output.logits_BN.shape), (len(batch.index), NUM_LABELS)
-        assert shape == need, self.message(f"logits have the shape {shape}, need {need}")
+        assert shape == need, self.message(f"logits have the shape {shape}, expected {need}")
         assert output.logits_BN.isfinite().all(), self.message("logits are not finite")
         if (routing_BLK := output.routing_BLK) is not None:
             assert routing_BLK.dim() == 3 and len(routing_BLK) == len(batch.index), self.message(
-                f"routing has the shape {tuple(routing_BLK.shape)}, need (samples, layers, experts)"
+                f"routing has the shape {tuple(routing_BLK.shape)}, expected (samples, layers, experts)"
             )
             assert torch.allclose(routing_BLK.sum(dim=-1), torch.ones(()), atol=1e-3), self.message(
                 "routing weights of a layer do not add up to 1"
@@ -125,7 +125,7 @@ class FusionChecks:
     def cached_features(self) -> None:
         """Logits from features of the frozen sides, without their inputs."""
         model = self.model
-        assert set(model.frozen) <= set(model.uses), self.message(f"frozen is {model.frozen}, need sides in {model.uses}")
+        assert set(model.frozen) <= set(model.uses), self.message(f"frozen is {model.frozen}, expected sides in {model.uses}")
         batch = self.batch(model)
         features = {side: encode_pooled(model.encoder(side), batch.inputs[side]) for side in model.frozen}
         inputs = {side: own for side, own in batch.inputs.items() if side not in features}

@@ -41,14 +41,14 @@ class ModalityChecks:
         """Words for messages."""
         for name in ("plural", "kind", "give"):
             text = getattr(self.modality, name)
-            assert isinstance(text, str) and text, self.message(f"{name} is {text!r}, need words for messages")
+            assert isinstance(text, str) and text, self.message(f"{name} is {text!r}, expected words for messages")
         name = self.modality.name
-        assert name.isidentifier(), self.message(f"its name is {name!r}, need letters, digits and _")
+        assert name.isidentifier(), self.message(f"its name is {name!r}, expected letters, digits and _")
 
     def examples(self) -> None:
         """`examples` and `nothing` give values that are accepted."""
         examples = self.modality.examples()
-        assert len(examples) >= 2, self.message(f"examples() gives {len(examples)} values, need at least 2")
+        assert len(examples) >= 2, self.message(f"examples() gives {len(examples)} values, expected at least 2")
         for value in (*examples, self.modality.nothing()):
             kind = type(value).__name__
             assert self.modality.accepts(value), self.message(f"accepts() refuses a {kind} of its own examples() or nothing()")
@@ -80,7 +80,7 @@ class ModalityChecks:
             return True
         except Exception as error:
             kind = type(error).__name__
-            raise AssertionError(self.message(f"{what} raises a {kind}, need a MopefuseError: {error}")) from error
+            raise AssertionError(self.message(f"{what} raises a {kind}, expected a MopefuseError: {error}")) from error
         return False
 
     def reading(self) -> None:

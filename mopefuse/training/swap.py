@@ -96,7 +96,7 @@ def swap_encoder(
     _require_enough_epochs(warm_up, epochs)
     listener = listener or Listener()
     with distributed.process_group():
-        distributed.run_on_main(lambda: RunFolder(out).prepare(resume=False, overwrite=False, fix="name another --out"))
+        distributed.run_on_main(lambda: RunFolder(out).prepare(resume=False, overwrite=False, fix="choose another --out"))
         # 1. The trained model, and the new one before training.
         source = find_run(run)
         old = load_model(source, "best", CPU)

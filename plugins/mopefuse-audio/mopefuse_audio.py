@@ -63,7 +63,7 @@ class AudioEncoder(TransformersEncoder):
         rate = int(values.get("sampling_rate", 16000))
         if self.model_config.model_type == "whisper":
             if "seconds" in self.spec.options:
-                raise EncoderError(22, "Whisper takes clips of one length", where=str(self.spec), fix="leave ?seconds= out")
+                raise EncoderError(22, "Whisper takes clips of one length", where=str(self.spec), fix="remove ?seconds=")
             hop = int(values.get("hop_length", 160))
             length = int(self.model_config.max_source_positions) * 2 * hop
             return LogMel(rate, length, hop, int(self.model_config.num_mel_bins), int(values.get("n_fft", 400)))

@@ -127,4 +127,4 @@ def clip_of(path: str | Path) -> Clip:
     try:
         return Clip(Path(path).read_bytes(), str(path))
     except OSError as error:
-        raise DataError(202, f"{path} cannot be read: {error.strerror}", fix="name a file of audio") from None
+        raise DataError(202, f"{path} cannot be read: {error.strerror}", fix="give a file of audio") from None
