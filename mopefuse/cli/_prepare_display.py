@@ -70,7 +70,7 @@ class PrepareDisplay:
 
 
 def show(about: Mapping[str, Any], dest: Path) -> None:
-    """Print the tables of a prepared data set: its rows beside the published numbers, and why rows were skipped."""
+    """Print the tables of a prepared data set: its rows next to the published numbers, and why rows were skipped."""
     rows, published, difference = about["rows"], about["published"], about["difference"]
     cells = []
     for group in [*rows, *(group for group in published if group not in rows)]:

@@ -202,7 +202,7 @@ def _lower(text: str) -> str:
 
 
 def _example(detail: Any, model: Model, names: Mapping[str, str]) -> str:
-    """How a missing setting could be given: ``--comp hf:bert-base``, or ``comp: hf:bert-base`` where there is no flag."""
+    """How a missing setting could be given: ``--comp hf:bert-base``, or ``comp: hf:bert-base`` if there is no flag."""
     name = ".".join(map(str, detail["loc"]))
     value = next(iter(field_at(model, detail["loc"]).examples or ()), "VALUE")
     return f"{names[name]} {value}" if name in names else f"{name}: {value}"

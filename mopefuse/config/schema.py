@@ -1,4 +1,4 @@
-"""The configuration of a run: every setting, its default, its unit and its bounds. Unknown keys are refused.
+"""The configuration of a run: every setting, its default, its unit and its bounds. Unknown keys are rejected.
 
 Nothing here imports torch, so that a wrong value is reported at once. `mopefuse.config.recipe` reads YAML and ``--set``.
 """
@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 from mopefuse.config.messages import field_at, invalid, keys_in
 from mopefuse.config.setting_paths import merge
 
-# Bounds that no useful model reaches: a mistyped size is refused here instead of filling the memory.
+# Bounds that no useful model reaches: a mistyped size is rejected here instead of filling the memory.
 _MOST_TOKENS = 4096  # tokens of a prompt; also experts of a layer
 _WIDEST = 16_384  # width of a hidden layer
 _MANY = 10**9  # counts that take no memory, so that arithmetic in 64 bits holds

@@ -1,4 +1,4 @@
-"""Tensors in safetensors files. Pickles are refused before anything in them is read."""
+"""Tensors in safetensors files. Pickles are rejected before anything in them is read."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ its place or by its colour (eight kinds of question). The label is that digit. T
 answers (accuracy 0.25), the text alone ten (0.10).
 
 The digits are scikit-learn's copy of the UCI "Optical Recognition of Handwritten Digits" test set (1,797 samples of
-8 x 8 pixels; E. Alpaydin and C. Kaynak, CC BY 4.0). The split of each sample is fixed, whatever the seed, so
+8 x 8 pixels; E. Alpaydin and C. Kaynak, CC BY 4.0). The split of each sample is fixed, regardless of the seed, so
 that a model pretrained on `handwriting("train")` has never seen a digit of the other splits.
 
 Shapes: N images or samples, 8 and 16 pixels, 4 cells (top left, top right, bottom left, bottom right) or colours.

@@ -22,7 +22,7 @@ Array = NDArray[Any]
 
 @dataclass
 class InRows:
-    """The values of a modality that are stored in the rows, as digests of 16 bytes; zeros where a value is missing.
+    """The values of a modality that are stored in the rows, as digests of 16 bytes; zeros if a value is missing.
 
     Args:
         key_S: digest of each value. alike_S: digest of each value after `Modality.alike`.
@@ -49,7 +49,7 @@ class InFiles:
     """The values of a modality that are files.
 
     Args:
-        number_S: number of each row's file; -1 where the value is missing.
+        number_S: number of each row's file; -1 if the value is missing.
         names, looks: of each file (I,).
     """
 

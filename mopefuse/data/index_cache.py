@@ -32,7 +32,7 @@ def key_of(digest: str, roots: Sequence[Path], config: DataConfig) -> str:
 
 
 def save(key: str, index: Index, roots: Sequence[Path]) -> None:
-    """Keep an index in the cache, where that is possible."""
+    """Keep an index in the cache, if possible."""
     facts = {"digest": index.digest, "split": index.split, "root": str(roots[0]), "rows": len(index.lines_S)}
     cache.store("index", key, lambda folder: _write(index, folder), facts)
 

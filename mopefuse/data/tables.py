@@ -318,7 +318,7 @@ def _plain(value: Any) -> Any:
 
 
 def _image_folder(path: Path, config: DataConfig) -> Table:
-    """Read ``<split>/<label>/<image>``, with texts in ``<image>.txt`` beside each or in the metadata file of the split."""
+    """Read ``<split>/<label>/<image>``, with texts in ``<image>.txt`` next to each or in the metadata file of the split."""
     metadata = next((path / name for name in _METADATA if (path / name).is_file()), None)
     captions = _captions(metadata, config) if metadata else None
     rows: list[TableRow] = []

@@ -89,7 +89,7 @@ class TransformersEncoder(PromptedEncoder):
 
     @abstractmethod
     def _preprocess(self, source: Source) -> Preprocess:
-        """Build preprocessing from the files beside the model."""
+        """Build preprocessing from the files next to the model."""
 
     @abstractmethod
     def _example_inputs(self) -> Inputs:

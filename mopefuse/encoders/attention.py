@@ -80,7 +80,7 @@ def attend(
 ) -> Tensor:
     """Compute the attention of tokens to tokens and to prompts, (N, H, L, E).
 
-    Prompts have no position: every query attends to every prompt token with a bias of 0, whatever the mask or causality
+    Prompts have no position: every query attends to every prompt token with a bias of 0, regardless of the mask or causality
     of the tokens.
 
     Args:

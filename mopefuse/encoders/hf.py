@@ -182,7 +182,7 @@ def _native_size(config: Any) -> tuple[int, int] | None:
 
 
 def _processor(spec: Spec, source: Source) -> Any:
-    """Load the image processor beside the model; None for random weights without one.
+    """Load the image processor next to the model; None for random weights without one.
 
     Raises:
         EncoderError: pretrained weights without an image processor, or one that cannot be read.

@@ -1,6 +1,6 @@
 """Metrics of a model where a fixed share of the samples of a split lacks a modality.
 
-Which samples lack it depends on their ids, the modality and a seed, and is saved beside the metrics.
+Which samples lack it depends on their ids, the modality and a seed, and is saved next to the metrics.
 """
 
 from __future__ import annotations

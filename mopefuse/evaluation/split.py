@@ -1,4 +1,4 @@
-"""Run a model over a split: every sample once, whatever the number of processes.
+"""Run a model over a split: every sample once, regardless of the number of processes.
 
 Shapes: S samples of the split, N labels.
 """

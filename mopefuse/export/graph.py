@@ -25,7 +25,7 @@ from mopefuse.fusion.base import Fusion
 from mopefuse.inference.pt2 import quietly
 
 OPSET = 20
-LARGEST = 2_000_000_000  # bytes of weights in one ONNX file, which protobuf limits to 2 GiB; above, they go beside it
+LARGEST = 2_000_000_000  # bytes of weights in one ONNX file, which protobuf limits to 2 GiB; above, they go next to it
 
 
 class Graph(nn.Module):
@@ -100,7 +100,7 @@ def _axes(example: Mapping[str, Tensor], fixed_lengths: Mapping[str, int | None]
 def save_onnx(
     program: ExportedProgram, graph: Graph, example: Mapping[str, Tensor], fixed_lengths: Mapping[str, int | None], file: Path
 ) -> None:
-    """Write an ONNX file that contains its weights; weights that are too large for it go to ``<file>.data`` beside it.
+    """Write an ONNX file that contains its weights; weights that are too large for it go to ``<file>.data`` next to it.
 
     Raises:
         PackageError: onnx or onnxscript is not installed.

@@ -38,7 +38,7 @@ class Output(NamedTuple):
 
     logits_BN: Tensor
     routing_BLK: Tensor | None = None  # noise-free expert weights of each routed layer
-    alone_BN: Tensor | None = None  # logits from the complementary side alone, trained beside the others (`either`)
+    alone_BN: Tensor | None = None  # logits from the complementary side alone, trained together with the others (`either`)
 
     @property
     def logits(self) -> Tensor:

@@ -163,5 +163,5 @@ def _are_rows(values: Any) -> bool:
 
 
 def _by_modality(rows: Sequence[Mapping[str, Any]], read: set[str]) -> dict[str, Sequence[Any]]:
-    """The values of rows, of each modality that some row has; None where a row has none."""
+    """The values of rows, of each modality that some row has; None if a row has none."""
     return {name: [row.get(name) for row in rows] for name in sorted(read) if any(name in row for row in rows)}

@@ -113,7 +113,7 @@ def _expression(text: str) -> str:
 
 
 def _check_expression(node: ast.expr, depth: int) -> int:
-    """The number of terms of a size once it is multiplied out; anything that is not part of a size is refused."""
+    """The number of terms of a size once it is multiplied out; anything that is not part of a size is rejected."""
     if isinstance(node, ast.Name) and node.id in ("true", "false"):
         return 1
     if depth > _DEEPEST or not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):

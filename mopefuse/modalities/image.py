@@ -48,7 +48,7 @@ _UNREADABLE = {  # kinds of findings, by how the message of the decoder starts
     "truncated-image": ("image file is truncated", "Truncated File Read"),
 }
 
-# Pillow warns of odd metadata, which does not matter for pixels, and of large images, which are refused below. The filter is
+# Pillow warns of odd metadata, which does not matter for pixels, and of large images, which are rejected below. The filter is
 # global, as temporary filters are not safe when several threads read images.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 

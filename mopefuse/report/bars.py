@@ -12,9 +12,9 @@ import numpy as np
 from mopefuse.core.formatting import percent, several
 from mopefuse.report.chart import Chart, data_of, make_chart, plain, readable, short_names, zoom
 
-_NAME, _BAR_NAME = 18, 28  # characters of a name beside a heat map, and beside a bar
+_NAME, _BAR_NAME = 18, 28  # characters of a name next to a heat map, and next to a bar
 _BINS = 32  # of a histogram
-_PLACES = 20  # in a decade of an axis of image sizes, where there are many different ones
+_PLACES = 20  # in a decade of an axis of image sizes, if there are many different ones
 _LISTED = 40  # sizes in the table of numbers
 _MOST_SIZES = 400
 
@@ -137,7 +137,7 @@ def reliability(name: str, label: str, bins: Sequence[tuple[float, float, int]])
 
 
 def histogram(name: str, label: str, values: Sequence[int], *, unit: str, what: str, limit: int = 0) -> Chart | None:
-    """Whole numbers from 0; the last bar has all that is beyond the 99th percentile. None where there are no values.
+    """Whole numbers from 0; the last bar has everything beyond the 99th percentile. None if there are no values.
 
     Args:
         unit: unit of the values. what: what is counted, in the singular. limit: a value to mark, 0 for none.

@@ -25,7 +25,7 @@ class Curve:
     spread: Sequence[float] = ()
 
     def spreads(self) -> list[float]:
-        """The spread of each point, 0 where there is none."""
+        """The spread of each point, 0 if there is none."""
         return [*self.spread, *[0.0] * (len(self.points) - len(self.spread))]
 
 

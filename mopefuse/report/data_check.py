@@ -22,7 +22,7 @@ _MOST_LISTED = 200  # of one kind
 _MOST_LABELS = 30  # before the rest is folded
 _MOST_FOLDED = 2000
 _LATER = ("val", "test")
-_TEXT = 600  # characters of a text beside a picture
+_TEXT = 600  # characters of a text next to a picture
 _DAMAGED = ("truncated-image", "empty-image", "wrong-format-image", "unreadable-image")
 _SHOWN = (  # kinds for which it helps to see the image
     *_DAMAGED,

@@ -39,7 +39,7 @@ def picture(roots: Sequence[Path], name: str, *, max_pixels: int, place: str = "
 
 
 def first_bytes(roots: Sequence[Path], name: str) -> bytes:
-    """The beginning of a file in `roots`; nothing where there is no such file."""
+    """The beginning of a file in `roots`; nothing if there is no such file."""
     try:
         with resolve_inside(roots, name, where="", what="file").open("rb") as file:
             return file.read(_HEAD)

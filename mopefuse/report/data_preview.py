@@ -31,7 +31,7 @@ class Card:
     image: str
     picture: Picture | None
     problem: str  # of a picture that cannot be shown
-    files: list[str]  # beside it
+    files: list[str]  # next to it
     labels: tuple[str, ...]
     text: str
     start: str

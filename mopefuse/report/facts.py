@@ -30,7 +30,7 @@ class RunFacts:
         name: name of the run. step: step of the checkpoint that made the predictions.
         manifest, result, log: manifest.json, metrics.json (empty before a run ends) and the lines of metrics.jsonl.
         split: whose labels are predicted. logits_SN, routing_SLK: outputs of the model for it.
-        audit: `mopefuse.evaluation.audit.Audit.as_dict`, or None where none was made.
+        audit: `mopefuse.evaluation.audit.Audit.as_dict`, or None if none was made.
         baselines: simpler methods on the same data, from `find_baselines`.
         derive: fills in settings that are left open, see `mopefuse.report.settings.changed`.
         missing: `mopefuse.evaluation.missing.Missing.as_dict` of this split and step; empty if it was not measured.

@@ -93,7 +93,7 @@ def sections_page(
 
     Args:
         summary: what it is about. tiles: (name, value) of the numbers on top.
-        pill: a word beside the title. notes: what a reader must know first.
+        pill: a word next to the title. notes: what a reader must know first.
     """
     groups: list[list[Section]] = []
     for section in sections:

@@ -11,12 +11,12 @@ from mopefuse.report.data_pictures import Picture, picture
 
 
 def text_of(row: Row) -> str:
-    """Its texts, one after the other; empty where it has none."""
+    """Its texts, one after the other; empty if it has none."""
     return "\n".join(value for name, value in row.values.items() if value and not get_modality(name).is_file)
 
 
 def picture_name(row: Row) -> str:
-    """The file of its picture; empty where it has none."""
+    """The file of its picture; empty if it has none."""
     return next((value for name, value in row.values.items() if value and get_modality(name).is_picture), "")
 
 

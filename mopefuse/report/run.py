@@ -68,7 +68,7 @@ def report(
     audit: bool = True,
     advance: Advance = lambda what, done, total: None,
 ) -> Reported:
-    """Write the page of a run: of its selected checkpoint, on the test split, or on validation where there is none.
+    """Write the page of a run: of its selected checkpoint, on the test split, or on validation if there is none.
 
     Args:
         out: file of the page; ``report.html`` in the run. figures: a folder for the page's charts, as SVG and PNG.

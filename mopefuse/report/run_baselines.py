@@ -37,7 +37,7 @@ def baselines(facts: RunFacts) -> Section:
 
 
 def _start(facts: RunFacts) -> str:
-    """What the regression that a run began with reached on validation, in a sentence; empty where there was none."""
+    """What the regression that a run began with reached on validation, in a sentence; empty if there was none."""
     scores = {line["step"]: (line.get("val") or {}).get(facts.main_metric) for line in facts.log}
     first, chosen = scores.get(0), scores.get(facts.step)
     if facts.config.warm_start != "linear" or not isinstance(first, int | float) or not isinstance(chosen, int | float):

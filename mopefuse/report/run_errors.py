@@ -20,7 +20,7 @@ _MISTAKES = 400  # in the table
 _CLASSES = 30  # of a confusion matrix that can be read
 _WRITTEN = 15  # classes of one that has its counts in its cells
 _WIDE = 10  # classes of one that needs the width of the page
-_PAIRS = 20  # of labels, where there are more classes
+_PAIRS = 20  # of labels, if there are more classes
 _BARS = 40
 _SCORES = 500  # labels in the table of scores
 _TEXT, _SHORT_TEXT = 300, 140  # characters of a text, on a card and in a table
@@ -29,7 +29,7 @@ _CHOICES = 200  # labels that can be chosen from to filter
 
 
 def confusion(facts: RunFacts) -> Section | None:
-    """A confusion matrix, or the pairs that are most confused; None where a sample may have several labels."""
+    """A confusion matrix, or the pairs that are most confused; None if a sample may have several labels."""
     if facts.multi_label:
         return None
     predicted_S, count = facts.logits_SN.argmax(dim=-1), len(facts.labels)

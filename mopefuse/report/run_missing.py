@@ -9,7 +9,7 @@ from mopefuse.report.pages import Section, fragment
 
 
 def missing(facts: RunFacts) -> Section | None:
-    """The metric by the share of samples that lack something; None where it was not measured."""
+    """The metric by the share of samples that lack something; None if it was not measured."""
     found = facts.missing
     if not found:
         return None

@@ -80,7 +80,7 @@ def _names(values: Tensor) -> list[str]:
 
 
 def _by_expert(name: str, label: str, share_XK: Tensor, names: Sequence[str], *, down: str) -> Chart:
-    """A heat map with an expert in each column; the most used where there are many."""
+    """A heat map with an expert in each column; the most used if there are many."""
     order = _most_used(share_XK)
     values = share_XK[:, order].tolist()
     few = len(order) <= _WRITTEN

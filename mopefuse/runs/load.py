@@ -72,7 +72,7 @@ def open_run(
 
     Args:
         path: folder of a run or an adapter, or an adapter on the hub.
-        split: None for the test split, or the validation split where there is no test split.
+        split: None for the test split, or the validation split if there is no test split.
         data: another data set with the same labels; None for the run's own.
         layout: settings of `data` that differ there, see `with_data_path`.
         main, comp: other specs of the same encoders, see `mopefuse.config.sides.addressed`.

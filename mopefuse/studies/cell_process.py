@@ -100,7 +100,7 @@ class _Sender(Listener):
 
 
 def _write_crash_log(error: Exception, run: Path) -> dict[str, Any]:
-    """Write the traceback of a bug beside the run folder; returns the error as a dictionary."""
+    """Write the traceback of a bug next to the run folder; returns the error as a dictionary."""
     log = run.with_name(f"{run.name}-crash.log")
     log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
     return {"code": "MF-INT-00", "exit": 1, "message": f"{type(error).__name__}: {error}", "where": str(log), "hint": ""}

@@ -32,7 +32,7 @@ class FinishedRun:
     """A finished run, as its files describe it.
 
     Args:
-        identity: settings that distinguish it from runs of other settings, whatever the seed.
+        identity: settings that distinguish it from runs of other settings, regardless of the seed.
         data: fingerprint of each split. result: the content of metrics.json.
     """
 

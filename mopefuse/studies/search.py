@@ -229,6 +229,6 @@ def command(trial: Trial, out: Path) -> str:
 
 
 def on_test(trial: Trial, out: Path) -> Mapping[str, float]:
-    """Test metrics of a trial, as means over seeds; empty where the data have no test split. Only for the chosen trial."""
+    """Test metrics of a trial, as means over seeds; empty if the data have no test split. Only for the chosen trial."""
     found = [RunFolder(out / status.cell.folder).result()["metrics"]["test"] or {} for status in trial.statuses]
     return {name: sum(metrics[name] for metrics in found) / len(found) for name in found[0]}

@@ -77,11 +77,11 @@ def count_trainable(cells: Sequence[Cell]) -> dict[str, int | str]:
     """Count the trainable parameters of each row of a study.
 
     Returns:
-        Label to the count, or to the message of the error where there is no such model; only rows where it is cheap to
+        Label to the count, or to the message of the error if there is no such model; only rows where it is cheap to
         know: of ``tiny:`` encoders on data that can be read.
     """
     found: dict[str, int | str] = {}
-    label_counts: dict[str, int] = {}  # by data settings; 0 where the data cannot be read
+    label_counts: dict[str, int] = {}  # by data settings; 0 if the data cannot be read
     for cell in cells:
         config = cell.config
         if cell.label in found or not all(spec.startswith("tiny:") for spec in specs(config).values()):

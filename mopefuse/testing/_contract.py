@@ -20,7 +20,7 @@ class Part(NamedTuple):
     fix: str
 
     def fault(self) -> tuple[str, Exception | None]:
-        """How the claim is broken, and the exception that showed it; empty and None where it holds."""
+        """How the claim is broken, and the exception that showed it; empty and None if it holds."""
         try:
             self.check()
         except AssertionError as broken:
@@ -44,6 +44,6 @@ def enforce(parts: Sequence[Part]) -> None:
 
 
 def faults(parts: Sequence[Part]) -> Iterator[tuple[str, str]]:
-    """Every claim, with how it is broken; empty where it holds."""
+    """Every claim, with how it is broken; empty if it holds."""
     for part in parts:
         yield part.claim, part.fault()[0]

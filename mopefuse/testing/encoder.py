@@ -19,7 +19,7 @@ def check_encoder(encoder: str | Encoder, samples: Sequence[Any] | None = None) 
 
     Args:
         encoder: a spec, or an encoder, which is frozen first.
-        samples: at least two raw values of its modality; default ``preprocess.examples()`` where there is such a method, else
+        samples: at least two raw values of its modality; default ``preprocess.examples()`` if there is such a method, else
             the examples of the modality.
 
     Raises:
@@ -34,7 +34,7 @@ def check_encoder(encoder: str | Encoder, samples: Sequence[Any] | None = None) 
 
 
 def contract(encoder: Encoder, samples: Sequence[Any] | None = None) -> Iterator[tuple[str, str]]:
-    """Every part of the contract in words, and how a frozen encoder breaks it; empty where it holds. See `check_encoder`."""
+    """Every part of the contract in words, and how a frozen encoder breaks it; empty if it holds. See `check_encoder`."""
     yield from faults(_parts(PromptChecks(encoder, list(samples if samples is not None else _samples(encoder)))))
 
 

@@ -1,4 +1,4 @@
-"""What is checked of an encoder that takes prompts, and of one that takes tokens beside its own.
+"""What is checked of an encoder that takes prompts, and of one that accepts inserted tokens.
 
 Shapes: B batch, L tokens, P prompt tokens, D width of a layer, K keys that a query sees.
 """
@@ -96,7 +96,7 @@ class PromptChecks(EncoderChecks):
         raise AssertionError(self.message("an exception raised by prompt_at is swallowed"))
 
     def inserted_tokens(self) -> None:
-        """Tokens beside the encoder's own are refused, or keep what `Insert` promises."""
+        """Inserted tokens are rejected, or keep what `Insert` promises."""
         tokens = self.prompts[0]
         if not self.encoder.insertable:
             try:
