@@ -31,7 +31,7 @@ from mopefuse.errors import DataError
 Array = NDArray[Any]
 
 SPLITS = ("train", "val", "test")
-QUESTIONS_PER_IMAGE = 4  # of the eight kinds, all different
+QUESTIONS_PER_IMAGE = 4  # questions of different kinds, out of eight
 
 COLOURS = {
     "red": (255, 0, 0),
@@ -39,7 +39,7 @@ COLOURS = {
     "blue": (0, 0, 255),
     "yellow": (255, 255, 0),
 }
-PLACES = (  # of each cell, in the order of the cells
+PLACES = (  # names of each cell's place, in the order of the cells
     ("top left", "upper left"),
     ("top right", "upper right"),
     ("bottom left", "lower left"),

@@ -51,7 +51,7 @@ class Shard(NamedTuple):
     """One published shard."""
 
     name: str
-    sha256: str  # of its features
+    sha256: str  # digest of its features
     keys: Keys
     values: Mapped
 

@@ -222,7 +222,7 @@ class _Computation:
             here = np.flatnonzero(lacking_U & (found.shard_U == number))
             table_UC[here] = torch.from_numpy(shard.values[found.row_U[here]])
             lacking_U[here] = False
-        for numbers, features in self._encode(np.flatnonzero(lacking_U)):  # of shards that were removed since
+        for numbers, features in self._encode(np.flatnonzero(lacking_U)):  # features of shards that were removed since
             table_UC[numbers] = torch.from_numpy(features)
         table: Values = distributed.summed(table_UC).numpy()
         return table

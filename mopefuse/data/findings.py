@@ -174,7 +174,7 @@ def finding_of(error: DataError, kind: str, split: str = "") -> Finding:
     return Finding(kind=kind, split=split, where=error.where, message=error.what, hint=error.fix, code=error.code)
 
 
-_PATTERNS = {  # of messages about bad rows, by kind
+_PATTERNS = {  # patterns of messages about bad rows, by kind
     "bad-split-name": r".* is none of train, val, test$",
     "nothing": r"has none of .*; found |(has no .*; found .*|.* is (null|empty), expected a string) \(use --on-missing",
     "missing-column": r"has no .*; found ",

@@ -28,7 +28,7 @@ from mopefuse.data.tables import Table, TableRow, split_named
 from mopefuse.modalities import base as modality
 from mopefuse.modalities.files import Files, Look, look_at
 
-VERSION = 2  # of the definition of a row; it is part of the fingerprint by which a run recognises its data
+VERSION = 2  # version of the definition of a row; it is part of the fingerprint by which a run recognises its data
 _NO_ROW, _MISSING = DataCode.BAD_ROW.text, bytes(16)
 Advance = Callable[[int, int], None]
 

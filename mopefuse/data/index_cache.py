@@ -18,7 +18,7 @@ from mopefuse.data.labels import Labels
 from mopefuse.data.tables import Table
 from mopefuse.modalities.files import Look
 
-VERSION = 5  # of the format
+VERSION = 5  # version of the format
 _LOOK_ARRAYS = ("size", "mtime", "side", "animated", "milliseconds", "digest")
 
 

@@ -92,7 +92,7 @@ def is_multi_label(parts: Parts) -> bool:
     Raises:
         DataError: some are lists and some are strings.
     """
-    place_of: dict[bool, str] = {}  # of the first row whose labels are a list, or are not
+    place_of: dict[bool, str] = {}  # position of the first row whose labels are a list, or are not
     for index, rows in parts.values():
         lists = index.list_S[rows]
         for is_list in (False, True):

@@ -26,7 +26,7 @@ SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 _MAGIC = {b"\x1f\x8b": "gzip", b"PAR1": "Parquet", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"PK\x03\x04": "a zip"}
 _SPLIT_SYNONYMS = {"dev": "val", "valid": "val", "validation": "val", "training": "train", "testing": "test"}
-_FIRST_ROWS = 1000  # of a table, in which a column that names splits is searched
+_FIRST_ROWS = 1000  # rows in which a column that names splits is searched
 _METADATA = ("metadata.jsonl", "metadata.csv")
 
 

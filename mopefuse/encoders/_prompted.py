@@ -69,7 +69,7 @@ class PromptedEncoder(Encoder):
 
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)
-        self._slots: list[Slot] = []  # of each layer
+        self._slots: list[Slot] = []  # slots of each layer
 
     @abstractmethod
     def _run(self, inputs: Inputs) -> Encoded:

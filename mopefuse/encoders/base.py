@@ -314,7 +314,7 @@ def run_frozen(encoder: Encoder, inputs: Inputs) -> Encoded:
         return encoder.encode(inputs)
 
 
-_MAX_ELEMENTS = 64 * 3 * 224 * 224  # of one input tensor of a batch
+_MAX_ELEMENTS = 64 * 3 * 224 * 224  # maximum size of one input tensor of a batch
 _MAX_SAMPLES = 32  # larger chunks are not faster on a CPU and need more padding
 
 

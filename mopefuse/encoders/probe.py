@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_TOLERANCE = 1e-4  # of the largest value, in float32
+_TOLERANCE = 1e-4  # relative to the largest value, in float32
 _UNSUPPORTED = {"softcap", "s_aux", "position_bias", "cache"}  # arguments of attention that `_hf_attention` does not support
 
 

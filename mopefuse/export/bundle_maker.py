@@ -36,10 +36,10 @@ from mopefuse.inference.predict import Predictor
 from mopefuse.inference.pt2 import save_pt2
 from mopefuse.runs.load import Loaded
 
-TOLERANCE = 1e-4  # of logits, in float32
-INT8_TOLERANCE = 1e-2  # of the example on another machine, whose 8-bit arithmetic may differ
+TOLERANCE = 1e-4  # for logits, in float32
+INT8_TOLERANCE = 1e-2  # for the example on another machine, whose 8-bit arithmetic may differ
 EXAMPLE_TEXT = "an example"
-_REPEATS = 9  # of timed forward passes
+_REPEATS = 9  # number of timed forward passes
 
 Notice = Callable[[str], None]
 

@@ -32,7 +32,7 @@ Graph = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
 T = TypeVar("T")
 
 _LARGEST_JSON = 50_000_000  # bytes; a model of 48 layers has 2 million
-_MOST_VALUES = 1_000_000  # of a record of JSON, each up to 2 kB while it is checked; 48 layers have 100,000
+_MOST_VALUES = 1_000_000  # maximum in a JSON record, each up to 2 kB while it is checked; 48 layers have 100,000
 _MOST_EXPLAINED = 1000  # errors in a record; of more, none is put into words
 _MOST_RECORDS = 100_000
 _PROGRAM, _WEIGHTS, _CONSTANTS = (
@@ -108,7 +108,7 @@ def read_pt2(file: Path) -> tuple[bytes, dict[str, Tensor], dict[str, Tensor]]:
             constants = _tensors(archive, records, "data/constants/", payloads[1], file)
     except (CheckpointError, MemoryError):
         raise
-    except Exception as error:  # of a damaged archive, zipfile and torch raise whatever they meet
+    except Exception as error:  # zipfile and torch can raise any exception for a damaged archive
         raise _damaged(file, str(error).partition("\n")[0]) from error
     if records:
         raise _refused(file, f"a record {min(records)[:80]!r} that nothing refers to")

@@ -71,7 +71,7 @@ _RELATIONS = {"Equality", "Unequality", "LessThan", "StrictLessThan", "GreaterTh
 _ASSUMPTIONS = {"positive", "integer", "nonnegative"}
 _HIGHEST_POWER = 8
 _DEEPEST = 12
-_MOST_TERMS = 300  # of a size that is multiplied out, as sympy does to compare sizes
+_MOST_TERMS = 300  # terms of a size that is multiplied out, as sympy does to compare sizes
 
 
 def _name(text: str) -> str:

@@ -35,7 +35,7 @@ _DISABLED = {
     b"mm\0*": "TIFF",
     b"\0\0\1\0": "ICO",
 }
-_KINDS = {  # of findings, by error code
+_KINDS = {  # kinds of findings by error code
     PathCode.OUTSIDE_ROOT.text: "unsafe-path",
     DataCode.FILE_NOT_FOUND.text: "missing-image",
     DataCode.TOO_MANY_PIXELS.text: "huge-image",

@@ -13,7 +13,7 @@ from mopefuse.core.formatting import percent, several
 from mopefuse.report.chart import Chart, data_of, make_chart, plain, readable, short_names, zoom
 
 _NAME, _BAR_NAME = 18, 28  # characters of a name next to a heat map, and next to a bar
-_BINS = 32  # of a histogram
+_BINS = 32  # number of bins in a histogram
 _PLACES = 20  # in a decade of an axis of image sizes, if there are many different ones
 _LISTED = 40  # sizes in the table of numbers
 _MOST_SIZES = 400

@@ -18,7 +18,7 @@ from mopefuse.report.pages import dump, render
 from mopefuse.report.row_values import picture_of, text_of
 
 _MOST_OFFENDERS = 60
-_MOST_LISTED = 200  # of one kind
+_MOST_LISTED = 200  # maximum number of findings per kind
 _MOST_LABELS = 30  # before the rest is folded
 _MOST_FOLDED = 2000
 _LATER = ("val", "test")

@@ -24,7 +24,7 @@ class Picture:
     sides: str = ""
     small: bool = False
     instead: str = ""
-    place: str = ""  # of the row
+    place: str = ""  # position of the row
     text: str = ""
 
 

@@ -19,7 +19,7 @@ from mopefuse.report.pages import render
 from mopefuse.report.row_values import other_files, picture_name, picture_of, text_of
 
 _START = 300  # characters of a text that are shown at first
-_MOST = 20_000  # of one that is opened
+_MOST = 20_000  # characters of a text that is expanded
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Card:
     where: str
     image: str
     picture: Picture | None
-    problem: str  # of a picture that cannot be shown
+    problem: str  # why the image cannot be shown
     files: list[str]  # next to it
     labels: tuple[str, ...]
     text: str

@@ -17,10 +17,10 @@ from mopefuse.report.row_values import text_of
 
 _EXAMPLES, _WORST = 8, 8  # with their pictures
 _MISTAKES = 400  # in the table
-_CLASSES = 30  # of a confusion matrix that can be read
+_CLASSES = 30  # maximum for a readable confusion matrix
 _WRITTEN = 15  # classes of one that has its counts in its cells
 _WIDE = 10  # classes of one that needs the width of the page
-_PAIRS = 20  # of labels, if there are more classes
+_PAIRS = 20  # pairs of labels that are listed if there are more classes
 _BARS = 40
 _SCORES = 500  # labels in the table of scores
 _TEXT, _SHORT_TEXT = 300, 140  # characters of a text, on a card and in a table

@@ -16,7 +16,7 @@ from mopefuse.report.themes import SERIES
 from mopefuse.studies.compare import Comparison, Row, Spread
 
 _MOST = SERIES  # curves of one chart
-_ROWS = 60  # of a table of dots
+_ROWS = 60  # maximum number of rows in a dot chart
 T = TypeVar("T")
 
 

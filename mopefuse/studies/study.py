@@ -48,7 +48,7 @@ class Status:
     cell: Cell
     state: str = WAITING
     error: dict[str, Any] | None = None
-    share: float = 0.0  # of its steps that are done
+    share: float = 0.0  # fraction of its steps that are done
 
 
 class StudyListener:

@@ -2,7 +2,7 @@
 
 ```yaml
 recipe: digit-questions/demo            # optional
-settings: {train: {epochs: 2}}          # of all cells; they override the recipe
+settings: {train: {epochs: 2}}          # for all cells; they override the recipe
 seeds: [0, 1, 2]
 grid:                                   # every combination of these values ...
   prompts.experts: [1, 4, 16]

@@ -15,7 +15,7 @@ from torch import Tensor
 from mopefuse.encoders.base import Encoded, Encoder, Inputs, Prompt, PromptAt, encode_pooled
 from mopefuse.errors import EncoderError
 
-TOLERANCE = 1e-4  # of the largest value, in float32
+TOLERANCE = 1e-4  # relative to the largest value, in float32
 PROMPT_TOKENS = 3
 
 

@@ -10,7 +10,7 @@ from mopefuse.config.sides import is_comp
 from mopefuse.data.base import DataSet
 from mopefuse.fusion.base import Fusion
 
-_MIN_ROWS, _MIN_ROWS_OF_A_LABEL = 100, 10  # of the validation split, for tuning thresholds
+_MIN_ROWS, _MIN_ROWS_OF_A_LABEL = 100, 10  # minimum size of the validation split for tuning thresholds
 
 
 def likely_mistakes(config: RunConfig, data: DataSet, model: Fusion) -> Iterator[str]:
