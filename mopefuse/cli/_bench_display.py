@@ -78,7 +78,9 @@ def show_times(title: str, found: Mapping[str, Times], per_second: Mapping[str, 
 
 def show_scale(title: str, found: Sequence[Point]) -> None:
     """Print a row for each setting."""
-    rows = [[f"{point.axis} {point.value}", _time(point.step), _time(point.floor), f"{point.ratio:.3f}"] for point in found]
+    rows = [
+        [f"{point.axis} {point.value}", _time(point.step), _time(point.floor), f"{point.ratio:.3f}"] for point in found
+    ]
     table(title, ["", "step", "floor", "of floor"], rows)
 
 

@@ -118,7 +118,9 @@ def _skip_bad_rows(report: Report) -> Report:
         if _can_skip(index, report.config.max_bad_fraction)
         for problem in index.problems()
     }
-    findings = [Skipped(**vars(finding)) if (finding.split, finding.code) in codes else finding for finding in report.findings]
+    findings = [
+        Skipped(**vars(finding)) if (finding.split, finding.code) in codes else finding for finding in report.findings
+    ]
     return replace(report, findings=sorted(findings, key=lambda finding: finding.severity))
 
 

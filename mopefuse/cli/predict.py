@@ -129,7 +129,9 @@ def _summarise(count: int, errors: list[dict[str, str]], source: str) -> None:
     err().print(rows, markup=False)
 
 
-def _pairs(source: str | None, image: Path | None, text: str | None, config: Data, model: LoadedModel) -> Iterable[Pair]:
+def _pairs(
+    source: str | None, image: Path | None, text: str | None, config: Data, model: LoadedModel
+) -> Iterable[Pair]:
     """The rows to predict, from a table, from stdin, or from ``--image`` and ``--text``."""
     from mopefuse.errors import DataError
     from mopefuse.inference.predict import Pair, read_pairs

@@ -22,7 +22,9 @@ Settings = dict[str, Any]
 """Settings that were given on the command line: dotted path to value."""
 
 
-def add_command(app: typer.Typer, name: str, function: Callable[..., None], *, group: str = "", defaults: bool = True) -> None:
+def add_command(
+    app: typer.Typer, name: str, function: Callable[..., None], *, group: str = "", defaults: bool = True
+) -> None:
     """Register a command with the parameters of `function` and, in the place of ``settings``, the flags of the table.
 
     Args:

@@ -59,7 +59,9 @@ def train(
     display.result(result)
 
 
-def _resolve(settings: Settings, recipe: str | None, sets: list[str], folder: Any, *, named: bool, resume: bool) -> RunConfig:
+def _resolve(
+    settings: Settings, recipe: str | None, sets: list[str], folder: Any, *, named: bool, resume: bool
+) -> RunConfig:
     """The configuration of the run.
 
     Args:

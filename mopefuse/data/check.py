@@ -203,7 +203,9 @@ def _row_and_file_findings(indexes: Indexes, roots: tuple[Path, ...]) -> list[Fi
     return found
 
 
-def _count_leaks(leaks: list[tuple[str, Finding]], indexes: Indexes, modalities: tuple[str, ...]) -> dict[str, dict[str, int]]:
+def _count_leaks(
+    leaks: list[tuple[str, Finding]], indexes: Indexes, modalities: tuple[str, ...]
+) -> dict[str, dict[str, int]]:
     """Count the leaks of val and test by the plural of the modality, files first."""
     counts = Counter((finding.split, modality) for modality, finding in leaks)
     ordered = sorted(modalities, key=lambda modality: not get_modality(modality).is_file)
@@ -255,7 +257,9 @@ class _Reading:
         modalities: modalities of the rows, known after `read`. looked: number of files that were read, by split.
     """
 
-    def __init__(self, *, path: Path, config: DataConfig, roots: tuple[Path, ...], fresh: bool, advance: Advance) -> None:
+    def __init__(
+        self, *, path: Path, config: DataConfig, roots: tuple[Path, ...], fresh: bool, advance: Advance
+    ) -> None:
         self.path, self.config, self.roots, self.fresh = path, config, roots, fresh
         self.modalities: tuple[str, ...] = ()
         self.looked = Counter[str]()

@@ -199,7 +199,9 @@ def row_findings(index: Index) -> Iterator[Finding]:
             identity = ast.literal_eval(problem.what.removeprefix("the id ").rpartition(" is there already, in line ")[0])
         elif index.file.endswith("/") and problem.what.startswith("("):  # in an image folder, files are the ids
             identity = problem.what[1:].rpartition(") has ")[0]
-        yield Finding(kind=kind, split=index.split, where=problem.where, message=problem.what, code=problem.code, id=identity)
+        yield Finding(
+            kind=kind, split=index.split, where=problem.where, message=problem.what, code=problem.code, id=identity
+        )
 
 
 def kind_of_row(what: str) -> str:

@@ -18,7 +18,9 @@ from mopefuse.errors import DataError, similar_names
 _MOST_LISTED = 20
 
 
-def known_labels(root: Path, splits: Mapping[str, Split], config: DataConfig, doubts: Sequence[Finding]) -> tuple[str, ...]:
+def known_labels(
+    root: Path, splits: Mapping[str, Split], config: DataConfig, doubts: Sequence[Finding]
+) -> tuple[str, ...]:
     """Find the labels that a model can learn.
 
     Args:

@@ -68,7 +68,9 @@ class Removal:
     def actual_shares(self, shares: Shares, counts: Mapping[str, int]) -> Shares:
         """The shares reached: different from those requested if rows lack more, or fewer samples can lose a modality."""
         total = len(self.ids)
-        return {kind: shares[kind] if count == round(shares[kind] * total) else count / total for kind, count in counts.items()}
+        return {
+            kind: shares[kind] if count == round(shares[kind] * total) else count / total for kind, count in counts.items()
+        }
 
     def require_shares(self, shares: Shares, counts: Mapping[str, int]) -> None:
         """Refuse shares that would leave samples without any modality.
@@ -138,7 +140,9 @@ def _require_removable(kind: str, kinds: Mapping[str, tuple[str, ...]], model: F
     raise ConfigError(ConfigCode.MODALITY_NOT_OPTIONAL, what, where=f"--missing {kind}", fix=fix)
 
 
-def _order(ids: Sequence[str], kind: tuple[str, ...], lacks: Mapping[str, NDArray[np.bool_]], seed: int) -> list[int]:
+def _order(
+    ids: Sequence[str], kind: tuple[str, ...], lacks: Mapping[str, NDArray[np.bool_]], seed: int
+) -> list[int]:
     """The samples that can lose `kind`, by position, in the order in which they lose it; rows that lack it come first."""
     natural_S = np.logical_and.reduce([lacks[name] for name in kind])
     nothing_else_S = np.logical_and.reduce([lacks_S for name, lacks_S in lacks.items() if name not in kind])

@@ -46,7 +46,9 @@ class Parcel:
 
 
 @contextmanager
-def pack(run: Path, repo: str, *, checkpoint: str = "best", public: bool = False, offline: bool = False) -> Iterator[Parcel]:
+def pack(
+    run: Path, repo: str, *, checkpoint: str = "best", public: bool = False, offline: bool = False
+) -> Iterator[Parcel]:
     """Prepare the upload of a run, an adapter or a bundle to `repo`; nothing is sent yet.
 
     Args:

@@ -138,7 +138,9 @@ def _records(archive: zipfile.ZipFile, file: Path) -> dict[str, zipfile.ZipInfo]
     return records
 
 
-def _parsed(grammar: TypeAdapter[T], archive: zipfile.ZipFile, records: dict[str, zipfile.ZipInfo], name: str, file: Path) -> T:
+def _parsed(
+    grammar: TypeAdapter[T], archive: zipfile.ZipFile, records: dict[str, zipfile.ZipInfo], name: str, file: Path
+) -> T:
     entry = records.pop(name)
     if entry.file_size > _LARGEST_JSON:
         raise _refused(file, f"{entry.file_size:,} bytes of {name}")

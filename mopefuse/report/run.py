@@ -97,7 +97,9 @@ def report(
     return Reported(page, files, split, step, facts.metrics, facts.calibration.error, found, facts.notes)
 
 
-def _facts(opened: OpenRun, *, audit: bool, notes: tuple[str, ...], advance: Advance) -> tuple[RunFacts, Audit | None]:
+def _facts(
+    opened: OpenRun, *, audit: bool, notes: tuple[str, ...], advance: Advance
+) -> tuple[RunFacts, Audit | None]:
     """What the page is made of, with the predictions of the model, and the audit if one is wanted."""
     data, split, step, folder = opened.data, opened.split, opened.step or 0, opened.folder
     predicting = lambda done, total: advance(f"predicting {split}", done, total)  # noqa: E731

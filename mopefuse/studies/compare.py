@@ -179,10 +179,14 @@ def _read_groups(folders: Sequence[Path], *, partly: bool) -> _Groups:
     search = facts.get("search")
     if search:
         notices.append(_search_notice(search))
-    return _Groups(rows=rows, notices=notices, metric=facts.get("metric"), baseline=facts.get("baseline"), search=search)
+    return _Groups(
+        rows=rows, notices=notices, metric=facts.get("metric"), baseline=facts.get("baseline"), search=search
+    )
 
 
-def _compare_with(comparison: Comparison, groups: dict[str, list[FinishedRun]], against: str, metric: str) -> Comparison:
+def _compare_with(
+    comparison: Comparison, groups: dict[str, list[FinishedRun]], against: str, metric: str
+) -> Comparison:
     """Add the differences of all rows from the row `against`, a label or the path of one of its runs."""
     labels = [row.label for row in comparison.rows]
     baseline = next((row.label for row in comparison.rows if Path(against) in row.runs), against)
@@ -216,7 +220,9 @@ def _row(label: str, group: Sequence[FinishedRun], all_runs: Sequence[FinishedRu
 def _spreads(group: Sequence[FinishedRun], split: str) -> dict[str, Spread]:
     found = [run.result["metrics"][split] or {} for run in group]
     names = [name for name in METRICS if all(name in metrics for metrics in found)]
-    return {name: Spread(tuple(math.nan if metrics[name] is None else metrics[name] for metrics in found)) for name in names}
+    return {
+        name: Spread(tuple(math.nan if metrics[name] is None else metrics[name] for metrics in found)) for name in names
+    }
 
 
 # -- study.json
@@ -261,7 +267,9 @@ def _search_notice(search: dict[str, Any]) -> str:
     return f"rows are trials of a search: {chosen}; choosing by the test split would make its metrics too good"
 
 
-def _study_rows(folder: Path, facts: dict[str, Any], *, partly: bool) -> tuple[list[tuple[str, list[FinishedRun]]], list[str]]:
+def _study_rows(
+    folder: Path, facts: dict[str, Any], *, partly: bool
+) -> tuple[list[tuple[str, list[FinishedRun]]], list[str]]:
     """Label and finished runs of each row, and a notice for each cell that failed; no notices with `partly`."""
     failed = [cell for cell in facts["cells"] if cell["state"] == "failed"]
     notices = [

@@ -101,7 +101,9 @@ class EncoderChecks:
         how = "without prompts" if gates is None else "with prompts" if gates([]) is None else "with gated prompts"
         for index, item in enumerate(self.items):
             alone = self.run(self.batch([item]), self.prompting(gates, slice(index, index + 1)))
-            self.close(together.pooled_BC[index], alone.pooled_BC[0], f"sample {index} depends on the rest of its batch, {how}")
+            self.close(
+                together.pooled_BC[index], alone.pooled_BC[0], f"sample {index} depends on the rest of its batch, {how}"
+            )
             count = alone.tokens_BLD.shape[1]
             real = slice(None) if alone.mask_BL is None else alone.mask_BL[0]
             self.close(

@@ -47,7 +47,9 @@ class PromptChecks(EncoderChecks):
                 for what, prompt_at in {
                     "no answer": lambda layer, tokens, mask: None,
                     "a prompt of no tokens": lambda layer, tokens, mask: Prompt(self.prompts[layer][:, :0]),
-                    "a gate of 0": lambda layer, tokens, mask: Prompt(self.prompts[layer], torch.zeros_like(self.gates[layer])),
+                    "a gate of 0": lambda layer, tokens, mask: Prompt(
+                        self.prompts[layer], torch.zeros_like(self.gates[layer])
+                    ),
                 }.items():
                     self.same(self.encoder.encode(self.inputs, prompt_at), plain, f"{what} changes the output")
 

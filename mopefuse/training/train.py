@@ -93,7 +93,9 @@ class _Origin:
     start: Start | None
 
 
-def _train(config: RunConfig, folder: RunFolder, listener: Listener, *, resume: bool, start: Start | None) -> dict[str, Any]:
+def _train(
+    config: RunConfig, folder: RunFolder, listener: Listener, *, resume: bool, start: Start | None
+) -> dict[str, Any]:
     device = devices.resolve(config.device)
     # 1. A new run, or the one in the folder with the settings that may change.
     origin = _resume(folder, config, listener) if resume else None
