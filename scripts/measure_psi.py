@@ -28,7 +28,7 @@ class Clock(Listener):
     def __init__(self) -> None:
         self.ended: list[float] = []
 
-    def evaluated(self, progress: Progress, found: dict[str, float], *, best: bool) -> None:
+    def on_validation(self, progress: Progress, found: dict[str, float], *, best: bool) -> None:
         """Record the time."""
         self.ended.append(time.perf_counter())
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from mopefuse.config.setting_paths import merge, nested
+from mopefuse.config.setting_paths import merge, nest
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def _make_run(template: Path, run: Path, row: Made, seed: int, score: float) -> 
         shutil.copy(template / name, run)
     config = yaml.safe_load((template / "config.yaml").read_text()) | {"seed": seed}
     for path, value in row.settings.items():
-        config = merge(config, nested(path, value))
+        config = merge(config, nest(path, value))
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     result = json.loads((template / "metrics.json").read_text())
     result["metrics"]["test"]["accuracy"] = score

@@ -270,7 +270,7 @@ def test_trainable_parameters_are_all_that_an_optimiser_needs() -> None:
 
 
 @pytest.mark.parametrize("method", ["conditional", "late-concat", "linear"])
-def test_a_saved_model_answers_as_before(method: str, pairs: Path, tmp_path: Path) -> None:
+def test_a_saved_model_predicts_as_before(method: str, pairs: Path, tmp_path: Path) -> None:
     dataset = mopefuse.PairDataset(pairs, "val")
     model = build(num_labels=None, labels=dataset.labels, method=method)
     nudge(model)
@@ -364,7 +364,7 @@ def test_a_tuned_encoder_is_saved_with_the_model(tmp_path: Path) -> None:
         assert torch.equal(again.state_dict()[name], tensor), name
 
 
-def test_a_bundle_is_no_module(exported: Path) -> None:
+def test_a_bundle_cannot_be_loaded_as_a_module(exported: Path) -> None:
     with pytest.raises(CheckpointError, match="bundle"):
         mopefuse.load_model(exported)
 

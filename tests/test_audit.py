@@ -110,7 +110,7 @@ def test_static_prompts_alone_change_nothing_when_the_text_does(data: Path) -> N
     found = audit_model(model, load_data(config.data), "test", config, CPU)
     for name in ("shuffled", "blank"):
         assert found[name].logits_SN.equal(found["as is"].logits_SN)
-        assert (found[name].changed, found[name].lost, found[name].matters) == (0, 0, False)
+        assert (found[name].changed, found[name].lost, found[name].is_significant) == (0, 0, False)
     assert found.verdict.startswith("There is no sign that the model uses the text")
 
 
@@ -153,7 +153,7 @@ def reader(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_exchanging_the_texts_hurts_a_model_that_reads_them(reader: Path) -> None:
     found = audit(reader, seed=1)
     shuffled = found["shuffled"]
-    assert shuffled.lost > 0.3 and shuffled.matters
+    assert shuffled.lost > 0.3 and shuffled.is_significant
     assert found.verdict.startswith("The model uses the text: with another sample's text, accuracy goes from ")
     before, after = found["as is"].metrics["accuracy"], shuffled.metrics["accuracy"]
     assert shuffled.lost == pytest.approx(before - after)
@@ -204,7 +204,7 @@ def test_the_verdict_and_its_numbers_agree(
     pairs = load_data(config.data)
     split = pairs.splits["test"]
     rows = [number % len(split.rows) for number in range(400)]
-    pairs = replace(pairs, splits={**pairs.splits, "test": split.part(rows)})
+    pairs = replace(pairs, splits={**pairs.splits, "test": split.select_rows(rows)})
     targets = pairs.targets("test")
     right_SN = 20 * (targets if multi else torch.nn.functional.one_hot(targets, 3)).float() - 10
     asked = 0
@@ -239,7 +239,7 @@ def test_the_verdict_and_its_numbers_agree(
 def test_a_part_of_a_split_has_its_rows_keys_and_labels(data: Path) -> None:
     pairs = load_data(settings(data).data)
     split = pairs.splits["test"]
-    part = split.part([4, 2])
+    part = split.select_rows([4, 2])
     assert [row.id for row in part.rows] == [split.rows[4].id, split.rows[2].id]
     assert list(part.labels) == [split.labels[4], split.labels[2]]
     assert part.keys["image"].tolist() == [split.keys["image"][4], split.keys["image"][2]]

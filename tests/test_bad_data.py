@@ -255,7 +255,7 @@ def test_strict_refuses_what_leaks(tmp_path: Path) -> None:
     assert "MF-DATA-27" in done.stderr
 
 
-def test_empty_texts_are_counted_and_are_no_leak(tmp_path: Path) -> None:
+def test_empty_texts_are_counted_and_are_not_leaks(tmp_path: Path) -> None:
     make_pairs(tmp_path)
     for split in ("train", "val"):
         lines = (tmp_path / f"{split}.jsonl").read_text().splitlines()
@@ -267,7 +267,7 @@ def test_empty_texts_are_counted_and_are_no_leak(tmp_path: Path) -> None:
     )
 
 
-def test_phrases_that_every_split_has_are_no_leak(tmp_path: Path) -> None:
+def test_phrases_that_every_split_has_are_not_leaks(tmp_path: Path) -> None:
     done = call("train", *TINY, "--data", make_pairs(tmp_path / "data"), "--out", tmp_path / "run", "--steps", "1", "--strict")
     assert done.returncode == 0, done.stderr
 

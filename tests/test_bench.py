@@ -73,7 +73,7 @@ def test_inserted_tokens_go_through_the_projection_and_keys_and_values_do_not() 
 
 def test_what_cannot_take_tokens_has_a_reason_instead_of_a_row() -> None:
     encoder = create_encoder("open_clip:ViT-B-32#visual?pretrained=false&force_image_size=64")
-    assert "does not support prompts as tokens" in token_form.why_not(encoder)
+    assert "does not support prompts as tokens" in token_form.why_not_insertable(encoder)
 
 
 def test_the_floor_runs_both_encoders_and_goes_back_to_the_first_layer() -> None:
@@ -105,14 +105,14 @@ def test_a_step_of_a_row_is_a_step_of_training() -> None:
 
 def test_ratios_are_of_the_same_round() -> None:
     floor, other = Times({0: 1.0, 1: 10.0, 2: 1.0}), Times({0: 2.0, 1: 20.0})
-    assert other.over(floor) == 2.0
-    assert Times.of([1.0, 2.0, 3.0, 4.0, 100.0]).median == 3.0
+    assert other.ratio_to(floor) == 2.0
+    assert Times.from_seconds([1.0, 2.0, 3.0, 4.0, 100.0]).median == 3.0
 
 
 def test_rounds_that_others_disturbed_do_not_count_unless_all_are() -> None:
     floor, other = Times({0: 1.0, 1: 1.0, 2: 5.0}, {0: 0.0, 1: 0.05, 2: 0.4}), Times({0: 2.0, 1: 3.0, 2: 5.0}, {1: 0.06})
     assert floor.seconds == (1.0, 1.0) and other.seconds == (2.0, 5.0)
-    assert other.over(floor) == 2.0
+    assert other.ratio_to(floor) == 2.0
     assert Times({0: 1.0, 1: 3.0}, {0: 0.5, 1: 0.5}).median == 2.0
 
 
@@ -153,7 +153,7 @@ def test_what_is_counted_is_what_a_run_trains_and_saves(found: PairBench) -> Non
 
 
 def _hold(shared: int, case: int) -> int:
-    return memory.growth(CPU, lambda: torch.ones(case * 2**20 // 4).sum())
+    return memory.memory_growth(CPU, lambda: torch.ones(case * 2**20 // 4).sum())
 
 
 def _build() -> int:
@@ -176,7 +176,7 @@ def _fail(shared: int, case: int) -> int:
 
 
 @pytest.mark.process
-def test_a_process_that_fails_or_is_ended_says_so() -> None:
+def test_a_failed_or_killed_process_is_an_error() -> None:
     with pytest.raises(ValueError, match="as it is"):
         list(memory.in_fresh_processes(_build, _fail, (0,)))
     with pytest.raises(ResourceError, match="was killed"):

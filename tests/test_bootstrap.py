@@ -97,7 +97,7 @@ def test_the_interval_agrees_with_scipy() -> None:
 
 
 @pytest.mark.parametrize("metric", list(METRICS))
-def test_systems_that_say_the_same_do_not_differ(metric: str) -> None:
+def test_systems_with_equal_predictions_do_not_differ(metric: str) -> None:
     run = multi(60, 0.2, 1)
     found = difference([run, run], [run], metric, resamples=500)
     assert (found.value, found.low, found.high, found.p) == (0, 0, 0, 1)

@@ -101,7 +101,7 @@ def test_a_tokenizer_must_be_a_file_of_the_manifest(exported: Path, tmp_path: Pa
         Bundle(bundle)
 
 
-def test_a_manifest_whose_model_is_no_name_is_refused(exported: Path, tmp_path: Path) -> None:
+def test_a_manifest_with_an_invalid_model_name_is_refused(exported: Path, tmp_path: Path) -> None:
     bundle = Path(shutil.copytree(exported, tmp_path / "bundle"))
     manifest = json.loads((bundle / "manifest.json").read_text())
     (bundle / "manifest.json").write_text(json.dumps({**manifest, "model": ["onnx"]}))

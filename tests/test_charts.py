@@ -48,7 +48,7 @@ def test_one_curve_has_no_legend_and_several_have_one_colour_each() -> None:
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_colours_can_be_told_apart_and_text_can_be_read(theme: str) -> None:
+def test_colours_are_distinguishable_and_text_is_legible(theme: str) -> None:
     found = THEMES[theme]["range"]["category"]
     assert len(found) == SERIES == 6
     for one, other in combinations([*found, THEMES[theme]["style"]["over"]["color"]], 2):

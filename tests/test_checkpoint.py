@@ -28,7 +28,7 @@ from mopefuse.config.schema import build_config
 from mopefuse.core import artifact as checkpoint
 from mopefuse.core import atomic_files
 from mopefuse.core.artifact import FORMAT, publish, read_json, verify
-from mopefuse.core.atomic_files import sweep, write_atomically
+from mopefuse.core.atomic_files import remove_leftovers, write_atomically
 from mopefuse.core.tensor_files import read_tensors, write_tensors
 from mopefuse.errors import CheckpointError, ResourceError
 from mopefuse.runs.folder import RunFolder
@@ -118,7 +118,7 @@ def test_a_kill_while_publishing_leaves_what_was_there(tmp_path: Path, at: str, 
     done = subprocess.run([sys.executable, "-c", _KILLED, at, str(folder)], check=False)
     assert done.returncode == -signal.SIGKILL
     assert any(".tmp-" in path.name for path in tmp_path.iterdir()), "it was killed too late to show anything"
-    sweep(tmp_path)
+    remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == (["a"] if before else [])
     if before:
         verify(folder, kind="thing")
@@ -158,7 +158,7 @@ def test_a_kill_at_any_moment_of_a_save_loop_leaves_the_newest_whole(tmp_path: P
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
-def test_a_full_disk_is_told_with_what_is_free_and_keeps_what_was_there(tmp_path: Path, code: int) -> None:
+def test_a_full_disk_is_an_error_with_the_free_space_and_keeps_existing_files(tmp_path: Path, code: int) -> None:
     published(tmp_path / "a", "old")
 
     def write(folder: Path) -> None:
@@ -203,7 +203,7 @@ def test_sweeping_spares_what_a_living_process_writes_and_what_is_not_ours(tmp_p
     kept = {f"a.tmp-{os.getppid()}", "notes.tmp-mine", "b", "b.tmp"}
     for name in kept | {f"c.tmp-{gone.pid}", f"d.tmp-{os.getpid()}"}:
         (tmp_path / name).touch()
-    assert sweep(tmp_path) == 2
+    assert remove_leftovers(tmp_path) == 2
     assert {path.name for path in tmp_path.iterdir()} == kept
 
 
@@ -260,7 +260,7 @@ def test_a_manifest_cannot_name_what_is_outside(tmp_path: Path, name: str, monke
     assert "outside its folder" in refused(folder).what
 
 
-def test_a_newer_format_is_told_with_both_numbers(tmp_path: Path) -> None:
+def test_a_newer_format_is_an_error_with_both_versions(tmp_path: Path) -> None:
     change_manifest(published(tmp_path / "a"), format=FORMAT + 1)
     error = refused(tmp_path / "a")
     assert f"format {FORMAT + 1}" in error.what

@@ -70,7 +70,7 @@ CLAIMS: dict[str, dict[str, str]] = {
         "test_fusion::test_the_same_seed_gives_the_same_model_whatever_was_drawn_before",
     },
     "a signal stops a run after its step, with a checkpoint and the exit code of the signal": {
-        "quick": "test_terminal::test_a_stopped_run_says_how_to_go_on_and_does "
+        "quick": "test_terminal::test_a_stopped_run_prints_the_resume_command_and_resumes "
         "test_train::test_ctrl_c_in_the_test_after_the_last_step_loses_nothing",
         "full": "test_train::test_a_group_signal_does_not_kill_the_data_workers "
         "test_plugins::test_a_plugin_that_hangs_is_stopped_by_ctrl_c",
@@ -127,24 +127,24 @@ CLAIMS: dict[str, dict[str, str]] = {
         "test_artefacts::test_F_72_a_torchvision_of_another_torch_is_named_with_both_versions",
     },
     "bad data and doubtful labels are told with their rows": {
-        "quick": "test_cli::test_bad_data_is_told_with_every_line "
+        "quick": "test_cli::test_bad_data_is_an_error_that_lists_every_line "
         "test_label_check::test_a_column_of_lists_is_refused_by_check_and_train_and_read_with_the_flag",
     },
     "what an ONNX graph or pt2 bundle answers is what the model answers": {
-        "quick": "test_graph::test_onnx_says_what_the_model_says test_export::test_a_bundle_answers_as_the_run_does "
-        "test_export::test_a_graph_that_answers_otherwise_is_not_published",
+        "quick": "test_graph::test_onnx_predicts_as_the_model_does test_export::test_a_bundle_predicts_as_the_run_does "
+        "test_export::test_a_graph_with_other_outputs_is_not_published",
         "full": "test_export::test_several_labels_keep_the_thresholds_of_the_run "
-        "test_lora::test_what_is_exported_says_what_the_run_says "
+        "test_lora::test_an_export_predicts_as_the_run_does "
         "test_pmf::test_it_is_an_ordinary_run_and_exports "
-        "test_linear::test_it_is_exported_as_a_graph_that_says_the_same "
+        "test_linear::test_the_exported_graph_predicts_the_same "
         "test_several::test_export_and_report test_export::test_a_bundle_that_reads_texts_otherwise_is_not_published "
         "test_export::test_eight_bits_are_smaller_and_measured_before_and_after "
         "test_export::TestWeightsBesideTheGraph::test_they_are_needed_whole_and_inside_the_folder",
     },
     "a bundle needs no torch": {
         "quick": "test_predictor::test_the_runtime_imports_no_torch test_predictor::test_tokens_are_those_of_the_encoder",
-        "full": "test_predictor::test_a_bundle_is_asked_where_there_is_no_torch "
-        "test_written::test_a_run_without_torch_is_told_what_to_install",
+        "full": "test_predictor::test_a_bundle_predicts_without_torch "
+        "test_written::test_a_run_without_torch_is_an_error_with_the_package_to_install",
     },
     "an encoder is swapped, and what does not hang on it stays": {
         "quick": "test_swap::test_nothing_swapped_is_everything_kept "
@@ -162,12 +162,12 @@ CLAIMS: dict[str, dict[str, str]] = {
     },
     "a study gives the same table whatever interrupts it": {
         "quick": "test_study::test_what_is_finished_is_not_run_again_and_what_is_added_is "
-        "test_study::test_a_cell_that_is_told_to_stop_by_others_is_recorded_as_failed",
+        "test_study::test_a_cell_terminated_from_outside_is_recorded_as_failed",
         "full": "test_room::test_a_study_runs_one_at_a_time_where_memory_has_no_room "
         "test_study::test_a_finished_cell_of_every_method_counts_as_finished "
         "test_study::test_killed_at_random_and_started_again_it_gives_the_same_table "
         "test_study::test_a_cell_whose_process_is_killed_is_recorded_and_the_others_go_on "
-        "test_study::test_asked_to_stop_it_saves_the_cells_under_way_and_no_process_stays",
+        "test_study::test_a_stop_signal_saves_running_cells_and_leaves_no_process",
     },
     "a search proposes what Optuna does and never looks at the test split": {
         "quick": "test_search::test_trials_are_those_that_optuna_proposes_for_these_values "
@@ -199,7 +199,7 @@ CLAIMS: dict[str, dict[str, str]] = {
         "quick": "test_bench::test_tokens_inserted_and_keys_and_values_give_the_same "
         "test_bench::test_the_command_prints_one_object_with_both_ratios",
         "full": "test_device::test_numbers_too_small_to_matter_are_zero_where_that_is_asked_for "
-        "test_bench::test_a_process_that_fails_or_is_ended_says_so "
+        "test_bench::test_a_failed_or_killed_process_is_an_error "
         "test_bench::test_starts_are_timed_for_every_kind_of_answer test_bench::test_processes_share_a_batch "
         "test_bench::test_memory_is_what_a_call_took_at_its_peak",
     },

@@ -71,7 +71,7 @@ def test_a_run_waits_for_no_library_that_its_encoders_do_not_need(pairs: Path) -
         (("eval", "nowhere", "--split", "tset"), 3),
     ],
 )
-def test_what_is_wrong_on_its_face_is_told_before_torch_is_imported(args: tuple[str, ...], code: int) -> None:
+def test_obvious_mistakes_are_errors_before_torch_is_imported(args: tuple[str, ...], code: int) -> None:
     done, modules = modules_of(*args)
     assert done.returncode == code
     assert "error[MF-" in done.stderr
@@ -146,7 +146,7 @@ def test_a_bug_is_one_line_and_a_log_and_the_traceback_only_for_who_asks(
 @pytest.mark.parametrize(
     ("error", "code"), [(MemoryError(), 7), (OSError(28, "No space left"), 7), (PermissionError(13, "denied", "x"), 3)]
 )
-def test_what_the_system_lacks_is_no_bug(error: Exception, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lack_of_system_resources_is_not_a_bug(error: Exception, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> None:
         raise error
 
@@ -222,7 +222,7 @@ def test_a_loss_that_is_not_finite_stops_training_and_is_never_the_best(pairs: P
 @pytest.mark.parametrize(
     ("more", "code"), [((), 3), (("--overwrite", "--resume"), 3), (("--overwrite",), 0), (("--resume",), 0)]
 )
-def test_a_run_that_is_there_is_touched_only_when_asked(
+def test_an_existing_run_is_overwritten_only_on_request(
     trained: Path, pairs: Path, tmp_path: Path, more: tuple[str, ...], code: int
 ) -> None:
     run = tmp_path / "run"
@@ -243,7 +243,7 @@ def test_a_dry_run_writes_nothing(pairs: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_bad_data_is_told_with_every_line(tmp_path: Path) -> None:
+def test_bad_data_is_an_error_that_lists_every_line(tmp_path: Path) -> None:
     data = make_pairs(tmp_path / "data")
     write_rows(data / "train.jsonl", [{"id": 1, "text": None, "img": "a", "label": "a"}, []])
     done = train(data, tmp_path / "run")
@@ -252,7 +252,7 @@ def test_bad_data_is_told_with_every_line(tmp_path: Path) -> None:
     assert "; train.jsonl:2 is a list" in done.stderr
 
 
-def test_a_missing_image_is_told_with_its_row(tmp_path: Path) -> None:
+def test_a_missing_image_is_an_error_with_its_row(tmp_path: Path) -> None:
     data = make_pairs(tmp_path / "data")
     (data / "images" / "train-7.png").unlink()
     done = train(data, tmp_path / "run")
@@ -377,7 +377,7 @@ def test_tensorboard_logs_into_a_new_run(pairs: Path, tmp_path: Path) -> None:
     assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*"))
 
 
-def test_a_dry_run_says_what_encoders_see_and_what_would_be_trained(pairs: Path) -> None:
+def test_a_dry_run_shows_encoder_inputs_and_trainable_parameters(pairs: Path) -> None:
     done = call("train", *TINY, "--data", pairs, "--dry-run")
     assert done.returncode == 0, done.stderr
     seen = ("tiny:vision  (image, 16 x 16)", "tiny:text  (text, truncated to 32 tokens)")

@@ -169,7 +169,7 @@ def test_one_column_may_be_named_either_way_or_twice() -> None:
 # -- what no encoder reads
 
 
-def test_a_modality_that_no_encoder_reads_is_said_before_training(pairs: Path, tmp_path: Path) -> None:
+def test_a_modality_that_no_encoder_reads_gives_a_notice_before_training(pairs: Path, tmp_path: Path) -> None:
     both = ("--main", "tiny:text", "--comp", "tiny:text?pool=mean", "--device", "cpu", "--experts", "2")
     done = call("train", *both, "--data", pairs, "--out", tmp_path / "run", "--steps", "1")
     assert done.returncode == 0, done.stderr
@@ -185,7 +185,7 @@ def test_a_modality_that_no_encoder_reads_is_said_before_training(pairs: Path, t
 # -- thresholds that few rows decide
 
 
-def test_thresholds_tuned_on_few_rows_are_said(multi_pairs: Path, pairs: Path) -> None:
+def test_thresholds_tuned_on_few_rows_give_a_notice(multi_pairs: Path, pairs: Path) -> None:
     done = call("train", *TINY, "--data", multi_pairs, "--threshold", "tuned", "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "on 6 validation rows, and 3 of 3 labels have fewer than 10 of them" in done.stderr

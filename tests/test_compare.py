@@ -300,7 +300,7 @@ def test_of_runs_on_different_data_the_largest_group_is_compared(folder: Path, t
     assert [run for row in found["rows"] for run in row["runs"]] == [str(fewer), str(twice)], "the group of the baseline"
 
 
-def test_two_runs_on_different_data_are_no_comparison(folder: Path, tmp_path: Path) -> None:
+def test_runs_on_different_data_cannot_be_compared(folder: Path, tmp_path: Path) -> None:
     other = train(make_pairs(tmp_path / "data", counts=COUNTS | {"test": 39}), tmp_path / "other")
     done = call("compare", folder / "full-0", other)
     assert done.returncode == 3 and "MF-CFG-84" in done.stderr

@@ -146,7 +146,7 @@ def test_one_expert_is_valid() -> None:
     assert build_config(BASE | {"prompts": {"experts": 1}}).prompts.experts == 1
 
 
-def test_every_problem_is_told_at_once() -> None:
+def test_all_problems_are_reported_at_once() -> None:
     error = refused(seed=-1, prompts={"experts": 0}, train={"epoch": 1})
     assert all(name in error.what for name in ("seed", "prompts.experts", "train.epoch"))
 

@@ -66,16 +66,16 @@ def test_text_and_image_keep_the_contract(tmp_path: Path) -> None:
 class Sum(Fusion):
     """A method that keeps the contract; those below break one claim each."""
 
-    several = True
+    takes_several_comps = True
 
     def __init__(self, config: Any, encoders: Any, num_labels: int) -> None:
         super().__init__(config, encoders)
         self.frozen = self.uses
-        self.learn_absence(self.does_without)
+        self.learn_absence(self.optional_sides)
         self.head = self.make_head(sum(self.encoder(side).feature_width for side in self.uses), num_labels)
 
     def features(self, batch: Batch) -> list[Tensor]:
-        return [self.feature(side, batch) for side in self.uses]
+        return [self.pooled_feature(side, batch) for side in self.uses]
 
     def forward(self, batch: Batch) -> Output:
         return Output(self.classify(*self.features(batch), batch=batch))
@@ -156,7 +156,7 @@ class Lenient:
 
 
 class TakesAnything(Sum):
-    several = False
+    takes_several_comps = False
 
     @property
     def requirements(self) -> Any:
@@ -182,13 +182,13 @@ BROKEN_METHODS: list[tuple[type[Fusion], str, str]] = [
     (KeepsTheBatch, "forward() sets last of the model", "keep nothing on self"),
     (CentresTheBatch, "logits of sample 0 depend on the rest of its batch", "no mean, norm or attention over the batch"),
     (UnusedLayer, "the trainable parameter spare.weight gets no gradient", "use every parameter"),
-    (ThawsAnEncoder, "requires_grad of comp.", "let frozen encoders be"),
-    (IgnoresComputedFeatures, "KeyError: 'main'", "with self.feature(side, batch)"),
+    (ThawsAnEncoder, "requires_grad of comp.", "read frozen encoders with"),
+    (IgnoresComputedFeatures, "KeyError: 'main'", "with self.pooled_feature(side, batch)"),
     (LearnsOutsideItsState, "a fresh model with the saved state gives other logits", "parameters"),
     (HoldsALock, "cannot pickle", "no open files, locks or lambdas"),
-    (TakesAnything, "accepts a sample without", "set several = True"),
+    (TakesAnything, "accepts a sample without", "set takes_several_comps = True"),
     (ForgetsTheAbsent, "learns what stands in for a missing comp value", "pass batch=batch to self.classify()"),
-    (NeedsAll, "a sample without text changes the logits of others", "self.or_absent"),
+    (NeedsAll, "a sample without text changes the logits of others", "self.replace_missing"),
 ]
 
 
@@ -197,7 +197,7 @@ def test_the_toy_method_keeps_the_contract() -> None:
 
 
 @pytest.mark.parametrize(("method", "what", "fix"), BROKEN_METHODS, ids=lambda value: getattr(value, "__name__", ""))
-def test_a_broken_method_is_told_what_where_and_how_to_mend_it(method: type[Fusion], what: str, fix: str) -> None:
+def test_a_broken_method_fails_with_what_where_and_a_fix(method: type[Fusion], what: str, fix: str) -> None:
     with pytest.raises(AssertionError) as caught:
         check_fusion(method)
     message, _, advice = str(caught.value).partition(" · fix: ")
@@ -205,8 +205,8 @@ def test_a_broken_method_is_told_what_where_and_how_to_mend_it(method: type[Fusi
     assert what in message and fix in advice
 
 
-def test_what_is_no_method_or_cannot_be_built_is_told() -> None:
-    with pytest.raises(AssertionError, match="is no subclass of Fusion · fix: derive"):
+def test_a_method_that_is_not_a_subclass_or_cannot_be_built_fails() -> None:
+    with pytest.raises(AssertionError, match="is not a subclass of Fusion · fix: derive"):
         check_fusion(nn.Linear)  # type: ignore[arg-type]
 
     with pytest.raises(AssertionError, match=r"^Sum: needs at least two samples"):
@@ -227,8 +227,8 @@ class Numbers(Modality):
     """A modality that keeps the contract: numbers in a cell."""
 
     plural = "readings"
-    kind = "a list of numbers"
-    give = "give lists of numbers"
+    value_description = "a list of numbers"
+    type_fix = "give lists of numbers"
 
     def read(self, value: str, roots: Any, *, where: str, config: Any) -> Any:
         try:
@@ -236,7 +236,7 @@ class Numbers(Modality):
         except ValueError:
             raise DataError(1000, "it is no list of numbers", where=where, fix="write numbers with spaces between") from None
 
-    def nothing(self) -> Any:
+    def blank_value(self) -> Any:
         return []
 
     def examples(self) -> list[Any]:
@@ -297,15 +297,15 @@ class Blocks(Files):
     """A modality of files that keeps the contract: ``DATA`` and a number of bytes."""
 
     plural = "blocks"
-    kind = "bytes"
-    give = "give bytes"
+    value_description = "bytes"
+    type_fix = "give bytes"
 
     def decode(self, content: bytes, name: str, *, where: str, config: Any) -> bytes:
         if content[:4] != b"DATA" or content[4:5] != bytes([len(content)]):
             raise DataError(1001, f"{name} is no block", where=where, fix="write DATA, its size, and its bytes")
         return content
 
-    def nothing(self) -> bytes:
+    def blank_value(self) -> bytes:
         return b""
 
     def examples(self) -> list[Any]:
@@ -350,7 +350,7 @@ class OpensAnything(Blocks):
 
 
 class RefusesWhole(Blocks):
-    def look(self, content: bytes, name: str, config: Any) -> Any:
+    def inspect(self, content: bytes, name: str, config: Any) -> Any:
         raise DataError(1003, "no", fix="none")
 
 
@@ -361,9 +361,9 @@ class Blob:
 
 
 BROKEN_MODALITIES: list[tuple[type[Modality], str, str]] = [
-    (NoWords, "plural is '', expected words", "set plural, kind and give"),
+    (NoWords, "plural is '', expected words", "set plural, value_description and type_fix"),
     (OneExample, "examples() gives 1 values, expected at least 2", "at least two values"),
-    (RefusesNothing, "accepts() refuses a list of its own examples() or nothing()", "from nothing()"),
+    (RefusesNothing, "accepts() refuses a list of its own examples() or blank_value()", "from blank_value()"),
     (AllSingle, "is_single() takes a list of values for one value", "override is_single()"),
     (AcceptsAll, "accepts() and prepare() accept a object as a value", "override accepts()"),
     (RawErrors, "read() of 'no value' raises a ValueError, expected a MopefuseError", "raise mopefuse.errors.DataError"),
@@ -371,10 +371,10 @@ BROKEN_MODALITIES: list[tuple[type[Modality], str, str]] = [
     (Doubles, "prepare() changes what read() gives for '0.5 1.0'", "return from prepare() what read() returns"),
     (HasALambda, "the modality cannot be handed to a data worker", "lambdas"),
     (Unprepared, "prepare() of the path of a.bin is not what read() gives", "return from prepare()"),
-    (TakesHalves, "look() accepts half a file as a value", "raise mopefuse.errors.DataError"),
+    (TakesHalves, "inspect() accepts half a file as a value", "raise mopefuse.errors.DataError"),
     (Unpickles, "a file with a pickle in it ran code of its own", "allow_pickle=False"),
     (OpensAnything, "read() takes the path '/", "let Files.read() find the file"),
-    (RefusesWhole, "look() refuses a.bin, which decode() reads", "raise in look() where decode() would"),
+    (RefusesWhole, "inspect() refuses a.bin, which decode() reads", "raise in inspect() where decode() would"),
 ]
 
 
@@ -399,7 +399,7 @@ def test_the_toy_modalities_keep_the_contract(kind: type[Modality], check: Calla
 
 
 @pytest.mark.parametrize(("kind", "what", "fix"), BROKEN_MODALITIES, ids=lambda value: getattr(value, "__name__", ""))
-def test_a_broken_modality_is_told_what_where_and_how_to_mend_it(
+def test_a_broken_modality_fails_with_what_and_a_fix(
     kind: type[Modality], what: str, fix: str, check: Callable[[type[Modality]], Modality]
 ) -> None:
     with pytest.raises(AssertionError) as caught:
@@ -408,8 +408,8 @@ def test_a_broken_modality_is_told_what_where_and_how_to_mend_it(
     assert what in message and fix in advice
 
 
-def test_what_is_no_modality_and_files_without_a_folder_are_told(check: Callable[[type[Modality]], Modality]) -> None:
-    with pytest.raises(AssertionError, match=r"is no subclass of mopefuse\.modalities\.base\.Modality"):
+def test_a_class_that_is_not_a_modality_and_files_without_a_folder_fail(check: Callable[[type[Modality]], Modality]) -> None:
+    with pytest.raises(AssertionError, match=r"is not a subclass of mopefuse\.modalities\.base\.Modality"):
         check(Blob)  # type: ignore[arg-type]
     with pytest.raises(AssertionError, match="values are files · fix: give check_modality"):
         check_modality("image")

@@ -128,7 +128,7 @@ def peak(model: Fusion, *, recompute: bool) -> int:
 
 def test_frozen_convolutions_are_laid_out_for_the_gpu() -> None:
     model = mopefuse.build_fusion("tiny:text", "timm:resnet18?pretrained=false", 7)
-    devices.place(model, GPU)
+    devices.move_to_device(model, GPU)
     convolution = next(module for module in model.modules() if isinstance(module, torch.nn.Conv2d))
     assert convolution.weight.is_contiguous(memory_format=torch.channels_last)
     assert model(model.collate(images(4), TEXTS[:4]).to(GPU)).logits.isfinite().all()

@@ -22,7 +22,7 @@ from mopefuse.data.load import load_data
 from mopefuse.data.pictures import pictures
 from mopefuse.encoders.base import create_encoder, run_frozen
 from mopefuse.modalities import base as modality
-from mopefuse.modalities.files import Files, look_at
+from mopefuse.modalities.files import Files, inspect_files
 from mopefuse.training.train import train
 from mopefuse.training.trainer import Listener
 
@@ -108,7 +108,7 @@ def test_the_second_run_encodes_and_decodes_nothing(photos: Path, tmp_path: Path
         def __init__(self) -> None:
             self.said: list[str] = []
 
-        def notice(self, text: str) -> None:
+        def on_notice(self, text: str) -> None:
             self.said.append(text)
 
     told = Notices()
@@ -238,12 +238,12 @@ def test_images_that_did_not_change_are_not_read_again(photos: Path) -> None:
     names = [f"images/train-{i}.png" for i in range(4)]
     kind, how = modality.get_modality("image"), Data()
     assert isinstance(kind, Files)
-    looks = look_at(kind, [photos], names, how)
+    looks = inspect_files(kind, [photos], names, how)
     reading: list[tuple[int, int]] = []
-    again = look_at(kind, [photos], names, how, known=looks, advance=lambda *told: reading.append(told))
+    again = inspect_files(kind, [photos], names, how, known=looks, advance=lambda *told: reading.append(told))
     assert (again, reading) == (looks, [])
     (photos / names[2]).write_bytes(b"")
-    changed = look_at(kind, [photos], names, how, known=looks, advance=lambda *told: reading.append(told))
+    changed = inspect_files(kind, [photos], names, how, known=looks, advance=lambda *told: reading.append(told))
     assert reading == [(1, 1)]
     assert [name for name in names if changed[name] != looks[name]] == [names[2]]
     assert changed[names[2]].code == "MF-DATA-13"
@@ -260,7 +260,7 @@ def test_an_index_from_the_cache_equals_a_fresh_one(photos: Path, empty: Path) -
     def read() -> Any:
         data = load_data(Data(path=str(photos)))
         splits = data.splits.values()
-        keys = [[each.tolist() for each in (*split.keys.values(), *split.alike.values())] for split in splits]
+        keys = [[each.tolist() for each in (*split.keys.values(), *split.loose_keys.values())] for split in splits]
         return [keys, *((split.hash, list(split.rows), list(split.labels)) for split in splits)]
 
     fresh = read()

@@ -105,7 +105,7 @@ def test_of_many_labels_thirty_are_shown_and_all_are_in_json(tmp_path: Path) -> 
 def test_an_image_that_takes_long_is_remarked_on(pairs: Path) -> None:
     index = next(iter(report(pairs).indexes.values()))
     images = index.files["image"]
-    images.looks = [look._replace(milliseconds=2001 if i == 3 else 2000) for i, look in enumerate(images.looks)]
+    images.infos = [look._replace(milliseconds=2001 if i == 3 else 2000) for i, look in enumerate(images.infos)]
     (found,) = file_findings(index, (pairs,))
     assert (found.kind, found.image, found.id) == ("slow-image", "images/train-3.png", "train-3")
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from mopefuse.config.schema import Data
 from mopefuse.data.load import load_data, read_indexes
-from mopefuse.data.subsets import few, hold_out, random_order
+from mopefuse.data.subsets import choose_few, hold_out, random_order
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "data_fingerprints.json").read_text(encoding="utf-8"))
 
@@ -99,4 +99,4 @@ def test_the_same_rows_are_chosen_as_by_earlier_versions() -> None:
     labels: list[tuple[str, ...]] = [("ab"[number % 3 == 0],) for number in range(20)]
     assert random_order(ids, 5)[:8] == [2, 6, 18, 14, 8, 0, 1, 7]
     assert hold_out(ids, labels, 6, 5)[1] == [1, 2, 6, 8, 14, 18]
-    assert few(ids, labels, 5, shots=3, fraction=None) == [0, 2, 6, 8, 14, 18]
+    assert choose_few(ids, labels, 5, shots=3, fraction=None) == [0, 2, 6, 8, 14, 18]

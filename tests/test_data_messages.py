@@ -86,14 +86,14 @@ def test_rows_without_a_text_name_on_missing(data: Path, lacking: str) -> None:
     assert "train: 2 rows have no text" in done.stderr
 
 
-def test_a_column_that_no_row_has_is_no_missing_value(data: Path) -> None:
+def test_a_column_that_no_row_has_is_not_a_missing_value(data: Path) -> None:
     for split in ("train", "val", "test"):
         write_rows(data / f"{split}.jsonl", [{k: v for k, v in row.items() if k != "text"} for row in rows_of(data, split)])
     assert "has no text; found id, img, label" in plan(data).stderr
     assert "(use --on-missing" not in plan(data).stderr
 
 
-def test_a_row_without_a_label_is_no_missing_value(data: Path) -> None:
+def test_a_row_without_a_label_is_not_a_missing_value(data: Path) -> None:
     rows = rows_of(data, "train")
     del rows[2]["label"]
     write_rows(data / "train.jsonl", rows)
@@ -132,7 +132,7 @@ def test_a_column_that_names_splits_is_offered_and_used(data: Path, names: tuple
     assert "train 12, val 6, test 7 rows" in done.stdout
 
 
-def test_a_column_that_names_splits_and_is_not_used_is_said(data: Path) -> None:
+def test_an_unused_column_of_splits_gives_a_notice(data: Path) -> None:
     said = "the column part of all.jsonl seems to name splits and is ignored; to use it, add --split-col part"
     table = one_table(data, train="train", val="val", test="test")
     assert said in plan(table, "--val-fraction", "0.2").stderr

@@ -253,7 +253,7 @@ def test_a_split_of_one_table_has_a_sheet(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", [("check", "--html"), ("preview", "-o")])
-def test_a_page_never_goes_into_the_data_or_over_what_is_no_page(pairs: Path, tmp_path: Path, command: tuple[str, str]) -> None:
+def test_a_page_is_never_written_into_data_or_over_other_files(pairs: Path, tmp_path: Path, command: tuple[str, str]) -> None:
     verb, flag = command
     (tmp_path / "notes.html").write_text("mine")
     before = state(pairs)

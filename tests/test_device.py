@@ -66,5 +66,5 @@ def test_precision_is_what_is_asked_for_and_plain_where_no_gpu_is() -> None:
 
 def test_placing_a_model_on_a_cpu_leaves_its_memory_as_it_is() -> None:
     convolution = torch.nn.Conv2d(4, 4, 3).requires_grad_(False)
-    devices.place(convolution, torch.device("cpu"))
+    devices.move_to_device(convolution, torch.device("cpu"))
     assert convolution.weight.is_contiguous()

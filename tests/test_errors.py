@@ -33,7 +33,7 @@ def test_every_family_has_its_own_name_and_exit_code() -> None:
         ("", "", "a is wrong"),
     ],
 )
-def test_an_error_says_what_where_and_how_to_mend_it(where: str, fix: str, expected: str) -> None:
+def test_an_error_has_what_where_and_a_fix(where: str, fix: str, expected: str) -> None:
     error = DataError(7, "a is wrong", where=where, fix=fix)
     assert str(error) == expected
     assert error.as_dict() == {"code": "MF-DATA-07", "exit": 4, "message": "a is wrong", "where": where, "hint": fix}

@@ -87,7 +87,7 @@ def test_the_graph_has_named_dynamic_dimensions_and_its_weights_inside(exported:
 
 
 @pytest.mark.parametrize("kind", ["exported", "pt2"])
-def test_a_bundle_answers_as_the_run_does(
+def test_a_bundle_predicts_as_the_run_does(
     kind: str, trained: Path, pairs: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     folder = request.getfixturevalue(kind)
@@ -154,7 +154,7 @@ def test_an_adapter_is_evaluated_on_a_table_with_other_columns(trained: Path, pa
     assert call("eval", trained, "--text-col", "title").returncode == 3
 
 
-def test_half_an_adapter_answers_nearly_as_the_whole(trained: Path, pairs: Path, tmp_path: Path) -> None:
+def test_a_half_precision_adapter_predicts_nearly_the_same(trained: Path, pairs: Path, tmp_path: Path) -> None:
     adapter, half = tmp_path / "adapter", tmp_path / "half"
     assert call("export", trained, "--format", "adapter", "-o", adapter).returncode == 0
     assert call("export", trained, "--format", "adapter", "--half", "-o", half).returncode == 0
@@ -181,7 +181,7 @@ def test_an_adapter_is_a_run_for_swapping_and_for_exporting_again(trained: Path,
 # -- what is not published
 
 
-def test_a_graph_that_answers_otherwise_is_not_published(
+def test_a_graph_with_other_outputs_is_not_published(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(making, "TOLERANCE", -1.0)
@@ -293,7 +293,7 @@ def test_a_file_that_was_changed_is_named(name: str, copy: Path) -> None:
         assert done.returncode == 6 and name in done.stderr and "sha256 differs" in done.stderr
 
 
-def test_another_answer_to_the_example_is_told(copy: Path) -> None:
+def test_another_prediction_for_the_example_is_an_error(copy: Path) -> None:
     example = read_json(copy / "example.json")
     example["logits"][0] += 0.01
     (copy / "example.json").write_text(json.dumps(example))

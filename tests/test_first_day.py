@@ -23,7 +23,7 @@ def test_what_training_notices_is_in_its_json(pairs: Path, tmp_path: Path) -> No
     assert isinstance(json.loads(call("train", *flags, "--dry-run").stdout)["notices"], list)
 
 
-def test_tuned_thresholds_of_several_labels_a_row_are_no_mistake(multi_pairs: Path, tmp_path: Path) -> None:
+def test_tuned_thresholds_for_multi_label_rows_give_no_warning(multi_pairs: Path, tmp_path: Path) -> None:
     flags = (*TINY, "--data", multi_pairs, "--steps", "1", "--threshold", "tuned", "--out", tmp_path / "run")
     assert "has no effect" not in call("train", *flags).stderr
 
@@ -38,7 +38,7 @@ def test_labels_without_samples_are_counted_in_english(pairs: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("given", ["image", "text"])
-def test_a_pair_of_one_half_is_told_the_flag_of_the_other(given: str, trained: Path, pairs: Path) -> None:
+def test_a_missing_half_of_a_pair_of_flags_is_named(given: str, trained: Path, pairs: Path) -> None:
     half = {"image": ("--image", pairs / "images" / "test-0.png"), "text": ("--text", "what is the red digit")}
     other = "text" if given == "image" else "image"
     done = call("predict", trained, *half[given])
@@ -47,7 +47,7 @@ def test_a_pair_of_one_half_is_told_the_flag_of_the_other(given: str, trained: P
     assert call("predict", trained, *half[given], *half[other]).returncode == 0
 
 
-def test_rows_with_other_columns_are_told_the_flags(trained: Path, pairs: Path, tmp_path: Path) -> None:
+def test_rows_with_other_columns_give_an_error_with_the_flags(trained: Path, pairs: Path, tmp_path: Path) -> None:
     write_rows(tmp_path / "new.jsonl", [{"title": "what is the red digit", "photo": "test-0.png"}])
     flags = ("predict", trained, tmp_path / "new.jsonl", "--image-root", pairs / "images")
     done = call(*flags)
@@ -56,7 +56,7 @@ def test_rows_with_other_columns_are_told_the_flags(trained: Path, pairs: Path, 
 
 
 @pytest.mark.parametrize("top", [0, -1])
-def test_no_label_at_all_is_no_answer(top: int, trained: Path) -> None:
+def test_asking_for_no_labels_is_an_error(top: int, trained: Path) -> None:
     with pytest.raises(ConfigError) as error:
         mopefuse.load(trained).predict(Image.new("RGB", (8, 8)), "what is the red digit", top=top)
     assert error.value.code == "MF-CFG-300"
@@ -93,7 +93,7 @@ def test_a_table_beside_those_of_the_other_splits_names_their_folder(pairs: Path
     assert done.returncode == 4 and f"name the folder that also has the other splits: {pairs}" in done.stderr
 
 
-def test_a_folder_of_images_alone_is_no_empty_folder(pairs: Path, tmp_path: Path) -> None:
+def test_a_folder_of_images_alone_is_not_reported_as_empty(pairs: Path, tmp_path: Path) -> None:
     done = call("train", *TINY, "--data", pairs / "images", "--out", tmp_path / "run")
     count = len(list((pairs / "images").iterdir()))
     assert done.returncode == 4 and f"(the folder has no table among {count} files)" in done.stderr
@@ -108,7 +108,7 @@ def test_predict_on_a_folder_or_an_image_names_what_it_reads(trained: Path, pair
     assert call("predict", trained, "--image", image, "--text", "what is the red digit").returncode == 0
 
 
-def test_a_folder_is_no_file_to_write(trained: Path, pairs: Path, tmp_path: Path) -> None:
+def test_a_folder_is_refused_as_an_output_file(trained: Path, pairs: Path, tmp_path: Path) -> None:
     for command in (
         ("eval", trained, "--out"),
         ("compare", trained, "-o"),

@@ -80,7 +80,7 @@ def test_zero_gated_prompts_start_as_the_frozen_encoder_to_the_bit(main: str, co
 @pytest.mark.parametrize(
     ("side", "spec", "where"), [("main", "tiny:visoin", "--main"), ("comp", "tiny:text?a=1", "--comp, tiny:text?a=1")]
 )
-def test_an_encoder_that_cannot_be_had_is_said_with_its_side(side: str, spec: str, where: str) -> None:
+def test_an_encoder_that_cannot_be_loaded_is_an_error_with_its_side(side: str, spec: str, where: str) -> None:
     with pytest.raises(EncoderError) as caught:
         build_model(build_config({"main": "tiny:vision", "comp": "tiny:text"} | {side: spec}), 2)
     assert caught.value.where == where
@@ -208,7 +208,7 @@ def test_known_features_replace_the_encoder_to_the_bit() -> None:
     for method in METHODS:
         model = build(method=method)
         batch = model.collate(images(4), TEXTS[:4])
-        known = {side: model.feature(side, batch) for side in model.frozen}
+        known = {side: model.pooled_feature(side, batch) for side in model.frozen}
         inputs = {side: value for side, value in batch.inputs.items() if side not in known}
         assert torch.equal(model(batch).logits, model(replace(batch, inputs=inputs, features=known)).logits)
 
@@ -284,6 +284,6 @@ def test_importing_the_package_does_not_import_torch() -> None:
         (images(1), [3], "got Image and int"),
     ],
 )
-def test_what_is_no_pair_is_refused_and_never_broadcast(pictures: list[object], texts: list[object], said: str) -> None:
+def test_an_invalid_pair_is_refused_and_never_broadcast(pictures: list[object], texts: list[object], said: str) -> None:
     with pytest.raises(DataError, match=said):
         build().collate(pictures, texts)

@@ -16,7 +16,7 @@ from encoder_cases import OPEN_CLIP, sharpen
 import mopefuse
 from mopefuse.encoders.base import Encoded, Inputs
 from mopefuse.export import graph
-from mopefuse.export.bundle_maker import TOLERANCE, describe, probes
+from mopefuse.export.bundle_maker import TOLERANCE, describe, probe_pairs
 from mopefuse.fusion.base import Fusion
 
 BERT = (
@@ -64,10 +64,10 @@ def build(name: str) -> Fusion:
 
 
 @pytest.mark.parametrize("name", matrix(PAIRS, ["BERT and ViT, joint router, two of four experts"]))
-def test_onnx_says_what_the_model_says(name: str, tmp_path: Path) -> None:
+def test_onnx_predicts_as_the_model_does(name: str, tmp_path: Path) -> None:
     model = build(name)
     sides = describe(model, tmp_path)
-    images, texts = probes(sides)
+    images, texts = probe_pairs(sides)
     made, lengths = graph.Graph(model, routing=False), graph.fixed_lengths(sides)
     example = made.collate(images[:3], texts[:3])
     graph.save_onnx(graph.trace(made, example, lengths), made, example, lengths, tmp_path / "model.onnx")
@@ -108,7 +108,7 @@ def test_an_encoder_that_cannot_be_traced_is_refused_by_name(monkeypatch: pytest
 
     monkeypatch.setattr(comp, "_encode", looks_at_values)
     sides = describe(model, tmp_path)
-    images, texts = probes(sides)
+    images, texts = probe_pairs(sides)
     made = graph.Graph(model, routing=False)
     with pytest.raises(mopefuse.errors.EncoderError, match=r"cannot trace .*tiny:text") as caught:
         graph.trace(made, made.collate(images[:3], texts[:3]), graph.fixed_lengths(sides))

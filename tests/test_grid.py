@@ -98,7 +98,7 @@ def test_no_label_leaves_the_folder(write: Any, label: str) -> None:
         ({"recipe": "digit-questions/dem"}, "MF-CFG-03", "digit-questions/demo"),
     ],
 )
-def test_what_is_wrong_is_said_with_the_file(write: Any, values: dict[str, Any], code: str, said: str) -> None:
+def test_errors_name_the_file(write: Any, values: dict[str, Any], code: str, said: str) -> None:
     with pytest.raises(ConfigError) as refused:
         read_study(write(**values))
     assert refused.value.code == code

@@ -103,7 +103,7 @@ def test_p_sequential_with_closed_gates_is_main_only_and_ungated_it_is_a_prompt_
     assert torch.equal(answers(closed), answers(probe))
     model = build(method="p-sequential", static=0, gate="none")
     batch = model.collate(images(3), TEXTS[:3])
-    psi = torch.nn.functional.layer_norm(model.feature("comp", batch), (96,), eps=1e-8)
+    psi = torch.nn.functional.layer_norm(model.pooled_feature("comp", batch), (96,), eps=1e-8)
     token = (psi @ model.project.weight.T + model.project.bias)[:, None]
     encoder = model.encoder("main")
     by_hand = encoder.encode(batch.inputs["main"], lambda layer, x, mask: Prompt(token) if layer == 0 else None).pooled_BC
@@ -132,7 +132,7 @@ def test_the_text_reads_the_image_whichever_is_main(method: str) -> None:
     }
     image_main.load_trainable_state_dict(exchanged, where="here")
     assert torch.equal(answers(text_main), answers(image_main))
-    assert [model.bond("project.weight") for model in (text_main, image_main)] == ["comp features", "main features"]
+    assert [model.dependency_of("project.weight") for model in (text_main, image_main)] == ["comp features", "main features"]
 
 
 @pytest.mark.matrix

@@ -18,14 +18,14 @@ from PIL import Image
 
 from mopefuse.config.schema import Data
 from mopefuse.data.label_cells import is_blank, normalise, parse_list, split_cell
-from mopefuse.data.label_check import Doubt, doubts
+from mopefuse.data.label_check import Doubt, find_doubts
 from mopefuse.data.load import load_data
 
 GENRES = ("Drama", "Comedy", "Horror", "War", "Music", "Crime")
 
 
 def found(labels: list[str]) -> dict[str, Doubt]:
-    return {doubt.kind: doubt for doubt in doubts(Counter(labels), len(labels))}
+    return {doubt.kind: doubt for doubt in find_doubts(Counter(labels), len(labels))}
 
 
 def combinations(form: str, rows: int = 300) -> list[str]:
@@ -102,7 +102,7 @@ def test_numbers_that_are_codes_of_classes_are_left_alone(labels: list[str]) -> 
 
 def test_spellings_of_one_label_are_named_together() -> None:
     labels = ["Watches"] * 20 + ["watches"] * 3 + ["Watches "] * 2 + ["Caf\u00e9"] * 5 + ["Cafe\u0301"] * 4 + ["Bags"] * 9
-    each = [doubt for doubt in doubts(Counter(labels), len(labels)) if doubt.kind == "label-variants"]
+    each = [doubt for doubt in find_doubts(Counter(labels), len(labels)) if doubt.kind == "label-variants"]
     assert len(each) == 2
     assert each[0].message.startswith("'Watches' (20), 'watches' (3), 'Watches ' (2) differ only in case, spaces or Unicode")
     assert each[0].rows == 5
@@ -147,7 +147,7 @@ def test_any_labels_can_be_looked_at(labels: list[str]) -> None:
 
 def test_tags_that_nearly_every_row_has_for_itself_are_refused() -> None:
     counts = Counter(f"tag {number}" for number in range(100)) | Counter({"often": 60})
-    (many,) = (doubt for doubt in doubts(counts, 60) if doubt.kind == "many-labels")
+    (many,) = (doubt for doubt in find_doubts(counts, 60) if doubt.kind == "many-labels")
     assert many.message.startswith("101 different labels in 60 training rows, used 160 times in all")
 
 
@@ -344,7 +344,7 @@ def test_ten_thousand_labels_take_seconds() -> None:
     names = ["".join(drawn.choices("abcdefghijklmnopqrstuvwxyz", k=12)) for _ in range(10_000)]
     counts = {name: drawn.randint(20, 200) for name in names} | {f"{names[0][:5]}!{names[0][6:]}": 1}
     began = time.process_time()
-    assert [doubt.kind for doubt in doubts(counts, sum(counts.values()))] == ["misspelt-label"]
+    assert [doubt.kind for doubt in find_doubts(counts, sum(counts.values()))] == ["misspelt-label"]
     assert time.process_time() - began < 10
 
 

@@ -107,7 +107,7 @@ def test_it_is_an_ordinary_run(pairs: Path, tmp_path: Path) -> None:
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("features", ["concat", "average"])
-def test_it_is_exported_as_a_graph_that_says_the_same(pairs: Path, tmp_path: Path, features: str) -> None:
+def test_the_exported_graph_predicts_the_same(pairs: Path, tmp_path: Path, features: str) -> None:
     train(config(pairs, features), tmp_path / "run")
     done = call("export", tmp_path / "run", "-o", tmp_path / "bundle")  # refused unless the answers are the model's
     assert done.returncode == 0, done.stderr
@@ -115,7 +115,7 @@ def test_it_is_exported_as_a_graph_that_says_the_same(pairs: Path, tmp_path: Pat
 
 def test_a_run_that_was_killed_before_its_checkpoint_is_fitted_when_it_resumes(pairs: Path, tmp_path: Path) -> None:
     class Killed(Listener):
-        def notice(self, text: str) -> None:
+        def on_notice(self, text: str) -> None:
             if "logistic" in text:
                 raise KeyboardInterrupt
 
@@ -184,7 +184,7 @@ def test_labels_that_training_does_not_have_are_never_said(present: list[int]) -
         np.testing.assert_allclose(p[:, present], expected, atol=1e-3)
 
 
-def test_a_label_that_every_or_no_sample_has_is_said_of_every_or_no_sample() -> None:
+def test_labels_of_every_or_no_sample_get_extreme_probabilities() -> None:
     x, y = drawn(), torch.stack([torch.ones(40), torch.zeros(40), (drawn(seed=1)[:, 0] > 0).float()], dim=1)
     found = fit(x, y, x, y, how(multi_label=True))
     p = (x @ found.weight_NF.T + found.bias_N).sigmoid()

@@ -25,7 +25,7 @@ from mopefuse.encoders.base import Encoder, Inputs, Prompt, create_encoder
 from mopefuse.errors import CheckpointError, EncoderError, PackageError
 from mopefuse.evaluation.evaluate import evaluate
 from mopefuse.evaluation.split import prepare_samples
-from mopefuse.fusion.base import Fusion, fresh_encoders
+from mopefuse.fusion.base import Fusion, unsaved_fingerprints
 from mopefuse.fusion.build import build_model
 from mopefuse.runs.folder import RunFolder
 from mopefuse.testing import check_encoder
@@ -246,7 +246,7 @@ def test_the_encoder_stays_in_evaluation_mode_and_only_the_dropout_of_lora_drops
     assert torch.equal(answers(model.eval()), answers(model))
 
 
-def test_settings_of_lora_that_nothing_uses_are_told() -> None:
+def test_unused_lora_settings_give_a_notice() -> None:
     changed = {"lora": {"rank": 2}}
     assert "lora" in build(**changed).unused_sections()
     assert "lora" in build(method="late-concat", tune="probe", **changed).unused_sections()
@@ -257,11 +257,11 @@ def test_settings_of_lora_that_nothing_uses_are_told() -> None:
 def test_the_fingerprint_of_what_came_from_outside_is_checked_and_lora_is_not_of_it() -> None:
     frozen, adapted = build(), build(comp_tuning={"mode": "lora"})
     learn(adapted)
-    assert fresh_encoders(adapted) == fresh_encoders(frozen)
-    assert fresh_encoders(build(method="late-concat", tune="lora")) == fresh_encoders(frozen)
+    assert unsaved_fingerprints(adapted) == unsaved_fingerprints(frozen)
+    assert unsaved_fingerprints(build(method="late-concat", tune="lora")) == unsaved_fingerprints(frozen)
     with torch.no_grad():
         adapted.encoder("comp").get_parameter("blocks.0.qkv.base_layer.weight")[0, 0] += 1e-3
-    assert fresh_encoders(adapted)["comp"] != fresh_encoders(frozen)["comp"]
+    assert unsaved_fingerprints(adapted)["comp"] != unsaved_fingerprints(frozen)["comp"]
 
 
 @pytest.mark.parametrize(
@@ -335,7 +335,7 @@ def test_it_resumes_to_the_bit(run: tuple[Path, dict[str, Any]], pairs: Path, tm
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("form", matrix(["onnx", "pt2", "adapter"], ["pt2", "adapter"]))
-def test_what_is_exported_says_what_the_run_says(
+def test_an_export_predicts_as_the_run_does(
     run: tuple[Path, dict[str, Any]], form: str, pairs: Path, tmp_path: Path
 ) -> None:
     """The parity of a graph with the model is checked on export; here that the model had LoRA in it, and its metrics."""

@@ -16,7 +16,7 @@ from conftest import call
 from pydantic import BaseModel
 
 from mopefuse.config.schema import RunConfig, build_config
-from mopefuse.config.setting_paths import nested
+from mopefuse.config.setting_paths import nest
 from mopefuse.core import device as devices
 from mopefuse.core.dependencies import convert_error
 from mopefuse.errors import ConfigError, ResourceError
@@ -39,7 +39,7 @@ def integers(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
 @pytest.mark.parametrize("path", [path for path in integers() if not path.endswith("seed")])
 def test_every_whole_number_has_a_bound(path: str) -> None:
     with pytest.raises(ConfigError, match=path.rpartition(".")[2]):
-        build_config({**TINY, **nested(path, 10**12)})
+        build_config({**TINY, **nest(path, 10**12)})
 
 
 def test_layers_that_nothing_has_are_refused() -> None:

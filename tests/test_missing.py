@@ -59,7 +59,7 @@ def without(batch: Any, side: str, rows: list[int]) -> Any:
 
 
 @pytest.mark.parametrize("options", METHODS, ids=str)
-def test_an_answer_does_not_depend_on_what_is_missing_and_that_of_others_not_at_all(options: dict[str, Any]) -> None:
+def test_missing_values_change_only_the_predictions_of_their_own_rows(options: dict[str, Any]) -> None:
     model = heard(**options)
     whole = model.collate(images(4), TEXTS[:4])
     other = model.collate(images(4), [TEXTS[0], "something else", "8", TEXTS[3]])
@@ -82,11 +82,11 @@ def test_what_stands_in_is_learned_from_zero_and_only_where_that_was_asked_for()
         model = build(**asked, either=True)
         assert [name for name in model.trainable_state_dict() if name.startswith("absent")] == ["absent.comp"]
         assert torch.equal(model.trainable_state_dict()["absent.comp"], torch.zeros(model.encoder("comp").feature_width))
-    assert not build(either=True).absent and build(either=True).does_without == ("main",)
+    assert not build(either=True).absent and build(either=True).optional_sides == ("main",)
     model = heard()
     model(without(model.collate(images(2), TEXTS[:2]), "comp", [0])).logits.sum().backward()
     assert model.absent["comp"].grad is not None and model.absent["comp"].grad.any()
-    assert model.bond("absent.comp") == "comp features" and model.pace("absent.comp") == "main"
+    assert model.dependency_of("absent.comp") == "comp features" and model.learning_rate_group("absent.comp") == "main"
     model = heard(method="linear")
     assert not model.absent, "nothing is trained after a closed form"
 
@@ -96,8 +96,9 @@ def test_each_of_several_encoders_can_be_missing_by_itself() -> None:
     batch = model.collate(images(3), TEXTS[:3])
     answers = [model(without(batch, side, [1])).logits[1] for side in ("comp", "comp2")]
     assert not torch.allclose(*answers)
-    assert model.may_lack == ("main", "comp", "comp2")
-    assert build(comp=["tiny:text", "tiny:vision"]).may_lack == ("comp",), "a sample with an image for one encoder lacks none"
+    assert model.droppable_sides == ("main", "comp", "comp2")
+    one_image_each = build(comp=["tiny:text", "tiny:vision"])
+    assert one_image_each.droppable_sides == ("comp",), "a sample with an image for one encoder has one for both"
 
 
 @pytest.mark.parametrize(
@@ -119,7 +120,7 @@ def test_what_would_learn_nothing_is_refused(options: dict[str, Any], number: in
 @pytest.mark.parametrize("method", ["main-only", "comp-only", "mmbt", "pmf", "promptfuse", "sequential"])
 def test_methods_that_need_everything_say_so(method: str) -> None:
     model = build(method=method)
-    assert model.may_lack == ()
+    assert model.droppable_sides == ()
     texts = [None, "a"] if "comp" in model.uses else ["a", "b"]
     shown = images(2) if "comp" in model.uses else [None, images(1)[0]]
     with pytest.raises(DataError) as caught:
@@ -136,7 +137,7 @@ def test_the_main_modality_is_needed_unless_the_model_was_trained_without() -> N
     assert refused.value.number == 143
 
 
-def test_either_answers_from_the_complementary_side_alone() -> None:
+def test_either_predicts_from_the_complementary_side_alone() -> None:
     model = heard(either=True)
     pictures = images(3)
     some = model(model.collate([pictures[0], None, pictures[2]], TEXTS[:3]))
@@ -155,7 +156,7 @@ def test_either_answers_from_the_complementary_side_alone() -> None:
 
 def test_late_concat_can_lack_either_but_is_told() -> None:
     model = heard(method="late-concat", either=True)
-    assert model.may_lack == ("main", "comp")
+    assert model.droppable_sides == ("main", "comp")
     answers = model(model.collate([None, *images(1)], ["a", None])).logits
     assert answers.isfinite().all()
 
@@ -174,7 +175,7 @@ def samples(data: Any, model: Fusion, **changed: Any) -> Samples:
 
 
 def drawn(dropped: ModalityDropout, epoch: int) -> list[bool]:
-    return [dropped.absent("comp", epoch, index) for index in range(len(dropped))]
+    return [dropped.is_missing("comp", epoch, index) for index in range(len(dropped))]
 
 
 def test_dropout_is_a_function_of_seed_epoch_and_index(data: Any) -> None:
@@ -193,11 +194,11 @@ def test_dropout_is_a_function_of_seed_epoch_and_index(data: Any) -> None:
 def test_encoders_of_one_modality_lose_it_together_and_nothing_loses_everything(data: Any) -> None:
     how: dict[str, Any] = {"method": "late-concat", "either": True, "data": {"on_missing": "absent"}}
     model = build(comp=["tiny:text", "tiny:text?pool=cls", "tiny:vision"], **how)
-    dropped = ModalityDropout(samples(data, model), model.may_lack, 0.9)
+    dropped = ModalityDropout(samples(data, model), model.droppable_sides, 0.9)
     every = 0
     for epoch in range(20):
         for index in range(len(dropped)):
-            lost = {side: dropped.absent(side, epoch, index) for side in model.uses}
+            lost = {side: dropped.is_missing(side, epoch, index) for side in model.uses}
             assert lost["main"] == lost["comp3"] and lost["comp"] == lost["comp2"]
             assert not all(lost.values())
             every += any(lost.values())

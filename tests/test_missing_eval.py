@@ -20,7 +20,7 @@ from mopefuse.data.load import load_data
 from mopefuse.data.missing import FixedMissing
 from mopefuse.errors import DataError
 from mopefuse.evaluation import missing
-from mopefuse.evaluation.missing_shares import parse, words
+from mopefuse.evaluation.missing_shares import describe_shares, parse_shares
 from mopefuse.evaluation.split import prepare_samples, run_split
 from mopefuse.inference.bundle import Bundle
 from mopefuse.metrics import classification as metrics
@@ -84,7 +84,7 @@ def test_another_seed_or_checkpoint_takes_nothing_from_what_is_kept(run: Path) -
     assert "70 % of samples lack text" in (run / "report.html").read_text()
 
 
-def test_a_model_that_never_met_it_is_told_of(trained: Path) -> None:
+def test_a_model_never_trained_with_missing_modalities_gives_a_notice(trained: Path) -> None:
     done = call("eval", trained, "--missing", "text=1")
     assert done.returncode == 0 and "trained on complete samples only" in done.stderr, done.stderr
     for file in trained.glob("missing-test-*.json"):
@@ -117,9 +117,10 @@ def test_a_bundle_takes_whole_pairs(exported: Path) -> None:
 
 
 def test_words_and_what_they_are_made_of() -> None:
-    assert parse(["grid"]) is None and parse(["text+audio=0.5"]) == [{"audio+text": 0.5}]
-    assert words({"audio+text": 0.5, "image": 0.125}) == "50 % of samples lack audio and text, 12.5 % of samples lack image"
-    assert words({}) == words({"text": 0.0}) == "nothing is removed"
+    assert parse_shares(["grid"]) is None and parse_shares(["text+audio=0.5"]) == [{"audio+text": 0.5}]
+    found = describe_shares({"audio+text": 0.5, "image": 0.125})
+    assert found == "50 % of samples lack audio and text, 12.5 % of samples lack image"
+    assert describe_shares({}) == describe_shares({"text": 0.0}) == "nothing is removed"
 
 
 def test_predict_answers_rows_with_holes_where_the_model_learned_to(pairs: Path, trained: Path, tmp_path: Path) -> None:
@@ -144,7 +145,7 @@ def test_predict_answers_rows_with_holes_where_the_model_learned_to(pairs: Path,
     ]  # fmt: skip
 
 
-def test_a_bundle_that_was_not_trained_to_do_without_says_so(exported: Path) -> None:
+def test_a_bundle_not_trained_for_missing_modalities_raises_an_error(exported: Path) -> None:
     bundle = Bundle(exported)
     with pytest.raises(DataError) as caught:
         bundle.collate(images(2), ["a", None])

@@ -73,7 +73,7 @@ def test_a_value_that_is_not_there_is_what_the_policy_says(data: Path, form: str
         row = kept.splits["train"].rows[4]
         assert (row.line, row.values[modality], None in kept.splits["train"].rows[3].values.values()) == (5, None, False)
         for name in ("text", "image"):
-            assert np.flatnonzero(kept.splits["train"].lacks(name)).tolist() == ([4] if name == modality else [])
+            assert np.flatnonzero(kept.splits["train"].is_missing(name)).tolist() == ([4] if name == modality else [])
         assert f"train: 1 row has no {modality}" in kept.notices
 
 
@@ -109,7 +109,7 @@ def test_a_null_that_is_taken_as_empty_is_not_missing(data: Path, policy: str) -
     change(data, "train", 4, text=None)
     change(data, "train", 5, text="")
     split = read(data, on_missing=policy, allow_missing_text=True).splits["train"]
-    assert [split.rows[i].values["text"] for i in (4, 5)] == ["", ""] and not split.lacks("text").any()
+    assert [split.rows[i].values["text"] for i in (4, 5)] == ["", ""] and not split.is_missing("text").any()
 
 
 @pytest.mark.parametrize("policy", ["skip", "absent"])
@@ -130,7 +130,7 @@ def test_empty_cells_of_a_table_are_missing(data: Path) -> None:
     with pytest.raises(DataError, match=r"img is empty, expected a string \(use --on-missing"):
         read(data)
     kept = read(data, on_missing="absent").splits["train"]
-    assert [np.flatnonzero(kept.lacks(name)).tolist() for name in ("text", "image")] == [[2], [3]]
+    assert [np.flatnonzero(kept.is_missing(name)).tolist() for name in ("text", "image")] == [[2], [3]]
     left = read(data, on_missing="skip")
     assert len(left.splits["train"].rows) == 10
     assert {f"train.csv: 1 row without {modality} is left out" for modality in ("text", "image")} <= set(left.notices)
@@ -201,7 +201,7 @@ def test_a_column_that_is_named_and_that_no_table_has_is_refused(data: Path, opt
 
 def test_a_column_is_there_if_any_row_has_it(data: Path) -> None:
     change(data, "val", 5, txt="caption")
-    assert read(data, on_missing="absent", text_col="txt").splits["train"].lacks("text").all()
+    assert read(data, on_missing="absent", text_col="txt").splits["train"].is_missing("text").all()
 
 
 # -- what a data set is
@@ -236,7 +236,7 @@ def test_a_resumed_run_keeps_its_policy_and_columns(named: tuple[str, ...], data
     assert done.returncode == 0, done.stderr
 
 
-def test_what_two_splits_lack_is_no_leak(data: Path) -> None:
+def test_values_missing_in_two_splits_are_not_leaks(data: Path) -> None:
     for split in ("train", "test"):
         for number, row in enumerate((data / f"{split}.jsonl").read_text().splitlines()):
             change(data, split, number, text=f"{split} {json.loads(row)['id']}")
@@ -282,7 +282,7 @@ def test_what_is_missing_is_blank_and_told_of(data: Path, augment: str, kept: bo
         "main": [False, False, True],
         "comp": [False, True, False],
     }
-    blank = create_encoder("tiny:vision").preprocess.item(get_modality("image").nothing())
+    blank = create_encoder("tiny:vision").preprocess.item(get_modality("image").blank_value())
     assert torch.equal(found.inputs["main"]["pixels"][2], blank)
     alone = create_encoder("tiny:text").preprocess.batch([""])
     assert torch.equal(found.inputs["comp"]["ids"][1][: alone["ids"].shape[1]], alone["ids"][0])
@@ -300,7 +300,7 @@ def test_features_of_what_is_missing_are_those_of_nothing(data: Path) -> None:
     found, encoder = read(data, on_missing="absent"), create_encoder("tiny:text")
     config = build_config({**READERS, "device": "cpu", "data": {"path": str(data)}})
     nothing = run_frozen(encoder, encoder.preprocess.batch([""])).pooled_BC
-    computed = build_fusion(**READERS, num_labels=3).feature("comp", batch(samples(found), 3, 0))
+    computed = build_fusion(**READERS, num_labels=3).pooled_feature("comp", batch(samples(found), 3, 0))
     torch.testing.assert_close(computed[:1], nothing, atol=1e-5, rtol=0)
     for origin in ("kept in", "read from"):
         features = split_features(encoder, found, "train", config, CPU)
@@ -322,11 +322,11 @@ def test_an_exchange_moves_what_is_missing_too(data: Path) -> None:
 # -- from Python and in predictions
 
 
-def test_none_among_values_is_what_says_nothing() -> None:
+def test_none_among_values_becomes_the_blank_value() -> None:
     model = build_fusion(**READERS, num_labels=3, either=True)
     picture = Image.new("RGB", (20, 20), "red")
     found = model.collate([picture, None], [None, "a"])
-    blank = model.collate([picture, get_modality("image").nothing()], ["", "a"])
+    blank = model.collate([picture, get_modality("image").blank_value()], ["", "a"])
     assert {side: missing.tolist() for side, missing in found.missing.items()} == {"main": [False, True], "comp": [True, False]}
     assert blank.missing == {}
     assert torch.equal(model(replace(found, missing={})).logits, model(blank).logits)
@@ -354,7 +354,7 @@ def test_what_no_encoder_reads_can_be_left_out() -> None:
 
 
 @pytest.mark.parametrize("policy", ["error", "absent"])
-def test_a_run_answers_what_it_was_trained_to(policy: str, data: Path, tmp_path: Path) -> None:
+def test_a_run_predicts_what_it_was_trained_for(policy: str, data: Path, tmp_path: Path) -> None:
     where, run = {"path": str(data), "on_missing": policy}, tmp_path / "run"
     train(build_config({**READERS, "device": "cpu", "data": where, "train": {"max_steps": 1}}), run)
     image = {"img": "images/test-1.png"}

@@ -37,7 +37,7 @@ WRONG = {
 
 @pytest.mark.parametrize("flags", WRONG, ids=lambda flags: flags[-1])
 @pytest.mark.parametrize("dry", [(), ("--dry-run",)], ids=["train", "dry run"])
-def test_a_wrong_name_is_told_before_data_are_read(
+def test_a_wrong_name_is_an_error_before_data_are_read(
     flags: tuple[str, ...], dry: tuple[str, ...], unread: list[object], pairs: Path, tmp_path: Path
 ) -> None:
     code, what, where, fix = WRONG[flags]
@@ -47,7 +47,7 @@ def test_a_wrong_name_is_told_before_data_are_read(
     assert len(done.stderr.splitlines()) == 1 and not unread
 
 
-def test_a_folder_that_holds_no_model_is_told_before_data_are_read(unread: list[object], pairs: Path, tmp_path: Path) -> None:
+def test_a_folder_without_a_model_is_an_error_before_data_are_read(unread: list[object], pairs: Path, tmp_path: Path) -> None:
     (empty := tmp_path / "my-bert").mkdir()
     done = call("train", "--main", "tiny:vision", "--comp", f"hf:{empty}", "--data", pairs, "--out", tmp_path / "run")
     assert (done.returncode, unread) == (5, []), done.stderr
@@ -60,7 +60,7 @@ def test_swapping_tells_of_a_wrong_name_first(trained: Path, unread: list[object
 
 
 @pytest.mark.parametrize("flag", ["--main", "--comp"])
-def test_a_folder_without_a_scheme_is_told_how_to_be_named(
+def test_a_folder_without_a_scheme_gives_a_hint_about_the_spec(
     flag: str, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -74,7 +74,7 @@ def test_a_folder_without_a_scheme_is_told_how_to_be_named(
     assert done.returncode == 0, done.stderr
 
 
-def test_an_encoder_that_was_not_named_is_asked_for_by_its_flag(pairs: Path, tmp_path: Path) -> None:
+def test_a_missing_encoder_is_an_error_that_names_its_flag(pairs: Path, tmp_path: Path) -> None:
     done = call("train", "--main", "tiny:vision", "--data", pairs)
     assert done.returncode == 3 and "--comp is missing (complementary encoder" in done.stderr
     assert done.stderr.endswith("fix: add --comp hf:bert-base\n") and "Union" not in done.stderr

@@ -66,7 +66,7 @@ def test_lists_import_no_plugin(site: Path, args: tuple[str, ...]) -> None:
     assert imported(site) == set()
 
 
-def test_the_list_says_of_every_entry_point_what_its_name_is_good_for(site: Path) -> None:
+def test_the_list_shows_what_each_entry_point_resolves_to(site: Path) -> None:
     listed = said(run_cli("plugins", "list", "--json", PYTHONPATH=str(site)))
     found = {(p["group"], p["distribution"].removeprefix("mopefuse-"), p["name"]): p["state"] for p in listed["plugins"]}
     assert {claim: state for claim, state in found.items() if claim[1] in PLUGINS} == STATES
@@ -190,7 +190,7 @@ def test_a_package_whose_entry_points_cannot_be_read_is_left_out(
         ),
         (
             ("train", *TINY, "--data", "{pairs}", "--out", "{tmp}/run", "--method", "no-method"), "MF-PLUG-07",
-            "the fusion method 'no-method' is no subclass of mopefuse.fusion.Fusion", "fix the plugin, or uninstall it",
+            "the fusion method 'no-method' is not a subclass of mopefuse.fusion.Fusion", "fix the plugin, or uninstall it",
         ),
     ],
 )  # fmt: skip
@@ -313,7 +313,7 @@ def test_a_plugin_of_the_recorded_distribution_will_do(site: Path, here: pytest.
 # -- names of nobody
 
 
-def test_a_name_of_nobody_offers_what_would_have_to_be_written(site: Path, here: pytest.MonkeyPatch) -> None:
+def test_an_unknown_name_gives_a_suggestion_that_works(site: Path, here: pytest.MonkeyPatch) -> None:
     add_site(here, site)
     with pytest.raises(ConfigError) as caught:
         registry.load(registry.FUSION, "bothh")

@@ -226,7 +226,7 @@ def test_what_does_not_suit_is_refused() -> None:
     assert too_many.value.number == 103
 
 
-def test_settings_of_others_are_said_to_be_unused() -> None:
+def test_settings_of_other_methods_are_reported_as_unused() -> None:
     assert pmf(tune="full", inserted={"prompts": 3}, experts=2).unused_sections() == ["tune", "inserted"]
     assert build(method="late-concat", pmf={"layers": 1}).unused_sections() == ["pmf"]
 
@@ -236,7 +236,7 @@ def test_another_encoder_keeps_what_hangs_on_the_one_that_stays() -> None:
     _, inherited = inherit(old, new, list("abcdefg"), list("abcdefg"))
     fresh = {entry.name for entry in inherited if entry.fate == "new"}
     assert fresh == {f"stacks.main.{at}.mapping.0.{kind}" for at in (0, 1) for kind in ("weight", "bias")}
-    assert all(old.bond(name) for name in old.named_trainable_parameters() if not name.startswith("head."))
+    assert all(old.dependency_of(name) for name in old.named_trainable_parameters() if not name.startswith("head."))
 
 
 @pytest.mark.matrix
@@ -267,7 +267,7 @@ def test_a_run_of_it_resumes_to_the_bit(pairs: Path, tmp_path: Path) -> None:
     assert all(not torch.equal(one[name], begun[name]) for name in one if name.endswith(LEARNED))
 
 
-def test_a_bottleneck_that_nobody_chose_follows_the_encoders(pairs: Path, tmp_path: Path) -> None:
+def test_the_default_bottleneck_follows_the_encoders(pairs: Path, tmp_path: Path) -> None:
     values = {"main": "tiny:vision", "comp": "tiny:text", "method": "pmf", "data": {"path": str(pairs)}, "train": {"epochs": 0}}
     wider = "timm:vit_tiny?pretrained=false&img_size=32&depth=2&embed_dim=128&num_heads=4"
     for name, chosen, expected in (("default", {}, (48, 64)), ("chosen", {"bottleneck": 7}, (7, 7))):

@@ -88,7 +88,7 @@ def test_python_asks_with_images_of_any_mode(trained: Path, pairs: Path) -> None
     assert code_of(lambda: predictor.predict([], ["a"])) == "MF-DATA-17"
 
 
-def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_run_is_refused(tmp_path: Path) -> None:
     assert code_of(lambda: mopefuse.load(tmp_path / "none")) == "MF-CKPT-04"
     assert code_of(lambda: mopefuse.load(tmp_path)) == "MF-CKPT-04"
 
@@ -114,7 +114,7 @@ def mixed(pairs: Path, tmp_path: Path) -> Path:
     return tmp_path / "in.jsonl"
 
 
-def test_what_is_no_pair_becomes_a_row_with_its_error(trained: Path, mixed: Path, tmp_path: Path) -> None:
+def test_an_invalid_pair_becomes_a_row_with_its_error(trained: Path, mixed: Path, tmp_path: Path) -> None:
     done = call("predict", trained, mixed, "-o", tmp_path / "out.jsonl", "--batch", "2")
     assert done.returncode == 0, done.stderr
     assert "9 rows, 6 of which could not be read" in done.stderr
@@ -187,7 +187,7 @@ def test_a_cell_that_is_a_formula_elsewhere_is_quoted() -> None:
         (("--image", "nowhere.png", "--text", "t"), "MF-DATA-11"),
     ],
 )
-def test_what_cannot_be_asked_is_refused(trained: Path, options: tuple[str, ...], code: str) -> None:
+def test_unsupported_requests_are_refused(trained: Path, options: tuple[str, ...], code: str) -> None:
     done = call("predict", trained, *options)
     assert code in done.stderr
     assert done.stdout == ""
@@ -204,7 +204,7 @@ def test_several_processes_give_the_same_file(trained: Path, mixed: Path, tmp_pa
             assert one == two
 
 
-def test_a_reader_that_leaves_is_no_error(trained: Path, mixed: Path) -> None:
+def test_a_closed_pipe_is_not_an_error(trained: Path, mixed: Path) -> None:
     command = f"{sys.executable} -m mopefuse predict {trained} {mixed} | head -1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False, timeout=120)
     assert json.loads(done.stdout)["id"] == "test-0"

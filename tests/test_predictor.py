@@ -175,7 +175,7 @@ def test_pixels_that_are_not_finite_are_an_error_and_no_probabilities(
     assert (caught.value.code, caught.value.exit_code) == ("MF-NUM-04", 8)
 
 
-def test_an_answer_that_is_not_finite_is_an_error(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prediction_that_is_not_finite_is_an_error(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bundle, "_run", lambda inputs: [np.full((2, 3), np.nan, np.float32)])
     with pytest.raises(mopefuse.errors.NumericError, match="NaN or infinite"):
         bundle.run(good(bundle))
@@ -205,7 +205,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.process
-def test_a_bundle_is_asked_where_there_is_no_torch(environment: Path, exported: Path, tmp_path: Path) -> None:
+def test_a_bundle_predicts_without_torch(environment: Path, exported: Path, tmp_path: Path) -> None:
     """First with onnxruntime, tokenizers, Pillow and numpy alone; then from the command line, which needs a few more."""
     example = json.loads((exported / "example.json").read_text())
     python, clean = environment / "bin" / "python", {"PATH": os.environ["PATH"], "MOPEFUSE_CACHE": str(tmp_path / "cache")}

@@ -65,7 +65,7 @@ def test_every_row_names_an_image_that_is_there_and_every_image_is_named(
 
 
 @pytest.mark.parametrize(("kind", "tree", "options"), CASES)
-def test_dataset_json_says_what_was_made_of_what(
+def test_dataset_json_records_sources_and_results(
     kind: type[Source], tree: Tree, options: dict[str, Any], tmp_path: Path
 ) -> None:
     result = prepare(kind, tree(tmp_path / "source"), tmp_path / "made", options)
@@ -151,7 +151,7 @@ def test_links_within_the_source_and_to_the_source_are_followed(tmp_path: Path) 
     assert not (tmp_path / "made/dataset/0000001.jpeg").is_symlink()
 
 
-def test_what_is_no_regular_file_is_no_image(tmp_path: Path) -> None:
+def test_an_irregular_file_is_not_an_image(tmp_path: Path) -> None:
     source = mm_imdb(tmp_path / "source")
     (source / "dataset/0000001.jpeg").unlink()
     os.mkfifo(source / "dataset/0000001.jpeg")
@@ -214,11 +214,11 @@ def test_a_listing_sees_files_that_changed_places(tmp_path: Path) -> None:
         (tmp_path / one / "x").write_bytes(b"1")
         (tmp_path / one / "y").write_bytes(b"22")
         (tmp_path / one / f".{other}").write_bytes(b"not looked at")
-    as_it_was = _source_files.listing(tmp_path, ["a", "b", "no such"])
+    as_it_was = _source_files.summarise_files(tmp_path, ["a", "b", "no such"])
     assert (as_it_was["files"], as_it_was["bytes"]) == (4, 6)
     (tmp_path / "a/x").write_bytes(b"22")
     (tmp_path / "a/y").write_bytes(b"1")
-    exchanged = _source_files.listing(tmp_path, ["b", "a"])
+    exchanged = _source_files.summarise_files(tmp_path, ["b", "a"])
     assert (exchanged["files"], exchanged["bytes"]) == (4, 6)
     assert exchanged["sha256"] != as_it_was["sha256"]
 

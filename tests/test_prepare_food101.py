@@ -169,7 +169,7 @@ def test_a_title_is_what_its_page_had(line: str, title: str) -> None:
         (b"a_1.jpg,Pi\xe9,a", "not UTF-8"),
     ],
 )
-def test_a_line_that_is_no_row_says_why_and_names_its_image(line: bytes, reason: str) -> None:
+def test_a_line_that_is_not_a_row_gives_a_reason_and_its_image(line: bytes, reason: str) -> None:
     assert read_title(line) == OddRow(reason, "a_1.jpg")
 
 

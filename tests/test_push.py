@@ -218,7 +218,7 @@ def altered(content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("name", ["model", "org/model/more", "org/model@v1", "org/..", "org/", "-/model", "org/a b"])
-def test_what_is_no_name_of_a_repository_is_refused(name: str, trained: Path, hub: FakeHub, move: Move) -> None:
+def test_an_invalid_repository_name_is_refused(name: str, trained: Path, hub: FakeHub, move: Move) -> None:
     done = call("push", "--json", "--", trained, name)
     assert done.returncode == 3 and only_object(done.stdout)["error"]["code"] == "MF-CFG-72", done.stderr
     assert hub.asked == []

@@ -152,7 +152,7 @@ def values_that_are_none() -> Iterator[tuple[Any, Any, str]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_no_value_is_refused(kind: str, loaded: dict[str, Predictor]) -> None:
+def test_an_invalid_value_is_refused(kind: str, loaded: dict[str, Predictor]) -> None:
     for images, texts, message in values_that_are_none():
         with pytest.raises(mopefuse.errors.MopefuseError, match=message) as caught:
             loaded[kind].predict(images, texts)

@@ -189,7 +189,7 @@ def test_the_same_module_in_two_distributions_is_a_clash(install: Install) -> No
     assert load(ENCODERS, "two:audio").__name__ == "Encoder"
 
 
-def test_an_entry_point_that_is_listed_twice_is_no_clash(install: Install) -> None:
+def test_an_entry_point_that_is_listed_twice_is_not_a_clash(install: Install) -> None:
     point = claim("one", "audio", "plug_works:Encoder")
     install(point, point)
     assert load(ENCODERS, "audio").__name__ == "Encoder"
@@ -240,7 +240,7 @@ def test_an_encoder_that_a_plugin_cannot_make_is_an_error_of_the_plugin(
     assert caught.value.number == number and "acme" in caught.value.fix
 
 
-def test_what_an_encoder_of_a_plugin_says_itself_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_that_a_plugin_raises_is_not_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(spec: Spec) -> None:
         raise ConfigError(1, "of its own")
 

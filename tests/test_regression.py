@@ -324,14 +324,14 @@ def test_values_that_overflow_are_stepped_back_from() -> None:
     torch.testing.assert_close(found, torch.full((2, 1), 2.0, dtype=torch.double).log(), atol=1e-5, rtol=0)
 
 
-def test_a_long_fit_says_how_long_it_will_take(
+def test_a_long_fit_shows_its_remaining_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     times = iter([0.0, 0.0, 4.0, 8.0, 12.0])
     monkeypatch.setattr(_train_display, "time", SimpleNamespace(monotonic=lambda: next(times)))
     display = _train_display.Display(tmp_path, json=False)  # at 0 s
     for done in (0, 10, 20, 30):  # 4 s for each tenth; a line after 10 s
-        display.reading("logistic regression on main, C 0.1", done, 100)
+        display.on_data_progress("logistic regression on main, C 0.1", done, 100)
     assert capsys.readouterr().err == "logistic regression on main, C 0.1  30/100  eta 0:28\n"
 
 
@@ -346,7 +346,7 @@ def test_features_that_are_not_finite_are_refused_in_words(value: float) -> None
 
 @pytest.mark.parametrize("rows", [3, 50])
 @pytest.mark.parametrize("balanced", [False, True])
-def test_features_that_say_nothing_give_the_frequencies_of_classes(rows: int, balanced: bool) -> None:
+def test_uninformative_features_give_the_frequencies_of_classes(rows: int, balanced: bool) -> None:
     fold = Fold({"comp": torch.zeros(rows, 8)}, torch.arange(rows) % 3)
     state, _ = fit_heads({"head": ("comp",)}, fold, fold, how(3, balanced=balanced))
     assert not state["head.weight"].any()

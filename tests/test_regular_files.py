@@ -88,7 +88,7 @@ def test_a_run_with_something_else_in_place_of_a_file_is_refused(
 
 @pytest.mark.parametrize("put", KINDS, ids=lambda put: put.__name__)
 @pytest.mark.parametrize("command", [("train", "--recipe"), ("study",)], ids=" ".join)
-def test_a_recipe_or_study_that_is_no_file_is_refused(
+def test_a_recipe_or_study_that_is_not_a_file_is_refused(
     tmp_path: Path, command: tuple[str, ...], put: Callable[[Path], None]
 ) -> None:
     put(tmp_path / "settings.yaml")

@@ -200,7 +200,7 @@ def test_classes_and_experts_are_shown_of_several_layers_one_at_a_time(run: Path
     assert [attributes["for"] for attributes in page.all("label")] == [f"layer-{number}" for number in range(1, 5)]
 
 
-def test_one_expert_is_no_routing(run: Path) -> None:
+def test_one_expert_means_no_routing(run: Path) -> None:
     assert run_routing.sections(facts_of(run, routing_SLK=torch.ones(7, 2, 1))) == []
 
 

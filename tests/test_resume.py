@@ -66,7 +66,7 @@ def test_a_finished_run_that_goes_on_is_not_finished_until_it_ends(data: Path, t
 
 def test_a_run_folder_that_vanishes_in_training_ends_it_with_one_line(data: Path, tmp_path: Path) -> None:
     class Vanish(Listener):
-        def step(self, progress: Progress, total: int, loss: float, lr: float) -> None:
+        def on_step(self, progress: Progress, total: int, loss: float, lr: float) -> None:
             shutil.rmtree(tmp_path / "run")
 
     with pytest.raises(ResourceError, match="the run folder is gone") as lost:

@@ -58,10 +58,10 @@ def test_a_study_runs_one_at_a_time_where_memory_has_no_room(
     most, notices = [0], []
 
     class Watch(StudyListener):
-        def moved(self, statuses, eta):
+        def on_progress(self, statuses, eta):
             most[0] = max(most[0], sum(status.state == "running" for status in statuses))
 
-        def notice(self, text):
+        def on_notice(self, text):
             notices.append(text)
 
     study = read_study(str(write_study(tmp_path, pairs)), ["train.epochs=40"])

@@ -30,7 +30,7 @@ def test_statistics_are_means_over_layers_and_the_share_of_each_expert() -> None
     assert routing.statistics(torch.ones(2, 1))["entropy"] == 1.0
 
 
-def test_routing_tells_nothing_if_all_are_routed_alike_and_all_if_each_takes_one() -> None:
+def test_routing_information_is_zero_for_uniform_and_one_for_distinct_routing() -> None:
     alike, each = EVEN.expand(K, 1, K), torch.eye(K).unsqueeze(1)
     both = torch.cat([alike, each], dim=1)
     assert routing.information(both).tolist() == pytest.approx([0.0, 1.0], abs=1e-6)
@@ -59,6 +59,6 @@ def test_words_are_those_of_the_log_odds_with_a_prior() -> None:
     assert found[0][0][1] == pytest.approx(odds / math.sqrt(1 / mine + 1 / rest))
 
 
-def test_no_words_are_no_error() -> None:
+def test_no_words_are_not_an_error() -> None:
     assert routing.words_of_experts(torch.ones(2, 3) / 3, ["", "!?"]) == [[], [], []]
     assert routing.words_of_experts(torch.eye(2), ["one", "two"]) == [[], []]

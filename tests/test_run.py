@@ -17,7 +17,7 @@ import pytest
 from test_checkpoint import save, started
 
 from mopefuse.config.schema import build_config
-from mopefuse.core.atomic_files import born
+from mopefuse.core.atomic_files import start_time
 from mopefuse.core.folder_lock import FolderLock
 from mopefuse.errors import CheckpointError, ConfigError, ResourceError
 from mopefuse.runs.folder import RunFolder
@@ -75,14 +75,14 @@ def test_overwrite_and_resume_contradict_each_other(tmp_path: Path) -> None:
     assert run.exists()
 
 
-def test_a_folder_that_cannot_be_written_is_told_before_anything_slow(tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_an_error_before_anything_slow(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="not writable") as caught:
         RunFolder(tmp_path / "file" / "run").prepare(resume=False, overwrite=False)
     assert caught.value.code == "MF-CFG-21"
 
 
-def test_a_read_only_folder_is_told(tmp_path: Path) -> None:
+def test_a_read_only_folder_is_an_error(tmp_path: Path) -> None:
     """As somebody whom permissions bind, which root is not."""
     tmp_path.chmod(0o755)
     (tmp_path / "run").mkdir(mode=0o555)
@@ -268,7 +268,7 @@ def test_the_lock_of_a_killed_process_that_nobody_waited_for_is_taken_over(tmp_p
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     folder = RunFolder(tmp_path / "run")
     folder.prepare(resume=False, overwrite=False)
-    owner = {"pid": process.pid, "host": socket.gethostname(), "born": born(process.pid)}
+    owner = {"pid": process.pid, "host": socket.gethostname(), "born": start_time(process.pid)}
     (tmp_path / "run" / ".lock").write_text(json.dumps(owner))
     with pytest.raises(ConfigError, match="is writing this run"):
         folder.lock()
@@ -278,7 +278,7 @@ def test_the_lock_of_a_killed_process_that_nobody_waited_for_is_taken_over(tmp_p
 
 
 def test_a_number_that_another_process_has_now_is_not_the_owner(tmp_path: Path) -> None:
-    if not born(os.getpid()):
+    if not start_time(os.getpid()):
         pytest.skip("this system does not say when a process began")
     folder = RunFolder(tmp_path / "run")
     folder.prepare(resume=False, overwrite=False)
@@ -292,12 +292,12 @@ import sys, time
 from pathlib import Path
 from mopefuse.core import folder_lock
 from mopefuse.errors import ConfigError
-refuse = folder_lock.FolderLock.refuse_if_taken
+raise_if_locked = folder_lock.FolderLock.raise_if_locked
 def slowly(self):
-    owner = refuse(self)
+    owner = raise_if_locked(self)
     time.sleep(0.3)
     return owner
-folder_lock.FolderLock.refuse_if_taken = slowly
+folder_lock.FolderLock.raise_if_locked = slowly
 print("ready", flush=True)
 sys.stdin.readline()
 try:
@@ -342,7 +342,7 @@ WRITES = {"log": lambda run: run.log({"step": 1}), "save": lambda run: save(run,
 
 
 @pytest.mark.parametrize("write", WRITES)
-def test_a_folder_that_is_gone_is_told_and_not_made_again(tmp_path: Path, write: str) -> None:
+def test_a_removed_folder_is_an_error_and_not_recreated(tmp_path: Path, write: str) -> None:
     run = locked(tmp_path / "run")
     shutil.rmtree(tmp_path / "run")
     with pytest.raises(ResourceError, match="the run folder is gone") as caught:

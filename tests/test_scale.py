@@ -28,7 +28,7 @@ from mopefuse.data.load import load_data
 from mopefuse.errors import NumericError, ResourceError
 from mopefuse.evaluation import spool
 from mopefuse.evaluation.outputs import BatchOutput
-from mopefuse.evaluation.predictions import KEPT, MOST_LABELS, predicted
+from mopefuse.evaluation.predictions import KEPT, MOST_LABELS, collect_predictions
 from mopefuse.evaluation.scoring import score
 from mopefuse.evaluation.split import run_split
 from mopefuse.evaluation.spool import Spool
@@ -57,7 +57,7 @@ rows_of_labels = st.lists(st.lists(st.sampled_from("abcde"), max_size=4, unique=
 
 @given(rows_of_labels, st.data())
 def test_labels_are_a_sequence_of_what_each_row_has(rows: list[tuple[str, ...]], draw: Any) -> None:
-    labels = Labels.of(rows)
+    labels = Labels.from_rows(rows)
     assert list(labels) == rows == [labels[number] for number in range(len(labels))]
     picked = draw.draw(st.lists(st.integers(0, len(rows) - 1))) if rows else []
     assert list(labels.take(np.array(picked, dtype=np.int64))) == [rows[number] for number in picked]
@@ -69,13 +69,13 @@ def test_labels_are_a_sequence_of_what_each_row_has(rows: list[tuple[str, ...]],
 
 def test_labels_of_many_rows_come_in_their_order() -> None:
     rows = [tuple(str(number)[: number % 4]) for number in range(9_000)]
-    assert list(Labels.of(rows)) == rows
+    assert list(Labels.from_rows(rows)) == rows
 
 
 @given(rows_of_labels.filter(len))
 def test_targets_of_some_rows_or_labels_are_parts_of_the_dense_ones(rows: list[tuple[str, ...]]) -> None:
     known = "edcbaz"
-    targets = Targets(Labels.of(rows), known, multi_label=True)
+    targets = Targets(Labels.from_rows(rows), known, multi_label=True)
     expected_SN = torch.tensor([[float(label in row) for label in known] for row in rows])
     assert targets.dense().equal(expected_SN)
     index_B = torch.tensor([len(rows) - 1, 0, 0])
@@ -188,7 +188,7 @@ def test_logits_in_a_file_are_those_in_memory(tmp_path: Path, monkeypatch: pytes
     assert not [*tmp_path.iterdir()], "the file has no name"
 
 
-def test_a_full_disk_under_waiting_logits_is_an_error_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_while_logits_are_spooled_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spool, "IN_MEMORY", 8)
     monkeypatch.setattr(spool, "BLOCK", 8)
 
@@ -296,6 +296,6 @@ def test_the_label_that_is_written_is_the_one_that_counts_where_probabilities_ar
     logits_BN = torch.tensor([[0.0, 1e-9, -1e-9], [1e-9, 0.0, 2e-9]])
     assert logits_BN.softmax(dim=-1).argmax(dim=-1).tolist() == [0, 0]
     targets_B = torch.tensor([1, 2])
-    found = predicted(torch.arange(2), logits_BN, targets_B, multi_label=False, thresholds=0.5)
+    found = collect_predictions(torch.arange(2), logits_BN, targets_B, multi_label=False, thresholds=0.5)
     assert found.label_Z[found.chosen_Z].tolist() == [1, 2]
     assert metrics.compute(logits_BN, targets_B, multi_label=False)["accuracy"] == 1.0

@@ -252,7 +252,7 @@ def test_without_optuna_the_command_that_installs_it_is_told(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_plan_says_what_would_be_searched_and_runs_nothing(file: Path, tmp_path: Path) -> None:
+def test_a_search_plan_shows_the_space_and_runs_nothing(file: Path, tmp_path: Path) -> None:
     done = call("study", file, "--out", tmp_path / "out", "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "0.0001 to 0.1, logarithmic" in done.stdout and "5 runs: 5 trials, seeds 0" in done.stdout

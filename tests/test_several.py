@@ -15,7 +15,7 @@ from test_fusion import TEXTS, build, images, open_gates
 from test_swap import SMALL, config_of, kept, pair
 
 from mopefuse.config.schema import build_config
-from mopefuse.config.sides import addressed, specs, with_specs
+from mopefuse.config.sides import specs, specs_by_side, with_specs
 from mopefuse.data.altered import derangement
 from mopefuse.data.load import load_data
 from mopefuse.errors import ConfigError
@@ -59,22 +59,22 @@ def test_sides_of_a_configuration() -> None:
     ],
 )
 def test_which_encoder_is_meant(comp: list[str], found: dict[str, str]) -> None:
-    assert addressed(None, comp, {"main": "image", "comp": "text", "comp2": "audio"}) == found
+    assert specs_by_side(None, comp, {"main": "image", "comp": "text", "comp2": "audio"}) == found
 
 
 def test_a_modality_of_a_plugin_may_have_a_hyphen() -> None:
     sides = {"main": "image", "comp": "text", "comp2": "point-cloud"}
-    assert addressed(None, ["point-cloud=x:y"], sides) == {"comp2": "x:y"}
+    assert specs_by_side(None, ["point-cloud=x:y"], sides) == {"comp2": "x:y"}
 
 
 def test_with_one_encoder_no_address_is_needed() -> None:
-    assert addressed("a:b", "c:d?e=f", {"main": "image", "comp": "text"}) == {"main": "a:b", "comp": "c:d?e=f"}
+    assert specs_by_side("a:b", "c:d?e=f", {"main": "image", "comp": "text"}) == {"main": "a:b", "comp": "c:d?e=f"}
 
 
 @pytest.mark.parametrize("comp", [["x:y"], ["x:y?a=b"], ["text=x:y"], ["3=x:y"], ["audio=x:y"], ["1=x:y", "1=x:z"]])
 def test_an_encoder_that_is_not_said_clearly_is_refused(comp: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
-        addressed(None, comp, {"main": "image", "comp": "text", "comp2": "text"})
+        specs_by_side(None, comp, {"main": "image", "comp": "text", "comp2": "text"})
     assert "1= (text), 2= (text)" in caught.value.fix or caught.value.number == 141
 
 

@@ -51,7 +51,7 @@ def test_a_study_with_closed_streams_comes_to_its_end(pairs: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("streams", matrix(["2>&-", CLOSED], ["2>&-"]))
-def test_an_error_that_nobody_hears_still_has_its_exit_code(tmp_path: Path, streams: str) -> None:
+def test_an_error_that_cannot_be_printed_still_has_its_exit_code(tmp_path: Path, streams: str) -> None:
     done = shell("compare", tmp_path, streams=streams)
     assert (done.returncode, done.stdout) == (6, ""), "an error is no result"
 

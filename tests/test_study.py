@@ -18,7 +18,7 @@ import pytest
 import yaml
 from conftest import call
 
-from mopefuse.core.atomic_files import alive
+from mopefuse.core.atomic_files import is_alive
 from mopefuse.core.registry import available
 from mopefuse.errors import ConfigError
 from mopefuse.runs.folder import RunFolder
@@ -117,7 +117,7 @@ def test_killed_at_random_and_started_again_it_gives_the_same_table(undisturbed:
     assert predictions(out) == predictions(undisturbed)
 
 
-def test_what_cells_have_to_say_is_heard_once(pairs: Path, tmp_path: Path) -> None:
+def test_notices_of_cells_are_shown_once(pairs: Path, tmp_path: Path) -> None:
     cells = {"a": {"method": "linear"}, "b": {"method": "linear", "linear.features": "average"}}
     file = write_study(tmp_path, pairs, cells=cells, grid={}, seeds=[0], baseline="a")
     said = call("study", file, "--out", tmp_path / "out").stderr.splitlines()
@@ -194,7 +194,7 @@ def test_a_cell_whose_process_is_killed_is_recorded_and_the_others_go_on(file: P
 
 
 @pytest.mark.process
-def test_asked_to_stop_it_saves_the_cells_under_way_and_no_process_stays(file: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_a_stop_signal_saves_running_cells_and_leaves_no_process(file: Path, undisturbed: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = start(file, out, "--jobs", "2", "--set", "train.epochs=2000")
     wait_for(lambda: steps(out) >= 20 and len([*out.glob("cells/*/*/metrics.jsonl")]) == 2, process)
@@ -207,7 +207,7 @@ def test_asked_to_stop_it_saves_the_cells_under_way_and_no_process_stays(file: P
     assert process.returncode == 143, said
     assert "0 of 4 cells finished" in said
     assert len(pids) == 2
-    assert not any(alive(pid) for pid in pids)
+    assert not any(is_alive(pid) for pid in pids)
     states = [cell["state"] for cell in cells(out)]
     assert sorted(states) == ["stopped", "stopped", "waiting", "waiting"]
     for cell in cells(out):
@@ -247,7 +247,7 @@ def test_a_dry_run_lists_the_cells_and_writes_nothing(file: Path, tmp_path: Path
     assert three - one == layers * (2 * tokens * width + 3 * (width + 1)), "two experts, and a router for the three"
 
 
-def test_a_dry_run_says_which_cells_will_fail(pairs: Path, tmp_path: Path) -> None:
+def test_a_dry_run_lists_the_cells_that_will_fail(pairs: Path, tmp_path: Path) -> None:
     settings = {"main": "tiny:vision", "comp": "tiny:text", "data.path": str(pairs), "train": {"modality_dropout": 0.2}}
     cells: dict[str, Any] = {"a": {}, "linear": {"method": "linear"}, "b": {"method": "mmbt"}}
     study = {"settings": settings, "seeds": [0], "cells": cells}
@@ -272,7 +272,7 @@ def test_a_metric_that_the_data_do_not_have_is_refused_before_the_first_run(mult
 
 def test_an_error_of_the_study_itself_leaves_no_cell_running(file: Path, tmp_path: Path) -> None:
     class Closed(StudyListener):
-        def moved(self, statuses: Any, eta: Any) -> None:
+        def on_progress(self, statuses: Any, eta: Any) -> None:
             raise BrokenPipeError
 
     with pytest.raises(BrokenPipeError):
@@ -280,11 +280,11 @@ def test_an_error_of_the_study_itself_leaves_no_cell_running(file: Path, tmp_pat
     assert multiprocessing.active_children() == []
 
 
-def test_a_cell_that_is_told_to_stop_by_others_is_recorded_as_failed(file: Path, tmp_path: Path) -> None:
+def test_a_cell_terminated_from_outside_is_recorded_as_failed(file: Path, tmp_path: Path) -> None:
     ended = []
 
     class Kill(StudyListener):
-        def moved(self, statuses: Any, eta: Any) -> None:
+        def on_progress(self, statuses: Any, eta: Any) -> None:
             if not ended:
                 ended.append(1)
                 multiprocessing.active_children()[0].terminate()

@@ -168,7 +168,7 @@ def test_many_rows_are_several_figures_on_the_same_axes(trained: Path, tmp_path:
 # -- what is missing
 
 
-def test_what_is_missing_is_said_and_why(trained: Path, tmp_path: Path) -> None:
+def test_runs_without_a_result_are_listed_with_the_reason(trained: Path, tmp_path: Path) -> None:
     study = make_study(trained, tmp_path / "made", rows_of(2), baseline="linear")
     error = {"code": "MF-NUM-01", "exit": 8, "message": f"loss is NaN {HOSTILE}", "where": "x", "hint": "lower train.lr"}
     change(study, 0, state="failed", error=error)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from mopefuse.config.schema import Data, build_config
 from mopefuse.data.load import load_data
-from mopefuse.data.subsets import apportion, few, hold_out
+from mopefuse.data.subsets import apportion, choose_few, hold_out
 from mopefuse.errors import ConfigError
 from mopefuse.fusion.base import Output
 from mopefuse.training.losses import balanced_weights, classification_loss
@@ -45,22 +45,22 @@ def test_shares_by_hand() -> None:
 
 
 def test_shots_are_of_each_class() -> None:
-    assert drawn(few(IDS, SINGLE, 0, shots=4, fraction=None)) == {"often": 4, "rare": 4}
-    assert drawn(few(IDS, SINGLE, 0, shots=30, fraction=None)) == {"often": 30, "rare": 10}
+    assert drawn(choose_few(IDS, SINGLE, 0, shots=4, fraction=None)) == {"often": 4, "rare": 4}
+    assert drawn(choose_few(IDS, SINGLE, 0, shots=30, fraction=None)) == {"often": 30, "rare": 10}
 
 
 def test_a_fraction_is_of_each_class_and_never_none_of_it() -> None:
-    assert drawn(few(IDS, SINGLE, 0, shots=None, fraction=0.5)) == {"often": 25, "rare": 5}
-    assert drawn(few(IDS, SINGLE, 0, shots=None, fraction=0.01)) == {"often": 1, "rare": 1}
-    assert few(IDS, SINGLE, 0, shots=None, fraction=1.0) == list(range(60))
+    assert drawn(choose_few(IDS, SINGLE, 0, shots=None, fraction=0.5)) == {"often": 25, "rare": 5}
+    assert drawn(choose_few(IDS, SINGLE, 0, shots=None, fraction=0.01)) == {"often": 1, "rare": 1}
+    assert choose_few(IDS, SINGLE, 0, shots=None, fraction=1.0) == list(range(60))
 
 
 def test_with_several_labels_each_gets_its_shots() -> None:
     labels = [tuple(name for bit, name in enumerate("abcd") if number >> bit & 1) for number in range(60)]
-    found = drawn(few(IDS, labels, 3, shots=5, fraction=None), labels)
+    found = drawn(choose_few(IDS, labels, 3, shots=5, fraction=None), labels)
     assert set(found) == set("abcd")
     assert min(found.values()) >= 5
-    assert len([row for row in few(IDS, labels, 3, shots=5, fraction=None) if labels[row]]) <= 20
+    assert len([row for row in choose_few(IDS, labels, 3, shots=5, fraction=None) if labels[row]]) <= 20
 
 
 MIXED = [tuple(name for bit, name in enumerate("abc") if number >> bit & 1) for number in range(64)]  # 8 without a label
@@ -71,11 +71,11 @@ def test_a_fraction_keeps_its_share_of_the_rows_without_labels() -> None:
     def unlabelled(rows: list[int]) -> int:
         return sum(not MIXED[row] for row in rows)
 
-    assert few(MANY, MIXED, 0, shots=None, fraction=1.0) == list(range(64))
-    assert unlabelled(few(MANY, MIXED, 0, shots=None, fraction=0.5)) == 4
-    assert unlabelled(few(MANY, MIXED, 0, shots=None, fraction=0.01)) == 1
-    assert unlabelled(few(MANY, MIXED, 0, shots=3, fraction=None)) == 3
-    assert unlabelled(few(MANY, MIXED, 0, shots=30, fraction=None)) == 8
+    assert choose_few(MANY, MIXED, 0, shots=None, fraction=1.0) == list(range(64))
+    assert unlabelled(choose_few(MANY, MIXED, 0, shots=None, fraction=0.5)) == 4
+    assert unlabelled(choose_few(MANY, MIXED, 0, shots=None, fraction=0.01)) == 1
+    assert unlabelled(choose_few(MANY, MIXED, 0, shots=3, fraction=None)) == 3
+    assert unlabelled(choose_few(MANY, MIXED, 0, shots=30, fraction=None)) == 8
 
 
 def test_rows_without_labels_are_held_out_in_proportion() -> None:
@@ -94,17 +94,17 @@ def test_a_run_on_the_whole_fraction_has_every_row(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_what_is_drawn_depends_on_seed_and_rows_and_not_on_their_order(seed: int) -> None:
-    chosen = {IDS[row] for row in few(IDS, SINGLE, seed, shots=6, fraction=None)}
-    backwards = {IDS[::-1][row] for row in few(IDS[::-1], SINGLE[::-1], seed, shots=6, fraction=None)}
+    chosen = {IDS[row] for row in choose_few(IDS, SINGLE, seed, shots=6, fraction=None)}
+    backwards = {IDS[::-1][row] for row in choose_few(IDS[::-1], SINGLE[::-1], seed, shots=6, fraction=None)}
     assert chosen == backwards
-    assert chosen != {IDS[row] for row in few(IDS, SINGLE, seed + 1, shots=6, fraction=None)}
+    assert chosen != {IDS[row] for row in choose_few(IDS, SINGLE, seed + 1, shots=6, fraction=None)}
     _, held = hold_out(IDS, SINGLE, 12, seed)
     _, held_backwards = hold_out(IDS[::-1], SINGLE[::-1], 12, seed)
     assert {IDS[row] for row in held} == {IDS[::-1][row] for row in held_backwards}
 
 
 def test_more_shots_contain_the_fewer() -> None:
-    fewer, more = (set(few(IDS, SINGLE, 0, shots=shots, fraction=None)) for shots in (3, 9))
+    fewer, more = (set(choose_few(IDS, SINGLE, 0, shots=shots, fraction=None)) for shots in (3, 9))
     assert fewer < more
 
 

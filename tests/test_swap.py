@@ -205,7 +205,7 @@ def test_in_the_warm_up_only_what_is_new_learns(run: Path, tmp_path: Path) -> No
 
 def test_a_swapped_run_that_is_killed_resumes_to_the_same_end(run: Path, tmp_path: Path) -> None:
     class Killed(Listener):
-        def step(self, progress: Any, total: int, loss: float, lr: float) -> None:
+        def on_step(self, progress: Any, total: int, loss: float, lr: float) -> None:
             if progress.step == 4:
                 raise KeyboardInterrupt
 

@@ -28,7 +28,7 @@ def said(done: subprocess.CompletedProcess[str]) -> Any:
     return json.loads(done.stdout)
 
 
-def test_a_reader_that_stops_reading_is_no_error(trained: Path) -> None:
+def test_a_reader_that_stops_reading_is_not_an_error(trained: Path) -> None:
     for args in (("encoders",), ("--help",)):
         process = subprocess.Popen(
             [sys.executable, "-m", "mopefuse", *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -112,7 +112,7 @@ def test_output_into_a_pipe_has_no_control_characters(pairs: Path, tmp_path: Pat
     assert "accuracy" in done.stdout
 
 
-def test_a_stopped_run_says_how_to_go_on_and_does(pairs: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_prints_the_resume_command_and_resumes(pairs: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
 
     def stop() -> None:

@@ -166,7 +166,7 @@ def test_prompts_left_out_in_one_thread_are_there_in_others() -> None:
     open_gates(model)
 
     def call(thread: int) -> Tensor:
-        with model.without("static") if thread % 2 else nullcontext():
+        with model.without_prompts("static") if thread % 2 else nullcontext():
             return model(collated(model, thread)).logits
 
     alone = [call(thread) for thread in range(THREADS)]

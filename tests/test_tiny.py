@@ -107,7 +107,7 @@ def test_a_sample_does_not_depend_on_its_batch(spec: str, gated: bool) -> None:
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_every_layer_is_asked_once_with_its_tokens(spec: str) -> None:
+def test_every_layer_requests_its_prompt_once_with_its_tokens(spec: str) -> None:
     encoder, inputs = encoder_and_batch(spec)
     asked: list[tuple[int, tuple[int, ...]]] = []
     encoder.encode(inputs, lambda layer, tokens, mask: asked.append((layer, tuple(tokens.shape))))

@@ -57,7 +57,7 @@ class StopAt(Listener):
     def __init__(self, step: int, number: int) -> None:
         self.at, self.number, self.losses = step, number, []
 
-    def step(self, progress: Progress, total: int, loss: float, lr: float) -> None:
+    def on_step(self, progress: Progress, total: int, loss: float, lr: float) -> None:
         self.losses.append(loss)
         if progress.step == self.at:
             os.kill(os.getpid(), self.number)
@@ -220,7 +220,7 @@ def test_a_finished_run_is_not_trained_again_until_it_is_given_more_epochs(data:
         def __init__(self) -> None:
             self.said: list[str] = []
 
-        def notice(self, text: str) -> None:
+        def on_notice(self, text: str) -> None:
             self.said.append(text)
 
     train(config(data), tmp_path / "run")
@@ -238,7 +238,7 @@ def finished_after(data: Path, run: Path, first: dict[str, Any], then: dict[str,
     """Train, resume with other settings; the steps of the resumed run, and its notices that speak of steps."""
     notices: list[str] = []
     listener = Listener()
-    listener.notice = notices.append  # type: ignore[method-assign]
+    listener.on_notice = notices.append  # type: ignore[method-assign]
     train(config(data, **first), run)
     result = train(config(data, **first, **then), run, resume=True, listener=listener)
     return result["steps"], [text for text in notices if text.startswith(("--steps", "already"))]
@@ -265,7 +265,7 @@ def test_a_new_run_is_told_that_its_steps_are_more_than_its_epochs(data: Path, t
     for settings, told in (({"train__max_steps": 20}, 1), ({"train__max_steps": 12}, 0), ({}, 0)):
         notices: list[str] = []
         listener = Listener()
-        listener.notice = notices.append  # type: ignore[method-assign]
+        listener.on_notice = notices.append  # type: ignore[method-assign]
         result = train(config(data, **settings), tmp_path / str(settings.get("train__max_steps")), listener=listener)
         assert result["steps"] == 12
         assert sum(text.startswith("--steps 20 is never reached: --epochs 3 ends after 12") for text in notices) == told
@@ -382,7 +382,7 @@ def test_settings_that_a_method_does_not_use_are_named(data: Path, tmp_path: Pat
         def __init__(self) -> None:
             self.said: list[str] = []
 
-        def notice(self, text: str) -> None:
+        def on_notice(self, text: str) -> None:
             self.said.append(text)
 
     notices = Notices()

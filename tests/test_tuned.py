@@ -67,7 +67,7 @@ def test_all_that_is_ours_learns_and_nothing_else(method: str, tune: str) -> Non
     assert tuned == (set(model.uses) if tune in ("full", "lora") else set())
     assert all(".lora_" in name for name in moved if tune == "lora" and name.startswith(("main.", "comp.")))
     assert "other" not in model.breakdown()
-    assert all(model.bond(name) for name in model.trainable_state_dict() if not name.startswith("head."))
+    assert all(model.dependency_of(name) for name in model.trainable_state_dict() if not name.startswith("head."))
 
 
 @pytest.mark.parametrize("method", ALL)

@@ -129,7 +129,7 @@ def test_what_would_not_begin_as_the_regression_is_refused(data: Path, changed: 
     assert refused.value.number == code
 
 
-def test_a_method_without_one_says_so(data: Path, tmp_path: Path) -> None:
+def test_a_method_without_warm_start_reports_it_as_unused(data: Path, tmp_path: Path) -> None:
     done = call(
         "train", "--main", "tiny:vision", "--comp", "tiny:text", "--data", data, "--out", tmp_path / "run",
         "--method", "late-concat", "--warm-start", "linear", "--steps", "1",

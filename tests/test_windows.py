@@ -67,7 +67,7 @@ def test_its_gradients_are_those_of_differences(gated: bool) -> None:
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_without_gradients_the_answer_is_the_same_to_the_bit(gated: bool) -> None:
+def test_outputs_without_gradients_are_identical(gated: bool) -> None:
     x = drawn(torch.float32)
     with torch.no_grad():
         answer = ours(x, gated=gated, masked=True)

@@ -38,7 +38,7 @@ def without_torch(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.mark.process
-def test_a_run_without_torch_is_told_what_to_install(
+def test_a_run_without_torch_is_an_error_with_the_package_to_install(
     without_torch: dict[str, str], trained: Path, exported: Path, pairs: Path, tmp_path: Path
 ) -> None:
     table = pairs / "test.jsonl"
@@ -54,7 +54,7 @@ def test_a_run_without_torch_is_told_what_to_install(
 
 
 @pytest.mark.parametrize("content", [b"", b"GIF89a", b"\x89PNG\r\n\x1a\n" + b"\0" * 50], ids=["empty", "cut", "damaged"])
-def test_a_damaged_example_image_is_told(content: bytes, copy: Path) -> None:
+def test_a_damaged_example_image_is_an_error(content: bytes, copy: Path) -> None:
     (copy / "example.png").write_bytes(content)
     reseal(copy)
     done = call("export", "verify", copy)
@@ -70,7 +70,7 @@ def test_a_damaged_example_image_is_told(content: bytes, copy: Path) -> None:
     ],
     ids=str,
 )
-def test_an_example_that_is_none_is_told(change: dict[str, Any], copy: Path, tmp_path: Path) -> None:
+def test_an_invalid_example_is_an_error(change: dict[str, Any], copy: Path, tmp_path: Path) -> None:
     shutil.copy(copy / "example.png", tmp_path / "secret.png")
     example = json.loads((copy / "example.json").read_text())
     example = {key: value for key, value in (example | change).items() if value is not None}
@@ -161,7 +161,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("full_disk")
-def test_a_full_disk_is_told_with_a_fix_that_the_command_has(trained: Path, pairs: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_an_error_with_a_fix_that_the_command_has(trained: Path, pairs: Path, tmp_path: Path) -> None:
     commands: list[tuple[object, ...]] = [
         ("predict", trained, pairs / "test.jsonl", "-o", tmp_path / "answers.csv"),
         ("export", trained, "--format", "adapter", "-o", tmp_path / "adapter"),

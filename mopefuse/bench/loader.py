@@ -50,7 +50,7 @@ def bench_loader(
                     pass
                 if number:
                     seconds[name].append(time.perf_counter() - start)
-    return {name: Times.of(each) for name, each in seconds.items()}
+    return {name: Times.from_seconds(each) for name, each in seconds.items()}
 
 
 def _write(folder: Path, images: int, side: int) -> None:

@@ -23,7 +23,7 @@ _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 Measure = Callable[[Any, Any], int]  # maps the shared inputs and a case to bytes
 
 
-def growth(device: torch.device, *calls: Callable[[], object]) -> int:
+def memory_growth(device: torch.device, *calls: Callable[[], object]) -> int:
     """Bytes by which the peak during some calls exceeds the memory in use before them, in this process."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -73,7 +73,7 @@ class PairBench:
     lines: tuple[Line, ...]
 
     @property
-    def disturbed(self) -> float:
+    def disturbed_share(self) -> float:
         """Fraction of repetitions in which other machines took more of the processors than `timing.CALM`."""
         every = [share for line in self.lines for times in (line.train, line.infer) if times for share in times.stolen.values()]
         return sum(share > CALM for share in every) / len(every) if every else 0.0
@@ -85,7 +85,7 @@ class PairBench:
     def ratio(self, name: str, other: str = FLOOR, *, infer: bool = False) -> float | None:
         """Ratio of the times of two rows; None if one of them was not measured."""
         one, two = ((line.infer if infer else line.train) for line in (self.line(name), self.line(other)))
-        return None if one is None or two is None else one.over(two)
+        return None if one is None or two is None else one.ratio_to(two)
 
     def ratios(self) -> dict[str, float | None]:
         """The ratios for which docs/performance.md gives limits."""
@@ -290,4 +290,4 @@ def _encoders_and_batch(config: RunConfig, batch: int, text_length: int, device:
 
 def _step_memory(shared: Shared, variant: Variant) -> int:
     subject = Subject(variant, shared.config, shared.encoders, shared.batch, shared.device)
-    return memory.growth(shared.device, subject.warm_up, subject.step)
+    return memory.memory_growth(shared.device, subject.warm_up, subject.step)

@@ -64,7 +64,7 @@ def _time_step(count: int, config: RunConfig, batch: int, text_length: int, roun
     finally:
         for process in started:
             process.join()
-    return Times.of(seconds)
+    return Times.from_seconds(seconds)
 
 
 def _free_port() -> int:

@@ -33,7 +33,7 @@ class Point:
     @property
     def ratio(self) -> float:
         """Ratio of the step to the floor."""
-        return self.step.over(self.floor)
+        return self.step.ratio_to(self.floor)
 
 
 def bench_scale(

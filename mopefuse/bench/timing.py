@@ -31,7 +31,7 @@ class Times:
     stolen: Mapping[int, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, seconds: Sequence[float]) -> Times:
+    def from_seconds(cls, seconds: Sequence[float]) -> Times:
         """Create from one time for each round."""
         return cls(dict(enumerate(seconds)))
 
@@ -56,7 +56,7 @@ class Times:
         low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
         return (high - low) / 2 / self.median
 
-    def over(self, other: Times) -> float:
+    def ratio_to(self, other: Times) -> float:
         """Ratio to another call: the median over the rounds in which both were timed."""
         both = [number for number in self.by_round if number in other.by_round]
         calm = [number for number in both if max(self.stolen.get(number, 0.0), other.stolen.get(number, 0.0)) <= CALM]

@@ -19,12 +19,12 @@ from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
 from mopefuse.encoders._prompted import PromptedEncoder
-from mopefuse.encoders.attention import parts_of
+from mopefuse.encoders.attention import view_parts
 from mopefuse.encoders.base import Encoder
 from mopefuse.encoders.tiny import TinyEncoder
 
 
-def why_not(encoder: Encoder) -> str:
+def why_not_insertable(encoder: Encoder) -> str:
     """Reason why an encoder's prompts cannot be inserted as tokens; empty if they can."""
     return "" if encoder.insertable or in_windows(encoder) else f"{encoder.spec} does not support prompts as tokens"
 
@@ -37,8 +37,8 @@ def in_windows(encoder: Encoder) -> bool:
 @contextmanager
 def as_tokens(encoder: Encoder) -> Iterator[None]:
     """Insert the prompts of an encoder, which must be ungated, as tokens within the context."""
-    assert not why_not(encoder), why_not(encoder)
-    request_prompt = encoder._ask
+    assert not why_not_insertable(encoder), why_not_insertable(encoder)
+    request_prompt = encoder._request_prompt
     pending: list[Tensor] = []  # the prompt of the current layer
 
     def store_prompt(layer: int, tokens_BLD: Tensor, mask_BL: Tensor | None = None) -> None:
@@ -49,7 +49,7 @@ def as_tokens(encoder: Encoder) -> Iterator[None]:
     handles: list[Any] = []
     windowed = [block for block in _blocks(encoder) if isinstance(block, SwinTransformerBlock)]
     plain = [block.attn.forward for block in windowed]
-    encoder._ask = store_prompt  # type: ignore[method-assign]
+    encoder._request_prompt = store_prompt  # type: ignore[method-assign]
     for block in windowed:
         block.attn.forward = MethodType(_InWindows(block.norm1, pending), block.attn)
     for block in () if windowed else _blocks(encoder):
@@ -60,7 +60,7 @@ def as_tokens(encoder: Encoder) -> Iterator[None]:
     try:
         yield
     finally:
-        del encoder._ask
+        del encoder._request_prompt
         for handle in handles:
             handle.remove()
         for block, forward in zip(windowed, plain, strict=True):
@@ -127,7 +127,7 @@ class _InWindows:
         prompt_BPD: Tensor = self.norm(self.pending.pop())
         count, windows = prompt_BPD.shape[1], x_NLD.shape[0] // prompt_BPD.shape[0]
         both = torch.cat([prompt_BPD.repeat_interleave(windows, dim=0), x_NLD], dim=1)
-        q, k, v = parts_of(attention.qkv(both), 3, attention.num_heads)
+        q, k, v = view_parts(attention.qkv(both), 3, attention.num_heads)
         scores = (q * attention.scale) @ k.transpose(-2, -1)  # not fused, as timm's own
         scores = scores + F.pad(attention._get_rel_pos_bias(), (count, 0, count, 0))
         if mask is not None:  # (W, L, L)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mopefuse.bench.token_form import as_tokens, why_not
+from mopefuse.bench.token_form import as_tokens, why_not_insertable
 from mopefuse.config.schema import RunConfig
 from mopefuse.config.setting_paths import merge
 from mopefuse.config.sides import specs
@@ -91,7 +91,7 @@ def conditional(experts: int) -> str:
 
 def missing(variant: Variant, encoders: Mapping[str, Encoder]) -> str:
     """Reason why a row is not available with these encoders; empty if it is."""
-    return why_not(encoders["main"]) if variant.tokens else ""
+    return why_not_insertable(encoders["main"]) if variant.tokens else ""
 
 
 def random_inputs(encoder: Encoder, batch: int, text_length: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -126,7 +126,7 @@ class Subject:
         method = registry.load(registry.FUSION, self.config.method)
         torch.manual_seed(0)
         self.model: Fusion = method(self.config, encoders, LABELS)
-        devices.place(self.model, device)
+        devices.move_to_device(self.model, device)
         self.recompute = self.config.train.checkpoint_activations
         if variant.bare:
             self.model = self.model.requires_grad_(False)
@@ -135,12 +135,12 @@ class Subject:
         self.config = with_learning_rates(self.config, modality, tuned)
         self.batch = self._with_features(batch) if variant.cached else batch
         self.optimizer = None if variant.bare or self.model.closed_form else make_optimizer(self.model, self.config.train)
-        self._bare: Any = devices.compiled(self._both_encoders) if compiled else self._both_encoders
-        self._forward: Any = devices.compiled(self.model) if compiled else self.model
+        self._bare: Any = devices.compile_as_one_graph(self._both_encoders) if compiled else self._both_encoders
+        self._forward: Any = devices.compile_as_one_graph(self.model) if compiled else self.model
 
     def _with_features(self, batch: Batch) -> Batch:
         with torch.no_grad():
-            psi_BC = self.model.feature("comp", batch)
+            psi_BC = self.model.pooled_feature("comp", batch)
         return Batch({"main": batch.inputs["main"]}, {"comp": psi_BC}, batch.targets, batch.index)
 
     @property

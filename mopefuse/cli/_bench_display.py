@@ -24,8 +24,8 @@ def show_pair(pair: PairBench) -> None:
     ]  # fmt: skip
     facts = f"batch {pair.batch}, {pair.text_length} tokens, {pair.precision} on {pair.device}, weights {size(pair.weights)}"
     table(f"{pair.config.main} with {pair.config.comp}; {facts}", columns, rows)
-    if pair.disturbed > 0.5:
-        what = f"in {100 * pair.disturbed:.0f} % of the repetitions, other processes used the CPU"
+    if pair.disturbed_share > 0.5:
+        what = f"in {100 * pair.disturbed_share:.0f} % of the repetitions, other processes used the CPU"
         err().print(f"{what}; measure again before you rely on these numbers", style="yellow")
     for line in pair.lines:
         if line.why_not:
@@ -43,7 +43,7 @@ def pair_as_dict(pair: PairBench) -> dict[str, Any]:
         "precision": pair.precision,
         "versions": dict(pair.versions),
         "weights_bytes": pair.weights,
-        "disturbed": pair.disturbed,
+        "disturbed": pair.disturbed_share,
         "rows": [
             {
                 "name": line.name,

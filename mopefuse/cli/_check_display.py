@@ -10,7 +10,7 @@ from mopefuse.core.formatting import several, visible
 from mopefuse.data.check import Report
 from mopefuse.data.findings import Finding
 from mopefuse.modalities.base import get_modality
-from mopefuse.report.data_check import against_limits, check_page, how_many
+from mopefuse.report.data_check import check_page, describe_count, describe_truncation
 from mopefuse.report.pages import write
 
 _MOST_LABELS = 30
@@ -37,7 +37,7 @@ def show(report: Report, folder: Path, page: Path | None) -> None:
     if groups:
         console.print()
         rows = [
-            [kind, found[0].severity, f"{len(found):,}", visible(found[0].place), visible(report.todo(kind))]
+            [kind, found[0].severity, f"{len(found):,}", visible(found[0].place), visible(report.fix(kind))]
             for kind, found in groups.items()
         ]
         table("problems", ["kind", "severity", "count", "first", "what to do"], rows, left=(0, 1, 3, 4))
@@ -113,9 +113,9 @@ def _show_texts(report: Report) -> None:
         for unit in ("tokens", "words", "characters")
         if unit in facts
     ]
-    table(f"texts, {how_many(facts)}", ["length in", "median", "95 % up to", "longest"], lengths)
+    table(f"texts, {describe_count(facts)}", ["length in", "median", "95 % up to", "longest"], lengths)
     if lengths:
-        out().print(against_limits(facts), markup=False)
+        out().print(describe_truncation(facts), markup=False)
 
 
 def _summary(report: Report) -> str:

@@ -59,7 +59,7 @@ def _axis(axis: Axis) -> str:
 
 
 def _show(searched: SearchResult, folder: Path) -> None:
-    from mopefuse.studies.search import command, on_test
+    from mopefuse.studies.search import test_metrics, train_command
 
     best = searched.best
     ranked = sorted(searched.trials, key=lambda t: (-1.0 if t.value is None else t.value, -t.number), reverse=True)
@@ -72,10 +72,10 @@ def _show(searched: SearchResult, folder: Path) -> None:
     table(f"{folder}, trials by validation", ["trial", *paths, f"val {searched.metric}"], rows, bold=bold)
     if best is None:
         return
-    tested = on_test(best, folder).get(searched.metric)
+    tested = test_metrics(best, folder).get(searched.metric)
     on_test_too = f" ({100 * tested:.1f} on test)" if tested is not None else ""
     err().print(f"* best on validation: trial {best.number}{on_test_too}. Train with its settings:", markup=False)
-    out().print(command(best, folder), markup=False)
+    out().print(train_command(best, folder), markup=False)
 
 
 def _value(trial: Trial, path: str) -> str:
@@ -88,12 +88,12 @@ def _percent(trial: Trial) -> str:
 
 
 def _as_dict(searched: SearchResult, folder: Path) -> dict[str, Any]:
-    from mopefuse.studies.search import command, on_test
+    from mopefuse.studies.search import test_metrics, train_command
 
     best = searched.best
     chosen = None
     if best is not None:
-        chosen = {**_trial(best), "test": dict(on_test(best, folder)), "command": command(best, folder)}
+        chosen = {**_trial(best), "test": dict(test_metrics(best, folder)), "command": train_command(best, folder)}
     return {
         "study": str(folder),
         "metric": searched.metric,

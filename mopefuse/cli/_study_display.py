@@ -25,7 +25,7 @@ class StudyDisplay(StudyListener):
     def __enter__(self) -> StudyDisplay:
         search = self.study.file.search
         rows = f"{len(self.study.labels)} cells" if search is None else f"{search.trials} trials"
-        self.notice(f"{self.total} runs: {rows}, {len(self.study.file.seeds)} seeds")
+        self.on_notice(f"{self.total} runs: {rows}, {len(self.study.file.seeds)} seeds")
         if self.console.is_terminal and not self.json:
             from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -45,12 +45,12 @@ class StudyDisplay(StudyListener):
         if self._bar is not None:
             self._bar.stop()
 
-    def notice(self, text: str) -> None:
+    def on_notice(self, text: str) -> None:
         """Print a line on stderr."""
         if not self.json:
             self.console.print(text, markup=False)
 
-    def moved(self, statuses: Sequence[Status], eta: float | None) -> None:
+    def on_progress(self, statuses: Sequence[Status], eta: float | None) -> None:
         """Update the bar."""
         if self._bar is not None:
             running = [status for status in statuses if status.state == RUNNING]
@@ -60,7 +60,7 @@ class StudyDisplay(StudyListener):
             share = finished + sum(status.share for status in running)
             self._bar.update(self._task, completed=share, done=finished, text=visible(text))
 
-    def ended(self, status: Status, statuses: Sequence[Status], eta: float | None) -> None:
+    def on_cell_end(self, status: Status, statuses: Sequence[Status], eta: float | None) -> None:
         """Print a line for a run that ended."""
         if self.json:
             return
@@ -71,4 +71,4 @@ class StudyDisplay(StudyListener):
         if eta is not None and done < self.total:
             line += f"  eta {duration(eta)}"
         self.console.print(line, markup=False, style="red" if status.error else None)
-        self.moved(statuses, eta)
+        self.on_progress(statuses, eta)

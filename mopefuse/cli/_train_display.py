@@ -59,19 +59,19 @@ class Display(Listener):
         if self._writer is not None:
             self._writer.close()
 
-    def notice(self, text: str) -> None:
+    def on_notice(self, text: str) -> None:
         """Print a notice on stderr, or keep it for ``notices`` of the JSON object."""
         self.notices.append(text)
         if not self.json and distributed.is_main():
             self.console.print(text, style="yellow", markup=False)
 
-    def rows(self, counts: dict[str, int]) -> None:
+    def on_rows(self, counts: dict[str, int]) -> None:
         """Print the number of rows of each split."""
         if not self.json and distributed.is_main():
             text = ", ".join(f"{name} {count:,}" for name, count in counts.items())
             self.console.print(f"rows: {text}", markup=False)
 
-    def reading(self, what: str, done: int, total: int) -> None:
+    def on_data_progress(self, what: str, done: int, total: int) -> None:
         """Update the bar, or print a line from time to time, while something is computed for the cache."""
         if not distributed.is_main() or self.json:
             return
@@ -83,7 +83,7 @@ class Display(Listener):
             self._printed_at, eta = now, self._reading.eta(now)
             self.console.print(f"{what}  {done}/{total}{f'  eta {duration(eta)}' if eta is not None else ''}", markup=False)
 
-    def step(self, progress: Progress, total: int, loss: float, lr: float) -> None:
+    def on_step(self, progress: Progress, total: int, loss: float, lr: float) -> None:
         """Update the bar, or print a line from time to time."""
         if self._writer_type is not None and self._writer is None and distributed.is_main():
             self._writer = self._writer_type(str(self.folder / "tensorboard"))
@@ -106,7 +106,7 @@ class Display(Listener):
             eta = duration(per_step * (total - progress.step))
             self.console.print(f"step {progress.step}/{total}  loss {loss:.3f}  lr {lr:.2g}  eta {eta}", markup=False)
 
-    def evaluated(self, progress: Progress, found: dict[str, float], *, best: bool) -> None:
+    def on_validation(self, progress: Progress, found: dict[str, float], *, best: bool) -> None:
         """Print a line for an evaluation on validation."""
         if self._writer is not None:
             for name, value in found.items():
@@ -133,7 +133,7 @@ class Display(Listener):
         for split, found in splits.items():
             if found["absent_labels"]:
                 which = several(found["absent_labels"], "label has", "labels have")
-                self.notice(f"{split}: {which} no sample; macro-F1 is over the others")
+                self.on_notice(f"{split}: {which} no sample; macro-F1 is over the others")
         parameters = result["parameters"]
         share = 100 * parameters["trainable"] / parameters["total"]
         trained = f"{count(parameters['trainable'])} of {count(parameters['total'])} parameters trained ({share:.2f} %)"

@@ -46,7 +46,7 @@ def compare(
     if format_ not in _FORMATS:
         raise ConfigError(
             ConfigCode.UNKNOWN_TABLE_FORMAT,
-            f"there is no format {format_!r}",
+            f"unknown format {format_!r}",
             where="--format",
             fix=did_you_mean(format_, _FORMATS),
         )

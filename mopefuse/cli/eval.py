@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mopefuse.cli.options import Checkpoint, Device, Json, Model, OtherComp, OtherMain, Split
-from mopefuse.cli.settings import Settings, of_data
+from mopefuse.cli.settings import Settings, data_section
 from mopefuse.core.error_codes import ConfigCode
 
 if TYPE_CHECKING:
@@ -56,12 +56,12 @@ def evaluate(
     Example:
       mopefuse eval runs/first --split val --min accuracy=0.8
     """
-    from mopefuse.evaluation.missing_shares import parse
+    from mopefuse.evaluation.missing_shares import parse_shares
     from mopefuse.metrics.gates import parse_gates
 
     gates = parse_gates(min_ or ())
-    shares = parse(missing) if missing else []
-    layout = of_data(settings)
+    shares = parse_shares(missing) if missing else []
+    layout = data_section(settings)
     _check(run, split, data, settings, out, single=shares is not None, gated=bool(gates))
     options: dict[str, Any] = {"split": split, "data": data, "layout": layout, "checkpoint": checkpoint, "device": device}
     options |= {"main": main, "comp": comp}

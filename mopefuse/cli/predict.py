@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mopefuse.cli.options import Checkpoint, Device, Model, OtherComp, OtherMain
-from mopefuse.cli.settings import Settings, of_data
+from mopefuse.cli.settings import Settings, data_section
 from mopefuse.core.error_codes import ConfigCode, DataCode
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def predict(
     from mopefuse.inference.predict import input_settings, load, predict_pairs
 
     predictor = load(run, checkpoint=checkpoint, device=device, main=main, comp=comp)
-    config = input_settings(run, of_data(settings))
+    config = input_settings(run, data_section(settings))
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     pairs = islice(_pairs(source, image, text, config, predictor.model), rank, None, world)
     answers: Iterable[Prediction] = predict_pairs(predictor, pairs, batch=batch, top=top, routing=routing, strict=strict)
@@ -139,14 +139,14 @@ def _pairs(
 
     if source is not None:
         place, empty = sys.stdin.buffer if source == "-" else Path(source), model.empty_is_missing
-        return read_pairs(place, config, model.modalities, model.may_lack, empty_is_missing=empty)
+        return read_pairs(place, config, model.modalities, model.optional_modalities, empty_is_missing=empty)
     given: dict[str, Any] = {}
     if image is not None:
         given["image"] = open_image([image.absolute().parent], image.name, where=str(image), max_pixels=config.max_pixels)
     if text is not None and (text.strip() or not model.empty_is_missing):
         given["text"] = text
     for name, flag in (("image", "--image FILE"), ("text", "--text TEXT")):
-        if name in model.modalities and name not in model.may_lack and name not in given:
+        if name in model.modalities and name not in model.optional_modalities and name not in given:
             what = f"the row has no {name}, and the model cannot predict without it"
             raise DataError(DataCode.MODALITY_REQUIRED, what, where="predict", fix=f"add {flag}")
     return [Pair(image.name if image else "text", {name: given.get(name) for name in model.modalities})]
@@ -165,7 +165,7 @@ def _gathered(answers: Iterable[Prediction], batch: int) -> Iterator[Prediction]
     with distributed.process_group():
         while True:
             part = list(islice(own, batch))
-            if not distributed.largest(len(part), torch.device("cpu")):
+            if not distributed.max_over_processes(len(part), torch.device("cpu")):
                 return
             sent = torch.frombuffer(bytearray(json.dumps(part).encode()), dtype=torch.uint8)
             parts = [json.loads(bytes(text.numpy())) for (text,) in distributed.send_to_main([sent])]

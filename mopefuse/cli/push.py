@@ -31,9 +31,9 @@ def push(
       mopefuse push runs/first my-name/my-model --dry-run
     """
     from mopefuse.cli._render import err, out, print_json, size
-    from mopefuse.export.push import pack, send
+    from mopefuse.export.push import prepare_upload, send
 
-    with pack(run, repo, checkpoint=checkpoint, public=public, offline=dry_run) as parcel:
+    with prepare_upload(run, repo, checkpoint=checkpoint, public=public, offline=dry_run) as parcel:
         seen = "private" if parcel.private else "public"
         console = err()
         state = {True: "", False: ", new", None: "; the hub cannot be reached to see whether it exists"}[parcel.there]

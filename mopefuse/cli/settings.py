@@ -177,6 +177,6 @@ def _parse_columns(texts: list[str]) -> dict[str, str]:
     return found
 
 
-def of_data(settings: Settings) -> dict[str, Any]:
+def data_section(settings: Settings) -> dict[str, Any]:
     """The settings of the section `data`, by their names in it."""
     return {path.removeprefix("data."): value for path, value in settings.items() if path.startswith("data.")}

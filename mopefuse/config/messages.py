@@ -142,7 +142,9 @@ def _last(path: str) -> str:
 # -- what is wrong
 
 
-def invalid(error: ValidationError, model: Model, values: dict[str, Any], source: str, names: Mapping[str, str]) -> ConfigError:
+def invalid_settings_error(
+    error: ValidationError, model: Model, values: dict[str, Any], source: str, names: Mapping[str, str]
+) -> ConfigError:
     """The error for everything that pydantic found, each problem with its path, or with the flag that set it.
 
     Args:
@@ -175,7 +177,7 @@ def _problems(details: list[Any], model: Model, values: dict[str, Any], names: M
         else:
             start = f"{name}: got {_short(got)}; needs"
             problems += [] if start in needs else [start]
-            needs.setdefault(start, []).append(_need(detail, model, path))
+            needs.setdefault(start, []).append(_describe_need(detail, model, path))
     return [f"{text} {' or '.join(dict.fromkeys(needs[text]))}" if text in needs else text for text in problems]
 
 
@@ -187,7 +189,7 @@ def _path(detail: Any, model: Model) -> Path:
     return path
 
 
-def _need(detail: Any, model: Model, path: Path) -> str:
+def _describe_need(detail: Any, model: Model, path: Path) -> str:
     """What a setting needs, after the word "needs"."""
     if detail["type"] == "string_pattern_mismatch":
         return str(field_at(model, path).description).rpartition(": ")[2]

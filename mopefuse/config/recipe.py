@@ -16,7 +16,7 @@ import yaml
 from mopefuse.config.flags import FLAGS
 from mopefuse.config.messages import near_setting
 from mopefuse.config.schema import Data, RunConfig, build_config, known_keys
-from mopefuse.config.setting_paths import flat, merge, nested
+from mopefuse.config.setting_paths import flatten, merge, nest
 from mopefuse.core.error_codes import CheckpointCode, ConfigCode
 from mopefuse.core.regular_files import read_regular
 from mopefuse.errors import CheckpointError, ConfigError, did_you_mean
@@ -156,7 +156,7 @@ def parse_set(assignments: Iterable[str]) -> dict[str, Any]:
             raise ConfigError(
                 ConfigCode.SET_WITHOUT_VALUE, f"--set {name} has no value", where=name, fix=f"write --set {name}=VALUE"
             )
-        values = merge(values, nested(".".join(path), read_yaml(value, f"--set {name}")))
+        values = merge(values, nest(".".join(path), read_yaml(value, f"--set {name}")))
     return values
 
 
@@ -199,9 +199,9 @@ def resolve(
     values = merge(values, read_recipe(path) if path is not None else {})
     given = {name: value for name, value in (flags or {}).items() if value is not None}
     for name, value in given.items():
-        values = merge(values, nested(name, value))
+        values = merge(values, nest(name, value))
     last = parse_set(sets)
-    names = {} if flags is None else _names(given, flat(values), flat(last))
+    names = {} if flags is None else _names(given, flatten(values), flatten(last))
     return build_config(merge(values, last), source=str(path or ""), names=names)
 
 

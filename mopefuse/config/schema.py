@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from mopefuse.config.messages import field_at, invalid, keys_in
+from mopefuse.config.messages import field_at, invalid_settings_error, keys_in
 from mopefuse.config.setting_paths import merge
 
 # Bounds that no useful model reaches: a mistyped size is rejected here instead of filling the memory.
@@ -346,7 +346,7 @@ def build_config(values: dict[str, Any], *, source: str = "", names: Mapping[str
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise invalid(error, RunConfig, values, source, names or {}) from None
+        raise invalid_settings_error(error, RunConfig, values, source, names or {}) from None
 
 
 def _without_idle_side(values: dict[str, Any]) -> dict[str, Any]:

@@ -17,17 +17,17 @@ def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def nested(path: str, value: Any) -> dict[str, Any]:
+def nest(path: str, value: Any) -> dict[str, Any]:
     """``a.b`` and a value as ``{"a": {"b": value}}``."""
     for part in reversed(path.split(".")):
         value = {part: value}
     return cast(dict[str, Any], value)
 
 
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested dictionaries to dotted paths: the inverse of `nested` and `merge`."""
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested dictionaries to dotted paths: the inverse of `nest` and `merge`."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         path = f"{prefix}{key}"
-        found |= flat(value, f"{path}.") if isinstance(value, dict) and path not in MAPPINGS else {path: value}
+        found |= flatten(value, f"{path}.") if isinstance(value, dict) and path not in MAPPINGS else {path: value}
     return found

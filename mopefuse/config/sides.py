@@ -42,7 +42,7 @@ def with_specs(config: RunConfig, named: Mapping[str, str]) -> RunConfig:
     return config.model_copy(update={"main": main, "comp": several[0] if len(several) == 1 else tuple(several)})
 
 
-def addressed(main: str | None, comp: Comp, modality_of: Mapping[str, str]) -> dict[str, str]:
+def specs_by_side(main: str | None, comp: Comp, modality_of: Mapping[str, str]) -> dict[str, str]:
     """Side to spec, from ``--main SPEC --comp SPEC``; with several complementary encoders ``--comp 2=SPEC`` or ``text=SPEC``.
 
     Args:
@@ -55,7 +55,7 @@ def addressed(main: str | None, comp: Comp, modality_of: Mapping[str, str]) -> d
     named = {} if main is None else {"main": main}
     for text in [comp] if isinstance(comp, str) else comp or ():
         match = _ADDRESS.match(text)
-        side = _side(match[1] if match else None, text, sides, modality_of)
+        side = _find_side(match[1] if match else None, text, sides, modality_of)
         if side in named:
             raise ConfigError(
                 ConfigCode.COMP_NAMED_TWICE, f"--comp names {side} twice", where=f"--comp {text}", fix="name each encoder once"
@@ -64,7 +64,7 @@ def addressed(main: str | None, comp: Comp, modality_of: Mapping[str, str]) -> d
     return named
 
 
-def _side(address: str | None, text: str, sides: Sequence[str], modality_of: Mapping[str, str]) -> str:
+def _find_side(address: str | None, text: str, sides: Sequence[str], modality_of: Mapping[str, str]) -> str:
     if address is None and len(sides) <= 1:
         return "comp"
     found = [side for number, side in enumerate(sides, start=1) if address in (str(number), side, modality_of[side])]

@@ -27,12 +27,12 @@ def write_atomically(path: Path, text: str) -> None:
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
     """Replace a text file atomically with pieces written one by one; its folder is created if necessary."""
-    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+    with replace_atomically(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         file.writelines(lines)
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replace_atomically(path: Path) -> Iterator[Path]:
     """Yield a temporary path; on success the file written there atomically replaces `path`.
 
     Raises:
@@ -56,7 +56,7 @@ def temporary_name(target: Path, kind: str = TEMPORARY) -> Iterator[Path]:
     Leftovers of earlier writers of `target` that were killed are swept first.
     """
     with suppress(OSError):
-        sweep(target.parent, target.name)
+        remove_leftovers(target.parent, target.name)
     path = target.with_name(f"{target.name}{kind}{next(_counter)}-{os.getpid()}")
     _in_use.add(path.absolute())
     try:
@@ -96,7 +96,7 @@ def check_file(path: Path, where: str = "--out") -> None:
         raise ConfigError(ConfigCode.FILE_IS_A_FOLDER, f"{path} is a folder", where=where, fix="give the name of a file")
 
 
-def sweep(folder: Path, name: str | None = None) -> int:
+def remove_leftovers(folder: Path, name: str | None = None) -> int:
     """Remove temporary files of killed processes; those of running processes are kept.
 
     A folder that was moved aside by `publish` and never replaced is restored.
@@ -111,7 +111,7 @@ def sweep(folder: Path, name: str | None = None) -> int:
     pattern = f"{'*' if name is None else glob.escape(name)}{TEMPORARY}*"
     for orphan in sorted(folder.glob(pattern)) if folder.is_dir() else []:
         pid = orphan.name.rpartition("-")[2]
-        if not pid.isdecimal() or (alive(int(pid)) and int(pid) != os.getpid()) or orphan.absolute() in _in_use:
+        if not pid.isdecimal() or (is_alive(int(pid)) and int(pid) != os.getpid()) or orphan.absolute() in _in_use:
             continue
         target = orphan.with_name(orphan.name.partition(TEMPORARY)[0])
         if orphan.name.startswith(f"{target.name}{OLD}") and not target.exists():
@@ -123,7 +123,7 @@ def sweep(folder: Path, name: str | None = None) -> int:
     return swept
 
 
-def alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     """Whether a process of this machine is running; zombies are not."""
     try:
         os.kill(pid, 0)
@@ -134,7 +134,7 @@ def alive(pid: int) -> bool:
     return _stat(pid)[:1] not in (["Z"], ["X"])
 
 
-def born(pid: int) -> str:
+def start_time(pid: int) -> str:
     """Start time of a process in clock ticks since boot, which distinguishes it from a later process with the same id.
 
     Empty if unknown.

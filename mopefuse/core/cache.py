@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mopefuse.core.artifact import publish, read_json, verify
-from mopefuse.core.atomic_files import TEMPORARY, sweep, sync
+from mopefuse.core.atomic_files import TEMPORARY, remove_leftovers, sync
 from mopefuse.errors import CheckpointError, ResourceError
 
 KINDS = ("index", "features", "images", "models", "charts")
@@ -35,7 +35,7 @@ def root() -> Path | None:
 
 
 def make_key(*parts: object) -> str:
-    """Digest of `parts`, the name of an entry that depends on them: 32 hex digits."""
+    """Digest of `list_parts`, the name of an entry that depends on them: 32 hex digits."""
     return hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
@@ -66,7 +66,7 @@ def store(kind: str, key: str, write: Callable[[Path], None], facts: Mapping[str
     base = root()
     if base is None:
         return None
-    sweep(base / kind)
+    remove_leftovers(base / kind)
     try:
         publish(base / kind / key, write, {"kind": kind, **facts})
     except ResourceError:  # no space, or another process was faster
@@ -74,7 +74,7 @@ def store(kind: str, key: str, write: Callable[[Path], None], facts: Mapping[str
     return base / kind / key
 
 
-def parts(kind: str, key: str) -> list[Path]:
+def list_parts(kind: str, key: str) -> list[Path]:
     """Folders that `append` has published below an entry, in order, without verifying them."""
     base = root()
     try:
@@ -93,12 +93,12 @@ def append(kind: str, key: str, write: Callable[[Path], None], facts: Mapping[st
     if base is None:
         return None
     entry = base / kind / key
-    unnumbered = entry / f"part{TEMPORARY}{uuid.uuid4().hex}-{os.getpid()}"  # `sweep` removes it if this process is killed
+    unnumbered = entry / f"part{TEMPORARY}{uuid.uuid4().hex}-{os.getpid()}"  # a leftover if this process is killed
     try:
-        sweep(entry)
+        remove_leftovers(entry)
         publish(unnumbered, write, {"kind": kind, **facts})
         while True:
-            last = max((int(path.name) for path in parts(kind, key)), default=-1)
+            last = max((int(path.name) for path in list_parts(kind, key)), default=-1)
             try:
                 unnumbered.rename(entry / f"{last + 1:06d}")
             except OSError as error:
@@ -120,7 +120,7 @@ def entries() -> Iterator[tuple[str, Path, int, dict[str, Any]]]:
         assert base is not None
         for folder in sorted(path for path in (base / kind).glob("*") if path.is_dir()):
             size = sum(_size(path) for path in folder.rglob("*"))
-            found = [_facts(part) for part in parts(kind, folder.name)]
+            found = [_facts(part) for part in list_parts(kind, folder.name)]
             facts = {**found[-1], "rows": sum(part.get("rows", 0) for part in found)} if found else _facts(folder)
             yield kind, folder, size, facts
 

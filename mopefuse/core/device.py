@@ -74,7 +74,7 @@ def autocast(name: str, device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision(name, device) == "bf16" else nullcontext()
 
 
-def place(model: nn.Module, device: torch.device) -> None:
+def move_to_device(model: nn.Module, device: torch.device) -> None:
     """Move a model to a device; on a GPU, frozen convolutions get the memory format `channels_last`, which is faster."""
     model.to(device)
     for module in model.modules() if device.type == "cuda" else ():
@@ -82,7 +82,7 @@ def place(model: nn.Module, device: torch.device) -> None:
             module.to(memory_format=torch.channels_last)
 
 
-def compiled(call: Callable[..., Any]) -> Any:
+def compile_as_one_graph(call: Callable[..., Any]) -> Any:
     """Compile a model or function with torch, its forward pass as one graph."""
     # A recomputed block must not take its prompt from the slot a second time.
     torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True

@@ -109,14 +109,14 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
         parameter.grad = gradient.view_as(parameter)
 
 
-def summed(value: Tensor) -> Tensor:
+def sum_over_processes(value: Tensor) -> Tensor:
     """Sum a tensor without gradient over processes, in place."""
     if dist.is_initialized():
         dist.all_reduce(value)
     return value
 
 
-def largest(number: int, device: torch.device) -> int:
+def max_over_processes(number: int, device: torch.device) -> int:
     """Maximum over processes, for example of a signal that only one of them received."""
     if not dist.is_initialized():
         return number

@@ -79,7 +79,9 @@ def examine() -> Examination:
 def _problems_of(group: str, name: str, point: EntryPoint) -> list[str]:
     """List the problems of a plugin's entry point, importing it in a separate process."""
     place = f"{point.name} = {point.value} of {registry.distribution(point)}"
-    clash = [f"{place} has a name that other plugins also provide; write {name}"] if registry.state(point) == "clash" else []
+    clash = []
+    if registry.resolution_status(point) == "clash":
+        clash = [f"{place} has a name that other plugins also provide; write {name}"]
     error = _try(f"from mopefuse.core.registry import load; load({group!r}, {name!r})")[1]
     return [*clash, f"{place}: {error}"] if error else clash
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mopefuse.core.atomic_files import alive, born
+from mopefuse.core.atomic_files import is_alive, start_time
 from mopefuse.core.error_codes import ConfigCode
 from mopefuse.core.regular_files import read_regular
 from mopefuse.errors import ConfigError
@@ -36,13 +36,13 @@ class FolderLock:
             ConfigError: another process holds the lock.
         """
         notice = ""
-        mine = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "born": born(os.getpid())})
+        mine = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "born": start_time(os.getpid())})
         with _exclusive(self.folder):  # only one process may take over a stale lock
             while True:
                 try:
                     descriptor = os.open(self.file, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
                 except FileExistsError:
-                    owner = self.refuse_if_taken()
+                    owner = self.raise_if_locked()
                     self.file.unlink(missing_ok=True)
                     notice = f"took over the lock of a process that has ended ({owner['pid'] if owner else 'unknown'})"
                     continue
@@ -59,18 +59,18 @@ class FolderLock:
         self._content = ""
 
     @property
-    def claimed(self) -> bool:
+    def is_held(self) -> bool:
         """Whether this object has taken the lock and not released it."""
         return bool(self._content)
 
     def is_ours(self) -> bool:
         """Whether this object still holds the lock, that is, no other process removed it or took it over."""
         try:
-            return self.claimed and read_regular(self.file).decode("utf-8", "replace") == self._content
+            return self.is_held and read_regular(self.file).decode("utf-8", "replace") == self._content
         except OSError:
             return False
 
-    def refuse_if_taken(self) -> dict[str, Any] | None:
+    def raise_if_locked(self) -> dict[str, Any] | None:
         """Return the dead owner of the lock, waiting up to a second for a process that was just killed to end.
 
         Raises:
@@ -83,7 +83,7 @@ class FolderLock:
             if owner and owner["host"] != socket.gethostname():
                 break
             time.sleep(0.1)
-        raise self._taken(owner)
+        raise self._locked_error(owner)
 
     def _owner(self) -> dict[str, Any] | None:
         for wait in (0.0, 0.2):  # the process that just created the file may not have written to it yet
@@ -96,7 +96,7 @@ class FolderLock:
                 continue
         return None
 
-    def _taken(self, owner: dict[str, Any] | None) -> ConfigError:
+    def _locked_error(self, owner: dict[str, Any] | None) -> ConfigError:
         who = f"process {owner['pid']} on {owner['host']}" if owner else "another process"
         fix = "wait for it, or choose another --out"
         if owner and owner["host"] != socket.gethostname():
@@ -110,7 +110,7 @@ def _is_other_process(owner: dict[str, Any] | None) -> bool:
         return False
     if owner["host"] != socket.gethostname():
         return True
-    return alive(owner["pid"]) and owner["born"] in ("", born(owner["pid"]))
+    return is_alive(owner["pid"]) and owner["born"] in ("", start_time(owner["pid"]))
 
 
 @contextmanager

@@ -61,7 +61,7 @@ def fetch(repo: str, filename: str, revision: str | None = None, *, where: str) 
     except EntryNotFoundError:
         return None
     except Exception as error:  # the call only uses the network, so any other error is a connection error
-        raise explain(error, repo, revision, where) from error
+        raise convert_hub_error(error, repo, revision, where) from error
     path = _download(repo, filename, revision, where)
     _verify(path, metadata.etag, where)
     return path
@@ -71,7 +71,7 @@ def _download(repo: str, filename: str, revision: str | None, where: str) -> Pat
     try:
         return Path(hf_hub_download(repo, filename, revision=revision))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise explain(error, repo, revision, where) from error
+        raise convert_hub_error(error, repo, revision, where) from error
     except OSError as error:
         raise ResourceError(
             ResourceCode.HUB_CACHE_NOT_WRITABLE,
@@ -130,7 +130,7 @@ def fetch_safetensors(repo: str, revision: str | None = None, *, where: str) -> 
         return whole
     index = fetch(repo, "model.safetensors.index.json", revision, where=where)
     if index is None:
-        raise no_safetensors(repo, where)
+        raise no_safetensors_error(repo, where)
     for part in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())):
         if fetch(repo, part, revision, where=where) is None:
             raise EncoderError(
@@ -142,7 +142,7 @@ def fetch_safetensors(repo: str, revision: str | None = None, *, where: str) -> 
     return index
 
 
-def no_safetensors(name: str, where: str) -> EncoderError:
+def no_safetensors_error(name: str, where: str) -> EncoderError:
     """Build the error for a repository or folder without safetensors weights."""
     return EncoderError(
         EncoderCode.NO_SAFETENSORS,
@@ -152,7 +152,7 @@ def no_safetensors(name: str, where: str) -> EncoderError:
     )
 
 
-def explain(error: Exception, repo: str, revision: str | None, where: str) -> MopefuseError:
+def convert_hub_error(error: Exception, repo: str, revision: str | None, where: str) -> MopefuseError:
     """Convert an error of a request to the hub to one of mopefuse."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     number, what, fix = _meaning(error, status, repo, revision)

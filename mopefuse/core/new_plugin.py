@@ -32,7 +32,7 @@ class Plugin(NamedTuple):
     group: str
     name: str
     value: str
-    state: str  # "ok", or the reason why its plain name does not resolve to it; see `registry.state`
+    state: str  # "ok", or the reason why its plain name does not resolve to it; see `registry.resolution_status`
 
 
 def installed() -> list[Plugin]:
@@ -42,7 +42,7 @@ def installed() -> list[Plugin]:
     for point in points:
         owner = registry.distribution(point)
         if owner != registry.OURS:
-            state = registry.state(point)
+            state = registry.resolution_status(point)
             found.append(Plugin(owner, registry.version_of(owner), point.group, point.name, point.value, state))
     return sorted(found)
 
@@ -87,7 +87,7 @@ def _check_name(name: str) -> None:
         fix = f"write {nearest}" if nearest else "choose a single word, for example audio"
         what = f"{name!r} is not a valid plugin name: use lower-case letters, digits and single hyphens, starting with a letter"
         raise PluginError(PluginCode.BAD_NAME, what, where="NAME", fix=fix)
-    if registry.claimed(registry.ENCODERS, name) and registry.full_name(registry.ENCODERS, name) == name:
+    if registry.find_candidates(registry.ENCODERS, name) and registry.full_name(registry.ENCODERS, name) == name:
         raise PluginError(
             PluginCode.BUILT_IN_NAME,
             f"{name} is a built-in encoder scheme",

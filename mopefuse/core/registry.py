@@ -83,9 +83,9 @@ def parse_spec(text: str) -> Spec:
 
 
 def _scheme_and_name(first: str, rest: str) -> tuple[str, str]:
-    claims, (second, _, name) = claimed(ENCODERS, first), rest.partition(":")
+    claims, (second, _, name) = find_candidates(ENCODERS, first), rest.partition(":")
     built_in = bool(claims) and distribution(claims[0]) == OURS
-    if second and name and not built_in and (not claims or claimed(ENCODERS, f"{first}:{second}")):
+    if second and name and not built_in and (not claims or find_candidates(ENCODERS, f"{first}:{second}")):
         return full_name(ENCODERS, f"{first}:{second}"), name
     return full_name(ENCODERS, first), rest
 
@@ -139,26 +139,26 @@ def _name_of(dist: Distribution | None) -> str:
     name = None
     with suppress(OSError, KeyError):  # no metadata
         name = dist.name if dist is not None else None
-    return canonical(name) if name else "unknown distribution"
+    return normalise_distribution(name) if name else "unknown distribution"
 
 
-def canonical(name: str) -> str:
+def normalise_distribution(name: str) -> str:
     """Normalise the name of a distribution."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def claimed(group: str, name: str) -> tuple[EntryPoint, ...]:
+def find_candidates(group: str, name: str) -> tuple[EntryPoint, ...]:
     """Entry points that a name may resolve to: the built-in one, else those of all plugins; for ``dist:name`` that one."""
     owner, is_full, plain = name.rpartition(":")
     points = available(group).get(plain, ())
     if is_full:
-        return tuple(point for point in points if distribution(point) == canonical(owner))[:1]
+        return tuple(point for point in points if distribution(point) == normalise_distribution(owner))[:1]
     return points[:1] if points and distribution(points[0]) == OURS else points
 
 
 def full_name(group: str, name: str) -> str:
     """Full name as runs record it; a name that is unknown or ambiguous is returned unchanged."""
-    owners = {distribution(point) for point in claimed(group, name)}
+    owners = {distribution(point) for point in find_candidates(group, name)}
     if len(owners) != 1:
         return name
     owner, plain = owners.pop(), name.rpartition(":")[2]
@@ -175,7 +175,7 @@ def shortest_names(group: str) -> dict[str, EntryPoint]:
     return found
 
 
-def state(point: EntryPoint) -> str:
+def resolution_status(point: EntryPoint) -> str:
     """``ok``, or the reason why the plain name of a plugin's entry point does not resolve to it. Imports nothing."""
     if point.group not in KINDS:
         return "unknown group"
@@ -190,9 +190,9 @@ def state(point: EntryPoint) -> str:
 # -- what a run needs
 
 
-def needs(names: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
+def describe_plugins(names: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
     """Describe the plugins among (group, name) pairs, for `require`."""
-    points = [point for group, name in sorted(set(names)) for point in claimed(group, name)[:1]]
+    points = [point for group, name in sorted(set(names)) for point in find_candidates(group, name)[:1]]
     return [
         {"group": point.group, "name": point.name, "distribution": owner, "version": version_of(owner)}
         for point in points
@@ -204,14 +204,14 @@ def require(needs: Iterable[Mapping[str, str]], *, where: str) -> None:
     """Check that the plugins of an artefact are installed.
 
     Args:
-        needs: plugins as the artefact records them, see `needs`.
+        needs: plugins as the artefact records them, see `describe_plugins`.
 
     Raises:
         PluginError: a plugin is missing; the message gives its distribution and version.
     """
     for need in needs:
         owner, made_with = need["distribution"], need.get("version", "")
-        if claimed(need["group"], f"{owner}:{need['name']}"):
+        if find_candidates(need["group"], f"{owner}:{need['name']}"):
             continue
         installed = version_of(owner)
         problem = f"the installed version {installed} does not provide it" if installed else "it is not installed"
@@ -240,7 +240,7 @@ def load(group: str, name: str) -> Any:
         ConfigError: no such name (EncoderError for encoders); the message suggests similar ones.
         PluginError: several plugins provide the name, or the one that does cannot be imported.
     """
-    points = claimed(group, name)
+    points = find_candidates(group, name)
     owners = sorted({distribution(point) for point in points})
     if not points:
         raise _unknown(group, name)

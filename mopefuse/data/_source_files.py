@@ -99,7 +99,7 @@ class SourceFolder:
         return path
 
 
-class Placed(NamedTuple):
+class PlacedImages(NamedTuple):
     """Images that were placed: sha256 by name, the number of hard links (the others are copies), and their size in bytes."""
 
     sums: dict[str, str]
@@ -107,7 +107,7 @@ class Placed(NamedTuple):
     size: int
 
 
-def place(images: Mapping[str, Path], target: Path, *, link: bool, advance: Callable[[int], None]) -> Placed:
+def place_images(images: Mapping[str, Path], target: Path, *, link: bool, advance: Callable[[int], None]) -> PlacedImages:
     """Link or copy images to a folder.
 
     Args:
@@ -124,7 +124,7 @@ def place(images: Mapping[str, Path], target: Path, *, link: bool, advance: Call
             done = pool.map(lambda item: _place(item[1], target / item[0], link), batch)
             placed.update(zip((name for name, _ in batch), done, strict=True))
             advance(len(placed))
-    return Placed(
+    return PlacedImages(
         {name: digest for name, (digest, _, _) in placed.items()},
         sum(linked for _, linked, _ in placed.values()),
         sum(size for _, _, size in placed.values()),
@@ -155,7 +155,7 @@ def _linked(source: Path, target: Path) -> bool:
     return True
 
 
-def listing(root: Path, tops: Iterable[str]) -> dict[str, Any]:
+def summarise_files(root: Path, tops: Iterable[str]) -> dict[str, Any]:
     """Summarise the files below some names of a folder: their number, bytes, and a sha256 of names and sizes.
 
     No file is opened, hidden files do not count, and links are not followed.

@@ -90,7 +90,7 @@ def shared_ids(indexes: Indexes) -> Iterator[Finding]:
                 seen[identity] = index.place(row)
 
 
-def leaks(indexes: Indexes) -> Iterator[tuple[str, Finding]]:
+def leak_findings(indexes: Indexes) -> Iterator[tuple[str, Finding]]:
     """Yield (modality, finding) for each row of val and test that shares a value with train, see `mopefuse.data.leaks`.
 
     Rows with a bad file are left out.
@@ -102,11 +102,11 @@ def leaks(indexes: Indexes) -> Iterator[tuple[str, Finding]]:
             continue
         split, train = splits[name], splits["train"]
         for modality, rows in find_leaks(train, split).items():
-            twins = _first_places(train.alike[modality], split.alike[modality][rows])
+            twins = _first_places(train.loose_keys[modality], split.loose_keys[modality][rows])
             for row, twin in zip(rows.tolist(), twins, strict=True):
                 other = int(good["train"][twin])
                 place = f"{indexes['train'].place(other)}, id {indexes['train'].ids[other]}"
-                kind, message = get_modality(modality).leaked, f"its {modality} is also in {place}"
+                kind, message = get_modality(modality).leak_kind, f"its {modality} is also in {place}"
                 yield modality, finding_at(indexes[name], int(good[name][row]), kind, message, twin=other)
 
 
@@ -116,9 +116,9 @@ def _keys_of(index: Index, rows: NDArray[np.int64]) -> Split:
         name=index.split,
         file=index.file,
         rows=(),
-        labels=Labels.of(()),
+        labels=Labels.from_rows(()),
         keys={modality: values.keys()[rows] for modality, values in index.values.items()},
-        alike={modality: values.alike()[rows] for modality, values in index.values.items()},
+        loose_keys={modality: values.loose_keys()[rows] for modality, values in index.values.items()},
         hash="",
     )
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mopefuse.data.base import Row
-from mopefuse.data.collate import FeatureTable, Samples, blank_input, seed_of
+from mopefuse.data.collate import FeatureTable, Samples, blank_input, derive_seed
 
 
 def derangement(count: int, seed: int) -> Tensor:
@@ -21,7 +21,7 @@ def derangement(count: int, seed: int) -> Tensor:
 
     Sattolo's algorithm: Information Processing Letters 22 (1986), 315.
     """
-    random = np.random.Generator(np.random.PCG64(seed_of(seed, count)))
+    random = np.random.Generator(np.random.PCG64(derive_seed(seed, count)))
     order = np.arange(count)
     for last in range(count - 1, 0, -1):
         other = int(random.integers(last))
@@ -49,7 +49,7 @@ class ShuffledSamples(Samples):
         if side not in self._sides:
             return super().value(side, epoch, index, row)
         other = int(self._partner_S[index])
-        if side in self.lacking and self.absent(side, epoch, index):
+        if side in self.lacking and self.is_missing(side, epoch, index):
             return blank_input(*self.readers[side])
         return self.present_value(side, epoch, other, row if row is None else self.split.rows[other])
 

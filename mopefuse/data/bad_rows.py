@@ -62,5 +62,5 @@ def _join(problems: Sequence[Problem]) -> str:
 
 def _common_fix(problems: Sequence[Problem]) -> str:
     """The fix of all problems, if they have the same."""
-    fixes = {problem.fix or KINDS[kind_of_row(problem.what)].todo for problem in problems}
+    fixes = {problem.fix or KINDS[kind_of_row(problem.what)].fix for problem in problems}
     return fixes.pop() if len(fixes) == 1 else "correct or remove them"

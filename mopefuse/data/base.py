@@ -56,7 +56,7 @@ class Problem:
 
 
 def digest(value: str) -> bytes:
-    """The 16 bytes that represent a value in `Split.keys` and `Split.alike`."""
+    """The 16 bytes that represent a value in `Split.keys` and `Split.loose_keys`."""
     return hashlib.blake2b(value.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
@@ -69,7 +69,7 @@ class Split:
         rows: each is read when it is accessed.
         labels: labels of each row; available without reading it.
         keys: by modality, digests (S,) of the values (a text, or the content of a file); zero where the value is missing.
-        alike: by modality, digests (S,) that ignore unimportant differences: those of texts, case and spacing.
+        loose_keys: by modality, digests (S,) that ignore unimportant differences: those of texts, case and spacing.
         hash: digest of everything in the split, including what was skipped.
         skipped: bad rows that were left out (see `data.on_bad`).
     """
@@ -79,7 +79,7 @@ class Split:
     rows: Sequence[Row]
     labels: Labels
     keys: Mapping[str, Keys]
-    alike: Mapping[str, Keys]
+    loose_keys: Mapping[str, Keys]
     hash: str
     skipped: tuple[Problem, ...] = ()
 
@@ -87,24 +87,24 @@ class Split:
         """Format file, line and id of a row, for messages."""
         return f"{self.file}:{row.line}, id {row.id}"
 
-    def lacks(self, modality: str) -> NDArray[Any]:
+    def is_missing(self, modality: str) -> NDArray[Any]:
         """Whether the value of a modality is missing, for each row (S,)."""
         return np.asarray(self.keys[modality] == b"")
 
     def is_empty(self, modality: str) -> NDArray[Any]:
         """Whether the value of a modality is there but empty, such as an empty text, for each row (S,)."""
-        return np.asarray(self.alike[modality] == digest(""))
+        return np.asarray(self.loose_keys[modality] == digest(""))
 
-    def part(self, numbers: Sequence[int]) -> Split:
+    def select_rows(self, numbers: Sequence[int]) -> Split:
         """Select rows by number.
 
         Returns:
             The split with these rows only, in the order of `numbers`.
         """
         index = np.asarray(numbers, dtype=np.int64)
-        keys, alike = ({name: digests[index] for name, digests in kind.items()} for kind in (self.keys, self.alike))
+        keys, loose_keys = ({name: digests[index] for name, digests in kind.items()} for kind in (self.keys, self.loose_keys))
         rows = [self.rows[number] for number in numbers]
-        return replace(self, rows=rows, labels=self.labels.take(index), keys=keys, alike=alike)
+        return replace(self, rows=rows, labels=self.labels.take(index), keys=keys, loose_keys=loose_keys)
 
 
 @dataclass(frozen=True)
@@ -140,8 +140,10 @@ class DataSet:
         Raises:
             DataError: the value cannot be read; the error names file, line and id.
         """
-        kind, value = get_modality(modality), row.values[modality]
-        return kind.nothing() if value is None else kind.read(value, self.image_roots, where=split.where(row), config=config)
+        reader, value = get_modality(modality), row.values[modality]
+        if value is None:
+            return reader.blank_value()
+        return reader.read(value, self.image_roots, where=split.where(row), config=config)
 
     def targets(self, split: str) -> Tensor:
         """Class indices (S,), or for multi-label data zeros and ones (S, N) as floats. For large data see `sparse_targets`."""
@@ -189,6 +191,6 @@ class Batch:
         """Copy the batch to page-locked memory; called by the data loader."""
         return self._map(lambda tensor: tensor.pin_memory())
 
-    def part(self, number: int, get_modality: int) -> Batch:
-        """The part of this number of `get_modality` nearly equal parts."""
-        return self._map(lambda tensor: tensor.tensor_split(get_modality)[number])
+    def part(self, number: int, count: int) -> Batch:
+        """One of `count` nearly equal parts, counted from 0."""
+        return self._map(lambda tensor: tensor.tensor_split(count)[number])

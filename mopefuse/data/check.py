@@ -102,10 +102,10 @@ class Report:
             groups.setdefault(finding.kind, []).append(finding)
         return groups
 
-    def todo(self, kind: str) -> str:
-        """Say what to do about the findings of a kind: the hint of the findings if they share one, else that of the kind."""
-        hints = {finding.todo for finding in self.by_kind()[kind]}
-        return hints.pop() if len(hints) == 1 else KINDS[kind].todo
+    def fix(self, kind: str) -> str:
+        """How to fix the findings of a kind: the hint of the findings if they share one, else that of the kind."""
+        hints = {finding.fix for finding in self.by_kind()[kind]}
+        return hints.pop() if len(hints) == 1 else KINDS[kind].fix
 
     def row(self, split: str, number: int) -> Row:
         """Read a row again."""
@@ -169,7 +169,7 @@ def check(
     labels, label_findings = across.find_labels(indexes, reading.roots[0], config)
     if "train" in indexes:
         label_findings += check_labels(indexes["train"], reading.roots[0], config)
-    leaks = list(across.leaks(indexes))
+    leaks = list(across.leak_findings(indexes))
     found += _row_and_file_findings(indexes, reading.roots)
     found += [*text_findings, *label_findings, *across.mixed_labels(indexes), *across.unknown_labels(indexes, labels)]
     found += [*across.shared_ids(indexes), *(finding for _, finding in leaks)]
@@ -242,7 +242,7 @@ def read_split(config: DataConfig, split: str) -> tuple[Index, tuple[Path, ...]]
     if index is not None and index.row_problems and not len(index.lines_S):
         first, rows = index.row_problems[0], several(len(index.row_problems), "row")
         what = f"could not read any of the {rows}; first error: {first.what}"
-        raise DataError(DataCode.NO_ROW_TO_CHECK, what, where=first.where, fix=first.fix or KINDS[kind_of_row(first.what)].todo)
+        raise DataError(DataCode.NO_ROW_TO_CHECK, what, where=first.where, fix=first.fix or KINDS[kind_of_row(first.what)].fix)
     if index is None or not len(index.lines_S):
         present = ", ".join(tables) if path.is_dir() else path.name
         fix = f"the data have {present or 'no split'}; run mopefuse data check for details"

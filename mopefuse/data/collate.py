@@ -62,7 +62,7 @@ class Samples(Dataset[dict[str, Any]]):
         self.readers = {side: reader for side, reader in readers.items() if side not in self.features}
         self.targets = data.sparse_targets(split)
         self.modality_of = {side: modality for side, (modality, _) in readers.items()}
-        lacks = {side: self.split.lacks(modality) for side, (modality, _) in readers.items()}
+        lacks = {side: self.split.is_missing(modality) for side, (modality, _) in readers.items()}
         self.lacking: dict[str, NDArray[np.bool_]] = {side: lacks_S for side, lacks_S in lacks.items() if lacks_S.any()}
         self.pictures: dict[str, Pictures] = {}
         self.changes = {
@@ -85,12 +85,12 @@ class Samples(Dataset[dict[str, Any]]):
         try:
             unread = [side for side in self.readers if side not in self.pictures]
             row = self.split.rows[index] if unread else None
-            absent = {side: self.absent(side, epoch, index) for side in self.lacking}
+            absent = {side: self.is_missing(side, epoch, index) for side in self.lacking}
             return {"index": index, "absent": absent} | {side: self.value(side, epoch, index, row) for side in self.readers}
         except MopefuseError as error:  # a worker would turn the exception into text; a value arrives unchanged
             return {"error": error}
 
-    def absent(self, side: str, epoch: int, index: int) -> bool:
+    def is_missing(self, side: str, epoch: int, index: int) -> bool:
         """Whether a sample lacks the modality of a side; only for sides in `lacking`."""
         return bool(self.lacking[side][index])
 
@@ -100,7 +100,7 @@ class Samples(Dataset[dict[str, Any]]):
         Args:
             row: row of the sample; None if all images are cached.
         """
-        if side in self.lacking and self.absent(side, epoch, index):
+        if side in self.lacking and self.is_missing(side, epoch, index):
             return blank_input(*self.readers[side])
         return self.present_value(side, epoch, index, row)
 
@@ -114,7 +114,7 @@ class Samples(Dataset[dict[str, Any]]):
             reduced = preprocess.reduce(self.data.read(self.split, row, modality, self.config))
         if side in self.changes:
             with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
+                torch.default_generator.manual_seed(derive_seed(self.seed, epoch, index))
                 reduced = np.asarray(self.changes[side](Image.fromarray(reduced)))
         return preprocess.ready(reduced)
 
@@ -172,7 +172,7 @@ def _ignore_signals(worker: int) -> None:
 
 def blank_input(modality: str, preprocess: Preprocess) -> Any:
     """The preprocessed input of a sample that lacks the modality."""
-    return preprocess.ready(preprocess.reduce(get_modality(modality).nothing()))
+    return preprocess.ready(preprocess.reduce(get_modality(modality).blank_value()))
 
 
 def augmentation(config: DataConfig, size: tuple[int, int]) -> Callable[[Image.Image], Image.Image]:
@@ -194,14 +194,14 @@ def augmentation(config: DataConfig, size: tuple[int, int]) -> Callable[[Image.I
     return change
 
 
-def seed_of(*numbers: int) -> int:
+def derive_seed(*numbers: int) -> int:
     """Derive a 64-bit seed from numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def epoch_order(seed: int, epoch: int, count: int) -> list[int]:
     """The order of `count` samples in an epoch."""
-    order: list[int] = np.random.Generator(np.random.PCG64(seed_of(seed, epoch))).permutation(count).tolist()
+    order: list[int] = np.random.Generator(np.random.PCG64(derive_seed(seed, epoch))).permutation(count).tolist()
     return order
 
 

@@ -142,7 +142,7 @@ class Layout:
     empty_is_missing: bool
 
     @classmethod
-    def of(cls, modalities: Sequence[str], config: DataConfig) -> Layout:
+    def from_config(cls, modalities: Sequence[str], config: DataConfig) -> Layout:
         """The layout of rows with these modalities."""
         return cls(
             columns={name: column_of(name, config) for name in modalities},
@@ -172,7 +172,7 @@ class Layout:
         free = [other for other in row if other not in {*self.columns.values(), self.identity, self.label}]
         found = []
         for name in missing:
-            similar = _similar(self.columns[name], free, modality.get_modality(name).meant)
+            similar = _similar(self.columns[name], free, modality.get_modality(name).common_columns)
             found += [flag_for(name, other) for other in similar]
             free = [other for other in free if other not in similar]
         if with_label:

@@ -115,7 +115,7 @@ def read_texts(
 
 def _count_texts(indexes: Mapping[str, Index]) -> int:
     texts = (values for index in indexes.values() for name, values in index.values.items() if _is_text(name))
-    return sum(int((~values.lacks()).sum()) for values in texts)
+    return sum(int((~values.is_missing()).sum()) for values in texts)
 
 
 def _is_text(modality: str) -> bool:
@@ -137,7 +137,7 @@ def rows_of(index: Index, config: DataConfig) -> Rows:
         lines_S=index.lines_S,
         labels=index.labels,
         split=index.split,
-        layout=Layout.of([*index.values], config),
+        layout=Layout.from_config([*index.values], config),
     )
 
 
@@ -153,8 +153,8 @@ def _oddities(index: Index, row: int, text: str) -> Iterator[Finding]:
 
 def describe_split(index: Index, bad_rows: int) -> dict[str, Any]:
     """Count rows, labels and files of a split; find its smallest and largest picture, in pixels, and the bytes of files."""
-    looks = [look for files in index.files.values() for look in files.looks]
-    sides = {(look.width, look.height) for look in looks if look.width}
+    infos = [info for files in index.files.values() for info in files.infos]
+    sides = {(info.width, info.height) for info in infos if info.width}
     by_area = sorted(sides, key=lambda side: (side[0] * side[1], side))
     return {
         "file": index.file,
@@ -164,7 +164,7 @@ def describe_split(index: Index, bad_rows: int) -> dict[str, Any]:
         "labels": len(index.labels.counts()),
         "rows_without_label": index.labels.count_unlabelled(),
         "pixels": {"smallest": list(by_area[0]), "largest": list(by_area[-1])} if by_area else None,
-        "bytes": sum(max(0, look.size) for look in looks),
+        "bytes": sum(max(0, info.size) for info in infos),
     }
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mopefuse.core.atomic_files import replacing
+from mopefuse.core.atomic_files import replace_atomically
 from mopefuse.core.error_codes import DataCode
 from mopefuse.core.regular_files import read_regular
 from mopefuse.errors import DataError
@@ -195,7 +195,7 @@ def make(
         _check_same(folder, about)
         return counts
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(folder) as building:
+    with replace_atomically(folder) as building:
         for split, rows in counts.items():
             _write_split(building, split, compose(split, rows, seed))
         about["sha256"] = _digest(building)

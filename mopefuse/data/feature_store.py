@@ -87,7 +87,7 @@ class FeatureStore:
         Args:
             names: open only these, those of another process.
         """
-        folders = {folder.name: folder for folder in cache.parts(KIND, self.key)}
+        folders = {folder.name: folder for folder in cache.list_parts(KIND, self.key)}
         self.shards = []
         for name in sorted(folders, key=int) if names is None else [name for name in names if name in folders]:
             shard = self._opened.get(name) or _read(folders[name], self.width)

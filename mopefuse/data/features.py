@@ -224,5 +224,5 @@ class _Computation:
             lacking_U[here] = False
         for numbers, features in self._encode(np.flatnonzero(lacking_U)):  # features of shards that were removed since
             table_UC[numbers] = torch.from_numpy(features)
-        table: Values = distributed.summed(table_UC).numpy()
+        table: Values = distributed.sum_over_processes(table_UC).numpy()
         return table

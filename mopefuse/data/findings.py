@@ -25,7 +25,7 @@ class Kind(NamedTuple):
     """One kind of finding."""
 
     severity: str  # error or warning
-    todo: str
+    fix: str
 
 
 KINDS = {  # in the order of the report
@@ -121,9 +121,9 @@ class Finding:
         return f"{self.where}, id {self.id}" if self.id else self.where
 
     @property
-    def todo(self) -> str:
+    def fix(self) -> str:
         """The hint of the finding, or else that of its kind."""
-        return self.hint or KINDS[self.kind].todo
+        return self.hint or KINDS[self.kind].fix
 
     def as_dict(self) -> dict[str, Any]:
         """Convert to plain values."""
@@ -137,7 +137,7 @@ class Finding:
             "image": self.image,
             "rows": self.rows,
             "message": self.message,
-            "hint": self.todo,
+            "hint": self.fix,
         }
 
 
@@ -218,16 +218,16 @@ def file_findings(index: Index, roots: Sequence[Path]) -> Iterator[Finding]:
         root_hint = root_to_name(roots, files.names) if files.all_missing() else ""
         numbers, first, counts = np.unique(files.number_S[present], return_index=True, return_counts=True)
         for number, row, rows in zip(numbers.tolist(), present[first].tolist(), counts.tolist(), strict=True):
-            file, look = files.names[number], files.looks[number]
-            for kind, message, hint in modality.findings(file, look):
+            file, info = files.names[number], files.infos[number]
+            for kind, message, hint in modality.findings(file, info):
                 text = f"{message}; used by {rows} rows" if rows > 1 else message
-                yield finding_at(index, row, kind, text, hint=root_hint or hint, code=look.code, image=file, rows=rows)
+                yield finding_at(index, row, kind, text, hint=root_hint or hint, code=info.code, image=file, rows=rows)
 
 
 def missing_findings(index: Index) -> Iterator[Finding]:
     """Yield a finding for each modality that rows lack, at the first of them, where settings allow that."""
     for modality, values in index.values.items():
-        lacking = np.flatnonzero(values.lacks())
+        lacking = np.flatnonzero(values.is_missing())
         if len(lacking):
             message = lacking_message(len(lacking), modality)
             yield finding_at(index, int(lacking[0]), "missing-value", message, rows=len(lacking))

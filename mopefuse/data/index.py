@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mopefuse.data.base import Problem
 from mopefuse.data.labels import Labels
-from mopefuse.modalities.files import MISSING, Look
+from mopefuse.modalities.files import MISSING, FileInfo
 
 Array = NDArray[Any]
 
@@ -25,21 +25,21 @@ class InRows:
     """The values of a modality that are stored in the rows, as digests of 16 bytes; zeros if a value is missing.
 
     Args:
-        key_S: digest of each value. alike_S: digest of each value after `Modality.alike`.
+        key_S: digest of each value. loose_key_S: digest of each value after `Modality.normalise`.
     """
 
     key_S: Array
-    alike_S: Array
+    loose_key_S: Array
 
     def keys(self) -> Array:
         """Digests (S,), see `Split.keys`."""
         return self.key_S
 
-    def alike(self) -> Array:
-        """Digests (S,), see `Split.alike`."""
-        return self.alike_S
+    def loose_keys(self) -> Array:
+        """Digests (S,), see `Split.loose_keys`."""
+        return self.loose_key_S
 
-    def lacks(self) -> Array:
+    def is_missing(self) -> Array:
         """Whether the value is missing, for each row (S,)."""
         return np.asarray(self.key_S == b"")
 
@@ -50,33 +50,33 @@ class InFiles:
 
     Args:
         number_S: number of each row's file; -1 if the value is missing.
-        names, looks: of each file (I,).
+        names, infos: of each file (I,).
     """
 
     number_S: Array
     names: list[str]
-    looks: list[Look]
+    infos: list[FileInfo]
 
     def keys(self) -> Array:
         """Digests (S,), see `Split.keys`."""
-        keys_I = np.array([*(look.digest.ljust(16, b"\0") for look in self.looks), b""], dtype="S16")
+        keys_I = np.array([*(info.digest.ljust(16, b"\0") for info in self.infos), b""], dtype="S16")
         return keys_I[self.number_S]
 
-    def alike(self) -> Array:
-        """Digests (S,), see `Split.alike`; the same as `keys`."""
+    def loose_keys(self) -> Array:
+        """Digests (S,), see `Split.loose_keys`; the same as `keys`."""
         return self.keys()
 
-    def lacks(self) -> Array:
+    def is_missing(self) -> Array:
         """Whether the value is missing, for each row (S,)."""
         return self.number_S < 0
 
     def all_missing(self) -> bool:
         """Whether there are several files, and none of them exists where the rows say."""
-        return len(self.names) > 1 and all(look.code == MISSING for look in self.looks)
+        return len(self.names) > 1 and all(info.code == MISSING for info in self.infos)
 
     def bad(self) -> Array:
         """Whether the file cannot be read, for each row (S,)."""
-        return np.array([*(bool(look.code) for look in self.looks), False])[self.number_S]
+        return np.array([*(bool(info.code) for info in self.infos), False])[self.number_S]
 
 
 @dataclass
@@ -124,9 +124,9 @@ class Index:
         found = list(self.row_problems)
         for values in self.files.values():
             for row in np.flatnonzero(values.bad()).tolist():
-                name, look = values.names[values.number_S[row]], values.looks[values.number_S[row]]
+                name, info = values.names[values.number_S[row]], values.infos[values.number_S[row]]
                 where = f"{self.place(row)}, id {self.ids[row]}"
-                found.append(Problem(code=look.code, where=where, what=look.what, fix=look.fix, file=name))
+                found.append(Problem(code=info.code, where=where, what=info.what, fix=info.fix, file=name))
         return sorted(found, key=lambda problem: (_line(problem), problem.what))
 
     def good(self) -> Array:

@@ -23,10 +23,10 @@ from mopefuse.data.base import SPLITS, Problem, digest
 from mopefuse.data.columns import Layout
 from mopefuse.data.index import Index, InFiles, InRows
 from mopefuse.data.labels import LabelsBuilder
-from mopefuse.data.rows import InvalidRow, LeftOut, ValidRow, add_missing_hints, check_row
+from mopefuse.data.rows import InvalidRow, RowSkipped, ValidRow, add_missing_hints, check_row
 from mopefuse.data.tables import Table, TableRow, split_named
 from mopefuse.modalities import base as modality
-from mopefuse.modalities.files import Files, Look, look_at
+from mopefuse.modalities.files import FileInfo, Files, inspect_files
 
 VERSION = 2  # version of the definition of a row; it is part of the fingerprint by which a run recognises its data
 _NO_ROW, _MISSING = DataCode.BAD_ROW.text, bytes(16)
@@ -55,7 +55,7 @@ def build(
     kinds = {name: kind for name in modalities if isinstance(kind := modality.get_modality(name), Files)}
     settings = (config.split_col, *(limit for kind in kinds.values() for limit in kind.limits(config)))
     index_digest = cache.make_key(
-        VERSION, table.digest, split, table.file, *Layout.of(modalities, config).describe(), *settings
+        VERSION, table.digest, split, table.file, *Layout.from_config(modalities, config).describe(), *settings
     )
     key = index_cache.key_of(index_digest, roots, config)
     index = None if fresh else index_cache.load(key, table)
@@ -70,11 +70,11 @@ def build(
             read_now = done
             advance(total_before + done, total_before + total)  # noqa: B023 (called before the next)
 
-        known = dict(zip(values.names, values.looks, strict=True))
-        looks = look_at(kind, roots, values.names, config, known=known, advance=count)
-        updated[name] = replace(values, looks=[looks[file] for file in values.names])
+        known = dict(zip(values.names, values.infos, strict=True))
+        infos = inspect_files(kind, roots, values.names, config, known=known, advance=count)
+        updated[name] = replace(values, infos=[infos[file] for file in values.names])
         total_before += read_now
-    if index.fresh or any(updated[name].looks != values.looks for name, values in index.files.items()):
+    if index.fresh or any(updated[name].infos != values.infos for name, values in index.files.items()):
         index = replace(index, values={**index.values, **updated}, fresh=True)
         index_cache.save(key, index, roots)
     return index
@@ -95,7 +95,7 @@ class _IndexBuilder:
 
     def __init__(self, table: Table, split: str, modalities: Sequence[str], config: DataConfig) -> None:
         self.table, self.split, self.config = table, split, config
-        self.layout = Layout.of(modalities, config)
+        self.layout = Layout.from_config(modalities, config)
         self.used_columns = {self.layout.identity, self.layout.label, *self.layout.columns.values()}
         self.values = {name: _ValuesBuilder(name) for name in modalities}
         self.rewritten = bytearray()  # JSON lines, of a table in another format
@@ -116,7 +116,7 @@ class _IndexBuilder:
             where = f"{self.table.file}:{found.line}"
             self.problems.append(Problem(code=_NO_ROW, where=where, what=str(error)))
             return
-        except LeftOut as missing:
+        except RowSkipped as missing:
             self.left_out[str(missing)] += 1
             return
         self.line_of[row.id] = found.line
@@ -175,7 +175,7 @@ class _ValuesBuilder:
 
     def __init__(self, name: str) -> None:
         self.modality = modality.get_modality(name)
-        self.keys, self.alike = bytearray(), bytearray()
+        self.keys, self.loose_keys = bytearray(), bytearray()
         self.numbers = array("q")
         self.names: dict[str, int] = {}
 
@@ -185,13 +185,13 @@ class _ValuesBuilder:
             self.numbers.append(-1 if value is None else self.names.setdefault(value, len(self.names)))
             return
         self.keys += _MISSING if value is None else digest(value)
-        self.alike += _MISSING if value is None else digest(self.modality.alike(value))
+        self.loose_keys += _MISSING if value is None else digest(self.modality.normalise(value))
 
     def build(self) -> InRows | InFiles:
         """The values of all rows that were added; files have not been looked at."""
         if self.modality.is_file:
-            return InFiles(np.array(self.numbers, dtype=np.int64), [*self.names], [Look()] * len(self.names))
-        return InRows(np.frombuffer(bytes(self.keys), dtype="S16"), np.frombuffer(bytes(self.alike), dtype="S16"))
+            return InFiles(np.array(self.numbers, dtype=np.int64), [*self.names], [FileInfo()] * len(self.names))
+        return InRows(np.frombuffer(bytes(self.keys), dtype="S16"), np.frombuffer(bytes(self.loose_keys), dtype="S16"))
 
 
 def _named_split(found: TableRow, config: DataConfig) -> str | None:

@@ -16,7 +16,7 @@ from mopefuse.data.base import Problem
 from mopefuse.data.index import Array, Index, InFiles, InRows
 from mopefuse.data.labels import Labels
 from mopefuse.data.tables import Table
-from mopefuse.modalities.files import Look
+from mopefuse.modalities.files import FileInfo
 
 VERSION = 5  # version of the format
 _LOOK_ARRAYS = ("size", "mtime", "side", "animated", "milliseconds", "digest")
@@ -46,7 +46,7 @@ def _write(index: Index, folder: Path) -> None:
         "labels": index.labels.code_Z,
     }
     for name, values in index.values.items():
-        found = _arrays(values) if isinstance(values, InFiles) else {"key": values.key_S, "alike": values.alike_S}
+        found = _arrays(values) if isinstance(values, InFiles) else {"key": values.key_S, "alike": values.loose_key_S}
         arrays |= {f"{name}.{part}": array for part, array in found.items()}
     np.savez(folder / "rows.npz", **arrays)
     texts = {
@@ -55,7 +55,7 @@ def _write(index: Index, folder: Path) -> None:
         "modalities": list(index.values),
         "files": {name: files.names for name, files in index.files.items()},
         "bad_files": {
-            name: {str(i): [look.code, look.what, look.fix] for i, look in enumerate(files.looks) if look.code}
+            name: {str(i): [info.code, info.what, info.fix] for i, info in enumerate(files.infos) if info.code}
             for name, files in index.files.items()
         },
         "row_problems": [[problem.code, problem.where, problem.what] for problem in index.row_problems],
@@ -67,15 +67,15 @@ def _write(index: Index, folder: Path) -> None:
 
 
 def _arrays(files: InFiles) -> dict[str, Array]:
-    looks = files.looks
+    infos = files.infos
     return {
         "number": files.number_S,
-        "size": np.array([look.size for look in looks], dtype=np.int64),
-        "mtime": np.array([look.mtime for look in looks], dtype=np.int64),
-        "side": np.array([(look.width, look.height) for look in looks], dtype=np.int64).reshape(-1, 2),
-        "animated": np.array([look.animated for look in looks], dtype=bool),
-        "milliseconds": np.array([look.milliseconds for look in looks], dtype=np.int64),
-        "digest": np.array([look.digest.ljust(16, b"\0") for look in looks], dtype="S16"),
+        "size": np.array([info.size for info in infos], dtype=np.int64),
+        "mtime": np.array([info.mtime for info in infos], dtype=np.int64),
+        "side": np.array([(info.width, info.height) for info in infos], dtype=np.int64).reshape(-1, 2),
+        "animated": np.array([info.animated for info in infos], dtype=bool),
+        "milliseconds": np.array([info.milliseconds for info in infos], dtype=np.int64),
+        "digest": np.array([info.digest.ljust(16, b"\0") for info in infos], dtype="S16"),
     }
 
 
@@ -85,12 +85,12 @@ def _files(arrays: dict[str, Array], names: list[str], bad: dict[str, list[str]]
     Args:
         arrays: as of `_arrays`. bad: code, what and fix of each bad file, by its number.
     """
-    looks = []
+    infos = []
     columns = (arrays[name].tolist() for name in _LOOK_ARRAYS)
     for i, (size, mtime, (width, height), animated, milliseconds, digest) in enumerate(zip(*columns, strict=True)):
         code, what, fix = bad.get(str(i), ("", "", ""))
-        looks.append(
-            Look(
+        infos.append(
+            FileInfo(
                 size=size,
                 mtime=mtime,
                 width=width,
@@ -103,7 +103,7 @@ def _files(arrays: dict[str, Array], names: list[str], bad: dict[str, list[str]]
                 fix=fix,
             )
         )
-    return InFiles(arrays["number"], names, looks)
+    return InFiles(arrays["number"], names, infos)
 
 
 def load(key: str, table: Table) -> Index | None:

@@ -59,7 +59,9 @@ def check_labels(index: Index, root: Path, config: DataConfig) -> list[Finding]:
     if config.labels or (root / "labels.txt").exists():
         return []
     counts = index.labels.counts()
-    found = [doubt for doubt in doubts(counts, len(index.labels)) if doubt.kind not in REFUSED or not config.allow_odd_labels]
+    found = find_doubts(counts, len(index.labels))
+    if config.allow_odd_labels:
+        found = [doubt for doubt in found if doubt.kind not in REFUSED]
     first = index.labels.first_rows() if found else {}
     return [
         finding_at(
@@ -98,7 +100,7 @@ def notices(found: list[Finding]) -> tuple[str, ...]:
     return (*shown, rest) if more else tuple(shown)
 
 
-def doubts(counts: Mapping[str, int], rows: int) -> list[Doubt]:
+def find_doubts(counts: Mapping[str, int], rows: int) -> list[Doubt]:
     """Find doubtful labels.
 
     Args:

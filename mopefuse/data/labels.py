@@ -36,7 +36,7 @@ class Labels(Sequence[tuple[str, ...]]):
         self.names, self.start_S1, self.code_Z = tuple(names), start_S1, code_Z
 
     @classmethod
-    def of(cls, rows: Iterable[Sequence[str]]) -> Labels:
+    def from_rows(cls, rows: Iterable[Sequence[str]]) -> Labels:
         """Build the labels of some rows, in their order."""
         builder = LabelsBuilder()
         for row in rows:

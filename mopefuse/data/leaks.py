@@ -23,8 +23,8 @@ def find_leaks(train: Split, other: Split) -> dict[str, Numbers]:
     """
     found = {}
     for name in sorted(train.keys, key=lambda name: not get_modality(name).is_file):
-        values = train.alike[name][~(train.lacks(name) | train.is_empty(name))]
+        values = train.loose_keys[name][~(train.is_missing(name) | train.is_empty(name))]
         known = np.unique(values)
         are_phrases = not get_modality(name).is_file and 2 * len(known) < len(values)
-        found[name] = np.flatnonzero(np.isin(other.alike[name], known[:0] if are_phrases else known))
+        found[name] = np.flatnonzero(np.isin(other.loose_keys[name], known[:0] if are_phrases else known))
     return found

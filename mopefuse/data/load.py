@@ -116,7 +116,7 @@ def notice_splits(tables: Mapping[str, Table], config: DataConfig) -> None:
 def _split(name: str, index: Index, rows: Numbers, skipped: tuple[Problem, ...], config: DataConfig) -> Split:
     labels = index.labels.take(rows)
     keys = {modality: values.keys()[rows] for modality, values in index.values.items()}
-    layout = Layout.of([*keys], config)
+    layout = Layout.from_config([*keys], config)
     content = Rows(
         content=index.content,
         places_S2=index.places_S2[rows],
@@ -131,7 +131,7 @@ def _split(name: str, index: Index, rows: Numbers, skipped: tuple[Problem, ...],
         rows=content,
         labels=labels,
         keys=keys,
-        alike={modality: values.alike()[rows] for modality, values in index.values.items()},
+        loose_keys={modality: values.loose_keys()[rows] for modality, values in index.values.items()},
         hash=_fingerprint(name, index, rows, skipped),
         skipped=skipped,
     )
@@ -141,8 +141,8 @@ def _fingerprint(name: str, index: Index, rows: Numbers, skipped: Sequence[Probl
     """Digest everything in a split: rows, contents of files, missing values, and what was skipped."""
     problems = [f"{problem.code} {problem}" for problem in skipped]  # so the wording of problems is part of the fingerprint
     files = [values.keys()[rows].tobytes().hex() for values in index.files.values()]
-    lacks = {modality: values.lacks()[rows] for modality, values in index.values.items()}
-    lacking = [f"{modality} {lacks_S.tobytes().hex()}" for modality, lacks_S in lacks.items() if lacks_S.any()]
+    missing = {modality: values.is_missing()[rows] for modality, values in index.values.items()}
+    lacking = [f"{modality} {missing_S.tobytes().hex()}" for modality, missing_S in missing.items() if missing_S.any()]
     return cache.make_key(index.digest, name, *problems, rows.tobytes().hex(), *files, *lacking, *index.left_out)
 
 
@@ -177,7 +177,7 @@ def _row_notices(splits: dict[str, Split], indexes: dict[str, Index], config: Da
         place = index.split if config.split_col else index.file  # includes rows of train that are held out
         found += [f"{place}: {left_out_message(count, modalities)}" for modalities, count in index.left_out.items()]
     for split in splits.values():
-        lacking = {modality: int(split.lacks(modality).sum()) for modality in split.keys}
+        lacking = {modality: int(split.is_missing(modality).sum()) for modality in split.keys}
         found += [f"{split.name}: {lacking_message(count, modality)}" for modality, count in lacking.items() if count]
         empty = {modality: int(split.is_empty(modality).sum()) for modality in split.keys}
         for modality, count in empty.items():
@@ -190,7 +190,7 @@ def _row_notices(splits: dict[str, Split], indexes: dict[str, Index], config: Da
 
 def _animation_notices(indexes: dict[str, Index]) -> list[str]:
     all_files = [files for index in indexes.values() for files in index.files.values()]
-    animated = [name for files in all_files for name, look in zip(files.names, files.looks, strict=True) if look.animated]
+    animated = [name for files in all_files for name, info in zip(files.names, files.infos, strict=True) if info.animated]
     if not animated:
         return []
     text = several(len(animated), "image is animated", "images are animated")

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mopefuse.data.collate import Samples, seed_of
+from mopefuse.data.collate import Samples, derive_seed
 from mopefuse.data.subsets import random_order
 
 _DROPOUT = 1  # makes the random numbers differ from those of augmentation
@@ -52,12 +52,12 @@ class ModalityDropout(Samples):
         never_S = np.zeros(len(samples), dtype=np.bool_)
         self.lacking = {**{side: never_S for side in sides}, **samples.lacking}
 
-    def absent(self, side: str, epoch: int, index: int) -> bool:
-        """See `Samples.absent`."""
+    def is_missing(self, side: str, epoch: int, index: int) -> bool:
+        """See `Samples.is_missing`."""
         return self._lacks(side, index) or self.modality_of[side] in self._drawn(epoch, index)
 
     def _drawn(self, epoch: int, index: int) -> set[str]:
-        random = np.random.Generator(np.random.PCG64(seed_of(self.seed, epoch, index, _DROPOUT)))
+        random = np.random.Generator(np.random.PCG64(derive_seed(self.seed, epoch, index, _DROPOUT)))
         chance = random.random(len(self._modalities)).tolist()
         drawn = {modality for modality, value in zip(self._modalities, chance, strict=True) if value < self._share}
         present = {modality for side, modality in self.modality_of.items() if not self._lacks(side, index)}

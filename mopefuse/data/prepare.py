@@ -17,11 +17,11 @@ from typing import Any, TextIO
 
 from mopefuse import __version__
 from mopefuse.core.artifact import dump_json, sha256
-from mopefuse.core.atomic_files import sweep, sync
+from mopefuse.core.atomic_files import remove_leftovers, sync
 from mopefuse.core.error_codes import DataCode
 from mopefuse.core.regular_files import read_regular
 from mopefuse.data._source import Sample, Skip, Source, complete, is_file_name
-from mopefuse.data._source_files import SourceFolder, listing, place, sums_file
+from mopefuse.data._source_files import SourceFolder, place_images, summarise_files, sums_file
 from mopefuse.data.subsets import hold_out
 from mopefuse.errors import DataError
 
@@ -78,12 +78,12 @@ def prepare(
         "version": kind.version,
         "options": reader.options,
         "images": images,
-        "source": listing(folder.root, kind.inputs),
+        "source": summarise_files(folder.root, kind.inputs),
     }
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         return {**_read_same(target, identity), "written": False}
     target.parent.mkdir(parents=True, exist_ok=True)
-    sweep(target.parent, target.name)
+    remove_leftovers(target.parent, target.name)
     building = target.with_name(f"{target.name}.tmp-{os.getpid()}")
     try:
         about = identity | _Build(reader, building, advance).run(link=images == "link")
@@ -119,7 +119,7 @@ class _Build:
         if "val" not in reader.splits:
             self._hold_out()
         found = {name: path for name, path in self.images.items() if path is not None}
-        placed = place(found, self.root, link=link, advance=lambda done: self.advance("images", done, len(found)))
+        placed = place_images(found, self.root, link=link, advance=lambda done: self.advance("images", done, len(found)))
         if placed.linked < len(found):
             os.sync()
         if reader.labels:
@@ -139,7 +139,7 @@ class _Build:
             "skipped": dict(sorted(self.skipped.items(), key=lambda item: (-item[1], item[0]))),
             "image_files": {"linked": placed.linked, "copied": len(found) - placed.linked, "bytes": placed.size},
             "sha256": {path.name: sha256(path) for path in tables},
-            "content": listing(self.root, os.listdir(self.root)),
+            "content": summarise_files(self.root, os.listdir(self.root)),
         }
 
     def _rows(self, group: str) -> int:
@@ -247,7 +247,7 @@ def _read_same(target: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
         raise DataError(DataCode.PREPARED_OTHERWISE, what, where=str(target / ABOUT), fix=fix)
     names = [name for name in os.listdir(target) if name != ABOUT and not name.startswith(".")]
     unchanged = all((target / name).is_file() and sha256(target / name) == digest for name, digest in tables.items())
-    if not unchanged or listing(target, names) != content:
+    if not unchanged or summarise_files(target, names) != content:
         raise DataError(
             DataCode.PREPARED_DATA_CHANGED, "files of this data set were changed, added or removed", where=str(target), fix=fix
         )

@@ -37,7 +37,7 @@ class InvalidRow(ValueError):
     """The row is not valid; the message says why."""
 
 
-class LeftOut(Exception):
+class RowSkipped(Exception):
     """The row is skipped because it lacks some modalities; the message names them."""
 
     def __init__(self, missing: Sequence[str]) -> None:
@@ -61,7 +61,7 @@ def check_row(row: Mapping[str, Any], line: int, split: str, layout: Layout) -> 
         labels = tuple(dict.fromkeys(map(normalise, labels)))
     _refuse_half_characters(identity, values, layout)
     if _SURROGATE.search("".join(labels)):
-        raise InvalidRow(_half(layout.label))
+        raise InvalidRow(_half_character_message(layout.label))
     _leave_out(values, layout)
     return ValidRow(id=identity, values=values, labels=labels, is_list=is_list)
 
@@ -113,7 +113,7 @@ def _hint(name: str, layout: Layout) -> str:
 def _leave_out(values: Mapping[str, str | None], layout: Layout) -> None:
     missing = [name for name, value in values.items() if value is None]
     if missing and layout.on_missing == "skip":
-        raise LeftOut(missing)
+        raise RowSkipped(missing)
 
 
 def _identity(row: Mapping[str, Any], column: str, default: str) -> str:
@@ -126,13 +126,13 @@ def _identity(row: Mapping[str, Any], column: str, default: str) -> str:
 def _refuse_half_characters(identity: str, values: Mapping[str, str | None], layout: Layout) -> None:
     """Refuse lone surrogates in ids and file names; a text may contain them."""
     if _SURROGATE.search(identity):
-        raise InvalidRow(_half(layout.identity))
+        raise InvalidRow(_half_character_message(layout.identity))
     for name, value in values.items():
         if value is not None and name not in layout.in_rows and _SURROGATE.search(value):
-            raise InvalidRow(_half(layout.columns[name]))
+            raise InvalidRow(_half_character_message(layout.columns[name]))
 
 
-def _half(column: str) -> str:
+def _half_character_message(column: str) -> str:
     return f"{column} contains a lone surrogate (half of a character)"
 
 

@@ -13,7 +13,7 @@ from mopefuse.core.error_codes import ConfigCode, DataCode
 from mopefuse.core.formatting import several
 from mopefuse.data.base import SPLITS
 from mopefuse.data.index import Index
-from mopefuse.data.subsets import few, hold_out
+from mopefuse.data.subsets import choose_few, hold_out
 from mopefuse.data.tables import SUFFIXES, find_tables, split_column
 from mopefuse.errors import ConfigError, DataError
 
@@ -48,7 +48,7 @@ def divide_rows(indexes: dict[str, Index], path: Path, config: DataConfig, requi
     if (config.shots or config.fraction) and "train" in parts:
         index, rows = parts["train"]
         labels, ids = index.labels.take(rows), [index.ids[row] for row in rows]
-        parts["train"] = (index, rows[few(ids, labels, config.seed, shots=config.shots, fraction=config.fraction)])
+        parts["train"] = (index, rows[choose_few(ids, labels, config.seed, shots=config.shots, fraction=config.fraction)])
     return parts
 
 

@@ -67,7 +67,7 @@ def hold_out(
     return [row for row in range(len(groups)) if row not in out], sorted(held)
 
 
-def few(
+def choose_few(
     ids: Sequence[str], labels: Sequence[tuple[str, ...]], seed: int, *, shots: int | None, fraction: float | None
 ) -> list[int]:
     """Choose rows to train on; returns them in the order of the file.

@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from mopefuse.encoders._prompted import Slot
 from mopefuse.encoders.attention import attend, attend_prompts
-from mopefuse.encoders.probe import Watch
+from mopefuse.encoders.probe import Recorder
 
 ATTENTION = "mopefuse"  # name in transformers' attention interface
 
@@ -37,11 +37,11 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Compute scaled-dot-product attention, including the prompt in the module's slot. Query (B, H, L, E)."""
-    slot: Slot | Watch | None = getattr(module, "prompt_slot", None)
-    if isinstance(slot, Watch):
+    slot: Slot | Recorder | None = getattr(module, "prompt_slot", None)
+    if isinstance(slot, Recorder):
         slot.attend(module, query, key, value, kwargs)
         slot = None
-    prompt = slot.take() if slot is not None else None
+    prompt = slot.pop() if slot is not None else None
     if slot is not None and slot.insert is not None:
         attention_mask = slot.insert.attention_mask(attention_mask, query.shape[2])
     if prompt is None or prompt.gate_H is not None:
@@ -63,7 +63,7 @@ def _attention(
 
 
 @contextmanager
-def quietly() -> Iterator[None]:
+def silence_transformers() -> Iterator[None]:
     """Suppress transformers' progress bar and warnings, for example about unused heads."""
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -25,7 +25,7 @@ from mopefuse.core.error_codes import CheckpointCode, EncoderCode
 from mopefuse.core.registry import Spec
 from mopefuse.core.tensor_files import check_tensors
 from mopefuse.encoders import _hf_source, _hf_text, _lora, _options, _weights
-from mopefuse.encoders._hf_attention import ATTENTION, quietly
+from mopefuse.encoders._hf_attention import ATTENTION, silence_transformers
 from mopefuse.encoders._hf_families import BUILT_IN, TOWERS, BuiltIn, Family
 from mopefuse.encoders._hf_source import Source
 from mopefuse.encoders._prompted import PromptedEncoder
@@ -101,7 +101,7 @@ class TransformersEncoder(PromptedEncoder):
         Raises:
             EncoderError: the type is not supported.
         """
-        raise unsuitable(f"{self.spec.scheme}: does not support {kind} models", self.spec, self.families)
+        raise unsuitable_model_error(f"{self.spec.scheme}: does not support {kind} models", self.spec, self.families)
 
     def _probe(self, example: Inputs) -> Encoded:
         """Find the promptable layers and hook them; if there are none, set `why_not_main`."""
@@ -109,13 +109,13 @@ class TransformersEncoder(PromptedEncoder):
         self.eval()
         own = self.backbone.config._attn_implementation
         if own == "sdpa":  # else ours would differ from the unmodified model
-            with quietly():
+            with silence_transformers():
                 self.backbone.set_attn_implementation(ATTENTION)
         try:
             sites, reason = find_sites(self.backbone, lambda: encoded.append(self._run(example)))
         except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
             what = f"this {self.model_config.model_type} model cannot be run on {self.modality} alone: {error}"
-            raise unsuitable(what, self.spec, self.families) from error
+            raise unsuitable_model_error(what, self.spec, self.families) from error
         if not sites:
             self.backbone.set_attn_implementation(own)  # which also determines the form of masks
             reason = reason if own == "sdpa" else "transformers has no scaled-dot-product attention for it"
@@ -140,7 +140,7 @@ def mean_of(tokens_BLD: Tensor, mask_BL: Tensor) -> Tensor:
     return (tokens_BLD * weights_BL1).sum(dim=1) / weights_BL1.sum(dim=1)
 
 
-def unsuitable(what: str, spec: Spec, families: Collection[str]) -> EncoderError:
+def unsuitable_model_error(what: str, spec: Spec, families: Collection[str]) -> EncoderError:
     """Build the error for an unsuitable model, which lists the supported families."""
     return EncoderError(
         EncoderCode.UNSUITABLE, what, where=str(spec), fix=f"use another one, for example {', '.join(families)}"
@@ -184,7 +184,7 @@ def _model_class(spec: Spec, config: Any) -> Any:
     found = auto.MODEL_MAPPING.get(type(config), None)
     if found is None:
         what = f"transformers {transformers.__version__} has no {config.model_type} model without a head"
-        raise unsuitable(what, spec, BUILT_IN)
+        raise unsuitable_model_error(what, spec, BUILT_IN)
     return found[0] if isinstance(found, tuple) else found
 
 
@@ -212,7 +212,7 @@ def _pretrained(spec: Spec, source: Source, config: Any, kind: Any, options: dic
     for path in sorted(source.folder.glob("*.safetensors")):
         check_tensors(path)
     try:
-        with quietly():
+        with silence_transformers():
             model, info = kind.from_pretrained(
                 source.folder,
                 config=config,

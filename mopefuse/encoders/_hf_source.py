@@ -116,7 +116,7 @@ def _in_folder(
         what = f"{spec.name} is a {config['model_type']} model and has no part #{part}"
         raise EncoderError(EncoderCode.TOWER_NOT_NAMED, what, where=str(spec), fix=f"remove #{part}")
     if not random and not any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
-        raise _hub.no_safetensors(str(folder), str(spec))
+        raise _hub.no_safetensors_error(str(folder), str(spec))
     return Source(folder, config, part, random, trained, revision)
 
 

@@ -51,7 +51,7 @@ def texts(spec: Spec, name: str, config: Mapping[str, Any], length: int, *, trai
     return TextPreprocess(tokenize, most, repo, vocabulary, None, length)  # cannot be saved: open_clip cleans the texts
 
 
-def why_unsuitable(config: Mapping[str, Any]) -> str:
+def find_unsupported_setting(config: Mapping[str, Any]) -> str:
     """Reason why a tower with this `text_cfg` is not supported; empty if it is.
 
     Tokenizers of the hub are supported as SigLIP uses them: after cleaning the text, and without changing the ids.

@@ -59,7 +59,7 @@ class Slot:
         runs[self.number] = runs.get(self.number, 0) + 1
         return self.layers[runs[self.number] - 1]
 
-    def take(self) -> Prompt | None:
+    def pop(self) -> Prompt | None:
         """Take the prompt out of the slot; None if there is none."""
         return self.encoder._call.pending.pop(self.number, None)
 
@@ -122,7 +122,7 @@ class _PromptHook:
         tokens_BLD = hidden.flatten(1, -2)  # (B, H, W, D) in timm's Swin
         slot, call = self.slot, self.slot.encoder._call
         mask_BL = call.mask_BL if call.insert is None else call.insert.extend_mask(call.mask_BL)
-        slot.put(slot.encoder._ask(slot.next_layer(), tokens_BLD, mask_BL), tokens_BLD)
+        slot.put(slot.encoder._request_prompt(slot.next_layer(), tokens_BLD, mask_BL), tokens_BLD)
 
 
 class _BlockForward:
@@ -135,8 +135,8 @@ class _BlockForward:
         slot, encoder = self.slot, self.slot.encoder
         if not encoder.recompute:
             return self._run_original(*args, **kwargs)
-        options = {"recompute": True, "learns": encoder.learns}
-        return run_block(self._run_in_call, slot.take(), slot.insert, *args, **options, **kwargs)
+        options = {"recompute": True, "trainable": encoder.trainable}
+        return run_block(self._run_in_call, slot.pop(), slot.insert, *args, **options, **kwargs)
 
     def _run_original(self, *args: Any, **kwargs: Any) -> Any:
         return type(self.slot.block).forward(self.slot.block, *args, **kwargs)

@@ -15,15 +15,15 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 
-def run_block(forward: Callable[..., Any], *inputs: Any, recompute: bool, learns: bool, **options: Any) -> Any:
+def run_block(forward: Callable[..., Any], *inputs: Any, recompute: bool, trainable: bool, **options: Any) -> Any:
     """Run ``forward(*inputs, **options)`` of one block, with checkpointing if `recompute` is set and a gradient is needed.
 
     Args:
-        learns: whether the block has trainable weights; only then can it have dropout, whose random state is restored.
+        trainable: whether the block has trainable weights; only then can it have dropout, whose random state is restored.
     """
-    if not (recompute and torch.is_grad_enabled() and (learns or _needs_gradient((*inputs, *options.values())))):
+    if not (recompute and torch.is_grad_enabled() and (trainable or _needs_gradient((*inputs, *options.values())))):
         return forward(*inputs, **options)
-    return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=learns, **options)
+    return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=trainable, **options)
 
 
 def _needs_gradient(values: Iterable[Any]) -> bool:

@@ -29,7 +29,7 @@ from mopefuse.core.precision import to_float32
 from mopefuse.encoders import _lora
 from mopefuse.encoders._prompted import PromptedEncoder
 from mopefuse.encoders._windows import attend_in_windows
-from mopefuse.encoders.attention import Insert, Prompt, attend, attend_prompts, parts_of, split_fused, split_heads
+from mopefuse.encoders.attention import Insert, Prompt, attend, attend_prompts, split_fused, split_heads, view_parts
 
 
 def prompt_model(encoder: PromptedEncoder, model: Any) -> None:
@@ -72,7 +72,7 @@ def _promptable(model: Any) -> tuple[list[Any], str]:
 
 def _vit(self: Any, x_BLD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """`timm.layers.Attention.forward` with the prompt in the slot, and with blind inserted tokens."""
-    prompt: Prompt | None = self.prompt_slot.take()
+    prompt: Prompt | None = self.prompt_slot.pop()
     insert: Insert | None = self.prompt_slot.insert
     mask = None if insert is None else insert.attention_mask(None, x_BLD.shape[1])
     if prompt is None and mask is None:
@@ -99,7 +99,7 @@ def _vit(self: Any, x_BLD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 def _beit(self: Any, x_BLD: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
     """`timm.models.beit.Attention.forward` with the prompt in the slot."""
-    prompt: Prompt | None = self.prompt_slot.take()
+    prompt: Prompt | None = self.prompt_slot.pop()
     if prompt is None:
         out: Tensor = beit.Attention.forward(self, x_BLD, shared_rel_pos_bias)
         return out
@@ -110,7 +110,7 @@ def _beit(self: Any, x_BLD: Tensor, shared_rel_pos_bias: Tensor | None = None) -
 
 def _rotary(self: Any, x_BLD: Tensor, rope: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
     """`EvaAttention.forward` and `AttentionRope.forward` with the prompt in the slot, which is not rotated."""
-    prompt: Prompt | None = self.prompt_slot.take()
+    prompt: Prompt | None = self.prompt_slot.pop()
     if prompt is None:
         out: Tensor = type(self).forward(self, x_BLD, rope, *args, **kwargs)
         return out
@@ -127,7 +127,7 @@ def _rotary(self: Any, x_BLD: Tensor, rope: Tensor | None = None, *args: Any, **
 
 def _swin(self: Any, x_NLD: Tensor, mask: Tensor | None = None) -> Tensor:
     """`WindowAttention.forward` of Swin with the prompt in the slot."""
-    prompt: Prompt | None = self.prompt_slot.take()
+    prompt: Prompt | None = self.prompt_slot.pop()
     if prompt is None:
         out: Tensor = WindowAttention.forward(self, x_NLD, mask)
         return out
@@ -149,7 +149,7 @@ def _swin_v2(self: Any, x_NLD: Tensor, mask: Tensor | None = None) -> Tensor:
 
     Replaces timm's method also in float16, in which timm's minimum length rounds to 0, so that padding becomes NaN.
     """
-    prompt: Prompt | None = self.prompt_slot.take()
+    prompt: Prompt | None = self.prompt_slot.pop()
     if prompt is None and x_NLD.dtype != torch.float16:
         out: Tensor = swin_transformer_v2.WindowAttention.forward(self, x_NLD, mask)
         return out
@@ -216,7 +216,7 @@ def _project(attention: Any, x_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         fused_BLX = attention.qkv(x_BLD) + bias_X
     else:
         fused_BLX = F.linear(x_BLD, attention.qkv.weight, bias_X)
-    q, k, v = parts_of(fused_BLX, 3, attention.num_heads)
+    q, k, v = view_parts(fused_BLX, 3, attention.num_heads)
     return q, k, v
 
 
@@ -230,7 +230,7 @@ def _project_prompt(attention: Any, prompt: Prompt) -> tuple[Tensor, Tensor]:
     bias_X, query = _bias_beside(attention), qkv.out_features // 3
     bias_X = qkv.bias if bias_X is None else bias_X
     kv = F.linear(prompt.tokens_BPD, qkv.weight[query:], None if bias_X is None else bias_X[query:])
-    k, v = parts_of(kv, 2, attention.num_heads)
+    k, v = view_parts(kv, 2, attention.num_heads)
     return k, v
 
 

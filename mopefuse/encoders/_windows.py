@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mopefuse.core.precision import to_float32
-from mopefuse.encoders.attention import for_windows, parts_of
+from mopefuse.encoders.attention import repeat_for_windows, view_parts
 
 
 def attend_in_windows(
@@ -66,15 +66,15 @@ class _Gated(_Form):
         qkv_NLX: Tensor, k_BHPE: Tensor, v_BHPE: Tensor, bias: Tensor, mask: Tensor | None, scale: float
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         heads, count = k_BHPE.shape[1], qkv_NLX.shape[0]
-        q, k, v = parts_of(qkv_NLX, 3, heads)
+        q, k, v = view_parts(qkv_NLX, 3, heads)
         q_ZLE = _scaled(q, scale)
         k_ZLE, v_ZLE = (part.contiguous().flatten(0, 1) for part in (k, v))
         weights_ZLL = _weights(torch.bmm(q_ZLE, k_ZLE.transpose(1, 2)), count, bias, mask)
         out_ZLE = torch.bmm(weights_ZLL, v_ZLE)
-        key_ZPE, value_ZPE = (for_windows(part, count).flatten(0, 1) for part in (k_BHPE, v_BHPE))
+        key_ZPE, value_ZPE = (repeat_for_windows(part, count).flatten(0, 1) for part in (k_BHPE, v_BHPE))
         weights_ZPL = _softmax(torch.bmm(key_ZPE, q_ZLE.transpose(1, 2)), dim=1)
         out_ZLE.baddbmm_(weights_ZPL.transpose(1, 2), value_ZPE)
-        return _join(out_ZLE, heads), (q_ZLE, k_ZLE, v_ZLE, weights_ZLL, key_ZPE, value_ZPE, weights_ZPL)
+        return _join_heads(out_ZLE, heads), (q_ZLE, k_ZLE, v_ZLE, weights_ZLL, key_ZPE, value_ZPE, weights_ZPL)
 
     @staticmethod
     def forward(context: Any, *inputs: Any) -> Tensor:
@@ -85,15 +85,15 @@ class _Gated(_Form):
     def backward(context: Any, of_out_NLD: Tensor) -> tuple[Tensor | None, ...]:
         q_ZLE, k_ZLE, v_ZLE, weights_ZLL, key_ZPE, value_ZPE, weights_ZPL = context.saved_tensors
         of_out_ZLE = _heads(of_out_NLD, context.heads)
-        of_scores_ZPL = _of_softmax(torch.bmm(value_ZPE, of_out_ZLE.transpose(1, 2)), weights_ZPL, 1)
+        of_scores_ZPL = _softmax_gradient(torch.bmm(value_ZPE, of_out_ZLE.transpose(1, 2)), weights_ZPL, 1)
         of_key, of_value = torch.bmm(of_scores_ZPL, q_ZLE), torch.bmm(weights_ZPL, of_out_ZLE)
         of_qkv_NLX = None
         if context.needs_input_grad[0]:  # false in the first block, with nothing trainable before it
-            of_scores_ZLL = _of_softmax(torch.bmm(of_out_ZLE, v_ZLE.transpose(1, 2)), weights_ZLL, -1)
+            of_scores_ZLL = _softmax_gradient(torch.bmm(of_out_ZLE, v_ZLE.transpose(1, 2)), weights_ZLL, -1)
             of_q = torch.bmm(of_scores_ZLL, k_ZLE).baddbmm_(of_scores_ZPL.transpose(1, 2), key_ZPE)
             of_k = torch.bmm(of_scores_ZLL.transpose(1, 2), q_ZLE)
             of_v = torch.bmm(weights_ZLL.transpose(1, 2), of_out_ZLE)
-            of_qkv_NLX = _fused(context, of_q, of_k, of_v)
+            of_qkv_NLX = _fused_gradient(context, of_q, of_k, of_v)
         return _gradients(context, of_qkv_NLX, of_key, of_value)
 
 
@@ -105,15 +105,15 @@ class _Joint(_Form):
         qkv_NLX: Tensor, k_BHPE: Tensor, v_BHPE: Tensor, bias: Tensor, mask: Tensor | None, scale: float
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         heads, count, ahead = k_BHPE.shape[1], qkv_NLX.shape[0], (k_BHPE.shape[2], 0)
-        q, k, v = parts_of(qkv_NLX, 3, heads)
+        q, k, v = view_parts(qkv_NLX, 3, heads)
         q_ZLE = _scaled(q, scale)
         key_ZSE, value_ZSE = (
-            torch.cat([for_windows(prompt, count), tokens], dim=2).flatten(0, 1)
+            torch.cat([repeat_for_windows(prompt, count), tokens], dim=2).flatten(0, 1)
             for prompt, tokens in ((k_BHPE, k), (v_BHPE, v))
         )
         bias, mask = F.pad(bias, ahead), None if mask is None else F.pad(mask, ahead)
         weights_ZLS = _weights(torch.bmm(q_ZLE, key_ZSE.transpose(1, 2)), count, bias, mask)
-        return _join(torch.bmm(weights_ZLS, value_ZSE), heads), (q_ZLE, weights_ZLS, key_ZSE, value_ZSE)
+        return _join_heads(torch.bmm(weights_ZLS, value_ZSE), heads), (q_ZLE, weights_ZLS, key_ZSE, value_ZSE)
 
     @staticmethod
     def forward(context: Any, *inputs: Any) -> Tensor:
@@ -124,13 +124,13 @@ class _Joint(_Form):
     def backward(context: Any, of_out_NLD: Tensor) -> tuple[Tensor | None, ...]:
         q_ZLE, weights_ZLS, key_ZSE, value_ZSE = context.saved_tensors
         of_out_ZLE = _heads(of_out_NLD, context.heads)
-        of_scores_ZLS = _of_softmax(torch.bmm(of_out_ZLE, value_ZSE.transpose(1, 2)), weights_ZLS, -1)
+        of_scores_ZLS = _softmax_gradient(torch.bmm(of_out_ZLE, value_ZSE.transpose(1, 2)), weights_ZLS, -1)
         of_key = torch.bmm(of_scores_ZLS.transpose(1, 2), q_ZLE)
         of_value = torch.bmm(weights_ZLS.transpose(1, 2), of_out_ZLE)
         prompts, of_qkv_NLX = key_ZSE.shape[1] - q_ZLE.shape[1], None
         if context.needs_input_grad[0]:
             of_q = torch.bmm(of_scores_ZLS, key_ZSE)
-            of_qkv_NLX = _fused(context, of_q, of_key[:, prompts:], of_value[:, prompts:])
+            of_qkv_NLX = _fused_gradient(context, of_q, of_key[:, prompts:], of_value[:, prompts:])
         return _gradients(context, of_qkv_NLX, of_key[:, :prompts], of_value[:, :prompts])
 
 
@@ -153,13 +153,13 @@ def _scaled(q_NHLE: Tensor, scale: float) -> Tensor:
     return q_NHLE.clone(memory_format=torch.contiguous_format).mul_(scale).flatten(0, 1)
 
 
-def _fused(context: Any, of_q_ZLE: Tensor, of_k_ZLE: Tensor, of_v_ZLE: Tensor) -> Tensor:
+def _fused_gradient(context: Any, of_q_ZLE: Tensor, of_k_ZLE: Tensor, of_v_ZLE: Tensor) -> Tensor:
     """Gradient of the fused projection (N, L, X) from those of key, value and scaled query, which is modified in place."""
     parts = (of_q_ZLE.mul_(context.scale), of_k_ZLE, of_v_ZLE)
     heads, (rows, length, width) = context.heads, of_q_ZLE.shape
     fused_NL3HE = of_q_ZLE.new_empty(rows // heads, length, 3, heads, width)
     for number, part in enumerate(parts):
-        fused_NL3HE[:, :, number] = _apart(part, heads)
+        fused_NL3HE[:, :, number] = _view_heads(part, heads)
     return fused_NL3HE.flatten(2)
 
 
@@ -169,12 +169,12 @@ def _heads(x_NLD: Tensor, heads: int) -> Tensor:
     return split.transpose(1, 2).contiguous().flatten(0, 1)
 
 
-def _join(x_ZLE: Tensor, heads: int) -> Tensor:
+def _join_heads(x_ZLE: Tensor, heads: int) -> Tensor:
     """Invert `_heads`."""
-    return _apart(x_ZLE, heads).flatten(2)
+    return _view_heads(x_ZLE, heads).flatten(2)
 
 
-def _apart(x_ZLE: Tensor, heads: int) -> Tensor:
+def _view_heads(x_ZLE: Tensor, heads: int) -> Tensor:
     """View (Z, L, E) as (N, L, H, E)."""
     split: Tensor = x_ZLE.unflatten(0, (-1, heads))
     return split.transpose(1, 2)
@@ -194,7 +194,7 @@ def _softmax(scores_Z: Tensor, dim: int) -> Tensor:
     return to_float32(scores_Z).softmax(dim=dim).to(scores_Z.dtype)
 
 
-def _of_softmax(of_weights: Tensor, weights: Tensor, dim: int) -> Tensor:
+def _softmax_gradient(of_weights: Tensor, weights: Tensor, dim: int) -> Tensor:
     """Gradient of the scores from the gradient of their softmax."""
     return torch._softmax_backward_data(of_weights, weights, dim, weights.dtype)
 

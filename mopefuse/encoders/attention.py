@@ -95,7 +95,7 @@ def attend(
     if mask is None and causal:
         length = q_NHLE.shape[2]
         mask = torch.ones(length, length, dtype=torch.bool, device=q_NHLE.device).tril()
-    prompt_k_BHPE, prompt_v_BHPE = (for_windows(part, q_NHLE.shape[0]) for part in (prompt_k_BHPE, prompt_v_BHPE))
+    prompt_k_BHPE, prompt_v_BHPE = (repeat_for_windows(part, q_NHLE.shape[0]) for part in (prompt_k_BHPE, prompt_v_BHPE))
     if mask is not None:
         uncovered = prompt_k_BHPE.shape[2] + k_NHLE.shape[2] - mask.shape[-1]
         mask = F.pad(mask, (uncovered, 0), value=mask.dtype == torch.bool)
@@ -116,12 +116,12 @@ def attend_prompts(
     """
     scale = q_NHLE.shape[-1] ** -0.5 if scale is None else scale
     gated_BHPE = prompt_v_BHPE * torch.tanh(gate_H).to(prompt_v_BHPE.dtype)[:, None, None]
-    keys_NHPE, values_NHPE = (for_windows(part, q_NHLE.shape[0]) for part in (prompt_k_BHPE * scale, gated_BHPE))
+    keys_NHPE, values_NHPE = (repeat_for_windows(part, q_NHLE.shape[0]) for part in (prompt_k_BHPE * scale, gated_BHPE))
     weights_NHPL = (keys_NHPE @ q_NHLE.contiguous().transpose(-2, -1)).softmax(dim=-2)
     return weights_NHPL.transpose(-2, -1) @ values_NHPE
 
 
-def for_windows(x_BHPE: Tensor, count: int) -> Tensor:
+def repeat_for_windows(x_BHPE: Tensor, count: int) -> Tensor:
     """Repeat the values of each image for each of its windows: (N, H, P, E) with N = `count`, windows of an image adjacent."""
     windows = count // x_BHPE.shape[0]
     return x_BHPE if windows == 1 else x_BHPE[:, None].expand(-1, windows, -1, -1, -1).flatten(0, 1)
@@ -138,11 +138,11 @@ def split_fused(qkv_BLX: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor, Te
     if torch.is_grad_enabled() and qkv_BLX.requires_grad:
         q, k, v, again = _SplitFused.apply(qkv_BLX, heads)
         return q, k, v, again
-    q, k, v = parts_of(qkv_BLX, 3, heads)
+    q, k, v = view_parts(qkv_BLX, 3, heads)
     return q, k, v, q.contiguous()
 
 
-def parts_of(fused_BLX: Tensor, parts: int, heads: int) -> Tensor:
+def view_parts(fused_BLX: Tensor, parts: int, heads: int) -> Tensor:
     """View the output of a fused projection as (parts, B, H, L, E): query, key and value, or the last two."""
     split: Tensor = fused_BLX.unflatten(-1, (parts, heads, -1))
     return split.permute(2, 0, 3, 1, 4)
@@ -156,7 +156,7 @@ class _SplitFused(torch.autograd.Function):
 
     @staticmethod
     def forward(context: Any, qkv_BLX: Tensor, heads: int) -> tuple[Tensor, ...]:
-        q, k, v = parts_of(qkv_BLX, 3, heads)
+        q, k, v = view_parts(qkv_BLX, 3, heads)
         return q, k, v, q.contiguous()
 
     @staticmethod

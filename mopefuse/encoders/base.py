@@ -39,8 +39,9 @@ __all__ = ["Call", "Encoded", "Encoder", "Inputs", "Insert", "Preprocess", "Prom
 class Encoder(nn.Module):
     """A frozen pretrained backbone of one modality.
 
-    A subclass builds its backbone in `__init__`, sets the attributes below, calls `_ask(layer, tokens, mask)` with the
-    input tokens of block `layer`, and passes the returned prompt to the attention of that block (`attention.attend`).
+    A subclass builds its backbone in `__init__`, sets the attributes below, calls `_request_prompt(layer, tokens, mask)`
+    with the input tokens of block `layer`, and passes the returned prompt to the attention of that block
+    (`attention.attend`).
     Without a prompt its output equals that of the unmodified backbone, bit for bit. A sample's output does not depend on
     its batch.
     """
@@ -76,7 +77,7 @@ class Encoder(nn.Module):
 
     @abstractmethod
     def _encode(self, inputs: Inputs) -> Encoded:
-        """Run the forward pass; blocks get their prompts from `_ask`."""
+        """Run the forward pass; blocks get their prompts from `_request_prompt`."""
 
     def encode(self, inputs: Inputs, prompt_at: PromptAt | None = None, insert: Insert | None = None) -> Encoded:
         """Encode a batch, with a prompt in every layer for which `prompt_at` returns one.
@@ -159,7 +160,8 @@ class Encoder(nn.Module):
         call = self._current_call.value
         return call if isinstance(call, Call) else Call()
 
-    def _ask(self, layer: int, tokens_BLD: Tensor, mask_BL: Tensor | None = None) -> Prompt | None:
+    def _request_prompt(self, layer: int, tokens_BLD: Tensor, mask_BL: Tensor | None = None) -> Prompt | None:
+        """Return the prompt of a layer for its input tokens, or None where there is none."""
         prompt_at = self._call.prompt_at
         return None if prompt_at is None else prompt_at(layer, tokens_BLD, mask_BL)
 
@@ -178,14 +180,14 @@ class Encoder(nn.Module):
         _lora.adapt(self, lora)
         self.adapted = True
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(self.learned(name))
+            parameter.requires_grad_(self.is_trainable(name))
 
     @property
-    def learns(self) -> bool:
+    def trainable(self) -> bool:
         """Whether any parameter is trainable, so that features change during training."""
         return self.tuned or self.adapted
 
-    def learned(self, name: str) -> bool:
+    def is_trainable(self, name: str) -> bool:
         """Whether a parameter or buffer of this encoder is trained rather than loaded from the pretrained weights."""
         return self.tuned or (self.adapted and _lora.is_lora(name))
 
@@ -214,13 +216,13 @@ class Encoder(nn.Module):
 
     def describe(self) -> dict[str, Any]:
         """Describe what determines the features besides the weights: ``model``, ``preprocess`` and ``libraries``."""
-        owners = [registry.distribution(point) for point in registry.claimed(registry.ENCODERS, self.spec.scheme)]
+        owners = [registry.distribution(point) for point in registry.find_candidates(registry.ENCODERS, self.spec.scheme)]
         description = {
             "model": self.architecture(),
             "preprocess": _description.preprocess_values(self.preprocess),
             "libraries": _description.versions(("mopefuse", "torch", *self.libraries, *owners)),
         }
-        plain: dict[str, Any] = _description.plain(description)
+        plain: dict[str, Any] = _description.to_json_values(description)
         return plain
 
     def count_tokens(self) -> int:
@@ -233,7 +235,7 @@ class Encoder(nn.Module):
         def count(layer: int, tokens_BLD: Tensor, mask_BL: Tensor | None) -> None:
             counted.append(tokens_BLD.shape[1])
 
-        inputs = self.preprocess.batch([self.preprocess.item(get_modality(self.modality).nothing())])
+        inputs = self.preprocess.batch([self.preprocess.item(get_modality(self.modality).blank_value())])
         with torch.no_grad():
             encoded = self.encode(inputs, count if self.widths else None)
         return counted[0] if counted else encoded.tokens_BLD.shape[1]

@@ -41,7 +41,7 @@ def preprocess_values(preprocess: Any) -> dict[str, Any]:
     return values if digests is None else {**values, "tokenizer": digests()}
 
 
-def plain(value: Any) -> Any:
+def to_json_values(value: Any) -> Any:
     """Convert a value to what JSON can hold: lists for tuples, text for anything else."""
     return json.loads(json.dumps(value, default=str, sort_keys=True))
 
@@ -57,7 +57,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     If library versions differ, only fields that both descriptions have are compared, without `_INTERNAL` ones: another
     version may name fields or serialise tokenizers differently.
     """
-    both = flat(before), flat(now)
+    both = flatten(before), flatten(now)
     skipped = set(both[0].keys() ^ both[1].keys()) | set(_INTERNAL) if other_versions(before, now) else set()
     found = []
     for name in sorted(both[0].keys() | both[1].keys()):
@@ -74,12 +74,12 @@ def other_versions(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
     return [f"{name} {was.get(name, 'absent')}, now {is_.get(name, 'absent')}" for name in names]
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flatten nested values to dotted names."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{name}.")
+            found |= flatten(value, f"{prefix}{name}.")
         else:
             found[f"{prefix}{name}"] = value
     return found

@@ -26,7 +26,7 @@ from mopefuse.core.error_codes import EncoderCode
 from mopefuse.core.registry import Spec
 from mopefuse.encoders import _hf_images, _hf_source, _hf_text, _options
 from mopefuse.encoders._hf_families import DECODER, FAMILIES, IMAGE, TEXT, Family
-from mopefuse.encoders._hf_model import TransformersEncoder, mean_of, unsuitable
+from mopefuse.encoders._hf_model import TransformersEncoder, mean_of, unsuitable_model_error
 from mopefuse.encoders._hf_source import Source
 from mopefuse.encoders.base import Encoded, Inputs
 from mopefuse.encoders.preprocess import ImagePreprocess, TextPreprocess
@@ -49,7 +49,7 @@ class HFEncoder(TransformersEncoder):
             return IMAGE
         if model.main_input_name == "input_ids" and kind in _MASKED | _CAUSAL:
             return TEXT if kind in _MASKED else DECODER
-        raise unsuitable(f"a {kind} model reads neither text nor images alone", self.spec, FAMILIES)
+        raise unsuitable_model_error(f"a {kind} model reads neither text nor images alone", self.spec, FAMILIES)
 
     def _preprocess(self, source: Source) -> TextPreprocess | ImagePreprocess:
         if self.modality == "text":

@@ -131,7 +131,7 @@ def _attention(
     self: Any, q_x: Tensor, k_x: Tensor | None = None, v_x: Tensor | None = None, attn_mask: Tensor | None = None
 ) -> Tensor:
     """`ResidualAttentionBlock.attention` with the prompt in the slot."""
-    prompt: Prompt | None = self.prompt_slot.take()
+    prompt: Prompt | None = self.prompt_slot.pop()
     if prompt is None or prompt.gate_H is not None:
         out: Tensor = ResidualAttentionBlock.attention(self, q_x=q_x, k_x=k_x, v_x=v_x, attn_mask=attn_mask)
         return out if prompt is None else out + _attend_gated(self.attn, q_x, prompt)
@@ -204,7 +204,7 @@ def _config(spec: Spec, name: str, tag: str, tower: str) -> tuple[dict[str, Any]
     text = config["text_cfg"]
     why = "needs a text model that open_clip does not bundle" if text.get("hf_model_name") else ""
     why = why or ("has a decoder" if "multimodal_cfg" in config else "")
-    why = why or (_open_clip_text.why_unsuitable(text) if tower == "text" else "")
+    why = why or (_open_clip_text.find_unsupported_setting(text) if tower == "text" else "")
     if why:
         fix = "use a CLIP or SigLIP model with open_clip's own text tower, or the same encoder through hf: or timm:"
         raise EncoderError(EncoderCode.UNSUITABLE, f"{name}#{tower} {why}", where=str(spec), fix=fix)
@@ -252,7 +252,7 @@ def _fetch(spec: Spec, name: str, tag: str) -> Path:
         if path is not None:
             check_tensors(path)
             return path
-    raise _hub.no_safetensors(repo or f"{name}/{tag}", str(spec))
+    raise _hub.no_safetensors_error(repo or f"{name}/{tag}", str(spec))
 
 
 def _image_preprocess(spec: Spec, tower: Any, statistics: dict[str, Any]) -> ImagePreprocess:

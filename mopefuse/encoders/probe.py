@@ -1,7 +1,7 @@
 """Finds the promptable layers of a transformers model by observing one forward pass, independent of module names.
 
 A prompt acts through its keys and values only (arXiv 2312.03734 drops the outputs of prompts after every layer), so three
-modules of a layer must be known: the norm ahead of its attention, and the projections to keys and values. `Watch` records
+modules of a layer must be known: the norm ahead of its attention, and the projections to keys and values. `Recorder` records
 every module call; `_site` tries combinations of recorded modules and accepts only one that, recomputed from the layer's input
 tokens, reproduces the keys and values passed to the attention function. They are compared row by row; as a set of rows if
 tokens are partitioned into windows; and by length only if keys have rotary positions (a rotation keeps lengths). A layer
@@ -91,7 +91,7 @@ class _NotPromptable(Exception):
     """The reason why a layer cannot be prompted."""
 
 
-class Watch:
+class Recorder:
     """Records module calls and attention calls during one forward pass, and collects the sites or the first fault."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -144,7 +144,7 @@ def find_sites(model: nn.Module, run: Callable[[], object]) -> tuple[list[Site],
     Returns:
         All layers and an empty text; no layers and the reason if any layer cannot be prompted.
     """
-    watch = Watch(model)
+    watch = Recorder(model)
     modules = list(model.modules())
     handles: list[Any] = []
     for module in modules:
@@ -278,14 +278,14 @@ def _same(ours_BLGE: Tensor, seen_NGLE: Tensor, *, turned: bool = False) -> bool
 def _in_windows(rows_BLX: Tensor, windows: Tensor) -> bool:
     """Whether every row of a sample occurs in one of its windows, which are adjacent."""
     batch = rows_BLX.shape[0]
-    return windows.shape[0] % batch == 0 and all(map(_among, rows_BLX, windows.reshape(batch, -1, rows_BLX.shape[2])))
+    return windows.shape[0] % batch == 0 and all(map(_contains_rows, rows_BLX, windows.reshape(batch, -1, rows_BLX.shape[2])))
 
 
 def _close(left: Tensor, right: Tensor) -> bool:
     return bool((left - right).abs().max() <= _TOLERANCE * max(1e-6, float(right.abs().max())))
 
 
-def _among(rows: Tensor, others: Tensor) -> bool:
+def _contains_rows(rows: Tensor, others: Tensor) -> bool:
     """Whether every row occurs among the others; candidates are found by projecting both on one fixed random direction."""
     if rows.shape[0] > others.shape[0]:
         return False

@@ -139,14 +139,14 @@ def _fetch(spec: Spec) -> tuple[Path, str]:
     config = timm.get_pretrained_cfg(spec.name)
     repo = getattr(config, "hf_hub_id", None)
     if not repo:
-        raise _hub.no_safetensors(f"timm:{spec.name}", str(spec))
+        raise _hub.no_safetensors_error(f"timm:{spec.name}", str(spec))
     repo = f"{repo}{spec.name if '.' in spec.name else f'{spec.name}.{config.tag}'}" if repo.endswith("/") else repo
     name = config.hf_hub_filename or "model.safetensors"
     safe = {"open_clip_pytorch_model.bin": "open_clip_model.safetensors", "pytorch_model.bin": "model.safetensors"}
     repo, _, revision = repo.partition("@")
     path = _hub.fetch(repo, safe.get(name, name), revision or None, where=str(spec))
     if path is None or path.suffix != ".safetensors":
-        raise _hub.no_safetensors(repo, str(spec))
+        raise _hub.no_safetensors_error(repo, str(spec))
     check_tensors(path)
     return path, path.parent.name
 

@@ -199,7 +199,7 @@ class TinyEncoder(Encoder):
             x_BLD, all_BL = insert.prepend_to(x_BLD), insert.extend_mask(mask_BL)
             mask = insert.attention_mask(mask, x_BLD.shape[1])
         for layer, block in enumerate(self.blocks):
-            prompt = self._ask(layer, x_BLD, all_BL)
+            prompt = self._request_prompt(layer, x_BLD, all_BL)
             x_BLD = self._run_block(block, x_BLD, mask, prompt)
         if insert is not None:
             x_BLD = x_BLD[:, insert.tokens_BPD.shape[1] :]
@@ -210,7 +210,7 @@ class TinyEncoder(Encoder):
         return self._run_block(self.blocks[layer], tokens_BLD, mask_B11K, prompt)
 
     def _run_block(self, block: nn.Module, x_BLD: Tensor, mask: Tensor | None, prompt: Prompt | None) -> Tensor:
-        out_BLD: Tensor = run_block(block, x_BLD, mask, prompt, recompute=self.recompute, learns=self.learns)
+        out_BLD: Tensor = run_block(block, x_BLD, mask, prompt, recompute=self.recompute, trainable=self.trainable)
         return out_BLD
 
     def _pooled(self, x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:

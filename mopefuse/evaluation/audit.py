@@ -61,7 +61,7 @@ class Condition:
     modality: str = ""
 
     @property
-    def matters(self) -> bool:
+    def is_significant(self) -> bool:
         """Whether `lost` differs from 0: its interval does not contain 0."""
         return self.low > 0 or self.high < 0
 
@@ -117,9 +117,9 @@ class Audit:
         change += f", and with none to {empty:.1f} %"
         if self.alone and len(self.modalities) == 1:
             return f"The {other} is the only input that the model uses: {change}."
-        if shuffled.matters and shuffled.lost > 0:
+        if shuffled.is_significant and shuffled.lost > 0:
             return f"The model uses the {other}: {change}."
-        if shuffled.matters:
+        if shuffled.is_significant:
             return f"The {other} misleads the model: {change}."
         return f"There is no sign that the model uses the {other}: {change} ({self._noise(shuffled)})."
 
@@ -136,11 +136,9 @@ class Audit:
     def as_dict(self) -> dict[str, Any]:
         """Everything but the logits."""
         facts = ("split", "samples", "total", "metric", "modality", "read", "same", "verdict")
+        shown = ("name", "modality", "metrics", "changed", "lost", "low", "high")
         rows = [
-            {
-                name: getattr(condition, name)
-                for name in ("name", "modality", "metrics", "changed", "lost", "low", "high", "matters")
-            }
+            {**{name: getattr(condition, name) for name in shown}, "matters": condition.is_significant}
             for condition in self.conditions
         ]
         return {**{name: getattr(self, name) for name in facts}, "conditions": rows}
@@ -208,7 +206,7 @@ def audit_model(
     keys = {name: data.splits[split].keys[name] for name in sides}
 
     def logits_of(condition: str, altered: Samples, without: str = "") -> Tensor:
-        with model.without(without) if without else nullcontext():
+        with model.without_prompts(without) if without else nullcontext():
             report = lambda done, total: advance(condition, done, total)  # noqa: E731
             return run_split(model, data, split, config, device, samples=altered, advance=report).logits_SN
 
@@ -238,7 +236,7 @@ def audit_model(
 def subsample(data: DataSet, split: str, count: int, seed: int) -> tuple[DataSet, list[int]]:
     """`data` with only `count` samples of a split, drawn with `seed`, and the positions of these samples."""
     chosen = sorted(random_order([row.id for row in data.splits[split].rows], seed)[:count])
-    return replace(data, splits={**data.splits, split: data.splits[split].part(chosen)}), chosen
+    return replace(data, splits={**data.splits, split: data.splits[split].select_rows(chosen)}), chosen
 
 
 def _complementary_modalities(model: Fusion, data: DataSet) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from mopefuse.core.error_codes import ConfigCode
 from mopefuse.data.missing import FixedMissing
 from mopefuse.errors import ConfigError
 from mopefuse.evaluation.missing_masks import Removal, plan_removal
-from mopefuse.evaluation.missing_shares import Shares, words
+from mopefuse.evaluation.missing_shares import Shares, describe_shares
 from mopefuse.evaluation.scoring import score
 from mopefuse.evaluation.split import model_outputs, prepare_samples
 from mopefuse.runs.load import OpenRun, open_run
@@ -45,7 +45,7 @@ class Cell:
     @property
     def words(self) -> str:
         """What is missing, in words."""
-        return words(self.missing, self.natural)
+        return describe_shares(self.missing, self.natural)
 
     @property
     def lacking(self) -> str:
@@ -104,7 +104,8 @@ def evaluate_missing(
     """Evaluate a run where shares of the samples lack modalities; for a run on its own data the result is saved in the run.
 
     Args:
-        shares: of `mopefuse.evaluation.missing_shares.parse`; None for a grid of shares of every modality that may be missing.
+        shares: see `mopefuse.evaluation.missing_shares.parse_shares`; None for a grid of shares of every modality that may be
+            missing.
         seed: determines which samples lack a modality.
         layout: settings of `data` that differ there, see `mopefuse.runs.load.with_data_path`.
         predictions: file for the predictions of the last entry of `shares`.
@@ -122,7 +123,7 @@ def evaluate_missing(
     opened = open_run(folder, split, data, layout=layout, checkpoint=checkpoint, device=device, main=main, comp=comp)
     removal, requested = plan_removal(opened.model, opened.data, split, shares, seed)
     cells = _evaluate_cells(opened, removal, requested, predictions, advance)
-    trained_without = {opened.model.encoder(side).modality for side in opened.model.does_without}
+    trained_without = {opened.model.encoder(side).modality for side in opened.model.optional_sides}
     is_run = kind_of(folder) == "run"
     missing = Missing(
         split=split,
@@ -151,7 +152,7 @@ def _evaluate_cells(
         shares = removal.actual_shares(one, counts)
         if any(cell.missing == shares for cell in cells):
             continue
-        report = lambda done, total, shares=shares: advance(words(shares), done, total)  # noqa: E731
+        report = lambda done, total, shares=shares: advance(describe_shares(shares), done, total)  # noqa: E731
         taken = FixedMissing(samples, {name: mask_S for name, mask_S in masks.items() if mask_S.any()})
         outputs = model_outputs(model, data, split, config, device, samples=taken, advance=report)
         found = score(outputs, data, split, opened.thresholds, predictions=predictions)

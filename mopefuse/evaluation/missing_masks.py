@@ -30,20 +30,20 @@ class Removal:
     Args:
         ids: ids of the samples.
         kinds: name ("text", "image+text") to the modalities that a sample loses together.
-        lacks: modality to (S,), whether a row of the data has none.
+        missing: modality to (S,), whether a row of the data has none.
         orders: kind to the samples that can lose it, by position: rows that lack it first. A sample that has nothing else
             is not among them.
     """
 
     ids: tuple[str, ...]
     kinds: Mapping[str, tuple[str, ...]]
-    lacks: Mapping[str, NDArray[np.bool_]]
+    missing: Mapping[str, NDArray[np.bool_]]
     orders: Mapping[str, list[int]]
 
     @property
     def natural(self) -> dict[str, int]:
         """Number of rows that lack each modality in the data; without modalities that no row lacks."""
-        return {name: count for name, lacks_S in self.lacks.items() if (count := int(lacks_S.sum()))}
+        return {name: count for name, missing_S in self.missing.items() if (count := int(missing_S.sum()))}
 
     def masks(self, shares: Shares) -> tuple[dict[str, NDArray[np.bool_]], dict[str, int]]:
         """Remove shares of modalities.
@@ -53,11 +53,11 @@ class Removal:
         Returns:
             Modality to (S,), True where a sample lacks it afterwards; and kind to the number of samples that lack it.
         """
-        masks = {name: lacks_S.copy() for name, lacks_S in self.lacks.items()}
+        masks = {name: missing_S.copy() for name, missing_S in self.missing.items()}
         counts = {}
         for kind, share in shares.items():
             own, others = self.kinds[kind], [name for name in masks if name not in self.kinds[kind]]
-            natural_S = np.logical_and.reduce([self.lacks[name] for name in own])
+            natural_S = np.logical_and.reduce([self.missing[name] for name in own])
             candidates = [index for index in self.orders[kind] if not all(masks[name][index] for name in others)]
             count = max(int(natural_S[candidates].sum()), round(share * len(natural_S)))
             for name in own:
@@ -104,9 +104,9 @@ def plan_removal(
     for kind in sorted(requested) or ([] if kinds else [GRID]):
         _require_removable(kind, kinds, model)
     ids = tuple(row.id for row in data.splits[split].rows)
-    lacks = {name: data.splits[split].lacks(name) for name in modalities_read(model)}
-    orders = {kind: _order(ids, kinds[kind], lacks, seed) for kind in requested}
-    return Removal(ids=ids, kinds=kinds, lacks=lacks, orders=orders), list(shares)
+    missing = {name: data.splits[split].is_missing(name) for name in modalities_read(model)}
+    orders = {kind: _order(ids, kinds[kind], missing, seed) for kind in requested}
+    return Removal(ids=ids, kinds=kinds, missing=missing, orders=orders), list(shares)
 
 
 def modalities_read(model: Fusion) -> tuple[str, ...]:
@@ -116,7 +116,7 @@ def modalities_read(model: Fusion) -> tuple[str, ...]:
 
 def _removable(model: Fusion) -> list[tuple[str, ...]]:
     """Each modality that samples may lack, and each combination of these; never everything that the model reads."""
-    may, read = sorted({model.encoder(side).modality for side in model.may_lack}), set(modalities_read(model))
+    may, read = sorted({model.encoder(side).modality for side in model.droppable_sides}), set(modalities_read(model))
     return [kind for size in range(1, len(may) + 1) for kind in combinations(may, size) if set(kind) < read]
 
 
@@ -141,10 +141,10 @@ def _require_removable(kind: str, kinds: Mapping[str, tuple[str, ...]], model: F
 
 
 def _order(
-    ids: Sequence[str], kind: tuple[str, ...], lacks: Mapping[str, NDArray[np.bool_]], seed: int
+    ids: Sequence[str], kind: tuple[str, ...], missing: Mapping[str, NDArray[np.bool_]], seed: int
 ) -> list[int]:
     """The samples that can lose `kind`, by position, in the order in which they lose it; rows that lack it come first."""
-    natural_S = np.logical_and.reduce([lacks[name] for name in kind])
-    nothing_else_S = np.logical_and.reduce([lacks_S for name, lacks_S in lacks.items() if name not in kind])
+    natural_S = np.logical_and.reduce([missing[name] for name in kind])
+    nothing_else_S = np.logical_and.reduce([missing_S for name, missing_S in missing.items() if name not in kind])
     order = sorted(removal_order(ids, kind, seed), key=lambda index: not natural_S[index])
     return [index for index in order if not nothing_else_S[index]]

@@ -12,7 +12,7 @@ Shares = dict[str, float]
 """Share of samples that lack a modality, by modality; names joined by "+" are missing together."""
 
 
-def words(missing: Mapping[str, float], natural: Mapping[str, int] | None = None) -> str:
+def describe_shares(missing: Mapping[str, float], natural: Mapping[str, int] | None = None) -> str:
     """``70 % of samples lack text``.
 
     Args:
@@ -22,7 +22,7 @@ def words(missing: Mapping[str, float], natural: Mapping[str, int] | None = None
     return ", ".join(parts) or ("only what rows lack is missing" if natural else "nothing is removed")
 
 
-def parse(texts: Sequence[str]) -> list[Shares] | None:
+def parse_shares(texts: Sequence[str]) -> list[Shares] | None:
     """Parse ``text=0.7``, several of which apply at once; None for ``grid``.
 
     Raises:

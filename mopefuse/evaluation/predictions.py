@@ -38,7 +38,7 @@ class Predicted(NamedTuple):
     chosen_Z: Tensor
 
 
-def predicted(
+def collect_predictions(
     index_B: Tensor, logits_BN: Tensor, targets: Tensor, *, multi_label: bool, thresholds: metrics.Thresholds
 ) -> Predicted:
     """The pairs to write for a batch.
@@ -61,7 +61,9 @@ def predicted(
     )
 
 
-def lines(parts: Iterable[Predicted], rows: Sequence[Row], labels: Sequence[str], *, multi_label: bool) -> Iterator[str]:
+def to_json_lines(
+    parts: Iterable[Predicted], rows: Sequence[Row], labels: Sequence[str], *, multi_label: bool
+) -> Iterator[str]:
     """``{"id", "label" | "labels", "probabilities": {label: p}, "true"}`` as lines of JSON, in the order of the split.
 
     Args:

@@ -18,7 +18,7 @@ from mopefuse.core import distributed
 from mopefuse.core.atomic_files import write_lines
 from mopefuse.data.base import DataSet
 from mopefuse.evaluation.outputs import BatchOutput, ModelOutputs, is_nonfinite, require_finite
-from mopefuse.evaluation.predictions import Predicted, lines, predicted
+from mopefuse.evaluation.predictions import Predicted, collect_predictions, to_json_lines
 from mopefuse.evaluation.spool import Spool
 from mopefuse.metrics import classification as metrics
 
@@ -69,11 +69,11 @@ def score(
             nonfinite_S[index_B] = is_nonfinite(logits_BN)
             tally.add(index_B, logits_BN, targets_of_batch, thresholds)
             if predictions is not None:
-                own = predicted(index_B, logits_BN, targets_of_batch, multi_label=multi, thresholds=thresholds)
+                own = collect_predictions(index_B, logits_BN, targets_of_batch, multi_label=multi, thresholds=thresholds)
                 parts = [Predicted(*part) for part in distributed.send_to_main(own)] if distributed_outputs else [own]
-                yield from lines(parts, rows, data.labels, multi_label=multi)
+                yield from to_json_lines(parts, rows, data.labels, multi_label=multi)
         if distributed_outputs:
-            distributed.summed(nonfinite_S)
+            distributed.sum_over_processes(nonfinite_S)
         require_finite(nonfinite_S, data, split)
 
     if predictions is not None and distributed.is_main():
@@ -81,7 +81,7 @@ def score(
     else:
         deque(scored_lines(), maxlen=0)
     for sums in tally.sums() if distributed_outputs else ():
-        distributed.summed(sums)
+        distributed.sum_over_processes(sums)
     load_LK = outputs.load() if isinstance(outputs, ModelOutputs) else None
     return Evaluation(split, tally.metrics(), tally.per_label(data.labels), load_LK)
 
@@ -107,7 +107,7 @@ def score_tuned(outputs: ModelOutputs, data: DataSet, split: str, folder: Path) 
             if parts:
                 order = torch.cat([index_B for index_B, _ in parts]).argsort()
                 spool.add(torch.cat([logits.reshape(-1, labels) for _, logits in parts])[order])
-        require_finite(distributed.summed(nonfinite_S), data, split)
+        require_finite(distributed.sum_over_processes(nonfinite_S), data, split)
         load_LK = outputs.load()
 
         def tune() -> tuple[Evaluation, list[float]]:

@@ -95,7 +95,7 @@ def prepare_samples(
             what = f"{features[side].different:,} different {get_modality(encoder.modality).plural}"
             notice(f"{split}: {what} encoded once by {encoder.spec}, {features[side].origin}")
     samples = Samples(data, split, model.readers(), config.data, features=features, seed=config.seed, training=training)
-    model.require_all_but(samples.lacking, where=split)
+    model.require_modalities(samples.lacking, where=split)
     if config.data.cache_images:
         advance = partial(reading, f"decoding {split}")
         if distributed.world_size() > 1:
@@ -103,7 +103,7 @@ def prepare_samples(
         samples.cache_images(advance)
     if not (training and config.train.modality_dropout):
         return samples
-    dropped = [side for side in model.may_lack if side in model.reads]
+    dropped = [side for side in model.droppable_sides if side in model.reads]
     return ModalityDropout(samples, dropped, config.train.modality_dropout) if dropped else samples
 
 

@@ -14,14 +14,14 @@ import torch
 from mopefuse.config.recipe import to_yaml
 from mopefuse.config.schema import RunConfig
 from mopefuse.core.artifact import dump_json, publish
-from mopefuse.core.atomic_files import check_parent, sweep
+from mopefuse.core.atomic_files import check_parent, remove_leftovers
 from mopefuse.core.error_codes import ConfigCode, EncoderCode, NumericCode
 from mopefuse.core.python_names import python_names
 from mopefuse.core.tensor_files import write_tensors
 from mopefuse.data.columns import sort_modalities
 from mopefuse.errors import ConfigError, EncoderError, NumericError
 from mopefuse.export.model_card import model_card
-from mopefuse.fusion.base import Fusion, fresh_encoders
+from mopefuse.fusion.base import Fusion, unsaved_fingerprints
 from mopefuse.fusion.build import full_specs, load_encoder
 from mopefuse.fusion.facts import model_facts
 from mopefuse.inference.bundle import KIND as BUNDLE
@@ -58,7 +58,7 @@ def save_adapter(
         EncoderError: the weights of a frozen encoder were changed or converted. NumericError: weights that are not finite.
     """
     folder = Path(out)
-    sweep(folder.absolute().parent, folder.name)
+    remove_leftovers(folder.absolute().parent, folder.name)
     with python_names():
         require_free(folder, overwrite)
     names = _names_of(model, labels)
@@ -183,7 +183,7 @@ def _require_unchanged_encoders(model: Fusion) -> None:
 
     Each encoder is loaded again for the comparison, one at a time.
     """
-    for side, fingerprint in fresh_encoders(model).items():
+    for side, fingerprint in unsaved_fingerprints(model).items():
         spec = str(model.encoder(side).spec)
         if fingerprint != load_encoder(model.config, side).fingerprint():
             what = f"the weights of the {side} encoder are no longer those of {spec}, and an adapter does not contain them"

@@ -60,7 +60,7 @@ class Parity:
     milliseconds: dict[str, float]
 
 
-def public(config: RunConfig) -> RunConfig:
+def without_data_path(config: RunConfig) -> RunConfig:
     """`config` without the location of its data, which stays private."""
     return config.model_copy(update={"data": config.data.model_copy(update={"path": None, "image_roots": ()})})
 
@@ -72,7 +72,7 @@ class Maker:
         self, loaded: Loaded, facts: dict[str, Any], form: str, *, routing: bool, int8: bool, name: str, notice: Notice
     ) -> None:
         self.loaded, self.facts, self.form, self.int8, self.name, self.notice = loaded, facts, form, int8, name, notice
-        self.config = public(loaded.config)
+        self.config = without_data_path(loaded.config)
         self.graph = graph.Graph(loaded.model, routing=routing)
         self.command = f"mopefuse export RUN --format {form}{' --routing' * routing}{' --int8' * int8} -o OUT"
         self.manifest: dict[str, Any] = {"kind": KIND, "model": form}
@@ -86,7 +86,7 @@ class Maker:
         labels["thresholds"] = self.facts["progress"]["thresholds"]
         (folder / "labels.json").write_text(dump_json(labels), encoding="utf-8")
         (folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
-        images, texts = probes(sides)
+        images, texts = probe_pairs(sides)
         self._check_routing(images, texts)
         self.notice("tracing the model")
         lengths, example = graph.fixed_lengths(sides), self.graph.collate(images[:3], texts[:3])
@@ -174,11 +174,11 @@ def describe(model: Fusion, folder: Path) -> dict[str, dict[str, Any]]:
             how |= {"tokenizer_name": how["tokenizer"], "vocabulary": getattr(preprocess, "vocabulary", 0)}
             how["length"] = getattr(preprocess, "length", None)
             how["tokenizer"] = {**save(file), **({"file": file.name} if file.exists() else {})}
-        sides[side] = how | {"may_lack": side in model.does_without}
+        sides[side] = how | {"may_lack": side in model.optional_sides}
     return sides
 
 
-def probes(sides: Mapping[str, Mapping[str, Any]]) -> tuple[list[Any], list[Any]]:
+def probe_pairs(sides: Mapping[str, Mapping[str, Any]]) -> tuple[list[Any], list[Any]]:
     """Seven pairs to compare with: images of several shapes; texts that are empty, short, of other scripts, or too long for
     any encoder; None for some values if the model can predict without them."""
     rng = np.random.default_rng(0)
@@ -221,9 +221,9 @@ def compare(made: graph.Graph, bundle: Bundle, images: Sequence[Any], texts: Seq
         with torch.no_grad():
             wanted = [output.numpy() for output in made(own)]
         found = bundle.run(theirs)
-        worst = max(worst, _off(found[0], wanted[0]))
-        routed = max(routed, 0.0 if found[1] is None else _off(found[1], wanted[1]))
-        agree += int((_chosen(found[0], bundle) == _chosen(wanted[0], bundle)).all(axis=-1).sum())
+        worst = max(worst, _difference(found[0], wanted[0]))
+        routed = max(routed, 0.0 if found[1] is None else _difference(found[1], wanted[1]))
+        agree += int((_predicted_labels(found[0], bundle) == _predicted_labels(wanted[0], bundle)).all(axis=-1).sum())
     count = sum(map(len, groups))
     if not max(worst, routed) <= TOLERANCE:
         what = f"the exported graph's answers differ by {max(worst, routed):.2g}, more than {TOLERANCE:g}"
@@ -238,7 +238,7 @@ def compare(made: graph.Graph, bundle: Bundle, images: Sequence[Any], texts: Seq
     )
 
 
-def _off(found: Array, wanted: Array) -> float:
+def _difference(found: Array, wanted: Array) -> float:
     if not np.isfinite(wanted).all():
         raise NumericError(
             NumericCode.PREDICTION_NOT_FINITE,
@@ -249,7 +249,7 @@ def _off(found: Array, wanted: Array) -> float:
     return float(np.abs(found - wanted).max())
 
 
-def _chosen(logits_BN: Array, bundle: Bundle) -> Array:
+def _predicted_labels(logits_BN: Array, bundle: Bundle) -> Array:
     """The predicted labels: a mask (B, N) for multi-label models, else the index of the most likely label (B, 1)."""
     if bundle.multi_label:
         return logits_BN >= np.log(np.array(bundle.thresholds) / (1 - np.array(bundle.thresholds) + 1e-12))

@@ -14,12 +14,12 @@ from typing import Any, Literal
 import torch
 
 from mopefuse.core.artifact import publish
-from mopefuse.core.atomic_files import sweep
+from mopefuse.core.atomic_files import remove_leftovers
 from mopefuse.core.dependencies import require
 from mopefuse.core.error_codes import ConfigCode
 from mopefuse.errors import ConfigError
 from mopefuse.export.adapter import require_free, write_adapter
-from mopefuse.export.bundle_maker import Maker, Notice, Parity, public
+from mopefuse.export.bundle_maker import Maker, Notice, Parity, without_data_path
 from mopefuse.runs import adapter
 from mopefuse.runs.load import Loaded, load_model
 from mopefuse.runs.locate import find_run
@@ -71,7 +71,7 @@ def export(
         EncoderError: an encoder cannot be traced, or its tokenizer cannot be exported.
         GateError: the graph's logits or inputs differ from those of the model.
     """
-    sweep(out.absolute().parent, out.name)  # what was killed while it was replaced is back in its place
+    remove_leftovers(out.absolute().parent, out.name)  # what was killed while it was replaced is back in its place
     _refuse(out, form, {"--int8": int8, "--routing": routing, "--half": half}, overwrite)
     if form == "onnx":
         require("onnx", "onnxscript", "onnxruntime", extra="export", what="export")
@@ -79,7 +79,7 @@ def export(
     loaded = load_model(source, checkpoint, torch.device("cpu"))
     facts = _facts(loaded, source.result())
     if form == "adapter":
-        config, command = public(loaded.config), "mopefuse export RUN --format adapter -o OUT"
+        config, command = without_data_path(loaded.config), "mopefuse export RUN --format adapter -o OUT"
         publish(
             out,
             lambda folder: write_adapter(folder, loaded.model, config, facts, name=out.name, half=half, command=command),
@@ -97,7 +97,7 @@ _GOES_WITH = {"--int8": ("onnx",), "--routing": ("onnx", "pt2"), "--half": ("ada
 def _refuse(out: Path, form: str, options: Mapping[str, bool], overwrite: bool) -> None:
     if form not in FORMS:
         raise ConfigError(
-            ConfigCode.UNKNOWN_EXPORT_FORMAT, f"there is no format {form!r}", where="--format", fix=f"use {', '.join(FORMS)}"
+            ConfigCode.UNKNOWN_EXPORT_FORMAT, f"unknown format {form!r}", where="--format", fix=f"use {', '.join(FORMS)}"
         )
     for option, wanted in options.items():
         if wanted and form not in _GOES_WITH[option]:

@@ -22,7 +22,7 @@ from mopefuse.core.error_codes import ConfigCode, EncoderCode
 from mopefuse.data.base import Batch
 from mopefuse.errors import ConfigError, EncoderError
 from mopefuse.fusion.base import Fusion
-from mopefuse.inference.pt2 import quietly
+from mopefuse.inference.pt2 import silence_exporters
 
 OPSET = 20
 LARGEST = 2_000_000_000  # bytes of weights in one ONNX file, which protobuf limits to 2 GiB; above, they go next to it
@@ -44,7 +44,7 @@ class Graph(nn.Module):
         """Pairs as named tensors on the CPU; None for a value that is missing, if the model can predict without it."""
         batch = self.model.collate(images, texts)
         named = {f"{side}_{name}": t.cpu() for side, inputs in batch.inputs.items() for name, t in inputs.items()}
-        for side in (side for side in self.model.does_without if side in batch.inputs):
+        for side in (side for side in self.model.optional_sides if side in batch.inputs):
             none_B = torch.zeros(len(batch.index), dtype=torch.bool)
             named[f"{side}_missing"] = batch.missing.get(side, none_B).cpu()
         return named
@@ -74,7 +74,7 @@ def trace(graph: Graph, example: Mapping[str, Tensor], fixed_lengths: Mapping[st
     """
     dims = {name: {axis: Dim.DYNAMIC for axis in axes} for name, axes in _axes(example, fixed_lengths).items()}
     try:
-        with torch.no_grad(), quietly():
+        with torch.no_grad(), silence_exporters():
             program = torch.export.export(graph.eval(), (dict(example),), dynamic_shapes={"inputs": dims})
     except Exception as error:  # torch.export can raise any exception
         specs = " and ".join(str(graph.model.encoder(side).spec) for side in graph.model.reads)
@@ -106,7 +106,7 @@ def save_onnx(
         PackageError: onnx or onnxscript is not installed.
     """
     require("onnx", "onnxscript", extra="export", what="export")
-    with quietly():
+    with silence_exporters():
         made = torch.onnx.export(
             program,
             dynamo=True,
@@ -140,7 +140,7 @@ def quantise(file: Path) -> None:
             fix="remove --int8",
         )
     ready, small = file.with_name("ready.onnx"), file.with_name("small.onnx")
-    with quietly():
+    with silence_exporters():
         model = onnx.load(file)
         del model.graph.value_info[:]  # shapes of torch's own, which contradict those that onnxruntime infers
         onnx.save(model, file)

@@ -27,7 +27,7 @@ _SECONDS = 10.0  # for the first answer of the hub
 
 
 @dataclass(frozen=True)
-class Parcel:
+class Upload:
     """An upload that is ready to be sent.
 
     Args:
@@ -46,9 +46,9 @@ class Parcel:
 
 
 @contextmanager
-def pack(
+def prepare_upload(
     run: Path, repo: str, *, checkpoint: str = "best", public: bool = False, offline: bool = False
-) -> Iterator[Parcel]:
+) -> Iterator[Upload]:
     """Prepare the upload of a run, an adapter or a bundle to `repo`; nothing is sent yet.
 
     Args:
@@ -67,9 +67,9 @@ def pack(
             fix="write organisation/name",
         )
     folder = locate(run)
-    kind = _ready(folder, checkpoint)
+    kind = _export_kind(folder, checkpoint)
     try:
-        there, private = _state(name)
+        there, private = _repository_state(name)
     except EncoderError as error:
         if not offline or error.number != EncoderCode.HUB_UNREACHABLE_ON_PUSH:
             raise
@@ -86,7 +86,7 @@ def pack(
             export(run, folder, form="adapter", checkpoint=checkpoint)
         names = [MANIFEST, *verify(folder, kind=kind, thorough=False)["files"]]
         sizes = {file: (folder / file).stat().st_size for file in sorted(names)}
-        yield Parcel(
+        yield Upload(
             repo=name,
             folder=folder,
             files=sizes,
@@ -102,7 +102,7 @@ def _local(adapter: Path) -> tuple[str, ...]:
     return tuple(spec for spec, place in places.items() if os.path.isdir(os.path.expanduser(place)))
 
 
-def _ready(folder: Path, checkpoint: str) -> str:
+def _export_kind(folder: Path, checkpoint: str) -> str:
     """``adapter`` or ``bundle`` for an export, after its files were verified; empty for a run."""
     kind = kind_of(folder)
     if kind not in ("adapter", "bundle"):
@@ -115,7 +115,7 @@ def _ready(folder: Path, checkpoint: str) -> str:
     return kind
 
 
-def _state(repo: str) -> tuple[bool | None, bool]:
+def _repository_state(repo: str) -> tuple[bool | None, bool]:
     """Whether a repository exists (None if unknown), and whether it is private."""
     try:
         return True, bool(HfApi().repo_info(repo, timeout=_SECONDS).private)
@@ -127,7 +127,7 @@ def _state(repo: str) -> tuple[bool | None, bool]:
         raise _explain(error, repo) from error
 
 
-def send(parcel: Parcel) -> str:
+def send(parcel: Upload) -> str:
     """Upload a parcel in one commit, and return the address of the repository.
 
     Raises:

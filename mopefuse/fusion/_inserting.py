@@ -50,11 +50,11 @@ class InsertingFusion(TunedFusion):
         """The reader alone."""
         return (self.reader,)
 
-    def bond(self, name: str) -> str:
-        """Dependency of a trainable tensor, see `bonds`; also of the projection and the inserted prompts."""
+    def dependency_of(self, name: str) -> str:
+        """Dependency of a trainable tensor, see `dependencies`; also of the projection and the inserted prompts."""
         if name.startswith("project."):
             return f"{self.source} features"
-        return self.reader if name == "prompt_PD" else super().bond(name)
+        return self.reader if name == "prompt_PD" else super().dependency_of(name)
 
     def source_width(self) -> int:
         """Width C of the projected features."""

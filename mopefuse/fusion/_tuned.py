@@ -36,7 +36,7 @@ class TunedFusion(Fusion):
         **Fusion.parts,
     }
     sections: ClassVar[tuple[str, ...]] = ("tune", "prompts")
-    bonds: ClassVar[dict[str, str]] = {**Fusion.bonds, r"^stacks\.(\w+)\.": r"\1"}
+    dependencies: ClassVar[dict[str, str]] = {**Fusion.dependencies, r"^stacks\.(\w+)\.": r"\1"}
 
     def __init__(self, config: RunConfig, encoders: Mapping[str, Encoder]) -> None:
         super().__init__(config, encoders)
@@ -53,7 +53,7 @@ class TunedFusion(Fusion):
                 stack = build_static_stack(config.prompts, encoder)
                 if len(stack.layers):
                     self.stacks[side] = stack
-        self.frozen = tuple(side for side in self.uses if side not in self.stacks and not self.encoder(side).learns)
+        self.frozen = tuple(side for side in self.uses if side not in self.stacks and not self.encoder(side).trainable)
 
     def resolve(self, config: RunConfig) -> RunConfig:
         """Return `config` with `tune` set."""
@@ -75,10 +75,10 @@ class TunedFusion(Fusion):
 
     def encode(self, side: str, batch: Batch) -> Encoded:
         """Encode a side with its static prompts; no autograd graph is built if nothing in it is trainable."""
-        if side not in self.stacks and not self.encoder(side).learns:
+        if side not in self.stacks and not self.encoder(side).trainable:
             return run_frozen(self.encoder(side), batch.inputs[side])
         return self.encoder(side).encode(batch.inputs[side], self.prompts(side))
 
     def pooled(self, side: str, batch: Batch) -> Tensor:
         """Pooled feature (B, C) of a side; taken from the batch if it is frozen and was computed earlier."""
-        return self.feature(side, batch) if side in self.frozen else self.encode(side, batch).pooled_BC
+        return self.pooled_feature(side, batch) if side in self.frozen else self.encode(side, batch).pooled_BC

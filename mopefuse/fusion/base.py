@@ -73,11 +73,11 @@ class Fusion(nn.Module):
     }
 
     sections: ClassVar[tuple[str, ...]] = ()  # optional sections of the configuration that the method uses
-    bonds: ClassVar[dict[str, str]] = {r"^(?:standard|absent)\.(\w+)": r"\1 features"}
+    dependencies: ClassVar[dict[str, str]] = {r"^(?:standard|absent)\.(\w+)": r"\1 features"}
     """From a pattern of tensor names to what such a tensor depends on, for `mopefuse swap-encoder`: "main" or "comp" for the
     shape of that encoder's layers, "main features" or "comp features" for the features of this very encoder; ``\1`` is the
     pattern's first group. A tensor that matches none is valid with any encoder."""
-    several: ClassVar[bool] = False
+    takes_several_comps: ClassVar[bool] = False
     """Whether it takes any number of complementary encoders, and handles samples that lack their modalities."""
     closed_form: ClassVar[bool] = False  # whether `fit` trains everything, so that no training step is made
     head: nn.Module
@@ -98,7 +98,7 @@ class Fusion(nn.Module):
         self.reads: tuple[str, ...] = self.uses
         self.standard: nn.ModuleDict | None = None  # by side, if the head takes standardised features
         self.absent = nn.ParameterDict()
-        if config.either and "main" not in self.may_lack:
+        if config.either and "main" not in self.droppable_sides:
             what = f"{config.method} cannot do without the main modality"
             raise ConfigError(
                 ConfigCode.MAIN_NOT_OPTIONAL, what, where="--either", fix="use --method conditional or late-concat"
@@ -106,12 +106,12 @@ class Fusion(nn.Module):
         if config.either and len({self.encoder(side).modality for side in self.uses}) == 1:
             what = f"all encoders read {self.encoder('main').modality}, so a sample without it has no input"
             raise ConfigError(ConfigCode.MAIN_NOT_OPTIONAL, what, where="--either", fix="remove it")
-        if config.train.modality_dropout and not self.may_lack:
+        if config.train.modality_dropout and not self.droppable_sides:
             what = f"{config.method} needs every modality, so none can be dropped"
             raise ConfigError(ConfigCode.NOTHING_TO_DROP, what, where="--modality-dropout", fix="remove it")
 
     def learn_absence(self, sides: Sequence[str]) -> None:
-        """Add a trainable vector for each of `sides` that replaces its features where a sample lacks them; see `or_absent`."""
+        """Add for each of `sides` a trainable vector, by which `replace_missing` replaces features that a sample lacks."""
         widths = {side: self.encoder(side).feature_width for side in sides}
         self.absent.update({side: nn.Parameter(torch.zeros(width)) for side, width in widths.items()})
 
@@ -123,7 +123,7 @@ class Fusion(nn.Module):
             ConfigError: several complementary encoders for a method that takes one.
         """
         complementary = [side for side in specs(config) if is_comp(side)]
-        if "comp" in cls.uses and len(complementary) > 1 and not cls.several:
+        if "comp" in cls.uses and len(complementary) > 1 and not cls.takes_several_comps:
             what = f"{config.method} takes one complementary encoder, and {len(complementary)} are given"
             raise ConfigError(
                 ConfigCode.TOO_MANY_ENCODERS,
@@ -143,10 +143,10 @@ class Fusion(nn.Module):
 
     @property
     def prompt_kinds(self) -> tuple[str, ...]:
-        """The kinds of prompts that `without` can switch off."""
+        """The kinds of prompts that `without_prompts` can switch off."""
         return ()
 
-    def without(self, kind: str) -> AbstractContextManager[None]:
+    def without_prompts(self, kind: str) -> AbstractContextManager[None]:
         """A context in which the model ignores one kind of prompts."""
         raise NotImplementedError(f"{type(self).__name__} has no prompts {kind}")
 
@@ -168,39 +168,40 @@ class Fusion(nn.Module):
         """The sides whose features each head takes, by the name of its module."""
         return {"head": self.head_sides}
 
-    def bond(self, name: str) -> str:
-        """What a trainable tensor depends on, see `bonds`; a tensor of a tuned encoder depends on that encoder."""
+    def dependency_of(self, name: str) -> str:
+        """What a trainable tensor depends on, see `dependencies`; a tensor of a tuned encoder depends on that encoder."""
         side = name.partition(".")[0]
         if side in self.uses:
             return f"{side} features"
-        found = (match.expand(bond) for pattern, bond in self.bonds.items() if (match := re.search(pattern, name)))
+        found = (match.expand(bond) for pattern, bond in self.dependencies.items() if (match := re.search(pattern, name)))
         return next(found, "")
 
     @property
-    def may_lack(self) -> tuple[str, ...]:
+    def droppable_sides(self) -> tuple[str, ...]:
         """The sides that a sample can lack; the main modality only with `either`."""
-        if not self.several or len(self.uses) == 1:
+        if not self.takes_several_comps or len(self.uses) == 1:
             return ()
         needed = () if self.config.either or "main" not in self.uses else (self.encoder("main").modality,)
         return tuple(side for side in self.uses if self.encoder(side).modality not in needed)
 
     @property
-    def does_without(self) -> tuple[str, ...]:
-        """Of `may_lack`, the sides that training drops from samples, or that rows may lack (`data.on_missing`)."""
+    def optional_sides(self) -> tuple[str, ...]:
+        """Those of `droppable_sides` that are missing in training: by modality dropout, or in rows (`data.on_missing`)."""
         dropped = self.config.train.modality_dropout > 0 and not self.closed_form
-        return self.may_lack if dropped or self.config.data.on_missing == "absent" else ()
+        return self.droppable_sides if dropped or self.config.data.on_missing == "absent" else ()
 
     @property
     def requirements(self) -> Requirements:
         """Which modalities a sample must have."""
         modality_of = {side: self.encoder(side).modality for side in self.reads}
-        return Requirements(self.config.method, modality_of, self.may_lack, self.several and len(self.uses) > 1)
+        either_helps = self.takes_several_comps and len(self.uses) > 1
+        return Requirements(self.config.method, modality_of, self.droppable_sides, either_helps)
 
-    def require_all_but(self, lacking: Mapping[str, NDArray[np.bool_] | Tensor], *, where: str) -> None:
+    def require_modalities(self, lacking: Mapping[str, NDArray[np.bool_] | Tensor], *, where: str) -> None:
         """Refuse samples that lack a required modality; see `Requirements.check`."""
         self.requirements.check(lacking, where=where)
 
-    def or_absent(self, side: str, normed_BC: Tensor, batch: Batch) -> Tensor:
+    def replace_missing(self, side: str, normed_BC: Tensor, batch: Batch) -> Tensor:
         """Replace a side's normalised features (B, C) by the absent condition in the rows of samples that lack the side.
 
         The absent condition is trained from 0, the feature of an average sample; without `learn_absence` it is 0.
@@ -217,7 +218,7 @@ class Fusion(nn.Module):
         assert isinstance(encoder, Encoder)
         return encoder
 
-    def feature(self, side: str, batch: Batch) -> Tensor:
+    def pooled_feature(self, side: str, batch: Batch) -> Tensor:
         """Pooled features (B, C) of a frozen side: from the batch if they were cached, else computed now."""
         if side in batch.features:
             return batch.features[side]
@@ -235,24 +236,24 @@ class Fusion(nn.Module):
 
         Args:
             pooled_BC: the pooled features of each of `head_sides`, in order.
-            batch: pass it if samples may lack a side; its features are then replaced, see `or_absent`.
+            batch: pass it if samples may lack a side; its features are then replaced, see `replace_missing`.
         """
         if self.standard is not None:
-            pooled_BC = self.standardised(*pooled_BC)
+            pooled_BC = self.standardise(*pooled_BC)
         elif self.config.head_norm == "layer":
             pooled_BC = tuple(F.layer_norm(to_float32(pooled), pooled.shape[-1:]) for pooled in pooled_BC)
         if batch is not None:
             both = zip(self.head_sides, pooled_BC, strict=True)
-            pooled_BC = tuple(self.or_absent(side, pooled, batch) for side, pooled in both)
+            pooled_BC = tuple(self.replace_missing(side, pooled, batch) for side, pooled in both)
         return apply_without_autocast(self.head, torch.cat(pooled_BC, dim=-1))
 
-    def begin_as_regression(self, num_labels: int) -> None:
+    def add_regression_head(self, num_labels: int) -> None:
         """Set a linear head on standardised features of all sides, whose weights `fit` computes."""
         widths = {side: self.encoder(side).feature_width for side in self.uses}
         self.standard = nn.ModuleDict({side: Standard(width) for side, width in widths.items()})
         self.head = nn.Linear(sum(widths.values()), num_labels)
 
-    def standardised(self, *pooled_BC: Tensor) -> tuple[Tensor, ...]:
+    def standardise(self, *pooled_BC: Tensor) -> tuple[Tensor, ...]:
         """Standardise the pooled features of the sides in `standard`, in its order, with statistics of the training split."""
         assert self.standard is not None
         return tuple(one(pooled) for one, pooled in zip(self.standard.values(), pooled_BC, strict=True))
@@ -272,7 +273,7 @@ class Fusion(nn.Module):
     def is_trainable(self, name: str) -> bool:
         """Whether a parameter or buffer, by its name here, is trained, saved and exported: all but the frozen encoders."""
         side, _, own = name.partition(".")
-        return side not in self.uses or self.encoder(side).learned(own)
+        return side not in self.uses or self.encoder(side).is_trainable(own)
 
     def named_trainable_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that training changes, by name."""
@@ -327,7 +328,7 @@ class Fusion(nn.Module):
         assert self.standard is not None
         return fit_heads({"head": tuple(self.standard)}, train, val, how, advance)
 
-    def pace(self, name: str) -> str:
+    def learning_rate_group(self, name: str) -> str:
         """The learning rate that a trainable parameter uses: "main", "comp", "head", or "tuned" for a tuned main encoder."""
         part = re.split(r"[._\d]", name.removeprefix("stacks."))[0]
         if name.startswith("main.") and self.encoder("main").tuned:
@@ -343,6 +344,6 @@ class Fusion(nn.Module):
         return dict(count.most_common())
 
 
-def fresh_encoders(model: Fusion) -> dict[str, str]:
+def unsaved_fingerprints(model: Fusion) -> dict[str, str]:
     """The fingerprints, by side, of encoders whose weights are not saved with the model (those of tuned encoders are)."""
     return {side: model.encoder(side).fingerprint() for side in model.uses if not model.encoder(side).tuned}

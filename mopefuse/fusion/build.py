@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 import torch
 
 from mopefuse.config.schema import Prompts, RunConfig, build_config
-from mopefuse.config.setting_paths import flat, merge, nested
+from mopefuse.config.setting_paths import flatten, merge, nest
 from mopefuse.config.sides import is_comp, specs, with_specs
 from mopefuse.core import device as devices
 from mopefuse.core import registry
@@ -161,7 +161,7 @@ def _config_of(given: Mapping[str, Any]) -> RunConfig:
             continue
         path = f"prompts.{name}" if name in Prompts.model_fields else name
         names[path] = name
-        values = merge(values, nested(path, dict(value) if isinstance(value, Mapping) else value))
+        values = merge(values, nest(path, dict(value) if isinstance(value, Mapping) else value))
     return build_config(values, source="build_fusion", names=names)
 
 
@@ -221,7 +221,7 @@ def _require_memory(config: RunConfig, method: type[Fusion], encoders: Mapping[s
 
 def _too_large(config: RunConfig, needed: str) -> ResourceError:
     """The error for a model that does not fit into memory, with the settings that make it large."""
-    values, usual = (flat(one.model_dump()) for one in (config, RunConfig(main="", comp="")))
+    values, usual = (flatten(one.model_dump()) for one in (config, RunConfig(main="", comp="")))
     large = [f"{path}={values[path]}" for path in SIZES if (values[path] or 0) > (usual[path] or 6)]
     fix = "lower them" if large else "free memory, or use another --method"
     return ResourceError(ResourceCode.MODEL_TOO_LARGE, f"no memory for the model{needed}", where=", ".join(large), fix=fix)
@@ -243,7 +243,7 @@ def _method(config: RunConfig) -> Any:
     """The class of the fusion method, a subclass of `Fusion`."""
     method = registry.load(registry.FUSION, config.method)
     if not (isinstance(method, type) and issubclass(method, Fusion)):
-        what = f"the fusion method {config.method!r} is no subclass of mopefuse.fusion.Fusion"
+        what = f"the fusion method {config.method!r} is not a subclass of mopefuse.fusion.Fusion"
         raise PluginError(PluginCode.NOT_A_SUBCLASS, what, fix="fix the plugin, or uninstall it")
     return method
 

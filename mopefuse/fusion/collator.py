@@ -35,13 +35,13 @@ class Requirements:
     Args:
         method: name of the fusion method, for messages.
         modality_of: side to the modality that its encoder reads, of all sides that the model reads.
-        may_lack: the sides that a sample may have no value for.
+        droppable_sides: the sides that a sample may have no value for.
         either_helps: whether training with ``--either`` lifts the requirement for the main side.
     """
 
     method: str
     modality_of: Mapping[str, str]
-    may_lack: tuple[str, ...]
+    droppable_sides: tuple[str, ...]
     either_helps: bool
 
     def check(self, lacking: Mapping[str, NDArray[np.bool_] | Tensor], *, where: str) -> None:
@@ -51,10 +51,10 @@ class Requirements:
             lacking: the sides that some sample has no value for, each with a mask (S,), True where a sample has none.
 
         Raises:
-            DataError: a sample lacks a side that is not in `may_lack`, or has no value at all.
+            DataError: a sample lacks a side that is not in `droppable_sides`, or has no value at all.
         """
         for side in lacking:
-            if side in self.may_lack:
+            if side in self.droppable_sides:
                 continue
             fix = "leave them out with --on-missing skip"
             if self.either_helps and side == "main":

@@ -45,7 +45,7 @@ class ConditionalFusion(Fusion):
             `comp_tuning.mode=prompts`, or does not support LoRA although `comp_tuning.mode=lora`.
     """
 
-    several: ClassVar[bool] = True
+    takes_several_comps: ClassVar[bool] = True
     parts: ClassVar[dict[str, str]] = {
         r"^stack\.router\.": "router",
         r"^stack\..*static_SD$": "static prompts",
@@ -58,8 +58,8 @@ class ConditionalFusion(Fusion):
     }
 
     sections: ClassVar[tuple[str, ...]] = ("warm_start", "prompts", "router", "comp_tuning")
-    bonds: ClassVar[dict[str, str]] = {
-        **Fusion.bonds,
+    dependencies: ClassVar[dict[str, str]] = {
+        **Fusion.dependencies,
         r"^stack\.layers\.": "main",
         r"^stack\.router\.of_main": "main",
         r"^stack\.router\.(weight_NKC|bias_NK|of_comp_NQC)$": "comp features",
@@ -81,7 +81,7 @@ class ConditionalFusion(Fusion):
         )
         if config.warm_start == "linear":
             _check_warm_start(config)
-            self.begin_as_regression(num_labels)
+            self.add_regression_head(num_labels)
         else:
             self.head = self.make_head(main.feature_width, num_labels)
         self.head_comp = self.make_head(sum(widths.values()), num_labels) if config.either else None
@@ -99,7 +99,7 @@ class ConditionalFusion(Fusion):
             self.reads = ("main",)
         elif config.comp_tuning.mode == "frozen":
             self.frozen = self.comps
-        self.learn_absence([side for side in self.does_without if side in self.reads and side != "main"])
+        self.learn_absence([side for side in self.optional_sides if side in self.reads and side != "main"])
 
     def _set_up_tuning(self, side: str, gate: Literal["none", "zero"]) -> None:
         """Make a complementary encoder trainable according to `comp_tuning`."""
@@ -114,9 +114,9 @@ class ConditionalFusion(Fusion):
             encoder.adapt(self.config.lora)
 
     @property
-    def does_without(self) -> tuple[str, ...]:
+    def optional_sides(self) -> tuple[str, ...]:
         """Sides that a sample may lack; with `either` also the main side, in whose absence `head_comp` classifies."""
-        found = super().does_without
+        found = super().optional_sides
         return found if found or not self.config.either else ("main",)
 
     @property
@@ -151,21 +151,21 @@ class ConditionalFusion(Fusion):
         """The kinds of prompts that the main encoder has: static, dynamic, mapped."""
         return self.stack.kinds
 
-    def without(self, kind: str) -> AbstractContextManager[None]:
+    def without_prompts(self, kind: str) -> AbstractContextManager[None]:
         """Disable one kind of the main encoder's prompts within the context."""
-        return self.stack.without(kind)
+        return self.stack.without_prompts(kind)
 
     def psi(self, side: str, batch: Batch) -> Tensor:
         """Pooled feature of a complementary encoder, (B, C)."""
         if side in self.frozen:
-            return self.feature(side, batch)
+            return self.pooled_feature(side, batch)
         stack = getattr(self, f"{side}_stack", None)
         return self.encoder(side).encode(batch.inputs[side], stack and stack.condition({})).pooled_BC
 
     def forward(self, batch: Batch) -> Output:
         """Compute logits (B, N) and the routing of each routed layer."""
         psi_BC = {side: self.psi(side, batch) for side in self.comps if side in self.reads}
-        conditions_BC = {side: self.or_absent(side, normalize_feature(psi), batch) for side, psi in psi_BC.items()}
+        conditions_BC = {side: self.replace_missing(side, normalize_feature(psi), batch) for side, psi in psi_BC.items()}
         conditioned = self.stack.condition(conditions_BC) if len(self.stack.layers) else None
         pooled_BC = self.encoder("main").encode(batch.inputs["main"], conditioned).pooled_BC
         features = (pooled_BC,) if self.standard is None else (pooled_BC, *psi_BC.values())

@@ -6,7 +6,7 @@ from typing import Any
 
 from mopefuse import __version__
 from mopefuse.core import registry
-from mopefuse.fusion.base import Fusion, fresh_encoders
+from mopefuse.fusion.base import Fusion, unsaved_fingerprints
 
 
 def model_facts(model: Fusion, method: str) -> dict[str, Any]:
@@ -15,7 +15,7 @@ def model_facts(model: Fusion, method: str) -> dict[str, Any]:
     Args:
         method: full name of the fusion method.
     """
-    fingerprints = fresh_encoders(model)
+    fingerprints = unsaved_fingerprints(model)
     encoders = {side: model.encoder(side) for side in model.uses}
     return {
         "mopefuse": __version__,
@@ -33,7 +33,7 @@ def model_facts(model: Fusion, method: str) -> dict[str, Any]:
             }
             for side, encoder in encoders.items()
         },
-        "plugins": registry.needs(
+        "plugins": registry.describe_plugins(
             {(registry.FUSION, method)}
             | {(registry.ENCODERS, encoder.spec.scheme) for encoder in encoders.values()}
             | {(registry.MODALITIES, encoder.modality) for encoder in encoders.values()}

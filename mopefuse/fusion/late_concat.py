@@ -28,11 +28,11 @@ class LateConcat(TunedFusion):
         ConfigError: `either` without training samples that lack the main modality.
     """
 
-    several: ClassVar[bool] = True
+    takes_several_comps: ClassVar[bool] = True
 
     def __init__(self, config: RunConfig, encoders: Mapping[str, Encoder], num_labels: int) -> None:
         super().__init__(config, encoders)
-        if config.either and not self.does_without:
+        if config.either and not self.optional_sides:
             what = "no training sample would lack the main modality"
             raise ConfigError(
                 ConfigCode.NEVER_TRAINED_WITHOUT_MAIN,
@@ -40,7 +40,7 @@ class LateConcat(TunedFusion):
                 where="--either",
                 fix="add --modality-dropout 0.1, or --on-missing absent",
             )
-        self.learn_absence(self.does_without)
+        self.learn_absence(self.optional_sides)
         self.head = self.make_head(sum(self.encoder(side).feature_width for side in self.uses), num_labels)
 
     def forward(self, batch: Batch) -> Output:

@@ -33,14 +33,14 @@ class LinearFusion(Fusion):
     mean over the training split.
     """
 
-    several: ClassVar[bool] = True
+    takes_several_comps: ClassVar[bool] = True
     closed_form: ClassVar[bool] = True
     sections: ClassVar[tuple[str, ...]] = ("linear",)
 
     def __init__(self, config: RunConfig, encoders: Mapping[str, Encoder], num_labels: int) -> None:
         super().__init__(config, encoders)
         self.frozen = self.uses
-        self.begin_as_regression(num_labels)
+        self.add_regression_head(num_labels)
         self.average = config.linear.features == "average"
         if self.average:
             widths = {side: self.encoder(side).feature_width for side in self.uses}
@@ -56,14 +56,15 @@ class LinearFusion(Fusion):
 
     def forward(self, batch: Batch) -> Output:
         """Compute logits (B, N)."""
-        features = [self.feature(side, batch) for side in self.uses]
+        features = [self.pooled_feature(side, batch) for side in self.uses]
         if not self.average:
             return Output(self.classify(*features, batch=batch))
         heads, multi = self.head, self.multi_label
         assert isinstance(heads, nn.ModuleDict) and isinstance(multi, Tensor)
-        normed = dict(zip(self.uses, self.standardised(*features), strict=True))
+        normed = dict(zip(self.uses, self.standardise(*features), strict=True))
         each_BN = [
-            apply_without_autocast(heads[side], self.or_absent(side, feature_BC, batch)) for side, feature_BC in normed.items()
+            apply_without_autocast(heads[side], self.replace_missing(side, feature_BC, batch))
+            for side, feature_BC in normed.items()
         ]
         return Output(torch.where(multi, mean_of_sigmoids(*each_BN), mean_of_softmaxes(*each_BN)))
 

@@ -36,7 +36,7 @@ class PSequential(TunedFusion):
     always_uses_prompts: ClassVar[bool] = True  # for the gate of psi
     default_tune: ClassVar[str] = "prompt"
     parts: ClassVar[dict[str, str]] = {r"^project\.": "projection", r"^gate_H$": "gates", **TunedFusion.parts}
-    bonds: ClassVar[dict[str, str]] = {**TunedFusion.bonds, r"^project\.": "comp features", r"^gate_H$": "main"}
+    dependencies: ClassVar[dict[str, str]] = {**TunedFusion.dependencies, r"^project\.": "comp features", r"^gate_H$": "main"}
 
     def __init__(self, config: RunConfig, encoders: Mapping[str, Encoder], num_labels: int) -> None:
         super().__init__(config, encoders)

@@ -80,8 +80,8 @@ class PMF(Fusion):
         **Fusion.parts,
     }
     sections: ClassVar[tuple[str, ...]] = ("prompts", "pmf")
-    bonds: ClassVar[dict[str, str]] = {
-        **Fusion.bonds,
+    dependencies: ClassVar[dict[str, str]] = {
+        **Fusion.dependencies,
         r"^stacks\.main\.\d+\.mapping\.0\.": "main features",
         r"^stacks\.comp\.\d+\.mapping\.0\.": "comp features",
         r"^stacks\.main\.\d+\.mapping\.2\.": "comp",
@@ -180,7 +180,7 @@ class PMF(Fusion):
     def forward(self, batch: Batch) -> Output:
         """Compute logits (B, N)."""
         if not self.depth:
-            return Output(self.classify(*(self.feature(side, batch) for side in self.uses)))
+            return Output(self.classify(*(self.pooled_feature(side, batch) for side in self.uses)))
         main, comp = _Exchange(self, batch).run()
         return Output(self.classify(main.pooled_BC, comp.pooled_BC))
 

@@ -56,7 +56,7 @@ class Bundle:
         self.sides, self.empty_is_missing = read_preprocess(folder)
         self.modalities = tuple(dict.fromkeys(how["modality"] for how in self.sides.values()))
         needed = {how["modality"] for how in self.sides.values() if not how.get("may_lack")}
-        self.may_lack = tuple(name for name in self.modalities if name not in needed)
+        self.optional_modalities = tuple(name for name in self.modalities if name not in needed)
         texts = {side: how for side, how in self.sides.items() if how["modality"] == "text"}
         for how in texts.values() if "files" in self.manifest else ():  # a bundle that is being made has none yet
             if (name := how["tokenizer"].get("file")) is not None and name not in self.manifest["files"]:

@@ -39,7 +39,7 @@ class Model(Protocol):
 
     Attributes:
         labels: in the order of the logits. thresholds: of each label, probability from which it is predicted (multi-label).
-        modalities: the modalities that its encoders read. may_lack: those of them that it can predict without.
+        modalities: the modalities that its encoders read. optional_modalities: those of them that it can predict without.
         empty_is_missing: whether it was trained with empty texts as missing texts.
     """
 
@@ -47,7 +47,7 @@ class Model(Protocol):
     multi_label: bool
     thresholds: Sequence[float]
     modalities: tuple[str, ...]
-    may_lack: tuple[str, ...]
+    optional_modalities: tuple[str, ...]
     empty_is_missing: bool
 
     def predict_probabilities(self, values: Mapping[str, Sequence[Any]]) -> tuple[list[list[float]], list[Any] | None]:
@@ -114,7 +114,7 @@ def _require(values: Mapping[str, Sequence[Any]], model: Model) -> None:
     read = {name: each for name, each in values.items() if name in model.modalities}
     for number, sample in enumerate(zip(*read.values(), strict=True)):
         missing = [name for name, value in zip(read, sample, strict=True) if value is None]
-        needed = [name for name in missing if name not in model.may_lack]
+        needed = [name for name in missing if name not in model.optional_modalities]
         if needed or (missing and len(missing) == len(read)):
             what = f"sample {number} has no {' and no '.join(needed or missing)}, and the model was not trained to handle that"
             raise DataError(
@@ -207,7 +207,7 @@ def read_pairs(
     source: Path | Iterable[bytes],
     config: DataConfig,
     modalities: Sequence[str],
-    may_lack: Sequence[str] = (),
+    optional_modalities: Sequence[str] = (),
     *,
     empty_is_missing: bool = False,
 ) -> Iterator[Pair]:
@@ -215,7 +215,7 @@ def read_pairs(
 
     Args:
         modalities: the modalities to read; rows need no others.
-        may_lack: the modalities that a row may lack; a row that lacks all of them is invalid.
+        optional_modalities: the modalities that a row may lack; a row that lacks all of them is invalid.
         empty_is_missing: whether a row with an empty value lacks the modality.
 
     Raises:
@@ -234,10 +234,10 @@ def read_pairs(
         root, file = Path(), "stdin"
         rows = (TableRow(number, parse_json_line(line)) for number, line in enumerate(source, start=1) if line.strip())
     roots = (root, *map(Path, config.image_roots))
-    needed = [name for name in modalities if name not in may_lack]
-    layouts = [Layout.of(sort_modalities(needed), config)] if needed else []
-    if may_lack:
-        lenient = Layout.of(sort_modalities(modalities), config.model_copy(update={"on_missing": "absent"}))
+    needed = [name for name in modalities if name not in optional_modalities]
+    layouts = [Layout.from_config(sort_modalities(needed), config)] if needed else []
+    if optional_modalities:
+        lenient = Layout.from_config(sort_modalities(modalities), config.model_copy(update={"on_missing": "absent"}))
         layouts.append(replace(lenient, empty_is_missing=empty_is_missing))
     for found in rows:
         yield _pair(found, file, roots, layouts, config)

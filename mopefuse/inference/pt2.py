@@ -40,7 +40,7 @@ _PROGRAM, _WEIGHTS, _CONSTANTS = (
     "data/weights/model_weights_config.json",
     "data/constants/model_constants_config.json",
 )
-_loading = threading.Lock()  # torch deserialises one archive at a time, and `quietly` changes what all threads log
+_loading = threading.Lock()  # torch deserialises one archive at a time, and `silence_exporters` changes what all threads log
 _EMPTY = "data/sample_inputs/model.pt"  # a pickle, if it had anything in it
 _MARKS = {
     "archive_format": rb"pt2", "archive_version": rb"\d{1,3}", "byteorder": rb"little", ".data/version": rb"\d{1,3}\n?",
@@ -77,7 +77,7 @@ def load_pt2(file: Path, device: torch.device) -> Graph:
 
     program, weights, constants = read_pt2(file)
     try:
-        with _loading, quietly():
+        with _loading, silence_exporters():
             exported = deserialize(SerializedArtifact(program, weights, constants, b""))  # type: ignore[arg-type]
             if device.type != "cpu":
                 from torch.export.passes import move_to_device_pass
@@ -190,7 +190,7 @@ def _damaged(file: Path, why: str) -> CheckpointError:
 
 
 @contextmanager
-def quietly() -> Iterator[None]:
+def silence_exporters() -> Iterator[None]:
     """Suppress the warnings and logs of tracers and converters, which are for their developers."""
     chatty = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "root", "")]
     levels = [logger.level for logger in chatty]

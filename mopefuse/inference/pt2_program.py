@@ -21,7 +21,7 @@ T = TypeVar("T")
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)  # also of what is inside
 
 
-def _one(value: T) -> T:
+def _only_value(value: T) -> T:
     if len(value) != 1:  # type: ignore[arg-type]
         raise ValueError("needs exactly one kind of value")
     return value
@@ -32,7 +32,7 @@ def _no_longer(value: object) -> object:
     return value[:1] if isinstance(value, list) else value
 
 
-OneOf = Annotated[T, AfterValidator(_one)]
+OneOf = Annotated[T, AfterValidator(_only_value)]
 """An object with exactly one of the fields."""
 
 _Left_out = AfterValidator(lambda value: type(value)())

@@ -29,8 +29,8 @@ class RunModel:
         self.fusion, self.precision = loaded.model, loaded.config.train.precision
         self.labels: tuple[str, ...] = tuple(loaded.manifest["labels"])
         self.modalities = tuple(dict.fromkeys(self.fusion.encoder(side).modality for side in self.fusion.reads))
-        needed = {self.fusion.encoder(side).modality for side in set(self.fusion.reads) - set(self.fusion.does_without)}
-        self.may_lack = tuple(name for name in self.modalities if name not in needed)
+        needed = {self.fusion.encoder(side).modality for side in set(self.fusion.reads) - set(self.fusion.optional_sides)}
+        self.optional_modalities = tuple(name for name in self.modalities if name not in needed)
         self.empty_is_missing = loaded.config.data.on_missing != "error"
         self.multi_label: bool = loaded.manifest["multi_label"]
         thresholds = loaded.thresholds

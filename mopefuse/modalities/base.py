@@ -29,9 +29,10 @@ class Modality:
 
     Attributes:
         name: name of its entry point. plural: for messages.
-        kind: description of one value from Python, for messages. give: what to do about another type of value.
-        meant: common names of its column, for suggestions.
-        leaked: the kind of finding for a value that is in two splits, see `mopefuse.data.findings.KINDS`.
+        value_description: of one value from Python, for messages.
+        type_fix: how to fix a value of another type, for messages.
+        common_columns: common names of its column, for suggestions.
+        leak_kind: the kind of finding for a value that is in two splits, see `mopefuse.data.findings.KINDS`.
         is_file: whether rows name a file instead of containing the value.
         is_picture: whether `read` returns a PIL image, which can be augmented, cached and shown.
         prompt_length, lr: defaults for a main encoder of this modality: prompt tokens, and learning rate.
@@ -39,10 +40,10 @@ class Modality:
 
     name: str = ""
     plural: ClassVar[str] = "values"
-    kind: ClassVar[str] = "a value"
-    give: ClassVar[str] = "give another"
-    meant: ClassVar[tuple[str, ...]] = ()
-    leaked: ClassVar[str] = "leaked-value"
+    value_description: ClassVar[str] = "a value"
+    type_fix: ClassVar[str] = "pass another"
+    common_columns: ClassVar[tuple[str, ...]] = ()
+    leak_kind: ClassVar[str] = "leaked-value"
     is_file: ClassVar[bool] = False
     is_picture: ClassVar[bool] = False
     prompt_length: ClassVar[int] = 4
@@ -60,7 +61,7 @@ class Modality:
         """
         return value
 
-    def nothing(self) -> Any:
+    def blank_value(self) -> Any:
         """A blank value, which encoders get where a row lacks the modality."""
         raise NotImplementedError
 
@@ -87,7 +88,7 @@ class Modality:
         """
         return value
 
-    def alike(self, value: str) -> str:
+    def normalise(self, value: str) -> str:
         """Remove unimportant differences from a value of a row, so that equivalent values become equal."""
         return value
 
@@ -155,8 +156,8 @@ def _listed(modality: Modality, values: Any) -> list[Any]:
         return [values]
     if isinstance(values, Iterable) and not isinstance(values, Mapping | str | bytes):
         return list(values)
-    what = f"{modality.plural} must be a list, or {modality.kind}; got {type(values).__name__}"
-    raise DataError(DataCode.BAD_VALUES, what, fix=modality.give)
+    what = f"{modality.plural} must be a list, or {modality.value_description}; got {type(values).__name__}"
+    raise DataError(DataCode.BAD_VALUES, what, fix=modality.type_fix)
 
 
 def count_samples(values: Mapping[str, Sequence[Any]]) -> int:
@@ -184,14 +185,14 @@ def require_types(values: Mapping[str, Sequence[Any]]) -> None:
     for sample in zip(*values.values(), strict=True):
         for modality, value in zip(modalities.values(), sample, strict=True):
             if value is not None and not modality.accepts(value):
-                kinds = " and ".join(expected.kind for expected in modalities.values())
+                kinds = " and ".join(expected.value_description for expected in modalities.values())
                 got = " and ".join(type(item).__name__ for item in sample)
-                raise DataError(DataCode.BAD_PAIR, f"a sample must be {kinds}; got {got}", fix=modality.give)
+                raise DataError(DataCode.BAD_PAIR, f"a sample must be {kinds}; got {got}", fix=modality.type_fix)
 
 
 def fill_missing(name: str, values: Sequence[Any]) -> list[Any]:
     """Replace each None by a blank value."""
-    return [get_modality(name).nothing() if value is None else value for value in values]
+    return [get_modality(name).blank_value() if value is None else value for value in values]
 
 
 def prepare_values(name: str, values: Sequence[Any]) -> list[Any]:

@@ -27,7 +27,7 @@ _MOST_FOLDERS = 100  # in which missing files are searched
 _KINDS = {PathCode.OUTSIDE_ROOT.text: "unsafe-path", MISSING: "missing-file", DataCode.NOT_A_REGULAR_FILE.text: "not-a-file"}
 
 
-class Look(NamedTuple):
+class FileInfo(NamedTuple):
     """The result of checking a file.
 
     Args:
@@ -54,7 +54,7 @@ class Files(Modality):
     """A modality whose values are files, named by paths relative to the data root."""
 
     is_file: ClassVar[bool] = True
-    leaked: ClassVar[str] = "leaked-file"
+    leak_kind: ClassVar[str] = "leaked-file"
 
     @abstractmethod
     def decode(self, content: bytes, name: str, *, where: str, config: DataConfig) -> Any:
@@ -67,23 +67,23 @@ class Files(Modality):
             DataError: the file is damaged, of another format, or too large.
         """
 
-    def look(self, content: bytes, name: str, config: DataConfig) -> Look:
+    def inspect(self, content: bytes, name: str, config: DataConfig) -> FileInfo:
         """Check, as cheaply as possible, whether `decode` can read a file; size, times and digest are filled in later.
 
         Raises:
             DataError: `decode` cannot read it.
         """
         self.decode(content, name, where="", config=config)
-        return Look()
+        return FileInfo()
 
     def limits(self, config: DataConfig) -> tuple[object, ...]:
-        """The settings that decide the result of `look`."""
+        """The settings that decide the result of `inspect`."""
         return ()
 
-    def findings(self, name: str, look: Look) -> Iterator[tuple[str, str, str]]:
+    def findings(self, name: str, info: FileInfo) -> Iterator[tuple[str, str, str]]:
         """Yield the findings of a data check about a file, as (kind, message, hint); see `mopefuse.data.findings.KINDS`."""
-        if look.code:
-            yield _KINDS.get(look.code, "unreadable-file"), look.what, look.fix
+        if info.code:
+            yield _KINDS.get(info.code, "unreadable-file"), info.what, info.fix
 
     def read(self, value: str, roots: Sequence[Path], *, where: str, config: DataConfig) -> Any:
         """See `Modality.read`."""
@@ -193,15 +193,15 @@ def _folders(parent: Path) -> list[Path]:
 # -- checking many files
 
 
-def look_at(
+def inspect_files(
     modality: Files,
     roots: Sequence[Path],
     names: Sequence[str],
     config: DataConfig,
     *,
-    known: Mapping[str, Look] | None = None,
+    known: Mapping[str, FileInfo] | None = None,
     advance: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Look]:
+) -> dict[str, FileInfo]:
     """Check files with all processors.
 
     Args:
@@ -209,16 +209,16 @@ def look_at(
         advance: called with (files checked, files to check).
     """
     known = known or {}
-    looks = {name: known[name] for name in names if name in known and _unchanged(roots, name, known[name])}
-    rest = [name for name in names if name not in looks]
+    infos = {name: known[name] for name in names if name in known and _unchanged(roots, name, known[name])}
+    rest = [name for name in names if name not in infos]
     with ThreadPoolExecutor(processor_count()) as pool:  # decoding releases the GIL
         for start in range(0, len(rest), 512):
             futures = [pool.submit(_look, modality, roots, name, config) for name in rest[start : start + 512]]
             for done, future in enumerate(as_completed(futures), start=start + 1):
-                name, look = future.result()
-                looks[name] = look
+                name, info = future.result()
+                infos[name] = info
                 advance(done, len(rest))
-    return looks
+    return infos
 
 
 def processor_count() -> int:
@@ -226,27 +226,27 @@ def processor_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _unchanged(roots: Iterable[Path], name: str, look: Look) -> bool:
+def _unchanged(roots: Iterable[Path], name: str, info: FileInfo) -> bool:
     for root in roots:
         try:
             now = os.stat(f"{root}/{name}" if not name.startswith("/") else name)
         except (OSError, ValueError):
             continue
-        return now.st_size == look.size and now.st_mtime_ns == look.mtime
+        return now.st_size == info.size and now.st_mtime_ns == info.mtime
     return False
 
 
-def _look(modality: Files, roots: Sequence[Path], name: str, config: DataConfig) -> tuple[str, Look]:
-    look = Look()
+def _look(modality: Files, roots: Sequence[Path], name: str, config: DataConfig) -> tuple[str, FileInfo]:
+    info = FileInfo()
     try:
         path = resolve_inside(roots, name, where="", what=modality.name)
         status = path.stat()
-        look = look._replace(size=status.st_size, mtime=status.st_mtime_ns)
+        info = info._replace(size=status.st_size, mtime=status.st_mtime_ns)
         content = read_content(path, name, "")
-        look = look._replace(digest=hashlib.blake2b(content, digest_size=16).digest())
+        info = info._replace(digest=hashlib.blake2b(content, digest_size=16).digest())
         began = time.perf_counter()
-        seen = modality.look(content, name, config)
+        seen = modality.inspect(content, name, config)
         took = round(1000 * (time.perf_counter() - began))
-        return name, seen._replace(size=look.size, mtime=look.mtime, digest=look.digest, milliseconds=took)
+        return name, seen._replace(size=info.size, mtime=info.mtime, digest=info.digest, milliseconds=took)
     except MopefuseError as error:
-        return name, look._replace(code=error.code, what=error.what, fix=error.fix)
+        return name, info._replace(code=error.code, what=error.what, fix=error.fix)

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from mopefuse.core.error_codes import DataCode, NumericCode, PathCode
 from mopefuse.errors import DataError, NumericError
-from mopefuse.modalities.files import Files, Look, read_content, regular_file, resolve_inside
+from mopefuse.modalities.files import FileInfo, Files, read_content, regular_file, resolve_inside
 
 if TYPE_CHECKING:  # bundles run without pydantic
     from mopefuse.config.schema import Data as DataConfig
@@ -174,12 +174,12 @@ class Images(Files):
     """Image files, read as upright RGB, see `open_image`."""
 
     plural: ClassVar[str] = "images"
-    kind: ClassVar[str] = "an image"
-    give: ClassVar[str] = "give a PIL image, the path of a file, or an array of uint8 (height, width, 3)"
-    meant: ClassVar[tuple[str, ...]] = (
+    value_description: ClassVar[str] = "an image"
+    type_fix: ClassVar[str] = "give a PIL image, the path of a file, or an array of uint8 (height, width, 3)"
+    common_columns: ClassVar[tuple[str, ...]] = (
         "image", "image_path", "img_path", "filename", "file_name", "file", "path", "photo", "picture",
     )  # fmt: skip
-    leaked: ClassVar[str] = "leaked-image"
+    leak_kind: ClassVar[str] = "leaked-image"
     is_picture: ClassVar[bool] = True
     prompt_length: ClassVar[int] = 6
     lr: ClassVar[float] = 4e-4
@@ -188,16 +188,16 @@ class Images(Files):
         """See `Files.decode`."""
         return _decoded(content, name, where=where, max_pixels=config.max_pixels)[0]
 
-    def look(self, content: bytes, name: str, config: DataConfig) -> Look:
-        """See `Files.look`; a JPEG is decoded at an eighth of its size."""
+    def inspect(self, content: bytes, name: str, config: DataConfig) -> FileInfo:
+        """See `Files.inspect`; a JPEG is decoded at an eighth of its size."""
         image, (width, height) = _decoded(content, name, where="", max_pixels=config.max_pixels, glance=True)
-        return Look(width=width, height=height, animated=_animated(image))
+        return FileInfo(width=width, height=height, animated=_animated(image))
 
     def limits(self, config: DataConfig) -> tuple[object, ...]:
         """See `Files.limits`."""
         return (config.max_pixels,)
 
-    def nothing(self) -> Image.Image:
+    def blank_value(self) -> Image.Image:
         """A grey image."""
         return Image.new("RGB", (64, 64), _GREY)
 
@@ -232,23 +232,23 @@ class Images(Files):
         """sqrt(6 / (3 patch^2 + width)), as in the papers."""
         return float((6 / (3 * patch_size**2 + width)) ** 0.5)
 
-    def findings(self, name: str, look: Look) -> Iterator[tuple[str, str, str]]:
+    def findings(self, name: str, info: FileInfo) -> Iterator[tuple[str, str, str]]:
         """See `Files.findings`."""
-        if look.code:
-            reason = look.what.rpartition(" is not a readable image (")[2]
+        if info.code:
+            reason = info.what.rpartition(" is not a readable image (")[2]
             known = (kind for kind, starts in _UNREADABLE.items() if reason.startswith(starts))
-            yield _KINDS.get(look.code) or next(known, "unreadable-image"), look.what, look.fix
+            yield _KINDS.get(info.code) or next(known, "unreadable-image"), info.what, info.fix
             return
-        short, long = sorted((look.width, look.height))
-        sides = f"{name} has {look.width} x {look.height} pixels"
+        short, long = sorted((info.width, info.height))
+        sides = f"{name} has {info.width} x {info.height} pixels"
         if short < SMALL:
             yield "tiny-image", sides, ""
         if long > STRIP * short:
             yield "strip-image", sides, ""
-        if look.animated:
+        if info.animated:
             yield "animated-image", f"{name} is animated", ""
-        if look.milliseconds > SLOW:
-            yield "slow-image", f"{name} took {look.milliseconds / 1000:.1f} s to decode", ""
+        if info.milliseconds > SLOW:
+            yield "slow-image", f"{name} took {info.milliseconds / 1000:.1f} s to decode", ""
 
 
 def _animated(image: Image.Image) -> bool:

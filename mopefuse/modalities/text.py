@@ -11,14 +11,14 @@ class Texts(Modality):
     """Texts, used as they are in the row."""
 
     plural: ClassVar[str] = "texts"
-    kind: ClassVar[str] = "a string"
-    leaked: ClassVar[str] = "leaked-text"
-    give: ClassVar[str] = "give texts as strings"
-    meant: ClassVar[tuple[str, ...]] = (
+    value_description: ClassVar[str] = "a string"
+    leak_kind: ClassVar[str] = "leaked-text"
+    type_fix: ClassVar[str] = "give texts as strings"
+    common_columns: ClassVar[tuple[str, ...]] = (
         "caption", "title", "name", "sentence", "description", "content", "plot", "review", "body",
     )  # fmt: skip
 
-    def nothing(self) -> str:
+    def blank_value(self) -> str:
         """An empty text."""
         return ""
 
@@ -31,6 +31,6 @@ class Texts(Modality):
         """Accepts strings."""
         return isinstance(value, str)
 
-    def alike(self, value: str) -> str:
+    def normalise(self, value: str) -> str:
         """Convert to lower case and single spaces."""
         return " ".join(value.casefold().split())

@@ -158,7 +158,7 @@ class PromptStack(nn.Module):
         return tuple(kind for kind, has_any in zip(KINDS, present, strict=True) if has_any)
 
     @contextmanager
-    def without(self, kind: str) -> Iterator[None]:
+    def without_prompts(self, kind: str) -> Iterator[None]:
         """Disable the prompts of one kind in the current thread within the context; parameters are unchanged."""
         assert kind in self.kinds
         with self._removed.set(kind):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mopefuse.core.atomic_files import replacing, write_atomically
+from mopefuse.core.atomic_files import replace_atomically, write_atomically
 from mopefuse.core.dependencies import require
 from mopefuse.core.formatting import visible
 from mopefuse.report.themes import FILE_THEME
@@ -50,7 +50,7 @@ class Chart:
         options: dict[str, Any] = {"config": FILE_THEME, "allowed_base_urls": []}
         paths = [folder / f"{self.name}.svg", folder / f"{self.name}.png"]
         write_atomically(paths[0], vl_convert.vegalite_to_svg(spec, **options))
-        with replacing(paths[1]) as temporary:
+        with replace_atomically(paths[1]) as temporary:
             temporary.write_bytes(vl_convert.vegalite_to_png(spec, scale=_SCALE, **options))
         return paths
 

@@ -90,7 +90,7 @@ def _kinds(report: Report) -> list[dict[str, Any]]:
             "severity": found[0].severity,
             "count": len(found),
             "first": found[0].place,
-            "todo": report.todo(kind),
+            "fix": report.fix(kind),
             "listed": found[:_MOST_LISTED],
         }
         for kind, found in report.by_kind().items()
@@ -105,7 +105,7 @@ def _lengths(report: Report) -> Chart | None:
 
 def _sizes(report: Report) -> Chart | None:
     files = (each for index in report.indexes.values() for each in index.files.values())
-    found = ((look.width, look.height) for each in files for look in each.looks if look.width)
+    found = ((look.width, look.height) for each in files for look in each.infos if look.width)
     return sizes("sizes", "how large images are", found)
 
 
@@ -126,14 +126,14 @@ def _unit(report: Report) -> str:
     return "tokens" if report.texts.tokens_T else "words"
 
 
-def how_many(facts: Mapping[str, Any]) -> str:
+def describe_count(facts: Mapping[str, Any]) -> str:
     """How many texts were measured; `facts` are those of `Texts.as_dict`."""
     if facts["sampled"]:
         return f"an evenly spaced sample of {facts['measured']:,} of {facts['total']:,}"
     return f"all {facts['measured']:,}"
 
 
-def against_limits(facts: Mapping[str, Any]) -> str:
+def describe_truncation(facts: Mapping[str, Any]) -> str:
     """What an encoder truncates, or an estimate of it; `facts` are those of `Texts.as_dict`, some texts measured."""
     if "cut" in facts:
         cut = f"{facts['cut']['texts']:,} of the measured texts ({100 * facts['cut']['share']:.1f} %)"
@@ -149,7 +149,7 @@ def _texts(report: Report) -> str:
     unit = _unit(report)
     lengths = facts[unit]
     said = f"median {lengths['median']:,}, 95 % up to {lengths['p95']:,}, longest {lengths['longest']:,} {unit}"
-    return f"{how_many(facts)}: {said}; {against_limits(facts)}"
+    return f"{describe_count(facts)}: {said}; {describe_truncation(facts)}"
 
 
 def _balance(report: Report) -> list[list[dict[str, Any]]]:

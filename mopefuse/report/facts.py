@@ -32,7 +32,7 @@ class RunFacts:
         split: whose labels are predicted. logits_SN, routing_SLK: outputs of the model for it.
         audit: `mopefuse.evaluation.audit.Audit.as_dict`, or None if none was made.
         baselines: simpler methods on the same data, from `find_baselines`.
-        derive: fills in settings that are left open, see `mopefuse.report.settings.changed`.
+        derive: fills in settings that are left open, see `mopefuse.report.settings.changed_settings`.
         missing: `mopefuse.evaluation.missing.Missing.as_dict` of this split and step; empty if it was not measured.
         notes: caveats shown at the top.
     """

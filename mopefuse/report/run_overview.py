@@ -8,7 +8,7 @@ from mopefuse.report.bars import bars
 from mopefuse.report.chart import shorten
 from mopefuse.report.facts import RunFacts
 from mopefuse.report.pages import Section, fragment
-from mopefuse.report.settings import changed
+from mopefuse.report.settings import changed_settings
 
 _LABELS = 120  # characters of the list of labels
 _LISTED = frozenset({"main", "comp", "method", "data.path"})  # settings that have a line of their own
@@ -50,7 +50,7 @@ def task(facts: RunFacts) -> Section:
     for side, encoder in facts.manifest["encoders"].items():
         about = f"{encoder.get('spec', '')} ({encoder.get('modality', '')}, {encoder.get('layers', '?')} layers)"
         rows.append(("complementary encoder" if is_comp(side) else f"{side} encoder", about))
-    body = fragment("rows", rows) + fragment("settings", changed(facts.config, facts.derive, hidden=_LISTED))
+    body = fragment("rows", rows) + fragment("settings", changed_settings(facts.config, facts.derive, hidden=_LISTED))
     return Section("task", "The task", body, half=True)
 
 

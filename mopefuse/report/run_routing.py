@@ -196,7 +196,8 @@ def _specialists(facts: RunFacts, weights_SK: Tensor, layer: int) -> Section:
     split = facts.data.splits[facts.split]
     words_K = routing.words_of_experts(weights_SK, [text_of(row) for row in split.rows])
     dead_K = routing.unused(share_K.unsqueeze(0))[0]
-    alike_S = min(split.alike.items(), key=lambda item: get_modality(item[0]).is_file)[1]  # of texts where there are some
+    text_first = sorted(split.loose_keys, key=lambda name: get_modality(name).is_file)
+    loose_key_S = split.loose_keys[text_first[0]]
     used = [expert for expert in share_K.argsort(descending=True, stable=True).tolist() if not dead_K[expert]]
     experts = [
         {
@@ -210,7 +211,7 @@ def _specialists(facts: RunFacts, weights_SK: Tensor, layer: int) -> Section:
                     "labels": facts.row(number).labels,
                     "weight": float(weights_SK[number, expert]),
                 }
-                for number in _exemplars(weights_SK[:, expert], alike_S.tolist())
+                for number in _exemplars(weights_SK[:, expert], loose_key_S.tolist())
             ],
         }
         for expert in used[:_SPECIALISTS]

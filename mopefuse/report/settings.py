@@ -6,24 +6,24 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from mopefuse.config.schema import OFFICIAL, RunConfig
-from mopefuse.config.setting_paths import flat, merge, nested
+from mopefuse.config.setting_paths import flatten, merge, nest
 
 Derive = Callable[[RunConfig], RunConfig]
 """Fills in settings that are left open, as a run does when it begins."""
 _FROM_DATA = frozenset({"data.modalities"})  # never chosen: what the rows of the data have
 
 
-def changed(config: RunConfig, derive: Derive, *, hidden: Collection[str] = ()) -> list[tuple[str, str, str]]:
+def changed_settings(config: RunConfig, derive: Derive, *, hidden: Collection[str] = ()) -> list[tuple[str, str, str]]:
     """(name, value, default) of the settings that were chosen and differ from their defaults.
 
     The configuration of a run has every value filled in: learning rates, lengths of prompts. Whatever `derive` would fill in
     for a setting left open was not chosen.
     """
-    values, default = flat(config.model_dump(mode="json")), _defaults(config)
+    values, default = flatten(config.model_dump(mode="json")), _defaults(config)
     derived = _derived(config, derive, [name for name, value in values.items() if value is not None and default[name] is None])
     usual = {**default, **derived}
     return [
-        (name, written(value), written(usual[name]))
+        (name, format_setting(value), format_setting(usual[name]))
         for name, value in values.items()
         if value != usual[name] and name not in hidden and name not in _FROM_DATA
     ]
@@ -34,12 +34,12 @@ def _derived(config: RunConfig, derive: Derive, names: Sequence[str]) -> dict[st
 
     One setting may follow another, as learning rates do: if they cannot all have been left unset, the first counts as set.
     """
-    values, chosen = flat(config.model_dump(mode="json")), dict[str, Any]()
+    values, chosen = flatten(config.model_dump(mode="json")), dict[str, Any]()
     while True:
         left_open = config.model_dump(mode="json")
         for name in names:
-            left_open = left_open if name in chosen else merge(left_open, nested(name, None))
-        found = flat(derive(RunConfig.model_validate(left_open)).model_dump(mode="json"))
+            left_open = left_open if name in chosen else merge(left_open, nest(name, None))
+        found = flatten(derive(RunConfig.model_validate(left_open)).model_dump(mode="json"))
         other = next((name for name in names if name not in chosen and found[name] != values[name]), None)
         if other is None:
             return {name: chosen.get(name, found[name]) for name in names}
@@ -48,13 +48,13 @@ def _derived(config: RunConfig, derive: Derive, names: Sequence[str]) -> dict[st
 
 def _defaults(config: RunConfig) -> dict[str, Any]:
     usual = RunConfig(main="", comp="").model_dump(mode="json")
-    return flat(merge(usual, OFFICIAL) if config.compat == "official" else usual)
+    return flatten(merge(usual, OFFICIAL) if config.compat == "official" else usual)
 
 
-def written(value: Any) -> str:
+def format_setting(value: Any) -> str:
     """A value of a setting."""
     if value is None:
         return "none"
     if isinstance(value, list | tuple):
-        return ", ".join(map(written, value)) or "none"
+        return ", ".join(map(format_setting, value)) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -59,4 +59,4 @@ def report_study(
     parts = study_page.sections(facts)
     write(page, study_page.study_page(facts, parts))
     files = save_charts(parts, figures)
-    return StudyReported(page, files, len(facts.cells), facts.left, comparison, tuple(study_page.remarks(facts)))
+    return StudyReported(page, files, len(facts.cells), facts.unfinished, comparison, tuple(study_page.remarks(facts)))

@@ -65,7 +65,7 @@ class StudyFacts:
         return tuple(Missing(label, tuple(seeds), state, why, fix) for (label, state, why, fix), seeds in groups.items())
 
     @property
-    def left(self) -> int:
+    def unfinished(self) -> int:
         """How many runs have no result."""
         return sum(len(group.seeds) for group in self.missing)
 
@@ -96,7 +96,7 @@ class StudyFacts:
         return [(step, Spread(tuple(values))) for step, values in sorted(whole.items())]
 
     @cached_property
-    def begun(self) -> list[tuple[RunConfig, dict[str, str]]]:
+    def started_rows(self) -> list[tuple[RunConfig, dict[str, str]]]:
         """The configuration, and the modality of each encoder, of the first run that was started of each row."""
         first: dict[str, tuple[RunConfig, dict[str, str]]] = {}
         for cell in self.cells:

@@ -8,13 +8,13 @@ from dataclasses import replace
 from markupsafe import Markup
 
 from mopefuse.config.schema import RunConfig
-from mopefuse.config.setting_paths import flat
+from mopefuse.config.setting_paths import flatten
 from mopefuse.core.formatting import percent
 from mopefuse.prompts.stack import fill_prompt_lengths
 from mopefuse.report import study_charts
 from mopefuse.report.comparison import cells, notes
 from mopefuse.report.pages import Section, fragment, sections_page
-from mopefuse.report.settings import changed, written
+from mopefuse.report.settings import changed_settings, format_setting
 from mopefuse.report.study_facts import StudyFacts
 from mopefuse.runs.folder import RunFolder
 from mopefuse.studies.compare import Comparison
@@ -44,11 +44,11 @@ def study_page(facts: StudyFacts, parts: list[Section]) -> str:
 def remarks(facts: StudyFacts) -> list[str]:
     """What a reader must know first."""
     found = []
-    if facts.left:
+    if facts.unfinished:
         failed = sum(len(group.seeds) for group in facts.missing if group.state == "failed")
         why = f", of which {failed} failed" if failed else ""
         found.append(
-            f"This study is not finished: {facts.left} of {_number(len(facts.cells), 'run')} have no result{why}. "
+            f"This study is not finished: {facts.unfinished} of {_number(len(facts.cells), 'run')} have no result{why}. "
             "The table covers finished runs; what is missing, and why, is listed below."
         )
     if facts.comparison is None:
@@ -66,7 +66,7 @@ def _number(count: int, what: str) -> str:
 
 
 def _tiles(facts: StudyFacts) -> list[tuple[str, str]]:
-    done = len(facts.cells) - facts.left
+    done = len(facts.cells) - facts.unfinished
     found = [("runs with a result", f"{done:,} of {len(facts.cells):,}")]
     if facts.comparison is None:
         return found
@@ -91,7 +91,7 @@ def _table(comparison: Comparison) -> Section:
 
 
 def _missing(facts: StudyFacts) -> Section:
-    if not facts.left:
+    if not facts.unfinished:
         text = Markup("<p>Nothing is missing: all {} have a result.</p>").format(_number(len(facts.cells), "run"))
         return Section("missing", "What is missing", text)
     lines = [(group.label, ", ".join(map(str, group.seeds)), group.state, group.why, group.fix) for group in facts.missing]
@@ -122,12 +122,12 @@ def _circumstances(comparison: Comparison) -> list[tuple[str, str]]:
 
 def _common(facts: StudyFacts) -> Markup:
     """Settings that all rows that were begun have, of those that were chosen."""
-    if not facts.begun:
+    if not facts.started_rows:
         return Markup("")
-    first, *others = (flat(config.model_dump(mode="json")) for config, _ in facts.begun)
+    first, *others = (flatten(config.model_dump(mode="json")) for config, _ in facts.started_rows)
     shared = {path for path, value in first.items() if all(other.get(path, value) == value for other in others)}
-    config, modality_of = facts.begun[0]
-    chosen = changed(config, lambda open_: _filled_in(open_, modality_of))
+    config, modality_of = facts.started_rows[0]
+    chosen = changed_settings(config, lambda open_: _filled_in(open_, modality_of))
     found = [setting for setting in chosen if setting[0] in shared - {"seed", *_OF_ENCODERS}]
     return fragment("settings", found, "Settings of all rows that are not defaults")
 
@@ -146,7 +146,9 @@ def _own(facts: StudyFacts) -> Markup:
     paths = list(dict.fromkeys(path for settings in each.values() for path in settings))
     if not paths:
         return Markup("")
-    lines = [[label, *(written(found[path]) if path in found else "" for path in paths)] for label, found in each.items()]
+    lines = [
+        [label, *(format_setting(found[path]) if path in found else "" for path in paths)] for label, found in each.items()
+    ]
     note = "An empty cell means the setting of all rows, or the default."
     table = fragment("table", ["row", *paths], lines, notes=[note])
     return Markup("<h3>What each row sets</h3>") + table

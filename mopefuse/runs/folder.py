@@ -21,7 +21,7 @@ from mopefuse.config.recipe import read_saved, to_yaml
 from mopefuse.config.schema import RunConfig, build_config
 from mopefuse.core import registry
 from mopefuse.core.artifact import FORMAT, check_manifest, dump_json, finite, publish, read_json, read_text, verify
-from mopefuse.core.atomic_files import disk_error, sweep, write_atomically
+from mopefuse.core.atomic_files import disk_error, remove_leftovers, write_atomically
 from mopefuse.core.error_codes import CheckpointCode, ConfigCode, ResourceCode
 from mopefuse.core.folder_lock import FolderLock
 from mopefuse.errors import CheckpointError, ConfigError, ResourceError
@@ -97,7 +97,7 @@ class RunFolder:
         if resume and self._start.exists() and not self.exists():
             what = f"{self.path} was interrupted before its initial weights were saved"
             raise ConfigError(ConfigCode.START_WAS_INTERRUPTED, what, where="--resume", fix="run mopefuse swap-encoder again")
-        self._lock.refuse_if_taken()
+        self._lock.raise_if_locked()
         try:
             if occupied and overwrite:
                 self._empty()
@@ -123,8 +123,8 @@ class RunFolder:
             ConfigError: another process is writing to this run.
         """
         notice = self._lock.take()
-        sweep(self.path)
-        sweep(self.checkpoints)
+        remove_leftovers(self.path)
+        remove_leftovers(self.checkpoints)
         return notice
 
     def claim(self, *, resume: bool, overwrite: bool) -> str:
@@ -156,7 +156,7 @@ class RunFolder:
 
     def _require_owned(self) -> None:
         """Refuse to write to a folder that was removed, or that another process has taken over."""
-        if not self._lock.claimed or self._lock.is_ours():
+        if not self._lock.is_held or self._lock.is_ours():
             return
         if self._lock.file.exists():
             fix = "run one process at a time on this folder"

@@ -13,7 +13,7 @@ import torch
 from mopefuse.config.recipe import changed_data
 from mopefuse.config.schema import Data as DataConfig
 from mopefuse.config.schema import RunConfig
-from mopefuse.config.sides import Comp, addressed, specs, with_specs
+from mopefuse.config.sides import Comp, specs, specs_by_side, with_specs
 from mopefuse.core import device as devices
 from mopefuse.core.error_codes import CheckpointCode, DataCode
 from mopefuse.core.tensor_files import read_tensors
@@ -22,7 +22,7 @@ from mopefuse.data.load import has_split_column, load_data
 from mopefuse.encoders.base import full_spec
 from mopefuse.encoders.description import SOURCES, differences, other_versions
 from mopefuse.errors import CheckpointError, DataError, Notice
-from mopefuse.fusion.base import Fusion, fresh_encoders
+from mopefuse.fusion.base import Fusion, unsaved_fingerprints
 from mopefuse.fusion.build import build_model
 from mopefuse.metrics import classification as metrics
 from mopefuse.runs.folder import RunFolder
@@ -75,7 +75,7 @@ def open_run(
         split: None for the test split, or the validation split if there is no test split.
         data: another data set with the same labels; None for the run's own.
         layout: settings of `data` that differ there, see `with_data_path`.
-        main, comp: other specs of the same encoders, see `mopefuse.config.sides.addressed`.
+        main, comp: other specs of the same encoders, see `mopefuse.config.sides.specs_by_side`.
         advance: progress of checking the files of a data set that was not checked before.
 
     Raises:
@@ -119,19 +119,19 @@ def load_model(
     """The model of a run or an adapter with the weights of one of its checkpoints, on `device`.
 
     Args:
-        main, comp: other specs of the same encoders, see `mopefuse.config.sides.addressed`.
+        main, comp: other specs of the same encoders, see `mopefuse.config.sides.specs_by_side`.
 
     Raises:
         CheckpointError: the encoders differ from those that the run was trained with, or its files do not match each other.
     """
     config, manifest = folder.config(), folder.manifest()
     modality_of = {side: str(facts["modality"]) for side, facts in manifest["encoders"].items()}
-    config = _with_other_specs(config, addressed(main, comp, modality_of), where=str(folder.path))
+    config = _with_other_specs(config, specs_by_side(main, comp, modality_of), where=str(folder.path))
     model = build_model(config, len(manifest["labels"]))
     check_encoders(model, manifest, where=str(folder.path))
     path, facts = folder.checkpoint(checkpoint)
     model.load_trainable_state_dict(read_tensors(path / "weights.safetensors"), where=str(path))
-    devices.place(model, device)
+    devices.move_to_device(model, device)
     return Loaded(
         model=model.eval(),
         config=config,
@@ -181,7 +181,7 @@ def check_encoders(model: Fusion, manifest: Mapping[str, Any], *, where: str) ->
     Raises:
         CheckpointError: different weights, configuration, pooling, preprocessing or tokenizer; the message names what differs.
     """
-    fingerprints = fresh_encoders(model)
+    fingerprints = unsaved_fingerprints(model)
     for side in model.uses:
         encoder, recorded = model.encoder(side), manifest["encoders"][side]
         current = encoder.describe()

@@ -86,10 +86,10 @@ class _Sender(Listener):
     def __init__(self, connection: Connection, config: RunConfig) -> None:
         self.connection, self.config, self.last_report = connection, config, 0.0
 
-    def notice(self, text: str) -> None:
+    def on_notice(self, text: str) -> None:
         self.connection.send(text)
 
-    def step(self, progress: Progress, total: int, loss: float, lr: float) -> None:
+    def on_step(self, progress: Progress, total: int, loss: float, lr: float) -> None:
         if time.monotonic() - self.last_report >= _REPORT_EVERY:
             self.last_report = time.monotonic()
             self.send_report(progress.step / total)

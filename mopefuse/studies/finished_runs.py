@@ -22,7 +22,7 @@ from mopefuse.core.regular_files import open_regular
 from mopefuse.errors import CheckpointError, ConfigError
 from mopefuse.metrics.bootstrap import Outcome
 from mopefuse.runs.folder import RunFolder
-from mopefuse.studies.study_file import identity
+from mopefuse.studies.study_file import distinguishing_settings
 
 _EVALUATE_AGAIN = "write it again with mopefuse eval"
 
@@ -113,7 +113,7 @@ def _read(path: Path) -> FinishedRun:
     return FinishedRun(
         path=path,
         seed=config.seed,
-        identity={**identity(config), "start": start},
+        identity={**distinguishing_settings(config), "start": start},
         data=manifest["data"],
         multi_label=manifest["multi_label"],
         labels=tuple(manifest["labels"]),

@@ -94,7 +94,7 @@ def run_search(study: Study, out: Path, *, jobs: int = 1, listener: StudyListene
     listener = listener or StudyListener()
     most_jobs = search.at_once * len(study.file.seeds)
     if jobs > most_jobs:
-        listener.notice(f"running {most_jobs} at a time, not {jobs}: raise search.at_once to propose more trials together")
+        listener.on_notice(f"running {most_jobs} at a time, not {jobs}: raise search.at_once to propose more trials together")
     with claim_folder(out, listener):
         multi_label = load_data(study.trial(0, search.first())[0].config.data).multi_label
         metric = study.file.metric or selected_metric(multi_label=multi_label)
@@ -223,12 +223,12 @@ def _decode(axis: Axis, value: Any) -> Any:
     return json.loads(value) if isinstance(axis, list) else value
 
 
-def command(trial: Trial, out: Path) -> str:
+def train_command(trial: Trial, out: Path) -> str:
     """The command that trains with the settings of a trial, into another folder."""
     return f"mopefuse train --recipe {out / trial.statuses[0].cell.folder / 'config.yaml'} --out runs/best"
 
 
-def on_test(trial: Trial, out: Path) -> Mapping[str, float]:
+def test_metrics(trial: Trial, out: Path) -> Mapping[str, float]:
     """Test metrics of a trial, as means over seeds; empty if the data have no test split. Only for the chosen trial."""
     found = [RunFolder(out / status.cell.folder).result()["metrics"]["test"] or {} for status in trial.statuses]
     return {name: sum(metrics[name] for metrics in found) / len(found) for name in found[0]}

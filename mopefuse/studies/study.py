@@ -25,7 +25,7 @@ from mopefuse import __version__
 from mopefuse.config.schema import WITHOUT_EFFECT
 from mopefuse.config.sides import specs
 from mopefuse.core.artifact import FORMAT, dump_json, read_json
-from mopefuse.core.atomic_files import sweep, write_atomically
+from mopefuse.core.atomic_files import remove_leftovers, write_atomically
 from mopefuse.core.error_codes import ConfigCode, ResourceCode
 from mopefuse.data.load import load_data
 from mopefuse.errors import ConfigError, Interrupted, MopefuseError, ResourceError
@@ -52,16 +52,16 @@ class Status:
 
 
 class StudyListener:
-    """Receives the events of a study; every method may be overridden. Prints nothing."""
+    """Callbacks of a study, to be overridden. These do nothing."""
 
-    def notice(self, text: str) -> None:
-        """Receive a line of text for the user."""
+    def on_notice(self, text: str) -> None:
+        """Called with a message for the user."""
 
-    def moved(self, statuses: Sequence[Status], eta: float | None) -> None:
-        """Steps were made. `eta`: seconds left, None while it cannot be estimated."""
+    def on_progress(self, statuses: Sequence[Status], eta: float | None) -> None:
+        """Called while cells run. `eta`: seconds left, None while it cannot be estimated."""
 
-    def ended(self, status: Status, statuses: Sequence[Status], eta: float | None) -> None:
-        """A cell has finished, failed or was stopped. `eta`: as in `moved`."""
+    def on_cell_end(self, status: Status, statuses: Sequence[Status], eta: float | None) -> None:
+        """Called when a cell has finished, failed or was stopped. `eta`: as in `on_progress`."""
 
 
 def is_finished(cell: Cell, out: Path) -> bool:
@@ -155,9 +155,9 @@ def claim_folder(out: Path, listener: StudyListener) -> Iterator[None]:
             ConfigCode.BAD_STUDY_FOLDER, f"{out} cannot be written: {error.strerror}", where="--out", fix=fix
         ) from None
     if notice:
-        listener.notice(notice)
+        listener.on_notice(notice)
     try:
-        sweep(out)
+        remove_leftovers(out)
         yield
     finally:
         folder.unlock()
@@ -246,7 +246,7 @@ class Schedule:
         """Pass a notice on, only once even if several cells give it."""
         if text not in self.notices_given:
             self.notices_given.add(text)
-            self.listener.notice(f"{prefix}{text}")
+            self.listener.on_notice(f"{prefix}{text}")
 
     def _start(self, status: Status) -> None:
         methods = multiprocessing.get_all_start_methods()
@@ -273,7 +273,7 @@ class Schedule:
         if isinstance(message, MemoryReport):
             status.share = message.share
             self.memory_budget.update(connection, message)
-            self.listener.moved(self.statuses, self._eta())
+            self.listener.on_progress(self.statuses, self._eta())
         elif isinstance(message, str):
             self._notice(message, f"{status.cell.label}, seed {status.cell.seed}: ")
         else:
@@ -296,7 +296,7 @@ class Schedule:
             )
         self.finished_count += status.state == FINISHED
         write_study(self.study, self.out, self.statuses, self.facts)
-        self.listener.ended(status, self.statuses, self._eta())
+        self.listener.on_cell_end(status, self.statuses, self._eta())
 
     def _eta(self) -> float | None:
         """Estimate the seconds left, from the speed so far."""

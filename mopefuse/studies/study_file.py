@@ -30,7 +30,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from mopefuse.config.recipe import find_recipe, find_study, parse_set, read_recipe
 from mopefuse.config.schema import WITHOUT_EFFECT, RunConfig, Section, build_config
-from mopefuse.config.setting_paths import flat, merge, nested
+from mopefuse.config.setting_paths import flatten, merge, nest
 from mopefuse.core.cache import make_key
 from mopefuse.core.error_codes import ConfigCode
 from mopefuse.errors import ConfigError, did_you_mean
@@ -145,7 +145,7 @@ def read_study(name: str, sets: Iterable[str] = ()) -> Study:
         for seed in file.seeds:
             values = merge(merge(common, _nest(changes)), overrides) | {"seed": seed}
             config = build_config(values, source=where)
-            folder, nested_changes = _folder(label, config), flat(_nest(changes))
+            folder, nested_changes = _folder(label, config), flatten(_nest(changes))
             cells.append(Cell(label=label, seed=seed, changes=nested_changes, config=config, folder=folder))
     _refuse_same(cells, str(path))
     study = Study(path.stem, file, tuple(cells), base)
@@ -159,9 +159,9 @@ def unknown_label(label: str, labels: Iterable[str], where: str) -> ConfigError:
     return ConfigError(ConfigCode.NO_SUCH_STUDY_ROW, f"there is no row {label!r}", where=where, fix=did_you_mean(label, labels))
 
 
-def identity(config: RunConfig) -> Settings:
+def distinguishing_settings(config: RunConfig) -> Settings:
     """The settings that distinguish a run from others, without its seed, by path."""
-    settings = flat(config.model_dump(mode="json"))
+    settings = flatten(config.model_dump(mode="json"))
     return {key: value for key, value in settings.items() if key != "seed" and key not in WITHOUT_EFFECT}
 
 
@@ -185,7 +185,7 @@ def _nest(settings: Mapping[str, Any] | None) -> Settings:
     """Nest settings whose keys may be paths, such as ``prompts.experts``."""
     values: Settings = {}
     for key, value in (settings or {}).items():
-        values = merge(values, nested(key, _nest(value) if isinstance(value, dict) else value))
+        values = merge(values, nest(key, _nest(value) if isinstance(value, dict) else value))
     return values
 
 
@@ -220,7 +220,7 @@ def _check_search(file: StudyFile, search: Search, base: Settings, overrides: Se
     if unused:
         what = f"a study with a search cannot have {unused[0]}"
         raise ConfigError(ConfigCode.INCOMPLETE_SEARCH, what, where=source, fix=f"remove {unused[0]}, or search")
-    fixed = sorted(flat(overrides).keys() & search.space.keys())
+    fixed = sorted(flatten(overrides).keys() & search.space.keys())
     if fixed:
         what = f"{fixed[0]} is searched and also set"
         raise ConfigError(
@@ -246,8 +246,8 @@ def _format(value: Any) -> str:
 def _folder(label: str, config: RunConfig) -> str:
     """The folder of a cell; it ignores settings at their default, so that new settings do not change the folders."""
     readable = re.sub(r"[^A-Za-z0-9=._+-]+", "-", label).strip("-.")[:48] or "cell"
-    defaults = identity(RunConfig(main="", comp=""))
-    settings = {key: value for key, value in identity(config).items() if value != defaults[key]}
+    defaults = distinguishing_settings(RunConfig(main="", comp=""))
+    settings = {key: value for key, value in distinguishing_settings(config).items() if value != defaults[key]}
     return f"cells/{readable}-{make_key(json.dumps(settings, sort_keys=True))[:8]}/seed-{config.seed}"
 
 
@@ -261,7 +261,8 @@ def _refuse_seed(settings: Settings, where: str) -> None:
 def _refuse_same(cells: Iterable[Cell], source: str) -> None:
     seen: dict[str, Cell] = {}
     for cell in cells:
-        for what in (f"label {cell.label} {cell.seed}", json.dumps([identity(cell.config), cell.seed], sort_keys=True)):
+        settings = json.dumps([distinguishing_settings(cell.config), cell.seed], sort_keys=True)
+        for what in (f"label {cell.label} {cell.seed}", settings):
             other = seen.setdefault(what, cell)
             if other is not cell:
                 both = f"the cells {other.label!r} and {cell.label!r} are the same"

@@ -70,14 +70,14 @@ def _prompted_parts(check: PromptChecks, alone: str) -> list[Part]:
         Part(
             "requests a prompt at each layer, in order",
             check.layers_in_order,
-            "call self._ask(layer, tokens_BLD, mask_BL) once as tokens enter each of the layers in widths",
+            "call self._request_prompt(layer, tokens_BLD, mask_BL) once as tokens enter each of the layers in widths",
         ),
         Part(
             "without prompts and with a gate of 0, bit for bit the same",
             check.untouched_without_prompts,
-            "compute the layer as the backbone does where _ask returns None, and use mopefuse's attend where it does not",
+            "where _request_prompt returns None, compute the layer as the backbone does; elsewhere use mopefuse's attend",
         ),
-        Part("a prompt at each layer has an effect", check.every_layer_listens, use),
+        Part("a prompt at each layer has an effect", check.every_layer_uses_its_prompt, use),
         Part(
             "with prompts, a sample does not depend on its batch",
             lambda: check.does_not_depend_on_the_batch(lambda gates: None),
@@ -89,7 +89,7 @@ def _prompted_parts(check: PromptChecks, alone: str) -> list[Part]:
             alone,
         ),
         Part("every prompt and gate receives a gradient, and no weight does", check.gradients, f"do not detach prompts; {use}"),
-        Part("a prompt does not outlive its call", check.nothing_is_left_behind, keep),
+        Part("a prompt does not outlive its call", check.keeps_no_state, keep),
         Part(
             insert,
             check.inserted_tokens,
@@ -97,7 +97,7 @@ def _prompted_parts(check: PromptChecks, alone: str) -> list[Part]:
         ),
     ]
     fix = "compute in _run_layer what the layer computes in _encode, with the prompt as more keys and values"
-    return [*parts, Part("each layer by itself gives the same", check.layers_by_themselves, fix)] if insertable else parts
+    return [*parts, Part("each layer by itself gives the same", check.layers_run_alone, fix)] if insertable else parts
 
 
 def _samples(encoder: Encoder) -> list[Any]:

@@ -53,7 +53,7 @@ class PromptChecks(EncoderChecks):
                 }.items():
                     self.same(self.encoder.encode(self.inputs, prompt_at), plain, f"{what} changes the output")
 
-    def every_layer_listens(self) -> None:
+    def every_layer_uses_its_prompt(self) -> None:
         """A prompt at one layer changes the feature, and is not among the returned tokens."""
         plain = self.run(self.inputs)
         for gates in (None, self.gates):
@@ -81,7 +81,7 @@ class PromptChecks(EncoderChecks):
         touched = [name for name, parameter in self.encoder.named_parameters() if parameter.grad is not None]
         assert not touched, self.message(f"frozen, yet {touched[:3]} got a gradient")
 
-    def nothing_is_left_behind(self) -> None:
+    def keeps_no_state(self) -> None:
         """An exception of `prompt_at` is passed on, and leaves no prompt behind."""
         plain = self.run(self.inputs)
 
@@ -143,7 +143,7 @@ class PromptChecks(EncoderChecks):
         if len(self.encoder.widths) > 1:
             assert not torch.allclose(sighted, sighted[:1].expand_as(sighted)), self.message(f"{kind} see no token of a sample")
 
-    def layers_by_themselves(self) -> None:
+    def layers_run_alone(self) -> None:
         """`run_layer` computes what the layer computes within `encode`."""
         entering: list[tuple[Tensor, Tensor | None]] = []
 

@@ -35,7 +35,7 @@ def check_fusion(
     name = method if isinstance(method, str) else method.__name__
     found = registry.load(registry.FUSION, method) if isinstance(method, str) else method
     fix = "derive the class from mopefuse.fusion.Fusion, and name it in the entry point"
-    assert isinstance(found, type) and issubclass(found, Fusion), f"{name}: is no subclass of Fusion · fix: {fix}"
+    assert isinstance(found, type) and issubclass(found, Fusion), f"{name}: is not a subclass of Fusion · fix: {fix}"
     values = {"main": main, "comp": comp if isinstance(comp, str) else tuple(comp), **(settings or {}), "method": name}
     try:
         checks = FusionChecks(found, build_config(values, source="check_fusion"), samples)
@@ -61,7 +61,7 @@ def _parts(check: FusionChecks) -> list[Part]:
             check.deterministic,
             "use dropout and noise in training mode only",
         ),
-        Part("keeps nothing of a call", check.nothing_is_left_behind, keep),
+        Part("keeps nothing of a call", check.keeps_no_state, keep),
         Part(
             "computes each sample independently of its batch",
             check.samples_are_independent,
@@ -70,12 +70,12 @@ def _parts(check: FusionChecks) -> list[Part]:
         Part(
             "sends gradients to its trainable parameters, and to no others",
             check.gradients,
-            "use every parameter in forward(), and let frozen encoders be: read them with self.feature() or run_frozen()",
+            "use every parameter in forward(); read frozen encoders with self.pooled_feature() or run_frozen()",
         ),
         Part(
             "uses features that were computed earlier",
             check.cached_features,
-            "get features of the sides in self.frozen with self.feature(side, batch), and leave other sides out of self.frozen",
+            "get features of the sides in self.frozen, and of no others, with self.pooled_feature(side, batch)",
         ),
         Part(
             "saves everything that it trains",
@@ -86,12 +86,12 @@ def _parts(check: FusionChecks) -> list[Part]:
         Part(
             "rejects samples that lack a required modality",
             check.missing_is_refused,
-            "leave collate and requirements as they are, or set several = True if it handles missing modalities",
+            "leave collate and requirements as they are, or set takes_several_comps = True if it handles missing modalities",
         ),
         Part(
             "handles samples that lack an optional modality",
             check.missing_is_handled,
-            "pass batch=batch to self.classify(), or use self.or_absent(side, feature_BC, batch)",
+            "pass batch=batch to self.classify(), or use self.replace_missing(side, feature_BC, batch)",
         ),
     ]
     return parts

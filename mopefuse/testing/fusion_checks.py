@@ -80,7 +80,7 @@ class FusionChecks:
             "in evaluation mode, the same batch gives other logits the second time"
         )
 
-    def nothing_is_left_behind(self) -> None:
+    def keeps_no_state(self) -> None:
         """Modules that are not part of an encoder have the same attributes after a call."""
         before = {name: dict(vars(module)) for name, module in self._own_modules(self.model)}
         self.run_and_check(self.model, self.batch(self.model))
@@ -156,7 +156,7 @@ class FusionChecks:
     def missing_is_refused(self) -> None:
         """A sample without what the method needs is a DataError when a batch is made."""
         model = self.model
-        needed = {modality for side, (modality, _) in model.readers().items() if side not in model.may_lack}
+        needed = {modality for side, (modality, _) in model.readers().items() if side not in model.droppable_sides}
         for modality in sorted(needed):
             try:
                 self.batch(model, self._without(modality))
@@ -167,8 +167,8 @@ class FusionChecks:
     def missing_is_handled(self) -> None:
         """A sample without a modality that may be lacking gets finite logits, and does not change the others."""
         model = self.build(on_missing="absent")
-        optional = {modality for side, (modality, _) in model.readers().items() if side in model.may_lack}
-        required = {modality for side, (modality, _) in model.readers().items() if side not in model.may_lack}
+        optional = {modality for side, (modality, _) in model.readers().items() if side in model.droppable_sides}
+        required = {modality for side, (modality, _) in model.readers().items() if side not in model.droppable_sides}
         for modality in sorted(optional - required) if len(self.modalities) > 1 else ():
             batch = self.batch(model, self._without(modality))
             whole, found = self.run_and_check(model, self.batch(model)), self.run_and_check(model, batch)

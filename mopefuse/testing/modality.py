@@ -26,7 +26,7 @@ def check_modality(modality: str, *, values: Sequence[str] = (), root: Path | No
     """
     found = registry.load(registry.MODALITIES, modality)
     assert isinstance(found, type) and issubclass(found, Modality), (
-        f"{modality}: is no subclass of mopefuse.modalities.base.Modality · fix: name a subclass in the entry point"
+        f"{modality}: is not a subclass of mopefuse.modalities.base.Modality · fix: name a subclass in the entry point"
     )
     made: Any = get_modality(modality)
     if made.is_file:
@@ -41,11 +41,11 @@ def check_modality(modality: str, *, values: Sequence[str] = (), root: Path | No
 def _parts(check: ModalityChecks) -> list[Part]:
     mopefuse_error = "raise mopefuse.errors.DataError(number, what, where=where, fix=...) in place of other exceptions"
     parts = [
-        Part("says what it is", check.attributes, "set plural, kind and give to plain words for messages"),
+        Part("says what it is", check.attributes, "set plural, value_description and type_fix to plain words for messages"),
         Part(
-            "gives examples and a value that says nothing",
+            "has examples and a blank value",
             check.examples,
-            "return at least two values, as read() gives them, from examples(), and one from nothing()",
+            "return at least two values, as read() gives them, from examples(), and a blank one from blank_value()",
         ),
         Part(
             "distinguishes a single value from a list of values",
@@ -60,7 +60,7 @@ def _parts(check: ModalityChecks) -> list[Part]:
         Part("reads values the same each time", check.reading, f"keep nothing on self in read(); {mopefuse_error}"),
         Part(
             "prepares values from Python like those of rows",
-            check.prepared_as_read,
+            check.prepares_as_it_reads,
             "return from prepare() what read() returns for the same value",
         ),
         Part("has readers and values that can be sent to data workers", check.workers, "keep no open files, locks or lambdas"),
@@ -73,7 +73,9 @@ def _parts(check: ModalityChecks) -> list[Part]:
             Part("never unpickles a file", check.no_pickle, safe),
             Part("reads no file outside the data folder", check.stays_inside, inside),
             Part(
-                "checks files exactly as it decodes them", check.look, "raise in look() where decode() would, and nowhere else"
+                "inspects files exactly as it decodes them",
+                check.inspects_whole_files,
+                "raise in inspect() where decode() would, and nowhere else",
             ),
         ]
     return parts

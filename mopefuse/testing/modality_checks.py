@@ -39,19 +39,20 @@ class ModalityChecks:
 
     def attributes(self) -> None:
         """Words for messages."""
-        for name in ("plural", "kind", "give"):
+        for name in ("plural", "value_description", "type_fix"):
             text = getattr(self.modality, name)
             assert isinstance(text, str) and text, self.message(f"{name} is {text!r}, expected words for messages")
         name = self.modality.name
         assert name.isidentifier(), self.message(f"its name is {name!r}, expected letters, digits and _")
 
     def examples(self) -> None:
-        """`examples` and `nothing` give values that are accepted."""
+        """`examples` and `blank_value` return values that are accepted."""
         examples = self.modality.examples()
         assert len(examples) >= 2, self.message(f"examples() gives {len(examples)} values, expected at least 2")
-        for value in (*examples, self.modality.nothing()):
+        for value in (*examples, self.modality.blank_value()):
             kind = type(value).__name__
-            assert self.modality.accepts(value), self.message(f"accepts() refuses a {kind} of its own examples() or nothing()")
+            what = f"accepts() refuses a {kind} of its own examples() or blank_value()"
+            assert self.modality.accepts(value), self.message(what)
 
     def single_and_lists(self) -> None:
         """A list of values is treated as a list, even with a single element."""
@@ -90,7 +91,7 @@ class ModalityChecks:
             assert self.equal(first, self.read(value)), self.message(f"reading {value!r:.60} twice gives two results")
             assert self.modality.accepts(first), self.message(f"accepts() refuses what read() gives for {value!r:.60}")
 
-    def prepared_as_read(self) -> None:
+    def prepares_as_it_reads(self) -> None:
         """prepare() leaves the result of read() unchanged."""
         for value in self.values:
             read = self.read(value)
@@ -116,9 +117,9 @@ class FileChecks(ModalityChecks):
 
     modality: Files
 
-    def prepared_as_read(self) -> None:
+    def prepares_as_it_reads(self) -> None:
         """A file by its path gives what its row gives."""
-        super().prepared_as_read()
+        super().prepares_as_it_reads()
         for value in self.values:
             path = self.root / value
             for given in (path, str(path)):
@@ -136,12 +137,12 @@ class FileChecks(ModalityChecks):
         whole = (self.root / self.values[0]).read_bytes()
         damaged = {"an empty file": b"", "a page of HTML": b"<!doctype html>", "half a file": whole[: len(whole) // 2]}
         for what, content in damaged.items():
-            refused = self.refuses(partial(self.look_at, content), f"look() at {what}")
-            assert refused, self.message(f"look() accepts {what} as a value")
+            refused = self.refuses(partial(self.inspect, content), f"inspect() at {what}")
+            assert refused, self.message(f"inspect() accepts {what} as a value")
 
-    def look_at(self, content: bytes) -> None:
-        """See `Files.look`."""
-        self.modality.look(content, "file", self.config)
+    def inspect(self, content: bytes) -> None:
+        """See `Files.inspect`."""
+        self.modality.inspect(content, "file", self.config)
 
     def decode(self, content: bytes) -> Any:
         """See `Files.decode`."""
@@ -153,7 +154,7 @@ class FileChecks(ModalityChecks):
         np.save(array, np.array([_Trap()], dtype=object), allow_pickle=True)
         for content in (bytes(ForkingPickler.dumps(_Trap())), array.getvalue()):
             _Trap.loaded = False
-            for action in (self.look_at, self.decode):
+            for action in (self.inspect, self.decode):
                 with suppress(MopefuseError):
                     action(content)
             assert not _Trap.loaded, self.message("a file with a pickle in it ran code of its own")
@@ -164,13 +165,13 @@ class FileChecks(ModalityChecks):
             refused = self.refuses(partial(self.read, value), f"read() of the path {value!r:.60}")
             assert refused, self.message(f"read() takes the path {value!r}")
 
-    def look(self) -> None:
-        """Whole files pass `look`."""
+    def inspects_whole_files(self) -> None:
+        """Whole files pass `inspect`."""
         for value in self.values:
             try:
-                self.look_at((self.root / value).read_bytes())
+                self.inspect((self.root / value).read_bytes())
             except MopefuseError as error:
-                raise AssertionError(self.message(f"look() refuses {value}, which decode() reads: {error}")) from error
+                raise AssertionError(self.message(f"inspect() refuses {value}, which decode() reads: {error}")) from error
 
 
 class _Trap:

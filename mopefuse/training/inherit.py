@@ -41,7 +41,7 @@ def inherit(
 ) -> tuple[dict[str, Tensor], list[Inherited]]:
     """The trainable state of the new model, with all tensors of the old one that keep their meaning, and each one's origin.
 
-    The method defines what the meaning of a tensor depends on (`Fusion.bonds`).
+    The method defines what the meaning of a tensor depends on (`Fusion.dependencies`).
     """
     known, heads = old.trainable_state_dict(), _Heads(old, new, old_labels, new_labels)
     state: dict[str, Tensor] = {}
@@ -49,8 +49,8 @@ def inherit(
     for name, tensor in new.trainable_state_dict().items():
         value, kept = tensor.clone(), 0
         if name.partition(".")[0] in new.heads:
-            kept = heads.carry(name, value, known)
-        elif name in known and known[name].shape == value.shape and _survives(new.bond(name), old, new):
+            kept = heads.copy_known(name, value, known)
+        elif name in known and known[name].shape == value.shape and _encoder_stays(new.dependency_of(name), old, new):
             value.copy_(known[name])
             kept = value.numel()
         fate: Fate = "new" if not kept else "kept" if kept == value.numel() else "projected"
@@ -69,9 +69,9 @@ def same_geometry(one: Encoder, other: Encoder) -> bool:
     )
 
 
-def _survives(bond: str, old: Fusion, new: Fusion) -> bool:
-    """Whether the encoder that a tensor depends on is still there; see `Fusion.bonds`."""
-    side, _, aspect = bond.partition(" ")
+def _encoder_stays(dependency: str, old: Fusion, new: Fusion) -> bool:
+    """Whether the encoder that a tensor depends on is still there; see `Fusion.dependencies`."""
+    side, _, aspect = dependency.partition(" ")
     if not side:
         return True
     if side not in old.uses:
@@ -80,8 +80,8 @@ def _survives(bond: str, old: Fusion, new: Fusion) -> bool:
     return str(after.spec) == str(before.spec) if aspect == "features" else same_geometry(before, after)
 
 
-def _feature_bond(side: str) -> str:
-    """The bond of a head's columns: any main encoder of the same geometry will do, but only the same complementary one."""
+def _feature_dependency(side: str) -> str:
+    """Dependency of a head's columns: any main encoder of the same geometry will do, only the same complementary one."""
     return f"{side} features" if is_comp(side) else side
 
 
@@ -94,7 +94,7 @@ class _Heads:
     old_labels: Sequence[str]
     new_labels: Sequence[str]
 
-    def carry(self, name: str, value: Tensor, known: Mapping[str, Tensor]) -> int:
+    def copy_known(self, name: str, value: Tensor, known: Mapping[str, Tensor]) -> int:
         """Copy from the trained state `known` into `value`, a tensor of a head; returns the number of values copied."""
         source = known.get(name)
         if source is None or source.dim() != value.dim():
@@ -108,7 +108,7 @@ class _Heads:
             columns = self._columns(head)
         else:
             columns = [(column, column) for column in range(min(source.shape[1], value.shape[1]))]
-        if not rows or not columns or not self._reads_a_survivor(head):
+        if not rows or not columns or not self._has_inherited_columns(head):
             return 0
         (old_rows, new_rows), (old_columns, new_columns) = torch.tensor(rows).T, torch.tensor(columns).T
         if value.dim() == 1:
@@ -133,10 +133,10 @@ class _Heads:
         begin = 0
         for side in self.new.heads[head]:
             width = self.new.encoder(side).feature_width
-            if side in begins and _survives(_feature_bond(side), self.old, self.new):
+            if side in begins and _encoder_stays(_feature_dependency(side), self.old, self.new):
                 columns += [(begins[side] + column, begin + column) for column in range(width)]
             begin += width
         return columns
 
-    def _reads_a_survivor(self, head: str) -> bool:
-        return any(_survives(_feature_bond(side), self.old, self.new) for side in self.new.heads[head])
+    def _has_inherited_columns(self, head: str) -> bool:
+        return any(_encoder_stays(_feature_dependency(side), self.old, self.new) for side in self.new.heads[head])

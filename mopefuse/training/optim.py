@@ -38,12 +38,12 @@ def with_learning_rates(
 
 
 def make_optimizer(model: Fusion, config: Train) -> torch.optim.AdamW:
-    """AdamW with a group for each `Fusion.pace`; ``group["peak"]`` is its learning rate before the schedule."""
+    """AdamW with a group for each `Fusion.learning_rate_group`; ``group["peak"]`` is its learning rate before the schedule."""
     ours = model.named_trainable_parameters()
     groups = []
     peaks = {"main": config.lr, "comp": config.lr_comp, "head": config.lr_head, "tuned": config.lr_tuned}
-    for pace, peak in peaks.items():
-        parameters = [parameter for name, parameter in ours.items() if model.pace(name) == pace]
+    for group, peak in peaks.items():
+        parameters = [parameter for name, parameter in ours.items() if model.learning_rate_group(name) == group]
         if parameters:
             groups.append({"params": parameters, "lr": peak, "peak": peak})
     return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)

@@ -39,7 +39,7 @@ class Prepared:
     def warn(self, listener: Listener) -> None:
         """Report likely mistakes in the configuration."""
         for text in likely_mistakes(self.config, self.data, self.model):
-            listener.notice(text)
+            listener.on_notice(text)
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def prepare(config: RunConfig, listener: Listener, device: torch.device | None =
     model = build_model(config, len(data.labels))
     _require_rows(model, data)
     if device is not None:
-        devices.place(model, device)
+        devices.move_to_device(model, device)
     model.config = resolved(config, model)
     return Prepared(config=model.config, data=data, model=model)
 
@@ -121,12 +121,12 @@ def resolved(config: RunConfig, model: Fusion) -> RunConfig:
 
 
 def _load(config: RunConfig, listener: Listener) -> DataSet:
-    advance = partial(listener.reading, "checking files")
+    advance = partial(listener.on_data_progress, "checking files")
     if distributed.world_size() > 1:  # one process checks the files; the others then use its index
         distributed.run_on_main(lambda: load_data(config.data, advance=advance) and None)
     data = load_data(config.data, advance=advance)
     for text in data.notices:
-        listener.notice(text)
+        listener.on_notice(text)
     return data
 
 
@@ -139,8 +139,8 @@ def _require_rows(model: Fusion, data: DataSet) -> None:
     """Refuse data that lack a modality that the model needs, before anything is computed."""
     require_rows(model, data.modalities)
     for name, split in data.splits.items():
-        lacks = {side: split.lacks(modality) for side, (modality, _) in model.readers().items()}
-        model.require_all_but({side: lacks_S for side, lacks_S in lacks.items() if lacks_S.any()}, where=name)
+        missing = {side: split.is_missing(modality) for side, (modality, _) in model.readers().items()}
+        model.require_modalities({side: missing_S for side, missing_S in missing.items() if missing_S.any()}, where=name)
 
 
 def estimate_memory(model: Fusion, data: DataSet, config: RunConfig) -> int:

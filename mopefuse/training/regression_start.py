@@ -34,11 +34,11 @@ def regression_start(trainer: Trainer, given: Start | None = None) -> Start | No
         buffers = {f"standard.{side}.{name}": t for side in new for name, t in train.statistics(side).items()}
         return given._replace(state=given.state | buffers)
     val, purpose = _fold(trainer, "val"), _purpose(trainer)
-    report = lambda what, share: trainer.listener.reading(what, round(100 * share), 100)  # noqa: E731
+    report = lambda what, share: trainer.listener.on_data_progress(what, round(100 * share), 100)  # noqa: E731
     state, chosen = distributed.run_on_main(lambda: model.fit(train, val, purpose, report))
     trainer.progress.seconds = time.perf_counter() - began
     strengths = ", ".join(f"C {value:g} on {name}" for name, value in chosen.items())
-    trainer.listener.notice(f"logistic regression, chosen on validation: {strengths}")
+    trainer.listener.on_notice(f"logistic regression, chosen on validation: {strengths}")
     return Start({**model.trainable_state_dict(), **state})
 
 
@@ -62,7 +62,7 @@ def _fold(trainer: Trainer, split: str) -> Fold:
         table = samples.features.get(side)
         if table is None:  # the encoder will be prompted, or training augments its images
             encoder = trainer.model.encoder(side)
-            advance = partial(trainer.listener.reading, f"{encoder.spec.name} on {split}")
+            advance = partial(trainer.listener.on_data_progress, f"{encoder.spec.name} on {split}")
             table = split_features(encoder, trainer.data, split, trainer.config, trainer.device, advance=advance)
         features[side] = table
     missing = {side: torch.from_numpy(samples.lacking[side]) for side in features if side in samples.lacking}

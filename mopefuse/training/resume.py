@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mopefuse.config.schema import RunConfig, build_config
-from mopefuse.config.setting_paths import flat, merge, nested
+from mopefuse.config.setting_paths import flatten, merge, nest
 from mopefuse.core.error_codes import ConfigCode
 from mopefuse.errors import ConfigError
 from mopefuse.fusion.build import full_specs
@@ -42,7 +42,7 @@ def resumed(saved: RunConfig, new: RunConfig) -> tuple[RunConfig, list[str]]:
         )
     values = saved.model_dump(mode="json")
     for key in changed:
-        values = merge(values, nested(key, after[key]))
+        values = merge(values, nest(key, after[key]))
     return build_config(values), [f"{key}: {before[key]} -> {after[key]}" for key in changed]
 
 
@@ -53,4 +53,4 @@ def differing(saved: RunConfig, new: RunConfig) -> list[str]:
 
 
 def _values(config: RunConfig) -> dict[str, Any]:
-    return flat(config.model_dump(mode="json"))
+    return flatten(config.model_dump(mode="json"))

@@ -30,7 +30,7 @@ class Backward:
         self, model: Fusion, config: RunConfig, device: torch.device, *, multi_label: bool, weights: Tensor | None
     ) -> None:
         self._config, self._device, self._multi_label, self._weights = config, device, multi_label, weights
-        self._forward: Any = devices.compiled(model) if config.train.compile else model
+        self._forward: Any = devices.compile_as_one_graph(model) if config.train.compile else model
 
     def __call__(self, batch: Batch, batch_size: int, *, has_share: bool) -> Tensor:
         """Add the gradients of this process's share, in `train.accumulate` parts; returns its part of the loss.
@@ -65,7 +65,7 @@ class Backward:
             if load_LK is None:
                 return None
             loads.append(load_LK)
-        return distributed.summed(weight * torch.stack(loads).sum(dim=0)) if loads else None
+        return distributed.sum_over_processes(weight * torch.stack(loads).sum(dim=0)) if loads else None
 
     def _balance_loss(self, output: Output, weight: float, global_load_LK: Tensor | None) -> Tensor:
         """Weighted importance loss of the global batch.

@@ -12,7 +12,7 @@ import torch
 
 from mopefuse.config.schema import RunConfig, build_config
 from mopefuse.config.setting_paths import merge
-from mopefuse.config.sides import Comp, addressed, with_specs
+from mopefuse.config.sides import Comp, specs_by_side, with_specs
 from mopefuse.core import distributed
 from mopefuse.core.artifact import dump_json
 from mopefuse.core.atomic_files import write_atomically
@@ -102,13 +102,13 @@ def swap_encoder(
         old = load_model(source, "best", CPU)
         _require_trained_by_steps(old, run)
         modality_of = {side: old.model.encoder(side).modality for side in old.model.uses}
-        new_specs = addressed(main, comp, modality_of)
+        new_specs = specs_by_side(main, comp, modality_of)
         config = _new_config(old, new_specs, data=data, settings=settings or {}, epochs=epochs)
         model, labels = _new_model(config)
         for side in new_specs:
             before, now = modality_of[side], model.encoder(side).modality
             if before != now:
-                listener.notice(f"the {side} encoder read {before}, and the new one reads {now}")
+                listener.on_notice(f"the {side} encoder read {before}, and the new one reads {now}")
         # 2. The weights that the new model inherits.
         state, inherited = inherit(old.model, model, old.manifest["labels"], labels)
         start = Start(state, tuple(entry.name for entry in inherited if entry.fate == "new"), warm_up)

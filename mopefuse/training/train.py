@@ -65,7 +65,7 @@ def _claimed(folder: RunFolder, listener: Listener, *, resume: bool, overwrite: 
     """The folder, prepared and locked while the context lasts."""
     notice = distributed.run_on_main(lambda: folder.claim(resume=resume, overwrite=overwrite))
     if notice:
-        listener.notice(notice)
+        listener.on_notice(notice)
     try:
         yield
     except ResourceError as error:
@@ -102,7 +102,7 @@ def _train(
     origin = origin or _Origin(config, None, start)
     # 2. Data, resolved configuration and model, as `plan` prepares them.
     prepared = prepare(origin.config, listener, device)
-    listener.rows({name: len(prepared.data.splits[name].rows) for name in SPLITS if name in prepared.data.splits})
+    listener.on_rows({name: len(prepared.data.splits[name].rows) for name in SPLITS if name in prepared.data.splits})
     # 3. The folder becomes a run, or is found to be of the same data and encoders.
     facts = _begin(folder, prepared, origin, listener) if origin.facts is None else _same_run(folder, prepared, origin.facts)
     # 4. The trainer, at the step to continue from.
@@ -129,7 +129,7 @@ def _resume(folder: RunFolder, config: RunConfig, listener: Listener) -> _Origin
         return None
     config, changes = distributed.run_on_main(lambda: resumed(folder.config(), config))
     for change in changes:
-        listener.notice(f"changed: {change}")
+        listener.on_notice(f"changed: {change}")
     return _Origin(config, facts, distributed.run_on_main(lambda: _initial_weights(folder)))
 
 
@@ -182,15 +182,15 @@ def _go_to_start(
     """
     listener = trainer.listener
     if trainer.total and trainer.duration.notice:
-        listener.notice(trainer.duration.notice)
+        listener.on_notice(trainer.duration.notice)
     if origin.facts is not None and trainer.restore():
         step = trainer.progress.step
         result: dict[str, Any] | None = distributed.run_on_main(lambda: _continue(folder, prepared, facts, trainer))
         if result is None:
-            listener.notice(f"resuming at step {step} of {trainer.total}")
+            listener.on_notice(f"resuming at step {step} of {trainer.total}")
         else:
             more = "" if prepared.model.closed_form else f"; raise {' and '.join(trainer.duration.limits)} to continue"
-            listener.notice(f"already finished at step {step}{more}")
+            listener.on_notice(f"already finished at step {step}{more}")
         return result
     distributed.run_on_main(lambda: folder.rewind_log(-1))  # lines of an attempt that ended before its first checkpoint
     if origin.facts is not None:

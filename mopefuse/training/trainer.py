@@ -23,7 +23,7 @@ from mopefuse.core.atomic_files import write_atomically
 from mopefuse.core.error_codes import NumericCode
 from mopefuse.core.tensor_files import read_tensors, write_tensors
 from mopefuse.data.base import Batch, DataSet
-from mopefuse.data.collate import Key, epoch_batches, process_share, seed_of
+from mopefuse.data.collate import Key, derive_seed, epoch_batches, process_share
 from mopefuse.errors import Interrupted, NumericError
 from mopefuse.evaluation.scoring import Evaluation, score, score_tuned
 from mopefuse.evaluation.split import model_outputs, prepare_samples
@@ -79,19 +79,19 @@ class WarmUp(NamedTuple):
 class Listener:
     """Training callbacks, to be overridden; the defaults do nothing."""
 
-    def notice(self, text: str) -> None:
+    def on_notice(self, text: str) -> None:
         """Called with a message for the user."""
 
-    def rows(self, counts: dict[str, int]) -> None:
+    def on_rows(self, counts: dict[str, int]) -> None:
         """Called when the data were read, with the number of rows of each split."""
 
-    def reading(self, what: str, done: int, total: int) -> None:
+    def on_data_progress(self, what: str, done: int, total: int) -> None:
         """Called with the progress of preparing data, such as computing features."""
 
-    def step(self, progress: Progress, total: int, loss: float, lr: float) -> None:
+    def on_step(self, progress: Progress, total: int, loss: float, lr: float) -> None:
         """Called after each optimizer step; `total` is the number of steps of the run."""
 
-    def evaluated(self, progress: Progress, found: dict[str, float], *, best: bool) -> None:
+    def on_validation(self, progress: Progress, found: dict[str, float], *, best: bool) -> None:
         """Called after each validation with its metrics."""
 
 
@@ -115,7 +115,7 @@ class Trainer:
         self.config, self.data, self.model = config, data, model
         self.run, self.device, self.listener = run, device, listener
         # 1. Samples, with features of frozen encoders computed or read from the cache.
-        callbacks: dict[str, Any] = {"notice": listener.notice, "reading": listener.reading}
+        callbacks: dict[str, Any] = {"notice": listener.on_notice, "reading": listener.on_data_progress}
         self.train_samples = prepare_samples(model, data, "train", config, device, training=True, **callbacks)
         self.val_samples = prepare_samples(model, data, "val", config, device, **callbacks)
         # 2. How long to train, and when to validate.
@@ -159,7 +159,7 @@ class Trainer:
             return False
         path, manifest = found
         if manifest["step"] < self.run.steps()[-1]:
-            self.listener.notice(f"the checkpoint step-{self.run.steps()[-1]} is damaged; step-{manifest['step']} is used")
+            self.listener.on_notice(f"the checkpoint step-{self.run.steps()[-1]} is damaged; step-{manifest['step']} is used")
         self.model.load_trainable_state_dict(read_tensors(path / "weights.safetensors"), where=str(path))
         load_optimizer_state(self.optimizer, self.names, read_tensors(path / "optimizer.safetensors"), where=str(path))
         self.progress = Progress(**manifest["progress"])
@@ -207,13 +207,13 @@ class Trainer:
             loss, lr = self._step(batch, global_batch)
             self.progress.step += 1
             self.progress.seconds = time.perf_counter() - started
-            self.listener.step(self.progress, self.total, loss, lr)
+            self.listener.on_step(self.progress, self.total, loss, lr)
             self._log_step(epoch, loss, lr)
             if self.progress.step in self.eval_at:
                 self._validate()
             elif self.config.train.checkpoint_every and self.progress.step % self.config.train.checkpoint_every == 0:
                 self.save()
-            signal_number = distributed.largest(stop.signal_number, self.device)
+            signal_number = distributed.max_over_processes(stop.signal_number, self.device)
             if signal_number:
                 self.save()
                 raise Interrupted(
@@ -239,7 +239,7 @@ class Trainer:
         config, step = self.config, self.progress.step
         set_learning_rate(self.optimizer, factor(config.train, step, self.total))
         self.optimizer.zero_grad(set_to_none=True)
-        torch.manual_seed(seed_of(config.seed, step, distributed.rank()))
+        torch.manual_seed(derive_seed(config.seed, step, distributed.rank()))
         has_share = bool(process_share(global_batch, distributed.rank(), distributed.world_size()))
         loss = self._backward(batch, len(global_batch), has_share=has_share)
         parameters = self.model.named_trainable_parameters()
@@ -296,11 +296,11 @@ class Trainer:
         self.save(best=best)
         if routing and routing["unused_share"] > _COLLAPSED and not self._warned_of_collapse:
             self._warned_of_collapse = True
-            self.listener.notice(
+            self.listener.on_notice(
                 f"router collapse: {100 * routing['unused_share']:.0f} % of the experts are unused, "
                 f"entropy {routing['entropy']:.2f} of 1"
             )
-        self.listener.evaluated(self.progress, found, best=best)
+        self.listener.on_validation(self.progress, found, best=best)
 
     def _out_of_patience(self) -> bool:
         patience = self.config.train.patience
@@ -321,7 +321,8 @@ class Trainer:
         self.model.load_trainable_state_dict(read_tensors(path / "weights.safetensors"), where=str(path))
         if "test" not in self.data.splits:
             return None
-        samples = prepare_samples(self.model, self.data, "test", self.config, self.device, reading=self.listener.reading)
+        progress = self.listener.on_data_progress
+        samples = prepare_samples(self.model, self.data, "test", self.config, self.device, reading=progress)
         outputs = model_outputs(self.model, self.data, "test", self.config, self.device, samples=samples)
         return score(outputs, self.data, "test", self.thresholds(), predictions=self.run.predictions_file)
 

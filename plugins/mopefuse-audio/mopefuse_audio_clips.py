@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from mopefuse.config.schema import Data
 from mopefuse.errors import DataError
-from mopefuse.modalities.files import Files, Look
+from mopefuse.modalities.files import FileInfo, Files
 
 MOST = 300_000_000  # samples of a clip, all channels together: 100 minutes in stereo at 25 kHz
 _BLOCK = 1 << 20  # samples decoded at a time, to be looked at
@@ -29,15 +29,15 @@ Samples = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Clip:
-    """A file of audio, not yet decoded.
+    """A file of audio, not yet decoded. Clips of the same content are equal.
 
     Args:
         content: of the file. name: as its row says it. where: file, line and id of the row.
     """
 
     content: bytes
-    name: str
-    where: str = ""
+    name: str = field(compare=False)
+    where: str = field(default="", compare=False)
 
     def start(self, seconds: float) -> tuple[Samples, int]:
         """Samples (T, channels) of the first seconds, and their rate.
@@ -91,20 +91,20 @@ class Audio(Files):
     """A file of audio. From Python, a clip is a path, or samples (T,) or (T, channels) and their rate in Hz."""
 
     plural: ClassVar[str] = "clips"
-    kind: ClassVar[str] = "a path, or samples and their rate"
-    give: ClassVar[str] = "give clips as paths, or as (samples, rate)"
-    meant: ClassVar[tuple[str, ...]] = ("clip", "wav", "sound", "audio_path", "file_name", "file", "path")
+    value_description: ClassVar[str] = "a path, or samples and their rate"
+    type_fix: ClassVar[str] = "give clips as paths, or as (samples, rate)"
+    common_columns: ClassVar[tuple[str, ...]] = ("clip", "wav", "sound", "audio_path", "file_name", "file", "path")
 
     def decode(self, content: bytes, name: str, *, where: str, config: Data) -> Clip:
         """See `Files.decode`: the encoder decides how much of it is used."""
         return Clip(content, name, where)
 
-    def look(self, content: bytes, name: str, config: Data) -> Look:
-        """See `Files.look`."""
+    def inspect(self, content: bytes, name: str, config: Data) -> FileInfo:
+        """See `Files.inspect`."""
         Clip(content, name).check()
-        return Look()
+        return FileInfo()
 
-    def nothing(self) -> tuple[Samples, int]:
+    def blank_value(self) -> tuple[Samples, int]:
         """A second of silence."""
         return np.zeros(16000, dtype=np.float32), 16000
 
@@ -114,17 +114,42 @@ class Audio(Files):
         return [(random.standard_normal(size).astype(np.float32), rate) for size, rate in sizes]
 
     def accepts(self, value: Any) -> bool:
-        """Paths, clips, and samples with their rate."""
-        return isinstance(value, str | Path | Clip) or (isinstance(value, tuple) and len(value) == 2)
+        """Accepts paths, clips, and samples with their rate."""
+        return isinstance(value, str | Path | Clip) or _is_samples(value)
+
+    def is_single(self, value: Any) -> bool:
+        """Whether it is a path, a clip, or samples with their rate; a tuple of two such values is a list."""
+        return isinstance(value, str | Path | Clip) or _is_samples(value)
+
+    def prepare(self, value: Any, *, where: str) -> Any:
+        """Read the file of a path, as for a row. A path is trusted: it may lie in any folder.
+
+        Raises:
+            DataError: the file cannot be read.
+        """
+        return clip_of(value, where=where) if isinstance(value, str | Path) else value
 
 
-def clip_of(path: str | Path) -> Clip:
+def _is_samples(value: Any) -> bool:
+    """Whether a value is a pair of samples and their rate in Hz."""
+    return (
+        isinstance(value, tuple)
+        and len(value) == 2
+        and not isinstance(value[0], str | Path | Clip | tuple)
+        and isinstance(value[1], int | float | np.number)
+    )
+
+
+def clip_of(path: str | Path, *, where: str = "") -> Clip:
     """The clip in a file.
+
+    Args:
+        where: the sample, for messages.
 
     Raises:
         DataError: the file cannot be read.
     """
     try:
-        return Clip(Path(path).read_bytes(), str(path))
+        return Clip(Path(path).read_bytes(), str(path), where)
     except OSError as error:
-        raise DataError(202, f"{path} cannot be read: {error.strerror}", fix="give a file of audio") from None
+        raise DataError(202, f"{path} cannot be read: {error.strerror}", where=where, fix="give a file of audio") from None

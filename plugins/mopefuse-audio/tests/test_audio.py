@@ -114,7 +114,7 @@ def test_files_are_mixed_resampled_and_cut(tmp_path: Path, folders: dict[str, Pa
     np.testing.assert_allclose(clip[500:-500], wanted[500:-500], atol=2e-3)
 
 
-def test_what_is_no_audio_is_an_error_that_names_it(tmp_path: Path, folders: dict[str, Path]) -> None:
+def test_a_file_that_is_not_audio_is_an_error_that_names_it(tmp_path: Path, folders: dict[str, Path]) -> None:
     (tmp_path / "a.wav").write_bytes(b"no audio at all")
     encoder = create_encoder(spec("hubert", folders["hubert"]))
     for path in (tmp_path / "a.wav", tmp_path / "missing.wav"):

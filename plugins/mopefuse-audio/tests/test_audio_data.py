@@ -24,6 +24,7 @@ from mopefuse.config.schema import Data
 from mopefuse.data.load import load_data
 from mopefuse.errors import ConfigError, DataError
 from mopefuse.fusion.build import require_rows
+from mopefuse.testing import check_modality
 
 COUNTS = {"train": 6, "val": 4, "test": 4}
 SMALL = ("--device", "cpu", "--experts", "2", "--batch", "4", "--steps", "2")
@@ -80,7 +81,7 @@ def call(*args: object) -> tuple[int, str, str]:
     return int(leaving.value.code or 0), out.getvalue(), err.getvalue()
 
 
-def test_clips_that_nobody_asked_for_can_be_left_out(tmp_path: Path) -> None:
+def test_clips_that_no_encoder_reads_can_be_left_out(tmp_path: Path) -> None:
     root = change(make(tmp_path / "data", "audio", "img", "text"), 0, audio=None)
     images = ("train", "--main", "tiny:vision", "--comp", "tiny:text", "--data", root, *SMALL)
     code, _, err = call(*images, "--out", tmp_path / "run")
@@ -207,7 +208,7 @@ def test_a_row_without_a_clip_is_an_error_left_out_or_kept(value: Any, tmp_path:
     assert len(skipped.splits["train"].rows) == 5 and "train.jsonl: 1 row without audio is left out" in skipped.notices
     kept = load_data(Data(path=str(root), on_missing="absent"))
     assert kept.splits["train"].rows[1].values["audio"] is None
-    assert kept.splits["train"].lacks("audio").tolist() == [False, True, False, False, False, False]
+    assert kept.splits["train"].is_missing("audio").tolist() == [False, True, False, False, False, False]
     sides = ("--main", "tiny:text", "--comp", spec("wav2vec2", folders["wav2vec2"]))
     done("train", *sides, *SMALL, "--data", root, "--out", tmp_path / "run", "--on-missing", "absent")
 
@@ -244,7 +245,7 @@ def test_every_format_is_read(kind: str) -> None:
     ],
     ids=["empty", "HTML", "cut WAV", "cut FLAC", "no samples", "NaN"],
 )
-def test_what_is_no_clip_is_refused(content: bytes, said: str) -> None:
+def test_damaged_clips_are_refused(content: bytes, said: str) -> None:
     with pytest.raises(DataError, match=said) as caught:
         Clip(content, "a.wav").check()
     assert caught.value.code == "MF-DATA-200" and caught.value.what.startswith("a.wav ")
@@ -256,6 +257,24 @@ def test_a_clip_may_not_be_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
         Clip(written(TONE), "a.wav").check()
 
 
-def test_silence_is_what_says_nothing() -> None:
-    samples, rate = Audio().nothing()
+def test_the_blank_value_is_a_second_of_silence() -> None:
+    samples, rate = Audio().blank_value()
     assert not samples.any() and len(samples) == rate
+
+
+def test_the_modality_keeps_the_contract(tmp_path: Path) -> None:
+    (tmp_path / "mono.wav").write_bytes(written(TONE))
+    (tmp_path / "stereo.flac").write_bytes(written(np.stack([TONE, -TONE], axis=1), format="FLAC"))
+    assert isinstance(check_modality("audio", values=["mono.wav", "stereo.flac"], root=tmp_path), Audio)
+
+
+def test_a_pair_of_samples_and_rate_is_one_value_and_a_pair_of_paths_is_two() -> None:
+    audio = Audio()
+    assert audio.is_single((TONE, 16000)) and audio.accepts((TONE, 16000))
+    assert not audio.is_single(("a.wav", "b.wav")) and not audio.accepts(("a.wav", "b.wav"))
+
+
+def test_a_path_that_cannot_be_read_names_the_sample(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be read") as caught:
+        Audio().prepare(tmp_path / "missing.wav", where="sample 3")
+    assert caught.value.where == "sample 3"
