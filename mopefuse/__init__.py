@@ -1,6 +1,6 @@
-"""Classify samples of two or more modalities with frozen pretrained encoders, fused by a small trained part.
+"""Classify multimodal samples with frozen pretrained encoders and a small trained fusion part.
 
-In a training loop of your own: `build_fusion`, `PairDataset`, `save_adapter`. As the command line does it: `RunConfig` or
+For your own training loop: `build_fusion`, `PairDataset`, `save_adapter`. To do what the command line does: `RunConfig` or
 `build_config`, `train`, `evaluate`. With what was trained: `load` to predict, `load_model` for an `nn.Module`.
 Importing this package imports neither torch nor pydantic; each name imports what it needs when it is first used.
 """
@@ -51,7 +51,7 @@ def train(config: RunConfig, out: str | Path, *, resume: bool = False, overwrite
 
     Args:
         config: all settings; ``build_config({"main": SPEC, "comp": SPEC, "data": {"path": DIR}})`` makes one.
-        out: the run folder. resume: go on with the run in it. overwrite: replace the run in it.
+        out: the run folder. resume: continue the run in it. overwrite: replace the run in it.
 
     Returns:
         The content of ``metrics.json``: "metrics" by split, "parameters", "seconds" and more.
@@ -79,9 +79,9 @@ def evaluate(
 
     Args:
         run: a folder, or ``hf-hub:repo/name``. split: "train", "val" or "test".
-        data: folder or table to evaluate on; default the data of the run. An adapter and a bundle need it.
+        data: folder or table to evaluate on; default: the run's own. Required for adapters and bundles.
         layout: settings of `data` that differ there, by name: ``{"text_col": "caption"}``.
-        checkpoint: of a run: "best", "last" or "step-N". device: "auto", "cpu", "cuda", "cuda:N" or "mps".
+        checkpoint: for a run: "best", "last" or "step-N". device: "auto", "cpu", "cuda", "cuda:N" or "mps".
 
     Raises:
         CheckpointError: there is no such run, or its encoders are not those that it was trained with.

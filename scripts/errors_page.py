@@ -22,15 +22,26 @@ KINDS: dict[str, type[errors.MopefuseError]] = {
 }
 OUTSIDE = {  # literals in mopefuse.cli.app, or derived from the number of a signal
     "MF-INT-00": (1, ["a bug: please report it, with crash.log"]),
-    "MF-USE-01": (2, ["the command line cannot be read (with `--json`; else the usage is shown)"]),
+    "MF-USE-01": (2, ["the command line is invalid (with `--json`; otherwise the usage is shown)"]),
     "MF-STOP-02": (130, ["stopped at step … of … by Ctrl-C"]),
     "MF-STOP-15": (143, ["stopped at step … of … by SIGTERM"]),
 }
 NOTES = {  # for codes whose message is built from variables alone
     "MF-CFG-01": "settings that are unknown, missing or out of bounds, each by its path",
     "MF-CFG-09": "a file or folder cannot be used, with the system's message",
+    "MF-CFG-343": "there is no training split to take the labels from, or the labels are not distinct names",
+    "MF-CFG-64": "no input is given, or both a table and `--image` or `--text`",
+    "MF-CFG-66": "the input is not a file",
+    "MF-CFG-71": "no folder to write is given, or two",
+    "MF-DATA-03": "a row is not valid: its line and the reason",
     "MF-DATA-231": "lists of labels that were read as one class each",
     "MF-DATA-232": "more labels than a third of the training rows",
+    "MF-DATA-26": "too many bad rows to skip, with the first of them",
+    "MF-DATA-27": "images or texts of train are also in val or test (`--strict`)",
+    "MF-DATA-66": "no row of a split can be used, with the most frequent reasons",
+    "MF-DATA-73": "the destination is inside the source folder",
+    "MF-DATA-80": "`data check` found errors",
+    "MF-DATA-81": "`data check --strict` found warnings",
     "MF-ENC-21": "an encoder that cannot be prompted as `--main`, and why",
     "MF-PLUG-01": "several plugins provide the same name",
     "MF-PLUG-02": "a plugin cannot be imported: its distribution, entry point and the reason",
@@ -63,11 +74,11 @@ Codes are stable: their meaning does not change, and numbers are never reused.
 | 5 | an encoder is unknown, unreachable or unsuitable |
 | 6 | a run, checkpoint or weights file is damaged, unsafe, or belongs to other encoders |
 | 7 | out of disk space or memory, or a process was killed |
-| 8 | a number that must be finite is not |
+| 8 | a value that must be finite is NaN or infinite |
 | 9 | a plugin cannot be used |
 | 10 | a quality gate was not met (`eval --min`) |
 | 130, 143 | stopped by Ctrl-C, by SIGTERM; training saves a checkpoint first, and `--resume` continues from it |
-| 141 | the reader of the output stopped reading, as `head` does |
+| 141 | the program that reads the output closed the pipe, as `head` does |
 
 In the messages below, `…` stands for a value.
 

@@ -97,7 +97,7 @@ def _fitting(gradient: Tensor | None, like: Any) -> Tensor | None:
     """As the engine does: the type is made to fit, the shape has to."""
     if gradient is None:
         return None
-    assert gradient.device == like.device, f"a gradient on {gradient.device}, need {like.device}"
+    assert gradient.device == like.device, f"a gradient on {gradient.device}, expected {like.device}"
     if tuple(gradient.shape) != tuple(like.shape):
         gradient = gradient.sum_to_size(*like.shape)
     return gradient.to(like.dtype)

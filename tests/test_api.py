@@ -95,12 +95,12 @@ def test_labels_and_task_are_those_of_the_model() -> None:
         ({"experts": 0}, "experts: got 0; needs at least 1"),
         ({"gate": "on"}, "gate: got 'on'; needs 'none' or 'zero'"),
         ({"layers": "every"}, "layers: got 'every'; needs all, first:N, last:N, or a list of indices from 0"),
-        ({"num_labels": 0}, "num_labels is 0, need a number of labels from 1 · num_labels"),
-        ({"num_labels": None}, "num_labels is None, need a number of labels from 1 · num_labels"),
-        ({"num_labels": None, "labels": ["a", "a"]}, "labels must be different names, at least one · labels"),
-        ({"num_labels": None, "labels": "cat"}, "labels must be different names, at least one · labels"),
+        ({"num_labels": 0}, "num_labels must be a positive integer, got 0 · num_labels"),
+        ({"num_labels": None}, "num_labels must be a positive integer, got None · num_labels"),
+        ({"num_labels": None, "labels": ["a", "a"]}, "labels must be a non-empty list of distinct names · labels"),
+        ({"num_labels": None, "labels": "cat"}, "labels must be a non-empty list of distinct names · labels"),
         ({"labels": ["a", "b"]}, "num_labels is 3, and labels has 2 names · num_labels"),
-        ({"task": "multilabel"}, "task is 'multilabel', need one of single-label, multi-label · task · fix: did you mean"),
+        ({"task": "multilabel"}, "task must be one of single-label, multi-label, got 'multilabel' · task · fix: did you mean"),
         ({"comp": None}, "comp is missing"),
         ({"router": {"top": 1}}, "unknown setting router.top (did you mean router.top_m?)"),
         ({"method": "mmbt", "either": True}, "mmbt cannot do without the main modality · either · fix: use method conditional"),
@@ -159,7 +159,7 @@ def test_columns_labels_and_splits_are_arguments(pairs: Path, tmp_path: Path) ->
 def test_what_is_wrong_with_a_data_set_is_told(pairs: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="labels that are not in `labels`"):
         mopefuse.PairDataset(pairs, "train", labels=["none", "of them"])
-    with pytest.raises(ConfigError, match="labels must be different names"):
+    with pytest.raises(ConfigError, match="labels must be distinct names"):
         mopefuse.PairDataset(pairs, "train", labels=["a", "a"])
     with pytest.raises(ConfigError, match=r"^on_missing: got 'ignore'; needs 'error', 'skip' or 'absent'"):
         mopefuse.PairDataset(pairs, "train", on_missing="ignore")  # type: ignore[arg-type]
@@ -217,15 +217,15 @@ def test_rows_give_the_batch_that_their_values_give() -> None:
 @pytest.mark.parametrize(
     ("labels", "task", "number", "message"),
     [
-        ([0, None], "single-label", 335, "the row has no label, and others of the batch have"),
+        ([0, None], "single-label", 335, "the row has no label, but other rows of the batch have one"),
         ([0, 3], "single-label", 336, "the label is 3, and the model has 3 labels"),
         ([0, -1], "single-label", 336, "the label is -1"),
-        (["a", 1], "single-label", 337, "the label is 'a', need one index from 0"),
-        ([True, 1], "single-label", 337, "the label is True, need one index"),
-        ([[0], [1]], "single-label", 337, r"the label is \[0\], need one index"),
-        ([1, 2], "multi-label", 337, "the label is 1, need a list of indices"),
+        (["a", 1], "single-label", 337, "the label is 'a', expected one index from 0"),
+        ([True, 1], "single-label", 337, "the label is True, expected one index"),
+        ([[0], [1]], "single-label", 337, r"the label is \[0\], expected one index"),
+        ([1, 2], "multi-label", 337, "the label is 1, expected a list of indices"),
         ([[0, 3], []], "multi-label", 336, "the label is 3, and the model has 3 labels"),
-        (["ab", []], "multi-label", 337, "the label is 'ab', need a list of indices"),
+        (["ab", []], "multi-label", 337, "the label is 'ab', expected a list of indices"),
     ],
 )
 def test_a_label_that_is_none_is_refused(labels: list[Any], task: Any, number: int, message: str) -> None:
@@ -245,7 +245,7 @@ def test_train_and_evaluate_name_arguments(pairs: Path, tmp_path: Path) -> None:
     config = mopefuse.build_config({"main": "tiny:vision", "comp": "tiny:text", "data": {"path": str(pairs)}})
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("")
-    with pytest.raises(ConfigError, match=r"is not empty · out · fix: add resume or overwrite, or name another out"):
+    with pytest.raises(ConfigError, match=r"is not empty · out · fix: add resume or overwrite, or choose another out"):
         mopefuse.train(config, str(tmp_path / "full"))
     with pytest.raises(CheckpointError, match="there is no run"):
         mopefuse.evaluate(str(tmp_path / "none"))
@@ -329,10 +329,10 @@ def test_what_cannot_be_saved_is_refused_and_nothing_is_written(tmp_path: Path) 
     out = tmp_path / "adapter"
     with pytest.raises(ConfigError, match="the model has no names for its labels · labels"):
         mopefuse.save_adapter(build(), out)
-    with pytest.raises(ConfigError, match="2 names of labels, 2 of them different, for 3 logits"):
+    with pytest.raises(ConfigError, match=r"2 label names \(2 distinct\) were given for 3 logits"):
         mopefuse.save_adapter(build(), out, labels=["a", "b"])
     for thresholds in ([0.5], 0.0, [0.5, 0.5, 1.0]):
-        with pytest.raises(ConfigError, match="need a probability"):
+        with pytest.raises(ConfigError, match="must be one probability"):
             mopefuse.save_adapter(build(), out, labels=labels, thresholds=thresholds)
     broken = build()
     with torch.no_grad():
@@ -350,10 +350,10 @@ def test_what_cannot_be_saved_is_refused_and_nothing_is_written(tmp_path: Path) 
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("years of work")
-    with pytest.raises(ConfigError, match=r"is not empty · out · fix: name another out$"):
+    with pytest.raises(ConfigError, match=r"is not empty · out · fix: choose another out$"):
         mopefuse.save_adapter(build(), mine, labels=labels, overwrite=True)
     mopefuse.save_adapter(build(), out, labels=labels)
-    with pytest.raises(ConfigError, match=r"name another out, or add overwrite$"):
+    with pytest.raises(ConfigError, match=r"choose another out, or add overwrite$"):
         mopefuse.save_adapter(build(), out, labels=labels)
 
 

@@ -120,7 +120,7 @@ def test_damaged_weights_are_refused_and_the_other_checkpoint_offered(
 ) -> None:
     artefact.rewrite(WEIGHTS, damage, sealed=sealed)
     done = say(artefact.path)
-    said = f"{WEIGHTS} is damaged: " if sealed else f"{WEIGHTS} is not what was published (sha256 differs)"
+    said = f"{WEIGHTS} is damaged: " if sealed else f"{WEIGHTS} has changed since it was written (sha256 differs)"
     refused(done, "MF-CKPT-02", said, str(artefact.weights), fix="checkpoint")
     for other in artefact.others():
         assert sealed or f"use --checkpoint {other}" in done.stderr
@@ -142,13 +142,13 @@ def test_F_74_resuming_passes_over_a_damaged_checkpoint_but_never_begins_anew(of
 def test_F_75_one_flipped_bit_of_the_weights_is_found(artefact: Artefact, say: Ask) -> None:
     artefact.rewrite(WEIGHTS, flipped)
     assert load_file(artefact.weights / WEIGHTS), "safetensors alone takes it"
-    refused(say(artefact.path), "MF-CKPT-02", f"{WEIGHTS} is not what was published (sha256 differs)")
+    refused(say(artefact.path), "MF-CKPT-02", f"{WEIGHTS} has changed since it was written (sha256 differs)")
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "model.json", "README.md"])
 def test_F_75_one_flipped_bit_of_any_file_of_an_adapter_is_found(of_adapter: Artefact, name: str, say: Ask) -> None:
     of_adapter.rewrite(name, flipped)
-    refused(say(of_adapter.path), "MF-CKPT-02", f"{name} is not what was published (sha256 differs)")
+    refused(say(of_adapter.path), "MF-CKPT-02", f"{name} has changed since it was written (sha256 differs)")
 
 
 # -- manifests that were edited
@@ -189,7 +189,7 @@ def test_a_manifest_that_was_edited_is_refused(
     if artefact.is_run:
         refused(say(artefact.path), code, said)
         return
-    refused(say(artefact.path), "MF-CKPT-02", "model.json is not what was published")
+    refused(say(artefact.path), "MF-CKPT-02", "model.json has changed since it was written")
     if code == "MF-CKPT-08" or "damaged" in said:
         artefact.seal()
         refused(say(artefact.path), code, said)
@@ -222,7 +222,7 @@ def test_F_76_a_size_of_10_gb_is_compared_and_not_believed(artefact: Artefact, n
     manifest = read(artefact.weights / MANIFEST)
     manifest["files"][name] = {"sha256": "0" * 64, "size": 10**10}
     write(artefact.weights / MANIFEST, manifest)
-    refused(say(artefact.path), "MF-CKPT-02", f"{name} is not what was published")
+    refused(say(artefact.path), "MF-CKPT-02", f"{name} has changed since it was written")
 
 
 # -- other encoders, numbers that are not finite
@@ -253,7 +253,7 @@ def test_F_77_the_same_weights_by_another_name_are_accepted(artefact: Artefact, 
     again = say(artefact.path, "--main", "tiny:vision?pretrained=true", "--comp", "tiny:text?pretrained=true")
     assert (again.returncode, again.stdout) == (0, said.stdout)
     other = say(artefact.path, "--comp", "tiny:text?pool=cls")
-    refused(other, "MF-CKPT-08", "has other options", fix="swap-encoder")
+    refused(other, "MF-CKPT-08", "has different options", fix="swap-encoder")
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])

@@ -103,7 +103,7 @@ def test_static_prompts_alone_change_nothing_when_the_text_does(data: Path) -> N
     config = settings(data, prompts={"static": 4, "dynamic": 0, "mapped": 0, "gate": "none"})
     found = audit_model(model_of(config), load_data(config.data), "test", config, CPU)
     assert [condition.name for condition in found.conditions] == ["as is", "static"]
-    assert "does not look at the text" in found.verdict
+    assert "ignores the text" in found.verdict
     # read or not: what the prompts are does not depend on the text, to the bit
     model = model_of(config)
     model.reads = ("main", "comp")
@@ -180,7 +180,7 @@ def test_of_a_large_split_some_samples_are_looked_at(reader: Path) -> None:
 
 
 def test_a_model_of_one_side_says_so(data: Path) -> None:
-    for method, said in (("main-only", "does not look at the text"), ("comp-only", "The text is all that the model looks at")):
+    for method, said in (("main-only", "ignores the text"), ("comp-only", "The text is the only input that the model uses")):
         config = settings(data, method=method)
         assert said in audit_model(model_of(config), load_data(config.data), "test", config, CPU).verdict
 
@@ -228,7 +228,7 @@ def test_the_verdict_and_its_numbers_agree(
     if lost == 60:
         assert found.verdict.startswith("The model uses the text") and shuffled.low > 0
     elif lost == 0:
-        assert "nothing changed; with 400 samples a loss of up to 0.8 points could go undetected" in found.verdict
+        assert "nothing changed; with 400 samples, a drop of up to 0.8 points could go undetected" in found.verdict
     else:
         stated = re.search(r"a loss of (\S+) points is within noise: 95 % interval (\S+) to (\S+), 400 samples", found.verdict)
         assert stated, found.verdict

@@ -74,7 +74,7 @@ def test_no_value_in_a_file_of_a_bundle_is_an_internal_error(
         ("labels.json", ("labels",), "abc", "labels.json is damaged: labels has a wrong value"),
         ("labels.json", ("thresholds",), [0.5], "labels.json is damaged: 1 thresholds of"),
         ("preprocess.json", ("sides", "main", "size"), [10**6, 10**6], "preprocess.json: main is damaged: size has a wrong"),
-        ("preprocess.json", ("sides", "main"), ["image"], "preprocess.json: main is damaged: it is no object"),
+        ("preprocess.json", ("sides", "main"), ["image"], "preprocess.json: main is damaged: it is not a JSON object"),
         ("preprocess.json", ("sides", "comp", "max_tokens"), 10**20, "preprocess.json: comp is damaged: max_tokens has"),
         ("preprocess.json", ("sides", "comp", "tokenizer", "words"), 5, "tokenizer is damaged: words has a wrong value"),
         ("example.json", ("tolerance",), 10**400, "example.json is damaged"),

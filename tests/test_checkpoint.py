@@ -217,24 +217,24 @@ def test_one_flipped_bit_is_found(tmp_path: Path) -> None:
     (folder / "file").write_bytes(content)
     error = refused(folder)
     assert (error.code, error.exit_code) == ("MF-CKPT-02", 6)
-    assert "file is not what was published" in error.what
+    assert "file has changed since it was written" in error.what
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda a: (a / "file").unlink(), "not what was published"),
-        (lambda a: (a / "file").write_text("content and more"), "not what was published"),
+        (lambda a: (a / "file").unlink(), "has changed since it was written"),
+        (lambda a: (a / "file").write_text("content and more"), "has changed since it was written"),
         (lambda a: (a / "manifest.json").unlink(), "no manifest.json"),
         (lambda a: (a / "manifest.json").write_text("{"), "damaged"),
         (lambda a: (a / "manifest.json").write_text("[]"), "damaged"),
         (lambda a: (a / "manifest.json").write_bytes(b"\xff"), "damaged"),
-        (lambda a: change_manifest(a, kind="other"), "not a thing"),
-        (lambda a: change_manifest(a, format="1"), "not a thing"),
-        (lambda a: change_manifest(a, format=True), "not a thing"),
+        (lambda a: change_manifest(a, kind="other"), "not a mopefuse thing"),
+        (lambda a: change_manifest(a, format="1"), "not a mopefuse thing"),
+        (lambda a: change_manifest(a, format=True), "not a mopefuse thing"),
         (lambda a: change_manifest(a, files=None), "names no files"),
-        (lambda a: change_manifest(a, files={"file": None}), "not what was published"),
-        (lambda a: change_manifest(a, files={"file": {"size": 10**10}}), "not what was published"),
+        (lambda a: change_manifest(a, files={"file": None}), "has changed since it was written"),
+        (lambda a: change_manifest(a, files={"file": {"size": 10**10}}), "has changed since it was written"),
         (lambda a: (a / "extra.safetensors").write_text("x"), "extra.safetensors is not listed in the manifest"),
     ],
 )

@@ -380,7 +380,7 @@ def test_tensorboard_logs_into_a_new_run(pairs: Path, tmp_path: Path) -> None:
 def test_a_dry_run_shows_encoder_inputs_and_trainable_parameters(pairs: Path) -> None:
     done = call("train", *TINY, "--data", pairs, "--dry-run")
     assert done.returncode == 0, done.stderr
-    seen = ("tiny:vision  (image, 16 x 16)", "tiny:text  (text, cut after 32 tokens)")
+    seen = ("tiny:vision  (image, 16 x 16)", "tiny:text  (text, truncated to 32 tokens)")
     assert [line for line in (*seen, "prompt experts", "estimated memory") if line not in done.stdout] == []
     found = said(call("train", *TINY, "--data", pairs, "--dry-run", "--json"))
     assert found["ok"] is True

@@ -173,7 +173,7 @@ def test_a_modality_that_no_encoder_reads_gives_a_notice_before_training(pairs: 
     both = ("--main", "tiny:text", "--comp", "tiny:text?pool=mean", "--device", "cpu", "--experts", "2")
     done = call("train", *both, "--data", pairs, "--out", tmp_path / "run", "--steps", "1")
     assert done.returncode == 0, done.stderr
-    line = "no encoder reads image: --main tiny:text, --comp tiny:text?pool=mean read text; to use it, name an encoder"
+    line = "no encoder reads image: --main tiny:text, --comp tiny:text?pool=mean read text; to use it, give an encoder"
     assert line in done.stderr
     assert done.stderr.index(line) < done.stderr.index("step 1")
     assert line in call("train", *both, "--data", pairs, "--dry-run").stderr

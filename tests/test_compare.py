@@ -291,10 +291,10 @@ def test_of_runs_on_different_data_the_largest_group_is_compared(folder: Path, t
     assert [row["label"] for row in found["rows"]] == ["full-0", "text-0"]
     first = folder / "full-0"
     assert found["notices"] == [
-        f"left out: {fewer} was tested on other samples than {first}",
-        f"left out: {multi} was tested on other samples than {first}",
+        f"left out: {fewer} was tested on different samples from {first}",
+        f"left out: {multi} was tested on different samples from {first}",
     ]
-    assert f"left out: {fewer} was tested on other samples" in call("compare", *named).stderr
+    assert f"left out: {fewer} was tested on different samples" in call("compare", *named).stderr
     assert list(compare(named).notices) == found["notices"], "the command line adds nothing of its own"
     twice = train(tmp_path / "fewer", tmp_path / "runs" / "twice", "--seed", "1")
     found = json.loads(call("compare", *named, twice, folder / "text-1", "--against", fewer, "--json").stdout)

@@ -175,8 +175,8 @@ class NeedsAll(Sum):
 
 
 BROKEN_METHODS: list[tuple[type[Fusion], str, str]] = [
-    (ReturnsATensor, "forward() returns a Tensor, need an Output", "return Output(logits_BN)"),
-    (TooFewLogits, "logits have the shape (3, 2), need (3, 3)", "one column for each of num_labels"),
+    (ReturnsATensor, "forward() returns a Tensor, expected an Output", "return Output(logits_BN)"),
+    (TooFewLogits, "logits have the shape (3, 2), expected (3, 3)", "one column for each of num_labels"),
     (RoutingWithoutSum, "routing weights of a layer do not add up to 1", "return Output"),
     (AlwaysDropout, "gives other logits the second time", "in training mode only"),
     (KeepsTheBatch, "forward() sets last of the model", "keep nothing on self"),
@@ -186,7 +186,7 @@ BROKEN_METHODS: list[tuple[type[Fusion], str, str]] = [
     (IgnoresComputedFeatures, "KeyError: 'main'", "with self.pooled_feature(side, batch)"),
     (LearnsOutsideItsState, "a fresh model with the saved state gives other logits", "parameters"),
     (HoldsALock, "cannot pickle", "no open files, locks or lambdas"),
-    (TakesAnything, "takes a sample without", "set takes_several_comps = True"),
+    (TakesAnything, "accepts a sample without", "set takes_several_comps = True"),
     (ForgetsTheAbsent, "learns what stands in for a missing comp value", "pass batch=batch to self.classify()"),
     (NeedsAll, "a sample without text changes the logits of others", "self.replace_missing"),
 ]
@@ -201,7 +201,7 @@ def test_a_broken_method_fails_with_what_where_and_a_fix(method: type[Fusion], w
     with pytest.raises(AssertionError) as caught:
         check_fusion(method)
     message, _, advice = str(caught.value).partition(" · fix: ")
-    assert method.__name__ in message or "while it was checked" in message
+    assert method.__name__ in message or "unexpected error while checking" in message
     assert what in message and fix in advice
 
 
@@ -361,17 +361,17 @@ class Blob:
 
 
 BROKEN_MODALITIES: list[tuple[type[Modality], str, str]] = [
-    (NoWords, "plural is '', need words", "set plural, value_description and type_fix"),
-    (OneExample, "examples() gives 1 values, need at least 2", "at least two values"),
+    (NoWords, "plural is '', expected words", "set plural, value_description and type_fix"),
+    (OneExample, "examples() gives 1 values, expected at least 2", "at least two values"),
     (RefusesNothing, "accepts() refuses a list of its own examples() or blank_value()", "from blank_value()"),
     (AllSingle, "is_single() takes a list of values for one value", "override is_single()"),
-    (AcceptsAll, "accepts() and prepare() take a object for a value", "override accepts()"),
-    (RawErrors, "read() of 'no value' raises a ValueError, need a MopefuseError", "raise mopefuse.errors.DataError"),
+    (AcceptsAll, "accepts() and prepare() accept a object as a value", "override accepts()"),
+    (RawErrors, "read() of 'no value' raises a ValueError, expected a MopefuseError", "raise mopefuse.errors.DataError"),
     (Counts, "reading '0.5 1.0' twice gives two results", "keep nothing on self"),
     (Doubles, "prepare() changes what read() gives for '0.5 1.0'", "return from prepare() what read() returns"),
     (HasALambda, "the modality cannot be handed to a data worker", "lambdas"),
     (Unprepared, "prepare() of the path of a.bin is not what read() gives", "return from prepare()"),
-    (TakesHalves, "inspect() takes half a file for a value", "raise mopefuse.errors.DataError"),
+    (TakesHalves, "inspect() accepts half a file as a value", "raise mopefuse.errors.DataError"),
     (Unpickles, "a file with a pickle in it ran code of its own", "allow_pickle=False"),
     (OpensAnything, "read() takes the path '/", "let Files.read() find the file"),
     (RefusesWhole, "inspect() refuses a.bin, which decode() reads", "raise in inspect() where decode() would"),

@@ -46,7 +46,7 @@ def test_a_quote_that_is_never_closed_costs_one_row_of_500(tmp_path: Path) -> No
     lines[299] = '300,"text 300,a.png,a'
     ids, problems = read(lines, tmp_path)
     assert ids == without(ALL, 300)
-    assert problems == {301: "has a quote that is not closed: it would take in the 200 lines after it, up to line 501"}
+    assert problems == {301: "has an unclosed quote, which would swallow the 200 lines after it, up to line 501"}
 
 
 def test_a_quote_that_the_next_quoted_cell_closes_costs_one_row(tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_a_quote_that_the_next_quoted_cell_closes_costs_one_row(tmp_path: Path) 
     lines[309] = '310,"text, 310",a.png,a'
     ids, problems = read(lines, tmp_path)
     assert ids == without(ALL, 300)
-    assert problems == {301: "has a quote that is not closed: it would take in the 10 lines after it, up to line 311"}
+    assert problems == {301: "has an unclosed quote, which would swallow the 10 lines after it, up to line 311"}
 
 
 @pytest.mark.parametrize("closing", ['310,text 310",a.png,a', '310,text 310",a.png'], ids=["fields fit", "fields do not"])
@@ -123,7 +123,7 @@ def test_what_is_skipped_is_counted_as_it_is(tmp_path: Path) -> None:
     options = ("--data", tmp_path / "t.csv", "--val-fraction", "0.2", "--steps", "1")
     refused = call("train", *TINY, *options, "--out", tmp_path / "no")
     assert refused.returncode == 4
-    assert "1 bad row: t.csv:301 has a quote that is not closed: it would take in the 200 lines after it" in refused.stderr
+    assert "1 bad row: t.csv:301 has an unclosed quote, which would swallow the 200 lines after it" in refused.stderr
     assert "fix: close quotes" in refused.stderr
     done = call("train", *TINY, *options, "--out", tmp_path / "run", "--on-bad", "skip", "--json")
     assert done.returncode == 0, done.stderr

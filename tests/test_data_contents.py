@@ -51,8 +51,8 @@ def test_each_unknown_label_is_counted_and_each_absent_one_named(tmp_path: Path)
     write(root / "val.jsonl", line("v1", "3.png", "x"), line("v2", "3.png", "y"), line("v3", "3.png", "x"))
     found = [(each.kind, each.where, each.message) for each in report(root).findings]
     assert found == [
-        ("unknown-label", "val.jsonl:1", "training does not know the label 'x' (in 2 rows)"),
-        ("unknown-label", "val.jsonl:2", "training does not know the label 'y' (in 1 row)"),
+        ("unknown-label", "val.jsonl:1", "the label 'x' does not occur in train (in 2 rows)"),
+        ("unknown-label", "val.jsonl:2", "the label 'y' does not occur in train (in 1 row)"),
         ("absent-label", "val.jsonl", "no row of val has the label 'a'"),
         ("absent-label", "val.jsonl", "no row of val has the label 'b'"),
     ]
@@ -203,7 +203,7 @@ def test_lengths_with_an_encoder_are_its_tokens_and_what_it_cuts(tmp_path: Path)
     assert found["tokens"] == {"median": 32, "p95": 39, "longest": 41}
     assert found["cut"] == {"texts": 2, "share": 2 / 5}
     done = call("data", "check", root, "--encoder", "tiny:text", "--val-fraction", "0.2")
-    assert "tiny:text reads 32 tokens, and cuts 2 of the measured texts (40.0 %)" in done.stdout
+    assert "tiny:text reads 32 tokens and truncates 2 of the measured texts (40.0 %)" in done.stdout
 
 
 @pytest.mark.parametrize("spec", ["tiny:text", "hf:bert-base?pretrained=false", "open_clip:vit-b-32-text?pretrained=false"])

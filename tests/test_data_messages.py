@@ -40,8 +40,8 @@ def test_images_that_are_all_elsewhere_name_the_flag(data: Path, place: str) -> 
     near = root.parent in (data, data.parent)
     refused = plan(data)
     assert refused.returncode == 4
-    assert "error[MF-DATA-11]: none of the 12 images exists, such as images/train-0.png" in refused.stderr
-    fix = f"add --image-root {root}" if near else "name their folder with --image-root DIR"
+    assert "error[MF-DATA-11]: none of the 12 images exist; first missing: images/train-0.png" in refused.stderr
+    fix = f"add --image-root {root}" if near else "give their folder with --image-root DIR"
     assert f"fix: {fix}" in refused.stderr
     assert f"fix: {fix}" in plan(data, "--on-bad", "skip").stderr
     report = check(data)
@@ -62,7 +62,7 @@ def test_predict_without_any_image_names_the_flag(trained: Path, pairs: Path, tm
     shutil.copy(pairs / "test.jsonl", tmp_path)
     done = call("predict", trained, tmp_path / "test.jsonl")
     assert done.returncode == 4
-    assert "fix: name the folder of the files with --image-root DIR" in done.stderr
+    assert "fix: give the folder of the files with --image-root DIR" in done.stderr
     assert call("predict", trained, tmp_path / "test.jsonl", "--image-root", pairs).returncode == 0
 
 
@@ -162,4 +162,4 @@ def test_a_csv_with_another_delimiter_trains_with_a_notice(data: Path, delimiter
     done = plan(data / "all.csv", "--val-fraction", "0.2")
     assert done.returncode == 0, done.stderr
     name = {";": "semicolons", "\t": "tabs"}[delimiter]
-    assert done.stderr.count(f"notice: all.csv is read as separated by {name}, not commas") == 1
+    assert done.stderr.count(f"notice: all.csv is parsed as separated by {name}, not commas") == 1

@@ -200,7 +200,7 @@ def test_the_sheet_shows_each_row_and_what_is_wrong_with_its_image(pages: dict[s
     for said in ("image not found: gone.png", "(image file is truncated)", "outside the data folder", "more than 12,000"):
         assert said in page.text
     assert page.text.count("no picture") == 10
-    assert "19 of 19 rows, classes in turn, seed 0; 10 more cannot be read" in page.text
+    assert "19 of 19 rows, taken from each class in turn, seed 0; 10 more cannot be read" in page.text
     assert "empty text" in page.text
 
 
@@ -237,7 +237,7 @@ def test_a_split_that_is_not_there_has_no_sheet(tmp_path: Path, split: str) -> N
     (root / "train.jsonl").write_text(line("1"))
     done = call("data", "preview", root, "--split", split, "-o", tmp_path / "sheet.html")
     assert (done.returncode, done.stderr.split(":")[0]) == (4, "error[MF-DATA-82]")
-    assert "the data has train" in done.stderr
+    assert "the data have train" in done.stderr
     assert not (tmp_path / "sheet.html").exists()
 
 

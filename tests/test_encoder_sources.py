@@ -184,7 +184,7 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
     save_file(state, tmp_path / "other.safetensors")
     error = fault(f"{VIT}&weights={tmp_path / 'other.safetensors'}", CheckpointError)
     assert error.code == "MF-CKPT-42"
-    for part in ("missing: norm.weight", "unexpected: extra.weight", "pos_embed (1x5x192, need 1x17x192)"):
+    for part in ("missing: norm.weight", "unexpected: extra.weight", "pos_embed (1x5x192, expected 1x17x192)"):
         assert part in str(error)
 
 

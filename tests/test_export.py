@@ -202,7 +202,7 @@ def test_a_bundle_that_reads_texts_otherwise_is_not_published(
 
     monkeypatch.setattr(Bundle, "collate", other)
     done = call("export", trained, "--format", "pt2", "-o", tmp_path / "out")
-    assert done.returncode == 10 and "comp_ids of the bundle is not what training makes" in done.stderr
+    assert done.returncode == 10 and "comp_ids of the bundle differs from training" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

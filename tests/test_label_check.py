@@ -353,7 +353,7 @@ def test_warnings_on_labels_have_a_heading_of_their_own_after_the_labels(tmp_pat
     done = call("data", "check", path, "--val-fraction", "0.2", "--test-fraction", "0.2")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    heading = lines.index("labels to look at:")
+    heading = lines.index("suspicious labels:")
     assert [text.startswith("warning: items.csv:") for text in lines[heading + 1 : heading + 3]] == [True, True]
     assert not [text for text in lines[:heading] if text.startswith("warning: ") and "Watches" in text]
     assert heading > next(number for number, text in enumerate(lines) if text.endswith(" labels:"))

@@ -245,7 +245,7 @@ def test_values_missing_in_two_splits_are_not_leaks(data: Path) -> None:
     found = read(data, on_missing="absent")
     assert not any("also in train" in notice for notice in found.notices)
     change(data, "test", 1, text="TRAIN  train-1")
-    assert "1 text of test is also in train; metrics on it may be too good" in read(data, on_missing="absent").notices
+    assert "1 text of test is also in train; metrics on it may be too optimistic" in read(data, on_missing="absent").notices
     report = json.loads(call("data", "check", data, "--json", "--on-missing", "absent").stdout)
     assert report["leaks"]["test"] == {"images": 0, "texts": 1}
     assert [(p["split"], p["message"]) for p in report["problems"] if p["kind"] == "missing-value"] == [

@@ -27,7 +27,7 @@ WRONG = {
     ("--main", "tiny:vision", "--comp", "hf:./nowhere"): (5, "there is no folder ./nowhere", "--comp", "check the path"),
     ("--main", "tiny:vision", "--comp", "hf:nobody?pretrained=false"): (5, "nobody", "--comp", "pretrained=false"),
     ("--main", "tiny:vision", "--comp", "open_clip:ViT-X#text"): (5, "ViT-X", "--comp", "did you mean"),
-    ("--main", "tiny:vision", "--comp", "open_clip:ViT-B-32"): (5, "names no tower", "--comp", "#text"),
+    ("--main", "tiny:vision", "--comp", "open_clip:ViT-B-32"): (5, "does not say which tower to use", "--comp", "#text"),
     ("--main", "tiny:vision", "--comp", "tiny:text", "--comp", "tiny:txt"): (5, "tiny:txt", "--comp", "did you mean text"),
     ("--main", "tiny:vision", "--comp", "hff:bert"): (5, "hff", "--comp", "did you mean hf"),
     ("--main", "tiny:vision", "--comp", "bert"): (3, "'bert' is not an encoder", "--comp", "write --comp scheme:name"),

@@ -75,7 +75,7 @@ def test_the_contract_test_of_a_new_plugin_can_fail(fresh: tuple[Path, Path], tm
     command = [sys.executable, "-c", "import mopefuse.testing as t; t.check_encoder('mel-2:small')"]
     paths = f"{package}{os.pathsep}{fresh[1]}"
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=False)
-    assert "depends on the rest of its batch" in done.stderr or "gives another feature" in done.stderr
+    assert "depends on the rest of its batch" in done.stderr or "gives a different feature" in done.stderr
 
 
 def test_a_new_plugin_trains_as_either_encoder(
@@ -109,8 +109,8 @@ def test_a_new_plugin_imports_only_what_is_public(fresh: tuple[Path, Path]) -> N
         ("été", "write ete"),
         ("a\nb", "write a-b"),
         ("audio\n", "write audio"),
-        ("", "write a word, for example audio"),
-        ("音", "write a word, for example audio"),
+        ("", "choose a single word, for example audio"),
+        ("音", "choose a single word, for example audio"),
         ("tiny", "write tiny-2 or another name"),
     ],
 )

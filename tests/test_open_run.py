@@ -41,7 +41,7 @@ def test_the_split_is_the_one_named_or_test_or_validation(trained: Path, pairs: 
 def test_an_adapter_is_opened_with_data_only(trained: Path, pairs: Path, tmp_path: Path) -> None:
     assert call("export", trained, "--format", "adapter", "-o", tmp_path / "adapter").returncode == 0
     assert open_run(tmp_path / "adapter", data=pairs, device="cpu").step is None
-    with pytest.raises(ConfigError, match="no data set is named"):
+    with pytest.raises(ConfigError, match="no data set was given"):
         open_run(tmp_path / "adapter", device="cpu")
     with pytest.raises(CheckpointError, match="there is no run"):
         open_run(tmp_path / "nowhere", device="cpu")

@@ -168,16 +168,16 @@ def test_a_package_whose_entry_points_cannot_be_read_is_left_out(
     [
         (
             ("encoders", "inspect", "toy:vision"), "MF-PLUG-01",
-            "the encoder scheme 'toy' is claimed by mopefuse-one and mopefuse-two",
+            "the encoder scheme 'toy' is provided by mopefuse-one and mopefuse-two",
             "write mopefuse-one:toy:NAME or mopefuse-two:toy:NAME",
         ),
         (
             ("data", "make", "made", "{tmp}"), "MF-PLUG-01",
-            "the data set 'made' is claimed by mopefuse-one and mopefuse-two", "write mopefuse-one:made or mopefuse-two:made",
+            "the data set 'made' is provided by mopefuse-one and mopefuse-two", "write mopefuse-one:made or mopefuse-two:made",
         ),
         (
             ("train", *TINY, "--data", "{pairs}", "--out", "{tmp}/run", "--method", "both"), "MF-PLUG-01",
-            "the fusion method 'both' is claimed by mopefuse-one and mopefuse-two",
+            "the fusion method 'both' is provided by mopefuse-one and mopefuse-two",
             "write mopefuse-one:both or mopefuse-two:both",
         ),
         (
@@ -190,7 +190,7 @@ def test_a_package_whose_entry_points_cannot_be_read_is_left_out(
         ),
         (
             ("train", *TINY, "--data", "{pairs}", "--out", "{tmp}/run", "--method", "no-method"), "MF-PLUG-07",
-            "the fusion method 'no-method' is not a subclass of mopefuse.fusion.Fusion", "mend the plugin, or uninstall it",
+            "the fusion method 'no-method' is not a subclass of mopefuse.fusion.Fusion", "fix the plugin, or uninstall it",
         ),
     ],
 )  # fmt: skip

@@ -117,7 +117,7 @@ def mixed(pairs: Path, tmp_path: Path) -> Path:
 def test_an_invalid_pair_becomes_a_row_with_its_error(trained: Path, mixed: Path, tmp_path: Path) -> None:
     done = call("predict", trained, mixed, "-o", tmp_path / "out.jsonl", "--batch", "2")
     assert done.returncode == 0, done.stderr
-    assert "9 rows, 6 of them could not be read" in done.stderr
+    assert "9 rows, 6 of which could not be read" in done.stderr
     told = rows(tmp_path / "out.jsonl")
     assert [row["id"] for row in told] == ["test-0", "2", "3", "test-1", "c", "d", "e", "test-2", "9"]
     codes = [row["error"]["code"] if "error" in row else "" for row in told]

@@ -138,7 +138,7 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str, str]] = {
     "an empty batch": (lambda i: {name: array[:0] for name, array in i.items()}, "MF-DATA-88", "B from 1"),
     "batches of two sizes": (lambda i: i | {"main_pixels": i["main_pixels"][:1]}, "MF-DATA-88", "the same B from 1"),
     "ids of 32 bits": (lambda i: i | {"comp_ids": i["comp_ids"].astype(np.int32)}, "MF-DATA-88", "int64"),
-    "a token that is not known": (lambda i: i | {"comp_ids": i["comp_ids"] + 10_000}, "MF-DATA-90", "knows 0 to"),
+    "a token that is not known": (lambda i: i | {"comp_ids": i["comp_ids"] + 10_000}, "MF-DATA-90", "valid ids are 0 to"),
     "a negative token": (lambda i: i | {"comp_ids": i["comp_ids"] - 5}, "MF-DATA-90", "token -"),
     "a text of no tokens": (lambda i: i | {"comp_mask": np.zeros_like(i["comp_mask"])}, "MF-DATA-89", "a real token"),
     "too long a text": (
@@ -177,7 +177,7 @@ def test_pixels_that_are_not_finite_are_an_error_and_no_probabilities(
 
 def test_a_prediction_that_is_not_finite_is_an_error(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bundle, "_run", lambda inputs: [np.full((2, 3), np.nan, np.float32)])
-    with pytest.raises(mopefuse.errors.NumericError, match="not finite"):
+    with pytest.raises(mopefuse.errors.NumericError, match="NaN or infinite"):
         bundle.run(good(bundle))
 
 

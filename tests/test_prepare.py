@@ -287,11 +287,11 @@ def test_what_is_missing_is_named_with_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "source" / "snli_ve_train.jsonl").write_text("")
     with pytest.raises(DataError) as caught:
         prepare(SNLIVE, tmp_path / "source", tmp_path / "made")
-    assert caught.value.what == "there is no snli_ve_dev.jsonl; the folder has snli_ve_train.jsonl"
+    assert caught.value.what == "there is no snli_ve_dev.jsonl; the folder contains snli_ve_train.jsonl"
     assert caught.value.fix == "provide snli_ve_{train,dev,test}.jsonl and flickr30k_images/<Flickr30K_ID>.jpg"
-    with pytest.raises(DataError, match=r"there is no split\.json; the folder has snli_ve_train\.jsonl"):
+    with pytest.raises(DataError, match=r"there is no split\.json; the folder contains snli_ve_train\.jsonl"):
         prepare(MMIMDb, tmp_path / "source", tmp_path / "made")
-    with pytest.raises(DataError, match=r"there is no images/train; the folder has snli_ve_train\.jsonl"):
+    with pytest.raises(DataError, match=r"there is no images/train; the folder contains snli_ve_train\.jsonl"):
         prepare(Food101, tmp_path / "source", tmp_path / "made")
 
 

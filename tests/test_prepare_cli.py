@@ -65,11 +65,11 @@ not a JSON object        1
 unknown gold label       1
 
 text: hypothesis; 3 labels
-list of the skipped: {tmp_path / "made" / "skipped.jsonl"}
+skipped rows are listed in {tmp_path / "made" / "skipped.jsonl"}
 """
     assert len(SNLI_VE_SKIPPED) == 10
     again = call("data", "prepare", "snli-ve", tmp_path / "source", tmp_path / "made")
-    assert again.stdout == done.stdout + "This preparation was there already; nothing was written.\n"
+    assert again.stdout == done.stdout + "The folder already has this prepared data set; nothing was written.\n"
 
 
 def test_splits_that_are_published_together_have_a_row_of_their_own(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_splits_that_are_published_together_have_a_row_of_their_own(tmp_path: Pa
         (("prepare", "snli-ve", "SOURCE", "DEST", "--clean"), 4, "fix: remove it; snli-ve has the options --premise"),
         (("prepare", "food101", "SOURCE", "DEST", "--premise"), 4, "food101 has no option --premise"),
         (("prepare", "mm-imdb", "SOURCE", "DEST", "--seed", "0"), 4, "mm-imdb has no options"),
-        (("prepare", "mm-imdb", "SOURCE", "DEST"), 4, "there is no split.json; the folder has flickr30k_images"),
+        (("prepare", "mm-imdb", "SOURCE", "DEST"), 4, "there is no split.json; the folder contains flickr30k_images"),
         (("prepare", "snli-ve", "SOURCE", "DEST", "--images", "move"), 4, "fix: use link or copy"),
         (("prepare", "snli-ve", "nowhere", "DEST"), 4, "there is no source folder nowhere"),
         (("prepare", "food101", "SOURCE", "DEST", "--val", "0"), 2, "--val"),

@@ -83,7 +83,7 @@ def test_rows_are_images_with_their_pages(by_split: bool, tmp_path: Path) -> Non
         ("images/train/beignets/beignets_2.jpg", None, "image without text"),
         ("images/train/beignets/beignets_4.jpg", None, "image without text"),
         ("images/train/beignets/beignets_50.jpg", None, "image twice"),
-        ("images/train/beignets/waffles_1.jpg", None, "image name not of the class"),
+        ("images/train/beignets/waffles_1.jpg", None, "image name does not start with its class"),
         ("images/train/miso_soup/miso_soup_77.jpg", None, "image without text"),
         ("images/train/stray.jpg", None, "not in the folder of a class"),
         (f"{below}/apple_pie/apple_pie_98.txt", None, "text without image"),
@@ -122,7 +122,7 @@ def test_a_text_that_is_not_there_is_named(titles: bool, pages: bool, asked: str
     with pytest.raises(DataError) as caught:
         prepare(Food101, source, tmp_path / "made", {"val": 4} | ({"text": asked} if asked else {}))
     there = ", ".join(sorted(path.name for path in source.iterdir()))
-    assert (caught.value.code, caught.value.what) == ("MF-DATA-63", f"there is no {missing}; the folder has {there}")
+    assert (caught.value.code, caught.value.what) == ("MF-DATA-63", f"there is no {missing}; the folder contains {there}")
 
 
 # -- one line of a titles file
@@ -165,7 +165,7 @@ def test_a_title_is_what_its_page_had(line: str, title: str) -> None:
         (b"a_1.jpg", "fewer than three fields"),
         (b"a_1.jpg,Pie", "fewer than three fields"),
         (b"a_1.jpg,Pie,", "fewer than three fields"),
-        (b"a_1.jpg,Pie,b", "image name not of the class"),
+        (b"a_1.jpg,Pie,b", "image name does not start with its class"),
         (b"a_1.jpg,Pi\xe9,a", "not UTF-8"),
     ],
 )

@@ -375,7 +375,7 @@ SPOILT: dict[str, tuple[dict[str, Any], str]] = {  # name of a file to its conte
     "no list of files": ({"manifest.json": b'{"format": 1, "kind": "adapter"}'}, "names no files"),
     "a way up": ({"manifest.json": naming("../evil"), "../evil": b"evil"}, "outside its folder"),
     "an absolute path": ({"manifest.json": naming("/tmp/evil"), "/tmp/evil": b"evil"}, "outside its folder"),
-    "other weights": ({"weights.safetensors": b"evil"}, "weights.safetensors is not what was published"),
+    "other weights": ({"weights.safetensors": b"evil"}, "weights.safetensors has changed since it was written"),
     "one bit of the weights": ({"weights.safetensors": altered}, "sha256 differs"),
     "a missing file": ({"model.json": None}, "lacks model.json"),
     "something else": (

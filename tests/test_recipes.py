@@ -60,7 +60,7 @@ def test_the_command_that_makes_its_data_can_be_run_and_writes_where_the_recipe_
         source = command.index("SOURCE")
         (tmp_path / "source").mkdir()
         done = call(*command[:source], tmp_path / "source", tmp_path / "made", *command[source + 2 :])
-        assert (done.returncode, "the folder has nothing" in done.stderr) == (4, True), done.stderr
+        assert (done.returncode, "the folder contains nothing" in done.stderr) == (4, True), done.stderr
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT / "recipes")))

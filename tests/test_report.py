@@ -66,7 +66,7 @@ def test_every_chart_has_its_numbers_in_a_table_too(run: Path) -> None:
     assert names >= {"audit", "parameters", "confusion", "calibration", "loss", "validation", "usage", "entropy", "classes"}
     numbers = [attributes for attributes in page.all("details") if attributes.get("class") == "numbers"]
     assert len(numbers) == len(names) - 1, "those of the audit are in its own table"
-    assert "Scripts are off" in page.text
+    assert "JavaScript is off" in page.text
     assert all(attributes["aria-label"] for attributes in page.all("div") if "data-chart" in attributes)
 
 
@@ -110,7 +110,7 @@ def test_a_method_without_a_router_has_no_routing(pairs: Path, tmp_path: Path) -
     report(tmp_path / "run", device="cpu")
     page = page_of(tmp_path / "run")
     assert keys(page) == SECTIONS
-    assert "The model does not look at the text" in page.text
+    assert "The model ignores the text" in page.text
 
 
 # -- numbers
@@ -238,7 +238,7 @@ def test_an_unfinished_run_has_a_page_that_says_so(trained: Path, tmp_path: Path
     done = report(run, device="cpu", audit=False)
     page = page_of(run)
     assert "This run is not finished: the page shows step 2" in page.text
-    assert "No audit was made" in page.text and done.audit is None
+    assert "The audit was skipped" in page.text and done.audit is None
     assert keys(page) == [key for key in SECTIONS if key not in ("audit", "resources")] + ROUTING
 
 
@@ -249,11 +249,11 @@ def test_without_a_test_split_validation_is_shown_and_said_to_be(pairs: Path, tr
     done = report(trained, out=tmp_path / "page.html", data=data, device="cpu", audit=False)
     assert done.split == "val"
     text = Page((tmp_path / "page.html").read_text(encoding="utf-8")).text
-    assert "There is no test split" in text and "are not those that the run was made with" not in text
+    assert "There is no test split" in text and "have changed since the run was trained" not in text
     rows = (data / "val.jsonl").read_text().splitlines()
     (data / "val.jsonl").write_text("\n".join(rows[:-1]))
     done = report(trained, out=tmp_path / "page.html", data=data, device="cpu", audit=False)
-    assert any("are not those that the run was made with" in note for note in done.notes)
+    assert any("have changed since the run was trained" in note for note in done.notes)
 
 
 def test_what_is_no_run_is_told_apart(exported: Path, trained: Path, pairs: Path, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def run(reported: Path) -> Path:
 def chosen(run: Path) -> dict[str, str]:
     page = Page((run / "report.html").read_text(encoding="utf-8"))
     found = re.findall(r"<code>([a-z_.]+)</code><br>(.*?) <span", (run / "report.html").read_text(encoding="utf-8"))
-    assert "Settings that were chosen" in page.text
+    assert "Settings that are not defaults" in page.text
     return dict(found)
 
 
@@ -104,5 +104,5 @@ def test_a_warm_start_is_compared_with_the_regression_that_it_began_as(run: Path
     config = facts.config.model_copy(update={"warm_start": "linear"})
     log = [{"step": 0, "val": {"accuracy": 0.5}}, {"step": 2, "val": {"accuracy": 0.75}}]
     text = Page(str(run_baselines.baselines(replace(facts, config=config, log=log)).body)).text
-    assert "On validation that had accuracy 50.0 %, and step 2 has 75.0 %" in text
-    assert "Training began as" not in Page(str(run_baselines.baselines(replace(facts, log=log)).body)).text
+    assert "Its accuracy on validation was 50.0 %; that of step 2 is 75.0 %" in text
+    assert "Training started from" not in Page(str(run_baselines.baselines(replace(facts, log=log)).body)).text

@@ -113,8 +113,8 @@ def test_without_scripts_everything_can_be_read(run: Path, browser: Chromium) ->
     try:
         browser.show(run / "report.html")
         text = browser.evaluate("document.body.innerText")
-        assert "Scripts are off, so charts are not drawn" in text
-        assert "Numbers of this chart" in text and "predicted" in text
+        assert "JavaScript is off, so charts are not drawn" in text
+        assert "Data of this chart" in text and "predicted" in text
         assert browser.evaluate("getComputedStyle(document.querySelector('.controls')).display") == "none"
     finally:
         browser.ask("Emulation.setScriptExecutionDisabled", value=False)

@@ -68,4 +68,4 @@ def test_a_study_runs_one_at_a_time_where_memory_has_no_room(
     statuses = run_study(study, tmp_path / "out", jobs=2, listener=Watch())
     assert {status.state for status in statuses} == {FINISHED}
     assert most == [2 if roomy else 1]
-    assert sum("no room for one more" in text for text in notices) == (not roomy)
+    assert sum("not enough memory for one more" in text for text in notices) == (not roomy)

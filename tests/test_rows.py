@@ -86,7 +86,7 @@ def test_a_missing_folder_or_split_is_named_with_what_is_there(tmp_path: Path) -
         load(tmp_path / "no" / "where")
     for name in ("products.csv", "snd.csv"):
         (tmp_path / name).touch()
-    with pytest.raises(DataError, match=r"no data folder .* fix: did you mean [^,]*/products.csv\? Otherwise name a folder"):
+    with pytest.raises(DataError, match=r"no data folder .* fix: did you mean [^,]*/products.csv\? Otherwise give a folder"):
         load(tmp_path / "product.csv")
     write_rows(tmp_path / "train.jsonl", [GOOD])
     write_rows(tmp_path / "dev.jsonl", [GOOD])
@@ -134,9 +134,9 @@ def test_a_split_that_is_no_file_is_refused_without_reading_it(tmp_path: Path, k
         (line(id=None), "id is null"),
         ('{"caption": "t", "image": "i", "label": "x"}', "has no text or img; found caption, image, label"),
         ("{}", "has no text or img or label; found nothing"),
-        (line(label="\ud800"), "label has half a character"),
-        (line(img="\udfff.png"), "img has half a character"),
-        (line(id="\ud800"), "id has half a character"),
+        (line(label="\ud800"), "label contains a lone surrogate"),
+        (line(img="\udfff.png"), "img contains a lone surrogate"),
+        (line(id="\ud800"), "id contains a lone surrogate"),
         ("[" * 100_000, "nested too deeply"),
         ('{"id": ' + "9" * 5000 + "}", "too many digits"),
     ],
@@ -171,10 +171,10 @@ def test_twenty_problems_are_listed_and_all_are_counted(tmp_path: Path) -> None:
 def test_rows_with_the_same_problem_are_said_once_with_what_mends_them(tmp_path: Path) -> None:
     error = refused(split(tmp_path, "".join(line(id=i, img="") + "\n" for i in range(33)) + "x\n"))
     assert error.what.startswith("34 bad rows: train.jsonl:1 img is empty, expected a string (use --on-missing ")
-    assert "(and 32 more like it); train.jsonl:34 is not JSON" in error.what
+    assert "(and 32 similar); train.jsonl:34 is not JSON" in error.what
     assert error.what.count("train.jsonl:") == 2 and error.fix.startswith("correct or remove them; ")
     same = refused(split(tmp_path, "x\n" * 33))
-    assert same.what == "33 bad rows: train.jsonl:1 is not JSON (column 1: Expecting value) (and 32 more like it)"
+    assert same.what == "33 bad rows: train.jsonl:1 is not JSON (column 1: Expecting value) (and 32 similar)"
     assert same.fix.startswith("correct the line; ")
 
 

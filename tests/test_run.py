@@ -241,7 +241,7 @@ def test_a_damaged_newest_is_passed_over_by_resume_and_named_to_who_asks_for_it(
     latest = run.latest()
     assert latest is not None
     assert latest[1]["step"] == 1
-    with pytest.raises(CheckpointError, match="not what was published"):
+    with pytest.raises(CheckpointError, match="has changed since it was written"):
         run.checkpoint("last")
 
 
@@ -375,7 +375,7 @@ def test_what_was_written_before_it_was_a_run_is_not_in_the_way(tmp_path: Path) 
     (tmp_path / "run" / "manifest.json.tmp-1").touch()
     again = RunFolder(tmp_path / "run")
     again.prepare(resume=False, overwrite=False)
-    with pytest.raises(ConfigError, match="stopped before its initial weights were complete") as caught:
+    with pytest.raises(ConfigError, match="interrupted before its initial weights were saved") as caught:
         again.prepare(resume=True, overwrite=False)
     assert "swap-encoder" in caught.value.fix
     (tmp_path / "run" / ".lock").unlink()

@@ -253,7 +253,7 @@ def test_a_dry_run_lists_the_cells_that_will_fail(pairs: Path, tmp_path: Path) -
     study = {"settings": settings, "seeds": [0], "cells": cells}
     (tmp_path / "study.yaml").write_text(json.dumps(study))
     done = call("study", tmp_path / "study.yaml", "--dry-run")
-    assert done.returncode == 0 and "b will fail: " in done.stderr and "mmbt needs all that it reads" in done.stderr
+    assert done.returncode == 0 and "b will fail: " in done.stderr and "mmbt needs every modality" in done.stderr
     listed = json.loads(call("study", tmp_path / "study.yaml", "--dry-run", "--json").stdout)["cells"]
     assert [bool(cell["refused"]) for cell in listed] == [False, False, True]
 

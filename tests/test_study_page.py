@@ -118,7 +118,7 @@ def test_points_are_means_and_their_bars_sample_deviations(study: Path) -> None:
     assert "linear: 40 %" in tips(found["rows"].charts[0]), "three equal runs have no spread"
     assert "late, fraction=0.1: 52 % ± 2 %, trainable parameters 10,000" in tips(found["parameters"].charts[0])
     assert "late, fraction=1.0, step 30: 80 % ± 10 %" in tips(found["learning"].charts[0])
-    assert "Without a curve, because validated only once or never at the same steps: linear." in found["learning"].body
+    assert "No curve for rows that were validated only once, or never at the same steps: linear." in found["learning"].body
 
 
 def test_curves_are_of_the_steps_that_all_seeds_have(trained: Path, tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_of_a_search_the_choice_of_validation_stands_out_not_the_best_on_test(tr
     study = make_study(trained, tmp_path / "made", rows, search={"metric": "accuracy", "best": "trial 1", "trials": []})
     assert compare([study]).best("test", "accuracy") == {"trial 1"}
     page = report_study(study).page.read_text()
-    assert "test accuracy, of trial 1, which validation chose" in page
+    assert "test accuracy, of trial 1, selected on validation" in page
     assert "<b>70.0</b>" in page
     assert "<b>90.0</b>" not in page
 
@@ -181,7 +181,7 @@ def test_runs_without_a_result_are_listed_with_the_reason(trained: Path, tmp_pat
     assert (done.runs, done.missing) == (14, 5)
     assert "5 of 14 runs have no result, of which 2 failed" in page.text
     assert f"MF-NUM-01 loss is NaN {HOSTILE}" in page.text and "lower train.lr" in page.text
-    assert "stopped before its end, at step 30" in page.text
+    assert "interrupted, at step 30" in page.text
     assert "no row is compared with linear: none of its runs is finished" in page.text
     assert "Rows have different numbers of seeds" in page.text
     groups = {(group.label, group.state): group.seeds for group in facts_of(study).missing}
@@ -197,7 +197,7 @@ def test_a_study_without_any_result_has_a_page(trained: Path, tmp_path: Path) ->
     change(study, 0, state="running")
     done = report_study(study)
     assert keys(page_of(study)) == ["missing", "settings"]
-    assert "No run is finished" in page_of(study).text and "under way" in page_of(study).text
+    assert "No run is finished" in page_of(study).text and "running when study.json" in page_of(study).text
     assert done.comparison is None
 
 
@@ -207,8 +207,8 @@ def test_one_seed_has_no_spread_and_linear_rows_no_curves(trained: Path, tmp_pat
     study = make_study(trained, tmp_path / "made", rows)
     report_study(study)
     page, found = page_of(study), sections(study)
-    assert "Every row is one run" in page.text and "±" not in page.text
-    assert "one run each, so there is no spread" in page.text
+    assert "Each row is a single run" in page.text and "±" not in page.text
+    assert "one run each, so there are no error bars" in page.text
     assert found["learning"].charts == () and "no curves" in found["learning"].body
     for key in ("rows", "parameters"):
         assert all(row["low"] == row["y"] == row["high"] for row in data_of(found[key].charts[0], "tip"))

@@ -81,7 +81,7 @@ def test_a_csv_with_another_delimiter_is_read_as_what_it_is(copy: Path, delimite
         rows = rows_of(copy, split)
         (copy / f"{split}.jsonl").unlink()
         write_csv(copy / f"{split}.csv", rows, delimiter)
-    with pytest.warns(Notice, match=f"train.csv is read as separated by {name}, not commas"):
+    with pytest.warns(Notice, match=f"train.csv is parsed as separated by {name}, not commas"):
         assert said(load(copy)) == expected
     done = call("data", "check", copy)
     assert done.returncode == 0, done.stderr
@@ -192,9 +192,9 @@ def test_a_folder_of_images_has_labels_by_folder_and_captions_beside_or_in_one_f
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b'id,text,img,label\n1,"never closed,a.png,a\n2,t,a.png,b\n', "table.csv:2 has a quote that is not closed"),
+        (b'id,text,img,label\n1,"never closed,a.png,a\n2,t,a.png,b\n', "table.csv:2 has an unclosed quote"),
         (b'id,text,img,label\n1,"a"b,a.png,a\n2,t,a.png,b\n', "table.csv:2 is not CSV"),
-        (b'id,"text,img,label\n1,t,a.png,a\n', "the header has a quote that is not closed"),
+        (b'id,"text,img,label\n1,t,a.png,a\n', "the header has an unclosed quote"),
         (b"id,text,img,label\n1,t,a.png\n", "table.csv:2 has 3 fields, the header has 4"),
         (b"id,text,img,label\n1,t,a.png,a,b\n", "table.csv:2 has 5 fields"),
         (b"id,text,text,label\n", "the column 'text' occurs twice"),

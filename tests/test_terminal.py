@@ -126,7 +126,7 @@ def test_a_stopped_run_prints_the_resume_command_and_resumes(pairs: Path, tmp_pa
     done = call("train", *TINY, "--data", pairs, "--out", run, "--epochs", 100_000)
     stopper.join()
     assert done.returncode == 143
-    said = r"^stopped: at step (\d+) of 300000, its checkpoint is published · fix: continue with --resume$"
+    said = r"^stopped: at step (\d+) of 300000, its checkpoint has been saved · fix: continue with --resume$"
     step = re.search(said, done.stderr, re.MULTILINE)
     assert step, done.stderr
     assert (run / "checkpoints" / f"step-{step[1]}" / "manifest.json").exists()

@@ -127,7 +127,7 @@ def test_ctrl_c_in_the_test_after_the_last_step_loses_nothing(
     train(config(data), tmp_path / "whole")
     with monkeypatch.context() as now:
         now.setattr(Trainer, "test", lambda trainer: signal.raise_signal(signal.SIGINT))
-        with pytest.raises(Interrupted, match="its checkpoint is published") as stopped:
+        with pytest.raises(Interrupted, match="its checkpoint has been saved") as stopped:
             train(config(data), tmp_path / "parts")
     assert (stopped.value.exit_code, stopped.value.fix) == (130, "continue with --resume")
     train(config(data), tmp_path / "parts", resume=True)
@@ -250,7 +250,7 @@ def test_more_steps_than_the_epochs_allow_name_the_flag_that_adds_steps(data: Pa
     steps, notices = finished_after(data, tmp_path / "a", {"train__epochs": 1}, {"train__max_steps": 10})
     assert steps == 4
     assert notices == [
-        "--steps 10 is not reached: --epochs 1 ends after 4 steps; raise --epochs to 3",
+        "--steps 10 is never reached: --epochs 1 ends after 4 steps; raise --epochs to 3",
         "already finished at step 4; raise --epochs to continue",
     ]
     both = {"train__epochs": 1, "train__max_steps": 4}
@@ -269,7 +269,7 @@ def test_a_new_run_is_told_that_its_steps_are_more_than_its_epochs(data: Path, t
         listener.on_notice = notices.append  # type: ignore[method-assign]
         result = train(config(data, **settings), tmp_path / str(settings.get("train__max_steps")), listener=listener)
         assert result["steps"] == 12
-        assert sum(text.startswith("--steps 20 is not reached: --epochs 3 ends after 12") for text in notices) == told
+        assert sum(text.startswith("--steps 20 is never reached: --epochs 3 ends after 12") for text in notices) == told
 
 
 @pytest.mark.parametrize(

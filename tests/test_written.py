@@ -117,7 +117,7 @@ def test_what_would_be_pushed_is_listed_without_a_network(network: dict[str, str
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     assert "weights.safetensors" in said["files"] and said["private"] and said["url"] is None
-    assert "the hub cannot be reached, so whether it exists is not known" in done.stderr
+    assert "the hub cannot be reached to see whether it exists" in done.stderr
     assert run_cli("push", trained, "org/model", "--yes", **network).returncode == 5
     assert run_cli("push", trained, "no name", "--dry-run", **network).returncode == 3
 

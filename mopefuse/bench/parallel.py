@@ -59,7 +59,7 @@ def _time_step(count: int, config: RunConfig, batch: int, text_length: int, roun
         seconds: tuple[float, ...] = here.recv()
     except EOFError:
         raise ResourceError(
-            ResourceCode.BENCH_PROCESS_ENDED, f"one of {count} processes died", where="bench ddp", fix="lower --batch"
+            ResourceCode.BENCH_PROCESS_ENDED, f"one of the {count} processes died", where="bench ddp", fix="lower --batch"
         ) from None
     finally:
         for process in started:

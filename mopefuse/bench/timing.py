@@ -24,7 +24,7 @@ class Times:
     Attributes:
         by_round: seconds by the number of the round.
         stolen: by round, the fraction of the processors' time during the call that a virtual machine's host gave to other
-            machines. Rounds with more than `CALM` are not counted, unless all have.
+            machines. Rounds with more than `CALM` are not counted, unless all exceed it.
     """
 
     by_round: Mapping[int, float]

@@ -25,7 +25,7 @@ def show_pair(pair: PairBench) -> None:
     facts = f"batch {pair.batch}, {pair.text_length} tokens, {pair.precision} on {pair.device}, weights {size(pair.weights)}"
     table(f"{pair.config.main} with {pair.config.comp}; {facts}", columns, rows)
     if pair.disturbed_share > 0.5:
-        what = f"in {100 * pair.disturbed_share:.0f} % of the repetitions other processes used the processors"
+        what = f"in {100 * pair.disturbed_share:.0f} % of the repetitions, other processes used the CPU"
         err().print(f"{what}; measure again before you rely on these numbers", style="yellow")
     for line in pair.lines:
         if line.why_not:

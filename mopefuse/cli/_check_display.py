@@ -32,7 +32,7 @@ def show(report: Report, folder: Path, page: Path | None) -> None:
     if report.trained:
         console.print()
         rows = [[name, *(f"{count:,}" for count in facts.values())] for name, facts in report.trained.items()]
-        table("in training, after rows are held out or drawn", ["split", "rows", "labels"], rows)
+        table("as used in training, after splitting and subsampling", ["split", "rows", "labels"], rows)
     groups = report.by_kind()
     if groups:
         console.print()
@@ -45,7 +45,7 @@ def show(report: Report, folder: Path, page: Path | None) -> None:
     console.print()
     _show_labels(report)
     about_labels = {kind: found for kind, found in groups.items() if kind in _ABOUT_LABELS}
-    _list(about_labels, "labels to look at:")
+    _list(about_labels, "suspicious labels:")
     console.print()
     _show_texts(report)
     console.print()

@@ -21,5 +21,5 @@ def show(run: str, found: Missing) -> None:
     first = f"of {found.cells[0].samples:,} samples of {found.split}"
     table(run, [first, "lack it", name, *([] if plain is None else ["points"])], rows)
     if not found.learned:
-        text = "trained on complete samples only: average features replace missing ones; see --modality-dropout"
+        text = "trained on complete samples only, so mean features replace missing ones; see --modality-dropout"
         err().print(f"notice: {text}", markup=False)

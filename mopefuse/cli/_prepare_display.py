@@ -70,7 +70,7 @@ class PrepareDisplay:
 
 
 def show(about: Mapping[str, Any], dest: Path) -> None:
-    """Print the tables of a prepared data set: its rows beside the published numbers, and why rows were skipped."""
+    """Print the tables of a prepared data set: its rows next to the published numbers, and why rows were skipped."""
     rows, published, difference = about["rows"], about["published"], about["difference"]
     cells = []
     for group in [*rows, *(group for group in published if group not in rows)]:
@@ -92,6 +92,6 @@ def show(about: Mapping[str, Any], dest: Path) -> None:
     console.print()
     console.print(f"text: {about['text']}; {about['labels']} labels", markup=False)
     if about["skipped"]:
-        console.print(f"list of the skipped: {dest / 'skipped.jsonl'}", markup=False)
+        console.print(f"skipped rows are listed in {dest / 'skipped.jsonl'}", markup=False)
     if not about["written"]:
-        console.print("This preparation was there already; nothing was written.", markup=False)
+        console.print("The folder already has this prepared data set; nothing was written.", markup=False)

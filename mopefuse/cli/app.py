@@ -1,6 +1,6 @@
 """The command line: `main` runs a command and turns an error into one line and an exit code.
 
-Each command is one typed function in a file of its name. It imports what is heavy inside, so that ``--help`` and a usage
+Each command is one typed function in a file of its name. Heavy imports are inside it, so that ``--help`` and a usage
 error do not wait for torch.
 """
 
@@ -44,7 +44,7 @@ from mopefuse.errors import Interrupted, MopefuseError, Notice, ResourceError
 app = typer.Typer(
     name="mopefuse",
     help="Train, evaluate and export classifiers on two or more modalities, such as image and text, with frozen encoders.",
-    epilog="Start: mopefuse demo, or mopefuse data check DIR on your own table. COMMAND --help explains a command.",
+    epilog="Start with mopefuse demo, or with mopefuse data check DIR on your own table. COMMAND --help explains a command.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -126,14 +126,14 @@ def _run() -> None:
         if leaving.code == 130:
             _exit(_interrupted())
         if leaving.code == 2 and "--json" in sys.argv:
-            message = "the command line cannot be read; stderr says why"
+            message = "the command line is invalid; see stderr"
             body = {"code": "MF-USE-01", "exit": 2, "message": message, "where": "", "hint": "see mopefuse --help"}
             print_json({"ok": False, "error": body})
         raise
 
 
 def _interrupted() -> Interrupted:
-    return Interrupted(2, "by Ctrl-C before there was anything to save", fix="run the command again")
+    return Interrupted(2, "by Ctrl-C before anything could be saved", fix="run the command again")
 
 
 def _open_standard_streams() -> None:
@@ -226,7 +226,7 @@ def _drain() -> None:
 
 
 def _stop_without_reader() -> None:
-    """Exit quietly: the reader of the output has stopped reading, as ``| head`` does, which is no error."""
+    """Exit quietly: the reader of the output has stopped reading, as ``| head`` does, which is not an error."""
     _discard(sys.stdout)
     sys.exit(141)
 

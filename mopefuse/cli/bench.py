@@ -31,7 +31,7 @@ Rounds = Annotated[int, typer.Option(min=1, max=10_000, help="Repetitions of eac
 def bench(
     context: typer.Context,
     main: Annotated[
-        str | None, typer.Option(metavar="SPEC", help="Main encoder. Default: ViT-B, and in a second table Swin-B.")
+        str | None, typer.Option(metavar="SPEC", help="Main encoder. Default: ViT-B, and Swin-B in a second table.")
     ] = None,
     comp: Annotated[str | None, typer.Option(metavar="SPEC", help="Complementary encoder. Default: BERT-base.")] = None,
     method: Annotated[
@@ -51,7 +51,7 @@ def bench(
     recompute: Annotated[bool, typer.Option("--checkpoint-activations", help="Also measure recomputed activations.")] = False,
     rounds: Rounds = 2,
     more: Annotated[
-        int, typer.Option(min=0, max=10_000, help="Further repetitions in each round, of the most important rows.")
+        int, typer.Option(min=0, max=10_000, help="Extra repetitions of the most important rows in each round.")
     ] = 5,
     device: Device = "auto",
     precision: Precision = "auto",
@@ -135,7 +135,7 @@ def startup(
     rounds: Rounds = 5,
     json: Json = False,
 ) -> None:
-    """Measure seconds of imports and of --help."""
+    """Measure how long imports and --help take."""
     from mopefuse.bench.startup import bench_startup
     from mopefuse.cli._bench_display import show_times, times_as_dict
     from mopefuse.cli._render import print_json
@@ -182,15 +182,15 @@ def ddp(
     comp: Comp = PAIRS[0][1],
     batch: Annotated[int, typer.Option(min=1, max=65_536, help="Samples per step, summed over all processes.")] = 8,
     text_length: TextLength = 32,
-    processes: Annotated[str, typer.Option(metavar="N,N,...", help="Numbers of processes to measure.")] = "1,2",
+    processes: Annotated[str, typer.Option(metavar="N,N,...", help="Process counts to measure.")] = "1,2",
     rounds: Rounds = 5,
     device: Device = "auto",
     precision: Precision = "auto",
     json: Json = False,
 ) -> None:
-    """Measure a step on one process and on several.
+    """Measure a training step with one process and with several.
 
-    All divide the same batch between them, with gloo on CPUs and NCCL on GPUs.
+    The processes share the same batch, with gloo on CPUs and NCCL on GPUs.
     """
     from mopefuse.bench.parallel import bench_parallel
     from mopefuse.cli._bench_display import show_times, times_as_dict
@@ -231,7 +231,10 @@ def _numbers(text: str, where: str = "--experts") -> tuple[int, ...]:
         found = ()
     if not found or min(found) < 1:
         raise ConfigError(
-            ConfigCode.NOT_A_NUMBER_LIST, f"{text!r} is not a list of numbers from 1", where=where, fix="write 16, or 4,16,256"
+            ConfigCode.NOT_A_NUMBER_LIST,
+            f"{text!r} is not a list of positive integers",
+            where=where,
+            fix="write 16, or 4,16,256",
         )
     return found
 

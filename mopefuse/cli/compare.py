@@ -30,7 +30,7 @@ def compare(
 ) -> None:
     """Compare runs in one table.
 
-    Runs that differ only in their seed are one row: mean and standard deviation of the metrics, parameters, time and memory.
+    Runs that differ only in their seed form one row: mean and standard deviation of metrics, parameters, time and memory.
     With --against, differences to a baseline are tested by paired bootstrap. If runs were tested on different data, those of
     the largest group are compared, and a notice names the others.
 

@@ -13,7 +13,7 @@ _KINDS = {
     "features": "features of encoders",
     "images": "decoded images",
     "models": "models from the hub",
-    "charts": "scripts of charts",
+    "charts": "chart scripts",
 }
 
 
@@ -23,7 +23,7 @@ def cache(
 ) -> None:
     """Show the cache, or delete it.
 
-    The cache keeps indexes of tables, features of frozen encoders and decoded images, which all runs share. Set its folder
+    The cache holds table indexes, features of frozen encoders and decoded images, which all runs share. Set its folder
     with the environment variable MOPEFUSE_CACHE.
     """
     from mopefuse.cli._render import out, print_json, size, table

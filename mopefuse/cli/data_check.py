@@ -27,9 +27,9 @@ def check(
         Path | None, typer.Option(metavar="FILE", help="Also write a page with the problems and their images.")
     ] = None,
     encoder: Annotated[
-        str | None, typer.Option(metavar="SPEC", help="Text encoder: count its tokens, and the texts that it would cut.")
+        str | None, typer.Option(metavar="SPEC", help="Text encoder whose tokens and truncated texts are counted.")
     ] = None,
-    most: Annotated[int, typer.Option(min=0, max=10**9, help="With --json: list at most N problems; all are counted.")] = 1000,
+    most: Annotated[int, typer.Option(min=0, max=10**9, help="With --json: list at most N problems; counts cover all.")] = 1000,
     fresh: Annotated[bool, typer.Option("--fresh", help="Read every file again instead of using the cache.")] = False,
     set_: SetData = None,
     json: Json = False,
@@ -37,7 +37,7 @@ def check(
 ) -> None:
     """Check a data set before training.
 
-    Reads every row and image, changes nothing, and exits with code 4 if training would refuse the data. Warnings are for
+    Reads every row and image, changes nothing, and exits with code 4 if training would reject the data. Warnings are for
     what training accepts, such as an image that is in train and in test, or labels that look misspelt.
 
     \b
@@ -80,12 +80,12 @@ def _verdict(report: Report, folder: Path, *, strict: bool) -> DataError | None:
     if report.errors:
         fix = "correct the problems listed"
         if report.config.on_bad == "skip":
-            fix += "; --on-bad skip leaves out a fraction of data.max_bad_fraction at most, and no unsafe paths"
+            fix += "; --on-bad skip tolerates a fraction of data.max_bad_fraction at most, and no unsafe paths"
         return DataError(DataCode.CHECK_FOUND_ERRORS, f"{several(report.errors, 'error')} in {folder}", fix=fix)
     if strict and report.warnings:
         what = f"{several(report.warnings, 'warning')} in {folder}"
         return DataError(
-            DataCode.CHECK_FOUND_WARNINGS, what, where="--strict", fix="correct the problems listed, or leave --strict out"
+            DataCode.CHECK_FOUND_WARNINGS, what, where="--strict", fix="correct the problems listed, or remove --strict"
         )
     return None
 

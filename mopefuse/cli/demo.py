@@ -15,10 +15,10 @@ def demo(
     steps: Annotated[
         int | None, typer.Option(min=1, max=10**9, help="Stop each training after N steps: a quick look, not a result.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the runs that the folder has.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing runs in the folder.")] = False,
     json: Json = False,
 ) -> None:
-    """Train on a small data set that comes along, offline.
+    """Train on a small bundled data set, offline.
 
     Compares conditional prompts with five simpler methods on questions about images of digits. Takes a few minutes on a CPU.
     """

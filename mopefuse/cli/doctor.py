@@ -10,7 +10,7 @@ from mopefuse.cli.options import Json
 def doctor(json: Json = False) -> None:
     """Check the installation.
 
-    Shows versions, devices, caches and plugins, and packages that do not fit together, such as torch and torchvision. Exits
+    Shows versions, devices, caches and plugins, and packages with incompatible versions, such as torch and torchvision. Exits
     with code 5 if there is a problem.
     """
     from mopefuse.cli._render import out, print_json, table

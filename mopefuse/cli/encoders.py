@@ -53,7 +53,7 @@ def list_(
     ]
     table("aliases", ["alias", "stands for"], aliases)
     print()
-    out().print("show one: mopefuse encoders inspect SPEC; with ?pretrained=false it has random weights and needs no download")
+    out().print("details: mopefuse encoders inspect SPEC; with ?pretrained=false it has random weights and needs no download")
 
 
 @app.command("inspect")

@@ -30,13 +30,13 @@ def evaluate(
     ] = None,
     min_: Annotated[
         list[str] | None,
-        typer.Option("--min", metavar="METRIC=VALUE", help="Exit with code 10 if a metric is below: accuracy=0.8. Repeatable."),
+        typer.Option("--min", metavar="METRIC=VALUE", help="Exit with code 10 if a metric is below VALUE. Repeatable."),
     ] = None,
     missing: Annotated[
         list[str] | None,
         typer.Option(
             metavar="MODALITY=SHARE|grid",
-            help="Remove a modality from a share of the samples: text=0.7; grid: measure several shares.",
+            help="Remove a modality from a fraction of the samples (text=0.7); grid: measure several fractions.",
         ),
     ] = None,
     missing_seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Random seed of --missing.")] = 0,
@@ -48,9 +48,9 @@ def evaluate(
 ) -> None:
     """Evaluate a run: metrics, and a prediction for every sample.
 
-    Deterministic, and independent of the batch size. There is one line of JSON per sample; with more than 100 labels it has
-    only the probabilities of the 20 most probable labels, and of the predicted and the true ones. Columns of --data that you
-    do not name are those of the run.
+    Results do not depend on the batch size. Predictions are one line of JSON per sample; with more than 100 labels, it has
+    only the probabilities of the 20 most probable labels and of the predicted and true ones. Column options that you
+    omit default to those of the run.
 
     \b
     Example:
@@ -74,7 +74,7 @@ def evaluate(
 def _check(
     run: Path, split: str, data: Path | None, settings: Settings, out: Path | None, *, single: bool, gated: bool
 ) -> None:
-    """Refuse what can be refused before torch is imported.
+    """Check the options before torch is imported.
 
     Args:
         single: whether there is one result, not a grid of them. gated: whether a metric must be reached.
@@ -87,10 +87,13 @@ def _check(
     if not single and (out or gated):
         fix = "leave it out, or give one share, such as text=0.7"
         raise ConfigError(
-            ConfigCode.GRID_HAS_NO_SINGLE_RESULT, "--missing grid has many results", where="--out" if out else "--min", fix=fix
+            ConfigCode.GRID_HAS_NO_SINGLE_RESULT,
+            "--missing grid has more than one result",
+            where="--out" if out else "--min",
+            fix=fix,
         )
     if settings and data is None:
-        what = "a run reads its own data as in training"
+        what = "column options apply only to --data"
         fix = "leave it out, or name other data with --data"
         raise ConfigError(ConfigCode.COLUMNS_OF_OWN_DATA, what, where=", ".join(map(flag_of, settings)), fix=fix)
     if split not in _SPLITS:

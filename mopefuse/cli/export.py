@@ -27,7 +27,7 @@ def export(
     routing: Annotated[
         bool, typer.Option("--routing", help="The exported model also returns the weights of the prompt experts.")
     ] = False,
-    int8: Annotated[bool, typer.Option("--int8", help="onnx: 8-bit weights; their effect is measured on validation.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="onnx: 8-bit weights; measures their effect on validation.")] = False,
     half: Annotated[bool, typer.Option("--half", help="adapter: 16-bit floats, half the size.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export in --out.")] = False,
     json: Json = False,

@@ -1,4 +1,4 @@
-"""Options and arguments that several commands share and that set no setting."""
+"""Options and arguments that several commands share and that do not correspond to a setting."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ Trained = Annotated[Path, typer.Argument(metavar="RUN", help="Run or adapter: a 
 Checkpoint = Annotated[str, typer.Option("--checkpoint", help="Checkpoint to use: best, last or step-N.")]
 Device = Annotated[str, typer.Option("--device", help="Device to compute on: auto, cpu, cuda, cuda:N or mps.")]
 Split = Annotated[str, typer.Option("--split", help="Split of the data: train, val or test.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Random seed: the same seed gives the same result.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Random seed.")]
 OtherMain = Annotated[
     str | None,
-    typer.Option("--main", metavar="SPEC", help="Where the weights of the main encoder are, if not where training had them."),
+    typer.Option("--main", metavar="SPEC", help="Location of the main encoder's weights, if they moved since training."),
 ]
 OtherComp = Annotated[
     list[str] | None,
-    typer.Option("--comp", metavar="SPEC", help="The same for the complementary encoder; for one of several, 2=SPEC."),
+    typer.Option("--comp", metavar="SPEC", help="The same for the complementary encoder; 2=SPEC selects one of several."),
 ]

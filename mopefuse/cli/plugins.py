@@ -16,7 +16,7 @@ app = typer.Typer(help="List installed plugins, or create one.", no_args_is_help
 def list_(json: Json = False) -> None:
     """List installed plugins, without importing them.
 
-    Shows every entry point that other packages add, and whether its name can be used.
+    Shows every entry point that other packages add, and whether its name clashes with another.
     """
     from mopefuse.cli._render import out, print_json, table
     from mopefuse.core.new_plugin import Plugin, installed
@@ -31,7 +31,7 @@ def list_(json: Json = False) -> None:
     table("plugins", list(Plugin._fields), found, left=range(len(Plugin._fields)))
     if any(plugin.state in ("clash", "shadowed by built-in") for plugin in found):
         out().print()
-        out().print("write a name that is taken with its distribution: DIST:NAME, for an encoder DIST:SCHEME:NAME")
+        out().print("if a name is taken, add the distribution: DIST:NAME, or DIST:SCHEME:NAME for an encoder")
 
 
 @app.command("new")

@@ -24,7 +24,7 @@ def push(
 ) -> None:
     """Upload a trained model to the Hugging Face Hub.
 
-    Everybody who may read the repository can then use hf-hub:REPO/NAME in place of a run.
+    Everyone with read access to the repository can then use hf-hub:REPO/NAME in place of a run.
 
     \b
     Example:
@@ -36,12 +36,12 @@ def push(
     with prepare_upload(run, repo, checkpoint=checkpoint, public=public, offline=dry_run) as parcel:
         seen = "private" if parcel.private else "public"
         console = err()
-        state = {True: "", False: ", new", None: "; the hub cannot be reached, so whether it exists is not known"}[parcel.there]
+        state = {True: "", False: ", new", None: "; the hub cannot be reached to see whether it exists"}[parcel.there]
         console.print(f"to {parcel.repo} ({seen}{state}):", markup=False)
         for name, length in parcel.files.items():
             console.print(f"  {name}  {size(length)}", markup=False)
         for spec in parcel.local:
-            console.print(f"{spec} is a folder on this machine: others name their own copy with --main or --comp", markup=False)
+            console.print(f"{spec} is a local folder: other users give their own copy with --main or --comp", markup=False)
         if not (dry_run or yes) and sys.stdin.isatty() and not typer.confirm("upload these files?", err=True):
             raise typer.Exit(1)
         url = None if dry_run else send(parcel)

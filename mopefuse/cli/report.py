@@ -27,7 +27,7 @@ def report(
         Path | None, typer.Option(metavar="DIR", help="Also write the figures to this folder, as SVG and PNG.")
     ] = None,
     device: Annotated[str, typer.Option(help="For a run: device to compute on: auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    data: Annotated[Path | None, typer.Option(metavar="PATH", help="For a run: its data, if they were moved.")] = None,
+    data: Annotated[Path | None, typer.Option(metavar="PATH", help="For a run: its data, if they have moved.")] = None,
     audit: Annotated[
         bool, typer.Option("--audit/--no-audit", help="For a run: measure what each modality and the prompts contribute.")
     ] = True,
@@ -80,7 +80,7 @@ def _refuse(context: typer.Context, names: tuple[str, ...], kind: str) -> None:
             ConfigCode.REPORT_OPTION_NOT_APPLICABLE,
             f"--{given[0]} does not apply to a {kind}",
             where=f"--{given[0]}",
-            fix="leave it out",
+            fix="remove it",
         )
 
 

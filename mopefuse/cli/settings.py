@@ -144,7 +144,7 @@ def _checked(values: Mapping[str, Any]) -> Settings:
         column, path = columns.pop(modality, None), f"data.{setting}"
         if column is not None and given.get(path, column) != column:
             flag = flag_of(path)
-            what = f"{flag} {given[path]} and --column {modality}={column} name two columns for one modality"
+            what = f"{flag} {given[path]} and --column {modality}={column} give two columns for one modality"
             raise ConfigError(ConfigCode.COLUMN_NAMED_TWICE, what, where=f"{flag}, --column", fix="leave one of them out")
         given |= {path: column} if column is not None else {}
     return given | ({"data.columns": columns} if columns else {})

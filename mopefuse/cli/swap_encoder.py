@@ -30,15 +30,15 @@ def swap_encoder(
     ] = None,
     epochs: Annotated[int, typer.Option(min=0, max=10**9, help="Train the new run for N epochs; 0: do not train it.")] = 0,
     warm_up: Annotated[
-        int, typer.Option(min=0, max=10**9, help="Train only what is new for the first N of these epochs.")
+        int, typer.Option(min=0, max=10**9, help="Train only the new weights in the first N of these epochs.")
     ] = 0,
     scratch: Annotated[bool, typer.Option(help="With --epochs, also train a run from scratch and compare.")] = True,
     set_: Set = None,
     json: Json = False,
 ) -> None:
-    """Replace an encoder of a trained run, or its data.
+    """Replace an encoder or the data set of a trained run.
 
-    Trained weights that fit the new encoder are kept; the command prints which. With a new encoder, expect poor metrics
+    Trained weights that fit the new encoder are kept; the command lists them. With a new encoder, expect poor metrics
     until the run is trained with --epochs.
 
     \b

@@ -34,11 +34,11 @@ def train(
 ) -> None:
     """Train a classifier on two frozen encoders.
 
-    The checkpoint that is best on validation is tested once at the end. Encoders are named SCHEME:NAME[?KEY=VALUE]; see
+    The best checkpoint on validation is evaluated once on the test split. Encoders are given as SCHEME:NAME[?KEY=VALUE]; see
     mopefuse encoders. Under torchrun, training is data parallel.
 
     \b
-    Example, and a strong simple baseline to begin with:
+    Examples; the second is a strong, simple baseline to start with:
       mopefuse train --main timm:vit_base --comp hf:bert-base --data DIR
       mopefuse train --method linear --main SPEC --comp SPEC --data DIR
     """
@@ -139,7 +139,7 @@ def _print_plan(found: Plan) -> None:
     parts.append(["total", f"{found.total:,}", ""])
     console.print()
     table("parameters", ["part", "parameters", "share"], parts, bold=len(parts) - 2)
-    memory = f"{found.memory / 2**20:,.0f} MiB ({count(trainable)} trainable; without libraries)"
+    memory = f"{found.memory / 2**20:,.0f} MiB ({count(trainable)} trainable; without the libraries' own)"
     console.print()
     console.print(f"estimated memory of a training step: {memory}")
 
@@ -147,7 +147,7 @@ def _print_plan(found: Plan) -> None:
 def _limits(preprocess: dict[str, Any]) -> str:
     """What an encoder sees of a sample; longer texts are cut."""
     if "max_tokens" in preprocess:
-        return f"{preprocess['modality']}, cut after {preprocess['max_tokens']} tokens"
+        return f"{preprocess['modality']}, truncated to {preprocess['max_tokens']} tokens"
     if "size" in preprocess:
         return f"{preprocess['modality']}, {' x '.join(map(str, preprocess['size']))}"
     return ", ".join([preprocess["modality"], *(f"{name} {value}" for name, value in preprocess.items() if name != "modality")])

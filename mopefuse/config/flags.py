@@ -19,7 +19,7 @@ LABELLED = "train, data check, data preview, eval"
 class Flag(NamedTuple):
     """A flag and the setting that it sets.
 
-    panel: heading in the help. commands: those that have the flag, separated by ``, ``. metavar: what stands for the value
+    panel: heading in the help. commands: those that have the flag, separated by ``, ``. metavar: placeholder for the value
     in the help; empty for the usual one of its type.
     """
 
@@ -90,5 +90,5 @@ def flags_for(command: str) -> tuple[Flag, ...]:
 
 
 def flag_of(path: str) -> str:
-    """The flag that sets the setting at `path`; the path itself where there is none."""
+    """The flag that sets the setting at `path`; the path itself if there is none."""
     return _BY_PATH.get(path, path)

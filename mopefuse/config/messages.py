@@ -1,4 +1,4 @@
-"""What a setting is and what is wrong with a value: for error messages and for the help of the command line."""
+"""Descriptions of settings and of invalid values, for error messages and command-line help."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mopefuse.errors import ConfigError, did_you_mean, similar_names
 Model = type[BaseModel]
 Path = tuple[str, ...]
 
-_LARGEST_SHOWN = 4096  # larger upper bounds only catch typing errors
+_LARGEST_SHOWN = 4096  # larger upper bounds exist only to catch typos
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 _NEEDS = {  # type of a pydantic error to what the setting needs
     "greater_than_equal": "at least {ge}",
@@ -90,7 +90,7 @@ def choices(field: FieldInfo) -> list[str]:
 
 
 def command_line_type(field: FieldInfo) -> Any:
-    """The type of the option that sets a setting; texts that stand for anything else are parsed by the schema."""
+    """The type of the option that sets a setting; other types are parsed from text by the schema."""
     members = _members(field.annotation)
     if len(members) == 1 and members[0] in (bool, int, float):
         return members[0]
@@ -111,7 +111,7 @@ def _members(annotation: Any) -> list[Any]:
 
 
 def keys_in(model: Model, path: Path) -> list[str]:
-    """The keys of the section at `path`; empty if it is no section."""
+    """The keys of the section at `path`; empty if it is not a section."""
     section: Any = model
     for part in path:
         section = section.model_fields[part].annotation if part in section.model_fields else None
@@ -121,7 +121,7 @@ def keys_in(model: Model, path: Path) -> list[str]:
 
 
 def near_setting(model: Model, path: Path) -> str:
-    """``did you mean train.lr?`` for a path whose last part is no key; one without a section may lack its section."""
+    """``did you mean train.lr?`` for a path whose last part is not a key, or that lacks its section."""
     *section, key = path
     keys = keys_in(model, tuple(section))
     near = [".".join((*section, name)) for name in similar_names(key, keys)]
@@ -211,7 +211,7 @@ def _lower(text: str) -> str:
 
 
 def _example(detail: Any, model: Model, names: Mapping[str, str]) -> str:
-    """How a missing setting could be given: ``--comp hf:bert-base``, or ``comp: hf:bert-base`` where there is no flag."""
+    """How a missing setting could be given: ``--comp hf:bert-base``, or ``comp: hf:bert-base`` if there is no flag."""
     name = ".".join(map(str, detail["loc"]))
     value = next(iter(field_at(model, detail["loc"]).examples or ()), "VALUE")
     return f"{names[name]} {value}" if name in names else f"{name}: {value}"

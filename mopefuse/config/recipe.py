@@ -1,7 +1,7 @@
 """Where settings come from: a YAML recipe, overridden by flags, overridden by ``--set``. YAML is read strictly.
 
 No tags (so no Python objects), no duplicate keys, no aliases (a few bytes of them can expand to gigabytes), and a value is a
-number only if it looks like one to everybody: ``1e-4`` is, ``1:30``, ``0x10``, dates, ``no`` and ``off`` are text.
+number only if it is unambiguous: ``1e-4`` is, ``1:30``, ``0x10``, dates, ``no`` and ``off`` are text.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every text that `_StrictLoader` would read as a number, besides those that others would."""
+    """Also quotes strings that `_StrictLoader`, unlike other loaders, would read as a number."""
 
 
 _PLAIN = {
@@ -111,7 +111,7 @@ def read_recipe(path: Path, *, saved: bool = False) -> dict[str, Any]:
             what = f"{path.name} is damaged: {error}"
             raise CheckpointError(CheckpointCode.CONTENT_DAMAGED, what, where=str(path), fix="use another copy") from None
         raise ConfigError(
-            ConfigCode.RECIPE_UNREADABLE, f"cannot read the recipe: {error}", where=str(path), fix="name a readable UTF-8 file"
+            ConfigCode.RECIPE_UNREADABLE, f"cannot read the recipe: {error}", where=str(path), fix="give a readable UTF-8 file"
         ) from None
     values = read_yaml(text, str(path))
     if values is None:
@@ -139,7 +139,7 @@ def parse_set(assignments: Iterable[str]) -> dict[str, Any]:
     """Parse ``--set a.b=c`` arguments into nested settings; values are parsed as YAML.
 
     Raises:
-        ConfigError: no ``=``, or a path that is no setting, with the nearest names.
+        ConfigError: no ``=``, or a path that is not a setting, with the nearest names.
     """
     values: dict[str, Any] = {}
     for text in assignments:
@@ -216,7 +216,7 @@ def find_recipe(name: str) -> Path:
     if path.exists():
         return path
     found, known = _named(name, "**/*.yaml")
-    fix = did_you_mean(name, [other for other in known if not other.startswith("studies/")]) or "name a YAML file"
+    fix = did_you_mean(name, [other for other in known if not other.startswith("studies/")]) or "give a YAML file"
     if found is None:
         raise ConfigError(ConfigCode.RECIPE_UNREADABLE, f"there is no recipe {name}", where="--recipe", fix=fix)
     return found
@@ -233,7 +233,7 @@ def find_study(name: str) -> Path:
         return path
     found, known = _named(f"studies/{name}", "studies/*.yaml")
     if found is None:
-        fix = did_you_mean(name, [other.removeprefix("studies/") for other in known]) or "name a YAML file"
+        fix = did_you_mean(name, [other.removeprefix("studies/") for other in known]) or "give a YAML file"
         raise ConfigError(ConfigCode.RECIPE_UNREADABLE, f"there is no study {name}", where="FILE", fix=fix)
     return found
 

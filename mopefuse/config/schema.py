@@ -1,4 +1,4 @@
-"""The configuration of a run: every setting, its default, its unit and its bounds. Unknown keys are refused.
+"""The configuration of a run: every setting, its default, its unit and its bounds. Unknown keys are rejected.
 
 Nothing here imports torch, so that a wrong value is reported at once. `mopefuse.config.recipe` reads YAML and ``--set``.
 """
@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 from mopefuse.config.messages import field_at, invalid_settings_error, keys_in
 from mopefuse.config.setting_paths import merge
 
-# Bounds that no useful model reaches: a mistyped size is refused here instead of filling the memory.
+# Bounds that no useful model reaches: a mistyped size is rejected here instead of filling the memory.
 _MOST_TOKENS = 4096  # tokens of a prompt; also experts of a layer
 _WIDEST = 16_384  # width of a hidden layer
 _MANY = 10**9  # counts that take no memory, so that arithmetic in 64 bits holds
@@ -24,7 +24,7 @@ Layers = Annotated[str | tuple[int, ...], Field(union_mode="left_to_right")]
 
 
 class Section(BaseModel):
-    """A group of settings: fixed once read, finite, and without unknown keys."""
+    """A group of settings: immutable, with finite values and without unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -40,21 +40,23 @@ class Prompts(Section):
     """The prompts of every prompted layer of the main encoder: static, dynamic and mapped tokens."""
 
     static: int | None = Field(
-        None, ge=0, le=_MOST_TOKENS, description="tokens of the static prompt; default 6 for an image main, 4 for a text main"
+        None, ge=0, le=_MOST_TOKENS, description="tokens of the static prompt; default: 6 if main reads images, else 4"
     )
     dynamic: int | None = Field(
-        None, ge=0, le=_MOST_TOKENS, description="tokens of the dynamic prompt; default 6 for an image main, 4 for a text main"
+        None, ge=0, le=_MOST_TOKENS, description="tokens of the dynamic prompt; default: 6 if main reads images, else 4"
     )
     mapped: int = Field(1, ge=0, le=_MOST_TOKENS, description="tokens of the mapped prompt, computed from comp")
     experts: int = Field(16, ge=1, le=_MOST_TOKENS, description="prompt experts per layer (K)")
     layers: Layers = Field("all", description="layers to prompt: all, first:N, last:N, or indices from 0 such as 0,3,5")
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout on prompts, in training")
     gate: Literal["none", "zero"] = Field(
-        "zero", description="gate of the prompts: starts at 0 and is learned (zero), or no gate as in the papers (none)"
+        "zero", description="gate on the prompts: learned, starting at 0 (zero), or none, as in the papers"
     )
-    init: float | None = Field(None, gt=0, description="prompts start uniform in (-init, init); default: the papers' rule")
+    init: float | None = Field(
+        None, gt=0, description="initialise prompts uniformly in (-init, init); default: as in the papers"
+    )
     bottleneck: int = Field(80, ge=1, le=_WIDEST, description="hidden width of the network that makes the mapped prompt")
-    mapper_norm: Literal["layer", "batch-frozen"] = Field("layer", description="its normalisation layers")
+    mapper_norm: Literal["layer", "batch-frozen"] = Field("layer", description="normalisation layers of that network")
     route_stage_starts: bool = Field(True, description="give the first block of each stage a dynamic prompt too")
 
     @field_validator("layers")
@@ -76,13 +78,13 @@ class Router(Section):
         "cross", description="input of the router: the other modality (cross) or both (joint)"
     )
     top_m: int | None = Field(
-        None, ge=1, le=_MOST_TOKENS, description="keep only the m best experts of a sample; default: all"
+        None, ge=1, le=_MOST_TOKENS, description="use only the m highest-scoring experts per sample; default: all"
     )
     temperature: float = Field(0.1, gt=0, description="temperature of the routing softmax; towards 0 a single expert is chosen")
     noise: bool = Field(True, description="add noise to the routing scores in training, with standard deviation 1/K")
     noise_in_eval: bool = Field(False, description="add the noise in evaluation too, as the papers' released code does")
     importance_weight: float = Field(0.01, ge=0, description="weight of the importance loss")
-    importance_threshold: float = Field(0.1, ge=0, description="squared variation of the expert load that counts as balanced")
+    importance_threshold: float = Field(0.1, ge=0, description="squared variation up to which the expert load is balanced")
 
 
 class CompTuning(Section):
@@ -98,7 +100,7 @@ class Lora(Section):
     """Low-rank adaptation (LoRA) of an encoder."""
 
     rank: int = Field(8, ge=1, le=_WIDEST, description="rank r of the two matrices")
-    alpha: float = Field(16.0, ge=0, description="the update is scaled by alpha / r; 0 is the frozen encoder")
+    alpha: float = Field(16.0, ge=0, description="the update is scaled by alpha / r; 0 disables LoRA")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of the two matrices, in training")
     targets: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] | None = Field(
         None, description="names of the linear layers to adapt; default: the query and value projections"
@@ -106,7 +108,7 @@ class Lora(Section):
 
 
 class Inserted(Section):
-    """Tokens put before those of the main encoder, in methods that do so."""
+    """Tokens that some methods insert in front of the main encoder's own."""
 
     prompts: int = Field(20, ge=0, le=_MOST_TOKENS, description="learned tokens of promptfuse and blindprompt")
     images: int = Field(4, ge=1, le=_MOST_TOKENS, description="tokens that mmbt and p-mmbt make from an image")
@@ -115,9 +117,7 @@ class Inserted(Section):
 class Interactive(Section):
     """Interactive prompting (method pmf): both encoders exchange prompts in their last layers."""
 
-    layers: int = Field(
-        2, ge=0, le=_MANY, description="number of last layers in which the encoders exchange prompts"
-    )
+    layers: int = Field(2, ge=0, le=_MANY, description="the encoders exchange prompts in their last N layers")
     queries: int = Field(
         4, ge=0, le=_MOST_TOKENS, description="query prompts: a layer's output for them is passed to the other encoder"
     )
@@ -137,7 +137,7 @@ class Linear(Section):
     """Logistic regression on standardised frozen features (method linear, or a warm start)."""
 
     features: Literal["concat", "main", "comp", "average"] = Field(
-        "concat", description="features of both encoders, of one of them, or the average prediction of one regression for each"
+        "concat", description="features of both encoders (concat) or one; average: mean prediction of one regression each"
     )
     strengths: tuple[Annotated[float, Field(ge=1e-10, le=1e10)], ...] = Field(
         (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0), min_length=1, max_length=100, description="inverse regularisation C to try"
@@ -155,37 +155,37 @@ class Data(Section):
     path: str | None = Field(
         None, description="folder with train, val and test tables (.jsonl, .csv, ...) or folders of images, or one table"
     )
-    image_roots: tuple[str, ...] = Field((), description="folder outside the data folder that images may be in")
+    image_roots: tuple[str, ...] = Field((), description="additional folder that may contain images")
     text_col: str = Field("text", min_length=1, description="column with the text")
     img_col: str = Field("img", min_length=1, description="column with the image's path")
     columns: dict[str, Annotated[str, Field(min_length=1)]] = Field(
-        {}, description="column of another modality (audio=clip)"
+        {}, description="column of another modality, for example audio=clip"
     )
     modalities: tuple[str, ...] | None = Field(
         None, min_length=1, description="modalities to read; default: those that have a column, else text and image"
     )
     on_missing: Literal["error", "skip", "absent"] = Field(
-        "error", description="rows that lack a modality: stop with an error, leave them out (skip), or keep them (absent)"
+        "error", description="rows that lack a modality: stop (error), leave them out (skip), or keep them (absent)"
     )
     label_col: str = Field("label", min_length=1, description="column with the label, or the list of labels")
     id_col: str = Field("id", min_length=1, description="column with the id; rows without one are numbered")
     split_col: str | None = Field(None, description="column with the split of each row, if all splits are in one table")
     label_sep: str | None = Field(
-        None, min_length=1, description="separator of labels in a cell, or list for cells like [a, b]; makes data multi-label"
+        None, min_length=1, description="separator of labels in a cell, or list for cells like [a, b]; for multi-label data"
     )
     labels: str | None = Field(
-        None, description="file with all labels, one per line; default: labels.txt in the data folder, else the labels of train"
+        None, description="file with all labels, one per line; default: labels.txt in the data folder, or the labels of train"
     )
     fold_labels: bool = Field(False, description="treat labels that differ only in case, spaces or Unicode form as one")
     allow_odd_labels: bool = Field(False, description="accept labels that look wrong: lists in cells, or very many")
-    val_fraction: float | None = Field(None, gt=0, lt=1, description="fraction of train to hold out as val, by class")
-    test_fraction: float | None = Field(None, gt=0, lt=1, description="fraction of train to hold out as test, by class")
+    val_fraction: float | None = Field(None, gt=0, lt=1, description="fraction of train to hold out as val, per class")
+    test_fraction: float | None = Field(None, gt=0, lt=1, description="fraction of train to hold out as test, per class")
     shots: int | None = Field(None, ge=1, le=_MANY, description="train on only this many rows per class")
     fraction: float | None = Field(None, gt=0, le=1, description="train on only this fraction of each class")
     seed: int = Field(0, ge=0, lt=2**63, description="random seed for the rows that are held out or drawn")
     on_bad: Literal["error", "skip"] = Field("error", description="rows or images that cannot be read: stop, or skip them")
     max_bad_fraction: float = Field(0.01, ge=0, lt=1, description="largest fraction of a split that on_bad=skip may leave out")
-    allow_missing_text: bool = Field(False, description="read a text that is null as empty")
+    allow_missing_text: bool = Field(False, description="treat a null text as an empty one")
     strict: bool = Field(False, description="stop with an error if images or texts of train are also in val or test")
     workers: int = Field(0, ge=0, le=256, description="processes that load the data; 0 loads in the main process")
     augment: Literal["none", "flip", "randaugment", "crop"] = Field(
@@ -196,8 +196,8 @@ class Data(Section):
     crop_scale: float = Field(0.5, gt=0, le=1, description="smallest fraction of the image area that augment=crop keeps")
     cache_images: bool = Field(False, description="cache decoded, resized images in one file that all runs share")
     cache_features: bool = Field(True, description="cache features of frozen encoders and reuse them in all runs")
-    max_pixels: int = Field(50_000_000, ge=1, le=89_000_000, description="refuse images with more pixels, without decoding")
-    image_stats: Literal["encoder", "mmbt"] = Field("encoder", description="mean and deviation used to normalise images")
+    max_pixels: int = Field(50_000_000, ge=1, le=89_000_000, description="reject images with more pixels, without decoding")
+    image_stats: Literal["encoder", "mmbt"] = Field("encoder", description="mean and standard deviation for normalising images")
 
     @model_validator(mode="before")
     @classmethod
@@ -234,9 +234,7 @@ class Train(Section):
     accumulate: int = Field(
         1, ge=1, le=65_536, description="split a batch into this many parts and accumulate gradients, to save memory"
     )
-    lr: float | None = Field(
-        None, gt=0, description="learning rate; default 4e-4 for an image main, 5e-4 for a text main"
-    )
+    lr: float | None = Field(None, gt=0, description="learning rate; default: 4e-4 if main reads images, else 5e-4")
     lr_comp: float | None = Field(
         None, gt=0, description="learning rate of a trained complementary encoder; default: lr, or lr_tuned if fully tuned"
     )
@@ -245,7 +243,7 @@ class Train(Section):
     weight_decay: float = Field(1e-3, ge=0, description="weight decay of AdamW")
     clip: float = Field(1.0, gt=0, description="maximum norm of the gradient")
     schedule: Literal["paper", "cosine", "one-cycle", "constant"] = Field(
-        "paper", description="learning-rate schedule; paper: times 0.4 after 3/10 and again after 6/10 of training"
+        "paper", description="learning-rate schedule; paper: multiplied by 0.4 after 30 % and again after 60 % of training"
     )
     warmup: float = Field(0.0, ge=0, lt=1, description="fraction of training used for a linear warm-up")
     evals_per_epoch: int = Field(1, ge=1, le=1000, description="evaluations on validation per epoch")
@@ -257,11 +255,11 @@ class Train(Section):
         "none", description="weights of classes in the loss; balanced: rare classes count as much as frequent ones"
     )
     threshold: Annotated[float, Field(gt=0, lt=1)] | Literal["tuned"] = Field(
-        0.5, description="multi-label data: probability from which a label is predicted, or tuned on validation"
+        0.5, description="multi-label data: probability from which a label is predicted; tuned: chosen on validation"
     )
     select: Literal["best", "last"] = Field("best", description="checkpoint to test: the best on validation, or the last")
     checkpoint_every: int | None = Field(500, ge=1, le=_MANY, description="also write a checkpoint every N steps")
-    log_every: int = Field(20, ge=1, le=_MANY, description="steps between two lines of metrics.jsonl")
+    log_every: int = Field(20, ge=1, le=_MANY, description="write a line to metrics.jsonl every N steps")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="number format; auto: bf16 if the GPU has it")
     compile: bool = Field(False, description="compile the model with torch.compile")
     checkpoint_activations: bool = Field(
@@ -272,7 +270,7 @@ class Train(Section):
 class RunConfig(Section):
     """All settings of a run."""
 
-    main: str = Field(description="main encoder: prompted, and its output is classified", examples=["timm:vit_base"])
+    main: str = Field(description="main encoder: it is prompted, and its output is classified", examples=["timm:vit_base"])
     comp: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
         union_mode="left_to_right",
         description="complementary encoder: its features condition the prompts",
@@ -283,7 +281,7 @@ class RunConfig(Section):
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="device to compute on: auto, cpu, cuda, cuda:N or mps"
     )
-    compat: Literal["none", "official"] = Field("none", description="official: take the defaults of the papers' released code")
+    compat: Literal["none", "official"] = Field("none", description="official: use the defaults of the papers' released code")
     head_norm: Literal["layer", "none"] = Field(
         "layer", description="normalisation of the pooled features before the head; none: as in the papers"
     )
@@ -293,9 +291,9 @@ class RunConfig(Section):
     warm_start: Literal["none", "linear"] = Field(
         "none", description="start from logistic regression on the features of both encoders (linear), or not (none)"
     )
-    either: bool = Field(False, description="also learn to predict rows that lack the main modality")
+    either: bool = Field(False, description="also train a head that predicts rows without the main modality")
     tune: Literal["probe", "prompt", "lora", "full"] | None = Field(
-        None, description="how other methods train their encoders: not at all (probe), by prompts, by LoRA, or fully"
+        None, description="how methods except conditional train their encoders: not (probe), by prompts, by LoRA, or fully"
     )
     prompts: Prompts = Prompts()
     router: Router = Router()
@@ -320,7 +318,7 @@ class RunConfig(Section):
 
 
 ONE_SIDED = {"main-only": "comp", "comp-only": "main"}
-"""Method that uses one encoder to the side whose encoder need not be named."""
+"""Methods that use one encoder, mapped to the side whose encoder can be omitted."""
 
 OFFICIAL: dict[str, Any] = {
     "head_norm": "none",
@@ -337,7 +335,7 @@ def build_config(values: dict[str, Any], *, source: str = "", names: Mapping[str
     """Validate `values` as a `RunConfig`, with the defaults that ``compat`` names.
 
     Args:
-        names: what a message calls settings that have another name where they were set: path to flag.
+        names: names of settings in messages, if they differ from the path: path to flag.
 
     Raises:
         ConfigError: every problem at once, each with its path; unknown keys with the nearest known one.
@@ -370,7 +368,7 @@ WITHOUT_EFFECT = frozenset(
 
 
 def known_keys(path: tuple[str, ...]) -> list[str]:
-    """The keys of the section at `path`; empty if it is no section."""
+    """The keys of the section at `path`; empty if it is not a section."""
     return keys_in(RunConfig, path)
 
 

@@ -1,6 +1,6 @@
 """The sides of a fusion: "main", and "comp", "comp2", "comp3" for the complementary encoders in the order of ``--comp``.
 
-A configuration has one complementary encoder as text, several as a list.
+In a configuration, a single complementary encoder is a string and several are a list.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _find_side(address: str | None, text: str, sides: Sequence[str], modality_of
 
 
 def check_weights(named: Mapping[str, str]) -> None:
-    """Refuse a file of weights (``SPEC?weights=FILE``) that does not exist or is no safetensors file, before data are read.
+    """Refuse a file of weights (``SPEC?weights=FILE``) that does not exist or is not a safetensors file, before data are read.
 
     Args:
         named: side to spec.

@@ -43,7 +43,7 @@ def publish(target: Path, write: Callable[[Path], None], facts: Mapping[str, Any
             temporary.mkdir(parents=True)
             write(temporary)
             files = sorted(path for path in temporary.rglob("*") if path.is_file())
-            mode = temporary.stat().st_mode & 0o666  # follow the umask, also for files that a library made private
+            mode = temporary.stat().st_mode & 0o666  # follow the umask, even if a library made the file private
             for path in files:
                 path.chmod(mode)
                 atomic_files.sync(path)
@@ -68,7 +68,7 @@ def verify(folder: Path, *, kind: str, thorough: bool = True) -> dict[str, Any]:
         thorough: compare the digests of files and not only their sizes.
 
     Raises:
-        CheckpointError: no manifest, another kind or a newer format, a path outside the folder, a changed file, or weights
+        CheckpointError: no manifest, a different kind or a newer format, a path outside the folder, a changed file, or weights
             that the manifest does not list.
     """
     manifest = check_manifest(read_json(folder / MANIFEST), kind, str(folder))
@@ -77,7 +77,7 @@ def verify(folder: Path, *, kind: str, thorough: bool = True) -> dict[str, Any]:
         if not isinstance(facts, dict) or not _as_published(folder / name, facts, thorough):
             raise CheckpointError(
                 CheckpointCode.FILE_DAMAGED,
-                f"{name} is not what was published (sha256 differs)",
+                f"{name} has changed since it was written (sha256 differs)",
                 where=str(folder),
                 fix="use another checkpoint",
             )
@@ -100,7 +100,7 @@ def check_manifest(manifest: dict[str, Any], kind: str, where: str) -> dict[str,
     """
     if manifest.get("kind") != kind or type(manifest.get("format")) is not int or manifest["format"] < 1:
         raise CheckpointError(
-            CheckpointCode.NOT_OURS, f"this is not a {kind} of mopefuse", where=where, fix=f"name a {kind} of mopefuse"
+            CheckpointCode.NOT_OURS, f"this is not a mopefuse {kind}", where=where, fix=f"give a mopefuse {kind}"
         )
     if manifest["format"] > FORMAT:
         by = f" {manifest['mopefuse']}" if isinstance(manifest.get("mopefuse"), str) else ""
@@ -159,7 +159,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(read_regular(path).decode("utf-8"))
     except FileNotFoundError:
         raise CheckpointError(
-            CheckpointCode.NOT_FOUND, f"there is no {path.name}", where=str(path.parent), fix="name a finished run"
+            CheckpointCode.NOT_FOUND, f"there is no {path.name}", where=str(path.parent), fix="give a finished run"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(

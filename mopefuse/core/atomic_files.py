@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all: written beside their place, synced, renamed into it."""
+"""Atomic writes: files and folders are written next to their destination, synced, and renamed into place."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def check_parent(path: Path, where: str = "--out") -> None:
 
 
 def check_file(path: Path, where: str = "--out") -> None:
-    """Check that a new file can be created: there is no folder of its name, and see `check_parent`.
+    """Check that a new file can be created: no folder has its name, and see `check_parent`.
 
     Raises:
         ConfigError: a folder has this name, or an ancestor is not a folder.
@@ -154,9 +154,9 @@ def disk_error(error: OSError, path: Path) -> ResourceError:
     """Build the error for a failed write, with the free space and a way to continue."""
     free = shutil.disk_usage(next(parent for parent in path.absolute().parents if parent.exists())).free / 1e6
     reason = error.strerror or str(error)
-    reason = reason.rpartition("I/O error: ")[2].partition(" (os error")[0]  # as safetensors words it
+    reason = reason.rpartition("I/O error: ")[2].partition(" (os error")[0]  # the wording of safetensors
     full = "No space" in reason or error.errno in (errno.ENOSPC, errno.EDQUOT)
-    fix = FREE_SPACE if full else "make the folder writable, or name another"
+    fix = FREE_SPACE if full else "make the folder writable, or choose another"
     return ResourceError(
         ResourceCode.CANNOT_WRITE, f"cannot write {path.name}: {reason} (free {free:.1f} MB)", where=str(path.parent), fix=fix
     )

@@ -75,14 +75,14 @@ def convert_error(error: Exception) -> MopefuseError | None:
     if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
         return ResourceError(
             ResourceCode.WORKER_KILLED,
-            "a data worker was killed; usually host memory",
+            "a data worker was killed; usually the host ran out of memory",
             where="data.workers",
             fix="lower data.workers",
         )
     if isinstance(error, RuntimeError) and "operator torchvision::" in str(error):
         what = f"torchvision {version('torchvision')} does not match torch {version('torch')}"
         return PackageError(
-            PackageCode.TORCHVISION_MISMATCH, what, fix="pip install --upgrade torch torchvision, both from one index"
+            PackageCode.TORCHVISION_MISMATCH, what, fix="pip install --upgrade torch torchvision, both from the same index"
         )
     if (needed := out_of_memory(error)) is not None:
         return ResourceError(ResourceCode.HOST_MEMORY, f"out of memory{needed}", fix=_LESS_MEMORY)
@@ -95,7 +95,7 @@ def convert_error(error: Exception) -> MopefuseError | None:
         )
     if isinstance(error, OSError) and error.filename is not None:
         return ConfigError(
-            ConfigCode.PATH_NOT_USABLE, f"{error.strerror}: {error.filename}", fix="name a path that can be used"
+            ConfigCode.PATH_NOT_USABLE, f"{error.strerror}: {error.filename}", fix="give a path that can be used"
         )
     return None
 
@@ -107,7 +107,7 @@ def out_of_memory(error: BaseException) -> str | None:
         if isinstance(one, ImportError) and _UNMAPPED.search(text):
             return f" while {text.split(':')[0]} was loaded"
         if isinstance(one, RuntimeError) and (match := _ALLOCATION.search(text)):
-            return f": {size(int(match[1]))} were needed at once" if match[1] else ""
+            return f": tried to allocate {size(int(match[1]))}" if match[1] else ""
         if isinstance(one, MemoryError):
             return ""
     return None
@@ -142,7 +142,7 @@ class _TorchInLittleMemory:
         done = subprocess.run([sys.executable, "-c", trial], capture_output=True, text=True, errors="replace", check=False)
         if done.returncode and re.search(f"{_UNMAPPED.pattern}|bad_alloc|MemoryError", done.stderr):
             limit = size(_address_space())
-            what = f"the limit of address space, {limit}, is too low to load PyTorch"
+            what = f"the address-space limit, {limit}, is too low to load PyTorch"
             raise ResourceError(
                 ResourceCode.ADDRESS_SPACE_TOO_SMALL,
                 what,

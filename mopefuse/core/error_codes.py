@@ -1,6 +1,6 @@
-"""Numbers of the errors that a user can meet, by family: the ``nn`` of ``MF-<family>-nn``.
+"""Numbers of the errors that a user can see, by family: the ``nn`` of ``MF-<family>-nn``.
 
-Stable: add at will, never reuse or renumber. docs/errors.md lists each with its messages.
+Numbers are stable: add new ones, but never reuse or renumber them. docs/errors.md lists each with its messages.
 """
 
 from __future__ import annotations

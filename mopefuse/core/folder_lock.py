@@ -98,7 +98,7 @@ class FolderLock:
 
     def _locked_error(self, owner: dict[str, Any] | None) -> ConfigError:
         who = f"process {owner['pid']} on {owner['host']}" if owner else "another process"
-        fix = "wait for it, or name another --out"
+        fix = "wait for it, or choose another --out"
         if owner and owner["host"] != socket.gethostname():
             fix += f"; if that process has ended, remove {self.file}"
         return ConfigError(ConfigCode.RUN_FOLDER_IN_USE, f"{who} is writing this run", where=str(self.folder), fix=fix)

@@ -1,7 +1,7 @@
 """Formatting of text and numbers for terminals, files and pages.
 
 All output of text from data, files or other people's models goes through `visible`, directly or through another function
-here: otherwise a terminal would execute escape sequences in a label, and a line break in a label could forge a line.
+here: otherwise a terminal would execute escape sequences in a label, and a line break in a label could fake a line.
 """
 
 from __future__ import annotations

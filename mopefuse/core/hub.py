@@ -1,4 +1,4 @@
-"""Files of hub repositories: taken from the local cache or downloaded and verified, with an error for each way to fail.
+"""Files of hub repositories: from the local cache, or downloaded and verified, with an error for each kind of failure.
 
 Cached files are used even if the repository has changed since, so that a run always gets the same encoder and works without
 a network. Only error classes of `huggingface_hub.errors` are distinguished, not those of the transport below it.
@@ -60,7 +60,7 @@ def fetch(repo: str, filename: str, revision: str | None = None, *, where: str) 
         metadata = get_hf_file_metadata(hf_hub_url(repo, filename, revision=revision), timeout=_TIMEOUT)
     except EntryNotFoundError:
         return None
-    except Exception as error:  # the call only uses the network, so any other error is one of the connection
+    except Exception as error:  # the call only uses the network, so any other error is a connection error
         raise convert_hub_error(error, repo, revision, where) from error
     path = _download(repo, filename, revision, where)
     _verify(path, metadata.etag, where)
@@ -135,7 +135,7 @@ def fetch_safetensors(repo: str, revision: str | None = None, *, where: str) -> 
         if fetch(repo, part, revision, where=where) is None:
             raise EncoderError(
                 EncoderCode.BROKEN_DOWNLOAD,
-                f"{repo} lacks {part}, which its index lists",
+                f"{repo} lacks {part}, which is listed in its index",
                 where=where,
                 fix="use another revision",
             )
@@ -185,7 +185,7 @@ def _meaning(error: Exception, status: int | None, repo: str, revision: str | No
     if isinstance(error, HfHubHTTPError) and status == 403:
         return EncoderCode.FORBIDDEN, f"your token may not read {repo}", "use a token with permission to read it"
     if isinstance(error, HfHubHTTPError):
-        return EncoderCode.HUB_FAILED, f"the hub failed on {repo} (HTTP {status})", "try again later"
+        return EncoderCode.HUB_FAILED, f"the hub returned an error for {repo} (HTTP {status})", "try again later"
     return (
         EncoderCode.UNREACHABLE,
         f"{repo} is not in the local cache, and the hub cannot be reached ({type(error).__name__})",

@@ -84,7 +84,7 @@ def _check_name(name: str) -> None:
     nearest = re.sub("[^a-z0-9]+", "-", ascii_only.lower()).strip("-").removeprefix("mopefuse-")
     nearest = re.sub("^[0-9-]+", "", nearest)
     if name != nearest or not name:
-        fix = f"write {nearest}" if nearest else "write a word, for example audio"
+        fix = f"write {nearest}" if nearest else "choose a single word, for example audio"
         what = f"{name!r} is not a valid plugin name: use lower-case letters, digits and single hyphens, starting with a letter"
         raise PluginError(PluginCode.BAD_NAME, what, where="NAME", fix=fix)
     if registry.find_candidates(registry.ENCODERS, name) and registry.full_name(registry.ENCODERS, name) == name:

@@ -1,4 +1,4 @@
-"""Errors of the Python interface name its arguments, where those of the command line name flags."""
+"""In errors of the Python interface, replace command-line flags with the names of arguments."""
 
 from __future__ import annotations
 

@@ -237,7 +237,7 @@ def load(group: str, name: str) -> Any:
     """Load the implementation of a name. A built-in takes precedence over plugins of the same name.
 
     Raises:
-        ConfigError: no such name (EncoderError for encoders); similar ones are suggested.
+        ConfigError: no such name (EncoderError for encoders); the message suggests similar ones.
         PluginError: several plugins provide the name, or the one that does cannot be imported.
     """
     points = find_candidates(group, name)
@@ -249,7 +249,7 @@ def load(group: str, name: str) -> Any:
         fix = f"write {' or '.join(f'{owner}:{name}{more}' for owner in owners)}"
         if group == MODALITIES:  # encoders and columns use plain names only
             fix = "uninstall one of them"
-        raise PluginError(PluginCode.NAME_CLASH, f"the {KINDS[group]} {name!r} is claimed by {' and '.join(owners)}", fix=fix)
+        raise PluginError(PluginCode.NAME_CLASH, f"the {KINDS[group]} {name!r} is provided by {' and '.join(owners)}", fix=fix)
     if owners == [OURS]:
         _warn_of_shadowed(group, points[0].name)
         return points[0].load()

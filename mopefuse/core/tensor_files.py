@@ -1,4 +1,4 @@
-"""Tensors in safetensors files. Pickles are refused before anything in them is read."""
+"""Tensors in safetensors files. Pickles are rejected before anything in them is read."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def check_tensors(path: Path) -> None:
             CheckpointCode.NOT_FOUND,
             f"the weights cannot be read: {error.strerror}",
             where=str(path),
-            fix="name an existing file",
+            fix="give an existing file",
         ) from None
     if head[8:] == b"{":  # after eight bytes of header length
         return

@@ -35,7 +35,7 @@ _NEITHER_LETTER_NOR_DIGIT = re.compile(r"[\W_]+")
 
 
 def read_title(line: bytes) -> TitleRow | OddRow:
-    """Parse one line by itself, so that an unclosed quote spoils no other row.
+    """Parse one line by itself, so that an unclosed quote does not affect other rows.
 
     The image name ends at the first comma, the class starts after the last one, and the title is between them: in double
     quotes by the rule of CSV (a quote inside is doubled), or without.
@@ -55,7 +55,7 @@ def read_title(line: bytes) -> TitleRow | OddRow:
             return OddRow("quote not closed", image)
         title = inner.replace('""', '"')
     if not image.startswith(f"{label}_"):
-        return OddRow("image name not of the class", image)
+        return OddRow("image name does not start with its class", image)
     return TitleRow(image, plain_title(title), label)
 
 

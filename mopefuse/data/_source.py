@@ -1,4 +1,4 @@
-"""The base class of readers of data sets as their owners distribute them."""
+"""The base class of readers of data sets in their original form."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class Source(ABC):
     """A reader of one data set's files.
 
     Attributes:
-        name: of the entry point.
-        version: of the preparation; raised when the same files give other rows.
+        name: name of the entry point.
+        version: version of the preparation; raised when the same files give different rows.
         inputs: names of the files and folders that are read, directly below the source folder.
         layout: the files that it needs, for messages.
         published: number of rows by split, or by a sum of splits (``train+val``), and who published it.
@@ -85,7 +85,7 @@ class Source(ABC):
         has = ", ".join(names[:12]) + (", …" if len(names) > 12 else "") if names else "nothing"
         return DataError(
             DataCode.SOURCE_FILE_MISSING,
-            f"there is no {missing}; the folder has {has}",
+            f"there is no {missing}; the folder contains {has}",
             where=str(self.folder.root),
             fix=f"provide {self.layout}",
         )

@@ -61,13 +61,13 @@ def mixed_labels(indexes: Indexes) -> Iterator[Finding]:
 
 
 def unknown_labels(indexes: Indexes, known: tuple[str, ...]) -> Iterator[Finding]:
-    """Yield each label of a split that training does not know, and each known label that a split lacks."""
+    """Yield each label of a split that does not occur in train, and each known label that a split lacks."""
     for name, index in indexes.items() if known else ():
         counts, first = index.labels.counts(), index.labels.first_rows()
         for number, label in enumerate(sorted(counts.keys() - set(known))):
             near = similar_names(label, known, most=1) if number < _MOST_HINTS else []
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            message = f"training does not know the label {label!r} (in {several(counts[label], 'row')}){hint}"
+            message = f"the label {label!r} does not occur in train (in {several(counts[label], 'row')}){hint}"
             yield finding_at(
                 index, first[label], "unknown-label", message, code=DataCode.UNKNOWN_LABEL.text, rows=counts[label]
             )

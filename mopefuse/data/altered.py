@@ -1,4 +1,4 @@
-"""Samples with the input of some sides exchanged or blank, to measure what predictions depend on.
+"""Samples with the input of some sides shuffled or blank, to measure what predictions depend on.
 
 Shapes: S samples of the split, B batch, C width of a pooled feature.
 """

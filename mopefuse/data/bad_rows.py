@@ -32,7 +32,7 @@ def skip_bad_rows(index: Index, roots: Sequence[Path], config: DataConfig) -> tu
     where, total = str(roots[0] / index.file), len(index.lines_S) + len(index.row_problems)
     for modality, files in index.files.items() if not unsafe else ():
         if files.all_missing():
-            what = f"none of the {len(files.names):,} {get_modality(modality).plural} exists, such as {files.names[0]}"
+            what = f"none of the {len(files.names):,} {get_modality(modality).plural} exist; first missing: {files.names[0]}"
             raise DataError(DataCode.FILE_NOT_FOUND, what, where=where, fix=root_to_name(roots, files.names))
     if config.on_bad == "skip" and not unsafe:
         if len(problems) <= config.max_bad_fraction * total:
@@ -55,7 +55,7 @@ def _join(problems: Sequence[Problem]) -> str:
     for problem in problems:
         by_text.setdefault(problem.what, []).append(problem)
     shown = list(by_text.values())[:_MOST_LISTED]
-    listed = [f"{same[0]}" + (f" (and {len(same) - 1:,} more like it)" if len(same) > 1 else "") for same in shown]
+    listed = [f"{same[0]}" + (f" (and {len(same) - 1:,} similar)" if len(same) > 1 else "") for same in shown]
     rest = len(problems) - sum(map(len, shown))
     return "; ".join([*listed, *([f"and {rest:,} more"] if rest else [])])
 

@@ -41,7 +41,7 @@ class Problem:
     """What is wrong with one row.
 
     Args:
-        code: of the error. where: file and line, and the id if it is known.
+        code: code of the error. where: file and line, and the id if it is known.
         file: that the row names, if the problem is with that file.
     """
 
@@ -67,7 +67,7 @@ class Split:
     Args:
         name: train, val or test. file: name of its file, for messages.
         rows: each is read when it is accessed.
-        labels: of each row; available without reading it.
+        labels: labels of each row; available without reading it.
         keys: by modality, digests (S,) of the values (a text, or the content of a file); zero where the value is missing.
         loose_keys: by modality, digests (S,) that ignore unimportant differences: those of texts, case and spacing.
         hash: digest of everything in the split, including what was skipped.
@@ -114,8 +114,8 @@ class DataSet:
     Args:
         root: folder that paths in rows are relative to.
         labels: defined by the training split, or by a list of labels.
-        image_roots: folders that images and other files may lie in, `root` first.
-        notices: what the user should know.
+        image_roots: folders that may contain images and other files, `root` first.
+        notices: notices for the user.
     """
 
     root: Path

@@ -1,4 +1,4 @@
-"""Find everything that is wrong with a data set in one pass; nothing is written and nothing is printed.
+"""Find every problem of a data set in one pass; nothing is written or printed.
 
 A table that cannot be read does not hide the problems of the others, and one problem does not hide another.
 """
@@ -48,8 +48,8 @@ class Report:
     """The contents of a data set and what is wrong with it.
 
     Args:
-        roots: folders that files may lie in, the data root first.
-        modalities: of the rows.
+        roots: folders that may contain files, the data root first.
+        modalities: modalities of the rows.
         indexes: by split.
         findings: errors first, then by kind, split and line.
         splits: counts of each split, see `mopefuse.data.contents.describe_split`.
@@ -148,7 +148,7 @@ def check(
     """Check every row, file and text of the data set at `config.path`.
 
     Args:
-        tokens: of the encoder that is to read the texts; without it, words are counted.
+        tokens: token counter of the encoder that will read the texts; without it, words are counted.
         fresh: read everything again instead of using the index in the cache.
         advance: called with (split or "texts", number done, total number).
 
@@ -245,7 +245,7 @@ def read_split(config: DataConfig, split: str) -> tuple[Index, tuple[Path, ...]]
         raise DataError(DataCode.NO_ROW_TO_CHECK, what, where=first.where, fix=first.fix or KINDS[kind_of_row(first.what)].fix)
     if index is None or not len(index.lines_S):
         present = ", ".join(tables) if path.is_dir() else path.name
-        fix = f"the data has {present or 'no split'}; run mopefuse data check for details"
+        fix = f"the data have {present or 'no split'}; run mopefuse data check for details"
         raise DataError(DataCode.NO_ROW_TO_CHECK, f"the {split} split has no rows", where=str(path), fix=fix)
     return index, roots_of(path, config)
 
@@ -254,7 +254,7 @@ class _Reading:
     """Reads the tables and files of a data set.
 
     Attributes:
-        modalities: of the rows, known after `read`. looked: number of files that were read, by split.
+        modalities: modalities of the rows, known after `read`. looked: number of files that were read, by split.
     """
 
     def __init__(

@@ -40,7 +40,7 @@ class Samples(Dataset[dict[str, Any]]):
     Args:
         readers: modality and preprocessing of each side; sides with precomputed features are skipped.
         features: by side, precomputed features.
-        seed: of the augmentation.
+        seed: seed of the augmentation.
         training: whether images are augmented.
 
     Where a row lacks a modality, its encoder gets a blank input that is never augmented, and `Batch.missing` marks it.
@@ -98,7 +98,7 @@ class Samples(Dataset[dict[str, Any]]):
         """The preprocessed input of a side for one sample.
 
         Args:
-            row: of the sample; None if all images are cached.
+            row: row of the sample; None if all images are cached.
         """
         if side in self.lacking and self.is_missing(side, epoch, index):
             return blank_input(*self.readers[side])
@@ -141,7 +141,7 @@ class Samples(Dataset[dict[str, Any]]):
             collate_fn=self.batch,
             num_workers=self.config.workers,
             pin_memory=pin,
-            generator=torch.Generator().manual_seed(0),  # keeps torch's global stream untouched
+            generator=torch.Generator().manual_seed(0),  # does not touch torch's global random state
             worker_init_fn=_ignore_signals,
         )
         iterator = iter(loader)
@@ -153,7 +153,7 @@ class Samples(Dataset[dict[str, Any]]):
                     raise
                 raise ResourceError(
                     ResourceCode.WORKER_KILLED,
-                    "a data worker was killed; usually host memory",
+                    "a data worker was killed; usually the host ran out of memory",
                     where="data.workers",
                     fix="lower data.workers",
                 ) from error

@@ -73,7 +73,7 @@ def _refuse_label_column(modalities: tuple[str, ...], config: DataConfig) -> tup
     for name in modalities:
         if column_of(name, config) == config.label_col:
             what = f"the column {config.label_col} is used both as the label and as {name}"
-            fix = f"name another column with --label-col or {flag_for(name, 'NAME')}"
+            fix = f"choose another column with --label-col or {flag_for(name, 'NAME')}"
             raise ConfigError(ConfigCode.LABEL_COLUMN_IS_INPUT, what, where="data.label_col", fix=fix)
     return modalities
 
@@ -102,7 +102,7 @@ def require_column(who: str, name: str, modalities: Sequence[str], *, where: str
 
     Args:
         who: the encoder that reads it, for the message. name: the modality that is required.
-        modalities: of the rows.
+        modalities: modalities of the rows.
 
     Raises:
         ConfigError: they do not have it.
@@ -124,8 +124,8 @@ class Layout:
 
     Args:
         columns: name of the column of each modality, in order.
-        in_rows: the modalities whose values stand in the rows, not in files.
-        identity, label: names of columns. separator: of labels in a cell. fold_labels: see `data.fold_labels`.
+        in_rows: the modalities whose values are stored in the rows, not in files.
+        identity, label: names of columns. separator: separator of labels in a cell. fold_labels: see `data.fold_labels`.
         on_missing: see `data.on_missing`.
         null_is_empty: whether a null in a row counts as an empty value rather than a missing one.
         empty_is_missing: whether an empty value in a row counts as missing; the name of a file always does.

@@ -20,7 +20,7 @@ from mopefuse.data.index import Index
 from mopefuse.data.rows import Rows
 from mopefuse.modalities.base import get_modality
 
-MOST_TEXTS = 20_000  # most texts whose length is measured
+MOST_TEXTS = 20_000  # maximum number of texts whose length is measured
 TOKENS_PER_WORD = 1.3  # an estimate, for English and subword vocabularies
 LIMITS = (77, 512)  # tokens that CLIP and BERT read
 REPLACED = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
@@ -89,7 +89,7 @@ def read_texts(
     """Read every text once: measure lengths, and find texts that are empty or have characters that are replaced.
 
     Args:
-        tokens: of the encoder that is to read them; None measures characters and words only.
+        tokens: token counter of the encoder that will read them; None measures characters and words only.
         advance: called with ("texts", number read, total number).
     """
     total = _count_texts(indexes)

@@ -77,7 +77,7 @@ class Records:
             try:
                 cells = next(self._reader, None)
             except csv.Error as error:
-                problem = f"is not CSV ({error}); look for a quote that is not closed"
+                problem = f"is not CSV ({error}); look for an unclosed quote"
             if cells is None and not problem:
                 return
             last = self._before + self._reader.line_num
@@ -128,7 +128,7 @@ class Records:
         """Report the line with the quote and continue after it; if that happened too often, report all swallowed lines."""
         end, count = self._file.tell(), last - line
         lines = f"the {count:,} lines" if count > 1 else "the line"
-        problem = f"has a quote that is not closed: it would take in {lines} after it, up to line {last}"
+        problem = f"has an unclosed quote, which would swallow {lines} after it, up to line {last}"
         yield Record(line, [], problem)
         self._budget -= end - start
         if self._budget < 0:

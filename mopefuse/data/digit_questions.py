@@ -5,7 +5,7 @@ its place or by its colour (eight kinds of question). The label is that digit. T
 answers (accuracy 0.25), the text alone ten (0.10).
 
 The digits are scikit-learn's copy of the UCI "Optical Recognition of Handwritten Digits" test set (1,797 samples of
-8 x 8 pixels; E. Alpaydin and C. Kaynak, CC BY 4.0). The split of each sample is fixed, whatever the seed, so
+8 x 8 pixels; E. Alpaydin and C. Kaynak, CC BY 4.0). The split of each sample is fixed, regardless of the seed, so
 that a model pretrained on `handwriting("train")` has never seen a digit of the other splits.
 
 Shapes: N images or samples, 8 and 16 pixels, 4 cells (top left, top right, bottom left, bottom right) or colours.
@@ -32,7 +32,7 @@ from mopefuse.errors import DataError
 Array = NDArray[Any]
 
 SPLITS = ("train", "val", "test")
-QUESTIONS_PER_IMAGE = 4  # of the eight kinds, all different
+QUESTIONS_PER_IMAGE = 4  # questions of different kinds, out of eight
 
 COLOURS = {
     "red": (255, 0, 0),
@@ -40,7 +40,7 @@ COLOURS = {
     "blue": (0, 0, 255),
     "yellow": (255, 255, 0),
 }
-PLACES = (  # of each cell, in the order of the cells
+PLACES = (  # names of each cell's place, in the order of the cells
     ("top left", "upper left"),
     ("top right", "upper right"),
     ("bottom left", "lower left"),
@@ -180,7 +180,7 @@ def make(
 
     Args:
         folder: must be new or empty, or already contain the same data set (then nothing is written).
-        seed: of compositions and phrasings; the same arguments give the same bytes.
+        seed: seed of compositions and phrasings; the same arguments give the same bytes.
         train, val, test: rows of each split. Four rows share an image.
 
     Returns:

@@ -51,7 +51,7 @@ class Shard(NamedTuple):
     """One published shard."""
 
     name: str
-    sha256: str  # of its features
+    sha256: str  # digest of its features
     keys: Keys
     values: Mapped
 
@@ -73,7 +73,7 @@ class FeatureStore:
     """The shards of one encoder.
 
     Args:
-        key: of the encoder. width: C.
+        key: key of the encoder. width: C.
     """
 
     def __init__(self, key: str, width: int) -> None:

@@ -30,7 +30,7 @@ from mopefuse.encoders.base import Encoder, encode_pooled
 from mopefuse.modalities.base import get_modality
 
 VERSION = 2
-_SHARD_BYTES, _SHARD_SECONDS = 64 << 20, 60.0  # most features in a shard, and most work that a killed process loses
+_SHARD_BYTES, _SHARD_SECONDS = 64 << 20, 60.0  # limits of a shard; a killed process loses at most one
 _FILES_AT_ONCE, _VALUES_AT_ONCE = 64, 1024
 Advance = Callable[[int, int], None]
 Numbers = NDArray[np.int64]
@@ -222,7 +222,7 @@ class _Computation:
             here = np.flatnonzero(lacking_U & (found.shard_U == number))
             table_UC[here] = torch.from_numpy(shard.values[found.row_U[here]])
             lacking_U[here] = False
-        for numbers, features in self._encode(np.flatnonzero(lacking_U)):  # of shards that were removed since
+        for numbers, features in self._encode(np.flatnonzero(lacking_U)):  # features of shards that were removed since
             table_UC[numbers] = torch.from_numpy(features)
         table: Values = distributed.sum_over_processes(table_UC).numpy()
         return table

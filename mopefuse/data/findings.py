@@ -30,7 +30,7 @@ class Kind(NamedTuple):
 
 KINDS = {  # in the order of the report
     "unsafe-path": Kind("error", "use paths inside the data folder, or allow their folder with --image-root"),
-    "missing-split": Kind("error", "provide it, or hold some rows of train out"),
+    "missing-split": Kind("error", "provide it, or hold out some rows of train"),
     "unreadable-table": Kind("error", "repair or convert the file"),
     "empty-split": Kind("error", "provide at least one row"),
     "bad-labels-file": Kind("error", "write each label once, one per line, in UTF-8"),
@@ -54,14 +54,14 @@ KINDS = {  # in the order of the report
     "many-labels": Kind("error", "name the column of the class with --label-col, or split labels with --label-sep"),
     "missing-image": Kind("error", "add the file"),
     "missing-file": Kind("error", "add the file"),
-    "not-a-file": Kind("error", "name a file"),
+    "not-a-file": Kind("error", "give a file"),
     "empty-image": Kind("error", "replace or remove it"),
     "truncated-image": Kind("error", "replace it with a complete file"),
     "wrong-format-image": Kind("error", "convert it to JPEG, PNG, WEBP, GIF or BMP"),
     "unreadable-image": Kind("error", "replace or remove it"),
     "unreadable-file": Kind("error", "replace or remove it"),
     "huge-image": Kind("error", "shrink it, or raise --max-pixels"),
-    "missing-test": Kind("warning", "provide it, or hold some rows of train out"),
+    "missing-test": Kind("warning", "provide it, or hold out some rows of train"),
     "leaked-image": Kind("warning", "remove the row from one of the splits"),
     "leaked-text": Kind("warning", "remove the row from one of the splits"),
     "leaked-file": Kind("warning", "remove the row from one of the splits"),
@@ -72,13 +72,13 @@ KINDS = {  # in the order of the report
     "label-variants": Kind("warning", "merge them with --fold-labels, or spell each label one way"),
     "misspelt-label": Kind("warning", "correct it if it is misspelt"),
     "numeric-labels": Kind("warning", "if they are amounts, name the column of the class with --label-col"),
-    "rare-labels": Kind("warning", "merge or remove rare classes, or name another column with --label-col"),
-    "missing-value": Kind("warning", "none, if rows may lack it"),
+    "rare-labels": Kind("warning", "merge or remove rare classes, or choose another column with --label-col"),
+    "missing-value": Kind("warning", "nothing, if the value is optional"),
     "empty-text": Kind("warning", "add a text, or treat it as missing with --on-missing absent"),
-    "replaced-characters": Kind("warning", "remove them; encoders read them as U+FFFD"),
+    "replaced-characters": Kind("warning", "remove them; encoders replace them with U+FFFD"),
     "tiny-image": Kind("warning", "use the original image; this one is enlarged"),
     "strip-image": Kind("warning", "crop it; only the middle of a long strip is used"),
-    "animated-image": Kind("warning", "none, if the first frame is meant; only that is read"),
+    "animated-image": Kind("warning", "nothing, if the first frame is the right one; the others are ignored"),
     "slow-image": Kind("warning", "shrink it, or train with --cache-images"),
 }
 
@@ -88,10 +88,10 @@ class Finding:
     """Something that is wrong with a row, a file or a split.
 
     Args:
-        kind: of `KINDS`.
+        kind: one of `KINDS`.
         where: file:line, or a file; of the first row if several rows name the same file.
         hint: what to do, if it differs from that of the kind.
-        code: of the error that training would raise; empty for a warning.
+        code: code of the error that training would raise; empty for a warning.
         image: the image or other file that the row names, if it is about that.
         rows: number of rows that it concerns.
         row: number of the (first) row in its index; -1 if it is about no row.
@@ -174,18 +174,18 @@ def finding_of(error: DataError, kind: str, split: str = "") -> Finding:
     return Finding(kind=kind, split=split, where=error.where, message=error.what, hint=error.fix, code=error.code)
 
 
-_PATTERNS = {  # of messages about bad rows, by kind
+_PATTERNS = {  # patterns of messages about bad rows, by kind
     "bad-split-name": r".* is none of train, val, test$",
     "nothing": r"has none of .*; found |(has no .*; found .*|.* is (null|empty), expected a string) \(use --on-missing",
     "missing-column": r"has no .*; found ",
     "missing-text": r"\(.*\) has no text: |.* is null, expected a string \(set data.allow_missing_text",
     "bad-encoding": r"is not UTF-8 |\(.*\) has a caption that is not UTF-8$",
-    "bad-csv": r"is not CSV |has \d+ fields, the header has |has a quote that is not closed|is inside a quoted cell ",
+    "bad-csv": r"is not CSV |has \d+ fields, the header has |has an unclosed quote|is inside a quoted cell ",
     "not-an-object": r"is a \w+, expected an object$",
     "bad-json": r"is not JSON |is nested too deeply|has a number with too many|has a key twice|has -?\w+, which is not JSON",
     "duplicate-id": r"the id .* is there already, in line \d+$",
     "empty-label": r".* is empty$|.* has an empty label$",
-    "half-character": r".* has half a character",
+    "half-character": r".* contains a lone surrogate",
     "wrong-type": r".* is (null|a \w+|an object), expected a string",
 }
 

@@ -96,7 +96,7 @@ class Food101(Source):
                 if not name.lower().endswith(".jpg"):
                     yield Skip("not a .jpg file", path)
                 elif not name.startswith(f"{label}_"):
-                    yield Skip("image name not of the class", path)
+                    yield Skip("image name does not start with its class", path)
                 elif name in tested:
                     yield Skip("image twice", path)
                 else:

@@ -22,7 +22,7 @@ Array = NDArray[Any]
 
 @dataclass
 class InRows:
-    """The values of a modality that stand in the rows, as digests of 16 bytes; zeros where a value is missing.
+    """The values of a modality that are stored in the rows, as digests of 16 bytes; zeros if a value is missing.
 
     Args:
         key_S: digest of each value. loose_key_S: digest of each value after `Modality.normalise`.
@@ -49,7 +49,7 @@ class InFiles:
     """The values of a modality that are files.
 
     Args:
-        number_S: of each row's file; -1 where the value is missing.
+        number_S: number of each row's file; -1 if the value is missing.
         names, infos: of each file (I,).
     """
 
@@ -84,13 +84,13 @@ class Index:
     """What is known of a split without reading its rows again.
 
     Args:
-        digest: of the table and of the settings that decide how it is read, except `data.on_missing`.
+        digest: digest of the table and of the settings that decide how it is read, except `data.on_missing`.
         content: the rows as JSON lines. rewritten: whether `content` was converted from another format.
         places_S2: first byte and end of each row in `content`.
         lines_S: line number of each row in its file, from 1.
         values: by modality.
         list_S: whether the labels of a row are written as a list.
-        row_problems: of rows that are not valid.
+        row_problems: problems of rows that are not valid.
         left_out: number of rows that are skipped because modalities are missing, by the names of these.
         fresh: whether some of it was not in the cache.
     """

@@ -28,7 +28,7 @@ from mopefuse.data.tables import Table, TableRow, split_named
 from mopefuse.modalities import base as modality
 from mopefuse.modalities.files import FileInfo, Files, inspect_files
 
-VERSION = 2  # of the definition of a row; it is part of the fingerprint by which a run recognises its data
+VERSION = 2  # version of the definition of a row; it is part of the fingerprint by which a run recognises its data
 _NO_ROW, _MISSING = DataCode.BAD_ROW.text, bytes(16)
 Advance = Callable[[int, int], None]
 
@@ -46,9 +46,9 @@ def build(
     """Read the index of a split from the cache, or build and cache it.
 
     Args:
-        split: of a single table with a split column, only the rows of this split are used.
-        roots: folders that files may lie in, the data root first.
-        modalities: of the rows.
+        split: for a single table with a split column: only the rows of this split are used.
+        roots: folders that may contain files, the data root first.
+        modalities: modalities of the rows.
         fresh: read everything again and replace the index in the cache.
         advance: called with (files read, files to read).
     """

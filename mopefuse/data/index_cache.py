@@ -18,7 +18,7 @@ from mopefuse.data.labels import Labels
 from mopefuse.data.tables import Table
 from mopefuse.modalities.files import FileInfo
 
-VERSION = 5  # of the format
+VERSION = 5  # version of the format
 _LOOK_ARRAYS = ("size", "mtime", "side", "animated", "milliseconds", "digest")
 
 
@@ -26,13 +26,13 @@ def key_of(digest: str, roots: Sequence[Path], config: DataConfig) -> str:
     """The key of an index.
 
     Args:
-        digest: see `Index.digest`. roots: folders that files may lie in.
+        digest: see `Index.digest`. roots: folders that may contain files.
     """
     return cache.make_key(VERSION, digest, config.on_missing, *(root.resolve() for root in roots))
 
 
 def save(key: str, index: Index, roots: Sequence[Path]) -> None:
-    """Keep an index in the cache, where that is possible."""
+    """Keep an index in the cache, if possible."""
     facts = {"digest": index.digest, "split": index.split, "root": str(roots[0]), "rows": len(index.lines_S)}
     cache.store("index", key, lambda folder: _write(index, folder), facts)
 

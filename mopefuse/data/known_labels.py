@@ -27,7 +27,7 @@ def known_labels(
         doubts: about the labels of the training split; used for the fix of an unknown label.
 
     Raises:
-        DataError: a split has a label that training does not know, there are fewer than two labels, or the labels file
+        DataError: a split has a label that does not occur in train, there are fewer than two labels, or the labels file
             cannot be read.
     """
     listed = Path(config.labels) if config.labels else root / "labels.txt"
@@ -52,15 +52,15 @@ def describe_few(labels: Sequence[str]) -> str:
 
 
 def _unknown(unknown: Counter[str], split: Split, labels: Sequence[str], doubts: Sequence[Finding]) -> DataError:
-    """The error for labels that training does not know, at the first row that has one."""
+    """The error for labels that do not occur in train, at the first row that has one."""
     listed = []
     for label, count in unknown.most_common(_MOST_LISTED):
         near = similar_names(label, labels, most=1)
         listed.append(f"{label} ({count}{f'; did you mean {near[0]}?' if near else ''})")
     rest = len(unknown) - len(listed)
-    what = f"labels that training does not know: {', '.join(listed)}{f', and {rest} more' if rest else ''}"
+    what = f"labels that do not occur in train: {', '.join(listed)}{f', and {rest} more' if rest else ''}"
     first = min(row for label, row in split.labels.first_rows().items() if label in unknown)
-    fix = "correct it, or, if it is a label, list all labels in labels.txt or in a file named with --labels"
+    fix = "correct it or, if it is right, list all labels in labels.txt or with --labels FILE"
     fix = next((f"{doubt.hint}; otherwise {fix}" for doubt in doubts if doubt.kind == "joined-labels"), fix)
     return DataError(DataCode.UNKNOWN_LABEL, what, where=split.where(split.rows[first]), fix=fix)
 
@@ -94,7 +94,7 @@ def is_multi_label(parts: Parts) -> bool:
     Raises:
         DataError: some are lists and some are strings.
     """
-    place_of: dict[bool, str] = {}  # of the first row whose labels are a list, or are not
+    place_of: dict[bool, str] = {}  # position of the first row whose labels are a list, or are not
     for index, rows in parts.values():
         lists = index.list_S[rows]
         for is_list in (False, True):

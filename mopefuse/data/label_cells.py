@@ -24,7 +24,7 @@ def split_cell(cell: str, separator: str) -> tuple[str, ...]:
     """Split a cell into labels, without repetitions; a blank cell has none.
 
     Args:
-        separator: of labels, or `LIST`; then a cell that is not a list is one label.
+        separator: separator of labels, or `LIST`; then a cell that is not a list is one label.
     """
     parts = parse_list(cell) if separator == LIST else cell.split(separator)
     stripped = (part.strip() for part in ([cell] if parts is None else parts))

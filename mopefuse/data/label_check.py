@@ -21,13 +21,13 @@ from mopefuse.data.index import Index
 from mopefuse.data.label_cells import normalise, parse_list
 from mopefuse.errors import DataError
 
-_FEW = 10  # classes that are never too many
+_FEW = 10  # number of classes that is always accepted
 _MOST_NOTICES = 8
 _ROWS_PER_CLASS = 3  # on average; fewer are a mistake
 _SEPARATORS = "|;,/"
 _NUMBER = re.compile(r"[$€£¥]?\s*[-+]?(?:\d+|\d{1,3}(?:[, ]\d{3})+)(?:[.,]\d+)?(?:[eE][-+]?\d+)?\s*[%$€£¥]?")
-_CODES, _AMOUNTS = 20, 10  # most integers, and most other numbers, that may be classes whatever their values
-_LEADING_ZERO = re.compile(r"0\d+")  # codes have it, amounts do not
+_CODES, _AMOUNTS = 20, 10  # numbers of distinct integers, and of other numbers, that are always accepted as classes
+_LEADING_ZERO = re.compile(r"0\d+")  # found in codes, not in quantities
 _YEARS = 1500, 2100
 _ANCHORS = 20_000  # number of frequent labels that rare ones are compared with
 _SHORTEST, _LONGEST = 4, 100  # length in characters of labels that are compared
@@ -39,7 +39,7 @@ class Doubt(NamedTuple):
     """Why labels are probably a mistake, and what to do.
 
     Args:
-        kind: of `mopefuse.data.findings.KINDS`. label: an example.
+        kind: one of `mopefuse.data.findings.KINDS`. label: an example.
         rows: number of rows with such a label.
     """
 
@@ -171,7 +171,7 @@ def _amounts(counts: Mapping[str, int]) -> Iterator[Doubt]:
         return
     first = _most_frequent(counts, counts)
     what = f"labels are numbers, such as {_quote(first)}: each of {len(counts):,} is a class of its own"
-    fix, rows = f"if they are amounts, {_COLUMN}", sum(counts.values())
+    fix, rows = f"if they are quantities, {_COLUMN}", sum(counts.values())
     yield Doubt(kind="numeric-labels", message=what, fix=fix, label=first, rows=rows)
 
 

@@ -110,7 +110,7 @@ class Targets:
     """The training targets of a split. Only the rows or labels that are accessed become dense.
 
     Args:
-        labels: of the rows. known: the labels of the model, in the order of its outputs (N).
+        labels: labels of the rows. known: the labels of the model, in the order of its outputs (N).
 
     Raises:
         KeyError: a row has a label that the model does not know.

@@ -43,10 +43,10 @@ def load_data(
         DataError: no such folder or split, bad rows or files (all are found, up to twenty kinds are listed), or labels
             that training does not know.
         UnsafePathError: a path leads outside its root.
-        ConfigError: no data set is named.
+        ConfigError: no data set is given.
     """
     if config.path is None:
-        raise ConfigError(ConfigCode.NO_DATA_SET, "no data set is named", where="data.path", fix="add --data DIR")
+        raise ConfigError(ConfigCode.NO_DATA_SET, "no data set was given", where="data.path", fix="add --data DIR")
     path = Path(config.path)
     roots = roots_of(path, config)
     indexes = read_indexes(config, require, advance=advance)
@@ -66,7 +66,7 @@ def load_data(
 
 
 def roots_of(path: Path, config: DataConfig) -> tuple[Path, ...]:
-    """The folders that images and other files may lie in: that of the data first."""
+    """The folders that may contain images and other files: that of the data first."""
     return (path.parent if path.is_file() else path, *map(Path, config.image_roots))
 
 
@@ -150,7 +150,7 @@ def _fingerprint(name: str, index: Index, rows: Numbers, skipped: Sequence[Probl
 
 
 def _notices(splits: dict[str, Split], indexes: dict[str, Index], config: DataConfig) -> tuple[str, ...]:
-    """Say what the user should know about the data.
+    """Notices about the data for the user.
 
     Raises:
         DataError: val or test shares values with train, and `data.strict` is set.
@@ -162,7 +162,7 @@ def _notices(splits: dict[str, Split], indexes: dict[str, Index], config: DataCo
     return (
         *_row_notices(splits, indexes, config),
         *_animation_notices(indexes),
-        *(f"{text}; metrics on it may be too good" for text in leaks),
+        *(f"{text}; metrics on it may be too optimistic" for text in leaks),
     )
 
 

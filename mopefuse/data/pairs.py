@@ -24,7 +24,7 @@ class PairDataset(Dataset[dict[str, Any]]):
     batch of rows, also in data workers: ``DataLoader(dataset, batch_size=32, collate_fn=model.collate)``.
 
     Attributes:
-        labels: their names; a row's label is a place in it. task: "single-label" or "multi-label", as rows are labelled.
+        labels: their names; a row's label is an index into it. task: "single-label" or "multi-label", as rows are labelled.
         modalities: the modalities of the data, such as ("text", "image").
     """
 
@@ -48,7 +48,7 @@ class PairDataset(Dataset[dict[str, Any]]):
         on_missing: Literal["error", "skip", "absent"] = "error",
         on_bad: Literal["error", "skip"] = "error",
     ) -> None:
-        """Read the table and look at every file once; the result is cached. An argument that is None has its default.
+        """Read the table and look at every file once; the result is cached. None selects the default.
 
         Args:
             path: a folder with a table (.jsonl, .csv, .tsv, .parquet) for each split, or one table.
@@ -60,7 +60,7 @@ class PairDataset(Dataset[dict[str, Any]]):
             label_sep: the separator of labels in a cell, or "list" for cells as ``[a, b]``; makes the data multi-label.
             image_roots: other folders that files may be in.
             val_fraction, test_fraction: share of the training rows, from 0 to 1, held out as that split, drawn with `seed`.
-            on_missing: what a row that lacks a modality does: raise an error, or be left out, or have None.
+            on_missing: for rows that lack a modality: raise an error, leave them out, or use None.
             on_bad: whether an invalid row raises an error or is left out (at most 1 % of the rows).
 
         Raises:
@@ -120,6 +120,6 @@ def _labels(given: Sequence[str] | None, found: tuple[str, ...]) -> tuple[str, .
     """
     labels = found if given is None else () if isinstance(given, str) else tuple(given)
     if not labels or len({*labels}) < len(labels):
-        what = "there is no training split to take the labels from" if given is None else "labels must be different names"
+        what = "there is no training split to take the labels from" if given is None else "labels must be distinct names"
         raise ConfigError(ConfigCode.DATA_SET_LABELS_UNKNOWN, what, where="labels", fix="give labels=[...], as in model.labels")
     return labels

@@ -71,7 +71,7 @@ def prepare(
         raise DataError(DataCode.BAD_PREPARE_OPTION, f"--images cannot be {images!r}", where="--images", fix="use link or copy")
     folder, target = SourceFolder(source), Path(dest).resolve()
     if target.is_relative_to(folder.root):
-        what, fix = "the prepared data would lie inside the source folder", "choose a folder outside it"
+        what, fix = "the destination is inside the source folder", "choose a folder outside it"
         raise DataError(DataCode.TARGET_INSIDE_SOURCE, what, where=str(target), fix=fix)
     reader = kind(folder, options or {})
     identity = {

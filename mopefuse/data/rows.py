@@ -133,7 +133,7 @@ def _refuse_half_characters(identity: str, values: Mapping[str, str | None], lay
 
 
 def _half_character_message(column: str) -> str:
-    return f"{column} has half a character (a lone surrogate)"
+    return f"{column} contains a lone surrogate (half of a character)"
 
 
 def _labels(value: Any, name: str, separator: str | None) -> tuple[tuple[str, ...], bool]:
@@ -179,7 +179,7 @@ class Rows(Sequence[Row]):
 
     Args:
         content: JSON lines. places_S2: first byte and end of each row in it. lines_S: line numbers, from 1.
-        labels: of each row.
+        labels: labels of each row.
     """
 
     content: bytes

@@ -65,14 +65,14 @@ def _hold_out(parts: Parts, name: str, fraction: float, path: Path, config: Data
     count = round(fraction * len(index.good()))
     kept, held = hold_out(groups, index.labels.take(rows), count, config.seed)
     if len(rows) and not held:
-        what = f"no row of train can be held out for {name}: a row (or image) of each label stays in train"
+        what = f"no row of train can be held out for {name}: each label must keep a row (or image) in train"
         fix = f"raise --{name}-fraction, provide a {name} split, or merge rare labels"
         raise DataError(DataCode.EMPTY_SPLIT, what, where=str(path), fix=fix)
     parts["train"], parts[name] = (index, rows[kept]), (index, rows[held])
 
 
 def missing_split_hint(name: str, path: Path, config: DataConfig) -> str:
-    """Say how to provide a split that is missing."""
+    """A hint on how to provide a missing split."""
     hold_out_rows = f"hold out some rows of train with --{name}-fraction 0.1"
     if path.is_file():
         if path.stem in SPLITS and any((path.parent / f"{name}{suffix}").is_file() for suffix in SUFFIXES):

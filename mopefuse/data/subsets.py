@@ -39,8 +39,8 @@ def hold_out(
     """Choose about `count` rows to hold out, in proportion to the classes.
 
     Args:
-        groups: of each row; rows of a group (such as those of one image) stay together.
-        labels: of each row; a row with several labels counts for the rarest of them.
+        groups: group of each row; rows of a group (such as those of one image) stay together.
+        labels: labels of each row; a row with several labels counts for the rarest of them.
 
     Returns:
         The rows to keep and the rows to hold out, each in the order of the file.
@@ -77,7 +77,7 @@ def choose_few(
     Args:
         shots: rows of each class; if rows have several labels, rows are taken, rarest label first, until each label has
             this many or all of its rows.
-        fraction: of the rows of each class, at least one row; 1 takes every row.
+        fraction: fraction of the rows of each class, at least one row; 1 takes every row.
     """
     available = Counter(label for row in labels for label in row or _UNLABELLED)
     wanted = {name: min(count, shots) if shots else max(1, round(count * (fraction or 1))) for name, count in available.items()}

@@ -26,7 +26,7 @@ SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 _MAGIC = {b"\x1f\x8b": "gzip", b"PAR1": "Parquet", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"PK\x03\x04": "a zip"}
 _SPLIT_SYNONYMS = {"dev": "val", "valid": "val", "validation": "val", "training": "train", "testing": "test"}
-_FIRST_ROWS = 1000  # of a table, in which a column that names splits is searched
+_FIRST_ROWS = 1000  # rows in which a column that names splits is searched
 _METADATA = ("metadata.jsonl", "metadata.csv")
 
 
@@ -49,7 +49,7 @@ class Table(NamedTuple):
 
     Args:
         file: its name, for messages. digest: sha256 of its content.
-        content: of a file of JSON lines; None of other formats, whose rows are converted to JSON lines.
+        content: content of a file of JSON lines; None for other formats, whose rows are converted to JSON lines.
     """
 
     file: str
@@ -77,7 +77,7 @@ def find_tables(path: Path, config: DataConfig, *, splits: Sequence[str] = SPLIT
         stems = similar_names(path.stem, {item.stem for item in siblings})
         similar = [item for stem in stems for item in siblings if item.stem == stem]
         suggestion = f"did you mean {', '.join(map(str, similar[:3]))}? Otherwise " if similar else ""
-        fix = f"{suggestion}name a folder with train.jsonl, val.jsonl and test.jsonl, or one table"
+        fix = f"{suggestion}give a folder with train.jsonl, val.jsonl and test.jsonl, or one table"
         raise DataError(DataCode.NO_DATA_FOLDER, f"there is no data folder {path}", fix=fix)
     tables = {}
     for split in splits:
@@ -119,7 +119,7 @@ def _table(path: Path, config: DataConfig) -> Table:
         delimiter = _delimiter(content, path, config)
         return Table(path.name, digest, lambda: _csv(content, path, delimiter))
     if kind != ".jsonl":
-        fix = f"name a {', '.join(SUFFIXES)} file or a folder"
+        fix = f"give a {', '.join(SUFFIXES)} file or a folder"
         raise DataError(DataCode.NOT_A_TABLE, f"{path.name} is not a table", where=str(path), fix=fix)
     return Table(path.name, digest, lambda: _json_lines(content), content)
 
@@ -234,7 +234,7 @@ def _refuse_constant(name: str) -> Any:
 
 
 def _csv(content: bytes, path: Path, delimiter: str) -> Iterator[TableRow]:
-    """Yield the rows of a CSV file; a quote that is not closed spoils only its own row."""
+    """Yield the rows of a CSV file; an unclosed quote affects only its own row."""
     csv.field_size_limit(2**31 - 1)  # texts may be long
     records = Records(decode_text(content, path), delimiter)
     header: list[str] = []
@@ -256,7 +256,7 @@ def _delimiter(content: bytes, path: Path, config: DataConfig) -> str:
     wanted = {config.text_col, config.img_col, config.label_col, config.id_col, *config.columns.values()}
     found = delimiter_of(content, default, wanted)
     if found != default:
-        what = f"{path.name} is read as separated by {name_of(found)}, not {name_of(default)}, because of its header"
+        what = f"{path.name} is parsed as separated by {name_of(found)}, not {name_of(default)}, because of its header"
         warnings.warn(what, Notice, stacklevel=2)
     return found
 
@@ -318,7 +318,7 @@ def _plain(value: Any) -> Any:
 
 
 def _image_folder(path: Path, config: DataConfig) -> Table:
-    """Read ``<split>/<label>/<image>``, with texts in ``<image>.txt`` beside each or in the metadata file of the split."""
+    """Read ``<split>/<label>/<image>``, with texts in ``<image>.txt`` next to each or in the metadata file of the split."""
     metadata = next((path / name for name in _METADATA if (path / name).is_file()), None)
     captions = _captions(metadata, config) if metadata else None
     rows: list[TableRow] = []

@@ -18,13 +18,13 @@ class Family:
     """One model family.
 
     Attributes:
-        modality: of its input.
+        modality: modality of its input.
         pool: the family's default pooling, one of `pools`: ``cls`` is the first token, ``last`` the last token of a text.
             ``pooler`` is also available if the model's constructor has an option for it.
         filled: whether texts are padded to the fixed length of pretraining, and padding is attended to.
         insertable: whether tokens can be inserted before the first layer, which needs bidirectional attention with the same
             mask in all layers.
-        statistics: of images, a key of `_hf_images.STATISTICS`, used with random weights only.
+        statistics: statistics of images, a key of `_hf_images.STATISTICS`, used with random weights only.
         model: class in transformers if `AutoModel` does not know the family.
         part: attribute of the model that is the encoder if it also has a decoder.
     """

@@ -28,7 +28,7 @@ def from_processor(
 
     Args:
         size: overrides the declared crop size; the resize is scaled in proportion.
-        squeeze: size that images are resized to without cropping, whatever the processor declares.
+        squeeze: size that images are resized to without cropping, regardless of what the processor declares.
     """
     resize, crop = (squeeze, squeeze) if squeeze else _declared_sizes(processor)
     if size is not None:

@@ -89,7 +89,7 @@ class TransformersEncoder(PromptedEncoder):
 
     @abstractmethod
     def _preprocess(self, source: Source) -> Preprocess:
-        """Build preprocessing from the files beside the model."""
+        """Build preprocessing from the files next to the model."""
 
     @abstractmethod
     def _example_inputs(self) -> Inputs:
@@ -114,7 +114,7 @@ class TransformersEncoder(PromptedEncoder):
         try:
             sites, reason = find_sites(self.backbone, lambda: encoded.append(self._run(example)))
         except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
-            what = f"this {self.model_config.model_type} model does not run on {self.modality} alone: {error}"
+            what = f"this {self.model_config.model_type} model cannot be run on {self.modality} alone: {error}"
             raise unsuitable_model_error(what, self.spec, self.families) from error
         if not sites:
             self.backbone.set_attn_implementation(own)  # which also determines the form of masks
@@ -227,7 +227,7 @@ def _pretrained(spec: Spec, source: Source, config: Any, kind: Any, options: dic
             CheckpointCode.FILE_DAMAGED,
             f"weights in {source.folder} are damaged: {error}",
             where=str(spec),
-            fix="fetch them again",
+            fix="download them again",
         ) from error
     missing = sorted(info["missing_keys"])
     if missing:

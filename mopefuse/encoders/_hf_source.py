@@ -111,7 +111,7 @@ def _in_folder(
     check_config(config, parted, str(spec))
     if config["model_type"] in TOWERS and not part:
         fix = f"write {spec.scheme}:{spec.name}#text or {spec.scheme}:{spec.name}#vision"
-        raise EncoderError(EncoderCode.TOWER_NOT_NAMED, f"{spec.name} has two towers", where=str(spec), fix=fix)
+        raise EncoderError(EncoderCode.TOWER_NOT_NAMED, f"{spec.name} has a text and a vision tower", where=str(spec), fix=fix)
     if part and not any(config["model_type"] in (kind, parts[part]) for kind, parts in TOWERS.items()):
         what = f"{spec.name} is a {config['model_type']} model and has no part #{part}"
         raise EncoderError(EncoderCode.TOWER_NOT_NAMED, what, where=str(spec), fix=f"remove #{part}")

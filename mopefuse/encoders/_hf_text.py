@@ -27,7 +27,7 @@ POOLING_FILES = ("modules.json", "1_Pooling/config.json", "sentence_bert_config.
 
 
 class Tokenize:
-    """Wraps a transformers tokenizer; pads on the right, whatever the tokenizer's own setting, to `length` if it is set."""
+    """Wraps a transformers tokenizer; pads on the right, despite the tokenizer's own setting, to `length` if it is set."""
 
     def __init__(self, tokenizer: Any, pad_id: int, length: int | None = None) -> None:
         self.tokenizer, self.pad_id, self.length = tokenizer, pad_id, length
@@ -139,4 +139,4 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise EncoderError(EncoderCode.BAD_CONFIG, f"{path} is not JSON: {error}", fix="fetch the file again") from error
+        raise EncoderError(EncoderCode.BAD_CONFIG, f"{path} is not JSON: {error}", fix="download the file again") from error

@@ -125,5 +125,5 @@ def _from_hub(repo: str, where: str) -> Any:
         return transformers.AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False, local_files_only=True)
     except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
         raise EncoderError(
-            EncoderCode.NO_TOKENIZER, f"the tokenizer of {repo} cannot be read: {error}", where=where, fix="fetch it again"
+            EncoderCode.NO_TOKENIZER, f"the tokenizer of {repo} cannot be read: {error}", where=where, fix="download it again"
         ) from error

@@ -47,7 +47,7 @@ class Slot:
         if prompt is not None and prompt.tokens_BPD.shape[1] > 0:
             prompt_BPD = prompt.tokens_BPD.to(tokens_BLD.dtype)
             found, need = (prompt_BPD.shape[0], prompt_BPD.shape[2]), (tokens_BLD.shape[0], tokens_BLD.shape[2])
-            assert found == need, f"prompts for (batch, width) {found}, need {need}"
+            assert found == need, f"prompts for (batch, width) {found}, expected {need}"
             normed_BPD = prompt_BPD if self.norm is None else self.norm(prompt_BPD)
             self.encoder._call.pending[self.number] = prompt._replace(tokens_BPD=normed_BPD)
 
@@ -69,7 +69,7 @@ class PromptedEncoder(Encoder):
 
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)
-        self._slots: list[Slot] = []  # of each layer
+        self._slots: list[Slot] = []  # slots of each layer
 
     @abstractmethod
     def _run(self, inputs: Inputs) -> Encoded:

@@ -221,7 +221,7 @@ def _project(attention: Any, x_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _project_prompt(attention: Any, prompt: Prompt) -> tuple[Tensor, Tensor]:
-    """Key and value of a prompt, each (B, H, P, E); a projection that LoRA wraps gives them only beside the query."""
+    """Key and value of a prompt, each (B, H, P, E); a projection that LoRA wraps gives them only together with the query."""
     qkv = attention.qkv
     if qkv is None:
         return _project_separately(attention, prompt.tokens_BPD)

@@ -43,7 +43,7 @@ def load_strictly(
         "missing": [name for name in expected if name not in given],
         "unexpected": [name for name in given if name not in expected],
         "of another shape": [
-            f"{name} ({_shape(given[name])}, need {_shape(expected[name])})"
+            f"{name} ({_shape(given[name])}, expected {_shape(expected[name])})"
             for name in expected
             if name in given and given[name].shape != expected[name].shape
         ],

@@ -1,7 +1,7 @@
 """A prompt as extra keys and values of a frozen attention.
 
 The papers (arXiv 2312.03734, 2403.10568) insert prompts as tokens and drop their outputs after every layer. A token
-whose output is dropped acts only through its key and value, so nothing else of it is computed here: no query, no output
+whose output is dropped acts only through its key and value, so only these are computed here: no query, no output
 projection, no MLP. Shapes: B batch, N windows or images, H heads, L tokens, P prompt tokens, D width of the layer, E width
 of one head.
 """
@@ -80,7 +80,7 @@ def attend(
 ) -> Tensor:
     """Compute the attention of tokens to tokens and to prompts, (N, H, L, E).
 
-    Prompts have no position: every query attends to every prompt token with a bias of 0, whatever the mask or causality
+    Prompts have no position: every query attends to every prompt token with a bias of 0, regardless of the mask or causality
     of the tokens.
 
     Args:

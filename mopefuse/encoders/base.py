@@ -94,7 +94,7 @@ class Encoder(nn.Module):
         if insert is not None:
             self.require_insertable()
             found, need = insert.tokens_BPD.shape[2], self.widths[0]
-            assert found == need, f"inserted tokens of width {found}, need {need}"
+            assert found == need, f"inserted tokens of width {found}, expected {need}"
             insert = insert if insert.tokens_BPD.shape[1] else None
         with self._current_call.set(Call(prompt_at, insert)):
             return self._encode(self._finish_inputs(inputs))
@@ -316,14 +316,14 @@ def run_frozen(encoder: Encoder, inputs: Inputs) -> Encoded:
         return encoder.encode(inputs)
 
 
-_MAX_ELEMENTS = 64 * 3 * 224 * 224  # of one input tensor of a batch
-_MAX_SAMPLES = 32  # more are not faster on a CPU, and need more padding
+_MAX_ELEMENTS = 64 * 3 * 224 * 224  # maximum size of one input tensor of a batch
+_MAX_SAMPLES = 32  # larger chunks are not faster on a CPU and need more padding
 
 
 def encode_pooled(encoder: Encoder, inputs: Inputs) -> Tensor:
-    """Compute pooled features (B, C) of a frozen encoder, in parts of samples of similar length to save padding.
+    """Compute pooled features (B, C) of a frozen encoder, in chunks of samples of similar length to save padding.
 
-    A sample's feature depends on its part by rounding only. Padding must be on the right; inputs of an encoder with a fixed
+    A sample's feature depends on its chunk only by rounding. Padding must be on the right; inputs of an encoder with a fixed
     length are not shortened.
     """
     count = len(next(iter(inputs.values())))

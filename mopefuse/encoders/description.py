@@ -1,4 +1,4 @@
-"""Descriptions of encoders: plain values besides the weights that determine the features, used in runs and cache keys.
+"""Descriptions of encoders: plain values that, with the weights, determine the features; used in runs and cache keys.
 
 A description has three sections: ``model`` (resolved configuration and pooling), ``preprocess`` (sizes, statistics, digests
 of the tokenizer) and ``libraries`` (versions). It contains no paths, so it does not depend on where an encoder is stored.

@@ -165,7 +165,7 @@ def _texts(spec: Spec, source: Source, config: Any, *, filled: bool) -> TextPrep
             EncoderCode.NO_TOKENIZER,
             f"the tokenizer of {spec.name} cannot be read: {error}",
             where=str(spec),
-            fix="save it again",
+            fix="save it again with save_pretrained()",
         ) from error
     own = min(limit, _hf_text.declared_length(source.folder) or limit, tokenizer.model_max_length)
     pad_id = config.pad_token_id if isinstance(config.pad_token_id, int) else tokenizer.pad_token_id or 0
@@ -182,7 +182,7 @@ def _native_size(config: Any) -> tuple[int, int] | None:
 
 
 def _processor(spec: Spec, source: Source) -> Any:
-    """Load the image processor beside the model; None for random weights without one.
+    """Load the image processor next to the model; None for random weights without one.
 
     Raises:
         EncoderError: pretrained weights without an image processor, or one that cannot be read.

@@ -168,7 +168,7 @@ def _parse(spec: Spec) -> tuple[str, str, str]:
     if tower not in _TOWERS:
         raise EncoderError(
             EncoderCode.TOWER_NOT_NAMED,
-            f"{spec.name} names no tower",
+            f"{spec.name} does not say which tower to use",
             where=str(spec),
             fix=f"write {spec.scheme}:{model}#visual or {spec.scheme}:{model}#text",
         )
@@ -183,7 +183,7 @@ def _parse(spec: Spec) -> tuple[str, str, str]:
     if tag not in tags and not _random(spec):
         raise EncoderError(
             EncoderCode.UNKNOWN_MODEL,
-            f"open_clip has no weights {tag!r} of {name}" if tag else f"{spec.name} names no weights",
+            f"open_clip has no weights {tag!r} of {name}" if tag else f"{spec.name} does not say which weights to use",
             where=str(spec),
             fix=(did_you_mean(tag, tags) if tags else "") or "add ?pretrained=false or ?weights=FILE",
         )

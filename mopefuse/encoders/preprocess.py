@@ -95,7 +95,7 @@ class TextPreprocess:
     Attributes:
         tokenize: maps texts and a maximum number of tokens to ids (B, L) and mask (B, L), False for padding.
         max_tokens: maximum number of tokens of a text, including special ones.
-        name: of the tokenizer.
+        name: name of the tokenizer.
         vocabulary: size of the vocabulary; ids are below it.
         save: writes what `mopefuse.inference.bundle` needs to tokenize in the same way to a file, and returns its
             description for preprocess.json; None if that is not possible, so that the encoder cannot be exported.

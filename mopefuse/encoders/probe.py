@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_TOLERANCE = 1e-4  # of the largest value, in float32
+_TOLERANCE = 1e-4  # relative to the largest value, in float32
 _UNSUPPORTED = {"softcap", "s_aux", "position_bias", "cache"}  # arguments of attention that `_hf_attention` does not support
 
 
@@ -138,7 +138,7 @@ def find_sites(model: nn.Module, run: Callable[[], object]) -> tuple[list[Site],
     """Find the promptable layers, in the order in which they run.
 
     Args:
-        model: of transformers, in evaluation mode and in float32, with the attention function of `_hf_attention`.
+        model: transformers model, in evaluation mode and in float32, with the attention function of `_hf_attention`.
         run: one forward pass, preferably of several samples and a few tokens.
 
     Returns:

@@ -155,7 +155,7 @@ def _set_size(spec: Spec, model: Any, size: tuple[int, int]) -> None:
     """Interpolate the positions of a model; one without positions (a CNN) supports any size."""
     if not hasattr(model, "set_input_size"):
         return
-    stages = getattr(model, "layers", None)  # of a Swin, whose window size is kept
+    stages = getattr(model, "layers", None)  # stages of a Swin, whose window size is kept
     windows = {} if stages is None else {"window_size": int(stages[0].blocks[0].window_size[0])}
     try:
         model.set_input_size(img_size=size, **windows)

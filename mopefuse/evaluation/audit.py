@@ -1,4 +1,4 @@
-"""Does a model use its complementary modality? Its metrics with that input shuffled, blank, and without each kind of prompt.
+"""Does a model use its complementary modality? Metrics with that input shuffled or blank, and without each kind of prompt.
 
 Shapes: S samples of the split, N labels.
 """
@@ -73,7 +73,7 @@ class Audit:
     Args:
         samples: number that the audit used, of `total` in the split.
         metric: the checkpoint-selection metric.
-        modalities: of the complementary inputs.
+        modalities: modalities of the complementary inputs.
         read: whether the model reads them at all. alone: whether it reads nothing else.
         same: modality to the share of samples whose shuffled input equals their own.
         conditions: "as is" first.
@@ -106,7 +106,7 @@ class Audit:
     def verdict(self) -> str:
         """The result in words, a sentence for each modality."""
         if not self.read:
-            return f"The model does not look at the {self.modality}: nothing in its prompts depends on it."
+            return f"The model ignores the {self.modality}: none of its prompts depend on it."
         return " ".join(self._verdict(modality) for modality in self.modalities)
 
     def _verdict(self, other: str) -> str:
@@ -116,7 +116,7 @@ class Audit:
         change = f"with another sample's {other}, {name} goes from {before:.1f} to {after:.1f} %"
         change += f", and with none to {empty:.1f} %"
         if self.alone and len(self.modalities) == 1:
-            return f"The {other} is all that the model looks at: {change}."
+            return f"The {other} is the only input that the model uses: {change}."
         if shuffled.is_significant and shuffled.lost > 0:
             return f"The model uses the {other}: {change}."
         if shuffled.is_significant:
@@ -128,7 +128,7 @@ class Audit:
         if shuffled.low == shuffled.high:
             # The rule of three: Hanley and Lippman-Hand, "If nothing goes wrong, is everything all right?", JAMA 1983.
             unseen = min(100.0, 300 / self.samples)
-            return f"nothing changed; with {self.samples:,} samples a loss of up to {unseen:.1f} points could go undetected"
+            return f"nothing changed; with {self.samples:,} samples, a drop of up to {unseen:.1f} points could go undetected"
         low, high = 100 * shuffled.low, 100 * shuffled.high
         interval = f"95 % interval {low:+.1f} to {high:+.1f}, {self.samples:,} samples"
         return f"a loss of {100 * shuffled.lost:.1f} points is within noise: {interval}"
@@ -192,7 +192,7 @@ def audit_model(
     Args:
         model: on `device`. thresholds: decision thresholds of multi-label data.
         max_samples: number of samples to draw; None for all.
-        seed: of the draw and of the shuffle, in which no sample keeps its own input.
+        seed: seed of the draw and of the shuffle, in which no sample keeps its own input.
         as_is_SN: logits of the whole split with unaltered inputs, if they are known.
     """
     total = len(data.splits[split].rows)

@@ -1,4 +1,4 @@
-"""Evaluate a run: every sample of a split once, whatever the number of processes."""
+"""Evaluate a run: every sample of a split once, regardless of the number of processes."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Metrics of a model where a fixed share of the samples of a split lacks a modality.
 
-Which samples lack it depends on their ids, the modality and a seed, and is saved beside the metrics.
+Which samples lack it depends on their ids, the modality and a seed, and is saved next to the metrics.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Missing:
     """Metrics of a checkpoint on a split of which some samples lack a modality.
 
     Args:
-        step: of the checkpoint; None for an adapter.
+        step: step of the checkpoint; None for an adapter.
         learned: whether samples lacked these modalities in training. A model that never saw such a sample replaces the
             missing features by those of an average sample.
         orders: kind to ids of the samples that can lose it, in the order in which they do. A cell removes as many as its
@@ -141,7 +141,7 @@ def evaluate_missing(
 def _evaluate_cells(
     opened: OpenRun, removal: Removal, requested: Sequence[Shares], predictions: Path | None, advance: Advance
 ) -> list[Cell]:
-    """A cell for each of the requested shares, without those that come out the same."""
+    """A cell for each of the requested shares, without duplicates."""
     model, data, split, config, device = opened.model, opened.data, opened.split, opened.config, opened.device
     samples = prepare_samples(model, data, split, config, device)
     cells: list[Cell] = []

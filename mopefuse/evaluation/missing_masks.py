@@ -28,7 +28,7 @@ class Removal:
     """The modalities that samples of a split may lose, and in which order samples lose them.
 
     Args:
-        ids: of the samples.
+        ids: ids of the samples.
         kinds: name ("text", "image+text") to the modalities that a sample loses together.
         missing: modality to (S,), whether a row of the data has none.
         orders: kind to the samples that can lose it, by position: rows that lack it first. A sample that has nothing else
@@ -42,7 +42,7 @@ class Removal:
 
     @property
     def natural(self) -> dict[str, int]:
-        """Modality to the number of rows that lack it in the data; without those that no row lacks."""
+        """Number of rows that lack each modality in the data; without modalities that no row lacks."""
         return {name: count for name, missing_S in self.missing.items() if (count := int(missing_S.sum()))}
 
     def masks(self, shares: Shares) -> tuple[dict[str, NDArray[np.bool_]], dict[str, int]]:
@@ -66,7 +66,7 @@ class Removal:
         return masks, counts
 
     def actual_shares(self, shares: Shares, counts: Mapping[str, int]) -> Shares:
-        """The requested shares, or what they became where rows lack more, or fewer samples can lose a modality."""
+        """The shares reached: different from those requested if rows lack more, or fewer samples can lose a modality."""
         total = len(self.ids)
         return {
             kind: shares[kind] if count == round(shares[kind] * total) else count / total for kind, count in counts.items()
@@ -81,7 +81,7 @@ class Removal:
         total = len(self.ids)
         for kind, share in shares.items():
             if counts[kind] < round(share * total):
-                what = f"{counts[kind]:,} of {total:,} samples can lack {kind}: the others would have nothing left"
+                what = f"only {counts[kind]:,} of {total:,} samples can lack {kind}: the others have no other modality"
                 fix = f"write at most {kind}={int(1000 * counts[kind] / total) / 1000:g}"
                 raise ConfigError(ConfigCode.MISSING_SHARE_TOO_LARGE, what, where=f"--missing {kind}={share:g}", fix=fix)
 
@@ -134,7 +134,7 @@ def _require_removable(kind: str, kinds: Mapping[str, tuple[str, ...]], model: F
     if unknown := sorted(parts - read):
         what = f"no encoder of this model reads {unknown[0]}"
     elif parts == read:
-        what = f"a sample without {' and '.join(sorted(parts))} has nothing left that this model reads"
+        what = f"a sample without {' and '.join(sorted(parts))} has no input for this model"
     elif not model.config.either:
         fix = f"train with --either, or {fix}"
     raise ConfigError(ConfigCode.MODALITY_NOT_OPTIONAL, what, where=f"--missing {kind}", fix=fix)

@@ -1,7 +1,7 @@
 """The outputs of a model on a split, batch by batch, so that the logits of a large split are never in memory at once.
 
 Each process computes the outputs of its own share of the samples. All processes yield the same number of batches, so that
-the main process can collect the others' results after every batch. Numbers travel between processes as tensors.
+the main process can collect the others' results after every batch. Processes exchange numbers as tensors.
 
 Shapes: S samples of the split, B samples of a batch, R samples of one process, N labels, L routed layers, K experts.
 """
@@ -145,7 +145,7 @@ def require_finite(nonfinite_S: Tensor, data: DataSet, split: str) -> None:
     """Refuse logits that are not finite, as they are after training diverged.
 
     Args:
-        nonfinite_S: of `is_nonfinite`, for all samples of the split.
+        nonfinite_S: from `is_nonfinite`, for all samples of the split.
 
     Raises:
         NumericError: some are not finite; it names the first sample.

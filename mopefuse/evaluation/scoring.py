@@ -92,7 +92,7 @@ def score_tuned(outputs: ModelOutputs, data: DataSet, split: str, folder: Path) 
     Exact for a split of any size: logits that do not fit the memory budget go through a temporary file.
 
     Args:
-        folder: of the temporary file.
+        folder: folder of the temporary file.
 
     Raises:
         NumericError: a logit is not finite. ResourceError: the disk is full or not writable.

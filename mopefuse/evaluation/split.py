@@ -1,4 +1,4 @@
-"""Run a model over a split: every sample once, whatever the number of processes.
+"""Run a model over a split: every sample once, regardless of the number of processes.
 
 Shapes: S samples of the split, N labels.
 """
@@ -37,7 +37,7 @@ def model_outputs(
     """The outputs of a model for a split, each sample in one process only, computed while they are iterated over.
 
     Args:
-        samples: of this split, prepared for the model; None to prepare them here.
+        samples: samples of this split, prepared for the model; None to prepare them here.
     """
     samples = samples or prepare_samples(model, data, split, config, device)
     return ModelOutputs(model, samples, config, device, labels=len(data.labels), advance=advance)
@@ -57,7 +57,7 @@ def run_split(
     """The output of a model for a whole split, the same in every process; for large splits see `model_outputs`.
 
     Args:
-        samples: of this split, prepared for the model; None to prepare them here.
+        samples: samples of this split, prepared for the model; None to prepare them here.
         with_routing: also return the expert weights of each sample.
 
     Raises:

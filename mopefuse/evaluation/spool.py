@@ -1,4 +1,4 @@
-"""Transposes the logits of a split: written batch by batch, read label by label; in memory, or in a file if they are many.
+"""Transposes the logits of a split: written batch by batch, read label by label; in memory, or in a file if there are many.
 
 Shapes: S samples of the split, B of them in a batch, N labels, n labels of a block.
 """
@@ -27,7 +27,7 @@ class Spool:
     """Takes logits (B, N) of consecutive samples; returns those of all samples (S, n), a block of labels at a time.
 
     Args:
-        folder: of the temporary file, which is unnamed and so disappears even if the process is killed.
+        folder: folder of the temporary file, which is unnamed and so disappears even if the process is killed.
 
     Raises:
         ResourceError: the disk is full or not writable.

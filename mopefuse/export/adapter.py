@@ -46,7 +46,7 @@ def save_adapter(
         model: from `mopefuse.build_fusion` or `mopefuse.load_model`; it is left as it is, also in training mode.
         out: the folder to write, whole or not at all.
         labels: names in the order of the logits; default those that the model was built with.
-        thresholds: for "multi-label": the probability from which a label is predicted, one for all labels or one each.
+        thresholds: for "multi-label": the probability from which a label is predicted, one for all labels or one per label.
         metrics: by split, for the model card: ``{"val": {"accuracy": 0.9}}``.
         overwrite: whether to replace an earlier export in `out`.
 
@@ -107,8 +107,8 @@ def write_adapter(
         state = {name: tensor.half() if tensor.dtype == torch.float32 else tensor for name, tensor in state.items()}
         large = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
         if large:
-            what = f"{large[0]} has values that 16 bits do not hold"
-            raise ConfigError(ConfigCode.VALUES_EXCEED_HALF_PRECISION, what, where="--half", fix="leave it out")
+            what = f"{large[0]} has values outside the range of 16-bit floats"
+            raise ConfigError(ConfigCode.VALUES_EXCEED_HALF_PRECISION, what, where="--half", fix="remove it")
     write_tensors(folder / "weights.safetensors", state)
     (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     (folder / adapter.FACTS).write_text(dump_json(facts), encoding="utf-8")
@@ -126,7 +126,7 @@ def require_free(out: Path, overwrite: bool) -> None:
     taken = out.exists() and not (out.is_dir() and not any(out.iterdir()))
     replaceable = out.is_dir() and kind_of(out) in (BUNDLE, adapter.KIND)
     if taken and not (overwrite and replaceable):
-        fix = "name another --out" + (", or add --overwrite" if replaceable else "")
+        fix = "choose another --out" + (", or add --overwrite" if replaceable else "")
         raise ConfigError(ConfigCode.RUN_FOLDER_NOT_EMPTY, f"{out} is not empty", where="--out", fix=fix)
 
 
@@ -138,7 +138,7 @@ def _names_of(model: Fusion, labels: Sequence[str] | None) -> tuple[str, ...]:
             ConfigCode.MODEL_WITHOUT_LABEL_NAMES, "the model has no names for its labels", where="labels", fix=fix
         )
     if len({*names}) < len(names) or (model.num_labels and len(names) != model.num_labels):
-        what = f"{len(names)} names of labels, {len({*names})} of them different, for {model.num_labels} logits"
+        what = f"{len(names)} label names ({len({*names})} distinct) were given for {model.num_labels} logits"
         raise ConfigError(ConfigCode.LABEL_NAMES_DO_NOT_FIT_MODEL, what, where="labels", fix="give one name for each logit")
     return names
 
@@ -151,7 +151,7 @@ def _thresholds_for(labels: Sequence[str], thresholds: float | Sequence[float]) 
     """
     each = [float(thresholds)] * len(labels) if isinstance(thresholds, int | float) else list(map(float, thresholds))
     if len(each) != len(labels) or not all(0 < threshold < 1 for threshold in each):
-        what = f"thresholds is {thresholds!s:.60}, need a probability, or one for each of {len(labels)} labels"
+        what = f"thresholds must be one probability, or one per label ({len(labels)}), got {thresholds!s:.60}"
         raise ConfigError(
             ConfigCode.INVALID_THRESHOLDS, what, where="thresholds", fix="give values between 0 and 1, or leave it out for 0.5"
         )

@@ -1,6 +1,6 @@
 """Make a bundle: one graph and everything needed to run it, compared with the model before it is published.
 
-Its inputs must equal those of training bit for bit, and its logits those of the model nearly, for single pairs and batches,
+Its inputs must equal those of training bit for bit, and its logits nearly those of the model, for single pairs and batches,
 with short, long and padded texts.
 
 Shapes: B batch, N labels.
@@ -36,10 +36,10 @@ from mopefuse.inference.predict import Predictor
 from mopefuse.inference.pt2 import save_pt2
 from mopefuse.runs.load import Loaded
 
-TOLERANCE = 1e-4  # of logits, in float32
-INT8_TOLERANCE = 1e-2  # of the example on another machine, whose 8-bit arithmetic may differ
+TOLERANCE = 1e-4  # for logits, in float32
+INT8_TOLERANCE = 1e-2  # for the example on another machine, whose 8-bit arithmetic may differ
 EXAMPLE_TEXT = "an example"
-_REPEATS = 9  # of timed forward passes
+_REPEATS = 9  # number of timed forward passes
 
 Notice = Callable[[str], None]
 
@@ -113,7 +113,7 @@ class Maker:
         with torch.no_grad():
             output = self.loaded.model(self.loaded.model.collate(images[:1], texts[:1]))
         if output.routing_BLK is None:
-            raise ConfigError(ConfigCode.NO_ROUTING, "this model routes nothing", where="--routing", fix="leave --routing out")
+            raise ConfigError(ConfigCode.NO_ROUTING, "this model has no routing", where="--routing", fix="remove --routing")
 
     def _quantise(self, bundle: Bundle, file: Path) -> Bundle:
         self.notice("evaluating the validation split")
@@ -166,7 +166,7 @@ def describe(model: Fusion, folder: Path) -> dict[str, dict[str, Any]]:
         if not known <= how.keys() or (modality == "text" and save is None):
             raise EncoderError(
                 EncoderCode.PREPROCESSING_NOT_EXPORTABLE,
-                f"the preprocessing of {model.encoder(side).spec} cannot be taken out of it",
+                f"the preprocessing of {model.encoder(side).spec} cannot be exported",
                 fix="use --format adapter",
             )
         if save is not None:
@@ -204,7 +204,7 @@ def _gradient(width: int, height: int) -> Image.Image:
 
 
 def compare(made: graph.Graph, bundle: Bundle, images: Sequence[Any], texts: Sequence[Any]) -> Parity:
-    """Compare the bundle with the model at batch sizes 1, 2 and 7: inputs must be equal, logits nearly.
+    """Compare the bundle with the model at batch sizes 1, 2 and 7: inputs must be equal, and logits within a tolerance.
 
     Raises:
         GateError: inputs differ, or logits differ by more than `TOLERANCE`.
@@ -216,7 +216,7 @@ def compare(made: graph.Graph, bundle: Bundle, images: Sequence[Any], texts: Seq
         theirs = bundle.collate([images[i] for i in group], [texts[i] for i in group])
         for name, tensor in own.items():
             if not np.array_equal(tensor.numpy(), theirs[name]):
-                where, what = f"inputs {group}", f"{name} of the bundle is not what training makes of the same pair"
+                where, what = f"inputs {group}", f"{name} of the bundle differs from training for the same pair"
                 raise GateError(GateCode.EXPORT_DIFFERS, what, where=where, fix="use --format adapter, and report it")
         with torch.no_grad():
             wanted = [output.numpy() for output in made(own)]
@@ -241,7 +241,10 @@ def compare(made: graph.Graph, bundle: Bundle, images: Sequence[Any], texts: Seq
 def _difference(found: Array, wanted: Array) -> float:
     if not np.isfinite(wanted).all():
         raise NumericError(
-            NumericCode.PREDICTION_NOT_FINITE, "the model's answer is not finite", where="probes", fix="use another checkpoint"
+            NumericCode.PREDICTION_NOT_FINITE,
+            "the model's prediction is NaN or infinite",
+            where="probes",
+            fix="use another checkpoint",
         )
     return float(np.abs(found - wanted).max())
 

@@ -67,7 +67,7 @@ def export(
         notice: called with a description of each step.
 
     Raises:
-        ConfigError: `out` is not empty, or the options do not go together. PackageError: a missing package.
+        ConfigError: `out` is not empty, or the options cannot be combined. PackageError: a missing package.
         EncoderError: an encoder cannot be traced, or its tokenizer cannot be exported.
         GateError: the graph's logits or inputs differ from those of the model.
     """
@@ -101,7 +101,7 @@ def _refuse(out: Path, form: str, options: Mapping[str, bool], overwrite: bool) 
         )
     for option, wanted in options.items():
         if wanted and form not in _GOES_WITH[option]:
-            what = f"{option} does not go with --format {form}"
+            what = f"{option} cannot be combined with --format {form}"
             raise ConfigError(
                 ConfigCode.OPTION_OF_OTHER_FORMAT,
                 what,

@@ -25,7 +25,7 @@ from mopefuse.fusion.base import Fusion
 from mopefuse.inference.pt2 import silence_exporters
 
 OPSET = 20
-LARGEST = 2_000_000_000  # bytes of weights in one ONNX file, which protobuf limits to 2 GiB; above, they go beside it
+LARGEST = 2_000_000_000  # bytes of weights in one ONNX file, which protobuf limits to 2 GiB; above, they go next to it
 
 
 class Graph(nn.Module):
@@ -76,7 +76,7 @@ def trace(graph: Graph, example: Mapping[str, Tensor], fixed_lengths: Mapping[st
     try:
         with torch.no_grad(), silence_exporters():
             program = torch.export.export(graph.eval(), (dict(example),), dynamic_shapes={"inputs": dims})
-    except Exception as error:  # torch.export raises whatever the traced code and its own checks please
+    except Exception as error:  # torch.export can raise any exception
         specs = " and ".join(str(graph.model.encoder(side).spec) for side in graph.model.reads)
         raise EncoderError(
             EncoderCode.NOT_TRACEABLE,
@@ -100,7 +100,7 @@ def _axes(example: Mapping[str, Tensor], fixed_lengths: Mapping[str, int | None]
 def save_onnx(
     program: ExportedProgram, graph: Graph, example: Mapping[str, Tensor], fixed_lengths: Mapping[str, int | None], file: Path
 ) -> None:
-    """Write an ONNX file that contains its weights; weights that are too large for it go to ``<file>.data`` beside it.
+    """Write an ONNX file that contains its weights; weights that are too large for it go to ``<file>.data`` next to it.
 
     Raises:
         PackageError: onnx or onnxscript is not installed.
@@ -135,9 +135,9 @@ def quantise(file: Path) -> None:
     if file.with_name(f"{file.name}.data").exists():
         raise ConfigError(
             ConfigCode.TOO_LARGE_FOR_INT8,
-            f"--int8 takes models of up to {LARGEST:,} bytes",
+            f"--int8 supports models of up to {LARGEST:,} bytes",
             where="--int8",
-            fix="leave --int8 out",
+            fix="remove --int8",
         )
     ready, small = file.with_name("ready.onnx"), file.with_name("small.onnx")
     with silence_exporters():

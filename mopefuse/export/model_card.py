@@ -17,7 +17,7 @@ tags:
 
 # {title}
 
-A classifier of {inputs} into {count} labels{several}: {labels}.
+A classifier that maps {inputs} to {count} labels{several}: {labels}.
 Pretrained encoders, fused by the method `{method}` of mopefuse (conditional prompts from prompt experts: arXiv 2312.03734,
 2403.10568).
 
@@ -26,7 +26,7 @@ Pretrained encoders, fused by the method `{method}` of mopefuse (conditional pro
 """
 
 _USE = {
-    "adapter": """The encoders are not in this folder. They are loaded by name, and refused if their weights
+    "adapter": """The encoders are not in this folder. They are loaded by name; loading fails if their weights
 differ from those in training.
 
 ```python
@@ -40,7 +40,7 @@ print(predictor.predict([Image.open("image.jpg")], ["a text"]))
 `mopefuse predict FOLDER pairs.jsonl`, `mopefuse eval FOLDER --data DIR`, and, for other encoders,
 `mopefuse swap-encoder FOLDER --comp SPEC -o NEW`.
 """,
-    "onnx": """One ONNX graph, all encoders inside. It runs without torch:
+    "onnx": """A single ONNX graph that contains all encoders. It runs without torch:
 
 ```sh
 pip install --no-deps mopefuse
@@ -52,7 +52,7 @@ In Python: `mopefuse.load("FOLDER").predict(images, texts)`. To use onnxruntime 
 images and texts become the inputs of `model.onnx`. `mopefuse export verify FOLDER` compares every file, and the prediction for
 the example, with the export.
 """,
-    "pt2": """One graph of torch.export, all encoders inside:
+    "pt2": """A single torch.export graph that contains all encoders:
 
 ```python
 from PIL import Image
@@ -79,7 +79,7 @@ def model_card(
     """
     labels = facts["labels"]
     shown = ", ".join(map(markdown, labels[:20])) + (", …" if len(labels) > 20 else "")
-    several = ", any number of them for each sample" if facts["multi_label"] else ""
+    several = " (any number of them per sample)" if facts["multi_label"] else ""
     inputs = " and ".join(dict.fromkeys(encoder["modality"] for encoder in facts["encoders"].values()))
     labelled = {"count": len(labels), "several": several, "labels": shown}
     text = _HEAD.format(inputs=inputs, title=markdown(title), method=facts["method"], **labelled)
@@ -87,8 +87,8 @@ def model_card(
         weights = encoder["fingerprint"] or "in this folder (tuned)"
         spec, revision = _code(encoder["spec"]), markdown(encoder["revision"] or "-")
         text += f"| {side} ({encoder['modality']}) | `{spec}` | {revision} | {weights} |\n"
-    text += "\n## How good it is\n\n" + _metrics(facts.get("metrics") or {})
-    text += "\n## How it was made\n\n"
+    text += "\n## Evaluation\n\n" + _metrics(facts.get("metrics") or {})
+    text += "\n## Training\n\n"
     parameters = facts.get("parameters") or {}
     if parameters:
         text += f"- {parameters['trainable']:,} of {parameters['total']:,} parameters were trained\n"
@@ -98,12 +98,12 @@ def model_card(
     text += f"- mopefuse {facts['mopefuse']}, seed {facts.get('seed', '-')}; "
     if command:
         text += "all settings are in `config.yaml`\n"
-        text += f"- to repeat it: `mopefuse train --recipe config.yaml --data DATA --out RUN`, then `{command}`\n"
+        text += f"- to reproduce it: `mopefuse train --recipe config.yaml --data DATA --out RUN`, then `{command}`\n"
     else:
         text += "the settings of the model are in `config.yaml`; a training loop in Python trained it\n"
     for name, value in (checks or {}).items():
         text += f"- {name}: {value}\n"
-    text += "\n## How to use it\n\n" + _USE[form].format(packages=" ".join(RUNTIME))
+    text += "\n## Usage\n\n" + _USE[form].format(packages=" ".join(RUNTIME))
     return visible(text, lines=True)
 
 

@@ -76,7 +76,7 @@ def prepare_upload(
         there, private = None, False
     if there and not private and not public:
         raise ConfigError(
-            ConfigCode.REPOSITORY_IS_PUBLIC, f"{name} is public", where="push", fix="add --public, or name another repository"
+            ConfigCode.REPOSITORY_IS_PUBLIC, f"{name} is public", where="push", fix="add --public, or choose another repository"
         )
     with tempfile.TemporaryDirectory() as temporary:
         if not kind:
@@ -110,8 +110,8 @@ def _export_kind(folder: Path, checkpoint: str) -> str:
         return ""
     verify(folder, kind=kind)
     if checkpoint != "best":
-        what = f"what was exported has no checkpoint {checkpoint}"
-        raise CheckpointError(CheckpointCode.NOT_FOUND, what, where=str(folder), fix="leave --checkpoint out")
+        what = f"an export has no checkpoint {checkpoint}"
+        raise CheckpointError(CheckpointCode.NOT_FOUND, what, where=str(folder), fix="remove --checkpoint")
     return kind
 
 
@@ -160,11 +160,14 @@ def _explain(error: Exception, repo: str) -> MopefuseError:
     if status in (401, 403):
         fix = "set HF_TOKEN to a token that may write there"
         return EncoderError(
-            EncoderCode.HUB_WRITE_FORBIDDEN, f"the hub does not let you write to {repo} (HTTP {status})", where="push", fix=fix
+            EncoderCode.HUB_WRITE_FORBIDDEN,
+            f"you do not have write access to {repo} on the hub (HTTP {status})",
+            where="push",
+            fix=fix,
         )
     if isinstance(error, HfHubHTTPError) and status is not None:
         return EncoderError(
-            EncoderCode.HUB_FAILED, f"the hub failed on {repo} (HTTP {status})", where="push", fix="try again later"
+            EncoderCode.HUB_FAILED, f"the hub returned an error for {repo} (HTTP {status})", where="push", fix="try again later"
         )
     return EncoderError(
         EncoderCode.HUB_UNREACHABLE_ON_PUSH,

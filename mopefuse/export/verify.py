@@ -1,4 +1,4 @@
-"""Verify that an exported folder is unchanged and still predicts the same. Only a pt2 bundle needs torch for that."""
+"""Verify that an exported folder is unchanged and still predicts the same. Needs torch only for a pt2 bundle."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def verify_export(folder: Path) -> str:
     if not off <= tolerance:
         raise GateError(
             GateCode.EXAMPLE_DIFFERS,
-            f"the answer to the example differs by {off:.2g}, more than {tolerance:g}",
+            f"the prediction for the stored example differs by {off:.2g}, more than {tolerance:g}",
             where=str(folder),
             fix="export again with the packages of this machine",
         )
-    return f"every file is as it was exported, and the answer to the example differs by {off:.2g}"
+    return f"every file is as it was exported, and the prediction for the stored example differs by {off:.2g}"
 
 
 def _example(bundle: Bundle) -> tuple[Image.Image, str, NDArray[np.float64], float]:

@@ -38,7 +38,7 @@ class Output(NamedTuple):
 
     logits_BN: Tensor
     routing_BLK: Tensor | None = None  # noise-free expert weights of each routed layer
-    alone_BN: Tensor | None = None  # logits from the complementary side alone, trained beside the others (`either`)
+    alone_BN: Tensor | None = None  # logits from the complementary side alone, trained together with the others (`either`)
 
     @property
     def logits(self) -> Tensor:
@@ -52,7 +52,7 @@ class Output(NamedTuple):
 
 
 class Fusion(nn.Module):
-    """Encoders, the modules that fuse them, and a head.
+    """Encoders, the modules that fuse their features, and a head.
 
     A subclass is built from ``(config, encoders, num_labels)``, sets `head` with `make_head` and implements `forward`.
 
@@ -104,11 +104,11 @@ class Fusion(nn.Module):
                 ConfigCode.MAIN_NOT_OPTIONAL, what, where="--either", fix="use --method conditional or late-concat"
             )
         if config.either and len({self.encoder(side).modality for side in self.uses}) == 1:
-            what = f"all encoders read {self.encoder('main').modality}: where the main one has none, no other has"
-            raise ConfigError(ConfigCode.MAIN_NOT_OPTIONAL, what, where="--either", fix="leave it out")
+            what = f"all encoders read {self.encoder('main').modality}, so a sample without it has no input"
+            raise ConfigError(ConfigCode.MAIN_NOT_OPTIONAL, what, where="--either", fix="remove it")
         if config.train.modality_dropout and not self.droppable_sides:
-            what = f"{config.method} needs all that it reads: there is nothing to drop"
-            raise ConfigError(ConfigCode.NOTHING_TO_DROP, what, where="--modality-dropout", fix="leave it out")
+            what = f"{config.method} needs every modality, so none can be dropped"
+            raise ConfigError(ConfigCode.NOTHING_TO_DROP, what, where="--modality-dropout", fix="remove it")
 
     def learn_absence(self, sides: Sequence[str]) -> None:
         """Add for each of `sides` a trainable vector, by which `replace_missing` replaces features that a sample lacks."""
@@ -320,7 +320,7 @@ class Fusion(nn.Module):
 
         Args:
             train, val: pooled features of the sides in `standard`.
-            advance: called now and then with a name of the current step and the completed share of the work.
+            advance: called periodically with a name of the current step and the completed fraction of the work.
 
         Returns:
             Trainable tensors by name, and the C that validation chose, by head.

@@ -49,12 +49,12 @@ class OtherSettings(TypedDict, total=False):
     bottleneck: int  # width of the mapper's trunk
     mapper_norm: Literal["layer", "batch-frozen"]
     route_stage_starts: bool  # whether the first block of each stage has a dynamic prompt too
-    tune: Literal["probe", "prompt", "lora", "full"]  # how encoders learn with other methods than "conditional"
+    tune: Literal["probe", "prompt", "lora", "full"]  # how encoders are trained with methods except "conditional"
     head_hidden: int  # width of a hidden layer in the head; 0 for a linear head
     head_norm: Literal["layer", "none"]  # whether pooled features are normalised before the head
     warm_start: Literal["none", "linear"]  # "linear": the head is a regression on all features, fitted by `mopefuse.train`
     either: bool  # whether to add a head for samples without the main modality
-    compat: Literal["none", "official"]  # "official": defaults of the code that the papers released
+    compat: Literal["none", "official"]  # "official": defaults of the papers' released code
     prompts: Mapping[str, Any]
     router: Mapping[str, Any]
     comp_tuning: Mapping[str, Any]
@@ -90,18 +90,18 @@ def build_fusion(
     ``mopefuse train``.
 
     Args:
-        main: spec of the encoder that is prompted and classifies, as ``timm:vit_base_patch16_224``; see ``mopefuse encoders``.
+        main: spec of the encoder that is prompted and classified, as ``timm:vit_base_patch16_224``; see ``mopefuse encoders``.
         comp: spec of the complementary encoder, which conditions the prompts, or a list of several; None or "" for a method
             that reads the main modality alone.
         num_labels: N, the number of logits; may be left out if `labels` are given.
         labels: names of the labels in the order of the logits; saved with the model by `mopefuse.save_adapter`.
         task: "single-label" (softmax over the logits) or "multi-label" (a sigmoid of each).
         method: name of the fusion method, an entry point of ``mopefuse.fusion``.
-        seed: of all weights that are not pretrained, 0 to 2**63 - 1; the random state of the caller is left as it is.
+        seed: seed of all weights that are not pretrained, 0 to 2**63 - 1; the random state of the caller is left as it is.
         experts: prompt experts in each prompted layer, K.
         static, dynamic, mapped: tokens of the static, dynamic and mapped prompt in each prompted layer, P; 0 for none.
         layers: the layers of the main encoder to prompt: "all", "last:N", "first:N", or indices from 0.
-        gate: "zero" (prompts have a softmax of their own and a gate that starts at 0) or "none" (they share the softmax of
+        gate: "zero" (prompts have a separate softmax and a gate that starts at 0) or "none" (they share the softmax of
             the tokens).
         other: see `OtherSettings`.
 
@@ -112,7 +112,7 @@ def build_fusion(
     given = {name: value for name, value in locals().items() if name != "other"} | other
     names, count = _label_names(num_labels, labels)
     if task not in TASKS:
-        what = f"task is {task!r}, need one of {', '.join(TASKS)}"
+        what = f"task must be one of {', '.join(TASKS)}, got {task!r}"
         raise ConfigError(ConfigCode.UNKNOWN_TASK, what, where="task", fix=did_you_mean(str(task), TASKS))
     with python_names():
         model = build_model(_config_of(given), count)
@@ -134,14 +134,14 @@ def _label_names(num_labels: int | None, labels: Sequence[str] | None) -> tuple[
         if not names or not all(isinstance(name, str) and name for name in names) or len({*names}) < len(names):
             fix = 'give labels as ["cat", "dog"]'
             raise ConfigError(
-                ConfigCode.LABEL_NAMES_NOT_UNIQUE, "labels must be different names, at least one", where="labels", fix=fix
+                ConfigCode.LABEL_NAMES_NOT_UNIQUE, "labels must be a non-empty list of distinct names", where="labels", fix=fix
             )
         if num_labels not in (None, len(names)):
             what = f"num_labels is {num_labels}, and labels has {len(names)} names"
-            raise ConfigError(ConfigCode.NUM_LABELS_CONTRADICTS_LABELS, what, where="num_labels", fix="leave num_labels out")
+            raise ConfigError(ConfigCode.NUM_LABELS_CONTRADICTS_LABELS, what, where="num_labels", fix="remove num_labels")
         return names, len(names)
     if not isinstance(num_labels, int) or isinstance(num_labels, bool) or num_labels < 1:
-        what = f"num_labels is {num_labels!r}, need a number of labels from 1"
+        what = f"num_labels must be a positive integer, got {num_labels!r}"
         raise ConfigError(
             ConfigCode.NUM_LABELS_MISSING, what, where="num_labels", fix="give num_labels=N, or the names as labels=[...]"
         )
@@ -166,7 +166,7 @@ def _config_of(given: Mapping[str, Any]) -> RunConfig:
 
 
 def build_model(config: RunConfig, num_labels: int, *, method: type[Fusion] | None = None) -> Fusion:
-    """Build the model of a run, in evaluation mode: equal weights for an equal seed, whatever the state of the caller's
+    """Build the model of a run, in evaluation mode: the same seed gives the same weights, regardless of the caller's
     random generators.
 
     Args:
@@ -231,7 +231,7 @@ def check_names(config: RunConfig) -> None:
     """Refuse a method or an encoder that does not exist, before data are read, which can take minutes.
 
     Raises:
-        ConfigError: no such method, or not the spec of an encoder. EncoderError: no such encoder, as far as this machine knows.
+        ConfigError: no such method, or not the spec of an encoder. EncoderError: no such encoder, checked only locally.
         PluginError: the plugin that provides one of them cannot be used.
     """
     for side in _method(config).sides(config):
@@ -244,7 +244,7 @@ def _method(config: RunConfig) -> Any:
     method = registry.load(registry.FUSION, config.method)
     if not (isinstance(method, type) and issubclass(method, Fusion)):
         what = f"the fusion method {config.method!r} is not a subclass of mopefuse.fusion.Fusion"
-        raise PluginError(PluginCode.NOT_A_SUBCLASS, what, fix="mend the plugin, or uninstall it")
+        raise PluginError(PluginCode.NOT_A_SUBCLASS, what, fix="fix the plugin, or uninstall it")
     return method
 
 
@@ -267,7 +267,7 @@ def _require_declared(side: str, encoder: Encoder) -> None:
             ConfigCode.ENCODER_MODALITY_NOT_INSTALLED,
             what,
             where=f"--{side}",
-            fix="install the plugin that brings it, or use another encoder",
+            fix="install the plugin that provides it, or use another encoder",
         )
 
 

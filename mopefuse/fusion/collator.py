@@ -63,7 +63,7 @@ class Requirements:
             raise DataError(DataCode.MODALITY_REQUIRED, what, where=where, fix=fix)
         empty = int(reduce(and_, lacking.values()).sum()) if lacking.keys() >= self.modality_of.keys() else 0
         if empty:
-            what = f"{empty} of the samples have no value that an encoder reads"
+            what = f"{empty} of the samples have no value for any encoder"
             raise DataError(DataCode.EMPTY_SAMPLES, what, where=where, fix="leave them out with --on-missing skip")
 
 
@@ -108,7 +108,7 @@ class Collator:
         count = modalities.count_samples(values)
         if not count:
             given = " and ".join(f"0 {modalities.get_modality(name).plural}" for name in values) or "nothing"
-            raise DataError(DataCode.NO_PAIRS, f"{given} are no pairs", fix="give one value for each sample")
+            raise DataError(DataCode.NO_PAIRS, f"{given} do not form pairs", fix="give one value for each sample")
         modalities.require_types(values)
         read = {name for name, _ in self.readers.values()}
         values |= {name: modalities.prepare_values(name, values[name]) for name in read if name in values}
@@ -128,7 +128,7 @@ class Collator:
         if len(without) == len(rows):
             return None
         if without:
-            what = "the row has no label, and others of the batch have"
+            what = "the row has no label, but other rows of the batch have one"
             raise DataError(
                 DataCode.ROWS_WITH_AND_WITHOUT_LABEL, what, where=f"sample {without[0]}", fix="give each row a label, or none"
             )
@@ -155,7 +155,7 @@ class Collator:
             )
         wanted = "a list of indices, as the model is multi-label" if self.multi_label else "one index from 0"
         fix = f"give {wanted}; a mopefuse.PairDataset does"
-        raise DataError(DataCode.INVALID_LABEL_VALUE, f"the label is {label!r:.60}, need {wanted}", where=where, fix=fix)
+        raise DataError(DataCode.INVALID_LABEL_VALUE, f"the label is {label!r:.60}, expected {wanted}", where=where, fix=fix)
 
 
 def _are_rows(values: Any) -> bool:
@@ -163,5 +163,5 @@ def _are_rows(values: Any) -> bool:
 
 
 def _by_modality(rows: Sequence[Mapping[str, Any]], read: set[str]) -> dict[str, Sequence[Any]]:
-    """The values of rows, of each modality that some row has; None where a row has none."""
+    """The values of rows, of each modality that some row has; None if a row has none."""
     return {name: [row.get(name) for row in rows] for name in sorted(read) if any(name in row for row in rows)}

@@ -45,7 +45,7 @@ class MMBT(InsertingFusion):
         sides = {self.encoder(side).modality: side for side in self.uses}
         if sides.keys() != {"text", "image"}:
             what = f"{self.config.method} needs a text and an image encoder, but both encoders have the same modality"
-            raise EncoderError(EncoderCode.NEEDS_IMAGE_AND_TEXT, what, fix="name one of each as --main and --comp")
+            raise EncoderError(EncoderCode.NEEDS_IMAGE_AND_TEXT, what, fix="give one of each as --main and --comp")
         return sides["text"], sides["image"]
 
     def source_width(self) -> int:

@@ -1,4 +1,4 @@
-"""Predict with an exported bundle, without torch: it needs onnxruntime, tokenizers, Pillow and numpy alone.
+"""Predict with an exported bundle, without torch: it needs only onnxruntime, tokenizers, Pillow and numpy.
 
 ``Bundle(folder)`` compares every file with the manifest before it opens one. `mopefuse.load` and ``mopefuse predict`` use
 it; your own program can, too. Preprocessing is that of training, pixel for pixel and token for token.
@@ -33,8 +33,8 @@ class Bundle:
 
     Args:
         device: "auto" (a GPU if the installed runtime supports one, else the CPU), "cpu", "cuda" or "cuda:N".
-        threads: of onnxruntime; None for its default.
-        manifest: of a bundle that is being made and is not published yet.
+        threads: threads of onnxruntime; None for its default.
+        manifest: manifest of a bundle that is still being made.
 
     Raises:
         CheckpointError: not a bundle, or a file differs from what was exported. PackageError: a missing package.
@@ -88,8 +88,8 @@ class Bundle:
             if how.get("may_lack"):
                 inputs[f"{side}_missing"] = np.array([value is None for value in given], dtype=np.bool_)
             elif any(value is None for value in given):
-                what = f"a sample has no {how['modality']}, and the model was not trained to do without"
-                raise DataError(DataCode.MODALITY_REQUIRED, what, where=side, fix="leave it out")
+                what = f"a sample has no {how['modality']}, and the model was not trained to handle that"
+                raise DataError(DataCode.MODALITY_REQUIRED, what, where=side, fix="remove it")
             own = modality.fill_missing(how["modality"], given)
             if how["modality"] == "image":
                 resize = how["resize"] if isinstance(how["resize"], int) else (how["resize"][0], how["resize"][1])
@@ -120,7 +120,10 @@ class Bundle:
             raise CheckpointError(CheckpointCode.CONTENT_DAMAGED, what, where=str(self.folder), fix=EXPORT_AGAIN)
         if not np.isfinite(outputs[0]).all():
             raise NumericError(
-                NumericCode.PREDICTION_NOT_FINITE, "the model's answer is not finite", where=str(self.folder), fix=EXPORT_AGAIN
+                NumericCode.PREDICTION_NOT_FINITE,
+                "the model's prediction is NaN or infinite",
+                where=str(self.folder),
+                fix=EXPORT_AGAIN,
             )
         return outputs[0], outputs[1] if len(outputs) > 1 else None
 
@@ -141,7 +144,7 @@ class Bundle:
         batch = len(next(iter(inputs.values())))
         dims = [(output.ndim, len(output) if output.ndim else 0, output.dtype.kind) for output in outputs]
         if dims not in ([(2, batch, "f")], [(2, batch, "f"), (3, batch, "f")]):
-            what = "the graph does not give the logits of each sample, and their routing"
+            what = "the graph's outputs are not logits (and routing) of the expected shape"
             raise CheckpointError(CheckpointCode.GRAPH_FAILED, what, where=str(self.folder), fix=EXPORT_AGAIN)
         return outputs
 
@@ -204,12 +207,12 @@ def _expected(side: str, how: Mapping[str, Any]) -> list[tuple[str, tuple[int, .
 def _check_ids(name: str, ids_BL: Array, mask_BL: Array, how: Mapping[str, Any]) -> None:
     most, length = how["vocabulary"], how.get("length") or how["max_tokens"]
     if ids_BL.shape != mask_BL.shape or not 1 <= ids_BL.shape[1] <= length or not mask_BL.any(axis=1).all():
-        what = f"{name} of shape {ids_BL.shape} does not go with its mask, or has other than 1 to {length} tokens"
+        what = f"{name} of shape {ids_BL.shape} does not match its mask, or does not have 1 to {length} tokens"
         raise DataError(
             DataCode.MASK_MISMATCH, what, where=name, fix="give ids and mask of one shape, with a real token in each row"
         )
     if ids_BL.min() < 0 or (most and ids_BL.max() >= most):
-        what = f"{name} has the token {ids_BL.max() if ids_BL.min() >= 0 else ids_BL.min()}; the encoder knows 0 to {most - 1}"
+        what = f"{name} has the token {ids_BL.max() if ids_BL.min() >= 0 else ids_BL.min()}; valid ids are 0 to {most - 1}"
         raise DataError(DataCode.TOKEN_OUT_OF_RANGE, what, where=name, fix="use the tokenizer of the bundle (`collate`)")
 
 

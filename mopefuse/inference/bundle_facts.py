@@ -80,7 +80,7 @@ def _require_side(how: Any, folder: Path, where: str) -> None:
 
 def _require(values: Any, fields: Mapping[str, Check], folder: Path, where: str) -> None:
     if not isinstance(values, dict):
-        raise _damaged(folder, where, "it is no object")
+        raise _damaged(folder, where, "it is not a JSON object")
     for name, holds in fields.items():
         if name not in values:
             raise _damaged(folder, where, f"it has no {name}")

@@ -21,7 +21,7 @@ def load_runner(file: Path, device: str, threads: int | None) -> Runner:
     """Load the graph in a file.
 
     Args:
-        device: see `mopefuse.inference.bundle.Bundle`. threads: of onnxruntime; None for its default.
+        device: see `mopefuse.inference.bundle.Bundle`. threads: threads of onnxruntime; None for its default.
 
     Raises:
         CheckpointError: the graph cannot be loaded. PackageError: a missing package. ConfigError: there is no such device.

@@ -27,7 +27,7 @@ def load_tokenizer(how: Mapping[str, Any], folder: Path) -> Callable[[Sequence[s
     """A function from texts to ids and mask (B, L), as preprocess.json describes it.
 
     Args:
-        how: one side of preprocess.json. folder: of the bundle, with the tokenizer's file.
+        how: one side of preprocess.json. folder: folder of the bundle, with the tokenizer's file.
 
     Raises:
         PackageError: tokenizers is not installed. CheckpointError: the tokenizer's file cannot be read.

@@ -21,7 +21,7 @@ def load_model(
 
     Args:
         path: folder of a run or an adapter, or ``hf-hub:repo/name``.
-        checkpoint: of a run: "best", "last" or "step-N".
+        checkpoint: for a run: "best", "last" or "step-N".
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:N" or "mps".
         main, comp: specs of the encoders, where the same weights have other names on this machine; see `mopefuse.load`.
 

@@ -1,4 +1,4 @@
-"""Predict labels for new pairs from a file, a stream or Python, in input order; an invalid pair gets an error instead.
+"""Predict labels for new pairs from a file, a stream or Python, in input order; an invalid pair gives an error instead.
 
 Nothing here needs torch; loading a trained run imports it.
 
@@ -78,7 +78,7 @@ class Predictor:
             images: PIL images of any mode, paths of files, or arrays of uint8 (height, width, 3); they are prepared as the
                 files of a data set are. texts: one for each image. more: values of other modalities, by name
                 (``audio=[...]``). Modalities that the model does not read may be left out; None in a list is a sample
-                without a value; one value alone is a list of one.
+                without a value; a single value is treated as a list of one.
             top: number of labels in "probabilities", the most likely first; default all.
             routing: whether to add the weights of the experts, a list for each routed layer.
 
@@ -87,7 +87,9 @@ class Predictor:
             ConfigError: `top` is less than 1.
         """
         if top is not None and top < 1:
-            raise ConfigError(ConfigCode.BAD_TOP_COUNT, f"top is {top}, need at least 1", where="predict", fix="give 1 or more")
+            raise ConfigError(
+                ConfigCode.BAD_TOP_COUNT, f"top must be at least 1, got {top}", where="predict", fix="give 1 or more"
+            )
         values = modality.from_arguments((images, texts), more)
         if not modality.count_samples(values):
             return []
@@ -96,7 +98,7 @@ class Predictor:
         if not all(map(isfinite, chain.from_iterable(p_BN))):
             raise NumericError(
                 NumericCode.PREDICTION_NOT_FINITE,
-                "the model's answer is not finite",
+                "the model's prediction is NaN or infinite",
                 fix="train again, or use another checkpoint",
             )
         predictions = [prediction(p_N, self.model, top) for p_N in p_BN]
@@ -113,11 +115,11 @@ def _require(values: Mapping[str, Sequence[Any]], model: Model) -> None:
         missing = [name for name, value in zip(read, sample, strict=True) if value is None]
         needed = [name for name in missing if name not in model.optional_modalities]
         if needed or (missing and len(missing) == len(read)):
-            what = f"sample {number} has no {' and no '.join(needed or missing)}, and the model was not trained to do without"
+            what = f"sample {number} has no {' and no '.join(needed or missing)}, and the model was not trained to handle that"
             raise DataError(
                 DataCode.MODALITY_REQUIRED,
                 what,
-                fix="leave it out, or train with --modality-dropout, for the main encoder with --either",
+                fix="remove it, or train with --modality-dropout (or --either, if the main modality is missing)",
             )
 
 
@@ -137,7 +139,7 @@ def load(
     """Load a trained run, an adapter or an exported bundle to predict with; ``hf-hub:repo/name`` is downloaded first.
 
     Args:
-        checkpoint: of a run: "best", "last" or "step-N".
+        checkpoint: for a run: "best", "last" or "step-N".
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:N" or "mps".
         main, comp: specs of the encoders, where the same weights have other names on this machine; of several complementary
             encoders as in ``["2=SPEC"]`` or ``["text=SPEC"]``.
@@ -150,14 +152,14 @@ def load(
     folder = locate(path)
     if not folder.is_dir():
         raise CheckpointError(
-            CheckpointCode.NOT_FOUND, f"there is no run {path}", fix="name a folder that mopefuse train or export wrote"
+            CheckpointCode.NOT_FOUND, f"there is no run {path}", fix="give a folder that mopefuse train or export wrote"
         )
     if kind_of(folder) == "bundle":
         if checkpoint != "best" or main or comp:
             fix = "leave --checkpoint, --main and --comp out"
             raise ConfigError(
                 ConfigCode.MODEL_WITHOUT_ENCODERS,
-                "a bundle has one set of weights, encoders included",
+                "checkpoint and encoders of a bundle cannot be changed",
                 where=str(path),
                 fix=fix,
             )
@@ -174,7 +176,7 @@ def input_settings(path: str | Path, changes: Mapping[str, Any] | None = None) -
     """The settings to read samples for a model with: the columns of its training data.
 
     Args:
-        path: of the model, see `load`.
+        path: path of the model, see `load`.
         changes: settings of `data` by name that override those; see `mopefuse.config.recipe.changed_data`.
 
     Raises:
@@ -223,7 +225,7 @@ def read_pairs(
             raise DataError(
                 DataCode.NO_TABLE,
                 f"there is no file {source}",
-                fix="name a .jsonl, .csv, .tsv or .parquet file, or - for stdin",
+                fix="give a .jsonl, .csv, .tsv or .parquet file, or - for stdin",
             )
         table = find_tables(source, config)[""]
         root, file, rows = source.parent, table.file, table.rows()

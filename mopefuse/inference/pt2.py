@@ -32,7 +32,7 @@ Graph = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
 T = TypeVar("T")
 
 _LARGEST_JSON = 50_000_000  # bytes; a model of 48 layers has 2 million
-_MOST_VALUES = 1_000_000  # of a record of JSON, each up to 2 kB while it is checked; 48 layers have 100,000
+_MOST_VALUES = 1_000_000  # maximum in a JSON record, each up to 2 kB while it is checked; 48 layers have 100,000
 _MOST_EXPLAINED = 1000  # errors in a record; of more, none is put into words
 _MOST_RECORDS = 100_000
 _PROGRAM, _WEIGHTS, _CONSTANTS = (
@@ -86,7 +86,7 @@ def load_pt2(file: Path, device: torch.device) -> Graph:
             return exported.module(check_guards=False)  # `Bundle` checks the inputs
     except MemoryError:
         raise
-    except Exception as error:  # of a graph that contradicts itself, torch raises whatever it meets
+    except Exception as error:  # for an inconsistent graph, torch can raise any exception
         raise _damaged(file, str(error).partition("\n")[0]) from error
 
 
@@ -108,7 +108,7 @@ def read_pt2(file: Path) -> tuple[bytes, dict[str, Tensor], dict[str, Tensor]]:
             constants = _tensors(archive, records, "data/constants/", payloads[1], file)
     except (CheckpointError, MemoryError):
         raise
-    except Exception as error:  # of a damaged archive, zipfile and torch raise whatever they meet
+    except Exception as error:  # zipfile and torch can raise any exception for a damaged archive
         raise _damaged(file, str(error).partition("\n")[0]) from error
     if records:
         raise _refused(file, f"a record {min(records)[:80]!r} that nothing refers to")
@@ -179,7 +179,7 @@ def _tensors(
 
 def _refused(file: Path, what: str) -> CheckpointError:
     fix = "use --format onnx, or do not use it"
-    what = f"{file.name} has what no exported graph needs, and what could run code when loaded: {what}"
+    what = f"{file.name} contains what no exported graph needs and what could run code when loaded: {what}"
     return CheckpointError(CheckpointCode.UNSAFE_CONTENT, what, where=str(file), fix=fix)
 
 

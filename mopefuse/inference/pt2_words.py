@@ -2,7 +2,7 @@
 
 Each becomes part of Python source, of an attribute's path or of an evaluated expression once torch loads the archive. Operators
 are those of the graphs of encoders and fusion methods. Left out on purpose is what reads files (``from_file``), Python's
-``attrgetter`` and ``methodcaller``, what of ``torch`` is no operator, and operators of other packages.
+``attrgetter`` and ``methodcaller``, attributes of ``torch`` that are not operators, and operators of other packages.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ _RELATIONS = {"Equality", "Unequality", "LessThan", "StrictLessThan", "GreaterTh
 _ASSUMPTIONS = {"positive", "integer", "nonnegative"}
 _HIGHEST_POWER = 8
 _DEEPEST = 12
-_MOST_TERMS = 300  # of a size that is multiplied out, as sympy does to compare sizes
+_MOST_TERMS = 300  # terms of a size that is multiplied out, as sympy does to compare sizes
 
 
 def _name(text: str) -> str:
@@ -113,7 +113,7 @@ def _expression(text: str) -> str:
 
 
 def _check_expression(node: ast.expr, depth: int) -> int:
-    """The number of terms of a size once it is multiplied out; anything that is not part of a size is refused."""
+    """The number of terms of a size once it is multiplied out; anything that is not part of a size is rejected."""
     if isinstance(node, ast.Name) and node.id in ("true", "false"):
         return 1
     if depth > _DEEPEST or not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
@@ -140,7 +140,7 @@ def _check_expression(node: ast.expr, depth: int) -> int:
 
 
 def _check_base(node: ast.expr, depth: int) -> int:
-    """What is raised to a power holds no other power, so that small text stays a small number; the number of its terms."""
+    """Check that the base of a power has no other power, so that a short text is a small number; returns its terms."""
     if any(isinstance(inner, ast.Name) and inner.id == "Pow" for inner in ast.walk(node)):
         raise ValueError("a power of a power is not part of a size")
     return _check_expression(node, depth)

@@ -64,7 +64,7 @@ def difference(
     Only the choice of test samples varies. The variation of models between seeds is not included.
 
     Args:
-        metric: of `METRICS`.
+        metric: one of `METRICS`.
     """
     assert ours and theirs
     samples, labels = ours[0].actual_SN.shape

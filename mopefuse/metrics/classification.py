@@ -34,7 +34,7 @@ class Tally:
         self.multi_label = multi_label
         self.right_N, self.predicted_N, self.actual_N = (torch.zeros(labels, dtype=torch.long) for _ in range(3))
         self.right_S, self.predicted_S, self.actual_S = (torch.zeros(samples, dtype=torch.long) for _ in range(3))
-        self.loss_S = torch.zeros(samples, dtype=torch.double)  # of multi-label data, summed over labels
+        self.loss_S = torch.zeros(samples, dtype=torch.double)  # for multi-label data, summed over labels
 
     def add(
         self, index_B: Tensor, logits_Bn: Tensor, targets: Tensor, thresholds: Thresholds = THRESHOLD, *, first: int = 0

@@ -57,5 +57,5 @@ def check_gates(found: Mapping[str, float], gates: Mapping[str, float]) -> None:
                 GateCode.METRIC_TOO_LOW,
                 f"{name} is {found[name]:.4f}, below {least:g}",
                 where="--min",
-                fix="train longer or lower it",
+                fix="train longer, or lower the threshold",
             )

@@ -28,7 +28,7 @@ class Modality:
     """One kind of input. Subclasses define its values; for values in files, see `mopefuse.modalities.files.Files`.
 
     Attributes:
-        name: of its entry point. plural: for messages.
+        name: name of its entry point. plural: for messages.
         value_description: of one value from Python, for messages.
         type_fix: how to fix a value of another type, for messages.
         common_columns: common names of its column, for suggestions.
@@ -53,7 +53,7 @@ class Modality:
         """Read a value for an encoder's preprocessing.
 
         Args:
-            value: of the row. roots: folders that files may lie in, the data root first.
+            value: value in the row. roots: folders that may contain files, the data root first.
             where: file, line and id of the row, for messages.
 
         Raises:
@@ -96,7 +96,7 @@ class Modality:
         """The bound v of the uniform distribution U(-v, v) that initialises prompts of a main encoder of this modality.
 
         Args:
-            patch_size: in pixels. width: of the encoder.
+            patch_size: in pixels. width: width of the encoder.
         """
         return 0.3
 

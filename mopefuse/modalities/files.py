@@ -34,7 +34,7 @@ class FileInfo(NamedTuple):
         size: in bytes; -1 if there is no file. mtime: in nanoseconds.
         width, height: of a picture, in pixels.
         milliseconds: that decoding took.
-        digest: of its content, 16 bytes.
+        digest: digest of its content, 16 bytes.
         code, what, fix: of the error; empty if the file can be read.
     """
 
@@ -61,7 +61,7 @@ class Files(Modality):
         """Decode the content of a file for an encoder's preprocessing.
 
         Args:
-            name: of the file in the row, for messages. where: file, line and id of the row.
+            name: name of the file in the row, for messages. where: file, line and id of the row.
 
         Raises:
             DataError: the file is damaged, of another format, or too large.
@@ -95,7 +95,7 @@ def read_content(path: Path, name: str, where: str) -> bytes:
     """Read a file.
 
     Args:
-        name: of the file in the row. where: file, line and id of the row.
+        name: name of the file in the row. where: file, line and id of the row.
 
     Raises:
         DataError: it cannot be read.
@@ -126,7 +126,7 @@ def regular_file(path: Path, name: str, *, where: str, what: str) -> Path:
     """Check that a path is a regular file, and return it.
 
     Args:
-        name: of the file, for messages. what: the modality, for messages.
+        name: name of the file, for messages. what: the modality, for messages.
 
     Raises:
         DataError: it does not exist, or is a folder, a pipe or a device.
@@ -180,7 +180,7 @@ def root_to_name(roots: Sequence[Path], names: Sequence[str]) -> str:
     for folder in nearby:
         if all(os.path.isfile(folder / name) for name in names[:3]):
             return f"add --image-root {folder}"
-    return "name their folder with --image-root DIR"
+    return "give their folder with --image-root DIR"
 
 
 def _folders(parent: Path) -> list[Path]:

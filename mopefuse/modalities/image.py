@@ -35,7 +35,7 @@ _DISABLED = {
     b"mm\0*": "TIFF",
     b"\0\0\1\0": "ICO",
 }
-_KINDS = {  # of findings, by error code
+_KINDS = {  # kinds of findings by error code
     PathCode.OUTSIDE_ROOT.text: "unsafe-path",
     DataCode.FILE_NOT_FOUND.text: "missing-image",
     DataCode.TOO_MANY_PIXELS.text: "huge-image",
@@ -48,7 +48,7 @@ _UNREADABLE = {  # kinds of findings, by how the message of the decoder starts
     "truncated-image": ("image file is truncated", "Truncated File Read"),
 }
 
-# Pillow warns of odd metadata, which does not matter for pixels, and of large images, which are refused below. The filter is
+# Pillow warns of odd metadata, which does not matter for pixels, and of large images, which are rejected below. The filter is
 # global, as temporary filters are not safe when several threads read images.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
@@ -57,9 +57,9 @@ def open_image(roots: Sequence[Path], relative: str, *, where: str, max_pixels: 
     """Read an image as upright RGB: EXIF orientation applied, transparency over white, first frame of an animation.
 
     Args:
-        roots: folders that it may lie in, see `resolve_inside`.
+        roots: folders that may contain it, see `resolve_inside`.
         where: file and line of the row, for messages.
-        max_pixels: larger images are refused by their header, before anything is decoded.
+        max_pixels: larger images are rejected by their header, before anything is decoded.
 
     Raises:
         DataError: the path is outside `roots` or not a regular file, or the file is not an image of `FORMATS`, too large,
@@ -101,7 +101,7 @@ def _decoded(
         raise DataError(DataCode.TOO_MANY_PIXELS, what, where=where, fix="shrink it") from None
     except MemoryError:
         raise
-    except Exception as error:  # decoders raise anything on damaged files
+    except Exception as error:  # decoders can raise any exception on damaged files
         other = _starts_as(content, _DISABLED)
         if other:
             fix = f"convert it to one of {', '.join(FORMATS)}"
@@ -139,7 +139,7 @@ def _from_python(image: Image.Image, *, where: str) -> Image.Image:
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """Convert any Pillow image to RGB as a viewer shows it: upright, 16-bit grey scaled to 8, transparency over white."""
+    """Convert any Pillow image to RGB as viewers show it: upright, 16-bit grey scaled to 8, transparency over white."""
     image = ImageOps.exif_transpose(image)
     if image.mode in ("I;16", "I;16B", "I"):
         image = image.point(lambda value: value / 256).convert("L")
@@ -218,7 +218,7 @@ class Images(Files):
         return isinstance(value, Image.Image | str | Path) or (isinstance(value, np.ndarray) and value.ndim in (2, 3))
 
     def prepare(self, value: Any, *, where: str) -> Image.Image:
-        """Convert to upright RGB, as for a file. A path is trusted: it may lie in any folder.
+        """Convert to upright RGB, as for a file. A path is trusted: it may be in any folder.
 
         Raises:
             DataError: see `open_image`; or the image has no pixels. NumericError: a pixel of a float image is not finite.

@@ -13,7 +13,7 @@ from PIL import Image
 
 Pixels = NDArray[np.uint8]  # (h, w, 3)
 
-_MAX_RATIO = 50  # of the sides of an image; only the middle of a longer strip is resized
+_MAX_RATIO = 50  # ratio of an image's sides; only the middle of a longer strip is resized
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,

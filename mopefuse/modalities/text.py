@@ -1,4 +1,4 @@
-"""The modality text; its values stand in the rows."""
+"""The modality text; its values are stored in the rows."""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ def mix(weights_BK: Tensor, experts_KX: Tensor, m: int | None) -> Tensor:
 def importance_loss(load_NK: Tensor, threshold: float = 0.0) -> Tensor:
     """Mean over layers of the squared coefficient of variation of the expert load.
 
-    It is 0 if the load is balanced and K - 1 if one expert takes everything.
+    It is 0 if the load is balanced and K - 1 if a single expert gets all the weight.
 
     Args:
         load_NK: noise-free weights summed over the (global) batch, per layer.

@@ -1,4 +1,4 @@
-"""Charts of amounts: bars, heat maps, histograms, sizes of images, and a reliability diagram."""
+"""Bar-like charts: bars, heat maps, histograms, sizes of images, and a reliability diagram."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import numpy as np
 from mopefuse.core.formatting import percent, several
 from mopefuse.report.chart import Chart, data_of, make_chart, plain, readable, short_names, zoom
 
-_NAME, _BAR_NAME = 18, 28  # characters of a name beside a heat map, and beside a bar
-_BINS = 32  # of a histogram
-_PLACES = 20  # in a decade of an axis of image sizes, where there are many different ones
+_NAME, _BAR_NAME = 18, 28  # characters of a name next to a heat map, and next to a bar
+_BINS = 32  # number of bins in a histogram
+_PLACES = 20  # in a decade of an axis of image sizes, if there are many different ones
 _LISTED = 40  # sizes in the table of numbers
 _MOST_SIZES = 400
 
@@ -69,7 +69,7 @@ def heat_map(
     in_table: Callable[[int, int], str] | None = None,
     signed: bool = False,
 ) -> Chart:
-    """A table of shades from none at 0 to the full one at `top`; what is no number is 0.
+    """A heat map with shades from none at 0 to full at `top`; NaN counts as 0.
 
     Args:
         rows, columns: names. across, down: what the columns and what the rows are.
@@ -107,22 +107,22 @@ def heat_map(
 
 
 def reliability(name: str, label: str, bins: Sequence[tuple[float, float, int]]) -> Chart:
-    """How often answers of a confidence are right; the diagonal is perfect calibration.
+    """A reliability diagram: accuracy by confidence; the diagonal is perfect calibration.
 
     Args:
-        bins: (mean confidence, share that is right, how many) of each bin of equal width, in order; 0 of an empty one.
+        bins: (mean confidence, accuracy, number of predictions) of each bin of equal width, in order; 0 if empty.
     """
     import altair as alt
 
     rows = []
     for confidence, right, count in bins:
-        tip = f"{several(count, 'prediction')}, confidence {percent(confidence)}, right {percent(right)}"
+        tip = f"{several(count, 'prediction')}, confidence {percent(confidence)}, accuracy {percent(right)}"
         if count:
             rows.append({"confidence": confidence, "right": right, "count": count, "tip": tip, "over": confidence > right})
     scale = alt.Scale(domain=[0, 1])
     x_axis = alt.Axis(title="confidence of the prediction", format=".0%", grid=False, tickCount=5)
     x = alt.X("confidence:Q", scale=scale, axis=x_axis)
-    y_axis = alt.Axis(title="share that is right", format=".0%", domain=False, ticks=False)
+    y_axis = alt.Axis(title="accuracy", format=".0%", domain=False, ticks=False)
     size = alt.Size("count:Q", scale=alt.Scale(range=[30, 500]), legend=None)
     ends = data_of([{"confidence": 0, "right": 0}, {"confidence": 1, "right": 1}])
     y = alt.Y("right:Q", scale=scale, axis=y_axis)
@@ -137,10 +137,10 @@ def reliability(name: str, label: str, bins: Sequence[tuple[float, float, int]])
 
 
 def histogram(name: str, label: str, values: Sequence[int], *, unit: str, what: str, limit: int = 0) -> Chart | None:
-    """Whole numbers from 0; the last bar has all that is beyond the 99th percentile. None where there are no values.
+    """Whole numbers from 0; the last bar has everything beyond the 99th percentile. None if there are no values.
 
     Args:
-        unit: of the values. what: is counted, in the singular. limit: a value to mark, 0 for none.
+        unit: unit of the values. what: what is counted, in the singular. limit: a value to mark, 0 for none.
     """
     import altair as alt
 

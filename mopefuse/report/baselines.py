@@ -1,4 +1,4 @@
-"""Simple baselines beside a run's own score: the majority class, and simpler methods that were run on the same data.
+"""Simple baselines next to a run's own score: the majority class, and simpler methods that were run on the same data.
 
 Nothing is trained here: other scores are read from the finished runs in the same folder, and in the same study.
 """
@@ -25,8 +25,8 @@ from mopefuse.studies.compare import has_result, study_facts
 from mopefuse.studies.study_file import STUDY_FILE
 
 SIMPLER = ("linear", "late-concat", "main-only", "comp-only")
-"""Methods that a fusion has to beat."""
-_MOST_FOLDERS = 200  # beside a run that are looked at
+"""Methods that a fusion method has to beat."""
+_MOST_FOLDERS = 200  # next to a run that are looked at
 _MOST_ABOVE = 3  # folders above a run that may be its study's
 
 
@@ -35,7 +35,7 @@ class Baseline:
     """Runs of a simpler method on the data of a run.
 
     Args:
-        what: the method and its encoders. scores: of each run, in 0..1. folders: of these runs.
+        what: the method and its encoders. scores: score of each run, in 0..1. folders: folders of these runs.
     """
 
     what: str
@@ -49,7 +49,7 @@ class Baseline:
 
 
 def find_baselines(run: RunFolder, split: str, metric: str) -> tuple[Baseline, ...]:
-    """Simpler methods whose finished runs, on the same split, lie beside a run or belong to its study; the best first."""
+    """Simpler methods whose finished runs, on the same split, are next to a run or belong to its study; the best first."""
     mine, found = run.manifest(), dict[str, list[tuple[float, str]]]()
     for folder in dict.fromkeys((*_beside(run.path), *_of_study(run.path))):
         try:
@@ -63,7 +63,7 @@ def find_baselines(run: RunFolder, split: str, metric: str) -> tuple[Baseline, .
             if theirs["labels"] == mine["labels"] and isinstance(score, int | float):
                 found.setdefault(_what(config), []).append((float(score), str(folder)))
         except (MopefuseError, OSError, KeyError, AttributeError):
-            continue  # a damaged run beside this one is no reason to have no page
+            continue  # a damaged run next to this one must not prevent the page
     baselines = [Baseline(what, *(tuple(each) for each in zip(*runs, strict=True))) for what, runs in found.items()]
     return tuple(sorted(baselines, key=lambda one: -one.score))
 
@@ -98,7 +98,7 @@ def _what(config: RunConfig) -> str:
 def majority_score(data: DataSet, split: str, metric: str) -> tuple[str, float] | None:
     """The most frequent label of the training rows, and the score of predicting it for every row of a split.
 
-    None where the training rows are not there.
+    None if the training rows are not there.
     """
     if "train" not in data.splits:
         return None

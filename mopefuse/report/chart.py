@@ -19,7 +19,7 @@ Spec = Mapping[str, Any]
 
 
 def require_charts(what: str) -> None:
-    """Refuse to go on where the packages that draw charts are not installed.
+    """Check that the packages that draw charts are installed.
 
     Raises:
         PackageError: one of them is missing.
@@ -68,13 +68,13 @@ def make_chart(
     """A chart of Altair layers, as wide as its place.
 
     Args:
-        columns, rows: see `Chart`. height: of the plotting area, in pixels.
+        columns, rows: see `Chart`. height: height of the plotting area, in pixels.
     """
     import altair
 
     fit = altair.AutoSizeParams(type="fit-x", contains="padding")
     spec = altair.layer(*layers).properties(width="container", height=height, autosize=fit).to_dict()
-    spec.pop("$schema", None)  # an address, which no page of ours has
+    spec.pop("$schema", None)  # a URL; our pages contain none
     spec.pop("config", None)  # a page and a file have themes of their own
     return Chart(name, label, spec, columns, rows)
 
@@ -82,7 +82,7 @@ def make_chart(
 def data_of(rows: Sequence[Mapping[str, Any]]) -> Any:
     """Rows as the data of an Altair chart; in its texts, characters that cannot be shown are spelt out.
 
-    Texts that come from data or settings belong here, or into titles of axes: Vega takes them for nothing but text. Names of
+    Texts that come from data or settings belong here, or into titles of axes: Vega treats them as plain text. Names of
     fields, and formulas, are only those written in this package.
     """
     import altair
@@ -114,7 +114,7 @@ def short_names(names: Sequence[str], most: int) -> list[str]:
 
 
 def readable(text: str) -> str:
-    """A text in which what cannot be shown is spelt out."""
+    """A text with unprintable characters escaped."""
     return visible(text, lines=True)
 
 

@@ -47,10 +47,12 @@ def _versus(row: Row) -> list[str]:
 def notes(comparison: Comparison) -> list[str]:
     """What the numbers are, and what the comparison leaves out."""
     several = any(len(row.runs) > 1 for row in comparison.rows)
-    remarks = [f"Metrics in per cent{', mean ± sample deviation over n seeds' if several else ''}; time is the mean of a run."]
+    remarks = [
+        f"Metrics in per cent{', mean ± standard deviation over n seeds' if several else ''}; time is the mean of a run."
+    ]
     if comparison.against is not None:
         remarks.append(
-            "Differences with 95 % interval, and the p-value of no difference: paired bootstrap over the "
+            "Differences with 95 % interval and p-value for no difference, from a paired bootstrap over the "
             f"{count(comparison.samples)} test samples, 10,000 resamples, of the mean over seeds."
         )
     return [*remarks, *(visible(" ".join(notice.split())) for notice in comparison.notices)]

@@ -18,14 +18,14 @@ _HEIGHT = 240
 
 @dataclass(frozen=True)
 class Curve:
-    """Points to be joined; `spread` is how far to either side of each they may lie (a deviation, an interval)."""
+    """Points to be joined; `spread` is the half-width of the error bar of each (a deviation, an interval)."""
 
     name: str
     points: Sequence[tuple[float, float]]
     spread: Sequence[float] = ()
 
     def spreads(self) -> list[float]:
-        """The spread of each point, 0 where there is none."""
+        """The spread of each point, 0 if there is none."""
         return [*self.spread, *[0.0] * (len(self.points) - len(self.spread))]
 
 
@@ -48,7 +48,7 @@ def curves(
     log: bool = False,
     bands: bool = False,
 ) -> Chart:
-    """Curves in one plane, with a legend where there are several.
+    """Curves in one chart, with a legend if there are several.
 
     Args:
         across, up: what is on the horizontal and on the vertical axis. mark: where the selected step is.

@@ -1,4 +1,4 @@
-"""The page of a data check: counts, problems by kind, labels, lengths, sizes, and a closer look at the worst."""
+"""The page of a data check: counts, problems by kind, labels, lengths, sizes, and examples of the worst problems."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from mopefuse.report.pages import dump, render
 from mopefuse.report.row_values import picture_of, text_of
 
 _MOST_OFFENDERS = 60
-_MOST_LISTED = 200  # of one kind
+_MOST_LISTED = 200  # maximum number of findings per kind
 _MOST_LABELS = 30  # before the rest is folded
 _MOST_FOLDED = 2000
 _LATER = ("val", "test")
-_TEXT = 600  # characters of a text beside a picture
+_TEXT = 600  # characters of a text next to a picture
 _DAMAGED = ("truncated-image", "empty-image", "wrong-format-image", "unreadable-image")
-_SHOWN = (  # kinds that a picture, or the lack of one, explains
+_SHOWN = (  # kinds for which it helps to see the image
     *_DAMAGED,
     "huge-image",
     "leaked-image",
@@ -52,7 +52,7 @@ def check_page(report: Report, *, name: str, summary: str, columns: Sequence[str
     """The page, as HTML.
 
     Args:
-        name: of the data set. summary: how the pass went.
+        name: name of the data set. summary: how the pass went.
         columns, splits: a table with a row for each split, its name first.
 
     Raises:
@@ -100,7 +100,7 @@ def _kinds(report: Report) -> list[dict[str, Any]]:
 def _lengths(report: Report) -> Chart | None:
     values = report.texts.tokens_T or report.texts.words_T
     unit, limit = _unit(report), report.texts.limit
-    return histogram("lengths", "how long texts are", values, unit=unit, what="measured text", limit=limit)
+    return histogram("lengths", "text lengths", values, unit=unit, what="measured text", limit=limit)
 
 
 def _sizes(report: Report) -> Chart | None:
@@ -134,12 +134,12 @@ def describe_count(facts: Mapping[str, Any]) -> str:
 
 
 def describe_truncation(facts: Mapping[str, Any]) -> str:
-    """What an encoder cuts, or an estimate of it; `facts` are those of `Texts.as_dict`, some texts measured."""
+    """What an encoder truncates, or an estimate of it; `facts` are those of `Texts.as_dict`, some texts measured."""
     if "cut" in facts:
         cut = f"{facts['cut']['texts']:,} of the measured texts ({100 * facts['cut']['share']:.1f} %)"
-        return f"{facts['encoder']} reads {facts['limit']:,} tokens, and cuts {cut}"
+        return f"{facts['encoder']} reads {facts['limit']:,} tokens and truncates {cut}"
     over = ", ".join(f"{100 * share:.1f} % over {limit}" for limit, share in facts["estimate"]["share_over"].items())
-    return f"an estimate at {TOKENS_PER_WORD} tokens a word: {over} tokens; --encoder SPEC counts them"
+    return f"estimated at {TOKENS_PER_WORD} tokens per word: {over} tokens; --encoder SPEC counts them"
 
 
 def _texts(report: Report) -> str:
@@ -153,7 +153,7 @@ def _texts(report: Report) -> str:
 
 
 def _balance(report: Report) -> list[list[dict[str, Any]]]:
-    """Labels with their share of each split; what is many comes in a second group."""
+    """Labels with their fraction of each split; labels beyond a limit are in a second group."""
     totals = {split: sum(counts[split] for counts in report.balance.values()) for split in report.splits}
     shares = {
         label: {split: counts[split] / max(1, totals[split]) for split in totals} for label, counts in report.balance.items()
@@ -175,7 +175,7 @@ def _balance(report: Report) -> list[list[dict[str, Any]]]:
 
 
 def _worst(report: Report) -> list[Finding]:
-    """Findings to look at closely, kinds in turn, so that many of one do not hide another."""
+    """Findings to show, alternating between kinds, so that a frequent kind does not hide the others."""
     groups = [found for kind, found in report.by_kind().items() if kind in _SHOWN]
     turns = [finding for turn in zip_longest(*groups) for finding in turn if finding is not None]
     chosen = set(map(id, turns[:_MOST_OFFENDERS]))

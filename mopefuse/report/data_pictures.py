@@ -1,4 +1,4 @@
-"""Pictures of rows for pages: thumbnails, and what is there instead of a picture that cannot be shown."""
+"""Pictures of rows for pages: thumbnails, and placeholders for images that cannot be shown."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mopefuse.modalities.image import open_image
 from mopefuse.report.pages import thumbnail
 
 _SMALL = 64  # pixels; an image whose longer side is shorter is shown enlarged
-_HEAD = 64  # bytes of a file that is no image
+_HEAD = 64  # bytes of a file that is not an image
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Picture:
     sides: str = ""
     small: bool = False
     instead: str = ""
-    place: str = ""  # of the row
+    place: str = ""  # position of the row
     text: str = ""
 
 
@@ -39,7 +39,7 @@ def picture(roots: Sequence[Path], name: str, *, max_pixels: int, place: str = "
 
 
 def first_bytes(roots: Sequence[Path], name: str) -> bytes:
-    """The beginning of a file in `roots`; nothing where there is no such file."""
+    """The beginning of a file in `roots`; nothing if there is no such file."""
     try:
         with resolve_inside(roots, name, where="", what="file").open("rb") as file:
             return file.read(_HEAD)

@@ -18,8 +18,8 @@ from mopefuse.report.data_pictures import Picture
 from mopefuse.report.pages import render
 from mopefuse.report.row_values import other_files, picture_name, picture_of, text_of
 
-_START = 300  # characters of a text that are seen unasked
-_MOST = 20_000  # of one that is opened
+_START = 300  # characters of a text that are shown at first
+_MOST = 20_000  # characters of a text that is expanded
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Card:
     where: str
     image: str
     picture: Picture | None
-    problem: str  # of a picture that cannot be shown
-    files: list[str]  # beside it
+    problem: str  # why the image cannot be shown
+    files: list[str]  # next to it
     labels: tuple[str, ...]
     text: str
     start: str
@@ -45,7 +45,7 @@ def preview_page(
     """The sheet as HTML, and how many rows are on it.
 
     Args:
-        rows: at most so many. seed: of which.
+        rows: maximum number of rows. seed: random seed of their choice.
     """
     read = rows_of(index, config)
 

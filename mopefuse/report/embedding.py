@@ -1,4 +1,4 @@
-"""Charts in a page: the scripts that draw them, which are in the page themselves, and the policy that allows no others.
+"""Charts in a page: the scripts that draw them, which are embedded, and the content security policy that allows no others.
 
 Vega runs without ``eval``: its formulas are interpreted (the option ``ast`` of vega-embed), so that the policy can forbid it.
 """

@@ -1,4 +1,4 @@
-"""What a page of a run is made of: nothing here is computed by a model.
+"""The contents of the page of a run; no model is run here.
 
 Shapes: S samples of the split, N labels, L routed layers, K experts.
 """
@@ -27,14 +27,14 @@ class RunFacts:
     """A run, and what its model predicts for one split.
 
     Args:
-        name: of the run. step: of the checkpoint that answered.
+        name: name of the run. step: step of the checkpoint that made the predictions.
         manifest, result, log: manifest.json, metrics.json (empty before a run ends) and the lines of metrics.jsonl.
         split: whose labels are predicted. logits_SN, routing_SLK: outputs of the model for it.
-        audit: `mopefuse.evaluation.audit.Audit.as_dict`, or None where none was made.
+        audit: `mopefuse.evaluation.audit.Audit.as_dict`, or None if none was made.
         baselines: simpler methods on the same data, from `find_baselines`.
         derive: fills in settings that are left open, see `mopefuse.report.settings.changed_settings`.
-        missing: `mopefuse.evaluation.missing.Missing.as_dict` of this split and step; empty where nobody asked.
-        notes: what a reader must know first.
+        missing: `mopefuse.evaluation.missing.Missing.as_dict` of this split and step; empty if it was not measured.
+        notes: caveats shown at the top.
     """
 
     name: str

@@ -60,8 +60,8 @@ class Section:
     Args:
         key: its address on the page, unique there. body: escaped HTML, from `fragment`.
         charts: those in it, which can be written as files, too.
-        half: it may stand beside another half, where there is room.
-        folded: why it is closed at first, in a sentence; neighbours closed for one reason are closed together.
+        half: whether another half may be placed next to it, if there is space.
+        folded: why it is collapsed at first, in a sentence; neighbours with the same reason are collapsed together.
         scripted: it has a table to sort or filter.
     """
 
@@ -93,7 +93,7 @@ def sections_page(
 
     Args:
         summary: what it is about. tiles: (name, value) of the numbers on top.
-        pill: a word beside the title. notes: what a reader must know first.
+        pill: a word next to the title. notes: what a reader must know first.
     """
     groups: list[list[Section]] = []
     for section in sections:
@@ -110,7 +110,7 @@ def sections_page(
 
 
 def check_place(page: Path, data: Path | None) -> None:
-    """Refuse to write a page into a data folder, or over anything that is no page of ours.
+    """Refuse to write a page into a data folder, or over a file that is not a mopefuse page.
 
     Raises:
         DataError: such a place. ConfigError: see `check_file`.
@@ -118,11 +118,14 @@ def check_place(page: Path, data: Path | None) -> None:
     check_file(page, where="--html or --out")
     if data is not None and data.is_dir() and page.resolve().is_relative_to(data.resolve()):
         raise DataError(
-            DataCode.PAGE_INSIDE_DATA, "the page would lie in the data folder", where=str(page), fix="name a file beside it"
+            DataCode.PAGE_INSIDE_DATA,
+            "the page would be inside the data folder",
+            where=str(page),
+            fix="choose a file outside it",
         )
     if page.exists() and not _is_ours(page):
         raise DataError(
-            DataCode.PAGE_NOT_OURS, f"{page.name} is there and is no page of mopefuse", where=str(page), fix="name another file"
+            DataCode.PAGE_NOT_OURS, f"{page.name} exists and is not a mopefuse page", where=str(page), fix="choose another file"
         )
 
 
@@ -130,12 +133,15 @@ def check_places(page: Path, data: Path | None, figures: Path | None) -> None:
     """As `check_place`, and that figures can be written.
 
     Raises:
-        DataError: see there. ConfigError: `figures` is no folder.
+        DataError: see there. ConfigError: `figures` is not a folder.
     """
     check_place(page, data)
     if figures is not None and figures.exists() and not figures.is_dir():
         raise ConfigError(
-            ConfigCode.FIGURES_NOT_A_FOLDER, f"{figures} is no folder", where="--figures", fix="name a folder for the figures"
+            ConfigCode.FIGURES_NOT_A_FOLDER,
+            f"{figures} is not a folder",
+            where="--figures",
+            fix="choose a folder for the figures",
         )
 
 

@@ -1,4 +1,4 @@
-"""How a page shows what a row says: a picture, texts, and of other files their names."""
+"""How a page shows a row: its image, its texts, and the names of other files."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from mopefuse.report.data_pictures import Picture, picture
 
 
 def text_of(row: Row) -> str:
-    """Its texts, one after the other; empty where it has none."""
+    """Its texts, one after the other; empty if it has none."""
     return "\n".join(value for name, value in row.values.items() if value and not get_modality(name).is_file)
 
 
 def picture_name(row: Row) -> str:
-    """The file of its picture; empty where it has none."""
+    """The file of its picture; empty if it has none."""
     return next((value for name, value in row.values.items() if value and get_modality(name).is_picture), "")
 
 
 def other_files(row: Row) -> list[str]:
-    """What it has beside texts and its picture: files, each with its modality."""
+    """Its values other than texts and the image: files, each with its modality."""
     return [
         f"{name}: {value}"
         for name, value in row.values.items()

@@ -1,4 +1,4 @@
-"""One page about a run: what it was given, how it learned, what it answers, and what its answers depend on."""
+"""One page about a run: its settings, training curves and predictions, and what the predictions depend on."""
 
 from __future__ import annotations
 
@@ -68,15 +68,15 @@ def report(
     audit: bool = True,
     advance: Advance = lambda what, done, total: None,
 ) -> Reported:
-    """Write the page of a run: of its selected checkpoint, on the test split, or on validation where there is none.
+    """Write the page of a run: of its selected checkpoint, on the test split, or on validation if there is none.
 
     Args:
-        out: of the page; ``report.html`` in the run. figures: a folder for the page's charts, as SVG and PNG.
-        data: where the run's data are now. audit: whether to ask the model with inputs and prompts taken away, too.
+        out: file of the page; ``report.html`` in the run. figures: a folder for the page's charts, as SVG and PNG.
+        data: where the run's data are now. audit: whether to evaluate the model without inputs and prompts, too.
 
     Raises:
         CheckpointError: no run, an adapter or a bundle, or no checkpoint yet. DataError: the data are not there any more, or
-            the page would overwrite what is no page. ConfigError: `figures` is no folder. PackageError: the extra
+            the page would overwrite another file. ConfigError: `figures` is not a folder. PackageError: the extra
             `report` is not installed.
     """
     require_charts("mopefuse report")
@@ -88,7 +88,7 @@ def report(
     most, total = max(1, MOST_ANSWERS // len(dataset.labels)), len(dataset.splits[split].rows)
     if total > most:
         dataset, _ = subsample(dataset, split, most, seed=0)
-        part = f"This page is of {most:,} of {total:,} samples, drawn at random; mopefuse eval has the metrics of all."
+        part = f"This page shows {most:,} of {total:,} samples, drawn at random; mopefuse eval reports the metrics of all."
         notes = (*notes, part)
     facts, found = _facts(replace(opened, data=dataset), audit=audit, notes=notes, advance=advance)
     parts = sections(facts)
@@ -145,8 +145,8 @@ def _run_of(run: Path) -> RunFolder:
     """
     kind = kind_of(locate(run))
     if kind in ("adapter", "bundle"):
-        what = f"{run} is {'an adapter' if kind == 'adapter' else 'a bundle'}, which has no log and no data"
-        raise CheckpointError(CheckpointCode.NO_TRAINING_LOG, what, fix="name the run that it was exported from")
+        what = f"{run} is {'an adapter' if kind == 'adapter' else 'a bundle'}, which has neither a log nor data"
+        raise CheckpointError(CheckpointCode.NO_TRAINING_LOG, what, fix="give the run that it was exported from")
     folder = find_run(run)
     folder.config()
     if not folder.steps():
@@ -154,7 +154,7 @@ def _run_of(run: Path) -> RunFolder:
             CheckpointCode.NO_CHECKPOINT_YET,
             "the run has no checkpoint yet",
             where=str(run),
-            fix="go on with mopefuse train --resume",
+            fix="continue with mopefuse train --resume",
         )
     return folder
 
@@ -168,15 +168,15 @@ def _notes(folder: RunFolder, data: DataSet, split: str, step: int, *, audited: 
     notes = []
     if not folder.result():
         notes.append(
-            f"This run is not finished: the page shows step {step:,}, and nothing of time, memory and parameters. "
-            "Go on with mopefuse train --resume."
+            f"This run is not finished: the page shows step {step:,}, without time, memory and parameter counts. "
+            "Continue with mopefuse train --resume."
         )
     if split != "test":
         notes.append(
-            "There is no test split: all numbers are of validation, which the step was selected by, and are too good for that."
+            "There is no test split: all numbers are from validation, which also selected the step, so they are optimistic."
         )
     if folder.manifest()["data"].get(split) != data.fingerprint()[split]:
-        notes.append(f"The {split} data are not those that the run was made with.")
+        notes.append(f"The {split} data have changed since the run was trained.")
     if not audited:
-        notes.append("No audit was made: whether the model uses its other modality is not on this page.")
+        notes.append("The audit was skipped, so this page does not show whether the model uses the other modality.")
     return tuple(notes)

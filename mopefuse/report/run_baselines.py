@@ -37,13 +37,13 @@ def baselines(facts: RunFacts) -> Section:
 
 
 def _start(facts: RunFacts) -> str:
-    """What the regression that a run began with reached on validation, in a sentence; empty where there was none."""
+    """What the regression that a run began with reached on validation, in a sentence; empty if there was none."""
     scores = {line["step"]: (line.get("val") or {}).get(facts.main_metric) for line in facts.log}
     first, chosen = scores.get(0), scores.get(facts.step)
     if facts.config.warm_start != "linear" or not isinstance(first, int | float) or not isinstance(chosen, int | float):
         return ""
     name = facts.main_metric.replace("_", " ")
     return (
-        f"Training began as a logistic regression on the features of the frozen encoders (--set warm_start=linear). On "
-        f"validation that had {name} {percent(first)}, and step {facts.step:,} has {percent(chosen)}."
+        f"Training started from a logistic regression on the features of the frozen encoders (--set warm_start=linear). "
+        f"Its {name} on validation was {percent(first)}; that of step {facts.step:,} is {percent(chosen)}."
     )

@@ -17,10 +17,10 @@ from mopefuse.report.row_values import text_of
 
 _EXAMPLES, _WORST = 8, 8  # with their pictures
 _MISTAKES = 400  # in the table
-_CLASSES = 30  # of a confusion matrix that can be read
+_CLASSES = 30  # maximum for a readable confusion matrix
 _WRITTEN = 15  # classes of one that has its counts in its cells
 _WIDE = 10  # classes of one that needs the width of the page
-_PAIRS = 20  # of labels, where there are more classes
+_PAIRS = 20  # pairs of labels that are listed if there are more classes
 _BARS = 40
 _SCORES = 500  # labels in the table of scores
 _TEXT, _SHORT_TEXT = 300, 140  # characters of a text, on a card and in a table
@@ -29,7 +29,7 @@ _CHOICES = 200  # labels that can be chosen from to filter
 
 
 def confusion(facts: RunFacts) -> Section | None:
-    """A confusion matrix, or the pairs that are most confused; None where a sample may have several labels."""
+    """A confusion matrix, or the pairs that are most confused; None if a sample may have several labels."""
     if facts.multi_label:
         return None
     predicted_S, count = facts.logits_SN.argmax(dim=-1), len(facts.labels)
@@ -62,8 +62,8 @@ def confusion(facts: RunFacts) -> Section | None:
         signed=True,
     )
     caption = (
-        "Numbers are samples: rows are actual classes, columns predicted ones, and what is right is on the diagonal. "
-        "The stronger the colour, the larger the share of its row."
+        "Numbers are samples: rows are actual classes, columns predicted ones, and correct predictions are on the diagonal. "
+        "The stronger the colour, the larger the fraction of its row."
     )
     body = fragment("figure", chart, caption)
     return Section("confusion", "Which classes are confused", body, (chart,), half=count <= _WIDE)
@@ -80,7 +80,7 @@ def scores(facts: RunFacts) -> Section:
         return Section("scores", "Precision and recall of each class", table, half=len(each) <= _WIDE, scripted=True)
     values = [(f"{row['label']} ({row['support']:,})", row["f1"]) for row in ordered[:_BARS]]
     chart = bars("labels", "F1 of each label", values, across="F1", shown=percent)
-    caption = "F1 of each label, the most frequent first; in brackets, how many samples have it."
+    caption = "F1 of each label, the most frequent first; the number of its samples is in brackets."
     if len(ordered) > _BARS:
         caption += f" The {len(ordered) - _BARS:,} rarer ones are in the table only."
     body = fragment("figure", chart, caption, numbers=False) + table
@@ -90,14 +90,14 @@ def scores(facts: RunFacts) -> Section:
 def calibration(facts: RunFacts) -> Section:
     """A reliability diagram and the expected calibration error."""
     found = facts.calibration
-    chart = reliability("calibration", "how often predictions of a confidence are right", found.bins)
+    chart = reliability("calibration", "accuracy by confidence", found.bins)
     gap = sum(count * (right - confidence) for confidence, right, count in found.bins) / sum(row[2] for row in found.bins)
     kind = "Each label of each sample counts as a prediction. " if facts.multi_label else ""
     tendency = "less confident than it could be" if gap > 0 else "more confident than it should be"
     caption = (
         f"Expected calibration error {percent(found.error)}; on average the model is {tendency} "
-        f"({100 * abs(gap):.1f} points). {kind}A dot is a bin of confidence, larger for more predictions. Red: confidence is "
-        "above the share that is right; green: below. The error is the mean of that distance over all predictions, in "
+        f"({100 * abs(gap):.1f} points). {kind}A dot is a bin of confidence, larger for more predictions. Red: "
+        "overconfident; green: underconfident. The error is the mean gap between confidence and accuracy, in "
         f"{len(found.bins)} bins of equal width (Guo et al. 2017)."
     )
     return Section("calibration", "Calibration", fragment("figure", chart, caption), (chart,), half=True)

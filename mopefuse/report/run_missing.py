@@ -9,7 +9,7 @@ from mopefuse.report.pages import Section, fragment
 
 
 def missing(facts: RunFacts) -> Section | None:
-    """The metric by the share of samples that lack something; None where it was not measured."""
+    """The metric by the share of samples that lack something; None if it was not measured."""
     found = facts.missing
     if not found:
         return None
@@ -28,9 +28,9 @@ def missing(facts: RunFacts) -> Section | None:
         + ([] if whole is None else [f"{100 * (cell['metrics'][name] - whole):+.1f}"])
         for cell in cells
     ]
-    notes = [f"All {found['samples']:,} samples of {found['split']}; a larger share includes the samples of a smaller one."]
+    notes = [f"All {found['samples']:,} samples of {found['split']}; a larger fraction includes the samples of a smaller one."]
     if not found["learned"]:
-        notes.append("Training had no samples that lack something: features of an average sample replace what is missing.")
+        notes.append("The model was trained on complete samples; mean features replace what is missing.")
     title, table = "Where a modality is missing", fragment("table", columns, rows, 1, notes)
     if any(len(line.points) > 1 for line in lines):
         label = f"{name} by the share of samples that lack a modality"

@@ -74,7 +74,7 @@ def audit(facts: RunFacts) -> Section | None:
     samples = f"all {found['samples']:,}" if whole else f"{found['samples']:,} of {found['total']:,}"
     chart = bars(
         "audit",
-        f"{name} when an input or a prompt is taken away",
+        f"{name} without an input or a prompt",
         [(row["name"], row["value"]) for row in rows],
         across=name,
         shown=percent,

@@ -46,8 +46,8 @@ def sections(facts: RunFacts) -> list[Section]:
     if facts.audit is None or not facts.complementary_unused:
         return present
     why = (
-        f"The audit found no sign that the model uses the {facts.audit['modality']}, so what follows about its experts is "
-        "closed at first."
+        f"The audit found no sign that the model uses the {facts.audit['modality']}, so the sections on its experts are "
+        "collapsed at first."
     )
     return [replace(section, folded=why) for section in present]
 
@@ -80,7 +80,7 @@ def _names(values: Tensor) -> list[str]:
 
 
 def _by_expert(name: str, label: str, share_XK: Tensor, names: Sequence[str], *, down: str) -> Chart:
-    """A heat map with an expert in each column; the most used where there are many."""
+    """A heat map with an expert in each column; the most used if there are many."""
     order = _most_used(share_XK)
     values = share_XK[:, order].tolist()
     few = len(order) <= _WRITTEN
@@ -113,7 +113,7 @@ def _over_training(facts: RunFacts, most_informative: int) -> Section | None:
         return None
     entropy = [(float(line["step"]), float(line["routing"]["entropy"])) for line in lines]
     unused = [(float(line["step"]), float(line["routing"]["unused_share"])) for line in lines]
-    label = "how even the load is, and the share of unused experts, by step"
+    label = "load balance and fraction of unused experts, by step"
     parts = [Curve("entropy of the load", entropy), Curve("share of unused experts", unused)]
     chart = curves("entropy", label, parts, across="step", up="share", mark=float(facts.step), low=0.0, high=1.0)
     caption = "Entropy of the load on validation, averaged over layers: 1 is even, 0 a single expert."
@@ -121,10 +121,8 @@ def _over_training(facts: RunFacts, most_informative: int) -> Section | None:
     body = fragment("figure", chart, caption)
     if by_step:
         names = [f"layer {layer + 1}" for layer, _ in by_step]
-        captions = [f"{one.label}; numbers are percent of the layer." for _, one in by_step]
-        panels = [
-            (name, fragment("figure", one, text)) for name, (_, one), text in zip(names, by_step, captions, strict=True)
-        ]
+        captions = [f"{one.label}; numbers are percentages within the layer." for _, one in by_step]
+        panels = [(name, fragment("figure", one, text)) for name, (_, one), text in zip(names, by_step, captions, strict=True)]
         chosen = next((place for place, (layer, _) in enumerate(by_step) if layer == most_informative), 0)
         body = fragment("columns", [body, fragment("tabs", "usage-layer", panels, chosen)])
     return Section("routing-training", "Routing during training", body, (chart, *(one for _, one in by_step)))
@@ -170,8 +168,8 @@ def _classes(facts: RunFacts, routing_SLK: Tensor, most_informative: int) -> Sec
     layers = _layers(routing_SLK.shape[1], most_informative)
     charts = [_classes_of(facts, routing_SLK[:, layer], layer, most_informative) for layer in layers]
     caption = (
-        "Mean weight of each expert over the samples of each class, in percent. If rows are alike, experts are not chosen by "
-        "class; a column that is strong in one row only belongs to one class."
+        "Mean weight of each expert over the samples of each class, in percent. If rows are alike, routing ignores the "
+        "class; an expert whose column is strong in a single row serves that class."
     )
     if len(facts.labels) > _CLASSES:
         caption += f" The {_CLASSES} most frequent of {len(facts.labels):,} classes."

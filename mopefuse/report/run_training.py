@@ -28,7 +28,7 @@ def training(facts: RunFacts) -> Section | None:
         charts.append(curves("validation", title, [line], across="step", up=name, mark=mark, percent=True))
     if not charts:
         return None
-    captions = [f"{chart.label}; the dashed line is the step whose weights this page shows" for chart in charts]
+    captions = [f"{chart.label}; the dashed line marks the checkpoint that this page shows" for chart in charts]
     body = fragment("figures", list(zip(charts, captions, strict=True)))
     return Section("training", "Training", body, tuple(charts))
 

@@ -1,4 +1,4 @@
-"""Settings as a page shows them: those that somebody chose, without defaults and what follows from other settings."""
+"""Settings as a page shows them: those set by the user, without defaults and what follows from other settings."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def changed_settings(config: RunConfig, derive: Derive, *, hidden: Collection[st
 def _derived(config: RunConfig, derive: Derive, names: Sequence[str]) -> dict[str, Any]:
     """What is filled in for each of the settings of `names` if those that nobody chose are left open.
 
-    One setting may follow another, as learning rates do: of several that cannot all have been left open, the first was chosen.
+    One setting may follow another, as learning rates do: if they cannot all have been left unset, the first counts as set.
     """
     values, chosen = flatten(config.model_dump(mode="json")), dict[str, Any]()
     while True:

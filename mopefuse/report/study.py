@@ -1,4 +1,4 @@
-"""One page about a study: what its runs reached, how surely, what they cost, and what is missing. No model is asked."""
+"""One page about a study: metrics, their uncertainty, cost, and missing runs. No model is run."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def report_study(
     """Write the page of a study, from the files of its runs alone; what is not finished is listed on it.
 
     Args:
-        out: of the page; ``report.html`` in the study. figures: a folder for the page's figures, as SVG and PNG.
+        out: file of the page; ``report.html`` in the study. figures: a folder for the page's figures, as SVG and PNG.
         against, metric: as those of `mopefuse.studies.compare.compare`.
 
     Raises:
         CheckpointError: damaged files. ConfigError: runs that cannot be compared, an unknown label or metric, or `figures`
-            is no folder. DataError: the page would overwrite what is no page.
+            is not a folder. DataError: the page would overwrite another file.
     """
     require_charts("mopefuse report")
     page = out or study / "report.html"

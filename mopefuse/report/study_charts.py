@@ -16,7 +16,7 @@ from mopefuse.report.themes import SERIES
 from mopefuse.studies.compare import Comparison, Row, Spread
 
 _MOST = SERIES  # curves of one chart
-_ROWS = 60  # of a table of dots
+_ROWS = 60  # maximum number of rows in a dot chart
 T = TypeVar("T")
 
 
@@ -35,10 +35,10 @@ def sections(facts: StudyFacts, comparison: Comparison) -> list[Section]:
 
 
 def deviation(rows: Iterable[Row]) -> str:
-    """What error bars are, in words that end a sentence."""
+    """What error bars are, as the end of a sentence."""
     several = sorted({len(row.runs) for row in rows})
     if several[-1] == 1:
-        return "one run each, so there is no spread"
+        return "one run each, so there are no error bars"
     n = f"{several[0]}" if len(several) == 1 else f"{several[0]} to {several[-1]}"
     return f"mean and sample deviation over {n} seeds"
 
@@ -80,7 +80,7 @@ def _rows(facts: StudyFacts, comparison: Comparison, rows: Sequence[Row]) -> Sec
     points = [_point(row.label, facts.score(row)) for row in rows[:_ROWS]]
     label = f"{comparison.metric} on test of each row"
     chart = dots("rows", label, points, across=f"test {comparison.metric}", percent=True)
-    left = f" {len(rows) - _ROWS:,} more are in the table only." if len(rows) > _ROWS else ""
+    left = f" {len(rows) - _ROWS:,} more are only in the table." if len(rows) > _ROWS else ""
     return _section("rows", "Row by row", [chart], [f"{_sentence(label)}: {deviation(rows)}.{left}"], half=True)
 
 
@@ -91,7 +91,7 @@ def _parameters(facts: StudyFacts, comparison: Comparison, rows: Sequence[Row]) 
     chart = scatter("parameters", label, points, across=across, up=comparison.metric, percent=True)
     caption = f"{_sentence(label)}: {deviation(rows)}."
     if len(points) > MOST_NAMED:
-        caption += " Numbers are those of the rows of the table, from above."
+        caption += " Numbers refer to the rows of the table, counted from the top."
     return _section("parameters", "Score and parameters", [chart], [caption], half=True)
 
 
@@ -119,7 +119,7 @@ def _learning(facts: StudyFacts, comparison: Comparison, rows: Sequence[Row]) ->
         captions.append(f"{_sentence(label)}{of}: {deviation(rows)}.")
     without = [row.label for row in rows if row.label not in {line.name for line in lines}]
     if without:
-        captions[-1] += f" Without a curve, because validated only once or never at the same steps: {', '.join(without)}."
+        captions[-1] += f" No curve for rows that were validated only once, or never at the same steps: {', '.join(without)}."
     return _section("learning", "Learning", charts, captions)
 
 

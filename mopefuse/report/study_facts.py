@@ -14,9 +14,9 @@ from mopefuse.studies.compare import Comparison, Row, Spread, has_result
 
 _NOT_YET = {
     "waiting": "not begun",
-    "running": "under way when study.json was last written, or killed",
-    "stopped": "stopped before its end",
-    "finished": "finished, and its folder is gone",
+    "running": "running when study.json was last written, or killed since",
+    "stopped": "interrupted",
+    "finished": "finished, but its folder has been deleted",
 }
 _AGAIN = "run mopefuse study again"
 
@@ -37,7 +37,7 @@ class StudyFacts:
     """A study.
 
     Args:
-        study: what study.json says. comparison: of what is finished; None if nothing is.
+        study: what study.json says. comparison: comparison of the finished runs; None if nothing is.
     """
 
     folder: Path
@@ -97,7 +97,7 @@ class StudyFacts:
 
     @cached_property
     def started_rows(self) -> list[tuple[RunConfig, dict[str, str]]]:
-        """The configuration, and the modality of each encoder, of the first run of each row that was begun."""
+        """The configuration, and the modality of each encoder, of the first run that was started of each row."""
         first: dict[str, tuple[RunConfig, dict[str, str]]] = {}
         for cell in self.cells:
             run = RunFolder(self.folder / cell["run"])

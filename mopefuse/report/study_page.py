@@ -49,15 +49,15 @@ def remarks(facts: StudyFacts) -> list[str]:
         why = f", of which {failed} failed" if failed else ""
         found.append(
             f"This study is not finished: {facts.unfinished} of {_number(len(facts.cells), 'run')} have no result{why}. "
-            "Rows are of those that have one; what is missing, and why, is listed below."
+            "The table covers finished runs; what is missing, and why, is listed below."
         )
     if facts.comparison is None:
         return [*found, "No run is finished, so there is nothing to compare yet."]
     rows = facts.comparison.rows
     if len({len(row.runs) for row in rows}) > 1:
-        found.append("Rows have different numbers of seeds; n in the table says how many.")
+        found.append("Rows have different numbers of seeds; see column n.")
     if all(len(row.runs) == 1 for row in rows):
-        found.append("Every row is one run, so this page does not show how much another seed would change.")
+        found.append("Each row is a single run, so the variation between seeds is unknown.")
     return found + list(facts.comparison.notices)
 
 
@@ -76,7 +76,7 @@ def _tiles(facts: StudyFacts) -> list[tuple[str, str]]:
         which = "best test" if comparison.chosen is None else "test"
         name = f"{which} {comparison.metric.replace('_', ' ')}, of {best[0].label}"
         if comparison.chosen is not None:
-            name += ", which validation chose"
+            name += ", selected on validation"
         found.insert(0, (name, percent(facts.score(best[0]).mean)))
         found.append((f"trained parameters of {'the best' if comparison.chosen is None else 'that'}", f"{best[0].trainable:,}"))
     return [*found, ("test samples", f"{comparison.samples:,}")]
@@ -85,14 +85,14 @@ def _tiles(facts: StudyFacts) -> list[tuple[str, str]]:
 def _table(comparison: Comparison) -> Section:
     columns, lines = cells(comparison, ("test",), lambda text: Markup("<b>{}</b>").format(text))
     below = notes(replace(comparison, notices=()))
-    bold = "the best of a column" if comparison.chosen is None else "the trial that validation chose"
-    below[0] = f"Bold is {bold}. {below[0]}"
+    bold = "the best of a column" if comparison.chosen is None else "the trial selected on validation"
+    below[0] = f"Bold marks {bold}. {below[0]}"
     return Section("comparison", "Comparison", fragment("table", columns, lines, notes=below))
 
 
 def _missing(facts: StudyFacts) -> Section:
     if not facts.unfinished:
-        text = Markup("<p>Nothing: all {} have a result.</p>").format(_number(len(facts.cells), "run"))
+        text = Markup("<p>Nothing is missing: all {} have a result.</p>").format(_number(len(facts.cells), "run"))
         return Section("missing", "What is missing", text)
     lines = [(group.label, ", ".join(map(str, group.seeds)), group.state, group.why, group.fix) for group in facts.missing]
     return Section("missing", "What is missing", fragment("table", ["row", "seeds", "state", "why", "what to do"], lines, 5))
@@ -129,7 +129,7 @@ def _common(facts: StudyFacts) -> Markup:
     config, modality_of = facts.started_rows[0]
     chosen = changed_settings(config, lambda open_: _filled_in(open_, modality_of))
     found = [setting for setting in chosen if setting[0] in shared - {"seed", *_OF_ENCODERS}]
-    return fragment("settings", found, "Settings of all rows that were chosen")
+    return fragment("settings", found, "Settings of all rows that are not defaults")
 
 
 def _filled_in(config: RunConfig, modality_of: Mapping[str, str]) -> RunConfig:
@@ -149,6 +149,6 @@ def _own(facts: StudyFacts) -> Markup:
     lines = [
         [label, *(format_setting(found[path]) if path in found else "" for path in paths)] for label, found in each.items()
     ]
-    note = "An empty cell is as in the settings of all rows, or the default."
+    note = "An empty cell means the setting of all rows, or the default."
     table = fragment("table", ["row", *paths], lines, notes=[note])
     return Markup("<h3>What each row sets</h3>") + table

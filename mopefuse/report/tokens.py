@@ -1,4 +1,4 @@
-"""How many tokens an encoder makes of a text, also where it would cut it."""
+"""Count the tokens of a text for an encoder, including those beyond its limit."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ _LONG = 32  # times the limit; longer texts are not counted to their end
 
 
 def tokens_of(spec: str) -> Tokens:
-    """How the text encoder that a spec names counts.
+    """The token counter of the text encoder given by a spec.
 
     Raises:
-        DataError: it reads no texts. EncoderError: there is no such encoder, or it cannot be loaded.
+        DataError: it does not read text. EncoderError: there is no such encoder, or it cannot be loaded.
     """
     encoder = create_encoder(spec)
     preprocess = encoder.preprocess
     if not isinstance(preprocess, TextPreprocess):
         raise DataError(
             DataCode.ENCODER_READS_NO_TEXT,
-            f"{spec} reads no texts",
+            f"{spec} does not read text",
             where="--encoder",
-            fix="name a text encoder, as hf:bert-base",
+            fix="give a text encoder, as hf:bert-base",
         )
     return Tokens(str(encoder.spec), preprocess.max_tokens, lambda texts: measure(preprocess, texts))
 
 
 def measure(preprocess: TextPreprocess, texts: list[str]) -> list[tuple[int, bool]]:
-    """The tokens of each text, and whether it is cut. A tokenizer that cannot go beyond its limit says that at least."""
+    """The tokens of each text, and whether it is truncated. A tokenizer that stops at its limit gives a lower bound."""
     kept = [preprocess.item(text) for text in texts]
     seen = preprocess.tokenize(kept, preprocess.max_tokens)[1].sum(dim=1).tolist()
     whole = preprocess.tokenize(kept, _LONG * preprocess.max_tokens)[1].sum(dim=1).tolist()

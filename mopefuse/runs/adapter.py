@@ -1,4 +1,4 @@
-"""Adapters: the trained weights of a run without its history, a few MB that load onto the named encoders.
+"""Adapters: the trained weights of a run without its history, a few MB, used with the encoders that they name.
 
 An adapter is a folder with ``weights.safetensors``, ``config.yaml``, ``model.json`` (labels, encoders, thresholds, metrics) and
 a model card. It can be read wherever a run can: it is a run with a single checkpoint and no log.
@@ -65,7 +65,7 @@ class AdapterFolder(RunFolder):
         """
         if which != "best":
             what = f"an adapter has no checkpoint {which}"
-            raise CheckpointError(CheckpointCode.NOT_FOUND, what, where=str(self.path), fix="leave --checkpoint out")
+            raise CheckpointError(CheckpointCode.NOT_FOUND, what, where=str(self.path), fix="remove --checkpoint")
         return self.path, self.manifest()
 
     def result(self) -> dict[str, Any]:

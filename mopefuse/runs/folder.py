@@ -33,7 +33,7 @@ _MODEL_FACTS = ("encoders", "labels", "multi_label")  # repeated in each checkpo
 
 
 class RunFolder:
-    """A run on disk. Creating the object touches nothing."""
+    """A run on disk. Creating the object does not touch the disk."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -58,11 +58,11 @@ class RunFolder:
         return self.exists() and bool(self.steps() or read_json(self.manifest_file).get("start"))
 
     def _has_no_checkpoint(self) -> bool:
-        """Whether the folder is missing, or a run that ended before its first checkpoint, as on an error in the data."""
+        """Whether the folder is missing, or a run that ended before its first checkpoint, for example by a data error."""
         return not self.path.is_dir() or (self.exists() and not self.steps() and not self.metrics_file.exists())
 
     def _leftovers(self) -> set[Path]:
-        """Files of a process that ended before the folder became a run; its lock file tells them from a user's files."""
+        """Files of a process that ended before the folder became a run; its lock file sets them apart from a user's."""
         leftovers = {self._lock.file, *self.path.glob(f"{_PROBE}.tmp-*")}
         if self.checkpoints.is_dir() and not any(self.checkpoints.iterdir()):
             leftovers.add(self.checkpoints)
@@ -72,7 +72,7 @@ class RunFolder:
         return leftovers
 
     def prepare(
-        self, *, resume: bool, overwrite: bool, fix: str = "add --resume or --overwrite, or name another --out"
+        self, *, resume: bool, overwrite: bool, fix: str = "add --resume or --overwrite, or choose another --out"
     ) -> None:
         """Make the folder ready for a new or a resumed run, before anything slow is done; safe to call twice.
 
@@ -92,10 +92,10 @@ class RunFolder:
             raise ConfigError(ConfigCode.RUN_FOLDER_NOT_EMPTY, f"{self.path} is not empty", where="--out", fix=fix)
         if occupied and not self.exists():
             flag = "--overwrite" if overwrite else "--resume"
-            fix = "name another --out, or empty the folder"
+            fix = "choose another --out, or empty the folder"
             raise ConfigError(ConfigCode.NOT_A_RUN_FOLDER, f"{self.path} is not a mopefuse run", where=flag, fix=fix)
         if resume and self._start.exists() and not self.exists():
-            what = f"{self.path} was stopped before its initial weights were complete"
+            what = f"{self.path} was interrupted before its initial weights were saved"
             raise ConfigError(ConfigCode.START_WAS_INTERRUPTED, what, where="--resume", fix="run mopefuse swap-encoder again")
         self._lock.raise_if_locked()
         try:
@@ -110,7 +110,7 @@ class RunFolder:
                 ConfigCode.RUN_FOLDER_NOT_WRITABLE,
                 f"the run directory {self.path} is not writable: {error.strerror}",
                 where="--out",
-                fix="name another --out",
+                fix="choose another --out",
             ) from None
 
     def lock(self) -> str:
@@ -189,7 +189,7 @@ class RunFolder:
         if not self.exists():
             inside = (child for child in self.path.iterdir() if RunFolder(child).exists()) if self.path.is_dir() else ()
             run = min(inside, default=None)
-            fix = f"name a run in it, such as {run}" if run else "name a folder that mopefuse train wrote"
+            fix = f"give a run in it, such as {run}" if run else "give a folder that mopefuse train wrote"
             raise CheckpointError(CheckpointCode.NOT_FOUND, f"{self.path} is not a run", fix=fix)
         registry.require(self.manifest()["plugins"], where=str(self.path))
         return saved_config(self.config_file)
@@ -312,7 +312,7 @@ class RunFolder:
         if not (step.isascii() and step.isdecimal()):
             raise CheckpointError(
                 CheckpointCode.CONTENT_DAMAGED,
-                "the file best is damaged",
+                "checkpoints/best is damaged",
                 where=str(self._best),
                 fix="use the checkpoint last or step-N",
             )
@@ -378,5 +378,5 @@ class RunFolder:
 
 
 def default_path() -> Path:
-    """``runs/<date>-<time>``, where no folder is named."""
+    """The default run folder, ``runs/<date>-<time>``."""
     return Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}"

@@ -72,7 +72,7 @@ def open_run(
 
     Args:
         path: folder of a run or an adapter, or an adapter on the hub.
-        split: None for the test split, or the validation split where there is no test split.
+        split: None for the test split, or the validation split if there is no test split.
         data: another data set with the same labels; None for the run's own.
         layout: settings of `data` that differ there, see `with_data_path`.
         main, comp: other specs of the same encoders, see `mopefuse.config.sides.specs_by_side`.
@@ -99,7 +99,7 @@ def load_split(
     """The data set that `config` describes, with the labels of a trained model, and the name of the split.
 
     Args:
-        split: must be there; None for test, or validation where there is no test split.
+        split: must exist; None selects test, or validation if there is no test split.
         manifest: with ``labels`` and ``multi_label`` of the model.
 
     Raises:
@@ -151,7 +151,7 @@ def _with_other_specs(config: RunConfig, encoders: Mapping[str, str], *, where: 
     old_specs = specs(config)
     for side, spec in new_specs.items():
         if _feature_options(spec) != _feature_options(old_specs[side]):
-            what = f"{spec} has other options than {old_specs[side]}, which the run was trained with"
+            what = f"{spec} has different options from {old_specs[side]}, which the run was trained with"
             raise CheckpointError(
                 CheckpointCode.ENCODER_CHANGED, what, where=where, fix="write the same options, or use mopefuse swap-encoder"
             )

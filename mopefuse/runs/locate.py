@@ -75,12 +75,12 @@ def _fetch(repo: str, name: str, revision: str | None, where: str) -> Path | Non
         return hub.fetch(repo, name, revision, where=where)
     except EncoderError as error:
         if error.number in (EncoderCode.OFFLINE, EncoderCode.UNREACHABLE):
-            error.fix = "go online, or name a folder with a copy of the model"
+            error.fix = "go online, or give a folder with a copy of the model"
         raise
 
 
 def _no_model(repo: str, where: str) -> CheckpointError:
-    fix = "name a repository that mopefuse push wrote"
+    fix = "give a repository that mopefuse push wrote"
     return CheckpointError(CheckpointCode.NOT_OURS, f"{repo} does not hold a mopefuse model", where=where, fix=fix)
 
 
@@ -92,7 +92,7 @@ def _errors_name(where: str) -> Iterator[None]:
     except CheckpointError as error:
         error.where = where
         if error.number == CheckpointCode.FILE_DAMAGED:
-            error.fix = "name another revision, or report it to its owner"
+            error.fix = "choose another revision, or report it to its owner"
         raise
 
 
@@ -111,11 +111,11 @@ def find_run(path: str | Path) -> RunFolder:
     folder = locate(path)
     if not folder.is_dir():
         raise CheckpointError(
-            CheckpointCode.NOT_FOUND, f"there is no run {path}", fix="name a folder that mopefuse train or export wrote"
+            CheckpointCode.NOT_FOUND, f"there is no run {path}", fix="give a folder that mopefuse train or export wrote"
         )
     kind = kind_of(folder)
     if kind == "bundle":
-        fix = "name the run that it was exported from"
+        fix = "give the run that it was exported from"
         raise CheckpointError(
             CheckpointCode.BUNDLE_NOT_TRAINABLE,
             "a bundle can only be evaluated and used for predictions",

@@ -31,7 +31,7 @@ _REPORT_EVERY = 0.5  # seconds between two memory reports
 
 @dataclass(frozen=True)
 class Task:
-    """What a process is started with.
+    """The arguments of a cell's process.
 
     Args:
         run: absolute path of the run folder. directory: the working directory that relative paths of `config` refer to.
@@ -100,14 +100,14 @@ class _Sender(Listener):
 
 
 def _write_crash_log(error: Exception, run: Path) -> dict[str, Any]:
-    """Write the traceback of a bug beside the run folder; returns the error as a dictionary."""
+    """Write the traceback of a bug next to the run folder; returns the error as a dictionary."""
     log = run.with_name(f"{run.name}-crash.log")
     log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
     return {"code": "MF-INT-00", "exit": 1, "message": f"{type(error).__name__}: {error}", "where": str(log), "hint": ""}
 
 
 def _exit_with_parent() -> None:
-    """Exit when the study is killed, so that no cell is left over to collide with the next study."""
+    """Exit when the study is killed, so that no orphaned process interferes with the next study."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])

@@ -55,7 +55,7 @@ class Row:
         settings: by path, those that are not the same in all rows.
         metrics: by split and metric.
         trainable, total: parameters.
-        seconds: of training. peak_memory: in bytes, the largest of the runs.
+        seconds: training time. peak_memory: in bytes, the largest of the runs.
         versus: difference of the compared metric on the test split; None in the row that others are compared with.
     """
 
@@ -77,8 +77,8 @@ class Comparison:
 
     Args:
         metric: that rows are compared by. against: label of the row that others are compared with.
-        samples: of the test split.
-        chosen: of a search, label of the row with the best validation metric, "" if there is none; None of other studies.
+        samples: samples of the test split.
+        chosen: for a search, the label of the row with the best validation metric, "" if there is none; None for other studies.
     """
 
     rows: tuple[Row, ...]
@@ -143,7 +143,7 @@ def compare(
     runs = [run for _, group in groups.rows for run in group]
     if not runs:
         raise ConfigError(
-            ConfigCode.NOTHING_TO_COMPARE, "no run is finished", where=", ".join(map(str, folders)), fix="name finished runs"
+            ConfigCode.NOTHING_TO_COMPARE, "no run is finished", where=", ".join(map(str, folders)), fix="give finished runs"
         )
     require_same_test(runs)
     if metric is None:
@@ -170,8 +170,8 @@ def compare(
 def _read_groups(folders: Sequence[Path], against: str | None, *, partly: bool) -> _Groups:
     studies = [folder for folder in folders if (folder / STUDY_FILE).is_file()]
     if studies and len(folders) > 1:
-        what = "a study can only be compared by itself"
-        raise ConfigError(ConfigCode.NOTHING_TO_COMPARE, what, where=str(studies[0]), fix="name one study, or runs")
+        what = "a study cannot be compared with other runs or studies"
+        raise ConfigError(ConfigCode.NOTHING_TO_COMPARE, what, where=str(studies[0]), fix="give one study, or runs")
     if not studies:
         named, notices = select_finished(dict.fromkeys(folders))
         named, elsewhere = select_same_data(named, against)
@@ -259,7 +259,7 @@ def has_result(folder: Path, cell: dict[str, Any]) -> bool:
     """Whether a cell of a study is finished.
 
     Args:
-        folder: of the study. cell: its entry in study.json.
+        folder: folder of the study. cell: its entry in study.json.
     """
     return cell["state"] != "failed" and RunFolder(folder / cell["run"]).metrics_file.is_file()
 

@@ -32,7 +32,7 @@ class FinishedRun:
     """A finished run, as its files describe it.
 
     Args:
-        identity: settings that distinguish it from runs of other settings, whatever the seed.
+        identity: settings that distinguish it from runs of other settings, regardless of the seed.
         data: fingerprint of each split. result: the content of metrics.json.
     """
 
@@ -73,7 +73,7 @@ def select_finished(folders: Iterable[Path]) -> tuple[list[tuple[str, Path]], li
 
 def _not_a_run(path: Path) -> CheckpointError:
     return CheckpointError(
-        CheckpointCode.NOT_FOUND, f"{path} is neither a run nor a study", where=str(path), fix="name folders of finished runs"
+        CheckpointCode.NOT_FOUND, f"{path} is neither a run nor a study", where=str(path), fix="give folders of finished runs"
     )
 
 
@@ -99,7 +99,7 @@ def select_same_data(
         return list(named), []
     labels, _ = next(key for key, group in groups.items() if group is kept)
     notices = [
-        f"left out: {name} was tested on other {'labels' if key[0] != labels else 'samples'} than {kept[0][0]}"
+        f"left out: {name} was tested on different {'labels' if key[0] != labels else 'samples'} from {kept[0][0]}"
         for key, group in groups.items()
         if group is not kept
         for name, _ in group
@@ -120,7 +120,7 @@ def read_finished(named: Sequence[tuple[str, Path]]) -> list[FinishedRun]:
             ConfigCode.RUNS_NOT_FINISHED,
             f"not finished: {shown}",
             where="compare",
-            fix="run them to the end, or leave them out",
+            fix="finish them, or leave them out",
         )
     return [_read(path) for _, path in named]
 
@@ -231,7 +231,7 @@ def read_outcome(run: FinishedRun, ids: Sequence[str]) -> Outcome:
     """Read the predicted and the true labels of the samples `ids`, each as a sparse table (S, N).
 
     Raises:
-        ConfigError: the run has predictions of other samples. CheckpointError: predictions are missing or damaged.
+        ConfigError: the run has predictions for other samples. CheckpointError: predictions are missing or damaged.
     """
     sample_of = {identity: sample for sample, identity in enumerate(ids)}
     column_of = {label: column for column, label in enumerate(run.labels)}
@@ -260,5 +260,8 @@ def read_outcome(run: FinishedRun, ids: Sequence[str]) -> Outcome:
 
 def _other_samples(run: FinishedRun) -> ConfigError:
     return ConfigError(
-        ConfigCode.RUNS_NOT_COMPARABLE, f"{run.path} has predictions of other samples", where=str(run.path), fix=_EVALUATE_AGAIN
+        ConfigCode.RUNS_NOT_COMPARABLE,
+        f"{run.path} has predictions for other samples",
+        where=str(run.path),
+        fix=_EVALUATE_AGAIN,
     )

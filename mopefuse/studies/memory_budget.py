@@ -10,9 +10,9 @@ class MemoryReport(NamedTuple):
     """What a running process reports.
 
     Args:
-        share: of its work that is done, from 0 to 1.
+        share: fraction of its work that is done, from 0 to 1.
         peak: its peak memory, in bytes.
-        free: memory that is free on its device, in bytes; None where the system does not tell.
+        free: memory that is free on its device, in bytes; None if the system does not report it.
     """
 
     share: float
@@ -29,7 +29,7 @@ class MemoryBudget:
         self.peaks: dict[Hashable, int] = {}  # bytes, of each running process
 
     def update(self, process: Hashable, report: MemoryReport) -> None:
-        """Take in the report of a running process."""
+        """Record the memory report of a running process."""
         self.peaks[process] = report.peak
         self.largest_peak, self.free = max(self.largest_peak, report.peak), report.free
 

@@ -2,7 +2,7 @@
 
 The only state is the runs and study.json. A seeded sampler proposes the same settings for the same history, so a search that
 was killed repeats its proposals from the first trial and finds the finished runs in the folders that their settings determine.
-A failed trial stays failed as long as its folder exists, unless it lacked memory. Trials do not depend on `jobs`, only on
+A failed trial stays failed as long as its folder exists, unless it ran out of memory. Trials do not depend on `jobs`, only on
 `Search.at_once`.
 
 Tree-structured Parzen estimator: Bergstra et al., Algorithms for hyper-parameter optimization, NeurIPS 2011, as in Optuna
@@ -229,6 +229,6 @@ def train_command(trial: Trial, out: Path) -> str:
 
 
 def test_metrics(trial: Trial, out: Path) -> Mapping[str, float]:
-    """Test metrics of a trial, as means over seeds; empty where the data have no test split. Only for the chosen trial."""
+    """Test metrics of a trial, as means over seeds; empty if the data have no test split. Only for the chosen trial."""
     found = [RunFolder(out / status.cell.folder).result()["metrics"]["test"] or {} for status in trial.statuses]
     return {name: sum(metrics[name] for metrics in found) / len(found) for name in found[0]}

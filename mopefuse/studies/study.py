@@ -48,7 +48,7 @@ class Status:
     cell: Cell
     state: str = WAITING
     error: dict[str, Any] | None = None
-    share: float = 0.0  # of its steps that are done
+    share: float = 0.0  # fraction of its steps that are done
 
 
 class StudyListener:
@@ -77,11 +77,11 @@ def count_trainable(cells: Sequence[Cell]) -> dict[str, int | str]:
     """Count the trainable parameters of each row of a study.
 
     Returns:
-        Label to the count, or to the message of the error where there is no such model; only rows where it is cheap to
+        Label to the count, or to the message of the error if there is no such model; only rows where it is cheap to
         know: of ``tiny:`` encoders on data that can be read.
     """
     found: dict[str, int | str] = {}
-    label_counts: dict[str, int] = {}  # by data settings; 0 where the data cannot be read
+    label_counts: dict[str, int] = {}  # by data settings; 0 if the data cannot be read
     for cell in cells:
         config = cell.config
         if cell.label in found or not all(spec.startswith("tiny:") for spec in specs(config).values()):
@@ -136,12 +136,12 @@ def claim_folder(out: Path, listener: StudyListener) -> Iterator[None]:
     """Create and lock the folder of a study while the context lasts.
 
     Raises:
-        ConfigError: it is not empty and not a study, cannot be written, or is locked by another process.
+        ConfigError: it is neither empty nor a study, cannot be written, or is locked by another process.
     """
     items = [item for item in out.iterdir() if not item.name.startswith((".", STUDY_FILE))] if out.is_dir() else []
     fix = "choose another folder with --out"
     if items and not (out / STUDY_FILE).is_file():
-        raise ConfigError(ConfigCode.BAD_STUDY_FOLDER, f"{out} is not empty and not a study", where="--out", fix=fix)
+        raise ConfigError(ConfigCode.BAD_STUDY_FOLDER, f"{out} is neither empty nor a study", where="--out", fix=fix)
     if items and read_json(out / STUDY_FILE).get("kind") != KIND:
         raise ConfigError(
             ConfigCode.BAD_STUDY_FOLDER, f"{STUDY_FILE} in {out} does not describe a study of mopefuse", where="--out", fix=fix
@@ -193,8 +193,8 @@ class Schedule:
     """Runs cells, each in a process of its own that sends messages through a pipe; the pipe closes when the process ends.
 
     Args:
-        statuses: of all cells known so far; may grow between calls of `run`.
-        jobs: most processes at a time.
+        statuses: statuses of all cells known so far; may grow between calls of `run`.
+        jobs: maximum number of processes at a time.
         to_come: number of cells that are not among `statuses` yet.
         facts: further entries of study.json.
     """
@@ -239,11 +239,11 @@ class Schedule:
             return False
         fits = self.memory_budget.fits(count)
         if not fits and self.memory_budget.largest_peak:
-            self._notice(f"running fewer than --jobs {self.jobs} at a time: memory has no room for one more")
+            self._notice(f"running fewer than --jobs {self.jobs} at a time: there is not enough memory for one more")
         return fits
 
     def _notice(self, text: str, prefix: str = "") -> None:
-        """Pass a notice on, once even if several cells give it."""
+        """Pass a notice on, only once even if several cells give it."""
         if text not in self.notices_given:
             self.notices_given.add(text)
             self.listener.on_notice(f"{prefix}{text}")
@@ -288,7 +288,7 @@ class Schedule:
         if status.state == RUNNING:  # it ended without sending a result
             status.state = STOPPED
         if status.state == STOPPED and not stopping:
-            what = "the process of a cell was killed; usually it ran out of memory"
+            what = "the process of a cell was killed, probably because it ran out of memory"
             fix = "lower --jobs, and run the study again"
             status.state, status.error = (
                 FAILED,

@@ -2,7 +2,7 @@
 
 ```yaml
 recipe: digit-questions/demo            # optional
-settings: {train: {epochs: 2}}          # of all cells; they override the recipe
+settings: {train: {epochs: 2}}          # for all cells; they override the recipe
 seeds: [0, 1, 2]
 grid:                                   # every combination of these values ...
   prompts.experts: [1, 4, 16]
@@ -69,7 +69,7 @@ class Cell:
     """One run of a study.
 
     Args:
-        label: of its row; the runs of a row differ in their seed only.
+        label: label of its row; the runs of a row differ in their seed only.
         changes: its settings by path, without those of all cells.
         folder: run folder, relative to that of the study; determined by the label and the settings, not by the order of
             the file.

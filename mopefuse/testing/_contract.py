@@ -1,4 +1,4 @@
-"""How contracts are checked: as parts, each a claim, a check that raises an AssertionError, and how to mend what it finds."""
+"""How contracts are checked: as parts, each a claim, a check that raises an AssertionError, and how to fix what it finds."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class Part(NamedTuple):
     fix: str
 
     def fault(self) -> tuple[str, Exception | None]:
-        """How the claim is broken, and the exception that showed it; empty and None where it holds."""
+        """How the claim is broken, and the exception that showed it; empty and None if it holds."""
         try:
             self.check()
         except AssertionError as broken:
             return f"{broken} · fix: {self.fix}", broken
-        except Exception as error:  # code of a plugin raises whatever it pleases
+        except Exception as error:  # plugin code can raise any exception
             reason = str(error) if isinstance(error, MopefuseError) else f"{type(error).__name__}: {error}"
-            return f"while it was checked that it {self.claim}: {reason} · fix: {self.fix}", error
+            return f"unexpected error while checking that it {self.claim}: {reason} · fix: {self.fix}", error
         return "", None
 
 
@@ -35,7 +35,7 @@ def enforce(parts: Sequence[Part]) -> None:
     """Check all parts in order.
 
     Raises:
-        AssertionError: the first part that is broken: what, where, and how to mend it.
+        AssertionError: the first part that is broken: what, where, and how to fix it.
     """
     for part in parts:
         message, cause = part.fault()
@@ -44,6 +44,6 @@ def enforce(parts: Sequence[Part]) -> None:
 
 
 def faults(parts: Sequence[Part]) -> Iterator[tuple[str, str]]:
-    """Every claim, with how it is broken; empty where it holds."""
+    """Every claim, with how it is broken; empty if it holds."""
     for part in parts:
         yield part.claim, part.fault()[0]

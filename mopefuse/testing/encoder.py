@@ -1,4 +1,4 @@
-"""The contract that every encoder keeps.
+"""The contract that every encoder must satisfy.
 
 See `mopefuse.encoders.base.Encoder`; what is checked is in `encoder_checks` and `encoder_prompts`.
 """
@@ -15,15 +15,15 @@ from mopefuse.testing.encoder_prompts import PromptChecks
 
 
 def check_encoder(encoder: str | Encoder, samples: Sequence[Any] | None = None) -> Encoder:
-    """Check that an encoder keeps the contract of `mopefuse.encoders.base.Encoder`; it is returned frozen.
+    """Check that an encoder satisfies the contract of `mopefuse.encoders.base.Encoder`; it is returned frozen.
 
     Args:
         encoder: a spec, or an encoder, which is frozen first.
-        samples: at least two raw values of its modality; default ``preprocess.examples()`` where there is such a method, else
+        samples: at least two raw values of its modality; default ``preprocess.examples()`` if there is such a method, else
             the examples of the modality.
 
     Raises:
-        AssertionError: the first part of the contract that is broken: what, where, and how to mend it.
+        AssertionError: the first part of the contract that is broken: what, where, and how to fix it.
     """
     built = create_encoder(encoder) if isinstance(encoder, str) else encoder
     built.freeze()
@@ -34,22 +34,26 @@ def check_encoder(encoder: str | Encoder, samples: Sequence[Any] | None = None) 
 
 
 def contract(encoder: Encoder, samples: Sequence[Any] | None = None) -> Iterator[tuple[str, str]]:
-    """Every part of the contract in words, and how a frozen encoder breaks it; empty where it holds. See `check_encoder`."""
+    """Every part of the contract in words, and how a frozen encoder breaks it; empty if it holds. See `check_encoder`."""
     yield from faults(_parts(PromptChecks(encoder, list(samples if samples is not None else _samples(encoder)))))
 
 
 def _parts(check: PromptChecks) -> list[Part]:
     alone = "mask padding in attention and pooling, and use no statistics over the batch"
     plain = [
-        Part("says what it is", check.attributes, "set the attributes of mopefuse.encoders.Encoder to what they describe"),
+        Part(
+            "declares its attributes correctly",
+            check.attributes,
+            "set the attributes of mopefuse.encoders.Encoder to what they describe",
+        ),
         Part("stays frozen and in evaluation mode", check.frozen, "do not override freeze() or train(), or call super() there"),
         Part(
-            "gives a feature and tokens, the same each time",
+            "returns a feature and tokens deterministically",
             check.plain_output,
             "return Encoded(pooled_BC, tokens_BLD, mask_BL) from _encode, without dropout or other randomness",
         ),
         Part("a sample does not depend on its batch", lambda: check.does_not_depend_on_the_batch(None), alone),
-        Part("a sample by itself, without padding, is the same", check.without_padding, alone),
+        Part("a sample alone, without padding, gives the same output", check.without_padding, alone),
     ]
     if not check.encoder.widths:
         fix = "leave encode() as it is, and implement _encode() only"
@@ -59,12 +63,12 @@ def _parts(check: PromptChecks) -> list[Part]:
 
 def _prompted_parts(check: PromptChecks, alone: str) -> list[Part]:
     insertable = check.encoder.insertable
-    insert = "takes tokens beside its own" if insertable else "refuses tokens beside its own"
+    insert = "accepts inserted tokens" if insertable else "rejects inserted tokens"
     use = "give prompt.tokens_BPD the layer's own norm and projections, and pass keys, values and gate_H to mopefuse's attend"
     keep = "keep nothing on self during a call; use mopefuse.core.threads.PerThread where hooks need it"
     parts = [
         Part(
-            "asks for a prompt at each layer, in order",
+            "requests a prompt at each layer, in order",
             check.layers_in_order,
             "call self._request_prompt(layer, tokens_BLD, mask_BL) once as tokens enter each of the layers in widths",
         ),
@@ -84,7 +88,7 @@ def _prompted_parts(check: PromptChecks, alone: str) -> list[Part]:
             lambda: check.does_not_depend_on_the_batch(lambda gates: gates),
             alone,
         ),
-        Part("gradients reach every prompt and gate, and no weight", check.gradients, f"do not detach prompts; {use}"),
+        Part("every prompt and gate receives a gradient, and no weight does", check.gradients, f"do not detach prompts; {use}"),
         Part("a prompt does not outlive its call", check.keeps_no_state, keep),
         Part(
             insert,

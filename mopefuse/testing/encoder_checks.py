@@ -15,7 +15,7 @@ from torch import Tensor
 from mopefuse.encoders.base import Encoded, Encoder, Inputs, Prompt, PromptAt, encode_pooled
 from mopefuse.errors import EncoderError
 
-TOLERANCE = 1e-4  # of the largest value, in float32
+TOLERANCE = 1e-4  # relative to the largest value, in float32
 PROMPT_TOKENS = 3
 
 
@@ -48,31 +48,31 @@ class EncoderChecks:
     def attributes(self) -> None:
         """The attributes fit one another and what `preprocess` gives; the fingerprint is stable."""
         e = self.encoder
-        assert e.modality.isidentifier(), self.message(f"modality is {e.modality!r}, need a name such as 'image'")
+        assert e.modality.isidentifier(), self.message(f"modality is {e.modality!r}, expected a name such as 'image'")
         assert len(e.widths) == len(e.heads), self.message(f"{len(e.widths)} widths but {len(e.heads)} heads")
         assert all(type(n) is int and n > 0 for n in (*e.widths, *e.heads, e.feature_width)), self.message(
             "widths, heads and feature_width must be positive integers"
         )
-        assert bool(e.widths) != bool(e.why_not_main), self.message("why_not_main is for encoders without widths, and for all")
+        assert bool(e.widths) != bool(e.why_not_main), self.message("why_not_main must be set exactly if widths is empty")
         json.dumps(e.preprocess.describe())
         sizes = {name: tensor.shape[0] for name, tensor in self.inputs.items()}
         count = len(self.values)
         assert set(sizes.values()) == {count}, self.message(f"first dimensions {sizes} of {count} samples")
-        assert e.fingerprint() == e.fingerprint(), self.message("the fingerprint changes by itself")
+        assert e.fingerprint() == e.fingerprint(), self.message("the fingerprint is not deterministic")
 
     def frozen(self) -> None:
         """No parameter learns and no module is in training mode, also after train()."""
         self.encoder.train()
         learning = [name for name, p in self.encoder.named_parameters() if p.requires_grad]
-        assert not learning, self.message(f"frozen, yet {learning[:3]} would learn")
+        assert not learning, self.message(f"although frozen, {learning[:3]} would be trained")
         training = [name for name, m in self.encoder.named_modules() if m.training]
-        assert not training, self.message(f"frozen, yet {training[:3]} are in training mode after train()")
+        assert not training, self.message(f"although frozen, {training[:3]} are in training mode after train()")
 
     def plain_output(self) -> None:
         """Shapes and types of `Encoded`, and the same values the second time."""
         out, count = self.run(self.inputs), len(self.values)
         assert out.pooled_BC.shape == (count, self.encoder.feature_width), self.message(
-            f"pooled feature {tuple(out.pooled_BC.shape)}, need {(count, self.encoder.feature_width)}"
+            f"pooled feature {tuple(out.pooled_BC.shape)}, expected {(count, self.encoder.feature_width)}"
         )
         assert out.tokens_BLD.dim() == 3 and len(out.tokens_BLD) == count, self.message("tokens are not (B, L, D)")
         assert self.encoder.token_width in (0, out.tokens_BLD.shape[2]), self.message(
@@ -89,7 +89,7 @@ class EncoderChecks:
         """Features of single rows, cut to their own length."""
         rows = [{name: tensor[row : row + 1] for name, tensor in self.inputs.items()} for row in range(len(self.values))]
         pooled_BC = torch.cat([encode_pooled(self.encoder, row) for row in rows])
-        self.close(self.run(self.inputs).pooled_BC, pooled_BC, "a sample by itself, without padding, gives another feature")
+        self.close(self.run(self.inputs).pooled_BC, pooled_BC, "a sample alone, without padding, gives a different feature")
 
     def does_not_depend_on_the_batch(self, gates: Callable[[list[Tensor]], list[Tensor] | None] | None) -> None:
         """Features and tokens of a sample by itself and within the batch.
@@ -122,7 +122,7 @@ class EncoderChecks:
             self.encoder.encode(self.inputs, lambda layer, tokens, mask: None)
         except EncoderError:
             return
-        raise AssertionError(self.message("has no layer to prompt, and takes prompt_at all the same"))
+        raise AssertionError(self.message("accepts prompt_at although it has no layer to prompt"))
 
     def same(self, left: Encoded, right: Encoded, fault: str) -> None:
         """Require equal values."""
@@ -133,7 +133,7 @@ class EncoderChecks:
     def close(self, left: Tensor, right: Tensor, fault: str) -> None:
         """Require values that differ by rounding alone."""
         apart, scale = float((left - right).detach().abs().max()), max(1.0, float(right.detach().abs().max()))
-        assert apart <= TOLERANCE * scale, self.message(f"{fault}: apart by {apart:.2e}, values up to {scale:.2g}")
+        assert apart <= TOLERANCE * scale, self.message(f"{fault}: differs by {apart:.2e}, values up to {scale:.2g}")
 
 
 def prompts_at(prompts: list[Tensor], gates: list[Tensor] | None) -> PromptAt:

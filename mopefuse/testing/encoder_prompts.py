@@ -1,4 +1,4 @@
-"""What is checked of an encoder that takes prompts, and of one that takes tokens beside its own.
+"""What is checked of an encoder that takes prompts, and of one that accepts inserted tokens.
 
 Shapes: B batch, L tokens, P prompt tokens, D width of a layer, K keys that a query sees.
 """
@@ -27,7 +27,7 @@ class PromptChecks(EncoderChecks):
         seen: list[tuple[int, int]] = []
 
         def look(layer: int, tokens_BLD: Tensor, mask_BL: Tensor | None) -> None:
-            assert tokens_BLD.dim() == 3, self.message(f"layer {layer} hands over tokens of shape {tuple(tokens_BLD.shape)}")
+            assert tokens_BLD.dim() == 3, self.message(f"layer {layer} passes tokens of shape {tuple(tokens_BLD.shape)}")
             assert len(tokens_BLD) == len(self.values), self.message(f"layer {layer} sees a batch of {len(tokens_BLD)}")
             if mask_BL is not None:
                 assert mask_BL.dtype == torch.bool, self.message(f"the mask at layer {layer} is not boolean")
@@ -36,7 +36,7 @@ class PromptChecks(EncoderChecks):
 
         self.run(self.inputs, look)
         assert seen == list(enumerate(self.encoder.widths)), self.message(
-            f"prompt_at saw (layer, width) {seen}, need {list(enumerate(self.encoder.widths))}"
+            f"prompt_at saw (layer, width) {seen}, expected {list(enumerate(self.encoder.widths))}"
         )
 
     def untouched_without_prompts(self) -> None:
@@ -93,19 +93,19 @@ class PromptChecks(EncoderChecks):
         try:
             self.run(self.inputs, fail)
         except Stop:
-            self.same(self.run(self.inputs), plain, "a prompt outlives the call that it was given to")
+            self.same(self.run(self.inputs), plain, "a prompt is still active after its call")
             return
-        raise AssertionError(self.message("an exception of prompt_at is swallowed"))
+        raise AssertionError(self.message("an exception raised by prompt_at is swallowed"))
 
     def inserted_tokens(self) -> None:
-        """Tokens beside the encoder's own are refused, or keep what `Insert` promises."""
+        """Inserted tokens are rejected, or keep what `Insert` promises."""
         tokens = self.prompts[0]
         if not self.encoder.insertable:
             try:
                 self.encoder.encode(self.inputs, None, Insert(tokens))
             except EncoderError:
                 return
-            raise AssertionError(self.message("is not insertable, and takes tokens all the same"))
+            raise AssertionError(self.message("accepts inserted tokens although insertable is False"))
         with torch.no_grad():
             plain = self.encoder.encode(self.inputs)
             none = self.encoder.encode(self.inputs, None, Insert(tokens[:, :0]))
@@ -138,7 +138,7 @@ class PromptChecks(EncoderChecks):
         self.encoder.encode(self.inputs, last, same)
         together = seen[0][:, : insert.blind]
         if insert.blind:
-            self.close(together, together[:1].expand_as(together), f"{kind} see what they should not")
+            self.close(together, together[:1].expand_as(together), f"{kind} attend to tokens that they should not see")
         sighted = seen[0][:, insert.blind : insert.tokens_BPD.shape[1]]
         if len(self.encoder.widths) > 1:
             assert not torch.allclose(sighted, sighted[:1].expand_as(sighted)), self.message(f"{kind} see no token of a sample")
@@ -158,7 +158,7 @@ class PromptChecks(EncoderChecks):
                 with torch.no_grad():
                     out = self.encoder.run_layer(layer, tokens_BLD, mask_BL, look(layer, tokens_BLD, mask_BL))
                 entering.pop()
-                self.close(out[real], entering[layer + 1][0][real], f"layer {layer} by itself gives something else")
+                self.close(out[real], entering[layer + 1][0][real], f"layer {layer} alone gives a different result")
             self._read(layer, tokens_BLD, mask_BL, real)
 
     def _read(self, layer: int, tokens_BLD: Tensor, mask_BL: Tensor | None, real_BL: Tensor) -> None:
@@ -168,11 +168,11 @@ class PromptChecks(EncoderChecks):
         mask_BK = None if mask_BL is None else real_BK
         read = run(layer, query_BPD, mask_BK, Prompt(tokens_BLD))
         whole = run(layer, torch.cat([tokens_BLD, query_BPD], dim=1), mask_BK)[:, -PROMPT_TOKENS:]
-        self.close(read, whole, f"at layer {layer}, tokens as a prompt are not as tokens")
+        self.close(read, whole, f"at layer {layer}, tokens passed as a prompt differ from tokens")
         for index, real in enumerate(real_BL):
             one = slice(index, index + 1)
             alone = run(layer, query_BPD[one], None, Prompt(tokens_BLD[one][:, real]))
-            self.close(read[one], alone, f"at layer {layer}, what sample {index} is asked depends on its batch or padding")
+            self.close(read[one], alone, f"at layer {layer}, the tokens of sample {index} depend on its batch or padding")
         (grad,) = torch.autograd.grad(read.square().sum(), query_BPD)
         assert grad.isfinite().all() and grad.abs().sum() > 0, self.message(f"a query of layer {layer} gets no gradient")
 

@@ -1,4 +1,4 @@
-"""The contract that every fusion method keeps; see `mopefuse.fusion.Fusion`. What is checked is in `fusion_checks`."""
+"""The contract that every fusion method must satisfy; see `mopefuse.fusion.Fusion`. What is checked is in `fusion_checks`."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def check_fusion(
     samples: Mapping[str, Sequence[Any]] | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Fusion:
-    """Check that a fusion method keeps the contract of `mopefuse.fusion.Fusion`; a fresh model of it is returned.
+    """Check that a fusion method satisfies the contract of `mopefuse.fusion.Fusion`; a fresh model of it is returned.
 
     Args:
         method: its registered name, or its class.
         main, comp: specs of encoders that it can fuse.
         samples: values by modality, the same number of each, at least 2; default the examples of the modalities.
-        settings: of a recipe, by section: ``{"prompts": {"experts": 2}}``.
+        settings: settings of a recipe, by section: ``{"prompts": {"experts": 2}}``.
 
     Raises:
-        AssertionError: the first part of the contract that is broken: what, where, and how to mend it.
+        AssertionError: the first part of the contract that is broken: what, where, and how to fix it.
     """
     name = method if isinstance(method, str) else method.__name__
     found = registry.load(registry.FUSION, method) if isinstance(method, str) else method
@@ -63,7 +63,7 @@ def _parts(check: FusionChecks) -> list[Part]:
         ),
         Part("keeps nothing of a call", check.keeps_no_state, keep),
         Part(
-            "does not let a sample depend on its batch",
+            "computes each sample independently of its batch",
             check.samples_are_independent,
             "compute each row from its own sample: no mean, norm or attention over the batch",
         ),
@@ -78,18 +78,18 @@ def _parts(check: FusionChecks) -> list[Part]:
             "get features of the sides in self.frozen, and of no others, with self.pooled_feature(side, batch)",
         ),
         Part(
-            "saves all that it learns",
+            "saves everything that it trains",
             check.state_round_trip,
             "keep what is learned in parameters, and constants that belong to it in buffers",
         ),
-        Part("can be copied and handed to data workers", check.copies, "keep no open files, locks or lambdas on self"),
+        Part("can be copied and sent to data workers", check.copies, "keep no open files, locks or lambdas on self"),
         Part(
-            "refuses samples without what it needs",
+            "rejects samples that lack a required modality",
             check.missing_is_refused,
             "leave collate and requirements as they are, or set takes_several_comps = True if it handles missing modalities",
         ),
         Part(
-            "handles samples without what it says it can lack",
+            "handles samples that lack an optional modality",
             check.missing_is_handled,
             "pass batch=batch to self.classify(), or use self.replace_missing(side, feature_BC, batch)",
         ),

@@ -58,13 +58,13 @@ class FusionChecks:
         """The logits (B, N) of a batch, without gradients, after a check of the output."""
         with torch.no_grad():
             output = model(batch)
-        assert isinstance(output, Output), self.message(f"forward() returns a {type(output).__name__}, need an Output")
+        assert isinstance(output, Output), self.message(f"forward() returns a {type(output).__name__}, expected an Output")
         shape, need = tuple(output.logits_BN.shape), (len(batch.index), NUM_LABELS)
-        assert shape == need, self.message(f"logits have the shape {shape}, need {need}")
+        assert shape == need, self.message(f"logits have the shape {shape}, expected {need}")
         assert output.logits_BN.isfinite().all(), self.message("logits are not finite")
         if (routing_BLK := output.routing_BLK) is not None:
             assert routing_BLK.dim() == 3 and len(routing_BLK) == len(batch.index), self.message(
-                f"routing has the shape {tuple(routing_BLK.shape)}, need (samples, layers, experts)"
+                f"routing has the shape {tuple(routing_BLK.shape)}, expected (samples, layers, experts)"
             )
             assert torch.allclose(routing_BLK.sum(dim=-1), torch.ones(()), atol=1e-3), self.message(
                 "routing weights of a layer do not add up to 1"
@@ -107,7 +107,7 @@ class FusionChecks:
         assert trainable, self.message("has no trainable parameter")
         learns = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         odd = sorted(learns ^ trainable.keys())
-        assert not odd, self.message(f"requires_grad of {odd[0]} is {odd[0] in learns}, but it is not so in is_trainable()")
+        assert not odd, self.message(f"requires_grad of {odd[0]} is {odd[0] in learns}, but is_trainable() disagrees")
         self.loss(model, self.batch(model)).backward()
         for name, parameter in model.named_parameters():
             if name not in trainable:
@@ -125,7 +125,7 @@ class FusionChecks:
     def cached_features(self) -> None:
         """Logits from features of the frozen sides, without their inputs."""
         model = self.model
-        assert set(model.frozen) <= set(model.uses), self.message(f"frozen is {model.frozen}, need sides in {model.uses}")
+        assert set(model.frozen) <= set(model.uses), self.message(f"frozen is {model.frozen}, expected sides in {model.uses}")
         batch = self.batch(model)
         features = {side: encode_pooled(model.encoder(side), batch.inputs[side]) for side in model.frozen}
         inputs = {side: own for side, own in batch.inputs.items() if side not in features}
@@ -151,7 +151,7 @@ class FusionChecks:
         copied = self.run_and_check(copy.deepcopy(self.model), batch)
         assert torch.equal(copied, self.run_and_check(self.model, batch)), self.message("a deep copy gives other logits")
         size = len(ForkingPickler.dumps(self.model.collate))
-        assert size <= _LARGEST, self.message(f"the collator takes {size:,} bytes: it seems to hold weights")
+        assert size <= _LARGEST, self.message(f"the pickled collator has {size:,} bytes: it seems to hold weights")
 
     def missing_is_refused(self) -> None:
         """A sample without what the method needs is a DataError when a batch is made."""
@@ -162,7 +162,7 @@ class FusionChecks:
                 self.batch(model, self._without(modality))
             except DataError:
                 continue
-            raise AssertionError(self.message(f"takes a sample without {modality}, which it does not say it can lack"))
+            raise AssertionError(self.message(f"accepts a sample without {modality}, which is not declared optional"))
 
     def missing_is_handled(self) -> None:
         """A sample without a modality that may be lacking gets finite logits, and does not change the others."""

@@ -1,4 +1,4 @@
-"""The contract that every modality keeps; see `mopefuse.modalities.base.Modality`. What is checked is in `modality_checks`."""
+"""The contract that every modality must satisfy; see `mopefuse.modalities.base.Modality`. Checks are in `modality_checks`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ from mopefuse.testing._contract import Part, enforce
 from mopefuse.testing.modality_checks import Equal, FileChecks, ModalityChecks, same
 
 
-def check_modality(
-    modality: str, *, values: Sequence[str] = (), root: Path | None = None, equal: Equal = same
-) -> Modality:
-    """Check that a modality keeps the contract of `mopefuse.modalities.base.Modality`; it is returned.
+def check_modality(modality: str, *, values: Sequence[str] = (), root: Path | None = None, equal: Equal = same) -> Modality:
+    """Check that a modality satisfies the contract of `mopefuse.modalities.base.Modality`; it is returned.
 
     Args:
         modality: its registered name.
@@ -24,7 +22,7 @@ def check_modality(
         equal: whether two values, as read() gives them, are the same; default by `==`, of arrays and images by their elements.
 
     Raises:
-        AssertionError: the first part of the contract that is broken: what, where, and how to mend it.
+        AssertionError: the first part of the contract that is broken: what, where, and how to fix it.
     """
     found = registry.load(registry.MODALITIES, modality)
     assert isinstance(found, type) and issubclass(found, Modality), (
@@ -50,23 +48,23 @@ def _parts(check: ModalityChecks) -> list[Part]:
             "return at least two values, as read() gives them, from examples(), and a blank one from blank_value()",
         ),
         Part(
-            "tells one value from a list of them",
+            "distinguishes a single value from a list of values",
             check.single_and_lists,
             "override is_single(): True for one value, False for a list or tuple of values",
         ),
         Part(
-            "refuses what is no value of it",
+            "rejects objects that are not its values",
             check.other_objects_are_refused,
-            f"override accepts(): False for what is no value; in prepare(), {mopefuse_error}",
+            f"override accepts(): False for what is not a value; in prepare(), {mopefuse_error}",
         ),
         Part("reads values the same each time", check.reading, f"keep nothing on self in read(); {mopefuse_error}"),
         Part(
-            "prepares values from Python as those of rows",
+            "prepares values from Python like those of rows",
             check.prepares_as_it_reads,
             "return from prepare() what read() returns for the same value",
         ),
-        Part("has readers and values that data workers can have", check.workers, "keep no open files, locks or lambdas"),
-        Part("reads damaged values as errors", check.damaged, mopefuse_error),
+        Part("has readers and values that can be sent to data workers", check.workers, "keep no open files, locks or lambdas"),
+        Part("reports damaged values as errors", check.damaged, mopefuse_error),
     ]
     if isinstance(check, FileChecks):
         safe = "decode with a library for this format alone; numpy.load needs allow_pickle=False"
@@ -75,7 +73,7 @@ def _parts(check: ModalityChecks) -> list[Part]:
             Part("never unpickles a file", check.no_pickle, safe),
             Part("reads no file outside the data folder", check.stays_inside, inside),
             Part(
-                "inspects a file as it decodes it",
+                "inspects files exactly as it decodes them",
                 check.inspects_whole_files,
                 "raise in inspect() where decode() would, and nowhere else",
             ),

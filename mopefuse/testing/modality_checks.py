@@ -23,7 +23,7 @@ _OTHER_OBJECTS = (object(), {"a": 1}, {1, 2}, 3.5j)
 
 
 class ModalityChecks:
-    """One modality, and values of it as they stand in rows."""
+    """One modality, and values of it as they are stored in rows."""
 
     def __init__(self, modality: Modality, values: Sequence[str], root: Path, equal: Equal) -> None:
         self.modality, self.values, self.root, self.equal = modality, [*values], root, equal
@@ -41,21 +41,21 @@ class ModalityChecks:
         """Words for messages."""
         for name in ("plural", "value_description", "type_fix"):
             text = getattr(self.modality, name)
-            assert isinstance(text, str) and text, self.message(f"{name} is {text!r}, need words for messages")
+            assert isinstance(text, str) and text, self.message(f"{name} is {text!r}, expected words for messages")
         name = self.modality.name
-        assert name.isidentifier(), self.message(f"its name is {name!r}, need letters, digits and _")
+        assert name.isidentifier(), self.message(f"its name is {name!r}, expected letters, digits and _")
 
     def examples(self) -> None:
         """`examples` and `blank_value` return values that are accepted."""
         examples = self.modality.examples()
-        assert len(examples) >= 2, self.message(f"examples() gives {len(examples)} values, need at least 2")
+        assert len(examples) >= 2, self.message(f"examples() gives {len(examples)} values, expected at least 2")
         for value in (*examples, self.modality.blank_value()):
             kind = type(value).__name__
             what = f"accepts() refuses a {kind} of its own examples() or blank_value()"
             assert self.modality.accepts(value), self.message(what)
 
     def single_and_lists(self) -> None:
-        """A list of values stays one, of one value as of several."""
+        """A list of values is treated as a list, even with a single element."""
         examples = self.modality.examples()
         for values in (examples, tuple(examples), examples[:1]):
             what = f"is_single() takes a {type(values).__name__} of values for one value"
@@ -64,12 +64,12 @@ class ModalityChecks:
             assert len(found) == len(values), self.message(f"{len(values)} values become {len(found)}")
 
     def other_objects_are_refused(self) -> None:
-        """What is no value is not accepted, or is a MopefuseError when it is prepared."""
+        """Objects that are not values are not accepted, or raise a MopefuseError when they are prepared."""
         for value in _OTHER_OBJECTS:
             if self.modality.accepts(value):
                 kind = type(value).__name__
                 refused = self.refuses(partial(self.modality.prepare, value, where="sample 0"), f"prepare() of a {kind}")
-                assert refused, self.message(f"accepts() and prepare() take a {kind} for a value")
+                assert refused, self.message(f"accepts() and prepare() accept a {kind} as a value")
 
     def refuses(self, action: Callable[[], object], what: str) -> bool:
         """Whether an action raises a `MopefuseError`; one without a fix, or any other exception, is a fault."""
@@ -81,7 +81,7 @@ class ModalityChecks:
             return True
         except Exception as error:
             kind = type(error).__name__
-            raise AssertionError(self.message(f"{what} raises a {kind}, need a MopefuseError: {error}")) from error
+            raise AssertionError(self.message(f"{what} raises a {kind}, expected a MopefuseError: {error}")) from error
         return False
 
     def reading(self) -> None:
@@ -92,7 +92,7 @@ class ModalityChecks:
             assert self.modality.accepts(first), self.message(f"accepts() refuses what read() gives for {value!r:.60}")
 
     def prepares_as_it_reads(self) -> None:
-        """What read() gives stays as it is when it is prepared."""
+        """prepare() leaves the result of read() unchanged."""
         for value in self.values:
             read = self.read(value)
             found = self.modality.prepare(read, where="sample 0")
@@ -138,7 +138,7 @@ class FileChecks(ModalityChecks):
         damaged = {"an empty file": b"", "a page of HTML": b"<!doctype html>", "half a file": whole[: len(whole) // 2]}
         for what, content in damaged.items():
             refused = self.refuses(partial(self.inspect, content), f"inspect() at {what}")
-            assert refused, self.message(f"inspect() takes {what} for a value")
+            assert refused, self.message(f"inspect() accepts {what} as a value")
 
     def inspect(self, content: bytes) -> None:
         """See `Files.inspect`."""
@@ -160,7 +160,7 @@ class FileChecks(ModalityChecks):
             assert not _Trap.loaded, self.message("a file with a pickle in it ran code of its own")
 
     def stays_inside(self) -> None:
-        """A path out of the folder, of what is not there, or of a folder, is refused."""
+        """Paths that leave the folder, do not exist, or name a folder are rejected."""
         for value in ("../elsewhere", str((self.root / self.values[0]).resolve()), "not-there", "."):
             refused = self.refuses(partial(self.read, value), f"read() of the path {value!r:.60}")
             assert refused, self.message(f"read() takes the path {value!r}")

@@ -1,7 +1,7 @@
-"""Carry the weights of a trained model over to one with another encoder or other labels, where they keep their meaning.
+"""Transfer the weights of a trained model to one with another encoder or other labels, where they still apply.
 
-A new complementary encoder leaves prompts, experts and head as they are; only what reads its features is new. A new main
-encoder with the same widths, heads and depth (ViT-B to DeiT-B, BERT to RoBERTa) leaves everything; one with another geometry
+A new complementary encoder keeps prompts, experts and head; only weights that read its features are new. A new main
+encoder with the same widths, heads and depth (ViT-B to DeiT-B, BERT to RoBERTa) keeps everything; one with another geometry
 leaves what does not depend on its layers. Rows of the head stay with their labels.
 
 Shapes: N labels, F features of the head.

@@ -45,7 +45,7 @@ def balanced_weights(counts_N: Tensor, samples: int, *, multi_label: bool) -> Te
 
     Returns:
         (N,): S / (number of classes * samples of the class). For multi-label data (2, N), for the positives and the negatives
-        of each label: S / (2 * their number). 1 where there are no samples.
+        of each label: S / (2 * their number). 1 if there are no samples.
     """
     counts_N = counts_N.float()
     if multi_label:

@@ -10,7 +10,7 @@ from mopefuse.config.sides import is_comp
 from mopefuse.data.base import DataSet
 from mopefuse.fusion.base import Fusion
 
-_MIN_ROWS, _MIN_ROWS_OF_A_LABEL = 100, 10  # of the validation split, for tuning thresholds
+_MIN_ROWS, _MIN_ROWS_OF_A_LABEL = 100, 10  # minimum size of the validation split for tuning thresholds
 
 
 def likely_mistakes(config: RunConfig, data: DataSet, model: Fusion) -> Iterator[str]:
@@ -22,13 +22,13 @@ def likely_mistakes(config: RunConfig, data: DataSet, model: Fusion) -> Iterator
 
 
 def _unread_modalities(data: DataSet, model: Fusion) -> Iterator[str]:
-    """Modalities in the data that none of several encoders reads."""
+    """Notices about modalities in the data that no encoder reads."""
     specs = {side: str(model.encoder(side).spec) for side in model.uses}
     read = sorted({model.encoder(side).modality for side in model.uses})
     unread = [name for name in data.modalities if name not in read]
     if unread and len(specs) > 1:
         flags = ", ".join(f"--{'comp' if is_comp(side) else side} {spec}" for side, spec in specs.items())
-        fix = "to use it, name an encoder that does with --main or --comp"
+        fix = "to use it, give an encoder that reads it with --main or --comp"
         yield f"no encoder reads {' or '.join(unread)}: {flags} read {' and '.join(read)}; {fix}"
 
 
@@ -45,7 +45,7 @@ def _poorly_tuned_thresholds(config: RunConfig, data: DataSet) -> Iterator[str]:
     if len(labels) < _MIN_ROWS or rare:
         which = f"{rare:,} of {len(data.labels):,} labels have fewer than {_MIN_ROWS_OF_A_LABEL} of them"
         what = f"--threshold tuned chooses each label's threshold on {len(labels):,} validation rows, and {which}"
-        yield f"{what}: the result may be chance; hold out more rows, or use --threshold 0.5"
+        yield f"{what}: the thresholds may be unreliable; hold out more rows, or use --threshold 0.5"
 
 
 def _settings_without_effect(config: RunConfig, model: Fusion) -> Iterator[str]:
@@ -56,4 +56,4 @@ def _settings_without_effect(config: RunConfig, model: Fusion) -> Iterator[str]:
 def _duplicate_encoders(model: Fusion) -> Iterator[str]:
     for spec, count in Counter(str(model.encoder(side).spec) for side in model.uses if is_comp(side)).items():
         if count > 1:
-            yield f"{spec} is given {count} times as a complementary encoder: its features are the same each time"
+            yield f"{spec} is given {count} times as a complementary encoder: all copies give the same features"

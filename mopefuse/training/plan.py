@@ -102,7 +102,7 @@ def prepare(config: RunConfig, listener: Listener, device: torch.device | None =
     Raises:
         MopefuseError: an unknown method or encoder, bad data, or a model that does not suit the data.
     """
-    check_names(config)  # before the minutes that reading data can take
+    check_names(config)  # before reading data, which can take minutes
     data = _load(config, listener)
     config = _with_modalities(config, data)
     model = build_model(config, len(data.labels))
@@ -122,7 +122,7 @@ def resolved(config: RunConfig, model: Fusion) -> RunConfig:
 
 def _load(config: RunConfig, listener: Listener) -> DataSet:
     advance = partial(listener.on_data_progress, "checking files")
-    if distributed.world_size() > 1:  # one process checks the files, the others then find its index
+    if distributed.world_size() > 1:  # one process checks the files; the others then use its index
         distributed.run_on_main(lambda: load_data(config.data, advance=advance) and None)
     data = load_data(config.data, advance=advance)
     for text in data.notices:

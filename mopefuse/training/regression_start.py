@@ -1,4 +1,4 @@
-"""Initial weights of methods whose head begins as a regression on features of the encoders without prompts.
+"""Initial weights of methods whose head starts as a logistic regression on features of the encoders without prompts.
 
 These are the models with a head on standardised features (`Fusion.standard`): the weights are the fitted head and the
 statistics of the features.
@@ -22,7 +22,7 @@ def regression_start(trainer: Trainer, given: Start | None = None) -> Start | No
     """The initial weights of a run: fitted here, or `given`; None for a model that starts from scratch.
 
     Args:
-        given: of a swapped model, whose head is kept; only the feature statistics of a new encoder are computed.
+        given: those of a swapped model, whose head is kept; only the feature statistics of a new encoder are computed.
     """
     model = trainer.model
     if model.standard is None:

@@ -23,7 +23,7 @@ class Duration:
 
     @classmethod
     def from_config(cls, config: Train, samples: int) -> Duration:
-        """The duration of training on so many samples."""
+        """The duration of training on a number of samples."""
         return cls(math.ceil(samples / config.batch_size), config.epochs, config.max_steps)
 
     @property
@@ -42,7 +42,7 @@ class Duration:
         """A warning that ``--steps`` has no effect because ``--epochs`` ends first; empty if it has."""
         if self.max_steps is None or self.max_steps <= self.total:
             return ""
-        what = f"--steps {self.max_steps:,} is not reached: --epochs {self.epochs:,} ends after {self.total:,} steps"
+        what = f"--steps {self.max_steps:,} is never reached: --epochs {self.epochs:,} ends after {self.total:,} steps"
         return f"{what}; raise --epochs to {math.ceil(self.max_steps / self.per_epoch):,}"
 
 

@@ -36,9 +36,9 @@ class Backward:
         """Add the gradients of this process's share, in `train.accumulate` parts; returns its part of the loss.
 
         Args:
-            batch: this process's share. batch_size: of the global batch.
+            batch: this process's share. batch_size: size of the global batch.
             has_share: False where the global batch is smaller than the number of processes and this one has no share of
-                it: it then computes a sample that counts for nothing.
+                it: it then computes a dummy sample with weight zero.
         """
         weight = 1.0 if has_share else 0.0
         count = min(self._config.train.accumulate, max(1, batch_size // distributed.world_size()))

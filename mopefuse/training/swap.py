@@ -84,7 +84,7 @@ def swap_encoder(
             ``text=SPEC`` selects one by position or by modality.
         data: another data set, possibly with other labels.
         settings: other settings of the new run, nested.
-        epochs: of tuning; 0 leaves the swapped model untrained.
+        epochs: number of tuning epochs; 0 leaves the swapped model untrained.
         warm_up: number of the first of these epochs in which only new parameters learn.
         scratch: with `epochs`, also train a model from scratch for as many, into ``<out>-scratch``, for comparison.
 
@@ -93,11 +93,11 @@ def swap_encoder(
     """
     if main is None and not comp and data is None:
         fix = "name --main SPEC, --comp SPEC or --data DIR"
-        raise ConfigError(ConfigCode.NOTHING_TO_SWAP, "nothing is swapped", where="swap-encoder", fix=fix)
+        raise ConfigError(ConfigCode.NOTHING_TO_SWAP, "no new encoder or data was given", where="swap-encoder", fix=fix)
     _require_enough_epochs(warm_up, epochs)
     listener = listener or Listener()
     with distributed.process_group():
-        distributed.run_on_main(lambda: RunFolder(out).prepare(resume=False, overwrite=False, fix="name another --out"))
+        distributed.run_on_main(lambda: RunFolder(out).prepare(resume=False, overwrite=False, fix="choose another --out"))
         # 1. The trained model, and the new one before training.
         source = find_run(run)
         old = load_model(source, "best", CPU)
@@ -126,13 +126,13 @@ def swap_encoder(
 
 def _require_enough_epochs(warm_up: int, epochs: int) -> None:
     if not 0 <= warm_up <= epochs:
-        what = f"{warm_up} epochs of warm-up in {epochs} epochs of tuning"
+        what = f"--warm-up is {warm_up} epochs, but --epochs only {epochs}"
         raise ConfigError(ConfigCode.WARM_UP_TOO_LONG, what, where="--warm-up", fix="raise --epochs")
 
 
 def _require_trained_by_steps(old: Loaded, run: Path) -> None:
     if old.model.closed_form:
-        what = f"{old.config.method} is fitted anew for other encoders"
+        what = f"{old.config.method} is always refitted from scratch"
         raise ConfigError(ConfigCode.METHOD_CANNOT_SWAP, what, where=str(run), fix="use mopefuse train")
 
 

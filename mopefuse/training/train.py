@@ -1,4 +1,4 @@
-"""Train a fusion of frozen encoders into a run folder; the checkpoint that is best on validation is tested once."""
+"""Train a fusion of frozen encoders into a run folder; the best checkpoint on validation is tested once."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def _train(
     try:
         return _finish(trainer, prepared, folder, device)
     except KeyboardInterrupt:
-        what = f"after the last step, {trainer.progress.step}, before the test; its checkpoint is published"
+        what = f"after the last step, {trainer.progress.step}, before the test; its checkpoint has been saved"
         raise Interrupted(signal.SIGINT, what, fix="continue with --resume") from None
 
 

@@ -187,7 +187,7 @@ class Trainer:
                 self.save()
                 raise Interrupted(
                     signal_number,
-                    f"at step {self.progress.step} of {self.total}, its checkpoint is published",
+                    f"at step {self.progress.step} of {self.total}, its checkpoint has been saved",
                     fix="continue with --resume",
                 )
         if self.progress.validated != self.progress.step:

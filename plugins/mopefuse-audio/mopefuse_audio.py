@@ -1,9 +1,9 @@
 """Audio encoders: ``audio:facebook/wav2vec2-base``, ``audio:/folder/with/hubert``, ``audio:openai/whisper-tiny``.
 
-wav2vec 2.0, HuBERT, WavLM and the encoder of Whisper, read through transformers; all but WavLM, whose attention is its own, can
+wav2vec 2.0, HuBERT, WavLM and the encoder of Whisper, read through transformers; all but WavLM (its attention is its own) can
 be prompted. Clips are mixed to one channel, brought to the encoder's rate by soxr and cut to ``?seconds=``.
 
-Encoders that normalise their first features over time (``feat_extract_norm`` ``group``) would see how far a clip was padded;
+Encoders that normalise their first features over time (``feat_extract_norm`` ``group``) would be affected by padding;
 they get all clips padded to one length. So does Whisper, as it was trained. The others take any length and a mask.
 
 Shapes: B batch, T samples of audio, L frames, M bands of a mel spectrogram, D width.
@@ -63,7 +63,7 @@ class AudioEncoder(TransformersEncoder):
         rate = int(values.get("sampling_rate", 16000))
         if self.model_config.model_type == "whisper":
             if "seconds" in self.spec.options:
-                raise EncoderError(22, "Whisper takes clips of one length", where=str(self.spec), fix="leave ?seconds= out")
+                raise EncoderError(22, "Whisper takes clips of one length", where=str(self.spec), fix="remove ?seconds=")
             hop = int(values.get("hop_length", 160))
             length = int(self.model_config.max_source_positions) * 2 * hop
             return LogMel(rate, length, hop, int(self.model_config.num_mel_bins), int(values.get("n_fft", 400)))
@@ -105,7 +105,7 @@ class AudioEncoder(TransformersEncoder):
 
 @dataclass(frozen=True)
 class _Clips:
-    """Clips of one rate, in Hz, and most samples. A value is as `mopefuse_audio_clips.Audio` gives or takes it."""
+    """Clips of one rate, in Hz, with a maximum length. A value is as `mopefuse_audio_clips.Audio` gives or takes it."""
 
     rate: int
     most: int

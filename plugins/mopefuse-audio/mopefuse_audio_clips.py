@@ -1,6 +1,6 @@
 """The modality `audio`: files that libsndfile reads (WAV, FLAC, OGG, MP3), named by a column of a table.
 
-Every clip is decoded once when a data set is checked or indexed; later only as much of it as an encoder hears.
+Every clip is decoded once when a data set is checked or indexed; later only as much of it as the encoder uses.
 
 Shapes: T samples of a clip.
 """
@@ -54,7 +54,7 @@ class Clip:
             raise self.unreadable(str(error)) from None
 
     def check(self) -> None:
-        """Decode all of it, and keep nothing.
+        """Decode the whole file to check it, and discard the result.
 
         Raises:
             DataError: it cannot be decoded, is cut short, has no samples or too many, or some that are not finite.
@@ -81,7 +81,7 @@ class Clip:
             raise self.unreadable("it is cut short")
 
     def unreadable(self, why: str) -> DataError:
-        """The error that this is no clip."""
+        """The error for a file that is not a clip."""
         reason = "it is empty" if not self.content else why.rpartition(": ")[2].rstrip(".") or "unknown reason"
         what = f"{self.name} is not readable audio ({reason})"
         return DataError(200, what, where=self.where, fix="replace or remove it; WAV, FLAC, OGG and MP3 are read")
@@ -96,7 +96,7 @@ class Audio(Files):
     common_columns: ClassVar[tuple[str, ...]] = ("clip", "wav", "sound", "audio_path", "file_name", "file", "path")
 
     def decode(self, content: bytes, name: str, *, where: str, config: Data) -> Clip:
-        """See `Files.decode`: the encoder says how much of it is heard."""
+        """See `Files.decode`: the encoder decides how much of it is used."""
         return Clip(content, name, where)
 
     def inspect(self, content: bytes, name: str, config: Data) -> FileInfo:
@@ -152,4 +152,4 @@ def clip_of(path: str | Path, *, where: str = "") -> Clip:
     try:
         return Clip(Path(path).read_bytes(), str(path), where)
     except OSError as error:
-        raise DataError(202, f"{path} cannot be read: {error.strerror}", where=where, fix="name a file of audio") from None
+        raise DataError(202, f"{path} cannot be read: {error.strerror}", where=where, fix="give a file of audio") from None
