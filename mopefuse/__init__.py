@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from mopefuse.config.schema import RunConfig, build_config
-    from mopefuse.data.pairs import PairDataset
+    from mopefuse.data.pair_dataset import PairDataset
     from mopefuse.evaluation.scoring import Evaluation
     from mopefuse.export.adapter import save_adapter
     from mopefuse.fusion.build import build_fusion
@@ -36,7 +36,7 @@ __all__ = [
     "train",
 ]
 _MODULES = {
-    "PairDataset": "mopefuse.data.pairs",
+    "PairDataset": "mopefuse.data.pair_dataset",
     "RunConfig": "mopefuse.config.schema",
     "build_config": "mopefuse.config.schema",
     "build_fusion": "mopefuse.fusion.build",

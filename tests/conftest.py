@@ -109,7 +109,7 @@ def trained(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def reported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of `trained` with its page; not to be changed."""
-    from mopefuse.report.run import report
+    from mopefuse.report.run_report import report
 
     copy = tmp_path_factory.mktemp("reported") / "run"
     shutil.copytree(trained, copy, ignore=shutil.ignore_patterns("missing-*"))

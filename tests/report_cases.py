@@ -12,7 +12,7 @@ from chromium import Chromium
 from test_data_pages import Page
 
 from mopefuse.data.load import load_data
-from mopefuse.report.facts import RunFacts
+from mopefuse.report.run_data import RunFacts
 from mopefuse.runs.folder import RunFolder
 
 UNDRAWN = """[...document.querySelectorAll('[data-chart]')].filter(

@@ -15,8 +15,8 @@ import torch
 from conftest import make_pairs, write_rows
 
 from mopefuse.config.schema import RunConfig, build_config
-from mopefuse.data.altered import derangement
 from mopefuse.data.load import load_data
+from mopefuse.data.perturbed import derangement
 from mopefuse.evaluation.audit import audit, audit_model
 from mopefuse.evaluation.split import run_split
 from mopefuse.fusion.base import Fusion

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import run_cli
 
-from mopefuse.bench import memory, scale, token_form
+from mopefuse.bench import inserted_tokens, memory, scale
 from mopefuse.bench.pair import PairBench, bench_pair, random_batch
 from mopefuse.bench.timing import Times, Turns
 from mopefuse.bench.variants import FLOOR, Subject, Variant, build_encoders, conditional, variants
@@ -21,7 +21,7 @@ from mopefuse.config.schema import RunConfig, build_config
 from mopefuse.encoders._prompted import PromptedEncoder
 from mopefuse.encoders.base import Encoder, create_encoder
 from mopefuse.errors import ResourceError
-from mopefuse.fusion._static import build_static_stack
+from mopefuse.fusion._static_prompts import build_static_stack
 
 CPU = torch.device("cpu")
 TINY = {"main": "tiny:vision", "comp": "tiny:text", "device": "cpu"}
@@ -48,7 +48,7 @@ def test_tokens_inserted_and_keys_and_values_give_the_same(main: str) -> None:
     model = subject.model.eval()
     with torch.no_grad():
         as_keys = model(subject.batch).logits
-        with token_form.as_tokens(subject.encoders["main"]):
+        with inserted_tokens.as_tokens(subject.encoders["main"]):
             as_tokens = model(subject.batch).logits
         after = model(subject.batch).logits
         bare = model.classify(subject.encoders["main"].encode(subject.batch.inputs["main"]).pooled_BC)
@@ -66,14 +66,14 @@ def test_inserted_tokens_go_through_the_projection_and_keys_and_values_do_not() 
     batch = {"pixels": torch.zeros(2, 64, 64, 3, dtype=torch.uint8)}
     prompts = stack.condition({})
     encoder.encode(batch, prompts)
-    with token_form.as_tokens(encoder):
+    with inserted_tokens.as_tokens(encoder):
         encoder.encode(batch, prompts)
     assert rows == [16, 19]
 
 
 def test_what_cannot_take_tokens_has_a_reason_instead_of_a_row() -> None:
     encoder = create_encoder("open_clip:ViT-B-32#visual?pretrained=false&force_image_size=64")
-    assert "does not support prompts as tokens" in token_form.why_not_insertable(encoder)
+    assert "does not support prompts as tokens" in inserted_tokens.why_not_insertable(encoder)
 
 
 def test_the_floor_runs_both_encoders_and_goes_back_to_the_first_layer() -> None:

@@ -250,7 +250,7 @@ def test_json_has_every_seed(folder: Path) -> None:
 def test_latex_and_csv_escape_labels(folder: Path) -> None:
     from dataclasses import replace
 
-    from mopefuse.cli._comparison import as_csv, as_latex, as_markdown
+    from mopefuse.cli._compare_display import as_csv, as_latex, as_markdown
 
     found = compare(runs(folder))
     rows: list[Row] = [replace(found.rows[0], label="=5 % & a_b|c<d"), found.rows[1]]

@@ -18,8 +18,8 @@ from mopefuse.config.schema import Data, build_config
 from mopefuse.core import cache
 from mopefuse.data.collate import Samples
 from mopefuse.data.features import split_features
+from mopefuse.data.image_cache import pictures
 from mopefuse.data.load import load_data
-from mopefuse.data.pictures import pictures
 from mopefuse.encoders.base import create_encoder, run_frozen
 from mopefuse.modalities import base as modality
 from mopefuse.modalities.files import Files, inspect_files

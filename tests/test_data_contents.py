@@ -12,7 +12,7 @@ from check_cases import folder, kinds, line, report, said, save, write
 from conftest import call, code_of, make_pairs
 
 from mopefuse.config.schema import Data
-from mopefuse.data import contents
+from mopefuse.data import summary
 from mopefuse.data.check import check
 from mopefuse.data.findings import file_findings
 from mopefuse.encoders.base import create_encoder
@@ -176,7 +176,7 @@ def test_a_check_replaces_the_characters_that_encoders_replace() -> None:
     preprocess = TextPreprocess(lambda texts, most: texts == ["a"] or pytest.fail("not yet"), 1)
     for number in range(0x110000):
         character = chr(number)
-        assert bool(contents.REPLACED.match(character)) == (preprocess.item(character) == "\ufffd" != character), hex(number)
+        assert bool(summary.REPLACED.match(character)) == (preprocess.item(character) == "\ufffd" != character), hex(number)
 
 
 def test_lengths_without_an_encoder_are_words_and_an_estimate(tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_an_image_encoder_counts_no_tokens() -> None:
 def test_of_very_many_texts_an_even_sample_is_measured_and_all_are_looked_at(
     pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(contents, "MOST_TEXTS", 5)
+    monkeypatch.setattr(summary, "MOST_TEXTS", 5)
     root = folder(tmp_path)
     write(root / "train.jsonl", *(line(f"t{n}", label="ab"[n % 2], text="w" * n) for n in range(17)))
     found = report(root)

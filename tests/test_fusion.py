@@ -15,7 +15,7 @@ import mopefuse
 from mopefuse.config.schema import build_config
 from mopefuse.encoders.base import Encoder, create_encoder
 from mopefuse.errors import CheckpointError, ConfigError, DataError, EncoderError
-from mopefuse.fusion._static import initial_bound
+from mopefuse.fusion._static_prompts import initial_bound
 from mopefuse.fusion.base import Fusion
 from mopefuse.fusion.build import build_model, require_rows
 

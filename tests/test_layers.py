@@ -165,7 +165,7 @@ MAY_NAME_THEM = {  # modalities are data: all others ask `mopefuse.modalities.ba
     **dict.fromkeys(("data.food101", "data.prepare", "data.digit_questions"), "written in the native format"),
     **dict.fromkeys(("cli._prepare_display", "bench.loader"), "written in the native format"),
     **dict.fromkeys(
-        ("export.bundle_maker", "inference.bundle_facts", "export.graph", "inference.bundle", "export.verify"),
+        ("export.bundle_maker", "inference.bundle_manifest", "export.graph", "inference.bundle", "export.verify"),
         "the format of bundles, whose inputs are pixels and tokens",
     ),
     **dict.fromkeys(("report.run_errors", "report.run_routing"), "a key of a template"),

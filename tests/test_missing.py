@@ -17,10 +17,10 @@ from test_fusion import TEXTS, build, images, open_gates
 from mopefuse.config.schema import build_config
 from mopefuse.data.collate import Samples
 from mopefuse.data.load import load_data
-from mopefuse.data.missing import ModalityDropout, removal_order
+from mopefuse.data.modality_dropout import ModalityDropout, removal_order
 from mopefuse.errors import ConfigError, DataError
 from mopefuse.evaluation.split import prepare_samples
-from mopefuse.fusion._design import statistics
+from mopefuse.fusion._design_matrix import statistics
 from mopefuse.fusion.base import Fusion
 from mopefuse.runs.folder import RunFolder
 from mopefuse.runs.load import load_model

@@ -17,9 +17,9 @@ from test_fusion import images
 
 import mopefuse
 from mopefuse.data.load import load_data
-from mopefuse.data.missing import FixedMissing
+from mopefuse.data.modality_dropout import FixedMissing
 from mopefuse.errors import DataError
-from mopefuse.evaluation import missing
+from mopefuse.evaluation import missing_modalities
 from mopefuse.evaluation.missing_shares import describe_shares, parse_shares
 from mopefuse.evaluation.split import prepare_samples, run_split
 from mopefuse.inference.bundle import Bundle
@@ -191,7 +191,9 @@ def either(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
 def test_no_sample_loses_all_that_it_has(either: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     run, data = either
     masks: list[Any] = []
-    monkeypatch.setattr(missing, "FixedMissing", lambda samples, taken: masks.append(taken) or FixedMissing(samples, taken))
+    monkeypatch.setattr(
+        missing_modalities, "FixedMissing", lambda samples, taken: masks.append(taken) or FixedMissing(samples, taken)
+    )
     done = call("eval", run, "--missing", "grid")
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]

@@ -16,12 +16,12 @@ from PIL import Image
 
 from mopefuse import build_fusion, load
 from mopefuse.config.schema import Data, build_config
-from mopefuse.data.altered import ShuffledSamples
 from mopefuse.data.base import Batch, DataSet
 from mopefuse.data.check import check
 from mopefuse.data.collate import Samples
 from mopefuse.data.features import split_features
 from mopefuse.data.load import load_data
+from mopefuse.data.perturbed import ShuffledSamples
 from mopefuse.encoders.base import create_encoder, run_frozen
 from mopefuse.errors import DataError
 from mopefuse.modalities.base import get_modality

@@ -20,7 +20,7 @@ def test_whoever_needs_model_and_data_opens_the_run() -> None:
     users = {name_of(file) for file in FILES if "load_model(" in file.read_text() and name_of(file) != "runs.load"}
     assert users == LOAD_A_MODEL_WITHOUT_DATA
     users = {name_of(file) for file in FILES if "open_run(" in file.read_text()} - {"runs.load"}
-    assert users == {"evaluation.evaluate", "evaluation.audit", "evaluation.missing", "report.run"}
+    assert users == {"evaluation.evaluate", "evaluation.audit", "evaluation.missing_modalities", "report.run_report"}
 
 
 def test_the_split_is_the_one_named_or_test_or_validation(trained: Path, pairs: Path, tmp_path: Path) -> None:

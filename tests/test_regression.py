@@ -20,8 +20,8 @@ from mopefuse.cli import _train_display
 from mopefuse.config.schema import Linear
 from mopefuse.core import device as devices
 from mopefuse.errors import NumericError
-from mopefuse.fusion import _design, _logistic
-from mopefuse.fusion._design import Design, Side
+from mopefuse.fusion import _design_matrix, _logistic
+from mopefuse.fusion._design_matrix import Design, Side
 from mopefuse.fusion._lbfgs import Evaluation, minimise
 from mopefuse.fusion.regression import FitSettings, Fold, Regression, fit_heads, fit_regression
 from mopefuse.fusion.regression import _binary_problem as binary_problem
@@ -123,7 +123,7 @@ def solved(x: Tensor, y: Tensor, balanced: bool, strengths: tuple[float, ...]) -
 def test_the_optimum_is_that_of_scikit_learn(
     problem: str, exact: bool, balanced: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_design, "_MAX_FLOAT64_PRODUCTS", 1e9 if exact else 0)
+    monkeypatch.setattr(_design_matrix, "_MAX_FLOAT64_PRODUCTS", 1e9 if exact else 0)
     make, label = PROBLEMS[problem]
     x = make()
     y = label(x)
@@ -146,7 +146,7 @@ def test_the_optimum_is_that_of_scikit_learn(
 def test_extreme_strengths_end_in_finite_weights(
     strength: float, exact: bool, labels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_design, "_MAX_FLOAT64_PRODUCTS", 1e9 if exact else 0)
+    monkeypatch.setattr(_design_matrix, "_MAX_FLOAT64_PRODUCTS", 1e9 if exact else 0)
     x = correlated(200, 10)
     y = separable(x, labels)
     steps = 0
@@ -227,7 +227,7 @@ class Recorder:
 
 @pytest.mark.parametrize("multi", [True, False])
 def test_a_table_larger_than_memory_is_read_in_blocks_to_the_same_bits(multi: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_design, "_BLOCK_ROWS", 64)
+    monkeypatch.setattr(_design_matrix, "_BLOCK_ROWS", 64)
     monkeypatch.setattr(_logistic, "_SAMPLED", 100)
     x = correlated(500, 8)
     y = several(x, 3) if multi else classes(x, 3)

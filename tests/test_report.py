@@ -20,7 +20,7 @@ from mopefuse.config.schema import Data
 from mopefuse.data.load import load_data
 from mopefuse.report import run_errors, run_routing
 from mopefuse.report.pages import Section, fragment, sections_page
-from mopefuse.report.run import report
+from mopefuse.report.run_report import report
 
 SECTIONS = [
     "baselines", "audit", "task", "resources", "confusion", "scores", "calibration", "examples", "mistakes", "training",

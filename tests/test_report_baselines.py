@@ -18,7 +18,7 @@ from test_data_pages import Page
 
 from mopefuse.report import run_baselines
 from mopefuse.report.baselines import command_for, find_baselines
-from mopefuse.report.run import report
+from mopefuse.report.run_report import report
 from mopefuse.runs.folder import RunFolder
 
 

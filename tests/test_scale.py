@@ -26,14 +26,14 @@ from mopefuse.data.base import DataSet
 from mopefuse.data.labels import Labels, Targets
 from mopefuse.data.load import load_data
 from mopefuse.errors import NumericError, ResourceError
-from mopefuse.evaluation import spool
+from mopefuse.evaluation import logit_spool
+from mopefuse.evaluation.logit_spool import Spool
 from mopefuse.evaluation.outputs import BatchOutput
 from mopefuse.evaluation.predictions import KEPT, MOST_LABELS, collect_predictions
 from mopefuse.evaluation.scoring import score
 from mopefuse.evaluation.split import run_split
-from mopefuse.evaluation.spool import Spool
 from mopefuse.metrics import classification as metrics
-from mopefuse.report import run as reporting
+from mopefuse.report import run_report as reporting
 from mopefuse.runs.folder import RunFolder
 from mopefuse.runs.load import load_model
 
@@ -175,8 +175,8 @@ def test_logits_in_a_file_are_those_in_memory(tmp_path: Path, monkeypatch: pytes
     logits_SN = torch.randn(37, 11, generator=torch.Generator().manual_seed(0))
     blocks = {}
     for where, limit in (("memory", 4 * 37 * 11), ("file", 4 * 37 * 11 - 1)):
-        monkeypatch.setattr(spool, "IN_MEMORY", limit)
-        monkeypatch.setattr(spool, "BLOCK", 4 * 37 * 4)
+        monkeypatch.setattr(logit_spool, "IN_MEMORY", limit)
+        monkeypatch.setattr(logit_spool, "BLOCK", 4 * 37 * 4)
         with Spool(37, 11, tmp_path) as waiting:
             for part in logits_SN.split(5):
                 waiting.add(part)
@@ -189,8 +189,8 @@ def test_logits_in_a_file_are_those_in_memory(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_full_disk_while_logits_are_spooled_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spool, "IN_MEMORY", 8)
-    monkeypatch.setattr(spool, "BLOCK", 8)
+    monkeypatch.setattr(logit_spool, "IN_MEMORY", 8)
+    monkeypatch.setattr(logit_spool, "BLOCK", 8)
 
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -16,8 +16,8 @@ from test_swap import SMALL, config_of, kept, pair
 
 from mopefuse.config.schema import build_config
 from mopefuse.config.sides import specs, specs_by_side, with_specs
-from mopefuse.data.altered import derangement
 from mopefuse.data.load import load_data
+from mopefuse.data.perturbed import derangement
 from mopefuse.errors import ConfigError
 from mopefuse.evaluation.audit import audit_model
 from mopefuse.fusion.base import Fusion

@@ -20,8 +20,8 @@ from test_data_pages import Page
 
 from mopefuse.config.schema import RunConfig
 from mopefuse.report import study_charts
-from mopefuse.report.study import report_study
-from mopefuse.report.study_facts import StudyFacts
+from mopefuse.report.study_data import StudyFacts
+from mopefuse.report.study_report import report_study
 from mopefuse.report.sweeps import sweeps
 from mopefuse.studies.compare import compare
 

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 
 from mopefuse.bench import memory
+from mopefuse.bench.inserted_tokens import in_windows
 from mopefuse.bench.timing import CALM, Advance, Times, Turns
-from mopefuse.bench.token_form import in_windows
 from mopefuse.bench.variants import (
     FLOOR,
     LABELS,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mopefuse.bench.token_form import as_tokens, why_not_insertable
+from mopefuse.bench.inserted_tokens import as_tokens, why_not_insertable
 from mopefuse.config.schema import RunConfig
 from mopefuse.config.setting_paths import merge
 from mopefuse.config.sides import specs

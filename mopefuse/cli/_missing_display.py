@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from mopefuse.cli._render import err, percent, table
 
 if TYPE_CHECKING:
-    from mopefuse.evaluation.missing import Missing
+    from mopefuse.evaluation.missing_modalities import Missing
 
 
 def show(run: str, found: Missing) -> None:

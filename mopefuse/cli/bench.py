@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mopefuse.cli.options import Device, Json
+from mopefuse.cli.shared_options import Device, Json
 from mopefuse.core.error_codes import ConfigCode
 
 if TYPE_CHECKING:

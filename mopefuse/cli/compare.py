@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mopefuse.cli.options import Json
+from mopefuse.cli.shared_options import Json
 from mopefuse.core.error_codes import ConfigCode
 
 _FORMATS = ("table", "markdown", "csv", "json", "latex")
@@ -50,7 +50,7 @@ def compare(
         )
     if out is not None:
         check_file(out)
-    from mopefuse.cli._comparison import WRITERS, as_dict, show
+    from mopefuse.cli._compare_display import WRITERS, as_dict, show
     from mopefuse.cli._render import print_json
     from mopefuse.studies.compare import compare as run_comparison
 

@@ -9,8 +9,8 @@ import typer
 
 from mopefuse.cli import data_cache, data_check
 from mopefuse.cli._data_set_options import DataSetCommand, given_options
-from mopefuse.cli.options import Json, Seed
 from mopefuse.cli.settings import add_command
+from mopefuse.cli.shared_options import Json, Seed
 from mopefuse.core.error_codes import DataCode
 
 app = typer.Typer(help="Check, preview, prepare and generate data sets.", no_args_is_help=True)

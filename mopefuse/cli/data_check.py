@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mopefuse.cli.options import DataPath, Json, Seed, SetData, Split
 from mopefuse.cli.settings import Settings
+from mopefuse.cli.shared_options import DataPath, Json, Seed, SetData, Split
 from mopefuse.core.error_codes import DataCode
 from mopefuse.core.formatting import several
 

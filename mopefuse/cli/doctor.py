@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from mopefuse.cli.options import Json
+from mopefuse.cli.shared_options import Json
 
 
 def doctor(json: Json = False) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mopefuse.cli.options import Json
+from mopefuse.cli.shared_options import Json
 
 app = typer.Typer(help="List encoders, or show and test one.", invoke_without_command=True)
 

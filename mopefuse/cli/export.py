@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mopefuse.cli.options import Checkpoint, Json
+from mopefuse.cli.shared_options import Checkpoint, Json
 from mopefuse.core.error_codes import ConfigCode
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mopefuse.cli.options import Json
+from mopefuse.cli.shared_options import Json
 
 app = typer.Typer(help="List installed plugins, or create one.", no_args_is_help=True)
 

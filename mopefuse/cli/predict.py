@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mopefuse.cli.options import Checkpoint, Device, Model, OtherComp, OtherMain
 from mopefuse.cli.settings import Settings, data_section
+from mopefuse.cli.shared_options import Checkpoint, Device, Model, OtherComp, OtherMain
 from mopefuse.core.error_codes import ConfigCode, DataCode
 
 if TYPE_CHECKING:

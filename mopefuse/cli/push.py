@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mopefuse.cli.options import Json
+from mopefuse.cli.shared_options import Json
 
 
 def push(

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mopefuse.cli.options import Json
+from mopefuse.cli.shared_options import Json
 from mopefuse.core.error_codes import ConfigCode
 
 if TYPE_CHECKING:
-    from mopefuse.report.run import Reported
-    from mopefuse.report.study import StudyReported
+    from mopefuse.report.run_report import Reported
+    from mopefuse.report.study_report import StudyReported
 
 _OF_RUN, _OF_STUDY = ("device", "data", "audit"), ("against", "metric")
 
@@ -47,9 +47,9 @@ def report(
     Example:
       mopefuse report runs/first
     """
-    from mopefuse.cli._comparison import as_dict
+    from mopefuse.cli._compare_display import as_dict
     from mopefuse.cli._render import err
-    from mopefuse.report.study import is_study, report_study
+    from mopefuse.report.study_report import is_study, report_study
 
     study = is_study(run)
     _refuse(context, _OF_RUN if study else _OF_STUDY, "study" if study else "run")
@@ -58,7 +58,7 @@ def report(
         compared = as_dict(done.comparison) if done.comparison else None
         _show(done, {"comparison": compared}, json=json)
         return
-    from mopefuse.report.run import report as report_run
+    from mopefuse.report.run_report import report as report_run
 
     with err().status("loading") as status:
         advance = lambda what, number, total: status.update(f"{what}: {number}/{total}")  # noqa: E731

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mopefuse.cli.options import Json, Set
+from mopefuse.cli.shared_options import Json, Set
 
 if TYPE_CHECKING:
     from mopefuse.studies.study import Status
@@ -42,14 +42,16 @@ def study(
     chosen = read_study(file, set_ or ())
     folder = out or Path("studies") / chosen.name
     if chosen.file.search is not None:
-        from mopefuse.cli import _search
+        from mopefuse.cli import _search_display
 
-        _search.plan(chosen, folder, json=json) if dry_run else _search.run(chosen, folder, jobs=jobs, json=json)
+        _search_display.plan(chosen, folder, json=json) if dry_run else _search_display.run(
+            chosen, folder, jobs=jobs, json=json
+        )
         return
     if dry_run:
         _dry_run(chosen, folder, json=json)
         return
-    from mopefuse.cli._comparison import as_dict, show
+    from mopefuse.cli._compare_display import as_dict, show
     from mopefuse.cli._render import err, print_json
     from mopefuse.cli._study_display import StudyDisplay
     from mopefuse.studies.compare import compare

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mopefuse.cli.options import Json, Set, Trained
+from mopefuse.cli.shared_options import Json, Set, Trained
 
 if TYPE_CHECKING:
     from mopefuse.training.swap import Swap

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mopefuse.cli.options import Json, Set
 from mopefuse.cli.settings import Settings
+from mopefuse.cli.shared_options import Json, Set
 from mopefuse.core.error_codes import ConfigCode
 
 if TYPE_CHECKING:

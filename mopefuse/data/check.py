@@ -16,10 +16,9 @@ from typing import Any
 from mopefuse.config.schema import Data as DataConfig
 from mopefuse.core.error_codes import DataCode
 from mopefuse.core.formatting import several
-from mopefuse.data import across
+from mopefuse.data import cross_row_checks
 from mopefuse.data.base import SPLITS, Row
 from mopefuse.data.columns import modalities_of
-from mopefuse.data.contents import Advance, Texts, Tokens, balance, describe_split, extremes, read_texts, rows_of
 from mopefuse.data.findings import (
     KINDS,
     Finding,
@@ -34,6 +33,7 @@ from mopefuse.data.index_build import build, read_rows
 from mopefuse.data.label_check import check_labels
 from mopefuse.data.load import notice_splits, roots_of
 from mopefuse.data.split_rows import divide_rows, missing_split_hint
+from mopefuse.data.summary import Advance, Texts, Tokens, balance, describe_split, extremes, read_texts, rows_of
 from mopefuse.data.tables import Table, find_tables
 from mopefuse.errors import DataError
 from mopefuse.modalities.base import get_modality
@@ -52,7 +52,7 @@ class Report:
         modalities: modalities of the rows.
         indexes: by split.
         findings: errors first, then by kind, split and line.
-        splits: counts of each split, see `mopefuse.data.contents.describe_split`.
+        splits: counts of each split, see `mopefuse.data.summary.describe_split`.
         trained: rows and labels of each split as training uses them; empty unless rows are held out or drawn.
         balance: rows of each split, by label.
         leaks: rows that share a value with train, by split and modality.
@@ -92,7 +92,7 @@ class Report:
 
     @property
     def extremes(self) -> dict[str, Any]:
-        """The most frequent and the rarest label, see `mopefuse.data.contents.extremes`."""
+        """The most frequent and the rarest label, see `mopefuse.data.summary.extremes`."""
         return extremes(self.balance)
 
     def by_kind(self) -> dict[str, list[Finding]]:
@@ -166,13 +166,18 @@ def check(
     seconds = time.perf_counter() - began
 
     texts, text_findings = read_texts(indexes, config, tokens, advance)
-    labels, label_findings = across.find_labels(indexes, reading.roots[0], config)
+    labels, label_findings = cross_row_checks.find_labels(indexes, reading.roots[0], config)
     if "train" in indexes:
         label_findings += check_labels(indexes["train"], reading.roots[0], config)
-    leaks = list(across.leak_findings(indexes))
+    leaks = list(cross_row_checks.leak_findings(indexes))
     found += _row_and_file_findings(indexes, reading.roots)
-    found += [*text_findings, *label_findings, *across.mixed_labels(indexes), *across.unknown_labels(indexes, labels)]
-    found += [*across.shared_ids(indexes), *(finding for _, finding in leaks)]
+    found += [
+        *text_findings,
+        *label_findings,
+        *cross_row_checks.mixed_labels(indexes),
+        *cross_row_checks.unknown_labels(indexes, labels),
+    ]
+    found += [*cross_row_checks.shared_ids(indexes), *(finding for _, finding in leaks)]
     trained, refused = _in_training(indexes, path, config)
     found += refused if not any(finding.kind in _NO_ROWS for finding in found) else []
     return Report(
@@ -203,9 +208,7 @@ def _row_and_file_findings(indexes: Indexes, roots: tuple[Path, ...]) -> list[Fi
     return found
 
 
-def _count_leaks(
-    leaks: list[tuple[str, Finding]], indexes: Indexes, modalities: tuple[str, ...]
-) -> dict[str, dict[str, int]]:
+def _count_leaks(leaks: list[tuple[str, Finding]], indexes: Indexes, modalities: tuple[str, ...]) -> dict[str, dict[str, int]]:
     """Count the leaks of val and test by the plural of the modality, files first."""
     counts = Counter((finding.split, modality) for modality, finding in leaks)
     ordered = sorted(modalities, key=lambda modality: not get_modality(modality).is_file)
@@ -257,9 +260,7 @@ class _Reading:
         modalities: modalities of the rows, known after `read`. looked: number of files that were read, by split.
     """
 
-    def __init__(
-        self, *, path: Path, config: DataConfig, roots: tuple[Path, ...], fresh: bool, advance: Advance
-    ) -> None:
+    def __init__(self, *, path: Path, config: DataConfig, roots: tuple[Path, ...], fresh: bool, advance: Advance) -> None:
         self.path, self.config, self.roots, self.fresh = path, config, roots, fresh
         self.modalities: tuple[str, ...] = ()
         self.looked = Counter[str]()

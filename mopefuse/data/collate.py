@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from mopefuse.config.schema import Data as DataConfig
 from mopefuse.core.error_codes import ResourceCode
 from mopefuse.data.base import Batch, DataSet, Row
-from mopefuse.data.pictures import Pictures, pictures
+from mopefuse.data.image_cache import Pictures, pictures
 from mopefuse.encoders.base import Preprocess
 from mopefuse.errors import MopefuseError, ResourceError
 from mopefuse.modalities.base import get_modality
@@ -72,7 +72,7 @@ class Samples(Dataset[dict[str, Any]]):
         }
 
     def cache_images(self, advance: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Read decoded and resized images from the cache from now on, see `mopefuse.data.pictures`."""
+        """Read decoded and resized images from the cache from now on, see `mopefuse.data.image_cache`."""
         for side, (modality, preprocess) in self.readers.items():
             if get_modality(modality).is_picture:
                 self.pictures[side] = pictures(self.data, self.split, modality, preprocess, self.config, advance=advance)

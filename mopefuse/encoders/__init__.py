@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mopefuse.core.registry import Spec
-    from mopefuse.encoders._hf_families import BuiltIn, Family
+    from mopefuse.encoders._hf_architectures import BuiltIn, Family
     from mopefuse.encoders._hf_model import TransformersEncoder, mean_of
     from mopefuse.encoders._hf_source import Source
     from mopefuse.encoders.attention import attend, split_heads
@@ -35,8 +35,8 @@ __all__ = [
     "split_heads",
 ]
 _MODULES = {
-    "BuiltIn": "mopefuse.encoders._hf_families",
-    "Family": "mopefuse.encoders._hf_families",
+    "BuiltIn": "mopefuse.encoders._hf_architectures",
+    "Family": "mopefuse.encoders._hf_architectures",
     "Source": "mopefuse.encoders._hf_source",
     "TransformersEncoder": "mopefuse.encoders._hf_model",
     "mean_of": "mopefuse.encoders._hf_model",

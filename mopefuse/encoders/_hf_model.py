@@ -25,8 +25,8 @@ from mopefuse.core.error_codes import CheckpointCode, EncoderCode
 from mopefuse.core.registry import Spec
 from mopefuse.core.tensor_files import check_tensors
 from mopefuse.encoders import _hf_source, _hf_text, _lora, _options, _weights
+from mopefuse.encoders._hf_architectures import BUILT_IN, TOWERS, BuiltIn, Family
 from mopefuse.encoders._hf_attention import ATTENTION, silence_transformers
-from mopefuse.encoders._hf_families import BUILT_IN, TOWERS, BuiltIn, Family
 from mopefuse.encoders._hf_source import Source
 from mopefuse.encoders._prompted import PromptedEncoder
 from mopefuse.encoders.base import Encoded, Inputs, Preprocess

@@ -25,7 +25,7 @@ from transformers.models.auto import modeling_auto as auto
 from mopefuse.core.error_codes import EncoderCode
 from mopefuse.core.registry import Spec
 from mopefuse.encoders import _hf_images, _hf_source, _hf_text, _options
-from mopefuse.encoders._hf_families import DECODER, FAMILIES, IMAGE, TEXT, Family
+from mopefuse.encoders._hf_architectures import DECODER, FAMILIES, IMAGE, TEXT, Family
 from mopefuse.encoders._hf_model import TransformersEncoder, mean_of, unsuitable_model_error
 from mopefuse.encoders._hf_source import Source
 from mopefuse.encoders.base import Encoded, Inputs

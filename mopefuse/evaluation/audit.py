@@ -20,16 +20,16 @@ from torch.nn.functional import one_hot
 from mopefuse.config.schema import RunConfig
 from mopefuse.config.sides import is_comp
 from mopefuse.core import device as devices
-from mopefuse.data.altered import BlankSamples, ShuffledSamples, derangement
 from mopefuse.data.base import DataSet
 from mopefuse.data.collate import Samples, blank_input
+from mopefuse.data.perturbed import BlankSamples, ShuffledSamples, derangement
 from mopefuse.data.subsets import random_order
 from mopefuse.encoders.base import run_frozen
 from mopefuse.evaluation.split import prepare_samples, run_split, split_metrics
 from mopefuse.fusion.base import Fusion
 from mopefuse.metrics import classification as metrics
 from mopefuse.metrics.bootstrap import Outcome, difference
-from mopefuse.metrics.gates import selected_metric
+from mopefuse.metrics.quality_gates import selected_metric
 from mopefuse.runs.load import open_run
 
 Advance = Callable[[str, int, int], None]  # (condition, samples done, samples in all)

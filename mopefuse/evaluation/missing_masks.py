@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mopefuse.core.error_codes import ConfigCode
 from mopefuse.data.base import DataSet
-from mopefuse.data.missing import removal_order
+from mopefuse.data.modality_dropout import removal_order
 from mopefuse.errors import ConfigError
 from mopefuse.evaluation.missing_shares import GRID, Shares
 from mopefuse.fusion.base import Fusion

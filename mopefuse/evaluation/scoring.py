@@ -17,9 +17,9 @@ from torch import Tensor
 from mopefuse.core import distributed
 from mopefuse.core.atomic_files import write_lines
 from mopefuse.data.base import DataSet
+from mopefuse.evaluation.logit_spool import Spool
 from mopefuse.evaluation.outputs import BatchOutput, ModelOutputs, is_nonfinite, require_finite
 from mopefuse.evaluation.predictions import Predicted, collect_predictions, to_json_lines
-from mopefuse.evaluation.spool import Spool
 from mopefuse.metrics import classification as metrics
 
 

@@ -16,7 +16,7 @@ from mopefuse.core import distributed
 from mopefuse.data.base import DataSet
 from mopefuse.data.collate import Samples
 from mopefuse.data.features import split_features
-from mopefuse.data.missing import ModalityDropout
+from mopefuse.data.modality_dropout import ModalityDropout
 from mopefuse.evaluation.outputs import Advance, ModelOutputs, SplitOutput, collect
 from mopefuse.fusion.base import Fusion
 from mopefuse.fusion.build import require_rows

@@ -23,7 +23,7 @@ from mopefuse.errors import ConfigError, EncoderError, NumericError
 from mopefuse.export.model_card import model_card
 from mopefuse.fusion.base import Fusion, unsaved_fingerprints
 from mopefuse.fusion.build import full_specs, load_encoder
-from mopefuse.fusion.facts import model_facts
+from mopefuse.fusion.manifest import model_facts
 from mopefuse.inference.bundle import KIND as BUNDLE
 from mopefuse.metrics.classification import THRESHOLD
 from mopefuse.runs import adapter
@@ -96,7 +96,7 @@ def write_adapter(
     """Write the files of an adapter.
 
     Args:
-        config: without the location of data. facts: see `mopefuse.runs.facts`. name: title of the model card.
+        config: without the location of data. facts: see `mopefuse.runs.manifest`. name: title of the model card.
         half: whether to store 16-bit floats. command: that made the adapter, for the model card.
 
     Raises:

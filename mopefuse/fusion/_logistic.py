@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mopefuse.data.collate import FeatureTable
-from mopefuse.fusion._design import Design
+from mopefuse.fusion._design_matrix import Design
 from mopefuse.fusion._lbfgs import Evaluation, minimise
 
 _TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-7}  # relative error of the objective at convergence

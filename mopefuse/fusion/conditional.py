@@ -27,7 +27,7 @@ from mopefuse.core.precision import apply_without_autocast
 from mopefuse.data.base import Batch
 from mopefuse.encoders.base import Encoder
 from mopefuse.errors import ConfigError
-from mopefuse.fusion._static import build_static_stack, initial_bound
+from mopefuse.fusion._static_prompts import build_static_stack, initial_bound
 from mopefuse.fusion.base import Fusion, Output
 from mopefuse.prompts.stack import PromptStack, fill_prompt_lengths, normalize_feature
 

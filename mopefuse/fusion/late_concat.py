@@ -15,7 +15,7 @@ from mopefuse.core.error_codes import ConfigCode
 from mopefuse.data.base import Batch
 from mopefuse.encoders.base import Encoder
 from mopefuse.errors import ConfigError
-from mopefuse.fusion._tuned import TunedFusion
+from mopefuse.fusion._tunable import TunedFusion
 from mopefuse.fusion.base import Output
 
 

@@ -16,7 +16,7 @@ from mopefuse.config.schema import RunConfig
 from mopefuse.core.precision import apply_in_own_type
 from mopefuse.data.base import Batch
 from mopefuse.encoders.base import Encoder, Prompt
-from mopefuse.fusion._tuned import TunedFusion
+from mopefuse.fusion._tunable import TunedFusion
 from mopefuse.fusion.base import Output
 from mopefuse.prompts.stack import normalize_feature
 

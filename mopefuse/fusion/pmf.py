@@ -19,7 +19,7 @@ from mopefuse.core.error_codes import ConfigCode
 from mopefuse.data.base import Batch
 from mopefuse.encoders.base import Encoded, Encoder, Prompt
 from mopefuse.errors import ConfigError
-from mopefuse.fusion._static import initial_bound
+from mopefuse.fusion._static_prompts import initial_bound
 from mopefuse.fusion.base import Fusion, Output
 
 

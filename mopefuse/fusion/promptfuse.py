@@ -16,7 +16,7 @@ from mopefuse.config.schema import RunConfig
 from mopefuse.data.base import Batch
 from mopefuse.encoders.base import Encoder, Insert
 from mopefuse.fusion._inserting import InsertingFusion
-from mopefuse.fusion._static import initial_bound
+from mopefuse.fusion._static_prompts import initial_bound
 
 
 class PromptFuse(InsertingFusion):

@@ -16,10 +16,10 @@ from mopefuse.core.error_codes import NumericCode
 from mopefuse.core.precision import to_float32
 from mopefuse.data.collate import FeatureTable
 from mopefuse.errors import NumericError
-from mopefuse.fusion._design import Design, Side, row_blocks, statistics
+from mopefuse.fusion._design_matrix import Design, Side, row_blocks, statistics
 from mopefuse.fusion._logistic import LogisticRegression, Sigmoids, Softmax
 from mopefuse.metrics import classification as metrics
-from mopefuse.metrics.gates import selected_metric
+from mopefuse.metrics.quality_gates import selected_metric
 
 _NEVER = 30.0  # magnitude of the logit of a label that every or no training sample has: a probability of 1e-13
 

@@ -18,7 +18,7 @@ from mopefuse.core.artifact import verify
 from mopefuse.core.dependencies import convert_error
 from mopefuse.core.error_codes import CheckpointCode, DataCode, NumericCode
 from mopefuse.errors import CheckpointError, DataError, NumericError
-from mopefuse.inference.bundle_facts import read_labels, read_preprocess
+from mopefuse.inference.bundle_manifest import read_labels, read_preprocess
 from mopefuse.inference.bundle_runtime import EXPORT_AGAIN, Array, Runner, load_runner
 from mopefuse.inference.bundle_tokens import load_tokenizer
 from mopefuse.modalities import base as modality

@@ -26,7 +26,7 @@ from torch.export import ExportedProgram
 from mopefuse.core.error_codes import CheckpointCode, EncoderCode
 from mopefuse.errors import CheckpointError, EncoderError
 from mopefuse.inference.pt2_program import PAYLOADS, PROGRAM, Payload
-from mopefuse.inference.pt2_words import DTYPES
+from mopefuse.inference.pt2_vocabulary import DTYPES
 
 Graph = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
 T = TypeVar("T")

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, StringConstraints, TypeAdapter, with_config
 from typing_extensions import NotRequired, TypedDict
 
-from mopefuse.inference.pt2_words import ArgumentName, Count, Dtype, Expr, Float, Integer, Name, Path, Symbol, Target, Text
+from mopefuse.inference.pt2_vocabulary import ArgumentName, Count, Dtype, Expr, Float, Integer, Name, Path, Symbol, Target, Text
 
 T = TypeVar("T")
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)  # also of what is inside

@@ -8,8 +8,8 @@ from itertools import zip_longest
 from typing import Any
 
 from mopefuse.data.check import Report
-from mopefuse.data.contents import TOKENS_PER_WORD
 from mopefuse.data.findings import Finding
+from mopefuse.data.summary import TOKENS_PER_WORD
 from mopefuse.modalities.base import get_modality
 from mopefuse.report.bars import histogram, sizes
 from mopefuse.report.chart import Chart, require_charts

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from mopefuse.config.schema import Data as DataConfig
-from mopefuse.data.contents import rows_of
 from mopefuse.data.index import Index
 from mopefuse.data.subsets import random_order
+from mopefuse.data.summary import rows_of
 from mopefuse.modalities.files import processor_count
 from mopefuse.report.data_pictures import Picture
 from mopefuse.report.pages import render

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from mopefuse.core.formatting import percent
 from mopefuse.report.baselines import command_for, majority_score
-from mopefuse.report.facts import RunFacts
 from mopefuse.report.pages import Section, fragment
+from mopefuse.report.run_data import RunFacts
 
 
 def baselines(facts: RunFacts) -> Section:

@@ -11,9 +11,9 @@ from mopefuse.metrics import classification as metrics
 from mopefuse.report.bars import bars, heat_map, reliability
 from mopefuse.report.chart import readable, shorten
 from mopefuse.report.data_preview import draw
-from mopefuse.report.facts import RunFacts
 from mopefuse.report.pages import Section, fragment
 from mopefuse.report.row_values import text_of
+from mopefuse.report.run_data import RunFacts
 
 _EXAMPLES, _WORST = 8, 8  # with their pictures
 _MISTAKES = 400  # in the table

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from mopefuse.core.formatting import percent
 from mopefuse.report.curves import Curve, curves
-from mopefuse.report.facts import RunFacts
 from mopefuse.report.pages import Section, fragment
+from mopefuse.report.run_data import RunFacts
 
 
 def missing(facts: RunFacts) -> Section | None:

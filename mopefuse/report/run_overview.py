@@ -6,8 +6,8 @@ from mopefuse.config.sides import is_comp
 from mopefuse.core.formatting import percent
 from mopefuse.report.bars import bars
 from mopefuse.report.chart import shorten
-from mopefuse.report.facts import RunFacts
 from mopefuse.report.pages import Section, fragment
+from mopefuse.report.run_data import RunFacts
 from mopefuse.report.settings import changed_settings
 
 _LABELS = 120  # characters of the list of labels

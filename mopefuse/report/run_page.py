@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mopefuse.report import run_baselines, run_errors, run_missing, run_overview, run_routing, run_training
-from mopefuse.report.facts import RunFacts
 from mopefuse.report.pages import Section, sections_page
+from mopefuse.report.run_data import RunFacts
 
 
 def sections(facts: RunFacts) -> list[Section]:

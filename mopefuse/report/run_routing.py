@@ -17,9 +17,9 @@ from mopefuse.prompts import usage as routing
 from mopefuse.report.bars import heat_map
 from mopefuse.report.chart import Chart, shorten
 from mopefuse.report.curves import Curve, curves
-from mopefuse.report.facts import RunFacts
 from mopefuse.report.pages import Section, fragment
 from mopefuse.report.row_values import text_of
+from mopefuse.report.run_data import RunFacts
 
 _LAYERS, _EXPERTS, _CLASSES, _TIMES = 24, 32, 30, 16  # that a heat map shows
 _WRITTEN = 12  # experts of one that has its numbers in its cells

@@ -8,8 +8,8 @@ from mopefuse.core.formatting import percent, several
 from mopefuse.report.bars import bars
 from mopefuse.report.chart import Chart
 from mopefuse.report.curves import Curve, curves
-from mopefuse.report.facts import RunFacts
 from mopefuse.report.pages import Section, fragment
+from mopefuse.report.run_data import RunFacts
 
 
 def training(facts: RunFacts) -> Section | None:

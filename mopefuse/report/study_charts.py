@@ -10,7 +10,7 @@ from markupsafe import Markup
 from mopefuse.report.chart import Chart
 from mopefuse.report.curves import MOST_NAMED, Curve, curves, dots, scatter, spans_decades
 from mopefuse.report.pages import Section, fragment
-from mopefuse.report.study_facts import StudyFacts
+from mopefuse.report.study_data import StudyFacts
 from mopefuse.report.sweeps import Sweep, sweeps
 from mopefuse.report.themes import SERIES
 from mopefuse.studies.compare import Comparison, Row, Spread

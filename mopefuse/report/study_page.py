@@ -15,7 +15,7 @@ from mopefuse.report import study_charts
 from mopefuse.report.comparison import cells, notes
 from mopefuse.report.pages import Section, fragment, sections_page
 from mopefuse.report.settings import changed_settings, format_setting
-from mopefuse.report.study_facts import StudyFacts
+from mopefuse.report.study_data import StudyFacts
 from mopefuse.runs.folder import RunFolder
 from mopefuse.studies.compare import Comparison
 from mopefuse.training.optim import with_learning_rates

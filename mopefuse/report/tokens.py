@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mopefuse.core.error_codes import DataCode
-from mopefuse.data.contents import Tokens
+from mopefuse.data.summary import Tokens
 from mopefuse.encoders.base import create_encoder
 from mopefuse.encoders.preprocess import TextPreprocess
 from mopefuse.errors import DataError

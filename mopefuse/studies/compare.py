@@ -12,7 +12,7 @@ from mopefuse.core.artifact import read_json
 from mopefuse.core.error_codes import CheckpointCode, ConfigCode
 from mopefuse.errors import CheckpointError, ConfigError, did_you_mean
 from mopefuse.metrics.bootstrap import Difference, difference
-from mopefuse.metrics.gates import METRICS, selected_metric
+from mopefuse.metrics.quality_gates import METRICS, selected_metric
 from mopefuse.runs.folder import RunFolder
 from mopefuse.studies.finished_runs import (
     FinishedRun,

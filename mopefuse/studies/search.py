@@ -24,7 +24,7 @@ from mopefuse.core.dependencies import require
 from mopefuse.core.error_codes import CheckpointCode, ConfigCode
 from mopefuse.data.load import load_data
 from mopefuse.errors import CheckpointError, ConfigError, Interrupted, ResourceError, did_you_mean
-from mopefuse.metrics.gates import selected_metric
+from mopefuse.metrics.quality_gates import selected_metric
 from mopefuse.runs.folder import RunFolder
 from mopefuse.studies.search_space import Axis, Search
 from mopefuse.studies.study import (

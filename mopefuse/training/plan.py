@@ -17,9 +17,9 @@ from mopefuse.data.load import load_data
 from mopefuse.fusion.base import Fusion
 from mopefuse.fusion.build import build_model, check_names, full_specs, require_rows
 from mopefuse.modalities.base import get_modality
-from mopefuse.training.facts import run_facts
 from mopefuse.training.listener import Listener
 from mopefuse.training.losses import classification_loss
+from mopefuse.training.manifest import run_facts
 from mopefuse.training.notices import likely_mistakes
 from mopefuse.training.optim import with_learning_rates
 

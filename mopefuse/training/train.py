@@ -24,8 +24,8 @@ from mopefuse.errors import DataError, Interrupted, ResourceError
 from mopefuse.metrics import classification as metrics
 from mopefuse.runs.folder import RunFolder
 from mopefuse.runs.load import check_encoders
-from mopefuse.training.facts import drawn_ids, versions
 from mopefuse.training.listener import Listener
+from mopefuse.training.manifest import drawn_ids, versions
 from mopefuse.training.plan import Prepared, prepare
 from mopefuse.training.regression_start import regression_start
 from mopefuse.training.resume import resumed

@@ -29,14 +29,14 @@ from mopefuse.evaluation.scoring import Evaluation, score, score_tuned
 from mopefuse.evaluation.split import model_outputs, prepare_samples
 from mopefuse.fusion.base import Fusion
 from mopefuse.metrics import classification as metrics
-from mopefuse.metrics.gates import selected_metric
+from mopefuse.metrics.quality_gates import selected_metric
 from mopefuse.prompts.usage import statistics
 from mopefuse.runs.folder import RunFolder
 from mopefuse.runs.load import get_thresholds
+from mopefuse.training.duration import Duration, evaluation_steps
 from mopefuse.training.listener import Listener, Progress
 from mopefuse.training.losses import balanced_weights
 from mopefuse.training.optim import factor, load_optimizer_state, make_optimizer, optimizer_state, set_learning_rate
-from mopefuse.training.schedule import Duration, evaluation_steps
 from mopefuse.training.step import Backward
 from mopefuse.training.stop_request import StopRequest
 

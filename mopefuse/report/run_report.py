@@ -11,13 +11,13 @@ from mopefuse.core.error_codes import CheckpointCode
 from mopefuse.data.base import DataSet
 from mopefuse.errors import CheckpointError
 from mopefuse.evaluation.audit import Audit, audit_model, subsample
-from mopefuse.evaluation.missing import saved_missing
+from mopefuse.evaluation.missing_modalities import saved_missing
 from mopefuse.evaluation.split import run_split
-from mopefuse.metrics.gates import selected_metric
+from mopefuse.metrics.quality_gates import selected_metric
 from mopefuse.report.baselines import find_baselines
 from mopefuse.report.chart import require_charts
-from mopefuse.report.facts import RunFacts
 from mopefuse.report.pages import check_places, save_charts, write
+from mopefuse.report.run_data import RunFacts
 from mopefuse.report.run_page import run_page, sections
 from mopefuse.runs.folder import RunFolder
 from mopefuse.runs.load import OpenRun, open_run

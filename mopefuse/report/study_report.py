@@ -9,7 +9,7 @@ from typing import Any
 from mopefuse.report import study_page
 from mopefuse.report.chart import require_charts
 from mopefuse.report.pages import check_places, save_charts, write
-from mopefuse.report.study_facts import StudyFacts
+from mopefuse.report.study_data import StudyFacts
 from mopefuse.studies.compare import Comparison, compare, has_result, study_facts
 from mopefuse.studies.study_file import STUDY_FILE
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mopefuse.config.schema import RunConfig
 from mopefuse.data.base import Batch
 from mopefuse.encoders.base import Encoded, Encoder, PromptAt, run_frozen
-from mopefuse.fusion._static import build_static_stack
+from mopefuse.fusion._static_prompts import build_static_stack
 from mopefuse.fusion.base import Fusion
 from mopefuse.prompts.stack import PromptStack
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from mopefuse.config.schema import RunConfig
 from mopefuse.data.base import DataSet, Row
 from mopefuse.metrics import classification as measures
-from mopefuse.metrics.gates import selected_metric
+from mopefuse.metrics.quality_gates import selected_metric
 from mopefuse.report.baselines import Baseline
 from mopefuse.report.data_pictures import Picture
 from mopefuse.report.row_values import picture_of
@@ -33,7 +33,7 @@ class RunFacts:
         audit: `mopefuse.evaluation.audit.Audit.as_dict`, or None if none was made.
         baselines: simpler methods on the same data, from `find_baselines`.
         derive: fills in settings that are left open, see `mopefuse.report.settings.changed_settings`.
-        missing: `mopefuse.evaluation.missing.Missing.as_dict` of this split and step; empty if it was not measured.
+        missing: `mopefuse.evaluation.missing_modalities.Missing.as_dict` of this split and step; empty if it was not measured.
         notes: caveats shown at the top.
     """
 

@@ -15,7 +15,7 @@ from mopefuse.core import distributed
 from mopefuse.core.artifact import dump_json, read_json
 from mopefuse.core.atomic_files import write_atomically
 from mopefuse.core.error_codes import ConfigCode
-from mopefuse.data.missing import FixedMissing
+from mopefuse.data.modality_dropout import FixedMissing
 from mopefuse.errors import ConfigError
 from mopefuse.evaluation.missing_masks import Removal, plan_removal
 from mopefuse.evaluation.missing_shares import Shares, describe_shares
