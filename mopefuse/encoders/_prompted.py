@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mopefuse.core.registry import Spec
 from mopefuse.encoders._recompute import run_block
-from mopefuse.encoders.attention import Insert, Prompt
+from mopefuse.encoders.attention import Insert, Modulation, Prompt
 from mopefuse.encoders.base import Call, Encoded, Encoder, Inputs
 from mopefuse.encoders.probe import Site
 
@@ -43,8 +43,14 @@ class Slot:
         return self.encoder._call.insert
 
     def put(self, prompt: Prompt | None, tokens_BLD: Tensor) -> None:
-        """Norm and store the prompt for the block's attention to `tokens_BLD`."""
-        if prompt is not None and prompt.tokens_BPD.shape[1] > 0:
+        """Norm and store the prompt for the block's attention to `tokens_BLD`, and its modulation."""
+        if prompt is None:
+            return
+        if prompt.modulation is not None:
+            shape, need = tuple(prompt.modulation.scale_BD.shape), (tokens_BLD.shape[0], tokens_BLD.shape[2])
+            assert shape == need, f"modulation for (batch, width) {shape}, need {need}"
+            self.encoder._call.modulations[self.number] = prompt.modulation
+        if prompt.tokens_BPD.shape[1] > 0:
             prompt_BPD = prompt.tokens_BPD.to(tokens_BLD.dtype)
             found, need = (prompt_BPD.shape[0], prompt_BPD.shape[2]), (tokens_BLD.shape[0], tokens_BLD.shape[2])
             assert found == need, f"prompts for (batch, width) {found}, need {need}"
@@ -63,6 +69,10 @@ class Slot:
         """Take the prompt out of the slot; None if there is none."""
         return self.encoder._call.pending.pop(self.number, None)
 
+    def take_modulation(self) -> Modulation | None:
+        """Take the modulation out of the slot; None if there is none."""
+        return self.encoder._call.modulations.pop(self.number, None)
+
 
 class PromptedEncoder(Encoder):
     """An encoder whose promptable layers are blocks of a library's model."""
@@ -76,16 +86,21 @@ class PromptedEncoder(Encoder):
         """Run the library's forward pass. For texts it must first set ``self._call.mask_BL``."""
 
     def _encode(self, inputs: Inputs) -> Encoded:
-        encoded, unused = self._run(inputs), self._call.pending
-        assert not unused, f"{self.spec}: the attention of blocks {sorted(unused)} did not use its prompt"
+        encoded, call = self._run(inputs), self._call
+        unused = sorted({*call.pending, *call.modulations})
+        assert not unused, f"{self.spec}: the attention of blocks {unused} did not use its prompt"
         return encoded
 
-    def _prompt_blocks(self, blocks: Sequence[nn.Module], norms: Sequence[nn.Module | None]) -> list[Slot]:
+    def _prompt_blocks(
+        self, blocks: Sequence[nn.Module], norms: Sequence[nn.Module | None], attentions: Sequence[nn.Module] = ()
+    ) -> list[Slot]:
         """Hook each block so that it requests a prompt, and return the slot of each.
 
         Args:
             blocks: in the order in which they run; a block that several layers share is listed once for each.
             norms: the norm that each block applies ahead of its attention; None in a post-norm block.
+            attentions: the module of each block whose input becomes queries, keys and values, to be hooked for modulation;
+                empty if the family's own code applies it.
         """
         if self.insertable:
             blocks[0].register_forward_pre_hook(_PrependHook(self), with_kwargs=True)
@@ -98,6 +113,8 @@ class PromptedEncoder(Encoder):
         for slot in by_block.values():
             slot.block.register_forward_pre_hook(_PromptHook(slot), with_kwargs=True)
             slot.block.forward = _BlockForward(slot)
+        for attention, slot in dict(zip(attentions, self._slots, strict=bool(attentions))).items():
+            attention.register_forward_pre_hook(_ModulateHook(slot), with_kwargs=True)
         return self._slots
 
     def _run_layer(self, layer: int, tokens_BLD: Tensor, mask_B11K: Tensor | None, prompt: Prompt | None) -> Tensor:
@@ -125,6 +142,24 @@ class _PromptHook:
         slot.put(slot.encoder._request_prompt(slot.next_layer(), tokens_BLD, mask_BL), tokens_BLD)
 
 
+class _ModulateHook:
+    """Pre-forward hook of the attention of one block that modulates its input."""
+
+    def __init__(self, slot: Slot) -> None:
+        self.slot = slot
+
+    def __call__(
+        self, attention: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        modulation = self.slot.take_modulation()
+        if modulation is None:
+            return None
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        modulated = modulation(hidden)
+        others = {name: modulated if value is hidden else value for name, value in kwargs.items()}
+        return tuple(modulated if value is hidden else value for value in args), others
+
+
 class _BlockForward:
     """The forward method of one block, which can be recomputed with the same prompt and inserted tokens."""
 
@@ -136,16 +171,22 @@ class _BlockForward:
         if not encoder.recompute:
             return self._run_original(*args, **kwargs)
         options = {"recompute": True, "trainable": encoder.trainable}
-        return run_block(self._run_in_call, slot.take(), slot.insert, *args, **options, **kwargs)
+        state = (slot.take(), slot.take_modulation(), slot.insert)
+        return run_block(self._run_in_call, state, *args, **options, **kwargs)
 
     def _run_original(self, *args: Any, **kwargs: Any) -> Any:
         return type(self.slot.block).forward(self.slot.block, *args, **kwargs)
 
-    def _run_in_call(self, prompt: Prompt | None, insert: Insert | None, *args: Any, **kwargs: Any) -> Any:
+    def _run_in_call(
+        self, state: tuple[Prompt | None, Modulation | None, Insert | None], *args: Any, **kwargs: Any
+    ) -> Any:
         """Restore the state of the call, which has ended when the backward pass recomputes the block, in any thread."""
+        prompt, modulation, insert = state
         call = Call(insert=insert)
         if prompt is not None:
             call.pending[self.slot.number] = prompt
+        if modulation is not None:
+            call.modulations[self.slot.number] = modulation
         with self.slot.encoder._current_call.set(call):
             return self._run_original(*args, **kwargs)
 

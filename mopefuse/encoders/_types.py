@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from mopefuse.encoders.attention import Insert, Prompt
+from mopefuse.encoders.attention import Insert, Modulation, Prompt
 
 Inputs = dict[str, Tensor]
 PromptAt = Callable[[int, Tensor, "Tensor | None"], "Prompt | None"]
@@ -31,6 +31,7 @@ class Call:
     Attributes:
         mask_BL: mask of the texts being encoded, False for padding; None without padding.
         pending: prompts that a block's attention has not used yet, by the number of their slot, see `_prompted`.
+        modulations: modulations that a block's attention has not used yet, likewise.
         runs: how often the block of each slot has run.
     """
 
@@ -38,6 +39,7 @@ class Call:
         self.prompt_at, self.insert = prompt_at, insert
         self.mask_BL: Tensor | None = None
         self.pending: dict[int, Prompt] = {}
+        self.modulations: dict[int, Modulation] = {}
         self.runs: dict[int, int] = {}
 
 

@@ -29,11 +29,11 @@ from mopefuse.encoders import _lora
 from mopefuse.encoders import description as _description
 from mopefuse.encoders._fingerprint import fingerprint
 from mopefuse.encoders._types import Call, Encoded, Inputs, Preprocess, PromptAt
-from mopefuse.encoders.attention import Insert, Prompt
+from mopefuse.encoders.attention import Insert, Modulation, Prompt
 from mopefuse.errors import EncoderError, MopefuseError, PluginError
 from mopefuse.modalities.base import get_modality
 
-__all__ = ["Call", "Encoded", "Encoder", "Inputs", "Insert", "Preprocess", "Prompt", "PromptAt", "create_encoder"]
+__all__ = ["Call", "Encoded", "Encoder", "Inputs", "Insert", "Modulation", "Preprocess", "Prompt", "PromptAt", "create_encoder"]
 
 
 class Encoder(nn.Module):

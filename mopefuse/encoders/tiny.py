@@ -94,8 +94,11 @@ class Block(nn.Module):
         Args:
             mask: boolean, broadcastable to (B, H, L, L).
         """
-        q, k, v = (split_heads(part, self.heads) for part in self.qkv(self.norm1(x_BLD)).chunk(3, dim=-1))
-        if prompt is None:
+        read_BLD = self.norm1(x_BLD)
+        if prompt is not None and prompt.modulation is not None:
+            read_BLD = prompt.modulation(read_BLD)
+        q, k, v = (split_heads(part, self.heads) for part in self.qkv(read_BLD).chunk(3, dim=-1))
+        if prompt is None or not prompt.tokens_BPD.shape[1]:
             attended_BHLE = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         else:
             attended_BHLE = attend(q, k, v, *self._keys_values(prompt.tokens_BPD), gate_H=prompt.gate_H, mask=mask)

@@ -87,6 +87,11 @@ def _prompted_parts(check: PromptChecks, alone: str) -> list[Part]:
         Part("gradients reach every prompt and gate, and no weight", check.gradients, f"do not detach prompts; {use}"),
         Part("a prompt does not outlive its call", check.nothing_is_left_behind, keep),
         Part(
+            "scale and shift modulate what the attention of each layer reads",
+            check.modulation,
+            "apply prompt.modulation, where it is not None, to the input of the query, key and value projections",
+        ),
+        Part(
             insert,
             check.inserted_tokens,
             "put inserted tokens ahead of the encoder's own and into masks, or set insertable = False",

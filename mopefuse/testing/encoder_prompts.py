@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mopefuse.encoders.base import Encoded, Insert, Prompt, PromptAt
+from mopefuse.encoders.base import Encoded, Insert, Modulation, Prompt, PromptAt
 from mopefuse.errors import EncoderError
 from mopefuse.testing.encoder_checks import PROMPT_TOKENS, EncoderChecks, prompts_at
 
@@ -96,6 +96,38 @@ class PromptChecks(EncoderChecks):
             self.same(self.run(self.inputs), plain, "a prompt outlives the call that it was given to")
             return
         raise AssertionError(self.message("an exception of prompt_at is swallowed"))
+
+    def modulation(self) -> None:
+        """A modulation by 0 changes nothing; others act on every layer, get gradients, and stay within sample and call."""
+        plain = self.run(self.inputs)
+        zeros = [torch.zeros_like(scale_BD) for scale_BD in self.scales]
+        self.same(self.run(self.inputs, self._modulate(zeros)), plain, "a modulation by 0 changes the output")
+        for chosen in range(len(self.encoder.widths)):
+            out = self.run(self.inputs, self._modulate(self.scales, only=chosen))
+            assert not torch.equal(out.pooled_BC, plain.pooled_BC), self.message(f"modulating layer {chosen} has no effect")
+        together = self.run(self.inputs, self._modulate(self.scales))
+        self.same(self.run(self.inputs), plain, "a modulation outlives its call")
+        for index, item in enumerate(self.items):
+            alone = self.run(self.batch([item]), self._modulate([scale[index : index + 1] for scale in self.scales]))
+            self.close(
+                together.pooled_BC[index], alone.pooled_BC[0], f"modulated sample {index} depends on the rest of its batch"
+            )
+        scales = [scale_BD.clone().requires_grad_() for scale_BD in self.scales]
+        self.encoder.encode(self.inputs, self._modulate(scales)).pooled_BC.square().sum().backward()
+        for layer, scale_BD in enumerate(scales):
+            assert scale_BD.grad is not None and (scale_BD.grad.abs().sum(dim=1) > 0).all(), self.message(
+                f"the modulation of layer {layer} gets no gradient"
+            )
+
+    def _modulate(self, scales: list[Tensor], only: int | None = None) -> PromptAt:
+        """A callback that modulates every layer, or one, without prompt tokens."""
+
+        def at(layer: int, tokens_BLD: Tensor, mask_BL: Tensor | None) -> Prompt | None:
+            if only not in (None, layer):
+                return None
+            return Prompt(tokens_BLD[:, :0], modulation=Modulation(scales[layer], scales[layer].flip(-1)))
+
+        return at
 
     def inserted_tokens(self) -> None:
         """Tokens beside the encoder's own are refused, or keep what `Insert` promises."""
