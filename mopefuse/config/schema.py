@@ -57,7 +57,7 @@ class Prompts(Section):
         "zero", description="gate of the prompts: starts at 0 and is learned (zero), or no gate as in the papers (none)"
     )
     init: float | None = Field(None, gt=0, description="prompts start uniform in (-init, init); default: the papers' rule")
-    bottleneck: int = Field(80, ge=1, le=_WIDEST, description="hidden width of the network that makes the mapped prompt and FiLM")
+    bottleneck: int = Field(80, ge=1, le=_WIDEST, description="hidden width of the network for the mapped prompt and FiLM")
     mapper_norm: Literal["layer", "batch-frozen"] = Field("layer", description="its normalisation layers")
     route_stage_starts: bool = Field(True, description="give the first block of each stage a dynamic prompt too")
 

@@ -33,6 +33,7 @@ __all__ = [
     "Inputs",
     "Insert",
     "Modulation",
+    "Prefix",
     "Preprocess",
     "Prompt",
     "PromptAt",

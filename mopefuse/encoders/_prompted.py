@@ -3,7 +3,8 @@
 A hook on each block requests the layer's prompt, applies the norm that the block applies ahead of its attention, and stores
 the result in the block's slot, from which the attention of that block takes it (see the module of each family). Pending
 prompts belong to the current call of the thread (`base.Call`) and are discarded when it ends. If an encoder supports
-inserted tokens, a hook on its first block prepends them and one on its last block removes them.
+inserted tokens, a hook on its first block prepends them and one on its last block removes them. If a call continues from a
+`Prefix`, the blocks before it return their input, and the first block after it gets the prefix as its input.
 
 Shapes: B batch, L tokens, P prompt tokens, D width of the layer.
 """
@@ -36,6 +37,7 @@ class Slot:
         self.encoder, self.number, self.block, self.norm = encoder, number, block, norm
         self.layers: list[int] = []
         self.site: Site | None = None
+        self.outputs: int | None = None  # length of the tuple that the block returns, 0 for a tensor; unknown before it ran
 
     @property
     def insert(self) -> Insert | None:
@@ -134,12 +136,22 @@ class _PromptHook:
     def __init__(self, slot: Slot) -> None:
         self.slot = slot
 
-    def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def __call__(
+        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-        tokens_BLD = hidden.flatten(1, -2)  # (B, H, W, D) in timm's Swin
         slot, call = self.slot, self.slot.encoder._call
+        layer, start = slot.next_layer(), call.start
+        call.skip = start is not None and layer < start.layer
+        if call.skip:
+            return None
+        resumes = start is not None and layer == start.layer
+        if start is not None and resumes:
+            hidden = start.tokens_BLD.to(hidden.dtype).view_as(hidden)
+        tokens_BLD = hidden.flatten(1, -2)  # (B, H, W, D) in timm's Swin
         mask_BL = call.mask_BL if call.insert is None else call.insert.extend_mask(call.mask_BL)
-        slot.put(slot.encoder._request_prompt(slot.next_layer(), tokens_BLD, mask_BL), tokens_BLD)
+        slot.put(slot.encoder._request_prompt(layer, tokens_BLD, mask_BL), tokens_BLD)
+        return _replace_hidden(args, kwargs, hidden) if resumes else None
 
 
 class _ModulateHook:
@@ -168,8 +180,13 @@ class _BlockForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         slot, encoder = self.slot, self.slot.encoder
+        if encoder._call.skip and slot.outputs is not None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            return (hidden, *[None] * (slot.outputs - 1)) if slot.outputs else hidden
         if not encoder.recompute:
-            return self._run_original(*args, **kwargs)
+            out = self._run_original(*args, **kwargs)
+            slot.outputs = len(out) if isinstance(out, tuple) else 0
+            return out
         options = {"recompute": True, "trainable": encoder.trainable}
         state = (slot.take(), slot.take_modulation(), slot.insert)
         return run_block(self._run_in_call, state, *args, **options, **kwargs)
@@ -203,9 +220,7 @@ class _PrependHook:
         insert = self.encoder._call.insert
         if insert is None:
             return None
-        if args:
-            return (insert.prepend_to(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": insert.prepend_to(kwargs["hidden_states"])}
+        return _replace_hidden(args, kwargs, insert.prepend_to(args[0] if args else kwargs["hidden_states"]))
 
 
 class _RemoveHook:
@@ -220,3 +235,10 @@ class _RemoveHook:
             return None
         count = insert.tokens_BPD.shape[1]
         return out[:, count:] if isinstance(out, Tensor) else (out[0][:, count:], *out[1:])
+
+
+def _replace_hidden(
+    args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a block with another hidden state."""
+    return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})

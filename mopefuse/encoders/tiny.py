@@ -201,7 +201,10 @@ class TinyEncoder(Encoder):
         if insert is not None:
             x_BLD, all_BL = insert.prepend_to(x_BLD), insert.extend_mask(mask_BL)
             mask = insert.attention_mask(mask, x_BLD.shape[1])
-        for layer, block in enumerate(self.blocks):
+        start = self._call.start
+        first = 0 if start is None else start.layer
+        x_BLD = x_BLD if start is None else start.tokens_BLD.to(x_BLD.dtype)
+        for layer, block in list(enumerate(self.blocks))[first:]:
             prompt = self._request_prompt(layer, x_BLD, all_BL)
             x_BLD = self._run_block(block, x_BLD, mask, prompt)
         if insert is not None:

@@ -122,7 +122,8 @@ class Film(nn.Module):
         if self.weigh is None:
             return out
         weights_BK = self.weigh(trunk_Bh).softmax(dim=-1)
-        return (weights_BK[:, None] @ out.unflatten(1, (self.experts, -1))).squeeze(1)
+        mixed: Tensor = weights_BK[:, None] @ out.unflatten(1, (self.experts, -1))
+        return mixed.squeeze(1)
 
 
 class PromptStack(nn.Module):

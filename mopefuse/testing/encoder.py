@@ -87,6 +87,11 @@ def _prompted_parts(check: PromptChecks, alone: str) -> list[Part]:
         Part("gradients reach every prompt and gate, and no weight", check.gradients, f"do not detach prompts; {use}"),
         Part("a prompt does not outlive its call", check.nothing_is_left_behind, keep),
         Part(
+            "continues from the tokens that enter a layer",
+            check.continues_from_a_layer,
+            "if self._call.start is set, run the layers from start.layer on, beginning with start.tokens_BLD",
+        ),
+        Part(
             "scale and shift modulate what the attention of each layer reads",
             check.modulation,
             "apply prompt.modulation, where it is not None, to the input of the query, key and value projections",

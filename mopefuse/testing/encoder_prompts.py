@@ -97,6 +97,19 @@ class PromptChecks(EncoderChecks):
             return
         raise AssertionError(self.message("an exception of prompt_at is swallowed"))
 
+    def continues_from_a_layer(self) -> None:
+        """Continuing from the tokens that enter a layer gives the same output, with prompts in the layers from there on."""
+        prompt_at = prompts_at(self.prompts, self.gates)
+        for layer in range(len(self.encoder.widths)):
+            later = lambda at, tokens, mask, first=layer: prompt_at(at, tokens, mask) if at >= first else None  # noqa: E731
+            whole = self.run(self.inputs, later)
+            prefix = self.encoder.compute_prefix(self.inputs, layer)
+            inputs = self.inputs if "mask" in self.inputs else self.encoder.blank_inputs(len(self.values))
+            with torch.no_grad():
+                continued = self.encoder.encode(inputs, later, start=prefix)
+            self.close(continued.pooled_BC, whole.pooled_BC, f"continuing from layer {layer} gives another feature")
+            self.close(continued.tokens_BLD, whole.tokens_BLD, f"continuing from layer {layer} gives other tokens")
+
     def modulation(self) -> None:
         """A modulation by 0 changes nothing; others act on every layer, get gradients, and stay within sample and call."""
         plain = self.run(self.inputs)
