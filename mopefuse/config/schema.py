@@ -47,6 +47,10 @@ class Prompts(Section):
     )
     mapped: int = Field(1, ge=0, le=_MOST_TOKENS, description="tokens of the mapped prompt, computed from comp")
     experts: int = Field(16, ge=1, le=_MOST_TOKENS, description="prompt experts per layer (K)")
+    film: bool = Field(False, description="also scale and shift what each prompted layer reads (FiLM), computed from comp")
+    film_experts: int = Field(
+        1, ge=1, le=256, description="experts that a softmax mixes to the scale and shift of each layer; 1 for no mixture"
+    )
     layers: Layers = Field("all", description="layers to prompt: all, first:N, last:N, or indices from 0 such as 0,3,5")
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout on prompts, in training")
     gate: Literal["none", "zero"] = Field(
@@ -55,7 +59,7 @@ class Prompts(Section):
     init: float | None = Field(
         None, gt=0, description="initialise prompts uniformly in (-init, init); default: as in the papers"
     )
-    bottleneck: int = Field(80, ge=1, le=_WIDEST, description="hidden width of the network that makes the mapped prompt")
+    bottleneck: int = Field(80, ge=1, le=_WIDEST, description="hidden width of the network for the mapped prompt and FiLM")
     mapper_norm: Literal["layer", "batch-frozen"] = Field("layer", description="normalisation layers of that network")
     route_stage_starts: bool = Field(True, description="give the first block of each stage a dynamic prompt too")
 

@@ -75,6 +75,7 @@ FLAGS = (
     Flag("--static", "prompts.static", PROMPTS),
     Flag("--dynamic", "prompts.dynamic", PROMPTS),
     Flag("--mapped", "prompts.mapped", PROMPTS),
+    Flag("--film", "prompts.film", PROMPTS),
     Flag("--layers", "prompts.layers", PROMPTS, metavar="LAYERS"),
     Flag("--gate", "prompts.gate", PROMPTS),
     Flag("--router", "router.kind", PROMPTS),

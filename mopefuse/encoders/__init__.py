@@ -11,7 +11,17 @@ if TYPE_CHECKING:
     from mopefuse.encoders._hf_model import TransformersEncoder, mean_of
     from mopefuse.encoders._hf_source import Source
     from mopefuse.encoders.attention import attend, split_heads
-    from mopefuse.encoders.base import Encoded, Encoder, Inputs, Insert, Preprocess, Prompt, PromptAt, create_encoder
+    from mopefuse.encoders.base import (
+        Encoded,
+        Encoder,
+        Inputs,
+        Insert,
+        Modulation,
+        Preprocess,
+        Prompt,
+        PromptAt,
+        create_encoder,
+    )
     from mopefuse.encoders.preprocess import ImagePreprocess, TextPreprocess
 
 __all__ = [
@@ -22,6 +32,8 @@ __all__ = [
     "ImagePreprocess",
     "Inputs",
     "Insert",
+    "Modulation",
+    "Prefix",
     "Preprocess",
     "Prompt",
     "PromptAt",

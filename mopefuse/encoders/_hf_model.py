@@ -121,7 +121,8 @@ class TransformersEncoder(PromptedEncoder):
             reason = reason if own == "sdpa" else "transformers has no scaled-dot-product attention for it"
             self.why_not_main = f"cannot be prompted: {reason}; usable as --comp (pooled feature)"
             return encoded[0]
-        slots = self._prompt_blocks([site.block for site in sites], [site.norm for site in sites])
+        parts = [(site.block, site.norm, site.attention) for site in sites]
+        slots = self._prompt_blocks(*zip(*parts, strict=True))
         adapted: dict[nn.Module, None] = {}  # ordered set, since layers can share projections
         for slot, site in zip(slots, sites, strict=True):
             slot.site = site

@@ -3,7 +3,8 @@
 A hook on each block requests the layer's prompt, applies the norm that the block applies ahead of its attention, and stores
 the result in the block's slot, from which the attention of that block takes it (see the module of each family). Pending
 prompts belong to the current call of the thread (`base.Call`) and are discarded when it ends. If an encoder supports
-inserted tokens, a hook on its first block prepends them and one on its last block removes them.
+inserted tokens, a hook on its first block prepends them and one on its last block removes them. If a call continues from a
+`Prefix`, the blocks before it return their input, and the first block after it gets the prefix as its input.
 
 Shapes: B batch, L tokens, P prompt tokens, D width of the layer.
 """
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from mopefuse.core.registry import Spec
 from mopefuse.encoders._recompute import run_block
-from mopefuse.encoders.attention import Insert, Prompt
+from mopefuse.encoders.attention import Insert, Modulation, Prompt
 from mopefuse.encoders.base import Call, Encoded, Encoder, Inputs
 from mopefuse.encoders.probe import Site
 
@@ -36,6 +37,7 @@ class Slot:
         self.encoder, self.number, self.block, self.norm = encoder, number, block, norm
         self.layers: list[int] = []
         self.site: Site | None = None
+        self.outputs: int | None = None  # length of the tuple that the block returns, 0 for a tensor; unknown before it ran
 
     @property
     def insert(self) -> Insert | None:
@@ -43,8 +45,14 @@ class Slot:
         return self.encoder._call.insert
 
     def put(self, prompt: Prompt | None, tokens_BLD: Tensor) -> None:
-        """Norm and store the prompt for the block's attention to `tokens_BLD`."""
-        if prompt is not None and prompt.tokens_BPD.shape[1] > 0:
+        """Norm and store the prompt for the block's attention to `tokens_BLD`, and its modulation."""
+        if prompt is None:
+            return
+        if prompt.modulation is not None:
+            shape, need = tuple(prompt.modulation.scale_BD.shape), (tokens_BLD.shape[0], tokens_BLD.shape[2])
+            assert shape == need, f"modulation for (batch, width) {shape}, need {need}"
+            self.encoder._call.modulations[self.number] = prompt.modulation
+        if prompt.tokens_BPD.shape[1] > 0:
             prompt_BPD = prompt.tokens_BPD.to(tokens_BLD.dtype)
             found, need = (prompt_BPD.shape[0], prompt_BPD.shape[2]), (tokens_BLD.shape[0], tokens_BLD.shape[2])
             assert found == need, f"prompts for (batch, width) {found}, expected {need}"
@@ -63,6 +71,10 @@ class Slot:
         """Take the prompt out of the slot; None if there is none."""
         return self.encoder._call.pending.pop(self.number, None)
 
+    def pop_modulation(self) -> Modulation | None:
+        """Take the modulation out of the slot; None if there is none."""
+        return self.encoder._call.modulations.pop(self.number, None)
+
 
 class PromptedEncoder(Encoder):
     """An encoder whose promptable layers are blocks of a library's model."""
@@ -76,16 +88,21 @@ class PromptedEncoder(Encoder):
         """Run the library's forward pass. For texts it must first set ``self._call.mask_BL``."""
 
     def _encode(self, inputs: Inputs) -> Encoded:
-        encoded, unused = self._run(inputs), self._call.pending
-        assert not unused, f"{self.spec}: the attention of blocks {sorted(unused)} did not use its prompt"
+        encoded, call = self._run(inputs), self._call
+        unused = sorted({*call.pending, *call.modulations})
+        assert not unused, f"{self.spec}: the attention of blocks {unused} did not use its prompt"
         return encoded
 
-    def _prompt_blocks(self, blocks: Sequence[nn.Module], norms: Sequence[nn.Module | None]) -> list[Slot]:
+    def _prompt_blocks(
+        self, blocks: Sequence[nn.Module], norms: Sequence[nn.Module | None], attentions: Sequence[nn.Module] = ()
+    ) -> list[Slot]:
         """Hook each block so that it requests a prompt, and return the slot of each.
 
         Args:
             blocks: in the order in which they run; a block that several layers share is listed once for each.
             norms: the norm that each block applies ahead of its attention; None in a post-norm block.
+            attentions: the module of each block whose input becomes queries, keys and values, to be hooked for modulation;
+                empty if the family's own code applies it.
         """
         if self.insertable:
             blocks[0].register_forward_pre_hook(_PrependHook(self), with_kwargs=True)
@@ -98,6 +115,8 @@ class PromptedEncoder(Encoder):
         for slot in by_block.values():
             slot.block.register_forward_pre_hook(_PromptHook(slot), with_kwargs=True)
             slot.block.forward = _BlockForward(slot)
+        for attention, slot in dict(zip(attentions, self._slots, strict=bool(attentions))).items():
+            attention.register_forward_pre_hook(_ModulateHook(slot), with_kwargs=True)
         return self._slots
 
     def _run_layer(self, layer: int, tokens_BLD: Tensor, mask_B11K: Tensor | None, prompt: Prompt | None) -> Tensor:
@@ -117,12 +136,40 @@ class _PromptHook:
     def __init__(self, slot: Slot) -> None:
         self.slot = slot
 
-    def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def __call__(
+        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-        tokens_BLD = hidden.flatten(1, -2)  # (B, H, W, D) in timm's Swin
         slot, call = self.slot, self.slot.encoder._call
+        layer, start = slot.next_layer(), call.start
+        call.skip = start is not None and layer < start.layer
+        if call.skip:
+            return None
+        resumes = start is not None and layer == start.layer
+        if start is not None and resumes:
+            hidden = start.tokens_BLD.to(hidden.dtype).view_as(hidden)
+        tokens_BLD = hidden.flatten(1, -2)  # (B, H, W, D) in timm's Swin
         mask_BL = call.mask_BL if call.insert is None else call.insert.extend_mask(call.mask_BL)
-        slot.put(slot.encoder._request_prompt(slot.next_layer(), tokens_BLD, mask_BL), tokens_BLD)
+        slot.put(slot.encoder._request_prompt(layer, tokens_BLD, mask_BL), tokens_BLD)
+        return _replace_hidden(args, kwargs, hidden) if resumes else None
+
+
+class _ModulateHook:
+    """Pre-forward hook of the attention of one block that modulates its input."""
+
+    def __init__(self, slot: Slot) -> None:
+        self.slot = slot
+
+    def __call__(
+        self, attention: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        modulation = self.slot.pop_modulation()
+        if modulation is None:
+            return None
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        modulated = modulation(hidden)
+        others = {name: modulated if value is hidden else value for name, value in kwargs.items()}
+        return tuple(modulated if value is hidden else value for value in args), others
 
 
 class _BlockForward:
@@ -133,19 +180,30 @@ class _BlockForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         slot, encoder = self.slot, self.slot.encoder
+        if encoder._call.skip and slot.outputs is not None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            return (hidden, *[None] * (slot.outputs - 1)) if slot.outputs else hidden
         if not encoder.recompute:
-            return self._run_original(*args, **kwargs)
+            out = self._run_original(*args, **kwargs)
+            slot.outputs = len(out) if isinstance(out, tuple) else 0
+            return out
         options = {"recompute": True, "trainable": encoder.trainable}
-        return run_block(self._run_in_call, slot.pop(), slot.insert, *args, **options, **kwargs)
+        state = (slot.pop(), slot.pop_modulation(), slot.insert)
+        return run_block(self._run_in_call, state, *args, **options, **kwargs)
 
     def _run_original(self, *args: Any, **kwargs: Any) -> Any:
         return type(self.slot.block).forward(self.slot.block, *args, **kwargs)
 
-    def _run_in_call(self, prompt: Prompt | None, insert: Insert | None, *args: Any, **kwargs: Any) -> Any:
+    def _run_in_call(
+        self, state: tuple[Prompt | None, Modulation | None, Insert | None], *args: Any, **kwargs: Any
+    ) -> Any:
         """Restore the state of the call, which has ended when the backward pass recomputes the block, in any thread."""
+        prompt, modulation, insert = state
         call = Call(insert=insert)
         if prompt is not None:
             call.pending[self.slot.number] = prompt
+        if modulation is not None:
+            call.modulations[self.slot.number] = modulation
         with self.slot.encoder._current_call.set(call):
             return self._run_original(*args, **kwargs)
 
@@ -162,9 +220,7 @@ class _PrependHook:
         insert = self.encoder._call.insert
         if insert is None:
             return None
-        if args:
-            return (insert.prepend_to(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": insert.prepend_to(kwargs["hidden_states"])}
+        return _replace_hidden(args, kwargs, insert.prepend_to(args[0] if args else kwargs["hidden_states"]))
 
 
 class _RemoveHook:
@@ -179,3 +235,10 @@ class _RemoveHook:
             return None
         count = insert.tokens_BPD.shape[1]
         return out[:, count:] if isinstance(out, Tensor) else (out[0][:, count:], *out[1:])
+
+
+def _replace_hidden(
+    args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a block with another hidden state."""
+    return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})

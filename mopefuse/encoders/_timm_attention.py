@@ -38,7 +38,7 @@ def prompt_model(encoder: PromptedEncoder, model: Any) -> None:
     encoder.insertable = bool(blocks) and isinstance(model, VisionTransformer)
     kinds = [_KINDS[type(block), type(block.attn)] for block in blocks]
     norms = [getattr(block, kind.norm) if kind.norm else None for block, kind in zip(blocks, kinds, strict=True)]
-    slots = encoder._prompt_blocks(blocks, norms)
+    slots = encoder._prompt_blocks(blocks, norms, [block.attn for block in blocks])
     for block, kind, slot in zip(blocks, kinds, slots, strict=True):
         block.attn.prompt_slot = slot
         block.attn.forward = partial(kind.forward, block.attn)

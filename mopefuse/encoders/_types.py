@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from mopefuse.encoders.attention import Insert, Prompt
+from mopefuse.encoders.attention import Insert, Modulation, Prompt
 
 Inputs = dict[str, Tensor]
 PromptAt = Callable[[int, Tensor, "Tensor | None"], "Prompt | None"]
@@ -25,19 +25,37 @@ class Encoded(NamedTuple):
     mask_BL: Tensor | None  # False for padding; None without padding
 
 
+class Prefix(NamedTuple):
+    """The output of the first layers for a batch, from which `Encoder.encode` can continue; see `Encoder.compute_prefix`.
+
+    Attributes:
+        layer: the first layer that still has to run.
+        tokens_BLD: the tokens that enter it, of any floating-point type.
+    """
+
+    layer: int
+    tokens_BLD: Tensor
+
+
 class Call:
     """State of one call of `Encoder.encode` or `Encoder.run_layer`. Each thread has its own.
 
     Attributes:
+        skip: whether the block that runs now precedes `start`.
         mask_BL: mask of the texts being encoded, False for padding; None without padding.
         pending: prompts that a block's attention has not used yet, by the number of their slot, see `_prompted`.
+        modulations: modulations that a block's attention has not used yet, likewise.
         runs: how often the block of each slot has run.
     """
 
-    def __init__(self, prompt_at: PromptAt | None = None, insert: Insert | None = None) -> None:
-        self.prompt_at, self.insert = prompt_at, insert
+    def __init__(
+        self, prompt_at: PromptAt | None = None, insert: Insert | None = None, start: Prefix | None = None
+    ) -> None:
+        self.prompt_at, self.insert, self.start = prompt_at, insert, start
+        self.skip = False
         self.mask_BL: Tensor | None = None
         self.pending: dict[int, Prompt] = {}
+        self.modulations: dict[int, Modulation] = {}
         self.runs: dict[int, int] = {}
 
 

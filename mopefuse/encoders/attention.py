@@ -16,17 +16,38 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
+class Modulation(NamedTuple):
+    """A scale and a shift of what the attention of one layer reads: x becomes x * (1 + scale) + shift.
+
+    FiLM, Perez et al., https://arxiv.org/abs/1709.07871. Applied after the norm ahead of the attention, so that it changes
+    queries, keys and values but not the residual; 0 leaves the layer unchanged.
+    """
+
+    scale_BD: Tensor
+    shift_BD: Tensor
+
+    def __call__(self, x_NLD: Tensor) -> Tensor:
+        """Modulate tokens (N, L, D): N = B, or N = B * W for the W windows of each image, which are adjacent."""
+        scale_BD, shift_BD = (part.to(x_NLD.dtype) for part in self)
+        windows = x_NLD.shape[0] // scale_BD.shape[0]
+        if windows > 1:
+            scale_BD, shift_BD = (part.repeat_interleave(windows, dim=0) for part in (scale_BD, shift_BD))
+        return x_NLD * (1 + scale_BD[:, None]) + shift_BD[:, None]
+
+
 class Prompt(NamedTuple):
-    """The prompt of one layer.
+    """The condition of one layer: prompt tokens, a modulation, or both.
 
     Attributes:
-        tokens_BPD: prompt tokens at the layer's input, before the norm ahead of its attention.
+        tokens_BPD: prompt tokens at the layer's input, before the norm ahead of its attention; P may be 0.
         gate_H: None as in the papers: prompts and tokens share one softmax. With one scalar per head, prompts have a separate
             softmax whose result is scaled by tanh(gate) and added; a gate of 0 leaves the layer unchanged.
+        modulation: of the layer's own tokens; it does not apply to the prompt.
     """
 
     tokens_BPD: Tensor
     gate_H: Tensor | None = None
+    modulation: Modulation | None = None
 
 
 class Insert(NamedTuple):

@@ -28,12 +28,32 @@ from mopefuse.core.threads import PerThread
 from mopefuse.encoders import _lora
 from mopefuse.encoders import description as _description
 from mopefuse.encoders._fingerprint import fingerprint
-from mopefuse.encoders._types import Call, Encoded, Inputs, Preprocess, PromptAt
-from mopefuse.encoders.attention import Insert, Prompt
+from mopefuse.encoders._types import Call, Encoded, Inputs, Prefix, Preprocess, PromptAt
+from mopefuse.encoders.attention import Insert, Modulation, Prompt
 from mopefuse.errors import EncoderError, MopefuseError, PluginError
 from mopefuse.modalities.base import get_modality
 
-__all__ = ["Call", "Encoded", "Encoder", "Inputs", "Insert", "Preprocess", "Prompt", "PromptAt", "create_encoder"]
+__all__ = [
+    "Call",
+    "Encoded",
+    "Encoder",
+    "Inputs",
+    "Insert",
+    "Modulation",
+    "Prefix",
+    "Preprocess",
+    "Prompt",
+    "PromptAt",
+    "create_encoder",
+]
+
+
+class _Reached(Exception):
+    """Ends a forward pass at the layer whose input is wanted."""
+
+    def __init__(self, tokens_BLD: Tensor) -> None:
+        super().__init__()
+        self.tokens_BLD = tokens_BLD
 
 
 class Encoder(nn.Module):
@@ -79,25 +99,61 @@ class Encoder(nn.Module):
     def _encode(self, inputs: Inputs) -> Encoded:
         """Run the forward pass; blocks get their prompts from `_request_prompt`."""
 
-    def encode(self, inputs: Inputs, prompt_at: PromptAt | None = None, insert: Insert | None = None) -> Encoded:
+    def encode(
+        self,
+        inputs: Inputs,
+        prompt_at: PromptAt | None = None,
+        insert: Insert | None = None,
+        start: Prefix | None = None,
+    ) -> Encoded:
         """Encode a batch, with a prompt in every layer for which `prompt_at` returns one.
 
         Args:
             insert: tokens that precede the encoder's own through all layers; they are part of the tokens passed to
                 `prompt_at`, but not of the output.
+            start: continue from the tokens that enter a promptable layer; earlier layers are not run. Of `inputs`, only the
+                batch size, the length and the mask then matter; see `blank_inputs`.
 
         Raises:
             EncoderError: the encoder does not support prompts, or does not support inserted tokens.
         """
-        if prompt_at is not None:
+        assert start is None or insert is None, "inserted tokens pass through all layers"
+        if prompt_at is not None or start is not None:
             self.require_promptable(fix="use it as --comp instead")
         if insert is not None:
             self.require_insertable()
             found, need = insert.tokens_BPD.shape[2], self.widths[0]
             assert found == need, f"inserted tokens of width {found}, expected {need}"
             insert = insert if insert.tokens_BPD.shape[1] else None
-        with self._current_call.set(Call(prompt_at, insert)):
+        with self._current_call.set(Call(prompt_at, insert, start)):
             return self._encode(self._finish_inputs(inputs))
+
+    @torch.no_grad()
+    def compute_prefix(self, inputs: Inputs, layer: int) -> Prefix:
+        """Run the layers before `layer`, without prompts and gradients.
+
+        ``encode(inputs, prompt_at, start=compute_prefix(inputs, layer))`` equals ``encode(inputs, prompt_at)`` if `prompt_at`
+        returns None for the layers before `layer`.
+
+        Raises:
+            EncoderError: the encoder does not support prompts.
+        """
+        assert 0 <= layer < len(self.widths) or not self.widths, f"layer {layer} of {len(self.widths)}"
+
+        def stop(at: int, tokens_BLD: Tensor, mask_BL: Tensor | None) -> None:
+            if at == layer:
+                raise _Reached(tokens_BLD)
+
+        try:
+            self.encode(inputs, stop)
+        except _Reached as reached:
+            return Prefix(layer, reached.tokens_BLD)
+        raise AssertionError(f"{self.spec}: layer {layer} did not request a prompt")
+
+    def blank_inputs(self, count: int) -> Inputs:
+        """Inputs of `count` samples for `encode` with `start`, for an encoder whose inputs have no mask."""
+        blank = self.preprocess.batch([self.preprocess.item(get_modality(self.modality).blank_value())])
+        return {name: tensor.expand(count, *tensor.shape[1:]) for name, tensor in blank.items()}
 
     def _finish_inputs(self, inputs: Inputs) -> Inputs:
         """Finish preprocessing and cast floating-point inputs to the type of the weights."""
@@ -150,9 +206,15 @@ class Encoder(nn.Module):
     def _run_layer(self, layer: int, tokens_BLD: Tensor, mask_B11K: Tensor | None, prompt: Prompt | None) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} is insertable but does not implement `_run_layer`")
 
-    def forward(self, inputs: Inputs, prompt_at: PromptAt | None = None, insert: Insert | None = None) -> Encoded:
+    def forward(
+        self,
+        inputs: Inputs,
+        prompt_at: PromptAt | None = None,
+        insert: Insert | None = None,
+        start: Prefix | None = None,
+    ) -> Encoded:
         """Same as `encode`."""
-        return self.encode(inputs, prompt_at, insert)
+        return self.encode(inputs, prompt_at, insert, start)
 
     @property
     def _call(self) -> Call:

@@ -36,7 +36,7 @@ from mopefuse.core.tensor_files import check_tensors
 from mopefuse.encoders import _open_clip_text, _options, _weights
 from mopefuse.encoders._prompted import PromptedEncoder
 from mopefuse.encoders._timm_attention import prompt_model
-from mopefuse.encoders.attention import Prompt, attend_prompts, split_heads
+from mopefuse.encoders.attention import Modulation, Prompt, attend_prompts, split_heads
 from mopefuse.encoders.base import Encoded, Inputs, option_flag
 from mopefuse.encoders.preprocess import ImagePreprocess
 from mopefuse.errors import EncoderError, did_you_mean
@@ -132,6 +132,8 @@ def _attention(
 ) -> Tensor:
     """`ResidualAttentionBlock.attention` with the prompt in the slot."""
     prompt: Prompt | None = self.prompt_slot.pop()
+    modulation: Modulation | None = self.prompt_slot.pop_modulation()
+    q_x = q_x if modulation is None else modulation(q_x)
     if prompt is None or prompt.gate_H is not None:
         out: Tensor = ResidualAttentionBlock.attention(self, q_x=q_x, k_x=k_x, v_x=v_x, attn_mask=attn_mask)
         return out if prompt is None else out + _attend_gated(self.attn, q_x, prompt)

@@ -17,7 +17,7 @@ def build_static_stack(prompts: Prompts, encoder: Encoder) -> PromptStack:
     Raises:
         ConfigError: `prompts.layers` names a layer that the encoder does not have.
     """
-    alone = fill_prompt_lengths(prompts, encoder.modality).model_copy(update={"dynamic": 0, "mapped": 0})
+    alone = fill_prompt_lengths(prompts, encoder.modality).model_copy(update={"dynamic": 0, "mapped": 0, "film": False})
     return PromptStack(
         alone,
         Router(),

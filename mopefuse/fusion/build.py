@@ -79,6 +79,7 @@ def build_fusion(
     static: int | None = None,
     dynamic: int | None = None,
     mapped: int | None = None,
+    film: bool | None = None,
     layers: str | Sequence[int] | None = None,
     gate: Literal["none", "zero"] | None = None,
     **other: Unpack[OtherSettings],
@@ -100,6 +101,7 @@ def build_fusion(
         seed: seed of all weights that are not pretrained, 0 to 2**63 - 1; the random state of the caller is left as it is.
         experts: prompt experts in each prompted layer, K.
         static, dynamic, mapped: tokens of the static, dynamic and mapped prompt in each prompted layer, P; 0 for none.
+        film: also scale and shift what each prompted layer reads (FiLM).
         layers: the layers of the main encoder to prompt: "all", "last:N", "first:N", or indices from 0.
         gate: "zero" (prompts have a separate softmax and a gate that starts at 0) or "none" (they share the softmax of
             the tokens).

@@ -51,6 +51,7 @@ class ConditionalFusion(Fusion):
         r"^stack\..*static_SD$": "static prompts",
         r"^stack\..*experts_KPD$": "prompt experts",
         r"^stack\.(trunk|.*mapper)": "mapper",
+        r"^stack\..*\.films?\.": "FiLM",
         r"^stack\..*gate_H$": "gates",
         r"^comp\d*_stack\.": "complementary prompts",
         r"^head_comp\.": "head of the complementary side alone",

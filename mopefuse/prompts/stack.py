@@ -1,9 +1,13 @@
-"""Prompts for every layer of the main encoder: static, dynamic and mapped, conditioned on the other modality.
+"""Conditions for every layer of the main encoder: static, dynamic and mapped prompts, and FiLM.
 
 Jiang et al., arXiv 2312.03734; MoPE, arXiv 2403.10568. The stack is independent of any encoder: it takes layer widths and
 head counts, and provides the callback ``prompt_at(layer, tokens, mask)``. `gate: zero` and the normalisation of psi, the
 conditioning feature, differ from the papers; both are settings. Several complementary modalities, which the papers do not
-cover, each have their own psi: the router sums their scores, and each contributes its own mapped prompt.
+cover, each have their own psi: the router sums their scores, and each contributes its own mapped prompt, scale and shift.
+
+FiLM (Perez et al., arXiv 1709.07871; initialised to 0 as in adaLN-Zero, Peebles and Xie, arXiv 2212.09748) scales and shifts
+what the attention of a layer reads. It starts as the unchanged layer, needs no gate and no additional attention. It shares the
+trunk of the mapped prompt.
 
 Shapes: B batch, N prompted layers, S static, P dynamic, M mapped tokens, K experts, C width of a psi, D width of a layer,
 H heads, h width of the mapper's bottleneck.
@@ -23,22 +27,22 @@ from mopefuse.config.schema import Router as RouterConfig
 from mopefuse.core.error_codes import ConfigCode
 from mopefuse.core.precision import apply_in_own_type, to_float32
 from mopefuse.core.threads import PerThread
-from mopefuse.encoders.attention import Prompt
+from mopefuse.encoders.attention import Modulation, Prompt
 from mopefuse.errors import ConfigError
 from mopefuse.modalities.base import get_modality
 from mopefuse.prompts.experts import Routed, Router, mix
 
-KINDS = ("static", "dynamic", "mapped")
+KINDS = ("static", "dynamic", "mapped", "film")
 
 
 class LayerPrompts(nn.Module):
-    """Learned prompts of one layer of width D. A prompt of length 0 has no parameters.
+    """Learned prompts and FiLM of one layer of width D. A prompt of length 0 has no parameters.
 
     Args:
         bound: prompts are initialised from U(-bound, bound).
         dynamic: P, 0 for a layer without routing.
         top_m: experts that are mixed per sample; None mixes all.
-        others: names of conditions beyond the first, each of which has its own mapped prompt.
+        others: names of conditions beyond the first, each of which has its own mapped prompt and FiLM.
     """
 
     def __init__(
@@ -63,7 +67,18 @@ class LayerPrompts(nn.Module):
         self.mappers = nn.ModuleDict(
             {name: nn.Linear(config.bottleneck, config.mapped * width) for name in others if config.mapped}
         )
-        self.gate_H = nn.Parameter(torch.zeros(heads)) if config.gate == "zero" else None
+        self.film = Film(config, width) if config.film else None
+        self.films = nn.ModuleDict({name: Film(config, width) for name in others if config.film})
+        has_tokens = bool(static or dynamic or config.mapped)
+        self.gate_H = nn.Parameter(torch.zeros(heads)) if config.gate == "zero" and has_tokens else None
+
+    def modulation(self, trunks_Bh: Sequence[Tensor]) -> Modulation | None:
+        """Scale and shift of the layer, (B, D) each, summed over the conditions; None without FiLM."""
+        if self.film is None:
+            return None
+        outputs = [film(trunk_Bh) for film, trunk_Bh in zip((self.film, *self.films.values()), trunks_Bh, strict=True)]
+        scale_BD, shift_BD = torch.stack(outputs).sum(dim=0).chunk(2, dim=-1)
+        return Modulation(scale_BD, shift_BD)
 
     def forward(
         self, batch: int, weights_BK: Tensor | None, trunks_Bh: Sequence[Tensor] = (), without: str = ""
@@ -89,8 +104,30 @@ class LayerPrompts(nn.Module):
         return torch.cat([part.to(parts[-1].dtype) for part in parts], dim=1) if parts else None
 
 
+class Film(nn.Module):
+    """Scale and shift of one layer from the trunk of a condition: a linear map, or a softmax mixture of linear maps."""
+
+    def __init__(self, config: PromptConfig, width: int) -> None:
+        super().__init__()
+        self.experts, outputs = config.film_experts, 2 * width
+        self.dropout = nn.Dropout(config.dropout)
+        self.output = nn.Linear(config.bottleneck, self.experts * outputs)
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
+        self.weigh = nn.Linear(config.bottleneck, self.experts) if self.experts > 1 else None
+
+    def forward(self, trunk_Bh: Tensor) -> Tensor:
+        """Compute scale and shift side by side, (B, 2 * D)."""
+        out: Tensor = self.output(self.dropout(trunk_Bh))
+        if self.weigh is None:
+            return out
+        weights_BK = self.weigh(trunk_Bh).softmax(dim=-1)
+        mixed: Tensor = weights_BK[:, None] @ out.unflatten(1, (self.experts, -1))
+        return mixed.squeeze(1)
+
+
 class PromptStack(nn.Module):
-    """All prompts of one encoder.
+    """All prompts and FiLM layers of one encoder.
 
     Args:
         config: with prompt lengths filled in (`fill_prompt_lengths`).
@@ -114,7 +151,7 @@ class PromptStack(nn.Module):
     ) -> None:
         super().__init__()
         assert config.static is not None and config.dynamic is not None
-        any_prompt = bool(config.static + config.dynamic + config.mapped)
+        any_prompt = bool(config.static + config.dynamic + config.mapped + config.film)
         chosen = select_layers(config.layers, len(widths)) if any_prompt else ()
         starts = set() if config.route_stage_starts else stage_starts(widths)
         self.routed = tuple(i for i in chosen if config.dynamic and i not in starts)
@@ -139,7 +176,7 @@ class PromptStack(nn.Module):
             )
         self.trunk: nn.Sequential | None = None
         self.trunks = nn.ModuleDict()
-        if config.mapped and chosen:
+        if (config.mapped or config.film) and chosen:
             self.trunk, *others = (_trunk(config, width) for width in conditions.values())
             self.trunks.update(dict(zip(self.names[1:], others, strict=True)))
 
@@ -153,7 +190,7 @@ class PromptStack(nn.Module):
         """The `KINDS` of prompts that at least one layer has."""
         present = (
             any(getattr(layer, name) is not None for layer in self.layers.values())
-            for name in ("static_SD", "experts_KPD", "mapper")
+            for name in ("static_SD", "experts_KPD", "mapper", "film")
         )
         return tuple(kind for kind, has_any in zip(KINDS, present, strict=True) if has_any)
 
@@ -191,7 +228,7 @@ class ConditionedPrompts:
         self._trunks_Bh = [apply_in_own_type(trunk, one_BC) for trunk, one_BC in zip(trunks, each_BC, strict=False)]
 
     def __call__(self, layer: int, tokens_BLD: Tensor, mask_BL: Tensor | None) -> Prompt | None:
-        """Build the prompt of a layer; None if it has none."""
+        """Build the condition of a layer; None if it has none."""
         stack, name = self.stack, str(layer)
         if name not in stack.layers:
             return None
@@ -203,10 +240,12 @@ class ConditionedPrompts:
             routed = stack.router(self._scores_BNX, stack.routed.index(layer), tokens_BLD, mask_BL)
             self.routed.append(routed)
             weights_BK = routed.weights_BK
-        prompt_BPD = prompts(tokens_BLD.shape[0], weights_BK, self._trunks_Bh, stack._removed.value or "")
+        removed = str(stack._removed.value or "")
+        prompt_BPD = prompts(tokens_BLD.shape[0], weights_BK, self._trunks_Bh, removed)
+        modulation = None if removed == "film" else prompts.modulation(self._trunks_Bh)
         if prompt_BPD is None:
-            return None
-        return Prompt(stack.dropout(prompt_BPD).to(tokens_BLD.dtype), prompts.gate_H)
+            return None if modulation is None else Prompt(tokens_BLD[:, :0], modulation=modulation)
+        return Prompt(stack.dropout(prompt_BPD).to(tokens_BLD.dtype), prompts.gate_H, modulation)
 
     def routing(self) -> Tensor | None:
         """Noise-free weights (B, N, K) of all routed layers, available after the forward pass; None without routing."""

@@ -19,6 +19,7 @@ _CONDITIONS = {
     "static": "without static prompts",
     "dynamic": "without dynamic prompts",
     "mapped": "without mapped prompts",
+    "film": "without FiLM",
 }
 
 

@@ -91,6 +91,16 @@ def _prompted_parts(check: PromptChecks, alone: str) -> list[Part]:
         Part("every prompt and gate receives a gradient, and no weight does", check.gradients, f"do not detach prompts; {use}"),
         Part("a prompt does not outlive its call", check.keeps_no_state, keep),
         Part(
+            "continues from the tokens that enter a layer",
+            check.continues_from_a_layer,
+            "if self._call.start is set, run the layers from start.layer on, beginning with start.tokens_BLD",
+        ),
+        Part(
+            "scale and shift modulate what the attention of each layer reads",
+            check.modulation,
+            "apply prompt.modulation, where it is not None, to the input of the query, key and value projections",
+        ),
+        Part(
             insert,
             check.inserted_tokens,
             "put inserted tokens ahead of the encoder's own and into masks, or set insertable = False",

@@ -30,6 +30,7 @@ class EncoderChecks:
         random = torch.Generator().manual_seed(0)
         shapes = [(len(values), PROMPT_TOKENS, width) for width in encoder.widths]
         self.prompts = [torch.randn(shape, generator=random).to(self.device) for shape in shapes]
+        self.scales = [(torch.rand(len(values), width, generator=random) - 0.5).to(self.device) for width in encoder.widths]
         self.gates = [(torch.rand(heads, generator=random) + 0.5).to(self.device) for heads in encoder.heads]
 
     def batch(self, items: list[Any]) -> Inputs:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mopefuse.encoders.base import Encoded, Insert, Prompt, PromptAt
+from mopefuse.encoders.base import Encoded, Insert, Modulation, Prompt, PromptAt
 from mopefuse.errors import EncoderError
 from mopefuse.testing.encoder_checks import PROMPT_TOKENS, EncoderChecks, prompts_at
 
@@ -96,6 +96,51 @@ class PromptChecks(EncoderChecks):
             self.same(self.run(self.inputs), plain, "a prompt is still active after its call")
             return
         raise AssertionError(self.message("an exception raised by prompt_at is swallowed"))
+
+    def continues_from_a_layer(self) -> None:
+        """Continuing from the tokens that enter a layer gives the same output, with prompts in the layers from there on."""
+        prompt_at = prompts_at(self.prompts, self.gates)
+        for layer in range(len(self.encoder.widths)):
+            later = lambda at, tokens, mask, first=layer: prompt_at(at, tokens, mask) if at >= first else None  # noqa: E731
+            whole = self.run(self.inputs, later)
+            prefix = self.encoder.compute_prefix(self.inputs, layer)
+            inputs = self.inputs if "mask" in self.inputs else self.encoder.blank_inputs(len(self.values))
+            with torch.no_grad():
+                continued = self.encoder.encode(inputs, later, start=prefix)
+            self.close(continued.pooled_BC, whole.pooled_BC, f"continuing from layer {layer} gives another feature")
+            self.close(continued.tokens_BLD, whole.tokens_BLD, f"continuing from layer {layer} gives other tokens")
+
+    def modulation(self) -> None:
+        """A modulation by 0 changes nothing; others act on every layer, get gradients, and stay within sample and call."""
+        plain = self.run(self.inputs)
+        zeros = [torch.zeros_like(scale_BD) for scale_BD in self.scales]
+        self.same(self.run(self.inputs, self._modulate(zeros)), plain, "a modulation by 0 changes the output")
+        for chosen in range(len(self.encoder.widths)):
+            out = self.run(self.inputs, self._modulate(self.scales, only=chosen))
+            assert not torch.equal(out.pooled_BC, plain.pooled_BC), self.message(f"modulating layer {chosen} has no effect")
+        together = self.run(self.inputs, self._modulate(self.scales))
+        self.same(self.run(self.inputs), plain, "a modulation outlives its call")
+        for index, item in enumerate(self.items):
+            alone = self.run(self.batch([item]), self._modulate([scale[index : index + 1] for scale in self.scales]))
+            self.close(
+                together.pooled_BC[index], alone.pooled_BC[0], f"modulated sample {index} depends on the rest of its batch"
+            )
+        scales = [scale_BD.clone().requires_grad_() for scale_BD in self.scales]
+        self.encoder.encode(self.inputs, self._modulate(scales)).pooled_BC.square().sum().backward()
+        for layer, scale_BD in enumerate(scales):
+            assert scale_BD.grad is not None and (scale_BD.grad.abs().sum(dim=1) > 0).all(), self.message(
+                f"the modulation of layer {layer} gets no gradient"
+            )
+
+    def _modulate(self, scales: list[Tensor], only: int | None = None) -> PromptAt:
+        """A callback that modulates every layer, or one, without prompt tokens."""
+
+        def at(layer: int, tokens_BLD: Tensor, mask_BL: Tensor | None) -> Prompt | None:
+            if only not in (None, layer):
+                return None
+            return Prompt(tokens_BLD[:, :0], modulation=Modulation(scales[layer], scales[layer].flip(-1)))
+
+        return at
 
     def inserted_tokens(self) -> None:
         """Inserted tokens are rejected, or keep what `Insert` promises."""

@@ -1,0 +1,69 @@
+"""An encoder continues from the output of its first layers, and does not run those layers again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from conftest import matrix
+from test_encoders import batch_of, prompts_for
+
+from mopefuse.encoders._prompted import PromptedEncoder
+from mopefuse.encoders.base import Encoder, Prefix, Prompt
+
+pytest_plugins = ["families"]
+CHOSEN = ("hf-bert", "hf-albert", "hf-swin", "hf-dinov2", "timm-vit", "timm-swin-padded", "open_clip-text", "open_clip-visual")
+
+
+@pytest.mark.parametrize("family", matrix(CHOSEN, ("hf-bert", "timm-swin-padded")))
+def test_layers_before_the_prefix_do_not_run(family: str, encoders: Mapping[str, Encoder]) -> None:
+    encoder = encoders[family]
+    assert isinstance(encoder, PromptedEncoder)
+    inputs, prompts, last = batch_of(encoder), prompts_for(encoder), len(encoder.widths) - 1
+    with torch.no_grad():
+        expected = encoder.encode(inputs, lambda i, tokens, mask: Prompt(prompts[i]) if i == last else None)
+    prefix = encoder.compute_prefix(inputs, last)
+    if "mask" not in inputs:
+        inputs = encoder.blank_inputs(3)
+    runs: list[int] = []
+    handles = [
+        module.register_forward_hook(lambda *_: runs.append(1))
+        for module in {slot.block for slot in encoder._slots}
+        for module in module.modules()
+        if isinstance(module, torch.nn.LayerNorm)
+    ]
+    try:
+        with torch.no_grad():
+            continued = encoder.encode(inputs, lambda i, tokens, mask: Prompt(prompts[i]), start=prefix)
+        once = len(runs)
+        runs.clear()
+        with torch.no_grad():
+            encoder.encode(batch_of(encoder), lambda i, tokens, mask: Prompt(prompts[i]))
+    finally:
+        for handle in handles:
+            handle.remove()
+    torch.testing.assert_close(continued.pooled_BC, expected.pooled_BC, atol=1e-5, rtol=1e-5)
+    assert once > 0 and once * (last + 1) == len(runs)
+
+
+@pytest.mark.parametrize("family", matrix(CHOSEN, ("timm-vit",)))
+def test_a_prefix_of_half_precision_is_read_in_the_type_of_the_weights(family: str, encoders: Mapping[str, Encoder]) -> None:
+    encoder = encoders[family]
+    inputs = batch_of(encoder)
+    prefix = encoder.compute_prefix(inputs, 1)
+    with torch.no_grad():
+        whole = encoder.encode(inputs).pooled_BC
+        half = encoder.encode(inputs, start=Prefix(1, prefix.tokens_BLD.half())).pooled_BC
+    assert half.dtype == whole.dtype
+    torch.testing.assert_close(half, whole, atol=0.02, rtol=0.02)
+    assert not torch.equal(half, whole)
+
+
+def test_a_failed_prefix_leaves_nothing_behind(encoders: Mapping[str, Encoder]) -> None:
+    encoder = encoders["timm-vit"]
+    inputs = batch_of(encoder)
+    with torch.no_grad():
+        plain = encoder.encode(inputs).pooled_BC
+        encoder.compute_prefix(inputs, 1)
+        assert torch.equal(encoder.encode(inputs).pooled_BC, plain)
