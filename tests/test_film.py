@@ -134,7 +134,7 @@ def test_film_can_be_switched_off_like_a_kind_of_prompt() -> None:
     without.load_trainable_state_dict(
         {name: tensor for name, tensor in model.trainable_state_dict().items() if ".film." not in name}
     )
-    with model.without("film"):
+    with model.without_prompts("film"):
         assert torch.equal(model(batch).logits, without(batch).logits)
     assert torch.equal(model(batch).logits, whole)
     assert not torch.equal(whole, without(batch).logits)

@@ -42,11 +42,9 @@ def study(
     chosen = read_study(file, set_ or ())
     folder = out or Path("studies") / chosen.name
     if chosen.file.search is not None:
-        from mopefuse.cli import _search_display
+        from mopefuse.cli import _search_display as search
 
-        _search_display.plan(chosen, folder, json=json) if dry_run else _search_display.run(
-            chosen, folder, jobs=jobs, json=json
-        )
+        search.plan(chosen, folder, json=json) if dry_run else search.run(chosen, folder, jobs=jobs, json=json)
         return
     if dry_run:
         _dry_run(chosen, folder, json=json)

@@ -14,7 +14,7 @@ from mopefuse.core.error_codes import EncoderCode
 from mopefuse.core.registry import Spec
 from mopefuse.encoders._hf_architectures import TOWERS, BuiltIn, check_config
 from mopefuse.encoders._hf_text import POOLING_FILES, TOKENIZER_FILES, read_json
-from mopefuse.encoders.base import option_flag
+from mopefuse.encoders._options import option_flag
 from mopefuse.errors import EncoderError, did_you_mean
 
 IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")

@@ -125,3 +125,17 @@ def cannot_resize(spec: Spec, reason: object) -> EncoderError:
     """Build the error for a model that does not support another image size."""
     what = f"{spec.scheme}:{spec.name} does not support size={spec.options['size']}: {reason}"
     return EncoderError(EncoderCode.BAD_OPTION, what, where=str(spec), fix="remove size")
+
+
+def option_flag(spec: Spec, key: str, default: bool) -> bool:
+    """Value of a boolean option of a spec.
+
+    Raises:
+        EncoderError: neither ``true`` nor ``false``.
+    """
+    value = spec.options.get(key, str(default)).lower()
+    if value not in ("true", "false"):
+        raise EncoderError(
+            EncoderCode.BAD_OPTION_VALUE, f"{key}={value} is neither true nor false", where=str(spec), fix=f"write {key}=true"
+        )
+    return value == "true"

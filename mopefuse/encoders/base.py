@@ -358,20 +358,6 @@ def full_spec(text: str) -> Spec:
     return replace(spec, name=ALIASES.get(spec.scheme, {}).get(spec.name, spec.name))
 
 
-def option_flag(spec: Spec, key: str, default: bool) -> bool:
-    """Value of a boolean option of a spec.
-
-    Raises:
-        EncoderError: neither ``true`` nor ``false``.
-    """
-    value = spec.options.get(key, str(default)).lower()
-    if value not in ("true", "false"):
-        raise EncoderError(
-            EncoderCode.BAD_OPTION_VALUE, f"{key}={value} is neither true nor false", where=str(spec), fix=f"write {key}=true"
-        )
-    return value == "true"
-
-
 def run_frozen(encoder: Encoder, inputs: Inputs) -> Encoded:
     """Encode without prompts and without building an autograd graph."""
     with torch.no_grad():

@@ -30,9 +30,10 @@ from mopefuse.core.error_codes import EncoderCode
 from mopefuse.core.registry import Spec
 from mopefuse.core.tensor_files import check_tensors
 from mopefuse.encoders import _options, _weights
+from mopefuse.encoders._options import option_flag
 from mopefuse.encoders._prompted import PromptedEncoder
 from mopefuse.encoders._timm_attention import prompt_model
-from mopefuse.encoders.base import Encoded, Inputs, option_flag
+from mopefuse.encoders.base import Encoded, Inputs
 from mopefuse.encoders.preprocess import ImagePreprocess
 from mopefuse.errors import EncoderError, did_you_mean
 

@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from mopefuse.core.error_codes import EncoderCode
 from mopefuse.core.registry import Spec
 from mopefuse.encoders import _lora
+from mopefuse.encoders._options import option_flag
 from mopefuse.encoders._recompute import run_block
 from mopefuse.encoders.attention import Prompt, attend, split_heads
-from mopefuse.encoders.base import Encoded, Encoder, Inputs, option_flag
+from mopefuse.encoders.base import Encoded, Encoder, Inputs
 from mopefuse.encoders.preprocess import ImagePreprocess, TextPreprocess
 from mopefuse.errors import EncoderError, did_you_mean
 from mopefuse.modalities import tokens
