@@ -26,7 +26,8 @@ from mopefuse.data import features as module
 from mopefuse.data.feature_store import FeatureStore, Mapped
 from mopefuse.data.features import split_features
 from mopefuse.data.load import load_data
-from mopefuse.encoders.base import create_encoder, encode_pooled, run_frozen
+from mopefuse.encoders.base import create_encoder, run_frozen
+from mopefuse.encoders.frozen import encode_pooled
 from mopefuse.training.train import train
 
 CPU = torch.device("cpu")
@@ -157,7 +158,7 @@ def test_large_inputs_go_in_small_batches(monkeypatch: pytest.MonkeyPatch) -> No
         sizes.append(len(some["pixels"]))
         return own(one, {"pixels": some["pixels"][:, :16, :16]})
 
-    monkeypatch.setattr("mopefuse.encoders.base.run_frozen", spy)
+    monkeypatch.setattr("mopefuse.encoders.frozen.run_frozen", spy)
     encode_pooled(encoder, {"pixels": torch.zeros(30, 518, 518, 3, dtype=torch.uint8)})
     assert max(sizes) == 11, "the pixels of 64 images of 224 x 224"
     sizes.clear()

@@ -35,7 +35,7 @@ ORDER = (  # from below; a module imports from rows above its own line, or from 
 LAYER = {name: level for level, names in enumerate(ORDER) for name in names.split()}
 BETWEEN_NEIGHBOURS = {  # encoders, prompts and data know nothing of one another but the two types they hand over
     "prompts": {"encoders.attention"},  # the Prompt that an encoder's layer takes
-    "data": {"encoders.base"},  # the Preprocess that an encoder brings
+    "data": {"encoders.base", "encoders.frozen"},  # the Preprocess that an encoder brings, and its features
 }
 FILES = sorted(ROOT.rglob("*.py"))
 

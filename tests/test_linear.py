@@ -15,7 +15,8 @@ from sklearn.preprocessing import StandardScaler
 
 from mopefuse.config.schema import Linear, build_config
 from mopefuse.data.load import load_data
-from mopefuse.encoders.base import create_encoder, encode_pooled
+from mopefuse.encoders.base import create_encoder
+from mopefuse.encoders.frozen import encode_pooled
 from mopefuse.errors import ConfigError
 from mopefuse.fusion._design_matrix import Design, Side, statistics
 from mopefuse.fusion.regression import FitSettings, Fold, Regression, fit_heads, fit_regression

@@ -26,7 +26,8 @@ from mopefuse.core import device as devices
 from mopefuse.data.base import DataSet, Keys
 from mopefuse.data.collate import Key, Samples
 from mopefuse.data.feature_store import FeatureStore, Found, Mapped, Values
-from mopefuse.encoders.base import Encoder, encode_pooled
+from mopefuse.encoders.base import Encoder
+from mopefuse.encoders.frozen import encode_pooled
 from mopefuse.modalities.base import get_modality
 
 VERSION = 2

@@ -185,11 +185,12 @@ class _BlockForward:
             return (hidden, *[None] * (slot.outputs - 1)) if slot.outputs else hidden
         if not encoder.recompute:
             out = self._run_original(*args, **kwargs)
-            slot.outputs = len(out) if isinstance(out, tuple) else 0
-            return out
-        options = {"recompute": True, "trainable": encoder.trainable}
-        state = (slot.pop(), slot.pop_modulation(), slot.insert)
-        return run_block(self._run_in_call, state, *args, **options, **kwargs)
+        else:
+            options = {"recompute": True, "trainable": encoder.trainable}
+            state = (slot.pop(), slot.pop_modulation(), slot.insert)
+            out = run_block(self._run_in_call, state, *args, **options, **kwargs)
+        slot.outputs = len(out) if isinstance(out, tuple) else 0
+        return out
 
     def _run_original(self, *args: Any, **kwargs: Any) -> Any:
         return type(self.slot.block).forward(self.slot.block, *args, **kwargs)

@@ -362,33 +362,3 @@ def run_frozen(encoder: Encoder, inputs: Inputs) -> Encoded:
     """Encode without prompts and without building an autograd graph."""
     with torch.no_grad():
         return encoder.encode(inputs)
-
-
-_MAX_ELEMENTS = 64 * 3 * 224 * 224  # maximum size of one input tensor of a batch
-_MAX_SAMPLES = 32  # larger chunks are not faster on a CPU and need more padding
-
-
-def encode_pooled(encoder: Encoder, inputs: Inputs) -> Tensor:
-    """Compute pooled features (B, C) of a frozen encoder, in chunks of samples of similar length to save padding.
-
-    A sample's feature depends on its chunk only by rounding. Padding must be on the right; inputs of an encoder with a fixed
-    length are not shortened.
-    """
-    count = len(next(iter(inputs.values())))
-    order_B, lengths_B = torch.arange(count), None
-    if "mask" in inputs and getattr(encoder.preprocess, "length", None) is None:
-        padded = inputs["mask"].shape[1]
-        lengths_B = inputs["mask"].sum(dim=1).cpu()
-        order_B = lengths_B.argsort(stable=True)
-    largest = max(tensor[0].numel() for tensor in inputs.values())
-    pooled_BC: Tensor | None = None
-    for index_b in order_B.split(max(1, min(_MAX_SAMPLES, _MAX_ELEMENTS // largest))):
-        part = {name: tensor[index_b.to(tensor.device)] for name, tensor in inputs.items()}
-        if lengths_B is not None:
-            longest = int(lengths_B[index_b].max())
-            part = {name: tensor[:, :longest] if tensor.shape[1:2] == (padded,) else tensor for name, tensor in part.items()}
-        part_bC = run_frozen(encoder, part).pooled_BC
-        pooled_BC = part_bC.new_empty(count, part_bC.shape[1]) if pooled_BC is None else pooled_BC
-        pooled_BC[index_b.to(part_bC.device)] = part_bC
-    assert pooled_BC is not None, "an empty batch"
-    return pooled_BC

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mopefuse.encoders.base import Encoded, Encoder, Inputs, Prompt, PromptAt, encode_pooled
+from mopefuse.encoders.base import Encoded, Encoder, Inputs, Prompt, PromptAt
+from mopefuse.encoders.frozen import encode_pooled
 from mopefuse.errors import EncoderError
 
 TOLERANCE = 1e-4  # relative to the largest value, in float32

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mopefuse.config.schema import RunConfig
 from mopefuse.data.base import Batch
-from mopefuse.encoders.base import encode_pooled
+from mopefuse.encoders.frozen import encode_pooled
 from mopefuse.errors import DataError
 from mopefuse.fusion.base import Fusion, Output
 from mopefuse.fusion.build import build_model

@@ -1,0 +1,68 @@
+"""Run a frozen encoder on many samples, in batches that fit into memory and have little padding.
+
+Shapes: B batch, b part of a batch, L tokens, D width of a layer, C width of the pooled feature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from mopefuse.encoders.base import Encoder, Inputs, run_frozen
+
+_MAX_ELEMENTS = 64 * 3 * 224 * 224  # maximum size of one input tensor of a batch
+_MAX_SAMPLES = 32  # larger chunks are not faster on a CPU and need more padding
+
+
+def encode_pooled(encoder: Encoder, inputs: Inputs) -> Tensor:
+    """Compute pooled features (B, C) of a frozen encoder.
+
+    A sample's feature depends on the other samples only by rounding.
+    """
+    pooled_BC: Tensor | None = None
+    for index_b, part in _chunks(encoder, inputs):
+        part_bC = run_frozen(encoder, part).pooled_BC
+        if pooled_BC is None:
+            pooled_BC = part_bC.new_empty(len(next(iter(inputs.values()))), part_bC.shape[1])
+        pooled_BC[index_b.to(part_bC.device)] = part_bC
+    assert pooled_BC is not None, "an empty batch"
+    return pooled_BC
+
+
+def encode_prefixes(encoder: Encoder, inputs: Inputs, layer: int) -> list[Tensor]:
+    """Compute the tokens (L, D) of each sample that enter a layer, without padding (see `token_counts`)."""
+    found: dict[int, Tensor] = {}
+    counts_B = token_counts(encoder, inputs)
+    for index_b, part in _chunks(encoder, inputs):
+        tokens_bLD = encoder.compute_prefix(part, layer).tokens_BLD
+        for number, tokens_LD in zip(index_b.tolist(), tokens_bLD, strict=True):
+            found[number] = tokens_LD if counts_B is None else tokens_LD[: int(counts_B[number])]
+    return [found[number] for number in range(len(found))]
+
+
+def token_counts(encoder: Encoder, inputs: Inputs) -> Tensor | None:
+    """Count the tokens of each sample (B,), on the CPU; None if all have the same number.
+
+    Padding is not counted, except by encoders with a fixed length, some of which attend to it.
+    """
+    if "mask" not in inputs or getattr(encoder.preprocess, "length", None) is not None:
+        return None
+    return inputs["mask"].sum(dim=1).cpu()
+
+
+def _chunks(encoder: Encoder, inputs: Inputs) -> Iterator[tuple[Tensor, Inputs]]:
+    """Split a batch into chunks of samples of similar length, to save padding: the numbers of the samples, and their inputs.
+
+    Padding must be on the right; inputs of an encoder with a fixed length are not shortened.
+    """
+    counts_B = token_counts(encoder, inputs)
+    order_B = torch.arange(len(next(iter(inputs.values())))) if counts_B is None else counts_B.argsort(stable=True)
+    largest = max(tensor[0].numel() for tensor in inputs.values())
+    for index_b in order_B.split(max(1, min(_MAX_SAMPLES, _MAX_ELEMENTS // largest))):
+        part = {name: tensor[index_b.to(tensor.device)] for name, tensor in inputs.items()}
+        if counts_B is not None:
+            padded, longest = inputs["mask"].shape[1], int(counts_B[index_b].max())
+            part = {name: tensor[:, :longest] if tensor.shape[1:2] == (padded,) else tensor for name, tensor in part.items()}
+        yield index_b, part
