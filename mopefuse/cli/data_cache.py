@@ -11,6 +11,7 @@ from mopefuse.cli.shared_options import Json
 _KINDS = {
     "index": "indexes of splits",
     "features": "features of encoders",
+    "prefixes": "outputs of early layers",
     "images": "decoded images",
     "models": "models from the hub",
     "charts": "chart scripts",
@@ -23,8 +24,8 @@ def cache(
 ) -> None:
     """Show the cache, or delete it.
 
-    The cache holds table indexes, features of frozen encoders and decoded images, which all runs share. Set its folder
-    with the environment variable MOPEFUSE_CACHE.
+    The cache holds table indexes, features of frozen encoders, outputs of their early layers and decoded images, which all
+    runs share. Set its folder with the environment variable MOPEFUSE_CACHE.
     """
     from mopefuse.cli._render import out, print_json, size, table
     from mopefuse.core import cache as store

@@ -12,8 +12,9 @@ Shapes: S samples of the split, U different values, M values to compute, B batch
 from __future__ import annotations
 
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,10 +24,10 @@ from torch import Tensor
 from mopefuse.config.schema import RunConfig
 from mopefuse.core import cache, distributed
 from mopefuse.core import device as devices
-from mopefuse.data.base import DataSet, Keys
+from mopefuse.data.base import DataSet
 from mopefuse.data.collate import Key, Samples
 from mopefuse.data.feature_store import FeatureStore, Found, Mapped, Values
-from mopefuse.encoders.base import Encoder
+from mopefuse.encoders.base import Encoder, Inputs
 from mopefuse.encoders.frozen import encode_pooled
 from mopefuse.modalities.base import get_modality
 
@@ -36,7 +37,26 @@ _FILES_AT_ONCE, _VALUES_AT_ONCE = 64, 1024
 Advance = Callable[[int, int], None]
 Numbers = NDArray[np.int64]
 Mask = NDArray[np.bool_]
-Piece = tuple[Numbers, Values]  # numbers of values, and their features
+
+
+class Piece(NamedTuple):
+    """What was computed for some of the different values.
+
+    Args:
+        numbers_M: of the values. rows_RC: what was computed, in the same order.
+        counts_M: number of rows of each value; None if each has one.
+    """
+
+    numbers_M: Numbers
+    rows_RC: Values
+    counts_M: Numbers | None = None
+
+    @classmethod
+    def join(cls, pieces: Sequence[Piece]) -> Piece:
+        """Concatenate pieces."""
+        numbers_M, rows_RC = (np.concatenate(parts) for parts in list(zip(*pieces, strict=True))[:2])
+        counts = [piece.counts_M for piece in pieces if piece.counts_M is not None]
+        return cls(numbers_M, rows_RC, np.concatenate(counts) if counts else None)
 
 
 class Features:
@@ -80,99 +100,105 @@ def split_features(
     Args:
         advance: called with (values computed, values to compute) by this process.
     """
-    keys_S = data.splits[split].keys[encoder.modality]
-    values_U, first_U, number_S = np.unique(keys_S, return_index=True, return_inverse=True)
-    computation = _Computation(
-        encoder=encoder,
-        samples=Samples(data, split, {"only": (encoder.modality, encoder.preprocess)}, config.data),
-        config=config,
-        device=device,
-        advance=advance,
-        store=FeatureStore(_key(encoder, config, device), encoder.feature_width),
-        values_U=values_U,
-        first_U=first_U,
-    )
-    store = computation.store
-    store.refresh()
-    known_U: Mask = distributed.broadcast_from_main(store.find(values_U).known_U)
-    share_U = _share(~known_U)
-    not_stored = computation.compute_and_store(share_U, {"encoder": str(encoder.spec), "root": str(data.root)})
-    missing = int((~known_U).sum())
-    found = computation.find_stored(complete=len(not_stored) == 0)
-    if found is not None:
-        origin = "read from the cache" if not missing else "kept in the cache"
-        if 0 < missing < len(values_U):
-            origin = f"{missing:,} of them computed and kept in the cache, the others read from it"
+    store = FeatureStore(_key(encoder, config, device), encoder.feature_width)
+    computation = FeatureComputation(encoder, data, split, config, device, store=store, advance=advance)
+    known_U, share_U = computation.divide()
+    not_stored = computation.compute_and_store(share_U)
+    found_S = computation.find_stored(complete=len(not_stored) == 0)
+    different = len(known_U)
+    if found_S is not None:
         tables = [shard.values for shard in store.shards]
-        found_S = Found(found.shard_U[number_S], found.row_U[number_S])
-        return Features(tables, found_S, different=len(values_U), origin=origin)
+        return Features(tables, found_S, different=different, origin=describe_origin(known_U))
     own_U = share_U | known_U if distributed.is_main() else share_U
     table_UC = computation.collect_in_memory(own_U, not_stored)
-    found_S = Found(np.zeros(len(number_S), np.int32), number_S)
-    return Features([table_UC], found_S, different=len(values_U), origin="kept in memory")
+    found_S = Found(np.zeros(len(computation.number_S), np.int32), computation.number_S)
+    return Features([table_UC], found_S, different=different, origin="kept in memory")
 
 
-def _key(encoder: Encoder, config: RunConfig, device: torch.device) -> str:
+def _key(encoder: Encoder, config: RunConfig, device: torch.device, *more: object) -> str:
     """The key of a store: everything except the samples that decides a feature, apart from rounding."""
-    return cache.make_key(VERSION, encoder.fingerprint(), encoder.digest(), config.train.precision, device.type)
+    return cache.make_key(VERSION, encoder.fingerprint(), encoder.digest(), config.train.precision, device.type, *more)
 
 
-def _share(missing_U: Mask) -> Mask:
-    """Which of the missing values this process computes."""
-    share_U = np.zeros_like(missing_U)
-    share_U[np.flatnonzero(missing_U)[distributed.rank() :: distributed.world_size()]] = True
-    return share_U
+def describe_origin(known_U: Mask) -> str:
+    """Where stored values come from, given which of them were already stored."""
+    missing = int((~known_U).sum())
+    if 0 < missing < len(known_U):
+        return f"{missing:,} of them computed and kept in the cache, the others read from it"
+    return "kept in the cache" if missing else "read from the cache"
 
 
-@dataclass(frozen=True)
-class _Computation:
-    """Computes the features of different values of a split.
+class Computation:
+    """Computes and stores something for each different value of a modality in a split, shared by all processes.
 
-    Args:
+    Attributes:
         values_U: digests of the values. first_U: number of the first sample that has each value.
+        number_S: number of the value of each sample.
     """
 
-    encoder: Encoder
-    samples: Samples
-    config: RunConfig
-    device: torch.device
-    advance: Advance
-    store: FeatureStore
-    values_U: Keys
-    first_U: Numbers
+    def __init__(
+        self,
+        encoder: Encoder,
+        data: DataSet,
+        split: str,
+        config: RunConfig,
+        device: torch.device,
+        *,
+        store: FeatureStore,
+        advance: Advance,
+    ) -> None:
+        keys_S = data.splits[split].keys[encoder.modality]
+        self.values_U, self.first_U, self.number_S = np.unique(keys_S, return_index=True, return_inverse=True)
+        self.samples = Samples(data, split, {"only": (encoder.modality, encoder.preprocess)}, config.data)
+        self.encoder, self.config, self.device, self.store, self.advance = encoder, config, device, store, advance
 
-    def compute_and_store(self, share_U: Mask, facts: dict[str, str]) -> list[Piece]:
-        """Compute the features of the values in `share_U` and store them shard by shard.
+    @abstractmethod
+    def encode(self, inputs: Inputs) -> tuple[Values, Numbers | None]:
+        """Encode some values; returns what to store, and the number of rows of each value if that is not one."""
+
+    def divide(self) -> tuple[Mask, Mask]:
+        """Which values (U,) are stored already, and which this process has to compute."""
+        self.store.refresh()
+        known_U: Mask = distributed.broadcast_from_main(self.store.find(self.values_U).known_U)
+        share_U = np.zeros_like(known_U)
+        share_U[np.flatnonzero(~known_U)[distributed.rank() :: distributed.world_size()]] = True
+        return known_U, share_U
+
+    def compute_and_store(self, share_U: Mask, *, keep: bool = True) -> list[Piece]:
+        """Compute what belongs to the values in `share_U` and store it shard by shard.
 
         Args:
-            facts: about the shards, for listings of the cache.
+            keep: whether to continue if a shard cannot be stored.
 
         Returns:
-            The features that could not be stored.
+            What could not be stored.
         """
         not_stored: list[Piece] = []
         waiting: list[Piece] = []
         began = time.monotonic()
+        facts = {"encoder": str(self.encoder.spec), "root": str(self.samples.data.root)}
 
         def publish() -> None:
-            numbers, features = (np.concatenate(parts) for parts in zip(*waiting, strict=True))
-            if not self.store.append(self.values_U[numbers], features, facts):
-                not_stored.append((numbers, features))
+            joined = Piece.join(waiting)
+            if not self.store.append(self.values_U[joined.numbers_M], joined.rows_RC, facts, joined.counts_M):
+                not_stored.append(joined)
             waiting.clear()
 
-        for piece in self._encode(np.flatnonzero(share_U)):
+        for piece in self.compute(np.flatnonzero(share_U)):
             waiting.append(piece)
-            size = sum(features.nbytes for _, features in waiting)
+            size = sum(piece.rows_RC.nbytes for piece in waiting)
             if size >= _SHARD_BYTES or time.monotonic() - began >= _SHARD_SECONDS:
                 publish()
                 began = time.monotonic()
+            if not_stored and not keep:
+                return not_stored
         if waiting:
             publish()
         return not_stored
 
-    def _encode(self, numbers_M: Numbers) -> Iterator[Piece]:
+    def compute(self, numbers_M: Numbers) -> Iterator[Piece]:
         """Encode values, some at a time."""
-        size = _FILES_AT_ONCE if get_modality(self.encoder.modality).is_file else _VALUES_AT_ONCE
+        size = _FILES_AT_ONCE if self.store.ragged or get_modality(self.encoder.modality).is_file else _VALUES_AT_ONCE
         chunks = [numbers_M[start : start + size] for start in range(0, len(numbers_M), size)]
 
         def keys() -> Iterator[list[Key]]:
@@ -182,13 +208,13 @@ class _Computation:
         done = 0
         for chunk, batch in zip(chunks, self.samples.batches(keys(), pin=self.device.type == "cuda"), strict=True):
             with devices.autocast(self.config.train.precision, self.device):
-                pooled_BC = encode_pooled(self.encoder, batch.to(self.device).inputs["only"])
-            yield chunk, pooled_BC.float().cpu().numpy()
+                encoded = self.encode(batch.to(self.device).inputs["only"])
+            yield Piece(chunk, *encoded)
             done += len(chunk)
             self.advance(done, len(numbers_M))
 
     def find_stored(self, *, complete: bool) -> Found | None:
-        """Find all values in the store; None unless all processes find them in the same shards.
+        """Find the value of each sample in the store; None unless all processes find them in the same shards.
 
         Args:
             complete: whether this process stored all that it computed.
@@ -203,7 +229,17 @@ class _Computation:
         store.refresh(names)
         found = store.find(self.values_U)
         views = distributed.gather((bool(found.known_U.all()), [(shard.name, shard.sha256) for shard in store.shards]))
-        return found if views[0][0] and all(view == views[0] for view in views) else None
+        if not (views[0][0] and all(view == views[0] for view in views)):
+            return None
+        return Found(found.shard_U[self.number_S], found.row_U[self.number_S])
+
+
+class FeatureComputation(Computation):
+    """Computes the pooled features of different values of a split."""
+
+    def encode(self, inputs: Inputs) -> tuple[Values, None]:
+        """See `Computation.encode`."""
+        return encode_pooled(self.encoder, inputs).float().cpu().numpy(), None
 
     def collect_in_memory(self, own_U: Mask, not_stored: list[Piece]) -> Values:
         """Collect a table (U, C) that is the same in all processes.
@@ -214,16 +250,16 @@ class _Computation:
         """
         table_UC = torch.zeros(len(self.values_U), self.encoder.feature_width)
         lacking_U = own_U.copy()
-        for numbers, features in not_stored:
-            table_UC[numbers] = torch.from_numpy(features)
-            lacking_U[numbers] = False
+        for piece in not_stored:
+            table_UC[piece.numbers_M] = torch.from_numpy(piece.rows_RC)
+            lacking_U[piece.numbers_M] = False
         self.store.refresh()
         found = self.store.find(self.values_U)
         for number, shard in enumerate(self.store.shards):
             here = np.flatnonzero(lacking_U & (found.shard_U == number))
             table_UC[here] = torch.from_numpy(shard.values[found.row_U[here]])
             lacking_U[here] = False
-        for numbers, features in self._encode(np.flatnonzero(lacking_U)):  # features of shards that were removed since
-            table_UC[numbers] = torch.from_numpy(features)
+        for piece in self.compute(np.flatnonzero(lacking_U)):  # features of shards that were removed since
+            table_UC[piece.numbers_M] = torch.from_numpy(piece.rows_RC)
         table: Values = distributed.sum_over_processes(table_UC).numpy()
         return table
