@@ -81,7 +81,7 @@ def rows(found: module.Features, count: int) -> torch.Tensor:
 
 def store_of(encoder: str = "tiny:text") -> FeatureStore:
     one = create_encoder(encoder)
-    store = FeatureStore(module._key(one, settings(Path()), CPU), one.feature_width)
+    store = FeatureStore(module.encoder_key(one, settings(Path()), CPU), one.feature_width)
     store.refresh()
     return store
 

@@ -200,6 +200,15 @@ class Data(Section):
     crop_scale: float = Field(0.5, gt=0, le=1, description="smallest fraction of the image area that augment=crop keeps")
     cache_images: bool = Field(False, description="cache decoded, resized images in one file that all runs share")
     cache_features: bool = Field(True, description="cache features of frozen encoders and reuse them in all runs")
+    cache_prefix: Literal["auto", "on", "off"] = Field(
+        "auto", description="cache what enters the first prompted layer and train from there; auto: if it fits into the limit"
+    )
+    cache_prefix_limit: float = Field(
+        20.0, gt=0, description="maximum size of that cache in GiB, and never more than half of the free disk space"
+    )
+    prefix_precision: Literal["float16", "float32"] = Field(
+        "float16", description="number format of that cache; with float16, validation scores can differ in the last digits"
+    )
     max_pixels: int = Field(50_000_000, ge=1, le=89_000_000, description="reject images with more pixels, without decoding")
     image_stats: Literal["encoder", "mmbt"] = Field("encoder", description="mean and standard deviation for normalising images")
 
@@ -364,8 +373,8 @@ def _without_idle_side(values: dict[str, Any]) -> dict[str, Any]:
 
 WITHOUT_EFFECT = frozenset(
     (
-        "data.workers data.cache_images data.cache_features data.strict data.allow_odd_labels data.modalities train.log_every "
-        "train.checkpoint_every train.checkpoint_activations"
+        "data.workers data.cache_images data.cache_features data.cache_prefix_limit data.strict data.allow_odd_labels "
+        "data.modalities train.log_every train.checkpoint_every train.checkpoint_activations"
     ).split()
 )
 """Settings that do not change the results of a run."""

@@ -49,6 +49,7 @@ FLAGS = (
     Flag("--strict", "data.strict", DATA),
     Flag("--max-pixels", "data.max_pixels", DATA, "train, data check, data preview"),
     Flag("--cache-images", "data.cache_images", DATA),
+    Flag("--cache-prefix", "data.cache_prefix", DATA),
     Flag("--workers", "data.workers", DATA),
     Flag("--text-col", "data.text_col", COLUMNS, EVERY_TABLE, metavar="NAME"),
     Flag("--image-col", "data.img_col", COLUMNS, EVERY_TABLE, metavar="NAME"),

@@ -1,6 +1,7 @@
 """Rows, splits and batches: what every data reader produces and every fusion method consumes.
 
-Shapes: B batch, N labels, S samples of a split, C width of a pooled feature.
+Shapes: B batch, N labels, S samples of a split, C width of a pooled feature, L tokens, D width of
+a layer.
 """
 
 from __future__ import annotations
@@ -165,6 +166,8 @@ class Batch:
         index: positions (B,) of the samples in their split, always on the CPU.
         missing: by side, True (B,) where a sample lacks the modality of that side, whose input is then blank; only of sides
             where a sample may lack it.
+        prefixes: by side, the tokens (B, L, D) that enter layer `Fusion.prefix_layers` of its encoder, computed earlier; the
+            layers before it are not run.
     """
 
     inputs: dict[str, dict[str, Tensor]]
@@ -172,6 +175,7 @@ class Batch:
     targets: Tensor | None
     index: Tensor
     missing: dict[str, Tensor] = field(default_factory=dict)
+    prefixes: dict[str, Tensor] = field(default_factory=dict)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """Apply a function to every tensor."""

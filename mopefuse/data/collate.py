@@ -10,6 +10,7 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -40,6 +41,8 @@ class Samples(Dataset[dict[str, Any]]):
     Args:
         readers: modality and preprocessing of each side; sides with precomputed features are skipped.
         features: by side, precomputed features.
+        prefixes: by side, the tokens (B, L, D) that enter a layer of its encoder, precomputed. Of such a side, only inputs
+            with a mask are read, as texts; others are blank.
         seed: seed of the augmentation.
         training: whether images are augmented.
 
@@ -54,12 +57,15 @@ class Samples(Dataset[dict[str, Any]]):
         config: DataConfig,
         *,
         features: Mapping[str, FeatureTable] | None = None,
+        prefixes: Mapping[str, FeatureTable] | None = None,
         seed: int = 0,
         training: bool = False,
     ) -> None:
         self.data, self.split, self.config, self.seed = data, data.splits[split], config, seed
-        self.features = dict(features or {})
-        self.readers = {side: reader for side, reader in readers.items() if side not in self.features}
+        self.features, self.prefixes = dict(features or {}), dict(prefixes or {})
+        blank = {side: readers[side][1].batch([blank_input(*readers[side])]) for side in self.prefixes}
+        self.blank = {side: inputs for side, inputs in blank.items() if "mask" not in inputs}
+        self.readers = {side: reader for side, reader in readers.items() if side not in {*self.features, *self.blank}}
         self.targets = data.sparse_targets(split)
         self.modality_of = {side: modality for side, (modality, _) in readers.items()}
         lacks = {side: self.split.is_missing(modality) for side, (modality, _) in readers.items()}
@@ -125,9 +131,12 @@ class Samples(Dataset[dict[str, Any]]):
                 return cast(MopefuseError, item["error"])
         index_B = torch.tensor([item["index"] for item in items], dtype=torch.long)
         inputs = {side: preprocess.batch([item[side] for item in items]) for side, (_, preprocess) in self.readers.items()}
+        for side, blank in self.blank.items():
+            inputs[side] = {name: tensor.expand(len(items), *tensor.shape[1:]) for name, tensor in blank.items()}
         features = {side: table[index_B] for side, table in self.features.items()}
+        prefixes = {side: _pad_like(inputs[side], table[index_B]) for side, table in self.prefixes.items()}
         missing = {side: torch.tensor([item["absent"][side] for item in items]) for side in self.lacking}
-        return Batch(inputs=inputs, features=features, targets=self.targets[index_B], index=index_B, missing=missing)
+        return Batch(inputs, features, self.targets[index_B], index_B, missing, prefixes)
 
     def batches(self, keys: Iterable[Sequence[Key]], *, pin: bool = False) -> Iterator[Batch]:
         """Yield a batch for each item of `keys`, read in the main process or in `data.workers` worker processes.
@@ -168,6 +177,11 @@ def _ignore_signals(worker: int) -> None:
     """Ignore Ctrl-C and SIGTERM in a worker: the main process handles them, and ends its workers after saving."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _pad_like(inputs: Mapping[str, Tensor], tokens_BLD: Tensor) -> Tensor:
+    """Pad tokens to the length of the inputs, if these have a mask."""
+    return F.pad(tokens_BLD, (0, 0, 0, inputs["mask"].shape[1] - tokens_BLD.shape[1])) if "mask" in inputs else tokens_BLD
 
 
 def blank_input(modality: str, preprocess: Preprocess) -> Any:

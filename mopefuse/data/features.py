@@ -100,7 +100,7 @@ def split_features(
     Args:
         advance: called with (values computed, values to compute) by this process.
     """
-    store = FeatureStore(_key(encoder, config, device), encoder.feature_width)
+    store = FeatureStore(encoder_key(encoder, config, device), encoder.feature_width)
     computation = FeatureComputation(encoder, data, split, config, device, store=store, advance=advance)
     known_U, share_U = computation.divide()
     not_stored = computation.compute_and_store(share_U)
@@ -115,7 +115,7 @@ def split_features(
     return Features([table_UC], found_S, different=different, origin="kept in memory")
 
 
-def _key(encoder: Encoder, config: RunConfig, device: torch.device, *more: object) -> str:
+def encoder_key(encoder: Encoder, config: RunConfig, device: torch.device, *more: object) -> str:
     """The key of a store: everything except the samples that decides a feature, apart from rounding."""
     return cache.make_key(VERSION, encoder.fingerprint(), encoder.digest(), config.train.precision, device.type, *more)
 

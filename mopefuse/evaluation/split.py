@@ -5,8 +5,9 @@ Shapes: S samples of the split, N labels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from mopefuse.config.schema import RunConfig
 from mopefuse.core import distributed
 from mopefuse.data.base import DataSet
-from mopefuse.data.collate import Samples
+from mopefuse.data.collate import FeatureTable, Samples
 from mopefuse.data.features import split_features
 from mopefuse.data.modality_dropout import ModalityDropout
 from mopefuse.evaluation.outputs import Advance, ModelOutputs, SplitOutput, collect
@@ -75,6 +76,7 @@ def prepare_samples(
     device: torch.device,
     *,
     training: bool = False,
+    prefixes: Mapping[str, FeatureTable] | None = None,
     notice: Callable[[str], None] = lambda text: None,
     reading: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Samples:
@@ -82,6 +84,7 @@ def prepare_samples(
 
     Args:
         training: with augmentation and modality dropout, if they are configured.
+        prefixes: by side, outputs of the encoder's first layers, see `mopefuse.data.prefixes`.
         notice: called with what was computed or found in the cache.
         reading: called with what is being computed, how much of it is done, and how much there is.
     """
@@ -94,7 +97,8 @@ def prepare_samples(
             features[side] = split_features(encoder, data, split, config, device, advance=advance)
             what = f"{features[side].different:,} different {get_modality(encoder.modality).plural}"
             notice(f"{split}: {what} encoded once by {encoder.spec}, {features[side].origin}")
-    samples = Samples(data, split, model.readers(), config.data, features=features, seed=config.seed, training=training)
+    tables: dict[str, Any] = {"features": features, "prefixes": prefixes}
+    samples = Samples(data, split, model.readers(), config.data, seed=config.seed, training=training, **tables)
     model.require_modalities(samples.lacking, where=split)
     if config.data.cache_images:
         advance = partial(reading, f"decoding {split}")

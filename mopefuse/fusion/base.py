@@ -24,7 +24,7 @@ from mopefuse.config.sides import is_comp, specs
 from mopefuse.core.error_codes import CheckpointCode, ConfigCode
 from mopefuse.core.precision import apply_without_autocast, to_float32
 from mopefuse.data.base import Batch
-from mopefuse.encoders.base import Encoder, Preprocess, run_frozen
+from mopefuse.encoders.base import Encoder, Prefix, Preprocess, run_frozen
 from mopefuse.errors import CheckpointError, ConfigError
 from mopefuse.fusion.collator import Collator, Requirements
 from mopefuse.fusion.regression import Advance, FitSettings, Fold, Standard, fit_heads
@@ -60,6 +60,8 @@ class Fusion(nn.Module):
         uses: the sides that the method needs, such as ("main", "comp").
         frozen: the sides whose encoder gets no prompts and is never trained, so that its features can be cached.
         reads: the sides whose samples the forward pass reads.
+        prefix_layers: by side, the first layer of the encoder that is prompted, if all before it are frozen: `forward` then
+            starts from `prefix`, so that training can cache what enters that layer.
     """
 
     uses: tuple[str, ...] = ("main", "comp")
@@ -96,6 +98,7 @@ class Fusion(nn.Module):
             self.add_module(side, encoders[side])
         self.frozen: tuple[str, ...] = ()
         self.reads: tuple[str, ...] = self.uses
+        self.prefix_layers: dict[str, int] = {}
         self.standard: nn.ModuleDict | None = None  # by side, if the head takes standardised features
         self.absent = nn.ParameterDict()
         if config.either and "main" not in self.droppable_sides:
@@ -223,6 +226,11 @@ class Fusion(nn.Module):
         if side in batch.features:
             return batch.features[side]
         return to_float32(run_frozen(self.encoder(side), batch.inputs[side]).pooled_BC)
+
+    def prefix(self, side: str, batch: Batch) -> Prefix | None:
+        """Where the encoder of a side starts; None for its beginning, if the batch has no precomputed tokens."""
+        tokens_BLD = batch.prefixes.get(side)
+        return None if tokens_BLD is None else Prefix(self.prefix_layers[side], tokens_BLD)
 
     def make_head(self, width: int, num_labels: int) -> nn.Module:
         """A head from pooled features (B, width) to logits (B, N): linear, or with one hidden layer (`head_hidden`)."""

@@ -100,6 +100,8 @@ class ConditionalFusion(Fusion):
             self.reads = ("main",)
         elif config.comp_tuning.mode == "frozen":
             self.frozen = self.comps
+        first = min(map(int, self.stack.layers), default=0)
+        self.prefix_layers = {"main": first} if first and not main.trainable else {}
         self.learn_absence([side for side in self.optional_sides if side in self.reads and side != "main"])
 
     def _set_up_tuning(self, side: str, gate: Literal["none", "zero"]) -> None:
@@ -168,7 +170,8 @@ class ConditionalFusion(Fusion):
         psi_BC = {side: self.psi(side, batch) for side in self.comps if side in self.reads}
         conditions_BC = {side: self.replace_missing(side, normalize_feature(psi), batch) for side, psi in psi_BC.items()}
         conditioned = self.stack.condition(conditions_BC) if len(self.stack.layers) else None
-        pooled_BC = self.encoder("main").encode(batch.inputs["main"], conditioned).pooled_BC
+        start = self.prefix("main", batch)
+        pooled_BC = self.encoder("main").encode(batch.inputs["main"], conditioned, start=start).pooled_BC
         features = (pooled_BC,) if self.standard is None else (pooled_BC, *psi_BC.values())
         logits_BN = self.classify(*features, batch=batch)
         alone_BN = None

@@ -22,6 +22,7 @@ from mopefuse.training.losses import classification_loss
 from mopefuse.training.manifest import run_facts
 from mopefuse.training.notices import likely_mistakes
 from mopefuse.training.optim import with_learning_rates
+from mopefuse.training.prefix_cache import require_prefixes
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ def plan(config: RunConfig, listener: Listener | None = None) -> Plan:
     prepared = prepare(config, listener)
     prepared.warn(listener)
     data, model = prepared.data, prepared.model
+    if prepared.config.data.cache_prefix == "on":
+        require_prefixes(model, data, prepared.config, torch.device("cpu"))
     return Plan(
         config=prepared.config,
         rows={name: len(split.rows) for name, split in data.splits.items()},

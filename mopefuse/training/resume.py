@@ -12,20 +12,21 @@ from mopefuse.fusion.build import full_specs
 
 MAY_CHANGE = frozenset(
     (
-        "device data.path data.image_roots data.workers data.cache_images data.cache_features data.strict "
-        "data.allow_odd_labels train.epochs "
+        "device data.path data.image_roots data.workers data.cache_images data.cache_features "
+        "data.cache_prefix_limit data.strict data.allow_odd_labels train.epochs "
         "train.max_steps train.patience train.log_every train.checkpoint_every train.evals_per_epoch train.select "
         "train.compile train.checkpoint_activations"
     ).split()
 )
 """Settings that a resumed run may change; all others define the run."""
+_RESOLVED = {"data.cache_prefix": "auto"}  # values that a run replaces when it begins; None is another
 
 
 def resumed(saved: RunConfig, new: RunConfig) -> tuple[RunConfig, list[str]]:
     """The configuration that a resumed run continues with, and its changes as ``path: old -> new``.
 
     Args:
-        new: settings that are None here keep their saved value.
+        new: settings that are not resolved here keep their saved value, see `differing`.
 
     Raises:
         ConfigError: a change to a setting that defines the run: its encoders, prompts, data or optimization.
@@ -47,9 +48,9 @@ def resumed(saved: RunConfig, new: RunConfig) -> tuple[RunConfig, list[str]]:
 
 
 def differing(saved: RunConfig, new: RunConfig) -> list[str]:
-    """Paths of the settings that differ in a new configuration; those that are None there do not count."""
+    """Paths of the settings that differ in a new configuration; those that a run resolves (None, auto) do not count."""
     before, after = _values(full_specs(saved)), _values(full_specs(new))
-    return [key for key in before if before[key] != after[key] and after[key] is not None]
+    return [key for key in before if before[key] != after[key] and after[key] not in (None, _RESOLVED.get(key))]
 
 
 def _values(config: RunConfig) -> dict[str, Any]:

@@ -170,6 +170,8 @@ def _new_config(
         for section, key in _derived_settings(config, old.model):
             values[section][key] = None
     values["data"] = with_data_path(config.data, data).model_dump(mode="json")
+    if values["data"]["cache_prefix"] == "on":
+        values["data"]["cache_prefix"] = "auto"
     values["train"] |= {"epochs": epochs, "max_steps": None}
     return build_config(merge(values, dict(settings)))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -27,6 +27,7 @@ from mopefuse.runs.load import check_encoders
 from mopefuse.training.listener import Listener
 from mopefuse.training.manifest import drawn_ids, versions
 from mopefuse.training.plan import Prepared, prepare
+from mopefuse.training.prefix_cache import PrefixTables, prepare_prefixes
 from mopefuse.training.regression_start import regression_start
 from mopefuse.training.resume import resumed
 from mopefuse.training.stop_request import StopRequest
@@ -103,11 +104,12 @@ def _train(
     origin = origin or _Origin(config, None, start)
     # 2. Data, resolved configuration and model, as `plan` prepares them.
     prepared = prepare(origin.config, listener, device)
+    prepared, prefixes = _with_prefixes(prepared, device, listener)
     listener.on_rows({name: len(prepared.data.splits[name].rows) for name in SPLITS if name in prepared.data.splits})
     # 3. The folder becomes a run, or is found to be of the same data and encoders.
     facts = _begin(folder, prepared, origin, listener) if origin.facts is None else _same_run(folder, prepared, origin.facts)
     # 4. The trainer, at the step to continue from.
-    trainer = Trainer(prepared.config, prepared.data, prepared.model, folder, device, listener)
+    trainer = Trainer(prepared.config, prepared.data, prepared.model, folder, device, listener, prefixes)
     if facts["warm_up"]:
         trainer.warm_up(**facts["warm_up"])
     if (result := _go_to_start(trainer, folder, prepared, origin, facts)) is not None:
@@ -121,6 +123,13 @@ def _train(
     except KeyboardInterrupt:
         what = f"after the last step, {trainer.progress.step}, before the test; its checkpoint has been saved"
         raise Interrupted(signal.SIGINT, what, fix="continue with --resume") from None
+
+
+def _with_prefixes(prepared: Prepared, device: torch.device, listener: Listener) -> tuple[Prepared, PrefixTables]:
+    """The outputs of early layers from which training starts; the configuration records whether it does."""
+    model = prepared.model
+    model.config, tables = prepare_prefixes(model, prepared.data, prepared.config, device, listener)
+    return replace(prepared, config=model.config), tables
 
 
 def _resume(folder: RunFolder, config: RunConfig, listener: Listener) -> _Origin | None:

@@ -37,6 +37,7 @@ from mopefuse.training.duration import Duration, evaluation_steps
 from mopefuse.training.listener import Listener, Progress
 from mopefuse.training.losses import balanced_weights
 from mopefuse.training.optim import factor, load_optimizer_state, make_optimizer, optimizer_state, set_learning_rate
+from mopefuse.training.prefix_cache import SPLITS, PrefixTables
 from mopefuse.training.step import Backward
 from mopefuse.training.stop_request import StopRequest
 
@@ -70,6 +71,7 @@ class Trainer:
     Args:
         model: on `device`.
         run: a started run folder; only the main process writes to it.
+        prefixes: outputs of early layers from which training and its validation start.
     """
 
     def __init__(
@@ -80,13 +82,15 @@ class Trainer:
         run: RunFolder,
         device: torch.device,
         listener: Listener,
+        prefixes: PrefixTables | None = None,
     ) -> None:
         self.config, self.data, self.model = config, data, model
         self.run, self.device, self.listener = run, device, listener
         # 1. Samples, with features of frozen encoders computed or read from the cache.
         callbacks: dict[str, Any] = {"notice": listener.on_notice, "reading": listener.on_data_progress}
-        self.train_samples = prepare_samples(model, data, "train", config, device, training=True, **callbacks)
-        self.val_samples = prepare_samples(model, data, "val", config, device, **callbacks)
+        train, val = ((prefixes or {}).get(split) for split in SPLITS)
+        self.train_samples = prepare_samples(model, data, "train", config, device, training=True, prefixes=train, **callbacks)
+        self.val_samples = prepare_samples(model, data, "val", config, device, prefixes=val, **callbacks)
         # 2. How long to train, and when to validate.
         self.duration = Duration.from_config(config.train, len(self.train_samples))
         self.per_epoch = self.duration.per_epoch
