@@ -5,26 +5,24 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, code_of, make_pairs, matrix, ranks, write_rows
+from conftest import TINY, code_of, make_pairs, ranks, write_rows
 
 from mopefuse.config.schema import Data, RunConfig, build_config
 from mopefuse.core import cache
-from mopefuse.data import prefixes as module
+from mopefuse.core.artifact import sha256
 from mopefuse.data.base import DataSet
 from mopefuse.data.collate import Samples
 from mopefuse.data.load import load_data
 from mopefuse.data.prefixes import Prefixes, split_prefixes
 from mopefuse.encoders.base import Prefix, create_encoder
 from mopefuse.encoders.tiny import TinyEncoder
-from mopefuse.errors import Interrupted
-from mopefuse.fusion.build import build_model
+from mopefuse.errors import ConfigError, Interrupted
 from mopefuse.runs.folder import RunFolder
 from mopefuse.training.listener import Listener
 from mopefuse.training.plan import plan
@@ -121,7 +119,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.fixture
-def layers_run(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, int]]]:
+def layers_run(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """(encoder, layer) of every layer of a tiny encoder that runs."""
     found: list[tuple[str, int]] = []
     own = TinyEncoder._run_block
@@ -131,7 +129,7 @@ def layers_run(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, int]
         return own(self, block, *rest)
 
     monkeypatch.setattr(TinyEncoder, "_run_block", count)
-    return iter([found]).__next__()  # type: ignore[return-value]
+    return found
 
 
 # -- the same run, for less
@@ -156,3 +154,235 @@ def test_a_run_with_the_cache_takes_the_course_of_one_without(data: Path, tmp_pa
     assert_same_course(tmp_path / "on", tmp_path / "off")
     for split in ("val", "test"):
         assert results["on"]["metrics"][split] == pytest.approx(results["off"]["metrics"][split], abs=1e-5)
+
+
+def test_multi_label_rows_and_rows_without_a_modality(tmp_path: Path) -> None:
+    root = make_pairs(tmp_path / "data", multi=True, counts=COUNTS)
+    for split in COUNTS:
+        rows = [json.loads(line) for line in (root / f"{split}.jsonl").read_text().splitlines()]
+        removed: tuple[dict[str, None], ...] = ({}, {"img": None}, {"text": None}, {})
+        write_rows(root / f"{split}.jsonl", [row | removed[number % 4] for number, row in enumerate(rows)])
+    for main, comp in (("tiny:vision", "tiny:text"), ("tiny:text", "tiny:vision")):
+        more = {"main": main, "comp": comp, "either": True, "data__on_missing": "absent"}
+        layers = {"prompts__layers": "last:1"}
+        for setting in ("on", "off"):
+            train(settings(root, setting, **more, **layers), tmp_path / f"{main}-{setting}")
+        assert_same_course(tmp_path / f"{main}-on", tmp_path / f"{main}-off")
+
+
+def test_half_precision_is_close_and_not_equal(data: Path, tmp_path: Path) -> None:
+    train(settings(data, "on", data__prefix_precision="float16"), tmp_path / "half")
+    train(settings(data, "off"), tmp_path / "off")
+    assert_same_course(tmp_path / "half", tmp_path / "off", tolerance=0.01)
+    half, whole = prefixes(data, data__prefix_precision="float16"), prefixes(data)
+    assert half[torch.arange(4)].dtype == torch.float16
+    assert half.size * 2 == whole.size == 16 * 17 * 96 * 4
+    with pytest.raises(AssertionError):
+        assert_same_course(tmp_path / "half", tmp_path / "off", tolerance=0)
+
+
+def test_early_layers_run_once_for_each_sample_and_not_in_training(
+    data: Path, tmp_path: Path, layers_run: list[tuple[str, int]]
+) -> None:
+    config = settings(data, train__epochs=3)
+    trained = tmp_path / "first"
+    train(config, trained)
+    early = [layer for name, layer in layers_run if name == "vision" and layer < 3]
+    # The estimate, 16 and 6 images in one part each, and the test of the whole model.
+    assert sorted(early) == sorted([0, 1, 2] * (1 + 1 + 1 + 1))
+    layers_run.clear()
+    train(config, tmp_path / "second")
+    assert sorted(layer for name, layer in layers_run if name == "vision" and layer < 3) == sorted([0, 1, 2] * 2)
+    assert log(trained) == log(tmp_path / "second")
+
+
+def test_no_image_is_opened_in_training_or_in_a_second_run(data: Path, tmp_path: Path, reads: list[str]) -> None:
+    train(settings(data, train__epochs=3), tmp_path / "first")
+    assert reads.count("image") == sum(COUNTS.values()), "each once, and those of the test split in the test"
+    reads.clear()
+    train(settings(data, train__epochs=3, prompts__experts=3), tmp_path / "second")
+    assert reads.count("image") == COUNTS["test"]
+
+
+def test_a_resumed_run_is_equal_to_the_bit(data: Path, tmp_path: Path) -> None:
+    """It was begun with `auto`, which became `on`; the second part says nothing, or `auto` again."""
+    config = settings(data, "auto", data__prefix_precision="float16", train__checkpoint_every=3)
+    whole = tmp_path / "whole"
+    train(config, whole)
+    assert RunFolder(whole).config().data.cache_prefix == "on"
+
+    class Stop(Notices):
+        def on_step(self, progress: Any, total: int, loss: float, lr: float) -> None:
+            if progress.step == 3:
+                os.kill(os.getpid(), 15)
+
+    parts = tmp_path / "parts"
+    with pytest.raises(Interrupted):
+        train(config, parts, listener=Stop())
+    train(config, parts, resume=True)
+    assert (parts / "predictions.jsonl").read_bytes() == (whole / "predictions.jsonl").read_bytes()
+    assert log(parts) == log(whole)
+    for change in ({"cache_prefix": "off"}, {"prefix_precision": "float32"}):
+        changed = config.model_copy(update={"data": config.data.model_copy(update=change)})
+        assert code_of(lambda changed=changed: train(changed, parts, resume=True)) == "MF-CFG-32"  # type: ignore[misc]
+
+
+@pytest.mark.process
+def test_two_processes_equal_one(data: Path, tmp_path: Path) -> None:
+    common = [*TINY, "--data", data, "--layers", "last:1", "--steps", 4, "--cache-prefix", "on"]
+    common += ["--set", "data.prefix_precision=float32", "--set", "prompts.dropout=0", "--set", "router.noise=false"]
+    for processes in (2, 1):
+        os.environ["MOPEFUSE_CACHE"] = str(tmp_path / f"cache-{processes}")
+        done = ranks(processes, "train", *common, "--out", tmp_path / str(processes))
+        assert done.returncode == 0, done.stderr
+        assert "ran once for 16 different images" in done.stderr + done.stdout
+    assert_same_course(tmp_path / "2", tmp_path / "1")
+    shards = list((tmp_path / "cache-2").glob("prefixes/*/*"))
+    assert len(shards) == 4, "each process computed its share of both splits"
+
+
+# -- whether it is used
+
+
+@pytest.mark.parametrize(
+    ("more", "fix"),
+    [
+        ({"prompts__layers": "all"}, "--layers last:N"),
+        ({"method": "late-concat"}, "--layers last:N"),
+        ({"data__cache_features": False}, "remove it"),
+        ({"data__augment": "flip"}, "--set data.augment=none"),
+        ({"either": True, "train__modality_dropout": 0.2}, "--modality-dropout"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_where_early_layers_have_no_constant_output(data: Path, tmp_path: Path, more: dict[str, Any], fix: str) -> None:
+    for action in (lambda: train(settings(data, "on", **more), tmp_path / "on"), lambda: plan(settings(data, "on", **more))):
+        with pytest.raises(ConfigError) as raised:
+            action()
+        assert (raised.value.code, raised.value.where) == ("MF-CFG-360", "--cache-prefix")
+        assert fix in raised.value.fix
+    train(settings(data, "auto", **more, train__epochs=0), tmp_path / "auto")
+    assert RunFolder(tmp_path / "auto").config().data.cache_prefix != "on"
+    assert all(kind != "prefixes" for kind, *_ in cache.entries())
+
+
+def test_beyond_the_limit_it_is_off_and_says_so(data: Path, tmp_path: Path, reads: list[str]) -> None:
+    heard = Notices()
+    train(settings(data, "auto", data__cache_prefix_limit=1e-4), tmp_path / "auto", listener=heard)
+    (notice,) = heard.about_prefixes
+    assert "144 kB" in notice and "0.0001 GiB" in notice and "--set data.cache_prefix_limit=0.00015" in notice, notice
+    assert "--cache-prefix off" in notice
+    assert RunFolder(tmp_path / "auto").config().data.cache_prefix == "off"
+    assert reads.count("image") > sum(COUNTS.values())
+    assert code_of(lambda: train(settings(data, data__cache_prefix_limit=1e-4), tmp_path / "on")) == "MF-RES-360"
+    heard = Notices()
+    train(settings(data, "auto", data__cache_prefix_limit=0.00015), tmp_path / "enough", listener=heard)
+    assert "16 different images, 104 kB in float32, kept in the cache" in heard.about_prefixes[0]
+
+
+def test_half_of_the_free_space_is_the_most(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Usage:
+        free = 200_000
+
+    monkeypatch.setattr("mopefuse.training.prefix_cache.shutil.disk_usage", lambda _: Usage)
+    assert code_of(lambda: train(settings(data), tmp_path / "run")) == "MF-RES-360"
+    Usage.free = 400_000
+    train(settings(data, train__epochs=0), tmp_path / "run")
+    Usage.free = 0
+    train(settings(data, train__epochs=0), tmp_path / "again")
+
+
+def test_a_cache_that_cannot_be_written(data: Path, tmp_path: Path, folder: Path) -> None:
+    folder.mkdir()
+    (folder / "prefixes").write_text("")
+    assert code_of(lambda: train(settings(data), tmp_path / "on")) == "MF-RES-361"
+    heard = Notices()
+    train(settings(data, "auto"), tmp_path / "auto", listener=heard)
+    assert "cannot be kept in the cache" in heard.about_prefixes[0] and "MOPEFUSE_CACHE" in heard.about_prefixes[0]
+    train(settings(data, "off"), tmp_path / "off")
+    assert log(tmp_path / "auto") == log(tmp_path / "off")
+
+
+def test_values_beyond_float16_turn_it_off(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = TinyEncoder.compute_prefix
+    monkeypatch.setattr(
+        TinyEncoder, "compute_prefix", lambda *what: own(*what)._replace(tokens_BLD=1e6 * own(*what).tokens_BLD)
+    )
+    half = {"data__prefix_precision": "float16"}
+    assert code_of(lambda: train(settings(data, **half), tmp_path / "on")) == "MF-NUM-360"
+    heard = Notices()
+    train(settings(data, "auto", **half), tmp_path / "auto", listener=heard)
+    assert "too large for float16" in heard.about_prefixes[0] and "data.prefix_precision=float32" in heard.about_prefixes[0]
+    assert RunFolder(tmp_path / "auto").config().data.cache_prefix == "off"
+
+
+# -- what is kept
+
+
+def test_texts_are_stored_without_padding_and_padded_in_a_batch(data: Path) -> None:
+    found, encoder = prefixes(data, "tiny:text", layer=1), create_encoder("tiny:text")
+    pairs = load_data(Data(path=str(data)))
+    lengths = [2 + 3 * (1 + number % 4) for number in range(COUNTS["train"])]
+    assert found.size == sum(lengths) * 96 * 4
+    samples = Samples(pairs, "train", {"main": ("text", encoder.preprocess)}, Data(), prefixes={"main": found})
+    for index in ([0, 4, 8], [0, 1, 2, 3], [3, 3]):
+        batch = samples.batch([samples[(0, number)] for number in index])
+        assert batch.inputs["main"]["mask"].sum(dim=1).tolist() == [lengths[number] for number in index]  # type: ignore[union-attr]
+        assert batch.prefixes["main"].shape == (len(index), max(lengths[number] for number in index), 96)  # type: ignore[union-attr]
+        inputs = batch.inputs["main"]  # type: ignore[union-attr]
+        with torch.no_grad():
+            whole = encoder.encode(inputs)
+            continued = encoder.encode(inputs, start=Prefix(1, batch.prefixes["main"]))  # type: ignore[union-attr]
+        torch.testing.assert_close(continued.pooled_BC, whole.pooled_BC, atol=1e-5, rtol=1e-5)
+        padding = batch.prefixes["main"][~inputs["mask"]]  # type: ignore[union-attr]
+        assert (padding == 0).all()
+
+
+def test_a_batch_is_moved_and_divided_with_its_prefixes(data: Path) -> None:
+    encoder = create_encoder("tiny:vision")
+    readers = {"main": ("image", encoder.preprocess)}
+    samples = Samples(load_data(Data(path=str(data))), "train", readers, Data(), prefixes={"main": prefixes(data)})
+    batch = samples.batch([samples[(0, number)] for number in range(5)])
+    parts = [batch.to("cpu").part(number, 2) for number in range(2)]  # type: ignore[union-attr]
+    assert [len(part.prefixes["main"]) for part in parts] == [3, 2]
+    assert torch.equal(torch.cat([part.prefixes["main"] for part in parts]), batch.prefixes["main"])  # type: ignore[union-attr]
+    assert batch.inputs["main"]["pixels"].shape == (5, 16, 16, 3)  # type: ignore[union-attr]
+
+
+def test_another_layer_precision_or_encoder_has_another_key(data: Path, folder: Path) -> None:
+    prefixes(data)
+    for number, change in enumerate(({"layer": 2}, {"data__prefix_precision": "float16"}, {"encoder": "tiny:vision-b"}), 2):
+        assert prefixes(data, **change).origin == "kept in the cache"  # type: ignore[arg-type]
+        assert len(list(folder.glob("prefixes/*"))) == number
+    assert prefixes(data).origin == "read from the cache"
+
+
+def test_a_damaged_shard_is_computed_again(data: Path, folder: Path) -> None:
+    every = torch.arange(COUNTS["train"])
+    expected = prefixes(data, "tiny:text", 1)[every]
+    for name in ("values.bin", "ends.bin", "keys.bin", "manifest.json"):
+        (shard,) = folder.glob("prefixes/*/*")
+        content = bytearray((shard / name).read_bytes())
+        content[3] ^= 1
+        (shard / name).write_bytes(content)
+        found = prefixes(data, "tiny:text", 1)
+        assert found.origin == "kept in the cache", name
+        assert torch.equal(found[every], expected)
+        shutil.rmtree(shard)
+
+
+@pytest.mark.parametrize("ends", [[-5, 1], [4, 2], [0, 0], [2**62, 2**63 - 1], []], ids=str)
+def test_a_shard_with_impossible_ends_is_not_read(data: Path, folder: Path, ends: list[int]) -> None:
+    """Its digests are right, as somebody else wrote it."""
+    every = torch.arange(COUNTS["train"])
+    expected = prefixes(data, "tiny:text", 1)[every]
+    (shard,) = folder.glob("prefixes/*/*")
+    count = len((shard / "keys.bin").read_bytes()) // 16
+    forged = (ends * count)[:count]
+    np.array(forged, dtype=np.int64).tofile(shard / "ends.bin")
+    manifest = json.loads((shard / "manifest.json").read_text())
+    manifest["files"]["ends.bin"] = {"sha256": sha256(shard / "ends.bin"), "size": 8 * len(forged)}
+    (shard / "manifest.json").write_text(json.dumps(manifest))
+    found = prefixes(data, "tiny:text", 1)
+    assert found.origin == "kept in the cache"
+    assert torch.equal(found[every], expected)
