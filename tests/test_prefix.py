@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 
 import pytest
 import torch
 from conftest import matrix
 from test_encoders import batch_of, prompts_for
+from torch.nn.utils.rnn import pad_sequence
 
 from mopefuse.encoders._prompted import PromptedEncoder
 from mopefuse.encoders.base import Encoder, Prefix, Prompt
+from mopefuse.encoders.frozen import encode_prefixes, token_counts
 
 pytest_plugins = ["families"]
 CHOSEN = ("hf-bert", "hf-albert", "hf-swin", "hf-dinov2", "timm-vit", "timm-swin-padded", "open_clip-text", "open_clip-visual")
@@ -58,6 +61,35 @@ def test_a_prefix_of_half_precision_is_read_in_the_type_of_the_weights(family: s
     assert half.dtype == whole.dtype
     torch.testing.assert_close(half, whole, atol=0.02, rtol=0.02)
     assert not torch.equal(half, whole)
+
+
+@pytest.mark.parametrize("family", matrix(CHOSEN, ("hf-bert", "open_clip-text")))
+def test_tokens_are_kept_without_padding(family: str, encoders: Mapping[str, Encoder]) -> None:
+    encoder = encoders[family]
+    inputs, last = batch_of(encoder), len(encoder.widths) - 1
+    kept = encode_prefixes(encoder, inputs, last)
+    assert all(len(tokens_LD) > 0 and tokens_LD.shape[1] == encoder.widths[last] for tokens_LD in kept)
+    padded_BLD = pad_sequence(kept, batch_first=True)
+    if "mask" not in inputs:
+        inputs = encoder.blank_inputs(len(kept))
+    elif token_counts(encoder, inputs) is not None:
+        assert [len(tokens_LD) for tokens_LD in kept] == inputs["mask"].sum(dim=1).tolist()
+    with torch.no_grad():
+        continued = encoder.encode(inputs, start=Prefix(last, padded_BLD)).pooled_BC
+        whole = encoder.encode(batch_of(encoder)).pooled_BC
+    torch.testing.assert_close(continued, whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_early_blocks_do_not_run_where_activations_are_recomputed(encoders: Mapping[str, Encoder], recompute: bool) -> None:
+    encoder = copy.deepcopy(encoders["timm-vit"])
+    assert isinstance(encoder, PromptedEncoder)
+    encoder.recompute = recompute
+    prefix = encoder.compute_prefix(batch_of(encoder), 1)
+    runs: list[int] = []
+    encoder._slots[0].block.norm1.register_forward_hook(lambda *_: runs.append(1))  # type: ignore[union-attr, operator]
+    encoder.encode(encoder.blank_inputs(3), start=prefix)
+    assert runs == []
 
 
 def test_a_failed_prefix_leaves_nothing_behind(encoders: Mapping[str, Encoder]) -> None:

@@ -371,14 +371,14 @@ def test_a_damaged_shard_is_computed_again(data: Path, folder: Path) -> None:
         shutil.rmtree(shard)
 
 
-@pytest.mark.parametrize("ends", [[-5, 1], [4, 2], [0, 0], [2**62, 2**63 - 1], []], ids=str)
+@pytest.mark.parametrize("ends", [[-5, 1], [4, 2], [0, 0], [2**60], [1], []], ids=str)
 def test_a_shard_with_impossible_ends_is_not_read(data: Path, folder: Path, ends: list[int]) -> None:
     """Its digests are right, as somebody else wrote it."""
     every = torch.arange(COUNTS["train"])
     expected = prefixes(data, "tiny:text", 1)[every]
     (shard,) = folder.glob("prefixes/*/*")
     count = len((shard / "keys.bin").read_bytes()) // 16
-    forged = (ends * count)[:count]
+    forged = [*ends, *range(max(ends) + 1, max(ends) + count)][:count] if len(ends) == 1 else (ends * count)[:count]
     np.array(forged, dtype=np.int64).tofile(shard / "ends.bin")
     manifest = json.loads((shard / "manifest.json").read_text())
     manifest["files"]["ends.bin"] = {"sha256": sha256(shard / "ends.bin"), "size": 8 * len(forged)}

@@ -163,9 +163,11 @@ class FeatureStore:
             count = len(keys) if ends_M is None else int(ends_M[-1])
             if ends_M is not None and not (len(ends_M) == len(keys) and _are_ends(ends_M)):
                 return None
+            if file.stat().st_size != count * self.width * np.dtype(self.dtype).itemsize:
+                return None
             values = Mapped(file, (count, self.width), self.dtype)
             return Shard(folder.name, facts["files"][file.name]["sha256"], keys, values, ends_M)
-        except (OSError, ValueError, KeyError, IndexError, OverflowError):
+        except (OSError, ValueError, KeyError, IndexError):
             return None
 
 

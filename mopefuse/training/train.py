@@ -104,10 +104,11 @@ def _train(
     origin = origin or _Origin(config, None, start)
     # 2. Data, resolved configuration and model, as `plan` prepares them.
     prepared = prepare(origin.config, listener, device)
-    prepared, prefixes = _with_prefixes(prepared, device, listener)
     listener.on_rows({name: len(prepared.data.splits[name].rows) for name in SPLITS if name in prepared.data.splits})
-    # 3. The folder becomes a run, or is found to be of the same data and encoders.
-    facts = _begin(folder, prepared, origin, listener) if origin.facts is None else _same_run(folder, prepared, origin.facts)
+    # 3. The folder is found to be of the same data and encoders, or becomes a run.
+    facts = None if origin.facts is None else _same_run(folder, prepared, origin.facts)
+    prepared, prefixes = _with_prefixes(prepared, device, listener)
+    facts = facts or _begin(folder, prepared, origin, listener)
     # 4. The trainer, at the step to continue from.
     trainer = Trainer(prepared.config, prepared.data, prepared.model, folder, device, listener, prefixes)
     if facts["warm_up"]:
