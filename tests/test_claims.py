@@ -97,6 +97,12 @@ CLAIMS: dict[str, dict[str, str]] = {
         "test_feature_store::test_a_million_samples_are_looked_up_without_an_object_for_each "
         "test_kills::test_several_processes_on_one_cache_some_of_them_killed",
     },
+    "training starts at the first prompted layer, with the results of the whole model": {
+        "quick": "test_prefix_cache::test_a_run_with_the_cache_takes_the_course_of_one_without "
+        "test_prefix_cache::test_early_layers_run_once_for_each_sample_and_not_in_training "
+        "test_prefix_cache::test_a_resumed_run_is_equal_to_the_bit",
+        "full": "test_prefix_cache::test_two_processes_equal_one",
+    },
     "several processes give what one does": {
         "quick": "test_distributed::test_two_processes_equal_one test_predict::test_several_processes_give_the_same_file "
         "test_distributed::test_a_process_whose_share_takes_longer_is_waited_for",

@@ -63,8 +63,8 @@ def require_prefixes(model: Fusion, data: DataSet, config: RunConfig, device: to
         ConfigError: no layer precedes the prompts, or its output changes in training. ResourceError: they take too much space.
     """
     if not model.prefix_layers:
-        what = f"no frozen layer of an encoder precedes the prompts of {config.method}"
-        raise _nothing_to_cache(what, "use --layers last:N, or --cache-prefix off")
+        reason = f"no frozen layer of an encoder precedes the prompts of {config.method}"
+        raise _nothing_to_cache(reason, "use --layers last:N, or --cache-prefix off")
     for side in model.prefix_layers:
         if not config.data.cache_features:
             raise _nothing_to_cache("data.cache_features is false", "remove it")
@@ -75,7 +75,8 @@ def require_prefixes(model: Fusion, data: DataSet, config: RunConfig, device: to
     distributed.run_on_main(lambda: _require_space(model, data, config, device))
 
 
-def _nothing_to_cache(what: str, fix: str) -> ConfigError:
+def _nothing_to_cache(reason: str, fix: str) -> ConfigError:
+    what = f"outputs of early layers cannot be cached: {reason}"
     return ConfigError(ConfigCode.NO_PREFIX_TO_CACHE, what, where="--cache-prefix", fix=fix)
 
 
@@ -90,9 +91,9 @@ def _require_space(model: Fusion, data: DataSet, config: RunConfig, device: torc
         total, missing = total + found.size, missing + found.missing
     limit, folder = config.data.cache_prefix_limit * 2**30, cache.root()
     if total > limit:
-        allowed = f"data.cache_prefix_limit allows ({config.data.cache_prefix_limit:g} GiB)"
-        what = f"outputs of early layers would take {size(total)}, more than {allowed}"
-        fix = f"add --set data.cache_prefix_limit={total / 2**30 * 1.1:.2g}, or --cache-prefix off"
+        allowed, enough = f"{config.data.cache_prefix_limit:g} GiB", f"{total / 2**30 * 1.1:.2g}"
+        what = f"outputs of early layers would take {size(total)}, more than data.cache_prefix_limit ({allowed})"
+        fix = f"add --set data.cache_prefix_limit={enough}, or --cache-prefix off"
         raise ResourceError(ResourceCode.PREFIX_CACHE_TOO_LARGE, what, where="--cache-prefix", fix=fix)
     free = shutil.disk_usage(folder).free // 2 if folder else 0
     if missing > free:
