@@ -57,7 +57,8 @@ CLAIMS: dict[str, dict[str, str]] = {
     "a compiled model is one graph with the same numbers": {
         "quick": "test_compile::test_a_model_that_learns_is_one_graph_with_the_same_numbers",
         "full": "test_compile::test_a_compiled_run_learns_what_a_run_learns "
-        "test_compile::test_steps_of_one_shape_are_compiled_once_and_smaller_batches_once_more",
+        "test_compile::test_steps_of_one_shape_are_compiled_once_and_smaller_batches_once_more "
+        "test_prefix_cache::test_a_compiled_run_takes_the_course_of_one_that_is_not",
     },
     "a resumed run equals an uninterrupted one, to the bit": {
         "quick": "test_train::test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit "

@@ -156,6 +156,14 @@ def test_a_run_with_the_cache_takes_the_course_of_one_without(data: Path, tmp_pa
         assert results["on"]["metrics"][split] == pytest.approx(results["off"]["metrics"][split], abs=1e-5)
 
 
+@pytest.mark.matrix
+def test_a_compiled_run_takes_the_course_of_one_that_is_not(data: Path, tmp_path: Path) -> None:
+    texts = {"main": "tiny:text", "comp": "tiny:vision", "train__epochs": 1}
+    for compiled in (True, False):
+        train(settings(data, "on", **texts, train__compile=compiled), tmp_path / str(compiled))
+    assert_same_course(tmp_path / "True", tmp_path / "False")
+
+
 def test_multi_label_rows_and_rows_without_a_modality(tmp_path: Path) -> None:
     root = make_pairs(tmp_path / "data", multi=True, counts=COUNTS)
     for split in COUNTS:
