@@ -89,7 +89,7 @@ def _prompted_parts(check: PromptChecks, alone: str) -> list[Part]:
             alone,
         ),
         Part("every prompt and gate receives a gradient, and no weight does", check.gradients, f"do not detach prompts; {use}"),
-        Part("a prompt does not outlive its call", check.keeps_no_state, keep),
+        Part("a prompt is not kept after its call", check.keeps_no_state, keep),
         Part(
             "continues from the tokens that enter a layer",
             check.continues_from_a_layer,
