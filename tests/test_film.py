@@ -138,3 +138,31 @@ def test_film_can_be_switched_off_like_a_kind_of_prompt() -> None:
         assert torch.equal(model(batch).logits, without(batch).logits)
     assert torch.equal(model(batch).logits, whole)
     assert not torch.equal(whole, without(batch).logits)
+
+
+@pytest.mark.parametrize("hidden", [0, 8])
+def test_a_head_on_all_features_is_the_same_head_without_conditions(hidden: int) -> None:
+    """Without prompts and FiLM it is late concatenation; with FiLM at its start, still, to the bit."""
+    options = {"head_features": "all", "head_hidden": hidden}
+    bare, film = build(**FILM | {"film": False}, **options), build(**FILM, **options)
+    late = build(method="late-concat", head_hidden=hidden)
+    for model in (bare, film):
+        model.head.load_state_dict(late.head.state_dict())
+        batch = model.collate(images(5), TEXTS)
+        assert torch.equal(model(batch).logits, late(late.collate(images(5), TEXTS)).logits)
+    set_outputs(film)
+    assert not torch.equal(film(batch).logits, late(batch).logits)
+
+
+def test_a_head_on_all_features_replaces_what_a_sample_lacks() -> None:
+    model = build(film=True, head_features="all", train={"modality_dropout": 0.2})
+    with torch.no_grad():
+        model.absent["comp"].fill_(0.7)
+    set_outputs(model)
+    gone, there = model.collate(images(2), [None, TEXTS[1]]), model.collate(images(2), TEXTS[:2])
+    logits, whole = model(gone).logits, model(there).logits
+    assert not torch.allclose(logits[0], whole[0])
+    torch.testing.assert_close(logits[1], whole[1])
+    with torch.no_grad():
+        model.absent["comp"].fill_(-0.7)
+    assert not torch.allclose(model(gone).logits[0], logits[0])

@@ -292,6 +292,11 @@ class RunConfig(Section):
     head_hidden: int = Field(
         0, ge=0, le=_WIDEST, description="width of a hidden layer in the head; 0: a linear head, as in the papers"
     )
+    head_features: Literal["main", "all"] = Field(
+        "main",
+        description="what the head of the method conditional classifies: the pooled feature of main, as in the papers, or "
+        "all pooled features side by side",
+    )
     warm_start: Literal["none", "linear"] = Field(
         "none", description="start from logistic regression on the features of both encoders (linear), or not (none)"
     )
