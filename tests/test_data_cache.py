@@ -76,12 +76,11 @@ def assert_same(one: Path, other: Path) -> None:
     assert mine[1:] == theirs[1:]
 
 
-@pytest.mark.parametrize(
-    ("main", "comp"), matrix([("tiny:vision", "tiny:text"), ("tiny:text", "tiny:vision")], [("tiny:vision", "tiny:text")])
-)
+@pytest.mark.parametrize("main", matrix(["tiny:vision", "tiny:text"], ["tiny:vision"]))
 @pytest.mark.parametrize("augment", matrix(["none", "randaugment", "crop"], ["none", "crop"]))
-def test_cached_features_and_images_give_the_same_run(photos: Path, tmp_path: Path, main: str, comp: str, augment: str) -> None:
+def test_cached_features_and_images_give_the_same_run(photos: Path, tmp_path: Path, main: str, augment: str) -> None:
     """To the last bit, between what is computed and kept and what is read; features that are not kept, to rounding."""
+    comp = "tiny:text" if main == "tiny:vision" else "tiny:vision"
     plain: dict[str, Any] = {"cache_features": False, "augment": augment}
     kept = {"cache_features": True, "augment": augment}
     for name, data in {

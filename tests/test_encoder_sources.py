@@ -13,6 +13,7 @@ import timm
 import torch
 import transformers
 from encoder_cases import HF, OPEN_CLIP, TIMM, code, edit_config, fault, save_hf, save_tokenizer
+from PIL import Image
 from safetensors.torch import save_file
 
 from mopefuse.core import hub as _hub
@@ -72,7 +73,7 @@ def bert(folders: Path, tmp_path: Path) -> Path:
         ("hf:org/unknown?pretrained=false", EncoderCode.NO_BUILT_IN_CONFIG, "pretrained=false does not use the network"),
         (f"{VIT}&dpeth=3", EncoderCode.UNKNOWN_OPTION, "did you mean depth"),
         (f"{VIT}&num_classes=3", EncoderCode.UNKNOWN_OPTION, "num_classes"),
-        (f"{VIT}&pool=max", EncoderCode.BAD_OPTION, "use own or token or avg"),
+        (f"{VIT}&pool=max", EncoderCode.BAD_OPTION, "use own or token or avg or token+avg"),
         (f"{VIT}&mean=0.1,0.2", EncoderCode.BAD_OPTION, "mean=0.5"),
         ("timm:vit_tiny_patch16_224?pretrained=false&depth=many", EncoderCode.CANNOT_BUILD, "depth"),
         ("hf:bert-base?pretrained=false&num_layers=3", EncoderCode.UNKNOWN_OPTION, "did you mean num_hidden_layers"),
@@ -102,6 +103,29 @@ def test_options_reach_the_library_and_the_preprocessing() -> None:
     pixels = torch.randn(2, 3, 32, 32)
     out = encoder.encode({"pixels": pixels})
     torch.testing.assert_close(out.pooled_BC, out.tokens_BLD[:, 1:].mean(dim=1))
+
+
+@pytest.mark.parametrize(
+    ("spec", "special"),
+    [
+        (f"{VIT}&pool=token+avg", 1),
+        ("timm:resnet10t?pretrained=false&pool=avg", 0),
+        ("hf:vit-base?pretrained=false&num_hidden_layers=1&pool=cls+mean", 1),
+        ("hf:bert-base?pretrained=false&num_hidden_layers=1&pool=cls+mean", 0),
+        ("tiny:text?pool=cls+mean", 0),
+    ],
+)
+def test_the_first_token_and_the_mean_can_be_pooled_side_by_side(spec: str, special: int) -> None:
+    """The mean is over patches without the class token, or over all tokens of a text, without padding."""
+    encoder = create_encoder(spec)
+    values = ["a", "a longer text"] if encoder.modality == "text" else [Image.new("RGB", (40, 40), c) for c in ("red", "blue")]
+    out = encoder.encode(encoder.preprocess.batch([encoder.preprocess.item(value) for value in values]))
+    assert out.pooled_BC.shape[1] == encoder.feature_width
+    for i in range(2):
+        tokens_LD = out.tokens_BLD[i] if out.mask_BL is None else out.tokens_BLD[i][out.mask_BL[i]]
+        mean_D = tokens_LD[special:].mean(dim=0)
+        expected = torch.cat([tokens_LD[0], mean_D]) if "+" in spec else mean_D
+        torch.testing.assert_close(out.pooled_BC[i], expected)
 
 
 # random weights ---------------------------------------------------------------------------------------------------

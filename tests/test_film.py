@@ -30,7 +30,7 @@ def set_outputs(model: Fusion | PromptStack) -> None:
 @pytest.mark.parametrize(("main", "comp"), PAIRS)
 @pytest.mark.parametrize("experts", [1, 4])
 def test_film_starts_as_the_frozen_encoder_to_the_bit(main: str, comp: str, experts: int) -> None:
-    model = build(main, comp, **FILM, prompts={"film_experts": experts})
+    model = build(main, comp, **FILM, prompts={"film_mixture": experts})
     probe = build(main, comp, static=0, dynamic=0, mapped=0, film=False)
     probe.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("stack.")})
     batch = model.collate(images(5), TEXTS)
@@ -67,7 +67,7 @@ def test_scale_and_shift_match_the_definition(psi_BC: Tensor) -> None:  # noqa: 
 
 def test_experts_of_equal_weights_are_one_linear_map(psi_BC: Tensor) -> None:  # noqa: F811
     """A softmax sums to 1, so equal experts mix to themselves whatever the weights."""
-    plain, mixture = build_stack(**FILM), build_stack(**FILM, film_experts=3)
+    plain, mixture = build_stack(**FILM), build_stack(**FILM, film_mixture=3)
     set_outputs(plain)
     mixture.trunk.load_state_dict(plain.trunk.state_dict())  # type: ignore[union-attr]
     for one, other in zip(plain.layers.values(), mixture.layers.values(), strict=True):
@@ -80,7 +80,7 @@ def test_experts_of_equal_weights_are_one_linear_map(psi_BC: Tensor) -> None:  #
 
 
 def test_experts_are_weighed_by_the_condition(psi_BC: Tensor) -> None:  # noqa: F811
-    stack = build_stack(**FILM, film_experts=3)
+    stack = build_stack(**FILM, film_mixture=3)
     set_outputs(stack)
     film = stack.layers["0"].film
     trunk_Bh = stack.trunk(normalize_feature(psi_BC))  # type: ignore[misc]
@@ -110,7 +110,7 @@ def test_several_conditions_add_up() -> None:
 
 @pytest.mark.parametrize("experts", [1, 4])
 def test_every_parameter_is_trained_and_saved(experts: int) -> None:
-    model = build(film=True, gate="none", prompts={"film_experts": experts, "dropout": 0.0})
+    model = build(film=True, gate="none", prompts={"film_mixture": experts, "dropout": 0.0})
     set_outputs(model)
     model.train()
     logits = model(model.collate(images(5), TEXTS)).logits
@@ -138,3 +138,31 @@ def test_film_can_be_switched_off_like_a_kind_of_prompt() -> None:
         assert torch.equal(model(batch).logits, without(batch).logits)
     assert torch.equal(model(batch).logits, whole)
     assert not torch.equal(whole, without(batch).logits)
+
+
+@pytest.mark.parametrize("hidden", [0, 8])
+def test_a_head_on_all_features_is_the_same_head_without_conditions(hidden: int) -> None:
+    """Without prompts and FiLM it is late concatenation; with FiLM at its start, still, to the bit."""
+    options = {"head_features": "all", "head_hidden": hidden}
+    bare, film = build(**FILM | {"film": False}, **options), build(**FILM, **options)
+    late = build(method="late-concat", head_hidden=hidden)
+    for model in (bare, film):
+        model.head.load_state_dict(late.head.state_dict())
+        batch = model.collate(images(5), TEXTS)
+        assert torch.equal(model(batch).logits, late(late.collate(images(5), TEXTS)).logits)
+    set_outputs(film)
+    assert not torch.equal(film(batch).logits, late(batch).logits)
+
+
+def test_a_head_on_all_features_replaces_what_a_sample_lacks() -> None:
+    model = build(film=True, head_features="all", train={"modality_dropout": 0.2})
+    with torch.no_grad():
+        model.absent["comp"].fill_(0.7)
+    set_outputs(model)
+    gone, there = model.collate(images(2), [None, TEXTS[1]]), model.collate(images(2), TEXTS[:2])
+    logits, whole = model(gone).logits, model(there).logits
+    assert not torch.allclose(logits[0], whole[0])
+    torch.testing.assert_close(logits[1], whole[1])
+    with torch.no_grad():
+        model.absent["comp"].fill_(-0.7)
+    assert not torch.allclose(model(gone).logits[0], logits[0])

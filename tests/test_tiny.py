@@ -88,7 +88,7 @@ def test_no_prompt_and_a_zero_gate_are_the_untouched_encoder_bit_for_bit(spec: s
 
 
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("spec", [*SPECS, "tiny:vision?pool=mean", "tiny:text?pool=cls"])
+@pytest.mark.parametrize("spec", [*SPECS, "tiny:vision?pool=mean", "tiny:text?pool=cls", "tiny:vision?pool=cls+mean"])
 def test_a_sample_does_not_depend_on_its_batch(spec: str, gated: bool) -> None:
     encoder, inputs = encoder_and_batch(spec)
     given = prompts(encoder, batch=3)

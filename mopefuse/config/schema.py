@@ -48,7 +48,7 @@ class Prompts(Section):
     mapped: int = Field(1, ge=0, le=_MOST_TOKENS, description="tokens of the mapped prompt, computed from comp")
     experts: int = Field(16, ge=1, le=_MOST_TOKENS, description="prompt experts per layer (K)")
     film: bool = Field(False, description="also scale and shift what each prompted layer reads (FiLM), computed from comp")
-    film_experts: int = Field(
+    film_mixture: int = Field(
         1, ge=1, le=256, description="experts that a softmax mixes to the scale and shift of each layer; 1 for no mixture"
     )
     layers: Layers = Field("all", description="layers to prompt: all, first:N, last:N, or indices from 0 such as 0,3,5")
@@ -300,6 +300,11 @@ class RunConfig(Section):
     )
     head_hidden: int = Field(
         0, ge=0, le=_WIDEST, description="width of a hidden layer in the head; 0: a linear head, as in the papers"
+    )
+    head_features: Literal["main", "all"] = Field(
+        "main",
+        description="what the head of the method conditional classifies: the pooled feature of main, as in the papers, or "
+        "all pooled features side by side",
     )
     warm_start: Literal["none", "linear"] = Field(
         "none", description="start from logistic regression on the features of both encoders (linear), or not (none)"

@@ -37,6 +37,8 @@ FLAGS = (
     Flag("--comp-tuning", "comp_tuning.mode", MODEL),
     Flag("--tune", "tune", MODEL),
     Flag("--warm-start", "warm_start", MODEL),
+    Flag("--head-features", "head_features", MODEL),
+    Flag("--head-hidden", "head_hidden", MODEL),
     Flag("--either", "either", MODEL),
     Flag("--compat", "compat", MODEL),
     Flag("--data", "data.path", DATA, metavar="PATH"),

@@ -19,7 +19,8 @@ class Family:
 
     Attributes:
         modality: modality of its input.
-        pool: the family's default pooling, one of `pools`: ``cls`` is the first token, ``last`` the last token of a text.
+        pool: the family's default pooling, one of `pools`: ``cls`` is the first token, ``last`` the last token of a text,
+            ``cls+mean`` the first token and the mean side by side.
             ``pooler`` is also available if the model's constructor has an option for it.
         filled: whether texts are padded to the fixed length of pretraining, and padding is attended to.
         insertable: whether tokens can be inserted before the first layer, which needs bidirectional attention with the same
@@ -39,8 +40,8 @@ class Family:
     part: str = ""
 
 
-_TEXTS = ("cls", "mean", "last")
-_IMAGES = ("pooler", "cls", "mean")
+_TEXTS = ("cls", "mean", "cls+mean", "last")
+_IMAGES = ("pooler", "cls", "mean", "cls+mean")
 TEXT, DECODER, IMAGE = Family("text", "cls", _TEXTS), Family("text", "last", _TEXTS), Family("image", "pooler", _IMAGES)
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(

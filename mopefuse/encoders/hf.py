@@ -130,12 +130,17 @@ class HFEncoder(TransformersEncoder):
             return pooled_BC
         if self._pool == "cls":
             return tokens_BLD[:, 0]
-        if mask_BL is None:
-            return tokens_BLD[:, self._prefix :].mean(dim=1)
-        if self._pool == "mean":
-            return mean_of(tokens_BLD, mask_BL)
+        if self._pool == "cls+mean":
+            return torch.cat([tokens_BLD[:, 0], self._mean(tokens_BLD, mask_BL)], dim=1)
+        if mask_BL is None or self._pool == "mean":
+            return self._mean(tokens_BLD, mask_BL)
         last_B = mask_BL.sum(dim=1) - 1  # also eot: padding is on the right
         return tokens_BLD[torch.arange(last_B.shape[0], device=last_B.device), last_B]
+
+
+    def _mean(self, tokens_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
+        """Mean of the tokens of a text, or of the patches of an image, (B, D)."""
+        return tokens_BLD[:, self._prefix :].mean(dim=1) if mask_BL is None else mean_of(tokens_BLD, mask_BL)
 
 
 def _texts(spec: Spec, source: Source, config: Any, *, filled: bool) -> TextPreprocess:

@@ -4,8 +4,8 @@ Models of the classes VisionTransformer (ViT, DeiT, DINOv2, SigLIP), Eva (EVA, E
 rotary positions), Beit, SwinTransformer and SwinTransformerV2 can be prompted if `_timm_attention` supports their blocks;
 every other model of timm provides its pooled feature only.
 
-Options: ``pretrained``, ``weights``, ``pool=own|token|avg``, ``mean``, ``std``, ``size`` (positions are interpolated); others
-are passed to the model's constructor.
+Options: ``pretrained``, ``weights``, ``pool=own|token|avg|token+avg``, ``mean``, ``std``, ``size`` (positions are
+interpolated); others are passed to the model's constructor.
 
 Shapes: B batch, L tokens, D width.
 """
@@ -38,6 +38,7 @@ from mopefuse.encoders.preprocess import ImagePreprocess
 from mopefuse.errors import EncoderError, did_you_mean
 
 _OURS = ("pretrained", "weights", "pool", "mean", "std", "size")
+_POOLS = ("own", "token", "avg", "token+avg")
 _NEVER = {
     "num_classes", "in_chans", "global_pool", "features_only", "out_indices", "checkpoint_path", "pretrained_cfg",
     "pretrained_cfg_overlay", "cache_dir", "scriptable", "exportable", "no_jit", "device", "dtype", "self",
@@ -62,9 +63,9 @@ class TimmEncoder(PromptedEncoder):
         self.feature_width = int(getattr(self.backbone, "head_hidden_size", None) or self.backbone.num_features)
         self.token_width = int(self.backbone.num_features)
         self._prefix = int(getattr(self.backbone, "num_prefix_tokens", 0))
-        self._pool = _options.one_of(spec, "pool", "own", ("own", "token", "avg") if self._prefix else ("own", "avg"))
+        self._pool = _options.one_of(spec, "pool", "own", _POOLS if self._prefix else ("own", "avg"))
         if self._pool != "own":
-            self.feature_width = self.token_width
+            self.feature_width = self.token_width * (1 + ("+" in self._pool))
         self.preprocess = _preprocess(self.backbone, spec)
         prompt_model(self, self.backbone)
 
@@ -87,8 +88,8 @@ class TimmEncoder(PromptedEncoder):
             tokens_BLD = features if features.dim() == 3 else features[:, None]
         if self._pool == "own":
             return Encoded(self.backbone.forward_head(features, pre_logits=True), tokens_BLD, None)
-        pooled_BC = tokens_BLD[:, 0] if self._pool == "token" else tokens_BLD[:, self._prefix :].mean(dim=1)
-        return Encoded(pooled_BC, tokens_BLD, None)
+        found = {"token": tokens_BLD[:, 0], "avg": tokens_BLD[:, self._prefix :].mean(dim=1)}
+        return Encoded(torch.cat([found[part] for part in self._pool.split("+")], dim=1), tokens_BLD, None)
 
 
 def _load(spec: Spec) -> tuple[Any, Spec, str]:

@@ -3,8 +3,8 @@
 They serve the digit questions task (`mopefuse.data.digit_questions`) in minutes on a laptop without a network, and the tests
 use them. ``scripts/pretrain_tiny.py`` pretrained each on its own modality alone: vision to read four coloured digits, text
 to predict masked words. ``tiny:vision-b`` and ``tiny:text-b`` were pretrained with a different seed, so that an encoder can be
-swapped for one of the same kind and size. Options: ``?pretrained=false`` for random weights, ``?pool=cls`` or
-``?pool=mean`` for the pooled feature.
+swapped for one of the same kind and size. Options: ``?pretrained=false`` for random weights, ``?pool=cls``,
+``?pool=mean`` or ``?pool=cls+mean`` for the pooled feature.
 
 Plain pre-norm transformers (An image is worth 16x16 words, https://arxiv.org/abs/2010.11929, scaled down).
 Shapes: B batch, L tokens ([CLS] first), P prompt tokens, D width, C = D width of the pooled feature, H heads.
@@ -95,9 +95,7 @@ class Block(nn.Module):
         Args:
             mask: boolean, broadcastable to (B, H, L, L).
         """
-        read_BLD = self.norm1(x_BLD)
-        if prompt is not None and prompt.modulation is not None:
-            read_BLD = prompt.modulation(read_BLD)
+        read_BLD = self.norm1(x_BLD) if prompt is None else prompt.modulate(self.norm1(x_BLD))
         q, k, v = (split_heads(part, self.heads) for part in self.qkv(read_BLD).chunk(3, dim=-1))
         if prompt is None or not prompt.tokens_BPD.shape[1]:
             attended_BHLE = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -166,15 +164,16 @@ class TinyEncoder(Encoder):
             )
         shape = SHAPES[spec.name]
         self.pool = spec.options.get("pool", shape.pool)
-        if self.pool not in ("cls", "mean"):
+        if self.pool not in ("cls", "mean", "cls+mean"):
             raise EncoderError(
                 EncoderCode.BAD_TINY_POOLING,
                 f"tiny has no pooling {self.pool!r}",
                 where=str(spec),
-                fix="use pool=cls or pool=mean",
+                fix="use pool=cls, pool=mean or pool=cls+mean",
             )
         self.patch_size, self.insertable = _PATCH, True
-        self.modality, self.feature_width, self.token_width = shape.modality, shape.width, shape.width
+        self.modality, self.token_width = shape.modality, shape.width
+        self.feature_width = shape.width * (1 + ("+" in self.pool))
         self.widths, self.heads = (shape.width,) * shape.depth, (shape.heads,) * shape.depth
         self.preprocess = _preprocess(shape.modality)
         self.embed = PatchEmbed(shape.width) if shape.modality == "image" else WordEmbed(shape.width)
@@ -202,9 +201,7 @@ class TinyEncoder(Encoder):
         if insert is not None:
             x_BLD, all_BL = insert.prepend_to(x_BLD), insert.extend_mask(mask_BL)
             mask = insert.attention_mask(mask, x_BLD.shape[1])
-        start = self._call.start
-        first = 0 if start is None else start.layer
-        x_BLD = x_BLD if start is None else start.tokens_BLD.to(x_BLD.dtype)
+        first, x_BLD = self._resume(x_BLD)
         for layer, block in list(enumerate(self.blocks))[first:]:
             prompt = self._request_prompt(layer, x_BLD, all_BL)
             x_BLD = self._run_block(block, x_BLD, mask, prompt)
@@ -224,9 +221,11 @@ class TinyEncoder(Encoder):
         if self.pool == "cls":
             return x_BLD[:, 0]
         if mask_BL is None:
-            return x_BLD.mean(dim=1)
-        mask_BL1 = mask_BL[..., None].to(x_BLD.dtype)
-        return (x_BLD * mask_BL1).sum(dim=1) / mask_BL1.sum(dim=1)
+            mean_BD = x_BLD.mean(dim=1)
+        else:
+            mask_BL1 = mask_BL[..., None].to(x_BLD.dtype)
+            mean_BD = (x_BLD * mask_BL1).sum(dim=1) / mask_BL1.sum(dim=1)
+        return mean_BD if self.pool == "mean" else torch.cat([x_BLD[:, 0], mean_BD], dim=1)
 
     def _load(self, file: str) -> None:
         try:

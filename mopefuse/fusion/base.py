@@ -157,7 +157,7 @@ class Fusion(nn.Module):
         """Sections and settings that differ from their defaults and that this method does not use."""
         default = RunConfig(main="", comp="")
         settings = ["train.modality_dropout"] if self.config.train.modality_dropout and self.closed_form else []
-        optional = ("warm_start", "tune", "prompts", "router", "comp_tuning", "lora", "inserted", "pmf", "linear")
+        optional = "warm_start head_features tune prompts router comp_tuning lora inserted pmf linear".split()
         used = (*self.sections, "lora") if any(self.encoder(side).adapted for side in self.uses) else self.sections
         return [s for s in optional if s not in used and getattr(self.config, s) != getattr(default, s)] + settings
 

@@ -3,7 +3,8 @@
 Jiang et al., arXiv 2312.03734, revised as MoPE, arXiv 2403.10568. Prompts enter as keys and values, which is equivalent to
 the papers' inserted tokens (`gate: none`), or through a separate gated attention (`gate: zero`). Beyond the papers:
 
-* `gate: zero`.
+* `gate: zero`, and FiLM beside prompts or in their place.
+* `head_features: all`: the head takes the pooled features of all encoders, and with `head_hidden` it is an MLP of them.
 * `warm_start: linear`: the head also takes the complementary feature and is initialised to the solution of the method
   `linear`, so that the selected checkpoint is at least as good on validation as logistic regression.
 * Several complementary encoders, each a condition of its own. A modality that a sample lacks is replaced by a learned
@@ -58,7 +59,7 @@ class ConditionalFusion(Fusion):
         **Fusion.parts,
     }
 
-    sections: ClassVar[tuple[str, ...]] = ("warm_start", "prompts", "router", "comp_tuning")
+    sections: ClassVar[tuple[str, ...]] = ("warm_start", "head_features", "prompts", "router", "comp_tuning")
     dependencies: ClassVar[dict[str, str]] = {
         **Fusion.dependencies,
         r"^stack\.layers\.": "main",
@@ -84,15 +85,15 @@ class ConditionalFusion(Fusion):
             _check_warm_start(config)
             self.add_regression_head(num_labels)
         else:
-            self.head = self.make_head(main.feature_width, num_labels)
+            self.head = self.make_head(sum(self.encoder(side).feature_width for side in self.head_sides), num_labels)
         self.head_comp = self.make_head(sum(widths.values()), num_labels) if config.either else None
-        uses_comp = self.stack.conditional or self.standard is not None or self.head_comp is not None
+        uses_comp = self.stack.conditional or len(self.head_sides) > 1 or self.head_comp is not None
         if not uses_comp and config.comp_tuning.mode != "frozen":
             raise ConfigError(
                 ConfigCode.TUNED_ENCODER_UNUSED,
-                "the complementary encoder would be tuned, but no prompt depends on it",
+                "the complementary encoder would be tuned, but neither prompts nor the head depend on it",
                 where="comp_tuning",
-                fix="add dynamic or mapped prompts",
+                fix="add dynamic or mapped prompts, or --head-features all",
             )
         for side in self.comps:
             self._set_up_tuning(side, prompts.gate)
@@ -129,8 +130,8 @@ class ConditionalFusion(Fusion):
 
     @property
     def head_sides(self) -> tuple[str, ...]:
-        """The main encoder alone; every side with a warm start."""
-        return ("main",) if self.standard is None else self.uses
+        """The main encoder alone; every side with a warm start or with `head_features` all."""
+        return self.uses if self.standard is not None or self.config.head_features == "all" else ("main",)
 
     @property
     def heads(self) -> dict[str, tuple[str, ...]]:
@@ -172,7 +173,7 @@ class ConditionalFusion(Fusion):
         conditioned = self.stack.condition(conditions_BC) if len(self.stack.layers) else None
         start = self.prefix("main", batch)
         pooled_BC = self.encoder("main").encode(batch.inputs["main"], conditioned, start=start).pooled_BC
-        features = (pooled_BC,) if self.standard is None else (pooled_BC, *psi_BC.values())
+        features = (pooled_BC,) if len(self.head_sides) == 1 else (pooled_BC, *psi_BC.values())
         logits_BN = self.classify(*features, batch=batch)
         alone_BN = None
         if self.head_comp is not None:
