@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mopefuse.encoders._prompted import PromptedEncoder
 from mopefuse.encoders.base import Encoder, Prefix, Prompt
-from mopefuse.encoders.frozen import encode_prefixes, token_counts
+from mopefuse.encoders.frozen import can_continue, encode_prefixes, token_counts
 
 pytest_plugins = ["families"]
 CHOSEN = ("hf-bert", "hf-albert", "hf-swin", "hf-dinov2", "timm-vit", "timm-swin-padded", "open_clip-text", "open_clip-visual")
@@ -67,6 +67,7 @@ def test_a_prefix_of_half_precision_is_read_in_the_type_of_the_weights(family: s
 def test_tokens_are_kept_without_padding(family: str, encoders: Mapping[str, Encoder]) -> None:
     encoder = encoders[family]
     inputs, last = batch_of(encoder), len(encoder.widths) - 1
+    assert can_continue(encoder, inputs, encoder.compute_prefix(inputs, last))
     kept = encode_prefixes(encoder, inputs, last)
     assert all(len(tokens_LD) > 0 and tokens_LD.shape[1] == encoder.widths[last] for tokens_LD in kept)
     padded_BLD = pad_sequence(kept, batch_first=True)

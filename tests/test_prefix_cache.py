@@ -274,6 +274,15 @@ def test_where_early_layers_have_no_constant_output(data: Path, tmp_path: Path, 
     assert all(kind != "prefixes" for kind, *_ in cache.entries())
 
 
+def test_with_an_encoder_that_does_not_continue(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one of a plugin that ignores `start`: it would be trained on blank images."""
+    monkeypatch.setattr(TinyEncoder, "_resume", lambda self, x_BLD: (0, x_BLD))
+    assert code_of(lambda: train(settings(data, "on"), tmp_path / "on")) == "MF-CFG-360"
+    for setting in ("auto", "off"):
+        train(settings(data, setting), tmp_path / setting)
+    assert log(tmp_path / "auto") == log(tmp_path / "off")
+
+
 def test_beyond_the_limit_it_is_off_and_says_so(data: Path, tmp_path: Path, reads: list[str]) -> None:
     heard = Notices()
     train(settings(data, "auto", data__cache_prefix_limit=1e-4), tmp_path / "auto", listener=heard)

@@ -23,7 +23,7 @@ from mopefuse.data.collate import Samples
 from mopefuse.data.feature_store import FeatureStore, Found, Shard, Values
 from mopefuse.data.features import Advance, Computation, Numbers, describe_origin, encoder_key
 from mopefuse.encoders.base import Encoder, Inputs
-from mopefuse.encoders.frozen import encode_prefixes, token_counts
+from mopefuse.encoders.frozen import can_continue, encode_prefixes, token_counts
 from mopefuse.errors import NumericError, ResourceError
 
 KIND = "prefixes"
@@ -157,16 +157,16 @@ class Estimate(NamedTuple):
 def estimate_prefixes(
     encoder: Encoder, layer: int, data: DataSet, splits: Sequence[str], config: RunConfig, device: torch.device
 ) -> Estimate | None:
-    """Estimate the size of prefixes; None if they cannot be cached, as the encoder changes the number of tokens.
+    """Estimate the size of prefixes; None if the encoder cannot continue from them.
 
-    As a side effect, the layers before `layer` run once.
+    As a side effect, every layer runs once.
     """
     inputs = {name: tensor.to(device) for name, tensor in encoder.blank_inputs(1).items()}
-    length = encoder.compute_prefix(inputs, layer).tokens_BLD.shape[1]
-    if "mask" in inputs and inputs["mask"].shape[1] != length:
+    blank = encoder.compute_prefix(inputs, layer)
+    if not can_continue(encoder, inputs, blank):
         return None
     counts = [int(count) for split in splits for count in _count_tokens(encoder, data, split, config)]
-    tokens = sum(counts) / len(counts) if counts else length
+    tokens = sum(counts) / len(counts) if counts else blank.tokens_BLD.shape[1]
     keys_U = np.unique(np.concatenate([data.splits[split].keys[encoder.modality] for split in splits]))
     store = _store(encoder, layer, config, device)
     store.refresh()

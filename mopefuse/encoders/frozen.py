@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mopefuse.encoders.base import Encoder, Inputs, run_frozen
+from mopefuse.encoders.base import Encoder, Inputs, Prefix, run_frozen
 
 _MAX_ELEMENTS = 64 * 3 * 224 * 224  # maximum size of one input tensor of a batch
 _MAX_SAMPLES = 32  # larger chunks are not faster on a CPU and need more padding
@@ -40,6 +40,20 @@ def encode_prefixes(encoder: Encoder, inputs: Inputs, layer: int) -> list[Tensor
         for number, tokens_LD in zip(index_b.tolist(), tokens_bLD, strict=True):
             found[number] = tokens_LD if counts_B is None else tokens_LD[: int(counts_B[number])]
     return [found[number] for number in range(len(found))]
+
+
+@torch.no_grad()
+def can_continue(encoder: Encoder, inputs: Inputs, prefix: Prefix) -> bool:
+    """Whether an encoder starts at a prefix of `inputs`, as one of a plugin may not, and has one token for each of a mask."""
+    seen: dict[int, Tensor] = {}
+    start = prefix._replace(tokens_BLD=prefix.tokens_BLD + 1)
+
+    def record(layer: int, tokens_BLD: Tensor, mask_BL: Tensor | None) -> None:
+        seen[layer] = tokens_BLD
+
+    encoder.encode(inputs, record, start=start)
+    starts = min(seen, default=-1) == prefix.layer and torch.equal(seen[prefix.layer], start.tokens_BLD)
+    return starts and inputs.get("mask", prefix.tokens_BLD[..., 0]).shape == prefix.tokens_BLD.shape[:2]
 
 
 def token_counts(encoder: Encoder, inputs: Inputs) -> Tensor | None:

@@ -87,7 +87,7 @@ def _require_space(model: Fusion, data: DataSet, config: RunConfig, device: torc
         encoder = model.encoder(side)
         found = estimate_prefixes(encoder, layer, data, SPLITS, config, device)
         if found is None:
-            raise _nothing_to_cache(f"{encoder.spec} changes the number of tokens", "use --cache-prefix off")
+            raise _nothing_to_cache(f"{encoder.spec} cannot continue from layer {layer}", "use --cache-prefix off")
         total, missing = total + found.size, missing + found.missing
     limit, folder = config.data.cache_prefix_limit * 2**30, cache.root()
     if total > limit:
