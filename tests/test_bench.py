@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,11 +16,12 @@ from conftest import run_cli
 from mopefuse.bench import inserted_tokens, memory, scale
 from mopefuse.bench.pair import PairBench, bench_pair, random_batch
 from mopefuse.bench.timing import Times, Turns
-from mopefuse.bench.variants import FLOOR, Subject, Variant, build_encoders, conditional, variants
+from mopefuse.bench.variants import FLOOR, QUARTER, Subject, Variant, build_encoders, conditional, variants
 from mopefuse.cli.bench import PAIRS
 from mopefuse.config.schema import RunConfig, build_config
 from mopefuse.encoders._prompted import PromptedEncoder
 from mopefuse.encoders.base import Encoder, create_encoder
+from mopefuse.encoders.tiny import TinyEncoder
 from mopefuse.errors import ResourceError
 from mopefuse.fusion._static_prompts import build_static_stack
 
@@ -74,6 +76,22 @@ def test_inserted_tokens_go_through_the_projection_and_keys_and_values_do_not() 
 def test_what_cannot_take_tokens_has_a_reason_instead_of_a_row() -> None:
     encoder = create_encoder("open_clip:ViT-B-32#visual?pretrained=false&force_image_size=64")
     assert "does not support prompts as tokens" in inserted_tokens.why_not_insertable(encoder)
+
+
+def test_all_cached_runs_only_the_prompted_layers() -> None:
+    (variant,) = (one for one in variants((4,)) if one.name == QUARTER)
+    subject = prepared(TINY, variant)
+    assert isinstance(subject.encoders["main"], TinyEncoder)
+    runs: list[int] = []
+    for number, block in enumerate(subject.encoders["main"].blocks):
+        block.register_forward_hook(lambda *_, number=number: runs.append(number))
+    subject.step()
+    assert runs == [3]
+    subject.model.eval()
+    with torch.no_grad():
+        found = subject.model(subject.batch).logits
+        whole = subject.model(replace(subject.batch, prefixes={})).logits
+    torch.testing.assert_close(found, whole, rtol=0, atol=1e-2)
 
 
 def test_the_floor_runs_both_encoders_and_goes_back_to_the_first_layer() -> None:
@@ -135,7 +153,7 @@ def found() -> PairBench:
 def test_every_row_is_there_with_every_number(found: PairBench) -> None:
     names = [variant.name for variant in variants((4, 16), ("linear", "mmbt"))]
     assert [line.name for line in found.lines] == names
-    assert len(names) == 11
+    assert len(names) == 13
     for line in found.lines:
         assert (line.train is None) == (line.name == "linear"), line.name
         assert line.why_not == ""

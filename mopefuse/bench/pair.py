@@ -21,6 +21,7 @@ from mopefuse.bench.timing import CALM, Advance, Times, Turns
 from mopefuse.bench.variants import (
     FLOOR,
     LABELS,
+    QUARTER,
     TOKENS,
     UNGATED,
     Subject,
@@ -99,6 +100,7 @@ class PairBench:
             f"training step: {first} / {tuned}": self.ratio(first, tuned),
             f"memory: {first} / {tuned}": None if first_memory is None or not tuned_memory else first_memory / tuned_memory,
             f"training step: psi cached / {first}": self.ratio("conditional, psi cached", first),
+            f"training step: last quarter, all cached / {first}": self.ratio(QUARTER, first),
             f"artefact: {first} / encoders": self.line(first).artefact / self.weights,
             f"artefact in 16 bits: {first} / encoders": self.line(first).artefact / self.weights / 2,
         }

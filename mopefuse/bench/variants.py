@@ -31,6 +31,7 @@ from mopefuse.training.optim import make_optimizer, with_learning_rates
 
 LABELS = 10
 FLOOR, UNGATED, TOKENS = "floor", "conditional, ungated", "conditional, as tokens"
+HALF, QUARTER = (f"conditional, last {part} of the layers, all cached" for part in ("half", "quarter"))
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Variant:
     Attributes:
         settings: override those of the pair.
         tokens: whether prompts are inserted as tokens instead of keys and values.
-        cached: whether psi is precomputed.
+        cached: whether psi is precomputed, and what enters the first prompted layer.
+        part: prompts are in the last 1/part of the layers.
         bare: whether there is no fusion model, only the encoders.
         answers: whether inference is timed too.
     """
@@ -49,6 +51,7 @@ class Variant:
     settings: Mapping[str, Any] = field(default_factory=dict)
     tokens: bool = False
     cached: bool = False
+    part: int = 1
     bare: bool = False
     answers: bool = False
 
@@ -76,6 +79,8 @@ def variants(experts: Sequence[int], methods: Sequence[str] = (), *, recompute: 
         Variant(UNGATED, ungated),
         Variant(TOKENS, ungated, tokens=True),
         Variant("conditional, psi cached", usual, cached=True),
+        Variant(HALF, usual, cached=True, part=2),
+        Variant(QUARTER, usual, cached=True, part=4),
         *([Variant("conditional, activations recomputed", recomputed)] if recompute else []),
         Variant("static prompts only", {"prompts": {"dynamic": 0, "mapped": 0}}),
         Variant("frozen features, linear probe", {"method": "late-concat"}),
@@ -122,7 +127,11 @@ class Subject:
         compiled: bool = False,
     ) -> None:
         self.variant, self.encoders, self.device = variant, encoders, device
-        self.config = RunConfig.model_validate(merge(config.model_dump(), dict(variant.settings)))
+        values = merge(config.model_dump(), dict(variant.settings))
+        if variant.part > 1:
+            last = max(1, len(encoders["main"].widths) // variant.part)
+            values = merge(values, {"prompts": {"layers": f"last:{last}"}})
+        self.config = RunConfig.model_validate(values)
         method = registry.load(registry.FUSION, self.config.method)
         torch.manual_seed(0)
         self.model: Fusion = method(self.config, encoders, LABELS)
@@ -141,7 +150,11 @@ class Subject:
     def _with_features(self, batch: Batch) -> Batch:
         with torch.no_grad():
             psi_BC = self.model.pooled_feature("comp", batch)
-        return Batch({"main": batch.inputs["main"]}, {"comp": psi_BC}, batch.targets, batch.index)
+        prefixes = {
+            side: self.model.encoder(side).compute_prefix(batch.inputs[side], layer).tokens_BLD.half()
+            for side, layer in self.model.prefix_layers.items()
+        }
+        return Batch({"main": batch.inputs["main"]}, {"comp": psi_BC}, batch.targets, batch.index, prefixes=prefixes)
 
     @property
     def trains(self) -> bool:
