@@ -44,6 +44,7 @@ def test_every_built_in_method_keeps_the_contract(method: str) -> None:
         {"comp_tuning": {"mode": "lora"}},
         {"prompts": {"gate": "none"}, "router": {"kind": "joint", "top_m": 2}},
         {"comp": ["tiny:text", "tiny:text-b"]},
+        {"prompts": {"layers": "last:1", "film": True}},
     ],
     ids=str,
 )
@@ -174,6 +175,12 @@ class NeedsAll(Sum):
         return Output(super().forward(batch).logits_BN + lost)
 
 
+class IgnoresItsPrefix(Sum):
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.prefix_layers = {"main": 3}
+
+
 BROKEN_METHODS: list[tuple[type[Fusion], str, str]] = [
     (ReturnsATensor, "forward() returns a Tensor, expected an Output", "return Output(logits_BN)"),
     (TooFewLogits, "logits have the shape (3, 2), expected (3, 3)", "one column for each of num_labels"),
@@ -184,6 +191,7 @@ BROKEN_METHODS: list[tuple[type[Fusion], str, str]] = [
     (UnusedLayer, "the trainable parameter spare.weight gets no gradient", "use every parameter"),
     (ThawsAnEncoder, "requires_grad of comp.", "read frozen encoders with"),
     (IgnoresComputedFeatures, "KeyError: 'main'", "with self.pooled_feature(side, batch)"),
+    (IgnoresItsPrefix, "computed earlier for prefix_layers gives other logits", "pass start=self.prefix(side, batch)"),
     (LearnsOutsideItsState, "a fresh model with the saved state gives other logits", "parameters"),
     (HoldsALock, "cannot pickle", "no open files, locks or lambdas"),
     (TakesAnything, "accepts a sample without", "set takes_several_comps = True"),

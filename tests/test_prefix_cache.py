@@ -26,6 +26,7 @@ from mopefuse.errors import ConfigError, Interrupted
 from mopefuse.runs.folder import RunFolder
 from mopefuse.training.listener import Listener
 from mopefuse.training.plan import plan
+from mopefuse.training.swap import swap_encoder
 from mopefuse.training.train import train
 
 CPU = torch.device("cpu")
@@ -247,6 +248,13 @@ def test_two_processes_equal_one(data: Path, tmp_path: Path) -> None:
     assert_same_course(tmp_path / "2", tmp_path / "1")
     shards = list((tmp_path / "cache-2").glob("prefixes/*/*"))
     assert len(shards) == 4, "each process computed its share of both splits"
+
+
+def test_a_swapped_run_decides_anew(data: Path, tmp_path: Path) -> None:
+    train(settings(data, "auto", train__epochs=1), tmp_path / "run")
+    assert RunFolder(tmp_path / "run").config().data.cache_prefix == "on"
+    swap_encoder(tmp_path / "run", tmp_path / "new", comp="tiny:text-b", settings={"data": {"augment": "flip"}})
+    assert RunFolder(tmp_path / "new").config().data.cache_prefix == "off"
 
 
 # -- whether it is used

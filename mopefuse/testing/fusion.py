@@ -78,6 +78,11 @@ def _parts(check: FusionChecks) -> list[Part]:
             "get features of the sides in self.frozen, and of no others, with self.pooled_feature(side, batch)",
         ),
         Part(
+            "continues from layers that were computed earlier",
+            check.cached_prefixes,
+            "leave prefix_layers empty, or pass start=self.prefix(side, batch) to the encoder, and prompt no earlier layer",
+        ),
+        Part(
             "saves everything that it trains",
             check.state_round_trip,
             "keep what is learned in parameters, and constants that belong to it in buffers",

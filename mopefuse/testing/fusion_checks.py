@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -131,6 +132,19 @@ class FusionChecks:
         inputs = {side: own for side, own in batch.inputs.items() if side not in features}
         found = self.run_and_check(model, Batch(inputs, features, None, batch.index, batch.missing))
         self.close(found, self.run_and_check(model, batch), "features that were computed earlier give other logits")
+
+    def cached_prefixes(self) -> None:
+        """Logits from tokens that enter a later layer, with blank inputs where these have no mask."""
+        model = self.model
+        batch = self.batch(model)
+        wanted = self.run_and_check(model, batch)
+        prefixes, inputs = {}, dict(batch.inputs)
+        for side, layer in model.prefix_layers.items():
+            prefixes[side] = model.encoder(side).compute_prefix(batch.inputs[side], layer).tokens_BLD
+            if "mask" not in inputs[side]:
+                inputs[side] = model.encoder(side).blank_inputs(self.count)
+        found = self.run_and_check(model, replace(batch, inputs=inputs, prefixes=prefixes))
+        self.close(found, wanted, "what was computed earlier for prefix_layers gives other logits")
 
     def state_round_trip(self) -> None:
         """After a step of training, the state loads into a fresh model, which then answers the same."""
