@@ -265,7 +265,7 @@ def test_a_swapped_run_decides_anew(data: Path, tmp_path: Path) -> None:
     [
         ({"prompts__layers": "all"}, "--layers last:N"),
         ({"method": "late-concat"}, "--layers last:N"),
-        ({"data__cache_features": False}, "remove it"),
+        ({"data__cache_features": False}, "--set data.cache_features=true"),
         ({"data__augment": "flip"}, "--set data.augment=none"),
         ({"either": True, "train__modality_dropout": 0.2}, "--modality-dropout"),
     ],
@@ -371,7 +371,8 @@ def test_a_batch_is_moved_and_divided_with_its_prefixes(data: Path) -> None:
     parts = [batch.to("cpu").part(number, 2) for number in range(2)]  # type: ignore[union-attr]
     assert [len(part.prefixes["main"]) for part in parts] == [3, 2]
     assert torch.equal(torch.cat([part.prefixes["main"] for part in parts]), batch.prefixes["main"])  # type: ignore[union-attr]
-    assert batch.inputs["main"]["pixels"].shape == (5, 16, 16, 3)  # type: ignore[union-attr]
+    pixels = batch.inputs["main"]["pixels"]  # type: ignore[union-attr]
+    assert pixels.shape == (5, 16, 16, 3) and pixels.is_contiguous(), "an expanded tensor cannot be pinned"
 
 
 def test_another_layer_precision_or_encoder_has_another_key(data: Path, folder: Path) -> None:

@@ -132,7 +132,7 @@ class Samples(Dataset[dict[str, Any]]):
         index_B = torch.tensor([item["index"] for item in items], dtype=torch.long)
         inputs = {side: preprocess.batch([item[side] for item in items]) for side, (_, preprocess) in self.readers.items()}
         for side, blank in self.blank.items():
-            inputs[side] = {name: tensor.expand(len(items), *tensor.shape[1:]) for name, tensor in blank.items()}
+            inputs[side] = {name: torch.cat([tensor] * len(items)) for name, tensor in blank.items()}
         features = {side: table[index_B] for side, table in self.features.items()}
         prefixes = {side: _pad_like(inputs[side], table[index_B]) for side, table in self.prefixes.items()}
         missing = {side: torch.tensor([item["absent"][side] for item in items]) for side in self.lacking}

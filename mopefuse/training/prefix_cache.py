@@ -67,7 +67,7 @@ def require_prefixes(model: Fusion, data: DataSet, config: RunConfig, device: to
         raise _nothing_to_cache(reason, "use --layers last:N, or --cache-prefix off")
     for side in model.prefix_layers:
         if not config.data.cache_features:
-            raise _nothing_to_cache("data.cache_features is false", "remove it")
+            raise _nothing_to_cache("data.cache_features is false", "add --set data.cache_features=true")
         if config.data.augment != "none" and get_modality(model.encoder(side).modality).is_picture:
             raise _nothing_to_cache(f"data.augment={config.data.augment} changes the images", "add --set data.augment=none")
         if config.train.modality_dropout and side in model.droppable_sides:
