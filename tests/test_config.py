@@ -11,8 +11,9 @@ from conftest import code_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from mopefuse.config.defaults import OFFICIAL
 from mopefuse.config.recipe import parse_set, read_recipe, read_yaml, resolve, saved_config, to_yaml
-from mopefuse.config.schema import OFFICIAL, RunConfig, build_config, known_keys
+from mopefuse.config.schema import RunConfig, build_config, known_keys
 from mopefuse.errors import CheckpointError, ConfigError
 
 BASE = {"main": "tiny:vision", "comp": "tiny:text"}
