@@ -173,7 +173,7 @@ def test_a_value_of_any_length_makes_a_short_message() -> None:
         ("trian.lr=1", "trian", "train"),
         ("train.lr.x=1", "train.lr.x", ""),
         ("train=1", "train is a section", "epochs"),
-        ("=1", "no setting", "main"),
+        ("=1", "no setting", "data"),
         ("prompts.experts=[1", "not a valid recipe", "correct"),
     ],
 )
