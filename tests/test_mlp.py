@@ -130,8 +130,8 @@ def test_without_a_hidden_layer_it_is_the_model_of_linear() -> None:
 
 def test_its_defaults_are_its_own_and_what_is_given_wins() -> None:
     usual, other = build_config({**SPECS, "method": "mlp"}), build_config({**SPECS, "method": "late-concat"})
-    assert (usual.head_hidden, usual.train.lr, usual.train.schedule) == (512, 1e-3, "cosine")
-    assert (other.head_hidden, other.train.lr, other.train.schedule) == (0, None, "paper")
+    assert (usual.head_hidden, usual.train.lr, usual.train.schedule, usual.train.epochs) == (512, 1e-3, "cosine", 30)
+    assert (other.head_hidden, other.train.lr, other.train.schedule, other.train.epochs) == (0, None, "paper", 10)
     given = build_config({**SPECS, "method": "mlp", "head_hidden": 8, "train": {"schedule": "constant"}})
     assert (given.head_hidden, given.train.lr, given.train.schedule) == (8, 1e-3, "constant")
 
