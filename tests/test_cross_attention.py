@@ -162,21 +162,24 @@ def test_settings_and_encoders_that_do_not_fit_are_refused() -> None:
 # -- what it learns
 
 
+NAMES = 8
+
+
 def draw(count: int, generator: torch.Generator) -> tuple[Batch, Tensor]:
-    """Four tokens in random order, each with a name and a bit; psi has a name, and the label is that token's bit."""
-    bits_BL = torch.randint(2, (count, 4), generator=generator)
-    asked_B = torch.randint(4, (count,), generator=generator)
-    tokens_BLD = torch.cat([torch.eye(4).expand(count, 4, 4), 2.0 * bits_BL[..., None] - 1], dim=2)
-    order_BL = torch.rand(count, 4, generator=generator).argsort(dim=1)
-    tokens_BLD = tokens_BLD.gather(1, order_BL[..., None].expand(-1, -1, 5))
-    return given_batch(tokens_BLD, torch.eye(4)[asked_B]), bits_BL.gather(1, asked_B[:, None])[:, 0]
+    """Tokens in random order, each with a name and a bit; psi has a name, and the label is the bit of that token."""
+    bits_BL = torch.randint(2, (count, NAMES), generator=generator)
+    named_B = torch.randint(NAMES, (count,), generator=generator)
+    tokens_BLD = torch.cat([torch.eye(NAMES).expand(count, NAMES, NAMES), 2.0 * bits_BL[..., None] - 1], dim=2)
+    order_BL = torch.rand(count, NAMES, generator=generator).argsort(dim=1)
+    tokens_BLD = tokens_BLD.gather(1, order_BL[..., None].expand(-1, -1, NAMES + 1))
+    return given_batch(tokens_BLD, torch.eye(NAMES)[named_B]), bits_BL.gather(1, named_B[:, None])[:, 0]
 
 
 def learned_accuracy(method: type[Fusion]) -> float:
-    model = given_model(method, 5, 4, 2)
+    one = {"queries": 1, "heads": 1}  # several could read a token each, whatever psi is
+    model = given_model(method, NAMES + 1, NAMES, 2, cross_attention=one).train()
     generator = torch.Generator().manual_seed(1)
     optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=3e-3)
-    model.train()
     for _ in range(300):
         batch, label_B = draw(64, generator)
         optimizer.zero_grad()
@@ -188,7 +191,7 @@ def learned_accuracy(method: type[Fusion]) -> float:
 
 def test_it_finds_the_token_that_psi_names_where_an_mlp_on_pooled_features_cannot() -> None:
     assert learned_accuracy(CrossAttention) > 0.95
-    assert learned_accuracy(MLP) < 0.8, "of the mean of the tokens, only the number of ones is left: 69 %"
+    assert learned_accuracy(MLP) < 0.75, "the mean of the tokens tells how many bits are set, not which"
 
 
 # -- samples that lack a modality
