@@ -56,12 +56,12 @@ class TokenReader(nn.Module):
         mask_B11L = None if mask_BL is None else mask_BL[:, None, None]
         dropout = self.dropout if self.training else 0.0
         read_BHQE = F.scaled_dot_product_attention(q_BHQE, k_BHLE, v_BHLE, attn_mask=mask_B11L, dropout_p=dropout)
-        read_BX: Tensor = F.dropout(read_BHQE.transpose(1, 2).flatten(1), self.dropout, self.training)
-        return read_BX
+        return F.dropout(read_BHQE.transpose(1, 2).flatten(1), self.dropout, self.training)
 
     def _split(self, x_BXW: Tensor) -> Tensor:
         """Split the last dimension into heads: (B, H, X, E)."""
-        return x_BXW.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        split_BHXE: Tensor = x_BXW.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return split_BHXE
 
 
 class CrossAttention(Fusion):
