@@ -134,8 +134,10 @@ class Notice(UserWarning):
 
 
 def similar_names(name: str, known: Iterable[str], *, most: int = 3) -> list[str]:
-    """Known names similar to `name`, most similar first, at most `most`."""
-    return difflib.get_close_matches(name, sorted(known), n=most, cutoff=0.55)
+    """Known names similar to `name`, most similar first, at most `most`; none that is far less similar than the first."""
+    near = difflib.get_close_matches(name, sorted(known), n=most, cutoff=0.55)
+    similarity = [difflib.SequenceMatcher(None, name, other).ratio() for other in near]
+    return [other for other, ratio in zip(near, similarity, strict=True) if ratio > similarity[0] - 0.15]
 
 
 def did_you_mean(name: str, known: Iterable[str], *, most: int = 3) -> str:

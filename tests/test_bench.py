@@ -131,6 +131,7 @@ def found() -> PairBench:
     return bench_pair(config, batch=2, text_length=6, experts=(4, 16), methods=("linear", "mmbt"), rounds=1, more=1)
 
 
+@pytest.mark.process
 def test_every_row_is_there_with_every_number(found: PairBench) -> None:
     names = [variant.name for variant in variants((4, 16), ("linear", "mmbt"))]
     assert [line.name for line in found.lines] == names
@@ -143,6 +144,7 @@ def test_every_row_is_there_with_every_number(found: PairBench) -> None:
     assert all(value is not None and value > 0 for value in found.ratios().values())
 
 
+@pytest.mark.process
 def test_what_is_counted_is_what_a_run_trains_and_saves(found: PairBench) -> None:
     subject = prepared(TINY, Variant("one", {"prompts": {"experts": 4}}))
     line = found.line(conditional(4))
@@ -187,6 +189,7 @@ def mopefuse(*arguments: str) -> subprocess.CompletedProcess[str]:
     return run_cli("bench", *arguments)
 
 
+@pytest.mark.process
 def test_the_command_prints_one_object_with_both_ratios() -> None:
     said = mopefuse(
         "--main", "tiny:vision", "--comp", "tiny:text", "--experts", "2", "--rounds", "1", "--more", "0", "--batch", "2",
@@ -247,6 +250,7 @@ def test_starts_are_timed_for_every_kind_of_answer() -> None:
     assert asked <= json.loads(said.stdout)["seconds"].keys()
 
 
+@pytest.mark.process
 def test_growth_is_measured_along_every_axis(monkeypatch: pytest.MonkeyPatch) -> None:
     axes = {"experts": (1, 4), "prompt tokens": (2, 12), "batch": (1, 2), "text length": (4, 8)}
     monkeypatch.setattr(scale, "AXES", axes)

@@ -41,6 +41,8 @@ CLAIMS: dict[str, dict[str, str]] = {
     "what is declared to learn is all that learns, is saved and is exported": {
         "quick": "test_fusion::test_exactly_these_parameters_learn_and_are_saved "
         "test_tuned::test_all_that_is_ours_learns_and_nothing_else",
+        "full": "test_method_sizes::test_trainable_parameters_at_vit_and_bert "
+        "test_lora::test_trainable_parameters_at_vit_b_and_bert_base",
     },
     "a model is saved, copied and converted as a torch module": {
         "quick": "test_converted::test_what_was_loaded_prepares_and_learns_as_before "
@@ -92,7 +94,8 @@ CLAIMS: dict[str, dict[str, str]] = {
         "quick": "test_data_cache::test_cached_features_and_images_give_the_same_run "
         "test_feature_store::test_of_two_that_computed_the_same_the_first_published_holds_for_both "
         "test_feature_store::test_several_ranks_compute_each_sample_once_and_use_the_same_values",
-        "full": "test_feature_store::test_processes_that_compute_at_the_same_time_agree_to_the_bit "
+        "full": "test_feature_store::test_ranks_without_a_common_cache_use_the_same_values_too "
+        "test_feature_store::test_processes_that_compute_at_the_same_time_agree_to_the_bit "
         "test_feature_store::test_a_killed_process_leaves_what_it_published_and_nothing_half_written "
         "test_feature_store::test_a_million_samples_are_looked_up_without_an_object_for_each "
         "test_kills::test_several_processes_on_one_cache_some_of_them_killed",
@@ -133,9 +136,9 @@ CLAIMS: dict[str, dict[str, str]] = {
         "test_label_check::test_a_column_of_lists_is_refused_by_check_and_train_and_read_with_the_flag",
     },
     "what an ONNX graph or pt2 bundle answers is what the model answers": {
-        "quick": "test_graph::test_onnx_predicts_as_the_model_does test_export::test_a_bundle_predicts_as_the_run_does "
-        "test_export::test_a_graph_with_other_outputs_is_not_published",
-        "full": "test_export::test_several_labels_keep_the_thresholds_of_the_run "
+        "quick": "test_graph::test_onnx_predicts_as_the_model_does test_export::test_a_bundle_predicts_as_the_run_does",
+        "full": "test_export::test_a_graph_with_other_outputs_is_not_published "
+        "test_export::test_several_labels_keep_the_thresholds_of_the_run "
         "test_lora::test_an_export_predicts_as_the_run_does "
         "test_pmf::test_it_is_an_ordinary_run_and_exports "
         "test_linear::test_the_exported_graph_predicts_the_same "
@@ -145,7 +148,8 @@ CLAIMS: dict[str, dict[str, str]] = {
     },
     "a bundle needs no torch": {
         "quick": "test_predictor::test_the_runtime_imports_no_torch test_predictor::test_tokens_are_those_of_the_encoder",
-        "full": "test_predictor::test_a_bundle_predicts_without_torch "
+        "full": "test_cli::test_a_run_waits_for_no_library_that_its_encoders_do_not_need "
+        "test_predictor::test_a_bundle_predicts_without_torch "
         "test_written::test_a_run_without_torch_is_an_error_with_the_package_to_install",
     },
     "an encoder is swapped, and what does not hang on it stays": {
@@ -164,8 +168,10 @@ CLAIMS: dict[str, dict[str, str]] = {
     },
     "a study gives the same table whatever interrupts it": {
         "quick": "test_study::test_what_is_finished_is_not_run_again_and_what_is_added_is "
-        "test_study::test_a_cell_terminated_from_outside_is_recorded_as_failed",
-        "full": "test_room::test_a_study_runs_one_at_a_time_where_memory_has_no_room "
+        "test_study::test_notices_of_cells_are_shown_once",
+        "full": "test_study::test_a_cell_terminated_from_outside_is_recorded_as_failed "
+        "test_study::test_a_cell_that_fails_is_recorded_and_the_others_go_on "
+        "test_room::test_a_study_runs_one_at_a_time_where_memory_has_no_room "
         "test_study::test_a_finished_cell_of_every_method_counts_as_finished "
         "test_study::test_killed_at_random_and_started_again_it_gives_the_same_table "
         "test_study::test_a_cell_whose_process_is_killed_is_recorded_and_the_others_go_on "
@@ -181,12 +187,14 @@ CLAIMS: dict[str, dict[str, str]] = {
     "rows may lack a modality, as the model was trained for": {
         "quick": "test_missing_eval::test_predict_answers_rows_with_holes_where_the_model_learned_to "
         "test_missing_values::test_a_value_that_is_not_there_is_what_the_policy_says",
-        "full": "test_missing_eval::test_bundles_predict_rows_with_holes_as_their_run_does",
+        "full": "test_missing_eval::test_a_grid_its_table_and_its_part_of_the_report "
+        "test_missing_eval::test_bundles_predict_rows_with_holes_as_their_run_does",
     },
     "a plugin adds an encoder, a method, a modality or data, and a bad one harms nobody": {
         "quick": "test_plugin_docs::test_the_method_and_the_promptable_encoder_train_and_are_swapped "
-        "test_plugins::test_lists_import_no_plugin test_new_plugin::test_a_new_plugin_trains_as_either_encoder",
-        "full": "test_plugin_docs::test_the_plugin_of_nine_lines_is_installed_inspected_and_keeps_the_contract "
+        "test_new_plugin::test_a_new_plugin_trains_as_either_encoder",
+        "full": "test_plugins::test_lists_import_no_plugin "
+        "test_plugin_docs::test_the_plugin_of_nine_lines_is_installed_inspected_and_keeps_the_contract "
         "test_artefact_versions::test_F_107_a_run_records_its_plugins_and_is_refused_without_them "
         "test_new_plugin::test_a_new_plugin_passes_its_own_test_and_is_inspected "
         "test_new_plugin::test_the_contract_test_of_a_new_plugin_can_fail "
@@ -200,8 +208,12 @@ CLAIMS: dict[str, dict[str, str]] = {
     },
     "bench measures what it says": {
         "quick": "test_bench::test_tokens_inserted_and_keys_and_values_give_the_same "
-        "test_bench::test_the_command_prints_one_object_with_both_ratios",
-        "full": "test_device::test_numbers_too_small_to_matter_are_zero_where_that_is_asked_for "
+        "test_bench::test_a_step_of_a_row_is_a_step_of_training",
+        "full": "test_bench::test_the_command_prints_one_object_with_both_ratios "
+        "test_bench::test_every_row_is_there_with_every_number "
+        "test_bench::test_what_is_counted_is_what_a_run_trains_and_saves "
+        "test_bench::test_growth_is_measured_along_every_axis "
+        "test_device::test_numbers_too_small_to_matter_are_zero_where_that_is_asked_for "
         "test_bench::test_a_failed_or_killed_process_is_an_error "
         "test_bench::test_starts_are_timed_for_every_kind_of_answer test_bench::test_processes_share_a_batch "
         "test_bench::test_memory_is_what_a_call_took_at_its_peak",

@@ -53,6 +53,7 @@ def test_help_and_lists_wait_for_nothing_heavy(args: tuple[str, ...]) -> None:
     assert not modules & heavy
 
 
+@pytest.mark.process
 def test_a_run_waits_for_no_library_that_its_encoders_do_not_need(pairs: Path) -> None:
     done, modules = modules_of("train", *TINY, "--data", str(pairs), "--dry-run")
     assert done.returncode == 0, done.stderr

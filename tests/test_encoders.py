@@ -240,7 +240,7 @@ def test_an_interrupted_call_leaves_no_prompt(encoders: Mapping[str, Encoder]) -
 def test_prompts_of_another_batch_are_refused(encoders: Mapping[str, Encoder]) -> None:
     """One prompt for three images would otherwise be spread over the windows of Swin without a word."""
     encoder = encoders["timm-swin-padded"]
-    with pytest.raises(AssertionError, match="need \\(3, 16\\)"):
+    with pytest.raises(AssertionError, match="expected \\(3, 16\\)"):
         encoder.encode(batch_of(encoder), lambda layer, tokens, mask: Prompt(torch.zeros(1, 2, 16)))
 
 

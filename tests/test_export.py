@@ -181,6 +181,7 @@ def test_an_adapter_is_a_run_for_swapping_and_for_exporting_again(trained: Path,
 # -- what is not published
 
 
+@pytest.mark.process
 def test_a_graph_with_other_outputs_is_not_published(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

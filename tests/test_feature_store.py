@@ -369,6 +369,7 @@ def test_several_ranks_compute_each_sample_once_and_use_the_same_values(data: Pa
     assert logs[0] == logs[1], "computed or read"
 
 
+@pytest.mark.process
 def test_ranks_without_a_common_cache_use_the_same_values_too(data: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     done = ranks(2, "train", *TINY, "--data", str(data), "--out", str(tmp_path / "with"), "--steps", "2")

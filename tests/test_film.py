@@ -30,7 +30,7 @@ def set_outputs(model: Fusion | PromptStack) -> None:
 @pytest.mark.parametrize(("main", "comp"), PAIRS)
 @pytest.mark.parametrize("experts", [1, 4])
 def test_film_starts_as_the_frozen_encoder_to_the_bit(main: str, comp: str, experts: int) -> None:
-    model = build(main, comp, **FILM, prompts={"film_experts": experts})
+    model = build(main, comp, **FILM, prompts={"film_mixture": experts})
     probe = build(main, comp, static=0, dynamic=0, mapped=0, film=False)
     probe.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("stack.")})
     batch = model.collate(images(5), TEXTS)
@@ -67,7 +67,7 @@ def test_scale_and_shift_match_the_definition(psi_BC: Tensor) -> None:  # noqa: 
 
 def test_experts_of_equal_weights_are_one_linear_map(psi_BC: Tensor) -> None:  # noqa: F811
     """A softmax sums to 1, so equal experts mix to themselves whatever the weights."""
-    plain, mixture = build_stack(**FILM), build_stack(**FILM, film_experts=3)
+    plain, mixture = build_stack(**FILM), build_stack(**FILM, film_mixture=3)
     set_outputs(plain)
     mixture.trunk.load_state_dict(plain.trunk.state_dict())  # type: ignore[union-attr]
     for one, other in zip(plain.layers.values(), mixture.layers.values(), strict=True):
@@ -80,7 +80,7 @@ def test_experts_of_equal_weights_are_one_linear_map(psi_BC: Tensor) -> None:  #
 
 
 def test_experts_are_weighed_by_the_condition(psi_BC: Tensor) -> None:  # noqa: F811
-    stack = build_stack(**FILM, film_experts=3)
+    stack = build_stack(**FILM, film_mixture=3)
     set_outputs(stack)
     film = stack.layers["0"].film
     trunk_Bh = stack.trunk(normalize_feature(psi_BC))  # type: ignore[misc]
@@ -110,7 +110,7 @@ def test_several_conditions_add_up() -> None:
 
 @pytest.mark.parametrize("experts", [1, 4])
 def test_every_parameter_is_trained_and_saved(experts: int) -> None:
-    model = build(film=True, gate="none", prompts={"film_experts": experts, "dropout": 0.0})
+    model = build(film=True, gate="none", prompts={"film_mixture": experts, "dropout": 0.0})
     set_outputs(model)
     model.train()
     logits = model(model.collate(images(5), TEXTS)).logits

@@ -87,7 +87,7 @@ def test_no_label_leaves_the_folder(write: Any, label: str) -> None:
         ({"grid": {"prompts.experts": 4}}, "MF-CFG-80", "list"),
         ({"metric": "f1"}, "MF-CFG-80", "metric"),
         ({"grid": {"prompts.expert": [1]}}, "MF-CFG-01", "did you mean prompts.experts?"),
-        ({"cells": {"a": {"prompt": {"experts": 1}}}}, "MF-CFG-01", "did you mean prompts, compat, comp?"),
+        ({"cells": {"a": {"prompt": {"experts": 1}}}}, "MF-CFG-01", "did you mean prompts?"),
         ({"cells": {"a": {}, "b": {"prompts.experts": 0}}}, "MF-CFG-01", "cell 'b'"),
         ({"cells": {"a": {}, "b": {}}}, "MF-CFG-81", "'a' and 'b'"),
         ({"cells": {"a": {}, "b": {"data.workers": 2}}}, "MF-CFG-81", "'a' and 'b'"),

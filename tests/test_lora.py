@@ -360,6 +360,7 @@ def test_other_weights_under_it_are_refused(pairs: Path, tmp_path: Path) -> None
         evaluate(tmp_path / "run", comp="tiny:text-b")
 
 
+@pytest.mark.process
 def test_trainable_parameters_at_vit_b_and_bert_base() -> None:
     """A is r x D_in, B is D_out x r: of timm's fused projection 3 D wide, of BERT's query and value D wide each."""
     depth, width, rank, labels = 12, 768, 8, 101

@@ -69,6 +69,7 @@ def encoders() -> dict[str, Encoder]:
 
 
 @pytest.mark.parametrize("variant", SIZES)
+@pytest.mark.process
 def test_trainable_parameters_at_vit_and_bert(variant: str, encoders: dict[str, Encoder]) -> None:
     method, *settings = variant.split()
     values: dict[str, object] = {"main": "timm:vit_base", "comp": "hf:bert-base", "method": method}

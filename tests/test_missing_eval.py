@@ -60,6 +60,7 @@ def test_a_share_that_is_taken_away_is_told_kept_and_can_be_computed_again(run: 
     assert again == pytest.approx(cell["metrics"], abs=1e-6)
 
 
+@pytest.mark.process
 def test_a_grid_its_table_and_its_part_of_the_report(run: Path) -> None:
     done = call("eval", run, "--missing", "grid")
     assert done.returncode == 0, done.stderr

@@ -57,6 +57,7 @@ def only(site: Path, tmp_path: Path, *plugins: str) -> Path:
 
 
 @pytest.mark.parametrize("args", [("plugins", "list"), ("plugins", "list", "--json"), ("encoders",), ("encoders", "--json")])
+@pytest.mark.process
 def test_lists_import_no_plugin(site: Path, args: tuple[str, ...]) -> None:
     imported(site)
     done = run_cli(*args, PYTHONPATH=str(site))

@@ -162,6 +162,7 @@ def test_a_run_of_other_settings_in_the_place_of_a_cell_is_refused(undisturbed: 
     assert statuses[0].error["code"] == "MF-CFG-32"
 
 
+@pytest.mark.process
 def test_a_cell_that_fails_is_recorded_and_the_others_go_on(pairs: Path, tmp_path: Path) -> None:
     bad = {"fine": {}, "diverges": {"train.lr": 1e30}, "no such method": {"method": "nothing"}}
     file = write_study(tmp_path, pairs, cells=bad, grid={}, seeds=[0], baseline="no such method")
@@ -280,6 +281,7 @@ def test_an_error_of_the_study_itself_leaves_no_cell_running(file: Path, tmp_pat
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.process
 def test_a_cell_terminated_from_outside_is_recorded_as_failed(file: Path, tmp_path: Path) -> None:
     ended = []
 

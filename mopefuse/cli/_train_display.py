@@ -133,7 +133,7 @@ class Display(Listener):
         for split, found in splits.items():
             if found["absent_labels"]:
                 which = several(found["absent_labels"], "label has", "labels have")
-                self.on_notice(f"{split}: {which} no sample; macro-F1 is over the others")
+                self.on_notice(f"{split}: {which} no sample; macro-F1 is averaged over the others")
         parameters = result["parameters"]
         share = 100 * parameters["trainable"] / parameters["total"]
         trained = f"{count(parameters['trainable'])} of {count(parameters['total'])} parameters trained ({share:.2f} %)"

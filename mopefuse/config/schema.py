@@ -49,7 +49,7 @@ class Prompts(Section):
     mapped: int = Field(1, ge=0, le=_MOST_TOKENS, description="tokens of the mapped prompt, computed from comp")
     experts: int = Field(16, ge=1, le=_MOST_TOKENS, description="prompt experts per layer (K)")
     film: bool = Field(False, description="also scale and shift what each prompted layer reads (FiLM), computed from comp")
-    film_experts: int = Field(
+    film_mixture: int = Field(
         1, ge=1, le=256, description="experts that a softmax mixes to the scale and shift of each layer; 1 for no mixture"
     )
     layers: Layers = Field("all", description="layers to prompt: all, first:N, last:N, or indices from 0 such as 0,3,5")

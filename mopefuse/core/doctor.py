@@ -81,7 +81,7 @@ def _problems_of(group: str, name: str, point: EntryPoint) -> list[str]:
     place = f"{point.name} = {point.value} of {registry.distribution(point)}"
     clash = []
     if registry.resolution_status(point) == "clash":
-        clash = [f"{place} has a name that other plugins also provide; write {name}"]
+        clash = [f"other plugins also provide the name of {place}; write {name}"]
     error = _try(f"from mopefuse.core.registry import load; load({group!r}, {name!r})")[1]
     return [*clash, f"{place}: {error}"] if error else clash
 

@@ -49,6 +49,10 @@ class Prompt(NamedTuple):
     gate_H: Tensor | None = None
     modulation: Modulation | None = None
 
+    def modulate(self, x_NLD: Tensor) -> Tensor:
+        """Apply the modulation, if there is one, to what the attention reads."""
+        return x_NLD if self.modulation is None else self.modulation(x_NLD)
+
 
 class Insert(NamedTuple):
     """Tokens that precede an encoder's own through all layers and are dropped from the output.

@@ -227,6 +227,11 @@ class Encoder(nn.Module):
         prompt_at = self._call.prompt_at
         return None if prompt_at is None else prompt_at(layer, tokens_BLD, mask_BL)
 
+    def _resume(self, x_BLD: Tensor) -> tuple[int, Tensor]:
+        """The first layer to run and its input: 0 and `x_BLD`, unless the call continues from a `Prefix`."""
+        start = self._call.start
+        return (0, x_BLD) if start is None else (start.layer, start.tokens_BLD.to(x_BLD.dtype))
+
     def freeze(self) -> None:
         """Make no parameter trainable; the backbone stays in evaluation mode (no dropout) even after `train()`."""
         self.tuned = self.adapted = False

@@ -95,9 +95,7 @@ class Block(nn.Module):
         Args:
             mask: boolean, broadcastable to (B, H, L, L).
         """
-        read_BLD = self.norm1(x_BLD)
-        if prompt is not None and prompt.modulation is not None:
-            read_BLD = prompt.modulation(read_BLD)
+        read_BLD = self.norm1(x_BLD) if prompt is None else prompt.modulate(self.norm1(x_BLD))
         q, k, v = (split_heads(part, self.heads) for part in self.qkv(read_BLD).chunk(3, dim=-1))
         if prompt is None or not prompt.tokens_BPD.shape[1]:
             attended_BHLE = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -202,9 +200,7 @@ class TinyEncoder(Encoder):
         if insert is not None:
             x_BLD, all_BL = insert.prepend_to(x_BLD), insert.extend_mask(mask_BL)
             mask = insert.attention_mask(mask, x_BLD.shape[1])
-        start = self._call.start
-        first = 0 if start is None else start.layer
-        x_BLD = x_BLD if start is None else start.tokens_BLD.to(x_BLD.dtype)
+        first, x_BLD = self._resume(x_BLD)
         for layer, block in list(enumerate(self.blocks))[first:]:
             prompt = self._request_prompt(layer, x_BLD, all_BL)
             x_BLD = self._run_block(block, x_BLD, mask, prompt)

@@ -71,7 +71,7 @@ def export(
         EncoderError: an encoder cannot be traced, or its tokenizer cannot be exported.
         GateError: the graph's logits or inputs differ from those of the model.
     """
-    remove_leftovers(out.absolute().parent, out.name)  # what was killed while it was replaced is back in its place
+    remove_leftovers(out.absolute().parent, out.name)  # restores an export that was killed during replacement
     _refuse(out, form, {"--int8": int8, "--routing": routing, "--half": half}, overwrite)
     if form == "onnx":
         require("onnx", "onnxscript", "onnxruntime", extra="export", what="export")

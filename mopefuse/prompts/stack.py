@@ -109,7 +109,7 @@ class Film(nn.Module):
 
     def __init__(self, config: PromptConfig, width: int) -> None:
         super().__init__()
-        self.experts, outputs = config.film_experts, 2 * width
+        self.experts, outputs = config.film_mixture, 2 * width
         self.dropout = nn.Dropout(config.dropout)
         self.output = nn.Linear(config.bottleneck, self.experts * outputs)
         nn.init.zeros_(self.output.weight)

@@ -94,7 +94,7 @@ def run_search(study: Study, out: Path, *, jobs: int = 1, listener: StudyListene
     listener = listener or StudyListener()
     most_jobs = search.at_once * len(study.file.seeds)
     if jobs > most_jobs:
-        listener.on_notice(f"running {most_jobs} at a time, not {jobs}: raise search.at_once to propose more trials together")
+        listener.on_notice(f"running {most_jobs} at a time, not {jobs}: raise search.at_once to propose more trials at a time")
     with claim_folder(out, listener):
         multi_label = load_data(study.trial(0, search.first())[0].config.data).multi_label
         metric = study.file.metric or selected_metric(multi_label=multi_label)

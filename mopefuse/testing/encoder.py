@@ -89,16 +89,16 @@ def _prompted_parts(check: PromptChecks, alone: str) -> list[Part]:
             alone,
         ),
         Part("every prompt and gate receives a gradient, and no weight does", check.gradients, f"do not detach prompts; {use}"),
-        Part("a prompt does not outlive its call", check.keeps_no_state, keep),
+        Part("a prompt is not kept after its call", check.keeps_no_state, keep),
         Part(
             "continues from the tokens that enter a layer",
             check.continues_from_a_layer,
-            "if self._call.start is set, run the layers from start.layer on, beginning with start.tokens_BLD",
+            "begin with first, x_BLD = self._resume(x_BLD), and run the layers from `first` on",
         ),
         Part(
             "scale and shift modulate what the attention of each layer reads",
             check.modulation,
-            "apply prompt.modulation, where it is not None, to the input of the query, key and value projections",
+            "pass the input of the query, key and value projections through prompt.modulate",
         ),
         Part(
             insert,

@@ -61,7 +61,7 @@ def _parts(check: FusionChecks) -> list[Part]:
             check.deterministic,
             "use dropout and noise in training mode only",
         ),
-        Part("keeps nothing of a call", check.keeps_no_state, keep),
+        Part("keeps no state between calls", check.keeps_no_state, keep),
         Part(
             "computes each sample independently of its batch",
             check.samples_are_independent,
