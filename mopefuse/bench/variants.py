@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mopefuse.bench.inserted_tokens import as_tokens, why_not_insertable
+from mopefuse.config.defaults import defaults_of
 from mopefuse.config.schema import RunConfig
 from mopefuse.config.setting_paths import merge
 from mopefuse.config.sides import specs
@@ -122,7 +123,8 @@ class Subject:
         compiled: bool = False,
     ) -> None:
         self.variant, self.encoders, self.device = variant, encoders, device
-        self.config = RunConfig.model_validate(merge(config.model_dump(), dict(variant.settings)))
+        settings = dict(variant.settings)
+        self.config = RunConfig.model_validate(merge(config.model_dump(), merge(defaults_of(settings), settings)))
         method = registry.load(registry.FUSION, self.config.method)
         torch.manual_seed(0)
         self.model: Fusion = method(self.config, encoders, LABELS)
