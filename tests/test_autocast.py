@@ -91,6 +91,8 @@ HEADS: dict[str, dict[str, Any]] = {
     "pmf": {"method": "pmf"},
     "p-sequential": {"method": "p-sequential"},
     "comp-only": {"method": "comp-only"},
+    "mlp": {"method": "mlp"},
+    "cross-attention": {"method": "cross-attention"},
 }
 
 

@@ -121,6 +121,11 @@ def test_a_step_of_a_row_is_a_step_of_training() -> None:
     assert all(p.grad is None for name, p in subject.model.named_parameters() if name not in before)
 
 
+def test_a_method_is_measured_with_its_own_defaults() -> None:
+    model = prepared(TINY, Variant("mlp", {"method": "mlp"})).model
+    assert model.config.head_hidden == model.head[0].out_features == 512
+
+
 def test_ratios_are_of_the_same_round() -> None:
     floor, other = Times({0: 1.0, 1: 10.0, 2: 1.0}), Times({0: 2.0, 1: 20.0})
     assert other.ratio_to(floor) == 2.0

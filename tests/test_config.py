@@ -11,8 +11,9 @@ from conftest import code_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from mopefuse.config.defaults import OFFICIAL
 from mopefuse.config.recipe import parse_set, read_recipe, read_yaml, resolve, saved_config, to_yaml
-from mopefuse.config.schema import OFFICIAL, RunConfig, build_config, known_keys
+from mopefuse.config.schema import RunConfig, build_config, known_keys
 from mopefuse.errors import CheckpointError, ConfigError
 
 BASE = {"main": "tiny:vision", "comp": "tiny:text"}
@@ -172,7 +173,7 @@ def test_a_value_of_any_length_makes_a_short_message() -> None:
         ("trian.lr=1", "trian", "train"),
         ("train.lr.x=1", "train.lr.x", ""),
         ("train=1", "train is a section", "epochs"),
-        ("=1", "no setting", "main"),
+        ("=1", "no setting", "data"),
         ("prompts.experts=[1", "not a valid recipe", "correct"),
     ],
 )

@@ -25,12 +25,17 @@ CONDITIONAL = (
 PROJECTION = D * D + D
 MAPPING = (D + 1) * D // 2 + (D // 2 + 1) * D  # through half the width
 PMF = 2 * 2 * (3 * 4 * D + MAPPING)  # in two encoders, two layers: prompts of three kinds, of 4 tokens each
+NETWORK = 512 * (2 * D + 1) + N * (512 + 1)  # on both, with a hidden layer
+READER = 2 * D + 2 * 128 * (D + 1) + 128 * D + 4 * 128  # norm, keys and values, one projection of psi, 4 offsets
 VIT, BERT = 85_798_656, 108_891_648  # without classifier and without pooler
 SIZES: dict[str, int] = {
     "conditional": CONDITIONAL + HEAD,
     "conditional warm_start=linear": CONDITIONAL + BOTH,
     "linear": BOTH,
     "linear linear.features=average": 2 * HEAD,
+    "mlp": NETWORK,
+    "mlp head_hidden=0": BOTH,
+    "cross-attention": READER + NETWORK + 512 * 4 * 128,
     "late-concat": BOTH,
     "late-concat tune=full": VIT + BERT + BOTH,
     "p-late-concat": STATIC + DEPTH * 4 * D + 2 * GATES + BOTH,

@@ -34,6 +34,8 @@ METHODS: list[dict[str, Any]] = [
     {"method": "late-concat"},
     {"method": "linear"},
     {"method": "linear", "linear": {"features": "average"}},
+    {"method": "mlp"},
+    {"method": "cross-attention"},
 ]
 
 

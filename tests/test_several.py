@@ -127,6 +127,8 @@ def test_prompts_of_two_conditions_by_their_definition(router: str) -> None:
         {"method": "comp-only"},
         {"method": "linear"},
         {"method": "linear", "linear": {"features": "average"}},
+        {"method": "mlp"},
+        {"method": "cross-attention"},
     ],
     ids=str,
 )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mopefuse.bench.inserted_tokens import as_tokens, why_not_insertable
+from mopefuse.config.defaults import defaults_of
 from mopefuse.config.schema import RunConfig
 from mopefuse.config.setting_paths import merge
 from mopefuse.config.sides import specs
@@ -127,7 +128,8 @@ class Subject:
         compiled: bool = False,
     ) -> None:
         self.variant, self.encoders, self.device = variant, encoders, device
-        values = merge(config.model_dump(), dict(variant.settings))
+        settings = dict(variant.settings)
+        values = merge(config.model_dump(), merge(defaults_of(settings), settings))
         if variant.part > 1:
             last = max(1, len(encoders["main"].widths) // variant.part)
             values = merge(values, {"prompts": {"layers": f"last:{last}"}})

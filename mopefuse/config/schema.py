@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
+from mopefuse.config.defaults import defaults_of, without_idle_side
 from mopefuse.config.messages import field_at, invalid_settings_error, keys_in
 from mopefuse.config.setting_paths import merge
 
@@ -149,6 +150,29 @@ class Linear(Section):
     max_iter: int = Field(300, ge=1, le=100_000, description="maximum iterations for each C")
 
 
+class MLP(Section):
+    """A network with one hidden layer on standardised frozen features (method mlp); `head_hidden` is its width."""
+
+    dropout: float = Field(0.2, ge=0, lt=1, description="dropout on the hidden layer, in training")
+
+
+class CrossAttention(Section):
+    """Attention of comp's features to the main encoder's output tokens (method cross-attention)."""
+
+    queries: int = Field(4, ge=1, le=_MOST_TOKENS, description="queries; each reads the tokens with an offset of its own")
+    width: int = Field(128, ge=1, le=_WIDEST, description="width of queries, keys and values; a multiple of heads")
+    heads: int = Field(4, ge=1, le=256, description="attention heads")
+    dropout: float = Field(
+        0.1, ge=0, lt=1, description="dropout on attention, on its output, and on the hidden layer of the head, in training"
+    )
+
+    @model_validator(mode="after")
+    def _whole_heads(self) -> CrossAttention:
+        if self.width % self.heads:
+            raise ValueError(f"width is {self.width}, which is not a multiple of heads, {self.heads}")
+        return self
+
+
 COLUMN_SETTINGS = {"text": "text_col", "image": "img_col"}
 """Modality to the setting of `data` that names its column; `data.columns` names those of all others."""
 
@@ -247,7 +271,9 @@ class Train(Section):
     accumulate: int = Field(
         1, ge=1, le=65_536, description="split a batch into this many parts and accumulate gradients, to save memory"
     )
-    lr: float | None = Field(None, gt=0, description="learning rate; default: 4e-4 if main reads images, else 5e-4")
+    lr: float | None = Field(
+        None, gt=0, description="learning rate; default: 4e-4 if main reads images, else 5e-4; mlp and cross-attention: 1e-3"
+    )
     lr_comp: float | None = Field(
         None, gt=0, description="learning rate of a trained complementary encoder; default: lr, or lr_tuned if fully tuned"
     )
@@ -289,7 +315,7 @@ class RunConfig(Section):
         description="complementary encoder: its features condition the prompts",
         examples=["hf:bert-base"],
     )
-    method: str = Field("conditional", description="fusion method: conditional, linear, late-concat, main-only, ...")
+    method: str = Field("conditional", description="fusion method: conditional, linear, mlp, main-only, ...")
     seed: int = Field(0, ge=0, lt=2**63, description="random seed of everything in training")
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="device to compute on: auto, cpu, cuda, cuda:N or mps"
@@ -320,6 +346,8 @@ class RunConfig(Section):
     inserted: Inserted = Inserted()
     pmf: Interactive = Interactive()
     linear: Linear = Linear()
+    mlp: MLP = MLP()
+    cross_attention: CrossAttention = CrossAttention()
     data: Data = Data()
     train: Train = Train()
 
@@ -335,22 +363,8 @@ class RunConfig(Section):
         return self
 
 
-ONE_SIDED = {"main-only": "comp", "comp-only": "main"}
-"""Methods that use one encoder, mapped to the side whose encoder can be omitted."""
-
-OFFICIAL: dict[str, Any] = {
-    "head_norm": "none",
-    "prompts": {"experts": 4, "gate": "none", "mapper_norm": "batch-frozen", "route_stage_starts": False},
-    "router": {"kind": "joint", "noise_in_eval": True},
-    "data": {"image_stats": "mmbt"},
-    "train": {"select": "last"},
-}
-"""What ``compat: official`` sets unless the setting is given: the choices of the papers' released code, without its leak
-between samples of a batch. Its average over prompts and patches has no counterpart here: prompts have no output."""
-
-
 def build_config(values: dict[str, Any], *, source: str = "", names: Mapping[str, str] | None = None) -> RunConfig:
-    """Validate `values` as a `RunConfig`, with the defaults that ``compat`` names.
+    """Validate `values` as a `RunConfig`, with the defaults of the method and of ``compat``.
 
     Args:
         names: names of settings in messages, if they differ from the path: path to flag.
@@ -358,22 +372,12 @@ def build_config(values: dict[str, Any], *, source: str = "", names: Mapping[str
     Raises:
         ConfigError: every problem at once, each with its path; unknown keys with the nearest known one.
     """
-    values = _without_idle_side(values)
-    if values.get("compat") == "official":
-        values = merge(OFFICIAL, values)
+    values = without_idle_side(values)
+    values = merge(defaults_of(values), values)
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         raise invalid_settings_error(error, RunConfig, values, source, names or {}) from None
-
-
-def _without_idle_side(values: dict[str, Any]) -> dict[str, Any]:
-    """`values` with an empty encoder for a side that the method does not use, if none is given."""
-    section = values.get("linear")
-    features = section.get("features") if isinstance(section, dict) and values.get("method") == "linear" else None
-    method = f"{features}-only" if isinstance(features, str) else values.get("method")
-    idle = ONE_SIDED.get(method) if isinstance(method, str) else None
-    return {idle: "", **values} if idle else values
 
 
 WITHOUT_EFFECT = frozenset(

@@ -125,7 +125,7 @@ def _require_removable(kind: str, kinds: Mapping[str, tuple[str, ...]], model: F
         return
     method = model.config.method
     if not kinds:
-        fix = "use --method conditional, late-concat or linear, and encoders of several modalities"
+        fix = "use --method conditional, mlp, late-concat or linear, and encoders of several modalities"
         raise ConfigError(
             ConfigCode.MODALITY_NOT_OPTIONAL, f"{method} needs every modality that it reads", where=f"--missing {kind}", fix=fix
         )

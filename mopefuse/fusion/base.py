@@ -82,6 +82,7 @@ class Fusion(nn.Module):
     takes_several_comps: ClassVar[bool] = False
     """Whether it takes any number of complementary encoders, and handles samples that lack their modalities."""
     closed_form: ClassVar[bool] = False  # whether `fit` trains everything, so that no training step is made
+    starts_fitted: bool = False  # whether the head starts as a regression, see `add_regression_head`
     head: nn.Module
     num_labels: int = 0
     """N, set by `mopefuse.fusion.build.build_model`."""
@@ -104,7 +105,7 @@ class Fusion(nn.Module):
         if config.either and "main" not in self.droppable_sides:
             what = f"{config.method} cannot do without the main modality"
             raise ConfigError(
-                ConfigCode.MAIN_NOT_OPTIONAL, what, where="--either", fix="use --method conditional or late-concat"
+                ConfigCode.MAIN_NOT_OPTIONAL, what, where="--either", fix="use --method conditional, mlp or late-concat"
             )
         if config.either and len({self.encoder(side).modality for side in self.uses}) == 1:
             what = f"all encoders read {self.encoder('main').modality}, so a sample without it has no input"
@@ -117,6 +118,22 @@ class Fusion(nn.Module):
         """Add for each of `sides` a trainable vector, by which `replace_missing` replaces features that a sample lacks."""
         widths = {side: self.encoder(side).feature_width for side in sides}
         self.absent.update({side: nn.Parameter(torch.zeros(width)) for side, width in widths.items()})
+
+    def learn_optional_absence(self) -> None:
+        """`learn_absence` of all `optional_sides`.
+
+        Raises:
+            ConfigError: `either` without training samples that lack the main modality.
+        """
+        if self.config.either and not self.optional_sides:
+            what = "no training sample would lack the main modality"
+            raise ConfigError(
+                ConfigCode.NEVER_TRAINED_WITHOUT_MAIN,
+                what,
+                where="--either",
+                fix="add --modality-dropout 0.1, or --on-missing absent",
+            )
+        self.learn_absence(self.optional_sides)
 
     @classmethod
     def sides(cls, config: RunConfig) -> tuple[str, ...]:
@@ -132,7 +149,7 @@ class Fusion(nn.Module):
                 ConfigCode.TOO_MANY_ENCODERS,
                 what,
                 where="--comp",
-                fix="name one, or use --method conditional, late-concat or linear",
+                fix="name one, or use --method conditional, mlp, late-concat or linear",
             )
         return tuple(one for side in cls.uses for one in (complementary if side == "comp" else [side]))
 
@@ -157,9 +174,9 @@ class Fusion(nn.Module):
         """Sections and settings that differ from their defaults and that this method does not use."""
         default = RunConfig(main="", comp="")
         settings = ["train.modality_dropout"] if self.config.train.modality_dropout and self.closed_form else []
-        optional = "warm_start head_features tune prompts router comp_tuning lora inserted pmf linear".split()
+        optional = "warm_start head_features tune prompts router comp_tuning lora inserted pmf linear mlp cross_attention"
         used = (*self.sections, "lora") if any(self.encoder(side).adapted for side in self.uses) else self.sections
-        return [s for s in optional if s not in used and getattr(self.config, s) != getattr(default, s)] + settings
+        return [s for s in optional.split() if s not in used and getattr(self.config, s) != getattr(default, s)] + settings
 
     @property
     def head_sides(self) -> tuple[str, ...]:
@@ -232,15 +249,24 @@ class Fusion(nn.Module):
         tokens_BLD = batch.prefixes.get(side)
         return None if tokens_BLD is None else Prefix(self.prefix_layers[side], tokens_BLD)
 
-    def make_head(self, width: int, num_labels: int) -> nn.Module:
-        """A head from pooled features (B, width) to logits (B, N): linear, or with one hidden layer (`head_hidden`)."""
+    def make_head(self, width: int, num_labels: int, dropout: float = 0.0) -> nn.Module:
+        """A head from features (B, width) to logits (B, N): linear, or with one hidden layer (`head_hidden`).
+
+        Args:
+            dropout: on the hidden layer.
+        """
         hidden = self.config.head_hidden
         if not hidden:
             return nn.Linear(width, num_labels)
-        return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, num_labels))
+        activation = nn.Sequential(nn.GELU(), nn.Dropout(dropout)) if dropout else nn.GELU()
+        return nn.Sequential(nn.Linear(width, hidden), activation, nn.Linear(hidden, num_labels))
 
     def classify(self, *pooled_BC: Tensor, batch: Batch | None = None) -> Tensor:
-        """Logits (B, N) of the head on normalised and concatenated features (`head_norm`, `standard`), in float32.
+        """Logits (B, N) of the head on the concatenated features of `normalise`, in float32."""
+        return apply_without_autocast(self.head, torch.cat(self.normalise(*pooled_BC, batch=batch), dim=-1))
+
+    def normalise(self, *pooled_BC: Tensor, batch: Batch | None = None) -> tuple[Tensor, ...]:
+        """Normalise the pooled features of sides for the head (`head_norm`, `standard`).
 
         Args:
             pooled_BC: the pooled features of each of `head_sides`, in order.
@@ -253,13 +279,18 @@ class Fusion(nn.Module):
         if batch is not None:
             both = zip(self.head_sides, pooled_BC, strict=True)
             pooled_BC = tuple(self.replace_missing(side, pooled, batch) for side, pooled in both)
-        return apply_without_autocast(self.head, torch.cat(pooled_BC, dim=-1))
+        return pooled_BC
+
+    def standardise_features(self) -> int:
+        """Let the head take standardised features of all sides (`standard`); returns their total width."""
+        widths = {side: self.encoder(side).feature_width for side in self.uses}
+        self.standard = nn.ModuleDict({side: Standard(width) for side, width in widths.items()})
+        return sum(widths.values())
 
     def add_regression_head(self, num_labels: int) -> None:
         """Set a linear head on standardised features of all sides, whose weights `fit` computes."""
-        widths = {side: self.encoder(side).feature_width for side in self.uses}
-        self.standard = nn.ModuleDict({side: Standard(width) for side, width in widths.items()})
-        self.head = nn.Linear(sum(widths.values()), num_labels)
+        self.head = nn.Linear(self.standardise_features(), num_labels)
+        self.starts_fitted = True
 
     def standardise(self, *pooled_BC: Tensor) -> tuple[Tensor, ...]:
         """Standardise the pooled features of the sides in `standard`, in its order, with statistics of the training split."""

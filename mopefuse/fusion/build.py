@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 SIZES = (
     "prompts.experts prompts.static prompts.dynamic prompts.mapped prompts.bottleneck head_hidden comp_tuning.length lora.rank "
-    "inserted.prompts inserted.images pmf.queries pmf.query_context pmf.fusion_context pmf.bottleneck"
+    "inserted.prompts inserted.images pmf.queries pmf.query_context pmf.fusion_context pmf.bottleneck "
+    "cross_attention.queries cross_attention.width"
 ).split()
 """Settings that determine the number of parameters of a model."""
 
@@ -63,6 +64,8 @@ class OtherSettings(TypedDict, total=False):
     inserted: Mapping[str, Any]
     pmf: Mapping[str, Any]
     linear: Mapping[str, Any]
+    mlp: Mapping[str, Any]
+    cross_attention: Mapping[str, Any]
     data: Mapping[str, Any]
     train: Mapping[str, Any]
 

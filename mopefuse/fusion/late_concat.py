@@ -11,10 +11,8 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from mopefuse.config.schema import RunConfig
-from mopefuse.core.error_codes import ConfigCode
 from mopefuse.data.base import Batch
 from mopefuse.encoders.base import Encoder
-from mopefuse.errors import ConfigError
 from mopefuse.fusion._tunable import TunedFusion
 from mopefuse.fusion.base import Output
 
@@ -32,15 +30,7 @@ class LateConcat(TunedFusion):
 
     def __init__(self, config: RunConfig, encoders: Mapping[str, Encoder], num_labels: int) -> None:
         super().__init__(config, encoders)
-        if config.either and not self.optional_sides:
-            what = "no training sample would lack the main modality"
-            raise ConfigError(
-                ConfigCode.NEVER_TRAINED_WITHOUT_MAIN,
-                what,
-                where="--either",
-                fix="add --modality-dropout 0.1, or --on-missing absent",
-            )
-        self.learn_absence(self.optional_sides)
+        self.learn_optional_absence()
         self.head = self.make_head(sum(self.encoder(side).feature_width for side in self.uses), num_labels)
 
     def forward(self, batch: Batch) -> Output:

@@ -24,7 +24,7 @@ from mopefuse.runs.folder import RunFolder
 from mopefuse.studies.compare import has_result, study_facts
 from mopefuse.studies.study_file import STUDY_FILE
 
-SIMPLER = ("linear", "late-concat", "main-only", "comp-only")
+SIMPLER = ("linear", "mlp", "late-concat", "main-only", "comp-only")
 """Methods that a fusion method has to beat."""
 _MOST_FOLDERS = 200  # next to a run that are looked at
 _MOST_ABOVE = 3  # folders above a run that may be its study's

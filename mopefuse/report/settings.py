@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from mopefuse.config.schema import OFFICIAL, RunConfig
+from mopefuse.config.defaults import defaults_of
+from mopefuse.config.schema import RunConfig
 from mopefuse.config.setting_paths import flatten, merge, nest
 
 Derive = Callable[[RunConfig], RunConfig]
@@ -48,7 +49,7 @@ def _derived(config: RunConfig, derive: Derive, names: Sequence[str]) -> dict[st
 
 def _defaults(config: RunConfig) -> dict[str, Any]:
     usual = RunConfig(main="", comp="").model_dump(mode="json")
-    return flatten(merge(usual, OFFICIAL) if config.compat == "official" else usual)
+    return flatten(merge(usual, defaults_of(config.model_dump(mode="json"))))
 
 
 def format_setting(value: Any) -> str:

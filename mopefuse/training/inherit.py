@@ -105,7 +105,7 @@ class _Heads:
         if value.dim() == 1:
             columns = [(0, 0)]
         elif name == layers[0]:
-            columns = self._columns(head)
+            columns = self._columns(head, source.shape[1], value.shape[1])
         else:
             columns = [(column, column) for column in range(min(source.shape[1], value.shape[1]))]
         if not rows or not columns or not self._has_inherited_columns(head):
@@ -124,8 +124,11 @@ class _Heads:
         labels = self.old_labels
         return [(labels.index(label), row) for row, label in enumerate(self.new_labels) if label in labels]
 
-    def _columns(self, head: str) -> list[tuple[int, int]]:
-        """(old, new) columns of the first layer for features of the encoders that survive."""
+    def _columns(self, head: str, old_width: int, new_width: int) -> list[tuple[int, int]]:
+        """(old, new) columns of the first layer, for features of the encoders that survive.
+
+        Columns that follow those of all encoders, for what the method computes from them, are kept if there are as many.
+        """
         begins, width_before = {}, 0
         for side in self.old.heads[head]:
             begins[side], width_before = width_before, width_before + self.old.encoder(side).feature_width
@@ -136,6 +139,9 @@ class _Heads:
             if side in begins and _encoder_stays(_feature_dependency(side), self.old, self.new):
                 columns += [(begins[side] + column, begin + column) for column in range(width)]
             begin += width
+        rest = range(old_width - width_before)
+        if len(rest) == new_width - begin:
+            columns += [(width_before + column, begin + column) for column in rest]
         return columns
 
     def _has_inherited_columns(self, head: str) -> bool:

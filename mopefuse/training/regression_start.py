@@ -1,7 +1,7 @@
-"""Initial weights of methods whose head starts as a logistic regression on features of the encoders without prompts.
+"""Initial weights of methods with a head on standardised features of the encoders without prompts (`Fusion.standard`).
 
-These are the models with a head on standardised features (`Fusion.standard`): the weights are the fitted head and the
-statistics of the features.
+These are the statistics of the features and, where the head starts as a logistic regression (`Fusion.starts_fitted`), its
+weights.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mopefuse.training.trainer import Start, Trainer
 
 
 def regression_start(trainer: Trainer, given: Start | None = None) -> Start | None:
-    """The initial weights of a run: fitted here, or `given`; None for a model that starts from scratch.
+    """The initial weights of a run, computed here or `given`; None for a model that starts from scratch.
 
     Args:
         given: those of a swapped model, whose head is kept; only the feature statistics of a new encoder are computed.
@@ -29,10 +29,11 @@ def regression_start(trainer: Trainer, given: Start | None = None) -> Start | No
         return given
     began = time.perf_counter()
     train = _fold(trainer, "train")
-    if given is not None:
-        new = [side for side in model.standard if f"standard.{side}.mean_C" in given.fresh]
+    if given is not None or not model.starts_fitted:
+        start = given or Start(model.trainable_state_dict())
+        new = [side for side in model.standard if given is None or f"standard.{side}.mean_C" in given.fresh]
         buffers = {f"standard.{side}.{name}": t for side in new for name, t in train.statistics(side).items()}
-        return given._replace(state=given.state | buffers)
+        return start._replace(state=start.state | buffers)
     val, purpose = _fold(trainer, "val"), _purpose(trainer)
     report = lambda what, share: trainer.listener.on_data_progress(what, round(100 * share), 100)  # noqa: E731
     state, chosen = distributed.run_on_main(lambda: model.fit(train, val, purpose, report))

@@ -99,7 +99,8 @@ class Trainer:
         # 3. Loss, gradients and optimizer.
         weights = self._class_weights()
         self._backward = Backward(model, config, device, multi_label=data.multi_label, weights=weights)
-        self.names = {id(parameter): name for name, parameter in model.named_trainable_parameters().items()}
+        self._parameters = model.named_trainable_parameters()  # collected once: as slow as a step of a small head
+        self.names = {id(parameter): name for name, parameter in self._parameters.items()}
         self.optimizer = make_optimizer(model, config.train)
         # 4. The state of training.
         self.progress = Progress()
@@ -175,7 +176,8 @@ class Trainer:
         for epoch, global_batch in self._schedule():
             if self._out_of_patience():
                 break
-            self.model.train()
+            if not self.model.training:  # as slow as a step of a small head, for large encoders
+                self.model.train()
             batch = next(loader).to(self.device)
             loss, lr = self._step(batch, global_batch)
             self.progress.step += 1
@@ -215,7 +217,7 @@ class Trainer:
         torch.manual_seed(derive_seed(config.seed, step, distributed.rank()))
         has_share = bool(process_share(global_batch, distributed.rank(), distributed.world_size()))
         loss = self._backward(batch, len(global_batch), has_share=has_share)
-        parameters = self.model.named_trainable_parameters()
+        parameters = self._parameters
         if self._warm_up is not None and step < self._warm_up.steps:
             for name in parameters.keys() - self._warm_up.names:
                 parameters[name].grad = None

@@ -1,0 +1,53 @@
+"""Defaults that depend on other settings: on the method, on ``compat``, and on which encoders the method uses.
+
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mopefuse.config.setting_paths import merge
+
+ONE_SIDED = {"main-only": "comp", "comp-only": "main"}
+"""Methods that use one encoder, mapped to the side whose encoder can be omitted."""
+
+OFFICIAL: dict[str, Any] = {
+    "head_norm": "none",
+    "prompts": {"experts": 4, "gate": "none", "mapper_norm": "batch-frozen", "route_stage_starts": False},
+    "router": {"kind": "joint", "noise_in_eval": True},
+    "data": {"image_stats": "mmbt"},
+    "train": {"select": "last"},
+}
+"""What ``compat: official`` sets unless the setting is given: the choices of the papers' released code, without its leak
+between samples of a batch. Its average over prompts and patches has no counterpart here: prompts have no output."""
+
+_SMALL_NETWORK: dict[str, Any] = {
+    "head_hidden": 512,
+    "train": {"lr": 1e-3, "weight_decay": 1e-2, "schedule": "cosine"},
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "mlp": merge(_SMALL_NETWORK, {"train": {"epochs": 30}}),
+    "cross-attention": _SMALL_NETWORK,
+}
+"""What a fusion method sets unless the setting is given, where the general defaults, which suit prompts, do not suit it.
+
+On easy-VQA (5,786 training pairs, DINOv2-small and MiniLM) an MLP reaches 95.5 % in 10 epochs and 98.2 % in 30, and an epoch on
+cached features takes a second or two.
+"""
+
+
+def defaults_of(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings, nested, that the ``method`` and the ``compat`` of a configuration set unless they are given."""
+    method = values.get("method")
+    found = METHODS.get(method, {}) if isinstance(method, str) else {}
+    return merge(found, OFFICIAL) if values.get("compat") == "official" else found
+
+
+def without_idle_side(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` with an empty encoder for a side that the method does not use, if none is given."""
+    section = values.get("linear")
+    features = section.get("features") if isinstance(section, dict) and values.get("method") == "linear" else None
+    method = f"{features}-only" if isinstance(features, str) else values.get("method")
+    idle = ONE_SIDED.get(method) if isinstance(method, str) else None
+    return {idle: "", **values} if idle else values
