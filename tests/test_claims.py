@@ -110,7 +110,7 @@ CLAIMS: dict[str, dict[str, str]] = {
     "several processes give what one does": {
         "quick": "test_distributed::test_two_processes_equal_one test_predict::test_several_processes_give_the_same_file "
         "test_distributed::test_a_process_whose_share_takes_longer_is_waited_for",
-        "full": "test_distributed::test_one_process_speaks_for_all "
+        "full": "test_distributed::test_one_process_speaks_for_all test_mlp::test_two_processes_train_as_one "
         "test_bad_data::test_a_split_smaller_than_the_processes_is_evaluated_exactly "
         "test_distributed::test_the_others_wait_for_the_main_process_as_long_as_it_lives",
     },
@@ -148,7 +148,9 @@ CLAIMS: dict[str, dict[str, str]] = {
         "test_export::test_several_labels_keep_the_thresholds_of_the_run "
         "test_lora::test_an_export_predicts_as_the_run_does "
         "test_pmf::test_it_is_an_ordinary_run_and_exports "
-        "test_linear::test_the_exported_graph_predicts_the_same "
+        "test_linear::test_the_exported_graph_predicts_the_same test_mlp::test_the_exported_graph_predicts_the_same "
+        "test_cross_attention::test_the_exported_graph_predicts_the_same "
+        "test_cross_attention::test_the_exported_graph_masks_padding "
         "test_several::test_export_and_report test_export::test_a_bundle_that_reads_texts_otherwise_is_not_published "
         "test_export::test_eight_bits_are_smaller_and_measured_before_and_after "
         "test_export::TestWeightsBesideTheGraph::test_they_are_needed_whole_and_inside_the_folder",

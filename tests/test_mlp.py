@@ -111,7 +111,7 @@ def test_dropout_is_on_the_hidden_layer_and_for_training_only() -> None:
         ({"head_hidden": 0}, {"head.weight", "head.bias"}),
         ({"data": {"on_missing": "absent"}}, {"head.0.weight", "head.0.bias", "head.2.weight", "head.2.bias", "absent.comp"}),
     ],
-    ids=str,
+    ids=["a hidden layer", "none", "an absent condition"],
 )
 def test_exactly_the_network_is_trained_and_saved_with_the_statistics(options: dict[str, Any], expected: set[str]) -> None:
     model = build(method="mlp", **options)
