@@ -227,6 +227,7 @@ def test_the_command_prints_one_object_with_both_ratios() -> None:
     assert pair["device"].startswith("cpu") and pair["precision"] == "fp32" and pair["versions"]["torch"]
 
 
+@pytest.mark.process
 def test_train_or_infer_alone_is_measured_alone() -> None:
     said = mopefuse("--main", "tiny:vision", "--comp", "tiny:text", "--experts", "2", "--rounds", "1", "--more", "0", "--infer")
     assert said.returncode == 0, said.stderr

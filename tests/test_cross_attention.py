@@ -221,6 +221,7 @@ def test_it_trains_on_rows_that_lack_a_modality(pairs: Path, tmp_path: Path, col
 # -- an ordinary run
 
 
+@pytest.mark.process
 def test_it_is_evaluated_exported_and_reported_as_any_run(pairs: Path, run: Path, tmp_path: Path) -> None:
     wanted = RunFolder(run).result()["metrics"]["test"]
     assert json.loads(call("eval", run, "--json").stdout)["metrics"] == pytest.approx(wanted)

@@ -166,6 +166,7 @@ with distributed.process_group():
 """
 
 
+@pytest.mark.process
 def test_a_process_whose_share_takes_longer_is_waited_for(tmp_path: Path) -> None:
     (tmp_path / "uneven.py").write_text(UNEVEN)
     done = ranks(2, program=(str(tmp_path / "uneven.py"),))

@@ -120,6 +120,7 @@ def test_what_changes_an_encoder_is_named_and_reads_no_stale_feature(
     assert not torch.allclose(found[every], kept, atol=1e-4)
 
 
+@pytest.mark.process
 def test_a_run_is_not_loaded_onto_an_encoder_that_differs(folders: dict[str, Path], data: Path, tmp_path: Path) -> None:
     run, adapter = tmp_path / "run", tmp_path / "adapter"
     train(settings(data, folders), run)

@@ -74,6 +74,7 @@ def test_a_grid_its_table_and_its_part_of_the_report(run: Path) -> None:
     assert "Where a modality is missing" in page and "70 % of samples lack text" in page
 
 
+@pytest.mark.process
 def test_another_seed_or_checkpoint_takes_nothing_from_what_is_kept(run: Path) -> None:
     assert call("eval", run, "--missing", "text=0.7").returncode == 0
     before = kept_in(run)

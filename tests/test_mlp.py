@@ -225,6 +225,7 @@ def test_rows_without_a_text_have_a_learned_vector_and_do_not_count_in_the_stati
 # -- an ordinary run
 
 
+@pytest.mark.process
 def test_it_is_evaluated_exported_and_reported_as_any_run(pairs: Path, run: Path, tmp_path: Path) -> None:
     wanted = RunFolder(run).result()["metrics"]["test"]
     assert json.loads(call("eval", run, "--json").stdout)["metrics"] == pytest.approx(wanted)

@@ -67,6 +67,7 @@ def test_lists_import_no_plugin(site: Path, args: tuple[str, ...]) -> None:
     assert imported(site) == set()
 
 
+@pytest.mark.process
 def test_the_list_shows_what_each_entry_point_resolves_to(site: Path) -> None:
     listed = said(run_cli("plugins", "list", "--json", PYTHONPATH=str(site)))
     found = {(p["group"], p["distribution"].removeprefix("mopefuse-"), p["name"]): p["state"] for p in listed["plugins"]}

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, code_of, make_pairs, ranks, write_rows
+from conftest import TINY, code_of, make_pairs, matrix, ranks, write_rows
 
 from mopefuse.config.schema import Data, RunConfig, build_config
 from mopefuse.core import cache
@@ -69,6 +69,18 @@ def settings(root: Path, prefix: str = "on", **more: Any) -> RunConfig:
         else:
             values[section] = value
     return build_config(values)
+
+
+COURSES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "text as main": {"main": "tiny:text", "comp": "tiny:vision"},
+    "FiLM": {"prompts__film": True, "prompts__mapped": 0, "prompts__dynamic": 0, "prompts__static": 0},
+    "joint router": {"router": {"kind": "joint"}, "train__accumulate": 2},
+    "warm start": {"warm_start": "linear"},
+    "recomputed activations": {"train__checkpoint_activations": True},
+    "workers": {"data__workers": 2},
+    "modality dropout": {"train__modality_dropout": 0.4},
+}
 
 
 class Notices(Listener):
@@ -136,21 +148,9 @@ def layers_run(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 # -- the same run, for less
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        {},
-        {"main": "tiny:text", "comp": "tiny:vision"},
-        {"prompts__film": True, "prompts__mapped": 0, "prompts__dynamic": 0, "prompts__static": 0},
-        {"router": {"kind": "joint"}, "train__accumulate": 2},
-        {"warm_start": "linear"},
-        {"train__checkpoint_activations": True},
-        {"data__workers": 2},
-        {"train__modality_dropout": 0.4},
-    ],
-    ids=lambda more: "-".join(more) or "plain",
-)
-def test_a_run_with_the_cache_takes_the_course_of_one_without(data: Path, tmp_path: Path, more: dict[str, Any]) -> None:
+@pytest.mark.parametrize("name", matrix(COURSES, ["plain", "text as main", "FiLM"]))
+def test_a_run_with_the_cache_takes_the_course_of_one_without(data: Path, tmp_path: Path, name: str) -> None:
+    more = COURSES[name]
     results = {setting: train(settings(data, setting, **more), tmp_path / setting) for setting in ("on", "off")}
     assert_same_course(tmp_path / "on", tmp_path / "off")
     for split in ("val", "test"):

@@ -52,6 +52,7 @@ def undisturbed(file: Path) -> tuple[Path, SearchResult]:
     return out, run_search(read_study(str(file)), out)
 
 
+@pytest.mark.process
 def test_trials_are_those_that_optuna_proposes_for_these_values(undisturbed: tuple[Path, SearchResult]) -> None:
     out, searched = undisturbed
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=3))
@@ -68,6 +69,7 @@ def test_trials_are_those_that_optuna_proposes_for_these_values(undisturbed: tup
     assert searched.best.value == study.best_value == max(trial.value or 0 for trial in searched.trials)
 
 
+@pytest.mark.process
 def test_every_trial_is_an_ordinary_run_with_its_settings(undisturbed: tuple[Path, SearchResult]) -> None:
     out, searched = undisturbed
     for trial in searched.trials:
@@ -77,6 +79,7 @@ def test_every_trial_is_an_ordinary_run_with_its_settings(undisturbed: tuple[Pat
     assert not [path for path in out.rglob("*") if path.suffix in (".pkl", ".pickle", ".db", ".pt")]
 
 
+@pytest.mark.process
 def test_the_test_split_chooses_nothing(undisturbed: tuple[Path, SearchResult], file: Path, tmp_path: Path) -> None:
     """With the test metrics of all runs turned upside down, trials and best are the same."""
     before, searched = undisturbed
@@ -111,6 +114,7 @@ def test_the_validation_split_chooses_what_comes_next(
     assert [t.settings for t in second.trials][10:] != [t.settings for t in first.trials][10:]
 
 
+@pytest.mark.process
 def test_what_is_finished_is_not_run_again_and_more_trials_go_on(
     undisturbed: tuple[Path, SearchResult], pairs: Path, tmp_path: Path
 ) -> None:
@@ -161,6 +165,7 @@ def test_settings_that_come_again_are_one_run_and_a_failed_one_stays_failed(pair
     assert {path: path.stat().st_mtime_ns for path in logs} == logs
 
 
+@pytest.mark.process
 def test_the_table_marks_the_best_and_its_command_trains(
     undisturbed: tuple[Path, SearchResult], file: Path, tmp_path: Path
 ) -> None:
@@ -179,6 +184,7 @@ def test_the_table_marks_the_best_and_its_command_trains(
     assert mine == theirs
 
 
+@pytest.mark.process
 def test_compare_shows_the_trials_and_says_that_they_are_not_to_be_chosen_by_test(
     undisturbed: tuple[Path, SearchResult],
 ) -> None:
@@ -243,6 +249,7 @@ def test_an_encoder_can_be_searched_that_no_setting_names(pairs: Path, tmp_path:
     assert RunFolder(tmp_path / "out" / trial.statuses[0].cell.folder).config().main == trial.settings["main"]
 
 
+@pytest.mark.process
 def test_a_metric_that_the_data_have_not_is_refused(
     undisturbed: tuple[Path, SearchResult], pairs: Path, tmp_path: Path
 ) -> None:

@@ -117,6 +117,7 @@ def test_killed_at_random_and_started_again_it_gives_the_same_table(undisturbed:
     assert predictions(out) == predictions(undisturbed)
 
 
+@pytest.mark.process
 def test_notices_of_cells_are_shown_once(pairs: Path, tmp_path: Path) -> None:
     cells = {"a": {"method": "linear"}, "b": {"method": "linear", "linear.features": "average"}}
     file = write_study(tmp_path, pairs, cells=cells, grid={}, seeds=[0], baseline="a")

@@ -167,6 +167,7 @@ def test_tuning_is_compared_with_training_from_scratch(run: Path, tmp_path: Path
     assert steps == [0, 3, 6]
 
 
+@pytest.mark.process
 def test_two_processes_swap_tune_and_compare_as_one_does(run: Path, tmp_path: Path) -> None:
     options = ("--comp", "tiny:text-b", "--epochs", "1", "--json")
     done = ranks(2, "swap-encoder", str(run), "-o", str(tmp_path / "two"), *options)

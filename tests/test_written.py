@@ -161,6 +161,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("full_disk")
+@pytest.mark.process
 def test_a_full_disk_is_an_error_with_a_fix_that_the_command_has(trained: Path, pairs: Path, tmp_path: Path) -> None:
     commands: list[tuple[object, ...]] = [
         ("predict", trained, pairs / "test.jsonl", "-o", tmp_path / "answers.csv"),
