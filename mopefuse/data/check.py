@@ -56,8 +56,8 @@ class Report:
         trained: rows and labels of each split as training uses them; empty unless rows are held out or drawn.
         balance: rows of each split, by label.
         leaks: rows that share a value with train, by split and modality.
-        seconds: that reading tables and files, or their index in the cache, took.
-        looked: files that were read. from_cache: whether the indexes of all splits were in the cache.
+        seconds: time for reading tables and files, or their index in the cache.
+        looked: number of files that were read. from_cache: whether the indexes of all splits were in the cache.
     """
 
     config: DataConfig
