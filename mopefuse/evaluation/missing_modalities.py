@@ -29,7 +29,7 @@ Advance = Callable[[str, int, int], None]  # (what is missing, samples done, sam
 
 @dataclass(frozen=True)
 class Cell:
-    """Metrics of a split of which some samples lack a modality.
+    """Metrics of a split in which some samples lack a modality.
 
     Args:
         missing: share of samples that lack each kind. rows: number of these samples.
@@ -61,7 +61,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Missing:
-    """Metrics of a checkpoint on a split of which some samples lack a modality.
+    """Metrics of a checkpoint on a split in which some samples lack a modality.
 
     Args:
         step: step of the checkpoint; None for an adapter.
@@ -107,7 +107,7 @@ def evaluate_missing(
         shares: see `mopefuse.evaluation.missing_shares.parse_shares`; None for a grid of shares of every modality that may be
             missing.
         seed: determines which samples lack a modality.
-        layout: settings of `data` that differ there, see `mopefuse.runs.load.with_data_path`.
+        layout: settings of the section `data` that differ for these data, see `mopefuse.runs.load.with_data_path`.
         predictions: file for the predictions of the last entry of `shares`.
 
     Raises:
@@ -163,7 +163,7 @@ def _evaluate_cells(
 
 
 def saved_missing(run: Path, split: str, step: int | None) -> dict[str, Any]:
-    """The saved result for a split at a step, with the lowest seed of several; empty if there is none."""
+    """The saved result for a split at a step; with several seeds, that of the lowest; empty if there is none."""
     files = {int(path.stem.rpartition("-")[2]): path for path in run.glob(f"missing-{split}-step-{step}-seed-*.json")}
     return read_json(files[min(files)]) if files else {}
 

@@ -96,8 +96,9 @@ def write_adapter(
     """Write the files of an adapter.
 
     Args:
-        config: without the location of data. facts: see `mopefuse.runs.manifest`. name: title of the model card.
-        half: whether to store 16-bit floats. command: that made the adapter, for the model card.
+        config: the configuration, without the location of the data. facts: see `mopefuse.runs.manifest`.
+        name: title of the model card. half: whether to store 16-bit floats.
+        command: the command that made the adapter, for the model card.
 
     Raises:
         ConfigError: with `half`, a weight that 16 bits cannot hold.
@@ -179,7 +180,7 @@ def _require_finite(model: Fusion) -> None:
 
 
 def _require_unchanged_encoders(model: Fusion) -> None:
-    """Refuse frozen encoders whose weights are not those that loading by their specs gives: they would not be saved.
+    """Refuse frozen encoders whose weights differ from those that their specs load: such weights would not be saved.
 
     Each encoder is loaded again for the comparison, one at a time.
     """

@@ -39,7 +39,7 @@ class Model(Protocol):
     Attributes:
         labels: in the order of the logits. thresholds: of each label, probability from which it is predicted (multi-label).
         modalities: the modalities that its encoders read. optional_modalities: those of them that it can predict without.
-        empty_is_missing: whether it was trained with empty texts as missing texts.
+        empty_is_missing: whether empty texts counted as missing in its training.
     """
 
     labels: tuple[str, ...]
@@ -180,7 +180,7 @@ def input_settings(path: str | Path, changes: Mapping[str, Any] | None = None) -
         changes: settings of `data` by name that override those; see `mopefuse.config.recipe.changed_data`.
 
     Raises:
-        CheckpointError: there is no such model. ConfigError: one of `changes` is no setting.
+        CheckpointError: there is no such model. ConfigError: one of `changes` is not a setting.
     """
     folder = locate(path)
     if kind_of(folder) == "bundle":

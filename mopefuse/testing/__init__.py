@@ -1,4 +1,4 @@
-"""Contract tests for plugins: what mopefuse relies on of an encoder, a fusion method and a modality.
+"""Contract tests for plugins: what mopefuse requires of an encoder, a fusion method and a modality.
 
     from mopefuse.testing import check_encoder, check_fusion, check_modality
 
