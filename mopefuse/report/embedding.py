@@ -42,7 +42,7 @@ def embed(charts: Sequence[Chart], *, scripted: bool) -> Embedded:
     """The scripts of a page.
 
     Args:
-        scripted: whether the page has anything that a script of ours sorts or filters.
+        scripted: whether the page has anything that one of our scripts sorts or filters.
     """
     if not charts and not scripted:
         return Embedded(_POLICY, Markup(""))

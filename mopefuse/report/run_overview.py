@@ -1,4 +1,4 @@
-"""The top of a run's page: its main numbers, what the task is, and whether the model uses its other modality."""
+"""The top of a run's page: its main numbers, the task, and whether the model uses its other modality."""
 
 from __future__ import annotations
 
