@@ -158,7 +158,7 @@ def check(
     path = Path(config.path or "")
     if not path.is_dir() and not path.is_file():
         find_tables(path, config)  # raises
-    if path.is_dir():  # each split has a table of its own
+    if path.is_dir():  # each split has its own table
         config = config.model_copy(update={"split_col": None})
     reading = _Reading(path=path, config=config, roots=roots_of(path, config), fresh=fresh, advance=advance)
     began = time.perf_counter()

@@ -225,7 +225,7 @@ def file_findings(index: Index, roots: Sequence[Path]) -> Iterator[Finding]:
 
 
 def missing_findings(index: Index) -> Iterator[Finding]:
-    """Yield a finding for each modality that rows lack, at the first of them, where settings allow that."""
+    """Yield a finding for each modality that rows lack, at the first of them, if settings allow this."""
     for modality, values in index.values.items():
         lacking = np.flatnonzero(values.is_missing())
         if len(lacking):

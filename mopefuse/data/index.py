@@ -71,7 +71,7 @@ class InFiles:
         return self.number_S < 0
 
     def all_missing(self) -> bool:
-        """Whether there are several files, and none of them exists where the rows say."""
+        """Whether there are several files, and none of them exists at the path in its row."""
         return len(self.names) > 1 and all(info.code == MISSING for info in self.infos)
 
     def bad(self) -> Array:

@@ -194,7 +194,7 @@ class _Build:
         skips.write(json.dumps({"file": skip.file, "line": skip.line, "reason": reason}) + "\n")
 
     def _hold_out(self) -> None:
-        """Move rows of train.jsonl to val.jsonl: as many as the option ``val`` says.
+        """Move rows of train.jsonl to val.jsonl: as many as the option ``val`` specifies.
 
         If the option is not given and training has less than four times its default, a fifth is held out.
         """

@@ -34,7 +34,7 @@ class ValidRow(NamedTuple):
 
 
 class InvalidRow(ValueError):
-    """The row is not valid; the message says why."""
+    """The row is not valid; the message gives the reason."""
 
 
 class RowSkipped(Exception):

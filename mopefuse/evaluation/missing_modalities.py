@@ -1,4 +1,4 @@
-"""Metrics of a model where a fixed share of the samples of a split lacks a modality.
+"""Metrics of a model if a fixed share of the samples of a split lacks a modality.
 
 Which samples lack it depends on their ids, the modality and a seed, and is saved next to the metrics.
 """
@@ -68,7 +68,7 @@ class Missing:
         learned: whether samples lacked these modalities in training. A model that never saw such a sample replaces the
             missing features by those of an average sample.
         orders: kind to ids of the samples that can lose it, in the order in which they do. A cell removes as many as its
-            `rows` says; where it removes several kinds, later ones skip samples that would have nothing left.
+            `rows` states; if it removes several kinds, later ones skip samples that would have nothing left.
     """
 
     split: str

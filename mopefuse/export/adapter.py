@@ -1,6 +1,6 @@
 """Write an adapter: the trained weights of a model, a few MB, without its frozen encoders.
 
-`mopefuse export --format adapter` takes the model from a run, `save_adapter` from a training loop of your own.
+`mopefuse export --format adapter` takes the model from a run, `save_adapter` from your own training loop.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def save_adapter(
     ``mopefuse predict``, ``eval``, ``export``, ``push`` and ``swap-encoder``.
 
     Args:
-        model: from `mopefuse.build_fusion` or `mopefuse.load_model`; it is left as it is, also in training mode.
+        model: from `mopefuse.build_fusion` or `mopefuse.load_model`; it is not changed, even if it is in training mode.
         out: the folder to write, whole or not at all.
         labels: names in the order of the logits; default those that the model was built with.
         thresholds: for "multi-label": the probability from which a label is predicted, one for all labels or one per label.

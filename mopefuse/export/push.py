@@ -1,4 +1,4 @@
-"""Upload a trained model to the Hugging Face hub: a run as an adapter, an export as it is.
+"""Upload a trained model to the Hugging Face hub: a run as an adapter, an export unchanged.
 
 New repositories are private unless `public` is set, which is also required to write to a public repository.
 """

@@ -355,7 +355,7 @@ class Fusion(nn.Module):
                 tensor.copy_(state[name])
 
     def fit(self, train: Fold, val: Fold, how: FitSettings, advance: Advance) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Fit the head as a regression on the features of the encoders without prompts, where `standard` is set.
+        """Fit the head as a regression on the features of the encoders without prompts, if `standard` is set.
 
         Args:
             train, val: pooled features of the sides in `standard`.

@@ -102,7 +102,7 @@ def build_fusion(
         labels: names of the labels in the order of the logits; saved with the model by `mopefuse.save_adapter`.
         task: "single-label" (softmax over the logits) or "multi-label" (a sigmoid of each).
         method: name of the fusion method, an entry point of ``mopefuse.fusion``.
-        seed: seed of all weights that are not pretrained, 0 to 2**63 - 1; the random state of the caller is left as it is.
+        seed: seed of all weights that are not pretrained, 0 to 2**63 - 1; the random state of the caller is not changed.
         experts: prompt experts in each prompted layer, K.
         static, dynamic, mapped: tokens of the static, dynamic and mapped prompt in each prompted layer, P; 0 for none.
         film: also scale and shift the input of the attention in each prompted layer (FiLM).

@@ -7,7 +7,7 @@ the papers' inserted tokens (`gate: none`), or through a separate gated attentio
 * `head_features: all`: the head takes the pooled features of all encoders, and with `head_hidden` it is an MLP of them.
 * `warm_start: linear`: the head also takes the complementary feature and is initialised to the solution of the method
   `linear`, so that the selected checkpoint is at least as good on validation as logistic regression.
-* Several complementary encoders, each a condition of its own. A modality that a sample lacks is replaced by a learned
+* Several complementary encoders, each a separate condition. A modality that a sample lacks is replaced by a learned
   condition.
 
 Shapes: B batch, C width of psi, N labels.

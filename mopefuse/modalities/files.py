@@ -32,7 +32,7 @@ class FileInfo(NamedTuple):
 
     Args:
         size: in bytes; -1 if there is no file. mtime: in nanoseconds.
-        width, height: of a picture, in pixels.
+        width, height: size of a picture, in pixels.
         milliseconds: time that decoding took.
         digest: digest of its content, 16 bytes.
         code, what, fix: parts of the error; empty if the file can be read.

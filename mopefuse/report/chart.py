@@ -75,7 +75,7 @@ def make_chart(
     fit = altair.AutoSizeParams(type="fit-x", contains="padding")
     spec = altair.layer(*layers).properties(width="container", height=height, autosize=fit).to_dict()
     spec.pop("$schema", None)  # a URL; our pages contain none
-    spec.pop("config", None)  # a page and a file have themes of their own
+    spec.pop("config", None)  # pages and files have their own themes
     return Chart(name, label, spec, columns, rows)
 
 
@@ -119,5 +119,5 @@ def readable(text: str) -> str:
 
 
 def plain(value: float) -> str:
-    """A number with four significant digits, without an exponent where that is readable."""
+    """A number with four significant digits, without an exponent if that is readable."""
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"

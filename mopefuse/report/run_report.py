@@ -72,7 +72,7 @@ def report(
 
     Args:
         out: file of the page; ``report.html`` in the run. figures: a folder for the page's charts, as SVG and PNG.
-        data: where the run's data are now. audit: whether to also evaluate the model without inputs and prompts.
+        data: the current location of the run's data. audit: whether to also evaluate the model without inputs and prompts.
 
     Raises:
         CheckpointError: no run, an adapter or a bundle, or no checkpoint yet. DataError: the data are not there any more, or

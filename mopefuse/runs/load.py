@@ -208,7 +208,7 @@ def _abridged(changed: Sequence[str], limit: int = 6) -> str:
 
 
 def with_data_path(config: DataConfig, path: Path | None, layout: Mapping[str, Any] | None = None) -> DataConfig:
-    """`config` for another data set of the same kind, of which nothing is held out or subsampled; unchanged if `path` is None.
+    """`config` for another data set of the same kind, without held-out rows or subsampling; unchanged if `path` is None.
 
     Args:
         layout: settings of the section `data` that differ for these data: column names, image folders.

@@ -12,7 +12,7 @@ class Part(NamedTuple):
     """One part of a contract.
 
     Args:
-        claim: the property that holds. check: raises an AssertionError that says what is broken and where. fix: what to change.
+        claim: the property to hold. check: raises an AssertionError that states what is broken and where. fix: what to change.
     """
 
     claim: str

@@ -40,7 +40,7 @@ class PromptChecks(EncoderChecks):
         )
 
     def untouched_without_prompts(self) -> None:
-        """No prompt, a prompt without tokens and a gate of 0 leave the output as it is, bit for bit."""
+        """No prompt, a prompt without tokens and a gate of 0 leave the output unchanged, bit for bit."""
         for grad in (False, True):
             with torch.set_grad_enabled(grad):
                 plain = self.encoder.encode(self.inputs)

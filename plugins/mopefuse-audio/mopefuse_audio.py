@@ -136,7 +136,7 @@ class _Clips:
 
 @dataclass(frozen=True)
 class Waveform(_Clips):
-    """Samples as they are, or with mean 0 and variance 1.
+    """Unchanged samples, or samples normalised to mean 0 and variance 1.
 
     Args:
         least: minimum number of samples of a clip. length: length to which all are padded; None for the longest of a batch.

@@ -1,5 +1,5 @@
 """Tone questions: digit questions that are half heard. An image holds four handwritten digits in four colours, one in each
-cell; a text says whether a place or a colour is meant, and a tone says which of the four. The label is that digit.
+cell; a text states whether a place or a colour is meant, and a tone selects one of the four. The label is that digit.
 
 No two of the three are enough: the image alone leaves four of ten answers likely; without the tone there are still four,
 without the text two, and without the image ten.
