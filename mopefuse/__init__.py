@@ -1,7 +1,7 @@
 """Classify multimodal samples with frozen pretrained encoders and a small trained fusion part.
 
 For your own training loop: `build_fusion`, `PairDataset`, `save_adapter`. To do what the command line does: `RunConfig` or
-`build_config`, `train`, `evaluate`. With what was trained: `load` to predict, `load_model` for an `nn.Module`.
+`build_config`, `train`, `evaluate`. To use a trained model: `load` to predict, `load_model` for an `nn.Module`.
 Importing this package imports neither torch nor pydantic; each name imports what it needs when it is first used.
 """
 
@@ -47,7 +47,7 @@ _MODULES = {
 
 
 def train(config: RunConfig, out: str | Path, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
-    """Train as ``mopefuse train`` does: into a run folder, the best checkpoint on validation tested once.
+    """Train as ``mopefuse train`` does: write a run folder, and test the best checkpoint on validation once.
 
     Args:
         config: all settings; ``build_config({"main": SPEC, "comp": SPEC, "data": {"path": DIR}})`` makes one.
@@ -80,7 +80,7 @@ def evaluate(
     Args:
         run: a folder, or ``hf-hub:repo/name``. split: "train", "val" or "test".
         data: folder or table to evaluate on; default: the run's own. Required for adapters and bundles.
-        layout: settings of `data` that differ there, by name: ``{"text_col": "caption"}``.
+        layout: settings of the section `data` that differ for these data, by name: ``{"text_col": "caption"}``.
         checkpoint: for a run: "best", "last" or "step-N". device: "auto", "cpu", "cuda", "cuda:N" or "mps".
 
     Raises:

@@ -1,4 +1,4 @@
-"""``python -m mopefuse``, as torchrun starts it, and the command ``mopefuse``."""
+"""``python -m mopefuse``, which torchrun starts, and the command ``mopefuse``."""
 
 import sys
 

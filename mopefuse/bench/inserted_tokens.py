@@ -30,7 +30,7 @@ def why_not_insertable(encoder: Encoder) -> str:
 
 
 def in_windows(encoder: Encoder) -> bool:
-    """Whether a prompt as tokens is repeated for each window of an image."""
+    """Whether a prompt that is inserted as tokens is repeated for each window of an image."""
     return isinstance(encoder, PromptedEncoder) and isinstance(_blocks(encoder)[0], SwinTransformerBlock)
 
 

@@ -1,4 +1,4 @@
-"""Timing of several calls, alternating so that other load on the machine affects all of them alike."""
+"""Timing of several calls, alternating so that other load on the machine affects all of them equally."""
 
 from __future__ import annotations
 

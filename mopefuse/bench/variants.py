@@ -42,7 +42,7 @@ class Variant:
     Attributes:
         settings: override those of the pair.
         tokens: whether prompts are inserted as tokens instead of keys and values.
-        cached: whether psi is precomputed, and what enters the first prompted layer.
+        cached: whether psi and the input of the first prompted layer are precomputed.
         part: prompts are in the last 1/part of the layers.
         bare: whether there is no fusion model, only the encoders.
         answers: whether inference is timed too.
@@ -58,7 +58,7 @@ class Variant:
 
     @property
     def own_encoders(self) -> bool:
-        """Whether it may modify encoders and thus cannot share them."""
+        """Whether the variant may modify encoders and thus cannot share them with others."""
         return not self.bare and (self.settings.get("tune") == "full" or self.name == self.settings.get("method"))
 
 

@@ -1,4 +1,4 @@
-"""Commands about a data set, whose options depend on the data set: they are those that it declares beside its code.
+"""Commands whose options depend on the data set that they are given: each data set declares its own options.
 
 Nothing is imported for ``mopefuse data prepare --help``; ``mopefuse data prepare NAME --help`` lists the options of that data
 set too.

@@ -218,7 +218,7 @@ def _print_json(body: dict[str, object]) -> bool:
 
 
 def _drain() -> None:
-    """Discard output that cannot be written any more: the exit code already stands for the error."""
+    """Discard output that can no longer be written: the exit code already reports the error."""
     try:
         sys.stdout.flush()
     except OSError:

@@ -29,7 +29,7 @@ def add_command(
 
     Args:
         group: command group that `name` belongs to, such as ``data``.
-        defaults: whether the help shows the defaults of the schema; not where a run decides them.
+        defaults: whether the help shows the defaults of the schema; False if a run determines them.
     """
 
     class Command(_SettingsCommand):
@@ -66,16 +66,16 @@ class _SettingsCommand(TyperCommand):
 
     @params.setter
     def params(self, value: Any) -> None:
-        """The base class sets those of `described`, which has none."""
+        """Ignore the assignment: the base class sets the parameters of `described`, which has none."""
 
     @property
     def callback(self) -> Any:
-        """What runs the command."""
+        """The function that runs the command."""
         return self._complete.callback
 
     @callback.setter
     def callback(self, value: Any) -> None:
-        """The base class sets `described`."""
+        """Ignore the assignment: the base class sets `described`."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write a section for each heading, in the order in which they first appear."""
@@ -126,7 +126,7 @@ def _option(flag: Flag, *, default: bool) -> inspect.Parameter:
 
 
 def _checked(values: Mapping[str, Any]) -> Settings:
-    """The settings that were given; ``--column`` of a built-in modality as the setting of its own.
+    """The settings that were given; ``--column`` of a built-in modality becomes that modality's own setting.
 
     Raises:
         ConfigError: ``--column`` cannot be read or contradicts another flag, or there is no folder ``--image-root``.

@@ -19,7 +19,7 @@ OFFICIAL: dict[str, Any] = {
     "data": {"image_stats": "mmbt"},
     "train": {"select": "last"},
 }
-"""What ``compat: official`` sets unless the setting is given: the choices of the papers' released code, without its leak
+"""Settings that ``compat: official`` changes unless they are given: the choices of the papers' released code, without its leak
 between samples of a batch. Its average over prompts and patches has no counterpart here: prompts have no output."""
 
 _SMALL_NETWORK: dict[str, Any] = {
@@ -30,7 +30,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "mlp": merge(_SMALL_NETWORK, {"train": {"epochs": 30}}),
     "cross-attention": _SMALL_NETWORK,
 }
-"""What a fusion method sets unless the setting is given, where the general defaults, which suit prompts, do not suit it.
+"""Defaults of fusion methods for which the general defaults, which are chosen for prompts, are unsuitable.
 
 On easy-VQA (5,786 training pairs, DINOv2-small and MiniLM) an MLP reaches 95.5 % in 10 epochs and 98.2 % in 30, and an epoch on
 cached features takes a second or two.

@@ -82,7 +82,7 @@ def bounds(field: FieldInfo) -> list[str]:
 
 
 def choices(field: FieldInfo) -> list[str]:
-    """The values that a setting may have, where it has only a few texts to choose from."""
+    """The values that a setting may have, if these are a small set of texts."""
     members = _members(field.annotation)
     if not all(get_origin(member) is Literal for member in members):
         return []
@@ -192,14 +192,14 @@ def _path(detail: Any, model: Model) -> Path:
 
 
 def _describe_need(detail: Any, model: Model, path: Path) -> str:
-    """What a setting needs, after the word "needs"."""
+    """Describe the valid values of a setting, as a phrase to follow the word "needs"."""
     if detail["type"] == "string_pattern_mismatch":
         return str(field_at(model, path).description).rpartition(": ")[2]
     return need(detail)
 
 
 def need(detail: Any) -> str:
-    """What the value that a pydantic error is about would have to be, after the word "needs"."""
+    """Describe a valid value in place of the one that a pydantic error is about, as a phrase to follow "needs"."""
     context = {key: f"{value:g}" if isinstance(value, float) else value for key, value in detail.get("ctx", {}).items()}
     if detail["type"] in _NEEDS:
         return _NEEDS[detail["type"]].format(**context)
@@ -218,7 +218,7 @@ def _example(detail: Any, model: Model, names: Mapping[str, str]) -> str:
 
 
 def _near_choice(detail: Any) -> list[str]:
-    """The nearest of the values that a setting may have, where it has a few."""
+    """The most similar of the values that a setting may have, if these are a small set."""
     if detail["type"] != "literal_error":
         return []
     return similar_names(str(detail["input"]), re.findall("'([^']*)'", detail["ctx"]["expected"]), most=1)

@@ -182,7 +182,7 @@ def resolve(
 
     Args:
         recipe: a file, or the name of a recipe that comes with mopefuse, such as ``digit-questions/conditional``.
-        flags: settings by dotted path; None stands for not given.
+        flags: settings by dotted path; None if a flag was not given.
         saved: configuration of the run to resume.
 
     Raises:
@@ -264,7 +264,7 @@ def changed_data(saved: Data, changes: Mapping[str, Any]) -> Data:
     """The data settings of a trained model, changed for other data of the same kind.
 
     Args:
-        changes: by name; None stands for not given. Modalities that `columns` does not name keep their column.
+        changes: new values by name; None if not given. Modalities that `columns` does not name keep their column.
 
     Raises:
         ConfigError: settings are unknown or invalid.

@@ -33,7 +33,7 @@ ALIASES: dict[str, dict[str, str]] = {
 }
 
 COMP_ONLY = {"timm": ("resnet50",)}
-"""Aliases of encoders that can only condition; all others can be main too."""
+"""Aliases of encoders that can only be complementary; all others can also be main."""
 
 FAMILIES: dict[str, tuple[str, str]] = {
     "timm": ("ViT, DeiT, DINOv2, DINOv3, SigLIP, BEiT, EVA, Swin, Swin V2", "any other with a pooled feature, CNNs included"),
@@ -41,4 +41,4 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "open_clip": ("text and vision transformers of CLIP and SigLIP", "other vision towers"),
     "tiny": ("tiny:vision, tiny:text, a second of each with -b", ""),
 }
-"""What each scheme offers: families that can be prompted, and those that can only condition."""
+"""Families of each scheme: those that can be prompted, and those that can only be complementary."""

@@ -35,7 +35,7 @@ def root() -> Path | None:
 
 
 def make_key(*parts: object) -> str:
-    """Digest of `list_parts`, the name of an entry that depends on them: 32 hex digits."""
+    """Digest of the given values, used as the name of an entry that depends on them: 32 hex digits."""
     return hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 

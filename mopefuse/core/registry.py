@@ -6,7 +6,7 @@ plugin is an error only when that name is loaded.
 
 A name is plain (``conditional``) or includes its distribution (``mopefuse-audio:contrast``). A plain name resolves to the
 built-in of that name, else to the plugin that provides it, if there is only one. Runs record the full name, which includes
-the distribution of a plugin, so that it resolves to the same implementation whatever is installed later.
+the distribution of a plugin, so that it resolves to the same implementation regardless of later installations.
 """
 
 from __future__ import annotations

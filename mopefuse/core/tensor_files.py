@@ -36,7 +36,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def check_tensors(path: Path) -> None:
-    """Check by its first bytes, whatever its name, that a file is in safetensors format.
+    """Check by its first bytes, regardless of its name, that a file is in safetensors format.
 
     Raises:
         CheckpointError: no such file, a pickle (or an archive that may contain one), or another format.

@@ -39,7 +39,7 @@ class Source(ABC):
 
     Attributes:
         name: name of the entry point.
-        version: version of the preparation; raised when the same files give different rows.
+        version: version of the preparation; it is increased when the same files give different rows.
         inputs: names of the files and folders that are read, directly below the source folder.
         layout: the files that it needs, for messages.
         published: number of rows by split, or by a sum of splits (``train+val``), and who published it.

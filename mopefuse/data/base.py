@@ -43,7 +43,7 @@ class Problem:
 
     Args:
         code: code of the error. where: file and line, and the id if it is known.
-        file: that the row names, if the problem is with that file.
+        file: the file that the row names, if the problem is with that file.
     """
 
     code: str
@@ -114,7 +114,7 @@ class DataSet:
 
     Args:
         root: folder that paths in rows are relative to.
-        labels: defined by the training split, or by a list of labels.
+        labels: the labels, defined by the training split or by a list of labels.
         image_roots: folders that may contain images and other files, `root` first.
         notices: notices for the user.
     """

@@ -56,8 +56,8 @@ class Report:
         trained: rows and labels of each split as training uses them; empty unless rows are held out or drawn.
         balance: rows of each split, by label.
         leaks: rows that share a value with train, by split and modality.
-        seconds: that reading tables and files, or their index in the cache, took.
-        looked: files that were read. from_cache: whether the indexes of all splits were in the cache.
+        seconds: time for reading tables and files, or their index in the cache.
+        looked: number of files that were read. from_cache: whether the indexes of all splits were in the cache.
     """
 
     config: DataConfig
@@ -158,7 +158,7 @@ def check(
     path = Path(config.path or "")
     if not path.is_dir() and not path.is_file():
         find_tables(path, config)  # raises
-    if path.is_dir():  # each split has a table of its own
+    if path.is_dir():  # each split has its own table
         config = config.model_copy(update={"split_col": None})
     reading = _Reading(path=path, config=config, roots=roots_of(path, config), fresh=fresh, advance=advance)
     began = time.perf_counter()

@@ -81,7 +81,7 @@ class FeatureStore:
 
     Args:
         key: key of the encoder. width: C.
-        kind: kind of the entry in the cache. dtype: of the values.
+        kind: kind of the entry in the cache. dtype: type of the values.
         ragged: whether a key may have any number of rows instead of one.
     """
 

@@ -1,4 +1,4 @@
-"""Encoder features are cached and reused.
+"""Cache the features of encoders and reuse them.
 
 They are computed in batches and kept by content in a `FeatureStore`, under a digest of the encoder's weights and description,
 the precision and the kind of device. Stored values are authoritative: the run that computes features also uses what it has
@@ -43,7 +43,7 @@ class Piece(NamedTuple):
     """What was computed for some of the different values.
 
     Args:
-        numbers_M: of the values. rows_RC: what was computed, in the same order.
+        numbers_M: numbers of the values. rows_RC: the computed rows, in the same order.
         counts_M: number of rows of each value; None if each has one.
     """
 
@@ -63,7 +63,7 @@ class Features:
     """Pooled features by row: ``features[index_B]`` is (B, C).
 
     Args:
-        tables: that hold the features. found_S: table and row in it, for each sample.
+        tables: the tables that hold the features. found_S: table and row in it, for each sample.
         different: number of different values. origin: where the features come from, for messages.
     """
 
@@ -121,7 +121,7 @@ def encoder_key(encoder: Encoder, config: RunConfig, device: torch.device, *more
 
 
 def describe_origin(known_U: Mask) -> str:
-    """Where stored values come from, given which of them were already stored."""
+    """Describe where values come from, given which of them were already stored."""
     missing = int((~known_U).sum())
     if 0 < missing < len(known_U):
         return f"{missing:,} of them computed and kept in the cache, the others read from it"

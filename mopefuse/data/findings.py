@@ -92,9 +92,9 @@ class Finding:
         where: file:line, or a file; of the first row if several rows name the same file.
         hint: what to do, if it differs from that of the kind.
         code: code of the error that training would raise; empty for a warning.
-        image: the image or other file that the row names, if it is about that.
+        image: the image or other file that the row names, if the finding is about it.
         rows: number of rows that it concerns.
-        row: number of the (first) row in its index; -1 if it is about no row.
+        row: number of the (first) row in its index; -1 if the finding is not about a row.
         twin: number of a row in the index of train that has the same value; -1 if there is none.
     """
 
@@ -225,7 +225,7 @@ def file_findings(index: Index, roots: Sequence[Path]) -> Iterator[Finding]:
 
 
 def missing_findings(index: Index) -> Iterator[Finding]:
-    """Yield a finding for each modality that rows lack, at the first of them, where settings allow that."""
+    """Yield a finding for each modality that rows lack, at the first of them, if settings allow this."""
     for modality, values in index.values.items():
         lacking = np.flatnonzero(values.is_missing())
         if len(lacking):

@@ -61,7 +61,7 @@ def pictures(
     """Get the decoded and resized images of a split from the cache, or decode them into it; missing images are blank.
 
     Args:
-        modality: whose values are pictures.
+        modality: the modality whose values are the images.
         advance: called with (images decoded, images to decode).
 
     Raises:

@@ -50,7 +50,7 @@ class InFiles:
 
     Args:
         number_S: number of each row's file; -1 if the value is missing.
-        names, infos: of each file (I,).
+        names, infos: name and check result of each file (I,).
     """
 
     number_S: Array
@@ -71,7 +71,7 @@ class InFiles:
         return self.number_S < 0
 
     def all_missing(self) -> bool:
-        """Whether there are several files, and none of them exists where the rows say."""
+        """Whether there are several files, and none of them exists at the path in its row."""
         return len(self.names) > 1 and all(info.code == MISSING for info in self.infos)
 
     def bad(self) -> Array:
@@ -81,18 +81,18 @@ class InFiles:
 
 @dataclass
 class Index:
-    """What is known of a split without reading its rows again.
+    """What is known about a split without reading its rows again.
 
     Args:
         digest: digest of the table and of the settings that decide how it is read, except `data.on_missing`.
         content: the rows as JSON lines. rewritten: whether `content` was converted from another format.
         places_S2: first byte and end of each row in `content`.
         lines_S: line number of each row in its file, from 1.
-        values: by modality.
+        values: values of the rows, by modality.
         list_S: whether the labels of a row are written as a list.
         row_problems: problems of rows that are not valid.
         left_out: number of rows that are skipped because modalities are missing, by the names of these.
-        fresh: whether some of it was not in the cache.
+        fresh: whether a part of the index was not in the cache.
     """
 
     split: str

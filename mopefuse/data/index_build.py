@@ -188,7 +188,7 @@ class _ValuesBuilder:
         self.loose_keys += _MISSING if value is None else digest(self.modality.normalise(value))
 
     def build(self) -> InRows | InFiles:
-        """The values of all rows that were added; files have not been looked at."""
+        """The values of all rows that were added; files have not been checked yet."""
         if self.modality.is_file:
             return InFiles(np.array(self.numbers, dtype=np.int64), [*self.names], [FileInfo()] * len(self.names))
         return InRows(np.frombuffer(bytes(self.keys), dtype="S16"), np.frombuffer(bytes(self.loose_keys), dtype="S16"))

@@ -83,7 +83,7 @@ def _files(arrays: dict[str, Array], names: list[str], bad: dict[str, list[str]]
     """Rebuild the files of a modality.
 
     Args:
-        arrays: as of `_arrays`. bad: code, what and fix of each bad file, by its number.
+        arrays: as `_arrays` returns them. bad: code, what and fix of each bad file, by its number.
     """
     infos = []
     columns = (arrays[name].tolist() for name in _LOOK_ARRAYS)
@@ -110,7 +110,7 @@ def load(key: str, table: Table) -> Index | None:
     """Read an index from the cache; None if it has none.
 
     Args:
-        table: that the index was built from.
+        table: the table that the index was built from.
     """
     found = cache.find("index", key)
     if found is None:

@@ -24,7 +24,7 @@ def known_labels(
     """Find the labels that a model can learn.
 
     Args:
-        doubts: about the labels of the training split; used for the fix of an unknown label.
+        doubts: doubts about the labels of the training split; used to suggest a fix for an unknown label.
 
     Raises:
         DataError: a split has a label that does not occur in train, there are fewer than two labels, or the labels file

@@ -1,4 +1,4 @@
-"""Find values that two splits share: a model that has seen a test image or text in training gets a test that is too easy."""
+"""Find values that two splits share: a test is too easy for a model that has seen its images or texts in training."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def roots_of(path: Path, config: DataConfig) -> tuple[Path, ...]:
 def read_indexes(
     config: DataConfig, require: Sequence[str] = (), *, advance: Advance = lambda done, total: None
 ) -> dict[str, Index]:
-    """Read the index of each split that has rows of its own, not held out of another split.
+    """Read the index of each split that has its own rows, not rows held out of another split.
 
     Args:
         require: splits that must exist; a table without a split column is train, or the only required split.
@@ -91,7 +91,7 @@ def read_indexes(
         names = SPLITS if config.split_col else (default,)
         found = {name: build(tables[""], name, roots, modalities, config, advance=advance) for name in names}
         return {name: index for name, index in found.items() if name == default or len(index.lines_S) or index.row_problems}
-    config = config.model_copy(update={"split_col": None})  # each split has a table of its own
+    config = config.model_copy(update={"split_col": None})  # each split has its own table
     return {name: build(table, name, roots, modalities, config, advance=advance) for name, table in tables.items()}
 
 

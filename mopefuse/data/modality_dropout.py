@@ -42,7 +42,7 @@ class ModalityDropout(Samples):
     Encoders of the same modality lose it together, and no sample loses all of its modalities.
 
     Args:
-        sides: whose modalities may be removed. share: probability of removing each.
+        sides: the sides whose modalities may be removed. share: probability of removing each.
     """
 
     def __init__(self, samples: Samples, sides: Sequence[str], share: float) -> None:

@@ -1,4 +1,4 @@
-"""The options that a data set declares beside its code, for the command line and for Python.
+"""The options that a data set declares in its own code, for the command line and for Python.
 
 A subclass of `mopefuse.data.prepare.Source` lists them as `declared_options`, a function that generates a data set with the
 decorator `with_options`. On the command line each is ``--<name>``.
@@ -79,7 +79,7 @@ def complete(name: str, options: Iterable[Option], given: Mapping[str, Any]) -> 
     """Check the options that were given, and complete them with the defaults.
 
     Args:
-        name: of the data set. options: that it declares.
+        name: name of the data set. options: the options that it declares.
 
     Raises:
         DataError: an option is unknown, or its value is not valid.
@@ -96,7 +96,7 @@ def unknown_option(name: str, flag: str, options: Iterable[Option], others: Iter
     """The error for a flag that a data set does not have, with the most similar one or all that it has.
 
     Args:
-        others: flags of the command that are no options of the data set.
+        others: flags of the command that are not options of the data set.
     """
     flags = [option.flag for option in options]
     near = similar_names(flag, {*flags, *others}, most=1)

@@ -1,4 +1,4 @@
-"""The rows of a data set for a training loop of your own: `PairDataset` with torch's `DataLoader`."""
+"""The rows of a data set for your own training loop: `PairDataset` with torch's `DataLoader`."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class PairDataset(Dataset[dict[str, Any]]):
         on_missing: Literal["error", "skip", "absent"] = "error",
         on_bad: Literal["error", "skip"] = "error",
     ) -> None:
-        """Read the table and look at every file once; the result is cached. None selects the default.
+        """Read the table and check every file once; the result is cached. None selects the default.
 
         Args:
             path: a folder with a table (.jsonl, .csv, .tsv, .parquet) for each split, or one table.
@@ -56,7 +56,7 @@ class PairDataset(Dataset[dict[str, Any]]):
             labels: names of the labels in order; default those of the training split, sorted, or of ``labels.txt``.
             text_col, img_col: columns of the text and of the image's path; default "text" and "img".
             columns: columns of other modalities, by modality. label_col, id_col: default "label" and "id".
-            split_col: the column that names the split of each row, where all splits are in one table.
+            split_col: the column that names the split of each row, if all splits are in one table.
             label_sep: the separator of labels in a cell, or "list" for cells as ``[a, b]``; makes the data multi-label.
             image_roots: other folders that files may be in.
             val_fraction, test_fraction: share of the training rows, from 0 to 1, held out as that split, drawn with `seed`.

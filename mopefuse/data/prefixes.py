@@ -34,8 +34,8 @@ class Prefixes:
     """The tokens that enter a layer, by row: ``prefixes[index_B]`` is (B, L, D), padded with zeros.
 
     Args:
-        shards: that hold the tokens. found_S: shard and number in it, for each sample.
-        different: number of different values. size: their bytes. origin: where they come from, for messages.
+        shards: the shards that hold the tokens. found_S: shard and number in it, for each sample.
+        different: number of different values. size: their size in bytes. origin: where they come from, for messages.
     """
 
     def __init__(self, shards: Sequence[Shard], found_S: Found, *, different: int, size: int, origin: str) -> None:
@@ -146,7 +146,7 @@ class Estimate(NamedTuple):
     """The estimated size of the prefixes of some splits.
 
     Args:
-        different: number of different values. size: their bytes. missing: bytes of those that are not stored yet.
+        different: number of different values. size: their size in bytes. missing: bytes of those that are not stored yet.
     """
 
     different: int

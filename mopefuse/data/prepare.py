@@ -55,7 +55,7 @@ def prepare(
     Args:
         source: folder with the files as they were distributed; it is only read.
         dest: must be new or empty, or the result of the same preparation (then nothing is written).
-        options: of the data set, by name; see `Source.declared_options`.
+        options: options of the data set, by name; see `Source.declared_options`.
         images: "link" (hard links, or copies where the file system does not support them) or "copy".
         advance: called with the progress.
 
@@ -194,7 +194,7 @@ class _Build:
         skips.write(json.dumps({"file": skip.file, "line": skip.line, "reason": reason}) + "\n")
 
     def _hold_out(self) -> None:
-        """Move rows of train.jsonl to val.jsonl: as many as the option ``val`` says.
+        """Move rows of train.jsonl to val.jsonl: as many as the option ``val`` specifies.
 
         If the option is not given and training has less than four times its default, a fifth is held out.
         """

@@ -34,7 +34,7 @@ class ValidRow(NamedTuple):
 
 
 class InvalidRow(ValueError):
-    """The row is not valid; the message says why."""
+    """The row is not valid; the message gives the reason."""
 
 
 class RowSkipped(Exception):
@@ -48,7 +48,7 @@ def check_row(row: Mapping[str, Any], line: int, split: str, layout: Layout) -> 
     """Check the fields of a row.
 
     Args:
-        line, split: make up the id of a row that has none.
+        line, split: used to form the id of a row that has none.
 
     Raises:
         NoRow: a column is missing, or a value has the wrong type.

@@ -72,7 +72,7 @@ def choose_few(
 ) -> list[int]:
     """Choose rows to train on; returns them in the order of the file.
 
-    Rows without a label are a class of their own, as in `hold_out`.
+    Rows without a label form a separate class, as in `hold_out`.
 
     Args:
         shots: rows of each class; if rows have several labels, rows are taken, rarest label first, until each label has

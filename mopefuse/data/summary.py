@@ -34,7 +34,7 @@ class Tokens(NamedTuple):
     """How an encoder counts tokens.
 
     Args:
-        encoder: its spec. limit: most tokens that it reads, including special ones.
+        encoder: its spec. limit: maximum number of tokens that it reads, including special ones.
         measure: returns, for each text, its number of tokens and whether it is longer than `limit`.
     """
 
@@ -45,7 +45,7 @@ class Tokens(NamedTuple):
 
 @dataclass
 class Texts:
-    """The lengths of texts; of many, an evenly spaced sample is measured.
+    """The lengths of texts; if there are many, an evenly spaced sample is measured.
 
     Args:
         total: number of texts.

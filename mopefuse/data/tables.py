@@ -62,7 +62,7 @@ def find_tables(path: Path, config: DataConfig, *, splits: Sequence[str] = SPLIT
     """Find the table of each split in a folder, or the single table at `path`.
 
     Args:
-        splits: to look for in a folder.
+        splits: the splits to look for in a folder.
 
     Returns:
         Tables by split; a single table under "".

@@ -42,7 +42,7 @@ class Prompt(NamedTuple):
         tokens_BPD: prompt tokens at the layer's input, before the norm ahead of its attention; P may be 0.
         gate_H: None as in the papers: prompts and tokens share one softmax. With one scalar per head, prompts have a separate
             softmax whose result is scaled by tanh(gate) and added; a gate of 0 leaves the layer unchanged.
-        modulation: of the layer's own tokens; it does not apply to the prompt.
+        modulation: modulation of the layer's own tokens; it does not apply to the prompt.
     """
 
     tokens_BPD: Tensor

@@ -44,7 +44,7 @@ def encode_prefixes(encoder: Encoder, inputs: Inputs, layer: int) -> list[Tensor
 
 @torch.no_grad()
 def can_continue(encoder: Encoder, inputs: Inputs, prefix: Prefix) -> bool:
-    """Whether an encoder starts at a prefix of `inputs`, as one of a plugin may not, and has one token for each of a mask."""
+    """Whether an encoder can start at a prefix of `inputs`, which a plugin's may not, and has one token per mask entry."""
     seen: dict[int, Tensor] = {}
     start = prefix._replace(tokens_BLD=prefix.tokens_BLD + 1)
 

@@ -44,7 +44,7 @@ class Condition:
 
     Args:
         name: "as is", "shuffled", "blank", or the kind of prompt that was removed.
-        modality: that was shuffled or blank; empty for other conditions.
+        modality: the modality that was shuffled or blank; empty for other conditions.
         metrics: as in an evaluation.
         changed: share of the samples whose prediction differs from "as is".
         lost: drop of the checkpoint-selection metric from "as is".
@@ -71,7 +71,7 @@ class Audit:
     """Which inputs and prompts a model depends on.
 
     Args:
-        samples: number that the audit used, of `total` in the split.
+        samples: number of samples that the audit used, out of `total` in the split.
         metric: the checkpoint-selection metric.
         modalities: modalities of the complementary inputs.
         read: whether the model reads them at all. alone: whether it reads nothing else.

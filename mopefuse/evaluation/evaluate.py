@@ -34,7 +34,7 @@ def evaluate(
 
     Args:
         run: folder of a run, an adapter or a bundle; adapters and bundles need `data`.
-        layout: settings of `data` that differ there, see `mopefuse.runs.load.with_data_path`.
+        layout: settings of the section `data` that differ for these data, see `mopefuse.runs.load.with_data_path`.
         main, comp: other specs of the same encoders, see `mopefuse.config.sides.specs_by_side`.
         predictions: file to write predictions to, see `mopefuse.evaluation.predictions`.
         advance: progress over files to check, then over samples.

@@ -1,4 +1,4 @@
-"""Metrics of a model where a fixed share of the samples of a split lacks a modality.
+"""Metrics of a model if a fixed share of the samples of a split lacks a modality.
 
 Which samples lack it depends on their ids, the modality and a seed, and is saved next to the metrics.
 """
@@ -29,7 +29,7 @@ Advance = Callable[[str, int, int], None]  # (what is missing, samples done, sam
 
 @dataclass(frozen=True)
 class Cell:
-    """Metrics of a split of which some samples lack a modality.
+    """Metrics of a split in which some samples lack a modality.
 
     Args:
         missing: share of samples that lack each kind. rows: number of these samples.
@@ -61,14 +61,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Missing:
-    """Metrics of a checkpoint on a split of which some samples lack a modality.
+    """Metrics of a checkpoint on a split in which some samples lack a modality.
 
     Args:
         step: step of the checkpoint; None for an adapter.
         learned: whether samples lacked these modalities in training. A model that never saw such a sample replaces the
             missing features by those of an average sample.
         orders: kind to ids of the samples that can lose it, in the order in which they do. A cell removes as many as its
-            `rows` says; where it removes several kinds, later ones skip samples that would have nothing left.
+            `rows` states; if it removes several kinds, later ones skip samples that would have nothing left.
     """
 
     split: str
@@ -107,7 +107,7 @@ def evaluate_missing(
         shares: see `mopefuse.evaluation.missing_shares.parse_shares`; None for a grid of shares of every modality that may be
             missing.
         seed: determines which samples lack a modality.
-        layout: settings of `data` that differ there, see `mopefuse.runs.load.with_data_path`.
+        layout: settings of the section `data` that differ for these data, see `mopefuse.runs.load.with_data_path`.
         predictions: file for the predictions of the last entry of `shares`.
 
     Raises:
@@ -163,7 +163,7 @@ def _evaluate_cells(
 
 
 def saved_missing(run: Path, split: str, step: int | None) -> dict[str, Any]:
-    """The saved result for a split at a step, with the lowest seed of several; empty if there is none."""
+    """The saved result for a split at a step; with several seeds, that of the lowest; empty if there is none."""
     files = {int(path.stem.rpartition("-")[2]): path for path in run.glob(f"missing-{split}-step-{step}-seed-*.json")}
     return read_json(files[min(files)]) if files else {}
 

@@ -1,6 +1,6 @@
 """Write an adapter: the trained weights of a model, a few MB, without its frozen encoders.
 
-`mopefuse export --format adapter` takes the model from a run, `save_adapter` from a training loop of your own.
+`mopefuse export --format adapter` takes the model from a run, `save_adapter` from your own training loop.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def save_adapter(
     ``mopefuse predict``, ``eval``, ``export``, ``push`` and ``swap-encoder``.
 
     Args:
-        model: from `mopefuse.build_fusion` or `mopefuse.load_model`; it is left as it is, also in training mode.
+        model: from `mopefuse.build_fusion` or `mopefuse.load_model`; it is not changed, even if it is in training mode.
         out: the folder to write, whole or not at all.
         labels: names in the order of the logits; default those that the model was built with.
         thresholds: for "multi-label": the probability from which a label is predicted, one for all labels or one per label.
@@ -96,8 +96,9 @@ def write_adapter(
     """Write the files of an adapter.
 
     Args:
-        config: without the location of data. facts: see `mopefuse.runs.manifest`. name: title of the model card.
-        half: whether to store 16-bit floats. command: that made the adapter, for the model card.
+        config: the configuration, without the location of the data. facts: see `mopefuse.runs.manifest`.
+        name: title of the model card. half: whether to store 16-bit floats.
+        command: the command that made the adapter, for the model card.
 
     Raises:
         ConfigError: with `half`, a weight that 16 bits cannot hold.
@@ -179,7 +180,7 @@ def _require_finite(model: Fusion) -> None:
 
 
 def _require_unchanged_encoders(model: Fusion) -> None:
-    """Refuse frozen encoders whose weights are not those that loading by their specs gives: they would not be saved.
+    """Refuse frozen encoders whose weights differ from those that their specs load: such weights would not be saved.
 
     Each encoder is loaded again for the comparison, one at a time.
     """

@@ -72,10 +72,10 @@ def model_card(
     """The card in Markdown, with the metadata that hubs read.
 
     Args:
-        facts: encoders, labels, data hashes and metrics, as of `AdapterFolder.manifest`.
+        facts: encoders, labels, data hashes and metrics, as in `AdapterFolder.manifest`.
         form: "adapter", "onnx" or "pt2".
         checks: comparisons of the exported graph with the model, by name.
-        command: that made the folder from a run; empty for a model from a training loop in Python.
+        command: the command that made the folder from a run; empty for a model from a training loop in Python.
     """
     labels = facts["labels"]
     shown = ", ".join(map(markdown, labels[:20])) + (", …" if len(labels) > 20 else "")
@@ -108,7 +108,7 @@ def model_card(
 
 
 def _code(text: object) -> str:
-    """`text` so that it can stand in backticks within a table."""
+    """`text`, escaped for use in backticks within a table."""
     return visible(text).replace("`", "'").replace("|", "\\|")
 
 

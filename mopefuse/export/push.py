@@ -1,4 +1,4 @@
-"""Upload a trained model to the Hugging Face hub: a run as an adapter, an export as it is.
+"""Upload a trained model to the Hugging Face hub: a run as an adapter, an export unchanged.
 
 New repositories are private unless `public` is set, which is also required to write to a public repository.
 """
@@ -23,7 +23,7 @@ from mopefuse.errors import CheckpointError, ConfigError, EncoderError, Mopefuse
 from mopefuse.runs.adapter import AdapterFolder
 from mopefuse.runs.locate import PREFIX, find_run, kind_of, locate
 
-_SECONDS = 10.0  # for the first answer of the hub
+_SECONDS = 10.0  # for the first response of the hub
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ def prepare_upload(
     """Prepare the upload of a run, an adapter or a bundle to `repo`; nothing is sent yet.
 
     Args:
-        offline: go on where the hub cannot be reached, without knowing whether the repository exists.
+        offline: continue if the hub cannot be reached, without knowing whether the repository exists.
 
     Raises:
-        ConfigError: no name of a repository, or it is public already and `public` was not said.
-        CheckpointError: the folder is damaged. EncoderError: the hub cannot be reached or does not let you in.
+        ConfigError: `repo` is not the name of a repository, or the repository is public and `public` was not set.
+        CheckpointError: the folder is damaged. EncoderError: the hub cannot be reached or denies access.
     """
     name = repo.removeprefix(PREFIX)
     if name.count("/") != 1:
@@ -120,18 +120,18 @@ def _repository_state(repo: str) -> tuple[bool | None, bool]:
     try:
         return True, bool(HfApi().repo_info(repo, timeout=_SECONDS).private)
     except RepositoryNotFoundError as error:
-        if error.response.status_code == 401:  # nobody is told what there is
+        if error.response.status_code == 401:  # without access, the hub does not reveal whether the repository exists
             raise _explain(error, repo) from error
         return False, False
-    except Exception as error:  # asked over the network only: whatever failed, it was the way there
+    except Exception as error:  # the call only uses the network, so any other error is a connection error
         raise _explain(error, repo) from error
 
 
 def send(parcel: Upload) -> str:
-    """Upload a parcel in one commit, and return the address of the repository.
+    """Send a prepared upload in one commit, and return the address of the repository.
 
     Raises:
-        EncoderError: the hub cannot be reached, or does not let you write.
+        EncoderError: the hub cannot be reached, or denies write access.
     """
     api = HfApi()
     try:

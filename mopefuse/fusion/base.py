@@ -61,7 +61,7 @@ class Fusion(nn.Module):
         frozen: the sides whose encoder gets no prompts and is never trained, so that its features can be cached.
         reads: the sides whose samples the forward pass reads.
         prefix_layers: by side, the first layer of the encoder that is prompted, if all before it are frozen: `forward` then
-            starts from `prefix`, so that training can cache what enters that layer.
+            starts from `prefix`, so that training can cache the input of that layer.
     """
 
     uses: tuple[str, ...] = ("main", "comp")
@@ -76,18 +76,18 @@ class Fusion(nn.Module):
 
     sections: ClassVar[tuple[str, ...]] = ()  # optional sections of the configuration that the method uses
     dependencies: ClassVar[dict[str, str]] = {r"^(?:standard|absent)\.(\w+)": r"\1 features"}
-    """From a pattern of tensor names to what such a tensor depends on, for `mopefuse swap-encoder`: "main" or "comp" for the
-    shape of that encoder's layers, "main features" or "comp features" for the features of this very encoder; ``\1`` is the
-    pattern's first group. A tensor that matches none is valid with any encoder."""
+    """Maps a pattern of tensor names to what such tensors depend on, for `mopefuse swap-encoder`: "main" or "comp" for the
+    shape of that encoder's layers, "main features" or "comp features" for the features of that particular encoder; ``\\1``
+    stands for the pattern's first group. A tensor that matches no pattern is valid with any encoder."""
     takes_several_comps: ClassVar[bool] = False
-    """Whether it takes any number of complementary encoders, and handles samples that lack their modalities."""
+    """Whether the method takes any number of complementary encoders, and handles samples that lack their modalities."""
     closed_form: ClassVar[bool] = False  # whether `fit` trains everything, so that no training step is made
     starts_fitted: bool = False  # whether the head starts as a regression, see `add_regression_head`
     head: nn.Module
     num_labels: int = 0
     """N, set by `mopefuse.fusion.build.build_model`."""
     labels: tuple[str, ...] = ()
-    """Their names in the order of the logits, if known."""
+    """The names of the labels in the order of the logits, if known."""
     task: Task = "single-label"
     """One label for each sample (softmax, cross-entropy), or any number of them (sigmoid, binary cross-entropy)."""
 
@@ -155,7 +155,7 @@ class Fusion(nn.Module):
 
     @abstractmethod
     def forward(self, batch: Batch) -> Output:
-        """The logits of a batch (B, N), with the routing and what else training needs."""
+        """The logits of a batch (B, N), with the routing and everything else that training needs."""
 
     def resolve(self, config: RunConfig) -> RunConfig:
         """`config` with defaults that depend on the encoders replaced by their values."""
@@ -245,7 +245,7 @@ class Fusion(nn.Module):
         return to_float32(run_frozen(self.encoder(side), batch.inputs[side]).pooled_BC)
 
     def prefix(self, side: str, batch: Batch) -> Prefix | None:
-        """Where the encoder of a side starts; None for its beginning, if the batch has no precomputed tokens."""
+        """The precomputed tokens from which the encoder of a side continues; None if the batch has none."""
         tokens_BLD = batch.prefixes.get(side)
         return None if tokens_BLD is None else Prefix(self.prefix_layers[side], tokens_BLD)
 
@@ -298,7 +298,7 @@ class Fusion(nn.Module):
         return tuple(one(pooled) for one, pooled in zip(self.standard.values(), pooled_BC, strict=True))
 
     def readers(self) -> dict[str, tuple[str, Preprocess]]:
-        """From each side that the model reads to its modality and preprocessing."""
+        """Map each side that the model reads to its modality and preprocessing."""
         return {side: (self.encoder(side).modality, self.encoder(side).preprocess) for side in self.reads}
 
     @property
@@ -323,7 +323,7 @@ class Fusion(nn.Module):
         return list(self.named_trainable_parameters().values())
 
     def trainable_state_dict(self) -> dict[str, Tensor]:
-        """What a run saves: the trainable parameters, and the constants that belong to them, as the keys of the router."""
+        """What a run saves: the trainable parameters, and the constants that belong to them, such as the keys of the router."""
         return {name: tensor.detach() for name, tensor in self.state_dict().items() if self.is_trainable(name)}
 
     def load_trainable_state_dict(self, state: Mapping[str, Tensor], *, where: str = "load_trainable_state_dict") -> None:
@@ -355,7 +355,7 @@ class Fusion(nn.Module):
                 tensor.copy_(state[name])
 
     def fit(self, train: Fold, val: Fold, how: FitSettings, advance: Advance) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Fit the head as a regression on the features of the encoders without prompts, where `standard` is set.
+        """Fit the head as a regression on the features of the encoders without prompts, if `standard` is set.
 
         Args:
             train, val: pooled features of the sides in `standard`.

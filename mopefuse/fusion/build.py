@@ -95,17 +95,17 @@ def build_fusion(
     ``mopefuse train``.
 
     Args:
-        main: spec of the encoder that is prompted and classified, as ``timm:vit_base_patch16_224``; see ``mopefuse encoders``.
+        main: spec of the prompted and classified encoder, such as ``timm:vit_base_patch16_224``; see ``mopefuse encoders``.
         comp: spec of the complementary encoder, which conditions the prompts, or a list of several; None or "" for a method
             that reads the main modality alone.
         num_labels: N, the number of logits; may be left out if `labels` are given.
         labels: names of the labels in the order of the logits; saved with the model by `mopefuse.save_adapter`.
         task: "single-label" (softmax over the logits) or "multi-label" (a sigmoid of each).
         method: name of the fusion method, an entry point of ``mopefuse.fusion``.
-        seed: seed of all weights that are not pretrained, 0 to 2**63 - 1; the random state of the caller is left as it is.
+        seed: seed of all weights that are not pretrained, 0 to 2**63 - 1; the random state of the caller is not changed.
         experts: prompt experts in each prompted layer, K.
         static, dynamic, mapped: tokens of the static, dynamic and mapped prompt in each prompted layer, P; 0 for none.
-        film: also scale and shift what each prompted layer reads (FiLM).
+        film: also scale and shift the input of the attention in each prompted layer (FiLM).
         layers: the layers of the main encoder to prompt: "all", "last:N", "first:N", or indices from 0.
         gate: "zero" (prompts have a separate softmax and a gate that starts at 0) or "none" (they share the softmax of
             the tokens).

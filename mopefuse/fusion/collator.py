@@ -88,7 +88,7 @@ class Collator:
         `mopefuse.PairDataset`: ``{"image": image, "text": text, "label": index}``.
 
         Args:
-            images, texts, more: one value for each sample, by modality; None for a sample that has none. Modalities that no
+            images, texts, more: one value for each sample, by modality; None for a sample without a value. Modalities that no
                 encoder reads may be left out. Images are PIL images of any mode, paths, or arrays of uint8
                 (height, width, 3); they are prepared as the files of a data set are. One value alone is a list of one.
                 As the only argument, `images` can be a list of rows: mappings from modality to value; where all have the

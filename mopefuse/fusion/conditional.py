@@ -3,11 +3,11 @@
 Jiang et al., arXiv 2312.03734, revised as MoPE, arXiv 2403.10568. Prompts enter as keys and values, which is equivalent to
 the papers' inserted tokens (`gate: none`), or through a separate gated attention (`gate: zero`). Beyond the papers:
 
-* `gate: zero`, and FiLM beside prompts or in their place.
+* `gate: zero`, and FiLM in addition to prompts or instead of them.
 * `head_features: all`: the head takes the pooled features of all encoders, and with `head_hidden` it is an MLP of them.
 * `warm_start: linear`: the head also takes the complementary feature and is initialised to the solution of the method
   `linear`, so that the selected checkpoint is at least as good on validation as logistic regression.
-* Several complementary encoders, each a condition of its own. A modality that a sample lacks is replaced by a learned
+* Several complementary encoders, each a separate condition. A modality that a sample lacks is replaced by a learned
   condition.
 
 Shapes: B batch, C width of psi, N labels.

@@ -1,7 +1,7 @@
-"""Cross-attention: the complementary feature asks, and the output tokens of the frozen main encoder answer.
+"""Cross-attention: queries computed from the complementary feature attend to the frozen main encoder's output tokens.
 
-Attention is that of Vaswani et al., Attention Is All You Need, https://arxiv.org/abs/1706.03762; a few queries that read any
-number of tokens are from Jaegle et al., Perceiver, https://arxiv.org/abs/2103.03206. It can find which of several tokens
+Attention is that of Vaswani et al., Attention Is All You Need, https://arxiv.org/abs/1706.03762; the use of a few queries
+for any number of tokens is from Jaegle et al., Perceiver, https://arxiv.org/abs/2103.03206. It can find which of several tokens
 matters, which a pooled feature may no longer hold, without reaching into the encoder as `conditional` does.
 
 Shapes: B batch, L tokens of the main encoder, D their width, C width of psi, Q queries, W width of the attention, H heads, E
@@ -72,8 +72,8 @@ class CrossAttention(Fusion):
 
     As in Vaswani et al.: scaled dot-product attention with several heads. As in Perceiver: the number of queries is fixed,
     and each has a learned vector of its own. Unlike both: the vectors are offsets to one projection of psi; there is a single
-    layer of attention, without a residual connection, an output projection or positions, since output tokens still tell
-    where they are. Limit: a head that ignores what is read is that of `mlp`.
+    layer of attention, without a residual connection, an output projection or positions, since output tokens still contain
+    their position. Limit: if the head ignores the output of the attention, it is the head of `mlp`.
 
     Raises:
         ConfigError: `either` without training samples that lack the main modality.
@@ -111,6 +111,6 @@ class CrossAttention(Fusion):
             encoded.pooled_BC, *(self.pooled_feature(side, batch) for side in comps), batch=batch
         )
         read_BX = to_float32(self.reader(dict(zip(comps, features[1:], strict=True)), encoded.tokens_BLD, encoded.mask_BL))
-        if "main" in batch.missing:  # of a blank input there is nothing to read
+        if "main" in batch.missing:  # a blank input has no content to attend to
             read_BX = read_BX.masked_fill(batch.missing["main"][:, None], 0.0)
         return Output(apply_without_autocast(self.head, torch.cat([*features, read_BX], dim=-1)))

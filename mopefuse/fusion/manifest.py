@@ -1,4 +1,4 @@
-"""The facts about a model that a saved run or adapter keeps, and that loading it compares."""
+"""The facts about a model that are stored with a run or an adapter, and compared when it is loaded."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A multilayer perceptron on frozen features: what a small non-linear network gets from pooled features in seconds.
 
-Rumelhart, Hinton and Williams, Learning representations by back-propagating errors, Nature 323 (1986). Where the answer
-depends on both modalities together and the pooled features hold it, this is the baseline that a fusion method must beat.
+Rumelhart, Hinton and Williams, Learning representations by back-propagating errors, Nature 323 (1986). If the answer
+depends on both modalities together and the pooled features contain it, this is the baseline that a fusion method must beat.
 
 Shapes: B batch, N labels.
 """

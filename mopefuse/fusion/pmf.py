@@ -27,7 +27,7 @@ class FusionLayer(nn.Module):
     """Learned parameters of one layer of one encoder. Prompts of length 0 have no parameters.
 
     Args:
-        width, heads: of the layer.
+        width, heads: width and number of heads of the layer.
         other_width: width of the other encoder's layer, the output of `mapping`.
         hidden: width of the bottleneck of `mapping`.
         bound: prompts are initialised from U(-bound, bound).

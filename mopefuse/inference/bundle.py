@@ -73,7 +73,7 @@ class Bundle:
         """Prepare images and texts as inputs of the graph.
 
         Args:
-            images, texts, more: as of `mopefuse.inference.predict.Predictor.predict`.
+            images, texts, more: as in `mopefuse.inference.predict.Predictor.predict`.
 
         Raises:
             DataError: unequal numbers of values, a value that is not of its modality, or None where a value is needed.
@@ -183,7 +183,7 @@ class Bundle:
 def _verified(folder: Path) -> dict[str, Any]:
     """The manifest of a bundle, after all its files were compared with it."""
     manifest = verify(folder, kind=KIND)
-    if manifest.get("model") not in [*MODELS]:  # a list, as it may be something that cannot be hashed
+    if manifest.get("model") not in [*MODELS]:  # a list, as the value may not be hashable
         raise CheckpointError(
             CheckpointCode.CONTENT_DAMAGED, "the manifest names no model", where=str(folder), fix=EXPORT_AGAIN
         )

@@ -14,7 +14,7 @@ from mopefuse.errors import CheckpointError, ConfigError, PackageError
 EXPORT_AGAIN = "export the run again"
 Array = NDArray[Any]
 Runner = Callable[[dict[str, Array]], Sequence[Array]]
-"""From the inputs of a graph, by name, to its outputs, in order."""
+"""Maps the inputs of a graph, by name, to its outputs, in order."""
 
 
 def load_runner(file: Path, device: str, threads: int | None) -> Runner:
@@ -54,7 +54,7 @@ def _onnx(file: Path, device: str, threads: int | None) -> Runner:
             where=str(file),
             fix=EXPORT_AGAIN,
         ) from None
-    used = {value.name for value in session.get_inputs()}  # a graph may have no use for a mask
+    used = {value.name for value in session.get_inputs()}  # a graph may not use a mask
     return lambda inputs: session.run(None, {name: array for name, array in inputs.items() if name in used})
 
 

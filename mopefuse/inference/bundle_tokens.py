@@ -75,7 +75,7 @@ def _until(ids: list[int], end_id: int | None) -> list[int]:
 def _clip_text() -> Callable[[str], str]:
     """CLIP's own cleaning of texts: encoding repaired by ftfy, HTML entities decoded, single spaces, lower case.
 
-    Without ftfy, its effect on well-encoded text is reproduced here, and a warning says once that other text is not repaired.
+    Without ftfy, its effect on well-encoded text is reproduced here, and one warning states that other text is not repaired.
     """
     repair: Callable[[str], str] = _repaired
     if find_spec("ftfy") is not None:

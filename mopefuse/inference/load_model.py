@@ -23,7 +23,7 @@ def load_model(
         path: folder of a run or an adapter, or ``hf-hub:repo/name``.
         checkpoint: for a run: "best", "last" or "step-N".
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:N" or "mps".
-        main, comp: specs of the encoders, where the same weights have other names on this machine; see `mopefuse.load`.
+        main, comp: specs of the encoders, if the same weights have other names on this machine; see `mopefuse.load`.
 
     Raises:
         CheckpointError: there is no such run, it is a bundle, or its encoders are not those that it was trained with.

@@ -37,9 +37,9 @@ class Model(Protocol):
     """A trained run or an exported bundle.
 
     Attributes:
-        labels: in the order of the logits. thresholds: of each label, probability from which it is predicted (multi-label).
+        labels: labels in the order of the logits. thresholds: probability from which each label is predicted (multi-label).
         modalities: the modalities that its encoders read. optional_modalities: those of them that it can predict without.
-        empty_is_missing: whether it was trained with empty texts as missing texts.
+        empty_is_missing: whether empty texts counted as missing in its training.
     """
 
     labels: tuple[str, ...]
@@ -141,7 +141,7 @@ def load(
     Args:
         checkpoint: for a run: "best", "last" or "step-N".
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:N" or "mps".
-        main, comp: specs of the encoders, where the same weights have other names on this machine; of several complementary
+        main, comp: specs of the encoders, if the same weights have other names on this machine; of several complementary
             encoders as in ``["2=SPEC"]`` or ``["text=SPEC"]``.
 
     Raises:
@@ -166,7 +166,7 @@ def load(
         return Predictor(Bundle(folder, device))
     try:
         from mopefuse.inference.run_model import RunModel
-    except ImportError as error:  # where only the runtime of bundles is installed
+    except ImportError as error:  # if only the runtime of bundles is installed
         raise not_installed(error) or error from error
 
     return Predictor(RunModel(folder, checkpoint, device, main=main, comp=comp))
@@ -180,7 +180,7 @@ def input_settings(path: str | Path, changes: Mapping[str, Any] | None = None) -
         changes: settings of `data` by name that override those; see `mopefuse.config.recipe.changed_data`.
 
     Raises:
-        CheckpointError: there is no such model. ConfigError: one of `changes` is no setting.
+        CheckpointError: there is no such model. ConfigError: one of `changes` is not a setting.
     """
     folder = locate(path)
     if kind_of(folder) == "bundle":

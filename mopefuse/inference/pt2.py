@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 _LARGEST_JSON = 50_000_000  # bytes; a model of 48 layers has 2 million
 _MOST_VALUES = 1_000_000  # maximum in a JSON record, each up to 2 kB while it is checked; 48 layers have 100,000
-_MOST_EXPLAINED = 1000  # errors in a record; of more, none is put into words
+_MOST_EXPLAINED = 1000  # errors in a record; if there are more, they are not described
 _MOST_RECORDS = 100_000
 _PROGRAM, _WEIGHTS, _CONSTANTS = (
     "models/model.json",
@@ -41,7 +41,7 @@ _PROGRAM, _WEIGHTS, _CONSTANTS = (
     "data/constants/model_constants_config.json",
 )
 _loading = threading.Lock()  # torch deserialises one archive at a time, and `silence_exporters` changes what all threads log
-_EMPTY = "data/sample_inputs/model.pt"  # a pickle, if it had anything in it
+_EMPTY = "data/sample_inputs/model.pt"  # must be empty; any content would be a pickle
 _MARKS = {
     "archive_format": rb"pt2", "archive_version": rb"\d{1,3}", "byteorder": rb"little", ".data/version": rb"\d{1,3}\n?",
     ".data/serialization_id": rb"\d{1,64}", ".format_version": rb"\d{1,3}", ".storage_alignment": rb"\d{1,5}",

@@ -1,8 +1,8 @@
 """The grammar of the JSON in a pt2 archive, checked before torch reads any of it.
 
 `torch.export` trusts its files: it resolves operators by attribute access on ``torch``, evaluates sizes with sympy's ``eval``,
-writes names into Python source that it executes, and imports modules that a tree of arguments names. So nothing reaches it but
-what is listed here, and what running a graph does not need (stack traces, guards, the tree of modules) is left out.
+writes names into Python source that it executes, and imports modules that a tree of arguments names. Therefore only
+what is listed here reaches it; parts that a graph does not need to run (stack traces, guards, the tree of modules) are omitted.
 
 The types have the names and fields of ``torch._export.serde.schema``.
 """

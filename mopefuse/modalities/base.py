@@ -28,8 +28,8 @@ class Modality:
     """One kind of input. Subclasses define its values; for values in files, see `mopefuse.modalities.files.Files`.
 
     Attributes:
-        name: name of its entry point. plural: for messages.
-        value_description: of one value from Python, for messages.
+        name: name of its entry point. plural: plural of the name, for messages.
+        value_description: description of one value from Python, for messages.
         type_fix: how to fix a value of another type, for messages.
         common_columns: common names of its column, for suggestions.
         leak_kind: the kind of finding for a value that is in two splits, see `mopefuse.data.findings.KINDS`.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # bundles run without pydantic
     from mopefuse.config.schema import Data as DataConfig
 
 MISSING = DataCode.FILE_NOT_FOUND.text
-_MOST_FOLDERS = 100  # in which missing files are searched
+_MOST_FOLDERS = 100  # in which missing files are looked for
 _KINDS = {PathCode.OUTSIDE_ROOT.text: "unsafe-path", MISSING: "missing-file", DataCode.NOT_A_REGULAR_FILE.text: "not-a-file"}
 
 
@@ -32,10 +32,10 @@ class FileInfo(NamedTuple):
 
     Args:
         size: in bytes; -1 if there is no file. mtime: in nanoseconds.
-        width, height: of a picture, in pixels.
-        milliseconds: that decoding took.
+        width, height: size of a picture, in pixels.
+        milliseconds: time that decoding took.
         digest: digest of its content, 16 bytes.
-        code, what, fix: of the error; empty if the file can be read.
+        code, what, fix: parts of the error; empty if the file can be read.
     """
 
     size: int = -1

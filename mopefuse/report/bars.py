@@ -32,7 +32,7 @@ def bars(
     """Bars from 0 to the right, one under another, with their names and values.
 
     Args:
-        across: what they show. top: the value of a full bar. against: a value to mark with a line.
+        across: the quantity that they show. top: the value of a full bar. against: a value to mark with a line.
     """
     import altair as alt
 
@@ -72,9 +72,9 @@ def heat_map(
     """A heat map with shades from none at 0 to full at `top`; NaN counts as 0.
 
     Args:
-        rows, columns: names. across, down: what the columns and what the rows are.
-        tips: what a pointer on a cell shows. written: the text in a cell. in_table: the text in the table of numbers.
-        signed: the diagonal in the colour of right answers, other cells in that of wrong ones.
+        rows, columns: names. across, down: titles of the columns and of the rows.
+        tips: text shown when the pointer is on a cell. written: text in a cell. in_table: text in the table of numbers.
+        signed: the diagonal has the colour of correct predictions, other cells that of wrong ones.
     """
     import altair as alt
 

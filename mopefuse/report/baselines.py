@@ -26,8 +26,8 @@ from mopefuse.studies.study_file import STUDY_FILE
 
 SIMPLER = ("linear", "mlp", "late-concat", "main-only", "comp-only")
 """Methods that a fusion method has to beat."""
-_MOST_FOLDERS = 200  # next to a run that are looked at
-_MOST_ABOVE = 3  # folders above a run that may be its study's
+_MOST_FOLDERS = 200  # maximum number of folders next to a run that are examined
+_MOST_ABOVE = 3  # number of folders above a run that may be the folder of its study
 
 
 @dataclass(frozen=True)

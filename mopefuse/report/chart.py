@@ -12,7 +12,7 @@ from mopefuse.core.dependencies import require
 from mopefuse.core.formatting import visible
 from mopefuse.report.themes import FILE_THEME
 
-FILE_WIDTH = 560  # pixels of a file; on a page a chart is as wide as there is room
+FILE_WIDTH = 560  # pixels of a file; on a page a chart takes the available width
 _SCALE = 3  # pixels of a PNG for each of an SVG
 
 Spec = Mapping[str, Any]
@@ -65,7 +65,7 @@ def zoom() -> Any:
 def make_chart(
     name: str, label: str, layers: Sequence[Any], columns: Sequence[str], rows: Sequence[Sequence[str]], *, height: int
 ) -> Chart:
-    """A chart of Altair layers, as wide as its place.
+    """A chart of Altair layers that takes the available width.
 
     Args:
         columns, rows: see `Chart`. height: height of the plotting area, in pixels.
@@ -75,12 +75,12 @@ def make_chart(
     fit = altair.AutoSizeParams(type="fit-x", contains="padding")
     spec = altair.layer(*layers).properties(width="container", height=height, autosize=fit).to_dict()
     spec.pop("$schema", None)  # a URL; our pages contain none
-    spec.pop("config", None)  # a page and a file have themes of their own
+    spec.pop("config", None)  # pages and files have their own themes
     return Chart(name, label, spec, columns, rows)
 
 
 def data_of(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Rows as the data of an Altair chart; in its texts, characters that cannot be shown are spelt out.
+    """Rows as the data of an Altair chart; unprintable characters in its texts are escaped.
 
     Texts that come from data or settings belong here, or into titles of axes: Vega treats them as plain text. Names of
     fields, and formulas, are only those written in this package.
@@ -92,17 +92,17 @@ def data_of(rows: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def shorten(text: str, most: int) -> str:
-    """A text that is cut at its end where it is longer than `most` characters."""
+    """A text, cut at its end if it is longer than `most` characters."""
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def shorten_middle(text: str, most: int) -> str:
-    """A text that is cut in its middle where it is longer: names of rows often differ at their ends."""
+    """A text, cut in its middle if it is longer, because names of rows often differ at their ends."""
     return text if len(text) <= most else f"{text[: (most - 1) // 2]}…{text[-(most // 2) :]}"
 
 
 def short_names(names: Sequence[str], most: int) -> list[str]:
-    """Names shortened in their middle, numbered where that would make two of them equal."""
+    """Names shortened in their middle, numbered if that would make two of them equal."""
     found: list[str] = []
     for name in names:
         short, number = shorten_middle(name, most), 1
@@ -119,5 +119,5 @@ def readable(text: str) -> str:
 
 
 def plain(value: float) -> str:
-    """A number with four significant digits, without an exponent where that is readable."""
+    """A number with four significant digits, without an exponent if that is readable."""
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"

@@ -1,4 +1,4 @@
-"""A comparison as cells of text: the same in a terminal, in a file and on a page. Rounding is only here."""
+"""A comparison as cells of text: the same in a terminal, in a file and on a page. All numbers are rounded here."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _versus(row: Row) -> list[str]:
 
 
 def notes(comparison: Comparison) -> list[str]:
-    """What the numbers are, and what the comparison leaves out."""
+    """Explain the numbers, and list what the comparison leaves out."""
     several = any(len(row.runs) > 1 for row in comparison.rows)
     remarks = [
         f"Metrics in per cent{', mean ± standard deviation over n seeds' if several else ''}; time is the mean of a run."

@@ -30,7 +30,7 @@ class Curve:
 
 
 def spans_decades(values: Sequence[float]) -> bool:
-    """Whether an axis of these is better logarithmic."""
+    """Whether an axis with these values should be logarithmic."""
     return min(values) > 0 and max(values) / min(values) >= 10
 
 
@@ -51,8 +51,8 @@ def curves(
     """Curves in one chart, with a legend if there are several.
 
     Args:
-        across, up: what is on the horizontal and on the vertical axis. mark: where the selected step is.
-        low, high: of the vertical axis; the values decide where None. percent: write values as percentages.
+        across, up: titles of the horizontal and of the vertical axis. mark: position of the selected step.
+        low, high: limits of the vertical axis; None to derive them from the values. percent: write values as percentages.
         log: the horizontal axis is logarithmic. bands: the spread is one area, not a bar at each point.
     """
     import altair as alt
@@ -81,7 +81,7 @@ def curves(
 
 
 def scatter(name: str, label: str, points: Sequence[Curve], *, across: str, up: str, percent: bool = False) -> Chart:
-    """Points, each a curve of one, with their numbers and spread; the horizontal axis is logarithmic over decades.
+    """Points (curves with a single point), with their numbers and spread; a horizontal axis over decades is logarithmic.
 
     A legend has their names, unless there are many.
     """
@@ -113,7 +113,7 @@ def scatter(name: str, label: str, points: Sequence[Curve], *, across: str, up: 
 
 
 def dots(name: str, label: str, points: Sequence[Curve], *, across: str, percent: bool = False) -> Chart:
-    """A line for each point, a curve of one, with its spread; `x` of the points is left out."""
+    """A line for each point (a curve with a single point), with its spread; `x` of the points is not used."""
     import altair as alt
 
     shown = share if percent else plain

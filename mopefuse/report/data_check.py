@@ -44,7 +44,7 @@ class Offender:
     severity: str
     message: str
     place: str
-    pictures: tuple[Picture, ...]  # none of what cannot be decoded
+    pictures: tuple[Picture, ...]  # without images that cannot be decoded
     bytes: tuple[tuple[str, str], ...] = ()  # the beginning of a file, in hex and as text
 
 
@@ -52,7 +52,7 @@ def check_page(report: Report, *, name: str, summary: str, columns: Sequence[str
     """The page, as HTML.
 
     Args:
-        name: name of the data set. summary: how the pass went.
+        name: name of the data set. summary: summary of the check.
         columns, splits: a table with a row for each split, its name first.
 
     Raises:
@@ -127,14 +127,14 @@ def _unit(report: Report) -> str:
 
 
 def describe_count(facts: Mapping[str, Any]) -> str:
-    """How many texts were measured; `facts` are those of `Texts.as_dict`."""
+    """Say how many texts were measured; `facts` are those of `Texts.as_dict`."""
     if facts["sampled"]:
         return f"an evenly spaced sample of {facts['measured']:,} of {facts['total']:,}"
     return f"all {facts['measured']:,}"
 
 
 def describe_truncation(facts: Mapping[str, Any]) -> str:
-    """What an encoder truncates, or an estimate of it; `facts` are those of `Texts.as_dict`, some texts measured."""
+    """Say what an encoder truncates, or estimate it; `facts` are those of `Texts.as_dict`, some texts measured."""
     if "cut" in facts:
         cut = f"{facts['cut']['texts']:,} of the measured texts ({100 * facts['cut']['share']:.1f} %)"
         return f"{facts['encoder']} reads {facts['limit']:,} tokens and truncates {cut}"

@@ -17,7 +17,7 @@ _HEAD = 64  # bytes of a file that is not an image
 
 @dataclass(frozen=True)
 class Picture:
-    """An image of a row: its address, or what to say instead."""
+    """An image of a row: its address, or the text to show instead."""
 
     name: str
     address: str = ""
@@ -29,7 +29,7 @@ class Picture:
 
 
 def picture(roots: Sequence[Path], name: str, *, max_pixels: int, place: str = "", text: str = "") -> Picture:
-    """A thumbnail of an image, or what is wrong with it; nothing outside `roots` is opened."""
+    """A thumbnail of an image, or a description of its error; nothing outside `roots` is opened."""
     try:
         image = open_image(roots, name, where=place, max_pixels=max_pixels)
     except DataError as error:

@@ -31,12 +31,12 @@ class Card:
     image: str
     picture: Picture | None
     problem: str  # why the image cannot be shown
-    files: list[str]  # next to it
+    files: list[str]  # files of the row other than the image
     labels: tuple[str, ...]
     text: str
     start: str
-    rest: bool  # there is more than `start`
-    more: str  # what to say where even `text` is not all
+    rest: bool  # whether there is more text than `start`
+    more: str  # note if even `text` is not the whole text
 
 
 def preview_page(

@@ -42,7 +42,7 @@ def embed(charts: Sequence[Chart], *, scripted: bool) -> Embedded:
     """The scripts of a page.
 
     Args:
-        scripted: whether the page has anything that a script of ours sorts or filters.
+        scripted: whether the page has anything that one of our scripts sorts or filters.
     """
     if not charts and not scripted:
         return Embedded(_POLICY, Markup(""))
@@ -55,7 +55,7 @@ def embed(charts: Sequence[Chart], *, scripted: bool) -> Embedded:
 
 
 def inert_json(value: Any) -> str:
-    """JSON that ends no script element and begins no comment or element, whatever texts are in it."""
+    """JSON that cannot end a script element or begin a comment or element, regardless of its texts."""
     text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 

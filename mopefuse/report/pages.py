@@ -1,6 +1,6 @@
 """Self-contained HTML pages: one file with its style, scripts and pictures in it, which never loads anything.
 
-Everything that comes from data is escaped, in attributes and scripts too, and what cannot be shown is spelt out.
+Everything that comes from data is escaped, in attributes and scripts too, and unprintable characters are escaped.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def render(template: str, charts: Sequence[Chart] = (), *, scripted: bool = Fals
     """A page of `templates`, filled in.
 
     Args:
-        charts: all that are on it. scripted: whether it has a table to sort or filter.
+        charts: all charts on the page. scripted: whether it has a table to sort or filter.
     """
     embedded = embed(charts, scripted=scripted)
     return _ENVIRONMENT.get_template(template).render(mark=Markup(_MARK), version=__version__, embedded=embedded, **facts)
@@ -59,7 +59,7 @@ class Section:
 
     Args:
         key: its address on the page, unique there. body: escaped HTML, from `fragment`.
-        charts: those in it, which can be written as files, too.
+        charts: its charts, which can also be written as files.
         half: whether another half may be placed next to it, if there is space.
         folded: why it is collapsed at first, in a sentence; neighbours with the same reason are collapsed together.
         scripted: it has a table to sort or filter.
@@ -75,7 +75,7 @@ class Section:
 
 
 def fragment(name: str, *values: Any, **facts: Any) -> Markup:
-    """A piece of a page: a macro of `templates/parts.html`, called; everything that is no `Markup` is escaped."""
+    """A piece of a page: a macro of `templates/parts.html`, called; everything that is not `Markup` is escaped."""
     piece: Markup = getattr(_ENVIRONMENT.get_template("parts.html").module, name)(*values, **facts)
     return piece
 
@@ -92,7 +92,7 @@ def sections_page(
     """A page of sections.
 
     Args:
-        summary: what it is about. tiles: (name, value) of the numbers on top.
+        summary: description of the content. tiles: (name, value) of the numbers on top.
         pill: a word next to the title. notes: what a reader must know first.
     """
     groups: list[list[Section]] = []
@@ -130,10 +130,10 @@ def check_place(page: Path, data: Path | None) -> None:
 
 
 def check_places(page: Path, data: Path | None, figures: Path | None) -> None:
-    """As `check_place`, and that figures can be written.
+    """Like `check_place`; also check that figures can be written.
 
     Raises:
-        DataError: see there. ConfigError: `figures` is not a folder.
+        DataError: see `check_place`. ConfigError: `figures` is not a folder.
     """
     check_place(page, data)
     if figures is not None and figures.exists() and not figures.is_dir():
@@ -146,7 +146,7 @@ def check_places(page: Path, data: Path | None, figures: Path | None) -> None:
 
 
 def save_charts(parts: Sequence[Section], folder: Path | None) -> tuple[Path, ...]:
-    """Write the charts of sections as SVG and PNG; their files, none where no folder is named."""
+    """Write the charts of sections as SVG and PNG; returns their files, none if no folder is given."""
     if folder is None:
         return ()
     folder.mkdir(parents=True, exist_ok=True)
@@ -161,7 +161,7 @@ def _is_ours(page: Path) -> bool:
 
 
 def write(page: Path, html: str) -> None:
-    """The page, whole or not at all.
+    """Write the page, whole or not at all.
 
     Raises:
         ResourceError: the disk is full or cannot be written.
@@ -170,7 +170,7 @@ def write(page: Path, html: str) -> None:
 
 
 def thumbnail(image: Image.Image) -> str:
-    """An RGB image as a JPEG of at most 200 pixels a side, in a ``data:`` address."""
+    """An RGB image as a JPEG of at most 200 pixels a side, as a ``data:`` address."""
     small = image.copy()
     small.thumbnail((SIDE, SIDE))
     buffer = io.BytesIO()
@@ -179,6 +179,6 @@ def thumbnail(image: Image.Image) -> str:
 
 
 def dump(content: bytes) -> list[tuple[str, str]]:
-    """Bytes as lines of eight: in hex, and as text with a dot for what cannot be shown."""
+    """Bytes as lines of eight: in hex, and as text with a dot for each unprintable byte."""
     lines = [content[start : start + 8] for start in range(0, len(content), 8)]
     return [(line.hex(" ", -2).ljust(19), "".join(chr(byte) if 32 <= byte < 127 else "." for byte in line)) for line in lines]

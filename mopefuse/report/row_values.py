@@ -11,17 +11,17 @@ from mopefuse.report.data_pictures import Picture, picture
 
 
 def text_of(row: Row) -> str:
-    """Its texts, one after the other; empty if it has none."""
+    """The texts of a row, one after the other; empty if it has none."""
     return "\n".join(value for name, value in row.values.items() if value and not get_modality(name).is_file)
 
 
 def picture_name(row: Row) -> str:
-    """The file of its picture; empty if it has none."""
+    """The file of the row's picture; empty if it has none."""
     return next((value for name, value in row.values.items() if value and get_modality(name).is_picture), "")
 
 
 def other_files(row: Row) -> list[str]:
-    """Its values other than texts and the image: files, each with its modality."""
+    """The values of a row other than texts and the image: files, each with its modality."""
     return [
         f"{name}: {value}"
         for name, value in row.values.items()
@@ -30,7 +30,7 @@ def other_files(row: Row) -> list[str]:
 
 
 def picture_of(row: Row, roots: Sequence[Path], *, max_pixels: int, place: str = "", text: str = "") -> Picture:
-    """Its picture, or instead what is wrong with it, or the names of its other files."""
+    """The picture of a row; otherwise a description of its error, or the names of the row's other files."""
     name = picture_name(row)
     if name:
         return picture(roots, name, max_pixels=max_pixels, place=place, text=text)

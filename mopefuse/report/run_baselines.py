@@ -1,4 +1,4 @@
-"""The section of a run's page that sets its score beside that of simpler methods."""
+"""The section of a run's page that compares its score with those of simpler methods."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mopefuse.report.run_data import RunFacts
 
 
 def baselines(facts: RunFacts) -> Section:
-    """This run, the majority class, and whatever simpler method was run on the same data."""
+    """Compare this run with the majority class and with all simpler methods that were run on the same data."""
     metric, mine = facts.main_metric, facts.metrics[facts.main_metric]
     rows: list[tuple[str, str, float, int]] = []
     majority = majority_score(facts.data, facts.split, metric)
@@ -37,7 +37,7 @@ def baselines(facts: RunFacts) -> Section:
 
 
 def _start(facts: RunFacts) -> str:
-    """What the regression that a run began with reached on validation, in a sentence; empty if there was none."""
+    """A sentence with the validation score of the regression that a run started from; empty if there was none."""
     scores = {line["step"]: (line.get("val") or {}).get(facts.main_metric) for line in facts.log}
     first, chosen = scores.get(0), scores.get(facts.step)
     if facts.config.warm_start != "linear" or not isinstance(first, int | float) or not isinstance(chosen, int | float):

@@ -24,15 +24,15 @@ from mopefuse.report.settings import Derive
 
 @dataclass(frozen=True)
 class RunFacts:
-    """A run, and what its model predicts for one split.
+    """A run, and the predictions of its model for one split.
 
     Args:
         name: name of the run. step: step of the checkpoint that made the predictions.
         manifest, result, log: manifest.json, metrics.json (empty before a run ends) and the lines of metrics.jsonl.
-        split: whose labels are predicted. logits_SN, routing_SLK: outputs of the model for it.
+        split: the split that is predicted. logits_SN, routing_SLK: outputs of the model for it.
         audit: `mopefuse.evaluation.audit.Audit.as_dict`, or None if none was made.
         baselines: simpler methods on the same data, from `find_baselines`.
-        derive: fills in settings that are left open, see `mopefuse.report.settings.changed_settings`.
+        derive: fills in settings that are unset, see `mopefuse.report.settings.changed_settings`.
         missing: `mopefuse.evaluation.missing_modalities.Missing.as_dict` of this split and step; empty if it was not measured.
         notes: caveats shown at the top.
     """
@@ -102,7 +102,7 @@ class RunFacts:
         return self.data.splits[self.split].rows[number]
 
     def picture(self, row: Row) -> Picture:
-        """Its image, or what is wrong with it."""
+        """The image of a row, or a description of its error."""
         where = self.data.splits[self.split].where(row)
         return picture_of(row, self.data.image_roots, max_pixels=self.config.data.max_pixels, place=where)
 

@@ -1,4 +1,4 @@
-"""Sections of a run's page on what is right and wrong: confusion, scores of each label, calibration, examples, mistakes."""
+"""Sections of a run's page on its predictions: confusion, scores of each label, calibration, examples, mistakes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from mopefuse.report.run_data import RunFacts
 _EXAMPLES, _WORST = 8, 8  # with their pictures
 _MISTAKES = 400  # in the table
 _CLASSES = 30  # maximum for a readable confusion matrix
-_WRITTEN = 15  # classes of one that has its counts in its cells
-_WIDE = 10  # classes of one that needs the width of the page
+_WRITTEN = 15  # maximum number of classes for counts in the cells of the matrix
+_WIDE = 10  # maximum number of classes for half the width of the page
 _PAIRS = 20  # pairs of labels that are listed if there are more classes
 _BARS = 40
 _SCORES = 500  # labels in the table of scores

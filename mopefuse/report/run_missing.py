@@ -1,4 +1,4 @@
-"""The section of a run's page on what is lost where samples lack a modality, as measured by ``eval --missing``."""
+"""The section of a run's page on the loss in the metric if samples lack a modality, measured by ``eval --missing``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mopefuse.report.run_data import RunFacts
 
 
 def missing(facts: RunFacts) -> Section | None:
-    """The metric by the share of samples that lack something; None if it was not measured."""
+    """The metric by the share of samples that lack a modality; None if it was not measured."""
     found = facts.missing
     if not found:
         return None

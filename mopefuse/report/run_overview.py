@@ -1,4 +1,4 @@
-"""The top of a run's page: its main numbers, what the task is, and whether the model uses its other modality."""
+"""The top of a run's page: its main numbers, the task, and whether the model uses its other modality."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mopefuse.report.run_data import RunFacts
 from mopefuse.report.settings import changed_settings
 
 _LABELS = 120  # characters of the list of labels
-_LISTED = frozenset({"main", "comp", "method", "data.path"})  # settings that have a line of their own
+_LISTED = frozenset({"main", "comp", "method", "data.path"})  # settings with a separate line
 _CONDITIONS = {
     "as is": "as is",
     "shuffled": "another sample's {}",

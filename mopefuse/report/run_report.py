@@ -27,12 +27,12 @@ from mopefuse.training.plan import resolved
 Advance = Callable[[str, int, int], None]  # (what, samples done, samples in all)
 PAGE = "report.html"
 MOST_ANSWERS = 25_000_000
-"""Samples times labels whose probabilities a page is made of; of more samples it takes a part."""
+"""Maximum number of probabilities (samples times labels) that a page covers; of larger splits it uses a part of the samples."""
 
 
 @dataclass(frozen=True)
 class Reported:
-    """What was written, and the numbers on top of it."""
+    """The page that was written, and its main numbers."""
 
     page: Path
     figures: tuple[Path, ...]
@@ -72,7 +72,7 @@ def report(
 
     Args:
         out: file of the page; ``report.html`` in the run. figures: a folder for the page's charts, as SVG and PNG.
-        data: where the run's data are now. audit: whether to evaluate the model without inputs and prompts, too.
+        data: the current location of the run's data. audit: whether to also evaluate the model without inputs and prompts.
 
     Raises:
         CheckpointError: no run, an adapter or a bundle, or no checkpoint yet. DataError: the data are not there any more, or
@@ -100,7 +100,7 @@ def report(
 def _facts(
     opened: OpenRun, *, audit: bool, notes: tuple[str, ...], advance: Advance
 ) -> tuple[RunFacts, Audit | None]:
-    """What the page is made of, with the predictions of the model, and the audit if one is wanted."""
+    """The contents of the page: the predictions of the model, and the audit if one is requested."""
     data, split, step, folder = opened.data, opened.split, opened.step or 0, opened.folder
     predicting = lambda done, total: advance(f"predicting {split}", done, total)  # noqa: E731
     outputs = run_split(opened.model, data, split, opened.config, opened.device, with_routing=True, advance=predicting)
@@ -160,7 +160,7 @@ def _run_of(run: Path) -> RunFolder:
 
 
 def _checkpoint(folder: RunFolder) -> str:
-    """The checkpoint that a run's answers come from: the one it selects, or the last where none was validated yet."""
+    """The checkpoint that makes a run's predictions: the selected one, or the last if none was validated yet."""
     return "best" if folder.best_step() is not None and folder.config().train.select == "best" else "last"
 
 

@@ -1,4 +1,4 @@
-"""Sections of a run's page that look at the router: what experts are used for, how evenly, and what each specialises in.
+"""Sections of a run's page about the router: how evenly the experts are used, and what each of them specialises in.
 
 Shapes: S samples of the split, L routed layers, K experts.
 """
@@ -21,16 +21,16 @@ from mopefuse.report.pages import Section, fragment
 from mopefuse.report.row_values import text_of
 from mopefuse.report.run_data import RunFacts
 
-_LAYERS, _EXPERTS, _CLASSES, _TIMES = 24, 32, 30, 16  # that a heat map shows
-_WRITTEN = 12  # experts of one that has its numbers in its cells
+_LAYERS, _EXPERTS, _CLASSES, _TIMES = 24, 32, 30, 16  # maximum numbers that a heat map shows
+_WRITTEN = 12  # maximum number of columns for numbers in the cells of a heat map
 _SPECIALISTS, _EXEMPLARS = 8, 5
 _TEXT = 140  # characters of an exemplar
 
 
 def sections(facts: RunFacts) -> list[Section]:
-    """Everything on the routing, closed at first where it follows a modality that the model does not use.
+    """All sections on the routing, collapsed at first if it depends on a modality that the model does not use.
 
-    Nothing for a method that does not route, or has one expert.
+    Empty for a method that does not route or has one expert.
     """
     routing_SLK = facts.routing_SLK
     if routing_SLK is None or routing_SLK.shape[-1] == 1:
@@ -129,7 +129,7 @@ def _over_training(facts: RunFacts, most_informative: int) -> Section | None:
 
 
 def _usage_by_step(lines: Sequence[Any], most_informative: int) -> list[tuple[int, Chart]]:
-    """The share of each expert by step, for the layers that `_layers` names."""
+    """The share of each expert by step, for the layers that `_layers` selects."""
     lines = [line for line in lines if line["routing"].get("usage")]
     every = max(1, -(-len(lines) // _TIMES))
     lines = lines[::-1][::every][::-1]  # the last one is among them
@@ -159,7 +159,7 @@ def _usage_of_layer(lines: Sequence[Any], layer: int) -> Chart:
 
 
 def _layers(count: int, most_informative: int) -> list[int]:
-    """The layer whose routing tells most, and the first, the middle and the last."""
+    """The layer with the most informative routing, and the first, the middle and the last."""
     return sorted({min(most_informative, count - 1), 0, (count - 1) // 2, count - 1})
 
 
@@ -221,7 +221,7 @@ def _specialists(facts: RunFacts, weights_SK: Tensor, layer: int) -> Section:
 
 
 def _exemplars(weight_S: Tensor, texts_S: Sequence[bytes]) -> list[int]:
-    """The samples with the highest weight, each text once while there are others."""
+    """The samples with the highest weight; a text is repeated only if there are no others."""
     order = weight_S.argsort(descending=True, stable=True).tolist()
     first: dict[bytes, int] = {}
     for number in order:

@@ -1,4 +1,4 @@
-"""Sections of a run's page that look at how it was trained: curves from metrics.jsonl, time, memory and parameters."""
+"""Sections of a run's page about its training: curves from metrics.jsonl, time, memory and parameters."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _curve(facts: RunFacts, value: Any) -> list[tuple[float, float]]:
 
 
 def resources(facts: RunFacts) -> Section | None:
-    """Time, memory, where, and the trained parameters by part."""
+    """Time, memory, machine, and the trained parameters by part."""
     result = facts.result
     if not result:
         return None

@@ -1,4 +1,4 @@
-"""Settings as a page shows them: those set by the user, without defaults and what follows from other settings."""
+"""Settings as a page shows them: those set by the user, without defaults and values that follow from other settings."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from mopefuse.config.schema import RunConfig
 from mopefuse.config.setting_paths import flatten, merge, nest
 
 Derive = Callable[[RunConfig], RunConfig]
-"""Fills in settings that are left open, as a run does when it begins."""
-_FROM_DATA = frozenset({"data.modalities"})  # never chosen: what the rows of the data have
+"""Fills in settings that are unset, as a run does when it begins."""
+_FROM_DATA = frozenset({"data.modalities"})  # never chosen by the user, but read from the data
 
 
 def changed_settings(config: RunConfig, derive: Derive, *, hidden: Collection[str] = ()) -> list[tuple[str, str, str]]:
     """(name, value, default) of the settings that were chosen and differ from their defaults.
 
-    The configuration of a run has every value filled in: learning rates, lengths of prompts. Whatever `derive` would fill in
-    for a setting left open was not chosen.
+    The configuration of a run has every value filled in: learning rates, lengths of prompts. A value that `derive`
+    would fill in for an unset setting was not chosen.
     """
     values, default = flatten(config.model_dump(mode="json")), _defaults(config)
     derived = _derived(config, derive, [name for name, value in values.items() if value is not None and default[name] is None])
@@ -31,7 +31,7 @@ def changed_settings(config: RunConfig, derive: Derive, *, hidden: Collection[st
 
 
 def _derived(config: RunConfig, derive: Derive, names: Sequence[str]) -> dict[str, Any]:
-    """What is filled in for each of the settings of `names` if those that nobody chose are left open.
+    """The value that is filled in for each of the settings in `names` if those that nobody chose are unset.
 
     One setting may follow another, as learning rates do: if they cannot all have been left unset, the first counts as set.
     """

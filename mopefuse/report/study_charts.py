@@ -35,7 +35,7 @@ def sections(facts: StudyFacts, comparison: Comparison) -> list[Section]:
 
 
 def deviation(rows: Iterable[Row]) -> str:
-    """What error bars are, as the end of a sentence."""
+    """Explain the error bars, as the end of a sentence."""
     several = sorted({len(row.runs) for row in rows})
     if several[-1] == 1:
         return "one run each, so there are no error bars"
@@ -96,7 +96,7 @@ def _parameters(facts: StudyFacts, comparison: Comparison, rows: Sequence[Row]) 
 
 
 def _learning(facts: StudyFacts, comparison: Comparison, rows: Sequence[Row]) -> Section:
-    """The validation metric by step: all rows in one chart where they are few, else part by part on the same axes."""
+    """The validation metric by step: all rows in one chart if they are few, else in several charts with the same axes."""
     lines = []
     for row in rows:
         found = facts.learning(row)
@@ -124,6 +124,6 @@ def _learning(facts: StudyFacts, comparison: Comparison, rows: Sequence[Row]) ->
 
 
 def _parts(items: Sequence[T]) -> list[Sequence[T]]:
-    """As few parts as hold all, none with more than one chart can show, and about as many in each."""
+    """As few parts of about equal size as possible, none larger than one chart can show."""
     count = -(-len(items) // _MOST)
     return [items[len(items) * part // count : len(items) * (part + 1) // count] for part in range(count)]

@@ -1,4 +1,4 @@
-"""What a page of a study is made of: study.json, the logs of its runs, and their comparison."""
+"""The contents of the page of a study: study.json, the logs of its runs, and their comparison."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class StudyFacts:
     """A study.
 
     Args:
-        study: what study.json says. comparison: comparison of the finished runs; None if nothing is.
+        study: content of study.json. comparison: comparison of the finished runs; None if no run is finished.
     """
 
     folder: Path
@@ -46,7 +46,7 @@ class StudyFacts:
 
     @property
     def name(self) -> str:
-        """Of the study."""
+        """Name of the study."""
         return str(self.study.get("name") or self.folder.resolve().name)
 
     @property
@@ -57,7 +57,7 @@ class StudyFacts:
 
     @cached_property
     def missing(self) -> tuple[Missing, ...]:
-        """Runs without a result: those of a row, in one state and for one reason, together."""
+        """Runs without a result; those of one row with the same state and reason are grouped."""
         groups: dict[tuple[str, str, str, str], list[Any]] = {}
         for cell in self.cells:
             if not has_result(self.folder, cell):
@@ -84,7 +84,7 @@ class StudyFacts:
         return row.metrics["test"][self.comparison.metric]
 
     def learning(self, row: Row) -> list[tuple[int, Spread]]:
-        """The metric on validation at each step that all runs of a row were validated at."""
+        """The metric on validation at each step at which all runs of a row were validated."""
         assert self.comparison is not None
         found: dict[int, list[float]] = {}
         for path in row.runs:

@@ -99,7 +99,7 @@ def _missing(facts: StudyFacts) -> Section:
 
 
 def _settings(facts: StudyFacts) -> Section:
-    """What all rows have, and what each sets over that."""
+    """The settings that all rows share, and those that each row changes."""
     seeds = dict.fromkeys(cell.get("seed") for cell in facts.cells)
     rows = [("folder", str(facts.folder)), ("seeds", ", ".join(map(str, seeds)))]
     rows.append(("baseline", str(facts.study.get("baseline") or "none")))
@@ -121,7 +121,7 @@ def _circumstances(comparison: Comparison) -> list[tuple[str, str]]:
 
 
 def _common(facts: StudyFacts) -> Markup:
-    """Settings that all rows that were begun have, of those that were chosen."""
+    """The chosen settings that all started rows share."""
     if not facts.started_rows:
         return Markup("")
     first, *others = (flatten(config.model_dump(mode="json")) for config, _ in facts.started_rows)
@@ -133,7 +133,7 @@ def _common(facts: StudyFacts) -> Markup:
 
 
 def _filled_in(config: RunConfig, modality_of: Mapping[str, str]) -> RunConfig:
-    """A configuration with what follows from the modalities of its encoders, as a run fills it in."""
+    """A configuration with the settings that follow from the modalities of its encoders filled in, as in a run."""
     if "main" in modality_of:
         config = config.model_copy(update={"prompts": fill_prompt_lengths(config.prompts, modality_of["main"])})
     tuned = list(modality_of) if config.tune == "full" else []
@@ -141,7 +141,7 @@ def _filled_in(config: RunConfig, modality_of: Mapping[str, str]) -> RunConfig:
 
 
 def _own(facts: StudyFacts) -> Markup:
-    """What the study sets in each row."""
+    """The settings that the study changes in each row."""
     each = {cell["label"]: cell.get("settings") or {} for cell in facts.cells}
     paths = list(dict.fromkeys(path for settings in each.values() for path in settings))
     if not paths:

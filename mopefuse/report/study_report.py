@@ -16,7 +16,7 @@ from mopefuse.studies.study_file import STUDY_FILE
 
 @dataclass(frozen=True)
 class StudyReported:
-    """What was written of a study, and what it compares."""
+    """The page that was written about a study, and its comparison."""
 
     page: Path
     figures: tuple[Path, ...]
@@ -39,11 +39,11 @@ def is_study(folder: Path) -> bool:
 def report_study(
     study: Path, *, out: Path | None = None, figures: Path | None = None, against: str | None = None, metric: str | None = None
 ) -> StudyReported:
-    """Write the page of a study, from the files of its runs alone; what is not finished is listed on it.
+    """Write the page of a study, from the files of its runs alone; it lists unfinished runs.
 
     Args:
         out: file of the page; ``report.html`` in the study. figures: a folder for the page's figures, as SVG and PNG.
-        against, metric: as those of `mopefuse.studies.compare.compare`.
+        against, metric: as in `mopefuse.studies.compare.compare`.
 
     Raises:
         CheckpointError: damaged files. ConfigError: runs that cannot be compared, an unknown label or metric, or `figures`

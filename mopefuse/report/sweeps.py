@@ -44,7 +44,7 @@ def sweeps(rows: Sequence[Row]) -> list[Sweep]:
 
 
 def _own(path: str, key: str, row: Row) -> object:
-    """A setting other than the one that is swept over; a learning rate that follows it by its ratio."""
+    """A setting other than the swept one; a learning rate that depends on the swept one is given by its ratio."""
     value, swept = row.settings[key], row.settings[path]
     if path == "train.lr" and key in ("train.lr_comp", "train.lr_head") and isinstance(value, int | float):
         return f"{value / swept:.6g} of it"

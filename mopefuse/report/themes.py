@@ -11,8 +11,8 @@ def _theme(
     """A configuration for charts of one set of colours.
 
     Args:
-        ink, soft: strong and faint text. line: grid lines. well: an empty cell. card: what the chart lies on.
-        bad, good: wrong and right. series: colours of series; the first is that of a single one.
+        ink, soft: strong and faint text. line: grid lines. well: an empty cell. card: background of the chart.
+        bad, good: wrong and correct predictions. series: colours of series; a single series has the first.
     """
     accent = series[0]
     text = {"labelColor": soft, "titleColor": soft, "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal"}

@@ -77,7 +77,7 @@ class RunFolder:
         """Make the folder ready for a new or a resumed run, before anything slow is done; safe to call twice.
 
         Args:
-            fix: the error's advice where the folder already holds a run.
+            fix: the error's advice if the folder already holds a run.
 
         Raises:
             ConfigError: the folder is not writable, not empty, being written by another process, or (with `overwrite` or

@@ -74,7 +74,7 @@ def open_run(
         path: folder of a run or an adapter, or an adapter on the hub.
         split: None for the test split, or the validation split if there is no test split.
         data: another data set with the same labels; None for the run's own.
-        layout: settings of `data` that differ there, see `with_data_path`.
+        layout: settings of the section `data` that differ for these data, see `with_data_path`.
         main, comp: other specs of the same encoders, see `mopefuse.config.sides.specs_by_side`.
         advance: progress of checking the files of a data set that was not checked before.
 
@@ -208,10 +208,10 @@ def _abridged(changed: Sequence[str], limit: int = 6) -> str:
 
 
 def with_data_path(config: DataConfig, path: Path | None, layout: Mapping[str, Any] | None = None) -> DataConfig:
-    """`config` for another data set of the same kind, of which nothing is held out or subsampled; unchanged if `path` is None.
+    """`config` for another data set of the same kind, without held-out rows or subsampling; unchanged if `path` is None.
 
     Args:
-        layout: settings of the section `data` that differ there: column names, image folders.
+        layout: settings of the section `data` that differ for these data: column names, image folders.
 
     Raises:
         ConfigError: an unknown or invalid setting in `layout`.

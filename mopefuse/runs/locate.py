@@ -68,7 +68,7 @@ def locate(path: str | Path) -> Path:
 
 
 def _fetch(repo: str, name: str, revision: str | None, where: str) -> Path | None:
-    """`mopefuse.core.hub.fetch`, with a fix that suits models rather than encoders where the hub cannot be reached."""
+    """`mopefuse.core.hub.fetch`, with a fix that suits models rather than encoders if the hub cannot be reached."""
     from mopefuse.core import hub
 
     try:

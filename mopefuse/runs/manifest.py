@@ -46,7 +46,7 @@ def check_facts(facts: dict[str, Any], file: Path) -> dict[str, Any]:
     """Check the facts of a run or an adapter, and return them.
 
     Args:
-        file: that they were read from.
+        file: the file that they were read from.
 
     Raises:
         CheckpointError: a fact is missing or of the wrong type.

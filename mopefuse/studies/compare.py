@@ -40,9 +40,9 @@ class Spread:
 
     @property
     def std(self) -> float | None:
-        """The sample standard deviation (n - 1); None of a single value."""
+        """The sample standard deviation (n - 1); None for a single value."""
         if len(set(self.values)) == 1 < len(self.values):
-            return 0.0  # exactly, however the mean was rounded
+            return 0.0  # exactly 0, even if the mean was rounded
         squares = sum((value - self.mean) ** 2 for value in self.values)
         return math.sqrt(squares / (len(self.values) - 1)) if len(self.values) > 1 else None
 
@@ -52,9 +52,9 @@ class Row:
     """Runs that differ in their seed only.
 
     Args:
-        settings: by path, those that are not the same in all rows.
-        metrics: by split and metric.
-        trainable, total: parameters.
+        settings: settings that are not the same in all rows, by path.
+        metrics: values by split and metric.
+        trainable, total: numbers of parameters.
         seconds: training time. peak_memory: in bytes, the largest of the runs.
         versus: difference of the compared metric on the test split; None in the row that others are compared with.
     """
@@ -76,7 +76,7 @@ class Comparison:
     """Rows in their order.
 
     Args:
-        metric: that rows are compared by. against: label of the row that others are compared with.
+        metric: the metric by which rows are compared. against: label of the row that others are compared with.
         samples: samples of the test split.
         chosen: for a search, the label of the row with the best validation metric, "" if there is none; None for other studies.
     """
@@ -122,7 +122,7 @@ def compare(
     Args:
         against: label of the row (or path of a run in it) that significance is computed against, see
             `mopefuse.metrics.bootstrap.difference`; default the study's baseline.
-        metric: to compare by; default the study's, else accuracy, or macro-F1 of multi-label data.
+        metric: the metric to compare by; default the study's, else accuracy, or macro-F1 of multi-label data.
         partly: leave out unfinished and failed cells of a study without an error or a notice.
 
     Of several folders, those that are not a finished run, or that repeat another one, are left out, with a notice. So are

@@ -51,7 +51,7 @@ Axis = Annotated[
     Annotated[Range, Tag("range")] | Annotated[list[Any], Field(min_length=1), Tag("list")],
     Discriminator(_kind, custom_error_type="axis", custom_error_message="a list of values, or a range (low, high, log)"),
 ]
-"""What is wrong with a value is said of the one kind that it is meant as."""
+"""A range or a list; an error in a value is reported only for the kind that the value resembles."""
 
 
 class Search(Section):

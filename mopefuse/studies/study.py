@@ -1,4 +1,4 @@
-"""Run a study: every cell is an ordinary run in a process of its own, and finished cells are never run again.
+"""Run a study: every cell is an ordinary run in its own process, and finished cells are never run again.
 
 A study that was killed continues when it is started again: unfinished cells resume exactly from their last checkpoint (see
 `mopefuse.training.train`; on a CPU, with the same number of threads). All cells share the data index, encoder features and
@@ -190,7 +190,7 @@ def write_study(study: Study, out: Path, statuses: Sequence[Status], more: Mappi
 
 @dataclass
 class Schedule:
-    """Runs cells, each in a process of its own that sends messages through a pipe; the pipe closes when the process ends.
+    """Runs cells, each in its own process, which sends messages through a pipe; the pipe closes when the process ends.
 
     Args:
         statuses: statuses of all cells known so far; may grow between calls of `run`.

@@ -1,4 +1,4 @@
-"""Contract tests for plugins: what mopefuse relies on of an encoder, a fusion method and a modality.
+"""Contract tests for plugins: what mopefuse requires of an encoder, a fusion method and a modality.
 
     from mopefuse.testing import check_encoder, check_fusion, check_modality
 
@@ -7,7 +7,7 @@
         check_fusion("product", main="tiny:vision", comp="mine:small?pretrained=false")
         check_modality("sensor", values=["0.5 1.0", "3.0"])
 
-Each raises an AssertionError that says what is broken, where, and how to fix it. The built-in encoders, methods and
+Each raises an AssertionError that states what is broken, where, and how to fix it. The built-in encoders, methods and
 modalities pass the same tests.
 """
 

@@ -1,4 +1,4 @@
-"""How contracts are checked: as parts, each a claim, a check that raises an AssertionError, and how to fix what it finds."""
+"""Contracts and their parts: each part has a claim, a check that raises an AssertionError, and a fix for what it finds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Part(NamedTuple):
     """One part of a contract.
 
     Args:
-        claim: what holds. check: raises an AssertionError that says what is broken and where. fix: what to change.
+        claim: the property to hold. check: raises an AssertionError that states what is broken and where. fix: what to change.
     """
 
     claim: str

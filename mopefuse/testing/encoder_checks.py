@@ -48,7 +48,7 @@ class EncoderChecks:
             return self.encoder.encode(inputs, prompt_at)
 
     def attributes(self) -> None:
-        """The attributes fit one another and what `preprocess` gives; the fingerprint is stable."""
+        """The attributes are consistent with one another and with the output of `preprocess`; the fingerprint is stable."""
         e = self.encoder
         assert e.modality.isidentifier(), self.message(f"modality is {e.modality!r}, expected a name such as 'image'")
         assert len(e.widths) == len(e.heads), self.message(f"{len(e.widths)} widths but {len(e.heads)} heads")
@@ -63,7 +63,7 @@ class EncoderChecks:
         assert e.fingerprint() == e.fingerprint(), self.message("the fingerprint is not deterministic")
 
     def frozen(self) -> None:
-        """No parameter learns and no module is in training mode, also after train()."""
+        """No parameter is trainable and no module is in training mode, even after train()."""
         self.encoder.train()
         learning = [name for name, p in self.encoder.named_parameters() if p.requires_grad]
         assert not learning, self.message(f"although frozen, {learning[:3]} would be trained")
@@ -97,7 +97,7 @@ class EncoderChecks:
         """Features and tokens of a sample by itself and within the batch.
 
         Args:
-            gates: None without prompts; else from the gates to those that prompts have, None for no gates.
+            gates: None without prompts; else a function from all gates to those of the prompts (None for ungated prompts).
         """
         together = self.run(self.inputs, self.prompting(gates, slice(None)))
         how = "without prompts" if gates is None else "with prompts" if gates([]) is None else "with gated prompts"

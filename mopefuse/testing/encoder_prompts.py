@@ -40,7 +40,7 @@ class PromptChecks(EncoderChecks):
         )
 
     def untouched_without_prompts(self) -> None:
-        """No prompt, a prompt without tokens and a gate of 0 leave the output as it is, bit for bit."""
+        """No prompt, a prompt without tokens and a gate of 0 leave the output unchanged, bit for bit."""
         for grad in (False, True):
             with torch.set_grad_enabled(grad):
                 plain = self.encoder.encode(self.inputs)
@@ -66,7 +66,7 @@ class PromptChecks(EncoderChecks):
                 assert not torch.equal(out.pooled_BC, plain.pooled_BC), self.message(f"{kind} at layer {chosen} has no effect")
 
     def gradients(self) -> None:
-        """Prompts and gates of all layers get a gradient, weights none."""
+        """Prompts and gates of all layers get a gradient, and weights get none."""
         prompts = [prompt.clone().requires_grad_() for prompt in self.prompts]
         gates = [gate.clone().requires_grad_() for gate in self.gates]
         for used in (None, gates):

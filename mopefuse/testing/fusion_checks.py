@@ -73,7 +73,7 @@ class FusionChecks:
         return output.logits_BN
 
     def deterministic(self) -> None:
-        """The same logits twice, also with training mode in between."""
+        """A second call gives the same logits, even with training mode in between."""
         batch = self.batch(self.model)
         first = self.run_and_check(self.model, batch)
         self.model.train().eval()
@@ -147,7 +147,7 @@ class FusionChecks:
         self.close(found, wanted, "what was computed earlier for prefix_layers gives other logits")
 
     def state_round_trip(self) -> None:
-        """After a step of training, the state loads into a fresh model, which then answers the same."""
+        """After a training step, the state can be loaded into a fresh model, which then gives the same logits."""
         model = self.build().train()
         optimizer = torch.optim.SGD(model.trainable_parameters(), lr=0.1)
         self.loss(model, self.batch(model)).backward()
@@ -160,7 +160,7 @@ class FusionChecks:
         assert torch.equal(wanted, found), self.message("a fresh model with the saved state gives other logits")
 
     def copies(self) -> None:
-        """A deep copy gives the same logits, and data workers can be handed the collator."""
+        """A deep copy gives the same logits, and the collator can be sent to data workers."""
         batch = self.batch(self.model)
         copied = self.run_and_check(copy.deepcopy(self.model), batch)
         assert torch.equal(copied, self.run_and_check(self.model, batch)), self.message("a deep copy gives other logits")
@@ -179,7 +179,7 @@ class FusionChecks:
             raise AssertionError(self.message(f"accepts a sample without {modality}, which is not declared optional"))
 
     def missing_is_handled(self) -> None:
-        """A sample without a modality that may be lacking gets finite logits, and does not change the others."""
+        """A sample without a modality that it may lack gets finite logits, and does not change the others."""
         model = self.build(on_missing="absent")
         optional = {modality for side, (modality, _) in model.readers().items() if side in model.droppable_sides}
         required = {modality for side, (modality, _) in model.readers().items() if side not in model.droppable_sides}
@@ -200,7 +200,7 @@ class FusionChecks:
             )
 
     def _without(self, modality: str) -> dict[str, list[Any]]:
-        """The samples, the first of which lacks a modality."""
+        """The samples, without one modality of the first."""
         return {name: [None, *values[1:]] if name == modality else [*values] for name, values in self.values.items()}
 
     def close(self, left: Tensor, right: Tensor, fault: str) -> None:

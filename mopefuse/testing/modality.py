@@ -17,7 +17,7 @@ def check_modality(modality: str, *, values: Sequence[str] = (), root: Path | No
 
     Args:
         modality: its registered name.
-        values: some values as they stand in rows: paths of files relative to `root`, or what stands in the row itself.
+        values: some values as they are stored in rows: paths of files relative to `root`, or the values themselves.
         root: folder of the files.
         equal: whether two values, as read() gives them, are the same; default by `==`, of arrays and images by their elements.
 

@@ -38,7 +38,7 @@ class ModalityChecks:
         return self.modality.read(value, [self.root], where="row", config=self.config)
 
     def attributes(self) -> None:
-        """Words for messages."""
+        """The attributes that messages use are texts."""
         for name in ("plural", "value_description", "type_fix"):
             text = getattr(self.modality, name)
             assert isinstance(text, str) and text, self.message(f"{name} is {text!r}, expected words for messages")
@@ -85,7 +85,7 @@ class ModalityChecks:
         return False
 
     def reading(self) -> None:
-        """Reading a value twice gives the same, which is accepted."""
+        """Reading a value twice gives the same value, and this value is accepted."""
         for value in self.values:
             first = self.read(value)
             assert self.equal(first, self.read(value)), self.message(f"reading {value!r:.60} twice gives two results")
@@ -107,7 +107,7 @@ class ModalityChecks:
                 raise AssertionError(self.message(f"{what} cannot be handed to a data worker: {error}")) from error
 
     def damaged(self) -> None:
-        """Values that make no sense are read, or raise a MopefuseError."""
+        """Meaningless values are read, or raise a MopefuseError."""
         for value in _DAMAGED:
             self.refuses(partial(self.read, value), f"read() of {value!r:.20}")
 
@@ -118,7 +118,7 @@ class FileChecks(ModalityChecks):
     modality: Files
 
     def prepares_as_it_reads(self) -> None:
-        """A file by its path gives what its row gives."""
+        """Reading a file by its path gives the same value as reading its row."""
         super().prepares_as_it_reads()
         for value in self.values:
             path = self.root / value
@@ -166,7 +166,7 @@ class FileChecks(ModalityChecks):
             assert refused, self.message(f"read() takes the path {value!r}")
 
     def inspects_whole_files(self) -> None:
-        """Whole files pass `inspect`."""
+        """Undamaged files pass `inspect`."""
         for value in self.values:
             try:
                 self.inspect((self.root / value).read_bytes())

@@ -47,7 +47,7 @@ def demo(
 
     Args:
         out: folder for the data and the runs.
-        listener: makes a listener of the training of a variant from its title.
+        listener: creates the listener for the training of a variant, given its title.
         steps: train each variant for only this many steps, as a quick look rather than a result.
     """
     data = out / "digit-questions"

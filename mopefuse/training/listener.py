@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Progress:
-    """The state of training that a checkpoint holds beside tensors."""
+    """The state of training that a checkpoint holds in addition to tensors."""
 
     step: int = 0
     best: float | None = None

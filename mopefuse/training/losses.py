@@ -16,7 +16,7 @@ from mopefuse.fusion.base import Output
 def classification_loss(output: Output, batch: Batch, *, multi_label: bool, weights: Tensor | None = None) -> Tensor:
     """Cross-entropy, or binary cross-entropy averaged over labels, summed over the batch.
 
-    The logits of the complementary side alone (`Output.alone_BN`), where a method has them, add a loss of the same form.
+    The logits of the complementary side alone (`Output.alone_BN`), if a method has them, add a loss of the same form.
 
     Args:
         weights: class weights of `balanced_weights`.

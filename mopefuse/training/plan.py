@@ -100,7 +100,7 @@ def prepare(config: RunConfig, listener: Listener, device: torch.device | None =
     """Read the data, build the model, and resolve the defaults that depend on them.
 
     Args:
-        device: to move the model to.
+        device: the device that the model is moved to.
 
     Raises:
         MopefuseError: an unknown method or encoder, bad data, or a model that does not suit the data.

@@ -1,6 +1,6 @@
 """Initial weights of methods with a head on standardised features of the encoders without prompts (`Fusion.standard`).
 
-These are the statistics of the features and, where the head starts as a logistic regression (`Fusion.starts_fitted`), its
+These are the statistics of the features and, if the head starts as a logistic regression (`Fusion.starts_fitted`), its
 weights.
 """
 

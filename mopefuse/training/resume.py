@@ -19,7 +19,7 @@ MAY_CHANGE = frozenset(
     ).split()
 )
 """Settings that a resumed run may change; all others define the run."""
-_RESOLVED = {"data.cache_prefix": "auto"}  # values that a run replaces when it begins; None is another
+_RESOLVED = {"data.cache_prefix": "auto"}  # values that a run replaces when it begins, besides None
 
 
 def resumed(saved: RunConfig, new: RunConfig) -> tuple[RunConfig, list[str]]:

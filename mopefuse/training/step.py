@@ -37,7 +37,7 @@ class Backward:
 
         Args:
             batch: this process's share. batch_size: size of the global batch.
-            has_share: False where the global batch is smaller than the number of processes and this one has no share of
+            has_share: False if the global batch is smaller than the number of processes and this one has no share of
                 it: it then computes a dummy sample with weight zero.
         """
         weight = 1.0 if has_share else 0.0

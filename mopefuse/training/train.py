@@ -1,4 +1,4 @@
-"""Train a fusion of frozen encoders into a run folder; the best checkpoint on validation is tested once."""
+"""Train a fusion of frozen encoders and write a run folder; the best checkpoint on validation is tested once."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class Start(NamedTuple):
 
 
 class WarmUp(NamedTuple):
-    """The parameters that learn in the first steps, while all others stay as they are."""
+    """The parameters that learn in the first steps, while all others stay unchanged."""
 
     names: frozenset[str]
     steps: int

@@ -1,10 +1,10 @@
 """Audio encoders: ``audio:facebook/wav2vec2-base``, ``audio:/folder/with/hubert``, ``audio:openai/whisper-tiny``.
 
-wav2vec 2.0, HuBERT, WavLM and the encoder of Whisper, read through transformers; all but WavLM (its attention is its own) can
-be prompted. Clips are mixed to one channel, brought to the encoder's rate by soxr and cut to ``?seconds=``.
+wav2vec 2.0, HuBERT, WavLM and the encoder of Whisper, read through transformers; all but WavLM, which implements
+its own attention, can be prompted. Clips are mixed to one channel, resampled by soxr and cut to ``?seconds=``.
 
 Encoders that normalise their first features over time (``feat_extract_norm`` ``group``) would be affected by padding;
-they get all clips padded to one length. So does Whisper, as it was trained. The others take any length and a mask.
+they get all clips padded to one length. So does Whisper, as in its training. The others take any length and a mask.
 
 Shapes: B batch, T samples of audio, L frames, M bands of a mel spectrogram, D width.
 """
@@ -35,7 +35,7 @@ class AudioEncoder(TransformersEncoder):
     """An audio encoder. ``encode`` takes ``{"audio", "mask": (B, T)}``, Whisper's ``{"mel": (B, M, 2 L), "mask": (B, L)}``.
 
     Raises (on construction):
-        EncoderError: no such folder or repository, or it holds no encoder that can be used, or an unknown option.
+        EncoderError: no such folder or repository, no usable encoder in it, or an unknown option.
         CheckpointError: its weights are damaged, a pickle, incomplete, or do not fit.
     """
 
@@ -105,13 +105,13 @@ class AudioEncoder(TransformersEncoder):
 
 @dataclass(frozen=True)
 class _Clips:
-    """Clips of one rate, in Hz, with a maximum length. A value is as `mopefuse_audio_clips.Audio` gives or takes it."""
+    """Clips of one rate, in Hz, with a maximum length. Values are those that `mopefuse_audio_clips.Audio` reads or accepts."""
 
     rate: int
     most: int
 
     def reduce(self, value: Any) -> Samples:
-        """One channel, at the encoder's rate, cut."""
+        """Mix a clip to one channel, resample it to the encoder's rate, and cut it."""
         if isinstance(value, str | Path):
             value = clip_of(value)
         clip, rate = value.start(self.most / self.rate) if isinstance(value, Clip) else value
@@ -122,24 +122,24 @@ class _Clips:
         return out
 
     def item(self, value: Any) -> Any:
-        """A clip, ready for a batch."""
+        """Prepare a clip for a batch."""
         return self.ready(self.reduce(value))
 
     def ready(self, reduced: Samples) -> Any:
-        """What is left to do after augmentation."""
+        """Prepare a reduced clip after augmentation."""
         raise NotImplementedError
 
     def finish(self, inputs: Mapping[str, Tensor]) -> Inputs:
-        """Nothing is left to do."""
+        """Return the inputs unchanged."""
         return dict(inputs)
 
 
 @dataclass(frozen=True)
 class Waveform(_Clips):
-    """Samples as they are, or with mean 0 and variance 1.
+    """Unchanged samples, or samples normalised to mean 0 and variance 1.
 
     Args:
-        least: samples of a clip. length: to which all are padded; None for that of the longest of a batch.
+        least: minimum number of samples of a clip. length: length to which all are padded; None for the longest of a batch.
     """
 
     least: int
@@ -147,7 +147,7 @@ class Waveform(_Clips):
     length: int | None
 
     def ready(self, reduced: Samples) -> Samples:
-        """Normalised, and with silence after it if it is shorter than one frame."""
+        """Normalise a clip, and append silence if it is shorter than one frame."""
         clip = reduced
         if self.normalise and len(clip):
             clip = (clip - clip.mean()) / np.sqrt(clip.var() + 1e-7)

@@ -23,7 +23,7 @@ from mopefuse.errors import DataError
 from mopefuse.modalities.files import FileInfo, Files
 
 MOST = 300_000_000  # samples of a clip, all channels together: 100 minutes in stereo at 25 kHz
-_BLOCK = 1 << 20  # samples decoded at a time, to be looked at
+_BLOCK = 1 << 20  # samples decoded at a time, to be checked
 Samples = NDArray[np.float32]
 
 
@@ -32,7 +32,7 @@ class Clip:
     """A file of audio, not yet decoded. Clips of the same content are equal.
 
     Args:
-        content: of the file. name: as its row says it. where: file, line and id of the row.
+        content: content of the file. name: its name in the row. where: file, line and id of the row.
     """
 
     content: bytes
@@ -96,7 +96,7 @@ class Audio(Files):
     common_columns: ClassVar[tuple[str, ...]] = ("clip", "wav", "sound", "audio_path", "file_name", "file", "path")
 
     def decode(self, content: bytes, name: str, *, where: str, config: Data) -> Clip:
-        """See `Files.decode`: the encoder decides how much of it is used."""
+        """See `Files.decode`; the encoder decides how much of the clip is used."""
         return Clip(content, name, where)
 
     def inspect(self, content: bytes, name: str, config: Data) -> FileInfo:

@@ -1,4 +1,4 @@
-"""The encoders of mopefuse-audio keep the contract, on small random models."""
+"""The encoders of mopefuse-audio satisfy the contract, tested with small random models."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def save(root: Path) -> dict[str, Path]:
-    """A small random model of every family, below `root`."""
+    """Save a small random model of every family below `root`."""
     torch.manual_seed(0)
     for name, (kind, values) in CASES.items():
         transformers.AutoModel.from_config(transformers.AutoConfig.for_model(kind, **values)).save_pretrained(root / name)
@@ -47,7 +47,7 @@ def save(root: Path) -> dict[str, Path]:
 
 
 def spec(name: str, folder: Path) -> str:
-    """Of short clips."""
+    """The spec of an encoder for short clips."""
     return f"audio:{folder}{'' if name == 'whisper' else '?seconds=1'}"
 
 
@@ -82,7 +82,7 @@ def test_without_prompts_it_is_the_library(name: str, folders: dict[str, Path]) 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "wavlm"])
 def test_prompts_equal_inserted_tokens(name: str, folders: dict[str, Path]) -> None:
-    """Ungated, a prompt of the last layer equals tokens put ahead of those that enter it."""
+    """Without a gate, a prompt of the last layer has the same effect as tokens inserted before the layer's input tokens."""
     encoder = create_encoder(spec(name, folders[name]))
     inputs = encoder.preprocess.batch([encoder.preprocess.item((np.sin(np.arange(16000) / 20), 16000))] * 2)
     prompt = torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(0))

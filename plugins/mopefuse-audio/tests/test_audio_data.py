@@ -1,4 +1,4 @@
-"""Audio beside images or texts, from tables to predictions, on a few made clips and small random models."""
+"""Audio with images or texts, from tables to predictions, with a few synthetic clips and small random models."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def make(root: Path, *columns: str) -> Path:
-    """A data set of these columns: tones of two heights, grey and white images."""
+    """Write a data set with these columns: tones of two pitches, grey and white images."""
     (root / "clips").mkdir(parents=True)
     for split, count in COUNTS.items():
         rows = []
@@ -58,7 +58,7 @@ def make(root: Path, *columns: str) -> Path:
 
 
 def change(root: Path, number: int, **changed: Any) -> Path:
-    """Another value in one row of train; no column where it is `...`."""
+    """Change a value in one row of train; `...` removes the column."""
     path = root / "train.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows[number] = {key: value for key, value in (rows[number] | changed).items() if value is not ...}
@@ -67,7 +67,7 @@ def change(root: Path, number: int, **changed: Any) -> Path:
 
 
 def call(*args: object) -> tuple[int, str, str]:
-    """The command line in this process: exit code, stdout, stderr."""
+    """Run the command line in this process; returns exit code, stdout and stderr."""
     from mopefuse.cli.app import main
 
     out, err = io.StringIO(), io.StringIO()
@@ -103,7 +103,7 @@ def test_a_contact_sheet_names_clips_beside_what_can_be_seen(tmp_path: Path, col
 
 
 def done(*args: object) -> str:
-    """Stdout of a command that ends well."""
+    """Run a command that must succeed; returns its stdout."""
     code, out, err = call(*args)
     assert code == 0, err
     return out
@@ -118,7 +118,7 @@ def test_a_model_trains_and_answers(columns: tuple[str, str], tmp_path: Path, fo
     sides = ("--main", "tiny:vision", "--comp", audio) if "img" in columns else ("--main", audio, "--comp", "tiny:text")
     done("train", *sides, *SMALL, "--data", data, "--out", run)
     config = (run / "config.yaml").read_text()
-    assert ("lr: 0.0004" if "img" in columns else "lr: 0.0005") in config  # of the main encoder's modality
+    assert ("lr: 0.0004" if "img" in columns else "lr: 0.0005") in config  # the default for the main encoder's modality
     needs = {need["group"] for need in json.loads((run / "manifest.json").read_text())["plugins"]}
     assert needs == {"mopefuse.encoders", "mopefuse.modalities"}
     metrics = json.loads(done("eval", run, "--json"))["metrics"]
@@ -126,7 +126,7 @@ def test_a_model_trains_and_answers(columns: tuple[str, str], tmp_path: Path, fo
     rows[1].pop(columns[1])
     (data / "new.jsonl").write_text("".join(json.dumps({**row, "unread": 3}) + "\n" for row in rows))
     answers = [json.loads(line) for line in done("predict", run, data / "new.jsonl").splitlines()]
-    assert [answer["id"] for answer in answers] == ["test-0", "2", "test-2", "test-3"]  # of what is no row, its line
+    assert [answer["id"] for answer in answers] == ["test-0", "2", "test-2", "test-3"]  # an invalid row has its line
     assert answers[1]["error"]["code"] == "MF-DATA-03" and "has no audio" in answers[1]["error"]["message"]
     rest = [answer["label"] == row["label"] for answer, row in zip(answers, rows, strict=True) if "error" not in answer]
     assert len(rest) == 3 and 0 <= metrics["accuracy"] <= 1

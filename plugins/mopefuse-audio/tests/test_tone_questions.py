@@ -1,4 +1,4 @@
-"""Three modalities: an image is asked by a text and a tone, and what is lost without either is reported."""
+"""Three modalities: a text and a tone ask about an image, and the loss without either of them is reported."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import mopefuse
 from mopefuse.cli.app import app
 
-STEPS = 150  # a look: ten epochs of 8,000 rows reach 96 % (docs/log.md)
+STEPS = 150  # a quick look; ten epochs of 8,000 rows reach 96 % (docs/log.md)
 
 
 def call(*args: object) -> Any:

@@ -1,8 +1,8 @@
-"""Tone questions: digit questions of which half is heard. An image holds four handwritten digits in four colours, one in each
-cell; a text says whether a place or a colour is meant, and a tone says which of the four. The label is that digit.
+"""Tone questions: digit questions that are half heard. An image holds four handwritten digits in four colours, one in each
+cell; a text states whether a place or a colour is meant, and a tone selects one of the four. The label is that digit.
 
-No two of the three are enough: the image alone leaves four likely answers of ten, without the tone still four, without the text
-two, and without the image ten.
+No two of the three are enough: the image alone leaves four of ten answers likely; without the tone there are still four,
+without the text two, and without the image ten.
 
 Shapes: N images, 4 cells or colours.
 """
@@ -57,7 +57,7 @@ def _write(folder: Path, split: str, rows: int, seed: int) -> None:
 
 
 def tone(number: int, random: np.random.Generator) -> np.ndarray:
-    """One of `TONES` with a pitch, a phase and a loudness of its own, and noise."""
+    """One of `TONES` with its own pitch, phase and loudness, and with noise."""
     time = np.arange(round(RATE * _SECONDS)) / RATE
     pitch, phase, loud = TONES[number] * random.uniform(0.95, 1.05), random.uniform(0, 2 * np.pi), random.uniform(0.2, 0.6)
     return loud * np.sin(2 * np.pi * pitch * time + phase) + 0.02 * random.standard_normal(len(time))
@@ -75,7 +75,7 @@ WHISPER = {
 
 
 def pretrain(folder: Path, *, steps: int = 80, batch: int = 64) -> Path:
-    """A small Whisper whose encoder has learned to tell tones apart, and nothing of the task; saved as transformers does."""
+    """Train a small Whisper whose encoder tells tones apart but knows nothing of the task; saved as transformers does."""
     torch.manual_seed(0)
     model = transformers.WhisperModel(transformers.WhisperConfig(**WHISPER))
     model.save_pretrained(folder)
