@@ -51,8 +51,8 @@ def check_row(row: Mapping[str, Any], line: int, split: str, layout: Layout) -> 
         line, split: used to form the id of a row that has none.
 
     Raises:
-        NoRow: a column is missing, or a value has the wrong type.
-        LeftOut: a value is missing, and settings say to skip such rows.
+        InvalidRow: a column is missing, or a value has the wrong type.
+        RowSkipped: a value is missing, and settings say to skip such rows.
     """
     values = _values(row, layout, label=True)
     identity = _identity(row, layout.identity, f"{split}-{line}")
@@ -73,7 +73,7 @@ def check_input(row: Mapping[str, Any], line: int, layout: Layout) -> tuple[str,
         Its id, and its values by modality.
 
     Raises:
-        NoRow: a column is missing, or a value has the wrong type.
+        InvalidRow: a column is missing, or a value has the wrong type.
     """
     values = _values(row, layout, label=False)
     identity = _identity(row, layout.identity, str(line))
