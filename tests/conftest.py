@@ -64,6 +64,12 @@ def matrix(cases: Iterable[Any], quick: Collection[Any]) -> list[Any]:
     return [case if case in quick else pytest.param(case, marks=pytest.mark.matrix) for case in cases]
 
 
+def thinned(rows: Iterable[tuple[Any, ...]], step: int) -> list[Any]:
+    """Rows for `parametrize` with several names, of which the quick tier runs every `step`-th."""
+    marks = pytest.mark.matrix
+    return [row if number % step == 0 else pytest.param(*row, marks=marks) for number, row in enumerate(rows)]
+
+
 def make_pairs(root: Path, *, multi: bool = False, counts: dict[str, int] = COUNTS) -> Path:
     """A data set of 16 x 16 images and short texts; every label is in every split."""
     rng = np.random.default_rng(7)

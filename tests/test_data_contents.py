@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from check_cases import folder, kinds, line, report, said, save, write
-from conftest import call, code_of, make_pairs
+from conftest import call, code_of, make_pairs, matrix
 
 from mopefuse.config.schema import Data
 from mopefuse.data import summary
@@ -206,7 +206,10 @@ def test_lengths_with_an_encoder_are_its_tokens_and_what_it_cuts(tmp_path: Path)
     assert "tiny:text reads 32 tokens and truncates 2 of the measured texts (40.0 %)" in done.stdout
 
 
-@pytest.mark.parametrize("spec", ["tiny:text", "hf:bert-base?pretrained=false", "open_clip:vit-b-32-text?pretrained=false"])
+@pytest.mark.parametrize(
+    "spec",
+    matrix(["tiny:text", "hf:bert-base?pretrained=false", "open_clip:vit-b-32-text?pretrained=false"], ["tiny:text"]),
+)
 def test_a_text_is_cut_if_it_has_one_token_too_many(spec: str) -> None:
     preprocess = create_encoder(spec).preprocess
     assert isinstance(preprocess, TextPreprocess)
