@@ -124,5 +124,5 @@ def test_a_process_with_little_address_space_ends_with_one_line(
     assert done.returncode in ((0,) if command == "--help" else (0, 7)), done.stderr
     if done.returncode == 7:
         assert done.stderr.splitlines()[-1].startswith("error[MF-RES-")
-        assert "memory" in done.stderr or "address space" in done.stderr
+        assert "memory" in done.stderr or "address-space limit" in done.stderr
         assert not (tmp_path / "answers.jsonl").exists()
