@@ -67,8 +67,18 @@ def temporary_name(target: Path, kind: str = TEMPORARY) -> Iterator[Path]:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file or folder; another process may be removing it at the same time."""
+    """Remove a file or folder; another process may be removing it at the same time.
+
+    A folder that was moved aside gets a name first under which `remove_leftovers` never restores it: it could be half removed.
+    """
     if path.is_dir():
+        if OLD in path.name:
+            discarded = path.with_name(f"{path.name.partition(TEMPORARY)[0]}{TEMPORARY}{next(_counter)}-{os.getpid()}")
+            try:
+                path.rename(discarded)
+            except FileNotFoundError:  # another process was faster
+                return
+            path = discarded
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
