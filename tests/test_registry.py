@@ -55,6 +55,7 @@ def test_options_are_distinct_pairs(text: str) -> None:
 @given(st.text())
 @example("a:b?c=d&e=f=g")
 @example("~0")
+@example("0" * 300)
 def test_any_text_is_a_spec_that_reads_itself_back_or_an_error(text: str) -> None:
     try:
         spec = parse_spec(text)

@@ -20,7 +20,6 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import Distribution, EntryPoint, PackageNotFoundError, distributions, entry_points, version
-from pathlib import Path
 from typing import Any
 
 from mopefuse.core.error_codes import ConfigCode, EncoderCode, PluginCode
@@ -61,7 +60,7 @@ def parse_spec(text: str) -> Spec:
     head, has_query, query = text.strip().partition("?")
     scheme, has_scheme, name = head.partition(":")
     if not (scheme and has_scheme and name):
-        if head and not has_scheme and Path(os.path.expanduser(head)).is_dir():
+        if head and not has_scheme and os.path.isdir(os.path.expanduser(head)):  # False for an impossible name
             raise ConfigError(ConfigCode.NOT_AN_ENCODER_SPEC, f"{text!r} is a folder without a scheme", fix=f"write hf:{text}")
         raise ConfigError(
             ConfigCode.NOT_AN_ENCODER_SPEC,
