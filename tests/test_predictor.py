@@ -225,7 +225,7 @@ def test_a_bundle_predicts_without_torch(environment: Path, exported: Path, tmp_
     pair = ["--image", exported / "example.png", "--text", example["text"]]
     done = subprocess.run([*command, *pair], capture_output=True, text=True, env=clean, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["label"] == example["answer"]["label"]
+    assert json.loads(done.stdout)["label"] == example["prediction"]["label"]
     missing = subprocess.run([python, "-c", "import torch"], capture_output=True, env=clean, check=False)
     assert missing.returncode != 0
 

@@ -246,10 +246,10 @@ def test_the_page_of_a_large_split_is_of_some_of_its_samples(
     trained: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, _ = trained
-    monkeypatch.setattr(reporting, "MOST_ANSWERS", 9 * MANY)
+    monkeypatch.setattr(reporting, "MAX_PROBABILITIES", 9 * MANY)
     done = reporting.report(run, out=tmp_path / "page.html", device="cpu", audit=False)
     assert "9 of 30 samples" in done.notes[-1]
-    monkeypatch.setattr(reporting, "MOST_ANSWERS", 30 * MANY)
+    monkeypatch.setattr(reporting, "MAX_PROBABILITIES", 30 * MANY)
     whole = reporting.report(run, out=tmp_path / "page.html", device="cpu", audit=False)
     assert "of 30 samples" not in " ".join(whole.notes)
     saved = json.loads((run / "metrics.json").read_text())["metrics"]["test"]

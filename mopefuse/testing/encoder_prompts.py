@@ -1,4 +1,4 @@
-"""What is checked of an encoder that takes prompts, and of one that accepts inserted tokens.
+"""Checks of encoders that take prompts, and of encoders that accept inserted tokens.
 
 Shapes: B batch, L tokens, P prompt tokens, D width of a layer, K keys that a query sees.
 """
@@ -19,8 +19,8 @@ class PromptChecks(EncoderChecks):
 
     def only_at(self, chosen: int, gates: list[Tensor] | None) -> PromptAt:
         """A callback that returns a prompt at one layer alone."""
-        answers = prompts_at(self.prompts, gates)
-        return lambda layer, tokens, mask: answers(layer, tokens, mask) if layer == chosen else None
+        prompt_at = prompts_at(self.prompts, gates)
+        return lambda layer, tokens, mask: prompt_at(layer, tokens, mask) if layer == chosen else None
 
     def layers_in_order(self) -> None:
         """`prompt_at` is called once at each layer, with its width."""
@@ -45,7 +45,7 @@ class PromptChecks(EncoderChecks):
             with torch.set_grad_enabled(grad):
                 plain = self.encoder.encode(self.inputs)
                 for what, prompt_at in {
-                    "no answer": lambda layer, tokens, mask: None,
+                    "prompt_at that returns None": lambda layer, tokens, mask: None,
                     "a prompt of no tokens": lambda layer, tokens, mask: Prompt(self.prompts[layer][:, :0]),
                     "a gate of 0": lambda layer, tokens, mask: Prompt(
                         self.prompts[layer], torch.zeros_like(self.gates[layer])
