@@ -127,14 +127,14 @@ def _unit(report: Report) -> str:
 
 
 def describe_count(facts: Mapping[str, Any]) -> str:
-    """Say how many texts were measured; `facts` are those of `Texts.as_dict`."""
+    """Describe how many texts were measured; `facts` are those of `Texts.as_dict`."""
     if facts["sampled"]:
         return f"an evenly spaced sample of {facts['measured']:,} of {facts['total']:,}"
     return f"all {facts['measured']:,}"
 
 
 def describe_truncation(facts: Mapping[str, Any]) -> str:
-    """Say what an encoder truncates, or estimate it; `facts` are those of `Texts.as_dict`, some texts measured."""
+    """Describe what an encoder truncates, or estimate it; `facts` are those of `Texts.as_dict`, some texts measured."""
     if "cut" in facts:
         cut = f"{facts['cut']['texts']:,} of the measured texts ({100 * facts['cut']['share']:.1f} %)"
         return f"{facts['encoder']} reads {facts['limit']:,} tokens and truncates {cut}"

@@ -1,6 +1,6 @@
 """The contract that every encoder must satisfy.
 
-See `mopefuse.encoders.base.Encoder`; what is checked is in `encoder_checks` and `encoder_prompts`.
+See `mopefuse.encoders.base.Encoder`; the checks are in `encoder_checks` and `encoder_prompts`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is checked of every fusion method; `mopefuse.testing.fusion` lists the claims.
+"""Checks that every fusion method must pass; `mopefuse.testing.fusion` lists the claims.
 
 Shapes: B batch, N labels, L routed layers, K experts.
 """
@@ -44,7 +44,7 @@ class FusionChecks:
         return build_model(self.config.model_copy(update={"data": section}), NUM_LABELS, method=self.method)
 
     def message(self, what: str) -> str:
-        """A fault, with the method that has it."""
+        """Describe a fault, naming the method."""
         return f"{self.config.method}: {what}"
 
     def batch(self, model: Fusion, values: Mapping[str, Sequence[Any]] | None = None) -> Batch:
