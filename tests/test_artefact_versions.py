@@ -48,14 +48,14 @@ def newer(artefact: Artefact, manifest: Path, **facts: object) -> str:
     return f"made by a newer mopefuse{by} (format {NEXT}); this version reads up to format {checkpoint.FORMAT}"
 
 
-def test_F_79_what_a_newer_version_made_is_told_with_both_formats(artefact: Artefact, say: Ask) -> None:
+def test_F_79_an_artefact_of_a_newer_version_is_an_error_with_both_format_numbers(artefact: Artefact, say: Ask) -> None:
     said = newer(artefact, artefact.path / MANIFEST, mopefuse="9.1")
     refused(say(artefact.path), "MF-CKPT-07", said, fix="upgrade mopefuse")
     if artefact.is_run:
         refused(resume(artefact.path), "MF-CKPT-07", said, fix="upgrade mopefuse")
 
 
-def test_F_79_a_newer_checkpoint_is_neither_loaded_nor_passed_over(of_run: Artefact, say: Ask) -> None:
+def test_F_79_a_newer_checkpoint_is_neither_loaded_nor_skipped(of_run: Artefact, say: Ask) -> None:
     for folder in of_run.path.glob("checkpoints/step-*"):
         said = newer(of_run, folder / MANIFEST)
     before = tree(of_run.path / "checkpoints")
@@ -74,7 +74,7 @@ def test_F_80_every_format_has_golden_files() -> None:
 
 @pytest.mark.parametrize("number", FORMATS)
 @pytest.mark.parametrize("kind", ["run", "adapter"])
-def test_F_80_golden_files_give_the_answers_of_their_day_and_stay_as_they_are(number: int, kind: str) -> None:
+def test_F_80_golden_files_give_the_original_predictions_and_are_not_modified(number: int, kind: str) -> None:
     golden = GOLDEN / f"format-{number}"
     before = tree(golden)
     assert answers(golden / kind, golden / "data" / "val.jsonl") == expected(golden)
@@ -95,7 +95,7 @@ def test_F_80_a_golden_run_is_resumed(number: int, tmp_path: Path) -> None:
 # -- settings that were renamed
 
 
-def test_F_81_an_unknown_setting_is_refused_with_the_nearest(artefact: Artefact, say: Ask) -> None:
+def test_F_81_an_unknown_setting_is_refused_with_a_suggestion(artefact: Artefact, say: Ask) -> None:
     artefact.config("  experts: 2", "  num_experts: 2")
     refused(say(artefact.path), "MF-CFG-01", "unknown setting prompts.num_experts", "did you mean prompts.experts", exit_code=3)
 
@@ -126,14 +126,14 @@ def toy(tmp_path: Path) -> Path:
     return site
 
 
-def test_F_107_a_manifest_that_names_a_plugin_that_is_not_installed(artefact: Artefact, say: Ask) -> None:
+def test_F_107_a_manifest_with_a_plugin_that_is_not_installed_is_refused(artefact: Artefact, say: Ask) -> None:
     write(artefact.facts, read(artefact.facts) | {"plugins": [NEED]})
     artefact.config("main: tiny:vision", "main: toy:vision")
     refused(say(artefact.path), "MF-PLUG-03", MISSING, exit_code=9, fix="pip install mopefuse-toy")
 
 
 @pytest.mark.process
-def test_F_107_a_run_records_its_plugins_and_is_refused_without_them(
+def test_F_107_a_run_records_its_plugins_and_cannot_be_loaded_without_them(
     pairs: Path, toy: Path, tmp_path: Path, say: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"

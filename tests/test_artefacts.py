@@ -1,6 +1,6 @@
 """Artefacts that are damaged, tampered with or of other encoders, by number in the list of faults, seen from the command line.
 
-Each case spoils a copy of a run or an adapter; `test_what_is_whole_loads` is the other half of them all.
+Each case spoils a copy of a run or an adapter; `test_an_undamaged_artefact_loads` is the other half of them all.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ pytest_plugins = ["artefact_cases"]
 SEALED = pytest.mark.parametrize("sealed", [False, True], ids=["as it is", "with a manifest that fits"])
 
 
-def test_what_is_whole_loads(artefact: Artefact, say: Ask) -> None:
+def test_an_undamaged_artefact_loads(artefact: Artefact, say: Ask) -> None:
     done = say(artefact.path)
     assert (done.returncode, set(json.loads(done.stdout)["probabilities"])) == (0, {"a", "b", "c"})
     artefact.seal()
@@ -51,7 +51,7 @@ def test_what_is_whole_loads(artefact: Artefact, say: Ask) -> None:
 
 
 @pytest.mark.process
-def test_F_72_a_torchvision_of_another_torch_is_named_with_both_versions(pairs: Path, tmp_path: Path) -> None:
+def test_F_72_a_torchvision_that_does_not_match_torch_is_reported_with_both_versions(pairs: Path, tmp_path: Path) -> None:
     (tmp_path / "torchvision").mkdir()
     fails = "raise RuntimeError('operator torchvision::nms does not exist')\n"
     (tmp_path / "torchvision" / "__init__.py").write_text(fails)
@@ -115,7 +115,7 @@ def test_F_73_a_pickle_as_weights_of_an_encoder_runs_nothing(tmp_path: Path) -> 
         pytest.param(lambda whole: b"", id="empty"),
     ],
 )
-def test_damaged_weights_are_refused_and_the_other_checkpoint_offered(
+def test_damaged_weights_are_refused_and_the_other_checkpoint_is_suggested(
     artefact: Artefact, damage: Bytes, sealed: bool, say: Ask
 ) -> None:
     artefact.rewrite(WEIGHTS, damage, sealed=sealed)
@@ -127,7 +127,7 @@ def test_damaged_weights_are_refused_and_the_other_checkpoint_offered(
         assert say(artefact.path, "--checkpoint", other).returncode == 0
 
 
-def test_F_74_resuming_passes_over_a_damaged_checkpoint_but_never_begins_anew(of_run: Artefact) -> None:
+def test_F_74_resuming_skips_a_damaged_checkpoint_but_never_starts_from_scratch(of_run: Artefact) -> None:
     (newest,) = of_run.weights.parent.glob("step-4")
     (newest / WEIGHTS).write_bytes(b"")
     kept = of_run.path.with_name("kept")
@@ -139,14 +139,14 @@ def test_F_74_resuming_passes_over_a_damaged_checkpoint_but_never_begins_anew(of
     assert sorted(path.name for path in kept.glob("checkpoints/step-*")) == ["step-3", "step-4"]
 
 
-def test_F_75_one_flipped_bit_of_the_weights_is_found(artefact: Artefact, say: Ask) -> None:
+def test_F_75_a_flipped_bit_in_the_weights_is_detected(artefact: Artefact, say: Ask) -> None:
     artefact.rewrite(WEIGHTS, flipped)
     assert load_file(artefact.weights / WEIGHTS), "safetensors alone takes it"
     refused(say(artefact.path), "MF-CKPT-02", f"{WEIGHTS} has changed since it was written (sha256 differs)")
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "model.json", "README.md"])
-def test_F_75_one_flipped_bit_of_any_file_of_an_adapter_is_found(of_adapter: Artefact, name: str, say: Ask) -> None:
+def test_F_75_a_flipped_bit_in_any_file_of_an_adapter_is_detected(of_adapter: Artefact, name: str, say: Ask) -> None:
     of_adapter.rewrite(name, flipped)
     refused(say(of_adapter.path), "MF-CKPT-02", f"{name} has changed since it was written (sha256 differs)")
 
@@ -172,7 +172,7 @@ NEEDED = ("mopefuse", "method", "labels", "multi_label", "encoders", "data")
         *(pytest.param("MF-CKPT-03", f"damaged: {key}: ", {key: ...}, id=f"no {key}") for key in NEEDED),
     ],
 )
-def test_a_manifest_that_was_edited_is_refused(
+def test_an_edited_manifest_is_refused(
     artefact: Artefact, code: str, said: str, changed: dict[str, Any], say: Ask
 ) -> None:
     """A run's own manifest against its checkpoint; an adapter's against its digest, or where that fits too, against sense."""
@@ -195,14 +195,14 @@ def test_a_manifest_that_was_edited_is_refused(
         refused(say(artefact.path), code, said)
 
 
-def test_F_76_fewer_labels_than_the_head_has_are_refused_whatever_the_digests_say(of_adapter: Artefact, say: Ask) -> None:
+def test_F_76_fewer_labels_than_head_outputs_are_refused_even_with_valid_digests(of_adapter: Artefact, say: Ask) -> None:
     write(of_adapter.facts, read(of_adapter.facts) | {"labels": ["a", "b"]})
     of_adapter.seal()
     refused(say(of_adapter.path), "MF-CKPT-05", "the weights do not fit the model: head.")
 
 
 @pytest.mark.parametrize("how", ["up", "absolute", "link"])
-def test_F_76_nothing_outside_is_opened(artefact: Artefact, how: str, pairs: Path, tmp_path: Path) -> None:
+def test_F_76_no_file_outside_the_artefact_is_opened(artefact: Artefact, how: str, pairs: Path, tmp_path: Path) -> None:
     """The digest fits, so that only its place can be wrong."""
     canary = tmp_path / "canary"
     canary.write_text("tweet")
@@ -218,7 +218,7 @@ def test_F_76_nothing_outside_is_opened(artefact: Artefact, how: str, pairs: Pat
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, "more.safetensors"])
-def test_F_76_a_size_of_10_gb_is_compared_and_not_believed(artefact: Artefact, name: str, say: Ask) -> None:
+def test_F_76_a_wrong_declared_size_of_10_gb_is_refused(artefact: Artefact, name: str, say: Ask) -> None:
     manifest = read(artefact.weights / MANIFEST)
     manifest["files"][name] = {"sha256": "0" * 64, "size": 10**10}
     write(artefact.weights / MANIFEST, manifest)
@@ -230,7 +230,7 @@ def test_F_76_a_size_of_10_gb_is_compared_and_not_believed(artefact: Artefact, n
 
 @pytest.mark.parametrize("side", ["main", "comp"])
 @pytest.mark.parametrize("how", ["option", "config.yaml"])
-def test_F_77_an_encoder_of_other_weights_is_refused(artefact: Artefact, side: str, how: str, say: Ask) -> None:
+def test_F_77_an_encoder_with_other_weights_is_refused(artefact: Artefact, side: str, how: str, say: Ask) -> None:
     """The tensors of the prompts fit it."""
     old = {"main": "tiny:vision", "comp": "tiny:text"}[side]
     other = f"{old}-b"
@@ -241,14 +241,14 @@ def test_F_77_an_encoder_of_other_weights_is_refused(artefact: Artefact, side: s
     assert say(artefact.path, f"--{side}", old).returncode == 0
 
 
-def test_F_77_an_encoder_of_another_width_is_refused(artefact: Artefact, say: Ask, tmp_path: Path) -> None:
+def test_F_77_an_encoder_with_another_width_is_refused(artefact: Artefact, say: Ask, tmp_path: Path) -> None:
     from encoder_cases import save_hf
 
     save_hf("bert", tmp_path / "bert")
     refused(say(artefact.path, "--comp", f"hf:{tmp_path / 'bert'}"), "MF-CKPT-08", "the weights of hf:", fix="swap-encoder")
 
 
-def test_F_77_the_same_weights_by_another_name_are_accepted(artefact: Artefact, say: Ask) -> None:
+def test_F_77_the_same_weights_under_another_name_are_accepted(artefact: Artefact, say: Ask) -> None:
     said = say(artefact.path)
     again = say(artefact.path, "--main", "tiny:vision?pretrained=true", "--comp", "tiny:text?pretrained=true")
     assert (again.returncode, again.stdout) == (0, said.stdout)

@@ -48,7 +48,7 @@ def asked(config: RunConfig, data: Path) -> torch.Tensor:
     return run_split(model_of(config), load_data(where), "test", config, CPU).logits_SN
 
 
-def test_a_derangement_moves_everything_and_hangs_on_the_seed_alone() -> None:
+def test_a_derangement_moves_every_sample_and_depends_only_on_the_seed() -> None:
     for count in (2, 3, 10, 101):
         for seed in range(5):
             found = derangement(count, seed)
@@ -61,7 +61,7 @@ def test_a_derangement_moves_everything_and_hangs_on_the_seed_alone() -> None:
 
 @pytest.mark.parametrize("other", [{}, {"comp_tuning": {"mode": "prompts"}}, {"method": "late-concat"}], ids=str)
 @pytest.mark.parametrize("cached", matrix([True, False], [False]))
-def test_exchanged_and_blank_texts_are_other_rows(
+def test_shuffled_and_blank_texts_give_the_predictions_of_rows_with_those_texts(
     data: Path, tmp_path: Path, other: dict[str, Any], cached: bool
 ) -> None:
     config = settings(data, **other)
@@ -85,7 +85,7 @@ def test_exchanged_and_blank_texts_are_other_rows(
     assert found.same == {"text": pytest.approx(equal / len(rows))}
 
 
-def test_what_is_known_of_the_whole_split_is_not_asked_again(data: Path) -> None:
+def test_known_logits_of_the_whole_split_are_not_computed_again(data: Path) -> None:
     config = settings(data)
     model, pairs, told = model_of(config), load_data(config.data), list[str]()
     whole_SN = run_split(model, pairs, "test", config, CPU).logits_SN
@@ -99,7 +99,7 @@ def test_what_is_known_of_the_whole_split_is_not_asked_again(data: Path) -> None
         assert known.verdict == asked.verdict
 
 
-def test_static_prompts_alone_change_nothing_when_the_text_does(data: Path) -> None:
+def test_with_static_prompts_alone_shuffling_the_text_changes_nothing(data: Path) -> None:
     config = settings(data, prompts={"static": 4, "dynamic": 0, "mapped": 0, "gate": "none"})
     found = audit_model(model_of(config), load_data(config.data), "test", config, CPU)
     assert [condition.name for condition in found.conditions] == ["as is", "static"]
@@ -114,7 +114,7 @@ def test_static_prompts_alone_change_nothing_when_the_text_does(data: Path) -> N
     assert found.verdict.startswith("There is no sign that the model uses the text")
 
 
-def test_without_its_only_prompts_the_model_is_the_untouched_encoder(data: Path) -> None:
+def test_without_its_only_prompts_the_model_is_the_unmodified_encoder(data: Path) -> None:
     config = settings(data, prompts={"static": 4, "dynamic": 0, "mapped": 0, "gate": "none"})
     model, pairs = model_of(config), load_data(config.data)
     found = audit_model(model, pairs, "test", config, CPU)
@@ -126,7 +126,7 @@ def test_without_its_only_prompts_the_model_is_the_untouched_encoder(data: Path)
 
 
 @pytest.mark.parametrize("kind", ["static", "dynamic", "mapped"])
-def test_leaving_out_a_kind_is_a_model_that_never_had_it(data: Path, kind: str) -> None:
+def test_removing_a_kind_of_prompt_equals_a_model_built_without_it(data: Path, kind: str) -> None:
     lengths = {"static": 2, "dynamic": 3, "mapped": 1}
     config = settings(data, prompts={**lengths, "experts": 4, "gate": "none"})
     model, pairs = model_of(config), load_data(config.data)
@@ -150,7 +150,7 @@ def reader(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_exchanging_the_texts_hurts_a_model_that_reads_them(reader: Path) -> None:
+def test_shuffling_the_texts_hurts_a_model_that_reads_them(reader: Path) -> None:
     found = audit(reader, seed=1)
     shuffled = found["shuffled"]
     assert shuffled.lost > 0.3 and shuffled.is_significant
@@ -172,20 +172,20 @@ def _data_of(run: Path) -> Path:
     return Path(yaml.safe_load((run / "config.yaml").read_text())["data"]["path"])
 
 
-def test_of_a_large_split_some_samples_are_looked_at(reader: Path) -> None:
+def test_a_large_split_is_subsampled(reader: Path) -> None:
     found = audit(reader, max_samples=10)
     assert (found.samples, found.total, len(found["as is"].logits_SN)) == (10, 30, 10)
     whole = audit(reader, max_samples=None)["as is"].logits_SN
     assert all((whole - row).abs().sum(dim=-1).min() < 1e-4 for row in found["as is"].logits_SN)
 
 
-def test_a_model_of_one_side_says_so(data: Path) -> None:
+def test_the_verdict_on_a_model_with_one_input_says_so(data: Path) -> None:
     for method, said in (("main-only", "ignores the text"), ("comp-only", "The text is the only input that the model uses")):
         config = settings(data, method=method)
         assert said in audit_model(model_of(config), load_data(config.data), "test", config, CPU).verdict
 
 
-def test_several_labels_are_scored_by_the_metric_that_is_shown(multi_pairs: Path) -> None:
+def test_multi_label_models_are_scored_by_the_metric_that_is_shown(multi_pairs: Path) -> None:
     config = settings(multi_pairs)
     found = audit_model(model_of(config), load_data(config.data), "test", config, CPU, thresholds=0.3)
     assert found.metric == "f1_macro"
@@ -236,7 +236,7 @@ def test_the_verdict_and_its_numbers_agree(
         assert loss == pytest.approx(before - after, abs=0.06) and low <= 0 <= high and low <= loss <= high
 
 
-def test_a_part_of_a_split_has_its_rows_keys_and_labels(data: Path) -> None:
+def test_a_subsample_has_the_rows_keys_and_labels_of_its_samples(data: Path) -> None:
     pairs = load_data(settings(data).data)
     split = pairs.splits["test"]
     part = split.select_rows([4, 2])

@@ -76,7 +76,7 @@ def test_every_method_runs_in_half_precision(method: str, main: str, gate: str, 
     runs_on_fake_cuda(build({"vit": VIT, "swin": SWIN}[main], SMALL_BERT, **options), [dtype])
 
 
-def test_a_cnn_that_is_tuned_runs_in_half_precision() -> None:
+def test_a_fine_tuned_cnn_runs_in_half_precision() -> None:
     runs_on_fake_cuda(build("timm:resnet18?pretrained=false", SMALL_BERT, method="late-concat", tune="full"))
 
 
@@ -121,7 +121,7 @@ def test_heads_are_computed_in_float32_under_autocast(name: str) -> None:
 
 
 @pytest.mark.parametrize("gate", ["none", "zero"])
-def test_swin_is_evaluated_as_it_is_trained_under_autocast(gate: str) -> None:
+def test_swin_gives_the_same_output_in_training_and_evaluation_under_autocast(gate: str) -> None:
     model = build(SWIN, "tiny:text", prompts={"gate": gate, "dropout": 0}, router={"noise": False})
     open_gates(model)
     batch = model.collate(images(3), TEXTS[:3])

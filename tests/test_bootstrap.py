@@ -36,7 +36,7 @@ def multi(samples: int, noise: float, seed: int) -> Outcome:
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "f1_macro"])
-def test_without_resampling_a_metric_is_that_of_training(metric: str) -> None:
+def test_without_resampling_a_metric_equals_that_of_training(metric: str) -> None:
     run = single(80, 0.5, 1)
     logits, targets = torch.from_numpy(run.predicted_SN.toarray()), torch.from_numpy(run.actual_SN.toarray().argmax(1))
     expected = metrics.compute(logits, targets, multi_label=False)[metric]
@@ -44,7 +44,7 @@ def test_without_resampling_a_metric_is_that_of_training(metric: str) -> None:
 
 
 @pytest.mark.parametrize("metric", ["f1_macro", "f1_micro", "f1_samples"])
-def test_without_resampling_a_multi_label_metric_is_that_of_training(metric: str) -> None:
+def test_without_resampling_a_multi_label_metric_equals_that_of_training(metric: str) -> None:
     run = multi(80, 0.2, 1)
     logits = torch.from_numpy(run.predicted_SN.toarray()) * 2 - 1
     expected = metrics.compute(logits, torch.from_numpy(run.actual_SN.toarray()).float(), multi_label=True)[metric]
@@ -74,7 +74,7 @@ def by_hand(ours: list[Outcome], theirs: list[Outcome], metric: str, resamples: 
 
 
 @pytest.mark.parametrize("metric", list(METRICS))
-def test_interval_and_p_are_those_computed_one_resample_at_a_time(metric: str) -> None:
+def test_interval_and_p_equal_those_computed_one_resample_at_a_time(metric: str) -> None:
     kind = single if metric == "accuracy" else multi
     ours, theirs = [kind(40, 0.2, seed) for seed in (1, 2)], [kind(40, 0.3, seed) for seed in (3, 4, 5)]
     drawn_by_hand = np.array(by_hand(ours, theirs, metric, 60, seed=9))
@@ -110,7 +110,7 @@ def test_always_right_against_always_wrong_is_certain() -> None:
     assert (found.value, found.low, found.high, found.p) == (1, 1, 1, 1 / 1000)
 
 
-def test_it_is_paired() -> None:
+def test_the_bootstrap_is_paired() -> None:
     """Two systems that are right on nearly the same samples: that few differ is telling, however uncertain each metric is."""
     true = np.eye(2, dtype=bool)[np.zeros(400, dtype=int)]
     theirs = np.eye(2, dtype=bool)[np.arange(400) % 2]
@@ -122,13 +122,13 @@ def test_it_is_paired() -> None:
     assert found.p < 0.01
 
 
-def test_sides_may_be_exchanged() -> None:
+def test_swapping_the_systems_negates_the_difference() -> None:
     one, other = single(90, 0.6, 1), single(90, 0.5, 2)
     there, back = difference([one], [other], "f1_macro"), difference([other], [one], "f1_macro")
     assert (back.value, back.low, back.high, back.p) == pytest.approx((-there.value, -there.high, -there.low, there.p))
 
 
-def test_resamples_do_not_depend_on_how_many_fit_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resamples_do_not_depend_on_the_block_size(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = np.concatenate(list(draw_resamples(30, 50, seed=4)))
     monkeypatch.setattr("mopefuse.metrics.bootstrap._BLOCK", 90)
     assert len(list(draw_resamples(30, 50, seed=4))) == 17
@@ -136,7 +136,7 @@ def test_resamples_do_not_depend_on_how_many_fit_at_once(monkeypatch: pytest.Mon
     assert (whole.sum(axis=1) == 30).all()
 
 
-def test_the_samples_that_are_drawn_do_not_depend_on_the_number_of_labels() -> None:
+def test_resamples_do_not_depend_on_the_number_of_labels() -> None:
     few, many = (np.concatenate([*draw_resamples(7, 50, 1, labels=labels)]) for labels in (5, 1_000_000))
     assert (few == many).all()
     assert few.shape == (50, 7)

@@ -46,7 +46,7 @@ def put(value: Any, path: tuple[Any, ...], new: Any) -> Any:
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_no_value_in_a_file_of_a_bundle_is_an_internal_error(
+def test_an_invalid_value_in_a_bundle_file_never_causes_an_internal_error(
     file: str, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = Path(shutil.copytree(exported, tmp_path / "bundle"))
@@ -80,7 +80,7 @@ def test_no_value_in_a_file_of_a_bundle_is_an_internal_error(
         ("example.json", ("tolerance",), 10**400, "example.json is damaged"),
     ],
 )
-def test_a_damaged_file_of_a_bundle_ends_in_exit_6(
+def test_a_damaged_bundle_file_gives_exit_code_6(
     file: str, path: tuple[str, ...], new: Any, said: str, exported: Path, tmp_path: Path
 ) -> None:
     bundle = Path(shutil.copytree(exported, tmp_path / "bundle"))
@@ -90,7 +90,7 @@ def test_a_damaged_file_of_a_bundle_ends_in_exit_6(
     assert done.returncode == 6 and said in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
 
 
-def test_a_tokenizer_must_be_a_file_of_the_manifest(exported: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_file_must_be_listed_in_the_manifest(exported: Path, tmp_path: Path) -> None:
     """A file that is in the folder and not listed is nobody's: it might be a pipe."""
     bundle = Path(shutil.copytree(exported, tmp_path / "bundle"))
     how = json.loads((bundle / "preprocess.json").read_text())

@@ -73,14 +73,14 @@ def change_manifest(folder: Path, **changed: Any) -> None:
 # -- published whole
 
 
-def test_what_is_published_is_verified_with_its_facts(tmp_path: Path) -> None:
+def test_a_published_folder_is_verified_with_its_facts(tmp_path: Path) -> None:
     publish(tmp_path / "a", writes(), {"kind": "thing", "number": 3})
     manifest = verify(tmp_path / "a", kind="thing")
     assert (manifest["number"], manifest["format"], list(manifest["files"])) == (3, FORMAT, ["file"])
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_publishing_again_replaces(tmp_path: Path) -> None:
+def test_publishing_again_replaces_the_folder(tmp_path: Path) -> None:
     published(tmp_path / "a", "old")
     published(tmp_path / "a", "new")
     verify(tmp_path / "a", kind="thing")
@@ -111,7 +111,7 @@ checkpoint.publish(folder, write, {"kind": "thing"})
 
 @pytest.mark.parametrize("at", ["write", "first rename", "second rename"])
 @pytest.mark.parametrize("before", [None, "old"])
-def test_a_kill_while_publishing_leaves_what_was_there(tmp_path: Path, at: str, before: str | None) -> None:
+def test_a_kill_while_publishing_leaves_the_earlier_folder(tmp_path: Path, at: str, before: str | None) -> None:
     folder = tmp_path / "a"
     if before:
         published(folder, before)
@@ -137,7 +137,7 @@ for step in range(1, 10**6):
 
 
 @pytest.mark.soak
-def test_a_kill_at_any_moment_of_a_save_loop_leaves_the_newest_whole(tmp_path: Path) -> None:
+def test_a_kill_at_any_moment_of_a_save_loop_leaves_the_latest_checkpoint_complete(tmp_path: Path) -> None:
     run = started(tmp_path / "run")
     for moment in range(5):
         process = subprocess.Popen([sys.executable, "-c", _LOOP, str(run.path)], stdout=subprocess.PIPE, text=True)
@@ -172,7 +172,7 @@ def test_a_full_disk_is_an_error_with_the_free_space_and_keeps_existing_files(tm
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_tensors_that_cannot_be_written_to_the_end_are_told_in_our_words(tmp_path: Path) -> None:
+def test_tensors_that_cannot_be_written_completely_are_a_resource_error(tmp_path: Path) -> None:
     """A limit on the size of files fails in the middle of the write, as a full disk does."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
@@ -197,7 +197,7 @@ def test_a_log_or_text_that_cannot_be_written_is_a_resource_error(tmp_path: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "text"]
 
 
-def test_sweeping_spares_what_a_living_process_writes_and_what_is_not_ours(tmp_path: Path) -> None:
+def test_cleanup_keeps_files_of_running_processes_and_of_users(tmp_path: Path) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     kept = {f"a.tmp-{os.getppid()}", "notes.tmp-mine", "b", "b.tmp"}
@@ -210,7 +210,7 @@ def test_sweeping_spares_what_a_living_process_writes_and_what_is_not_ours(tmp_p
 # -- damaged or tampered with
 
 
-def test_one_flipped_bit_is_found(tmp_path: Path) -> None:
+def test_a_flipped_bit_is_detected(tmp_path: Path) -> None:
     folder = published(tmp_path / "a")
     content = bytearray((folder / "file").read_bytes())
     content[3] ^= 1
@@ -238,7 +238,7 @@ def test_one_flipped_bit_is_found(tmp_path: Path) -> None:
         (lambda a: (a / "extra.safetensors").write_text("x"), "extra.safetensors is not listed in the manifest"),
     ],
 )
-def test_a_folder_that_is_not_as_published_does_not_exist(tmp_path: Path, change: Callable[[Path], Any], said: str) -> None:
+def test_a_folder_that_differs_from_its_manifest_is_rejected(tmp_path: Path, change: Callable[[Path], Any], said: str) -> None:
     folder = published(tmp_path / "a")
     change(folder)
     error = refused(folder)
@@ -249,7 +249,7 @@ def test_a_folder_that_is_not_as_published_does_not_exist(tmp_path: Path, change
 @pytest.mark.parametrize(
     "name", ["../secret", "x/../../secret", "{out}/secret", "link", "folder/secret", "", ".", "a\0b", "..\\secret"]
 )
-def test_a_manifest_cannot_name_what_is_outside(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_manifest_cannot_name_files_outside_the_folder(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = published(tmp_path / "a")
     (tmp_path / "secret").write_text("secret")
     (folder / "link").symlink_to(tmp_path / "secret")
@@ -280,7 +280,7 @@ _json_values = st.recursive(
 @example({"kind": "thing", "format": 1, "files": {"\ud800": {}}})
 @example({"kind": "thing", "format": 1, "files": {"x" * 5000: {}}})
 @example(b"[" * 5000)
-def test_any_manifest_is_verified_or_refused(
+def test_any_manifest_is_accepted_or_refused_without_a_crash(
     tmp_path_factory: pytest.TempPathFactory, manifest: bytes | dict[str, Any]
 ) -> None:
     folder = tmp_path_factory.getbasetemp() / "any-manifest"
@@ -313,7 +313,7 @@ def zipped(value: Any) -> bytes:
 
 
 @pytest.mark.parametrize("pack", [pickled, zipped])
-def test_a_pickle_is_refused_by_its_first_bytes_and_runs_nothing(tmp_path: Path, pack: Callable[[Any], bytes]) -> None:
+def test_a_pickle_is_refused_by_its_first_bytes_and_not_executed(tmp_path: Path, pack: Callable[[Any], bytes]) -> None:
     canary = tmp_path / "canary"
     (tmp_path / "weights.safetensors").write_bytes(pack(Canary(canary)))
     with pytest.raises(CheckpointError, match="this is a pickle") as caught:
@@ -325,14 +325,14 @@ def test_a_pickle_is_refused_by_its_first_bytes_and_runs_nothing(tmp_path: Path,
 
 
 @pytest.mark.parametrize("padding", range(0, 256, 8))
-def test_no_safetensors_file_is_taken_for_a_pickle(tmp_path: Path, padding: int) -> None:
+def test_no_safetensors_file_is_mistaken_for_a_pickle(tmp_path: Path, padding: int) -> None:
     """The first byte is the low byte of the header's length, so every multiple of 8 must pass."""
     path, name = tmp_path / "weights.safetensors", "n" * padding
     write_tensors(path, {name: torch.arange(3)})
     assert read_tensors(path)[name].tolist() == [0, 1, 2]
 
 
-def test_first_bytes_of_all_kinds_were_tried(tmp_path: Path) -> None:
+def test_the_property_test_covers_first_bytes_of_all_kinds(tmp_path: Path) -> None:
     seen = set()
     for padding in range(0, 256, 8):
         write_tensors(tmp_path / "w", {"n" * padding: torch.arange(3)})
@@ -353,7 +353,7 @@ def test_first_bytes_of_all_kinds_were_tried(tmp_path: Path) -> None:
     ],
     ids=["half", "five bytes", "junk at the end", "empty", "200 MB of header", "endless header", "shifted"],
 )
-def test_damaged_safetensors_are_refused_in_our_words(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+def test_damaged_safetensors_are_a_checkpoint_error(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     path = tmp_path / "weights.safetensors"
     write_tensors(path, {"a": torch.arange(3), "b": torch.ones(2)})
     whole = path.read_bytes()
@@ -373,7 +373,7 @@ def test_any_bytes_are_tensors_or_a_checkpoint_error(tmp_path_factory: pytest.Te
     assert code_of(lambda: read_tensors(path)) in ("", "MF-CKPT-02", "MF-CKPT-06")
 
 
-def test_tensors_come_back_as_written(tmp_path: Path) -> None:
+def test_tensors_survive_a_round_trip(tmp_path: Path) -> None:
     tensors = {"a": torch.randn(4, 6)[:, ::2], "b": torch.tensor(3, dtype=torch.int64), "c": torch.empty(0)}
     write_tensors(tmp_path / "w", tensors)
     back = read_tensors(tmp_path / "w")

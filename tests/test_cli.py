@@ -40,7 +40,7 @@ def said(done: subprocess.CompletedProcess[str]) -> Any:
 
 
 @pytest.mark.parametrize("args", [("--help",), ("train", "--help"), ("eval", "--help"), ("--version",), ("encoders",)])
-def test_help_and_lists_wait_for_nothing_heavy(args: tuple[str, ...]) -> None:
+def test_help_and_lists_import_no_heavy_library(args: tuple[str, ...]) -> None:
     done, modules = modules_of(*args)
     assert done.returncode == 0
     assert done.stdout
@@ -54,7 +54,7 @@ def test_help_and_lists_wait_for_nothing_heavy(args: tuple[str, ...]) -> None:
 
 
 @pytest.mark.process
-def test_a_run_waits_for_no_library_that_its_encoders_do_not_need(pairs: Path) -> None:
+def test_a_run_imports_no_library_that_its_encoders_do_not_need(pairs: Path) -> None:
     done, modules = modules_of("train", *TINY, "--data", str(pairs), "--dry-run")
     assert done.returncode == 0, done.stderr
     assert not modules & {"torchvision", "timm", "transformers", "open_clip", "sklearn", "torch._dynamo", "peft"}
@@ -100,7 +100,7 @@ def test_a_process_ends_with_the_exit_code_of_its_error(tmp_path: Path, args: tu
     assert "Traceback" not in done.stderr
 
 
-def test_an_error_is_one_line_of_what_where_and_fix(tmp_path: Path) -> None:
+def test_an_error_is_one_line_with_what_where_and_fix(tmp_path: Path) -> None:
     done = call("train", *TINY, "--set", "trian.lr=1")
     assert done.stderr == "error[MF-CFG-06]: there is no setting trian · --set trian.lr · fix: did you mean train?\n"
 
@@ -127,7 +127,7 @@ def test_with_json_an_error_is_one_object_and_nothing_else(
     assert (value["error"]["code"], value["error"]["exit"]) == (code, number)
 
 
-def test_a_bug_is_one_line_and_a_log_and_the_traceback_only_for_who_asks(
+def test_a_bug_is_one_line_and_a_log_with_the_traceback_on_request(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken() -> None:
@@ -160,7 +160,7 @@ def test_a_lack_of_system_resources_is_not_a_bug(error: Exception, code: int, mo
 # -- train
 
 
-def test_a_run_is_trained_and_told(trained: Path, pairs: Path) -> None:
+def test_training_writes_a_run_and_prints_its_result(trained: Path, pairs: Path) -> None:
     assert {path.name for path in trained.iterdir()} == {
         "checkpoints", "config.yaml", "manifest.json", "metrics.json", "metrics.jsonl", "predictions.jsonl",
     }  # fmt: skip
@@ -201,7 +201,7 @@ def test_without_any_prompt_it_trains_a_linear_probe(pairs: Path, tmp_path: Path
     assert [part for part, number in said(done)["parameters"]["by_part"].items() if number] == ["head"]
 
 
-def test_a_loss_that_is_not_finite_stops_training_and_is_never_the_best(pairs: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_training_and_is_never_selected(pairs: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     settings = ("--set", "train.schedule=constant", "--set", "train.checkpoint_every=1", "--set", "train.log_every=1")
     done = call("train", *TINY, "--data", pairs, "--out", run, "--epochs", 9, "--lr", 1e20, *settings)
@@ -264,7 +264,7 @@ def test_a_missing_image_is_an_error_with_its_row(tmp_path: Path) -> None:
 # -- eval
 
 
-def test_eval_is_deterministic_and_repeats_what_training_measured(trained: Path, tmp_path: Path) -> None:
+def test_eval_is_deterministic_and_equals_the_metrics_of_training(trained: Path, tmp_path: Path) -> None:
     done = [call("eval", trained, "--out", tmp_path / f"{i}.jsonl", "--json") for i in range(2)]
     one, two = said(done[0]), said(done[1])
     assert one.pop("predictions") != two.pop("predictions")
@@ -280,7 +280,7 @@ def test_any_split_can_be_evaluated(trained: Path, split: str, tmp_path: Path) -
     assert (done.returncode, said(done)["split"]) == (0, split)
 
 
-def test_a_gate_that_is_met_passes_and_one_that_is_not_fails(trained: Path, tmp_path: Path) -> None:
+def test_a_gate_passes_if_it_is_met_and_fails_otherwise(trained: Path, tmp_path: Path) -> None:
     out = ("--out", tmp_path / "p.jsonl")
     assert call("eval", trained, *out, "--min", "accuracy=0").returncode == 0
     done = call("eval", trained, *out, "--min", "accuracy=0", "--min", "f1_macro=1.01")
@@ -295,7 +295,7 @@ def test_a_gate_that_is_met_passes_and_one_that_is_not_fails(trained: Path, tmp_
 
 
 @pytest.mark.parametrize("gate", ["accuracy", "accuracy=", "accuracy=much", "acuracy=0.5"])
-def test_a_gate_that_cannot_be_read_is_a_configuration_error(trained: Path, tmp_path: Path, gate: str) -> None:
+def test_a_malformed_gate_is_a_configuration_error(trained: Path, tmp_path: Path, gate: str) -> None:
     done = call("eval", trained, "--out", tmp_path / "p.jsonl", "--min", gate)
     assert done.returncode == 3
     assert "accuracy" in done.stderr
@@ -312,7 +312,7 @@ def test_a_gate_that_cannot_be_read_is_a_configuration_error(trained: Path, tmp_
         (("--data", "{tmp}"), 4),
     ],
 )
-def test_eval_refuses_what_is_not_there(trained: Path, tmp_path: Path, more: tuple[str, ...], code: int) -> None:
+def test_eval_refuses_invalid_options(trained: Path, tmp_path: Path, more: tuple[str, ...], code: int) -> None:
     done = call("eval", trained, *(arg.format(tmp=tmp_path) for arg in more))
     assert done.returncode == code, done.stderr
     assert done.stderr.startswith("error[MF-")
@@ -345,14 +345,14 @@ def test_encoders_are_listed_and_inspected() -> None:
     assert f"fingerprint    {facts['fingerprint']}" in plain
 
 
-def test_data_is_made_once_and_the_same_for_a_seed(tmp_path: Path) -> None:
+def test_generated_data_depend_only_on_the_seed(tmp_path: Path) -> None:
     done = call("data", "make", "digit-question", tmp_path / "a")
     assert done.returncode == 3
     assert "digit-questions" in done.stderr
     assert call("data", "make", "digit-questions", tmp_path / "a", "--seed", "-1").returncode == 2
 
 
-def test_doctor_tells_what_works_and_what_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_reports_what_works_and_what_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_problems_of", lambda *plugin: [])  # of whatever is installed here; see test_plugins.py
     monkeypatch.setattr(doctor, "_DEVICES", "print('cpu')")
     monkeypatch.setattr(doctor, "_CHECKS", {"json": ("import json", "json is broken")})
@@ -390,7 +390,7 @@ def test_a_dry_run_shows_encoder_inputs_and_trainable_parameters(pairs: Path) ->
 
 
 @pytest.mark.parametrize("group", [(), ("data",), ("encoders",), ("plugins",), ("bench",)])
-def test_no_help_of_a_command_is_cut_at_80_columns(group: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_help_text_is_truncated_at_80_columns(group: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     _, commands = CliRunner().invoke(app, [*group, "--help"]).stdout.split("Commands:\n")
     assert len(commands.splitlines()) > 1 and "..." not in commands

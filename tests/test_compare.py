@@ -45,7 +45,7 @@ def stored(run: Path) -> Any:
     return json.loads((run / "metrics.json").read_text())
 
 
-def test_runs_that_differ_in_their_seed_only_are_one_row(folder: Path) -> None:
+def test_runs_that_differ_only_in_their_seed_are_one_row(folder: Path) -> None:
     found = compare(runs(folder))
     assert [(row.label, row.seeds) for row in found.rows] == [("full", (0, 1, 2)), ("text", (0, 1))]
     assert found.rows[1].settings["method"] == "comp-only"
@@ -53,7 +53,7 @@ def test_runs_that_differ_in_their_seed_only_are_one_row(folder: Path) -> None:
     assert found.metric == "accuracy"
 
 
-def test_every_number_is_that_of_the_files(folder: Path) -> None:
+def test_every_number_matches_the_files_of_the_runs(folder: Path) -> None:
     for row in compare(runs(folder)).rows:
         results = [stored(path) for path in row.runs]
         for split in ("val", "test"):
@@ -68,7 +68,7 @@ def test_every_number_is_that_of_the_files(folder: Path) -> None:
         assert row.peak_memory == max(result["peak_memory_bytes"] for result in results)
 
 
-def test_the_difference_is_that_of_the_means_and_of_the_predictions(folder: Path) -> None:
+def test_the_difference_matches_the_means_and_the_predictions(folder: Path) -> None:
     found = compare(runs(folder), against="text")
     full, text = found.rows
     assert text.versus is None
@@ -128,7 +128,7 @@ def test_runs_tested_on_other_data_are_refused(folder: Path, tmp_path: Path) -> 
     assert str(other) in error.what
 
 
-def test_what_is_no_finished_run_is_left_out_with_a_notice(folder: Path, tmp_path: Path) -> None:
+def test_unfinished_runs_and_other_files_are_left_out_with_a_notice(folder: Path, tmp_path: Path) -> None:
     """As `runs/*` names them: a run under way, one that failed before it was a run, a file."""
     shutil.copytree(folder / "full-1", tmp_path / "half")
     (tmp_path / "half" / "metrics.json").unlink()
@@ -147,7 +147,7 @@ def test_what_is_no_finished_run_is_left_out_with_a_notice(folder: Path, tmp_pat
     assert json.loads(call("compare", *paths, "--json").stdout)["notices"] == list(found.notices)
 
 
-def test_where_no_run_is_finished_it_is_an_error(folder: Path, tmp_path: Path) -> None:
+def test_comparing_only_unfinished_runs_is_an_error(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "full-1", tmp_path / "half")
     (tmp_path / "half" / "metrics.json").unlink()
     error = refused(tmp_path, tmp_path / "half")
@@ -155,11 +155,11 @@ def test_where_no_run_is_finished_it_is_an_error(folder: Path, tmp_path: Path) -
     assert refused(tmp_path).code == "MF-CKPT-04"
 
 
-def test_a_path_that_is_not_there_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_a_missing_path_is_refused(folder: Path, tmp_path: Path) -> None:
     assert refused(folder / "full-0", tmp_path / "nowhere").code == "MF-CKPT-04"
 
 
-def test_the_same_run_twice_counts_once_and_a_copy_of_it_is_left_out_with_a_notice(folder: Path, tmp_path: Path) -> None:
+def test_a_repeated_run_counts_once_and_a_copy_is_left_out_with_a_notice(folder: Path, tmp_path: Path) -> None:
     assert compare([folder / "full-0", folder / "full-0"]).rows[0].seeds == (0,)
     shutil.copytree(folder / "full-0", copy := tmp_path / "copy")
     found = compare([folder / "full-0", copy, folder / "full-1"])
@@ -167,7 +167,7 @@ def test_the_same_run_twice_counts_once_and_a_copy_of_it_is_left_out_with_a_noti
     assert found.notices == (f"left out: {copy} has the same settings and seed as {folder / 'full-0'}",)
 
 
-def test_a_swapped_run_and_the_same_from_scratch_are_two_rows(folder: Path, tmp_path: Path) -> None:
+def test_a_swapped_run_and_one_from_scratch_are_two_rows(folder: Path, tmp_path: Path) -> None:
     new = tmp_path / "swapped"
     done = call("swap-encoder", folder / "full-0", "--comp", "tiny:text?pool=cls", "-o", new, "--epochs", "1")
     assert done.returncode == 0, done.stderr
@@ -176,7 +176,7 @@ def test_a_swapped_run_and_the_same_from_scratch_are_two_rows(folder: Path, tmp_
     assert [row.settings["start"] for row in found.rows] == ["scratch", "a trained model", "scratch"]
 
 
-def test_runs_with_other_labels_are_refused_for_their_labels(folder: Path, tmp_path: Path) -> None:
+def test_runs_with_different_labels_are_refused_with_that_reason(folder: Path, tmp_path: Path) -> None:
     data = make_pairs(tmp_path / "data", counts=COUNTS)
     for file in data.glob("*.jsonl"):
         rows = [json.loads(line) for line in file.read_text().splitlines()]
@@ -184,7 +184,7 @@ def test_runs_with_other_labels_are_refused_for_their_labels(folder: Path, tmp_p
     assert "different labels" in refused(folder / "full-0", train(data, tmp_path / "other")).what
 
 
-def test_unknown_rows_and_metrics_are_refused_with_the_nearest(folder: Path) -> None:
+def test_unknown_rows_and_metrics_are_refused_with_a_suggestion(folder: Path) -> None:
     error = refused(*runs(folder), against="ful")
     assert (error.code, error.fix) == ("MF-CFG-85", "did you mean full?")
     error = refused(*runs(folder), metric="f1_micro")
@@ -277,12 +277,12 @@ def test_the_table_is_plain_when_piped(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "code"), [(("--format", "html"), "MF-CFG-88"), (("-o", f"{__file__}/table.md"), "MF-CFG-54")]
 )
-def test_unknown_formats_and_places_are_refused(folder: Path, more: tuple[str, ...], code: str) -> None:
+def test_unknown_formats_and_invalid_paths_are_refused(folder: Path, more: tuple[str, ...], code: str) -> None:
     done = call("compare", *runs(folder), *more)
     assert (done.returncode, code in done.stderr) == (3, True)
 
 
-def test_of_runs_on_different_data_the_largest_group_is_compared(folder: Path, tmp_path: Path) -> None:
+def test_if_runs_were_tested_on_different_data_the_largest_group_is_compared(folder: Path, tmp_path: Path) -> None:
     fewer = train(make_pairs(tmp_path / "fewer", counts=COUNTS | {"test": 39}), tmp_path / "runs" / "fewer")
     multi = train(make_pairs(tmp_path / "multi", multi=True, counts=COUNTS), tmp_path / "runs" / "multi")
     named = [fewer, folder / "full-0", multi, folder / "text-0"]

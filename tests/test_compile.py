@@ -82,7 +82,7 @@ def learn(model: Fusion, forward: Any, count: int = 4) -> tuple[Tensor, dict[str
     ],
     ids=str,
 )
-def test_a_model_that_learns_is_one_graph_with_the_same_numbers(pair: str, options: dict[str, Any]) -> None:
+def test_a_model_in_training_compiles_to_one_graph_with_the_same_results(pair: str, options: dict[str, Any]) -> None:
     """`fullgraph` refuses a break; the graph is that of the forward and the backward pass."""
     model, counter = built(pair, **options), CompileCounterWithBackend("aot_eager")
     logits, gradients = learn(model, model)
@@ -95,7 +95,7 @@ def test_a_model_that_learns_is_one_graph_with_the_same_numbers(pair: str, optio
 
 @pytest.mark.parametrize("pair", matrix(["tiny", "swin and bert"], ["tiny"]))
 @pytest.mark.matrix
-def test_steps_of_one_shape_are_compiled_once_and_smaller_batches_once_more(pair: str) -> None:
+def test_steps_are_compiled_once_for_each_batch_shape(pair: str) -> None:
     model, counter = built(pair), CompileCounterWithBackend("eager")
     forward, optimizer = torch.compile(model, backend=counter, fullgraph=True), torch.optim.AdamW(model.trainable_parameters())
     counts = []
@@ -110,7 +110,7 @@ def test_steps_of_one_shape_are_compiled_once_and_smaller_batches_once_more(pair
 
 @pytest.mark.matrix
 @pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
-def test_a_compiled_run_learns_what_a_run_learns(tmp_path: Path) -> None:
+def test_a_compiled_run_learns_the_same_as_an_uncompiled_one(tmp_path: Path) -> None:
     """Without noise and dropout, which compiled code draws from a generator of its own."""
     data = make_pairs(tmp_path / "data", counts={"train": 12, "val": 4, "test": 4})
     prompts = {"static": 2, "dynamic": 2, "experts": 4, "layers": "last:1", "dropout": 0}

@@ -31,7 +31,7 @@ METHODS = [name for name, (point, *_) in INSTALLED.items() if registry.distribut
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_built_in_method_keeps_the_contract(method: str) -> None:
+def test_every_built_in_method_satisfies_the_contract(method: str) -> None:
     sides = {"main": "tiny:text", "comp": "tiny:vision"} if "mmbt" in method else {}
     assert isinstance(check_fusion(method, **sides), Fusion)
 
@@ -48,12 +48,12 @@ def test_every_built_in_method_keeps_the_contract(method: str) -> None:
     ],
     ids=str,
 )
-def test_conditional_keeps_the_contract_as_it_can_be_configured(settings: dict[str, Any]) -> None:
+def test_conditional_satisfies_the_contract_in_every_configuration(settings: dict[str, Any]) -> None:
     settings = {**settings}
     check_fusion("conditional", comp=settings.pop("comp", "tiny:text"), settings=settings)
 
 
-def test_text_and_image_keep_the_contract(tmp_path: Path) -> None:
+def test_text_and_image_satisfy_the_contract(tmp_path: Path) -> None:
     check_modality("text", values=["A photo of two cats.", "no", "Straße"])
     random = np.random.default_rng(0)
     for name, size in (("a.png", (40, 30)), ("b.jpg", (20, 90))):
@@ -200,7 +200,7 @@ BROKEN_METHODS: list[tuple[type[Fusion], str, str]] = [
 ]
 
 
-def test_the_toy_method_keeps_the_contract() -> None:
+def test_the_toy_method_satisfies_the_contract() -> None:
     assert isinstance(check_fusion(Sum), Sum)
 
 
@@ -213,7 +213,7 @@ def test_a_broken_method_fails_with_what_where_and_a_fix(method: type[Fusion], w
     assert what in message and fix in advice
 
 
-def test_a_method_that_is_not_a_subclass_or_cannot_be_built_fails() -> None:
+def test_a_method_that_is_not_a_subclass_or_cannot_be_built_fails_the_contract() -> None:
     with pytest.raises(AssertionError, match="is not a subclass of Fusion · fix: derive"):
         check_fusion(nn.Linear)  # type: ignore[arg-type]
 
@@ -402,7 +402,7 @@ def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[type[Mod
 
 
 @pytest.mark.parametrize("kind", [Numbers, Blocks])
-def test_the_toy_modalities_keep_the_contract(kind: type[Modality], check: Callable[[type[Modality]], Modality]) -> None:
+def test_the_toy_modalities_satisfy_the_contract(kind: type[Modality], check: Callable[[type[Modality]], Modality]) -> None:
     assert isinstance(check(kind), kind)
 
 

@@ -78,7 +78,7 @@ def assert_same(one: Path, other: Path) -> None:
 
 @pytest.mark.parametrize("main", matrix(["tiny:vision", "tiny:text"], ["tiny:vision"]))
 @pytest.mark.parametrize("augment", matrix(["none", "randaugment", "crop"], ["none", "crop"]))
-def test_cached_features_and_images_give_the_same_run(photos: Path, tmp_path: Path, main: str, augment: str) -> None:
+def test_cached_features_and_images_give_the_same_results(photos: Path, tmp_path: Path, main: str, augment: str) -> None:
     """To the last bit, between what is computed and kept and what is read; features that are not kept, to rounding."""
     comp = "tiny:text" if main == "tiny:vision" else "tiny:vision"
     plain: dict[str, Any] = {"cache_features": False, "augment": augment}
@@ -102,7 +102,7 @@ def test_cached_features_and_images_give_the_same_run(photos: Path, tmp_path: Pa
         assert result(tmp_path / "unaugmented")[1] != result(tmp_path / "plain")[1]
 
 
-def test_the_second_run_encodes_and_decodes_nothing(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_run_encodes_and_decodes_nothing(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Notices(Listener):
         def __init__(self) -> None:
             self.said: list[str] = []
@@ -126,7 +126,7 @@ def features(root: Path, encoder: str = "tiny:text", split: str = "train", **cha
 
 
 @pytest.mark.parametrize("encoder", ["tiny:text", "tiny:vision"])
-def test_a_feature_is_that_of_its_row(photos: Path, encoder: str) -> None:
+def test_a_cached_feature_belongs_to_its_row(photos: Path, encoder: str) -> None:
     table, again = features(photos, encoder), features(photos, encoder)
     data, model = load_data(Data(path=str(photos))), create_encoder(encoder)
     samples = Samples(data, "train", {"only": (model.modality, model.preprocess)}, Data())
@@ -138,7 +138,7 @@ def test_a_feature_is_that_of_its_row(photos: Path, encoder: str) -> None:
     assert "read from" in again.origin
 
 
-def test_features_are_not_those_of_another_encoder_or_of_other_samples(photos: Path, tmp_path: Path) -> None:
+def test_cached_features_are_not_reused_for_another_encoder_or_other_samples(photos: Path, tmp_path: Path) -> None:
     assert "kept in" in features(photos).origin
     assert "kept in" in features(photos, "tiny:vision").origin
     assert "kept in" in features(photos, "tiny:vision", split="val").origin
@@ -155,7 +155,7 @@ def test_features_are_not_those_of_another_encoder_or_of_other_samples(photos: P
 
 
 @pytest.mark.parametrize("layer", range(3))
-def test_any_one_weight_of_an_encoder_makes_other_features(photos: Path, layer: int) -> None:
+def test_changing_any_weight_of_an_encoder_recomputes_its_features(photos: Path, layer: int) -> None:
     one, other = create_encoder("tiny:text"), create_encoder("tiny:text")
     with torch.no_grad():
         weight = list(other.parameters())[layer]
@@ -163,7 +163,7 @@ def test_any_one_weight_of_an_encoder_makes_other_features(photos: Path, layer: 
     assert one.fingerprint() != other.fingerprint()
 
 
-def test_a_tokenizer_that_splits_differently_makes_other_features(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tokenizer_that_splits_differently_recomputes_features(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     features(photos)
     encoder = create_encoder("tiny:text")
     tokenize = encoder.preprocess.tokenize  # type: ignore[attr-defined]
@@ -172,7 +172,7 @@ def test_a_tokenizer_that_splits_differently_makes_other_features(photos: Path, 
     assert "kept in" in split_features(encoder, data, "train", settings(photos), CPU).origin
 
 
-def test_what_is_damaged_in_the_cache_is_computed_again(photos: Path, empty: Path) -> None:
+def test_damaged_cache_entries_are_computed_again(photos: Path, empty: Path) -> None:
     expected = features(photos)[torch.arange(12)].clone()
     (file,) = empty.glob("features/*/*/values.bin")
     content = bytearray(file.read_bytes())
@@ -183,7 +183,7 @@ def test_what_is_damaged_in_the_cache_is_computed_again(photos: Path, empty: Pat
     assert torch.equal(table[torch.arange(12)], expected)
 
 
-def test_without_a_place_for_a_cache_all_works_and_nothing_is_kept(
+def test_without_a_cache_folder_everything_works_and_nothing_is_stored(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(settings(photos), tmp_path / "with")
@@ -200,7 +200,7 @@ def test_without_a_place_for_a_cache_all_works_and_nothing_is_kept(
     assert cache.root() is None
 
 
-def test_processes_share_what_is_kept(photos: Path, tmp_path: Path) -> None:
+def test_processes_share_the_cache(photos: Path, tmp_path: Path) -> None:
     train(settings(photos, cache_images=True), tmp_path / "one")
     shutil.rmtree(tmp_path / "cache")
     done = ranks(2, "train", *TINY, "--data", str(photos), "--out", str(tmp_path / "two"), "--steps", "2", "--cache-images")
@@ -211,7 +211,7 @@ def test_processes_share_what_is_kept(photos: Path, tmp_path: Path) -> None:
 # -- images in one file
 
 
-def test_a_kept_image_is_the_decoded_one(photos: Path) -> None:
+def test_a_cached_image_equals_the_decoded_one(photos: Path) -> None:
     data, encoder = load_data(Data(path=str(photos))), create_encoder("tiny:vision")
     kept = pictures(data, data.splits["train"], "image", encoder.preprocess, Data())
     for number, row in enumerate(data.splits["train"].rows):
@@ -219,7 +219,7 @@ def test_a_kept_image_is_the_decoded_one(photos: Path) -> None:
             assert np.array_equal(kept[number], encoder.preprocess.reduce(image.convert("RGB")))
 
 
-def test_an_image_that_many_rows_show_is_kept_once(photos: Path, empty: Path) -> None:
+def test_an_image_used_by_many_rows_is_cached_once(photos: Path, empty: Path) -> None:
     data, encoder = load_data(Data(path=str(photos))), create_encoder("tiny:vision")
     kept = pictures(data, data.splits["train"], "image", encoder.preprocess, Data())
     different = {row.values["image"]: kept[number].size for number, row in enumerate(data.splits["train"].rows)}
@@ -231,7 +231,7 @@ def test_an_image_that_many_rows_show_is_kept_once(photos: Path, empty: Path) ->
 # -- the index
 
 
-def test_images_that_did_not_change_are_not_read_again(photos: Path) -> None:
+def test_unchanged_images_are_not_read_again(photos: Path) -> None:
     names = [f"images/train-{i}.png" for i in range(4)]
     kind, how = modality.get_modality("image"), Data()
     assert isinstance(kind, Files)
@@ -246,7 +246,7 @@ def test_images_that_did_not_change_are_not_read_again(photos: Path) -> None:
     assert changed[names[2]].code == "MF-DATA-13"
 
 
-def test_an_image_that_breaks_after_the_index_was_built_is_found(photos: Path) -> None:
+def test_an_image_damaged_after_the_index_was_built_is_detected(photos: Path) -> None:
     load_data(Data(path=str(photos)))
     path = photos / "images" / "val-1.png"
     path.write_bytes(path.read_bytes()[:60])
@@ -265,7 +265,7 @@ def test_an_index_from_the_cache_equals_a_fresh_one(photos: Path, empty: Path) -
     assert read() == fresh
 
 
-def test_the_cache_says_what_it_holds_and_is_emptied(photos: Path, tmp_path: Path) -> None:
+def test_the_cache_lists_its_contents_and_can_be_cleared(photos: Path, tmp_path: Path) -> None:
     train(settings(photos), tmp_path / "run")
     shown = call("data", "cache", "--json")
     assert shown.returncode == 0, shown.stderr

@@ -33,7 +33,7 @@ def data(pairs: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("place", ["photos/deep/images", "../photos/images", "../../far/images"])
-def test_images_that_are_all_elsewhere_name_the_flag(data: Path, place: str) -> None:
+def test_if_all_images_are_in_another_folder_the_error_names_the_flag(data: Path, place: str) -> None:
     (data / place).parent.mkdir(parents=True)
     (data / "images").rename(data / place)
     root = (data / place).parent.resolve()
@@ -52,13 +52,13 @@ def test_images_that_are_all_elsewhere_name_the_flag(data: Path, place: str) -> 
     assert done.returncode == 0, done.stderr
 
 
-def test_one_missing_image_of_many_is_to_be_added(data: Path) -> None:
+def test_for_one_missing_image_the_fix_is_to_add_it(data: Path) -> None:
     (data / "images" / "train-3.png").unlink()
     refused = plan(data)
     assert "image not found: images/train-3.png" in refused.stderr and "fix: add the file" in refused.stderr
 
 
-def test_predict_without_any_image_names_the_flag(trained: Path, pairs: Path, tmp_path: Path) -> None:
+def test_predict_without_any_images_is_an_error_with_the_flag(trained: Path, pairs: Path, tmp_path: Path) -> None:
     shutil.copy(pairs / "test.jsonl", tmp_path)
     done = call("predict", trained, tmp_path / "test.jsonl")
     assert done.returncode == 4
@@ -70,7 +70,7 @@ def test_predict_without_any_image_names_the_flag(trained: Path, pairs: Path, tm
 
 
 @pytest.mark.parametrize("lacking", ["null", "no key"])
-def test_rows_without_a_text_name_on_missing(data: Path, lacking: str) -> None:
+def test_rows_without_a_text_are_an_error_that_suggests_on_missing(data: Path, lacking: str) -> None:
     rows = rows_of(data, "train")
     for number in (2, 5):
         rows[number]["text"] = None
@@ -101,7 +101,7 @@ def test_a_row_without_a_label_is_not_a_missing_value(data: Path) -> None:
     assert "--on-missing" not in plan(data).stderr
 
 
-def test_empty_texts_name_on_missing(data: Path) -> None:
+def test_the_notice_about_empty_texts_suggests_on_missing(data: Path) -> None:
     rows = rows_of(data, "train")
     rows[2]["text"] = ""
     write_rows(data / "train.jsonl", rows)
@@ -121,7 +121,7 @@ def one_table(root: Path, **names: str) -> Path:
 
 
 @pytest.mark.parametrize("names", [("train", "val", "test"), ("Training", "dev", "TEST"), ("train", "validation", "testing")])
-def test_a_column_that_names_splits_is_offered_and_used(data: Path, names: tuple[str, ...]) -> None:
+def test_a_column_that_names_splits_is_suggested_and_works(data: Path, names: tuple[str, ...]) -> None:
     table = one_table(data, **dict(zip(("train", "val", "test"), names, strict=True)))
     refused = plan(table)
     assert refused.returncode == 4
@@ -146,7 +146,7 @@ def test_a_folder_with_one_table_of_another_name_names_the_table(data: Path) -> 
     assert f"name the table itself: {table}" in plan(data).stderr
 
 
-def test_a_table_without_such_a_column_says_both_ways(data: Path) -> None:
+def test_a_table_without_a_split_column_suggests_both_solutions(data: Path) -> None:
     refused = plan(one_table(data))
     assert "--val-fraction 0.1, or name the column with the split with --split-col" in refused.stderr
 

@@ -127,13 +127,13 @@ def test_a_page_loads_nothing_and_runs_only_its_own_scripts(pages: dict[str, Pag
 
 
 @pytest.mark.parametrize("name", ["check", "sheet"])
-def test_hostile_labels_ids_and_texts_are_shown_as_they_are(pages: dict[str, Page], name: str) -> None:
+def test_hostile_labels_ids_and_texts_are_shown_as_text(pages: dict[str, Page], name: str) -> None:
     assert HOSTILE in pages[name].text
     assert f"t26{ATTRIBUTE}" in pages[name].text
     assert not re.search("[\x00-\x08\x0b-\x1f\ud800-\udfff]", pages[name].text)
 
 
-def test_an_attribute_is_escaped_too(tmp_path: Path) -> None:
+def test_attributes_are_escaped(tmp_path: Path) -> None:
     odd = f"{ATTRIBUTE}'><img src=x>"
     save(tmp_path / f"{odd}.png")
     rows = [line("=1+1", f"{odd}.png", odd, odd), line("2", f"{odd}.png", "b")]
@@ -158,7 +158,7 @@ def test_the_page_of_a_check_has_its_counts_kinds_and_labels(pages: dict[str, Pa
     assert bars == ["a", "b", HOSTILE, "zebra"]
 
 
-def test_the_worst_are_seen_and_what_cannot_be_is_told(pages: dict[str, Page], broken: Path) -> None:
+def test_the_worst_problems_have_pictures_or_say_why_not(pages: dict[str, Page], broken: Path) -> None:
     page = pages["check"]
     names = [attributes["alt"] for attributes in page.all("img")]
     assert names == ["copy-of-1.png", "1.png", "5.png", "2.png", "tiny.png", "strip.png", "moving.gif"]
@@ -170,7 +170,7 @@ def test_the_worst_are_seen_and_what_cannot_be_is_told(pages: dict[str, Page], b
     assert len(page.all("pre")) == 4  # cut, page, scan and words; there is nothing of nothing.jpg
 
 
-def test_of_many_offenders_sixty_are_seen_and_every_kind_is(tmp_path: Path) -> None:
+def test_with_many_problems_sixty_are_shown_and_every_kind_is_represented(tmp_path: Path) -> None:
     rows = []
     for number in range(90):
         save(tmp_path / f"{number}.png", (8, 8), seed=number)
@@ -184,7 +184,7 @@ def test_of_many_offenders_sixty_are_seen_and_every_kind_is(tmp_path: Path) -> N
     assert (len(page.all("img")), len(page.all("pre"))) == (59, 1)
 
 
-def test_long_lists_are_cut_and_counted(tmp_path: Path) -> None:
+def test_long_lists_are_truncated_and_counted(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("{\n" * 300)
     page = Page(data_check.check_page(check(Data(path=str(tmp_path))), name="x", summary="", columns=(), splits=()))
     assert page.text.count("train.jsonl:") == 200 + 1
@@ -204,7 +204,7 @@ def test_the_sheet_shows_each_row_and_what_is_wrong_with_its_image(pages: dict[s
     assert "empty text" in page.text
 
 
-def test_a_long_text_is_cut_and_can_be_opened(tmp_path: Path) -> None:
+def test_a_long_text_is_truncated_and_can_be_expanded(tmp_path: Path) -> None:
     save(tmp_path / "1.png")
     text = "".join(f"{number:05d} " for number in range(5000))
     rows = [line("1", text=text), line("2", label="b", text=text[:300]), line("3", text=text[:301])]
@@ -231,7 +231,7 @@ def test_rows_are_drawn_from_every_class_in_turn_by_the_seed_alone() -> None:
 
 
 @pytest.mark.parametrize("split", ["test", "nothing"])
-def test_a_split_that_is_not_there_has_no_sheet(tmp_path: Path, split: str) -> None:
+def test_a_missing_split_has_no_preview(tmp_path: Path, split: str) -> None:
     root = tmp_path / "data"
     save(root / "1.png")
     (root / "train.jsonl").write_text(line("1"))
@@ -241,7 +241,7 @@ def test_a_split_that_is_not_there_has_no_sheet(tmp_path: Path, split: str) -> N
     assert not (tmp_path / "sheet.html").exists()
 
 
-def test_a_split_of_one_table_has_a_sheet(tmp_path: Path) -> None:
+def test_a_split_of_a_single_table_has_a_preview(tmp_path: Path) -> None:
     save(tmp_path / "1.png")
     (tmp_path / "all.csv").write_text("id,text,img,label,part\n1,one,1.png,a,train\n2,two,1.png,b,dev\n")
     flags = ("--split-col", "part", "--split", "val", "-o", tmp_path / "sheet.html", "--json")
@@ -284,7 +284,7 @@ def test_bytes_are_shown_in_hex_and_as_text() -> None:
     assert dump(b"\x89PNG\r\n\x1a\n<b>") == [("8950 4e47 0d0a 1a0a", ".PNG...."), ("3c62 3e            ", "<b>")]
 
 
-def test_a_histogram_has_every_value_and_its_limit() -> None:
+def test_a_histogram_has_every_value_and_marks_the_limit() -> None:
     def drawn(values: list[int], limit: int = 0) -> Any:
         return histogram("x", "x", values, unit="words", what="text", limit=limit)
 

@@ -97,7 +97,7 @@ def test_only_the_test_split_has_the_unseen_templates() -> None:
         assert not set(templates) & set(dq.TRAIN_TEMPLATES[kind])
 
 
-def test_neither_modality_alone_tells_the_label() -> None:
+def test_neither_modality_alone_determines_the_label() -> None:
     made = dq.compose("train", 8000, seed=0)
     labels = np.array([question.label for question in made.questions])
     assert np.bincount(labels, minlength=10).max() / len(labels) < 0.12
@@ -118,7 +118,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(folder: Pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "other"]  # nothing temporary is left
 
 
-def test_making_it_again_in_place_changes_nothing(folder: Path) -> None:
+def test_generating_it_again_in_place_changes_nothing(folder: Path) -> None:
     before = {name: (folder / name).stat().st_mtime_ns for name in files(folder)}
     assert dq.make(folder, seed=3, **COUNTS) == COUNTS
     assert {name: (folder / name).stat().st_mtime_ns for name in files(folder)} == before

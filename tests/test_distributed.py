@@ -41,7 +41,7 @@ def test_two_processes_equal_one(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
-def test_every_sample_is_in_one_share_whatever_the_number_of_processes(world: int) -> None:
+def test_every_sample_belongs_to_exactly_one_process(world: int) -> None:
     for batch in epoch_batches(seed=1, epoch=4, count=23, batch_size=8):
         shares = [process_share(batch, rank, world) for rank in range(world)]
         assert sorted(chain.from_iterable(shares)) == sorted(batch)
@@ -53,7 +53,7 @@ def test_every_sample_is_in_one_share_whatever_the_number_of_processes(world: in
 
 
 @pytest.mark.process
-def test_one_process_speaks_for_all(data: Path, tmp_path: Path) -> None:
+def test_only_the_main_process_prints(data: Path, tmp_path: Path) -> None:
     done = torchrun(2, *command(data, tmp_path / "run", "--json", "--steps", "2"))
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["ok"] is True, "one JSON object and nothing else"
@@ -76,7 +76,7 @@ main()
 @pytest.mark.parametrize(
     "more", matrix([("--method", "linear"), ("--epochs", "0"), ("--steps", "2")], [("--steps", "2")]), ids=" ".join
 )
-def test_no_process_reads_which_checkpoint_is_best_before_it_is_written(
+def test_no_process_reads_the_best_checkpoint_before_it_is_written(
     data: Path, tmp_path: Path, more: tuple[str, ...]
 ) -> None:
     (tmp_path / "slow.py").write_text(SLOW_MAIN)
@@ -129,7 +129,7 @@ print(f"{os.environ['RANK']}: {said}; after {time.monotonic() - began:.1f} s", f
         ("dies", [None, "another process failed"]),
     ],
 )
-def test_the_others_wait_for_the_main_process_as_long_as_it_lives(tmp_path: Path, end: str, said: list[str | None]) -> None:
+def test_other_processes_wait_as_long_as_the_main_process_lives(tmp_path: Path, end: str, said: list[str | None]) -> None:
     """Its work takes three times as long as they would wait for one another. No launcher is there to end them."""
     (tmp_path / "patient.py").write_text(PATIENT)
     with socket.socket() as free:
@@ -167,7 +167,7 @@ with distributed.process_group():
 
 
 @pytest.mark.process
-def test_a_process_whose_share_takes_longer_is_waited_for(tmp_path: Path) -> None:
+def test_a_slower_process_is_waited_for(tmp_path: Path) -> None:
     (tmp_path / "uneven.py").write_text(UNEVEN)
     done = ranks(2, program=(str(tmp_path / "uneven.py"),))
     assert done.returncode == 0, done.stderr
@@ -192,7 +192,7 @@ with distributed.process_group():
 """
 
 
-def test_tensors_of_uneven_length_arrive_in_order(tmp_path: Path) -> None:
+def test_tensors_of_different_lengths_arrive_in_order(tmp_path: Path) -> None:
     (tmp_path / "exchange.py").write_text(_EXCHANGE)
     done = ranks(3, program=(str(tmp_path / "exchange.py"),))
     assert done.returncode == 0, done.stderr

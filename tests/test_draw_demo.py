@@ -14,7 +14,7 @@ from mopefuse.training.demo import VARIANTS
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "draw_demo.py"
 
 
-def test_the_picture_of_a_demo_has_its_images_in_a_row(tmp_path: Path) -> None:
+def test_the_picture_shows_the_images_of_the_demo_in_a_row(tmp_path: Path) -> None:
     make(tmp_path / "digit-questions", train=1, val=1, test=16)
     for name in VARIANTS:
         (tmp_path / name).mkdir()

@@ -103,7 +103,7 @@ def settings(data: Path, folders: dict[str, Path], **more: Any) -> Any:
 
 
 @pytest.mark.parametrize(("kind", "change", "said"), CHANGES.values(), ids=CHANGES)
-def test_what_changes_an_encoder_is_named_and_reads_no_stale_feature(
+def test_a_change_to_an_encoder_is_named_and_recomputes_its_features(
     folders: dict[str, Path], data: Path, kind: str, change: Callable[[Path], None], said: str
 ) -> None:
     pairs, config = load_data(Data(path=str(data))), settings(data, folders)
@@ -121,7 +121,7 @@ def test_what_changes_an_encoder_is_named_and_reads_no_stale_feature(
 
 
 @pytest.mark.process
-def test_a_run_is_not_loaded_onto_an_encoder_that_differs(folders: dict[str, Path], data: Path, tmp_path: Path) -> None:
+def test_a_run_is_not_loaded_with_a_different_encoder(folders: dict[str, Path], data: Path, tmp_path: Path) -> None:
     run, adapter = tmp_path / "run", tmp_path / "adapter"
     train(settings(data, folders), run)
     assert call("export", run, "-o", adapter, "--format", "adapter").returncode == 0
@@ -142,7 +142,7 @@ def test_a_run_is_not_loaded_onto_an_encoder_that_differs(folders: dict[str, Pat
     assert call("eval", run, "--device", "cpu").returncode == 0, "as it was"
 
 
-def test_a_tuned_encoder_is_checked_as_well(folders: dict[str, Path], data: Path, tmp_path: Path) -> None:
+def test_a_tuned_encoder_is_checked_too(folders: dict[str, Path], data: Path, tmp_path: Path) -> None:
     train(settings(data, folders, tune="full"), tmp_path / "run")
     edit_config(folders["bert"], hidden_act="relu")
     with pytest.raises(CheckpointError, match=r'model.hidden_act: was "gelu", is "relu"'):
@@ -157,7 +157,7 @@ def test_a_resumed_run_checks_its_encoders(folders: dict[str, Path], data: Path,
         train(config, tmp_path / "run", resume=True)
 
 
-def test_another_version_of_a_library_gives_a_notice_and_computes_features_anew(
+def test_another_library_version_gives_a_notice_and_recomputes_features(
     folders: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = settings(data, folders)
@@ -174,7 +174,7 @@ def test_another_version_of_a_library_gives_a_notice_and_computes_features_anew(
     assert "read from" not in split_features(encoder, load_data(Data(path=str(data))), "train", config, CPU).origin
 
 
-def test_with_another_version_only_what_both_know_is_compared() -> None:
+def test_with_another_library_version_only_common_fields_are_compared() -> None:
     before = {"model": {"act": "gelu", "old": 1}, "preprocess": {"tokenizer": {"state": "a", "examples": "b"}}}
     now: dict[str, Any] = {"model": {"act": "gelu", "new": 2}, "preprocess": {"tokenizer": {"state": "c", "examples": "b"}}}
     same, other = {"libraries": {"transformers": "5"}}, {"libraries": {"transformers": "6"}}
@@ -184,7 +184,7 @@ def test_with_another_version_only_what_both_know_is_compared() -> None:
     assert _description.differences(before | same, now | other) == ['model.act: was "gelu", is "relu"']
 
 
-def test_a_description_is_the_same_wherever_the_encoder_is_stored(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_description_does_not_depend_on_where_the_encoder_is_stored(folders: dict[str, Path], tmp_path: Path) -> None:
     for kind, folder in folders.items():
         copy = shutil.copytree(folder, tmp_path / "elsewhere" / kind)
         assert create_encoder(f"hf:{folder}").describe() == create_encoder(f"hf:{copy}").describe()

@@ -57,7 +57,7 @@ def answers(model: Path, pairs: Path, out: Path) -> list[dict[str, Any]]:
 # -- what is in a bundle, and what it answers
 
 
-def test_a_bundle_has_all_that_running_it_needs_and_nothing_of_where_it_was_made(
+def test_a_bundle_is_self_contained_and_reveals_no_local_paths(
     exported: Path, trained: Path, pairs: Path
 ) -> None:
     assert {path.name for path in exported.iterdir()} == BUNDLE
@@ -87,7 +87,7 @@ def test_the_graph_has_named_dynamic_dimensions_and_its_weights_inside(exported:
 
 
 @pytest.mark.parametrize("kind", matrix(["exported", "pt2"], ["exported"]))
-def test_a_bundle_predicts_as_the_run_does(
+def test_a_bundle_predicts_like_its_run(
     kind: str, trained: Path, pairs: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     folder = request.getfixturevalue(kind)
@@ -97,7 +97,7 @@ def test_a_bundle_predicts_as_the_run_does(
         assert mine["probabilities"] == pytest.approx(theirs["probabilities"], abs=1e-4)
 
 
-def test_python_asks_a_bundle_as_it_asks_a_run(exported: Path, trained: Path, pairs: Path) -> None:
+def test_a_bundle_and_a_run_have_the_same_python_interface(exported: Path, trained: Path, pairs: Path) -> None:
     with Image.open(pairs / "images" / "test-1.png") as image:
         pair = [image.convert("LA")], ["what is the red digit"]
         one = mopefuse.load(exported).predict(*pair, top=2, routing=True)
@@ -127,7 +127,7 @@ def test_a_run_its_adapter_and_its_bundles_have_the_same_metric(
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("form", matrix(["onnx", "pt2"], ["pt2"]))
-def test_several_labels_keep_the_thresholds_of_the_run(form: str, tmp_path: Path) -> None:
+def test_a_multi_label_bundle_keeps_the_thresholds_of_the_run(form: str, tmp_path: Path) -> None:
     root = make_pairs(tmp_path / "data", multi=True)
     run, out = tmp_path / "run", tmp_path / "bundle"
     assert call("train", *TINY, "--data", root, "--out", run, "--steps", "2", "--threshold", "tuned").returncode == 0
@@ -154,7 +154,7 @@ def test_an_adapter_is_evaluated_on_a_table_with_other_columns(trained: Path, pa
     assert call("eval", trained, "--text-col", "title").returncode == 3
 
 
-def test_a_half_precision_adapter_predicts_nearly_the_same(trained: Path, pairs: Path, tmp_path: Path) -> None:
+def test_a_half_precision_adapter_predicts_almost_the_same(trained: Path, pairs: Path, tmp_path: Path) -> None:
     adapter, half = tmp_path / "adapter", tmp_path / "half"
     assert call("export", trained, "--format", "adapter", "-o", adapter).returncode == 0
     assert call("export", trained, "--format", "adapter", "--half", "-o", half).returncode == 0
@@ -166,7 +166,7 @@ def test_a_half_precision_adapter_predicts_nearly_the_same(trained: Path, pairs:
     assert mine != theirs
 
 
-def test_an_adapter_is_a_run_for_swapping_and_for_exporting_again(trained: Path, pairs: Path, tmp_path: Path) -> None:
+def test_an_adapter_can_be_swapped_and_exported_again(trained: Path, pairs: Path, tmp_path: Path) -> None:
     adapter, again, swapped = (tmp_path / name for name in ("adapter", "again", "swapped"))
     assert call("export", trained, "--format", "adapter", "-o", adapter).returncode == 0
     assert call("export", adapter, "--format", "adapter", "-o", again).returncode == 0
@@ -182,7 +182,7 @@ def test_an_adapter_is_a_run_for_swapping_and_for_exporting_again(trained: Path,
 
 
 @pytest.mark.process
-def test_a_graph_with_other_outputs_is_not_published(
+def test_a_graph_with_different_outputs_is_not_published(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(making, "TOLERANCE", -1.0)
@@ -193,7 +193,7 @@ def test_a_graph_with_other_outputs_is_not_published(
 
 
 @pytest.mark.matrix
-def test_a_bundle_that_reads_texts_otherwise_is_not_published(
+def test_a_bundle_that_tokenizes_differently_is_not_published(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     collate = Bundle.collate
@@ -207,7 +207,7 @@ def test_a_bundle_that_reads_texts_otherwise_is_not_published(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_of_other_things_is_never_replaced(trained: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_an_export_is_never_replaced(trained: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("years of work")
@@ -233,7 +233,7 @@ def test_a_folder_of_other_things_is_never_replaced(trained: Path, tmp_path: Pat
         ((), "MF-CFG-71"),
     ],
 )
-def test_options_that_do_not_go_together_are_refused(
+def test_incompatible_options_are_refused(
     arguments: tuple[str, ...], code: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -242,7 +242,7 @@ def test_options_that_do_not_go_together_are_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_routing_of_a_model_that_has_none_is_refused(pairs: Path, tmp_path: Path) -> None:
+def test_routing_is_refused_for_a_model_without_a_router(pairs: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert call("train", *TINY, "--method", "late-concat", "--data", pairs, "--out", run, "--steps", "1").returncode == 0
     done = call("export", run, "--format", "pt2", "--routing", "-o", tmp_path / "out")
@@ -264,7 +264,7 @@ def test_export_without_its_packages_names_the_extra(
 
 
 @pytest.mark.matrix
-def test_eight_bits_are_smaller_and_measured_before_and_after(exported: Path, trained: Path, tmp_path: Path) -> None:
+def test_int8_weights_are_smaller_and_measured_before_and_after(exported: Path, trained: Path, tmp_path: Path) -> None:
     done = call("export", trained, "--int8", "-o", tmp_path / "out", "--json")
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
@@ -278,14 +278,14 @@ def test_eight_bits_are_smaller_and_measured_before_and_after(exported: Path, tr
 # -- verify, and what was tampered with
 
 
-def test_verify_says_what_holds(exported: Path, pt2: Path) -> None:
+def test_verify_reports_what_was_checked(exported: Path, pt2: Path) -> None:
     for folder in (exported, pt2):
         done = call("export", "verify", folder, "--json")
         assert done.returncode == 0 and "as it was exported" in json.loads(done.stdout)["found"]
 
 
 @pytest.mark.parametrize("name", sorted(BUNDLE - {"manifest.json"}))
-def test_a_file_that_was_changed_is_named(name: str, copy: Path) -> None:
+def test_a_changed_file_is_named(name: str, copy: Path) -> None:
     content = bytearray((copy / name).read_bytes())
     content[len(content) // 2] ^= 1
     (copy / name).write_bytes(content)
@@ -294,7 +294,7 @@ def test_a_file_that_was_changed_is_named(name: str, copy: Path) -> None:
         assert done.returncode == 6 and name in done.stderr and "sha256 differs" in done.stderr
 
 
-def test_another_prediction_for_the_example_is_an_error(copy: Path) -> None:
+def test_a_different_prediction_for_the_example_is_an_error(copy: Path) -> None:
     example = read_json(copy / "example.json")
     example["logits"][0] += 0.01
     (copy / "example.json").write_text(json.dumps(example))
@@ -312,7 +312,7 @@ def test_labels_that_do_not_fit_the_graph_are_refused(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["labels", "thresholds", "multi_label"])
-def test_a_bundle_that_lacks_a_fact_is_refused(key: str, copy: Path) -> None:
+def test_a_bundle_with_incomplete_labels_is_refused(key: str, copy: Path) -> None:
     labels = read_json(copy / "labels.json")
     del labels[key]
     (copy / "labels.json").write_text(json.dumps(labels))
@@ -333,7 +333,7 @@ class TestWeightsBesideTheGraph:
             assert said in done.stdout
         return tmp_path / "large"
 
-    def test_they_are_needed_whole_and_inside_the_folder(self, large: Path, tmp_path: Path) -> None:
+    def test_they_must_be_complete_and_inside_the_folder(self, large: Path, tmp_path: Path) -> None:
         data = large / "model.onnx.data"
         content = data.read_bytes()
         assert "model.onnx.data" in read_json(large / "manifest.json")["files"]

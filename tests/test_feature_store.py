@@ -89,7 +89,7 @@ def store_of(encoder: str = "tiny:text") -> FeatureStore:
 # -- what is computed
 
 
-def test_another_fraction_split_and_data_set_of_the_same_samples_computes_only_what_is_new(
+def test_with_another_fraction_split_or_data_set_only_new_features_are_computed(
     data: Path, tmp_path: Path, encoded: list[int]
 ) -> None:
     half = load_data(Data(path=str(data), fraction=0.5))
@@ -110,7 +110,7 @@ def test_another_fraction_split_and_data_set_of_the_same_samples_computes_only_w
     assert torch.equal(rows(turned, 40), rows(whole, 40).flip(0))
 
 
-def test_the_second_run_with_another_fraction_computes_no_feature(data: Path, tmp_path: Path, encoded: list[int]) -> None:
+def test_a_second_run_with_another_fraction_computes_no_features(data: Path, tmp_path: Path, encoded: list[int]) -> None:
     train(settings(data), tmp_path / "whole")
     assert sum(encoded) == 2 * sum(COUNTS.values()), "of both encoders"
     encoded.clear()
@@ -119,7 +119,7 @@ def test_the_second_run_with_another_fraction_computes_no_feature(data: Path, tm
     assert encoded == []
 
 
-def test_a_feature_is_that_of_its_sample_in_any_batch(data: Path) -> None:
+def test_a_feature_belongs_to_its_sample_in_any_batch(data: Path) -> None:
     for name in ("tiny:text", "tiny:vision"):
         found, encoder = rows(features(data, name), 40), create_encoder(name)
         values = load_data(Data(path=str(data)))
@@ -129,7 +129,7 @@ def test_a_feature_is_that_of_its_sample_in_any_batch(data: Path) -> None:
             torch.testing.assert_close(found[number : number + 1], alone, atol=1e-5, rtol=0)
 
 
-def test_texts_are_encoded_in_batches_of_similar_length_without_useless_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_are_encoded_in_batches_of_similar_length_with_little_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = create_encoder("tiny:text")
     texts = ["red digit " * (1 if number % 10 else 12) for number in range(640)]
     inputs = encoder.preprocess.batch([encoder.preprocess.item(text) for text in texts])
@@ -149,7 +149,7 @@ def test_texts_are_encoded_in_batches_of_similar_length_without_useless_padding(
     torch.testing.assert_close(pooled_BC, run_frozen(encoder, inputs).pooled_BC, atol=1e-5, rtol=0)
 
 
-def test_large_inputs_go_in_small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_inputs_are_encoded_in_small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = create_encoder("tiny:vision")
     sizes: list[int] = []
     own = run_frozen
@@ -169,7 +169,7 @@ def test_large_inputs_go_in_small_batches(monkeypatch: pytest.MonkeyPatch) -> No
 # -- what is kept
 
 
-def test_shards_are_published_as_the_work_goes_on(data: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_are_published_during_the_computation(data: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_VALUES_AT_ONCE", 8)
     monkeypatch.setattr(module, "_SHARD_BYTES", 16 * 96 * 4)
     whole = features(data)
@@ -180,7 +180,7 @@ def test_shards_are_published_as_the_work_goes_on(data: Path, folder: Path, monk
     assert [len(shard.keys) for shard in store_of().shards] == [16, 16, 8, 8, 2]
 
 
-def test_rows_of_several_shards_in_any_order(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_several_shards_are_read_in_any_order(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = rows(features(data), 40)
     shutil.rmtree(os.environ["MOPEFUSE_CACHE"])
     for share in (0.2, 0.5, 0.8):
@@ -192,7 +192,7 @@ def test_rows_of_several_shards_in_any_order(data: Path, monkeypatch: pytest.Mon
     assert found[torch.tensor([], dtype=torch.long)].shape == (0, 96)
 
 
-def test_a_damaged_shard_is_computed_again_and_the_others_are_read(data: Path, folder: Path, encoded: list[int]) -> None:
+def test_only_a_damaged_shard_is_computed_again(data: Path, folder: Path, encoded: list[int]) -> None:
     features(data, fraction=0.5)
     before = rows(features(data), 40)
     first, second = sorted(folder.glob("features/*/*"))
@@ -212,7 +212,7 @@ def test_a_damaged_shard_is_computed_again_and_the_others_are_read(data: Path, f
     assert second.exists()
 
 
-def test_a_process_compares_the_digests_of_a_shard_once(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_verifies_the_digests_of_a_shard_once(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[str] = []
     sha256 = checkpoint.sha256
 
@@ -228,7 +228,7 @@ def test_a_process_compares_the_digests_of_a_shard_once(data: Path, monkeypatch:
     assert "values.bin" not in hashed
 
 
-def test_a_store_that_is_cleared_while_it_is_used_or_filled(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_may_be_cleared_while_it_is_used_or_filled(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = features(data)
     expected = rows(found, 40)
     cache.clear()
@@ -246,7 +246,7 @@ def test_a_store_that_is_cleared_while_it_is_used_or_filled(data: Path, monkeypa
     torch.testing.assert_close(rows(found, 40), expected, atol=1e-5, rtol=0)
 
 
-def test_with_no_space_features_are_kept_in_memory(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_disk_space_features_are_kept_in_memory(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = rows(features(data), 40)
     cache.clear()
     features(data, fraction=0.5)
@@ -261,19 +261,19 @@ def test_with_no_space_features_are_kept_in_memory(data: Path, monkeypatch: pyte
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere; a file in the folder's place is tested below")
-def test_with_a_folder_that_is_read_only(data: Path, folder: Path) -> None:
+def test_a_read_only_cache_folder_keeps_features_in_memory(data: Path, folder: Path) -> None:
     folder.mkdir()
     folder.chmod(0o500)
     assert features(data).origin == "kept in memory"
 
 
-def test_with_a_file_in_the_place_of_the_store(data: Path, folder: Path) -> None:
+def test_a_file_in_place_of_the_store_keeps_features_in_memory(data: Path, folder: Path) -> None:
     folder.mkdir()
     (folder / "features").write_text("")
     assert features(data).origin == "kept in memory"
 
 
-def test_a_mapped_table_is_sent_by_its_path(tmp_path: Path) -> None:
+def test_a_mapped_table_is_pickled_by_its_path(tmp_path: Path) -> None:
     values = np.arange(12, dtype=np.float32).reshape(4, 3)
     values.tofile(tmp_path / "values.bin")
     sent = pickle.dumps(Mapped(tmp_path / "values.bin", (4, 3)))
@@ -284,7 +284,9 @@ def test_a_mapped_table_is_sent_by_its_path(tmp_path: Path) -> None:
 # -- several processes
 
 
-def test_of_two_that_computed_the_same_the_first_published_holds_for_both(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_that_compute_the_same_feature_use_the_first_published(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The other process publishes slightly different features for half of the samples while this one computes."""
     pairs = load_data(Data(path=str(data)))
     keys = np.unique(pairs.splits["train"].keys["text"])
@@ -328,7 +330,7 @@ def start(data: Path, out: Path, seconds: float, noise: float = 0.0) -> subproce
 
 
 @pytest.mark.process
-def test_processes_that_compute_at_the_same_time_agree_to_the_bit(data: Path, tmp_path: Path) -> None:
+def test_concurrent_processes_agree_bit_for_bit(data: Path, tmp_path: Path) -> None:
     load_data(Data(path=str(data)))  # the index
     processes = [start(data, tmp_path / f"{number}.pt", 1.0, number / 1000) for number in range(3)]
     assert [process.wait(300) for process in processes] == [0, 0, 0]
@@ -340,7 +342,7 @@ def test_processes_that_compute_at_the_same_time_agree_to_the_bit(data: Path, tm
 
 
 @pytest.mark.process
-def test_a_killed_process_leaves_what_it_published_and_nothing_half_written(
+def test_a_killed_process_leaves_its_published_shards_and_no_partial_files(
     data: Path, tmp_path: Path, folder: Path, encoded: list[int]
 ) -> None:
     load_data(Data(path=str(data)))
@@ -358,7 +360,7 @@ def test_a_killed_process_leaves_what_it_published_and_nothing_half_written(
     assert [path.name for path in entry.iterdir() if not path.name.isdecimal()] == []
 
 
-def test_several_ranks_compute_each_sample_once_and_use_the_same_values(data: Path, tmp_path: Path, folder: Path) -> None:
+def test_ranks_compute_each_sample_once_and_use_the_same_values(data: Path, tmp_path: Path, folder: Path) -> None:
     for name in ("one", "two"):
         done = ranks(2, "train", *TINY, "--data", str(data), "--out", str(tmp_path / name), "--steps", "2")
         assert done.returncode == 0, done.stderr
@@ -371,7 +373,7 @@ def test_several_ranks_compute_each_sample_once_and_use_the_same_values(data: Pa
 
 
 @pytest.mark.process
-def test_ranks_without_a_common_cache_use_the_same_values_too(data: Path, tmp_path: Path) -> None:
+def test_ranks_without_a_common_cache_use_the_same_values(data: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     done = ranks(2, "train", *TINY, "--data", str(data), "--out", str(tmp_path / "with"), "--steps", "2")
     assert done.returncode == 0, done.stderr
@@ -390,7 +392,7 @@ def test_ranks_without_a_common_cache_use_the_same_values_too(data: Path, tmp_pa
 
 
 @pytest.mark.soak
-def test_a_million_samples_are_looked_up_without_an_object_for_each(tmp_path: Path) -> None:
+def test_a_million_samples_are_looked_up_in_little_memory(tmp_path: Path) -> None:
     count, width = 1_000_000, 8
     keys = np.random.default_rng(0).integers(0, 256, (count, 16), dtype=np.uint8).view("S16").ravel()
     store = FeatureStore("many", width)

@@ -18,7 +18,7 @@ INSERTING = ("sequential", "mmbt", "p-mmbt", "promptfuse", "blindprompt")
 
 
 @pytest.mark.parametrize("method", [*INSERTING, "p-sequential"])
-def test_the_other_modality_reaches_the_logits_and_a_constant_projection_is_blind_to_it(method: str) -> None:
+def test_the_logits_depend_on_the_other_modality_only_through_the_projection(method: str) -> None:
     model = build(method=method, gate="none", **sides(method))
     text_is_main = model.encoder("main").modality == "text"
     one = model.collate(images(2), TEXTS[:2])
@@ -46,7 +46,7 @@ def test_blindprompt_is_promptfuse_with_a_mask() -> None:
     assert inserted.tokens_BPD.shape == (3, 21, 96)
 
 
-def test_blind_tokens_are_deep_prompts_that_depend_on_nothing() -> None:
+def test_blind_tokens_equal_deep_prompts_that_are_independent_of_the_input() -> None:
     """What blind tokens are at a layer, put there as prompts, gives the same: they act by keys and values only."""
     encoder = create_encoder("tiny:vision")
     random = torch.Generator().manual_seed(0)
@@ -74,7 +74,7 @@ def test_mmbt_with_one_token_of_a_mean_pooled_image_is_sequential() -> None:
         ("timm:mobilenetv3_small_050?pretrained=false", 7 * 7, 288),
     ],
 )
-def test_mmbt_reads_the_places_of_a_cnn_as_its_paper_does(spec: str, places: int, width: int) -> None:
+def test_mmbt_reads_the_feature_map_of_a_cnn_as_in_its_paper(spec: str, places: int, width: int) -> None:
     """The second has a feature of another width (1024) than its map."""
     model = build(method="mmbt", main="tiny:text", comp=spec, inserted={"images": places})
     batch = model.collate(images(3), TEXTS[:3])
@@ -110,7 +110,7 @@ def test_p_sequential_with_closed_gates_is_main_only_and_ungated_it_is_a_prompt_
     torch.testing.assert_close(model(batch).logits, model.classify(by_hand))
 
 
-def test_what_does_not_suit_is_refused() -> None:
+def test_unsuitable_encoders_are_refused() -> None:
     for options, number in (
         ({"method": "sequential", "main": "timm:swin_tiny?pretrained=false&img_size=32&window_size=1"}, 70),
         ({"method": "p-mmbt", "main": "tiny:text", "comp": "tiny:text-b"}, 71),
@@ -122,7 +122,7 @@ def test_what_does_not_suit_is_refused() -> None:
 
 
 @pytest.mark.parametrize("method", ["mmbt", "p-mmbt"])
-def test_the_text_reads_the_image_whichever_is_main(method: str) -> None:
+def test_in_mmbt_the_text_reads_the_image_whichever_is_main(method: str) -> None:
     text_main = build(method=method, main="tiny:text", comp="tiny:vision")
     image_main = build(method=method, main="tiny:vision", comp="tiny:text")
     other = {"main": "comp", "comp": "main"}
@@ -137,7 +137,7 @@ def test_the_text_reads_the_image_whichever_is_main(method: str) -> None:
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("method", ["promptfuse", "p-mmbt", "p-sequential"])
-def test_it_is_an_ordinary_run(pairs: Path, tmp_path: Path, method: str) -> None:
+def test_a_run_can_be_evaluated_and_exported(pairs: Path, tmp_path: Path, method: str) -> None:
     named = sides(method) or {"main": "tiny:vision", "comp": "tiny:text"}
     flags = [word for side, spec in named.items() for word in (f"--{side}", spec)]
     run = tmp_path / "run"

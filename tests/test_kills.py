@@ -98,7 +98,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # -- commands
 
 
-def test_export(trained: Path, tmp_path: Path) -> None:
+def test_a_killed_export_leaves_no_partial_files(trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
 
     def whole() -> None:
@@ -115,7 +115,7 @@ def test_export(trained: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.soak
-def test_export_over_an_earlier_one(trained: Path, tmp_path: Path) -> None:
+def test_a_killed_export_over_an_earlier_one_keeps_or_restores_it(trained: Path, tmp_path: Path) -> None:
     """The earlier one is there until the new one is, but for the moment between two names, from which it comes back."""
     out = tmp_path / "out"
     out.mkdir()
@@ -136,7 +136,7 @@ def test_export_over_an_earlier_one(trained: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", matrix(["answers.jsonl", "answers.csv"], ["answers.jsonl"]))
-def test_predict(trained: Path, pairs: Path, tmp_path: Path, name: str) -> None:
+def test_a_killed_predict_leaves_no_partial_file(trained: Path, pairs: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / "whole").mkdir()
     (tmp_path / "out").mkdir()
     assert call("predict", trained, pairs / "test.jsonl", "-o", tmp_path / "whole" / name).returncode == 0
@@ -151,7 +151,7 @@ def test_predict(trained: Path, pairs: Path, tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.soak
-def test_report(trained: Path, tmp_path: Path) -> None:
+def test_a_killed_report_leaves_no_partial_page(trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
 
     def whole() -> None:
@@ -168,7 +168,7 @@ def test_report(trained: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.soak
-def test_data_prepare(tmp_path: Path) -> None:
+def test_a_killed_data_prepare_leaves_no_partial_data_set(tmp_path: Path) -> None:
     source, out = food101(tmp_path / "source"), tmp_path / "out"
     out.mkdir()
 
@@ -181,7 +181,7 @@ def test_data_prepare(tmp_path: Path) -> None:
 
 
 @pytest.mark.soak
-def test_data_make(tmp_path: Path) -> None:
+def test_a_killed_data_make_leaves_no_partial_data_set(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     action = lambda: make(out / "data", train=8, val=4, test=4)  # noqa: E731
@@ -194,7 +194,7 @@ def test_data_make(tmp_path: Path) -> None:
 
 
 @pytest.mark.soak
-def test_study(pairs: Path, tmp_path: Path) -> None:
+def test_a_killed_study_continues(pairs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     file = write_study(tmp_path, pairs, seeds=[0], grid={"prompts.experts": [1]}, baseline=None)
@@ -228,7 +228,7 @@ def whole_entries() -> list[str]:
     return sorted(kind for kind, _ in found)
 
 
-def test_index_and_images(tmp_path: Path, own_cache: Path) -> None:
+def test_a_killed_process_leaves_no_partial_cache_entry(tmp_path: Path, own_cache: Path) -> None:
     data = make_pairs(tmp_path / "data")
     expected = fill_cache(data)
     own_cache.rename(tmp_path / "other")
@@ -238,7 +238,7 @@ def test_index_and_images(tmp_path: Path, own_cache: Path) -> None:
 
 
 @pytest.mark.soak
-def test_several_processes_on_one_cache_some_of_them_killed(tmp_path: Path, own_cache: Path) -> None:
+def test_several_processes_share_a_cache_while_some_are_killed(tmp_path: Path, own_cache: Path) -> None:
     data = make_pairs(tmp_path / "data")
     expected = fill_cache(data)
     for round_ in range(3):
@@ -263,7 +263,7 @@ def test_several_processes_on_one_cache_some_of_them_killed(tmp_path: Path, own_
 
 
 @pytest.mark.soak
-def test_of_two_processes_on_one_run_one_trains_it(tmp_path: Path) -> None:
+def test_only_one_of_two_processes_trains_a_run(tmp_path: Path) -> None:
     data = make_pairs(tmp_path / "data")
     settings = config(data)
     for resume in (False, True):
@@ -276,7 +276,7 @@ def test_of_two_processes_on_one_run_one_trains_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.soak
-def test_the_first_moments_of_a_run(tmp_path: Path) -> None:
+def test_a_run_killed_before_it_exists_can_be_started_again(tmp_path: Path) -> None:
     """Until it is a run: the same command begins it anew, whatever was written."""
     data = make_pairs(tmp_path / "data")
     expected = train(config(data, train__epochs=1), tmp_path / "whole")

@@ -88,7 +88,7 @@ def test_no_import_cycle() -> None:
     TopologicalSorter(rooms).prepare()  # raises CycleError
 
 
-def test_few_rooms_and_few_modules_at_the_top() -> None:
+def test_the_package_has_few_subpackages_and_few_top_level_modules() -> None:
     modules = sorted(path.stem for path in ROOT.glob("*.py"))
     packages = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
     assert len(modules) <= 4, modules
@@ -96,7 +96,7 @@ def test_few_rooms_and_few_modules_at_the_top() -> None:
     assert {*packages, "errors"} | set(modules) - {"__init__", "__main__"} == set(LAYER)
 
 
-def test_every_allowed_neighbour_is_needed() -> None:
+def test_every_exception_to_the_import_order_is_needed() -> None:
     for package, modules in BETWEEN_NEIGHBOURS.items():
         used = set().union(*(imports(file) for file in FILES if name_of(file).startswith(f"{package}.")))
         assert modules <= used
@@ -119,7 +119,7 @@ def test_no_function_has_more_than_60_lines(longest_functions: ModuleType) -> No
     assert longest_functions.too_long() == set()
 
 
-def test_a_long_function_is_found_by_name_wherever_it_is(longest_functions: ModuleType, tmp_path: Path) -> None:
+def test_long_functions_are_found_at_any_depth(longest_functions: ModuleType, tmp_path: Path) -> None:
     root = tmp_path / "package"
     root.mkdir()
     body = "\n        ".join(["pass"] * 60)
@@ -174,7 +174,7 @@ MAY_NAME_THEM = {  # modalities are data: all others ask `mopefuse.modalities.ba
 }
 
 
-def test_only_readers_encoders_and_a_listed_few_name_modalities() -> None:
+def test_only_listed_modules_name_concrete_modalities() -> None:
     found = set()
     for file in FILES:
         words = {node.value for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Constant)}

@@ -64,7 +64,7 @@ def said(run: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("features", FEATURES)
-def test_a_run_says_what_scikit_learn_says(pairs: Path, tmp_path: Path, features: str) -> None:
+def test_a_run_matches_scikit_learn(pairs: Path, tmp_path: Path, features: str) -> None:
     result = train(config(pairs, features), tmp_path / "run")
     if features == "average":
         expected = (by_hand(pairs, ("main",), "test")[0] + by_hand(pairs, ("comp",), "test")[0]) / 2
@@ -76,7 +76,7 @@ def test_a_run_says_what_scikit_learn_says(pairs: Path, tmp_path: Path, features
 
 
 @pytest.mark.parametrize("features", ["concat", "average"])
-def test_several_labels_are_a_regression_each(multi_pairs: Path, tmp_path: Path, features: str) -> None:
+def test_multi_label_data_get_one_regression_per_label(multi_pairs: Path, tmp_path: Path, features: str) -> None:
     changed = {"linear": {"features": features, "strengths": [0.1]}, "train": {"threshold": "tuned"}}
     result = train(config(multi_pairs, **changed), tmp_path / "run")
     y, expected = targets(multi_pairs, "train"), []
@@ -89,7 +89,7 @@ def test_several_labels_are_a_regression_each(multi_pairs: Path, tmp_path: Path,
     assert set(result["thresholds"].values()) != {0.5}, "chosen on validation"
 
 
-def test_it_is_an_ordinary_run(pairs: Path, tmp_path: Path) -> None:
+def test_a_run_can_be_evaluated_resumed_predicted_and_exported(pairs: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     result = train(config(pairs), run)
     evaluated = call("eval", run, "--json")
@@ -114,7 +114,7 @@ def test_the_exported_graph_predicts_the_same(pairs: Path, tmp_path: Path, featu
     assert done.returncode == 0, done.stderr
 
 
-def test_a_run_that_was_killed_before_its_checkpoint_is_fitted_when_it_resumes(pairs: Path, tmp_path: Path) -> None:
+def test_a_run_killed_before_its_checkpoint_is_fitted_on_resume(pairs: Path, tmp_path: Path) -> None:
     class Killed(Listener):
         def on_notice(self, text: str) -> None:
             if "logistic" in text:
@@ -127,7 +127,7 @@ def test_a_run_that_was_killed_before_its_checkpoint_is_fitted_when_it_resumes(p
 
 
 @pytest.mark.parametrize(("method", "absent"), [("main-only", "comp"), ("comp-only", "main"), ("linear", "comp")])
-def test_a_method_of_one_side_needs_no_encoder_for_the_other(
+def test_a_single_modality_method_needs_no_encoder_for_the_other(
     pairs: Path, tmp_path: Path, method: str, absent: str
 ) -> None:
     side = "comp" if absent == "main" else "main"
@@ -165,7 +165,7 @@ def fit(x: torch.Tensor, y: torch.Tensor, val_x: torch.Tensor, val_y: torch.Tens
     return fit_regression(design(x, wanted.labels), y, design(val_x, wanted.labels), val_y, wanted)
 
 
-def test_statistics_are_those_of_the_training_split_and_constants_stay_finite() -> None:
+def test_statistics_come_from_the_training_split_and_constants_stay_finite() -> None:
     x = torch.cat([drawn() * 3 + 7, torch.full((40, 1), 1e4), torch.zeros(40, 1)], dim=1)
     found = statistics(x, torch.arange(len(x)))
     scaler = StandardScaler().fit(x.double().numpy())
@@ -175,7 +175,7 @@ def test_statistics_are_those_of_the_training_split_and_constants_stay_finite() 
 
 
 @pytest.mark.parametrize("present", [[0, 2], [1], [0, 1, 2]])
-def test_labels_that_training_does_not_have_are_never_said(present: list[int]) -> None:
+def test_labels_without_training_samples_are_never_predicted(present: list[int]) -> None:
     x, y = drawn(), torch.tensor(present * 40)[:40]
     found = fit(x, y, x, y, how())
     p = (x @ found.weight_NF.T + found.bias_N).softmax(dim=-1)
@@ -185,14 +185,14 @@ def test_labels_that_training_does_not_have_are_never_said(present: list[int]) -
         np.testing.assert_allclose(p[:, present], expected, atol=1e-3)
 
 
-def test_labels_of_every_or_no_sample_get_extreme_probabilities() -> None:
+def test_labels_of_all_or_no_samples_get_extreme_probabilities() -> None:
     x, y = drawn(), torch.stack([torch.ones(40), torch.zeros(40), (drawn(seed=1)[:, 0] > 0).float()], dim=1)
     found = fit(x, y, x, y, how(multi_label=True))
     p = (x @ found.weight_NF.T + found.bias_N).sigmoid()
     assert p[:, 0].min() > 0.999 and p[:, 1].max() < 0.001 and 0.001 < p[:, 2].mean() < 0.999
 
 
-def test_the_smallest_strength_that_does_best_on_validation_is_chosen() -> None:
+def test_the_smallest_c_with_the_best_validation_score_is_chosen() -> None:
     x = drawn(300)
     y = (x[:, 0] > 0).long()
     easy = fit(x, y, x * 2, y, how(2, settings=Linear(strengths=(10.0, 1e-9, 1.0))))
@@ -201,7 +201,7 @@ def test_the_smallest_strength_that_does_best_on_validation_is_chosen() -> None:
     assert same.strength == 1.0
 
 
-def test_balanced_classes_weigh_the_same() -> None:
+def test_balanced_class_weights_favour_rare_classes() -> None:
     x, y = drawn(200), torch.cat([torch.zeros(190), torch.ones(10)]).long()
     plain, balanced = (fit(x, y, x, y, how(2, balanced=on)) for on in (False, True))
     rare = [(x @ r.weight_NF.T + r.bias_N).argmax(dim=-1).sum() for r in (plain, balanced)]

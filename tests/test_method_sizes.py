@@ -70,7 +70,7 @@ def encoders() -> dict[str, Encoder]:
 
 @pytest.mark.parametrize("variant", SIZES)
 @pytest.mark.process
-def test_trainable_parameters_at_vit_and_bert(variant: str, encoders: dict[str, Encoder]) -> None:
+def test_trainable_parameters_match_the_definition_for_vit_and_bert(variant: str, encoders: dict[str, Encoder]) -> None:
     method, *settings = variant.split()
     values: dict[str, object] = {"main": "timm:vit_base", "comp": "hf:bert-base", "method": method}
     for text in settings:
@@ -86,6 +86,6 @@ def test_trainable_parameters_at_vit_and_bert(variant: str, encoders: dict[str, 
     assert "other" not in model.breakdown()
 
 
-def test_every_method_of_ours_has_its_size_here() -> None:
+def test_every_built_in_method_has_its_size_here() -> None:
     ours = {name for name, found in registry.available(registry.FUSION).items() if found[0].value.startswith("mopefuse.")}
     assert ours <= {variant.split()[0] for variant in SIZES}

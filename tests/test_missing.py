@@ -78,7 +78,7 @@ def test_missing_values_change_only_the_predictions_of_their_own_rows(options: d
     torch.testing.assert_close(model(alone).logits[0], some[1], atol=2e-5, rtol=1e-4)
 
 
-def test_what_stands_in_is_learned_from_zero_and_only_where_that_was_asked_for() -> None:
+def test_replacement_vectors_start_at_zero_and_are_trained_only_on_request() -> None:
     assert not any(name.startswith("absent") for name in build().trainable_state_dict())
     for asked in ({"data": {"on_missing": "absent"}}, {"train": {"modality_dropout": 0.1}}):
         model = build(**asked, either=True)
@@ -93,7 +93,7 @@ def test_what_stands_in_is_learned_from_zero_and_only_where_that_was_asked_for()
     assert not model.absent, "nothing is trained after a closed form"
 
 
-def test_each_of_several_encoders_can_be_missing_by_itself() -> None:
+def test_each_of_several_modalities_can_be_missing_by_itself() -> None:
     model = heard(comp=["tiny:text", "tiny:vision"], either=True)
     batch = model.collate(images(3), TEXTS[:3])
     answers = [model(without(batch, side, [1])).logits[1] for side in ("comp", "comp2")]
@@ -113,14 +113,14 @@ def test_each_of_several_encoders_can_be_missing_by_itself() -> None:
     ],
     ids=str,
 )
-def test_what_would_learn_nothing_is_refused(options: dict[str, Any], number: int) -> None:
+def test_settings_that_would_train_nothing_are_refused(options: dict[str, Any], number: int) -> None:
     with pytest.raises(ConfigError) as caught:
         build(**options)
     assert caught.value.number == number
 
 
 @pytest.mark.parametrize("method", ["main-only", "comp-only", "mmbt", "pmf", "promptfuse", "sequential"])
-def test_methods_that_need_everything_say_so(method: str) -> None:
+def test_methods_that_need_all_modalities_refuse_samples_that_lack_one(method: str) -> None:
     model = build(method=method)
     assert model.droppable_sides == ()
     texts = [None, "a"] if "comp" in model.uses else ["a", "b"]
@@ -130,7 +130,7 @@ def test_methods_that_need_everything_say_so(method: str) -> None:
     assert caught.value.number == 100 and "--on-missing skip" in caught.value.fix and "--either" not in caught.value.fix
 
 
-def test_the_main_modality_is_needed_unless_the_model_was_trained_without() -> None:
+def test_the_main_modality_is_required_unless_the_model_was_trained_without_it() -> None:
     with pytest.raises(DataError) as caught:
         build().collate([None, *images(1)], TEXTS[:2])
     assert caught.value.number == 100 and "--either" in caught.value.fix
@@ -156,7 +156,7 @@ def test_either_predicts_from_the_complementary_side_alone() -> None:
     assert torch.equal(one, torch.autograd.grad(both, model.head.weight)[0]), "the second head changes what the first learns"
 
 
-def test_late_concat_can_lack_either_but_is_told() -> None:
+def test_with_either_late_concat_handles_a_missing_main_modality() -> None:
     model = heard(method="late-concat", either=True)
     assert model.droppable_sides == ("main", "comp")
     answers = model(model.collate([None, *images(1)], ["a", None])).logits
@@ -193,7 +193,7 @@ def test_dropout_is_a_function_of_seed_epoch_and_index(data: Any) -> None:
     assert batch.missing["comp"].tolist() == drawn(one, 1)
 
 
-def test_encoders_of_one_modality_lose_it_together_and_nothing_loses_everything(data: Any) -> None:
+def test_encoders_of_one_modality_lose_it_together_and_no_sample_loses_everything(data: Any) -> None:
     how: dict[str, Any] = {"method": "late-concat", "either": True, "data": {"on_missing": "absent"}}
     model = build(comp=["tiny:text", "tiny:text?pool=cls", "tiny:vision"], **how)
     dropped = ModalityDropout(samples(data, model), model.droppable_sides, 0.9)
@@ -207,7 +207,7 @@ def test_encoders_of_one_modality_lose_it_together_and_nothing_loses_everything(
     assert every
 
 
-def test_a_larger_share_takes_all_that_a_smaller_one_does() -> None:
+def test_a_larger_fraction_removes_a_superset_of_a_smaller_one() -> None:
     ids = [str(number) for number in range(500)]
     order = removal_order(ids, ["text"], 0)
     assert sorted(order) == list(range(500)) and order != list(range(500))
@@ -227,7 +227,7 @@ def test_a_resumed_run_with_dropout_equals_an_uninterrupted_one(pairs: Path, tmp
 
 
 @pytest.mark.parametrize("column", ["text", "img"])
-def test_rows_with_holes_are_an_error_that_says_what_to_do(pairs: Path, tmp_path: Path, column: str) -> None:
+def test_rows_with_gaps_are_an_error_that_says_what_to_do(pairs: Path, tmp_path: Path, column: str) -> None:
     data = holes(pairs, tmp_path / "data", column=column)
     error = json.loads(train(data, tmp_path / "run", "--json").stdout.splitlines()[-1])["error"]
     assert error["code"].startswith("MF-DATA") and "--on-missing" in str(error)
@@ -246,7 +246,7 @@ def test_rows_with_holes_are_an_error_that_says_what_to_do(pairs: Path, tmp_path
     assert json.loads((done.stdout or "{}").splitlines()[-1])["ok"]
 
 
-def test_a_regression_takes_what_is_missing_as_the_mean(pairs: Path, tmp_path: Path) -> None:
+def test_a_regression_replaces_missing_features_by_the_mean(pairs: Path, tmp_path: Path) -> None:
     data = holes(pairs, tmp_path / "data", column="text")
     done = train(data, tmp_path / "run", "--method", "linear", "--on-missing", "absent")
     assert done.returncode == 0, done.stderr
@@ -261,7 +261,7 @@ def test_a_regression_takes_what_is_missing_as_the_mean(pairs: Path, tmp_path: P
     torch.testing.assert_close(model.standard["comp"].mean_C, features[~lacking].double().mean(dim=0).float())
 
 
-def test_dropout_where_nothing_looks_at_the_other_modality_changes_nothing(pairs: Path, tmp_path: Path) -> None:
+def test_modality_dropout_has_no_effect_if_the_model_ignores_the_other_modality(pairs: Path, tmp_path: Path) -> None:
     blind = ("--set", "prompts.dynamic=0", "--set", "prompts.mapped=0", "--steps", 2)
     assert train(pairs, tmp_path / "dropped", *blind, "--modality-dropout", 0.5).returncode == 0
     assert train(pairs, tmp_path / "whole", *blind).returncode == 0
@@ -271,13 +271,13 @@ def test_dropout_where_nothing_looks_at_the_other_modality_changes_nothing(pairs
     assert done.returncode == 0 and "linear does not use the settings of train.modality_dropout" in done.stderr
 
 
-def test_one_modality_cannot_stand_in_for_itself(pairs: Path, tmp_path: Path) -> None:
+def test_either_is_refused_if_both_encoders_have_the_same_modality(pairs: Path, tmp_path: Path) -> None:
     images = ("--main", "tiny:vision", "--comp", "tiny:vision-b")
     done = call("train", *images, "--either", "--data", pairs, "--out", tmp_path / "run")
     assert done.returncode == 3 and "all encoders read image" in done.stderr
 
 
-def test_a_dry_run_refuses_what_training_does(pairs: Path, tmp_path: Path) -> None:
+def test_a_dry_run_refuses_the_same_settings_as_training(pairs: Path, tmp_path: Path) -> None:
     data = holes(pairs, tmp_path / "data", column="text")
     for more in ((), ("--dry-run",)):
         error = json.loads(train(data, tmp_path / "run", "--method", "mmbt", "--on-missing", "absent", "--json", *more).stdout)

@@ -77,7 +77,7 @@ def test_a_modulation_equals_scaled_and_shifted_inputs_of_the_projections(
 
 
 @pytest.mark.parametrize("gate", [False, True])
-def test_a_modulation_leaves_the_prompt_of_its_layer_as_it_is(gate: bool, encoders: Mapping[str, Encoder]) -> None:
+def test_a_modulation_does_not_affect_the_prompt_of_its_layer(gate: bool, encoders: Mapping[str, Encoder]) -> None:
     """With a scale of -1 and no shift every query is the projection's bias; keys of the prompt still differ."""
     encoder = encoders["timm-vit"]
     inputs, prompts = batch_of(encoder), prompts_for(encoder)

@@ -38,14 +38,14 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return package, pip_install(folder / "site", package)
 
 
-def test_a_new_plugin_is_a_whole_package(fresh: tuple[Path, Path]) -> None:
+def test_a_new_plugin_is_a_complete_package(fresh: tuple[Path, Path]) -> None:
     files = {"pyproject.toml", "README.md", "mopefuse_mel_2.py", "tests/test_mopefuse_mel_2.py"}
     assert files <= {str(path.relative_to(fresh[0])) for path in fresh[0].rglob("*")}
     assert [path.name for path in fresh[0].parent.iterdir() if path.name.startswith(".")] == []
 
 
 @pytest.mark.process
-def test_a_new_plugin_passes_its_own_test_and_is_inspected(fresh: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_new_plugin_passes_its_own_test_and_can_be_inspected(fresh: tuple[Path, Path], tmp_path: Path) -> None:
     package, site = fresh
     environment = {"PYTHONPATH": str(site), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(package / "tests")]
@@ -89,7 +89,7 @@ def test_a_new_plugin_trains_as_either_encoder(
         assert call("eval", run).returncode == 0
 
 
-def test_a_new_plugin_imports_only_what_is_public(fresh: tuple[Path, Path]) -> None:
+def test_a_new_plugin_imports_only_public_names(fresh: tuple[Path, Path]) -> None:
     modules = re.findall(r"(?:from|import) ([\w.]+)", (fresh[0] / "mopefuse_mel_2.py").read_text())
     assert "mopefuse.encoders" in modules
     assert [name for name in modules if "._" in name] == []
@@ -114,7 +114,7 @@ def test_a_new_plugin_imports_only_what_is_public(fresh: tuple[Path, Path]) -> N
         ("tiny", "write tiny-2 or another name"),
     ],
 )
-def test_a_name_that_no_package_can_have_is_refused_with_the_nearest(tmp_path: Path, name: str, fix: str) -> None:
+def test_an_invalid_package_name_is_refused_with_a_suggestion(tmp_path: Path, name: str, fix: str) -> None:
     with pytest.raises(PluginError) as caught:
         plugins.new(name, tmp_path)
     assert caught.value.fix == fix
@@ -131,7 +131,7 @@ def test_a_new_plugin_overwrites_nothing(tmp_path: Path, kind: str) -> None:
     assert place.is_symlink() == (kind == "dangling link")
 
 
-def test_a_new_plugin_needs_a_folder_to_be_in(tmp_path: Path) -> None:
+def test_a_new_plugin_needs_an_existing_folder(tmp_path: Path) -> None:
     done = call("plugins", "new", "audio", "--out", tmp_path / "nowhere")
     assert (done.returncode, done.stderr[:19]) == (9, "error[MF-PLUG-11]: ")
     assert list(tmp_path.iterdir()) == []
@@ -142,7 +142,7 @@ def test_a_new_plugin_needs_a_folder_to_be_in(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("package", ["mopefuse.encoders", "mopefuse.fusion"])
 @pytest.mark.process
-def test_public_names_are_there_and_cost_nothing_until_used(package: str) -> None:
+def test_public_names_exist_and_are_imported_lazily(package: str) -> None:
     code = (
         f"import sys, {package} as p; assert 'torch' not in sys.modules; "
         "assert all(hasattr(p, name) for name in p.__all__); assert 'torch' in sys.modules; p.Nothing"

@@ -58,7 +58,7 @@ def only(site: Path, tmp_path: Path, *plugins: str) -> Path:
 
 @pytest.mark.parametrize("args", [("plugins", "list"), ("plugins", "list", "--json"), ("encoders",), ("encoders", "--json")])
 @pytest.mark.process
-def test_lists_import_no_plugin(site: Path, args: tuple[str, ...]) -> None:
+def test_listing_imports_no_plugin(site: Path, args: tuple[str, ...]) -> None:
     imported(site)
     done = run_cli(*args, PYTHONPATH=str(site))
     assert (done.returncode, done.stderr) == (0, "")
@@ -76,13 +76,13 @@ def test_the_list_shows_what_each_entry_point_resolves_to(site: Path) -> None:
     assert (toy["version"], toy["value"]) == ("1.5", "mopefuse_two:Toy")
 
 
-def test_without_plugins_the_list_says_how_to_begin(here: pytest.MonkeyPatch) -> None:
+def test_without_plugins_the_list_explains_how_to_start(here: pytest.MonkeyPatch) -> None:
     here.setattr(registry, "distribution", lambda point: registry.OURS)
     assert "mopefuse plugins new" in call("plugins", "list").stdout
     assert said(call("plugins", "list", "--json"))["plugins"] == []
 
 
-def test_what_is_built_in_works_beside_all_of_them(site: Path) -> None:
+def test_built_ins_work_next_to_broken_plugins(site: Path) -> None:
     imported(site)
     done = run_cli("encoders", "inspect", "tiny:vision", "--json", PYTHONPATH=str(site))
     assert done.returncode == 0
@@ -96,7 +96,7 @@ def test_what_is_built_in_works_beside_all_of_them(site: Path) -> None:
 @pytest.mark.parametrize(
     ("plugin", "reason"), [("raises", "RuntimeError: no such device"), ("exits", "SystemExit: 0")]
 )
-def test_a_plugin_that_cannot_be_imported_is_an_error_of_one_line_for_who_uses_it(
+def test_a_plugin_that_cannot_be_imported_is_a_one_line_error_when_it_is_used(
     site: Path, plugin: str, reason: str
 ) -> None:
     done = run_cli("encoders", "inspect", f"{plugin}:x", PYTHONPATH=str(site))
@@ -107,7 +107,7 @@ def test_a_plugin_that_cannot_be_imported_is_an_error_of_one_line_for_who_uses_i
     )
 
 
-def test_what_a_plugin_prints_is_not_among_the_results(site: Path, here: pytest.MonkeyPatch) -> None:
+def test_output_of_a_plugin_is_not_mixed_with_results(site: Path, here: pytest.MonkeyPatch) -> None:
     done = run_cli("encoders", "inspect", "talks:vision", "--json", PYTHONPATH=str(site))
     assert done.returncode == 0, done.stderr
     assert said(done)["modality"] == "image"
@@ -147,7 +147,7 @@ def test_doctor_names_the_entry_points_that_fail_or_hang(site: Path, tmp_path: P
     assert len([problem for problem in problems if "raises" in problem or "hangs" in problem]) == 2
 
 
-def test_a_package_whose_entry_points_cannot_be_read_is_left_out(
+def test_a_package_with_unreadable_entry_points_is_ignored(
     site: Path, tmp_path: Path, here: pytest.MonkeyPatch
 ) -> None:
     folder = only(site, tmp_path, "one", "talks")
@@ -196,7 +196,7 @@ def test_a_package_whose_entry_points_cannot_be_read_is_left_out(
         ),
     ],
 )  # fmt: skip
-def test_a_name_that_stands_for_nothing_usable_is_refused_with_what_to_write(
+def test_an_unusable_name_is_an_error_that_says_what_to_write(
     site: Path, pairs: Path, tmp_path: Path, here: pytest.MonkeyPatch, args: tuple[str, ...], code: str, what: str, fix: str
 ) -> None:
     add_site(here, site)
@@ -207,7 +207,7 @@ def test_a_name_that_stands_for_nothing_usable_is_refused_with_what_to_write(
 
 
 @pytest.mark.parametrize(("owner", "factor"), [("one", 1), ("two", 2), ("evil", 3)])
-def test_a_full_name_gives_the_encoder_of_that_distribution(
+def test_a_full_name_selects_the_encoder_of_its_distribution(
     site: Path, here: pytest.MonkeyPatch, owner: str, factor: int
 ) -> None:
     from mopefuse.encoders import create_encoder
@@ -218,14 +218,14 @@ def test_a_full_name_gives_the_encoder_of_that_distribution(
     assert (encoder.factor, str(encoder.spec)) == (factor, f"{scheme}:vision?pool=mean")
 
 
-def test_a_full_name_is_read_in_any_spelling_of_the_distribution(site: Path, here: pytest.MonkeyPatch) -> None:
+def test_a_full_name_accepts_any_spelling_of_the_distribution(site: Path, here: pytest.MonkeyPatch) -> None:
     add_site(here, site)
     assert str(registry.parse_spec("Mopefuse_ONE:toy:vision")) == "mopefuse-one:toy:vision"
     assert registry.full_name(registry.FUSION, "Mopefuse.Two:both") == "mopefuse-two:both"
 
 
 @pytest.mark.parametrize("owner", ["one", "two"])
-def test_a_full_name_gives_the_data_set_of_that_distribution(
+def test_a_full_name_selects_the_data_set_of_its_distribution(
     site: Path, tmp_path: Path, here: pytest.MonkeyPatch, owner: str
 ) -> None:
     add_site(here, site)
@@ -235,7 +235,7 @@ def test_a_full_name_gives_the_data_set_of_that_distribution(
 # -- runs
 
 
-def test_a_run_means_the_same_plugin_whatever_is_installed_later(
+def test_a_run_keeps_its_plugins_regardless_of_later_installations(
     site: Path, pairs: Path, tmp_path: Path, here: pytest.MonkeyPatch
 ) -> None:
     """Trained by plain names when there was one claim to them; a second plugin makes the names ambiguous, not the run."""
@@ -267,7 +267,7 @@ def test_a_run_means_the_same_plugin_whatever_is_installed_later(
     ]  # fmt: skip
 
 
-def test_a_run_that_was_recorded_with_plain_names_goes_on(
+def test_a_run_recorded_with_plain_names_can_be_resumed(
     site: Path, pairs: Path, tmp_path: Path, here: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
@@ -296,7 +296,7 @@ NEED = {"group": "mopefuse.encoders", "name": "toy", "distribution": "mopefuse-t
         ),
     ],
 )
-def test_a_missing_plugin_is_named_with_the_version_to_install(
+def test_a_missing_plugin_is_an_error_with_the_version_to_install(
     site: Path, here: pytest.MonkeyPatch, need: dict[str, str], what: str, fix: str
 ) -> None:
     """A plugin of the same name from another distribution is no substitute."""
@@ -307,7 +307,7 @@ def test_a_missing_plugin_is_named_with_the_version_to_install(
     assert (caught.value.where, caught.value.fix) == ("runs/a", fix)
 
 
-def test_a_plugin_of_the_recorded_distribution_will_do(site: Path, here: pytest.MonkeyPatch) -> None:
+def test_a_plugin_of_the_recorded_distribution_is_accepted(site: Path, here: pytest.MonkeyPatch) -> None:
     add_site(here, site)
     registry.require([NEED | {"distribution": owner} for owner in ("mopefuse-one", "Mopefuse_Two")], where="")
 

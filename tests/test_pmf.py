@@ -75,14 +75,14 @@ def tiny_stream(encoder: Any, inputs: dict[str, Tensor]) -> Stream:
 
 
 @pytest.mark.parametrize(("main", "comp"), PAIRS)
-def test_it_is_the_papers_two_stages_with_encoders_of_other_depths(main: str, comp: str) -> None:
+def test_pmf_matches_the_papers_two_stages_with_encoders_of_different_depths(main: str, comp: str) -> None:
     model = pmf(main, comp, gate="none")
     batch = model.collate(images(5), TEXTS)
     streams = {side: tiny_stream(model.encoder(side), batch.inputs[side]) for side in ("main", "comp")}
     torch.testing.assert_close(model(batch).logits, by_definition(model, streams), atol=1e-5, rtol=1e-5)
 
 
-def test_it_is_the_papers_two_stages_by_the_libraries_own_layers_and_widths(tmp_path: Path) -> None:
+def test_pmf_matches_the_papers_two_stages_on_library_layers(tmp_path: Path) -> None:
     save_hf("bert", tmp_path / "bert")
     cases = {"main": timm_case("vit"), "comp": hf_case(tmp_path / "bert")}
     model = pmf(cases["main"].spec, cases["comp"].spec, gate="none", init=0.5, pmf={"layers": 3})
@@ -106,7 +106,7 @@ def test_it_is_the_papers_two_stages_by_the_libraries_own_layers_and_widths(tmp_
 
 @pytest.mark.parametrize("gate", ["zero", "none"])
 @pytest.mark.parametrize(("main", "comp"), PAIRS)
-def test_a_sample_does_not_depend_on_its_batch_and_answers_twice_the_same(main: str, comp: str, gate: str) -> None:
+def test_a_sample_does_not_depend_on_its_batch_and_is_deterministic(main: str, comp: str, gate: str) -> None:
     model = pmf(main, comp, gate=gate, init=1.0)
     open_gates(model)
     together = answers(model)
@@ -117,7 +117,7 @@ def test_a_sample_does_not_depend_on_its_batch_and_answers_twice_the_same(main: 
 
 
 @pytest.mark.parametrize("gate", ["zero", "none"])
-def test_prompts_of_all_three_kinds_learn_in_both_streams_and_no_encoder_does(gate: str) -> None:
+def test_all_three_kinds_of_prompts_are_trained_in_both_streams_and_no_encoder(gate: str) -> None:
     model = pmf(gate=gate, dropout=0.0).train()
     open_gates(model)
     F.cross_entropy(answers(model), torch.arange(5)).backward()
@@ -129,7 +129,7 @@ def test_prompts_of_all_three_kinds_learn_in_both_streams_and_no_encoder_does(ga
     assert all(name.startswith(("stacks.", "head.")) for name in moved)
 
 
-def test_nothing_below_the_fusion_layers_is_kept_for_gradients() -> None:
+def test_no_activations_below_the_fusion_layers_are_stored_for_gradients() -> None:
     model = pmf(gate="none", pmf={"layers": 1})
     graph: list[bool] = []
     for side in ("main", "comp"):
@@ -138,7 +138,7 @@ def test_nothing_below_the_fusion_layers_is_kept_for_gradients() -> None:
     assert graph == [False, False]
 
 
-def test_gradients_are_those_of_the_definition() -> None:
+def test_gradients_match_the_definition() -> None:
     """The main encoder's fusion layers run twice; each run counts for what it is used for."""
     model = pmf(gate="none")
     batch = model.collate(images(5), TEXTS)
@@ -151,7 +151,7 @@ def test_gradients_are_those_of_the_definition() -> None:
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_the_exchange_goes_both_ways() -> None:
+def test_the_streams_exchange_information_in_both_directions() -> None:
     model = pmf(gate="none")
     one, texts, pictures = (
         model.collate(images(2), TEXTS[:2]), model.collate(images(2), TEXTS[2:4]), model.collate(images(4)[2:], TEXTS[:2])
@@ -167,7 +167,7 @@ def test_the_exchange_goes_both_ways() -> None:
         assert torch.equal(blind(one).logits, blind(other).logits)
 
 
-def test_no_fusion_layer_and_closed_gates_are_late_concatenation_of_frozen_encoders_to_the_bit() -> None:
+def test_without_fusion_layers_or_with_closed_gates_it_is_late_concatenation_bit_for_bit() -> None:
     plain, none, closed = build(method="late-concat"), pmf(pmf={"layers": 0}), pmf()
     assert none.frozen == plain.frozen and set(none.named_trainable_parameters()) == set(plain.named_trainable_parameters())
     for model in (none, closed):
@@ -179,7 +179,7 @@ def test_no_fusion_layer_and_closed_gates_are_late_concatenation_of_frozen_encod
 
 
 @pytest.mark.parametrize("gate", ["zero", "none"])
-def test_without_query_prompts_it_is_static_prompts_in_the_last_layers_to_the_bit(gate: str) -> None:
+def test_without_query_prompts_it_is_static_prompts_in_the_last_layers_bit_for_bit(gate: str) -> None:
     model = pmf(gate=gate, pmf={"queries": 0, "fusion_context": 3})
     static = build(method="p-late-concat", gate=gate, layers="last:2", static=3)
     open_gates(model)
@@ -194,7 +194,7 @@ def test_without_query_prompts_it_is_static_prompts_in_the_last_layers_to_the_bi
 
 
 @pytest.mark.parametrize("lengths", [{"query_context": 0}, {"fusion_context": 0}, {"query_context": 0, "fusion_context": 0}])
-def test_kinds_can_be_left_out(lengths: dict[str, int]) -> None:
+def test_each_kind_of_prompt_can_be_left_out(lengths: dict[str, int]) -> None:
     model = pmf(gate="none", dropout=0.0, pmf=lengths)
     F.cross_entropy(answers(model), torch.arange(5)).backward()
     assert all(parameter.grad is not None for parameter in model.trainable_parameters())
@@ -204,7 +204,7 @@ def test_kinds_can_be_left_out(lengths: dict[str, int]) -> None:
 
 @pytest.mark.parametrize("side", ["main", "comp"])
 @pytest.mark.parametrize("layer", [0, -1])
-def test_a_failure_in_either_stream_surfaces_as_itself_and_leaves_nothing_behind(side: str, layer: int) -> None:
+def test_an_exception_in_either_stream_is_raised_and_leaves_no_state(side: str, layer: int) -> None:
     model = pmf(gate="none")
     before = answers(model)
     norm = model.encoder(side).blocks[layer].norm2
@@ -215,7 +215,7 @@ def test_a_failure_in_either_stream_surfaces_as_itself_and_leaves_nothing_behind
     assert torch.equal(answers(model), before)
 
 
-def test_what_does_not_suit_is_refused() -> None:
+def test_unsuitable_settings_and_encoders_are_refused() -> None:
     swin = "timm:swin_tiny?pretrained=false&img_size=32&window_size=1"
     for named, side in ((({"main": swin}), "main"), ({"comp": "timm:resnet18?pretrained=false"}, "comp")):
         with pytest.raises(EncoderError, match="does not support inserted tokens") as refused:
@@ -231,7 +231,7 @@ def test_settings_of_other_methods_are_reported_as_unused() -> None:
     assert build(method="late-concat", pmf={"layers": 1}).unused_sections() == ["pmf"]
 
 
-def test_another_encoder_keeps_what_hangs_on_the_one_that_stays() -> None:
+def test_swapping_an_encoder_keeps_the_tensors_of_the_other() -> None:
     old, new = pmf(), pmf(main="tiny:vision-b")
     _, inherited = inherit(old, new, list("abcdefg"), list("abcdefg"))
     fresh = {entry.name for entry in inherited if entry.fate == "new"}
@@ -240,7 +240,7 @@ def test_another_encoder_keeps_what_hangs_on_the_one_that_stays() -> None:
 
 
 @pytest.mark.matrix
-def test_it_is_an_ordinary_run_and_exports(pairs: Path, tmp_path: Path) -> None:
+def test_a_run_can_be_evaluated_and_exported(pairs: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     flags = ("--main", "tiny:vision", "--comp", "tiny:text", "--method", "pmf", "--set", "pmf.layers=1")
     done = call("train", *flags, "--data", pairs, "--steps", "3", "--batch", "4", "--out", run)
@@ -251,7 +251,7 @@ def test_it_is_an_ordinary_run_and_exports(pairs: Path, tmp_path: Path) -> None:
     assert exported.returncode == 0, exported.stderr
 
 
-def test_a_run_of_it_resumes_to_the_bit(pairs: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_is_equal_bit_for_bit(pairs: Path, tmp_path: Path) -> None:
     def config(epochs: int) -> Any:
         values = {"main": "tiny:text", "comp": "tiny:vision", "method": "pmf", "data": {"path": str(pairs)}}
         return build_config({**values, "train": {"epochs": epochs, "batch_size": 6, "schedule": "constant"}})

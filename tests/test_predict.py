@@ -48,7 +48,7 @@ def assert_alike(one: dict[str, Any], other: dict[str, Any]) -> None:
 # -- the same as evaluation
 
 
-def test_a_split_gets_the_answers_that_evaluation_wrote(trained: Path, pairs: Path, tmp_path: Path) -> None:
+def test_predictions_for_a_split_equal_those_of_evaluation(trained: Path, pairs: Path, tmp_path: Path) -> None:
     done = call("predict", trained, pairs / "test.jsonl", "-o", tmp_path / "out.jsonl")
     assert done.returncode == 0, done.stderr
     assert "7 rows" in done.stderr
@@ -56,7 +56,7 @@ def test_a_split_gets_the_answers_that_evaluation_wrote(trained: Path, pairs: Pa
         assert_alike(mine, without(theirs, "true"))
 
 
-def test_several_labels_are_chosen_by_the_thresholds_of_the_run(multi: tuple[Path, Path], tmp_path: Path) -> None:
+def test_multi_label_predictions_use_the_thresholds_of_the_run(multi: tuple[Path, Path], tmp_path: Path) -> None:
     root, run = multi
     assert call("predict", run, root / "test.jsonl", "-o", tmp_path / "out.jsonl").returncode == 0
     for mine, theirs in zip(rows(tmp_path / "out.jsonl"), rows(run / "predictions.jsonl"), strict=True):
@@ -64,7 +64,7 @@ def test_several_labels_are_chosen_by_the_thresholds_of_the_run(multi: tuple[Pat
 
 
 @pytest.mark.parametrize("batch", [1, 2, 7])
-def test_the_number_at_once_changes_no_answer(trained: Path, pairs: Path, batch: int) -> None:
+def test_predictions_do_not_depend_on_the_batch_size(trained: Path, pairs: Path, batch: int) -> None:
     predictor = mopefuse.load(trained, device="cpu")
     whole = list(predict_pairs(predictor, read_pairs(pairs / "test.jsonl", Data(), MODALITIES), batch=32))
     said = predict_pairs(predictor, read_pairs(pairs / "test.jsonl", Data(), MODALITIES), batch=batch)
@@ -75,7 +75,7 @@ def test_the_number_at_once_changes_no_answer(trained: Path, pairs: Path, batch:
 # -- Python
 
 
-def test_python_asks_with_images_of_any_mode(trained: Path, pairs: Path) -> None:
+def test_the_python_predictor_accepts_images_of_any_mode(trained: Path, pairs: Path) -> None:
     predictor = mopefuse.load(trained, device="cpu")
     with Image.open(pairs / "images" / "test-0.png") as image:
         told = predictor.predict([image, image.convert("RGBA")], ["what is the red digit"] * 2, top=2, routing=True)
@@ -125,7 +125,7 @@ def test_an_invalid_pair_becomes_a_row_with_its_error(trained: Path, mixed: Path
     assert all(("label" in row) != ("error" in row) for row in told)
 
 
-def test_where_nothing_can_be_read_the_answer_is_no_success(trained: Path, tmp_path: Path) -> None:
+def test_predicting_only_invalid_rows_is_an_error(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "in.csv").write_text("id,text,photo\n1,a,x.png\n2,b,y.png\n")
     done = call("predict", trained, tmp_path / "in.csv", "-o", tmp_path / "out.jsonl")
     assert done.returncode == 4
@@ -135,13 +135,13 @@ def test_where_nothing_can_be_read_the_answer_is_no_success(trained: Path, tmp_p
     assert call("predict", trained, tmp_path / "in.csv").returncode == 0, "no rows, no answers"
 
 
-def test_strict_stops_at_the_first_and_writes_nothing(trained: Path, mixed: Path, tmp_path: Path) -> None:
+def test_strict_stops_at_the_first_invalid_row_and_writes_nothing(trained: Path, mixed: Path, tmp_path: Path) -> None:
     done = call("predict", trained, mixed, "-o", tmp_path / "out.jsonl", "--strict")
     assert (done.returncode, (tmp_path / "out.jsonl").exists()) == (4, False)
     assert "in.jsonl:2 has no img" in done.stderr
 
 
-def test_standard_input_is_answered_line_by_line(trained: Path, mixed: Path) -> None:
+def test_rows_on_standard_input_are_predicted_line_by_line(trained: Path, mixed: Path) -> None:
     options = ["--image-root", str(mixed.parent), "--batch", "1"]
     command = [sys.executable, "-m", "mopefuse", "predict", str(trained), "-", *options]
     done = subprocess.run(command, input=mixed.read_bytes(), capture_output=True, check=False, timeout=120)
@@ -163,14 +163,14 @@ def test_a_csv_with_other_columns_is_read_and_written(trained: Path, pairs: Path
     assert float(told[0]["p(a)"]) == pytest.approx(expected[0]["probabilities"]["a"], abs=2e-5)
 
 
-def test_a_single_pair_is_named_by_its_file(trained: Path, pairs: Path) -> None:
+def test_a_single_pair_is_identified_by_its_file(trained: Path, pairs: Path) -> None:
     done = call("predict", trained, "--image", pairs / "images" / "test-0.png", "--text", "what is the red digit", "--top", "1")
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert (told["id"], len(told["probabilities"])) == ("test-0.png", 1)
 
 
-def test_a_cell_that_is_a_formula_elsewhere_is_quoted() -> None:
+def test_a_cell_that_a_spreadsheet_would_evaluate_is_quoted() -> None:
     lines = "".join(as_csv([{"id": "=1+1", "label": "@x", "probabilities": {"@x": 0.5}}], ["@x"]))
     assert list(csv.reader(io.StringIO(lines)))[1] == ["'=1+1", "'@x", "0.5", ""]
 
@@ -187,13 +187,13 @@ def test_a_cell_that_is_a_formula_elsewhere_is_quoted() -> None:
         (("--image", "nowhere.png", "--text", "t"), "MF-DATA-11"),
     ],
 )
-def test_unsupported_requests_are_refused(trained: Path, options: tuple[str, ...], code: str) -> None:
+def test_unsupported_options_are_refused(trained: Path, options: tuple[str, ...], code: str) -> None:
     done = call("predict", trained, *options)
     assert code in done.stderr
     assert done.stdout == ""
 
 
-def test_several_processes_give_the_same_file(trained: Path, mixed: Path, tmp_path: Path) -> None:
+def test_several_processes_write_the_same_file(trained: Path, mixed: Path, tmp_path: Path) -> None:
     assert call("predict", trained, mixed, "-o", tmp_path / "one.jsonl", "--batch", "1").returncode == 0
     done = ranks(2, "predict", str(trained), str(mixed), "-o", str(tmp_path / "two.jsonl"), "--batch", "1")
     assert done.returncode == 0, done.stderr

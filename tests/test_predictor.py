@@ -54,7 +54,7 @@ def bundle(exported: Path) -> Bundle:
     how=st.sampled_from(["bicubic", "bilinear", "nearest", "lanczos"]),
 )
 @settings(max_examples=60)
-def test_pixels_are_those_of_torchvision(sides: tuple[int, int], size: tuple[int, int], resize: Any, how: str) -> None:
+def test_pixels_equal_those_of_torchvision(sides: tuple[int, int], size: tuple[int, int], resize: Any, how: str) -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*sides, 3), dtype=np.uint8))
     if max(sides) > 50 * min(sides):
         return  # of a longer strip, only the middle is resized
@@ -64,7 +64,7 @@ def test_pixels_are_those_of_torchvision(sides: tuple[int, int], size: tuple[int
     assert np.array_equal(pixels.centre(shrunk, size), np.asarray(TF.center_crop(wanted, list(size))))
 
 
-def test_of_a_strip_only_the_middle_is_resized() -> None:
+def test_of_a_very_long_image_only_the_middle_is_resized() -> None:
     strip = Image.fromarray(np.tile(np.arange(3000, dtype=np.uint16)[None, :, None] // 12, (2, 1, 3)).astype(np.uint8))
     assert pixels.shrink(strip, 4, "bilinear").shape == (4, 200, 3)
     assert abs(float(pixels.centre(pixels.shrink(strip, 4, "bilinear"), (4, 4)).mean()) - 124.5) < 2
@@ -72,7 +72,7 @@ def test_of_a_strip_only_the_middle_is_resized() -> None:
 
 @pytest.mark.parametrize("kind", ["tiny", "hashing", "hf", "open_clip"])
 @pytest.mark.parametrize("ftfy", [True, False])
-def test_tokens_are_those_of_the_encoder(
+def test_tokens_equal_those_of_the_encoder(
     kind: str, ftfy: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if kind == "open_clip":
@@ -105,7 +105,7 @@ def test_tokens_are_those_of_the_encoder(
         assert np.array_equal(mine, theirs), text
 
 
-def test_text_that_may_need_ftfy_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_that_may_need_ftfy_gives_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bundle_tokens, "find_spec", lambda name: None)
     clean = bundle_tokens._clip_text()
     with warnings.catch_warnings():
@@ -116,7 +116,7 @@ def test_text_that_may_need_ftfy_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("multi", [True, False])
-def test_probabilities_are_those_of_training(multi: bool) -> None:
+def test_probabilities_equal_those_of_training(multi: bool) -> None:
     logits = np.array([[3.0, -2.0, 0.5], [800.0, -800.0, 0.0]], dtype=np.float32)
     wanted = metrics.probabilities(torch.from_numpy(logits), multi_label=multi).numpy()
     with warnings.catch_warnings():
@@ -151,7 +151,7 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str, str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_raw_inputs_that_do_not_fit_are_refused_in_plain_words(name: str, bundle: Bundle) -> None:
+def test_invalid_raw_inputs_are_refused_with_a_clear_message(name: str, bundle: Bundle) -> None:
     change, code, says = BAD[name]
     assert bundle.run(good(bundle))[0].shape == (2, 3)
     with pytest.raises(mopefuse.errors.DataError) as caught:
@@ -162,7 +162,7 @@ def test_raw_inputs_that_do_not_fit_are_refused_in_plain_words(name: str, bundle
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("kind", ["run", "bundle"])
-def test_pixels_that_are_not_finite_are_an_error_and_no_probabilities(
+def test_pixels_that_are_not_finite_are_an_error(
     kind: str, bad: float, exported: Path, trained: Path
 ) -> None:
     asked = mopefuse.load(exported if kind == "bundle" else trained, device="cpu")
@@ -181,7 +181,7 @@ def test_a_prediction_that_is_not_finite_is_an_error(bundle: Bundle, monkeypatch
         bundle.run(good(bundle))
 
 
-def test_a_bundle_has_no_checkpoints_and_no_other_device(exported: Path) -> None:
+def test_a_bundle_refuses_a_checkpoint_and_an_unavailable_device(exported: Path) -> None:
     assert code_of(lambda: mopefuse.load(exported, checkpoint="last")) == "MF-CFG-70"
     assert code_of(lambda: mopefuse.load(exported, main="tiny:vision-b")) == "MF-CFG-70"
     assert code_of(lambda: mopefuse.load(exported, device="cuda:3")) == "MF-CFG-41"

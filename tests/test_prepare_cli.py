@@ -31,7 +31,9 @@ def said(done: subprocess.CompletedProcess[str]) -> Any:
     [("food101", food101, ("--val", "4"), 3), ("mm-imdb", mm_imdb, (), 23), ("snli-ve", snli_ve, ("--premise",), 3)],
     ids=["food101", "mm-imdb", "snli-ve"],
 )
-def test_what_was_prepared_trains(name: str, tree: Any, flags: tuple[str, ...], labels: int, tmp_path: Path) -> None:
+def test_a_prepared_data_set_can_be_used_for_training(
+    name: str, tree: Any, flags: tuple[str, ...], labels: int, tmp_path: Path
+) -> None:
     done = call("data", "prepare", name, tree(tmp_path / "source"), tmp_path / "made", *flags, "--json")
     assert (done.returncode, done.stderr) == (0, "")
     about = said(done)
@@ -44,7 +46,7 @@ def test_what_was_prepared_trains(name: str, tree: Any, flags: tuple[str, ...], 
     assert said(trained)["steps"] == 2
 
 
-def test_the_tables_set_rows_beside_published_numbers(tmp_path: Path) -> None:
+def test_the_printed_tables_compare_rows_with_published_numbers(tmp_path: Path) -> None:
     done = call("data", "prepare", "snli-ve", snli_ve(tmp_path / "source"), tmp_path / "made")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"""{tmp_path / "made"}:
@@ -72,7 +74,7 @@ skipped rows are listed in {tmp_path / "made" / "skipped.jsonl"}
     assert again.stdout == done.stdout + "The folder already has this prepared data set; nothing was written.\n"
 
 
-def test_splits_that_are_published_together_have_a_row_of_their_own(tmp_path: Path) -> None:
+def test_splits_published_together_have_their_own_row(tmp_path: Path) -> None:
     done = call("data", "prepare", "food101", food101(tmp_path / "source"), tmp_path / "made", "--val", "4")
     assert [line.split() for line in done.stdout.splitlines()[1:7]] == [
         ["split", "rows", "published", "difference"],
@@ -105,7 +107,7 @@ def test_splits_that_are_published_together_have_a_row_of_their_own(tmp_path: Pa
         (("prepare", "food101", "SOURCE"), 2, "Missing argument 'DEST'"),
     ],
 )
-def test_what_does_not_fit_is_one_line_that_says_what_does(
+def test_invalid_arguments_are_one_line_that_names_the_valid_ones(
     args: tuple[str, ...], code: int, said_: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -116,7 +118,7 @@ def test_what_does_not_fit_is_one_line_that_says_what_does(
     assert [path.name for path in tmp_path.iterdir()] == ["SOURCE"]
 
 
-def test_options_are_those_of_the_data_set(tmp_path: Path) -> None:
+def test_the_options_depend_on_the_data_set(tmp_path: Path) -> None:
     listed = {name: call("data", "prepare", name, "--help").stdout for name in ("food101", "snli-ve", "mm-imdb")}
     flags = ("--text", "--clean", "--val", "--seed", "--premise")
     found = {name: [flag for flag in flags if flag in text] for name, text in listed.items()}
@@ -127,7 +129,7 @@ def test_options_are_those_of_the_data_set(tmp_path: Path) -> None:
     assert said(before_the_name)["options"] == {"premise": True}
 
 
-def test_an_option_that_the_command_has_already_is_an_error_of_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_option_that_clashes_with_the_command_is_a_plugin_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SNLIVE, "declared_options", (Option("images", 1, "Something else."),))
     done = call("data", "prepare", "snli-ve", "SOURCE", "DEST")
     assert done.returncode == 9
@@ -142,7 +144,7 @@ def test_preparing_imports_no_torch(tmp_path: Path) -> None:
         assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "set()")
 
 
-def test_progress_is_for_terminals(tmp_path: Path) -> None:
+def test_progress_is_shown_live_only_on_a_terminal(tmp_path: Path) -> None:
     here, there = pty.openpty()
     args = ("data", "prepare", "snli-ve", str(snli_ve(tmp_path / "source")), str(tmp_path / "made"))
     done = subprocess.run(
@@ -176,13 +178,13 @@ ROWS = st.fixed_dictionaries({key: JSON | st.sampled_from(["neutral", "100", "a 
 @given(st.binary(max_size=40) | JSON.map(lambda value: json.dumps(value).encode()), st.booleans())
 @example(b"[" * 100_000, False)
 @example(b"1" * 10_000, False)
-def test_any_bytes_are_a_pair_or_a_reason(line: bytes, premise: bool) -> None:
+def test_any_bytes_give_a_pair_or_a_reason(line: bytes, premise: bool) -> None:
     assert isinstance(read_pair(line, premise=premise), str)
 
 
 @given(ROWS, st.booleans())
 @example(pair("1", "\ud800", "neutral", "\ud800"), True)
-def test_any_values_are_a_pair_or_a_reason(row: dict[str, Any], premise: bool) -> None:
+def test_any_values_give_a_pair_or_a_reason(row: dict[str, Any], premise: bool) -> None:
     found = read_pair(json.dumps(row).encode(), premise=premise)
     if isinstance(found, Pair):
         assert found.label == row["gold_label"] in LABELS
@@ -193,7 +195,9 @@ def test_any_values_are_a_pair_or_a_reason(row: dict[str, Any], premise: bool) -
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.binary(max_size=30) | ROWS.map(lambda row: json.dumps(row).encode()), max_size=5))
-def test_every_line_of_any_file_is_a_row_or_listed(tmp_path_factory: pytest.TempPathFactory, lines: list[bytes]) -> None:
+def test_every_line_of_any_file_becomes_a_row_or_is_listed(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[bytes]
+) -> None:
     root = tmp_path_factory.mktemp("any")
     content = b"\n".join(lines)
     (snli_ve(root / "source") / "snli_ve_dev.jsonl").write_bytes(content)

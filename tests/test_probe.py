@@ -101,7 +101,7 @@ def probe(**habits: Any) -> tuple[list[Site], str, Model]:
 
 @pytest.mark.parametrize("norm", [None, "head", "all"])
 @pytest.mark.parametrize("form", ["separate", "pair", "triple", "by head"])
-def test_projections_are_found_however_they_are_written(form: str, norm: str | None) -> None:
+def test_projections_are_found_however_they_are_implemented(form: str, norm: str | None) -> None:
     sites, fault, model = probe(form=form, norm=norm, rotary=True)
     assert not fault and [site.block for site in sites] == list(model.layers)  # type: ignore[arg-type]
     prompt = torch.randn(B, 3, D)
@@ -133,18 +133,18 @@ def test_the_norm_ahead_of_attention_is_found(habits: dict[str, Any], norm: bool
         ({"layers": 1}, "is not in a list of layers"),
     ],
 )
-def test_what_cannot_be_verified_is_refused_with_the_reason(habits: dict[str, Any], reason: str) -> None:
+def test_a_layer_that_cannot_be_verified_is_refused_with_the_reason(habits: dict[str, Any], reason: str) -> None:
     sites, fault, _ = probe(**habits)
     assert sites == [] and reason in fault
 
 
-def test_a_model_that_does_not_call_the_attention_function_says_so() -> None:
+def test_a_model_that_does_not_call_the_attention_function_is_refused_with_that_reason() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     sites, fault = find_sites(model, lambda: model(torch.zeros(1, 4)))
     assert sites == [] and "none of its layers calls transformers' attention function" in fault
 
 
-def test_nothing_of_the_probe_stays_in_the_model() -> None:
+def test_the_probe_leaves_no_hooks_in_the_model() -> None:
     _, _, model = probe()
     assert not any(hasattr(module, "prompt_slot") for module in model.modules())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

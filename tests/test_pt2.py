@@ -62,7 +62,7 @@ def answer(file: Path) -> list[np.ndarray[Any, Any]]:
 
 
 @pytest.mark.parametrize("name", matrix(pt2_cases.ATTACKS, list(pt2_cases.ATTACKS)[::3]))
-def test_a_hostile_archive_is_refused_and_runs_nothing(
+def test_a_hostile_archive_is_refused_and_runs_no_code(
     name: str, pt2: Path, content: pt2_cases.Content, tmp_path: Path
 ) -> None:
     hostile, canary = dict(content), tmp_path / "canary"
@@ -78,7 +78,7 @@ def test_a_hostile_archive_is_refused_and_runs_nothing(
 
 
 @pytest.mark.parametrize("name", matrix(pt2_cases.RUNS_CODE, list(pt2_cases.RUNS_CODE)[:1]))
-def test_torch_alone_would_run_the_code(name: str, content: pt2_cases.Content, tmp_path: Path) -> None:
+def test_torch_alone_would_run_the_code_of_hostile_archives(name: str, content: pt2_cases.Content, tmp_path: Path) -> None:
     """Else the test above would prove nothing."""
     hostile, canary = dict(content), tmp_path / "canary"
     pt2_cases.RUNS_CODE[name](hostile, canary)
@@ -114,7 +114,7 @@ FLOODS: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", FLOODS)
-def test_a_small_archive_does_not_fill_the_memory(name: str, content: pt2_cases.Content, tmp_path: Path) -> None:
+def test_a_small_archive_cannot_exhaust_memory(name: str, content: pt2_cases.Content, tmp_path: Path) -> None:
     """Each value of a record takes hundreds of bytes while it is checked, and each error a thousand."""
     text, said = FLOODS[name]
     pt2_cases.write(tmp_path / "model.pt2", {**content, pt2_cases.PROGRAM: text})
@@ -126,7 +126,7 @@ def test_a_small_archive_does_not_fill_the_memory(name: str, content: pt2_cases.
 
 
 @pytest.mark.process
-def test_threads_load_archives_at_once(pt2: Path) -> None:
+def test_threads_can_load_archives_concurrently(pt2: Path) -> None:
     """torch deserialises one archive at a time, and raises an error for a second one."""
     with ThreadPoolExecutor(4) as pool:
         graphs = [*pool.map(lambda _: load_pt2(pt2 / "model.pt2", CPU), range(4))]
@@ -159,7 +159,7 @@ def test_a_zip_file_of_another_kind_is_refused(name: str, content: pt2_cases.Con
         read_pt2(tmp_path / "model.pt2")
 
 
-def test_what_a_graph_does_not_need_is_never_read(pt2: Path, content: pt2_cases.Content, tmp_path: Path) -> None:
+def test_parts_that_a_graph_does_not_need_are_never_read(pt2: Path, content: pt2_cases.Content, tmp_path: Path) -> None:
     """Guards and notes on nodes are code or names of it: a graph with other ones is the same graph."""
     hostile, canary = dict(content), tmp_path / "canary"
 
@@ -176,13 +176,13 @@ def test_what_a_graph_does_not_need_is_never_read(pt2: Path, content: pt2_cases.
     assert not canary.exists()
 
 
-def test_an_archive_says_nothing_of_the_machine_that_made_it(content: pt2_cases.Content) -> None:
+def test_an_archive_reveals_nothing_about_the_machine_that_wrote_it(content: pt2_cases.Content) -> None:
     here = str(Path(__file__).resolve().parents[1]).encode()
     assert not any(here in data or b"site-packages" in data for data in content.values())
     assert not any(node["metadata"] for node in pt2_cases.graph(json.loads(content[pt2_cases.PROGRAM]))["nodes"])
 
 
-def test_a_graph_that_gives_something_else_is_refused(pt2: Path, content: pt2_cases.Content, tmp_path: Path) -> None:
+def test_a_graph_with_unexpected_outputs_is_refused(pt2: Path, content: pt2_cases.Content, tmp_path: Path) -> None:
     changed = dict(content)
 
     def change(program: Any) -> None:

@@ -93,7 +93,7 @@ def only_object(text: str) -> dict[str, Any]:
 
 
 @pytest.mark.process
-def test_another_machine_gets_the_answers_of_the_run_also_offline(
+def test_another_machine_gets_the_same_predictions_also_offline(
     trained: Path, pairs: Path, hub: FakeHub, tmp_path: Path
 ) -> None:
     """In processes of their own, as people use it: what huggingface_hub reads is what the environment says."""
@@ -115,7 +115,7 @@ def test_another_machine_gets_the_answers_of_the_run_also_offline(
 # -- what is sent
 
 
-def test_the_adapter_and_nothing_else_is_sent_in_one_commit(trained: Path, pairs: Path, hub: FakeHub, move: Move) -> None:
+def test_only_the_adapter_is_sent_in_one_commit(trained: Path, pairs: Path, hub: FakeHub, move: Move) -> None:
     done = call("push", trained, REPO, "--json")
     assert done.returncode == 0, done.stderr
     repo = hub.repos[REPO]
@@ -129,7 +129,7 @@ def test_the_adapter_and_nothing_else_is_sent_in_one_commit(trained: Path, pairs
         assert str(path).encode() not in everything and str(path.parent).encode() not in everything
 
 
-def test_the_files_are_shown_before_anything_is_sent(trained: Path, hub: FakeHub, move: Move) -> None:
+def test_the_files_are_listed_before_anything_is_sent(trained: Path, hub: FakeHub, move: Move) -> None:
     move("mine", token=READER)  # whose first attempt to send ends it
     done = call("push", trained, REPO)
     assert (done.returncode, done.stdout) == (5, "")
@@ -148,7 +148,7 @@ def test_a_dry_run_sends_nothing(trained: Path, hub: FakeHub, move: Move) -> Non
 
 
 @pytest.mark.parametrize(("word", "code", "commits"), [("n", 1, 0), ("y", 0, 1)])
-def test_on_a_terminal_it_asks(
+def test_on_a_terminal_push_asks_for_confirmation(
     word: str, code: int, commits: int, adapter: Path, hub: FakeHub, move: Move, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     terminal = io.StringIO(f"{word}\n")
@@ -162,7 +162,7 @@ def test_on_a_terminal_it_asks(
     assert bool(hub.sent()) == bool(commits)
 
 
-def test_a_public_repository_is_written_to_on_request_only(adapter: Path, other: Path, hub: FakeHub, move: Move) -> None:
+def test_a_public_repository_is_written_to_only_on_request(adapter: Path, other: Path, hub: FakeHub, move: Move) -> None:
     assert call("push", adapter, REPO, "--public").returncode == 0
     assert not hub.repos[REPO].private
     hub.asked.clear()
@@ -181,7 +181,7 @@ def test_a_private_repository_stays_private(adapter: Path, other: Path, hub: Fak
 
 
 @pytest.mark.parametrize("kind", ["adapter", "bundle"])
-def test_what_was_exported_is_pushed_as_it_is(kind: str, adapter: Path, hub: FakeHub, move: Move, tmp_path: Path) -> None:
+def test_an_export_is_pushed_unchanged(kind: str, adapter: Path, hub: FakeHub, move: Move, tmp_path: Path) -> None:
     folder = tmp_path / "exported"
 
     def write(to: Path) -> None:
@@ -237,7 +237,7 @@ def test_an_invalid_repository_name_is_refused(name: str, trained: Path, hub: Fa
         (OWNER, {REPO: 503}, "MF-ENC-44"),
     ],
 )
-def test_the_hub_that_refuses_a_push_is_explained(
+def test_a_push_refused_by_the_hub_is_explained(
     token: str, fails: dict[str, int], code: str, adapter: Path, hub: FakeHub, move: Move
 ) -> None:
     move("mine", token=token)
@@ -250,7 +250,7 @@ def test_the_hub_that_refuses_a_push_is_explained(
     assert not (REPO in hub.repos and hub.repos[REPO].commits)
 
 
-def test_without_a_token_nobody_is_told_that_a_repository_is_new(adapter: Path, hub: FakeHub, move: Move) -> None:
+def test_without_a_token_a_repository_is_not_reported_as_new(adapter: Path, hub: FakeHub, move: Move) -> None:
     hub.commit(REPO, files_of(adapter))
     hub.repos[REPO].private = True
     move("mine", token="")
@@ -259,7 +259,7 @@ def test_without_a_token_nobody_is_told_that_a_repository_is_new(adapter: Path, 
 
 
 @pytest.mark.parametrize("how", ["gone", "silent", "offline"])
-def test_a_hub_that_cannot_be_reached_is_explained(
+def test_an_unreachable_hub_is_explained(
     how: str, adapter: Path, pairs: Path, hub: FakeHub, move: Move, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if how == "gone":
@@ -279,7 +279,7 @@ def test_a_hub_that_cannot_be_reached_is_explained(
 # -- reading
 
 
-def test_every_command_takes_a_model_from_the_hub(
+def test_every_command_accepts_a_model_from_the_hub(
     trained: Path, adapter: Path, pairs: Path, hub: FakeHub, move: Move, tmp_path: Path
 ) -> None:
     hub.commit(REPO, files_of(adapter))
@@ -300,7 +300,7 @@ def test_every_command_takes_a_model_from_the_hub(
     assert only_object(done.stdout)["predictions"] is None and files_of(locate(MODEL)) == files_of(adapter), "it is as it was"
 
 
-def test_what_was_fetched_once_is_not_fetched_again(adapter: Path, pairs: Path, hub: FakeHub, move: Move) -> None:
+def test_a_cached_model_is_not_downloaded_again(adapter: Path, pairs: Path, hub: FakeHub, move: Move) -> None:
     hub.commit(REPO, files_of(adapter))
     first = ask(MODEL, pairs)
     loaded = [request for request in hub.asked if request.startswith("GET")]
@@ -327,7 +327,7 @@ def test_a_revision_is_honoured(adapter: Path, other: Path, pairs: Path, hub: Fa
     assert done.returncode == 5 and "MF-ENC-43" in done.stderr and "'v3'" in done.stderr
 
 
-def test_what_is_kept_stays_when_the_repository_moves_on(
+def test_a_cached_model_stays_the_same_when_the_repository_changes(
     adapter: Path, other: Path, pairs: Path, hub: FakeHub, move: Move
 ) -> None:
     hub.commit(REPO, files_of(adapter))
@@ -346,7 +346,7 @@ def test_files_of_two_commits_are_never_mixed(adapter: Path, other: Path, pairs:
     assert ask(MODEL, pairs) == ask(adapter, pairs), "the rest of what was begun"
 
 
-def test_a_repository_that_is_not_there_or_not_for_you(adapter: Path, pairs: Path, hub: FakeHub, move: Move) -> None:
+def test_a_missing_or_inaccessible_repository_is_an_error(adapter: Path, pairs: Path, hub: FakeHub, move: Move) -> None:
     for name in ("org/none", "a/b/c", ""):
         done = call("predict", f"hf-hub:{name}", *question(pairs))
         assert done.returncode == 5 and "MF-ENC-40" in done.stderr, done.stderr
@@ -387,7 +387,7 @@ SPOILT: dict[str, tuple[dict[str, Any], str]] = {  # name of a file to its conte
 
 
 @pytest.mark.parametrize("what", SPOILT)
-def test_a_spoilt_repository_is_refused_and_not_kept(
+def test_an_invalid_repository_is_refused_and_not_cached(
     what: str, adapter: Path, pairs: Path, hub: FakeHub, move: Move, tmp_path: Path
 ) -> None:
     changes, says = SPOILT[what]

@@ -36,7 +36,7 @@ def test_all_recipes_are_found() -> None:
 
 
 @pytest.mark.parametrize("path", RECIPES + STUDIES, ids=lambda path: str(path.relative_to(ROOT / "recipes")))
-def test_the_header_makes_a_claim_and_its_command_names_the_file(path: Path) -> None:
+def test_the_header_states_a_claim_and_a_command_with_the_file(path: Path) -> None:
     header = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
     text = "\n".join(line.removeprefix("#").strip() for line in header)
     assert [word for word in HEADER if not re.search(rf"^{word}", text, re.MULTILINE)] == []
@@ -51,7 +51,7 @@ def test_the_header_makes_a_claim_and_its_command_names_the_file(path: Path) -> 
 
 
 @pytest.mark.parametrize("path", RECIPES + STUDIES, ids=lambda path: str(path.relative_to(ROOT / "recipes")))
-def test_the_command_that_makes_its_data_can_be_run_and_writes_where_the_recipe_reads(path: Path, tmp_path: Path) -> None:
+def test_the_data_command_of_a_recipe_writes_where_the_recipe_reads(path: Path, tmp_path: Path) -> None:
     """A data set that is prepared lacks its owners' files here: that is what the command must complain of."""
     command = shlex.split(re.search(r"^# Data: .*`mopefuse (.*)`", path.read_text(encoding="utf-8"), re.MULTILINE).group(1))
     config = cells_of(read_study(str(path)))[0].config if path in STUDIES else resolve(recipe=str(path))

@@ -80,14 +80,14 @@ def assert_equal(found: Gradients, need: Gradients) -> None:
 
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "ungated"])
 @pytest.mark.parametrize("family", matrix(FRESH, [*QUICK, "tiny-text"]))
-def test_gradients_are_the_same_to_the_bit(family: str, gated: bool, encoders: Mapping[str, Encoder]) -> None:
+def test_gradients_are_equal_bit_for_bit(family: str, gated: bool, encoders: Mapping[str, Encoder]) -> None:
     encoder = encoder_of(family, encoders)
     plain = gradients(encoder, gated=gated, recompute=False)
     assert_equal(gradients(encoder, gated=gated, recompute=True), plain)
 
 
 @pytest.mark.parametrize("family", ["timm-vit", "hf-bert", "tiny-text"])
-def test_tokens_ahead_are_seen_again(family: str, encoders: Mapping[str, Encoder]) -> None:
+def test_inserted_tokens_are_recomputed_too(family: str, encoders: Mapping[str, Encoder]) -> None:
     encoder = encoder_of(family, encoders)
     plain = gradients(encoder, gated=False, recompute=False, insert=True)
     assert_equal(gradients(encoder, gated=False, recompute=True, insert=True), plain)
@@ -103,7 +103,7 @@ def test_the_backward_pass_may_run_in_another_thread(family: str, encoders: Mapp
 
 
 @pytest.mark.parametrize("family", ["timm-vit", "timm-swin-padded", "hf-bert", "tiny-vision"])
-def test_dropout_of_lora_is_drawn_once(family: str, encoders: Mapping[str, Encoder]) -> None:
+def test_loras_dropout_is_the_same_in_the_recomputation(family: str, encoders: Mapping[str, Encoder]) -> None:
     encoder = encoder_of(family, encoders)
     encoder.adapt(Lora(rank=2, dropout=0.5))
     encoder.train()
@@ -140,7 +140,7 @@ def kept(model: Fusion, recompute: bool) -> int:
 
 
 @pytest.mark.parametrize("options", [{}, {"comp_tuning": {"mode": "lora"}}, {"method": "p-mmbt"}, {"method": "pmf"}], ids=str)
-def test_a_model_keeps_less(options: dict[str, Any]) -> None:
+def test_recomputation_stores_less_memory(options: dict[str, Any]) -> None:
     model = build("tiny:text", "tiny:vision", **options)
     assert kept(model, True) < kept(model, False) / 2
 
@@ -158,7 +158,7 @@ def test_without_a_gradient_nothing_is_recomputed(encoders: Mapping[str, Encoder
 
 
 @pytest.mark.parametrize("method", ["conditional", "pmf", "mmbt", "late-concat"])
-def test_every_method_learns_the_same(method: str) -> None:
+def test_every_method_gets_the_same_gradients(method: str) -> None:
     """Without prompts, `late-concat` has no graph through an encoder, and the setting no effect."""
     found = []
     for recompute in (False, True):
@@ -172,7 +172,7 @@ def test_every_method_learns_the_same(method: str) -> None:
     assert_equal(found[1], found[0])
 
 
-def test_a_run_may_be_resumed_with_it(data: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_run_may_be_resumed_with_recomputation(data: Path, tmp_path: Path) -> None:  # noqa: F811
     """And ends with the same weights to the bit."""
     same = {"comp_tuning": {"mode": "lora"}, "train__schedule": "constant"}
     train(config(data, train__max_steps=8, **same), tmp_path / "plain")

@@ -121,7 +121,7 @@ def solved(x: Tensor, y: Tensor, balanced: bool, strengths: tuple[float, ...]) -
 @pytest.mark.parametrize("balanced", matrix([False, True], [True]))
 @pytest.mark.parametrize("exact", [True, False], ids=["float64", "float32"])
 @pytest.mark.parametrize("problem", PROBLEMS)
-def test_the_optimum_is_that_of_scikit_learn(
+def test_the_optimum_equals_scikit_learns(
     problem: str, exact: bool, balanced: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_design_matrix, "_MAX_FLOAT64_PRODUCTS", 1e9 if exact else 0)
@@ -144,7 +144,7 @@ def test_the_optimum_is_that_of_scikit_learn(
 @pytest.mark.parametrize("strength", [1e-10, 1e10])
 @pytest.mark.parametrize("exact", [True, False], ids=["float64", "float32"])
 @pytest.mark.parametrize("labels", [1, 3])
-def test_extreme_strengths_end_in_finite_weights(
+def test_extreme_values_of_c_give_finite_weights(
     strength: float, exact: bool, labels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_design_matrix, "_MAX_FLOAT64_PRODUCTS", 1e9 if exact else 0)
@@ -169,7 +169,7 @@ def test_extreme_strengths_end_in_finite_weights(
         assert np.abs(weight).max() < 1e-6
 
 
-def test_features_of_any_scale_are_standardised_as_by_scikit_learn() -> None:
+def test_features_of_any_scale_are_standardised_as_in_scikit_learn() -> None:
     x = correlated(500, 12)
     raw = {"main": x[:, :6] * 1e4 + 1e5, "comp": x[:, 6:] * 1e-5 + 1e-4}
     y = classes(x, 4)
@@ -183,7 +183,7 @@ def test_features_of_any_scale_are_standardised_as_by_scikit_learn() -> None:
     np.testing.assert_allclose(ours.softmax(dim=-1), model.predict_proba(scaled), atol=2e-3)
 
 
-def test_samples_that_lack_a_side_count_with_its_mean() -> None:
+def test_samples_that_lack_a_side_use_its_mean() -> None:
     x = correlated(400, 12)
     y = several(x, 3)
     lacks = torch.rand(400, generator=torch.Generator().manual_seed(5)) < 0.3
@@ -198,7 +198,7 @@ def test_samples_that_lack_a_side_count_with_its_mean() -> None:
     np.testing.assert_allclose(state["head.bias"], bias, atol=1e-3)
 
 
-def test_labels_that_all_or_no_samples_have_leave_the_others_as_they_are() -> None:
+def test_constant_labels_do_not_affect_the_others() -> None:
     x = correlated(300, 10)
     y = several(x, 4)
     padded = torch.cat([torch.ones(300, 1), y[:, :2], torch.zeros(300, 1), y[:, 2:]], dim=1)
@@ -227,7 +227,9 @@ class Recorder:
 
 
 @pytest.mark.parametrize("multi", [True, False])
-def test_a_table_larger_than_memory_is_read_in_blocks_to_the_same_bits(multi: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_larger_than_memory_is_read_in_blocks_with_identical_results(
+    multi: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(_design_matrix, "_BLOCK_ROWS", 64)
     monkeypatch.setattr(_logistic, "_SAMPLED", 100)
     x = correlated(500, 8)
@@ -245,7 +247,7 @@ def test_a_table_larger_than_memory_is_read_in_blocks_to_the_same_bits(multi: bo
     assert len(reads[0]) < len(reads[1]) == len(reads[2]), "kept where there is room"
 
 
-def test_many_labels_are_fitted_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_labels_are_fitted_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     x = correlated(300, 10)
     y = several(x, 7)
     whole = fit(x, y, how(7, multi_label=True))
@@ -255,7 +257,7 @@ def test_many_labels_are_fitted_part_by_part(monkeypatch: pytest.MonkeyPatch) ->
     assert parts.strength == whole.strength
 
 
-def test_more_features_than_one_eigenbasis_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_features_than_one_eigenbasis_holds_are_fitted_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_logistic, "_WIDEST", 8)
     x = correlated(400, 20)
     y = classes(x, 3)
@@ -264,7 +266,7 @@ def test_more_features_than_one_eigenbasis_takes(monkeypatch: pytest.MonkeyPatch
     np.testing.assert_allclose(objective(x, y, weight, bias, 1.0, False), expected, rtol=1e-6)
 
 
-def test_it_is_the_same_every_time() -> None:
+def test_the_fit_is_deterministic() -> None:
     x = correlated(300, 10)
     for y, multi in ((several(x, 4), True), (classes(x, 4), False)):
         one, two = (fit(x, y, how(4, multi_label=multi)) for _ in range(2))
@@ -280,7 +282,7 @@ def test_many_labels_take_seconds() -> None:
     assert time.process_time() - began < 12
 
 
-def test_progress_grows_from_nothing_to_all() -> None:
+def test_progress_grows_from_0_to_1() -> None:
     x = correlated(300, 10)
     told = list[tuple[str, float]]()
     fold = Fold({"main": x, "comp": x}, several(x, 4))
@@ -295,7 +297,7 @@ def test_progress_grows_from_nothing_to_all() -> None:
 # -- the minimiser
 
 
-def test_each_problem_is_minimised_by_itself() -> None:
+def test_each_problem_is_minimised_independently() -> None:
     random = torch.Generator().manual_seed(0)
     scale_GP = torch.logspace(0, 5, 6, dtype=torch.double).expand(4, 6) * torch.rand(4, 6, generator=random).double()
     goal_GP = torch.randn(4, 6, generator=random).double()
@@ -316,7 +318,7 @@ def test_each_problem_is_minimised_by_itself() -> None:
     assert torch.isfinite(cut).all() and not torch.allclose(cut, goal_GP, atol=1e-4)
 
 
-def test_values_that_overflow_are_stepped_back_from() -> None:
+def test_the_line_search_backtracks_from_overflow() -> None:
     def steep(x_AP: Tensor, index_A: Tensor) -> Evaluation:
         value_A = (x_AP.exp() - 2 * x_AP).sum(dim=-1)  # the first step, by a curvature of 1e-3, is to 1000
         return Evaluation(value_A, x_AP.exp() - 2, torch.full_like(x_AP, 1e-3))
@@ -337,7 +339,7 @@ def test_a_long_fit_shows_its_remaining_time(
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_features_that_are_not_finite_are_refused_in_words(value: float) -> None:
+def test_features_that_are_not_finite_are_an_error(value: float) -> None:
     features = correlated(30, 8)
     features[3, 2] = value
     fold = Fold({"comp": features}, torch.arange(30) % 3)

@@ -69,7 +69,7 @@ READ_BY = {
 
 @pytest.mark.parametrize("put", matrix(KINDS, list(KINDS)[:1]), ids=lambda put: put.__name__)
 @pytest.mark.parametrize("name", READ_BY)
-def test_a_run_with_something_else_in_place_of_a_file_is_refused(
+def test_a_run_with_an_irregular_file_is_refused(
     trained: Path, tmp_path: Path, name: str, put: Callable[[Path], None]
 ) -> None:
     for reader in READ_BY[name]:

@@ -80,7 +80,7 @@ def test_every_trial_is_an_ordinary_run_with_its_settings(undisturbed: tuple[Pat
 
 
 @pytest.mark.process
-def test_the_test_split_chooses_nothing(undisturbed: tuple[Path, SearchResult], file: Path, tmp_path: Path) -> None:
+def test_the_test_split_does_not_affect_the_search(undisturbed: tuple[Path, SearchResult], file: Path, tmp_path: Path) -> None:
     """With the test metrics of all runs turned upside down, trials and best are the same."""
     before, searched = undisturbed
     out = tmp_path / "out"
@@ -95,7 +95,7 @@ def test_the_test_split_chooses_nothing(undisturbed: tuple[Path, SearchResult], 
 
 
 @pytest.mark.matrix
-def test_the_validation_split_chooses_what_comes_next(
+def test_the_validation_split_affects_the_search(
     undisturbed: tuple[Path, SearchResult], tmp_path: Path, pairs: Path
 ) -> None:
     """The control of the test above: with other values the sampler, past its random trials, proposes others."""
@@ -115,7 +115,7 @@ def test_the_validation_split_chooses_what_comes_next(
 
 
 @pytest.mark.process
-def test_what_is_finished_is_not_run_again_and_more_trials_go_on(
+def test_finished_trials_are_not_repeated_and_more_trials_continue_the_search(
     undisturbed: tuple[Path, SearchResult], pairs: Path, tmp_path: Path
 ) -> None:
     before, searched = undisturbed
@@ -129,7 +129,9 @@ def test_what_is_finished_is_not_run_again_and_more_trials_go_on(
 
 
 @pytest.mark.soak
-def test_killed_and_started_again_it_finds_the_same(undisturbed: tuple[Path, SearchResult], file: Path, tmp_path: Path) -> None:
+def test_a_killed_and_restarted_search_gives_the_same_result(
+    undisturbed: tuple[Path, SearchResult], file: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "killed"
     kills = 0
     for moment in (3, 9, 10**9):
@@ -152,7 +154,7 @@ def test_trials_of_one_batch_are_the_same_for_any_number_of_jobs(pairs: Path, tm
         assert (len(results), trial.value) == (2, sum(results) / 2)
 
 
-def test_settings_that_come_again_are_one_run_and_a_failed_one_stays_failed(pairs: Path, tmp_path: Path) -> None:
+def test_repeated_settings_are_one_run_and_a_failed_one_stays_failed(pairs: Path, tmp_path: Path) -> None:
     space = {"train.lr": [1e30, 1e-3]}
     file = write_search(tmp_path, pairs, search={"trials": 8, "space": space, "seed": 0})
     done = call("study", file, "--out", tmp_path / "out", "--json")
@@ -166,7 +168,7 @@ def test_settings_that_come_again_are_one_run_and_a_failed_one_stays_failed(pair
 
 
 @pytest.mark.process
-def test_the_table_marks_the_best_and_its_command_trains(
+def test_the_table_marks_the_best_trial_and_prints_a_working_command(
     undisturbed: tuple[Path, SearchResult], file: Path, tmp_path: Path
 ) -> None:
     out, searched = undisturbed
@@ -185,7 +187,7 @@ def test_the_table_marks_the_best_and_its_command_trains(
 
 
 @pytest.mark.process
-def test_compare_shows_the_trials_and_says_that_they_are_not_to_be_chosen_by_test(
+def test_compare_shows_the_trials_and_warns_against_selecting_by_test_results(
     undisturbed: tuple[Path, SearchResult],
 ) -> None:
     out, searched = undisturbed
@@ -232,7 +234,7 @@ def test_compare_shows_the_trials_and_says_that_they_are_not_to_be_chosen_by_tes
         ({"search": {"space": {"data.workers": [0, 1]}}}, (), "MF-CFG-112", "data.workers"),
     ],
 )  # fmt: skip
-def test_a_space_that_cannot_be_searched_is_refused_before_the_first_trial(
+def test_an_invalid_search_space_is_refused_before_the_first_trial(
     values: dict[str, Any], sets: tuple[str, ...], code: str, said: str, pairs: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -241,7 +243,7 @@ def test_a_space_that_cannot_be_searched_is_refused_before_the_first_trial(
     assert said in str(caught.value)
 
 
-def test_an_encoder_can_be_searched_that_no_setting_names(pairs: Path, tmp_path: Path) -> None:
+def test_encoders_can_be_part_of_the_search_space(pairs: Path, tmp_path: Path) -> None:
     settings = {"comp": "tiny:text", "device": "cpu", "data.path": str(pairs), "train": {"max_steps": 1}}
     space = {"main": ["tiny:vision", "tiny:vision-b"]}
     file = write_search(tmp_path, pairs, settings=settings, search={"trials": 1, "space": space})
@@ -250,7 +252,7 @@ def test_an_encoder_can_be_searched_that_no_setting_names(pairs: Path, tmp_path:
 
 
 @pytest.mark.process
-def test_a_metric_that_the_data_have_not_is_refused(
+def test_a_metric_that_the_data_do_not_have_is_refused(
     undisturbed: tuple[Path, SearchResult], pairs: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(undisturbed[0], tmp_path / "out")
@@ -259,7 +261,7 @@ def test_a_metric_that_the_data_have_not_is_refused(
     assert caught.value.code == "MF-CFG-113"
 
 
-def test_without_optuna_the_command_that_installs_it_is_told(
+def test_without_optuna_the_error_has_the_install_command(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "optuna" else object())

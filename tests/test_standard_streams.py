@@ -30,7 +30,7 @@ def shell(*command: object, streams: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("streams", matrix([CLOSED, ">&-", "<&-", "1</dev/null"], [CLOSED]))
-def test_training_with_closed_streams_comes_to_its_end(pairs: Path, tmp_path: Path, streams: str) -> None:
+def test_training_finishes_with_closed_streams(pairs: Path, tmp_path: Path, streams: str) -> None:
     run, workers = tmp_path / "run", 2 if streams == CLOSED else 0
     done = shell("train", *TINY, "--data", pairs, "--out", run, "--steps", 2, "--workers", workers, streams=streams)
     assert done.returncode == 0, done.stderr
@@ -40,7 +40,7 @@ def test_training_with_closed_streams_comes_to_its_end(pairs: Path, tmp_path: Pa
 
 
 @pytest.mark.process
-def test_a_study_with_closed_streams_comes_to_its_end(pairs: Path, tmp_path: Path) -> None:
+def test_a_study_finishes_with_closed_streams(pairs: Path, tmp_path: Path) -> None:
     """Its cells are processes of their own, which take over what is closed."""
     settings = {"main": "tiny:vision", "comp": "tiny:text", "device": "cpu", "data.path": str(pairs)}
     settings |= {"train.max_steps": 1, "train.batch_size": 4}
@@ -63,6 +63,6 @@ def test_a_result_that_cannot_be_printed_is_an_error(trained: Path, more: tuple[
     assert "Traceback" not in done.stderr
 
 
-def test_an_error_beside_a_result_that_cannot_be_printed_is_the_one_that_is_told(tmp_path: Path) -> None:
+def test_if_a_result_cannot_be_printed_the_error_of_the_command_is_reported(tmp_path: Path) -> None:
     done = shell("compare", tmp_path, "--json", streams="> /dev/full")
     assert (done.returncode, "MF-CKPT-04" in done.stderr) == (6, True), done.stderr

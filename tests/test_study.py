@@ -98,7 +98,7 @@ def test_every_cell_is_an_ordinary_run_with_its_settings(undisturbed: Path) -> N
 
 
 @pytest.mark.soak
-def test_killed_at_random_and_started_again_it_gives_the_same_table(undisturbed: Path, file: Path, tmp_path: Path) -> None:
+def test_a_study_killed_at_random_and_restarted_gives_the_same_table(undisturbed: Path, file: Path, tmp_path: Path) -> None:
     """SIGKILL of the process that was started, two cells at a time: its cells end with it, and the next call goes on."""
     moments, out, kills, done = random.Random(1), tmp_path / "killed", 0, 0
     for _ in range(20):
@@ -128,7 +128,7 @@ def test_notices_of_cells_are_shown_once(pairs: Path, tmp_path: Path) -> None:
     assert sum("does not use the settings of prompts" in text for text in heard) == 1, "both cells say that"
 
 
-def test_what_is_finished_is_not_run_again_and_what_is_added_is(undisturbed: Path, pairs: Path, tmp_path: Path) -> None:
+def test_finished_cells_are_not_repeated_and_added_ones_are_run(undisturbed: Path, pairs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(undisturbed, out)
     shutil.rmtree(out / cells(out)[3]["run"])
@@ -151,7 +151,7 @@ def test_a_finished_cell_of_every_method_counts_as_finished(pairs: Path, tmp_pat
     assert [cell.label for cell in study.cells if not is_finished(cell, tmp_path / "out")] == []
 
 
-def test_a_run_of_other_settings_in_the_place_of_a_cell_is_refused(undisturbed: Path, file: Path, tmp_path: Path) -> None:
+def test_a_run_with_other_settings_in_place_of_a_cell_is_refused(undisturbed: Path, file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(undisturbed, out)
     first, third = cells(out)[0]["run"], cells(out)[2]["run"]
@@ -164,7 +164,7 @@ def test_a_run_of_other_settings_in_the_place_of_a_cell_is_refused(undisturbed: 
 
 
 @pytest.mark.process
-def test_a_cell_that_fails_is_recorded_and_the_others_go_on(pairs: Path, tmp_path: Path) -> None:
+def test_a_failed_cell_is_recorded_and_the_others_continue(pairs: Path, tmp_path: Path) -> None:
     bad = {"fine": {}, "diverges": {"train.lr": 1e30}, "no such method": {"method": "nothing"}}
     file = write_study(tmp_path, pairs, cells=bad, grid={}, seeds=[0], baseline="no such method")
     done = call("study", file, "--out", tmp_path / "out", "--json", "--set", "train.epochs=1")
@@ -184,7 +184,7 @@ def test_a_cell_that_fails_is_recorded_and_the_others_go_on(pairs: Path, tmp_pat
 
 
 @pytest.mark.process
-def test_a_cell_whose_process_is_killed_is_recorded_and_the_others_go_on(file: Path, tmp_path: Path) -> None:
+def test_a_cell_whose_process_is_killed_is_recorded_and_the_others_continue(file: Path, tmp_path: Path) -> None:
     process = start(file, tmp_path / "out", "--set", "train.epochs=10")
     wait_for(lambda: steps(tmp_path / "out") >= 3, process)
     lock = next((tmp_path / "out").glob("cells/*/seed-0/.lock"))
@@ -221,7 +221,7 @@ def test_a_stop_signal_saves_running_cells_and_leaves_no_process(file: Path, und
 
 
 @pytest.mark.parametrize("content", [None, "{}", '{"kind": "run"}'])
-def test_a_folder_of_something_else_is_left_alone(file: Path, tmp_path: Path, content: str | None) -> None:
+def test_a_folder_that_is_not_a_study_is_not_changed(file: Path, tmp_path: Path, content: str | None) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     if content is not None:
         (tmp_path / "study.json").write_text(content)
@@ -232,7 +232,7 @@ def test_a_folder_of_something_else_is_left_alone(file: Path, tmp_path: Path, co
     assert not (tmp_path / "cells").exists()
 
 
-def test_data_that_cannot_be_read_end_the_study_before_its_first_cell(file: Path, tmp_path: Path) -> None:
+def test_unreadable_data_end_the_study_before_its_first_cell(file: Path, tmp_path: Path) -> None:
     done = call("study", file, "--out", tmp_path / "out", "--set", f"data.path={tmp_path / 'nowhere'}")
     assert done.returncode == 4
     assert not (tmp_path / "out" / "cells").exists()
@@ -260,7 +260,7 @@ def test_a_dry_run_lists_the_cells_that_will_fail(pairs: Path, tmp_path: Path) -
     assert [bool(cell["refused"]) for cell in listed] == [False, False, True]
 
 
-def test_a_dry_run_knows_what_is_finished(undisturbed: Path, file: Path) -> None:
+def test_a_dry_run_shows_finished_cells(undisturbed: Path, file: Path) -> None:
     listed = json.loads(call("study", file, "--out", undisturbed, "--dry-run", "--json").stdout)["cells"]
     assert all(cell["finished"] for cell in listed)
 
@@ -272,7 +272,7 @@ def test_a_metric_that_the_data_do_not_have_is_refused_before_the_first_run(mult
     assert not list((tmp_path / "out").glob("cells/*"))
 
 
-def test_an_error_of_the_study_itself_leaves_no_cell_running(file: Path, tmp_path: Path) -> None:
+def test_an_error_in_the_study_process_leaves_no_cell_running(file: Path, tmp_path: Path) -> None:
     class Closed(StudyListener):
         def on_progress(self, statuses: Any, eta: Any) -> None:
             raise BrokenPipeError

@@ -100,7 +100,7 @@ def test_the_page_is_harmless_and_small(study: Path) -> None:
         assert not re.search("<(script|img)[ >]", path.read_text(encoding="utf-8"))
 
 
-def test_figures_are_files_too_as_those_of_a_run(study: Path) -> None:
+def test_figures_are_also_written_as_files(study: Path) -> None:
     names = {path.name for path in (study / "figures").iterdir()}
     stems = ("against-data-fraction", "rows", "parameters", "validation")
     assert names == {f"{stem}.{kind}" for stem in stems for kind in ("svg", "png")}
@@ -109,7 +109,7 @@ def test_figures_are_files_too_as_those_of_a_run(study: Path) -> None:
 # -- numbers
 
 
-def test_points_are_means_and_their_bars_sample_deviations(study: Path) -> None:
+def test_points_are_means_and_error_bars_are_sample_deviations(study: Path) -> None:
     found = sections(study)
     against = tips(found["against-data-fraction"].charts[0])
     assert "late, data.fraction 0.01: 32 % ± 2 %" in against
@@ -121,7 +121,7 @@ def test_points_are_means_and_their_bars_sample_deviations(study: Path) -> None:
     assert "No curve for rows that were validated only once, or never at the same steps: linear." in found["learning"].body
 
 
-def test_curves_are_of_the_steps_that_all_seeds_have(trained: Path, tmp_path: Path) -> None:
+def test_curves_cover_the_steps_that_all_seeds_have(trained: Path, tmp_path: Path) -> None:
     study = make_study(trained, tmp_path / "made", [Made("a", {}, [0.5, 0.5], {10: 0.2, 20: 0.4})])
     log = study / "cells/row-0/seed-1/metrics.jsonl"
     log.write_text('{"step": 10, "val": {"accuracy": 0.4}}\n{"step": 30, "val": {"accuracy": 0.9}}\n')
@@ -130,7 +130,7 @@ def test_curves_are_of_the_steps_that_all_seeds_have(trained: Path, tmp_path: Pa
     assert [(step, spread.values) for step, spread in facts.learning(facts.comparison.rows[0])] == [(10, (0.2, 0.4))]
 
 
-def test_a_sweep_is_over_one_number_and_nothing_else(trained: Path, tmp_path: Path) -> None:
+def test_a_sweep_varies_exactly_one_number(trained: Path, tmp_path: Path) -> None:
     rows = [Made(f"experts={n}", {"prompts.experts": n}, [0.5], {}) for n in (16, 1, 4)]
     rows += [Made(f"{n} tokens", {"prompts.static": n, "prompts.dynamic": 0}, [0.5], {}) for n in (5, 20, 80)]
     rows += [Made("both", {"prompts.static": 7, "prompts.experts": 9}, [0.5], {})]
@@ -145,7 +145,7 @@ def test_a_sweep_is_over_one_number_and_nothing_else(trained: Path, tmp_path: Pa
     assert sweeps(compare([make_study(trained, tmp_path / "two", two)]).rows) == [], "two values are no line"
 
 
-def test_of_a_search_the_choice_of_validation_stands_out_not_the_best_on_test(trained: Path, tmp_path: Path) -> None:
+def test_in_a_search_the_choice_by_validation_is_highlighted_not_the_best_on_test(trained: Path, tmp_path: Path) -> None:
     rows = [Made("trial 0", {"train.lr": 0.1}, [0.9], {}), Made("trial 1", {"train.lr": 0.2}, [0.7], {})]
     study = make_study(trained, tmp_path / "made", rows, search={"metric": "accuracy", "best": "trial 1", "trials": []})
     assert compare([study]).best("test", "accuracy") == {"trial 1"}
@@ -155,7 +155,7 @@ def test_of_a_search_the_choice_of_validation_stands_out_not_the_best_on_test(tr
     assert "<b>90.0</b>" not in page
 
 
-def test_many_rows_are_several_figures_on_the_same_axes(trained: Path, tmp_path: Path) -> None:
+def test_many_rows_are_split_into_several_figures_with_the_same_axes(trained: Path, tmp_path: Path) -> None:
     methods = [Made(f"row {n}", {"train.lr": 0.1 + n, "head_hidden": n + 1}, [n / 20], {1: 0.0, 9: n / 20}) for n in range(14)]
     charts = sections(make_study(trained, tmp_path / "made", methods))["learning"].charts
     assert [chart.name for chart in charts] == ["validation", "validation-2", "validation-3"]
@@ -201,7 +201,7 @@ def test_a_study_without_any_result_has_a_page(trained: Path, tmp_path: Path) ->
     assert done.comparison is None
 
 
-def test_one_seed_has_no_spread_and_linear_rows_no_curves(trained: Path, tmp_path: Path) -> None:
+def test_one_seed_has_no_spread_and_linear_rows_have_no_curves(trained: Path, tmp_path: Path) -> None:
     of_main = {"method": "linear", "linear.features": "main"}
     rows = [Made("a", {"method": "linear"}, [0.5], {0: 0.5}), Made("b", of_main, [0.4], {})]
     study = make_study(trained, tmp_path / "made", rows)
@@ -217,7 +217,7 @@ def test_one_seed_has_no_spread_and_linear_rows_no_curves(trained: Path, tmp_pat
 # -- the command
 
 
-def test_the_command_tells_a_study_from_a_run(study: Path, trained: Path, tmp_path: Path) -> None:
+def test_the_command_distinguishes_a_study_from_a_run(study: Path, trained: Path, tmp_path: Path) -> None:
     flags = ("-o", tmp_path / "page.html", "--figures", tmp_path / "figures", "--json")
     found = json.loads(call("report", study, *flags, "--against", "late, fraction=0.1", "--metric", "f1_macro").stdout)
     assert (found["ok"], found["runs"], found["missing"]) == (True, 21, 0)
@@ -251,7 +251,7 @@ def test_a_damaged_study_is_an_error(tmp_path: Path, content: str) -> None:
 # -- parts
 
 
-def test_settings_that_all_rows_have_are_listed_once(study: Path) -> None:
+def test_settings_common_to_all_rows_are_listed_once(study: Path) -> None:
     text = page_of(study).text
     assert RunConfig(main="", comp="").train.batch_size != 4
     assert text.count("train.batch_size") == 1 and text.count("data.fraction") >= 2
@@ -263,7 +263,7 @@ def test_settings_that_all_rows_have_are_listed_once(study: Path) -> None:
 
 @pytest.mark.parametrize("dark", matrix([False, True], [False]))
 @pytest.mark.parametrize("width", matrix([375, 1200], [375]))
-def test_a_browser_shows_the_page_without_asking_or_complaining(study: Path, browser: Chromium, width: int, dark: bool) -> None:
+def test_a_browser_shows_the_page_without_requests_or_errors(study: Path, browser: Chromium, width: int, dark: bool) -> None:
     browser.show(study / "report.html", width=width, dark=dark)
     assert browser.requests == [(study / "report.html").as_uri()]
     settle(browser)

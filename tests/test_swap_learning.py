@@ -32,7 +32,7 @@ def accuracies(run: Path) -> list[float]:
 
 
 @pytest.mark.soak
-def test_with_another_text_encoder_it_reaches_sooner_what_training_from_scratch_ends_with(
+def test_after_swapping_the_text_encoder_a_run_reaches_the_final_accuracy_of_scratch_sooner(
     base: Path, tmp_path: Path
 ) -> None:
     swap_encoder(base, tmp_path / "new", comp="tiny:text-b", epochs=1, settings={"train": {"evals_per_epoch": 5}})

@@ -75,7 +75,7 @@ def test_every_format_gives_the_same_rows(pairs: Path, copy: Path, suffix: str) 
 
 
 @pytest.mark.parametrize(("delimiter", "name"), [(";", "semicolons"), ("\t", "tabs"), ("|", "vertical bars")])
-def test_a_csv_with_another_delimiter_is_read_as_what_it_is(copy: Path, delimiter: str, name: str) -> None:
+def test_the_delimiter_of_a_csv_file_is_detected(copy: Path, delimiter: str, name: str) -> None:
     expected = said(load(copy))
     for split in SPLITS:
         rows = rows_of(copy, split)
@@ -100,7 +100,7 @@ def test_a_csv_with_another_delimiter_is_read_as_what_it_is(copy: Path, delimite
         ("", ",", set(), ","),
     ],
 )
-def test_the_header_says_what_separates_cells(header: str, default: str, wanted: set[str], delimiter: str) -> None:
+def test_the_delimiter_is_detected_from_the_header(header: str, default: str, wanted: set[str], delimiter: str) -> None:
     assert delimiter_of(f"{header}\na,b;c\n".encode(), default, wanted) == delimiter
 
 
@@ -116,7 +116,7 @@ def test_columns_may_have_other_names(copy: Path) -> None:
     assert said(load(copy, **columns)) == expected
 
 
-def test_one_table_names_its_splits_in_a_column(copy: Path) -> None:
+def test_a_single_table_may_name_splits_in_a_column(copy: Path) -> None:
     expected = said(load(copy))
     names = {"train": "train", "val": "Validation", "test": "test"}
     write_csv(copy / "all.csv", [row | {"part": names[split]} for split in SPLITS for row in rows_of(copy, split)])
@@ -128,7 +128,7 @@ def test_one_table_names_its_splits_in_a_column(copy: Path) -> None:
     assert said(load(copy, split_col="part")) == expected, "a folder says by its files"
 
 
-def test_what_one_table_lacks_is_held_out_only_when_asked(copy: Path) -> None:
+def test_missing_splits_are_held_out_only_on_request(copy: Path) -> None:
     rows = rows_of(copy, "train")
     write_csv(copy / "one.csv", rows)
     error = refused(copy / "one.csv")
@@ -141,7 +141,7 @@ def test_what_one_table_lacks_is_held_out_only_when_asked(copy: Path) -> None:
     assert refused(copy, val_fraction=0.5).code == "MF-CFG-43", "the folder has a val split"
 
 
-def test_labels_in_one_cell_are_separated(copy: Path) -> None:
+def test_several_labels_in_one_cell_are_split(copy: Path) -> None:
     rows = [row | {"label": "a|b" if number % 2 else " c "} for number, row in enumerate(rows_of(copy, "train"))]
     write_csv(copy / "one.csv", [*rows[:-1], rows[-1] | {"label": ""}])
     data = load(copy / "one.csv", label_sep="|", val_fraction=0.2)
@@ -151,7 +151,7 @@ def test_labels_in_one_cell_are_separated(copy: Path) -> None:
     assert "label is empty" in refused(copy / "one.csv", val_fraction=0.2).what
 
 
-def test_images_may_be_in_other_folders_that_are_named(copy: Path, tmp_path: Path) -> None:
+def test_images_may_be_in_other_named_folders(copy: Path, tmp_path: Path) -> None:
     expected = said(load(copy))
     shutil.move(copy / "images", tmp_path / "photos" / "images")
     assert refused(copy).code == "MF-DATA-11"
@@ -164,7 +164,7 @@ def test_images_may_be_in_other_folders_that_are_named(copy: Path, tmp_path: Pat
     assert refused(copy, image_roots=(str(tmp_path / "photos" / "images" / "none"),)).code == "MF-SEC-01"
 
 
-def test_a_folder_of_images_has_labels_by_folder_and_captions_beside_or_in_one_file(tmp_path: Path) -> None:
+def test_image_folders_have_labels_by_folder_and_captions_in_files(tmp_path: Path) -> None:
     root = tmp_path / "folders"
     for split in ("train", "val"):
         for label in ("cat", "dog"):
@@ -205,20 +205,20 @@ def test_a_folder_of_images_has_labels_by_folder_and_captions_beside_or_in_one_f
         (b"id,text,img,label\n", "no rows"),
     ],
 )
-def test_a_csv_that_is_none_is_named_with_its_line(tmp_path: Path, content: bytes, said: str) -> None:
+def test_an_invalid_csv_is_an_error_with_its_line(tmp_path: Path, content: bytes, said: str) -> None:
     (tmp_path / "table.csv").write_bytes(content)
     error = refused(tmp_path / "table.csv", val_fraction=0.5)
     assert said in error.what
     assert error.exit_code == 4
 
 
-def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
+def test_a_damaged_parquet_file_is_an_error_that_names_it(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
     (tmp_path / "t.parquet").write_bytes(b"PAR1 and nothing more PAR1")
     assert refused(tmp_path / "t.parquet", val_fraction=0.5).code == "MF-DATA-24"
 
 
-def test_a_split_in_two_formats_and_a_file_that_is_no_table_are_refused(copy: Path) -> None:
+def test_a_split_in_two_formats_and_a_file_that_is_not_a_table_are_refused(copy: Path) -> None:
     write_csv(copy / "val.csv", rows_of(copy, "val"))
     assert "the val split has two tables: val.jsonl and val.csv" in refused(copy).what
     (copy / "notes.txt").write_text("a")
@@ -226,13 +226,13 @@ def test_a_split_in_two_formats_and_a_file_that_is_no_table_are_refused(copy: Pa
 
 
 @given(content=st.binary(max_size=200) | st.lists(st.sampled_from(['"', ",", "\n", "a", "text,img,label\n"])).map("".join))
-def test_any_bytes_are_a_table_or_a_data_error(tmp_path_factory: pytest.TempPathFactory, content: bytes | str) -> None:
+def test_any_bytes_give_a_table_or_a_data_error(tmp_path_factory: pytest.TempPathFactory, content: bytes | str) -> None:
     path = tmp_path_factory.getbasetemp() / "any.csv"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     assert code_of(lambda: load(path, val_fraction=0.5)).startswith(("MF-DATA", "MF-SEC"))
 
 
-def test_a_single_table_trains_from_the_command_line(pairs: Path, tmp_path: Path) -> None:
+def test_a_single_table_can_be_trained_on_from_the_command_line(pairs: Path, tmp_path: Path) -> None:
     root = make_pairs(tmp_path / "data", counts={"train": 20})
     rows = [{"no": r["id"], "title": r["text"], "photo": r["img"][7:], "kind": r["label"]} for r in rows_of(root, "train")]
     write_csv(tmp_path / "products.csv", rows)

@@ -60,7 +60,7 @@ def test_an_error_is_readable_everywhere(environment: dict[str, str]) -> None:
     assert "日本" in said(done)["error"]["message"] or "\\udc" in done.stdout
 
 
-def test_labels_that_the_terminal_cannot_show_are_spelt_out(trained: Path, tmp_path: Path) -> None:
+def test_labels_that_the_terminal_cannot_show_are_escaped(trained: Path, tmp_path: Path) -> None:
     code = (
         "from mopefuse.cli import app; from mopefuse.cli._render import table\n"
         "app.app = lambda: table('', ['日'], [['é']])\n"
@@ -97,7 +97,7 @@ def in_terminal(*args: str, **environment: str) -> str:
     [{"TERM": "dumb"}, {"TERM": "xterm", "NO_COLOR": "1"}, {"TERM": "dumb", "PYTHONIOENCODING": "ascii"}],
     ids=["dumb", "no colour", "ascii"],
 )
-def test_a_terminal_of_twenty_columns_is_enough(environment: dict[str, str]) -> None:
+def test_output_fits_a_terminal_of_twenty_columns(environment: dict[str, str]) -> None:
     shown = in_terminal("encoders", COLUMNS="20", **environment)
     assert "open_clip" in "".join(shown.split()) or "open_c" in shown
     assert "\x1b[3" not in shown, "colour where none is wanted"
@@ -105,7 +105,7 @@ def test_a_terminal_of_twenty_columns_is_enough(environment: dict[str, str]) -> 
         assert shown.isascii()
 
 
-def test_output_into_a_pipe_has_no_control_characters(pairs: Path, tmp_path: Path) -> None:
+def test_output_to_a_pipe_has_no_control_characters(pairs: Path, tmp_path: Path) -> None:
     done = train(pairs, tmp_path / "run")
     assert "\x1b" not in done.stdout + done.stderr
     assert "validation" in done.stderr

@@ -98,14 +98,14 @@ def prompted(encoder: Encoder, thread: int, *, gated: bool, insert: bool) -> Cal
 
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "ungated"])
 @pytest.mark.parametrize("family", matrix([*FAMILIES, "tiny-vision", "tiny-text"], [*QUICK, "tiny-text"]))
-def test_threads_share_an_encoder(family: str, gated: bool, encoders: Mapping[str, Encoder]) -> None:
+def test_threads_can_share_an_encoder(family: str, gated: bool, encoders: Mapping[str, Encoder]) -> None:
     encoder = encoders[family] if family in encoders else create_encoder(family.replace("-", ":"))
     calls = [prompted(encoder, thread, gated=gated, insert=encoder.insertable) for thread in range(THREADS)]
     alone = [call() for call in calls]
     assert wrong(in_threads(lambda thread: calls[thread](), 8), alone, torch.equal) == 0
 
 
-def test_an_encoder_may_be_used_while_it_encodes() -> None:
+def test_an_encoder_is_reentrant() -> None:
     """Within `prompt_at` of the same encoder: the outer call goes on as if nothing had happened."""
     encoder = create_encoder("tiny:vision")
     inputs, other = inputs_of(encoder, 0), prompted(encoder, 3, gated=True, insert=True)
@@ -146,7 +146,7 @@ def collated(model: Fusion, thread: int) -> Batch:
 
 @pytest.mark.parametrize("gate", ["none", "zero"])
 @pytest.mark.parametrize("method", matrix(METHODS, ["conditional", "pmf", "p-mmbt"]))
-def test_threads_share_a_model(method: str, gate: str) -> None:
+def test_threads_can_share_a_model(method: str, gate: str) -> None:
     text_first = method in ("mmbt", "p-mmbt")
     main, comp = ("tiny:text", "tiny:vision") if text_first else ("tiny:vision", "tiny:text")
     model = build(main, comp, prompts={"gate": gate}, **METHODS[method])
@@ -161,7 +161,7 @@ def test_threads_share_a_model(method: str, gate: str) -> None:
 
 
 @torch.no_grad()
-def test_prompts_left_out_in_one_thread_are_there_in_others() -> None:
+def test_prompts_omitted_in_one_thread_are_present_in_others() -> None:
     model = build()
     open_gates(model)
 
@@ -191,7 +191,7 @@ def run_of_libraries(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 @pytest.mark.parametrize(
     "kind", matrix(["run", "run of libraries", "adapter", "onnx", "pt2"], ["run"])
 )
-def test_threads_share_what_was_loaded(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_threads_can_share_a_loaded_model(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     run: Path = request.getfixturevalue("run_of_libraries" if kind == "run of libraries" else "trained")
     if not kind.startswith("run"):
         done = command("export", run, "-o", tmp_path / kind, "--format", kind)
@@ -220,7 +220,7 @@ def test_denormal_numbers_are_flushed_in_every_thread(monkeypatch: pytest.Monkey
             torch.set_flush_denormal(False)
 
 
-def test_threads_build_models_at_once() -> None:
+def test_threads_can_build_models_concurrently() -> None:
     """Weights that are drawn, as those of an untrained encoder are, come from one generator of the process."""
     spec = "timm:vit_tiny_patch16_224?img_size=32&patch_size=8&depth=2&embed_dim=48&pretrained=false"
     expected = build(spec, "tiny:text").encoder("main").fingerprint()

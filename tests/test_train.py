@@ -99,7 +99,7 @@ AUGMENTED = {"data__augment": "randaugment", "comp_tuning__mode": "prompts"}
         pytest.param(4, signal.SIGINT, 130, marks=pytest.mark.matrix),
     ],
 )
-def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     data: Path, tmp_path: Path, changed: dict[str, Any], step: int, number: int, code: int
 ) -> None:
     settings = config(data, **changed)
@@ -115,13 +115,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
     assert len(set(losses)) == 12, "steps that do not differ could not show a difference"
 
 
-def test_the_number_of_workers_changes_nothing(data: Path, tmp_path: Path) -> None:
+def test_the_number_of_workers_does_not_affect_the_result(data: Path, tmp_path: Path) -> None:
     for workers in (0, 2):
         train(config(data, data__augment="randaugment", data__workers=workers), tmp_path / str(workers))
     assert_same_run(tmp_path / "0", tmp_path / "2")
 
 
-def test_ctrl_c_in_the_test_after_the_last_step_loses_nothing(
+def test_ctrl_c_during_the_final_test_loses_nothing(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(config(data), tmp_path / "whole")
@@ -155,7 +155,7 @@ def wait_for_lines(file: Path, count: int, child: int) -> None:
 
 
 @pytest.mark.soak
-def test_killed_at_random_moments_and_resumed_it_ends_bit_equal(data: Path, tmp_path: Path) -> None:
+def test_a_run_killed_at_random_moments_and_resumed_is_equal_bit_for_bit(data: Path, tmp_path: Path) -> None:
     settings = config(data, train__epochs=15, train__evals_per_epoch=2, data__augment="flip", train__checkpoint_every=1)
     train(settings, tmp_path / "whole")
     moments = random.Random(0)
@@ -186,7 +186,7 @@ def command(data: Path, out: Path, *more: str) -> list[str]:
     ]
 
 
-def test_test_data_never_selects_and_the_best_on_validation_is_tested(data: Path, tmp_path: Path) -> None:
+def test_the_checkpoint_is_selected_on_validation_and_never_on_test(data: Path, tmp_path: Path) -> None:
     result = train(config(data, train__evals_per_epoch=2), tmp_path / "run")
     validated = {line["step"]: line["val"]["accuracy"] for line in log(tmp_path / "run") if "val" in line}
     best = max(validated.values())
@@ -199,7 +199,7 @@ def test_test_data_never_selects_and_the_best_on_validation_is_tested(data: Path
     assert all(sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-4) for row in rows)
 
 
-def test_patience_ends_training_early_and_a_resumed_run_stays_ended(data: Path, tmp_path: Path) -> None:
+def test_patience_stops_training_early_also_after_resuming(data: Path, tmp_path: Path) -> None:
     settings = config(data, train__patience=1, train__epochs=50, train__lr=1e-6)
     result = train(settings, tmp_path / "run")
     assert result["steps"] < 50 * 4
@@ -207,7 +207,7 @@ def test_patience_ends_training_early_and_a_resumed_run_stays_ended(data: Path, 
     assert again["steps"] == result["steps"]
 
 
-def test_multi_label_training_reports_three_f1_and_labels_above_the_threshold(tmp_path: Path) -> None:
+def test_multi_label_training_reports_three_f1_scores_and_predicted_labels(tmp_path: Path) -> None:
     data = make_pairs(tmp_path / "data", multi=True)
     result = train(config(data), tmp_path / "run")
     assert {"f1_micro", "f1_macro", "f1_samples"} <= result["metrics"]["test"].keys()
@@ -262,7 +262,7 @@ def test_more_steps_than_the_epochs_allow_name_the_flag_that_adds_steps(data: Pa
     assert finished_after(data, tmp_path / "c", cut, {}) == (2, ["already finished at step 2; raise --steps to continue"])
 
 
-def test_a_new_run_is_told_that_its_steps_are_more_than_its_epochs(data: Path, tmp_path: Path) -> None:
+def test_a_new_run_warns_if_steps_exceed_the_epochs(data: Path, tmp_path: Path) -> None:
     for settings, told in (({"train__max_steps": 20}, 1), ({"train__max_steps": 12}, 0), ({}, 0)):
         notices: list[str] = []
         listener = Listener()
@@ -281,7 +281,7 @@ def test_a_resumed_run_cannot_become_another(data: Path, changed: dict[str, Any]
         resumed(config(data), config(data, **changed))
 
 
-def test_a_run_does_not_go_on_with_other_data(data: Path, tmp_path: Path) -> None:
+def test_a_run_cannot_be_resumed_with_other_data(data: Path, tmp_path: Path) -> None:
     copy = make_pairs(tmp_path / "data")
     with pytest.raises(Interrupted):
         train(config(copy), tmp_path / "run", listener=StopAt(1, signal.SIGINT))
@@ -291,7 +291,7 @@ def test_a_run_does_not_go_on_with_other_data(data: Path, tmp_path: Path) -> Non
         train(config(copy), tmp_path / "run", resume=True)
 
 
-def test_a_run_does_not_go_on_with_other_encoder_weights(data: Path, tmp_path: Path) -> None:
+def test_a_run_cannot_be_resumed_with_other_encoder_weights(data: Path, tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         train(config(data), tmp_path / "run", listener=StopAt(1, signal.SIGINT))
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
@@ -302,7 +302,7 @@ def test_a_run_does_not_go_on_with_other_encoder_weights(data: Path, tmp_path: P
     assert refused.value.exit_code == 6
 
 
-def test_labels_in_another_order_are_other_data(tmp_path: Path) -> None:
+def test_a_run_cannot_be_resumed_with_labels_in_another_order(tmp_path: Path) -> None:
     data = make_pairs(tmp_path / "data")
     (data / "labels.txt").write_text("a\nb\nc\n")
     with pytest.raises(Interrupted):
@@ -313,7 +313,7 @@ def test_labels_in_another_order_are_other_data(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["labels"] == ["a", "b", "c"]
 
 
-def test_a_model_that_diverged_in_the_last_step_is_never_the_best(data: Path, tmp_path: Path) -> None:
+def test_a_model_that_diverged_in_the_last_step_is_never_selected(data: Path, tmp_path: Path) -> None:
     """The step itself was finite and what it led to is not."""
     with pytest.raises(NumericError, match="not finite on") as refused:
         train(config(data, train__lr=1e20, train__max_steps=1), tmp_path / "run")
@@ -323,7 +323,7 @@ def test_a_model_that_diverged_in_the_last_step_is_never_the_best(data: Path, tm
 
 
 @pytest.mark.parametrize("parts", [2, 3])
-def test_accumulation_is_the_whole_batch_at_once(data: Path, tmp_path: Path, parts: int) -> None:
+def test_accumulation_equals_the_whole_batch_at_once(data: Path, tmp_path: Path, parts: int) -> None:
     """Also the importance loss, whose load is of the whole batch: a part alone is never balanced."""
     still = {"router__noise": False, "prompts__dropout": 0.0, "router__importance_weight": 10.0, "train__max_steps": 3}
     train(config(data, **still), tmp_path / "whole")
@@ -369,7 +369,7 @@ def test_a_log_of_a_killed_run_without_a_checkpoint_is_not_appended_to(data: Pat
     assert steps == [1, 2, 3]
 
 
-def test_validation_logs_how_evenly_experts_are_used_and_collapse_is_told_once(data: Path, tmp_path: Path) -> None:
+def test_validation_logs_expert_usage_and_warns_of_collapse_once(data: Path, tmp_path: Path) -> None:
     """A router that collapses is worth a notice."""
     train(config(data), tmp_path / "run")
     routing = [line["routing"] for line in log(tmp_path / "run") if "val" in line]
@@ -379,7 +379,7 @@ def test_validation_logs_how_evenly_experts_are_used_and_collapse_is_told_once(d
         assert len(found["usage"]) == 4 and {round(sum(row), 3) for row in found["usage"]} == {1.0}
 
 
-def test_settings_that_a_method_does_not_use_are_named(data: Path, tmp_path: Path) -> None:
+def test_settings_that_a_method_does_not_use_are_reported(data: Path, tmp_path: Path) -> None:
     class Notices(Listener):
         def __init__(self) -> None:
             self.said: list[str] = []
@@ -392,7 +392,7 @@ def test_settings_that_a_method_does_not_use_are_named(data: Path, tmp_path: Pat
     assert [text for text in notices.said if "settings" in text] == ["late-concat does not use the settings of prompts"]
 
 
-def test_the_saved_configuration_leaves_nothing_open(data: Path, tmp_path: Path) -> None:
+def test_the_saved_configuration_is_complete(data: Path, tmp_path: Path) -> None:
     values = {key: value for key, value in BASE.items() if key != "prompts"} | {"data": {"path": str(data)}}
     values["train"] = {"epochs": 1}
     train(build_config(values), tmp_path / "run")
@@ -402,7 +402,7 @@ def test_the_saved_configuration_leaves_nothing_open(data: Path, tmp_path: Path)
     assert (saved.train.lr, saved.train.lr_comp) == (4e-4, 5e-4)
 
 
-def test_the_two_sides_have_learning_rates_of_their_own(data: Path, tmp_path: Path) -> None:
+def test_each_side_has_its_own_learning_rate(data: Path, tmp_path: Path) -> None:
     settings = config(data, comp_tuning__mode="prompts", train__lr=1e-2, train__lr_comp=1e-9, train__weight_decay=0.0)
     train(settings, tmp_path / "slow")
     train(config(data, comp_tuning__mode="prompts", train__lr=1e-2, train__weight_decay=0.0), tmp_path / "same")
@@ -413,7 +413,7 @@ def test_the_two_sides_have_learning_rates_of_their_own(data: Path, tmp_path: Pa
     assert spread["slow"] < 1e-6 < spread["same"]
 
 
-def test_a_run_that_ended_before_its_first_checkpoint_is_begun_anew(tmp_path: Path) -> None:
+def test_a_run_that_ended_before_its_first_checkpoint_starts_again(tmp_path: Path) -> None:
     """The mistake in the data is mended, and the same command runs: there is nothing to lose or to resume."""
     data = make_pairs(tmp_path / "data")
     image = (data / "images" / "train-3.png").read_bytes()

@@ -63,7 +63,7 @@ VARIANTS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("changed", VARIANTS, ids=str)
-def test_step_0_is_the_method_linear(data: Path, tmp_path: Path, changed: dict[str, Any]) -> None:
+def test_step_0_predicts_like_the_method_linear(data: Path, tmp_path: Path, changed: dict[str, Any]) -> None:
     train(config(data, **changed, train__epochs=0), tmp_path / "warm")
     train(config(data, **changed, warm_start="none", method="linear"), tmp_path / "linear")
     weights = [read_tensors(RunFolder(tmp_path / n).checkpoint()[0] / "weights.safetensors") for n in ("warm", "linear")]
@@ -73,7 +73,7 @@ def test_step_0_is_the_method_linear(data: Path, tmp_path: Path, changed: dict[s
     assert len(np.unique(said(tmp_path / "warm").round(3))) > 3, "answers that are alike could not show a difference"
 
 
-def test_logits_of_step_0_are_those_of_the_regression(data: Path, tmp_path: Path) -> None:
+def test_logits_of_step_0_equal_those_of_the_regression(data: Path, tmp_path: Path) -> None:
     logits = []
     for settings in (config(data, train__epochs=0), config(data, warm_start="none", method="linear")):
         train(settings, tmp_path / settings.method)
@@ -86,7 +86,7 @@ def test_logits_of_step_0_are_those_of_the_regression(data: Path, tmp_path: Path
     torch.testing.assert_close(*logits, atol=1e-5, rtol=0)
 
 
-def test_later_steps_are_selected_only_where_validation_improves(data: Path, tmp_path: Path) -> None:
+def test_later_steps_are_selected_only_if_validation_improves(data: Path, tmp_path: Path) -> None:
     result = train(config(data, train__lr=1e-6, train__epochs=1), tmp_path / "idle")  # too slow to change an answer
     assert (result["selected_step"], result["steps"]) == (0, 4)
     log = RunFolder(tmp_path / "idle").read_log()
@@ -96,7 +96,7 @@ def test_later_steps_are_selected_only_where_validation_improves(data: Path, tmp
     assert result["selected_step"] == min(scores, key=lambda step: (-scores[step], step))
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(data: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(data: Path, tmp_path: Path) -> None:
     train(config(data), tmp_path / "whole")
     train(config(data, train__epochs=1, train__schedule="constant"), tmp_path / "a")
     train(config(data, train__schedule="constant"), tmp_path / "b")
@@ -105,7 +105,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(data: Path, tmp_pa
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_the_head_learns_slower_and_the_statistics_not_at_all(data: Path, tmp_path: Path) -> None:
+def test_the_head_has_a_lower_learning_rate_and_the_statistics_are_fixed(data: Path, tmp_path: Path) -> None:
     settings = config(data)
     model = build_model(settings, 3)
     groups = {group["peak"] for group in make_optimizer(model, resolved(settings, model).train).param_groups}
@@ -123,7 +123,7 @@ def test_the_head_learns_slower_and_the_statistics_not_at_all(data: Path, tmp_pa
 @pytest.mark.parametrize(
     ("changed", "code"), [({"prompts__gate": "none"}, 101), ({"head_hidden": 8}, 102)], ids=["ungated", "deeper head"]
 )
-def test_what_would_not_begin_as_the_regression_is_refused(data: Path, changed: dict[str, Any], code: int) -> None:
+def test_settings_that_would_not_start_as_the_regression_are_refused(data: Path, changed: dict[str, Any], code: int) -> None:
     with pytest.raises(ConfigError) as refused:
         build_model(config(data, **changed), 3)
     assert refused.value.number == code
@@ -137,7 +137,7 @@ def test_a_method_without_warm_start_reports_it_as_unused(data: Path, tmp_path: 
     assert done.returncode == 0 and "late-concat does not use the settings of warm_start" in done.stderr
 
 
-def test_a_swapped_encoder_gets_statistics_of_its_own(data: Path, tmp_path: Path) -> None:
+def test_a_swapped_encoder_gets_its_own_statistics(data: Path, tmp_path: Path) -> None:
     train(config(data), tmp_path / "run")
     swap_encoder(tmp_path / "run", tmp_path / "new", comp="tiny:text-b")
     old, new = (read_tensors(RunFolder(tmp_path / n).checkpoint()[0] / "weights.safetensors") for n in ("run", "new"))
@@ -149,7 +149,7 @@ def test_a_swapped_encoder_gets_statistics_of_its_own(data: Path, tmp_path: Path
     assert torch.equal(new["head.weight"][:, :96], old["head.weight"][:, :96])
 
 
-def test_a_method_that_does_not_begin_as_a_regression_keeps_the_learning_rate_of_its_head(data: Path) -> None:
+def test_a_method_that_ignores_warm_start_keeps_the_learning_rate_of_its_head(data: Path) -> None:
     for method in ("late-concat", "main-only"):
         other = config(data, method=method)
         assert other.warm_start == "linear"

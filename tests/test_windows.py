@@ -47,7 +47,7 @@ def plain(x: dict[str, Tensor], *, gated: bool, masked: bool) -> Tensor:
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("gated", [False, True])
-def test_it_is_attention_with_the_prompt_in_every_window(gated: bool, masked: bool) -> None:
+def test_it_equals_attention_with_the_prompt_in_every_window(gated: bool, masked: bool) -> None:
     x = drawn()
     wanted, found = plain(x, gated=gated, masked=masked), ours(x, gated=gated, masked=masked)
     torch.testing.assert_close(found, wanted)
@@ -58,7 +58,7 @@ def test_it_is_attention_with_the_prompt_in_every_window(gated: bool, masked: bo
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_its_gradients_are_those_of_differences(gated: bool) -> None:
+def test_its_gradients_match_finite_differences(gated: bool) -> None:
     x = drawn()
     form = _windows._Gated if gated else _windows._Joint
     assert torch.autograd.gradcheck(
@@ -75,7 +75,7 @@ def test_outputs_without_gradients_are_identical(gated: bool) -> None:
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_tokens_that_learn_nothing_leave_the_prompts_gradient_as_it_is(gated: bool) -> None:
+def test_frozen_tokens_do_not_change_the_gradient_of_the_prompt(gated: bool) -> None:
     x = drawn()
     wanted = torch.autograd.grad(ours(x, gated=gated, masked=True).square().sum(), (x["k"], x["v"]))
     x["qkv"] = x["qkv"].detach()
@@ -84,7 +84,7 @@ def test_tokens_that_learn_nothing_leave_the_prompts_gradient_as_it_is(gated: bo
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_under_autocast_it_computes_in_the_type_that_it_is_given(gated: bool) -> None:
+def test_under_autocast_it_computes_in_the_type_of_its_inputs(gated: bool) -> None:
     x = {name: tensor.detach().bfloat16().requires_grad_(name in ("qkv", "k", "v")) for name, tensor in drawn().items()}
     x["gate"] = x["gate"].float().detach()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -94,7 +94,7 @@ def test_under_autocast_it_computes_in_the_type_that_it_is_given(gated: bool) ->
     assert x["qkv"].grad is not None and x["qkv"].grad.isfinite().all()
 
 
-def test_a_split_projection_has_the_gradient_of_its_parts() -> None:
+def test_a_split_projection_has_the_gradients_of_its_parts() -> None:
     qkv = drawn()["qkv"]
     parts = split_fused(qkv, H)
     plainly = qkv.unflatten(-1, (3, H, E)).permute(2, 0, 3, 1, 4).unbind(0)

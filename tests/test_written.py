@@ -38,7 +38,7 @@ def without_torch(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.mark.process
-def test_a_run_without_torch_is_an_error_with_the_package_to_install(
+def test_without_torch_loading_a_run_is_an_error_with_the_package_to_install(
     without_torch: dict[str, str], trained: Path, exported: Path, pairs: Path, tmp_path: Path
 ) -> None:
     table = pairs / "test.jsonl"
@@ -83,7 +83,7 @@ def test_an_invalid_example_is_an_error(change: dict[str, Any], copy: Path, tmp_
 # -- folders that are not there yet
 
 
-def test_folders_above_what_is_written_are_made(trained: Path, pairs: Path, tmp_path: Path) -> None:
+def test_missing_parent_folders_are_created(trained: Path, pairs: Path, tmp_path: Path) -> None:
     table, deep = pairs / "test.jsonl", tmp_path / "a" / "b"
     commands: list[tuple[Path, tuple[object, ...]]] = [
         (deep / "1" / "adapter", ("export", trained, "--format", "adapter", "-o")),
@@ -112,7 +112,7 @@ def test_folders_above_what_is_written_are_made(trained: Path, pairs: Path, tmp_
 @pytest.mark.parametrize(
     "network", [{"HF_HUB_OFFLINE": "1"}, {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}], ids=["off", "no way"]
 )
-def test_what_would_be_pushed_is_listed_without_a_network(network: dict[str, str], trained: Path) -> None:
+def test_a_dry_run_of_push_works_without_a_network(network: dict[str, str], trained: Path) -> None:
     done = run_cli("push", trained, "org/model", "--dry-run", "--json", **network)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
@@ -134,7 +134,7 @@ def umask() -> Iterator[None]:
 
 @pytest.mark.process
 @pytest.mark.usefixtures("umask")
-def test_every_file_is_written_as_the_umask_has_it(pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_file_follows_the_umask(pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOPEFUSE_CACHE", str(tmp_path / "cache"))
     run = tmp_path / "run"
     assert call("train", *TINY, "--data", pairs, "--out", run, "--steps", "2", "--cache-images").returncode == 0
@@ -162,7 +162,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("full_disk")
 @pytest.mark.process
-def test_a_full_disk_is_an_error_with_a_fix_that_the_command_has(trained: Path, pairs: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_an_error_with_a_fix_that_fits_the_command(trained: Path, pairs: Path, tmp_path: Path) -> None:
     commands: list[tuple[object, ...]] = [
         ("predict", trained, pairs / "test.jsonl", "-o", tmp_path / "answers.csv"),
         ("export", trained, "--format", "adapter", "-o", tmp_path / "adapter"),
@@ -179,7 +179,7 @@ def test_a_full_disk_is_an_error_with_a_fix_that_the_command_has(trained: Path, 
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small disk")
-def test_a_disk_that_is_full_leaves_nothing(trained: Path, pairs: Path, tmp_path: Path) -> None:
+def test_on_a_full_disk_no_partial_files_are_left(trained: Path, pairs: Path, tmp_path: Path) -> None:
     small = tmp_path / "small"
     small.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", small], capture_output=True, check=False)
