@@ -1,6 +1,6 @@
-"""A hub on this machine: as much of the HTTP interface as `huggingface_hub` needs to make, fill and read a repository.
+"""A hub on this machine: the part of the HTTP interface that `huggingface_hub` needs to create, fill and read a repository.
 
-It says of every file that it is small ("regular"), so that each travels inside the commit.
+It classifies every file as small ("regular"), so that each is sent inside the commit.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _ROUTES = {
 
 
 class Answer(NamedTuple):
-    """What the hub says to one request."""
+    """The response to a request."""
 
     status: int
     body: bytes = b""
@@ -52,7 +52,7 @@ def _error(status: int, code: str = "", message: str = "") -> Answer:
 
 @dataclass
 class Repo:
-    """A repository: its commits in their order, each with all its files, and the names of some."""
+    """A repository: its commits in order, each with all its files, and the names of some commits."""
 
     private: bool
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -60,18 +60,18 @@ class Repo:
 
     @property
     def files(self) -> dict[str, bytes]:
-        """Of the newest commit."""
+        """The files of the newest commit."""
         return self.commits[self.refs["main"]] if self.commits else {}
 
 
 class FakeHub:
-    """To be used as a context manager; `url` is its address, `repos` what it holds, `asked` what it was asked."""
+    """A context manager; `url` is its address, `repos` its content, `asked` the requests that it received."""
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.asked: list[str] = []
-        self.fails: dict[str, int] = {}  # end of a path to the HTTP status that is said to it
-        self.pause = 0.0  # seconds before every answer
+        self.fails: dict[str, int] = {}  # HTTP status to return, by the end of the path
+        self.pause = 0.0  # seconds before every response
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
@@ -83,17 +83,17 @@ class FakeHub:
         self.stop()
 
     def stop(self) -> None:
-        """Nobody answers at `url` from now on."""
+        """Stop serving: nothing responds at `url` from now on."""
         self._server.shutdown()
         self._server.server_close()
 
     def environment(self, home: Path, token: str = OWNER, *, offline: bool = False) -> dict[str, str]:
-        """Variables of a process that knows this hub only, on a machine with its own home folder."""
+        """Environment of a process that knows only this hub, on a machine with its own home folder."""
         names = {"HF_ENDPOINT": self.url, "HF_HUB_OFFLINE": str(int(offline)), "HF_TOKEN": token, "NO_PROXY": "127.0.0.1"}
         return {**names, "HF_HOME": str(home / "hf"), "MOPEFUSE_CACHE": str(home / "mopefuse")}
 
     def known_here(self, patch: pytest.MonkeyPatch, home: Path, token: str = OWNER, *, offline: bool = False) -> None:
-        """The same for this process: what huggingface_hub made of its variables when it was imported is replaced."""
+        """Do the same for this process, replacing what huggingface_hub read from the environment when it was imported."""
         for name, value in self.environment(home, token, offline=offline).items():
             patch.setenv(name, value)
         places = {"HF_HUB_CACHE": "hub", "HF_TOKEN_PATH": "token", "AGENT_HARNESSES_PATH": "agents"}
@@ -105,7 +105,7 @@ class FakeHub:
         close_session()
 
     def commit(self, repo: str, files: Mapping[str, bytes], *, tag: str | None = None) -> str:
-        """A new commit of a repository with these files and no others; its name."""
+        """Add a commit with exactly these files and return its name."""
         held = self.repos.setdefault(repo, Repo(private=False))
         commit = hashlib.sha1(f"{repo} {len(held.commits)}".encode()).hexdigest()
         held.commits[commit] = dict(files)
@@ -113,13 +113,13 @@ class FakeHub:
         return commit
 
     def sent(self) -> list[str]:
-        """Requests that change something."""
+        """The requests that change something."""
         return [request for request in self.asked if not request.startswith(("GET", "HEAD"))]
 
     def answer(self, request: str, body: bytes, token: str | None) -> Answer:
-        """What is said to a request."""
+        """Return the response to a request."""
         time.sleep(self.pause)
-        if "/api/agent-harnesses" in request:  # which program is asking? of no interest here
+        if "/api/agent-harnesses" in request:  # identifies the client, which does not matter here
             return _json({})
         self.asked.append(request)
         for end, status in self.fails.items():
@@ -139,7 +139,7 @@ class FakeHub:
         if route in ("create", "preupload", "commit") and token != OWNER:
             return _error(401 if token is None else 403, message="no permission to write")
         if repo is not None and (repo not in self.repos or (self.repos[repo].private and token is None)):
-            return _error(401 if token is None else 404, "RepoNotFound")  # who is nobody may not know what there is
+            return _error(401 if token is None else 404, "RepoNotFound")  # anonymous clients must not learn what exists
         return None
 
     def _info(self, body: bytes, repo: str) -> Answer:
@@ -168,7 +168,7 @@ class FakeHub:
                 assert line["value"]["encoding"] == "base64"
                 files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
             else:
-                assert line["key"] == "header", f"nobody expected {line['key']}"
+                assert line["key"] == "header", f"unexpected key {line['key']}"
         commit = self.commit(repo, files)
         return _json({"commitUrl": f"{self.url}/{repo}/commit/{commit}", "commitOid": commit})
 
@@ -180,7 +180,7 @@ class FakeHub:
         content = held.commits[commit].get(file)
         if content is None:
             return _error(404, "EntryNotFound")
-        digest = hashlib.sha256 if file.endswith(".safetensors") else hashlib.sha1  # as of large and of small files
+        digest = hashlib.sha256 if file.endswith(".safetensors") else hashlib.sha1  # as for large and for small files
         return Answer(200, content, {"ETag": f'"{digest(content).hexdigest()}"', "X-Repo-Commit": commit})
 
 
@@ -198,7 +198,7 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
                     self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(b"" if self.command == "HEAD" else said.body)
-            except ConnectionError:  # nobody waits for the answer any more
+            except ConnectionError:  # the client no longer waits for the response
                 self.close_connection = True
 
         do_HEAD = do_POST = do_GET

@@ -1,4 +1,4 @@
-"""The public Python API: what `import mopefuse` gives, a training loop of one's own, and what is saved from it."""
+"""The public Python API: what `import mopefuse` provides, your own training loop, and what is saved from it."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def build(**options: Any) -> Fusion:
 
 
 def nudge(model: Fusion) -> None:
-    """Change all that is trainable, so that prompts have an effect and a forgotten tensor is noticed."""
+    """Change everything that is trainable, so that prompts have an effect and a forgotten tensor is noticed."""
     random = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.trainable_parameters():
             parameter.add_(torch.randn(parameter.shape, generator=random) * 0.1)
 
 
-# -- what is imported, and when
+# -- imports
 
 
 def test_importing_the_package_is_fast_and_lists_the_public_names() -> None:
@@ -383,7 +383,7 @@ def test_a_loaded_run_has_its_labels_and_predicts_like_the_predictor(trained: Pa
 
 
 def test_every_code_block_of_the_page_runs(pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """As a script would, in a folder with data; the loop predicts the same when it is loaded again."""
+    """Run the page like a script, in a folder with data; the loop's model predicts the same when it is loaded again."""
     (tmp_path / "data").symlink_to(pairs)
     monkeypatch.chdir(tmp_path)
     space: dict[str, Any] = {}
@@ -395,7 +395,7 @@ def test_every_code_block_of_the_page_runs(pairs: Path, tmp_path: Path, monkeypa
         found, wanted = again(again.collate(rows)).logits, model(model.collate(rows)).logits
     torch.testing.assert_close(found, wanted, atol=1e-6, rtol=0)
     start = mopefuse.build_fusion("tiny:vision", "tiny:text", labels=model.labels, experts=4)
-    assert not torch.equal(start.head.weight, model.head.weight), "the loop has trained"
+    assert not torch.equal(start.head.weight, model.head.weight), "the loop has trained the model"
     assert len(capsys.readouterr().out.splitlines()) == 4
 
 

@@ -1,6 +1,6 @@
-"""Artefacts of other versions, or in need of a plugin, by number in the list of faults, seen from the command line.
+"""Artefacts of other versions, or that need a plugin, by number in the list of faults, tested on the command line.
 
-tests/golden/format-N holds a run of that format, its adapter, and their answers. It was made in that folder by ``mopefuse train
+tests/golden/format-N holds a run of that format, its adapter and their predictions. It was made there by ``mopefuse train
 --main tiny:vision --comp tiny:text --device cpu --experts 2 --batch 3 --data data --out run --steps 1`` with ``--set``
 prompts.static=1 dynamic=1 mapped=1 layers=last:2 bottleneck=2 init=1 and train.lr=0.02, then ``mopefuse export`` and
 ``mopefuse predict run data/val.jsonl``. Once a version is released, the folder of its format is never made again.
@@ -89,7 +89,7 @@ def test_F_80_a_golden_run_is_resumed(number: int, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "resuming at step 1 of 2" in done.stderr
     assert RunFolder(tmp_path / "run").steps() == [1, 2]
-    assert answers(tmp_path / "run", golden / "data" / "val.jsonl") == expected(golden), "the best is still the first"
+    assert answers(tmp_path / "run", golden / "data" / "val.jsonl") == expected(golden), "the first step is still the best"
 
 
 # -- settings that were renamed
@@ -117,7 +117,7 @@ MISSING = "this run needs the plugin mopefuse-toy, which provides 'toy'; it is n
 
 @pytest.fixture
 def toy(tmp_path: Path) -> Path:
-    """A folder that a plugin is installed in, for whoever has it on the path."""
+    """A folder with an installed plugin, for processes that have it on the path."""
     site = tmp_path / "site"
     (site / "mopefuse_toy-1.0.dist-info").mkdir(parents=True)
     (site / "mopefuse_toy-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: mopefuse-toy\nVersion: 1.0\n")

@@ -1,6 +1,6 @@
-"""Artefacts that are damaged, tampered with or of other encoders, by number in the list of faults, seen from the command line.
+"""Artefacts that are damaged, tampered with or for other encoders, by number in the list of faults, tested on the command line.
 
-Each case spoils a copy of a run or an adapter; `test_an_undamaged_artefact_loads` is the other half of them all.
+Each case damages a copy of a run or an adapter; `test_an_undamaged_artefact_loads` is the control for all of them.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def test_F_72_a_torchvision_that_does_not_match_torch_is_reported_with_both_vers
     assert "Traceback" not in done.stderr
 
 
-# -- pickles in the place of weights
+# -- pickles in place of weights
 
 
 @SEALED
@@ -73,7 +73,7 @@ def test_F_73_a_pickle_in_place_of_weights_runs_nothing(artefact: Artefact, say:
     refused(done, *(("MF-CKPT-06", "this is a pickle") if sealed else ("MF-CKPT-02", WEIGHTS)))
     assert not canary.exists()
     pickle.loads((artefact.weights / WEIGHTS).read_bytes())  # noqa: S301
-    assert canary.exists(), "the canary sings when it is loaded"
+    assert canary.exists(), "the canary does run when it is unpickled"
 
 
 def test_F_73_a_pickle_in_place_of_the_optimizer_state_runs_nothing(of_run: Artefact, tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_F_74_resuming_skips_a_damaged_checkpoint_but_never_starts_from_scratch(
 
 def test_F_75_a_flipped_bit_in_the_weights_is_detected(artefact: Artefact, say: Ask) -> None:
     artefact.rewrite(WEIGHTS, flipped)
-    assert load_file(artefact.weights / WEIGHTS), "safetensors alone takes it"
+    assert load_file(artefact.weights / WEIGHTS), "safetensors alone accepts it"
     refused(say(artefact.path), "MF-CKPT-02", f"{WEIGHTS} has changed since it was written (sha256 differs)")
 
 
@@ -151,7 +151,7 @@ def test_F_75_a_flipped_bit_in_any_file_of_an_adapter_is_detected(of_adapter: Ar
     refused(say(of_adapter.path), "MF-CKPT-02", f"{name} has changed since it was written (sha256 differs)")
 
 
-# -- manifests that were edited
+# -- edited manifests
 
 
 DAMAGED = {"labels": 7, "multi_label": "no", "encoders": ["tiny:vision"], "plugins": True}
@@ -175,7 +175,8 @@ NEEDED = ("mopefuse", "method", "labels", "multi_label", "encoders", "data")
 def test_an_edited_manifest_is_refused(
     artefact: Artefact, code: str, said: str, changed: dict[str, Any], say: Ask
 ) -> None:
-    """A run's own manifest against its checkpoint; an adapter's against its digest, or where that fits too, against sense."""
+    """A run's manifest is compared with its checkpoint; an adapter's with its digest or, where that matches too, checked for
+    plausibility."""
     facts = read(artefact.facts)
     for path, value in changed.items():
         *sections, key = path.split(".")
@@ -203,7 +204,7 @@ def test_F_76_fewer_labels_than_head_outputs_are_refused_even_with_valid_digests
 
 @pytest.mark.parametrize("how", ["up", "absolute", "link"])
 def test_F_76_no_file_outside_the_artefact_is_opened(artefact: Artefact, how: str, pairs: Path, tmp_path: Path) -> None:
-    """The digest fits, so that only its place can be wrong."""
+    """The digest matches, so only the location can be wrong."""
     canary = tmp_path / "canary"
     canary.write_text("tweet")
     (artefact.weights / "canary").symlink_to(canary)
@@ -213,7 +214,7 @@ def test_F_76_no_file_outside_the_artefact_is_opened(artefact: Artefact, how: st
     write(artefact.weights / MANIFEST, manifest)
     with opened() as names:
         refused(ask(artefact.path, pairs / "images/val-0.png"), "MF-CKPT-03", "outside its folder")
-    assert str(artefact.weights / MANIFEST) in names, "what is opened is heard"
+    assert str(artefact.weights / MANIFEST) in names, "opened files are recorded"
     assert not [found for found in names if "canary" in found]
 
 
@@ -225,13 +226,13 @@ def test_F_76_a_wrong_declared_size_of_10_gb_is_refused(artefact: Artefact, name
     refused(say(artefact.path), "MF-CKPT-02", f"{name} has changed since it was written")
 
 
-# -- other encoders, numbers that are not finite
+# -- other encoders, weights that are not finite
 
 
 @pytest.mark.parametrize("side", ["main", "comp"])
 @pytest.mark.parametrize("how", ["option", "config.yaml"])
 def test_F_77_an_encoder_with_other_weights_is_refused(artefact: Artefact, side: str, how: str, say: Ask) -> None:
-    """The tensors of the prompts fit it."""
+    """The prompts' tensors would fit it."""
     old = {"main": "tiny:vision", "comp": "tiny:text"}[side]
     other = f"{old}-b"
     if how == "config.yaml":

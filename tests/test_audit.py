@@ -1,4 +1,4 @@
-"""The audit: exchanging is evaluating other pairs, and it finds what a model depends on."""
+"""The audit: shuffling equals evaluating other pairs, and the audit finds what a model depends on."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ COUNTS = {"train": 48, "val": 12, "test": 30}
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The text says the label, and the image says nothing."""
+    """A data set whose text determines the label and whose image is meaningless."""
     return make_pairs(tmp_path_factory.mktemp("data") / "pairs", counts=COUNTS)
 
 
@@ -39,7 +39,7 @@ def settings(data: Path, **other: Any) -> RunConfig:
 
 
 def model_of(config: RunConfig) -> Fusion:
-    """Untrained, but with a head that does not see past what prompts do."""
+    """An untrained model with random head weights, so that prompts affect the predictions."""
     return build_model(config, 3)
 
 
@@ -104,7 +104,7 @@ def test_with_static_prompts_alone_shuffling_the_text_changes_nothing(data: Path
     found = audit_model(model_of(config), load_data(config.data), "test", config, CPU)
     assert [condition.name for condition in found.conditions] == ["as is", "static"]
     assert "ignores the text" in found.verdict
-    # read or not: what the prompts are does not depend on the text, to the bit
+    # whether read or not, the prompts do not depend on the text, bit for bit
     model = model_of(config)
     model.reads = ("main", "comp")
     found = audit_model(model, load_data(config.data), "test", config, CPU)
@@ -119,7 +119,7 @@ def test_without_its_only_prompts_the_model_is_the_unmodified_encoder(data: Path
     model, pairs = model_of(config), load_data(config.data)
     found = audit_model(model, pairs, "test", config, CPU)
     bare = build_model(settings(data, method="main-only"), 3)
-    bare.head.load_state_dict(model.head.state_dict())  # both take the main encoder's pooled feature
+    bare.head.load_state_dict(model.head.state_dict())  # both classify the main encoder's pooled feature
     expected = run_split(bare, pairs, "test", settings(data, method="main-only"), CPU).logits_SN
     torch.testing.assert_close(found["static"].logits_SN, expected, rtol=0, atol=1e-5)
     assert not found["static"].logits_SN.equal(found["as is"].logits_SN)
@@ -137,7 +137,7 @@ def test_removing_a_kind_of_prompt_equals_a_model_built_without_it(data: Path, k
     without.load_trainable_state_dict({name: own[name] for name in without.trainable_state_dict()}, where="")
     assert found[kind].logits_SN.equal(run_split(without, pairs, "test", less, CPU).logits_SN)
     again = run_split(model, pairs, "test", config, CPU).logits_SN
-    assert again.equal(found["as is"].logits_SN), "the model is as it was"
+    assert again.equal(found["as is"].logits_SN), "the model is unchanged"
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +199,7 @@ def test_multi_label_models_are_scored_by_the_metric_that_is_shown(multi_pairs: 
 def test_the_verdict_and_its_numbers_agree(
     data: Path, multi_pairs: Path, multi: bool, lost: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is called noise is within the interval that is stated, and nothing else is."""
+    """A drop is called noise exactly if it is within the stated interval."""
     config = settings(multi_pairs if multi else data)
     pairs = load_data(config.data)
     split = pairs.splits["test"]
@@ -213,8 +213,8 @@ def test_the_verdict_and_its_numbers_agree(
         nonlocal asked
         asked += 1
         logits_SN = right_SN.clone()
-        logits_SN[100:200] = logits_SN[100:200].roll(1, dims=1)  # as is, a quarter is wrong
-        if asked == 2 and lost:  # another text: some more are wrong, and with few also some fewer
+        logits_SN[100:200] = logits_SN[100:200].roll(1, dims=1)  # with unaltered inputs, a quarter is wrong
+        if asked == 2 and lost:  # with another text, more are wrong; with few changes, some fewer too
             logits_SN[: 2 * lost] = logits_SN[: 2 * lost].roll(1, dims=1)
             logits_SN[100 : 100 + min(lost, 1)] = right_SN[100 : 100 + min(lost, 1)]
         return SimpleNamespace(logits_SN=logits_SN)

@@ -1,4 +1,4 @@
-"""Half precision: every encoder, method and gate runs, learns and is evaluated under autocast; the head is exact."""
+"""Half precision: every encoder, method and gate runs, trains and is evaluated under autocast; the head is exact."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ GATES_AND_TYPES = pytest.mark.parametrize(("gate", "dtype"), [("none", torch.bfl
 
 
 def runs_on_fake_cuda(model: Fusion, dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float16)) -> None:
-    """Forward, backward and evaluation in half precision, as training and validation do them."""
+    """Run forward, backward and evaluation in half precision, as training and validation do."""
     batch = model.collate(images(3), TEXTS[:3])
     learns = bool(model.named_trainable_parameters()) and not model.closed_form
     with FAKE:
@@ -103,7 +103,7 @@ def heads_of(model: Fusion) -> list[nn.Module]:
 
 @pytest.mark.parametrize("name", [*HEADS, "either"])
 def test_heads_are_computed_in_float32_under_autocast(name: str) -> None:
-    """Each head gives what it gives without autocast for what it was handed."""
+    """Each head gives the same result as without autocast for the same input."""
     model = build(**(HEADS | {"either": {"either": True}})[name])
     open_gates(model)
     seen: list[tuple[nn.Module, Tensor, Tensor]] = []

@@ -1,6 +1,6 @@
-"""Every kind of bad data that people bring, by its number in the list of faults, seen from the command line.
+"""Every kind of bad data that occurs in practice, by its number in the list of faults, tested on the command line.
 
-Each case changes one thing in a good data set and says how training ends: the exit code, and what is said.
+Each case changes one thing in a valid data set and gives the exit code and the message of training.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def cut(kind: str) -> Change:
 
 
 def chunk(kind: bytes, body: bytes) -> bytes:
-    """Of a PNG file."""
+    """Make a chunk of a PNG file."""
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
@@ -220,7 +220,7 @@ def test_bad_data_end_training_with_the_right_error(
 
 
 def test_every_case_has_a_unique_name() -> None:
-    """Two cases of one name would hide one another in a list of failures."""
+    """Otherwise, two cases of the same name could not be told apart in a list of failures."""
     assert len({case[0] for case in CASES}) == len(CASES)
 
 
@@ -313,7 +313,7 @@ def test_bad_rows_are_skipped_on_request_up_to_a_limit(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["rows"]["train"] == 10
     noise().save(root / IMAGE)
     resumed = call("train", "--out", tmp_path / "run", "--resume", "--epochs", "1")
-    assert resumed.returncode == 4, "what was skipped is part of what the run is"
+    assert resumed.returncode == 4, "skipped rows are part of the fingerprint"
 
 
 def test_a_path_outside_its_root_is_never_skipped(tmp_path: Path) -> None:

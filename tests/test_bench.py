@@ -1,4 +1,5 @@
-"""What `mopefuse bench` compares is what it says, and every row has its numbers. How fast anything is, no test says."""
+"""What `mopefuse bench` measures is what it claims to measure, and every row has its numbers. No test checks how fast anything
+is."""
 
 from __future__ import annotations
 
@@ -56,7 +57,7 @@ def test_inserted_tokens_equal_keys_and_values(main: str) -> None:
         bare = model.classify(subject.encoders["main"].encode(subject.batch.inputs["main"]).pooled_BC)
     torch.testing.assert_close(as_tokens, as_keys, rtol=1e-4, atol=1e-5)
     assert torch.equal(after, as_keys)
-    assert (as_keys - bare).abs().max() > 1e-3  # the prompts do something
+    assert (as_keys - bare).abs().max() > 1e-3  # the prompts have an effect
 
 
 def test_only_inserted_tokens_pass_through_the_output_projection() -> None:

@@ -1,4 +1,4 @@
-"""The paired bootstrap against computations of others, and where the answer is known."""
+"""The paired bootstrap compared with other implementations, and where the result is known."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def outcome(predicted: np.ndarray, actual: np.ndarray) -> Outcome:
 
 
 def single(samples: int, share: float, seed: int) -> Outcome:
-    """A classifier that is right with a probability of about `share`; the truth is the same whatever the seed."""
+    """A classifier that is right with a probability of about `share`; the true labels do not depend on the seed."""
     true = np.random.default_rng(0).integers(0, LABELS, samples)
     random = np.random.default_rng(seed)
     said = np.where(random.random(samples) < share, true, random.integers(0, LABELS, samples))
@@ -30,7 +30,7 @@ def single(samples: int, share: float, seed: int) -> Outcome:
 
 
 def multi(samples: int, noise: float, seed: int) -> Outcome:
-    """Several labels a sample, also none; the fourth is rare and the fifth never true."""
+    """Several labels per sample, or none; the fourth is rare and the fifth never true."""
     true = np.random.default_rng(0).random((samples, LABELS)) < np.array([0.5, 0.3, 0.2, 0.02, 0.0])
     return outcome(true ^ (np.random.default_rng(seed).random(true.shape) < noise), true)
 
@@ -52,7 +52,7 @@ def test_without_resampling_a_multi_label_metric_equals_that_of_training(metric:
 
 
 def by_hand(ours: list[Outcome], theirs: list[Outcome], metric: str, resamples: int, seed: int) -> list[float]:
-    """Differences on resamples, one by one with scikit-learn on the very samples that were drawn."""
+    """Compute differences on resamples one by one, with scikit-learn on the samples that were drawn."""
 
     def score(run: Outcome, chosen: np.ndarray) -> float:
         said, true = (table.toarray().astype(bool)[chosen] for table in (run.predicted_SN, run.actual_SN))
@@ -111,7 +111,8 @@ def test_always_right_against_always_wrong_is_certain() -> None:
 
 
 def test_the_bootstrap_is_paired() -> None:
-    """Two systems that are right on nearly the same samples: that few differ is telling, however uncertain each metric is."""
+    """If two systems are right on almost the same samples, even a small difference is significant, however uncertain each
+    metric is."""
     true = np.eye(2, dtype=bool)[np.zeros(400, dtype=int)]
     theirs = np.eye(2, dtype=bool)[np.arange(400) % 2]
     ours = theirs.copy()

@@ -1,4 +1,4 @@
-"""The JSON files of a bundle with other values in them: refused in plain words, or harmless."""
+"""JSON files of a bundle with changed values: refused with a clear message, or harmless."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OTHERS = (None, [], {}, "", "x", True, -1, 0, 1.5, 10**30, 10**400, float("inf")
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Where values are; of long lists the first three."""
+    """Return the paths of all values; of long lists only the first three."""
     inner = value.items() if isinstance(value, dict) else enumerate(value[:3]) if isinstance(value, list) else ()
     for key, one in inner:
         yield (*path, key)
@@ -91,7 +91,7 @@ def test_a_damaged_bundle_file_gives_exit_code_6(
 
 
 def test_a_tokenizer_file_must_be_listed_in_the_manifest(exported: Path, tmp_path: Path) -> None:
-    """A file that is in the folder and not listed is nobody's: it might be a pipe."""
+    """A file in the folder that is not listed could be anything, even a pipe."""
     bundle = Path(shutil.copytree(exported, tmp_path / "bundle"))
     how = json.loads((bundle / "preprocess.json").read_text())
     saved = {"kind": "file", "file": "other.json", "cut": "right", "pad_id": 0}

@@ -1,4 +1,4 @@
-"""Charts: what they show is what they were given, in colours that can be told apart, as text and as files."""
+"""Charts show what they are given, in distinguishable colours, as text and as files."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_one_curve_has_no_legend_and_several_have_one_colour_each() -> None:
     assert encodings(curves("x", "x", lines(1), across="step", up="y"), "color") == []
     several = encodings(curves("x", "x", lines(3), across="step", up="y"), "color")
     assert several and all(colour["scale"]["domain"] == ["row 0", "row 1", "row 2"] for colour in several)
-    assert {colour["legend"]["orient"] for colour in several} == {"bottom"}, "beside no curve, which it could cover"
+    assert {colour["legend"]["orient"] for colour in several} == {"bottom"}, "not next to a curve, which it could cover"
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -95,7 +95,7 @@ def test_the_table_of_numbers_has_every_point() -> None:
     of_dots = dots("x", "x", [Curve("a", [(0, 0.5)], [0.1])], across="accuracy", percent=True)
     assert of_dots.rows == [["a", "50 % ± 10 %"]]
     of_bins = reliability("x", "x", [(0.0, 0.0, 0), (0.25, 0.5, 4)])
-    assert of_bins.rows == [["25.0 %", "50.0 %", "4"]], "an empty bin says nothing"
+    assert of_bins.rows == [["25.0 %", "50.0 %", "4"]], "an empty bin has no text"
 
 
 def test_curves_of_one_point_or_of_one_value_can_be_drawn(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_a_png_has_the_colours_of_its_heat_map(tmp_path: Path) -> None:
     counts = {colour: count for count, colour in image.getcolors(1 << 24) or []}
     dark, light = (ImageColor.getrgb(THEMES["light"]["range"]["ramp"][end]) for end in (1, 0))
     cell = counts[dark]
-    assert cell > 10_000 and 1.9 < counts[light] / cell < 2.1, "one full cell, and two that are empty"
+    assert cell > 10_000 and 1.9 < counts[light] / cell < 2.1, "one full cell and two empty ones"
     assert chart.rows == [["a", "0.0 %", "100.0 %"], ["b", "50.0 %", "-"]]
 
 
@@ -167,7 +167,7 @@ def test_the_library_is_bundled_once_and_cached(tmp_path: Path, monkeypatch: pyt
     (file,) = tmp_path.glob("charts/*/vega.js")
     file.write_text("hacked()")
     embedding._library.cache_clear()
-    assert embedding._library() == found[0], "a script that is not what was kept is not used"
+    assert embedding._library() == found[0], "a changed script is not used"
     embedding._library.cache_clear()
 
 

@@ -1,4 +1,4 @@
-"""Artefacts exist whole or not at all, and nothing that they hold is trusted before it is verified."""
+"""Artefacts exist completely or not at all, and their content is verified before it is used."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def change_manifest(folder: Path, **changed: Any) -> None:
     (folder / "manifest.json").write_text(json.dumps(read_json(folder / "manifest.json") | changed))
 
 
-# -- published whole
+# -- atomic publishing
 
 
 def test_a_published_folder_is_verified_with_its_facts(tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_a_kill_while_publishing_leaves_the_earlier_folder(tmp_path: Path, at: s
         published(folder, before)
     done = subprocess.run([sys.executable, "-c", _KILLED, at, str(folder)], check=False)
     assert done.returncode == -signal.SIGKILL
-    assert any(".tmp-" in path.name for path in tmp_path.iterdir()), "it was killed too late to show anything"
+    assert any(".tmp-" in path.name for path in tmp_path.iterdir()), "the process was killed too late"
     remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == (["a"] if before else [])
     if before:
@@ -153,7 +153,7 @@ def test_a_kill_at_any_moment_of_a_save_loop_leaves_the_latest_checkpoint_comple
         assert latest[1]["step"] in (told[-1], told[-1] + 1)
         assert not list(run.checkpoints.glob("*.tmp-*"))
         run.unlock()
-        for path in run.checkpoints.glob("step-*"):  # the next loop begins at step 1
+        for path in run.checkpoints.glob("step-*"):  # the next loop starts at step 1
             path.rename(tmp_path / f"{moment}-{path.name}")
 
 
@@ -173,7 +173,7 @@ def test_a_full_disk_is_an_error_with_the_free_space_and_keeps_existing_files(tm
 
 
 def test_tensors_that_cannot_be_written_completely_are_a_resource_error(tmp_path: Path) -> None:
-    """A limit on the size of files fails in the middle of the write, as a full disk does."""
+    """A limit on the file size fails in the middle of the write, as a full disk does."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
@@ -326,7 +326,7 @@ def test_a_pickle_is_refused_by_its_first_bytes_and_not_executed(tmp_path: Path,
 
 @pytest.mark.parametrize("padding", range(0, 256, 8))
 def test_no_safetensors_file_is_mistaken_for_a_pickle(tmp_path: Path, padding: int) -> None:
-    """The first byte is the low byte of the header's length, so every multiple of 8 must pass."""
+    """The first byte is the low byte of the header length, so every multiple of 8 must pass."""
     path, name = tmp_path / "weights.safetensors", "n" * padding
     write_tensors(path, {name: torch.arange(3)})
     assert read_tensors(path)[name].tolist() == [0, 1, 2]

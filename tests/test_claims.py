@@ -1,4 +1,4 @@
-"""What mopefuse promises, each with the tests that hold it in the quick tier, and what only the full tier adds to it."""
+"""What mopefuse promises: for each claim, the tests that hold it in the quick tier, and those that only the full tier adds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 TIERS = {"process", "matrix", "soak"}  # markers of tests that `make test` leaves out
-# Of each claim: "quick", tests that hold it in `make test`; "full", the tests about it that only `make test-all` runs.
+# For each claim: "quick", its tests in `make test`; "full", further tests that only `make test-all` runs.
 CLAIMS: dict[str, dict[str, str]] = {
     "prompts as keys and values equal inserted tokens, in every encoder": {
         "quick": "test_encoders::test_keys_and_values_equal_inserted_tokens "
@@ -287,7 +287,7 @@ def tier_of(marks: Any) -> set[str]:
 
 
 def has_a_quick_case(test: str) -> bool:
-    """Whether `make test` runs the test with some of its parameters."""
+    """Whether `make test` runs the test with at least one of its parameters."""
     module = importlib.import_module(test.partition("::")[0])
     marks = marks_of(module) + marks_of(function_of(test))
     marks += marks_of(function_of(test.rpartition("::")[0])) if test.count("::") == 2 else []

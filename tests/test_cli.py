@@ -1,4 +1,4 @@
-"""The command line as a user meets it: exit codes, one line per error, JSON alone on stdout, the same result twice."""
+"""The command line as users see it: exit codes, one line per error, only JSON on stdout with --json, reproducible results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MODULES = "print(*sys.modules, file=sys.stderr)"
 
 
 def modules_of(*args: object) -> tuple[subprocess.CompletedProcess[str], set[str]]:
-    """A command in a process of its own, and the modules that it imported."""
+    """Run a command in a separate process and return the modules that it imported."""
     code = f"import sys\nsys.argv[0] = 'mopefuse'\nfrom mopefuse.cli.app import main\ntry: main()\nfinally: {MODULES}"
     done = subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, check=False)
     return done, set(done.stderr.splitlines()[-1].split())
@@ -32,7 +32,7 @@ def train(data: Path, out: Path, *more: object) -> subprocess.CompletedProcess[s
 
 
 def said(done: subprocess.CompletedProcess[str]) -> Any:
-    """The one JSON value on stdout."""
+    """Parse stdout as a single JSON value."""
     return json.loads(done.stdout)
 
 
@@ -46,7 +46,7 @@ def test_help_and_lists_import_no_heavy_library(args: tuple[str, ...]) -> None:
     assert done.stdout
     heavy = {"torchvision", "timm", "transformers", "open_clip", "sklearn", "peft", "optuna"}
     heavy |= {"mopefuse.encoders.tiny"}
-    if args[0] not in ("train", "eval"):  # their help comes from the schema
+    if args[0] not in ("train", "eval"):  # whose help comes from the schema
         heavy |= {"mopefuse.config.schema"}
     if args != ("encoders",):
         heavy |= {"torch", "numpy"}
@@ -214,7 +214,7 @@ def test_a_loss_that_is_not_finite_stops_training_and_is_never_selected(pairs: P
     assert last == facts["step"] - 1
     kept = read_tensors(run / "checkpoints" / f"step-{last}" / "weights.safetensors")
     assert all(tensor.isfinite().all() for tensor in kept.values())
-    assert call("eval", run, "--checkpoint", "last").returncode == 8, "finite weights of 1e20 do not give finite answers"
+    assert call("eval", run, "--checkpoint", "last").returncode == 8, "finite weights of 1e20 do not give finite predictions"
     best = run / "checkpoints" / "best"
     assert not best.exists() or int(best.read_text().strip()[5:]) < facts["step"]
     assert "NaN" not in (run / "metrics.jsonl").read_text()
@@ -321,7 +321,7 @@ def test_eval_refuses_invalid_options(trained: Path, tmp_path: Path, more: tuple
 def test_ctrl_c_in_eval_leaves_no_partial_file(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = []
 
-    def interrupted(path: Path) -> None:  # the file is written and not yet in its place
+    def interrupted(path: Path) -> None:  # the file is written but not yet renamed into place
         written.append(path.name)
         raise KeyboardInterrupt
 
@@ -353,7 +353,7 @@ def test_generated_data_depend_only_on_the_seed(tmp_path: Path) -> None:
 
 
 def test_doctor_reports_what_works_and_what_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_problems_of", lambda *plugin: [])  # of whatever is installed here; see test_plugins.py
+    monkeypatch.setattr(doctor, "_problems_of", lambda *plugin: [])  # depends on what is installed here; see test_plugins.py
     monkeypatch.setattr(doctor, "_DEVICES", "print('cpu')")
     monkeypatch.setattr(doctor, "_CHECKS", {"json": ("import json", "json is broken")})
     done = call("doctor", "--json")

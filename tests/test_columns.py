@@ -1,4 +1,4 @@
-"""Columns: each modality has one, a model keeps those of its training data, and what no encoder reads is said."""
+"""Columns: each modality has one, a model keeps those of its training data, and unread modalities give a notice."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def write_table(path: Path, rows: list[dict[str, Any]], columns: dict[str, str] 
 
 @pytest.fixture(scope="module")
 def renamed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A data set whose columns have names of their own, and a run on it."""
+    """A data set with other column names, and a run on it."""
     root = make_pairs(tmp_path_factory.mktemp("renamed") / "data")
     for split in ("train", "val", "test"):
         write_table(root / f"{split}.csv", rows_of(root, split))
@@ -148,7 +148,7 @@ def test_two_columns_for_one_modality_are_refused(pairs: Path, flags: tuple[str,
         assert done.returncode == 3
         assert all(name in done.stderr for name in named), done.stderr
     else:
-        assert "there is no column a" in done.stderr, "--set wins over flags, as always"
+        assert "there is no column a" in done.stderr, "--set overrides flags, as always"
 
 
 @pytest.mark.parametrize("flags", [("--label-col", "text"), ("--text-col", "label"), ("--image-col", "label")])
@@ -166,7 +166,7 @@ def test_a_column_may_be_named_by_either_flag_or_both() -> None:
         build_config({"main": "a:b", "comp": "a:b", "data": {"img_col": "a", "columns": {"image": "b"}}})
 
 
-# -- what no encoder reads
+# -- modalities that no encoder reads
 
 
 def test_a_modality_that_no_encoder_reads_gives_a_notice_before_training(pairs: Path, tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_a_modality_that_no_encoder_reads_gives_a_notice_before_training(pairs: 
     assert "no encoder reads" not in call("train", *alone, "--data", pairs, "--dry-run").stderr
 
 
-# -- thresholds that few rows decide
+# -- thresholds tuned on few rows
 
 
 def test_thresholds_tuned_on_few_rows_give_a_notice(multi_pairs: Path, pairs: Path) -> None:

@@ -1,4 +1,4 @@
-"""A comparison: every number is recomputed here from the files of the runs, and what cannot be compared is refused."""
+"""Comparisons: every number is recomputed here from the files of the runs, and runs that cannot be compared are refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def train(data: Path, out: Path, *more: object) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """runs/full-0, full-1, full-2 and text-0, text-1; not to be changed."""
+    """runs/full-0, full-1, full-2 and text-0, text-1; tests must not change them."""
     root = tmp_path_factory.mktemp("compare")
     data = make_pairs(root / "data", counts=COUNTS)
     for seed in (0, 1, 2):
@@ -129,7 +129,7 @@ def test_runs_tested_on_other_data_are_refused(folder: Path, tmp_path: Path) -> 
 
 
 def test_unfinished_runs_and_other_files_are_left_out_with_a_notice(folder: Path, tmp_path: Path) -> None:
-    """As `runs/*` names them: a run under way, one that failed before it was a run, a file."""
+    """Everything that `runs/*` may match: a run in progress, one that failed before it was a run, a file."""
     shutil.copytree(folder / "full-1", tmp_path / "half")
     (tmp_path / "half" / "metrics.json").unlink()
     failed = call("train", *TINY, "--data", tmp_path / "no data", "--out", tmp_path / "failed")
@@ -204,7 +204,7 @@ def test_damaged_predictions_are_refused(folder: Path, tmp_path: Path, line: str
     assert refused(*runs(tmp_path), against="text").code == "MF-CKPT-03"
     for other in (rest, [*rest, rest[0]], [rest[0], *rest]):
         file.write_text("\n".join(other))
-        assert refused(*runs(tmp_path), against="text").code == "MF-CFG-84", "one is missing, or there twice"
+        assert refused(*runs(tmp_path), against="text").code == "MF-CFG-84", "one is missing, or occurs twice"
     file.unlink()
     assert refused(*runs(tmp_path), against="text").code == "MF-CKPT-04"
 
@@ -295,10 +295,10 @@ def test_if_runs_were_tested_on_different_data_the_largest_group_is_compared(fol
         f"left out: {multi} was tested on different samples from {first}",
     ]
     assert f"left out: {fewer} was tested on different samples" in call("compare", *named).stderr
-    assert list(compare(named).notices) == found["notices"], "the command line adds nothing of its own"
+    assert list(compare(named).notices) == found["notices"], "the command line gives the same result"
     twice = train(tmp_path / "fewer", tmp_path / "runs" / "twice", "--seed", "1")
     found = json.loads(call("compare", *named, twice, folder / "text-1", "--against", fewer, "--json").stdout)
-    assert [run for row in found["rows"] for run in row["runs"]] == [str(fewer), str(twice)], "the group of the baseline"
+    assert [run for row in found["rows"] for run in row["runs"]] == [str(fewer), str(twice)], "the baseline's group"
 
 
 def test_runs_on_different_data_cannot_be_compared(folder: Path, tmp_path: Path) -> None:

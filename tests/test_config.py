@@ -1,4 +1,4 @@
-"""Configuration: what wins, what is refused and how it is said, and that it survives being written down."""
+"""Configuration: precedence, errors and their messages, and saving and loading."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def recipe(folder: Path, text: str | bytes) -> Path:
     return path
 
 
-# -- what wins
+# -- precedence
 
 
 def test_set_wins_over_flags_over_the_recipe_over_a_saved_run_over_defaults(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_a_shipped_recipe_is_found_by_its_name() -> None:
         resolve(recipe="digit-question/demo")
 
 
-# -- what is refused
+# -- errors
 
 
 @pytest.mark.parametrize(
@@ -296,7 +296,7 @@ def test_any_values_give_a_configuration_or_a_mopefuse_error(values: dict[str, A
     assert code_of(lambda: build_config(BASE | values)) in ("", "MF-CFG-01")
 
 
-# -- written down and read again
+# -- saving and loading
 
 _surprises = ["1e3", "no", "null", "~", "1:30", "0x1", " a", "a: b", "#", "'", "true", "1.", "\u2028"]
 _words = st.text(max_size=12) | st.sampled_from(_surprises)

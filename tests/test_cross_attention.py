@@ -1,4 +1,4 @@
-"""The method cross-attention: its definition, that it finds one of several tokens, and that it is an ordinary run."""
+"""The method cross-attention: its definition, that it finds one of several tokens, and that its runs are ordinary runs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ HEAD = {"head.0.weight", "head.0.bias", "head.2.weight", "head.2.bias"}
 
 
 class Given(Encoder):
-    """Its input is its output: tokens, whose mean is the pooled feature."""
+    """An encoder whose input is its output: tokens, whose mean is the pooled feature."""
 
     def __init__(self, modality: str, width: int) -> None:
         super().__init__(Spec("given", modality))
@@ -65,7 +65,7 @@ def given_batch(tokens_BLD: Tensor, psi_BC: Tensor, mask_BL: Tensor | None = Non
 
 @pytest.fixture(scope="module")
 def run(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Not to be changed."""
+    """A run that tests must not change."""
     out = tmp_path_factory.mktemp("cross") / "run"
     train(config(pairs, "cross-attention", train={"epochs": 2, "batch_size": 4}), out)
     return out
@@ -123,7 +123,7 @@ def test_only_the_attention_and_the_head_are_trained_and_saved() -> None:
     statistics = {f"standard.{side}.{name}" for side in ("main", "comp") for name in ("mean_C", "deviation_C")}
     assert set(model.named_trainable_parameters()) == READER | HEAD
     assert set(model.trainable_state_dict()) == READER | HEAD | statistics
-    assert model.frozen == ("comp",), "tokens are needed, and only pooled features are cached"
+    assert model.frozen == ("comp",), "tokens are needed, but only pooled features are cached"
     assert set(model.breakdown()) == {"cross-attention", "head"}
 
 
@@ -159,14 +159,14 @@ def test_incompatible_settings_and_encoders_are_refused() -> None:
         CrossAttention(values, {"main": main, "comp": Given("text", 4)}, 2)
 
 
-# -- what it learns
+# -- training
 
 
 NAMES = 8
 
 
 def draw(count: int, generator: torch.Generator) -> tuple[Batch, Tensor]:
-    """Tokens in random order, each with a name and a bit; psi has a name, and the label is the bit of that token."""
+    """Draw tokens in random order, each with a name and a bit; psi contains a name, and the label is the bit of that token."""
     bits_BL = torch.randint(2, (count, NAMES), generator=generator)
     named_B = torch.randint(NAMES, (count,), generator=generator)
     tokens_BLD = torch.cat([torch.eye(NAMES).expand(count, NAMES, NAMES), 2.0 * bits_BL[..., None] - 1], dim=2)
@@ -176,7 +176,7 @@ def draw(count: int, generator: torch.Generator) -> tuple[Batch, Tensor]:
 
 
 def learned_accuracy(method: type[Fusion]) -> float:
-    one = {"queries": 1, "heads": 1}  # several could read a token each, whatever psi is
+    one = {"queries": 1, "heads": 1}  # with several queries, each could read one token regardless of psi
     model = given_model(method, NAMES + 1, NAMES, 2, cross_attention=one).train()
     generator = torch.Generator().manual_seed(1)
     optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=3e-3)
@@ -191,7 +191,7 @@ def learned_accuracy(method: type[Fusion]) -> float:
 
 def test_it_learns_to_find_the_token_that_psi_names_and_an_mlp_on_pooled_features_does_not() -> None:
     assert learned_accuracy(CrossAttention) > 0.95
-    assert learned_accuracy(MLP) < 0.75, "the mean of the tokens tells how many bits are set, not which"
+    assert learned_accuracy(MLP) < 0.75, "the mean of the tokens contains how many bits are set, not which"
 
 
 # -- samples that lack a modality
@@ -256,7 +256,7 @@ def test_swapping_the_complementary_encoder_resets_only_the_tensors_that_read_it
     assert fresh == {"reader.query.comp.weight", "standard.comp.mean_C", "standard.comp.deviation_C"}
     main, comp = (old[f"standard.{side}.mean_C"].numel() for side in ("main", "comp"))
     columns = [column for column in range(state["head.0.weight"].shape[1]) if not main <= column < main + comp]
-    assert torch.equal(state["head.0.weight"][:, columns], old["head.0.weight"][:, columns]), "with those of what is read"
+    assert torch.equal(state["head.0.weight"][:, columns], old["head.0.weight"][:, columns]), "also for what is read"
     assert not torch.equal(state["head.0.weight"], old["head.0.weight"])
 
 

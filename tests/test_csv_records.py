@@ -1,4 +1,4 @@
-"""A quote that is not closed costs its own row only, and cells of several lines are still cells."""
+"""An unclosed quote invalidates only its own row, and cells may still have several lines."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def rows(count: int) -> list[str]:
 
 
 def read(lines: list[str], tmp_path: Path) -> tuple[list[str], dict[int, str]]:
-    """(ids, problems by line) of a table."""
+    """Read a table; return the ids, and the problems by line."""
     (tmp_path / "t.csv").write_text("\n".join([HEADER, *lines]) + "\n", encoding="utf-8")
     config = Data()
     index = read_rows(find_tables(tmp_path / "t.csv", config)[""], "train", ("text", "image"), config)

@@ -1,4 +1,4 @@
-"""What is computed once and kept changes no result, and is never used for anything else; features: see test_feature_store."""
+"""Cached values do not change any result and are never reused for anything else; for features see test_feature_store."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Images of many sizes, some shown by several rows, and texts of many lengths, some of them twice."""
+    """Images of many sizes, some used by several rows, and texts of many lengths, some of them repeated."""
     rng = np.random.default_rng(3)
     root = make_pairs(tmp_path / "photos")
     for number, path in enumerate(sorted((root / "images").glob("*.png"))):
@@ -79,7 +79,7 @@ def assert_same(one: Path, other: Path) -> None:
 @pytest.mark.parametrize("main", matrix(["tiny:vision", "tiny:text"], ["tiny:vision"]))
 @pytest.mark.parametrize("augment", matrix(["none", "randaugment", "crop"], ["none", "crop"]))
 def test_cached_features_and_images_give_the_same_results(photos: Path, tmp_path: Path, main: str, augment: str) -> None:
-    """To the last bit, between what is computed and kept and what is read; features that are not kept, to rounding."""
+    """Computing and reading cached values agree bit for bit; runs without cached features agree up to rounding."""
     comp = "tiny:text" if main == "tiny:vision" else "tiny:vision"
     plain: dict[str, Any] = {"cache_features": False, "augment": augment}
     kept = {"cache_features": True, "augment": augment}
@@ -144,11 +144,11 @@ def test_cached_features_are_not_reused_for_another_encoder_or_other_samples(pho
     assert "kept in" in features(photos, "tiny:vision", split="val").origin
     assert "read from" in features(photos, split="val").origin, "the same texts, in another split"
     same = shutil.copytree(photos, tmp_path / "elsewhere")
-    assert "read from" in features(same).origin, "they depend on what the samples are, not on where"
+    assert "read from" in features(same).origin, "they depend on the content of the samples, not on their location"
     rows = [json.loads(line) for line in (same / "train.jsonl").read_text().splitlines()]
     rows[0]["text"] += "!"
     write_rows(same / "train.jsonl", rows)
-    assert features(same).origin.startswith("1 of them computed and kept in"), "the text that changed"
+    assert features(same).origin.startswith("1 of them computed and kept in"), "the changed text"
     assert "read from" in features(same, "tiny:vision").origin
     Image.new("RGB", (30, 30)).save(same / rows[0]["img"])
     assert features(same, "tiny:vision").origin.startswith("1 of them computed and kept in")
@@ -208,7 +208,7 @@ def test_processes_share_the_cache(photos: Path, tmp_path: Path) -> None:
     assert {kind for kind, *_ in cache.entries()} == {"index", "features", "images"}
 
 
-# -- images in one file
+# -- the image cache
 
 
 def test_a_cached_image_equals_the_decoded_one(photos: Path) -> None:

@@ -1,4 +1,4 @@
-"""`data check`: everything that is wrong is found at once, by kind, line and id; nothing is hidden and nothing changed."""
+"""`data check` finds all problems at once, by kind, line and id; it hides nothing and changes nothing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_broken(tmp_path_factory.mktemp("broken"))
 
 
-# -- all of it
+# -- everything at once
 
 
 def test_a_clean_data_set_has_no_findings(pairs: Path, multi_pairs: Path) -> None:
@@ -131,7 +131,7 @@ def test_a_held_out_split_needs_no_file(tmp_path: Path) -> None:
     (tmp_path / "dev.jsonl").touch()
     assert kinds(tmp_path) == {"missing-split": 1, "missing-test": 1}
     assert "dev.jsonl" in report(tmp_path).findings[0].hint
-    assert kinds(tmp_path, val_fraction=0.5) == {"missing-test": 1, "empty-split": 1}, "a row of each label stays in train"
+    assert kinds(tmp_path, val_fraction=0.5) == {"missing-test": 1, "empty-split": 1}, "one row of each label stays in train"
     rows = [line(f"r{number}", f"{number}.png", "ab"[number % 2]) for number in range(10, 20)]
     write(tmp_path / "train.jsonl", line("t1"), line("t2", "2.png", "b"), *rows)
     for number in range(10, 20):
@@ -150,10 +150,10 @@ def test_held_out_rows_are_counted_as_in_training(tmp_path: Path) -> None:
     done = call("train", *TINY, "--data", *options, "--steps", "1", "--out", tmp_path / "run")
     assert "rows: train 14, val 4, test 2\n" in done.stderr
     write(data / "val.jsonl", line("v1"))
-    assert call("data", "check", *options).returncode == 3, "there is one, so that none can be held out"
+    assert call("data", "check", *options).returncode == 3, "there is only one, so it cannot be held out"
 
 
-# -- one problem hides no other
+# -- problems do not hide each other
 
 
 @pytest.mark.parametrize(
@@ -315,7 +315,7 @@ def test_findings_do_not_repeat_the_content_of_rows(broken: Path) -> None:
     assert not [finding for finding in row_findings(index) if HOSTILE in finding.message]
 
 
-# -- anything at all
+# -- any bytes
 
 _PIECES = [line("t1"), line("t1", ["x"]), line("t2", label=["a"]), line("t3", text="\ud800"), *'{}"[\n\0', "NaN"]
 
@@ -336,7 +336,7 @@ def test_any_bytes_can_be_checked_and_have_a_page(
     page.encode("utf-8")
 
 
-# -- what training leaves out
+# -- rows that training skips
 
 
 def test_rows_that_training_would_skip_are_warnings(tmp_path: Path) -> None:

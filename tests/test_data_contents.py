@@ -1,4 +1,5 @@
-"""What `data check` says of labels, images and texts, counted by hand; what it keeps, and what it never opens."""
+"""What `data check` reports about labels, images and texts, compared with counts by hand; what it caches, and what it never
+opens."""
 
 from __future__ import annotations
 
@@ -160,7 +161,7 @@ def test_a_file_outside_the_root_is_an_error_with_its_line_and_never_opened(tmp_
         _OPENED = None
     assert [(each["code"], each["where"]) for each in said(done)["problems"]] == [("MF-SEC-01", "val.jsonl:3")]
     assert done.returncode == 4
-    assert any(name.endswith("1.png") for name in opened), "what is opened is heard"
+    assert any(name.endswith("1.png") for name in opened), "opened files are recorded"
     assert not [name for name in opened if "secret" in name or "link.png" in name]
 
 
@@ -196,7 +197,7 @@ def test_lengths_without_an_encoder_are_words_and_an_estimate(tmp_path: Path) ->
 
 def test_lengths_with_an_encoder_are_its_tokens_and_truncations(tmp_path: Path) -> None:
     root = folder(tmp_path)
-    rows = [line(f"t{n}", label="ab"[n % 2], text=" ".join(["word"] * n)) for n in (1, 10, 31, 32, 40)]  # and a [CLS] each
+    rows = [line(f"t{n}", label="ab"[n % 2], text=" ".join(["word"] * n)) for n in (1, 10, 31, 32, 40)]  # plus a [CLS] each
     write(root / "train.jsonl", *rows)
     (root / "val.jsonl").unlink()
     (root / "test.jsonl").unlink()

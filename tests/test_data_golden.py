@@ -1,4 +1,4 @@
-"""Fingerprints of data and the choice of rows: runs know their data by them, so a change here disowns every run there is."""
+"""Golden values of fingerprints and subsets: runs recognise their data by them, so a change would affect every existing run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ GOLDEN = json.loads((Path(__file__).parent / "golden" / "data_fingerprints.json"
 
 
 def write_rows(folder: Path) -> None:
-    """Three splits of JSON lines with BMP images, whose bytes depend on no encoder's version; one row of train is bad."""
+    """Write three splits of JSON lines with BMP images, whose bytes do not depend on an image library; one training row is
+    bad."""
     folder.mkdir()
     for number in range(12):
         Image.new("RGB", (4, 3), (20 * number, 7, 255 - number)).save(folder / f"{number}.bmp")

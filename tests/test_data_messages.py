@@ -1,4 +1,4 @@
-"""Situations that new users are in, and what they are told: the message names the flag that mends it."""
+"""Typical situations of new users: the message names the flag that solves the problem."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def data(pairs: Path, tmp_path: Path) -> Path:
     return shutil.copytree(pairs, tmp_path / "data")
 
 
-# -- all images are elsewhere
+# -- all images are in another folder
 
 
 @pytest.mark.parametrize("place", ["photos/deep/images", "../photos/images", "../../far/images"])
@@ -113,7 +113,7 @@ def test_the_notice_about_empty_texts_suggests_on_missing(data: Path) -> None:
 
 
 def one_table(root: Path, **names: str) -> Path:
-    """All rows in one table; its column ``part`` names the split of each as `names` say."""
+    """Write all rows to one table; its column ``part`` has the split of each row as given in `names`."""
     own = {split: {"part": names[split]} if names else {} for split in ("train", "val", "test")}
     rows = [row | part for split, part in own.items() for row in rows_of(root, split)]
     write_rows(root / "all.jsonl", rows)

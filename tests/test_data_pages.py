@@ -1,4 +1,5 @@
-"""The pages of `data check` and `data preview`: whole, harmless, without a network, and never over anybody's data."""
+"""The pages of `data check` and `data preview`: complete, harmless, without network access, and never written over other
+data."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ VOID = {"meta", "img", "br", "link", "input", "hr"}
 
 
 class Page(HTMLParser):
-    """Elements, attributes and text of a page; it fails where elements are not nested."""
+    """Elements, attributes and text of a page; fails if elements are not nested correctly."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -58,7 +59,7 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
     def check_harmless(self) -> None:
-        """It loads nothing, and runs no script but those that its policy lists by their content."""
+        """Check that a page loads nothing and runs only the scripts that its policy lists by digest."""
         for tag, attributes in self.elements:
             links = [key for key in attributes if key.startswith("on") or key in ("href", "srcset", "action", "xlink:href")]
             assert not links, tag
@@ -75,7 +76,7 @@ class Page(HTMLParser):
             assert json.loads(data).keys() == {"charts", "themes"} and "<" not in data
 
     def charts(self) -> set[str]:
-        """Names of the charts on it, each with its specification."""
+        """Return the names of the page's charts, each with its specification."""
         names = [attributes["data-chart"] for attributes in self.all("div") if "data-chart" in attributes]
         assert len(set(names)) == len(names)
         assert set(names) == (json.loads(self.scripts[0])["charts"].keys() if self.scripts else set())
@@ -88,7 +89,7 @@ class Page(HTMLParser):
 
 
 def state(root: Path) -> list[tuple[str, int, str]]:
-    """Names, times and contents of everything below a folder."""
+    """Return names, times and contents of everything below a folder."""
     files = sorted(path for path in root.rglob("*"))
     return [
         (str(path), path.lstat().st_mtime_ns, hashlib.sha256(path.read_bytes() if path.is_file() else b"").hexdigest())
@@ -103,7 +104,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pages(broken: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Page]:
-    """The page of a check and the sheet of the same data, and that neither changed them."""
+    """The page of a check and the preview of the same data; also checks that the data did not change."""
     folder, before = tmp_path_factory.mktemp("pages"), state(broken)
     done = call("data", "check", broken, "--max-pixels", MAX_PIXELS, "--html", folder / "check.html", "--json")
     assert (done.returncode, json.loads(done.stdout)["html"]) == (4, str(folder / "check.html"))
@@ -167,7 +168,7 @@ def test_the_worst_problems_have_pictures_or_say_why_not(pages: dict[str, Page],
     assert "8950 4e47 0d0a 1a0a .PNG...." in page.text
     assert "3c21 646f 6374 7970 &lt;!doctyp".replace("&lt;", "<") in page.text
     assert "huge.png has 200 x 100 pixels, more than 12,000" in page.text
-    assert len(page.all("pre")) == 4  # cut, page, scan and words; there is nothing of nothing.jpg
+    assert len(page.all("pre")) == 4  # cut, page, scan and words; nothing.jpg does not exist
 
 
 def test_with_many_problems_sixty_are_shown_and_every_kind_is_represented(tmp_path: Path) -> None:
@@ -191,7 +192,7 @@ def test_long_lists_are_truncated_and_counted(tmp_path: Path) -> None:
     assert "and 100 more" in page.text
 
 
-# -- the sheet
+# -- the preview
 
 
 def test_the_sheet_shows_each_row_and_what_is_wrong_with_its_image(pages: dict[str, Page]) -> None:
@@ -266,7 +267,7 @@ def test_a_page_is_never_written_into_data_or_over_other_files(pairs: Path, tmp_
         done = call("data", verb, pairs, flag, page, "--json")
         assert (done.returncode, json.loads(done.stdout)["error"]["code"]) == (4 if "DATA" in code else 3, code)
     assert (state(pairs), (tmp_path / "notes.html").read_text()) == (before, "mine")
-    for _ in range(2):  # a page of ours may be replaced
+    for _ in range(2):  # a mopefuse page may be replaced
         assert call("data", verb, pairs, flag, tmp_path / "page.html").returncode == 0
 
 
@@ -298,7 +299,7 @@ def test_a_histogram_has_every_value_and_marks_the_limit() -> None:
         (1, "5 words: 1 text"),
     ]
     assert [row["first"] for row in rows_of(found, "shown")] == [4]
-    assert rows_of(drawn([3], limit=512), "shown") == [], "a limit that is out of sight"
+    assert rows_of(drawn([3], limit=512), "shown") == [], "a limit beyond the axis"
     many = drawn([*range(1000), 10**6])
     assert (len(tips(many)), tips(many)[-1]) == (32, "961 or more words: 40 texts")
     assert many.rows[-1] == ["961 or more", "40"]

@@ -1,4 +1,4 @@
-"""Where a model runs and in which precision, as far as a CPU can show it."""
+"""Selection of device and precision, as far as it can be tested on a CPU."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ print(float(tiny * tiny) > 0)
 @pytest.mark.process
 @pytest.mark.parametrize(("asked", "kept"), [({}, "True"), ({devices.FLUSH: "0"}, "True"), ({devices.FLUSH: "1"}, "False")])
 def test_denormal_numbers_are_flushed_on_request(asked: dict[str, str], kept: str) -> None:
-    """Weights of masked attention, e^-100, make products a hundred times as slow where they are kept."""
+    """Weights of masked attention, e^-100, otherwise make products a hundred times as slow."""
     if not can_flush():
         pytest.skip("this processor cannot flush denormals")
     environment = {name: value for name, value in os.environ.items() if name != devices.FLUSH} | asked

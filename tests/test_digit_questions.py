@@ -31,7 +31,7 @@ def files(folder: Path) -> list[str]:
 
 
 def read_cell(pixels: np.ndarray, split: str) -> tuple[str, str]:
-    """Colour and digit of one painted cell, found by comparing its pixels with all handwriting of the split."""
+    """Find colour and digit of a painted cell by comparing its pixels with all handwriting of the split."""
     channels = "".join("rgb"[channel] for channel in np.flatnonzero(pixels.reshape(-1, 3).any(axis=0)))
     _, values, digits = dq.handwriting(split)
     found = set(digits[(values * 255.0 // 16 == pixels.max(axis=-1)).all(axis=(1, 2))].tolist())

@@ -21,14 +21,14 @@ __all__ = ["data"]  # the fixture
 
 
 def test_two_processes_equal_one(data: Path, tmp_path: Path) -> None:
-    """20 samples in batches of 9: the last batch of 2, and validation on 7, do not divide evenly."""
+    """20 samples in batches of 9 (the last has 2) and validation on 7 samples: nothing divides evenly."""
     plain = ["--set", "prompts.dropout=0", "--set", "router.noise=false"]
     for name, processes in (("one", 1), ("two", 2)):
         done = ranks(processes, *command(data, tmp_path / name, *plain))
         assert done.returncode == 0, done.stderr
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name in one:
-        # By norm: AdamW turns rounding of a gradient that is nearly 0 into a step of full size.
+        # Compared by norm, since AdamW turns the rounding of a gradient close to 0 into a full step.
         difference = (one[name] - two[name]).norm() / one[name].norm().clamp(min=1e-12)
         assert difference < 1e-3, f"{name}: {difference:.1e}"
     for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
@@ -130,7 +130,7 @@ print(f"{os.environ['RANK']}: {said}; after {time.monotonic() - began:.1f} s", f
     ],
 )
 def test_other_processes_wait_as_long_as_the_main_process_lives(tmp_path: Path, end: str, said: list[str | None]) -> None:
-    """Its work takes three times as long as they would wait for one another. No launcher is there to end them."""
+    """Its work takes three times the timeout between processes. There is no launcher to end them."""
     (tmp_path / "patient.py").write_text(PATIENT)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

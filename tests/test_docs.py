@@ -102,7 +102,7 @@ def test_the_workflow_covers_every_supported_python() -> None:
     assert all(re.search(rf"^{target.removeprefix('make ')}:", makefile, re.MULTILINE) for target in targets)
 
 
-# -- what runs
+# -- code that runs
 
 
 @pytest.mark.matrix
@@ -141,7 +141,7 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.process
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
-    """The notebook has a test of its own."""
+    """Without the notebook, which has its own test."""
     folders = ["-d", tmp_path / "trees", DOCS, tmp_path / "html"]
     done = subprocess.run(
         [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", *map(str, folders)],

@@ -1,4 +1,4 @@
-"""scripts/draw_demo.py draws from the files that the demo leaves."""
+"""scripts/draw_demo.py draws the picture from the output folder of the demo."""
 
 from __future__ import annotations
 

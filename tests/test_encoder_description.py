@@ -1,4 +1,4 @@
-"""An encoder is more than its weights: whatever changes its features changes its description, and a run notices."""
+"""An encoder is more than its weights: everything that changes its features changes its description, and runs notice."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def pooling(folder: Path) -> None:
 
 
 def other_word(folder: Path) -> None:
-    """The tokenizer with the ids of two words exchanged."""
+    """A tokenizer with the ids of two words swapped."""
     text = (folder / "tokenizer.json").read_text()
     first, second = (json.loads(text)["model"]["vocab"][word] for word in WORDS[:2])
     values = json.loads(text)

@@ -1,4 +1,4 @@
-"""The way to the hub: every failure in its own words, nothing but safetensors, every large file checked."""
+"""Access to the hub: every failure has its own message, only safetensors are read, every large file is verified."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def bert(folders: Path, tmp_path: Path) -> Path:
-    """A copy that a test may spoil."""
+    """A copy that a test may change."""
     for file in (folders / "bert").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     return tmp_path
@@ -87,7 +87,7 @@ def test_a_misspelt_alias_gets_a_suggestion_before_the_hub_is_contacted(monkeypa
 
 
 def test_offline_mode_fails_quickly_and_says_what_to_do(tmp_path: Path) -> None:
-    """In a process of its own: huggingface_hub reads the variables when it is imported."""
+    """In a separate process, because huggingface_hub reads the variables when it is imported."""
     program = (
         "import time; from mopefuse.core import hub as _hub; from mopefuse.errors import EncoderError; t = time.time()\n"
         "try: _hub.fetch('google-bert/bert-base-uncased', 'config.json', where='hf:bert-base')\n"
@@ -100,7 +100,7 @@ def test_offline_mode_fails_quickly_and_says_what_to_do(tmp_path: Path) -> None:
 
 
 def serve(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A hub that has what is in `folder`."""
+    """Patch the hub so that it serves the files in `folder`."""
     asked: list[str] = []
 
     def fetch(repo: str, filename: str, revision: str | None = None, *, where: str) -> Path | None:
@@ -162,7 +162,7 @@ def test_pretrained_open_clip_weights_are_read_from_safetensors(tmp_path: Path, 
     config["vision_cfg"] |= {"width": 64, "layers": 1}
     config["text_cfg"] |= {"width": 64, "layers": 1}
     monkeypatch.setattr(open_clip, "get_model_config", lambda name: config)
-    model = open_clip.CLIP(**json.loads(json.dumps(config)))  # published files are those of this class
+    model = open_clip.CLIP(**json.loads(json.dumps(config)))  # published files are of this class
     save_file({name: t.contiguous() for name, t in model.state_dict().items()}, tmp_path / "open_clip_model.safetensors")
     serve(tmp_path, monkeypatch)
     encoder = create_encoder("open_clip:ViT-B-32/openai#text")
@@ -196,7 +196,7 @@ def test_siglip_gets_the_tokenizer_that_open_clip_uses(siglip: Path, monkeypatch
 
 
 def test_siglip_weights_without_their_tokenizer_are_refused(siglip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random weights need none; those of a file do."""
+    """Random weights do not need it; weights from a file do."""
     create_encoder("open_clip:ViT-B-16-SigLIP#text?pretrained=false")
     spec = f"open_clip:ViT-B-16-SigLIP#text?weights={siglip / 'open_clip_model.safetensors'}"
 

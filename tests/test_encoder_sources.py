@@ -1,4 +1,4 @@
-"""Where encoders come from: names, options, folders, files of weights, the hub; and what each fault is called."""
+"""Sources of encoders: names, options, folders, weight files, the hub; and the error for each problem."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def bert(folders: Path, tmp_path: Path) -> Path:
-    """A copy that a test may spoil."""
+    """A copy that a test may change."""
     for file in (folders / "bert").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     return tmp_path
@@ -91,7 +91,7 @@ def test_wrong_names_and_options_are_errors(spec: str, number: int, says: str) -
 
 
 def test_an_option_value_of_the_wrong_type_is_an_error() -> None:
-    """Told by the configuration or by the constructor, as the version of transformers has it."""
+    """Rejected by the configuration or by the constructor, depending on the version of transformers."""
     error = fault("hf:bert-base?pretrained=false&hidden_size=big&num_hidden_layers=1")
     assert error.code in (code(EncoderCode.BAD_OPTION), code(EncoderCode.CANNOT_BUILD))
 
@@ -117,7 +117,7 @@ def test_options_are_passed_to_the_library_and_the_preprocessing() -> None:
     ],
 )
 def test_the_first_token_and_the_mean_can_be_pooled_side_by_side(spec: str, special: int) -> None:
-    """The mean is over patches without the class token, or over all tokens of a text, without padding."""
+    """The mean is over the patches without the class token, or over all tokens of a text without padding."""
     encoder = create_encoder(spec)
     values = ["a", "a longer text"] if encoder.modality == "text" else [Image.new("RGB", (40, 40), c) for c in ("red", "blue")]
     out = encoder.encode(encoder.preprocess.batch([encoder.preprocess.item(value) for value in values]))
@@ -168,7 +168,7 @@ def test_the_hashing_tokenizer_spares_special_ids() -> None:
 
 
 def test_weights_load_from_a_file(tmp_path: Path) -> None:
-    """Half precision is raised, a classifier in the file is left out, and the fingerprint follows the values."""
+    """Half precision is converted, a classifier in the file is ignored, and the fingerprint depends on the values."""
     original = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=3)
     path = tmp_path / "half.safetensors"
     save_file({name: tensor.half() for name, tensor in original.state_dict().items()}, path)
@@ -235,7 +235,7 @@ def test_a_pickle_is_refused_whatever_its_name(tmp_path: Path) -> None:
         assert error.code == "MF-CKPT-06" and not canary.exists()
     with (tmp_path / "a.safetensors").open("rb") as file:
         pickle.load(file)  # noqa: S301
-    assert canary.exists(), "the canary sings when it is loaded"
+    assert canary.exists(), "the canary does run when it is unpickled"
 
 
 @pytest.mark.parametrize("keep", [0, 5, 40, -7])
@@ -265,7 +265,7 @@ def test_a_masked_language_model_loads_as_an_encoder(tmp_path: Path) -> None:
         encoder.state_dict()["backbone.encoder.layer.0.output.dense.weight"],
         model.state_dict()["bert.encoder.layer.0.output.dense.weight"],
     )
-    error = fault(f"hf:{tmp_path}?pool=pooler", CheckpointError)  # a masked-language model has none
+    error = fault(f"hf:{tmp_path}?pool=pooler", CheckpointError)  # a masked-language model has no pooler
     assert error.code == "MF-CKPT-42" and "pooler" in str(error)
 
 

@@ -1,4 +1,4 @@
-"""Every family of encoders: prompts as keys and values equal inserted tokens; without prompts, the backbone untouched."""
+"""Every family of encoders: prompts as keys and values equal inserted tokens; without prompts, the backbone is unmodified."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def prompts_for(encoder: Encoder, length: int = 5) -> list[torch.Tensor]:
 def test_keys_and_values_equal_inserted_tokens(
     family: str, rows: slice, cases: Mapping[str, Case], encoders: Mapping[str, Encoder]
 ) -> None:
-    """A text alone has no padding, and libraries then replace the mask by a flag, or by nothing."""
+    """A single text has no padding; libraries then replace the mask by a flag or omit it."""
     case, encoder = cases[family], encoders[family]
     inputs = {name: tensor[rows] for name, tensor in batch_of(encoder).items()}
     prompts = [prompt[rows] for prompt in prompts_for(encoder)]
@@ -82,7 +82,7 @@ def test_without_prompts_the_backbone_is_unmodified(
 def test_inserted_tokens_equal_the_librarys_own_blocks_over_all_tokens(
     family: str, blind: int, cases: Mapping[str, Case], encoders: Mapping[str, Encoder]
 ) -> None:
-    """By the plain model's layers, one by one, with a mask written out."""
+    """The reference runs the unmodified model's layers one by one, with an explicit mask."""
     encoder, inputs = encoders[family], batch_of(encoders[family])
     tokens = prompts_for(encoder, length=4)[0]
     plain = cases[family].plain(encoder)
@@ -121,7 +121,7 @@ def test_every_family_satisfies_the_contract(family: str, encoders: Mapping[str,
 
 @pytest.mark.parametrize("family", matrix(FAMILIES, QUICK))
 def test_gated_prompts_have_their_own_softmax(family: str, encoders: Mapping[str, Encoder]) -> None:
-    """A wide-open gate on a prompt far from every query adds the mean of its values: finite, and not token insertion."""
+    """An open gate on a prompt far from every query adds the mean of its values: finite, and different from token insertion."""
     encoder = encoders[family]
     inputs, prompts = batch_of(encoder), prompts_for(encoder)
     half = [torch.full((heads,), 0.5) for heads in encoder.heads]
@@ -134,7 +134,7 @@ def test_gated_prompts_have_their_own_softmax(family: str, encoders: Mapping[str
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name in BY_HAND])
 def test_a_gated_layer_matches_a_computation_by_hand(family: str, encoders: Mapping[str, Encoder]) -> None:
-    """With one prompt token its softmax is 1, so a gate adds tanh(g) * V_p to every head: as large as we say, and linear."""
+    """The softmax over a single prompt token is 1, so a gate adds tanh(g) * V_p to every head."""
     encoder = encoders[family]
     inputs, prompts = batch_of(encoder), prompts_for(encoder, length=1)
     seen: list[torch.Tensor] = []
@@ -159,11 +159,12 @@ def test_a_gated_layer_matches_a_computation_by_hand(family: str, encoders: Mapp
     torch.testing.assert_close(added, added[:, :1].expand_as(added), atol=1e-5, rtol=1e-4)  # the same for every query
 
 
-@pytest.mark.parametrize("family", [f"timm-{name}" for name in TIMM if name != "eva02-apart"])  # which has a norm in between
+@pytest.mark.parametrize("family", [f"timm-{name}" for name in TIMM if name != "eva02-apart"])  # has a norm in between
 def test_ungated_attention_interpolates_between_tokens_alone_and_prompt_alone(
     family: str, encoders: Mapping[str, Encoder]
 ) -> None:
-    """What leaves the first attention is, ungated, a mean of what tokens and prompt would give alone, per query and head."""
+    """The output of the first attention is, for each query and head, a weighted mean of the outputs for tokens alone and prompt
+    alone."""
     encoder = encoders[family]
     inputs, prompts, heads = batch_of(encoder), prompts_for(encoder), encoder.heads[0]
     projection = next(m for n, m in encoder.backbone.named_modules() if n.endswith("attn.proj"))  # type: ignore[union-attr]
@@ -238,7 +239,7 @@ def test_an_interrupted_call_leaves_no_prompt(encoders: Mapping[str, Encoder]) -
 
 
 def test_prompts_of_the_wrong_batch_size_are_refused(encoders: Mapping[str, Encoder]) -> None:
-    """One prompt for three images would otherwise be spread over the windows of Swin without a word."""
+    """Otherwise, one prompt for three images would silently be spread over the windows of Swin."""
     encoder = encoders["timm-swin-padded"]
     with pytest.raises(AssertionError, match="expected \\(3, 16\\)"):
         encoder.encode(batch_of(encoder), lambda layer, tokens, mask: Prompt(torch.zeros(1, 2, 16)))
@@ -298,7 +299,7 @@ def test_a_fingerprint_changes_with_a_weight(encoders: Mapping[str, Encoder]) ->
     assert encoder.fingerprint() != before == encoders["hf-bert"].fingerprint()
 
 
-@pytest.mark.parametrize("kind", [kind for kind in TEXTS if kind != "qwen2"])  # whose tokenizer transformers makes anew
+@pytest.mark.parametrize("kind", [kind for kind in TEXTS if kind != "qwen2"])  # transformers rebuilds its tokenizer
 def test_texts_use_the_encoders_own_tokenizer_and_padding(kind: str, encoders: Mapping[str, Encoder]) -> None:
     encoder = encoders[f"hf-{kind}"]
     inputs = encoder.preprocess.batch(["no", "the lazy dog"])
@@ -309,7 +310,7 @@ def test_texts_use_the_encoders_own_tokenizer_and_padding(kind: str, encoders: M
 
 
 def test_siglip_texts_are_padded_to_its_context_length(encoders: Mapping[str, Encoder]) -> None:
-    """Its tower sees the padding, and pools the last token: the same text gives the same feature beside any other."""
+    """SigLIP attends to padding and pools the last token; the feature of a text still does not depend on its batch."""
     encoder = encoders["open_clip-siglip-text"]
     inputs = encoder.preprocess.batch(["no", "the lazy dog"])
     assert inputs["ids"].shape == (2, 20)

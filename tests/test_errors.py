@@ -86,7 +86,7 @@ def test_the_page_has_every_exit_code(script: dict[str, Any]) -> None:
 
 
 def test_the_page_script_finds_every_code_that_is_raised(script: dict[str, Any]) -> None:
-    """An independent look: whatever constant follows the name of an error class in the text of the source."""
+    """An independent check: finds every constant that follows the name of an error class in the source text."""
     kinds = {kind.__name__: kind.family for kind in KINDS if kind not in (MopefuseError, Interrupted)}
     found = set()
     for path in (ROOT / "mopefuse").rglob("*.py"):

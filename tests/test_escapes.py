@@ -1,4 +1,4 @@
-"""A label, a name or a path with terminal escapes in it is shown spelt out, wherever it comes out."""
+"""A label, name or path that contains terminal escapes is shown escaped in every output."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SPELT = r"\x1b]0;owned\x07\x1b[31mred\x9b2J\u202edlog\x0d\x0aerror[MF-X]: forged
 
 @pytest.fixture(scope="module")
 def evil_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data whose labels and ids hold escapes."""
+    """Data whose labels and ids contain escapes."""
     root = make_pairs(tmp_path_factory.mktemp("data") / "evil")
     for file in root.glob("*.jsonl"):
         rows = [json.loads(line) for line in file.read_text().splitlines()]
@@ -36,7 +36,7 @@ def evil_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def evil(evil_pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on them."""
+    """A run on these data."""
     run = tmp_path_factory.mktemp("runs") / "evil"
     done = call("train", *TINY, "--data", evil_pairs, "--out", run, "--steps", "2")
     assert done.returncode == 0, done.stderr
@@ -45,29 +45,29 @@ def evil(evil_pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def clean(*texts: str) -> None:
-    """No text steers a terminal, and none has a line of its own making."""
+    """Check that no text contains control characters or line breaks of its own."""
     for text in texts:
         assert not OBEYED.search(text), OBEYED.findall(text)
         assert not any(line.startswith("error[MF-X]") for line in text.splitlines())
 
 
 def clean_page(page: Path) -> str:
-    """In HTML, a line break is a space."""
+    """Check a page; in HTML, a line break counts as a space."""
     text = page.read_text(encoding="utf-8")
     assert not OBEYED.search(text), OBEYED.findall(text)
     return text
 
 
 def files(folder: Path) -> list[str]:
-    """Every text in a folder."""
+    """Return every text file in a folder."""
     return [path.read_text(encoding="utf-8") for path in folder.rglob("*") if path.suffix in (".md", ".json", ".jsonl", ".csv")]
 
 
 def test_eval_escapes_hostile_text(evil: Path, evil_pairs: Path, tmp_path: Path) -> None:
-    done = call("eval", evil, "-o", tmp_path / "said.jsonl")
+    done = call("eval", evil, "-o", tmp_path / "predictions.jsonl")
     clean(done.stdout, done.stderr, *files(tmp_path))
     assert SPELT in done.stdout and "[red]x[/]" in done.stdout
-    assert EVIL in {json.loads(line)["label"] for line in (tmp_path / "said.jsonl").read_text().splitlines()}
+    assert EVIL in {json.loads(line)["label"] for line in (tmp_path / "predictions.jsonl").read_text().splitlines()}
     done = call("eval", evil, "--json")
     clean(done.stdout)
     assert EVIL in {row["label"] for row in json.loads(done.stdout)["per_label"]}

@@ -1,4 +1,4 @@
-"""What is exported is whole, checked against the model before it exists, and compared with its manifest when it is read."""
+"""An export is complete, compared with the model before it is published, and compared with its manifest when it is read."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BUNDLE = set(
 
 @pytest.fixture(scope="module")
 def pt2(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same as a pt2 bundle; not to be changed."""
+    """The same model as a pt2 bundle; tests must not change it."""
     out = tmp_path_factory.mktemp("exports") / "pt2"
     done = call("export", trained, "-o", out, "--format", "pt2")
     assert done.returncode == 0, done.stderr
@@ -35,12 +35,12 @@ def pt2(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(exported: Path, tmp_path: Path) -> Path:
-    """A copy of the bundle that a test may spoil."""
+    """A copy of the bundle that a test may change."""
     return Path(shutil.copytree(exported, tmp_path / "copy"))
 
 
 def reseal(folder: Path) -> None:
-    """Publish a changed folder again, so that its manifest fits."""
+    """Publish a changed folder again, so that its manifest matches."""
     manifest = json.loads((folder / "manifest.json").read_text())
     facts = {key: value for key, value in manifest.items() if key not in ("files", "format")}
     (folder / "manifest.json").unlink()
@@ -54,7 +54,7 @@ def answers(model: Path, pairs: Path, out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
-# -- what is in a bundle, and what it answers
+# -- content and predictions of a bundle
 
 
 def test_a_bundle_is_self_contained_and_reveals_no_local_paths(
@@ -146,10 +146,10 @@ def test_an_adapter_is_evaluated_on_a_table_with_other_columns(trained: Path, pa
     table = ("--data", tmp_path / "shop.csv", "--image-root", pairs, "--text-col", "title", "--image-col", "photo")
     own = json.loads(call("eval", trained, "--json").stdout)["metrics"]
     for model in (adapter, trained):
-        done = call("eval", model, *table, "--label-col", "kind", "--split", "train", "--json", "-o", tmp_path / "said.jsonl")
+        done = call("eval", model, *table, "--label-col", "kind", "--split", "train", "--json", "-o", tmp_path / "predictions.jsonl")
         assert done.returncode == 0, done.stdout
         assert json.loads(done.stdout)["metrics"] == pytest.approx(own)
-    whole = call("eval", adapter, *table, "--label-col", "kind", "--json")  # all of it is test
+    whole = call("eval", adapter, *table, "--label-col", "kind", "--json")  # the whole table is the test split
     assert json.loads(whole.stdout)["metrics"] == pytest.approx(own)
     assert call("eval", trained, "--text-col", "title").returncode == 3
 
@@ -178,7 +178,7 @@ def test_an_adapter_can_be_swapped_and_exported_again(trained: Path, pairs: Path
     assert stages["before"] == read_json(trained / "metrics.json")["metrics"]
 
 
-# -- what is not published
+# -- exports that are not published
 
 
 @pytest.mark.process
@@ -253,7 +253,7 @@ def test_routing_is_refused_for_a_model_without_a_router(pairs: Path, tmp_path: 
 def test_export_without_its_packages_names_the_extra(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An export needs the package onnx, and says so."""
+    """Exporting needs the package onnx, and the error names the extra that installs it."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnx" else object())
     done = call("export", trained, "-o", tmp_path / "out")
     assert done.returncode == 5 and "MF-ENV-01" in done.stderr and 'pip install "mopefuse[export]"' in done.stderr
@@ -275,7 +275,7 @@ def test_int8_weights_are_smaller_and_measured_before_and_after(exported: Path, 
     assert call("export", "verify", tmp_path / "out").returncode == 0
 
 
-# -- verify, and what was tampered with
+# -- verify, and tampering
 
 
 def test_verify_reports_what_was_checked(exported: Path, pt2: Path) -> None:
@@ -322,7 +322,7 @@ def test_a_bundle_with_incomplete_labels_is_refused(key: str, copy: Path) -> Non
 
 @pytest.mark.soak
 class TestWeightsBesideTheGraph:
-    """Models of more than 2 GB keep their weights in model.onnx.data."""
+    """Models of more than 2 GB have their weights in model.onnx.data."""
 
     @pytest.fixture
     def large(self, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

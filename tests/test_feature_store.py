@@ -1,4 +1,4 @@
-"""Features are kept by content, one store for each encoder: shared by all data, safe with several processes, never wrong."""
+"""Features are stored by content, one store per encoder: shared by all data, safe with several processes, never stale."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many samples each call has encoded."""
+    """The number of samples that each call has encoded."""
     counts: list[int] = []
 
     def count(encoder: Any, inputs: Any) -> torch.Tensor:
@@ -86,7 +86,7 @@ def store_of(encoder: str = "tiny:text") -> FeatureStore:
     return store
 
 
-# -- what is computed
+# -- computing
 
 
 def test_with_another_fraction_split_or_data_set_only_new_features_are_computed(
@@ -160,13 +160,13 @@ def test_large_inputs_are_encoded_in_small_batches(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr("mopefuse.encoders.frozen.run_frozen", spy)
     encode_pooled(encoder, {"pixels": torch.zeros(30, 518, 518, 3, dtype=torch.uint8)})
-    assert max(sizes) == 11, "the pixels of 64 images of 224 x 224"
+    assert max(sizes) == 11, "pixels of 64 images of 224 x 224"
     sizes.clear()
     encode_pooled(encoder, {"pixels": torch.zeros(130, 16, 16, 3, dtype=torch.uint8)})
     assert sizes == [32, 32, 32, 32, 2]
 
 
-# -- what is kept
+# -- storing
 
 
 def test_shards_are_published_during_the_computation(data: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +222,7 @@ def test_a_process_verifies_the_digests_of_a_shard_once(data: Path, monkeypatch:
 
     monkeypatch.setattr(checkpoint, "sha256", count)
     features(data)
-    assert hashed.count("values.bin") == 2  # as it was published, and as it was read
+    assert hashed.count("values.bin") == 2  # once when published, once when read
     hashed.clear()
     assert "read from" in features(data).origin
     assert "values.bin" not in hashed
@@ -232,7 +232,7 @@ def test_a_store_may_be_cleared_while_it_is_used_or_filled(data: Path, monkeypat
     found = features(data)
     expected = rows(found, 40)
     cache.clear()
-    assert torch.equal(rows(found, 40), expected), "what is mapped stays"
+    assert torch.equal(rows(found, 40), expected), "mapped files stay readable"
     own = FeatureStore.append
 
     def append_and_lose(self: FeatureStore, *what: Any) -> bool:
@@ -301,7 +301,7 @@ def test_two_processes_that_compute_the_same_feature_use_the_first_published(
     monkeypatch.setattr(FeatureStore, "append", be_overtaken)
     mine = rows(features(data), 40)
     assert int((mine == 7).all(dim=1).sum()) == 20
-    assert torch.equal(rows(features(data), 40), mine), "and for all that come later"
+    assert torch.equal(rows(features(data), 40), mine), "and so do later runs"
 
 
 SCRIPT = """
@@ -323,7 +323,7 @@ torch.save(rows(features(Path(data)), 40), out)
 
 
 def start(data: Path, out: Path, seconds: float, noise: float = 0.0) -> subprocess.Popen[bytes]:
-    """Compute the features of the training split in another process, slowly, and with a mark of its own on them."""
+    """Compute the features of the training split in another process, slowly, with a marker on its values."""
     tests, folder = str(Path(__file__).parent), os.environ["MOPEFUSE_CACHE"]
     arguments = [sys.executable, "-c", SCRIPT, str(data), str(out), folder, str(seconds), str(noise), tests]
     return subprocess.Popen(arguments, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -338,7 +338,7 @@ def test_concurrent_processes_agree_bit_for_bit(data: Path, tmp_path: Path) -> N
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
     assert torch.equal(rows(features(data), 40), found[0])
     keys = np.concatenate([shard.keys for shard in store_of().shards])
-    assert len(keys) > len(np.unique(keys)) == 40, "they did compute the same at the same time"
+    assert len(keys) > len(np.unique(keys)) == 40, "both processes did compute the same samples"
 
 
 @pytest.mark.process
@@ -352,7 +352,7 @@ def test_a_killed_process_leaves_its_published_shards_and_no_partial_files(
     process.send_signal(signal.SIGKILL)
     process.wait()
     (entry,) = folder.glob("features/*")
-    (entry / f"part.tmp-0-{process.pid}").mkdir()  # as if it had been killed while it wrote
+    (entry / f"part.tmp-0-{process.pid}").mkdir()  # as if it had been killed while writing
     published = sum(len(shard.keys) for shard in store_of().shards)
     assert 0 < published < 40
     features(data)
@@ -367,7 +367,7 @@ def test_ranks_compute_each_sample_once_and_use_the_same_values(data: Path, tmp_
     store = store_of()
     keys = np.concatenate([shard.keys for shard in store.shards])
     assert len(keys) == len(np.unique(keys)) == sum(COUNTS.values())
-    assert len(store.shards) == 6, "one of each rank and split"
+    assert len(store.shards) == 6, "one per rank and split"
     logs = [(tmp_path / name / "predictions.jsonl").read_text() for name in ("one", "two")]
     assert logs[0] == logs[1], "computed or read"
 
@@ -388,7 +388,7 @@ def test_ranks_without_a_common_cache_use_the_same_values(data: Path, tmp_path: 
         assert mine["probabilities"] == pytest.approx(theirs["probabilities"], abs=1e-4)
 
 
-# -- many
+# -- many samples
 
 
 @pytest.mark.soak
@@ -413,7 +413,7 @@ def test_a_million_samples_are_looked_up_in_little_memory(tmp_path: Path) -> Non
     assert seconds < 60
 
 
-# -- seen from the command line
+# -- on the command line
 
 
 def test_the_cache_lists_encoders_and_how_many_samples_are_known(data: Path, tmp_path: Path) -> None:

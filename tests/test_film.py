@@ -1,4 +1,5 @@
-"""FiLM in the conditional method: it starts as the frozen encoder, is conditioned per sample, and combines with prompts."""
+"""FiLM in the conditional method: it starts as the frozen encoder, is conditioned per sample, and can be combined with
+prompts."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ FILM: dict[str, Any] = {"static": 0, "dynamic": 0, "mapped": 0, "film": True}
 
 
 def set_outputs(model: Fusion | PromptStack) -> None:
-    """Move FiLM away from its start at 0."""
+    """Move FiLM away from its initial value of 0."""
     random = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -66,7 +67,7 @@ def test_scale_and_shift_match_the_definition(psi_BC: Tensor) -> None:  # noqa: 
 
 
 def test_equal_experts_are_one_linear_map(psi_BC: Tensor) -> None:  # noqa: F811
-    """A softmax sums to 1, so equal experts mix to themselves whatever the weights."""
+    """The softmax sums to 1, so equal experts average to themselves for any weights."""
     plain, mixture = build_stack(**FILM), build_stack(**FILM, film_mixture=3)
     set_outputs(plain)
     mixture.trunk.load_state_dict(plain.trunk.state_dict())  # type: ignore[union-attr]
@@ -142,7 +143,7 @@ def test_film_can_be_disabled_like_a_kind_of_prompt() -> None:
 
 @pytest.mark.parametrize("hidden", [0, 8])
 def test_a_head_on_all_features_without_conditions_is_late_concatenation(hidden: int) -> None:
-    """Without prompts and FiLM it is late concatenation; with FiLM at its start, still, to the bit."""
+    """Without prompts and FiLM, it equals late concatenation; with FiLM at its initial value too, bit for bit."""
     options = {"head_features": "all", "head_hidden": hidden}
     bare, film = build(**FILM | {"film": False}, **options), build(**FILM, **options)
     late = build(method="late-concat", head_hidden=hidden)

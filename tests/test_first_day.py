@@ -1,4 +1,4 @@
-"""What somebody new does and gets wrong: each answer names what to do next, and it works."""
+"""Typical first steps and mistakes of new users: each message says what to do next, and that works."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_preview_of_rows_that_cannot_be_read_says_why(pairs: Path, tmp_path: P
 
 
 def test_a_missing_image_root_is_refused(trained: Path, pairs: Path, tmp_path: Path) -> None:
-    """Also where every image is found without it."""
+    """Even if every image is found without it."""
     for command in (
         ("train", *TINY, "--data", pairs, "--out", tmp_path / "run", "--steps", "1"),
         ("data", "check", pairs),

@@ -1,4 +1,4 @@
-"""Flags that set a setting: one line of a table gives a flag its option, help, check and name in errors."""
+"""Flags that set a setting: one line of a table gives a flag its option, help text, validation and name in errors."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ PUBLISHED = {
 
 
 def options(command: str) -> dict[str, Any]:
-    """The options of a command, as generators of documentation see them."""
+    """The options of a command, as documentation generators see them."""
     found: Any = typer.main.get_command(app)
     for part in command.split():
         found = found.commands[part]
@@ -49,7 +49,7 @@ def options(command: str) -> dict[str, Any]:
 
 
 class Toy:
-    """A command that has the flags of the table for ``toy``, and what it was called with."""
+    """A command that has the flags of the table for ``toy``, and the arguments it was called with."""
 
     def __init__(self) -> None:
         self.settings: dict[str, Any] = {}
@@ -67,7 +67,7 @@ class Toy:
         self.settings = settings
 
 
-# -- what there is
+# -- existing flags
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -79,7 +79,7 @@ def test_no_published_flag_was_removed(command: str) -> None:
 def test_an_option_has_the_help_text_of_its_setting(command: str) -> None:
     found = options(command)
     for flag in setting_flags.flags_for(command):
-        shows_default = command not in ("eval", "predict")  # there a run decides
+        shows_default = command not in ("eval", "predict")  # the run determines the value
         assert found[flag.name].help == help_text(setting(flag.path), default=shows_default)
         assert found[flag.name].rich_help_panel == flag.panel
 
@@ -107,7 +107,7 @@ def test_every_flag_sets_a_setting_and_no_two_the_same() -> None:
         assert set(flag.commands.split(", ")) <= set(COMMANDS)
 
 
-# -- what a line of the table does
+# -- effects of a line of the table
 
 
 def test_a_new_line_of_the_table_is_a_new_flag(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +160,7 @@ def test_layers_are_a_keyword_or_indices(text: str, value: object) -> None:
     assert resolve(flags={"main": "a", "comp": "b", "prompts.layers": text}).prompts.layers == value
 
 
-# -- what is wrong is named by its flag
+# -- errors name the flag
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_swap_encoder_reports_a_missing_weights_file_too(trained: Path, tmp_path
     ("module", "start"),
     [
         ("typer", ("-m", "mopefuse")),
-        ("rich", ("-c", "from mopefuse.__main__ import main; main()")),  # while a command runs; started as when installed
+        ("rich", ("-c", "from mopefuse.__main__ import main; main()")),  # while a command runs, started as when installed
     ],
 )
 def test_ctrl_c_during_imports_prints_one_line(module: str, start: tuple[str, ...], tmp_path: Path) -> None:

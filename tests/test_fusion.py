@@ -1,4 +1,4 @@
-"""Fusion methods: what learns, what is saved, their limits, and that no sample sees another."""
+"""Fusion methods: what is trained and saved, their limits, and that samples are independent."""
 
 from __future__ import annotations
 

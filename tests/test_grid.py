@@ -1,4 +1,4 @@
-"""A study file stands for exactly the runs that it says, and what is wrong in it is said before anything runs."""
+"""A study file defines exactly the runs that it lists, and errors in it are reported before anything runs."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_cell_folder_depends_only_on_the_settings(write: Any) -> None:
     told = folders(grid={"prompts.experts": [1, 4]}, settings=BASE["settings"] | {"data.workers": 3})
     assert told == one
     written_out = folders(grid={"prompts.experts": [1, 4]}, settings=BASE["settings"] | {"prompts.mapped": 1})
-    assert written_out == one, "a default that is written out, as one of a later version would be"
+    assert written_out == one, "an explicit default, such as one that a later version adds"
 
 
 @pytest.mark.parametrize("label", ["../../etc", "a/b", ".hidden", "ü — 漢字", "a" * 300, "con: 5 %", " "])

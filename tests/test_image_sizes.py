@@ -1,4 +1,4 @@
-"""The size and pixels that an image encoder sees: those that its authors' image processor declares, or those of ``?size=``.
+"""The size and pixels that an image encoder gets: those that its image processor declares, or those set with ``?size=``.
 
 `HUB` has the fields of ``config.json`` that matter here and the whole of ``preprocessor_config.json`` of popular
 repositories; widths and depths are small.
@@ -39,7 +39,7 @@ def statistics(values: tuple[tuple[float, ...], tuple[float, ...]]) -> dict[str,
 
 
 class Hub(NamedTuple):
-    """A repository: model type and configuration, preprocessor; and what images become."""
+    """A repository: its model type, configuration and image processor, and the expected preprocessing."""
 
     kind: str
     config: dict[str, Any]
@@ -150,7 +150,7 @@ HUB = {
 
 
 def save(folder: Path, name: str) -> str:
-    """A folder as the repository has it, of a small model; its spec."""
+    """Save the repository with a small model and return its spec."""
     hub = HUB[name]
     config = transformers.AutoConfig.for_model(hub.kind, **hub.config)
     torch.manual_seed(0)
@@ -160,7 +160,7 @@ def save(folder: Path, name: str) -> str:
 
 
 def photo(width: int, height: int) -> Image.Image:
-    """A smooth picture with edges, which resizing has something to do with."""
+    """A smooth picture with edges, so that resizing has an effect."""
     x, y = np.meshgrid(np.linspace(0, 9, width), np.linspace(0, 7, height))
     channels = [np.sin(x) * np.cos(y), np.sin(x + y), np.where(x > y, 0.8, -0.8)]
     return Image.fromarray(np.stack([127 + 120 * channel for channel in channels], axis=-1).astype(np.uint8))
@@ -356,5 +356,5 @@ def test_inspect_and_training_use_the_declared_size(tmp_path: Path) -> None:
     done = call("train", "--main", f"{spec}?size=56", *arguments, "--data", data, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert call("eval", tmp_path / "run", "--device", "cpu").returncode == 0
-    done = call("export", tmp_path / "run", "-o", tmp_path / "bundle")  # compares the graph's answers with the model's
+    done = call("export", tmp_path / "run", "-o", tmp_path / "bundle")  # compares the graph's outputs with the model's
     assert done.returncode == 0, done.stderr

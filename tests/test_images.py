@@ -1,4 +1,4 @@
-"""Images that somebody else provides: never outside their root, never half-read, and the pixels that a viewer shows."""
+"""Untrusted images: never outside their root, never partly read, and with the pixels that an image viewer shows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RED, WHITE, BLACK = (255, 0, 0), (255, 255, 255), (0, 0, 0)
 
 
 def png(width: int, height: int) -> bytes:
-    """A header that says how large, and nothing else."""
+    """A header that declares a size, and nothing else."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -118,14 +118,14 @@ def test_pixels_are_those_that_an_image_viewer_shows(
 )
 def test_cmyk_is_converted_as_ink_on_white(tmp_path: Path, cmyk: tuple[int, ...], rgb: tuple[int, ...]) -> None:
     image = encoded(Image.new("CMYK", (16, 16), cmyk), "JPEG", quality=100)
-    assert np.abs(pixels(tmp_path, image).astype(int) - np.array(rgb)).max() <= 3  # of JPEG's rounding
+    assert np.abs(pixels(tmp_path, image).astype(int) - np.array(rgb)).max() <= 3  # because of JPEG's rounding
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(tmp_path: Path, orientation: int) -> None:
-    """The stored pixels of a 2 x 3 picture under each EXIF orientation, undone by hand."""
+    """The stored pixels of a 2 x 3 picture under each EXIF orientation, reversed by hand."""
     upright = np.arange(18, dtype=np.uint8).reshape(3, 2, 3) * 10
-    undo: dict[int, Callable[[Any], Any]] = {  # what a camera stores for a picture that should look upright
+    undo: dict[int, Callable[[Any], Any]] = {  # what a camera stores for an upright picture
         1: lambda a: a,
         2: lambda a: a[:, ::-1],
         3: lambda a: a[::-1, ::-1],
@@ -154,7 +154,7 @@ def test_images_of_any_shape_are_read(tmp_path: Path, size: tuple[int, int]) -> 
     assert pixels(tmp_path, encoded(Image.new("RGB", size, RED), "PNG")).shape == (size[1], size[0], 3)
 
 
-# -- damaged, too large, of another kind
+# -- damaged, too large, or of another format
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "BMP"])
@@ -204,7 +204,7 @@ def test_an_image_with_too_many_pixels_is_refused_by_its_header(tmp_path: Path, 
     error = refused(tmp_path, content=png(width, height), max_pixels=limit)
     assert time.process_time() - began < 1
     assert error.code == "MF-DATA-12"
-    assert refused(tmp_path, content=png(100, 100), max_pixels=10_000).code == "MF-DATA-13"  # small enough, but hollow
+    assert refused(tmp_path, content=png(100, 100), max_pixels=10_000).code == "MF-DATA-13"  # small enough, but without pixels
 
 
 def test_a_text_chunk_that_unpacks_to_gigabytes_is_refused(tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_damaged_exif_is_ignored(tmp_path: Path) -> None:
 
 @pytest.fixture
 def canary(tmp_path: Path) -> Path:
-    """A folder `data` beside a good image that must not be opened."""
+    """A folder `data` next to a valid image that must not be opened."""
     (tmp_path / "data").mkdir()
     noise().save(tmp_path / "secret.png")
     noise().save(tmp_path / "data" / "inside.png")

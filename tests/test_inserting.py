@@ -1,4 +1,4 @@
-"""Methods that put the other modality among the main encoder's tokens: what each is in its limits."""
+"""Methods that insert the other modality among the main encoder's tokens: what each equals in its limits."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def test_blindprompt_is_promptfuse_with_a_mask() -> None:
 
 
 def test_blind_tokens_equal_deep_prompts_that_are_independent_of_the_input() -> None:
-    """What blind tokens are at a layer, put there as prompts, gives the same: they act by keys and values only."""
+    """The values of blind tokens at a layer, given as prompts there, have the same effect: they act only through keys and
+    values."""
     encoder = create_encoder("tiny:vision")
     random = torch.Generator().manual_seed(0)
     inputs, tokens = {"pixels": torch.randn(3, 3, 16, 16, generator=random)}, torch.randn(1, 5, 96, generator=random) * 0.3
@@ -75,7 +76,7 @@ def test_mmbt_with_one_token_of_a_mean_pooled_image_is_sequential() -> None:
     ],
 )
 def test_mmbt_reads_the_feature_map_of_a_cnn_as_in_its_paper(spec: str, places: int, width: int) -> None:
-    """The second has a feature of another width (1024) than its map."""
+    """The second CNN has a pooled feature of another width (1024) than its feature map."""
     model = build(method="mmbt", main="tiny:text", comp=spec, inserted={"images": places})
     batch = model.collate(images(3), TEXTS[:3])
     with torch.no_grad():

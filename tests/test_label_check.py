@@ -1,4 +1,4 @@
-"""Labels that are probably not what was meant are found, with the flag that helps; those that can be meant are left alone."""
+"""Labels that are probably a mistake are found, with the flag that helps; labels that may be intended are accepted."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def found(labels: list[str]) -> dict[str, Doubt]:
 
 
 def combinations(form: str, rows: int = 300) -> list[str]:
-    """Labels of a data set with several a row, as one cell each."""
+    """Labels of a multi-label data set, each row's in one cell."""
     drawn = random.Random(0)
     each = [drawn.sample(GENRES, drawn.randint(1, 4)) for _ in range(rows)]
     forms = {"json": json.dumps, "python": repr, "numpy": lambda row: "[" + " ".join(map(repr, row)) + "]"}
@@ -41,7 +41,7 @@ def prices(rows: int = 300) -> list[str]:
     return [f"{drawn.uniform(1, 999):.2f}" for _ in range(rows)]
 
 
-# -- each doubt
+# -- each kind of doubt
 
 
 @pytest.mark.parametrize("form", ["json", "python", "numpy"])
@@ -49,7 +49,7 @@ def test_a_list_in_a_cell_is_an_error_with_the_flag_that_reads_it(form: str) -> 
     doubt = found(combinations(form))["list-label"]
     assert "--label-sep list" in doubt.fix and "--allow-odd-labels" in doubt.fix
     assert doubt.rows == 300
-    assert "many-labels" not in found(combinations(form)), "one cause is named once"
+    assert "many-labels" not in found(combinations(form)), "one cause is reported once"
 
 
 @pytest.mark.parametrize("separator", ["|", ";", ", ", "/", ","])
@@ -120,8 +120,8 @@ def test_a_rare_label_similar_to_a_frequent_one_is_reported() -> None:
     "labels",
     [
         ["Watches"] * 30 + ["Witches"] * 12,  # both are frequent
-        ["class1"] * 30 + ["class2"],  # digits tell classes apart
-        ["cat"] * 30 + ["car"],  # short words are near by chance
+        ["class1"] * 30 + ["class2"],  # digits distinguish classes
+        ["cat"] * 30 + ["car"],  # short words are similar by chance
         ["Watches"] * 30 + ["Handbag"],
         ["Watches"] * 4 + ["Wotches"],
     ],
@@ -207,11 +207,11 @@ def test_a_label_of_invisible_characters_is_blank(label: str) -> None:
     assert normalise(f"{label}A{label}") == "a"
 
 
-# -- as a user meets it
+# -- on the command line
 
 
 def table(root: Path, labels: list[str], *, delimiter: str = ",") -> Path:
-    """One CSV of images, texts and labels, each row with its own image."""
+    """Write a CSV of images, texts and labels, each row with its own image."""
     root.mkdir(exist_ok=True)
     with (root / "items.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, delimiter=delimiter)
@@ -275,7 +275,7 @@ def test_a_column_of_prices_is_refused_unless_it_is_allowed(tmp_path: Path) -> N
     assert "allow_odd_labels: true" in (tmp_path / "run" / "config.yaml").read_text()
     (path.parent / "labels.txt").write_text("".join(f"{price}\n" for price in dict.fromkeys(prices(40))))
     done = train(path, tmp_path / "listed")
-    assert (done.returncode, "labels:" in done.stderr) == (0, False), "a list says which labels are meant"
+    assert (done.returncode, "labels:" in done.stderr) == (0, False), "a labels file states which labels are intended"
 
 
 def test_check_and_train_warn_about_spellings_and_misspellings(tmp_path: Path) -> None:
@@ -336,7 +336,7 @@ def test_evaluation_on_other_data_does_not_check_labels(tmp_path: Path) -> None:
     assert load_data(Data(path=str(path)), require=()).labels
 
 
-# -- in bulk
+# -- many labels
 
 
 def test_ten_thousand_labels_take_seconds() -> None:

@@ -1,4 +1,4 @@
-"""Logistic regression on frozen features: equal to scikit-learn's own, an ordinary run, and a place to start from."""
+"""Logistic regression on frozen features: equal to scikit-learn's, an ordinary run, and a starting point for warm starts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def config(data: Path, /, features: str = "concat", **changed: Any) -> Any:
 
 
 def raw(data: Path, split: str, side: str) -> np.ndarray:
-    """Features of a split by the encoder alone, without anything of the method's."""
+    """Features of a split, computed by the encoder alone."""
     where, encoder = build_config({**SPECS, "data": {"path": str(data)}}).data, create_encoder(SPECS[side])
     loaded = load_data(where)
     rows = loaded.splits[split].rows
@@ -49,7 +49,7 @@ def targets(data: Path, split: str) -> np.ndarray:
 
 
 def by_hand(data: Path, sides: tuple[str, ...], split: str) -> tuple[np.ndarray, float]:
-    """scikit-learn's probabilities on a split, and its C: scaler, regression, best accuracy on val."""
+    """Return scikit-learn's probabilities on a split, and its C: scaler, regression, best accuracy on validation."""
     scaled = {s: StandardScaler().fit(raw(data, "train", s)) for s in sides}
     x = {name: np.hstack([scaled[s].transform(raw(data, name, s)) for s in sides]) for name in ("train", "val", split)}
     fitted = {c: LogisticRegression(C=c, max_iter=300).fit(x["train"], targets(data, "train")) for c in GRID}
@@ -96,8 +96,8 @@ def test_a_run_can_be_evaluated_resumed_predicted_and_exported(pairs: Path, tmp_
     assert json.loads(evaluated.stdout)["metrics"] == pytest.approx(result["metrics"]["test"])
     again = train(config(pairs), run, resume=True)
     assert again == result
-    assert call("predict", run, pairs / "test.jsonl", "-o", tmp_path / "answers.jsonl").returncode == 0
-    answers = [json.loads(line)["label"] for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert call("predict", run, pairs / "test.jsonl", "-o", tmp_path / "predictions.jsonl").returncode == 0
+    answers = [json.loads(line)["label"] for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     assert answers == [json.loads(line)["label"] for line in (run / "predictions.jsonl").read_text().splitlines()]
     assert call("export", run, "--format", "adapter", "-o", tmp_path / "adapter").returncode == 0
     adapted = call("eval", tmp_path / "adapter", "--data", pairs, "--json")
@@ -110,7 +110,7 @@ def test_a_run_can_be_evaluated_resumed_predicted_and_exported(pairs: Path, tmp_
 @pytest.mark.parametrize("features", ["concat", "average"])
 def test_the_exported_graph_predicts_the_same(pairs: Path, tmp_path: Path, features: str) -> None:
     train(config(pairs, features), tmp_path / "run")
-    done = call("export", tmp_path / "run", "-o", tmp_path / "bundle")  # refused unless the answers are the model's
+    done = call("export", tmp_path / "run", "-o", tmp_path / "bundle")  # refused unless the predictions match the model's
     assert done.returncode == 0, done.stderr
 
 
@@ -156,7 +156,7 @@ def drawn(rows: int = 40, width: int = 5, seed: int = 0) -> torch.Tensor:
 
 
 def design(x: torch.Tensor, labels: int = 3) -> Design:
-    """What needs no standardising any more."""
+    """Features that are already standardised."""
     known = {"mean_C": torch.zeros(x.shape[1]), "deviation_C": torch.ones(x.shape[1])}
     return Design([Side(x, known)], len(x), labels)
 

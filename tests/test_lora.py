@@ -1,4 +1,4 @@
-"""LoRA: an encoder with it equals the library's own model with merged weights, and begins as it was, to the bit."""
+"""LoRA: an adapted encoder equals the library's own model with merged weights, and starts as the unadapted one, bit for bit."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ SMALL_VIT += "&intermediate_size=48&image_size=32&patch_size=16"
 
 
 def learn(module: nn.Module) -> None:
-    """Values in every B, so that LoRA shows."""
+    """Set every B to random values, so that LoRA has an effect."""
     random = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -59,7 +59,7 @@ def learn(module: nn.Module) -> None:
 
 
 def tiny_case(name: str) -> Case:
-    """An untouched encoder stands for the library's model: `_keys_values` of it reads the merged weights."""
+    """An unmodified encoder stands in for the library's model: its `_keys_values` reads the merged weights."""
 
     def run(model: Any, inputs: Inputs) -> tuple[Tensor, Tensor]:
         out = model.encode(inputs)
@@ -73,7 +73,7 @@ def case_of(family: str, cases: Mapping[str, Case]) -> Case:
 
 
 def merge(encoder: Encoder, plain: nn.Module, names: tuple[str, ...]) -> None:
-    """W + (alpha / r) B A in the plain model, by hand."""
+    """Compute W + (alpha / r) B A in the unmodified model."""
     tensors = dict(encoder.named_parameters())
     with torch.no_grad():
         for name in names:
@@ -109,7 +109,7 @@ def test_lora_starts_as_the_encoder_and_equals_merged_weights_after_training(
 def test_prompts_of_an_adapted_encoder_use_the_merged_weights(
     family: str, cases: Mapping[str, Case]
 ) -> None:
-    """Where a family computes these beside the library's own code, what LoRA adds could be lost."""
+    """Where a family's code computes keys and values itself, LoRA's contribution could be lost."""
     case = case_of(family, cases)
     encoder = create_encoder(case.spec)
     plain, inputs, targets, prompts = case.plain(encoder), batch_of(encoder), encoder.lora_targets, prompts_for(encoder)
@@ -137,7 +137,7 @@ def test_an_adapted_encoder_satisfies_the_contract(family: str, cases: Mapping[s
     check_encoder(encoder)
 
 
-# -- where it does not hold
+# -- encoders without LoRA support
 
 
 def refusal(spec: str, number: int, **lora: Any) -> EncoderError:
@@ -167,7 +167,7 @@ def test_layers_whose_weights_are_read_without_a_call_are_refused(family: str, c
 
 
 def test_projections_that_are_not_linear_layers_are_refused(cases: Mapping[str, Case]) -> None:
-    """GPT-2's are `Conv1D`, with their weights the other way round."""
+    """GPT-2's are `Conv1D`, whose weights are transposed."""
     refusal(cases["hf-gpt2"].spec, 80)
 
 
@@ -183,7 +183,7 @@ def test_without_peft_the_error_has_the_install_command(monkeypatch: pytest.Monk
     assert caught.value.fix == 'pip install "mopefuse[lora]"'
 
 
-# -- in a fusion
+# -- in a fusion model
 
 
 @pytest.mark.parametrize("method", ALL)
@@ -301,7 +301,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module", params=matrix(METHODS, ["conditional"]))
 def run(request: pytest.FixtureRequest, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """(folder, settings) of a small pair of hf, tuned by LoRA; not to be changed."""
+    """(folder, settings) of a small pair of transformers models, tuned by LoRA; tests must not change it."""
     out: Path = tmp_path_factory.mktemp("lora") / request.param
     train(config(pairs, **METHODS[request.param]), out)
     return out, METHODS[request.param]
@@ -318,7 +318,7 @@ def test_only_trained_weights_are_saved_and_no_encoder_weights(run: tuple[Path, 
     assert saved.keys() == model.trainable_state_dict().keys()
     of_encoders = {name for name in saved if name.startswith(("main.", "comp."))}
     assert of_encoders and all(name.endswith((".lora_A.default.weight", ".lora_B.default.weight")) for name in of_encoders)
-    assert all(saved[name].any() for name in of_encoders), "LoRA has learned"
+    assert all(saved[name].any() for name in of_encoders), "LoRA was trained"
     assert {name for name, p in model.named_parameters() if p.requires_grad} == set(model.named_trainable_parameters())
     assert sum(model.breakdown()[part] for part in model.breakdown() if part.startswith("LoRA")) == sum(
         saved[name].numel() for name in of_encoders
@@ -338,7 +338,7 @@ def test_a_resumed_run_is_equal_bit_for_bit(run: tuple[Path, dict[str, Any]], pa
 def test_an_export_predicts_like_the_run(
     run: tuple[Path, dict[str, Any]], form: str, pairs: Path, tmp_path: Path
 ) -> None:
-    """The parity of a graph with the model is checked on export; here that the model had LoRA in it, and its metrics."""
+    """Export compares the graph with the model; this test checks that the model included LoRA, and its metrics."""
     folder, _ = run
     done = call("export", folder, "-o", tmp_path / "out", "--format", form, "--json")
     assert done.returncode == 0, done.stderr
@@ -353,7 +353,7 @@ def test_an_export_predicts_like_the_run(
 
 
 def test_lora_weights_are_refused_for_another_encoder(pairs: Path, tmp_path: Path) -> None:
-    """What was learned was learned for these."""
+    """LoRA is only valid for the weights that it was trained with."""
     tiny = {"main": "tiny:vision", "comp": "tiny:text", **METHODS["conditional"]}
     train(config(pairs, 1, **tiny), tmp_path / "run")
     with pytest.raises(CheckpointError, match="not those that the run was trained with"):
@@ -362,7 +362,7 @@ def test_lora_weights_are_refused_for_another_encoder(pairs: Path, tmp_path: Pat
 
 @pytest.mark.process
 def test_trainable_parameters_match_the_definition_for_vit_b_and_bert_base() -> None:
-    """A is r x D_in, B is D_out x r: of timm's fused projection 3 D wide, of BERT's query and value D wide each."""
+    """A is r x D_in and B is D_out x r: for timm's fused projection 3 D wide, for BERT's query and value D wide each."""
     depth, width, rank, labels = 12, 768, 8, 101
     vit, bert = depth * rank * (width + 3 * width), depth * 2 * rank * (width + width)
     head = labels * 2 * width + labels

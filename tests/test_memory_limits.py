@@ -1,4 +1,4 @@
-"""Sizes that no machine has memory for are refused, and memory that runs out is an error of its own, not a bug."""
+"""Sizes that exceed any machine's memory are refused, and running out of memory is an error with its own code, not a bug."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TINY = {"main": "tiny:vision", "comp": "tiny:text"}
 
 
 def integers(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
-    """Paths of all settings that may be a whole number."""
+    """Paths of all settings that may be an integer."""
     found = []
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
@@ -113,7 +113,7 @@ def test_a_process_with_little_address_space_ends_with_one_line(
 ) -> None:
     arguments = {
         "train": f"train --main tiny:vision --comp tiny:text --device cpu --steps 1 --data {pairs} --out {tmp_path / 'run'}",
-        "predict": f"predict {trained} {pairs / 'test.jsonl'} -o {tmp_path / 'answers.jsonl'} --device cpu",
+        "predict": f"predict {trained} {pairs / 'test.jsonl'} -o {tmp_path / 'predictions.jsonl'} --device cpu",
         "--help": "--help",
     }[command]
     shell = f"ulimit -v {megabytes * 1024}; exec {sys.executable} -m mopefuse {arguments}"
@@ -125,4 +125,4 @@ def test_a_process_with_little_address_space_ends_with_one_line(
     if done.returncode == 7:
         assert done.stderr.splitlines()[-1].startswith("error[MF-RES-")
         assert "memory" in done.stderr or "address-space limit" in done.stderr
-        assert not (tmp_path / "answers.jsonl").exists()
+        assert not (tmp_path / "predictions.jsonl").exists()

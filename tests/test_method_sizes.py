@@ -1,6 +1,6 @@
 """How many parameters each method trains, with ViT-B as main and BERT-base as complementary encoder and 101 labels.
 
-Each number is written as the sum that the method's definition gives. Models are built without memory for their weights.
+Each number is written as the sum given by the method's definition. Models are built without memory for their weights.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from mopefuse.core import registry
 from mopefuse.encoders.base import Encoder, create_encoder
 
 D, DEPTH, N = 768, 12, 101
-HEAD = N * D + N  # on the feature of one side
+HEAD = N * D + N  # for the feature of one side
 BOTH = N * 2 * D + N
 STATIC, GATES = DEPTH * 6 * D, DEPTH * 12  # 6 tokens for images and 12 heads in each layer
 CONDITIONAL = (
     STATIC + GATES
     + 16 * DEPTH * 6 * D  # experts
     + DEPTH * 16 * (D + 1)  # router
-    + 80 * (D + 1) + 2 * 80 + DEPTH * (80 + 1) * D  # mapper: trunk, its norm, and a layer of its own for each layer
+    + 80 * (D + 1) + 2 * 80 + DEPTH * (80 + 1) * D  # mapper: trunk, its norm, and a separate linear map for each layer
 )  # fmt: skip
 PROJECTION = D * D + D
 MAPPING = (D + 1) * D // 2 + (D // 2 + 1) * D  # through half the width
@@ -63,7 +63,7 @@ SIZES: dict[str, int] = {
 
 @pytest.fixture(scope="module")
 def encoders() -> dict[str, Encoder]:
-    """Without memory for weights, once it is known where they can be prompted."""
+    """Encoders without memory for weights, created after the promptable layers are known."""
     specs = {"main": "timm:vit_base?pretrained=false", "comp": "hf:bert-base?pretrained=false"}
     return {side: create_encoder(spec).to("meta") for side, spec in specs.items()}
 

@@ -1,4 +1,4 @@
-"""Metrics: against computations by hand and scikit-learn, at their limits, and as JSON."""
+"""Metrics compared with computations by hand and with scikit-learn, at their limits, and as JSON."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_metrics_equal_scikit_learn(seed: int) -> None:
     assert got["accuracy"] == pytest.approx(sk.accuracy_score(single.numpy(), said))
     assert got["f1_macro"] == pytest.approx(sk.f1_score(single.numpy(), said, average="macro"))
     many = (torch.rand(40, 4, generator=draw) < 0.4).float()
-    many[:, 0] = 1  # no sample without labels, and each label there
+    many[:, 0] = 1  # every sample has a label, and every label occurs
     many[0] = 1
     got, chosen = compute(logits_SN, many, multi_label=True), (logits_SN >= 0).numpy()
     for average in ("micro", "macro", "samples"):
@@ -144,7 +144,7 @@ def test_metrics_are_plain_numbers_that_json_takes() -> None:
 
 
 def best_f1_by_trial(p_S: list[float], y_S: list[int]) -> float:
-    """The best F1 over every set that a threshold can cut off."""
+    """The best F1 over every set that a threshold can select."""
     best = 0.0
     for threshold in [*p_S, 2.0]:
         chosen = [p >= threshold for p in p_S]

@@ -1,4 +1,4 @@
-"""Samples that lack a modality: what stands in for it, how training meets them, and what is told of it."""
+"""Samples that lack a modality: what replaces it, how it occurs in training, and what is reported."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ METHODS: list[dict[str, Any]] = [
 
 
 def heard(comp: Any = "tiny:text", **options: Any) -> Fusion:
-    """A model that learns absence, with weights that say something."""
+    """A model with replacement vectors, and weights for which differences show."""
     torch.manual_seed(0)
     model = build(comp=comp, experts=4, data={"on_missing": "absent"}, **options)
     open_gates(model)
@@ -70,9 +70,9 @@ def test_missing_values_change_only_the_predictions_of_their_own_rows(options: d
             model(batch).logits
             for batch in (whole, without(whole, "comp", []), without(whole, "comp", [1, 2]), without(other, "comp", [1, 2]))
         )
-    assert torch.equal(full, none), "a mask of nothing changes an answer"
+    assert torch.equal(full, none), "an empty mask changes a prediction"
     assert torch.equal(full[[0, 3]], some[[0, 3]])
-    assert torch.equal(some, same), "an answer depends on a text that is missing"
+    assert torch.equal(some, same), "a prediction depends on a missing text"
     assert not torch.allclose(full[[1, 2]], some[[1, 2]])
     alone = without(model.collate(images(4)[1:2], TEXTS[1:2]), "comp", [0])
     torch.testing.assert_close(model(alone).logits[0], some[1], atol=2e-5, rtol=1e-4)
@@ -90,7 +90,7 @@ def test_replacement_vectors_start_at_zero_and_are_trained_only_on_request() -> 
     assert model.absent["comp"].grad is not None and model.absent["comp"].grad.any()
     assert model.dependency_of("absent.comp") == "comp features" and model.learning_rate_group("absent.comp") == "main"
     model = heard(method="linear")
-    assert not model.absent, "nothing is trained after a closed form"
+    assert not model.absent, "a closed-form method trains nothing afterwards"
 
 
 def test_each_of_several_modalities_can_be_missing_by_itself() -> None:
@@ -100,7 +100,7 @@ def test_each_of_several_modalities_can_be_missing_by_itself() -> None:
     assert not torch.allclose(*answers)
     assert model.droppable_sides == ("main", "comp", "comp2")
     one_image_each = build(comp=["tiny:text", "tiny:vision"])
-    assert one_image_each.droppable_sides == ("comp",), "a sample with an image for one encoder has one for both"
+    assert one_image_each.droppable_sides == ("comp",), "if a sample has an image, both encoders get it"
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_either_predicts_from_the_complementary_side_alone() -> None:
     some = model(model.collate([pictures[0], None, pictures[2]], TEXTS[:3]))
     full = model(model.collate(pictures, TEXTS[:3]))
     assert torch.equal(some.logits[1], some.alone_BN[1]) and torch.equal(some.logits[[0, 2]], full.logits[[0, 2]])
-    assert torch.equal(full.alone_BN, some.alone_BN), "the answer of the complementary side alone looks at images"
+    assert torch.equal(full.alone_BN, some.alone_BN), "the prediction from the complementary side alone depends on images"
     batch = replace(model.collate(pictures, TEXTS[:3]), targets=torch.tensor([0, 1, 2]))
     both = classification_loss(full, batch, multi_label=False)
     one = classification_loss(full._replace(alone_BN=None), batch, multi_label=False)
@@ -153,7 +153,7 @@ def test_either_predicts_from_the_complementary_side_alone() -> None:
     torch.testing.assert_close(both, one + cross)
     model.zero_grad()
     one = torch.autograd.grad(one, model.head.weight, retain_graph=True)[0]
-    assert torch.equal(one, torch.autograd.grad(both, model.head.weight)[0]), "the second head changes what the first learns"
+    assert torch.equal(one, torch.autograd.grad(both, model.head.weight)[0]), "the second head affects the first"
 
 
 def test_with_either_late_concat_handles_a_missing_main_modality() -> None:

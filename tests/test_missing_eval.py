@@ -1,4 +1,4 @@
-"""What a model loses where a modality is missing: in evaluation, in predictions, in bundles, and in the report."""
+"""The loss in accuracy if a modality is missing: in evaluation, predictions, bundles, and the report."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def kept_in(run: Path, seed: int = 0) -> Any:
-    """What `eval --missing` kept of the test split, of the selected checkpoint."""
+    """The saved result of `eval --missing` for the test split and the selected checkpoint."""
     step = json.loads((run / "metrics.json").read_text())["selected_step"]
     return json.loads((run / f"missing-test-step-{step}-seed-{seed}.json").read_text())
 
@@ -179,7 +179,8 @@ def test_a_missing_fraction_includes_values_that_the_data_lack(pairs: Path, tmp_
 
 @pytest.fixture(scope="module")
 def either(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A run that does without either modality, and its data: of seven test rows two lack text, and one an image."""
+    """A run that can predict without either modality, and its data: of seven test rows, two lack text and one lacks an
+    image."""
     root = tmp_path_factory.mktemp("either")
     data = holes(pairs, root / "data", column="text")
     for split in ("train", "val", "test"):
@@ -208,7 +209,7 @@ def test_no_sample_loses_its_last_modality(either: tuple[Path, Path], monkeypatc
             (other,) = {"text", "image"} - {name}
             assert not lacks[other] & set(kept["orders"][name][:count]) and lacks[name] <= set(kept["orders"][name][:count])
     most = max(cell["rows"].get("text", 0) for cell in kept["cells"])
-    assert most == len(rows) - 1, "all that have an image"
+    assert most == len(rows) - 1, "all rows that have an image"
     said = json.loads(call("eval", run, "--missing", "text=0.6", "--missing", "image=0.4", "--json").stdout)
     assert said["cells"][0]["rows"] == {"text": 4, "image": 3} and len(rows) == 7
     assert (masks[-1]["text"] ^ masks[-1]["image"]).all() and not any((m["text"] & m["image"]).any() for m in masks)
@@ -264,8 +265,8 @@ def test_eval_and_predict_treat_an_empty_text_alike(pairs: Path, run: Path, tmp_
     shutil.copytree(pairs, data)
     rows = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
     write_rows(data / "test.jsonl", [{**row, "text": ""} for row in rows])
-    assert call("eval", run, "--data", data, "-o", tmp_path / "said.jsonl").returncode == 0
-    judged = [json.loads(line)["probabilities"] for line in (tmp_path / "said.jsonl").read_text().splitlines()]
+    assert call("eval", run, "--data", data, "-o", tmp_path / "predictions.jsonl").returncode == 0
+    judged = [json.loads(line)["probabilities"] for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     asked = [json.loads(line)["probabilities"] for line in call("predict", run, data / "test.jsonl").stdout.splitlines()]
     for one, other in zip(judged, asked, strict=True):
         assert one == pytest.approx(other, abs=2e-6)

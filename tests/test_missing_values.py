@@ -1,4 +1,4 @@
-"""Rows without a text, an image or anything else that a modality is: an error, left out, or kept and told of."""
+"""Rows that lack a text, an image or another modality: an error, skipped, or kept and marked."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def change(root: Path, split: str, number: int, **values: Any) -> None:
-    """Other values in a row; no column where one is `...`."""
+    """Replace values in a row; `...` removes the column."""
     path = root / f"{split}.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows[number] = {key: value for key, value in (rows[number] | values).items() if value is not ...}
@@ -65,7 +65,7 @@ def test_a_missing_value_is_handled_by_the_policy(data: Path, form: str, column:
         assert read(data).splits["train"].rows[4].values["text"] == GONE[form]
     else:
         assert code_of(lambda: read(data)).startswith("MF-DATA-")
-    for _ in range(2):  # once read, once from the cache
+    for _ in range(2):  # first read, then from the cache
         left = read(data, on_missing="skip")
         assert [row.line for row in left.splits["train"].rows] == [1, 2, 3, 4, *range(6, 13)]
         assert f"train.jsonl: 1 row without {modality} is left out" in left.notices
@@ -150,7 +150,7 @@ def test_images_without_captions_lack_the_text(tmp_path: Path) -> None:
     assert len(read(tmp_path, on_missing="skip").splits["val"].rows) == 3
 
 
-# -- which modalities there are
+# -- which modalities the data have
 
 
 def test_only_named_modalities_are_read(data: Path) -> None:
@@ -204,7 +204,7 @@ def test_a_column_exists_if_any_row_has_it(data: Path) -> None:
     assert read(data, on_missing="absent", text_col="txt").splits["train"].is_missing("text").all()
 
 
-# -- what a data set is
+# -- fingerprints and runs
 
 
 def test_the_policy_affects_the_fingerprint_only_if_values_are_missing(data: Path) -> None:
@@ -253,7 +253,7 @@ def test_values_missing_in_two_splits_are_not_leaks(data: Path) -> None:
     ]
 
 
-# -- what encoders get
+# -- inputs of encoders
 
 
 READERS = {"main": "tiny:vision", "comp": "tiny:text"}
@@ -306,7 +306,7 @@ def test_features_of_missing_values_are_those_of_a_blank_value(data: Path) -> No
         features = split_features(encoder, found, "train", config, CPU)
         assert origin in features.origin
         torch.testing.assert_close(features[torch.tensor([3, 7])], nothing.expand(2, -1), atol=1e-5, rtol=0)
-        assert torch.equal(features[torch.tensor([3])], features[torch.tensor([7])]), "one value, computed once"
+        assert torch.equal(features[torch.tensor([3])], features[torch.tensor([7])]), "one value is computed once"
         assert not torch.allclose(features[torch.tensor([0])], nothing, atol=1e-3)
 
 

@@ -1,4 +1,5 @@
-"""The method mlp: its definition, what it learns beyond `linear`, and that it is an ordinary run on cached features."""
+"""The method mlp: its definition, what it learns that `linear` cannot, and that its runs are ordinary runs on cached
+features."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ def config(data: Path, method: str = "mlp", /, **changed: Any) -> Any:
 
 
 def make_xor(root: Path, counts: dict[str, int]) -> Path:
-    """Light and dark images with one of two words: the label is "yes" for a light image with one, a dark one with the other."""
+    """Light and dark images with one of two words: the label is "yes" for a light image with the first word or a dark one with
+    the second."""
     rng = np.random.default_rng(0)
     (root / "images").mkdir(parents=True)
     for split, count in counts.items():
@@ -60,7 +62,7 @@ def xor(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Not to be changed."""
+    """A run that tests must not change."""
     out = tmp_path_factory.mktemp("mlp") / "run"
     train(config(pairs, train={"epochs": 2, "batch_size": 4}), out)
     return out

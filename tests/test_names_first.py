@@ -1,4 +1,4 @@
-"""What is wrong with the command itself is said before any data are read, with the flag that mends it."""
+"""Errors in the command itself are reported before any data are read, with the flag that fixes them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mopefuse.training import plan, swap
 
 @pytest.fixture
 def unread(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """What was read of data; nothing, if all is well."""
+    """What was read of the data; nothing, if the test passes."""
     asked: list[object] = []
     for module in (plan, swap):
         monkeypatch.setattr(module, "load_data", lambda *args, **how: asked.append(args) or pytest.fail("data were read"))

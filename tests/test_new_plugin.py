@@ -1,4 +1,4 @@
-"""What a plugin is made from: the package that ``mopefuse plugins new`` writes, and the names that are public."""
+"""Starting a plugin: the package that ``mopefuse plugins new`` writes, and the names that are public."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytest_plugins = ["plugin_cases"]
 
 
 def said(done: subprocess.CompletedProcess[str]) -> Any:
-    """The one JSON value on stdout."""
+    """Parse stdout as a single JSON value."""
     return json.loads(done.stdout)
 
 
@@ -66,7 +66,7 @@ def test_a_new_plugin_passes_its_own_test_and_can_be_inspected(fresh: tuple[Path
 
 @pytest.mark.process
 def test_the_contract_test_of_a_new_plugin_can_fail(fresh: tuple[Path, Path], tmp_path: Path) -> None:
-    """With attention to all tokens, padding or not, a text's answer depends on the batch that it is in."""
+    """With attention to padding, a text's features depend on its batch."""
     package = shutil.copytree(fresh[0], tmp_path / "package")
     module = package / "mopefuse_mel_2.py"
     code = module.read_text()
@@ -137,7 +137,7 @@ def test_a_new_plugin_needs_an_existing_folder(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-# -- what authors import
+# -- names that plugin authors import
 
 
 @pytest.mark.parametrize("package", ["mopefuse.encoders", "mopefuse.fusion"])

@@ -1,4 +1,4 @@
-"""A run is opened in one way: its model, its data set and the split, by whoever needs all three."""
+"""A run is opened in one way, with its model, its data set and the split."""
 
 from __future__ import annotations
 

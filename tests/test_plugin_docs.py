@@ -1,4 +1,4 @@
-"""docs/plugins.md: every block of it runs."""
+"""docs/plugins.md: every code block runs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def blocks(language: str) -> list[str]:
 
 
 def shown(tmp_path: Path) -> Path:
-    """Where everything after the first encoder is installed, as one module."""
+    """The folder where everything after the first encoder is installed, as one module."""
     site = tmp_path / "site"
     (site / "shown-1.0.dist-info").mkdir(parents=True)
     (site / "shown-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: shown\nVersion: 1.0\n")

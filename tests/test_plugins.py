@@ -1,4 +1,4 @@
-"""Plugins, really installed: what the good ones can do, and what the bad ones cannot do to anybody else."""
+"""Really installed plugins: what valid ones can do, and that broken ones do not affect anything else."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ STATES = {
 
 
 def said(done: subprocess.CompletedProcess[str]) -> Any:
-    """The one JSON value on stdout."""
+    """Parse stdout as a single JSON value."""
     return json.loads(done.stdout)
 
 
 def only(site: Path, tmp_path: Path, *plugins: str) -> Path:
-    """A folder in which but a few of the plugins are installed."""
+    """A folder in which only some of the plugins are installed."""
     folder = tmp_path / "-".join(["site", *plugins])
     folder.mkdir()
     for plugin in plugins:
@@ -53,7 +53,7 @@ def only(site: Path, tmp_path: Path, *plugins: str) -> Path:
     return folder
 
 
-# -- what is broken is listed, and breaks nothing else
+# -- broken plugins are listed and do not affect anything else
 
 
 @pytest.mark.parametrize("args", [("plugins", "list"), ("plugins", "list", "--json"), ("encoders",), ("encoders", "--json")])
@@ -114,7 +114,7 @@ def test_output_of_a_plugin_is_not_mixed_with_results(site: Path, here: pytest.M
     for said_by_it in ("from print", "from sys.__stdout__", "from the descriptor", "from a process", "from the constructor"):
         assert said_by_it in done.stderr
     add_site(here, site)
-    done = call("encoders", "inspect", "talks:vision", "--json")  # where sys.stdout is not the descriptor
+    done = call("encoders", "inspect", "talks:vision", "--json")  # where sys.stdout is not the file descriptor
     assert said(done)["modality"] == "image"
     assert "from print" in done.stderr and "from the constructor" in done.stderr
 
@@ -162,7 +162,7 @@ def test_a_package_with_unreadable_entry_points_is_ignored(
     assert {"tiny", "timm"} <= registry.available(registry.ENCODERS).keys()
 
 
-# -- names that several claim
+# -- name conflicts
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_a_full_name_selects_the_data_set_of_its_distribution(
 def test_a_run_keeps_its_plugins_regardless_of_later_installations(
     site: Path, pairs: Path, tmp_path: Path, here: pytest.MonkeyPatch
 ) -> None:
-    """Trained by plain names when there was one claim to them; a second plugin makes the names ambiguous, not the run."""
+    """Trained by plain names when only one plugin provided them; a second plugin makes the names ambiguous, but not the run."""
     run, swapped = tmp_path / "run", tmp_path / "swapped"
     plain = ("train", *TINY, "--main", "toy:vision", "--method", "both", "--data", pairs, "--out", run)
     add_site(here, only(site, tmp_path, "one"))
@@ -253,7 +253,7 @@ def test_a_run_keeps_its_plugins_regardless_of_later_installations(
         {"group": "mopefuse.encoders", "name": "toy", **of}, {"group": "mopefuse.fusion", "name": "both", **of}
     ]  # fmt: skip
     assert manifest["encoders"]["main"]["spec"] == "mopefuse-one:toy:vision"
-    assert call(*plain, "--steps", 2, "--resume").returncode == 0, "a plain name is no change to what it was recorded as"
+    assert call(*plain, "--steps", 2, "--resume").returncode == 0, "a plain name is not a change of the recorded one"
     add_site(here, site)
     assert call("eval", run).returncode == 0
     full = ("--main", "mopefuse-one:toy:vision", "--method", "mopefuse-one:both")
@@ -299,7 +299,7 @@ NEED = {"group": "mopefuse.encoders", "name": "toy", "distribution": "mopefuse-t
 def test_a_missing_plugin_is_an_error_with_the_version_to_install(
     site: Path, here: pytest.MonkeyPatch, need: dict[str, str], what: str, fix: str
 ) -> None:
-    """A plugin of the same name from another distribution is no substitute."""
+    """A plugin of the same name from another distribution is not accepted instead."""
     add_site(here, site)
     with pytest.raises(PluginError) as caught:
         registry.require([NEED | need], where="runs/a")
@@ -312,7 +312,7 @@ def test_a_plugin_of_the_recorded_distribution_is_accepted(site: Path, here: pyt
     registry.require([NEED | {"distribution": owner} for owner in ("mopefuse-one", "Mopefuse_Two")], where="")
 
 
-# -- names of nobody
+# -- unknown names
 
 
 def test_an_unknown_name_gives_a_suggestion_that_works(site: Path, here: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""PMF: its two stages against plain layers run on all tokens, its limits, and what learns."""
+"""PMF: its two stages compared with plain layers run on all tokens, its limits, and what is trained."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ def pmf(main: str = "tiny:vision", comp: str = "tiny:text", **options: Any) -> A
 
 
 class Stream(NamedTuple):
-    """One encoder as plain parts."""
+    """One encoder, divided into plain parts."""
 
-    tokens_BLD: Tensor  # that enter the first layer
+    tokens_BLD: Tensor  # tokens that enter the first layer
     real_BL: Tensor
     layers: list[Callable[[Tensor, Tensor], Tensor]]  # of tokens and the mask of keys (B, 1, 1, L)
     pool: Callable[[Tensor], Tensor]
 
 
 def by_definition(model: Any, streams: dict[str, Stream]) -> Tensor:
-    """Logits. In each stage the layer is run on everything, and what is not wanted of its outputs is dropped."""
+    """Compute logits by running the layer on everything in each stage, and dropping the outputs that are not needed."""
     x = {side: stream.tokens_BLD for side, stream in streams.items()}
 
     def run(side: str, layer: int, *extra: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ def test_no_activations_below_the_fusion_layers_are_stored_for_gradients() -> No
 
 
 def test_gradients_match_the_definition() -> None:
-    """The main encoder's fusion layers run twice; each run counts for what it is used for."""
+    """The main encoder's fusion layers run twice; each run contributes the gradient of what it is used for."""
     model = pmf(gate="none")
     batch = model.collate(images(5), TEXTS)
     streams = {side: tiny_stream(model.encoder(side), batch.inputs[side]) for side in ("main", "comp")}

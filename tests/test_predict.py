@@ -1,4 +1,5 @@
-"""New pairs get answers in their order, the same as evaluation gives; what is no pair gets an error and harms no other."""
+"""New pairs get predictions in input order, the same as in evaluation; an invalid pair gets an error and does not affect
+others."""
 
 from __future__ import annotations
 
@@ -40,7 +41,7 @@ def without(answer: dict[str, Any], *names: str) -> dict[str, Any]:
 
 
 def assert_alike(one: dict[str, Any], other: dict[str, Any]) -> None:
-    """Equal but for the last digits of probabilities, which depend on how many were computed at once."""
+    """Equal except for the last digits of probabilities, which depend on the batch size."""
     assert without(one, "probabilities") == without(other, "probabilities")
     assert one["probabilities"] == pytest.approx(other["probabilities"], abs=2e-5)
 
@@ -98,7 +99,7 @@ def test_a_folder_that_is_not_a_run_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def mixed(pairs: Path, tmp_path: Path) -> Path:
-    """Good pairs among what is none."""
+    """Valid pairs among invalid ones."""
     good = rows(pairs / "test.jsonl")
     images = tmp_path / "images"
     images.mkdir()
@@ -132,7 +133,7 @@ def test_predicting_only_invalid_rows_is_an_error(trained: Path, tmp_path: Path)
     assert "could not read any of 2 rows" in done.stderr and "--image-col photo" in done.stderr
     assert len(rows(tmp_path / "out.jsonl")) == 2
     (tmp_path / "in.csv").write_text("id,text,photo\n")
-    assert call("predict", trained, tmp_path / "in.csv").returncode == 0, "no rows, no answers"
+    assert call("predict", trained, tmp_path / "in.csv").returncode == 0, "an empty table is not an error"
 
 
 def test_strict_stops_at_the_first_invalid_row_and_writes_nothing(trained: Path, mixed: Path, tmp_path: Path) -> None:

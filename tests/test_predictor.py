@@ -1,4 +1,4 @@
-"""The runtime of a bundle: the same pixels and tokens as training, plain words for bad inputs, and no torch."""
+"""The runtime of a bundle: the same pixels and tokens as in training, clear messages for invalid inputs, and no torch."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def bundle(exported: Path) -> Bundle:
 def test_pixels_equal_those_of_torchvision(sides: tuple[int, int], size: tuple[int, int], resize: Any, how: str) -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*sides, 3), dtype=np.uint8))
     if max(sides) > 50 * min(sides):
-        return  # of a longer strip, only the middle is resized
+        return  # of longer images, only the middle is resized
     wanted = TF.resize(image, [resize] if isinstance(resize, int) else list(resize), v2.InterpolationMode(how), antialias=True)
     shrunk = pixels.shrink(image, resize, how)
     assert np.array_equal(shrunk, np.asarray(wanted))
@@ -124,7 +124,7 @@ def test_probabilities_equal_those_of_training(multi: bool) -> None:
         assert np.allclose(predictor.probabilities(logits, multi_label=multi), wanted, atol=1e-7)
 
 
-# -- inputs that are none
+# -- invalid inputs
 
 
 def good(bundle: Bundle) -> dict[str, Any]:
@@ -192,7 +192,7 @@ def test_a_bundle_refuses_a_checkpoint_and_an_unavailable_device(exported: Path)
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A virtual environment with mopefuse and what its runtime needs, and without torch."""
+    """A virtual environment with mopefuse and the packages that its runtime needs, but without torch."""
     folder = tmp_path_factory.mktemp("runtime") / "venv"
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
@@ -206,7 +206,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.process
 def test_a_bundle_predicts_without_torch(environment: Path, exported: Path, tmp_path: Path) -> None:
-    """First with onnxruntime, tokenizers, Pillow and numpy alone; then from the command line, which needs a few more."""
+    """First with only onnxruntime, tokenizers, Pillow and numpy; then on the command line, which needs a few more packages."""
     example = json.loads((exported / "example.json").read_text())
     python, clean = environment / "bin" / "python", {"PATH": os.environ["PATH"], "MOPEFUSE_CACHE": str(tmp_path / "cache")}
     program = (

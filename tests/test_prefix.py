@@ -1,4 +1,4 @@
-"""An encoder continues from the output of its first layers, and does not run those layers again."""
+"""An encoder can start from the output of its first layers, and then does not run those layers again."""
 
 from __future__ import annotations
 

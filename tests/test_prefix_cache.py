@@ -1,4 +1,4 @@
-"""Training starts at the first prompted layer: what enters it is computed once for each sample, and kept."""
+"""Training starts at the first prompted layer: the tokens that enter it are computed once per sample and cached."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ COURSES: dict[str, dict[str, Any]] = {
 
 
 class Notices(Listener):
-    """Keeps what the user is told."""
+    """Collects the notices for the user."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
@@ -102,7 +102,7 @@ def log(run: Path) -> list[dict[str, Any]]:
 
 
 def assert_same_course(one: Path, other: Path, tolerance: float = 1e-5) -> None:
-    """The same losses and validation losses at every step, up to rounding."""
+    """The same training and validation losses at every step, up to rounding."""
     first, second = log(one), log(other)
     assert [line["step"] for line in first] == [line["step"] for line in second]
     for left, right in zip(first, second, strict=True):
@@ -145,7 +145,7 @@ def layers_run(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     return found
 
 
-# -- the same run, for less
+# -- the same run at less cost
 
 
 @pytest.mark.parametrize("name", matrix(COURSES, ["plain", "text as main", "FiLM"]))
@@ -159,7 +159,7 @@ def test_a_run_with_the_cache_equals_one_without_it(data: Path, tmp_path: Path, 
 
 @pytest.mark.matrix
 def test_a_compiled_run_equals_an_uncompiled_one(data: Path, tmp_path: Path) -> None:
-    """Without noise and dropout, which compiled code draws from a generator of its own."""
+    """Without noise and dropout, which compiled code draws from its own generator."""
     texts = {"main": "tiny:text", "comp": "tiny:vision", "train__epochs": 1, "prompts__dropout": 0.0, "router__noise": False}
     for compiled in (True, False):
         train(settings(data, "on", **texts, train__compile=compiled), tmp_path / str(compiled))
@@ -208,14 +208,14 @@ def test_early_layers_run_once_for_each_sample_and_not_in_training(
 
 def test_no_image_is_opened_in_training_or_in_a_second_run(data: Path, tmp_path: Path, reads: list[str]) -> None:
     train(settings(data, train__epochs=3), tmp_path / "first")
-    assert reads.count("image") == sum(COUNTS.values()), "each once, and those of the test split in the test"
+    assert reads.count("image") == sum(COUNTS.values()), "each image once, and those of the test split in the final test"
     reads.clear()
     train(settings(data, train__epochs=3, prompts__experts=3), tmp_path / "second")
     assert reads.count("image") == COUNTS["test"]
 
 
 def test_a_resumed_run_is_equal_bit_for_bit(data: Path, tmp_path: Path) -> None:
-    """It was begun with `auto`, which became `on`; the second part says nothing, or `auto` again."""
+    """It was started with `auto`, which became `on`; the second part sets nothing, or `auto` again."""
     config = settings(data, "auto", data__prefix_precision="float16", train__checkpoint_every=3)
     whole = tmp_path / "whole"
     train(config, whole)
@@ -248,7 +248,7 @@ def test_two_processes_equal_one(data: Path, tmp_path: Path) -> None:
         assert "ran once for 16 different images" in done.stderr + done.stdout
     assert_same_course(tmp_path / "2", tmp_path / "1")
     shards = list((tmp_path / "cache-2").glob("prefixes/*/*"))
-    assert len(shards) == 4, "each process computed its share of both splits"
+    assert len(shards) == 4, "each process computed a part of both splits"
 
 
 def test_a_swapped_run_decides_again_whether_to_use_the_cache(data: Path, tmp_path: Path) -> None:
@@ -284,7 +284,7 @@ def test_if_early_layers_change_the_cache_is_not_used(data: Path, tmp_path: Path
 
 
 def test_an_encoder_that_ignores_the_prefix_is_not_cached(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As one of a plugin that ignores `start`: it would be trained on blank images."""
+    """For example a plugin's that ignores `start`: it would be trained on blank images."""
     monkeypatch.setattr(TinyEncoder, "_resume", lambda self, x_BLD: (0, x_BLD))
     assert code_of(lambda: train(settings(data, "on"), tmp_path / "on")) == "MF-CFG-360"
     for setting in ("auto", "off"):
@@ -342,7 +342,7 @@ def test_values_beyond_float16_turn_the_cache_off(data: Path, tmp_path: Path, mo
     assert RunFolder(tmp_path / "auto").config().data.cache_prefix == "off"
 
 
-# -- what is kept
+# -- what is stored
 
 
 def test_texts_are_stored_without_padding_and_padded_in_a_batch(data: Path) -> None:
@@ -400,7 +400,7 @@ def test_a_damaged_shard_is_computed_again(data: Path, folder: Path) -> None:
 
 @pytest.mark.parametrize("ends", [[-5, 1], [4, 2], [0, 0], [2**60], [1], []], ids=str)
 def test_a_shard_with_impossible_ends_is_not_read(data: Path, folder: Path, ends: list[int]) -> None:
-    """Its digests are right, as somebody else wrote it."""
+    """Its digests are correct, as if someone else had written it."""
     every = torch.arange(COUNTS["train"])
     expected = prefixes(data, "tiny:text", 1)[every]
     (shard,) = folder.glob("prefixes/*/*")

@@ -1,4 +1,4 @@
-"""What is common to all data sets that are prepared from their owners' files: whole or not at all, nothing lost unsaid."""
+"""What all prepared data sets have in common: complete or not at all, and nothing is lost silently."""
 
 from __future__ import annotations
 
@@ -279,7 +279,7 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-# -- sources that lack something, and options
+# -- incomplete sources, and options
 
 
 def test_a_missing_file_is_an_error_that_names_the_files_found(tmp_path: Path) -> None:
@@ -333,11 +333,11 @@ def test_the_option_images_accepts_only_link_or_copy(tmp_path: Path) -> None:
     assert code_of(lambda: prepare(MMIMDb, mm_imdb(tmp_path / "source"), tmp_path / "made", images="move")) == "MF-DATA-61"
 
 
-# -- a data set of somebody else
+# -- a data set from a plugin
 
 
 class Anagrams(Source):
-    """The least that a data set needs."""
+    """The minimum that a data set needs."""
 
     name = "anagrams"
     inputs = ("words",)

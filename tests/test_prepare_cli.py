@@ -1,4 +1,5 @@
-"""``mopefuse data prepare``: what it prints and refuses, that what it writes trains, and that it survives any bytes."""
+"""``mopefuse data prepare``: its output and errors, that its results can be used for training, and that it handles any
+bytes."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from mopefuse.data.snli_ve import LABELS, SNLIVE, Pair, read_pair
 
 
 def said(done: subprocess.CompletedProcess[str]) -> Any:
-    """The one JSON value on stdout."""
+    """Parse stdout as a single JSON value."""
     return json.loads(done.stdout)
 
 
@@ -202,7 +203,7 @@ def test_every_line_of_any_file_becomes_a_row_or_is_listed(
     content = b"\n".join(lines)
     (snli_ve(root / "source") / "snli_ve_dev.jsonl").write_bytes(content)
     if code_of(lambda: prepare(SNLIVE, root / "source", root / "made")) == "MF-DATA-66":
-        return  # no row at all
+        return  # not a single row
     about = json.loads((root / "made/dataset.json").read_text())
     of_dev = [line for line in (root / "made/skipped.jsonl").read_text().splitlines() if "snli_ve_dev" in line]
     assert about["rows"]["val"] + len(of_dev) == sum(bool(line.strip()) for line in content.split(b"\n"))

@@ -1,4 +1,4 @@
-"""UPMC Food-101: its titles files read line by line, its pages, and the cleaning that both can have."""
+"""UPMC Food-101: its titles files, parsed line by line, its pages, and the optional cleaning of both."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ def test_a_title_written_by_a_csv_writer_is_read_back(title: str) -> None:
 
 
 def test_an_unclosed_quote_does_not_affect_other_rows(tmp_path: Path) -> None:
-    """Python's csv module reads the rest of the file as one title."""
+    """Python's csv module would read the rest of the file as one title."""
     lines = ["a_1.jpg,One,a", 'a_2.jpg,"Two,a', *(f"a_{i}.jpg,More,a" for i in range(3, 100))]
     assert len(list(csv.reader(lines))) == 2
     (tmp_path / "titles.csv").write_text("\n".join(lines))

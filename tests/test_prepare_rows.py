@@ -1,4 +1,4 @@
-"""Rows of MM-IMDB and SNLI-VE as they are worked out by hand, and how validation rows are held out of training rows."""
+"""Rows of MM-IMDB and SNLI-VE compared with rows worked out by hand, and how validation rows are held out of training rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the probe believes, on a model whose attention is fed in ways that are known; and what it refuses, and why."""
+"""What the probe accepts, on a model whose attention gets its inputs in known ways; and what it rejects, and why."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ D = 24
 
 
 class Attention(nn.Module):
-    """Attention with every habit that models have, each to be switched on."""
+    """Attention with every variation that models have, each of which can be enabled."""
 
     def __init__(self, **habits: Any) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Attention(nn.Module):
         if windows == "of an image":
             x = x.unflatten(1, (3, L // 3)).transpose(1, 2).flatten(0, 1)  # tokens in another order, images apart
         elif windows == "mixed":
-            x = x.unflatten(1, (3, L // 3)).transpose(0, 1).flatten(0, 1)  # windows of all images by turns
+            x = x.unflatten(1, (3, L // 3)).transpose(0, 1).flatten(0, 1)  # windows of all images in turn
         q, k, v = self.project(x)
         if self.habits.get("rotary"):
             angle = torch.arange(k.shape[2])[:, None] / torch.arange(1, E // 2 + 1)

@@ -1,4 +1,4 @@
-"""The prompt stack: the definition by hand, its limits, what learns, and how routing behaves.
+"""The prompt stack: compared with its definition, its limits, what is trained, and how routing behaves.
 
 Shapes: B batch, N layers, K experts, P prompt tokens, D width, C conditioning width.
 """
@@ -111,7 +111,7 @@ def test_routing_does_not_depend_on_the_scale_of_psi_and_does_not_start_saturate
         conditioned(i, torch.randn(200, 6, WIDTHS[i]), None)
     weights_BNK = conditioned.routing()
     entropy = -(weights_BNK * weights_BNK.log()).sum(-1).mean() / math.log(16)
-    assert 0.7 < entropy < 0.995, f"mean entropy {entropy:.3f} of the uniform one: saturated, or blind"
+    assert 0.7 < entropy < 0.995, f"mean entropy {entropy:.3f} of the uniform one: saturated, or constant"
 
 
 @pytest.mark.parametrize("kind", ["cross", "joint"])
@@ -141,7 +141,7 @@ def test_noise_has_the_variance_given_in_the_paper() -> None:
     with torch.no_grad():
         routed = router(scores, 0, torch.zeros(4000, 1, 8), None)
     shift_BK = routed.weights_BK.log() - routed.clean_BK.log()
-    noise_BK = shift_BK - shift_BK.mean(-1, keepdim=True)  # the softmax leaves noise up to a constant per row
+    noise_BK = shift_BK - shift_BK.mean(-1, keepdim=True)  # the softmax determines noise up to a constant per row
     assert noise_BK.std() * math.sqrt(K / (K - 1)) == pytest.approx(1 / K, rel=0.05)
 
 

@@ -1,4 +1,4 @@
-"""A pt2 archive from anywhere runs no code: it loads as what was exported, or not at all."""
+"""A pt2 archive of any origin runs no code: it loads as the graph that was exported, or not at all."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def pt2(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small pt2 bundle; not to be changed."""
+    """A small pt2 bundle; tests must not change it."""
     folder = tmp_path_factory.mktemp("exports")
     run, out = folder / "run", folder / "pt2"
     for command in (
@@ -57,7 +57,7 @@ def sample() -> dict[str, torch.Tensor]:
 
 
 def answer(file: Path) -> list[np.ndarray[Any, Any]]:
-    """What the graph in a file says of it."""
+    """Run the graph in a file."""
     return [output.numpy() for output in load_pt2(file, CPU)(sample())]
 
 
@@ -79,7 +79,7 @@ def test_a_hostile_archive_is_refused_and_runs_no_code(
 
 @pytest.mark.parametrize("name", matrix(pt2_cases.RUNS_CODE, list(pt2_cases.RUNS_CODE)[:1]))
 def test_torch_alone_would_run_the_code_of_hostile_archives(name: str, content: pt2_cases.Content, tmp_path: Path) -> None:
-    """Else the test above would prove nothing."""
+    """Otherwise the test above would prove nothing."""
     hostile, canary = dict(content), tmp_path / "canary"
     pt2_cases.RUNS_CODE[name](hostile, canary)
     pt2_cases.write(tmp_path / "model.pt2", hostile)
@@ -160,7 +160,7 @@ def test_a_zip_file_of_another_kind_is_refused(name: str, content: pt2_cases.Con
 
 
 def test_parts_that_a_graph_does_not_need_are_never_read(pt2: Path, content: pt2_cases.Content, tmp_path: Path) -> None:
-    """Guards and notes on nodes are code or names of it: a graph with other ones is the same graph."""
+    """Guards and notes on nodes contain code or names of code; a graph with other ones is the same graph."""
     hostile, canary = dict(content), tmp_path / "canary"
 
     def change(program: Any) -> None:
@@ -200,17 +200,17 @@ def test_a_graph_with_unexpected_outputs_is_refused(pt2: Path, content: pt2_case
     assert done.returncode == 6 and "MF-CKPT-200" in done.stderr
 
 
-# -- any change
+# -- random changes
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The way to every value in JSON."""
+    """The paths of all values in JSON."""
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return [path] + [place for key, one in inner for place in places(one, (*path, key))]
 
 
 def mutate_json(data: bytes, draw: random.Random, canary: Path) -> bytes:
-    """One value replaced, removed or repeated."""
+    """Replace, remove or repeat one value."""
     value = json.loads(data)
     path = draw.choice(places(value)[1:])
     parent = value
@@ -234,7 +234,7 @@ def mutate_json(data: bytes, draw: random.Random, canary: Path) -> bytes:
 
 
 def mutate(content: pt2_cases.Content, seed: int, file: Path, canary: Path) -> None:
-    """An archive with one change: to a value of JSON, to bytes of a record or of the file, or to the name of a record."""
+    """Make one change to an archive: to a JSON value, to bytes of a record or of the file, or to the name of a record."""
     draw, changed = random.Random(seed), dict(content)
     kind = seed % 4
     name = draw.choice(sorted(changed) if kind else [pt2_cases.PROGRAM, pt2_cases.WEIGHTS, pt2_cases.CONSTANTS])

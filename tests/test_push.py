@@ -1,4 +1,4 @@
-"""A run that is pushed is a run for others: the same answers, whole or refused, and nothing sent that was not shown."""
+"""A pushed run works for others: the same predictions, complete or refused, and nothing is sent that was not listed first."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def hub() -> Iterator[FakeHub]:
 
 @pytest.fixture
 def move(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Move:
-    """Makes this process one on a machine of that name, which knows `hub` only and has caches of its own."""
+    """A function that turns this process into one on another machine, which knows only `hub` and has its own caches."""
 
     def to(machine: str, *, token: str = OWNER, offline: bool = False) -> None:
         hub.known_here(monkeypatch, tmp_path / machine, token, offline=offline)
@@ -50,13 +50,13 @@ def move(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Move:
 
 @pytest.fixture(scope="module")
 def adapter(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The adapter of a run; not to be changed."""
+    """The adapter of a run; tests must not change it."""
     return adapter_of(trained, tmp_path_factory.mktemp("adapters") / "one")
 
 
 @pytest.fixture(scope="module")
 def other(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The adapter of a run that learned something else; not to be changed."""
+    """The adapter of a differently trained run; tests must not change it."""
     folder = tmp_path_factory.mktemp("adapters")
     done = call("train", *TINY, "--data", pairs, "--out", folder / "run", "--steps", "2", "--seed", "9")
     assert done.returncode == 0, done.stderr
@@ -89,14 +89,14 @@ def only_object(text: str) -> dict[str, Any]:
     return value
 
 
-# -- there and back
+# -- push and load
 
 
 @pytest.mark.process
 def test_another_machine_gets_the_same_predictions_also_offline(
     trained: Path, pairs: Path, hub: FakeHub, tmp_path: Path
 ) -> None:
-    """In processes of their own, as people use it: what huggingface_hub reads is what the environment says."""
+    """In separate processes, as in practice, because huggingface_hub reads the environment when it is imported."""
     mine, theirs = hub.environment(tmp_path / "mine"), hub.environment(tmp_path / "theirs", READER)
     pushed = run_cli("push", trained, REPO, "--json", **mine)
     assert pushed.returncode == 0, pushed.stderr
@@ -124,13 +124,13 @@ def test_only_the_adapter_is_sent_in_one_commit(trained: Path, pairs: Path, hub:
     assert said["files"] == {name: len(content) for name, content in repo.files.items()}
     assert repo.files["README.md"].startswith(b"---\nlibrary_name: mopefuse\n") and b"# model\n" in repo.files["README.md"]
     everything = b"\0".join(repo.files.values())
-    assert str(pairs).encode() in (trained / "config.yaml").read_bytes(), "else nothing is proved"
+    assert str(pairs).encode() in (trained / "config.yaml").read_bytes(), "otherwise the test proves nothing"
     for path in (pairs, trained):
         assert str(path).encode() not in everything and str(path.parent).encode() not in everything
 
 
 def test_the_files_are_listed_before_anything_is_sent(trained: Path, hub: FakeHub, move: Move) -> None:
-    move("mine", token=READER)  # whose first attempt to send ends it
+    move("mine", token=READER)  # the first attempt to send ends the process
     done = call("push", trained, REPO)
     assert (done.returncode, done.stdout) == (5, "")
     shown = re.findall(r"^  (\S+)  (\d\S* k?B)$", done.stderr, re.MULTILINE)
@@ -175,7 +175,7 @@ def test_a_public_repository_is_written_to_only_on_request(adapter: Path, other:
 
 def test_a_private_repository_stays_private(adapter: Path, other: Path, hub: FakeHub, move: Move) -> None:
     assert call("push", adapter, REPO).returncode == 0
-    done = call("push", other, MODEL, "--public", "--json")  # the prefix may be left on
+    done = call("push", other, MODEL, "--public", "--json")  # the name may include the prefix
     assert done.returncode == 0 and only_object(done.stdout)["private"] is True
     assert hub.repos[REPO].private and hub.repos[REPO].files == files_of(other)
 
@@ -208,12 +208,12 @@ def test_a_damaged_folder_is_not_pushed(adapter: Path, hub: FakeHub, move: Move,
     done = call("push", tmp_path, REPO)
     assert done.returncode == 6 and "weights.safetensors" in done.stderr
     assert call("push", tmp_path / "nowhere", REPO).returncode == 6
-    assert call("push", adapter, REPO, "--checkpoint", "last").returncode == 6, "an adapter has one checkpoint only"
+    assert call("push", adapter, REPO, "--checkpoint", "last").returncode == 6, "an adapter has only one checkpoint"
     assert hub.asked == []
 
 
 def altered(content: bytes) -> bytes:
-    """As long, and one bit of the last weight is another."""
+    """Return the same number of bytes, with one bit of the last weight flipped."""
     return content[:-1] + bytes([content[-1] ^ 1])
 
 
@@ -224,7 +224,7 @@ def test_an_invalid_repository_name_is_refused(name: str, trained: Path, hub: Fa
     assert hub.asked == []
 
 
-# -- what may go wrong on the way
+# -- errors of the hub
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_an_unreachable_hub_is_explained(
     assert done.returncode == 5 and "MF-ENC-59" in done.stderr, done.stderr
     done = call("predict", MODEL, *question(pairs))
     assert done.returncode == 5 and ("MF-ENC-36" if how == "offline" else "MF-ENC-37") in done.stderr, done.stderr
-    assert "pretrained" not in done.stderr, "advice for encoders does not help with a model"
+    assert "pretrained" not in done.stderr, "the fix for encoders does not apply to a model"
 
 
 # -- reading
@@ -297,7 +297,7 @@ def test_every_command_accepts_a_model_from_the_hub(
     assert swapped.returncode == 0, swapped.stderr
     assert json.loads((tmp_path / "swapped" / "swap.json").read_text())["from"] == MODEL
     done = call("eval", MODEL, "--data", pairs, "--json")
-    assert only_object(done.stdout)["predictions"] is None and files_of(locate(MODEL)) == files_of(adapter), "it is as it was"
+    assert only_object(done.stdout)["predictions"] is None and files_of(locate(MODEL)) == files_of(adapter), "it is unchanged"
 
 
 def test_a_cached_model_is_not_downloaded_again(adapter: Path, pairs: Path, hub: FakeHub, move: Move) -> None:
@@ -309,7 +309,7 @@ def test_a_cached_model_is_not_downloaded_again(adapter: Path, pairs: Path, hub:
     assert ask(MODEL, pairs) == first and hub.asked == []
     move("mine", offline=True)
     assert ask(MODEL, pairs) == first
-    (locate(MODEL) / "weights.safetensors").unlink()  # damaged, and made again from what huggingface_hub keeps
+    (locate(MODEL) / "weights.safetensors").unlink()  # damaged, and restored from the cache of huggingface_hub
     assert ask(MODEL, pairs) == first and hub.asked == []
 
 
@@ -343,7 +343,7 @@ def test_files_of_two_commits_are_never_mixed(adapter: Path, other: Path, pairs:
     assert done.returncode == 5 and "MF-ENC-44" in done.stderr, done.stderr
     hub.fails = {}
     hub.commit(REPO, files_of(other))
-    assert ask(MODEL, pairs) == ask(adapter, pairs), "the rest of what was begun"
+    assert ask(MODEL, pairs) == ask(adapter, pairs), "the rest of the files of the same commit"
 
 
 def test_a_missing_or_inaccessible_repository_is_an_error(adapter: Path, pairs: Path, hub: FakeHub, move: Move) -> None:
@@ -364,12 +364,12 @@ def test_a_missing_or_inaccessible_repository_is_an_error(adapter: Path, pairs: 
 
 
 def naming(name: str) -> Callable[[bytes], bytes]:
-    """A manifest with one more file."""
+    """A manifest that lists one more file."""
     more = f'"files": {{"{name}": {{"size": 4, "sha256": "{hashlib.sha256(b"evil").hexdigest()}"}},'
     return lambda manifest: manifest.replace(b'"files": {', more.encode())
 
 
-SPOILT: dict[str, tuple[dict[str, Any], str]] = {  # name of a file to its content, or to what becomes of it
+SPOILT: dict[str, tuple[dict[str, Any], str]] = {  # name of a file to its content, or to a function that changes it
     "no manifest": ({"manifest.json": None}, "does not hold a mopefuse model"),
     "a manifest that is no JSON": ({"manifest.json": b"<html>"}, "manifest.json is damaged"),
     "no list of files": ({"manifest.json": b'{"format": 1, "kind": "adapter"}'}, "names no files"),

@@ -1,4 +1,4 @@
-"""What Python hands over is prepared as the same thing in a file is: images of every kind, paths, arrays, single values."""
+"""Values from Python are prepared like the same values in files: images of every kind, paths, arrays, single values."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Forms(dict[str, Predictor]):
-    """The same model in every form, exported when it is first used."""
+    """The same model as a run, an adapter and bundles, each exported when it is first used."""
 
     def __init__(self, run: Path, places: dict[str, Path], folder: Path) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ def test_collate_gives_the_pixels_of_the_file(name: str, folder: Path, model: Fu
     for value in (Image.open(folder / name), folder / name, str(folder / name)):
         assert torch.equal(pixels_of(model, value), wanted)
     plain = preprocess.item(Image.open(folder / name).convert("RGB"))
-    assert torch.equal(plain, wanted) == (name not in LOST), "the test has to be able to fail"
+    assert torch.equal(plain, wanted) == (name not in LOST), "otherwise the test could not fail"
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -1,4 +1,4 @@
-"""The README is short, and what it shows works as it stands."""
+"""The README is short, and its code works as shown."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_every_command_and_every_piece_of_python_runs(tmp_path: Path, monkeypatc
     (recipe,) = blocks(README, "yaml")
     monkeypatch.chdir(furnish_for_readme(tmp_path, recipe))
     assert run_page(README) >= 7
-    assert len((tmp_path / "answers.csv").read_text().splitlines()) == 6
+    assert len((tmp_path / "predictions.csv").read_text().splitlines()) == 6
 
 
 def test_every_link_and_picture_exists() -> None:

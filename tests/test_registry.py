@@ -1,4 +1,4 @@
-"""Names to implementations: specs as users type them, and entry points of whoever is installed."""
+"""From names to implementations: specs as users type them, and entry points of installed distributions."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_listing_imports_no_encoder_and_no_torch() -> None:
 
 
 class Installed(Distribution):
-    """A distribution that is nowhere but here."""
+    """A distribution that exists only in this test."""
 
     def __init__(self, name: str) -> None:
         self._called = name
@@ -115,7 +115,7 @@ Install = Callable[..., None]
 
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Install]:
-    """Put entry points in front of those that are installed."""
+    """Put entry points in front of the installed ones."""
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "plug_fails.py").write_text("raise RuntimeError('no such device')")
     (tmp_path / "plug_exits.py").write_text("import sys; sys.exit(3)")
@@ -175,7 +175,8 @@ def test_a_clash_is_an_error_with_both_distributions_only_when_the_name_is_used(
     ],
 )
 def test_a_spec_may_name_its_distribution(install: Install, text: str, scheme: str, name: str) -> None:
-    """A built-in scheme is never a distribution; a distribution with a scheme of its own name is found under both."""
+    """A built-in scheme is never a distribution; a distribution that provides a scheme of its own name can be addressed both
+    ways."""
     install(claim("audio", "audio", "a:A"), claim("mopefuse-x", "y", "a:A"), claim("hf", "C", "a:A"))
     spec = parse_spec(text)
     assert (spec.scheme, spec.name) == (scheme, name)

@@ -42,7 +42,7 @@ def design(x: Tensor, labels: int) -> Design:
 
 
 def correlated(rows: int, width: int, *, seed: int = 0) -> Tensor:
-    """Features whose covariance has eigenvalues that fall as those of real encoders do; every deviation is 1."""
+    """Features whose covariance has eigenvalues that decrease like those of real encoders; every deviation is 1."""
     random = torch.Generator().manual_seed(seed)
     turned = torch.linalg.qr(torch.randn(width, width, generator=random))[0]
     x = torch.randn(rows, width, generator=random) / torch.arange(1, width + 1) @ turned
@@ -57,7 +57,7 @@ def classes(x: Tensor, labels: int, *, seed: int = 1, sure: float = 2.0) -> Tens
 
 
 def several(x: Tensor, labels: int, *, seed: int = 1) -> Tensor:
-    """Labels from a rare one, at about 1 in 50, to one that half of the samples have."""
+    """Labels of different frequency, from about 1 in 50 samples to half of them."""
     random = torch.Generator().manual_seed(seed)
     score = x @ torch.randn(x.shape[1], labels, generator=random)
     share = torch.sigmoid(2 * score / score.std(dim=0) + torch.linspace(-6, 0, labels))
@@ -82,7 +82,7 @@ PROBLEMS: dict[str, tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]] = {
 
 
 def objective(x: Tensor, y: Tensor, weight: np.ndarray, bias: np.ndarray, strength: float, balanced: bool) -> np.ndarray:
-    """scikit-learn's objective, in float64: of each label, or of all classes together."""
+    """scikit-learn's objective in float64, for each label, or for all classes together."""
     logits = x.double() @ torch.from_numpy(weight).double().T + torch.from_numpy(bias).double()
     if y.ndim == 2:
         losses = torch.nn.functional.binary_cross_entropy_with_logits(logits, y.double(), reduction="none")
@@ -108,7 +108,7 @@ def by_scikit_learn(x: Tensor, y: Tensor, strength: float, balanced: bool) -> tu
 
 
 def solved(x: Tensor, y: Tensor, balanced: bool, strengths: tuple[float, ...]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Ours for one strength after another; of two classes the one row that scikit-learn has."""
+    """Our solutions for one C after another; for two classes the single row that scikit-learn has."""
     labels = y.shape[1] if y.ndim == 2 else int(y.max()) + 1
     wanted = how(labels, multi_label=y.ndim == 2, balanced=balanced)
     fitted = (binary_problem if wanted.multi_label else multinomial_problem)(design(x, labels), y, wanted)
@@ -136,7 +136,7 @@ def test_the_optimum_equals_scikit_learns(
         if exact:
             features = x.double().numpy()
             logits, expected = (features @ part[0].T + part[1] for part in ((weight, bias), theirs))
-            if y.ndim == 1 and logits.shape[1] > 1:  # what is added to all classes changes nothing
+            if y.ndim == 1 and logits.shape[1] > 1:  # adding a constant to all classes changes nothing
                 logits, expected = (each - each.mean(axis=1, keepdims=True) for each in (logits, expected))
             np.testing.assert_allclose(logits, expected, atol=2e-3, rtol=2e-3)
 
@@ -216,7 +216,7 @@ def fit(x: Tensor, y: Tensor, wanted: FitSettings) -> Regression:
 
 
 class Recorder:
-    """A table that notes how many rows are read at once."""
+    """A table that records how many rows are read at once."""
 
     def __init__(self, x: Tensor) -> None:
         self.x, self.reads = x, list[int]()
@@ -243,8 +243,8 @@ def test_a_table_larger_than_memory_is_read_in_blocks_with_identical_results(
         found.append(fit_heads({"head": ("main",)}, fold, fold, wanted)[0])
         reads.append(table.reads)
     assert all(torch.equal(found[0][name], other[name]) for other in found[1:] for name in found[0])
-    assert max(map(max, reads)) <= 125, "a block, or what the covariance is estimated from"
-    assert len(reads[0]) < len(reads[1]) == len(reads[2]), "kept where there is room"
+    assert max(map(max, reads)) <= 125, "a block, or the rows for the covariance estimate"
+    assert len(reads[0]) < len(reads[1]) == len(reads[2]), "blocks are cached if memory allows"
 
 
 def test_many_labels_are_fitted_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,14 +313,14 @@ def test_each_problem_is_minimised_independently() -> None:
     start_GP[1] = goal_GP[1]  # solved from the start
     found = minimise(quadratic, start_GP, tolerance=1e-12, noise=1e-15, max_iter=500)
     torch.testing.assert_close(found, goal_GP, atol=1e-4, rtol=1e-4)
-    assert asked[0] == 4 and max(asked[1:]) <= 3, "what is solved is asked no more"
+    assert asked[0] == 4 and max(asked[1:]) <= 3, "solved problems are not evaluated again"
     cut = minimise(quadratic, start_GP, tolerance=1e-12, noise=1e-15, max_iter=2)
     assert torch.isfinite(cut).all() and not torch.allclose(cut, goal_GP, atol=1e-4)
 
 
 def test_the_line_search_backtracks_from_overflow() -> None:
     def steep(x_AP: Tensor, index_A: Tensor) -> Evaluation:
-        value_A = (x_AP.exp() - 2 * x_AP).sum(dim=-1)  # the first step, by a curvature of 1e-3, is to 1000
+        value_A = (x_AP.exp() - 2 * x_AP).sum(dim=-1)  # with a curvature of 1e-3, the first step goes to 1000
         return Evaluation(value_A, x_AP.exp() - 2, torch.full_like(x_AP, 1e-3))
 
     found = minimise(steep, torch.zeros(2, 1, dtype=torch.double), tolerance=1e-12, noise=1e-15, max_iter=200)

@@ -1,4 +1,4 @@
-"""What is no regular file is refused at once wherever a run is read: nobody waits for the other end of a pipe."""
+"""Irregular files are rejected immediately wherever a run is read: nothing waits for the other end of a pipe."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ KINDS = [as_pipe, as_folder, as_device, as_dangling_link]
 
 @pytest.fixture(autouse=True)
 def alarm() -> Iterator[None]:
-    """What waits for a pipe is woken, and fails."""
+    """Interrupts and fails a test that waits for a pipe."""
 
     def wake(*_: object) -> None:
         raise TimeoutError("it waits")

@@ -1,4 +1,4 @@
-"""The page of a run: whole, harmless, right in its numbers, and looked at in a browser where there is one."""
+"""The page of a run: complete, harmless, with correct numbers, and rendered in a browser if there is one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ROUTING = ["usage", "routing-training", "classes", "experts"]
 
 @pytest.fixture
 def run(reported: Path) -> Path:
-    """A run of two steps with its page; not to be changed."""
+    """A run of two steps with its page; tests must not change it."""
     return reported
 
 
@@ -52,7 +52,7 @@ def test_the_page_has_every_section_and_explains_its_numbers(run: Path) -> None:
 def test_the_page_loads_nothing_and_runs_only_its_own_scripts(run: Path) -> None:
     page = page_of(run)
     page.check_harmless()
-    assert len(page.scripts) == 3, "data, library, and what sorts and filters"
+    assert len(page.scripts) == 3, "data, library, and the script for sorting and filtering"
     assert not {"link", "iframe", "object", "a", "form"} & {tag for tag, _ in page.elements}
     html = (run / "report.html").read_text(encoding="utf-8")
     without = re.sub("<script.*?</script>", "", html, flags=re.DOTALL)
@@ -65,7 +65,7 @@ def test_every_chart_has_a_table_of_its_numbers(run: Path) -> None:
     names = page.charts()
     assert names >= {"audit", "parameters", "confusion", "calibration", "loss", "validation", "usage", "entropy", "classes"}
     numbers = [attributes for attributes in page.all("details") if attributes.get("class") == "numbers"]
-    assert len(numbers) == len(names) - 1, "those of the audit are in its own table"
+    assert len(numbers) == len(names) - 1, "the audit's numbers are in its own table"
     assert "JavaScript is off" in page.text
     assert all(attributes["aria-label"] for attributes in page.all("div") if "data-chart" in attributes)
 
@@ -167,7 +167,7 @@ def test_mistakes_are_wrong_predictions_with_the_highest_loss_first(run: Path) -
     logits_SN[5, 2], logits_SN[6, 0], logits_SN[3, 0] = 1, 1, 1
     section = run_errors.mistakes(facts_of(run, logits_SN=logits_SN))
     assert section is not None
-    assert re.findall(r">(test-\d)</code>", section.body) == ["test-2", "test-1"] * 2, "with a picture, and in the table"
+    assert re.findall(r">(test-\d)</code>", section.body) == ["test-2", "test-1"] * 2, "on a card, and in the table"
     assert "2 of 7 predictions on test are wrong" in section.body
     right = torch.nn.functional.one_hot(facts_of(run).targets, 3).float()
     assert run_errors.mistakes(facts_of(run, logits_SN=right)) is None
@@ -193,7 +193,7 @@ def test_classes_by_expert_are_shown_for_one_layer_at_a_time(run: Path) -> None:
     routing_SLK[:, 4, 1] = 1 - routing_SLK[:, 4, 0]
     section = next(part for part in run_routing.sections(facts_of(run, routing_SLK=routing_SLK)) if part.key == "classes")
     names = ["classes-layer-1", "classes-layer-3", "classes", "classes-layer-6"]
-    assert [chart.name for chart in section.charts] == names, "first, middle, the one that tells most, last"
+    assert [chart.name for chart in section.charts] == names, "first, middle, most informative, last"
     page = Page(str(section.body))
     chosen = [attributes["id"] for attributes in page.all("input") if "checked" in attributes]
     assert (len(page.all("input")), chosen) == (4, ["layer-3"])
@@ -215,7 +215,7 @@ def test_routing_is_collapsed_if_the_model_does_not_use_its_condition(run: Path)
         assert keys(page) == ROUTING
         assert ("The audit found no sign that the model uses the text" in page.text) == (not matters)
     open_ = run_routing.sections(facts_of(run, routing_SLK=routing_SLK))
-    assert {section.folded for section in open_} == {""}, "without an audit nobody knows"
+    assert {section.folded for section in open_} == {""}, "without an audit it is unknown"
 
 
 def test_routing_by_step_is_shown_for_a_few_layers(run: Path) -> None:
@@ -227,7 +227,7 @@ def test_routing_by_step_is_shown_for_a_few_layers(run: Path) -> None:
     assert "step 2, expert 1: 50.0 %" in tips(section.charts[1])
 
 
-# -- what is missing, and what is no run
+# -- unfinished runs, and other folders
 
 
 def test_an_unfinished_run_has_a_page_that_says_so(trained: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a run's page says of its settings, and of the simple baselines beside its score."""
+"""What a run's page shows about its settings, and the simple baselines next to its score."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mopefuse.runs.folder import RunFolder
 
 @pytest.fixture
 def run(reported: Path) -> Path:
-    """A run of two steps with its page; not to be changed."""
+    """A run of two steps with its page; tests must not change it."""
     return reported
 
 

@@ -1,4 +1,4 @@
-"""The page of a run in a browser: drawn, silent, light and dark, sorted and filtered, readable without scripts, harmless."""
+"""The page of a run in a browser: rendered, without errors, light and dark, sortable, readable without scripts, harmless."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CHOOSE = """{{ const one = document.querySelector('{}'); one.value = '{}';
 
 @pytest.fixture
 def run(reported: Path) -> Path:
-    """A run of two steps with its page; not to be changed."""
+    """A run of two steps with its page; tests must not change it."""
     return reported
 
 
@@ -122,7 +122,8 @@ def test_without_scripts_everything_is_readable(run: Path, browser: Chromium) ->
 
 
 def test_tooltips_show_hostile_names_as_text(browser: Chromium, tmp_path: Path) -> None:
-    """Names of series and settings stay text in legends, axes and tooltips: no formula or address of Vega's is made of them."""
+    """Names of series and settings stay text in legends, axes and tooltips; Vega does not interpret them as formulas or
+    URLs."""
     odd = ["x\"]+hacked()+[\"", "\\", "datum.tip", "a.b[0]['c']", HOSTILE, f"{ATTRIBUTE}'><img src=x onerror=hacked()>"]
     odd += ["{{hacked()}}", "${hacked()}", "http://localhost/x", "</script><script>hacked()</script>", "line\u2028break"]
     lines = [Curve(name, [(1.0, 0.5 + n / 50), (2.0, 0.7)]) for n, name in enumerate(odd)]
@@ -165,7 +166,7 @@ def test_tooltips_show_hostile_names_as_text(browser: Chromium, tmp_path: Path) 
 
 
 def test_the_test_browser_records_requests_and_errors(tmp_path: Path, browser: Chromium) -> None:
-    """Else the test above could not fail."""
+    """Otherwise the test above could not fail."""
     page = tmp_path / "bad.html"
     page.write_text("<p style='width: 3000px'>x<img src='missing.png'><script>console.log('x'); nothing()</script>")
     browser.show(page, width=360)

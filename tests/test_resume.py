@@ -1,4 +1,4 @@
-"""What a resumed run finds: a step that was not validated, a result of earlier settings, no folder any more."""
+"""Resuming in special cases: a step that was not validated, a result of earlier settings, a removed folder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ UNVALIDATED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("how", UNVALIDATED)
 def test_a_run_that_ends_at_the_step_where_it_was_stopped_is_validated_there(data: Path, tmp_path: Path, how: str) -> None:
-    """Step 3 is published because training was asked to stop, and is no step of a validation until it is the last."""
+    """Step 3 is published because training was stopped; it is validated only because it becomes the last step."""
     settings = config(data, **UNVALIDATED[how], train__schedule="constant")
     with pytest.raises(Interrupted):
         train(settings, tmp_path / "parts", listener=StopAt(3, signal.SIGTERM))
@@ -54,7 +54,7 @@ def test_a_validation_that_was_logged_but_not_published_is_repeated(
 
 
 def test_a_finished_run_that_is_extended_is_unfinished_until_it_ends(data: Path, tmp_path: Path) -> None:
-    """Its earlier result is not that of the settings that it goes on with."""
+    """Its earlier result does not belong to the new settings."""
     constant = {"train__schedule": "constant"}
     train(config(data, **constant), tmp_path / "run")
     longer = config(data, **constant, train__epochs=5)

@@ -1,4 +1,4 @@
-"""Memory decides how many processes run beside one another."""
+"""Memory determines how many processes run at the same time."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_free_memory_is_less_than_total_memory() -> None:
 def test_a_study_runs_one_cell_at_a_time_if_memory_is_short(
     pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, roomy: bool
 ) -> None:
-    """Its cells are other processes, so their reports are changed as they are received."""
+    """Cells run in other processes, so their reports are changed when they are received."""
     update = MemoryBudget.update
     free = 10**15 if roomy else 1
     monkeypatch.setattr(MemoryBudget, "update", lambda self, process, report: update(self, process, report._replace(free=free)))

@@ -1,4 +1,4 @@
-"""Numbers about experts: their limits, and the words of each against a computation by hand."""
+"""Statistics of experts: their limits, and the words of each expert compared with a computation by hand."""
 
 from __future__ import annotations
 

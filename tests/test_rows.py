@@ -1,4 +1,4 @@
-"""The native row format: every problem is found before training, with its line, and no row's content is echoed."""
+"""The native row format: every problem is found before training, with its line, and messages do not repeat a row's content."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ GOOD = {"id": "1", "text": "t", "img": "a.png", "label": "a"}
 
 
 def load(root: Path, **options: Any) -> DataSet:
-    """The data set of a folder, which has the image that `GOOD` names."""
+    """Load the data set of a folder, which has the image that `GOOD` names."""
     if root.is_dir() and not (root / "a.png").exists():
         Image.new("RGB", (4, 4)).save(root / "a.png")
     return load_data(Data(path=str(root), **options))
 
 
 def read_split(path: Path, **options: Any) -> Split:
-    """A training split alone; ``b`` is a second label, so that there is something to learn."""
+    """Read a training split alone; ``b`` is a second label, so that there is something to learn."""
     (path.parent / "labels.txt").write_text("a\nb\nx\n")
     if not (path.parent / "a.png").exists():
         Image.new("RGB", (4, 4)).save(path.parent / "a.png")
@@ -57,7 +57,7 @@ def line(**changed: Any) -> str:
 
 
 def folder_with(root: Path, train: list[Any], val: list[Any] | None = None) -> Path:
-    """A data folder whose rows have these labels."""
+    """Write a data folder whose rows have these labels."""
     for name, labels in (("train", train), ("val", train if val is None else val)):
         write_rows(root / f"{name}.jsonl", [GOOD | {"id": i, "label": label} for i, label in enumerate(labels)])
     return root
@@ -261,7 +261,7 @@ def test_labels_are_preserved_verbatim(tmp_path: Path, label: str) -> None:
     assert label in load(folder_with(tmp_path, ["a", label])).labels
 
 
-# -- anything at all
+# -- any bytes
 
 
 _pieces = [line(), "{", "}", '"', "\ud800", "\n", "NaN", "[", "0"]

@@ -1,4 +1,4 @@
-"""The folder of a run: who may write to it, what it keeps, and what it gives back."""
+"""The folder of a run: who may write to it, what it stores, and what it returns."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_an_unwritable_folder_is_an_early_error(tmp_path: Path) -> None:
 
 
 def test_a_read_only_folder_is_an_error(tmp_path: Path) -> None:
-    """As somebody whom permissions bind, which root is not."""
+    """As a user who is subject to permissions, unlike root."""
     tmp_path.chmod(0o755)
     (tmp_path / "run").mkdir(mode=0o555)
     code = (
@@ -129,7 +129,7 @@ def test_the_lock_of_a_dead_process_is_taken_over_with_a_notice(tmp_path: Path) 
     run = started(tmp_path / "run")
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    for pid in (gone.pid, os.getpid()):  # one's own number can come back, as every first process of a container has it
+    for pid in (gone.pid, os.getpid()):  # process ids repeat: the first process of every container has the same one
         lock_of(run, pid)
         assert str(pid) in run.lock()
         run.unlock()
@@ -264,7 +264,7 @@ def test_a_damaged_best_file_is_an_error_and_not_a_crash(tmp_path: Path) -> None
 
 
 def test_the_lock_of_a_zombie_process_is_taken_over(tmp_path: Path) -> None:
-    """As in a container, whose first process does not wait for orphans: the number stays, as a zombie."""
+    """As in a container whose first process does not reap orphans: the process id remains, as a zombie."""
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     folder = RunFolder(tmp_path / "run")
     folder.prepare(resume=False, overwrite=False)
@@ -316,7 +316,7 @@ def test_only_one_of_several_processes_takes_over_a_stale_lock(tmp_path: Path) -
     command = [sys.executable, "-c", _CONTENDER, str(tmp_path / "run")]
     contenders = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     told = []
-    for _ in range(2):  # all are ready, then all have tried
+    for _ in range(2):  # all are ready, then all have tried to lock
         for each in contenders:
             assert each.stdout is not None
             told.append(each.stdout.readline().strip())
@@ -329,7 +329,7 @@ def test_only_one_of_several_processes_takes_over_a_stale_lock(tmp_path: Path) -
     assert sorted(told) == ["MF-CFG-24", "MF-CFG-24", "has it", "ready", "ready", "ready"]
 
 
-# -- a folder that is lost while it is written to
+# -- a folder that disappears while it is written to
 
 
 def locked(path: Path) -> RunFolder:
@@ -359,14 +359,14 @@ def test_a_folder_taken_over_by_another_process_is_not_changed(tmp_path: Path, w
     with pytest.raises(ResourceError, match="another process has taken over"):
         WRITES[write](run)
     run.unlock()
-    assert json.loads((tmp_path / "run" / ".lock").read_text())["pid"] == os.getppid(), "it is not ours to remove"
+    assert json.loads((tmp_path / "run" / ".lock").read_text())["pid"] == os.getppid(), "it belongs to another process"
 
 
 # -- a process that ends before the folder is a run
 
 
 def test_leftovers_of_an_unfinished_start_do_not_block_a_new_run(tmp_path: Path) -> None:
-    """A kill between the configuration and the manifest: the lock tells that the files are ours."""
+    """After a kill between configuration and manifest, the lock shows that the files belong to mopefuse."""
     run = RunFolder(tmp_path / "run")
     run.prepare(resume=False, overwrite=False)
     run.lock()

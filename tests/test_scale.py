@@ -1,4 +1,4 @@
-"""Many rows and many labels: nothing holds rows times labels, and what is computed piece by piece is the same."""
+"""Many rows and many labels: nothing holds rows times labels, and results computed piece by piece are the same."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from mopefuse.runs.folder import RunFolder
 from mopefuse.runs.load import load_model
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "make_large_data.py"
-MANY = 150  # labels, more than have all their probabilities written
+MANY = 150  # labels; more than the number whose probabilities are all written
 
 
 def make(out: Path, **shape: Any) -> Path:
@@ -85,7 +85,7 @@ def test_targets_of_some_rows_or_labels_are_parts_of_the_dense_targets(rows: lis
 
 
 def test_the_memory_of_targets_grows_with_the_labels_that_rows_have() -> None:
-    """Dense ones of 200,000 rows and 1,000 labels are 800 MB."""
+    """Dense targets of 200,000 rows and 1,000 labels would take 800 MB."""
     labels = Labels([str(n) for n in range(1_000)], np.arange(0, 400_001, 2), np.arange(400_000, dtype=np.int32) % 1_000)
     tracemalloc.start()
     targets = Targets(labels, labels.names, multi_label=True)
@@ -95,7 +95,7 @@ def test_the_memory_of_targets_grows_with_the_labels_that_rows_have() -> None:
     assert peak < 50e6
 
 
-# -- metrics and predictions while answers pass
+# -- metrics and predictions, batch by batch
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["single", "multi"])
@@ -126,7 +126,7 @@ def test_metrics_of_batches_equal_those_of_the_whole_split(large: DataSet, tmp_p
     found = score(batches(logits_SN, sizes), large, "train", thresholds, predictions=tmp_path / "p.jsonl")
     assert found.metrics == metrics.compute(logits_SN, targets, multi_label=multi, thresholds=thresholds)
     assert found.per_label == metrics.per_label(logits_SN, targets, large.labels, multi_label=multi, thresholds=thresholds)
-    assert 0 < found.metrics["f1_macro"] < 1, "some answers are right"
+    assert 0 < found.metrics["f1_macro"] < 1, "some predictions are right"
 
 
 def test_metrics_of_blocks_of_labels_equal_those_of_all_labels() -> None:
@@ -201,12 +201,12 @@ def test_a_full_disk_while_logits_are_spooled_is_an_error(tmp_path: Path, monkey
             waiting.add(torch.zeros(4, 3))
 
 
-# -- by the command line
+# -- on the command line
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["single", "multi"])
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A run on many labels, and its data; with several labels two processes train it, and thresholds are tuned."""
+    """A run on many labels, and its data; multi-label data are trained by two processes, with tuned thresholds."""
     root = tmp_path_factory.mktemp("trained")
     data = make(root / "data", rows=600, labels=MANY, multi_label=request.param)
     command = ["train", "--data", str(data), "--out", str(root / "run"), *TINY, "--batch", "16", "--steps", "3", "--json"]
@@ -283,7 +283,7 @@ print(peak() - before)
 @pytest.mark.soak
 @pytest.mark.parametrize("multi_label", [False, True], ids=["single", "multi"])
 def test_the_memory_of_evaluation_does_not_grow_with_rows_times_labels(multi_label: bool, tmp_path: Path) -> None:
-    """All logits of 9,000 rows and 2,000 labels are 72 MB, dense targets another 72, and objects of each 20 times that."""
+    """All logits of 9,000 rows and 2,000 labels take 72 MB, dense targets another 72, and Python objects 20 times that."""
     make(tmp_path / "data", rows=10_000, labels=2_000, multi_label=multi_label)
     command = [sys.executable, "-c", _PEAK, str(tmp_path / "data"), str(tmp_path / "p.jsonl")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
@@ -292,7 +292,7 @@ def test_the_memory_of_evaluation_does_not_grow_with_rows_times_labels(multi_lab
 
 
 def test_with_equal_probabilities_the_written_label_is_the_one_that_is_scored() -> None:
-    """Logits of a model that has learned nothing differ by less than probabilities can show."""
+    """Logits of an untrained model differ by less than printed probabilities can show."""
     logits_BN = torch.tensor([[0.0, 1e-9, -1e-9], [1e-9, 0.0, 2e-9]])
     assert logits_BN.softmax(dim=-1).argmax(dim=-1).tolist() == [0, 0]
     targets_B = torch.tensor([1, 2])

@@ -1,4 +1,4 @@
-"""A search proposes what Optuna does by itself, never looks at the test split, and a kill changes nothing."""
+"""A search proposes what Optuna itself proposes, never uses the test split, and gives the same result after a kill."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def file(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(file: Path) -> tuple[Path, SearchResult]:
-    """(folder, what was found); not to be changed."""
+    """(folder, result); tests must not change it."""
     out = file.parent / "undisturbed"
     return out, run_search(read_study(str(file)), out)
 
@@ -81,7 +81,7 @@ def test_every_trial_is_an_ordinary_run_with_its_settings(undisturbed: tuple[Pat
 
 @pytest.mark.process
 def test_the_test_split_does_not_affect_the_search(undisturbed: tuple[Path, SearchResult], file: Path, tmp_path: Path) -> None:
-    """With the test metrics of all runs turned upside down, trials and best are the same."""
+    """With the test metrics of all runs inverted, the trials and the best one are the same."""
     before, searched = undisturbed
     out = tmp_path / "out"
     shutil.copytree(before, out)
@@ -98,7 +98,7 @@ def test_the_test_split_does_not_affect_the_search(undisturbed: tuple[Path, Sear
 def test_the_validation_split_affects_the_search(
     undisturbed: tuple[Path, SearchResult], tmp_path: Path, pairs: Path
 ) -> None:
-    """The control of the test above: with other values the sampler, past its random trials, proposes others."""
+    """The control for the test above: with other values, the sampler proposes other trials after the random ones."""
     _, searched = undisturbed
     more = write_search(tmp_path, pairs, search={"trials": 12})
     first = run_search(read_study(str(more)), tmp_path / "first", jobs=1)
@@ -140,7 +140,7 @@ def test_a_killed_and_restarted_search_gives_the_same_result(
         process.kill()
         process.communicate(timeout=60)
         kills += process.returncode == -signal.SIGKILL
-    assert kills == 2, "it was over before it could be killed"
+    assert kills == 2, "it finished before it could be killed"
     assert facts(run_search(read_study(str(file)), out)) == facts(undisturbed[1])
 
 
@@ -199,7 +199,7 @@ def test_compare_shows_the_trials_and_warns_against_selecting_by_test_results(
     assert [searched.best.label in notice for notice in said["notices"]] == [True]
 
 
-# -- what is refused before the first trial
+# -- errors before the first trial
 
 
 @pytest.mark.parametrize(

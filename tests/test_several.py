@@ -1,4 +1,5 @@
-"""Several complementary encoders: the old model where there is one; each heard, named and exchanged where there are more."""
+"""Several complementary encoders: with one, the model is unchanged; with more, each has an effect, an address, and can be
+swapped."""
 
 from __future__ import annotations
 
@@ -155,7 +156,7 @@ def test_every_trainable_parameter_is_trained(mode: str) -> None:
     model(model.collate(images(3), TEXTS[:3])).logits.square().sum().backward()
     trained = model.named_trainable_parameters()
     still = [name for name, parameter in trained.items() if parameter.grad is None or not parameter.grad.any()]
-    # Half of LoRA begins at 0, and hides the other half; the tokenizer's other words, a class token that pooling does not use.
+    # Half of LoRA starts at 0 and hides the other half; words that do not occur, and a class token that pooling ignores.
     assert [name for name in still if "lora_A" not in name and not name.startswith(("comp.", "comp2."))] == []
     assert any(name.startswith("comp2") for name in model.named_trainable_parameters()) == (mode != "frozen")
 
@@ -174,7 +175,7 @@ def test_main_only_needs_no_complementary_encoder() -> None:
     assert several(method="main-only").uses == ("main",)
 
 
-# -- exchanging one
+# -- swapping one
 
 
 def test_replacing_the_second_encoder_keeps_the_tensors_of_the_first() -> None:

@@ -1,4 +1,4 @@
-"""What is printed is the least of a command: it does its work where nobody reads, and says so where printing fails."""
+"""A command does its work even if nobody reads its output, and reports it if printing fails."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CLOSED = "<&- >&- 2>&-"
 
 
 def shell(*command: object, streams: str) -> subprocess.CompletedProcess[str]:
-    """The command line as a shell starts it, with streams redirected or closed."""
+    """Run the command line in a shell, with streams redirected or closed."""
     words = shlex.join([sys.executable, "-m", "mopefuse", *map(str, command)])
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     return subprocess.run(
@@ -36,12 +36,12 @@ def test_training_finishes_with_closed_streams(pairs: Path, tmp_path: Path, stre
     assert done.returncode == 0, done.stderr
     assert json.loads((run / "metrics.json").read_text())["steps"] == 2
     for file in ("manifest.json", "metrics.json"):
-        json.loads((run / file).read_text())  # nothing that is printed went into it
+        json.loads((run / file).read_text())  # no output was written into it
 
 
 @pytest.mark.process
 def test_a_study_finishes_with_closed_streams(pairs: Path, tmp_path: Path) -> None:
-    """Its cells are processes of their own, which take over what is closed."""
+    """Its cells are separate processes, which inherit the closed streams."""
     settings = {"main": "tiny:vision", "comp": "tiny:text", "device": "cpu", "data.path": str(pairs)}
     settings |= {"train.max_steps": 1, "train.batch_size": 4}
     (tmp_path / "study.yaml").write_text(json.dumps({"settings": settings, "seeds": [0, 1], "grid": {"prompts.experts": [2]}}))
@@ -53,7 +53,7 @@ def test_a_study_finishes_with_closed_streams(pairs: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize("streams", matrix(["2>&-", CLOSED], ["2>&-"]))
 def test_an_error_that_cannot_be_printed_still_has_its_exit_code(tmp_path: Path, streams: str) -> None:
     done = shell("compare", tmp_path, streams=streams)
-    assert (done.returncode, done.stdout) == (6, ""), "an error is no result"
+    assert (done.returncode, done.stdout) == (6, ""), "an error is not a result"
 
 
 @pytest.mark.parametrize("more", matrix([(), ("--json",)], [()]), ids=str)

@@ -1,4 +1,4 @@
-"""A study: every cell once, whatever kills it; the same table as if nothing had happened."""
+"""A study runs every cell once, whatever kills it, and ends with the same table as without interruptions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mopefuse.runs.folder import RunFolder
 from mopefuse.studies.study import FAILED, FINISHED, StudyListener, is_finished, run_study
 from mopefuse.studies.study_file import read_study
 
-STEPS = {"epochs": 4, "batch_size": 4, "lr": 1e-2, "log_every": 1, "checkpoint_every": 5}  # 12 steps of a run
+STEPS = {"epochs": 4, "batch_size": 4, "lr": 1e-2, "log_every": 1, "checkpoint_every": 5}  # a run has 12 steps
 
 
 def write_study(folder: Path, pairs: Path, **values: Any) -> Path:
@@ -38,7 +38,7 @@ def write_study(folder: Path, pairs: Path, **values: Any) -> Path:
 
 
 def start(file: Path, out: Path, *more: str) -> subprocess.Popen[str]:
-    """A study in processes of its own."""
+    """Start a study in separate processes."""
     command = [sys.executable, "-m", "mopefuse", "study", str(file), "--out", str(out), *more]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
@@ -50,19 +50,19 @@ def cells(out: Path) -> list[dict[str, Any]]:
 
 
 def steps(out: Path) -> int:
-    """Lines that all runs of a study have logged."""
+    """The number of lines that all runs of a study have logged."""
     return sum(len(file.read_bytes().splitlines()) for file in out.glob("cells/*/*/metrics.jsonl"))
 
 
 def wait_for(reached: Any, process: subprocess.Popen[str], seconds: float = 240) -> None:
     until = time.monotonic() + seconds
     while not reached() and process.poll() is None:
-        assert time.monotonic() < until, "it takes too long"
+        assert time.monotonic() < until, "the study takes too long"
         time.sleep(0.02)
 
 
 def table(out: Path) -> list[Any]:
-    """The table without what is measured by a clock."""
+    """The table without measured times and memory."""
     rows = json.loads(call("compare", out, "--json").stdout)["rows"]
     return [{key: row[key] for key in ("label", "seeds", "metrics", "parameters", "versus", "best")} for row in rows]
 
@@ -78,7 +78,7 @@ def file(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(file: Path) -> Path:
-    """The study run in this process, one cell at a time; not to be changed."""
+    """The study run in this process, one cell at a time; tests must not change it."""
     out = file.parent / "undisturbed"
     statuses = run_study(read_study(str(file)), out)
     assert {status.state for status in statuses} == {FINISHED}
@@ -94,12 +94,12 @@ def test_every_cell_is_an_ordinary_run_with_its_settings(undisturbed: Path) -> N
         config = RunFolder(undisturbed / cell["run"]).config()
         assert (config.prompts.experts, config.seed) == (cell["settings"]["prompts.experts"], cell["seed"])
         assert cell["state"] == "finished"
-    assert len(set(predictions(undisturbed).values())) >= 3, "runs that do not differ could not show a difference"
+    assert len(set(predictions(undisturbed).values())) >= 3, "otherwise the test could not show a difference"
 
 
 @pytest.mark.soak
 def test_a_study_killed_at_random_and_restarted_gives_the_same_table(undisturbed: Path, file: Path, tmp_path: Path) -> None:
-    """SIGKILL of the process that was started, two cells at a time: its cells end with it, and the next call goes on."""
+    """SIGKILL of the main process while two cells run: its cells end with it, and the next call continues."""
     moments, out, kills, done = random.Random(1), tmp_path / "killed", 0, 0
     for _ in range(20):
         process = start(file, out, "--jobs", "2")
@@ -112,7 +112,7 @@ def test_a_study_killed_at_random_and_restarted_gives_the_same_table(undisturbed
             break
         assert process.returncode == -signal.SIGKILL, said
         kills += 1
-    assert (kills >= 2, done) == (True, 1), "it was over before it could be killed often enough"
+    assert (kills >= 2, done) == (True, 1), "it finished before it could be killed often enough"
     assert table(out) == table(undisturbed)
     assert predictions(out) == predictions(undisturbed)
 
@@ -125,7 +125,7 @@ def test_notices_of_cells_are_shown_once(pairs: Path, tmp_path: Path) -> None:
     heard = [line.partition(": ")[2] for line in said if line.startswith(("a, seed 0: ", "b, seed 0: "))]
     assert any(text.startswith("logistic regression, chosen on validation") for text in heard)
     assert len(set(heard)) == len(heard)
-    assert sum("does not use the settings of prompts" in text for text in heard) == 1, "both cells say that"
+    assert sum("does not use the settings of prompts" in text for text in heard) == 1, "both cells give this notice"
 
 
 def test_finished_cells_are_not_repeated_and_added_ones_are_run(undisturbed: Path, pairs: Path, tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_a_dry_run_lists_the_cells_and_writes_nothing(file: Path, tmp_path: Path
     listed = json.loads(call("study", file, "--out", tmp_path / "out", "--dry-run", "--json").stdout)["cells"]
     one, _, three, _ = (cell["trainable"] for cell in listed)
     width, layers, tokens = 96, 4, 2
-    assert three - one == layers * (2 * tokens * width + 3 * (width + 1)), "two experts, and a router for the three"
+    assert three - one == layers * (2 * tokens * width + 3 * (width + 1)), "two more experts, and a router of three"
 
 
 def test_a_dry_run_lists_the_cells_that_will_fail(pairs: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The page of a study: its numbers are those of the runs, what is missing is said, and a browser shows it whole."""
+"""The page of a study: its numbers match the runs, missing runs are listed, and a browser renders all of it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ HOSTILE_ROW = f"plain {HOSTILE}"
 
 
 def rows_of(seeds: int = 3) -> list[Made]:
-    """Two methods at three fractions, and one row that is on neither line."""
+    """Two methods at three fractions, and a row that belongs to neither line."""
     rows = []
     for method, name, base in (("late-concat", "late", 0.3), ("comp-only", HOSTILE_ROW, 0.1)):
         for number, fraction in enumerate(FRACTIONS):
@@ -43,7 +43,7 @@ def rows_of(seeds: int = 3) -> list[Made]:
 
 @pytest.fixture(scope="module")
 def study(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished study with its page; not to be changed."""
+    """A finished study with its page; tests must not change it."""
     out = make_study(trained, tmp_path_factory.mktemp("page") / "made", rows_of(), baseline="linear")
     report_study(out, figures=out / "figures")
     return out
@@ -67,7 +67,7 @@ def keys(page: Page) -> list[str]:
     return [attributes["id"] for attributes in page.all("section") if "id" in attributes]
 
 
-# -- what is on it
+# -- content
 
 
 def test_the_page_has_the_table_of_the_comparison_and_every_figure(study: Path) -> None:
@@ -75,7 +75,7 @@ def test_the_page_has_the_table_of_the_comparison_and_every_figure(study: Path) 
     assert keys(page) == ["comparison", "against-data-fraction", "rows", "parameters", "learning", "missing", "settings"]
     printed = call("compare", study, "--format", "csv").stdout.splitlines()
     numbers = (1 + 3) + (1 + 7) + (1 + 7) + (1 + 3)
-    assert len(page.all("tr")) == len(printed) + 1 + 7 + numbers, "the table, what each row sets, and the numbers of charts"
+    assert len(page.all("tr")) == len(printed) + 1 + 7 + numbers, "comparison, settings of each row, numbers of charts"
     shown = call("compare", study, "--format", "table")
     assert shown.returncode == 0
     cells = set(re.findall(r"\d+\.\d ± \d\.\d", shown.stdout))
@@ -89,7 +89,7 @@ def test_the_page_has_the_table_of_the_comparison_and_every_figure(study: Path) 
 
 def test_the_page_is_harmless_and_small(study: Path) -> None:
     page, html = page_of(study), (study / "report.html").read_text(encoding="utf-8")
-    assert HOSTILE in page.text, "shown as text"
+    assert HOSTILE in page.text, "hostile text is shown as text"
     page.check_harmless()
     assert not {"link", "iframe", "object", "a", "form", "img"} & {tag for tag, _ in page.elements}
     assert page.charts() == {"against-data-fraction", "rows", "parameters", "validation"}
@@ -142,7 +142,7 @@ def test_a_sweep_varies_exactly_one_number(trained: Path, tmp_path: Path) -> Non
     rates = [Made(f"lr={n}", {"train.lr": n, "train.lr_comp": n, "train.lr_head": n / 50}, [0.5], {}) for n in (0.1, 0.2, 0.3)]
     assert [sweep.path for sweep in sweeps(compare([make_study(trained, tmp_path / "rates", rates)]).rows)] == ["train.lr"]
     two = [Made(f"experts={n}", {"prompts.experts": n}, [0.5], {}) for n in (1, 4)]
-    assert sweeps(compare([make_study(trained, tmp_path / "two", two)]).rows) == [], "two values are no line"
+    assert sweeps(compare([make_study(trained, tmp_path / "two", two)]).rows) == [], "two values do not make a line"
 
 
 def test_in_a_search_the_choice_by_validation_is_highlighted_not_the_best_on_test(trained: Path, tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_many_rows_are_split_into_several_figures_with_the_same_axes(trained: Pa
             assert (y["scale"]["domainMin"], y["scale"]["domainMax"]) == (0.0, pytest.approx(13 / 20))
 
 
-# -- what is missing
+# -- missing runs
 
 
 def test_runs_without_a_result_are_listed_with_the_reason(trained: Path, tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_runs_without_a_result_are_listed_with_the_reason(trained: Path, tmp_pat
         ("late, fraction=0.01", "failed"): (0, 1), ("late, fraction=0.1", "stopped"): (0,), ("linear", "waiting"): (0, 1),
     }  # fmt: skip
     refused = call("compare", study)
-    assert (refused.returncode, "not finished" in refused.stderr) == (3, True), "a table is of finished studies, as before"
+    assert (refused.returncode, "not finished" in refused.stderr) == (3, True), "comparison tables still need a finished study"
 
 
 def test_a_study_without_any_result_has_a_page(trained: Path, tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_the_command_distinguishes_a_study_from_a_run(study: Path, trained: Path
     found = json.loads(call("report", study, *flags, "--against", "late, fraction=0.1", "--metric", "f1_macro").stdout)
     assert (found["ok"], found["runs"], found["missing"]) == (True, 21, 0)
     assert (found["comparison"]["against"], found["comparison"]["metric"]) == ("late, fraction=0.1", "f1_macro")
-    assert len(found["figures"]) == 6, "macro-F1 was not logged, so nothing shows learning"
+    assert len(found["figures"]) == 6, "macro-F1 was not logged, so there are no learning curves"
     assert found["bytes"] == (tmp_path / "page.html").stat().st_size
     (tmp_path / "file").write_text("")
     (tmp_path / "notes.html").write_text("mine")

@@ -1,4 +1,4 @@
-"""What is held out or drawn: by class, the same for the same seed, whatever the order of the file."""
+"""Held-out rows and subsets: balanced by class, the same for the same seed, regardless of the order of the file."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def test_apportioned_counts_are_whole_and_closest_to_proportional(counts: list[i
 
 
 def test_apportioned_counts_match_a_computation_by_hand() -> None:
-    """10 of 80: 5.0 of 40, 3.125 of 25, 1.75 of 14, 0.125 of 1; the one that is left over goes to the 14."""
+    """10 of 80: 5.0 of 40, 3.125 of 25, 1.75 of 14, 0.125 of 1; the remaining one goes to the 14."""
     assert apportion([40, 25, 14, 1], 10) == [5, 3, 2, 0]
-    assert apportion([1, 1, 2], 2) == [0, 0, 1], "each keeps one"
+    assert apportion([1, 1, 2], 2) == [0, 0, 1], "each class keeps one"
     assert apportion([3, 3], 3) == [2, 1], "earlier ones win ties"
 
 
@@ -168,7 +168,7 @@ def test_a_class_without_samples_has_weight_one_and_does_not_affect_others() -> 
 
 @pytest.mark.parametrize("multi", [False, True])
 def test_each_class_contributes_equally_to_a_balanced_loss(multi: bool) -> None:
-    """At equal logits every sample's loss is the same, so a class's share is its weight times its samples."""
+    """At equal logits, the loss of every sample is the same, so a class contributes its weight times its number of samples."""
     targets = torch.tensor([0] * 8 + [1] * 2)
     labels = torch.nn.functional.one_hot(targets, 2).float() if multi else targets
     weights = balanced_weights(targets.bincount(), len(targets), multi_label=multi)

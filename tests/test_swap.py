@@ -1,4 +1,4 @@
-"""Swapping an encoder keeps everything whose meaning and shape survive, and nothing else."""
+"""Swapping an encoder keeps exactly the tensors whose meaning and shape are unchanged."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Labels = tuple[list[str], list[str]]
 
 
 def pair(old: dict[str, Any], new: dict[str, Any], labels: Labels = (["a", "b"], ["a", "b"])) -> Any:
-    """(old model, state that the new one gets, fate by name), the old model with values that tell where they are from."""
+    """(old model, state of the new one, fate by tensor name); values of the old model show where a tensor comes from."""
     one, other = build_model(config_of(**old), len(labels[0])), build_model(config_of(**new, seed=5), len(labels[1]))
     with torch.no_grad():
         for parameter in one.trainable_parameters():
@@ -252,7 +252,7 @@ def test_an_impossible_swap_is_refused_and_leaves_no_files(
 
 
 class Unplugged(Exception):
-    """What a test ends training with where a machine would lose its power."""
+    """Raised during training to simulate a power failure."""
 
 
 def _while_features_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,7 +296,7 @@ def test_a_swap_stopped_before_its_first_checkpoint_resumes_as_a_swap(
         assert (tmp_path / "stopped" / file).read_text() == (tmp_path / "whole" / file).read_text()
     for name, tensor in weights(tmp_path / "whole", "step-0").items():
         assert torch.equal(tensor, weights(tmp_path / "stopped", "step-0")[name]), name
-    assert not (tmp_path / "stopped" / "start").exists(), "step 0 has taken its place"
+    assert not (tmp_path / "stopped" / "start").exists(), "the checkpoint of step 0 replaced it"
 
 
 def test_a_swap_with_damaged_initial_weights_does_not_start_from_scratch(

@@ -1,4 +1,4 @@
-"""What a swap keeps is worth something: on digit questions, a swapped run learns in fewer steps than one from scratch."""
+"""What a swap keeps is useful: on digit questions, a swapped run needs fewer steps than one from scratch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CHANCE = 0.1
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that can tell digits."""
+    """A run that has learned to read digits."""
     root = tmp_path_factory.mktemp("swap-learning")
     make(root / "data", train=6000, val=400, test=100)
     flags = {"main": "tiny:vision", "comp": "tiny:text", "data.path": str(root / "data"), "train.epochs": 5}
@@ -27,7 +27,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def accuracies(run: Path) -> list[float]:
-    """On validation, each time that it was looked at in training."""
+    """Validation accuracies during training, in order."""
     return [line["val"]["accuracy"] for line in RunFolder(run).read_log() if "val" in line and line["step"]]
 
 

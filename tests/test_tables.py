@@ -1,4 +1,4 @@
-"""Rows of any table: JSON lines, CSV, TSV, Parquet and folders of images give the same data set."""
+"""Tables of any format: JSON lines, CSV, TSV, Parquet and image folders give the same data set."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_every_format_gives_the_same_rows(pairs: Path, copy: Path, suffix: str) 
         else:
             write_csv(copy / f"{split}.{suffix}", rows, "\t" if suffix == "tsv" else ",")
     assert said(load(copy)) == expected
-    assert said(load(copy)) == expected, "and from the cache"
+    assert said(load(copy)) == expected, "and the same from the cache"
 
 
 @pytest.mark.parametrize(("delimiter", "name"), [(";", "semicolons"), ("\t", "tabs"), ("|", "vertical bars")])
@@ -125,7 +125,7 @@ def test_a_single_table_may_name_splits_in_a_column(copy: Path) -> None:
     assert "part is none of train, val, test" in refused(copy / "all.csv", split_col="part").what
     write_rows(copy / "all.jsonl", rows_of(copy, "train"))
     assert "all.jsonl:1 has no part; found id, img, label, text" in refused(copy / "all.jsonl", split_col="part").what
-    assert said(load(copy, split_col="part")) == expected, "a folder says by its files"
+    assert said(load(copy, split_col="part")) == expected, "a folder defines splits by its files"
 
 
 def test_missing_splits_are_held_out_only_on_request(copy: Path) -> None:

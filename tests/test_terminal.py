@@ -1,4 +1,4 @@
-"""Output where it goes: terminals of any width, pipes, readers that leave, encodings, and a training that is stopped."""
+"""Output in every environment: terminals of any width, pipes, closed readers, encodings, and a stopped training run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def train(data: Path, out: Path, *more: object) -> subprocess.CompletedProcess[s
 
 
 def said(done: subprocess.CompletedProcess[str]) -> Any:
-    """The one JSON value on stdout."""
+    """Parse stdout as a single JSON value."""
     return json.loads(done.stdout)
 
 
@@ -72,7 +72,7 @@ def test_labels_that_the_terminal_cannot_show_are_escaped(trained: Path, tmp_pat
 
 
 def in_terminal(*args: str, **environment: str) -> str:
-    """What a command shows in a terminal."""
+    """Return what a command shows in a terminal."""
     here, there = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "mopefuse", *args], stdout=there, stderr=there, env=os.environ | environment
@@ -100,7 +100,7 @@ def in_terminal(*args: str, **environment: str) -> str:
 def test_output_fits_a_terminal_of_twenty_columns(environment: dict[str, str]) -> None:
     shown = in_terminal("encoders", COLUMNS="20", **environment)
     assert "open_clip" in "".join(shown.split()) or "open_c" in shown
-    assert "\x1b[3" not in shown, "colour where none is wanted"
+    assert "\x1b[3" not in shown, "colour although it is disabled"
     if "PYTHONIOENCODING" in environment:
         assert shown.isascii()
 

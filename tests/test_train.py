@@ -1,4 +1,4 @@
-"""Training: exact resume after any interruption, the same numbers from several processes, and honest selection."""
+"""Training: exact resume after any interruption, the same results with several processes, and selection on validation only."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def config(data: Path, /, **changed: Any) -> Any:
 
 
 class StopAt(Listener):
-    """Ask to stop, as Ctrl-C and SIGTERM do, in the middle of a step."""
+    """Request a stop in the middle of a step, as Ctrl-C and SIGTERM do."""
 
     def __init__(self, step: int, number: int) -> None:
         self.at, self.number, self.losses = step, number, []
@@ -112,7 +112,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     train(settings, tmp_path / "parts", resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
     losses = [line["loss"] for line in log(tmp_path / "whole") if "loss" in line]
-    assert len(set(losses)) == 12, "steps that do not differ could not show a difference"
+    assert len(set(losses)) == 12, "otherwise the test could not show a difference"
 
 
 def test_the_number_of_workers_does_not_affect_the_result(data: Path, tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_ctrl_c_during_the_final_test_loses_nothing(
 
 
 def start_fork(settings: Any, run: Path) -> int:
-    """Train in a child that shares what is imported; its process id. Its exit code is 0 if it came to the end."""
+    """Train in a forked child and return its process id. Its exit code is 0 if training finished."""
     return fork(lambda: train(settings, run, resume=True))
 
 
@@ -147,7 +147,7 @@ def test_a_child_that_fails_shows_why(tmp_path: Path, capfd: pytest.CaptureFixtu
 
 
 def wait_for_lines(file: Path, count: int, child: int) -> None:
-    """Until a file has so many lines, or the process has ended: how fast the machine is decides nothing."""
+    """Wait until a file has this many lines, or the process has ended, so that the speed of the machine does not matter."""
     while not has_ended(child):
         if file.exists() and file.read_bytes().count(b"\n") >= count:
             return
@@ -171,8 +171,8 @@ def test_a_run_killed_at_random_moments_and_resumed_is_equal_bit_for_bit(data: P
             break
         assert status == -signal.SIGKILL
         kills_by_step.append(len(log(tmp_path / "parts")))
-    assert len(kills_by_step) >= 10, "it was over before it could be killed often enough"
-    assert len(set(kills_by_step)) >= 4, "the kills did not fall on different moments of training"
+    assert len(kills_by_step) >= 10, "it finished before it could be killed often enough"
+    assert len(set(kills_by_step)) >= 4, "the kills did not hit different moments of training"
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -236,7 +236,7 @@ def test_a_finished_run_is_not_trained_again_until_it_is_given_more_epochs(data:
 
 
 def finished_after(data: Path, run: Path, first: dict[str, Any], then: dict[str, Any]) -> tuple[int, list[str]]:
-    """Train, resume with other settings; the steps of the resumed run, and its notices that speak of steps."""
+    """Train, resume with other settings; return the steps of the resumed run, and its notices about steps."""
     notices: list[str] = []
     listener = Listener()
     listener.on_notice = notices.append  # type: ignore[method-assign]
@@ -246,7 +246,7 @@ def finished_after(data: Path, run: Path, first: dict[str, Any], then: dict[str,
 
 
 def test_more_steps_than_the_epochs_allow_name_the_flag_that_adds_steps(data: Path, tmp_path: Path) -> None:
-    """4 steps per epoch: --steps is a cap, and so is --epochs."""
+    """4 steps per epoch: both --steps and --epochs are limits."""
     steps, notices = finished_after(data, tmp_path / "a", {"train__epochs": 1}, {"train__max_steps": 10})
     assert steps == 4
     assert notices == [
@@ -314,7 +314,7 @@ def test_a_run_cannot_be_resumed_with_labels_in_another_order(tmp_path: Path) ->
 
 
 def test_a_model_that_diverged_in_the_last_step_is_never_selected(data: Path, tmp_path: Path) -> None:
-    """The step itself was finite and what it led to is not."""
+    """The loss of the last step was finite, but the resulting weights are not."""
     with pytest.raises(NumericError, match="not finite on") as refused:
         train(config(data, train__lr=1e20, train__max_steps=1), tmp_path / "run")
     assert refused.value.exit_code == 8
@@ -324,7 +324,7 @@ def test_a_model_that_diverged_in_the_last_step_is_never_selected(data: Path, tm
 
 @pytest.mark.parametrize("parts", [2, 3])
 def test_accumulation_equals_the_whole_batch_at_once(data: Path, tmp_path: Path, parts: int) -> None:
-    """Also the importance loss, whose load is of the whole batch: a part alone is never balanced."""
+    """This includes the importance loss, which uses the load of the whole batch, as a part alone is never balanced."""
     still = {"router__noise": False, "prompts__dropout": 0.0, "router__importance_weight": 10.0, "train__max_steps": 3}
     train(config(data, **still), tmp_path / "whole")
     train(config(data, **still, train__accumulate=parts), tmp_path / "parts")
@@ -370,7 +370,7 @@ def test_a_log_of_a_killed_run_without_a_checkpoint_is_not_appended_to(data: Pat
 
 
 def test_validation_logs_expert_usage_and_warns_of_collapse_once(data: Path, tmp_path: Path) -> None:
-    """A router that collapses is worth a notice."""
+    """A collapsed router gives a notice."""
     train(config(data), tmp_path / "run")
     routing = [line["routing"] for line in log(tmp_path / "run") if "val" in line]
     assert len(routing) == 3
@@ -414,7 +414,7 @@ def test_each_side_has_its_own_learning_rate(data: Path, tmp_path: Path) -> None
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_starts_again(tmp_path: Path) -> None:
-    """The mistake in the data is mended, and the same command runs: there is nothing to lose or to resume."""
+    """After the data are fixed, the same command runs: there is nothing to lose or to resume."""
     data = make_pairs(tmp_path / "data")
     image = (data / "images" / "train-3.png").read_bytes()
     (data / "images" / "train-3.png").unlink()

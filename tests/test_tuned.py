@@ -1,4 +1,4 @@
-"""Methods whose encoders are frozen, prompted, adapted or fully tuned: what learns, how fast, and the limits of each."""
+"""Methods whose encoders are frozen, prompted, adapted or fully tuned: what is trained, at which rate, and their limits."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TUNES = ("probe", "prompt", "lora", "full")
 
 
 def sides(method: str) -> dict[str, str]:
-    """Encoders that suit a method: text as main where it insists on it."""
+    """Encoders that suit a method: text as main if it requires that."""
     return {"main": "tiny:text", "comp": "tiny:vision"} if "mmbt" in method else {}
 
 
@@ -55,7 +55,7 @@ def test_exactly_the_trainable_parameters_are_trained(method: str, tune: str) ->
     model = build(method=method, tune=tune, dropout=0.0, **sides(method)).train()
     open_gates(model)
     for name, parameter in model.named_trainable_parameters().items():
-        if ".lora_B." in name:  # while it is 0, A gets no gradient
+        if ".lora_B." in name:  # while B is 0, A gets no gradient
             torch.nn.init.normal_(parameter)
     batch = model.collate(images(5), TEXTS)
     torch.nn.functional.cross_entropy(model(batch).logits, torch.arange(5)).backward()
@@ -158,7 +158,7 @@ def test_settings_in_use_are_not_reported_as_unused() -> None:
 
 
 def test_tuning_does_not_update_batch_norm_statistics(tmp_path: Path) -> None:
-    """In training mode they would mix the samples of a batch, and have statistics of their own in each process."""
+    """In training mode they would mix the samples of a batch, and have different statistics in each process."""
     model = build(method="comp-only", tune="full", comp="timm:resnet18?pretrained=false", main="tiny:vision").train()
     norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     before = [norm.running_mean.clone() for norm in norms]

@@ -1,4 +1,4 @@
-"""A warm start: step 0 is logistic regression, later steps count only where validation improves."""
+"""A warm start: step 0 is logistic regression, and later steps are selected only if validation improves."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_step_0_predicts_like_the_method_linear(data: Path, tmp_path: Path, chan
     for name in ("head.weight", "head.bias", "standard.main.mean_C", "standard.comp.deviation_C"):
         assert torch.equal(weights[0][name], weights[1][name]), name
     np.testing.assert_allclose(said(tmp_path / "warm"), said(tmp_path / "linear"), atol=1e-5)
-    assert len(np.unique(said(tmp_path / "warm").round(3))) > 3, "answers that are alike could not show a difference"
+    assert len(np.unique(said(tmp_path / "warm").round(3))) > 3, "equal predictions could not show a difference"
 
 
 def test_logits_of_step_0_equal_those_of_the_regression(data: Path, tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_logits_of_step_0_equal_those_of_the_regression(data: Path, tmp_path: Pa
 
 
 def test_later_steps_are_selected_only_if_validation_improves(data: Path, tmp_path: Path) -> None:
-    result = train(config(data, train__lr=1e-6, train__epochs=1), tmp_path / "idle")  # too slow to change an answer
+    result = train(config(data, train__lr=1e-6, train__epochs=1), tmp_path / "idle")  # too slow to change a prediction
     assert (result["selected_step"], result["steps"]) == (0, 4)
     log = RunFolder(tmp_path / "idle").read_log()
     assert [line["step"] for line in log if "val" in line] == [0, 4]

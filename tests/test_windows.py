@@ -1,4 +1,4 @@
-"""Attention within windows and to a prompt: the hand-written gradients, and what it equals."""
+"""Attention within windows and to a prompt: what it equals, and its hand-written gradients."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def ours(x: dict[str, Tensor], *, gated: bool, masked: bool) -> Tensor:
 
 
 def plain(x: dict[str, Tensor], *, gated: bool, masked: bool) -> Tensor:
-    """The same by torch's attention, with each window a sample and each prompt repeated."""
+    """The same with torch's attention, with each window as a sample and each prompt repeated."""
     q, k, v = x["qkv"].unflatten(-1, (3, H, E)).permute(2, 0, 3, 1, 4).unbind(0)
     keys, values = (part.repeat_interleave(W, dim=0) for part in (x["k"], x["v"]))
     bias = x["bias"] + (x["mask"].repeat(B, 1, 1)[:, None] if masked else 0)

@@ -1,4 +1,5 @@
-"""What commands write: where nothing is yet, for who may read it, without a network, on a full disk, and without torch."""
+"""Files that commands write: in new folders, with the right permissions, without a network, on a full disk, and without
+torch."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from mopefuse.core import atomic_files
 
 @pytest.fixture
 def copy(exported: Path, tmp_path: Path) -> Path:
-    """A copy of a bundle that a test may spoil."""
+    """A copy of a bundle that a test may change."""
     return Path(shutil.copytree(exported, tmp_path / "copy"))
 
 
@@ -80,14 +81,14 @@ def test_an_invalid_example_is_an_error(change: dict[str, Any], copy: Path, tmp_
     assert done.returncode == 6 and "example" in done.stderr and "Traceback" not in done.stderr
 
 
-# -- folders that are not there yet
+# -- missing folders
 
 
 def test_missing_parent_folders_are_created(trained: Path, pairs: Path, tmp_path: Path) -> None:
     table, deep = pairs / "test.jsonl", tmp_path / "a" / "b"
     commands: list[tuple[Path, tuple[object, ...]]] = [
         (deep / "1" / "adapter", ("export", trained, "--format", "adapter", "-o")),
-        (deep / "2" / "answers.csv", ("predict", trained, table, "-o")),
+        (deep / "2" / "predictions.csv", ("predict", trained, table, "-o")),
         (deep / "3" / "predictions.jsonl", ("eval", trained, "-o")),
         (deep / "4" / "table.md", ("compare", trained, "--format", "markdown", "-o")),
         (deep / "5" / "page.html", ("report", trained, "--out")),
@@ -122,7 +123,7 @@ def test_a_dry_run_of_push_works_without_a_network(network: dict[str, str], trai
     assert run_cli("push", trained, "no name", "--dry-run", **network).returncode == 3
 
 
-# -- who may read it
+# -- permissions
 
 
 @pytest.fixture
@@ -140,7 +141,7 @@ def test_every_file_follows_the_umask(pairs: Path, tmp_path: Path, monkeypatch: 
     assert call("train", *TINY, "--data", pairs, "--out", run, "--steps", "2", "--cache-images").returncode == 0
     for form in ("adapter", "onnx"):
         assert call("export", run, "--format", form, "-o", tmp_path / form).returncode == 0
-    assert call("predict", run, pairs / "test.jsonl", "-o", tmp_path / "answers.csv").returncode == 0
+    assert call("predict", run, pairs / "test.jsonl", "-o", tmp_path / "predictions.csv").returncode == 0
     assert call("report", run).returncode == 0
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {path.suffix for path in files} >= {".safetensors", ".onnx", ".json", ".csv", ".html"}
@@ -152,7 +153,7 @@ def test_every_file_follows_the_umask(pairs: Path, tmp_path: Path, monkeypatch: 
 
 @pytest.fixture
 def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every file that is made whole or not at all meets the end of the disk."""
+    """Every atomic write fails as on a full disk."""
 
     def fail(path: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
@@ -164,10 +165,10 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.process
 def test_a_full_disk_is_an_error_with_a_fix_that_fits_the_command(trained: Path, pairs: Path, tmp_path: Path) -> None:
     commands: list[tuple[object, ...]] = [
-        ("predict", trained, pairs / "test.jsonl", "-o", tmp_path / "answers.csv"),
+        ("predict", trained, pairs / "test.jsonl", "-o", tmp_path / "predictions.csv"),
         ("export", trained, "--format", "adapter", "-o", tmp_path / "adapter"),
         ("report", trained, "--out", tmp_path / "page.html"),
-        ("eval", trained, "-o", tmp_path / "said.jsonl"),
+        ("eval", trained, "-o", tmp_path / "predictions.jsonl"),
         ("compare", trained, "-o", tmp_path / "table.txt"),
     ]
     for command in commands:
