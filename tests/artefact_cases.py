@@ -21,7 +21,7 @@ from mopefuse.core.artifact import sha256
 
 WEIGHTS, MANIFEST = "weights.safetensors", "manifest.json"
 Done = subprocess.CompletedProcess[str]
-Ask = Callable[..., Done]
+Predict = Callable[..., Done]
 Bytes = Callable[[bytes], bytes]
 
 
@@ -108,12 +108,12 @@ def resume(path: Path, steps: int = 5, **more: object) -> Done:
     return call("train", "--resume", "--out", path, "--steps", steps, *options)
 
 
-def refused(done: Done, code: str, *said: str, exit_code: int = 6, fix: str = "") -> None:
+def refused(done: Done, code: str, *parts: str, exit_code: int = 6, fix: str = "") -> None:
     """Check that a refusal is one line with the code, the problem and the fix; nothing on stdout, no traceback."""
     line = done.stderr.splitlines()[-1] if done.stderr else ""
     assert (done.returncode, line[: line.find("]") + 1]) == (exit_code, f"error[{code}]"), done.stderr
     what, _, mend = line.partition(" · fix: ")
-    for part in said:
+    for part in parts:
         assert part in what, line
     assert mend and fix in mend, line
     assert done.stdout == ""
@@ -125,7 +125,7 @@ def refused(done: Done, code: str, *said: str, exit_code: int = 6, fix: str = ""
 
 @pytest.fixture(scope="session")
 def whole_run(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with two checkpoints; not to be changed."""
+    """A run with two checkpoints; tests must not change it."""
     path = tmp_path_factory.mktemp("artefacts") / "run"
     done = call("train", *TINY, "--data", pairs, "--out", path, "--steps", "4")
     assert done.returncode == 0, done.stderr
@@ -135,7 +135,7 @@ def whole_run(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def whole_adapter(whole_run: Path) -> Path:
-    """An adapter of `whole_run`; not to be changed."""
+    """An adapter of `whole_run`; tests must not change it."""
     done = call("export", whole_run, "--format", "adapter", "-o", whole_run.parent / "adapter")
     assert done.returncode == 0, done.stderr
     return whole_run.parent / "adapter"
@@ -160,16 +160,16 @@ def artefact(request: pytest.FixtureRequest) -> Artefact:
 
 
 @pytest.fixture
-def say(pairs: Path) -> Ask:
+def predict(pairs: Path) -> Predict:
     """A function that predicts one pair with a model and checks that no file of the model changes."""
 
-    def asked(model: Path, *options: object) -> Done:
+    def checked(model: Path, *options: object) -> Done:
         before = tree(model)
         done = ask(model, pairs / "images/val-0.png", *options)
         assert tree(model) == before
         return done
 
-    return asked
+    return checked
 
 
 # -- ways to damage files

@@ -41,7 +41,7 @@ def kinds(path: Path, **options: Any) -> dict[str, int]:
     return {kind: len(found) for kind, found in report(path, **options).by_kind().items()}
 
 
-def said(done: subprocess.CompletedProcess[str]) -> Any:
+def stdout_json(done: subprocess.CompletedProcess[str]) -> Any:
     """Parse stdout as a single JSON value."""
     return json.loads(done.stdout)
 

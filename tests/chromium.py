@@ -60,10 +60,10 @@ class Chromium:
             message["sessionId"] = self._session
         os.write(self._to, json.dumps(message).encode() + b"\0")
         while True:
-            said = self._next()
-            if said.get("id") == self._number:
-                assert "error" not in said, said
-                return dict(said["result"])
+            response = self._next()
+            if response.get("id") == self._number:
+                assert "error" not in response, response
+                return dict(response["result"])
 
     def _next(self) -> dict[str, Any]:
         deadline = time.monotonic() + _PATIENCE
@@ -74,12 +74,12 @@ class Chromium:
             assert piece, "the browser has exited"
             self._rest += piece
         first, _, self._rest = self._rest.partition(b"\0")
-        said: dict[str, Any] = json.loads(first)
-        if said.get("method") == "Network.requestWillBeSent":
-            self.requests.append(said["params"]["request"]["url"])
-        elif said.get("method") in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded"):
-            self.complaints.append(json.dumps(said["params"]))
-        return said
+        message: dict[str, Any] = json.loads(first)
+        if message.get("method") == "Network.requestWillBeSent":
+            self.requests.append(message["params"]["request"]["url"])
+        elif message.get("method") in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded"):
+            self.complaints.append(json.dumps(message["params"]))
+        return message
 
     def show(self, page: Path, *, width: int = 1200, dark: bool = False) -> float:
         """Open a page and return the milliseconds until it was loaded."""

@@ -34,7 +34,7 @@ _ROUTES = {
 }
 
 
-class Answer(NamedTuple):
+class Response(NamedTuple):
     """The response to a request."""
 
     status: int
@@ -42,12 +42,12 @@ class Answer(NamedTuple):
     headers: Mapping[str, str] = {}
 
 
-def _json(value: Any) -> Answer:
-    return Answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+def _json(value: Any) -> Response:
+    return Response(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
 
-def _error(status: int, code: str = "", message: str = "") -> Answer:
-    return Answer(status, b"{}", {"X-Error-Code": code, "X-Error-Message": message})
+def _error(status: int, code: str = "", message: str = "") -> Response:
+    return Response(status, b"{}", {"X-Error-Code": code, "X-Error-Message": message})
 
 
 @dataclass
@@ -69,7 +69,7 @@ class FakeHub:
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
-        self.asked: list[str] = []
+        self.requests: list[str] = []
         self.fails: dict[str, int] = {}  # HTTP status to return, by the end of the path
         self.pause = 0.0  # seconds before every response
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
@@ -114,14 +114,14 @@ class FakeHub:
 
     def sent(self) -> list[str]:
         """The requests that change something."""
-        return [request for request in self.asked if not request.startswith(("GET", "HEAD"))]
+        return [request for request in self.requests if not request.startswith(("GET", "HEAD"))]
 
-    def answer(self, request: str, body: bytes, token: str | None) -> Answer:
+    def respond(self, request: str, body: bytes, token: str | None) -> Response:
         """Return the response to a request."""
         time.sleep(self.pause)
         if "/api/agent-harnesses" in request:  # identifies the client, which does not matter here
             return _json({})
-        self.asked.append(request)
+        self.requests.append(request)
         for end, status in self.fails.items():
             if request.endswith(end):
                 return _error(status)
@@ -131,7 +131,7 @@ class FakeHub:
                 return self._refused(name, named.get("repo"), token) or getattr(self, f"_{name}")(body, **named)
         return _error(404)
 
-    def _refused(self, route: str, repo: str | None, token: str | None) -> Answer | None:
+    def _refused(self, route: str, repo: str | None, token: str | None) -> Response | None:
         if token is not None and token not in (OWNER, READER):
             return _error(401, message="Invalid credentials in Authorization header")
         if route == "validate":
@@ -142,26 +142,26 @@ class FakeHub:
             return _error(401 if token is None else 404, "RepoNotFound")  # anonymous clients must not learn what exists
         return None
 
-    def _info(self, body: bytes, repo: str) -> Answer:
+    def _info(self, body: bytes, repo: str) -> Response:
         held = self.repos[repo]
         return _json({"id": repo, "private": held.private, "sha": held.refs.get("main"), "siblings": [], "tags": []})
 
-    def _create(self, body: bytes) -> Answer:
-        said = json.loads(body)
-        repo = f"{said['organization']}/{said['name']}"
+    def _create(self, body: bytes) -> Response:
+        content = json.loads(body)
+        repo = f"{content['organization']}/{content['name']}"
         if repo in self.repos:
             return _error(409)
-        self.repos[repo] = Repo(private=said.get("visibility") == "private" or said.get("private") is True)
+        self.repos[repo] = Repo(private=content.get("visibility") == "private" or content.get("private") is True)
         return _json({"url": f"{self.url}/{repo}"})
 
-    def _validate(self, body: bytes) -> Answer:
+    def _validate(self, body: bytes) -> Response:
         return _json({"errors": [], "warnings": []})
 
-    def _preupload(self, body: bytes, repo: str, revision: str) -> Answer:
+    def _preupload(self, body: bytes, repo: str, revision: str) -> Response:
         names = [file["path"] for file in json.loads(body)["files"]]
         return _json({"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]})
 
-    def _commit(self, body: bytes, repo: str, revision: str) -> Answer:
+    def _commit(self, body: bytes, repo: str, revision: str) -> Response:
         files = dict(self.repos[repo].files)
         for line in map(json.loads, body.splitlines()):
             if line["key"] == "file":
@@ -172,7 +172,7 @@ class FakeHub:
         commit = self.commit(repo, files)
         return _json({"commitUrl": f"{self.url}/{repo}/commit/{commit}", "commitOid": commit})
 
-    def _resolve(self, body: bytes, repo: str, revision: str, file: str) -> Answer:
+    def _resolve(self, body: bytes, repo: str, revision: str, file: str) -> Response:
         held = self.repos[repo]
         commit = held.refs.get(revision, revision)
         if commit not in held.commits:
@@ -181,7 +181,7 @@ class FakeHub:
         if content is None:
             return _error(404, "EntryNotFound")
         digest = hashlib.sha256 if file.endswith(".safetensors") else hashlib.sha1  # as for large and for small files
-        return Answer(200, content, {"ETag": f'"{digest(content).hexdigest()}"', "X-Repo-Commit": commit})
+        return Response(200, content, {"ETag": f'"{digest(content).hexdigest()}"', "X-Repo-Commit": commit})
 
 
 def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
@@ -191,13 +191,13 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             scheme, _, token = self.headers.get("Authorization", "").partition(" ")
-            said = hub.answer(f"{self.command} {urlsplit(self.path).path}", body, token if scheme == "Bearer" else None)
+            response = hub.respond(f"{self.command} {urlsplit(self.path).path}", body, token if scheme == "Bearer" else None)
             try:
-                self.send_response(said.status)
-                for name, value in {**said.headers, "Content-Length": str(len(said.body))}.items():
+                self.send_response(response.status)
+                for name, value in {**response.headers, "Content-Length": str(len(response.body))}.items():
                     self.send_header(name, value)
                 self.end_headers()
-                self.wfile.write(b"" if self.command == "HEAD" else said.body)
+                self.wfile.write(b"" if self.command == "HEAD" else response.body)
             except ConnectionError:  # the client no longer waits for the response
                 self.close_connection = True
 

@@ -237,8 +237,8 @@ def test_an_invalid_label_is_refused(labels: list[Any], task: Any, number: int, 
 
 
 def test_errors_name_arguments_instead_of_flags_except_within_commands() -> None:
-    said = as_argument("write --split-col NAME, or --val-fraction 0.1; mopefuse data check --json lists all")
-    assert said == "write split_col NAME, or val_fraction 0.1; mopefuse data check --json lists all"
+    converted = as_argument("write --split-col NAME, or --val-fraction 0.1; mopefuse data check --json lists all")
+    assert converted == "write split_col NAME, or val_fraction 0.1; mopefuse data check --json lists all"
 
 
 def test_errors_of_train_and_evaluate_name_arguments(pairs: Path, tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from artefact_cases import (
     MANIFEST,
     WEIGHTS,
     Artefact,
-    Ask,
     Bytes,
+    Predict,
     ask,
     flipped,
     opened,
@@ -40,11 +40,11 @@ pytest_plugins = ["artefact_cases"]
 SEALED = pytest.mark.parametrize("sealed", [False, True], ids=["as it is", "with a manifest that fits"])
 
 
-def test_an_undamaged_artefact_loads(artefact: Artefact, say: Ask) -> None:
-    done = say(artefact.path)
+def test_an_undamaged_artefact_loads(artefact: Artefact, predict: Predict) -> None:
+    done = predict(artefact.path)
     assert (done.returncode, set(json.loads(done.stdout)["probabilities"])) == (0, {"a", "b", "c"})
     artefact.seal()
-    assert say(artefact.path).stdout == done.stdout
+    assert predict(artefact.path).stdout == done.stdout
 
 
 # -- torch and torchvision that do not match
@@ -66,10 +66,12 @@ def test_F_72_a_torchvision_that_does_not_match_torch_is_reported_with_both_vers
 
 
 @SEALED
-def test_F_73_a_pickle_in_place_of_weights_runs_nothing(artefact: Artefact, say: Ask, sealed: bool, tmp_path: Path) -> None:
+def test_F_73_a_pickle_in_place_of_weights_runs_nothing(
+    artefact: Artefact, predict: Predict, sealed: bool, tmp_path: Path
+) -> None:
     canary = tmp_path / "canary"
     artefact.rewrite(WEIGHTS, lambda whole: pickled(canary), sealed=sealed)
-    done = say(artefact.path)
+    done = predict(artefact.path)
     refused(done, *(("MF-CKPT-06", "this is a pickle") if sealed else ("MF-CKPT-02", WEIGHTS)))
     assert not canary.exists()
     pickle.loads((artefact.weights / WEIGHTS).read_bytes())  # noqa: S301
@@ -116,15 +118,15 @@ def test_F_73_a_pickle_as_weights_of_an_encoder_runs_nothing(tmp_path: Path) -> 
     ],
 )
 def test_damaged_weights_are_refused_and_the_other_checkpoint_is_suggested(
-    artefact: Artefact, damage: Bytes, sealed: bool, say: Ask
+    artefact: Artefact, damage: Bytes, sealed: bool, predict: Predict
 ) -> None:
     artefact.rewrite(WEIGHTS, damage, sealed=sealed)
-    done = say(artefact.path)
-    said = f"{WEIGHTS} is damaged: " if sealed else f"{WEIGHTS} has changed since it was written (sha256 differs)"
-    refused(done, "MF-CKPT-02", said, str(artefact.weights), fix="checkpoint")
+    done = predict(artefact.path)
+    message = f"{WEIGHTS} is damaged: " if sealed else f"{WEIGHTS} has changed since it was written (sha256 differs)"
+    refused(done, "MF-CKPT-02", message, str(artefact.weights), fix="checkpoint")
     for other in artefact.others():
         assert sealed or f"use --checkpoint {other}" in done.stderr
-        assert say(artefact.path, "--checkpoint", other).returncode == 0
+        assert predict(artefact.path, "--checkpoint", other).returncode == 0
 
 
 def test_F_74_resuming_skips_a_damaged_checkpoint_but_never_starts_from_scratch(of_run: Artefact) -> None:
@@ -139,16 +141,16 @@ def test_F_74_resuming_skips_a_damaged_checkpoint_but_never_starts_from_scratch(
     assert sorted(path.name for path in kept.glob("checkpoints/step-*")) == ["step-3", "step-4"]
 
 
-def test_F_75_a_flipped_bit_in_the_weights_is_detected(artefact: Artefact, say: Ask) -> None:
+def test_F_75_a_flipped_bit_in_the_weights_is_detected(artefact: Artefact, predict: Predict) -> None:
     artefact.rewrite(WEIGHTS, flipped)
     assert load_file(artefact.weights / WEIGHTS), "safetensors alone accepts it"
-    refused(say(artefact.path), "MF-CKPT-02", f"{WEIGHTS} has changed since it was written (sha256 differs)")
+    refused(predict(artefact.path), "MF-CKPT-02", f"{WEIGHTS} has changed since it was written (sha256 differs)")
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "model.json", "README.md"])
-def test_F_75_a_flipped_bit_in_any_file_of_an_adapter_is_detected(of_adapter: Artefact, name: str, say: Ask) -> None:
+def test_F_75_a_flipped_bit_in_any_file_of_an_adapter_is_detected(of_adapter: Artefact, name: str, predict: Predict) -> None:
     of_adapter.rewrite(name, flipped)
-    refused(say(of_adapter.path), "MF-CKPT-02", f"{name} has changed since it was written (sha256 differs)")
+    refused(predict(of_adapter.path), "MF-CKPT-02", f"{name} has changed since it was written (sha256 differs)")
 
 
 # -- edited manifests
@@ -159,7 +161,7 @@ NEEDED = ("mopefuse", "method", "labels", "multi_label", "encoders", "data")
 
 
 @pytest.mark.parametrize(
-    ("code", "said", "changed"),
+    ("code", "message", "changed"),
     [
         pytest.param("MF-CKPT-03", "the labels of the run", {"labels": ["a", "b", "d"]}, id="a label renamed"),
         pytest.param("MF-CKPT-03", "the labels of the run", {"labels": ["b", "a", "c"]}, id="labels permuted"),
@@ -173,7 +175,7 @@ NEEDED = ("mopefuse", "method", "labels", "multi_label", "encoders", "data")
     ],
 )
 def test_an_edited_manifest_is_refused(
-    artefact: Artefact, code: str, said: str, changed: dict[str, Any], say: Ask
+    artefact: Artefact, code: str, message: str, changed: dict[str, Any], predict: Predict
 ) -> None:
     """A run's manifest is compared with its checkpoint; an adapter's with its digest or, where that matches too, checked for
     plausibility."""
@@ -188,18 +190,20 @@ def test_an_edited_manifest_is_refused(
             del holder[key]
     write(artefact.facts, facts)
     if artefact.is_run:
-        refused(say(artefact.path), code, said)
+        refused(predict(artefact.path), code, message)
         return
-    refused(say(artefact.path), "MF-CKPT-02", "model.json has changed since it was written")
-    if code == "MF-CKPT-08" or "damaged" in said:
+    refused(predict(artefact.path), "MF-CKPT-02", "model.json has changed since it was written")
+    if code == "MF-CKPT-08" or "damaged" in message:
         artefact.seal()
-        refused(say(artefact.path), code, said)
+        refused(predict(artefact.path), code, message)
 
 
-def test_F_76_fewer_labels_than_head_outputs_are_refused_even_with_valid_digests(of_adapter: Artefact, say: Ask) -> None:
+def test_F_76_fewer_labels_than_head_outputs_are_refused_even_with_valid_digests(
+    of_adapter: Artefact, predict: Predict
+) -> None:
     write(of_adapter.facts, read(of_adapter.facts) | {"labels": ["a", "b"]})
     of_adapter.seal()
-    refused(say(of_adapter.path), "MF-CKPT-05", "the weights do not fit the model: head.")
+    refused(predict(of_adapter.path), "MF-CKPT-05", "the weights do not fit the model: head.")
 
 
 @pytest.mark.parametrize("how", ["up", "absolute", "link"])
@@ -219,11 +223,11 @@ def test_F_76_no_file_outside_the_artefact_is_opened(artefact: Artefact, how: st
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, "more.safetensors"])
-def test_F_76_a_wrong_declared_size_of_10_gb_is_refused(artefact: Artefact, name: str, say: Ask) -> None:
+def test_F_76_a_wrong_declared_size_of_10_gb_is_refused(artefact: Artefact, name: str, predict: Predict) -> None:
     manifest = read(artefact.weights / MANIFEST)
     manifest["files"][name] = {"sha256": "0" * 64, "size": 10**10}
     write(artefact.weights / MANIFEST, manifest)
-    refused(say(artefact.path), "MF-CKPT-02", f"{name} has changed since it was written")
+    refused(predict(artefact.path), "MF-CKPT-02", f"{name} has changed since it was written")
 
 
 # -- other encoders, weights that are not finite
@@ -231,35 +235,35 @@ def test_F_76_a_wrong_declared_size_of_10_gb_is_refused(artefact: Artefact, name
 
 @pytest.mark.parametrize("side", ["main", "comp"])
 @pytest.mark.parametrize("how", ["option", "config.yaml"])
-def test_F_77_an_encoder_with_other_weights_is_refused(artefact: Artefact, side: str, how: str, say: Ask) -> None:
+def test_F_77_an_encoder_with_other_weights_is_refused(artefact: Artefact, side: str, how: str, predict: Predict) -> None:
     """The prompts' tensors would fit it."""
     old = {"main": "tiny:vision", "comp": "tiny:text"}[side]
     other = f"{old}-b"
     if how == "config.yaml":
         artefact.config(f"{side}: {old}", f"{side}: {other}")
-    done = say(artefact.path, *([f"--{side}", other] if how == "option" else []))
+    done = predict(artefact.path, *([f"--{side}", other] if how == "option" else []))
     refused(done, "MF-CKPT-08", f"the weights of {other} are not those that", fix="mopefuse swap-encoder")
-    assert say(artefact.path, f"--{side}", old).returncode == 0
+    assert predict(artefact.path, f"--{side}", old).returncode == 0
 
 
-def test_F_77_an_encoder_with_another_width_is_refused(artefact: Artefact, say: Ask, tmp_path: Path) -> None:
+def test_F_77_an_encoder_with_another_width_is_refused(artefact: Artefact, predict: Predict, tmp_path: Path) -> None:
     from encoder_cases import save_hf
 
     save_hf("bert", tmp_path / "bert")
-    refused(say(artefact.path, "--comp", f"hf:{tmp_path / 'bert'}"), "MF-CKPT-08", "the weights of hf:", fix="swap-encoder")
+    refused(predict(artefact.path, "--comp", f"hf:{tmp_path / 'bert'}"), "MF-CKPT-08", "the weights of hf:", fix="swap-encoder")
 
 
-def test_F_77_the_same_weights_under_another_name_are_accepted(artefact: Artefact, say: Ask) -> None:
-    said = say(artefact.path)
-    again = say(artefact.path, "--main", "tiny:vision?pretrained=true", "--comp", "tiny:text?pretrained=true")
-    assert (again.returncode, again.stdout) == (0, said.stdout)
-    other = say(artefact.path, "--comp", "tiny:text?pool=cls")
+def test_F_77_the_same_weights_under_another_name_are_accepted(artefact: Artefact, predict: Predict) -> None:
+    first = predict(artefact.path)
+    again = predict(artefact.path, "--main", "tiny:vision?pretrained=true", "--comp", "tiny:text?pretrained=true")
+    assert (again.returncode, again.stdout) == (0, first.stdout)
+    other = predict(artefact.path, "--comp", "tiny:text?pool=cls")
     refused(other, "MF-CKPT-08", "has different options", fix="swap-encoder")
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
 @pytest.mark.parametrize("part", ["static", "experts", "router", "head"])
-def test_F_78_prompts_that_are_not_finite_are_refused(artefact: Artefact, part: str, value: str, say: Ask) -> None:
+def test_F_78_prompts_that_are_not_finite_are_refused(artefact: Artefact, part: str, value: str, predict: Predict) -> None:
     def change(whole: bytes) -> bytes:
         tensors = load_file(artefact.weights / WEIGHTS)
         name = next(name for name in tensors if part in name)
@@ -268,6 +272,6 @@ def test_F_78_prompts_that_are_not_finite_are_refused(artefact: Artefact, part: 
         return (artefact.weights / WEIGHTS).read_bytes()
 
     artefact.rewrite(WEIGHTS, change, sealed=True)
-    refused(say(artefact.path), "MF-CKPT-05", part, "has values that are not finite", fix="checkpoint")
+    refused(predict(artefact.path), "MF-CKPT-05", part, "has values that are not finite", fix="checkpoint")
     for other in artefact.others():
-        assert say(artefact.path, "--checkpoint", other).returncode == 0
+        assert predict(artefact.path, "--checkpoint", other).returncode == 0

@@ -43,7 +43,7 @@ def model_of(config: RunConfig) -> Fusion:
     return build_model(config, 3)
 
 
-def asked(config: RunConfig, data: Path) -> torch.Tensor:
+def predict_logits(config: RunConfig, data: Path) -> torch.Tensor:
     where = config.data.model_copy(update={"path": str(data)})
     return run_split(model_of(config), load_data(where), "test", config, CPU).logits_SN
 
@@ -78,25 +78,25 @@ def test_shuffled_and_blank_texts_give_the_predictions_of_rows_with_those_texts(
             (changed / f"{split}.jsonl").write_text((data / f"{split}.jsonl").read_text())
         write_rows(changed / "test.jsonl", [{**row, "text": text} for row, text in zip(rows, instead, strict=True)])
         shutil.copytree(data / "images", changed / "images")
-        torch.testing.assert_close(found[name].logits_SN, asked(config, changed), atol=1e-5, rtol=0)
+        torch.testing.assert_close(found[name].logits_SN, predict_logits(config, changed), atol=1e-5, rtol=0)
         assert not torch.allclose(found[name].logits_SN, found["as is"].logits_SN, atol=1e-4), name
-    assert found["as is"].logits_SN.equal(asked(config, data))
+    assert found["as is"].logits_SN.equal(predict_logits(config, data))
     equal = sum(rows[i]["text"] == rows[other]["text"] for i, other in enumerate(partner))
     assert found.same == {"text": pytest.approx(equal / len(rows))}
 
 
 def test_known_logits_of_the_whole_split_are_not_computed_again(data: Path) -> None:
     config = settings(data)
-    model, pairs, told = model_of(config), load_data(config.data), list[str]()
+    model, pairs, conditions = model_of(config), load_data(config.data), list[str]()
     whole_SN = run_split(model, pairs, "test", config, CPU).logits_SN
     for most in (None, 8):
-        asked = audit_model(model, pairs, "test", config, CPU, max_samples=most)
-        told.clear()
-        hear = lambda name, done, total: told.append(name)  # noqa: E731
-        known = audit_model(model, pairs, "test", config, CPU, max_samples=most, as_is_SN=whole_SN, advance=hear)
-        assert "another text" in told and "as is" not in told
-        torch.testing.assert_close(known["as is"].logits_SN, asked["as is"].logits_SN, atol=1e-5, rtol=0)
-        assert known.verdict == asked.verdict
+        computed = audit_model(model, pairs, "test", config, CPU, max_samples=most)
+        conditions.clear()
+        progress = lambda name, done, total: conditions.append(name)  # noqa: E731
+        known = audit_model(model, pairs, "test", config, CPU, max_samples=most, as_is_SN=whole_SN, advance=progress)
+        assert "another text" in conditions and "as is" not in conditions
+        torch.testing.assert_close(known["as is"].logits_SN, computed["as is"].logits_SN, atol=1e-5, rtol=0)
+        assert known.verdict == computed.verdict
 
 
 def test_with_static_prompts_alone_shuffling_the_text_changes_nothing(data: Path) -> None:
@@ -180,9 +180,9 @@ def test_a_large_split_is_subsampled(reader: Path) -> None:
 
 
 def test_the_verdict_on_a_model_with_one_input_says_so(data: Path) -> None:
-    for method, said in (("main-only", "ignores the text"), ("comp-only", "The text is the only input that the model uses")):
+    for method, verdict in (("main-only", "ignores the text"), ("comp-only", "The text is the only input that the model uses")):
         config = settings(data, method=method)
-        assert said in audit_model(model_of(config), load_data(config.data), "test", config, CPU).verdict
+        assert verdict in audit_model(model_of(config), load_data(config.data), "test", config, CPU).verdict
 
 
 def test_multi_label_models_are_scored_by_the_metric_that_is_shown(multi_pairs: Path) -> None:
@@ -207,19 +207,19 @@ def test_the_verdict_and_its_numbers_agree(
     pairs = replace(pairs, splits={**pairs.splits, "test": split.select_rows(rows)})
     targets = pairs.targets("test")
     right_SN = 20 * (targets if multi else torch.nn.functional.one_hot(targets, 3)).float() - 10
-    asked = 0
+    calls = 0
 
-    def answer(*args: Any, **more: Any) -> Any:
-        nonlocal asked
-        asked += 1
+    def fake_run_split(*args: Any, **more: Any) -> Any:
+        nonlocal calls
+        calls += 1
         logits_SN = right_SN.clone()
         logits_SN[100:200] = logits_SN[100:200].roll(1, dims=1)  # with unaltered inputs, a quarter is wrong
-        if asked == 2 and lost:  # with another text, more are wrong; with few changes, some fewer too
+        if calls == 2 and lost:  # with another text, more are wrong; with few changes, some fewer too
             logits_SN[: 2 * lost] = logits_SN[: 2 * lost].roll(1, dims=1)
             logits_SN[100 : 100 + min(lost, 1)] = right_SN[100 : 100 + min(lost, 1)]
         return SimpleNamespace(logits_SN=logits_SN)
 
-    monkeypatch.setattr("mopefuse.evaluation.audit.run_split", answer)
+    monkeypatch.setattr("mopefuse.evaluation.audit.run_split", fake_run_split)
     found = audit_model(model_of(config), pairs, "test", config, CPU)
     shuffled = found["shuffled"]
     before, after = (100 * found[name].metrics[found.metric] for name in ("as is", "shuffled"))

@@ -206,16 +206,16 @@ CASES: list[tuple[str, Change, int, list[str]]] = [
 
 
 @pytest.mark.parametrize(
-    ("change", "exit_code", "said"), thinned([case[1:] for case in CASES], step=3), ids=[case[0] for case in CASES]
+    ("change", "exit_code", "message"), thinned([case[1:] for case in CASES], step=3), ids=[case[0] for case in CASES]
 )
 def test_bad_data_end_training_with_the_right_error(
-    tmp_path: Path, change: Change, exit_code: int, said: list[str]
+    tmp_path: Path, change: Change, exit_code: int, message: list[str]
 ) -> None:
     root = make_pairs(tmp_path / "data")
     change(root)
     done = call("train", *TINY, "--data", root, "--out", tmp_path / "run", "--steps", "1")
     assert done.returncode == exit_code, done.stderr
-    assert [part for part in said if part not in done.stderr] == []
+    assert [part for part in message if part not in done.stderr] == []
     assert "Traceback" not in done.stderr
 
 

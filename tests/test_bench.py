@@ -102,14 +102,14 @@ def test_the_floor_runs_both_encoders_and_backpropagates_to_the_first_layer() ->
     first = main.blocks[0]
     assert isinstance(first, torch.nn.Module)
     first.register_full_backward_hook(lambda module, inward, outward: reached.append(inward[0] is not None))
-    asked: list[Encoder] = []
+    calls: list[Encoder] = []
     for encoder in subject.encoders.values():
-        encoder.register_forward_hook(lambda module, args, out: asked.append(module))
+        encoder.register_forward_hook(lambda module, args, out: calls.append(module))
         plain = encoder._encode
-        encoder._encode = lambda inputs, plain=plain, encoder=encoder: (asked.append(encoder), plain(inputs))[1]  # type: ignore[method-assign]
+        encoder._encode = lambda inputs, plain=plain, encoder=encoder: (calls.append(encoder), plain(inputs))[1]  # type: ignore[method-assign]
     subject.step()
     assert reached == [True]
-    assert asked == [subject.encoders["comp"], main]
+    assert calls == [subject.encoders["comp"], main]
     assert all(parameter.grad is None for parameter in subject.model.parameters())
 
 
@@ -215,12 +215,12 @@ def mopefuse(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.process
 def test_the_command_prints_one_object_with_both_ratios() -> None:
-    said = mopefuse(
+    done = mopefuse(
         "--main", "tiny:vision", "--comp", "tiny:text", "--experts", "2", "--rounds", "1", "--more", "0", "--batch", "2",
         "--no-memory", "--json",
     )  # fmt: skip
-    assert said.returncode == 0, said.stderr
-    (pair,) = json.loads(said.stdout)["pairs"]
+    assert done.returncode == 0, done.stderr
+    (pair,) = json.loads(done.stdout)["pairs"]
     rows = {row["name"]: row for row in pair["rows"]}
     assert rows["floor"]["train_of_floor"] == rows["floor"]["infer_of_floor"] == 1
     assert rows["conditional, k = 2"]["train"]["seconds"]
@@ -230,9 +230,9 @@ def test_the_command_prints_one_object_with_both_ratios() -> None:
 
 @pytest.mark.process
 def test_with_train_or_infer_alone_only_that_is_measured() -> None:
-    said = mopefuse("--main", "tiny:vision", "--comp", "tiny:text", "--experts", "2", "--rounds", "1", "--more", "0", "--infer")
-    assert said.returncode == 0, said.stderr
-    row = next(line for line in said.stdout.splitlines() if line.startswith("conditional, k = 2")).split()
+    done = mopefuse("--main", "tiny:vision", "--comp", "tiny:text", "--experts", "2", "--rounds", "1", "--more", "0", "--infer")
+    assert done.returncode == 0, done.stderr
+    row = next(line for line in done.stdout.splitlines() if line.startswith("conditional, k = 2")).split()
     assert row[4] == "-"
     assert "ms" in row
 
@@ -254,25 +254,25 @@ def test_the_default_pairs_are_those_of_the_documentation() -> None:
     ],
 )
 def test_invalid_arguments_are_refused(arguments: tuple[str, ...], code: str) -> None:
-    said = mopefuse(*arguments)
-    assert said.returncode in (3, 4, 5), said.stderr
-    assert code in said.stderr
-    assert "Traceback" not in said.stderr
+    done = mopefuse(*arguments)
+    assert done.returncode in (3, 4, 5), done.stderr
+    assert code in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_images_are_timed_decoded_and_from_the_cache() -> None:
-    said = mopefuse("loader", "--main", "tiny:vision", "--images", "8", "--side", "32", "--rounds", "1", "--json")
-    assert said.returncode == 0, said.stderr
-    found = json.loads(said.stdout)
+    done = mopefuse("loader", "--main", "tiny:vision", "--images", "8", "--side", "32", "--rounds", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
     assert found["decoded"]["images_per_second"] > 0 and found["cached"]["images_per_second"] > 0
 
 
 @pytest.mark.process
 def test_start_up_is_timed_for_help_version_and_errors() -> None:
-    said = mopefuse("startup", "--rounds", "1", "--json")
-    assert said.returncode == 0, said.stderr
-    asked = {"mopefuse --help", "mopefuse --version", "a usage error", "a configuration error"}
-    assert asked <= json.loads(said.stdout)["seconds"].keys()
+    done = mopefuse("startup", "--rounds", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    commands = {"mopefuse --help", "mopefuse --version", "a usage error", "a configuration error"}
+    assert commands <= json.loads(done.stdout)["seconds"].keys()
 
 
 @pytest.mark.process
@@ -288,6 +288,6 @@ def test_scaling_is_measured_along_every_axis(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.process
 def test_a_batch_is_divided_among_processes() -> None:
     pair = ("--main", "tiny:vision", "--comp", "tiny:text")
-    said = mopefuse("ddp", *pair, "--batch", "4", "--rounds", "1", "--device", "cpu", "--json")
-    assert said.returncode == 0, said.stderr
-    assert json.loads(said.stdout)["processes"].keys() == {"1", "2"}
+    done = mopefuse("ddp", *pair, "--batch", "4", "--rounds", "1", "--device", "cpu", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["processes"].keys() == {"1", "2"}

@@ -25,8 +25,8 @@ def single(samples: int, share: float, seed: int) -> Outcome:
     """A classifier that is right with a probability of about `share`; the true labels do not depend on the seed."""
     true = np.random.default_rng(0).integers(0, LABELS, samples)
     random = np.random.default_rng(seed)
-    said = np.where(random.random(samples) < share, true, random.integers(0, LABELS, samples))
-    return outcome(np.eye(LABELS)[said], np.eye(LABELS)[true])
+    predicted = np.where(random.random(samples) < share, true, random.integers(0, LABELS, samples))
+    return outcome(np.eye(LABELS)[predicted], np.eye(LABELS)[true])
 
 
 def multi(samples: int, noise: float, seed: int) -> Outcome:
@@ -55,14 +55,14 @@ def by_hand(ours: list[Outcome], theirs: list[Outcome], metric: str, resamples: 
     """Compute differences on resamples one by one, with scikit-learn on the samples that were drawn."""
 
     def score(run: Outcome, chosen: np.ndarray) -> float:
-        said, true = (table.toarray().astype(bool)[chosen] for table in (run.predicted_SN, run.actual_SN))
+        predicted, true = (table.toarray().astype(bool)[chosen] for table in (run.predicted_SN, run.actual_SN))
         if metric == "accuracy":
-            return float(np.mean([(s == t).all() for s, t in zip(said, true, strict=True)]))
+            return float(np.mean([(s == t).all() for s, t in zip(predicted, true, strict=True)]))
         if metric == "f1_samples":
-            pairs = zip(said, true, strict=True)
+            pairs = zip(predicted, true, strict=True)
             return float(np.mean([2 * (s & t).sum() / (s.sum() + t.sum()) if (s | t).any() else 1.0 for s, t in pairs]))
         labels = np.flatnonzero(true.any(axis=0)) if metric == "f1_macro" else None
-        return float(f1_score(true, said, labels=labels, average=metric.removeprefix("f1_"), zero_division=0))
+        return float(f1_score(true, predicted, labels=labels, average=metric.removeprefix("f1_"), zero_division=0))
 
     random = np.random.default_rng(seed)
     size = ours[0].actual_SN.shape[0]

@@ -69,7 +69,7 @@ def test_an_invalid_value_in_a_bundle_file_never_causes_an_internal_error(
 
 
 @pytest.mark.parametrize(
-    ("file", "path", "new", "said"),
+    ("file", "path", "new", "message"),
     [
         ("labels.json", ("labels",), "abc", "labels.json is damaged: labels has a wrong value"),
         ("labels.json", ("thresholds",), [0.5], "labels.json is damaged: 1 thresholds of"),
@@ -81,13 +81,13 @@ def test_an_invalid_value_in_a_bundle_file_never_causes_an_internal_error(
     ],
 )
 def test_a_damaged_bundle_file_gives_exit_code_6(
-    file: str, path: tuple[str, ...], new: Any, said: str, exported: Path, tmp_path: Path
+    file: str, path: tuple[str, ...], new: Any, message: str, exported: Path, tmp_path: Path
 ) -> None:
     bundle = Path(shutil.copytree(exported, tmp_path / "bundle"))
     (bundle / file).write_text(json.dumps(put(json.loads((bundle / file).read_text()), path, new)))
     reseal(bundle)
     done = call("export", "verify", bundle)
-    assert done.returncode == 6 and said in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.returncode == 6 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
 
 
 def test_a_tokenizer_file_must_be_listed_in_the_manifest(exported: Path, tmp_path: Path) -> None:

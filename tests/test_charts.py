@@ -154,15 +154,15 @@ def test_embedded_json_cannot_end_a_script_and_is_unchanged() -> None:
 def test_the_library_is_bundled_once_and_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import vl_convert
 
-    asked = []
-    bundle = lambda snippet: asked.append(snippet) or "let x = '</script><!--'"  # noqa: E731
+    bundled = []
+    bundle = lambda snippet: bundled.append(snippet) or "let x = '</script><!--'"  # noqa: E731
     monkeypatch.setattr(vl_convert, "javascript_bundle", bundle)
     monkeypatch.setenv("MOPEFUSE_CACHE", str(tmp_path))
     found = []
     for _ in range(2):
         embedding._library.cache_clear()
         found.append(embedding._library())
-    assert len(asked) == 1 and found[0] == found[1] and "</script" not in found[0] and "<!--" not in found[0]
+    assert len(bundled) == 1 and found[0] == found[1] and "</script" not in found[0] and "<!--" not in found[0]
     assert [kind for kind, *_ in kept.entries()] == ["charts"]
     (file,) = tmp_path.glob("charts/*/vega.js")
     file.write_text("hacked()")

@@ -145,12 +145,12 @@ def test_a_kill_at_any_moment_of_a_save_loop_leaves_the_latest_checkpoint_comple
         assert process.stdout.readline().strip() == "1"
         time.sleep(0.0037 * moment)
         process.kill()
-        told = [1, *map(int, process.stdout.read().split())]
+        steps = [1, *map(int, process.stdout.read().split())]
         process.wait()
         run.lock()
         latest = run.latest()
         assert latest is not None
-        assert latest[1]["step"] in (told[-1], told[-1] + 1)
+        assert latest[1]["step"] in (steps[-1], steps[-1] + 1)
         assert not list(run.checkpoints.glob("*.tmp-*"))
         run.unlock()
         for path in run.checkpoints.glob("step-*"):  # the next loop starts at step 1
@@ -221,7 +221,7 @@ def test_a_flipped_bit_is_detected(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda a: (a / "file").unlink(), "has changed since it was written"),
         (lambda a: (a / "file").write_text("content and more"), "has changed since it was written"),
@@ -238,11 +238,13 @@ def test_a_flipped_bit_is_detected(tmp_path: Path) -> None:
         (lambda a: (a / "extra.safetensors").write_text("x"), "extra.safetensors is not listed in the manifest"),
     ],
 )
-def test_a_folder_that_differs_from_its_manifest_is_rejected(tmp_path: Path, change: Callable[[Path], Any], said: str) -> None:
+def test_a_folder_that_differs_from_its_manifest_is_rejected(
+    tmp_path: Path, change: Callable[[Path], Any], message: str
+) -> None:
     folder = published(tmp_path / "a")
     change(folder)
     error = refused(folder)
-    assert said in error.what
+    assert message in error.what
     assert error.exit_code == 6
 
 

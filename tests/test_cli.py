@@ -31,7 +31,7 @@ def train(data: Path, out: Path, *more: object) -> subprocess.CompletedProcess[s
     return call("train", *TINY, "--data", data, "--out", out, "--steps", "2", *more)
 
 
-def said(done: subprocess.CompletedProcess[str]) -> Any:
+def stdout_json(done: subprocess.CompletedProcess[str]) -> Any:
     """Parse stdout as a single JSON value."""
     return json.loads(done.stdout)
 
@@ -121,7 +121,7 @@ def test_with_json_an_error_is_one_object_and_nothing_else(
     monkeypatch.chdir(tmp_path)
     done = call(*args, "--json")
     assert done.returncode == number
-    value = said(done)
+    value = stdout_json(done)
     assert value["ok"] is False
     assert value["error"].keys() == {"code", "exit", "message", "where", "hint"}
     assert (value["error"]["code"], value["error"]["exit"]) == (code, number)
@@ -141,7 +141,7 @@ def test_a_bug_is_one_line_and_a_log_with_the_traceback_on_request(
     assert done.stderr.startswith("internal error: RuntimeError: two · ")
     assert "in broken" in (tmp_path / "crash.log").read_text()
     assert "Traceback" in call("--debug", "doctor").stderr
-    assert said(call("doctor", "--json"))["error"]["code"] == "MF-INT-00"
+    assert stdout_json(call("doctor", "--json"))["error"]["code"] == "MF-INT-00"
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_training_writes_a_run_and_prints_its_result(trained: Path, pairs: Path)
 def test_train_json_is_one_object(multi_pairs: Path, tmp_path: Path) -> None:
     done = train(multi_pairs, tmp_path / "run", "--json")
     assert (done.returncode, done.stderr) == (0, "")
-    assert {"f1_micro", "f1_macro", "f1_samples"} <= said(done)["metrics"].keys()
+    assert {"f1_micro", "f1_macro", "f1_samples"} <= stdout_json(done)["metrics"].keys()
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_any_batch_size_trains_and_counts_every_sample_once(
     data = make_pairs(tmp_path / "data", counts=counts)
     done = call("train", *TINY, "--data", data, "--out", tmp_path / "run", "--batch", batch, "--epochs", 1, "--json")
     assert done.returncode == 0, done.stderr
-    result = said(done)
+    result = stdout_json(done)
     assert result["steps"] == -(-counts["train"] // batch)
     assert sum(row["support"] for row in result["per_label"]) == counts["test"]
 
@@ -198,7 +198,7 @@ def test_any_batch_size_trains_and_counts_every_sample_once(
 def test_without_any_prompt_it_trains_a_linear_probe(pairs: Path, tmp_path: Path) -> None:
     done = train(pairs, tmp_path / "run", "--static", 0, "--dynamic", 0, "--mapped", 0, "--json")
     assert done.returncode == 0, done.stderr
-    assert [part for part, number in said(done)["parameters"]["by_part"].items() if number] == ["head"]
+    assert [part for part, number in stdout_json(done)["parameters"]["by_part"].items() if number] == ["head"]
 
 
 def test_a_loss_that_is_not_finite_stops_training_and_is_never_selected(pairs: Path, tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def test_an_existing_run_is_overwritten_only_on_request(
 def test_a_dry_run_writes_nothing(pairs: Path, tmp_path: Path) -> None:
     done = train(pairs, tmp_path / "run", "--dry-run", "--json")
     assert done.returncode == 0, done.stderr
-    assert said(done)["rows"] == {"train": 12, "val": 6, "test": 7}
+    assert stdout_json(done)["rows"] == {"train": 12, "val": 6, "test": 7}
     assert list(tmp_path.iterdir()) == []
 
 
@@ -266,7 +266,7 @@ def test_a_missing_image_is_an_error_with_its_row(tmp_path: Path) -> None:
 
 def test_eval_is_deterministic_and_equals_the_metrics_of_training(trained: Path, tmp_path: Path) -> None:
     done = [call("eval", trained, "--out", tmp_path / f"{i}.jsonl", "--json") for i in range(2)]
-    one, two = said(done[0]), said(done[1])
+    one, two = stdout_json(done[0]), stdout_json(done[1])
     assert one.pop("predictions") != two.pop("predictions")
     assert one == two
     assert one["metrics"] == json.loads((trained / "metrics.json").read_text())["metrics"]["test"]
@@ -277,7 +277,7 @@ def test_eval_is_deterministic_and_equals_the_metrics_of_training(trained: Path,
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_any_split_can_be_evaluated(trained: Path, split: str, tmp_path: Path) -> None:
     done = call("eval", trained, "--split", split, "--out", tmp_path / "p.jsonl", "--json")
-    assert (done.returncode, said(done)["split"]) == (0, split)
+    assert (done.returncode, stdout_json(done)["split"]) == (0, split)
 
 
 def test_a_gate_passes_if_it_is_met_and_fails_otherwise(trained: Path, tmp_path: Path) -> None:
@@ -289,9 +289,9 @@ def test_a_gate_passes_if_it_is_met_and_fails_otherwise(trained: Path, tmp_path:
     assert "accuracy" in done.stdout
     done = call("eval", trained, *out, "--min", "f1_macro=1.01", "--json")
     assert done.returncode == 10
-    assert said(done)["ok"] is False
-    assert said(done)["error"]["code"] == "MF-GATE-01"
-    assert "accuracy" in said(done)["metrics"]
+    assert stdout_json(done)["ok"] is False
+    assert stdout_json(done)["error"]["code"] == "MF-GATE-01"
+    assert "accuracy" in stdout_json(done)["metrics"]
 
 
 @pytest.mark.parametrize("gate", ["accuracy", "accuracy=", "accuracy=much", "acuracy=0.5"])
@@ -336,9 +336,9 @@ def test_ctrl_c_in_eval_leaves_no_partial_file(trained: Path, tmp_path: Path, mo
 
 
 def test_encoders_are_listed_and_inspected() -> None:
-    listed = said(call("encoders", "--json"))
+    listed = stdout_json(call("encoders", "--json"))
     assert {"timm", "hf", "open_clip", "tiny"} <= {scheme["scheme"] for scheme in listed["schemes"]}
-    facts = said(call("encoders", "inspect", "tiny:vision", "--json"))
+    facts = stdout_json(call("encoders", "inspect", "tiny:vision", "--json"))
     assert (facts["modality"], facts["layers"]) == ("image", len(facts["widths"]))
     assert facts["use"] == "main or comp"
     plain = call("encoders", "inspect", "tiny:vision").stdout
@@ -357,7 +357,7 @@ def test_doctor_reports_what_works_and_what_does_not(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(doctor, "_DEVICES", "print('cpu')")
     monkeypatch.setattr(doctor, "_CHECKS", {"json": ("import json", "json is broken")})
     done = call("doctor", "--json")
-    found = said(done)
+    found = stdout_json(done)
     assert (done.returncode, found["ok"], found["problems"]) == (0, True, [])
     assert found["machine"]["json"] == "works"
     assert found["machine"]["devices"] == "cpu"
@@ -383,7 +383,7 @@ def test_a_dry_run_shows_encoder_inputs_and_trainable_parameters(pairs: Path) ->
     assert done.returncode == 0, done.stderr
     seen = ("tiny:vision  (image, 16 x 16)", "tiny:text  (text, truncated to 32 tokens)")
     assert [line for line in (*seen, "prompt experts", "estimated memory") if line not in done.stdout] == []
-    found = said(call("train", *TINY, "--data", pairs, "--dry-run", "--json"))
+    found = stdout_json(call("train", *TINY, "--data", pairs, "--dry-run", "--json"))
     assert found["ok"] is True
     assert found["parameters"]["trainable"] == sum(found["parameters"]["by_part"].values())
     assert not [value for value in found["config"]["prompts"].values() if value is None], "every default is written out"

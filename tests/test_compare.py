@@ -223,9 +223,9 @@ def test_markdown_has_the_best_in_bold(folder: Path) -> None:
     for line, row in ((full, rows[0]), (text, rows[1])):
         spread = row.metrics["test"]["accuracy"]
         assert spread.std is not None
-        said = f"{100 * spread.mean:.1f} ± {100 * spread.std:.1f}"
+        table = f"{100 * spread.mean:.1f} ± {100 * spread.std:.1f}"
         tie = spread.mean == best.metrics["test"]["accuracy"].mean
-        assert line.split(" | ")[4] == (f"**{said}**" if tie else said)
+        assert line.split(" | ")[4] == (f"**{table}**" if tie else table)
 
 
 def test_csv_has_every_number_in_full(folder: Path, tmp_path: Path) -> None:
@@ -239,12 +239,12 @@ def test_csv_has_every_number_in_full(folder: Path, tmp_path: Path) -> None:
 
 
 def test_json_has_every_seed(folder: Path) -> None:
-    said = json.loads(call("compare", *runs(folder), "--against", "text", "--json").stdout)
-    assert said == json.loads(call("compare", *runs(folder), "--against", "text", "--format", "json").stdout)
-    assert said["rows"][0]["metrics"]["test"]["accuracy"]["values"] == [
+    result = json.loads(call("compare", *runs(folder), "--against", "text", "--json").stdout)
+    assert result == json.loads(call("compare", *runs(folder), "--against", "text", "--format", "json").stdout)
+    assert result["rows"][0]["metrics"]["test"]["accuracy"]["values"] == [
         stored(path)["metrics"]["test"]["accuracy"] for path in runs(folder)[:3]
     ]
-    assert said["rows"][0]["versus"]["p"] == compare(runs(folder), against="text").rows[0].versus.p
+    assert result["rows"][0]["versus"]["p"] == compare(runs(folder), against="text").rows[0].versus.p
 
 
 def test_latex_and_csv_escape_labels(folder: Path) -> None:

@@ -94,7 +94,7 @@ def test_an_invalid_value_is_an_error_with_its_flag_and_a_suggestion() -> None:
 
 
 @pytest.mark.parametrize(
-    ("section", "key", "value", "said"),
+    ("section", "key", "value", "message"),
     [
         ("prompts", "experts", 0, "needs at least 1"),
         ("prompts", "experts", -3, "needs at least 1"),
@@ -120,10 +120,10 @@ def test_an_invalid_value_is_an_error_with_its_flag_and_a_suggestion() -> None:
         ("data", "cache_images", "perhaps", "needs true or false"),
     ],
 )
-def test_a_value_out_of_bounds_is_an_error_with_its_path(section: str, key: str, value: Any, said: str) -> None:
+def test_a_value_out_of_bounds_is_an_error_with_its_path(section: str, key: str, value: Any, message: str) -> None:
     error = refused(**{section: {key: value}})
     assert f"{section}.{key}: got " in error.what
-    assert said in error.what
+    assert message in error.what
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63, 2**64, 1.5, True])

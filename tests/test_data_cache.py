@@ -105,19 +105,19 @@ def test_cached_features_and_images_give_the_same_results(photos: Path, tmp_path
 def test_a_second_run_encodes_and_decodes_nothing(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Notices(Listener):
         def __init__(self) -> None:
-            self.said: list[str] = []
+            self.texts: list[str] = []
 
         def on_notice(self, text: str) -> None:
-            self.said.append(text)
+            self.texts.append(text)
 
-    told = Notices()
-    train(settings(photos, cache_images=True), tmp_path / "first", listener=told)
-    assert "train: 3 different texts encoded once by tiny:text, kept in" in " ".join(told.said)
+    notices = Notices()
+    train(settings(photos, cache_images=True), tmp_path / "first", listener=notices)
+    assert "train: 3 different texts encoded once by tiny:text, kept in" in " ".join(notices.texts)
     monkeypatch.setattr("mopefuse.data.features.encode_pooled", lambda *_: pytest.fail("a text was encoded"))
     monkeypatch.setattr("mopefuse.modalities.image._decoded", lambda *_, **__: pytest.fail("an image was decoded or looked at"))
-    told = Notices()
-    train(settings(photos, cache_images=True), tmp_path / "second", listener=told)
-    assert "train: 3 different texts encoded once by tiny:text, read from" in " ".join(told.said)
+    notices = Notices()
+    train(settings(photos, cache_images=True), tmp_path / "second", listener=notices)
+    assert "train: 3 different texts encoded once by tiny:text, read from" in " ".join(notices.texts)
 
 
 def features(root: Path, encoder: str = "tiny:text", split: str = "train", **changed: Any) -> Any:
@@ -237,10 +237,10 @@ def test_unchanged_images_are_not_read_again(photos: Path) -> None:
     assert isinstance(kind, Files)
     looks = inspect_files(kind, [photos], names, how)
     reading: list[tuple[int, int]] = []
-    again = inspect_files(kind, [photos], names, how, known=looks, advance=lambda *told: reading.append(told))
+    again = inspect_files(kind, [photos], names, how, known=looks, advance=lambda *progress: reading.append(progress))
     assert (again, reading) == (looks, [])
     (photos / names[2]).write_bytes(b"")
-    changed = inspect_files(kind, [photos], names, how, known=looks, advance=lambda *told: reading.append(told))
+    changed = inspect_files(kind, [photos], names, how, known=looks, advance=lambda *progress: reading.append(progress))
     assert reading == [(1, 1)]
     assert [name for name in names if changed[name] != looks[name]] == [names[2]]
     assert changed[names[2]].code == "MF-DATA-13"

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from check_cases import BROKEN, ESCAPE, HOSTILE, MAX_PIXELS, folder, kinds, line, make_broken, report, said, save, write
+from check_cases import BROKEN, ESCAPE, HOSTILE, MAX_PIXELS, folder, kinds, line, make_broken, report, save, stdout_json, write
 from conftest import TINY, call, make_pairs, run_cli
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,7 +32,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_clean_data_set_has_no_findings(pairs: Path, multi_pairs: Path) -> None:
     for data, multi in ((pairs, False), (multi_pairs, True)):
         done = call("data", "check", data, "--json", "--strict")
-        found = said(done)
+        found = stdout_json(done)
         assert (done.returncode, found["ok"], found["errors"], found["warnings"], found["problems"]) == (0, True, 0, 0, [])
         assert {name: facts["rows"] for name, facts in found["splits"].items()} == {"train": 12, "val": 6, "test": 7}
         assert found["splits"]["val"]["pixels"] == {"smallest": [16, 16], "largest": [16, 16]}
@@ -43,7 +43,7 @@ def test_a_clean_data_set_has_no_findings(pairs: Path, multi_pairs: Path) -> Non
 def test_all_problems_are_found_in_one_pass_with_line_and_id(broken: Path) -> None:
     done = call("data", "check", broken, "--max-pixels", MAX_PIXELS, "--json")
     fields = ("kind", "severity", "code", "split", "where", "id", "rows")
-    found = [tuple(problem[field] for field in fields) for problem in said(done)["problems"]]
+    found = [tuple(problem[field] for field in fields) for problem in stdout_json(done)["problems"]]
     assert found == [tuple(str(broken) if value == "{data}" else value for value in row) for row in BROKEN]
     assert done.returncode == 4
 
@@ -71,7 +71,7 @@ def test_the_error_is_one_line_on_stderr_after_the_report(broken: Path) -> None:
 
 
 def test_json_has_the_error_in_its_usual_form_next_to_the_report(broken: Path) -> None:
-    found = said(call("data", "check", broken, "--max-pixels", MAX_PIXELS, "--json", "--most", "3"))
+    found = stdout_json(call("data", "check", broken, "--max-pixels", MAX_PIXELS, "--json", "--most", "3"))
     assert found["ok"] is False
     assert found["error"] == {
         "code": "MF-DATA-80",
@@ -122,7 +122,7 @@ def test_warnings_become_errors_only_with_strict(tmp_path: Path) -> None:
     assert call("data", "check", root).returncode == 0
     done = call("data", "check", root, "--strict")
     assert (done.returncode, done.stderr.split(":")[0]) == (4, "error[MF-DATA-81]")
-    found = said(call("data", "check", root, "--strict", "--json"))
+    found = stdout_json(call("data", "check", root, "--strict", "--json"))
     assert (found["ok"], found["errors"], found["warnings"], found["error"]["code"]) == (False, 0, 1, "MF-DATA-81")
 
 
@@ -144,7 +144,7 @@ def test_held_out_rows_are_counted_as_in_training(tmp_path: Path) -> None:
     data = make_pairs(tmp_path / "data", counts={"train": 20})
     options = (data, "--val-fraction", "0.2", "--test-fraction", "0.1")
     rows = {"train": {"rows": 14, "labels": 3}, "val": {"rows": 4, "labels": 3}, "test": {"rows": 2, "labels": 2}}
-    found = said(call("data", "check", *options, "--json"))
+    found = stdout_json(call("data", "check", *options, "--json"))
     assert (found["splits_in_training"], found["splits"]["train"]["rows"]) == (rows, 20)
     assert re.search(r"^test +2 +2$", call("data", "check", *options).stdout, re.MULTILINE)
     done = call("train", *TINY, "--data", *options, "--steps", "1", "--out", tmp_path / "run")
@@ -269,7 +269,7 @@ def test_a_table_with_a_split_column_is_checked_once(tmp_path: Path) -> None:
     rows += ["train,r6,gone.png,six,b", 'test,r7,4.png,"seven, and so on",b']
     (tmp_path / "all.csv").write_text("\n".join(rows) + "\n")
     flags = ("--split-col", "split", "--id-col", "name", "--image-col", "photo", "--text-col", "caption", "--label-col", "tags")
-    found = said(call("data", "check", tmp_path / "all.csv", *flags, "--label-sep", "|", "--json"))
+    found = stdout_json(call("data", "check", tmp_path / "all.csv", *flags, "--label-sep", "|", "--json"))
     assert [(each["kind"], each["split"], each["where"], each["id"]) for each in found["problems"]] == [
         ("bad-csv", "train", "all.csv:6", ""),
         ("bad-split-name", "train", "all.csv:5", ""),
@@ -307,7 +307,7 @@ def test_a_folder_of_images_is_checked_by_the_names_of_its_files(tmp_path: Path)
     ],
 )
 def test_impossible_options_are_refused(pairs: Path, flags: tuple[str, ...], code: str) -> None:
-    assert said(call("data", "check", pairs, *flags, "--json"))["error"]["code"] == code
+    assert stdout_json(call("data", "check", pairs, *flags, "--json"))["error"]["code"] == code
 
 
 def test_findings_do_not_repeat_the_content_of_rows(broken: Path) -> None:
@@ -350,7 +350,7 @@ def test_rows_that_training_would_skip_are_warnings(tmp_path: Path) -> None:
     assert "0 errors, 1 warning" in done.stdout
     assert call("train", *TINY, "--data", data, "--out", tmp_path / "run", "--steps", "1", *skip).returncode == 0
     assert call("data", "check", data, *skip, "--strict").returncode == 4
-    found = said(call("data", "check", data, *skip, "--json"))
+    found = stdout_json(call("data", "check", data, *skip, "--json"))
     assert [(problem["severity"], problem["id"]) for problem in found["problems"]] == [("warning", "train-7")]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from check_cases import folder, kinds, line, report, said, save, write
+from check_cases import folder, kinds, line, report, save, stdout_json, write
 from conftest import call, code_of, make_pairs, matrix
 
 from mopefuse.config.schema import Data
@@ -97,7 +97,7 @@ def test_with_many_labels_thirty_are_shown_and_all_are_in_json(tmp_path: Path) -
         write(root / f"{name}.jsonl", *(row.replace("t", name, 1) for row in rows))
     shown = [text for text in call("data", "check", root).stdout.splitlines() if text.startswith("label-")]
     assert (len(shown), shown[0].split(), shown[-1].split()) == (30, ["label-00", "3", "3", "3"], ["label-39", "2", "2", "2"])
-    assert len(said(call("data", "check", root, "--json"))["labels"]["balance"]) == 40
+    assert len(stdout_json(call("data", "check", root, "--json"))["labels"]["balance"]) == 40
 
 
 # -- images and the cache
@@ -159,7 +159,7 @@ def test_a_file_outside_the_root_is_an_error_with_its_line_and_never_opened(tmp_
         opened = _OPENED
     finally:
         _OPENED = None
-    assert [(each["code"], each["where"]) for each in said(done)["problems"]] == [("MF-SEC-01", "val.jsonl:3")]
+    assert [(each["code"], each["where"]) for each in stdout_json(done)["problems"]] == [("MF-SEC-01", "val.jsonl:3")]
     assert done.returncode == 4
     assert any(name.endswith("1.png") for name in opened), "opened files are recorded"
     assert not [name for name in opened if "secret" in name or "link.png" in name]
@@ -201,7 +201,7 @@ def test_lengths_with_an_encoder_are_its_tokens_and_truncations(tmp_path: Path) 
     write(root / "train.jsonl", *rows)
     (root / "val.jsonl").unlink()
     (root / "test.jsonl").unlink()
-    found = said(call("data", "check", root, "--encoder", "tiny:text", "--json"))["texts"]
+    found = stdout_json(call("data", "check", root, "--encoder", "tiny:text", "--json"))["texts"]
     assert (found["encoder"], found["limit"]) == ("tiny:text", 32)
     assert found["tokens"] == {"median": 32, "p95": 39, "longest": 41}
     assert found["cut"] == {"texts": 2, "share": 2 / 5}

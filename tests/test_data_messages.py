@@ -133,9 +133,9 @@ def test_a_column_that_names_splits_is_suggested_and_works(data: Path, names: tu
 
 
 def test_an_unused_column_of_splits_gives_a_notice(data: Path) -> None:
-    said = "the column part of all.jsonl seems to name splits and is ignored; to use it, add --split-col part"
+    notices = "the column part of all.jsonl seems to name splits and is ignored; to use it, add --split-col part"
     table = one_table(data, train="train", val="val", test="test")
-    assert said in plan(table, "--val-fraction", "0.2").stderr
+    assert notices in plan(table, "--val-fraction", "0.2").stderr
     assert "names splits" not in plan(table, "--split-col", "part").stderr
 
 

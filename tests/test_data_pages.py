@@ -151,8 +151,8 @@ def test_attributes_are_escaped(tmp_path: Path) -> None:
 
 def test_the_page_of_a_check_has_its_counts_kinds_and_labels(pages: dict[str, Page]) -> None:
     page = pages["check"]
-    for said in ("21 errors", "10 warnings", "truncated-image", "train.jsonl:15, id t15", "zebra", "8 x 30 to 20 x 300"):
-        assert said in page.text
+    for text in ("21 errors", "10 warnings", "truncated-image", "train.jsonl:15, id t15", "zebra", "8 x 30 to 20 x 300"):
+        assert text in page.text
     assert page.charts() == {"lengths", "sizes"}
     assert "24 x 24" in page.text and "20 x 300" in page.text, "sizes of images that could be decoded, in a table"
     bars = [attributes["title"] for attributes in page.all("span") if attributes.get("class") == "name"]
@@ -198,8 +198,8 @@ def test_long_lists_are_truncated_and_counted(tmp_path: Path) -> None:
 def test_the_sheet_shows_each_row_and_what_is_wrong_with_its_image(pages: dict[str, Page]) -> None:
     page = pages["sheet"]
     assert len(page.all("article")) == 19
-    for said in ("image not found: gone.png", "(image file is truncated)", "outside the data folder", "more than 12,000"):
-        assert said in page.text
+    for text in ("image not found: gone.png", "(image file is truncated)", "outside the data folder", "more than 12,000"):
+        assert text in page.text
     assert page.text.count("no picture") == 10
     assert "19 of 19 rows, taken from each class in turn, seed 0; 10 more cannot be read" in page.text
     assert "empty text" in page.text

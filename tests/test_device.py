@@ -23,14 +23,14 @@ print(float(tiny * tiny) > 0)
 
 
 @pytest.mark.process
-@pytest.mark.parametrize(("asked", "kept"), [({}, "True"), ({devices.FLUSH: "0"}, "True"), ({devices.FLUSH: "1"}, "False")])
-def test_denormal_numbers_are_flushed_on_request(asked: dict[str, str], kept: str) -> None:
+@pytest.mark.parametrize(("variables", "kept"), [({}, "True"), ({devices.FLUSH: "0"}, "True"), ({devices.FLUSH: "1"}, "False")])
+def test_denormal_numbers_are_flushed_on_request(variables: dict[str, str], kept: str) -> None:
     """Weights of masked attention, e^-100, otherwise make products a hundred times as slow."""
     if not can_flush():
         pytest.skip("this processor cannot flush denormals")
-    environment = {name: value for name, value in os.environ.items() if name != devices.FLUSH} | asked
-    said = subprocess.run([sys.executable, "-c", PRODUCT], capture_output=True, text=True, env=environment, check=True)
-    assert said.stdout.strip() == kept
+    environment = {name: value for name, value in os.environ.items() if name != devices.FLUSH} | variables
+    done = subprocess.run([sys.executable, "-c", PRODUCT], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.strip() == kept
 
 
 def test_the_command_line_flushes_denormal_numbers(monkeypatch: pytest.MonkeyPatch) -> None:

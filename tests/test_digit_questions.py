@@ -106,7 +106,7 @@ def test_neither_modality_alone_determines_the_label() -> None:
     kinds: dict[str, list[int]] = {}
     for question in made.questions:
         kinds.setdefault(question.text, []).append(question.label)
-    assert sum(np.bincount(answers).max() for answers in kinds.values()) / len(labels) < 0.2
+    assert sum(np.bincount(labels_N).max() for labels_N in kinds.values()) / len(labels) < 0.2
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(folder: Path, tmp_path: Path) -> None:

@@ -122,14 +122,14 @@ print(f"{os.environ['RANK']}: {said}; after {time.monotonic() - began:.1f} s", f
 
 @pytest.mark.process
 @pytest.mark.parametrize(
-    ("end", "said"),
+    ("end", "expected"),
     [
         ("returns", ["what it found", "what it found"]),
         ("raises", ["what the main process said", "what the main process said"]),
         ("dies", [None, "another process failed"]),
     ],
 )
-def test_other_processes_wait_as_long_as_the_main_process_lives(tmp_path: Path, end: str, said: list[str | None]) -> None:
+def test_other_processes_wait_as_long_as_the_main_process_lives(tmp_path: Path, end: str, expected: list[str | None]) -> None:
     """Its work takes three times the timeout between processes. There is no launcher to end them."""
     (tmp_path / "patient.py").write_text(PATIENT)
     with socket.socket() as free:
@@ -146,9 +146,9 @@ def test_other_processes_wait_as_long_as_the_main_process_lives(tmp_path: Path, 
         for rank in (0, 1)
     ]
     for rank, process in enumerate(processes):
-        heard, _ = process.communicate(timeout=120)
-        assert heard.startswith(f"{rank}: {said[rank]}" if said[rank] else ""), heard
-        assert bool(heard) == bool(said[rank])
+        printed, _ = process.communicate(timeout=120)
+        assert printed.startswith(f"{rank}: {expected[rank]}" if expected[rank] else ""), printed
+        assert bool(printed) == bool(expected[rank])
     assert (processes[0].returncode == -signal.SIGKILL) == (end == "dies")
 
 

@@ -102,9 +102,9 @@ def settings(data: Path, folders: dict[str, Path], **more: Any) -> Any:
     return build_config(values)
 
 
-@pytest.mark.parametrize(("kind", "change", "said"), CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize(("kind", "change", "message"), CHANGES.values(), ids=CHANGES)
 def test_a_change_to_an_encoder_is_named_and_recomputes_its_features(
-    folders: dict[str, Path], data: Path, kind: str, change: Callable[[Path], None], said: str
+    folders: dict[str, Path], data: Path, kind: str, change: Callable[[Path], None], message: str
 ) -> None:
     pairs, config = load_data(Data(path=str(data))), settings(data, folders)
     spec = f"hf:{folders[kind]}"
@@ -114,7 +114,7 @@ def test_a_change_to_an_encoder_is_named_and_recomputes_its_features(
     change(folders[kind])
     now = create_encoder(spec)
     assert now.fingerprint() == before.fingerprint(), "the weights are the same"
-    assert any(said in text for text in _description.differences(before.describe(), now.describe()))
+    assert any(message in text for text in _description.differences(before.describe(), now.describe()))
     found = split_features(now, pairs, "train", config, CPU)
     assert "read from" not in found.origin
     assert not torch.allclose(found[every], kept, atol=1e-4)
@@ -131,12 +131,12 @@ def test_a_run_is_not_loaded_with_a_different_encoder(folders: dict[str, Path], 
     assert str(tmp_path) not in json.dumps(recorded["description"])
     saved = {name: shutil.copytree(folder, tmp_path / f"{name} as it was") for name, folder in folders.items()}
     for name in ("pooling", "vocabulary", "heads of an image encoder", "mean"):
-        kind, change, said = CHANGES[name]
+        kind, change, message = CHANGES[name]
         change(folders[kind])
         for model in (run, adapter):
             done = call("eval", model, "--data", data, "--device", "cpu")
             assert done.returncode == 6, done.stderr
-            assert "MF-CKPT-220" in done.stderr and said in done.stderr and "fix: restore" in done.stderr
+            assert "MF-CKPT-220" in done.stderr and message in done.stderr and "fix: restore" in done.stderr
         shutil.rmtree(folders[kind])
         shutil.copytree(saved[kind], folders[kind])
     assert call("eval", run, "--device", "cpu").returncode == 0, "as it was"
@@ -198,7 +198,7 @@ CLIP = "open_clip:mopefuse-tiny#{}?pretrained=false"
 
 
 @pytest.mark.parametrize(
-    ("spec", "option", "said"),
+    ("spec", "option", "message"),
     [
         ("tiny:text?pretrained=false", "pool=cls", "model.pool"),
         (VIT, "pool=avg", "model.pool"),
@@ -210,9 +210,9 @@ CLIP = "open_clip:mopefuse-tiny#{}?pretrained=false"
         (CLIP.format("visual"), "size=64", "preprocess.size"),
     ],
 )
-def test_options_that_change_the_computation_are_described(tmp_path: Path, spec: str, option: str, said: str) -> None:
+def test_options_that_change_the_computation_are_described(tmp_path: Path, spec: str, option: str, message: str) -> None:
     add_open_clip_models(tmp_path)
     one, two = create_encoder(spec), create_encoder(f"{spec}&{option}")
     found = _description.differences(one.describe(), two.describe())
-    assert any(text.startswith(said) for text in found), found
+    assert any(text.startswith(message) for text in found), found
     assert one.describe()["libraries"].keys() >= {"mopefuse", "torch"}

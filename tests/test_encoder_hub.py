@@ -60,10 +60,10 @@ HUB = [
 ]
 
 
-@pytest.mark.parametrize(("error", "number", "says"), HUB, ids=[str(number) for _, number, _ in HUB])
+@pytest.mark.parametrize(("error", "number", "message"), HUB, ids=[str(number) for _, number, _ in HUB])
 @pytest.mark.parametrize("spec", ["hf:org/name@v9", "timm:vit_base", "open_clip:vit-b-32"])
 def test_every_hub_failure_has_its_own_message(
-    spec: str, error: Exception, number: int, says: str, monkeypatch: pytest.MonkeyPatch
+    spec: str, error: Exception, number: int, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise error
@@ -73,7 +73,7 @@ def test_every_hub_failure_has_its_own_message(
     monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("asked on the terminal"))
     found = fault(spec)
     assert found.code == code(number) and found.exit_code == 5
-    assert says.replace("v9", "v9" if spec.startswith("hf") else "main") in str(found), str(found)
+    assert message.replace("v9", "v9" if spec.startswith("hf") else "main") in str(found), str(found)
 
 
 def test_a_misspelt_alias_gets_a_suggestion_before_the_hub_is_contacted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,31 +101,31 @@ def test_offline_mode_fails_quickly_and_says_what_to_do(tmp_path: Path) -> None:
 
 def serve(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Patch the hub so that it serves the files in `folder`."""
-    asked: list[str] = []
+    requests: list[str] = []
 
     def fetch(repo: str, filename: str, revision: str | None = None, *, where: str) -> Path | None:
-        asked.append(f"{repo}@{revision}/{filename}")
+        requests.append(f"{repo}@{revision}/{filename}")
         return folder / filename if (folder / filename).is_file() else None
 
     monkeypatch.setattr(_hub, "fetch", fetch)
-    return asked
+    return requests
 
 
 def test_a_transformers_repository_loads(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     snapshot = tmp_path / COMMIT
     snapshot.symlink_to(folders / "bert")
-    asked = serve(snapshot, monkeypatch)
+    requests = serve(snapshot, monkeypatch)
     encoder = create_encoder("hf:org/small@v1")
     assert encoder.revision == COMMIT
     assert encoder.fingerprint() == create_encoder(f"hf:{folders / 'bert'}").fingerprint()
-    assert asked[:2] == ["org/small@v1/config.json", "org/small@v1/model.safetensors"]
+    assert requests[:2] == ["org/small@v1/config.json", "org/small@v1/model.safetensors"]
 
 
 def test_no_weights_are_downloaded_for_a_refused_configuration(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     edit_config(bert, model_type="t5", is_encoder_decoder=True)
-    asked = serve(bert, monkeypatch)
+    requests = serve(bert, monkeypatch)
     assert fault("hf:org/decoder").code == code(EncoderCode.UNSUITABLE)
-    assert asked == ["org/decoder@None/config.json"]
+    assert requests == ["org/decoder@None/config.json"]
 
 
 def test_sharded_weights_load_and_pickles_are_refused(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,9 +147,9 @@ def test_pretrained_timm_weights_are_read_from_safetensors(tmp_path: Path, monke
     snapshot = tmp_path / COMMIT
     snapshot.mkdir()
     save_file(model.state_dict(), snapshot / "model.safetensors")
-    asked = serve(snapshot, monkeypatch)
+    requests = serve(snapshot, monkeypatch)
     encoder = create_encoder("timm:vit_tiny?depth=1")
-    assert asked == ["timm/vit_tiny_patch16_224.augreg_in21k@None/model.safetensors"]
+    assert requests == ["timm/vit_tiny_patch16_224.augreg_in21k@None/model.safetensors"]
     assert (encoder.spec.name, encoder.revision) == ("vit_tiny_patch16_224.augreg_in21k", COMMIT)
     for name, tensor in encoder.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name.removeprefix("backbone.")])
@@ -183,9 +183,9 @@ def siglip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_siglip_gets_the_tokenizer_that_open_clip_uses(siglip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = serve(siglip, monkeypatch)
+    requests = serve(siglip, monkeypatch)
     encoder = create_encoder("open_clip:ViT-B-16-SigLIP/webli#text")
-    assert asked[:2] == ["timm/ViT-B-16-SigLIP@None/open_clip_model.safetensors", "org/siglip@None/tokenizer.json"]
+    assert requests[:2] == ["timm/ViT-B-16-SigLIP@None/open_clip_model.safetensors", "org/siglip@None/tokenizer.json"]
     texts = ["The quick,  brown_fox!", "", "no " * 40]
     inputs = encoder.preprocess.batch([encoder.preprocess.item(text) for text in texts])
     cleaned, tokenizer = ["the quick brown fox", "", "no " * 39 + "no"], transformers.AutoTokenizer.from_pretrained(siglip)

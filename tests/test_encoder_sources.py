@@ -57,7 +57,7 @@ def bert(folders: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("spec", "number", "says"),
+    ("spec", "number", "message"),
     [
         ("timm:vit_bse", EncoderCode.UNKNOWN_MODEL, "vit_base"),
         ("timm:vit_base_patch16_224.augreg_in21", EncoderCode.UNKNOWN_MODEL, "did you mean augreg_in21k"),
@@ -85,9 +85,9 @@ def bert(folders: Path, tmp_path: Path) -> Path:
         ("open_clip:ViT-S-32#text?pretrained=false&force_image_size=64", EncoderCode.UNKNOWN_OPTION, "force_image_size"),
     ],
 )
-def test_wrong_names_and_options_are_errors(spec: str, number: int, says: str) -> None:
+def test_wrong_names_and_options_are_errors(spec: str, number: int, message: str) -> None:
     error = fault(spec)
-    assert error.code == code(number) and says in str(error), str(error)
+    assert error.code == code(number) and message in str(error), str(error)
 
 
 def test_an_option_value_of_the_wrong_type_is_an_error() -> None:
@@ -312,7 +312,7 @@ def test_a_sentence_transformers_folder_pools_as_it_declares(pooling: dict[str, 
 
 
 @pytest.mark.parametrize(
-    ("changes", "number", "says"),
+    ("changes", "number", "message"),
     [
         ({"auto_map": {"AutoModel": "modeling.Evil"}}, EncoderCode.REMOTE_CODE, "AutoModel"),
         ({"is_encoder_decoder": True, "model_type": "t5"}, EncoderCode.UNSUITABLE, "decoder"),
@@ -323,12 +323,12 @@ def test_a_sentence_transformers_folder_pools_as_it_declares(pooling: dict[str, 
     ],
 )
 def test_unsuitable_models_are_refused_by_their_configuration_alone(
-    changes: dict[str, Any], number: int, says: str, bert: Path, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any], number: int, message: str, bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("asked on the terminal"))
     edit_config(bert, **changes)
     error = fault(f"hf:{bert}")
-    assert error.code == code(number) and says in str(error), str(error)
+    assert error.code == code(number) and message in str(error), str(error)
 
 
 def test_an_incomplete_folder_is_an_error(bert: Path, folders: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

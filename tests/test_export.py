@@ -48,7 +48,7 @@ def reseal(folder: Path) -> None:
     publish(folder, lambda new: shutil.copytree(changed, new, dirs_exist_ok=True) and None, facts)
 
 
-def answers(model: Path, pairs: Path, out: Path) -> list[dict[str, Any]]:
+def predict(model: Path, pairs: Path, out: Path) -> list[dict[str, Any]]:
     done = call("predict", model, pairs / "test.jsonl", "-o", out)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in out.read_text().splitlines()]
@@ -91,8 +91,8 @@ def test_a_bundle_predicts_like_its_run(
     kind: str, trained: Path, pairs: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     folder = request.getfixturevalue(kind)
-    found = answers(folder, pairs, tmp_path / "bundle.jsonl")
-    for mine, theirs in zip(found, answers(trained, pairs, tmp_path / "run.jsonl"), strict=True):
+    found = predict(folder, pairs, tmp_path / "bundle.jsonl")
+    for mine, theirs in zip(found, predict(trained, pairs, tmp_path / "run.jsonl"), strict=True):
         assert (mine["id"], mine["label"]) == (theirs["id"], theirs["label"])
         assert mine["probabilities"] == pytest.approx(theirs["probabilities"], abs=1e-4)
 
@@ -133,7 +133,7 @@ def test_a_multi_label_bundle_keeps_the_thresholds_of_the_run(form: str, tmp_pat
     assert call("train", *TINY, "--data", root, "--out", run, "--steps", "2", "--threshold", "tuned").returncode == 0
     assert call("export", run, "-o", out, "--format", form).returncode == 0
     assert mopefuse.load(out, device="cpu").model.thresholds == list(read_json(run / "metrics.json")["thresholds"].values())
-    for mine, theirs in zip(answers(out, root, tmp_path / "a.jsonl"), answers(run, root, tmp_path / "b.jsonl"), strict=True):
+    for mine, theirs in zip(predict(out, root, tmp_path / "a.jsonl"), predict(run, root, tmp_path / "b.jsonl"), strict=True):
         assert mine["labels"] == theirs["labels"]
 
 
@@ -146,7 +146,8 @@ def test_an_adapter_is_evaluated_on_a_table_with_other_columns(trained: Path, pa
     table = ("--data", tmp_path / "shop.csv", "--image-root", pairs, "--text-col", "title", "--image-col", "photo")
     own = json.loads(call("eval", trained, "--json").stdout)["metrics"]
     for model in (adapter, trained):
-        done = call("eval", model, *table, "--label-col", "kind", "--split", "train", "--json", "-o", tmp_path / "predictions.jsonl")
+        flags = ("--label-col", "kind", "--split", "train", "--json", "-o", tmp_path / "predictions.jsonl")
+        done = call("eval", model, *table, *flags)
         assert done.returncode == 0, done.stdout
         assert json.loads(done.stdout)["metrics"] == pytest.approx(own)
     whole = call("eval", adapter, *table, "--label-col", "kind", "--json")  # the whole table is the test split
@@ -160,7 +161,7 @@ def test_a_half_precision_adapter_predicts_almost_the_same(trained: Path, pairs:
     assert call("export", trained, "--format", "adapter", "--half", "-o", half).returncode == 0
     whole, small = ((folder / "weights.safetensors").stat().st_size for folder in (adapter, half))
     assert small < 0.6 * whole
-    mine, theirs = (answers(folder, pairs, tmp_path / "out.jsonl") for folder in (half, adapter))
+    mine, theirs = (predict(folder, pairs, tmp_path / "out.jsonl") for folder in (half, adapter))
     for one, other in zip(mine, theirs, strict=True):
         assert one["probabilities"] == pytest.approx(other["probabilities"], abs=2e-3)
     assert mine != theirs
@@ -267,10 +268,10 @@ def test_export_without_its_packages_names_the_extra(
 def test_int8_weights_are_smaller_and_measured_before_and_after(exported: Path, trained: Path, tmp_path: Path) -> None:
     done = call("export", trained, "--int8", "-o", tmp_path / "out", "--json")
     assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
-    assert said["size"] < 0.5 * sum(path.stat().st_size for path in exported.iterdir())
-    assert said["int8"]["before"] == pytest.approx(read_json(trained / "metrics.json")["metrics"]["val"], abs=1e-4)
-    assert said["int8"]["after"].keys() == said["int8"]["before"].keys()
+    result = json.loads(done.stdout)
+    assert result["size"] < 0.5 * sum(path.stat().st_size for path in exported.iterdir())
+    assert result["int8"]["before"] == pytest.approx(read_json(trained / "metrics.json")["result"]["val"], abs=1e-4)
+    assert result["int8"]["after"].keys() == result["int8"]["before"].keys()
     assert "before 8-bit weights" in (tmp_path / "out" / "README.md").read_text()
     assert call("export", "verify", tmp_path / "out").returncode == 0
 

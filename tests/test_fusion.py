@@ -277,7 +277,7 @@ def test_importing_the_package_does_not_import_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pictures", "texts", "said"),
+    ("pictures", "texts", "message"),
     [
         (images(1), ["a", "b"], "1 images and 2 texts"),
         ([], [], "0 images"),
@@ -286,6 +286,6 @@ def test_importing_the_package_does_not_import_torch() -> None:
         (images(1), [3], "got Image and int"),
     ],
 )
-def test_invalid_pairs_are_refused_and_never_broadcast(pictures: list[object], texts: list[object], said: str) -> None:
-    with pytest.raises(DataError, match=said):
+def test_invalid_pairs_are_refused_and_never_broadcast(pictures: list[object], texts: list[object], message: str) -> None:
+    with pytest.raises(DataError, match=message):
         build().collate(pictures, texts)

@@ -60,8 +60,8 @@ def test_a_cell_folder_depends_only_on_the_settings(write: Any) -> None:
     assert len(set(more.values())) == 3
     other = folders(grid={"prompts.experts": [1, 4]}, settings=BASE["settings"] | {"train.epochs": 3})
     assert not set(other.values()) & set(one.values())
-    told = folders(grid={"prompts.experts": [1, 4]}, settings=BASE["settings"] | {"data.workers": 3})
-    assert told == one
+    with_workers = folders(grid={"prompts.experts": [1, 4]}, settings=BASE["settings"] | {"data.workers": 3})
+    assert with_workers == one
     written_out = folders(grid={"prompts.experts": [1, 4]}, settings=BASE["settings"] | {"prompts.mapped": 1})
     assert written_out == one, "an explicit default, such as one that a later version adds"
 
@@ -77,7 +77,7 @@ def test_no_label_leads_outside_the_study_folder(write: Any, label: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("values", "code", "said"),
+    ("values", "code", "message"),
     [
         ({"seed": [1]}, "MF-CFG-80", "unknown key seed (did you mean seeds?)"),
         ({"seeds": []}, "MF-CFG-80", "seeds"),
@@ -98,11 +98,11 @@ def test_no_label_leads_outside_the_study_folder(write: Any, label: str) -> None
         ({"recipe": "digit-questions/dem"}, "MF-CFG-03", "digit-questions/demo"),
     ],
 )
-def test_errors_name_the_file(write: Any, values: dict[str, Any], code: str, said: str) -> None:
+def test_errors_name_the_file(write: Any, values: dict[str, Any], code: str, message: str) -> None:
     with pytest.raises(ConfigError) as refused:
         read_study(write(**values))
     assert refused.value.code == code
-    assert said in str(refused.value)
+    assert message in str(refused.value)
     if code != "MF-CFG-03":
         assert "mine.yaml" in refused.value.where
 

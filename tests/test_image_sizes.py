@@ -320,7 +320,7 @@ def test_open_clip_at_another_size_satisfies_the_contract(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("spec", "said", "fix"),
+    ("spec", "message", "fix"),
     [
         ("hf:vit-base?pretrained=false&num_hidden_layers=1&size=100", "not a multiple of the patch size, 16", "use size=96"),
         ("hf:vit-base?pretrained=false&num_hidden_layers=1&size=big", "not a number of pixels", "write size=224"),
@@ -329,10 +329,10 @@ def test_open_clip_at_another_size_satisfies_the_contract(tmp_path: Path) -> Non
         ("open_clip:ViT-B-32#visual?pretrained=false&size=100", "not a multiple of the patch size, 32", "use size=96"),
     ],
 )
-def test_an_impossible_size_is_refused(spec: str, said: str, fix: str) -> None:
+def test_an_impossible_size_is_refused(spec: str, message: str, fix: str) -> None:
     error = fault(spec)
     assert error.number == EncoderCode.BAD_OPTION
-    assert said in error.what and fix in error.fix
+    assert message in error.what and fix in error.fix
 
 
 @pytest.mark.parametrize(

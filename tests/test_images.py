@@ -168,7 +168,7 @@ def test_a_truncated_image_is_refused(tmp_path: Path, kind: str, share: float) -
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"", "it is empty"),
         (b"\n  <!DOCTYPE html><html>", "looks like HTML"),
@@ -186,11 +186,11 @@ def test_a_truncated_image_is_refused(tmp_path: Path, kind: str, share: float) -
     ids="empty HTML html SVG PDF PSD TIFF EPS PPM GIF PNG noise".split(),
 )
 def test_a_file_of_another_format_is_an_error_that_names_the_format(
-    tmp_path: Path, content: bytes, said: str
+    tmp_path: Path, content: bytes, message: str
 ) -> None:
     error = refused(tmp_path, content=content)
-    assert said in error.what
-    assert error.code == ("MF-DATA-14" if "not enabled" in said else "MF-DATA-13")
+    assert message in error.what
+    assert error.code == ("MF-DATA-14" if "not enabled" in message else "MF-DATA-13")
 
 
 def test_only_formats_with_safe_decoders_are_enabled() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import call
 from test_fusion import TEXTS, build, images
-from test_tuned import answers, sides
+from test_tuned import predict_logits, sides
 
 from mopefuse.encoders.base import Insert, Prompt, create_encoder
 from mopefuse.errors import EncoderError
@@ -33,13 +33,13 @@ def test_the_logits_depend_on_the_other_modality_only_through_the_projection(met
 def test_promptfuse_without_learned_tokens_is_sequential_with_frozen_encoders(method: str) -> None:
     fuse, sequential = build(method=method, inserted={"prompts": 0}), build(method="sequential", tune="probe")
     sequential.load_trainable_state_dict(fuse.trainable_state_dict(), where="here")
-    assert torch.equal(answers(fuse), answers(sequential))
+    assert torch.equal(predict_logits(fuse), predict_logits(sequential))
 
 
 def test_blindprompt_is_promptfuse_with_a_mask() -> None:
     fuse, blind = build(method="promptfuse"), build(method="blindprompt")
     blind.load_trainable_state_dict(fuse.trainable_state_dict(), where="here")
-    assert not torch.equal(answers(fuse), answers(blind))
+    assert not torch.equal(predict_logits(fuse), predict_logits(blind))
     batch = fuse.collate(images(3), TEXTS[:3])
     inserted = fuse.build_insert(batch)
     assert (inserted.blind, blind.build_insert(batch).blind) == (0, 20)
@@ -65,7 +65,7 @@ def test_mmbt_with_one_token_of_a_mean_pooled_image_is_sequential() -> None:
     encoders = {"main": "tiny:text", "comp": "tiny:vision?pool=mean"}
     one, sequential = build(method="mmbt", inserted={"images": 1}, **encoders), build(method="sequential", **encoders)
     sequential.load_trainable_state_dict(one.trainable_state_dict(), where="here")
-    torch.testing.assert_close(answers(one), answers(sequential), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(predict_logits(one), predict_logits(sequential), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_p_mmbt_without_prompts_is_mmbt_with_frozen_encoders() -> None:
     encoders = sides("mmbt")
     prompted, frozen = build(method="p-mmbt", static=0, **encoders), build(method="mmbt", tune="probe", **encoders)
     frozen.load_trainable_state_dict(prompted.trainable_state_dict(), where="here")
-    assert torch.equal(answers(prompted), answers(frozen))
+    assert torch.equal(predict_logits(prompted), predict_logits(frozen))
 
 
 def test_p_sequential_with_closed_gates_is_main_only_and_ungated_it_is_a_prompt_of_the_first_layer() -> None:
@@ -101,7 +101,7 @@ def test_p_sequential_with_closed_gates_is_main_only_and_ungated_it_is_a_prompt_
     closed = build(method="p-sequential")
     head = {name: t for name, t in closed.trainable_state_dict().items() if name.startswith("head.")}
     probe.load_trainable_state_dict(head, where="here")
-    assert torch.equal(answers(closed), answers(probe))
+    assert torch.equal(predict_logits(closed), predict_logits(probe))
     model = build(method="p-sequential", static=0, gate="none")
     batch = model.collate(images(3), TEXTS[:3])
     psi = torch.nn.functional.layer_norm(model.pooled_feature("comp", batch), (96,), eps=1e-8)
@@ -132,7 +132,7 @@ def test_in_mmbt_the_text_reads_the_image_whichever_is_main(method: str) -> None
         for name, tensor in text_main.trainable_state_dict().items()
     }
     image_main.load_trainable_state_dict(exchanged, where="here")
-    assert torch.equal(answers(text_main), answers(image_main))
+    assert torch.equal(predict_logits(text_main), predict_logits(image_main))
     assert [model.dependency_of("project.weight") for model in (text_main, image_main)] == ["comp features", "main features"]
 
 

@@ -58,7 +58,7 @@ def by_hand(data: Path, sides: tuple[str, ...], split: str) -> tuple[np.ndarray,
     return fitted[best].predict_proba(x[split]), best
 
 
-def said(run: Path) -> np.ndarray:
+def probabilities_of(run: Path) -> np.ndarray:
     rows = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
     return np.array([list(row["probabilities"].values()) for row in rows])
 
@@ -70,7 +70,7 @@ def test_a_run_matches_scikit_learn(pairs: Path, tmp_path: Path, features: str) 
         expected = (by_hand(pairs, ("main",), "test")[0] + by_hand(pairs, ("comp",), "test")[0]) / 2
     else:
         expected, _ = by_hand(pairs, ("main", "comp") if features == "concat" else (features,), "test")
-    np.testing.assert_allclose(said(tmp_path / "run"), expected, atol=2e-4)
+    np.testing.assert_allclose(probabilities_of(tmp_path / "run"), expected, atol=2e-4)
     assert (result["steps"], result["selected_step"]) == (0, 0)
     assert result["seconds"] > 0
 
@@ -85,7 +85,7 @@ def test_multi_label_data_get_one_regression_per_label(multi_pairs: Path, tmp_pa
         x = {n: np.hstack([scaled[s].transform(raw(multi_pairs, n, s)) for s in sides]) for n in ("train", "test")}
         models = [LogisticRegression(C=0.1, max_iter=300).fit(x["train"], y[:, label]) for label in range(y.shape[1])]
         expected.append(np.stack([model.predict_proba(x["test"])[:, 1] for model in models], axis=1))
-    np.testing.assert_allclose(said(tmp_path / "run"), np.mean(expected, axis=0), atol=2e-4)
+    np.testing.assert_allclose(probabilities_of(tmp_path / "run"), np.mean(expected, axis=0), atol=2e-4)
     assert set(result["thresholds"].values()) != {0.5}, "chosen on validation"
 
 
@@ -97,8 +97,8 @@ def test_a_run_can_be_evaluated_resumed_predicted_and_exported(pairs: Path, tmp_
     again = train(config(pairs), run, resume=True)
     assert again == result
     assert call("predict", run, pairs / "test.jsonl", "-o", tmp_path / "predictions.jsonl").returncode == 0
-    answers = [json.loads(line)["label"] for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
-    assert answers == [json.loads(line)["label"] for line in (run / "predictions.jsonl").read_text().splitlines()]
+    labels = [json.loads(line)["label"] for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert labels == [json.loads(line)["label"] for line in (run / "predictions.jsonl").read_text().splitlines()]
     assert call("export", run, "--format", "adapter", "-o", tmp_path / "adapter").returncode == 0
     adapted = call("eval", tmp_path / "adapter", "--data", pairs, "--json")
     assert json.loads(adapted.stdout)["metrics"] == pytest.approx(result["metrics"]["test"])

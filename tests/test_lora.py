@@ -15,7 +15,7 @@ from families import FAMILIES, QUICK
 from oracles import insert_prompts
 from test_encoders import batch_of, prompts_for
 from test_fusion import TEXTS, build, images, open_gates
-from test_tuned import ALL, answers, sides
+from test_tuned import ALL, predict_logits, sides
 from torch import Tensor, nn
 
 from mopefuse.config.schema import Lora, RunConfig, build_config
@@ -117,13 +117,13 @@ def test_prompts_of_an_adapted_encoder_use_the_merged_weights(
     learn(encoder)
     merge(encoder, plain, targets)
 
-    def asked(layer: int, tokens: Tensor, mask: Tensor | None) -> Prompt:
+    def prompt_at(layer: int, tokens: Tensor, mask: Tensor | None) -> Prompt:
         return Prompt(prompts[layer])
 
     with torch.no_grad():
-        ours = encoder.encode(inputs, asked).pooled_BC
+        ours = encoder.encode(inputs, prompt_at).pooled_BC
         if isinstance(plain, Encoder):
-            theirs = plain.encode(inputs, asked).pooled_BC
+            theirs = plain.encode(inputs, prompt_at).pooled_BC
         else:
             theirs, _ = case.call(insert_prompts(plain, prompts), inputs)
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
@@ -193,11 +193,11 @@ def test_with_an_alpha_of_0_it_is_the_frozen_encoder_bit_for_bit(method: str) ->
     frozen = build(method=method, tune="probe", **sides(method))
     without_lora = {n: t for n, t in adapted.trainable_state_dict().items() if ".lora_" not in n}
     frozen.load_trainable_state_dict(without_lora, where="here")
-    assert torch.equal(answers(adapted), answers(frozen))
+    assert torch.equal(predict_logits(adapted), predict_logits(frozen))
     shown = build(method=method, tune="lora", **sides(method))
     learn(shown)
     shown.load_trainable_state_dict({**shown.trainable_state_dict(), **frozen.trainable_state_dict()}, where="here")
-    assert not torch.allclose(answers(shown), answers(frozen))
+    assert not torch.allclose(predict_logits(shown), predict_logits(frozen))
 
 
 def test_psi_of_an_adapted_encoder_equals_the_feature_of_comp_only() -> None:
@@ -217,7 +217,7 @@ def test_a_sample_does_not_depend_on_its_batch(options: dict[str, Any]) -> None:
     model = build(**options)
     open_gates(model)
     learn(model)
-    together = answers(model)
+    together = predict_logits(model)
     for i, (image, text) in enumerate(zip(images(5), TEXTS, strict=True)):
         torch.testing.assert_close(model(model.collate([image], [text])).logits[0], together[i], atol=1e-5, rtol=1e-5)
 
@@ -229,11 +229,11 @@ def test_a_trained_psi_is_never_read_from_the_cache(pairs: Path) -> None:
     assert model.frozen == ()
     assert build().frozen == ("comp",)
     config = model.config.model_copy(update={"data": model.config.data.model_copy(update={"path": str(pairs)})})
-    heard: list[str] = []
-    prepare_samples(model, load_data(config.data), "val", config, torch.device("cpu"), notice=heard.append)
-    assert heard == []
-    prepare_samples(build(), load_data(config.data), "val", config, torch.device("cpu"), notice=heard.append)
-    assert "encoded once" in heard[0]
+    notices: list[str] = []
+    prepare_samples(model, load_data(config.data), "val", config, torch.device("cpu"), notice=notices.append)
+    assert notices == []
+    prepare_samples(build(), load_data(config.data), "val", config, torch.device("cpu"), notice=notices.append)
+    assert "encoded once" in notices[0]
 
 
 def test_in_training_only_loras_dropout_is_active() -> None:
@@ -242,8 +242,8 @@ def test_in_training_only_loras_dropout_is_active() -> None:
     assert {training for name, training in dropouts.items() if "lora_dropout" in name} == {True}
     assert {training for name, training in dropouts.items() if "lora_dropout" not in name} == {False}
     learn(model)
-    assert not torch.equal(answers(model), answers(model))
-    assert torch.equal(answers(model.eval()), answers(model))
+    assert not torch.equal(predict_logits(model), predict_logits(model))
+    assert torch.equal(predict_logits(model.eval()), predict_logits(model))
 
 
 def test_unused_lora_settings_give_a_notice() -> None:

@@ -55,9 +55,9 @@ def test_metrics_equal_scikit_learn(seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
     logits_SN = torch.randn(40, 4, generator=draw)
     single = torch.cat([torch.arange(4), torch.randint(4, (36,), generator=draw)])
-    got, said = compute(logits_SN, single, multi_label=False), logits_SN.argmax(-1).numpy()
-    assert got["accuracy"] == pytest.approx(sk.accuracy_score(single.numpy(), said))
-    assert got["f1_macro"] == pytest.approx(sk.f1_score(single.numpy(), said, average="macro"))
+    got, predicted = compute(logits_SN, single, multi_label=False), logits_SN.argmax(-1).numpy()
+    assert got["accuracy"] == pytest.approx(sk.accuracy_score(single.numpy(), predicted))
+    assert got["f1_macro"] == pytest.approx(sk.f1_score(single.numpy(), predicted, average="macro"))
     many = (torch.rand(40, 4, generator=draw) < 0.4).float()
     many[:, 0] = 1  # every sample has a label, and every label occurs
     many[0] = 1

@@ -39,7 +39,7 @@ METHODS: list[dict[str, Any]] = [
 ]
 
 
-def heard(comp: Any = "tiny:text", **options: Any) -> Fusion:
+def build_with_absence(comp: Any = "tiny:text", **options: Any) -> Fusion:
     """A model with replacement vectors, and weights for which differences show."""
     torch.manual_seed(0)
     model = build(comp=comp, experts=4, data={"on_missing": "absent"}, **options)
@@ -62,7 +62,7 @@ def without(batch: Any, side: str, rows: list[int]) -> Any:
 
 @pytest.mark.parametrize("options", METHODS, ids=str)
 def test_missing_values_change_only_the_predictions_of_their_own_rows(options: dict[str, Any]) -> None:
-    model = heard(**options)
+    model = build_with_absence(**options)
     whole = model.collate(images(4), TEXTS[:4])
     other = model.collate(images(4), [TEXTS[0], "something else", "8", TEXTS[3]])
     with torch.no_grad():
@@ -80,24 +80,24 @@ def test_missing_values_change_only_the_predictions_of_their_own_rows(options: d
 
 def test_replacement_vectors_start_at_zero_and_are_trained_only_on_request() -> None:
     assert not any(name.startswith("absent") for name in build().trainable_state_dict())
-    for asked in ({"data": {"on_missing": "absent"}}, {"train": {"modality_dropout": 0.1}}):
-        model = build(**asked, either=True)
+    for settings in ({"data": {"on_missing": "absent"}}, {"train": {"modality_dropout": 0.1}}):
+        model = build(**settings, either=True)
         assert [name for name in model.trainable_state_dict() if name.startswith("absent")] == ["absent.comp"]
         assert torch.equal(model.trainable_state_dict()["absent.comp"], torch.zeros(model.encoder("comp").feature_width))
     assert not build(either=True).absent and build(either=True).optional_sides == ("main",)
-    model = heard()
+    model = build_with_absence()
     model(without(model.collate(images(2), TEXTS[:2]), "comp", [0])).logits.sum().backward()
     assert model.absent["comp"].grad is not None and model.absent["comp"].grad.any()
     assert model.dependency_of("absent.comp") == "comp features" and model.learning_rate_group("absent.comp") == "main"
-    model = heard(method="linear")
+    model = build_with_absence(method="linear")
     assert not model.absent, "a closed-form method trains nothing afterwards"
 
 
 def test_each_of_several_modalities_can_be_missing_by_itself() -> None:
-    model = heard(comp=["tiny:text", "tiny:vision"], either=True)
+    model = build_with_absence(comp=["tiny:text", "tiny:vision"], either=True)
     batch = model.collate(images(3), TEXTS[:3])
-    answers = [model(without(batch, side, [1])).logits[1] for side in ("comp", "comp2")]
-    assert not torch.allclose(*answers)
+    logits = [model(without(batch, side, [1])).logits[1] for side in ("comp", "comp2")]
+    assert not torch.allclose(*logits)
     assert model.droppable_sides == ("main", "comp", "comp2")
     one_image_each = build(comp=["tiny:text", "tiny:vision"])
     assert one_image_each.droppable_sides == ("comp",), "if a sample has an image, both encoders get it"
@@ -140,7 +140,7 @@ def test_the_main_modality_is_required_unless_the_model_was_trained_without_it()
 
 
 def test_either_predicts_from_the_complementary_side_alone() -> None:
-    model = heard(either=True)
+    model = build_with_absence(either=True)
     pictures = images(3)
     some = model(model.collate([pictures[0], None, pictures[2]], TEXTS[:3]))
     full = model(model.collate(pictures, TEXTS[:3]))
@@ -157,10 +157,10 @@ def test_either_predicts_from_the_complementary_side_alone() -> None:
 
 
 def test_with_either_late_concat_handles_a_missing_main_modality() -> None:
-    model = heard(method="late-concat", either=True)
+    model = build_with_absence(method="late-concat", either=True)
     assert model.droppable_sides == ("main", "comp")
-    answers = model(model.collate([None, *images(1)], ["a", None])).logits
-    assert answers.isfinite().all()
+    logits = model(model.collate([None, *images(1)], ["a", None])).logits
+    assert logits.isfinite().all()
 
 
 # -- in training

@@ -44,11 +44,11 @@ def kept_in(run: Path, seed: int = 0) -> Any:
 
 def test_a_result_for_a_missing_fraction_is_printed_saved_and_reproducible(run: Path) -> None:
     done = call("eval", run, "--missing", "text=0.7", "--json")
-    said = json.loads(done.stdout)
-    assert done.returncode == 0 and said["cells"][0]["words"] == "70 % of samples lack text"
+    result = json.loads(done.stdout)
+    assert done.returncode == 0 and result["cells"][0]["words"] == "70 % of samples lack text"
     kept = kept_in(run)
     cell, order = kept["cells"][0], kept["orders"]["text"]
-    assert cell["metrics"] == said["metrics"] and cell["rows"] == {"text": round(0.7 * len(order))} and kept["learned"]
+    assert cell["metrics"] == result["metrics"] and cell["rows"] == {"text": round(0.7 * len(order))} and kept["learned"]
     loaded = load_model(RunFolder(run), "best", torch.device("cpu"))
     data = load_data(loaded.config.data)
     lacks = set(order[: cell["rows"]["text"]])
@@ -94,7 +94,7 @@ def test_a_model_never_trained_with_missing_modalities_gives_a_notice(trained: P
 
 
 @pytest.mark.parametrize(
-    ("asked", "code"),
+    ("predicted", "code"),
     [
         (["text"], "MF-CFG-150"),
         (["text=1.5"], "MF-CFG-150"),
@@ -106,11 +106,11 @@ def test_a_model_never_trained_with_missing_modalities_gives_a_notice(trained: P
         (["grid", "--min", "accuracy=0.1"], "MF-CFG-153"),
     ],
 )
-def test_modalities_that_cannot_be_removed_are_refused(run: Path, asked: list[str], code: str) -> None:
-    words = [word for a in asked for word in (["--missing", a] if a[0] != "-" and "accuracy" not in a else [a])]
+def test_modalities_that_cannot_be_removed_are_refused(run: Path, predicted: list[str], code: str) -> None:
+    words = [word for a in predicted for word in (["--missing", a] if a[0] != "-" and "accuracy" not in a else [a])]
     error = json.loads(call("eval", run, *words, "--json").stdout)["error"]
     assert error["code"] == code
-    assert "--either" in error["hint"] if asked == ["image=0.5"] else "text" in error["hint"] or "twice" in error["message"]
+    assert "--either" in error["hint"] if predicted == ["image=0.5"] else "text" in error["hint"] or "twice" in error["message"]
 
 
 def test_a_bundle_does_not_support_missing_modalities(exported: Path) -> None:
@@ -210,11 +210,11 @@ def test_no_sample_loses_its_last_modality(either: tuple[Path, Path], monkeypatc
             assert not lacks[other] & set(kept["orders"][name][:count]) and lacks[name] <= set(kept["orders"][name][:count])
     most = max(cell["rows"].get("text", 0) for cell in kept["cells"])
     assert most == len(rows) - 1, "all rows that have an image"
-    said = json.loads(call("eval", run, "--missing", "text=0.6", "--missing", "image=0.4", "--json").stdout)
-    assert said["cells"][0]["rows"] == {"text": 4, "image": 3} and len(rows) == 7
+    result = json.loads(call("eval", run, "--missing", "text=0.6", "--missing", "image=0.4", "--json").stdout)
+    assert result["cells"][0]["rows"] == {"text": 4, "image": 3} and len(rows) == 7
     assert (masks[-1]["text"] ^ masks[-1]["image"]).all() and not any((m["text"] & m["image"]).any() for m in masks)
-    for asked, code in ((["text=1"], 155), (["text=0.5", "image=0.8"], 155), (["image+text=0.5"], 152)):
-        words = [word for one in asked for word in ("--missing", one)]
+    for requests, code in ((["text=1"], 155), (["text=0.5", "image=0.8"], 155), (["image+text=0.5"], 152)):
+        words = [word for one in requests for word in ("--missing", one)]
         error = json.loads(call("eval", run, *words, "--json").stdout)["error"]
         assert error["code"] == f"MF-CFG-{code}" and re.search("no other modality|no input", error["message"])
 
@@ -225,11 +225,11 @@ def test_a_single_pair_may_lack_an_optional_modality(
     run, _ = either
     image, text = pairs / "images" / "test-0.png", "what is the red digit"
     rows = [{"img": str(image), "text": ""}, {"text": text}, {"img": str(image), "text": text}]
-    asked = [("--image", image), ("--text", text), ("--image", image, "--text", text)]
+    options = [("--image", image), ("--text", text), ("--image", image, "--text", text)]
     write_rows(run / "in.jsonl", rows)
     done = call("predict", run, run / "in.jsonl", "--image-root", pairs)
     by_row = [json.loads(line)["probabilities"] for line in done.stdout.splitlines()]
-    for flags, found in zip(asked, by_row, strict=True):
+    for flags, found in zip(options, by_row, strict=True):
         assert json.loads(call("predict", run, *flags).stdout)["probabilities"] == pytest.approx(found, abs=1e-5)
     empty = json.loads(call("predict", run, "--image", image, "--text", "").stdout)["probabilities"]
     assert empty == pytest.approx(by_row[0], abs=1e-5)
@@ -250,11 +250,11 @@ def test_other_data_with_gaps_are_evaluated_on_request(run: Path, pairs: Path, t
     data = holes(pairs, tmp_path / "data", column="text")
     refused = call("eval", run, "--data", data)
     assert refused.returncode == 4 and "--on-missing" in refused.stderr
-    said = json.loads(call("eval", run, "--data", data, "--on-missing", "absent", "--json").stdout)
-    asked = [json.loads(line) for line in call("predict", run, data / "test.jsonl").stdout.splitlines()]
+    result = json.loads(call("eval", run, "--data", data, "--on-missing", "absent", "--json").stdout)
+    predicted = [json.loads(line) for line in call("predict", run, data / "test.jsonl").stdout.splitlines()]
     true = [json.loads(line)["label"] for line in (data / "test.jsonl").read_text().splitlines()]
-    right = sum(one["label"] == label for one, label in zip(asked, true, strict=True))
-    assert said["metrics"]["accuracy"] == pytest.approx(right / len(true))
+    right = sum(one["label"] == label for one, label in zip(predicted, true, strict=True))
+    assert result["metrics"]["accuracy"] == pytest.approx(right / len(true))
     for flags, code in ((["--on-missing", "skip"], 154), (["--data", data, "--on-missing", "drop"], 1)):
         assert json.loads(call("eval", run, *flags, "--json").stdout)["error"]["code"] == f"MF-CFG-{code:02}"
     assert "MF-CFG-01" in call("predict", run, data / "test.jsonl", "--text-col", "").stderr
@@ -267,8 +267,8 @@ def test_eval_and_predict_treat_an_empty_text_alike(pairs: Path, run: Path, tmp_
     write_rows(data / "test.jsonl", [{**row, "text": ""} for row in rows])
     assert call("eval", run, "--data", data, "-o", tmp_path / "predictions.jsonl").returncode == 0
     judged = [json.loads(line)["probabilities"] for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
-    asked = [json.loads(line)["probabilities"] for line in call("predict", run, data / "test.jsonl").stdout.splitlines()]
-    for one, other in zip(judged, asked, strict=True):
+    predicted = [json.loads(line)["probabilities"] for line in call("predict", run, data / "test.jsonl").stdout.splitlines()]
+    for one, other in zip(judged, predicted, strict=True):
         assert one == pytest.approx(other, abs=2e-6)
 
 

@@ -176,9 +176,9 @@ def test_a_modality_that_is_not_installed_is_refused(data: Path, options: dict[s
     assert code_of(lambda: read(data, **options)) == "MF-CFG-133"
 
 
-@pytest.mark.parametrize("said", [["text"], ["=x"], ["text="], ["text=a", "text=b"]])
-def test_the_column_flag_takes_modality_and_name(data: Path, said: list[str]) -> None:
-    done = call("data", "check", data, *(word for one in said for word in ("--column", one)))
+@pytest.mark.parametrize("columns", [["text"], ["=x"], ["text="], ["text=a", "text=b"]])
+def test_the_column_flag_takes_modality_and_name(data: Path, columns: list[str]) -> None:
+    done = call("data", "check", data, *(word for one in columns for word in ("--column", one)))
     assert done.returncode == 3 and "MF-CFG-135" in done.stderr
 
 
@@ -360,12 +360,12 @@ def test_predict_applies_the_policy_of_the_run(policy: str, data: Path, tmp_path
     image = {"img": "images/test-1.png"}
     write_rows(data / "new.jsonl", [{"text": "x"}, {**image, "text": None}, {"text": "", "img": ""}, {**image, "text": "x"}])
     done = call("predict", run, data / "new.jsonl")
-    answers = [json.loads(line) for line in done.stdout.splitlines()]
-    assert ["error" in answer for answer in answers] == [True, policy == "error", True, False], done.stderr
+    predictions = [json.loads(line) for line in done.stdout.splitlines()]
+    assert ["error" in line for line in predictions] == [True, policy == "error", True, False], done.stderr
     if policy == "absent":
         with Image.open(data / "images" / "test-1.png") as image:
-            (said,) = load(run).predict([image], [None])
-        assert said["probabilities"] == answers[1]["probabilities"]
+            (prediction,) = load(run).predict([image], [None])
+        assert prediction["probabilities"] == predictions[1]["probabilities"]
 
 
 def test_predict_reads_only_the_modalities_of_the_model(data: Path, tmp_path: Path) -> None:
@@ -374,5 +374,5 @@ def test_predict_reads_only_the_modalities_of_the_model(data: Path, tmp_path: Pa
     done = call("train", *sides, "--data", data, "--out", run, "--steps", 1)
     assert done.returncode == 0, done.stderr
     write_rows(data / "new.jsonl", [{"text": "what is the red digit"}, {"text": "x", "img": "../outside.png"}])
-    answers = [json.loads(line) for line in call("predict", run, data / "new.jsonl").stdout.splitlines()]
-    assert [sorted(answer) for answer in answers] == [["id", "label", "probabilities"]] * 2
+    predictions = [json.loads(line) for line in call("predict", run, data / "new.jsonl").stdout.splitlines()]
+    assert [sorted(line) for line in predictions] == [["id", "label", "probabilities"]] * 2

@@ -14,10 +14,10 @@ from mopefuse.training import plan, swap
 @pytest.fixture
 def unread(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """What was read of the data; nothing, if the test passes."""
-    asked: list[object] = []
+    reads: list[object] = []
     for module in (plan, swap):
-        monkeypatch.setattr(module, "load_data", lambda *args, **how: asked.append(args) or pytest.fail("data were read"))
-    return asked
+        monkeypatch.setattr(module, "load_data", lambda *args, **how: reads.append(args) or pytest.fail("data were read"))
+    return reads
 
 
 WRONG = {

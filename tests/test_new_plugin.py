@@ -21,7 +21,7 @@ from mopefuse.errors import PluginError
 pytest_plugins = ["plugin_cases"]
 
 
-def said(done: subprocess.CompletedProcess[str]) -> Any:
+def stdout_json(done: subprocess.CompletedProcess[str]) -> Any:
     """Parse stdout as a single JSON value."""
     return json.loads(done.stdout)
 
@@ -34,7 +34,7 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     done = call("plugins", "new", "mel-2", "--out", folder, "--json")
     assert done.returncode == 0, done.stderr
     package = folder / "mopefuse-mel-2"
-    assert said(done) == {"ok": True, "folder": str(package)}
+    assert stdout_json(done) == {"ok": True, "folder": str(package)}
     return package, pip_install(folder / "site", package)
 
 
@@ -56,9 +56,9 @@ def test_a_new_plugin_passes_its_own_test_and_can_be_inspected(fresh: tuple[Path
     assert "1 passed" in done.stdout
     done = run_cli("encoders", "inspect", "mel-2:small", "--json", **environment)
     assert done.returncode == 0, done.stderr
-    facts = said(done)
+    facts = stdout_json(done)
     assert (facts["spec"], facts["use"], facts["modality"]) == ("mopefuse-mel-2:mel-2:small", "main or comp", "text")
-    listed = said(run_cli("plugins", "list", "--json", **environment))["plugins"]
+    listed = stdout_json(run_cli("plugins", "list", "--json", **environment))["plugins"]
     assert ("mopefuse-mel-2", "0.1.0", "mel-2", "ok") in [
         (p["distribution"], p["version"], p["name"], p["state"]) for p in listed
     ]

@@ -37,7 +37,7 @@ STATES = {
 }
 
 
-def said(done: subprocess.CompletedProcess[str]) -> Any:
+def stdout_json(done: subprocess.CompletedProcess[str]) -> Any:
     """Parse stdout as a single JSON value."""
     return json.loads(done.stdout)
 
@@ -69,7 +69,7 @@ def test_listing_imports_no_plugin(site: Path, args: tuple[str, ...]) -> None:
 
 @pytest.mark.process
 def test_the_list_shows_what_each_entry_point_resolves_to(site: Path) -> None:
-    listed = said(run_cli("plugins", "list", "--json", PYTHONPATH=str(site)))
+    listed = stdout_json(run_cli("plugins", "list", "--json", PYTHONPATH=str(site)))
     found = {(p["group"], p["distribution"].removeprefix("mopefuse-"), p["name"]): p["state"] for p in listed["plugins"]}
     assert {claim: state for claim, state in found.items() if claim[1] in PLUGINS} == STATES
     toy = next(p for p in listed["plugins"] if (p["distribution"], p["name"]) == ("mopefuse-two", "toy"))
@@ -79,14 +79,14 @@ def test_the_list_shows_what_each_entry_point_resolves_to(site: Path) -> None:
 def test_without_plugins_the_list_explains_how_to_start(here: pytest.MonkeyPatch) -> None:
     here.setattr(registry, "distribution", lambda point: registry.OURS)
     assert "mopefuse plugins new" in call("plugins", "list").stdout
-    assert said(call("plugins", "list", "--json"))["plugins"] == []
+    assert stdout_json(call("plugins", "list", "--json"))["plugins"] == []
 
 
 def test_built_ins_work_next_to_broken_plugins(site: Path) -> None:
     imported(site)
     done = run_cli("encoders", "inspect", "tiny:vision", "--json", PYTHONPATH=str(site))
     assert done.returncode == 0
-    assert said(done)["fingerprint"] == said(call("encoders", "inspect", "tiny:vision", "--json"))["fingerprint"]
+    assert stdout_json(done)["fingerprint"] == stdout_json(call("encoders", "inspect", "tiny:vision", "--json"))["fingerprint"]
     assert done.stderr == (
         "notice: the encoder scheme 'tiny' is the built-in one; that of mopefuse-evil is mopefuse-evil:tiny\n"
     )
@@ -110,12 +110,12 @@ def test_a_plugin_that_cannot_be_imported_is_a_one_line_error_when_it_is_used(
 def test_output_of_a_plugin_is_not_mixed_with_results(site: Path, here: pytest.MonkeyPatch) -> None:
     done = run_cli("encoders", "inspect", "talks:vision", "--json", PYTHONPATH=str(site))
     assert done.returncode == 0, done.stderr
-    assert said(done)["modality"] == "image"
+    assert stdout_json(done)["modality"] == "image"
     for said_by_it in ("from print", "from sys.__stdout__", "from the descriptor", "from a process", "from the constructor"):
         assert said_by_it in done.stderr
     add_site(here, site)
     done = call("encoders", "inspect", "talks:vision", "--json")  # where sys.stdout is not the file descriptor
-    assert said(done)["modality"] == "image"
+    assert stdout_json(done)["modality"] == "image"
     assert "from print" in done.stderr and "from the constructor" in done.stderr
 
 
@@ -141,7 +141,7 @@ def test_doctor_names_the_entry_points_that_fail_or_hang(site: Path, tmp_path: P
     here.setattr(doctor, "_CHECKS", {})
     here.setattr(doctor, "_DEVICES", "")
     here.setattr(doctor, "_TIMEOUT", 3)
-    problems = said(call("doctor", "--json"))["problems"]
+    problems = stdout_json(call("doctor", "--json"))["problems"]
     assert [problem for problem in problems if "hangs = mopefuse_hangs:X of mopefuse-hangs: no result within" in problem]
     assert [problem for problem in problems if "raises = mopefuse_raises:X of mopefuse-raises: " in problem]
     assert len([problem for problem in problems if "raises" in problem or "hangs" in problem]) == 2
@@ -157,7 +157,8 @@ def test_a_package_with_unreadable_entry_points_is_ignored(
     with pytest.warns(UserWarning, match="talks cannot be read"):
         assert "toy" in registry.available(registry.ENCODERS)
     done = run_cli("plugins", "list", "--json", PYTHONPATH=str(folder))
-    assert {"mopefuse-one", "mopefuse-talks"} & {plugin["distribution"] for plugin in said(done)["plugins"]} == {"mopefuse-one"}
+    listed = {plugin["distribution"] for plugin in stdout_json(done)["plugins"]}
+    assert {"mopefuse-one", "mopefuse-talks"} & listed == {"mopefuse-one"}
     assert done.stderr == "notice: the entry points of mopefuse-talks cannot be read; reinstall or uninstall it\n"
     assert {"tiny", "timm"} <= registry.available(registry.ENCODERS).keys()
 
@@ -201,7 +202,7 @@ def test_an_unusable_name_is_an_error_that_says_what_to_write(
 ) -> None:
     add_site(here, site)
     done = call(*(str(arg).format(tmp=tmp_path, pairs=pairs) for arg in args), "--json")
-    error = said(done)["error"]
+    error = stdout_json(done)["error"]
     assert (done.returncode, error["code"], error["message"]) == (9, code, what)
     assert error["hint"].startswith(fix)
 
@@ -229,7 +230,7 @@ def test_a_full_name_selects_the_data_set_of_its_distribution(
     site: Path, tmp_path: Path, here: pytest.MonkeyPatch, owner: str
 ) -> None:
     add_site(here, site)
-    assert said(call("data", "make", f"mopefuse-{owner}:made", tmp_path, "--seed", 5, "--json"))["rows"] == {owner: 5}
+    assert stdout_json(call("data", "make", f"mopefuse-{owner}:made", tmp_path, "--seed", 5, "--json"))["rows"] == {owner: 5}
 
 
 # -- runs

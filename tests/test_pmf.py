@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from conftest import call
 from encoder_cases import hf_case, save_hf, timm_case
 from test_fusion import PAIRS, TEXTS, build, images, open_gates
-from test_tuned import answers
+from test_tuned import predict_logits
 from torch import Tensor
 
 from mopefuse.config.schema import build_config
@@ -109,8 +109,8 @@ def test_pmf_matches_the_papers_two_stages_on_library_layers(tmp_path: Path) -> 
 def test_a_sample_does_not_depend_on_its_batch_and_is_deterministic(main: str, comp: str, gate: str) -> None:
     model = pmf(main, comp, gate=gate, init=1.0)
     open_gates(model)
-    together = answers(model)
-    assert torch.equal(answers(model), together)
+    together = predict_logits(model)
+    assert torch.equal(predict_logits(model), together)
     for i, (image, text) in enumerate(zip(images(5), TEXTS, strict=True)):
         alone = model(model.collate([image], [text])).logits[0]
         torch.testing.assert_close(alone, together[i], atol=1e-5, rtol=1e-5)
@@ -120,7 +120,7 @@ def test_a_sample_does_not_depend_on_its_batch_and_is_deterministic(main: str, c
 def test_all_three_kinds_of_prompts_are_trained_in_both_streams_and_no_encoder(gate: str) -> None:
     model = pmf(gate=gate, dropout=0.0).train()
     open_gates(model)
-    F.cross_entropy(answers(model), torch.arange(5)).backward()
+    F.cross_entropy(predict_logits(model), torch.arange(5)).backward()
     for side in ("main", "comp"):
         for layer in model.stacks[side]:
             assert all(getattr(layer, name).grad.abs().sum() > 0 for name in LEARNED)
@@ -134,7 +134,7 @@ def test_no_activations_below_the_fusion_layers_are_stored_for_gradients() -> No
     graph: list[bool] = []
     for side in ("main", "comp"):
         model.encoder(side).blocks[-2].register_forward_hook(lambda block, args, out: graph.append(out.requires_grad))
-    assert answers(model).requires_grad
+    assert predict_logits(model).requires_grad
     assert graph == [False, False]
 
 
@@ -173,9 +173,9 @@ def test_without_fusion_layers_or_with_closed_gates_it_is_late_concatenation_bit
     for model in (none, closed):
         head = {n: t for n, t in model.trainable_state_dict().items() if n.startswith("head.")}
         plain.load_trainable_state_dict(head, where="here")
-        assert torch.equal(answers(model), answers(plain))
+        assert torch.equal(predict_logits(model), predict_logits(plain))
     open_gates(closed)
-    assert not torch.equal(answers(closed), answers(plain))
+    assert not torch.equal(predict_logits(closed), predict_logits(plain))
 
 
 @pytest.mark.parametrize("gate", ["zero", "none"])
@@ -190,13 +190,13 @@ def test_without_query_prompts_it_is_static_prompts_in_the_last_layers_bit_for_b
             if gate == "zero":
                 state[f"stacks.{side}.layers.{depth - 2 + at}.gate_H"] = layer.gate_H
     static.load_trainable_state_dict(state, where="here")
-    assert torch.equal(answers(model), answers(static))
+    assert torch.equal(predict_logits(model), predict_logits(static))
 
 
 @pytest.mark.parametrize("lengths", [{"query_context": 0}, {"fusion_context": 0}, {"query_context": 0, "fusion_context": 0}])
 def test_each_kind_of_prompt_can_be_left_out(lengths: dict[str, int]) -> None:
     model = pmf(gate="none", dropout=0.0, pmf=lengths)
-    F.cross_entropy(answers(model), torch.arange(5)).backward()
+    F.cross_entropy(predict_logits(model), torch.arange(5)).backward()
     assert all(parameter.grad is not None for parameter in model.trainable_parameters())
     missing = {f"{kind}_XD" if kind == "query_context" else f"{kind}_PD" for kind in lengths}
     assert {name.rpartition(".")[2] for name in model.named_trainable_parameters()} & set(LEARNED) == set(LEARNED) - missing
@@ -206,13 +206,13 @@ def test_each_kind_of_prompt_can_be_left_out(lengths: dict[str, int]) -> None:
 @pytest.mark.parametrize("layer", [0, -1])
 def test_an_exception_in_either_stream_is_raised_and_leaves_no_state(side: str, layer: int) -> None:
     model = pmf(gate="none")
-    before = answers(model)
+    before = predict_logits(model)
     norm = model.encoder(side).blocks[layer].norm2
     handle = norm.register_forward_pre_hook(lambda module, args: (_ for _ in ()).throw(ArithmeticError(side)))
     with pytest.raises(ArithmeticError, match=side):
-        answers(model)
+        predict_logits(model)
     handle.remove()
-    assert torch.equal(answers(model), before)
+    assert torch.equal(predict_logits(model), before)
 
 
 def test_unsuitable_settings_and_encoders_are_refused() -> None:

@@ -36,8 +36,8 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def without(answer: dict[str, Any], *names: str) -> dict[str, Any]:
-    return {name: value for name, value in answer.items() if name not in names}
+def without(prediction: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in prediction.items() if name not in names}
 
 
 def assert_alike(one: dict[str, Any], other: dict[str, Any]) -> None:
@@ -68,8 +68,8 @@ def test_multi_label_predictions_use_the_thresholds_of_the_run(multi: tuple[Path
 def test_predictions_do_not_depend_on_the_batch_size(trained: Path, pairs: Path, batch: int) -> None:
     predictor = mopefuse.load(trained, device="cpu")
     whole = list(predict_pairs(predictor, read_pairs(pairs / "test.jsonl", Data(), MODALITIES), batch=32))
-    said = predict_pairs(predictor, read_pairs(pairs / "test.jsonl", Data(), MODALITIES), batch=batch)
-    for one, other in zip(said, whole, strict=True):
+    batched = predict_pairs(predictor, read_pairs(pairs / "test.jsonl", Data(), MODALITIES), batch=batch)
+    for one, other in zip(batched, whole, strict=True):
         assert_alike(one, other)
 
 
@@ -79,12 +79,12 @@ def test_predictions_do_not_depend_on_the_batch_size(trained: Path, pairs: Path,
 def test_the_python_predictor_accepts_images_of_any_mode(trained: Path, pairs: Path) -> None:
     predictor = mopefuse.load(trained, device="cpu")
     with Image.open(pairs / "images" / "test-0.png") as image:
-        told = predictor.predict([image, image.convert("RGBA")], ["what is the red digit"] * 2, top=2, routing=True)
-    assert_alike(told[0], told[1])
-    assert list(told[0]["probabilities"].values()) == sorted(told[0]["probabilities"].values(), reverse=True)
-    assert len(told[0]["probabilities"]) == 2
-    assert next(iter(told[0]["probabilities"])) == told[0]["label"]
-    assert [round(sum(layer), 5) for layer in told[0]["routing"]] == [1.0] * 4
+        predictions = predictor.predict([image, image.convert("RGBA")], ["what is the red digit"] * 2, top=2, routing=True)
+    assert_alike(predictions[0], predictions[1])
+    assert list(predictions[0]["probabilities"].values()) == sorted(predictions[0]["probabilities"].values(), reverse=True)
+    assert len(predictions[0]["probabilities"]) == 2
+    assert next(iter(predictions[0]["probabilities"])) == predictions[0]["label"]
+    assert [round(sum(layer), 5) for layer in predictions[0]["routing"]] == [1.0] * 4
     assert predictor.predict([], []) == []
     assert code_of(lambda: predictor.predict([], ["a"])) == "MF-DATA-17"
 
@@ -119,11 +119,11 @@ def test_an_invalid_pair_becomes_a_row_with_its_error(trained: Path, mixed: Path
     done = call("predict", trained, mixed, "-o", tmp_path / "out.jsonl", "--batch", "2")
     assert done.returncode == 0, done.stderr
     assert "9 rows, 6 of which could not be read" in done.stderr
-    told = rows(tmp_path / "out.jsonl")
-    assert [row["id"] for row in told] == ["test-0", "2", "3", "test-1", "c", "d", "e", "test-2", "9"]
-    codes = [row["error"]["code"] if "error" in row else "" for row in told]
+    predictions = rows(tmp_path / "out.jsonl")
+    assert [row["id"] for row in predictions] == ["test-0", "2", "3", "test-1", "c", "d", "e", "test-2", "9"]
+    codes = [row["error"]["code"] if "error" in row else "" for row in predictions]
     assert codes == ["", "MF-DATA-03", "MF-DATA-03", "", "MF-SEC-01", "MF-DATA-13", "MF-DATA-11", "", "MF-DATA-03"]
-    assert all(("label" in row) != ("error" in row) for row in told)
+    assert all(("label" in row) != ("error" in row) for row in predictions)
 
 
 def test_predicting_only_invalid_rows_is_an_error(trained: Path, tmp_path: Path) -> None:
@@ -147,8 +147,8 @@ def test_rows_on_standard_input_are_predicted_line_by_line(trained: Path, mixed:
     command = [sys.executable, "-m", "mopefuse", "predict", str(trained), "-", *options]
     done = subprocess.run(command, input=mixed.read_bytes(), capture_output=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
-    told = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [row["id"] for row in told][:4] == ["test-0", "2", "3", "test-1"]
+    predictions = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["id"] for row in predictions][:4] == ["test-0", "2", "3", "test-1"]
 
 
 def test_a_csv_with_other_columns_is_read_and_written(trained: Path, pairs: Path, tmp_path: Path) -> None:
@@ -158,17 +158,17 @@ def test_a_csv_with_other_columns_is_read_and_written(trained: Path, pairs: Path
     columns = "--id-col no --text-col title --image-col photo".split()
     done = call("predict", trained, tmp_path / "in.csv", *columns, "--image-root", pairs, "-o", tmp_path / "out.csv")
     assert done.returncode == 0, done.stderr
-    told = list(csv.DictReader((tmp_path / "out.csv").open()))
+    predictions = list(csv.DictReader((tmp_path / "out.csv").open()))
     expected = rows(trained / "predictions.jsonl")
-    assert [(row["id"], row["label"]) for row in told] == [(row["id"], row["label"]) for row in expected]
-    assert float(told[0]["p(a)"]) == pytest.approx(expected[0]["probabilities"]["a"], abs=2e-5)
+    assert [(row["id"], row["label"]) for row in predictions] == [(row["id"], row["label"]) for row in expected]
+    assert float(predictions[0]["p(a)"]) == pytest.approx(expected[0]["probabilities"]["a"], abs=2e-5)
 
 
 def test_a_single_pair_is_identified_by_its_file(trained: Path, pairs: Path) -> None:
     done = call("predict", trained, "--image", pairs / "images" / "test-0.png", "--text", "what is the red digit", "--top", "1")
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert (told["id"], len(told["probabilities"])) == ("test-0.png", 1)
+    predictions = json.loads(done.stdout)
+    assert (predictions["id"], len(predictions["probabilities"])) == ("test-0.png", 1)
 
 
 def test_a_cell_that_a_spreadsheet_would_evaluate_is_quoted() -> None:

@@ -152,12 +152,12 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str, str]] = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_invalid_raw_inputs_are_refused_with_a_clear_message(name: str, bundle: Bundle) -> None:
-    change, code, says = BAD[name]
+    change, code, message = BAD[name]
     assert bundle.run(good(bundle))[0].shape == (2, 3)
     with pytest.raises(mopefuse.errors.DataError) as caught:
         bundle.run(change(good(bundle)))
     assert (caught.value.code, caught.value.exit_code) == (code, 4)
-    assert says in str(caught.value) and caught.value.fix
+    assert message in str(caught.value) and caught.value.fix
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -165,13 +165,13 @@ def test_invalid_raw_inputs_are_refused_with_a_clear_message(name: str, bundle: 
 def test_pixels_that_are_not_finite_are_an_error(
     kind: str, bad: float, exported: Path, trained: Path
 ) -> None:
-    asked = mopefuse.load(exported if kind == "bundle" else trained, device="cpu")
+    predictor = mopefuse.load(exported if kind == "bundle" else trained, device="cpu")
     array = np.zeros((20, 20), np.float32)
     whole = Image.fromarray(array)
     array[3, 4] = bad
-    assert asked.predict([whole], ["a"])[0]["probabilities"]
+    assert predictor.predict([whole], ["a"])[0]["probabilities"]
     with pytest.raises(mopefuse.errors.NumericError) as caught:
-        asked.predict([Image.fromarray(array)], ["a"])
+        predictor.predict([Image.fromarray(array)], ["a"])
     assert (caught.value.code, caught.value.exit_code) == ("MF-NUM-04", 8)
 
 

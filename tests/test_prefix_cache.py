@@ -293,17 +293,17 @@ def test_an_encoder_that_ignores_the_prefix_is_not_cached(data: Path, tmp_path: 
 
 
 def test_beyond_the_limit_the_cache_is_off_with_a_notice(data: Path, tmp_path: Path, reads: list[str]) -> None:
-    heard = Notices()
-    train(settings(data, "auto", data__cache_prefix_limit=1e-4), tmp_path / "auto", listener=heard)
-    (notice,) = heard.about_prefixes
+    notices = Notices()
+    train(settings(data, "auto", data__cache_prefix_limit=1e-4), tmp_path / "auto", listener=notices)
+    (notice,) = notices.about_prefixes
     assert "144 kB" in notice and "0.0001 GiB" in notice and "--set data.cache_prefix_limit=0.00015" in notice, notice
     assert "--cache-prefix off" in notice
     assert RunFolder(tmp_path / "auto").config().data.cache_prefix == "off"
     assert reads.count("image") > sum(COUNTS.values())
     assert code_of(lambda: train(settings(data, data__cache_prefix_limit=1e-4), tmp_path / "on")) == "MF-RES-360"
-    heard = Notices()
-    train(settings(data, "auto", data__cache_prefix_limit=0.00015), tmp_path / "enough", listener=heard)
-    assert "16 different images, 104 kB in float32, kept in the cache" in heard.about_prefixes[0]
+    notices = Notices()
+    train(settings(data, "auto", data__cache_prefix_limit=0.00015), tmp_path / "enough", listener=notices)
+    assert "16 different images, 104 kB in float32, kept in the cache" in notices.about_prefixes[0]
 
 
 def test_the_cache_uses_at_most_half_of_the_free_space(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,9 +322,9 @@ def test_if_the_cache_cannot_be_written_it_is_off_or_an_error(data: Path, tmp_pa
     folder.mkdir()
     (folder / "prefixes").write_text("")
     assert code_of(lambda: train(settings(data), tmp_path / "on")) == "MF-RES-361"
-    heard = Notices()
-    train(settings(data, "auto"), tmp_path / "auto", listener=heard)
-    assert "cannot be kept in the cache" in heard.about_prefixes[0] and "MOPEFUSE_CACHE" in heard.about_prefixes[0]
+    notices = Notices()
+    train(settings(data, "auto"), tmp_path / "auto", listener=notices)
+    assert "cannot be kept in the cache" in notices.about_prefixes[0] and "MOPEFUSE_CACHE" in notices.about_prefixes[0]
     train(settings(data, "off"), tmp_path / "off")
     assert log(tmp_path / "auto") == log(tmp_path / "off")
 
@@ -336,9 +336,9 @@ def test_values_beyond_float16_turn_the_cache_off(data: Path, tmp_path: Path, mo
     )
     half = {"data__prefix_precision": "float16"}
     assert code_of(lambda: train(settings(data, **half), tmp_path / "on")) == "MF-NUM-360"
-    heard = Notices()
-    train(settings(data, "auto", **half), tmp_path / "auto", listener=heard)
-    assert "too large for float16" in heard.about_prefixes[0] and "data.prefix_precision=float32" in heard.about_prefixes[0]
+    notices = Notices()
+    train(settings(data, "auto", **half), tmp_path / "auto", listener=notices)
+    assert "too large for float16" in notices.about_prefixes[0] and "data.prefix_precision=float32" in notices.about_prefixes[0]
     assert RunFolder(tmp_path / "auto").config().data.cache_prefix == "off"
 
 

@@ -305,7 +305,7 @@ def test_a_split_without_rows_is_an_error_that_says_why(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "options", "code", "said"),
+    ("kind", "options", "code", "message"),
     [
         (Food101, {"premise": True}, "MF-DATA-60", "food101 has the options --text, --clean, --val, --seed"),
         (SNLIVE, {"text": "page"}, "MF-DATA-60", "snli-ve has the options --premise"),
@@ -320,12 +320,12 @@ def test_a_split_without_rows_is_an_error_that_says_why(tmp_path: Path) -> None:
     ],
 )
 def test_an_invalid_option_is_an_error_that_names_the_valid_ones(
-    kind: type[Source], options: dict[str, Any], code: str, said: str, tmp_path: Path
+    kind: type[Source], options: dict[str, Any], code: str, message: str, tmp_path: Path
 ) -> None:
     tree = {Food101: food101, MMIMDb: mm_imdb, SNLIVE: snli_ve}[kind]
     with pytest.raises(DataError) as caught:
         prepare(kind, tree(tmp_path / "source"), tmp_path / "made", options)
-    assert caught.value.code == code and said in caught.value.fix
+    assert caught.value.code == code and message in caught.value.fix
     assert not (tmp_path / "made").exists()
 
 

@@ -22,7 +22,7 @@ from mopefuse.data.prepare import Option, prepare
 from mopefuse.data.snli_ve import LABELS, SNLIVE, Pair, read_pair
 
 
-def said(done: subprocess.CompletedProcess[str]) -> Any:
+def stdout_json(done: subprocess.CompletedProcess[str]) -> Any:
     """Parse stdout as a single JSON value."""
     return json.loads(done.stdout)
 
@@ -37,14 +37,14 @@ def test_a_prepared_data_set_can_be_used_for_training(
 ) -> None:
     done = call("data", "prepare", name, tree(tmp_path / "source"), tmp_path / "made", *flags, "--json")
     assert (done.returncode, done.stderr) == (0, "")
-    about = said(done)
+    about = stdout_json(done)
     assert about["ok"] and about["written"] and about["labels"] == labels
     assert {key: about[key] for key in about if key not in ("ok", "written", "folder")} == json.loads(
         (tmp_path / "made" / "dataset.json").read_text()
     )
     trained = call("train", *TINY, "--data", tmp_path / "made", "--out", tmp_path / "run", "--steps", "2", "--json")
     assert trained.returncode == 0, trained.stderr
-    assert said(trained)["steps"] == 2
+    assert stdout_json(trained)["steps"] == 2
 
 
 def test_the_printed_tables_compare_rows_with_published_numbers(tmp_path: Path) -> None:
@@ -125,9 +125,9 @@ def test_the_options_depend_on_the_data_set(tmp_path: Path) -> None:
     found = {name: [flag for flag in flags if flag in text] for name, text in listed.items()}
     assert found == {"food101": ["--text", "--clean", "--val", "--seed"], "snli-ve": ["--premise"], "mm-imdb": []}
     done = call("data", "make", "digit-questions", tmp_path / "made", "--train", 3, "--val", 2, "--test", 1, "--json")
-    assert said(done)["rows"] == {"train": 3, "val": 2, "test": 1}
+    assert stdout_json(done)["rows"] == {"train": 3, "val": 2, "test": 1}
     before_the_name = call("data", "prepare", "--premise", "snli-ve", snli_ve(tmp_path / "source"), tmp_path / "dest", "--json")
-    assert said(before_the_name)["options"] == {"premise": True}
+    assert stdout_json(before_the_name)["options"] == {"premise": True}
 
 
 def test_an_option_that_clashes_with_the_command_is_a_plugin_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,7 +110,7 @@ def test_with_two_texts_a_choice_is_required(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("titles", "pages", "asked", "missing"),
+    ("titles", "pages", "requested", "missing"),
     [
         (True, False, "page", "texts_txt"),
         (False, True, "title", "train_titles.csv and test_titles.csv"),
@@ -118,11 +118,11 @@ def test_with_two_texts_a_choice_is_required(tmp_path: Path) -> None:
     ],
 )
 def test_a_missing_text_is_an_error_that_names_it(
-    titles: bool, pages: bool, asked: str | None, missing: str, tmp_path: Path
+    titles: bool, pages: bool, requested: str | None, missing: str, tmp_path: Path
 ) -> None:
     source = food101(tmp_path / "source", titles=titles, pages=pages)
     with pytest.raises(DataError) as caught:
-        prepare(Food101, source, tmp_path / "made", {"val": 4} | ({"text": asked} if asked else {}))
+        prepare(Food101, source, tmp_path / "made", {"val": 4} | ({"text": requested} if requested else {}))
     there = ", ".join(sorted(path.name for path in source.iterdir()))
     assert (caught.value.code, caught.value.what) == ("MF-DATA-63", f"there is no {missing}; the folder contains {there}")
 

@@ -44,7 +44,7 @@ def test_mm_imdb_rows_have_the_longest_plot_and_the_genres(split: str, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"{", "is not JSON"),
         (b"\xff\xfe", "cannot be read as JSON"),
@@ -56,11 +56,11 @@ def test_mm_imdb_rows_have_the_longest_plot_and_the_genres(split: str, tmp_path:
         (b'{"train": [null], "dev": [], "test": []}', "has 'None' in 'train'"),
     ],
 )
-def test_an_unreadable_split_file_is_an_error(content: bytes, said: str, tmp_path: Path) -> None:
+def test_an_unreadable_split_file_is_an_error(content: bytes, message: str, tmp_path: Path) -> None:
     (mm_imdb(tmp_path / "source") / "split.json").write_bytes(content)
     with pytest.raises(DataError) as caught:
         prepare(MMIMDb, tmp_path / "source", tmp_path / "made")
-    assert caught.value.code == "MF-DATA-65" and said in caught.value.what
+    assert caught.value.code == "MF-DATA-65" and message in caught.value.what
 
 
 # -- SNLI-VE

@@ -56,7 +56,7 @@ def sample() -> dict[str, torch.Tensor]:
     return {"main_pixels": torch.full((1, 16, 16, 3), 90, dtype=torch.uint8), "comp_ids": ids, "comp_mask": ids > 0}
 
 
-def answer(file: Path) -> list[np.ndarray[Any, Any]]:
+def run_graph(file: Path) -> list[np.ndarray[Any, Any]]:
     """Run the graph in a file."""
     return [output.numpy() for output in load_pt2(file, CPU)(sample())]
 
@@ -171,7 +171,7 @@ def test_parts_that_a_graph_does_not_need_are_never_read(pt2: Path, content: pt2
 
     pt2_cases.edit(hostile, pt2_cases.PROGRAM, change)
     pt2_cases.write(tmp_path / "model.pt2", hostile)
-    for mine, theirs in zip(answer(tmp_path / "model.pt2"), answer(pt2 / "model.pt2"), strict=True):
+    for mine, theirs in zip(run_graph(tmp_path / "model.pt2"), run_graph(pt2 / "model.pt2"), strict=True):
         assert np.array_equal(mine, theirs)
     assert not canary.exists()
 

@@ -76,11 +76,11 @@ def question(pairs: Path) -> tuple[object, ...]:
     return "--image", pairs / "images" / "test-0.png", "--text", TEXT
 
 
-def ask(model: object, pairs: Path) -> dict[str, Any]:
+def predict(model: object, pairs: Path) -> dict[str, Any]:
     done = call("predict", model, *question(pairs))
     assert done.returncode == 0, done.stderr
-    answer: dict[str, Any] = json.loads(done.stdout)
-    return answer
+    prediction: dict[str, Any] = json.loads(done.stdout)
+    return prediction
 
 
 def only_object(text: str) -> dict[str, Any]:
@@ -100,16 +100,16 @@ def test_another_machine_gets_the_same_predictions_also_offline(
     mine, theirs = hub.environment(tmp_path / "mine"), hub.environment(tmp_path / "theirs", READER)
     pushed = run_cli("push", trained, REPO, "--json", **mine)
     assert pushed.returncode == 0, pushed.stderr
-    said = only_object(pushed.stdout)
-    assert (said["ok"], said["repo"], said["private"], said["url"]) == (True, REPO, True, f"{hub.url}/{REPO}")
-    expected = ask(trained, pairs)
+    result = only_object(pushed.stdout)
+    assert (result["ok"], result["repo"], result["private"], result["url"]) == (True, REPO, True, f"{hub.url}/{REPO}")
+    expected = predict(trained, pairs)
     offline = hub.environment(tmp_path / "theirs", "", offline=True)
     for environment in (theirs, offline):
         done = run_cli("predict", MODEL, *question(pairs), **environment)
         assert done.returncode == 0, done.stderr
-        answer = json.loads(done.stdout)
-        assert answer["label"] == expected["label"]
-        assert answer["probabilities"] == pytest.approx(expected["probabilities"], abs=2e-5)
+        prediction = json.loads(done.stdout)
+        assert prediction["label"] == expected["label"]
+        assert prediction["probabilities"] == pytest.approx(expected["probabilities"], abs=2e-5)
 
 
 # -- what is sent
@@ -120,8 +120,8 @@ def test_only_the_adapter_is_sent_in_one_commit(trained: Path, pairs: Path, hub:
     assert done.returncode == 0, done.stderr
     repo = hub.repos[REPO]
     assert (repo.files.keys(), len(repo.commits), repo.private) == (ADAPTER, 1, True)
-    said = only_object(done.stdout)
-    assert said["files"] == {name: len(content) for name, content in repo.files.items()}
+    result = only_object(done.stdout)
+    assert result["files"] == {name: len(content) for name, content in repo.files.items()}
     assert repo.files["README.md"].startswith(b"---\nlibrary_name: mopefuse\n") and b"# model\n" in repo.files["README.md"]
     everything = b"\0".join(repo.files.values())
     assert str(pairs).encode() in (trained / "config.yaml").read_bytes(), "otherwise the test proves nothing"
@@ -142,9 +142,9 @@ def test_the_files_are_listed_before_anything_is_sent(trained: Path, hub: FakeHu
 def test_a_dry_run_sends_nothing(trained: Path, hub: FakeHub, move: Move) -> None:
     done = call("push", trained, REPO, "--dry-run", "--json")
     assert done.returncode == 0, done.stderr
-    said = only_object(done.stdout)
-    assert (set(said["files"]), said["url"]) == (ADAPTER, None)
-    assert hub.asked == [f"GET /api/models/{REPO}"]
+    result = only_object(done.stdout)
+    assert (set(result["files"]), result["url"]) == (ADAPTER, None)
+    assert hub.requests == [f"GET /api/models/{REPO}"]
 
 
 @pytest.mark.parametrize(("word", "code", "commits"), [("n", 1, 0), ("y", 0, 1)])
@@ -165,7 +165,7 @@ def test_on_a_terminal_push_asks_for_confirmation(
 def test_a_public_repository_is_written_to_only_on_request(adapter: Path, other: Path, hub: FakeHub, move: Move) -> None:
     assert call("push", adapter, REPO, "--public").returncode == 0
     assert not hub.repos[REPO].private
-    hub.asked.clear()
+    hub.requests.clear()
     done = call("push", other, REPO, "--json")
     assert done.returncode == 3 and only_object(done.stdout)["error"]["code"] == "MF-CFG-73"
     assert hub.sent() == [] and hub.repos[REPO].files == files_of(adapter)
@@ -209,7 +209,7 @@ def test_a_damaged_folder_is_not_pushed(adapter: Path, hub: FakeHub, move: Move,
     assert done.returncode == 6 and "weights.safetensors" in done.stderr
     assert call("push", tmp_path / "nowhere", REPO).returncode == 6
     assert call("push", adapter, REPO, "--checkpoint", "last").returncode == 6, "an adapter has only one checkpoint"
-    assert hub.asked == []
+    assert hub.requests == []
 
 
 def altered(content: bytes) -> bytes:
@@ -221,7 +221,7 @@ def altered(content: bytes) -> bytes:
 def test_an_invalid_repository_name_is_refused(name: str, trained: Path, hub: FakeHub, move: Move) -> None:
     done = call("push", "--json", "--", trained, name)
     assert done.returncode == 3 and only_object(done.stdout)["error"]["code"] == "MF-CFG-72", done.stderr
-    assert hub.asked == []
+    assert hub.requests == []
 
 
 # -- errors of the hub
@@ -287,11 +287,11 @@ def test_every_command_accepts_a_model_from_the_hub(
     own, theirs = (only_object(done.stdout) for done in found)
     assert theirs["metrics"] == own["metrics"] and theirs["per_label"] == own["per_label"]
     assert theirs["run"] == MODEL
-    assert ask(MODEL, pairs) == ask(trained, pairs)
+    assert predict(MODEL, pairs) == predict(trained, pairs)
     with Image.open(pairs / "images" / "test-0.png") as image:
-        answers = [mopefuse.load(model, device="cpu").predict([image], [TEXT]) for model in (trained, MODEL)]
-    assert answers[0] == answers[1]
-    assert ask(adapter_of(Path(MODEL), tmp_path / "again"), pairs) == ask(trained, pairs)
+        predictions = [mopefuse.load(model, device="cpu").predict([image], [TEXT]) for model in (trained, MODEL)]
+    assert predictions[0] == predictions[1]
+    assert predict(adapter_of(Path(MODEL), tmp_path / "again"), pairs) == predict(trained, pairs)
     assert files_of(tmp_path / "again")["weights.safetensors"] == hub.repos[REPO].files["weights.safetensors"]
     swapped = call("swap-encoder", MODEL, "--comp", "tiny:text-b", "--data", pairs, "-o", tmp_path / "swapped", "--json")
     assert swapped.returncode == 0, swapped.stderr
@@ -302,26 +302,26 @@ def test_every_command_accepts_a_model_from_the_hub(
 
 def test_a_cached_model_is_not_downloaded_again(adapter: Path, pairs: Path, hub: FakeHub, move: Move) -> None:
     hub.commit(REPO, files_of(adapter))
-    first = ask(MODEL, pairs)
-    loaded = [request for request in hub.asked if request.startswith("GET")]
+    first = predict(MODEL, pairs)
+    loaded = [request for request in hub.requests if request.startswith("GET")]
     assert len(loaded) == len(ADAPTER) == len(set(loaded)), "each file once"
-    hub.asked.clear()
-    assert ask(MODEL, pairs) == first and hub.asked == []
+    hub.requests.clear()
+    assert predict(MODEL, pairs) == first and hub.requests == []
     move("mine", offline=True)
-    assert ask(MODEL, pairs) == first
+    assert predict(MODEL, pairs) == first
     (locate(MODEL) / "weights.safetensors").unlink()  # damaged, and restored from the cache of huggingface_hub
-    assert ask(MODEL, pairs) == first and hub.asked == []
+    assert predict(MODEL, pairs) == first and hub.requests == []
 
 
 def test_a_revision_is_honoured(adapter: Path, other: Path, pairs: Path, hub: FakeHub, move: Move) -> None:
-    old, new = ask(adapter, pairs), ask(other, pairs)
+    old, new = predict(adapter, pairs), predict(other, pairs)
     assert old != new
     commit = hub.commit(REPO, files_of(adapter), tag="v1")
     hub.commit(REPO, files_of(other), tag="v2/final")
-    assert [ask(f"{MODEL}@{name}", pairs) for name in ("v1", commit, "v2/final", "main")] == [old, old, new, new]
+    assert [predict(f"{MODEL}@{name}", pairs) for name in ("v1", commit, "v2/final", "main")] == [old, old, new, new]
     move("mine", offline=True)
-    assert [ask(f"{MODEL}@{name}", pairs) for name in ("v1", commit, "v2/final", "main")] == [old, old, new, new]
-    assert ask(MODEL, pairs) == new
+    assert [predict(f"{MODEL}@{name}", pairs) for name in ("v1", commit, "v2/final", "main")] == [old, old, new, new]
+    assert predict(MODEL, pairs) == new
     move("mine")
     done = call("predict", f"{MODEL}@v3", *question(pairs))
     assert done.returncode == 5 and "MF-ENC-43" in done.stderr and "'v3'" in done.stderr
@@ -331,9 +331,9 @@ def test_a_cached_model_stays_the_same_when_the_repository_changes(
     adapter: Path, other: Path, pairs: Path, hub: FakeHub, move: Move
 ) -> None:
     hub.commit(REPO, files_of(adapter))
-    old = ask(MODEL, pairs)
+    old = predict(MODEL, pairs)
     commit = hub.commit(REPO, files_of(other))
-    assert ask(MODEL, pairs) == old != ask(f"{MODEL}@{commit}", pairs) == ask(other, pairs)
+    assert predict(MODEL, pairs) == old != predict(f"{MODEL}@{commit}", pairs) == predict(other, pairs)
 
 
 def test_files_of_two_commits_are_never_mixed(adapter: Path, other: Path, pairs: Path, hub: FakeHub, move: Move) -> None:
@@ -343,7 +343,7 @@ def test_files_of_two_commits_are_never_mixed(adapter: Path, other: Path, pairs:
     assert done.returncode == 5 and "MF-ENC-44" in done.stderr, done.stderr
     hub.fails = {}
     hub.commit(REPO, files_of(other))
-    assert ask(MODEL, pairs) == ask(adapter, pairs), "the rest of the files of the same commit"
+    assert predict(MODEL, pairs) == predict(adapter, pairs), "the rest of the files of the same commit"
 
 
 def test_a_missing_or_inaccessible_repository_is_an_error(adapter: Path, pairs: Path, hub: FakeHub, move: Move) -> None:
@@ -357,7 +357,7 @@ def test_a_missing_or_inaccessible_repository_is_an_error(adapter: Path, pairs: 
         done = call("predict", MODEL, *question(pairs))
         assert done.returncode == 5 and code in done.stderr and "HF_TOKEN" in done.stderr, done.stderr
     move("mine", token=READER)
-    assert ask(MODEL, pairs) == ask(adapter, pairs)
+    assert predict(MODEL, pairs) == predict(adapter, pairs)
 
 
 # -- repositories that are refused
@@ -390,14 +390,14 @@ SPOILT: dict[str, tuple[dict[str, Any], str]] = {  # name of a file to its conte
 def test_an_invalid_repository_is_refused_and_not_cached(
     what: str, adapter: Path, pairs: Path, hub: FakeHub, move: Move, tmp_path: Path
 ) -> None:
-    changes, says = SPOILT[what]
+    changes, message = SPOILT[what]
     files = files_of(adapter)
     spoilt = {name: change(files[name]) if callable(change) else change for name, change in changes.items()}
     hub.commit(REPO, {name: content for name, content in (files | spoilt).items() if content is not None})
     for command in (["predict", MODEL, *question(pairs)], ["eval", MODEL, "--data", pairs]):
         done = call(*command)
         assert done.returncode == 6, done.stderr
-        assert says in done.stderr and REPO in done.stderr and len(done.stderr.splitlines()) <= 2, done.stderr
+        assert message in done.stderr and REPO in done.stderr and len(done.stderr.splitlines()) <= 2, done.stderr
         assert "fix: " in done.stderr and "Traceback" not in done.stderr
-    assert not [request for request in hub.asked if "evil" in request] and not list(tmp_path.rglob("evil"))
+    assert not [request for request in hub.requests if "evil" in request] and not list(tmp_path.rglob("evil"))
     assert not list(tmp_path.glob("mine/mopefuse/models/*"))

@@ -104,10 +104,10 @@ def test_an_image_from_python_gets_the_same_prediction_as_its_file(kind: str, lo
     opened = [Image.open(folder / name) for name in FILES]
     paths = [folder / name for name in FILES]
     for values in (opened, paths, [str(path) for path in paths]):
-        answers = predictor.predict(values, [TEXT] * len(values))
-        for answer, of_file in zip(answers, of_files, strict=True):
-            assert answer["label"] == of_file["label"]
-            assert answer["probabilities"] == pytest.approx(of_file["probabilities"], abs=1e-6)
+        predictions = predictor.predict(values, [TEXT] * len(values))
+        for prediction, of_file in zip(predictions, of_files, strict=True):
+            assert prediction["label"] == of_file["label"]
+            assert prediction["probabilities"] == pytest.approx(of_file["probabilities"], abs=1e-6)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -130,10 +130,10 @@ def test_preparing_an_image_twice_equals_preparing_it_once(name: str, folder: Pa
 @pytest.mark.parametrize("kind", matrix(KINDS, [kind for kind in KINDS if kind != "pt2"]))
 def test_a_single_value_is_treated_as_a_list_of_one(kind: str, loaded: Forms, folder: Path) -> None:
     predictor, image = loaded[kind], Image.open(folder / "rgb.png")
-    answers = predictor.predict([image], [TEXT])
+    predictions = predictor.predict([image], [TEXT])
     for value in (image, str(folder / "rgb.png"), folder / "rgb.png", np.asarray(image)):
-        assert predictor.predict(value, TEXT) == answers
-    assert predictor.predict(iter([image]), (TEXT,)) == answers
+        assert predictor.predict(value, TEXT) == predictions
+    assert predictor.predict(iter([image]), (TEXT,)) == predictions
     assert code_of(lambda: predictor.predict(image, [TEXT, TEXT])) == "MF-DATA-17"
 
 

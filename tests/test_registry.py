@@ -143,9 +143,9 @@ def test_a_plugin_is_found_and_loaded_by_its_name(install: Install) -> None:
 
 def test_a_built_in_takes_precedence_over_a_plugin_of_the_same_name(install: Install) -> None:
     install(claim("mopefuse-evil", "tiny", "plug_fails:X"))
-    with pytest.warns(Notice, match="'tiny' is the built-in one; that of mopefuse-evil is mopefuse-evil:tiny") as told:
+    with pytest.warns(Notice, match="'tiny' is the built-in one; that of mopefuse-evil is mopefuse-evil:tiny") as caught:
         assert [load(ENCODERS, "tiny").__name__ for _ in range(3)] == ["TinyEncoder"] * 3
-    assert len(told) == 1
+    assert len(caught) == 1
     assert [registry.distribution(point) for point in available(ENCODERS)["tiny"]] == ["mopefuse", "mopefuse-evil"]
 
 
@@ -198,7 +198,7 @@ def test_an_entry_point_that_is_listed_twice_is_not_a_clash(install: Install) ->
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
+    ("value", "message"),
     [
         ("plug_fails:X", "no such device"),
         ("plug_exits:X", "SystemExit"),
@@ -207,7 +207,7 @@ def test_an_entry_point_that_is_listed_twice_is_not_a_clash(install: Install) ->
     ],
 )
 def test_a_broken_plugin_is_an_error_with_its_distribution_only_when_it_is_used(
-    install: Install, value: str, said: str
+    install: Install, value: str, message: str
 ) -> None:
     install(claim("mopefuse-broken", "broken", value))
     listed = call("encoders")
@@ -216,7 +216,7 @@ def test_a_broken_plugin_is_an_error_with_its_distribution_only_when_it_is_used(
     done = call("encoders", "inspect", "broken:x")
     assert done.returncode == 9
     assert done.stderr.startswith("error[MF-PLUG-02]")
-    assert said in done.stderr
+    assert message in done.stderr
     assert "mopefuse-broken" in done.stderr
 
 
@@ -232,14 +232,14 @@ def test_specs_compare_by_value() -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "says"), [(12, "the plugin acme failed to create x: KeyError: 'no'"), (13, "returned a dict")]
+    ("number", "message"), [(12, "the plugin acme failed to create x: KeyError: 'no'"), (13, "returned a dict")]
 )
 def test_an_encoder_that_a_plugin_fails_to_create_is_a_plugin_error(
-    number: int, says: str, monkeypatch: pytest.MonkeyPatch
+    number: int, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key = {12: "no", 13: "spec"}[number]
     monkeypatch.setattr(registry, "load", lambda group, name: lambda spec: {"spec": {}}[key])
-    with pytest.raises(PluginError, match=says) as caught:
+    with pytest.raises(PluginError, match=message) as caught:
         create_encoder("acme:toy:x")
     assert caught.value.number == number and "acme" in caught.value.fix
 

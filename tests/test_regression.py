@@ -284,14 +284,14 @@ def test_many_labels_take_seconds() -> None:
 
 def test_progress_grows_from_0_to_1() -> None:
     x = correlated(300, 10)
-    told = list[tuple[str, float]]()
+    progress = list[tuple[str, float]]()
     fold = Fold({"main": x, "comp": x}, several(x, 4))
     wanted = how(4, multi_label=True)
-    fit_heads({"a": ("main",), "b": ("main", "comp")}, fold, fold, wanted, lambda what, share: told.append((what, share)))
-    shares = [share for _, share in told]
+    fit_heads({"a": ("main",), "b": ("main", "comp")}, fold, fold, wanted, lambda what, share: progress.append((what, share)))
+    shares = [share for _, share in progress]
     assert shares == sorted(shares) and shares[0] < 0.1 and 0.95 < shares[-1] <= 1 + 1e-9
-    assert told[0][0] == "logistic regression on main, C 0.0001"
-    assert told[-1][0] == "logistic regression on main and comp, C 10"
+    assert progress[0][0] == "logistic regression on main, C 0.0001"
+    assert progress[-1][0] == "logistic regression on main and comp, C 10"
 
 
 # -- the minimiser
@@ -301,10 +301,10 @@ def test_each_problem_is_minimised_independently() -> None:
     random = torch.Generator().manual_seed(0)
     scale_GP = torch.logspace(0, 5, 6, dtype=torch.double).expand(4, 6) * torch.rand(4, 6, generator=random).double()
     goal_GP = torch.randn(4, 6, generator=random).double()
-    asked = list[int]()
+    active = list[int]()
 
     def quadratic(x_AP: Tensor, index_A: Tensor) -> Evaluation:
-        asked.append(len(index_A))
+        active.append(len(index_A))
         away_AP = x_AP - goal_GP[index_A]
         value_A = 1 + (scale_GP[index_A] * away_AP**2).sum(dim=-1) / 2
         return Evaluation(value_A, scale_GP[index_A] * away_AP, torch.ones_like(x_AP))
@@ -313,7 +313,7 @@ def test_each_problem_is_minimised_independently() -> None:
     start_GP[1] = goal_GP[1]  # solved from the start
     found = minimise(quadratic, start_GP, tolerance=1e-12, noise=1e-15, max_iter=500)
     torch.testing.assert_close(found, goal_GP, atol=1e-4, rtol=1e-4)
-    assert asked[0] == 4 and max(asked[1:]) <= 3, "solved problems are not evaluated again"
+    assert active[0] == 4 and max(active[1:]) <= 3, "solved problems are not evaluated again"
     cut = minimise(quadratic, start_GP, tolerance=1e-12, noise=1e-15, max_iter=2)
     assert torch.isfinite(cut).all() and not torch.allclose(cut, goal_GP, atol=1e-4)
 

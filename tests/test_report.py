@@ -43,8 +43,8 @@ def test_the_page_has_every_section_and_explains_its_numbers(run: Path) -> None:
     result = json.loads((run / "metrics.json").read_text())
     assert f"{100 * result['metrics']['test']['accuracy']:.1f} %" in page.text
     assert f"{result['parameters']['trainable']:,}" in page.text
-    for said in ("train 12, val 6, test 7", "tiny:vision (image, 4 layers)", "prompts.experts", "Guo et al. 2017", "Monroe"):
-        assert said in page.text
+    for text in ("train 12, val 6, test 7", "tiny:vision (image, 4 layers)", "prompts.experts", "Guo et al. 2017", "Monroe"):
+        assert text in page.text
     assert "with another sample's text, accuracy goes from" in page.text
     assert len(page.pictures()) >= 7
 
@@ -118,8 +118,8 @@ def test_a_method_without_a_router_has_no_routing_section(pairs: Path, tmp_path:
 
 def test_the_confusion_matrix_matches_the_predictions(run: Path) -> None:
     # classes of the test split are a, b, c, a, b, c, a
-    answers = torch.nn.functional.one_hot(torch.tensor([0, 1, 2, 1, 1, 0, 0]), 3).float()
-    section = run_errors.confusion(facts_of(run, logits_SN=answers))
+    logits_SN = torch.nn.functional.one_hot(torch.tensor([0, 1, 2, 1, 1, 0, 0]), 3).float()
+    section = run_errors.confusion(facts_of(run, logits_SN=logits_SN))
     assert section is not None
     assert tips(section.charts[0]) == [
         "a predicted as a: 2 (66.7 %)", "a predicted as b: 1 (33.3 %)", "a predicted as c: 0 (0.0 %)",
@@ -150,10 +150,10 @@ def test_with_many_classes_the_most_confused_pairs_are_listed(tmp_path: Path, ru
         write_rows(data / f"{split}.jsonl", [{**row, "label": f"class {i % 40}"} for i, row in enumerate(rows[:count])])
     loaded = load_data(Data(path=str(data), allow_odd_labels=True))
     targets = loaded.targets("test")
-    answers = torch.nn.functional.one_hot(targets, 40).float()
+    logits_SN = torch.nn.functional.one_hot(targets, 40).float()
     wrong = [i for i, label in enumerate(loaded.splits["test"].labels) if label[0] in ("class 3", "class 4")]
-    answers[wrong] = torch.nn.functional.one_hot(torch.tensor([loaded.labels.index("class 9")] * 2), 40).float()
-    section = run_errors.confusion(facts_of(run, data=loaded, logits_SN=answers))
+    logits_SN[wrong] = torch.nn.functional.one_hot(torch.tensor([loaded.labels.index("class 9")] * 2), 40).float()
+    section = run_errors.confusion(facts_of(run, data=loaded, logits_SN=logits_SN))
     assert section is not None
     page = Page(str(section.body))
     assert section.charts == () and "1 of 1" in page.text

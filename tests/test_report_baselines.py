@@ -51,8 +51,8 @@ def test_only_settings_chosen_by_the_user_are_listed(run: Path, pairs: Path, tmp
 
 
 def test_a_run_is_compared_with_the_majority_class_and_more_baselines_are_suggested(run: Path) -> None:
-    answers = torch.nn.functional.one_hot(torch.tensor([0, 1, 2, 1, 1, 0, 0]), 3).float()
-    facts = facts_of(run, logits_SN=answers)
+    logits_SN = torch.nn.functional.one_hot(torch.tensor([0, 1, 2, 1, 1, 0, 0]), 3).float()
+    facts = facts_of(run, logits_SN=logits_SN)
     text = Page(str(run_baselines.baselines(facts).body)).text
     assert "always “a”, the most frequent label in training" in text, "a, b and c are equally frequent in training"
     assert "42.9 %" in text and "+28.6 points" in text, "3 of 7, and 5 of 7 are right"

@@ -111,7 +111,7 @@ def test_a_split_that_is_not_a_regular_file_is_refused_without_reading_it(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("bad", "said"),
+    ("bad", "message"),
     [
         ('{"id": 1,,}', "column 10"),
         ('{"id": 1', "is not JSON"),
@@ -141,9 +141,9 @@ def test_a_split_that_is_not_a_regular_file_is_refused_without_reading_it(tmp_pa
         ('{"id": ' + "9" * 5000 + "}", "too many digits"),
     ],
 )
-def test_a_bad_row_is_refused_with_its_line(tmp_path: Path, bad: str, said: str) -> None:
+def test_a_bad_row_is_refused_with_its_line(tmp_path: Path, bad: str, message: str) -> None:
     error = refused(split(tmp_path, f"{line(id=1)}\n\n{bad}\n{line(id=2)}\n"))
-    assert said in error.what
+    assert message in error.what
     assert "1 bad row: train.jsonl:3 " in error.what
 
 
@@ -178,11 +178,11 @@ def test_rows_with_the_same_problem_are_reported_once_with_the_fix(tmp_path: Pat
     assert same.fix.startswith("correct the line; ")
 
 
-@pytest.mark.parametrize(("said", "hint"), [("titel", "titles"), ("body", "caption")])
-def test_the_most_similar_column_is_suggested(tmp_path: Path, said: str, hint: str) -> None:
+@pytest.mark.parametrize(("name", "hint"), [("titel", "titles"), ("body", "caption")])
+def test_the_most_similar_column_is_suggested(tmp_path: Path, name: str, hint: str) -> None:
     write_rows(tmp_path / "train.jsonl", [{"caption": "t", "titles": "t", "img": "a.png", "label": "x"}])
-    with pytest.raises(DataError, match=rf"has no {said}; found .*; did you mean --text-col {hint}\?"):
-        load_data(Data(path=str(tmp_path), modalities=("text", "image"), text_col=said))
+    with pytest.raises(DataError, match=rf"has no {name}; found .*; did you mean --text-col {hint}\?"):
+        load_data(Data(path=str(tmp_path), modalities=("text", "image"), text_col=name))
 
 
 def test_a_repeated_id_is_an_error_with_both_lines(tmp_path: Path) -> None:
@@ -236,11 +236,11 @@ def test_labels_unknown_to_training_are_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"), [(b"a\nb\na\n", "'a' twice"), (b"a\nb\xff\n", "not UTF-8")], ids=["twice", "bytes"]
+    ("content", "message"), [(b"a\nb\na\n", "'a' twice"), (b"a\nb\xff\n", "not UTF-8")], ids=["twice", "bytes"]
 )
-def test_an_invalid_labels_file_is_refused(tmp_path: Path, content: bytes, said: str) -> None:
+def test_an_invalid_labels_file_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
     (folder_with(tmp_path, ["a", "b"]) / "labels.txt").write_bytes(content)
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         load(tmp_path)
 
 

@@ -315,18 +315,18 @@ def test_only_one_of_several_processes_takes_over_a_stale_lock(tmp_path: Path) -
     lock_of(started(tmp_path / "run"), gone.pid)
     command = [sys.executable, "-c", _CONTENDER, str(tmp_path / "run")]
     contenders = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    told = []
+    outcomes = []
     for _ in range(2):  # all are ready, then all have tried to lock
         for each in contenders:
             assert each.stdout is not None
-            told.append(each.stdout.readline().strip())
+            outcomes.append(each.stdout.readline().strip())
         for each in contenders:
             assert each.stdin is not None
             each.stdin.write("\n")
             each.stdin.flush()
     for each in contenders:
         each.communicate(timeout=60)
-    assert sorted(told) == ["MF-CFG-24", "MF-CFG-24", "has it", "ready", "ready", "ready"]
+    assert sorted(outcomes) == ["MF-CFG-24", "MF-CFG-24", "has it", "ready", "ready", "ready"]
 
 
 # -- a folder that disappears while it is written to

@@ -151,11 +151,11 @@ def test_with_many_labels_the_most_probable_predicted_and_true_ones_are_written(
     key = "labels" if large.multi_label else "label"
     for line, row, p_N in zip(lines, large.splits["val"].rows, p_SN, strict=True):
         assert line["true"] == (list(row.labels) if large.multi_label else row.labels[0])
-        said = {large.labels[number]: round(float(p_N[number]), 6) for number in p_N.argsort(descending=True)[:KEPT]}
+        most_probable = {large.labels[number]: round(float(p_N[number]), 6) for number in p_N.argsort(descending=True)[:KEPT]}
         chosen = {large.labels[number] for number in (p_N >= 0.5).nonzero().flatten()} if large.multi_label else {line["label"]}
         assert (set(line[key]) if large.multi_label else {line[key]}) == chosen
-        assert line["probabilities"].keys() == said.keys() | chosen | set(row.labels)
-        assert said.items() <= line["probabilities"].items()
+        assert line["probabilities"].keys() == most_probable.keys() | chosen | set(row.labels)
+        assert most_probable.items() <= line["probabilities"].items()
         assert [*line["probabilities"].values()] == sorted(line["probabilities"].values(), reverse=True)
     if not large.multi_label:
         assert found.metrics["accuracy"] == np.mean([line["label"] == line["true"] for line in lines])
@@ -230,14 +230,14 @@ def test_thresholds_tuned_by_two_processes_equal_those_tuned_on_all_logits(train
 
 def test_two_processes_evaluate_and_write_the_same_as_one(trained: tuple[Path, Path], tmp_path: Path) -> None:
     run, data = trained
-    said = {}
+    results = {}
     for processes in (1, 2):
         out = tmp_path / f"{processes}.jsonl"
         command = ["eval", str(run), "--split", "test", "--data", str(data), "-o", str(out), "--json"]
         done = call(*command) if processes == 1 else ranks(processes, *command)
         assert done.returncode == 0, done.stderr
-        said[processes] = json.loads(done.stdout)
-    assert said[1]["metrics"] == said[2]["metrics"] and said[1]["per_label"] == said[2]["per_label"]
+        results[processes] = json.loads(done.stdout)
+    assert results[1]["metrics"] == results[2]["metrics"] and results[1]["per_label"] == results[2]["per_label"]
     assert (tmp_path / "1.jsonl").read_bytes() == (tmp_path / "2.jsonl").read_bytes()
     assert MOST_LABELS < MANY
 

@@ -57,14 +57,14 @@ def test_trials_are_those_that_optuna_proposes_for_these_values(undisturbed: tup
     out, searched = undisturbed
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=3))
     for trial in searched.trials:
-        asked = study.ask()
-        dynamic = asked.suggest_int("prompts.dynamic", 1, 3)
-        experts = asked.suggest_categorical("prompts.experts", ["1", "3"])
-        lr = asked.suggest_float("train.lr", 1e-4, 1e-1, log=True)
+        proposed = study.ask()
+        dynamic = proposed.suggest_int("prompts.dynamic", 1, 3)
+        experts = proposed.suggest_categorical("prompts.experts", ["1", "3"])
+        lr = proposed.suggest_float("train.lr", 1e-4, 1e-1, log=True)
         assert trial.settings == {"train.lr": lr, "prompts.experts": int(experts), "prompts.dynamic": dynamic}
         value = RunFolder(out / trial.statuses[0].cell.folder).result()["metrics"]["val"]["accuracy"]
         assert trial.value == value
-        study.tell(asked, value)
+        study.tell(proposed, value)
     assert searched.best is not None
     assert searched.best.value == study.best_value == max(trial.value or 0 for trial in searched.trials)
 
@@ -158,12 +158,12 @@ def test_repeated_settings_are_one_run_and_a_failed_one_stays_failed(pairs: Path
     space = {"train.lr": [1e30, 1e-3]}
     file = write_search(tmp_path, pairs, search={"trials": 8, "space": space, "seed": 0})
     done = call("study", file, "--out", tmp_path / "out", "--json")
-    said = json.loads(done.stdout)
-    assert (done.returncode, said["ok"], said["best"]["settings"]) == (0, True, {"train.lr": 1e-3})
-    assert {t["settings"]["train.lr"]: t["value"] is None for t in said["trials"]} == {1e30: True, 1e-3: False}
+    result = json.loads(done.stdout)
+    assert (done.returncode, result["ok"], result["best"]["settings"]) == (0, True, {"train.lr": 1e-3})
+    assert {t["settings"]["train.lr"]: t["value"] is None for t in result["trials"]} == {1e30: True, 1e-3: False}
     assert len(list((tmp_path / "out" / "cells").iterdir())) == 2 + len(list((tmp_path / "out").glob("cells/*crash.log")))
     logs = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("cells/*/*/metrics.jsonl")}
-    assert json.loads(call("study", file, "--out", tmp_path / "out", "--json").stdout) == said
+    assert json.loads(call("study", file, "--out", tmp_path / "out", "--json").stdout) == result
     assert {path: path.stat().st_mtime_ns for path in logs} == logs
 
 
@@ -192,18 +192,18 @@ def test_compare_shows_the_trials_and_warns_against_selecting_by_test_results(
 ) -> None:
     out, searched = undisturbed
     done = call("compare", out, "--json")
-    said = json.loads(done.stdout)
+    result = json.loads(done.stdout)
     assert done.returncode == 0, done.stderr
-    assert {row["label"] for row in said["rows"]} <= {trial.label for trial in searched.trials}
+    assert {row["label"] for row in result["rows"]} <= {trial.label for trial in searched.trials}
     assert searched.best is not None
-    assert [searched.best.label in notice for notice in said["notices"]] == [True]
+    assert [searched.best.label in notice for notice in result["notices"]] == [True]
 
 
 # -- errors before the first trial
 
 
 @pytest.mark.parametrize(
-    ("values", "sets", "code", "said"),
+    ("values", "sets", "code", "message"),
     [
         ({"search": {"space": {"train.lr": {"low": -1.0, "high": 1e-2}}}}, (), "MF-CFG-01", "train.lr=-1"),
         ({"search": {"space": {"prompts.experts": [4, 0]}}}, (), "MF-CFG-01", "prompts.experts=0"),
@@ -235,12 +235,12 @@ def test_compare_shows_the_trials_and_warns_against_selecting_by_test_results(
     ],
 )  # fmt: skip
 def test_an_invalid_search_space_is_refused_before_the_first_trial(
-    values: dict[str, Any], sets: tuple[str, ...], code: str, said: str, pairs: Path, tmp_path: Path
+    values: dict[str, Any], sets: tuple[str, ...], code: str, message: str, pairs: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError) as caught:
         read_study(str(write_search(tmp_path, pairs, **values)), sets)
     assert (caught.value.code, bool(caught.value.fix)) == (code, True)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_encoders_can_be_part_of_the_search_space(pairs: Path, tmp_path: Path) -> None:

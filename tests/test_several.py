@@ -140,14 +140,14 @@ def test_samples_are_independent_and_every_encoder_has_an_effect(options: dict[s
             if name.startswith("head"):
                 parameter.normal_()
     whole = model.collate(images(3), TEXTS[:3])
-    answer = model(whole).logits
+    logits = model(whole).logits
     for index in range(3):
         one = model.collate(images(3)[index : index + 1], TEXTS[index : index + 1])
-        torch.testing.assert_close(model(one).logits[0], answer[index], atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(model(one).logits[0], logits[index], atol=2e-5, rtol=1e-4)
     other = model.collate(images(4)[1:], ["red", "the digit", "left"])
     for side in model.uses[-3:]:
         changed = replace(whole, inputs={**whole.inputs, side: other.inputs[side]})
-        assert not torch.allclose(model(changed).logits, answer), side
+        assert not torch.allclose(model(changed).logits, logits), side
 
 
 @pytest.mark.parametrize("mode", ["frozen", "prompts", "lora", "full"])

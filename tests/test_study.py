@@ -106,11 +106,11 @@ def test_a_study_killed_at_random_and_restarted_gives_the_same_table(undisturbed
         until = steps(out) + moments.randint(0, 11) if kills < 3 else 10**9
         wait_for(lambda until=until: steps(out) > until, process)
         process.kill()
-        _, said = process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=60)
         if process.returncode == 0:
             done += 1
             break
-        assert process.returncode == -signal.SIGKILL, said
+        assert process.returncode == -signal.SIGKILL, stderr
         kills += 1
     assert (kills >= 2, done) == (True, 1), "it finished before it could be killed often enough"
     assert table(out) == table(undisturbed)
@@ -121,11 +121,11 @@ def test_a_study_killed_at_random_and_restarted_gives_the_same_table(undisturbed
 def test_notices_of_cells_are_shown_once(pairs: Path, tmp_path: Path) -> None:
     cells = {"a": {"method": "linear"}, "b": {"method": "linear", "linear.features": "average"}}
     file = write_study(tmp_path, pairs, cells=cells, grid={}, seeds=[0], baseline="a")
-    said = call("study", file, "--out", tmp_path / "out").stderr.splitlines()
-    heard = [line.partition(": ")[2] for line in said if line.startswith(("a, seed 0: ", "b, seed 0: "))]
-    assert any(text.startswith("logistic regression, chosen on validation") for text in heard)
-    assert len(set(heard)) == len(heard)
-    assert sum("does not use the settings of prompts" in text for text in heard) == 1, "both cells give this notice"
+    lines = call("study", file, "--out", tmp_path / "out").stderr.splitlines()
+    notices = [line.partition(": ")[2] for line in lines if line.startswith(("a, seed 0: ", "b, seed 0: "))]
+    assert any(text.startswith("logistic regression, chosen on validation") for text in notices)
+    assert len(set(notices)) == len(notices)
+    assert sum("does not use the settings of prompts" in text for text in notices) == 1, "both cells give this notice"
 
 
 def test_finished_cells_are_not_repeated_and_added_ones_are_run(undisturbed: Path, pairs: Path, tmp_path: Path) -> None:
@@ -168,12 +168,12 @@ def test_a_failed_cell_is_recorded_and_the_others_continue(pairs: Path, tmp_path
     bad = {"fine": {}, "diverges": {"train.lr": 1e30}, "no such method": {"method": "nothing"}}
     file = write_study(tmp_path, pairs, cells=bad, grid={}, seeds=[0], baseline="no such method")
     done = call("study", file, "--out", tmp_path / "out", "--json", "--set", "train.epochs=1")
-    said = json.loads(done.stdout)
+    result = json.loads(done.stdout)
     assert done.returncode == 8
-    assert (said["ok"], said["error"]["code"][:6]) == (False, "MF-NUM")
-    assert [cell["state"] for cell in said["cells"]] == ["finished", "failed", "failed"]
-    assert [row["label"] for row in said["comparison"]["rows"]] == ["fine"]
-    *left_out, uncompared = said["comparison"]["notices"]
+    assert (result["ok"], result["error"]["code"][:6]) == (False, "MF-NUM")
+    assert [cell["state"] for cell in result["cells"]] == ["finished", "failed", "failed"]
+    assert [row["label"] for row in result["comparison"]["rows"]] == ["fine"]
+    *left_out, uncompared = result["comparison"]["notices"]
     assert [text.partition(":")[0] for text in left_out] == ["left out"] * 2
     assert uncompared == "no row is compared with no such method: none of its runs is finished"
     assert [cell["error"] and cell["error"]["exit"] for cell in cells(tmp_path / "out")] == [None, 8, 3]
@@ -189,8 +189,8 @@ def test_a_cell_whose_process_is_killed_is_recorded_and_the_others_continue(file
     wait_for(lambda: steps(tmp_path / "out") >= 3, process)
     lock = next((tmp_path / "out").glob("cells/*/seed-0/.lock"))
     os.kill(json.loads(lock.read_text())["pid"], signal.SIGKILL)
-    _, said = process.communicate(timeout=240)
-    assert process.returncode == 7, said
+    _, stderr = process.communicate(timeout=240)
+    assert process.returncode == 7, stderr
     assert [cell["state"] for cell in cells(tmp_path / "out")] == ["failed", "finished", "finished", "finished"]
     assert cells(tmp_path / "out")[0]["error"]["code"] == "MF-RES-11"
 
@@ -205,9 +205,9 @@ def test_a_stop_signal_saves_running_cells_and_leaves_no_process(file: Path, und
         run_study(read_study(str(file)), out)
     assert refused.value.code == "MF-CFG-24"
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 143, said
-    assert "0 of 4 cells finished" in said
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 143, stderr
+    assert "0 of 4 cells finished" in stderr
     assert len(pids) == 2
     assert not any(is_alive(pid) for pid in pids)
     states = [cell["state"] for cell in cells(out)]

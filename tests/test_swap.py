@@ -144,9 +144,9 @@ def test_a_swap_without_tuning_is_a_run_that_can_be_evaluated(run: Path, tmp_pat
     assert re.search(r"^stack\.layers\.\*\.experts_KPD +kept +4 ", done.stdout, re.MULTILINE)
     assert re.search(r"^stack\.router\.weight_NKC +new +1 ", done.stdout, re.MULTILINE)
     assert torch.equal(best(tmp_path / "new")["head.weight"], best(run)["head.weight"])
-    told = json.loads((tmp_path / "new" / "swap.json").read_text())
-    assert told["encoders"]["comp"] == "tiny:text?pool=cls"
-    assert 0 < told["share_kept"] < 1
+    summary = json.loads((tmp_path / "new" / "swap.json").read_text())
+    assert summary["encoders"]["comp"] == "tiny:text?pool=cls"
+    assert 0 < summary["share_kept"] < 1
     assert call("eval", tmp_path / "new").returncode == 0
 
 

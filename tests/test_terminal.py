@@ -23,7 +23,7 @@ def train(data: Path, out: Path, *more: object) -> subprocess.CompletedProcess[s
     return call("train", *TINY, "--data", data, "--out", out, "--steps", "2", *more)
 
 
-def said(done: subprocess.CompletedProcess[str]) -> Any:
+def stdout_json(done: subprocess.CompletedProcess[str]) -> Any:
     """Parse stdout as a single JSON value."""
     return json.loads(done.stdout)
 
@@ -57,7 +57,7 @@ def test_an_error_is_readable_everywhere(environment: dict[str, str]) -> None:
     assert "Traceback" not in done.stderr
     assert "\ufffd" not in done.stderr
     done = run_cli("train", "--recipe", "日本.yaml", "--json", **environment)
-    assert "日本" in said(done)["error"]["message"] or "\\udc" in done.stdout
+    assert "日本" in stdout_json(done)["error"]["message"] or "\\udc" in done.stdout
 
 
 def test_labels_that_the_terminal_cannot_show_are_escaped(trained: Path, tmp_path: Path) -> None:
@@ -126,8 +126,8 @@ def test_a_stopped_run_prints_the_resume_command_and_resumes(pairs: Path, tmp_pa
     done = call("train", *TINY, "--data", pairs, "--out", run, "--epochs", 100_000)
     stopper.join()
     assert done.returncode == 143
-    said = r"^stopped: at step (\d+) of 300000, its checkpoint has been saved · fix: continue with --resume$"
-    step = re.search(said, done.stderr, re.MULTILINE)
+    message = r"^stopped: at step (\d+) of 300000, its checkpoint has been saved · fix: continue with --resume$"
+    step = re.search(message, done.stderr, re.MULTILINE)
     assert step, done.stderr
     assert (run / "checkpoints" / f"step-{step[1]}" / "manifest.json").exists()
     assert not (run / ".lock").exists()

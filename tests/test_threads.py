@@ -203,7 +203,7 @@ def test_threads_can_share_a_loaded_model(kind: str, request: pytest.FixtureRequ
         return predictor.predict(images(5)[thread : thread + count], TEXTS[thread : thread + count])
 
     alone = [call(thread) for thread in range(THREADS)]
-    assert len({str(answers) for answers in alone}) == THREADS
+    assert len({str(predictions) for predictions in alone}) == THREADS
     assert wrong(in_threads(call, 100), alone, operator.eq) == 0
 
 

@@ -80,8 +80,8 @@ def test_keys_and_values_equal_inserted_tokens(spec: str) -> None:
 def test_no_prompt_and_a_zero_gate_leave_the_encoder_unchanged_bit_for_bit(spec: str) -> None:
     encoder, inputs = encoder_and_batch(spec)
     given, bare = prompts(encoder, batch=3), encoder.encode(inputs)
-    for answer in (lambda layer, *_: None, lambda layer, *_: Prompt(given[layer], torch.zeros(encoder.heads[layer]))):
-        for got, expected in zip(encoder.encode(inputs, answer)[:2], bare[:2], strict=True):
+    for prompt_at in (lambda layer, *_: None, lambda layer, *_: Prompt(given[layer], torch.zeros(encoder.heads[layer]))):
+        for got, expected in zip(encoder.encode(inputs, prompt_at)[:2], bare[:2], strict=True):
             assert torch.equal(got, expected)
     opened = encoder.encode(inputs, lambda layer, *_: Prompt(given[layer], torch.ones(encoder.heads[layer])))
     assert not torch.allclose(opened.pooled_BC, bare.pooled_BC)
@@ -109,10 +109,10 @@ def test_a_sample_does_not_depend_on_its_batch(spec: str, gated: bool) -> None:
 @pytest.mark.parametrize("spec", SPECS)
 def test_every_layer_requests_its_prompt_once_with_its_tokens(spec: str) -> None:
     encoder, inputs = encoder_and_batch(spec)
-    asked: list[tuple[int, tuple[int, ...]]] = []
-    encoder.encode(inputs, lambda layer, tokens, mask: asked.append((layer, tuple(tokens.shape))))
+    requests: list[tuple[int, tuple[int, ...]]] = []
+    encoder.encode(inputs, lambda layer, tokens, mask: requests.append((layer, tuple(tokens.shape))))
     length = encoder.encode(inputs).tokens_BLD.shape[1]
-    assert asked == [(layer, (3, length, width)) for layer, width in enumerate(encoder.widths)]
+    assert requests == [(layer, (3, length, width)) for layer, width in enumerate(encoder.widths)]
 
 
 def test_gradients_reach_prompts_but_no_frozen_weights() -> None:

@@ -219,20 +219,20 @@ def test_multi_label_training_reports_three_f1_scores_and_predicted_labels(tmp_p
 def test_a_finished_run_is_not_trained_again_until_it_is_given_more_epochs(data: Path, tmp_path: Path) -> None:
     class Notices(Listener):
         def __init__(self) -> None:
-            self.said: list[str] = []
+            self.texts: list[str] = []
 
         def on_notice(self, text: str) -> None:
-            self.said.append(text)
+            self.texts.append(text)
 
     train(config(data), tmp_path / "run")
     before = (tmp_path / "run" / "metrics.json").read_text()
     notices = Notices()
     train(config(data), tmp_path / "run", resume=True, listener=notices)
-    assert any("already finished at step 12" in text for text in notices.said)
+    assert any("already finished at step 12" in text for text in notices.texts)
     assert (tmp_path / "run" / "metrics.json").read_text() == before
     more = train(config(data, train__epochs=4, train__lr=1e-2), tmp_path / "run", resume=True, listener=notices)
     assert more["steps"] == 16
-    assert any("train.epochs: 3 -> 4" in text for text in notices.said)
+    assert any("train.epochs: 3 -> 4" in text for text in notices.texts)
 
 
 def finished_after(data: Path, run: Path, first: dict[str, Any], then: dict[str, Any]) -> tuple[int, list[str]]:
@@ -263,13 +263,13 @@ def test_more_steps_than_the_epochs_allow_name_the_flag_that_adds_steps(data: Pa
 
 
 def test_a_new_run_warns_if_steps_exceed_the_epochs(data: Path, tmp_path: Path) -> None:
-    for settings, told in (({"train__max_steps": 20}, 1), ({"train__max_steps": 12}, 0), ({}, 0)):
+    for settings, warnings in (({"train__max_steps": 20}, 1), ({"train__max_steps": 12}, 0), ({}, 0)):
         notices: list[str] = []
         listener = Listener()
         listener.on_notice = notices.append  # type: ignore[method-assign]
         result = train(config(data, **settings), tmp_path / str(settings.get("train__max_steps")), listener=listener)
         assert result["steps"] == 12
-        assert sum(text.startswith("--steps 20 is never reached: --epochs 3 ends after 12") for text in notices) == told
+        assert sum(text.startswith("--steps 20 is never reached: --epochs 3 ends after 12") for text in notices) == warnings
 
 
 @pytest.mark.parametrize(
@@ -350,9 +350,9 @@ def test_a_group_signal_does_not_kill_the_data_workers(data: Path, tmp_path: Pat
     while process.poll() is None and len(log(tmp_path / "run")) < 5:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 143, said
-    assert "stopped: at step" in said
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 143, stderr
+    assert "stopped: at step" in stderr
     assert RunFolder(tmp_path / "run").latest() is not None
 
 
@@ -382,14 +382,14 @@ def test_validation_logs_expert_usage_and_warns_of_collapse_once(data: Path, tmp
 def test_settings_that_a_method_does_not_use_are_reported(data: Path, tmp_path: Path) -> None:
     class Notices(Listener):
         def __init__(self) -> None:
-            self.said: list[str] = []
+            self.texts: list[str] = []
 
         def on_notice(self, text: str) -> None:
-            self.said.append(text)
+            self.texts.append(text)
 
     notices = Notices()
     train(config(data, method="late-concat", prompts__experts=3), tmp_path / "run", listener=notices)
-    assert [text for text in notices.said if "settings" in text] == ["late-concat does not use the settings of prompts"]
+    assert [text for text in notices.texts if "settings" in text] == ["late-concat does not use the settings of prompts"]
 
 
 def test_the_saved_configuration_is_complete(data: Path, tmp_path: Path) -> None:

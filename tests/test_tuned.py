@@ -33,7 +33,7 @@ def sides(method: str) -> dict[str, str]:
     return {"main": "tiny:text", "comp": "tiny:vision"} if "mmbt" in method else {}
 
 
-def answers(model: Fusion, count: int = 5) -> torch.Tensor:
+def predict_logits(model: Fusion, count: int = 5) -> torch.Tensor:
     return model(model.collate(images(count), TEXTS[:count])).logits
 
 
@@ -42,7 +42,7 @@ def answers(model: Fusion, count: int = 5) -> torch.Tensor:
 def test_a_sample_does_not_depend_on_its_batch(method: str, tune: str) -> None:
     model = build(method=method, tune=tune, **sides(method))
     open_gates(model)
-    together = answers(model)
+    together = predict_logits(model)
     assert together.shape == (5, 7)
     for i, (image, text) in enumerate(zip(images(5), TEXTS, strict=True)):
         alone = model(model.collate([image], [text])).logits[0]
@@ -80,16 +80,16 @@ def test_prompts_of_length_0_or_gated_to_0_equal_a_probe_bit_for_bit(method: str
     probe.load_trainable_state_dict(state, where="here")
     known = gated.trainable_state_dict()
     gated.load_trainable_state_dict(known | {name: tensor for name, tensor in state.items() if name in known}, where="here")
-    assert torch.equal(answers(none), answers(probe))
-    assert torch.equal(answers(gated), answers(probe))
+    assert torch.equal(predict_logits(none), predict_logits(probe))
+    assert torch.equal(predict_logits(gated), predict_logits(probe))
     open_gates(gated)
-    assert not torch.equal(answers(gated), answers(probe))
+    assert not torch.equal(predict_logits(gated), predict_logits(probe))
 
 
 def test_p_late_concat_without_prompts_equals_late_concat() -> None:
     prompted, plain = build(method="p-late-concat", static=0), build(method="late-concat")
     plain.load_trainable_state_dict(prompted.trainable_state_dict(), where="here")
-    assert torch.equal(answers(prompted), answers(plain))
+    assert torch.equal(predict_logits(prompted), predict_logits(plain))
     assert plain.frozen == prompted.frozen == ("main", "comp")
 
 
@@ -98,7 +98,7 @@ def test_main_only_with_prompts_equals_conditional_with_static_prompts_alone() -
     open_gates(alone)
     state = {n.replace("stacks.main.", "stack."): t for n, t in alone.trainable_state_dict().items()}
     ours.load_trainable_state_dict(state, where="here")
-    torch.testing.assert_close(answers(alone), answers(ours))
+    torch.testing.assert_close(predict_logits(alone), predict_logits(ours))
 
 
 @pytest.mark.parametrize(("tune", "lr"), [("full", 3e-5), ("prompt", 4e-4), ("lora", 4e-4)])

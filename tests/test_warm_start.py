@@ -45,7 +45,7 @@ def config(data: Path, /, **changed: Any) -> Any:
     return build_config(values)
 
 
-def said(run: Path) -> np.ndarray:
+def probabilities_of(run: Path) -> np.ndarray:
     rows = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
     return np.array([list(row["probabilities"].values()) for row in rows])
 
@@ -69,8 +69,8 @@ def test_step_0_predicts_like_the_method_linear(data: Path, tmp_path: Path, chan
     weights = [read_tensors(RunFolder(tmp_path / n).checkpoint()[0] / "weights.safetensors") for n in ("warm", "linear")]
     for name in ("head.weight", "head.bias", "standard.main.mean_C", "standard.comp.deviation_C"):
         assert torch.equal(weights[0][name], weights[1][name]), name
-    np.testing.assert_allclose(said(tmp_path / "warm"), said(tmp_path / "linear"), atol=1e-5)
-    assert len(np.unique(said(tmp_path / "warm").round(3))) > 3, "equal predictions could not show a difference"
+    np.testing.assert_allclose(probabilities_of(tmp_path / "warm"), probabilities_of(tmp_path / "linear"), atol=1e-5)
+    assert len(np.unique(probabilities_of(tmp_path / "warm").round(3))) > 3, "equal predictions could not show a difference"
 
 
 def test_logits_of_step_0_equal_those_of_the_regression(data: Path, tmp_path: Path) -> None:

@@ -70,8 +70,8 @@ def test_its_gradients_match_finite_differences(gated: bool) -> None:
 def test_outputs_without_gradients_are_identical(gated: bool) -> None:
     x = drawn(torch.float32)
     with torch.no_grad():
-        answer = ours(x, gated=gated, masked=True)
-    assert torch.equal(answer, ours(x, gated=gated, masked=True))
+        output = ours(x, gated=gated, masked=True)
+    assert torch.equal(output, ours(x, gated=gated, masked=True))
 
 
 @pytest.mark.parametrize("gated", [False, True])

@@ -116,8 +116,8 @@ def test_missing_parent_folders_are_created(trained: Path, pairs: Path, tmp_path
 def test_a_dry_run_of_push_works_without_a_network(network: dict[str, str], trained: Path) -> None:
     done = run_cli("push", trained, "org/model", "--dry-run", "--json", **network)
     assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
-    assert "weights.safetensors" in said["files"] and said["private"] and said["url"] is None
+    result = json.loads(done.stdout)
+    assert "weights.safetensors" in result["files"] and result["private"] and result["url"] is None
     assert "the hub cannot be reached to see whether it exists" in done.stderr
     assert run_cli("push", trained, "org/model", "--yes", **network).returncode == 5
     assert run_cli("push", trained, "no name", "--dry-run", **network).returncode == 3

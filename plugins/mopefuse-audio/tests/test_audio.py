@@ -134,7 +134,7 @@ def test_built_in_configurations_need_no_network() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "file", "changes", "said"),
+    ("name", "file", "changes", "message"),
     [
         ("wav2vec2", "config.json", {"hidden_act": "relu"}, "model.hidden_act"),
         ("wav2vec2", "config.json", {"num_attention_heads": 2}, "model.num_attention_heads"),
@@ -144,7 +144,7 @@ def test_built_in_configurations_need_no_network() -> None:
     ],
 )
 def test_what_changes_an_encoder_beside_its_weights_changes_its_description(
-    folders: dict[str, Path], tmp_path: Path, name: str, file: str, changes: dict[str, Any], said: str
+    folders: dict[str, Path], tmp_path: Path, name: str, file: str, changes: dict[str, Any], message: str
 ) -> None:
     copy = shutil.copytree(folders[name], tmp_path / "copy")
     kind = "WhisperFeatureExtractor" if name == "whisper" else "Wav2Vec2FeatureExtractor"
@@ -157,5 +157,5 @@ def test_what_changes_an_encoder_beside_its_weights_changes_its_description(
     (copy / file).write_text(json.dumps(json.loads((copy / file).read_text()) | changes))
     now = create_encoder(spec(name, copy))
     assert now.fingerprint() == before.fingerprint()
-    assert [text for text in _description.differences(before.describe(), now.describe()) if text.startswith(said)]
+    assert [text for text in _description.differences(before.describe(), now.describe()) if text.startswith(message)]
     assert now.digest() != before.digest()

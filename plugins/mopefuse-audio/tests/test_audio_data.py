@@ -125,10 +125,10 @@ def test_a_model_trains_and_answers(columns: tuple[str, str], tmp_path: Path, fo
     rows = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
     rows[1].pop(columns[1])
     (data / "new.jsonl").write_text("".join(json.dumps({**row, "unread": 3}) + "\n" for row in rows))
-    answers = [json.loads(line) for line in done("predict", run, data / "new.jsonl").splitlines()]
-    assert [answer["id"] for answer in answers] == ["test-0", "2", "test-2", "test-3"]  # an invalid row has its line
-    assert answers[1]["error"]["code"] == "MF-DATA-03" and "has no audio" in answers[1]["error"]["message"]
-    rest = [answer["label"] == row["label"] for answer, row in zip(answers, rows, strict=True) if "error" not in answer]
+    predictions = [json.loads(line) for line in done("predict", run, data / "new.jsonl").splitlines()]
+    assert [line["id"] for line in predictions] == ["test-0", "2", "test-2", "test-3"]  # an invalid row has its line
+    assert predictions[1]["error"]["code"] == "MF-DATA-03" and "has no audio" in predictions[1]["error"]["message"]
+    rest = [line["label"] == row["label"] for line, row in zip(predictions, rows, strict=True) if "error" not in line]
     assert len(rest) == 3 and 0 <= metrics["accuracy"] <= 1
     tone = (np.sin(np.arange(4000) * 0.1).astype(np.float32), 8000)
     other = {"images": [Image.new("RGB", (16, 16))]} if "img" in columns else {"texts": ["sound"]}
@@ -234,7 +234,7 @@ def test_every_format_is_read(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"", "it is empty"),
         (b"<html>not found</html>", "Format not recognised"),
@@ -245,8 +245,8 @@ def test_every_format_is_read(kind: str) -> None:
     ],
     ids=["empty", "HTML", "cut WAV", "cut FLAC", "no samples", "NaN"],
 )
-def test_damaged_clips_are_refused(content: bytes, said: str) -> None:
-    with pytest.raises(DataError, match=said) as caught:
+def test_damaged_clips_are_refused(content: bytes, message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
         Clip(content, "a.wav").check()
     assert caught.value.code == "MF-DATA-200" and caught.value.what.startswith("a.wav ")
 

@@ -46,13 +46,13 @@ def _write(folder: Path, split: str, rows: int, seed: int) -> None:
     for image, pixels in enumerate(digits.paint(_values()[content.samples_N4], content.colours_N4)):
         Image.fromarray(pixels).save(folder / "images" / split / f"{image:06d}.png")
         for kind in random.permutation(8)[:4]:
-            asked, number = ("place", int(kind)) if kind < 4 else ("colour", int(kind) - 4)
-            cell = number if asked == "place" else int(np.flatnonzero(content.colours_N4[image] == number)[0])
+            kind_of, number = ("place", int(kind)) if kind < 4 else ("colour", int(kind) - 4)
+            cell = number if kind_of == "place" else int(np.flatnonzero(content.colours_N4[image] == number)[0])
             name = f"tones/{split}/{len(lines):06d}.wav"
             soundfile.write(folder / name, tone(number, random), RATE)
             row = {"id": f"{split}-{len(lines):06d}", "img": f"images/{split}/{image:06d}.png", "audio": name}
-            said = {"text": str(random.choice(TEXTS[asked])), "label": str(content.digits_N4[image, cell])}
-            lines.append(json.dumps(row | said))
+            values = {"text": str(random.choice(TEXTS[kind_of])), "label": str(content.digits_N4[image, cell])}
+            lines.append(json.dumps(row | values))
     (folder / f"{split}.jsonl").write_text("\n".join(lines[:rows]) + "\n", encoding="utf-8")
 
 
