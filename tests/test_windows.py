@@ -58,7 +58,7 @@ def test_it_equals_attention_with_the_prompt_in_every_window(gated: bool, masked
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_its_gradients_match_finite_differences(gated: bool) -> None:
+def test_its_gradients_are_those_of_differences(gated: bool) -> None:
     x = drawn()
     form = _windows._Gated if gated else _windows._Joint
     assert torch.autograd.gradcheck(
