@@ -31,6 +31,7 @@ from mopefuse.encoders._options import option_flag
 from mopefuse.encoders._recompute import run_block
 from mopefuse.encoders.attention import Prompt, attend, split_heads
 from mopefuse.encoders.base import Encoded, Encoder, Inputs
+from mopefuse.encoders.pooling import mean_of
 from mopefuse.encoders.preprocess import ImagePreprocess, TextPreprocess
 from mopefuse.errors import EncoderError, did_you_mean
 from mopefuse.modalities import tokens
@@ -220,11 +221,7 @@ class TinyEncoder(Encoder):
     def _pooled(self, x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
         if self.pool == "cls":
             return x_BLD[:, 0]
-        if mask_BL is None:
-            mean_BD = x_BLD.mean(dim=1)
-        else:
-            mask_BL1 = mask_BL[..., None].to(x_BLD.dtype)
-            mean_BD = (x_BLD * mask_BL1).sum(dim=1) / mask_BL1.sum(dim=1)
+        mean_BD = x_BLD.mean(dim=1) if mask_BL is None else mean_of(x_BLD, mask_BL)
         return mean_BD if self.pool == "mean" else torch.cat([x_BLD[:, 0], mean_BD], dim=1)
 
     def _load(self, file: str) -> None:
