@@ -125,12 +125,12 @@ def test_warnings_about_small_and_narrow_images_start_at_the_limits(
 def test_a_second_pass_comes_from_the_cache_and_a_fresh_one_does_not(tmp_path: Path) -> None:
     root = make_pairs(tmp_path / "data")
     first, second, fresh = report(root), report(root), check(Data(path=str(root)), fresh=True)
-    assert [(each.from_cache, each.looked) for each in (first, second, fresh)] == [(False, 25), (True, 0), (False, 25)]
+    assert [(each.from_cache, each.files_read) for each in (first, second, fresh)] == [(False, 25), (True, 0), (False, 25)]
     assert (first.files_per_second or 0) > 0
     assert second.files_per_second is None
     (root / "images/val-2.png").write_bytes(b"")
     changed = report(root)
-    assert (changed.from_cache, changed.looked, changed.errors) == (False, 1, 1)
+    assert (changed.from_cache, changed.files_read, changed.errors) == (False, 1, 1)
     assert "in the cache" in call("data", "check", root).stdout
     assert "in the cache" not in call("data", "check", root, "--fresh").stdout
 

@@ -104,19 +104,19 @@ def work():
     if end == "dies":
         os.kill(os.getpid(), signal.SIGKILL)
     if end == "raises":
-        raise DataError(1, "what the main process said")
+        raise DataError(1, "the error of the main process")
     return "what it found"
 
 began = time.monotonic()
-said = None
+result = None
 try:
     with distributed.process_group():
-        said = distributed.run_on_main(work)
+        result = distributed.run_on_main(work)
         distributed.barrier()
 except Exception as error:
     from mopefuse.core.dependencies import convert_error
-    said = str(convert_error(error) or error)
-print(f"{os.environ['RANK']}: {said}; after {time.monotonic() - began:.1f} s", flush=True)
+    result = str(convert_error(error) or error)
+print(f"{os.environ['RANK']}: {result}; after {time.monotonic() - began:.1f} s", flush=True)
 """
 
 
@@ -125,7 +125,7 @@ print(f"{os.environ['RANK']}: {said}; after {time.monotonic() - began:.1f} s", f
     ("end", "expected"),
     [
         ("returns", ["what it found", "what it found"]),
-        ("raises", ["what the main process said", "what the main process said"]),
+        ("raises", ["the error of the main process", "the error of the main process"]),
         ("dies", [None, "another process failed"]),
     ],
 )

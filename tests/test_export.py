@@ -67,8 +67,8 @@ def test_a_bundle_is_self_contained_and_reveals_no_local_paths(
     assert read_json(exported / "labels.json")["labels"] == ["a", "b", "c"]
     card = (exported / "README.md").read_text()
     facts = read_json(trained / "manifest.json")
-    for said in ("tiny:vision", "tiny:text", facts["data"]["train"], facts["encoders"]["main"]["fingerprint"], "accuracy"):
-        assert said in card
+    for text in ("tiny:vision", "tiny:text", facts["data"]["train"], facts["encoders"]["main"]["fingerprint"], "accuracy"):
+        assert text in card
     assert "mopefuse export RUN --format onnx --routing -o OUT" in card
     for path in exported.iterdir():
         assert str(pairs.parent).encode() not in path.read_bytes(), path.name
@@ -330,8 +330,8 @@ class TestWeightsBesideTheGraph:
         monkeypatch.setattr(graph, "LARGEST", 0)
         done = call("export", trained, "-o", tmp_path / "large")
         assert done.returncode == 0, done.stderr
-        for said in ("largest difference", "same labels", "100.0 % of 20", "one row, 1 threads: PyTorch"):
-            assert said in done.stdout
+        for text in ("largest difference", "same labels", "100.0 % of 20", "one row, 1 threads: PyTorch"):
+            assert text in done.stdout
         return tmp_path / "large"
 
     def test_they_must_be_complete_and_inside_the_folder(self, large: Path, tmp_path: Path) -> None:

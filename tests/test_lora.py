@@ -342,8 +342,8 @@ def test_an_export_predicts_like_the_run(
     folder, _ = run
     done = call("export", folder, "-o", tmp_path / "out", "--format", form, "--json")
     assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
-    assert form == "adapter" or said["parity"]["max_difference"] <= 1e-4
+    result = json.loads(done.stdout)
+    assert form == "adapter" or result["parity"]["max_difference"] <= 1e-4
     written = (tmp_path / "mine.jsonl", tmp_path / "theirs.jsonl")
     for path, file in zip((folder, tmp_path / "out"), written, strict=True):
         evaluate(path, data=pairs, predictions=file)

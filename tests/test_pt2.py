@@ -116,10 +116,10 @@ FLOODS: dict[str, tuple[bytes, str]] = {
 @pytest.mark.parametrize("name", FLOODS)
 def test_a_small_archive_cannot_exhaust_memory(name: str, content: pt2_cases.Content, tmp_path: Path) -> None:
     """Each value of a record takes hundreds of bytes while it is checked, and each error a thousand."""
-    text, said = FLOODS[name]
+    text, message = FLOODS[name]
     pt2_cases.write(tmp_path / "model.pt2", {**content, pt2_cases.PROGRAM: text})
     tracemalloc.start()
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=message):
         read_pt2(tmp_path / "model.pt2")
     assert tracemalloc.get_traced_memory()[1] < 4 * len(text) + 20_000_000
     tracemalloc.stop()

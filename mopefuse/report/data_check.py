@@ -37,7 +37,7 @@ _SHOWN = (  # kinds for which it helps to see the image
 
 
 @dataclass(frozen=True)
-class Offender:
+class Example:
     """A finding with its pictures; two where two rows have something in common."""
 
     kind: str
@@ -79,7 +79,7 @@ def check_page(report: Report, *, name: str, summary: str, columns: Sequence[str
         texts=_texts(report),
         lengths=lengths,
         sizes=images,
-        offenders=[_offender(report, finding) for finding in _worst(report)],
+        examples=[_example(report, finding) for finding in _worst(report)],
     )
 
 
@@ -148,8 +148,8 @@ def _texts(report: Report) -> str:
         return "none"
     unit = _unit(report)
     lengths = facts[unit]
-    said = f"median {lengths['median']:,}, 95 % up to {lengths['p95']:,}, longest {lengths['longest']:,} {unit}"
-    return f"{describe_count(facts)}: {said}; {describe_truncation(facts)}"
+    measured = f"median {lengths['median']:,}, 95 % up to {lengths['p95']:,}, longest {lengths['longest']:,} {unit}"
+    return f"{describe_count(facts)}: {measured}; {describe_truncation(facts)}"
 
 
 def _balance(report: Report) -> list[list[dict[str, Any]]]:
@@ -182,14 +182,14 @@ def _worst(report: Report) -> list[Finding]:
     return [finding for finding in report.findings if id(finding) in chosen]
 
 
-def _offender(report: Report, finding: Finding) -> Offender:
+def _example(report: Report, finding: Finding) -> Example:
     pictures = []
     if finding.kind not in (*_DAMAGED, "huge-image"):
         pictures.append(_picture_of(report, finding.split, finding.row))
     if finding.twin >= 0:
         pictures.append(_picture_of(report, "train", finding.twin))
     head = first_bytes(report.roots, finding.image) if finding.kind in _DAMAGED else b""
-    return Offender(finding.kind, finding.severity, finding.message, finding.place, tuple(pictures), tuple(dump(head)))
+    return Example(finding.kind, finding.severity, finding.message, finding.place, tuple(pictures), tuple(dump(head)))
 
 
 def _picture_of(report: Report, split: str, number: int) -> Picture:

@@ -39,13 +39,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield root
 
 
-def test_it_learns_what_no_two_modalities_know(folder: Path) -> None:
+def test_the_model_learns_what_no_two_modalities_determine(folder: Path) -> None:
     facts = json.loads((folder / "run" / "manifest.json").read_text())["encoders"]
     assert [facts[side]["modality"] for side in ("main", "comp", "comp2")] == ["image", "text", "audio"]
     assert json.loads((folder / "run" / "metrics.json").read_text())["metrics"]["test"]["accuracy"] > 0.63
 
 
-def test_what_is_lost_without_either_is_reported(folder: Path) -> None:
+def test_the_loss_without_a_modality_is_reported(folder: Path) -> None:
     call("eval", folder / "run", "--missing", "grid", "--device", "cpu")
     (file,) = (folder / "run").glob("missing-test-*.json")
     kept = json.loads(file.read_text())
@@ -67,7 +67,7 @@ def test_a_tone_can_be_left_out_in_python(folder: Path) -> None:
     assert whole["probabilities"] != without["probabilities"]
 
 
-def test_an_encoder_is_swapped_by_its_modality(folder: Path) -> None:
+def test_swap_encoder_selects_an_encoder_by_its_modality(folder: Path) -> None:
     whisper = tone_questions.pretrain(folder / "other", steps=1)
     done = call("swap-encoder", folder / "run", "--comp", f"audio=audio:{whisper}", "-o", folder / "swapped", "--json")
     result = json.loads(done.stdout.splitlines()[-1])

@@ -1,4 +1,4 @@
-"""Tone questions: digit questions that are half heard. An image holds four handwritten digits in four colours, one in each
+"""Tone questions: digit questions that are half spoken. An image has four handwritten digits in four colours, one in each
 cell; a text states whether a place or a colour is meant, and a tone selects one of the four. The label is that digit.
 
 No two of the three are enough: the image alone leaves four of ten answers likely; without the tone there are still four,
@@ -75,7 +75,7 @@ WHISPER = {
 
 
 def pretrain(folder: Path, *, steps: int = 80, batch: int = 64) -> Path:
-    """Train a small Whisper whose encoder tells tones apart but knows nothing of the task; saved as transformers does."""
+    """Train a small Whisper whose encoder distinguishes the tones but not the task; saved as by transformers."""
     torch.manual_seed(0)
     model = transformers.WhisperModel(transformers.WhisperConfig(**WHISPER))
     model.save_pretrained(folder)
