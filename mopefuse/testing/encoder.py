@@ -73,7 +73,7 @@ def _prompted_parts(check: PromptChecks, alone: str) -> list[Part]:
             "call self._request_prompt(layer, tokens_BLD, mask_BL) once as tokens enter each of the layers in widths",
         ),
         Part(
-            "without prompts and with a gate of 0, bit for bit the same",
+            "without prompts, or with a gate of 0, the output is unchanged bit for bit",
             check.untouched_without_prompts,
             "where _request_prompt returns None, compute the layer as the backbone does; elsewhere use mopefuse's attend",
         ),
@@ -107,7 +107,7 @@ def _prompted_parts(check: PromptChecks, alone: str) -> list[Part]:
         ),
     ]
     fix = "compute in _run_layer what the layer computes in _encode, with the prompt as more keys and values"
-    return [*parts, Part("each layer by itself gives the same", check.layers_run_alone, fix)] if insertable else parts
+    return [*parts, Part("each layer run alone gives the same output", check.layers_run_alone, fix)] if insertable else parts
 
 
 def _samples(encoder: Encoder) -> list[Any]:
