@@ -56,22 +56,9 @@ class Prefixes:
 
 
 class PrefixComputation(Computation):
-    """Computes the tokens that enter `layer` for the different values of a split."""
+    """Computes the tokens that enter a layer for the different values of a split."""
 
-    def __init__(
-        self,
-        encoder: Encoder,
-        layer: int,
-        data: DataSet,
-        split: str,
-        config: RunConfig,
-        device: torch.device,
-        *,
-        advance: Advance,
-    ) -> None:
-        store = _store(encoder, layer, config, device)
-        super().__init__(encoder, data, split, config, device, store=store, advance=advance)
-        self.layer = layer
+    layer: int
 
     def encode(self, inputs: Inputs) -> tuple[Values, Numbers]:
         """See `Computation.encode`.
@@ -113,8 +100,9 @@ def split_prefixes(
     Raises:
         ResourceError: the cache cannot keep them. NumericError: a value is too large for float16.
     """
-    computation = PrefixComputation(encoder, layer, data, split, config, device, advance=advance)
-    store = computation.store
+    store = _store(encoder, layer, config, device)
+    computation = PrefixComputation(encoder, data, split, config, device, store=store, advance=advance)
+    computation.layer = layer
     known_U, share_U = computation.divide()
     error: NumericError | None = None
     stored = False
