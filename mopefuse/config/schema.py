@@ -332,8 +332,10 @@ class RunConfig(Section):
         description="what the head of the method conditional classifies: the pooled feature of main, as in the papers, or "
         "all pooled features side by side",
     )
-    warm_start: Literal["none", "linear"] = Field(
-        "none", description="start from logistic regression on the features of both encoders (linear), or not (none)"
+    warm_start: Literal["none", "linear", "auto"] = Field(
+        "none",
+        description="start as the best of several simple models of the frozen features (auto), as logistic regression on all "
+        "of them (linear), or from scratch (none)",
     )
     either: bool = Field(False, description="also train a head that predicts rows without the main modality")
     tune: Literal["probe", "prompt", "lora", "full"] | None = Field(

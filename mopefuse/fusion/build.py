@@ -54,7 +54,7 @@ class OtherSettings(TypedDict, total=False):
     head_hidden: int  # width of a hidden layer in the head; 0 for a linear head
     head_norm: Literal["layer", "none"]  # whether pooled features are normalised before the head
     head_features: Literal["main", "all"]  # "all": the head takes the features of all encoders, not only of the main one
-    warm_start: Literal["none", "linear"]  # "linear": the head is a regression on all features, fitted by `mopefuse.train`
+    warm_start: Literal["none", "linear", "auto"]  # other than "none": `mopefuse.train` fits the head first
     either: bool  # whether to add a head for samples without the main modality
     compat: Literal["none", "official"]  # "official": defaults of the papers' released code
     prompts: Mapping[str, Any]

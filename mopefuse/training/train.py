@@ -28,10 +28,10 @@ from mopefuse.training.listener import Listener
 from mopefuse.training.manifest import drawn_ids, versions
 from mopefuse.training.plan import Prepared, prepare
 from mopefuse.training.prefix_cache import PrefixTables, prepare_prefixes
-from mopefuse.training.regression_start import regression_start
 from mopefuse.training.resume import resumed
 from mopefuse.training.stop_request import StopRequest
 from mopefuse.training.trainer import Start, Trainer
+from mopefuse.training.warm_start import initial_state
 
 _WEIGHTS = "weights.safetensors"
 
@@ -206,8 +206,8 @@ def _go_to_start(
     distributed.run_on_main(lambda: folder.rewind_log(-1))  # lines of an attempt that ended before its first checkpoint
     if origin.facts is not None:
         distributed.run_on_main(lambda: _write_settings(folder, prepared, facts))
-    if (start := regression_start(trainer, origin.start)) is not None:
-        trainer.begin(start.state)
+    if (start := initial_state(trainer, origin.start)) is not None:
+        trainer.begin(start)
     return None
 
 
