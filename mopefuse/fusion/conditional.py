@@ -36,7 +36,7 @@ from mopefuse.fusion._wide_head import WideHead, head_state
 from mopefuse.fusion.base import Fusion, Output
 from mopefuse.fusion.baselines import Weights, fit_baselines
 from mopefuse.fusion.regression import Advance, FitSettings, Fitted, Fold, fit_heads
-from mopefuse.prompts.stack import PromptStack, fill_prompt_lengths, normalize_feature, select_layers
+from mopefuse.prompts.stack import PromptStack, fill_prompt_lengths, normalize_feature
 
 
 class ConditionalFusion(Fusion):
@@ -154,13 +154,11 @@ class ConditionalFusion(Fusion):
         return unused + (["mlp"] if self.config.mlp != MLP() and not self.config.head_hidden else [])
 
     def resolve(self, config: RunConfig) -> RunConfig:
-        """Return `config` with unset prompt lengths and initial bound replaced by the papers', and the warm start it allows."""
+        """Return `config` with unset prompt lengths and initial bound replaced by the papers'."""
         main = self.encoder("main")
         prompts = fill_prompt_lengths(config.prompts, main.modality)
-        layers = select_layers(prompts.layers, len(main.widths)) if "/" in prompts.layers else prompts.layers
         bound = prompts.init or initial_bound(main)
-        found = prompts.model_copy(update={"init": bound, "layers": layers})
-        return config.model_copy(update={"prompts": found, "warm_start": warm_start_of(config)})
+        return config.model_copy(update={"prompts": prompts.model_copy(update={"init": bound})})
 
     @property
     def prompt_kinds(self) -> tuple[str, ...]:

@@ -31,7 +31,7 @@ from mopefuse.training.prefix_cache import PrefixTables, prepare_prefixes
 from mopefuse.training.resume import resumed
 from mopefuse.training.stop_request import StopRequest
 from mopefuse.training.trainer import Start, Trainer
-from mopefuse.training.warm_start import initial_state
+from mopefuse.training.warm_start import baselines_at_start, initial_state
 
 _WEIGHTS = "weights.safetensors"
 
@@ -236,6 +236,7 @@ def _finish(trainer: Trainer, prepared: Prepared, folder: RunFolder, device: tor
         "metrics": {"val": _validation_at(selected, folder), "test": test.metrics if test else None},
         "per_label": test.per_label if test else None,
         "thresholds": _by_label(trainer.thresholds(), data) if data.multi_label else None,
+        "start": baselines_at_start(folder.path),
         "selected_step": selected,
         "steps": progress.step,
         "seconds": round(progress.seconds, 2),

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import time
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from mopefuse.core import distributed
-from mopefuse.core.artifact import dump_json
+from mopefuse.core.artifact import dump_json, read_json
 from mopefuse.core.atomic_files import write_atomically
 from mopefuse.data.collate import FeatureTable
 from mopefuse.data.features import split_features
@@ -47,6 +49,12 @@ def initial_state(trainer: Trainer, given: Start | None = None) -> Start | None:
         file = trainer.run.path / FACTS_FILE
         distributed.run_on_main(lambda: write_atomically(file, dump_json(fitted.facts)))
     return Start({**model.trainable_state_dict(), **fitted.state}, train_from=fitted.train_from, is_baseline=True)
+
+
+def baselines_at_start(run: Path) -> dict[str, Any] | None:
+    """Read the simple models that a run compared at its start; None if it did not."""
+    file = run / FACTS_FILE
+    return read_json(file) if file.exists() else None
 
 
 def _settings(trainer: Trainer) -> FitSettings:
