@@ -19,11 +19,11 @@ CLAIMS: dict[str, dict[str, str]] = {
         "test_windows::test_it_equals_attention_with_the_prompt_in_every_window",
         "full": "test_encoders::test_the_families_that_support_inserted_tokens_are_as_documented",
     },
-    "without prompts the backbone is untouched, to the bit": {
+    "without prompts the backbone is unmodified, bit for bit": {
         "quick": "test_encoders::test_without_prompts_the_backbone_is_unmodified "
         "test_fusion::test_zero_gated_prompts_start_as_the_frozen_encoder_bit_for_bit",
     },
-    "every encoder keeps the contract": {
+    "every encoder satisfies the contract": {
         "quick": "test_encoders::test_every_family_satisfies_the_contract "
         "test_lora::test_an_adapted_encoder_satisfies_the_contract",
         "full": "test_image_sizes::test_inspect_and_training_use_the_declared_size "
@@ -34,7 +34,7 @@ CLAIMS: dict[str, dict[str, str]] = {
         "test_tuned::test_a_sample_does_not_depend_on_its_batch "
         "test_pmf::test_a_sample_does_not_depend_on_its_batch_and_is_deterministic",
     },
-    "threads may share a model": {
+    "threads can share a model": {
         "quick": "test_threads::test_threads_can_share_an_encoder test_threads::test_threads_can_share_a_model "
         "test_threads::test_threads_can_share_a_loaded_model",
     },
@@ -51,24 +51,24 @@ CLAIMS: dict[str, dict[str, str]] = {
         "test_converted::test_methods_that_read_images_among_words_can_be_saved_and_converted "
         "test_api::test_the_command_line_accepts_a_saved_model",
     },
-    "half precision and recomputed activations change no more than they must": {
+    "half precision and recomputed activations change results by no more than rounding": {
         "quick": "test_autocast::test_every_method_runs_in_half_precision "
         "test_recompute::test_gradients_are_equal_bit_for_bit",
     },
-    "a compiled model is one graph with the same numbers": {
+    "a compiled model is one graph with the same results": {
         "quick": "test_compile::test_a_model_in_training_compiles_to_one_graph_with_the_same_results",
         "full": "test_compile::test_a_compiled_run_learns_the_same_as_an_uncompiled_one "
         "test_compile::test_steps_are_compiled_once_for_each_batch_shape "
         "test_prefix_cache::test_a_compiled_run_equals_an_uncompiled_one",
     },
-    "a resumed run equals an uninterrupted one, to the bit": {
+    "a resumed run equals an uninterrupted one, bit for bit": {
         "quick": "test_train::test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit "
         "test_missing::test_a_resumed_run_with_dropout_equals_an_uninterrupted_one",
         "full": "test_inserting::test_a_run_can_be_evaluated_and_exported "
         "test_train::test_a_run_killed_at_random_moments_and_resumed_is_equal_bit_for_bit "
         "test_kills::test_a_run_killed_before_it_exists_can_be_started_again",
     },
-    "the same seed gives the same run, whatever the number of workers": {
+    "the same seed gives the same run with any number of workers": {
         "quick": "test_train::test_the_number_of_workers_does_not_affect_the_result "
         "test_fusion::test_the_same_seed_gives_the_same_model_regardless_of_random_state",
     },
@@ -89,12 +89,12 @@ CLAIMS: dict[str, dict[str, str]] = {
         "test_kills::test_a_killed_data_make_leaves_no_partial_data_set test_kills::test_a_killed_study_continues "
         "test_checkpoint::test_a_kill_at_any_moment_of_a_save_loop_leaves_the_latest_checkpoint_complete",
     },
-    "one process writes a run": {
+    "only one process writes to a run": {
         "quick": "test_run::test_every_writing_method_respects_the_lock_of_a_running_process "
         "test_run::test_only_one_of_several_processes_takes_over_a_stale_lock",
         "full": "test_kills::test_only_one_of_two_processes_trains_a_run",
     },
-    "the cache gives what would be computed, to any number of processes": {
+    "cached values equal computed ones, with any number of processes": {
         "quick": "test_data_cache::test_cached_features_and_images_give_the_same_results "
         "test_feature_store::test_two_processes_that_compute_the_same_feature_use_the_first_published "
         "test_feature_store::test_ranks_compute_each_sample_once_and_use_the_same_values",
@@ -110,14 +110,14 @@ CLAIMS: dict[str, dict[str, str]] = {
         "test_prefix_cache::test_a_resumed_run_is_equal_bit_for_bit",
         "full": "test_prefix_cache::test_two_processes_equal_one",
     },
-    "several processes give what one does": {
+    "several processes give the same results as one": {
         "quick": "test_distributed::test_two_processes_equal_one test_predict::test_several_processes_write_the_same_file",
         "full": "test_distributed::test_only_the_main_process_prints test_mlp::test_two_processes_train_like_one "
         "test_bad_data::test_a_split_smaller_than_the_processes_is_evaluated_exactly "
         "test_distributed::test_other_processes_wait_as_long_as_the_main_process_lives "
         "test_distributed::test_a_slower_process_is_waited_for",
     },
-    "evaluation is deterministic and repeats what training measured": {
+    "evaluation is deterministic and equals the metrics of training": {
         "quick": "test_cli::test_eval_is_deterministic_and_equals_the_metrics_of_training",
         "full": "test_scale::test_the_memory_of_evaluation_does_not_grow_with_rows_times_labels",
     },
@@ -128,7 +128,7 @@ CLAIMS: dict[str, dict[str, str]] = {
         "test_artefacts::test_F_76_no_file_outside_the_artefact_is_opened test_layers::test_nothing_loads_pickles",
         "full": "test_pt2::test_a_changed_archive_loads_or_is_refused test_pt2::test_threads_can_load_archives_concurrently",
     },
-    "a damaged or different artefact is found and named": {
+    "a damaged or different artefact is detected and named": {
         "quick": "test_artefacts::test_F_75_a_flipped_bit_in_the_weights_is_detected "
         "test_export::test_a_changed_file_is_named",
         "full": "test_encoder_description::test_a_run_is_not_loaded_with_a_different_encoder",
@@ -149,7 +149,7 @@ CLAIMS: dict[str, dict[str, str]] = {
         "quick": "test_cli::test_bad_data_is_an_error_that_lists_every_line "
         "test_label_check::test_a_column_of_lists_is_refused_without_its_flag_and_read_with_it",
     },
-    "an ONNX graph or pt2 bundle predicts what the model predicts": {
+    "an ONNX or pt2 bundle predicts like the model": {
         "quick": "test_export::test_a_bundle_predicts_like_its_run",
         "full": "test_export::test_a_graph_with_different_outputs_is_not_published "
         "test_export::test_a_multi_label_bundle_keeps_the_thresholds_of_the_run "
@@ -186,7 +186,7 @@ CLAIMS: dict[str, dict[str, str]] = {
         "full": "test_written::test_every_file_follows_the_umask "
         "test_standard_streams::test_a_study_finishes_with_closed_streams",
     },
-    "a study gives the same table whatever interrupts it": {
+    "a study gives the same table despite interruptions": {
         "quick": "test_study::test_finished_cells_are_not_repeated_and_added_ones_are_run",
         "full": "test_study::test_a_cell_terminated_from_outside_is_recorded_as_failed "
         "test_study::test_a_failed_cell_is_recorded_and_the_others_continue "
@@ -197,7 +197,7 @@ CLAIMS: dict[str, dict[str, str]] = {
         "test_study::test_a_stop_signal_saves_running_cells_and_leaves_no_process "
         "test_study::test_notices_of_cells_are_shown_once",
     },
-    "a search proposes what Optuna does and never looks at the test split": {
+    "a search proposes the same trials as Optuna and never uses the test split": {
         "quick": "test_search::test_repeated_settings_are_one_run_and_a_failed_one_stays_failed",
         "full": "test_search::test_trials_of_one_batch_are_the_same_for_any_number_of_jobs "
         "test_search::test_the_validation_split_affects_the_search "
@@ -210,14 +210,14 @@ CLAIMS: dict[str, dict[str, str]] = {
         "test_search::test_compare_shows_the_trials_and_warns_against_selecting_by_test_results "
         "test_search::test_a_metric_that_the_data_do_not_have_is_refused",
     },
-    "rows may lack a modality, as the model was trained for": {
+    "rows may lack a modality if the model was trained for that": {
         "quick": "test_missing_eval::test_predict_handles_rows_with_gaps_if_the_model_was_trained_to "
         "test_missing_values::test_a_missing_value_is_handled_by_the_policy",
         "full": "test_missing_eval::test_a_grid_has_a_table_and_a_section_in_the_report "
         "test_missing_eval::test_bundles_predict_rows_with_gaps_like_their_run "
         "test_missing_eval::test_another_seed_or_checkpoint_does_not_overwrite_saved_results",
     },
-    "a plugin adds an encoder, a method, a modality or data, and a bad one harms nobody": {
+    "a plugin adds an encoder, a method, a modality or data, and a broken one affects nothing else": {
         "quick": "test_plugin_docs::test_the_method_and_the_promptable_encoder_train_and_can_be_swapped "
         "test_new_plugin::test_a_new_plugin_trains_as_either_encoder",
         "full": "test_plugins::test_listing_imports_no_plugin "
@@ -228,7 +228,7 @@ CLAIMS: dict[str, dict[str, str]] = {
         "test_new_plugin::test_public_names_exist_and_are_imported_lazily "
         "test_plugins::test_the_list_shows_what_each_entry_point_resolves_to",
     },
-    "a model goes to the Hugging Face Hub and comes back": {
+    "a model can be uploaded to the Hugging Face Hub and loaded from it": {
         "quick": "test_push::test_only_the_adapter_is_sent_in_one_commit "
         "test_push::test_an_unreachable_hub_is_explained",
         "full": "test_push::test_another_machine_gets_the_same_predictions_also_offline "
@@ -247,7 +247,7 @@ CLAIMS: dict[str, dict[str, str]] = {
         "test_bench::test_memory_is_the_peak_of_a_call "
         "test_bench::test_with_train_or_infer_alone_only_that_is_measured",
     },
-    "every command and every piece of Python that the documentation shows runs": {
+    "every command and Python block in the documentation runs": {
         "quick": "test_readme::test_every_command_and_every_piece_of_python_runs",
         "full": "test_docs::test_every_command_and_python_block_of_a_page_runs "
         "test_docs::test_the_notebook_runs_from_top_to_bottom test_docs::test_the_site_builds_without_a_warning",
@@ -255,11 +255,11 @@ CLAIMS: dict[str, dict[str, str]] = {
     "every recipe runs": {
         "quick": "test_recipes::test_two_steps_run_on_tiny_encoders_and_data",
     },
-    "nothing that a command prints escapes into the terminal or the page": {
+    "no text from data controls the terminal or a page": {
         "quick": "test_escapes::test_predict_escapes_hostile_text "
         "test_report::test_hostile_labels_texts_and_ids_are_shown_as_text",
     },
-    "imports go down only": {
+    "imports only go down": {
         "quick": "test_layers::test_imports_go_down_only",
     },
 }

@@ -25,7 +25,7 @@ TYPES = (torch.bfloat16, torch.float16, torch.float64)
 METHODS = [name for name in EVERY_METHOD if name not in ("mmbt", "p-mmbt")]  # which need the text as main encoder
 LOAD = """
 import sys, torch
-torch.set_num_threads(1)  # as in the tests, for equality to the bit
+torch.set_num_threads(1)  # as in the tests, for bitwise equality
 model = torch.load(sys.argv[1], weights_only=False)
 batch, wanted = torch.load(sys.argv[2], weights_only=False)
 with torch.no_grad():
