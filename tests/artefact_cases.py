@@ -190,7 +190,7 @@ def pickled(canary: Path) -> bytes:
 
 
 def overlapping(whole: bytes) -> bytes:
-    """Move the last tensor eight bytes forward, so that it overlaps the one before it."""
+    """Move the last tensor eight bytes towards the start, so that it overlaps the one before it."""
     size = int.from_bytes(whole[:8], "little")
     header = json.loads(whole[8 : 8 + size])
     last = max((name for name in header if name != "__metadata__"), key=lambda name: header[name]["data_offsets"])
@@ -210,12 +210,12 @@ def flipped(whole: bytes) -> bytes:
 _opened: list[str] | None = None
 
 
-def _hear(event: str, args: tuple[Any, ...]) -> None:
+def _record_opened(event: str, args: tuple[Any, ...]) -> None:
     if event == "open" and _opened is not None:
         _opened.append(str(args[0]))
 
 
-sys.addaudithook(_hear)  # the hook stays installed, but records only within `opened`
+sys.addaudithook(_record_opened)  # the hook stays installed, but records only within `opened`
 
 
 @contextmanager
