@@ -79,7 +79,7 @@ def test_a_sample_does_not_depend_on_its_batch(main: str, comp: str, options: di
 @pytest.mark.parametrize("options", [WIDE, {}], ids=["wide", "papers"])
 def test_zero_gated_prompts_start_as_the_frozen_encoder_bit_for_bit(main: str, comp: str, options: dict[str, object]) -> None:
     model = build(main, comp, **options)
-    probe = build(main, comp, **options, static=0, dynamic=0, mapped=0, film=False)
+    probe = build(main, comp, **{**options, "static": 0, "dynamic": 0, "mapped": 0, "film": False})
     probe.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("stack.")})
     batch = model.collate(images(5), TEXTS)
     assert torch.equal(model(batch).logits, probe(batch).logits)
