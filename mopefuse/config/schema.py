@@ -228,16 +228,10 @@ class Data(Section):
         "auto", description="cache what enters the first prompted layer and train from there; auto: if it fits into the limit"
     )
     cache_prefix_limit: float = Field(
-        20.0, gt=0, description="maximum size of that cache in GiB, and never more than half of the free disk space"
+        20.0, gt=0, description="maximum size in GiB of that cache, and of cached condition tokens; at most half of the free space"
     )
     prefix_precision: Literal["float16", "float32"] = Field(
-        "float16", description="number format of that cache; with float16, validation scores can differ in the last digits"
-    )
-    cache_tokens_limit: float = Field(
-        20.0, ge=0, description="cache output tokens of comp, for condition=tokens, up to this size per split in GiB; 0: never"
-    )
-    tokens_precision: Literal["float16", "float32"] = Field(
-        "float16", description="number format of cached tokens; with float16, scores can differ in the last digits"
+        "float16", description="number format of both; with float16, validation scores can differ in the last digits"
     )
     max_pixels: int = Field(50_000_000, ge=1, le=89_000_000, description="reject images with more pixels, without decoding")
     image_stats: Literal["encoder", "mmbt"] = Field("encoder", description="mean and standard deviation for normalising images")
