@@ -1,4 +1,5 @@
-"""The cache: indexes of data, encoder features, outputs of early layers, output tokens, decoded images, models of the hub, scripts of charts.
+"""The cache: indexes of data, features of encoders, tokens of their early and last layers, decoded images, models of the hub,
+scripts of charts.
 
 Its folder is ``$MOPEFUSE_CACHE``, else ``mopefuse`` in ``$XDG_CACHE_HOME`` or ``~/.cache``. An entry is a folder named by its
 kind and a digest of everything that it depends on; it is published atomically (`artifact.publish`) and verified when it is

@@ -86,7 +86,10 @@ def _store(encoder: Encoder, config: RunConfig, device: torch.device) -> Feature
 def _lack_of_space(
     store: FeatureStore, encoder: Encoder, data: DataSet, split: str, config: RunConfig, device: torch.device
 ) -> str:
-    """Why the tokens of a split do not fit into the limit or the free space; empty if they do."""
+    """Why the tokens of a split do not fit into the limit or the free space; empty if they do, or are all stored already."""
+    store.refresh()
+    if store.find(np.unique(data.splits[split].keys[encoder.modality])).known_U.all():
+        return ""
     inputs = {name: tensor.to(device) for name, tensor in encoder.blank_inputs(1).items()}
     length = len(encode_tokens(encoder, inputs)[0])
     needed = estimate(store, encoder, data, [split], config, usual=length, count=_count_real)

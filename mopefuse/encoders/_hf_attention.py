@@ -59,8 +59,17 @@ def _attention(
     if shared > 1:
         key, value = key.repeat_interleave(shared, dim=1), value.repeat_interleave(shared, dim=1)
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal) and query.shape[2] > 1
-    masks = {"mask": attention_mask, "causal": causal, "prompt_mask_BP": prompt.mask_BP}
-    out = attend(query, key, value, keys, values, scale=scaling, **masks)
+    out = attend(
+        query,
+        key,
+        value,
+        keys,
+        values,
+        mask=attention_mask,
+        causal=causal,
+        scale=scaling,
+        prompt_mask_BP=prompt.mask_BP,
+    )
     return out.transpose(1, 2).contiguous(), None
 
 

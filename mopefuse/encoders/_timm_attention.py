@@ -134,21 +134,12 @@ def _swin(self: Any, x_NLD: Tensor, mask: Tensor | None = None) -> Tensor:
         return out
     prompt_k, prompt_v = _project_prompt(self, prompt)
     bias = self._get_rel_pos_bias()
+    how: dict[str, Any] = {"gate_H": prompt.gate_H, "scale": self.scale, "prompt_mask_BP": prompt.mask_BP}
     if self.fused_attn:
         q, k, v = _project(self, x_NLD)
         bias = _add_mask(bias, mask, x_NLD.shape[0])
-        how = {"gate_H": prompt.gate_H, "mask": bias, "scale": self.scale, "prompt_mask_BP": prompt.mask_BP}
-        return _project_out(self, attend(q, k, v, prompt_k, prompt_v, **how))
-    attended_NLD = attend_in_windows(
-        self.qkv(x_NLD),
-        prompt_k,
-        prompt_v,
-        gate_H=prompt.gate_H,
-        prompt_mask_BP=prompt.mask_BP,
-        bias_1HLL=bias,
-        mask_WLL=mask,
-        scale=self.scale,
-    )
+        return _project_out(self, attend(q, k, v, prompt_k, prompt_v, mask=bias, **how))
+    attended_NLD = attend_in_windows(self.qkv(x_NLD), prompt_k, prompt_v, bias_1HLL=bias, mask_WLL=mask, **how)
     projected: Tensor = self.proj_drop(self.proj(attended_NLD))
     return projected
 
@@ -171,15 +162,16 @@ def _swin_v2(self: Any, x_NLD: Tensor, mask: Tensor | None = None) -> Tensor:
         prompt_k = _normalize(prompt_k)
         if prompt.gate_H is None:
             bias = _add_mask(bias, mask, x_NLD.shape[0])
-            masks = {"mask": bias, "prompt_mask_BP": prompt.mask_BP}
-            return _project_out(self, attend(q * scale_H11, k, v, prompt_k, prompt_v, scale=1.0, **masks))
+            q = q * scale_H11
+            joint = attend(q, k, v, prompt_k, prompt_v, mask=bias, scale=1.0, prompt_mask_BP=prompt.mask_BP)
+            return _project_out(self, joint)
     scores = (q @ k.transpose(-2, -1)) * scale_H11 + bias
     if mask is not None:
         scores = (scores.unflatten(0, (-1, mask.shape[0])) + mask[:, None]).flatten(0, 1)
     attended = scores.softmax(dim=-1) @ v
     if prompt is not None and prompt.gate_H is not None:
-        how = {"scale": 1.0, "mask_BP": prompt.mask_BP}
-        attended = attended + attend_prompts(q * scale_H11, prompt_k, prompt_v, prompt.gate_H, **how)
+        q, mask_BP = q * scale_H11, prompt.mask_BP
+        attended = attended + attend_prompts(q, prompt_k, prompt_v, prompt.gate_H, scale=1.0, mask_BP=mask_BP)
     return _project_out(self, attended)
 
 

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 SIZES = (
-    "prompts.experts prompts.static prompts.dynamic prompts.mapped prompts.condition_tokens prompts.bottleneck "
-    "head_hidden comp_tuning.length lora.rank inserted.prompts inserted.images pmf.queries pmf.query_context pmf.fusion_context pmf.bottleneck "
-    "cross_attention.queries cross_attention.width"
+    "prompts.experts prompts.static prompts.dynamic prompts.mapped prompts.condition_tokens prompts.bottleneck head_hidden "
+    "comp_tuning.length lora.rank inserted.prompts inserted.images pmf.queries pmf.query_context pmf.fusion_context "
+    "pmf.bottleneck cross_attention.queries cross_attention.width"
 ).split()
 """Settings that determine the number of parameters of a model."""
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mopefuse.config.schema import Prompts, RunConfig
 from mopefuse.core.error_codes import ConfigCode, EncoderCode
-from mopefuse.core.precision import apply_without_autocast
+from mopefuse.core.precision import apply_without_autocast, to_float32
 from mopefuse.data.base import Batch
 from mopefuse.encoders.base import Encoder, run_frozen
 from mopefuse.errors import ConfigError, EncoderError
@@ -192,10 +192,11 @@ class ConditionalFusion(Fusion):
 
     def read(self, side: str, batch: Batch) -> tuple[Tensor, ConditionTokens | None]:
         """psi of a complementary encoder, (B, C), and its output tokens if prompts are computed from them."""
-        if side in self.frozen and (side in batch.tokens or side not in self.reads_tokens):
-            cached = batch.tokens.get(side)
-            tokens = cached and ConditionTokens(**cached, missing_B=batch.missing.get(side))
-            return self.pooled_feature(side, batch), tokens
+        if side in self.frozen and side not in self.reads_tokens:
+            return self.pooled_feature(side, batch), None
+        missing_B = batch.missing.get(side)
+        if side in batch.tokens:
+            return batch.features[side], ConditionTokens(**batch.tokens[side], missing_B=missing_B)
         if side in self.frozen:
             encoded = run_frozen(self.encoder(side), batch.inputs[side])
         else:
@@ -203,8 +204,8 @@ class ConditionalFusion(Fusion):
             encoded = self.encoder(side).encode(batch.inputs[side], stack and stack.condition({}))
         if side not in self.stack.resamplers:
             return encoded.pooled_BC, None
-        values_BLC = normalize_feature(encoded.tokens_BLD)
-        return encoded.pooled_BC, ConditionTokens(values_BLC, encoded.mask_BL, batch.missing.get(side))
+        tokens = ConditionTokens(normalize_feature(encoded.tokens_BLD), encoded.mask_BL, missing_B)
+        return to_float32(encoded.pooled_BC), tokens
 
     def forward(self, batch: Batch) -> Output:
         """Compute logits (B, N) and the routing of each routed layer."""

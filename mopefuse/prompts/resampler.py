@@ -45,7 +45,7 @@ class Resampler(nn.Module):
 
     def __init__(self, config: PromptConfig, width: int) -> None:
         super().__init__()
-        self.trunk = make_trunk(config, width)
+        self.width, self.trunk = width, make_trunk(config, width)
         queries, bottleneck = config.condition_tokens, config.bottleneck
         self.queries_Rh = nn.Parameter(torch.randn(queries, bottleneck)) if queries else None
         self.key = nn.Linear(bottleneck, bottleneck, bias=False) if queries else None
@@ -53,7 +53,7 @@ class Resampler(nn.Module):
 
     def learn_absence(self) -> None:
         """Add a trainable token, the only one of a sample that lacks the modality; without it, this token is 0."""
-        self.absent_C = nn.Parameter(torch.zeros(self.trunk[0].in_features))
+        self.absent_C = nn.Parameter(torch.zeros(self.width))
 
     def forward(self, tokens: ConditionTokens) -> tuple[Tensor, Tensor | None]:
         """The resampled tokens (B, R, h) and no mask; without queries, all tokens (B, L, h) and their mask."""
