@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from mopefuse.data.condition_tokens import split_tokens
 from mopefuse.data.load import load_data
 from mopefuse.encoders._windows import attend_in_windows
 from mopefuse.encoders.attention import attend
-from mopefuse.encoders.base import create_encoder
+from mopefuse.encoders.base import Encoder, create_encoder
 from mopefuse.encoders.tiny import TinyEncoder
 from mopefuse.errors import ConfigError, EncoderError, Interrupted
 from mopefuse.evaluation.audit import audit
@@ -35,6 +36,7 @@ from mopefuse.testing import check_fusion
 from mopefuse.training.swap import swap_encoder
 from mopefuse.training.train import train
 
+pytest_plugins = ["families"]
 CPU = torch.device("cpu")
 RESAMPLED, ALL = {"condition": "tokens"}, {"condition": "tokens", "condition_tokens": 0}
 KINDS = pytest.mark.parametrize("prompts", [RESAMPLED, ALL], ids=["resampled", "all"])
@@ -249,10 +251,10 @@ def test_tokens_without_mapped_prompts_are_refused() -> None:
         build(**RESAMPLED, mapped=0)
 
 
-def test_towers_of_clip_provide_their_tokens() -> None:
-    for tower in ("visual", "text"):
-        encoder = create_encoder(f"open_clip:ViT-S-32-alt#{tower}?pretrained=false")
-        assert encoder.token_width == encoder.widths[-1]
+def test_towers_of_clip_provide_their_tokens(encoders: Mapping[str, Encoder]) -> None:
+    """Of the width that they declare, as the contract of encoders has it."""
+    for family in ("open_clip-visual", "open_clip-text"):
+        assert encoders[family].token_width == encoders[family].widths[-1]
 
 
 # -- runs
@@ -280,7 +282,7 @@ def test_tokens_are_cached_without_padding_and_give_what_the_encoder_gives(data:
     "more",
     [
         {},
-        {"prompts__condition_tokens": 0, "train__modality_dropout": 0.3, "train__accumulate": 2},
+        {"prompts__condition_tokens": 0, "prompts__dropout": 0.0, "train__modality_dropout": 0.3, "train__accumulate": 2},
         pytest.param({"comp": ["tiny:text", "tiny:vision-b"], "prompts__film": True}, marks=pytest.mark.matrix),
         pytest.param({"main": "tiny:text", "comp": "tiny:vision", "warm_start": "linear"}, marks=pytest.mark.matrix),
     ],
@@ -289,6 +291,7 @@ def test_tokens_are_cached_without_padding_and_give_what_the_encoder_gives(data:
 def test_a_run_with_cached_tokens_takes_the_course_of_one_without(
     data: Path, tmp_path: Path, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Prompts of all tokens without dropout: a dropped text still pads its batch where it is cached, not where it is blank."""
     train(settings(data, **more), tmp_path / "cached")
     train(settings(data, **more, data__cache_features=False), tmp_path / "plain")
     assert_same_course(tmp_path / "cached", tmp_path / "plain")
