@@ -1,4 +1,4 @@
-"""The cache: indexes of data, features of encoders, tokens of their early and last layers, decoded images, models of the hub,
+"""The cache: indexes of data, features of encoders, outputs of early and last layers, decoded images, models of the hub,
 scripts of charts.
 
 Its folder is ``$MOPEFUSE_CACHE``, else ``mopefuse`` in ``$XDG_CACHE_HOME`` or ``~/.cache``. An entry is a folder named by its

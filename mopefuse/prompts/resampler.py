@@ -75,7 +75,8 @@ class Resampler(nn.Module):
         absent_C = values_BLC.new_zeros(()) if self.absent_C is None else self.absent_C
         first_L = torch.arange(values_BLC.shape[1], device=values_BLC.device) == 0
         visible_BL = torch.ones_like(values_BLC[..., 0], dtype=torch.bool) if mask_BL is None else mask_BL
-        mask_BL = (visible_BL & ~missing_B[:, None]) | (first_L & missing_B[:, None])  # not `where`: ONNX Runtime has none for bool
+        # Not `where`, which ONNX Runtime does not have for booleans.
+        mask_BL = (visible_BL & ~missing_B[:, None]) | (first_L & missing_B[:, None])
         return torch.where(missing_B[:, None, None], absent_C, values_BLC), mask_BL
 
 
