@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mopefuse.config.schema import build_config
 from mopefuse.core import cache
+from mopefuse.core.precision import normalize_feature
 from mopefuse.data.base import Batch
 from mopefuse.data.condition_tokens import split_tokens
 from mopefuse.data.load import load_data
@@ -31,7 +32,6 @@ from mopefuse.evaluation.audit import audit
 from mopefuse.fusion.base import Fusion
 from mopefuse.fusion.conditional import ConditionalFusion
 from mopefuse.prompts.resampler import ConditionTokens
-from mopefuse.prompts.stack import normalize_feature
 from mopefuse.testing import check_fusion
 from mopefuse.training.swap import swap_encoder
 from mopefuse.training.train import train

@@ -17,13 +17,13 @@ from torch import Tensor
 from mopefuse.config.schema import RunConfig
 from mopefuse.core import cache, distributed
 from mopefuse.core.formatting import size
+from mopefuse.core.precision import normalize_feature
 from mopefuse.data.base import DataSet
 from mopefuse.data.feature_store import FeatureStore, Values
 from mopefuse.data.features import Advance, Computation, Numbers, encoder_key
 from mopefuse.data.ragged import RaggedTable, collect, estimate, pad
 from mopefuse.encoders.base import Encoder, Inputs
 from mopefuse.encoders.frozen import encode_tokens
-from mopefuse.prompts.stack import normalize_feature
 
 KIND = "tokens"
 

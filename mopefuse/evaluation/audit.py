@@ -20,6 +20,7 @@ from torch.nn.functional import one_hot
 from mopefuse.config.schema import RunConfig
 from mopefuse.config.sides import is_comp
 from mopefuse.core import device as devices
+from mopefuse.core.precision import normalize_feature
 from mopefuse.data.base import DataSet
 from mopefuse.data.collate import Samples, blank_input
 from mopefuse.data.perturbed import BlankSamples, ShuffledSamples, derangement
@@ -30,7 +31,6 @@ from mopefuse.fusion.base import Fusion
 from mopefuse.metrics import classification as metrics
 from mopefuse.metrics.bootstrap import Outcome, difference
 from mopefuse.metrics.quality_gates import selected_metric
-from mopefuse.prompts.stack import normalize_feature
 from mopefuse.runs.load import open_run
 
 Advance = Callable[[str, int, int], None]  # (condition, samples done, samples in all)

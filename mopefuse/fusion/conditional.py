@@ -25,14 +25,14 @@ from torch import Tensor
 
 from mopefuse.config.schema import Prompts, RunConfig
 from mopefuse.core.error_codes import ConfigCode, EncoderCode
-from mopefuse.core.precision import apply_without_autocast, to_float32
+from mopefuse.core.precision import apply_without_autocast, normalize_feature, to_float32
 from mopefuse.data.base import Batch
 from mopefuse.encoders.base import Encoder, run_frozen
 from mopefuse.errors import ConfigError, EncoderError
 from mopefuse.fusion._static_prompts import build_static_stack, initial_bound
 from mopefuse.fusion.base import Fusion, Output
 from mopefuse.prompts.resampler import ConditionTokens
-from mopefuse.prompts.stack import PromptStack, fill_prompt_lengths, normalize_feature
+from mopefuse.prompts.stack import PromptStack, fill_prompt_lengths
 
 
 class ConditionalFusion(Fusion):

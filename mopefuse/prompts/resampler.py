@@ -26,7 +26,7 @@ class ConditionTokens(NamedTuple):
     """The output tokens of a complementary encoder for a batch.
 
     Attributes:
-        values_BLC: normalised (`mopefuse.prompts.stack.normalize_feature`), of any floating-point type.
+        values_BLC: normalised (`mopefuse.core.precision.normalize_feature`), of any floating-point type.
         mask_BL: False for padding; None without padding. Each sample has at least one token.
         missing_B: True for samples that lack the modality; None if none does.
     """

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from mopefuse.config.schema import Prompts as PromptConfig
 from mopefuse.config.schema import Router as RouterConfig
 from mopefuse.core.error_codes import ConfigCode
-from mopefuse.core.precision import apply_in_own_type, to_float32
+from mopefuse.core.precision import apply_in_own_type
 from mopefuse.core.threads import PerThread
 from mopefuse.encoders.attention import Modulation, Prompt
 from mopefuse.errors import ConfigError
@@ -236,16 +236,11 @@ class PromptStack(nn.Module):
         """Condition the prompts on one batch.
 
         Args:
-            psi_BC: normalised psi (`normalize_feature`) of each condition, so that encoders of any feature scale can be
-                exchanged; may be empty if all prompts are static.
+            psi_BC: normalised psi (`mopefuse.core.precision.normalize_feature`) of each condition, so that encoders of any
+                feature scale can be exchanged; may be empty if all prompts are static.
             tokens: of each condition, if the stack was built with `tokens`.
         """
         return ConditionedPrompts(self, psi_BC, tokens or {})
-
-
-def normalize_feature(psi_BC: Tensor) -> Tensor:
-    """psi with mean 0 and variance 1 over its width, in float32; an all-zero psi stays zero."""
-    return F.layer_norm(to_float32(psi_BC), psi_BC.shape[-1:], eps=1e-8)
 
 
 class ConditionedPrompts:

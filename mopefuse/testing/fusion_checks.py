@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mopefuse.config.schema import RunConfig
+from mopefuse.core.precision import normalize_feature
 from mopefuse.data.base import Batch
 from mopefuse.encoders.frozen import encode_pooled, encode_tokens
 from mopefuse.errors import DataError
 from mopefuse.fusion.base import Fusion, Output
 from mopefuse.fusion.build import build_model
 from mopefuse.modalities.base import get_modality, to_arguments
-from mopefuse.prompts.stack import normalize_feature
 from mopefuse.testing.encoder_checks import TOLERANCE
 
 NUM_LABELS = 3
