@@ -19,6 +19,12 @@ CLAIMS: dict[str, dict[str, str]] = {
         "test_windows::test_it_is_attention_with_the_prompt_in_every_window",
         "full": "test_encoders::test_which_families_take_tokens_ahead_of_their_own",
     },
+    "prompts can be mapped from tokens, of which psi is the limit, and padding has no effect": {
+        "quick": "test_token_conditions::test_one_token_equal_to_psi_is_the_pooled_condition "
+        "test_token_conditions::test_padding_has_no_effect "
+        "test_token_conditions::test_a_sample_does_not_depend_on_its_batch "
+        "test_token_conditions::test_a_run_with_cached_tokens_takes_the_course_of_one_without",
+    },
     "without prompts the backbone is untouched, to the bit": {
         "quick": "test_encoders::test_without_prompts_the_backbone_is_untouched "
         "test_fusion::test_zero_gated_prompts_start_as_the_frozen_encoder_to_the_bit",
@@ -159,7 +165,8 @@ CLAIMS: dict[str, dict[str, str]] = {
         "test_export::TestWeightsBesideTheGraph::test_they_are_needed_whole_and_inside_the_folder "
         "test_graph::test_onnx_predicts_as_the_model_does "
         "test_mlp::test_it_is_evaluated_exported_and_reported_as_any_run "
-        "test_cross_attention::test_it_is_evaluated_exported_and_reported_as_any_run",
+        "test_cross_attention::test_it_is_evaluated_exported_and_reported_as_any_run "
+        "test_token_conditions::test_a_bundle_predicts_as_the_run_does",
     },
     "a bundle needs no torch": {
         "quick": "test_predictor::test_the_runtime_imports_no_torch test_predictor::test_tokens_are_those_of_the_encoder",

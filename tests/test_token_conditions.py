@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import call, code_of
+from conftest import call, code_of, write_rows
 from test_fusion import TEXTS, build, images, open_gates
 from test_prefix_cache import Notices, assert_same_course, log, make_texts
 from torch import Tensor
@@ -358,18 +358,17 @@ def test_a_swapped_encoder_keeps_queries_and_mappers(data: Path, tmp_path: Path)
     assert set(fates.values()) == {"new", "kept"} and "stack.resamplers.comp.queries_Rh" in fates
 
 
-@pytest.mark.parametrize("count", [pytest.param(3, marks=pytest.mark.matrix), 0])
-def test_a_bundle_predicts_as_the_run_does(data: Path, tmp_path: Path, count: int) -> None:
-    """For texts of any length and for rows without one; every text has a batch of its own length."""
+@pytest.mark.matrix
+@pytest.mark.parametrize(("form", "count"), [("onnx", 3), ("onnx", 0), ("pt2", 3), ("pt2", 0)])
+def test_a_bundle_predicts_as_the_run_does(data: Path, tmp_path: Path, form: str, count: int) -> None:
+    """For texts of any length and for rows without one, alone and padded to the longest."""
     config = settings(data, prompts__condition_tokens=count, train__modality_dropout=0.3, train__lr=0.05)
     train(config, tmp_path / "run")
     rows = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
-    for number, row in enumerate(rows):
-        row["img"] = str(data / row["img"])
-        row["text"] = None if number == 2 else "the red digit " * (1 + 4 * (number % 3))
-    table = data / f"lengths-{count}.jsonl"
-    table.write_text("".join(json.dumps(row | {"img": Path(row["img"]).relative_to(data).as_posix()}) + "\n" for row in rows))
-    done = call("export", tmp_path / "run", "-o", tmp_path / "bundle")
+    texts = ["the", "the red digit " * 5, None, "the red digit", "digit " * 9]
+    table = data / f"lengths-{form}-{count}.jsonl"
+    write_rows(table, [row | {"text": text} for row, text in zip(rows, texts, strict=True)])
+    done = call("export", tmp_path / "run", "-o", tmp_path / "bundle", "--format", form)
     assert done.returncode == 0, done.stderr
     found = []
     for model in ("run", "bundle"):

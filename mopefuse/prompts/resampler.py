@@ -62,10 +62,11 @@ class Resampler(nn.Module):
         found_BLh = flat.view(*values_BLC.shape[:2], -1)
         if self.queries_Rh is None or self.key is None:
             return found_BLh, mask_BL
-        queries_BRh = self.queries_Rh.to(found_BLh.dtype).expand(len(found_BLh), -1, -1)
-        key_BLh = self.key(found_BLh).to(found_BLh.dtype)
-        mask_B1L = None if mask_BL is None else mask_BL[:, None]
-        return F.scaled_dot_product_attention(queries_BRh, key_BLh, found_BLh, attn_mask=mask_B1L), None
+        queries_B1Rh = self.queries_Rh.to(found_BLh.dtype).expand(found_BLh.shape[0], 1, -1, -1)
+        key_B1Lh, value_B1Lh = self.key(found_BLh).to(found_BLh.dtype)[:, None], found_BLh[:, None]
+        mask_B11L = None if mask_BL is None else mask_BL[:, None, None]
+        read_B1Rh = F.scaled_dot_product_attention(queries_B1Rh, key_B1Lh, value_B1Lh, attn_mask=mask_B11L)
+        return read_B1Rh.squeeze(1), None
 
     def _replace_missing(self, tokens: ConditionTokens) -> tuple[Tensor, Tensor | None]:
         """Values and mask, with the absent token as the only one of each sample that lacks the modality."""
