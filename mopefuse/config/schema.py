@@ -228,7 +228,7 @@ class Data(Section):
         "auto", description="cache what enters the first prompted layer and train from there; auto: if it fits into the limit"
     )
     cache_prefix_limit: float = Field(
-        20.0, gt=0, description="maximum GiB of that cache and of cached condition tokens; never more than half the free space"
+        20.0, gt=0, description="maximum GiB of that cache, and of cached condition tokens; at most half of the free space"
     )
     prefix_precision: Literal["float16", "float32"] = Field(
         "float16", description="number format of both; with float16, validation scores can differ in the last digits"
