@@ -32,7 +32,7 @@ from mopefuse.evaluation.audit import audit
 from mopefuse.fusion.base import Fusion
 from mopefuse.fusion.conditional import ConditionalFusion
 from mopefuse.prompts.resampler import ConditionTokens
-from mopefuse.testing import check_fusion
+from mopefuse.testing import check_encoder, check_fusion
 from mopefuse.training.swap import swap_encoder
 from mopefuse.training.train import train
 
@@ -128,6 +128,14 @@ def test_windows_of_an_image_share_its_mask_in_both_directions(gated: bool) -> N
     expected = torch.autograd.grad(torch.cat(parts).sin().sum(), (qkv, keys, values))
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_the_contract_finds_an_encoder_that_ignores_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = TinyEncoder._run_block
+    without = lambda prompt: prompt and prompt._replace(mask_BP=None)  # noqa: E731
+    monkeypatch.setattr(TinyEncoder, "_run_block", lambda self, block, x, mask, p: own(self, block, x, mask, without(p)))
+    with pytest.raises(AssertionError, match=r"masked tokens of prompts have an effect on sample 0.*prompt_mask_BP"):
+        check_encoder("tiny:text")
 
 
 # -- limits and independence
