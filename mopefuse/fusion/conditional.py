@@ -45,7 +45,8 @@ class ConditionalFusion(Fusion):
         ConfigError: the complementary encoder is tuned but has no effect; a warm start with ungated prompts, with
             `either`, or with a hidden layer in the head.
         EncoderError: the main encoder has no promptable layer; the complementary encoder has none although
-            `comp_tuning.mode=prompts`, or does not support LoRA although `comp_tuning.mode=lora`.
+            `comp_tuning.mode=prompts`, does not support LoRA although `comp_tuning.mode=lora`, or does not provide its
+            tokens although `prompts.condition=tokens`.
     """
 
     takes_several_comps: ClassVar[bool] = True
