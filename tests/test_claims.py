@@ -19,6 +19,12 @@ CLAIMS: dict[str, dict[str, str]] = {
         "test_windows::test_it_equals_attention_with_the_prompt_in_every_window",
         "full": "test_encoders::test_the_families_that_support_inserted_tokens_are_as_documented",
     },
+    "prompts can be mapped from tokens, of which psi is the limit, and padding has no effect": {
+        "quick": "test_token_conditions::test_one_token_equal_to_psi_is_the_pooled_condition "
+        "test_token_conditions::test_padding_has_no_effect "
+        "test_token_conditions::test_a_sample_does_not_depend_on_its_batch "
+        "test_token_conditions::test_a_run_with_cached_tokens_takes_the_course_of_one_without",
+    },
     "without prompts the backbone is unmodified, bit for bit": {
         "quick": "test_encoders::test_without_prompts_the_backbone_is_unmodified "
         "test_fusion::test_zero_gated_prompts_start_as_the_frozen_encoder_bit_for_bit",
@@ -164,7 +170,8 @@ CLAIMS: dict[str, dict[str, str]] = {
         "test_export::TestWeightsBesideTheGraph::test_they_must_be_complete_and_inside_the_folder "
         "test_graph::test_onnx_predicts_like_the_model "
         "test_mlp::test_a_run_can_be_evaluated_exported_and_reported "
-        "test_cross_attention::test_a_run_can_be_evaluated_exported_and_reported",
+        "test_cross_attention::test_a_run_can_be_evaluated_exported_and_reported "
+        "test_token_conditions::test_a_bundle_predicts_as_the_run_does",
     },
     "a bundle needs no torch": {
         "quick": "test_predictor::test_the_runtime_imports_no_torch test_predictor::test_tokens_equal_those_of_the_encoder",

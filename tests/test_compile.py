@@ -34,6 +34,7 @@ PAIRS = {
 }
 UNGATED: dict[str, Any] = {"gate": "none"}
 JOINT: dict[str, Any] = {"router": {"kind": "joint"}, "comp_tuning": {"mode": "lora"}}
+TOKENS: dict[str, Any] = {"condition": "tokens"}
 RECOMPUTED: dict[str, Any] = {"train": {"checkpoint_activations": True}}
 
 
@@ -78,6 +79,8 @@ def learn(model: Fusion, forward: Any, count: int = 4) -> tuple[Tensor, dict[str
             *((pair, UNGATED) for pair in ("vit and bert", "swin and bert")),
             *((pair, RECOMPUTED) for pair in ("vit and bert", "tiny")),
             ("tiny", JOINT),
+            ("tiny", TOKENS),
+            ("swin and bert", {**TOKENS, "condition_tokens": 0}),
         )
     ],
     ids=str,

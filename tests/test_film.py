@@ -13,8 +13,9 @@ from test_prompts import build as build_stack
 from torch import Tensor
 
 from mopefuse.config.schema import Prompts
+from mopefuse.core.precision import normalize_feature
 from mopefuse.fusion.base import Fusion
-from mopefuse.prompts.stack import PromptStack, normalize_feature
+from mopefuse.prompts.stack import PromptStack
 
 FILM: dict[str, Any] = {"static": 0, "dynamic": 0, "mapped": 0, "film": True}
 

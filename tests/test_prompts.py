@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mopefuse.config.schema import Prompts, Router
+from mopefuse.core.precision import normalize_feature
 from mopefuse.errors import ConfigError
 from mopefuse.prompts.experts import Router as RouterModule
 from mopefuse.prompts.experts import importance_loss, keep_largest, masked_mean, mix
@@ -20,7 +21,6 @@ from mopefuse.prompts.stack import (
     ConditionedPrompts,
     PromptStack,
     fill_prompt_lengths,
-    normalize_feature,
     select_layers,
     stage_starts,
 )

@@ -17,13 +17,13 @@ from test_swap import SMALL, config_of, kept, pair
 
 from mopefuse.config.schema import build_config
 from mopefuse.config.sides import specs, specs_by_side, with_specs
+from mopefuse.core.precision import normalize_feature
 from mopefuse.data.load import load_data
 from mopefuse.data.perturbed import derangement
 from mopefuse.errors import ConfigError
 from mopefuse.evaluation.audit import audit_model
 from mopefuse.fusion.base import Fusion
 from mopefuse.fusion.build import build_model
-from mopefuse.prompts.stack import normalize_feature
 from mopefuse.runs.folder import RunFolder
 
 TWO = ["tiny:text", "tiny:text?pool=cls"]

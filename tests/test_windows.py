@@ -57,12 +57,14 @@ def test_it_equals_attention_with_the_prompt_in_every_window(gated: bool, masked
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("gated", [False, True])
-def test_its_gradients_are_those_of_differences(gated: bool) -> None:
+def test_its_gradients_are_those_of_differences(gated: bool, padded: bool) -> None:
     x = drawn()
     form = _windows._Gated if gated else _windows._Joint
+    hidden = _windows._hidden(torch.tensor([[True] * P, [False, True, False]]), B * W, H) if padded else None
     assert torch.autograd.gradcheck(
-        lambda qkv, k, v: form.apply(qkv, k, v, x["bias"], x["mask"], SCALE), (x["qkv"], x["k"], x["v"])
+        lambda qkv, k, v: form.apply(qkv, k, v, hidden, x["bias"], x["mask"], SCALE), (x["qkv"], x["k"], x["v"])
     )
 
 

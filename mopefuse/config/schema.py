@@ -9,11 +9,12 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from mopefuse.config.defaults import defaults_of, without_idle_side
 from mopefuse.config.messages import field_at, invalid_settings_error, keys_in
+from mopefuse.config.section import Section
 from mopefuse.config.setting_paths import merge
 
 # Bounds that no useful model reaches: a mistyped size is rejected here instead of filling the memory.
@@ -22,19 +23,6 @@ _WIDEST = 16_384  # width of a hidden layer
 _MANY = 10**9  # counts that take no memory, so that arithmetic in 64 bits holds
 
 Layers = Annotated[str | tuple[int, ...], Field(union_mode="left_to_right")]
-
-
-class Section(BaseModel):
-    """A group of settings: immutable, with finite values and without unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _refuse_true_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and info.field_name and cls.model_fields[info.field_name].annotation is not bool:
-            raise ValueError("a value other than true and false")
-        return value
 
 
 class Prompts(Section):
@@ -47,6 +35,12 @@ class Prompts(Section):
         None, ge=0, le=_MOST_TOKENS, description="tokens of the dynamic prompt; default: 6 if main reads images, else 4"
     )
     mapped: int = Field(1, ge=0, le=_MOST_TOKENS, description="tokens of the mapped prompt, computed from comp")
+    condition: Literal["pooled", "tokens"] = Field(
+        "pooled", description="what the mapped prompt is computed from: comp's pooled feature, or its output tokens"
+    )
+    condition_tokens: int = Field(
+        8, ge=0, le=_MOST_TOKENS, description="tokens that comp's output tokens are reduced to, if condition is tokens; 0: all"
+    )
     experts: int = Field(16, ge=1, le=_MOST_TOKENS, description="prompt experts per layer (K)")
     film: bool = Field(False, description="also scale and shift what each prompted layer reads (FiLM), computed from comp")
     film_mixture: int = Field(
@@ -65,6 +59,12 @@ class Prompts(Section):
     bottleneck: int = Field(80, ge=1, le=_WIDEST, description="hidden width of the network for the mapped prompt and FiLM")
     mapper_norm: Literal["layer", "batch-frozen"] = Field("layer", description="normalisation layers of that network")
     route_stage_starts: bool = Field(True, description="give the first block of each stage a dynamic prompt too")
+
+    @model_validator(mode="after")
+    def _tokens_are_mapped(self) -> Prompts:
+        if self.condition == "tokens" and not self.mapped:
+            raise ValueError("condition is tokens, but mapped is 0, and only mapped prompts are computed from tokens")
+        return self
 
     @field_validator("layers")
     @classmethod
@@ -230,10 +230,10 @@ class Data(Section):
         "auto", description="cache what enters the first prompted layer and train from there; auto: if it fits into the limit"
     )
     cache_prefix_limit: float = Field(
-        20.0, gt=0, description="maximum size of that cache in GiB, and never more than half of the free disk space"
+        20.0, gt=0, description="maximum GiB of that cache, and of cached condition tokens; at most half of the free space"
     )
     prefix_precision: Literal["float16", "float32"] = Field(
-        "float16", description="number format of that cache; with float16, validation scores can differ in the last digits"
+        "float16", description="number format of both; with float16, validation scores can differ in the last digits"
     )
     max_pixels: int = Field(50_000_000, ge=1, le=89_000_000, description="reject images with more pixels, without decoding")
     image_stats: Literal["encoder", "mmbt"] = Field("encoder", description="mean and standard deviation for normalising images")

@@ -101,7 +101,10 @@ class Block(nn.Module):
         if prompt is None or not prompt.tokens_BPD.shape[1]:
             attended_BHLE = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         else:
-            attended_BHLE = attend(q, k, v, *self._keys_values(prompt.tokens_BPD), gate_H=prompt.gate_H, mask=mask)
+            keys_values = self._keys_values(prompt.tokens_BPD)
+            attended_BHLE = attend(
+                q, k, v, *keys_values, gate_H=prompt.gate_H, mask=mask, prompt_mask_BP=prompt.mask_BP
+            )
         x_BLD = x_BLD + self.proj(attended_BHLE.transpose(1, 2).flatten(2))
         out_BLD: Tensor = x_BLD + self.fc2(F.gelu(self.fc1(self.norm2(x_BLD))))
         return out_BLD

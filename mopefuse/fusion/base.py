@@ -60,6 +60,7 @@ class Fusion(nn.Module):
         uses: the sides that the method needs, such as ("main", "comp").
         frozen: the sides whose encoder gets no prompts and is never trained, so that its features can be cached.
         reads: the sides whose samples the forward pass reads.
+        reads_tokens: the sides of `frozen` of which it also reads the output tokens, from `Batch.tokens` if these were cached.
         prefix_layers: by side, the first layer of the encoder that is prompted, if all before it are frozen: `forward` then
             starts from `prefix`, so that training can cache the input of that layer.
     """
@@ -98,6 +99,7 @@ class Fusion(nn.Module):
         for side in self.uses:
             self.add_module(side, encoders[side])
         self.frozen: tuple[str, ...] = ()
+        self.reads_tokens: tuple[str, ...] = ()
         self.reads: tuple[str, ...] = self.uses
         self.prefix_layers: dict[str, int] = {}
         self.standard: nn.ModuleDict | None = None  # by side, if the head takes standardised features

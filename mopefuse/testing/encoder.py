@@ -88,6 +88,11 @@ def _prompted_parts(check: PromptChecks, alone: str) -> list[Part]:
             lambda: check.does_not_depend_on_the_batch(lambda gates: gates),
             alone,
         ),
+        Part(
+            "prompt tokens that the prompt masks have no effect",
+            check.masked_prompts,
+            "pass prompt.mask_BP to mopefuse's attend as prompt_mask_BP, or to attend_prompts as mask_BP",
+        ),
         Part("every prompt and gate receives a gradient, and no weight does", check.gradients, f"do not detach prompts; {use}"),
         Part("a prompt is not kept after its call", check.keeps_no_state, keep),
         Part(

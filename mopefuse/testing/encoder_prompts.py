@@ -65,6 +65,27 @@ class PromptChecks(EncoderChecks):
                 )
                 assert not torch.equal(out.pooled_BC, plain.pooled_BC), self.message(f"{kind} at layer {chosen} has no effect")
 
+    def masked_prompts(self) -> None:
+        """Prompts of different lengths in one batch, padded and masked, act as each sample's own tokens alone."""
+        for gates in (None, self.gates):
+            together = self.run(self.inputs, self._padded_prompts(gates))
+            for index, item in enumerate(self.items):
+                own = [prompt[index : index + 1, : self._own_length(index)] for prompt in self.prompts]
+                alone = self.run(self.batch([item]), prompts_at(own, gates))
+                kind = "gated prompts" if gates else "prompts"
+                fault = f"masked tokens of {kind} have an effect on sample {index}"
+                self.close(together.pooled_BC[index], alone.pooled_BC[0], fault)
+
+    def _padded_prompts(self, gates: list[Tensor] | None) -> PromptAt:
+        """A callback whose prompts have other tokens, which are masked, where a sample has fewer than the longest."""
+        lengths = [self._own_length(index) for index in range(len(self.values))]
+        mask_BP = torch.arange(PROMPT_TOKENS, device=self.device) < torch.tensor(lengths, device=self.device)[:, None]
+        padded = [torch.where(mask_BP[:, :, None], prompt, prompt.flip(-1)) for prompt in self.prompts]
+        return lambda layer, tokens, mask: Prompt(padded[layer], gates[layer] if gates else None, mask_BP=mask_BP)
+
+    def _own_length(self, index: int) -> int:
+        return 1 + index % PROMPT_TOKENS
+
     def gradients(self) -> None:
         """Prompts and gates of all layers get a gradient, and weights get none."""
         prompts = [prompt.clone().requires_grad_() for prompt in self.prompts]
