@@ -93,6 +93,7 @@ HEADS: dict[str, dict[str, Any]] = {
     "comp-only": {"method": "comp-only"},
     "mlp": {"method": "mlp"},
     "cross-attention": {"method": "cross-attention"},
+    "qmf": {"method": "qmf"},
 }
 
 

@@ -20,7 +20,7 @@ from mopefuse.fusion.base import Fusion
 from mopefuse.fusion.build import build_model, require_rows
 
 PAIRS = [("tiny:vision", "tiny:text"), ("tiny:text", "tiny:vision")]
-METHODS = ["conditional", "late-concat", "main-only", "comp-only", "linear", "mlp", "cross-attention"]
+METHODS = ["conditional", "late-concat", "main-only", "comp-only", "linear", "mlp", "cross-attention", "qmf"]
 TEXTS = ["what is the green number?", "read the digit at the bottom left", "blue", "", "the one at the top right please"]
 
 
@@ -56,6 +56,7 @@ def open_gates(model: Fusion) -> None:
         {"method": "linear", "linear": {"features": "average"}},
         {"method": "mlp"},
         {"method": "cross-attention"},
+        {"method": "qmf"},
     ],
     ids=str,
 )

@@ -36,6 +36,8 @@ SIZES: dict[str, int] = {
     "mlp": NETWORK,
     "mlp head_hidden=0": BOTH,
     "cross-attention": READER + NETWORK + 512 * 4 * 128,
+    "qmf": 2 * (512 * (D + 1) + N * (512 + 1)),
+    "qmf head_hidden=0": 2 * HEAD,
     "late-concat": BOTH,
     "late-concat tune=full": VIT + BERT + BOTH,
     "p-late-concat": STATIC + DEPTH * 4 * D + 2 * GATES + BOTH,

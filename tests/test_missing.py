@@ -36,6 +36,7 @@ METHODS: list[dict[str, Any]] = [
     {"method": "linear", "linear": {"features": "average"}},
     {"method": "mlp"},
     {"method": "cross-attention"},
+    {"method": "qmf"},
 ]
 
 

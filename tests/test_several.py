@@ -129,6 +129,7 @@ def test_prompts_of_two_conditions_by_their_definition(router: str) -> None:
         {"method": "linear", "linear": {"features": "average"}},
         {"method": "mlp"},
         {"method": "cross-attention"},
+        {"method": "qmf"},
     ],
     ids=str,
 )

@@ -28,6 +28,7 @@ _SMALL_NETWORK: dict[str, Any] = {
 }
 METHODS: dict[str, dict[str, Any]] = {
     "mlp": merge(_SMALL_NETWORK, {"train": {"epochs": 30}}),
+    "qmf": merge(_SMALL_NETWORK, {"train": {"epochs": 30}}),
     "cross-attention": _SMALL_NETWORK,
 }
 """Defaults of fusion methods for which the general defaults, which are chosen for prompts, are unsuitable.

@@ -9,32 +9,19 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from mopefuse.config.defaults import defaults_of, without_idle_side
 from mopefuse.config.messages import field_at, invalid_settings_error, keys_in
+from mopefuse.config.methods import QMF
+from mopefuse.config.section import MANY as _MANY
+from mopefuse.config.section import MOST_TOKENS as _MOST_TOKENS
+from mopefuse.config.section import WIDEST as _WIDEST
+from mopefuse.config.section import Section
 from mopefuse.config.setting_paths import merge
 
-# Bounds that no useful model reaches: a mistyped size is rejected here instead of filling the memory.
-_MOST_TOKENS = 4096  # tokens of a prompt; also experts of a layer
-_WIDEST = 16_384  # width of a hidden layer
-_MANY = 10**9  # counts that take no memory, so that arithmetic in 64 bits holds
-
 Layers = Annotated[str | tuple[int, ...], Field(union_mode="left_to_right")]
-
-
-class Section(BaseModel):
-    """A group of settings: immutable, with finite values and without unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _refuse_true_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and info.field_name and cls.model_fields[info.field_name].annotation is not bool:
-            raise ValueError("a value other than true and false")
-        return value
 
 
 class Prompts(Section):
@@ -272,7 +259,7 @@ class Train(Section):
         1, ge=1, le=65_536, description="split a batch into this many parts and accumulate gradients, to save memory"
     )
     lr: float | None = Field(
-        None, gt=0, description="learning rate; default: 4e-4 if main reads images, else 5e-4; mlp and cross-attention: 1e-3"
+        None, gt=0, description="learning rate; default: 4e-4 if main reads images, else 5e-4; mlp, cross-attention, qmf: 1e-3"
     )
     lr_comp: float | None = Field(
         None, gt=0, description="learning rate of a trained complementary encoder; default: lr, or lr_tuned if fully tuned"
@@ -348,6 +335,7 @@ class RunConfig(Section):
     linear: Linear = Linear()
     mlp: MLP = MLP()
     cross_attention: CrossAttention = CrossAttention()
+    qmf: QMF = QMF()
     data: Data = Data()
     train: Train = Train()
 

@@ -66,6 +66,7 @@ class OtherSettings(TypedDict, total=False):
     linear: Mapping[str, Any]
     mlp: Mapping[str, Any]
     cross_attention: Mapping[str, Any]
+    qmf: Mapping[str, Any]
     data: Mapping[str, Any]
     train: Mapping[str, Any]
 

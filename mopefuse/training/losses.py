@@ -1,6 +1,6 @@
 """The classification loss, and class weights for imbalanced data.
 
-Shapes: B batch, S samples of the training split, N labels.
+Shapes: B batch, S samples of the training split, in `side_loss` sides, N labels.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from mopefuse.data.base import Batch
 from mopefuse.fusion.base import Output
+from mopefuse.fusion.output import SideOutputs
+from mopefuse.fusion.qmf import ranking_loss
 
 
 def classification_loss(output: Output, batch: Batch, *, multi_label: bool, weights: Tensor | None = None) -> Tensor:
@@ -22,19 +24,35 @@ def classification_loss(output: Output, batch: Batch, *, multi_label: bool, weig
         weights: class weights of `balanced_weights`.
     """
     assert batch.targets is not None
-    loss = _loss(output.logits_BN.float(), batch.targets, multi_label, weights)
+    loss = _loss_B(output.logits_BN.float(), batch.targets, multi_label, weights).sum()
     if output.alone_BN is not None:
-        loss = loss + _loss(output.alone_BN.float(), batch.targets, multi_label, weights)
+        loss = loss + _loss_B(output.alone_BN.float(), batch.targets, multi_label, weights).sum()
     return loss
 
 
-def _loss(logits_BN: Tensor, targets: Tensor, multi_label: bool, weights: Tensor | None) -> Tensor:
+def side_loss(
+    sides: SideOutputs, batch: Batch, rank_weight: float, *, multi_label: bool, weights: Tensor | None = None
+) -> Tensor:
+    """The classification loss of each side that samples have, and the weighted ranking loss; summed over the batch.
+
+    Args:
+        rank_weight: of `mopefuse.fusion.qmf.ranking_loss`. weights: class weights of `balanced_weights`.
+    """
+    targets = batch.targets
+    assert targets is not None
+    each_B = [_loss_B(logits_BN.float(), targets, multi_label, weights) for logits_BN in sides.logits_BSN.unbind(dim=1)]
+    loss_BS = torch.stack(each_B, dim=1)
+    ranks = ranking_loss(sides.confidence_BS, loss_BS.detach(), sides.present_BS)
+    return (loss_BS * sides.present_BS).sum() + rank_weight * ranks
+
+
+def _loss_B(logits_BN: Tensor, targets: Tensor, multi_label: bool, weights: Tensor | None) -> Tensor:
     if multi_label:
         loss_BN = F.binary_cross_entropy_with_logits(logits_BN, targets, reduction="none")
         if weights is not None:
             loss_BN = loss_BN * torch.where(targets > 0, weights[0], weights[1])
-        return loss_BN.mean(dim=-1).sum()
-    return F.cross_entropy(logits_BN, targets, weight=weights, reduction="sum")
+        return loss_BN.mean(dim=-1)
+    return F.cross_entropy(logits_BN, targets, weight=weights, reduction="none")
 
 
 def balanced_weights(counts_N: Tensor, samples: int, *, multi_label: bool) -> Tensor:
