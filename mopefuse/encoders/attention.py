@@ -36,18 +36,25 @@ class Modulation(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """The condition of one layer: prompt tokens, a modulation, or both.
+    """The condition of one layer: prompt tokens, a modulation, something to add to its input, or several of these.
 
     Attributes:
         tokens_BPD: prompt tokens at the layer's input, before the norm ahead of its attention; P may be 0.
         gate_H: None as in the papers: prompts and tokens share one softmax. With one scalar per head, prompts have a separate
             softmax whose result is scaled by tanh(gate) and added; a gate of 0 leaves the layer unchanged.
         modulation: modulation of the layer's own tokens; it does not apply to the prompt.
+        added_BLD: what is added to the layer's input tokens, before everything else and also in the residual; None for
+            nothing, 0 leaves the layer unchanged.
     """
 
     tokens_BPD: Tensor
     gate_H: Tensor | None = None
     modulation: Modulation | None = None
+    added_BLD: Tensor | None = None
+
+    def add_to(self, x_BLD: Tensor) -> Tensor:
+        """Add `added_BLD`, if there is something to add, to the layer's input, of which (B, ..., D) may be a grid."""
+        return x_BLD if self.added_BLD is None else x_BLD + self.added_BLD.to(x_BLD.dtype).view_as(x_BLD)
 
     def modulate(self, x_NLD: Tensor) -> Tensor:
         """Apply the modulation, if there is one, to what the attention reads."""
