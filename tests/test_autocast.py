@@ -94,6 +94,7 @@ HEADS: dict[str, dict[str, Any]] = {
     "mlp": {"method": "mlp"},
     "cross-attention": {"method": "cross-attention"},
     "qmf": {"method": "qmf"},
+    "flamingo": {"method": "flamingo", "head_features": "all"},
 }
 
 

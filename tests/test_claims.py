@@ -159,6 +159,8 @@ CLAIMS: dict[str, dict[str, str]] = {
         "test_export::TestWeightsBesideTheGraph::test_they_are_needed_whole_and_inside_the_folder "
         "test_graph::test_onnx_predicts_as_the_model_does "
         "test_mlp::test_it_is_evaluated_exported_and_reported_as_any_run "
+        "test_flamingo::test_the_exported_graph_predicts_the_same "
+        "test_flamingo::test_it_is_evaluated_exported_and_reported_as_any_run "
         "test_qmf::test_the_exported_graph_predicts_the_same "
         "test_qmf::test_it_is_evaluated_exported_and_reported_as_any_run "
         "test_cross_attention::test_it_is_evaluated_exported_and_reported_as_any_run",

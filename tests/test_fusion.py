@@ -36,7 +36,7 @@ def build(main: str = "tiny:vision", comp: str = "tiny:text", **options: object)
 def open_gates(model: Fusion) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("gate_H"):
+            if name.endswith(("gate_H", "_gate")):
                 parameter.fill_(0.5)
 
 
@@ -57,6 +57,7 @@ def open_gates(model: Fusion) -> None:
         {"method": "mlp"},
         {"method": "cross-attention"},
         {"method": "qmf"},
+        {"method": "flamingo"},
     ],
     ids=str,
 )

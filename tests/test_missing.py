@@ -37,6 +37,8 @@ METHODS: list[dict[str, Any]] = [
     {"method": "mlp"},
     {"method": "cross-attention"},
     {"method": "qmf"},
+    {"method": "flamingo"},
+    {"method": "flamingo", "head_features": "all"},
 ]
 
 
@@ -65,7 +67,7 @@ def without(batch: Any, side: str, rows: list[int]) -> Any:
 def test_missing_values_change_only_the_predictions_of_their_own_rows(options: dict[str, Any]) -> None:
     model = heard(**options)
     whole = model.collate(images(4), TEXTS[:4])
-    other = model.collate(images(4), [TEXTS[0], "something else", "8", TEXTS[3]])
+    other = model.collate(images(4), [TEXTS[0], "what is the number at top right", "red", TEXTS[3]])  # as much padding
     with torch.no_grad():
         full, none, some, same = (
             model(batch).logits

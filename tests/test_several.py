@@ -130,6 +130,7 @@ def test_prompts_of_two_conditions_by_their_definition(router: str) -> None:
         {"method": "mlp"},
         {"method": "cross-attention"},
         {"method": "qmf"},
+        {"method": "flamingo"},
     ],
     ids=str,
 )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from mopefuse.config.section import Section
+from mopefuse.config.section import MOST_TOKENS, WIDEST, Section
 
 
 class QMF(Section):
@@ -15,3 +15,24 @@ class QMF(Section):
         1.0, ge=0, description="weight of the loss that makes a side less confident about samples that it predicts badly"
     )
     dropout: float = Field(0.2, ge=0, lt=1, description="dropout on the hidden layer of each head, in training")
+
+
+class Flamingo(Section):
+    """Gated cross-attention between the layers of the main encoder (method flamingo); `prompts.layers` are its layers."""
+
+    width: int = Field(128, ge=1, le=WIDEST, description="width of queries, keys and values; a multiple of heads")
+    heads: int = Field(4, ge=1, le=256, description="attention heads")
+    hidden: int = Field(256, ge=1, le=WIDEST, description="hidden width of the feed-forward networks")
+    resampled: int = Field(
+        16, ge=0, le=MOST_TOKENS, description="tokens to which those of each complementary encoder are reduced; 0: all are used"
+    )
+    resampler_layers: int = Field(1, ge=1, le=64, description="layers of the resampler that does so")
+    dropout: float = Field(
+        0.1, ge=0, lt=1, description="dropout on attention and in the feed-forward networks, in training"
+    )
+
+    @model_validator(mode="after")
+    def _whole_heads(self) -> Flamingo:
+        if self.width % self.heads:
+            raise ValueError(f"width is {self.width}, which is not a multiple of heads, {self.heads}")
+        return self

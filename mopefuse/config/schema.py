@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 from mopefuse.config.defaults import defaults_of, without_idle_side
 from mopefuse.config.messages import field_at, invalid_settings_error, keys_in
-from mopefuse.config.methods import QMF
+from mopefuse.config.methods import QMF, Flamingo
 from mopefuse.config.section import MANY as _MANY
 from mopefuse.config.section import MOST_TOKENS as _MOST_TOKENS
 from mopefuse.config.section import WIDEST as _WIDEST
@@ -259,7 +259,7 @@ class Train(Section):
         1, ge=1, le=65_536, description="split a batch into this many parts and accumulate gradients, to save memory"
     )
     lr: float | None = Field(
-        None, gt=0, description="learning rate; default: 4e-4 if main reads images, else 5e-4; mlp, cross-attention, qmf: 1e-3"
+        None, gt=0, description="learning rate; default: 4e-4 if main reads images, else 5e-4; mlp, cross-attention, qmf, flamingo: 1e-3"
     )
     lr_comp: float | None = Field(
         None, gt=0, description="learning rate of a trained complementary encoder; default: lr, or lr_tuned if fully tuned"
@@ -316,7 +316,7 @@ class RunConfig(Section):
     )
     head_features: Literal["main", "all"] = Field(
         "main",
-        description="what the head of the method conditional classifies: the pooled feature of main, as in the papers, or "
+        description="what the head of conditional or flamingo classifies: the pooled feature of main, as in the papers, or "
         "all pooled features side by side",
     )
     warm_start: Literal["none", "linear"] = Field(
@@ -336,6 +336,7 @@ class RunConfig(Section):
     mlp: MLP = MLP()
     cross_attention: CrossAttention = CrossAttention()
     qmf: QMF = QMF()
+    flamingo: Flamingo = Flamingo()
     data: Data = Data()
     train: Train = Train()
 

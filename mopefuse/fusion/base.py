@@ -158,7 +158,8 @@ class Fusion(nn.Module):
         default = RunConfig(main="", comp="")
         settings = ["train.modality_dropout"] if self.config.train.modality_dropout and self.closed_form else []
         optional = (
-            "warm_start head_features tune prompts router comp_tuning lora inserted pmf linear mlp cross_attention qmf"
+            "warm_start head_features tune prompts router comp_tuning lora inserted pmf linear mlp cross_attention qmf "
+            "flamingo"
         )
         used = (*self.sections, "lora") if any(self.encoder(side).adapted for side in self.uses) else self.sections
         return [s for s in optional.split() if s not in used and getattr(self.config, s) != getattr(default, s)] + settings
