@@ -94,6 +94,8 @@ HEADS: dict[str, dict[str, Any]] = {
     "mlp": {"method": "mlp"},
     "cross-attention": {"method": "cross-attention"},
     "qmf": {"method": "qmf"},
+    "map": {"method": "map"},
+    "maple": {"method": "maple"},
     "flamingo": {"method": "flamingo", "head_features": "all"},
 }
 

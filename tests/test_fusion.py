@@ -36,7 +36,7 @@ def build(main: str = "tiny:vision", comp: str = "tiny:text", **options: object)
 def open_gates(model: Fusion) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith(("gate_H", "_gate")):
+            if name.endswith(("gate_H", "_gate")) or "gates_H" in name:
                 parameter.fill_(0.5)
 
 
@@ -58,6 +58,8 @@ def open_gates(model: Fusion) -> None:
         {"method": "cross-attention"},
         {"method": "qmf"},
         {"method": "flamingo"},
+        {"method": "map"},
+        {"method": "maple"},
     ],
     ids=str,
 )

@@ -45,6 +45,11 @@ SIZES: dict[str, int] = {
     "flamingo": DEPTH * GATED + RESAMPLER + HEAD,
     "flamingo prompts.layers=last:4 head_features=all": 4 * GATED + RESAMPLER + BOTH,
     "flamingo flamingo.resampled=0": DEPTH * GATED + 2 * D + W * (D + 1) + 2 * W + HEAD,
+    "map": DEPTH * (16 + 16) * D + 2 * GATES + BOTH,
+    "map data.on_missing=absent": DEPTH * (2 * 16 + 16) * D + 2 * GATES + BOTH + D,  # two cases of the main encoder
+    "map data.on_missing=absent either=true": DEPTH * 2 * (16 + 16) * D + 2 * GATES + BOTH + 2 * D,
+    "maple": DEPTH * (2 * D + D * D + D) + 2 * GATES + BOTH,
+    "maple prompts.layers=first:9": 9 * (2 * D + D * D + D) + 2 * 9 * 12 + BOTH,
     "qmf": 2 * (512 * (D + 1) + N * (512 + 1)),
     "qmf head_hidden=0": 2 * HEAD,
     "late-concat": BOTH,

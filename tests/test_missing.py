@@ -37,6 +37,7 @@ METHODS: list[dict[str, Any]] = [
     {"method": "mlp"},
     {"method": "cross-attention"},
     {"method": "qmf"},
+    {"method": "map"},
     {"method": "flamingo"},
     {"method": "flamingo", "head_features": "all"},
 ]
@@ -122,7 +123,7 @@ def test_what_would_learn_nothing_is_refused(options: dict[str, Any], number: in
     assert caught.value.number == number
 
 
-@pytest.mark.parametrize("method", ["main-only", "comp-only", "mmbt", "pmf", "promptfuse", "sequential"])
+@pytest.mark.parametrize("method", ["main-only", "comp-only", "mmbt", "pmf", "promptfuse", "sequential", "maple"])
 def test_methods_that_need_everything_say_so(method: str) -> None:
     model = build(method=method)
     assert model.droppable_sides == ()

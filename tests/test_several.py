@@ -131,6 +131,7 @@ def test_prompts_of_two_conditions_by_their_definition(router: str) -> None:
         {"method": "cross-attention"},
         {"method": "qmf"},
         {"method": "flamingo"},
+        {"method": "map"},
     ],
     ids=str,
 )

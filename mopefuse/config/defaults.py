@@ -29,6 +29,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "qmf": merge(_SMALL_NETWORK, {"train": {"epochs": 30}}),
     "cross-attention": _SMALL_NETWORK,
     "flamingo": _NEW_LAYERS,
+    "map": {"prompts": {"static": 16}},
+    "maple": {"prompts": {"static": 2}},
 }
 """Defaults of fusion methods for which the general defaults, which are chosen for prompts, are unsuitable.
 

@@ -28,7 +28,10 @@ class Prompts(Section):
     """The prompts of every prompted layer of the main encoder: static, dynamic and mapped tokens."""
 
     static: int | None = Field(
-        None, ge=0, le=_MOST_TOKENS, description="tokens of the static prompt; default: 6 if main reads images, else 4"
+        None,
+        ge=0,
+        le=_MOST_TOKENS,
+        description="tokens of the static prompt; default: 6 if main reads images, else 4; map: 16, maple: 2",
     )
     dynamic: int | None = Field(
         None, ge=0, le=_MOST_TOKENS, description="tokens of the dynamic prompt; default: 6 if main reads images, else 4"
@@ -259,7 +262,9 @@ class Train(Section):
         1, ge=1, le=65_536, description="split a batch into this many parts and accumulate gradients, to save memory"
     )
     lr: float | None = Field(
-        None, gt=0, description="learning rate; default: 4e-4 if main reads images, else 5e-4; mlp, cross-attention, qmf, flamingo: 1e-3"
+        None,
+        gt=0,
+        description="learning rate; default: 4e-4 if main reads images, else 5e-4; mlp, cross-attention, qmf, flamingo: 1e-3",
     )
     lr_comp: float | None = Field(
         None, gt=0, description="learning rate of a trained complementary encoder; default: lr, or lr_tuned if fully tuned"
