@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from mopefuse.config.schema import RunConfig
-from mopefuse.core.error_codes import EncoderCode
 from mopefuse.core.precision import apply_in_own_type
 from mopefuse.data.base import Batch
 from mopefuse.encoders.base import Encoder, Prompt, PromptAt
-from mopefuse.errors import EncoderError
 from mopefuse.fusion._static_prompts import build_static_stack
+from mopefuse.fusion._text_and_image import text_and_image_sides
 from mopefuse.fusion.base import Fusion, Output
 from mopefuse.prompts.stack import select_layers
 
@@ -53,7 +52,7 @@ class MaPLe(Fusion):
 
     def __init__(self, config: RunConfig, encoders: Mapping[str, Encoder], num_labels: int) -> None:
         super().__init__(config, encoders)
-        self.text, self.image = self.roles()
+        self.text, self.image = text_and_image_sides(self)
         text, image = self.encoder(self.text), self.encoder(self.image)
         for encoder in (text, image):
             encoder.require_promptable(fix="use --method late-concat")
@@ -69,15 +68,6 @@ class MaPLe(Fusion):
                 self.gates_H[name] = nn.Parameter(torch.zeros(image.heads[layer]))
         self.frozen = () if len(self.stack.layers) else self.uses
         self.head = self.make_head(text.feature_width + image.feature_width, num_labels)
-
-    def roles(self) -> tuple[str, str]:
-        """Sides of the text and of the image, whichever is main."""
-        sides = {self.encoder(side).modality: side for side in self.uses}
-        if sides.keys() != {"text", "image"}:
-            found = " and ".join(self.encoder(side).modality for side in self.uses)
-            what = f"{self.config.method} needs a text and an image encoder, but they read {found}"
-            raise EncoderError(EncoderCode.NEEDS_IMAGE_AND_TEXT, what, fix="give one of each as --main and --comp")
-        return sides["text"], sides["image"]
 
     def dependency_of(self, name: str) -> str:
         """Dependency of a trainable tensor, see `dependencies`: text prompts on the text encoder, the rest on the other."""
