@@ -269,7 +269,7 @@ def test_training_changes_only_the_trainable_state() -> None:
         other.load_trainable_state_dict({k: v for k, v in model.trainable_state_dict().items() if k != "head.bias"})
 
 
-@pytest.mark.parametrize("method", ["conditional", "late-concat", "linear", "mlp", "cross-attention"])
+@pytest.mark.parametrize("method", ["conditional", "late-concat", "linear", "mlp", "cross-attention", "qmf"])
 def test_a_saved_model_predicts_as_before(method: str, pairs: Path, tmp_path: Path) -> None:
     dataset = mopefuse.PairDataset(pairs, "val")
     model = build(num_labels=None, labels=dataset.labels, method=method)

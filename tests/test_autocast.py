@@ -93,6 +93,10 @@ HEADS: dict[str, dict[str, Any]] = {
     "comp-only": {"method": "comp-only"},
     "mlp": {"method": "mlp"},
     "cross-attention": {"method": "cross-attention"},
+    "qmf": {"method": "qmf"},
+    "map": {"method": "map"},
+    "maple": {"method": "maple"},
+    "flamingo": {"method": "flamingo", "head_features": "all"},
 }
 
 

@@ -171,7 +171,14 @@ CLAIMS: dict[str, dict[str, str]] = {
         "test_graph::test_onnx_predicts_like_the_model "
         "test_mlp::test_a_run_can_be_evaluated_exported_and_reported "
         "test_cross_attention::test_a_run_can_be_evaluated_exported_and_reported "
-        "test_token_conditions::test_a_bundle_predicts_as_the_run_does",
+        "test_token_conditions::test_a_bundle_predicts_as_the_run_does "
+        "test_map::test_the_exported_graph_predicts_the_same_with_and_without_values "
+        "test_map::test_it_is_evaluated_without_values_and_reported "
+        "test_maple::test_it_is_an_ordinary_run_and_exports "
+        "test_flamingo::test_the_exported_graph_predicts_the_same "
+        "test_flamingo::test_it_is_evaluated_exported_and_reported_as_any_run "
+        "test_qmf::test_the_exported_graph_predicts_the_same "
+        "test_qmf::test_it_is_evaluated_exported_and_reported_as_any_run",
     },
     "a bundle needs no torch": {
         "quick": "test_predictor::test_the_runtime_imports_no_torch test_predictor::test_tokens_equal_those_of_the_encoder",

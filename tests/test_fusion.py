@@ -20,7 +20,7 @@ from mopefuse.fusion.base import Fusion
 from mopefuse.fusion.build import build_model, require_rows
 
 PAIRS = [("tiny:vision", "tiny:text"), ("tiny:text", "tiny:vision")]
-METHODS = ["conditional", "late-concat", "main-only", "comp-only", "linear", "mlp", "cross-attention"]
+METHODS = ["conditional", "late-concat", "main-only", "comp-only", "linear", "mlp", "cross-attention", "qmf"]
 TEXTS = ["what is the green number?", "read the digit at the bottom left", "blue", "", "the one at the top right please"]
 
 
@@ -41,7 +41,7 @@ def build(main: str = "tiny:vision", comp: str = "tiny:text", **options: object)
 def open_gates(model: Fusion) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("gate_H"):
+            if name.endswith(("gate_H", "_gate")) or "gates_H" in name:
                 parameter.fill_(0.5)
 
 
@@ -62,6 +62,10 @@ def open_gates(model: Fusion) -> None:
         {"method": "linear", "linear": {"features": "average"}},
         {"method": "mlp"},
         {"method": "cross-attention"},
+        {"method": "qmf"},
+        {"method": "flamingo"},
+        {"method": "map"},
+        {"method": "maple"},
     ],
     ids=str,
 )

@@ -162,7 +162,7 @@ MAY_NAME_THEM = {  # modalities are data: all other modules use `mopefuse.modali
     "modalities.image": "the reader of images",
     "data.findings": "the key of --json output that names a file",
     "cli.predict": "--image and --text",
-    "fusion.mmbt": "a method that is defined for an image and a text",
+    "fusion._text_and_image": "methods that are defined for an image and a text",
     **dict.fromkeys(("data.food101", "data.prepare", "data.digit_questions"), "written in the native format"),
     **dict.fromkeys(("cli._prepare_display", "bench.loader"), "written in the native format"),
     **dict.fromkeys(

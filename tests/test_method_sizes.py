@@ -27,6 +27,12 @@ MAPPING = (D + 1) * D // 2 + (D // 2 + 1) * D  # through half the width
 PMF = 2 * 2 * (3 * 4 * D + MAPPING)  # in two encoders, two layers: prompts of three kinds, of 4 tokens each
 NETWORK = 512 * (2 * D + 1) + N * (512 + 1)  # on both, with a hidden layer
 READER = 2 * D + 2 * 128 * (D + 1) + 128 * D + 4 * 128  # norm, keys and values, one projection of psi, 4 offsets
+W = 128
+GATED = 2 * D + 2 * D * W + 2 * W * W + 2 * D + 2 * D * 256 + 2  # norm, attention of W, norm, feed-forward, two gates
+RESAMPLER = (
+    2 * D + W * (D + 1) + 16 * W  # norm, projection, queries
+    + 2 * W + 4 * W * W + 2 * W + 2 * W * 256 + 2 * W  # one layer, and a norm
+)  # fmt: skip
 VIT, BERT = 85_798_656, 108_891_648  # without classifier and without pooler
 SIZES: dict[str, int] = {
     "conditional": CONDITIONAL + HEAD,
@@ -36,6 +42,16 @@ SIZES: dict[str, int] = {
     "mlp": NETWORK,
     "mlp head_hidden=0": BOTH,
     "cross-attention": READER + NETWORK + 512 * 4 * 128,
+    "flamingo": DEPTH * GATED + RESAMPLER + HEAD,
+    "flamingo prompts.layers=last:4 head_features=all": 4 * GATED + RESAMPLER + BOTH,
+    "flamingo flamingo.resampled=0": DEPTH * GATED + 2 * D + W * (D + 1) + 2 * W + HEAD,
+    "map": DEPTH * (16 + 16) * D + 2 * GATES + BOTH,
+    "map data.on_missing=absent": DEPTH * (2 * 16 + 16) * D + 2 * GATES + BOTH + D,  # two cases of the main encoder
+    "map data.on_missing=absent either=true": DEPTH * 2 * (16 + 16) * D + 2 * GATES + BOTH + 2 * D,
+    "maple": DEPTH * (2 * D + D * D + D) + 2 * GATES + BOTH,
+    "maple prompts.layers=first:9": 9 * (2 * D + D * D + D) + 2 * 9 * 12 + BOTH,
+    "qmf": 2 * (512 * (D + 1) + N * (512 + 1)),
+    "qmf head_hidden=0": 2 * HEAD,
     "late-concat": BOTH,
     "late-concat tune=full": VIT + BERT + BOTH,
     "p-late-concat": STATIC + DEPTH * 4 * D + 2 * GATES + BOTH,

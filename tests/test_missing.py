@@ -36,6 +36,10 @@ METHODS: list[dict[str, Any]] = [
     {"method": "linear", "linear": {"features": "average"}},
     {"method": "mlp"},
     {"method": "cross-attention"},
+    {"method": "qmf"},
+    {"method": "map"},
+    {"method": "flamingo"},
+    {"method": "flamingo", "head_features": "all"},
 ]
 
 
@@ -64,7 +68,7 @@ def without(batch: Any, side: str, rows: list[int]) -> Any:
 def test_missing_values_change_only_the_predictions_of_their_own_rows(options: dict[str, Any]) -> None:
     model = build_with_absence(**options)
     whole = model.collate(images(4), TEXTS[:4])
-    other = model.collate(images(4), [TEXTS[0], "something else", "8", TEXTS[3]])
+    other = model.collate(images(4), [TEXTS[0], "what is the number at top right", "red", TEXTS[3]])  # as much padding
     with torch.no_grad():
         full, none, some, same = (
             model(batch).logits
@@ -119,7 +123,7 @@ def test_settings_that_would_train_nothing_are_refused(options: dict[str, Any], 
     assert caught.value.number == number
 
 
-@pytest.mark.parametrize("method", ["main-only", "comp-only", "mmbt", "pmf", "promptfuse", "sequential"])
+@pytest.mark.parametrize("method", ["main-only", "comp-only", "mmbt", "pmf", "promptfuse", "sequential", "maple"])
 def test_methods_that_need_all_modalities_refuse_samples_that_lack_one(method: str) -> None:
     model = build(method=method)
     assert model.droppable_sides == ()

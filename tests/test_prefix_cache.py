@@ -77,6 +77,7 @@ COURSES: dict[str, dict[str, Any]] = {
     "FiLM": {"prompts__film": True, "prompts__mapped": 0, "prompts__dynamic": 0, "prompts__static": 0},
     "joint router": {"router": {"kind": "joint"}, "train__accumulate": 2},
     "warm start": {"warm_start": "linear"},
+    "Flamingo": {"method": "flamingo"},
     "recomputed activations": {"train__checkpoint_activations": True},
     "workers": {"data__workers": 2},
     "modality dropout": {"train__modality_dropout": 0.4},

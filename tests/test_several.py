@@ -130,6 +130,9 @@ def test_prompts_of_two_conditions_match_the_definition(router: str) -> None:
         {"method": "linear", "linear": {"features": "average"}},
         {"method": "mlp"},
         {"method": "cross-attention"},
+        {"method": "qmf"},
+        {"method": "flamingo"},
+        {"method": "map"},
     ],
     ids=str,
 )

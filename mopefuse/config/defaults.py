@@ -27,13 +27,15 @@ OFFICIAL: dict[str, Any] = merge(
 """Settings that ``compat: official`` changes unless they are given: the choices of the papers' released code, without its leak
 between samples of a batch. Its average over prompts and patches has no counterpart here: prompts have no output."""
 
-_SMALL_NETWORK: dict[str, Any] = {
-    "head_hidden": 512,
-    "train": {"lr": 1e-3, "weight_decay": 1e-2, "schedule": "cosine"},
-}
+_NEW_LAYERS: dict[str, Any] = {"train": {"lr": 1e-3, "weight_decay": 1e-2, "schedule": "cosine"}}
+_SMALL_NETWORK: dict[str, Any] = {"head_hidden": 512, **_NEW_LAYERS}
 METHODS: dict[str, dict[str, Any]] = {
     "mlp": merge(_SMALL_NETWORK, {"train": {"epochs": 30}}),
+    "qmf": merge(_SMALL_NETWORK, {"train": {"epochs": 30}}),
     "cross-attention": _SMALL_NETWORK,
+    "flamingo": _NEW_LAYERS,
+    "map": {"prompts": {"static": 16}},
+    "maple": {"prompts": {"static": 2}},
 }
 """Defaults of fusion methods for which the general defaults, which are chosen for prompts, are unsuitable.
 

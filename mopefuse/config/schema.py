@@ -14,13 +14,12 @@ from pydantic.fields import FieldInfo
 
 from mopefuse.config.defaults import defaults_of, without_idle_side
 from mopefuse.config.messages import field_at, invalid_settings_error, keys_in
+from mopefuse.config.methods import MLP, QMF, CrossAttention, Flamingo, Inserted, Interactive
+from mopefuse.config.section import MANY as _MANY
+from mopefuse.config.section import MOST_TOKENS as _MOST_TOKENS
+from mopefuse.config.section import WIDEST as _WIDEST
 from mopefuse.config.section import Section
 from mopefuse.config.setting_paths import merge
-
-# Bounds that no useful model reaches: a mistyped size is rejected here instead of filling the memory.
-_MOST_TOKENS = 4096  # tokens of a prompt; also experts of a layer
-_WIDEST = 16_384  # width of a hidden layer
-_MANY = 10**9  # counts that take no memory, so that arithmetic in 64 bits holds
 
 Layers = Annotated[str | tuple[int, ...], Field(union_mode="left_to_right")]
 
@@ -29,7 +28,10 @@ class Prompts(Section):
     """The prompts of every prompted layer of the main encoder: static, dynamic and mapped tokens."""
 
     static: int | None = Field(
-        None, ge=0, le=_MOST_TOKENS, description="tokens of the static prompt; default: 6 if main reads images, else 4"
+        None,
+        ge=0,
+        le=_MOST_TOKENS,
+        description="tokens of the static prompt; default: 6 if main reads images, else 4; map: 16, maple: 2",
     )
     dynamic: int | None = Field(
         None, ge=0, le=_MOST_TOKENS, description="tokens of the dynamic prompt; default: 6 if main reads images, else 4"
@@ -114,32 +116,6 @@ class Lora(Section):
     )
 
 
-class Inserted(Section):
-    """Tokens that some methods insert in front of the main encoder's own."""
-
-    prompts: int = Field(20, ge=0, le=_MOST_TOKENS, description="learned tokens of promptfuse and blindprompt")
-    images: int = Field(4, ge=1, le=_MOST_TOKENS, description="tokens that mmbt and p-mmbt make from an image")
-
-
-class Interactive(Section):
-    """Interactive prompting (method pmf): both encoders exchange prompts in their last layers."""
-
-    layers: int = Field(2, ge=0, le=_MANY, description="the encoders exchange prompts in their last N layers")
-    queries: int = Field(
-        4, ge=0, le=_MOST_TOKENS, description="query prompts: a layer's output for them is passed to the other encoder"
-    )
-    query_context: int = Field(4, ge=0, le=_MOST_TOKENS, description="query context prompts: read by the query prompts only")
-    fusion_context: int = Field(
-        4, ge=0, le=_MOST_TOKENS, description="fusion context prompts: used together with the prompts from the other encoder"
-    )
-    bottleneck: int | None = Field(
-        None,
-        ge=1,
-        le=_WIDEST,
-        description="hidden width of the mapping to the other encoder; default: half the larger encoder width",
-    )
-
-
 class Linear(Section):
     """Logistic regression on standardised frozen features (method linear, or a warm start)."""
 
@@ -150,29 +126,6 @@ class Linear(Section):
         (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0), min_length=1, max_length=100, description="inverse regularisation C to try"
     )
     max_iter: int = Field(300, ge=1, le=100_000, description="maximum iterations for each C")
-
-
-class MLP(Section):
-    """A network with one hidden layer on standardised frozen features (method mlp); `head_hidden` is its width."""
-
-    dropout: float = Field(0.2, ge=0, lt=1, description="dropout on the hidden layer, in training")
-
-
-class CrossAttention(Section):
-    """Attention of comp's features to the main encoder's output tokens (method cross-attention)."""
-
-    queries: int = Field(4, ge=1, le=_MOST_TOKENS, description="queries; each reads the tokens with an offset of its own")
-    width: int = Field(128, ge=1, le=_WIDEST, description="width of queries, keys and values; a multiple of heads")
-    heads: int = Field(4, ge=1, le=256, description="attention heads")
-    dropout: float = Field(
-        0.1, ge=0, lt=1, description="dropout on attention, on its output, and on the hidden layer of the head, in training"
-    )
-
-    @model_validator(mode="after")
-    def _whole_heads(self) -> CrossAttention:
-        if self.width % self.heads:
-            raise ValueError(f"width is {self.width}, which is not a multiple of heads, {self.heads}")
-        return self
 
 
 COLUMN_SETTINGS = {"text": "text_col", "image": "img_col"}
@@ -274,7 +227,9 @@ class Train(Section):
         1, ge=1, le=65_536, description="split a batch into this many parts and accumulate gradients, to save memory"
     )
     lr: float | None = Field(
-        None, gt=0, description="learning rate; default: 4e-4 if main reads images, else 5e-4; mlp and cross-attention: 1e-3"
+        None,
+        gt=0,
+        description="learning rate; default: 4e-4 if main reads images, else 5e-4; mlp, cross-attention, qmf, flamingo: 1e-3",
     )
     lr_comp: float | None = Field(
         None, gt=0, description="learning rate of a trained complementary encoder; default: lr, or lr_tuned if fully tuned"
@@ -333,7 +288,7 @@ class RunConfig(Section):
     )
     head_features: Literal["main", "all"] = Field(
         "main",
-        description="what the head of the method conditional classifies: the pooled feature of main, as in the papers, or "
+        description="what the head of conditional or flamingo classifies: the pooled feature of main, as in the papers, or "
         "all pooled features side by side",
     )
     warm_start: Literal["none", "linear", "auto"] = Field(
@@ -354,6 +309,8 @@ class RunConfig(Section):
     linear: Linear = Linear()
     mlp: MLP = MLP()
     cross_attention: CrossAttention = CrossAttention()
+    qmf: QMF = QMF()
+    flamingo: Flamingo = Flamingo()
     data: Data = Data()
     train: Train = Train()
 

@@ -36,7 +36,7 @@ class Modulation(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """The condition of one layer: prompt tokens, a modulation, or both.
+    """The condition of one layer: prompt tokens, a modulation, something to add to its input, or several of these.
 
     Attributes:
         tokens_BPD: prompt tokens at the layer's input, before the norm ahead of its attention; P may be 0.
@@ -45,12 +45,19 @@ class Prompt(NamedTuple):
         modulation: modulation of the layer's own tokens; it does not apply to the prompt.
         mask_BP: False for prompt tokens without effect, of which a sample may have more than another; None without any.
             Each sample has at least one token with effect.
+        added_BLD: what is added to the layer's input tokens, before everything else and also in the residual; None for
+            nothing, 0 leaves the layer unchanged.
     """
 
     tokens_BPD: Tensor
     gate_H: Tensor | None = None
     modulation: Modulation | None = None
     mask_BP: Tensor | None = None
+    added_BLD: Tensor | None = None
+
+    def add_to(self, x_BLD: Tensor) -> Tensor:
+        """Add `added_BLD`, if there is something to add, to the layer's input, of which (B, ..., D) may be a grid."""
+        return x_BLD if self.added_BLD is None else x_BLD + self.added_BLD.to(x_BLD.dtype).view_as(x_BLD)
 
     def modulate(self, x_NLD: Tensor) -> Tensor:
         """Apply the modulation, if there is one, to what the attention reads."""

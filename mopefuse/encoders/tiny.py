@@ -208,6 +208,7 @@ class TinyEncoder(Encoder):
         first, x_BLD = self._resume(x_BLD)
         for layer, block in list(enumerate(self.blocks))[first:]:
             prompt = self._request_prompt(layer, x_BLD, all_BL)
+            x_BLD = x_BLD if prompt is None else prompt.add_to(x_BLD)
             x_BLD = self._run_block(block, x_BLD, mask, prompt)
         if insert is not None:
             x_BLD = x_BLD[:, insert.tokens_BPD.shape[1] :]

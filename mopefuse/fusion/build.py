@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 SIZES = (
     "prompts.experts prompts.static prompts.dynamic prompts.mapped prompts.condition_tokens prompts.bottleneck head_hidden "
     "comp_tuning.length lora.rank inserted.prompts inserted.images pmf.queries pmf.query_context pmf.fusion_context "
-    "pmf.bottleneck cross_attention.queries cross_attention.width"
+    "pmf.bottleneck cross_attention.queries cross_attention.width flamingo.width flamingo.hidden flamingo.resampled "
+    "flamingo.resampler_layers"
 ).split()
 """Settings that determine the number of parameters of a model."""
 
@@ -68,6 +69,8 @@ class OtherSettings(TypedDict, total=False):
     linear: Mapping[str, Any]
     mlp: Mapping[str, Any]
     cross_attention: Mapping[str, Any]
+    qmf: Mapping[str, Any]
+    flamingo: Mapping[str, Any]
     data: Mapping[str, Any]
     train: Mapping[str, Any]
 

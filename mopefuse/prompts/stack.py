@@ -305,8 +305,8 @@ def fill_prompt_lengths(config: PromptConfig, modality: str) -> PromptConfig:
     )
 
 
-def select_layers(layers: str | Sequence[int], count: int) -> tuple[int, ...]:
-    """Resolve ``all``, ``first:N``, ``last:N``, ``last:1/N`` or a list to sorted indices among `count` layers.
+def select_layers(layers: str | Sequence[int], count: int, owner: str = "the main encoder") -> tuple[int, ...]:
+    """Resolve ``all``, ``first:N``, ``last:N``, ``last:1/N`` or a list to sorted indices among the `count` layers of `owner`.
 
     A fraction is rounded up.
 
@@ -324,7 +324,7 @@ def select_layers(layers: str | Sequence[int], count: int) -> tuple[int, ...]:
     if chosen and not 0 <= chosen[0] <= chosen[-1] < count:
         raise ConfigError(
             ConfigCode.LAYER_OUT_OF_RANGE,
-            f"the main encoder has {count} layers, 0 to {count - 1}; got {layers}",
+            f"{owner} has {count} layers, 0 to {count - 1}; got {layers}",
             where="prompts.layers",
             fix=f"use layers from 0 to {count - 1}, or all",
         )

@@ -106,6 +106,11 @@ def _prompted_parts(check: PromptChecks, alone: str) -> list[Part]:
             "pass the input of the query, key and value projections through prompt.modulate",
         ),
         Part(
+            "adds to the input of each layer",
+            check.added_to_tokens,
+            "pass the input of each layer through prompt.add_to, ahead of the residual connection",
+        ),
+        Part(
             insert,
             check.inserted_tokens,
             "put inserted tokens ahead of the encoder's own and into masks, or set insertable = False",

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mopefuse.encoders.base import Encoded, Insert, Modulation, Prompt, PromptAt
+from mopefuse.encoders.base import Encoded, Insert, Modulation, Prefix, Prompt, PromptAt
 from mopefuse.errors import EncoderError
 from mopefuse.testing.encoder_checks import PROMPT_TOKENS, EncoderChecks, prompts_at
 
@@ -163,6 +163,27 @@ class PromptChecks(EncoderChecks):
 
         return at
 
+    def added_to_tokens(self) -> None:
+        """Adding 0 to a layer's input changes nothing; adding anything else gives what continuing from the sum gives."""
+        plain = self.run(self.inputs)
+        for layer in range(len(self.encoder.widths)):
+            prefix = self.encoder.compute_prefix(self.inputs, layer)
+            random = torch.Generator().manual_seed(layer)
+            added_BLD = torch.randn(prefix.tokens_BLD.shape, generator=random).to(prefix.tokens_BLD)
+            nothing = self.run(self.inputs, _add(layer, torch.zeros_like(added_BLD)))
+            self.same(nothing, plain, f"adding 0 to the input of layer {layer} changes the output")
+            with torch.no_grad():
+                wanted = self.encoder.encode(self.inputs, None, start=Prefix(layer, prefix.tokens_BLD + added_BLD))
+            out = self.encoder.encode(self.inputs, _add(layer, added_BLD.requires_grad_()))
+            what = f"what is added to the input of layer {layer} is not what it continues with"
+            self.close(out.pooled_BC, wanted.pooled_BC, what)
+            self.close(out.tokens_BLD, wanted.tokens_BLD, what)
+            (grad,) = torch.autograd.grad(out.pooled_BC.square().sum(), added_BLD)
+            assert grad.isfinite().all() and (grad.abs().sum(dim=(1, 2)) > 0).all(), self.message(
+                f"what is added to the input of layer {layer} gets no gradient"
+            )
+        self.same(self.run(self.inputs), plain, "what is added outlives its call")
+
     def inserted_tokens(self) -> None:
         """Inserted tokens are rejected, or keep what `Insert` promises."""
         tokens = self.prompts[0]
@@ -241,6 +262,11 @@ class PromptChecks(EncoderChecks):
             self.close(read[one], alone, f"at layer {layer}, the tokens of sample {index} depend on its batch or padding")
         (grad,) = torch.autograd.grad(read.square().sum(), query_BPD)
         assert grad.isfinite().all() and grad.abs().sum() > 0, self.message(f"a query of layer {layer} gets no gradient")
+
+
+def _add(chosen: int, added_BLD: Tensor) -> PromptAt:
+    """A callback that adds to the input of one layer."""
+    return lambda layer, tokens, mask: Prompt(tokens[:, :0], added_BLD=added_BLD) if layer == chosen else None
 
 
 class Stop(Exception):

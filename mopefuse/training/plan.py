@@ -109,6 +109,7 @@ def prepare(config: RunConfig, listener: Listener, device: torch.device | None =
     data = _load(config, listener)
     config = _with_modalities(config, data)
     model = build_model(config, len(data.labels))
+    model.task = "multi-label" if data.multi_label else "single-label"
     _require_rows(model, data)
     if device is not None:
         devices.move_to_device(model, device)
