@@ -5,7 +5,7 @@ Shapes: S samples, C width of one side's feature, F of all features side by side
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -156,15 +156,8 @@ def fit_regression(
         targets, val_targets: (S,) class indices, or (S, N) zeros and ones.
     """
     best: Regression | None = None
-    strengths = sorted(how.settings.strengths)
     actual = val_targets[torch.arange(val.rows)]
-    problem = (_binary_problem if how.multi_label else _multinomial_problem)(train, targets, how)
-    for number, strength in enumerate(strengths):
-
-        def report(share: float, done: int = number, strength: float = strength) -> None:
-            advance(f"C {strength:g}", (done + share) / len(strengths))
-
-        weight_NF, bias_N = problem.solve(strength, how.settings.max_iter, report)
+    for strength, weight_NF, bias_N in regression_path(train, targets, how, advance):
         logits_SN = val.logits(weight_NF, bias_N)
         thresholds = _thresholds(logits_SN, actual, how)
         found = metrics.compute(logits_SN, actual, multi_label=how.multi_label, thresholds=thresholds)
@@ -173,6 +166,20 @@ def fit_regression(
             best = Regression(weight_NF, bias_N, strength, score)
     assert best is not None
     return best
+
+
+def regression_path(
+    train: Design, targets: Targets, how: FitSettings, advance: Advance = _ignore_progress
+) -> Iterator[tuple[float, Tensor, Tensor]]:
+    """Fit a regression for each C, in ascending order: C, weight (N, F) and bias (N,)."""
+    strengths = sorted(how.settings.strengths)
+    problem = (_binary_problem if how.multi_label else _multinomial_problem)(train, targets, how)
+    for number, strength in enumerate(strengths):
+
+        def report(share: float, done: int = number, strength: float = strength) -> None:
+            advance(f"C {strength:g}", (done + share) / len(strengths))
+
+        yield strength, *problem.solve(strength, how.settings.max_iter, report)
 
 
 def _thresholds(logits_SN: Tensor, val: Tensor, how: FitSettings) -> metrics.Thresholds:

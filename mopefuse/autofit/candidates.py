@@ -1,0 +1,83 @@
+"""The candidates of a fit, from cheap to dear: regressions, MLPs, conditional prompts.
+
+Candidates on frozen features (`REGRESSIONS`, `NETWORKS`) are cross-validated, those that run an encoder in every step
+(`TRAINED`) are compared on the validation split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mopefuse.config.schema import RunConfig, build_config
+from mopefuse.config.setting_paths import merge
+
+WARM_START = "linear"
+"""Where conditional prompts start."""
+SECTION = {"main": "main", "comp": "comp", "concat": "both", "average": "both"}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A method with its settings.
+
+    Args:
+        changes: settings, nested, that differ from those of the fit. reads: "main", "comp" or "both".
+        swapped: whether main and comp exchange their roles.
+    """
+
+    name: str
+    title: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    reads: str = "both"
+    swapped: bool = False
+
+    def config(self, values: Mapping[str, Any], more: Mapping[str, Any] | None = None) -> RunConfig:
+        """The configuration of its run.
+
+        Args:
+            values: settings of the fit, nested. more: further changes, nested.
+        """
+        if self.swapped:
+            values = {**values, "main": values["comp"], "comp": values["main"]}
+        return build_config(merge(merge(dict(values), dict(self.changes)), dict(more or {})))
+
+
+def _linear(features: str, title: str) -> Candidate:
+    changes = {"method": "linear", "linear": {"features": features}}
+    return Candidate(f"linear-{features}", title, changes, SECTION[features])
+
+
+def _conditional(name: str, title: str, *, swapped: bool = False, **changes: Any) -> Candidate:
+    train = {"lr": 2e-3, "schedule": "cosine", "epochs": 5, "evals_per_epoch": 4, "patience": 8, "log_every": 5}
+    return Candidate(name, title, {"method": "conditional", "train": train, **changes}, swapped=swapped)
+
+
+REGRESSIONS = (
+    _linear("comp", "logistic regression"),
+    _linear("main", "logistic regression"),
+    _linear("concat", "logistic regression"),
+    _linear("average", "average of two logistic regressions"),
+)
+NETWORKS = (  # the last step is taken, so that no step is selected on the samples that score it
+    Candidate("mlp", "MLP", {"method": "mlp", "train": {"select": "last"}}),
+    Candidate(
+        "mlp-regularised",
+        "MLP, more dropout",
+        {"method": "mlp", "mlp": {"dropout": 0.5}, "train": {"select": "last", "weight_decay": 0.1}},
+    ),
+    Candidate("mlp-wide", "MLP, 1,024 units", {"method": "mlp", "head_hidden": 1024, "train": {"select": "last"}}),
+)
+TRAINED = (
+    _conditional("conditional", "conditional prompts", warm_start=WARM_START),
+    _conditional("conditional-swapped", "conditional prompts in the other encoder", warm_start=WARM_START, swapped=True),
+    _conditional(
+        "conditional-mlp",
+        "conditional prompts and FiLM with an MLP head",
+        head_features="all",
+        head_hidden=512,
+        prompts={"film": True},
+    ),
+)
+CANDIDATES = {one.name: one for one in (*REGRESSIONS, *NETWORKS, *TRAINED)}

@@ -1,0 +1,111 @@
+"""Calibrate the chosen candidate, make the folder its run, and test it once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mopefuse.autofit.calibration import Calibration, calibrate, calibration_error, fold_temperature
+from mopefuse.autofit.candidates import CANDIDATES
+from mopefuse.autofit.context import Context
+from mopefuse.autofit.cross_validation import average
+from mopefuse.autofit.leaderboard import Leaderboard, Line, reading
+from mopefuse.autofit.scores import Estimate, Judge, Predictions
+from mopefuse.autofit.state import CROSS_VALIDATED, VALIDATED
+from mopefuse.autofit.tryouts import head_name
+from mopefuse.core.artifact import dump_json
+from mopefuse.core.atomic_files import write_atomically
+from mopefuse.evaluation.outputs import BatchOutput
+from mopefuse.evaluation.scoring import Evaluation, score
+from mopefuse.evaluation.split import run_split, split_metrics
+from mopefuse.runs.load import Loaded, load_model
+
+_ENSEMBLE = 3  # candidates that are averaged
+
+
+def finish(context: Context, chosen: str) -> Leaderboard:
+    """Calibrate and publish the chosen candidate, test it once, and write the leaderboard."""
+    source = context.folder.candidate_run(chosen)
+    which = "last" if source.config().train.select == "last" else "best"
+    loaded = load_model(source, which, context.device)
+    # 1. The temperature becomes part of the weights.
+    calibration: Calibration | None = _calibrate(context, chosen)
+    if calibration is not None and not fold_temperature(loaded.model.head, calibration.temperature):
+        calibration = None
+    # 2. The folder becomes the run.
+    assert loaded.step is not None
+    progress = {"progress": source.checkpoint(which)[1]["progress"]}
+    context.folder.publish(source, loaded.model.trainable_state_dict(), loaded.step, progress)
+    # 3. One test.
+    evaluation, logits_SN = _evaluate(context, loaded, "test")
+    targets = context.data.targets("test")
+    test_score = Judge(targets, len(context.data.labels)).score(Predictions(torch.arange(len(targets)), logits_SN))
+    test = {**evaluation.metrics, "calibration_error": calibration_error(logits_SN, targets)}
+    board = _leaderboard(context, chosen, calibration, test, test_score)
+    board.write(context.folder.path)
+    # 4. The result of the run.
+    _, val_logits_SN = _evaluate(context, loaded, "val")
+    result = {
+        **source.result(),
+        "metrics": {"val": split_metrics(val_logits_SN, context.data, "val"), "test": evaluation.metrics},
+        "per_label": evaluation.per_label,
+        "fit": {"headline": board.headline, "selected": chosen, "calibration": board.as_dict()["calibration"]},
+    }
+    write_atomically(context.folder.run.metrics_file, dump_json(result))
+    return board
+
+
+def _calibrate(context: Context, chosen: str) -> Calibration:
+    """Choose the temperature by the out-of-sample predictions of a candidate."""
+    cross_validated = context.folder.entries[chosen].state == CROSS_VALIDATED
+    names = [head_name(side) for side in context.modality_of] if chosen == "linear-average" else [chosen]
+    found = [context.folder.predictions(name) for name in names]
+    targets = context.judge.targets[found[0].rows_K]
+    basis = "cross-validation" if cross_validated else "validation"
+    return calibrate([one.logits_KN for one in found], targets, basis)
+
+
+def _evaluate(context: Context, loaded: Loaded, split: str) -> tuple[Evaluation, Tensor]:
+    """Metrics and logits (S, N) of a split; the predictions for test are written."""
+    outputs = run_split(loaded.model, context.data, split, loaded.config, context.device)
+    each = [BatchOutput(torch.arange(len(outputs.logits_SN)), outputs.logits_SN)]
+    file = context.folder.run.predictions_file if split == "test" else None
+    return score(each, context.data, split, loaded.thresholds, predictions=file), outputs.logits_SN
+
+
+def _leaderboard(
+    context: Context, chosen: str, calibration: Calibration | None, test: dict[str, float], test_score: Estimate
+) -> Leaderboard:
+    judge, predictions = context.judge, context.predictions(CROSS_VALIDATED, VALIDATED)
+    regressions = [name for name in ("linear-concat", "linear-average") if name in predictions]
+    base = max(regressions, key=lambda name: judge.value(predictions[name]))
+    lines = []
+    for name in [name for name in CANDIDATES if name in context.folder.entries]:
+        found = predictions.get(name)
+        score, gain = (None, None) if found is None else (judge.score(found), judge.difference(found, predictions[base]))
+        lines.append(Line(context.folder.entries[name], score, gain, chosen=name == chosen))
+    return Leaderboard(
+        lines=lines,
+        metric=judge.metric,
+        choices=context.choices,
+        elapsed=context.budget.elapsed,
+        budget=context.budget.total,
+        calibration=calibration,
+        ensemble=_ensemble(context, chosen),
+        test=test,
+        test_score=test_score,
+    )
+
+
+def _ensemble(context: Context, chosen: str) -> dict[str, Estimate]:
+    """The gain of averaging the best few cross-validated candidates over the chosen one, by their names."""
+    whole = context.predictions(CROSS_VALIDATED)
+    rows = max(len(found.rows_K) for found in whole.values())
+    whole = {name: found for name, found in whole.items() if len(found.rows_K) == rows}
+    best = sorted(whole, key=lambda name: -context.judge.value(whole[name]))[:_ENSEMBLE]
+    if len(best) < 2:
+        return {}
+    mean = average([whole[name] for name in best], multi_label=context.data.multi_label)
+    entries = [context.folder.entries[name] for name in best]
+    names = ", ".join(f"{reading(entry.reads)}: {entry.title}" for entry in entries)
+    return {names: context.judge.difference(mean, context.folder.predictions(chosen))}
