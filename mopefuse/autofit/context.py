@@ -12,7 +12,7 @@ from mopefuse.autofit.budget import Budget
 from mopefuse.autofit.candidates import CANDIDATES, Candidate
 from mopefuse.autofit.features import Features
 from mopefuse.autofit.listener import FitListener
-from mopefuse.autofit.scores import Judge, Predictions, choose
+from mopefuse.autofit.scores import Judge, Predictions, choose, choose_leader
 from mopefuse.autofit.state import CROSS_VALIDATED, SKIPPED, VALIDATED, Entry, FitFolder
 from mopefuse.data.base import DataSet
 
@@ -58,6 +58,14 @@ class Context:
         entries = [self.folder.entries[name] for name in CANDIDATES if name in self.folder.entries]
         return {entry.name: self.folder.predictions(entry.name) for entry in entries if entry.state in states}
 
-    def choose(self) -> str:
-        """The candidate to choose of those that were scored so far."""
-        return choose(self.judge, self.predictions(CROSS_VALIDATED), self.predictions(VALIDATED))
+    def leader(self) -> str:
+        """The candidate that cross-validation chooses."""
+        return choose_leader(self.judge, self.predictions(CROSS_VALIDATED))
+
+    def on_val(self, leader: str) -> Predictions:
+        """The predictions of the leader's run for validation; see `mopefuse.autofit.tryouts.train_leader`."""
+        return self.folder.predictions(f"{leader}-val")
+
+    def choose(self, leader: str) -> str:
+        """The leader, or the candidate that is better on validation."""
+        return choose(self.judge, leader, self.on_val(leader), self.predictions(VALIDATED))

@@ -23,10 +23,14 @@ from mopefuse.runs.load import Loaded, load_model
 _ENSEMBLE = 3  # candidates that are averaged
 
 
-def finish(context: Context, chosen: str) -> Leaderboard:
-    """Calibrate and publish the chosen candidate, test it once, and write the leaderboard."""
+def finish(context: Context, leader: str, chosen: str) -> Leaderboard:
+    """Calibrate and publish the chosen candidate, test it once, and write the leaderboard.
+
+    Args:
+        leader: the candidate that cross-validation chose, which others are compared with.
+    """
     source = context.folder.candidate_run(chosen)
-    which = "last" if source.config().train.select == "last" else "best"
+    which = source.config().train.select
     loaded = load_model(source, which, context.device)
     # 1. The temperature becomes part of the weights.
     calibration: Calibration | None = _calibrate(context, chosen)
@@ -41,7 +45,17 @@ def finish(context: Context, chosen: str) -> Leaderboard:
     targets = context.data.targets("test")
     test_score = Judge(targets, len(context.data.labels)).score(Predictions(torch.arange(len(targets)), logits_SN))
     test = {**evaluation.metrics, "calibration_error": calibration_error(logits_SN, targets)}
-    board = _leaderboard(context, chosen, calibration, test, test_score)
+    board = Leaderboard(
+        lines=_lines(context, leader, chosen),
+        metric=context.judge.metric,
+        choices=context.choices,
+        elapsed=context.budget.elapsed,
+        budget=context.budget.total,
+        calibration=calibration,
+        ensemble=_ensemble(context, chosen),
+        test=test,
+        test_score=test_score,
+    )
     board.write(context.folder.path)
     # 4. The result of the run.
     _, val_logits_SN = _evaluate(context, loaded, "val")
@@ -73,28 +87,17 @@ def _evaluate(context: Context, loaded: Loaded, split: str) -> tuple[Evaluation,
     return score(each, context.data, split, loaded.thresholds, predictions=file), outputs.logits_SN
 
 
-def _leaderboard(
-    context: Context, chosen: str, calibration: Calibration | None, test: dict[str, float], test_score: Estimate
-) -> Leaderboard:
-    judge, predictions = context.judge, context.predictions(CROSS_VALIDATED, VALIDATED)
-    regressions = [name for name in ("linear-concat", "linear-average") if name in predictions]
-    base = max(regressions, key=lambda name: judge.value(predictions[name]))
+def _lines(context: Context, leader: str, chosen: str) -> list[Line]:
+    """The lines of the leaderboard, from cheap to dear."""
     lines = []
     for name in [name for name in CANDIDATES if name in context.folder.entries]:
-        found = predictions.get(name)
-        score, gain = (None, None) if found is None else (judge.score(found), judge.difference(found, predictions[base]))
-        lines.append(Line(context.folder.entries[name], score, gain, chosen=name == chosen))
-    return Leaderboard(
-        lines=lines,
-        metric=judge.metric,
-        choices=context.choices,
-        elapsed=context.budget.elapsed,
-        budget=context.budget.total,
-        calibration=calibration,
-        ensemble=_ensemble(context, chosen),
-        test=test,
-        test_score=test_score,
-    )
+        entry, score, gain = context.folder.entries[name], None, None
+        if entry.is_scored:
+            found = context.folder.predictions(name)
+            theirs = context.on_val(leader) if entry.state == VALIDATED else context.folder.predictions(leader)
+            score, gain = context.judge.score(found), context.judge.difference(found, theirs)
+        lines.append(Line(entry, score, gain, chosen=name == chosen, leader=name == leader))
+    return lines
 
 
 def _ensemble(context: Context, chosen: str) -> dict[str, Estimate]:
@@ -108,4 +111,5 @@ def _ensemble(context: Context, chosen: str) -> dict[str, Estimate]:
     mean = average([whole[name] for name in best], multi_label=context.data.multi_label)
     entries = [context.folder.entries[name] for name in best]
     names = ", ".join(f"{reading(entry.reads)}: {entry.title}" for entry in entries)
-    return {names: context.judge.difference(mean, context.folder.predictions(chosen))}
+    theirs = whole.get(chosen)
+    return {names: context.judge.difference(mean, theirs)} if theirs is not None else {}

@@ -23,7 +23,7 @@ from mopefuse.autofit.listener import FitListener
 from mopefuse.autofit.scores import Judge
 from mopefuse.autofit.setup import choose_data, choose_encoders, data_values
 from mopefuse.autofit.state import FitFolder, require_one_process
-from mopefuse.autofit.tryouts import train_chosen, try_network, try_regressions, try_trained
+from mopefuse.autofit.tryouts import train_leader, try_network, try_regressions, try_trained
 from mopefuse.config.recipe import parse_set
 from mopefuse.config.setting_paths import merge, nest
 from mopefuse.core import device as devices
@@ -129,10 +129,10 @@ def _try_all(context: Context) -> Leaderboard:
     try_regressions(context)
     for candidate in NETWORKS:
         try_network(context, candidate)
-    leader, began = context.choose(), time.monotonic()
-    train_chosen(context, leader, CANDIDATES[leader])  # from here on there is a model, whatever dearer candidates do
+    leader, began = context.leader(), time.monotonic()
+    train_leader(context, CANDIDATES[leader])  # from here on there is a model, whatever dearer candidates do
     reserve = time.monotonic() - began
     for candidate in [one for one in TRAINED if not one.swapped or isinstance(context.values["comp"], str)]:
         try_trained(context, candidate, leader, reserve)
     context.listener.on_phase("calibration and test", context.budget)
-    return finish(context, context.choose())
+    return finish(context, leader, context.choose(leader))

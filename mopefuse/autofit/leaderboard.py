@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mopefuse.autofit.calibration import Calibration
+from mopefuse.autofit.candidates import NETWORKS, REGRESSIONS, TRAINED, Candidate
 from mopefuse.autofit.scores import BEYOND_NOISE, SIMPLER_WITHIN, Estimate
 from mopefuse.autofit.state import CROSS_VALIDATED, Entry
 from mopefuse.core.artifact import dump_json
@@ -23,13 +24,30 @@ class Line:
 
     Args:
         score: on the samples that it predicted out of sample; None if it has no predictions.
-        gain: its score less that of the best regression, on the samples that both predicted.
+        gain: its score less that of the leader, on the samples that both predicted.
+        leader: whether cross-validation chose it; it is chosen unless one that was trained is better on validation.
     """
 
     entry: Entry
     score: Estimate | None = None
     gain: Estimate | None = None
     chosen: bool = False
+    leader: bool = False
+
+    @property
+    def value(self) -> float:
+        """The score without its uncertainty; 0 if there is none."""
+        return self.score.value if self.score else 0.0
+
+    @property
+    def lead(self) -> float:
+        """The gain without its uncertainty; 0 if there is none."""
+        return self.gain.value if self.gain else 0.0
+
+    @property
+    def verdict(self) -> str:
+        """Whether it was chosen."""
+        return "selected" if self.chosen else "not selected"
 
     @property
     def name(self) -> str:
@@ -55,7 +73,7 @@ class Leaderboard:
         test: metrics of the chosen candidate on the test split, and the uncertainty of the first.
     """
 
-    HEADS: ClassVar = ("", "candidate", "score", "scored on", "vs best regression", "trainable", "time")
+    HEADS: ClassVar = ("", "candidate", "score", "scored on", "vs leader", "trainable", "time")
 
     lines: Sequence[Line]
     metric: str
@@ -74,26 +92,21 @@ class Leaderboard:
 
     @property
     def headline(self) -> str:
-        """What each modality alone, the best regression on all, and every other method earned."""
+        """What each modality alone, regressions on all of them, an MLP, and prompts earned."""
         scored = [line for line in self.lines if line.score is not None]
-        parts = []
-        for line in sorted((line for line in scored if len(line.entry.reads) == 1), key=lambda line: -_value(line)):
-            parts.append(f"{line.entry.reads[0]} alone {percent(_value(line))}{' (selected)' if line.chosen else ''}")
-        base = self.best_regression
-        if base is not None:
-            chosen = ", selected" if base.chosen else ""
-            parts.append(f"{reading(base.entry.reads)} {percent(_value(base))} ({base.entry.title}{chosen})")
-        for line in scored:
-            if line.gain is not None and line is not base and len(line.entry.reads) > 1:
-                chosen = "selected" if line.chosen else "not selected"
-                parts.append(f"{line.entry.title} {100 * line.gain.value:+.1f} ({chosen})")
+        alone = sorted((line for line in scored if len(line.entry.reads) == 1), key=lambda line: -line.value)
+        parts = [f"{reading(line.entry.reads)} {percent(line.value)}{' (selected)' if line.chosen else ''}" for line in alone]
+        together = [line for line in scored if len(line.entry.reads) > 1]
+        regression, network, trained = (_best_of(kind, together) for kind in (REGRESSIONS, NETWORKS, TRAINED))
+        if regression is not None:
+            chosen = ", selected" if regression.chosen else ""
+            parts.append(f"{reading(regression.entry.reads)} {percent(regression.value)} ({regression.entry.title}{chosen})")
+        if network is not None and regression is not None:
+            more = network.lead - regression.lead
+            parts.append(f"{network.entry.title} {100 * more:+.1f} ({network.verdict})")
+        if trained is not None:
+            parts.append(f"{trained.entry.title} {100 * trained.lead:+.1f} ({trained.verdict})")
         return ", ".join(parts)
-
-    @property
-    def best_regression(self) -> Line | None:
-        """The best regression on all modalities, which gains are relative to."""
-        found = [line for line in self.lines if len(line.entry.reads) > 1 and line.entry.strengths and line.score is not None]
-        return max(found, key=_value, default=None)
 
     def as_dict(self) -> dict[str, Any]:
         """For leaderboard.json and ``--json``."""
@@ -150,9 +163,9 @@ class Leaderboard:
 
     def _notes(self) -> list[str]:
         notes = [
-            "± is one standard error over samples; differences are paired, on the samples that both predicted. Of the "
-            f"cross-validated candidates, the simplest within {SIMPLER_WITHIN:g} standard error of the best is taken. A "
-            f"candidate that selected its step on validation must be better by more than {BEYOND_NOISE:g}."
+            "± is one standard error over samples; differences are paired, on the samples that both predicted. The leader is "
+            f"the simplest cross-validated candidate within {SIMPLER_WITHIN:g} standard error of the best. A candidate that "
+            f"selected its step on validation must be better there by more than {BEYOND_NOISE:g}."
         ]
         notes += [f"{line.name}: {line.entry.note}." for line in self.lines if line.score and line.entry.note]
         for names, gain in self.ensemble.items():
@@ -177,9 +190,11 @@ def reading(modalities: Sequence[str]) -> str:
     return "both" if len(modalities) == 2 else " and ".join(modalities)
 
 
-def _value(line: Line) -> float:
-    assert line.score is not None
-    return line.score.value
+def _best_of(candidates: Sequence[Candidate], lines: Sequence[Line]) -> Line | None:
+    """The chosen one of some candidates, or else the best."""
+    names = {candidate.name for candidate in candidates}
+    found = [line for line in lines if line.entry.name in names]
+    return max(found, key=lambda line: (line.chosen, line.lead), default=None)
 
 
 def _basis(line: Line) -> str:

@@ -19,9 +19,9 @@ from mopefuse.metrics.quality_gates import selected_metric
 
 _RESAMPLES, _SEED = 400, 0
 SIMPLER_WITHIN = 1.0
-"""Of cross-validated candidates, the simplest one is chosen whose score is within this many standard errors of the best."""
+"""Standard errors within which a simpler cross-validated candidate is as good as the best."""
 BEYOND_NOISE = 2.0
-"""A candidate that was scored on validation, where it also selected its step, must exceed the chosen one by this many."""
+"""Standard errors by which a candidate that selected its step on validation must be better there than a simpler one."""
 
 
 class Predictions(NamedTuple):
@@ -97,21 +97,26 @@ class Judge:
         return csr_array((np.ones(count), (np.arange(count), classes_K.numpy())), shape=(count, self.labels))
 
 
-def choose(judge: Judge, cross_validated: Mapping[str, Predictions], validated: Mapping[str, Predictions]) -> str:
-    """Choose a candidate; both mappings are in order of cost, simplest first.
+def choose_leader(judge: Judge, cross_validated: Mapping[str, Predictions]) -> str:
+    """Of cross-validated candidates, the simplest whose score is within `SIMPLER_WITHIN` standard errors of the best.
 
-    Of the cross-validated candidates, the simplest within `SIMPLER_WITHIN` of the best is taken. A candidate with predictions
-    for validation only, where it also selected its step, replaces it if it is better by `BEYOND_NOISE`.
+    Args:
+        cross_validated: in order of cost, simplest first; they may have been predicted on different numbers of folds.
     """
-    names = list(cross_validated)
-    reference = cross_validated[names[0]]
-    best = max(names, key=lambda name: judge.difference(cross_validated[name], reference).value)
+    reference = next(iter(cross_validated.values()))
+    best = max(cross_validated.values(), key=lambda found: judge.difference(found, reference).value)
+    as_good = (name for name, found in cross_validated.items() if not judge.difference(best, found).exceeds(SIMPLER_WITHIN))
+    return next(as_good)
 
-    def as_good(name: str) -> bool:
-        return not judge.difference(cross_validated[best], cross_validated[name]).exceeds(SIMPLER_WITHIN)
 
-    chosen, predictions = next((name, found) for name, found in cross_validated.items() if as_good(name))
+def choose(judge: Judge, leader: str, on_val: Predictions, validated: Mapping[str, Predictions]) -> str:
+    """The leader, unless a candidate that was trained is better on validation by `BEYOND_NOISE` standard errors.
+
+    Args:
+        on_val: predictions of the leader's run for validation. validated: in order of cost, simplest first.
+    """
+    chosen, best = leader, on_val
     for name, found in validated.items():
-        if judge.difference(found, predictions).exceeds(BEYOND_NOISE):
-            chosen, predictions = name, found
+        if judge.difference(found, best).exceeds(BEYOND_NOISE):
+            chosen, best = name, found
     return chosen

@@ -5,13 +5,11 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import torch
-
 from mopefuse.autofit.candidates import REGRESSIONS, Candidate
 from mopefuse.autofit.context import Context
 from mopefuse.autofit.cross_validation import FoldClock, average, cross_validate_network, cross_validate_regressions
 from mopefuse.autofit.listener import CandidateListener
-from mopefuse.autofit.scores import Estimate, Predictions
+from mopefuse.autofit.scores import Predictions
 from mopefuse.autofit.state import CROSS_VALIDATED, FAILED, SKIPPED, VALIDATED, Entry
 from mopefuse.config.sides import is_comp
 from mopefuse.core.formatting import duration
@@ -23,6 +21,7 @@ from mopefuse.training.listener import Listener
 from mopefuse.training.train import train
 
 _REGRESSION_SHARE, _NETWORK_SHARE = 0.3, 0.25  # of the time left, for the regressions and for each network
+_MAX_ITER = 100  # of a regression in cross-validation, which needs no further digits
 _PROMPTED = 4  # last layers that are prompted: the output of those before is computed once
 
 
@@ -33,9 +32,9 @@ def try_regressions(context: Context) -> None:
     context.listener.on_phase("cross-validation of logistic regressions", context.budget)
     began, multi = time.monotonic(), context.data.multi_label
     sides = tuple(context.modality_of)
-    groups = {head_name(side): (side,) for side in sides}
-    groups |= {"linear-main": ("main",), "linear-comp": tuple(filter(is_comp, sides)), "linear-concat": sides}
-    config = REGRESSIONS[-1].config(context.values)
+    groups: dict[str, tuple[str, ...]] = {head_name(side): (side,) for side in sides}
+    groups |= {"linear-comp": tuple(filter(is_comp, sides)), "linear-concat": sides}
+    config = REGRESSIONS[-1].config(context.values, {"linear": {"max_iter": _MAX_ITER}})
     clock = FoldClock("logistic regressions", context.budget, context.listener, _REGRESSION_SHARE)
     found = cross_validate_regressions(context.features, context.data, config, groups, clock)
     heads = [found[head_name(side)] for side in sides]
@@ -52,8 +51,8 @@ def try_regressions(context: Context) -> None:
 
 
 def head_name(side: str) -> str:
-    """The name of the predictions of one of the regressions that are averaged."""
-    return f"head-{side}"
+    """The name of the predictions of a regression on one side."""
+    return "linear-main" if side == "main" else f"head-{side}"
 
 
 def _count_trainable(context: Context, candidate: Candidate) -> int:
@@ -78,14 +77,17 @@ def try_network(context: Context, candidate: Candidate) -> None:
     context.record(entry, found)
 
 
-def train_chosen(context: Context, name: str, candidate: Candidate) -> None:
-    """Train a cross-validated candidate as a run, with the C that cross-validation chose; a finished run is kept."""
-    run, entry = context.folder.candidate_run(name), context.folder.entries[name]
-    if entry.state != CROSS_VALIDATED or run.metrics_file.is_file():
-        return
-    context.listener.on_phase(f"training {candidate.title}", context.budget)
-    more = {"linear": {"strengths": sorted(set(entry.strengths))}} if entry.strengths else {}
-    train(candidate.config(context.values, more), run.path, resume=run.exists(), listener=Listener(), test=False)
+def train_leader(context: Context, candidate: Candidate) -> None:
+    """Train the candidate that cross-validation chose as a run, with the C that it chose, and predict validation.
+
+    A finished run is kept.
+    """
+    run, entry = context.folder.candidate_run(candidate.name), context.folder.entries[candidate.name]
+    if not run.metrics_file.is_file():
+        context.listener.on_phase(f"training {candidate.title}", context.budget)
+        more = {"linear": {"strengths": sorted(set(entry.strengths))}} if entry.strengths else {}
+        train(candidate.config(context.values, more), run.path, resume=run.exists(), listener=Listener(), test=False)
+    context.folder.save_predictions(f"{candidate.name}-val", _validation_predictions(context, candidate))
 
 
 def try_trained(context: Context, candidate: Candidate, leader: str, reserve: float) -> None:
@@ -106,7 +108,7 @@ def try_trained(context: Context, candidate: Candidate, leader: str, reserve: fl
     listener = _listener(context, leader, reserve)
     run = context.folder.candidate_run(candidate.name)
     try:
-        config = candidate.config(context.values, _prompted_layers(context, candidate))
+        config = candidate.config(context.values, _more_settings(context, candidate))
         result = train(config, run.path, resume=run.can_resume(), overwrite=not run.can_resume(), listener=listener, test=False)
         entry.state, entry.note, entry.trainable = VALIDATED, listener.reason, result["parameters"]["trainable"]
         found = _validation_predictions(context, candidate)
@@ -120,23 +122,22 @@ def try_trained(context: Context, candidate: Candidate, leader: str, reserve: fl
 
 def _listener(context: Context, leader: str, reserve: float) -> CandidateListener:
     """A listener that knows what the leader scores on validation."""
-    found, val_rows = context.folder.predictions(leader), context.features.val_rows
-    on_val_K = torch.isin(found.rows_K, val_rows)
-    predicted = Predictions(found.rows_K[on_val_K], found.logits_KN[on_val_K])
-    to_beat = context.judge.score(predicted) if on_val_K.any() else Estimate(0.0, 0.0, 0)
-    share = len(context.data.splits["test"].rows) / len(val_rows)
+    to_beat = context.judge.score(context.on_val(leader))
+    share = len(context.data.splits["test"].rows) / len(context.features.val_rows)
     return CandidateListener(context.listener, context.budget, to_beat=to_beat, tested_share=share, reserve=reserve)
 
 
-def _prompted_layers(context: Context, candidate: Candidate) -> dict[str, Any]:
-    """Prompt the last layers only, unless the user chose the layers."""
-    if "layers" in context.values.get("prompts", {}):
-        return {}
+def _more_settings(context: Context, candidate: Candidate) -> dict[str, Any]:
+    """The C that cross-validation chose for the warm start, and prompts in the last layers only unless the user chose them."""
+    found: dict[str, Any] = {"linear": {"strengths": context.folder.entries["linear-concat"].strengths}}
     layers = context.layers["comp" if candidate.swapped else "main"]
-    return {"prompts": {"layers": f"last:{_PROMPTED}"}} if layers > _PROMPTED else {}
+    if layers > _PROMPTED and "layers" not in context.values.get("prompts", {}):
+        found["prompts"] = {"layers": f"last:{_PROMPTED}"}
+    return found
 
 
 def _validation_predictions(context: Context, candidate: Candidate) -> Predictions:
-    loaded = load_model(context.folder.candidate_run(candidate.name), "best", context.device)
+    run = context.folder.candidate_run(candidate.name)
+    loaded = load_model(run, run.config().train.select, context.device)
     outputs = run_split(loaded.model, context.data, "val", loaded.config, context.device)
     return Predictions(context.features.val_rows, outputs.logits_SN)
