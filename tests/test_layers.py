@@ -28,7 +28,7 @@ ORDER = (  # from below; a module imports from rows above its own line, or from 
     "inference",
     "evaluation",
     "training export testing",
-    "studies bench",
+    "studies bench autofit",
     "report",
     "cli",
 )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from mopefuse.autofit.calibration import Calibration, calibrate, calibration_error, fold_temperature
-from mopefuse.autofit.candidates import CANDIDATES
+from mopefuse.autofit.candidates import CANDIDATES, REGRESSIONS
 from mopefuse.autofit.context import Context
 from mopefuse.autofit.cross_validation import average
 from mopefuse.autofit.leaderboard import Leaderboard, Line, reading
@@ -89,14 +91,18 @@ def _evaluate(context: Context, loaded: Loaded, split: str) -> tuple[Evaluation,
 
 def _lines(context: Context, leader: str, chosen: str) -> list[Line]:
     """The lines of the leaderboard, from cheap to dear."""
-    lines = []
+    lines, judge, load = [], context.judge, context.folder.predictions
+    known = [one.name for one in REGRESSIONS if one.reads == "both"]
+    regression = max((load(name) for name in known), key=judge.value)
     for name in [name for name in CANDIDATES if name in context.folder.entries]:
-        entry, score, gain = context.folder.entries[name], None, None
+        entry = context.folder.entries[name]
+        line = Line(entry, chosen=name == chosen, leader=name == leader)
         if entry.is_scored:
-            found = context.folder.predictions(name)
-            theirs = context.on_val(leader) if entry.state == VALIDATED else context.folder.predictions(leader)
-            score, gain = context.judge.score(found), context.judge.difference(found, theirs)
-        lines.append(Line(entry, score, gain, chosen=name == chosen, leader=name == leader))
+            found, trained = load(name), entry.state == VALIDATED
+            gain = judge.difference(found, context.on_val(leader) if trained else load(leader))
+            over = None if trained else judge.difference(found, regression)
+            line = replace(line, score=judge.score(found), gain=gain, over_regression=over)
+        lines.append(line)
     return lines
 
 

@@ -26,6 +26,7 @@ class Line:
         score: on the samples that it predicted out of sample; None if it has no predictions.
         gain: its score less that of the leader, on the samples that both predicted.
         leader: whether cross-validation chose it; it is chosen unless one that was trained is better on validation.
+        over_regression: of an MLP, its score less that of the best regression on all modalities.
     """
 
     entry: Entry
@@ -33,6 +34,7 @@ class Line:
     gain: Estimate | None = None
     chosen: bool = False
     leader: bool = False
+    over_regression: Estimate | None = None
 
     @property
     def value(self) -> float:
@@ -101,9 +103,8 @@ class Leaderboard:
         if regression is not None:
             chosen = ", selected" if regression.chosen else ""
             parts.append(f"{reading(regression.entry.reads)} {percent(regression.value)} ({regression.entry.title}{chosen})")
-        if network is not None and regression is not None:
-            more = network.lead - regression.lead
-            parts.append(f"{network.entry.title} {100 * more:+.1f} ({network.verdict})")
+        if network is not None and network.over_regression is not None:
+            parts.append(f"{network.entry.title} {100 * network.over_regression.value:+.1f} ({network.verdict})")
         if trained is not None:
             parts.append(f"{trained.entry.title} {100 * trained.lead:+.1f} ({trained.verdict})")
         return ", ".join(parts)
@@ -152,7 +153,7 @@ class Leaderboard:
             [
                 "*" if line.chosen else "",
                 line.name,
-                _plus_minus(line.score, signed=False) if line.score else f"{line.entry.state}: {line.entry.note}",
+                _plus_minus(line.score, signed=False) if line.score else f"{line.entry.state}: {line.entry.note}".rstrip(": "),
                 _basis(line),
                 _plus_minus(line.gain, signed=True) if line.gain else "",
                 f"{line.entry.trainable:,}" if line.entry.trainable is not None else "",

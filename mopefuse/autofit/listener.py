@@ -10,7 +10,12 @@ from mopefuse.autofit.state import Entry
 from mopefuse.core.formatting import duration, percent
 from mopefuse.training.listener import Listener, Progress
 
+_MEASURED_SECONDS = 2.0  # of a preparation, after which its pace is known
 _MEASURED_STEPS = 5  # steps after which the pace of training is known
+
+
+class OutOfTime(Exception):
+    """A candidate cannot be prepared within the budget."""
 
 
 class FitListener(Listener):
@@ -37,6 +42,7 @@ class CandidateListener(Listener):
     ) -> None:
         self._shown, self._budget, self._to_beat = shown, budget, to_beat
         self._tested_share, self._reserve = tested_share, reserve
+        self._preparation: tuple[str, int, float] = ("", 0, 0.0)  # what is prepared, and where and when it began
         self._first: tuple[int, float] | None = None  # first step of this attempt and its time
         self._last_step_at = time.monotonic()
         self._validation_seconds = 0.0
@@ -44,8 +50,20 @@ class CandidateListener(Listener):
         self.reason = ""
 
     def on_data_progress(self, what: str, done: int, total: int) -> None:
-        """See `Listener.on_data_progress`."""
+        """See `Listener.on_data_progress`.
+
+        Raises:
+            OutOfTime: this preparation would not be finished in time.
+        """
         self._shown.on_data_progress(what, done, total)
+        now = time.monotonic()
+        if what != self._preparation[0] or done < self._preparation[1]:
+            self._preparation = (what, done, now)
+        _, first, began = self._preparation
+        needed = (now - began) / (done - first) * (total - done) if done > first else 0.0
+        left = self._budget.left - self._reserve
+        if left <= 0 or (now - began >= _MEASURED_SECONDS and needed > left):
+            raise OutOfTime(f"{what}: {duration(needed)} more, {duration(max(0.0, left))} left")
 
     def on_step(self, progress: Progress, total: int, loss: float, lr: float) -> None:
         """See `Listener.on_step`."""

@@ -8,7 +8,7 @@ from typing import Any
 from mopefuse.autofit.candidates import REGRESSIONS, Candidate
 from mopefuse.autofit.context import Context
 from mopefuse.autofit.cross_validation import FoldClock, average, cross_validate_network, cross_validate_regressions
-from mopefuse.autofit.listener import CandidateListener
+from mopefuse.autofit.listener import CandidateListener, OutOfTime
 from mopefuse.autofit.scores import Predictions
 from mopefuse.autofit.state import CROSS_VALIDATED, FAILED, SKIPPED, VALIDATED, Entry
 from mopefuse.config.sides import is_comp
@@ -114,6 +114,8 @@ def try_trained(context: Context, candidate: Candidate, leader: str, reserve: fl
         found = _validation_predictions(context, candidate)
     except (Interrupted, ResourceError):
         raise
+    except OutOfTime as reason:
+        entry.note, found = f"no time: {reason}", None
     except MopefuseError as error:
         entry.state, entry.note, found = FAILED, error.what, None
     entry.seconds = round(time.monotonic() - began, 2)
