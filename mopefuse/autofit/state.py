@@ -35,7 +35,7 @@ class Entry:
 
     Args:
         reads: the modalities that it reads. note: why it was skipped, stopped or failed.
-        strengths: C of each regression, by side, chosen by cross-validation.
+        strengths: C of each regression, chosen by cross-validation. epochs: epochs of an MLP that there was time for.
         trainable: number of trainable parameters; None if the model was not built.
     """
 
@@ -47,6 +47,7 @@ class Entry:
     seconds: float = 0.0
     trainable: int | None = None
     strengths: list[float] = field(default_factory=list)
+    epochs: int | None = None
 
     @property
     def is_scored(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from mopefuse.autofit.candidates import REGRESSIONS, Candidate
+from mopefuse.autofit.candidates import NETWORKS, REGRESSIONS, Candidate
 from mopefuse.autofit.context import Context
 from mopefuse.autofit.cross_validation import FoldClock, average, cross_validate_network, cross_validate_regressions
 from mopefuse.autofit.listener import CandidateListener, OutOfTime
@@ -20,7 +20,7 @@ from mopefuse.runs.load import load_model
 from mopefuse.training.listener import Listener
 from mopefuse.training.train import train
 
-_REGRESSION_SHARE, _NETWORK_SHARE = 0.3, 0.25  # of the time left, for the regressions and for each network
+_REGRESSION_SHARE, _NETWORK_SHARE, _VARIANT_SHARE = 0.25, 0.4, 0.2  # of the time left: regressions, MLP, each variant of it
 _MAX_ITER = 100  # of a regression in cross-validation, which needs no further digits
 _PROMPTED = 4  # last layers that are prompted: the output of those before is computed once
 
@@ -65,16 +65,18 @@ def try_network(context: Context, candidate: Candidate) -> None:
         return
     context.listener.on_phase(f"cross-validation of {candidate.title}", context.budget)
     entry = Entry(candidate.name, candidate.title, context.reads(candidate), CROSS_VALIDATED)
-    clock = FoldClock(candidate.title, context.budget, context.listener, _NETWORK_SHARE)
+    share = _NETWORK_SHARE if candidate is NETWORKS[0] else _VARIANT_SHARE
+    clock = FoldClock(candidate.title, context.budget, context.listener, share)
     config = candidate.config(context.values)
     found = cross_validate_network(context.features, context.data, config, context.device, clock)
     entry.seconds = round(clock.seconds, 2)
     if found is None:
-        entry.state, entry.note = SKIPPED, "one fold takes longer than a quarter of the time left"
+        entry.state, entry.note = SKIPPED, f"one fold takes longer than {100 * share:g} % of the time left"
         context.record(entry)
         return
     entry.trainable = _count_trainable(context, candidate)
-    context.record(entry, found)
+    entry.epochs = found.epochs
+    context.record(entry, found.predictions)
 
 
 def train_leader(context: Context, candidate: Candidate) -> None:
@@ -85,7 +87,8 @@ def train_leader(context: Context, candidate: Candidate) -> None:
     run, entry = context.folder.candidate_run(candidate.name), context.folder.entries[candidate.name]
     if not run.metrics_file.is_file():
         context.listener.on_phase(f"training {candidate.title}", context.budget)
-        more = {"linear": {"strengths": sorted(set(entry.strengths))}} if entry.strengths else {}
+        more: dict[str, Any] = {"linear": {"strengths": sorted(set(entry.strengths))}} if entry.strengths else {}
+        more |= {"train": {"epochs": entry.epochs}} if entry.epochs else {}
         train(candidate.config(context.values, more), run.path, resume=run.exists(), listener=Listener(), test=False)
     context.folder.save_predictions(f"{candidate.name}-val", _validation_predictions(context, candidate))
 
