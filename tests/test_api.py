@@ -94,7 +94,7 @@ def test_labels_and_task_are_those_of_the_model() -> None:
         ({"expert": 4}, "build_fusion has no argument 'expert' · expert · fix: did you mean experts?"),
         ({"experts": 0}, "experts: got 0; needs at least 1"),
         ({"gate": "on"}, "gate: got 'on'; needs 'none' or 'zero'"),
-        ({"layers": "every"}, "layers: got 'every'; needs all, first:N, last:N, or a list of indices from 0"),
+        ({"layers": "every"}, "layers: got 'every'; needs all, first:N, last:N, last:1/N, or a list of indices from 0"),
         ({"num_labels": 0}, "num_labels must be a positive integer, got 0 · num_labels"),
         ({"num_labels": None}, "num_labels must be a positive integer, got None · num_labels"),
         ({"num_labels": None, "labels": ["a", "a"]}, "labels must be a non-empty list of distinct names · labels"),

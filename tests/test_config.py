@@ -40,7 +40,7 @@ def test_set_wins_over_flags_over_the_recipe_over_a_saved_run_over_defaults(tmp_
     flags = {"train.epochs": 3, "train.lr": 3e-3, "train.batch_size": None}
     got = resolve(recipe=file, flags=flags, sets=["train.epochs=4"], saved=saved)
     assert (got.train.epochs, got.train.lr, got.train.clip, got.train.batch_size) == (4, 3e-3, 2.0, 1)
-    assert (got.seed, got.train.weight_decay) == (2, RunConfig(**BASE).train.weight_decay)
+    assert (got.seed, got.train.weight_decay) == (2, build_config(BASE).train.weight_decay)
 
 
 def test_the_last_of_several_sets_wins_and_neighbours_stay() -> None:
@@ -103,8 +103,8 @@ def test_a_bad_value_is_named_by_the_flag_that_set_it_and_the_nearest_is_offered
         ("prompts", "experts", "many", "needs a whole number"),
         ("prompts", "dropout", 1.0, "needs less than 1"),
         ("prompts", "dropout", -0.1, "needs at least 0"),
-        ("prompts", "layers", "last:0", "first:N"),
-        ("prompts", "layers", "some", "first:N"),
+        ("prompts", "layers", "last:0", "last:1/N"),
+        ("prompts", "layers", "some", "last:1/N"),
         ("prompts", "layers", [0, 0], "different"),
         ("prompts", "layers", [-1], "from 0"),
         ("prompts", "layers", [], "from 0"),

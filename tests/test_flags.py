@@ -170,7 +170,7 @@ def test_layers_are_a_word_or_indices(text: str, value: object) -> None:
         (("--lr", "nan"), "--lr: got nan; needs a finite number"),
         (("--threshold", "high"), "--threshold: got 'high'; needs a number or 'tuned'"),
         (("--threshold", "1.5"), "--threshold: got '1.5'; needs less than 1 or 'tuned'"),
-        (("--layers", "some"), "--layers: got 'some'; needs all, first:N, last:N, or a list of indices from 0"),
+        (("--layers", "some"), "--layers: got 'some'; needs all, first:N, last:N, last:1/N, or a list of indices from 0"),
         (("--device", "gpu"), "--device: got 'gpu'; needs auto, cpu, cuda, cuda:N or mps"),
         (("--val-fraction", "1"), "--val-fraction: got 1.0; needs less than 1"),
         (("--set", "train.clip=0"), "train.clip: got 0; needs more than 0"),

@@ -29,8 +29,13 @@ def images(count: int) -> list[Image.Image]:
     return [Image.fromarray(value) for value in values]
 
 
+PAPER = {"compat": "paper", "gate": "zero", "head_norm": "layer"}
+DEFAULTS = {"compat": "none", "gate": None, "head_norm": None}
+
+
 def build(main: str = "tiny:vision", comp: str = "tiny:text", **options: object) -> Fusion:
-    return mopefuse.build_fusion(main=main, comp=comp, num_labels=7, **options)
+    """The papers' stack, unless `options` are `DEFAULTS`."""
+    return mopefuse.build_fusion(main=main, comp=comp, num_labels=7, **{**PAPER, **options})
 
 
 def open_gates(model: Fusion) -> None:
@@ -44,6 +49,7 @@ def open_gates(model: Fusion) -> None:
 @pytest.mark.parametrize(
     "options",
     [
+        DEFAULTS,
         {},
         {"gate": "none"},
         {"router": {"kind": "joint"}},
@@ -70,8 +76,10 @@ def test_a_sample_does_not_depend_on_its_batch(main: str, comp: str, options: di
 
 
 @pytest.mark.parametrize(("main", "comp"), PAIRS)
-def test_zero_gated_prompts_start_as_the_frozen_encoder_to_the_bit(main: str, comp: str) -> None:
-    model, probe = build(main, comp, gate="zero"), build(main, comp, static=0, dynamic=0, mapped=0)
+@pytest.mark.parametrize("options", [DEFAULTS, {}], ids=["defaults", "papers"])
+def test_zero_gated_prompts_start_as_the_frozen_encoder_to_the_bit(main: str, comp: str, options: dict[str, object]) -> None:
+    model = build(main, comp, **options)
+    probe = build(main, comp, **options, static=0, dynamic=0, mapped=0, film=False)
     probe.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("stack.")})
     batch = model.collate(images(5), TEXTS)
     assert torch.equal(model(batch).logits, probe(batch).logits)

@@ -104,5 +104,13 @@ def test_a_warm_start_is_compared_with_the_regression_that_it_began_as(run: Path
     config = facts.config.model_copy(update={"warm_start": "linear"})
     log = [{"step": 0, "val": {"accuracy": 0.5}}, {"step": 2, "val": {"accuracy": 0.75}}]
     text = Page(str(run_baselines.baselines(replace(facts, config=config, log=log)).body)).text
+    assert "Step 0 is a logistic regression" in text
     assert "Its accuracy on validation was 50.0 %; that of step 2 is 75.0 %" in text
+    table = [{"name": "MLP on main and comp", "score": 0.5, "loss": 1.0}, {"name": "one", "score": 0.25, "loss": 1.0}]
+    facts = replace(facts, config=config, log=log, result={**facts.result, "start": {"samples": 1234, "baselines": table}})
+    text = Page(str(run_baselines.baselines(facts).body)).text
+    assert "on 1,234 held-out samples: MLP on main and comp 50.0 %, one 25.0 %." in text
+    text = Page(str(run_baselines.baselines(replace(facts, step=0)).body)).text
+    assert "Its accuracy on validation is 50.0 %. No later step was better by more than noise" in text
+    facts = facts_of(run)
     assert "Training started from" not in Page(str(run_baselines.baselines(replace(facts, log=log)).body)).text

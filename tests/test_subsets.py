@@ -19,7 +19,8 @@ from mopefuse.data.load import load_data
 from mopefuse.data.subsets import apportion, choose_few, hold_out
 from mopefuse.errors import ConfigError
 from mopefuse.fusion.base import Output
-from mopefuse.training.losses import balanced_weights, classification_loss
+from mopefuse.metrics.losses import balanced_weights
+from mopefuse.training.losses import classification_loss
 
 IDS = [f"row-{number}" for number in range(60)]
 SINGLE = [("often",) if number % 6 else ("rare",) for number in range(60)]  # 50 and 10

@@ -12,11 +12,18 @@ import torch
 from conftest import call, make_pairs
 
 from mopefuse.config.schema import build_config
+from mopefuse.core.error_codes import ConfigCode
 from mopefuse.core.tensor_files import read_tensors
+from mopefuse.data.features import split_features
+from mopefuse.data.load import load_data
 from mopefuse.errors import ConfigError
+from mopefuse.evaluation.split import model_outputs
+from mopefuse.fusion._mlp_fit import Network, NetworkSettings
+from mopefuse.fusion.baselines import fit_baselines
 from mopefuse.fusion.build import build_model
+from mopefuse.fusion.regression import FitSettings, Fold
 from mopefuse.runs.folder import RunFolder
-from mopefuse.training.optim import make_optimizer
+from mopefuse.runs.load import load_model
 from mopefuse.training.plan import resolved
 from mopefuse.training.swap import swap_encoder
 from mopefuse.training.train import train
@@ -91,9 +98,6 @@ def test_later_steps_are_selected_only_where_validation_improves(data: Path, tmp
     assert (result["selected_step"], result["steps"]) == (0, 4)
     log = RunFolder(tmp_path / "idle").read_log()
     assert [line["step"] for line in log if "val" in line] == [0, 4]
-    result = train(config(data, train__epochs=6, train__lr_head=1e-2), tmp_path / "run")
-    scores = {line["step"]: line["val"]["accuracy"] for line in RunFolder(tmp_path / "run").read_log() if "val" in line}
-    assert result["selected_step"] == min(scores, key=lambda step: (-scores[step], step))
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(data: Path, tmp_path: Path) -> None:
@@ -105,12 +109,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(data: Path, tmp_pa
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_the_head_learns_slower_and_the_statistics_not_at_all(data: Path, tmp_path: Path) -> None:
+def test_the_head_learns_and_the_statistics_do_not(data: Path, tmp_path: Path) -> None:
     settings = config(data)
     model = build_model(settings, 3)
-    groups = {group["peak"] for group in make_optimizer(model, resolved(settings, model).train).param_groups}
-    assert groups == {1e-2, 1e-2 / 50}
-    assert resolved(config(data, warm_start="none"), build_model(config(data, warm_start="none"), 3)).train.lr_head == 1e-2
     train(settings, tmp_path / "run")
     start, end = (
         read_tensors(RunFolder(tmp_path / "run").checkpoint(which)[0] / "weights.safetensors") for which in ("step-0", "last")
@@ -120,13 +121,81 @@ def test_the_head_learns_slower_and_the_statistics_not_at_all(data: Path, tmp_pa
     assert not set(model.named_trainable_parameters()) & {n for n in start if n.startswith("standard.")}
 
 
-@pytest.mark.parametrize(
-    ("changed", "code"), [({"prompts__gate": "none"}, 101), ({"head_hidden": 8}, 102)], ids=["ungated", "deeper head"]
-)
-def test_what_would_not_begin_as_the_regression_is_refused(data: Path, changed: dict[str, Any], code: int) -> None:
+def test_a_regression_cannot_be_the_start_of_ungated_prompts(data: Path) -> None:
     with pytest.raises(ConfigError) as refused:
-        build_model(config(data, **changed), 3)
-    assert refused.value.number == code
+        build_model(config(data, prompts__gate="none"), 3)
+    assert refused.value.number == ConfigCode.WARM_START_NEEDS_GATE
+
+
+@pytest.mark.parametrize("changed", [{"prompts__gate": "none"}, {"either": True, "train__modality_dropout": 0.1}], ids=str)
+def test_auto_means_none_where_step_0_could_not_equal_a_baseline(data: Path, changed: dict[str, Any]) -> None:
+    settings = config(data, **{"warm_start": "auto", **changed})
+    model = build_model(settings, 3)
+    assert not model.starts_fitted and model.standard is None
+
+
+def logits_on(run: Path, split: str) -> torch.Tensor:
+    loaded = load_model(RunFolder(run), "step-0", torch.device("cpu"))
+    data = load_data(loaded.config.data)
+    outputs = model_outputs(loaded.model, data, split, loaded.config, torch.device("cpu"))
+    return torch.cat([logits_BN for _, logits_BN, _ in outputs])
+
+
+def features_on(run: Path, split: str) -> Fold:
+    loaded = load_model(RunFolder(run), "step-0", torch.device("cpu"))
+    data, model = load_data(loaded.config.data), loaded.model
+    tables = {s: split_features(model.encoder(s), data, split, loaded.config, torch.device("cpu")) for s in model.uses}
+    return Fold(tables, data.sparse_targets(split))
+
+
+AUTO: list[dict[str, Any]] = [{"head_hidden": 0}, {"head_hidden": 8}, {"main": "tiny:text", "comp": "tiny:vision"}]
+
+
+@pytest.mark.parametrize("changed", AUTO, ids=str)
+def test_step_0_of_auto_is_the_best_baseline(data: Path, tmp_path: Path, changed: dict[str, Any]) -> None:
+    settings = config(data, **{"warm_start": "auto", "head_features": "all", "head_hidden": 8, "train__epochs": 0, **changed})
+    train(settings, tmp_path / "run")
+    how = FitSettings(3, multi_label=False, threshold=0.5, balanced=False, settings=settings.linear)
+    network = NetworkSettings(settings.head_hidden, settings.mlp.dropout, settings.seed) if settings.head_hidden else None
+    folds = [features_on(tmp_path / "run", split) for split in ("train", "val", "test")]
+    found = fit_baselines(folds[0], folds[1], how, network, lambda what, share: None, seed=settings.seed)
+    assert json.loads((tmp_path / "run" / "start.json").read_text()) == json.loads(json.dumps(found.facts()))
+    known = {side: folds[0].statistics(side) for side in folds[0].features}
+    design, model = folds[2].design(known, 3), found.best.model
+    expected = model.logits_of(design) if isinstance(model, Network) else design.logits(*model)
+    torch.testing.assert_close(logits_on(tmp_path / "run", "test"), expected, atol=1e-4, rtol=0)
+    assert expected.std() > 0.01, "constant logits could not show a difference"
+
+
+def test_training_goes_on_from_the_baseline_with_the_lowest_loss_also_when_resumed(data: Path, tmp_path: Path) -> None:
+    settings = config(data, warm_start="auto", head_features="all", head_hidden=8, train__epochs=0)
+    train(settings, tmp_path / "start")
+    folder = RunFolder(tmp_path / "start")
+    step_0 = folder.checkpoint("step-0")[0]
+    facts = json.loads((tmp_path / "start" / "start.json").read_text())
+    assert (facts["best"] != facts["trained_from"]) == (step_0 / "train-from.safetensors").exists()
+    whole = settings.model_copy(update={"train": settings.train.model_copy(update={"epochs": 1})})
+    train(whole, tmp_path / "whole")
+    train(whole, tmp_path / "start", resume=True)
+    one, other = (
+        read_tensors(RunFolder(tmp_path / name).checkpoint("last")[0] / "weights.safetensors") for name in ("whole", "start")
+    )
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_later_step_must_exceed_step_0_by_more_than_noise(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(data, train__epochs=6, train__lr_head=1e-2, linear__strengths=[1e-6])
+    monkeypatch.setattr("mopefuse.training.trainer.exceeds_noise", lambda score_S, start_S: True)
+    free = train(settings, tmp_path / "free")
+    assert free["selected_step"] > 0, "this data and seed must improve, or the rest shows nothing"
+    monkeypatch.setattr("mopefuse.training.trainer.exceeds_noise", lambda score_S, start_S: False)
+    assert train(settings, tmp_path / "strict")["selected_step"] == 0
+    monkeypatch.undo()
+    scores = read_tensors(RunFolder(tmp_path / "free").checkpoint("last")[0] / "start-scores.safetensors")["score_S"]
+    log = RunFolder(tmp_path / "free").read_log()
+    assert float(scores.mean()) == pytest.approx(next(line["val"]["accuracy"] for line in log if line["step"] == 0))
 
 
 def test_a_method_without_warm_start_reports_it_as_unused(data: Path, tmp_path: Path) -> None:

@@ -129,7 +129,8 @@ class Subject:
     ) -> None:
         self.variant, self.encoders, self.device = variant, encoders, device
         settings = dict(variant.settings)
-        values = merge(config.model_dump(), merge(defaults_of(settings), settings))
+        own = defaults_of(settings) if "method" in settings else {}
+        values = merge(config.model_dump(), merge(own, settings))
         if variant.part > 1:
             last = max(1, len(encoders["main"].widths) // variant.part)
             values = merge(values, {"prompts": {"layers": f"last:{last}"}})

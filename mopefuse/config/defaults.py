@@ -12,21 +12,37 @@ from mopefuse.config.setting_paths import merge
 ONE_SIDED = {"main-only": "comp", "comp-only": "main"}
 """Methods that use one encoder, mapped to the side whose encoder can be omitted."""
 
-OFFICIAL: dict[str, Any] = {
-    "head_norm": "none",
-    "prompts": {"experts": 4, "gate": "none", "mapper_norm": "batch-frozen", "route_stage_starts": False},
-    "router": {"kind": "joint", "noise_in_eval": True},
-    "data": {"image_stats": "mmbt"},
-    "train": {"select": "last"},
-}
+PAPER: dict[str, Any] = {"head_norm": "none", "prompts": {"gate": "none"}}
+"""Settings that ``compat: paper`` changes unless they are given: the stack of the papers and their training, without the
+defaults that `METHODS` sets for the method conditional."""
+
+OFFICIAL: dict[str, Any] = merge(
+    PAPER,
+    {
+        "prompts": {"experts": 4, "mapper_norm": "batch-frozen", "route_stage_starts": False},
+        "router": {"kind": "joint", "noise_in_eval": True},
+        "data": {"image_stats": "mmbt"},
+        "train": {"select": "last"},
+    },
+)
 """Settings that ``compat: official`` changes unless they are given: the choices of the papers' released code, without its leak
 between samples of a batch. Its average over prompts and patches has no counterpart here: prompts have no output."""
+
+CONDITIONAL: dict[str, Any] = {
+    "warm_start": "auto",
+    "head_features": "all",
+    "head_hidden": 256,
+    "prompts": {"film": True, "layers": "last:1/3"},
+    "train": {"lr": 2e-3, "lr_head": 1e-3, "weight_decay": 1e-2, "schedule": "cosine", "warmup": 0.1},
+}
+"""Defaults of the method conditional, chosen by measurement (docs/log.md)."""
 
 _SMALL_NETWORK: dict[str, Any] = {
     "head_hidden": 512,
     "train": {"lr": 1e-3, "weight_decay": 1e-2, "schedule": "cosine"},
 }
 METHODS: dict[str, dict[str, Any]] = {
+    "conditional": CONDITIONAL,
     "mlp": merge(_SMALL_NETWORK, {"train": {"epochs": 30}}),
     "cross-attention": _SMALL_NETWORK,
 }
@@ -39,9 +55,12 @@ cached features takes a second or two.
 
 def defaults_of(values: dict[str, Any]) -> dict[str, Any]:
     """The settings, nested, that the ``method`` and the ``compat`` of a configuration set unless they are given."""
-    method = values.get("method")
+    method, compat = values.get("method", "conditional"), values.get("compat")
     found = METHODS.get(method, {}) if isinstance(method, str) else {}
-    return merge(found, OFFICIAL) if values.get("compat") == "official" else found
+    papers = {"paper": PAPER, "official": OFFICIAL}.get(compat) if isinstance(compat, str) else None
+    if papers is None:
+        return found
+    return papers if method == "conditional" else merge(found, papers)
 
 
 def without_idle_side(values: dict[str, Any]) -> dict[str, Any]:

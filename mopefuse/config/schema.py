@@ -52,7 +52,9 @@ class Prompts(Section):
     film_mixture: int = Field(
         1, ge=1, le=256, description="experts that a softmax mixes to the scale and shift of each layer; 1 for no mixture"
     )
-    layers: Layers = Field("all", description="layers to prompt: all, first:N, last:N, or indices from 0 such as 0,3,5")
+    layers: Layers = Field(
+        "all", description="layers to prompt: all, first:N, last:N, last:1/N for a fraction, or indices from 0 such as 0,3,5"
+    )
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout on prompts, in training")
     gate: Literal["none", "zero"] = Field(
         "zero", description="gate on the prompts: learned, starting at 0 (zero), or none, as in the papers"
@@ -69,8 +71,8 @@ class Prompts(Section):
     def _layers(cls, value: str | tuple[int, ...]) -> str | tuple[int, ...]:
         if isinstance(value, str) and re.fullmatch(r"\d{1,4}(,\d{1,4})*", value, re.ASCII):
             value = tuple(int(number) for number in value.split(","))
-        if isinstance(value, str) and not re.fullmatch(r"all|(first|last):[1-9]\d{0,3}", value, re.ASCII):
-            raise ValueError("all, first:N, last:N, or a list of indices from 0")
+        if isinstance(value, str) and not re.fullmatch(r"all|(first|last):(1/)?[1-9]\d{0,3}", value, re.ASCII):
+            raise ValueError("all, first:N, last:N, last:1/N, or a list of indices from 0")
         if not isinstance(value, str) and (min(value, default=-1) < 0 or len(set(value)) < len(value)):
             raise ValueError("different indices from 0")
         return value
@@ -278,7 +280,7 @@ class Train(Section):
         None, gt=0, description="learning rate of a trained complementary encoder; default: lr, or lr_tuned if fully tuned"
     )
     lr_tuned: float = Field(2e-5, gt=0, description="learning rate of a fully tuned main encoder")
-    lr_head: float | None = Field(None, gt=0, description="learning rate of the head; default: lr, or lr/50 after a warm start")
+    lr_head: float | None = Field(None, gt=0, description="learning rate of the head; default: lr")
     weight_decay: float = Field(1e-3, ge=0, description="weight decay of AdamW")
     clip: float = Field(1.0, gt=0, description="maximum norm of the gradient")
     schedule: Literal["paper", "cosine", "one-cycle", "constant"] = Field(
@@ -320,7 +322,9 @@ class RunConfig(Section):
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="device to compute on: auto, cpu, cuda, cuda:N or mps"
     )
-    compat: Literal["none", "official"] = Field("none", description="official: use the defaults of the papers' released code")
+    compat: Literal["none", "paper", "official"] = Field(
+        "none", description="use the defaults of the papers (paper), or of their released code (official)"
+    )
     head_norm: Literal["layer", "none"] = Field(
         "layer", description="normalisation of the pooled features before the head; none: as in the papers"
     )
@@ -332,8 +336,10 @@ class RunConfig(Section):
         description="what the head of the method conditional classifies: the pooled feature of main, as in the papers, or "
         "all pooled features side by side",
     )
-    warm_start: Literal["none", "linear"] = Field(
-        "none", description="start from logistic regression on the features of both encoders (linear), or not (none)"
+    warm_start: Literal["none", "linear", "auto"] = Field(
+        "none",
+        description="start as the best of several simple models of the frozen features (auto), as logistic regression on all "
+        "of them (linear), or from scratch (none)",
     )
     either: bool = Field(False, description="also train a head that predicts rows without the main modality")
     tune: Literal["probe", "prompt", "lora", "full"] | None = Field(

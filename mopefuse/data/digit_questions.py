@@ -23,9 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mopefuse.core.atomic_files import replace_atomically
 from mopefuse.core.error_codes import DataCode
-from mopefuse.core.regular_files import read_regular
+from mopefuse.data.generated import write_generated
 from mopefuse.data.options import Option, with_options
 from mopefuse.errors import DataError
 
@@ -189,7 +188,7 @@ def make(
     Raises:
         DataError: a count is not positive, or the folder contains something else.
     """
-    folder, counts = Path(folder).resolve(), {"train": train, "val": val, "test": test}
+    counts = {"train": train, "val": val, "test": test}
     if min(counts.values()) < 1 or seed < 0:
         raise DataError(
             DataCode.CANNOT_MAKE_SPLITS,
@@ -197,15 +196,12 @@ def make(
             fix="make at least one row of each split",
         )
     about = {"dataset": "digit-questions", "version": 1, "seed": seed, "rows": counts, "source": _SOURCE}
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        _check_same(folder, about)
-        return counts
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with replace_atomically(folder) as building:
+
+    def write(building: Path) -> None:
         for split, rows in counts.items():
             _write_split(building, split, compose(split, rows, seed))
-        about["sha256"] = _digest(building)
-        (building / "dataset.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+    write_generated(folder, about, write)
     return counts
 
 
@@ -223,33 +219,3 @@ def _write_split(folder: Path, split: str, content: Split) -> None:
                 "label": str(question.label),
             }
             lines.write(json.dumps(row) + "\n")
-
-
-def _digest(folder: Path) -> str:
-    """SHA-256 over the names and bytes of all files except ``dataset.json``."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "dataset.json"):
-        digest.update(f"{path.relative_to(folder).as_posix()} {path.stat().st_size}\n".encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def _check_same(folder: Path, about: dict[str, Any]) -> None:
-    """Check that `folder` is exactly the data set that `about` describes.
-
-    Raises:
-        DataError: it is not.
-    """
-    fix = "choose a new folder, or remove this one"
-    try:
-        found = json.loads(read_regular(folder / "dataset.json").decode("utf-8"))
-    except (OSError, ValueError):
-        raise DataError(DataCode.MADE_FOLDER_NOT_EMPTY, "the folder is not empty", where=str(folder), fix=fix) from None
-    if not isinstance(found, dict) or {key: found.get(key) for key in about} != about:
-        raise DataError(
-            DataCode.OTHER_MADE_DATA, "the folder contains another data set", where=str(folder / "dataset.json"), fix=fix
-        )
-    if found.get("sha256") != _digest(folder):
-        raise DataError(
-            DataCode.MADE_DATA_CHANGED, "files of this data set were changed, added or removed", where=str(folder), fix=fix
-        )

@@ -29,12 +29,14 @@ class Evaluation:
 
     Args:
         per_label: precision, recall, F1 and counts of each label.
+        score_S: score of each sample, see `mopefuse.metrics.classification.Tally.by_sample`.
         load_LK: expert weights summed over the split, of a model that routes.
     """
 
     split: str
     metrics: dict[str, float]
     per_label: list[dict[str, Any]]
+    score_S: Tensor
     load_LK: Tensor | None = None
 
 
@@ -83,7 +85,7 @@ def score(
     for sums in tally.sums() if distributed_outputs else ():
         distributed.sum_over_processes(sums)
     load_LK = outputs.load() if isinstance(outputs, ModelOutputs) else None
-    return Evaluation(split, tally.metrics(), tally.per_label(data.labels), load_LK)
+    return Evaluation(split, tally.metrics(), tally.per_label(data.labels), tally.by_sample(), load_LK)
 
 
 def score_tuned(outputs: ModelOutputs, data: DataSet, split: str, folder: Path) -> tuple[Evaluation, list[float]]:
@@ -116,7 +118,8 @@ def score_tuned(outputs: ModelOutputs, data: DataSet, split: str, folder: Path) 
                 targets_Sn = targets.columns(first, first + logits_Sn.shape[1])
                 thresholds += (best := metrics.tuned_thresholds(logits_Sn, targets_Sn))
                 tally.add(torch.arange(count), logits_Sn, targets_Sn, best, first=first)
-            return Evaluation(split, tally.metrics(), tally.per_label(data.labels), load_LK), thresholds
+            found = Evaluation(split, tally.metrics(), tally.per_label(data.labels), tally.by_sample(), load_LK)
+            return found, thresholds
 
         tuned: tuple[Evaluation, list[float]] = distributed.run_on_main(tune)
     return tuned

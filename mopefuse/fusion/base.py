@@ -27,7 +27,7 @@ from mopefuse.data.base import Batch
 from mopefuse.encoders.base import Encoder, Prefix, Preprocess, run_frozen
 from mopefuse.errors import CheckpointError, ConfigError
 from mopefuse.fusion.collator import Collator, Requirements
-from mopefuse.fusion.regression import Advance, FitSettings, Fold, Standard, fit_heads
+from mopefuse.fusion.regression import Advance, FitSettings, Fitted, Fold, Standard
 
 Task = Literal["single-label", "multi-label"]
 TASKS: tuple[Task, ...] = ("single-label", "multi-label")
@@ -82,7 +82,7 @@ class Fusion(nn.Module):
     takes_several_comps: ClassVar[bool] = False
     """Whether the method takes any number of complementary encoders, and handles samples that lack their modalities."""
     closed_form: ClassVar[bool] = False  # whether `fit` trains everything, so that no training step is made
-    starts_fitted: bool = False  # whether the head starts as a regression, see `add_regression_head`
+    starts_fitted: bool = False  # whether `fit` computes the initial weights
     head: nn.Module
     num_labels: int = 0
     """N, set by `mopefuse.fusion.build.build_model`."""
@@ -287,11 +287,6 @@ class Fusion(nn.Module):
         self.standard = nn.ModuleDict({side: Standard(width) for side, width in widths.items()})
         return sum(widths.values())
 
-    def add_regression_head(self, num_labels: int) -> None:
-        """Set a linear head on standardised features of all sides, whose weights `fit` computes."""
-        self.head = nn.Linear(self.standardise_features(), num_labels)
-        self.starts_fitted = True
-
     def standardise(self, *pooled_BC: Tensor) -> tuple[Tensor, ...]:
         """Standardise the pooled features of the sides in `standard`, in its order, with statistics of the training split."""
         assert self.standard is not None
@@ -354,18 +349,14 @@ class Fusion(nn.Module):
             for name, tensor in expected.items():
                 tensor.copy_(state[name])
 
-    def fit(self, train: Fold, val: Fold, how: FitSettings, advance: Advance) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Fit the head as a regression on the features of the encoders without prompts, if `standard` is set.
+    def fit(self, train: Fold, val: Fold, how: FitSettings, advance: Advance) -> Fitted:
+        """Compute the weights of a `closed_form` method, or the initial ones of a model that `starts_fitted`.
 
         Args:
             train, val: pooled features of the sides in `standard`.
             advance: called periodically with a name of the current step and the completed fraction of the work.
-
-        Returns:
-            Trainable tensors by name, and the C that validation chose, by head.
         """
-        assert self.standard is not None
-        return fit_heads({"head": tuple(self.standard)}, train, val, how, advance)
+        raise NotImplementedError(f"{type(self).__name__} is trained by steps only")
 
     def learning_rate_group(self, name: str) -> str:
         """The learning rate that a trainable parameter uses: "main", "comp", "head", or "tuned" for a tuned main encoder."""

@@ -54,9 +54,9 @@ class OtherSettings(TypedDict, total=False):
     head_hidden: int  # width of a hidden layer in the head; 0 for a linear head
     head_norm: Literal["layer", "none"]  # whether pooled features are normalised before the head
     head_features: Literal["main", "all"]  # "all": the head takes the features of all encoders, not only of the main one
-    warm_start: Literal["none", "linear"]  # "linear": the head is a regression on all features, fitted by `mopefuse.train`
+    warm_start: Literal["none", "linear", "auto"]  # other than "none": `mopefuse.train` fits the head first
     either: bool  # whether to add a head for samples without the main modality
-    compat: Literal["none", "official"]  # "official": defaults of the papers' released code
+    compat: Literal["none", "paper", "official"]  # defaults of the papers, or of their released code
     prompts: Mapping[str, Any]
     router: Mapping[str, Any]
     comp_tuning: Mapping[str, Any]
@@ -92,7 +92,7 @@ def build_fusion(
 
     ``model.collate`` makes a `Batch` on the CPU; ``model(batch.to(device)).logits`` has shape (B, N), N the number of labels;
     ``model.trainable_parameters()`` are the parameters to optimise. An argument that is None has the default of
-    ``mopefuse train``.
+    ``mopefuse train``, except that the head starts from random weights instead of fitted ones.
 
     Args:
         main: spec of the prompted and classified encoder, such as ``timm:vit_base_patch16_224``; see ``mopefuse encoders``.
@@ -106,7 +106,7 @@ def build_fusion(
         experts: prompt experts in each prompted layer, K.
         static, dynamic, mapped: tokens of the static, dynamic and mapped prompt in each prompted layer, P; 0 for none.
         film: also scale and shift the input of the attention in each prompted layer (FiLM).
-        layers: the layers of the main encoder to prompt: "all", "last:N", "first:N", or indices from 0.
+        layers: the layers of the main encoder to prompt: "all", "last:N", "first:N", "last:1/N", or indices from 0.
         gate: "zero" (prompts have a separate softmax and a gate that starts at 0) or "none" (they share the softmax of
             the tokens).
         other: see `OtherSettings`.
@@ -157,7 +157,7 @@ def _label_names(num_labels: int | None, labels: Sequence[str] | None) -> tuple[
 def _config_of(given: Mapping[str, Any]) -> RunConfig:
     """The configuration that the arguments of `build_fusion` describe."""
     known = {*inspect.signature(build_fusion).parameters, *OtherSettings.__annotations__} - {"other"}
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {"warm_start": "none"}  # it is `mopefuse.train` that fits the initial weights
     names: dict[str, str] = {}
     for name, value in given.items():
         if name not in known:

@@ -4,9 +4,11 @@ Jiang et al., arXiv 2312.03734, revised as MoPE, arXiv 2403.10568. Prompts enter
 the papers' inserted tokens (`gate: none`), or through a separate gated attention (`gate: zero`). Beyond the papers:
 
 * `gate: zero`, and FiLM in addition to prompts or instead of them.
-* `head_features: all`: the head takes the pooled features of all encoders, and with `head_hidden` it is an MLP of them.
-* `warm_start: linear`: the head also takes the complementary feature and is initialised to the solution of the method
-  `linear`, so that the selected checkpoint is at least as good on validation as logistic regression.
+* `head_features: all`: the head takes the pooled features of all encoders, and with `head_hidden` it is a linear layer plus an
+  MLP of them.
+* `warm_start: auto`: simple models of the frozen features are compared (`mopefuse.fusion.baselines`), and step 0 is the best
+  of them. A later step is selected only if it is better on validation by more than noise. `linear` considers logistic
+  regression on all features only.
 * Several complementary encoders, each a separate condition. A modality that a sample lacks is replaced by a learned
   condition.
 
@@ -20,16 +22,20 @@ from contextlib import AbstractContextManager
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mopefuse.config.schema import Prompts, RunConfig
+from mopefuse.config.schema import MLP, Prompts, RunConfig
 from mopefuse.core.error_codes import ConfigCode
 from mopefuse.core.precision import apply_without_autocast
 from mopefuse.data.base import Batch
 from mopefuse.encoders.base import Encoder
 from mopefuse.errors import ConfigError
+from mopefuse.fusion._mlp_fit import Network, NetworkSettings
 from mopefuse.fusion._static_prompts import build_static_stack, initial_bound
+from mopefuse.fusion._wide_head import WideHead, head_state
 from mopefuse.fusion.base import Fusion, Output
+from mopefuse.fusion.baselines import Weights, fit_baselines
+from mopefuse.fusion.regression import Advance, FitSettings, Fitted, Fold, fit_heads
 from mopefuse.prompts.stack import PromptStack, fill_prompt_lengths, normalize_feature
 
 
@@ -40,8 +46,8 @@ class ConditionalFusion(Fusion):
     prompting without routing; with static prompts alone it is deep prompt tuning, independent of the other modality.
 
     Raises:
-        ConfigError: the complementary encoder is tuned but has no effect; a warm start with ungated prompts, with
-            `either`, or with a hidden layer in the head.
+        ConfigError: the complementary encoder is tuned but has no effect; `warm_start=linear` with ungated prompts or with
+            `either`.
         EncoderError: the main encoder has no promptable layer; the complementary encoder has none although
             `comp_tuning.mode=prompts`, or does not support LoRA although `comp_tuning.mode=lora`.
     """
@@ -59,7 +65,7 @@ class ConditionalFusion(Fusion):
         **Fusion.parts,
     }
 
-    sections: ClassVar[tuple[str, ...]] = ("warm_start", "head_features", "prompts", "router", "comp_tuning")
+    sections: ClassVar[tuple[str, ...]] = ("warm_start", "head_features", "prompts", "router", "comp_tuning", "mlp")
     dependencies: ClassVar[dict[str, str]] = {
         **Fusion.dependencies,
         r"^stack\.layers\.": "main",
@@ -83,9 +89,13 @@ class ConditionalFusion(Fusion):
         )
         if config.warm_start == "linear":
             _check_warm_start(config)
-            self.add_regression_head(num_labels)
-        else:
-            self.head = self.make_head(sum(self.encoder(side).feature_width for side in self.head_sides), num_labels)
+        self.starts_fitted = warm_start_of(config) != "none"
+        if self.starts_fitted:
+            self.standardise_features()
+        width = sum(self.encoder(side).feature_width for side in self.head_sides)
+        self.head: nn.Module = nn.Linear(width, num_labels)
+        if config.head_hidden:
+            self.head = WideHead(width, config.head_hidden, num_labels, config.mlp.dropout)
         self.head_comp = self.make_head(sum(widths.values()), num_labels) if config.either else None
         uses_comp = self.stack.conditional or len(self.head_sides) > 1 or self.head_comp is not None
         if not uses_comp and config.comp_tuning.mode != "frozen":
@@ -139,9 +149,9 @@ class ConditionalFusion(Fusion):
         return super().heads | ({} if self.head_comp is None else {"head_comp": self.comps})
 
     def unused_sections(self) -> list[str]:
-        """List changed sections without effect, including `linear` without a warm start."""
-        unused = super().unused_sections()
-        return [section for section in unused if section != "linear" or self.standard is None]
+        """List changed sections without effect: `linear` only without a warm start, `mlp` without a hidden layer."""
+        unused = [section for section in super().unused_sections() if section != "linear" or self.standard is None]
+        return unused + (["mlp"] if self.config.mlp != MLP() and not self.config.head_hidden else [])
 
     def resolve(self, config: RunConfig) -> RunConfig:
         """Return `config` with unset prompt lengths and initial bound replaced by the papers'."""
@@ -158,6 +168,23 @@ class ConditionalFusion(Fusion):
     def without_prompts(self, kind: str) -> AbstractContextManager[None]:
         """Disable one kind of the main encoder's prompts within the context."""
         return self.stack.without_prompts(kind)
+
+    def fit(self, train: Fold, val: Fold, how: FitSettings, advance: Advance) -> Fitted:
+        """Fit the model of frozen features that training starts from; see `Fusion.fit`."""
+        config = self.config
+        if config.warm_start == "linear":
+            fitted = Fitted.of_regressions(fit_heads({"head": tuple(train.features)}, train, val, how, advance))
+            regression = (fitted.state.pop("head.weight"), fitted.state.pop("head.bias"))
+            return fitted._replace(state=fitted.state | self._head_state(regression))
+        network = NetworkSettings(config.head_hidden, config.mlp.dropout, config.seed) if config.head_hidden else None
+        found = fit_baselines(train, val, how, network, advance, seed=config.seed)
+        state = {**found.standard, **self._head_state(found.best.model)}
+        differs = found.best_calibrated is not found.best
+        train_from = self._head_state(found.best_calibrated.model) if differs else {}
+        return Fitted(state, found.summary(), train_from, found.facts())
+
+    def _head_state(self, model: Network | Weights) -> dict[str, Tensor]:
+        return {f"head.{name}": value for name, value in head_state(self.head, model).items()}
 
     def psi(self, side: str, batch: Batch) -> Tensor:
         """Pooled feature of a complementary encoder, (B, C)."""
@@ -183,6 +210,12 @@ class ConditionalFusion(Fusion):
         return Output(logits_BN, conditioned.routing() if conditioned else None, alone_BN)
 
 
+def warm_start_of(config: RunConfig) -> Literal["none", "linear", "auto"]:
+    """The warm start of a configuration; ``auto`` is none if the untrained model could not equal a baseline."""
+    possible = (config.prompts.gate == "zero") and not config.either
+    return config.warm_start if possible or config.warm_start == "linear" else "none"
+
+
 def _check_warm_start(config: RunConfig) -> None:
     """Check that a warm-started model equals the regression before the first step."""
     if config.prompts.gate != "zero":
@@ -195,10 +228,3 @@ def _check_warm_start(config: RunConfig) -> None:
     if config.either:
         what = "warm_start=linear needs the main modality of every sample, which --either makes optional"
         raise ConfigError(ConfigCode.WARM_START_NEEDS_MAIN, what, where="--either", fix="remove --warm-start or --either")
-    if config.head_hidden:
-        raise ConfigError(
-            ConfigCode.WARM_START_NEEDS_LINEAR_HEAD,
-            "warm_start=linear requires head_hidden=0",
-            where="head_hidden",
-            fix="add --set head_hidden=0",
-        )

@@ -21,7 +21,7 @@ from mopefuse.core.precision import apply_without_autocast
 from mopefuse.data.base import Batch
 from mopefuse.encoders.base import Encoder
 from mopefuse.fusion.base import Fusion, Output
-from mopefuse.fusion.regression import Advance, FitSettings, Fold, fit_heads
+from mopefuse.fusion.regression import Advance, FitSettings, Fitted, Fold, fit_heads
 
 
 class LinearFusion(Fusion):
@@ -40,7 +40,8 @@ class LinearFusion(Fusion):
     def __init__(self, config: RunConfig, encoders: Mapping[str, Encoder], num_labels: int) -> None:
         super().__init__(config, encoders)
         self.frozen = self.uses
-        self.add_regression_head(num_labels)
+        self.head: nn.Module = nn.Linear(self.standardise_features(), num_labels)
+        self.starts_fitted = True
         self.average = config.linear.features == "average"
         if self.average:
             widths = {side: self.encoder(side).feature_width for side in self.uses}
@@ -68,12 +69,12 @@ class LinearFusion(Fusion):
         ]
         return Output(torch.where(multi, mean_of_sigmoids(*each_BN), mean_of_softmaxes(*each_BN)))
 
-    def fit(self, train: Fold, val: Fold, how: FitSettings, advance: Advance) -> tuple[dict[str, Tensor], dict[str, float]]:
+    def fit(self, train: Fold, val: Fold, how: FitSettings, advance: Advance) -> Fitted:
         """Fit the regression, or one for each side with `average`; see `Fusion.fit`."""
-        if not self.average:
-            return super().fit(train, val, how, advance)
-        state, chosen = fit_heads({f"head.{side}": (side,) for side in self.uses}, train, val, how, advance)
-        return state | {"multi_label": torch.tensor(how.multi_label)}, chosen
+        heads = {f"head.{side}": (side,) for side in self.uses} if self.average else {"head": self.uses}
+        fitted = Fitted.of_regressions(fit_heads(heads, train, val, how, advance))
+        more = {"multi_label": torch.tensor(how.multi_label)} if self.average else {}
+        return fitted._replace(state=fitted.state | more)
 
 
 def mean_of_softmaxes(*each_BN: Tensor) -> Tensor:

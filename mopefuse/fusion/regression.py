@@ -5,8 +5,8 @@ Shapes: S samples, C width of one side's feature, F of all features side by side
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,11 @@ class Fold(NamedTuple):
     targets: Targets
     missing: Mapping[str, Tensor] = {}
 
+    def rows(self, index_S: Tensor) -> Fold:
+        """Select some samples; their features are copied into memory."""
+        features = {side: table[index_S] for side, table in self.features.items()}
+        return Fold(features, self.targets[index_S], {side: missing_S[index_S] for side, missing_S in self.missing.items()})
+
     def statistics(self, side: str) -> dict[str, Tensor]:
         """Compute the buffers of `Standard` over the samples that have the side.
 
@@ -84,6 +89,7 @@ class FitSettings(NamedTuple):
         threshold: probability above which a label is predicted (multi-label), or "tuned": one per label, on validation.
         balanced: whether every class has the same total weight, however rare.
         settings: the section `linear` of the configuration.
+        class_weights: weights of `mopefuse.metrics.losses.balanced_weights` if `balanced`, used by an MLP.
     """
 
     labels: int
@@ -91,6 +97,29 @@ class FitSettings(NamedTuple):
     threshold: float | str
     balanced: bool
     settings: Linear
+    class_weights: Tensor | None = None
+
+
+class Fitted(NamedTuple):
+    """The result of `mopefuse.fusion.base.Fusion.fit`.
+
+    Attributes:
+        state: trainable tensors by name.
+        notice: for the user: what was fitted and chosen.
+        train_from: tensors in which training is to start from others than `state`, if steps follow.
+        facts: plain values to save with the run.
+    """
+
+    state: dict[str, Tensor]
+    notice: str
+    train_from: Mapping[str, Tensor] = {}
+    facts: Mapping[str, Any] = {}
+
+    @classmethod
+    def of_regressions(cls, found: tuple[dict[str, Tensor], dict[str, float]]) -> Fitted:
+        """Describe what `fit_heads` returned."""
+        strengths = ", ".join(f"C {value:g} on {name}" for name, value in found[1].items())
+        return cls(found[0], f"logistic regression, chosen on validation: {strengths}")
 
 
 class Regression(NamedTuple):
@@ -156,30 +185,31 @@ def fit_regression(
         targets, val_targets: (S,) class indices, or (S, N) zeros and ones.
     """
     best: Regression | None = None
-    actual = val_targets[torch.arange(val.rows)]
-    for strength, weight_NF, bias_N in regression_path(train, targets, how, advance):
-        logits_SN = val.logits(weight_NF, bias_N)
-        thresholds = _thresholds(logits_SN, actual, how)
-        found = metrics.compute(logits_SN, actual, multi_label=how.multi_label, thresholds=thresholds)
-        score = found[selected_metric(multi_label=how.multi_label)]
-        if best is None or score > best.score:
-            best = Regression(weight_NF, bias_N, strength, score)
-    assert best is not None
-    return best
-
-
-def regression_path(
-    train: Design, targets: Targets, how: FitSettings, advance: Advance = _ignore_progress
-) -> Iterator[tuple[float, Tensor, Tensor]]:
-    """Fit a regression for each C, in ascending order: C, weight (N, F) and bias (N,)."""
     strengths = sorted(how.settings.strengths)
-    problem = (_binary_problem if how.multi_label else _multinomial_problem)(train, targets, how)
+    actual = val_targets[torch.arange(val.rows)]
+    problem = Problem.of(train, targets, how)
     for number, strength in enumerate(strengths):
 
         def report(share: float, done: int = number, strength: float = strength) -> None:
             advance(f"C {strength:g}", (done + share) / len(strengths))
 
-        yield strength, *problem.solve(strength, how.settings.max_iter, report)
+        weight_NF, bias_N = problem.solve(strength, how.settings.max_iter, report)
+        found = score(val.logits(weight_NF, bias_N), actual, how)
+        if best is None or found > best.score:
+            best = Regression(weight_NF, bias_N, strength, found)
+    assert best is not None
+    return best
+
+
+def score(logits_SN: Tensor, actual: Tensor, how: FitSettings) -> float:
+    """Compute the metric by which models are selected.
+
+    Args:
+        actual: class indices (S,), or zeros and ones (S, N).
+    """
+    thresholds = _thresholds(logits_SN, actual, how)
+    found = metrics.compute(logits_SN, actual, multi_label=how.multi_label, thresholds=thresholds)
+    return found[selected_metric(multi_label=how.multi_label)]
 
 
 def _thresholds(logits_SN: Tensor, val: Tensor, how: FitSettings) -> metrics.Thresholds:
@@ -188,7 +218,7 @@ def _thresholds(logits_SN: Tensor, val: Tensor, how: FitSettings) -> metrics.Thr
     return metrics.THRESHOLD if isinstance(how.threshold, str) else how.threshold
 
 
-class _Problem(NamedTuple):
+class Problem(NamedTuple):
     """The regression of the labels that vary within the training split, embedded in all labels.
 
     Attributes:
@@ -203,6 +233,11 @@ class _Problem(NamedTuple):
     bias_N: Tensor
     width: int
 
+    @classmethod
+    def of(cls, train: Design, targets: Targets, how: FitSettings) -> Problem:
+        """Set up a binary regression for each label, or one multinomial regression."""
+        return (_binary_problem if how.multi_label else _multinomial_problem)(train, targets, how)
+
     def solve(self, strength: float, max_iter: int, advance: Callable[[float], None]) -> tuple[Tensor, Tensor]:
         """Weight (N, F) and bias (N,) for a C, in float32."""
         weight_NF, bias_N = torch.zeros(len(self.bias_N), self.width), self.bias_N.clone()
@@ -214,7 +249,7 @@ class _Problem(NamedTuple):
         return weight_NF, bias_N
 
 
-def _binary_problem(train: Design, targets_SN: Targets, how: FitSettings) -> _Problem:
+def _binary_problem(train: Design, targets_SN: Targets, how: FitSettings) -> Problem:
     """Set up a binary regression for each label that some, but not all, samples have."""
     with_N = torch.zeros(how.labels, dtype=torch.double)
     for rows in row_blocks(train.rows, how.labels):
@@ -222,22 +257,22 @@ def _binary_problem(train: Design, targets_SN: Targets, how: FitSettings) -> _Pr
     bias_N = torch.where(with_N > 0, _NEVER, -_NEVER).float()
     index_A = ((with_N > 0) & (with_N < train.rows)).nonzero()[:, 0]
     if not len(index_A):
-        return _Problem(None, index_A, bias_N, train.width)
+        return Problem(None, index_A, bias_N, train.width)
     count_2A = torch.stack([train.rows - with_N, with_N])[:, index_A]
     weight_2A = train.rows / (2 * count_2A) if how.balanced else None
     start_A = torch.zeros(len(index_A)) if how.balanced else (count_2A[1] / count_2A[0]).log()
     regression = LogisticRegression(train, Sigmoids(targets_SN, index_A, weight_2A), start_A)
-    return _Problem(regression, index_A, bias_N, train.width)
+    return Problem(regression, index_A, bias_N, train.width)
 
 
-def _multinomial_problem(train: Design, targets: Targets, how: FitSettings) -> _Problem:
+def _multinomial_problem(train: Design, targets: Targets, how: FitSettings) -> Problem:
     """Set up a multinomial regression of the classes that occur; a binary one if there are two."""
     targets_S = targets[torch.arange(train.rows)]
     count_N = torch.bincount(targets_S, minlength=how.labels).double()
     bias_N = torch.where(count_N > 0, 0.0, -_NEVER).float()
     index_A = count_N.nonzero()[:, 0]
     if len(index_A) == 1:
-        return _Problem(None, index_A, bias_N, train.width)
+        return Problem(None, index_A, bias_N, train.width)
     count_A = count_N[index_A]
     weight_A = train.rows / (len(index_A) * count_A) if how.balanced else None
     start_A = torch.zeros(len(index_A)) if how.balanced else count_A.log()
@@ -250,4 +285,4 @@ def _multinomial_problem(train: Design, targets: Targets, how: FitSettings) -> _
         start_A = start_A.diff()
     else:
         loss = Softmax(classes_S, weight_A)
-    return _Problem(LogisticRegression(train, loss, start_A), index_A, bias_N, train.width)
+    return Problem(LogisticRegression(train, loss, start_A), index_A, bias_N, train.width)

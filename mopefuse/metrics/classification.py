@@ -89,17 +89,17 @@ class Tally:
         return {
             "f1_micro": float(_ratio(2 * right_N.sum(), both_N.sum())),
             "f1_macro": macro,
-            "f1_samples": self._f1_samples(),
+            "f1_samples": float(self.by_sample().mean()),
             "absent_labels": absent,
             "loss": loss / len(right_N),
         }
 
-    def _f1_samples(self) -> float:
-        right_S, predicted_S, actual_S = (each_S.numpy() for each_S in (self.right_S, self.predicted_S, self.actual_S))
-        empty = actual_S == 0
-        f1_S = _ratio(2 * right_S, predicted_S + actual_S)
-        labelled = f1_S[~empty].mean() if (~empty).any() else 0.0
-        return float((labelled * (~empty).sum() + (predicted_S[empty] == 0).sum()) / len(actual_S))
+    def by_sample(self) -> Tensor:
+        """Score each sample (S,) in 0..1: whether its class is right, or for multi-label data its F1, see `metrics`."""
+        if not self.multi_label:
+            return self.right_S.double()
+        both_S = self.predicted_S + self.actual_S
+        return torch.where(both_S > 0, 2 * self.right_S.double() / both_S.clamp(min=1), torch.ones((), dtype=torch.double))
 
     def per_label(self, labels: Sequence[str]) -> list[dict[str, Any]]:
         """Compute precision, recall, F1 and support of each label; 0 / 0 counts as 0."""

@@ -276,7 +276,9 @@ def fill_prompt_lengths(config: PromptConfig, modality: str) -> PromptConfig:
 
 
 def select_layers(layers: str | Sequence[int], count: int) -> tuple[int, ...]:
-    """Resolve ``all``, ``first:N``, ``last:N`` or a list to sorted indices among `count` layers.
+    """Resolve ``all``, ``first:N``, ``last:N``, ``last:1/N`` or a list to sorted indices among `count` layers.
+
+    A fraction is rounded up.
 
     Raises:
         ConfigError: an index or N that exceeds the number of layers.
@@ -287,7 +289,8 @@ def select_layers(layers: str | Sequence[int], count: int) -> tuple[int, ...]:
         chosen = tuple(range(count))
     else:
         end, _, number = layers.partition(":")
-        chosen = tuple(range(int(number)) if end == "first" else range(count - int(number), count))
+        length = -(-count // int(number[2:])) if number.startswith("1/") else int(number)
+        chosen = tuple(range(length) if end == "first" else range(count - length, count))
     if chosen and not 0 <= chosen[0] <= chosen[-1] < count:
         raise ConfigError(
             ConfigCode.LAYER_OUT_OF_RANGE,

@@ -37,13 +37,18 @@ def baselines(facts: RunFacts) -> Section:
 
 
 def _start(facts: RunFacts) -> str:
-    """A sentence with the validation score of the regression that a run started from; empty if there was none."""
+    """Describe the model of frozen features that a run started from, and its gain; empty if it started from scratch."""
     scores = {line["step"]: (line.get("val") or {}).get(facts.main_metric) for line in facts.log}
     first, chosen = scores.get(0), scores.get(facts.step)
-    if facts.config.warm_start != "linear" or not isinstance(first, int | float) or not isinstance(chosen, int | float):
+    if facts.config.warm_start == "none" or not isinstance(first, int | float) or not isinstance(chosen, int | float):
         return ""
-    name = facts.main_metric.replace("_", " ")
-    return (
-        f"Training started from a logistic regression on the features of the frozen encoders (--set warm_start=linear). "
-        f"Its {name} on validation was {percent(first)}; that of step {facts.step:,} is {percent(chosen)}."
-    )
+    name, start = facts.main_metric.replace("_", " "), facts.result.get("start")
+    if start:
+        others = ", ".join(f"{one['name']} {percent(one['score'])}" for one in start["baselines"])
+        text = f"Step 0 is the best of these models of the frozen features on {start['samples']:,} held-out samples: {others}."
+    else:
+        text = "Step 0 is a logistic regression on the features of the frozen encoders."
+    if facts.step == 0:
+        kept = "No later step was better by more than noise, so it was kept."
+        return f"{text} Its {name} on validation is {percent(first)}. {kept}"
+    return f"{text} Its {name} on validation was {percent(first)}; that of step {facts.step:,} is {percent(chosen)}."

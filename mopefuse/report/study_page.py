@@ -137,7 +137,7 @@ def _filled_in(config: RunConfig, modality_of: Mapping[str, str]) -> RunConfig:
     if "main" in modality_of:
         config = config.model_copy(update={"prompts": fill_prompt_lengths(config.prompts, modality_of["main"])})
     tuned = list(modality_of) if config.tune == "full" else []
-    return with_learning_rates(config, modality_of, tuned, fitted="linear" in (config.method, config.warm_start))
+    return with_learning_rates(config, modality_of, tuned)
 
 
 def _own(facts: StudyFacts) -> Markup:

@@ -1,16 +1,12 @@
-"""The classification loss, and class weights for imbalanced data.
-
-Shapes: B batch, S samples of the training split, N labels.
-"""
+"""The classification loss of a batch."""
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mopefuse.data.base import Batch
 from mopefuse.fusion.base import Output
+from mopefuse.metrics.losses import label_loss
 
 
 def classification_loss(output: Output, batch: Batch, *, multi_label: bool, weights: Tensor | None = None) -> Tensor:
@@ -19,37 +15,10 @@ def classification_loss(output: Output, batch: Batch, *, multi_label: bool, weig
     The logits of the complementary side alone (`Output.alone_BN`), if a method has them, add a loss of the same form.
 
     Args:
-        weights: class weights of `balanced_weights`.
+        weights: class weights of `mopefuse.metrics.losses.balanced_weights`.
     """
     assert batch.targets is not None
-    loss = _loss(output.logits_BN.float(), batch.targets, multi_label, weights)
+    loss = label_loss(output.logits_BN.float(), batch.targets, multi_label=multi_label, weights=weights)
     if output.alone_BN is not None:
-        loss = loss + _loss(output.alone_BN.float(), batch.targets, multi_label, weights)
+        loss = loss + label_loss(output.alone_BN.float(), batch.targets, multi_label=multi_label, weights=weights)
     return loss
-
-
-def _loss(logits_BN: Tensor, targets: Tensor, multi_label: bool, weights: Tensor | None) -> Tensor:
-    if multi_label:
-        loss_BN = F.binary_cross_entropy_with_logits(logits_BN, targets, reduction="none")
-        if weights is not None:
-            loss_BN = loss_BN * torch.where(targets > 0, weights[0], weights[1])
-        return loss_BN.mean(dim=-1).sum()
-    return F.cross_entropy(logits_BN, targets, weight=weights, reduction="sum")
-
-
-def balanced_weights(counts_N: Tensor, samples: int, *, multi_label: bool) -> Tensor:
-    """Weights that give every class the same total weight, 1 on average over samples (scikit-learn's "balanced").
-
-    Args:
-        counts_N: number of samples with each label. samples: S.
-
-    Returns:
-        (N,): S / (number of classes * samples of the class). For multi-label data (2, N), for the positives and the negatives
-        of each label: S / (2 * their number). 1 if there are no samples.
-    """
-    counts_N = counts_N.float()
-    if multi_label:
-        counts_2N = torch.stack([counts_N, samples - counts_N])
-        return torch.where(counts_2N > 0, samples / (2 * counts_2N.clamp(min=1)), 1.0)
-    present = int((counts_N > 0).sum())
-    return torch.where(counts_N > 0, samples / (present * counts_N.clamp(min=1)), 1.0)

@@ -29,10 +29,10 @@ from mopefuse.training.listener import Listener
 from mopefuse.training.manifest import drawn_ids, versions
 from mopefuse.training.plan import Prepared, prepare
 from mopefuse.training.prefix_cache import PrefixTables, prepare_prefixes
-from mopefuse.training.regression_start import regression_start
 from mopefuse.training.resume import resumed
 from mopefuse.training.stop_request import StopRequest
 from mopefuse.training.trainer import Start, Trainer
+from mopefuse.training.warm_start import baselines_at_start, initial_state
 
 _WEIGHTS = "weights.safetensors"
 
@@ -209,8 +209,8 @@ def _go_to_start(
     distributed.run_on_main(lambda: folder.rewind_log(-1))  # lines of an attempt that ended before its first checkpoint
     if origin.facts is not None:
         distributed.run_on_main(lambda: _write_settings(folder, prepared, facts))
-    if (start := regression_start(trainer, origin.start)) is not None:
-        trainer.begin(start.state)
+    if (start := initial_state(trainer, origin.start)) is not None:
+        trainer.begin(start)
     return None
 
 
@@ -240,6 +240,7 @@ def _finish(
         "metrics": {"val": _validation_at(selected, folder), "test": test.metrics if test else None},
         "per_label": test.per_label if test else None,
         "thresholds": _by_label(trainer.thresholds(), data) if data.multi_label else None,
+        "start": baselines_at_start(folder.path),
         "selected_step": selected,
         "steps": progress.step,
         "seconds": round(progress.seconds, 2),

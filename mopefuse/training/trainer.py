@@ -29,18 +29,20 @@ from mopefuse.evaluation.scoring import Evaluation, score, score_tuned
 from mopefuse.evaluation.split import model_outputs, prepare_samples
 from mopefuse.fusion.base import Fusion
 from mopefuse.metrics import classification as metrics
+from mopefuse.metrics.losses import balanced_weights
+from mopefuse.metrics.noise import exceeds_noise
 from mopefuse.metrics.quality_gates import selected_metric
 from mopefuse.prompts.usage import statistics
 from mopefuse.runs.folder import RunFolder
 from mopefuse.runs.load import get_thresholds
 from mopefuse.training.duration import Duration, evaluation_steps
 from mopefuse.training.listener import Listener, Progress
-from mopefuse.training.losses import balanced_weights
 from mopefuse.training.optim import factor, load_optimizer_state, make_optimizer, optimizer_state, set_learning_rate
 from mopefuse.training.prefix_cache import SPLITS, PrefixTables
 from mopefuse.training.step import Backward
 from mopefuse.training.stop_request import StopRequest
 
+_START_SCORES, _TRAIN_FROM = "start-scores.safetensors", "train-from.safetensors"
 _COLLAPSED = 0.75  # share of unused experts above which to warn of a router collapse
 
 
@@ -51,11 +53,15 @@ class Start(NamedTuple):
         state: the trainable state of the model.
         fresh: names of the parameters that are new, not taken from a trained model.
         warm_up: number of first epochs in which only `fresh` parameters learn.
+        train_from: tensors in which training starts from others than `state`, which is step 0.
+        is_baseline: whether a later step must exceed step 0 on validation by more than noise to be selected.
     """
 
     state: dict[str, Tensor]
     fresh: tuple[str, ...] = ()
     warm_up: int = 0
+    train_from: Mapping[str, Tensor] = {}
+    is_baseline: bool = False
 
 
 class WarmUp(NamedTuple):
@@ -97,8 +103,8 @@ class Trainer:
         self.total = 0 if model.closed_form else self.duration.total
         self.eval_at = evaluation_steps(self.total, self.per_epoch, config.train.evals_per_epoch)
         # 3. Loss, gradients and optimizer.
-        weights = self._class_weights()
-        self._backward = Backward(model, config, device, multi_label=data.multi_label, weights=weights)
+        self.class_weights = self._class_weights()
+        self._backward = Backward(model, config, device, multi_label=data.multi_label, weights=self.class_weights)
         self._parameters = model.named_trainable_parameters()  # collected once: as slow as a step of a small head
         self.names = {id(parameter): name for name, parameter in self._parameters.items()}
         self.optimizer = make_optimizer(model, config.train)
@@ -106,6 +112,8 @@ class Trainer:
         self.progress = Progress()
         self.metric = selected_metric(multi_label=data.multi_label)
         self._warned_of_collapse = False
+        self._start_S: Tensor | None = None  # after a warm start: score of each validation sample at step 0
+        self._train_from: dict[str, Tensor] = {}
         self._warm_up: WarmUp | None = None
 
     def _class_weights(self) -> Tensor | None:
@@ -121,10 +129,18 @@ class Trainer:
         """Train only these parameters in the first epochs."""
         self._warm_up = WarmUp(frozenset(names), epochs * self.per_epoch) if epochs else None
 
-    def begin(self, state: Mapping[str, Tensor]) -> None:
-        """Start from a trainable state instead of from scratch; it is validated and published as step 0."""
-        self.model.load_trainable_state_dict(state, where="step 0")
-        self._validate()
+    def begin(self, start: Start) -> None:
+        """Validate and publish initial weights as step 0."""
+        self.model.load_trainable_state_dict(start.state, where="step 0")
+        self._train_from = dict(start.train_from)
+        self._validate(baseline=start.is_baseline)
+        self._leave_step_0()
+
+    def _leave_step_0(self) -> None:
+        """Load the weights from which training starts, if they are not those of step 0."""
+        if self._train_from:
+            self.model.load_trainable_state_dict(self.model.trainable_state_dict() | self._train_from, where="step 0")
+            self._train_from = {}
 
     def restore(self) -> bool:
         """Continue from the newest undamaged checkpoint; False if there are no checkpoints."""
@@ -136,6 +152,11 @@ class Trainer:
             self.listener.on_notice(f"the checkpoint step-{self.run.steps()[-1]} is damaged; step-{manifest['step']} is used")
         self.model.load_trainable_state_dict(read_tensors(path / "weights.safetensors"), where=str(path))
         load_optimizer_state(self.optimizer, self.names, read_tensors(path / "optimizer.safetensors"), where=str(path))
+        if (path / _START_SCORES).exists():
+            self._start_S = read_tensors(path / _START_SCORES)["score_S"]
+        if (path / _TRAIN_FROM).exists():
+            self._train_from = read_tensors(path / _TRAIN_FROM)
+            self._leave_step_0()
         self.progress = Progress(**manifest["progress"])
         step = self.progress.step
         validated = self.progress.validated == step
@@ -154,6 +175,10 @@ class Trainer:
         def write(folder: Path) -> None:
             write_tensors(folder / "weights.safetensors", self.model.trainable_state_dict())
             write_tensors(folder / "optimizer.safetensors", optimizer_state(self.optimizer, self.names))
+            if self._start_S is not None:
+                write_tensors(folder / _START_SCORES, {"score_S": self._start_S})
+            if self._train_from:
+                write_tensors(folder / _TRAIN_FROM, self._train_from)
 
         def publish() -> None:
             self.run.save(self.progress.step, write, {"progress": asdict(self.progress)})
@@ -253,7 +278,7 @@ class Trainer:
 
     # -- validation
 
-    def _validate(self) -> None:
+    def _validate(self, *, baseline: bool = False) -> None:
         outputs = model_outputs(self.model, self.data, "val", self.config, self.device, samples=self.val_samples)
         if self.data.multi_label and self.config.train.threshold == "tuned":
             evaluation, self.progress.thresholds = score_tuned(outputs, self.data, "val", self.run.path)
@@ -264,6 +289,10 @@ class Trainer:
         routing = statistics(evaluation.load_LK) if evaluation.load_LK is not None else None
         value = found[self.metric]
         best = not math.isnan(value) and (self.progress.best is None or value > self.progress.best)
+        if baseline:
+            self._start_S = evaluation.score_S
+        elif best and self._start_S is not None:
+            best = exceeds_noise(evaluation.score_S, self._start_S)
         self.progress.waited = 0 if best else self.progress.waited + 1
         if best:
             self.progress.best, self.progress.best_step = value, self.progress.step

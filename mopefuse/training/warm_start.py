@@ -1,25 +1,31 @@
 """Initial weights of methods with a head on standardised features of the encoders without prompts (`Fusion.standard`).
 
-These are the statistics of the features and, if the head starts as a logistic regression (`Fusion.starts_fitted`), its
-weights.
+These are the statistics of the features and, if the model starts fitted (`Fusion.starts_fitted`), what `Fusion.fit` computes.
 """
 
 from __future__ import annotations
 
 import time
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from mopefuse.core import distributed
+from mopefuse.core.artifact import dump_json, read_json
+from mopefuse.core.atomic_files import write_atomically
 from mopefuse.data.collate import FeatureTable
 from mopefuse.data.features import split_features
 from mopefuse.fusion.regression import FitSettings, Fold
 from mopefuse.training.trainer import Start, Trainer
 
+FACTS_FILE = "start.json"
+"""File of a run with the simple models that were compared at its start."""
 
-def regression_start(trainer: Trainer, given: Start | None = None) -> Start | None:
-    """The initial weights of a run, computed here or `given`; None for a model that starts from scratch.
+
+def initial_state(trainer: Trainer, given: Start | None = None) -> Start | None:
+    """Compute the initial weights of a run, or complete those that are `given`; None for a model that starts from scratch.
 
     Args:
         given: those of a swapped model, whose head is kept; only the feature statistics of a new encoder are computed.
@@ -34,24 +40,33 @@ def regression_start(trainer: Trainer, given: Start | None = None) -> Start | No
         new = [side for side in model.standard if given is None or f"standard.{side}.mean_C" in given.fresh]
         buffers = {f"standard.{side}.{name}": t for side in new for name, t in train.statistics(side).items()}
         return start._replace(state=start.state | buffers)
-    val, purpose = _fold(trainer, "val"), _purpose(trainer)
+    val, settings = _fold(trainer, "val"), _settings(trainer)
     report = lambda what, share: trainer.listener.on_data_progress(what, round(100 * share), 100)  # noqa: E731
-    state, chosen = distributed.run_on_main(lambda: model.fit(train, val, purpose, report))
+    fitted = distributed.run_on_main(lambda: model.fit(train, val, settings, report))
     trainer.progress.seconds = time.perf_counter() - began
-    strengths = ", ".join(f"C {value:g} on {name}" for name, value in chosen.items())
-    trainer.listener.on_notice(f"logistic regression, chosen on validation: {strengths}")
-    return Start({**model.trainable_state_dict(), **state})
+    trainer.listener.on_notice(fitted.notice)
+    if fitted.facts:
+        file = trainer.run.path / FACTS_FILE
+        distributed.run_on_main(lambda: write_atomically(file, dump_json(fitted.facts)))
+    return Start({**model.trainable_state_dict(), **fitted.state}, train_from=fitted.train_from, is_baseline=True)
 
 
-def _purpose(trainer: Trainer) -> FitSettings:
-    """What the regression is fitted for."""
-    data, config = trainer.data, trainer.config
+def baselines_at_start(run: Path) -> dict[str, Any] | None:
+    """Read the simple models that a run compared at its start; None if it did not."""
+    file = run / FACTS_FILE
+    return read_json(file) if file.exists() else None
+
+
+def _settings(trainer: Trainer) -> FitSettings:
+    """Settings of the fit."""
+    data, config, weights = trainer.data, trainer.config, trainer.class_weights
     return FitSettings(
         labels=len(data.labels),
         multi_label=data.multi_label,
         threshold=config.train.threshold,
         balanced=config.train.class_weights == "balanced",
         settings=config.linear,
+        class_weights=None if weights is None else weights.cpu(),
     )
 
 

@@ -1,0 +1,104 @@
+"""An MLP on standardised frozen features, fitted in memory in seconds: a starting point for training.
+
+The method `mlp` trains the same network step by step, with checkpoints, missing modalities and modality dropout.
+
+Shapes: S samples, B samples of a batch, F features, H hidden units, N labels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mopefuse.fusion._design_matrix import Design
+from mopefuse.fusion.regression import FitSettings, Targets
+from mopefuse.metrics.losses import label_loss
+
+_LEARNING_RATE, _WEIGHT_DECAY = 1e-3, 1e-2  # the defaults of the method `mlp`
+_BATCH = 64
+_EPOCHS = 30
+_STEPS = (1000, 20_000)  # on small data more epochs are needed, on large data fewer suffice
+_FEWEST_EPOCHS, _MOST_EPOCHS = 3, 200
+
+
+class Network(NamedTuple):
+    """Parameters of an MLP with one hidden layer and GELU."""
+
+    hidden_HF: Tensor
+    hidden_bias_H: Tensor
+    output_NH: Tensor
+    output_bias_N: Tensor
+
+    def logits(self, feature_BF: Tensor, keep_BH: Tensor | float = 1.0) -> Tensor:
+        """Compute logits (B, N).
+
+        Args:
+            keep_BH: factors of the hidden units, for dropout.
+        """
+        hidden_BH = F.gelu(F.linear(feature_BF, self.hidden_HF, self.hidden_bias_H))
+        return F.linear(hidden_BH * keep_BH, self.output_NH, self.output_bias_N)
+
+    def logits_of(self, design: Design) -> Tensor:
+        """Compute the logits (S, N) of a split."""
+        parts = [self.logits(block_BF.float()) for _, block_BF in design.blocks()]
+        return torch.cat(parts) if parts else torch.zeros(0, len(self.output_bias_N))
+
+
+class NetworkSettings(NamedTuple):
+    """Settings of a network.
+
+    Attributes:
+        hidden: H.
+        dropout: on the hidden layer.
+    """
+
+    hidden: int
+    dropout: float
+    seed: int
+
+
+def epochs_for(samples: int) -> int:
+    """Return the number of epochs for a training split of this size."""
+    per_epoch = max(1, -(-samples // _BATCH))
+    fewest, most = _STEPS
+    return min(_MOST_EPOCHS, max(_FEWEST_EPOCHS, max(fewest, min(most, _EPOCHS * per_epoch)) // per_epoch))
+
+
+def fit_network(design: Design, targets: Targets, how: FitSettings, network: NetworkSettings) -> Iterator[Network]:
+    """Train an MLP by AdamW with a cosine schedule; yields its parameters after each of `epochs_for` epochs.
+
+    Args:
+        targets: class indices (S,), or zeros and ones (S, N).
+    """
+    draw = torch.Generator().manual_seed(network.seed)
+    parameters = [parameter.requires_grad_() for parameter in _initial(design.width, network.hidden, how.labels, draw)]
+    model = Network(*parameters)
+    optimizer = torch.optim.AdamW(parameters, lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY, fused=True)
+    epochs, step = epochs_for(design.rows), 0
+    total = epochs * -(-design.rows // _BATCH)
+    for _ in range(epochs):
+        for index_B in torch.randperm(design.rows, generator=draw).split(_BATCH):
+            optimizer.param_groups[0]["lr"] = _LEARNING_RATE * (1 + math.cos(math.pi * step / total)) / 2
+            kept_BH = torch.rand(len(index_B), network.hidden, generator=draw) >= network.dropout
+            logits_BN = model.logits(design[index_B].float(), kept_BH / (1 - network.dropout))
+            loss = label_loss(logits_BN, targets[index_B], multi_label=how.multi_label, weights=how.class_weights)
+            optimizer.zero_grad(set_to_none=True)
+            (loss / len(index_B)).backward()
+            optimizer.step()
+            step += 1
+        yield Network(*(parameter.detach().clone() for parameter in parameters))
+
+
+def _initial(width: int, hidden: int, labels: int, draw: torch.Generator) -> Network:
+    """Draw initial parameters as `torch.nn.Linear` does."""
+
+    def uniform(*shape: int, inputs: int) -> Tensor:
+        return (2 * torch.rand(*shape, generator=draw) - 1) / math.sqrt(inputs)
+
+    first = (uniform(hidden, width, inputs=width), uniform(hidden, inputs=width))
+    return Network(*first, uniform(labels, hidden, inputs=hidden), uniform(labels, inputs=hidden))

@@ -1,0 +1,186 @@
+"""Simple models of frozen features, compared on held-out samples: where the training of a fusion method starts.
+
+They are a logistic regression for each encoder, their average, one on all features, and an MLP. On small data the
+validation split alone would choose by luck, so that samples of the training split, each predicted by models that were fitted
+without it, are used as well (cross-validation).
+
+Shapes: S samples, F features of all sides, N labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mopefuse.core.formatting import percent
+from mopefuse.fusion._mlp_fit import Network, NetworkSettings, epochs_for, fit_network
+from mopefuse.fusion.regression import Advance, FitSettings, Fold, Problem, score
+from mopefuse.metrics.losses import label_loss
+
+_FOLDS = 5
+_MANY_HELD_OUT = 500  # validation samples that suffice without cross-validation
+_MANY_TO_FIT = 5000  # training samples up to which cross-validation takes seconds
+
+Weights = tuple[Tensor, Tensor]
+"""Weight (N, F) and bias (N,) of a linear model of all features."""
+
+
+class Baseline(NamedTuple):
+    """A fitted model of frozen features.
+
+    Attributes:
+        name: such as "logistic regression on main".
+        score: the selected metric on the held-out samples.
+        loss: the mean loss on them.
+    """
+
+    name: str
+    model: Network | Weights
+    score: float
+    loss: float
+
+
+class Held(NamedTuple):
+    """A pair of disjoint sets: models are fitted on one and predict the other."""
+
+    train: Fold
+    out: Fold
+
+
+def hold_out(train: Fold, val: Fold, seed: int) -> list[Held]:
+    """Return the folds of a cross-validation of `train`, if the data are small, and last the pair (train, val)."""
+    samples, pairs = len(train.targets), [Held(train, val)]
+    if len(val.targets) >= _MANY_HELD_OUT or not 2 * _FOLDS <= samples <= _MANY_TO_FIT:
+        return pairs
+    fold_S = torch.arange(samples)[torch.randperm(samples, generator=torch.Generator().manual_seed(seed))] % _FOLDS
+    folds = [(fold_S != number, fold_S == number) for number in range(_FOLDS)]
+    return [Held(*(train.rows(chosen_S.nonzero()[:, 0]) for chosen_S in fold)) for fold in folds] + pairs
+
+
+class _Comparison:
+    """Fits models on each pair of `hold_out` and scores their predictions of all held-out samples."""
+
+    def __init__(self, train: Fold, val: Fold, how: FitSettings, seed: int) -> None:
+        self.how, self.sides = how, tuple(train.features)
+        self.known = {side: train.statistics(side) for side in self.sides}
+        self.pairs = hold_out(train, val, seed)
+        self.actual = torch.cat([pair.out.targets[torch.arange(len(pair.out.targets))] for pair in self.pairs])
+
+    def regression(self, group: Sequence[str], advance: Advance) -> tuple[Baseline, Tensor]:
+        """Fit a logistic regression on the features of some sides; returns it and its held-out logits."""
+        name = "logistic regression on " + " and ".join(group)
+        buffers = {side: self.known[side] for side in group}
+        strengths = sorted(self.how.settings.strengths)
+        parts: dict[float, list[Tensor]] = {strength: [] for strength in strengths}
+        fitted: dict[float, Weights] = {}
+        for done, pair in enumerate(self.pairs):
+            design, out = (fold.design(buffers, self.how.labels) for fold in pair)
+            problem = Problem.of(design, pair.train.targets, self.how)
+            for number, strength in enumerate(strengths):
+                advance(name, (done + number / len(strengths)) / len(self.pairs))
+                fitted[strength] = problem.solve(strength, self.how.settings.max_iter, lambda share: None)
+                parts[strength].append(out.logits(*fitted[strength]))
+        found = [self._scored(name, self._widen(group, fitted[strength]), parts[strength]) for strength in strengths]
+        return max(found, key=lambda one: one[0].score)
+
+    def network(self, settings: NetworkSettings, advance: Advance) -> Baseline:
+        """Fit an MLP on all features, and choose the epoch."""
+        name = "MLP on " + " and ".join(self.sides)
+        parts: list[list[Tensor]] = [[] for _ in range(max(epochs_for(len(pair.train.targets)) for pair in self.pairs))]
+        best: Baseline | None = None
+        for done, pair in enumerate(self.pairs):
+            design, out = (fold.design(self.known, self.how.labels) for fold in pair)
+            for epoch, network in enumerate(fit_network(design, pair.train.targets, self.how, settings)):
+                advance(name, (done + epoch / len(parts)) / len(self.pairs))
+                parts[epoch].append(network.logits_of(out))
+                if done == len(self.pairs) - 1:
+                    found, _ = self._scored(name, network, parts[epoch])
+                    best = found if best is None or found.score > best.score else best
+        assert best is not None
+        return best
+
+    def average(self, of: Sequence[tuple[Baseline, Tensor]]) -> Baseline:
+        """Average the logits of regressions: the geometric mean of their probabilities, normalised."""
+        weights_NF = torch.stack([one.model[0] for one, _ in of]).mean(dim=0)
+        biases_N = torch.stack([one.model[1] for one, _ in of]).mean(dim=0)
+        logits_SN = torch.stack([logits_SN for _, logits_SN in of]).mean(dim=0)
+        return self._scored("average of one logistic regression per encoder", (weights_NF, biases_N), [logits_SN])[0]
+
+    def _scored(self, name: str, model: Network | Weights, parts: Sequence[Tensor]) -> tuple[Baseline, Tensor]:
+        logits_SN = torch.cat(list(parts))
+        loss = label_loss(logits_SN, self.actual, multi_label=self.how.multi_label) / len(logits_SN)
+        return Baseline(name, model, score(logits_SN, self.actual, self.how), float(loss)), logits_SN
+
+    def _widen(self, group: Sequence[str], weights: Weights) -> Weights:
+        """Add zero weights for the features of sides that are not in `group`."""
+        parts = iter(weights[0].split([len(self.known[side]["mean_C"]) for side in group], dim=1))
+        zeros = {side: weights[0].new_zeros(self.how.labels, len(self.known[side]["mean_C"])) for side in self.sides}
+        return torch.cat([next(parts) if side in group else zeros[side] for side in self.sides], dim=1), weights[1]
+
+    def standard(self) -> dict[str, Tensor]:
+        """The statistics of the features: the buffers of `Fusion.standard`, by name."""
+        named = {f"standard.{side}": buffers for side, buffers in self.known.items()}
+        return {f"{path}.{name}": buffer_C for path, buffers in named.items() for name, buffer_C in buffers.items()}
+
+
+class Baselines(NamedTuple):
+    """Fitted baselines, simplest first.
+
+    Attributes:
+        standard: statistics of the features, by the names of `Fusion.standard`'s buffers.
+        samples: number of samples on which they were compared.
+        folds: number of folds of the cross-validation; 0 without.
+    """
+
+    fitted: list[Baseline]
+    standard: Mapping[str, Tensor]
+    samples: int
+    folds: int
+
+    @property
+    def best(self) -> Baseline:
+        """The baseline with the best score; the simplest of equals."""
+        return max(self.fitted, key=lambda one: one.score)
+
+    @property
+    def best_calibrated(self) -> Baseline:
+        """The baseline with the lowest loss. One that merely memorised the training split leaves nothing to learn there."""
+        return min(self.fitted, key=lambda one: one.loss)
+
+    def summary(self) -> str:
+        """A sentence for the user: the chosen baseline and the scores of all."""
+        how = f"{self.folds}-fold cross-validation and validation" if self.folds else "validation"
+        others = ", ".join(f"{one.name} {percent(one.score)}" for one in self.fitted if one is not self.best)
+        text = f"step 0 is the best model of frozen features on {how}: {self.best.name}, {percent(self.best.score)} ({others})"
+        trained = self.best_calibrated
+        return text if trained is self.best else f"{text}; training starts from {trained.name}, which has the lowest loss"
+
+    def facts(self) -> dict[str, Any]:
+        """Plain values, as in ``start.json``."""
+        table = [{"name": one.name, "score": one.score, "loss": one.loss} for one in self.fitted]
+        chosen = {"best": self.best.name, "trained_from": self.best_calibrated.name}
+        return {**chosen, "samples": self.samples, "folds": self.folds, "baselines": table}
+
+
+def fit_baselines(
+    train: Fold, val: Fold, how: FitSettings, network: NetworkSettings | None, advance: Advance, *, seed: int
+) -> Baselines:
+    """Fit and compare the baselines on features of all sides.
+
+    Args:
+        network: settings of the MLP; None for no MLP.
+        seed: of the folds.
+    """
+    comparison = _Comparison(train, val, how, seed)
+    sides = comparison.sides
+    single = [comparison.regression([side], advance) for side in sides]
+    fitted = [one for one, _ in single]
+    if len(sides) > 1:
+        fitted += [comparison.average(single), comparison.regression(sides, advance)[0]]
+    if network is not None:
+        fitted.append(comparison.network(network, advance))
+    folds = len(comparison.pairs) - 1
+    return Baselines(fitted, comparison.standard(), len(comparison.actual), folds)

@@ -1,0 +1,117 @@
+"""Simple models of frozen features that a warm start compares."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+
+from mopefuse.config.schema import Linear
+from mopefuse.fusion._mlp_fit import NetworkSettings
+from mopefuse.fusion.baselines import Baselines, fit_baselines, hold_out
+from mopefuse.fusion.regression import FitSettings, Fold
+from mopefuse.metrics.noise import exceeds_noise
+
+HOW = FitSettings(2, multi_label=False, threshold=0.5, balanced=False, settings=Linear(strengths=(0.01, 1.0)))
+NETWORK = NetworkSettings(hidden=64, dropout=0.0, seed=0)
+
+
+def fold(samples: int, seed: int, label: Any) -> Fold:
+    draw = torch.Generator().manual_seed(seed)
+    features = {side: torch.randn(samples, 4, generator=draw) for side in ("main", "comp")}
+    return Fold(features, label(**features).long())
+
+
+def fit(label: Any, *, train: int = 1000, val: int = 600, how: FitSettings = HOW) -> Baselines:
+    return fit_baselines(fold(train, 0, label), fold(val, 1, label), how, NETWORK, lambda what, share: None, seed=0)
+
+
+def main_decides(main: Tensor, comp: Tensor) -> Tensor:
+    return main[:, 0] > 0
+
+
+def sum_decides(main: Tensor, comp: Tensor) -> Tensor:
+    return main[:, 0] + comp[:, 1] > 0
+
+
+def product_decides(main: Tensor, comp: Tensor) -> Tensor:
+    return main[:, 0] * comp[:, 1] > 0
+
+
+@pytest.mark.parametrize(
+    ("label", "best"),
+    [
+        (main_decides, "logistic regression on main"),
+        (sum_decides, "logistic regression on main and comp"),
+        (product_decides, "MLP on main and comp"),
+    ],
+)
+def test_the_model_that_the_label_calls_for_wins(label: Any, best: str) -> None:
+    found = fit(label)
+    scores = {one.name: one.score for one in found.fitted}
+    if best.startswith("logistic regression on main and"):  # the average of both regressions has the same optimum here
+        assert scores[best] >= max(scores.values()) - 0.02 and scores["logistic regression on main"] < 0.85
+    else:
+        assert found.best.name == best, scores
+    assert found.best.score > 0.9
+
+
+def test_small_data_are_cross_validated_and_folds_are_disjoint() -> None:
+    train, val = fold(53, 0, main_decides), fold(20, 1, main_decides)
+    pairs = hold_out(train, val, seed=3)
+    assert len(pairs) == 6 and pairs[-1] == (train, val)
+    held, fitted = (
+        [{tuple(row) for row in one.features["main"][torch.arange(len(one.targets))].tolist()} for one in folds]
+        for folds in ([pair.out for pair in pairs[:-1]], [pair.train for pair in pairs[:-1]])
+    )
+    assert all(not out & own for out, own in zip(held, fitted, strict=True))
+    assert set().union(*held) == {tuple(row) for row in train.features["main"].tolist()} and sum(map(len, held)) == 53
+    assert fit(main_decides, train=53, val=20).samples == 73
+    assert len(hold_out(train, fold(500, 1, main_decides), seed=3)) == 1
+
+
+def test_a_regression_is_scored_on_samples_that_it_was_not_fitted_on() -> None:
+    noise = lambda main, comp: torch.arange(len(main)) % 2  # noqa: E731
+    found = fit(noise, train=40, val=10)
+    assert all(one.score < 0.75 for one in found.fitted), "noise cannot be predicted; a score near 1 is that of training"
+
+
+def test_the_regression_is_that_of_scikit_learn() -> None:
+    how = HOW._replace(settings=Linear(strengths=(0.1,)))
+    found = fit(sum_decides, how=how)
+    train = fold(1000, 0, sum_decides)
+    x = torch.cat([(table - table.mean(0)) / table.std(0, correction=0) for table in train.features.values()], dim=1)
+    weight_NF, bias_N = next(one.model for one in found.fitted if one.name == "logistic regression on main and comp")
+    expected = LogisticRegression(C=0.1).fit(x.double().numpy(), train.targets.numpy()).decision_function(x.double().numpy())
+    logits_SN = x @ weight_NF.T + bias_N
+    torch.testing.assert_close((logits_SN[:, 1] - logits_SN[:, 0]).double(), torch.from_numpy(expected), atol=2e-3, rtol=1e-3)
+
+
+def test_fits_are_repeatable() -> None:
+    one, other = (fit(product_decides, train=60, val=20).best.model for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_several_labels_per_sample_and_class_weights() -> None:
+    draw = torch.Generator().manual_seed(0)
+    table = torch.randn(1000, 4, generator=draw)
+    targets = (torch.stack([table[:, 0] > 0, table[:, 1] * table[:, 2] > 0, table[:, 3] > 1], dim=1)).float()
+    both = Fold({"main": table, "comp": table.flip(1)}, targets)
+    how = FitSettings(3, multi_label=True, threshold="tuned", balanced=True, settings=HOW.settings)
+    found = fit_baselines(both, both.rows(torch.arange(500)), how, NETWORK, lambda what, share: None, seed=0)
+    assert found.best.name.startswith("MLP") and found.best.score > 0.8
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "samples", "expected"),
+    [(0, 0, 100, False), (1, 0, 100, False), (3, 0, 100, True), (10, 6, 400, False), (12, 3, 400, True), (3, 12, 400, False)],
+)
+def test_an_improvement_counts_beyond_noise_only(gained: int, lost: int, samples: int, expected: bool) -> None:
+    start_S = torch.zeros(samples)
+    start_S[:lost] = 1
+    score_S = torch.zeros(samples)
+    score_S[lost : lost + gained] = 1
+    assert exceeds_noise(score_S, start_S) == expected
