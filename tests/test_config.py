@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mopefuse.config.defaults import OFFICIAL
 from mopefuse.config.recipe import parse_set, read_recipe, read_yaml, resolve, saved_config, to_yaml
-from mopefuse.config.schema import RunConfig, build_config, known_keys
+from mopefuse.config.schema import build_config, known_keys
 from mopefuse.errors import CheckpointError, ConfigError
 
 BASE = {"main": "tiny:vision", "comp": "tiny:text"}

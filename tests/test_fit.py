@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +52,10 @@ def fitted(table: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
 
 
 @pytest.fixture
-def only_cheap(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def only_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
     """No candidate that runs an encoder in every step, which takes the longest."""
     monkeypatch.setattr(fitting, "TRAINED", ())
     monkeypatch.setattr(fitting, "NETWORKS", NETWORKS[:1])
-    yield
 
 
 def test_the_method_that_the_task_needs_is_chosen(fitted: tuple[Path, dict[str, Any]]) -> None:

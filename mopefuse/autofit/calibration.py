@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mopefuse.fusion.linear import mean_of_sigmoids, mean_of_softmaxes
+from mopefuse.fusion.wide_head import WideHead
 from mopefuse.metrics import classification as metrics
 
 _WIDEST = 10.0  # T and 1 / T are at most this
@@ -89,7 +90,7 @@ def calibration_error(logits_KN: Tensor, targets: Tensor) -> float:
 
 
 def fold_temperature(head: nn.Module, temperature: float) -> bool:
-    """Divide the logits of a head, or of each of several, by a temperature; False if its last layer is not linear."""
+    """Divide the logits of a head, or of each of several, by a temperature; False if its last layers are not linear."""
     layers = _last_layers(head)
     if not all(isinstance(layer, nn.Linear) for layer in layers):
         return False
@@ -101,6 +102,8 @@ def fold_temperature(head: nn.Module, temperature: float) -> bool:
 
 
 def _last_layers(head: nn.Module) -> list[nn.Module]:
+    if isinstance(head, WideHead):
+        return [head.linear, head.output]
     if isinstance(head, nn.ModuleDict):
         return list(head.values())
     return [head[-1] if isinstance(head, nn.Sequential) else head]

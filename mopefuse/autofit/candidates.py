@@ -12,9 +12,10 @@ from typing import Any
 
 from mopefuse.config.schema import RunConfig, build_config
 from mopefuse.config.setting_paths import merge
+from mopefuse.fusion.mlp_fit import BATCH
 
-WARM_START = "linear"
-"""Where conditional prompts start."""
+WARM_START = "auto"
+"""Conditional prompts start at the best simple model of the frozen features."""
 SECTION = {"main": "main", "comp": "comp", "concat": "both", "average": "both"}
 
 
@@ -49,9 +50,15 @@ def _linear(features: str, title: str) -> Candidate:
     return Candidate(f"linear-{features}", title, changes, SECTION[features])
 
 
+def _mlp(name: str, title: str, **changes: Any) -> Candidate:
+    """An MLP whose last epoch is taken, so that none is selected on the samples that score it."""
+    return Candidate(name, title, merge({"method": "mlp", "train": {"select": "last", "batch_size": BATCH}}, changes))
+
+
 def _conditional(name: str, title: str, *, swapped: bool = False, **changes: Any) -> Candidate:
-    train = {"lr": 2e-3, "schedule": "cosine", "epochs": 5, "evals_per_epoch": 4, "patience": 8, "log_every": 5}
-    return Candidate(name, title, {"method": "conditional", "train": train, **changes}, swapped=swapped)
+    train = {"epochs": 5, "evals_per_epoch": 4, "patience": 8, "log_every": 5}
+    common = {"method": "conditional", "warm_start": WARM_START, "train": train}
+    return Candidate(name, title, merge(common, changes), swapped=swapped)
 
 
 REGRESSIONS = (
@@ -60,24 +67,14 @@ REGRESSIONS = (
     _linear("concat", "logistic regression"),
     _linear("average", "average of two logistic regressions"),
 )
-NETWORKS = (  # the last step is taken, so that no step is selected on the samples that score it
-    Candidate("mlp", "MLP", {"method": "mlp", "train": {"select": "last"}}),
-    Candidate(
-        "mlp-regularised",
-        "MLP, more dropout",
-        {"method": "mlp", "mlp": {"dropout": 0.5}, "train": {"select": "last", "weight_decay": 0.1}},
-    ),
-    Candidate("mlp-wide", "MLP, 1,024 units", {"method": "mlp", "head_hidden": 1024, "train": {"select": "last"}}),
+NETWORKS = (
+    _mlp("mlp", "MLP"),
+    _mlp("mlp-dropout", "MLP, more dropout", mlp={"dropout": 0.5}),
+    _mlp("mlp-wide", "MLP, 1,024 units", head_hidden=1024),
 )
 TRAINED = (
-    _conditional("conditional", "conditional prompts", warm_start=WARM_START),
-    _conditional("conditional-swapped", "conditional prompts in the other encoder", warm_start=WARM_START, swapped=True),
-    _conditional(
-        "conditional-mlp",
-        "conditional prompts and FiLM with an MLP head",
-        head_features="all",
-        head_hidden=512,
-        prompts={"film": True},
-    ),
+    _conditional("conditional", "conditional prompts"),
+    _conditional("conditional-swapped", "conditional prompts in the other encoder", swapped=True),
+    _conditional("conditional-deep", "conditional prompts in all layers", prompts={"layers": "all"}),
 )
 CANDIDATES = {one.name: one for one in (*REGRESSIONS, *NETWORKS, *TRAINED)}

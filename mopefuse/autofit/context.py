@@ -23,7 +23,7 @@ class Context:
 
     Args:
         values: settings of all candidates, nested. choices: a line for each column, split and encoder that was found.
-        modality_of: modality by side. layers: promptable layers by side. judge: scores predictions for train followed by val.
+        modality_of: modality by side. judge: scores predictions for train followed by val.
     """
 
     folder: FitFolder
@@ -34,7 +34,6 @@ class Context:
     device: torch.device
     data: DataSet
     modality_of: dict[str, str]
-    layers: dict[str, int]
     features: Features
     judge: Judge
 

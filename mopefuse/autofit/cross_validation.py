@@ -16,18 +16,12 @@ from mopefuse.autofit.budget import Budget
 from mopefuse.autofit.features import FOLDS, Features
 from mopefuse.autofit.scores import Judge, Predictions
 from mopefuse.config.schema import RunConfig
-from mopefuse.core import device as devices
-from mopefuse.data.base import DataSet
-from mopefuse.data.collate import derive_seed, epoch_batches
-from mopefuse.fusion.build import build_model
 from mopefuse.fusion.linear import mean_of_sigmoids, mean_of_softmaxes
-from mopefuse.fusion.regression import FitSettings, regression_path
+from mopefuse.fusion.mlp_fit import Network, NetworkSettings, epochs_for, fit_network
+from mopefuse.fusion.regression import FitSettings, Problem
+from mopefuse.metrics.losses import balanced_weights
 from mopefuse.training.listener import Listener
-from mopefuse.training.losses import balanced_weights, classification_loss
-from mopefuse.training.optim import factor, make_optimizer, set_learning_rate
-from mopefuse.training.plan import resolved
 
-_MEASURED_STEPS = 20  # of a network, after which its pace is known
 _LEAST_EPOCHS = 5
 
 
@@ -66,8 +60,17 @@ class Regressed(NamedTuple):
     strength: float
 
 
+def fit_settings(features: Features, labels: int, config: RunConfig) -> FitSettings:
+    """The settings of a regression or an MLP."""
+    targets = features.targets
+    multi, balanced = targets.ndim == 2, config.train.class_weights == "balanced"
+    counts_N = targets.sum(dim=0) if multi else torch.bincount(targets, minlength=labels)
+    weights = balanced_weights(counts_N, len(targets), multi_label=multi) if balanced else None
+    return FitSettings(labels, multi, config.train.threshold, balanced, config.linear, weights)
+
+
 def cross_validate_regressions(
-    features: Features, data: DataSet, config: RunConfig, groups: dict[str, tuple[str, ...]], clock: FoldClock
+    features: Features, how: FitSettings, groups: dict[str, tuple[str, ...]], clock: FoldClock
 ) -> dict[str, Regressed]:
     """Cross-validate a logistic regression on each group of sides; C is chosen by the predictions of all folds together.
 
@@ -76,9 +79,7 @@ def cross_validate_regressions(
     Args:
         groups: by name, the sides whose features are concatenated.
     """
-    labels, judge = len(data.labels), Judge(features.targets, len(data.labels))
-    balanced = config.train.class_weights == "balanced"
-    how = FitSettings(labels, data.multi_label, config.train.threshold, balanced, config.linear)
+    labels, judge = how.labels, Judge(features.targets, how.labels)
     settings = dict.fromkeys(groups, how)
     held: list[Tensor] = []
     found: dict[str, dict[float, list[Tensor]]] = {name: {} for name in groups}
@@ -87,8 +88,10 @@ def cross_validate_regressions(
         for name, sides in groups.items():
             known = {side: train.statistics(side) for side in sides}
             design, held_design = train.design(known, labels), test.design(known, labels)
-            for strength, weight_NF, bias_N in regression_path(design, train.targets, settings[name]):
-                found[name].setdefault(strength, []).append(held_design.logits(weight_NF, bias_N))
+            problem = Problem.of(design, train.targets, how)
+            for strength in sorted(settings[name].settings.strengths):
+                weights = problem.solve(strength, how.settings.max_iter, lambda share: None)
+                found[name].setdefault(strength, []).append(held_design.logits(*weights))
         held.append(held_rows)
         if not number:
             best = {name: _best_strength(judge, held, found[name]).strength for name in groups}
@@ -128,92 +131,49 @@ def average(predictions: list[Predictions], *, multi_label: bool) -> Predictions
 
 
 class Trained(NamedTuple):
-    """The predictions of a network for the folds that there was time for, and the epochs that there was time for."""
+    """The predictions of an MLP for the folds that there was time for, and the epochs that there was time for."""
 
     predictions: Predictions
     epochs: int
 
 
 def cross_validate_network(
-    features: Features, data: DataSet, config: RunConfig, device: torch.device, clock: FoldClock
+    features: Features, how: FitSettings, network: NetworkSettings, clock: FoldClock
 ) -> Trained | None:
-    """Cross-validate a method that reads nothing but frozen features, each fold trained to its last step.
+    """Cross-validate an MLP on the features of all sides, each fold trained to its last epoch.
 
     Returns:
         None if there is no time for the first fold, not even with fewer epochs.
     """
     held: list[Tensor] = []
     logits: list[Tensor] = []
+    epochs: int | None = None
     for number, (train_rows, held_rows) in enumerate(features.folds()):
-        training = _Training(features, train_rows, config, device, len(data.labels))
-        if not number:
-            config = with_epochs(config, training.affordable_epochs(clock))
-            training = _Training(features, train_rows, config, device, len(data.labels))
-        if not (config.train.epochs and training.run(clock)):
+        train, test = features.fold(train_rows), features.fold(held_rows)
+        known = {side: train.statistics(side) for side in train.features}
+        design, held_design = train.design(known, how.labels), test.design(known, how.labels)
+        if epochs is None:
+            began = time.monotonic()
+            next(fit_network(design, train.targets, how, network))
+            epochs = min(epochs_for(design.rows), int(clock.seconds_left / (time.monotonic() - began)))
+            if epochs < min(_LEAST_EPOCHS, epochs_for(design.rows)):
+                return None
+        trained = _finish(fit_network(design, train.targets, how, network, epochs), clock if number else None)
+        if trained is None:
             break
-        with torch.no_grad():
-            logits.append(training.model.eval()(features.batch(held_rows).to(device)).logits.float().cpu())
+        logits.append(trained.logits_of(held_design))
         held.append(held_rows)
         if not clock.has_time(number + 1, FOLDS):
             break
-    return Trained(join(held, logits), config.train.epochs) if held else None
+    assert epochs is not None
+    return Trained(join(held, logits), epochs)
 
 
-def with_epochs(config: RunConfig, epochs: int) -> RunConfig:
-    """`config` with another number of epochs."""
-    return config.model_copy(update={"train": config.train.model_copy(update={"epochs": epochs})})
-
-
-class _Training:
-    """The training of a new model on features of some samples, as `mopefuse.training.trainer.Trainer` would train it."""
-
-    def __init__(self, features: Features, rows: Tensor, config: RunConfig, device: torch.device, labels: int) -> None:
-        self.features, self.rows, self.device = features, rows, device
-        self.model = build_model(config, labels)
-        self.config = resolved(config, self.model)
-        train, targets = features.fold(rows), features.targets[rows]
-        for side, standard in (self.model.standard or {}).items():
-            standard.load_state_dict(train.statistics(side))
-        devices.move_to_device(self.model, device)
-        self.multi_label, self.weights = targets.ndim == 2, None
-        if config.train.class_weights == "balanced":
-            counts_N = targets.sum(dim=0) if self.multi_label else torch.bincount(targets, minlength=labels)
-            self.weights = balanced_weights(counts_N, len(rows), multi_label=self.multi_label).to(device)
-        self.optimizer = make_optimizer(self.model.train(), self.config.train)
-        self.parameters = self.model.trainable_parameters()
-        self.total = config.train.epochs * -(-len(rows) // config.train.batch_size)
-
-    def affordable_epochs(self, clock: FoldClock) -> int:
-        """How many epochs, of those that are configured, one fold may take; 0 if these are too few to be useful."""
-        began = time.monotonic()
-        measured = 0
-        for step, numbers in zip(range(_MEASURED_STEPS), self._batches(), strict=False):
-            self._step(step, numbers)
-            measured = step + 1
-        per_epoch = (time.monotonic() - began) / max(1, measured) * self.total / max(1, self.config.train.epochs)
-        epochs = min(self.config.train.epochs, int(clock.seconds_left / per_epoch))
-        return epochs if epochs >= min(_LEAST_EPOCHS, self.config.train.epochs) else 0
-
-    def run(self, clock: FoldClock) -> bool:
-        """Make all steps; returns whether there was time for them."""
-        for step, numbers in enumerate(self._batches()):
-            if clock.seconds_left < 0:
-                return False
-            self._step(step, numbers)
-        return True
-
-    def _batches(self) -> Iterator[list[int]]:
-        train = self.config.train
-        for epoch in range(train.epochs):
-            yield from epoch_batches(self.config.seed, epoch, len(self.rows), train.batch_size)
-
-    def _step(self, step: int, numbers: list[int]) -> None:
-        train = self.config.train
-        set_learning_rate(self.optimizer, factor(train, step, self.total))
-        self.optimizer.zero_grad(set_to_none=True)
-        torch.manual_seed(derive_seed(self.config.seed, step, 0))
-        batch = self.features.batch(self.rows[torch.tensor(numbers)]).to(self.device)
-        loss = classification_loss(self.model(batch), batch, multi_label=self.multi_label, weights=self.weights)
-        (loss / len(numbers)).backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, train.clip)
-        self.optimizer.step()
+def _finish(training: Iterator[Network], clock: FoldClock | None) -> Network | None:
+    """The network after its last epoch; None if the time of `clock` runs out before."""
+    last: Network | None = None
+    for network in training:
+        last = network
+        if clock is not None and clock.seconds_left < 0:
+            return None
+    return last

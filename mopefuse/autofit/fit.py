@@ -7,7 +7,6 @@ resumes from its last checkpoint.
 from __future__ import annotations
 
 import signal
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +117,6 @@ def _set_up(
         device=device,
         data=prepared.data,
         modality_of={side: model.encoder(side).modality for side in model.uses},
-        layers={side: len(model.encoder(side).widths) for side in model.uses},
         features=features,
         judge=Judge(features.targets, len(prepared.data.labels)),
     )
@@ -129,10 +127,9 @@ def _try_all(context: Context) -> Leaderboard:
     try_regressions(context)
     for candidate in NETWORKS:
         try_network(context, candidate)
-    leader, began = context.leader(), time.monotonic()
+    leader = context.leader()
     train_leader(context, CANDIDATES[leader])  # from here on there is a model, whatever dearer candidates do
-    reserve = time.monotonic() - began
     for candidate in [one for one in TRAINED if not one.swapped or isinstance(context.values["comp"], str)]:
-        try_trained(context, candidate, leader, reserve)
+        try_trained(context, candidate, leader)
     context.listener.on_phase("calibration and test", context.budget)
     return finish(context, leader, context.choose(leader))

@@ -34,14 +34,13 @@ class CandidateListener(Listener):
     Args:
         to_beat: score of the leader on validation, with its standard error.
         tested_share: rows of the test split for each row of validation; the final test must fit into the budget, too.
-        reserve: seconds that finishing the fit takes without this candidate.
     """
 
     def __init__(
-        self, shown: FitListener, budget: Budget, *, to_beat: Estimate, tested_share: float, reserve: float
+        self, shown: FitListener, budget: Budget, *, to_beat: Estimate, tested_share: float
     ) -> None:
         self._shown, self._budget, self._to_beat = shown, budget, to_beat
-        self._tested_share, self._reserve = tested_share, reserve
+        self._tested_share = tested_share
         self._preparation: tuple[str, int, float] = ("", 0, 0.0)  # what is prepared, and where and when it began
         self._first: tuple[int, float] | None = None  # first step of this attempt and its time
         self._last_step_at = time.monotonic()
@@ -61,7 +60,7 @@ class CandidateListener(Listener):
             self._preparation = (what, done, now)
         _, first, began = self._preparation
         needed = (now - began) / (done - first) * (total - done) if done > first else 0.0
-        left = self._budget.left - self._reserve
+        left = self._budget.left
         if left <= 0 or (now - began >= _MEASURED_SECONDS and needed > left):
             raise OutOfTime(f"{what}: {duration(needed)} more, {duration(max(0.0, left))} left")
 
@@ -84,7 +83,7 @@ class CandidateListener(Listener):
         return bool(self.reason)
 
     def _why_stop(self, progress: Progress, total: int) -> str:
-        left = self._budget.left - self._reserve - self._validation_seconds * (1 + self._tested_share)
+        left = self._budget.left - self._validation_seconds * (1 + self._tested_share)
         if left <= 0:
             return f"stopped at step {progress.step} of {total}: the budget is spent"
         assert self._first is not None

@@ -7,7 +7,13 @@ from typing import Any
 
 from mopefuse.autofit.candidates import NETWORKS, REGRESSIONS, Candidate
 from mopefuse.autofit.context import Context
-from mopefuse.autofit.cross_validation import FoldClock, average, cross_validate_network, cross_validate_regressions
+from mopefuse.autofit.cross_validation import (
+    FoldClock,
+    average,
+    cross_validate_network,
+    cross_validate_regressions,
+    fit_settings,
+)
 from mopefuse.autofit.listener import CandidateListener, OutOfTime
 from mopefuse.autofit.scores import Predictions
 from mopefuse.autofit.state import CROSS_VALIDATED, FAILED, SKIPPED, VALIDATED, Entry
@@ -16,13 +22,13 @@ from mopefuse.core.formatting import duration
 from mopefuse.errors import Interrupted, MopefuseError, ResourceError
 from mopefuse.evaluation.split import run_split
 from mopefuse.fusion.build import build_model
+from mopefuse.fusion.mlp_fit import NetworkSettings
 from mopefuse.runs.load import load_model
 from mopefuse.training.listener import Listener
 from mopefuse.training.train import train
 
 _REGRESSION_SHARE, _NETWORK_SHARE, _VARIANT_SHARE = 0.25, 0.4, 0.2  # of the time left: regressions, MLP, each variant of it
 _MAX_ITER = 100  # of a regression in cross-validation, which needs no further digits
-_PROMPTED = 4  # last layers that are prompted: the output of those before is computed once
 
 
 def try_regressions(context: Context) -> None:
@@ -36,7 +42,8 @@ def try_regressions(context: Context) -> None:
     groups |= {"linear-comp": tuple(filter(is_comp, sides)), "linear-concat": sides}
     config = REGRESSIONS[-1].config(context.values, {"linear": {"max_iter": _MAX_ITER}})
     clock = FoldClock("logistic regressions", context.budget, context.listener, _REGRESSION_SHARE)
-    found = cross_validate_regressions(context.features, context.data, config, groups, clock)
+    how = fit_settings(context.features, len(context.data.labels), config)
+    found = cross_validate_regressions(context.features, how, groups, clock)
     heads = [found[head_name(side)] for side in sides]
     strengths = {name: [one.strength] for name, one in found.items()} | {"linear-average": [one.strength for one in heads]}
     predictions = {name: one.predictions for name, one in found.items()}
@@ -68,7 +75,9 @@ def try_network(context: Context, candidate: Candidate) -> None:
     share = _NETWORK_SHARE if candidate is NETWORKS[0] else _VARIANT_SHARE
     clock = FoldClock(candidate.title, context.budget, context.listener, share)
     config = candidate.config(context.values)
-    found = cross_validate_network(context.features, context.data, config, context.device, clock)
+    how = fit_settings(context.features, len(context.data.labels), config)
+    network = NetworkSettings(config.head_hidden, config.mlp.dropout, config.seed)
+    found = cross_validate_network(context.features, how, network, clock)
     entry.seconds = round(clock.seconds, 2)
     if found is None:
         entry.state, entry.note = SKIPPED, f"one fold takes longer than {100 * share:g} % of the time left"
@@ -93,25 +102,26 @@ def train_leader(context: Context, candidate: Candidate) -> None:
     context.folder.save_predictions(f"{candidate.name}-val", _validation_predictions(context, candidate))
 
 
-def try_trained(context: Context, candidate: Candidate, leader: str, reserve: float) -> None:
+def try_trained(context: Context, candidate: Candidate, leader: str) -> None:
     """Train a candidate and score it on validation, if there is time.
 
     Args:
-        leader: the candidate to beat. reserve: seconds to keep for the rest of the fit.
+        leader: the candidate to beat.
     """
     if context.is_done(candidate):
         return
     entry = Entry(candidate.name, candidate.title, context.reads(candidate), SKIPPED)
-    if context.budget.left <= reserve:
+    if context.budget.left <= 0:
         entry.note = f"no time left of {duration(context.budget.total)}"
         context.record(entry)
         return
     context.listener.on_phase(f"training {candidate.title}", context.budget)
     began = time.monotonic()
-    listener = _listener(context, leader, reserve)
+    listener = _listener(context, leader)
     run = context.folder.candidate_run(candidate.name)
     try:
-        config = candidate.config(context.values, _more_settings(context, candidate))
+        more = {"linear": {"strengths": context.folder.entries["linear-concat"].strengths}}  # of the warm start
+        config = candidate.config(context.values, more)
         result = train(config, run.path, resume=run.can_resume(), overwrite=not run.can_resume(), listener=listener, test=False)
         entry.state, entry.note, entry.trainable = VALIDATED, listener.reason, result["parameters"]["trainable"]
         found = _validation_predictions(context, candidate)
@@ -125,20 +135,13 @@ def try_trained(context: Context, candidate: Candidate, leader: str, reserve: fl
     context.record(entry, found)
 
 
-def _listener(context: Context, leader: str, reserve: float) -> CandidateListener:
+def _listener(context: Context, leader: str) -> CandidateListener:
     """A listener that knows what the leader scores on validation."""
     to_beat = context.judge.score(context.on_val(leader))
     share = len(context.data.splits["test"].rows) / len(context.features.val_rows)
-    return CandidateListener(context.listener, context.budget, to_beat=to_beat, tested_share=share, reserve=reserve)
+    return CandidateListener(context.listener, context.budget, to_beat=to_beat, tested_share=share)
 
 
-def _more_settings(context: Context, candidate: Candidate) -> dict[str, Any]:
-    """The C that cross-validation chose for the warm start, and prompts in the last layers only unless the user chose them."""
-    found: dict[str, Any] = {"linear": {"strengths": context.folder.entries["linear-concat"].strengths}}
-    layers = context.layers["comp" if candidate.swapped else "main"]
-    if layers > _PROMPTED and "layers" not in context.values.get("prompts", {}):
-        found["prompts"] = {"layers": f"last:{_PROMPTED}"}
-    return found
 
 
 def _validation_predictions(context: Context, candidate: Candidate) -> Predictions:
