@@ -15,7 +15,7 @@ from test_mlp import make_xor
 import mopefuse
 from mopefuse.autofit import fit as fitting
 from mopefuse.autofit import tryouts
-from mopefuse.autofit.candidates import NETWORKS, REGRESSIONS
+from mopefuse.autofit.candidates import NETWORKS, REGRESSIONS, TRAINED
 from mopefuse.errors import Interrupted
 from mopefuse.runs.folder import RunFolder
 
@@ -46,7 +46,10 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fitted(table: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A fit and what it printed with --json; not to be changed."""
     out = tmp_path_factory.mktemp("fitted") / "run"
-    done = call("fit", table, *TINY, "--budget", "5m", "--out", out, "--json")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fitting, "NETWORKS", NETWORKS[:1])
+        patch.setattr(fitting, "TRAINED", TRAINED[:1])
+        done = call("fit", table, *TINY, "--budget", "1h", "--out", out, "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     return out, json.loads(done.stdout)
 
@@ -121,7 +124,7 @@ def test_the_report_begins_with_what_earned_what(fitted: tuple[Path, dict[str, A
 @pytest.mark.usefixtures("only_cheap")
 def test_a_fit_that_was_stopped_continues(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, settings = tmp_path / "run", {"device": "cpu", "seed": 1}
-    names = {"main": "tiny:vision", "comp": "tiny:text", "budget": 120}
+    names: Any = {"main": "tiny:vision", "comp": "tiny:text", "budget": 1200}
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt

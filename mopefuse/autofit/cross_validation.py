@@ -6,7 +6,7 @@ Shapes: S samples of train followed by val, K of them, N labels.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -70,7 +70,7 @@ def fit_settings(features: Features, labels: int, config: RunConfig) -> FitSetti
 
 
 def cross_validate_regressions(
-    features: Features, how: FitSettings, groups: dict[str, tuple[str, ...]], clock: FoldClock
+    features: Features, how: FitSettings, groups: Mapping[str, Sequence[str]], clock: FoldClock
 ) -> dict[str, Regressed]:
     """Cross-validate a logistic regression on each group of sides; C is chosen by the predictions of all folds together.
 
