@@ -192,5 +192,5 @@ def require_one_process() -> None:
         ConfigError: there are several.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        what, fix = "mopefuse fit runs in one process", "start it without torchrun"
-        raise ConfigError(ConfigCode.FIT_IN_SEVERAL_PROCESSES, what, where="WORLD_SIZE", fix=fix)
+        what = "mopefuse fit runs in one process"
+        raise ConfigError(ConfigCode.FIT_IN_SEVERAL_PROCESSES, what, where="WORLD_SIZE", fix="start it without torchrun")

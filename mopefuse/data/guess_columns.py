@@ -109,7 +109,7 @@ class _Guesser:
             return
         paths = [column for column in self.free if self._looks_like_paths(column)]
         if not paths:
-            self._refuse(DataCode.COLUMN_NOT_GUESSED, f"no column has the paths of {get_modality(name).plural}", name)
+            self._refuse(f"no column has the paths of {get_modality(name).plural}", name)
         column = self._only(paths, name, get_modality(name).common_columns)
         folders = [folder for folder in self._folders() if self._share_of_files(column, (folder,)) >= _NEARLY_ALL]
         if len(folders) != 1:
@@ -136,7 +136,7 @@ class _Guesser:
         """Guess the column with the longest texts."""
         length = {column: _mean(len(cell) for cell in self.cells[column]) for column in self.free if self._is_text(column)}
         if not length:
-            self._refuse(DataCode.COLUMN_NOT_GUESSED, f"no column has a {name} of several words", name)
+            self._refuse(f"no column has a {name} of several words", name)
         longest = max(length, key=lambda column: length[column])
         close = [column for column in length if length[column] * _CLEARLY_LONGER > length[longest]]
         column = self._only(close, name, get_modality(name).common_columns)
@@ -158,7 +158,7 @@ class _Guesser:
         named = [column for column in found if column.lower() in COMMON_LABELS]
         in_words = [column for column in found if column in lists or not all(map(_is_number, self.cells[column]))]
         if not found:
-            self._refuse(DataCode.COLUMN_NOT_GUESSED, "no column has few distinct values, as a label has", "")
+            self._refuse("no column has few distinct values, as a label has", "")
         column = self._only(named or in_words or found, "", COMMON_LABELS)
         if column in lists:
             self.take("label_col", column, "label", "its cells are lists")
@@ -181,14 +181,19 @@ class _Guesser:
         """
         named = [column for column in found if column.lower() in common]
         if len(found) > 1 and len(named) != 1:
-            what = f"{' and '.join(named or found)} could be the column of the {modality or 'label'}"
-            self._refuse(DataCode.COLUMN_AMBIGUOUS, what, modality)
+            what = f"each of the columns {', '.join(named or found)} could be the {modality or 'label'}"
+            fix = f"name one with {_flag(modality)}"
+            raise DataError(DataCode.COLUMN_AMBIGUOUS, what, where=str(self.config.path), fix=fix)
         return found[0] if len(found) == 1 else named[0]
 
-    def _refuse(self, code: DataCode, what: str, modality: str) -> NoReturn:
-        flag = flag_for(modality, "NAME") if modality else "--label-col NAME"
-        columns = ", ".join(list(self.cells)[:12])
-        raise DataError(code, f"{what} (columns: {columns})", where=str(self.config.path), fix=f"name it with {flag}")
+    def _refuse(self, what: str, modality: str) -> NoReturn:
+        columns, fix = ", ".join(list(self.cells)[:12]), f"name it with {_flag(modality)}"
+        where = str(self.config.path)
+        raise DataError(DataCode.COLUMN_NOT_GUESSED, f"{what}; columns: {columns}", where=where, fix=fix)
+
+
+def _flag(modality: str) -> str:
+    return flag_for(modality, "NAME") if modality else "--label-col NAME"
 
 
 def _is_file(root: Path, cell: str) -> bool:
