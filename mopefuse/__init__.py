@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from mopefuse.autofit.fit import Fitted
+    from mopefuse.autofit.fit import FitResult
     from mopefuse.config.schema import RunConfig, build_config
     from mopefuse.data.pair_dataset import PairDataset
     from mopefuse.evaluation.scoring import Evaluation
@@ -59,7 +59,7 @@ def fit(
     settings: Mapping[str, Any] | None = None,
     resume: bool = False,
     overwrite: bool = False,
-) -> Fitted:
+) -> FitResult:
     """Find the best model for a table, as ``mopefuse fit`` does; ``.run`` is a run folder, ``.headline`` what earned what.
 
     Args:

@@ -28,7 +28,8 @@ from mopefuse.data.guess_columns import guess_columns
 from mopefuse.fusion.linear import mean_of_softmaxes
 from mopefuse.fusion.mlp_fit import NetworkSettings
 from mopefuse.fusion.wide_head import WideHead
-from mopefuse.training.listener import Progress
+from mopefuse.training.listener import Listener, Progress
+from mopefuse.training.train import train
 
 S, N = 200, 3
 
@@ -108,8 +109,8 @@ def test_every_sample_is_held_out_once_with_its_whole_group() -> None:
     features = make_features(groups=groups)
     folds = list(features.folds())
     assert len(folds) == FOLDS and torch.cat([held for _, held in folds]).sort().values.tolist() == list(range(S))
-    for train, held in folds:
-        assert not {groups[row] for row in train.tolist()} & {groups[row] for row in held.tolist()}
+    for kept, held in folds:
+        assert not {groups[row] for row in kept.tolist()} & {groups[row] for row in held.tolist()}
         assert 30 <= len(held) <= 50
 
 
@@ -232,6 +233,19 @@ def test_a_preparation_that_would_not_end_in_time_is_given_up(monkeypatch: pytes
     now += 10.0
     with pytest.raises(OutOfTime, match="encoding"):
         found.on_data_progress("encoding", 11, 1000)  # one second each
+
+
+class StopsAtStep2(Listener):
+    def wants_to_stop(self, progress: Progress, total: int) -> bool:
+        return progress.step == 2
+
+
+def test_a_listener_can_end_training_and_the_test_can_be_left_out(pairs: Path, tmp_path: Path) -> None:
+    specs = {"main": "tiny:vision", "comp": "tiny:text", "device": "cpu", "method": "late-concat"}
+    config = build_config({**specs, "data": {"path": str(pairs)}, "train": {"batch_size": 4, "epochs": 3}})
+    result = train(config, tmp_path / "run", listener=StopsAtStep2(), test=False)
+    assert result["steps"] == 2 and result["metrics"]["val"] and result["metrics"]["test"] is None
+    assert not (tmp_path / "run" / "predictions.jsonl").exists()
 
 
 # -- guessed columns

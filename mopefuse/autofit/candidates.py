@@ -16,7 +16,7 @@ from mopefuse.fusion.mlp_fit import BATCH
 
 WARM_START = "auto"
 """Conditional prompts start at the best simple model of the frozen features."""
-SECTION = {"main": "main", "comp": "comp", "concat": "both", "average": "both"}
+_READS = {"main": "main", "comp": "comp", "concat": "both", "average": "both"}  # by `linear.features`
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Candidate:
 
 def _linear(features: str, title: str) -> Candidate:
     changes = {"method": "linear", "linear": {"features": features}}
-    return Candidate(f"linear-{features}", title, changes, SECTION[features])
+    return Candidate(f"linear-{features}", title, changes, _READS[features])
 
 
 def _mlp(name: str, title: str, **changes: Any) -> Candidate:

@@ -31,7 +31,7 @@ from mopefuse.training.plan import prepare
 
 
 @dataclass(frozen=True)
-class Fitted:
+class FitResult:
     """The result of a fit: the folder, which is an ordinary run, and the leaderboard."""
 
     run: Path
@@ -53,7 +53,7 @@ def fit(
     resume: bool = False,
     overwrite: bool = False,
     listener: FitListener | None = None,
-) -> Fitted:
+) -> FitResult:
     """Find the best model for `data` within a budget, and write it to `out` as a run.
 
     Args:
@@ -73,7 +73,7 @@ def fit(
         spending = Budget(budget, folder.spent)
         try:
             context = _set_up(data, folder, spending, listener, dict(settings or {}), sets)
-            return Fitted(folder.path, _try_all(context))
+            return FitResult(folder.path, _try_all(context))
         except KeyboardInterrupt:
             raise Interrupted(signal.SIGINT, "finished candidates are kept", fix=_CONTINUE) from None
         except Interrupted as stopped:

@@ -19,7 +19,7 @@ from mopefuse.autofit.scores import Predictions
 from mopefuse.autofit.state import CROSS_VALIDATED, FAILED, SKIPPED, VALIDATED, Entry
 from mopefuse.config.sides import is_comp
 from mopefuse.core.formatting import duration
-from mopefuse.errors import Interrupted, MopefuseError, ResourceError
+from mopefuse.errors import Interrupted, MopefuseError
 from mopefuse.evaluation.split import run_split
 from mopefuse.fusion.build import build_model
 from mopefuse.fusion.mlp_fit import NetworkSettings
@@ -125,7 +125,7 @@ def try_trained(context: Context, candidate: Candidate, leader: str) -> None:
         result = train(config, run.path, resume=run.can_resume(), overwrite=not run.can_resume(), listener=listener, test=False)
         entry.state, entry.note, entry.trainable = VALIDATED, listener.reason, result["parameters"]["trainable"]
         found = _validation_predictions(context, candidate)
-    except (Interrupted, ResourceError):
+    except Interrupted:
         raise
     except OutOfTime as reason:
         entry.note, found = f"no time: {reason}", None
@@ -140,8 +140,6 @@ def _listener(context: Context, leader: str) -> CandidateListener:
     to_beat = context.judge.score(context.on_val(leader))
     share = len(context.data.splits["test"].rows) / len(context.features.val_rows)
     return CandidateListener(context.listener, context.budget, to_beat=to_beat, tested_share=share)
-
-
 
 
 def _validation_predictions(context: Context, candidate: Candidate) -> Predictions:

@@ -11,7 +11,7 @@ from mopefuse.cli.settings import Settings
 from mopefuse.cli.shared_options import DataPath, Json, Set
 
 if TYPE_CHECKING:
-    from mopefuse.autofit.fit import Fitted
+    from mopefuse.autofit.fit import FitResult
 
 
 def fit(
@@ -55,7 +55,7 @@ def fit(
     _show(fitted, display.notices, json=json)
 
 
-def _show(fitted: Fitted, notices: list[str], *, json: bool) -> None:
+def _show(fitted: FitResult, notices: list[str], *, json: bool) -> None:
     from mopefuse.cli._render import out, percent, print_json, table
 
     board = fitted.leaderboard
