@@ -1,7 +1,8 @@
 """Classify multimodal samples with frozen pretrained encoders and a small trained fusion part.
 
-For your own training loop: `build_fusion`, `PairDataset`, `save_adapter`. To do what the command line does: `RunConfig` or
-`build_config`, `train`, `evaluate`. To use a trained model: `load` to predict, `load_model` for an `nn.Module`.
+To find the best model for a table: `fit`. For your own training loop: `build_fusion`, `PairDataset`, `save_adapter`. To do
+what the command line does: `RunConfig` or `build_config`, `train`, `evaluate`. To use a trained model: `load` to predict,
+`load_model` for an `nn.Module`.
 Importing this package imports neither torch nor pydantic; each name imports what it needs when it is first used.
 """
 
@@ -12,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
+    from mopefuse.autofit.fit import FitResult
     from mopefuse.config.schema import RunConfig, build_config
     from mopefuse.data.pair_dataset import PairDataset
     from mopefuse.evaluation.scoring import Evaluation
@@ -30,6 +32,7 @@ __all__ = [
     "build_config",
     "build_fusion",
     "evaluate",
+    "fit",
     "load",
     "load_model",
     "save_adapter",
@@ -44,6 +47,45 @@ _MODULES = {
     "load_model": "mopefuse.inference.load_model",
     "save_adapter": "mopefuse.export.adapter",
 }
+
+
+def fit(
+    data: str | Path,
+    out: str | Path | None = None,
+    *,
+    budget: str | float = "10m",
+    main: str | None = None,
+    comp: str | Sequence[str] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> FitResult:
+    """Find the best model for a table, as ``mopefuse fit`` does; ``.run`` is a run folder, ``.headline`` what earned what.
+
+    Args:
+        data: folder or table; columns, splits and encoders are found if they are not named.
+        out: the run folder; default: runs/<date>-<time>. budget: wall time, such as "10m", or seconds.
+        main, comp: specs of encoders; default: a small pair. settings: others by dotted path: ``{"data.text_col": "review"}``.
+        resume: continue the fit in `out`. overwrite: replace the fit in it.
+
+    Raises:
+        MopefuseError: data, an encoder, a setting or the folder cannot be used; see docs/errors.md.
+    """
+    from mopefuse.autofit.budget import parse_budget
+    from mopefuse.autofit.fit import fit as run_fit
+    from mopefuse.core.python_names import python_names
+    from mopefuse.runs.folder import default_path
+
+    encoders = {side: spec for side, spec in (("main", main), ("comp", comp)) if spec is not None}
+    with python_names():
+        return run_fit(
+            Path(data),
+            default_path() if out is None else Path(out),
+            budget=parse_budget(budget),
+            settings={**(settings or {}), **encoders},
+            resume=resume,
+            overwrite=overwrite,
+        )
 
 
 def train(config: RunConfig, out: str | Path, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from mopefuse.config.schema import Linear
-from mopefuse.fusion._mlp_fit import NetworkSettings
 from mopefuse.fusion.baselines import Baselines, fit_baselines, hold_out
+from mopefuse.fusion.mlp_fit import NetworkSettings
 from mopefuse.fusion.regression import FitSettings, Fold
 from mopefuse.metrics.noise import exceeds_noise
 

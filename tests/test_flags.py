@@ -23,11 +23,12 @@ from mopefuse.config.schema import RunConfig, setting
 from mopefuse.config.setting_flags import FLAGS, Flag
 from mopefuse.errors import ConfigError
 
-COMMANDS = ("train", "eval", "predict", "data check", "data preview")
+COMMANDS = ("train", "fit", "eval", "predict", "data check", "data preview")
 READING = {"--text-col", "--image-col", "--column", "--id-col", "--image-root"}
 LABELLED = READING | {"--label-col", "--split-col", "--label-sep"}
 CHECKED = LABELLED | {"--labels", "--fold-labels", "--allow-odd-labels", "--val-fraction", "--test-fraction", "--on-missing"}
 PUBLISHED = {
+    "fit": CHECKED | {"--main", "--comp", "--seed", "--device", "--fraction", "--on-bad"},
     "eval": LABELLED | {"--on-missing"},
     "predict": READING,
     "data check": CHECKED | {"--max-pixels"},
@@ -79,7 +80,7 @@ def test_no_published_flag_was_removed(command: str) -> None:
 def test_an_option_has_the_help_text_of_its_setting(command: str) -> None:
     found = options(command)
     for flag in setting_flags.flags_for(command):
-        shows_default = command not in ("eval", "predict")  # the run determines the value
+        shows_default = command not in ("fit", "eval", "predict")  # the run determines the value
         assert found[flag.name].help == help_text(setting(flag.path), default=shows_default)
         assert found[flag.name].rich_help_panel == flag.panel
 

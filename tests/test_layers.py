@@ -28,7 +28,7 @@ ORDER = (  # from the bottom up; a module imports only from lines above its own,
     "inference",
     "evaluation",
     "training export testing",
-    "studies bench",
+    "studies bench autofit",
     "report",
     "cli",
 )

@@ -18,9 +18,9 @@ from mopefuse.data.features import split_features
 from mopefuse.data.load import load_data
 from mopefuse.errors import ConfigError
 from mopefuse.evaluation.split import model_outputs
-from mopefuse.fusion._mlp_fit import Network, NetworkSettings
 from mopefuse.fusion.baselines import fit_baselines
 from mopefuse.fusion.build import build_model
+from mopefuse.fusion.mlp_fit import Network, NetworkSettings
 from mopefuse.fusion.regression import FitSettings, Fold
 from mopefuse.runs.folder import RunFolder
 from mopefuse.runs.load import load_model

@@ -26,6 +26,7 @@ from mopefuse.cli import (
     encoders,
     eval,
     export,
+    fit,
     plugins,
     predict,
     push,
@@ -44,13 +45,14 @@ from mopefuse.errors import Interrupted, MopefuseError, Notice, ResourceError
 app = typer.Typer(
     name="mopefuse",
     help="Train, evaluate and export classifiers on two or more modalities, such as image and text, with frozen encoders.",
-    epilog="Start with mopefuse demo, or with mopefuse data check DIR on your own table. COMMAND --help explains a command.",
+    epilog="Start with mopefuse demo, or with mopefuse fit TABLE on your own data. COMMAND --help explains a command.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 add_command(app, "train", train.train)
+add_command(app, "fit", fit.fit, defaults=False)
 add_command(app, "eval", eval.evaluate, defaults=False)
 add_command(app, "predict", predict.predict, defaults=False)
 app.command("swap-encoder")(swap.swap_encoder)

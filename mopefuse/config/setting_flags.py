@@ -11,9 +11,10 @@ from typing import NamedTuple
 MODEL, DATA, TRAINING, PROMPTS = "Model", "Data", "Training", "Prompts (method conditional)"
 COLUMNS = "Columns of the table"
 TRAIN = "train"
-TRAIN_AND_CHECK = "train, data check"
-EVERY_TABLE = "train, data check, data preview, eval, predict"
-LABELLED = "train, data check, data preview, eval"
+TRAIN_AND_FIT = "train, fit"
+TRAIN_AND_CHECK = "train, fit, data check"
+EVERY_TABLE = "train, fit, data check, data preview, eval, predict"
+LABELLED = "train, fit, data check, data preview, eval"
 
 
 class Flag(NamedTuple):
@@ -31,8 +32,8 @@ class Flag(NamedTuple):
 
 
 FLAGS = (
-    Flag("--main", "main", MODEL, metavar="SPEC"),
-    Flag("--comp", "comp", MODEL, metavar="SPEC"),
+    Flag("--main", "main", MODEL, TRAIN_AND_FIT, metavar="SPEC"),
+    Flag("--comp", "comp", MODEL, TRAIN_AND_FIT, metavar="SPEC"),
     Flag("--method", "method", MODEL, metavar="NAME"),
     Flag("--comp-tuning", "comp_tuning.mode", MODEL),
     Flag("--tune", "tune", MODEL),
@@ -45,14 +46,14 @@ FLAGS = (
     Flag("--val-fraction", "data.val_fraction", DATA, TRAIN_AND_CHECK),
     Flag("--test-fraction", "data.test_fraction", DATA, TRAIN_AND_CHECK),
     Flag("--shots", "data.shots", DATA),
-    Flag("--fraction", "data.fraction", DATA),
-    Flag("--on-missing", "data.on_missing", DATA, "train, data check, eval"),
+    Flag("--fraction", "data.fraction", DATA, TRAIN_AND_FIT),
+    Flag("--on-missing", "data.on_missing", DATA, "train, fit, data check, eval"),
     Flag("--on-bad", "data.on_bad", DATA, TRAIN_AND_CHECK),
     Flag("--strict", "data.strict", DATA),
-    Flag("--max-pixels", "data.max_pixels", DATA, "train, data check, data preview"),
+    Flag("--max-pixels", "data.max_pixels", DATA, "train, fit, data check, data preview"),
     Flag("--cache-images", "data.cache_images", DATA),
     Flag("--cache-prefix", "data.cache_prefix", DATA),
-    Flag("--workers", "data.workers", DATA),
+    Flag("--workers", "data.workers", DATA, TRAIN_AND_FIT),
     Flag("--text-col", "data.text_col", COLUMNS, EVERY_TABLE, metavar="NAME"),
     Flag("--image-col", "data.img_col", COLUMNS, EVERY_TABLE, metavar="NAME"),
     Flag("--column", "data.columns", COLUMNS, EVERY_TABLE, metavar="MODALITY=NAME"),
@@ -68,12 +69,12 @@ FLAGS = (
     Flag("--steps", "train.max_steps", TRAINING),
     Flag("--batch", "train.batch_size", TRAINING),
     Flag("--lr", "train.lr", TRAINING),
-    Flag("--class-weights", "train.class_weights", TRAINING),
+    Flag("--class-weights", "train.class_weights", TRAINING, TRAIN_AND_FIT),
     Flag("--modality-dropout", "train.modality_dropout", TRAINING),
     Flag("--threshold", "train.threshold", TRAINING, metavar="NUMBER|tuned"),
-    Flag("--seed", "seed", TRAINING),
-    Flag("--device", "device", TRAINING, metavar="DEVICE"),
-    Flag("--precision", "train.precision", TRAINING),
+    Flag("--seed", "seed", TRAINING, TRAIN_AND_FIT),
+    Flag("--device", "device", TRAINING, TRAIN_AND_FIT, metavar="DEVICE"),
+    Flag("--precision", "train.precision", TRAINING, TRAIN_AND_FIT),
     Flag("--experts", "prompts.experts", PROMPTS),
     Flag("--static", "prompts.static", PROMPTS),
     Flag("--dynamic", "prompts.dynamic", PROMPTS),

@@ -16,7 +16,7 @@ from mopefuse.modalities import base as modality
 EXPECTED = ("text", "image")
 """The modalities that are expected if a table has columns of fewer than two."""
 _FLAGS = dict(zip(EXPECTED, ("--text-col", "--image-col"), strict=True))  # other modalities have --column
-_COMMON_LABELS = ("labels", "category", "class", "target", "genre", "genres", "y")  # common names of the label column
+COMMON_LABELS = ("labels", "category", "class", "target", "genre", "genres", "y")  # common names of the label column
 
 
 def column_of(name: str, config: DataConfig) -> str:
@@ -176,7 +176,7 @@ class Layout:
             found += [flag_for(name, other) for other in similar]
             free = [other for other in free if other not in similar]
         if with_label:
-            found += [f"--label-col {other}" for other in _similar(self.label, free, _COMMON_LABELS)]
+            found += [f"--label-col {other}" for other in _similar(self.label, free, COMMON_LABELS)]
         return found
 
     def describe(self) -> tuple[object, ...]:

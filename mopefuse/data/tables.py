@@ -23,7 +23,7 @@ from mopefuse.data.csv_records import Record, Records, delimiter_of, name_of
 from mopefuse.errors import DataError, Notice, did_you_mean, similar_names
 
 SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
-_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 _MAGIC = {b"\x1f\x8b": "gzip", b"PAR1": "Parquet", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"PK\x03\x04": "a zip"}
 _SPLIT_SYNONYMS = {"dev": "val", "valid": "val", "validation": "val", "training": "train", "testing": "test"}
 _FIRST_ROWS = 1000  # rows in which a column that names splits is searched
@@ -346,7 +346,7 @@ def _image_folder(path: Path, config: DataConfig) -> Table:
 
 def _images_below(path: Path) -> list[Path]:
     found = [file for label in path.iterdir() if label.is_dir() for file in label.iterdir()]
-    return sorted(file for file in found if file.suffix.lower() in _IMAGES)
+    return sorted(file for file in found if file.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def _captions(metadata: Path, config: DataConfig) -> dict[str, Any]:

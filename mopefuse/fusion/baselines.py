@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mopefuse.core.formatting import percent
-from mopefuse.fusion._mlp_fit import Network, NetworkSettings, epochs_for, fit_network
+from mopefuse.fusion.mlp_fit import Network, NetworkSettings, epochs_for, fit_network
 from mopefuse.fusion.regression import Advance, FitSettings, Fold, Problem, score
 from mopefuse.metrics.losses import label_loss
 

@@ -32,12 +32,12 @@ from mopefuse.core.precision import apply_without_autocast, normalize_feature, t
 from mopefuse.data.base import Batch
 from mopefuse.encoders.base import Encoder, run_frozen
 from mopefuse.errors import ConfigError, EncoderError
-from mopefuse.fusion._mlp_fit import Network, NetworkSettings
 from mopefuse.fusion._static_prompts import build_static_stack, initial_bound
-from mopefuse.fusion._wide_head import WideHead, head_state
 from mopefuse.fusion.base import Fusion, Output
 from mopefuse.fusion.baselines import Weights, fit_baselines
+from mopefuse.fusion.mlp_fit import Network, NetworkSettings
 from mopefuse.fusion.regression import Advance, FitSettings, Fitted, Fold, fit_heads
+from mopefuse.fusion.wide_head import WideHead, head_state
 from mopefuse.prompts.resampler import ConditionTokens
 from mopefuse.prompts.stack import PromptStack, fill_prompt_lengths
 

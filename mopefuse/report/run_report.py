@@ -165,7 +165,8 @@ def _checkpoint(folder: RunFolder) -> str:
 
 
 def _notes(folder: RunFolder, data: DataSet, split: str, step: int, *, audited: bool) -> tuple[str, ...]:
-    notes = []
+    found = folder.result().get("fit")  # of a run that mopefuse fit chose
+    notes = [found["headline"]] if isinstance(found, dict) and isinstance(found.get("headline"), str) else []
     if not folder.result():
         notes.append(
             f"This run is not finished: the page shows step {step:,}, without time, memory and parameter counts. "

@@ -21,6 +21,7 @@ from mopefuse.core.error_codes import DataCode
 from mopefuse.core.tensor_files import read_tensors, write_tensors
 from mopefuse.data.base import SPLITS, DataSet
 from mopefuse.errors import DataError, Interrupted, ResourceError
+from mopefuse.evaluation.scoring import Evaluation
 from mopefuse.metrics import classification as metrics
 from mopefuse.runs.folder import RunFolder
 from mopefuse.runs.load import check_encoders
@@ -44,12 +45,14 @@ def train(
     overwrite: bool = False,
     start: Start | None = None,
     listener: Listener | None = None,
+    test: bool = True,
 ) -> dict[str, Any]:
     """Train, select a checkpoint on validation, test it once; returns the contents of ``metrics.json``.
 
     Args:
         config: for a resumed run, the saved configuration with changes (see `mopefuse.training.resume.MAY_CHANGE`).
         start: initial weights, if not from scratch; published as step 0.
+        test: whether to test the selected checkpoint; False for one of several candidates of which only the best is tested.
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM, after a checkpoint was published.
@@ -59,7 +62,7 @@ def train(
     with distributed.process_group():
         folder = RunFolder(distributed.broadcast_from_main(out))
         with _claimed(folder, listener, resume=resume, overwrite=overwrite):
-            return _train(config, folder, listener, resume=resume, start=start)
+            return _train(config, folder, listener, resume=resume, start=start, test=test)
 
 
 @contextmanager
@@ -96,7 +99,7 @@ class _Origin:
 
 
 def _train(
-    config: RunConfig, folder: RunFolder, listener: Listener, *, resume: bool, start: Start | None
+    config: RunConfig, folder: RunFolder, listener: Listener, *, resume: bool, start: Start | None, test: bool
 ) -> dict[str, Any]:
     device = devices.resolve(config.device)
     # 1. A new run, or the one in the folder with the settings that may change.
@@ -120,7 +123,7 @@ def _train(
         trainer.fit(stop)
     # 6. One test of the selected checkpoint.
     try:
-        return _finish(trainer, prepared, folder, device)
+        return _finish(trainer, prepared, folder, device, trainer.test() if test else None)
     except KeyboardInterrupt:
         what = f"after the last step, {trainer.progress.step}, before the test; its checkpoint has been saved"
         raise Interrupted(signal.SIGINT, what, fix="continue with --resume") from None
@@ -227,9 +230,10 @@ def _write_settings(folder: RunFolder, prepared: Prepared, facts: dict[str, Any]
         write_atomically(folder.path / "splits.json", dump_json(drawn))
 
 
-def _finish(trainer: Trainer, prepared: Prepared, folder: RunFolder, device: torch.device) -> dict[str, Any]:
-    """Test the selected checkpoint, and write ``metrics.json``."""
-    test = trainer.test()
+def _finish(
+    trainer: Trainer, prepared: Prepared, folder: RunFolder, device: torch.device, test: Evaluation | None
+) -> dict[str, Any]:
+    """Write ``metrics.json``, with the test of the selected checkpoint if there was one."""
     data, progress, breakdown = prepared.data, trainer.progress, prepared.model.breakdown()
     selected = progress.best_step if trainer.config.train.select == "best" else progress.step
     result = {

@@ -190,7 +190,7 @@ class Trainer:
     # -- the loop
 
     def fit(self, stop: StopRequest) -> None:
-        """Train until the last step, early stopping or a stop request; the last step is always validated.
+        """Train until the last step, early stopping or a stop request, and validate the last step.
 
         Raises:
             Interrupted: a stop was requested; a checkpoint of the last step was published.
@@ -221,6 +221,8 @@ class Trainer:
                     f"at step {self.progress.step} of {self.total}, its checkpoint has been saved",
                     fix="continue with --resume",
                 )
+            if distributed.max_over_processes(int(self.listener.wants_to_stop(self.progress, self.total)), self.device):
+                break
         if self.progress.validated != self.progress.step:
             self._validate()
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mopefuse.fusion._mlp_fit import Network
+from mopefuse.fusion.mlp_fit import Network
 
 
 class WideHead(nn.Module):

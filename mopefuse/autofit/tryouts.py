@@ -1,0 +1,149 @@
+"""Try candidates: cross-validate those on frozen features, train and validate the others."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from mopefuse.autofit.candidates import NETWORKS, REGRESSIONS, Candidate
+from mopefuse.autofit.context import Context
+from mopefuse.autofit.cross_validation import (
+    FoldClock,
+    average,
+    cross_validate_network,
+    cross_validate_regressions,
+    fit_settings,
+)
+from mopefuse.autofit.listener import CandidateListener, OutOfTime
+from mopefuse.autofit.scores import Predictions
+from mopefuse.autofit.state import CROSS_VALIDATED, FAILED, SKIPPED, VALIDATED, Entry
+from mopefuse.config.sides import is_comp
+from mopefuse.core.formatting import duration
+from mopefuse.errors import Interrupted, MopefuseError
+from mopefuse.evaluation.split import run_split
+from mopefuse.fusion.build import build_model
+from mopefuse.fusion.mlp_fit import NetworkSettings
+from mopefuse.runs.load import load_model
+from mopefuse.training.listener import Listener
+from mopefuse.training.train import train
+
+_REGRESSION_SHARE, _NETWORK_SHARE, _VARIANT_SHARE = 0.25, 0.4, 0.2  # of the time left: regressions, MLP, each variant of it
+_MAX_ITER = 100  # of a regression in cross-validation, which needs no further digits
+
+
+def try_regressions(context: Context) -> None:
+    """Cross-validate all regressions."""
+    if all(context.is_done(candidate) for candidate in REGRESSIONS):
+        return
+    context.listener.on_phase("cross-validation of logistic regressions", context.budget)
+    began, multi = time.monotonic(), context.data.multi_label
+    sides = tuple(context.modality_of)
+    groups: dict[str, tuple[str, ...]] = {head_name(side): (side,) for side in sides}
+    groups |= {"linear-comp": tuple(filter(is_comp, sides)), "linear-concat": sides}
+    config = REGRESSIONS[-1].config(context.values, {"linear": {"max_iter": _MAX_ITER}})
+    clock = FoldClock("logistic regressions", context.budget, context.listener, _REGRESSION_SHARE)
+    how = fit_settings(context.features, len(context.data.labels), config)
+    found = cross_validate_regressions(context.features, how, groups, clock)
+    heads = [found[head_name(side)] for side in sides]
+    strengths = {name: [one.strength] for name, one in found.items()} | {"linear-average": [one.strength for one in heads]}
+    predictions = {name: one.predictions for name, one in found.items()}
+    predictions["linear-average"] = average([one.predictions for one in heads], multi_label=multi)
+    for side in sides:
+        context.folder.save_predictions(head_name(side), found[head_name(side)].predictions)
+    seconds = round((time.monotonic() - began) / len(REGRESSIONS), 2)
+    for candidate in REGRESSIONS:
+        entry = Entry(candidate.name, candidate.title, context.reads(candidate), CROSS_VALIDATED, seconds=seconds)
+        entry.strengths, entry.trainable = strengths[candidate.name], _count_trainable(context, candidate)
+        context.record(entry, predictions[candidate.name])
+
+
+def head_name(side: str) -> str:
+    """The name of the predictions of a regression on one side."""
+    return "linear-main" if side == "main" else f"head-{side}"
+
+
+def _count_trainable(context: Context, candidate: Candidate) -> int:
+    return sum(build_model(candidate.config(context.values), len(context.data.labels)).breakdown().values())
+
+
+def try_network(context: Context, candidate: Candidate) -> None:
+    """Cross-validate a method that is trained on frozen features."""
+    if context.is_done(candidate):
+        return
+    context.listener.on_phase(f"cross-validation of {candidate.title}", context.budget)
+    entry = Entry(candidate.name, candidate.title, context.reads(candidate), CROSS_VALIDATED)
+    share = _NETWORK_SHARE if candidate is NETWORKS[0] else _VARIANT_SHARE
+    clock = FoldClock(candidate.title, context.budget, context.listener, share)
+    config = candidate.config(context.values)
+    how = fit_settings(context.features, len(context.data.labels), config)
+    network = NetworkSettings(config.head_hidden, config.mlp.dropout, config.seed)
+    found = cross_validate_network(context.features, how, network, clock)
+    entry.seconds = round(clock.seconds, 2)
+    if found is None:
+        entry.state, entry.note = SKIPPED, f"one fold takes longer than {100 * share:g} % of the time left"
+        context.record(entry)
+        return
+    entry.trainable = _count_trainable(context, candidate)
+    entry.epochs = found.epochs
+    context.record(entry, found.predictions)
+
+
+def train_leader(context: Context, candidate: Candidate) -> None:
+    """Train the candidate that cross-validation chose as a run, with the C that it chose, and predict validation.
+
+    A finished run is kept.
+    """
+    run, entry = context.folder.candidate_run(candidate.name), context.folder.entries[candidate.name]
+    if not run.metrics_file.is_file():
+        context.listener.on_phase(f"training {candidate.title}", context.budget)
+        more: dict[str, Any] = {"linear": {"strengths": sorted(set(entry.strengths))}} if entry.strengths else {}
+        more |= {"train": {"epochs": entry.epochs}} if entry.epochs else {}
+        train(candidate.config(context.values, more), run.path, resume=run.exists(), listener=Listener(), test=False)
+    context.folder.save_predictions(f"{candidate.name}-val", _validation_predictions(context, candidate))
+
+
+def try_trained(context: Context, candidate: Candidate, leader: str) -> None:
+    """Train a candidate and score it on validation, if there is time.
+
+    Args:
+        leader: the candidate to beat.
+    """
+    if context.is_done(candidate):
+        return
+    entry = Entry(candidate.name, candidate.title, context.reads(candidate), SKIPPED)
+    if context.budget.left <= 0:
+        entry.note = f"no time left of {duration(context.budget.total)}"
+        context.record(entry)
+        return
+    context.listener.on_phase(f"training {candidate.title}", context.budget)
+    began = time.monotonic()
+    listener = _listener(context, leader)
+    run = context.folder.candidate_run(candidate.name)
+    try:
+        more = {"linear": {"strengths": context.folder.entries["linear-concat"].strengths}}  # of the warm start
+        config = candidate.config(context.values, more)
+        result = train(config, run.path, resume=run.can_resume(), overwrite=not run.can_resume(), listener=listener, test=False)
+        entry.state, entry.note, entry.trainable = VALIDATED, listener.reason, result["parameters"]["trainable"]
+        found = _validation_predictions(context, candidate)
+    except Interrupted:
+        raise
+    except OutOfTime as reason:
+        entry.note, found = f"no time: {reason}", None
+    except MopefuseError as error:
+        entry.state, entry.note, found = FAILED, error.what, None
+    entry.seconds = round(time.monotonic() - began, 2)
+    context.record(entry, found)
+
+
+def _listener(context: Context, leader: str) -> CandidateListener:
+    """A listener that knows what the leader scores on validation."""
+    to_beat = context.judge.score(context.on_val(leader))
+    share = len(context.data.splits["test"].rows) / len(context.features.val_rows)
+    return CandidateListener(context.listener, context.budget, to_beat=to_beat, tested_share=share)
+
+
+def _validation_predictions(context: Context, candidate: Candidate) -> Predictions:
+    run = context.folder.candidate_run(candidate.name)
+    loaded = load_model(run, run.config().train.select, context.device)
+    outputs = run_split(loaded.model, context.data, "val", loaded.config, context.device)
+    return Predictions(context.features.val_rows, outputs.logits_SN)

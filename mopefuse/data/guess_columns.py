@@ -1,0 +1,218 @@
+"""Guess which column of a table has each modality, the label and the split, from names and from the first rows.
+
+A file is recognised by its existence, a text by its length, a label by having few distinct values. Columns that settings
+name, and columns with a default name, are taken as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mopefuse.config.schema import COLUMN_SETTINGS
+from mopefuse.config.schema import Data as DataConfig
+from mopefuse.core.error_codes import DataCode
+from mopefuse.data.columns import COMMON_LABELS, EXPECTED, column_of, flag_for
+from mopefuse.data.label_cells import parse_list
+from mopefuse.data.tables import IMAGE_SUFFIXES, find_tables, split_column
+from mopefuse.errors import DataError
+from mopefuse.modalities.base import get_modality
+
+_ROWS = 2000  # first rows that are looked at
+_PATHS = 50  # of these, paths that are looked for on disk
+_MOST_FOLDERS = 200  # folders below the data that may have the files
+_NEARLY_ALL = 0.9
+_CLEARLY_LONGER = 1.5  # ratio of mean lengths
+_ROWS_PER_LABEL = 3  # on average; a column with more distinct values is not a label
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+@dataclass
+class Guess:
+    """The columns of a table.
+
+    Args:
+        settings: settings of the section `data` that differ from the configuration.
+        reasons: a line for each column, for the user.
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    reasons: list[str] = field(default_factory=list)
+
+
+def guess_columns(config: DataConfig) -> Guess:
+    """Guess the columns that `config` leaves at a default name that the data do not have.
+
+    Raises:
+        DataError: there is no table, or a column cannot be guessed or is ambiguous; the message names the flag.
+    """
+    path = Path(config.path or "")
+    tables = find_tables(path, config)
+    rows = [row.value for table in tables.values() for row in islice(table.rows(), _ROWS) if isinstance(row.value, dict)]
+    guesser = _Guesser(rows, path.parent if path.is_file() else path, config)
+    if "" in tables and config.split_col is None and (column := split_column(tables[""], config)) is not None:
+        guesser.take("split_col", column, "split", "its cells name splits")
+    for name in sorted(EXPECTED, key=lambda name: not get_modality(name).is_file):  # files first: they are certain
+        guesser.guess_modality(name)
+    guesser.guess_label()
+    return guesser.guess
+
+
+class _Guesser:
+    """The columns of some rows, of which fewer and fewer are free."""
+
+    def __init__(self, rows: Rows, root: Path, config: DataConfig) -> None:
+        self.rows, self.root, self.config, self.guess = rows, root, config, Guess()
+        self.cells: dict[str, list[str]] = {}
+        for row in rows:
+            for name, value in row.items():
+                cells = self.cells.setdefault(str(name), [])
+                if isinstance(value, str | int | float | bool) and str(value).strip():
+                    cells.append(str(value).strip())
+        named = {config.id_col, config.split_col, *config.columns.values()}
+        own = [column_of(name, config) for name in EXPECTED] + [config.label_col]
+        self.free = [name for name in self.cells if name not in named and name not in own and self.cells[name]]
+
+    def take(self, setting: str, column: str, what: str, why: str) -> None:
+        """Use a column."""
+        self.guess.settings[setting] = column
+        self.guess.reasons.append(f"{what}: column {column} ({why})")
+        self.free = [name for name in self.free if name != column]
+
+    def _is_settled(self, column: str, default: str, what: str) -> bool:
+        """Whether a column needs no guess: the rows have it, or the user named it and loading reports that it is absent."""
+        has_lists = any(column in row for row in self.rows)
+        if has_lists:
+            self.guess.reasons.append(f"{what}: column {column}")
+        return has_lists or column != default
+
+    def guess_modality(self, name: str) -> None:
+        """Guess the column of a modality."""
+        setting = COLUMN_SETTINGS[name]
+        if self._is_settled(column_of(name, self.config), DataConfig.model_fields[setting].default, name):
+            return
+        if get_modality(name).is_file:
+            self._guess_files(name, setting)
+        else:
+            self._guess_text(name, setting)
+
+    def _guess_files(self, name: str, setting: str) -> None:
+        roots = (self.root, *map(Path, self.config.image_roots))
+        found = [column for column in self.free if self._share_of_files(column, roots) >= _NEARLY_ALL]
+        if found:
+            column = self._only(found, name, get_modality(name).common_columns)
+            self.take(setting, column, name, "its cells are paths of files")
+            return
+        paths = [column for column in self.free if self._looks_like_paths(column)]
+        if not paths:
+            self._refuse(f"no column has the paths of {get_modality(name).plural}", name)
+        column = self._only(paths, name, get_modality(name).common_columns)
+        folders = [folder for folder in self._folders() if self._share_of_files(column, (folder,)) >= _NEARLY_ALL]
+        if len(folders) != 1:
+            what = f"the files that column {column} names, such as {self.cells[column][0]}, are not in {self.root}"
+            hint = f"one of {', '.join(map(str, folders[:3]))}" if folders else "DIR"
+            fix = f"name the folder that the paths start from with --image-root {hint}"
+            raise DataError(DataCode.COLUMN_NOT_GUESSED, what, where=str(self.config.path), fix=fix)
+        self.guess.settings["image_roots"] = (*self.config.image_roots, str(folders[0]))
+        self.take(setting, column, name, f"its cells are paths of files in {folders[0]}")
+
+    def _share_of_files(self, column: str, roots: Sequence[Path]) -> float:
+        """The fraction of the first cells of a column that are relative paths of files in `roots`."""
+        cells = self.cells[column][:_PATHS]
+        return sum(any(_is_file(root, cell) for root in roots) for cell in cells) / len(cells)
+
+    def _looks_like_paths(self, column: str) -> bool:
+        cells = self.cells[column][:_PATHS]
+        return sum(cell.lower().endswith(IMAGE_SUFFIXES) for cell in cells) >= _NEARLY_ALL * len(cells)
+
+    def _folders(self) -> list[Path]:
+        return [item for item in islice(sorted(self.root.iterdir()), _MOST_FOLDERS) if item.is_dir()]
+
+    def _guess_text(self, name: str, setting: str) -> None:
+        """Guess the column with the longest texts."""
+        length = {column: _mean(len(cell) for cell in self.cells[column]) for column in self.free if self._is_text(column)}
+        if not length:
+            self._refuse(f"no column has a {name} of several words", name)
+        longest = max(length, key=lambda column: length[column])
+        close = [column for column in length if length[column] * _CLEARLY_LONGER > length[longest]]
+        column = self._only(close, name, get_modality(name).common_columns)
+        others = [other for other in length if other != column]
+        why = f"the longest; {flag_for(name, others[0])} would use another" if others else "the only one of several words"
+        self.take(setting, column, name, why)
+
+    def _is_text(self, column: str) -> bool:
+        cells = self.cells[column]
+        return _mean(len(cell.split()) for cell in cells) >= 2 and _mean(map(_is_number, cells)) < 1 - _NEARLY_ALL
+
+    def guess_label(self) -> None:
+        """Guess the column of the label."""
+        default = DataConfig.model_fields["label_col"].default
+        if self._is_settled(self.config.label_col, default, "label"):
+            return
+        lists = [str(name) for row in self.rows[:1] for name, value in row.items() if isinstance(value, list)]
+        found = [column for column in [*self.free, *lists] if column in lists or self._is_label(column)]
+        named = [column for column in found if column.lower() in COMMON_LABELS]
+        in_words = [column for column in found if column in lists or not all(map(_is_number, self.cells[column]))]
+        if not found:
+            self._refuse("no column has few distinct values, as a label has", "")
+        column = self._only(named or in_words or found, "", COMMON_LABELS)
+        if column in lists:
+            self.take("label_col", column, "label", "its cells are lists")
+        else:
+            self.take("label_col", column, "label", f"{len(set(self.cells[column])):,} distinct values in the first rows")
+
+    def _is_label(self, column: str) -> bool:
+        cells = self.cells[column]
+        distinct = set(cells)
+        if parse_list(cells[0]) is not None and cells[0][0] in "[({":
+            return False
+        few = len(distinct) >= 2 and _ROWS_PER_LABEL * len(distinct) <= len(cells)
+        return few and not any("." in cell and _is_number(cell) for cell in distinct)
+
+    def _only(self, found: Sequence[str], modality: str, common: Collection[str]) -> str:
+        """The only column of some, or the only one with a common name.
+
+        Args:
+            modality: what it would be used as; empty for the label.
+        """
+        named = [column for column in found if column.lower() in common]
+        if len(found) > 1 and len(named) != 1:
+            what = f"each of the columns {', '.join(named or found)} could be the {modality or 'label'}"
+            fix = f"name one with {_flag(modality)}"
+            raise DataError(DataCode.COLUMN_AMBIGUOUS, what, where=str(self.config.path), fix=fix)
+        return found[0] if len(found) == 1 else named[0]
+
+    def _refuse(self, what: str, modality: str) -> NoReturn:
+        columns, fix = ", ".join(list(self.cells)[:12]), f"name it with {_flag(modality)}"
+        where = str(self.config.path)
+        raise DataError(DataCode.COLUMN_NOT_GUESSED, f"{what}; columns: {columns}", where=where, fix=fix)
+
+
+def _flag(modality: str) -> str:
+    return flag_for(modality, "NAME") if modality else "--label-col NAME"
+
+
+def _is_file(root: Path, cell: str) -> bool:
+    """Whether a cell is the relative path of a file in a folder, without leaving it."""
+    try:
+        path = Path(cell)
+        return not path.is_absolute() and ".." not in path.parts and (root / path).is_file()
+    except (OSError, ValueError):  # too long for a path, or a null byte
+        return False
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell.replace(",", "."))
+    except ValueError:
+        return False
+    return True
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return sum(listed) / max(1, len(listed))
