@@ -117,7 +117,8 @@ CLAIMS: dict[str, dict[str, str]] = {
         "full": "test_distributed::test_one_process_speaks_for_all test_mlp::test_two_processes_train_as_one "
         "test_bad_data::test_a_split_smaller_than_the_processes_is_evaluated_exactly "
         "test_distributed::test_the_others_wait_for_the_main_process_as_long_as_it_lives "
-        "test_distributed::test_a_process_whose_share_takes_longer_is_waited_for",
+        "test_distributed::test_a_process_whose_share_takes_longer_is_waited_for "
+        "test_token_conditions::test_two_processes_equal_one",
     },
     "evaluation is deterministic and repeats what training measured": {
         "quick": "test_cli::test_eval_is_deterministic_and_repeats_what_training_measured",
