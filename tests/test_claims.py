@@ -114,7 +114,8 @@ CLAIMS: dict[str, dict[str, str]] = {
         "quick": "test_prefix_cache::test_a_run_with_the_cache_equals_one_without_it "
         "test_prefix_cache::test_early_layers_run_once_for_each_sample_and_not_in_training "
         "test_prefix_cache::test_a_resumed_run_is_equal_bit_for_bit",
-        "full": "test_prefix_cache::test_two_processes_equal_one",
+        "full": "test_prefix_cache::test_two_processes_equal_one "
+        "test_token_conditions::test_two_processes_equal_one",
     },
     "several processes give the same results as one": {
         "quick": "test_distributed::test_two_processes_equal_one test_predict::test_several_processes_write_the_same_file",

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import call, code_of, write_rows
+from conftest import TINY, call, code_of, ranks, write_rows
 from test_fusion import TEXTS, build, images, open_gates
 from test_prefix_cache import Notices, assert_same_course, log, make_texts
 from torch import Tensor
@@ -340,6 +340,18 @@ def test_a_resumed_run_is_equal_to_the_bit(data: Path, tmp_path: Path) -> None:
     assert log(tmp_path / "parts") == log(tmp_path / "whole")
     other = settings(data, prompts__condition="pooled")
     assert code_of(lambda: train(other, tmp_path / "parts", resume=True)) == "MF-CFG-32"
+
+
+@pytest.mark.process
+def test_two_processes_equal_one(data: Path, tmp_path: Path) -> None:
+    common = [*TINY, "--data", data, "--layers", "last:1", "--steps", 4, "--condition", "tokens"]
+    common += ["--set", "data.prefix_precision=float32", "--set", "prompts.dropout=0", "--set", "router.noise=false"]
+    for processes in (2, 1):
+        os.environ["MOPEFUSE_CACHE"] = str(tmp_path / f"cache-{processes}")
+        done = ranks(processes, "train", *common, "--set", "train.log_every=1", "--out", tmp_path / str(processes))
+        assert done.returncode == 0, done.stderr
+    assert_same_course(tmp_path / "2", tmp_path / "1")
+    assert len(list((tmp_path / "cache-2").glob("tokens/*/*"))) == 2, "each process computed its share"
 
 
 def test_an_audit_shuffles_and_blanks_the_tokens(data: Path, tmp_path: Path) -> None:
