@@ -89,7 +89,7 @@ def fit(
 
 
 def train(config: RunConfig, out: str | Path, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
-    """Train as ``mopefuse train`` does: write a run folder, and test the best checkpoint on validation once.
+    """Train as ``mopefuse train`` does: write a run folder, and test the checkpoint that is best on validation once.
 
     Args:
         config: all settings; ``build_config({"main": SPEC, "comp": SPEC, "data": {"path": DIR}})`` makes one.

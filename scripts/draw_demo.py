@@ -17,7 +17,7 @@ import vl_convert
 from mopefuse.training.demo import VARIANTS
 
 EXAMPLES, SIDE = 4, 130  # number of images, and their width in pixels
-RIGHT, WRONG, OTHERS, OURS = "#146c2e", "#b3261e", "#9aa0a6", "#1a73e8"
+RIGHT, WRONG, OTHERS, HIGHLIGHT = "#146c2e", "#b3261e", "#9aa0a6", "#1a73e8"
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -25,11 +25,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def example(demo: Path, question: dict[str, Any], answer: dict[str, Any]) -> alt.LayerChart:
-    """Draw an image with its question above it, and the model's answer below."""
-    right = answer["label"] == answer["true"]
-    share = answer["probabilities"][answer["label"]]
-    caption = f"{answer['label']}  ({100 * share:.0f} %)" + ("" if right else f", true: {answer['true']}")
+def example(demo: Path, question: dict[str, Any], prediction: dict[str, Any]) -> alt.LayerChart:
+    """Draw an image with its question above it and the model's prediction below."""
+    label, true = prediction["label"], prediction["true"]
+    right = label == true
+    probability = prediction["probabilities"][label]
+    caption = f"{label}  ({100 * probability:.0f} %)" + ("" if right else f", true: {true}")
     image = base64.b64encode((demo / "digit-questions" / question["img"]).read_bytes()).decode()
     row = alt.Data(values=[{"url": f"data:image/png;base64,{image}", "caption": caption}])
     middle = alt.value(SIDE / 2)
@@ -45,10 +46,10 @@ def accuracies(demo: Path) -> alt.LayerChart:
     """Draw the test accuracy of every method as bars, the full method in another colour."""
     metrics = {name: json.loads((demo / name / "metrics.json").read_text(encoding="utf-8"))["metrics"] for name in VARIANTS}
     rows = [
-        {"method": VARIANTS[name][0], "accuracy": found["test"]["accuracy"], "ours": name == "conditional"}
+        {"method": VARIANTS[name][0], "accuracy": found["test"]["accuracy"], "highlighted": name == "conditional"}
         for name, found in metrics.items()
     ]
-    colour = alt.condition("datum.ours", alt.value(OURS), alt.value(OTHERS))
+    colour = alt.condition("datum.highlighted", alt.value(HIGHLIGHT), alt.value(OTHERS))
     y = alt.Y("method:N", sort=None, axis=alt.Axis(title=None, ticks=False, domain=False, labelLimit=300))
     x = alt.X("accuracy:Q", scale=alt.Scale(domain=[0, 1.1]), axis=None)
     bars = alt.Chart(alt.Data(values=rows)).encode(x=x, y=y)
@@ -59,10 +60,10 @@ def accuracies(demo: Path) -> alt.LayerChart:
 def draw(demo: Path, out: Path) -> None:
     """Draw examples of the test split with the full method's predictions, and the test accuracy of every method."""
     questions = {row["id"]: row for row in read_rows(demo / "digit-questions" / "test.jsonl")}
-    answers = read_rows(demo / "conditional" / "predictions.jsonl")
-    different = {questions[answer["id"]]["img"]: answer for answer in answers}  # the last question about each image
-    chosen = list(different.values())[:: max(1, len(different) // EXAMPLES)][:EXAMPLES]
-    examples = [example(demo, questions[answer["id"]], answer) for answer in chosen]
+    predictions = read_rows(demo / "conditional" / "predictions.jsonl")
+    by_image = {questions[row["id"]]["img"]: row for row in predictions}  # the last question about each image
+    chosen = list(by_image.values())[:: max(1, len(by_image) // EXAMPLES)][:EXAMPLES]
+    examples = [example(demo, questions[row["id"]], row) for row in chosen]
     figure = alt.hconcat(*examples, accuracies(demo), spacing=24, background="white").configure_view(stroke=None)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_bytes(vl_convert.vegalite_to_png(figure.to_json(), scale=2))

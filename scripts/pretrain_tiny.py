@@ -5,12 +5,12 @@
 The second encoder of each kind is that of ``--seed 1 --suffix -b``.
 
 Vision learns to read images of one to four coloured digits, painted from the handwriting of the training split of digit
-questions only: every patch says which digit it belongs to and in which colour; [CLS] says which digits there are, which
-digit and colour each place has, and which digit each colour has. The heads are thrown away.
-Text learns to guess masked words, and to recall all words of a text from its pooled feature, on made-up descriptions of
-scenes and training questions. It sees no image and no answer, and no question template that is kept for the test split.
+questions only: each patch predicts the digit and colour of its cell; [CLS] predicts which digits are present, the digit
+and colour of each place, and the digit of each colour. The heads are discarded.
+Text learns to predict masked words, and to recall all words of a text from its pooled feature, on generated descriptions of
+scenes and training questions. It sees no images, no answers, and no question templates that are reserved for the test split.
 
-Prints losses, then accuracies on held-out handwriting and phrasings. ``--quick`` only checks that it runs.
+Prints losses, then accuracies on held-out handwriting and wordings. ``--quick`` only checks that it runs.
 Shapes: B batch, L tokens, D width, V words, 4 cells or colours.
 """
 
@@ -67,7 +67,7 @@ _PLACE_CELLS = [(name, cell) for cell, names in enumerate(dq.PLACES) for name in
 
 
 def scene(rng: random.Random) -> str:
-    """One to three sentences about one imaginary picture, or a training question."""
+    """Generate one to three sentences about an imaginary picture, or a training question."""
     if rng.random() < 0.3:
         return question(rng)
     colours, digits = rng.sample(list(dq.COLOURS), 4), rng.sample(range(10), 4)
@@ -81,14 +81,14 @@ def scene(rng: random.Random) -> str:
 
 
 def question(rng: random.Random) -> str:
-    """A question as in the training split, without its answer."""
+    """Generate a question as in the training split, without its answer."""
     kind = rng.choice(("place", "colour"))
-    asked = rng.choice(_PLACE_CELLS)[0] if kind == "place" else rng.choice(list(dq.COLOURS))
-    return rng.choice(dq.TRAIN_TEMPLATES[kind]).format(asked)
+    target = rng.choice(_PLACE_CELLS)[0] if kind == "place" else rng.choice(list(dq.COLOURS))
+    return rng.choice(dq.TRAIN_TEMPLATES[kind]).format(target)
 
 
 def words() -> list[str]:
-    """The vocabulary: special words, then every word of the corpus and of all templates, sorted."""
+    """List the vocabulary: special words, then every word of the corpus and of all templates, sorted."""
     texts = [".", *STATEMENTS, *ASIDES, *DIGITS, *map(str, range(10)), *dq.COLOURS, *(name for name, _ in _PLACE_CELLS)]
     for templates in (dq.TRAIN_TEMPLATES, dq.TEST_ONLY_TEMPLATES):
         texts += [text for kind in templates.values() for text in kind]
@@ -98,28 +98,28 @@ def words() -> list[str]:
     return ["<pad>", "<cls>", "<mask>", "<unk>", *sorted(found)]
 
 
-def corrupted(ids_BL: Tensor, mask_BL: Tensor, salad: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """What the encoder sees, what it should recall, and which words it has to guess.
+def corrupted(ids_BL: Tensor, mask_BL: Tensor, replaced: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the encoder's input, the words to recall, and a mask of the words to predict.
 
-    Four texts in ten are left whole, the others lose up to 60 % of their words. The first `salad` texts have 30 % of
-    their words replaced by any others, which is also what they should recall: meaning must not hang on the phrasing.
+    Four texts in ten keep all of their words; the others lose up to 60 %. In the first `replaced` texts, 30 % of the
+    words are replaced by random ones, and these are the words to recall: features must not depend on the wording.
     """
     chance_B1 = (torch.rand(len(ids_BL), 1, generator=generator) - 0.4).clamp_min(0)
     real_BL = mask_BL & (ids_BL != tiny.CLS)
     any_BL = torch.randint(tiny.UNKNOWN + 1, len(tiny.vocabulary()), ids_BL.shape, generator=generator)
     swap_BL = real_BL & (torch.rand(ids_BL.shape, generator=generator) < 0.3)
-    swap_BL[salad:] = False
+    swap_BL[replaced:] = False
     target_BL = torch.where(swap_BL, any_BL, ids_BL)
     guess_BL = real_BL & (torch.rand(ids_BL.shape, generator=generator) < chance_B1)
     kind_BL = torch.rand(ids_BL.shape, generator=generator)
     seen_BL = torch.where(guess_BL & (kind_BL < 0.8), tiny.MASK, target_BL)
     seen_BL = torch.where(guess_BL & (kind_BL > 0.9), any_BL, seen_BL)
-    guess_BL[:salad] = False  # a salad has no context to guess from
+    guess_BL[:replaced] = False  # random words cannot be predicted from their context
     return seen_BL, target_BL, guess_BL
 
 
 class Text:
-    """Guesses masked words, and recalls the words of a text from its pooled feature."""
+    """Predicts masked words, and recalls the words of a text from its pooled feature."""
 
     name, steps, lr = "text", 1200, 3e-3
 
@@ -136,7 +136,7 @@ class Text:
         return present_BV
 
     def losses(self, batch: int) -> dict[str, Tensor]:
-        """Of `batch` new texts, per head."""
+        """Return the loss of each head on `batch` new texts."""
         ids_BL, mask_BL = tiny.tokenize([scene(self.rng) for _ in range(batch)], tiny.MAX_TOKENS)
         seen_BL, target_BL, guess_BL = corrupted(ids_BL, mask_BL, int(0.4 * batch), self.generator)
         encoded = self.encoder.encode({"ids": seen_BL, "mask": mask_BL})
@@ -149,19 +149,19 @@ class Text:
 
     @torch.no_grad()
     def accuracies(self) -> dict[str, float]:
-        """Is the asked place or colour, of all of its kind, the one that a question's pooled feature recalls best?"""
+        """Measure how often the colour in a question is the one that its pooled feature recalls best."""
         right = {}
         for name, templates in (("train templates", dq.TRAIN_TEMPLATES), ("test templates", dq.TEST_ONLY_TEMPLATES)):
-            asked = [(text, colour) for text in templates["colour"] for colour in dq.COLOURS]
-            ids_BL, mask_BL = tiny.tokenize([text.format(colour) for text, colour in asked], tiny.MAX_TOKENS)
+            texts = [(text, colour) for text in templates["colour"] for colour in dq.COLOURS]
+            ids_BL, mask_BL = tiny.tokenize([text.format(colour) for text, colour in texts], tiny.MAX_TOKENS)
             recalled_BV = self.heads["recall"](self.encoder.encode({"ids": ids_BL, "mask": mask_BL}).pooled_BC)
             best = recalled_BV[:, [tiny.vocabulary()[colour] for colour in dq.COLOURS]].argmax(dim=1).tolist()
-            right[name] = float(np.mean([list(dq.COLOURS)[b] == colour for b, (_, colour) in zip(best, asked, strict=True)]))
+            right[name] = float(np.mean([list(dq.COLOURS)[b] == colour for b, (_, colour) in zip(best, texts, strict=True)]))
         return right
 
 
 class Vision:
-    """Reads: each patch the digit and colour of its own cell, [CLS] those of all cells."""
+    """Each patch predicts the digit and colour of its own cell, and [CLS] those of all cells."""
 
     name, steps, lr = "vision", 1200, 2e-3
 
@@ -174,7 +174,7 @@ class Vision:
         self.cell_of_patch = torch.tensor([0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3])
 
     def draw(self, split: str, batch: int, *, augment: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Pixels (B, 3, 16, 16), digits (B, 4) with 10 for an empty cell, colours (B, 4) with 4 for an empty cell."""
+        """Draw pixels (B, 3, 16, 16), digits (B, 4; 10 for an empty cell) and colours (B, 4; 4 for an empty cell)."""
         _, values, labels = dq.handwriting(split)
         chosen_B4 = self.rng.integers(len(values), size=(batch, 4))
         values_B488, digits_B4 = values[chosen_B4], labels[chosen_B4]
@@ -189,7 +189,7 @@ class Vision:
         return pixels, torch.from_numpy(digits_B4), torch.from_numpy(colours_B4)
 
     def _shifted(self, values_B488: np.ndarray) -> np.ndarray:
-        """Three digits in ten moved by up to one pixel."""
+        """Move three digits in ten by up to one pixel."""
         padded = np.pad(values_B488, ((0, 0), (0, 0), (1, 1), (1, 1)))
         by_2B4 = self.rng.integers(-1, 2, (2, *values_B488.shape[:2])) * (self.rng.random(values_B488.shape[:2]) < 0.3)
         rows, columns = (np.arange(1, 9) - by[..., None] for by in by_2B4)
@@ -197,13 +197,13 @@ class Vision:
         return padded[image[..., None, None], cell[..., None, None], rows[..., :, None], columns[..., None, :]]
 
     def _empty(self, batch: int) -> np.ndarray:
-        """Which cells (B, 4) are blank: some in half of the images, never all."""
+        """Choose which cells (B, 4) are blank: some in half of the images, never all."""
         empty_B4 = self.rng.random((batch, 4)) < self.rng.random((batch, 1)) * (self.rng.random((batch, 1)) < 0.5)
         empty_B4[np.arange(batch), self.rng.integers(4, size=batch)] = False
         return empty_B4
 
     def outputs(self, pixels: Tensor, digits_B4: Tensor, colours_B4: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Logits and targets of each head."""
+        """Compute the logits and targets of each head."""
         encoded = self.encoder.encode({"pixels": pixels})
         cls_BD, patches_BLD = encoded.tokens_BLD[:, 0], encoded.tokens_BLD[:, 1:]
         by_colour_B4 = torch.full((len(pixels), 5), 10).scatter(1, colours_B4, digits_B4)[:, :4]
@@ -218,7 +218,7 @@ class Vision:
         }
 
     def losses(self, batch: int) -> dict[str, Tensor]:
-        """Of `batch` new images, per head."""
+        """Return the loss of each head on `batch` new images."""
         outputs = self.outputs(*self.draw("train", batch, augment=True))
         return {
             name: F.cross_entropy(logits.flatten(0, -2), target if target.is_floating_point() else target.flatten())
@@ -227,7 +227,7 @@ class Vision:
 
     @torch.no_grad()
     def accuracies(self) -> dict[str, float]:
-        """Per head, on held-out handwriting (of the validation split: the test split is for the fused model)."""
+        """Measure the accuracy of each head on held-out handwriting, that of the validation split."""
         outputs = self.outputs(*self.draw("val", 1000, augment=False))
         return {
             name: float((logits.argmax(dim=-1) == target).float().mean())
@@ -237,7 +237,7 @@ class Vision:
 
 
 def train(task: Vision | Text, steps: int, batch: int = 128) -> None:
-    """AdamW, one-cycle; prints as it goes."""
+    """Train with AdamW and a one-cycle schedule, and print the losses."""
     parameters = [*task.encoder.parameters(), *task.heads.parameters()]
     groups = [
         {"params": [parameter for parameter in parameters if parameter.ndim > 1], "weight_decay": 0.05},
@@ -259,7 +259,7 @@ def train(task: Vision | Text, steps: int, batch: int = 128) -> None:
 
 
 def main() -> None:
-    """Train what is asked for and write its weights, halved to 16 bits."""
+    """Train the requested encoders and write their weights in 16 bits."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("vision", "text"), help="instead of both")
     parser.add_argument("--quick", action="store_true", help="twenty small steps; the weights are useless")
@@ -271,7 +271,7 @@ def main() -> None:
     if vocabulary.read_text(encoding="utf-8").split() != words():
         vocabulary.write_text("\n".join(words()) + "\n", encoding="utf-8")
         tiny.words.cache_clear()
-        print("the words changed: tiny:text must be pretrained again")
+        print("the vocabulary changed: tiny:text must be pretrained again")
     arguments.out.mkdir(parents=True, exist_ok=True)
     for task_type in (Vision, Text):
         if arguments.only not in (None, task_type.name):

@@ -1,4 +1,4 @@
-"""Runs and adapters to spoil: copies of whole ones, what is done to them, and how a refusal looks."""
+"""Runs and adapters to damage: copies of undamaged ones, ways to damage them, and what a refusal looks like."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mopefuse.core.artifact import sha256
 
 WEIGHTS, MANIFEST = "weights.safetensors", "manifest.json"
 Done = subprocess.CompletedProcess[str]
-Ask = Callable[..., Done]
+Predict = Callable[..., Done]
 Bytes = Callable[[bytes], bytes]
 
 
@@ -31,7 +31,7 @@ class Artefact:
 
     Args:
         weights: the folder of its best weights, and of the manifest that vouches for them.
-        facts: the file that says what the model is.
+facts: the file with the facts about the model.
     """
 
     path: Path
@@ -43,11 +43,11 @@ class Artefact:
         return self.weights != self.path
 
     def others(self) -> list[str]:
-        """Checkpoints beside the best."""
+        """The checkpoints other than the best."""
         return [path.name for path in self.weights.parent.glob("step-*") if path != self.weights] if self.is_run else []
 
     def rewrite(self, name: str, change: Bytes, *, sealed: bool = False) -> None:
-        """Change the bytes of a file beside the weights; `sealed`, its manifest says that they were always so."""
+        """Change the bytes of a file next to the weights; if `sealed`, update the manifest to match."""
         file = self.weights / name
         before = file.read_bytes()
         after = change(before)
@@ -57,7 +57,7 @@ class Artefact:
             self.seal()
 
     def seal(self) -> None:
-        """Make the manifest beside the weights fit the files that it names."""
+        """Update the manifest next to the weights to match the files that it lists."""
         manifest = read(self.weights / MANIFEST)
         for name, facts in manifest["files"].items():
             facts |= {"sha256": sha256(self.weights / name), "size": (self.weights / name).stat().st_size}
@@ -94,7 +94,7 @@ def write(file: Path, value: dict[str, Any]) -> None:
 
 
 def tree(path: Path) -> dict[str, str]:
-    """Digests of all files."""
+    """Return the digests of all files."""
     files = [file for file in path.rglob("*") if file.is_file()]
     return {str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
@@ -108,24 +108,24 @@ def resume(path: Path, steps: int = 5, **more: object) -> Done:
     return call("train", "--resume", "--out", path, "--steps", steps, *options)
 
 
-def refused(done: Done, code: str, *said: str, exit_code: int = 6, fix: str = "") -> None:
-    """One line with the code, what is wrong and what to do; nothing on stdout, no traceback."""
+def refused(done: Done, code: str, *parts: str, exit_code: int = 6, fix: str = "") -> None:
+    """Check that a refusal is one line with the code, the problem and the fix; nothing on stdout, no traceback."""
     line = done.stderr.splitlines()[-1] if done.stderr else ""
     assert (done.returncode, line[: line.find("]") + 1]) == (exit_code, f"error[{code}]"), done.stderr
     what, _, mend = line.partition(" · fix: ")
-    for part in said:
+    for part in parts:
         assert part in what, line
     assert mend and fix in mend, line
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
 
 
-# -- fixtures: a test module that names this one as its plugin has them
+# -- fixtures, for test modules that list this one in `pytest_plugins`
 
 
 @pytest.fixture(scope="session")
 def whole_run(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with two checkpoints; not to be changed."""
+    """A run with two checkpoints; tests must not change it."""
     path = tmp_path_factory.mktemp("artefacts") / "run"
     done = call("train", *TINY, "--data", pairs, "--out", path, "--steps", "4")
     assert done.returncode == 0, done.stderr
@@ -135,7 +135,7 @@ def whole_run(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def whole_adapter(whole_run: Path) -> Path:
-    """An adapter of `whole_run`; not to be changed."""
+    """An adapter of `whole_run`; tests must not change it."""
     done = call("export", whole_run, "--format", "adapter", "-o", whole_run.parent / "adapter")
     assert done.returncode == 0, done.stderr
     return whole_run.parent / "adapter"
@@ -153,26 +153,26 @@ def of_adapter(whole_adapter: Path, tmp_path: Path) -> Artefact:
 
 @pytest.fixture(params=["run", "adapter"])
 def artefact(request: pytest.FixtureRequest) -> Artefact:
-    """A copy to spoil."""
+    """A copy that a test may damage."""
     found = request.getfixturevalue(f"of_{request.param}")
     assert isinstance(found, Artefact)
     return found
 
 
 @pytest.fixture
-def say(pairs: Path) -> Ask:
-    """Ask a model about a pair, which must not change a file of it."""
+def predict(pairs: Path) -> Predict:
+    """A function that predicts one pair with a model and checks that no file of the model changes."""
 
-    def asked(model: Path, *options: object) -> Done:
+    def checked(model: Path, *options: object) -> Done:
         before = tree(model)
         done = ask(model, pairs / "images/val-0.png", *options)
         assert tree(model) == before
         return done
 
-    return asked
+    return checked
 
 
-# -- what is done to files
+# -- ways to damage files
 
 
 class Canary:
@@ -190,7 +190,7 @@ def pickled(canary: Path) -> bytes:
 
 
 def overlapping(whole: bytes) -> bytes:
-    """The last tensor begins and ends eight bytes earlier, in the one before."""
+    """Move the last tensor eight bytes towards the start, so that it overlaps the one before it."""
     size = int.from_bytes(whole[:8], "little")
     header = json.loads(whole[8 : 8 + size])
     last = max((name for name in header if name != "__metadata__"), key=lambda name: header[name]["data_offsets"])
@@ -200,27 +200,27 @@ def overlapping(whole: bytes) -> bytes:
 
 
 def flipped(whole: bytes) -> bytes:
-    """One bit of the last value is another."""
+    """Flip one bit of the last value."""
     return whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:]
 
 
-# -- what is opened
+# -- which files are opened
 
 
 _opened: list[str] | None = None
 
 
-def _hear(event: str, args: tuple[Any, ...]) -> None:
+def _record_opened(event: str, args: tuple[Any, ...]) -> None:
     if event == "open" and _opened is not None:
         _opened.append(str(args[0]))
 
 
-sys.addaudithook(_hear)  # for good, and deaf but in `opened`
+sys.addaudithook(_record_opened)  # the hook stays installed, but records only within `opened`
 
 
 @contextmanager
 def opened() -> Iterator[list[str]]:
-    """Every path that Python opens."""
+    """A list of every path that Python opens."""
     global _opened
     _opened = names = []
     try:

@@ -1,4 +1,4 @@
-"""What the tests of pages read from charts."""
+"""Helpers for tests of pages that read charts."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from mopefuse.report.chart import Chart
 
 
 def layers_of(chart: Chart) -> list[dict[str, Any]]:
-    """The layers of a chart."""
+    """Return the layers of a chart."""
     found = chart.spec.get("layer", [chart.spec])
     return list(found)
 
 
 def rows_of(chart: Chart, key: str) -> list[dict[str, Any]]:
-    """The rows of its data that have a value named `key`, each once, in their order."""
+    """Return the rows of its data that have a value named `key`, without duplicates and in order."""
     return list({str(row): row for row in _rows(chart.spec) if key in row}.values())
 
 
 def tips(chart: Chart) -> list[str]:
-    """What a pointer on its marks shows."""
+    """Return the fields of its tooltips."""
     return [row["tip"] for row in rows_of(chart, "tip")]
 
 
@@ -32,6 +32,6 @@ def _rows(spec: Any) -> Iterator[dict[str, Any]]:
 
 
 def encodings(chart: Chart, channel: str) -> list[dict[str, Any]]:
-    """How its layers encode a channel."""
+    """Return how its layers encode a channel."""
     found = (layer.get("encoding", {}).get(channel) for layer in (chart.spec, *layers_of(chart)))
     return [encoding for encoding in found if encoding]

@@ -1,4 +1,4 @@
-"""Data for tests of `data check`: one set with everything wrong at once and what must be found, and a good small one."""
+"""Data for tests of `data check`: a data set with every kind of problem and the expected findings, and a small valid one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ESCAPE = "\x1b[31m"
 
 
 def save(path: Path, size: tuple[int, int] = (24, 24), seed: int = 0, **options: Any) -> Path:
-    """An image of noise, `size` (width, height); the same seed gives the same bytes."""
+    """Save an image of noise of `size` (width, height); the same seed gives the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     Image.fromarray(noise).save(path, **options)
@@ -28,7 +28,7 @@ def save(path: Path, size: tuple[int, int] = (24, 24), seed: int = 0, **options:
 
 
 def line(identity: str, img: str = "1.png", label: Any = "a", text: Any = None, **more: Any) -> str:
-    """A row whose text, if none is given, no other row has."""
+    """Make a row; if no text is given, its text is unique."""
     row = {"id": identity, "text": f"text of {identity}" if text is None else text, "img": img, "label": label}
     return json.dumps(row | more)
 
@@ -41,13 +41,13 @@ def kinds(path: Path, **options: Any) -> dict[str, int]:
     return {kind: len(found) for kind, found in report(path, **options).by_kind().items()}
 
 
-def said(done: subprocess.CompletedProcess[str]) -> Any:
-    """The one JSON value on stdout."""
+def stdout_json(done: subprocess.CompletedProcess[str]) -> Any:
+    """Parse stdout as a single JSON value."""
     return json.loads(done.stdout)
 
 
 def write(path: Path, *lines: str | bytes) -> None:
-    """Lines, and the image that rows name unless they name another."""
+    """Write lines, and the image that rows name by default."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"".join((text if isinstance(text, bytes) else text.encode()) + b"\n" for text in lines))
     for number in (1, 2):
@@ -56,7 +56,7 @@ def write(path: Path, *lines: str | bytes) -> None:
 
 
 def folder(root: Path, *, val: tuple[str, ...] = ()) -> Path:
-    """Two good training rows of two labels, and a good validation split of other rows."""
+    """Write two valid training rows with two labels, and a valid validation split of other rows."""
     write(root / "train.jsonl", line("t1"), line("t2", "2.png", "b"))
     save(root / "3.png", seed=3)
     write(root / "val.jsonl", line("v1", "3.png"), line("v2", "3.png", "b"), *val)
@@ -65,7 +65,8 @@ def folder(root: Path, *, val: tuple[str, ...] = ()) -> Path:
 
 
 def make_broken(root: Path) -> Path:
-    """Every kind of problem that a folder of JSON lines can have, except set-level ones that exclude each other."""
+    """Write every kind of problem that a folder of JSON lines can have, except those of whole splits that exclude each
+    other."""
     images = root / "data"
     for number in range(1, 7):
         save(images / f"{number}.png", seed=number)

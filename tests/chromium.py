@@ -1,5 +1,5 @@
-"""A page as headless Chromium shows it: what it asked for, what it complained of, how it looks. No driver is needed: the
-browser is spoken to in its own protocol over two pipes."""
+"""A page as headless Chromium shows it: its requests, its errors, and what it looks like. No driver is needed, because the
+browser's own protocol is spoken over two pipes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PATIENCE = 60  # seconds
 
 
 class Chromium:
-    """A browser with one tab; `requests` and `complaints` are of the page that was opened last."""
+    """A browser with one tab; `requests` and `complaints` are those of the page that was opened last."""
 
     def __init__(self, folder: Path) -> None:
         assert BROWSER is not None
@@ -32,7 +32,7 @@ class Chromium:
         self._from, back = os.pipe()
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run"]
         flags += [f"--user-data-dir={folder}", "--remote-debugging-pipe", "--disable-background-networking"]
-        # The browser reads from descriptor 3 and writes to 4; a shell puts the pipes there, whatever their numbers are.
+        # The browser reads from descriptor 3 and writes to 4; a shell assigns these numbers to the pipes.
         command = f'exec "$0" "$@" 3<&{there} 4>&{back}'
         self._process = subprocess.Popen(
             ["bash", "-c", command, BROWSER, *flags, "about:blank"],
@@ -60,29 +60,29 @@ class Chromium:
             message["sessionId"] = self._session
         os.write(self._to, json.dumps(message).encode() + b"\0")
         while True:
-            said = self._next()
-            if said.get("id") == self._number:
-                assert "error" not in said, said
-                return dict(said["result"])
+            response = self._next()
+            if response.get("id") == self._number:
+                assert "error" not in response, response
+                return dict(response["result"])
 
     def _next(self) -> dict[str, Any]:
         deadline = time.monotonic() + _PATIENCE
         while b"\0" not in self._rest:
             ready, _, _ = select.select([self._from], [], [], max(0.0, deadline - time.monotonic()))
-            assert ready, "the browser does not answer"
+            assert ready, "the browser does not respond"
             piece = os.read(self._from, 1 << 20)
-            assert piece, "the browser is gone"
+            assert piece, "the browser has exited"
             self._rest += piece
         first, _, self._rest = self._rest.partition(b"\0")
-        said: dict[str, Any] = json.loads(first)
-        if said.get("method") == "Network.requestWillBeSent":
-            self.requests.append(said["params"]["request"]["url"])
-        elif said.get("method") in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded"):
-            self.complaints.append(json.dumps(said["params"]))
-        return said
+        message: dict[str, Any] = json.loads(first)
+        if message.get("method") == "Network.requestWillBeSent":
+            self.requests.append(message["params"]["request"]["url"])
+        elif message.get("method") in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded"):
+            self.complaints.append(json.dumps(message["params"]))
+        return message
 
     def show(self, page: Path, *, width: int = 1200, dark: bool = False) -> float:
-        """Open a page; how many milliseconds it took until it was loaded."""
+        """Open a page and return the milliseconds until it was loaded."""
         phone = width < 600
         self.ask("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=phone)
         feature = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
@@ -95,12 +95,12 @@ class Chromium:
         return float(json.loads(self.evaluate(timing))["loadEventEnd"] or json.loads(self.evaluate(timing))["duration"])
 
     def evaluate(self, expression: str) -> Any:
-        """What an expression is in the page; its policy against scripts does not concern the browser's owner."""
+        """Evaluate an expression in the page; the page's policy against scripts does not apply to the owner of the browser."""
         found = self.ask("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
     def picture(self) -> Image.Image:
-        """The whole page."""
+        """Take a screenshot of the whole page."""
         found = self.ask("Page.captureScreenshot", format="png", captureBeyondViewport=True)
         return Image.open(io.BytesIO(base64.b64decode(found["data"]))).convert("RGB")

@@ -1,4 +1,4 @@
-"""What tests share: tiny data sets in the native format, a trained run, and two ways to call the command line."""
+"""Shared fixtures and helpers: tiny data sets in the native format, a trained run, and two ways to call the command line."""
 
 from __future__ import annotations
 
@@ -51,27 +51,27 @@ Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What needs a GPU is skipped where there is none."""
+    """Skip tests that need a GPU if there is none."""
     for item in items if not torch.cuda.is_available() else ():
         if item.get_closest_marker("cuda"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
 def matrix(cases: Iterable[Any], quick: Collection[Any]) -> list[Any]:
-    """Values for `parametrize`, of which the quick tier runs only those in `quick`."""
+    """Parametrize with all values, of which the quick tier runs only those in `quick`."""
     cases = list(cases)
-    assert all(case in cases for case in quick), "a representative that is not a case"
+    assert all(case in cases for case in quick), "a value in `quick` is not among the values"
     return [case if case in quick else pytest.param(case, marks=pytest.mark.matrix) for case in cases]
 
 
 def thinned(rows: Iterable[tuple[Any, ...]], step: int) -> list[Any]:
-    """Rows for `parametrize` with several names, of which the quick tier runs every `step`-th."""
+    """Parametrize with rows of several names, of which the quick tier runs every `step`-th."""
     marks = pytest.mark.matrix
     return [row if number % step == 0 else pytest.param(*row, marks=marks) for number, row in enumerate(rows)]
 
 
 def make_pairs(root: Path, *, multi: bool = False, counts: dict[str, int] = COUNTS) -> Path:
-    """A data set of 16 x 16 images and short texts; every label is in every split."""
+    """Make a data set of 16 x 16 images and short texts; every label occurs in every split."""
     rng = np.random.default_rng(7)
     (root / "images").mkdir(parents=True)
     for split, count in counts.items():
@@ -87,25 +87,25 @@ def make_pairs(root: Path, *, multi: bool = False, counts: dict[str, int] = COUN
 
 
 def write_rows(path: Path, rows: Sequence[Any]) -> None:
-    """One JSON value a line."""
+    """Write one JSON value per line."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A single-label data set; not to be changed."""
+    """A single-label data set; tests must not change it."""
     return make_pairs(tmp_path_factory.mktemp("data") / "single")
 
 
 @pytest.fixture(scope="session")
 def multi_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A multi-label data set; not to be changed."""
+    """A multi-label data set; tests must not change it."""
     return make_pairs(tmp_path_factory.mktemp("data") / "multi", multi=True)
 
 
 @pytest.fixture(scope="session")
 def trained(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two steps on `pairs`; not to be changed."""
+    """A run of two steps on `pairs`; tests must not change it."""
     run = tmp_path_factory.mktemp("runs") / "trained"
     done = call("train", *TINY, "--data", pairs, "--out", run, "--steps", "2")
     assert done.returncode == 0, done.stderr
@@ -114,7 +114,7 @@ def trained(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def reported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of `trained` with its page; not to be changed."""
+    """A copy of `trained` with its report; tests must not change it."""
     from mopefuse.report.run_report import report
 
     copy = tmp_path_factory.mktemp("reported") / "run"
@@ -125,7 +125,7 @@ def reported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The ONNX bundle of `trained`, with routing; not to be changed. Takes many seconds, so that all workers share one."""
+    """The ONNX bundle of `trained`, with routing; tests must not change it. It takes many seconds, so all workers share one."""
     base = tmp_path_factory.getbasetemp()
     root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     out = root / "exported" / "bundle"
@@ -137,7 +137,7 @@ def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def code_of(action: Callable[[], object]) -> str:
-    """The code of the error that an action raises; empty if it raises none. Any other exception is passed on."""
+    """Return the code of the error that an action raises, empty if it raises none. Any other exception is passed on."""
     try:
         action()
     except MopefuseError as error:
@@ -147,14 +147,14 @@ def code_of(action: Callable[[], object]) -> str:
 
 @functools.cache
 def warm_server() -> Server:
-    """Started by the first test that needs it."""
+    """Forks processes; started by the first test that needs it."""
     server = Server()
     atexit.register(server.close)
     return server
 
 
 def run_cli(*args: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The command line in a process of its own, with these variables in its environment.
+    """Run the command line in a separate process, with these variables in its environment.
 
     It is forked from one that has imported the libraries, unless a variable may be one that Python or a library reads when it
     starts.
@@ -165,7 +165,7 @@ def run_cli(*args: object, **environment: str) -> subprocess.CompletedProcess[st
 
 
 def start_cli(*args: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The command line in a Python that was started for it."""
+    """Run the command line in a newly started Python process."""
     return subprocess.run(
         [sys.executable, "-m", "mopefuse", *map(str, args)],
         capture_output=True,
@@ -179,7 +179,7 @@ def start_cli(*args: object, **environment: str) -> subprocess.CompletedProcess[
 
 
 def call(*args: object) -> subprocess.CompletedProcess[str]:
-    """The command line in this process: the same `main`, without the seconds that importing torch takes."""
+    """Run the command line in this process: the same `main`, without the seconds for importing torch."""
     from mopefuse.cli.app import main
 
     command = ["mopefuse", *map(str, args)]
@@ -196,7 +196,7 @@ def call(*args: object) -> subprocess.CompletedProcess[str]:
 def ranks(
     processes: int, *arguments: object, program: Sequence[str] = ("-m", "mopefuse")
 ) -> subprocess.CompletedProcess[str]:
-    """The same as `torchrun` without its launcher, in processes forked from one that has imported the libraries."""
+    """Do the same as `torchrun` without its launcher, in processes forked from one that has imported the libraries."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -209,7 +209,7 @@ def ranks(
 def torchrun(
     processes: int, *arguments: str, program: Sequence[str] = ("-m", "mopefuse")
 ) -> subprocess.CompletedProcess[str]:
-    """The command line, or another program, in several processes."""
+    """Run the command line, or another program, in several processes."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return subprocess.run(
         [*launcher, *program, *arguments],

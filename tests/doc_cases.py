@@ -1,4 +1,5 @@
-"""Helpers for tests of README and documentation: the blocks of a page, and a folder that has what its commands name."""
+"""Helpers for tests of the README and the documentation: the code blocks of a page, and a folder with what its commands
+name."""
 
 from __future__ import annotations
 
@@ -16,12 +17,12 @@ NOT_OURS = ("make", "pip", "git", "cd", ".venv/bin/python")
 
 
 def blocks(text: str, language: str) -> list[str]:
-    """The fenced blocks of one language."""
+    """Return the fenced blocks of one language."""
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
 def commands(text: str) -> list[list[str]]:
-    """The words of every command in the `sh` blocks of a page, in order."""
+    """Return the words of every command in the `sh` blocks of a page, in order."""
     lines = [line.strip() for block in blocks(text, "sh") for line in block.replace("\\\n", " ").splitlines()]
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
@@ -39,7 +40,7 @@ def run_command(words: list[str]) -> None:
 
 
 def run_page(text: str) -> int:
-    """Run what a page shows, in order and in the current folder: commands, then Python. How many commands there were."""
+    """Run the commands of a page and then its Python, in the current folder; return the number of commands."""
     own = [words for words in commands(text) if words[0] not in NOT_OURS]
     for words in own:
         run_command(words)
@@ -49,7 +50,7 @@ def run_page(text: str) -> int:
 
 
 def furnish(root: Path) -> Path:
-    """Put into a folder all that pages name: tables, images, an encoder."""
+    """Write to a folder everything that pages name: tables, images, an encoder."""
     make_pairs(root / "my-pairs")
     make_pairs(root / "multi", multi=True)
     make_pairs(root / "photos", counts={"train": 40})
@@ -65,7 +66,7 @@ def furnish(root: Path) -> Path:
 
 
 def furnish_for_readme(root: Path, recipe: str) -> Path:
-    """The table, the images and the recipe of the README's five minutes."""
+    """Write the table, images and recipe of the README's five minutes."""
     make_pairs(root / "photos", counts={"train": 40})
     rows = [json.loads(line) for line in (root / "photos" / "train.jsonl").read_text().splitlines()]
     lines = [(row["text"], f"photos/{row['img']}", row["label"]) for row in rows]
@@ -77,7 +78,7 @@ def furnish_for_readme(root: Path, recipe: str) -> Path:
 
 
 def with_gaps(source: Path, target: Path) -> None:
-    """A copy of a data set in which every fourth row has no text."""
+    """Copy a data set without the text of every fourth row."""
     shutil.copytree(source, target)
     for table in target.glob("*.jsonl"):
         rows = [json.loads(line) for line in table.read_text().splitlines()]
@@ -89,7 +90,7 @@ def _write_csv(path: Path, header: str, rows: list[tuple[str, ...]]) -> None:
 
 
 def _save_bert(folder: Path) -> None:
-    """A small random BERT with a tokenizer."""
+    """Save a small random BERT with a tokenizer."""
     import transformers
 
     small = transformers.BertConfig(

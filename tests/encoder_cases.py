@@ -1,4 +1,4 @@
-"""Small random encoders of every family, each with the plain library model that it must agree with."""
+"""Small random encoders of every family, each with the unmodified library model that it must match."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ TOWERS = {"": OPEN_CLIP, "siglip-": SIGLIP}
 
 @timm.models.register_model
 def vit_mopefuse_siglip(pretrained: bool = False, **options: Any) -> nn.Module:
-    """timm's own for SigLIP, small: what open_clip names, it builds without options."""
+    """A small version of timm's SigLIP tower; open_clip builds it by name, without options."""
     size = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4}
     named = {key: options[key] for key in ("num_classes", "global_pool")}
     return timm.create_model("vit_base_patch16_siglip_224", pretrained=False, **size, **named)  # type: ignore[no-any-return]
@@ -118,7 +118,7 @@ def vit_mopefuse_siglip(pretrained: bool = False, **options: Any) -> nn.Module:
 
 @dataclass(frozen=True)
 class Case:
-    """A spec, a plain model for an encoder of it, and that model's own pooled feature and tokens."""
+    """A spec, an unmodified model for an encoder of it, and that model's own pooled feature and tokens."""
 
     spec: str
     plain: Callable[[Encoder], nn.Module]
@@ -126,7 +126,7 @@ class Case:
 
 
 def sharpen(model: nn.Module, seed: int = 0) -> None:
-    """Larger weights than those of a fresh model, so that attention attends and differences show."""
+    """Enlarge the weights of a new model, so that attention is not uniform and differences show."""
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -138,7 +138,7 @@ def sharpen(model: nn.Module, seed: int = 0) -> None:
 
 
 def save_tokenizer(folder: Path) -> None:
-    """A word-level tokenizer with [PAD] 0, [CLS] 1, [SEP] 2, end of text 3, [UNK] 4."""
+    """Save a word-level tokenizer with [PAD] 0, [CLS] 1, [SEP] 2, end of text 3, [UNK] 4."""
     clip = json.loads((folder / "config.json").read_text())["model_type"] in ("clip", "clip_text_model")
     names = ["[PAD]", "[CLS]", "[SEP]", "<end>", "[UNK]", *WORDS]
     tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="[UNK]"))
@@ -153,7 +153,7 @@ def save_tokenizer(folder: Path) -> None:
 
 
 def save_hf(kind: str, folder: Path) -> None:
-    """A folder as `save_pretrained` leaves it: weights, configuration, tokenizer or image processor."""
+    """Save a folder as `save_pretrained` does: weights, configuration, tokenizer or image processor."""
     config = {**HF, **REFUSED}[kind]
     values = transformers.AutoConfig.for_model(kind, **config)
     model = transformers.SiglipTextModel(values) if kind == "siglip_text_model" else transformers.AutoModel.from_config(values)
@@ -224,7 +224,7 @@ def open_clip_case(tower: str, kind: str = "") -> Case:
 
 
 def add_open_clip_models(folder: Path) -> None:
-    """Let open_clip know the small models by name."""
+    """Register the small models with open_clip."""
     for kind, config in TOWERS.items():
         file = folder / f"mopefuse-{kind}tiny.json"
         file.write_text(json.dumps(config))
@@ -241,7 +241,7 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 
 def every_spec(root: Path) -> dict[str, str]:
-    """A spec of every family, by a name; models of transformers are saved below `root`."""
+    """Return a spec of every family, by name; models of transformers are saved below `root`."""
     for kind in (*HF, *REFUSED):
         save_hf(kind, root / kind)
     add_open_clip_models(root)
@@ -265,7 +265,7 @@ def fault(spec: str, kind: type[MopefuseError] = EncoderError) -> MopefuseError:
     with pytest.raises(kind) as caught:
         create_encoder(spec)
     assert time.monotonic() - started < 4
-    assert caught.value.fix, "an error says what to do"
+    assert caught.value.fix, "an error states the fix"
     return caught.value
 
 

@@ -1,4 +1,4 @@
-"""A GPU that is not there: models of fake tensors, which have shapes, types and a device but no numbers.
+"""A GPU that does not exist: models of fake tensors, which have shapes, types and a device but no values.
 
 Every operation is checked as it would be on CUDA, autocast included. The one thing that needs a real device is the autograd
 engine, so its work is done here: the graph is walked and each node called.
@@ -22,12 +22,12 @@ FAKE = FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def on_fake_cuda(tensor: Tensor) -> Tensor:
-    """A tensor of the same shape and type on the device; only within `FAKE`."""
+    """Return a tensor of the same shape and type on the device; only within `FAKE`."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
 
 
 def move(model: nn.Module) -> None:
-    """All parameters and buffers of a model to the device, in place; only within `FAKE`."""
+    """Move all parameters and buffers of a model to the device, in place; only within `FAKE`."""
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -38,14 +38,14 @@ def move(model: nn.Module) -> None:
 
 
 def moved(batch: Batch) -> Batch:
-    """A batch on the device."""
+    """Move a batch to the device."""
     inputs = {side: {name: on_fake_cuda(t) for name, t in own.items()} for side, own in batch.inputs.items()}
     return replace(batch, inputs=inputs, index=on_fake_cuda(batch.index))
 
 
 @contextmanager
 def autocast(dtype: torch.dtype) -> Iterator[None]:
-    """`torch.autocast("cuda", dtype)`, which turns itself off where there is no GPU."""
+    """Enable ``torch.autocast("cuda", dtype)``, which disables itself if there is no GPU."""
     before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     torch.set_autocast_enabled("cuda", True)
     torch.set_autocast_dtype("cuda", dtype)
@@ -60,7 +60,7 @@ def autocast(dtype: torch.dtype) -> Iterator[None]:
 
 
 def backward(loss: Tensor) -> None:
-    """``loss.backward()``, one node after another, each gradient in the type of what it is a gradient of."""
+    """Do what ``loss.backward()`` does, one node after another, and check the type of each gradient."""
     order: list[Any] = []
     seen: set[Any] = set()
 
@@ -85,7 +85,7 @@ def backward(loss: Tensor) -> None:
         with torch.no_grad():
             found = run(*(_fitting(given.get(number), like) for number, like in enumerate(node._input_metadata)))
         found = found if isinstance(found, tuple) else (found,)
-        assert all(gradient is None for gradient in found[len(node.next_functions) :]), "of arguments that are no tensors"
+        assert all(gradient is None for gradient in found[len(node.next_functions) :]), "of arguments that are not tensors"
         for gradient, (after, number) in zip(found, node.next_functions, strict=False):
             if after is not None and gradient is not None:
                 sums = gradients.setdefault(after, {})
@@ -94,7 +94,7 @@ def backward(loss: Tensor) -> None:
 
 
 def _fitting(gradient: Tensor | None, like: Any) -> Tensor | None:
-    """As the engine does: the type is made to fit, the shape has to."""
+    """Convert a gradient's type like the engine does; its shape must match."""
     if gradient is None:
         return None
     assert gradient.device == like.device, f"a gradient on {gradient.device}, expected {like.device}"

@@ -1,6 +1,6 @@
-"""A hub on this machine: as much of the HTTP interface as `huggingface_hub` needs to make, fill and read a repository.
+"""A hub on this machine: the part of the HTTP interface that `huggingface_hub` needs to create, fill and read a repository.
 
-It says of every file that it is small ("regular"), so that each travels inside the commit.
+It classifies every file as small ("regular"), so that each is sent inside the commit.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ _ROUTES = {
 }
 
 
-class Answer(NamedTuple):
-    """What the hub says to one request."""
+class Response(NamedTuple):
+    """The response to a request."""
 
     status: int
     body: bytes = b""
     headers: Mapping[str, str] = {}
 
 
-def _json(value: Any) -> Answer:
-    return Answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+def _json(value: Any) -> Response:
+    return Response(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
 
-def _error(status: int, code: str = "", message: str = "") -> Answer:
-    return Answer(status, b"{}", {"X-Error-Code": code, "X-Error-Message": message})
+def _error(status: int, code: str = "", message: str = "") -> Response:
+    return Response(status, b"{}", {"X-Error-Code": code, "X-Error-Message": message})
 
 
 @dataclass
 class Repo:
-    """A repository: its commits in their order, each with all its files, and the names of some."""
+    """A repository: its commits in order, each with all its files, and the names of some commits."""
 
     private: bool
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -60,18 +60,18 @@ class Repo:
 
     @property
     def files(self) -> dict[str, bytes]:
-        """Of the newest commit."""
+        """The files of the newest commit."""
         return self.commits[self.refs["main"]] if self.commits else {}
 
 
 class FakeHub:
-    """To be used as a context manager; `url` is its address, `repos` what it holds, `asked` what it was asked."""
+    """A context manager; `url` is its address, `repos` its content, `asked` the requests that it received."""
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
-        self.asked: list[str] = []
-        self.fails: dict[str, int] = {}  # end of a path to the HTTP status that is said to it
-        self.pause = 0.0  # seconds before every answer
+        self.requests: list[str] = []
+        self.fails: dict[str, int] = {}  # HTTP status to return, by the end of the path
+        self.pause = 0.0  # seconds before every response
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
@@ -83,17 +83,17 @@ class FakeHub:
         self.stop()
 
     def stop(self) -> None:
-        """Nobody answers at `url` from now on."""
+        """Stop serving: nothing responds at `url` from now on."""
         self._server.shutdown()
         self._server.server_close()
 
     def environment(self, home: Path, token: str = OWNER, *, offline: bool = False) -> dict[str, str]:
-        """Variables of a process that knows this hub only, on a machine with its own home folder."""
+        """Environment of a process that knows only this hub, on a machine with its own home folder."""
         names = {"HF_ENDPOINT": self.url, "HF_HUB_OFFLINE": str(int(offline)), "HF_TOKEN": token, "NO_PROXY": "127.0.0.1"}
         return {**names, "HF_HOME": str(home / "hf"), "MOPEFUSE_CACHE": str(home / "mopefuse")}
 
     def known_here(self, patch: pytest.MonkeyPatch, home: Path, token: str = OWNER, *, offline: bool = False) -> None:
-        """The same for this process: what huggingface_hub made of its variables when it was imported is replaced."""
+        """Do the same for this process, replacing what huggingface_hub read from the environment when it was imported."""
         for name, value in self.environment(home, token, offline=offline).items():
             patch.setenv(name, value)
         places = {"HF_HUB_CACHE": "hub", "HF_TOKEN_PATH": "token", "AGENT_HARNESSES_PATH": "agents"}
@@ -105,7 +105,7 @@ class FakeHub:
         close_session()
 
     def commit(self, repo: str, files: Mapping[str, bytes], *, tag: str | None = None) -> str:
-        """A new commit of a repository with these files and no others; its name."""
+        """Add a commit with exactly these files and return its name."""
         held = self.repos.setdefault(repo, Repo(private=False))
         commit = hashlib.sha1(f"{repo} {len(held.commits)}".encode()).hexdigest()
         held.commits[commit] = dict(files)
@@ -113,15 +113,15 @@ class FakeHub:
         return commit
 
     def sent(self) -> list[str]:
-        """Requests that change something."""
-        return [request for request in self.asked if not request.startswith(("GET", "HEAD"))]
+        """The requests that change something."""
+        return [request for request in self.requests if not request.startswith(("GET", "HEAD"))]
 
-    def answer(self, request: str, body: bytes, token: str | None) -> Answer:
-        """What is said to a request."""
+    def respond(self, request: str, body: bytes, token: str | None) -> Response:
+        """Return the response to a request."""
         time.sleep(self.pause)
-        if "/api/agent-harnesses" in request:  # which program is asking? of no interest here
+        if "/api/agent-harnesses" in request:  # identifies the client, which does not matter here
             return _json({})
-        self.asked.append(request)
+        self.requests.append(request)
         for end, status in self.fails.items():
             if request.endswith(end):
                 return _error(status)
@@ -131,7 +131,7 @@ class FakeHub:
                 return self._refused(name, named.get("repo"), token) or getattr(self, f"_{name}")(body, **named)
         return _error(404)
 
-    def _refused(self, route: str, repo: str | None, token: str | None) -> Answer | None:
+    def _refused(self, route: str, repo: str | None, token: str | None) -> Response | None:
         if token is not None and token not in (OWNER, READER):
             return _error(401, message="Invalid credentials in Authorization header")
         if route == "validate":
@@ -139,40 +139,40 @@ class FakeHub:
         if route in ("create", "preupload", "commit") and token != OWNER:
             return _error(401 if token is None else 403, message="no permission to write")
         if repo is not None and (repo not in self.repos or (self.repos[repo].private and token is None)):
-            return _error(401 if token is None else 404, "RepoNotFound")  # who is nobody may not know what there is
+            return _error(401 if token is None else 404, "RepoNotFound")  # anonymous clients must not learn what exists
         return None
 
-    def _info(self, body: bytes, repo: str) -> Answer:
+    def _info(self, body: bytes, repo: str) -> Response:
         held = self.repos[repo]
         return _json({"id": repo, "private": held.private, "sha": held.refs.get("main"), "siblings": [], "tags": []})
 
-    def _create(self, body: bytes) -> Answer:
-        said = json.loads(body)
-        repo = f"{said['organization']}/{said['name']}"
+    def _create(self, body: bytes) -> Response:
+        content = json.loads(body)
+        repo = f"{content['organization']}/{content['name']}"
         if repo in self.repos:
             return _error(409)
-        self.repos[repo] = Repo(private=said.get("visibility") == "private" or said.get("private") is True)
+        self.repos[repo] = Repo(private=content.get("visibility") == "private" or content.get("private") is True)
         return _json({"url": f"{self.url}/{repo}"})
 
-    def _validate(self, body: bytes) -> Answer:
+    def _validate(self, body: bytes) -> Response:
         return _json({"errors": [], "warnings": []})
 
-    def _preupload(self, body: bytes, repo: str, revision: str) -> Answer:
+    def _preupload(self, body: bytes, repo: str, revision: str) -> Response:
         names = [file["path"] for file in json.loads(body)["files"]]
         return _json({"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]})
 
-    def _commit(self, body: bytes, repo: str, revision: str) -> Answer:
+    def _commit(self, body: bytes, repo: str, revision: str) -> Response:
         files = dict(self.repos[repo].files)
         for line in map(json.loads, body.splitlines()):
             if line["key"] == "file":
                 assert line["value"]["encoding"] == "base64"
                 files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
             else:
-                assert line["key"] == "header", f"nobody expected {line['key']}"
+                assert line["key"] == "header", f"unexpected key {line['key']}"
         commit = self.commit(repo, files)
         return _json({"commitUrl": f"{self.url}/{repo}/commit/{commit}", "commitOid": commit})
 
-    def _resolve(self, body: bytes, repo: str, revision: str, file: str) -> Answer:
+    def _resolve(self, body: bytes, repo: str, revision: str, file: str) -> Response:
         held = self.repos[repo]
         commit = held.refs.get(revision, revision)
         if commit not in held.commits:
@@ -180,8 +180,8 @@ class FakeHub:
         content = held.commits[commit].get(file)
         if content is None:
             return _error(404, "EntryNotFound")
-        digest = hashlib.sha256 if file.endswith(".safetensors") else hashlib.sha1  # as of large and of small files
-        return Answer(200, content, {"ETag": f'"{digest(content).hexdigest()}"', "X-Repo-Commit": commit})
+        digest = hashlib.sha256 if file.endswith(".safetensors") else hashlib.sha1  # as for large and for small files
+        return Response(200, content, {"ETag": f'"{digest(content).hexdigest()}"', "X-Repo-Commit": commit})
 
 
 def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
@@ -191,14 +191,14 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             scheme, _, token = self.headers.get("Authorization", "").partition(" ")
-            said = hub.answer(f"{self.command} {urlsplit(self.path).path}", body, token if scheme == "Bearer" else None)
+            response = hub.respond(f"{self.command} {urlsplit(self.path).path}", body, token if scheme == "Bearer" else None)
             try:
-                self.send_response(said.status)
-                for name, value in {**said.headers, "Content-Length": str(len(said.body))}.items():
+                self.send_response(response.status)
+                for name, value in {**response.headers, "Content-Length": str(len(response.body))}.items():
                     self.send_header(name, value)
                 self.end_headers()
-                self.wfile.write(b"" if self.command == "HEAD" else said.body)
-            except ConnectionError:  # nobody waits for the answer any more
+                self.wfile.write(b"" if self.command == "HEAD" else response.body)
+            except ConnectionError:  # the client no longer waits for the response
                 self.close_connection = True
 
         do_HEAD = do_POST = do_GET

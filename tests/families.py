@@ -1,4 +1,4 @@
-"""Every family of encoders by name, built when a test first asks for it and shared by all tests of a process.
+"""Every family of encoders by name, built when a test first needs it and shared by all tests of a process.
 
 A test module that names this one in `pytest_plugins` has the fixtures `cases` and `encoders`.
 """
@@ -27,7 +27,7 @@ QUICK = ("hf-bert", "hf-qwen3", "timm-vit", "timm-swin-padded", "open_clip-visua
 
 
 class Lazy(Mapping[str, Value]):
-    """A mapping whose values are made when they are first asked for."""
+    """A mapping whose values are created when they are first accessed."""
 
     def __init__(self, names: Iterable[str], make: Callable[[str], Value]) -> None:
         self._names, self._make = tuple(names), make
@@ -68,7 +68,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Case]:
 
 @pytest.fixture(scope="session")
 def encoders(cases: Mapping[str, Case]) -> Mapping[str, Encoder]:
-    """Encoders of `FAMILIES`, with weights that make differences show; not to be changed."""
+    """Encoders of `FAMILIES`, with weights for which differences show; tests must not change them."""
 
     def make(family: str) -> Encoder:
         encoder = create_encoder(cases[family].spec)

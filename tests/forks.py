@@ -1,4 +1,4 @@
-"""Children of this process, which share what it has imported."""
+"""Forks of this process, which share the modules that it has imported."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from mopefuse.errors import MopefuseError
 
 
 def fork(action: Callable[[], Any]) -> int:
-    """Do something in a child; its process number. Its exit code is 0, or the error's, whose traceback it prints."""
+    """Run a function in a child process and return its process id. Its exit code is 0, or that of the error, whose traceback it
+    prints."""
     child = os.fork()
     if child:
         return child
@@ -29,7 +30,7 @@ def fork(action: Callable[[], Any]) -> int:
 
 
 def end_of(child: int) -> int:
-    """Wait for a child to end; its exit code, or minus the signal that killed it."""
+    """Wait for a child to end; return its exit code, or minus the signal that killed it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 

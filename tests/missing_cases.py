@@ -1,4 +1,4 @@
-"""Data sets with holes, and small runs on them."""
+"""Data sets with gaps, and small runs on them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SMALL = ("--main", "tiny:vision", "--comp", "tiny:text", "--experts", 3, "--dev
 
 
 def holes(pairs: Path, root: Path, *, column: str) -> Path:
-    """The data set, and in each split every third row without a value in a column."""
+    """Copy a data set, removing the value of a column from every third row of each split."""
     shutil.copytree(pairs, root)
     for split in ("train", "val", "test"):
         rows = [json.loads(line) for line in (root / f"{split}.jsonl").read_text().splitlines()]
@@ -31,5 +31,5 @@ def train(data: Path, out: Path, *more: object) -> Any:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Those of a checkpoint."""
+    """Read the weights of a checkpoint."""
     return load_file(folder / "weights.safetensors")

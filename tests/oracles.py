@@ -25,7 +25,7 @@ TIMM_LAYERS = ("Block", "ResPostBlock", "EvaBlock", "EvaBlockPostNorm", "SwinTra
 
 
 def insert_prompts(model: nn.Module, prompts: Sequence[Tensor]) -> nn.Module:
-    """`model` with ``prompts[i]`` (B, P, D_i) inserted into its i-th layer. Its own forward pass stays as it is."""
+    """Return `model` with ``prompts[i]`` (B, P, D_i) inserted into its i-th layer; its own forward pass is unchanged."""
     names = [
         name
         for name, module in model.named_modules()
@@ -61,7 +61,7 @@ class _Again:
 
 
 class _InSequence(nn.Module):
-    """A layer over [prompt; tokens], of which the tokens are returned."""
+    """A layer over [prompt; tokens] that returns only the tokens."""
 
     def __init__(self, layer: Any, prompt_BPD: Tensor) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class _InSequence(nn.Module):
             attention._get_rel_pos_bias = lambda: padded
 
     def __getattr__(self, name: str) -> Any:
-        """What the model reads off its layers."""
+        """Look up what the model reads from its layers."""
         return super().__getattr__(name) if name in ("layer", "_modules") else getattr(super().__getattr__("layer"), name)
 
     def forward(self, x_BLD: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -92,11 +92,11 @@ class _InSequence(nn.Module):
         return out[:, count:] if isinstance(out, Tensor) else (out[0][:, count:], *out[1:])
 
     def get_weight_dtype(self) -> torch.dtype:
-        """Asked by open_clip of its first block."""
+        """Called by open_clip on its first block."""
         return torch.float32
 
     def _padded(self, mask: Any) -> Any:
-        """Square masks: everything sees the prompt; what the prompt sees does not matter, as its output is dropped.
+        """Extend square masks: every token attends to the prompt; rows of the prompt do not matter, as its outputs are dropped.
 
         A pair of cosines and sines turns tokens to their positions, and a prompt by nothing.
         """
@@ -111,7 +111,7 @@ class _InSequence(nn.Module):
 
 
 class _InWindows(nn.Module):
-    """Window attention over [prompt; window] for every window of every image, one after the other."""
+    """Window attention over [prompt; window] for every window of every image, one by one."""
 
     def __init__(self, attention: Any, normed_BPD: Tensor) -> None:
         super().__init__()
@@ -150,7 +150,8 @@ class _InWindows(nn.Module):
 
 
     def _one_v2(self, row: Tensor, shift: Tensor | None, count: int) -> Tensor:
-        """In timm's Swin V2 all pairs of places look a bias up: the inserted ones find one that its sigmoid makes 0."""
+        """Attend within one window. In timm's Swin V2, all pairs of positions look up a bias: inserted tokens use one that its
+        sigmoid makes 0."""
         own = self.attention
         places = (own.cpb_mlp, own.relative_position_index, own.window_size)
         table = own.cpb_mlp(own.relative_coords_table).flatten(0, 2)

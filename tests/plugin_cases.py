@@ -1,4 +1,4 @@
-"""Plugins that are really installed, by pip, into a folder of their own: good ones, and every way to be a bad one."""
+"""Plugins that are really installed by pip, into their own folder: valid ones, and every kind of broken one."""
 
 from __future__ import annotations
 
@@ -63,12 +63,12 @@ PLUGINS: dict[str, tuple[dict[str, dict[str, str]], str]] = {
 
 
 def module_of(plugin: str) -> str:
-    """The module of a plugin."""
+    """Return the module of a plugin."""
     return f"mopefuse_{plugin.replace('-', '_')}"
 
 
 def sources(folder: Path, plugins: Iterable[str]) -> list[Path]:
-    """A project folder for each plugin, as its author has it."""
+    """Write a project folder for each plugin, as its author would have it."""
     projects = []
     for plugin in plugins:
         points, code = PLUGINS[plugin]
@@ -86,7 +86,7 @@ def sources(folder: Path, plugins: Iterable[str]) -> list[Path]:
 
 
 def pip_install(target: Path, *projects: Path) -> Path:
-    """Install into a folder, without a network."""
+    """Install into a folder without a network."""
     options = ("--no-deps", "--no-build-isolation", "--no-index", "--no-compile", "--disable-pip-version-check", "--quiet")
     command = [sys.executable, "-m", "pip", "install", *options, "--target", str(target), *map(str, projects)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -96,21 +96,22 @@ def pip_install(target: Path, *projects: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where all of `PLUGINS` are installed; not to be changed, but for the marks of who was imported."""
+    """The folder in which all of `PLUGINS` are installed; tests must not change it, except for the marks of imported
+    plugins."""
     folder = tmp_path_factory.mktemp("plugins")
     return pip_install(folder / "site", *sources(folder / "projects", PLUGINS))
 
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """For plugins in this process: put a folder on the path with `add_site`; gone afterwards."""
+    """For plugins in this process: add a folder to the path with `add_site`; undone afterwards."""
     yield monkeypatch
     monkeypatch.undo()
     forget()
 
 
 def forget() -> None:
-    """Look again at what is installed."""
+    """Clear the caches of what is installed."""
     registry.available.cache_clear()
     registry._warn_of_shadowed.cache_clear()
     for name, module in list(sys.modules.items()):
@@ -119,14 +120,14 @@ def forget() -> None:
 
 
 def add_site(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Have what is installed in a folder be so in this process."""
+    """Make the plugins that are installed in a folder available in this process."""
     monkeypatch.syspath_prepend(str(folder))
     _SITES.add(str(folder))
     forget()
 
 
 def imported(site: Path) -> set[str]:
-    """The modules of plugins that were imported since the last call."""
+    """Return the modules of plugins that were imported since the last call."""
     marks = list(site.glob("*.imported"))
     for mark in marks:
         mark.unlink()

@@ -1,4 +1,4 @@
-"""Small folders in the layouts in which the owners of data sets distribute them, with the oddities that they really have."""
+"""Small folders in the layouts in which the owners of data sets distribute them, with oddities that occur in practice."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def picture(path: Path, shade: int) -> None:
 
 
 def food101(root: Path, *, titles: bool = True, pages: bool = False) -> Path:
-    """Sixteen usable training pairs (9 apple pies, 3 beignets, 4 soups) and three test pairs in three classes."""
+    """Write sixteen usable training pairs (9 apple pies, 3 beignets, 4 soups) and three test pairs in three classes."""
     train = [f"apple_pie_{i}" for i in range(1, 12)] + [f"beignets_{i}" for i in (1, 2, 3, 4, 5, 50)]
     train += [f"miso_soup_{i}" for i in (1, 2, 3, 4, 77)]
     for split, names in (("train", train), ("test", list(TEST_ROWS))):
@@ -116,7 +116,7 @@ def food101(root: Path, *, titles: bool = True, pages: bool = False) -> Path:
 
 
 def mm_imdb(root: Path) -> Path:
-    """Five usable films to train on, two to validate, two to test, in the layout of the archive."""
+    """Write five usable training films, two validation films and two test films, in the layout of the archive."""
     films: dict[str, Any] = {
         "0000001": {"plot": ["short", "the longest plot of all"], "genres": ["Drama", "Film-Noir"], "title": "A"},
         "0000002": {"plot": "one string", "genres": ["Comedy", "Comedy"]},
@@ -173,7 +173,7 @@ MM_IMDB_SKIPPED = [
 
 
 def pair(image: Any, hypothesis: Any, label: Any, pair_id: Any = None, premise: Any = "A man rides.") -> dict[str, Any]:
-    """A row of SNLI-VE with all of its columns."""
+    """Make a row of SNLI-VE with all of its columns."""
     row = {
         "annotator_labels": [label],
         "captionID": f"{image}#0",
@@ -188,7 +188,7 @@ def pair(image: Any, hypothesis: Any, label: Any, pair_id: Any = None, premise: 
 
 
 def snli_ve(root: Path) -> Path:
-    """Six usable training rows on three photographs, three rows each to validate and to test."""
+    """Write six usable training rows on three photographs, and three rows each for validation and test."""
     train = [
         pair("100", "He sleeps.", "contradiction", "100.jpg#0r1c"),
         pair("100.jpg", "A man moves.", "entailment", "100.jpg#0r1e"),

@@ -1,4 +1,4 @@
-"""Hostile pt2 archives: each would run code, or read what it should not, if torch opened it as it is."""
+"""Hostile pt2 archives: each would run code, or read a file that it should not, if torch opened it directly."""
 
 from __future__ import annotations
 
@@ -30,32 +30,32 @@ class Canary:
 
 
 def read(file: Path) -> Content:
-    """The records of an archive."""
+    """Read the records of an archive."""
     with zipfile.ZipFile(file) as archive:
         return {name: archive.read(name) for name in archive.namelist()}
 
 
 def write(file: Path, content: Content, *, compression: int = zipfile.ZIP_STORED) -> None:
-    """An archive of these records."""
+    """Write an archive with these records."""
     with zipfile.ZipFile(file, "w", compression) as archive:
         for name, data in content.items():
             archive.writestr(name, data)
 
 
 def pickled(canary: Path) -> bytes:
-    """The canary as `torch.save` writes it."""
+    """Return the canary as `torch.save` writes it."""
     buffer = io.BytesIO()
     torch.save(Canary(canary), buffer)
     return buffer.getvalue()
 
 
 def code(canary: Path) -> str:
-    """An expression that touches the canary."""
+    """Return an expression that touches the canary."""
     return f"__import__('pathlib').Path('{canary}').touch()"
 
 
 def edit(content: Content, name: str, change: Callable[[Any], None]) -> None:
-    """Change a record of JSON."""
+    """Change a JSON record."""
     value = json.loads(content[name])
     change(value)
     content[name] = json.dumps(value).encode()
@@ -66,7 +66,7 @@ def graph(program: Any) -> Any:
 
 
 def find(value: Any, key: str) -> list[dict[str, Any]]:
-    """All objects with a key, at any depth."""
+    """Find all objects with a key, at any depth."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     here = [value] if isinstance(value, dict) and key in value else []
     return here + [found for one in inner for found in find(one, key)]
@@ -77,7 +77,7 @@ def first_value(program: Any, key: str, new: Any) -> None:
 
 
 def unpickle_payload(name: str, spaced: bool) -> Attack:
-    """A tensor that its table says is pickled, with or without a space in the JSON."""
+    """Mark a tensor as pickled in its table, with or without a space in the JSON."""
 
     def attack(content: Content, canary: Path) -> None:
         table = json.loads(content[name])
@@ -90,7 +90,7 @@ def unpickle_payload(name: str, spaced: bool) -> Attack:
 
 
 def constant_object(path_name: str) -> Attack:
-    """A constant that is an object and no tensor."""
+    """Add a constant that is an object and not a tensor."""
 
     def attack(content: Content, canary: Path) -> None:
         one = {"as_int": 1}
@@ -104,17 +104,17 @@ def constant_object(path_name: str) -> Attack:
 
 
 def program(change: Callable[[Any, Path], None]) -> Attack:
-    """A change to the graph's JSON."""
+    """Change the JSON of the graph."""
     return lambda content, canary: edit(content, PROGRAM, lambda value: change(value, canary))
 
 
 def record(name: str, data: bytes | None = None) -> Attack:
-    """One more record; by default a pickle."""
+    """Add a record; by default a pickle."""
     return lambda content, canary: content.update({f"model/{name}": pickled(canary) if data is None else data})
 
 
 def call(target: str, **argument: Any) -> Attack:
-    """A node that calls something."""
+    """Add a node that calls something."""
 
     def change(value: Any, canary: Path) -> None:
         text = {"as_string": f"touch {canary}"}
@@ -126,7 +126,7 @@ def call(target: str, **argument: Any) -> Attack:
 
 
 def rename(value: Any, canary: Path) -> None:
-    """A tensor whose name is code; names are written into the source of the graph."""
+    """Give a tensor a name that is code; names are written into the source of the graph."""
     old = graph(value)["nodes"][-1]["name"]
     name = f"globals()[{code(canary)}]"
     text = json.dumps(value).replace(json.dumps(old), json.dumps(name))
@@ -141,7 +141,7 @@ def import_module(value: Any, canary: Path) -> None:
 
 
 def subgraph_code(value: Any, canary: Path) -> None:
-    """The same expression, in the graph that another one calls."""
+    """Put the same expression into the graph that another graph calls."""
     inner = json.loads(json.dumps(graph(value)))
     first_value(inner, "expr_str", code(canary))
     argument = {"as_graph": {"name": "inner", "graph": inner}}
@@ -151,7 +151,7 @@ def subgraph_code(value: Any, canary: Path) -> None:
     graph(value)["nodes"].insert(0, node | {"is_hop_single_tensor_return": None})
 
 
-RUNS_CODE: dict[str, Attack] = {  # if torch.export.load reads them, or at the first call of what it gives
+RUNS_CODE: dict[str, Attack] = {  # when torch.export.load reads them, or when its result is first called
     "a weight is pickled": unpickle_payload(WEIGHTS, spaced=True),
     "a weight is pickled, without a space": unpickle_payload(WEIGHTS, spaced=False),
     "a constant is pickled, without a space": unpickle_payload(CONSTANTS, spaced=False),

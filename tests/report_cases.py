@@ -1,4 +1,4 @@
-"""What the tests of a run's page read it with."""
+"""Helpers for tests of a run's page."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def page_of(run: Path) -> Page:
 
 
 def facts_of(run: Path, **other: Any) -> RunFacts:
-    """What a page is made of, with answers given by a test."""
+    """Build the contents of a page from predictions given by a test."""
     folder = RunFolder(run)
     config = folder.config()
     data = load_data(config.data)

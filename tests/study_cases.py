@@ -1,4 +1,4 @@
-"""Studies made from one trained run, with numbers of our own, in no time."""
+"""Studies made from one trained run, with made-up numbers, in no time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from mopefuse.config.setting_paths import merge, nest
 
 @dataclass(frozen=True)
 class Made:
-    """A row. scores: accuracy on test of each seed. curve: of the first seed, validation by step; others are 0.1 higher."""
+    """A row. scores: test accuracy of each seed. curve: validation accuracy by step of the first seed; others are 0.1
+    higher."""
 
     label: str
     settings: Mapping[str, Any]
@@ -26,7 +27,7 @@ class Made:
 
 
 def make_study(template: Path, out: Path, rows: Sequence[Made], **facts: Any) -> Path:
-    """The folder of a study whose cells are copies of a run, with other settings and scores."""
+    """Make the folder of a study whose cells are copies of a run, with other settings and scores."""
     cells = []
     for number, row in enumerate(rows):
         for seed, score in enumerate(row.scores):
@@ -40,7 +41,7 @@ def make_study(template: Path, out: Path, rows: Sequence[Made], **facts: Any) ->
 
 
 def change(study: Path, number: int, **facts: Any) -> None:
-    """Other facts of a cell in study.json; one that has no result any more loses it."""
+    """Change facts of a cell in study.json; a cell without a result loses its result."""
     known = json.loads((study / "study.json").read_text())
     known["cells"][number] |= facts
     (study / "study.json").write_text(json.dumps(known))

@@ -1,4 +1,4 @@
-"""The public Python API: what `import mopefuse` gives, a training loop of one's own, and what is saved from it."""
+"""The public Python API: what `import mopefuse` provides, your own training loop, and what is saved from it."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ def build(**options: Any) -> Fusion:
 
 
 def nudge(model: Fusion) -> None:
-    """Change all that is trainable, so that prompts have an effect and a forgotten tensor is noticed."""
+    """Change everything that is trainable, so that prompts have an effect and a forgotten tensor is noticed."""
     random = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.trainable_parameters():
             parameter.add_(torch.randn(parameter.shape, generator=random) * 0.1)
 
 
-# -- what is imported, and when
+# -- imports
 
 
-def test_importing_the_package_is_light_and_lists_what_is_public() -> None:
+def test_importing_the_package_is_fast_and_lists_the_public_names() -> None:
     code = """
 import sys, mopefuse
 names = dir(mopefuse)
@@ -60,7 +60,7 @@ for name in mopefuse.__all__:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_name_that_there_is_not_is_an_attribute_error() -> None:
+def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="module 'mopefuse' has no attribute 'biuld_fusion'"):
         mopefuse.biuld_fusion  # noqa: B018
     with pytest.raises(ImportError):
@@ -79,7 +79,7 @@ def test_arguments_are_settings_of_the_prompts() -> None:
     assert (by_section.config.prompts.experts, by_section.config.router.top_m) == (5, 2)
 
 
-def test_labels_and_task_are_those_of_the_model() -> None:
+def test_a_model_has_the_labels_and_task_that_it_was_built_with() -> None:
     model = build(num_labels=None, labels=["cat", "dog"], task="multi-label")
     assert (model.labels, model.num_labels, model.task) == (("cat", "dog"), 2, "multi-label")
     assert model(model.collate([np.zeros((8, 8, 3), np.uint8)], ["a"])).logits.shape == (1, 2)
@@ -108,7 +108,7 @@ def test_labels_and_task_are_those_of_the_model() -> None:
     ],
     ids=str,
 )
-def test_an_error_names_the_argument_and_no_flag(options: dict[str, Any], message: str) -> None:
+def test_an_error_names_the_argument_and_not_the_flag(options: dict[str, Any], message: str) -> None:
     with pytest.raises(MopefuseError) as caught:
         build(**options)
     assert message in str(caught.value) and "--" not in str(caught.value)
@@ -156,7 +156,7 @@ def test_columns_labels_and_splits_are_arguments(pairs: Path, tmp_path: Path) ->
     assert turned.labels[turned[0]["label"]] == train.labels[first["label"]]
 
 
-def test_what_is_wrong_with_a_data_set_is_told(pairs: Path, tmp_path: Path) -> None:
+def test_an_invalid_data_set_is_an_error_that_names_the_problem(pairs: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="labels that are not in `labels`"):
         mopefuse.PairDataset(pairs, "train", labels=["none", "of them"])
     with pytest.raises(ConfigError, match="labels must be distinct names"):
@@ -172,7 +172,7 @@ def test_what_is_wrong_with_a_data_set_is_told(pairs: Path, tmp_path: Path) -> N
     assert mopefuse.PairDataset(tmp_path, "test", labels=["w", "x"])[0]["label"] == 1
 
 
-def test_a_row_that_lacks_a_modality_has_none_and_the_batch_says_so(pairs: Path, tmp_path: Path) -> None:
+def test_a_missing_modality_is_none_in_the_row_and_marked_in_the_batch(pairs: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (pairs / "train.jsonl").read_text().splitlines()][:6]
     rows[2]["text"] = None
     write_rows(tmp_path / "train.jsonl", rows)
@@ -185,7 +185,7 @@ def test_a_row_that_lacks_a_modality_has_none_and_the_batch_says_so(pairs: Path,
 
 
 @pytest.mark.parametrize("context", matrix(["fork", "spawn"], ["fork"]))
-def test_data_workers_collate_what_the_main_process_does(pairs: Path, context: str) -> None:
+def test_data_workers_collate_the_same_batches_as_the_main_process(pairs: Path, context: str) -> None:
     dataset, model = mopefuse.PairDataset(pairs, "train"), build()
     plain = DataLoader(dataset, batch_size=4, collate_fn=model.collate)
     worked = DataLoader(dataset, batch_size=4, collate_fn=model.collate, num_workers=2, multiprocessing_context=context)
@@ -197,7 +197,7 @@ def test_data_workers_collate_what_the_main_process_does(pairs: Path, context: s
     assert len(ForkingPickler.dumps(model.collate)) < 10_000 < size / 100
 
 
-def test_a_batch_is_on_the_cpu_wherever_the_model_is() -> None:
+def test_collate_returns_a_batch_on_the_cpu_for_a_model_on_any_device() -> None:
     model = build().to("meta")
     batch = model.collate([np.zeros((8, 8, 3), np.uint8)], [TEXT])
     assert {tensor.device.type for inputs in batch.inputs.values() for tensor in inputs.values()} == {"cpu"}
@@ -206,7 +206,7 @@ def test_a_batch_is_on_the_cpu_wherever_the_model_is() -> None:
     assert moved.index.device.type == "cpu"
 
 
-def test_rows_give_the_batch_that_their_values_give() -> None:
+def test_collating_rows_equals_collating_their_values() -> None:
     model, image = build(), np.zeros((8, 8, 3), np.uint8)
     rows = model.collate([{"image": image, "text": TEXT, "extra": 1}])
     values = model.collate([image], [TEXT])
@@ -228,7 +228,7 @@ def test_rows_give_the_batch_that_their_values_give() -> None:
         (["ab", []], "multi-label", 337, "the label is 'ab', expected a list of indices"),
     ],
 )
-def test_a_label_that_is_none_is_refused(labels: list[Any], task: Any, number: int, message: str) -> None:
+def test_an_invalid_label_is_refused(labels: list[Any], task: Any, number: int, message: str) -> None:
     model, image = build(task=task), np.zeros((8, 8, 3), np.uint8)
     rows = [{"image": image, "text": TEXT} | ({} if label is None else {"label": label}) for label in labels]
     with pytest.raises(DataError, match=message) as caught:
@@ -236,12 +236,12 @@ def test_a_label_that_is_none_is_refused(labels: list[Any], task: Any, number: i
     assert caught.value.number == number and caught.value.where.startswith("sample ")
 
 
-def test_errors_name_arguments_and_leave_commands_as_they_are() -> None:
-    said = as_argument("write --split-col NAME, or --val-fraction 0.1; mopefuse data check --json lists all")
-    assert said == "write split_col NAME, or val_fraction 0.1; mopefuse data check --json lists all"
+def test_errors_name_arguments_instead_of_flags_except_within_commands() -> None:
+    converted = as_argument("write --split-col NAME, or --val-fraction 0.1; mopefuse data check --json lists all")
+    assert converted == "write split_col NAME, or val_fraction 0.1; mopefuse data check --json lists all"
 
 
-def test_train_and_evaluate_name_arguments(pairs: Path, tmp_path: Path) -> None:
+def test_errors_of_train_and_evaluate_name_arguments(pairs: Path, tmp_path: Path) -> None:
     config = mopefuse.build_config({"main": "tiny:vision", "comp": "tiny:text", "data": {"path": str(pairs)}})
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("")
@@ -254,7 +254,7 @@ def test_train_and_evaluate_name_arguments(pairs: Path, tmp_path: Path) -> None:
 # -- what is trained, saved and loaded
 
 
-def test_trainable_parameters_are_all_that_an_optimiser_needs() -> None:
+def test_training_changes_only_the_trainable_state() -> None:
     model = build().train()
     state = copy.deepcopy(model.state_dict())
     optimizer = torch.optim.SGD(model.trainable_parameters(), lr=0.1)
@@ -269,7 +269,7 @@ def test_trainable_parameters_are_all_that_an_optimiser_needs() -> None:
         other.load_trainable_state_dict({k: v for k, v in model.trainable_state_dict().items() if k != "head.bias"})
 
 
-@pytest.mark.parametrize("method", ["conditional", "late-concat", "linear", "mlp", "cross-attention"])
+@pytest.mark.parametrize("method", ["conditional", "late-concat", "linear", "mlp", "cross-attention", "qmf"])
 def test_a_saved_model_predicts_as_before(method: str, pairs: Path, tmp_path: Path) -> None:
     dataset = mopefuse.PairDataset(pairs, "val")
     model = build(num_labels=None, labels=dataset.labels, method=method)
@@ -292,7 +292,7 @@ def test_a_saved_model_predicts_as_before(method: str, pairs: Path, tmp_path: Pa
 
 
 @pytest.mark.process
-def test_the_command_line_takes_a_saved_model(pairs: Path, tmp_path: Path) -> None:
+def test_the_command_line_accepts_a_saved_model(pairs: Path, tmp_path: Path) -> None:
     dataset = mopefuse.PairDataset(pairs, "val")
     model = build(num_labels=None, labels=dataset.labels)
     nudge(model)
@@ -324,7 +324,7 @@ def test_a_multi_label_model_is_saved_with_its_thresholds(multi_pairs: Path, tmp
     assert len(mopefuse.load(out, device="cpu").predict([dataset[0]["image"]], ["a"])[0]["labels"]) == len(dataset.labels)
 
 
-def test_what_cannot_be_saved_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_saved_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
     labels = ["a", "b", "c"]
     out = tmp_path / "adapter"
     with pytest.raises(ConfigError, match="the model has no names for its labels · labels"):
@@ -370,7 +370,7 @@ def test_a_bundle_cannot_be_loaded_as_a_module(exported: Path) -> None:
         mopefuse.load_model(exported)
 
 
-def test_a_run_is_loaded_with_its_labels_and_answers_as_the_predictor(trained: Path) -> None:
+def test_a_loaded_run_has_its_labels_and_predicts_like_the_predictor(trained: Path) -> None:
     model = mopefuse.load_model(trained, device="cpu")
     image = Image.new("RGB", (20, 20), "red")
     with torch.no_grad():
@@ -382,8 +382,8 @@ def test_a_run_is_loaded_with_its_labels_and_answers_as_the_predictor(trained: P
 # -- the page
 
 
-def test_every_block_of_the_page_runs(pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """As a script would, in a folder with data; the loop predicts the same when it is loaded again."""
+def test_every_code_block_of_the_page_runs(pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Run the page like a script, in a folder with data; the loop's model predicts the same when it is loaded again."""
     (tmp_path / "data").symlink_to(pairs)
     monkeypatch.chdir(tmp_path)
     space: dict[str, Any] = {}
@@ -395,10 +395,10 @@ def test_every_block_of_the_page_runs(pairs: Path, tmp_path: Path, monkeypatch: 
         found, wanted = again(again.collate(rows)).logits, model(model.collate(rows)).logits
     torch.testing.assert_close(found, wanted, atol=1e-6, rtol=0)
     start = mopefuse.build_fusion("tiny:vision", "tiny:text", labels=model.labels, experts=4)
-    assert not torch.equal(start.head.weight, model.head.weight), "the loop has trained"
+    assert not torch.equal(start.head.weight, model.head.weight), "the loop has trained the model"
     assert len(capsys.readouterr().out.splitlines()) == 4
 
 
-def test_the_page_names_all_that_is_public() -> None:
+def test_the_page_lists_every_public_name() -> None:
     for name in set(mopefuse.__all__) - {"__version__"}:
         assert f"`{name}`" in PAGE, name

@@ -1,6 +1,6 @@
-"""Artefacts of other versions, or in need of a plugin, by number in the list of faults, seen from the command line.
+"""Artefacts of other versions, or that need a plugin, by number in the list of faults, tested on the command line.
 
-tests/golden/format-N holds a run of that format, its adapter, and their answers. It was made in that folder by ``mopefuse train
+tests/golden/format-N holds a run of that format, its adapter and their predictions. It was made there by ``mopefuse train
 --main tiny:vision --comp tiny:text --device cpu --experts 2 --batch 3 --data data --out run --steps 1`` with ``--set``
 prompts.static=1 dynamic=1 mapped=1 layers=last:2 bottleneck=2 init=1 and train.lr=0.02, then ``mopefuse export`` and
 ``mopefuse predict run data/val.jsonl``. Once a version is released, the folder of its format is never made again.
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from artefact_cases import MANIFEST, Artefact, Ask, read, refused, resume, tree, write
+from artefact_cases import MANIFEST, Artefact, Predict, read, refused, resume, tree, write
 from conftest import TINY, call, run_cli
 
 from mopefuse.core import artifact as checkpoint
@@ -28,7 +28,7 @@ FORMATS = range(1, checkpoint.FORMAT + 1)
 NEXT = checkpoint.FORMAT + 1
 
 
-def answers(model: Path, pairs: Path) -> dict[str, dict[str, float]]:
+def predictions(model: Path, pairs: Path) -> dict[str, dict[str, float]]:
     done = call("predict", model, pairs, "--device", "cpu")
     assert done.returncode == 0, done.stderr
     return {row["id"]: row["probabilities"] for row in map(json.loads, done.stdout.splitlines())}
@@ -48,19 +48,19 @@ def newer(artefact: Artefact, manifest: Path, **facts: object) -> str:
     return f"made by a newer mopefuse{by} (format {NEXT}); this version reads up to format {checkpoint.FORMAT}"
 
 
-def test_F_79_what_a_newer_version_made_is_told_with_both_formats(artefact: Artefact, say: Ask) -> None:
-    said = newer(artefact, artefact.path / MANIFEST, mopefuse="9.1")
-    refused(say(artefact.path), "MF-CKPT-07", said, fix="upgrade mopefuse")
+def test_F_79_an_artefact_of_a_newer_version_is_an_error_with_both_format_numbers(artefact: Artefact, predict: Predict) -> None:
+    message = newer(artefact, artefact.path / MANIFEST, mopefuse="9.1")
+    refused(predict(artefact.path), "MF-CKPT-07", message, fix="upgrade mopefuse")
     if artefact.is_run:
-        refused(resume(artefact.path), "MF-CKPT-07", said, fix="upgrade mopefuse")
+        refused(resume(artefact.path), "MF-CKPT-07", message, fix="upgrade mopefuse")
 
 
-def test_F_79_a_newer_checkpoint_is_neither_loaded_nor_passed_over(of_run: Artefact, say: Ask) -> None:
+def test_F_79_a_newer_checkpoint_is_neither_loaded_nor_skipped(of_run: Artefact, predict: Predict) -> None:
     for folder in of_run.path.glob("checkpoints/step-*"):
-        said = newer(of_run, folder / MANIFEST)
+        message = newer(of_run, folder / MANIFEST)
     before = tree(of_run.path / "checkpoints")
-    refused(say(of_run.path), "MF-CKPT-07", said, fix="upgrade mopefuse")
-    refused(resume(of_run.path), "MF-CKPT-07", said, fix="upgrade mopefuse")
+    refused(predict(of_run.path), "MF-CKPT-07", message, fix="upgrade mopefuse")
+    refused(resume(of_run.path), "MF-CKPT-07", message, fix="upgrade mopefuse")
     assert tree(of_run.path / "checkpoints") == before
 
 
@@ -74,10 +74,10 @@ def test_F_80_every_format_has_golden_files() -> None:
 
 @pytest.mark.parametrize("number", FORMATS)
 @pytest.mark.parametrize("kind", ["run", "adapter"])
-def test_F_80_golden_files_give_the_answers_of_their_day_and_stay_as_they_are(number: int, kind: str) -> None:
+def test_F_80_golden_files_give_the_original_predictions_and_are_not_modified(number: int, kind: str) -> None:
     golden = GOLDEN / f"format-{number}"
     before = tree(golden)
-    assert answers(golden / kind, golden / "data" / "val.jsonl") == expected(golden)
+    assert predictions(golden / kind, golden / "data" / "val.jsonl") == expected(golden)
     assert tree(golden) == before
 
 
@@ -89,15 +89,16 @@ def test_F_80_a_golden_run_is_resumed(number: int, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "resuming at step 1 of 2" in done.stderr
     assert RunFolder(tmp_path / "run").steps() == [1, 2]
-    assert answers(tmp_path / "run", golden / "data" / "val.jsonl") == expected(golden), "the best is still the first"
+    assert predictions(tmp_path / "run", golden / "data" / "val.jsonl") == expected(golden), "the first step is still the best"
 
 
 # -- settings that were renamed
 
 
-def test_F_81_an_unknown_setting_is_refused_with_the_nearest(artefact: Artefact, say: Ask) -> None:
+def test_F_81_an_unknown_setting_is_refused_with_a_suggestion(artefact: Artefact, predict: Predict) -> None:
     artefact.config("  experts: 2", "  num_experts: 2")
-    refused(say(artefact.path), "MF-CFG-01", "unknown setting prompts.num_experts", "did you mean prompts.experts", exit_code=3)
+    parts = "unknown setting prompts.num_experts", "did you mean prompts.experts"
+    refused(predict(artefact.path), "MF-CFG-01", *parts, exit_code=3)
 
 
 # -- a plugin that is not installed
@@ -117,7 +118,7 @@ MISSING = "this run needs the plugin mopefuse-toy, which provides 'toy'; it is n
 
 @pytest.fixture
 def toy(tmp_path: Path) -> Path:
-    """A folder that a plugin is installed in, for whoever has it on the path."""
+    """A folder with an installed plugin, for processes that have it on the path."""
     site = tmp_path / "site"
     (site / "mopefuse_toy-1.0.dist-info").mkdir(parents=True)
     (site / "mopefuse_toy-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: mopefuse-toy\nVersion: 1.0\n")
@@ -126,15 +127,15 @@ def toy(tmp_path: Path) -> Path:
     return site
 
 
-def test_F_107_a_manifest_that_names_a_plugin_that_is_not_installed(artefact: Artefact, say: Ask) -> None:
+def test_F_107_a_manifest_with_a_plugin_that_is_not_installed_is_refused(artefact: Artefact, predict: Predict) -> None:
     write(artefact.facts, read(artefact.facts) | {"plugins": [NEED]})
     artefact.config("main: tiny:vision", "main: toy:vision")
-    refused(say(artefact.path), "MF-PLUG-03", MISSING, exit_code=9, fix="pip install mopefuse-toy")
+    refused(predict(artefact.path), "MF-PLUG-03", MISSING, exit_code=9, fix="pip install mopefuse-toy")
 
 
 @pytest.mark.process
-def test_F_107_a_run_records_its_plugins_and_is_refused_without_them(
-    pairs: Path, toy: Path, tmp_path: Path, say: Ask, monkeypatch: pytest.MonkeyPatch
+def test_F_107_a_run_records_its_plugins_and_cannot_be_loaded_without_them(
+    pairs: Path, toy: Path, tmp_path: Path, predict: Predict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
     command = ("train", *TINY, "--main", "toy:vision", "--data", pairs, "--out", run, "--steps", "1")
@@ -142,11 +143,11 @@ def test_F_107_a_run_records_its_plugins_and_is_refused_without_them(
     assert done.returncode == 0, done.stderr
     assert read(run / MANIFEST)["plugins"] == [NEED | {"version": "1.0"}]
     missing = MISSING.replace("mopefuse-toy", "mopefuse-toy 1.0")
-    for refusal in (say(run), call("eval", run), resume(run, 2), call("export", run, "-o", tmp_path / "x")):
+    for refusal in (predict(run), call("eval", run), resume(run, 2), call("export", run, "-o", tmp_path / "x")):
         refused(refusal, "MF-PLUG-03", missing, exit_code=9, fix="pip install mopefuse-toy==1.0")
     monkeypatch.syspath_prepend(str(toy))
     registry.available.cache_clear()
     try:
-        assert say(run).returncode == 0
+        assert predict(run).returncode == 0
     finally:
         registry.available.cache_clear()

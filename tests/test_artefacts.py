@@ -1,6 +1,6 @@
-"""Artefacts that are damaged, tampered with or of other encoders, by number in the list of faults, seen from the command line.
+"""Artefacts that are damaged, tampered with or for other encoders, by number in the list of faults, tested on the command line.
 
-Each case spoils a copy of a run or an adapter; `test_what_is_whole_loads` is the other half of them all.
+Each case damages a copy of a run or an adapter; `test_an_undamaged_artefact_loads` is the control for all of them.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from artefact_cases import (
     MANIFEST,
     WEIGHTS,
     Artefact,
-    Ask,
     Bytes,
+    Predict,
     ask,
     flipped,
     opened,
@@ -40,18 +40,18 @@ pytest_plugins = ["artefact_cases"]
 SEALED = pytest.mark.parametrize("sealed", [False, True], ids=["as it is", "with a manifest that fits"])
 
 
-def test_what_is_whole_loads(artefact: Artefact, say: Ask) -> None:
-    done = say(artefact.path)
+def test_an_undamaged_artefact_loads(artefact: Artefact, predict: Predict) -> None:
+    done = predict(artefact.path)
     assert (done.returncode, set(json.loads(done.stdout)["probabilities"])) == (0, {"a", "b", "c"})
     artefact.seal()
-    assert say(artefact.path).stdout == done.stdout
+    assert predict(artefact.path).stdout == done.stdout
 
 
 # -- torch and torchvision that do not match
 
 
 @pytest.mark.process
-def test_F_72_a_torchvision_of_another_torch_is_named_with_both_versions(pairs: Path, tmp_path: Path) -> None:
+def test_F_72_a_torchvision_that_does_not_match_torch_is_reported_with_both_versions(pairs: Path, tmp_path: Path) -> None:
     (tmp_path / "torchvision").mkdir()
     fails = "raise RuntimeError('operator torchvision::nms does not exist')\n"
     (tmp_path / "torchvision" / "__init__.py").write_text(fails)
@@ -62,18 +62,20 @@ def test_F_72_a_torchvision_of_another_torch_is_named_with_both_versions(pairs: 
     assert "Traceback" not in done.stderr
 
 
-# -- pickles in the place of weights
+# -- pickles in place of weights
 
 
 @SEALED
-def test_F_73_a_pickle_in_place_of_weights_runs_nothing(artefact: Artefact, say: Ask, sealed: bool, tmp_path: Path) -> None:
+def test_F_73_a_pickle_in_place_of_weights_runs_nothing(
+    artefact: Artefact, predict: Predict, sealed: bool, tmp_path: Path
+) -> None:
     canary = tmp_path / "canary"
     artefact.rewrite(WEIGHTS, lambda whole: pickled(canary), sealed=sealed)
-    done = say(artefact.path)
+    done = predict(artefact.path)
     refused(done, *(("MF-CKPT-06", "this is a pickle") if sealed else ("MF-CKPT-02", WEIGHTS)))
     assert not canary.exists()
     pickle.loads((artefact.weights / WEIGHTS).read_bytes())  # noqa: S301
-    assert canary.exists(), "the canary sings when it is loaded"
+    assert canary.exists(), "the canary does run when it is unpickled"
 
 
 def test_F_73_a_pickle_in_place_of_the_optimizer_state_runs_nothing(of_run: Artefact, tmp_path: Path) -> None:
@@ -115,19 +117,19 @@ def test_F_73_a_pickle_as_weights_of_an_encoder_runs_nothing(tmp_path: Path) -> 
         pytest.param(lambda whole: b"", id="empty"),
     ],
 )
-def test_damaged_weights_are_refused_and_the_other_checkpoint_offered(
-    artefact: Artefact, damage: Bytes, sealed: bool, say: Ask
+def test_damaged_weights_are_refused_and_the_other_checkpoint_is_suggested(
+    artefact: Artefact, damage: Bytes, sealed: bool, predict: Predict
 ) -> None:
     artefact.rewrite(WEIGHTS, damage, sealed=sealed)
-    done = say(artefact.path)
-    said = f"{WEIGHTS} is damaged: " if sealed else f"{WEIGHTS} has changed since it was written (sha256 differs)"
-    refused(done, "MF-CKPT-02", said, str(artefact.weights), fix="checkpoint")
+    done = predict(artefact.path)
+    message = f"{WEIGHTS} is damaged: " if sealed else f"{WEIGHTS} has changed since it was written (sha256 differs)"
+    refused(done, "MF-CKPT-02", message, str(artefact.weights), fix="checkpoint")
     for other in artefact.others():
         assert sealed or f"use --checkpoint {other}" in done.stderr
-        assert say(artefact.path, "--checkpoint", other).returncode == 0
+        assert predict(artefact.path, "--checkpoint", other).returncode == 0
 
 
-def test_F_74_resuming_passes_over_a_damaged_checkpoint_but_never_begins_anew(of_run: Artefact) -> None:
+def test_F_74_resuming_skips_a_damaged_checkpoint_but_never_starts_from_scratch(of_run: Artefact) -> None:
     (newest,) = of_run.weights.parent.glob("step-4")
     (newest / WEIGHTS).write_bytes(b"")
     kept = of_run.path.with_name("kept")
@@ -139,19 +141,19 @@ def test_F_74_resuming_passes_over_a_damaged_checkpoint_but_never_begins_anew(of
     assert sorted(path.name for path in kept.glob("checkpoints/step-*")) == ["step-3", "step-4"]
 
 
-def test_F_75_one_flipped_bit_of_the_weights_is_found(artefact: Artefact, say: Ask) -> None:
+def test_F_75_a_flipped_bit_in_the_weights_is_detected(artefact: Artefact, predict: Predict) -> None:
     artefact.rewrite(WEIGHTS, flipped)
-    assert load_file(artefact.weights / WEIGHTS), "safetensors alone takes it"
-    refused(say(artefact.path), "MF-CKPT-02", f"{WEIGHTS} has changed since it was written (sha256 differs)")
+    assert load_file(artefact.weights / WEIGHTS), "safetensors alone accepts it"
+    refused(predict(artefact.path), "MF-CKPT-02", f"{WEIGHTS} has changed since it was written (sha256 differs)")
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "model.json", "README.md"])
-def test_F_75_one_flipped_bit_of_any_file_of_an_adapter_is_found(of_adapter: Artefact, name: str, say: Ask) -> None:
+def test_F_75_a_flipped_bit_in_any_file_of_an_adapter_is_detected(of_adapter: Artefact, name: str, predict: Predict) -> None:
     of_adapter.rewrite(name, flipped)
-    refused(say(of_adapter.path), "MF-CKPT-02", f"{name} has changed since it was written (sha256 differs)")
+    refused(predict(of_adapter.path), "MF-CKPT-02", f"{name} has changed since it was written (sha256 differs)")
 
 
-# -- manifests that were edited
+# -- edited manifests
 
 
 DAMAGED = {"labels": 7, "multi_label": "no", "encoders": ["tiny:vision"], "plugins": True}
@@ -159,7 +161,7 @@ NEEDED = ("mopefuse", "method", "labels", "multi_label", "encoders", "data")
 
 
 @pytest.mark.parametrize(
-    ("code", "said", "changed"),
+    ("code", "message", "changed"),
     [
         pytest.param("MF-CKPT-03", "the labels of the run", {"labels": ["a", "b", "d"]}, id="a label renamed"),
         pytest.param("MF-CKPT-03", "the labels of the run", {"labels": ["b", "a", "c"]}, id="labels permuted"),
@@ -172,10 +174,11 @@ NEEDED = ("mopefuse", "method", "labels", "multi_label", "encoders", "data")
         *(pytest.param("MF-CKPT-03", f"damaged: {key}: ", {key: ...}, id=f"no {key}") for key in NEEDED),
     ],
 )
-def test_a_manifest_that_was_edited_is_refused(
-    artefact: Artefact, code: str, said: str, changed: dict[str, Any], say: Ask
+def test_an_edited_manifest_is_refused(
+    artefact: Artefact, code: str, message: str, changed: dict[str, Any], predict: Predict
 ) -> None:
-    """A run's own manifest against its checkpoint; an adapter's against its digest, or where that fits too, against sense."""
+    """A run's manifest is compared with its checkpoint; an adapter's with its digest or, where that matches too, checked for
+    plausibility."""
     facts = read(artefact.facts)
     for path, value in changed.items():
         *sections, key = path.split(".")
@@ -187,23 +190,25 @@ def test_a_manifest_that_was_edited_is_refused(
             del holder[key]
     write(artefact.facts, facts)
     if artefact.is_run:
-        refused(say(artefact.path), code, said)
+        refused(predict(artefact.path), code, message)
         return
-    refused(say(artefact.path), "MF-CKPT-02", "model.json has changed since it was written")
-    if code == "MF-CKPT-08" or "damaged" in said:
+    refused(predict(artefact.path), "MF-CKPT-02", "model.json has changed since it was written")
+    if code == "MF-CKPT-08" or "damaged" in message:
         artefact.seal()
-        refused(say(artefact.path), code, said)
+        refused(predict(artefact.path), code, message)
 
 
-def test_F_76_fewer_labels_than_the_head_has_are_refused_whatever_the_digests_say(of_adapter: Artefact, say: Ask) -> None:
+def test_F_76_fewer_labels_than_head_outputs_are_refused_even_with_valid_digests(
+    of_adapter: Artefact, predict: Predict
+) -> None:
     write(of_adapter.facts, read(of_adapter.facts) | {"labels": ["a", "b"]})
     of_adapter.seal()
-    refused(say(of_adapter.path), "MF-CKPT-05", "the weights do not fit the model: head.")
+    refused(predict(of_adapter.path), "MF-CKPT-05", "the weights do not fit the model: head.")
 
 
 @pytest.mark.parametrize("how", ["up", "absolute", "link"])
-def test_F_76_nothing_outside_is_opened(artefact: Artefact, how: str, pairs: Path, tmp_path: Path) -> None:
-    """The digest fits, so that only its place can be wrong."""
+def test_F_76_no_file_outside_the_artefact_is_opened(artefact: Artefact, how: str, pairs: Path, tmp_path: Path) -> None:
+    """The digest matches, so only the location can be wrong."""
     canary = tmp_path / "canary"
     canary.write_text("tweet")
     (artefact.weights / "canary").symlink_to(canary)
@@ -213,52 +218,52 @@ def test_F_76_nothing_outside_is_opened(artefact: Artefact, how: str, pairs: Pat
     write(artefact.weights / MANIFEST, manifest)
     with opened() as names:
         refused(ask(artefact.path, pairs / "images/val-0.png"), "MF-CKPT-03", "outside its folder")
-    assert str(artefact.weights / MANIFEST) in names, "what is opened is heard"
+    assert str(artefact.weights / MANIFEST) in names, "opened files are recorded"
     assert not [found for found in names if "canary" in found]
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, "more.safetensors"])
-def test_F_76_a_size_of_10_gb_is_compared_and_not_believed(artefact: Artefact, name: str, say: Ask) -> None:
+def test_F_76_a_wrong_declared_size_of_10_gb_is_refused(artefact: Artefact, name: str, predict: Predict) -> None:
     manifest = read(artefact.weights / MANIFEST)
     manifest["files"][name] = {"sha256": "0" * 64, "size": 10**10}
     write(artefact.weights / MANIFEST, manifest)
-    refused(say(artefact.path), "MF-CKPT-02", f"{name} has changed since it was written")
+    refused(predict(artefact.path), "MF-CKPT-02", f"{name} has changed since it was written")
 
 
-# -- other encoders, numbers that are not finite
+# -- other encoders, weights that are not finite
 
 
 @pytest.mark.parametrize("side", ["main", "comp"])
 @pytest.mark.parametrize("how", ["option", "config.yaml"])
-def test_F_77_an_encoder_of_other_weights_is_refused(artefact: Artefact, side: str, how: str, say: Ask) -> None:
-    """The tensors of the prompts fit it."""
+def test_F_77_an_encoder_with_other_weights_is_refused(artefact: Artefact, side: str, how: str, predict: Predict) -> None:
+    """The prompts' tensors would fit it."""
     old = {"main": "tiny:vision", "comp": "tiny:text"}[side]
     other = f"{old}-b"
     if how == "config.yaml":
         artefact.config(f"{side}: {old}", f"{side}: {other}")
-    done = say(artefact.path, *([f"--{side}", other] if how == "option" else []))
+    done = predict(artefact.path, *([f"--{side}", other] if how == "option" else []))
     refused(done, "MF-CKPT-08", f"the weights of {other} are not those that", fix="mopefuse swap-encoder")
-    assert say(artefact.path, f"--{side}", old).returncode == 0
+    assert predict(artefact.path, f"--{side}", old).returncode == 0
 
 
-def test_F_77_an_encoder_of_another_width_is_refused(artefact: Artefact, say: Ask, tmp_path: Path) -> None:
+def test_F_77_an_encoder_with_another_width_is_refused(artefact: Artefact, predict: Predict, tmp_path: Path) -> None:
     from encoder_cases import save_hf
 
     save_hf("bert", tmp_path / "bert")
-    refused(say(artefact.path, "--comp", f"hf:{tmp_path / 'bert'}"), "MF-CKPT-08", "the weights of hf:", fix="swap-encoder")
+    refused(predict(artefact.path, "--comp", f"hf:{tmp_path / 'bert'}"), "MF-CKPT-08", "the weights of hf:", fix="swap-encoder")
 
 
-def test_F_77_the_same_weights_by_another_name_are_accepted(artefact: Artefact, say: Ask) -> None:
-    said = say(artefact.path)
-    again = say(artefact.path, "--main", "tiny:vision?pretrained=true", "--comp", "tiny:text?pretrained=true")
-    assert (again.returncode, again.stdout) == (0, said.stdout)
-    other = say(artefact.path, "--comp", "tiny:text?pool=cls")
+def test_F_77_the_same_weights_under_another_name_are_accepted(artefact: Artefact, predict: Predict) -> None:
+    first = predict(artefact.path)
+    again = predict(artefact.path, "--main", "tiny:vision?pretrained=true", "--comp", "tiny:text?pretrained=true")
+    assert (again.returncode, again.stdout) == (0, first.stdout)
+    other = predict(artefact.path, "--comp", "tiny:text?pool=cls")
     refused(other, "MF-CKPT-08", "has different options", fix="swap-encoder")
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
 @pytest.mark.parametrize("part", ["static", "experts", "router", "head"])
-def test_F_78_prompts_that_are_not_finite_are_refused(artefact: Artefact, part: str, value: str, say: Ask) -> None:
+def test_F_78_prompts_that_are_not_finite_are_refused(artefact: Artefact, part: str, value: str, predict: Predict) -> None:
     def change(whole: bytes) -> bytes:
         tensors = load_file(artefact.weights / WEIGHTS)
         name = next(name for name in tensors if part in name)
@@ -267,6 +272,6 @@ def test_F_78_prompts_that_are_not_finite_are_refused(artefact: Artefact, part: 
         return (artefact.weights / WEIGHTS).read_bytes()
 
     artefact.rewrite(WEIGHTS, change, sealed=True)
-    refused(say(artefact.path), "MF-CKPT-05", part, "has values that are not finite", fix="checkpoint")
+    refused(predict(artefact.path), "MF-CKPT-05", part, "has values that are not finite", fix="checkpoint")
     for other in artefact.others():
-        assert say(artefact.path, "--checkpoint", other).returncode == 0
+        assert predict(artefact.path, "--checkpoint", other).returncode == 0

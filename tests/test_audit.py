@@ -1,4 +1,4 @@
-"""The audit: exchanging is evaluating other pairs, and it finds what a model depends on."""
+"""The audit: shuffling equals evaluating other pairs, and the audit finds what a model depends on."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ COUNTS = {"train": 48, "val": 12, "test": 30}
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The text says the label, and the image says nothing."""
+    """A data set whose text determines the label and whose image is meaningless."""
     return make_pairs(tmp_path_factory.mktemp("data") / "pairs", counts=COUNTS)
 
 
@@ -39,16 +39,16 @@ def settings(data: Path, **other: Any) -> RunConfig:
 
 
 def model_of(config: RunConfig) -> Fusion:
-    """Untrained, but with a head that does not see past what prompts do."""
+    """An untrained model with random head weights, so that prompts affect the predictions."""
     return build_model(config, 3)
 
 
-def asked(config: RunConfig, data: Path) -> torch.Tensor:
+def predict_logits(config: RunConfig, data: Path) -> torch.Tensor:
     where = config.data.model_copy(update={"path": str(data)})
     return run_split(model_of(config), load_data(where), "test", config, CPU).logits_SN
 
 
-def test_a_derangement_moves_everything_and_hangs_on_the_seed_alone() -> None:
+def test_a_derangement_moves_every_sample_and_depends_only_on_the_seed() -> None:
     for count in (2, 3, 10, 101):
         for seed in range(5):
             found = derangement(count, seed)
@@ -61,7 +61,7 @@ def test_a_derangement_moves_everything_and_hangs_on_the_seed_alone() -> None:
 
 @pytest.mark.parametrize("other", [{}, {"comp_tuning": {"mode": "prompts"}}, {"method": "late-concat"}], ids=str)
 @pytest.mark.parametrize("cached", matrix([True, False], [False]))
-def test_exchanged_and_blank_texts_are_other_rows(
+def test_shuffled_and_blank_texts_give_the_predictions_of_rows_with_those_texts(
     data: Path, tmp_path: Path, other: dict[str, Any], cached: bool
 ) -> None:
     config = settings(data, **other)
@@ -78,33 +78,33 @@ def test_exchanged_and_blank_texts_are_other_rows(
             (changed / f"{split}.jsonl").write_text((data / f"{split}.jsonl").read_text())
         write_rows(changed / "test.jsonl", [{**row, "text": text} for row, text in zip(rows, instead, strict=True)])
         shutil.copytree(data / "images", changed / "images")
-        torch.testing.assert_close(found[name].logits_SN, asked(config, changed), atol=1e-5, rtol=0)
+        torch.testing.assert_close(found[name].logits_SN, predict_logits(config, changed), atol=1e-5, rtol=0)
         assert not torch.allclose(found[name].logits_SN, found["as is"].logits_SN, atol=1e-4), name
-    assert found["as is"].logits_SN.equal(asked(config, data))
+    assert found["as is"].logits_SN.equal(predict_logits(config, data))
     equal = sum(rows[i]["text"] == rows[other]["text"] for i, other in enumerate(partner))
     assert found.same == {"text": pytest.approx(equal / len(rows))}
 
 
-def test_what_is_known_of_the_whole_split_is_not_asked_again(data: Path) -> None:
+def test_known_logits_of_the_whole_split_are_not_computed_again(data: Path) -> None:
     config = settings(data)
-    model, pairs, told = model_of(config), load_data(config.data), list[str]()
+    model, pairs, conditions = model_of(config), load_data(config.data), list[str]()
     whole_SN = run_split(model, pairs, "test", config, CPU).logits_SN
     for most in (None, 8):
-        asked = audit_model(model, pairs, "test", config, CPU, max_samples=most)
-        told.clear()
-        hear = lambda name, done, total: told.append(name)  # noqa: E731
-        known = audit_model(model, pairs, "test", config, CPU, max_samples=most, as_is_SN=whole_SN, advance=hear)
-        assert "another text" in told and "as is" not in told
-        torch.testing.assert_close(known["as is"].logits_SN, asked["as is"].logits_SN, atol=1e-5, rtol=0)
-        assert known.verdict == asked.verdict
+        computed = audit_model(model, pairs, "test", config, CPU, max_samples=most)
+        conditions.clear()
+        progress = lambda name, done, total: conditions.append(name)  # noqa: E731
+        known = audit_model(model, pairs, "test", config, CPU, max_samples=most, as_is_SN=whole_SN, advance=progress)
+        assert "another text" in conditions and "as is" not in conditions
+        torch.testing.assert_close(known["as is"].logits_SN, computed["as is"].logits_SN, atol=1e-5, rtol=0)
+        assert known.verdict == computed.verdict
 
 
-def test_static_prompts_alone_change_nothing_when_the_text_does(data: Path) -> None:
+def test_with_static_prompts_alone_shuffling_the_text_changes_nothing(data: Path) -> None:
     config = settings(data, prompts={"static": 4, "dynamic": 0, "mapped": 0, "gate": "none"})
     found = audit_model(model_of(config), load_data(config.data), "test", config, CPU)
     assert [condition.name for condition in found.conditions] == ["as is", "static"]
     assert "ignores the text" in found.verdict
-    # read or not: what the prompts are does not depend on the text, to the bit
+    # whether read or not, the prompts do not depend on the text, bit for bit
     model = model_of(config)
     model.reads = ("main", "comp")
     found = audit_model(model, load_data(config.data), "test", config, CPU)
@@ -114,19 +114,19 @@ def test_static_prompts_alone_change_nothing_when_the_text_does(data: Path) -> N
     assert found.verdict.startswith("There is no sign that the model uses the text")
 
 
-def test_without_its_only_prompts_the_model_is_the_untouched_encoder(data: Path) -> None:
+def test_without_its_only_prompts_the_model_is_the_unmodified_encoder(data: Path) -> None:
     config = settings(data, prompts={"static": 4, "dynamic": 0, "mapped": 0, "gate": "none"})
     model, pairs = model_of(config), load_data(config.data)
     found = audit_model(model, pairs, "test", config, CPU)
     bare = build_model(settings(data, method="main-only"), 3)
-    bare.head.load_state_dict(model.head.state_dict())  # both take the main encoder's pooled feature
+    bare.head.load_state_dict(model.head.state_dict())  # both classify the main encoder's pooled feature
     expected = run_split(bare, pairs, "test", settings(data, method="main-only"), CPU).logits_SN
     torch.testing.assert_close(found["static"].logits_SN, expected, rtol=0, atol=1e-5)
     assert not found["static"].logits_SN.equal(found["as is"].logits_SN)
 
 
 @pytest.mark.parametrize("kind", ["static", "dynamic", "mapped"])
-def test_leaving_out_a_kind_is_a_model_that_never_had_it(data: Path, kind: str) -> None:
+def test_removing_a_kind_of_prompt_equals_a_model_built_without_it(data: Path, kind: str) -> None:
     lengths = {"static": 2, "dynamic": 3, "mapped": 1}
     config = settings(data, prompts={**lengths, "experts": 4, "gate": "none"})
     model, pairs = model_of(config), load_data(config.data)
@@ -137,7 +137,7 @@ def test_leaving_out_a_kind_is_a_model_that_never_had_it(data: Path, kind: str) 
     without.load_trainable_state_dict({name: own[name] for name in without.trainable_state_dict()}, where="")
     assert found[kind].logits_SN.equal(run_split(without, pairs, "test", less, CPU).logits_SN)
     again = run_split(model, pairs, "test", config, CPU).logits_SN
-    assert again.equal(found["as is"].logits_SN), "the model is as it was"
+    assert again.equal(found["as is"].logits_SN), "the model is unchanged"
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def reader(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_exchanging_the_texts_hurts_a_model_that_reads_them(reader: Path) -> None:
+def test_shuffling_the_texts_hurts_a_model_that_reads_them(reader: Path) -> None:
     found = audit(reader, seed=1)
     shuffled = found["shuffled"]
     assert shuffled.lost > 0.3 and shuffled.is_significant
@@ -172,20 +172,20 @@ def _data_of(run: Path) -> Path:
     return Path(yaml.safe_load((run / "config.yaml").read_text())["data"]["path"])
 
 
-def test_of_a_large_split_some_samples_are_looked_at(reader: Path) -> None:
+def test_a_large_split_is_subsampled(reader: Path) -> None:
     found = audit(reader, max_samples=10)
     assert (found.samples, found.total, len(found["as is"].logits_SN)) == (10, 30, 10)
     whole = audit(reader, max_samples=None)["as is"].logits_SN
     assert all((whole - row).abs().sum(dim=-1).min() < 1e-4 for row in found["as is"].logits_SN)
 
 
-def test_a_model_of_one_side_says_so(data: Path) -> None:
-    for method, said in (("main-only", "ignores the text"), ("comp-only", "The text is the only input that the model uses")):
+def test_the_verdict_on_a_model_with_one_input_says_so(data: Path) -> None:
+    for method, verdict in (("main-only", "ignores the text"), ("comp-only", "The text is the only input that the model uses")):
         config = settings(data, method=method)
-        assert said in audit_model(model_of(config), load_data(config.data), "test", config, CPU).verdict
+        assert verdict in audit_model(model_of(config), load_data(config.data), "test", config, CPU).verdict
 
 
-def test_several_labels_are_scored_by_the_metric_that_is_shown(multi_pairs: Path) -> None:
+def test_multi_label_models_are_scored_by_the_metric_that_is_shown(multi_pairs: Path) -> None:
     config = settings(multi_pairs)
     found = audit_model(model_of(config), load_data(config.data), "test", config, CPU, thresholds=0.3)
     assert found.metric == "f1_macro"
@@ -199,7 +199,7 @@ def test_several_labels_are_scored_by_the_metric_that_is_shown(multi_pairs: Path
 def test_the_verdict_and_its_numbers_agree(
     data: Path, multi_pairs: Path, multi: bool, lost: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is called noise is within the interval that is stated, and nothing else is."""
+    """A drop is called noise exactly if it is within the stated interval."""
     config = settings(multi_pairs if multi else data)
     pairs = load_data(config.data)
     split = pairs.splits["test"]
@@ -207,19 +207,19 @@ def test_the_verdict_and_its_numbers_agree(
     pairs = replace(pairs, splits={**pairs.splits, "test": split.select_rows(rows)})
     targets = pairs.targets("test")
     right_SN = 20 * (targets if multi else torch.nn.functional.one_hot(targets, 3)).float() - 10
-    asked = 0
+    calls = 0
 
-    def answer(*args: Any, **more: Any) -> Any:
-        nonlocal asked
-        asked += 1
+    def fake_run_split(*args: Any, **more: Any) -> Any:
+        nonlocal calls
+        calls += 1
         logits_SN = right_SN.clone()
-        logits_SN[100:200] = logits_SN[100:200].roll(1, dims=1)  # as is, a quarter is wrong
-        if asked == 2 and lost:  # another text: some more are wrong, and with few also some fewer
+        logits_SN[100:200] = logits_SN[100:200].roll(1, dims=1)  # with unaltered inputs, a quarter is wrong
+        if calls == 2 and lost:  # with another text, more are wrong; with few changes, some fewer too
             logits_SN[: 2 * lost] = logits_SN[: 2 * lost].roll(1, dims=1)
             logits_SN[100 : 100 + min(lost, 1)] = right_SN[100 : 100 + min(lost, 1)]
         return SimpleNamespace(logits_SN=logits_SN)
 
-    monkeypatch.setattr("mopefuse.evaluation.audit.run_split", answer)
+    monkeypatch.setattr("mopefuse.evaluation.audit.run_split", fake_run_split)
     found = audit_model(model_of(config), pairs, "test", config, CPU)
     shuffled = found["shuffled"]
     before, after = (100 * found[name].metrics[found.metric] for name in ("as is", "shuffled"))
@@ -236,7 +236,7 @@ def test_the_verdict_and_its_numbers_agree(
         assert loss == pytest.approx(before - after, abs=0.06) and low <= 0 <= high and low <= loss <= high
 
 
-def test_a_part_of_a_split_has_its_rows_keys_and_labels(data: Path) -> None:
+def test_a_subsample_has_the_rows_keys_and_labels_of_its_samples(data: Path) -> None:
     pairs = load_data(settings(data).data)
     split = pairs.splits["test"]
     part = split.select_rows([4, 2])

@@ -1,4 +1,4 @@
-"""Half precision: every encoder, method and gate runs, learns and is evaluated under autocast; the head is exact."""
+"""Half precision: every encoder, method and gate runs, trains and is evaluated under autocast; the head is exact."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ GATES_AND_TYPES = pytest.mark.parametrize(("gate", "dtype"), [("none", torch.bfl
 
 
 def runs_on_fake_cuda(model: Fusion, dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float16)) -> None:
-    """Forward, backward and evaluation in half precision, as training and validation do them."""
+    """Run forward, backward and evaluation in half precision, as training and validation do."""
     batch = model.collate(images(3), TEXTS[:3])
     learns = bool(model.named_trainable_parameters()) and not model.closed_form
     with FAKE:
@@ -76,7 +76,7 @@ def test_every_method_runs_in_half_precision(method: str, main: str, gate: str, 
     runs_on_fake_cuda(build({"vit": VIT, "swin": SWIN}[main], SMALL_BERT, **options), [dtype])
 
 
-def test_a_cnn_that_is_tuned_runs_in_half_precision() -> None:
+def test_a_fine_tuned_cnn_runs_in_half_precision() -> None:
     runs_on_fake_cuda(build("timm:resnet18?pretrained=false", SMALL_BERT, method="late-concat", tune="full"))
 
 
@@ -93,6 +93,10 @@ HEADS: dict[str, dict[str, Any]] = {
     "comp-only": {"method": "comp-only"},
     "mlp": {"method": "mlp"},
     "cross-attention": {"method": "cross-attention"},
+    "qmf": {"method": "qmf"},
+    "map": {"method": "map"},
+    "maple": {"method": "maple"},
+    "flamingo": {"method": "flamingo", "head_features": "all"},
 }
 
 
@@ -103,7 +107,7 @@ def heads_of(model: Fusion) -> list[nn.Module]:
 
 @pytest.mark.parametrize("name", [*HEADS, "either"])
 def test_heads_are_computed_in_float32_under_autocast(name: str) -> None:
-    """Each head gives what it gives without autocast for what it was handed."""
+    """Each head gives the same result as without autocast for the same input."""
     model = build(**(HEADS | {"either": {"either": True}})[name])
     open_gates(model)
     seen: list[tuple[nn.Module, Tensor, Tensor]] = []
@@ -121,7 +125,7 @@ def test_heads_are_computed_in_float32_under_autocast(name: str) -> None:
 
 
 @pytest.mark.parametrize("gate", ["none", "zero"])
-def test_swin_is_evaluated_as_it_is_trained_under_autocast(gate: str) -> None:
+def test_swin_gives_the_same_output_in_training_and_evaluation_under_autocast(gate: str) -> None:
     model = build(SWIN, "tiny:text", prompts={"gate": gate, "dropout": 0}, router={"noise": False})
     open_gates(model)
     batch = model.collate(images(3), TEXTS[:3])

@@ -1,6 +1,6 @@
-"""Every kind of bad data that people bring, by its number in the list of faults, seen from the command line.
+"""Every kind of bad data that occurs in practice, by its number in the list of faults, tested on the command line.
 
-Each case changes one thing in a good data set and says how training ends: the exit code, and what is said.
+Each case changes one thing in a valid data set and gives the exit code and the message of training.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def cut(kind: str) -> Change:
 
 
 def chunk(kind: bytes, body: bytes) -> bytes:
-    """Of a PNG file."""
+    """Make a chunk of a PNG file."""
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
@@ -206,28 +206,28 @@ CASES: list[tuple[str, Change, int, list[str]]] = [
 
 
 @pytest.mark.parametrize(
-    ("change", "exit_code", "said"), thinned([case[1:] for case in CASES], step=3), ids=[case[0] for case in CASES]
+    ("change", "exit_code", "message"), thinned([case[1:] for case in CASES], step=3), ids=[case[0] for case in CASES]
 )
-def test_bad_data_end_training_as_they_should(
-    tmp_path: Path, change: Change, exit_code: int, said: list[str]
+def test_bad_data_end_training_with_the_right_error(
+    tmp_path: Path, change: Change, exit_code: int, message: list[str]
 ) -> None:
     root = make_pairs(tmp_path / "data")
     change(root)
     done = call("train", *TINY, "--data", root, "--out", tmp_path / "run", "--steps", "1")
     assert done.returncode == exit_code, done.stderr
-    assert [part for part in said if part not in done.stderr] == []
+    assert [part for part in message if part not in done.stderr] == []
     assert "Traceback" not in done.stderr
 
 
-def test_every_case_has_a_name_of_its_own() -> None:
-    """Two cases of one name would hide one another in a list of failures."""
+def test_every_case_has_a_unique_name() -> None:
+    """Otherwise, two cases of the same name could not be told apart in a list of failures."""
     assert len({case[0] for case in CASES}) == len(CASES)
 
 
 HOSTILE = ["日本", "עברית", "🙂", "<script>alert(1)</script>", "=1+1", "İ", "a\tb", '"quoted"', "100%"]
 
 
-def test_a_label_of_any_script_comes_back_as_it_was(tmp_path: Path) -> None:
+def test_labels_in_any_script_are_preserved(tmp_path: Path) -> None:
     root = make_pairs(tmp_path / "data", counts={"train": 18, "val": 9, "test": 9})
     for split in ("train", "val", "test"):
         rows = rows_of(root, split)
@@ -240,7 +240,7 @@ def test_a_label_of_any_script_comes_back_as_it_was(tmp_path: Path) -> None:
     assert call("eval", tmp_path / "run").returncode == 0
 
 
-def test_a_row_without_labels_is_a_sample(tmp_path: Path) -> None:
+def test_a_multi_label_row_without_labels_is_a_sample(tmp_path: Path) -> None:
     root = make_pairs(tmp_path / "data", multi=True)
     row(label=[])(root)
     row("test", 1, label=[])(root)
@@ -249,7 +249,7 @@ def test_a_row_without_labels_is_a_sample(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["rows"]["test"] == 7
 
 
-def test_strict_refuses_what_leaks(tmp_path: Path) -> None:
+def test_strict_refuses_leaks(tmp_path: Path) -> None:
     root = make_pairs(tmp_path / "data")
     copied(root)
     done = call("train", *TINY, "--data", root, "--out", tmp_path / "run", "--steps", "1", "--strict")
@@ -269,7 +269,7 @@ def test_empty_texts_are_counted_and_are_not_leaks(tmp_path: Path) -> None:
     )
 
 
-def test_phrases_that_every_split_has_are_not_leaks(tmp_path: Path) -> None:
+def test_phrases_that_repeat_in_every_split_are_not_leaks(tmp_path: Path) -> None:
     done = call("train", *TINY, "--data", make_pairs(tmp_path / "data"), "--out", tmp_path / "run", "--steps", "1", "--strict")
     assert done.returncode == 0, done.stderr
 
@@ -287,7 +287,7 @@ def test_a_split_smaller_than_the_processes_is_evaluated_exactly(tmp_path: Path)
     assert found[0] == found[1]
 
 
-def test_other_folders_are_read_when_they_are_named(tmp_path: Path) -> None:
+def test_other_image_folders_are_read_if_they_are_named(tmp_path: Path) -> None:
     root = make_pairs(tmp_path / "data")
     noise().save(tmp_path / "else.png")
     row(img=str(tmp_path / "else.png"))(root)
@@ -297,7 +297,7 @@ def test_other_folders_are_read_when_they_are_named(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_bad_rows_are_skipped_when_that_is_asked_and_never_more_than_a_share(tmp_path: Path) -> None:
+def test_bad_rows_are_skipped_on_request_up_to_a_limit(tmp_path: Path) -> None:
     root = make_pairs(tmp_path / "data")
     image(b"")(root)
     raw(b"{", 7)(root)
@@ -313,10 +313,10 @@ def test_bad_rows_are_skipped_when_that_is_asked_and_never_more_than_a_share(tmp
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["rows"]["train"] == 10
     noise().save(root / IMAGE)
     resumed = call("train", "--out", tmp_path / "run", "--resume", "--epochs", "1")
-    assert resumed.returncode == 4, "what was skipped is part of what the run is"
+    assert resumed.returncode == 4, "skipped rows are part of the fingerprint"
 
 
-def test_a_path_that_leaves_its_root_is_never_skipped(tmp_path: Path) -> None:
+def test_a_path_outside_its_root_is_never_skipped(tmp_path: Path) -> None:
     root = make_pairs(tmp_path / "data")
     row(img="../secret.png")(root)
     options = ("--on-bad", "skip", "--set", "data.max_bad_fraction=0.9")
@@ -325,7 +325,7 @@ def test_a_path_that_leaves_its_root_is_never_skipped(tmp_path: Path) -> None:
     assert "MF-SEC-01" in done.stderr
 
 
-def test_all_bad_rows_are_found_and_not_only_the_first(tmp_path: Path) -> None:
+def test_all_bad_rows_are_reported_and_not_only_the_first(tmp_path: Path) -> None:
     root = make_pairs(tmp_path / "data")
     (root / IMAGE).unlink()
     row("train", 9, text=None)(root)
@@ -336,7 +336,7 @@ def test_all_bad_rows_are_found_and_not_only_the_first(tmp_path: Path) -> None:
     assert "train.jsonl:9 text is null" in done.stderr
 
 
-def test_an_image_that_becomes_unreadable_during_training_names_its_sample(pairs: Path, tmp_path: Path) -> None:
+def test_an_image_that_becomes_unreadable_during_training_is_an_error_with_its_sample(pairs: Path, tmp_path: Path) -> None:
     from mopefuse.config.schema import Data
     from mopefuse.data.collate import Samples
     from mopefuse.data.load import load_data
@@ -352,7 +352,7 @@ def test_an_image_that_becomes_unreadable_during_training_names_its_sample(pairs
 
 
 @pytest.mark.parametrize("characters", [100_000, 10_000_000])
-def test_a_text_of_any_length_is_prepared_at_once(characters: int) -> None:
+def test_a_very_long_text_is_prepared_quickly(characters: int) -> None:
     import time
 
     preprocess = create_encoder("tiny:text").preprocess

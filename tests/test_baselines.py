@@ -49,7 +49,7 @@ def product_decides(main: Tensor, comp: Tensor) -> Tensor:
         (product_decides, "MLP on main and comp"),
     ],
 )
-def test_the_model_that_the_label_calls_for_wins(label: Any, best: str) -> None:
+def test_the_model_that_suits_the_label_is_selected(label: Any, best: str) -> None:
     found = fit(label)
     scores = {one.name: one.score for one in found.fitted}
     if best.startswith("logistic regression on main and"):  # the average of both regressions has the same optimum here
@@ -79,7 +79,7 @@ def test_a_regression_is_scored_on_samples_that_it_was_not_fitted_on() -> None:
     assert all(one.score < 0.75 for one in found.fitted), "noise cannot be predicted; a score near 1 is that of training"
 
 
-def test_the_regression_is_that_of_scikit_learn() -> None:
+def test_the_regression_equals_scikit_learns() -> None:
     how = HOW._replace(settings=Linear(strengths=(0.1,)))
     found = fit(sum_decides, how=how)
     train = fold(1000, 0, sum_decides)
@@ -95,7 +95,7 @@ def test_fits_are_repeatable() -> None:
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_several_labels_per_sample_and_class_weights() -> None:
+def test_multi_label_data_and_class_weights_are_supported() -> None:
     draw = torch.Generator().manual_seed(0)
     table = torch.randn(1000, 4, generator=draw)
     targets = (torch.stack([table[:, 0] > 0, table[:, 1] * table[:, 2] > 0, table[:, 3] > 1], dim=1)).float()
@@ -109,7 +109,7 @@ def test_several_labels_per_sample_and_class_weights() -> None:
     ("gained", "lost", "samples", "expected"),
     [(0, 0, 100, False), (1, 0, 100, False), (3, 0, 100, True), (10, 6, 400, False), (12, 3, 400, True), (3, 12, 400, False)],
 )
-def test_an_improvement_counts_beyond_noise_only(gained: int, lost: int, samples: int, expected: bool) -> None:
+def test_an_improvement_counts_only_beyond_noise(gained: int, lost: int, samples: int, expected: bool) -> None:
     start_S = torch.zeros(samples)
     start_S[:lost] = 1
     score_S = torch.zeros(samples)

@@ -1,4 +1,5 @@
-"""What `mopefuse bench` compares is what it says, and every row has its numbers. How fast anything is, no test says."""
+"""What `mopefuse bench` measures is what it claims to measure, and every row has its numbers. No test checks how fast anything
+is."""
 
 from __future__ import annotations
 
@@ -43,7 +44,7 @@ def prepared(config: dict[str, Any], variant: Variant) -> Subject:
 
 
 @pytest.mark.parametrize("main", MAINS)
-def test_tokens_inserted_and_keys_and_values_give_the_same(main: str) -> None:
+def test_inserted_tokens_equal_keys_and_values(main: str) -> None:
     comp = "tiny:text" if main != "hf-bert" else "tiny:vision"
     variant = Variant("one", {"prompts": {"experts": 4, "gate": "none", "init": 0.5, "dropout": 0.0}})
     subject = prepared({"main": MAINS[main], "comp": comp, "device": "cpu"}, variant)
@@ -56,10 +57,10 @@ def test_tokens_inserted_and_keys_and_values_give_the_same(main: str) -> None:
         bare = model.classify(subject.encoders["main"].encode(subject.batch.inputs["main"]).pooled_BC)
     torch.testing.assert_close(as_tokens, as_keys, rtol=1e-4, atol=1e-5)
     assert torch.equal(after, as_keys)
-    assert (as_keys - bare).abs().max() > 1e-3  # the prompts do something
+    assert (as_keys - bare).abs().max() > 1e-3  # the prompts have an effect
 
 
-def test_inserted_tokens_go_through_the_projection_and_keys_and_values_do_not() -> None:
+def test_only_inserted_tokens_pass_through_the_output_projection() -> None:
     encoder = create_encoder(MAINS["timm-swin"])
     assert isinstance(encoder, PromptedEncoder)
     rows: list[int] = []
@@ -73,7 +74,7 @@ def test_inserted_tokens_go_through_the_projection_and_keys_and_values_do_not() 
     assert rows == [16, 19]
 
 
-def test_what_cannot_take_tokens_has_a_reason_instead_of_a_row() -> None:
+def test_an_encoder_that_cannot_take_tokens_has_a_reason_instead_of_times() -> None:
     encoder = create_encoder("open_clip:ViT-B-32#visual?pretrained=false&force_image_size=64")
     assert "does not support prompts as tokens" in inserted_tokens.why_not_insertable(encoder)
 
@@ -94,25 +95,25 @@ def test_all_cached_runs_only_the_prompted_layers() -> None:
     torch.testing.assert_close(found, whole, rtol=0, atol=1e-2)
 
 
-def test_the_floor_runs_both_encoders_and_goes_back_to_the_first_layer() -> None:
+def test_the_floor_runs_both_encoders_and_backpropagates_to_the_first_layer() -> None:
     subject = prepared(TINY, Variant(FLOOR, bare=True))
     reached: list[bool] = []
     main = subject.encoders["main"]
     first = main.blocks[0]
     assert isinstance(first, torch.nn.Module)
     first.register_full_backward_hook(lambda module, inward, outward: reached.append(inward[0] is not None))
-    asked: list[Encoder] = []
+    calls: list[Encoder] = []
     for encoder in subject.encoders.values():
-        encoder.register_forward_hook(lambda module, args, out: asked.append(module))
+        encoder.register_forward_hook(lambda module, args, out: calls.append(module))
         plain = encoder._encode
-        encoder._encode = lambda inputs, plain=plain, encoder=encoder: (asked.append(encoder), plain(inputs))[1]  # type: ignore[method-assign]
+        encoder._encode = lambda inputs, plain=plain, encoder=encoder: (calls.append(encoder), plain(inputs))[1]  # type: ignore[method-assign]
     subject.step()
     assert reached == [True]
-    assert asked == [subject.encoders["comp"], main]
+    assert calls == [subject.encoders["comp"], main]
     assert all(parameter.grad is None for parameter in subject.model.parameters())
 
 
-def test_a_step_of_a_row_is_a_step_of_training() -> None:
+def test_a_benchmark_step_equals_a_training_step() -> None:
     subject = prepared(TINY, Variant("one", {"prompts": {"experts": 2}}))
     before = {name: p.detach().clone() for name, p in subject.model.named_trainable_parameters().items()}
     subject.step()
@@ -121,25 +122,25 @@ def test_a_step_of_a_row_is_a_step_of_training() -> None:
     assert all(p.grad is None for name, p in subject.model.named_parameters() if name not in before)
 
 
-def test_a_method_is_measured_with_its_own_defaults() -> None:
+def test_a_method_is_measured_with_its_defaults() -> None:
     model = prepared(TINY, Variant("mlp", {"method": "mlp"})).model
     assert model.config.head_hidden == model.head[0].out_features == 512
 
 
-def test_ratios_are_of_the_same_round() -> None:
+def test_ratios_compare_times_of_the_same_round() -> None:
     floor, other = Times({0: 1.0, 1: 10.0, 2: 1.0}), Times({0: 2.0, 1: 20.0})
     assert other.ratio_to(floor) == 2.0
     assert Times.from_seconds([1.0, 2.0, 3.0, 4.0, 100.0]).median == 3.0
 
 
-def test_rounds_that_others_disturbed_do_not_count_unless_all_are() -> None:
+def test_disturbed_rounds_are_not_counted_unless_all_are_disturbed() -> None:
     floor, other = Times({0: 1.0, 1: 1.0, 2: 5.0}, {0: 0.0, 1: 0.05, 2: 0.4}), Times({0: 2.0, 1: 3.0, 2: 5.0}, {1: 0.06})
     assert floor.seconds == (1.0, 1.0) and other.seconds == (2.0, 5.0)
     assert other.ratio_to(floor) == 2.0
     assert Times({0: 1.0, 1: 3.0}, {0: 0.5, 1: 0.5}).median == 2.0
 
 
-def test_turns_are_taken_and_some_more_often() -> None:
+def test_calls_alternate_and_some_are_timed_more_often() -> None:
     order: list[str] = []
     calls = {name: lambda name=name: order.append(name) for name in "abc"}  # type: ignore[misc]
     times = Turns(CPU, rounds=2, often=("ab", "bc", "xa"), more=2, warm_up=1).time(calls)
@@ -155,7 +156,7 @@ def found() -> PairBench:
 
 
 @pytest.mark.process
-def test_every_row_is_there_with_every_number(found: PairBench) -> None:
+def test_every_row_has_every_number(found: PairBench) -> None:
     names = [variant.name for variant in variants((4, 16), ("linear", "mmbt"))]
     assert [line.name for line in found.lines] == names
     assert len(names) == 13
@@ -168,7 +169,7 @@ def test_every_row_is_there_with_every_number(found: PairBench) -> None:
 
 
 @pytest.mark.process
-def test_what_is_counted_is_what_a_run_trains_and_saves(found: PairBench) -> None:
+def test_parameters_and_bytes_are_those_that_a_run_trains_and_saves(found: PairBench) -> None:
     subject = prepared(TINY, Variant("one", {"prompts": {"experts": 4}}))
     line = found.line(conditional(4))
     assert line.trainable == sum(p.numel() for p in subject.model.trainable_parameters())
@@ -187,7 +188,7 @@ def _build() -> int:
 
 @pytest.mark.process
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak cannot be set back")
-def test_memory_is_what_a_call_took_at_its_peak() -> None:
+def test_memory_is_the_peak_of_a_call() -> None:
     small, large, again = memory.in_fresh_processes(_build, _hold, (20, 200, 20))
     assert 20 <= small / 2**20 < 40
     assert 200 <= large / 2**20 < 220
@@ -214,12 +215,12 @@ def mopefuse(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.process
 def test_the_command_prints_one_object_with_both_ratios() -> None:
-    said = mopefuse(
+    done = mopefuse(
         "--main", "tiny:vision", "--comp", "tiny:text", "--experts", "2", "--rounds", "1", "--more", "0", "--batch", "2",
         "--no-memory", "--json",
     )  # fmt: skip
-    assert said.returncode == 0, said.stderr
-    (pair,) = json.loads(said.stdout)["pairs"]
+    assert done.returncode == 0, done.stderr
+    (pair,) = json.loads(done.stdout)["pairs"]
     rows = {row["name"]: row for row in pair["rows"]}
     assert rows["floor"]["train_of_floor"] == rows["floor"]["infer_of_floor"] == 1
     assert rows["conditional, k = 2"]["train"]["seconds"]
@@ -228,15 +229,15 @@ def test_the_command_prints_one_object_with_both_ratios() -> None:
 
 
 @pytest.mark.process
-def test_train_or_infer_alone_is_measured_alone() -> None:
-    said = mopefuse("--main", "tiny:vision", "--comp", "tiny:text", "--experts", "2", "--rounds", "1", "--more", "0", "--infer")
-    assert said.returncode == 0, said.stderr
-    row = next(line for line in said.stdout.splitlines() if line.startswith("conditional, k = 2")).split()
+def test_with_train_or_infer_alone_only_that_is_measured() -> None:
+    done = mopefuse("--main", "tiny:vision", "--comp", "tiny:text", "--experts", "2", "--rounds", "1", "--more", "0", "--infer")
+    assert done.returncode == 0, done.stderr
+    row = next(line for line in done.stdout.splitlines() if line.startswith("conditional, k = 2")).split()
     assert row[4] == "-"
     assert "ms" in row
 
 
-def test_the_default_pairs_are_those_of_the_documents() -> None:
+def test_the_default_pairs_are_those_of_the_documentation() -> None:
     assert PAIRS == (("timm:vit_base", "hf:bert-base"), ("timm:swin_base", "hf:bert-base"))
     for pair in PAIRS:
         RunConfig(main=pair[0], comp=pair[1])
@@ -252,30 +253,30 @@ def test_the_default_pairs_are_those_of_the_documents() -> None:
         (("ddp", "--processes", "two"), "MF-CFG-130"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(arguments: tuple[str, ...], code: str) -> None:
-    said = mopefuse(*arguments)
-    assert said.returncode in (3, 4, 5), said.stderr
-    assert code in said.stderr
-    assert "Traceback" not in said.stderr
+def test_invalid_arguments_are_refused(arguments: tuple[str, ...], code: str) -> None:
+    done = mopefuse(*arguments)
+    assert done.returncode in (3, 4, 5), done.stderr
+    assert code in done.stderr
+    assert "Traceback" not in done.stderr
 
 
-def test_images_are_read_decoded_and_from_the_cache() -> None:
-    said = mopefuse("loader", "--main", "tiny:vision", "--images", "8", "--side", "32", "--rounds", "1", "--json")
-    assert said.returncode == 0, said.stderr
-    found = json.loads(said.stdout)
+def test_images_are_timed_decoded_and_from_the_cache() -> None:
+    done = mopefuse("loader", "--main", "tiny:vision", "--images", "8", "--side", "32", "--rounds", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
     assert found["decoded"]["images_per_second"] > 0 and found["cached"]["images_per_second"] > 0
 
 
 @pytest.mark.process
-def test_starts_are_timed_for_every_kind_of_answer() -> None:
-    said = mopefuse("startup", "--rounds", "1", "--json")
-    assert said.returncode == 0, said.stderr
-    asked = {"mopefuse --help", "mopefuse --version", "a usage error", "a configuration error"}
-    assert asked <= json.loads(said.stdout)["seconds"].keys()
+def test_start_up_is_timed_for_help_version_and_errors() -> None:
+    done = mopefuse("startup", "--rounds", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    commands = {"mopefuse --help", "mopefuse --version", "a usage error", "a configuration error"}
+    assert commands <= json.loads(done.stdout)["seconds"].keys()
 
 
 @pytest.mark.process
-def test_growth_is_measured_along_every_axis(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scaling_is_measured_along_every_axis(monkeypatch: pytest.MonkeyPatch) -> None:
     axes = {"experts": (1, 4), "prompt tokens": (2, 12), "batch": (1, 2), "text length": (4, 8)}
     monkeypatch.setattr(scale, "AXES", axes)
     points = scale.bench_scale(build_config(TINY), batch=2, text_length=6, rounds=1)
@@ -285,8 +286,8 @@ def test_growth_is_measured_along_every_axis(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.process
-def test_processes_share_a_batch() -> None:
+def test_a_batch_is_divided_among_processes() -> None:
     pair = ("--main", "tiny:vision", "--comp", "tiny:text")
-    said = mopefuse("ddp", *pair, "--batch", "4", "--rounds", "1", "--device", "cpu", "--json")
-    assert said.returncode == 0, said.stderr
-    assert json.loads(said.stdout)["processes"].keys() == {"1", "2"}
+    done = mopefuse("ddp", *pair, "--batch", "4", "--rounds", "1", "--device", "cpu", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["processes"].keys() == {"1", "2"}

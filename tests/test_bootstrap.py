@@ -1,4 +1,4 @@
-"""The paired bootstrap against computations of others, and where the answer is known."""
+"""The paired bootstrap compared with other implementations, and where the result is known."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ def outcome(predicted: np.ndarray, actual: np.ndarray) -> Outcome:
 
 
 def single(samples: int, share: float, seed: int) -> Outcome:
-    """A classifier that is right with a probability of about `share`; the truth is the same whatever the seed."""
+    """A classifier that is right with a probability of about `share`; the true labels do not depend on the seed."""
     true = np.random.default_rng(0).integers(0, LABELS, samples)
     random = np.random.default_rng(seed)
-    said = np.where(random.random(samples) < share, true, random.integers(0, LABELS, samples))
-    return outcome(np.eye(LABELS)[said], np.eye(LABELS)[true])
+    predicted = np.where(random.random(samples) < share, true, random.integers(0, LABELS, samples))
+    return outcome(np.eye(LABELS)[predicted], np.eye(LABELS)[true])
 
 
 def multi(samples: int, noise: float, seed: int) -> Outcome:
-    """Several labels a sample, also none; the fourth is rare and the fifth never true."""
+    """Several labels per sample, or none; the fourth is rare and the fifth never true."""
     true = np.random.default_rng(0).random((samples, LABELS)) < np.array([0.5, 0.3, 0.2, 0.02, 0.0])
     return outcome(true ^ (np.random.default_rng(seed).random(true.shape) < noise), true)
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "f1_macro"])
-def test_without_resampling_a_metric_is_that_of_training(metric: str) -> None:
+def test_without_resampling_a_metric_equals_that_of_training(metric: str) -> None:
     run = single(80, 0.5, 1)
     logits, targets = torch.from_numpy(run.predicted_SN.toarray()), torch.from_numpy(run.actual_SN.toarray().argmax(1))
     expected = metrics.compute(logits, targets, multi_label=False)[metric]
@@ -44,7 +44,7 @@ def test_without_resampling_a_metric_is_that_of_training(metric: str) -> None:
 
 
 @pytest.mark.parametrize("metric", ["f1_macro", "f1_micro", "f1_samples"])
-def test_without_resampling_a_multi_label_metric_is_that_of_training(metric: str) -> None:
+def test_without_resampling_a_multi_label_metric_equals_that_of_training(metric: str) -> None:
     run = multi(80, 0.2, 1)
     logits = torch.from_numpy(run.predicted_SN.toarray()) * 2 - 1
     expected = metrics.compute(logits, torch.from_numpy(run.actual_SN.toarray()).float(), multi_label=True)[metric]
@@ -52,17 +52,17 @@ def test_without_resampling_a_multi_label_metric_is_that_of_training(metric: str
 
 
 def by_hand(ours: list[Outcome], theirs: list[Outcome], metric: str, resamples: int, seed: int) -> list[float]:
-    """Differences on resamples, one by one with scikit-learn on the very samples that were drawn."""
+    """Compute differences on resamples one by one, with scikit-learn on the samples that were drawn."""
 
     def score(run: Outcome, chosen: np.ndarray) -> float:
-        said, true = (table.toarray().astype(bool)[chosen] for table in (run.predicted_SN, run.actual_SN))
+        predicted, true = (table.toarray().astype(bool)[chosen] for table in (run.predicted_SN, run.actual_SN))
         if metric == "accuracy":
-            return float(np.mean([(s == t).all() for s, t in zip(said, true, strict=True)]))
+            return float(np.mean([(s == t).all() for s, t in zip(predicted, true, strict=True)]))
         if metric == "f1_samples":
-            pairs = zip(said, true, strict=True)
+            pairs = zip(predicted, true, strict=True)
             return float(np.mean([2 * (s & t).sum() / (s.sum() + t.sum()) if (s | t).any() else 1.0 for s, t in pairs]))
         labels = np.flatnonzero(true.any(axis=0)) if metric == "f1_macro" else None
-        return float(f1_score(true, said, labels=labels, average=metric.removeprefix("f1_"), zero_division=0))
+        return float(f1_score(true, predicted, labels=labels, average=metric.removeprefix("f1_"), zero_division=0))
 
     random = np.random.default_rng(seed)
     size = ours[0].actual_SN.shape[0]
@@ -74,7 +74,7 @@ def by_hand(ours: list[Outcome], theirs: list[Outcome], metric: str, resamples: 
 
 
 @pytest.mark.parametrize("metric", list(METRICS))
-def test_interval_and_p_are_those_computed_one_resample_at_a_time(metric: str) -> None:
+def test_interval_and_p_equal_those_computed_one_resample_at_a_time(metric: str) -> None:
     kind = single if metric == "accuracy" else multi
     ours, theirs = [kind(40, 0.2, seed) for seed in (1, 2)], [kind(40, 0.3, seed) for seed in (3, 4, 5)]
     drawn_by_hand = np.array(by_hand(ours, theirs, metric, 60, seed=9))
@@ -110,8 +110,9 @@ def test_always_right_against_always_wrong_is_certain() -> None:
     assert (found.value, found.low, found.high, found.p) == (1, 1, 1, 1 / 1000)
 
 
-def test_it_is_paired() -> None:
-    """Two systems that are right on nearly the same samples: that few differ is telling, however uncertain each metric is."""
+def test_the_bootstrap_is_paired() -> None:
+    """If two systems are right on almost the same samples, even a small difference is significant, however uncertain each
+    metric is."""
     true = np.eye(2, dtype=bool)[np.zeros(400, dtype=int)]
     theirs = np.eye(2, dtype=bool)[np.arange(400) % 2]
     ours = theirs.copy()
@@ -122,13 +123,13 @@ def test_it_is_paired() -> None:
     assert found.p < 0.01
 
 
-def test_sides_may_be_exchanged() -> None:
+def test_swapping_the_systems_negates_the_difference() -> None:
     one, other = single(90, 0.6, 1), single(90, 0.5, 2)
     there, back = difference([one], [other], "f1_macro"), difference([other], [one], "f1_macro")
     assert (back.value, back.low, back.high, back.p) == pytest.approx((-there.value, -there.high, -there.low, there.p))
 
 
-def test_resamples_do_not_depend_on_how_many_fit_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resamples_do_not_depend_on_the_block_size(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = np.concatenate(list(draw_resamples(30, 50, seed=4)))
     monkeypatch.setattr("mopefuse.metrics.bootstrap._BLOCK", 90)
     assert len(list(draw_resamples(30, 50, seed=4))) == 17
@@ -136,7 +137,7 @@ def test_resamples_do_not_depend_on_how_many_fit_at_once(monkeypatch: pytest.Mon
     assert (whole.sum(axis=1) == 30).all()
 
 
-def test_the_samples_that_are_drawn_do_not_depend_on_the_number_of_labels() -> None:
+def test_resamples_do_not_depend_on_the_number_of_labels() -> None:
     few, many = (np.concatenate([*draw_resamples(7, 50, 1, labels=labels)]) for labels in (5, 1_000_000))
     assert (few == many).all()
     assert few.shape == (50, 7)

@@ -1,4 +1,4 @@
-"""The JSON files of a bundle with other values in them: refused in plain words, or harmless."""
+"""JSON files of a bundle with changed values: refused with a clear message, or harmless."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OTHERS = (None, [], {}, "", "x", True, -1, 0, 1.5, 10**30, 10**400, float("inf")
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Where values are; of long lists the first three."""
+    """Return the paths of all values; of long lists only the first three."""
     inner = value.items() if isinstance(value, dict) else enumerate(value[:3]) if isinstance(value, list) else ()
     for key, one in inner:
         yield (*path, key)
@@ -46,7 +46,7 @@ def put(value: Any, path: tuple[Any, ...], new: Any) -> Any:
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_no_value_in_a_file_of_a_bundle_is_an_internal_error(
+def test_an_invalid_value_in_a_bundle_file_never_causes_an_internal_error(
     file: str, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = Path(shutil.copytree(exported, tmp_path / "bundle"))
@@ -69,7 +69,7 @@ def test_no_value_in_a_file_of_a_bundle_is_an_internal_error(
 
 
 @pytest.mark.parametrize(
-    ("file", "path", "new", "said"),
+    ("file", "path", "new", "message"),
     [
         ("labels.json", ("labels",), "abc", "labels.json is damaged: labels has a wrong value"),
         ("labels.json", ("thresholds",), [0.5], "labels.json is damaged: 1 thresholds of"),
@@ -80,18 +80,18 @@ def test_no_value_in_a_file_of_a_bundle_is_an_internal_error(
         ("example.json", ("tolerance",), 10**400, "example.json is damaged"),
     ],
 )
-def test_a_damaged_file_of_a_bundle_ends_in_exit_6(
-    file: str, path: tuple[str, ...], new: Any, said: str, exported: Path, tmp_path: Path
+def test_a_damaged_bundle_file_gives_exit_code_6(
+    file: str, path: tuple[str, ...], new: Any, message: str, exported: Path, tmp_path: Path
 ) -> None:
     bundle = Path(shutil.copytree(exported, tmp_path / "bundle"))
     (bundle / file).write_text(json.dumps(put(json.loads((bundle / file).read_text()), path, new)))
     reseal(bundle)
     done = call("export", "verify", bundle)
-    assert done.returncode == 6 and said in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.returncode == 6 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
 
 
-def test_a_tokenizer_must_be_a_file_of_the_manifest(exported: Path, tmp_path: Path) -> None:
-    """A file that is in the folder and not listed is nobody's: it might be a pipe."""
+def test_a_tokenizer_file_must_be_listed_in_the_manifest(exported: Path, tmp_path: Path) -> None:
+    """A file in the folder that is not listed could be anything, even a pipe."""
     bundle = Path(shutil.copytree(exported, tmp_path / "bundle"))
     how = json.loads((bundle / "preprocess.json").read_text())
     saved = {"kind": "file", "file": "other.json", "cut": "right", "pad_id": 0}

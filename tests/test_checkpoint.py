@@ -1,4 +1,4 @@
-"""Artefacts exist whole or not at all, and nothing that they hold is trusted before it is verified."""
+"""Artefacts exist completely or not at all, and their content is verified before it is used."""
 
 from __future__ import annotations
 
@@ -70,17 +70,17 @@ def change_manifest(folder: Path, **changed: Any) -> None:
     (folder / "manifest.json").write_text(json.dumps(read_json(folder / "manifest.json") | changed))
 
 
-# -- published whole
+# -- atomic publishing
 
 
-def test_what_is_published_is_verified_with_its_facts(tmp_path: Path) -> None:
+def test_a_published_folder_is_verified_with_its_facts(tmp_path: Path) -> None:
     publish(tmp_path / "a", writes(), {"kind": "thing", "number": 3})
     manifest = verify(tmp_path / "a", kind="thing")
     assert (manifest["number"], manifest["format"], list(manifest["files"])) == (3, FORMAT, ["file"])
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_publishing_again_replaces(tmp_path: Path) -> None:
+def test_publishing_again_replaces_the_folder(tmp_path: Path) -> None:
     published(tmp_path / "a", "old")
     published(tmp_path / "a", "new")
     verify(tmp_path / "a", kind="thing")
@@ -111,13 +111,13 @@ checkpoint.publish(folder, write, {"kind": "thing"})
 
 @pytest.mark.parametrize("at", ["write", "first rename", "second rename"])
 @pytest.mark.parametrize("before", [None, "old"])
-def test_a_kill_while_publishing_leaves_what_was_there(tmp_path: Path, at: str, before: str | None) -> None:
+def test_a_kill_while_publishing_leaves_the_earlier_folder(tmp_path: Path, at: str, before: str | None) -> None:
     folder = tmp_path / "a"
     if before:
         published(folder, before)
     done = subprocess.run([sys.executable, "-c", _KILLED, at, str(folder)], check=False)
     assert done.returncode == -signal.SIGKILL
-    assert any(".tmp-" in path.name for path in tmp_path.iterdir()), "it was killed too late to show anything"
+    assert any(".tmp-" in path.name for path in tmp_path.iterdir()), "the process was killed too late"
     remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == (["a"] if before else [])
     if before:
@@ -137,7 +137,7 @@ for step in range(1, 10**6):
 
 
 @pytest.mark.soak
-def test_a_kill_at_any_moment_of_a_save_loop_leaves_the_newest_whole(tmp_path: Path) -> None:
+def test_a_kill_at_any_moment_of_a_save_loop_leaves_the_latest_checkpoint_complete(tmp_path: Path) -> None:
     run = started(tmp_path / "run")
     for moment in range(5):
         process = subprocess.Popen([sys.executable, "-c", _LOOP, str(run.path)], stdout=subprocess.PIPE, text=True)
@@ -145,15 +145,15 @@ def test_a_kill_at_any_moment_of_a_save_loop_leaves_the_newest_whole(tmp_path: P
         assert process.stdout.readline().strip() == "1"
         time.sleep(0.0037 * moment)
         process.kill()
-        told = [1, *map(int, process.stdout.read().split())]
+        steps = [1, *map(int, process.stdout.read().split())]
         process.wait()
         run.lock()
         latest = run.latest()
         assert latest is not None
-        assert latest[1]["step"] in (told[-1], told[-1] + 1)
+        assert latest[1]["step"] in (steps[-1], steps[-1] + 1)
         assert not list(run.checkpoints.glob("*.tmp-*"))
         run.unlock()
-        for path in run.checkpoints.glob("step-*"):  # the next loop begins at step 1
+        for path in run.checkpoints.glob("step-*"):  # the next loop starts at step 1
             path.rename(tmp_path / f"{moment}-{path.name}")
 
 
@@ -172,8 +172,8 @@ def test_a_full_disk_is_an_error_with_the_free_space_and_keeps_existing_files(tm
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_tensors_that_cannot_be_written_to_the_end_are_told_in_our_words(tmp_path: Path) -> None:
-    """A limit on the size of files fails in the middle of the write, as a full disk does."""
+def test_tensors_that_cannot_be_written_completely_are_a_resource_error(tmp_path: Path) -> None:
+    """A limit on the file size fails in the middle of the write, as a full disk does."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
@@ -197,7 +197,7 @@ def test_a_log_or_text_that_cannot_be_written_is_a_resource_error(tmp_path: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "text"]
 
 
-def test_sweeping_spares_what_a_living_process_writes_and_what_is_not_ours(tmp_path: Path) -> None:
+def test_cleanup_keeps_files_of_running_processes_and_of_users(tmp_path: Path) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     kept = {f"a.tmp-{os.getppid()}", "notes.tmp-mine", "b", "b.tmp"}
@@ -210,7 +210,7 @@ def test_sweeping_spares_what_a_living_process_writes_and_what_is_not_ours(tmp_p
 # -- damaged or tampered with
 
 
-def test_one_flipped_bit_is_found(tmp_path: Path) -> None:
+def test_a_flipped_bit_is_detected(tmp_path: Path) -> None:
     folder = published(tmp_path / "a")
     content = bytearray((folder / "file").read_bytes())
     content[3] ^= 1
@@ -221,7 +221,7 @@ def test_one_flipped_bit_is_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda a: (a / "file").unlink(), "has changed since it was written"),
         (lambda a: (a / "file").write_text("content and more"), "has changed since it was written"),
@@ -238,18 +238,20 @@ def test_one_flipped_bit_is_found(tmp_path: Path) -> None:
         (lambda a: (a / "extra.safetensors").write_text("x"), "extra.safetensors is not listed in the manifest"),
     ],
 )
-def test_a_folder_that_is_not_as_published_does_not_exist(tmp_path: Path, change: Callable[[Path], Any], said: str) -> None:
+def test_a_folder_that_differs_from_its_manifest_is_rejected(
+    tmp_path: Path, change: Callable[[Path], Any], message: str
+) -> None:
     folder = published(tmp_path / "a")
     change(folder)
     error = refused(folder)
-    assert said in error.what
+    assert message in error.what
     assert error.exit_code == 6
 
 
 @pytest.mark.parametrize(
     "name", ["../secret", "x/../../secret", "{out}/secret", "link", "folder/secret", "", ".", "a\0b", "..\\secret"]
 )
-def test_a_manifest_cannot_name_what_is_outside(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_manifest_cannot_name_files_outside_the_folder(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = published(tmp_path / "a")
     (tmp_path / "secret").write_text("secret")
     (folder / "link").symlink_to(tmp_path / "secret")
@@ -280,7 +282,7 @@ _json_values = st.recursive(
 @example({"kind": "thing", "format": 1, "files": {"\ud800": {}}})
 @example({"kind": "thing", "format": 1, "files": {"x" * 5000: {}}})
 @example(b"[" * 5000)
-def test_any_manifest_is_verified_or_refused(
+def test_any_manifest_is_accepted_or_refused_without_a_crash(
     tmp_path_factory: pytest.TempPathFactory, manifest: bytes | dict[str, Any]
 ) -> None:
     folder = tmp_path_factory.getbasetemp() / "any-manifest"
@@ -313,7 +315,7 @@ def zipped(value: Any) -> bytes:
 
 
 @pytest.mark.parametrize("pack", [pickled, zipped])
-def test_a_pickle_is_refused_by_its_first_bytes_and_runs_nothing(tmp_path: Path, pack: Callable[[Any], bytes]) -> None:
+def test_a_pickle_is_refused_by_its_first_bytes_and_not_executed(tmp_path: Path, pack: Callable[[Any], bytes]) -> None:
     canary = tmp_path / "canary"
     (tmp_path / "weights.safetensors").write_bytes(pack(Canary(canary)))
     with pytest.raises(CheckpointError, match="this is a pickle") as caught:
@@ -325,14 +327,14 @@ def test_a_pickle_is_refused_by_its_first_bytes_and_runs_nothing(tmp_path: Path,
 
 
 @pytest.mark.parametrize("padding", range(0, 256, 8))
-def test_no_safetensors_file_is_taken_for_a_pickle(tmp_path: Path, padding: int) -> None:
-    """The first byte is the low byte of the header's length, so every multiple of 8 must pass."""
+def test_no_safetensors_file_is_mistaken_for_a_pickle(tmp_path: Path, padding: int) -> None:
+    """The first byte is the low byte of the header length, so every multiple of 8 must pass."""
     path, name = tmp_path / "weights.safetensors", "n" * padding
     write_tensors(path, {name: torch.arange(3)})
     assert read_tensors(path)[name].tolist() == [0, 1, 2]
 
 
-def test_first_bytes_of_all_kinds_were_tried(tmp_path: Path) -> None:
+def test_the_property_test_covers_first_bytes_of_all_kinds(tmp_path: Path) -> None:
     seen = set()
     for padding in range(0, 256, 8):
         write_tensors(tmp_path / "w", {"n" * padding: torch.arange(3)})
@@ -353,7 +355,7 @@ def test_first_bytes_of_all_kinds_were_tried(tmp_path: Path) -> None:
     ],
     ids=["half", "five bytes", "junk at the end", "empty", "200 MB of header", "endless header", "shifted"],
 )
-def test_damaged_safetensors_are_refused_in_our_words(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+def test_damaged_safetensors_are_a_checkpoint_error(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     path = tmp_path / "weights.safetensors"
     write_tensors(path, {"a": torch.arange(3), "b": torch.ones(2)})
     whole = path.read_bytes()
@@ -373,7 +375,7 @@ def test_any_bytes_are_tensors_or_a_checkpoint_error(tmp_path_factory: pytest.Te
     assert code_of(lambda: read_tensors(path)) in ("", "MF-CKPT-02", "MF-CKPT-06")
 
 
-def test_tensors_come_back_as_written(tmp_path: Path) -> None:
+def test_tensors_survive_a_round_trip(tmp_path: Path) -> None:
     tensors = {"a": torch.randn(4, 6)[:, ::2], "b": torch.tensor(3, dtype=torch.int64), "c": torch.empty(0)}
     write_tensors(tmp_path / "w", tensors)
     back = read_tensors(tmp_path / "w")

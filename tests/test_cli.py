@@ -1,4 +1,4 @@
-"""The command line as a user meets it: exit codes, one line per error, JSON alone on stdout, the same result twice."""
+"""The command line as users see it: exit codes, one line per error, only JSON on stdout with --json, reproducible results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MODULES = "print(*sys.modules, file=sys.stderr)"
 
 
 def modules_of(*args: object) -> tuple[subprocess.CompletedProcess[str], set[str]]:
-    """A command in a process of its own, and the modules that it imported."""
+    """Run a command in a separate process and return the modules that it imported."""
     code = f"import sys\nsys.argv[0] = 'mopefuse'\nfrom mopefuse.cli.app import main\ntry: main()\nfinally: {MODULES}"
     done = subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, check=False)
     return done, set(done.stderr.splitlines()[-1].split())
@@ -31,8 +31,8 @@ def train(data: Path, out: Path, *more: object) -> subprocess.CompletedProcess[s
     return call("train", *TINY, "--data", data, "--out", out, "--steps", "2", *more)
 
 
-def said(done: subprocess.CompletedProcess[str]) -> Any:
-    """The one JSON value on stdout."""
+def stdout_json(done: subprocess.CompletedProcess[str]) -> Any:
+    """Parse stdout as a single JSON value."""
     return json.loads(done.stdout)
 
 
@@ -40,13 +40,13 @@ def said(done: subprocess.CompletedProcess[str]) -> Any:
 
 
 @pytest.mark.parametrize("args", [("--help",), ("train", "--help"), ("eval", "--help"), ("--version",), ("encoders",)])
-def test_help_and_lists_wait_for_nothing_heavy(args: tuple[str, ...]) -> None:
+def test_help_and_lists_import_no_heavy_library(args: tuple[str, ...]) -> None:
     done, modules = modules_of(*args)
     assert done.returncode == 0
     assert done.stdout
     heavy = {"torchvision", "timm", "transformers", "open_clip", "sklearn", "peft", "optuna"}
     heavy |= {"mopefuse.encoders.tiny"}
-    if args[0] not in ("train", "eval"):  # their help comes from the schema
+    if args[0] not in ("train", "eval"):  # whose help comes from the schema
         heavy |= {"mopefuse.config.schema"}
     if args != ("encoders",):
         heavy |= {"torch", "numpy"}
@@ -54,7 +54,7 @@ def test_help_and_lists_wait_for_nothing_heavy(args: tuple[str, ...]) -> None:
 
 
 @pytest.mark.process
-def test_a_run_waits_for_no_library_that_its_encoders_do_not_need(pairs: Path) -> None:
+def test_a_run_imports_no_library_that_its_encoders_do_not_need(pairs: Path) -> None:
     done, modules = modules_of("train", *TINY, "--data", str(pairs), "--dry-run")
     assert done.returncode == 0, done.stderr
     assert not modules & {"torchvision", "timm", "transformers", "open_clip", "sklearn", "torch._dynamo", "peft"}
@@ -100,7 +100,7 @@ def test_a_process_ends_with_the_exit_code_of_its_error(tmp_path: Path, args: tu
     assert "Traceback" not in done.stderr
 
 
-def test_an_error_is_one_line_of_what_where_and_fix(tmp_path: Path) -> None:
+def test_an_error_is_one_line_with_what_where_and_fix(tmp_path: Path) -> None:
     done = call("train", *TINY, "--set", "trian.lr=1")
     assert done.stderr == "error[MF-CFG-06]: there is no setting trian · --set trian.lr · fix: did you mean train?\n"
 
@@ -121,13 +121,13 @@ def test_with_json_an_error_is_one_object_and_nothing_else(
     monkeypatch.chdir(tmp_path)
     done = call(*args, "--json")
     assert done.returncode == number
-    value = said(done)
+    value = stdout_json(done)
     assert value["ok"] is False
     assert value["error"].keys() == {"code", "exit", "message", "where", "hint"}
     assert (value["error"]["code"], value["error"]["exit"]) == (code, number)
 
 
-def test_a_bug_is_one_line_and_a_log_and_the_traceback_only_for_who_asks(
+def test_a_bug_is_one_line_and_a_log_with_the_traceback_on_request(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken() -> None:
@@ -141,7 +141,7 @@ def test_a_bug_is_one_line_and_a_log_and_the_traceback_only_for_who_asks(
     assert done.stderr.startswith("internal error: RuntimeError: two · ")
     assert "in broken" in (tmp_path / "crash.log").read_text()
     assert "Traceback" in call("--debug", "doctor").stderr
-    assert said(call("doctor", "--json"))["error"]["code"] == "MF-INT-00"
+    assert stdout_json(call("doctor", "--json"))["error"]["code"] == "MF-INT-00"
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_a_lack_of_system_resources_is_not_a_bug(error: Exception, code: int, mo
 # -- train
 
 
-def test_a_run_is_trained_and_told(trained: Path, pairs: Path) -> None:
+def test_training_writes_a_run_and_prints_its_result(trained: Path, pairs: Path) -> None:
     assert {path.name for path in trained.iterdir()} == {
         "checkpoints", "config.yaml", "manifest.json", "metrics.json", "metrics.jsonl", "predictions.jsonl",
     }  # fmt: skip
@@ -173,7 +173,7 @@ def test_a_run_is_trained_and_told(trained: Path, pairs: Path) -> None:
 def test_train_json_is_one_object(multi_pairs: Path, tmp_path: Path) -> None:
     done = train(multi_pairs, tmp_path / "run", "--json")
     assert (done.returncode, done.stderr) == (0, "")
-    assert {"f1_micro", "f1_macro", "f1_samples"} <= said(done)["metrics"].keys()
+    assert {"f1_micro", "f1_macro", "f1_samples"} <= stdout_json(done)["metrics"].keys()
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_any_batch_size_trains_and_counts_every_sample_once(
     data = make_pairs(tmp_path / "data", counts=counts)
     done = call("train", *TINY, "--data", data, "--out", tmp_path / "run", "--batch", batch, "--epochs", 1, "--json")
     assert done.returncode == 0, done.stderr
-    result = said(done)
+    result = stdout_json(done)
     assert result["steps"] == -(-counts["train"] // batch)
     assert sum(row["support"] for row in result["per_label"]) == counts["test"]
 
@@ -198,10 +198,10 @@ def test_any_batch_size_trains_and_counts_every_sample_once(
 def test_without_any_prompt_it_trains_a_linear_probe(pairs: Path, tmp_path: Path) -> None:
     done = train(pairs, tmp_path / "run", "--static", 0, "--dynamic", 0, "--mapped", 0, "--json")
     assert done.returncode == 0, done.stderr
-    assert [part for part, number in said(done)["parameters"]["by_part"].items() if number] == ["head"]
+    assert [part for part, number in stdout_json(done)["parameters"]["by_part"].items() if number] == ["head"]
 
 
-def test_a_loss_that_is_not_finite_stops_training_and_is_never_the_best(pairs: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_training_and_is_never_selected(pairs: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     settings = ("--set", "train.schedule=constant", "--set", "train.checkpoint_every=1", "--set", "train.log_every=1")
     done = call("train", *TINY, "--data", pairs, "--out", run, "--epochs", 9, "--lr", 1e20, *settings)
@@ -214,7 +214,7 @@ def test_a_loss_that_is_not_finite_stops_training_and_is_never_the_best(pairs: P
     assert last == facts["step"] - 1
     kept = read_tensors(run / "checkpoints" / f"step-{last}" / "weights.safetensors")
     assert all(tensor.isfinite().all() for tensor in kept.values())
-    assert call("eval", run, "--checkpoint", "last").returncode == 8, "finite weights of 1e20 do not give finite answers"
+    assert call("eval", run, "--checkpoint", "last").returncode == 8, "finite weights of 1e20 do not give finite predictions"
     best = run / "checkpoints" / "best"
     assert not best.exists() or int(best.read_text().strip()[5:]) < facts["step"]
     assert "NaN" not in (run / "metrics.jsonl").read_text()
@@ -240,7 +240,7 @@ def test_an_existing_run_is_overwritten_only_on_request(
 def test_a_dry_run_writes_nothing(pairs: Path, tmp_path: Path) -> None:
     done = train(pairs, tmp_path / "run", "--dry-run", "--json")
     assert done.returncode == 0, done.stderr
-    assert said(done)["rows"] == {"train": 12, "val": 6, "test": 7}
+    assert stdout_json(done)["rows"] == {"train": 12, "val": 6, "test": 7}
     assert list(tmp_path.iterdir()) == []
 
 
@@ -264,9 +264,9 @@ def test_a_missing_image_is_an_error_with_its_row(tmp_path: Path) -> None:
 # -- eval
 
 
-def test_eval_is_deterministic_and_repeats_what_training_measured(trained: Path, tmp_path: Path) -> None:
+def test_eval_is_deterministic_and_equals_the_metrics_of_training(trained: Path, tmp_path: Path) -> None:
     done = [call("eval", trained, "--out", tmp_path / f"{i}.jsonl", "--json") for i in range(2)]
-    one, two = said(done[0]), said(done[1])
+    one, two = stdout_json(done[0]), stdout_json(done[1])
     assert one.pop("predictions") != two.pop("predictions")
     assert one == two
     assert one["metrics"] == json.loads((trained / "metrics.json").read_text())["metrics"]["test"]
@@ -277,10 +277,10 @@ def test_eval_is_deterministic_and_repeats_what_training_measured(trained: Path,
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_any_split_can_be_evaluated(trained: Path, split: str, tmp_path: Path) -> None:
     done = call("eval", trained, "--split", split, "--out", tmp_path / "p.jsonl", "--json")
-    assert (done.returncode, said(done)["split"]) == (0, split)
+    assert (done.returncode, stdout_json(done)["split"]) == (0, split)
 
 
-def test_a_gate_that_is_met_passes_and_one_that_is_not_fails(trained: Path, tmp_path: Path) -> None:
+def test_a_gate_passes_if_it_is_met_and_fails_otherwise(trained: Path, tmp_path: Path) -> None:
     out = ("--out", tmp_path / "p.jsonl")
     assert call("eval", trained, *out, "--min", "accuracy=0").returncode == 0
     done = call("eval", trained, *out, "--min", "accuracy=0", "--min", "f1_macro=1.01")
@@ -289,13 +289,13 @@ def test_a_gate_that_is_met_passes_and_one_that_is_not_fails(trained: Path, tmp_
     assert "accuracy" in done.stdout
     done = call("eval", trained, *out, "--min", "f1_macro=1.01", "--json")
     assert done.returncode == 10
-    assert said(done)["ok"] is False
-    assert said(done)["error"]["code"] == "MF-GATE-01"
-    assert "accuracy" in said(done)["metrics"]
+    assert stdout_json(done)["ok"] is False
+    assert stdout_json(done)["error"]["code"] == "MF-GATE-01"
+    assert "accuracy" in stdout_json(done)["metrics"]
 
 
 @pytest.mark.parametrize("gate", ["accuracy", "accuracy=", "accuracy=much", "acuracy=0.5"])
-def test_a_gate_that_cannot_be_read_is_a_configuration_error(trained: Path, tmp_path: Path, gate: str) -> None:
+def test_a_malformed_gate_is_a_configuration_error(trained: Path, tmp_path: Path, gate: str) -> None:
     done = call("eval", trained, "--out", tmp_path / "p.jsonl", "--min", gate)
     assert done.returncode == 3
     assert "accuracy" in done.stderr
@@ -312,7 +312,7 @@ def test_a_gate_that_cannot_be_read_is_a_configuration_error(trained: Path, tmp_
         (("--data", "{tmp}"), 4),
     ],
 )
-def test_eval_refuses_what_is_not_there(trained: Path, tmp_path: Path, more: tuple[str, ...], code: int) -> None:
+def test_eval_refuses_invalid_options(trained: Path, tmp_path: Path, more: tuple[str, ...], code: int) -> None:
     done = call("eval", trained, *(arg.format(tmp=tmp_path) for arg in more))
     assert done.returncode == code, done.stderr
     assert done.stderr.startswith("error[MF-")
@@ -321,7 +321,7 @@ def test_eval_refuses_what_is_not_there(trained: Path, tmp_path: Path, more: tup
 def test_ctrl_c_in_eval_leaves_no_partial_file(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = []
 
-    def interrupted(path: Path) -> None:  # the file is written and not yet in its place
+    def interrupted(path: Path) -> None:  # the file is written but not yet renamed into place
         written.append(path.name)
         raise KeyboardInterrupt
 
@@ -336,28 +336,28 @@ def test_ctrl_c_in_eval_leaves_no_partial_file(trained: Path, tmp_path: Path, mo
 
 
 def test_encoders_are_listed_and_inspected() -> None:
-    listed = said(call("encoders", "--json"))
+    listed = stdout_json(call("encoders", "--json"))
     assert {"timm", "hf", "open_clip", "tiny"} <= {scheme["scheme"] for scheme in listed["schemes"]}
-    facts = said(call("encoders", "inspect", "tiny:vision", "--json"))
+    facts = stdout_json(call("encoders", "inspect", "tiny:vision", "--json"))
     assert (facts["modality"], facts["layers"]) == ("image", len(facts["widths"]))
     assert facts["use"] == "main or comp"
     plain = call("encoders", "inspect", "tiny:vision").stdout
     assert f"fingerprint    {facts['fingerprint']}" in plain
 
 
-def test_data_is_made_once_and_the_same_for_a_seed(tmp_path: Path) -> None:
+def test_generated_data_depend_only_on_the_seed(tmp_path: Path) -> None:
     done = call("data", "make", "digit-question", tmp_path / "a")
     assert done.returncode == 3
     assert "digit-questions" in done.stderr
     assert call("data", "make", "digit-questions", tmp_path / "a", "--seed", "-1").returncode == 2
 
 
-def test_doctor_tells_what_works_and_what_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_problems_of", lambda *plugin: [])  # of whatever is installed here; see test_plugins.py
+def test_doctor_reports_what_works_and_what_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_problems_of", lambda *plugin: [])  # depends on what is installed here; see test_plugins.py
     monkeypatch.setattr(doctor, "_DEVICES", "print('cpu')")
     monkeypatch.setattr(doctor, "_CHECKS", {"json": ("import json", "json is broken")})
     done = call("doctor", "--json")
-    found = said(done)
+    found = stdout_json(done)
     assert (done.returncode, found["ok"], found["problems"]) == (0, True, [])
     assert found["machine"]["json"] == "works"
     assert found["machine"]["devices"] == "cpu"
@@ -383,14 +383,14 @@ def test_a_dry_run_shows_encoder_inputs_and_trainable_parameters(pairs: Path) ->
     assert done.returncode == 0, done.stderr
     seen = ("tiny:vision  (image, 16 x 16)", "tiny:text  (text, truncated to 32 tokens)")
     assert [line for line in (*seen, "prompt experts", "estimated memory") if line not in done.stdout] == []
-    found = said(call("train", *TINY, "--data", pairs, "--dry-run", "--json"))
+    found = stdout_json(call("train", *TINY, "--data", pairs, "--dry-run", "--json"))
     assert found["ok"] is True
     assert found["parameters"]["trainable"] == sum(found["parameters"]["by_part"].values())
     assert not [value for value in found["config"]["prompts"].values() if value is None], "every default is written out"
 
 
 @pytest.mark.parametrize("group", [(), ("data",), ("encoders",), ("plugins",), ("bench",)])
-def test_no_help_of_a_command_is_cut_at_80_columns(group: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_help_text_is_truncated_at_80_columns(group: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     _, commands = CliRunner().invoke(app, [*group, "--help"]).stdout.split("Commands:\n")
     assert len(commands.splitlines()) > 1 and "..." not in commands

@@ -1,4 +1,4 @@
-"""Columns: each modality has one, a model keeps those of its training data, and what no encoder reads is said."""
+"""Columns: each modality has one, a model keeps those of its training data, and unread modalities give a notice."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def write_table(path: Path, rows: list[dict[str, Any]], columns: dict[str, str] 
 
 @pytest.fixture(scope="module")
 def renamed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A data set whose columns have names of their own, and a run on it."""
+    """A data set with other column names, and a run on it."""
     root = make_pairs(tmp_path_factory.mktemp("renamed") / "data")
     for split in ("train", "val", "test"):
         write_table(root / f"{split}.csv", rows_of(root, split))
@@ -55,13 +55,13 @@ def ids(done: Any) -> list[str]:
 # -- a model keeps the columns of its training data
 
 
-def test_predict_reads_the_columns_that_the_run_was_trained_with(renamed: tuple[Path, Path]) -> None:
+def test_predict_reads_the_columns_of_the_run(renamed: tuple[Path, Path]) -> None:
     root, run = renamed
     assert ids(call("predict", run, root / "test.csv")) == [f"test-{number}" for number in range(7)]
 
 
 @pytest.mark.parametrize("form", matrix(["onnx", "adapter"], ["adapter"]))
-def test_what_is_exported_reads_the_columns_of_the_run(renamed: tuple[Path, Path], tmp_path: Path, form: str) -> None:
+def test_an_export_reads_the_columns_of_the_run(renamed: tuple[Path, Path], tmp_path: Path, form: str) -> None:
     root, run = renamed
     done = call("export", run, "-o", tmp_path / form, "--format", form)
     assert done.returncode == 0, done.stderr
@@ -72,7 +72,7 @@ def test_what_is_exported_reads_the_columns_of_the_run(renamed: tuple[Path, Path
     assert input_settings(tmp_path / form).path is None
 
 
-def test_flags_win_over_the_columns_of_the_run(renamed: tuple[Path, Path], tmp_path: Path) -> None:
+def test_flags_override_the_columns_of_the_run(renamed: tuple[Path, Path], tmp_path: Path) -> None:
     root, run = renamed
     rows = [dict(zip(COLUMNS, row.values(), strict=True)) for row in csv.DictReader((root / "test.csv").open())]
     other = {**COLUMNS, "id": "key", "text": "caption", "img": "picture"}
@@ -84,7 +84,7 @@ def test_flags_win_over_the_columns_of_the_run(renamed: tuple[Path, Path], tmp_p
     assert "did you mean --text-col caption" in call("predict", run, tmp_path / "in.csv").stderr
 
 
-def test_changes_of_settings_leave_the_others_as_they_were() -> None:
+def test_changing_a_setting_keeps_the_others() -> None:
     saved = Data(path="here", text_col="title", columns={"audio": "clip", "depth": "d"}, max_pixels=7, image_roots=("a",))
     found = changed_data(saved, {"columns": {"audio": "sound"}, "id_col": "no", "text_col": None})
     assert found == saved.model_copy(update={"columns": {"audio": "sound", "depth": "d"}, "id_col": "no"})
@@ -94,7 +94,7 @@ def test_changes_of_settings_leave_the_others_as_they_were() -> None:
 # -- a table is the split that is evaluated
 
 
-def test_a_table_that_eval_is_given_is_the_split_that_is_evaluated(renamed: tuple[Path, Path], tmp_path: Path) -> None:
+def test_eval_uses_a_given_table_as_the_split(renamed: tuple[Path, Path], tmp_path: Path) -> None:
     root, run = renamed
     plain = json.loads(call("eval", run, "--data", root, "--json").stdout)["metrics"]
     shutil.copytree(root / "images", tmp_path / "images")
@@ -105,14 +105,14 @@ def test_a_table_that_eval_is_given_is_the_split_that_is_evaluated(renamed: tupl
         assert json.loads(done.stdout)["metrics"] == plain
 
 
-def test_a_table_that_report_is_given_is_the_test_split(renamed: tuple[Path, Path], tmp_path: Path) -> None:
+def test_report_uses_a_given_table_as_the_test_split(renamed: tuple[Path, Path], tmp_path: Path) -> None:
     root, run = renamed
     done = call("report", run, "--data", root / "val.csv", "--out", tmp_path / "page.html", "--no-audit", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["split"] == "test"
 
 
-def test_a_run_on_one_table_with_splits_is_evaluated_on_a_table_without(tmp_path: Path) -> None:
+def test_a_run_on_a_table_with_a_split_column_can_be_evaluated_on_a_table_without_one(tmp_path: Path) -> None:
     root = make_pairs(tmp_path / "data")
     rows = [row | {"split": name} for name in ("train", "val", "test") for row in rows_of(root, name)]
     every = {name: name for name in ("id", "text", "img", "label")}
@@ -148,16 +148,16 @@ def test_two_columns_for_one_modality_are_refused(pairs: Path, flags: tuple[str,
         assert done.returncode == 3
         assert all(name in done.stderr for name in named), done.stderr
     else:
-        assert "there is no column a" in done.stderr, "--set wins over flags, as always"
+        assert "there is no column a" in done.stderr, "--set overrides flags, as always"
 
 
 @pytest.mark.parametrize("flags", [("--label-col", "text"), ("--text-col", "label"), ("--image-col", "label")])
-def test_a_label_that_is_read_as_input_is_refused(pairs: Path, flags: tuple[str, ...]) -> None:
+def test_a_label_column_that_is_also_an_input_is_refused(pairs: Path, flags: tuple[str, ...]) -> None:
     for done in (call("train", *TINY, "--data", pairs, *flags, "--dry-run"), call("data", "check", pairs, *flags)):
         assert (done.returncode, "MF-CFG-231" in done.stderr) == (3, True), done.stderr
 
 
-def test_one_column_may_be_named_either_way_or_twice() -> None:
+def test_a_column_may_be_named_by_either_flag_or_both() -> None:
     expected = Data(img_col="b")
     for values in ({"columns": {"image": "b"}}, {"img_col": "b", "columns": {"image": "b"}}, {"img_col": "b"}):
         assert Data(**values) == expected
@@ -166,7 +166,7 @@ def test_one_column_may_be_named_either_way_or_twice() -> None:
         build_config({"main": "a:b", "comp": "a:b", "data": {"img_col": "a", "columns": {"image": "b"}}})
 
 
-# -- what no encoder reads
+# -- modalities that no encoder reads
 
 
 def test_a_modality_that_no_encoder_reads_gives_a_notice_before_training(pairs: Path, tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_a_modality_that_no_encoder_reads_gives_a_notice_before_training(pairs: 
     assert "no encoder reads" not in call("train", *alone, "--data", pairs, "--dry-run").stderr
 
 
-# -- thresholds that few rows decide
+# -- thresholds tuned on few rows
 
 
 def test_thresholds_tuned_on_few_rows_give_a_notice(multi_pairs: Path, pairs: Path) -> None:
@@ -194,7 +194,7 @@ def test_thresholds_tuned_on_few_rows_give_a_notice(multi_pairs: Path, pairs: Pa
     assert "validation rows" not in call("train", *TINY, "--data", pairs, "--threshold", "tuned", "--dry-run").stderr
 
 
-def test_thresholds_tuned_on_many_rows_of_each_label_are_not(tmp_path: Path) -> None:
+def test_thresholds_tuned_on_many_rows_of_each_label_give_no_notice(tmp_path: Path) -> None:
     root = make_pairs(tmp_path / "data", multi=True, counts={"train": 8, "val": 120})
     done = call("train", *TINY, "--data", root, "--threshold", "tuned", "--dry-run")
     assert (done.returncode, "validation rows" in done.stderr) == (0, False)

@@ -1,4 +1,4 @@
-"""A comparison: every number is recomputed here from the files of the runs, and what cannot be compared is refused."""
+"""Comparisons: every number is recomputed here from the files of the runs, and runs that cannot be compared are refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def train(data: Path, out: Path, *more: object) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """runs/full-0, full-1, full-2 and text-0, text-1; not to be changed."""
+    """runs/full-0, full-1, full-2 and text-0, text-1; tests must not change them."""
     root = tmp_path_factory.mktemp("compare")
     data = make_pairs(root / "data", counts=COUNTS)
     for seed in (0, 1, 2):
@@ -45,7 +45,7 @@ def stored(run: Path) -> Any:
     return json.loads((run / "metrics.json").read_text())
 
 
-def test_runs_that_differ_in_their_seed_only_are_one_row(folder: Path) -> None:
+def test_runs_that_differ_only_in_their_seed_are_one_row(folder: Path) -> None:
     found = compare(runs(folder))
     assert [(row.label, row.seeds) for row in found.rows] == [("full", (0, 1, 2)), ("text", (0, 1))]
     assert found.rows[1].settings["method"] == "comp-only"
@@ -53,7 +53,7 @@ def test_runs_that_differ_in_their_seed_only_are_one_row(folder: Path) -> None:
     assert found.metric == "accuracy"
 
 
-def test_every_number_is_that_of_the_files(folder: Path) -> None:
+def test_every_number_matches_the_files_of_the_runs(folder: Path) -> None:
     for row in compare(runs(folder)).rows:
         results = [stored(path) for path in row.runs]
         for split in ("val", "test"):
@@ -68,7 +68,7 @@ def test_every_number_is_that_of_the_files(folder: Path) -> None:
         assert row.peak_memory == max(result["peak_memory_bytes"] for result in results)
 
 
-def test_the_difference_is_that_of_the_means_and_of_the_predictions(folder: Path) -> None:
+def test_the_difference_matches_the_means_and_the_predictions(folder: Path) -> None:
     found = compare(runs(folder), against="text")
     full, text = found.rows
     assert text.versus is None
@@ -128,8 +128,8 @@ def test_runs_tested_on_other_data_are_refused(folder: Path, tmp_path: Path) -> 
     assert str(other) in error.what
 
 
-def test_what_is_no_finished_run_is_left_out_with_a_notice(folder: Path, tmp_path: Path) -> None:
-    """As `runs/*` names them: a run under way, one that failed before it was a run, a file."""
+def test_unfinished_runs_and_other_files_are_left_out_with_a_notice(folder: Path, tmp_path: Path) -> None:
+    """Everything that `runs/*` may match: a run in progress, one that failed before it was a run, a file."""
     shutil.copytree(folder / "full-1", tmp_path / "half")
     (tmp_path / "half" / "metrics.json").unlink()
     failed = call("train", *TINY, "--data", tmp_path / "no data", "--out", tmp_path / "failed")
@@ -147,7 +147,7 @@ def test_what_is_no_finished_run_is_left_out_with_a_notice(folder: Path, tmp_pat
     assert json.loads(call("compare", *paths, "--json").stdout)["notices"] == list(found.notices)
 
 
-def test_where_no_run_is_finished_it_is_an_error(folder: Path, tmp_path: Path) -> None:
+def test_comparing_only_unfinished_runs_is_an_error(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "full-1", tmp_path / "half")
     (tmp_path / "half" / "metrics.json").unlink()
     error = refused(tmp_path, tmp_path / "half")
@@ -155,11 +155,11 @@ def test_where_no_run_is_finished_it_is_an_error(folder: Path, tmp_path: Path) -
     assert refused(tmp_path).code == "MF-CKPT-04"
 
 
-def test_a_path_that_is_not_there_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_a_missing_path_is_refused(folder: Path, tmp_path: Path) -> None:
     assert refused(folder / "full-0", tmp_path / "nowhere").code == "MF-CKPT-04"
 
 
-def test_the_same_run_twice_counts_once_and_a_copy_of_it_is_left_out_with_a_notice(folder: Path, tmp_path: Path) -> None:
+def test_a_repeated_run_counts_once_and_a_copy_is_left_out_with_a_notice(folder: Path, tmp_path: Path) -> None:
     assert compare([folder / "full-0", folder / "full-0"]).rows[0].seeds == (0,)
     shutil.copytree(folder / "full-0", copy := tmp_path / "copy")
     found = compare([folder / "full-0", copy, folder / "full-1"])
@@ -167,7 +167,7 @@ def test_the_same_run_twice_counts_once_and_a_copy_of_it_is_left_out_with_a_noti
     assert found.notices == (f"left out: {copy} has the same settings and seed as {folder / 'full-0'}",)
 
 
-def test_a_swapped_run_and_the_same_from_scratch_are_two_rows(folder: Path, tmp_path: Path) -> None:
+def test_a_swapped_run_and_one_from_scratch_are_two_rows(folder: Path, tmp_path: Path) -> None:
     new = tmp_path / "swapped"
     done = call("swap-encoder", folder / "full-0", "--comp", "tiny:text?pool=cls", "-o", new, "--epochs", "1")
     assert done.returncode == 0, done.stderr
@@ -176,7 +176,7 @@ def test_a_swapped_run_and_the_same_from_scratch_are_two_rows(folder: Path, tmp_
     assert [row.settings["start"] for row in found.rows] == ["scratch", "a trained model", "scratch"]
 
 
-def test_runs_with_other_labels_are_refused_for_their_labels(folder: Path, tmp_path: Path) -> None:
+def test_runs_with_different_labels_are_refused_with_that_reason(folder: Path, tmp_path: Path) -> None:
     data = make_pairs(tmp_path / "data", counts=COUNTS)
     for file in data.glob("*.jsonl"):
         rows = [json.loads(line) for line in file.read_text().splitlines()]
@@ -184,7 +184,7 @@ def test_runs_with_other_labels_are_refused_for_their_labels(folder: Path, tmp_p
     assert "different labels" in refused(folder / "full-0", train(data, tmp_path / "other")).what
 
 
-def test_unknown_rows_and_metrics_are_refused_with_the_nearest(folder: Path) -> None:
+def test_unknown_rows_and_metrics_are_refused_with_a_suggestion(folder: Path) -> None:
     error = refused(*runs(folder), against="ful")
     assert (error.code, error.fix) == ("MF-CFG-85", "did you mean full?")
     error = refused(*runs(folder), metric="f1_micro")
@@ -204,7 +204,7 @@ def test_damaged_predictions_are_refused(folder: Path, tmp_path: Path, line: str
     assert refused(*runs(tmp_path), against="text").code == "MF-CKPT-03"
     for other in (rest, [*rest, rest[0]], [rest[0], *rest]):
         file.write_text("\n".join(other))
-        assert refused(*runs(tmp_path), against="text").code == "MF-CFG-84", "one is missing, or there twice"
+        assert refused(*runs(tmp_path), against="text").code == "MF-CFG-84", "one is missing, or occurs twice"
     file.unlink()
     assert refused(*runs(tmp_path), against="text").code == "MF-CKPT-04"
 
@@ -223,9 +223,9 @@ def test_markdown_has_the_best_in_bold(folder: Path) -> None:
     for line, row in ((full, rows[0]), (text, rows[1])):
         spread = row.metrics["test"]["accuracy"]
         assert spread.std is not None
-        said = f"{100 * spread.mean:.1f} ± {100 * spread.std:.1f}"
+        table = f"{100 * spread.mean:.1f} ± {100 * spread.std:.1f}"
         tie = spread.mean == best.metrics["test"]["accuracy"].mean
-        assert line.split(" | ")[4] == (f"**{said}**" if tie else said)
+        assert line.split(" | ")[4] == (f"**{table}**" if tie else table)
 
 
 def test_csv_has_every_number_in_full(folder: Path, tmp_path: Path) -> None:
@@ -239,12 +239,12 @@ def test_csv_has_every_number_in_full(folder: Path, tmp_path: Path) -> None:
 
 
 def test_json_has_every_seed(folder: Path) -> None:
-    said = json.loads(call("compare", *runs(folder), "--against", "text", "--json").stdout)
-    assert said == json.loads(call("compare", *runs(folder), "--against", "text", "--format", "json").stdout)
-    assert said["rows"][0]["metrics"]["test"]["accuracy"]["values"] == [
+    result = json.loads(call("compare", *runs(folder), "--against", "text", "--json").stdout)
+    assert result == json.loads(call("compare", *runs(folder), "--against", "text", "--format", "json").stdout)
+    assert result["rows"][0]["metrics"]["test"]["accuracy"]["values"] == [
         stored(path)["metrics"]["test"]["accuracy"] for path in runs(folder)[:3]
     ]
-    assert said["rows"][0]["versus"]["p"] == compare(runs(folder), against="text").rows[0].versus.p
+    assert result["rows"][0]["versus"]["p"] == compare(runs(folder), against="text").rows[0].versus.p
 
 
 def test_latex_and_csv_escape_labels(folder: Path) -> None:
@@ -277,12 +277,12 @@ def test_the_table_is_plain_when_piped(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "code"), [(("--format", "html"), "MF-CFG-88"), (("-o", f"{__file__}/table.md"), "MF-CFG-54")]
 )
-def test_unknown_formats_and_places_are_refused(folder: Path, more: tuple[str, ...], code: str) -> None:
+def test_unknown_formats_and_invalid_paths_are_refused(folder: Path, more: tuple[str, ...], code: str) -> None:
     done = call("compare", *runs(folder), *more)
     assert (done.returncode, code in done.stderr) == (3, True)
 
 
-def test_of_runs_on_different_data_the_largest_group_is_compared(folder: Path, tmp_path: Path) -> None:
+def test_if_runs_were_tested_on_different_data_the_largest_group_is_compared(folder: Path, tmp_path: Path) -> None:
     fewer = train(make_pairs(tmp_path / "fewer", counts=COUNTS | {"test": 39}), tmp_path / "runs" / "fewer")
     multi = train(make_pairs(tmp_path / "multi", multi=True, counts=COUNTS), tmp_path / "runs" / "multi")
     named = [fewer, folder / "full-0", multi, folder / "text-0"]
@@ -295,10 +295,10 @@ def test_of_runs_on_different_data_the_largest_group_is_compared(folder: Path, t
         f"left out: {multi} was tested on different samples from {first}",
     ]
     assert f"left out: {fewer} was tested on different samples" in call("compare", *named).stderr
-    assert list(compare(named).notices) == found["notices"], "the command line adds nothing of its own"
+    assert list(compare(named).notices) == found["notices"], "the command line gives the same result"
     twice = train(tmp_path / "fewer", tmp_path / "runs" / "twice", "--seed", "1")
     found = json.loads(call("compare", *named, twice, folder / "text-1", "--against", fewer, "--json").stdout)
-    assert [run for row in found["rows"] for run in row["runs"]] == [str(fewer), str(twice)], "the group of the baseline"
+    assert [run for row in found["rows"] for run in row["runs"]] == [str(fewer), str(twice)], "the baseline's group"
 
 
 def test_runs_on_different_data_cannot_be_compared(folder: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""torch.compile: a model is one graph, with the numbers of the model as it is, and is compiled once for all steps."""
+"""torch.compile: a model is one graph with the results of the uncompiled model, and is compiled once for all steps."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ PAIRS = {
 }
 UNGATED: dict[str, Any] = {"gate": "none"}
 JOINT: dict[str, Any] = {"router": {"kind": "joint"}, "comp_tuning": {"mode": "lora"}}
+TOKENS: dict[str, Any] = {"condition": "tokens"}
 RECOMPUTED: dict[str, Any] = {"train": {"checkpoint_activations": True}}
 
 
@@ -60,7 +61,7 @@ def built(pair: str, **options: Any) -> Fusion:
 
 
 def learn(model: Fusion, forward: Any, count: int = 4) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits of a batch, dropout and noise seeded, and the gradients of what learns."""
+    """Return the logits of a batch, with seeded dropout and noise, and the gradients of trainable parameters."""
     model.zero_grad()
     torch.manual_seed(0)
     logits = forward(model.collate(images(count), TEXTS[:count])).logits
@@ -78,12 +79,14 @@ def learn(model: Fusion, forward: Any, count: int = 4) -> tuple[Tensor, dict[str
             *((pair, UNGATED) for pair in ("vit and bert", "swin and bert")),
             *((pair, RECOMPUTED) for pair in ("vit and bert", "tiny")),
             ("tiny", JOINT),
+            ("tiny", TOKENS),
+            ("swin and bert", {**TOKENS, "condition_tokens": 0}),
         )
     ],
     ids=str,
 )
-def test_a_model_that_learns_is_one_graph_with_the_same_numbers(pair: str, options: dict[str, Any]) -> None:
-    """`fullgraph` refuses a break; the graph is that of the forward and the backward pass."""
+def test_a_model_in_training_compiles_to_one_graph_with_the_same_results(pair: str, options: dict[str, Any]) -> None:
+    """`fullgraph` rejects graph breaks, in the forward and the backward pass."""
     model, counter = built(pair, **options), CompileCounterWithBackend("aot_eager")
     logits, gradients = learn(model, model)
     compiled_logits, compiled_gradients = learn(model, torch.compile(model, backend=counter, fullgraph=True))
@@ -95,7 +98,7 @@ def test_a_model_that_learns_is_one_graph_with_the_same_numbers(pair: str, optio
 
 @pytest.mark.parametrize("pair", matrix(["tiny", "swin and bert"], ["tiny"]))
 @pytest.mark.matrix
-def test_steps_of_one_shape_are_compiled_once_and_smaller_batches_once_more(pair: str) -> None:
+def test_steps_are_compiled_once_for_each_batch_shape(pair: str) -> None:
     model, counter = built(pair), CompileCounterWithBackend("eager")
     forward, optimizer = torch.compile(model, backend=counter, fullgraph=True), torch.optim.AdamW(model.trainable_parameters())
     counts = []
@@ -110,8 +113,8 @@ def test_steps_of_one_shape_are_compiled_once_and_smaller_batches_once_more(pair
 
 @pytest.mark.matrix
 @pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
-def test_a_compiled_run_learns_what_a_run_learns(tmp_path: Path) -> None:
-    """Without noise and dropout, which compiled code draws from a generator of its own."""
+def test_a_compiled_run_learns_the_same_as_an_uncompiled_one(tmp_path: Path) -> None:
+    """Without noise and dropout, which compiled code draws from its own generator."""
     data = make_pairs(tmp_path / "data", counts={"train": 12, "val": 4, "test": 4})
     prompts = {"static": 2, "dynamic": 2, "experts": 4, "layers": "last:1", "dropout": 0}
     settings = {"prompts": prompts, "router__noise": False, "train__max_steps": 2, "train__checkpoint_activations": True}

@@ -1,4 +1,4 @@
-"""Configuration: what wins, what is refused and how it is said, and that it survives being written down."""
+"""Configuration: precedence, errors and their messages, and saving and loading."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def recipe(folder: Path, text: str | bytes) -> Path:
     return path
 
 
-# -- what wins
+# -- precedence
 
 
 def test_set_wins_over_flags_over_the_recipe_over_a_saved_run_over_defaults(tmp_path: Path) -> None:
@@ -47,7 +47,7 @@ def test_the_last_of_several_sets_wins_and_neighbours_stay() -> None:
     assert parse_set(["train.epochs=1", "train.lr=1e-2", "train.epochs=2"]) == {"train": {"epochs": 2, "lr": 0.01}}
 
 
-def test_compat_official_gives_defaults_that_anything_said_overrides() -> None:
+def test_compat_official_sets_defaults_that_explicit_settings_override() -> None:
     assert build_config(BASE | {"compat": "official"}).prompts.experts == OFFICIAL["prompts"]["experts"]
     assert build_config(BASE | {"compat": "official", "prompts": {"experts": 3}}).prompts.experts == 3
     assert build_config(BASE | {"compat": "official", "prompts": {"experts": 3}}).prompts.gate == "none"
@@ -59,7 +59,7 @@ def test_a_shipped_recipe_is_found_by_its_name() -> None:
         resolve(recipe="digit-question/demo")
 
 
-# -- what is refused
+# -- errors
 
 
 @pytest.mark.parametrize(
@@ -74,13 +74,13 @@ def test_a_shipped_recipe_is_found_by_its_name() -> None:
         ({"epoch": 1}, "epoch", "train.epochs?"),
     ],
 )
-def test_an_unknown_key_is_refused_with_the_nearest_one(values: dict[str, Any], name: str, nearest: str) -> None:
+def test_an_unknown_key_is_refused_with_a_suggestion(values: dict[str, Any], name: str, nearest: str) -> None:
     error = refused(**values)
     assert f"unknown setting {name} " in error.what
     assert f"did you mean {nearest}" in error.what
 
 
-def test_a_bad_value_is_named_by_the_flag_that_set_it_and_the_nearest_is_offered() -> None:
+def test_an_invalid_value_is_an_error_with_its_flag_and_a_suggestion() -> None:
     flags = {"main": "tiny:vision", "comp": "tiny:text", "prompts.gate": "zeros", "train.batch_size": 8}
     with pytest.raises(ConfigError) as caught:
         resolve(flags=flags)
@@ -94,7 +94,7 @@ def test_a_bad_value_is_named_by_the_flag_that_set_it_and_the_nearest_is_offered
 
 
 @pytest.mark.parametrize(
-    ("section", "key", "value", "said"),
+    ("section", "key", "value", "message"),
     [
         ("prompts", "experts", 0, "needs at least 1"),
         ("prompts", "experts", -3, "needs at least 1"),
@@ -120,10 +120,10 @@ def test_a_bad_value_is_named_by_the_flag_that_set_it_and_the_nearest_is_offered
         ("data", "cache_images", "perhaps", "needs true or false"),
     ],
 )
-def test_a_value_out_of_bounds_is_refused_by_its_path(section: str, key: str, value: Any, said: str) -> None:
+def test_a_value_out_of_bounds_is_an_error_with_its_path(section: str, key: str, value: Any, message: str) -> None:
     error = refused(**{section: {key: value}})
     assert f"{section}.{key}: got " in error.what
-    assert said in error.what
+    assert message in error.what
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63, 2**64, 1.5, True])
@@ -132,7 +132,7 @@ def test_a_seed_that_no_generator_takes_is_refused(seed: Any) -> None:
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "cpu ", "CPU"])
-def test_a_device_that_cannot_be_is_refused(device: str) -> None:
+def test_an_impossible_device_is_refused(device: str) -> None:
     assert "device" in refused(device=device).what
 
 
@@ -152,12 +152,12 @@ def test_all_problems_are_reported_at_once() -> None:
     assert all(name in error.what for name in ("seed", "prompts.experts", "train.epoch"))
 
 
-def test_a_missing_encoder_is_named_with_what_it_is() -> None:
+def test_a_missing_encoder_is_an_error_that_explains_it() -> None:
     with pytest.raises(ConfigError, match="main is missing"):
         build_config({"comp": "tiny:text"})
 
 
-def test_a_value_of_any_length_makes_a_short_message() -> None:
+def test_a_very_long_value_gives_a_short_message() -> None:
     assert len(str(refused(seed="9" * 4000))) < 400
 
 
@@ -177,14 +177,14 @@ def test_a_value_of_any_length_makes_a_short_message() -> None:
         ("prompts.experts=[1", "not a valid recipe", "correct"),
     ],
 )
-def test_a_set_that_cannot_be_read_names_the_path_and_what_to_write(text: str, named: str, fix: str) -> None:
+def test_a_malformed_set_is_an_error_with_its_path_and_the_syntax(text: str, named: str, fix: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_set([text])
     assert named in caught.value.what
     assert fix in caught.value.fix
 
 
-def test_a_set_of_the_wrong_type_names_path_type_and_value() -> None:
+def test_a_set_of_the_wrong_type_is_an_error_with_path_type_and_value() -> None:
     with pytest.raises(ConfigError, match=r"train\.lr: got 'fast'; needs a number"):
         resolve(flags=BASE, sets=["train.lr=fast"])
 
@@ -213,7 +213,7 @@ def test_a_set_of_the_wrong_type_names_path_type_and_value() -> None:
         ("a: " + "[" * 1000, "not a valid recipe", ""),
     ],
 )
-def test_yaml_that_is_not_plain_data_is_refused_with_its_place(
+def test_yaml_that_is_not_plain_data_is_refused_with_its_line(
     tmp_path: Path, text: str | bytes, problem: str, place: str
 ) -> None:
     path = recipe(tmp_path, text)
@@ -223,7 +223,7 @@ def test_yaml_that_is_not_plain_data_is_refused_with_its_place(
     assert f"{path}{place}" in caught.value.where
 
 
-def test_a_saved_configuration_that_cannot_be_read_is_damage_and_not_a_recipe(tmp_path: Path) -> None:
+def test_an_unreadable_saved_configuration_is_reported_as_a_damaged_run(tmp_path: Path) -> None:
     path = recipe(tmp_path, b"a: \xff")
     with pytest.raises(CheckpointError, match="is damaged: ") as caught:
         saved_config(path)
@@ -232,14 +232,14 @@ def test_a_saved_configuration_that_cannot_be_read_is_damage_and_not_a_recipe(tm
     assert saved_config(path) == resolve(flags=BASE)
 
 
-def test_a_python_tag_runs_nothing(tmp_path: Path) -> None:
+def test_a_yaml_tag_that_would_run_python_is_refused(tmp_path: Path) -> None:
     canary = tmp_path / "canary"
     with pytest.raises(ConfigError):
         read_yaml(f"a: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path ['{canary}']]", "x")
     assert not canary.exists()
 
 
-def test_a_billion_laughs_are_refused_at_the_first() -> None:
+def test_yaml_aliases_that_would_expand_exponentially_are_refused() -> None:
     bomb = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdefghij", "bcdefghijk", strict=True))
     with pytest.raises(ConfigError, match="aliases"):
         read_yaml(bomb, "x")
@@ -253,18 +253,18 @@ def test_a_billion_laughs_are_refused_at_the_first() -> None:
         ("2020-01-01", "2020-01-01"), ("1_000", "1_000"), ("=", "="), ("'1'", "1"), ("٣", "٣"),
     ],
 )  # fmt: skip
-def test_only_what_looks_like_a_number_to_everyone_is_one(text: str, value: Any) -> None:
+def test_ambiguous_yaml_scalars_are_not_numbers(text: str, value: Any) -> None:
     got = read_yaml(f"a: {text}", "x")["a"]
     assert got == value
     assert type(got) is type(value)
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "---\n", "\ufeffseed: 3\n", "seed: 3\r\n"])
-def test_an_empty_recipe_a_bom_and_crlf_are_fine(tmp_path: Path, text: str) -> None:
+def test_an_empty_recipe_a_bom_and_crlf_are_accepted(tmp_path: Path, text: str) -> None:
     assert read_recipe(recipe(tmp_path, text)) in ({}, {"seed": 3})
 
 
-def test_a_recipe_that_is_not_there_is_refused() -> None:
+def test_a_missing_recipe_is_refused() -> None:
     with pytest.raises(ConfigError, match="no recipe"):
         resolve(recipe="nowhere.yaml")
 
@@ -278,7 +278,7 @@ def test_a_recipe_that_is_not_there_is_refused() -> None:
 @example(b"main: tiny:vision\ncomp: tiny:text\n? \n: 2\n")
 @example(b"prompts: {layers: {a: 1}}")
 @example(b"compat: [official]")
-def test_any_bytes_are_a_configuration_or_a_mopefuse_error(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+def test_any_bytes_give_a_configuration_or_a_mopefuse_error(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     path = recipe(tmp_path_factory.getbasetemp(), content)
     assert re.fullmatch(r"|MF-CFG-\d+", code_of(lambda: resolve(recipe=str(path))))
 
@@ -292,11 +292,11 @@ _yaml_values = st.recursive(
 
 @settings(deadline=None, max_examples=50)
 @given(st.dictionaries(st.sampled_from(known_keys(())), _yaml_values, max_size=4))
-def test_any_values_are_a_configuration_or_a_mopefuse_error(values: dict[str, Any]) -> None:
+def test_any_values_give_a_configuration_or_a_mopefuse_error(values: dict[str, Any]) -> None:
     assert code_of(lambda: build_config(BASE | values)) in ("", "MF-CFG-01")
 
 
-# -- written down and read again
+# -- saving and loading
 
 _surprises = ["1e3", "no", "null", "~", "1:30", "0x1", " a", "a: b", "#", "'", "true", "1.", "\u2028"]
 _words = st.text(max_size=12) | st.sampled_from(_surprises)
@@ -324,7 +324,7 @@ _configs = st.fixed_dictionaries(
 @settings(deadline=None, max_examples=30)
 @given(_configs)
 @example(BASE | {"main": "\x85", "comp": "Jörg 🙂"})
-def test_a_configuration_survives_yaml(tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any]) -> None:
+def test_a_configuration_survives_a_yaml_round_trip(tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any]) -> None:
     config = build_config(values)
     path = tmp_path_factory.getbasetemp() / "written.yaml"
     path.write_text(to_yaml(config), encoding="utf-8")

@@ -1,4 +1,5 @@
-"""`mopefuse.testing`: what is built in keeps every contract, and each claim of a contract has a plugin that breaks it."""
+"""`mopefuse.testing`: everything built in satisfies its contract, and for each claim of a contract there is a plugin that
+breaks it."""
 
 from __future__ import annotations
 
@@ -27,11 +28,11 @@ INSTALLED = registry.available(registry.FUSION)
 METHODS = [name for name, (point, *_) in INSTALLED.items() if registry.distribution(point) == "mopefuse"]
 
 
-# -- what is built in
+# -- built-in implementations
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_built_in_method_keeps_the_contract(method: str) -> None:
+def test_every_built_in_method_satisfies_the_contract(method: str) -> None:
     sides = {"main": "tiny:text", "comp": "tiny:vision"} if "mmbt" in method else {}
     assert isinstance(check_fusion(method, **sides), Fusion)
 
@@ -48,12 +49,12 @@ def test_every_built_in_method_keeps_the_contract(method: str) -> None:
     ],
     ids=str,
 )
-def test_conditional_keeps_the_contract_as_it_can_be_configured(settings: dict[str, Any]) -> None:
+def test_conditional_satisfies_the_contract_in_every_configuration(settings: dict[str, Any]) -> None:
     settings = {**settings}
     check_fusion("conditional", comp=settings.pop("comp", "tiny:text"), settings=settings)
 
 
-def test_text_and_image_keep_the_contract(tmp_path: Path) -> None:
+def test_text_and_image_satisfy_the_contract(tmp_path: Path) -> None:
     check_modality("text", values=["A photo of two cats.", "no", "Straße"])
     random = np.random.default_rng(0)
     for name, size in (("a.png", (40, 30)), ("b.jpg", (20, 90))):
@@ -61,11 +62,11 @@ def test_text_and_image_keep_the_contract(tmp_path: Path) -> None:
     check_modality("image", values=["a.png", "b.jpg"], root=tmp_path)
 
 
-# -- methods that break it
+# -- methods that break the contract
 
 
 class Sum(Fusion):
-    """A method that keeps the contract; those below break one claim each."""
+    """A method that satisfies the contract; those below break one claim each."""
 
     takes_several_comps = True
 
@@ -150,7 +151,7 @@ class HoldsALock(Sum):
 
 
 class Lenient:
-    """Takes any sample; not a class within a method, so that it can be pickled."""
+    """Accepts any sample; defined at module level so that it can be pickled."""
 
     def check(self, lacking: Any, *, where: str) -> None:
         pass
@@ -200,7 +201,7 @@ BROKEN_METHODS: list[tuple[type[Fusion], str, str]] = [
 ]
 
 
-def test_the_toy_method_keeps_the_contract() -> None:
+def test_the_toy_method_satisfies_the_contract() -> None:
     assert isinstance(check_fusion(Sum), Sum)
 
 
@@ -213,7 +214,7 @@ def test_a_broken_method_fails_with_what_where_and_a_fix(method: type[Fusion], w
     assert what in message and fix in advice
 
 
-def test_a_method_that_is_not_a_subclass_or_cannot_be_built_fails() -> None:
+def test_a_method_that_is_not_a_subclass_or_cannot_be_built_fails_the_contract() -> None:
     with pytest.raises(AssertionError, match="is not a subclass of Fusion · fix: derive"):
         check_fusion(nn.Linear)  # type: ignore[arg-type]
 
@@ -228,11 +229,11 @@ def test_a_method_that_is_not_a_subclass_or_cannot_be_built_fails() -> None:
         check_fusion(NoArguments)
 
 
-# -- modalities that break it
+# -- modalities that break the contract
 
 
 class Numbers(Modality):
-    """A modality that keeps the contract: numbers in a cell."""
+    """A modality that satisfies the contract: numbers in a cell."""
 
     plural = "readings"
     value_description = "a list of numbers"
@@ -302,7 +303,7 @@ class HasALambda(Numbers):
 
 
 class Blocks(Files):
-    """A modality of files that keeps the contract: ``DATA`` and a number of bytes."""
+    """A modality of files that satisfies the contract: ``DATA`` and a number of bytes."""
 
     plural = "blocks"
     value_description = "bytes"
@@ -363,7 +364,7 @@ class RefusesWhole(Blocks):
 
 
 class Blob:
-    """No modality at all."""
+    """Not a modality."""
 
     is_file = False
 
@@ -388,7 +389,7 @@ BROKEN_MODALITIES: list[tuple[type[Modality], str, str]] = [
 
 @pytest.fixture
 def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[type[Modality]], Modality]:
-    """Check a modality as if a plugin had registered it by the name `toy`."""
+    """Check a modality as if a plugin had registered it under the name `toy`."""
     (tmp_path / "a.bin").write_bytes(b"DATA\x08abc")
     load, names = registry.load, modalities.modality_names()
 
@@ -402,7 +403,7 @@ def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[type[Mod
 
 
 @pytest.mark.parametrize("kind", [Numbers, Blocks])
-def test_the_toy_modalities_keep_the_contract(kind: type[Modality], check: Callable[[type[Modality]], Modality]) -> None:
+def test_the_toy_modalities_satisfy_the_contract(kind: type[Modality], check: Callable[[type[Modality]], Modality]) -> None:
     assert isinstance(check(kind), kind)
 
 

@@ -1,4 +1,4 @@
-"""A model as torch knows it: saved and loaded as a whole, copied, and converted to another type of numbers."""
+"""A model as an ordinary torch module: saved and loaded as a whole, copied, and converted to another floating-point type."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from mopefuse.fusion.base import Fusion
 
 pytest_plugins = ["families"]
 TYPES = (torch.bfloat16, torch.float16, torch.float64)
-METHODS = [name for name in EVERY_METHOD if name not in ("mmbt", "p-mmbt")]  # which want the text as main encoder
+METHODS = [name for name in EVERY_METHOD if name not in ("mmbt", "p-mmbt")]  # which need the text as main encoder
 LOAD = """
 import sys, torch
-torch.set_num_threads(1)  # as in the tests, for equality to the bit
+torch.set_num_threads(1)  # as in the tests, for bitwise equality
 model = torch.load(sys.argv[1], weights_only=False)
 batch, wanted = torch.load(sys.argv[2], weights_only=False)
 with torch.no_grad():
@@ -48,15 +48,15 @@ def method(name: str) -> Fusion:
 
 
 @torch.no_grad()
-def answer(model: Fusion) -> Tensor:
+def predict_logits(model: Fusion) -> Tensor:
     return model(model.collate(images(3), TEXTS[:3])).logits
 
 
 def assert_loads_elsewhere(models: dict[str, Fusion], folder: Path) -> None:
-    """In a new process, which imports nothing but torch, with the same logits to the bit."""
+    """Check that a new process, which imports only torch, gets the same logits, bit for bit."""
     batches: dict[str, Batch] = {name: model.collate(images(3), TEXTS[:3]) for name, model in models.items()}
     torch.save(models, folder / "models.pt")
-    torch.save((batches, {name: answer(model) for name, model in models.items()}), folder / "expected.pt")
+    torch.save((batches, {name: predict_logits(model) for name, model in models.items()}), folder / "expected.pt")
     files = [str(folder / "models.pt"), str(folder / "expected.pt")]
     done = subprocess.run([sys.executable, "-c", LOAD, *files], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -79,22 +79,22 @@ def test_what_was_loaded_prepares_and_learns_as_before(tmp_path: Path) -> None:
     model = method("conditional")
     torch.save(model, tmp_path / "model.pt")
     again = torch.load(tmp_path / "model.pt", weights_only=False)
-    assert torch.equal(answer(again), answer(model))
+    assert torch.equal(predict_logits(again), predict_logits(model))
     again(again.collate(images(3), TEXTS[:3])).logits.sum().backward()
     assert all(parameter.grad is not None for parameter in again.trainable_parameters())
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def check_types(model: Fusion) -> None:
-    """Finite in each type; close to float32's in bfloat16, and the closer the more digits there are."""
-    wanted = answer(model)
+    """Check that outputs are finite in each type, and closer to float32 the more digits a type has."""
+    wanted = predict_logits(model)
     scale = float(wanted.abs().max())
     for dtype in TYPES:
-        found = answer(copy.deepcopy(model).to(dtype))
+        found = predict_logits(copy.deepcopy(model).to(dtype))
         assert found.isfinite().all() and found.dtype in (dtype, torch.float32), dtype
         off = float((found.double() - wanted.double()).abs().max())
         assert off < {torch.bfloat16: 0.5, torch.float16: 0.1, torch.float64: 1e-3}[dtype] * max(1.0, scale), (dtype, off)
-    assert torch.equal(answer(model), wanted), "the model that was copied is as it was"
+    assert torch.equal(predict_logits(model), wanted), "the copied model is unchanged"
 
 
 @pytest.mark.parametrize("family", matrix(FAMILIES, QUICK))

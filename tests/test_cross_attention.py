@@ -1,8 +1,7 @@
-"""The method cross-attention: its definition, that it finds one of several tokens, and that it is an ordinary run."""
+"""The method cross-attention: its definition, that it finds one of several tokens, and that its runs are ordinary runs."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 from conftest import call
 from missing_cases import holes
+from run_cases import check_eval_report_and_export
 from test_fusion import PAIRS, TEXTS, build, images
 from test_mlp import SPECS, config, missing
 from test_swap import config_of, pair
@@ -24,7 +24,6 @@ from mopefuse.errors import ConfigError, EncoderError
 from mopefuse.fusion.base import Fusion
 from mopefuse.fusion.cross_attention import CrossAttention
 from mopefuse.fusion.mlp import MLP
-from mopefuse.runs.folder import RunFolder
 from mopefuse.training.train import train
 
 READER = {
@@ -35,7 +34,7 @@ HEAD = {"head.0.weight", "head.0.bias", "head.2.weight", "head.2.bias"}
 
 
 class Given(Encoder):
-    """Its input is its output: tokens, whose mean is the pooled feature."""
+    """An encoder whose input is its output: tokens, whose mean is the pooled feature."""
 
     def __init__(self, modality: str, width: int) -> None:
         super().__init__(Spec("given", modality))
@@ -65,7 +64,7 @@ def given_batch(tokens_BLD: Tensor, psi_BC: Tensor, mask_BL: Tensor | None = Non
 
 @pytest.fixture(scope="module")
 def run(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Not to be changed."""
+    """A run that tests must not change."""
     out = tmp_path_factory.mktemp("cross") / "run"
     train(config(pairs, "cross-attention", train={"epochs": 2, "batch_size": 4}), out)
     return out
@@ -75,7 +74,7 @@ def run(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @torch.no_grad()
-def test_logits_are_those_of_the_definition() -> None:
+def test_logits_match_the_definition() -> None:
     settings = {"queries": 3, "width": 8, "heads": 2}
     model = given_model(CrossAttention, 6, 5, 4, head_hidden=7, cross_attention=settings).eval()
     for parameter in model.trainable_parameters():
@@ -105,7 +104,7 @@ def test_logits_are_those_of_the_definition() -> None:
 
 
 @pytest.mark.parametrize(("main", "comp"), PAIRS)
-def test_a_head_that_ignores_what_is_read_is_that_of_mlp(main: str, comp: str) -> None:
+def test_a_head_that_ignores_the_attention_output_equals_mlp(main: str, comp: str) -> None:
     model, mlp = build(main, comp, method="cross-attention"), build(main, comp, method="mlp")
     width = sum(model.encoder(side).feature_width for side in model.uses)
     batch = model.collate(images(4), TEXTS[:4])
@@ -118,12 +117,12 @@ def test_a_head_that_ignores_what_is_read_is_that_of_mlp(main: str, comp: str) -
         assert not torch.allclose(model(batch).logits, mlp(batch).logits)
 
 
-def test_exactly_the_attention_and_the_head_are_trained_and_saved() -> None:
+def test_only_the_attention_and_the_head_are_trained_and_saved() -> None:
     model = build(method="cross-attention")
     statistics = {f"standard.{side}.{name}" for side in ("main", "comp") for name in ("mean_C", "deviation_C")}
     assert set(model.named_trainable_parameters()) == READER | HEAD
     assert set(model.trainable_state_dict()) == READER | HEAD | statistics
-    assert model.frozen == ("comp",), "tokens are needed, and only pooled features are cached"
+    assert model.frozen == ("comp",), "tokens are needed, but only pooled features are cached"
     assert set(model.breakdown()) == {"cross-attention", "head"}
 
 
@@ -139,7 +138,7 @@ def test_the_main_encoder_runs_without_gradients(monkeypatch: pytest.MonkeyPatch
     assert all(parameter.grad is not None for parameter in model.trainable_parameters())
 
 
-def test_dropout_is_for_training_only() -> None:
+def test_dropout_is_applied_in_training_only() -> None:
     model, without = (build(method="cross-attention", cross_attention={"dropout": p}) for p in (0.3, 0.0))
     without.load_trainable_state_dict(model.trainable_state_dict())
     batch = model.collate(images(3), TEXTS[:3])
@@ -149,7 +148,7 @@ def test_dropout_is_for_training_only() -> None:
     assert not torch.allclose(model.train()(batch).logits, model(batch).logits)
 
 
-def test_settings_and_encoders_that_do_not_fit_are_refused() -> None:
+def test_incompatible_settings_and_encoders_are_refused() -> None:
     with pytest.raises(ConfigError, match="width is 10, which is not a multiple of heads, 4"):
         build_config({**SPECS, "cross_attention": {"width": 10}})
     main = Given("image", 4)
@@ -159,14 +158,14 @@ def test_settings_and_encoders_that_do_not_fit_are_refused() -> None:
         CrossAttention(values, {"main": main, "comp": Given("text", 4)}, 2)
 
 
-# -- what it learns
+# -- training
 
 
 NAMES = 8
 
 
 def draw(count: int, generator: torch.Generator) -> tuple[Batch, Tensor]:
-    """Tokens in random order, each with a name and a bit; psi has a name, and the label is the bit of that token."""
+    """Draw tokens in random order, each with a name and a bit; psi contains a name, and the label is the bit of that token."""
     bits_BL = torch.randint(2, (count, NAMES), generator=generator)
     named_B = torch.randint(NAMES, (count,), generator=generator)
     tokens_BLD = torch.cat([torch.eye(NAMES).expand(count, NAMES, NAMES), 2.0 * bits_BL[..., None] - 1], dim=2)
@@ -176,7 +175,7 @@ def draw(count: int, generator: torch.Generator) -> tuple[Batch, Tensor]:
 
 
 def learned_accuracy(method: type[Fusion]) -> float:
-    one = {"queries": 1, "heads": 1}  # several could read a token each, whatever psi is
+    one = {"queries": 1, "heads": 1}  # with several queries, each could read one token regardless of psi
     model = given_model(method, NAMES + 1, NAMES, 2, cross_attention=one).train()
     generator = torch.Generator().manual_seed(1)
     optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=3e-3)
@@ -189,15 +188,15 @@ def learned_accuracy(method: type[Fusion]) -> float:
     return float((model.eval()(batch).logits.argmax(dim=1) == label_B).float().mean())
 
 
-def test_it_finds_the_token_that_psi_names_where_an_mlp_on_pooled_features_cannot() -> None:
+def test_it_learns_to_find_the_token_that_psi_names_and_an_mlp_on_pooled_features_does_not() -> None:
     assert learned_accuracy(CrossAttention) > 0.95
-    assert learned_accuracy(MLP) < 0.75, "the mean of the tokens tells how many bits are set, not which"
+    assert learned_accuracy(MLP) < 0.75, "the mean of the tokens contains how many bits are set, not which"
 
 
 # -- samples that lack a modality
 
 
-def test_a_row_without_main_reads_nothing_and_does_not_depend_on_its_blank_input() -> None:
+def test_a_row_without_main_does_not_depend_on_its_blank_input() -> None:
     model = build(method="cross-attention", either=True, data={"on_missing": "absent"})
     with torch.no_grad():
         model.absent["main"].normal_()
@@ -222,12 +221,8 @@ def test_it_trains_on_rows_that_lack_a_modality(pairs: Path, tmp_path: Path, col
 
 
 @pytest.mark.process
-def test_it_is_evaluated_exported_and_reported_as_any_run(pairs: Path, run: Path, tmp_path: Path) -> None:
-    wanted = RunFolder(run).result()["metrics"]["test"]
-    assert json.loads(call("eval", run, "--json").stdout)["metrics"] == pytest.approx(wanted)
-    for command in (("report", run), ("export", run, "--format", "pt2", "-o", tmp_path / "pt2")):  # a report has an audit
-        done = call(*command)
-        assert done.returncode == 0, (command, done.stderr)
+def test_a_run_can_be_evaluated_exported_and_reported(run: Path, tmp_path: Path) -> None:
+    check_eval_report_and_export(run, tmp_path)
 
 
 @pytest.mark.matrix
@@ -244,30 +239,30 @@ def test_the_exported_graph_masks_padding(pairs: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_several_labels_a_row(multi_pairs: Path, tmp_path: Path) -> None:
+def test_a_multi_label_run_trains_and_predicts(multi_pairs: Path, tmp_path: Path) -> None:
     result = train(config(multi_pairs, "cross-attention", train={"max_steps": 2}), tmp_path / "run")
     assert set(result["thresholds"]) == {"a", "b", "c"}
 
 
-def test_a_new_complementary_encoder_needs_new_queries_and_columns_only() -> None:
+def test_swapping_the_complementary_encoder_resets_only_the_tensors_that_read_it() -> None:
     this = {"method": "cross-attention"}
     old, state, fates = pair(this, {**this, "comp": "tiny:text?pool=cls"})
     fresh = {name for name, fate in fates.items() if fate == "new"}
     assert fresh == {"reader.query.comp.weight", "standard.comp.mean_C", "standard.comp.deviation_C"}
     main, comp = (old[f"standard.{side}.mean_C"].numel() for side in ("main", "comp"))
     columns = [column for column in range(state["head.0.weight"].shape[1]) if not main <= column < main + comp]
-    assert torch.equal(state["head.0.weight"][:, columns], old["head.0.weight"][:, columns]), "with those of what is read"
+    assert torch.equal(state["head.0.weight"][:, columns], old["head.0.weight"][:, columns]), "also for what is read"
     assert not torch.equal(state["head.0.weight"], old["head.0.weight"])
 
 
-def test_other_labels_and_the_same_encoders_keep_everything_else() -> None:
+def test_with_new_labels_and_the_same_encoders_only_the_output_layer_is_new() -> None:
     this = {"method": "cross-attention"}
     old, state, fates = pair(this, this, (["a", "b"], ["b", "c"]))
     assert {name for name, fate in fates.items() if fate != "kept"} == {"head.2.weight", "head.2.bias"}
     assert torch.equal(state["head.0.weight"], old["head.0.weight"])
 
 
-def test_each_of_several_complementary_encoders_asks() -> None:
+def test_each_of_several_complementary_encoders_affects_the_queries() -> None:
     from mopefuse.fusion.build import build_model
 
     model = build_model(config_of(method="cross-attention", comp=["tiny:text", "tiny:text?pool=cls"]), 2)

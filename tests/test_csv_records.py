@@ -1,4 +1,4 @@
-"""A quote that is not closed costs its own row only, and cells of several lines are still cells."""
+"""An unclosed quote invalidates only its own row, and cells may still have several lines."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def rows(count: int) -> list[str]:
 
 
 def read(lines: list[str], tmp_path: Path) -> tuple[list[str], dict[int, str]]:
-    """(ids, problems by line) of a table."""
+    """Read a table; return the ids, and the problems by line."""
     (tmp_path / "t.csv").write_text("\n".join([HEADER, *lines]) + "\n", encoding="utf-8")
     config = Data()
     index = read_rows(find_tables(tmp_path / "t.csv", config)[""], "train", ("text", "image"), config)
@@ -41,7 +41,7 @@ def without(ids: list[str], *gone: int) -> list[str]:
 ALL = [str(number) for number in range(1, 501)]
 
 
-def test_a_quote_that_is_never_closed_costs_one_row_of_500(tmp_path: Path) -> None:
+def test_an_unclosed_quote_invalidates_one_row_of_500(tmp_path: Path) -> None:
     lines = rows(500)
     lines[299] = '300,"text 300,a.png,a'
     ids, problems = read(lines, tmp_path)
@@ -49,7 +49,7 @@ def test_a_quote_that_is_never_closed_costs_one_row_of_500(tmp_path: Path) -> No
     assert problems == {301: "has an unclosed quote, which would swallow the 200 lines after it, up to line 501"}
 
 
-def test_a_quote_that_the_next_quoted_cell_closes_costs_one_row(tmp_path: Path) -> None:
+def test_an_unclosed_quote_before_a_quoted_cell_invalidates_one_row(tmp_path: Path) -> None:
     lines = rows(500)
     lines[299] = '300,"text 300,a.png,a'
     lines[309] = '310,"text, 310",a.png,a'
@@ -59,7 +59,7 @@ def test_a_quote_that_the_next_quoted_cell_closes_costs_one_row(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("closing", ['310,text 310",a.png,a', '310,text 310",a.png'], ids=["fields fit", "fields do not"])
-def test_a_quote_that_a_stray_one_closes_costs_no_row_between(tmp_path: Path, closing: str) -> None:
+def test_a_stray_quote_further_down_does_not_invalidate_the_rows_between(tmp_path: Path, closing: str) -> None:
     lines = rows(500)
     lines[299], lines[309] = '300,"text 300,a.png,a', closing
     ids, problems = read(lines, tmp_path)
@@ -67,7 +67,7 @@ def test_a_quote_that_a_stray_one_closes_costs_no_row_between(tmp_path: Path, cl
     assert 301 in problems
 
 
-def test_several_quotes_that_are_not_closed_cost_a_row_each(tmp_path: Path) -> None:
+def test_several_unclosed_quotes_invalidate_one_row_each(tmp_path: Path) -> None:
     lines = rows(500)
     for number in (10, 11, 200, 500):
         lines[number - 1] = f'{number},"text,a.png,a'
@@ -76,7 +76,7 @@ def test_several_quotes_that_are_not_closed_cost_a_row_each(tmp_path: Path) -> N
     assert sorted(problems) == [11, 12, 201, 501]
 
 
-def test_titles_as_they_are_scraped_lose_the_one_that_is_cut_short() -> None:
+def test_of_scraped_titles_only_the_truncated_one_is_invalid() -> None:
     titles = ['a.jpg,Plain title,pie', 'b.jpg,"[[""Somebody\'s pie""]]",pie', 'c.jpg,"Pan of 8"" and more, by hand",pie']
     lines = ["img,text,label", *titles * 5, 'cut.jpg,"[[""A burrito that,burrito', *titles * 5]
     records = Records("\r\n".join(lines), ",")
@@ -87,7 +87,7 @@ def test_titles_as_they_are_scraped_lose_the_one_that_is_cut_short() -> None:
     assert (len(good), [record.line for record in bad]) == (31, [17])
 
 
-def test_cells_of_several_lines_are_kept(tmp_path: Path) -> None:
+def test_cells_with_line_breaks_are_read(tmp_path: Path) -> None:
     poem = 'roses are red,\nviolets, "blue", and so on\n\n1,2\n'
     text = io.StringIO()
     csv.writer(text).writerows([["1", poem, "a.png", "a"], ["2", "t", "a.png", "b"]])
@@ -95,7 +95,7 @@ def test_cells_of_several_lines_are_kept(tmp_path: Path) -> None:
     assert (ids, problems) == (["1", "2"], {})
 
 
-def test_sentences_with_as_many_commas_as_a_row_are_no_rows() -> None:
+def test_sentences_with_as_many_commas_as_a_row_are_not_rows() -> None:
     review = "Nice, all in all.\nWarm, quiet, and near the beach\nThe food, though, was cold\nso, next time"
     text = io.StringIO()
     csv.writer(text).writerows([["img", "text", "label"], ["a.jpg", review, "good"], ["b.jpg", "Fine", "good"]])
@@ -108,13 +108,13 @@ def test_sentences_with_as_many_commas_as_a_row_are_no_rows() -> None:
     assert found[1].cells == ["a.jpg", review, "good"]
 
 
-def test_a_bad_row_of_several_lines_is_one(tmp_path: Path) -> None:
+def test_a_bad_row_of_several_lines_counts_once(tmp_path: Path) -> None:
     ids, problems = read(['1,"two\nlines",a.png', *rows(3)[1:]], tmp_path)
     assert ids == ["2", "3"]
     assert problems == {2: "has 3 fields, the header has 4"}
 
 
-def test_what_is_skipped_is_counted_as_it_is(tmp_path: Path) -> None:
+def test_skipped_rows_are_counted_correctly(tmp_path: Path) -> None:
     for number in range(10):
         Image.new("RGB", (16, 16), (number, 0, 0)).save(tmp_path / f"{number}.png")
     lines = [row.replace("a.png", f"{number % 10}.png") for number, row in enumerate(rows(500))]
@@ -140,7 +140,7 @@ CELL = st.text(st.sampled_from('ab,"\n\r ;'), max_size=6)
 
 
 @given(st.lists(st.tuples(st.text("ab", min_size=1, max_size=3), CELL), max_size=8))
-def test_two_columns_that_a_writer_wrote_come_back(table: list[tuple[str, str]]) -> None:
+def test_two_columns_written_by_a_csv_writer_are_read_back(table: list[tuple[str, str]]) -> None:
     text = io.StringIO()
     csv.writer(text).writerows([("x", "y"), *table])
     records = Records(text.getvalue(), ",")
@@ -153,7 +153,7 @@ def test_two_columns_that_a_writer_wrote_come_back(table: list[tuple[str, str]])
 
 
 @pytest.mark.parametrize("line", ['ab","d', 'x,"', '"', 'a,"b""'])
-def test_many_odd_quotes_take_no_quadratic_time(line: str) -> None:
+def test_many_stray_quotes_do_not_take_quadratic_time(line: str) -> None:
     text = "x,y\n" + f"{line}\n" * 30_000 + "a,b\n"
     began = time.process_time()
     records = Records(text, ",")

@@ -1,4 +1,4 @@
-"""On a GPU: training in bf16, resume, predictions close to those of the CPU, memory, kernels of attention, torch.compile."""
+"""On a GPU: training in bf16, resume, predictions close to the CPU's, memory, attention kernels, torch.compile."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def losses(run: Path) -> list[float]:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_resumed_run_goes_on_as_one_that_was_not_interrupted(data: Path, tmp_path: Path, precision: str) -> None:
+def test_a_resumed_run_continues_like_an_uninterrupted_one(data: Path, tmp_path: Path, precision: str) -> None:
     same = {"device": GPU.type, "train__schedule": "constant", "train__precision": precision}
     train(config(data, train__max_steps=8, **same), tmp_path / "whole")
     train(config(data, train__max_steps=4, **same), tmp_path / "parts")
@@ -67,8 +67,8 @@ def test_a_resumed_run_goes_on_as_one_that_was_not_interrupted(data: Path, tmp_p
     assert {float(tensor) for name, tensor in parts.items() if name.endswith("/step")} == {8.0}
 
 
-def test_the_state_of_the_fused_optimiser_survives_a_checkpoint(tmp_path: Path) -> None:
-    """The step too must be where the parameters are: the fused kernel refuses it elsewhere."""
+def test_the_fused_optimiser_state_survives_a_checkpoint(tmp_path: Path) -> None:
+    """The step must be on the parameters' device too, or the fused kernel rejects it."""
     model, other = (on_gpu("tiny:vision", "tiny:text") for _ in range(2))
     settings = config(tmp_path, train__lr_comp=1e-2, train__lr_head=1e-2).train
     optimizer, restored = make_optimizer(model, settings), make_optimizer(other, settings)
@@ -112,7 +112,7 @@ def test_bf16_is_close_to_fp32(pair: tuple[str, str], gate: str) -> None:
 
 
 def peak(model: Fusion, *, recompute: bool) -> int:
-    """Bytes that one training step takes beside what was there."""
+    """Bytes that one training step adds to the memory in use."""
     for side in model.uses:
         model.encoder(side).recompute = recompute
     batch = model.collate(images(4) * 4, TEXTS[:4] * 4).to(GPU)
@@ -126,7 +126,7 @@ def peak(model: Fusion, *, recompute: bool) -> int:
     return devices.peak_memory(GPU) - before
 
 
-def test_frozen_convolutions_are_laid_out_for_the_gpu() -> None:
+def test_frozen_convolutions_use_channels_last_on_the_gpu() -> None:
     model = mopefuse.build_fusion("tiny:text", "timm:resnet18?pretrained=false", 7)
     devices.move_to_device(model, GPU)
     convolution = next(module for module in model.modules() if isinstance(module, torch.nn.Conv2d))
@@ -136,13 +136,13 @@ def test_frozen_convolutions_are_laid_out_for_the_gpu() -> None:
 
 def test_activation_checkpointing_takes_less_memory() -> None:
     model = on_gpu("timm:vit_tiny_patch16_224?pretrained=false", SMALL_BERT)
-    peak(model, recompute=False)  # what libraries allocate once
+    peak(model, recompute=False)  # memory that libraries allocate once
     assert 0 < peak(model, recompute=True) < peak(model, recompute=False) / 2
 
 
 @pytest.mark.parametrize("gate", ["zero", "none"])
 def test_activation_checkpointing_gives_the_same_gradients(gate: str) -> None:
-    """With the dropout of LoRA, which a GPU draws from its own generator."""
+    """With LoRA's dropout, which a GPU draws from its own generator."""
     tuning = {"comp_tuning": {"mode": "lora"}, "lora": {"dropout": 0.5}}
     model = on_gpu(SMALL_VIT, SMALL_BERT, gate=gate, **tuning)
     found = []
@@ -158,8 +158,8 @@ def test_activation_checkpointing_gives_the_same_gradients(gate: str) -> None:
 
 @pytest.mark.parametrize("gate", ["zero", "none"])
 @pytest.mark.parametrize("pair", [(SMALL_VIT, SMALL_BERT), (SMALL_BERT, SMALL_VIT)], ids=["vit", "bert"])
-def test_prompted_attention_runs_in_fused_kernels(pair: tuple[str, str], gate: str) -> None:
-    """Forward and backward; without the plain kernel, what a fused one refuses is an error. Texts are padded."""
+def test_prompted_attention_uses_fused_kernels(pair: tuple[str, str], gate: str) -> None:
+    """Forward and backward, with padded texts; the plain kernel is disabled, so anything a fused kernel rejects is an error."""
     model = on_gpu(*pair, gate=gate, comp_tuning={"mode": "prompts"})
     batch = model.collate(images(4), TEXTS[:4]).to(GPU)
     with sdpa_kernel(FUSED_KERNELS):
@@ -171,8 +171,8 @@ def test_prompted_attention_runs_in_fused_kernels(pair: tuple[str, str], gate: s
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="torch.compile needs triton on a GPU")
-def test_a_compiled_step_is_that_of_the_model() -> None:
-    """Without noise and dropout, which compiled code draws from a generator of its own."""
+def test_a_compiled_step_equals_an_uncompiled_one() -> None:
+    """Without noise and dropout, which compiled code draws from its own generator."""
     model = on_gpu("tiny:vision", "tiny:text", dropout=0.0, router={"noise": False})
     batch = replace(model.collate(images(4), TEXTS[:4]).to(GPU), targets=torch.arange(4, device=GPU))
     found = []

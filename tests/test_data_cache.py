@@ -1,4 +1,4 @@
-"""What is computed once and kept changes no result, and is never used for anything else; features: see test_feature_store."""
+"""Cached values do not change any result and are never reused for anything else; for features see test_feature_store."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Images of many sizes, some shown by several rows, and texts of many lengths, some of them twice."""
+    """Images of many sizes, some used by several rows, and texts of many lengths, some of them repeated."""
     rng = np.random.default_rng(3)
     root = make_pairs(tmp_path / "photos")
     for number, path in enumerate(sorted((root / "images").glob("*.png"))):
@@ -78,8 +78,8 @@ def assert_same(one: Path, other: Path) -> None:
 
 @pytest.mark.parametrize("main", matrix(["tiny:vision", "tiny:text"], ["tiny:vision"]))
 @pytest.mark.parametrize("augment", matrix(["none", "randaugment", "crop"], ["none", "crop"]))
-def test_cached_features_and_images_give_the_same_run(photos: Path, tmp_path: Path, main: str, augment: str) -> None:
-    """To the last bit, between what is computed and kept and what is read; features that are not kept, to rounding."""
+def test_cached_features_and_images_give_the_same_results(photos: Path, tmp_path: Path, main: str, augment: str) -> None:
+    """Computing and reading cached values agree bit for bit; runs without cached features agree up to rounding."""
     comp = "tiny:text" if main == "tiny:vision" else "tiny:vision"
     plain: dict[str, Any] = {"cache_features": False, "augment": augment}
     kept = {"cache_features": True, "augment": augment}
@@ -102,22 +102,22 @@ def test_cached_features_and_images_give_the_same_run(photos: Path, tmp_path: Pa
         assert result(tmp_path / "unaugmented")[1] != result(tmp_path / "plain")[1]
 
 
-def test_the_second_run_encodes_and_decodes_nothing(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_run_encodes_and_decodes_nothing(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Notices(Listener):
         def __init__(self) -> None:
-            self.said: list[str] = []
+            self.texts: list[str] = []
 
         def on_notice(self, text: str) -> None:
-            self.said.append(text)
+            self.texts.append(text)
 
-    told = Notices()
-    train(settings(photos, cache_images=True), tmp_path / "first", listener=told)
-    assert "train: 3 different texts encoded once by tiny:text, kept in" in " ".join(told.said)
+    notices = Notices()
+    train(settings(photos, cache_images=True), tmp_path / "first", listener=notices)
+    assert "train: 3 different texts encoded once by tiny:text, kept in" in " ".join(notices.texts)
     monkeypatch.setattr("mopefuse.data.features.encode_pooled", lambda *_: pytest.fail("a text was encoded"))
     monkeypatch.setattr("mopefuse.modalities.image._decoded", lambda *_, **__: pytest.fail("an image was decoded or looked at"))
-    told = Notices()
-    train(settings(photos, cache_images=True), tmp_path / "second", listener=told)
-    assert "train: 3 different texts encoded once by tiny:text, read from" in " ".join(told.said)
+    notices = Notices()
+    train(settings(photos, cache_images=True), tmp_path / "second", listener=notices)
+    assert "train: 3 different texts encoded once by tiny:text, read from" in " ".join(notices.texts)
 
 
 def features(root: Path, encoder: str = "tiny:text", split: str = "train", **changed: Any) -> Any:
@@ -126,7 +126,7 @@ def features(root: Path, encoder: str = "tiny:text", split: str = "train", **cha
 
 
 @pytest.mark.parametrize("encoder", ["tiny:text", "tiny:vision"])
-def test_a_feature_is_that_of_its_row(photos: Path, encoder: str) -> None:
+def test_a_cached_feature_belongs_to_its_row(photos: Path, encoder: str) -> None:
     table, again = features(photos, encoder), features(photos, encoder)
     data, model = load_data(Data(path=str(photos))), create_encoder(encoder)
     samples = Samples(data, "train", {"only": (model.modality, model.preprocess)}, Data())
@@ -138,24 +138,24 @@ def test_a_feature_is_that_of_its_row(photos: Path, encoder: str) -> None:
     assert "read from" in again.origin
 
 
-def test_features_are_not_those_of_another_encoder_or_of_other_samples(photos: Path, tmp_path: Path) -> None:
+def test_cached_features_are_not_reused_for_another_encoder_or_other_samples(photos: Path, tmp_path: Path) -> None:
     assert "kept in" in features(photos).origin
     assert "kept in" in features(photos, "tiny:vision").origin
     assert "kept in" in features(photos, "tiny:vision", split="val").origin
     assert "read from" in features(photos, split="val").origin, "the same texts, in another split"
     same = shutil.copytree(photos, tmp_path / "elsewhere")
-    assert "read from" in features(same).origin, "they depend on what the samples are, not on where"
+    assert "read from" in features(same).origin, "they depend on the content of the samples, not on their location"
     rows = [json.loads(line) for line in (same / "train.jsonl").read_text().splitlines()]
     rows[0]["text"] += "!"
     write_rows(same / "train.jsonl", rows)
-    assert features(same).origin.startswith("1 of them computed and kept in"), "the text that changed"
+    assert features(same).origin.startswith("1 of them computed and kept in"), "the changed text"
     assert "read from" in features(same, "tiny:vision").origin
     Image.new("RGB", (30, 30)).save(same / rows[0]["img"])
     assert features(same, "tiny:vision").origin.startswith("1 of them computed and kept in")
 
 
 @pytest.mark.parametrize("layer", range(3))
-def test_any_one_weight_of_an_encoder_makes_other_features(photos: Path, layer: int) -> None:
+def test_changing_any_weight_of_an_encoder_recomputes_its_features(photos: Path, layer: int) -> None:
     one, other = create_encoder("tiny:text"), create_encoder("tiny:text")
     with torch.no_grad():
         weight = list(other.parameters())[layer]
@@ -163,7 +163,7 @@ def test_any_one_weight_of_an_encoder_makes_other_features(photos: Path, layer: 
     assert one.fingerprint() != other.fingerprint()
 
 
-def test_a_tokenizer_that_splits_differently_makes_other_features(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tokenizer_that_splits_differently_recomputes_features(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     features(photos)
     encoder = create_encoder("tiny:text")
     tokenize = encoder.preprocess.tokenize  # type: ignore[attr-defined]
@@ -172,7 +172,7 @@ def test_a_tokenizer_that_splits_differently_makes_other_features(photos: Path, 
     assert "kept in" in split_features(encoder, data, "train", settings(photos), CPU).origin
 
 
-def test_what_is_damaged_in_the_cache_is_computed_again(photos: Path, empty: Path) -> None:
+def test_damaged_cache_entries_are_computed_again(photos: Path, empty: Path) -> None:
     expected = features(photos)[torch.arange(12)].clone()
     (file,) = empty.glob("features/*/*/values.bin")
     content = bytearray(file.read_bytes())
@@ -183,7 +183,7 @@ def test_what_is_damaged_in_the_cache_is_computed_again(photos: Path, empty: Pat
     assert torch.equal(table[torch.arange(12)], expected)
 
 
-def test_without_a_place_for_a_cache_all_works_and_nothing_is_kept(
+def test_without_a_cache_folder_everything_works_and_nothing_is_stored(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(settings(photos), tmp_path / "with")
@@ -200,7 +200,7 @@ def test_without_a_place_for_a_cache_all_works_and_nothing_is_kept(
     assert cache.root() is None
 
 
-def test_processes_share_what_is_kept(photos: Path, tmp_path: Path) -> None:
+def test_processes_share_the_cache(photos: Path, tmp_path: Path) -> None:
     train(settings(photos, cache_images=True), tmp_path / "one")
     shutil.rmtree(tmp_path / "cache")
     done = ranks(2, "train", *TINY, "--data", str(photos), "--out", str(tmp_path / "two"), "--steps", "2", "--cache-images")
@@ -208,10 +208,10 @@ def test_processes_share_what_is_kept(photos: Path, tmp_path: Path) -> None:
     assert {kind for kind, *_ in cache.entries()} == {"index", "features", "images"}
 
 
-# -- images in one file
+# -- the image cache
 
 
-def test_a_kept_image_is_the_decoded_one(photos: Path) -> None:
+def test_a_cached_image_equals_the_decoded_one(photos: Path) -> None:
     data, encoder = load_data(Data(path=str(photos))), create_encoder("tiny:vision")
     kept = pictures(data, data.splits["train"], "image", encoder.preprocess, Data())
     for number, row in enumerate(data.splits["train"].rows):
@@ -219,7 +219,7 @@ def test_a_kept_image_is_the_decoded_one(photos: Path) -> None:
             assert np.array_equal(kept[number], encoder.preprocess.reduce(image.convert("RGB")))
 
 
-def test_an_image_that_many_rows_show_is_kept_once(photos: Path, empty: Path) -> None:
+def test_an_image_used_by_many_rows_is_cached_once(photos: Path, empty: Path) -> None:
     data, encoder = load_data(Data(path=str(photos))), create_encoder("tiny:vision")
     kept = pictures(data, data.splits["train"], "image", encoder.preprocess, Data())
     different = {row.values["image"]: kept[number].size for number, row in enumerate(data.splits["train"].rows)}
@@ -231,22 +231,22 @@ def test_an_image_that_many_rows_show_is_kept_once(photos: Path, empty: Path) ->
 # -- the index
 
 
-def test_images_that_did_not_change_are_not_read_again(photos: Path) -> None:
+def test_unchanged_images_are_not_read_again(photos: Path) -> None:
     names = [f"images/train-{i}.png" for i in range(4)]
     kind, how = modality.get_modality("image"), Data()
     assert isinstance(kind, Files)
     looks = inspect_files(kind, [photos], names, how)
     reading: list[tuple[int, int]] = []
-    again = inspect_files(kind, [photos], names, how, known=looks, advance=lambda *told: reading.append(told))
+    again = inspect_files(kind, [photos], names, how, known=looks, advance=lambda *progress: reading.append(progress))
     assert (again, reading) == (looks, [])
     (photos / names[2]).write_bytes(b"")
-    changed = inspect_files(kind, [photos], names, how, known=looks, advance=lambda *told: reading.append(told))
+    changed = inspect_files(kind, [photos], names, how, known=looks, advance=lambda *progress: reading.append(progress))
     assert reading == [(1, 1)]
     assert [name for name in names if changed[name] != looks[name]] == [names[2]]
     assert changed[names[2]].code == "MF-DATA-13"
 
 
-def test_an_image_that_breaks_after_the_index_was_built_is_found(photos: Path) -> None:
+def test_an_image_damaged_after_the_index_was_built_is_detected(photos: Path) -> None:
     load_data(Data(path=str(photos)))
     path = photos / "images" / "val-1.png"
     path.write_bytes(path.read_bytes()[:60])
@@ -265,7 +265,7 @@ def test_an_index_from_the_cache_equals_a_fresh_one(photos: Path, empty: Path) -
     assert read() == fresh
 
 
-def test_the_cache_says_what_it_holds_and_is_emptied(photos: Path, tmp_path: Path) -> None:
+def test_the_cache_lists_its_contents_and_can_be_cleared(photos: Path, tmp_path: Path) -> None:
     train(settings(photos), tmp_path / "run")
     shown = call("data", "cache", "--json")
     assert shown.returncode == 0, shown.stderr

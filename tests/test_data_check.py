@@ -1,4 +1,4 @@
-"""`data check`: everything that is wrong is found at once, by kind, line and id; nothing is hidden and nothing changed."""
+"""`data check` finds all problems at once, by kind, line and id; it hides nothing and changes nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from check_cases import BROKEN, ESCAPE, HOSTILE, MAX_PIXELS, folder, kinds, line, make_broken, report, said, save, write
+from check_cases import BROKEN, ESCAPE, HOSTILE, MAX_PIXELS, folder, kinds, line, make_broken, report, save, stdout_json, write
 from conftest import TINY, call, make_pairs, run_cli
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,13 +26,13 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_broken(tmp_path_factory.mktemp("broken"))
 
 
-# -- all of it
+# -- everything at once
 
 
-def test_a_clean_data_set_has_nothing_to_remark_on(pairs: Path, multi_pairs: Path) -> None:
+def test_a_clean_data_set_has_no_findings(pairs: Path, multi_pairs: Path) -> None:
     for data, multi in ((pairs, False), (multi_pairs, True)):
         done = call("data", "check", data, "--json", "--strict")
-        found = said(done)
+        found = stdout_json(done)
         assert (done.returncode, found["ok"], found["errors"], found["warnings"], found["problems"]) == (0, True, 0, 0, [])
         assert {name: facts["rows"] for name, facts in found["splits"].items()} == {"train": 12, "val": 6, "test": 7}
         assert found["splits"]["val"]["pixels"] == {"smallest": [16, 16], "largest": [16, 16]}
@@ -40,15 +40,15 @@ def test_a_clean_data_set_has_nothing_to_remark_on(pairs: Path, multi_pairs: Pat
         assert "error" not in found
 
 
-def test_everything_that_is_wrong_is_found_at_once_with_its_line_and_id(broken: Path) -> None:
+def test_all_problems_are_found_in_one_pass_with_line_and_id(broken: Path) -> None:
     done = call("data", "check", broken, "--max-pixels", MAX_PIXELS, "--json")
     fields = ("kind", "severity", "code", "split", "where", "id", "rows")
-    found = [tuple(problem[field] for field in fields) for problem in said(done)["problems"]]
+    found = [tuple(problem[field] for field in fields) for problem in stdout_json(done)["problems"]]
     assert found == [tuple(str(broken) if value == "{data}" else value for value in row) for row in BROKEN]
     assert done.returncode == 4
 
 
-def test_no_kind_is_left_without_a_case(broken: Path) -> None:
+def test_every_kind_of_finding_has_a_test_case(broken: Path) -> None:
     elsewhere = {"missing-split", "unreadable-table", "empty-split", "bad-labels-file", "one-class"}
     elsewhere |= {"bad-csv", "bad-split-name", "slow-image", "bad-row"}
     elsewhere |= {"missing-file", "unreadable-file", "leaked-file", "leaked-value", "missing-value", "nothing"}
@@ -57,7 +57,7 @@ def test_no_kind_is_left_without_a_case(broken: Path) -> None:
     assert {row[0] for row in BROKEN} | elsewhere == KINDS.keys()
 
 
-def test_errors_come_on_stderr_in_one_line_after_the_report(broken: Path) -> None:
+def test_the_error_is_one_line_on_stderr_after_the_report(broken: Path) -> None:
     done = call("data", "check", broken, "--max-pixels", MAX_PIXELS)
     assert done.returncode == 4
     assert done.stderr.splitlines()[-1] == f"error[MF-DATA-80]: 21 errors in {broken} · fix: correct the problems listed"
@@ -70,8 +70,8 @@ def test_errors_come_on_stderr_in_one_line_after_the_report(broken: Path) -> Non
     assert ["tiny-image", "warning", "1", "train.jsonl:22,"] in summary
 
 
-def test_json_has_the_error_in_its_usual_form_beside_the_report(broken: Path) -> None:
-    found = said(call("data", "check", broken, "--max-pixels", MAX_PIXELS, "--json", "--most", "3"))
+def test_json_has_the_error_in_its_usual_form_next_to_the_report(broken: Path) -> None:
+    found = stdout_json(call("data", "check", broken, "--max-pixels", MAX_PIXELS, "--json", "--most", "3"))
     assert found["ok"] is False
     assert found["error"] == {
         "code": "MF-DATA-80",
@@ -86,14 +86,14 @@ def test_json_has_the_error_in_its_usual_form_beside_the_report(broken: Path) ->
     assert found["leaks"] == {"val": {"images": 1, "texts": 1}}
 
 
-def test_what_a_terminal_would_obey_is_spelt_out(tmp_path: Path) -> None:
+def test_control_characters_are_escaped(tmp_path: Path) -> None:
     root = folder(tmp_path, val=(line(f"x{ESCAPE}", "3.png", f"two\nlines{ESCAPE}"),))
     done = call("data", "check", root)
     assert "\x1b" not in done.stdout + done.stderr
     assert "two\\x0alines\\x1b[31m" in done.stdout
 
 
-def test_the_exit_code_of_the_program_and_what_it_names(tmp_path: Path) -> None:
+def test_the_program_ends_with_the_exit_code_and_names_the_problem(tmp_path: Path) -> None:
     root = tmp_path / "questions"
     make(root, train=40, val=8, test=8)
     assert run_cli("data", "check", root).returncode == 0
@@ -116,22 +116,22 @@ def test_the_exit_code_of_the_program_and_what_it_names(tmp_path: Path) -> None:
 # -- severity
 
 
-def test_warnings_are_errors_only_with_strict(tmp_path: Path) -> None:
+def test_warnings_become_errors_only_with_strict(tmp_path: Path) -> None:
     root = folder(tmp_path, val=(line("v3", "3.png", "a", " "),))
     assert kinds(root) == {"empty-text": 1}
     assert call("data", "check", root).returncode == 0
     done = call("data", "check", root, "--strict")
     assert (done.returncode, done.stderr.split(":")[0]) == (4, "error[MF-DATA-81]")
-    found = said(call("data", "check", root, "--strict", "--json"))
+    found = stdout_json(call("data", "check", root, "--strict", "--json"))
     assert (found["ok"], found["errors"], found["warnings"], found["error"]["code"]) == (False, 0, 1, "MF-DATA-81")
 
 
-def test_a_split_that_is_held_out_need_not_be_there(tmp_path: Path) -> None:
+def test_a_held_out_split_needs_no_file(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", line("t1"), line("t2", "2.png", "b"))
     (tmp_path / "dev.jsonl").touch()
     assert kinds(tmp_path) == {"missing-split": 1, "missing-test": 1}
     assert "dev.jsonl" in report(tmp_path).findings[0].hint
-    assert kinds(tmp_path, val_fraction=0.5) == {"missing-test": 1, "empty-split": 1}, "a row of each label stays in train"
+    assert kinds(tmp_path, val_fraction=0.5) == {"missing-test": 1, "empty-split": 1}, "one row of each label stays in train"
     rows = [line(f"r{number}", f"{number}.png", "ab"[number % 2]) for number in range(10, 20)]
     write(tmp_path / "train.jsonl", line("t1"), line("t2", "2.png", "b"), *rows)
     for number in range(10, 20):
@@ -140,20 +140,20 @@ def test_a_split_that_is_held_out_need_not_be_there(tmp_path: Path) -> None:
     assert call("data", "check", tmp_path, "--val-fraction", "0.3", "--test-fraction", "0.3", "--strict").returncode == 0
 
 
-def test_rows_that_are_held_out_are_counted_as_training_has_them(tmp_path: Path) -> None:
+def test_held_out_rows_are_counted_as_in_training(tmp_path: Path) -> None:
     data = make_pairs(tmp_path / "data", counts={"train": 20})
     options = (data, "--val-fraction", "0.2", "--test-fraction", "0.1")
     rows = {"train": {"rows": 14, "labels": 3}, "val": {"rows": 4, "labels": 3}, "test": {"rows": 2, "labels": 2}}
-    found = said(call("data", "check", *options, "--json"))
+    found = stdout_json(call("data", "check", *options, "--json"))
     assert (found["splits_in_training"], found["splits"]["train"]["rows"]) == (rows, 20)
     assert re.search(r"^test +2 +2$", call("data", "check", *options).stdout, re.MULTILINE)
     done = call("train", *TINY, "--data", *options, "--steps", "1", "--out", tmp_path / "run")
     assert "rows: train 14, val 4, test 2\n" in done.stderr
     write(data / "val.jsonl", line("v1"))
-    assert call("data", "check", *options).returncode == 3, "there is one, so that none can be held out"
+    assert call("data", "check", *options).returncode == 3, "there is only one, so it cannot be held out"
 
 
-# -- one problem hides no other
+# -- problems do not hide each other
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_rows_that_are_held_out_are_counted_as_training_has_them(tmp_path: Path)
     ],
     ids=["gzip", "bytes", "columns", "parquet"],
 )
-def test_a_table_that_cannot_be_read_hides_nothing_of_the_others(tmp_path: Path, name: str, content: bytes, code: str) -> None:
+def test_an_unreadable_table_does_not_hide_problems_of_the_others(tmp_path: Path, name: str, content: bytes, code: str) -> None:
     write(tmp_path / name, content)
     write(tmp_path / "val.jsonl", line("v1", "gone.png"), "{")
     found = report(tmp_path)
@@ -181,7 +181,7 @@ def test_a_table_that_cannot_be_read_hides_nothing_of_the_others(tmp_path: Path,
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "two"])
-def test_a_split_that_is_no_file_hides_nothing_of_the_others(tmp_path: Path, kind: str) -> None:
+def test_a_split_that_is_not_a_file_does_not_hide_problems_of_the_others(tmp_path: Path, kind: str) -> None:
     root = folder(tmp_path, val=("{",))
     if kind == "two":
         (root / "train.csv").touch()
@@ -191,7 +191,7 @@ def test_a_split_that_is_no_file_hides_nothing_of_the_others(tmp_path: Path, kin
     assert kinds(root) == {"unreadable-table": 1, "bad-json": 1}
 
 
-def test_what_is_not_there_at_all_is_the_usual_error(tmp_path: Path) -> None:
+def test_a_missing_data_set_is_the_usual_error(tmp_path: Path) -> None:
     done = call("data", "check", tmp_path / "nowhere")
     assert (done.returncode, done.stderr.split(":")[0]) == (4, "error[MF-DATA-01]")
     assert kinds(tmp_path) == {"missing-split": 2, "missing-test": 1}
@@ -221,14 +221,14 @@ def test_what_is_not_there_at_all_is_the_usual_error(tmp_path: Path) -> None:
         (line("it's \\ \"odd\"") + "\n" + line("it's \\ \"odd\""), "duplicate-id"),
     ],
 )
-def test_a_bad_row_has_its_kind(tmp_path: Path, bad: str | bytes, kind: str) -> None:
+def test_a_bad_row_is_classified_by_kind(tmp_path: Path, bad: str | bytes, kind: str) -> None:
     root = folder(tmp_path)
     write(root / "train.jsonl", line("t1"), line("t2", "2.png", "b"), bad)
     (found,) = (finding for finding in report(root).findings if finding.kind != "leaked-image")
     assert (found.kind, found.where.split(":")[0], found.code) == (kind, "train.jsonl", "MF-DATA-03")
 
 
-def test_a_repeated_id_is_given_as_it_is_written(tmp_path: Path) -> None:
+def test_a_repeated_id_is_reported_verbatim(tmp_path: Path) -> None:
     odd = "it's \\ \"odd\""
     write(tmp_path / "train.jsonl", line(odd), line(odd))
     assert [finding.id for finding in report(tmp_path).findings if finding.kind == "duplicate-id"] == [odd]
@@ -269,7 +269,7 @@ def test_a_table_with_a_split_column_is_checked_once(tmp_path: Path) -> None:
     rows += ["train,r6,gone.png,six,b", 'test,r7,4.png,"seven, and so on",b']
     (tmp_path / "all.csv").write_text("\n".join(rows) + "\n")
     flags = ("--split-col", "split", "--id-col", "name", "--image-col", "photo", "--text-col", "caption", "--label-col", "tags")
-    found = said(call("data", "check", tmp_path / "all.csv", *flags, "--label-sep", "|", "--json"))
+    found = stdout_json(call("data", "check", tmp_path / "all.csv", *flags, "--label-sep", "|", "--json"))
     assert [(each["kind"], each["split"], each["where"], each["id"]) for each in found["problems"]] == [
         ("bad-csv", "train", "all.csv:6", ""),
         ("bad-split-name", "train", "all.csv:5", ""),
@@ -306,22 +306,22 @@ def test_a_folder_of_images_is_checked_by_the_names_of_its_files(tmp_path: Path)
         (("--set", "data.nothing=1"), "MF-CFG-06"),
     ],
 )
-def test_an_option_that_cannot_be_meant_is_refused(pairs: Path, flags: tuple[str, ...], code: str) -> None:
-    assert said(call("data", "check", pairs, *flags, "--json"))["error"]["code"] == code
+def test_impossible_options_are_refused(pairs: Path, flags: tuple[str, ...], code: str) -> None:
+    assert stdout_json(call("data", "check", pairs, *flags, "--json"))["error"]["code"] == code
 
 
-def test_findings_of_rows_say_nothing_of_what_rows_hold(broken: Path) -> None:
+def test_findings_do_not_repeat_the_content_of_rows(broken: Path) -> None:
     index: Index = report(broken, max_pixels=MAX_PIXELS).indexes["train"]
     assert not [finding for finding in row_findings(index) if HOSTILE in finding.message]
 
 
-# -- anything at all
+# -- any bytes
 
 _PIECES = [line("t1"), line("t1", ["x"]), line("t2", label=["a"]), line("t3", text="\ud800"), *'{}"[\n\0', "NaN"]
 
 
 @given(st.binary(max_size=300) | st.lists(st.sampled_from(_PIECES), max_size=8), st.sampled_from(["jsonl", "csv", "tsv"]))
-def test_any_bytes_are_checked_and_have_a_page(
+def test_any_bytes_can_be_checked_and_have_a_page(
     tmp_path_factory: pytest.TempPathFactory, content: bytes | list[str], suffix: str
 ) -> None:
     root = Path(tempfile.mkdtemp(dir=tmp_path_factory.getbasetemp()))
@@ -336,10 +336,10 @@ def test_any_bytes_are_checked_and_have_a_page(
     page.encode("utf-8")
 
 
-# -- what training leaves out
+# -- rows that training skips
 
 
-def test_rows_that_training_would_leave_out_are_warnings(tmp_path: Path) -> None:
+def test_rows_that_training_would_skip_are_warnings(tmp_path: Path) -> None:
     data = make_pairs(tmp_path / "data")
     (data / "images" / "train-7.png").unlink()
     assert call("data", "check", data).returncode == 4
@@ -350,12 +350,12 @@ def test_rows_that_training_would_leave_out_are_warnings(tmp_path: Path) -> None
     assert "0 errors, 1 warning" in done.stdout
     assert call("train", *TINY, "--data", data, "--out", tmp_path / "run", "--steps", "1", *skip).returncode == 0
     assert call("data", "check", data, *skip, "--strict").returncode == 4
-    found = said(call("data", "check", data, *skip, "--json"))
+    found = stdout_json(call("data", "check", data, *skip, "--json"))
     assert [(problem["severity"], problem["id"]) for problem in found["problems"]] == [("warning", "train-7")]
 
 
 @pytest.mark.parametrize("spoil", ["too many", "unsafe"])
-def test_rows_that_training_would_not_leave_out_stay_errors(tmp_path: Path, spoil: str) -> None:
+def test_rows_that_training_would_not_skip_stay_errors(tmp_path: Path, spoil: str) -> None:
     data = make_pairs(tmp_path / "data")
     (data / "images" / "train-7.png").unlink()
     skip = ("--on-bad", "skip", "--set", "data.max_bad_fraction=0.1")

@@ -1,4 +1,5 @@
-"""What `data check` says of labels, images and texts, counted by hand; what it keeps, and what it never opens."""
+"""What `data check` reports about labels, images and texts, compared with counts by hand; what it caches, and what it never
+opens."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from check_cases import folder, kinds, line, report, said, save, write
+from check_cases import folder, kinds, line, report, save, stdout_json, write
 from conftest import call, code_of, make_pairs, matrix
 
 from mopefuse.config.schema import Data
@@ -33,7 +34,7 @@ from mopefuse.report.tokens import measure, tokens_of
     ],
     ids=["twice", "bytes", "one", "right", "one that no row has"],
 )
-def test_labels_are_those_of_the_list(tmp_path: Path, listed: bytes, expected: dict[str, int]) -> None:
+def test_labels_come_from_the_labels_file(tmp_path: Path, listed: bytes, expected: dict[str, int]) -> None:
     root = folder(tmp_path / "data")
     (root / "labels.txt").write_bytes(listed)
     assert kinds(root) == expected
@@ -42,11 +43,11 @@ def test_labels_are_those_of_the_list(tmp_path: Path, listed: bytes, expected: d
     assert kinds(root, labels=str(tmp_path / "names")) == expected
 
 
-def test_a_named_list_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+def test_a_missing_labels_file_is_an_error(tmp_path: Path) -> None:
     assert kinds(folder(tmp_path), labels=str(tmp_path / "nowhere")) == {"bad-labels-file": 1}
 
 
-def test_each_unknown_label_is_counted_and_each_absent_one_named(tmp_path: Path) -> None:
+def test_unknown_labels_are_counted_and_absent_ones_are_named(tmp_path: Path) -> None:
     root = folder(tmp_path)
     write(root / "val.jsonl", line("v1", "3.png", "x"), line("v2", "3.png", "y"), line("v3", "3.png", "x"))
     found = [(each.kind, each.where, each.message) for each in report(root).findings]
@@ -58,7 +59,7 @@ def test_each_unknown_label_is_counted_and_each_absent_one_named(tmp_path: Path)
     ]
 
 
-def test_one_class_is_an_error_and_hides_nothing(tmp_path: Path) -> None:
+def test_a_single_class_is_an_error_and_does_not_hide_other_problems(tmp_path: Path) -> None:
     root = folder(tmp_path)
     write(root / "train.jsonl", line("t1"), line("t2", "2.png"), "{")
     assert kinds(root) == {"bad-json": 1, "one-class": 1, "unknown-label": 2}
@@ -70,13 +71,13 @@ def test_a_label_is_known_although_the_image_of_its_only_row_is_bad(tmp_path: Pa
     assert kinds(root) == {"missing-image": 1}
 
 
-def test_an_empty_split_is_named(tmp_path: Path) -> None:
+def test_an_empty_split_is_reported(tmp_path: Path) -> None:
     root = folder(tmp_path)
     (root / "val.jsonl").write_text("\n \n")
     assert kinds(root) == {"empty-split": 1}
 
 
-def test_balance_counts_by_hand(tmp_path: Path) -> None:
+def test_label_balance_matches_a_count_by_hand(tmp_path: Path) -> None:
     root = folder(tmp_path)
     write(root / "train.jsonl", *(line(f"t{i}", label=["a"] if i < 5 else ["a", "b"]) for i in range(7)), line("t7", label=[]))
     for name in ("val", "test"):
@@ -89,20 +90,20 @@ def test_balance_counts_by_hand(tmp_path: Path) -> None:
     assert found["splits"]["train"]["rows_without_label"] == 1
 
 
-def test_of_many_labels_thirty_are_shown_and_all_are_in_json(tmp_path: Path) -> None:
+def test_with_many_labels_thirty_are_shown_and_all_are_in_json(tmp_path: Path) -> None:
     root = folder(tmp_path)
     rows = [line(f"t{i}", label=f"label-{i % 40:02d}") for i in range(100)]
     for name in ("train", "val", "test"):
         write(root / f"{name}.jsonl", *(row.replace("t", name, 1) for row in rows))
     shown = [text for text in call("data", "check", root).stdout.splitlines() if text.startswith("label-")]
     assert (len(shown), shown[0].split(), shown[-1].split()) == (30, ["label-00", "3", "3", "3"], ["label-39", "2", "2", "2"])
-    assert len(said(call("data", "check", root, "--json"))["labels"]["balance"]) == 40
+    assert len(stdout_json(call("data", "check", root, "--json"))["labels"]["balance"]) == 40
 
 
 # -- images and the cache
 
 
-def test_an_image_that_takes_long_is_remarked_on(pairs: Path) -> None:
+def test_an_image_that_is_slow_to_decode_gives_a_warning(pairs: Path) -> None:
     index = next(iter(report(pairs).indexes.values()))
     images = index.files["image"]
     images.infos = [look._replace(milliseconds=2001 if i == 3 else 2000) for i, look in enumerate(images.infos)]
@@ -113,7 +114,9 @@ def test_an_image_that_takes_long_is_remarked_on(pairs: Path) -> None:
 @pytest.mark.parametrize(
     ("size", "expected"), [((16, 160), {}), ((15, 16), {"tiny-image": 1}), ((16, 161), {"strip-image": 1})]
 )
-def test_where_small_and_long_begin(tmp_path: Path, size: tuple[int, int], expected: dict[str, int]) -> None:
+def test_warnings_about_small_and_narrow_images_start_at_the_limits(
+    tmp_path: Path, size: tuple[int, int], expected: dict[str, int]
+) -> None:
     root = folder(tmp_path)
     save(root / "1.png", size, seed=5)
     assert kinds(root) == expected
@@ -122,12 +125,12 @@ def test_where_small_and_long_begin(tmp_path: Path, size: tuple[int, int], expec
 def test_a_second_pass_comes_from_the_cache_and_a_fresh_one_does_not(tmp_path: Path) -> None:
     root = make_pairs(tmp_path / "data")
     first, second, fresh = report(root), report(root), check(Data(path=str(root)), fresh=True)
-    assert [(each.from_cache, each.looked) for each in (first, second, fresh)] == [(False, 25), (True, 0), (False, 25)]
+    assert [(each.from_cache, each.files_read) for each in (first, second, fresh)] == [(False, 25), (True, 0), (False, 25)]
     assert (first.files_per_second or 0) > 0
     assert second.files_per_second is None
     (root / "images/val-2.png").write_bytes(b"")
     changed = report(root)
-    assert (changed.from_cache, changed.looked, changed.errors) == (False, 1, 1)
+    assert (changed.from_cache, changed.files_read, changed.errors) == (False, 1, 1)
     assert "in the cache" in call("data", "check", root).stdout
     assert "in the cache" not in call("data", "check", root, "--fresh").stdout
 
@@ -144,7 +147,7 @@ sys.addaudithook(_hear)
 
 
 @pytest.mark.parametrize("outside", ["../secret.png", "{root}/secret.png", "link.png"])
-def test_a_file_outside_is_an_error_with_its_line_and_never_opened(tmp_path: Path, outside: str) -> None:
+def test_a_file_outside_the_root_is_an_error_with_its_line_and_never_opened(tmp_path: Path, outside: str) -> None:
     global _OPENED
     secret = save(tmp_path / "secret.png", seed=9)
     root = folder(tmp_path / "data", val=(line("v3", outside.format(root=tmp_path)),))
@@ -156,9 +159,9 @@ def test_a_file_outside_is_an_error_with_its_line_and_never_opened(tmp_path: Pat
         opened = _OPENED
     finally:
         _OPENED = None
-    assert [(each["code"], each["where"]) for each in said(done)["problems"]] == [("MF-SEC-01", "val.jsonl:3")]
+    assert [(each["code"], each["where"]) for each in stdout_json(done)["problems"]] == [("MF-SEC-01", "val.jsonl:3")]
     assert done.returncode == 4
-    assert any(name.endswith("1.png") for name in opened), "what is opened is heard"
+    assert any(name.endswith("1.png") for name in opened), "opened files are recorded"
     assert not [name for name in opened if "secret" in name or "link.png" in name]
 
 
@@ -192,13 +195,13 @@ def test_lengths_without_an_encoder_are_words_and_an_estimate(tmp_path: Path) ->
     assert (found["total"], found["measured"], found["sampled"]) == (6, 6, False)
 
 
-def test_lengths_with_an_encoder_are_its_tokens_and_what_it_cuts(tmp_path: Path) -> None:
+def test_lengths_with_an_encoder_are_its_tokens_and_truncations(tmp_path: Path) -> None:
     root = folder(tmp_path)
-    rows = [line(f"t{n}", label="ab"[n % 2], text=" ".join(["word"] * n)) for n in (1, 10, 31, 32, 40)]  # and a [CLS] each
+    rows = [line(f"t{n}", label="ab"[n % 2], text=" ".join(["word"] * n)) for n in (1, 10, 31, 32, 40)]  # plus a [CLS] each
     write(root / "train.jsonl", *rows)
     (root / "val.jsonl").unlink()
     (root / "test.jsonl").unlink()
-    found = said(call("data", "check", root, "--encoder", "tiny:text", "--json"))["texts"]
+    found = stdout_json(call("data", "check", root, "--encoder", "tiny:text", "--json"))["texts"]
     assert (found["encoder"], found["limit"]) == ("tiny:text", 32)
     assert found["tokens"] == {"median": 32, "p95": 39, "longest": 41}
     assert found["cut"] == {"texts": 2, "share": 2 / 5}
@@ -210,7 +213,7 @@ def test_lengths_with_an_encoder_are_its_tokens_and_what_it_cuts(tmp_path: Path)
     "spec",
     matrix(["tiny:text", "hf:bert-base?pretrained=false", "open_clip:vit-b-32-text?pretrained=false"], ["tiny:text"]),
 )
-def test_a_text_is_cut_if_it_has_one_token_too_many(spec: str) -> None:
+def test_a_text_with_one_token_too_many_is_truncated(spec: str) -> None:
     preprocess = create_encoder(spec).preprocess
     assert isinstance(preprocess, TextPreprocess)
     most = preprocess.max_tokens
@@ -225,7 +228,7 @@ def test_an_image_encoder_counts_no_tokens() -> None:
     assert code_of(lambda: tokens_of("tiny:vision")) == "MF-DATA-85"
 
 
-def test_of_very_many_texts_an_even_sample_is_measured_and_all_are_looked_at(
+def test_with_very_many_texts_an_even_sample_is_measured_and_all_are_read(
     pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(summary, "MOST_TEXTS", 5)

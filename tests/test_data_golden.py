@@ -1,4 +1,4 @@
-"""Fingerprints of data and the choice of rows: runs know their data by them, so a change here disowns every run there is."""
+"""Golden values of fingerprints and subsets: runs recognise their data by them, so a change would affect every existing run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ GOLDEN = json.loads((Path(__file__).parent / "golden" / "data_fingerprints.json"
 
 
 def write_rows(folder: Path) -> None:
-    """Three splits of JSON lines with BMP images, whose bytes depend on no encoder's version; one row of train is bad."""
+    """Write three splits of JSON lines with BMP images, whose bytes do not depend on an image library; one training row is
+    bad."""
     folder.mkdir()
     for number in range(12):
         Image.new("RGB", (4, 3), (20 * number, 7, 255 - number)).save(folder / f"{number}.bmp")
@@ -90,11 +91,11 @@ def facts(folder: Path, change: Any, settings: dict[str, Any]) -> dict[str, str]
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", CASES)
-def test_fingerprints_are_those_of_earlier_versions(case: str, tmp_path: Path) -> None:
+def test_fingerprints_match_earlier_versions(case: str, tmp_path: Path) -> None:
     assert facts(tmp_path / "data", *CASES[case]) == GOLDEN[case]
 
 
-def test_the_same_rows_are_chosen_as_by_earlier_versions() -> None:
+def test_subsets_match_earlier_versions() -> None:
     ids = [f"row-{number}" for number in range(20)]
     labels: list[tuple[str, ...]] = [("ab"[number % 3 == 0],) for number in range(20)]
     assert random_order(ids, 5)[:8] == [2, 6, 18, 14, 8, 0, 1, 7]

@@ -1,4 +1,4 @@
-"""Situations that new users are in, and what they are told: the message names the flag that mends it."""
+"""Typical situations of new users: the message names the flag that solves the problem."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def data(pairs: Path, tmp_path: Path) -> Path:
     return shutil.copytree(pairs, tmp_path / "data")
 
 
-# -- all images are elsewhere
+# -- all images are in another folder
 
 
 @pytest.mark.parametrize("place", ["photos/deep/images", "../photos/images", "../../far/images"])
-def test_images_that_are_all_elsewhere_name_the_flag(data: Path, place: str) -> None:
+def test_if_all_images_are_in_another_folder_the_error_names_the_flag(data: Path, place: str) -> None:
     (data / place).parent.mkdir(parents=True)
     (data / "images").rename(data / place)
     root = (data / place).parent.resolve()
@@ -52,13 +52,13 @@ def test_images_that_are_all_elsewhere_name_the_flag(data: Path, place: str) -> 
     assert done.returncode == 0, done.stderr
 
 
-def test_one_missing_image_of_many_is_to_be_added(data: Path) -> None:
+def test_for_one_missing_image_the_fix_is_to_add_it(data: Path) -> None:
     (data / "images" / "train-3.png").unlink()
     refused = plan(data)
     assert "image not found: images/train-3.png" in refused.stderr and "fix: add the file" in refused.stderr
 
 
-def test_predict_without_any_image_names_the_flag(trained: Path, pairs: Path, tmp_path: Path) -> None:
+def test_predict_without_any_images_is_an_error_with_the_flag(trained: Path, pairs: Path, tmp_path: Path) -> None:
     shutil.copy(pairs / "test.jsonl", tmp_path)
     done = call("predict", trained, tmp_path / "test.jsonl")
     assert done.returncode == 4
@@ -70,7 +70,7 @@ def test_predict_without_any_image_names_the_flag(trained: Path, pairs: Path, tm
 
 
 @pytest.mark.parametrize("lacking", ["null", "no key"])
-def test_rows_without_a_text_name_on_missing(data: Path, lacking: str) -> None:
+def test_rows_without_a_text_are_an_error_that_suggests_on_missing(data: Path, lacking: str) -> None:
     rows = rows_of(data, "train")
     for number in (2, 5):
         rows[number]["text"] = None
@@ -101,7 +101,7 @@ def test_a_row_without_a_label_is_not_a_missing_value(data: Path) -> None:
     assert "--on-missing" not in plan(data).stderr
 
 
-def test_empty_texts_name_on_missing(data: Path) -> None:
+def test_the_notice_about_empty_texts_suggests_on_missing(data: Path) -> None:
     rows = rows_of(data, "train")
     rows[2]["text"] = ""
     write_rows(data / "train.jsonl", rows)
@@ -113,7 +113,7 @@ def test_empty_texts_name_on_missing(data: Path) -> None:
 
 
 def one_table(root: Path, **names: str) -> Path:
-    """All rows in one table; its column ``part`` names the split of each as `names` say."""
+    """Write all rows to one table; its column ``part`` has the split of each row as given in `names`."""
     own = {split: {"part": names[split]} if names else {} for split in ("train", "val", "test")}
     rows = [row | part for split, part in own.items() for row in rows_of(root, split)]
     write_rows(root / "all.jsonl", rows)
@@ -121,7 +121,7 @@ def one_table(root: Path, **names: str) -> Path:
 
 
 @pytest.mark.parametrize("names", [("train", "val", "test"), ("Training", "dev", "TEST"), ("train", "validation", "testing")])
-def test_a_column_that_names_splits_is_offered_and_used(data: Path, names: tuple[str, ...]) -> None:
+def test_a_column_that_names_splits_is_suggested_and_works(data: Path, names: tuple[str, ...]) -> None:
     table = one_table(data, **dict(zip(("train", "val", "test"), names, strict=True)))
     refused = plan(table)
     assert refused.returncode == 4
@@ -133,9 +133,9 @@ def test_a_column_that_names_splits_is_offered_and_used(data: Path, names: tuple
 
 
 def test_an_unused_column_of_splits_gives_a_notice(data: Path) -> None:
-    said = "the column part of all.jsonl seems to name splits and is ignored; to use it, add --split-col part"
+    notices = "the column part of all.jsonl seems to name splits and is ignored; to use it, add --split-col part"
     table = one_table(data, train="train", val="val", test="test")
-    assert said in plan(table, "--val-fraction", "0.2").stderr
+    assert notices in plan(table, "--val-fraction", "0.2").stderr
     assert "names splits" not in plan(table, "--split-col", "part").stderr
 
 
@@ -146,7 +146,7 @@ def test_a_folder_with_one_table_of_another_name_names_the_table(data: Path) -> 
     assert f"name the table itself: {table}" in plan(data).stderr
 
 
-def test_a_table_without_such_a_column_says_both_ways(data: Path) -> None:
+def test_a_table_without_a_split_column_suggests_both_solutions(data: Path) -> None:
     refused = plan(one_table(data))
     assert "--val-fraction 0.1, or name the column with the split with --split-col" in refused.stderr
 

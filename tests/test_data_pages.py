@@ -1,4 +1,5 @@
-"""The pages of `data check` and `data preview`: whole, harmless, without a network, and never over anybody's data."""
+"""The pages of `data check` and `data preview`: complete, harmless, without network access, and never written over other
+data."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ VOID = {"meta", "img", "br", "link", "input", "hr"}
 
 
 class Page(HTMLParser):
-    """Elements, attributes and text of a page; it fails where elements are not nested."""
+    """Elements, attributes and text of a page; fails if elements are not nested correctly."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -58,7 +59,7 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
     def check_harmless(self) -> None:
-        """It loads nothing, and runs no script but those that its policy lists by their content."""
+        """Check that a page loads nothing and runs only the scripts that its policy lists by digest."""
         for tag, attributes in self.elements:
             links = [key for key in attributes if key.startswith("on") or key in ("href", "srcset", "action", "xlink:href")]
             assert not links, tag
@@ -75,7 +76,7 @@ class Page(HTMLParser):
             assert json.loads(data).keys() == {"charts", "themes"} and "<" not in data
 
     def charts(self) -> set[str]:
-        """Names of the charts on it, each with its specification."""
+        """Return the names of the page's charts, each with its specification."""
         names = [attributes["data-chart"] for attributes in self.all("div") if "data-chart" in attributes]
         assert len(set(names)) == len(names)
         assert set(names) == (json.loads(self.scripts[0])["charts"].keys() if self.scripts else set())
@@ -88,7 +89,7 @@ class Page(HTMLParser):
 
 
 def state(root: Path) -> list[tuple[str, int, str]]:
-    """Names, times and contents of everything below a folder."""
+    """Return names, times and contents of everything below a folder."""
     files = sorted(path for path in root.rglob("*"))
     return [
         (str(path), path.lstat().st_mtime_ns, hashlib.sha256(path.read_bytes() if path.is_file() else b"").hexdigest())
@@ -103,7 +104,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pages(broken: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Page]:
-    """The page of a check and the sheet of the same data, and that neither changed them."""
+    """The page of a check and the preview of the same data; also checks that the data did not change."""
     folder, before = tmp_path_factory.mktemp("pages"), state(broken)
     done = call("data", "check", broken, "--max-pixels", MAX_PIXELS, "--html", folder / "check.html", "--json")
     assert (done.returncode, json.loads(done.stdout)["html"]) == (4, str(folder / "check.html"))
@@ -127,13 +128,13 @@ def test_a_page_loads_nothing_and_runs_only_its_own_scripts(pages: dict[str, Pag
 
 
 @pytest.mark.parametrize("name", ["check", "sheet"])
-def test_hostile_labels_ids_and_texts_are_shown_as_they_are(pages: dict[str, Page], name: str) -> None:
+def test_hostile_labels_ids_and_texts_are_shown_as_text(pages: dict[str, Page], name: str) -> None:
     assert HOSTILE in pages[name].text
     assert f"t26{ATTRIBUTE}" in pages[name].text
     assert not re.search("[\x00-\x08\x0b-\x1f\ud800-\udfff]", pages[name].text)
 
 
-def test_an_attribute_is_escaped_too(tmp_path: Path) -> None:
+def test_attributes_are_escaped(tmp_path: Path) -> None:
     odd = f"{ATTRIBUTE}'><img src=x>"
     save(tmp_path / f"{odd}.png")
     rows = [line("=1+1", f"{odd}.png", odd, odd), line("2", f"{odd}.png", "b")]
@@ -150,15 +151,15 @@ def test_an_attribute_is_escaped_too(tmp_path: Path) -> None:
 
 def test_the_page_of_a_check_has_its_counts_kinds_and_labels(pages: dict[str, Page]) -> None:
     page = pages["check"]
-    for said in ("21 errors", "10 warnings", "truncated-image", "train.jsonl:15, id t15", "zebra", "8 x 30 to 20 x 300"):
-        assert said in page.text
+    for text in ("21 errors", "10 warnings", "truncated-image", "train.jsonl:15, id t15", "zebra", "8 x 30 to 20 x 300"):
+        assert text in page.text
     assert page.charts() == {"lengths", "sizes"}
     assert "24 x 24" in page.text and "20 x 300" in page.text, "sizes of images that could be decoded, in a table"
     bars = [attributes["title"] for attributes in page.all("span") if attributes.get("class") == "name"]
     assert bars == ["a", "b", HOSTILE, "zebra"]
 
 
-def test_the_worst_are_seen_and_what_cannot_be_is_told(pages: dict[str, Page], broken: Path) -> None:
+def test_the_worst_problems_have_pictures_or_say_why_not(pages: dict[str, Page], broken: Path) -> None:
     page = pages["check"]
     names = [attributes["alt"] for attributes in page.all("img")]
     assert names == ["copy-of-1.png", "1.png", "5.png", "2.png", "tiny.png", "strip.png", "moving.gif"]
@@ -167,10 +168,10 @@ def test_the_worst_are_seen_and_what_cannot_be_is_told(pages: dict[str, Page], b
     assert "8950 4e47 0d0a 1a0a .PNG...." in page.text
     assert "3c21 646f 6374 7970 &lt;!doctyp".replace("&lt;", "<") in page.text
     assert "huge.png has 200 x 100 pixels, more than 12,000" in page.text
-    assert len(page.all("pre")) == 4  # cut, page, scan and words; there is nothing of nothing.jpg
+    assert len(page.all("pre")) == 4  # cut, page, scan and words; nothing.jpg does not exist
 
 
-def test_of_many_offenders_sixty_are_seen_and_every_kind_is(tmp_path: Path) -> None:
+def test_with_many_problems_sixty_are_shown_and_every_kind_is_represented(tmp_path: Path) -> None:
     rows = []
     for number in range(90):
         save(tmp_path / f"{number}.png", (8, 8), seed=number)
@@ -184,27 +185,27 @@ def test_of_many_offenders_sixty_are_seen_and_every_kind_is(tmp_path: Path) -> N
     assert (len(page.all("img")), len(page.all("pre"))) == (59, 1)
 
 
-def test_long_lists_are_cut_and_counted(tmp_path: Path) -> None:
+def test_long_lists_are_truncated_and_counted(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("{\n" * 300)
     page = Page(data_check.check_page(check(Data(path=str(tmp_path))), name="x", summary="", columns=(), splits=()))
     assert page.text.count("train.jsonl:") == 200 + 1
     assert "and 100 more" in page.text
 
 
-# -- the sheet
+# -- the preview
 
 
 def test_the_sheet_shows_each_row_and_what_is_wrong_with_its_image(pages: dict[str, Page]) -> None:
     page = pages["sheet"]
     assert len(page.all("article")) == 19
-    for said in ("image not found: gone.png", "(image file is truncated)", "outside the data folder", "more than 12,000"):
-        assert said in page.text
+    for text in ("image not found: gone.png", "(image file is truncated)", "outside the data folder", "more than 12,000"):
+        assert text in page.text
     assert page.text.count("no picture") == 10
     assert "19 of 19 rows, taken from each class in turn, seed 0; 10 more cannot be read" in page.text
     assert "empty text" in page.text
 
 
-def test_a_long_text_is_cut_and_can_be_opened(tmp_path: Path) -> None:
+def test_a_long_text_is_truncated_and_can_be_expanded(tmp_path: Path) -> None:
     save(tmp_path / "1.png")
     text = "".join(f"{number:05d} " for number in range(5000))
     rows = [line("1", text=text), line("2", label="b", text=text[:300]), line("3", text=text[:301])]
@@ -231,7 +232,7 @@ def test_rows_are_drawn_from_every_class_in_turn_by_the_seed_alone() -> None:
 
 
 @pytest.mark.parametrize("split", ["test", "nothing"])
-def test_a_split_that_is_not_there_has_no_sheet(tmp_path: Path, split: str) -> None:
+def test_a_missing_split_has_no_preview(tmp_path: Path, split: str) -> None:
     root = tmp_path / "data"
     save(root / "1.png")
     (root / "train.jsonl").write_text(line("1"))
@@ -241,7 +242,7 @@ def test_a_split_that_is_not_there_has_no_sheet(tmp_path: Path, split: str) -> N
     assert not (tmp_path / "sheet.html").exists()
 
 
-def test_a_split_of_one_table_has_a_sheet(tmp_path: Path) -> None:
+def test_a_split_of_a_single_table_has_a_preview(tmp_path: Path) -> None:
     save(tmp_path / "1.png")
     (tmp_path / "all.csv").write_text("id,text,img,label,part\n1,one,1.png,a,train\n2,two,1.png,b,dev\n")
     flags = ("--split-col", "part", "--split", "val", "-o", tmp_path / "sheet.html", "--json")
@@ -266,7 +267,7 @@ def test_a_page_is_never_written_into_data_or_over_other_files(pairs: Path, tmp_
         done = call("data", verb, pairs, flag, page, "--json")
         assert (done.returncode, json.loads(done.stdout)["error"]["code"]) == (4 if "DATA" in code else 3, code)
     assert (state(pairs), (tmp_path / "notes.html").read_text()) == (before, "mine")
-    for _ in range(2):  # a page of ours may be replaced
+    for _ in range(2):  # a mopefuse page may be replaced
         assert call("data", verb, pairs, flag, tmp_path / "page.html").returncode == 0
 
 
@@ -284,7 +285,7 @@ def test_bytes_are_shown_in_hex_and_as_text() -> None:
     assert dump(b"\x89PNG\r\n\x1a\n<b>") == [("8950 4e47 0d0a 1a0a", ".PNG...."), ("3c62 3e            ", "<b>")]
 
 
-def test_a_histogram_has_every_value_and_its_limit() -> None:
+def test_a_histogram_has_every_value_and_marks_the_limit() -> None:
     def drawn(values: list[int], limit: int = 0) -> Any:
         return histogram("x", "x", values, unit="words", what="text", limit=limit)
 
@@ -298,7 +299,7 @@ def test_a_histogram_has_every_value_and_its_limit() -> None:
         (1, "5 words: 1 text"),
     ]
     assert [row["first"] for row in rows_of(found, "shown")] == [4]
-    assert rows_of(drawn([3], limit=512), "shown") == [], "a limit that is out of sight"
+    assert rows_of(drawn([3], limit=512), "shown") == [], "a limit beyond the axis"
     many = drawn([*range(1000), 10**6])
     assert (len(tips(many)), tips(many)[-1]) == (32, "961 or more words: 40 texts")
     assert many.rows[-1] == ["961 or more", "40"]

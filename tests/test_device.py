@@ -1,4 +1,4 @@
-"""Where a model runs and in which precision, as far as a CPU can show it."""
+"""Selection of device and precision, as far as it can be tested on a CPU."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ print(float(tiny * tiny) > 0)
 
 
 @pytest.mark.process
-@pytest.mark.parametrize(("asked", "kept"), [({}, "True"), ({devices.FLUSH: "0"}, "True"), ({devices.FLUSH: "1"}, "False")])
-def test_numbers_too_small_to_matter_are_zero_where_that_is_asked_for(asked: dict[str, str], kept: str) -> None:
-    """Weights of masked attention, e^-100, make products a hundred times as slow where they are kept."""
+@pytest.mark.parametrize(("variables", "kept"), [({}, "True"), ({devices.FLUSH: "0"}, "True"), ({devices.FLUSH: "1"}, "False")])
+def test_denormal_numbers_are_flushed_on_request(variables: dict[str, str], kept: str) -> None:
+    """Weights of masked attention, e^-100, otherwise make products a hundred times as slow."""
     if not can_flush():
         pytest.skip("this processor cannot flush denormals")
-    environment = {name: value for name, value in os.environ.items() if name != devices.FLUSH} | asked
-    said = subprocess.run([sys.executable, "-c", PRODUCT], capture_output=True, text=True, env=environment, check=True)
-    assert said.stdout.strip() == kept
+    environment = {name: value for name, value in os.environ.items() if name != devices.FLUSH} | variables
+    done = subprocess.run([sys.executable, "-c", PRODUCT], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.strip() == kept
 
 
-def test_the_command_line_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_line_flushes_denormal_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(devices.FLUSH, raising=False)
     monkeypatch.setattr(sys, "argv", ["mopefuse", "--version"])
     with pytest.raises(SystemExit):
@@ -50,12 +50,12 @@ def can_flush() -> bool:
 
 
 @pytest.mark.parametrize("name", ["cuda:99", "gpu", "cuda:", "cpu:0"])
-def test_a_device_that_is_not_there_is_refused(name: str) -> None:
+def test_an_unavailable_device_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="there is no device"):
         devices.resolve(name)
 
 
-def test_precision_is_what_is_asked_for_and_plain_where_no_gpu_is() -> None:
+def test_precision_is_as_requested_and_auto_is_float32_without_a_gpu() -> None:
     cpu = torch.device("cpu")
     assert [devices.precision(name, cpu) for name in ("auto", "fp32", "bf16")] == ["fp32", "fp32", "bf16"]
     with devices.autocast("auto", cpu):
@@ -64,7 +64,7 @@ def test_precision_is_what_is_asked_for_and_plain_where_no_gpu_is() -> None:
         assert torch.is_autocast_enabled("cpu")
 
 
-def test_placing_a_model_on_a_cpu_leaves_its_memory_as_it_is() -> None:
+def test_moving_a_model_to_a_cpu_keeps_its_memory_format() -> None:
     convolution = torch.nn.Conv2d(4, 4, 3).requires_grad_(False)
     devices.move_to_device(convolution, torch.device("cpu"))
     assert convolution.weight.is_contiguous()

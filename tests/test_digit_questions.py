@@ -31,7 +31,7 @@ def files(folder: Path) -> list[str]:
 
 
 def read_cell(pixels: np.ndarray, split: str) -> tuple[str, str]:
-    """Colour and digit of one painted cell, found by comparing its pixels with all handwriting of the split."""
+    """Find colour and digit of a painted cell by comparing its pixels with all handwriting of the split."""
     channels = "".join("rgb"[channel] for channel in np.flatnonzero(pixels.reshape(-1, 3).any(axis=0)))
     _, values, digits = dq.handwriting(split)
     found = set(digits[(values * 255.0 // 16 == pixels.max(axis=-1)).all(axis=(1, 2))].tolist())
@@ -97,7 +97,7 @@ def test_only_the_test_split_has_the_unseen_templates() -> None:
         assert not set(templates) & set(dq.TRAIN_TEMPLATES[kind])
 
 
-def test_neither_modality_alone_tells_the_label() -> None:
+def test_neither_modality_alone_determines_the_label() -> None:
     made = dq.compose("train", 8000, seed=0)
     labels = np.array([question.label for question in made.questions])
     assert np.bincount(labels, minlength=10).max() / len(labels) < 0.12
@@ -106,7 +106,7 @@ def test_neither_modality_alone_tells_the_label() -> None:
     kinds: dict[str, list[int]] = {}
     for question in made.questions:
         kinds.setdefault(question.text, []).append(question.label)
-    assert sum(np.bincount(answers).max() for answers in kinds.values()) / len(labels) < 0.2
+    assert sum(np.bincount(labels_N).max() for labels_N in kinds.values()) / len(labels) < 0.2
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(folder: Path, tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(folder: Pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "other"]  # nothing temporary is left
 
 
-def test_making_it_again_in_place_changes_nothing(folder: Path) -> None:
+def test_generating_it_again_in_place_changes_nothing(folder: Path) -> None:
     before = {name: (folder / name).stat().st_mtime_ns for name in files(folder)}
     assert dq.make(folder, seed=3, **COUNTS) == COUNTS
     assert {name: (folder / name).stat().st_mtime_ns for name in files(folder)} == before

@@ -21,14 +21,14 @@ __all__ = ["data"]  # the fixture
 
 
 def test_two_processes_equal_one(data: Path, tmp_path: Path) -> None:
-    """20 samples in batches of 9: the last batch of 2, and validation on 7, do not divide evenly."""
+    """20 samples in batches of 9 (the last has 2) and validation on 7 samples: nothing divides evenly."""
     plain = ["--set", "prompts.dropout=0", "--set", "router.noise=false"]
     for name, processes in (("one", 1), ("two", 2)):
         done = ranks(processes, *command(data, tmp_path / name, *plain))
         assert done.returncode == 0, done.stderr
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name in one:
-        # By norm: AdamW turns rounding of a gradient that is nearly 0 into a step of full size.
+        # Compared by norm, since AdamW turns the rounding of a gradient close to 0 into a full step.
         difference = (one[name] - two[name]).norm() / one[name].norm().clamp(min=1e-12)
         assert difference < 1e-3, f"{name}: {difference:.1e}"
     for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
@@ -41,7 +41,7 @@ def test_two_processes_equal_one(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
-def test_every_sample_is_in_one_share_whatever_the_number_of_processes(world: int) -> None:
+def test_every_sample_belongs_to_exactly_one_process(world: int) -> None:
     for batch in epoch_batches(seed=1, epoch=4, count=23, batch_size=8):
         shares = [process_share(batch, rank, world) for rank in range(world)]
         assert sorted(chain.from_iterable(shares)) == sorted(batch)
@@ -53,7 +53,7 @@ def test_every_sample_is_in_one_share_whatever_the_number_of_processes(world: in
 
 
 @pytest.mark.process
-def test_one_process_speaks_for_all(data: Path, tmp_path: Path) -> None:
+def test_only_the_main_process_prints(data: Path, tmp_path: Path) -> None:
     done = torchrun(2, *command(data, tmp_path / "run", "--json", "--steps", "2"))
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["ok"] is True, "one JSON object and nothing else"
@@ -76,7 +76,7 @@ main()
 @pytest.mark.parametrize(
     "more", matrix([("--method", "linear"), ("--epochs", "0"), ("--steps", "2")], [("--steps", "2")]), ids=" ".join
 )
-def test_no_process_reads_which_checkpoint_is_best_before_it_is_written(
+def test_no_process_reads_the_best_checkpoint_before_it_is_written(
     data: Path, tmp_path: Path, more: tuple[str, ...]
 ) -> None:
     (tmp_path / "slow.py").write_text(SLOW_MAIN)
@@ -104,33 +104,33 @@ def work():
     if end == "dies":
         os.kill(os.getpid(), signal.SIGKILL)
     if end == "raises":
-        raise DataError(1, "what the main process said")
+        raise DataError(1, "the error of the main process")
     return "what it found"
 
 began = time.monotonic()
-said = None
+result = None
 try:
     with distributed.process_group():
-        said = distributed.run_on_main(work)
+        result = distributed.run_on_main(work)
         distributed.barrier()
 except Exception as error:
     from mopefuse.core.dependencies import convert_error
-    said = str(convert_error(error) or error)
-print(f"{os.environ['RANK']}: {said}; after {time.monotonic() - began:.1f} s", flush=True)
+    result = str(convert_error(error) or error)
+print(f"{os.environ['RANK']}: {result}; after {time.monotonic() - began:.1f} s", flush=True)
 """
 
 
 @pytest.mark.process
 @pytest.mark.parametrize(
-    ("end", "said"),
+    ("end", "expected"),
     [
         ("returns", ["what it found", "what it found"]),
-        ("raises", ["what the main process said", "what the main process said"]),
+        ("raises", ["the error of the main process", "the error of the main process"]),
         ("dies", [None, "another process failed"]),
     ],
 )
-def test_the_others_wait_for_the_main_process_as_long_as_it_lives(tmp_path: Path, end: str, said: list[str | None]) -> None:
-    """Its work takes three times as long as they would wait for one another. No launcher is there to end them."""
+def test_other_processes_wait_as_long_as_the_main_process_lives(tmp_path: Path, end: str, expected: list[str | None]) -> None:
+    """Its work takes three times the timeout between processes. There is no launcher to end them."""
     (tmp_path / "patient.py").write_text(PATIENT)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -146,9 +146,9 @@ def test_the_others_wait_for_the_main_process_as_long_as_it_lives(tmp_path: Path
         for rank in (0, 1)
     ]
     for rank, process in enumerate(processes):
-        heard, _ = process.communicate(timeout=120)
-        assert heard.startswith(f"{rank}: {said[rank]}" if said[rank] else ""), heard
-        assert bool(heard) == bool(said[rank])
+        printed, _ = process.communicate(timeout=120)
+        assert printed.startswith(f"{rank}: {expected[rank]}" if expected[rank] else ""), printed
+        assert bool(printed) == bool(expected[rank])
     assert (processes[0].returncode == -signal.SIGKILL) == (end == "dies")
 
 
@@ -167,7 +167,7 @@ with distributed.process_group():
 
 
 @pytest.mark.process
-def test_a_process_whose_share_takes_longer_is_waited_for(tmp_path: Path) -> None:
+def test_a_slower_process_is_waited_for(tmp_path: Path) -> None:
     (tmp_path / "uneven.py").write_text(UNEVEN)
     done = ranks(2, program=(str(tmp_path / "uneven.py"),))
     assert done.returncode == 0, done.stderr
@@ -192,7 +192,7 @@ with distributed.process_group():
 """
 
 
-def test_tensors_of_uneven_length_arrive_in_order(tmp_path: Path) -> None:
+def test_tensors_of_different_lengths_arrive_in_order(tmp_path: Path) -> None:
     (tmp_path / "exchange.py").write_text(_EXCHANGE)
     done = ranks(3, program=(str(tmp_path / "exchange.py"),))
     assert done.returncode == 0, done.stderr

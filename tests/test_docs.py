@@ -65,18 +65,18 @@ def test_nothing_refers_to_documents_that_are_not_in_the_repository() -> None:
     assert found == []
 
 
-def test_paths_that_the_architecture_names_exist() -> None:
+def test_paths_named_in_the_architecture_exist() -> None:
     named = set(re.findall(r"`((?:mopefuse|tests|scripts|docs|recipes)/[\w./-]*)`", ARCHITECTURE))
     assert len(named) > 40
     assert sorted(path for path in named if not (ROOT / path).exists()) == []
 
 
-def test_the_architecture_has_every_room() -> None:
+def test_the_architecture_lists_every_subpackage() -> None:
     rooms = {path.name for path in (ROOT / "mopefuse").iterdir() if (path / "__init__.py").is_file()}
     assert {room for room in rooms if f"| `mopefuse/{room}/` |" not in ARCHITECTURE} == set()
 
 
-def test_the_walks_are_short_and_tasks_are_many() -> None:
+def test_the_architecture_has_short_walkthroughs_and_many_tasks() -> None:
     for walk in ("train", "predict"):
         (part,) = re.findall(rf"^## `mopefuse {walk}`.*?\n(.*?)(?=^## )", ARCHITECTURE, re.MULTILINE | re.DOTALL)
         assert 5 <= len(re.findall(r"^\d+\. `", part, re.MULTILINE)) <= 15, walk
@@ -102,12 +102,12 @@ def test_the_workflow_covers_every_supported_python() -> None:
     assert all(re.search(rf"^{target.removeprefix('make ')}:", makefile, re.MULTILINE) for target in targets)
 
 
-# -- what runs
+# -- code that runs
 
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("page", LESSONS, ids=lambda path: path.stem)
-def test_every_command_and_every_piece_of_python_of_a_page_runs(
+def test_every_command_and_python_block_of_a_page_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = page.read_text(encoding="utf-8")
@@ -118,7 +118,7 @@ def test_every_command_and_every_piece_of_python_of_a_page_runs(
     run_page(text)
 
 
-def test_all_lessons_but_text_blocks_show_commands_of_ours() -> None:
+def test_every_tutorial_and_how_to_shows_mopefuse_commands() -> None:
     shown = {page.stem: commands(page.read_text("utf-8")) for page in LESSONS}
     without = [page for page, lines in shown.items() if all(words[0] in NOT_OURS for words in lines)]
     assert without == ["python"]  # which has Python
@@ -141,7 +141,7 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.process
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
-    """The notebook has a test of its own."""
+    """Without the notebook, which has its own test."""
     folders = ["-d", tmp_path / "trees", DOCS, tmp_path / "html"]
     done = subprocess.run(
         [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", *map(str, folders)],

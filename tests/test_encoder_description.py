@@ -1,4 +1,4 @@
-"""An encoder is more than its weights: whatever changes its features changes its description, and a run notices."""
+"""An encoder is more than its weights: everything that changes its features changes its description, and runs notice."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def pooling(folder: Path) -> None:
 
 
 def other_word(folder: Path) -> None:
-    """The tokenizer with the ids of two words exchanged."""
+    """A tokenizer with the ids of two words swapped."""
     text = (folder / "tokenizer.json").read_text()
     first, second = (json.loads(text)["model"]["vocab"][word] for word in WORDS[:2])
     values = json.loads(text)
@@ -102,9 +102,9 @@ def settings(data: Path, folders: dict[str, Path], **more: Any) -> Any:
     return build_config(values)
 
 
-@pytest.mark.parametrize(("kind", "change", "said"), CHANGES.values(), ids=CHANGES)
-def test_what_changes_an_encoder_is_named_and_reads_no_stale_feature(
-    folders: dict[str, Path], data: Path, kind: str, change: Callable[[Path], None], said: str
+@pytest.mark.parametrize(("kind", "change", "message"), CHANGES.values(), ids=CHANGES)
+def test_a_change_to_an_encoder_is_named_and_recomputes_its_features(
+    folders: dict[str, Path], data: Path, kind: str, change: Callable[[Path], None], message: str
 ) -> None:
     pairs, config = load_data(Data(path=str(data))), settings(data, folders)
     spec = f"hf:{folders[kind]}"
@@ -114,14 +114,14 @@ def test_what_changes_an_encoder_is_named_and_reads_no_stale_feature(
     change(folders[kind])
     now = create_encoder(spec)
     assert now.fingerprint() == before.fingerprint(), "the weights are the same"
-    assert any(said in text for text in _description.differences(before.describe(), now.describe()))
+    assert any(message in text for text in _description.differences(before.describe(), now.describe()))
     found = split_features(now, pairs, "train", config, CPU)
     assert "read from" not in found.origin
     assert not torch.allclose(found[every], kept, atol=1e-4)
 
 
 @pytest.mark.process
-def test_a_run_is_not_loaded_onto_an_encoder_that_differs(folders: dict[str, Path], data: Path, tmp_path: Path) -> None:
+def test_a_run_is_not_loaded_with_a_different_encoder(folders: dict[str, Path], data: Path, tmp_path: Path) -> None:
     run, adapter = tmp_path / "run", tmp_path / "adapter"
     train(settings(data, folders), run)
     assert call("export", run, "-o", adapter, "--format", "adapter").returncode == 0
@@ -131,18 +131,18 @@ def test_a_run_is_not_loaded_onto_an_encoder_that_differs(folders: dict[str, Pat
     assert str(tmp_path) not in json.dumps(recorded["description"])
     saved = {name: shutil.copytree(folder, tmp_path / f"{name} as it was") for name, folder in folders.items()}
     for name in ("pooling", "vocabulary", "heads of an image encoder", "mean"):
-        kind, change, said = CHANGES[name]
+        kind, change, message = CHANGES[name]
         change(folders[kind])
         for model in (run, adapter):
             done = call("eval", model, "--data", data, "--device", "cpu")
             assert done.returncode == 6, done.stderr
-            assert "MF-CKPT-220" in done.stderr and said in done.stderr and "fix: restore" in done.stderr
+            assert "MF-CKPT-220" in done.stderr and message in done.stderr and "fix: restore" in done.stderr
         shutil.rmtree(folders[kind])
         shutil.copytree(saved[kind], folders[kind])
     assert call("eval", run, "--device", "cpu").returncode == 0, "as it was"
 
 
-def test_a_tuned_encoder_is_checked_as_well(folders: dict[str, Path], data: Path, tmp_path: Path) -> None:
+def test_a_tuned_encoder_is_checked_too(folders: dict[str, Path], data: Path, tmp_path: Path) -> None:
     train(settings(data, folders, tune="full"), tmp_path / "run")
     edit_config(folders["bert"], hidden_act="relu")
     with pytest.raises(CheckpointError, match=r'model.hidden_act: was "gelu", is "relu"'):
@@ -157,7 +157,7 @@ def test_a_resumed_run_checks_its_encoders(folders: dict[str, Path], data: Path,
         train(config, tmp_path / "run", resume=True)
 
 
-def test_another_version_of_a_library_gives_a_notice_and_computes_features_anew(
+def test_another_library_version_gives_a_notice_and_recomputes_features(
     folders: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = settings(data, folders)
@@ -174,7 +174,7 @@ def test_another_version_of_a_library_gives_a_notice_and_computes_features_anew(
     assert "read from" not in split_features(encoder, load_data(Data(path=str(data))), "train", config, CPU).origin
 
 
-def test_with_another_version_only_what_both_know_is_compared() -> None:
+def test_with_another_library_version_only_common_fields_are_compared() -> None:
     before = {"model": {"act": "gelu", "old": 1}, "preprocess": {"tokenizer": {"state": "a", "examples": "b"}}}
     now: dict[str, Any] = {"model": {"act": "gelu", "new": 2}, "preprocess": {"tokenizer": {"state": "c", "examples": "b"}}}
     same, other = {"libraries": {"transformers": "5"}}, {"libraries": {"transformers": "6"}}
@@ -184,7 +184,7 @@ def test_with_another_version_only_what_both_know_is_compared() -> None:
     assert _description.differences(before | same, now | other) == ['model.act: was "gelu", is "relu"']
 
 
-def test_a_description_is_the_same_wherever_the_encoder_is_stored(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_description_does_not_depend_on_where_the_encoder_is_stored(folders: dict[str, Path], tmp_path: Path) -> None:
     for kind, folder in folders.items():
         copy = shutil.copytree(folder, tmp_path / "elsewhere" / kind)
         assert create_encoder(f"hf:{folder}").describe() == create_encoder(f"hf:{copy}").describe()
@@ -198,7 +198,7 @@ CLIP = "open_clip:mopefuse-tiny#{}?pretrained=false"
 
 
 @pytest.mark.parametrize(
-    ("spec", "option", "said"),
+    ("spec", "option", "message"),
     [
         ("tiny:text?pretrained=false", "pool=cls", "model.pool"),
         (VIT, "pool=avg", "model.pool"),
@@ -210,9 +210,9 @@ CLIP = "open_clip:mopefuse-tiny#{}?pretrained=false"
         (CLIP.format("visual"), "size=64", "preprocess.size"),
     ],
 )
-def test_options_that_change_the_computation_are_described(tmp_path: Path, spec: str, option: str, said: str) -> None:
+def test_options_that_change_the_computation_are_described(tmp_path: Path, spec: str, option: str, message: str) -> None:
     add_open_clip_models(tmp_path)
     one, two = create_encoder(spec), create_encoder(f"{spec}&{option}")
     found = _description.differences(one.describe(), two.describe())
-    assert any(text.startswith(said) for text in found), found
+    assert any(text.startswith(message) for text in found), found
     assert one.describe()["libraries"].keys() >= {"mopefuse", "torch"}

@@ -1,4 +1,4 @@
-"""The way to the hub: every failure in its own words, nothing but safetensors, every large file checked."""
+"""Access to the hub: every failure has its own message, only safetensors are read, every large file is verified."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def bert(folders: Path, tmp_path: Path) -> Path:
-    """A copy that a test may spoil."""
+    """A copy that a test may change."""
     for file in (folders / "bert").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     return tmp_path
@@ -60,10 +60,10 @@ HUB = [
 ]
 
 
-@pytest.mark.parametrize(("error", "number", "says"), HUB, ids=[str(number) for _, number, _ in HUB])
+@pytest.mark.parametrize(("error", "number", "message"), HUB, ids=[str(number) for _, number, _ in HUB])
 @pytest.mark.parametrize("spec", ["hf:org/name@v9", "timm:vit_base", "open_clip:vit-b-32"])
-def test_every_failure_of_the_hub_has_its_own_text(
-    spec: str, error: Exception, number: int, says: str, monkeypatch: pytest.MonkeyPatch
+def test_every_hub_failure_has_its_own_message(
+    spec: str, error: Exception, number: int, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise error
@@ -73,10 +73,10 @@ def test_every_failure_of_the_hub_has_its_own_text(
     monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("asked on the terminal"))
     found = fault(spec)
     assert found.code == code(number) and found.exit_code == 5
-    assert says.replace("v9", "v9" if spec.startswith("hf") else "main") in str(found), str(found)
+    assert message.replace("v9", "v9" if spec.startswith("hf") else "main") in str(found), str(found)
 
 
-def test_a_misspelt_alias_is_offered_before_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_misspelt_alias_gets_a_suggestion_before_the_hub_is_contacted(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise ConnectionError("x")
 
@@ -86,8 +86,8 @@ def test_a_misspelt_alias_is_offered_before_the_hub(monkeypatch: pytest.MonkeyPa
     assert "did you mean" not in str(fault("hf:org/bert-bsae"))
 
 
-def test_offline_mode_is_quick_and_says_what_to_do(tmp_path: Path) -> None:
-    """In a process of its own: huggingface_hub reads the variables when it is imported."""
+def test_offline_mode_fails_quickly_and_says_what_to_do(tmp_path: Path) -> None:
+    """In a separate process, because huggingface_hub reads the variables when it is imported."""
     program = (
         "import time; from mopefuse.core import hub as _hub; from mopefuse.errors import EncoderError; t = time.time()\n"
         "try: _hub.fetch('google-bert/bert-base-uncased', 'config.json', where='hf:bert-base')\n"
@@ -100,35 +100,35 @@ def test_offline_mode_is_quick_and_says_what_to_do(tmp_path: Path) -> None:
 
 
 def serve(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A hub that has what is in `folder`."""
-    asked: list[str] = []
+    """Patch the hub so that it serves the files in `folder`."""
+    requests: list[str] = []
 
     def fetch(repo: str, filename: str, revision: str | None = None, *, where: str) -> Path | None:
-        asked.append(f"{repo}@{revision}/{filename}")
+        requests.append(f"{repo}@{revision}/{filename}")
         return folder / filename if (folder / filename).is_file() else None
 
     monkeypatch.setattr(_hub, "fetch", fetch)
-    return asked
+    return requests
 
 
-def test_a_repository_of_transformers(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_transformers_repository_loads(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     snapshot = tmp_path / COMMIT
     snapshot.symlink_to(folders / "bert")
-    asked = serve(snapshot, monkeypatch)
+    requests = serve(snapshot, monkeypatch)
     encoder = create_encoder("hf:org/small@v1")
     assert encoder.revision == COMMIT
     assert encoder.fingerprint() == create_encoder(f"hf:{folders / 'bert'}").fingerprint()
-    assert asked[:2] == ["org/small@v1/config.json", "org/small@v1/model.safetensors"]
+    assert requests[:2] == ["org/small@v1/config.json", "org/small@v1/model.safetensors"]
 
 
-def test_a_refused_configuration_downloads_no_weights(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_weights_are_downloaded_for_a_refused_configuration(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     edit_config(bert, model_type="t5", is_encoder_decoder=True)
-    asked = serve(bert, monkeypatch)
+    requests = serve(bert, monkeypatch)
     assert fault("hf:org/decoder").code == code(EncoderCode.UNSUITABLE)
-    assert asked == ["org/decoder@None/config.json"]
+    assert requests == ["org/decoder@None/config.json"]
 
 
-def test_a_repository_in_parts_or_in_pickles(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sharded_weights_load_and_pickles_are_refused(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = create_encoder(f"hf:{bert}").fingerprint()
     model = transformers.AutoModel.from_pretrained(bert)
     (bert / "model.safetensors").unlink()
@@ -142,14 +142,14 @@ def test_a_repository_in_parts_or_in_pickles(bert: Path, monkeypatch: pytest.Mon
     assert fault("open_clip:vit-b-32").code == code(EncoderCode.NO_SAFETENSORS)
 
 
-def test_pretrained_weights_of_timm_are_read_from_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pretrained_timm_weights_are_read_from_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = timm.create_model("vit_tiny_patch16_224.augreg_in21k", depth=1)
     snapshot = tmp_path / COMMIT
     snapshot.mkdir()
     save_file(model.state_dict(), snapshot / "model.safetensors")
-    asked = serve(snapshot, monkeypatch)
+    requests = serve(snapshot, monkeypatch)
     encoder = create_encoder("timm:vit_tiny?depth=1")
-    assert asked == ["timm/vit_tiny_patch16_224.augreg_in21k@None/model.safetensors"]
+    assert requests == ["timm/vit_tiny_patch16_224.augreg_in21k@None/model.safetensors"]
     assert (encoder.spec.name, encoder.revision) == ("vit_tiny_patch16_224.augreg_in21k", COMMIT)
     for name, tensor in encoder.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name.removeprefix("backbone.")])
@@ -157,12 +157,12 @@ def test_pretrained_weights_of_timm_are_read_from_safetensors(tmp_path: Path, mo
     assert fault("timm:vit_tiny?depth=1", CheckpointError).code == "MF-CKPT-06"
 
 
-def test_pretrained_weights_of_open_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pretrained_open_clip_weights_are_read_from_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = open_clip.get_model_config("ViT-B-32")
     config["vision_cfg"] |= {"width": 64, "layers": 1}
     config["text_cfg"] |= {"width": 64, "layers": 1}
     monkeypatch.setattr(open_clip, "get_model_config", lambda name: config)
-    model = open_clip.CLIP(**json.loads(json.dumps(config)))  # published files are those of this class
+    model = open_clip.CLIP(**json.loads(json.dumps(config)))  # published files are of this class
     save_file({name: t.contiguous() for name, t in model.state_dict().items()}, tmp_path / "open_clip_model.safetensors")
     serve(tmp_path, monkeypatch)
     encoder = create_encoder("open_clip:ViT-B-32/openai#text")
@@ -182,10 +182,10 @@ def siglip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_siglip_has_the_tokenizer_that_open_clip_would_take(siglip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = serve(siglip, monkeypatch)
+def test_siglip_gets_the_tokenizer_that_open_clip_uses(siglip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = serve(siglip, monkeypatch)
     encoder = create_encoder("open_clip:ViT-B-16-SigLIP/webli#text")
-    assert asked[:2] == ["timm/ViT-B-16-SigLIP@None/open_clip_model.safetensors", "org/siglip@None/tokenizer.json"]
+    assert requests[:2] == ["timm/ViT-B-16-SigLIP@None/open_clip_model.safetensors", "org/siglip@None/tokenizer.json"]
     texts = ["The quick,  brown_fox!", "", "no " * 40]
     inputs = encoder.preprocess.batch([encoder.preprocess.item(text) for text in texts])
     cleaned, tokenizer = ["the quick brown fox", "", "no " * 39 + "no"], transformers.AutoTokenizer.from_pretrained(siglip)
@@ -195,8 +195,8 @@ def test_siglip_has_the_tokenizer_that_open_clip_would_take(siglip: Path, monkey
     check_encoder(encoder)
 
 
-def test_weights_of_siglip_without_their_tokenizer_are_refused(siglip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random weights need none; those of a file do."""
+def test_siglip_weights_without_their_tokenizer_are_refused(siglip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random weights do not need it; weights from a file do."""
     create_encoder("open_clip:ViT-B-16-SigLIP#text?pretrained=false")
     spec = f"open_clip:ViT-B-16-SigLIP#text?weights={siglip / 'open_clip_model.safetensors'}"
 
@@ -227,7 +227,7 @@ def test_a_download_is_checked_against_the_sha256_of_the_hub(tmp_path: Path, mon
     assert caught.value.code == code(EncoderCode.BROKEN_DOWNLOAD) and not arrived.exists()
 
 
-def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_written_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: Any, **kwargs: Any) -> str:
         raise OSError(28, "No space left on device", "/full/disk/blob")
 

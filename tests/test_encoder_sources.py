@@ -1,4 +1,4 @@
-"""Where encoders come from: names, options, folders, files of weights, the hub; and what each fault is called."""
+"""Sources of encoders: names, options, folders, weight files, the hub; and the error for each problem."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def bert(folders: Path, tmp_path: Path) -> Path:
-    """A copy that a test may spoil."""
+    """A copy that a test may change."""
     for file in (folders / "bert").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     return tmp_path
@@ -57,7 +57,7 @@ def bert(folders: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("spec", "number", "says"),
+    ("spec", "number", "message"),
     [
         ("timm:vit_bse", EncoderCode.UNKNOWN_MODEL, "vit_base"),
         ("timm:vit_base_patch16_224.augreg_in21", EncoderCode.UNKNOWN_MODEL, "did you mean augreg_in21k"),
@@ -85,18 +85,18 @@ def bert(folders: Path, tmp_path: Path) -> Path:
         ("open_clip:ViT-S-32#text?pretrained=false&force_image_size=64", EncoderCode.UNKNOWN_OPTION, "force_image_size"),
     ],
 )
-def test_wrong_names_and_options(spec: str, number: int, says: str) -> None:
+def test_wrong_names_and_options_are_errors(spec: str, number: int, message: str) -> None:
     error = fault(spec)
-    assert error.code == code(number) and says in str(error), str(error)
+    assert error.code == code(number) and message in str(error), str(error)
 
 
-def test_a_value_of_the_wrong_type() -> None:
-    """Told by the configuration or by the constructor, as the version of transformers has it."""
+def test_an_option_value_of_the_wrong_type_is_an_error() -> None:
+    """Rejected by the configuration or by the constructor, depending on the version of transformers."""
     error = fault("hf:bert-base?pretrained=false&hidden_size=big&num_hidden_layers=1")
     assert error.code in (code(EncoderCode.BAD_OPTION), code(EncoderCode.CANNOT_BUILD))
 
 
-def test_options_reach_the_library_and_the_preprocessing() -> None:
+def test_options_are_passed_to_the_library_and_the_preprocessing() -> None:
     encoder = create_encoder(f"{VIT}&mean=0.4,0.5,0.6&std=0.25&pool=avg")
     described = encoder.preprocess.describe()
     assert len(encoder.widths) == 3 and described["size"] == [32, 32]
@@ -117,7 +117,7 @@ def test_options_reach_the_library_and_the_preprocessing() -> None:
     ],
 )
 def test_the_first_token_and_the_mean_can_be_pooled_side_by_side(spec: str, special: int) -> None:
-    """The mean is over patches without the class token, or over all tokens of a text, without padding."""
+    """The mean is over the patches without the class token, or over all tokens of a text without padding."""
     encoder = create_encoder(spec)
     values = ["a", "a longer text"] if encoder.modality == "text" else [Image.new("RGB", (40, 40), c) for c in ("red", "blue")]
     out = encoder.encode(encoder.preprocess.batch([encoder.preprocess.item(value) for value in values]))
@@ -167,8 +167,8 @@ def test_the_hashing_tokenizer_spares_special_ids() -> None:
 # files of weights -------------------------------------------------------------------------------------------------
 
 
-def test_weights_from_a_file(tmp_path: Path) -> None:
-    """Half precision is raised, a classifier in the file is left out, and the fingerprint follows the values."""
+def test_weights_load_from_a_file(tmp_path: Path) -> None:
+    """Half precision is converted, a classifier in the file is ignored, and the fingerprint depends on the values."""
     original = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=3)
     path = tmp_path / "half.safetensors"
     save_file({name: tensor.half() for name, tensor in original.state_dict().items()}, path)
@@ -183,7 +183,7 @@ def test_weights_from_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tower", ["text", "visual"])
-def test_weights_of_a_tower_or_of_both(tower: str, tmp_path: Path) -> None:
+def test_weights_of_one_tower_or_both_load_from_a_file(tower: str, tmp_path: Path) -> None:
     (tmp_path / "mopefuse-whole.json").write_text(json.dumps(OPEN_CLIP))
     open_clip.add_model_config(tmp_path / "mopefuse-whole.json")
     model = open_clip.CustomTextCLIP(**json.loads(json.dumps(OPEN_CLIP)))
@@ -196,7 +196,7 @@ def test_weights_of_a_tower_or_of_both(tower: str, tmp_path: Path) -> None:
     assert len(prints) == 1
 
 
-def test_weights_for_a_folder(folders: Path) -> None:
+def test_a_weights_file_replaces_the_weights_of_a_folder(folders: Path) -> None:
     path = folders / "bert"
     model = transformers.AutoModel.from_pretrained(path, add_pooling_layer=False)
     save_file(model.state_dict(), path / "other.safetensors")
@@ -205,7 +205,7 @@ def test_weights_for_a_folder(folders: Path) -> None:
     assert theirs.fingerprint() == ours.fingerprint()
 
 
-def test_weights_that_do_not_fit(tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     state = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=3, num_classes=0).state_dict()
     state["pos_embed"] = torch.zeros(1, 5, 192)
     state["extra.weight"] = state.pop("norm.weight")
@@ -235,11 +235,11 @@ def test_a_pickle_is_refused_whatever_its_name(tmp_path: Path) -> None:
         assert error.code == "MF-CKPT-06" and not canary.exists()
     with (tmp_path / "a.safetensors").open("rb") as file:
         pickle.load(file)  # noqa: S301
-    assert canary.exists(), "the canary sings when it is loaded"
+    assert canary.exists(), "the canary does run when it is unpickled"
 
 
 @pytest.mark.parametrize("keep", [0, 5, 40, -7])
-def test_a_damaged_file(keep: int, tmp_path: Path, bert: Path) -> None:
+def test_a_damaged_weights_file_is_an_error(keep: int, tmp_path: Path, bert: Path) -> None:
     path = tmp_path / "w.safetensors"
     save_file({"x": torch.zeros(100)}, path)
     path.write_bytes(path.read_bytes()[:keep])
@@ -249,7 +249,7 @@ def test_a_damaged_file(keep: int, tmp_path: Path, bert: Path) -> None:
     assert fault(f"hf:{bert}", CheckpointError).code == "MF-CKPT-02"
 
 
-def test_a_missing_file() -> None:
+def test_a_missing_weights_file_is_an_error() -> None:
     assert fault(f"{VIT}&weights=/no/such.safetensors", CheckpointError).code == "MF-CKPT-04"
 
 
@@ -265,11 +265,11 @@ def test_a_masked_language_model_loads_as_an_encoder(tmp_path: Path) -> None:
         encoder.state_dict()["backbone.encoder.layer.0.output.dense.weight"],
         model.state_dict()["bert.encoder.layer.0.output.dense.weight"],
     )
-    error = fault(f"hf:{tmp_path}?pool=pooler", CheckpointError)  # a masked-language model has none
+    error = fault(f"hf:{tmp_path}?pool=pooler", CheckpointError)  # a masked-language model has no pooler
     assert error.code == "MF-CKPT-42" and "pooler" in str(error)
 
 
-def test_both_towers_of_a_clip_folder(tmp_path: Path) -> None:
+def test_both_towers_of_a_clip_folder_load(tmp_path: Path) -> None:
     text = {**HF["clip_text_model"], "max_position_embeddings": 20}
     config = transformers.CLIPConfig(text_config=text, vision_config=HF["clip_vision_model"], projection_dim=16)
     model = transformers.CLIPModel(config)
@@ -312,7 +312,7 @@ def test_a_sentence_transformers_folder_pools_as_it_declares(pooling: dict[str, 
 
 
 @pytest.mark.parametrize(
-    ("changes", "number", "says"),
+    ("changes", "number", "message"),
     [
         ({"auto_map": {"AutoModel": "modeling.Evil"}}, EncoderCode.REMOTE_CODE, "AutoModel"),
         ({"is_encoder_decoder": True, "model_type": "t5"}, EncoderCode.UNSUITABLE, "decoder"),
@@ -322,16 +322,16 @@ def test_a_sentence_transformers_folder_pools_as_it_declares(pooling: dict[str, 
         ({"model_type": None}, EncoderCode.BAD_CONFIG, "model_type"),
     ],
 )
-def test_who_is_refused_from_the_configuration_alone(
-    changes: dict[str, Any], number: int, says: str, bert: Path, monkeypatch: pytest.MonkeyPatch
+def test_unsuitable_models_are_refused_by_their_configuration_alone(
+    changes: dict[str, Any], number: int, message: str, bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("asked on the terminal"))
     edit_config(bert, **changes)
     error = fault(f"hf:{bert}")
-    assert error.code == code(number) and says in str(error), str(error)
+    assert error.code == code(number) and message in str(error), str(error)
 
 
-def test_what_a_folder_lacks(bert: Path, folders: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_an_incomplete_folder_is_an_error(bert: Path, folders: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     (bert / "tokenizer.json").unlink()
     assert fault(f"hf:{bert}").code == code(EncoderCode.NO_TOKENIZER)
     (bert / "model.safetensors").rename(bert / "pytorch_model.bin")

@@ -1,4 +1,4 @@
-"""Every family of encoders: prompts as keys and values equal inserted tokens; without prompts, the backbone untouched."""
+"""Every family of encoders: prompts as keys and values equal inserted tokens; without prompts, the backbone is unmodified."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def prompts_for(encoder: Encoder, length: int = 5) -> list[torch.Tensor]:
 def test_keys_and_values_equal_inserted_tokens(
     family: str, rows: slice, cases: Mapping[str, Case], encoders: Mapping[str, Encoder]
 ) -> None:
-    """A text alone has no padding, and libraries then replace the mask by a flag, or by nothing."""
+    """A single text has no padding; libraries then replace the mask by a flag or omit it."""
     case, encoder = cases[family], encoders[family]
     inputs = {name: tensor[rows] for name, tensor in batch_of(encoder).items()}
     prompts = [prompt[rows] for prompt in prompts_for(encoder)]
@@ -64,7 +64,7 @@ def test_keys_and_values_equal_inserted_tokens(
 
 @pytest.mark.parametrize("family", matrix(FAMILIES, QUICK))
 @pytest.mark.parametrize("gradient", [False, True])
-def test_without_prompts_the_backbone_is_untouched(
+def test_without_prompts_the_backbone_is_unmodified(
     family: str, gradient: bool, cases: Mapping[str, Case], encoders: Mapping[str, Encoder]
 ) -> None:
     case, encoder = cases[family], encoders[family]
@@ -79,10 +79,10 @@ def test_without_prompts_the_backbone_is_untouched(
 
 @pytest.mark.parametrize("blind", [0, 2])
 @pytest.mark.parametrize("family", ["hf-bert", "timm-vit"])
-def test_tokens_ahead_equal_the_librarys_own_blocks_over_all_tokens(
+def test_inserted_tokens_equal_the_librarys_own_blocks_over_all_tokens(
     family: str, blind: int, cases: Mapping[str, Case], encoders: Mapping[str, Encoder]
 ) -> None:
-    """By the plain model's layers, one by one, with a mask written out."""
+    """The reference runs the unmodified model's layers one by one, with an explicit mask."""
     encoder, inputs = encoders[family], batch_of(encoders[family])
     tokens = prompts_for(encoder, length=4)[0]
     plain = cases[family].plain(encoder)
@@ -104,7 +104,7 @@ def test_tokens_ahead_equal_the_librarys_own_blocks_over_all_tokens(
 
 
 @pytest.mark.matrix
-def test_which_families_take_tokens_ahead_of_their_own(encoders: Mapping[str, Encoder]) -> None:
+def test_the_families_that_support_inserted_tokens_are_as_documented(encoders: Mapping[str, Encoder]) -> None:
     takes = {name for name, encoder in encoders.items() if encoder.insertable}
     texts = {f"hf-{kind}" for kind in ("bert", "roberta", "xlm-roberta", "distilbert", "electra")}
     images = {f"timm-{name}" for name in ("vit", "vit-qk-norm", "vit-post-norm", "deit-distilled", "dinov2")}
@@ -115,13 +115,13 @@ def test_which_families_take_tokens_ahead_of_their_own(encoders: Mapping[str, En
 
 
 @pytest.mark.parametrize("family", matrix(FAMILIES, QUICK))
-def test_every_family_keeps_the_contract(family: str, encoders: Mapping[str, Encoder]) -> None:
+def test_every_family_satisfies_the_contract(family: str, encoders: Mapping[str, Encoder]) -> None:
     check_encoder(encoders[family])
 
 
 @pytest.mark.parametrize("family", matrix(FAMILIES, QUICK))
-def test_an_open_gate_is_a_softmax_of_its_own(family: str, encoders: Mapping[str, Encoder]) -> None:
-    """A wide-open gate on a prompt far from every query adds the mean of its values: finite, and not token insertion."""
+def test_gated_prompts_have_their_own_softmax(family: str, encoders: Mapping[str, Encoder]) -> None:
+    """An open gate on a prompt far from every query adds the mean of its values: finite, and different from token insertion."""
     encoder = encoders[family]
     inputs, prompts = batch_of(encoder), prompts_for(encoder)
     half = [torch.full((heads,), 0.5) for heads in encoder.heads]
@@ -133,8 +133,8 @@ def test_an_open_gate_is_a_softmax_of_its_own(family: str, encoders: Mapping[str
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name in BY_HAND])
-def test_a_gated_layer_by_hand(family: str, encoders: Mapping[str, Encoder]) -> None:
-    """With one prompt token its softmax is 1, so a gate adds tanh(g) * V_p to every head: as large as we say, and linear."""
+def test_a_gated_layer_matches_a_computation_by_hand(family: str, encoders: Mapping[str, Encoder]) -> None:
+    """The softmax over a single prompt token is 1, so a gate adds tanh(g) * V_p to every head."""
     encoder = encoders[family]
     inputs, prompts = batch_of(encoder), prompts_for(encoder, length=1)
     seen: list[torch.Tensor] = []
@@ -159,11 +159,12 @@ def test_a_gated_layer_by_hand(family: str, encoders: Mapping[str, Encoder]) -> 
     torch.testing.assert_close(added, added[:, :1].expand_as(added), atol=1e-5, rtol=1e-4)  # the same for every query
 
 
-@pytest.mark.parametrize("family", [f"timm-{name}" for name in TIMM if name != "eva02-apart"])  # which has a norm in between
-def test_the_softmax_of_a_gated_prompt_is_the_part_of_the_shared_one_that_falls_on_it(
+@pytest.mark.parametrize("family", [f"timm-{name}" for name in TIMM if name != "eva02-apart"])  # has a norm in between
+def test_ungated_attention_interpolates_between_tokens_alone_and_prompt_alone(
     family: str, encoders: Mapping[str, Encoder]
 ) -> None:
-    """What leaves the first attention is, ungated, a mean of what tokens and prompt would give alone, per query and head."""
+    """The output of the first attention is, for each query and head, a weighted mean of the outputs for tokens alone and prompt
+    alone."""
     encoder = encoders[family]
     inputs, prompts, heads = batch_of(encoder), prompts_for(encoder), encoder.heads[0]
     projection = next(m for n, m in encoder.backbone.named_modules() if n.endswith("attn.proj"))  # type: ignore[union-attr]
@@ -184,7 +185,7 @@ def test_the_softmax_of_a_gated_prompt_is_the_part_of_the_shared_one_that_falls_
 
 
 @pytest.mark.parametrize("family", matrix(FAMILIES, QUICK))
-def test_a_copy_has_hooks_of_its_own(family: str, encoders: Mapping[str, Encoder]) -> None:
+def test_a_copied_encoder_has_its_own_hooks(family: str, encoders: Mapping[str, Encoder]) -> None:
     original = encoders[family]
     twin = copy.deepcopy(original)
     inputs, prompts = batch_of(twin), prompts_for(twin)
@@ -237,8 +238,8 @@ def test_an_interrupted_call_leaves_no_prompt(encoders: Mapping[str, Encoder]) -
     assert encoder._current_call.value is None and not encoder._call.pending
 
 
-def test_prompts_of_another_batch_are_refused(encoders: Mapping[str, Encoder]) -> None:
-    """One prompt for three images would otherwise be spread over the windows of Swin without a word."""
+def test_prompts_of_the_wrong_batch_size_are_refused(encoders: Mapping[str, Encoder]) -> None:
+    """Otherwise, one prompt for three images would silently be spread over the windows of Swin."""
     encoder = encoders["timm-swin-padded"]
     with pytest.raises(AssertionError, match="expected \\(3, 16\\)"):
         encoder.encode(batch_of(encoder), lambda layer, tokens, mask: Prompt(torch.zeros(1, 2, 16)))
@@ -257,7 +258,7 @@ def test_prompts_of_another_batch_are_refused(encoders: Mapping[str, Encoder]) -
         ["timm:resnet18?pretrained=false"],
     ),
 )
-def test_what_cannot_be_prompted_gives_its_pooled_feature(spec: str) -> None:
+def test_an_encoder_that_cannot_be_prompted_gives_its_pooled_feature(spec: str) -> None:
     encoder = check_encoder(spec)
     assert encoder.widths == () and "usable as --comp" in encoder.why_not_main
 
@@ -276,7 +277,7 @@ def test_an_unknown_family_of_transformers_is_complementary_only(tmp_path: Path)
         assert encoder.feature_width == 16 and "usable as --comp" in encoder.why_not_main
 
 
-def test_swin_asks_every_block_of_every_stage() -> None:
+def test_swin_requests_a_prompt_in_every_block_of_every_stage() -> None:
     encoder = create_encoder("timm:swin_base_patch4_window7_224?pretrained=false&img_size=64&window_size=2")
     assert encoder.widths == (128,) * 2 + (256,) * 2 + (512,) * 18 + (1024,) * 2
     assert encoder.heads == (4,) * 2 + (8,) * 2 + (16,) * 18 + (32,) * 2
@@ -298,8 +299,8 @@ def test_a_fingerprint_changes_with_a_weight(encoders: Mapping[str, Encoder]) ->
     assert encoder.fingerprint() != before == encoders["hf-bert"].fingerprint()
 
 
-@pytest.mark.parametrize("kind", [kind for kind in TEXTS if kind != "qwen2"])  # whose tokenizer transformers makes anew
-def test_own_tokenizer_and_padding(kind: str, encoders: Mapping[str, Encoder]) -> None:
+@pytest.mark.parametrize("kind", [kind for kind in TEXTS if kind != "qwen2"])  # transformers rebuilds its tokenizer
+def test_texts_use_the_encoders_own_tokenizer_and_padding(kind: str, encoders: Mapping[str, Encoder]) -> None:
     encoder = encoders[f"hf-{kind}"]
     inputs = encoder.preprocess.batch(["no", "the lazy dog"])
     end = 3 if kind == "clip_text_model" else 2
@@ -308,8 +309,8 @@ def test_own_tokenizer_and_padding(kind: str, encoders: Mapping[str, Encoder]) -
     assert inputs["mask"].tolist() == [[True] * 3 + [False] * (length - 3), [True] * 5 + [False] * (length - 5)]
 
 
-def test_texts_of_siglip_fill_its_context(encoders: Mapping[str, Encoder]) -> None:
-    """Its tower sees the padding, and pools the last token: the same text gives the same feature beside any other."""
+def test_siglip_texts_are_padded_to_its_context_length(encoders: Mapping[str, Encoder]) -> None:
+    """SigLIP attends to padding and pools the last token; the feature of a text still does not depend on its batch."""
     encoder = encoders["open_clip-siglip-text"]
     inputs = encoder.preprocess.batch(["no", "the lazy dog"])
     assert inputs["ids"].shape == (2, 20)
@@ -318,12 +319,12 @@ def test_texts_of_siglip_fill_its_context(encoders: Mapping[str, Encoder]) -> No
     assert not torch.allclose(shown.pooled_BC, encoder.encode(inputs).pooled_BC)
 
 
-def test_a_tower_of_timm_takes_images_of_another_size(cases: Mapping[str, Case]) -> None:
+def test_a_timm_tower_accepts_images_of_another_size(cases: Mapping[str, Case]) -> None:
     encoder = create_encoder(f"{cases['open_clip-siglip-visual'].spec}&force_image_size=48")
     assert encoder.encode(batch_of(encoder)).tokens_BLD.shape == (3, 36, 32)
 
 
-def test_images_are_prepared_as_the_library_does(encoders: Mapping[str, Encoder], tmp_path: Path) -> None:
+def test_images_are_prepared_as_by_the_library(encoders: Mapping[str, Encoder], tmp_path: Path) -> None:
     encoder = encoders["hf-vit"]
     random = torch.Generator().manual_seed(0)
     image = Image.fromarray(torch.randint(256, (50, 70, 3), generator=random, dtype=torch.uint8).numpy())

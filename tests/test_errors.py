@@ -40,7 +40,7 @@ def test_an_error_has_what_where_and_a_fix(where: str, fix: str, expected: str) 
 
 
 @pytest.mark.parametrize("error", [ConfigError(1, "what", where="where", fix="fix"), Interrupted(15, "what", fix="fix")])
-def test_an_error_crosses_processes_whole(error: MopefuseError) -> None:
+def test_an_error_survives_pickling(error: MopefuseError) -> None:
     there = pickle.loads(pickle.dumps(error))  # noqa: S301 (as a data worker sends it)
     assert type(there) is type(error)
     assert there.as_dict() == error.as_dict()
@@ -60,7 +60,7 @@ def test_a_stop_has_the_exit_code_of_its_signal(number: int, code: int) -> None:
         ("zzz", [], ""),
     ],
 )
-def test_the_nearest_name_or_what_there_is_is_offered(name: str, known: list[str], expected: str) -> None:
+def test_similar_names_or_all_names_are_suggested(name: str, known: list[str], expected: str) -> None:
     assert did_you_mean(name, known) == expected
 
 
@@ -85,8 +85,8 @@ def test_the_page_has_every_exit_code(script: dict[str, Any]) -> None:
         assert re.search(rf"^\| {kind.exit_code} \|", table, re.MULTILINE)
 
 
-def test_the_scan_sees_every_code_that_is_raised(script: dict[str, Any]) -> None:
-    """An independent look: whatever constant follows the name of an error class in the text of the source."""
+def test_the_page_script_finds_every_code_that_is_raised(script: dict[str, Any]) -> None:
+    """An independent check: finds every constant that follows the name of an error class in the source text."""
     kinds = {kind.__name__: kind.family for kind in KINDS if kind not in (MopefuseError, Interrupted)}
     found = set()
     for path in (ROOT / "mopefuse").rglob("*.py"):
@@ -98,7 +98,7 @@ def test_the_scan_sees_every_code_that_is_raised(script: dict[str, Any]) -> None
     assert len(found) > 50
 
 
-def test_errors_are_made_of_constants_and_each_constant_is_used() -> None:
+def test_errors_use_named_constants_and_every_constant_is_used() -> None:
     source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "mopefuse").rglob("*.py"))
     assert re.findall(r"\b\w+Error\(\s*\d+\b", source) == []
     enums = [kind for kind in vars(error_codes).values() if isinstance(kind, type) and issubclass(kind, error_codes.ErrorCode)]

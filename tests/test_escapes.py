@@ -1,4 +1,4 @@
-"""A label, a name or a path with terminal escapes in it is shown spelt out, wherever it comes out."""
+"""A label, name or path that contains terminal escapes is shown escaped in every output."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SPELT = r"\x1b]0;owned\x07\x1b[31mred\x9b2J\u202edlog\x0d\x0aerror[MF-X]: forged
 
 @pytest.fixture(scope="module")
 def evil_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data whose labels and ids hold escapes."""
+    """Data whose labels and ids contain escapes."""
     root = make_pairs(tmp_path_factory.mktemp("data") / "evil")
     for file in root.glob("*.jsonl"):
         rows = [json.loads(line) for line in file.read_text().splitlines()]
@@ -36,7 +36,7 @@ def evil_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def evil(evil_pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on them."""
+    """A run on these data."""
     run = tmp_path_factory.mktemp("runs") / "evil"
     done = call("train", *TINY, "--data", evil_pairs, "--out", run, "--steps", "2")
     assert done.returncode == 0, done.stderr
@@ -45,29 +45,29 @@ def evil(evil_pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def clean(*texts: str) -> None:
-    """No text steers a terminal, and none has a line of its own making."""
+    """Check that no text contains control characters or line breaks of its own."""
     for text in texts:
         assert not OBEYED.search(text), OBEYED.findall(text)
         assert not any(line.startswith("error[MF-X]") for line in text.splitlines())
 
 
 def clean_page(page: Path) -> str:
-    """In HTML, a line break is a space."""
+    """Check a page; in HTML, a line break counts as a space."""
     text = page.read_text(encoding="utf-8")
     assert not OBEYED.search(text), OBEYED.findall(text)
     return text
 
 
 def files(folder: Path) -> list[str]:
-    """Every text in a folder."""
+    """Return every text file in a folder."""
     return [path.read_text(encoding="utf-8") for path in folder.rglob("*") if path.suffix in (".md", ".json", ".jsonl", ".csv")]
 
 
-def test_eval(evil: Path, evil_pairs: Path, tmp_path: Path) -> None:
-    done = call("eval", evil, "-o", tmp_path / "said.jsonl")
+def test_eval_escapes_hostile_text(evil: Path, evil_pairs: Path, tmp_path: Path) -> None:
+    done = call("eval", evil, "-o", tmp_path / "predictions.jsonl")
     clean(done.stdout, done.stderr, *files(tmp_path))
     assert SPELT in done.stdout and "[red]x[/]" in done.stdout
-    assert EVIL in {json.loads(line)["label"] for line in (tmp_path / "said.jsonl").read_text().splitlines()}
+    assert EVIL in {json.loads(line)["label"] for line in (tmp_path / "predictions.jsonl").read_text().splitlines()}
     done = call("eval", evil, "--json")
     clean(done.stdout)
     assert EVIL in {row["label"] for row in json.loads(done.stdout)["per_label"]}
@@ -77,7 +77,7 @@ def test_eval(evil: Path, evil_pairs: Path, tmp_path: Path) -> None:
     assert SPELT in check.stdout
 
 
-def test_eval_on_a_terminal(evil: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eval_on_a_terminal_escapes_hostile_text(evil: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "300")
     done = call("eval", evil)
@@ -85,7 +85,7 @@ def test_eval_on_a_terminal(evil: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert "\x1b]0;" not in done.stdout and "\x9b" not in done.stdout and "\u202e" not in done.stdout
 
 
-def test_predict(evil: Path, evil_pairs: Path, tmp_path: Path) -> None:
+def test_predict_escapes_hostile_text(evil: Path, evil_pairs: Path, tmp_path: Path) -> None:
     table = tmp_path / "in.jsonl"
     good = {"img": str(next(evil_pairs.glob("images/*"))), "text": EVIL, "id": EVIL}
     write_rows(table, [good, {"img": f"{EVIL}.png", "text": "a", "id": "=2"}])
@@ -105,7 +105,7 @@ def test_predict(evil: Path, evil_pairs: Path, tmp_path: Path) -> None:
         assert len(done.stderr.splitlines()) == 1
 
 
-def test_cards(evil: Path, tmp_path: Path) -> None:
+def test_model_cards_escape_hostile_text(evil: Path, tmp_path: Path) -> None:
     done = call("export", evil, "--format", "adapter", "-o", tmp_path / "adapter")
     clean(done.stdout, done.stderr, *files(tmp_path))
     card = (tmp_path / "adapter" / "README.md").read_text()
@@ -113,7 +113,7 @@ def test_cards(evil: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "adapter" / "model.json").read_text())["labels"][0] == EVIL
 
 
-def test_report(evil: Path, tmp_path: Path) -> None:
+def test_reports_escape_hostile_text(evil: Path, tmp_path: Path) -> None:
     done = call("report", evil, "--out", tmp_path / "page.html")
     assert done.returncode == 0, done.stderr
     clean(done.stdout, done.stderr)
@@ -130,7 +130,7 @@ def study(evil: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("form", ["table", "markdown", "csv", "json", "latex"])
-def test_compare(form: str, study: Path, tmp_path: Path) -> None:
+def test_compare_escapes_hostile_text(form: str, study: Path, tmp_path: Path) -> None:
     out = tmp_path / f"out.{form}"
     more: tuple[Any, ...] = ("--against", EVIL, "--format", form)
     for done in (call("compare", study, *more), call("compare", study, *more, "-o", out)):
@@ -148,14 +148,14 @@ def test_compare(form: str, study: Path, tmp_path: Path) -> None:
         assert list(csv.reader(io.StringIO(text)))[2][0].startswith("'=")
 
 
-def test_the_page_of_a_study(study: Path, tmp_path: Path) -> None:
+def test_the_page_of_a_study_escapes_hostile_text(study: Path, tmp_path: Path) -> None:
     done = call("report", study, "--out", tmp_path / "page.html")
     assert done.returncode == 0, done.stderr
     clean(done.stdout, done.stderr)
     clean_page(tmp_path / "page.html")
 
 
-def test_study(evil_pairs: Path, tmp_path: Path) -> None:
+def test_study_escapes_hostile_text(evil_pairs: Path, tmp_path: Path) -> None:
     settings = {"main": "tiny:vision", "comp": "tiny:text", "device": "cpu", "data.path": str(evil_pairs)}
     settings |= {"train": {"epochs": 1, "batch_size": 4}, "method": "late-concat"}
     cells = {EVIL: {}, "b": {"head_hidden": 4}}
@@ -179,7 +179,7 @@ def test_study(evil_pairs: Path, tmp_path: Path) -> None:
     ],
     ids=lambda arguments: arguments[0],
 )
-def test_errors(arguments: tuple[str, ...], evil: Path, evil_pairs: Path, tmp_path: Path) -> None:
+def test_errors_escape_hostile_text(arguments: tuple[str, ...], evil: Path, evil_pairs: Path, tmp_path: Path) -> None:
     places = {"RUN": str(evil), "PAIRS": str(evil_pairs), "OUT": str(tmp_path / "out")}
     for more in ((), ("--json",)):
         done = call(*(places.get(word, word) for word in arguments), *more)
@@ -190,7 +190,7 @@ def test_errors(arguments: tuple[str, ...], evil: Path, evil_pairs: Path, tmp_pa
 
 
 @given(st.text())
-def test_any_text_is_shown_on_one_line_and_means_the_same_in_json(text: str) -> None:
+def test_any_text_is_shown_on_one_line_and_is_unchanged_in_json(text: str) -> None:
     assert not OBEYED.search(shown.visible(text)) and len(shown.visible(text).splitlines()) <= 1
     assert shown.visible(shown.visible(text)) == shown.visible(text)
     assert json.loads(shown.json_text([text, {text: 1}])) == [text, {text: 1}]

@@ -1,4 +1,4 @@
-"""What is exported is whole, checked against the model before it exists, and compared with its manifest when it is read."""
+"""An export is complete, compared with the model before it is published, and compared with its manifest when it is read."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BUNDLE = set(
 
 @pytest.fixture(scope="module")
 def pt2(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same as a pt2 bundle; not to be changed."""
+    """The same model as a pt2 bundle; tests must not change it."""
     out = tmp_path_factory.mktemp("exports") / "pt2"
     done = call("export", trained, "-o", out, "--format", "pt2")
     assert done.returncode == 0, done.stderr
@@ -35,12 +35,12 @@ def pt2(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(exported: Path, tmp_path: Path) -> Path:
-    """A copy of the bundle that a test may spoil."""
+    """A copy of the bundle that a test may change."""
     return Path(shutil.copytree(exported, tmp_path / "copy"))
 
 
 def reseal(folder: Path) -> None:
-    """Publish a changed folder again, so that its manifest fits."""
+    """Publish a changed folder again, so that its manifest matches."""
     manifest = json.loads((folder / "manifest.json").read_text())
     facts = {key: value for key, value in manifest.items() if key not in ("files", "format")}
     (folder / "manifest.json").unlink()
@@ -48,16 +48,16 @@ def reseal(folder: Path) -> None:
     publish(folder, lambda new: shutil.copytree(changed, new, dirs_exist_ok=True) and None, facts)
 
 
-def answers(model: Path, pairs: Path, out: Path) -> list[dict[str, Any]]:
+def predict(model: Path, pairs: Path, out: Path) -> list[dict[str, Any]]:
     done = call("predict", model, pairs / "test.jsonl", "-o", out)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
-# -- what is in a bundle, and what it answers
+# -- content and predictions of a bundle
 
 
-def test_a_bundle_has_all_that_running_it_needs_and_nothing_of_where_it_was_made(
+def test_a_bundle_is_self_contained_and_reveals_no_local_paths(
     exported: Path, trained: Path, pairs: Path
 ) -> None:
     assert {path.name for path in exported.iterdir()} == BUNDLE
@@ -67,8 +67,8 @@ def test_a_bundle_has_all_that_running_it_needs_and_nothing_of_where_it_was_made
     assert read_json(exported / "labels.json")["labels"] == ["a", "b", "c"]
     card = (exported / "README.md").read_text()
     facts = read_json(trained / "manifest.json")
-    for said in ("tiny:vision", "tiny:text", facts["data"]["train"], facts["encoders"]["main"]["fingerprint"], "accuracy"):
-        assert said in card
+    for text in ("tiny:vision", "tiny:text", facts["data"]["train"], facts["encoders"]["main"]["fingerprint"], "accuracy"):
+        assert text in card
     assert "mopefuse export RUN --format onnx --routing -o OUT" in card
     for path in exported.iterdir():
         assert str(pairs.parent).encode() not in path.read_bytes(), path.name
@@ -87,17 +87,17 @@ def test_the_graph_has_named_dynamic_dimensions_and_its_weights_inside(exported:
 
 
 @pytest.mark.parametrize("kind", matrix(["exported", "pt2"], ["exported"]))
-def test_a_bundle_predicts_as_the_run_does(
+def test_a_bundle_predicts_like_its_run(
     kind: str, trained: Path, pairs: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     folder = request.getfixturevalue(kind)
-    found = answers(folder, pairs, tmp_path / "bundle.jsonl")
-    for mine, theirs in zip(found, answers(trained, pairs, tmp_path / "run.jsonl"), strict=True):
+    found = predict(folder, pairs, tmp_path / "bundle.jsonl")
+    for mine, theirs in zip(found, predict(trained, pairs, tmp_path / "run.jsonl"), strict=True):
         assert (mine["id"], mine["label"]) == (theirs["id"], theirs["label"])
         assert mine["probabilities"] == pytest.approx(theirs["probabilities"], abs=1e-4)
 
 
-def test_python_asks_a_bundle_as_it_asks_a_run(exported: Path, trained: Path, pairs: Path) -> None:
+def test_a_bundle_and_a_run_have_the_same_python_interface(exported: Path, trained: Path, pairs: Path) -> None:
     with Image.open(pairs / "images" / "test-1.png") as image:
         pair = [image.convert("LA")], ["what is the red digit"]
         one = mopefuse.load(exported).predict(*pair, top=2, routing=True)
@@ -127,13 +127,13 @@ def test_a_run_its_adapter_and_its_bundles_have_the_same_metric(
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("form", matrix(["onnx", "pt2"], ["pt2"]))
-def test_several_labels_keep_the_thresholds_of_the_run(form: str, tmp_path: Path) -> None:
+def test_a_multi_label_bundle_keeps_the_thresholds_of_the_run(form: str, tmp_path: Path) -> None:
     root = make_pairs(tmp_path / "data", multi=True)
     run, out = tmp_path / "run", tmp_path / "bundle"
     assert call("train", *TINY, "--data", root, "--out", run, "--steps", "2", "--threshold", "tuned").returncode == 0
     assert call("export", run, "-o", out, "--format", form).returncode == 0
     assert mopefuse.load(out, device="cpu").model.thresholds == list(read_json(run / "metrics.json")["thresholds"].values())
-    for mine, theirs in zip(answers(out, root, tmp_path / "a.jsonl"), answers(run, root, tmp_path / "b.jsonl"), strict=True):
+    for mine, theirs in zip(predict(out, root, tmp_path / "a.jsonl"), predict(run, root, tmp_path / "b.jsonl"), strict=True):
         assert mine["labels"] == theirs["labels"]
 
 
@@ -146,27 +146,28 @@ def test_an_adapter_is_evaluated_on_a_table_with_other_columns(trained: Path, pa
     table = ("--data", tmp_path / "shop.csv", "--image-root", pairs, "--text-col", "title", "--image-col", "photo")
     own = json.loads(call("eval", trained, "--json").stdout)["metrics"]
     for model in (adapter, trained):
-        done = call("eval", model, *table, "--label-col", "kind", "--split", "train", "--json", "-o", tmp_path / "said.jsonl")
+        flags = ("--label-col", "kind", "--split", "train", "--json", "-o", tmp_path / "predictions.jsonl")
+        done = call("eval", model, *table, *flags)
         assert done.returncode == 0, done.stdout
         assert json.loads(done.stdout)["metrics"] == pytest.approx(own)
-    whole = call("eval", adapter, *table, "--label-col", "kind", "--json")  # all of it is test
+    whole = call("eval", adapter, *table, "--label-col", "kind", "--json")  # the whole table is the test split
     assert json.loads(whole.stdout)["metrics"] == pytest.approx(own)
     assert call("eval", trained, "--text-col", "title").returncode == 3
 
 
-def test_a_half_precision_adapter_predicts_nearly_the_same(trained: Path, pairs: Path, tmp_path: Path) -> None:
+def test_a_half_precision_adapter_predicts_almost_the_same(trained: Path, pairs: Path, tmp_path: Path) -> None:
     adapter, half = tmp_path / "adapter", tmp_path / "half"
     assert call("export", trained, "--format", "adapter", "-o", adapter).returncode == 0
     assert call("export", trained, "--format", "adapter", "--half", "-o", half).returncode == 0
     whole, small = ((folder / "weights.safetensors").stat().st_size for folder in (adapter, half))
     assert small < 0.6 * whole
-    mine, theirs = (answers(folder, pairs, tmp_path / "out.jsonl") for folder in (half, adapter))
+    mine, theirs = (predict(folder, pairs, tmp_path / "out.jsonl") for folder in (half, adapter))
     for one, other in zip(mine, theirs, strict=True):
         assert one["probabilities"] == pytest.approx(other["probabilities"], abs=2e-3)
     assert mine != theirs
 
 
-def test_an_adapter_is_a_run_for_swapping_and_for_exporting_again(trained: Path, pairs: Path, tmp_path: Path) -> None:
+def test_an_adapter_can_be_swapped_and_exported_again(trained: Path, pairs: Path, tmp_path: Path) -> None:
     adapter, again, swapped = (tmp_path / name for name in ("adapter", "again", "swapped"))
     assert call("export", trained, "--format", "adapter", "-o", adapter).returncode == 0
     assert call("export", adapter, "--format", "adapter", "-o", again).returncode == 0
@@ -178,11 +179,11 @@ def test_an_adapter_is_a_run_for_swapping_and_for_exporting_again(trained: Path,
     assert stages["before"] == read_json(trained / "metrics.json")["metrics"]
 
 
-# -- what is not published
+# -- exports that are not published
 
 
 @pytest.mark.process
-def test_a_graph_with_other_outputs_is_not_published(
+def test_a_graph_with_different_outputs_is_not_published(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(making, "TOLERANCE", -1.0)
@@ -193,7 +194,7 @@ def test_a_graph_with_other_outputs_is_not_published(
 
 
 @pytest.mark.matrix
-def test_a_bundle_that_reads_texts_otherwise_is_not_published(
+def test_a_bundle_that_tokenizes_differently_is_not_published(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     collate = Bundle.collate
@@ -207,7 +208,7 @@ def test_a_bundle_that_reads_texts_otherwise_is_not_published(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_of_other_things_is_never_replaced(trained: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_an_export_is_never_replaced(trained: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("years of work")
@@ -233,7 +234,7 @@ def test_a_folder_of_other_things_is_never_replaced(trained: Path, tmp_path: Pat
         ((), "MF-CFG-71"),
     ],
 )
-def test_options_that_do_not_go_together_are_refused(
+def test_incompatible_options_are_refused(
     arguments: tuple[str, ...], code: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -242,7 +243,7 @@ def test_options_that_do_not_go_together_are_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_routing_of_a_model_that_has_none_is_refused(pairs: Path, tmp_path: Path) -> None:
+def test_routing_is_refused_for_a_model_without_a_router(pairs: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert call("train", *TINY, "--method", "late-concat", "--data", pairs, "--out", run, "--steps", "1").returncode == 0
     done = call("export", run, "--format", "pt2", "--routing", "-o", tmp_path / "out")
@@ -253,7 +254,7 @@ def test_routing_of_a_model_that_has_none_is_refused(pairs: Path, tmp_path: Path
 def test_export_without_its_packages_names_the_extra(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An export needs the package onnx, and says so."""
+    """Exporting needs the package onnx, and the error names the extra that installs it."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnx" else object())
     done = call("export", trained, "-o", tmp_path / "out")
     assert done.returncode == 5 and "MF-ENV-01" in done.stderr and 'pip install "mopefuse[export]"' in done.stderr
@@ -264,28 +265,28 @@ def test_export_without_its_packages_names_the_extra(
 
 
 @pytest.mark.matrix
-def test_eight_bits_are_smaller_and_measured_before_and_after(exported: Path, trained: Path, tmp_path: Path) -> None:
+def test_int8_weights_are_smaller_and_measured_before_and_after(exported: Path, trained: Path, tmp_path: Path) -> None:
     done = call("export", trained, "--int8", "-o", tmp_path / "out", "--json")
     assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
-    assert said["size"] < 0.5 * sum(path.stat().st_size for path in exported.iterdir())
-    assert said["int8"]["before"] == pytest.approx(read_json(trained / "metrics.json")["metrics"]["val"], abs=1e-4)
-    assert said["int8"]["after"].keys() == said["int8"]["before"].keys()
+    result = json.loads(done.stdout)
+    assert result["size"] < 0.5 * sum(path.stat().st_size for path in exported.iterdir())
+    assert result["int8"]["before"] == pytest.approx(read_json(trained / "metrics.json")["result"]["val"], abs=1e-4)
+    assert result["int8"]["after"].keys() == result["int8"]["before"].keys()
     assert "before 8-bit weights" in (tmp_path / "out" / "README.md").read_text()
     assert call("export", "verify", tmp_path / "out").returncode == 0
 
 
-# -- verify, and what was tampered with
+# -- verify, and tampering
 
 
-def test_verify_says_what_holds(exported: Path, pt2: Path) -> None:
+def test_verify_reports_what_was_checked(exported: Path, pt2: Path) -> None:
     for folder in (exported, pt2):
         done = call("export", "verify", folder, "--json")
         assert done.returncode == 0 and "as it was exported" in json.loads(done.stdout)["found"]
 
 
 @pytest.mark.parametrize("name", sorted(BUNDLE - {"manifest.json"}))
-def test_a_file_that_was_changed_is_named(name: str, copy: Path) -> None:
+def test_a_changed_file_is_named(name: str, copy: Path) -> None:
     content = bytearray((copy / name).read_bytes())
     content[len(content) // 2] ^= 1
     (copy / name).write_bytes(content)
@@ -294,7 +295,7 @@ def test_a_file_that_was_changed_is_named(name: str, copy: Path) -> None:
         assert done.returncode == 6 and name in done.stderr and "sha256 differs" in done.stderr
 
 
-def test_another_prediction_for_the_example_is_an_error(copy: Path) -> None:
+def test_a_different_prediction_for_the_example_is_an_error(copy: Path) -> None:
     example = read_json(copy / "example.json")
     example["logits"][0] += 0.01
     (copy / "example.json").write_text(json.dumps(example))
@@ -312,7 +313,7 @@ def test_labels_that_do_not_fit_the_graph_are_refused(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["labels", "thresholds", "multi_label"])
-def test_a_bundle_that_lacks_a_fact_is_refused(key: str, copy: Path) -> None:
+def test_a_bundle_with_incomplete_labels_is_refused(key: str, copy: Path) -> None:
     labels = read_json(copy / "labels.json")
     del labels[key]
     (copy / "labels.json").write_text(json.dumps(labels))
@@ -322,18 +323,18 @@ def test_a_bundle_that_lacks_a_fact_is_refused(key: str, copy: Path) -> None:
 
 @pytest.mark.soak
 class TestWeightsBesideTheGraph:
-    """Models of more than 2 GB keep their weights in model.onnx.data."""
+    """Models of more than 2 GB have their weights in model.onnx.data."""
 
     @pytest.fixture
     def large(self, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.setattr(graph, "LARGEST", 0)
         done = call("export", trained, "-o", tmp_path / "large")
         assert done.returncode == 0, done.stderr
-        for said in ("largest difference", "same labels", "100.0 % of 20", "one row, 1 threads: PyTorch"):
-            assert said in done.stdout
+        for text in ("largest difference", "same labels", "100.0 % of 20", "one row, 1 threads: PyTorch"):
+            assert text in done.stdout
         return tmp_path / "large"
 
-    def test_they_are_needed_whole_and_inside_the_folder(self, large: Path, tmp_path: Path) -> None:
+    def test_they_must_be_complete_and_inside_the_folder(self, large: Path, tmp_path: Path) -> None:
         data = large / "model.onnx.data"
         content = data.read_bytes()
         assert "model.onnx.data" in read_json(large / "manifest.json")["files"]

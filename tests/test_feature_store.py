@@ -1,4 +1,4 @@
-"""Features are kept by content, one store for each encoder: shared by all data, safe with several processes, never wrong."""
+"""Features are stored by content, one store per encoder: shared by all data, safe with several processes, never stale."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many samples each call has encoded."""
+    """The number of samples that each call has encoded."""
     counts: list[int] = []
 
     def count(encoder: Any, inputs: Any) -> torch.Tensor:
@@ -86,10 +86,10 @@ def store_of(encoder: str = "tiny:text") -> FeatureStore:
     return store
 
 
-# -- what is computed
+# -- computing
 
 
-def test_another_fraction_split_and_data_set_of_the_same_samples_computes_only_what_is_new(
+def test_with_another_fraction_split_or_data_set_only_new_features_are_computed(
     data: Path, tmp_path: Path, encoded: list[int]
 ) -> None:
     half = load_data(Data(path=str(data), fraction=0.5))
@@ -110,7 +110,7 @@ def test_another_fraction_split_and_data_set_of_the_same_samples_computes_only_w
     assert torch.equal(rows(turned, 40), rows(whole, 40).flip(0))
 
 
-def test_the_second_run_with_another_fraction_computes_no_feature(data: Path, tmp_path: Path, encoded: list[int]) -> None:
+def test_a_second_run_with_another_fraction_computes_no_features(data: Path, tmp_path: Path, encoded: list[int]) -> None:
     train(settings(data), tmp_path / "whole")
     assert sum(encoded) == 2 * sum(COUNTS.values()), "of both encoders"
     encoded.clear()
@@ -119,7 +119,7 @@ def test_the_second_run_with_another_fraction_computes_no_feature(data: Path, tm
     assert encoded == []
 
 
-def test_a_feature_is_that_of_its_sample_in_any_batch(data: Path) -> None:
+def test_a_feature_belongs_to_its_sample_in_any_batch(data: Path) -> None:
     for name in ("tiny:text", "tiny:vision"):
         found, encoder = rows(features(data, name), 40), create_encoder(name)
         values = load_data(Data(path=str(data)))
@@ -129,7 +129,7 @@ def test_a_feature_is_that_of_its_sample_in_any_batch(data: Path) -> None:
             torch.testing.assert_close(found[number : number + 1], alone, atol=1e-5, rtol=0)
 
 
-def test_texts_are_encoded_in_batches_of_similar_length_without_useless_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_are_encoded_in_batches_of_similar_length_with_little_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = create_encoder("tiny:text")
     texts = ["red digit " * (1 if number % 10 else 12) for number in range(640)]
     inputs = encoder.preprocess.batch([encoder.preprocess.item(text) for text in texts])
@@ -149,7 +149,7 @@ def test_texts_are_encoded_in_batches_of_similar_length_without_useless_padding(
     torch.testing.assert_close(pooled_BC, run_frozen(encoder, inputs).pooled_BC, atol=1e-5, rtol=0)
 
 
-def test_large_inputs_go_in_small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_inputs_are_encoded_in_small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = create_encoder("tiny:vision")
     sizes: list[int] = []
     own = run_frozen
@@ -160,16 +160,16 @@ def test_large_inputs_go_in_small_batches(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr("mopefuse.encoders.frozen.run_frozen", spy)
     encode_pooled(encoder, {"pixels": torch.zeros(30, 518, 518, 3, dtype=torch.uint8)})
-    assert max(sizes) == 11, "the pixels of 64 images of 224 x 224"
+    assert max(sizes) == 11, "pixels of 64 images of 224 x 224"
     sizes.clear()
     encode_pooled(encoder, {"pixels": torch.zeros(130, 16, 16, 3, dtype=torch.uint8)})
     assert sizes == [32, 32, 32, 32, 2]
 
 
-# -- what is kept
+# -- storing
 
 
-def test_shards_are_published_as_the_work_goes_on(data: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_are_published_during_the_computation(data: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_VALUES_AT_ONCE", 8)
     monkeypatch.setattr(module, "_SHARD_BYTES", 16 * 96 * 4)
     whole = features(data)
@@ -180,7 +180,7 @@ def test_shards_are_published_as_the_work_goes_on(data: Path, folder: Path, monk
     assert [len(shard.keys) for shard in store_of().shards] == [16, 16, 8, 8, 2]
 
 
-def test_rows_of_several_shards_in_any_order(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_several_shards_are_read_in_any_order(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = rows(features(data), 40)
     shutil.rmtree(os.environ["MOPEFUSE_CACHE"])
     for share in (0.2, 0.5, 0.8):
@@ -192,7 +192,7 @@ def test_rows_of_several_shards_in_any_order(data: Path, monkeypatch: pytest.Mon
     assert found[torch.tensor([], dtype=torch.long)].shape == (0, 96)
 
 
-def test_a_damaged_shard_is_computed_again_and_the_others_are_read(data: Path, folder: Path, encoded: list[int]) -> None:
+def test_only_a_damaged_shard_is_computed_again(data: Path, folder: Path, encoded: list[int]) -> None:
     features(data, fraction=0.5)
     before = rows(features(data), 40)
     first, second = sorted(folder.glob("features/*/*"))
@@ -212,7 +212,7 @@ def test_a_damaged_shard_is_computed_again_and_the_others_are_read(data: Path, f
     assert second.exists()
 
 
-def test_a_process_compares_the_digests_of_a_shard_once(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_verifies_the_digests_of_a_shard_once(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[str] = []
     sha256 = checkpoint.sha256
 
@@ -222,17 +222,17 @@ def test_a_process_compares_the_digests_of_a_shard_once(data: Path, monkeypatch:
 
     monkeypatch.setattr(checkpoint, "sha256", count)
     features(data)
-    assert hashed.count("values.bin") == 2  # as it was published, and as it was read
+    assert hashed.count("values.bin") == 2  # once when published, once when read
     hashed.clear()
     assert "read from" in features(data).origin
     assert "values.bin" not in hashed
 
 
-def test_a_store_that_is_cleared_while_it_is_used_or_filled(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_may_be_cleared_while_it_is_used_or_filled(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = features(data)
     expected = rows(found, 40)
     cache.clear()
-    assert torch.equal(rows(found, 40), expected), "what is mapped stays"
+    assert torch.equal(rows(found, 40), expected), "mapped files stay readable"
     own = FeatureStore.append
 
     def append_and_lose(self: FeatureStore, *what: Any) -> bool:
@@ -246,7 +246,7 @@ def test_a_store_that_is_cleared_while_it_is_used_or_filled(data: Path, monkeypa
     torch.testing.assert_close(rows(found, 40), expected, atol=1e-5, rtol=0)
 
 
-def test_with_no_space_features_are_kept_in_memory(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_disk_space_features_are_kept_in_memory(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = rows(features(data), 40)
     cache.clear()
     features(data, fraction=0.5)
@@ -261,19 +261,19 @@ def test_with_no_space_features_are_kept_in_memory(data: Path, monkeypatch: pyte
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere; a file in the folder's place is tested below")
-def test_with_a_folder_that_is_read_only(data: Path, folder: Path) -> None:
+def test_a_read_only_cache_folder_keeps_features_in_memory(data: Path, folder: Path) -> None:
     folder.mkdir()
     folder.chmod(0o500)
     assert features(data).origin == "kept in memory"
 
 
-def test_with_a_file_in_the_place_of_the_store(data: Path, folder: Path) -> None:
+def test_a_file_in_place_of_the_store_keeps_features_in_memory(data: Path, folder: Path) -> None:
     folder.mkdir()
     (folder / "features").write_text("")
     assert features(data).origin == "kept in memory"
 
 
-def test_a_mapped_table_is_sent_by_its_path(tmp_path: Path) -> None:
+def test_a_mapped_table_is_pickled_by_its_path(tmp_path: Path) -> None:
     values = np.arange(12, dtype=np.float32).reshape(4, 3)
     values.tofile(tmp_path / "values.bin")
     sent = pickle.dumps(Mapped(tmp_path / "values.bin", (4, 3)))
@@ -284,7 +284,9 @@ def test_a_mapped_table_is_sent_by_its_path(tmp_path: Path) -> None:
 # -- several processes
 
 
-def test_of_two_that_computed_the_same_the_first_published_holds_for_both(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_that_compute_the_same_feature_use_the_first_published(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The other process publishes slightly different features for half of the samples while this one computes."""
     pairs = load_data(Data(path=str(data)))
     keys = np.unique(pairs.splits["train"].keys["text"])
@@ -299,7 +301,7 @@ def test_of_two_that_computed_the_same_the_first_published_holds_for_both(data: 
     monkeypatch.setattr(FeatureStore, "append", be_overtaken)
     mine = rows(features(data), 40)
     assert int((mine == 7).all(dim=1).sum()) == 20
-    assert torch.equal(rows(features(data), 40), mine), "and for all that come later"
+    assert torch.equal(rows(features(data), 40), mine), "and so do later runs"
 
 
 SCRIPT = """
@@ -321,14 +323,14 @@ torch.save(rows(features(Path(data)), 40), out)
 
 
 def start(data: Path, out: Path, seconds: float, noise: float = 0.0) -> subprocess.Popen[bytes]:
-    """Compute the features of the training split in another process, slowly, and with a mark of its own on them."""
+    """Compute the features of the training split in another process, slowly, with a marker on its values."""
     tests, folder = str(Path(__file__).parent), os.environ["MOPEFUSE_CACHE"]
     arguments = [sys.executable, "-c", SCRIPT, str(data), str(out), folder, str(seconds), str(noise), tests]
     return subprocess.Popen(arguments, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 @pytest.mark.process
-def test_processes_that_compute_at_the_same_time_agree_to_the_bit(data: Path, tmp_path: Path) -> None:
+def test_concurrent_processes_agree_bit_for_bit(data: Path, tmp_path: Path) -> None:
     load_data(Data(path=str(data)))  # the index
     processes = [start(data, tmp_path / f"{number}.pt", 1.0, number / 1000) for number in range(3)]
     assert [process.wait(300) for process in processes] == [0, 0, 0]
@@ -336,11 +338,11 @@ def test_processes_that_compute_at_the_same_time_agree_to_the_bit(data: Path, tm
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
     assert torch.equal(rows(features(data), 40), found[0])
     keys = np.concatenate([shard.keys for shard in store_of().shards])
-    assert len(keys) > len(np.unique(keys)) == 40, "they did compute the same at the same time"
+    assert len(keys) > len(np.unique(keys)) == 40, "both processes did compute the same samples"
 
 
 @pytest.mark.process
-def test_a_killed_process_leaves_what_it_published_and_nothing_half_written(
+def test_a_killed_process_leaves_its_published_shards_and_no_partial_files(
     data: Path, tmp_path: Path, folder: Path, encoded: list[int]
 ) -> None:
     load_data(Data(path=str(data)))
@@ -350,7 +352,7 @@ def test_a_killed_process_leaves_what_it_published_and_nothing_half_written(
     process.send_signal(signal.SIGKILL)
     process.wait()
     (entry,) = folder.glob("features/*")
-    (entry / f"part.tmp-0-{process.pid}").mkdir()  # as if it had been killed while it wrote
+    (entry / f"part.tmp-0-{process.pid}").mkdir()  # as if it had been killed while writing
     published = sum(len(shard.keys) for shard in store_of().shards)
     assert 0 < published < 40
     features(data)
@@ -358,20 +360,20 @@ def test_a_killed_process_leaves_what_it_published_and_nothing_half_written(
     assert [path.name for path in entry.iterdir() if not path.name.isdecimal()] == []
 
 
-def test_several_ranks_compute_each_sample_once_and_use_the_same_values(data: Path, tmp_path: Path, folder: Path) -> None:
+def test_ranks_compute_each_sample_once_and_use_the_same_values(data: Path, tmp_path: Path, folder: Path) -> None:
     for name in ("one", "two"):
         done = ranks(2, "train", *TINY, "--data", str(data), "--out", str(tmp_path / name), "--steps", "2")
         assert done.returncode == 0, done.stderr
     store = store_of()
     keys = np.concatenate([shard.keys for shard in store.shards])
     assert len(keys) == len(np.unique(keys)) == sum(COUNTS.values())
-    assert len(store.shards) == 6, "one of each rank and split"
+    assert len(store.shards) == 6, "one per rank and split"
     logs = [(tmp_path / name / "predictions.jsonl").read_text() for name in ("one", "two")]
     assert logs[0] == logs[1], "computed or read"
 
 
 @pytest.mark.process
-def test_ranks_without_a_common_cache_use_the_same_values_too(data: Path, tmp_path: Path) -> None:
+def test_ranks_without_a_common_cache_use_the_same_values(data: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     done = ranks(2, "train", *TINY, "--data", str(data), "--out", str(tmp_path / "with"), "--steps", "2")
     assert done.returncode == 0, done.stderr
@@ -386,11 +388,11 @@ def test_ranks_without_a_common_cache_use_the_same_values_too(data: Path, tmp_pa
         assert mine["probabilities"] == pytest.approx(theirs["probabilities"], abs=1e-4)
 
 
-# -- many
+# -- many samples
 
 
 @pytest.mark.soak
-def test_a_million_samples_are_looked_up_without_an_object_for_each(tmp_path: Path) -> None:
+def test_a_million_samples_are_looked_up_in_little_memory(tmp_path: Path) -> None:
     count, width = 1_000_000, 8
     keys = np.random.default_rng(0).integers(0, 256, (count, 16), dtype=np.uint8).view("S16").ravel()
     store = FeatureStore("many", width)
@@ -411,7 +413,7 @@ def test_a_million_samples_are_looked_up_without_an_object_for_each(tmp_path: Pa
     assert seconds < 60
 
 
-# -- seen from the command line
+# -- on the command line
 
 
 def test_the_cache_lists_encoders_and_how_many_samples_are_known(data: Path, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""FiLM in the conditional method: it starts as the frozen encoder, is conditioned per sample, and combines with prompts."""
+"""FiLM in the conditional method: it starts as the frozen encoder, is conditioned per sample, and can be combined with
+prompts."""
 
 from __future__ import annotations
 
@@ -12,14 +13,15 @@ from test_prompts import build as build_stack
 from torch import Tensor
 
 from mopefuse.config.schema import Prompts
+from mopefuse.core.precision import normalize_feature
 from mopefuse.fusion.base import Fusion
-from mopefuse.prompts.stack import PromptStack, normalize_feature
+from mopefuse.prompts.stack import PromptStack
 
 FILM: dict[str, Any] = {"static": 0, "dynamic": 0, "mapped": 0, "film": True}
 
 
 def set_outputs(model: Fusion | PromptStack) -> None:
-    """Move FiLM away from its start at 0."""
+    """Move FiLM away from its initial value of 0."""
     random = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -29,7 +31,7 @@ def set_outputs(model: Fusion | PromptStack) -> None:
 
 @pytest.mark.parametrize(("main", "comp"), PAIRS)
 @pytest.mark.parametrize("experts", [1, 4])
-def test_film_starts_as_the_frozen_encoder_to_the_bit(main: str, comp: str, experts: int) -> None:
+def test_film_starts_as_the_frozen_encoder_bit_for_bit(main: str, comp: str, experts: int) -> None:
     model = build(main, comp, **FILM, prompts={"film_mixture": experts})
     probe = build(main, comp, static=0, dynamic=0, mapped=0, film=False)
     probe.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("stack.")})
@@ -65,8 +67,8 @@ def test_scale_and_shift_match_the_definition(psi_BC: Tensor) -> None:  # noqa: 
         torch.testing.assert_close(prompt.modulation.shift_BD, expected[:, width:])
 
 
-def test_experts_of_equal_weights_are_one_linear_map(psi_BC: Tensor) -> None:  # noqa: F811
-    """A softmax sums to 1, so equal experts mix to themselves whatever the weights."""
+def test_equal_experts_are_one_linear_map(psi_BC: Tensor) -> None:  # noqa: F811
+    """The softmax sums to 1, so equal experts average to themselves for any weights."""
     plain, mixture = build_stack(**FILM), build_stack(**FILM, film_mixture=3)
     set_outputs(plain)
     mixture.trunk.load_state_dict(plain.trunk.state_dict())  # type: ignore[union-attr]
@@ -79,7 +81,7 @@ def test_experts_of_equal_weights_are_one_linear_map(psi_BC: Tensor) -> None:  #
         torch.testing.assert_close(one.shift_BD, other.shift_BD)
 
 
-def test_experts_are_weighed_by_the_condition(psi_BC: Tensor) -> None:  # noqa: F811
+def test_experts_are_weighted_by_the_condition(psi_BC: Tensor) -> None:  # noqa: F811
     stack = build_stack(**FILM, film_mixture=3)
     set_outputs(stack)
     film = stack.layers["0"].film
@@ -123,7 +125,7 @@ def test_every_parameter_is_trained_and_saved(experts: int) -> None:
     assert model.breakdown()["FiLM"] == sum(p.numel() for name, p in trainable.items() if ".film." in name)
 
 
-def test_film_can_be_switched_off_like_a_kind_of_prompt() -> None:
+def test_film_can_be_disabled_like_a_kind_of_prompt() -> None:
     model = build(film=True)
     set_outputs(model)
     open_gates(model)
@@ -141,8 +143,8 @@ def test_film_can_be_switched_off_like_a_kind_of_prompt() -> None:
 
 
 @pytest.mark.parametrize("hidden", [0, 8])
-def test_a_head_on_all_features_is_the_same_head_without_conditions(hidden: int) -> None:
-    """Without prompts and FiLM it is late concatenation; with FiLM at its start, still, to the bit."""
+def test_a_head_on_all_features_without_conditions_is_late_concatenation(hidden: int) -> None:
+    """Without prompts and FiLM, it equals late concatenation; with FiLM at its initial value too, bit for bit."""
     options = {"head_features": "all", "head_hidden": hidden}
     bare, film = build(**FILM | {"film": False}, **options), build(**FILM, **options)
     late = build(method="late-concat", head_hidden=hidden)
@@ -154,7 +156,7 @@ def test_a_head_on_all_features_is_the_same_head_without_conditions(hidden: int)
     assert not torch.equal(film(batch).logits, late(batch).logits)
 
 
-def test_a_head_on_all_features_replaces_what_a_sample_lacks() -> None:
+def test_a_head_on_all_features_replaces_missing_ones() -> None:
     model = build(film=True, head_features="all", train={"modality_dropout": 0.2})
     with torch.no_grad():
         model.absent["comp"].fill_(0.7)

@@ -1,4 +1,4 @@
-"""What somebody new does and gets wrong: each answer names what to do next, and it works."""
+"""Typical first steps and mistakes of new users: each message says what to do next, and that works."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import mopefuse
 from mopefuse.errors import ConfigError
 
 
-def test_what_training_notices_is_in_its_json(pairs: Path, tmp_path: Path) -> None:
+def test_notices_of_training_are_in_its_json(pairs: Path, tmp_path: Path) -> None:
     flags = (*TINY, "--data", pairs, "--steps", "1", "--threshold", "tuned", "--json")
     text = "--threshold tuned has no effect: each row has one label, and the likeliest is predicted"
     assert text in json.loads(call("train", *flags, "--out", tmp_path / "run").stdout)["notices"]
@@ -28,7 +28,7 @@ def test_tuned_thresholds_for_multi_label_rows_give_no_warning(multi_pairs: Path
     assert "has no effect" not in call("train", *flags).stderr
 
 
-def test_labels_without_samples_are_counted_in_english(pairs: Path, tmp_path: Path) -> None:
+def test_labels_without_samples_are_reported_in_plain_english(pairs: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (pairs / "val.jsonl").read_text().splitlines()]
     labels = sorted({row["label"] for row in rows})
     data = Path(shutil.copytree(pairs, tmp_path / "data"))
@@ -38,7 +38,7 @@ def test_labels_without_samples_are_counted_in_english(pairs: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("given", ["image", "text"])
-def test_a_missing_half_of_a_pair_of_flags_is_named(given: str, trained: Path, pairs: Path) -> None:
+def test_if_one_of_two_related_flags_is_missing_the_error_names_it(given: str, trained: Path, pairs: Path) -> None:
     half = {"image": ("--image", pairs / "images" / "test-0.png"), "text": ("--text", "what is the red digit")}
     other = "text" if given == "image" else "image"
     done = call("predict", trained, *half[given])
@@ -47,7 +47,7 @@ def test_a_missing_half_of_a_pair_of_flags_is_named(given: str, trained: Path, p
     assert call("predict", trained, *half[given], *half[other]).returncode == 0
 
 
-def test_rows_with_other_columns_give_an_error_with_the_flags(trained: Path, pairs: Path, tmp_path: Path) -> None:
+def test_rows_with_other_columns_are_an_error_that_names_the_flags(trained: Path, pairs: Path, tmp_path: Path) -> None:
     write_rows(tmp_path / "new.jsonl", [{"title": "what is the red digit", "photo": "test-0.png"}])
     flags = ("predict", trained, tmp_path / "new.jsonl", "--image-root", pairs / "images")
     done = call(*flags)
@@ -56,13 +56,13 @@ def test_rows_with_other_columns_give_an_error_with_the_flags(trained: Path, pai
 
 
 @pytest.mark.parametrize("top", [0, -1])
-def test_asking_for_no_labels_is_an_error(top: int, trained: Path) -> None:
+def test_requesting_zero_labels_is_an_error(top: int, trained: Path) -> None:
     with pytest.raises(ConfigError) as error:
         mopefuse.load(trained).predict(Image.new("RGB", (8, 8)), "what is the red digit", top=top)
     assert error.value.code == "MF-CFG-300"
 
 
-def test_a_folder_of_runs_names_one(trained: Path, tmp_path: Path) -> None:
+def test_for_a_folder_of_runs_the_error_suggests_one(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "first").symlink_to(trained)
     for command in ("eval", "report"):
@@ -77,8 +77,8 @@ def test_a_preview_of_rows_that_cannot_be_read_says_why(pairs: Path, tmp_path: P
     assert "could not read any of the 3 rows" in done.stderr and "has no text or img or label; found" in done.stderr
 
 
-def test_an_image_root_that_is_not_there_is_refused(trained: Path, pairs: Path, tmp_path: Path) -> None:
-    """Also where every image is found without it."""
+def test_a_missing_image_root_is_refused(trained: Path, pairs: Path, tmp_path: Path) -> None:
+    """Even if every image is found without it."""
     for command in (
         ("train", *TINY, "--data", pairs, "--out", tmp_path / "run", "--steps", "1"),
         ("data", "check", pairs),
@@ -88,7 +88,7 @@ def test_an_image_root_that_is_not_there_is_refused(trained: Path, pairs: Path, 
         assert (done.returncode, "error[MF-CFG-301]" in done.stderr) == (3, True), done.stderr
 
 
-def test_a_table_beside_those_of_the_other_splits_names_their_folder(pairs: Path, tmp_path: Path) -> None:
+def test_for_one_of_several_tables_the_error_suggests_their_folder(pairs: Path, tmp_path: Path) -> None:
     done = call("train", *TINY, "--data", pairs / "train.jsonl", "--out", tmp_path / "run")
     assert done.returncode == 4 and f"name the folder that also has the other splits: {pairs}" in done.stderr
 
@@ -99,7 +99,7 @@ def test_a_folder_of_images_alone_is_not_reported_as_empty(pairs: Path, tmp_path
     assert done.returncode == 4 and f"(the folder has no table among {count} files)" in done.stderr
 
 
-def test_predict_on_a_folder_or_an_image_names_what_it_reads(trained: Path, pairs: Path) -> None:
+def test_predict_on_a_folder_or_an_image_is_an_error_that_names_valid_inputs(trained: Path, pairs: Path) -> None:
     done = call("predict", trained, pairs)
     assert done.returncode == 3 and f"{pairs} is a folder" in done.stderr and str(pairs / "test.jsonl") in done.stderr
     image = pairs / "images" / "test-0.png"

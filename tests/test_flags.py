@@ -1,4 +1,4 @@
-"""Flags that set a setting: one line of a table gives a flag its option, help, check and name in errors."""
+"""Flags that set a setting: one line of a table gives a flag its option, help text, validation and name in errors."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ PUBLISHED = {
 
 
 def options(command: str) -> dict[str, Any]:
-    """The options of a command, as generators of documentation see them."""
+    """The options of a command, as documentation generators see them."""
     found: Any = typer.main.get_command(app)
     for part in command.split():
         found = found.commands[part]
@@ -50,7 +50,7 @@ def options(command: str) -> dict[str, Any]:
 
 
 class Toy:
-    """A command that has the flags of the table for ``toy``, and what it was called with."""
+    """A command that has the flags of the table for ``toy``, and the arguments it was called with."""
 
     def __init__(self) -> None:
         self.settings: dict[str, Any] = {}
@@ -68,19 +68,19 @@ class Toy:
         self.settings = settings
 
 
-# -- what there is
+# -- existing flags
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_no_published_flag_is_gone(command: str) -> None:
+def test_no_published_flag_was_removed(command: str) -> None:
     assert PUBLISHED[command] <= options(command).keys()
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_an_option_has_the_help_of_its_setting(command: str) -> None:
+def test_an_option_has_the_help_text_of_its_setting(command: str) -> None:
     found = options(command)
     for flag in setting_flags.flags_for(command):
-        shows_default = command not in ("fit", "eval", "predict")  # there a run decides
+        shows_default = command not in ("fit", "eval", "predict")  # the run determines the value
         assert found[flag.name].help == help_text(setting(flag.path), default=shows_default)
         assert found[flag.name].rich_help_panel == flag.panel
 
@@ -108,7 +108,7 @@ def test_every_flag_sets_a_setting_and_no_two_the_same() -> None:
         assert set(flag.commands.split(", ")) <= set(COMMANDS)
 
 
-# -- what a line of the table does
+# -- effects of a line of the table
 
 
 def test_a_new_line_of_the_table_is_a_new_flag(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,18 +150,18 @@ def test_every_flag_of_train_reaches_its_setting(monkeypatch: pytest.MonkeyPatch
     assert (config.train.threshold, config.prompts.experts, config.router.kind) == (0.25, 3, "joint")
 
 
-def test_a_flag_that_is_given_several_times_is_a_list() -> None:
+def test_a_repeated_flag_is_a_list() -> None:
     done = call("train", "--main", "tiny:vision", "--comp", "tiny:text", "--comp", "", "--set", "comp=[a, b]", "--seed", "-1")
     assert done.returncode == 3
     assert resolve(flags={"main": "a", "comp": ["b", "c"]}).comp == ("b", "c")
 
 
 @pytest.mark.parametrize(("text", "value"), [("0,3,5", (0, 3, 5)), ("4", (4,)), ("all", "all"), ("first:2", "first:2")])
-def test_layers_are_a_word_or_indices(text: str, value: object) -> None:
+def test_layers_are_a_keyword_or_indices(text: str, value: object) -> None:
     assert resolve(flags={"main": "a", "comp": "b", "prompts.layers": text}).prompts.layers == value
 
 
-# -- what is wrong is named by its flag
+# -- errors name the flag
 
 
 @pytest.mark.parametrize(
@@ -178,13 +178,13 @@ def test_layers_are_a_word_or_indices(text: str, value: object) -> None:
         (("--seed", "-1", "--experts", "0"), "--seed: got -1; needs at least 0; --experts: got 0; needs at least 1"),
     ],
 )
-def test_a_value_out_of_bounds_is_named_by_its_flag(words: tuple[str, ...], message: str) -> None:
+def test_a_value_out_of_bounds_is_an_error_that_names_its_flag(words: tuple[str, ...], message: str) -> None:
     done = call("train", "--main", "x:y", "--comp", "x:y", *words)
     assert done.returncode == 3
     assert message in done.stderr
 
 
-def test_a_setting_that_is_missing_is_named_by_its_flag() -> None:
+def test_a_missing_setting_is_an_error_that_names_its_flag() -> None:
     done = call("train", "--comp", "tiny:text")
     assert done.stderr.startswith("error[MF-CFG-01]: --main is missing (main encoder")
     assert done.stderr.endswith("fix: add --main timm:vit_base\n")
@@ -192,12 +192,12 @@ def test_a_setting_that_is_missing_is_named_by_its_flag() -> None:
         resolve()
 
 
-def test_set_names_the_path_although_a_flag_has_it_too() -> None:
+def test_an_error_about_set_names_the_path_even_if_there_is_a_flag() -> None:
     done = call("train", *TINY, "--set", "prompts.experts=0")
     assert "prompts.experts: got 0; needs at least 1" in done.stderr
 
 
-def test_bounds_in_the_help_are_those_that_are_checked() -> None:
+def test_the_bounds_in_the_help_are_enforced() -> None:
     assert bounds(setting("data.workers")) == ["at least 0", "at most 256"]
     assert bounds(setting("data.fraction")) == ["above 0", "at most 1"]
     assert bounds(setting("train.modality_dropout")) == ["at least 0", "below 1"]
@@ -216,7 +216,7 @@ def test_a_file_of_weights_that_does_not_exist_is_reported_before_data_are_read(
     assert f"{side}, {gone}" in done.stderr and "fix: give an existing file" in done.stderr
 
 
-def test_swap_encoder_reports_it_too(trained: Path, tmp_path: Path) -> None:
+def test_swap_encoder_reports_a_missing_weights_file_too(trained: Path, tmp_path: Path) -> None:
     gone = tmp_path / "gone.safetensors"
     done = call("swap-encoder", trained, "--comp", f"hf:bert-base?weights={gone}", "-o", tmp_path / "new")
     assert done.returncode == 6 and f"--comp, {gone}" in done.stderr
@@ -229,10 +229,10 @@ def test_swap_encoder_reports_it_too(trained: Path, tmp_path: Path) -> None:
     ("module", "start"),
     [
         ("typer", ("-m", "mopefuse")),
-        ("rich", ("-c", "from mopefuse.__main__ import main; main()")),  # while a command runs; started as when installed
+        ("rich", ("-c", "from mopefuse.__main__ import main; main()")),  # while a command runs, started as when installed
     ],
 )
-def test_ctrl_c_while_something_is_imported_is_one_line(module: str, start: tuple[str, ...], tmp_path: Path) -> None:
+def test_ctrl_c_during_imports_prints_one_line(module: str, start: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / f"{module}.py").write_text("raise KeyboardInterrupt\n")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path]), "PYTHONIOENCODING": "ascii"}
     command = [sys.executable, *start, "plugins", "list"]
@@ -241,7 +241,7 @@ def test_ctrl_c_while_something_is_imported_is_one_line(module: str, start: tupl
     assert done.stderr.startswith("stopped: by Ctrl-C")
 
 
-def test_ctrl_c_before_errors_are_handled_is_one_line(
+def test_ctrl_c_before_error_handling_prints_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted() -> None:
@@ -253,7 +253,7 @@ def test_ctrl_c_before_errors_are_handled_is_one_line(
     assert (left.value.code, capsys.readouterr().err.count("\n")) == (130, 1)
 
 
-def test_ctrl_c_before_typer_begins_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_before_typer_starts_prints_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted() -> None:
         raise KeyboardInterrupt
 

@@ -1,4 +1,4 @@
-"""Fusion methods: what learns, what is saved, their limits, and that no sample sees another."""
+"""Fusion methods: what is trained and saved, their limits, and that samples are independent."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mopefuse.fusion.base import Fusion
 from mopefuse.fusion.build import build_model, require_rows
 
 PAIRS = [("tiny:vision", "tiny:text"), ("tiny:text", "tiny:vision")]
-METHODS = ["conditional", "late-concat", "main-only", "comp-only", "linear", "mlp", "cross-attention"]
+METHODS = ["conditional", "late-concat", "main-only", "comp-only", "linear", "mlp", "cross-attention", "qmf"]
 TEXTS = ["what is the green number?", "read the digit at the bottom left", "blue", "", "the one at the top right please"]
 
 
@@ -30,18 +30,18 @@ def images(count: int) -> list[Image.Image]:
 
 
 PAPER = {"compat": "paper", "gate": "zero", "head_norm": "layer"}
-DEFAULTS = {"compat": "none", "gate": None, "head_norm": None}
+WIDE = {"compat": "none", "head_features": "all", "head_hidden": 8, "film": True, "layers": "last:1/2"}
 
 
 def build(main: str = "tiny:vision", comp: str = "tiny:text", **options: object) -> Fusion:
-    """The papers' stack, unless `options` are `DEFAULTS`."""
+    """The papers' stack with gated prompts, changed by `options`."""
     return mopefuse.build_fusion(main=main, comp=comp, num_labels=7, **{**PAPER, **options})
 
 
 def open_gates(model: Fusion) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("gate_H"):
+            if name.endswith(("gate_H", "_gate")) or "gates_H" in name:
                 parameter.fill_(0.5)
 
 
@@ -49,7 +49,7 @@ def open_gates(model: Fusion) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        DEFAULTS,
+        WIDE,
         {},
         {"gate": "none"},
         {"router": {"kind": "joint"}},
@@ -62,6 +62,10 @@ def open_gates(model: Fusion) -> None:
         {"method": "linear", "linear": {"features": "average"}},
         {"method": "mlp"},
         {"method": "cross-attention"},
+        {"method": "qmf"},
+        {"method": "flamingo"},
+        {"method": "map"},
+        {"method": "maple"},
     ],
     ids=str,
 )
@@ -76,10 +80,10 @@ def test_a_sample_does_not_depend_on_its_batch(main: str, comp: str, options: di
 
 
 @pytest.mark.parametrize(("main", "comp"), PAIRS)
-@pytest.mark.parametrize("options", [DEFAULTS, {}], ids=["defaults", "papers"])
-def test_zero_gated_prompts_start_as_the_frozen_encoder_to_the_bit(main: str, comp: str, options: dict[str, object]) -> None:
+@pytest.mark.parametrize("options", [WIDE, {}], ids=["wide", "papers"])
+def test_zero_gated_prompts_start_as_the_frozen_encoder_bit_for_bit(main: str, comp: str, options: dict[str, object]) -> None:
     model = build(main, comp, **options)
-    probe = build(main, comp, **options, static=0, dynamic=0, mapped=0, film=False)
+    probe = build(main, comp, **{**options, "static": 0, "dynamic": 0, "mapped": 0, "film": False})
     probe.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("stack.")})
     batch = model.collate(images(5), TEXTS)
     assert torch.equal(model(batch).logits, probe(batch).logits)
@@ -96,7 +100,7 @@ def test_an_encoder_that_cannot_be_loaded_is_an_error_with_its_side(side: str, s
     assert caught.value.where == where
 
 
-def test_an_encoder_of_what_no_row_has_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_encoder_whose_modality_no_row_has_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mopefuse.fusion.build.create_encoder", lambda spec: replace_modality(create_encoder(spec)))
     with pytest.raises(ConfigError, match="reads smell, a modality that is not installed") as caught:
         build()
@@ -112,7 +116,7 @@ def replace_modality(encoder: Encoder) -> Encoder:
     return encoder
 
 
-def test_without_prompts_it_is_a_linear_probe() -> None:
+def test_without_prompts_conditional_is_a_linear_probe() -> None:
     model = build(static=0, dynamic=0, mapped=0)
     batch = model.collate(images(3), TEXTS[:3])
     pooled_BC = model.encoder("main").encode(batch.inputs["main"]).pooled_BC
@@ -127,7 +131,7 @@ def test_without_prompts_it_is_a_linear_probe() -> None:
     assert torch.equal(as_published(batch).logits, model.head(pooled_BC))
 
 
-def test_the_condition_reaches_the_logits_and_static_prompts_are_blind_to_it() -> None:
+def test_only_static_prompts_are_independent_of_the_condition() -> None:
     for lengths, reaches in (({}, True), ({"dynamic": 0, "mapped": 0}, False)):
         model = build(gate="none", **lengths)
         one = model(model.collate(images(2), TEXTS[:2])).logits
@@ -169,7 +173,7 @@ CONDITIONAL = {
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
-def test_exactly_these_parameters_learn_and_are_saved(options: dict[str, object], expected: set[str]) -> None:
+def test_exactly_these_parameters_are_trained_and_saved(options: dict[str, object], expected: set[str]) -> None:
     model = build(**options)
     assert set(model.named_trainable_parameters()) == expected
     assert set(model.trainable_state_dict()) == expected
@@ -178,13 +182,13 @@ def test_exactly_these_parameters_learn_and_are_saved(options: dict[str, object]
     assert "other" not in model.breakdown()
 
 
-def test_orthogonal_keys_are_saved_but_do_not_learn() -> None:
+def test_orthogonal_keys_are_saved_but_not_trained() -> None:
     model = build(router={"kind": "joint"})
     assert set(model.trainable_state_dict()) - set(model.named_trainable_parameters()) == {"stack.router.keys_NQK"}
 
 
 @pytest.mark.parametrize("mode", ["frozen", "prompts", "lora", "full"])
-def test_frozen_weights_never_move_and_ours_all_do(mode: str) -> None:
+def test_frozen_weights_never_change_and_all_trainable_ones_do(mode: str) -> None:
     model = build(comp_tuning={"mode": mode}).train()
     open_gates(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -214,7 +218,7 @@ def test_no_graph_is_built_through_a_frozen_complementary_encoder() -> None:
     assert build(comp_tuning={"mode": "prompts"}).psi("comp", model.collate(images(2), TEXTS[:2])).requires_grad
 
 
-def test_known_features_replace_the_encoder_to_the_bit() -> None:
+def test_cached_features_replace_the_encoder_bit_for_bit() -> None:
     for method in METHODS:
         model = build(method=method)
         batch = model.collate(images(4), TEXTS[:4])
@@ -223,7 +227,7 @@ def test_known_features_replace_the_encoder_to_the_bit() -> None:
         assert torch.equal(model(batch).logits, model(replace(batch, inputs=inputs, features=known)).logits)
 
 
-def test_the_same_seed_gives_the_same_model_whatever_was_drawn_before() -> None:
+def test_the_same_seed_gives_the_same_model_regardless_of_random_state() -> None:
     one = build(seed=3, main="tiny:vision?pretrained=false").state_dict()
     torch.rand(7)
     other = build(seed=3, main="tiny:vision?pretrained=false").state_dict()
@@ -232,14 +236,14 @@ def test_the_same_seed_gives_the_same_model_whatever_was_drawn_before() -> None:
     assert not torch.equal(one["head.weight"], third["head.weight"])
 
 
-def test_own_state_goes_round() -> None:
+def test_the_trainable_state_survives_a_round_trip() -> None:
     model, other = build(seed=1), build(seed=2)
     other.load_trainable_state_dict(model.trainable_state_dict(), where="here")
     batch = model.collate(images(2), TEXTS[:2])
     assert torch.equal(model(batch).logits, other(batch).logits)
 
 
-def test_a_state_that_does_not_fit_is_refused_and_named() -> None:
+def test_a_state_that_does_not_fit_is_an_error_that_names_the_tensor() -> None:
     model = build()
     state = model.trainable_state_dict()
     for change, message in [
@@ -253,7 +257,7 @@ def test_a_state_that_does_not_fit_is_refused_and_named() -> None:
         model.load_trainable_state_dict({k: v for k, v in state.items() if k != "head.bias"}, where="here")
 
 
-def test_prompts_start_by_the_papers_rule() -> None:
+def test_prompts_are_initialised_by_the_papers_rule() -> None:
     class Like:
         modality, patch_size, widths = "image", 4, (128,)
 
@@ -261,13 +265,13 @@ def test_prompts_start_by_the_papers_rule() -> None:
     assert initial_bound(build().encoder("comp")) == 0.3
 
 
-def test_an_encoder_without_layers_to_prompt_is_refused_as_main() -> None:
+def test_an_encoder_without_promptable_layers_is_refused_as_main() -> None:
     with pytest.raises(EncoderError, match=r"usable as comp") as refused:
         build(main="timm:resnet18?pretrained=false", comp="tiny:text")
     assert refused.value.exit_code == 5
 
 
-def test_compat_official_sets_the_released_codes_choices_and_can_be_overridden() -> None:
+def test_compat_official_sets_the_choices_of_the_released_code_and_can_be_overridden() -> None:
     base = {"main": "tiny:vision", "comp": "tiny:text", "compat": "official"}
     config = build_config(base)
     assert (config.prompts.experts, config.prompts.gate, config.router.kind) == (4, "none", "joint")
@@ -285,7 +289,7 @@ def test_importing_the_package_does_not_import_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pictures", "texts", "said"),
+    ("pictures", "texts", "message"),
     [
         (images(1), ["a", "b"], "1 images and 2 texts"),
         ([], [], "0 images"),
@@ -294,6 +298,6 @@ def test_importing_the_package_does_not_import_torch() -> None:
         (images(1), [3], "got Image and int"),
     ],
 )
-def test_an_invalid_pair_is_refused_and_never_broadcast(pictures: list[object], texts: list[object], said: str) -> None:
-    with pytest.raises(DataError, match=said):
+def test_invalid_pairs_are_refused_and_never_broadcast(pictures: list[object], texts: list[object], message: str) -> None:
+    with pytest.raises(DataError, match=message):
         build().collate(pictures, texts)

@@ -1,4 +1,4 @@
-"""The exported graph says what the model says, at every batch size, every text length, and for every kind of pair."""
+"""The exported graph gives the model's results at every batch size and text length, for every kind of pair."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def build(name: str) -> Fusion:
 
 
 @pytest.mark.parametrize("name", matrix(PAIRS, []))
-def test_onnx_predicts_as_the_model_does(name: str, tmp_path: Path) -> None:
+def test_onnx_predicts_like_the_model(name: str, tmp_path: Path) -> None:
     model = build(name)
     sides = describe(model, tmp_path)
     images, texts = probe_pairs(sides)
@@ -95,10 +95,10 @@ def test_onnx_predicts_as_the_model_does(name: str, tmp_path: Path) -> None:
         assert np.abs(found - logits_BN).max() < TOLERANCE, (batch, wanted)
         assert (found.argmax(axis=1) == logits_BN.argmax(axis=1)).all()
         seen.append(logits_BN[0])
-    assert np.ptp(np.stack(seen), axis=0).max() > 100 * TOLERANCE, "all answers alike: differences would not show"
+    assert np.ptp(np.stack(seen), axis=0).max() > 100 * TOLERANCE, "the predictions are too similar to show differences"
 
 
-def test_an_encoder_that_cannot_be_traced_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_encoder_that_cannot_be_traced_is_an_error_that_names_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model = build("tiny")
     comp = model.encoder("comp")
     plain = comp._encode

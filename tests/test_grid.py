@@ -1,4 +1,4 @@
-"""A study file stands for exactly the runs that it says, and what is wrong in it is said before anything runs."""
+"""A study file defines exactly the runs that it lists, and errors in it are reported before anything runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def write(tmp_path: Path) -> Any:
     return write
 
 
-def test_rows_are_named_cells_times_the_grid_and_each_has_every_seed(write: Any) -> None:
+def test_rows_are_named_cells_times_the_grid_with_every_seed(write: Any) -> None:
     cells = {"full": None, "static only": {"prompts": {"dynamic": 0}, "prompts.mapped": 0}}
     study = read_study(write(seeds=[3, 5], grid={"prompts.experts": [1, 4], "router.top_m": [None]}, cells=cells))
     expected = [f"{cell}, experts={k}, top_m=null" for cell in cells for k in (1, 4)]
@@ -38,19 +38,19 @@ def test_a_study_without_axes_is_one_row(write: Any) -> None:
     assert [(cell.label, cell.seed) for cell in study.cells] == [("mine", 0)]
 
 
-def test_settings_lie_over_the_recipe_and_set_over_all(write: Any) -> None:
+def test_settings_override_the_recipe_and_set_overrides_both(write: Any) -> None:
     file = write(recipe="digit-questions/demo", settings={"train": {"lr": 1.0, "epochs": 7}}, cells={"a": {"train.lr": 2.0}})
     config = read_study(file, ["train.epochs=9"]).cells[0].config
     assert (config.train.batch_size, config.train.lr, config.train.epochs) == (128, 2.0, 9)
 
 
-def test_axes_are_named_by_the_last_part_of_their_path_unless_two_share_it(write: Any) -> None:
+def test_axes_are_named_by_the_last_part_of_their_path_unless_ambiguous(write: Any) -> None:
     assert read_study(write(grid={"train.lr": [0.1], "train.clip": [2.0]})).labels == ["lr=0.1, clip=2.0"]
     alike = read_study(write(grid={"prompts.layers": [[0, 1], "all"], "prompts.init": [0.1]}))
     assert alike.labels == ["layers=[0,1], init=0.1", "layers=all, init=0.1"]
 
 
-def test_a_folder_depends_on_the_settings_and_on_nothing_else(write: Any) -> None:
+def test_a_cell_folder_depends_only_on_the_settings(write: Any) -> None:
     def folders(**values: Any) -> dict[str, str]:
         return {cell.label: cell.folder for cell in read_study(write(**values)).cells}
 
@@ -60,14 +60,14 @@ def test_a_folder_depends_on_the_settings_and_on_nothing_else(write: Any) -> Non
     assert len(set(more.values())) == 3
     other = folders(grid={"prompts.experts": [1, 4]}, settings=BASE["settings"] | {"train.epochs": 3})
     assert not set(other.values()) & set(one.values())
-    told = folders(grid={"prompts.experts": [1, 4]}, settings=BASE["settings"] | {"data.workers": 3})
-    assert told == one
+    with_workers = folders(grid={"prompts.experts": [1, 4]}, settings=BASE["settings"] | {"data.workers": 3})
+    assert with_workers == one
     written_out = folders(grid={"prompts.experts": [1, 4]}, settings=BASE["settings"] | {"prompts.mapped": 1})
-    assert written_out == one, "a default that is written out, as one of a later version would be"
+    assert written_out == one, "an explicit default, such as one that a later version adds"
 
 
 @pytest.mark.parametrize("label", ["../../etc", "a/b", ".hidden", "ü — 漢字", "a" * 300, "con: 5 %", " "])
-def test_no_label_leaves_the_folder(write: Any, label: str) -> None:
+def test_no_label_leads_outside_the_study_folder(write: Any, label: str) -> None:
     (folder,) = [cell.folder for cell in read_study(write(cells={label: {}})).cells]
     cells, name, seed = folder.split("/")
     assert (cells, seed) == ("cells", "seed-0")
@@ -77,7 +77,7 @@ def test_no_label_leaves_the_folder(write: Any, label: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "code", "said"),
+    ("values", "code", "message"),
     [
         ({"seed": [1]}, "MF-CFG-80", "unknown key seed (did you mean seeds?)"),
         ({"seeds": []}, "MF-CFG-80", "seeds"),
@@ -98,16 +98,16 @@ def test_no_label_leaves_the_folder(write: Any, label: str) -> None:
         ({"recipe": "digit-questions/dem"}, "MF-CFG-03", "digit-questions/demo"),
     ],
 )
-def test_errors_name_the_file(write: Any, values: dict[str, Any], code: str, said: str) -> None:
+def test_errors_name_the_file(write: Any, values: dict[str, Any], code: str, message: str) -> None:
     with pytest.raises(ConfigError) as refused:
         read_study(write(**values))
     assert refused.value.code == code
-    assert said in str(refused.value)
+    assert message in str(refused.value)
     if code != "MF-CFG-03":
         assert "mine.yaml" in refused.value.where
 
 
-def test_an_unknown_study_is_refused_with_the_nearest_name() -> None:
+def test_an_unknown_study_is_refused_with_a_suggestion() -> None:
     with pytest.raises(ConfigError, match="there is no study prompt-ablatio") as refused:
         read_study("prompt-ablatio")
     assert "did you mean prompt-ablation?" in refused.value.fix

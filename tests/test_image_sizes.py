@@ -1,4 +1,4 @@
-"""The size and pixels that an image encoder sees: those that its authors' image processor declares, or those of ``?size=``.
+"""The size and pixels that an image encoder gets: those that its image processor declares, or those set with ``?size=``.
 
 `HUB` has the fields of ``config.json`` that matter here and the whole of ``preprocessor_config.json`` of popular
 repositories; widths and depths are small.
@@ -39,7 +39,7 @@ def statistics(values: tuple[tuple[float, ...], tuple[float, ...]]) -> dict[str,
 
 
 class Hub(NamedTuple):
-    """A repository: model type and configuration, preprocessor; and what images become."""
+    """A repository: its model type, configuration and image processor, and the expected preprocessing."""
 
     kind: str
     config: dict[str, Any]
@@ -150,7 +150,7 @@ HUB = {
 
 
 def save(folder: Path, name: str) -> str:
-    """A folder as the repository has it, of a small model; its spec."""
+    """Save the repository with a small model and return its spec."""
     hub = HUB[name]
     config = transformers.AutoConfig.for_model(hub.kind, **hub.config)
     torch.manual_seed(0)
@@ -160,7 +160,7 @@ def save(folder: Path, name: str) -> str:
 
 
 def photo(width: int, height: int) -> Image.Image:
-    """A smooth picture with edges, which resizing has something to do with."""
+    """A smooth picture with edges, so that resizing has an effect."""
     x, y = np.meshgrid(np.linspace(0, 9, width), np.linspace(0, 7, height))
     channels = [np.sin(x) * np.cos(y), np.sin(x + y), np.where(x > y, 0.8, -0.8)]
     return Image.fromarray(np.stack([127 + 120 * channel for channel in channels], axis=-1).astype(np.uint8))
@@ -172,7 +172,7 @@ def pixels_of(encoder: Any, image: Image.Image) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", HUB)
-def test_images_are_as_the_image_processor_of_the_repository_declares(tmp_path: Path, name: str) -> None:
+def test_images_have_the_size_that_the_image_processor_declares(tmp_path: Path, name: str) -> None:
     hub, encoder = HUB[name], create_encoder(save(tmp_path, name))
     found = encoder.preprocess.describe()
     assert found["size"] == [hub.size, hub.size]
@@ -183,7 +183,7 @@ def test_images_are_as_the_image_processor_of_the_repository_declares(tmp_path: 
 
 
 @pytest.mark.parametrize("name", HUB)
-def test_pixels_are_those_of_the_image_processor_of_the_library(tmp_path: Path, name: str) -> None:
+def test_pixels_match_the_librarys_image_processor(tmp_path: Path, name: str) -> None:
     encoder = create_encoder(save(tmp_path, name))
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
     step = 1 / 255 / min(HUB[name].statistics[1])  # one of 256 levels
@@ -196,7 +196,7 @@ def test_pixels_are_those_of_the_image_processor_of_the_library(tmp_path: Path, 
         assert difference.quantile(0.999) < 4 * step
 
 
-def test_positions_are_interpolated_as_the_library_does(tmp_path: Path) -> None:
+def test_positions_are_interpolated_as_by_the_library(tmp_path: Path) -> None:
     encoder = create_encoder(save(tmp_path, "facebook/dinov2-small"))
     model = transformers.AutoModel.from_pretrained(tmp_path).eval()
     inputs = pixels_of(encoder, photo(300, 300))
@@ -207,7 +207,7 @@ def test_positions_are_interpolated_as_the_library_does(tmp_path: Path) -> None:
     torch.testing.assert_close(found.pooled_BC, expected.pooler_output, atol=1e-5, rtol=0)
 
 
-def test_a_processor_of_another_size_than_the_model_rules(tmp_path: Path) -> None:
+def test_if_processor_and_model_sizes_differ_the_processor_decides(tmp_path: Path) -> None:
     spec = save(tmp_path, "google/vit-base-patch16-224")
     changed = {**HUB["google/vit-base-patch16-224"].processor, "size": {"height": 96, "width": 96}}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(changed))
@@ -215,7 +215,7 @@ def test_a_processor_of_another_size_than_the_model_rules(tmp_path: Path) -> Non
     assert (encoder.preprocess.describe()["size"], encoder.count_tokens()) == ([96, 96], 37)
 
 
-def test_a_model_that_cannot_take_the_declared_size_runs_at_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_cannot_take_the_declared_size_uses_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = save(tmp_path, "google/vit-base-patch16-224")
     changed = {**HUB["google/vit-base-patch16-224"].processor, "size": {"height": 96, "width": 96}}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(changed))
@@ -245,7 +245,7 @@ SIZED = {
 
 
 @pytest.mark.parametrize("name", SIZED)
-def test_size_overrides_and_the_contract_holds(tmp_path: Path, name: str) -> None:
+def test_the_size_option_overrides_the_size_and_the_contract_holds(tmp_path: Path, name: str) -> None:
     size, tokens, resize = SIZED[name]
     spec = f"{save(tmp_path, name)}?size={size}"
     encoder = create_encoder(spec)
@@ -270,7 +270,7 @@ TIMM = {
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("spec", TIMM)
-def test_size_overrides_for_models_of_timm(spec: str) -> None:
+def test_the_size_option_overrides_the_size_of_timm_models(spec: str) -> None:
     size, tokens = TIMM[spec]
     encoder = create_encoder(f"{spec}&size={size}")
     assert encoder.preprocess.describe()["size"] == [int(size)] * 2
@@ -280,7 +280,7 @@ def test_size_overrides_for_models_of_timm(spec: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["eva02_tiny_patch14_224.mim_in22k", "vit_small_patch14_dinov2.lvd142m", "resnet18.a1_in1k"])
-def test_pixels_are_those_of_timm_at_its_own_size_and_at_another(name: str) -> None:
+def test_pixels_match_timm_at_its_own_size_and_at_another(name: str) -> None:
     model = timm.create_model(name.partition(".")[0], pretrained=False)
     config = resolve_model_data_config(model)
     encoder = create_encoder(f"timm:{name.partition('.')[0]}?pretrained=false")
@@ -291,7 +291,7 @@ def test_pixels_are_those_of_timm_at_its_own_size_and_at_another(name: str) -> N
     assert (ours - theirs).abs().max() < 1e-4
 
 
-def test_weights_of_a_file_keep_their_positions_for_another_size(tmp_path: Path) -> None:
+def test_positions_from_a_weights_file_are_interpolated_to_another_size(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=0)
     save_file(model.state_dict(), tmp_path / "vit.safetensors")
@@ -312,7 +312,7 @@ def test_weights_of_a_file_keep_their_positions_for_another_size(tmp_path: Path)
     torch.testing.assert_close(own[0], tower.positional_embedding[0])  # type: ignore[index]
 
 
-def test_size_of_open_clip_is_checked_by_the_contract(tmp_path: Path) -> None:
+def test_open_clip_at_another_size_satisfies_the_contract(tmp_path: Path) -> None:
     add_open_clip_models(tmp_path)
     encoder = create_encoder("open_clip:mopefuse-tiny#visual?pretrained=false&size=48")
     assert (encoder.preprocess.describe()["size"], encoder.count_tokens()) == ([48, 48], 37)
@@ -320,7 +320,7 @@ def test_size_of_open_clip_is_checked_by_the_contract(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "said", "fix"),
+    ("spec", "message", "fix"),
     [
         ("hf:vit-base?pretrained=false&num_hidden_layers=1&size=100", "not a multiple of the patch size, 16", "use size=96"),
         ("hf:vit-base?pretrained=false&num_hidden_layers=1&size=big", "not a number of pixels", "write size=224"),
@@ -329,22 +329,22 @@ def test_size_of_open_clip_is_checked_by_the_contract(tmp_path: Path) -> None:
         ("open_clip:ViT-B-32#visual?pretrained=false&size=100", "not a multiple of the patch size, 32", "use size=96"),
     ],
 )
-def test_a_size_that_is_not_possible_is_refused(spec: str, said: str, fix: str) -> None:
+def test_an_impossible_size_is_refused(spec: str, message: str, fix: str) -> None:
     error = fault(spec)
     assert error.number == EncoderCode.BAD_OPTION
-    assert said in error.what and fix in error.fix
+    assert message in error.what and fix in error.fix
 
 
 @pytest.mark.parametrize(
     "spec", ["hf:bert-base?pretrained=false&size=64", "tiny:vision?size=32", "open_clip:ViT-B-32#text?pretrained=false&size=64"]
 )
-def test_size_is_no_option_of_encoders_that_cannot_take_it(spec: str) -> None:
+def test_encoders_without_a_variable_size_refuse_the_size_option(spec: str) -> None:
     with pytest.raises(EncoderError, match=r"no option 'size'"):
         create_encoder(spec)
 
 
 @pytest.mark.matrix
-def test_inspect_and_training_see_the_declared_size(tmp_path: Path) -> None:
+def test_inspect_and_training_use_the_declared_size(tmp_path: Path) -> None:
     spec = save(tmp_path / "dinov2", "facebook/dinov2-small")
     done = call("encoders", "inspect", spec)
     assert done.returncode == 0, done.stderr
@@ -356,5 +356,5 @@ def test_inspect_and_training_see_the_declared_size(tmp_path: Path) -> None:
     done = call("train", "--main", f"{spec}?size=56", *arguments, "--data", data, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert call("eval", tmp_path / "run", "--device", "cpu").returncode == 0
-    done = call("export", tmp_path / "run", "-o", tmp_path / "bundle")  # compares the graph's answers with the model's
+    done = call("export", tmp_path / "run", "-o", tmp_path / "bundle")  # compares the graph's outputs with the model's
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Images that somebody else provides: never outside their root, never half-read, and the pixels that a viewer shows."""
+"""Untrusted images: never outside their root, never partly read, and with the pixels that an image viewer shows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RED, WHITE, BLACK = (255, 0, 0), (255, 255, 255), (0, 0, 0)
 
 
 def png(width: int, height: int) -> bytes:
-    """A header that says how large, and nothing else."""
+    """A header that declares a size, and nothing else."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -99,7 +99,7 @@ def one(mode: str, colour: Any) -> Image.Image:
     ],
     ids=lambda value: getattr(value, "mode", value if isinstance(value, str) else ""),
 )  # fmt: skip
-def test_pixels_are_those_that_a_viewer_shows(
+def test_pixels_are_those_that_an_image_viewer_shows(
     tmp_path: Path, image: Image.Image, kind: str, expected: list[tuple[int, ...]]
 ) -> None:
     options = {"lossless": True} if kind == "WEBP" else {}
@@ -116,16 +116,16 @@ def test_pixels_are_those_that_a_viewer_shows(
         ((0, 0, 255, 128), (127, 127, 0)),
     ],
 )
-def test_cmyk_is_ink_on_white(tmp_path: Path, cmyk: tuple[int, ...], rgb: tuple[int, ...]) -> None:
+def test_cmyk_is_converted_as_ink_on_white(tmp_path: Path, cmyk: tuple[int, ...], rgb: tuple[int, ...]) -> None:
     image = encoded(Image.new("CMYK", (16, 16), cmyk), "JPEG", quality=100)
-    assert np.abs(pixels(tmp_path, image).astype(int) - np.array(rgb)).max() <= 3  # of JPEG's rounding
+    assert np.abs(pixels(tmp_path, image).astype(int) - np.array(rgb)).max() <= 3  # because of JPEG's rounding
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_an_image_is_shown_upright(tmp_path: Path, orientation: int) -> None:
-    """The stored pixels of a 2 x 3 picture under each EXIF orientation, undone by hand."""
+def test_exif_orientation_is_applied(tmp_path: Path, orientation: int) -> None:
+    """The stored pixels of a 2 x 3 picture under each EXIF orientation, reversed by hand."""
     upright = np.arange(18, dtype=np.uint8).reshape(3, 2, 3) * 10
-    undo: dict[int, Callable[[Any], Any]] = {  # what a camera stores for a picture that should look upright
+    undo: dict[int, Callable[[Any], Any]] = {  # what a camera stores for an upright picture
         1: lambda a: a,
         2: lambda a: a[:, ::-1],
         3: lambda a: a[::-1, ::-1],
@@ -142,7 +142,7 @@ def test_an_image_is_shown_upright(tmp_path: Path, orientation: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP"])
-def test_of_an_animation_the_first_frame_counts(tmp_path: Path, kind: str) -> None:
+def test_the_first_frame_of_an_animation_is_used(tmp_path: Path, kind: str) -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, WHITE, BLACK)]
     options: dict[str, Any] = {"lossless": True} if kind == "WEBP" else {}
     content = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
@@ -150,16 +150,16 @@ def test_of_an_animation_the_first_frame_counts(tmp_path: Path, kind: str) -> No
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1)])
-def test_any_shape_is_fine(tmp_path: Path, size: tuple[int, int]) -> None:
+def test_images_of_any_shape_are_read(tmp_path: Path, size: tuple[int, int]) -> None:
     assert pixels(tmp_path, encoded(Image.new("RGB", size, RED), "PNG")).shape == (size[1], size[0], 3)
 
 
-# -- damaged, too large, of another kind
+# -- damaged, too large, or of another format
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "BMP"])
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
-def test_an_image_that_is_cut_short_is_refused(tmp_path: Path, kind: str, share: float) -> None:
+def test_a_truncated_image_is_refused(tmp_path: Path, kind: str, share: float) -> None:
     whole = encoded(noise(), kind)
     assert pixels(tmp_path, whole).shape == (48, 64, 3)
     error = refused(tmp_path, content=whole[: int(len(whole) * share)])
@@ -168,7 +168,7 @@ def test_an_image_that_is_cut_short_is_refused(tmp_path: Path, kind: str, share:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"", "it is empty"),
         (b"\n  <!DOCTYPE html><html>", "looks like HTML"),
@@ -185,12 +185,12 @@ def test_an_image_that_is_cut_short_is_refused(tmp_path: Path, kind: str, share:
     ],
     ids="empty HTML html SVG PDF PSD TIFF EPS PPM GIF PNG noise".split(),
 )
-def test_what_is_no_image_of_an_enabled_format_is_refused_by_what_it_looks_like(
-    tmp_path: Path, content: bytes, said: str
+def test_a_file_of_another_format_is_an_error_that_names_the_format(
+    tmp_path: Path, content: bytes, message: str
 ) -> None:
     error = refused(tmp_path, content=content)
-    assert said in error.what
-    assert error.code == ("MF-DATA-14" if "not enabled" in said else "MF-DATA-13")
+    assert message in error.what
+    assert error.code == ("MF-DATA-14" if "not enabled" in message else "MF-DATA-13")
 
 
 def test_only_formats_with_safe_decoders_are_enabled() -> None:
@@ -198,13 +198,13 @@ def test_only_formats_with_safe_decoders_are_enabled() -> None:
 
 
 @pytest.mark.parametrize(("width", "height"), [(20_000, 20_000), (10_000, 9_500), (2**31 - 1, 2**31 - 1), (100, 101)])
-def test_too_many_pixels_are_refused_from_the_header(tmp_path: Path, width: int, height: int) -> None:
+def test_an_image_with_too_many_pixels_is_refused_by_its_header(tmp_path: Path, width: int, height: int) -> None:
     limit = 10_000 if width == 100 else 50_000_000
     began = time.process_time()
     error = refused(tmp_path, content=png(width, height), max_pixels=limit)
     assert time.process_time() - began < 1
     assert error.code == "MF-DATA-12"
-    assert refused(tmp_path, content=png(100, 100), max_pixels=10_000).code == "MF-DATA-13"  # small enough, but hollow
+    assert refused(tmp_path, content=png(100, 100), max_pixels=10_000).code == "MF-DATA-13"  # small enough, but without pixels
 
 
 def test_a_text_chunk_that_unpacks_to_gigabytes_is_refused(tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_damaged_exif_is_ignored(tmp_path: Path) -> None:
 
 @pytest.fixture
 def canary(tmp_path: Path) -> Path:
-    """A folder `data` beside a good image that must not be opened."""
+    """A folder `data` next to a valid image that must not be opened."""
     (tmp_path / "data").mkdir()
     noise().save(tmp_path / "secret.png")
     noise().save(tmp_path / "data" / "inside.png")
@@ -253,7 +253,7 @@ def canary(tmp_path: Path) -> Path:
         "..",
     ],
 )
-def test_a_path_out_of_the_root_is_refused_and_nothing_is_opened(
+def test_a_path_outside_the_root_is_refused_and_nothing_is_opened(
     canary: Path, relative: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (canary / "linked-file").symlink_to(canary.parent / "secret.png")
@@ -264,7 +264,7 @@ def test_a_path_out_of_the_root_is_refused_and_nothing_is_opened(
     assert "outside the data folder" in error.what
 
 
-def test_links_inside_the_root_and_a_linked_root_are_fine(canary: Path) -> None:
+def test_links_inside_the_root_and_a_linked_root_are_allowed(canary: Path) -> None:
     (canary / "link.png").symlink_to("inside.png")
     (canary.parent / "alias").symlink_to(canary)
     for root, name in ((canary, "link.png"), (canary.parent / "alias", "inside.png"), (canary, "./x/../inside.png")):
@@ -272,14 +272,14 @@ def test_links_inside_the_root_and_a_linked_root_are_fine(canary: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "root", "empty"])
-def test_what_is_not_a_regular_file_is_refused_without_opening_it(tmp_path: Path, kind: str) -> None:
+def test_irregular_files_are_refused_without_opening_them(tmp_path: Path, kind: str) -> None:
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
     relative = {"root": ".", "empty": ""}.get(kind, kind)
     assert "not a regular file" in refused(tmp_path, relative).what
 
 
-def test_a_missing_image_is_named_with_the_one_of_other_case(tmp_path: Path) -> None:
+def test_for_a_missing_image_a_name_in_other_case_is_suggested(tmp_path: Path) -> None:
     (tmp_path / "A.JPG").touch()
     error = refused(tmp_path, "a.jpg")
     assert (error.code, error.what) == ("MF-DATA-11", "image not found: a.jpg")
@@ -288,7 +288,7 @@ def test_a_missing_image_is_named_with_the_one_of_other_case(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("relative", ["x" * 5000, "x/" * 3000, "loop/a.png", "file/below.png", "\ud800"])
-def test_a_path_that_cannot_be_is_not_found(tmp_path: Path, relative: str) -> None:
+def test_an_impossible_path_is_reported_as_not_found(tmp_path: Path, relative: str) -> None:
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "file").touch()
     assert refused(tmp_path, relative).code == "MF-DATA-11"

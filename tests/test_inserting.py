@@ -1,4 +1,4 @@
-"""Methods that put the other modality among the main encoder's tokens: what each is in its limits."""
+"""Methods that insert the other modality among the main encoder's tokens: what each equals in its limits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import call
 from test_fusion import TEXTS, build, images
-from test_tuned import answers, sides
+from test_tuned import predict_logits, sides
 
 from mopefuse.encoders.base import Insert, Prompt, create_encoder
 from mopefuse.errors import EncoderError
@@ -18,7 +18,7 @@ INSERTING = ("sequential", "mmbt", "p-mmbt", "promptfuse", "blindprompt")
 
 
 @pytest.mark.parametrize("method", [*INSERTING, "p-sequential"])
-def test_the_other_modality_reaches_the_logits_and_a_constant_projection_is_blind_to_it(method: str) -> None:
+def test_the_logits_depend_on_the_other_modality_only_through_the_projection(method: str) -> None:
     model = build(method=method, gate="none", **sides(method))
     text_is_main = model.encoder("main").modality == "text"
     one = model.collate(images(2), TEXTS[:2])
@@ -33,21 +33,22 @@ def test_the_other_modality_reaches_the_logits_and_a_constant_projection_is_blin
 def test_promptfuse_without_learned_tokens_is_sequential_with_frozen_encoders(method: str) -> None:
     fuse, sequential = build(method=method, inserted={"prompts": 0}), build(method="sequential", tune="probe")
     sequential.load_trainable_state_dict(fuse.trainable_state_dict(), where="here")
-    assert torch.equal(answers(fuse), answers(sequential))
+    assert torch.equal(predict_logits(fuse), predict_logits(sequential))
 
 
 def test_blindprompt_is_promptfuse_with_a_mask() -> None:
     fuse, blind = build(method="promptfuse"), build(method="blindprompt")
     blind.load_trainable_state_dict(fuse.trainable_state_dict(), where="here")
-    assert not torch.equal(answers(fuse), answers(blind))
+    assert not torch.equal(predict_logits(fuse), predict_logits(blind))
     batch = fuse.collate(images(3), TEXTS[:3])
     inserted = fuse.build_insert(batch)
     assert (inserted.blind, blind.build_insert(batch).blind) == (0, 20)
     assert inserted.tokens_BPD.shape == (3, 21, 96)
 
 
-def test_blind_tokens_are_deep_prompts_that_depend_on_nothing() -> None:
-    """What blind tokens are at a layer, put there as prompts, gives the same: they act by keys and values only."""
+def test_blind_tokens_equal_deep_prompts_that_are_independent_of_the_input() -> None:
+    """The values of blind tokens at a layer, given as prompts there, have the same effect: they act only through keys and
+    values."""
     encoder = create_encoder("tiny:vision")
     random = torch.Generator().manual_seed(0)
     inputs, tokens = {"pixels": torch.randn(3, 3, 16, 16, generator=random)}, torch.randn(1, 5, 96, generator=random) * 0.3
@@ -64,7 +65,7 @@ def test_mmbt_with_one_token_of_a_mean_pooled_image_is_sequential() -> None:
     encoders = {"main": "tiny:text", "comp": "tiny:vision?pool=mean"}
     one, sequential = build(method="mmbt", inserted={"images": 1}, **encoders), build(method="sequential", **encoders)
     sequential.load_trainable_state_dict(one.trainable_state_dict(), where="here")
-    torch.testing.assert_close(answers(one), answers(sequential), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(predict_logits(one), predict_logits(sequential), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -74,8 +75,8 @@ def test_mmbt_with_one_token_of_a_mean_pooled_image_is_sequential() -> None:
         ("timm:mobilenetv3_small_050?pretrained=false", 7 * 7, 288),
     ],
 )
-def test_mmbt_reads_the_places_of_a_cnn_as_its_paper_does(spec: str, places: int, width: int) -> None:
-    """The second has a feature of another width (1024) than its map."""
+def test_mmbt_reads_the_feature_map_of_a_cnn_as_in_its_paper(spec: str, places: int, width: int) -> None:
+    """The second CNN has a pooled feature of another width (1024) than its feature map."""
     model = build(method="mmbt", main="tiny:text", comp=spec, inserted={"images": places})
     batch = model.collate(images(3), TEXTS[:3])
     with torch.no_grad():
@@ -92,7 +93,7 @@ def test_p_mmbt_without_prompts_is_mmbt_with_frozen_encoders() -> None:
     encoders = sides("mmbt")
     prompted, frozen = build(method="p-mmbt", static=0, **encoders), build(method="mmbt", tune="probe", **encoders)
     frozen.load_trainable_state_dict(prompted.trainable_state_dict(), where="here")
-    assert torch.equal(answers(prompted), answers(frozen))
+    assert torch.equal(predict_logits(prompted), predict_logits(frozen))
 
 
 def test_p_sequential_with_closed_gates_is_main_only_and_ungated_it_is_a_prompt_of_the_first_layer() -> None:
@@ -100,7 +101,7 @@ def test_p_sequential_with_closed_gates_is_main_only_and_ungated_it_is_a_prompt_
     closed = build(method="p-sequential")
     head = {name: t for name, t in closed.trainable_state_dict().items() if name.startswith("head.")}
     probe.load_trainable_state_dict(head, where="here")
-    assert torch.equal(answers(closed), answers(probe))
+    assert torch.equal(predict_logits(closed), predict_logits(probe))
     model = build(method="p-sequential", static=0, gate="none")
     batch = model.collate(images(3), TEXTS[:3])
     psi = torch.nn.functional.layer_norm(model.pooled_feature("comp", batch), (96,), eps=1e-8)
@@ -110,7 +111,7 @@ def test_p_sequential_with_closed_gates_is_main_only_and_ungated_it_is_a_prompt_
     torch.testing.assert_close(model(batch).logits, model.classify(by_hand))
 
 
-def test_what_does_not_suit_is_refused() -> None:
+def test_unsuitable_encoders_are_refused() -> None:
     for options, number in (
         ({"method": "sequential", "main": "timm:swin_tiny?pretrained=false&img_size=32&window_size=1"}, 70),
         ({"method": "p-mmbt", "main": "tiny:text", "comp": "tiny:text-b"}, 71),
@@ -122,7 +123,7 @@ def test_what_does_not_suit_is_refused() -> None:
 
 
 @pytest.mark.parametrize("method", ["mmbt", "p-mmbt"])
-def test_the_text_reads_the_image_whichever_is_main(method: str) -> None:
+def test_in_mmbt_the_text_reads_the_image_whichever_is_main(method: str) -> None:
     text_main = build(method=method, main="tiny:text", comp="tiny:vision")
     image_main = build(method=method, main="tiny:vision", comp="tiny:text")
     other = {"main": "comp", "comp": "main"}
@@ -131,13 +132,13 @@ def test_the_text_reads_the_image_whichever_is_main(method: str) -> None:
         for name, tensor in text_main.trainable_state_dict().items()
     }
     image_main.load_trainable_state_dict(exchanged, where="here")
-    assert torch.equal(answers(text_main), answers(image_main))
+    assert torch.equal(predict_logits(text_main), predict_logits(image_main))
     assert [model.dependency_of("project.weight") for model in (text_main, image_main)] == ["comp features", "main features"]
 
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("method", ["promptfuse", "p-mmbt", "p-sequential"])
-def test_it_is_an_ordinary_run(pairs: Path, tmp_path: Path, method: str) -> None:
+def test_a_run_can_be_evaluated_and_exported(pairs: Path, tmp_path: Path, method: str) -> None:
     named = sides(method) or {"main": "tiny:vision", "comp": "tiny:text"}
     flags = [word for side, spec in named.items() for word in (f"--{side}", spec)]
     run = tmp_path / "run"

@@ -1,7 +1,7 @@
-"""SIGKILL at every moment of what writes: no half file has a final name, the next call succeeds, and nothing is left over.
+"""SIGKILL at every moment of a write: no partial file has a final name, the next call succeeds, and nothing is left over.
 
-A moment is a change in the folder that is watched: a file opened to write, after which the process dies with nothing in it;
-a folder made, a name changed or removed, before which it dies.
+A moment is a change in the watched folder: a file is opened for writing, and the process dies before writing to it; or
+a folder is created or a name changed or removed, and the process dies before that.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def die_at(moment: int, watched: Path) -> None:
 def kill_often(
     action: Action, watched: Path, check: Action, *, at_least: int = 4, moments: tuple[int, ...] = MOMENTS
 ) -> int:
-    """Do something again and again and kill it, each time a little later, until it comes to its end; how many kills."""
+    """Repeat an action and kill it, each time a little later, until it finishes; return the number of kills."""
     for kills, moment in enumerate(moments):
 
         def doomed(moment: int = moment) -> None:
@@ -72,7 +72,7 @@ def kill_often(
         code = end_of(fork(doomed))
         check()
         if code == 0:
-            assert kills >= at_least, "it was over before it could be killed often enough"
+            assert kills >= at_least, "it finished before it could be killed often enough"
             assert list(watched.rglob("*.tmp-*")) == [], "something is left over"
             return kills
         assert code == -signal.SIGKILL
@@ -90,7 +90,7 @@ def cli(*arguments: object) -> Action:
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache for each test, so that it is written in each."""
+    """A separate cache for each test, so that each test writes to it."""
     monkeypatch.setenv("MOPEFUSE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -98,7 +98,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # -- commands
 
 
-def test_export(trained: Path, tmp_path: Path) -> None:
+def test_a_killed_export_leaves_no_partial_files(trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
 
     def whole() -> None:
@@ -115,8 +115,8 @@ def test_export(trained: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.soak
-def test_export_over_an_earlier_one(trained: Path, tmp_path: Path) -> None:
-    """The earlier one is there until the new one is, but for the moment between two names, from which it comes back."""
+def test_a_killed_export_over_an_earlier_one_keeps_or_restores_it(trained: Path, tmp_path: Path) -> None:
+    """The earlier export exists until the new one does, except between two renames, and then it is restored."""
     out = tmp_path / "out"
     out.mkdir()
     again = ("export", trained, "--format", "adapter", "-o", out / "adapter")
@@ -128,15 +128,15 @@ def test_export_over_an_earlier_one(trained: Path, tmp_path: Path) -> None:
         missing += not (out / "adapter").exists()
         if not (out / "adapter").exists():
             refused = call(*again)
-            assert (refused.returncode, "--overwrite" in refused.stderr) == (3, True), "it came back"
+            assert (refused.returncode, "--overwrite" in refused.stderr) == (3, True), "it was restored"
         verify(out / "adapter", kind="adapter")
 
     kill_often(cli(*again, "--overwrite"), out, whole)
     assert missing <= 1
 
 
-@pytest.mark.parametrize("name", matrix(["answers.jsonl", "answers.csv"], ["answers.jsonl"]))
-def test_predict(trained: Path, pairs: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", matrix(["predictions.jsonl", "predictions.csv"], ["predictions.jsonl"]))
+def test_a_killed_predict_leaves_no_partial_file(trained: Path, pairs: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / "whole").mkdir()
     (tmp_path / "out").mkdir()
     assert call("predict", trained, pairs / "test.jsonl", "-o", tmp_path / "whole" / name).returncode == 0
@@ -151,7 +151,7 @@ def test_predict(trained: Path, pairs: Path, tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.soak
-def test_report(trained: Path, tmp_path: Path) -> None:
+def test_a_killed_report_leaves_no_partial_page(trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
 
     def whole() -> None:
@@ -168,7 +168,7 @@ def test_report(trained: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.soak
-def test_data_prepare(tmp_path: Path) -> None:
+def test_a_killed_data_prepare_leaves_no_partial_data_set(tmp_path: Path) -> None:
     source, out = food101(tmp_path / "source"), tmp_path / "out"
     out.mkdir()
 
@@ -177,11 +177,11 @@ def test_data_prepare(tmp_path: Path) -> None:
             assert read_json(out / "data" / "dataset.json")["rows"].keys() >= {"train", "val", "test"}
 
     kill_often(cli("data", "prepare", "food101", source, out / "data"), out, whole)
-    assert call("data", "prepare", "food101", source, out / "data").returncode == 0, "it is the very preparation"
+    assert call("data", "prepare", "food101", source, out / "data").returncode == 0, "it is exactly this preparation"
 
 
 @pytest.mark.soak
-def test_data_make(tmp_path: Path) -> None:
+def test_a_killed_data_make_leaves_no_partial_data_set(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     action = lambda: make(out / "data", train=8, val=4, test=4)  # noqa: E731
@@ -194,7 +194,7 @@ def test_data_make(tmp_path: Path) -> None:
 
 
 @pytest.mark.soak
-def test_study(pairs: Path, tmp_path: Path) -> None:
+def test_a_killed_study_continues(pairs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     file = write_study(tmp_path, pairs, seeds=[0], grid={"prompts.experts": [1]}, baseline=None)
@@ -212,7 +212,7 @@ def test_study(pairs: Path, tmp_path: Path) -> None:
 
 
 def fill_cache(data: Path) -> tuple[Any, bytes]:
-    """An index and decoded images: what they say."""
+    """Build an index and decode images; return their content."""
     settings = config(data).data
     loaded = load_data(settings)
     samples = Samples(loaded, "train", {"main": ("image", create_encoder("tiny:vision").preprocess)}, settings)
@@ -221,14 +221,14 @@ def fill_cache(data: Path) -> tuple[Any, bytes]:
 
 
 def whole_entries() -> list[str]:
-    """Kinds of the entries of the cache, all of which are whole."""
+    """The kinds of the entries in the cache, all of which are complete."""
     found = [(kind, folder) for kind, folder, _, _ in cache.entries() if ".tmp-" not in folder.name]
     for kind, folder in found:
         verify(folder, kind=kind)
     return sorted(kind for kind, _ in found)
 
 
-def test_index_and_images(tmp_path: Path, own_cache: Path) -> None:
+def test_a_killed_process_leaves_no_partial_cache_entry(tmp_path: Path, own_cache: Path) -> None:
     data = make_pairs(tmp_path / "data")
     expected = fill_cache(data)
     own_cache.rename(tmp_path / "other")
@@ -238,7 +238,7 @@ def test_index_and_images(tmp_path: Path, own_cache: Path) -> None:
 
 
 @pytest.mark.soak
-def test_several_processes_on_one_cache_some_of_them_killed(tmp_path: Path, own_cache: Path) -> None:
+def test_several_processes_share_a_cache_while_some_are_killed(tmp_path: Path, own_cache: Path) -> None:
     data = make_pairs(tmp_path / "data")
     expected = fill_cache(data)
     for round_ in range(3):
@@ -263,21 +263,21 @@ def test_several_processes_on_one_cache_some_of_them_killed(tmp_path: Path, own_
 
 
 @pytest.mark.soak
-def test_of_two_processes_on_one_run_one_trains_it(tmp_path: Path) -> None:
+def test_only_one_of_two_processes_trains_a_run(tmp_path: Path) -> None:
     data = make_pairs(tmp_path / "data")
     settings = config(data)
     for resume in (False, True):
         run = tmp_path / f"run-{resume}"
         children = [fork(lambda: train(settings, run, resume=resume)) for _ in range(3)]  # noqa: B023 (done at once)
         ends = sorted(map(end_of, children))
-        assert ends == [0, 3, 3] or (resume and ends in ([0, 0, 3], [0, 0, 0])), "who comes last may find it finished"
+        assert ends == [0, 3, 3] or (resume and ends in ([0, 0, 3], [0, 0, 0])), "the later process may find the run finished"
         assert read_json(run / "metrics.json")["steps"] == 6
         assert not (run / ".lock").exists()
 
 
 @pytest.mark.soak
-def test_the_first_moments_of_a_run(tmp_path: Path) -> None:
-    """Until it is a run: the same command begins it anew, whatever was written."""
+def test_a_run_killed_before_it_exists_can_be_started_again(tmp_path: Path) -> None:
+    """The same command starts again, whatever an earlier process had written."""
     data = make_pairs(tmp_path / "data")
     expected = train(config(data, train__epochs=1), tmp_path / "whole")
     runs = tmp_path / "runs"

@@ -1,4 +1,4 @@
-"""Labels that are probably not what was meant are found, with the flag that helps; those that can be meant are left alone."""
+"""Labels that are probably a mistake are found, with the flag that helps; labels that may be intended are accepted."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def found(labels: list[str]) -> dict[str, Doubt]:
 
 
 def combinations(form: str, rows: int = 300) -> list[str]:
-    """Labels of a data set with several a row, as one cell each."""
+    """Labels of a multi-label data set, each row's in one cell."""
     drawn = random.Random(0)
     each = [drawn.sample(GENRES, drawn.randint(1, 4)) for _ in range(rows)]
     forms = {"json": json.dumps, "python": repr, "numpy": lambda row: "[" + " ".join(map(repr, row)) + "]"}
@@ -41,19 +41,19 @@ def prices(rows: int = 300) -> list[str]:
     return [f"{drawn.uniform(1, 999):.2f}" for _ in range(rows)]
 
 
-# -- each doubt
+# -- each kind of doubt
 
 
 @pytest.mark.parametrize("form", ["json", "python", "numpy"])
-def test_a_list_in_a_cell_is_refused_with_the_flag_that_reads_it(form: str) -> None:
+def test_a_list_in_a_cell_is_an_error_with_the_flag_that_reads_it(form: str) -> None:
     doubt = found(combinations(form))["list-label"]
     assert "--label-sep list" in doubt.fix and "--allow-odd-labels" in doubt.fix
     assert doubt.rows == 300
-    assert "many-labels" not in found(combinations(form)), "one cause is named once"
+    assert "many-labels" not in found(combinations(form)), "one cause is reported once"
 
 
 @pytest.mark.parametrize("separator", ["|", ";", ", ", "/", ","])
-def test_a_separator_whose_parts_recur_is_named(separator: str) -> None:
+def test_a_separator_whose_parts_recur_is_reported(separator: str) -> None:
     all_of_it = found(combinations(separator))
     flag = f'--label-sep "{separator.strip()}"'
     assert flag in all_of_it["joined-labels"].fix
@@ -70,11 +70,11 @@ def test_a_separator_whose_parts_recur_is_named(separator: str) -> None:
         ["a; b c", "d", "e", "f"],
     ],
 )
-def test_a_class_whose_name_has_a_comma_or_slash_is_left_alone(labels: list[str]) -> None:
+def test_a_class_name_with_a_comma_or_slash_is_accepted(labels: list[str]) -> None:
     assert found(labels * 20) == {}
 
 
-def test_prices_are_refused_where_each_is_a_class_and_doubted_where_they_recur() -> None:
+def test_unique_prices_are_an_error_and_recurring_ones_a_warning() -> None:
     many = found(prices())
     assert "--label-col" in many["numeric-labels"].fix
     assert "--label-col" in many["many-labels"].fix
@@ -96,11 +96,11 @@ def test_prices_are_refused_where_each_is_a_class_and_doubted_where_they_recur()
         [f"{701 * number:05}" for number in range(60)],  # postcodes
     ],
 )
-def test_numbers_that_are_codes_of_classes_are_left_alone(labels: list[str]) -> None:
+def test_numeric_class_codes_are_accepted(labels: list[str]) -> None:
     assert found(labels * 20) == {}
 
 
-def test_spellings_of_one_label_are_named_together() -> None:
+def test_spellings_of_one_label_are_reported_together() -> None:
     labels = ["Watches"] * 20 + ["watches"] * 3 + ["Watches "] * 2 + ["Caf\u00e9"] * 5 + ["Cafe\u0301"] * 4 + ["Bags"] * 9
     each = [doubt for doubt in find_doubts(Counter(labels), len(labels)) if doubt.kind == "label-variants"]
     assert len(each) == 2
@@ -109,7 +109,7 @@ def test_spellings_of_one_label_are_named_together() -> None:
     assert "--fold-labels" in each[0].fix
 
 
-def test_a_rare_label_near_a_frequent_one_is_named() -> None:
+def test_a_rare_label_similar_to_a_frequent_one_is_reported() -> None:
     for wrong in ("Wacthes", "Watche", "Watchess", "Wotches", " watchs"):
         doubt = found(["Watches"] * 30 + ["Handbags"] * 30 + [wrong])["misspelt-label"]
         assert (doubt.label, doubt.rows) == (wrong, 1)
@@ -120,17 +120,17 @@ def test_a_rare_label_near_a_frequent_one_is_named() -> None:
     "labels",
     [
         ["Watches"] * 30 + ["Witches"] * 12,  # both are frequent
-        ["class1"] * 30 + ["class2"],  # digits tell classes apart
-        ["cat"] * 30 + ["car"],  # short words are near by chance
+        ["class1"] * 30 + ["class2"],  # digits distinguish classes
+        ["cat"] * 30 + ["car"],  # short words are similar by chance
         ["Watches"] * 30 + ["Handbag"],
         ["Watches"] * 4 + ["Wotches"],
     ],
 )
-def test_labels_that_are_near_by_chance_are_left_alone(labels: list[str]) -> None:
+def test_labels_that_are_similar_by_chance_are_accepted(labels: list[str]) -> None:
     assert found(labels) == {}
 
 
-def test_classes_of_a_single_row_are_named() -> None:
+def test_classes_with_a_single_row_are_reported() -> None:
     labels = [f"thing {chr(97 + i)}{chr(97 + j)}" for i in range(5) for j in range(4)] + ["often"] * 100
     assert found(labels)["rare-labels"].rows == 20
 
@@ -141,11 +141,11 @@ def test_small_data_sets_may_have_few_rows_of_each_class(labels: list[str]) -> N
 
 
 @given(st.lists(st.text(st.sampled_from("0123456789.,eE+-$€% '\"[]|;/\u0661\u00b2"), min_size=1), max_size=20))
-def test_any_labels_can_be_looked_at(labels: list[str]) -> None:
+def test_any_labels_can_be_checked(labels: list[str]) -> None:
     found(labels)
 
 
-def test_tags_that_nearly_every_row_has_for_itself_are_refused() -> None:
+def test_tags_that_are_unique_to_almost_every_row_are_refused() -> None:
     counts = Counter(f"tag {number}" for number in range(100)) | Counter({"often": 60})
     (many,) = (doubt for doubt in find_doubts(counts, 60) if doubt.kind == "many-labels")
     assert many.message.startswith("101 different labels in 60 training rows, used 160 times in all")
@@ -170,30 +170,30 @@ def test_tags_that_nearly_every_row_has_for_itself_are_refused() -> None:
         *((text, None) for text in ("a", "[other]", "(1)", "{}", "a, b", "[a", "[[1, 2]]", "(a, b)", "", "['a' + 'b']")),
     ],
 )
-def test_a_cell_is_a_list_or_not(cell: str, items: list[str] | None) -> None:
+def test_cells_are_recognised_as_lists(cell: str, items: list[str] | None) -> None:
     assert parse_list(cell) == items
 
 
 @given(st.lists(st.text(max_size=5), min_size=1, max_size=4))
-def test_lists_that_json_and_python_write_come_back(items: list[str]) -> None:
+def test_lists_written_by_json_and_python_are_parsed(items: list[str]) -> None:
     kept = [item.encode("utf-8", "replace").decode() for item in items]
     assert parse_list(json.dumps(kept)) == kept
     assert parse_list(repr(kept)) == kept
 
 
 @given(st.text(st.sampled_from("[](){}'\"\\, a1"), max_size=40))
-def test_any_cell_is_a_list_or_not(cell: str) -> None:
+def test_any_cell_can_be_parsed(cell: str) -> None:
     assert parse_list(cell) is None or all(isinstance(item, str) for item in parse_list(cell) or [])
 
 
-def test_a_long_cell_takes_no_time() -> None:
+def test_a_long_cell_is_parsed_quickly() -> None:
     began = time.process_time()
     for cell in ("[" + "'a' " * 24_000 + "]", "[" + '"' * 90_000 + "]", "[" * 90_000 + "]", "['" + "\\" * 90_000 + "]"):
         parse_list(cell)
     assert time.process_time() - began < 5
 
 
-def test_labels_of_a_cell() -> None:
+def test_labels_are_split_from_a_cell() -> None:
     assert split_cell("['a', ' b ', 'a', ' ']", "list") == ("a", "b")
     assert split_cell(" plain ", "list") == ("plain",)
     assert split_cell("  ", "list") == split_cell(" | ", "|") == ()
@@ -201,17 +201,17 @@ def test_labels_of_a_cell() -> None:
 
 
 @pytest.mark.parametrize("label", [" ", "\t\n", "\u200b", "\u00a0\u2003", "\ufeff"])
-def test_a_label_of_blanks_is_blank(label: str) -> None:
+def test_a_label_of_invisible_characters_is_blank(label: str) -> None:
     assert is_blank(label)
     assert not any(map(is_blank, ["a", " a ", "\u200ba", "\u3042", "\ud800", "\ue000", "-"]))
     assert normalise(f"{label}A{label}") == "a"
 
 
-# -- as a user meets it
+# -- on the command line
 
 
 def table(root: Path, labels: list[str], *, delimiter: str = ",") -> Path:
-    """One CSV of images, texts and labels, each row with its own image."""
+    """Write a CSV of images, texts and labels, each row with its own image."""
     root.mkdir(exist_ok=True)
     with (root / "items.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, delimiter=delimiter)
@@ -231,7 +231,7 @@ def train(path: Path, out: Path, *flags: str) -> Any:
     return call("train", *TINY, "--data", path, "--val-fraction", "0.2", "--steps", "1", "--out", out, *flags)
 
 
-def test_a_column_of_lists_is_refused_by_check_and_train_and_read_with_the_flag(tmp_path: Path) -> None:
+def test_a_column_of_lists_is_refused_without_its_flag_and_read_with_it(tmp_path: Path) -> None:
     path = table(tmp_path / "data", combinations("python", 60))
     code, report = check(path)
     assert code == 4
@@ -261,7 +261,7 @@ def test_cells_with_a_separator_are_refused_by_train_with_the_flag(tmp_path: Pat
     assert "are joined with" in html.read_text() and "--label-sep" in html.read_text()
 
 
-def test_a_column_of_prices_is_refused_and_allowed_when_it_is_meant(tmp_path: Path) -> None:
+def test_a_column_of_prices_is_refused_unless_it_is_allowed(tmp_path: Path) -> None:
     path = table(tmp_path / "data", prices(40))
     refused = train(path, tmp_path / "no")
     assert (refused.returncode, "--label-col" in refused.stderr) == (4, True)
@@ -275,10 +275,10 @@ def test_a_column_of_prices_is_refused_and_allowed_when_it_is_meant(tmp_path: Pa
     assert "allow_odd_labels: true" in (tmp_path / "run" / "config.yaml").read_text()
     (path.parent / "labels.txt").write_text("".join(f"{price}\n" for price in dict.fromkeys(prices(40))))
     done = train(path, tmp_path / "listed")
-    assert (done.returncode, "labels:" in done.stderr) == (0, False), "a list says which labels are meant"
+    assert (done.returncode, "labels:" in done.stderr) == (0, False), "a labels file states which labels are intended"
 
 
-def test_spellings_and_misspellings_are_noticed_by_check_and_train(tmp_path: Path) -> None:
+def test_check_and_train_warn_about_spellings_and_misspellings(tmp_path: Path) -> None:
     labels = ["Watches"] * 12 + ["watches", "Watches ", "Wacthes"] + ["Bags"] * 5
     path = table(tmp_path / "data", labels)
     code, report = check(path)
@@ -293,7 +293,7 @@ def test_spellings_and_misspellings_are_noticed_by_check_and_train(tmp_path: Pat
     assert "labels: 'Wacthes' (1 row) is similar to 'Watches' (14 rows), first in items.csv:16" in done.stderr
 
 
-def test_spellings_are_one_label_with_the_flag_also_in_evaluation(tmp_path: Path) -> None:
+def test_with_the_flag_spellings_are_one_label_also_in_evaluation(tmp_path: Path) -> None:
     path = table(tmp_path / "data", ["Watches", "watches", "Watches ", "Bags", "BAGS", "bags"] * 4)
     code, report = check(path, "--fold-labels", "--strict", "--test-fraction", "0.2")
     assert (code, report["labels"]["balance"]) == (0, {"bags": {"train": 12}, "watches": {"train": 12}})
@@ -306,7 +306,7 @@ def test_spellings_are_one_label_with_the_flag_also_in_evaluation(tmp_path: Path
     assert load_data(Data(path=str(path), fold_labels=True), require=("train",)).labels == ("watches", "bags")
 
 
-def test_a_label_of_blanks_is_an_error_with_its_row(tmp_path: Path) -> None:
+def test_a_blank_label_is_an_error_with_its_row(tmp_path: Path) -> None:
     path = table(tmp_path / "data", ["a", "b", "   ", "a", "b", "a"])
     refused = train(path, tmp_path / "no")
     assert (refused.returncode, "items.csv:4 label is empty" in refused.stderr) == (4, True)
@@ -321,7 +321,7 @@ def test_shots_of_many_classes_still_train(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["rows"]["train"] == 12
 
 
-def test_unknown_labels_that_join_others_name_the_flag(tmp_path: Path) -> None:
+def test_unknown_labels_that_join_others_are_an_error_with_the_flag(tmp_path: Path) -> None:
     root = make_pairs(tmp_path / "data", counts={"train": 30, "val": 6})
     for split in ("train", "val"):
         rows = [json.loads(line) for line in (root / f"{split}.jsonl").read_text().splitlines()]
@@ -331,12 +331,12 @@ def test_unknown_labels_that_join_others_name_the_flag(tmp_path: Path) -> None:
     assert "error[MF-DATA-06]" in done.stderr and '--label-sep "|"' in done.stderr
 
 
-def test_evaluation_of_other_data_doubts_no_labels(tmp_path: Path) -> None:
+def test_evaluation_on_other_data_does_not_check_labels(tmp_path: Path) -> None:
     path = table(tmp_path / "data", prices(30))
     assert load_data(Data(path=str(path)), require=()).labels
 
 
-# -- in bulk
+# -- many labels
 
 
 def test_ten_thousand_labels_take_seconds() -> None:
@@ -348,7 +348,7 @@ def test_ten_thousand_labels_take_seconds() -> None:
     assert time.process_time() - began < 10
 
 
-def test_warnings_on_labels_have_a_heading_of_their_own_after_the_labels(tmp_path: Path) -> None:
+def test_warnings_about_labels_have_their_own_heading(tmp_path: Path) -> None:
     path = table(tmp_path / "data", ["Watches"] * 12 + ["Watches ", "Wacthes"] + ["Bags"] * 5)
     done = call("data", "check", path, "--val-fraction", "0.2", "--test-fraction", "0.2")
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""The shape of the code: imports go down only, and no file outgrows a reader."""
+"""The structure of the code: imports only go down, and files stay short."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 import mopefuse
 
 ROOT = Path(mopefuse.__file__).parent
-ORDER = (  # from below; a module imports from rows above its own line, or from its own room
+ORDER = (  # from the bottom up; a module imports only from lines above its own, or from its own subpackage
     "errors",
     "core",
     "config",
@@ -33,9 +33,9 @@ ORDER = (  # from below; a module imports from rows above its own line, or from 
     "cli",
 )
 LAYER = {name: level for level, names in enumerate(ORDER) for name in names.split()}
-BETWEEN_NEIGHBOURS = {  # encoders, prompts and data know nothing of one another but the two types they hand over
-    "prompts": {"encoders.attention"},  # the Prompt that an encoder's layer takes
-    "data": {"encoders.base", "encoders.frozen"},  # the Preprocess that an encoder brings, and its features
+BETWEEN_NEIGHBOURS = {  # encoders, prompts and data are independent of each other, except for the types that they exchange
+    "prompts": {"encoders.attention"},  # the Prompt that a layer of an encoder takes
+    "data": {"encoders.base", "encoders.frozen"},  # an encoder's Preprocess and its features
 }
 FILES = sorted(ROOT.rglob("*.py"))
 
@@ -45,7 +45,7 @@ def name_of(file: Path) -> str:
 
 
 def imports(file: Path, *, for_types: bool = True) -> set[str]:
-    """The modules of ours that a file imports, below ``mopefuse.``, also inside functions.
+    """The modules of mopefuse that a file imports, without the prefix ``mopefuse.``, including imports in functions.
 
     Args:
         for_types: also those imported under ``if TYPE_CHECKING``.
@@ -77,7 +77,7 @@ def test_imports_go_down_only() -> None:
     for file in FILES:
         importer = name_of(file)
         if importer not in ("", "__main__"):
-            assert importer.partition(".")[0] in LAYER, f"give {importer} its place in ORDER"
+            assert importer.partition(".")[0] in LAYER, f"add {importer} to ORDER"
             found = sorted(imports(file))
             upward += [f"{importer} imports {imported}" for imported in found if not allowed(importer, imported)]
     assert upward == []
@@ -88,7 +88,7 @@ def test_no_import_cycle() -> None:
     TopologicalSorter(rooms).prepare()  # raises CycleError
 
 
-def test_few_rooms_and_few_modules_at_the_top() -> None:
+def test_the_package_has_few_subpackages_and_few_top_level_modules() -> None:
     modules = sorted(path.stem for path in ROOT.glob("*.py"))
     packages = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
     assert len(modules) <= 4, modules
@@ -96,7 +96,7 @@ def test_few_rooms_and_few_modules_at_the_top() -> None:
     assert {*packages, "errors"} | set(modules) - {"__init__", "__main__"} == set(LAYER)
 
 
-def test_every_allowed_neighbour_is_needed() -> None:
+def test_every_exception_to_the_import_order_is_needed() -> None:
     for package, modules in BETWEEN_NEIGHBOURS.items():
         used = set().union(*(imports(file) for file in FILES if name_of(file).startswith(f"{package}.")))
         assert modules <= used
@@ -119,7 +119,7 @@ def test_no_function_has_more_than_60_lines(longest_functions: ModuleType) -> No
     assert longest_functions.too_long() == set()
 
 
-def test_a_long_function_is_found_by_name_wherever_it_is(longest_functions: ModuleType, tmp_path: Path) -> None:
+def test_long_functions_are_found_at_any_depth(longest_functions: ModuleType, tmp_path: Path) -> None:
     root = tmp_path / "package"
     root.mkdir()
     body = "\n        ".join(["pass"] * 60)
@@ -131,7 +131,7 @@ def test_a_long_function_is_found_by_name_wherever_it_is(longest_functions: Modu
 
 
 def everything_imported_by(names: Iterable[str]) -> set[str]:
-    """The modules that are imported when these are, also by functions, directly or not."""
+    """All modules that are imported by these, directly or indirectly, including imports in functions."""
     known = {name_of(file): file for file in FILES}
     found: set[str] = set()
     waiting = list(names)
@@ -144,7 +144,8 @@ def everything_imported_by(names: Iterable[str]) -> set[str]:
 
 
 def test_training_does_not_import_the_export_runtime() -> None:
-    """Neither at import nor later: a training machine needs no onnxruntime, and a change of bundles cannot break training."""
+    """Neither at import nor later: a training machine does not need onnxruntime, and a change to bundles cannot break
+    training."""
     rooms = {name.partition(".")[0] for name in everything_imported_by(["training.train", "training.swap"])}
     assert {"runs", "evaluation"} <= rooms and not {"inference", "export"} & rooms
     code = "import sys, mopefuse.training.train; print(*(name for name in sys.modules if name.startswith('mopefuse.')))"
@@ -154,14 +155,14 @@ def test_training_does_not_import_the_export_runtime() -> None:
 
 
 NAMES_OF_MODALITIES = {"image", "img", "text", "audio"}
-MAY_NAME_THEM = {  # modalities are data: all others ask `mopefuse.modalities.base`
+MAY_NAME_THEM = {  # modalities are data: all other modules use `mopefuse.modalities.base`
     "modalities.base": "which two the Python interface takes by position",
     "config.schema": "the defaults of text_col and img_col",
     "data.columns": "what is expected of a table where little is there, and the flags for it",
     "modalities.image": "the reader of images",
     "data.findings": "the key of --json output that names a file",
     "cli.predict": "--image and --text",
-    "fusion.mmbt": "a method that is defined for an image and a text",
+    "fusion._text_and_image": "methods that are defined for an image and a text",
     **dict.fromkeys(("data.food101", "data.prepare", "data.digit_questions"), "written in the native format"),
     **dict.fromkeys(("cli._prepare_display", "bench.loader"), "written in the native format"),
     **dict.fromkeys(
@@ -174,7 +175,7 @@ MAY_NAME_THEM = {  # modalities are data: all others ask `mopefuse.modalities.ba
 }
 
 
-def test_only_readers_encoders_and_a_listed_few_name_modalities() -> None:
+def test_only_listed_modules_name_concrete_modalities() -> None:
     found = set()
     for file in FILES:
         words = {node.value for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Constant)}

@@ -1,4 +1,4 @@
-"""Logistic regression on frozen features: equal to scikit-learn's own, an ordinary run, and a place to start from."""
+"""Logistic regression on frozen features: equal to scikit-learn's, an ordinary run, and a starting point for warm starts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def config(data: Path, /, features: str = "concat", **changed: Any) -> Any:
 
 
 def raw(data: Path, split: str, side: str) -> np.ndarray:
-    """Features of a split by the encoder alone, without anything of the method's."""
+    """Features of a split, computed by the encoder alone."""
     where, encoder = build_config({**SPECS, "data": {"path": str(data)}}).data, create_encoder(SPECS[side])
     loaded = load_data(where)
     rows = loaded.splits[split].rows
@@ -49,7 +49,7 @@ def targets(data: Path, split: str) -> np.ndarray:
 
 
 def by_hand(data: Path, sides: tuple[str, ...], split: str) -> tuple[np.ndarray, float]:
-    """scikit-learn's probabilities on a split, and its C: scaler, regression, best accuracy on val."""
+    """Return scikit-learn's probabilities on a split, and its C: scaler, regression, best accuracy on validation."""
     scaled = {s: StandardScaler().fit(raw(data, "train", s)) for s in sides}
     x = {name: np.hstack([scaled[s].transform(raw(data, name, s)) for s in sides]) for name in ("train", "val", split)}
     fitted = {c: LogisticRegression(C=c, max_iter=300).fit(x["train"], targets(data, "train")) for c in GRID}
@@ -58,25 +58,25 @@ def by_hand(data: Path, sides: tuple[str, ...], split: str) -> tuple[np.ndarray,
     return fitted[best].predict_proba(x[split]), best
 
 
-def said(run: Path) -> np.ndarray:
+def probabilities_of(run: Path) -> np.ndarray:
     rows = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
     return np.array([list(row["probabilities"].values()) for row in rows])
 
 
 @pytest.mark.parametrize("features", FEATURES)
-def test_a_run_says_what_scikit_learn_says(pairs: Path, tmp_path: Path, features: str) -> None:
+def test_a_run_matches_scikit_learn(pairs: Path, tmp_path: Path, features: str) -> None:
     result = train(config(pairs, features), tmp_path / "run")
     if features == "average":
         expected = (by_hand(pairs, ("main",), "test")[0] + by_hand(pairs, ("comp",), "test")[0]) / 2
     else:
         expected, _ = by_hand(pairs, ("main", "comp") if features == "concat" else (features,), "test")
-    np.testing.assert_allclose(said(tmp_path / "run"), expected, atol=2e-4)
+    np.testing.assert_allclose(probabilities_of(tmp_path / "run"), expected, atol=2e-4)
     assert (result["steps"], result["selected_step"]) == (0, 0)
     assert result["seconds"] > 0
 
 
 @pytest.mark.parametrize("features", ["concat", "average"])
-def test_several_labels_are_a_regression_each(multi_pairs: Path, tmp_path: Path, features: str) -> None:
+def test_multi_label_data_get_one_regression_per_label(multi_pairs: Path, tmp_path: Path, features: str) -> None:
     changed = {"linear": {"features": features, "strengths": [0.1]}, "train": {"threshold": "tuned"}}
     result = train(config(multi_pairs, **changed), tmp_path / "run")
     y, expected = targets(multi_pairs, "train"), []
@@ -85,20 +85,20 @@ def test_several_labels_are_a_regression_each(multi_pairs: Path, tmp_path: Path,
         x = {n: np.hstack([scaled[s].transform(raw(multi_pairs, n, s)) for s in sides]) for n in ("train", "test")}
         models = [LogisticRegression(C=0.1, max_iter=300).fit(x["train"], y[:, label]) for label in range(y.shape[1])]
         expected.append(np.stack([model.predict_proba(x["test"])[:, 1] for model in models], axis=1))
-    np.testing.assert_allclose(said(tmp_path / "run"), np.mean(expected, axis=0), atol=2e-4)
+    np.testing.assert_allclose(probabilities_of(tmp_path / "run"), np.mean(expected, axis=0), atol=2e-4)
     assert set(result["thresholds"].values()) != {0.5}, "chosen on validation"
 
 
-def test_it_is_an_ordinary_run(pairs: Path, tmp_path: Path) -> None:
+def test_a_run_can_be_evaluated_resumed_predicted_and_exported(pairs: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     result = train(config(pairs), run)
     evaluated = call("eval", run, "--json")
     assert json.loads(evaluated.stdout)["metrics"] == pytest.approx(result["metrics"]["test"])
     again = train(config(pairs), run, resume=True)
     assert again == result
-    assert call("predict", run, pairs / "test.jsonl", "-o", tmp_path / "answers.jsonl").returncode == 0
-    answers = [json.loads(line)["label"] for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    assert answers == [json.loads(line)["label"] for line in (run / "predictions.jsonl").read_text().splitlines()]
+    assert call("predict", run, pairs / "test.jsonl", "-o", tmp_path / "predictions.jsonl").returncode == 0
+    labels = [json.loads(line)["label"] for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert labels == [json.loads(line)["label"] for line in (run / "predictions.jsonl").read_text().splitlines()]
     assert call("export", run, "--format", "adapter", "-o", tmp_path / "adapter").returncode == 0
     adapted = call("eval", tmp_path / "adapter", "--data", pairs, "--json")
     assert json.loads(adapted.stdout)["metrics"] == pytest.approx(result["metrics"]["test"])
@@ -110,11 +110,11 @@ def test_it_is_an_ordinary_run(pairs: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("features", ["concat", "average"])
 def test_the_exported_graph_predicts_the_same(pairs: Path, tmp_path: Path, features: str) -> None:
     train(config(pairs, features), tmp_path / "run")
-    done = call("export", tmp_path / "run", "-o", tmp_path / "bundle")  # refused unless the answers are the model's
+    done = call("export", tmp_path / "run", "-o", tmp_path / "bundle")  # refused unless the predictions match the model's
     assert done.returncode == 0, done.stderr
 
 
-def test_a_run_that_was_killed_before_its_checkpoint_is_fitted_when_it_resumes(pairs: Path, tmp_path: Path) -> None:
+def test_a_run_killed_before_its_checkpoint_is_fitted_on_resume(pairs: Path, tmp_path: Path) -> None:
     class Killed(Listener):
         def on_notice(self, text: str) -> None:
             if "logistic" in text:
@@ -127,7 +127,7 @@ def test_a_run_that_was_killed_before_its_checkpoint_is_fitted_when_it_resumes(p
 
 
 @pytest.mark.parametrize(("method", "absent"), [("main-only", "comp"), ("comp-only", "main"), ("linear", "comp")])
-def test_a_method_of_one_side_needs_no_encoder_for_the_other(
+def test_a_single_modality_method_needs_no_encoder_for_the_other(
     pairs: Path, tmp_path: Path, method: str, absent: str
 ) -> None:
     side = "comp" if absent == "main" else "main"
@@ -156,7 +156,7 @@ def drawn(rows: int = 40, width: int = 5, seed: int = 0) -> torch.Tensor:
 
 
 def design(x: torch.Tensor, labels: int = 3) -> Design:
-    """What needs no standardising any more."""
+    """Features that are already standardised."""
     known = {"mean_C": torch.zeros(x.shape[1]), "deviation_C": torch.ones(x.shape[1])}
     return Design([Side(x, known)], len(x), labels)
 
@@ -165,7 +165,7 @@ def fit(x: torch.Tensor, y: torch.Tensor, val_x: torch.Tensor, val_y: torch.Tens
     return fit_regression(design(x, wanted.labels), y, design(val_x, wanted.labels), val_y, wanted)
 
 
-def test_statistics_are_those_of_the_training_split_and_constants_stay_finite() -> None:
+def test_statistics_come_from_the_training_split_and_constants_stay_finite() -> None:
     x = torch.cat([drawn() * 3 + 7, torch.full((40, 1), 1e4), torch.zeros(40, 1)], dim=1)
     found = statistics(x, torch.arange(len(x)))
     scaler = StandardScaler().fit(x.double().numpy())
@@ -175,7 +175,7 @@ def test_statistics_are_those_of_the_training_split_and_constants_stay_finite() 
 
 
 @pytest.mark.parametrize("present", [[0, 2], [1], [0, 1, 2]])
-def test_labels_that_training_does_not_have_are_never_said(present: list[int]) -> None:
+def test_labels_without_training_samples_are_never_predicted(present: list[int]) -> None:
     x, y = drawn(), torch.tensor(present * 40)[:40]
     found = fit(x, y, x, y, how())
     p = (x @ found.weight_NF.T + found.bias_N).softmax(dim=-1)
@@ -185,14 +185,14 @@ def test_labels_that_training_does_not_have_are_never_said(present: list[int]) -
         np.testing.assert_allclose(p[:, present], expected, atol=1e-3)
 
 
-def test_labels_of_every_or_no_sample_get_extreme_probabilities() -> None:
+def test_labels_of_all_or_no_samples_get_extreme_probabilities() -> None:
     x, y = drawn(), torch.stack([torch.ones(40), torch.zeros(40), (drawn(seed=1)[:, 0] > 0).float()], dim=1)
     found = fit(x, y, x, y, how(multi_label=True))
     p = (x @ found.weight_NF.T + found.bias_N).sigmoid()
     assert p[:, 0].min() > 0.999 and p[:, 1].max() < 0.001 and 0.001 < p[:, 2].mean() < 0.999
 
 
-def test_the_smallest_strength_that_does_best_on_validation_is_chosen() -> None:
+def test_the_smallest_c_with_the_best_validation_score_is_chosen() -> None:
     x = drawn(300)
     y = (x[:, 0] > 0).long()
     easy = fit(x, y, x * 2, y, how(2, settings=Linear(strengths=(10.0, 1e-9, 1.0))))
@@ -201,7 +201,7 @@ def test_the_smallest_strength_that_does_best_on_validation_is_chosen() -> None:
     assert same.strength == 1.0
 
 
-def test_balanced_classes_weigh_the_same() -> None:
+def test_balanced_class_weights_favour_rare_classes() -> None:
     x, y = drawn(200), torch.cat([torch.zeros(190), torch.ones(10)]).long()
     plain, balanced = (fit(x, y, x, y, how(2, balanced=on)) for on in (False, True))
     rare = [(x @ r.weight_NF.T + r.bias_N).argmax(dim=-1).sum() for r in (plain, balanced)]

@@ -1,4 +1,4 @@
-"""LoRA: an encoder with it equals the library's own model with merged weights, and begins as it was, to the bit."""
+"""LoRA: an adapted encoder equals the library's own model with merged weights, and starts as the unadapted one, bit for bit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from families import FAMILIES, QUICK
 from oracles import insert_prompts
 from test_encoders import batch_of, prompts_for
 from test_fusion import TEXTS, build, images, open_gates
-from test_tuned import ALL, answers, sides
+from test_tuned import ALL, predict_logits, sides
 from torch import Tensor, nn
 
 from mopefuse.config.schema import Lora, RunConfig, build_config
@@ -50,7 +50,7 @@ SMALL_VIT += "&intermediate_size=48&image_size=32&patch_size=16"
 
 
 def learn(module: nn.Module) -> None:
-    """Values in every B, so that LoRA shows."""
+    """Set every B to random values, so that LoRA has an effect."""
     random = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -59,7 +59,7 @@ def learn(module: nn.Module) -> None:
 
 
 def tiny_case(name: str) -> Case:
-    """An untouched encoder stands for the library's model: `_keys_values` of it reads the merged weights."""
+    """An unmodified encoder stands in for the library's model: its `_keys_values` reads the merged weights."""
 
     def run(model: Any, inputs: Inputs) -> tuple[Tensor, Tensor]:
         out = model.encode(inputs)
@@ -73,7 +73,7 @@ def case_of(family: str, cases: Mapping[str, Case]) -> Case:
 
 
 def merge(encoder: Encoder, plain: nn.Module, names: tuple[str, ...]) -> None:
-    """W + (alpha / r) B A in the plain model, by hand."""
+    """Compute W + (alpha / r) B A in the unmodified model."""
     tensors = dict(encoder.named_parameters())
     with torch.no_grad():
         for name in names:
@@ -83,7 +83,7 @@ def merge(encoder: Encoder, plain: nn.Module, names: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("family", matrix(ADAPTED, QUICK_ADAPTED))
-def test_it_begins_as_the_encoder_to_the_bit_and_learned_it_equals_merged_weights(
+def test_lora_starts_as_the_encoder_and_equals_merged_weights_after_training(
     family: str, cases: Mapping[str, Case]
 ) -> None:
     case = case_of(family, cases)
@@ -106,10 +106,10 @@ def test_it_begins_as_the_encoder_to_the_bit_and_learned_it_equals_merged_weight
 
 
 @pytest.mark.parametrize("family", matrix(ADAPTED, QUICK_ADAPTED))
-def test_prompts_of_an_adapted_encoder_get_keys_and_values_from_the_merged_weights(
+def test_prompts_of_an_adapted_encoder_use_the_merged_weights(
     family: str, cases: Mapping[str, Case]
 ) -> None:
-    """Where a family computes these beside the library's own code, what LoRA adds could be lost."""
+    """Where a family's code computes keys and values itself, LoRA's contribution could be lost."""
     case = case_of(family, cases)
     encoder = create_encoder(case.spec)
     plain, inputs, targets, prompts = case.plain(encoder), batch_of(encoder), encoder.lora_targets, prompts_for(encoder)
@@ -117,27 +117,27 @@ def test_prompts_of_an_adapted_encoder_get_keys_and_values_from_the_merged_weigh
     learn(encoder)
     merge(encoder, plain, targets)
 
-    def asked(layer: int, tokens: Tensor, mask: Tensor | None) -> Prompt:
+    def prompt_at(layer: int, tokens: Tensor, mask: Tensor | None) -> Prompt:
         return Prompt(prompts[layer])
 
     with torch.no_grad():
-        ours = encoder.encode(inputs, asked).pooled_BC
+        ours = encoder.encode(inputs, prompt_at).pooled_BC
         if isinstance(plain, Encoder):
-            theirs = plain.encode(inputs, asked).pooled_BC
+            theirs = plain.encode(inputs, prompt_at).pooled_BC
         else:
             theirs, _ = case.call(insert_prompts(plain, prompts), inputs)
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", matrix(ADAPTED, QUICK_ADAPTED))
-def test_an_adapted_encoder_keeps_the_contract(family: str, cases: Mapping[str, Case]) -> None:
+def test_an_adapted_encoder_satisfies_the_contract(family: str, cases: Mapping[str, Case]) -> None:
     encoder = create_encoder(case_of(family, cases).spec)
     encoder.adapt(Lora())
     learn(encoder)
     check_encoder(encoder)
 
 
-# -- where it does not hold
+# -- encoders without LoRA support
 
 
 def refusal(spec: str, number: int, **lora: Any) -> EncoderError:
@@ -148,7 +148,7 @@ def refusal(spec: str, number: int, **lora: Any) -> EncoderError:
 
 
 @pytest.mark.parametrize("family", CLIP)
-def test_fused_attention_of_open_clip_is_refused_and_its_other_layers_are_not(
+def test_lora_on_open_clips_fused_attention_is_refused_but_not_on_other_layers(
     family: str, cases: Mapping[str, Case]
 ) -> None:
     spec = cases[family].spec
@@ -162,45 +162,45 @@ def test_fused_attention_of_open_clip_is_refused_and_its_other_layers_are_not(
 
 
 @pytest.mark.parametrize("family", matrix(UNCALLED, ["timm-beit"]))
-def test_weights_that_are_read_without_a_call_are_refused(family: str, cases: Mapping[str, Case]) -> None:
+def test_layers_whose_weights_are_read_without_a_call_are_refused(family: str, cases: Mapping[str, Case]) -> None:
     refusal(cases[family].spec, 82)
 
 
-def test_projections_that_are_no_linear_layers_are_refused(cases: Mapping[str, Case]) -> None:
-    """GPT-2's are `Conv1D`, with their weights the other way round."""
+def test_projections_that_are_not_linear_layers_are_refused(cases: Mapping[str, Case]) -> None:
+    """GPT-2's are `Conv1D`, whose weights are transposed."""
     refusal(cases["hf-gpt2"].spec, 80)
 
 
-def test_an_encoder_without_attention_and_a_layer_that_is_not_there_are_refused() -> None:
+def test_an_encoder_without_attention_and_an_unknown_layer_are_refused() -> None:
     assert "timm:resnet18" in refusal("timm:resnet18?pretrained=false", 80).what
     assert "qkv" in refusal("tiny:vision", 81, targets=("qvk",)).fix
 
 
-def test_without_peft_the_command_that_installs_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_peft_the_error_has_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "peft" else object())
     with pytest.raises(PackageError, match="LoRA needs peft") as caught:
         create_encoder("tiny:text").adapt(Lora())
     assert caught.value.fix == 'pip install "mopefuse[lora]"'
 
 
-# -- in a fusion
+# -- in a fusion model
 
 
 @pytest.mark.parametrize("method", ALL)
-def test_an_alpha_of_0_is_the_frozen_encoder_to_the_bit(method: str) -> None:
+def test_with_an_alpha_of_0_it_is_the_frozen_encoder_bit_for_bit(method: str) -> None:
     adapted = build(method=method, tune="lora", lora={"alpha": 0}, **sides(method))
     learn(adapted)
     frozen = build(method=method, tune="probe", **sides(method))
     without_lora = {n: t for n, t in adapted.trainable_state_dict().items() if ".lora_" not in n}
     frozen.load_trainable_state_dict(without_lora, where="here")
-    assert torch.equal(answers(adapted), answers(frozen))
+    assert torch.equal(predict_logits(adapted), predict_logits(frozen))
     shown = build(method=method, tune="lora", **sides(method))
     learn(shown)
     shown.load_trainable_state_dict({**shown.trainable_state_dict(), **frozen.trainable_state_dict()}, where="here")
-    assert not torch.allclose(answers(shown), answers(frozen))
+    assert not torch.allclose(predict_logits(shown), predict_logits(frozen))
 
 
-def test_psi_of_an_adapted_encoder_is_the_feature_of_comp_only() -> None:
+def test_psi_of_an_adapted_encoder_equals_the_feature_of_comp_only() -> None:
     alone, unimodal = build(comp_tuning={"mode": "lora"}), build(method="comp-only", tune="lora")
     learn(alone)
     mine = {name for name in alone.trainable_state_dict() if name.startswith("comp.")}
@@ -217,33 +217,33 @@ def test_a_sample_does_not_depend_on_its_batch(options: dict[str, Any]) -> None:
     model = build(**options)
     open_gates(model)
     learn(model)
-    together = answers(model)
+    together = predict_logits(model)
     for i, (image, text) in enumerate(zip(images(5), TEXTS, strict=True)):
         torch.testing.assert_close(model(model.collate([image], [text])).logits[0], together[i], atol=1e-5, rtol=1e-5)
 
 
-def test_psi_learns_and_is_never_taken_from_what_was_computed_earlier(pairs: Path) -> None:
+def test_a_trained_psi_is_never_read_from_the_cache(pairs: Path) -> None:
     model = build(comp_tuning={"mode": "lora"}).train()
     batch = model.collate(images(2), TEXTS[:2])
     assert model.psi("comp", batch).requires_grad
     assert model.frozen == ()
     assert build().frozen == ("comp",)
     config = model.config.model_copy(update={"data": model.config.data.model_copy(update={"path": str(pairs)})})
-    heard: list[str] = []
-    prepare_samples(model, load_data(config.data), "val", config, torch.device("cpu"), notice=heard.append)
-    assert heard == []
-    prepare_samples(build(), load_data(config.data), "val", config, torch.device("cpu"), notice=heard.append)
-    assert "encoded once" in heard[0]
+    notices: list[str] = []
+    prepare_samples(model, load_data(config.data), "val", config, torch.device("cpu"), notice=notices.append)
+    assert notices == []
+    prepare_samples(build(), load_data(config.data), "val", config, torch.device("cpu"), notice=notices.append)
+    assert "encoded once" in notices[0]
 
 
-def test_the_encoder_stays_in_evaluation_mode_and_only_the_dropout_of_lora_drops() -> None:
+def test_in_training_only_loras_dropout_is_active() -> None:
     model = build(comp=SMALL_BERT, method="comp-only", tune="lora", lora={"dropout": 0.5}).train()
     dropouts = {name: m.training for name, m in model.encoder("comp").named_modules() if isinstance(m, nn.Dropout)}
     assert {training for name, training in dropouts.items() if "lora_dropout" in name} == {True}
     assert {training for name, training in dropouts.items() if "lora_dropout" not in name} == {False}
     learn(model)
-    assert not torch.equal(answers(model), answers(model))
-    assert torch.equal(answers(model.eval()), answers(model))
+    assert not torch.equal(predict_logits(model), predict_logits(model))
+    assert torch.equal(predict_logits(model.eval()), predict_logits(model))
 
 
 def test_unused_lora_settings_give_a_notice() -> None:
@@ -254,7 +254,7 @@ def test_unused_lora_settings_give_a_notice() -> None:
     assert build(method="late-concat", tune="lora", **changed).unused_sections() == []
 
 
-def test_the_fingerprint_of_what_came_from_outside_is_checked_and_lora_is_not_of_it() -> None:
+def test_the_fingerprint_covers_the_pretrained_weights_but_not_lora() -> None:
     frozen, adapted = build(), build(comp_tuning={"mode": "lora"})
     learn(adapted)
     assert unsaved_fingerprints(adapted) == unsaved_fingerprints(frozen)
@@ -269,7 +269,7 @@ def test_the_fingerprint_of_what_came_from_outside_is_checked_and_lora_is_not_of
     [({"comp": "tiny:text-b"}, "comp.", "main."), ({"main": "tiny:vision-b"}, "main.", "comp."), ({}, "", "")],
     ids=["comp", "main", "nothing"],
 )
-def test_a_swapped_encoder_gets_a_new_lora_and_the_other_keeps_its_own(new: dict[str, str], anew: str, carried: str) -> None:
+def test_a_swapped_encoder_gets_a_new_lora_and_the_other_keeps_it(new: dict[str, str], anew: str, carried: str) -> None:
     def model(seed: int, **encoders: str) -> Fusion:
         values = {"main": "tiny:vision", "comp": "tiny:text", "method": "late-concat", "tune": "lora", "seed": seed}
         return build_model(build_config(values | encoders), 2)
@@ -301,7 +301,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module", params=matrix(METHODS, ["conditional"]))
 def run(request: pytest.FixtureRequest, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """(folder, settings) of a small pair of hf, tuned by LoRA; not to be changed."""
+    """(folder, settings) of a small pair of transformers models, tuned by LoRA; tests must not change it."""
     out: Path = tmp_path_factory.mktemp("lora") / request.param
     train(config(pairs, **METHODS[request.param]), out)
     return out, METHODS[request.param]
@@ -311,21 +311,21 @@ def weights(folder: Path, which: str = "best") -> dict[str, Tensor]:
     return read_tensors(RunFolder(folder).checkpoint(which)[0] / "weights.safetensors")
 
 
-def test_what_learned_is_what_is_saved_and_no_weight_of_an_encoder_is(run: tuple[Path, dict[str, Any]], pairs: Path) -> None:
+def test_only_trained_weights_are_saved_and_no_encoder_weights(run: tuple[Path, dict[str, Any]], pairs: Path) -> None:
     folder, settings = run
     saved = weights(folder)
     model = build_model(config(pairs, **settings), 3)
     assert saved.keys() == model.trainable_state_dict().keys()
     of_encoders = {name for name in saved if name.startswith(("main.", "comp."))}
     assert of_encoders and all(name.endswith((".lora_A.default.weight", ".lora_B.default.weight")) for name in of_encoders)
-    assert all(saved[name].any() for name in of_encoders), "LoRA has learned"
+    assert all(saved[name].any() for name in of_encoders), "LoRA was trained"
     assert {name for name, p in model.named_parameters() if p.requires_grad} == set(model.named_trainable_parameters())
     assert sum(model.breakdown()[part] for part in model.breakdown() if part.startswith("LoRA")) == sum(
         saved[name].numel() for name in of_encoders
     )
 
 
-def test_it_resumes_to_the_bit(run: tuple[Path, dict[str, Any]], pairs: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_is_equal_bit_for_bit(run: tuple[Path, dict[str, Any]], pairs: Path, tmp_path: Path) -> None:
     folder, settings = run
     train(config(pairs, 1, **settings), tmp_path / "run")
     train(config(pairs, 2, **settings), tmp_path / "run", resume=True)
@@ -335,15 +335,15 @@ def test_it_resumes_to_the_bit(run: tuple[Path, dict[str, Any]], pairs: Path, tm
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("form", matrix(["onnx", "pt2", "adapter"], ["pt2", "adapter"]))
-def test_an_export_predicts_as_the_run_does(
+def test_an_export_predicts_like_the_run(
     run: tuple[Path, dict[str, Any]], form: str, pairs: Path, tmp_path: Path
 ) -> None:
-    """The parity of a graph with the model is checked on export; here that the model had LoRA in it, and its metrics."""
+    """Export compares the graph with the model; this test checks that the model included LoRA, and its metrics."""
     folder, _ = run
     done = call("export", folder, "-o", tmp_path / "out", "--format", form, "--json")
     assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
-    assert form == "adapter" or said["parity"]["max_difference"] <= 1e-4
+    result = json.loads(done.stdout)
+    assert form == "adapter" or result["parity"]["max_difference"] <= 1e-4
     written = (tmp_path / "mine.jsonl", tmp_path / "theirs.jsonl")
     for path, file in zip((folder, tmp_path / "out"), written, strict=True):
         evaluate(path, data=pairs, predictions=file)
@@ -352,8 +352,8 @@ def test_an_export_predicts_as_the_run_does(
         assert other["probabilities"] == pytest.approx(one["probabilities"], abs=1e-4)
 
 
-def test_other_weights_under_it_are_refused(pairs: Path, tmp_path: Path) -> None:
-    """What was learned was learned for these."""
+def test_lora_weights_are_refused_for_another_encoder(pairs: Path, tmp_path: Path) -> None:
+    """LoRA is only valid for the weights that it was trained with."""
     tiny = {"main": "tiny:vision", "comp": "tiny:text", **METHODS["conditional"]}
     train(config(pairs, 1, **tiny), tmp_path / "run")
     with pytest.raises(CheckpointError, match="not those that the run was trained with"):
@@ -361,8 +361,8 @@ def test_other_weights_under_it_are_refused(pairs: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.process
-def test_trainable_parameters_at_vit_b_and_bert_base() -> None:
-    """A is r x D_in, B is D_out x r: of timm's fused projection 3 D wide, of BERT's query and value D wide each."""
+def test_trainable_parameters_match_the_definition_for_vit_b_and_bert_base() -> None:
+    """A is r x D_in and B is D_out x r: for timm's fused projection 3 D wide, for BERT's query and value D wide each."""
     depth, width, rank, labels = 12, 768, 8, 101
     vit, bert = depth * rank * (width + 3 * width), depth * 2 * rank * (width + width)
     head = labels * 2 * width + labels

@@ -1,4 +1,4 @@
-"""Sizes that no machine has memory for are refused, and memory that runs out is an error of its own, not a bug."""
+"""Sizes that exceed any machine's memory are refused, and running out of memory is an error with its own code, not a bug."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TINY = {"main": "tiny:vision", "comp": "tiny:text"}
 
 
 def integers(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
-    """Paths of all settings that may be a whole number."""
+    """Paths of all settings that may be an integer."""
     found = []
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
@@ -37,22 +37,22 @@ def integers(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
 
 
 @pytest.mark.parametrize("path", [path for path in integers() if not path.endswith("seed")])
-def test_every_whole_number_has_a_bound(path: str) -> None:
+def test_every_integer_setting_has_an_upper_bound(path: str) -> None:
     with pytest.raises(ConfigError, match=path.rpartition(".")[2]):
         build_config({**TINY, **nest(path, 10**12)})
 
 
-def test_layers_that_nothing_has_are_refused() -> None:
+def test_layer_indices_that_no_encoder_has_are_refused() -> None:
     with pytest.raises(ConfigError, match="layers"):
         build_config({**TINY, "prompts": {"layers": "last:1000000000000"}})
 
 
 @pytest.mark.parametrize("flags", [("--top", 10**23), ("--batch", 10**23)])
-def test_numbers_on_the_command_line_are_bounded(trained: Path, pairs: Path, flags: tuple[object, ...]) -> None:
+def test_integers_on_the_command_line_are_bounded(trained: Path, pairs: Path, flags: tuple[object, ...]) -> None:
     assert call("predict", trained, pairs / "test.jsonl", *flags).returncode == 2
 
 
-def test_experts_that_do_not_fit_are_refused_before_memory_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experts_that_do_not_fit_into_memory_are_refused_before_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "free_memory", lambda device: 10**9)
     config = build_config({**TINY, "prompts": {"experts": 4096, "dynamic": 4096}})
     with pytest.raises(ResourceError) as caught:
@@ -61,7 +61,7 @@ def test_experts_that_do_not_fit_are_refused_before_memory_is_taken(monkeypatch:
     assert "needed" in caught.value.what
 
 
-def test_a_model_that_the_allocator_refuses_names_its_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_cannot_be_allocated_is_an_error_with_its_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **more: object) -> None:
         torch.empty(2**60)
 
@@ -95,7 +95,7 @@ def no_pages() -> None:
 
 
 @pytest.mark.parametrize("action", [torch_refuses, unmapped, unmapped_within, no_thread, no_pages, lambda: bytearray(2**62)])
-def test_memory_that_runs_out_is_exit_7(action: Callable[[], Any]) -> None:
+def test_running_out_of_memory_gives_exit_code_7(action: Callable[[], Any]) -> None:
     with pytest.raises(Exception) as caught:  # noqa: PT011 (which one is up to the library)
         action()
     known = convert_error(caught.value)
@@ -113,7 +113,7 @@ def test_a_process_with_little_address_space_ends_with_one_line(
 ) -> None:
     arguments = {
         "train": f"train --main tiny:vision --comp tiny:text --device cpu --steps 1 --data {pairs} --out {tmp_path / 'run'}",
-        "predict": f"predict {trained} {pairs / 'test.jsonl'} -o {tmp_path / 'answers.jsonl'} --device cpu",
+        "predict": f"predict {trained} {pairs / 'test.jsonl'} -o {tmp_path / 'predictions.jsonl'} --device cpu",
         "--help": "--help",
     }[command]
     shell = f"ulimit -v {megabytes * 1024}; exec {sys.executable} -m mopefuse {arguments}"
@@ -125,4 +125,4 @@ def test_a_process_with_little_address_space_ends_with_one_line(
     if done.returncode == 7:
         assert done.stderr.splitlines()[-1].startswith("error[MF-RES-")
         assert "memory" in done.stderr or "address-space limit" in done.stderr
-        assert not (tmp_path / "answers.jsonl").exists()
+        assert not (tmp_path / "predictions.jsonl").exists()

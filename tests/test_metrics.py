@@ -1,4 +1,4 @@
-"""Metrics: against computations by hand and scikit-learn, at their limits, and as JSON."""
+"""Metrics compared with computations by hand and with scikit-learn, at their limits, and as JSON."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def multi_logits(predicted: torch.Tensor) -> torch.Tensor:
     return predicted * 8 - 4
 
 
-def test_single_label_metrics_by_hand() -> None:
+def test_single_label_metrics_match_a_computation_by_hand() -> None:
     """Predicted 0 1 1 2, true 0 1 2 2: F1 of the labels is 1, 2/3 and 2/3."""
     got = compute(logits_of([0, 1, 1, 2], 3), torch.tensor([0, 1, 2, 2]), multi_label=False)
     assert got["accuracy"] == 0.75
@@ -40,7 +40,7 @@ def test_single_label_metrics_by_hand() -> None:
     assert got["loss"] == pytest.approx((3 * right + wrong) / 4, rel=1e-5)
 
 
-def test_multi_label_metrics_by_hand() -> None:
+def test_multi_label_metrics_match_a_computation_by_hand() -> None:
     """True {0}, {1}, {0,1}; predicted {0}, {0}, {1}: 2 true positives, 1 false positive, 2 false negatives."""
     got = compute(multi_logits(flags([[1, 0], [1, 0], [0, 1]])), flags([[1, 0], [0, 1], [1, 1]]), multi_label=True)
     assert got["f1_micro"] == pytest.approx(2 * 2 / (2 * 2 + 1 + 2))
@@ -51,15 +51,15 @@ def test_multi_label_metrics_by_hand() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_they_equal_scikit_learn(seed: int) -> None:
+def test_metrics_equal_scikit_learn(seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
     logits_SN = torch.randn(40, 4, generator=draw)
     single = torch.cat([torch.arange(4), torch.randint(4, (36,), generator=draw)])
-    got, said = compute(logits_SN, single, multi_label=False), logits_SN.argmax(-1).numpy()
-    assert got["accuracy"] == pytest.approx(sk.accuracy_score(single.numpy(), said))
-    assert got["f1_macro"] == pytest.approx(sk.f1_score(single.numpy(), said, average="macro"))
+    got, predicted = compute(logits_SN, single, multi_label=False), logits_SN.argmax(-1).numpy()
+    assert got["accuracy"] == pytest.approx(sk.accuracy_score(single.numpy(), predicted))
+    assert got["f1_macro"] == pytest.approx(sk.f1_score(single.numpy(), predicted, average="macro"))
     many = (torch.rand(40, 4, generator=draw) < 0.4).float()
-    many[:, 0] = 1  # no sample without labels, and each label there
+    many[:, 0] = 1  # every sample has a label, and every label occurs
     many[0] = 1
     got, chosen = compute(logits_SN, many, multi_label=True), (logits_SN >= 0).numpy()
     for average in ("micro", "macro", "samples"):
@@ -94,12 +94,12 @@ def test_a_split_of_one_sample_has_metrics() -> None:
     assert compute(multi_logits(flags([[1, 0]])), flags([[1, 0]]), multi_label=True)["f1_samples"] == 1.0
 
 
-def test_the_threshold_counts_as_predicted() -> None:
+def test_a_probability_at_the_threshold_counts_as_predicted() -> None:
     assert compute(torch.zeros(1, 2), torch.ones(1, 2), multi_label=True)["f1_micro"] == 1.0
 
 
 @pytest.mark.parametrize("multi_label", [True, False])
-def test_what_each_label_gets_adds_up(multi_label: bool) -> None:
+def test_metrics_per_label_match_a_computation_by_hand(multi_label: bool) -> None:
     predicted, actual = [0, 1, 1, 0], [0, 1, 0, 0]
     if multi_label:
         rows = per_label(
@@ -116,18 +116,18 @@ def test_what_each_label_gets_adds_up(multi_label: bool) -> None:
     assert [row["recall"] for row in rows] == [pytest.approx(2 / 3), 1.0, 0.0]
 
 
-def test_probabilities_are_a_distribution_or_one_each() -> None:
+def test_probabilities_sum_to_one_or_are_independent() -> None:
     logits_SN = torch.tensor([[1.0, 2.0, 3.0]])
     torch.testing.assert_close(probabilities(logits_SN, multi_label=False).sum(dim=-1), torch.ones(1))
     torch.testing.assert_close(probabilities(logits_SN, multi_label=True), 1 / (1 + (-logits_SN).exp()))
 
 
-def test_what_selects_is_among_what_is_measured() -> None:
+def test_the_selected_metric_is_among_the_computed_ones() -> None:
     assert selected_metric(multi_label=False) in compute(torch.eye(2), torch.arange(2), multi_label=False)
     assert selected_metric(multi_label=True) in compute(torch.eye(2), torch.eye(2), multi_label=True)
 
 
-def test_what_is_not_a_number_is_null_in_json_and_the_rest_stays() -> None:
+def test_nan_is_null_in_json() -> None:
     value = {"a": math.nan, "b": [math.inf, {"c": -math.inf}], "d": (1, 2.5, True, None, "NaN")}
     assert finite(value) == {"a": None, "b": [None, {"c": None}], "d": [1, 2.5, True, None, "NaN"]}
     assert json.loads(dump_json(value)) == finite(value)
@@ -144,7 +144,7 @@ def test_metrics_are_plain_numbers_that_json_takes() -> None:
 
 
 def best_f1_by_trial(p_S: list[float], y_S: list[int]) -> float:
-    """The best F1 over every set that a threshold can cut off."""
+    """The best F1 over every set that a threshold can select."""
     best = 0.0
     for threshold in [*p_S, 2.0]:
         chosen = [p >= threshold for p in p_S]
@@ -154,7 +154,7 @@ def best_f1_by_trial(p_S: list[float], y_S: list[int]) -> float:
 
 
 @given(st.lists(st.tuples(st.sampled_from([-3.0, -1.0, -0.5, 0.0, 0.2, 1.5]), st.booleans()), min_size=1, max_size=12))
-def test_a_tuned_threshold_gives_the_best_f1_that_any_can(samples: list[tuple[float, bool]]) -> None:
+def test_a_tuned_threshold_gives_the_best_possible_f1(samples: list[tuple[float, bool]]) -> None:
     logits = torch.tensor([[logit] * 2 for logit, _ in samples])
     targets = torch.tensor([[float(yes)] * 2 for _, yes in samples])
     threshold, same = metrics.tuned_thresholds(logits, targets)
@@ -180,7 +180,7 @@ def test_each_label_has_its_own_threshold() -> None:
     assert [row["f1"] for row in rows] == [1, 1]
 
 
-def test_calibration_is_that_of_a_computation_by_hand() -> None:
+def test_calibration_matches_a_computation_by_hand() -> None:
     # four bins; confidences 0.55 and 0.75 share (0.5, 0.75], 0.9 is in the last
     p_SN = torch.tensor([[0.55, 0.45], [0.25, 0.75], [0.9, 0.1], [0.9, 0.1]])
     found = metrics.calibration(p_SN, torch.tensor([0, 0, 0, 0]), bins=4)
@@ -190,25 +190,25 @@ def test_calibration_is_that_of_a_computation_by_hand() -> None:
     assert found.error == pytest.approx(0.5 * 0.15 + 0.5 * 0.1)
 
 
-def test_every_label_of_a_sample_is_an_answer_of_its_own() -> None:
+def test_for_multi_label_data_every_label_of_a_sample_is_a_prediction() -> None:
     p_SN, targets_SN = torch.tensor([[0.2, 0.7], [0.0, 1.0]]), torch.tensor([[0.0, 1.0], [0.0, 1.0]])
     found = metrics.calibration(p_SN, targets_SN, bins=2)
     assert found.bins == [pytest.approx((0.1, 0.0, 2)), pytest.approx((0.85, 1.0, 2))]
     assert found.error == pytest.approx(0.5 * 0.1 + 0.5 * 0.15)
 
 
-def test_a_calibrated_model_has_no_error_and_a_boaster_has_all() -> None:
+def test_calibration_error_is_0_if_calibrated_and_1_if_confidently_wrong() -> None:
     targets = torch.tensor([0, 0, 0, 1])
     assert metrics.calibration(torch.tensor([[0.75, 0.25]] * 4), targets).error == pytest.approx(0.0, abs=1e-7)
     assert metrics.calibration(torch.tensor([[0.0, 1.0]] * 3), torch.tensor([0, 0, 0])).error == 1.0
 
 
-def test_confusion_has_classes_in_rows_and_answers_in_columns() -> None:
+def test_confusion_has_true_classes_in_rows_and_predictions_in_columns() -> None:
     found = metrics.confusion(torch.tensor([0, 2, 2, 1]), torch.tensor([0, 0, 2, 0]), 3)
     assert found.tolist() == [[1, 1, 1], [0, 0, 0], [0, 0, 1]]
 
 
-def test_the_most_confused_classes_are_those_of_the_confusion_matrix() -> None:
+def test_the_most_confused_classes_agree_with_the_confusion_matrix() -> None:
     draw = torch.Generator().manual_seed(0)
     predicted_S, targets_S = (torch.randint(6, (200,), generator=draw) for _ in range(2))
     matrix = metrics.confusion(predicted_S, targets_S, 6).tolist()
@@ -218,7 +218,7 @@ def test_the_most_confused_classes_are_those_of_the_confusion_matrix() -> None:
 
 
 @pytest.mark.parametrize("multi_label", [False, True])
-def test_losses_of_samples_have_the_loss_as_their_mean(multi_label: bool) -> None:
+def test_sample_losses_average_to_the_loss(multi_label: bool) -> None:
     logits_SN = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
     targets = (logits_SN > 0.3).float() if multi_label else torch.arange(9) % 4
     mean = float(metrics.sample_losses(logits_SN, targets).mean())

@@ -1,4 +1,4 @@
-"""Samples that lack a modality: what stands in for it, how training meets them, and what is told of it."""
+"""Samples that lack a modality: what replaces it, how it occurs in training, and what is reported."""
 
 from __future__ import annotations
 
@@ -36,11 +36,15 @@ METHODS: list[dict[str, Any]] = [
     {"method": "linear", "linear": {"features": "average"}},
     {"method": "mlp"},
     {"method": "cross-attention"},
+    {"method": "qmf"},
+    {"method": "map"},
+    {"method": "flamingo"},
+    {"method": "flamingo", "head_features": "all"},
 ]
 
 
-def heard(comp: Any = "tiny:text", **options: Any) -> Fusion:
-    """A model that learns absence, with weights that say something."""
+def build_with_absence(comp: Any = "tiny:text", **options: Any) -> Fusion:
+    """A model with replacement vectors, and weights for which differences show."""
     torch.manual_seed(0)
     model = build(comp=comp, experts=4, data={"on_missing": "absent"}, **options)
     open_gates(model)
@@ -62,45 +66,45 @@ def without(batch: Any, side: str, rows: list[int]) -> Any:
 
 @pytest.mark.parametrize("options", METHODS, ids=str)
 def test_missing_values_change_only_the_predictions_of_their_own_rows(options: dict[str, Any]) -> None:
-    model = heard(**options)
+    model = build_with_absence(**options)
     whole = model.collate(images(4), TEXTS[:4])
-    other = model.collate(images(4), [TEXTS[0], "something else", "8", TEXTS[3]])
+    other = model.collate(images(4), [TEXTS[0], "what is the number at top right", "red", TEXTS[3]])  # as much padding
     with torch.no_grad():
         full, none, some, same = (
             model(batch).logits
             for batch in (whole, without(whole, "comp", []), without(whole, "comp", [1, 2]), without(other, "comp", [1, 2]))
         )
-    assert torch.equal(full, none), "a mask of nothing changes an answer"
+    assert torch.equal(full, none), "an empty mask changes a prediction"
     assert torch.equal(full[[0, 3]], some[[0, 3]])
-    assert torch.equal(some, same), "an answer depends on a text that is missing"
+    assert torch.equal(some, same), "a prediction depends on a missing text"
     assert not torch.allclose(full[[1, 2]], some[[1, 2]])
     alone = without(model.collate(images(4)[1:2], TEXTS[1:2]), "comp", [0])
     torch.testing.assert_close(model(alone).logits[0], some[1], atol=2e-5, rtol=1e-4)
 
 
-def test_what_stands_in_is_learned_from_zero_and_only_where_that_was_asked_for() -> None:
+def test_replacement_vectors_start_at_zero_and_are_trained_only_on_request() -> None:
     assert not any(name.startswith("absent") for name in build().trainable_state_dict())
-    for asked in ({"data": {"on_missing": "absent"}}, {"train": {"modality_dropout": 0.1}}):
-        model = build(**asked, either=True)
+    for settings in ({"data": {"on_missing": "absent"}}, {"train": {"modality_dropout": 0.1}}):
+        model = build(**settings, either=True)
         assert [name for name in model.trainable_state_dict() if name.startswith("absent")] == ["absent.comp"]
         assert torch.equal(model.trainable_state_dict()["absent.comp"], torch.zeros(model.encoder("comp").feature_width))
     assert not build(either=True).absent and build(either=True).optional_sides == ("main",)
-    model = heard()
+    model = build_with_absence()
     model(without(model.collate(images(2), TEXTS[:2]), "comp", [0])).logits.sum().backward()
     assert model.absent["comp"].grad is not None and model.absent["comp"].grad.any()
     assert model.dependency_of("absent.comp") == "comp features" and model.learning_rate_group("absent.comp") == "main"
-    model = heard(method="linear")
-    assert not model.absent, "nothing is trained after a closed form"
+    model = build_with_absence(method="linear")
+    assert not model.absent, "a closed-form method trains nothing afterwards"
 
 
-def test_each_of_several_encoders_can_be_missing_by_itself() -> None:
-    model = heard(comp=["tiny:text", "tiny:vision"], either=True)
+def test_each_of_several_modalities_can_be_missing_by_itself() -> None:
+    model = build_with_absence(comp=["tiny:text", "tiny:vision"], either=True)
     batch = model.collate(images(3), TEXTS[:3])
-    answers = [model(without(batch, side, [1])).logits[1] for side in ("comp", "comp2")]
-    assert not torch.allclose(*answers)
+    logits = [model(without(batch, side, [1])).logits[1] for side in ("comp", "comp2")]
+    assert not torch.allclose(*logits)
     assert model.droppable_sides == ("main", "comp", "comp2")
     one_image_each = build(comp=["tiny:text", "tiny:vision"])
-    assert one_image_each.droppable_sides == ("comp",), "a sample with an image for one encoder has one for both"
+    assert one_image_each.droppable_sides == ("comp",), "if a sample has an image, both encoders get it"
 
 
 @pytest.mark.parametrize(
@@ -113,14 +117,14 @@ def test_each_of_several_encoders_can_be_missing_by_itself() -> None:
     ],
     ids=str,
 )
-def test_what_would_learn_nothing_is_refused(options: dict[str, Any], number: int) -> None:
+def test_settings_that_would_train_nothing_are_refused(options: dict[str, Any], number: int) -> None:
     with pytest.raises(ConfigError) as caught:
         build(**options)
     assert caught.value.number == number
 
 
-@pytest.mark.parametrize("method", ["main-only", "comp-only", "mmbt", "pmf", "promptfuse", "sequential"])
-def test_methods_that_need_everything_say_so(method: str) -> None:
+@pytest.mark.parametrize("method", ["main-only", "comp-only", "mmbt", "pmf", "promptfuse", "sequential", "maple"])
+def test_methods_that_need_all_modalities_refuse_samples_that_lack_one(method: str) -> None:
     model = build(method=method)
     assert model.droppable_sides == ()
     texts = [None, "a"] if "comp" in model.uses else ["a", "b"]
@@ -130,7 +134,7 @@ def test_methods_that_need_everything_say_so(method: str) -> None:
     assert caught.value.number == 100 and "--on-missing skip" in caught.value.fix and "--either" not in caught.value.fix
 
 
-def test_the_main_modality_is_needed_unless_the_model_was_trained_without() -> None:
+def test_the_main_modality_is_required_unless_the_model_was_trained_without_it() -> None:
     with pytest.raises(DataError) as caught:
         build().collate([None, *images(1)], TEXTS[:2])
     assert caught.value.number == 100 and "--either" in caught.value.fix
@@ -140,12 +144,12 @@ def test_the_main_modality_is_needed_unless_the_model_was_trained_without() -> N
 
 
 def test_either_predicts_from_the_complementary_side_alone() -> None:
-    model = heard(either=True)
+    model = build_with_absence(either=True)
     pictures = images(3)
     some = model(model.collate([pictures[0], None, pictures[2]], TEXTS[:3]))
     full = model(model.collate(pictures, TEXTS[:3]))
     assert torch.equal(some.logits[1], some.alone_BN[1]) and torch.equal(some.logits[[0, 2]], full.logits[[0, 2]])
-    assert torch.equal(full.alone_BN, some.alone_BN), "the answer of the complementary side alone looks at images"
+    assert torch.equal(full.alone_BN, some.alone_BN), "the prediction from the complementary side alone depends on images"
     batch = replace(model.collate(pictures, TEXTS[:3]), targets=torch.tensor([0, 1, 2]))
     both = classification_loss(full, batch, multi_label=False)
     one = classification_loss(full._replace(alone_BN=None), batch, multi_label=False)
@@ -153,14 +157,14 @@ def test_either_predicts_from_the_complementary_side_alone() -> None:
     torch.testing.assert_close(both, one + cross)
     model.zero_grad()
     one = torch.autograd.grad(one, model.head.weight, retain_graph=True)[0]
-    assert torch.equal(one, torch.autograd.grad(both, model.head.weight)[0]), "the second head changes what the first learns"
+    assert torch.equal(one, torch.autograd.grad(both, model.head.weight)[0]), "the second head affects the first"
 
 
-def test_late_concat_can_lack_either_but_is_told() -> None:
-    model = heard(method="late-concat", either=True)
+def test_with_either_late_concat_handles_a_missing_main_modality() -> None:
+    model = build_with_absence(method="late-concat", either=True)
     assert model.droppable_sides == ("main", "comp")
-    answers = model(model.collate([None, *images(1)], ["a", None])).logits
-    assert answers.isfinite().all()
+    logits = model(model.collate([None, *images(1)], ["a", None])).logits
+    assert logits.isfinite().all()
 
 
 # -- in training
@@ -193,7 +197,7 @@ def test_dropout_is_a_function_of_seed_epoch_and_index(data: Any) -> None:
     assert batch.missing["comp"].tolist() == drawn(one, 1)
 
 
-def test_encoders_of_one_modality_lose_it_together_and_nothing_loses_everything(data: Any) -> None:
+def test_encoders_of_one_modality_lose_it_together_and_no_sample_loses_everything(data: Any) -> None:
     how: dict[str, Any] = {"method": "late-concat", "either": True, "data": {"on_missing": "absent"}}
     model = build(comp=["tiny:text", "tiny:text?pool=cls", "tiny:vision"], **how)
     dropped = ModalityDropout(samples(data, model), model.droppable_sides, 0.9)
@@ -207,7 +211,7 @@ def test_encoders_of_one_modality_lose_it_together_and_nothing_loses_everything(
     assert every
 
 
-def test_a_larger_share_takes_all_that_a_smaller_one_does() -> None:
+def test_a_larger_fraction_removes_a_superset_of_a_smaller_one() -> None:
     ids = [str(number) for number in range(500)]
     order = removal_order(ids, ["text"], 0)
     assert sorted(order) == list(range(500)) and order != list(range(500))
@@ -227,7 +231,7 @@ def test_a_resumed_run_with_dropout_equals_an_uninterrupted_one(pairs: Path, tmp
 
 
 @pytest.mark.parametrize("column", ["text", "img"])
-def test_rows_with_holes_are_an_error_that_says_what_to_do(pairs: Path, tmp_path: Path, column: str) -> None:
+def test_rows_with_gaps_are_an_error_that_says_what_to_do(pairs: Path, tmp_path: Path, column: str) -> None:
     data = holes(pairs, tmp_path / "data", column=column)
     error = json.loads(train(data, tmp_path / "run", "--json").stdout.splitlines()[-1])["error"]
     assert error["code"].startswith("MF-DATA") and "--on-missing" in str(error)
@@ -246,7 +250,7 @@ def test_rows_with_holes_are_an_error_that_says_what_to_do(pairs: Path, tmp_path
     assert json.loads((done.stdout or "{}").splitlines()[-1])["ok"]
 
 
-def test_a_regression_takes_what_is_missing_as_the_mean(pairs: Path, tmp_path: Path) -> None:
+def test_a_regression_replaces_missing_features_by_the_mean(pairs: Path, tmp_path: Path) -> None:
     data = holes(pairs, tmp_path / "data", column="text")
     done = train(data, tmp_path / "run", "--method", "linear", "--on-missing", "absent")
     assert done.returncode == 0, done.stderr
@@ -261,7 +265,7 @@ def test_a_regression_takes_what_is_missing_as_the_mean(pairs: Path, tmp_path: P
     torch.testing.assert_close(model.standard["comp"].mean_C, features[~lacking].double().mean(dim=0).float())
 
 
-def test_dropout_where_nothing_looks_at_the_other_modality_changes_nothing(pairs: Path, tmp_path: Path) -> None:
+def test_modality_dropout_has_no_effect_if_the_model_ignores_the_other_modality(pairs: Path, tmp_path: Path) -> None:
     blind = ("--set", "prompts.dynamic=0", "--set", "prompts.mapped=0", "--steps", 2)
     assert train(pairs, tmp_path / "dropped", *blind, "--modality-dropout", 0.5).returncode == 0
     assert train(pairs, tmp_path / "whole", *blind).returncode == 0
@@ -271,13 +275,13 @@ def test_dropout_where_nothing_looks_at_the_other_modality_changes_nothing(pairs
     assert done.returncode == 0 and "linear does not use the settings of train.modality_dropout" in done.stderr
 
 
-def test_one_modality_cannot_stand_in_for_itself(pairs: Path, tmp_path: Path) -> None:
+def test_either_is_refused_if_both_encoders_have_the_same_modality(pairs: Path, tmp_path: Path) -> None:
     images = ("--main", "tiny:vision", "--comp", "tiny:vision-b")
     done = call("train", *images, "--either", "--data", pairs, "--out", tmp_path / "run")
     assert done.returncode == 3 and "all encoders read image" in done.stderr
 
 
-def test_a_dry_run_refuses_what_training_does(pairs: Path, tmp_path: Path) -> None:
+def test_a_dry_run_refuses_the_same_settings_as_training(pairs: Path, tmp_path: Path) -> None:
     data = holes(pairs, tmp_path / "data", column="text")
     for more in ((), ("--dry-run",)):
         error = json.loads(train(data, tmp_path / "run", "--method", "mmbt", "--on-missing", "absent", "--json", *more).stdout)

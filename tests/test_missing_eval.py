@@ -1,4 +1,4 @@
-"""What a model loses where a modality is missing: in evaluation, in predictions, in bundles, and in the report."""
+"""The loss in accuracy if a modality is missing: in evaluation, predictions, bundles, and the report."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ def run(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def kept_in(run: Path, seed: int = 0) -> Any:
-    """What `eval --missing` kept of the test split, of the selected checkpoint."""
+    """The saved result of `eval --missing` for the test split and the selected checkpoint."""
     step = json.loads((run / "metrics.json").read_text())["selected_step"]
     return json.loads((run / f"missing-test-step-{step}-seed-{seed}.json").read_text())
 
 
-def test_a_share_that_is_taken_away_is_told_kept_and_can_be_computed_again(run: Path) -> None:
+def test_a_result_for_a_missing_fraction_is_printed_saved_and_reproducible(run: Path) -> None:
     done = call("eval", run, "--missing", "text=0.7", "--json")
-    said = json.loads(done.stdout)
-    assert done.returncode == 0 and said["cells"][0]["words"] == "70 % of samples lack text"
+    result = json.loads(done.stdout)
+    assert done.returncode == 0 and result["cells"][0]["words"] == "70 % of samples lack text"
     kept = kept_in(run)
     cell, order = kept["cells"][0], kept["orders"]["text"]
-    assert cell["metrics"] == said["metrics"] and cell["rows"] == {"text": round(0.7 * len(order))} and kept["learned"]
+    assert cell["metrics"] == result["metrics"] and cell["rows"] == {"text": round(0.7 * len(order))} and kept["learned"]
     loaded = load_model(RunFolder(run), "best", torch.device("cpu"))
     data = load_data(loaded.config.data)
     lacks = set(order[: cell["rows"]["text"]])
@@ -61,7 +61,7 @@ def test_a_share_that_is_taken_away_is_told_kept_and_can_be_computed_again(run: 
 
 
 @pytest.mark.process
-def test_a_grid_its_table_and_its_part_of_the_report(run: Path) -> None:
+def test_a_grid_has_a_table_and_a_section_in_the_report(run: Path) -> None:
     done = call("eval", run, "--missing", "grid")
     assert done.returncode == 0, done.stderr
     assert "100 % of samples lack text" in done.stdout and "nothing is removed" in done.stdout
@@ -75,7 +75,7 @@ def test_a_grid_its_table_and_its_part_of_the_report(run: Path) -> None:
 
 
 @pytest.mark.process
-def test_another_seed_or_checkpoint_takes_nothing_from_what_is_kept(run: Path) -> None:
+def test_another_seed_or_checkpoint_does_not_overwrite_saved_results(run: Path) -> None:
     assert call("eval", run, "--missing", "text=0.7").returncode == 0
     before = kept_in(run)
     assert call("eval", run, "--missing", "text=0.7", "--missing-seed", 5).returncode == 0
@@ -94,7 +94,7 @@ def test_a_model_never_trained_with_missing_modalities_gives_a_notice(trained: P
 
 
 @pytest.mark.parametrize(
-    ("asked", "code"),
+    ("predicted", "code"),
     [
         (["text"], "MF-CFG-150"),
         (["text=1.5"], "MF-CFG-150"),
@@ -106,26 +106,26 @@ def test_a_model_never_trained_with_missing_modalities_gives_a_notice(trained: P
         (["grid", "--min", "accuracy=0.1"], "MF-CFG-153"),
     ],
 )
-def test_what_cannot_be_taken_away_is_refused(run: Path, asked: list[str], code: str) -> None:
-    words = [word for a in asked for word in (["--missing", a] if a[0] != "-" and "accuracy" not in a else [a])]
+def test_modalities_that_cannot_be_removed_are_refused(run: Path, predicted: list[str], code: str) -> None:
+    words = [word for a in predicted for word in (["--missing", a] if a[0] != "-" and "accuracy" not in a else [a])]
     error = json.loads(call("eval", run, *words, "--json").stdout)["error"]
     assert error["code"] == code
-    assert "--either" in error["hint"] if asked == ["image=0.5"] else "text" in error["hint"] or "twice" in error["message"]
+    assert "--either" in error["hint"] if predicted == ["image=0.5"] else "text" in error["hint"] or "twice" in error["message"]
 
 
-def test_a_bundle_takes_whole_pairs(exported: Path) -> None:
+def test_a_bundle_does_not_support_missing_modalities(exported: Path) -> None:
     error = json.loads(call("eval", exported, "--missing", "text=0.5", "--json").stdout)["error"]
     assert error["code"] == "MF-CFG-151"
 
 
-def test_words_and_what_they_are_made_of() -> None:
+def test_missing_fractions_are_parsed_and_described() -> None:
     assert parse_shares(["grid"]) is None and parse_shares(["text+audio=0.5"]) == [{"audio+text": 0.5}]
     found = describe_shares({"audio+text": 0.5, "image": 0.125})
     assert found == "50 % of samples lack audio and text, 12.5 % of samples lack image"
     assert describe_shares({}) == describe_shares({"text": 0.0}) == "nothing is removed"
 
 
-def test_predict_answers_rows_with_holes_where_the_model_learned_to(pairs: Path, trained: Path, tmp_path: Path) -> None:
+def test_predict_handles_rows_with_gaps_if_the_model_was_trained_to(pairs: Path, trained: Path, tmp_path: Path) -> None:
     data = holes(pairs, tmp_path / "data", column="text")
     done = train(data, tmp_path / "run", "--on-missing", "absent", "--steps", 2)
     assert done.returncode == 0, done.stderr
@@ -141,7 +141,7 @@ def test_predict_answers_rows_with_holes_where_the_model_learned_to(pairs: Path,
 
 
 @pytest.mark.process
-def test_bundles_predict_rows_with_holes_as_their_run_does(pairs: Path, tmp_path: Path) -> None:
+def test_bundles_predict_rows_with_gaps_like_their_run(pairs: Path, tmp_path: Path) -> None:
     data = holes(pairs, tmp_path / "data", column="text")
     run = tmp_path / "run"
     assert train(data, run, "--on-missing", "absent", "--steps", 2).returncode == 0
@@ -164,7 +164,7 @@ def test_a_bundle_not_trained_for_missing_modalities_raises_an_error(exported: P
     assert caught.value.number == 100
 
 
-def test_a_share_counts_what_rows_lack_by_themselves(pairs: Path, tmp_path: Path) -> None:
+def test_a_missing_fraction_includes_values_that_the_data_lack(pairs: Path, tmp_path: Path) -> None:
     data = holes(pairs, tmp_path / "data", column="text")
     done = train(data, tmp_path / "run", "--on-missing", "absent", "--steps", 1)
     assert done.returncode == 0, done.stderr
@@ -179,7 +179,8 @@ def test_a_share_counts_what_rows_lack_by_themselves(pairs: Path, tmp_path: Path
 
 @pytest.fixture(scope="module")
 def either(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A run that does without either modality, and its data: of seven test rows two lack text, and one an image."""
+    """A run that can predict without either modality, and its data: of seven test rows, two lack text and one lacks an
+    image."""
     root = tmp_path_factory.mktemp("either")
     data = holes(pairs, root / "data", column="text")
     for split in ("train", "val", "test"):
@@ -190,7 +191,7 @@ def either(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     return root / "run", data
 
 
-def test_no_sample_loses_all_that_it_has(either: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_sample_loses_its_last_modality(either: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     run, data = either
     masks: list[Any] = []
     monkeypatch.setattr(
@@ -208,27 +209,27 @@ def test_no_sample_loses_all_that_it_has(either: tuple[Path, Path], monkeypatch:
             (other,) = {"text", "image"} - {name}
             assert not lacks[other] & set(kept["orders"][name][:count]) and lacks[name] <= set(kept["orders"][name][:count])
     most = max(cell["rows"].get("text", 0) for cell in kept["cells"])
-    assert most == len(rows) - 1, "all that have an image"
-    said = json.loads(call("eval", run, "--missing", "text=0.6", "--missing", "image=0.4", "--json").stdout)
-    assert said["cells"][0]["rows"] == {"text": 4, "image": 3} and len(rows) == 7
+    assert most == len(rows) - 1, "all rows that have an image"
+    result = json.loads(call("eval", run, "--missing", "text=0.6", "--missing", "image=0.4", "--json").stdout)
+    assert result["cells"][0]["rows"] == {"text": 4, "image": 3} and len(rows) == 7
     assert (masks[-1]["text"] ^ masks[-1]["image"]).all() and not any((m["text"] & m["image"]).any() for m in masks)
-    for asked, code in ((["text=1"], 155), (["text=0.5", "image=0.8"], 155), (["image+text=0.5"], 152)):
-        words = [word for one in asked for word in ("--missing", one)]
+    for requests, code in ((["text=1"], 155), (["text=0.5", "image=0.8"], 155), (["image+text=0.5"], 152)):
+        words = [word for one in requests for word in ("--missing", one)]
         error = json.loads(call("eval", run, *words, "--json").stdout)["error"]
         assert error["code"] == f"MF-CFG-{code}" and re.search("no other modality|no input", error["message"])
 
 
-def test_a_single_pair_may_have_a_hole_where_the_model_does_without(
+def test_a_single_pair_may_lack_an_optional_modality(
     either: tuple[Path, Path], pairs: Path, trained: Path
 ) -> None:
     run, _ = either
     image, text = pairs / "images" / "test-0.png", "what is the red digit"
     rows = [{"img": str(image), "text": ""}, {"text": text}, {"img": str(image), "text": text}]
-    asked = [("--image", image), ("--text", text), ("--image", image, "--text", text)]
+    options = [("--image", image), ("--text", text), ("--image", image, "--text", text)]
     write_rows(run / "in.jsonl", rows)
     done = call("predict", run, run / "in.jsonl", "--image-root", pairs)
     by_row = [json.loads(line)["probabilities"] for line in done.stdout.splitlines()]
-    for flags, found in zip(asked, by_row, strict=True):
+    for flags, found in zip(options, by_row, strict=True):
         assert json.loads(call("predict", run, *flags).stdout)["probabilities"] == pytest.approx(found, abs=1e-5)
     empty = json.loads(call("predict", run, "--image", image, "--text", "").stdout)["probabilities"]
     assert empty == pytest.approx(by_row[0], abs=1e-5)
@@ -236,7 +237,7 @@ def test_a_single_pair_may_have_a_hole_where_the_model_does_without(
     assert refused.returncode == 4 and "has no text" in refused.stderr
 
 
-def test_a_sample_that_has_nothing_is_refused(either: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_sample_without_any_modality_is_refused(either: tuple[Path, Path], tmp_path: Path) -> None:
     model = load_model(RunFolder(either[0]), "best", torch.device("cpu")).model
     one, none = images(1)[0], None
     assert model.collate([one, none], [none, "a"]).missing.keys() == {"main", "comp"}
@@ -245,33 +246,33 @@ def test_a_sample_that_has_nothing_is_refused(either: tuple[Path, Path], tmp_pat
     assert caught.value.number == 110
 
 
-def test_other_data_with_holes_are_evaluated_where_that_is_asked_for(run: Path, pairs: Path, tmp_path: Path) -> None:
+def test_other_data_with_gaps_are_evaluated_on_request(run: Path, pairs: Path, tmp_path: Path) -> None:
     data = holes(pairs, tmp_path / "data", column="text")
     refused = call("eval", run, "--data", data)
     assert refused.returncode == 4 and "--on-missing" in refused.stderr
-    said = json.loads(call("eval", run, "--data", data, "--on-missing", "absent", "--json").stdout)
-    asked = [json.loads(line) for line in call("predict", run, data / "test.jsonl").stdout.splitlines()]
+    result = json.loads(call("eval", run, "--data", data, "--on-missing", "absent", "--json").stdout)
+    predicted = [json.loads(line) for line in call("predict", run, data / "test.jsonl").stdout.splitlines()]
     true = [json.loads(line)["label"] for line in (data / "test.jsonl").read_text().splitlines()]
-    right = sum(one["label"] == label for one, label in zip(asked, true, strict=True))
-    assert said["metrics"]["accuracy"] == pytest.approx(right / len(true))
+    right = sum(one["label"] == label for one, label in zip(predicted, true, strict=True))
+    assert result["metrics"]["accuracy"] == pytest.approx(right / len(true))
     for flags, code in ((["--on-missing", "skip"], 154), (["--data", data, "--on-missing", "drop"], 1)):
         assert json.loads(call("eval", run, *flags, "--json").stdout)["error"]["code"] == f"MF-CFG-{code:02}"
     assert "MF-CFG-01" in call("predict", run, data / "test.jsonl", "--text-col", "").stderr
 
 
-def test_an_empty_text_is_the_same_to_eval_and_predict(pairs: Path, run: Path, tmp_path: Path) -> None:
+def test_eval_and_predict_treat_an_empty_text_alike(pairs: Path, run: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(pairs, data)
     rows = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
     write_rows(data / "test.jsonl", [{**row, "text": ""} for row in rows])
-    assert call("eval", run, "--data", data, "-o", tmp_path / "said.jsonl").returncode == 0
-    judged = [json.loads(line)["probabilities"] for line in (tmp_path / "said.jsonl").read_text().splitlines()]
-    asked = [json.loads(line)["probabilities"] for line in call("predict", run, data / "test.jsonl").stdout.splitlines()]
-    for one, other in zip(judged, asked, strict=True):
+    assert call("eval", run, "--data", data, "-o", tmp_path / "predictions.jsonl").returncode == 0
+    judged = [json.loads(line)["probabilities"] for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    predicted = [json.loads(line)["probabilities"] for line in call("predict", run, data / "test.jsonl").stdout.splitlines()]
+    for one, other in zip(judged, predicted, strict=True):
         assert one == pytest.approx(other, abs=2e-6)
 
 
-def test_python_refuses_what_a_model_never_learned(trained: Path, run: Path) -> None:
+def test_python_refuses_missing_modalities_that_the_model_was_not_trained_for(trained: Path, run: Path) -> None:
     for folder, values in ((trained, (images(1), [None])), (run, ([None], ["a"])), (run, ([None], [None]))):
         with pytest.raises(DataError) as caught:
             mopefuse.load(folder, device="cpu").predict(*values)

@@ -1,4 +1,4 @@
-"""Rows without a text, an image or anything else that a modality is: an error, left out, or kept and told of."""
+"""Rows that lack a text, an image or another modality: an error, skipped, or kept and marked."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def change(root: Path, split: str, number: int, **values: Any) -> None:
-    """Other values in a row; no column where one is `...`."""
+    """Replace values in a row; `...` removes the column."""
     path = root / f"{split}.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows[number] = {key: value for key, value in (rows[number] | values).items() if value is not ...}
@@ -59,13 +59,13 @@ def read(root: Path, **options: Any) -> DataSet:
 
 @FORMS
 @pytest.mark.parametrize(("column", "modality"), [("text", "text"), ("img", "image")])
-def test_a_value_that_is_not_there_is_what_the_policy_says(data: Path, form: str, column: str, modality: str) -> None:
+def test_a_missing_value_is_handled_by_the_policy(data: Path, form: str, column: str, modality: str) -> None:
     change(data, "train", 4, **{column: GONE[form]})
     if column == "text" and isinstance(GONE[form], str):
         assert read(data).splits["train"].rows[4].values["text"] == GONE[form]
     else:
         assert code_of(lambda: read(data)).startswith("MF-DATA-")
-    for _ in range(2):  # once read, once from the cache
+    for _ in range(2):  # first read, then from the cache
         left = read(data, on_missing="skip")
         assert [row.line for row in left.splits["train"].rows] == [1, 2, 3, 4, *range(6, 13)]
         assert f"train.jsonl: 1 row without {modality} is left out" in left.notices
@@ -77,7 +77,7 @@ def test_a_value_that_is_not_there_is_what_the_policy_says(data: Path, form: str
         assert f"train: 1 row has no {modality}" in kept.notices
 
 
-def test_an_error_names_the_ways_on(data: Path) -> None:
+def test_the_error_about_missing_values_names_the_alternatives(data: Path) -> None:
     change(data, "train", 4, text=None)
     with pytest.raises(DataError, match=r"text is null, .* \(set data.allow_missing_text=true .* or --on-missing skip"):
         read(data)
@@ -87,7 +87,7 @@ def test_an_error_names_the_ways_on(data: Path) -> None:
 
 
 @FORMS
-def test_a_row_of_nothing_is_left_out_or_bad(data: Path, form: str) -> None:
+def test_a_row_without_any_value_is_skipped_or_an_error(data: Path, form: str) -> None:
     change(data, "train", 4, text=GONE[form], img=GONE[form])
     with pytest.raises(DataError, match=r"train.jsonl:5 has none of text, img; found "):
         read(data, on_missing="absent")
@@ -105,7 +105,7 @@ def test_a_value_of_another_type_is_never_missing(data: Path, policy: str) -> No
 
 
 @pytest.mark.parametrize("policy", ["error", "skip", "absent"])
-def test_a_null_that_is_taken_as_empty_is_not_missing(data: Path, policy: str) -> None:
+def test_a_null_that_counts_as_empty_is_not_missing(data: Path, policy: str) -> None:
     change(data, "train", 4, text=None)
     change(data, "train", 5, text="")
     split = read(data, on_missing=policy, allow_missing_text=True).splits["train"]
@@ -113,7 +113,7 @@ def test_a_null_that_is_taken_as_empty_is_not_missing(data: Path, policy: str) -
 
 
 @pytest.mark.parametrize("policy", ["skip", "absent"])
-def test_a_file_that_is_not_there_is_bad_and_not_missing(data: Path, policy: str) -> None:
+def test_a_missing_file_is_an_error_and_not_a_missing_value(data: Path, policy: str) -> None:
     change(data, "train", 4, img="images/none.png")
     assert code_of(lambda: read(data, on_missing=policy)) == "MF-DATA-11"
 
@@ -136,7 +136,7 @@ def test_empty_cells_of_a_table_are_missing(data: Path) -> None:
     assert {f"train.csv: 1 row without {modality} is left out" for modality in ("text", "image")} <= set(left.notices)
 
 
-def test_images_without_captions(tmp_path: Path) -> None:
+def test_images_without_captions_lack_the_text(tmp_path: Path) -> None:
     for split in ("train", "val"):
         for i, label in enumerate(("cat", "dog", "cat", "dog")):
             path = tmp_path / split / label / f"{i}.png"
@@ -150,10 +150,10 @@ def test_images_without_captions(tmp_path: Path) -> None:
     assert len(read(tmp_path, on_missing="skip").splits["val"].rows) == 3
 
 
-# -- which modalities there are
+# -- which modalities the data have
 
 
-def test_named_modalities_are_all_that_is_read(data: Path) -> None:
+def test_only_named_modalities_are_read(data: Path) -> None:
     (data / "images" / "train-1.png").unlink()
     only = read(data, modalities=("text",))
     assert only.modalities == ("text",) and only.splits["train"].rows[0].values == {"text": "what is the red digit"}
@@ -161,7 +161,7 @@ def test_named_modalities_are_all_that_is_read(data: Path) -> None:
 
 
 @pytest.mark.parametrize("other", [{"text": "caption"}, {"img": "photo"}, {"text": "caption", "img": "photo"}])
-def test_where_little_is_found_a_text_and_an_image_are_expected(data: Path, other: dict[str, str]) -> None:
+def test_text_and_image_are_expected_if_fewer_columns_are_found(data: Path, other: dict[str, str]) -> None:
     for split in ("train", "val", "test"):
         path = data / f"{split}.jsonl"
         for name, called in other.items():
@@ -176,13 +176,13 @@ def test_a_modality_that_is_not_installed_is_refused(data: Path, options: dict[s
     assert code_of(lambda: read(data, **options)) == "MF-CFG-133"
 
 
-@pytest.mark.parametrize("said", [["text"], ["=x"], ["text="], ["text=a", "text=b"]])
-def test_a_column_is_written_as_modality_and_name(data: Path, said: list[str]) -> None:
-    done = call("data", "check", data, *(word for one in said for word in ("--column", one)))
+@pytest.mark.parametrize("columns", [["text"], ["=x"], ["text="], ["text=a", "text=b"]])
+def test_the_column_flag_takes_modality_and_name(data: Path, columns: list[str]) -> None:
+    done = call("data", "check", data, *(word for one in columns for word in ("--column", one)))
     assert done.returncode == 3 and "MF-CFG-135" in done.stderr
 
 
-def test_a_column_flag_names_a_built_in_one_too(data: Path) -> None:
+def test_the_column_flag_also_names_built_in_modalities(data: Path) -> None:
     for split in ("train", "val", "test"):
         path = data / f"{split}.jsonl"
         path.write_text(path.read_text().replace('"text":', '"caption":'))
@@ -192,29 +192,29 @@ def test_a_column_flag_names_a_built_in_one_too(data: Path) -> None:
 
 @pytest.mark.parametrize("option", [{"text_col": "txt"}, {"columns": {"text": "txt"}}, {"label_col": "txt"}, {"id_col": "txt"}])
 @pytest.mark.parametrize("on_missing", ["error", "absent"])
-def test_a_column_that_is_named_and_that_no_table_has_is_refused(data: Path, option: dict[str, Any], on_missing: str) -> None:
+def test_a_named_column_that_no_table_has_is_refused(data: Path, option: dict[str, Any], on_missing: str) -> None:
     config = Data(path=str(data), on_missing=on_missing, **option)
     for reading in (load_data, check):
         with pytest.raises(DataError, match=r"there is no column txt · train.jsonl, .* · fix: did you mean text\?"):
             reading(config)
 
 
-def test_a_column_is_there_if_any_row_has_it(data: Path) -> None:
+def test_a_column_exists_if_any_row_has_it(data: Path) -> None:
     change(data, "val", 5, txt="caption")
     assert read(data, on_missing="absent", text_col="txt").splits["train"].is_missing("text").all()
 
 
-# -- what a data set is
+# -- fingerprints and runs
 
 
-def test_the_policy_is_part_of_the_data_only_where_something_is_missing(data: Path) -> None:
+def test_the_policy_affects_the_fingerprint_only_if_values_are_missing(data: Path) -> None:
     policies = ("error", "skip", "absent")
     assert len({read(data, on_missing=policy).splits["train"].hash for policy in policies}) == 1
     change(data, "train", 4, text="")
     assert len({read(data, on_missing=policy).splits["train"].hash for policy in policies}) == 3
 
 
-def test_runs_that_were_tested_on_other_rows_are_not_compared(data: Path, tmp_path: Path) -> None:
+def test_runs_tested_on_different_rows_are_not_compared(data: Path, tmp_path: Path) -> None:
     change(data, "test", 4, text=None)
     for policy in ("skip", "absent"):
         done = call("train", *TINY, "--data", data, "--out", tmp_path / policy, "--steps", 1, "--on-missing", policy)
@@ -253,7 +253,7 @@ def test_values_missing_in_two_splits_are_not_leaks(data: Path) -> None:
     ]
 
 
-# -- what encoders get
+# -- inputs of encoders
 
 
 READERS = {"main": "tiny:vision", "comp": "tiny:text"}
@@ -271,7 +271,7 @@ def batch(one: Samples, *rows: int) -> Batch:
 
 @pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("augment", ["none", "randaugment", "crop"])
-def test_what_is_missing_is_blank_and_told_of(data: Path, augment: str, kept: bool) -> None:
+def test_missing_values_are_blank_and_marked(data: Path, augment: str, kept: bool) -> None:
     change(data, "train", 1, text=None)
     change(data, "train", 2, img=None)
     one = samples(read(data, on_missing="absent"), training=True, data={"augment": augment})
@@ -288,13 +288,13 @@ def test_what_is_missing_is_blank_and_told_of(data: Path, augment: str, kept: bo
     assert torch.equal(found.inputs["comp"]["ids"][1][: alone["ids"].shape[1]], alone["ids"][0])
 
 
-def test_a_batch_tells_only_of_sides_that_can_lack_something(data: Path) -> None:
+def test_a_batch_marks_only_sides_that_can_lack_a_value(data: Path) -> None:
     assert batch(samples(read(data, on_missing="absent")), 0, 1).missing == {}
     change(data, "train", 1, text=None)
     assert batch(samples(read(data, on_missing="absent")), 0, 2).missing["comp"].tolist() == [False, False]
 
 
-def test_features_of_what_is_missing_are_those_of_nothing(data: Path) -> None:
+def test_features_of_missing_values_are_those_of_a_blank_value(data: Path) -> None:
     for number in (3, 7):
         change(data, "train", number, text=None)
     found, encoder = read(data, on_missing="absent"), create_encoder("tiny:text")
@@ -306,11 +306,11 @@ def test_features_of_what_is_missing_are_those_of_nothing(data: Path) -> None:
         features = split_features(encoder, found, "train", config, CPU)
         assert origin in features.origin
         torch.testing.assert_close(features[torch.tensor([3, 7])], nothing.expand(2, -1), atol=1e-5, rtol=0)
-        assert torch.equal(features[torch.tensor([3])], features[torch.tensor([7])]), "one value, computed once"
+        assert torch.equal(features[torch.tensor([3])], features[torch.tensor([7])]), "one value is computed once"
         assert not torch.allclose(features[torch.tensor([0])], nothing, atol=1e-3)
 
 
-def test_an_exchange_moves_what_is_missing_too(data: Path) -> None:
+def test_shuffling_moves_missing_marks_too(data: Path) -> None:
     change(data, "train", 1, text=None)
     one = samples(read(data, on_missing="absent"))
     turned = ShuffledSamples(one, ("comp",), torch.tensor([1, 0, *range(2, 12)]))
@@ -348,31 +348,31 @@ def test_values_that_do_not_fit_are_refused(values: dict[str, Any], code: str) -
     assert code_of(lambda: build_fusion(**READERS, num_labels=3).collate(**values)) == code
 
 
-def test_what_no_encoder_reads_can_be_left_out() -> None:
+def test_modalities_that_no_encoder_reads_can_be_left_out() -> None:
     model = build_fusion(main="tiny:text", comp="", num_labels=2, method="main-only")
     assert torch.equal(model(model.collate(texts=["a"])).logits, model(model.collate([None], ["a"])).logits)
 
 
 @pytest.mark.parametrize("policy", ["error", "absent"])
-def test_a_run_predicts_what_it_was_trained_for(policy: str, data: Path, tmp_path: Path) -> None:
+def test_predict_applies_the_policy_of_the_run(policy: str, data: Path, tmp_path: Path) -> None:
     where, run = {"path": str(data), "on_missing": policy}, tmp_path / "run"
     train(build_config({**READERS, "device": "cpu", "data": where, "train": {"max_steps": 1}}), run)
     image = {"img": "images/test-1.png"}
     write_rows(data / "new.jsonl", [{"text": "x"}, {**image, "text": None}, {"text": "", "img": ""}, {**image, "text": "x"}])
     done = call("predict", run, data / "new.jsonl")
-    answers = [json.loads(line) for line in done.stdout.splitlines()]
-    assert ["error" in answer for answer in answers] == [True, policy == "error", True, False], done.stderr
+    predictions = [json.loads(line) for line in done.stdout.splitlines()]
+    assert ["error" in line for line in predictions] == [True, policy == "error", True, False], done.stderr
     if policy == "absent":
         with Image.open(data / "images" / "test-1.png") as image:
-            (said,) = load(run).predict([image], [None])
-        assert said["probabilities"] == answers[1]["probabilities"]
+            (prediction,) = load(run).predict([image], [None])
+        assert prediction["probabilities"] == predictions[1]["probabilities"]
 
 
-def test_only_what_the_model_reads_is_read(data: Path, tmp_path: Path) -> None:
+def test_predict_reads_only_the_modalities_of_the_model(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     sides = ("--main", "tiny:text", "--method", "main-only", "--device", "cpu")
     done = call("train", *sides, "--data", data, "--out", run, "--steps", 1)
     assert done.returncode == 0, done.stderr
     write_rows(data / "new.jsonl", [{"text": "what is the red digit"}, {"text": "x", "img": "../outside.png"}])
-    answers = [json.loads(line) for line in call("predict", run, data / "new.jsonl").stdout.splitlines()]
-    assert [sorted(answer) for answer in answers] == [["id", "label", "probabilities"]] * 2
+    predictions = [json.loads(line) for line in call("predict", run, data / "new.jsonl").stdout.splitlines()]
+    assert [sorted(line) for line in predictions] == [["id", "label", "probabilities"]] * 2

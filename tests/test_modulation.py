@@ -1,4 +1,4 @@
-"""A modulation of a layer equals the unmodified library model whose attention reads scaled and shifted tokens."""
+"""A modulation of a layer equals the unmodified library model whose attention gets scaled and shifted tokens."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def at_every_layer(modulations: list[Modulation]) -> PromptAt:
 
 
 def modulated(model: nn.Module, pattern: str, modulations: list[Modulation]) -> nn.Module:
-    """The library's model with hooks that scale and shift, counted by layer in the order of its modules."""
+    """The library's model with hooks that scale and shift, numbered by layer in module order."""
     found = [(name, module) for name, module in model.named_modules() if re.search(pattern, name)]
     layers = list(dict.fromkeys(re.sub(pattern, "", name) for name, _ in found))
     assert len(layers) == len(modulations)
@@ -77,8 +77,8 @@ def test_a_modulation_equals_scaled_and_shifted_inputs_of_the_projections(
 
 
 @pytest.mark.parametrize("gate", [False, True])
-def test_a_modulation_leaves_the_prompt_of_its_layer_as_it_is(gate: bool, encoders: Mapping[str, Encoder]) -> None:
-    """With a scale of -1 and no shift every query is the projection's bias; keys of the prompt still differ."""
+def test_a_modulation_does_not_affect_the_prompt_of_its_layer(gate: bool, encoders: Mapping[str, Encoder]) -> None:
+    """With a scale of -1 and no shift, every query is the projection's bias, but the keys of the prompt still differ."""
     encoder = encoders["timm-vit"]
     inputs, prompts = batch_of(encoder), prompts_for(encoder)
     off = [Modulation(torch.full((3, width), -1.0), torch.zeros(3, width)) for width in encoder.widths]

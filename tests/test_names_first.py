@@ -1,4 +1,4 @@
-"""What is wrong with the command itself is said before any data are read, with the flag that mends it."""
+"""Errors in the command itself are reported before any data are read, with the flag that fixes them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from mopefuse.training import plan, swap
 
 @pytest.fixture
 def unread(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """What was read of data; nothing, if all is well."""
-    asked: list[object] = []
+    """What was read of the data; nothing, if the test passes."""
+    reads: list[object] = []
     for module in (plan, swap):
-        monkeypatch.setattr(module, "load_data", lambda *args, **how: asked.append(args) or pytest.fail("data were read"))
-    return asked
+        monkeypatch.setattr(module, "load_data", lambda *args, **how: reads.append(args) or pytest.fail("data were read"))
+    return reads
 
 
 WRONG = {
@@ -37,7 +37,7 @@ WRONG = {
 
 @pytest.mark.parametrize("flags", WRONG, ids=lambda flags: flags[-1])
 @pytest.mark.parametrize("dry", [(), ("--dry-run",)], ids=["train", "dry run"])
-def test_a_wrong_name_is_an_error_before_data_are_read(
+def test_an_unknown_name_is_an_error_before_data_are_read(
     flags: tuple[str, ...], dry: tuple[str, ...], unread: list[object], pairs: Path, tmp_path: Path
 ) -> None:
     code, what, where, fix = WRONG[flags]
@@ -54,7 +54,7 @@ def test_a_folder_without_a_model_is_an_error_before_data_are_read(unread: list[
     assert f"{empty} has no config.json" in done.stderr and "--comp" in done.stderr
 
 
-def test_swapping_tells_of_a_wrong_name_first(trained: Path, unread: list[object], tmp_path: Path) -> None:
+def test_swap_encoder_reports_an_unknown_name_before_data_are_read(trained: Path, unread: list[object], tmp_path: Path) -> None:
     done = call("swap-encoder", trained, "--comp", "tiny:txt", "-o", tmp_path / "new")
     assert done.returncode == 5 and "--comp" in done.stderr and "did you mean text" in done.stderr and not unread
 

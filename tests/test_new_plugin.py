@@ -1,4 +1,4 @@
-"""What a plugin is made from: the package that ``mopefuse plugins new`` writes, and the names that are public."""
+"""Starting a plugin: the package that ``mopefuse plugins new`` writes, and the names that are public."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from mopefuse.errors import PluginError
 pytest_plugins = ["plugin_cases"]
 
 
-def said(done: subprocess.CompletedProcess[str]) -> Any:
-    """The one JSON value on stdout."""
+def stdout_json(done: subprocess.CompletedProcess[str]) -> Any:
+    """Parse stdout as a single JSON value."""
     return json.loads(done.stdout)
 
 
@@ -34,18 +34,18 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     done = call("plugins", "new", "mel-2", "--out", folder, "--json")
     assert done.returncode == 0, done.stderr
     package = folder / "mopefuse-mel-2"
-    assert said(done) == {"ok": True, "folder": str(package)}
+    assert stdout_json(done) == {"ok": True, "folder": str(package)}
     return package, pip_install(folder / "site", package)
 
 
-def test_a_new_plugin_is_a_whole_package(fresh: tuple[Path, Path]) -> None:
+def test_a_new_plugin_is_a_complete_package(fresh: tuple[Path, Path]) -> None:
     files = {"pyproject.toml", "README.md", "mopefuse_mel_2.py", "tests/test_mopefuse_mel_2.py"}
     assert files <= {str(path.relative_to(fresh[0])) for path in fresh[0].rglob("*")}
     assert [path.name for path in fresh[0].parent.iterdir() if path.name.startswith(".")] == []
 
 
 @pytest.mark.process
-def test_a_new_plugin_passes_its_own_test_and_is_inspected(fresh: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_new_plugin_passes_its_own_test_and_can_be_inspected(fresh: tuple[Path, Path], tmp_path: Path) -> None:
     package, site = fresh
     environment = {"PYTHONPATH": str(site), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(package / "tests")]
@@ -56,9 +56,9 @@ def test_a_new_plugin_passes_its_own_test_and_is_inspected(fresh: tuple[Path, Pa
     assert "1 passed" in done.stdout
     done = run_cli("encoders", "inspect", "mel-2:small", "--json", **environment)
     assert done.returncode == 0, done.stderr
-    facts = said(done)
+    facts = stdout_json(done)
     assert (facts["spec"], facts["use"], facts["modality"]) == ("mopefuse-mel-2:mel-2:small", "main or comp", "text")
-    listed = said(run_cli("plugins", "list", "--json", **environment))["plugins"]
+    listed = stdout_json(run_cli("plugins", "list", "--json", **environment))["plugins"]
     assert ("mopefuse-mel-2", "0.1.0", "mel-2", "ok") in [
         (p["distribution"], p["version"], p["name"], p["state"]) for p in listed
     ]
@@ -66,7 +66,7 @@ def test_a_new_plugin_passes_its_own_test_and_is_inspected(fresh: tuple[Path, Pa
 
 @pytest.mark.process
 def test_the_contract_test_of_a_new_plugin_can_fail(fresh: tuple[Path, Path], tmp_path: Path) -> None:
-    """With attention to all tokens, padding or not, a text's answer depends on the batch that it is in."""
+    """With attention to padding, a text's features depend on its batch."""
     package = shutil.copytree(fresh[0], tmp_path / "package")
     module = package / "mopefuse_mel_2.py"
     code = module.read_text()
@@ -89,7 +89,7 @@ def test_a_new_plugin_trains_as_either_encoder(
         assert call("eval", run).returncode == 0
 
 
-def test_a_new_plugin_imports_only_what_is_public(fresh: tuple[Path, Path]) -> None:
+def test_a_new_plugin_imports_only_public_names(fresh: tuple[Path, Path]) -> None:
     modules = re.findall(r"(?:from|import) ([\w.]+)", (fresh[0] / "mopefuse_mel_2.py").read_text())
     assert "mopefuse.encoders" in modules
     assert [name for name in modules if "._" in name] == []
@@ -114,7 +114,7 @@ def test_a_new_plugin_imports_only_what_is_public(fresh: tuple[Path, Path]) -> N
         ("tiny", "write tiny-2 or another name"),
     ],
 )
-def test_a_name_that_no_package_can_have_is_refused_with_the_nearest(tmp_path: Path, name: str, fix: str) -> None:
+def test_an_invalid_package_name_is_refused_with_a_suggestion(tmp_path: Path, name: str, fix: str) -> None:
     with pytest.raises(PluginError) as caught:
         plugins.new(name, tmp_path)
     assert caught.value.fix == fix
@@ -131,18 +131,18 @@ def test_a_new_plugin_overwrites_nothing(tmp_path: Path, kind: str) -> None:
     assert place.is_symlink() == (kind == "dangling link")
 
 
-def test_a_new_plugin_needs_a_folder_to_be_in(tmp_path: Path) -> None:
+def test_a_new_plugin_needs_an_existing_folder(tmp_path: Path) -> None:
     done = call("plugins", "new", "audio", "--out", tmp_path / "nowhere")
     assert (done.returncode, done.stderr[:19]) == (9, "error[MF-PLUG-11]: ")
     assert list(tmp_path.iterdir()) == []
 
 
-# -- what authors import
+# -- names that plugin authors import
 
 
 @pytest.mark.parametrize("package", ["mopefuse.encoders", "mopefuse.fusion"])
 @pytest.mark.process
-def test_public_names_are_there_and_cost_nothing_until_used(package: str) -> None:
+def test_public_names_exist_and_are_imported_lazily(package: str) -> None:
     code = (
         f"import sys, {package} as p; assert 'torch' not in sys.modules; "
         "assert all(hasattr(p, name) for name in p.__all__); assert 'torch' in sys.modules; p.Nothing"

@@ -1,4 +1,4 @@
-"""A run is opened in one way: its model, its data set and the split, by whoever needs all three."""
+"""A run is opened in one way, with its model, its data set and the split."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from mopefuse.runs.load import open_run
 LOAD_A_MODEL_WITHOUT_DATA = {"training.swap", "export.export", "inference.load_model", "inference.run_model"}
 
 
-def test_whoever_needs_model_and_data_opens_the_run() -> None:
+def test_code_that_needs_model_and_data_uses_open_run() -> None:
     users = {name_of(file) for file in FILES if "load_model(" in file.read_text() and name_of(file) != "runs.load"}
     assert users == LOAD_A_MODEL_WITHOUT_DATA
     users = {name_of(file) for file in FILES if "open_run(" in file.read_text()} - {"runs.load"}
     assert users == {"evaluation.evaluate", "evaluation.audit", "evaluation.missing_modalities", "report.run_report"}
 
 
-def test_the_split_is_the_one_named_or_test_or_validation(trained: Path, pairs: Path, tmp_path: Path) -> None:
+def test_the_split_defaults_to_test_or_validation(trained: Path, pairs: Path, tmp_path: Path) -> None:
     opened = open_run(trained, device="cpu")
     assert (opened.split, opened.folder.path, str(opened.device)) == ("test", trained, "cpu")
     assert opened.step == json.loads((trained / "metrics.json").read_text())["selected_step"]
@@ -38,7 +38,7 @@ def test_the_split_is_the_one_named_or_test_or_validation(trained: Path, pairs: 
         open_run(trained, "test", copy, device="cpu")
 
 
-def test_an_adapter_is_opened_with_data_only(trained: Path, pairs: Path, tmp_path: Path) -> None:
+def test_an_adapter_can_be_opened_only_with_data(trained: Path, pairs: Path, tmp_path: Path) -> None:
     assert call("export", trained, "--format", "adapter", "-o", tmp_path / "adapter").returncode == 0
     assert open_run(tmp_path / "adapter", data=pairs, device="cpu").step is None
     with pytest.raises(ConfigError, match="no data set was given"):

@@ -1,4 +1,4 @@
-"""The optimiser's schedule, and where its state goes."""
+"""The optimiser's schedule, and the device of its state."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from mopefuse.config.schema import build_config
 from mopefuse.training.optim import factor, load_optimizer_state
 
 
-def test_the_optimisers_state_is_put_where_its_parameters_are() -> None:
-    """All of it: the fused optimiser on a GPU refuses a step that is on the CPU."""
+def test_the_optimiser_state_is_moved_to_the_device_of_its_parameters() -> None:
+    """All of it: the fused optimiser on a GPU rejects a step that is on the CPU."""
     parameter = torch.nn.Parameter(torch.zeros(2, device="meta"))
     optimizer = torch.optim.AdamW([parameter])
     state = {"a/step": torch.tensor(3.0), "a/exp_avg": torch.zeros(2), "a/exp_avg_sq": torch.zeros(2)}
@@ -20,7 +20,7 @@ def test_the_optimisers_state_is_put_where_its_parameters_are() -> None:
     }  # fmt: skip
 
 
-def test_the_papers_schedule_and_the_others() -> None:
+def test_learning_rate_schedules_match_their_definitions() -> None:
     def at(schedule: str, step: int, **more: float) -> float:
         values = {"main": "x:y", "comp": "x:y", "train": {"schedule": schedule, **more}}
         return factor(build_config(values).train, step, 100)

@@ -49,7 +49,7 @@ def test_the_label_is_that_of_the_photo_at_the_place_in_the_text(photos: Path, t
     assert len(seen) == grid * grid and len(data.splits["test"].rows) == 30
 
 
-def test_a_photo_of_train_is_in_no_other_split(photos: Path, tmp_path: Path) -> None:
+def test_training_photos_are_in_no_other_split(photos: Path, tmp_path: Path) -> None:
     make(tmp_path / "grids", photos=str(photos), size=50, train=4, val=4, test=40)
     rows = [json.loads(line) for line in (tmp_path / "grids" / "test.jsonl").read_text().splitlines()]
     assert {row["label"] for row in rows} == {"green", "blue"}, "the red photo of test is one of train"
@@ -63,7 +63,7 @@ def test_the_same_arguments_give_the_same_bytes(photos: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("given", "fix"), [((), "add --photos DIR"), (("--grid", "4"), "use 2 or 3")])
-def test_what_cannot_be_made_is_refused(photos: Path, tmp_path: Path, given: tuple[str, ...], fix: str) -> None:
+def test_impossible_arguments_are_refused(photos: Path, tmp_path: Path, given: tuple[str, ...], fix: str) -> None:
     options = () if not given else ("--photos", photos, *given)
     done = call("data", "make", "photo-grids", tmp_path / "grids", *options)
     assert done.returncode == 4 and fix in done.stderr and "Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""docs/plugins.md: every block of it runs."""
+"""docs/plugins.md: every code block runs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def blocks(language: str) -> list[str]:
 
 
 def shown(tmp_path: Path) -> Path:
-    """Where everything after the first encoder is installed, as one module."""
+    """The folder where everything after the first encoder is installed, as one module."""
     site = tmp_path / "site"
     (site / "shown-1.0.dist-info").mkdir(parents=True)
     (site / "shown-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: shown\nVersion: 1.0\n")
@@ -37,7 +37,7 @@ def shown(tmp_path: Path) -> Path:
 
 
 @pytest.mark.process
-def test_the_plugin_of_nine_lines_is_installed_inspected_and_keeps_the_contract(
+def test_the_nine_line_plugin_installs_and_satisfies_the_contract(
     tmp_path: Path, here: pytest.MonkeyPatch
 ) -> None:
     code, project = blocks("python")[0], blocks("toml")[0]
@@ -55,7 +55,7 @@ def test_the_plugin_of_nine_lines_is_installed_inspected_and_keeps_the_contract(
     check_encoder("colour:mean")
 
 
-def test_the_method_and_the_promptable_encoder_train_and_are_swapped(
+def test_the_method_and_the_promptable_encoder_train_and_can_be_swapped(
     tmp_path: Path, pairs: Path, here: pytest.MonkeyPatch
 ) -> None:
     add_site(here, shown(tmp_path))
@@ -73,7 +73,7 @@ def test_the_method_and_the_promptable_encoder_train_and_are_swapped(
     assert "method: shown:product\n" in (tmp_path / "swapped" / "config.yaml").read_text()
 
 
-def test_the_modality_is_read_from_its_column_and_given_by_name(
+def test_the_modality_is_read_from_its_column_and_passed_by_name(
     tmp_path: Path, pairs: Path, here: pytest.MonkeyPatch
 ) -> None:
     add_site(here, shown(tmp_path))
@@ -109,7 +109,7 @@ def test_the_data_set_is_prepared(tmp_path: Path, here: pytest.MonkeyPatch) -> N
     assert "no caption" in (tmp_path / "dest" / "skipped.jsonl").read_text()
 
 
-def test_the_page_names_what_there_is() -> None:
+def test_the_page_names_existing_things() -> None:
     assert {ENCODERS, FUSION, MODALITIES} <= set(re.findall(r"`(mopefuse\.\w+)`", PAGE))
     codes = set(re.findall(r"`(MF-PLUG-\d\d)`", PAGE))
     errors = (Path(__file__).resolve().parents[1] / "docs" / "errors.md").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Plugins, really installed: what the good ones can do, and what the bad ones cannot do to anybody else."""
+"""Really installed plugins: what valid ones can do, and that broken ones do not affect anything else."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ STATES = {
 }
 
 
-def said(done: subprocess.CompletedProcess[str]) -> Any:
-    """The one JSON value on stdout."""
+def stdout_json(done: subprocess.CompletedProcess[str]) -> Any:
+    """Parse stdout as a single JSON value."""
     return json.loads(done.stdout)
 
 
 def only(site: Path, tmp_path: Path, *plugins: str) -> Path:
-    """A folder in which but a few of the plugins are installed."""
+    """A folder in which only some of the plugins are installed."""
     folder = tmp_path / "-".join(["site", *plugins])
     folder.mkdir()
     for plugin in plugins:
@@ -53,12 +53,12 @@ def only(site: Path, tmp_path: Path, *plugins: str) -> Path:
     return folder
 
 
-# -- what is broken is listed, and breaks nothing else
+# -- broken plugins are listed and do not affect anything else
 
 
 @pytest.mark.parametrize("args", [("plugins", "list"), ("plugins", "list", "--json"), ("encoders",), ("encoders", "--json")])
 @pytest.mark.process
-def test_lists_import_no_plugin(site: Path, args: tuple[str, ...]) -> None:
+def test_listing_imports_no_plugin(site: Path, args: tuple[str, ...]) -> None:
     imported(site)
     done = run_cli(*args, PYTHONPATH=str(site))
     assert (done.returncode, done.stderr) == (0, "")
@@ -69,24 +69,24 @@ def test_lists_import_no_plugin(site: Path, args: tuple[str, ...]) -> None:
 
 @pytest.mark.process
 def test_the_list_shows_what_each_entry_point_resolves_to(site: Path) -> None:
-    listed = said(run_cli("plugins", "list", "--json", PYTHONPATH=str(site)))
+    listed = stdout_json(run_cli("plugins", "list", "--json", PYTHONPATH=str(site)))
     found = {(p["group"], p["distribution"].removeprefix("mopefuse-"), p["name"]): p["state"] for p in listed["plugins"]}
     assert {claim: state for claim, state in found.items() if claim[1] in PLUGINS} == STATES
     toy = next(p for p in listed["plugins"] if (p["distribution"], p["name"]) == ("mopefuse-two", "toy"))
     assert (toy["version"], toy["value"]) == ("1.5", "mopefuse_two:Toy")
 
 
-def test_without_plugins_the_list_says_how_to_begin(here: pytest.MonkeyPatch) -> None:
+def test_without_plugins_the_list_explains_how_to_start(here: pytest.MonkeyPatch) -> None:
     here.setattr(registry, "distribution", lambda point: registry.OURS)
     assert "mopefuse plugins new" in call("plugins", "list").stdout
-    assert said(call("plugins", "list", "--json"))["plugins"] == []
+    assert stdout_json(call("plugins", "list", "--json"))["plugins"] == []
 
 
-def test_what_is_built_in_works_beside_all_of_them(site: Path) -> None:
+def test_built_ins_work_next_to_broken_plugins(site: Path) -> None:
     imported(site)
     done = run_cli("encoders", "inspect", "tiny:vision", "--json", PYTHONPATH=str(site))
     assert done.returncode == 0
-    assert said(done)["fingerprint"] == said(call("encoders", "inspect", "tiny:vision", "--json"))["fingerprint"]
+    assert stdout_json(done)["fingerprint"] == stdout_json(call("encoders", "inspect", "tiny:vision", "--json"))["fingerprint"]
     assert done.stderr == (
         "notice: the encoder scheme 'tiny' is the built-in one; that of mopefuse-evil is mopefuse-evil:tiny\n"
     )
@@ -96,7 +96,7 @@ def test_what_is_built_in_works_beside_all_of_them(site: Path) -> None:
 @pytest.mark.parametrize(
     ("plugin", "reason"), [("raises", "RuntimeError: no such device"), ("exits", "SystemExit: 0")]
 )
-def test_a_plugin_that_cannot_be_imported_is_an_error_of_one_line_for_who_uses_it(
+def test_a_plugin_that_cannot_be_imported_is_a_one_line_error_when_it_is_used(
     site: Path, plugin: str, reason: str
 ) -> None:
     done = run_cli("encoders", "inspect", f"{plugin}:x", PYTHONPATH=str(site))
@@ -107,15 +107,15 @@ def test_a_plugin_that_cannot_be_imported_is_an_error_of_one_line_for_who_uses_i
     )
 
 
-def test_what_a_plugin_prints_is_not_among_the_results(site: Path, here: pytest.MonkeyPatch) -> None:
+def test_output_of_a_plugin_is_not_mixed_with_results(site: Path, here: pytest.MonkeyPatch) -> None:
     done = run_cli("encoders", "inspect", "talks:vision", "--json", PYTHONPATH=str(site))
     assert done.returncode == 0, done.stderr
-    assert said(done)["modality"] == "image"
+    assert stdout_json(done)["modality"] == "image"
     for said_by_it in ("from print", "from sys.__stdout__", "from the descriptor", "from a process", "from the constructor"):
         assert said_by_it in done.stderr
     add_site(here, site)
-    done = call("encoders", "inspect", "talks:vision", "--json")  # where sys.stdout is not the descriptor
-    assert said(done)["modality"] == "image"
+    done = call("encoders", "inspect", "talks:vision", "--json")  # where sys.stdout is not the file descriptor
+    assert stdout_json(done)["modality"] == "image"
     assert "from print" in done.stderr and "from the constructor" in done.stderr
 
 
@@ -141,13 +141,13 @@ def test_doctor_names_the_entry_points_that_fail_or_hang(site: Path, tmp_path: P
     here.setattr(doctor, "_CHECKS", {})
     here.setattr(doctor, "_DEVICES", "")
     here.setattr(doctor, "_TIMEOUT", 3)
-    problems = said(call("doctor", "--json"))["problems"]
+    problems = stdout_json(call("doctor", "--json"))["problems"]
     assert [problem for problem in problems if "hangs = mopefuse_hangs:X of mopefuse-hangs: no result within" in problem]
     assert [problem for problem in problems if "raises = mopefuse_raises:X of mopefuse-raises: " in problem]
     assert len([problem for problem in problems if "raises" in problem or "hangs" in problem]) == 2
 
 
-def test_a_package_whose_entry_points_cannot_be_read_is_left_out(
+def test_a_package_with_unreadable_entry_points_is_ignored(
     site: Path, tmp_path: Path, here: pytest.MonkeyPatch
 ) -> None:
     folder = only(site, tmp_path, "one", "talks")
@@ -157,12 +157,13 @@ def test_a_package_whose_entry_points_cannot_be_read_is_left_out(
     with pytest.warns(UserWarning, match="talks cannot be read"):
         assert "toy" in registry.available(registry.ENCODERS)
     done = run_cli("plugins", "list", "--json", PYTHONPATH=str(folder))
-    assert {"mopefuse-one", "mopefuse-talks"} & {plugin["distribution"] for plugin in said(done)["plugins"]} == {"mopefuse-one"}
+    listed = {plugin["distribution"] for plugin in stdout_json(done)["plugins"]}
+    assert {"mopefuse-one", "mopefuse-talks"} & listed == {"mopefuse-one"}
     assert done.stderr == "notice: the entry points of mopefuse-talks cannot be read; reinstall or uninstall it\n"
     assert {"tiny", "timm"} <= registry.available(registry.ENCODERS).keys()
 
 
-# -- names that several claim
+# -- name conflicts
 
 
 @pytest.mark.parametrize(
@@ -196,18 +197,18 @@ def test_a_package_whose_entry_points_cannot_be_read_is_left_out(
         ),
     ],
 )  # fmt: skip
-def test_a_name_that_stands_for_nothing_usable_is_refused_with_what_to_write(
+def test_an_unusable_name_is_an_error_that_says_what_to_write(
     site: Path, pairs: Path, tmp_path: Path, here: pytest.MonkeyPatch, args: tuple[str, ...], code: str, what: str, fix: str
 ) -> None:
     add_site(here, site)
     done = call(*(str(arg).format(tmp=tmp_path, pairs=pairs) for arg in args), "--json")
-    error = said(done)["error"]
+    error = stdout_json(done)["error"]
     assert (done.returncode, error["code"], error["message"]) == (9, code, what)
     assert error["hint"].startswith(fix)
 
 
 @pytest.mark.parametrize(("owner", "factor"), [("one", 1), ("two", 2), ("evil", 3)])
-def test_a_full_name_gives_the_encoder_of_that_distribution(
+def test_a_full_name_selects_the_encoder_of_its_distribution(
     site: Path, here: pytest.MonkeyPatch, owner: str, factor: int
 ) -> None:
     from mopefuse.encoders import create_encoder
@@ -218,27 +219,27 @@ def test_a_full_name_gives_the_encoder_of_that_distribution(
     assert (encoder.factor, str(encoder.spec)) == (factor, f"{scheme}:vision?pool=mean")
 
 
-def test_a_full_name_is_read_in_any_spelling_of_the_distribution(site: Path, here: pytest.MonkeyPatch) -> None:
+def test_a_full_name_accepts_any_spelling_of_the_distribution(site: Path, here: pytest.MonkeyPatch) -> None:
     add_site(here, site)
     assert str(registry.parse_spec("Mopefuse_ONE:toy:vision")) == "mopefuse-one:toy:vision"
     assert registry.full_name(registry.FUSION, "Mopefuse.Two:both") == "mopefuse-two:both"
 
 
 @pytest.mark.parametrize("owner", ["one", "two"])
-def test_a_full_name_gives_the_data_set_of_that_distribution(
+def test_a_full_name_selects_the_data_set_of_its_distribution(
     site: Path, tmp_path: Path, here: pytest.MonkeyPatch, owner: str
 ) -> None:
     add_site(here, site)
-    assert said(call("data", "make", f"mopefuse-{owner}:made", tmp_path, "--seed", 5, "--json"))["rows"] == {owner: 5}
+    assert stdout_json(call("data", "make", f"mopefuse-{owner}:made", tmp_path, "--seed", 5, "--json"))["rows"] == {owner: 5}
 
 
 # -- runs
 
 
-def test_a_run_means_the_same_plugin_whatever_is_installed_later(
+def test_a_run_keeps_its_plugins_regardless_of_later_installations(
     site: Path, pairs: Path, tmp_path: Path, here: pytest.MonkeyPatch
 ) -> None:
-    """Trained by plain names when there was one claim to them; a second plugin makes the names ambiguous, not the run."""
+    """Trained by plain names when only one plugin provided them; a second plugin makes the names ambiguous, but not the run."""
     run, swapped = tmp_path / "run", tmp_path / "swapped"
     plain = ("train", *TINY, "--main", "toy:vision", "--method", "both", "--data", pairs, "--out", run)
     add_site(here, only(site, tmp_path, "one"))
@@ -253,7 +254,7 @@ def test_a_run_means_the_same_plugin_whatever_is_installed_later(
         {"group": "mopefuse.encoders", "name": "toy", **of}, {"group": "mopefuse.fusion", "name": "both", **of}
     ]  # fmt: skip
     assert manifest["encoders"]["main"]["spec"] == "mopefuse-one:toy:vision"
-    assert call(*plain, "--steps", 2, "--resume").returncode == 0, "a plain name is no change to what it was recorded as"
+    assert call(*plain, "--steps", 2, "--resume").returncode == 0, "a plain name is not a change of the recorded one"
     add_site(here, site)
     assert call("eval", run).returncode == 0
     full = ("--main", "mopefuse-one:toy:vision", "--method", "mopefuse-one:both")
@@ -267,7 +268,7 @@ def test_a_run_means_the_same_plugin_whatever_is_installed_later(
     ]  # fmt: skip
 
 
-def test_a_run_that_was_recorded_with_plain_names_goes_on(
+def test_a_run_recorded_with_plain_names_can_be_resumed(
     site: Path, pairs: Path, tmp_path: Path, here: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
@@ -296,10 +297,10 @@ NEED = {"group": "mopefuse.encoders", "name": "toy", "distribution": "mopefuse-t
         ),
     ],
 )
-def test_a_missing_plugin_is_named_with_the_version_to_install(
+def test_a_missing_plugin_is_an_error_with_the_version_to_install(
     site: Path, here: pytest.MonkeyPatch, need: dict[str, str], what: str, fix: str
 ) -> None:
-    """A plugin of the same name from another distribution is no substitute."""
+    """A plugin of the same name from another distribution is not accepted instead."""
     add_site(here, site)
     with pytest.raises(PluginError) as caught:
         registry.require([NEED | need], where="runs/a")
@@ -307,12 +308,12 @@ def test_a_missing_plugin_is_named_with_the_version_to_install(
     assert (caught.value.where, caught.value.fix) == ("runs/a", fix)
 
 
-def test_a_plugin_of_the_recorded_distribution_will_do(site: Path, here: pytest.MonkeyPatch) -> None:
+def test_a_plugin_of_the_recorded_distribution_is_accepted(site: Path, here: pytest.MonkeyPatch) -> None:
     add_site(here, site)
     registry.require([NEED | {"distribution": owner} for owner in ("mopefuse-one", "Mopefuse_Two")], where="")
 
 
-# -- names of nobody
+# -- unknown names
 
 
 def test_an_unknown_name_gives_a_suggestion_that_works(site: Path, here: pytest.MonkeyPatch) -> None:

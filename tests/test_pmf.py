@@ -1,4 +1,4 @@
-"""PMF: its two stages against plain layers run on all tokens, its limits, and what learns."""
+"""PMF: its two stages compared with plain layers run on all tokens, its limits, and what is trained."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from conftest import call
 from encoder_cases import hf_case, save_hf, timm_case
 from test_fusion import PAIRS, TEXTS, build, images, open_gates
-from test_tuned import answers
+from test_tuned import predict_logits
 from torch import Tensor
 
 from mopefuse.config.schema import build_config
@@ -33,16 +33,16 @@ def pmf(main: str = "tiny:vision", comp: str = "tiny:text", **options: Any) -> A
 
 
 class Stream(NamedTuple):
-    """One encoder as plain parts."""
+    """One encoder, divided into plain parts."""
 
-    tokens_BLD: Tensor  # that enter the first layer
+    tokens_BLD: Tensor  # tokens that enter the first layer
     real_BL: Tensor
     layers: list[Callable[[Tensor, Tensor], Tensor]]  # of tokens and the mask of keys (B, 1, 1, L)
     pool: Callable[[Tensor], Tensor]
 
 
 def by_definition(model: Any, streams: dict[str, Stream]) -> Tensor:
-    """Logits. In each stage the layer is run on everything, and what is not wanted of its outputs is dropped."""
+    """Compute logits by running the layer on everything in each stage, and dropping the outputs that are not needed."""
     x = {side: stream.tokens_BLD for side, stream in streams.items()}
 
     def run(side: str, layer: int, *extra: Tensor) -> Tensor:
@@ -75,14 +75,14 @@ def tiny_stream(encoder: Any, inputs: dict[str, Tensor]) -> Stream:
 
 
 @pytest.mark.parametrize(("main", "comp"), PAIRS)
-def test_it_is_the_papers_two_stages_with_encoders_of_other_depths(main: str, comp: str) -> None:
+def test_pmf_matches_the_papers_two_stages_with_encoders_of_different_depths(main: str, comp: str) -> None:
     model = pmf(main, comp, gate="none")
     batch = model.collate(images(5), TEXTS)
     streams = {side: tiny_stream(model.encoder(side), batch.inputs[side]) for side in ("main", "comp")}
     torch.testing.assert_close(model(batch).logits, by_definition(model, streams), atol=1e-5, rtol=1e-5)
 
 
-def test_it_is_the_papers_two_stages_by_the_libraries_own_layers_and_widths(tmp_path: Path) -> None:
+def test_pmf_matches_the_papers_two_stages_on_library_layers(tmp_path: Path) -> None:
     save_hf("bert", tmp_path / "bert")
     cases = {"main": timm_case("vit"), "comp": hf_case(tmp_path / "bert")}
     model = pmf(cases["main"].spec, cases["comp"].spec, gate="none", init=0.5, pmf={"layers": 3})
@@ -106,21 +106,21 @@ def test_it_is_the_papers_two_stages_by_the_libraries_own_layers_and_widths(tmp_
 
 @pytest.mark.parametrize("gate", ["zero", "none"])
 @pytest.mark.parametrize(("main", "comp"), PAIRS)
-def test_a_sample_does_not_depend_on_its_batch_and_answers_twice_the_same(main: str, comp: str, gate: str) -> None:
+def test_a_sample_does_not_depend_on_its_batch_and_is_deterministic(main: str, comp: str, gate: str) -> None:
     model = pmf(main, comp, gate=gate, init=1.0)
     open_gates(model)
-    together = answers(model)
-    assert torch.equal(answers(model), together)
+    together = predict_logits(model)
+    assert torch.equal(predict_logits(model), together)
     for i, (image, text) in enumerate(zip(images(5), TEXTS, strict=True)):
         alone = model(model.collate([image], [text])).logits[0]
         torch.testing.assert_close(alone, together[i], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("gate", ["zero", "none"])
-def test_prompts_of_all_three_kinds_learn_in_both_streams_and_no_encoder_does(gate: str) -> None:
+def test_all_three_kinds_of_prompts_are_trained_in_both_streams_and_no_encoder(gate: str) -> None:
     model = pmf(gate=gate, dropout=0.0).train()
     open_gates(model)
-    F.cross_entropy(answers(model), torch.arange(5)).backward()
+    F.cross_entropy(predict_logits(model), torch.arange(5)).backward()
     for side in ("main", "comp"):
         for layer in model.stacks[side]:
             assert all(getattr(layer, name).grad.abs().sum() > 0 for name in LEARNED)
@@ -129,17 +129,17 @@ def test_prompts_of_all_three_kinds_learn_in_both_streams_and_no_encoder_does(ga
     assert all(name.startswith(("stacks.", "head.")) for name in moved)
 
 
-def test_nothing_below_the_fusion_layers_is_kept_for_gradients() -> None:
+def test_no_activations_below_the_fusion_layers_are_stored_for_gradients() -> None:
     model = pmf(gate="none", pmf={"layers": 1})
     graph: list[bool] = []
     for side in ("main", "comp"):
         model.encoder(side).blocks[-2].register_forward_hook(lambda block, args, out: graph.append(out.requires_grad))
-    assert answers(model).requires_grad
+    assert predict_logits(model).requires_grad
     assert graph == [False, False]
 
 
-def test_gradients_are_those_of_the_definition() -> None:
-    """The main encoder's fusion layers run twice; each run counts for what it is used for."""
+def test_gradients_match_the_definition() -> None:
+    """The main encoder's fusion layers run twice; each run contributes the gradient of what it is used for."""
     model = pmf(gate="none")
     batch = model.collate(images(5), TEXTS)
     streams = {side: tiny_stream(model.encoder(side), batch.inputs[side]) for side in ("main", "comp")}
@@ -151,7 +151,7 @@ def test_gradients_are_those_of_the_definition() -> None:
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_the_exchange_goes_both_ways() -> None:
+def test_the_streams_exchange_information_in_both_directions() -> None:
     model = pmf(gate="none")
     one, texts, pictures = (
         model.collate(images(2), TEXTS[:2]), model.collate(images(2), TEXTS[2:4]), model.collate(images(4)[2:], TEXTS[:2])
@@ -167,19 +167,19 @@ def test_the_exchange_goes_both_ways() -> None:
         assert torch.equal(blind(one).logits, blind(other).logits)
 
 
-def test_no_fusion_layer_and_closed_gates_are_late_concatenation_of_frozen_encoders_to_the_bit() -> None:
+def test_without_fusion_layers_or_with_closed_gates_it_is_late_concatenation_bit_for_bit() -> None:
     plain, none, closed = build(method="late-concat"), pmf(pmf={"layers": 0}), pmf()
     assert none.frozen == plain.frozen and set(none.named_trainable_parameters()) == set(plain.named_trainable_parameters())
     for model in (none, closed):
         head = {n: t for n, t in model.trainable_state_dict().items() if n.startswith("head.")}
         plain.load_trainable_state_dict(head, where="here")
-        assert torch.equal(answers(model), answers(plain))
+        assert torch.equal(predict_logits(model), predict_logits(plain))
     open_gates(closed)
-    assert not torch.equal(answers(closed), answers(plain))
+    assert not torch.equal(predict_logits(closed), predict_logits(plain))
 
 
 @pytest.mark.parametrize("gate", ["zero", "none"])
-def test_without_query_prompts_it_is_static_prompts_in_the_last_layers_to_the_bit(gate: str) -> None:
+def test_without_query_prompts_it_is_static_prompts_in_the_last_layers_bit_for_bit(gate: str) -> None:
     model = pmf(gate=gate, pmf={"queries": 0, "fusion_context": 3})
     static = build(method="p-late-concat", gate=gate, layers="last:2", static=3)
     open_gates(model)
@@ -190,13 +190,13 @@ def test_without_query_prompts_it_is_static_prompts_in_the_last_layers_to_the_bi
             if gate == "zero":
                 state[f"stacks.{side}.layers.{depth - 2 + at}.gate_H"] = layer.gate_H
     static.load_trainable_state_dict(state, where="here")
-    assert torch.equal(answers(model), answers(static))
+    assert torch.equal(predict_logits(model), predict_logits(static))
 
 
 @pytest.mark.parametrize("lengths", [{"query_context": 0}, {"fusion_context": 0}, {"query_context": 0, "fusion_context": 0}])
-def test_kinds_can_be_left_out(lengths: dict[str, int]) -> None:
+def test_each_kind_of_prompt_can_be_left_out(lengths: dict[str, int]) -> None:
     model = pmf(gate="none", dropout=0.0, pmf=lengths)
-    F.cross_entropy(answers(model), torch.arange(5)).backward()
+    F.cross_entropy(predict_logits(model), torch.arange(5)).backward()
     assert all(parameter.grad is not None for parameter in model.trainable_parameters())
     missing = {f"{kind}_XD" if kind == "query_context" else f"{kind}_PD" for kind in lengths}
     assert {name.rpartition(".")[2] for name in model.named_trainable_parameters()} & set(LEARNED) == set(LEARNED) - missing
@@ -204,18 +204,18 @@ def test_kinds_can_be_left_out(lengths: dict[str, int]) -> None:
 
 @pytest.mark.parametrize("side", ["main", "comp"])
 @pytest.mark.parametrize("layer", [0, -1])
-def test_a_failure_in_either_stream_surfaces_as_itself_and_leaves_nothing_behind(side: str, layer: int) -> None:
+def test_an_exception_in_either_stream_is_raised_and_leaves_no_state(side: str, layer: int) -> None:
     model = pmf(gate="none")
-    before = answers(model)
+    before = predict_logits(model)
     norm = model.encoder(side).blocks[layer].norm2
     handle = norm.register_forward_pre_hook(lambda module, args: (_ for _ in ()).throw(ArithmeticError(side)))
     with pytest.raises(ArithmeticError, match=side):
-        answers(model)
+        predict_logits(model)
     handle.remove()
-    assert torch.equal(answers(model), before)
+    assert torch.equal(predict_logits(model), before)
 
 
-def test_what_does_not_suit_is_refused() -> None:
+def test_unsuitable_settings_and_encoders_are_refused() -> None:
     swin = "timm:swin_tiny?pretrained=false&img_size=32&window_size=1"
     for named, side in ((({"main": swin}), "main"), ({"comp": "timm:resnet18?pretrained=false"}, "comp")):
         with pytest.raises(EncoderError, match="does not support inserted tokens") as refused:
@@ -231,7 +231,7 @@ def test_settings_of_other_methods_are_reported_as_unused() -> None:
     assert build(method="late-concat", pmf={"layers": 1}).unused_sections() == ["pmf"]
 
 
-def test_another_encoder_keeps_what_hangs_on_the_one_that_stays() -> None:
+def test_swapping_an_encoder_keeps_the_tensors_of_the_other() -> None:
     old, new = pmf(), pmf(main="tiny:vision-b")
     _, inherited = inherit(old, new, list("abcdefg"), list("abcdefg"))
     fresh = {entry.name for entry in inherited if entry.fate == "new"}
@@ -240,7 +240,7 @@ def test_another_encoder_keeps_what_hangs_on_the_one_that_stays() -> None:
 
 
 @pytest.mark.matrix
-def test_it_is_an_ordinary_run_and_exports(pairs: Path, tmp_path: Path) -> None:
+def test_a_run_can_be_evaluated_and_exported(pairs: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     flags = ("--main", "tiny:vision", "--comp", "tiny:text", "--method", "pmf", "--set", "pmf.layers=1")
     done = call("train", *flags, "--data", pairs, "--steps", "3", "--batch", "4", "--out", run)
@@ -251,7 +251,7 @@ def test_it_is_an_ordinary_run_and_exports(pairs: Path, tmp_path: Path) -> None:
     assert exported.returncode == 0, exported.stderr
 
 
-def test_a_run_of_it_resumes_to_the_bit(pairs: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_is_equal_bit_for_bit(pairs: Path, tmp_path: Path) -> None:
     def config(epochs: int) -> Any:
         values = {"main": "tiny:text", "comp": "tiny:vision", "method": "pmf", "data": {"path": str(pairs)}}
         return build_config({**values, "train": {"epochs": epochs, "batch_size": 6, "schedule": "constant"}})

@@ -1,4 +1,5 @@
-"""New pairs get answers in their order, the same as evaluation gives; what is no pair gets an error and harms no other."""
+"""New pairs get predictions in input order, the same as in evaluation; an invalid pair gets an error and does not affect
+others."""
 
 from __future__ import annotations
 
@@ -35,12 +36,12 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def without(answer: dict[str, Any], *names: str) -> dict[str, Any]:
-    return {name: value for name, value in answer.items() if name not in names}
+def without(prediction: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in prediction.items() if name not in names}
 
 
 def assert_alike(one: dict[str, Any], other: dict[str, Any]) -> None:
-    """Equal but for the last digits of probabilities, which depend on how many were computed at once."""
+    """Equal except for the last digits of probabilities, which depend on the batch size."""
     assert without(one, "probabilities") == without(other, "probabilities")
     assert one["probabilities"] == pytest.approx(other["probabilities"], abs=2e-5)
 
@@ -48,7 +49,7 @@ def assert_alike(one: dict[str, Any], other: dict[str, Any]) -> None:
 # -- the same as evaluation
 
 
-def test_a_split_gets_the_answers_that_evaluation_wrote(trained: Path, pairs: Path, tmp_path: Path) -> None:
+def test_predictions_for_a_split_equal_those_of_evaluation(trained: Path, pairs: Path, tmp_path: Path) -> None:
     done = call("predict", trained, pairs / "test.jsonl", "-o", tmp_path / "out.jsonl")
     assert done.returncode == 0, done.stderr
     assert "7 rows" in done.stderr
@@ -56,7 +57,7 @@ def test_a_split_gets_the_answers_that_evaluation_wrote(trained: Path, pairs: Pa
         assert_alike(mine, without(theirs, "true"))
 
 
-def test_several_labels_are_chosen_by_the_thresholds_of_the_run(multi: tuple[Path, Path], tmp_path: Path) -> None:
+def test_multi_label_predictions_use_the_thresholds_of_the_run(multi: tuple[Path, Path], tmp_path: Path) -> None:
     root, run = multi
     assert call("predict", run, root / "test.jsonl", "-o", tmp_path / "out.jsonl").returncode == 0
     for mine, theirs in zip(rows(tmp_path / "out.jsonl"), rows(run / "predictions.jsonl"), strict=True):
@@ -64,26 +65,26 @@ def test_several_labels_are_chosen_by_the_thresholds_of_the_run(multi: tuple[Pat
 
 
 @pytest.mark.parametrize("batch", [1, 2, 7])
-def test_the_number_at_once_changes_no_answer(trained: Path, pairs: Path, batch: int) -> None:
+def test_predictions_do_not_depend_on_the_batch_size(trained: Path, pairs: Path, batch: int) -> None:
     predictor = mopefuse.load(trained, device="cpu")
     whole = list(predict_pairs(predictor, read_pairs(pairs / "test.jsonl", Data(), MODALITIES), batch=32))
-    said = predict_pairs(predictor, read_pairs(pairs / "test.jsonl", Data(), MODALITIES), batch=batch)
-    for one, other in zip(said, whole, strict=True):
+    batched = predict_pairs(predictor, read_pairs(pairs / "test.jsonl", Data(), MODALITIES), batch=batch)
+    for one, other in zip(batched, whole, strict=True):
         assert_alike(one, other)
 
 
 # -- Python
 
 
-def test_python_asks_with_images_of_any_mode(trained: Path, pairs: Path) -> None:
+def test_the_python_predictor_accepts_images_of_any_mode(trained: Path, pairs: Path) -> None:
     predictor = mopefuse.load(trained, device="cpu")
     with Image.open(pairs / "images" / "test-0.png") as image:
-        told = predictor.predict([image, image.convert("RGBA")], ["what is the red digit"] * 2, top=2, routing=True)
-    assert_alike(told[0], told[1])
-    assert list(told[0]["probabilities"].values()) == sorted(told[0]["probabilities"].values(), reverse=True)
-    assert len(told[0]["probabilities"]) == 2
-    assert next(iter(told[0]["probabilities"])) == told[0]["label"]
-    assert [round(sum(layer), 5) for layer in told[0]["routing"]] == [1.0] * 4
+        predictions = predictor.predict([image, image.convert("RGBA")], ["what is the red digit"] * 2, top=2, routing=True)
+    assert_alike(predictions[0], predictions[1])
+    assert list(predictions[0]["probabilities"].values()) == sorted(predictions[0]["probabilities"].values(), reverse=True)
+    assert len(predictions[0]["probabilities"]) == 2
+    assert next(iter(predictions[0]["probabilities"])) == predictions[0]["label"]
+    assert [round(sum(layer), 5) for layer in predictions[0]["routing"]] == [1.0] * 4
     assert predictor.predict([], []) == []
     assert code_of(lambda: predictor.predict([], ["a"])) == "MF-DATA-17"
 
@@ -98,7 +99,7 @@ def test_a_folder_that_is_not_a_run_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def mixed(pairs: Path, tmp_path: Path) -> Path:
-    """Good pairs among what is none."""
+    """Valid pairs among invalid ones."""
     good = rows(pairs / "test.jsonl")
     images = tmp_path / "images"
     images.mkdir()
@@ -118,36 +119,36 @@ def test_an_invalid_pair_becomes_a_row_with_its_error(trained: Path, mixed: Path
     done = call("predict", trained, mixed, "-o", tmp_path / "out.jsonl", "--batch", "2")
     assert done.returncode == 0, done.stderr
     assert "9 rows, 6 of which could not be read" in done.stderr
-    told = rows(tmp_path / "out.jsonl")
-    assert [row["id"] for row in told] == ["test-0", "2", "3", "test-1", "c", "d", "e", "test-2", "9"]
-    codes = [row["error"]["code"] if "error" in row else "" for row in told]
+    predictions = rows(tmp_path / "out.jsonl")
+    assert [row["id"] for row in predictions] == ["test-0", "2", "3", "test-1", "c", "d", "e", "test-2", "9"]
+    codes = [row["error"]["code"] if "error" in row else "" for row in predictions]
     assert codes == ["", "MF-DATA-03", "MF-DATA-03", "", "MF-SEC-01", "MF-DATA-13", "MF-DATA-11", "", "MF-DATA-03"]
-    assert all(("label" in row) != ("error" in row) for row in told)
+    assert all(("label" in row) != ("error" in row) for row in predictions)
 
 
-def test_where_nothing_can_be_read_the_answer_is_no_success(trained: Path, tmp_path: Path) -> None:
+def test_predicting_only_invalid_rows_is_an_error(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "in.csv").write_text("id,text,photo\n1,a,x.png\n2,b,y.png\n")
     done = call("predict", trained, tmp_path / "in.csv", "-o", tmp_path / "out.jsonl")
     assert done.returncode == 4
     assert "could not read any of 2 rows" in done.stderr and "--image-col photo" in done.stderr
     assert len(rows(tmp_path / "out.jsonl")) == 2
     (tmp_path / "in.csv").write_text("id,text,photo\n")
-    assert call("predict", trained, tmp_path / "in.csv").returncode == 0, "no rows, no answers"
+    assert call("predict", trained, tmp_path / "in.csv").returncode == 0, "an empty table is not an error"
 
 
-def test_strict_stops_at_the_first_and_writes_nothing(trained: Path, mixed: Path, tmp_path: Path) -> None:
+def test_strict_stops_at_the_first_invalid_row_and_writes_nothing(trained: Path, mixed: Path, tmp_path: Path) -> None:
     done = call("predict", trained, mixed, "-o", tmp_path / "out.jsonl", "--strict")
     assert (done.returncode, (tmp_path / "out.jsonl").exists()) == (4, False)
     assert "in.jsonl:2 has no img" in done.stderr
 
 
-def test_standard_input_is_answered_line_by_line(trained: Path, mixed: Path) -> None:
+def test_rows_on_standard_input_are_predicted_line_by_line(trained: Path, mixed: Path) -> None:
     options = ["--image-root", str(mixed.parent), "--batch", "1"]
     command = [sys.executable, "-m", "mopefuse", "predict", str(trained), "-", *options]
     done = subprocess.run(command, input=mixed.read_bytes(), capture_output=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
-    told = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [row["id"] for row in told][:4] == ["test-0", "2", "3", "test-1"]
+    predictions = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["id"] for row in predictions][:4] == ["test-0", "2", "3", "test-1"]
 
 
 def test_a_csv_with_other_columns_is_read_and_written(trained: Path, pairs: Path, tmp_path: Path) -> None:
@@ -157,20 +158,20 @@ def test_a_csv_with_other_columns_is_read_and_written(trained: Path, pairs: Path
     columns = "--id-col no --text-col title --image-col photo".split()
     done = call("predict", trained, tmp_path / "in.csv", *columns, "--image-root", pairs, "-o", tmp_path / "out.csv")
     assert done.returncode == 0, done.stderr
-    told = list(csv.DictReader((tmp_path / "out.csv").open()))
+    predictions = list(csv.DictReader((tmp_path / "out.csv").open()))
     expected = rows(trained / "predictions.jsonl")
-    assert [(row["id"], row["label"]) for row in told] == [(row["id"], row["label"]) for row in expected]
-    assert float(told[0]["p(a)"]) == pytest.approx(expected[0]["probabilities"]["a"], abs=2e-5)
+    assert [(row["id"], row["label"]) for row in predictions] == [(row["id"], row["label"]) for row in expected]
+    assert float(predictions[0]["p(a)"]) == pytest.approx(expected[0]["probabilities"]["a"], abs=2e-5)
 
 
-def test_a_single_pair_is_named_by_its_file(trained: Path, pairs: Path) -> None:
+def test_a_single_pair_is_identified_by_its_file(trained: Path, pairs: Path) -> None:
     done = call("predict", trained, "--image", pairs / "images" / "test-0.png", "--text", "what is the red digit", "--top", "1")
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert (told["id"], len(told["probabilities"])) == ("test-0.png", 1)
+    predictions = json.loads(done.stdout)
+    assert (predictions["id"], len(predictions["probabilities"])) == ("test-0.png", 1)
 
 
-def test_a_cell_that_is_a_formula_elsewhere_is_quoted() -> None:
+def test_a_cell_that_a_spreadsheet_would_evaluate_is_quoted() -> None:
     lines = "".join(as_csv([{"id": "=1+1", "label": "@x", "probabilities": {"@x": 0.5}}], ["@x"]))
     assert list(csv.reader(io.StringIO(lines)))[1] == ["'=1+1", "'@x", "0.5", ""]
 
@@ -187,13 +188,13 @@ def test_a_cell_that_is_a_formula_elsewhere_is_quoted() -> None:
         (("--image", "nowhere.png", "--text", "t"), "MF-DATA-11"),
     ],
 )
-def test_unsupported_requests_are_refused(trained: Path, options: tuple[str, ...], code: str) -> None:
+def test_unsupported_options_are_refused(trained: Path, options: tuple[str, ...], code: str) -> None:
     done = call("predict", trained, *options)
     assert code in done.stderr
     assert done.stdout == ""
 
 
-def test_several_processes_give_the_same_file(trained: Path, mixed: Path, tmp_path: Path) -> None:
+def test_several_processes_write_the_same_file(trained: Path, mixed: Path, tmp_path: Path) -> None:
     assert call("predict", trained, mixed, "-o", tmp_path / "one.jsonl", "--batch", "1").returncode == 0
     done = ranks(2, "predict", str(trained), str(mixed), "-o", str(tmp_path / "two.jsonl"), "--batch", "1")
     assert done.returncode == 0, done.stderr

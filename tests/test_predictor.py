@@ -1,4 +1,4 @@
-"""The runtime of a bundle: the same pixels and tokens as training, plain words for bad inputs, and no torch."""
+"""The runtime of a bundle: the same pixels and tokens as in training, clear messages for invalid inputs, and no torch."""
 
 from __future__ import annotations
 
@@ -54,17 +54,17 @@ def bundle(exported: Path) -> Bundle:
     how=st.sampled_from(["bicubic", "bilinear", "nearest", "lanczos"]),
 )
 @settings(max_examples=60)
-def test_pixels_are_those_of_torchvision(sides: tuple[int, int], size: tuple[int, int], resize: Any, how: str) -> None:
+def test_pixels_equal_those_of_torchvision(sides: tuple[int, int], size: tuple[int, int], resize: Any, how: str) -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*sides, 3), dtype=np.uint8))
     if max(sides) > 50 * min(sides):
-        return  # of a longer strip, only the middle is resized
+        return  # of longer images, only the middle is resized
     wanted = TF.resize(image, [resize] if isinstance(resize, int) else list(resize), v2.InterpolationMode(how), antialias=True)
     shrunk = pixels.shrink(image, resize, how)
     assert np.array_equal(shrunk, np.asarray(wanted))
     assert np.array_equal(pixels.centre(shrunk, size), np.asarray(TF.center_crop(wanted, list(size))))
 
 
-def test_of_a_strip_only_the_middle_is_resized() -> None:
+def test_of_a_very_long_image_only_the_middle_is_resized() -> None:
     strip = Image.fromarray(np.tile(np.arange(3000, dtype=np.uint16)[None, :, None] // 12, (2, 1, 3)).astype(np.uint8))
     assert pixels.shrink(strip, 4, "bilinear").shape == (4, 200, 3)
     assert abs(float(pixels.centre(pixels.shrink(strip, 4, "bilinear"), (4, 4)).mean()) - 124.5) < 2
@@ -72,7 +72,7 @@ def test_of_a_strip_only_the_middle_is_resized() -> None:
 
 @pytest.mark.parametrize("kind", ["tiny", "hashing", "hf", "open_clip"])
 @pytest.mark.parametrize("ftfy", [True, False])
-def test_tokens_are_those_of_the_encoder(
+def test_tokens_equal_those_of_the_encoder(
     kind: str, ftfy: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if kind == "open_clip":
@@ -105,7 +105,7 @@ def test_tokens_are_those_of_the_encoder(
         assert np.array_equal(mine, theirs), text
 
 
-def test_text_that_may_need_ftfy_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_that_may_need_ftfy_gives_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bundle_tokens, "find_spec", lambda name: None)
     clean = bundle_tokens._clip_text()
     with warnings.catch_warnings():
@@ -116,7 +116,7 @@ def test_text_that_may_need_ftfy_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("multi", [True, False])
-def test_probabilities_are_those_of_training(multi: bool) -> None:
+def test_probabilities_equal_those_of_training(multi: bool) -> None:
     logits = np.array([[3.0, -2.0, 0.5], [800.0, -800.0, 0.0]], dtype=np.float32)
     wanted = metrics.probabilities(torch.from_numpy(logits), multi_label=multi).numpy()
     with warnings.catch_warnings():
@@ -124,7 +124,7 @@ def test_probabilities_are_those_of_training(multi: bool) -> None:
         assert np.allclose(predictor.probabilities(logits, multi_label=multi), wanted, atol=1e-7)
 
 
-# -- inputs that are none
+# -- invalid inputs
 
 
 def good(bundle: Bundle) -> dict[str, Any]:
@@ -151,27 +151,27 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str, str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_raw_inputs_that_do_not_fit_are_refused_in_plain_words(name: str, bundle: Bundle) -> None:
-    change, code, says = BAD[name]
+def test_invalid_raw_inputs_are_refused_with_a_clear_message(name: str, bundle: Bundle) -> None:
+    change, code, message = BAD[name]
     assert bundle.run(good(bundle))[0].shape == (2, 3)
     with pytest.raises(mopefuse.errors.DataError) as caught:
         bundle.run(change(good(bundle)))
     assert (caught.value.code, caught.value.exit_code) == (code, 4)
-    assert says in str(caught.value) and caught.value.fix
+    assert message in str(caught.value) and caught.value.fix
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("kind", ["run", "bundle"])
-def test_pixels_that_are_not_finite_are_an_error_and_no_probabilities(
+def test_pixels_that_are_not_finite_are_an_error(
     kind: str, bad: float, exported: Path, trained: Path
 ) -> None:
-    asked = mopefuse.load(exported if kind == "bundle" else trained, device="cpu")
+    predictor = mopefuse.load(exported if kind == "bundle" else trained, device="cpu")
     array = np.zeros((20, 20), np.float32)
     whole = Image.fromarray(array)
     array[3, 4] = bad
-    assert asked.predict([whole], ["a"])[0]["probabilities"]
+    assert predictor.predict([whole], ["a"])[0]["probabilities"]
     with pytest.raises(mopefuse.errors.NumericError) as caught:
-        asked.predict([Image.fromarray(array)], ["a"])
+        predictor.predict([Image.fromarray(array)], ["a"])
     assert (caught.value.code, caught.value.exit_code) == ("MF-NUM-04", 8)
 
 
@@ -181,7 +181,7 @@ def test_a_prediction_that_is_not_finite_is_an_error(bundle: Bundle, monkeypatch
         bundle.run(good(bundle))
 
 
-def test_a_bundle_has_no_checkpoints_and_no_other_device(exported: Path) -> None:
+def test_a_bundle_refuses_a_checkpoint_and_an_unavailable_device(exported: Path) -> None:
     assert code_of(lambda: mopefuse.load(exported, checkpoint="last")) == "MF-CFG-70"
     assert code_of(lambda: mopefuse.load(exported, main="tiny:vision-b")) == "MF-CFG-70"
     assert code_of(lambda: mopefuse.load(exported, device="cuda:3")) == "MF-CFG-41"
@@ -192,7 +192,7 @@ def test_a_bundle_has_no_checkpoints_and_no_other_device(exported: Path) -> None
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A virtual environment with mopefuse and what its runtime needs, and without torch."""
+    """A virtual environment with mopefuse and the packages that its runtime needs, but without torch."""
     folder = tmp_path_factory.mktemp("runtime") / "venv"
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
@@ -206,7 +206,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.process
 def test_a_bundle_predicts_without_torch(environment: Path, exported: Path, tmp_path: Path) -> None:
-    """First with onnxruntime, tokenizers, Pillow and numpy alone; then from the command line, which needs a few more."""
+    """First with only onnxruntime, tokenizers, Pillow and numpy; then on the command line, which needs a few more packages."""
     example = json.loads((exported / "example.json").read_text())
     python, clean = environment / "bin" / "python", {"PATH": os.environ["PATH"], "MOPEFUSE_CACHE": str(tmp_path / "cache")}
     program = (
@@ -225,7 +225,7 @@ def test_a_bundle_predicts_without_torch(environment: Path, exported: Path, tmp_
     pair = ["--image", exported / "example.png", "--text", example["text"]]
     done = subprocess.run([*command, *pair], capture_output=True, text=True, env=clean, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["label"] == example["answer"]["label"]
+    assert json.loads(done.stdout)["label"] == example["prediction"]["label"]
     missing = subprocess.run([python, "-c", "import torch"], capture_output=True, env=clean, check=False)
     assert missing.returncode != 0
 

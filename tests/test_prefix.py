@@ -1,4 +1,4 @@
-"""An encoder continues from the output of its first layers, and does not run those layers again."""
+"""An encoder can start from the output of its first layers, and then does not run those layers again."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_layers_before_the_prefix_do_not_run(family: str, encoders: Mapping[str,
 
 
 @pytest.mark.parametrize("family", matrix(CHOSEN, ("timm-vit",)))
-def test_a_prefix_of_half_precision_is_read_in_the_type_of_the_weights(family: str, encoders: Mapping[str, Encoder]) -> None:
+def test_a_half_precision_prefix_is_converted_to_the_type_of_the_weights(family: str, encoders: Mapping[str, Encoder]) -> None:
     encoder = encoders[family]
     inputs = batch_of(encoder)
     prefix = encoder.compute_prefix(inputs, 1)
@@ -64,7 +64,7 @@ def test_a_prefix_of_half_precision_is_read_in_the_type_of_the_weights(family: s
 
 
 @pytest.mark.parametrize("family", matrix(CHOSEN, ("hf-bert", "open_clip-text")))
-def test_tokens_are_kept_without_padding(family: str, encoders: Mapping[str, Encoder]) -> None:
+def test_tokens_are_stored_without_padding(family: str, encoders: Mapping[str, Encoder]) -> None:
     encoder = encoders[family]
     inputs, last = batch_of(encoder), len(encoder.widths) - 1
     assert can_continue(encoder, inputs, encoder.compute_prefix(inputs, last))
@@ -82,7 +82,7 @@ def test_tokens_are_kept_without_padding(family: str, encoders: Mapping[str, Enc
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_early_blocks_do_not_run_where_activations_are_recomputed(encoders: Mapping[str, Encoder], recompute: bool) -> None:
+def test_with_recomputed_activations_early_blocks_do_not_run(encoders: Mapping[str, Encoder], recompute: bool) -> None:
     encoder = copy.deepcopy(encoders["timm-vit"])
     assert isinstance(encoder, PromptedEncoder)
     encoder.recompute = recompute
@@ -93,7 +93,7 @@ def test_early_blocks_do_not_run_where_activations_are_recomputed(encoders: Mapp
     assert runs == []
 
 
-def test_a_failed_prefix_leaves_nothing_behind(encoders: Mapping[str, Encoder]) -> None:
+def test_a_failed_prefix_leaves_no_state(encoders: Mapping[str, Encoder]) -> None:
     encoder = encoders["timm-vit"]
     inputs = batch_of(encoder)
     with torch.no_grad():

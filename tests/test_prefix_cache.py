@@ -1,4 +1,4 @@
-"""Training starts at the first prompted layer: what enters it is computed once for each sample, and kept."""
+"""Training starts at the first prompted layer: the tokens that enter it are computed once per sample and cached."""
 
 from __future__ import annotations
 
@@ -77,6 +77,7 @@ COURSES: dict[str, dict[str, Any]] = {
     "FiLM": {"prompts__film": True, "prompts__mapped": 0, "prompts__dynamic": 0, "prompts__static": 0},
     "joint router": {"router": {"kind": "joint"}, "train__accumulate": 2},
     "warm start": {"warm_start": "linear"},
+    "Flamingo": {"method": "flamingo"},
     "recomputed activations": {"train__checkpoint_activations": True},
     "workers": {"data__workers": 2},
     "modality dropout": {"train__modality_dropout": 0.4},
@@ -84,7 +85,7 @@ COURSES: dict[str, dict[str, Any]] = {
 
 
 class Notices(Listener):
-    """Keeps what the user is told."""
+    """Collects the notices for the user."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
@@ -102,7 +103,7 @@ def log(run: Path) -> list[dict[str, Any]]:
 
 
 def assert_same_course(one: Path, other: Path, tolerance: float = 1e-5) -> None:
-    """The same losses and validation losses at every step, up to rounding."""
+    """The same training and validation losses at every step, up to rounding."""
     first, second = log(one), log(other)
     assert [line["step"] for line in first] == [line["step"] for line in second]
     for left, right in zip(first, second, strict=True):
@@ -145,11 +146,11 @@ def layers_run(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     return found
 
 
-# -- the same run, for less
+# -- the same run at less cost
 
 
 @pytest.mark.parametrize("name", matrix(COURSES, ["plain", "text as main", "FiLM"]))
-def test_a_run_with_the_cache_takes_the_course_of_one_without(data: Path, tmp_path: Path, name: str) -> None:
+def test_a_run_with_the_cache_equals_one_without_it(data: Path, tmp_path: Path, name: str) -> None:
     more = COURSES[name]
     results = {setting: train(settings(data, setting, **more), tmp_path / setting) for setting in ("on", "off")}
     assert_same_course(tmp_path / "on", tmp_path / "off")
@@ -158,15 +159,15 @@ def test_a_run_with_the_cache_takes_the_course_of_one_without(data: Path, tmp_pa
 
 
 @pytest.mark.matrix
-def test_a_compiled_run_takes_the_course_of_one_that_is_not(data: Path, tmp_path: Path) -> None:
-    """Without noise and dropout, which compiled code draws from a generator of its own."""
+def test_a_compiled_run_equals_an_uncompiled_one(data: Path, tmp_path: Path) -> None:
+    """Without noise and dropout, which compiled code draws from its own generator."""
     texts = {"main": "tiny:text", "comp": "tiny:vision", "train__epochs": 1, "prompts__dropout": 0.0, "router__noise": False}
     for compiled in (True, False):
         train(settings(data, "on", **texts, train__compile=compiled), tmp_path / str(compiled))
     assert_same_course(tmp_path / "True", tmp_path / "False")
 
 
-def test_multi_label_rows_and_rows_without_a_modality(tmp_path: Path) -> None:
+def test_multi_label_rows_and_rows_with_gaps_use_the_cache(tmp_path: Path) -> None:
     root = make_pairs(tmp_path / "data", multi=True, counts=COUNTS)
     for split in COUNTS:
         rows = [json.loads(line) for line in (root / f"{split}.jsonl").read_text().splitlines()]
@@ -180,7 +181,7 @@ def test_multi_label_rows_and_rows_without_a_modality(tmp_path: Path) -> None:
         assert_same_course(tmp_path / f"{main}-on", tmp_path / f"{main}-off")
 
 
-def test_half_precision_is_close_and_not_equal(data: Path, tmp_path: Path) -> None:
+def test_half_precision_is_close_but_not_equal(data: Path, tmp_path: Path) -> None:
     train(settings(data, "on", data__prefix_precision="float16"), tmp_path / "half")
     train(settings(data, "off"), tmp_path / "off")
     assert_same_course(tmp_path / "half", tmp_path / "off", tolerance=0.01)
@@ -208,14 +209,14 @@ def test_early_layers_run_once_for_each_sample_and_not_in_training(
 
 def test_no_image_is_opened_in_training_or_in_a_second_run(data: Path, tmp_path: Path, reads: list[str]) -> None:
     train(settings(data, train__epochs=3), tmp_path / "first")
-    assert reads.count("image") == sum(COUNTS.values()), "each once, and those of the test split in the test"
+    assert reads.count("image") == sum(COUNTS.values()), "each image once, and those of the test split in the final test"
     reads.clear()
     train(settings(data, train__epochs=3, prompts__experts=3), tmp_path / "second")
     assert reads.count("image") == COUNTS["test"]
 
 
-def test_a_resumed_run_is_equal_to_the_bit(data: Path, tmp_path: Path) -> None:
-    """It was begun with `auto`, which became `on`; the second part says nothing, or `auto` again."""
+def test_a_resumed_run_is_equal_bit_for_bit(data: Path, tmp_path: Path) -> None:
+    """It was started with `auto`, which became `on`; the second part sets nothing, or `auto` again."""
     config = settings(data, "auto", data__prefix_precision="float16", train__checkpoint_every=3)
     whole = tmp_path / "whole"
     train(config, whole)
@@ -248,10 +249,10 @@ def test_two_processes_equal_one(data: Path, tmp_path: Path) -> None:
         assert "ran once for 16 different images" in done.stderr + done.stdout
     assert_same_course(tmp_path / "2", tmp_path / "1")
     shards = list((tmp_path / "cache-2").glob("prefixes/*/*"))
-    assert len(shards) == 4, "each process computed its share of both splits"
+    assert len(shards) == 4, "each process computed a part of both splits"
 
 
-def test_a_swapped_run_decides_anew(data: Path, tmp_path: Path) -> None:
+def test_a_swapped_run_decides_again_whether_to_use_the_cache(data: Path, tmp_path: Path) -> None:
     train(settings(data, "auto", train__epochs=1), tmp_path / "run")
     assert RunFolder(tmp_path / "run").config().data.cache_prefix == "on"
     swap_encoder(tmp_path / "run", tmp_path / "new", comp="tiny:text-b", settings={"data": {"augment": "flip"}})
@@ -272,7 +273,7 @@ def test_a_swapped_run_decides_anew(data: Path, tmp_path: Path) -> None:
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_where_early_layers_have_no_constant_output(data: Path, tmp_path: Path, more: dict[str, Any], fix: str) -> None:
+def test_if_early_layers_change_the_cache_is_not_used(data: Path, tmp_path: Path, more: dict[str, Any], fix: str) -> None:
     for action in (lambda: train(settings(data, "on", **more), tmp_path / "on"), lambda: plan(settings(data, "on", **more))):
         with pytest.raises(ConfigError) as raised:
             action()
@@ -283,8 +284,8 @@ def test_where_early_layers_have_no_constant_output(data: Path, tmp_path: Path, 
     assert all(kind != "prefixes" for kind, *_ in cache.entries())
 
 
-def test_with_an_encoder_that_does_not_continue(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As one of a plugin that ignores `start`: it would be trained on blank images."""
+def test_an_encoder_that_ignores_the_prefix_is_not_cached(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For example a plugin's that ignores `start`: it would be trained on blank images."""
     monkeypatch.setattr(TinyEncoder, "_resume", lambda self, x_BLD: (0, x_BLD))
     assert code_of(lambda: train(settings(data, "on"), tmp_path / "on")) == "MF-CFG-360"
     for setting in ("auto", "off"):
@@ -292,21 +293,21 @@ def test_with_an_encoder_that_does_not_continue(data: Path, tmp_path: Path, monk
     assert log(tmp_path / "auto") == log(tmp_path / "off")
 
 
-def test_beyond_the_limit_it_is_off_and_says_so(data: Path, tmp_path: Path, reads: list[str]) -> None:
-    heard = Notices()
-    train(settings(data, "auto", data__cache_prefix_limit=1e-4), tmp_path / "auto", listener=heard)
-    (notice,) = heard.about_prefixes
+def test_beyond_the_limit_the_cache_is_off_with_a_notice(data: Path, tmp_path: Path, reads: list[str]) -> None:
+    notices = Notices()
+    train(settings(data, "auto", data__cache_prefix_limit=1e-4), tmp_path / "auto", listener=notices)
+    (notice,) = notices.about_prefixes
     assert "144 kB" in notice and "0.0001 GiB" in notice and "--set data.cache_prefix_limit=0.00015" in notice, notice
     assert "--cache-prefix off" in notice
     assert RunFolder(tmp_path / "auto").config().data.cache_prefix == "off"
     assert reads.count("image") > sum(COUNTS.values())
     assert code_of(lambda: train(settings(data, data__cache_prefix_limit=1e-4), tmp_path / "on")) == "MF-RES-360"
-    heard = Notices()
-    train(settings(data, "auto", data__cache_prefix_limit=0.00015), tmp_path / "enough", listener=heard)
-    assert "16 different images, 104 kB in float32, kept in the cache" in heard.about_prefixes[0]
+    notices = Notices()
+    train(settings(data, "auto", data__cache_prefix_limit=0.00015), tmp_path / "enough", listener=notices)
+    assert "16 different images, 104 kB in float32, kept in the cache" in notices.about_prefixes[0]
 
 
-def test_half_of_the_free_space_is_the_most(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_uses_at_most_half_of_the_free_space(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Usage:
         free = 200_000
 
@@ -318,31 +319,31 @@ def test_half_of_the_free_space_is_the_most(data: Path, tmp_path: Path, monkeypa
     train(settings(data, train__epochs=0), tmp_path / "again")
 
 
-def test_a_cache_that_cannot_be_written(data: Path, tmp_path: Path, folder: Path) -> None:
+def test_if_the_cache_cannot_be_written_it_is_off_or_an_error(data: Path, tmp_path: Path, folder: Path) -> None:
     folder.mkdir()
     (folder / "prefixes").write_text("")
     assert code_of(lambda: train(settings(data), tmp_path / "on")) == "MF-RES-361"
-    heard = Notices()
-    train(settings(data, "auto"), tmp_path / "auto", listener=heard)
-    assert "cannot be kept in the cache" in heard.about_prefixes[0] and "MOPEFUSE_CACHE" in heard.about_prefixes[0]
+    notices = Notices()
+    train(settings(data, "auto"), tmp_path / "auto", listener=notices)
+    assert "cannot be kept in the cache" in notices.about_prefixes[0] and "MOPEFUSE_CACHE" in notices.about_prefixes[0]
     train(settings(data, "off"), tmp_path / "off")
     assert log(tmp_path / "auto") == log(tmp_path / "off")
 
 
-def test_values_beyond_float16_turn_it_off(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_beyond_float16_turn_the_cache_off(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = TinyEncoder.compute_prefix
     monkeypatch.setattr(
         TinyEncoder, "compute_prefix", lambda *what: own(*what)._replace(tokens_BLD=1e6 * own(*what).tokens_BLD)
     )
     half = {"data__prefix_precision": "float16"}
     assert code_of(lambda: train(settings(data, **half), tmp_path / "on")) == "MF-NUM-360"
-    heard = Notices()
-    train(settings(data, "auto", **half), tmp_path / "auto", listener=heard)
-    assert "too large for float16" in heard.about_prefixes[0] and "data.prefix_precision=float32" in heard.about_prefixes[0]
+    notices = Notices()
+    train(settings(data, "auto", **half), tmp_path / "auto", listener=notices)
+    assert "too large for float16" in notices.about_prefixes[0] and "data.prefix_precision=float32" in notices.about_prefixes[0]
     assert RunFolder(tmp_path / "auto").config().data.cache_prefix == "off"
 
 
-# -- what is kept
+# -- what is stored
 
 
 def test_texts_are_stored_without_padding_and_padded_in_a_batch(data: Path) -> None:
@@ -364,7 +365,7 @@ def test_texts_are_stored_without_padding_and_padded_in_a_batch(data: Path) -> N
         assert (padding == 0).all()
 
 
-def test_a_batch_is_moved_and_divided_with_its_prefixes(data: Path) -> None:
+def test_a_batch_is_moved_and_divided_together_with_its_prefixes(data: Path) -> None:
     encoder = create_encoder("tiny:vision")
     readers = {"main": ("image", encoder.preprocess)}
     samples = Samples(load_data(Data(path=str(data))), "train", readers, Data(), prefixes={"main": prefixes(data)})
@@ -400,7 +401,7 @@ def test_a_damaged_shard_is_computed_again(data: Path, folder: Path) -> None:
 
 @pytest.mark.parametrize("ends", [[-5, 1], [4, 2], [0, 0], [2**60], [1], []], ids=str)
 def test_a_shard_with_impossible_ends_is_not_read(data: Path, folder: Path, ends: list[int]) -> None:
-    """Its digests are right, as somebody else wrote it."""
+    """Its digests are correct, as if someone else had written it."""
     every = torch.arange(COUNTS["train"])
     expected = prefixes(data, "tiny:text", 1)[every]
     (shard,) = folder.glob("prefixes/*/*")

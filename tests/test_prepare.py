@@ -1,4 +1,4 @@
-"""What is common to all data sets that are prepared from their owners' files: whole or not at all, nothing lost unsaid."""
+"""What all prepared data sets have in common: complete or not at all, and nothing is lost silently."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def tree_of(root: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(("kind", "tree", "options"), CASES)
-def test_the_same_command_gives_the_same_bytes_and_leaves_the_source_alone(
+def test_the_same_command_gives_the_same_bytes_and_does_not_change_the_source(
     kind: type[Source], tree: Tree, options: dict[str, Any], tmp_path: Path
 ) -> None:
     before = tree_of(tree(tmp_path / "source"))
@@ -51,7 +51,7 @@ def test_the_same_command_gives_the_same_bytes_and_leaves_the_source_alone(
 
 
 @pytest.mark.parametrize(("kind", "tree", "options"), CASES)
-def test_every_row_names_an_image_that_is_there_and_every_image_is_named(
+def test_every_row_has_its_image_and_every_image_has_a_row(
     kind: type[Source], tree: Tree, options: dict[str, Any], tmp_path: Path
 ) -> None:
     prepare(kind, tree(tmp_path / "source"), tmp_path / "made", options)
@@ -85,7 +85,7 @@ def test_dataset_json_records_sources_and_results(
 
 
 @pytest.mark.parametrize(("kind", "tree", "options"), CASES)
-def test_the_sums_are_of_every_file_that_was_used_and_check(
+def test_sha256sums_cover_every_file_that_was_used_and_are_correct(
     kind: type[Source], tree: Tree, options: dict[str, Any], tmp_path: Path
 ) -> None:
     prepare(kind, tree(tmp_path / "source"), tmp_path / "made", options)
@@ -99,7 +99,7 @@ def test_the_sums_are_of_every_file_that_was_used_and_check(
     assert set(sums) == images | read
 
 
-def test_the_published_counts_are_those_of_the_papers() -> None:
+def test_the_published_counts_match_the_papers() -> None:
     rows = {kind.name: {group: number for group, (number, _) in kind.published.items()} for kind in (Food101, MMIMDb, SNLIVE)}
     assert rows == {
         "food101": {"train+val": 67972, "test": 22716, "train+val+test": 90840},
@@ -111,7 +111,7 @@ def test_the_published_counts_are_those_of_the_papers() -> None:
 # -- images
 
 
-def test_images_are_hard_links_or_copies_as_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_hard_links_or_copies_as_requested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image = mm_imdb(tmp_path / "source") / "dataset/0000001.jpeg"
     linked = prepare(MMIMDb, tmp_path / "source", tmp_path / "linked")
     assert (tmp_path / "linked/dataset/0000001.jpeg").samefile(image)
@@ -132,7 +132,7 @@ def test_images_are_hard_links_or_copies_as_asked(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("what", ["file", "folder"])
-def test_a_link_that_leads_out_of_the_source_is_refused(what: str, tmp_path: Path) -> None:
+def test_a_link_out_of_the_source_is_refused(what: str, tmp_path: Path) -> None:
     source = mm_imdb(tmp_path / "source")
     place = source / ("dataset/0000001.jpeg" if what == "file" else "dataset")
     place.rename(tmp_path / "outside")
@@ -141,7 +141,7 @@ def test_a_link_that_leads_out_of_the_source_is_refused(what: str, tmp_path: Pat
     assert not (tmp_path / "made").exists()
 
 
-def test_links_within_the_source_and_to_the_source_are_followed(tmp_path: Path) -> None:
+def test_links_within_and_to_the_source_are_followed(tmp_path: Path) -> None:
     source = mm_imdb(tmp_path / "real")
     (source / "dataset/0000001.jpeg").rename(source / "elsewhere")
     (source / "dataset/0000001.jpeg").symlink_to("../elsewhere")
@@ -162,7 +162,7 @@ def test_an_irregular_file_is_not_an_image(tmp_path: Path) -> None:
 # -- where it is written
 
 
-def test_preparing_it_again_in_place_does_nothing(tmp_path: Path) -> None:
+def test_preparing_again_in_place_changes_nothing(tmp_path: Path) -> None:
     first = prepare(SNLIVE, snli_ve(tmp_path / "source"), tmp_path / "made")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "made").rglob("*")}
     calls: list[str] = []
@@ -200,7 +200,7 @@ def damage(made: Path, source: Path, how: str) -> None:
         ("a dataset.json of somebody else", "MF-DATA-68"),
     ],
 )
-def test_a_folder_that_holds_anything_else_is_refused_and_left_alone(how: str, code: str, tmp_path: Path) -> None:
+def test_a_folder_with_other_content_is_refused_and_not_changed(how: str, code: str, tmp_path: Path) -> None:
     prepare(SNLIVE, snli_ve(tmp_path / "source"), tmp_path / "made", images="copy")
     damage(tmp_path / "made", tmp_path / "source", how)
     before = tree_of(tmp_path / "made")
@@ -208,7 +208,7 @@ def test_a_folder_that_holds_anything_else_is_refused_and_left_alone(how: str, c
     assert tree_of(tmp_path / "made") == before
 
 
-def test_a_listing_sees_files_that_changed_places(tmp_path: Path) -> None:
+def test_a_listing_detects_files_that_changed_places(tmp_path: Path) -> None:
     for one, other in (("a", "b"), ("b", "a")):
         (tmp_path / one / one).mkdir(parents=True)
         (tmp_path / one / "x").write_bytes(b"1")
@@ -231,7 +231,7 @@ def test_other_options_need_another_folder(tmp_path: Path) -> None:
         prepare(SNLIVE, tmp_path / "source", tmp_path / "made", images="copy")
 
 
-def test_a_file_in_the_way_and_the_source_itself_are_refused_and_an_empty_folder_is_filled(tmp_path: Path) -> None:
+def test_a_file_or_the_source_as_destination_is_refused_and_an_empty_folder_is_filled(tmp_path: Path) -> None:
     source = snli_ve(tmp_path / "source")
     (tmp_path / "file").write_text("in the way")
     assert code_of(lambda: prepare(SNLIVE, source, tmp_path / "file")) == "MF-DATA-68"
@@ -258,7 +258,7 @@ prepare(SNLIVE, Path(sys.argv[1]), Path(sys.argv[2]), advance=kill)
 
 
 @pytest.mark.parametrize("stage", ["train", "test", "images"])
-def test_a_kill_leaves_no_half_data_set_and_the_next_try_cleans_up(stage: str, tmp_path: Path) -> None:
+def test_a_kill_leaves_no_partial_data_set_and_the_next_attempt_cleans_up(stage: str, tmp_path: Path) -> None:
     source, made = snli_ve(tmp_path / "source"), tmp_path / "made"
     done = subprocess.run([sys.executable, "-c", KILLED, source, made, stage], check=False)
     assert done.returncode == -signal.SIGKILL
@@ -270,7 +270,7 @@ def test_a_kill_leaves_no_half_data_set_and_the_next_try_cleans_up(stage: str, t
     assert sorted(path.name for path in tmp_path.iterdir()) == ["made", living.name, "source"]
 
 
-def test_an_interrupt_leaves_nothing_at_all(tmp_path: Path) -> None:
+def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
     def interrupt(stage: str, done: int, total: int) -> None:
         raise KeyboardInterrupt
 
@@ -279,10 +279,10 @@ def test_an_interrupt_leaves_nothing_at_all(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-# -- sources that lack something, and options
+# -- incomplete sources, and options
 
 
-def test_what_is_missing_is_named_with_what_is_there(tmp_path: Path) -> None:
+def test_a_missing_file_is_an_error_that_names_the_files_found(tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "snli_ve_train.jsonl").write_text("")
     with pytest.raises(DataError) as caught:
@@ -305,7 +305,7 @@ def test_a_split_without_rows_is_an_error_that_says_why(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "options", "code", "said"),
+    ("kind", "options", "code", "message"),
     [
         (Food101, {"premise": True}, "MF-DATA-60", "food101 has the options --text, --clean, --val, --seed"),
         (SNLIVE, {"text": "page"}, "MF-DATA-60", "snli-ve has the options --premise"),
@@ -319,25 +319,25 @@ def test_a_split_without_rows_is_an_error_that_says_why(tmp_path: Path) -> None:
         (Food101, {"val": 5}, "MF-DATA-67", "pass --val 3"),
     ],
 )
-def test_an_option_that_does_not_fit_is_an_error_that_names_those_that_do(
-    kind: type[Source], options: dict[str, Any], code: str, said: str, tmp_path: Path
+def test_an_invalid_option_is_an_error_that_names_the_valid_ones(
+    kind: type[Source], options: dict[str, Any], code: str, message: str, tmp_path: Path
 ) -> None:
     tree = {Food101: food101, MMIMDb: mm_imdb, SNLIVE: snli_ve}[kind]
     with pytest.raises(DataError) as caught:
         prepare(kind, tree(tmp_path / "source"), tmp_path / "made", options)
-    assert caught.value.code == code and said in caught.value.fix
+    assert caught.value.code == code and message in caught.value.fix
     assert not (tmp_path / "made").exists()
 
 
-def test_images_are_linked_or_copied_and_nothing_else(tmp_path: Path) -> None:
+def test_the_option_images_accepts_only_link_or_copy(tmp_path: Path) -> None:
     assert code_of(lambda: prepare(MMIMDb, mm_imdb(tmp_path / "source"), tmp_path / "made", images="move")) == "MF-DATA-61"
 
 
-# -- a data set of somebody else
+# -- a data set from a plugin
 
 
 class Anagrams(Source):
-    """The least that a data set needs."""
+    """The minimum that a data set needs."""
 
     name = "anagrams"
     inputs = ("words",)

@@ -1,4 +1,5 @@
-"""``mopefuse data prepare``: what it prints and refuses, that what it writes trains, and that it survives any bytes."""
+"""``mopefuse data prepare``: its output and errors, that its results can be used for training, and that it handles any
+bytes."""
 
 from __future__ import annotations
 
@@ -21,8 +22,8 @@ from mopefuse.data.prepare import Option, prepare
 from mopefuse.data.snli_ve import LABELS, SNLIVE, Pair, read_pair
 
 
-def said(done: subprocess.CompletedProcess[str]) -> Any:
-    """The one JSON value on stdout."""
+def stdout_json(done: subprocess.CompletedProcess[str]) -> Any:
+    """Parse stdout as a single JSON value."""
     return json.loads(done.stdout)
 
 
@@ -31,20 +32,22 @@ def said(done: subprocess.CompletedProcess[str]) -> Any:
     [("food101", food101, ("--val", "4"), 3), ("mm-imdb", mm_imdb, (), 23), ("snli-ve", snli_ve, ("--premise",), 3)],
     ids=["food101", "mm-imdb", "snli-ve"],
 )
-def test_what_was_prepared_trains(name: str, tree: Any, flags: tuple[str, ...], labels: int, tmp_path: Path) -> None:
+def test_a_prepared_data_set_can_be_used_for_training(
+    name: str, tree: Any, flags: tuple[str, ...], labels: int, tmp_path: Path
+) -> None:
     done = call("data", "prepare", name, tree(tmp_path / "source"), tmp_path / "made", *flags, "--json")
     assert (done.returncode, done.stderr) == (0, "")
-    about = said(done)
+    about = stdout_json(done)
     assert about["ok"] and about["written"] and about["labels"] == labels
     assert {key: about[key] for key in about if key not in ("ok", "written", "folder")} == json.loads(
         (tmp_path / "made" / "dataset.json").read_text()
     )
     trained = call("train", *TINY, "--data", tmp_path / "made", "--out", tmp_path / "run", "--steps", "2", "--json")
     assert trained.returncode == 0, trained.stderr
-    assert said(trained)["steps"] == 2
+    assert stdout_json(trained)["steps"] == 2
 
 
-def test_the_tables_set_rows_beside_published_numbers(tmp_path: Path) -> None:
+def test_the_printed_tables_compare_rows_with_published_numbers(tmp_path: Path) -> None:
     done = call("data", "prepare", "snli-ve", snli_ve(tmp_path / "source"), tmp_path / "made")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"""{tmp_path / "made"}:
@@ -72,7 +75,7 @@ skipped rows are listed in {tmp_path / "made" / "skipped.jsonl"}
     assert again.stdout == done.stdout + "The folder already has this prepared data set; nothing was written.\n"
 
 
-def test_splits_that_are_published_together_have_a_row_of_their_own(tmp_path: Path) -> None:
+def test_splits_published_together_have_their_own_row(tmp_path: Path) -> None:
     done = call("data", "prepare", "food101", food101(tmp_path / "source"), tmp_path / "made", "--val", "4")
     assert [line.split() for line in done.stdout.splitlines()[1:7]] == [
         ["split", "rows", "published", "difference"],
@@ -105,7 +108,7 @@ def test_splits_that_are_published_together_have_a_row_of_their_own(tmp_path: Pa
         (("prepare", "food101", "SOURCE"), 2, "Missing argument 'DEST'"),
     ],
 )
-def test_what_does_not_fit_is_one_line_that_says_what_does(
+def test_invalid_arguments_are_one_line_that_names_the_valid_ones(
     args: tuple[str, ...], code: int, said_: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -116,18 +119,18 @@ def test_what_does_not_fit_is_one_line_that_says_what_does(
     assert [path.name for path in tmp_path.iterdir()] == ["SOURCE"]
 
 
-def test_options_are_those_of_the_data_set(tmp_path: Path) -> None:
+def test_the_options_depend_on_the_data_set(tmp_path: Path) -> None:
     listed = {name: call("data", "prepare", name, "--help").stdout for name in ("food101", "snli-ve", "mm-imdb")}
     flags = ("--text", "--clean", "--val", "--seed", "--premise")
     found = {name: [flag for flag in flags if flag in text] for name, text in listed.items()}
     assert found == {"food101": ["--text", "--clean", "--val", "--seed"], "snli-ve": ["--premise"], "mm-imdb": []}
     done = call("data", "make", "digit-questions", tmp_path / "made", "--train", 3, "--val", 2, "--test", 1, "--json")
-    assert said(done)["rows"] == {"train": 3, "val": 2, "test": 1}
+    assert stdout_json(done)["rows"] == {"train": 3, "val": 2, "test": 1}
     before_the_name = call("data", "prepare", "--premise", "snli-ve", snli_ve(tmp_path / "source"), tmp_path / "dest", "--json")
-    assert said(before_the_name)["options"] == {"premise": True}
+    assert stdout_json(before_the_name)["options"] == {"premise": True}
 
 
-def test_an_option_that_the_command_has_already_is_an_error_of_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_option_that_clashes_with_the_command_is_a_plugin_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SNLIVE, "declared_options", (Option("images", 1, "Something else."),))
     done = call("data", "prepare", "snli-ve", "SOURCE", "DEST")
     assert done.returncode == 9
@@ -142,7 +145,7 @@ def test_preparing_imports_no_torch(tmp_path: Path) -> None:
         assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "set()")
 
 
-def test_progress_is_for_terminals(tmp_path: Path) -> None:
+def test_progress_is_shown_live_only_on_a_terminal(tmp_path: Path) -> None:
     here, there = pty.openpty()
     args = ("data", "prepare", "snli-ve", str(snli_ve(tmp_path / "source")), str(tmp_path / "made"))
     done = subprocess.run(
@@ -176,13 +179,13 @@ ROWS = st.fixed_dictionaries({key: JSON | st.sampled_from(["neutral", "100", "a 
 @given(st.binary(max_size=40) | JSON.map(lambda value: json.dumps(value).encode()), st.booleans())
 @example(b"[" * 100_000, False)
 @example(b"1" * 10_000, False)
-def test_any_bytes_are_a_pair_or_a_reason(line: bytes, premise: bool) -> None:
+def test_any_bytes_give_a_pair_or_a_reason(line: bytes, premise: bool) -> None:
     assert isinstance(read_pair(line, premise=premise), str)
 
 
 @given(ROWS, st.booleans())
 @example(pair("1", "\ud800", "neutral", "\ud800"), True)
-def test_any_values_are_a_pair_or_a_reason(row: dict[str, Any], premise: bool) -> None:
+def test_any_values_give_a_pair_or_a_reason(row: dict[str, Any], premise: bool) -> None:
     found = read_pair(json.dumps(row).encode(), premise=premise)
     if isinstance(found, Pair):
         assert found.label == row["gold_label"] in LABELS
@@ -193,12 +196,14 @@ def test_any_values_are_a_pair_or_a_reason(row: dict[str, Any], premise: bool) -
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.binary(max_size=30) | ROWS.map(lambda row: json.dumps(row).encode()), max_size=5))
-def test_every_line_of_any_file_is_a_row_or_listed(tmp_path_factory: pytest.TempPathFactory, lines: list[bytes]) -> None:
+def test_every_line_of_any_file_becomes_a_row_or_is_listed(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[bytes]
+) -> None:
     root = tmp_path_factory.mktemp("any")
     content = b"\n".join(lines)
     (snli_ve(root / "source") / "snli_ve_dev.jsonl").write_bytes(content)
     if code_of(lambda: prepare(SNLIVE, root / "source", root / "made")) == "MF-DATA-66":
-        return  # no row at all
+        return  # not a single row
     about = json.loads((root / "made/dataset.json").read_text())
     of_dev = [line for line in (root / "made/skipped.jsonl").read_text().splitlines() if "snli_ve_dev" in line]
     assert about["rows"]["val"] + len(of_dev) == sum(bool(line.strip()) for line in content.split(b"\n"))

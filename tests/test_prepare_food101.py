@@ -1,4 +1,4 @@
-"""UPMC Food-101: its titles files read line by line, its pages, and the cleaning that both can have."""
+"""UPMC Food-101: its titles files, parsed line by line, its pages, and the optional cleaning of both."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_rows_are_images_with_their_titles(cleaned: bool, tmp_path: Path) -> Non
     assert (about["labels"], about["seed"]) == (3, 0)
 
 
-def test_titles_may_lie_in_the_source_folder_itself(tmp_path: Path) -> None:
+def test_titles_may_be_directly_in_the_source_folder(tmp_path: Path) -> None:
     source = food101(tmp_path / "source")
     for split in ("train", "test"):
         (source / f"texts/{split}_titles.csv").rename(source / f"{split}_titles.csv")
@@ -99,7 +99,7 @@ def test_pages_can_be_cleaned(tmp_path: Path) -> None:
     assert by_id(tmp_path / "made", "test")["beignets_50"]["text"] == "beignets 50 bake eat"
 
 
-def test_of_two_texts_none_is_chosen_in_silence(tmp_path: Path) -> None:
+def test_with_two_texts_a_choice_is_required(tmp_path: Path) -> None:
     source = food101(tmp_path / "source", pages=True)
     with pytest.raises(DataError, match="each image has two texts") as caught:
         prepare(Food101, source, tmp_path / "made", {"val": 4})
@@ -110,17 +110,19 @@ def test_of_two_texts_none_is_chosen_in_silence(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("titles", "pages", "asked", "missing"),
+    ("titles", "pages", "requested", "missing"),
     [
         (True, False, "page", "texts_txt"),
         (False, True, "title", "train_titles.csv and test_titles.csv"),
         (False, False, None, "texts_txt and no train_titles.csv and test_titles.csv"),
     ],
 )
-def test_a_text_that_is_not_there_is_named(titles: bool, pages: bool, asked: str | None, missing: str, tmp_path: Path) -> None:
+def test_a_missing_text_is_an_error_that_names_it(
+    titles: bool, pages: bool, requested: str | None, missing: str, tmp_path: Path
+) -> None:
     source = food101(tmp_path / "source", titles=titles, pages=pages)
     with pytest.raises(DataError) as caught:
-        prepare(Food101, source, tmp_path / "made", {"val": 4} | ({"text": asked} if asked else {}))
+        prepare(Food101, source, tmp_path / "made", {"val": 4} | ({"text": requested} if requested else {}))
     there = ", ".join(sorted(path.name for path in source.iterdir()))
     assert (caught.value.code, caught.value.what) == ("MF-DATA-63", f"there is no {missing}; the folder contains {there}")
 
@@ -151,7 +153,7 @@ def test_a_text_that_is_not_there_is_named(titles: bool, pages: bool, asked: str
         ("a_1.jpg,Tarte aux pommes à la crème,a", "Tarte aux pommes à la crème"),
     ],
 )
-def test_a_title_is_what_its_page_had(line: str, title: str) -> None:
+def test_a_title_is_restored_as_on_its_page(line: str, title: str) -> None:
     assert read_title(line.encode()) == TitleRow("a_1.jpg", title, "a")
 
 
@@ -176,7 +178,7 @@ def test_a_line_that_is_not_a_row_gives_a_reason_and_its_image(line: bytes, reas
 @given(st.binary(max_size=60) | st.text(alphabet='a_1.jpg,"[]\\xe&;# \'', max_size=40).map(str.encode))
 @example(b'a_,"[["",a')
 @example(rb"a_,\xff\xfe\xed\xa0\x80&#xD800;&#0;&#99999999999;,a")
-def test_any_bytes_are_a_row_or_an_odd_row(line: bytes) -> None:
+def test_any_bytes_give_a_title_row_or_an_odd_row(line: bytes) -> None:
     row = read_title(line)
     assert isinstance(row, TitleRow | OddRow)
     if isinstance(row, TitleRow):
@@ -190,7 +192,7 @@ TITLE = st.text(PLAIN, max_size=20)
 
 
 @given(TITLE)
-def test_a_title_that_a_csv_writer_wrote_is_read_back(title: str) -> None:
+def test_a_title_written_by_a_csv_writer_is_read_back(title: str) -> None:
     line = io.StringIO()
     csv.writer(line, lineterminator="").writerow(["a_1.jpg", title, "a"])
     assert read_title(line.getvalue().encode()) == TitleRow("a_1.jpg", plain_title(title), "a")
@@ -198,8 +200,8 @@ def test_a_title_that_a_csv_writer_wrote_is_read_back(title: str) -> None:
         assert plain_title(title) == title
 
 
-def test_a_quote_that_is_never_closed_takes_no_other_row_with_it(tmp_path: Path) -> None:
-    """Python's csv module reads the rest of the file as one title."""
+def test_an_unclosed_quote_does_not_affect_other_rows(tmp_path: Path) -> None:
+    """Python's csv module would read the rest of the file as one title."""
     lines = ["a_1.jpg,One,a", 'a_2.jpg,"Two,a', *(f"a_{i}.jpg,More,a" for i in range(3, 100))]
     assert len(list(csv.reader(lines))) == 2
     (tmp_path / "titles.csv").write_text("\n".join(lines))
@@ -212,7 +214,7 @@ LINES = ("b_1.jpg,One,b", "b_1.jpg,Two,b", 'b_2.jpg,"x,b', "b_3.jpg,Three,b", "c
 
 @settings(deadline=None)
 @given(st.lists(st.sampled_from(LINES)))
-def test_every_line_and_every_image_is_a_row_or_listed(tmp_path_factory: pytest.TempPathFactory, lines: list[str]) -> None:
+def test_every_line_and_image_becomes_a_row_or_is_listed(tmp_path_factory: pytest.TempPathFactory, lines: list[str]) -> None:
     root = tmp_path_factory.mktemp("lines")
     for split in ("train", "test"):
         (root / "images" / split / "b").mkdir(parents=True)
@@ -262,7 +264,7 @@ def test_cleaning_leaves_lower_case_words(text: str, words: str) -> None:
 
 
 @given(st.text())
-def test_cleaned_text_has_nothing_left_to_clean(text: str) -> None:
+def test_cleaning_is_idempotent(text: str) -> None:
     words = clean(text)
     assert words == " ".join(words.split())
     assert not set(words) & set("<>&;/\\'\"_-.,:!?()[]{}#$%^*+=@~`|")

@@ -1,4 +1,4 @@
-"""Rows of MM-IMDB and SNLI-VE as they are worked out by hand, and how validation rows are held out of training rows."""
+"""Rows of MM-IMDB and SNLI-VE compared with rows worked out by hand, and how validation rows are held out of training rows."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from mopefuse.errors import DataError
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
-def test_mm_imdb_is_its_longest_plots_with_their_genres(split: str, tmp_path: Path) -> None:
+def test_mm_imdb_rows_have_the_longest_plot_and_the_genres(split: str, tmp_path: Path) -> None:
     prepare(MMIMDb, mm_imdb(tmp_path / "source"), tmp_path / "made")
     expected = [
         {"id": identity, "text": text, "img": f"dataset/{identity}.jpeg", "label": genres}
@@ -44,7 +44,7 @@ def test_mm_imdb_is_its_longest_plots_with_their_genres(split: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"{", "is not JSON"),
         (b"\xff\xfe", "cannot be read as JSON"),
@@ -56,11 +56,11 @@ def test_mm_imdb_is_its_longest_plots_with_their_genres(split: str, tmp_path: Pa
         (b'{"train": [null], "dev": [], "test": []}', "has 'None' in 'train'"),
     ],
 )
-def test_a_split_file_that_cannot_be_read_is_an_error(content: bytes, said: str, tmp_path: Path) -> None:
+def test_an_unreadable_split_file_is_an_error(content: bytes, message: str, tmp_path: Path) -> None:
     (mm_imdb(tmp_path / "source") / "split.json").write_bytes(content)
     with pytest.raises(DataError) as caught:
         prepare(MMIMDb, tmp_path / "source", tmp_path / "made")
-    assert caught.value.code == "MF-DATA-65" and said in caught.value.what
+    assert caught.value.code == "MF-DATA-65" and message in caught.value.what
 
 
 # -- SNLI-VE
@@ -68,7 +68,7 @@ def test_a_split_file_that_cannot_be_read_is_an_error(content: bytes, said: str,
 
 @pytest.mark.parametrize("premise", [False, True])
 @pytest.mark.parametrize("split", ["train", "val", "test"])
-def test_snli_ve_is_its_hypotheses_with_or_without_captions(split: str, premise: bool, tmp_path: Path) -> None:
+def test_snli_ve_rows_have_the_hypothesis_with_or_without_the_caption(split: str, premise: bool, tmp_path: Path) -> None:
     prepare(SNLIVE, snli_ve(tmp_path / "source"), tmp_path / "made", {"premise": premise})
     expected = [
         {
@@ -86,7 +86,7 @@ def test_snli_ve_is_its_hypotheses_with_or_without_captions(split: str, premise:
     assert (tmp_path / "made" / "labels.txt").read_text() == "entailment\nneutral\ncontradiction\n"
 
 
-def test_an_id_that_looks_like_a_made_one_stays_unique(tmp_path: Path) -> None:
+def test_an_id_that_looks_like_a_generated_one_stays_unique(tmp_path: Path) -> None:
     source = snli_ve(tmp_path / "source")
     row = {"gold_label": "neutral", "sentence2": "x", "Flickr30K_ID": "100"}
     lines = [row | {"pairID": "train-2"}, row, row | {"pairID": "train-2"}]
@@ -95,7 +95,7 @@ def test_an_id_that_looks_like_a_made_one_stays_unique(tmp_path: Path) -> None:
     assert [row["id"] for row in rows_of(tmp_path / "made", "train")] == ["train-2", "train-2+", "train-3"]
 
 
-def test_the_photographs_may_be_in_the_folder_of_their_archive(tmp_path: Path) -> None:
+def test_the_photographs_may_be_in_the_subfolder_of_their_archive(tmp_path: Path) -> None:
     source = snli_ve(tmp_path / "source")
     (source / "flickr30k_images").rename(source / "flickr30k-images")
     prepare(SNLIVE, source, tmp_path / "made")
@@ -105,7 +105,7 @@ def test_the_photographs_may_be_in_the_folder_of_their_archive(tmp_path: Path) -
 # -- holding out
 
 
-def test_the_training_rows_and_those_held_out_of_them_are_all_there_were(tmp_path: Path) -> None:
+def test_training_and_held_out_rows_together_are_all_rows(tmp_path: Path) -> None:
     source = food101(tmp_path / "source")
     prepare(Food101, source, tmp_path / "made", {"val": 4, "seed": 1})
     train, val = rows_of(tmp_path / "made", "train"), rows_of(tmp_path / "made", "val")

@@ -1,4 +1,4 @@
-"""What the probe believes, on a model whose attention is fed in ways that are known; and what it refuses, and why."""
+"""What the probe accepts, on a model whose attention gets its inputs in known ways; and what it rejects, and why."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ D = 24
 
 
 class Attention(nn.Module):
-    """Attention with every habit that models have, each to be switched on."""
+    """Attention with every variation that models have, each of which can be enabled."""
 
     def __init__(self, **habits: Any) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Attention(nn.Module):
         if windows == "of an image":
             x = x.unflatten(1, (3, L // 3)).transpose(1, 2).flatten(0, 1)  # tokens in another order, images apart
         elif windows == "mixed":
-            x = x.unflatten(1, (3, L // 3)).transpose(0, 1).flatten(0, 1)  # windows of all images by turns
+            x = x.unflatten(1, (3, L // 3)).transpose(0, 1).flatten(0, 1)  # windows of all images in turn
         q, k, v = self.project(x)
         if self.habits.get("rotary"):
             angle = torch.arange(k.shape[2])[:, None] / torch.arange(1, E // 2 + 1)
@@ -101,7 +101,7 @@ def probe(**habits: Any) -> tuple[list[Site], str, Model]:
 
 @pytest.mark.parametrize("norm", [None, "head", "all"])
 @pytest.mark.parametrize("form", ["separate", "pair", "triple", "by head"])
-def test_projections_are_found_however_they_are_written(form: str, norm: str | None) -> None:
+def test_projections_are_found_however_they_are_implemented(form: str, norm: str | None) -> None:
     sites, fault, model = probe(form=form, norm=norm, rotary=True)
     assert not fault and [site.block for site in sites] == list(model.layers)  # type: ignore[arg-type]
     prompt = torch.randn(B, 3, D)
@@ -133,18 +133,18 @@ def test_the_norm_ahead_of_attention_is_found(habits: dict[str, Any], norm: bool
         ({"layers": 1}, "is not in a list of layers"),
     ],
 )
-def test_what_cannot_be_verified_is_refused_with_the_reason(habits: dict[str, Any], reason: str) -> None:
+def test_a_layer_that_cannot_be_verified_is_refused_with_the_reason(habits: dict[str, Any], reason: str) -> None:
     sites, fault, _ = probe(**habits)
     assert sites == [] and reason in fault
 
 
-def test_a_model_that_does_not_call_the_attention_function_says_so() -> None:
+def test_a_model_that_does_not_call_the_attention_function_is_refused_with_that_reason() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     sites, fault = find_sites(model, lambda: model(torch.zeros(1, 4)))
     assert sites == [] and "none of its layers calls transformers' attention function" in fault
 
 
-def test_nothing_of_the_probe_stays_in_the_model() -> None:
+def test_the_probe_leaves_no_hooks_in_the_model() -> None:
     _, _, model = probe()
     assert not any(hasattr(module, "prompt_slot") for module in model.modules())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

@@ -1,4 +1,4 @@
-"""The prompt stack: the definition by hand, its limits, what learns, and how routing behaves.
+"""The prompt stack: compared with its definition, its limits, what is trained, and how routing behaves.
 
 Shapes: B batch, N layers, K experts, P prompt tokens, D width, C conditioning width.
 """
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mopefuse.config.schema import Prompts, Router
+from mopefuse.core.precision import normalize_feature
 from mopefuse.errors import ConfigError
 from mopefuse.prompts.experts import Router as RouterModule
 from mopefuse.prompts.experts import importance_loss, keep_largest, masked_mean, mix
@@ -20,7 +21,6 @@ from mopefuse.prompts.stack import (
     ConditionedPrompts,
     PromptStack,
     fill_prompt_lengths,
-    normalize_feature,
     select_layers,
     stage_starts,
 )
@@ -72,7 +72,7 @@ def test_prompts_match_the_definition(psi_BC: torch.Tensor) -> None:
     ("lengths", "expected"),
     [((2, 0, 0), 2), ((0, 3, 0), 3), ((0, 0, 2), 2), ((2, 3, 1), 6), ((0, 3, 1), 4)],
 )
-def test_each_part_can_be_switched_off(lengths: tuple[int, int, int], expected: int, psi_BC: torch.Tensor) -> None:
+def test_each_kind_of_prompt_can_be_disabled(lengths: tuple[int, int, int], expected: int, psi_BC: torch.Tensor) -> None:
     stack = build(static=lengths[0], dynamic=lengths[1], mapped=lengths[2])
     assert ask(stack, psi_BC)(0, tokens(0), None).tokens_BPD.shape == (B, expected, WIDTHS[0])
     names = {name for name, _ in stack.named_parameters()}
@@ -87,14 +87,14 @@ def test_no_prompts_means_no_parameters_and_no_layers() -> None:
     assert not len(stack.layers)
 
 
-def test_one_expert_is_plain_prompt_tuning_and_costs_no_router(psi_BC: torch.Tensor) -> None:
+def test_one_expert_is_plain_prompt_tuning_without_a_router(psi_BC: torch.Tensor) -> None:
     stack = build(experts=1, static=0, mapped=0).train()
     prompt_BPD = ask(stack, psi_BC)(1, tokens(1), None).tokens_BPD
     torch.testing.assert_close(prompt_BPD, stack.layers["1"].experts_KPD.expand(B, -1, -1))
     assert not [name for name, _ in stack.named_parameters() if "router" in name]
 
 
-def test_static_prompts_alone_are_blind_to_the_condition(psi_BC: torch.Tensor) -> None:
+def test_static_prompts_alone_are_independent_of_the_condition(psi_BC: torch.Tensor) -> None:
     stack = build(dynamic=0, mapped=0)
     one, other = (ask(stack, p)(2, tokens(2), None).tokens_BPD for p in (psi_BC, torch.randn(B, C)))
     assert torch.equal(one, other)
@@ -102,7 +102,7 @@ def test_static_prompts_alone_are_blind_to_the_condition(psi_BC: torch.Tensor) -
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
 @pytest.mark.parametrize("kind", ["cross", "joint"])
-def test_the_scale_of_psi_does_not_matter_and_routing_does_not_start_saturated(kind: str, scale: float) -> None:
+def test_routing_does_not_depend_on_the_scale_of_psi_and_does_not_start_saturated(kind: str, scale: float) -> None:
     router = Router(kind=kind)
     stack = build(router, experts=16)
     psi_BC = torch.randn(200, C) * scale
@@ -111,11 +111,11 @@ def test_the_scale_of_psi_does_not_matter_and_routing_does_not_start_saturated(k
         conditioned(i, torch.randn(200, 6, WIDTHS[i]), None)
     weights_BNK = conditioned.routing()
     entropy = -(weights_BNK * weights_BNK.log()).sum(-1).mean() / math.log(16)
-    assert 0.7 < entropy < 0.995, f"mean entropy {entropy:.3f} of the uniform one: saturated, or blind"
+    assert 0.7 < entropy < 0.995, f"mean entropy {entropy:.3f} of the uniform one: saturated, or constant"
 
 
 @pytest.mark.parametrize("kind", ["cross", "joint"])
-def test_noise_is_for_training_only(kind: str, psi_BC: torch.Tensor) -> None:
+def test_noise_is_added_in_training_only(kind: str, psi_BC: torch.Tensor) -> None:
     stack = build(Router(kind=kind))
 
     def prompts() -> torch.Tensor:
@@ -134,18 +134,18 @@ def test_noise_is_for_training_only(kind: str, psi_BC: torch.Tensor) -> None:
     torch.testing.assert_close(again.routed[0].weights_BK, clean)
 
 
-def test_noise_has_the_papers_size() -> None:
+def test_noise_has_the_variance_given_in_the_paper() -> None:
     torch.manual_seed(0)
     router = RouterModule(Router(), conditions={"comp": C}, widths=[8], experts=K).train()
     scores = router.score_conditions([torch.randn(4000, C)])
     with torch.no_grad():
         routed = router(scores, 0, torch.zeros(4000, 1, 8), None)
     shift_BK = routed.weights_BK.log() - routed.clean_BK.log()
-    noise_BK = shift_BK - shift_BK.mean(-1, keepdim=True)  # the softmax leaves noise up to a constant per row
+    noise_BK = shift_BK - shift_BK.mean(-1, keepdim=True)  # the softmax determines noise up to a constant per row
     assert noise_BK.std() * math.sqrt(K / (K - 1)) == pytest.approx(1 / K, rel=0.05)
 
 
-def test_noise_in_evaluation_is_a_setting_of_its_own(psi_BC: torch.Tensor) -> None:
+def test_noise_in_evaluation_has_its_own_setting(psi_BC: torch.Tensor) -> None:
     stack = build(Router(noise_in_eval=True))
     one, other = (ask(stack, psi_BC)(0, tokens(0), None).tokens_BPD for _ in range(2))
     assert not torch.equal(one, other)
@@ -162,7 +162,7 @@ def test_top_m_keeps_the_largest_and_sums_to_one(m: int) -> None:
         torch.testing.assert_close(kept[chosen], row[chosen] / row[chosen].sum())
 
 
-def test_few_of_many_experts_are_mixed_as_all_are_and_the_others_are_not_read() -> None:
+def test_mixing_few_of_many_experts_equals_dense_mixing_and_reads_only_those() -> None:
     experts_KX = torch.randn(64, 5, requires_grad=True)
     weights_BK = keep_largest(torch.randn(3, 64).softmax(-1), 2).requires_grad_()
     found, need = mix(weights_BK, experts_KX, 2), weights_BK @ experts_KX
@@ -178,12 +178,12 @@ def test_few_of_many_experts_are_mixed_as_all_are_and_the_others_are_not_read() 
 
 
 @pytest.mark.parametrize("m", [None, K, K + 1])
-def test_top_m_of_all_is_dense(m: int | None) -> None:
+def test_top_m_of_all_experts_is_dense(m: int | None) -> None:
     weights_BK = torch.rand(5, K).softmax(-1)
     assert keep_largest(weights_BK, m) is weights_BK
 
 
-def test_the_joint_router_listens_to_both_and_its_keys_are_orthogonal_constants(psi_BC: torch.Tensor) -> None:
+def test_the_joint_router_uses_psi_and_tokens_and_its_keys_are_orthogonal_constants(psi_BC: torch.Tensor) -> None:
     stack = build(Router(kind="joint"), experts=12)
 
     def weights(condition: torch.Tensor, seed: int) -> torch.Tensor:
@@ -201,7 +201,7 @@ def test_the_joint_router_listens_to_both_and_its_keys_are_orthogonal_constants(
     assert "router.keys_NQK" in stack.state_dict()
 
 
-def test_the_joint_router_does_not_see_padding(psi_BC: torch.Tensor) -> None:
+def test_the_joint_router_ignores_padding(psi_BC: torch.Tensor) -> None:
     stack = build(Router(kind="joint"))
     short, mask = tokens(0), torch.ones(B, 9, dtype=torch.bool)
     mask[:, 6:] = False
@@ -210,7 +210,7 @@ def test_the_joint_router_does_not_see_padding(psi_BC: torch.Tensor) -> None:
     torch.testing.assert_close(ask(stack, psi_BC)(0, padded, mask).tokens_BPD, one)
 
 
-def test_masked_mean_of_nothing_is_zero_not_nan() -> None:
+def test_the_masked_mean_of_no_tokens_is_zero_and_not_nan() -> None:
     assert torch.equal(masked_mean(torch.ones(1, 2, 3), torch.zeros(1, 2, dtype=torch.bool)), torch.zeros(1, 3))
 
 
@@ -234,7 +234,7 @@ def test_importance_loss_counts_each_layer_only_above_the_threshold() -> None:
     assert importance_loss(load_NK, 1.0).item() == 0.0
 
 
-def test_the_importance_gradient_moves_load_to_the_unused() -> None:
+def test_the_importance_gradient_moves_load_to_unused_experts() -> None:
     logits_BK = torch.tensor([[3.0, 0.0, 0.0]], requires_grad=True)
     importance_loss(logits_BK.softmax(-1)).backward()
     assert logits_BK.grad[0, 0] > 0 > logits_BK.grad[0, 1]
@@ -252,14 +252,14 @@ def test_every_parameter_of_the_stack_receives_gradient(psi_BC: torch.Tensor) ->
             assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
 
-def test_prompts_start_where_the_papers_start_them() -> None:
+def test_prompts_are_initialised_as_in_the_papers() -> None:
     stack = build()
     values = torch.cat([stack.layers["0"].static_SD.flatten(), stack.layers["2"].experts_KPD.flatten()])
     assert values.abs().max() <= 0.3
     assert values.detach().std() == pytest.approx(0.3 / math.sqrt(3), rel=0.15)
 
 
-def test_dropout_falls_on_prompts_in_training_only(psi_BC: torch.Tensor) -> None:
+def test_dropout_is_applied_to_prompts_in_training_only(psi_BC: torch.Tensor) -> None:
     stack = build(dropout=0.5, dynamic=0, mapped=0, static=50)
     assert (ask(stack, psi_BC)(0, tokens(0), None).tokens_BPD != 0).all()
     stack.train()
@@ -279,12 +279,12 @@ def test_layers_can_be_chosen(layers: object, expected: tuple[int, ...], psi_BC:
 
 
 @pytest.mark.parametrize("layers", ["last:4", (3,), (-1,)])
-def test_layers_that_the_encoder_has_not_are_refused(layers: object) -> None:
+def test_layers_that_the_encoder_does_not_have_are_refused(layers: object) -> None:
     with pytest.raises(ConfigError, match="3 layers"):
         select_layers(layers, 3)
 
 
-def test_the_released_code_leaves_stage_starts_unrouted(psi_BC: torch.Tensor) -> None:
+def test_without_stage_start_routing_first_blocks_of_stages_have_no_dynamic_prompt(psi_BC: torch.Tensor) -> None:
     swin_base = (128,) * 2 + (256,) * 2 + (512,) * 18 + (1024,) * 2
     assert len(set(range(24)) - stage_starts(swin_base)) == 20
     assert stage_starts((768,) * 12) == set()
@@ -295,7 +295,7 @@ def test_the_released_code_leaves_stage_starts_unrouted(psi_BC: torch.Tensor) ->
     assert lengths == [3, 6, 3]
 
 
-def test_the_frozen_batch_norm_of_the_released_code_takes_a_batch_of_one() -> None:
+def test_the_frozen_batch_norm_of_the_released_code_works_on_a_batch_of_one() -> None:
     stack = build(mapper_norm="batch-frozen").train()
     norm = next(m for m in stack.modules() if isinstance(m, nn.BatchNorm1d))
     before = norm.running_mean.clone()
@@ -304,7 +304,7 @@ def test_the_frozen_batch_norm_of_the_released_code_takes_a_batch_of_one() -> No
 
 
 @pytest.mark.parametrize(("modality", "expected"), [("image", 6), ("text", 4)])
-def test_lengths_default_to_the_papers(modality: str, expected: int) -> None:
+def test_prompt_lengths_default_to_those_of_the_papers(modality: str, expected: int) -> None:
     filled = fill_prompt_lengths(Prompts(), modality)
     assert (filled.static, filled.dynamic) == (expected, expected)
     assert fill_prompt_lengths(Prompts(static=0, dynamic=9), modality).dynamic == 9

@@ -1,4 +1,4 @@
-"""A pt2 archive from anywhere runs no code: it loads as what was exported, or not at all."""
+"""A pt2 archive of any origin runs no code: it loads as the graph that was exported, or not at all."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def pt2(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small pt2 bundle; not to be changed."""
+    """A small pt2 bundle; tests must not change it."""
     folder = tmp_path_factory.mktemp("exports")
     run, out = folder / "run", folder / "pt2"
     for command in (
@@ -56,13 +56,13 @@ def sample() -> dict[str, torch.Tensor]:
     return {"main_pixels": torch.full((1, 16, 16, 3), 90, dtype=torch.uint8), "comp_ids": ids, "comp_mask": ids > 0}
 
 
-def answer(file: Path) -> list[np.ndarray[Any, Any]]:
-    """What the graph in a file says of it."""
+def run_graph(file: Path) -> list[np.ndarray[Any, Any]]:
+    """Run the graph in a file."""
     return [output.numpy() for output in load_pt2(file, CPU)(sample())]
 
 
 @pytest.mark.parametrize("name", matrix(pt2_cases.ATTACKS, list(pt2_cases.ATTACKS)[::3]))
-def test_a_hostile_archive_is_refused_and_runs_nothing(
+def test_a_hostile_archive_is_refused_and_runs_no_code(
     name: str, pt2: Path, content: pt2_cases.Content, tmp_path: Path
 ) -> None:
     hostile, canary = dict(content), tmp_path / "canary"
@@ -78,8 +78,8 @@ def test_a_hostile_archive_is_refused_and_runs_nothing(
 
 
 @pytest.mark.parametrize("name", matrix(pt2_cases.RUNS_CODE, list(pt2_cases.RUNS_CODE)[:1]))
-def test_torch_alone_would_run_the_code(name: str, content: pt2_cases.Content, tmp_path: Path) -> None:
-    """Else the test above would prove nothing."""
+def test_torch_alone_would_run_the_code_of_hostile_archives(name: str, content: pt2_cases.Content, tmp_path: Path) -> None:
+    """Otherwise the test above would prove nothing."""
     hostile, canary = dict(content), tmp_path / "canary"
     pt2_cases.RUNS_CODE[name](hostile, canary)
     pt2_cases.write(tmp_path / "model.pt2", hostile)
@@ -114,19 +114,19 @@ FLOODS: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", FLOODS)
-def test_a_small_archive_does_not_fill_the_memory(name: str, content: pt2_cases.Content, tmp_path: Path) -> None:
+def test_a_small_archive_cannot_exhaust_memory(name: str, content: pt2_cases.Content, tmp_path: Path) -> None:
     """Each value of a record takes hundreds of bytes while it is checked, and each error a thousand."""
-    text, said = FLOODS[name]
+    text, message = FLOODS[name]
     pt2_cases.write(tmp_path / "model.pt2", {**content, pt2_cases.PROGRAM: text})
     tracemalloc.start()
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=message):
         read_pt2(tmp_path / "model.pt2")
     assert tracemalloc.get_traced_memory()[1] < 4 * len(text) + 20_000_000
     tracemalloc.stop()
 
 
 @pytest.mark.process
-def test_threads_load_archives_at_once(pt2: Path) -> None:
+def test_threads_can_load_archives_concurrently(pt2: Path) -> None:
     """torch deserialises one archive at a time, and raises an error for a second one."""
     with ThreadPoolExecutor(4) as pool:
         graphs = [*pool.map(lambda _: load_pt2(pt2 / "model.pt2", CPU), range(4))]
@@ -159,8 +159,8 @@ def test_a_zip_file_of_another_kind_is_refused(name: str, content: pt2_cases.Con
         read_pt2(tmp_path / "model.pt2")
 
 
-def test_what_a_graph_does_not_need_is_never_read(pt2: Path, content: pt2_cases.Content, tmp_path: Path) -> None:
-    """Guards and notes on nodes are code or names of it: a graph with other ones is the same graph."""
+def test_parts_that_a_graph_does_not_need_are_never_read(pt2: Path, content: pt2_cases.Content, tmp_path: Path) -> None:
+    """Guards and notes on nodes contain code or names of code; a graph with other ones is the same graph."""
     hostile, canary = dict(content), tmp_path / "canary"
 
     def change(program: Any) -> None:
@@ -171,18 +171,18 @@ def test_what_a_graph_does_not_need_is_never_read(pt2: Path, content: pt2_cases.
 
     pt2_cases.edit(hostile, pt2_cases.PROGRAM, change)
     pt2_cases.write(tmp_path / "model.pt2", hostile)
-    for mine, theirs in zip(answer(tmp_path / "model.pt2"), answer(pt2 / "model.pt2"), strict=True):
+    for mine, theirs in zip(run_graph(tmp_path / "model.pt2"), run_graph(pt2 / "model.pt2"), strict=True):
         assert np.array_equal(mine, theirs)
     assert not canary.exists()
 
 
-def test_an_archive_says_nothing_of_the_machine_that_made_it(content: pt2_cases.Content) -> None:
+def test_an_archive_reveals_nothing_about_the_machine_that_wrote_it(content: pt2_cases.Content) -> None:
     here = str(Path(__file__).resolve().parents[1]).encode()
     assert not any(here in data or b"site-packages" in data for data in content.values())
     assert not any(node["metadata"] for node in pt2_cases.graph(json.loads(content[pt2_cases.PROGRAM]))["nodes"])
 
 
-def test_a_graph_that_gives_something_else_is_refused(pt2: Path, content: pt2_cases.Content, tmp_path: Path) -> None:
+def test_a_graph_with_unexpected_outputs_is_refused(pt2: Path, content: pt2_cases.Content, tmp_path: Path) -> None:
     changed = dict(content)
 
     def change(program: Any) -> None:
@@ -200,17 +200,17 @@ def test_a_graph_that_gives_something_else_is_refused(pt2: Path, content: pt2_ca
     assert done.returncode == 6 and "MF-CKPT-200" in done.stderr
 
 
-# -- any change
+# -- random changes
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The way to every value in JSON."""
+    """The paths of all values in JSON."""
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return [path] + [place for key, one in inner for place in places(one, (*path, key))]
 
 
 def mutate_json(data: bytes, draw: random.Random, canary: Path) -> bytes:
-    """One value replaced, removed or repeated."""
+    """Replace, remove or repeat one value."""
     value = json.loads(data)
     path = draw.choice(places(value)[1:])
     parent = value
@@ -234,7 +234,7 @@ def mutate_json(data: bytes, draw: random.Random, canary: Path) -> bytes:
 
 
 def mutate(content: pt2_cases.Content, seed: int, file: Path, canary: Path) -> None:
-    """An archive with one change: to a value of JSON, to bytes of a record or of the file, or to the name of a record."""
+    """Make one change to an archive: to a JSON value, to bytes of a record or of the file, or to the name of a record."""
     draw, changed = random.Random(seed), dict(content)
     kind = seed % 4
     name = draw.choice(sorted(changed) if kind else [pt2_cases.PROGRAM, pt2_cases.WEIGHTS, pt2_cases.CONSTANTS])

@@ -1,4 +1,4 @@
-"""A run that is pushed is a run for others: the same answers, whole or refused, and nothing sent that was not shown."""
+"""A pushed run works for others: the same predictions, complete or refused, and nothing is sent that was not listed first."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def hub() -> Iterator[FakeHub]:
 
 @pytest.fixture
 def move(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Move:
-    """Makes this process one on a machine of that name, which knows `hub` only and has caches of its own."""
+    """A function that turns this process into one on another machine, which knows only `hub` and has its own caches."""
 
     def to(machine: str, *, token: str = OWNER, offline: bool = False) -> None:
         hub.known_here(monkeypatch, tmp_path / machine, token, offline=offline)
@@ -50,13 +50,13 @@ def move(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Move:
 
 @pytest.fixture(scope="module")
 def adapter(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The adapter of a run; not to be changed."""
+    """The adapter of a run; tests must not change it."""
     return adapter_of(trained, tmp_path_factory.mktemp("adapters") / "one")
 
 
 @pytest.fixture(scope="module")
 def other(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The adapter of a run that learned something else; not to be changed."""
+    """The adapter of a differently trained run; tests must not change it."""
     folder = tmp_path_factory.mktemp("adapters")
     done = call("train", *TINY, "--data", pairs, "--out", folder / "run", "--steps", "2", "--seed", "9")
     assert done.returncode == 0, done.stderr
@@ -76,11 +76,11 @@ def question(pairs: Path) -> tuple[object, ...]:
     return "--image", pairs / "images" / "test-0.png", "--text", TEXT
 
 
-def ask(model: object, pairs: Path) -> dict[str, Any]:
+def predict(model: object, pairs: Path) -> dict[str, Any]:
     done = call("predict", model, *question(pairs))
     assert done.returncode == 0, done.stderr
-    answer: dict[str, Any] = json.loads(done.stdout)
-    return answer
+    prediction: dict[str, Any] = json.loads(done.stdout)
+    return prediction
 
 
 def only_object(text: str) -> dict[str, Any]:
@@ -89,48 +89,48 @@ def only_object(text: str) -> dict[str, Any]:
     return value
 
 
-# -- there and back
+# -- push and load
 
 
 @pytest.mark.process
-def test_another_machine_gets_the_answers_of_the_run_also_offline(
+def test_another_machine_gets_the_same_predictions_also_offline(
     trained: Path, pairs: Path, hub: FakeHub, tmp_path: Path
 ) -> None:
-    """In processes of their own, as people use it: what huggingface_hub reads is what the environment says."""
+    """In separate processes, as in practice, because huggingface_hub reads the environment when it is imported."""
     mine, theirs = hub.environment(tmp_path / "mine"), hub.environment(tmp_path / "theirs", READER)
     pushed = run_cli("push", trained, REPO, "--json", **mine)
     assert pushed.returncode == 0, pushed.stderr
-    said = only_object(pushed.stdout)
-    assert (said["ok"], said["repo"], said["private"], said["url"]) == (True, REPO, True, f"{hub.url}/{REPO}")
-    expected = ask(trained, pairs)
+    result = only_object(pushed.stdout)
+    assert (result["ok"], result["repo"], result["private"], result["url"]) == (True, REPO, True, f"{hub.url}/{REPO}")
+    expected = predict(trained, pairs)
     offline = hub.environment(tmp_path / "theirs", "", offline=True)
     for environment in (theirs, offline):
         done = run_cli("predict", MODEL, *question(pairs), **environment)
         assert done.returncode == 0, done.stderr
-        answer = json.loads(done.stdout)
-        assert answer["label"] == expected["label"]
-        assert answer["probabilities"] == pytest.approx(expected["probabilities"], abs=2e-5)
+        prediction = json.loads(done.stdout)
+        assert prediction["label"] == expected["label"]
+        assert prediction["probabilities"] == pytest.approx(expected["probabilities"], abs=2e-5)
 
 
 # -- what is sent
 
 
-def test_the_adapter_and_nothing_else_is_sent_in_one_commit(trained: Path, pairs: Path, hub: FakeHub, move: Move) -> None:
+def test_only_the_adapter_is_sent_in_one_commit(trained: Path, pairs: Path, hub: FakeHub, move: Move) -> None:
     done = call("push", trained, REPO, "--json")
     assert done.returncode == 0, done.stderr
     repo = hub.repos[REPO]
     assert (repo.files.keys(), len(repo.commits), repo.private) == (ADAPTER, 1, True)
-    said = only_object(done.stdout)
-    assert said["files"] == {name: len(content) for name, content in repo.files.items()}
+    result = only_object(done.stdout)
+    assert result["files"] == {name: len(content) for name, content in repo.files.items()}
     assert repo.files["README.md"].startswith(b"---\nlibrary_name: mopefuse\n") and b"# model\n" in repo.files["README.md"]
     everything = b"\0".join(repo.files.values())
-    assert str(pairs).encode() in (trained / "config.yaml").read_bytes(), "else nothing is proved"
+    assert str(pairs).encode() in (trained / "config.yaml").read_bytes(), "otherwise the test proves nothing"
     for path in (pairs, trained):
         assert str(path).encode() not in everything and str(path.parent).encode() not in everything
 
 
-def test_the_files_are_shown_before_anything_is_sent(trained: Path, hub: FakeHub, move: Move) -> None:
-    move("mine", token=READER)  # whose first attempt to send ends it
+def test_the_files_are_listed_before_anything_is_sent(trained: Path, hub: FakeHub, move: Move) -> None:
+    move("mine", token=READER)  # the first attempt to send ends the process
     done = call("push", trained, REPO)
     assert (done.returncode, done.stdout) == (5, "")
     shown = re.findall(r"^  (\S+)  (\d\S* k?B)$", done.stderr, re.MULTILINE)
@@ -142,13 +142,13 @@ def test_the_files_are_shown_before_anything_is_sent(trained: Path, hub: FakeHub
 def test_a_dry_run_sends_nothing(trained: Path, hub: FakeHub, move: Move) -> None:
     done = call("push", trained, REPO, "--dry-run", "--json")
     assert done.returncode == 0, done.stderr
-    said = only_object(done.stdout)
-    assert (set(said["files"]), said["url"]) == (ADAPTER, None)
-    assert hub.asked == [f"GET /api/models/{REPO}"]
+    result = only_object(done.stdout)
+    assert (set(result["files"]), result["url"]) == (ADAPTER, None)
+    assert hub.requests == [f"GET /api/models/{REPO}"]
 
 
 @pytest.mark.parametrize(("word", "code", "commits"), [("n", 1, 0), ("y", 0, 1)])
-def test_on_a_terminal_it_asks(
+def test_on_a_terminal_push_asks_for_confirmation(
     word: str, code: int, commits: int, adapter: Path, hub: FakeHub, move: Move, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     terminal = io.StringIO(f"{word}\n")
@@ -162,10 +162,10 @@ def test_on_a_terminal_it_asks(
     assert bool(hub.sent()) == bool(commits)
 
 
-def test_a_public_repository_is_written_to_on_request_only(adapter: Path, other: Path, hub: FakeHub, move: Move) -> None:
+def test_a_public_repository_is_written_to_only_on_request(adapter: Path, other: Path, hub: FakeHub, move: Move) -> None:
     assert call("push", adapter, REPO, "--public").returncode == 0
     assert not hub.repos[REPO].private
-    hub.asked.clear()
+    hub.requests.clear()
     done = call("push", other, REPO, "--json")
     assert done.returncode == 3 and only_object(done.stdout)["error"]["code"] == "MF-CFG-73"
     assert hub.sent() == [] and hub.repos[REPO].files == files_of(adapter)
@@ -175,13 +175,13 @@ def test_a_public_repository_is_written_to_on_request_only(adapter: Path, other:
 
 def test_a_private_repository_stays_private(adapter: Path, other: Path, hub: FakeHub, move: Move) -> None:
     assert call("push", adapter, REPO).returncode == 0
-    done = call("push", other, MODEL, "--public", "--json")  # the prefix may be left on
+    done = call("push", other, MODEL, "--public", "--json")  # the name may include the prefix
     assert done.returncode == 0 and only_object(done.stdout)["private"] is True
     assert hub.repos[REPO].private and hub.repos[REPO].files == files_of(other)
 
 
 @pytest.mark.parametrize("kind", ["adapter", "bundle"])
-def test_what_was_exported_is_pushed_as_it_is(kind: str, adapter: Path, hub: FakeHub, move: Move, tmp_path: Path) -> None:
+def test_an_export_is_pushed_unchanged(kind: str, adapter: Path, hub: FakeHub, move: Move, tmp_path: Path) -> None:
     folder = tmp_path / "exported"
 
     def write(to: Path) -> None:
@@ -208,12 +208,12 @@ def test_a_damaged_folder_is_not_pushed(adapter: Path, hub: FakeHub, move: Move,
     done = call("push", tmp_path, REPO)
     assert done.returncode == 6 and "weights.safetensors" in done.stderr
     assert call("push", tmp_path / "nowhere", REPO).returncode == 6
-    assert call("push", adapter, REPO, "--checkpoint", "last").returncode == 6, "an adapter has one checkpoint only"
-    assert hub.asked == []
+    assert call("push", adapter, REPO, "--checkpoint", "last").returncode == 6, "an adapter has only one checkpoint"
+    assert hub.requests == []
 
 
 def altered(content: bytes) -> bytes:
-    """As long, and one bit of the last weight is another."""
+    """Return the same number of bytes, with one bit of the last weight flipped."""
     return content[:-1] + bytes([content[-1] ^ 1])
 
 
@@ -221,10 +221,10 @@ def altered(content: bytes) -> bytes:
 def test_an_invalid_repository_name_is_refused(name: str, trained: Path, hub: FakeHub, move: Move) -> None:
     done = call("push", "--json", "--", trained, name)
     assert done.returncode == 3 and only_object(done.stdout)["error"]["code"] == "MF-CFG-72", done.stderr
-    assert hub.asked == []
+    assert hub.requests == []
 
 
-# -- what may go wrong on the way
+# -- errors of the hub
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_an_invalid_repository_name_is_refused(name: str, trained: Path, hub: Fa
         (OWNER, {REPO: 503}, "MF-ENC-44"),
     ],
 )
-def test_the_hub_that_refuses_a_push_is_explained(
+def test_a_push_refused_by_the_hub_is_explained(
     token: str, fails: dict[str, int], code: str, adapter: Path, hub: FakeHub, move: Move
 ) -> None:
     move("mine", token=token)
@@ -250,7 +250,7 @@ def test_the_hub_that_refuses_a_push_is_explained(
     assert not (REPO in hub.repos and hub.repos[REPO].commits)
 
 
-def test_without_a_token_nobody_is_told_that_a_repository_is_new(adapter: Path, hub: FakeHub, move: Move) -> None:
+def test_without_a_token_a_repository_is_not_reported_as_new(adapter: Path, hub: FakeHub, move: Move) -> None:
     hub.commit(REPO, files_of(adapter))
     hub.repos[REPO].private = True
     move("mine", token="")
@@ -259,7 +259,7 @@ def test_without_a_token_nobody_is_told_that_a_repository_is_new(adapter: Path, 
 
 
 @pytest.mark.parametrize("how", ["gone", "silent", "offline"])
-def test_a_hub_that_cannot_be_reached_is_explained(
+def test_an_unreachable_hub_is_explained(
     how: str, adapter: Path, pairs: Path, hub: FakeHub, move: Move, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if how == "gone":
@@ -273,13 +273,13 @@ def test_a_hub_that_cannot_be_reached_is_explained(
     assert done.returncode == 5 and "MF-ENC-59" in done.stderr, done.stderr
     done = call("predict", MODEL, *question(pairs))
     assert done.returncode == 5 and ("MF-ENC-36" if how == "offline" else "MF-ENC-37") in done.stderr, done.stderr
-    assert "pretrained" not in done.stderr, "advice for encoders does not help with a model"
+    assert "pretrained" not in done.stderr, "the fix for encoders does not apply to a model"
 
 
 # -- reading
 
 
-def test_every_command_takes_a_model_from_the_hub(
+def test_every_command_accepts_a_model_from_the_hub(
     trained: Path, adapter: Path, pairs: Path, hub: FakeHub, move: Move, tmp_path: Path
 ) -> None:
     hub.commit(REPO, files_of(adapter))
@@ -287,53 +287,53 @@ def test_every_command_takes_a_model_from_the_hub(
     own, theirs = (only_object(done.stdout) for done in found)
     assert theirs["metrics"] == own["metrics"] and theirs["per_label"] == own["per_label"]
     assert theirs["run"] == MODEL
-    assert ask(MODEL, pairs) == ask(trained, pairs)
+    assert predict(MODEL, pairs) == predict(trained, pairs)
     with Image.open(pairs / "images" / "test-0.png") as image:
-        answers = [mopefuse.load(model, device="cpu").predict([image], [TEXT]) for model in (trained, MODEL)]
-    assert answers[0] == answers[1]
-    assert ask(adapter_of(Path(MODEL), tmp_path / "again"), pairs) == ask(trained, pairs)
+        predictions = [mopefuse.load(model, device="cpu").predict([image], [TEXT]) for model in (trained, MODEL)]
+    assert predictions[0] == predictions[1]
+    assert predict(adapter_of(Path(MODEL), tmp_path / "again"), pairs) == predict(trained, pairs)
     assert files_of(tmp_path / "again")["weights.safetensors"] == hub.repos[REPO].files["weights.safetensors"]
     swapped = call("swap-encoder", MODEL, "--comp", "tiny:text-b", "--data", pairs, "-o", tmp_path / "swapped", "--json")
     assert swapped.returncode == 0, swapped.stderr
     assert json.loads((tmp_path / "swapped" / "swap.json").read_text())["from"] == MODEL
     done = call("eval", MODEL, "--data", pairs, "--json")
-    assert only_object(done.stdout)["predictions"] is None and files_of(locate(MODEL)) == files_of(adapter), "it is as it was"
+    assert only_object(done.stdout)["predictions"] is None and files_of(locate(MODEL)) == files_of(adapter), "it is unchanged"
 
 
-def test_what_was_fetched_once_is_not_fetched_again(adapter: Path, pairs: Path, hub: FakeHub, move: Move) -> None:
+def test_a_cached_model_is_not_downloaded_again(adapter: Path, pairs: Path, hub: FakeHub, move: Move) -> None:
     hub.commit(REPO, files_of(adapter))
-    first = ask(MODEL, pairs)
-    loaded = [request for request in hub.asked if request.startswith("GET")]
+    first = predict(MODEL, pairs)
+    loaded = [request for request in hub.requests if request.startswith("GET")]
     assert len(loaded) == len(ADAPTER) == len(set(loaded)), "each file once"
-    hub.asked.clear()
-    assert ask(MODEL, pairs) == first and hub.asked == []
+    hub.requests.clear()
+    assert predict(MODEL, pairs) == first and hub.requests == []
     move("mine", offline=True)
-    assert ask(MODEL, pairs) == first
-    (locate(MODEL) / "weights.safetensors").unlink()  # damaged, and made again from what huggingface_hub keeps
-    assert ask(MODEL, pairs) == first and hub.asked == []
+    assert predict(MODEL, pairs) == first
+    (locate(MODEL) / "weights.safetensors").unlink()  # damaged, and restored from the cache of huggingface_hub
+    assert predict(MODEL, pairs) == first and hub.requests == []
 
 
 def test_a_revision_is_honoured(adapter: Path, other: Path, pairs: Path, hub: FakeHub, move: Move) -> None:
-    old, new = ask(adapter, pairs), ask(other, pairs)
+    old, new = predict(adapter, pairs), predict(other, pairs)
     assert old != new
     commit = hub.commit(REPO, files_of(adapter), tag="v1")
     hub.commit(REPO, files_of(other), tag="v2/final")
-    assert [ask(f"{MODEL}@{name}", pairs) for name in ("v1", commit, "v2/final", "main")] == [old, old, new, new]
+    assert [predict(f"{MODEL}@{name}", pairs) for name in ("v1", commit, "v2/final", "main")] == [old, old, new, new]
     move("mine", offline=True)
-    assert [ask(f"{MODEL}@{name}", pairs) for name in ("v1", commit, "v2/final", "main")] == [old, old, new, new]
-    assert ask(MODEL, pairs) == new
+    assert [predict(f"{MODEL}@{name}", pairs) for name in ("v1", commit, "v2/final", "main")] == [old, old, new, new]
+    assert predict(MODEL, pairs) == new
     move("mine")
     done = call("predict", f"{MODEL}@v3", *question(pairs))
     assert done.returncode == 5 and "MF-ENC-43" in done.stderr and "'v3'" in done.stderr
 
 
-def test_what_is_kept_stays_when_the_repository_moves_on(
+def test_a_cached_model_stays_the_same_when_the_repository_changes(
     adapter: Path, other: Path, pairs: Path, hub: FakeHub, move: Move
 ) -> None:
     hub.commit(REPO, files_of(adapter))
-    old = ask(MODEL, pairs)
+    old = predict(MODEL, pairs)
     commit = hub.commit(REPO, files_of(other))
-    assert ask(MODEL, pairs) == old != ask(f"{MODEL}@{commit}", pairs) == ask(other, pairs)
+    assert predict(MODEL, pairs) == old != predict(f"{MODEL}@{commit}", pairs) == predict(other, pairs)
 
 
 def test_files_of_two_commits_are_never_mixed(adapter: Path, other: Path, pairs: Path, hub: FakeHub, move: Move) -> None:
@@ -343,10 +343,10 @@ def test_files_of_two_commits_are_never_mixed(adapter: Path, other: Path, pairs:
     assert done.returncode == 5 and "MF-ENC-44" in done.stderr, done.stderr
     hub.fails = {}
     hub.commit(REPO, files_of(other))
-    assert ask(MODEL, pairs) == ask(adapter, pairs), "the rest of what was begun"
+    assert predict(MODEL, pairs) == predict(adapter, pairs), "the rest of the files of the same commit"
 
 
-def test_a_repository_that_is_not_there_or_not_for_you(adapter: Path, pairs: Path, hub: FakeHub, move: Move) -> None:
+def test_a_missing_or_inaccessible_repository_is_an_error(adapter: Path, pairs: Path, hub: FakeHub, move: Move) -> None:
     for name in ("org/none", "a/b/c", ""):
         done = call("predict", f"hf-hub:{name}", *question(pairs))
         assert done.returncode == 5 and "MF-ENC-40" in done.stderr, done.stderr
@@ -357,19 +357,19 @@ def test_a_repository_that_is_not_there_or_not_for_you(adapter: Path, pairs: Pat
         done = call("predict", MODEL, *question(pairs))
         assert done.returncode == 5 and code in done.stderr and "HF_TOKEN" in done.stderr, done.stderr
     move("mine", token=READER)
-    assert ask(MODEL, pairs) == ask(adapter, pairs)
+    assert predict(MODEL, pairs) == predict(adapter, pairs)
 
 
 # -- repositories that are refused
 
 
 def naming(name: str) -> Callable[[bytes], bytes]:
-    """A manifest with one more file."""
+    """A manifest that lists one more file."""
     more = f'"files": {{"{name}": {{"size": 4, "sha256": "{hashlib.sha256(b"evil").hexdigest()}"}},'
     return lambda manifest: manifest.replace(b'"files": {', more.encode())
 
 
-SPOILT: dict[str, tuple[dict[str, Any], str]] = {  # name of a file to its content, or to what becomes of it
+SPOILT: dict[str, tuple[dict[str, Any], str]] = {  # name of a file to its content, or to a function that changes it
     "no manifest": ({"manifest.json": None}, "does not hold a mopefuse model"),
     "a manifest that is no JSON": ({"manifest.json": b"<html>"}, "manifest.json is damaged"),
     "no list of files": ({"manifest.json": b'{"format": 1, "kind": "adapter"}'}, "names no files"),
@@ -387,17 +387,17 @@ SPOILT: dict[str, tuple[dict[str, Any], str]] = {  # name of a file to its conte
 
 
 @pytest.mark.parametrize("what", SPOILT)
-def test_a_spoilt_repository_is_refused_and_not_kept(
+def test_an_invalid_repository_is_refused_and_not_cached(
     what: str, adapter: Path, pairs: Path, hub: FakeHub, move: Move, tmp_path: Path
 ) -> None:
-    changes, says = SPOILT[what]
+    changes, message = SPOILT[what]
     files = files_of(adapter)
     spoilt = {name: change(files[name]) if callable(change) else change for name, change in changes.items()}
     hub.commit(REPO, {name: content for name, content in (files | spoilt).items() if content is not None})
     for command in (["predict", MODEL, *question(pairs)], ["eval", MODEL, "--data", pairs]):
         done = call(*command)
         assert done.returncode == 6, done.stderr
-        assert says in done.stderr and REPO in done.stderr and len(done.stderr.splitlines()) <= 2, done.stderr
+        assert message in done.stderr and REPO in done.stderr and len(done.stderr.splitlines()) <= 2, done.stderr
         assert "fix: " in done.stderr and "Traceback" not in done.stderr
-    assert not [request for request in hub.asked if "evil" in request] and not list(tmp_path.rglob("evil"))
+    assert not [request for request in hub.requests if "evil" in request] and not list(tmp_path.rglob("evil"))
     assert not list(tmp_path.glob("mine/mopefuse/models/*"))

@@ -1,4 +1,4 @@
-"""What Python hands over is prepared as the same thing in a file is: images of every kind, paths, arrays, single values."""
+"""Values from Python are prepared like the same values in files: images of every kind, paths, arrays, single values."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Forms(dict[str, Predictor]):
-    """The same model in every form, exported when it is first used."""
+    """The same model as a run, an adapter and bundles, each exported when it is first used."""
 
     def __init__(self, run: Path, places: dict[str, Path], folder: Path) -> None:
         super().__init__()
@@ -98,16 +98,16 @@ def pixels_of(model: Fusion, image: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", matrix(KINDS, [kind for kind in KINDS if kind != "pt2"]))
-def test_an_image_gets_the_answer_that_its_file_gets(kind: str, loaded: Forms, folder: Path) -> None:
+def test_an_image_from_python_gets_the_same_prediction_as_its_file(kind: str, loaded: Forms, folder: Path) -> None:
     predictor = loaded[kind]
     of_files = list(predict_pairs(predictor, read_pairs(folder / "table.jsonl", Data(), ("image", "text"))))
     opened = [Image.open(folder / name) for name in FILES]
     paths = [folder / name for name in FILES]
     for values in (opened, paths, [str(path) for path in paths]):
-        answers = predictor.predict(values, [TEXT] * len(values))
-        for answer, of_file in zip(answers, of_files, strict=True):
-            assert answer["label"] == of_file["label"]
-            assert answer["probabilities"] == pytest.approx(of_file["probabilities"], abs=1e-6)
+        predictions = predictor.predict(values, [TEXT] * len(values))
+        for prediction, of_file in zip(predictions, of_files, strict=True):
+            assert prediction["label"] == of_file["label"]
+            assert prediction["probabilities"] == pytest.approx(of_file["probabilities"], abs=1e-6)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -118,26 +118,26 @@ def test_collate_gives_the_pixels_of_the_file(name: str, folder: Path, model: Fu
     for value in (Image.open(folder / name), folder / name, str(folder / name)):
         assert torch.equal(pixels_of(model, value), wanted)
     plain = preprocess.item(Image.open(folder / name).convert("RGB"))
-    assert torch.equal(plain, wanted) == (name not in LOST), "the test has to be able to fail"
+    assert torch.equal(plain, wanted) == (name not in LOST), "otherwise the test could not fail"
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_to_prepare_twice_is_to_prepare_once(name: str, folder: Path) -> None:
+def test_preparing_an_image_twice_equals_preparing_it_once(name: str, folder: Path) -> None:
     once = upright_rgb(Image.open(folder / name))
     assert np.array_equal(np.asarray(upright_rgb(once)), np.asarray(once))
 
 
 @pytest.mark.parametrize("kind", matrix(KINDS, [kind for kind in KINDS if kind != "pt2"]))
-def test_one_value_is_a_list_of_one(kind: str, loaded: Forms, folder: Path) -> None:
+def test_a_single_value_is_treated_as_a_list_of_one(kind: str, loaded: Forms, folder: Path) -> None:
     predictor, image = loaded[kind], Image.open(folder / "rgb.png")
-    answers = predictor.predict([image], [TEXT])
+    predictions = predictor.predict([image], [TEXT])
     for value in (image, str(folder / "rgb.png"), folder / "rgb.png", np.asarray(image)):
-        assert predictor.predict(value, TEXT) == answers
-    assert predictor.predict(iter([image]), (TEXT,)) == answers
+        assert predictor.predict(value, TEXT) == predictions
+    assert predictor.predict(iter([image]), (TEXT,)) == predictions
     assert code_of(lambda: predictor.predict(image, [TEXT, TEXT])) == "MF-DATA-17"
 
 
-def test_arrays_are_images(model: Fusion) -> None:
+def test_arrays_are_accepted_as_images(model: Fusion) -> None:
     colours, grey, deep = (np.asarray(drawn(mode)) for mode in ("RGBA", "L", "I;16"))
     assert grey.ndim == deep.ndim == 2 and deep.dtype == np.uint16
     for array in (colours, colours[..., :3], grey, deep):
@@ -169,7 +169,7 @@ def test_an_invalid_value_is_refused(kind: str, loaded: Forms) -> None:
         assert caught.value.fix
 
 
-def test_a_damaged_file_is_named(tmp_path: Path, loaded: Forms) -> None:
+def test_a_damaged_file_is_an_error_that_names_it(tmp_path: Path, loaded: Forms) -> None:
     whole = tmp_path / "whole.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 80, 3), dtype=np.uint8)).save(whole)
     (tmp_path / "half.png").write_bytes(whole.read_bytes()[:5000])
@@ -186,7 +186,7 @@ def test_an_image_without_pixels_is_refused(empty: Any, loaded: Forms) -> None:
             predictor.predict([empty], [TEXT])
 
 
-def test_a_pipe_in_the_place_of_an_image_is_not_waited_for(tmp_path: Path, loaded: Forms) -> None:
+def test_a_pipe_in_place_of_an_image_does_not_block(tmp_path: Path, loaded: Forms) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(DataError, match="is not a regular file"):
         loaded["run"].predict(tmp_path / "pipe.png", TEXT)

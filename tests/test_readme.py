@@ -1,4 +1,4 @@
-"""The README is short, and what it shows works as it stands."""
+"""The README is short, and its code works as shown."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from doc_cases import ROOT, blocks, commands, furnish_for_readme, run_page
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_readme_fits_in_150_lines_and_says_what_this_is_on_its_first_screen() -> None:
+def test_the_readme_fits_in_150_lines_and_starts_with_what_mopefuse_is() -> None:
     lines = README.splitlines()
     assert len(lines) <= 150
     first_screen = "\n".join(lines[:24])
@@ -27,7 +27,7 @@ def test_installing_comes_first_then_the_two_targets_of_make() -> None:
         assert re.search(rf"^{target}: \$\(INSTALLED\)\n(\t.*\n)*?\t.*{re.escape(recipe)}", makefile, re.MULTILINE), target
 
 
-def test_the_five_minutes_begin_with_the_check_and_the_simplest_baseline() -> None:
+def test_the_five_minutes_start_with_the_data_check_and_the_simplest_baseline() -> None:
     own = [words[1:] for words in commands(README) if words[0] == "mopefuse"]
     assert own[0][:3] == ["data", "check", "products.csv"]
     assert own[1][0] == "train"
@@ -39,10 +39,10 @@ def test_every_command_and_every_piece_of_python_runs(tmp_path: Path, monkeypatc
     (recipe,) = blocks(README, "yaml")
     monkeypatch.chdir(furnish_for_readme(tmp_path, recipe))
     assert run_page(README) >= 7
-    assert len((tmp_path / "answers.csv").read_text().splitlines()) == 6
+    assert len((tmp_path / "predictions.csv").read_text().splitlines()) == 6
 
 
-def test_every_link_and_picture_is_there() -> None:
+def test_every_link_and_picture_exists() -> None:
     targets = re.findall(r"\]\((?!https?://|#)([^)#]+)(?:#[^)]*)?\)", README)
     assert len(targets) > 20
     assert [target for target in targets if not (ROOT / target).exists()] == []

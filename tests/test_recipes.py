@@ -1,4 +1,4 @@
-"""A recipe is a claim: its header says what it reproduces and how to run it, and it runs."""
+"""A recipe is a claim: its header states what it reproduces and how to run it, and it runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RECIPES = [path for path in sorted((ROOT / "recipes").rglob("*.yaml")) if path n
 
 
 def cells_of(study: Study) -> list[Cell]:
-    """The cells of a study; of one that searches, those of its bounds."""
+    """The cells of a study; for a search, the cells at its bounds."""
     search = study.file.search
     if search is None:
         return list(study.cells)
@@ -36,7 +36,7 @@ def test_all_recipes_are_found() -> None:
 
 
 @pytest.mark.parametrize("path", RECIPES + STUDIES, ids=lambda path: str(path.relative_to(ROOT / "recipes")))
-def test_the_header_makes_a_claim_and_its_command_names_the_file(path: Path) -> None:
+def test_the_header_states_a_claim_and_a_command_with_the_file(path: Path) -> None:
     header = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
     text = "\n".join(line.removeprefix("#").strip() for line in header)
     assert [word for word in HEADER if not re.search(rf"^{word}", text, re.MULTILINE)] == []
@@ -51,8 +51,8 @@ def test_the_header_makes_a_claim_and_its_command_names_the_file(path: Path) -> 
 
 
 @pytest.mark.parametrize("path", RECIPES + STUDIES, ids=lambda path: str(path.relative_to(ROOT / "recipes")))
-def test_the_command_that_makes_its_data_can_be_run_and_writes_where_the_recipe_reads(path: Path, tmp_path: Path) -> None:
-    """A data set that is prepared lacks its owners' files here: that is what the command must complain of."""
+def test_the_data_command_of_a_recipe_writes_where_the_recipe_reads(path: Path, tmp_path: Path) -> None:
+    """The files of data sets that need preparation are not available here, and the command must report exactly that."""
     command = shlex.split(re.search(r"^# Data: .*`mopefuse (.*)`", path.read_text(encoding="utf-8"), re.MULTILINE).group(1))
     config = cells_of(read_study(str(path)))[0].config if path in STUDIES else resolve(recipe=str(path))
     assert str(config.data.path) in command
@@ -86,7 +86,7 @@ def test_two_steps_of_the_first_and_last_cell_run_on_tiny_data(path: Path, pairs
     study = read_study(str(path), sets)
     cells = cells_of(study)
     for number, cell in enumerate((cells[0], cells[-1])):
-        steps = 0 if cell.config.method == "linear" else 2  # a regression makes none
+        steps = 0 if cell.config.method == "linear" else 2  # a regression has no steps
         assert train(cell.config, tmp_path / str(number))["steps"] == steps
 
 

@@ -1,4 +1,4 @@
-"""Activation checkpointing: less memory for the same gradients, to the bit, in every family of encoders."""
+"""Activation checkpointing: less memory for the same gradients, bit for bit, in every family of encoders."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Gradients = dict[str, Tensor]
 
 
 def encoder_of(family: str, encoders: Mapping[str, Encoder]) -> Encoder:
-    """One of one's own."""
+    """A separate encoder of the family."""
     return create_encoder(family.replace("-", ":")) if family.startswith("tiny") else copy.deepcopy(encoders[family])
 
 
@@ -50,13 +50,13 @@ def gradients(
     insert: bool = False,
     backward: Callable[[Tensor], None] = backward_here,
 ) -> Gradients:
-    """Of prompts, gates, inserted tokens and of what learns in the encoder."""
+    """Gradients of prompts, gates, inserted tokens and the encoder's trainable parameters."""
     prompts = [prompt.requires_grad_() for prompt in prompts_for(encoder)]
     gates = [torch.full((heads,), 0.5, requires_grad=True) for heads in encoder.heads]
     ahead = torch.randn(3, 2, encoder.widths[0], generator=torch.Generator().manual_seed(4)).requires_grad_()
     encoder.zero_grad()
     encoder.recompute = recompute
-    torch.manual_seed(0)  # of dropout
+    torch.manual_seed(0)  # seeds dropout
     encoded = encoder.encode(
         batch_of(encoder),
         lambda layer, tokens, mask: Prompt(prompts[layer], gates[layer] if gated else None),
@@ -80,14 +80,14 @@ def assert_equal(found: Gradients, need: Gradients) -> None:
 
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "ungated"])
 @pytest.mark.parametrize("family", matrix(FRESH, [*QUICK, "tiny-text"]))
-def test_gradients_are_the_same_to_the_bit(family: str, gated: bool, encoders: Mapping[str, Encoder]) -> None:
+def test_gradients_are_equal_bit_for_bit(family: str, gated: bool, encoders: Mapping[str, Encoder]) -> None:
     encoder = encoder_of(family, encoders)
     plain = gradients(encoder, gated=gated, recompute=False)
     assert_equal(gradients(encoder, gated=gated, recompute=True), plain)
 
 
 @pytest.mark.parametrize("family", ["timm-vit", "hf-bert", "tiny-text"])
-def test_tokens_ahead_are_seen_again(family: str, encoders: Mapping[str, Encoder]) -> None:
+def test_inserted_tokens_are_recomputed_too(family: str, encoders: Mapping[str, Encoder]) -> None:
     encoder = encoder_of(family, encoders)
     plain = gradients(encoder, gated=False, recompute=False, insert=True)
     assert_equal(gradients(encoder, gated=False, recompute=True, insert=True), plain)
@@ -95,7 +95,7 @@ def test_tokens_ahead_are_seen_again(family: str, encoders: Mapping[str, Encoder
 
 @pytest.mark.parametrize("family", ["timm-vit", "hf-albert", "open_clip-visual", "tiny-text"])
 def test_the_backward_pass_may_run_in_another_thread(family: str, encoders: Mapping[str, Encoder]) -> None:
-    """As on a GPU, where it always does."""
+    """On a GPU, it always does."""
     encoder = encoder_of(family, encoders)
     insert = encoder.insertable
     plain = gradients(encoder, gated=True, recompute=False, insert=insert)
@@ -103,7 +103,7 @@ def test_the_backward_pass_may_run_in_another_thread(family: str, encoders: Mapp
 
 
 @pytest.mark.parametrize("family", ["timm-vit", "timm-swin-padded", "hf-bert", "tiny-vision"])
-def test_dropout_of_lora_is_drawn_once(family: str, encoders: Mapping[str, Encoder]) -> None:
+def test_loras_dropout_is_the_same_in_the_recomputation(family: str, encoders: Mapping[str, Encoder]) -> None:
     encoder = encoder_of(family, encoders)
     encoder.adapt(Lora(rank=2, dropout=0.5))
     encoder.train()
@@ -122,7 +122,7 @@ def test_a_tuned_encoder_gets_its_gradients(encoders: Mapping[str, Encoder]) -> 
 
 
 def kept(model: Fusion, recompute: bool) -> int:
-    """Bytes that the forward pass of a batch leaves behind for the backward pass, beside weights."""
+    """Bytes that the forward pass of a batch stores for the backward pass, besides weights."""
     for side in model.uses:
         model.encoder(side).recompute = recompute
     weights = {parameter.data_ptr() for parameter in model.parameters()}
@@ -140,13 +140,13 @@ def kept(model: Fusion, recompute: bool) -> int:
 
 
 @pytest.mark.parametrize("options", [{}, {"comp_tuning": {"mode": "lora"}}, {"method": "p-mmbt"}, {"method": "pmf"}], ids=str)
-def test_a_model_keeps_less(options: dict[str, Any]) -> None:
+def test_recomputation_stores_less_memory(options: dict[str, Any]) -> None:
     model = build("tiny:text", "tiny:vision", **options)
     assert kept(model, True) < kept(model, False) / 2
 
 
 def test_without_a_gradient_nothing_is_recomputed(encoders: Mapping[str, Encoder]) -> None:
-    """A frozen encoder with prompts that learn nothing leaves no graph, and in prediction there is none."""
+    """A frozen encoder without trainable prompts builds no graph, and neither does prediction."""
     encoder = encoder_of("hf-bert", encoders)
     encoder.recompute = True
     prompts = prompts_for(encoder)
@@ -158,8 +158,8 @@ def test_without_a_gradient_nothing_is_recomputed(encoders: Mapping[str, Encoder
 
 
 @pytest.mark.parametrize("method", ["conditional", "pmf", "mmbt", "late-concat"])
-def test_every_method_learns_the_same(method: str) -> None:
-    """Without prompts, `late-concat` has no graph through an encoder, and the setting no effect."""
+def test_every_method_gets_the_same_gradients(method: str) -> None:
+    """`late-concat` without prompts builds no graph through an encoder, so the setting has no effect on it."""
     found = []
     for recompute in (False, True):
         model = build("tiny:text", "tiny:vision", method=method, train={"checkpoint_activations": recompute})
@@ -172,8 +172,8 @@ def test_every_method_learns_the_same(method: str) -> None:
     assert_equal(found[1], found[0])
 
 
-def test_a_run_may_be_resumed_with_it(data: Path, tmp_path: Path) -> None:  # noqa: F811
-    """And ends with the same weights to the bit."""
+def test_a_run_may_be_resumed_with_recomputation(data: Path, tmp_path: Path) -> None:  # noqa: F811
+    """It ends with the same weights, bit for bit."""
     same = {"comp_tuning": {"mode": "lora"}, "train__schedule": "constant"}
     train(config(data, train__max_steps=8, **same), tmp_path / "plain")
     train(config(data, train__max_steps=4, **same), tmp_path / "both")

@@ -1,4 +1,4 @@
-"""Names to implementations: specs as users type them, and entry points of whoever is installed."""
+"""From names to implementations: specs as users type them, and entry points of installed distributions."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from mopefuse.errors import ConfigError, MopefuseError, Notice, PluginError
         ("  tiny:text\n", "tiny", "text", {}),
     ],
 )
-def test_a_spec_is_read_as_typed(text: str, scheme: str, name: str, options: dict[str, str]) -> None:
+def test_specs_are_parsed(text: str, scheme: str, name: str, options: dict[str, str]) -> None:
     spec = parse_spec(text)
     assert (spec.scheme, spec.name, spec.options) == (scheme, name, options)
     assert str(spec) == text.strip()
@@ -47,7 +47,7 @@ def test_a_spec_without_scheme_and_name_is_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["tiny:v?", "tiny:v?a", "tiny:v?a=", "tiny:v?=b", "tiny:v?a=1&a=2", "tiny:v?a=1&"])
-def test_options_are_distinct_pairs(text: str) -> None:
+def test_spec_options_must_be_distinct_pairs(text: str) -> None:
     with pytest.raises(ConfigError, match="cannot read the option"):
         parse_spec(text)
 
@@ -56,7 +56,7 @@ def test_options_are_distinct_pairs(text: str) -> None:
 @example("a:b?c=d&e=f=g")
 @example("~0")
 @example("0" * 300)
-def test_any_text_is_a_spec_that_reads_itself_back_or_an_error(text: str) -> None:
+def test_any_text_is_an_error_or_a_spec_that_survives_a_round_trip(text: str) -> None:
     try:
         spec = parse_spec(text)
     except MopefuseError:
@@ -67,7 +67,7 @@ def test_any_text_is_a_spec_that_reads_itself_back_or_an_error(text: str) -> Non
 # -- entry points
 
 
-def test_the_built_ins_come_through_the_door_of_plugins() -> None:
+def test_built_ins_are_registered_like_plugins() -> None:
     assert {"timm", "hf", "open_clip", "tiny"} <= available(ENCODERS).keys()
     assert {"conditional", "late-concat", "main-only", "comp-only"} <= available(FUSION).keys()
     assert "digit-questions" in available(DATASETS)
@@ -88,7 +88,7 @@ def test_listing_imports_no_encoder_and_no_torch() -> None:
 
 
 class Installed(Distribution):
-    """A distribution that is nowhere but here."""
+    """A distribution that exists only in this test."""
 
     def __init__(self, name: str) -> None:
         self._called = name
@@ -115,7 +115,7 @@ Install = Callable[..., None]
 
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Install]:
-    """Put entry points in front of those that are installed."""
+    """Put entry points in front of the installed ones."""
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "plug_fails.py").write_text("raise RuntimeError('no such device')")
     (tmp_path / "plug_exits.py").write_text("import sys; sys.exit(3)")
@@ -141,15 +141,15 @@ def test_a_plugin_is_found_and_loaded_by_its_name(install: Install) -> None:
     assert load(ENCODERS, "audio").__name__ == "Encoder"
 
 
-def test_a_built_in_wins_over_a_plugin_of_its_name(install: Install) -> None:
+def test_a_built_in_takes_precedence_over_a_plugin_of_the_same_name(install: Install) -> None:
     install(claim("mopefuse-evil", "tiny", "plug_fails:X"))
-    with pytest.warns(Notice, match="'tiny' is the built-in one; that of mopefuse-evil is mopefuse-evil:tiny") as told:
+    with pytest.warns(Notice, match="'tiny' is the built-in one; that of mopefuse-evil is mopefuse-evil:tiny") as caught:
         assert [load(ENCODERS, "tiny").__name__ for _ in range(3)] == ["TinyEncoder"] * 3
-    assert len(told) == 1
+    assert len(caught) == 1
     assert [registry.distribution(point) for point in available(ENCODERS)["tiny"]] == ["mopefuse", "mopefuse-evil"]
 
 
-def test_a_clash_names_both_distributions_and_only_to_who_asks(install: Install) -> None:
+def test_a_clash_is_an_error_with_both_distributions_only_when_the_name_is_used(install: Install) -> None:
     install(claim("one", "audio", "plug_works:Encoder"), claim("two", "audio", "plug_works:Other"))
     assert load(ENCODERS, "tiny").__name__ == "TinyEncoder"
     with pytest.raises(PluginError, match=r"(?=.*one)(?=.*two)") as caught:
@@ -174,8 +174,9 @@ def test_a_clash_names_both_distributions_and_only_to_who_asks(install: Install)
         ("absent:y:", "absent", "y:"),
     ],
 )
-def test_a_spec_names_its_distribution_where_there_can_be_doubt(install: Install, text: str, scheme: str, name: str) -> None:
-    """A built-in scheme is never a distribution; a distribution with a scheme of its own name is found under both."""
+def test_a_spec_may_name_its_distribution(install: Install, text: str, scheme: str, name: str) -> None:
+    """A built-in scheme is never a distribution; a distribution that provides a scheme of its own name can be addressed both
+    ways."""
     install(claim("audio", "audio", "a:A"), claim("mopefuse-x", "y", "a:A"), claim("hf", "C", "a:A"))
     spec = parse_spec(text)
     assert (spec.scheme, spec.name) == (scheme, name)
@@ -197,7 +198,7 @@ def test_an_entry_point_that_is_listed_twice_is_not_a_clash(install: Install) ->
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
+    ("value", "message"),
     [
         ("plug_fails:X", "no such device"),
         ("plug_exits:X", "SystemExit"),
@@ -205,7 +206,9 @@ def test_an_entry_point_that_is_listed_twice_is_not_a_clash(install: Install) ->
         ("plug_absent:X", "plug_absent"),
     ],
 )
-def test_a_broken_plugin_is_an_error_of_its_distribution_and_only_to_who_asks(install: Install, value: str, said: str) -> None:
+def test_a_broken_plugin_is_an_error_with_its_distribution_only_when_it_is_used(
+    install: Install, value: str, message: str
+) -> None:
     install(claim("mopefuse-broken", "broken", value))
     listed = call("encoders")
     assert listed.returncode == 0
@@ -213,35 +216,35 @@ def test_a_broken_plugin_is_an_error_of_its_distribution_and_only_to_who_asks(in
     done = call("encoders", "inspect", "broken:x")
     assert done.returncode == 9
     assert done.stderr.startswith("error[MF-PLUG-02]")
-    assert said in done.stderr
+    assert message in done.stderr
     assert "mopefuse-broken" in done.stderr
 
 
 @pytest.mark.parametrize(("group", "name", "near"), [(ENCODERS, "tmm", "timm"), (FUSION, "conditonal", "conditional")])
-def test_an_unknown_name_offers_the_nearest(group: str, name: str, near: str) -> None:
+def test_an_unknown_name_gets_a_suggestion(group: str, name: str, near: str) -> None:
     with pytest.raises(MopefuseError, match=f"no .*{name}") as caught:
         load(group, name)
     assert near in caught.value.fix
 
 
-def test_a_spec_is_a_value() -> None:
+def test_specs_compare_by_value() -> None:
     assert Spec("a", "b", {"c": "d"}) == parse_spec("a:b?c=d")
 
 
 @pytest.mark.parametrize(
-    ("number", "says"), [(12, "the plugin acme failed to create x: KeyError: 'no'"), (13, "returned a dict")]
+    ("number", "message"), [(12, "the plugin acme failed to create x: KeyError: 'no'"), (13, "returned a dict")]
 )
-def test_an_encoder_that_a_plugin_cannot_make_is_an_error_of_the_plugin(
-    number: int, says: str, monkeypatch: pytest.MonkeyPatch
+def test_an_encoder_that_a_plugin_fails_to_create_is_a_plugin_error(
+    number: int, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key = {12: "no", 13: "spec"}[number]
     monkeypatch.setattr(registry, "load", lambda group, name: lambda spec: {"spec": {}}[key])
-    with pytest.raises(PluginError, match=says) as caught:
+    with pytest.raises(PluginError, match=message) as caught:
         create_encoder("acme:toy:x")
     assert caught.value.number == number and "acme" in caught.value.fix
 
 
-def test_an_error_that_a_plugin_raises_is_not_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mopefuse_error_raised_by_a_plugin_is_not_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(spec: Spec) -> None:
         raise ConfigError(1, "of its own")
 

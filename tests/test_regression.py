@@ -42,7 +42,7 @@ def design(x: Tensor, labels: int) -> Design:
 
 
 def correlated(rows: int, width: int, *, seed: int = 0) -> Tensor:
-    """Features whose covariance has eigenvalues that fall as those of real encoders do; every deviation is 1."""
+    """Features whose covariance has eigenvalues that decrease like those of real encoders; every deviation is 1."""
     random = torch.Generator().manual_seed(seed)
     turned = torch.linalg.qr(torch.randn(width, width, generator=random))[0]
     x = torch.randn(rows, width, generator=random) / torch.arange(1, width + 1) @ turned
@@ -57,7 +57,7 @@ def classes(x: Tensor, labels: int, *, seed: int = 1, sure: float = 2.0) -> Tens
 
 
 def several(x: Tensor, labels: int, *, seed: int = 1) -> Tensor:
-    """Labels from a rare one, at about 1 in 50, to one that half of the samples have."""
+    """Labels of different frequency, from about 1 in 50 samples to half of them."""
     random = torch.Generator().manual_seed(seed)
     score = x @ torch.randn(x.shape[1], labels, generator=random)
     share = torch.sigmoid(2 * score / score.std(dim=0) + torch.linspace(-6, 0, labels))
@@ -82,7 +82,7 @@ PROBLEMS: dict[str, tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]] = {
 
 
 def objective(x: Tensor, y: Tensor, weight: np.ndarray, bias: np.ndarray, strength: float, balanced: bool) -> np.ndarray:
-    """scikit-learn's objective, in float64: of each label, or of all classes together."""
+    """scikit-learn's objective in float64, for each label, or for all classes together."""
     logits = x.double() @ torch.from_numpy(weight).double().T + torch.from_numpy(bias).double()
     if y.ndim == 2:
         losses = torch.nn.functional.binary_cross_entropy_with_logits(logits, y.double(), reduction="none")
@@ -108,7 +108,7 @@ def by_scikit_learn(x: Tensor, y: Tensor, strength: float, balanced: bool) -> tu
 
 
 def solved(x: Tensor, y: Tensor, balanced: bool, strengths: tuple[float, ...]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Ours for one strength after another; of two classes the one row that scikit-learn has."""
+    """Our solutions for one C after another; for two classes the single row that scikit-learn has."""
     labels = y.shape[1] if y.ndim == 2 else int(y.max()) + 1
     wanted = how(labels, multi_label=y.ndim == 2, balanced=balanced)
     fitted = (binary_problem if wanted.multi_label else multinomial_problem)(design(x, labels), y, wanted)
@@ -121,7 +121,7 @@ def solved(x: Tensor, y: Tensor, balanced: bool, strengths: tuple[float, ...]) -
 @pytest.mark.parametrize("balanced", matrix([False, True], [True]))
 @pytest.mark.parametrize("exact", [True, False], ids=["float64", "float32"])
 @pytest.mark.parametrize("problem", PROBLEMS)
-def test_the_optimum_is_that_of_scikit_learn(
+def test_the_optimum_equals_scikit_learns(
     problem: str, exact: bool, balanced: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_design_matrix, "_MAX_FLOAT64_PRODUCTS", 1e9 if exact else 0)
@@ -136,7 +136,7 @@ def test_the_optimum_is_that_of_scikit_learn(
         if exact:
             features = x.double().numpy()
             logits, expected = (features @ part[0].T + part[1] for part in ((weight, bias), theirs))
-            if y.ndim == 1 and logits.shape[1] > 1:  # what is added to all classes changes nothing
+            if y.ndim == 1 and logits.shape[1] > 1:  # adding a constant to all classes changes nothing
                 logits, expected = (each - each.mean(axis=1, keepdims=True) for each in (logits, expected))
             np.testing.assert_allclose(logits, expected, atol=2e-3, rtol=2e-3)
 
@@ -144,7 +144,7 @@ def test_the_optimum_is_that_of_scikit_learn(
 @pytest.mark.parametrize("strength", [1e-10, 1e10])
 @pytest.mark.parametrize("exact", [True, False], ids=["float64", "float32"])
 @pytest.mark.parametrize("labels", [1, 3])
-def test_extreme_strengths_end_in_finite_weights(
+def test_extreme_values_of_c_give_finite_weights(
     strength: float, exact: bool, labels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_design_matrix, "_MAX_FLOAT64_PRODUCTS", 1e9 if exact else 0)
@@ -169,7 +169,7 @@ def test_extreme_strengths_end_in_finite_weights(
         assert np.abs(weight).max() < 1e-6
 
 
-def test_features_of_any_scale_are_standardised_as_by_scikit_learn() -> None:
+def test_features_of_any_scale_are_standardised_as_in_scikit_learn() -> None:
     x = correlated(500, 12)
     raw = {"main": x[:, :6] * 1e4 + 1e5, "comp": x[:, 6:] * 1e-5 + 1e-4}
     y = classes(x, 4)
@@ -183,7 +183,7 @@ def test_features_of_any_scale_are_standardised_as_by_scikit_learn() -> None:
     np.testing.assert_allclose(ours.softmax(dim=-1), model.predict_proba(scaled), atol=2e-3)
 
 
-def test_samples_that_lack_a_side_count_with_its_mean() -> None:
+def test_samples_that_lack_a_side_use_its_mean() -> None:
     x = correlated(400, 12)
     y = several(x, 3)
     lacks = torch.rand(400, generator=torch.Generator().manual_seed(5)) < 0.3
@@ -198,7 +198,7 @@ def test_samples_that_lack_a_side_count_with_its_mean() -> None:
     np.testing.assert_allclose(state["head.bias"], bias, atol=1e-3)
 
 
-def test_labels_that_all_or_no_samples_have_leave_the_others_as_they_are() -> None:
+def test_constant_labels_do_not_affect_the_others() -> None:
     x = correlated(300, 10)
     y = several(x, 4)
     padded = torch.cat([torch.ones(300, 1), y[:, :2], torch.zeros(300, 1), y[:, 2:]], dim=1)
@@ -216,7 +216,7 @@ def fit(x: Tensor, y: Tensor, wanted: FitSettings) -> Regression:
 
 
 class Recorder:
-    """A table that notes how many rows are read at once."""
+    """A table that records how many rows are read at once."""
 
     def __init__(self, x: Tensor) -> None:
         self.x, self.reads = x, list[int]()
@@ -227,7 +227,9 @@ class Recorder:
 
 
 @pytest.mark.parametrize("multi", [True, False])
-def test_a_table_larger_than_memory_is_read_in_blocks_to_the_same_bits(multi: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_larger_than_memory_is_read_in_blocks_with_identical_results(
+    multi: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(_design_matrix, "_BLOCK_ROWS", 64)
     monkeypatch.setattr(_logistic, "_SAMPLED", 100)
     x = correlated(500, 8)
@@ -241,11 +243,11 @@ def test_a_table_larger_than_memory_is_read_in_blocks_to_the_same_bits(multi: bo
         found.append(fit_heads({"head": ("main",)}, fold, fold, wanted)[0])
         reads.append(table.reads)
     assert all(torch.equal(found[0][name], other[name]) for other in found[1:] for name in found[0])
-    assert max(map(max, reads)) <= 125, "a block, or what the covariance is estimated from"
-    assert len(reads[0]) < len(reads[1]) == len(reads[2]), "kept where there is room"
+    assert max(map(max, reads)) <= 125, "a block, or the rows for the covariance estimate"
+    assert len(reads[0]) < len(reads[1]) == len(reads[2]), "blocks are cached if memory allows"
 
 
-def test_many_labels_are_fitted_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_labels_are_fitted_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     x = correlated(300, 10)
     y = several(x, 7)
     whole = fit(x, y, how(7, multi_label=True))
@@ -255,7 +257,7 @@ def test_many_labels_are_fitted_part_by_part(monkeypatch: pytest.MonkeyPatch) ->
     assert parts.strength == whole.strength
 
 
-def test_more_features_than_one_eigenbasis_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_features_than_one_eigenbasis_holds_are_fitted_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_logistic, "_WIDEST", 8)
     x = correlated(400, 20)
     y = classes(x, 3)
@@ -264,7 +266,7 @@ def test_more_features_than_one_eigenbasis_takes(monkeypatch: pytest.MonkeyPatch
     np.testing.assert_allclose(objective(x, y, weight, bias, 1.0, False), expected, rtol=1e-6)
 
 
-def test_it_is_the_same_every_time() -> None:
+def test_the_fit_is_deterministic() -> None:
     x = correlated(300, 10)
     for y, multi in ((several(x, 4), True), (classes(x, 4), False)):
         one, two = (fit(x, y, how(4, multi_label=multi)) for _ in range(2))
@@ -280,29 +282,29 @@ def test_many_labels_take_seconds() -> None:
     assert time.process_time() - began < 12
 
 
-def test_progress_grows_from_nothing_to_all() -> None:
+def test_progress_grows_from_0_to_1() -> None:
     x = correlated(300, 10)
-    told = list[tuple[str, float]]()
+    progress = list[tuple[str, float]]()
     fold = Fold({"main": x, "comp": x}, several(x, 4))
     wanted = how(4, multi_label=True)
-    fit_heads({"a": ("main",), "b": ("main", "comp")}, fold, fold, wanted, lambda what, share: told.append((what, share)))
-    shares = [share for _, share in told]
+    fit_heads({"a": ("main",), "b": ("main", "comp")}, fold, fold, wanted, lambda what, share: progress.append((what, share)))
+    shares = [share for _, share in progress]
     assert shares == sorted(shares) and shares[0] < 0.1 and 0.95 < shares[-1] <= 1 + 1e-9
-    assert told[0][0] == "logistic regression on main, C 0.0001"
-    assert told[-1][0] == "logistic regression on main and comp, C 10"
+    assert progress[0][0] == "logistic regression on main, C 0.0001"
+    assert progress[-1][0] == "logistic regression on main and comp, C 10"
 
 
 # -- the minimiser
 
 
-def test_each_problem_is_minimised_by_itself() -> None:
+def test_each_problem_is_minimised_independently() -> None:
     random = torch.Generator().manual_seed(0)
     scale_GP = torch.logspace(0, 5, 6, dtype=torch.double).expand(4, 6) * torch.rand(4, 6, generator=random).double()
     goal_GP = torch.randn(4, 6, generator=random).double()
-    asked = list[int]()
+    active = list[int]()
 
     def quadratic(x_AP: Tensor, index_A: Tensor) -> Evaluation:
-        asked.append(len(index_A))
+        active.append(len(index_A))
         away_AP = x_AP - goal_GP[index_A]
         value_A = 1 + (scale_GP[index_A] * away_AP**2).sum(dim=-1) / 2
         return Evaluation(value_A, scale_GP[index_A] * away_AP, torch.ones_like(x_AP))
@@ -311,14 +313,14 @@ def test_each_problem_is_minimised_by_itself() -> None:
     start_GP[1] = goal_GP[1]  # solved from the start
     found = minimise(quadratic, start_GP, tolerance=1e-12, noise=1e-15, max_iter=500)
     torch.testing.assert_close(found, goal_GP, atol=1e-4, rtol=1e-4)
-    assert asked[0] == 4 and max(asked[1:]) <= 3, "what is solved is asked no more"
+    assert active[0] == 4 and max(active[1:]) <= 3, "solved problems are not evaluated again"
     cut = minimise(quadratic, start_GP, tolerance=1e-12, noise=1e-15, max_iter=2)
     assert torch.isfinite(cut).all() and not torch.allclose(cut, goal_GP, atol=1e-4)
 
 
-def test_values_that_overflow_are_stepped_back_from() -> None:
+def test_the_line_search_backtracks_from_overflow() -> None:
     def steep(x_AP: Tensor, index_A: Tensor) -> Evaluation:
-        value_A = (x_AP.exp() - 2 * x_AP).sum(dim=-1)  # the first step, by a curvature of 1e-3, is to 1000
+        value_A = (x_AP.exp() - 2 * x_AP).sum(dim=-1)  # with a curvature of 1e-3, the first step goes to 1000
         return Evaluation(value_A, x_AP.exp() - 2, torch.full_like(x_AP, 1e-3))
 
     found = minimise(steep, torch.zeros(2, 1, dtype=torch.double), tolerance=1e-12, noise=1e-15, max_iter=200)
@@ -337,7 +339,7 @@ def test_a_long_fit_shows_its_remaining_time(
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_features_that_are_not_finite_are_refused_in_words(value: float) -> None:
+def test_features_that_are_not_finite_are_an_error(value: float) -> None:
     features = correlated(30, 8)
     features[3, 2] = value
     fold = Fold({"comp": features}, torch.arange(30) % 3)

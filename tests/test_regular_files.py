@@ -1,4 +1,4 @@
-"""What is no regular file is refused at once wherever a run is read: nobody waits for the other end of a pipe."""
+"""Irregular files are rejected immediately wherever a run is read: nothing waits for the other end of a pipe."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ KINDS = [as_pipe, as_folder, as_device, as_dangling_link]
 
 @pytest.fixture(autouse=True)
 def alarm() -> Iterator[None]:
-    """What waits for a pipe is woken, and fails."""
+    """Interrupts and fails a test that waits for a pipe."""
 
     def wake(*_: object) -> None:
         raise TimeoutError("it waits")
@@ -69,7 +69,7 @@ READ_BY = {
 
 @pytest.mark.parametrize("put", matrix(KINDS, list(KINDS)[:1]), ids=lambda put: put.__name__)
 @pytest.mark.parametrize("name", READ_BY)
-def test_a_run_with_something_else_in_place_of_a_file_is_refused(
+def test_a_run_with_an_irregular_file_is_refused(
     trained: Path, tmp_path: Path, name: str, put: Callable[[Path], None]
 ) -> None:
     for reader in READ_BY[name]:

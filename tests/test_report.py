@@ -1,4 +1,4 @@
-"""The page of a run: whole, harmless, right in its numbers, and looked at in a browser where there is one."""
+"""The page of a run: complete, harmless, with correct numbers, and rendered in a browser if there is one."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ ROUTING = ["usage", "routing-training", "classes", "experts"]
 
 @pytest.fixture
 def run(reported: Path) -> Path:
-    """A run of two steps with its page; not to be changed."""
+    """A run of two steps with its page; tests must not change it."""
     return reported
 
 
 # -- the page
 
 
-def test_the_page_has_every_section_and_says_what_the_numbers_mean(run: Path) -> None:
+def test_the_page_has_every_section_and_explains_its_numbers(run: Path) -> None:
     page = page_of(run)
     assert keys(page) == SECTIONS + ROUTING
     result = json.loads((run / "metrics.json").read_text())
     assert f"{100 * result['metrics']['test']['accuracy']:.1f} %" in page.text
     assert f"{result['parameters']['trainable']:,}" in page.text
-    for said in ("train 12, val 6, test 7", "tiny:vision (image, 4 layers)", "prompts.experts", "Guo et al. 2017", "Monroe"):
-        assert said in page.text
+    for text in ("train 12, val 6, test 7", "tiny:vision (image, 4 layers)", "prompts.experts", "Guo et al. 2017", "Monroe"):
+        assert text in page.text
     assert "with another sample's text, accuracy goes from" in page.text
     assert len(page.pictures()) >= 7
 
@@ -52,7 +52,7 @@ def test_the_page_has_every_section_and_says_what_the_numbers_mean(run: Path) ->
 def test_the_page_loads_nothing_and_runs_only_its_own_scripts(run: Path) -> None:
     page = page_of(run)
     page.check_harmless()
-    assert len(page.scripts) == 3, "data, library, and what sorts and filters"
+    assert len(page.scripts) == 3, "data, library, and the script for sorting and filtering"
     assert not {"link", "iframe", "object", "a", "form"} & {tag for tag, _ in page.elements}
     html = (run / "report.html").read_text(encoding="utf-8")
     without = re.sub("<script.*?</script>", "", html, flags=re.DOTALL)
@@ -60,18 +60,18 @@ def test_the_page_loads_nothing_and_runs_only_its_own_scripts(run: Path) -> None
     assert len(html) < 1_500_000 and len(without) < 300_000
 
 
-def test_every_chart_has_its_numbers_in_a_table_too(run: Path) -> None:
+def test_every_chart_has_a_table_of_its_numbers(run: Path) -> None:
     page = page_of(run)
     names = page.charts()
     assert names >= {"audit", "parameters", "confusion", "calibration", "loss", "validation", "usage", "entropy", "classes"}
     numbers = [attributes for attributes in page.all("details") if attributes.get("class") == "numbers"]
-    assert len(numbers) == len(names) - 1, "those of the audit are in its own table"
+    assert len(numbers) == len(names) - 1, "the audit's numbers are in its own table"
     assert "JavaScript is off" in page.text
     assert all(attributes["aria-label"] for attributes in page.all("div") if "data-chart" in attributes)
 
 
 @pytest.mark.parametrize("multi", matrix([False, True], [True]))
-def test_hostile_labels_texts_and_ids_are_shown_as_they_are(tmp_path: Path, multi: bool) -> None:
+def test_hostile_labels_texts_and_ids_are_shown_as_text(tmp_path: Path, multi: bool) -> None:
     data = make_pairs(tmp_path / "data", multi=multi)
     odd = f"{ATTRIBUTE}'><img src=x onerror=alert(1)>"
     for split in ("train", "val", "test"):
@@ -95,7 +95,7 @@ def test_hostile_labels_texts_and_ids_are_shown_as_they_are(tmp_path: Path, mult
             assert not re.search("<(script|img|b)[ >]", path.read_text(encoding="utf-8"))
 
 
-def test_several_labels_have_scores_and_no_confusion(multi_pairs: Path, tmp_path: Path) -> None:
+def test_multi_label_runs_have_scores_but_no_confusion_matrix(multi_pairs: Path, tmp_path: Path) -> None:
     assert call("train", *TINY, "--data", multi_pairs, "--out", tmp_path / "run", "--steps", "2").returncode == 0
     report(tmp_path / "run", device="cpu")
     page = page_of(tmp_path / "run")
@@ -104,7 +104,7 @@ def test_several_labels_have_scores_and_no_confusion(multi_pairs: Path, tmp_path
     assert "any number of 3: a, b, c" in page.text
 
 
-def test_a_method_without_a_router_has_no_routing(pairs: Path, tmp_path: Path) -> None:
+def test_a_method_without_a_router_has_no_routing_section(pairs: Path, tmp_path: Path) -> None:
     flags = ("--method", "main-only", "--data", pairs, "--out", tmp_path / "run", "--steps", "2")
     assert call("train", *TINY, *flags).returncode == 0
     report(tmp_path / "run", device="cpu")
@@ -116,10 +116,10 @@ def test_a_method_without_a_router_has_no_routing(pairs: Path, tmp_path: Path) -
 # -- numbers
 
 
-def test_the_confusion_matrix_is_that_of_the_answers(run: Path) -> None:
+def test_the_confusion_matrix_matches_the_predictions(run: Path) -> None:
     # classes of the test split are a, b, c, a, b, c, a
-    answers = torch.nn.functional.one_hot(torch.tensor([0, 1, 2, 1, 1, 0, 0]), 3).float()
-    section = run_errors.confusion(facts_of(run, logits_SN=answers))
+    logits_SN = torch.nn.functional.one_hot(torch.tensor([0, 1, 2, 1, 1, 0, 0]), 3).float()
+    section = run_errors.confusion(facts_of(run, logits_SN=logits_SN))
     assert section is not None
     assert tips(section.charts[0]) == [
         "a predicted as a: 2 (66.7 %)", "a predicted as b: 1 (33.3 %)", "a predicted as c: 0 (0.0 %)",
@@ -132,7 +132,7 @@ def test_the_confusion_matrix_is_that_of_the_answers(run: Path) -> None:
     assert section.charts[0].rows == [["a", "2", "1", "0"], ["b", "0", "2", "0"], ["c", "1", "0", "1"]]
 
 
-def test_scores_of_each_class_are_those_of_scikit_learn(run: Path) -> None:
+def test_scores_of_each_class_equal_scikit_learns(run: Path) -> None:
     from sklearn.metrics import precision_recall_fscore_support
 
     predicted = [0, 1, 2, 1, 1, 0, 0]
@@ -143,17 +143,17 @@ def test_scores_of_each_class_are_those_of_scikit_learn(run: Path) -> None:
     assert found == pytest.approx([float(value) for row in zip(*expected, strict=True) for value in row])
 
 
-def test_of_many_classes_the_most_confused_pairs_are_listed(tmp_path: Path, run: Path) -> None:
+def test_with_many_classes_the_most_confused_pairs_are_listed(tmp_path: Path, run: Path) -> None:
     data = make_pairs(tmp_path / "data", counts={"train": 80, "test": 40, "val": 3})
     for split, count in {"train": 80, "test": 40, "val": 3}.items():
         rows = [json.loads(line) for line in (data / f"{split}.jsonl").read_text().splitlines()]
         write_rows(data / f"{split}.jsonl", [{**row, "label": f"class {i % 40}"} for i, row in enumerate(rows[:count])])
     loaded = load_data(Data(path=str(data), allow_odd_labels=True))
     targets = loaded.targets("test")
-    answers = torch.nn.functional.one_hot(targets, 40).float()
+    logits_SN = torch.nn.functional.one_hot(targets, 40).float()
     wrong = [i for i, label in enumerate(loaded.splits["test"].labels) if label[0] in ("class 3", "class 4")]
-    answers[wrong] = torch.nn.functional.one_hot(torch.tensor([loaded.labels.index("class 9")] * 2), 40).float()
-    section = run_errors.confusion(facts_of(run, data=loaded, logits_SN=answers))
+    logits_SN[wrong] = torch.nn.functional.one_hot(torch.tensor([loaded.labels.index("class 9")] * 2), 40).float()
+    section = run_errors.confusion(facts_of(run, data=loaded, logits_SN=logits_SN))
     assert section is not None
     page = Page(str(section.body))
     assert section.charts == () and "1 of 1" in page.text
@@ -161,19 +161,19 @@ def test_of_many_classes_the_most_confused_pairs_are_listed(tmp_path: Path, run:
     assert "class 3" in page.text and "class 9" in page.text and "class 7" not in page.text
 
 
-def test_the_worst_mistakes_are_wrong_and_those_with_the_highest_loss_come_first(run: Path) -> None:
+def test_mistakes_are_wrong_predictions_with_the_highest_loss_first(run: Path) -> None:
     logits_SN = torch.zeros(7, 3)
     logits_SN[0, 0], logits_SN[1, 0], logits_SN[2, 1], logits_SN[4, 1] = 5, 2, 9, 1  # right, wrong, wrong, right
     logits_SN[5, 2], logits_SN[6, 0], logits_SN[3, 0] = 1, 1, 1
     section = run_errors.mistakes(facts_of(run, logits_SN=logits_SN))
     assert section is not None
-    assert re.findall(r">(test-\d)</code>", section.body) == ["test-2", "test-1"] * 2, "with a picture, and in the table"
+    assert re.findall(r">(test-\d)</code>", section.body) == ["test-2", "test-1"] * 2, "on a card, and in the table"
     assert "2 of 7 predictions on test are wrong" in section.body
     right = torch.nn.functional.one_hot(facts_of(run).targets, 3).float()
     assert run_errors.mistakes(facts_of(run, logits_SN=right)) is None
 
 
-def test_experts_show_the_samples_with_the_highest_weight_and_no_text_twice(run: Path) -> None:
+def test_experts_show_the_samples_with_the_highest_weight_without_repeating_texts(run: Path) -> None:
     routing_SLK = torch.full((7, 2, 2), 0.5)
     routing_SLK[:, 1, 0] = torch.tensor([0.1, 0.2, 0.9, 0.3, 0.1, 0.8, 0.1])
     routing_SLK[:, 1, 1] = 1 - routing_SLK[:, 1, 0]
@@ -187,24 +187,24 @@ def test_experts_show_the_samples_with_the_highest_weight_and_no_text_twice(run:
     assert [chart.name for chart in sections["usage"].charts] == ["usage"]
 
 
-def test_classes_and_experts_are_shown_of_several_layers_one_at_a_time(run: Path) -> None:
+def test_classes_by_expert_are_shown_for_one_layer_at_a_time(run: Path) -> None:
     routing_SLK = torch.full((7, 6, 2), 0.5)
     routing_SLK[:, 4, 0] = torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0])
     routing_SLK[:, 4, 1] = 1 - routing_SLK[:, 4, 0]
     section = next(part for part in run_routing.sections(facts_of(run, routing_SLK=routing_SLK)) if part.key == "classes")
     names = ["classes-layer-1", "classes-layer-3", "classes", "classes-layer-6"]
-    assert [chart.name for chart in section.charts] == names, "first, middle, the one that tells most, last"
+    assert [chart.name for chart in section.charts] == names, "first, middle, most informative, last"
     page = Page(str(section.body))
     chosen = [attributes["id"] for attributes in page.all("input") if "checked" in attributes]
     assert (len(page.all("input")), chosen) == (4, ["layer-3"])
     assert [attributes["for"] for attributes in page.all("label")] == [f"layer-{number}" for number in range(1, 5)]
 
 
-def test_one_expert_means_no_routing(run: Path) -> None:
+def test_with_one_expert_there_is_no_routing_section(run: Path) -> None:
     assert run_routing.sections(facts_of(run, routing_SLK=torch.ones(7, 2, 1))) == []
 
 
-def test_routing_is_closed_where_the_model_does_not_use_what_it_routes_by(run: Path) -> None:
+def test_routing_is_collapsed_if_the_model_does_not_use_its_condition(run: Path) -> None:
     routing_SLK, condition = torch.full((7, 2, 2), 0.5), {"name": "shuffled", "matters": False}
     for matters in (False, True):
         audit = {"read": True, "modality": "text", "conditions": [condition | {"matters": matters}]}
@@ -215,10 +215,10 @@ def test_routing_is_closed_where_the_model_does_not_use_what_it_routes_by(run: P
         assert keys(page) == ROUTING
         assert ("The audit found no sign that the model uses the text" in page.text) == (not matters)
     open_ = run_routing.sections(facts_of(run, routing_SLK=routing_SLK))
-    assert {section.folded for section in open_} == {""}, "without an audit nobody knows"
+    assert {section.folded for section in open_} == {""}, "without an audit it is unknown"
 
 
-def test_routing_by_step_is_shown_of_few_layers(run: Path) -> None:
+def test_routing_by_step_is_shown_for_a_few_layers(run: Path) -> None:
     usage = [[0.5, 0.5]] * 12
     log = [{"step": n, "routing": {"entropy": 1.0, "unused_share": 0.0, "usage": usage}} for n in (1, 2, 3)]
     facts = facts_of(run, routing_SLK=torch.full((7, 12, 2), 0.5), log=log)
@@ -227,7 +227,7 @@ def test_routing_by_step_is_shown_of_few_layers(run: Path) -> None:
     assert "step 2, expert 1: 50.0 %" in tips(section.charts[1])
 
 
-# -- what is missing, and what is no run
+# -- unfinished runs, and other folders
 
 
 def test_an_unfinished_run_has_a_page_that_says_so(trained: Path, tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_an_unfinished_run_has_a_page_that_says_so(trained: Path, tmp_path: Path
     assert keys(page) == [key for key in SECTIONS if key not in ("audit", "resources")] + ROUTING
 
 
-def test_without_a_test_split_validation_is_shown_and_said_to_be(pairs: Path, trained: Path, tmp_path: Path) -> None:
+def test_without_a_test_split_validation_is_shown_and_labelled(pairs: Path, trained: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(pairs, data)
     (data / "test.jsonl").unlink()
@@ -256,7 +256,7 @@ def test_without_a_test_split_validation_is_shown_and_said_to_be(pairs: Path, tr
     assert any("have changed since the run was trained" in note for note in done.notes)
 
 
-def test_what_is_no_run_is_told_apart(exported: Path, trained: Path, pairs: Path, tmp_path: Path) -> None:
+def test_paths_that_are_not_runs_get_specific_errors(exported: Path, trained: Path, pairs: Path, tmp_path: Path) -> None:
     adapter, empty, moved = tmp_path / "adapter", tmp_path / "empty", tmp_path / "moved"
     assert call("export", trained, "--format", "adapter", "-o", adapter).returncode == 0
     shutil.copytree(trained, empty)
@@ -287,7 +287,7 @@ def test_what_is_no_run_is_told_apart(exported: Path, trained: Path, pairs: Path
 # -- the command, figures and parts
 
 
-def test_the_command_tells_what_it_wrote(trained: Path, tmp_path: Path) -> None:
+def test_the_command_prints_what_it_wrote(trained: Path, tmp_path: Path) -> None:
     flags = ("-o", tmp_path / "page.html", "--figures", tmp_path / "figures", "--device", "cpu")
     found = json.loads(call("report", trained, *flags, "--json").stdout)
     assert (found["ok"], found["split"], found["step"]) == (True, "test", 2)
@@ -307,7 +307,7 @@ def test_the_command_tells_what_it_wrote(trained: Path, tmp_path: Path) -> None:
             assert Page(path.read_text(encoding="utf-8")).all("svg")[0]["xmlns"] == "http://www.w3.org/2000/svg"
 
 
-def test_sections_of_other_pages_are_put_together_and_escaped() -> None:
+def test_sections_are_assembled_and_escaped() -> None:
     halves = [Section(f"s{n}", f"title <{n}>", fragment("rows", [("<i>", "&")]), half=n < 3) for n in range(4)]
     page = Page(sections_page("<b>x</b>", "summary", [("name", "1 %")], halves, notes=["<note>"]))
     assert page.scripts == [], "without a chart or a table to sort"

@@ -1,4 +1,4 @@
-"""What a run's page says of its settings, and of the simple baselines beside its score."""
+"""What a run's page shows about its settings, and the simple baselines next to its score."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mopefuse.runs.folder import RunFolder
 
 @pytest.fixture
 def run(reported: Path) -> Path:
-    """A run of two steps with its page; not to be changed."""
+    """A run of two steps with its page; tests must not change it."""
     return reported
 
 
@@ -38,7 +38,7 @@ def chosen(run: Path) -> dict[str, str]:
     return dict(found)
 
 
-def test_only_settings_that_somebody_chose_are_listed(run: Path, pairs: Path, tmp_path: Path) -> None:
+def test_only_settings_chosen_by_the_user_are_listed(run: Path, pairs: Path, tmp_path: Path) -> None:
     assert chosen(run) == {"device": "cpu", "prompts.experts": "2", "train.batch_size": "4", "train.max_steps": "2"}
     flags = ("--set", "train.lr=0.01", "--set", "prompts.static=3", "--set", "prompts.dynamic=6")
     assert call("train", *TINY, "--data", pairs, "--out", tmp_path / "run", "--steps", "2", *flags).returncode == 0
@@ -50,9 +50,9 @@ def test_only_settings_that_somebody_chose_are_listed(run: Path, pairs: Path, tm
 # -- baselines
 
 
-def test_a_run_is_set_beside_the_majority_class_and_told_how_to_measure_more(run: Path) -> None:
-    answers = torch.nn.functional.one_hot(torch.tensor([0, 1, 2, 1, 1, 0, 0]), 3).float()
-    facts = facts_of(run, logits_SN=answers)
+def test_a_run_is_compared_with_the_majority_class_and_more_baselines_are_suggested(run: Path) -> None:
+    logits_SN = torch.nn.functional.one_hot(torch.tensor([0, 1, 2, 1, 1, 0, 0]), 3).float()
+    facts = facts_of(run, logits_SN=logits_SN)
     text = Page(str(run_baselines.baselines(facts).body)).text
     assert "always “a”, the most frequent label in training" in text, "a, b and c are equally frequent in training"
     assert "42.9 %" in text and "+28.6 points" in text, "3 of 7, and 5 of 7 are right"
@@ -60,7 +60,7 @@ def test_a_run_is_set_beside_the_majority_class_and_told_how_to_measure_more(run
     assert "--method linear" in text and "--main tiny:vision --comp tiny:text" in text
 
 
-def test_finished_simpler_runs_beside_a_run_are_its_baselines(trained: Path, tmp_path: Path) -> None:
+def test_finished_simpler_runs_next_to_a_run_are_its_baselines(trained: Path, tmp_path: Path) -> None:
     def beside(name: str, method: str, score: float, **facts: Any) -> None:
         shutil.copytree(trained, tmp_path / name)
         config = (tmp_path / name / "config.yaml").read_text().replace("method: conditional", f"method: {method}")
@@ -99,7 +99,7 @@ def test_runs_of_the_same_study_are_baselines(trained: Path, tmp_path: Path) -> 
     assert find_baselines(RunFolder(study / "cells/row-0/seed-0"), "test", "accuracy") == ()
 
 
-def test_a_warm_start_is_compared_with_the_regression_that_it_began_as(run: Path) -> None:
+def test_a_warm_start_is_compared_with_its_initial_regression(run: Path) -> None:
     facts = facts_of(run)
     config = facts.config.model_copy(update={"warm_start": "linear"})
     log = [{"step": 0, "val": {"accuracy": 0.5}}, {"step": 2, "val": {"accuracy": 0.75}}]

@@ -1,4 +1,4 @@
-"""The page of a run in a browser: drawn, silent, light and dark, sorted and filtered, readable without scripts, harmless."""
+"""The page of a run in a browser: rendered, without errors, light and dark, sortable, readable without scripts, harmless."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ CHOOSE = """{{ const one = document.querySelector('{}'); one.value = '{}';
 
 @pytest.fixture
 def run(reported: Path) -> Path:
-    """A run of two steps with its page; not to be changed."""
+    """A run of two steps with its page; tests must not change it."""
     return reported
 
 
 @pytest.mark.parametrize("dark", matrix([False, True], [False]))
 @pytest.mark.parametrize("width", matrix([360, 1200], [360]))
-def test_a_browser_shows_the_page_without_asking_or_complaining(run: Path, browser: Chromium, width: int, dark: bool) -> None:
+def test_a_browser_shows_the_page_without_requests_or_errors(run: Path, browser: Chromium, width: int, dark: bool) -> None:
     browser.show(run / "report.html", width=width, dark=dark)
     assert [url for url in browser.requests if not url.startswith("data:image/jpeg")] == [(run / "report.html").as_uri()]
     assert browser.complaints == []
@@ -50,7 +50,7 @@ def test_a_browser_shows_the_page_without_asking_or_complaining(run: Path, brows
     assert light < 0.3 if dark else light > 0.7
 
 
-def test_a_layer_is_chosen_without_a_script(run: Path, browser: Chromium, tmp_path: Path) -> None:
+def test_a_layer_can_be_chosen_without_a_script(run: Path, browser: Chromium, tmp_path: Path) -> None:
     routing_SLK = torch.full((7, 6, 2), 0.5)
     routing_SLK[:, 4, 0] = 0.0
     routing_SLK[::2, 4] = torch.tensor([1.0, 0.0])
@@ -63,7 +63,7 @@ def test_a_layer_is_chosen_without_a_script(run: Path, browser: Chromium, tmp_pa
         assert browser.evaluate(seen) == [number == other for other in (1, 2, 3, 4)]
 
 
-def test_charts_follow_light_and_dark_while_the_page_is_open(run: Path, browser: Chromium) -> None:
+def test_charts_follow_changes_of_light_and_dark_mode(run: Path, browser: Chromium) -> None:
     browser.show(run / "report.html")
     settle(browser)
     colour = "document.querySelector('[data-chart=audit] .mark-rect path').getAttribute('fill')"
@@ -79,7 +79,7 @@ def test_charts_follow_light_and_dark_while_the_page_is_open(run: Path, browser:
         assert found[-1] == expected
 
 
-def test_mistakes_are_sorted_and_filtered_with_the_keyboard(run: Path, browser: Chromium, tmp_path: Path) -> None:
+def test_mistakes_can_be_sorted_and_filtered_with_the_keyboard(run: Path, browser: Chromium, tmp_path: Path) -> None:
     logits_SN = torch.zeros(7, 3)
     logits_SN[torch.arange(7), torch.tensor([1, 2, 0, 1, 0, 0, 2])] = torch.arange(1.0, 8.0)
     section = run_errors.mistakes(facts_of(run, logits_SN=logits_SN))
@@ -109,7 +109,7 @@ def test_mistakes_are_sorted_and_filtered_with_the_keyboard(run: Path, browser: 
     assert browser.complaints == []
 
 
-def test_without_scripts_everything_can_be_read(run: Path, browser: Chromium) -> None:
+def test_without_scripts_everything_is_readable(run: Path, browser: Chromium) -> None:
     browser.ask("Emulation.setScriptExecutionDisabled", value=True)
     try:
         browser.show(run / "report.html")
@@ -121,8 +121,9 @@ def test_without_scripts_everything_can_be_read(run: Path, browser: Chromium) ->
         browser.ask("Emulation.setScriptExecutionDisabled", value=False)
 
 
-def test_a_pointer_shows_hostile_names_as_text(browser: Chromium, tmp_path: Path) -> None:
-    """Names of series and settings stay text in legends, axes and tooltips: no formula or address of Vega's is made of them."""
+def test_tooltips_show_hostile_names_as_text(browser: Chromium, tmp_path: Path) -> None:
+    """Names of series and settings stay text in legends, axes and tooltips; Vega does not interpret them as formulas or
+    URLs."""
     odd = ["x\"]+hacked()+[\"", "\\", "datum.tip", "a.b[0]['c']", HOSTILE, f"{ATTRIBUTE}'><img src=x onerror=hacked()>"]
     odd += ["{{hacked()}}", "${hacked()}", "http://localhost/x", "</script><script>hacked()</script>", "line\u2028break"]
     lines = [Curve(name, [(1.0, 0.5 + n / 50), (2.0, 0.7)]) for n, name in enumerate(odd)]
@@ -164,8 +165,8 @@ def test_a_pointer_shows_hostile_names_as_text(browser: Chromium, tmp_path: Path
     assert browser.complaints == []
 
 
-def test_a_browser_tells_of_requests_and_complaints(tmp_path: Path, browser: Chromium) -> None:
-    """Else the test above could not fail."""
+def test_the_test_browser_records_requests_and_errors(tmp_path: Path, browser: Chromium) -> None:
+    """Otherwise the test above could not fail."""
     page = tmp_path / "bad.html"
     page.write_text("<p style='width: 3000px'>x<img src='missing.png'><script>console.log('x'); nothing()</script>")
     browser.show(page, width=360)

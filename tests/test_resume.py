@@ -1,4 +1,4 @@
-"""What a resumed run finds: a step that was not validated, a result of earlier settings, no folder any more."""
+"""Resuming in special cases: a step that was not validated, a result of earlier settings, a removed folder."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ UNVALIDATED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("how", UNVALIDATED)
-def test_a_run_that_ends_where_it_was_stopped_is_validated_there(data: Path, tmp_path: Path, how: str) -> None:
-    """Step 3 is published because training was asked to stop, and is no step of a validation until it is the last."""
+def test_a_run_that_ends_at_the_step_where_it_was_stopped_is_validated_there(data: Path, tmp_path: Path, how: str) -> None:
+    """Step 3 is published because training was stopped; it is validated only because it becomes the last step."""
     settings = config(data, **UNVALIDATED[how], train__schedule="constant")
     with pytest.raises(Interrupted):
         train(settings, tmp_path / "parts", listener=StopAt(3, signal.SIGTERM))
@@ -39,7 +39,7 @@ def test_a_run_that_ends_where_it_was_stopped_is_validated_there(data: Path, tmp
     assert result["metrics"]["val"] is not None
 
 
-def test_a_validation_that_was_logged_and_not_published_is_made_again(
+def test_a_validation_that_was_logged_but_not_published_is_repeated(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(Interrupted):
@@ -53,8 +53,8 @@ def test_a_validation_that_was_logged_and_not_published_is_made_again(
     assert [line["step"] for line in log(tmp_path / "run") if "val" in line] == [3]
 
 
-def test_a_finished_run_that_goes_on_is_not_finished_until_it_ends(data: Path, tmp_path: Path) -> None:
-    """Its earlier result is not that of the settings that it goes on with."""
+def test_a_finished_run_that_is_extended_is_unfinished_until_it_ends(data: Path, tmp_path: Path) -> None:
+    """Its earlier result does not belong to the new settings."""
     constant = {"train__schedule": "constant"}
     train(config(data, **constant), tmp_path / "run")
     longer = config(data, **constant, train__epochs=5)
@@ -64,7 +64,7 @@ def test_a_finished_run_that_goes_on_is_not_finished_until_it_ends(data: Path, t
     assert train(longer, tmp_path / "run", resume=True)["steps"] == 20
 
 
-def test_a_run_folder_that_vanishes_in_training_ends_it_with_one_line(data: Path, tmp_path: Path) -> None:
+def test_a_run_folder_removed_during_training_is_a_one_line_error(data: Path, tmp_path: Path) -> None:
     class Vanish(Listener):
         def on_step(self, progress: Progress, total: int, loss: float, lr: float) -> None:
             shutil.rmtree(tmp_path / "run")

@@ -1,4 +1,4 @@
-"""Memory decides how many processes run beside one another."""
+"""Memory determines how many processes run at the same time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_the_first_process_always_fits_and_the_second_waits_for_its_report() -> 
     assert budget.fits(1)
 
 
-def test_memory_is_kept_for_one_that_has_not_grown_yet() -> None:
+def test_memory_is_reserved_for_a_process_that_has_not_grown_yet() -> None:
     budget = MemoryBudget()
     budget.update("a", MemoryReport(0.5, 3 * GB, 5 * GB))
     assert budget.fits(1), "3 of 5 free"
@@ -34,23 +34,23 @@ def test_memory_is_kept_for_one_that_has_not_grown_yet() -> None:
     assert budget.fits(1), "2 free, and the 3 that it had"
 
 
-def test_where_the_system_does_not_tell_free_memory_all_fit() -> None:
+def test_if_free_memory_is_unknown_every_process_fits() -> None:
     budget = MemoryBudget()
     budget.update("a", MemoryReport(0.5, 3 * GB, None))
     assert budget.fits(7)
 
 
-def test_free_memory_is_below_what_the_machine_has() -> None:
+def test_free_memory_is_less_than_total_memory() -> None:
     free = devices.free_memory(torch.device("cpu"))
     assert free is None or 0 < free < 2**50
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("roomy", [True, False])
-def test_a_study_runs_one_at_a_time_where_memory_has_no_room(
+def test_a_study_runs_one_cell_at_a_time_if_memory_is_short(
     pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, roomy: bool
 ) -> None:
-    """Its cells are other processes, so their reports are changed as they are received."""
+    """Cells run in other processes, so their reports are changed when they are received."""
     update = MemoryBudget.update
     free = 10**15 if roomy else 1
     monkeypatch.setattr(MemoryBudget, "update", lambda self, process, report: update(self, process, report._replace(free=free)))

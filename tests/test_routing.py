@@ -1,4 +1,4 @@
-"""Numbers about experts: their limits, and the words of each against a computation by hand."""
+"""Statistics of experts: their limits, and the words of each expert compared with a computation by hand."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EVEN, ONE = torch.full((1, K), 1 / K), torch.eye(K)[[3]]
 
 
 @pytest.mark.parametrize(("share_LK", "entropy", "variation", "unused"), [(EVEN, 1, 0, 0), (ONE, 0, math.sqrt(K - 1), K - 1)])
-def test_an_even_load_and_a_single_expert_are_the_limits(
+def test_statistics_at_an_even_load_and_at_a_single_expert(
     share_LK: torch.Tensor, entropy: float, variation: float, unused: int
 ) -> None:
     assert float(routing.entropy(share_LK)) == pytest.approx(entropy, abs=1e-6)
@@ -22,7 +22,7 @@ def test_an_even_load_and_a_single_expert_are_the_limits(
     assert int(routing.unused(share_LK).sum()) == unused
 
 
-def test_statistics_are_means_over_layers_and_the_share_of_each_expert() -> None:
+def test_statistics_are_means_over_layers_and_usage_of_each_expert() -> None:
     found = routing.statistics(torch.cat([30 * EVEN, 7 * ONE]))
     assert found["entropy"] == pytest.approx(0.5, abs=1e-6)
     assert found["unused_share"] == pytest.approx(7 / 16)
@@ -37,7 +37,7 @@ def test_routing_information_is_zero_for_uniform_and_one_for_distinct_routing() 
     assert routing.information(ONE.expand(5, 1, K)).tolist() == pytest.approx([0.0], abs=1e-6)
 
 
-def test_weights_by_class_are_means_over_its_samples() -> None:
+def test_weights_of_a_class_are_means_over_its_samples() -> None:
     weights_SK = torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]])
     one, several = torch.tensor([0, 0, 2]), torch.tensor([[1.0, 0, 0], [1, 0, 1], [0, 0, 1]])
     for targets, expected in ((one, [[0.75, 0.25], [0.0, 1.0]]), (several, [[0.75, 0.25], [0.25, 0.75]])):
@@ -46,7 +46,7 @@ def test_weights_by_class_are_means_over_its_samples() -> None:
         assert found[1].isnan().all()
 
 
-def test_words_are_those_of_the_log_odds_with_a_prior() -> None:
+def test_words_are_ranked_by_log_odds_with_a_prior() -> None:
     texts = ["Red dog", "red cat, red!", "blue dog", "blue cat"] * 25
     weights_SK = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.2, 0.8], [0.2, 0.8]]).repeat(25, 1)
     found = routing.words_of_experts(weights_SK, texts)
@@ -59,6 +59,6 @@ def test_words_are_those_of_the_log_odds_with_a_prior() -> None:
     assert found[0][0][1] == pytest.approx(odds / math.sqrt(1 / mine + 1 / rest))
 
 
-def test_no_words_are_not_an_error() -> None:
+def test_texts_without_words_are_not_an_error() -> None:
     assert routing.words_of_experts(torch.ones(2, 3) / 3, ["", "!?"]) == [[], [], []]
     assert routing.words_of_experts(torch.eye(2), ["one", "two"]) == [[], []]

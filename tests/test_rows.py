@@ -1,4 +1,4 @@
-"""The native row format: every problem is found before training, with its line, and no row's content is echoed."""
+"""The native row format: every problem is found before training, with its line, and messages do not repeat a row's content."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ GOOD = {"id": "1", "text": "t", "img": "a.png", "label": "a"}
 
 
 def load(root: Path, **options: Any) -> DataSet:
-    """The data set of a folder, which has the image that `GOOD` names."""
+    """Load the data set of a folder, which has the image that `GOOD` names."""
     if root.is_dir() and not (root / "a.png").exists():
         Image.new("RGB", (4, 4)).save(root / "a.png")
     return load_data(Data(path=str(root), **options))
 
 
 def read_split(path: Path, **options: Any) -> Split:
-    """A training split alone; ``b`` is a second label, so that there is something to learn."""
+    """Read a training split alone; ``b`` is a second label, so that there is something to learn."""
     (path.parent / "labels.txt").write_text("a\nb\nx\n")
     if not (path.parent / "a.png").exists():
         Image.new("RGB", (4, 4)).save(path.parent / "a.png")
@@ -57,7 +57,7 @@ def line(**changed: Any) -> str:
 
 
 def folder_with(root: Path, train: list[Any], val: list[Any] | None = None) -> Path:
-    """A data folder whose rows have these labels."""
+    """Write a data folder whose rows have these labels."""
     for name, labels in (("train", train), ("val", train if val is None else val)):
         write_rows(root / f"{name}.jsonl", [GOOD | {"id": i, "label": label} for i, label in enumerate(labels)])
     return root
@@ -66,7 +66,7 @@ def folder_with(root: Path, train: list[Any], val: list[Any] | None = None) -> P
 # -- a folder
 
 
-def test_a_folder_is_read_as_written(pairs: Path, multi_pairs: Path) -> None:
+def test_a_folder_is_read(pairs: Path, multi_pairs: Path) -> None:
     single, multi = load(pairs), load(multi_pairs)
     assert {name: len(part.rows) for name, part in single.splits.items()} == {"train": 12, "val": 6, "test": 7}
     assert (single.labels, single.multi_label, multi.labels, multi.multi_label) == (LABELS, False, LABELS, True)
@@ -81,7 +81,7 @@ def test_a_row_without_labels_is_a_target_of_zeros(tmp_path: Path) -> None:
     assert data.targets("train").tolist() == [[1, 0], [0, 0], [0, 1]]
 
 
-def test_a_missing_folder_or_split_is_named_with_what_is_there(tmp_path: Path) -> None:
+def test_a_missing_folder_or_split_is_an_error_that_names_existing_ones(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no data folder"):
         load(tmp_path / "no" / "where")
     for name in ("products.csv", "snd.csv"):
@@ -96,12 +96,12 @@ def test_a_missing_folder_or_split_is_named_with_what_is_there(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("content", ["", "\n \n", "\ufeff"])
-def test_an_empty_split_is_named(tmp_path: Path, content: str) -> None:
+def test_an_empty_split_is_an_error_that_names_it(tmp_path: Path, content: str) -> None:
     assert "the train split has no rows" in refused(split(tmp_path, content)).what
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe"])
-def test_a_split_that_is_no_file_is_refused_without_reading_it(tmp_path: Path, kind: str) -> None:
+def test_a_split_that_is_not_a_regular_file_is_refused_without_reading_it(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "train.jsonl"
     path.mkdir() if kind == "folder" else os.mkfifo(path)
     assert "not a regular file" in refused(path).what
@@ -111,7 +111,7 @@ def test_a_split_that_is_no_file_is_refused_without_reading_it(tmp_path: Path, k
 
 
 @pytest.mark.parametrize(
-    ("bad", "said"),
+    ("bad", "message"),
     [
         ('{"id": 1,,}', "column 10"),
         ('{"id": 1', "is not JSON"),
@@ -141,19 +141,19 @@ def test_a_split_that_is_no_file_is_refused_without_reading_it(tmp_path: Path, k
         ('{"id": ' + "9" * 5000 + "}", "too many digits"),
     ],
 )
-def test_a_bad_row_is_refused_with_its_line(tmp_path: Path, bad: str, said: str) -> None:
+def test_a_bad_row_is_refused_with_its_line(tmp_path: Path, bad: str, message: str) -> None:
     error = refused(split(tmp_path, f"{line(id=1)}\n\n{bad}\n{line(id=2)}\n"))
-    assert said in error.what
+    assert message in error.what
     assert "1 bad row: train.jsonl:3 " in error.what
 
 
-def test_bytes_that_are_not_utf8_are_named_with_their_place(tmp_path: Path) -> None:
+def test_bytes_that_are_not_utf8_are_an_error_with_their_position(tmp_path: Path) -> None:
     error = refused(split(tmp_path, line().encode() + b'\n{"text": "caf\xe9"}\n'))
     assert "train.jsonl:2 is not UTF-8 (byte 0xe9 at 14)" in error.what
     assert "iconv" in error.what
 
 
-def test_nothing_of_a_row_is_echoed(tmp_path: Path) -> None:
+def test_error_messages_do_not_repeat_the_content_of_rows(tmp_path: Path) -> None:
     secret = "the-patient-name"
     error = refused(split(tmp_path, f'{{"text": "{secret}", "img": 3, "label": "x"}}\n{{"text": "{secret}"\n'))
     assert secret not in str(error)
@@ -168,7 +168,7 @@ def test_twenty_problems_are_listed_and_all_are_counted(tmp_path: Path) -> None:
     assert error.fix == "add the file; mopefuse data check --json lists all"
 
 
-def test_rows_with_the_same_problem_are_said_once_with_what_mends_them(tmp_path: Path) -> None:
+def test_rows_with_the_same_problem_are_reported_once_with_the_fix(tmp_path: Path) -> None:
     error = refused(split(tmp_path, "".join(line(id=i, img="") + "\n" for i in range(33)) + "x\n"))
     assert error.what.startswith("34 bad rows: train.jsonl:1 img is empty, expected a string (use --on-missing ")
     assert "(and 32 similar); train.jsonl:34 is not JSON" in error.what
@@ -178,14 +178,14 @@ def test_rows_with_the_same_problem_are_said_once_with_what_mends_them(tmp_path:
     assert same.fix.startswith("correct the line; ")
 
 
-@pytest.mark.parametrize(("said", "hint"), [("titel", "titles"), ("body", "caption")])
-def test_the_nearest_column_is_offered_first(tmp_path: Path, said: str, hint: str) -> None:
+@pytest.mark.parametrize(("name", "hint"), [("titel", "titles"), ("body", "caption")])
+def test_the_most_similar_column_is_suggested(tmp_path: Path, name: str, hint: str) -> None:
     write_rows(tmp_path / "train.jsonl", [{"caption": "t", "titles": "t", "img": "a.png", "label": "x"}])
-    with pytest.raises(DataError, match=rf"has no {said}; found .*; did you mean --text-col {hint}\?"):
-        load_data(Data(path=str(tmp_path), modalities=("text", "image"), text_col=said))
+    with pytest.raises(DataError, match=rf"has no {name}; found .*; did you mean --text-col {hint}\?"):
+        load_data(Data(path=str(tmp_path), modalities=("text", "image"), text_col=name))
 
 
-def test_an_id_that_comes_twice_is_refused_with_both_lines(tmp_path: Path) -> None:
+def test_a_repeated_id_is_an_error_with_both_lines(tmp_path: Path) -> None:
     error = refused(split(tmp_path, f"{line(id='x')}\n{line(id='y')}\n{line(id='x')}\n"))
     assert "train.jsonl:3 the id 'x' is there already, in line 1" in error.what
 
@@ -206,7 +206,7 @@ def test_rows_without_ids_are_numbered_by_line(tmp_path: Path) -> None:
     ],
     ids=["CRLF", "blank lines and no last newline", "BOM", "U+2028 in a text"],
 )
-def test_how_lines_end_does_not_matter_and_their_numbers_are_right(tmp_path: Path, content: str, lines: list[int]) -> None:
+def test_any_line_ending_is_accepted_and_line_numbers_are_correct(tmp_path: Path, content: str, lines: list[int]) -> None:
     assert [row.line for row in read_split(split(tmp_path, content)).rows] == lines
 
 
@@ -220,14 +220,14 @@ def test_how_lines_end_does_not_matter_and_their_numbers_are_right(tmp_path: Pat
     ],
     ids=["gzip", "Parquet", "UTF-16", "zip"],
 )
-def test_other_formats_under_our_name_are_recognised(tmp_path: Path, content: bytes, name: str) -> None:
+def test_other_formats_with_the_suffix_jsonl_are_recognised(tmp_path: Path, content: bytes, name: str) -> None:
     assert name in refused(split(tmp_path, content)).what
 
 
 # -- labels
 
 
-def test_a_label_that_training_does_not_know_is_counted(tmp_path: Path) -> None:
+def test_labels_unknown_to_training_are_counted(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"x \(2\), y \(1\)") as caught:
         load(folder_with(tmp_path, ["a", "b"], ["x", "a", "y", "x"]))
     assert caught.value.where == "val.jsonl:1, id 0"
@@ -236,32 +236,32 @@ def test_a_label_that_training_does_not_know_is_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"), [(b"a\nb\na\n", "'a' twice"), (b"a\nb\xff\n", "not UTF-8")], ids=["twice", "bytes"]
+    ("content", "message"), [(b"a\nb\na\n", "'a' twice"), (b"a\nb\xff\n", "not UTF-8")], ids=["twice", "bytes"]
 )
-def test_a_list_of_labels_that_cannot_be_meant_is_refused(tmp_path: Path, content: bytes, said: str) -> None:
+def test_an_invalid_labels_file_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
     (folder_with(tmp_path, ["a", "b"]) / "labels.txt").write_bytes(content)
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         load(tmp_path)
 
 
-def test_strings_and_lists_of_labels_do_not_mix(tmp_path: Path) -> None:
+def test_mixing_strings_and_lists_as_labels_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="some labels are strings and some are lists") as caught:
         load(folder_with(tmp_path, ["a", "b"], ["a", ["b"]]))
     assert caught.value.where == "val.jsonl:2"
 
 
 @pytest.mark.parametrize("labels", [["a", "a"], [["a"], []], [[], []]])
-def test_one_class_is_nothing_to_learn(tmp_path: Path, labels: list[Any]) -> None:
+def test_a_single_class_is_refused(tmp_path: Path, labels: list[Any]) -> None:
     with pytest.raises(DataError, match="a classifier needs at least two"):
         load(folder_with(tmp_path, labels))
 
 
 @pytest.mark.parametrize("label", ["日本", "עברית", "🙂", "<script>", "=1+1", "İ", " spaced "])
-def test_a_label_is_kept_to_the_letter(tmp_path: Path, label: str) -> None:
+def test_labels_are_preserved_verbatim(tmp_path: Path, label: str) -> None:
     assert label in load(folder_with(tmp_path, ["a", label])).labels
 
 
-# -- anything at all
+# -- any bytes
 
 
 _pieces = [line(), "{", "}", '"', "\ud800", "\n", "NaN", "[", "0"]
@@ -270,14 +270,14 @@ _pieces = [line(), "{", "}", '"', "\ud800", "\n", "NaN", "[", "0"]
 @given(st.binary(max_size=300) | st.lists(st.sampled_from(_pieces), max_size=8))
 @example(b'{"text": "\\ud800", "img": "\\u0000", "label": []}')
 @example(b"1e999999")
-def test_any_bytes_are_rows_or_a_data_error(tmp_path_factory: pytest.TempPathFactory, content: bytes | list[str]) -> None:
+def test_any_bytes_give_rows_or_a_data_error(tmp_path_factory: pytest.TempPathFactory, content: bytes | list[str]) -> None:
     raw = content if isinstance(content, bytes) else "".join(content).encode("utf-8", "surrogatepass")
     path = split(tmp_path_factory.getbasetemp(), raw)
     assert re.fullmatch(r"|MF-(DATA|SEC)-\d+", code_of(lambda: read_split(path).rows[0]))
 
 
 @pytest.mark.parametrize("field", ["text", "img", "label", "id"])
-def test_a_row_field_may_not_be_of_another_type(tmp_path: Path, field: str) -> None:
+def test_a_field_of_the_wrong_type_is_refused(tmp_path: Path, field: str) -> None:
     assert field in refused(split(tmp_path, line(**{field: {"a": 1}}))).what
 
 
@@ -296,11 +296,11 @@ def test_a_row_field_may_not_be_of_another_type(tmp_path: Path, field: str) -> N
     ],
     ids=["surrogate", "control", "white space", "empty", "long", "unicode"],
 )
-def test_a_text_is_made_readable_and_cut_before_it_is_tokenized(text: str, expected: str) -> None:
+def test_a_text_is_cleaned_and_truncated_before_tokenization(text: str, expected: str) -> None:
     assert TextPreprocess(lambda texts, most: texts == ["a"] or pytest.fail("not yet"), 4).item(text) == expected
 
 
-def test_a_data_set_made_twice_is_the_same(tmp_path: Path) -> None:
+def test_data_sets_are_reproducible(tmp_path: Path) -> None:
     one, two = load(make_pairs(tmp_path / "one")), load(make_pairs(tmp_path / "two"))
     assert one.fingerprint() == two.fingerprint()
     (tmp_path / "two" / "val.jsonl").open("a").write("\n")

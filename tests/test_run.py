@@ -1,4 +1,4 @@
-"""The folder of a run: who may write to it, what it keeps, and what it gives back."""
+"""The folder of a run: who may write to it, what it stores, and what it returns."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Write = Callable[[Path], None]
 
 
 # -- a run's folder
-def test_a_new_run_takes_an_absent_or_empty_folder_and_twice_is_once(tmp_path: Path) -> None:
+def test_preparing_an_absent_or_empty_folder_succeeds_and_is_idempotent(tmp_path: Path) -> None:
     for path in (tmp_path / "deep" / "run", tmp_path / "empty"):
         (tmp_path / "empty").mkdir(exist_ok=True)
         run = RunFolder(path)
@@ -38,7 +38,7 @@ def test_a_new_run_takes_an_absent_or_empty_folder_and_twice_is_once(tmp_path: P
         assert not run.exists()
 
 
-def test_a_run_with_a_checkpoint_is_refused_and_nothing_is_lost(tmp_path: Path) -> None:
+def test_a_folder_with_a_run_is_refused_and_not_changed(tmp_path: Path) -> None:
     save(started(tmp_path / "run"), 1)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ConfigError, match="not empty") as caught:
@@ -57,7 +57,7 @@ def test_a_folder_that_is_not_a_run_is_neither_deleted_nor_written_to(tmp_path: 
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_overwrite_empties_a_run_also_behind_a_link(tmp_path: Path) -> None:
+def test_overwrite_empties_a_run_even_through_a_link(tmp_path: Path) -> None:
     save(started(tmp_path / "run"), 1, best=True)
     (tmp_path / "precious").mkdir()
     (tmp_path / "run" / "link").symlink_to(tmp_path / "precious")
@@ -68,14 +68,14 @@ def test_overwrite_empties_a_run_also_behind_a_link(tmp_path: Path) -> None:
     assert (tmp_path / "precious").is_dir()
 
 
-def test_overwrite_and_resume_contradict_each_other(tmp_path: Path) -> None:
+def test_overwrite_and_resume_together_are_refused(tmp_path: Path) -> None:
     run = started(tmp_path / "run")
     with pytest.raises(ConfigError, match="contradict"):
         run.prepare(resume=True, overwrite=True)
     assert run.exists()
 
 
-def test_an_unwritable_folder_is_an_error_before_anything_slow(tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_an_early_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="not writable") as caught:
         RunFolder(tmp_path / "file" / "run").prepare(resume=False, overwrite=False)
@@ -83,7 +83,7 @@ def test_an_unwritable_folder_is_an_error_before_anything_slow(tmp_path: Path) -
 
 
 def test_a_read_only_folder_is_an_error(tmp_path: Path) -> None:
-    """As somebody whom permissions bind, which root is not."""
+    """As a user who is subject to permissions, unlike root."""
     tmp_path.chmod(0o755)
     (tmp_path / "run").mkdir(mode=0o555)
     code = (
@@ -105,7 +105,7 @@ def lock_of(run: RunFolder, pid: int, host: str = "") -> None:
     (run.path / ".lock").write_text(json.dumps({"pid": pid, "host": host or socket.gethostname()}))
 
 
-def test_the_lock_of_a_living_process_is_respected_by_all_that_write(tmp_path: Path) -> None:
+def test_every_writing_method_respects_the_lock_of_a_running_process(tmp_path: Path) -> None:
     run = started(tmp_path / "run")
     lock_of(run, os.getppid())
     with pytest.raises(ConfigError, match=f"process {os.getppid()} on {socket.gethostname()}") as caught:
@@ -129,7 +129,7 @@ def test_the_lock_of_a_dead_process_is_taken_over_with_a_notice(tmp_path: Path) 
     run = started(tmp_path / "run")
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    for pid in (gone.pid, os.getpid()):  # one's own number can come back, as every first process of a container has it
+    for pid in (gone.pid, os.getpid()):  # process ids repeat: the first process of every container has the same one
         lock_of(run, pid)
         assert str(pid) in run.lock()
         run.unlock()
@@ -143,7 +143,7 @@ def test_a_damaged_lock_is_taken_over(tmp_path: Path, content: str) -> None:
     assert "took over" in run.lock()
 
 
-def test_a_lock_that_has_just_been_made_is_waited_for(tmp_path: Path) -> None:
+def test_a_lock_that_was_just_created_is_waited_for(tmp_path: Path) -> None:
     run = started(tmp_path / "run")
     (run.path / ".lock").touch()
     owner = threading.Timer(0.02, lambda: lock_of(run, os.getppid()))
@@ -153,7 +153,7 @@ def test_a_lock_that_has_just_been_made_is_waited_for(tmp_path: Path) -> None:
     owner.join()
 
 
-def test_locking_sweeps_what_a_killed_process_left(tmp_path: Path) -> None:
+def test_locking_removes_leftovers_of_a_killed_process(tmp_path: Path) -> None:
     run = started(tmp_path / "run")
     (run.checkpoints / f"step-9.tmp-{os.getpid()}").mkdir()
     (run.path / f"config.yaml.tmp-{os.getpid()}").touch()
@@ -162,7 +162,7 @@ def test_locking_sweeps_what_a_killed_process_left(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_run_that_another_process_finishes_before_the_lock_is_taken_is_not_mixed_with_ours(
+def test_a_run_finished_by_another_process_before_locking_is_not_overwritten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
 ) -> None:
     run = RunFolder(tmp_path / "run")
@@ -185,7 +185,7 @@ def test_a_run_that_another_process_finishes_before_the_lock_is_taken_is_not_mix
 # -- configuration, log, checkpoints
 
 
-def test_a_run_gives_its_configuration_back(tmp_path: Path) -> None:
+def test_a_run_returns_its_configuration(tmp_path: Path) -> None:
     run = started(tmp_path / "run")
     assert run.config() == CONFIG
     assert run.manifest()["labels"] == ["a"]
@@ -193,7 +193,7 @@ def test_a_run_gives_its_configuration_back(tmp_path: Path) -> None:
         RunFolder(tmp_path).config()
 
 
-def test_the_log_is_rewound_to_a_step_and_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
+def test_the_log_is_rewound_to_a_step_without_an_incomplete_last_line(tmp_path: Path) -> None:
     run = started(tmp_path / "run")
     for step in (1, 2, 3, 4):
         run.log({"step": step, "loss": float("nan") if step == 1 else 0.5})
@@ -208,7 +208,7 @@ def test_the_log_is_rewound_to_a_step_and_a_torn_last_line_is_left_out(tmp_path:
 
 
 @pytest.mark.parametrize("line", ["3", '"x"', "{}", '{"step": "1"}', "null"])
-def test_a_log_with_lines_of_somebody_else_is_read_up_to_them(tmp_path: Path, line: str) -> None:
+def test_a_log_is_read_up_to_the_first_foreign_line(tmp_path: Path, line: str) -> None:
     run = started(tmp_path / "run")
     run.log_file.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
     run.rewind_log(9)
@@ -223,7 +223,7 @@ def test_the_newest_and_the_best_checkpoint_are_kept(tmp_path: Path) -> None:
     assert [run.checkpoint(which)[1]["step"] for which in ("best", "last", "step-9")] == [9, 11, 9]
 
 
-def test_the_newest_is_the_one_of_most_steps_whatever_the_clock_says(tmp_path: Path) -> None:
+def test_the_newest_checkpoint_has_the_highest_step_regardless_of_file_times(tmp_path: Path) -> None:
     run = started(tmp_path / "run")
     save(run, 9, best=True)
     save(run, 10)
@@ -233,7 +233,7 @@ def test_the_newest_is_the_one_of_most_steps_whatever_the_clock_says(tmp_path: P
     assert latest[1]["step"] == 10
 
 
-def test_a_damaged_newest_is_passed_over_by_resume_and_named_to_who_asks_for_it(tmp_path: Path) -> None:
+def test_a_damaged_newest_checkpoint_is_skipped_on_resume_and_an_error_if_requested(tmp_path: Path) -> None:
     run = started(tmp_path / "run")
     save(run, 1, best=True)
     save(run, 2)
@@ -246,7 +246,7 @@ def test_a_damaged_newest_is_passed_over_by_resume_and_named_to_who_asks_for_it(
 
 
 @pytest.mark.parametrize("which", ["step-7", "best", "last", "../checkpoints/step-1", "", "step-01", "step-²"])
-def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path, which: str) -> None:
+def test_a_missing_checkpoint_is_an_error_that_names_existing_ones(tmp_path: Path, which: str) -> None:
     run = started(tmp_path / "run")
     if which not in ("best", "last"):
         save(run, 1)
@@ -255,7 +255,7 @@ def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(tmp_path:
     assert ("step-1" if which not in ("best", "last") else "train the run") in caught.value.fix
 
 
-def test_a_damaged_best_is_an_error_and_not_a_crash(tmp_path: Path) -> None:
+def test_a_damaged_best_file_is_an_error_and_not_a_crash(tmp_path: Path) -> None:
     run = started(tmp_path / "run")
     save(run, 1)
     (run.checkpoints / "best").write_bytes(b"\xff\n")
@@ -263,8 +263,8 @@ def test_a_damaged_best_is_an_error_and_not_a_crash(tmp_path: Path) -> None:
         run.checkpoint("best")
 
 
-def test_the_lock_of_a_killed_process_that_nobody_waited_for_is_taken_over(tmp_path: Path) -> None:
-    """As in a container, whose first process does not wait for orphans: the number stays, as a zombie."""
+def test_the_lock_of_a_zombie_process_is_taken_over(tmp_path: Path) -> None:
+    """As in a container whose first process does not reap orphans: the process id remains, as a zombie."""
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     folder = RunFolder(tmp_path / "run")
     folder.prepare(resume=False, overwrite=False)
@@ -277,7 +277,7 @@ def test_the_lock_of_a_killed_process_that_nobody_waited_for_is_taken_over(tmp_p
     process.wait()
 
 
-def test_a_number_that_another_process_has_now_is_not_the_owner(tmp_path: Path) -> None:
+def test_a_reused_process_id_is_not_mistaken_for_the_owner(tmp_path: Path) -> None:
     if not start_time(os.getpid()):
         pytest.skip("this system does not say when a process began")
     folder = RunFolder(tmp_path / "run")
@@ -309,27 +309,27 @@ sys.stdin.readline()
 """
 
 
-def test_of_several_that_find_the_lock_of_a_dead_process_one_takes_it_over(tmp_path: Path) -> None:
+def test_only_one_of_several_processes_takes_over_a_stale_lock(tmp_path: Path) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     lock_of(started(tmp_path / "run"), gone.pid)
     command = [sys.executable, "-c", _CONTENDER, str(tmp_path / "run")]
     contenders = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    told = []
-    for _ in range(2):  # all are ready, then all have tried
+    outcomes = []
+    for _ in range(2):  # all are ready, then all have tried to lock
         for each in contenders:
             assert each.stdout is not None
-            told.append(each.stdout.readline().strip())
+            outcomes.append(each.stdout.readline().strip())
         for each in contenders:
             assert each.stdin is not None
             each.stdin.write("\n")
             each.stdin.flush()
     for each in contenders:
         each.communicate(timeout=60)
-    assert sorted(told) == ["MF-CFG-24", "MF-CFG-24", "has it", "ready", "ready", "ready"]
+    assert sorted(outcomes) == ["MF-CFG-24", "MF-CFG-24", "has it", "ready", "ready", "ready"]
 
 
-# -- a folder that is lost while it is written to
+# -- a folder that disappears while it is written to
 
 
 def locked(path: Path) -> RunFolder:
@@ -353,20 +353,20 @@ def test_a_removed_folder_is_an_error_and_not_recreated(tmp_path: Path, write: s
 
 
 @pytest.mark.parametrize("write", WRITES)
-def test_a_folder_that_another_process_has_taken_over_is_left_alone(tmp_path: Path, write: str) -> None:
+def test_a_folder_taken_over_by_another_process_is_not_changed(tmp_path: Path, write: str) -> None:
     run = locked(tmp_path / "run")
     lock_of(run, os.getppid())
     with pytest.raises(ResourceError, match="another process has taken over"):
         WRITES[write](run)
     run.unlock()
-    assert json.loads((tmp_path / "run" / ".lock").read_text())["pid"] == os.getppid(), "it is not ours to remove"
+    assert json.loads((tmp_path / "run" / ".lock").read_text())["pid"] == os.getppid(), "it belongs to another process"
 
 
 # -- a process that ends before the folder is a run
 
 
-def test_what_was_written_before_it_was_a_run_is_not_in_the_way(tmp_path: Path) -> None:
-    """A kill between the configuration and the manifest: the lock tells that the files are ours."""
+def test_leftovers_of_an_unfinished_start_do_not_block_a_new_run(tmp_path: Path) -> None:
+    """After a kill between configuration and manifest, the lock shows that the files belong to mopefuse."""
     run = RunFolder(tmp_path / "run")
     run.prepare(resume=False, overwrite=False)
     run.lock()
@@ -383,7 +383,7 @@ def test_what_was_written_before_it_was_a_run_is_not_in_the_way(tmp_path: Path) 
         again.prepare(resume=False, overwrite=False)
 
 
-def test_an_error_before_it_is_a_run_leaves_nothing_in_the_way(tmp_path: Path) -> None:
+def test_an_error_before_the_folder_is_a_run_does_not_block_a_new_run(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     run.prepare(resume=False, overwrite=False)
     run.lock()
@@ -394,7 +394,7 @@ def test_an_error_before_it_is_a_run_leaves_nothing_in_the_way(tmp_path: Path) -
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoints"]
 
 
-def test_what_is_a_run_is_not_abandoned(tmp_path: Path) -> None:
+def test_a_run_is_not_removed_as_leftovers(tmp_path: Path) -> None:
     run = locked(tmp_path / "run")
     run.abandon()
     assert run.config() == CONFIG

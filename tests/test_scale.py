@@ -1,4 +1,4 @@
-"""Many rows and many labels: nothing holds rows times labels, and what is computed piece by piece is the same."""
+"""Many rows and many labels: nothing holds rows times labels, and results computed piece by piece are the same."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from mopefuse.runs.folder import RunFolder
 from mopefuse.runs.load import load_model
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "make_large_data.py"
-MANY = 150  # labels, more than have all their probabilities written
+MANY = 150  # labels; more than the number whose probabilities are all written
 
 
 def make(out: Path, **shape: Any) -> Path:
@@ -56,7 +56,7 @@ rows_of_labels = st.lists(st.lists(st.sampled_from("abcde"), max_size=4, unique=
 
 
 @given(rows_of_labels, st.data())
-def test_labels_are_a_sequence_of_what_each_row_has(rows: list[tuple[str, ...]], draw: Any) -> None:
+def test_labels_are_a_sequence_with_the_labels_of_each_row(rows: list[tuple[str, ...]], draw: Any) -> None:
     labels = Labels.from_rows(rows)
     assert list(labels) == rows == [labels[number] for number in range(len(labels))]
     picked = draw.draw(st.lists(st.integers(0, len(rows) - 1))) if rows else []
@@ -67,13 +67,13 @@ def test_labels_are_a_sequence_of_what_each_row_has(rows: list[tuple[str, ...]],
     assert labels.count_unlabelled() == rows.count(())
 
 
-def test_labels_of_many_rows_come_in_their_order() -> None:
+def test_labels_of_many_rows_keep_their_order() -> None:
     rows = [tuple(str(number)[: number % 4]) for number in range(9_000)]
     assert list(Labels.from_rows(rows)) == rows
 
 
 @given(rows_of_labels.filter(len))
-def test_targets_of_some_rows_or_labels_are_parts_of_the_dense_ones(rows: list[tuple[str, ...]]) -> None:
+def test_targets_of_some_rows_or_labels_are_parts_of_the_dense_targets(rows: list[tuple[str, ...]]) -> None:
     known = "edcbaz"
     targets = Targets(Labels.from_rows(rows), known, multi_label=True)
     expected_SN = torch.tensor([[float(label in row) for label in known] for row in rows])
@@ -84,8 +84,8 @@ def test_targets_of_some_rows_or_labels_are_parts_of_the_dense_ones(rows: list[t
     assert targets.counts().tolist() == expected_SN.sum(dim=0).tolist()
 
 
-def test_targets_take_as_much_memory_as_rows_have_labels() -> None:
-    """Dense ones of 200,000 rows and 1,000 labels are 800 MB."""
+def test_the_memory_of_targets_grows_with_the_labels_that_rows_have() -> None:
+    """Dense targets of 200,000 rows and 1,000 labels would take 800 MB."""
     labels = Labels([str(n) for n in range(1_000)], np.arange(0, 400_001, 2), np.arange(400_000, dtype=np.int32) % 1_000)
     tracemalloc.start()
     targets = Targets(labels, labels.names, multi_label=True)
@@ -95,7 +95,7 @@ def test_targets_take_as_much_memory_as_rows_have_labels() -> None:
     assert peak < 50e6
 
 
-# -- metrics and predictions while answers pass
+# -- metrics and predictions, batch by batch
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["single", "multi"])
@@ -118,7 +118,7 @@ def batches(logits_SN: Tensor, sizes: Sequence[int]) -> Iterator[BatchOutput]:
         yield BatchOutput(index_B, logits_SN[index_B])
 
 
-def test_metrics_of_batches_are_those_of_the_whole(large: DataSet, tmp_path: Path) -> None:
+def test_metrics_of_batches_equal_those_of_the_whole_split(large: DataSet, tmp_path: Path) -> None:
     logits_SN, targets = logits_of(large, "train"), large.targets("train")
     sizes = [7, 1, 200, len(targets) - 208]
     multi = large.multi_label
@@ -126,10 +126,10 @@ def test_metrics_of_batches_are_those_of_the_whole(large: DataSet, tmp_path: Pat
     found = score(batches(logits_SN, sizes), large, "train", thresholds, predictions=tmp_path / "p.jsonl")
     assert found.metrics == metrics.compute(logits_SN, targets, multi_label=multi, thresholds=thresholds)
     assert found.per_label == metrics.per_label(logits_SN, targets, large.labels, multi_label=multi, thresholds=thresholds)
-    assert 0 < found.metrics["f1_macro"] < 1, "some answers are right"
+    assert 0 < found.metrics["f1_macro"] < 1, "some predictions are right"
 
 
-def test_metrics_of_blocks_of_labels_are_those_of_the_whole() -> None:
+def test_metrics_of_blocks_of_labels_equal_those_of_all_labels() -> None:
     draw = torch.Generator().manual_seed(1)
     logits_SN, targets_SN = torch.randn(50, 9, generator=draw), (torch.rand(50, 9, generator=draw) < 0.3).float()
     thresholds = torch.rand(9, generator=draw).tolist()
@@ -142,7 +142,7 @@ def test_metrics_of_blocks_of_labels_are_those_of_the_whole() -> None:
     assert tally.metrics() == expected | {"loss": pytest.approx(expected["loss"])}
 
 
-def test_of_many_labels_the_most_probable_the_predicted_and_the_true_are_written(large: DataSet, tmp_path: Path) -> None:
+def test_with_many_labels_the_most_probable_predicted_and_true_ones_are_written(large: DataSet, tmp_path: Path) -> None:
     logits_SN, targets = logits_of(large, "val"), large.targets("val")
     found = score(batches(logits_SN, [len(targets)]), large, "val", predictions=tmp_path / "p.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
@@ -151,11 +151,11 @@ def test_of_many_labels_the_most_probable_the_predicted_and_the_true_are_written
     key = "labels" if large.multi_label else "label"
     for line, row, p_N in zip(lines, large.splits["val"].rows, p_SN, strict=True):
         assert line["true"] == (list(row.labels) if large.multi_label else row.labels[0])
-        said = {large.labels[number]: round(float(p_N[number]), 6) for number in p_N.argsort(descending=True)[:KEPT]}
+        most_probable = {large.labels[number]: round(float(p_N[number]), 6) for number in p_N.argsort(descending=True)[:KEPT]}
         chosen = {large.labels[number] for number in (p_N >= 0.5).nonzero().flatten()} if large.multi_label else {line["label"]}
         assert (set(line[key]) if large.multi_label else {line[key]}) == chosen
-        assert line["probabilities"].keys() == said.keys() | chosen | set(row.labels)
-        assert said.items() <= line["probabilities"].items()
+        assert line["probabilities"].keys() == most_probable.keys() | chosen | set(row.labels)
+        assert most_probable.items() <= line["probabilities"].items()
         assert [*line["probabilities"].values()] == sorted(line["probabilities"].values(), reverse=True)
     if not large.multi_label:
         assert found.metrics["accuracy"] == np.mean([line["label"] == line["true"] for line in lines])
@@ -163,7 +163,7 @@ def test_of_many_labels_the_most_probable_the_predicted_and_the_true_are_written
         assert found.metrics["loss"] == pytest.approx(np.mean(losses), rel=1e-3)
 
 
-def test_an_answer_that_is_not_finite_is_refused_and_nothing_is_written(large: DataSet, tmp_path: Path) -> None:
+def test_a_prediction_that_is_not_finite_is_refused_and_nothing_is_written(large: DataSet, tmp_path: Path) -> None:
     logits_SN = logits_of(large, "val")
     logits_SN[3, 2] = math.nan
     with pytest.raises(NumericError, match=f"on 1 of {len(logits_SN)} samples"):
@@ -171,7 +171,7 @@ def test_an_answer_that_is_not_finite_is_refused_and_nothing_is_written(large: D
     assert not [*tmp_path.iterdir()]
 
 
-def test_logits_in_a_file_are_those_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_spooled_to_a_file_equal_those_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     logits_SN = torch.randn(37, 11, generator=torch.Generator().manual_seed(0))
     blocks = {}
     for where, limit in (("memory", 4 * 37 * 11), ("file", 4 * 37 * 11 - 1)):
@@ -201,12 +201,12 @@ def test_a_full_disk_while_logits_are_spooled_is_an_error(tmp_path: Path, monkey
             waiting.add(torch.zeros(4, 3))
 
 
-# -- by the command line
+# -- on the command line
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["single", "multi"])
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A run on many labels, and its data; with several labels two processes train it, and thresholds are tuned."""
+    """A run on many labels, and its data; multi-label data are trained by two processes, with tuned thresholds."""
     root = tmp_path_factory.mktemp("trained")
     data = make(root / "data", rows=600, labels=MANY, multi_label=request.param)
     command = ["train", "--data", str(data), "--out", str(root / "run"), *TINY, "--batch", "16", "--steps", "3", "--json"]
@@ -215,7 +215,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return root / "run", data
 
 
-def test_thresholds_that_two_processes_tune_are_those_of_all_logits(trained: tuple[Path, Path]) -> None:
+def test_thresholds_tuned_by_two_processes_equal_those_tuned_on_all_logits(trained: tuple[Path, Path]) -> None:
     run, where = trained
     loaded, data = load_model(RunFolder(run), "best", torch.device("cpu")), load_data(Data(path=str(where)))
     logits_SN = run_split(loaded.model, data, "val", loaded.config, torch.device("cpu")).logits_SN
@@ -228,28 +228,28 @@ def test_thresholds_that_two_processes_tune_are_those_of_all_logits(trained: tup
     assert saved["metrics"]["val"] == pytest.approx(again, abs=1e-5)
 
 
-def test_two_processes_evaluate_and_write_what_one_does(trained: tuple[Path, Path], tmp_path: Path) -> None:
+def test_two_processes_evaluate_and_write_the_same_as_one(trained: tuple[Path, Path], tmp_path: Path) -> None:
     run, data = trained
-    said = {}
+    results = {}
     for processes in (1, 2):
         out = tmp_path / f"{processes}.jsonl"
         command = ["eval", str(run), "--split", "test", "--data", str(data), "-o", str(out), "--json"]
         done = call(*command) if processes == 1 else ranks(processes, *command)
         assert done.returncode == 0, done.stderr
-        said[processes] = json.loads(done.stdout)
-    assert said[1]["metrics"] == said[2]["metrics"] and said[1]["per_label"] == said[2]["per_label"]
+        results[processes] = json.loads(done.stdout)
+    assert results[1]["metrics"] == results[2]["metrics"] and results[1]["per_label"] == results[2]["per_label"]
     assert (tmp_path / "1.jsonl").read_bytes() == (tmp_path / "2.jsonl").read_bytes()
     assert MOST_LABELS < MANY
 
 
-def test_the_page_of_a_large_split_is_of_some_of_its_samples(
+def test_the_page_of_a_large_split_covers_a_sample_of_it(
     trained: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, _ = trained
-    monkeypatch.setattr(reporting, "MOST_ANSWERS", 9 * MANY)
+    monkeypatch.setattr(reporting, "MAX_PROBABILITIES", 9 * MANY)
     done = reporting.report(run, out=tmp_path / "page.html", device="cpu", audit=False)
     assert "9 of 30 samples" in done.notes[-1]
-    monkeypatch.setattr(reporting, "MOST_ANSWERS", 30 * MANY)
+    monkeypatch.setattr(reporting, "MAX_PROBABILITIES", 30 * MANY)
     whole = reporting.report(run, out=tmp_path / "page.html", device="cpu", audit=False)
     assert "of 30 samples" not in " ".join(whole.notes)
     saved = json.loads((run / "metrics.json").read_text())["metrics"]["test"]
@@ -282,8 +282,8 @@ print(peak() - before)
 
 @pytest.mark.soak
 @pytest.mark.parametrize("multi_label", [False, True], ids=["single", "multi"])
-def test_memory_of_an_evaluation_does_not_grow_with_rows_times_labels(multi_label: bool, tmp_path: Path) -> None:
-    """All logits of 9,000 rows and 2,000 labels are 72 MB, dense targets another 72, and objects of each 20 times that."""
+def test_the_memory_of_evaluation_does_not_grow_with_rows_times_labels(multi_label: bool, tmp_path: Path) -> None:
+    """All logits of 9,000 rows and 2,000 labels take 72 MB, dense targets another 72, and Python objects 20 times that."""
     make(tmp_path / "data", rows=10_000, labels=2_000, multi_label=multi_label)
     command = [sys.executable, "-c", _PEAK, str(tmp_path / "data"), str(tmp_path / "p.jsonl")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
@@ -291,8 +291,8 @@ def test_memory_of_an_evaluation_does_not_grow_with_rows_times_labels(multi_labe
     assert float(done.stdout) < 40, f"{done.stdout} MB more for 140 batches than for 20"
 
 
-def test_the_label_that_is_written_is_the_one_that_counts_where_probabilities_are_equal() -> None:
-    """Logits of a model that has learned nothing differ by less than probabilities can show."""
+def test_with_equal_probabilities_the_written_label_is_the_one_that_is_scored() -> None:
+    """Logits of an untrained model differ by less than printed probabilities can show."""
     logits_BN = torch.tensor([[0.0, 1e-9, -1e-9], [1e-9, 0.0, 2e-9]])
     assert logits_BN.softmax(dim=-1).argmax(dim=-1).tolist() == [0, 0]
     targets_B = torch.tensor([1, 2])

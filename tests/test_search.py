@@ -1,4 +1,4 @@
-"""A search proposes what Optuna does by itself, never looks at the test split, and a kill changes nothing."""
+"""A search proposes what Optuna itself proposes, never uses the test split, and gives the same result after a kill."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def file(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(file: Path) -> tuple[Path, SearchResult]:
-    """(folder, what was found); not to be changed."""
+    """(folder, result); tests must not change it."""
     out = file.parent / "undisturbed"
     return out, run_search(read_study(str(file)), out)
 
@@ -57,14 +57,14 @@ def test_trials_are_those_that_optuna_proposes_for_these_values(undisturbed: tup
     out, searched = undisturbed
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=3))
     for trial in searched.trials:
-        asked = study.ask()
-        dynamic = asked.suggest_int("prompts.dynamic", 1, 3)
-        experts = asked.suggest_categorical("prompts.experts", ["1", "3"])
-        lr = asked.suggest_float("train.lr", 1e-4, 1e-1, log=True)
+        proposed = study.ask()
+        dynamic = proposed.suggest_int("prompts.dynamic", 1, 3)
+        experts = proposed.suggest_categorical("prompts.experts", ["1", "3"])
+        lr = proposed.suggest_float("train.lr", 1e-4, 1e-1, log=True)
         assert trial.settings == {"train.lr": lr, "prompts.experts": int(experts), "prompts.dynamic": dynamic}
         value = RunFolder(out / trial.statuses[0].cell.folder).result()["metrics"]["val"]["accuracy"]
         assert trial.value == value
-        study.tell(asked, value)
+        study.tell(proposed, value)
     assert searched.best is not None
     assert searched.best.value == study.best_value == max(trial.value or 0 for trial in searched.trials)
 
@@ -80,8 +80,8 @@ def test_every_trial_is_an_ordinary_run_with_its_settings(undisturbed: tuple[Pat
 
 
 @pytest.mark.process
-def test_the_test_split_chooses_nothing(undisturbed: tuple[Path, SearchResult], file: Path, tmp_path: Path) -> None:
-    """With the test metrics of all runs turned upside down, trials and best are the same."""
+def test_the_test_split_does_not_affect_the_search(undisturbed: tuple[Path, SearchResult], file: Path, tmp_path: Path) -> None:
+    """With the test metrics of all runs inverted, the trials and the best one are the same."""
     before, searched = undisturbed
     out = tmp_path / "out"
     shutil.copytree(before, out)
@@ -95,10 +95,10 @@ def test_the_test_split_chooses_nothing(undisturbed: tuple[Path, SearchResult], 
 
 
 @pytest.mark.matrix
-def test_the_validation_split_chooses_what_comes_next(
+def test_the_validation_split_affects_the_search(
     undisturbed: tuple[Path, SearchResult], tmp_path: Path, pairs: Path
 ) -> None:
-    """The control of the test above: with other values the sampler, past its random trials, proposes others."""
+    """The control for the test above: with other values, the sampler proposes other trials after the random ones."""
     _, searched = undisturbed
     more = write_search(tmp_path, pairs, search={"trials": 12})
     first = run_search(read_study(str(more)), tmp_path / "first", jobs=1)
@@ -115,7 +115,7 @@ def test_the_validation_split_chooses_what_comes_next(
 
 
 @pytest.mark.process
-def test_what_is_finished_is_not_run_again_and_more_trials_go_on(
+def test_finished_trials_are_not_repeated_and_more_trials_continue_the_search(
     undisturbed: tuple[Path, SearchResult], pairs: Path, tmp_path: Path
 ) -> None:
     before, searched = undisturbed
@@ -129,7 +129,9 @@ def test_what_is_finished_is_not_run_again_and_more_trials_go_on(
 
 
 @pytest.mark.soak
-def test_killed_and_started_again_it_finds_the_same(undisturbed: tuple[Path, SearchResult], file: Path, tmp_path: Path) -> None:
+def test_a_killed_and_restarted_search_gives_the_same_result(
+    undisturbed: tuple[Path, SearchResult], file: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "killed"
     kills = 0
     for moment in (3, 9, 10**9):
@@ -138,7 +140,7 @@ def test_killed_and_started_again_it_finds_the_same(undisturbed: tuple[Path, Sea
         process.kill()
         process.communicate(timeout=60)
         kills += process.returncode == -signal.SIGKILL
-    assert kills == 2, "it was over before it could be killed"
+    assert kills == 2, "it finished before it could be killed"
     assert facts(run_search(read_study(str(file)), out)) == facts(undisturbed[1])
 
 
@@ -152,21 +154,21 @@ def test_trials_of_one_batch_are_the_same_for_any_number_of_jobs(pairs: Path, tm
         assert (len(results), trial.value) == (2, sum(results) / 2)
 
 
-def test_settings_that_come_again_are_one_run_and_a_failed_one_stays_failed(pairs: Path, tmp_path: Path) -> None:
+def test_repeated_settings_are_one_run_and_a_failed_one_stays_failed(pairs: Path, tmp_path: Path) -> None:
     space = {"train.lr": [1e30, 1e-3]}
     file = write_search(tmp_path, pairs, search={"trials": 8, "space": space, "seed": 0})
     done = call("study", file, "--out", tmp_path / "out", "--json")
-    said = json.loads(done.stdout)
-    assert (done.returncode, said["ok"], said["best"]["settings"]) == (0, True, {"train.lr": 1e-3})
-    assert {t["settings"]["train.lr"]: t["value"] is None for t in said["trials"]} == {1e30: True, 1e-3: False}
+    result = json.loads(done.stdout)
+    assert (done.returncode, result["ok"], result["best"]["settings"]) == (0, True, {"train.lr": 1e-3})
+    assert {t["settings"]["train.lr"]: t["value"] is None for t in result["trials"]} == {1e30: True, 1e-3: False}
     assert len(list((tmp_path / "out" / "cells").iterdir())) == 2 + len(list((tmp_path / "out").glob("cells/*crash.log")))
     logs = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("cells/*/*/metrics.jsonl")}
-    assert json.loads(call("study", file, "--out", tmp_path / "out", "--json").stdout) == said
+    assert json.loads(call("study", file, "--out", tmp_path / "out", "--json").stdout) == result
     assert {path: path.stat().st_mtime_ns for path in logs} == logs
 
 
 @pytest.mark.process
-def test_the_table_marks_the_best_and_its_command_trains(
+def test_the_table_marks_the_best_trial_and_prints_a_working_command(
     undisturbed: tuple[Path, SearchResult], file: Path, tmp_path: Path
 ) -> None:
     out, searched = undisturbed
@@ -185,23 +187,23 @@ def test_the_table_marks_the_best_and_its_command_trains(
 
 
 @pytest.mark.process
-def test_compare_shows_the_trials_and_says_that_they_are_not_to_be_chosen_by_test(
+def test_compare_shows_the_trials_and_warns_against_selecting_by_test_results(
     undisturbed: tuple[Path, SearchResult],
 ) -> None:
     out, searched = undisturbed
     done = call("compare", out, "--json")
-    said = json.loads(done.stdout)
+    result = json.loads(done.stdout)
     assert done.returncode == 0, done.stderr
-    assert {row["label"] for row in said["rows"]} <= {trial.label for trial in searched.trials}
+    assert {row["label"] for row in result["rows"]} <= {trial.label for trial in searched.trials}
     assert searched.best is not None
-    assert [searched.best.label in notice for notice in said["notices"]] == [True]
+    assert [searched.best.label in notice for notice in result["notices"]] == [True]
 
 
-# -- what is refused before the first trial
+# -- errors before the first trial
 
 
 @pytest.mark.parametrize(
-    ("values", "sets", "code", "said"),
+    ("values", "sets", "code", "message"),
     [
         ({"search": {"space": {"train.lr": {"low": -1.0, "high": 1e-2}}}}, (), "MF-CFG-01", "train.lr=-1"),
         ({"search": {"space": {"prompts.experts": [4, 0]}}}, (), "MF-CFG-01", "prompts.experts=0"),
@@ -232,16 +234,16 @@ def test_compare_shows_the_trials_and_says_that_they_are_not_to_be_chosen_by_tes
         ({"search": {"space": {"data.workers": [0, 1]}}}, (), "MF-CFG-112", "data.workers"),
     ],
 )  # fmt: skip
-def test_a_space_that_cannot_be_searched_is_refused_before_the_first_trial(
-    values: dict[str, Any], sets: tuple[str, ...], code: str, said: str, pairs: Path, tmp_path: Path
+def test_an_invalid_search_space_is_refused_before_the_first_trial(
+    values: dict[str, Any], sets: tuple[str, ...], code: str, message: str, pairs: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError) as caught:
         read_study(str(write_search(tmp_path, pairs, **values)), sets)
     assert (caught.value.code, bool(caught.value.fix)) == (code, True)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_an_encoder_can_be_searched_that_no_setting_names(pairs: Path, tmp_path: Path) -> None:
+def test_encoders_can_be_part_of_the_search_space(pairs: Path, tmp_path: Path) -> None:
     settings = {"comp": "tiny:text", "device": "cpu", "data.path": str(pairs), "train": {"max_steps": 1}}
     space = {"main": ["tiny:vision", "tiny:vision-b"]}
     file = write_search(tmp_path, pairs, settings=settings, search={"trials": 1, "space": space})
@@ -250,7 +252,7 @@ def test_an_encoder_can_be_searched_that_no_setting_names(pairs: Path, tmp_path:
 
 
 @pytest.mark.process
-def test_a_metric_that_the_data_have_not_is_refused(
+def test_a_metric_that_the_data_do_not_have_is_refused(
     undisturbed: tuple[Path, SearchResult], pairs: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(undisturbed[0], tmp_path / "out")
@@ -259,7 +261,7 @@ def test_a_metric_that_the_data_have_not_is_refused(
     assert caught.value.code == "MF-CFG-113"
 
 
-def test_without_optuna_the_command_that_installs_it_is_told(
+def test_without_optuna_the_error_has_the_install_command(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "optuna" else object())

@@ -1,4 +1,5 @@
-"""Several complementary encoders: the old model where there is one; each heard, named and exchanged where there are more."""
+"""Several complementary encoders: with one, the model is unchanged; with more, each has an effect, an address, and can be
+swapped."""
 
 from __future__ import annotations
 
@@ -16,13 +17,13 @@ from test_swap import SMALL, config_of, kept, pair
 
 from mopefuse.config.schema import build_config
 from mopefuse.config.sides import specs, specs_by_side, with_specs
+from mopefuse.core.precision import normalize_feature
 from mopefuse.data.load import load_data
 from mopefuse.data.perturbed import derangement
 from mopefuse.errors import ConfigError
 from mopefuse.evaluation.audit import audit_model
 from mopefuse.fusion.base import Fusion
 from mopefuse.fusion.build import build_model
-from mopefuse.prompts.stack import normalize_feature
 from mopefuse.runs.folder import RunFolder
 
 TWO = ["tiny:text", "tiny:text?pool=cls"]
@@ -58,7 +59,7 @@ def test_sides_of_a_configuration() -> None:
         ([], {}),
     ],
 )
-def test_which_encoder_is_meant(comp: list[str], found: dict[str, str]) -> None:
+def test_an_address_selects_an_encoder(comp: list[str], found: dict[str, str]) -> None:
     assert specs_by_side(None, comp, {"main": "image", "comp": "text", "comp2": "audio"}) == found
 
 
@@ -72,7 +73,7 @@ def test_with_one_encoder_no_address_is_needed() -> None:
 
 
 @pytest.mark.parametrize("comp", [["x:y"], ["x:y?a=b"], ["text=x:y"], ["3=x:y"], ["audio=x:y"], ["1=x:y", "1=x:z"]])
-def test_an_encoder_that_is_not_said_clearly_is_refused(comp: list[str]) -> None:
+def test_an_ambiguous_address_is_refused(comp: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
         specs_by_side(None, comp, {"main": "image", "comp": "text", "comp2": "text"})
     assert "1= (text), 2= (text)" in caught.value.fix or caught.value.number == 141
@@ -81,7 +82,7 @@ def test_an_encoder_that_is_not_said_clearly_is_refused(comp: list[str]) -> None
 # -- the model
 
 
-def test_one_in_a_list_is_the_old_model() -> None:
+def test_a_list_of_one_encoder_gives_the_same_model() -> None:
     text, listed = build(), build(comp=["tiny:text"])  # type: ignore[arg-type]
     assert text.trainable_state_dict().keys() == listed.trainable_state_dict().keys()
     for name, tensor in text.trainable_state_dict().items():
@@ -89,7 +90,7 @@ def test_one_in_a_list_is_the_old_model() -> None:
 
 
 @pytest.mark.parametrize("router", ["cross", "joint"])
-def test_prompts_of_two_conditions_by_their_definition(router: str) -> None:
+def test_prompts_of_two_conditions_match_the_definition(router: str) -> None:
     model = several(router={"kind": router})
     batch = model.collate(images(3), TEXTS[:3])
     stack, layer = model.stack, model.stack.layers["1"]
@@ -129,33 +130,36 @@ def test_prompts_of_two_conditions_by_their_definition(router: str) -> None:
         {"method": "linear", "linear": {"features": "average"}},
         {"method": "mlp"},
         {"method": "cross-attention"},
+        {"method": "qmf"},
+        {"method": "flamingo"},
+        {"method": "map"},
     ],
     ids=str,
 )
-def test_no_sample_sees_another_and_every_encoder_is_heard(options: dict[str, Any]) -> None:
+def test_samples_are_independent_and_every_encoder_has_an_effect(options: dict[str, Any]) -> None:
     model = several(THREE, **options)
     with torch.no_grad():
         for name, parameter in model.named_trainable_parameters().items():
             if name.startswith("head"):
                 parameter.normal_()
     whole = model.collate(images(3), TEXTS[:3])
-    answer = model(whole).logits
+    logits = model(whole).logits
     for index in range(3):
         one = model.collate(images(3)[index : index + 1], TEXTS[index : index + 1])
-        torch.testing.assert_close(model(one).logits[0], answer[index], atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(model(one).logits[0], logits[index], atol=2e-5, rtol=1e-4)
     other = model.collate(images(4)[1:], ["red", "the digit", "left"])
     for side in model.uses[-3:]:
         changed = replace(whole, inputs={**whole.inputs, side: other.inputs[side]})
-        assert not torch.allclose(model(changed).logits, answer), side
+        assert not torch.allclose(model(changed).logits, logits), side
 
 
 @pytest.mark.parametrize("mode", ["frozen", "prompts", "lora", "full"])
-def test_everything_that_is_ours_learns(mode: str) -> None:
+def test_every_trainable_parameter_is_trained(mode: str) -> None:
     model = several(comp_tuning={"mode": mode}, dropout=0.0)
     model(model.collate(images(3), TEXTS[:3])).logits.square().sum().backward()
     trained = model.named_trainable_parameters()
     still = [name for name, parameter in trained.items() if parameter.grad is None or not parameter.grad.any()]
-    # Half of LoRA begins at 0, and hides the other half; the tokenizer's other words, a class token that pooling does not use.
+    # Half of LoRA starts at 0 and hides the other half; words that do not occur, and a class token that pooling ignores.
     assert [name for name in still if "lora_A" not in name and not name.startswith(("comp.", "comp2."))] == []
     assert any(name.startswith("comp2") for name in model.named_trainable_parameters()) == (mode != "frozen")
 
@@ -170,14 +174,14 @@ def test_a_method_of_two_modalities_refuses_a_third(method: str) -> None:
     assert caught.value.number == 142 and "3 " not in caught.value.what and method in caught.value.what
 
 
-def test_main_only_needs_none_of_them() -> None:
+def test_main_only_needs_no_complementary_encoder() -> None:
     assert several(method="main-only").uses == ("main",)
 
 
-# -- exchanging one
+# -- swapping one
 
 
-def test_a_new_second_encoder_leaves_what_the_first_one_is_read_with() -> None:
+def test_replacing_the_second_encoder_keeps_the_tensors_of_the_first() -> None:
     fates = pair({"comp": TWO}, {"comp": [TWO[0], "tiny:vision"]})[2]
     assert kept(fates, "stack.router.weight") == kept(fates, "stack.trunk.") == kept(fates, "stack.layers") == {"kept"}
     assert kept(fates, "stack.router.others.comp2") == kept(fates, "stack.trunks.comp2.0") == {"new"}
@@ -186,7 +190,7 @@ def test_a_new_second_encoder_leaves_what_the_first_one_is_read_with() -> None:
     assert kept(fates, "stack.router.weight") == {"new"} and kept(fates, "stack.router.others.comp2") == {"kept"}
 
 
-def test_late_concat_keeps_the_columns_of_encoders_that_stay() -> None:
+def test_late_concat_keeps_the_columns_of_the_other_encoders() -> None:
     before, after = ({"comp": comp, "method": "late-concat"} for comp in (TWO, ["tiny:vision", TWO[1]]))
     old, state, _ = pair(before, after)
     model = build_model(config_of(comp=TWO, method="late-concat"), 2)
@@ -217,7 +221,7 @@ def test_train_records_every_encoder(run: Path) -> None:
     assert "other" not in parts and parts["mapper"] > 0
 
 
-def test_eval_and_predict_give_what_training_reported(run: Path, pairs: Path) -> None:
+def test_eval_and_predict_match_the_results_of_training(run: Path, pairs: Path) -> None:
     done = call("eval", run, "--json")
     assert json.loads(done.stdout)["metrics"] == json.loads((run / "metrics.json").read_text())["metrics"]["test"]
     done = call("eval", run, "--json", "--comp", f"2={TWO[1]}")
@@ -226,7 +230,7 @@ def test_eval_and_predict_give_what_training_reported(run: Path, pairs: Path) ->
     assert json.loads(done.stdout)["error"]["code"] == "MF-CFG-140"
 
 
-def test_swap_encoder_by_number(run: Path, tmp_path: Path) -> None:
+def test_swap_encoder_selects_an_encoder_by_number(run: Path, tmp_path: Path) -> None:
     done = call("swap-encoder", run, "--comp", "2=tiny:text", "-o", tmp_path / "new", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["encoders"] == {"main": "tiny:vision", "comp": TWO[0], "comp2": "tiny:text"}
@@ -235,7 +239,7 @@ def test_swap_encoder_by_number(run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.matrix
-def test_export_and_report(run: Path, tmp_path: Path) -> None:
+def test_a_run_with_several_encoders_can_be_exported_and_reported(run: Path, tmp_path: Path) -> None:
     done = call("export", run, "--format", "onnx", "-o", tmp_path / "bundle")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "bundle" / "preprocess.json").read_text())["sides"].keys() == {"main", "comp", "comp2"}
@@ -251,7 +255,7 @@ def test_resuming_with_another_number_of_encoders_is_refused(run: Path, pairs: P
     assert json.loads(done.stdout.splitlines()[-1])["error"]["code"] == "MF-CFG-32"
 
 
-def test_an_audit_takes_each_modality_away_by_itself(pairs: Path) -> None:
+def test_an_audit_shuffles_each_modality_separately(pairs: Path) -> None:
     config = config_of(comp=[TWO[0], "tiny:vision", TWO[1]], data={"path": str(pairs)})
     data, cpu = load_data(config.data), torch.device("cpu")
     model = build_model(config, len(data.labels))
@@ -268,7 +272,7 @@ def test_an_audit_takes_each_modality_away_by_itself(pairs: Path) -> None:
     assert found.verdict.count("the image") == 1 and found.verdict.count("the text") == 1
 
 
-def test_more_encoders_and_another_first_one() -> None:
+def test_with_another_main_encoder_and_more_others_the_head_is_new() -> None:
     before, after = ({"comp": comp, "method": "late-concat"} for comp in (TWO[:1], ["tiny:vision", "tiny:vision-b"]))
     _, _, fates = pair(before, {**after, "main": SMALL})
     assert kept(fates, "head") == {"new"}
@@ -283,5 +287,5 @@ def test_one_more_encoder_than_before_is_new(method: str) -> None:
         assert kept(fates, "stack.router.others.comp3") == {"new"} and kept(fates, "stack.router.others.comp2") == {"kept"}
 
 
-def test_a_run_knows_the_modalities_of_its_rows(run: Path) -> None:
+def test_a_run_records_the_modalities_of_its_rows(run: Path) -> None:
     assert RunFolder(run).config().data.modalities == ("text", "image")

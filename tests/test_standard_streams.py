@@ -1,4 +1,4 @@
-"""What is printed is the least of a command: it does its work where nobody reads, and says so where printing fails."""
+"""A command does its work even if nobody reads its output, and reports it if printing fails."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CLOSED = "<&- >&- 2>&-"
 
 
 def shell(*command: object, streams: str) -> subprocess.CompletedProcess[str]:
-    """The command line as a shell starts it, with streams redirected or closed."""
+    """Run the command line in a shell, with streams redirected or closed."""
     words = shlex.join([sys.executable, "-m", "mopefuse", *map(str, command)])
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     return subprocess.run(
@@ -30,18 +30,18 @@ def shell(*command: object, streams: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("streams", matrix([CLOSED, ">&-", "<&-", "1</dev/null"], [CLOSED]))
-def test_training_with_closed_streams_comes_to_its_end(pairs: Path, tmp_path: Path, streams: str) -> None:
+def test_training_finishes_with_closed_streams(pairs: Path, tmp_path: Path, streams: str) -> None:
     run, workers = tmp_path / "run", 2 if streams == CLOSED else 0
     done = shell("train", *TINY, "--data", pairs, "--out", run, "--steps", 2, "--workers", workers, streams=streams)
     assert done.returncode == 0, done.stderr
     assert json.loads((run / "metrics.json").read_text())["steps"] == 2
     for file in ("manifest.json", "metrics.json"):
-        json.loads((run / file).read_text())  # nothing that is printed went into it
+        json.loads((run / file).read_text())  # no output was written into it
 
 
 @pytest.mark.process
-def test_a_study_with_closed_streams_comes_to_its_end(pairs: Path, tmp_path: Path) -> None:
-    """Its cells are processes of their own, which take over what is closed."""
+def test_a_study_finishes_with_closed_streams(pairs: Path, tmp_path: Path) -> None:
+    """Its cells are separate processes, which inherit the closed streams."""
     settings = {"main": "tiny:vision", "comp": "tiny:text", "device": "cpu", "data.path": str(pairs)}
     settings |= {"train.max_steps": 1, "train.batch_size": 4}
     (tmp_path / "study.yaml").write_text(json.dumps({"settings": settings, "seeds": [0, 1], "grid": {"prompts.experts": [2]}}))
@@ -53,7 +53,7 @@ def test_a_study_with_closed_streams_comes_to_its_end(pairs: Path, tmp_path: Pat
 @pytest.mark.parametrize("streams", matrix(["2>&-", CLOSED], ["2>&-"]))
 def test_an_error_that_cannot_be_printed_still_has_its_exit_code(tmp_path: Path, streams: str) -> None:
     done = shell("compare", tmp_path, streams=streams)
-    assert (done.returncode, done.stdout) == (6, ""), "an error is no result"
+    assert (done.returncode, done.stdout) == (6, ""), "an error is not a result"
 
 
 @pytest.mark.parametrize("more", matrix([(), ("--json",)], [()]), ids=str)
@@ -63,6 +63,6 @@ def test_a_result_that_cannot_be_printed_is_an_error(trained: Path, more: tuple[
     assert "Traceback" not in done.stderr
 
 
-def test_an_error_beside_a_result_that_cannot_be_printed_is_the_one_that_is_told(tmp_path: Path) -> None:
+def test_if_a_result_cannot_be_printed_the_error_of_the_command_is_reported(tmp_path: Path) -> None:
     done = shell("compare", tmp_path, "--json", streams="> /dev/full")
     assert (done.returncode, "MF-CKPT-04" in done.stderr) == (6, True), done.stderr

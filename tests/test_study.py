@@ -1,4 +1,4 @@
-"""A study: every cell once, whatever kills it; the same table as if nothing had happened."""
+"""A study runs every cell once, whatever kills it, and ends with the same table as without interruptions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mopefuse.runs.folder import RunFolder
 from mopefuse.studies.study import FAILED, FINISHED, StudyListener, is_finished, run_study
 from mopefuse.studies.study_file import read_study
 
-STEPS = {"epochs": 4, "batch_size": 4, "lr": 1e-2, "log_every": 1, "checkpoint_every": 5}  # 12 steps of a run
+STEPS = {"epochs": 4, "batch_size": 4, "lr": 1e-2, "log_every": 1, "checkpoint_every": 5}  # a run has 12 steps
 
 
 def write_study(folder: Path, pairs: Path, **values: Any) -> Path:
@@ -38,7 +38,7 @@ def write_study(folder: Path, pairs: Path, **values: Any) -> Path:
 
 
 def start(file: Path, out: Path, *more: str) -> subprocess.Popen[str]:
-    """A study in processes of its own."""
+    """Start a study in separate processes."""
     command = [sys.executable, "-m", "mopefuse", "study", str(file), "--out", str(out), *more]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
@@ -50,19 +50,19 @@ def cells(out: Path) -> list[dict[str, Any]]:
 
 
 def steps(out: Path) -> int:
-    """Lines that all runs of a study have logged."""
+    """The number of lines that all runs of a study have logged."""
     return sum(len(file.read_bytes().splitlines()) for file in out.glob("cells/*/*/metrics.jsonl"))
 
 
 def wait_for(reached: Any, process: subprocess.Popen[str], seconds: float = 240) -> None:
     until = time.monotonic() + seconds
     while not reached() and process.poll() is None:
-        assert time.monotonic() < until, "it takes too long"
+        assert time.monotonic() < until, "the study takes too long"
         time.sleep(0.02)
 
 
 def table(out: Path) -> list[Any]:
-    """The table without what is measured by a clock."""
+    """The table without measured times and memory."""
     rows = json.loads(call("compare", out, "--json").stdout)["rows"]
     return [{key: row[key] for key in ("label", "seeds", "metrics", "parameters", "versus", "best")} for row in rows]
 
@@ -78,7 +78,7 @@ def file(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(file: Path) -> Path:
-    """The study run in this process, one cell at a time; not to be changed."""
+    """The study run in this process, one cell at a time; tests must not change it."""
     out = file.parent / "undisturbed"
     statuses = run_study(read_study(str(file)), out)
     assert {status.state for status in statuses} == {FINISHED}
@@ -94,25 +94,25 @@ def test_every_cell_is_an_ordinary_run_with_its_settings(undisturbed: Path) -> N
         config = RunFolder(undisturbed / cell["run"]).config()
         assert (config.prompts.experts, config.seed) == (cell["settings"]["prompts.experts"], cell["seed"])
         assert cell["state"] == "finished"
-    assert len(set(predictions(undisturbed).values())) >= 3, "runs that do not differ could not show a difference"
+    assert len(set(predictions(undisturbed).values())) >= 3, "otherwise the test could not show a difference"
 
 
 @pytest.mark.soak
-def test_killed_at_random_and_started_again_it_gives_the_same_table(undisturbed: Path, file: Path, tmp_path: Path) -> None:
-    """SIGKILL of the process that was started, two cells at a time: its cells end with it, and the next call goes on."""
+def test_a_study_killed_at_random_and_restarted_gives_the_same_table(undisturbed: Path, file: Path, tmp_path: Path) -> None:
+    """SIGKILL of the main process while two cells run: its cells end with it, and the next call continues."""
     moments, out, kills, done = random.Random(1), tmp_path / "killed", 0, 0
     for _ in range(20):
         process = start(file, out, "--jobs", "2")
         until = steps(out) + moments.randint(0, 11) if kills < 3 else 10**9
         wait_for(lambda until=until: steps(out) > until, process)
         process.kill()
-        _, said = process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=60)
         if process.returncode == 0:
             done += 1
             break
-        assert process.returncode == -signal.SIGKILL, said
+        assert process.returncode == -signal.SIGKILL, stderr
         kills += 1
-    assert (kills >= 2, done) == (True, 1), "it was over before it could be killed often enough"
+    assert (kills >= 2, done) == (True, 1), "it finished before it could be killed often enough"
     assert table(out) == table(undisturbed)
     assert predictions(out) == predictions(undisturbed)
 
@@ -121,14 +121,14 @@ def test_killed_at_random_and_started_again_it_gives_the_same_table(undisturbed:
 def test_notices_of_cells_are_shown_once(pairs: Path, tmp_path: Path) -> None:
     cells = {"a": {"method": "linear"}, "b": {"method": "linear", "linear.features": "average"}}
     file = write_study(tmp_path, pairs, cells=cells, grid={}, seeds=[0], baseline="a")
-    said = call("study", file, "--out", tmp_path / "out").stderr.splitlines()
-    heard = [line.partition(": ")[2] for line in said if line.startswith(("a, seed 0: ", "b, seed 0: "))]
-    assert any(text.startswith("logistic regression, chosen on validation") for text in heard)
-    assert len(set(heard)) == len(heard)
-    assert sum("does not use the settings of prompts" in text for text in heard) == 1, "both cells say that"
+    lines = call("study", file, "--out", tmp_path / "out").stderr.splitlines()
+    notices = [line.partition(": ")[2] for line in lines if line.startswith(("a, seed 0: ", "b, seed 0: "))]
+    assert any(text.startswith("logistic regression, chosen on validation") for text in notices)
+    assert len(set(notices)) == len(notices)
+    assert sum("does not use the settings of prompts" in text for text in notices) == 1, "both cells give this notice"
 
 
-def test_what_is_finished_is_not_run_again_and_what_is_added_is(undisturbed: Path, pairs: Path, tmp_path: Path) -> None:
+def test_finished_cells_are_not_repeated_and_added_ones_are_run(undisturbed: Path, pairs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(undisturbed, out)
     shutil.rmtree(out / cells(out)[3]["run"])
@@ -151,7 +151,7 @@ def test_a_finished_cell_of_every_method_counts_as_finished(pairs: Path, tmp_pat
     assert [cell.label for cell in study.cells if not is_finished(cell, tmp_path / "out")] == []
 
 
-def test_a_run_of_other_settings_in_the_place_of_a_cell_is_refused(undisturbed: Path, file: Path, tmp_path: Path) -> None:
+def test_a_run_with_other_settings_in_place_of_a_cell_is_refused(undisturbed: Path, file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(undisturbed, out)
     first, third = cells(out)[0]["run"], cells(out)[2]["run"]
@@ -164,16 +164,16 @@ def test_a_run_of_other_settings_in_the_place_of_a_cell_is_refused(undisturbed: 
 
 
 @pytest.mark.process
-def test_a_cell_that_fails_is_recorded_and_the_others_go_on(pairs: Path, tmp_path: Path) -> None:
+def test_a_failed_cell_is_recorded_and_the_others_continue(pairs: Path, tmp_path: Path) -> None:
     bad = {"fine": {}, "diverges": {"train.lr": 1e30}, "no such method": {"method": "nothing"}}
     file = write_study(tmp_path, pairs, cells=bad, grid={}, seeds=[0], baseline="no such method")
     done = call("study", file, "--out", tmp_path / "out", "--json", "--set", "train.epochs=1")
-    said = json.loads(done.stdout)
+    result = json.loads(done.stdout)
     assert done.returncode == 8
-    assert (said["ok"], said["error"]["code"][:6]) == (False, "MF-NUM")
-    assert [cell["state"] for cell in said["cells"]] == ["finished", "failed", "failed"]
-    assert [row["label"] for row in said["comparison"]["rows"]] == ["fine"]
-    *left_out, uncompared = said["comparison"]["notices"]
+    assert (result["ok"], result["error"]["code"][:6]) == (False, "MF-NUM")
+    assert [cell["state"] for cell in result["cells"]] == ["finished", "failed", "failed"]
+    assert [row["label"] for row in result["comparison"]["rows"]] == ["fine"]
+    *left_out, uncompared = result["comparison"]["notices"]
     assert [text.partition(":")[0] for text in left_out] == ["left out"] * 2
     assert uncompared == "no row is compared with no such method: none of its runs is finished"
     assert [cell["error"] and cell["error"]["exit"] for cell in cells(tmp_path / "out")] == [None, 8, 3]
@@ -184,13 +184,13 @@ def test_a_cell_that_fails_is_recorded_and_the_others_go_on(pairs: Path, tmp_pat
 
 
 @pytest.mark.process
-def test_a_cell_whose_process_is_killed_is_recorded_and_the_others_go_on(file: Path, tmp_path: Path) -> None:
+def test_a_cell_whose_process_is_killed_is_recorded_and_the_others_continue(file: Path, tmp_path: Path) -> None:
     process = start(file, tmp_path / "out", "--set", "train.epochs=10")
     wait_for(lambda: steps(tmp_path / "out") >= 3, process)
     lock = next((tmp_path / "out").glob("cells/*/seed-0/.lock"))
     os.kill(json.loads(lock.read_text())["pid"], signal.SIGKILL)
-    _, said = process.communicate(timeout=240)
-    assert process.returncode == 7, said
+    _, stderr = process.communicate(timeout=240)
+    assert process.returncode == 7, stderr
     assert [cell["state"] for cell in cells(tmp_path / "out")] == ["failed", "finished", "finished", "finished"]
     assert cells(tmp_path / "out")[0]["error"]["code"] == "MF-RES-11"
 
@@ -205,9 +205,9 @@ def test_a_stop_signal_saves_running_cells_and_leaves_no_process(file: Path, und
         run_study(read_study(str(file)), out)
     assert refused.value.code == "MF-CFG-24"
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 143, said
-    assert "0 of 4 cells finished" in said
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 143, stderr
+    assert "0 of 4 cells finished" in stderr
     assert len(pids) == 2
     assert not any(is_alive(pid) for pid in pids)
     states = [cell["state"] for cell in cells(out)]
@@ -221,7 +221,7 @@ def test_a_stop_signal_saves_running_cells_and_leaves_no_process(file: Path, und
 
 
 @pytest.mark.parametrize("content", [None, "{}", '{"kind": "run"}'])
-def test_a_folder_of_something_else_is_left_alone(file: Path, tmp_path: Path, content: str | None) -> None:
+def test_a_folder_that_is_not_a_study_is_not_changed(file: Path, tmp_path: Path, content: str | None) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     if content is not None:
         (tmp_path / "study.json").write_text(content)
@@ -232,7 +232,7 @@ def test_a_folder_of_something_else_is_left_alone(file: Path, tmp_path: Path, co
     assert not (tmp_path / "cells").exists()
 
 
-def test_data_that_cannot_be_read_end_the_study_before_its_first_cell(file: Path, tmp_path: Path) -> None:
+def test_unreadable_data_end_the_study_before_its_first_cell(file: Path, tmp_path: Path) -> None:
     done = call("study", file, "--out", tmp_path / "out", "--set", f"data.path={tmp_path / 'nowhere'}")
     assert done.returncode == 4
     assert not (tmp_path / "out" / "cells").exists()
@@ -246,7 +246,7 @@ def test_a_dry_run_lists_the_cells_and_writes_nothing(file: Path, tmp_path: Path
     listed = json.loads(call("study", file, "--out", tmp_path / "out", "--dry-run", "--json").stdout)["cells"]
     one, _, three, _ = (cell["trainable"] for cell in listed)
     width, layers, tokens = 96, 4, 2
-    assert three - one == layers * (2 * tokens * width + 3 * (width + 1)), "two experts, and a router for the three"
+    assert three - one == layers * (2 * tokens * width + 3 * (width + 1)), "two more experts, and a router of three"
 
 
 def test_a_dry_run_lists_the_cells_that_will_fail(pairs: Path, tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ def test_a_dry_run_lists_the_cells_that_will_fail(pairs: Path, tmp_path: Path) -
     assert [bool(cell["refused"]) for cell in listed] == [False, False, True]
 
 
-def test_a_dry_run_knows_what_is_finished(undisturbed: Path, file: Path) -> None:
+def test_a_dry_run_shows_finished_cells(undisturbed: Path, file: Path) -> None:
     listed = json.loads(call("study", file, "--out", undisturbed, "--dry-run", "--json").stdout)["cells"]
     assert all(cell["finished"] for cell in listed)
 
@@ -272,7 +272,7 @@ def test_a_metric_that_the_data_do_not_have_is_refused_before_the_first_run(mult
     assert not list((tmp_path / "out").glob("cells/*"))
 
 
-def test_an_error_of_the_study_itself_leaves_no_cell_running(file: Path, tmp_path: Path) -> None:
+def test_an_error_in_the_study_process_leaves_no_cell_running(file: Path, tmp_path: Path) -> None:
     class Closed(StudyListener):
         def on_progress(self, statuses: Any, eta: Any) -> None:
             raise BrokenPipeError

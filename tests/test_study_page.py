@@ -1,4 +1,4 @@
-"""The page of a study: its numbers are those of the runs, what is missing is said, and a browser shows it whole."""
+"""The page of a study: its numbers match the runs, missing runs are listed, and a browser renders all of it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ HOSTILE_ROW = f"plain {HOSTILE}"
 
 
 def rows_of(seeds: int = 3) -> list[Made]:
-    """Two methods at three fractions, and one row that is on neither line."""
+    """Two methods at three fractions, and a row that belongs to neither line."""
     rows = []
     for method, name, base in (("late-concat", "late", 0.3), ("comp-only", HOSTILE_ROW, 0.1)):
         for number, fraction in enumerate(FRACTIONS):
@@ -43,7 +43,7 @@ def rows_of(seeds: int = 3) -> list[Made]:
 
 @pytest.fixture(scope="module")
 def study(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished study with its page; not to be changed."""
+    """A finished study with its page; tests must not change it."""
     out = make_study(trained, tmp_path_factory.mktemp("page") / "made", rows_of(), baseline="linear")
     report_study(out, figures=out / "figures")
     return out
@@ -67,7 +67,7 @@ def keys(page: Page) -> list[str]:
     return [attributes["id"] for attributes in page.all("section") if "id" in attributes]
 
 
-# -- what is on it
+# -- content
 
 
 def test_the_page_has_the_table_of_the_comparison_and_every_figure(study: Path) -> None:
@@ -75,7 +75,7 @@ def test_the_page_has_the_table_of_the_comparison_and_every_figure(study: Path) 
     assert keys(page) == ["comparison", "against-data-fraction", "rows", "parameters", "learning", "missing", "settings"]
     printed = call("compare", study, "--format", "csv").stdout.splitlines()
     numbers = (1 + 3) + (1 + 7) + (1 + 7) + (1 + 3)
-    assert len(page.all("tr")) == len(printed) + 1 + 7 + numbers, "the table, what each row sets, and the numbers of charts"
+    assert len(page.all("tr")) == len(printed) + 1 + 7 + numbers, "comparison, settings of each row, numbers of charts"
     shown = call("compare", study, "--format", "table")
     assert shown.returncode == 0
     cells = set(re.findall(r"\d+\.\d ± \d\.\d", shown.stdout))
@@ -89,7 +89,7 @@ def test_the_page_has_the_table_of_the_comparison_and_every_figure(study: Path) 
 
 def test_the_page_is_harmless_and_small(study: Path) -> None:
     page, html = page_of(study), (study / "report.html").read_text(encoding="utf-8")
-    assert HOSTILE in page.text, "shown as text"
+    assert HOSTILE in page.text, "hostile text is shown as text"
     page.check_harmless()
     assert not {"link", "iframe", "object", "a", "form", "img"} & {tag for tag, _ in page.elements}
     assert page.charts() == {"against-data-fraction", "rows", "parameters", "validation"}
@@ -100,7 +100,7 @@ def test_the_page_is_harmless_and_small(study: Path) -> None:
         assert not re.search("<(script|img)[ >]", path.read_text(encoding="utf-8"))
 
 
-def test_figures_are_files_too_as_those_of_a_run(study: Path) -> None:
+def test_figures_are_also_written_as_files(study: Path) -> None:
     names = {path.name for path in (study / "figures").iterdir()}
     stems = ("against-data-fraction", "rows", "parameters", "validation")
     assert names == {f"{stem}.{kind}" for stem in stems for kind in ("svg", "png")}
@@ -109,7 +109,7 @@ def test_figures_are_files_too_as_those_of_a_run(study: Path) -> None:
 # -- numbers
 
 
-def test_points_are_means_and_their_bars_sample_deviations(study: Path) -> None:
+def test_points_are_means_and_error_bars_are_sample_deviations(study: Path) -> None:
     found = sections(study)
     against = tips(found["against-data-fraction"].charts[0])
     assert "late, data.fraction 0.01: 32 % ± 2 %" in against
@@ -121,7 +121,7 @@ def test_points_are_means_and_their_bars_sample_deviations(study: Path) -> None:
     assert "No curve for rows that were validated only once, or never at the same steps: linear." in found["learning"].body
 
 
-def test_curves_are_of_the_steps_that_all_seeds_have(trained: Path, tmp_path: Path) -> None:
+def test_curves_cover_the_steps_that_all_seeds_have(trained: Path, tmp_path: Path) -> None:
     study = make_study(trained, tmp_path / "made", [Made("a", {}, [0.5, 0.5], {10: 0.2, 20: 0.4})])
     log = study / "cells/row-0/seed-1/metrics.jsonl"
     log.write_text('{"step": 10, "val": {"accuracy": 0.4}}\n{"step": 30, "val": {"accuracy": 0.9}}\n')
@@ -130,7 +130,7 @@ def test_curves_are_of_the_steps_that_all_seeds_have(trained: Path, tmp_path: Pa
     assert [(step, spread.values) for step, spread in facts.learning(facts.comparison.rows[0])] == [(10, (0.2, 0.4))]
 
 
-def test_a_sweep_is_over_one_number_and_nothing_else(trained: Path, tmp_path: Path) -> None:
+def test_a_sweep_varies_exactly_one_number(trained: Path, tmp_path: Path) -> None:
     rows = [Made(f"experts={n}", {"prompts.experts": n}, [0.5], {}) for n in (16, 1, 4)]
     rows += [Made(f"{n} tokens", {"prompts.static": n, "prompts.dynamic": 0}, [0.5], {}) for n in (5, 20, 80)]
     rows += [Made("both", {"prompts.static": 7, "prompts.experts": 9}, [0.5], {})]
@@ -142,10 +142,10 @@ def test_a_sweep_is_over_one_number_and_nothing_else(trained: Path, tmp_path: Pa
     rates = [Made(f"lr={n}", {"train.lr": n, "train.lr_comp": n, "train.lr_head": n / 50}, [0.5], {}) for n in (0.1, 0.2, 0.3)]
     assert [sweep.path for sweep in sweeps(compare([make_study(trained, tmp_path / "rates", rates)]).rows)] == ["train.lr"]
     two = [Made(f"experts={n}", {"prompts.experts": n}, [0.5], {}) for n in (1, 4)]
-    assert sweeps(compare([make_study(trained, tmp_path / "two", two)]).rows) == [], "two values are no line"
+    assert sweeps(compare([make_study(trained, tmp_path / "two", two)]).rows) == [], "two values do not make a line"
 
 
-def test_of_a_search_the_choice_of_validation_stands_out_not_the_best_on_test(trained: Path, tmp_path: Path) -> None:
+def test_in_a_search_the_choice_by_validation_is_highlighted_not_the_best_on_test(trained: Path, tmp_path: Path) -> None:
     rows = [Made("trial 0", {"train.lr": 0.1}, [0.9], {}), Made("trial 1", {"train.lr": 0.2}, [0.7], {})]
     study = make_study(trained, tmp_path / "made", rows, search={"metric": "accuracy", "best": "trial 1", "trials": []})
     assert compare([study]).best("test", "accuracy") == {"trial 1"}
@@ -155,7 +155,7 @@ def test_of_a_search_the_choice_of_validation_stands_out_not_the_best_on_test(tr
     assert "<b>90.0</b>" not in page
 
 
-def test_many_rows_are_several_figures_on_the_same_axes(trained: Path, tmp_path: Path) -> None:
+def test_many_rows_are_split_into_several_figures_with_the_same_axes(trained: Path, tmp_path: Path) -> None:
     methods = [Made(f"row {n}", {"train.lr": 0.1 + n, "head_hidden": n + 1}, [n / 20], {1: 0.0, 9: n / 20}) for n in range(14)]
     charts = sections(make_study(trained, tmp_path / "made", methods))["learning"].charts
     assert [chart.name for chart in charts] == ["validation", "validation-2", "validation-3"]
@@ -165,7 +165,7 @@ def test_many_rows_are_several_figures_on_the_same_axes(trained: Path, tmp_path:
             assert (y["scale"]["domainMin"], y["scale"]["domainMax"]) == (0.0, pytest.approx(13 / 20))
 
 
-# -- what is missing
+# -- missing runs
 
 
 def test_runs_without_a_result_are_listed_with_the_reason(trained: Path, tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_runs_without_a_result_are_listed_with_the_reason(trained: Path, tmp_pat
         ("late, fraction=0.01", "failed"): (0, 1), ("late, fraction=0.1", "stopped"): (0,), ("linear", "waiting"): (0, 1),
     }  # fmt: skip
     refused = call("compare", study)
-    assert (refused.returncode, "not finished" in refused.stderr) == (3, True), "a table is of finished studies, as before"
+    assert (refused.returncode, "not finished" in refused.stderr) == (3, True), "comparison tables still need a finished study"
 
 
 def test_a_study_without_any_result_has_a_page(trained: Path, tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_a_study_without_any_result_has_a_page(trained: Path, tmp_path: Path) ->
     assert done.comparison is None
 
 
-def test_one_seed_has_no_spread_and_linear_rows_no_curves(trained: Path, tmp_path: Path) -> None:
+def test_one_seed_has_no_spread_and_linear_rows_have_no_curves(trained: Path, tmp_path: Path) -> None:
     of_main = {"method": "linear", "linear.features": "main"}
     rows = [Made("a", {"method": "linear"}, [0.5], {0: 0.5}), Made("b", of_main, [0.4], {})]
     study = make_study(trained, tmp_path / "made", rows)
@@ -217,12 +217,12 @@ def test_one_seed_has_no_spread_and_linear_rows_no_curves(trained: Path, tmp_pat
 # -- the command
 
 
-def test_the_command_tells_a_study_from_a_run(study: Path, trained: Path, tmp_path: Path) -> None:
+def test_the_command_distinguishes_a_study_from_a_run(study: Path, trained: Path, tmp_path: Path) -> None:
     flags = ("-o", tmp_path / "page.html", "--figures", tmp_path / "figures", "--json")
     found = json.loads(call("report", study, *flags, "--against", "late, fraction=0.1", "--metric", "f1_macro").stdout)
     assert (found["ok"], found["runs"], found["missing"]) == (True, 21, 0)
     assert (found["comparison"]["against"], found["comparison"]["metric"]) == ("late, fraction=0.1", "f1_macro")
-    assert len(found["figures"]) == 6, "macro-F1 was not logged, so nothing shows learning"
+    assert len(found["figures"]) == 6, "macro-F1 was not logged, so there are no learning curves"
     assert found["bytes"] == (tmp_path / "page.html").stat().st_size
     (tmp_path / "file").write_text("")
     (tmp_path / "notes.html").write_text("mine")
@@ -251,7 +251,7 @@ def test_a_damaged_study_is_an_error(tmp_path: Path, content: str) -> None:
 # -- parts
 
 
-def test_settings_that_all_rows_have_are_listed_once(study: Path) -> None:
+def test_settings_common_to_all_rows_are_listed_once(study: Path) -> None:
     text = page_of(study).text
     assert RunConfig(main="", comp="").train.batch_size != 4
     assert text.count("train.batch_size") == 1 and text.count("data.fraction") >= 2
@@ -263,7 +263,7 @@ def test_settings_that_all_rows_have_are_listed_once(study: Path) -> None:
 
 @pytest.mark.parametrize("dark", matrix([False, True], [False]))
 @pytest.mark.parametrize("width", matrix([375, 1200], [375]))
-def test_a_browser_shows_the_page_without_asking_or_complaining(study: Path, browser: Chromium, width: int, dark: bool) -> None:
+def test_a_browser_shows_the_page_without_requests_or_errors(study: Path, browser: Chromium, width: int, dark: bool) -> None:
     browser.show(study / "report.html", width=width, dark=dark)
     assert browser.requests == [(study / "report.html").as_uri()]
     settle(browser)

@@ -1,4 +1,4 @@
-"""What is held out or drawn: by class, the same for the same seed, whatever the order of the file."""
+"""Held-out rows and subsets: balanced by class, the same for the same seed, regardless of the order of the file."""
 
 from __future__ import annotations
 
@@ -31,32 +31,32 @@ def drawn(rows: Any, labels: Any = SINGLE) -> Counter[str]:
 
 
 @given(st.lists(st.integers(2, 1000), min_size=1, max_size=9), st.floats(0, 0.5))
-def test_shares_are_whole_and_nearest_to_proportion(counts: list[int], share: float) -> None:
+def test_apportioned_counts_are_whole_and_closest_to_proportional(counts: list[int], share: float) -> None:
     total = int(share * sum(counts))
     parts = apportion(counts, total)
     assert sum(parts) == total
     assert all(abs(part - count * total / sum(counts)) < 1 for part, count in zip(parts, counts, strict=True))
 
 
-def test_shares_by_hand() -> None:
-    """10 of 80: 5.0 of 40, 3.125 of 25, 1.75 of 14, 0.125 of 1; the one that is left over goes to the 14."""
+def test_apportioned_counts_match_a_computation_by_hand() -> None:
+    """10 of 80: 5.0 of 40, 3.125 of 25, 1.75 of 14, 0.125 of 1; the remaining one goes to the 14."""
     assert apportion([40, 25, 14, 1], 10) == [5, 3, 2, 0]
-    assert apportion([1, 1, 2], 2) == [0, 0, 1], "each keeps one"
+    assert apportion([1, 1, 2], 2) == [0, 0, 1], "each class keeps one"
     assert apportion([3, 3], 3) == [2, 1], "earlier ones win ties"
 
 
-def test_shots_are_of_each_class() -> None:
+def test_each_class_gets_its_shots() -> None:
     assert drawn(choose_few(IDS, SINGLE, 0, shots=4, fraction=None)) == {"often": 4, "rare": 4}
     assert drawn(choose_few(IDS, SINGLE, 0, shots=30, fraction=None)) == {"often": 30, "rare": 10}
 
 
-def test_a_fraction_is_of_each_class_and_never_none_of_it() -> None:
+def test_a_fraction_applies_to_each_class_and_keeps_at_least_one_row() -> None:
     assert drawn(choose_few(IDS, SINGLE, 0, shots=None, fraction=0.5)) == {"often": 25, "rare": 5}
     assert drawn(choose_few(IDS, SINGLE, 0, shots=None, fraction=0.01)) == {"often": 1, "rare": 1}
     assert choose_few(IDS, SINGLE, 0, shots=None, fraction=1.0) == list(range(60))
 
 
-def test_with_several_labels_each_gets_its_shots() -> None:
+def test_in_multi_label_data_each_label_gets_its_shots() -> None:
     labels = [tuple(name for bit, name in enumerate("abcd") if number >> bit & 1) for number in range(60)]
     found = drawn(choose_few(IDS, labels, 3, shots=5, fraction=None), labels)
     assert set(found) == set("abcd")
@@ -68,7 +68,7 @@ MIXED = [tuple(name for bit, name in enumerate("abc") if number >> bit & 1) for 
 MANY = [f"row-{number}" for number in range(64)]
 
 
-def test_a_fraction_keeps_its_share_of_the_rows_without_labels() -> None:
+def test_a_fraction_applies_to_rows_without_labels() -> None:
     def unlabelled(rows: list[int]) -> int:
         return sum(not MIXED[row] for row in rows)
 
@@ -84,7 +84,7 @@ def test_rows_without_labels_are_held_out_in_proportion() -> None:
     assert sum(not MIXED[row] for row in held) == sum(not MIXED[row] for row in kept) == 4
 
 
-def test_a_run_on_the_whole_fraction_has_every_row(tmp_path: Path) -> None:
+def test_a_run_on_a_fraction_of_1_has_every_row(tmp_path: Path) -> None:
     root = make_pairs(tmp_path / "data", multi=True)  # every eighth row of it has no label
     rows = [json.loads(line) for line in (root / "train.jsonl").read_text().splitlines()]
     write_rows(root / "train.jsonl", [row | {"label": row["label"] if i % 3 else []} for i, row in enumerate(rows)])
@@ -94,7 +94,7 @@ def test_a_run_on_the_whole_fraction_has_every_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_what_is_drawn_depends_on_seed_and_rows_and_not_on_their_order(seed: int) -> None:
+def test_the_selection_depends_on_seed_and_rows_but_not_on_their_order(seed: int) -> None:
     chosen = {IDS[row] for row in choose_few(IDS, SINGLE, seed, shots=6, fraction=None)}
     backwards = {IDS[::-1][row] for row in choose_few(IDS[::-1], SINGLE[::-1], seed, shots=6, fraction=None)}
     assert chosen == backwards
@@ -104,25 +104,25 @@ def test_what_is_drawn_depends_on_seed_and_rows_and_not_on_their_order(seed: int
     assert {IDS[row] for row in held} == {IDS[::-1][row] for row in held_backwards}
 
 
-def test_more_shots_contain_the_fewer() -> None:
+def test_more_shots_include_fewer_shots() -> None:
     fewer, more = (set(choose_few(IDS, SINGLE, 0, shots=shots, fraction=None)) for shots in (3, 9))
     assert fewer < more
 
 
-def test_held_out_rows_are_in_proportion_and_the_rest_is_kept() -> None:
+def test_held_out_rows_are_proportional_and_the_rest_is_kept() -> None:
     kept, held = hold_out(IDS, SINGLE, 12, 0)
     assert drawn(held) == {"often": 10, "rare": 2}
     assert sorted([*kept, *held]) == list(range(60))
 
 
-def test_rows_of_one_image_stay_on_one_side() -> None:
+def test_rows_of_one_image_stay_in_one_split() -> None:
     groups = [f"image-{number // 4}" for number in range(60)]
     kept, held = hold_out(groups, SINGLE, 16, 0)
     assert {groups[row] for row in kept} & {groups[row] for row in held} == set()
     assert 12 <= len(held) <= 20
 
 
-def test_of_a_class_of_one_nothing_is_held_out() -> None:
+def test_nothing_is_held_out_of_a_class_with_one_row() -> None:
     labels = [*SINGLE[:59], ("only",)]
     for count in (1, 12, 50):
         kept, _ = hold_out(IDS, labels, count, 0)
@@ -134,7 +134,7 @@ def test_shots_and_fraction_exclude_each_other() -> None:
         build_config({"main": "a:b", "comp": "a:b", "data": {"shots": 1, "fraction": 0.5}})
 
 
-def test_a_run_on_few_shots_says_which_and_changes_neither_val_nor_test(pairs: Path, tmp_path: Path) -> None:
+def test_a_few_shot_run_records_its_rows_and_does_not_change_val_or_test(pairs: Path, tmp_path: Path) -> None:
     done = call("train", *TINY, "--data", pairs, "--out", tmp_path / "run", "--shots", 2, "--steps", 2, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["rows"] == {"train": 6, "val": 6, "test": 7}
@@ -149,7 +149,7 @@ def test_a_run_on_few_shots_says_which_and_changes_neither_val_nor_test(pairs: P
 # -- rare classes in the loss
 
 
-def test_balanced_weights_are_those_of_scikit_learn() -> None:
+def test_balanced_weights_equal_scikit_learns() -> None:
     from sklearn.utils.class_weight import compute_class_weight
 
     targets = torch.tensor([0] * 7 + [1] * 2 + [2])
@@ -162,14 +162,14 @@ def test_balanced_weights_are_those_of_scikit_learn() -> None:
         assert balanced_weights(counts_N, 10, multi_label=True)[:, label].tolist() == pytest.approx([positive, negative])
 
 
-def test_a_class_without_samples_weighs_one_and_no_other_changes() -> None:
+def test_a_class_without_samples_has_weight_one_and_does_not_affect_others() -> None:
     assert balanced_weights(torch.tensor([3, 0, 1]), 4, multi_label=False).tolist() == pytest.approx([4 / 6, 1, 2])
     assert balanced_weights(torch.tensor([1, 0]), 2, multi_label=True).tolist() == [[1, 1], [1, 0.5]]
 
 
 @pytest.mark.parametrize("multi", [False, True])
-def test_each_class_has_the_same_share_of_a_balanced_loss(multi: bool) -> None:
-    """At equal logits every sample's loss is the same, so a class's share is its weight times its samples."""
+def test_each_class_contributes_equally_to_a_balanced_loss(multi: bool) -> None:
+    """At equal logits, the loss of every sample is the same, so a class contributes its weight times its number of samples."""
     targets = torch.tensor([0] * 8 + [1] * 2)
     labels = torch.nn.functional.one_hot(targets, 2).float() if multi else targets
     weights = balanced_weights(targets.bincount(), len(targets), multi_label=multi)
@@ -184,7 +184,7 @@ def test_each_class_has_the_same_share_of_a_balanced_loss(multi: bool) -> None:
 
 
 @pytest.mark.parametrize("multi", [False, True])
-def test_a_run_with_balanced_weights_and_tuned_thresholds_resumes_and_is_evaluated_with_them(
+def test_a_run_with_balanced_weights_and_tuned_thresholds_resumes_and_evaluates_with_them(
     multi: bool, tmp_path: Path
 ) -> None:
     root = make_pairs(tmp_path / "data", multi=multi)
@@ -206,7 +206,7 @@ def test_a_run_with_balanced_weights_and_tuned_thresholds_resumes_and_is_evaluat
         assert row["labels"] == expected
 
 
-def test_weights_change_what_is_learned(tmp_path: Path) -> None:
+def test_class_weights_change_the_trained_model(tmp_path: Path) -> None:
     root = make_pairs(tmp_path / "data")
     rows = [json.loads(line) for line in (root / "train.jsonl").read_text().splitlines()]
     write_rows(root / "train.jsonl", [row | {"label": "a" if number else "b"} for number, row in enumerate(rows)])

@@ -1,4 +1,4 @@
-"""Swapping an encoder keeps everything whose meaning and shape survive, and nothing else."""
+"""Swapping an encoder keeps exactly the tensors whose meaning and shape are unchanged."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Labels = tuple[list[str], list[str]]
 
 
 def pair(old: dict[str, Any], new: dict[str, Any], labels: Labels = (["a", "b"], ["a", "b"])) -> Any:
-    """(old model, state that the new one gets, fate by name), the old model with values that tell where they are from."""
+    """(old model, state of the new one, fate by tensor name); values of the old model show where a tensor comes from."""
     one, other = build_model(config_of(**old), len(labels[0])), build_model(config_of(**new, seed=5), len(labels[1]))
     with torch.no_grad():
         for parameter in one.trainable_parameters():
@@ -48,14 +48,14 @@ def kept(fates: dict[str, str], prefix: str) -> set[str]:
     return {fate for name, fate in fates.items() if name.startswith(prefix)}
 
 
-def test_nothing_swapped_is_everything_kept() -> None:
+def test_if_nothing_is_swapped_everything_is_kept() -> None:
     old, state, fates = pair({}, {})
     assert set(fates.values()) == {"kept"}
     assert all(torch.equal(state[name], tensor) for name, tensor in old.items())
 
 
 @pytest.mark.parametrize("router", ["cross", "joint"])
-def test_a_new_complementary_encoder_leaves_prompts_experts_and_head(router: str) -> None:
+def test_a_new_complementary_encoder_keeps_prompts_experts_and_head(router: str) -> None:
     old, state, fates = pair({"router": {"kind": router}}, {"comp": "tiny:text?pool=cls", "router": {"kind": router}})
     assert kept(fates, "stack.layers") == kept(fates, "head") == kept(fates, "stack.trunk.1") == {"kept"}
     assert kept(fates, "stack.trunk.0") == {"new"}
@@ -66,24 +66,24 @@ def test_a_new_complementary_encoder_leaves_prompts_experts_and_head(router: str
     assert not torch.equal(state["stack.trunk.0.weight"], old["stack.trunk.0.weight"])
 
 
-def test_a_main_encoder_of_the_same_geometry_leaves_everything() -> None:
+def test_a_main_encoder_of_the_same_shape_keeps_everything() -> None:
     _, _, fates = pair({"main": SMALL}, {"main": f"{SMALL}&drop_path_rate=0.0"})
     assert set(fates.values()) == {"kept"}
 
 
-def test_a_main_encoder_of_other_widths_leaves_what_does_not_touch_its_layers() -> None:
+def test_a_main_encoder_of_other_widths_keeps_tensors_that_do_not_touch_its_layers() -> None:
     _, _, fates = pair({"main": SMALL}, {"main": WIDER})
     assert kept(fates, "stack.layers") == kept(fates, "head.weight") == {"new"}
     assert kept(fates, "stack.router") == kept(fates, "stack.trunk") == {"kept"}
 
 
-def test_another_depth_has_a_new_router_for_its_layers() -> None:
+def test_another_depth_gets_a_new_router() -> None:
     _, _, fates = pair({"main": SMALL}, {"main": DEEPER})
     assert kept(fates, "stack.layers") == kept(fates, "stack.router") == {"new"}
     assert kept(fates, "stack.trunk") == {"kept"}
 
 
-def test_rows_of_labels_that_stay_are_kept() -> None:
+def test_head_rows_of_unchanged_labels_are_kept() -> None:
     old, state, fates = pair({}, {}, (["a", "b", "c"], ["c", "x", "a", "y"]))
     assert (fates["head.weight"], fates["head.bias"]) == ("projected", "projected")
     assert torch.equal(state["head.weight"][[0, 2]], old["head.weight"][[2, 0]])
@@ -92,7 +92,7 @@ def test_rows_of_labels_that_stay_are_kept() -> None:
     assert kept(none, "head") == {"new"}
 
 
-def test_columns_of_features_of_another_complementary_encoder_are_new() -> None:
+def test_head_columns_of_a_new_complementary_encoder_are_new() -> None:
     late: dict[str, Any] = {"method": "late-concat", "main": SMALL}
     old, state, fates = pair(late, {**late, "comp": "tiny:text-b"})
     assert fates["head.weight"] == "projected"
@@ -106,7 +106,7 @@ def test_columns_of_features_of_another_complementary_encoder_are_new() -> None:
     assert torch.equal(mine[:, :96], theirs[:, :96]) and not (mine[:, 96:] == theirs[:, 96:]).any()
 
 
-def test_of_a_concatenation_the_columns_of_the_other_encoder_are_kept() -> None:
+def test_late_concat_keeps_the_head_columns_of_the_other_encoder() -> None:
     late: dict[str, Any] = {"method": "late-concat", "main": SMALL}
     old, state, fates = pair(late, late | {"main": WIDER})
     assert fates["head.weight"] == "projected"
@@ -144,9 +144,9 @@ def test_a_swap_without_tuning_is_a_run_that_can_be_evaluated(run: Path, tmp_pat
     assert re.search(r"^stack\.layers\.\*\.experts_KPD +kept +4 ", done.stdout, re.MULTILINE)
     assert re.search(r"^stack\.router\.weight_NKC +new +1 ", done.stdout, re.MULTILINE)
     assert torch.equal(best(tmp_path / "new")["head.weight"], best(run)["head.weight"])
-    told = json.loads((tmp_path / "new" / "swap.json").read_text())
-    assert told["encoders"]["comp"] == "tiny:text?pool=cls"
-    assert 0 < told["share_kept"] < 1
+    summary = json.loads((tmp_path / "new" / "swap.json").read_text())
+    assert summary["encoders"]["comp"] == "tiny:text?pool=cls"
+    assert 0 < summary["share_kept"] < 1
     assert call("eval", tmp_path / "new").returncode == 0
 
 
@@ -168,7 +168,7 @@ def test_tuning_is_compared_with_training_from_scratch(run: Path, tmp_path: Path
 
 
 @pytest.mark.process
-def test_two_processes_swap_tune_and_compare_as_one_does(run: Path, tmp_path: Path) -> None:
+def test_two_processes_swap_tune_and_compare_like_one(run: Path, tmp_path: Path) -> None:
     options = ("--comp", "tiny:text-b", "--epochs", "1", "--json")
     done = ranks(2, "swap-encoder", str(run), "-o", str(tmp_path / "two"), *options)
     assert done.returncode == 0, done.stderr
@@ -179,7 +179,7 @@ def test_two_processes_swap_tune_and_compare_as_one_does(run: Path, tmp_path: Pa
         assert two[stage]["val"]["loss"] == pytest.approx(one[stage]["val"]["loss"], abs=1e-3)
 
 
-def test_settings_that_were_chosen_stay_and_defaults_follow_the_new_encoder(data: Path, tmp_path: Path) -> None:
+def test_chosen_settings_are_kept_and_defaults_follow_the_new_encoder(data: Path, tmp_path: Path) -> None:
     for name, chosen in (("chosen", {"lr": 0.02}), ("default", {})):
         settings = {"data": {"path": str(data)}, "train": {"epochs": 0, **chosen}}
         train(config_of(**settings, prompts={"experts": 2, **({"init": 0.3} if chosen else {})}), tmp_path / name)
@@ -190,7 +190,7 @@ def test_settings_that_were_chosen_stay_and_defaults_follow_the_new_encoder(data
     assert init["chosen-text"] == 0.3 and init["default"] != init["default-text"]
 
 
-def test_in_the_warm_up_only_what_is_new_learns(run: Path, tmp_path: Path) -> None:
+def test_during_warm_up_only_new_tensors_are_trained(run: Path, tmp_path: Path) -> None:
     for epochs in (1, 2):
         swap_encoder(
             run, tmp_path / str(epochs), comp="tiny:text?pool=cls", epochs=epochs, warm_up=1, scratch=False,
@@ -204,7 +204,7 @@ def test_in_the_warm_up_only_what_is_new_learns(run: Path, tmp_path: Path) -> No
     assert not torch.equal(tuned["head.weight"], start["head.weight"])
 
 
-def test_a_swapped_run_that_is_killed_resumes_to_the_same_end(run: Path, tmp_path: Path) -> None:
+def test_a_killed_swapped_run_resumes_to_the_same_result(run: Path, tmp_path: Path) -> None:
     class Killed(Listener):
         def on_step(self, progress: Any, total: int, loss: float, lr: float) -> None:
             if progress.step == 4:
@@ -220,7 +220,7 @@ def test_a_swapped_run_that_is_killed_resumes_to_the_same_end(run: Path, tmp_pat
         assert torch.equal(tensor, weights(tmp_path / "killed", "step-6")[name])
 
 
-def test_other_data_may_have_other_labels(run: Path, data: Path, tmp_path: Path) -> None:
+def test_the_data_can_be_swapped_for_data_with_other_labels(run: Path, data: Path, tmp_path: Path) -> None:
     other = shutil.copytree(data, tmp_path / "other")
     for split in ("train", "val", "test"):
         rows = [json.loads(line) for line in (other / f"{split}.jsonl").read_text().splitlines()]
@@ -242,7 +242,7 @@ def test_other_data_may_have_other_labels(run: Path, data: Path, tmp_path: Path)
         (("--comp", "tiny:text", "--set", "train.epoch=3"), "MF-CFG-06"),
     ],
 )
-def test_what_cannot_be_swapped_is_refused_and_nothing_is_left(
+def test_an_impossible_swap_is_refused_and_leaves_no_files(
     run: Path, tmp_path: Path, options: tuple[str, ...], code: str
 ) -> None:
     done = call("swap-encoder", run, *options, "-o", tmp_path / "new")
@@ -252,7 +252,7 @@ def test_what_cannot_be_swapped_is_refused_and_nothing_is_left(
 
 
 class Unplugged(Exception):
-    """What a test ends training with where a machine would lose its power."""
+    """Raised during training to simulate a power failure."""
 
 
 def _while_features_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,7 +280,7 @@ SWAPS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("moment", matrix(MOMENTS, list(MOMENTS)[:1]), ids=lambda moment: moment.__name__.strip("_"))
 @pytest.mark.parametrize("how", SWAPS)
-def test_a_swap_that_is_stopped_before_its_first_checkpoint_resumes_as_the_swap(
+def test_a_swap_stopped_before_its_first_checkpoint_resumes_as_a_swap(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: Any, how: str
 ) -> None:
     swap_encoder(run, tmp_path / "whole", **SWAPS[how])
@@ -296,10 +296,10 @@ def test_a_swap_that_is_stopped_before_its_first_checkpoint_resumes_as_the_swap(
         assert (tmp_path / "stopped" / file).read_text() == (tmp_path / "whole" / file).read_text()
     for name, tensor in weights(tmp_path / "whole", "step-0").items():
         assert torch.equal(tensor, weights(tmp_path / "stopped", "step-0")[name]), name
-    assert not (tmp_path / "stopped" / "start").exists(), "step 0 has taken its place"
+    assert not (tmp_path / "stopped" / "start").exists(), "the checkpoint of step 0 replaced it"
 
 
-def test_a_swap_whose_start_is_damaged_does_not_begin_from_scratch(
+def test_a_swap_with_damaged_initial_weights_does_not_start_from_scratch(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as now:
@@ -323,7 +323,7 @@ def test_a_swap_whose_start_is_damaged_does_not_begin_from_scratch(
     assert call("eval", tmp_path / "new").returncode == 0
 
 
-def test_a_new_run_in_the_place_of_a_swap_that_was_stopped_starts_from_scratch(
+def test_a_new_run_in_place_of_a_stopped_swap_starts_from_scratch(
     run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as now:

@@ -1,4 +1,4 @@
-"""What a swap keeps is worth something: on digit questions, a swapped run learns in fewer steps than one from scratch."""
+"""What a swap keeps is useful: on digit questions, a swapped run needs fewer steps than one from scratch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CHANCE = 0.1
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that can tell digits."""
+    """A run that has learned to read digits."""
     root = tmp_path_factory.mktemp("swap-learning")
     make(root / "data", train=6000, val=400, test=100)
     flags = {"main": "tiny:vision", "comp": "tiny:text", "data.path": str(root / "data"), "train.epochs": 5}
@@ -27,12 +27,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def accuracies(run: Path) -> list[float]:
-    """On validation, each time that it was looked at in training."""
+    """Validation accuracies during training, in order."""
     return [line["val"]["accuracy"] for line in RunFolder(run).read_log() if "val" in line and line["step"]]
 
 
 @pytest.mark.soak
-def test_with_another_text_encoder_it_reaches_sooner_what_training_from_scratch_ends_with(
+def test_after_swapping_the_text_encoder_a_run_reaches_the_final_accuracy_of_scratch_sooner(
     base: Path, tmp_path: Path
 ) -> None:
     swap_encoder(base, tmp_path / "new", comp="tiny:text-b", epochs=1, settings={"train": {"evals_per_epoch": 5}})

@@ -1,4 +1,4 @@
-"""Rows of any table: JSON lines, CSV, TSV, Parquet and folders of images give the same data set."""
+"""Tables of any format: JSON lines, CSV, TSV, Parquet and image folders give the same data set."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def rows_of(root: Path, split: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (root / f"{split}.jsonl").read_text().splitlines()]
 
 
-def said(data: DataSet) -> dict[str, list[tuple[str, str, str, tuple[str, ...]]]]:
+def content_of(data: DataSet) -> dict[str, list[tuple[str, str, str, tuple[str, ...]]]]:
     each = {name: [(row.id, row.values, row.labels) for row in split.rows] for name, split in data.splits.items()}
     return {name: [(i, v["text"], v["image"], labels) for i, v, labels in rows] for name, rows in each.items()}
 
@@ -61,7 +61,7 @@ def test_every_format_gives_the_same_rows(pairs: Path, copy: Path, suffix: str) 
         rows = rows_of(copy, split)
         rows[0]["text"] = 'a "quoted", text\nof two lines; with a tab\t'
         write_rows(copy / f"{split}.jsonl", rows)
-    expected = said(load(copy))
+    expected = content_of(load(copy))
     for split in SPLITS:
         rows = rows_of(copy, split)
         (copy / f"{split}.jsonl").unlink()
@@ -70,19 +70,19 @@ def test_every_format_gives_the_same_rows(pairs: Path, copy: Path, suffix: str) 
             parquet.write_table(arrow.Table.from_pylist(rows), copy / f"{split}.parquet")
         else:
             write_csv(copy / f"{split}.{suffix}", rows, "\t" if suffix == "tsv" else ",")
-    assert said(load(copy)) == expected
-    assert said(load(copy)) == expected, "and from the cache"
+    assert content_of(load(copy)) == expected
+    assert content_of(load(copy)) == expected, "and the same from the cache"
 
 
 @pytest.mark.parametrize(("delimiter", "name"), [(";", "semicolons"), ("\t", "tabs"), ("|", "vertical bars")])
-def test_a_csv_with_another_delimiter_is_read_as_what_it_is(copy: Path, delimiter: str, name: str) -> None:
-    expected = said(load(copy))
+def test_the_delimiter_of_a_csv_file_is_detected(copy: Path, delimiter: str, name: str) -> None:
+    expected = content_of(load(copy))
     for split in SPLITS:
         rows = rows_of(copy, split)
         (copy / f"{split}.jsonl").unlink()
         write_csv(copy / f"{split}.csv", rows, delimiter)
     with pytest.warns(Notice, match=f"train.csv is parsed as separated by {name}, not commas"):
-        assert said(load(copy)) == expected
+        assert content_of(load(copy)) == expected
     done = call("data", "check", copy)
     assert done.returncode == 0, done.stderr
 
@@ -100,12 +100,12 @@ def test_a_csv_with_another_delimiter_is_read_as_what_it_is(copy: Path, delimite
         ("", ",", set(), ","),
     ],
 )
-def test_the_header_says_what_separates_cells(header: str, default: str, wanted: set[str], delimiter: str) -> None:
+def test_the_delimiter_is_detected_from_the_header(header: str, default: str, wanted: set[str], delimiter: str) -> None:
     assert delimiter_of(f"{header}\na,b;c\n".encode(), default, wanted) == delimiter
 
 
 def test_columns_may_have_other_names(copy: Path) -> None:
-    expected = said(load(copy))
+    expected = content_of(load(copy))
     for split in SPLITS:
         rows = [{"n": r["id"], "caption": r["text"], "file": r["img"], "kind": r["label"]} for r in rows_of(copy, split)]
         write_rows(copy / f"{split}.jsonl", rows)
@@ -113,22 +113,22 @@ def test_columns_may_have_other_names(copy: Path) -> None:
     assert "has no text or img or label; found caption, file, kind, n" in error.what
     assert "did you mean --text-col caption --image-col file?" in error.what
     columns = {"id_col": "n", "text_col": "caption", "img_col": "file", "label_col": "kind"}
-    assert said(load(copy, **columns)) == expected
+    assert content_of(load(copy, **columns)) == expected
 
 
-def test_one_table_names_its_splits_in_a_column(copy: Path) -> None:
-    expected = said(load(copy))
+def test_a_single_table_may_name_splits_in_a_column(copy: Path) -> None:
+    expected = content_of(load(copy))
     names = {"train": "train", "val": "Validation", "test": "test"}
     write_csv(copy / "all.csv", [row | {"part": names[split]} for split in SPLITS for row in rows_of(copy, split)])
-    assert said(load(copy / "all.csv", split_col="part")) == expected
+    assert content_of(load(copy / "all.csv", split_col="part")) == expected
     write_csv(copy / "all.csv", [row | {"part": "sometimes"} for row in rows_of(copy, "train")])
     assert "part is none of train, val, test" in refused(copy / "all.csv", split_col="part").what
     write_rows(copy / "all.jsonl", rows_of(copy, "train"))
     assert "all.jsonl:1 has no part; found id, img, label, text" in refused(copy / "all.jsonl", split_col="part").what
-    assert said(load(copy, split_col="part")) == expected, "a folder says by its files"
+    assert content_of(load(copy, split_col="part")) == expected, "a folder defines splits by its files"
 
 
-def test_what_one_table_lacks_is_held_out_only_when_asked(copy: Path) -> None:
+def test_missing_splits_are_held_out_only_on_request(copy: Path) -> None:
     rows = rows_of(copy, "train")
     write_csv(copy / "one.csv", rows)
     error = refused(copy / "one.csv")
@@ -141,7 +141,7 @@ def test_what_one_table_lacks_is_held_out_only_when_asked(copy: Path) -> None:
     assert refused(copy, val_fraction=0.5).code == "MF-CFG-43", "the folder has a val split"
 
 
-def test_labels_in_one_cell_are_separated(copy: Path) -> None:
+def test_several_labels_in_one_cell_are_split(copy: Path) -> None:
     rows = [row | {"label": "a|b" if number % 2 else " c "} for number, row in enumerate(rows_of(copy, "train"))]
     write_csv(copy / "one.csv", [*rows[:-1], rows[-1] | {"label": ""}])
     data = load(copy / "one.csv", label_sep="|", val_fraction=0.2)
@@ -151,11 +151,11 @@ def test_labels_in_one_cell_are_separated(copy: Path) -> None:
     assert "label is empty" in refused(copy / "one.csv", val_fraction=0.2).what
 
 
-def test_images_may_be_in_other_folders_that_are_named(copy: Path, tmp_path: Path) -> None:
-    expected = said(load(copy))
+def test_images_may_be_in_other_named_folders(copy: Path, tmp_path: Path) -> None:
+    expected = content_of(load(copy))
     shutil.move(copy / "images", tmp_path / "photos" / "images")
     assert refused(copy).code == "MF-DATA-11"
-    assert said(load(copy, image_roots=(str(tmp_path / "photos"),))) == expected
+    assert content_of(load(copy, image_roots=(str(tmp_path / "photos"),))) == expected
     for split in SPLITS:
         rows = [row | {"img": str(tmp_path / "photos" / row["img"])} for row in rows_of(copy, split)]
         write_rows(copy / f"{split}.jsonl", rows)
@@ -164,7 +164,7 @@ def test_images_may_be_in_other_folders_that_are_named(copy: Path, tmp_path: Pat
     assert refused(copy, image_roots=(str(tmp_path / "photos" / "images" / "none"),)).code == "MF-SEC-01"
 
 
-def test_a_folder_of_images_has_labels_by_folder_and_captions_beside_or_in_one_file(tmp_path: Path) -> None:
+def test_image_folders_have_labels_by_folder_and_captions_in_files(tmp_path: Path) -> None:
     root = tmp_path / "folders"
     for split in ("train", "val"):
         for label in ("cat", "dog"):
@@ -173,14 +173,14 @@ def test_a_folder_of_images_has_labels_by_folder_and_captions_beside_or_in_one_f
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.new("RGB", (8, 8), (number, len(label), len(split))).save(path)
                 path.with_suffix(".txt").write_text(f"{label} {number}\n")
-    beside = said(load(root))
+    beside = content_of(load(root))
     assert beside["val"][3] == ("dog/1.png", "dog 1", "val/dog/1.png", ("dog",))
     for split in ("train", "val"):
         names = [f"{label}/{number}.png" for label in ("cat", "dog") for number in range(2)]
         write_rows(root / split / "metadata.jsonl", [{"file_name": n, "text": n[:5].replace("/", " ")} for n in names])
         for path in root.rglob("*.txt"):
             path.unlink(missing_ok=True)
-    assert said(load(root)) == beside
+    assert content_of(load(root)) == beside
     write_csv(root / "val" / "metadata.csv", [{"file_name": "cat/0.png", "caption": "x"}])
     (root / "val" / "metadata.jsonl").unlink()
     assert "has no text" in refused(root).what
@@ -190,7 +190,7 @@ def test_a_folder_of_images_has_labels_by_folder_and_captions_beside_or_in_one_f
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b'id,text,img,label\n1,"never closed,a.png,a\n2,t,a.png,b\n', "table.csv:2 has an unclosed quote"),
         (b'id,text,img,label\n1,"a"b,a.png,a\n2,t,a.png,b\n', "table.csv:2 is not CSV"),
@@ -205,20 +205,20 @@ def test_a_folder_of_images_has_labels_by_folder_and_captions_beside_or_in_one_f
         (b"id,text,img,label\n", "no rows"),
     ],
 )
-def test_a_csv_that_is_none_is_named_with_its_line(tmp_path: Path, content: bytes, said: str) -> None:
+def test_an_invalid_csv_is_an_error_with_its_line(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "table.csv").write_bytes(content)
     error = refused(tmp_path / "table.csv", val_fraction=0.5)
-    assert said in error.what
+    assert message in error.what
     assert error.exit_code == 4
 
 
-def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
+def test_a_damaged_parquet_file_is_an_error_that_names_it(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
     (tmp_path / "t.parquet").write_bytes(b"PAR1 and nothing more PAR1")
     assert refused(tmp_path / "t.parquet", val_fraction=0.5).code == "MF-DATA-24"
 
 
-def test_a_split_in_two_formats_and_a_file_that_is_no_table_are_refused(copy: Path) -> None:
+def test_a_split_in_two_formats_and_a_file_that_is_not_a_table_are_refused(copy: Path) -> None:
     write_csv(copy / "val.csv", rows_of(copy, "val"))
     assert "the val split has two tables: val.jsonl and val.csv" in refused(copy).what
     (copy / "notes.txt").write_text("a")
@@ -226,13 +226,13 @@ def test_a_split_in_two_formats_and_a_file_that_is_no_table_are_refused(copy: Pa
 
 
 @given(content=st.binary(max_size=200) | st.lists(st.sampled_from(['"', ",", "\n", "a", "text,img,label\n"])).map("".join))
-def test_any_bytes_are_a_table_or_a_data_error(tmp_path_factory: pytest.TempPathFactory, content: bytes | str) -> None:
+def test_any_bytes_give_a_table_or_a_data_error(tmp_path_factory: pytest.TempPathFactory, content: bytes | str) -> None:
     path = tmp_path_factory.getbasetemp() / "any.csv"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     assert code_of(lambda: load(path, val_fraction=0.5)).startswith(("MF-DATA", "MF-SEC"))
 
 
-def test_a_single_table_trains_from_the_command_line(pairs: Path, tmp_path: Path) -> None:
+def test_a_single_table_can_be_trained_on_from_the_command_line(pairs: Path, tmp_path: Path) -> None:
     root = make_pairs(tmp_path / "data", counts={"train": 20})
     rows = [{"no": r["id"], "title": r["text"], "photo": r["img"][7:], "kind": r["label"]} for r in rows_of(root, "train")]
     write_csv(tmp_path / "products.csv", rows)

@@ -1,4 +1,4 @@
-"""Output where it goes: terminals of any width, pipes, readers that leave, encodings, and a training that is stopped."""
+"""Output in every environment: terminals of any width, pipes, closed readers, encodings, and a stopped training run."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def train(data: Path, out: Path, *more: object) -> subprocess.CompletedProcess[s
     return call("train", *TINY, "--data", data, "--out", out, "--steps", "2", *more)
 
 
-def said(done: subprocess.CompletedProcess[str]) -> Any:
-    """The one JSON value on stdout."""
+def stdout_json(done: subprocess.CompletedProcess[str]) -> Any:
+    """Parse stdout as a single JSON value."""
     return json.loads(done.stdout)
 
 
@@ -57,10 +57,10 @@ def test_an_error_is_readable_everywhere(environment: dict[str, str]) -> None:
     assert "Traceback" not in done.stderr
     assert "\ufffd" not in done.stderr
     done = run_cli("train", "--recipe", "日本.yaml", "--json", **environment)
-    assert "日本" in said(done)["error"]["message"] or "\\udc" in done.stdout
+    assert "日本" in stdout_json(done)["error"]["message"] or "\\udc" in done.stdout
 
 
-def test_labels_that_the_terminal_cannot_show_are_spelt_out(trained: Path, tmp_path: Path) -> None:
+def test_labels_that_the_terminal_cannot_show_are_escaped(trained: Path, tmp_path: Path) -> None:
     code = (
         "from mopefuse.cli import app; from mopefuse.cli._render import table\n"
         "app.app = lambda: table('', ['日'], [['é']])\n"
@@ -72,7 +72,7 @@ def test_labels_that_the_terminal_cannot_show_are_spelt_out(trained: Path, tmp_p
 
 
 def in_terminal(*args: str, **environment: str) -> str:
-    """What a command shows in a terminal."""
+    """Return what a command shows in a terminal."""
     here, there = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "mopefuse", *args], stdout=there, stderr=there, env=os.environ | environment
@@ -97,15 +97,15 @@ def in_terminal(*args: str, **environment: str) -> str:
     [{"TERM": "dumb"}, {"TERM": "xterm", "NO_COLOR": "1"}, {"TERM": "dumb", "PYTHONIOENCODING": "ascii"}],
     ids=["dumb", "no colour", "ascii"],
 )
-def test_a_terminal_of_twenty_columns_is_enough(environment: dict[str, str]) -> None:
+def test_output_fits_a_terminal_of_twenty_columns(environment: dict[str, str]) -> None:
     shown = in_terminal("encoders", COLUMNS="20", **environment)
     assert "open_clip" in "".join(shown.split()) or "open_c" in shown
-    assert "\x1b[3" not in shown, "colour where none is wanted"
+    assert "\x1b[3" not in shown, "colour although it is disabled"
     if "PYTHONIOENCODING" in environment:
         assert shown.isascii()
 
 
-def test_output_into_a_pipe_has_no_control_characters(pairs: Path, tmp_path: Path) -> None:
+def test_output_to_a_pipe_has_no_control_characters(pairs: Path, tmp_path: Path) -> None:
     done = train(pairs, tmp_path / "run")
     assert "\x1b" not in done.stdout + done.stderr
     assert "validation" in done.stderr
@@ -126,8 +126,8 @@ def test_a_stopped_run_prints_the_resume_command_and_resumes(pairs: Path, tmp_pa
     done = call("train", *TINY, "--data", pairs, "--out", run, "--epochs", 100_000)
     stopper.join()
     assert done.returncode == 143
-    said = r"^stopped: at step (\d+) of 300000, its checkpoint has been saved · fix: continue with --resume$"
-    step = re.search(said, done.stderr, re.MULTILINE)
+    message = r"^stopped: at step (\d+) of 300000, its checkpoint has been saved · fix: continue with --resume$"
+    step = re.search(message, done.stderr, re.MULTILINE)
     assert step, done.stderr
     assert (run / "checkpoints" / f"step-{step[1]}" / "manifest.json").exists()
     assert not (run / ".lock").exists()

@@ -1,4 +1,4 @@
-"""One loaded model, used by several threads at once: every thread gets what it would get alone."""
+"""One loaded model used by several threads at once: every thread gets the same results as alone."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ THREADS = 4
 
 @pytest.fixture(autouse=True)
 def switch_often() -> Iterator[None]:
-    """Threads take turns within a call, so that a race shows within few of them."""
+    """Let threads take turns within a call, so that a race shows after a few of them."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-4)
     yield
@@ -42,7 +42,7 @@ def switch_often() -> Iterator[None]:
 
 
 def in_threads(call: Callable[[int], Any], calls: int) -> list[list[Any]]:
-    """What `call(number of the thread)` gives each time, for each thread; all threads begin together."""
+    """Return the results of `call(thread number)` for each thread; all threads start together."""
     start = Barrier(THREADS)
 
     def work(thread: int) -> list[Any]:
@@ -54,7 +54,7 @@ def in_threads(call: Callable[[int], Any], calls: int) -> list[list[Any]]:
 
 
 def wrong(found: Sequence[Sequence[Any]], alone: Sequence[Any], same: Callable[[Any, Any], bool]) -> int:
-    """How many of the results in threads differ from those alone."""
+    """Count the results in threads that differ from those computed alone."""
     return sum(not same(one, expected) for results, expected in zip(found, alone, strict=True) for one in results)
 
 
@@ -62,7 +62,7 @@ def wrong(found: Sequence[Sequence[Any]], alone: Sequence[Any], same: Callable[[
 
 
 def _samples(thread: int) -> int:
-    """Batches of two sizes: taking another thread's prompts is an error between sizes, and goes unnoticed within one."""
+    """Batches of two sizes: using another thread's prompts is an error between sizes, and goes unnoticed within one."""
     return 1 + thread // 2
 
 
@@ -84,7 +84,7 @@ def prompted(encoder: Encoder, thread: int, *, gated: bool, insert: bool) -> Cal
 
     def prompt_at(layer: int, tokens_BLD: Tensor, mask_BL: Tensor | None) -> Prompt | None:
         if insert and layer == 1:
-            encoder.run_layer(0, tokens_BLD, mask_BL, Prompt(prompts[0]))  # as `pmf` does
+            encoder.run_layer(0, tokens_BLD, mask_BL, Prompt(prompts[0]))  # like `pmf`
         if layer % 2 and thread % 2:
             return None
         return Prompt(prompts[layer], gates[layer] if gated else None)
@@ -98,15 +98,15 @@ def prompted(encoder: Encoder, thread: int, *, gated: bool, insert: bool) -> Cal
 
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "ungated"])
 @pytest.mark.parametrize("family", matrix([*FAMILIES, "tiny-vision", "tiny-text"], [*QUICK, "tiny-text"]))
-def test_threads_share_an_encoder(family: str, gated: bool, encoders: Mapping[str, Encoder]) -> None:
+def test_threads_can_share_an_encoder(family: str, gated: bool, encoders: Mapping[str, Encoder]) -> None:
     encoder = encoders[family] if family in encoders else create_encoder(family.replace("-", ":"))
     calls = [prompted(encoder, thread, gated=gated, insert=encoder.insertable) for thread in range(THREADS)]
     alone = [call() for call in calls]
     assert wrong(in_threads(lambda thread: calls[thread](), 8), alone, torch.equal) == 0
 
 
-def test_an_encoder_may_be_used_while_it_encodes() -> None:
-    """Within `prompt_at` of the same encoder: the outer call goes on as if nothing had happened."""
+def test_an_encoder_is_reentrant() -> None:
+    """The encoder is called within its own `prompt_at`; the outer call continues undisturbed."""
     encoder = create_encoder("tiny:vision")
     inputs, other = inputs_of(encoder, 0), prompted(encoder, 3, gated=True, insert=True)
     prompts = [torch.randn(1, 2, width) for width in encoder.widths]
@@ -120,7 +120,7 @@ def test_an_encoder_may_be_used_while_it_encodes() -> None:
 
 
 def test_a_tokenizer_is_set_up_before_threads_use_it(tmp_path: Path) -> None:
-    """Some versions of the library refuse to change how a tokenizer cuts while another thread uses it."""
+    """Some versions of the library do not allow truncation to be changed while another thread uses the tokenizer."""
     save_hf("bert", tmp_path / "bert")
     preprocess = create_encoder(f"hf:{tmp_path / 'bert'}").preprocess
     tokenizer = preprocess.tokenize.tokenizer.backend_tokenizer  # type: ignore[attr-defined]
@@ -146,7 +146,7 @@ def collated(model: Fusion, thread: int) -> Batch:
 
 @pytest.mark.parametrize("gate", ["none", "zero"])
 @pytest.mark.parametrize("method", matrix(METHODS, ["conditional", "pmf", "p-mmbt"]))
-def test_threads_share_a_model(method: str, gate: str) -> None:
+def test_threads_can_share_a_model(method: str, gate: str) -> None:
     text_first = method in ("mmbt", "p-mmbt")
     main, comp = ("tiny:text", "tiny:vision") if text_first else ("tiny:vision", "tiny:text")
     model = build(main, comp, prompts={"gate": gate}, **METHODS[method])
@@ -161,7 +161,7 @@ def test_threads_share_a_model(method: str, gate: str) -> None:
 
 
 @torch.no_grad()
-def test_prompts_left_out_in_one_thread_are_there_in_others() -> None:
+def test_prompts_omitted_in_one_thread_are_present_in_others() -> None:
     model = build()
     open_gates(model)
 
@@ -174,12 +174,12 @@ def test_prompts_left_out_in_one_thread_are_there_in_others() -> None:
     assert wrong(in_threads(call, 20), alone, torch.equal) == 0
 
 
-# -- what was trained
+# -- trained models
 
 
 @pytest.fixture(scope="module")
 def run_of_libraries(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose encoders are models of timm and transformers."""
+    """A run whose encoders are timm and transformers models."""
     folder = tmp_path_factory.mktemp("libraries")
     save_hf("bert", folder / "bert")
     flags = ("--main", f"timm:{TIMM['swin-padded']}", "--comp", f"hf:{folder / 'bert'}", "--device", "cpu", "--experts", "2")
@@ -191,7 +191,7 @@ def run_of_libraries(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 @pytest.mark.parametrize(
     "kind", matrix(["run", "run of libraries", "adapter", "onnx", "pt2"], ["run"])
 )
-def test_threads_share_what_was_loaded(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_threads_can_share_a_loaded_model(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     run: Path = request.getfixturevalue("run_of_libraries" if kind == "run of libraries" else "trained")
     if not kind.startswith("run"):
         done = command("export", run, "-o", tmp_path / kind, "--format", kind)
@@ -203,14 +203,14 @@ def test_threads_share_what_was_loaded(kind: str, request: pytest.FixtureRequest
         return predictor.predict(images(5)[thread : thread + count], TEXTS[thread : thread + count])
 
     alone = [call(thread) for thread in range(THREADS)]
-    assert len({str(answers) for answers in alone}) == THREADS
+    assert len({str(predictions) for predictions in alone}) == THREADS
     assert wrong(in_threads(call, 100), alone, operator.eq) == 0
 
 
 def test_denormal_numbers_are_flushed_in_every_thread(monkeypatch: pytest.MonkeyPatch, trained: Path) -> None:
-    """The setting is a thread's own."""
+    """The setting is specific to each thread."""
     with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(lambda: float(torch.tensor([1e-39]) * 0.5)).result() > 0  # the thread is there before the model
+        assert pool.submit(lambda: float(torch.tensor([1e-39]) * 0.5)).result() > 0  # this starts the thread, before the model
         monkeypatch.setenv(devices.FLUSH, "1")
         predictor = mopefuse.load(trained, device="cpu")
         try:
@@ -220,8 +220,8 @@ def test_denormal_numbers_are_flushed_in_every_thread(monkeypatch: pytest.Monkey
             torch.set_flush_denormal(False)
 
 
-def test_threads_build_models_at_once() -> None:
-    """Weights that are drawn, as those of an untrained encoder are, come from one generator of the process."""
+def test_threads_can_build_models_concurrently() -> None:
+    """Random weights, such as those of an untrained encoder, are drawn from one generator of the process."""
     spec = "timm:vit_tiny_patch16_224?img_size=32&patch_size=8&depth=2&embed_dim=48&pretrained=false"
     expected = build(spec, "tiny:text").encoder("main").fingerprint()
     found = in_threads(lambda thread: build(spec, "tiny:text").encoder("main").fingerprint(), 3)

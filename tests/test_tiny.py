@@ -58,11 +58,11 @@ def with_inserted_tokens(encoder: tiny.TinyEncoder, inputs: Inputs, prompts: lis
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_it_is_tiny(spec: str) -> None:
+def test_the_encoders_are_tiny(spec: str) -> None:
     assert sum(parameter.numel() for parameter in create_encoder(spec).parameters()) < 600_000
 
 
-def test_the_files_of_the_package_are_small() -> None:
+def test_the_packaged_weights_are_small() -> None:
     assert sum(path.stat().st_size for path in Path(str(tiny.WEIGHTS)).iterdir() if path.is_file()) < 3_000_000
 
 
@@ -77,11 +77,11 @@ def test_keys_and_values_equal_inserted_tokens(spec: str) -> None:
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_no_prompt_and_a_zero_gate_are_the_untouched_encoder_bit_for_bit(spec: str) -> None:
+def test_no_prompt_and_a_zero_gate_leave_the_encoder_unchanged_bit_for_bit(spec: str) -> None:
     encoder, inputs = encoder_and_batch(spec)
     given, bare = prompts(encoder, batch=3), encoder.encode(inputs)
-    for answer in (lambda layer, *_: None, lambda layer, *_: Prompt(given[layer], torch.zeros(encoder.heads[layer]))):
-        for got, expected in zip(encoder.encode(inputs, answer)[:2], bare[:2], strict=True):
+    for prompt_at in (lambda layer, *_: None, lambda layer, *_: Prompt(given[layer], torch.zeros(encoder.heads[layer]))):
+        for got, expected in zip(encoder.encode(inputs, prompt_at)[:2], bare[:2], strict=True):
             assert torch.equal(got, expected)
     opened = encoder.encode(inputs, lambda layer, *_: Prompt(given[layer], torch.ones(encoder.heads[layer])))
     assert not torch.allclose(opened.pooled_BC, bare.pooled_BC)
@@ -109,13 +109,13 @@ def test_a_sample_does_not_depend_on_its_batch(spec: str, gated: bool) -> None:
 @pytest.mark.parametrize("spec", SPECS)
 def test_every_layer_requests_its_prompt_once_with_its_tokens(spec: str) -> None:
     encoder, inputs = encoder_and_batch(spec)
-    asked: list[tuple[int, tuple[int, ...]]] = []
-    encoder.encode(inputs, lambda layer, tokens, mask: asked.append((layer, tuple(tokens.shape))))
+    requests: list[tuple[int, tuple[int, ...]]] = []
+    encoder.encode(inputs, lambda layer, tokens, mask: requests.append((layer, tuple(tokens.shape))))
     length = encoder.encode(inputs).tokens_BLD.shape[1]
-    assert asked == [(layer, (3, length, width)) for layer, width in enumerate(encoder.widths)]
+    assert requests == [(layer, (3, length, width)) for layer, width in enumerate(encoder.widths)]
 
 
-def test_gradients_reach_prompts_and_nothing_frozen() -> None:
+def test_gradients_reach_prompts_but_no_frozen_weights() -> None:
     encoder, inputs = encoder_and_batch("tiny:vision")
     given = [prompt.requires_grad_() for prompt in prompts(encoder, batch=3)]
     encoder.encode(inputs, lambda layer, *_: Prompt(given[layer])).pooled_BC.sum().backward()
@@ -123,7 +123,7 @@ def test_gradients_reach_prompts_and_nothing_frozen() -> None:
     assert all(parameter.grad is None for parameter in encoder.parameters())
 
 
-def test_words_are_split_lowered_cut_and_unknown_ones_marked() -> None:
+def test_texts_are_lower_cased_split_truncated_and_unknown_words_marked() -> None:
     ids, mask = tiny.tokenize(["The RED digit?", "xylophone", "", "read " * 50], tiny.MAX_TOKENS)
     known = tiny.vocabulary()
     assert ids[0, :5].tolist() == [tiny.CLS, known["the"], known["red"], known["digit"], known["?"]]
@@ -137,7 +137,7 @@ def test_the_vocabulary_covers_every_question() -> None:
     assert not (tiny.tokenize(sorted(texts), 99)[0] == tiny.UNKNOWN).any()
 
 
-def test_random_weights_are_random_and_shipped_ones_are_not() -> None:
+def test_pretrained_false_gives_random_weights() -> None:
     for spec in SPECS:
         assert create_encoder(spec).fingerprint() == create_encoder(spec).fingerprint()
         untrained = create_encoder(f"{spec}?pretrained=false").fingerprint()
@@ -173,5 +173,5 @@ def test_damaged_weights_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_it_keeps_the_contract(spec: str) -> None:
+def test_tiny_encoders_satisfy_the_contract(spec: str) -> None:
     assert check_encoder(spec).insertable

@@ -1,4 +1,4 @@
-"""Training: exact resume after any interruption, the same numbers from several processes, and honest selection."""
+"""Training: exact resume after any interruption, the same results with several processes, and selection on validation only."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def config(data: Path, /, **changed: Any) -> Any:
 
 
 class StopAt(Listener):
-    """Ask to stop, as Ctrl-C and SIGTERM do, in the middle of a step."""
+    """Request a stop in the middle of a step, as Ctrl-C and SIGTERM do."""
 
     def __init__(self, step: int, number: int) -> None:
         self.at, self.number, self.losses = step, number, []
@@ -99,7 +99,7 @@ AUGMENTED = {"data__augment": "randaugment", "comp_tuning__mode": "prompts"}
         pytest.param(4, signal.SIGINT, 130, marks=pytest.mark.matrix),
     ],
 )
-def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     data: Path, tmp_path: Path, changed: dict[str, Any], step: int, number: int, code: int
 ) -> None:
     settings = config(data, **changed)
@@ -112,16 +112,16 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
     train(settings, tmp_path / "parts", resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
     losses = [line["loss"] for line in log(tmp_path / "whole") if "loss" in line]
-    assert len(set(losses)) == 12, "steps that do not differ could not show a difference"
+    assert len(set(losses)) == 12, "otherwise the test could not show a difference"
 
 
-def test_the_number_of_workers_changes_nothing(data: Path, tmp_path: Path) -> None:
+def test_the_number_of_workers_does_not_affect_the_result(data: Path, tmp_path: Path) -> None:
     for workers in (0, 2):
         train(config(data, data__augment="randaugment", data__workers=workers), tmp_path / str(workers))
     assert_same_run(tmp_path / "0", tmp_path / "2")
 
 
-def test_ctrl_c_in_the_test_after_the_last_step_loses_nothing(
+def test_ctrl_c_during_the_final_test_loses_nothing(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(config(data), tmp_path / "whole")
@@ -135,7 +135,7 @@ def test_ctrl_c_in_the_test_after_the_last_step_loses_nothing(
 
 
 def start_fork(settings: Any, run: Path) -> int:
-    """Train in a child that shares what is imported; its process id. Its exit code is 0 if it came to the end."""
+    """Train in a forked child and return its process id. Its exit code is 0 if training finished."""
     return fork(lambda: train(settings, run, resume=True))
 
 
@@ -147,7 +147,7 @@ def test_a_child_that_fails_shows_why(tmp_path: Path, capfd: pytest.CaptureFixtu
 
 
 def wait_for_lines(file: Path, count: int, child: int) -> None:
-    """Until a file has so many lines, or the process has ended: how fast the machine is decides nothing."""
+    """Wait until a file has this many lines, or the process has ended, so that the speed of the machine does not matter."""
     while not has_ended(child):
         if file.exists() and file.read_bytes().count(b"\n") >= count:
             return
@@ -155,7 +155,7 @@ def wait_for_lines(file: Path, count: int, child: int) -> None:
 
 
 @pytest.mark.soak
-def test_killed_at_random_moments_and_resumed_it_ends_bit_equal(data: Path, tmp_path: Path) -> None:
+def test_a_run_killed_at_random_moments_and_resumed_is_equal_bit_for_bit(data: Path, tmp_path: Path) -> None:
     settings = config(data, train__epochs=15, train__evals_per_epoch=2, data__augment="flip", train__checkpoint_every=1)
     train(settings, tmp_path / "whole")
     moments = random.Random(0)
@@ -171,8 +171,8 @@ def test_killed_at_random_moments_and_resumed_it_ends_bit_equal(data: Path, tmp_
             break
         assert status == -signal.SIGKILL
         kills_by_step.append(len(log(tmp_path / "parts")))
-    assert len(kills_by_step) >= 10, "it was over before it could be killed often enough"
-    assert len(set(kills_by_step)) >= 4, "the kills did not fall on different moments of training"
+    assert len(kills_by_step) >= 10, "it finished before it could be killed often enough"
+    assert len(set(kills_by_step)) >= 4, "the kills did not hit different moments of training"
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -186,7 +186,7 @@ def command(data: Path, out: Path, *more: str) -> list[str]:
     ]
 
 
-def test_test_data_never_selects_and_the_best_on_validation_is_tested(data: Path, tmp_path: Path) -> None:
+def test_the_checkpoint_is_selected_on_validation_and_never_on_test(data: Path, tmp_path: Path) -> None:
     result = train(config(data, train__evals_per_epoch=2), tmp_path / "run")
     validated = {line["step"]: line["val"]["accuracy"] for line in log(tmp_path / "run") if "val" in line}
     best = max(validated.values())
@@ -199,7 +199,7 @@ def test_test_data_never_selects_and_the_best_on_validation_is_tested(data: Path
     assert all(sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-4) for row in rows)
 
 
-def test_patience_ends_training_early_and_a_resumed_run_stays_ended(data: Path, tmp_path: Path) -> None:
+def test_patience_stops_training_early_also_after_resuming(data: Path, tmp_path: Path) -> None:
     settings = config(data, train__patience=1, train__epochs=50, train__lr=1e-6)
     result = train(settings, tmp_path / "run")
     assert result["steps"] < 50 * 4
@@ -207,7 +207,7 @@ def test_patience_ends_training_early_and_a_resumed_run_stays_ended(data: Path, 
     assert again["steps"] == result["steps"]
 
 
-def test_multi_label_training_reports_three_f1_and_labels_above_the_threshold(tmp_path: Path) -> None:
+def test_multi_label_training_reports_three_f1_scores_and_predicted_labels(tmp_path: Path) -> None:
     data = make_pairs(tmp_path / "data", multi=True)
     result = train(config(data), tmp_path / "run")
     assert {"f1_micro", "f1_macro", "f1_samples"} <= result["metrics"]["test"].keys()
@@ -219,24 +219,24 @@ def test_multi_label_training_reports_three_f1_and_labels_above_the_threshold(tm
 def test_a_finished_run_is_not_trained_again_until_it_is_given_more_epochs(data: Path, tmp_path: Path) -> None:
     class Notices(Listener):
         def __init__(self) -> None:
-            self.said: list[str] = []
+            self.texts: list[str] = []
 
         def on_notice(self, text: str) -> None:
-            self.said.append(text)
+            self.texts.append(text)
 
     train(config(data), tmp_path / "run")
     before = (tmp_path / "run" / "metrics.json").read_text()
     notices = Notices()
     train(config(data), tmp_path / "run", resume=True, listener=notices)
-    assert any("already finished at step 12" in text for text in notices.said)
+    assert any("already finished at step 12" in text for text in notices.texts)
     assert (tmp_path / "run" / "metrics.json").read_text() == before
     more = train(config(data, train__epochs=4, train__lr=1e-2), tmp_path / "run", resume=True, listener=notices)
     assert more["steps"] == 16
-    assert any("train.epochs: 3 -> 4" in text for text in notices.said)
+    assert any("train.epochs: 3 -> 4" in text for text in notices.texts)
 
 
 def finished_after(data: Path, run: Path, first: dict[str, Any], then: dict[str, Any]) -> tuple[int, list[str]]:
-    """Train, resume with other settings; the steps of the resumed run, and its notices that speak of steps."""
+    """Train, resume with other settings; return the steps of the resumed run, and its notices about steps."""
     notices: list[str] = []
     listener = Listener()
     listener.on_notice = notices.append  # type: ignore[method-assign]
@@ -246,7 +246,7 @@ def finished_after(data: Path, run: Path, first: dict[str, Any], then: dict[str,
 
 
 def test_more_steps_than_the_epochs_allow_name_the_flag_that_adds_steps(data: Path, tmp_path: Path) -> None:
-    """4 steps per epoch: --steps is a cap, and so is --epochs."""
+    """4 steps per epoch: both --steps and --epochs are limits."""
     steps, notices = finished_after(data, tmp_path / "a", {"train__epochs": 1}, {"train__max_steps": 10})
     assert steps == 4
     assert notices == [
@@ -262,14 +262,14 @@ def test_more_steps_than_the_epochs_allow_name_the_flag_that_adds_steps(data: Pa
     assert finished_after(data, tmp_path / "c", cut, {}) == (2, ["already finished at step 2; raise --steps to continue"])
 
 
-def test_a_new_run_is_told_that_its_steps_are_more_than_its_epochs(data: Path, tmp_path: Path) -> None:
-    for settings, told in (({"train__max_steps": 20}, 1), ({"train__max_steps": 12}, 0), ({}, 0)):
+def test_a_new_run_warns_if_steps_exceed_the_epochs(data: Path, tmp_path: Path) -> None:
+    for settings, warnings in (({"train__max_steps": 20}, 1), ({"train__max_steps": 12}, 0), ({}, 0)):
         notices: list[str] = []
         listener = Listener()
         listener.on_notice = notices.append  # type: ignore[method-assign]
         result = train(config(data, **settings), tmp_path / str(settings.get("train__max_steps")), listener=listener)
         assert result["steps"] == 12
-        assert sum(text.startswith("--steps 20 is never reached: --epochs 3 ends after 12") for text in notices) == told
+        assert sum(text.startswith("--steps 20 is never reached: --epochs 3 ends after 12") for text in notices) == warnings
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ def test_a_resumed_run_cannot_become_another(data: Path, changed: dict[str, Any]
         resumed(config(data), config(data, **changed))
 
 
-def test_a_run_does_not_go_on_with_other_data(data: Path, tmp_path: Path) -> None:
+def test_a_run_cannot_be_resumed_with_other_data(data: Path, tmp_path: Path) -> None:
     copy = make_pairs(tmp_path / "data")
     with pytest.raises(Interrupted):
         train(config(copy), tmp_path / "run", listener=StopAt(1, signal.SIGINT))
@@ -291,7 +291,7 @@ def test_a_run_does_not_go_on_with_other_data(data: Path, tmp_path: Path) -> Non
         train(config(copy), tmp_path / "run", resume=True)
 
 
-def test_a_run_does_not_go_on_with_other_encoder_weights(data: Path, tmp_path: Path) -> None:
+def test_a_run_cannot_be_resumed_with_other_encoder_weights(data: Path, tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         train(config(data), tmp_path / "run", listener=StopAt(1, signal.SIGINT))
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
@@ -302,7 +302,7 @@ def test_a_run_does_not_go_on_with_other_encoder_weights(data: Path, tmp_path: P
     assert refused.value.exit_code == 6
 
 
-def test_labels_in_another_order_are_other_data(tmp_path: Path) -> None:
+def test_a_run_cannot_be_resumed_with_labels_in_another_order(tmp_path: Path) -> None:
     data = make_pairs(tmp_path / "data")
     (data / "labels.txt").write_text("a\nb\nc\n")
     with pytest.raises(Interrupted):
@@ -313,8 +313,8 @@ def test_labels_in_another_order_are_other_data(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["labels"] == ["a", "b", "c"]
 
 
-def test_a_model_that_diverged_in_the_last_step_is_never_the_best(data: Path, tmp_path: Path) -> None:
-    """The step itself was finite and what it led to is not."""
+def test_a_model_that_diverged_in_the_last_step_is_never_selected(data: Path, tmp_path: Path) -> None:
+    """The loss of the last step was finite, but the resulting weights are not."""
     with pytest.raises(NumericError, match="not finite on") as refused:
         train(config(data, train__lr=1e20, train__max_steps=1), tmp_path / "run")
     assert refused.value.exit_code == 8
@@ -323,8 +323,8 @@ def test_a_model_that_diverged_in_the_last_step_is_never_the_best(data: Path, tm
 
 
 @pytest.mark.parametrize("parts", [2, 3])
-def test_accumulation_is_the_whole_batch_at_once(data: Path, tmp_path: Path, parts: int) -> None:
-    """Also the importance loss, whose load is of the whole batch: a part alone is never balanced."""
+def test_accumulation_equals_the_whole_batch_at_once(data: Path, tmp_path: Path, parts: int) -> None:
+    """This includes the importance loss, which uses the load of the whole batch, as a part alone is never balanced."""
     still = {"router__noise": False, "prompts__dropout": 0.0, "router__importance_weight": 10.0, "train__max_steps": 3}
     train(config(data, **still), tmp_path / "whole")
     train(config(data, **still, train__accumulate=parts), tmp_path / "parts")
@@ -350,9 +350,9 @@ def test_a_group_signal_does_not_kill_the_data_workers(data: Path, tmp_path: Pat
     while process.poll() is None and len(log(tmp_path / "run")) < 5:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 143, said
-    assert "stopped: at step" in said
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 143, stderr
+    assert "stopped: at step" in stderr
     assert RunFolder(tmp_path / "run").latest() is not None
 
 
@@ -369,8 +369,8 @@ def test_a_log_of_a_killed_run_without_a_checkpoint_is_not_appended_to(data: Pat
     assert steps == [1, 2, 3]
 
 
-def test_validation_logs_how_evenly_experts_are_used_and_collapse_is_told_once(data: Path, tmp_path: Path) -> None:
-    """A router that collapses is worth a notice."""
+def test_validation_logs_expert_usage_and_warns_of_collapse_once(data: Path, tmp_path: Path) -> None:
+    """A collapsed router gives a notice."""
     train(config(data), tmp_path / "run")
     routing = [line["routing"] for line in log(tmp_path / "run") if "val" in line]
     assert len(routing) == 3
@@ -379,20 +379,20 @@ def test_validation_logs_how_evenly_experts_are_used_and_collapse_is_told_once(d
         assert len(found["usage"]) == 4 and {round(sum(row), 3) for row in found["usage"]} == {1.0}
 
 
-def test_settings_that_a_method_does_not_use_are_named(data: Path, tmp_path: Path) -> None:
+def test_settings_that_a_method_does_not_use_are_reported(data: Path, tmp_path: Path) -> None:
     class Notices(Listener):
         def __init__(self) -> None:
-            self.said: list[str] = []
+            self.texts: list[str] = []
 
         def on_notice(self, text: str) -> None:
-            self.said.append(text)
+            self.texts.append(text)
 
     notices = Notices()
     train(config(data, method="late-concat", prompts__experts=3), tmp_path / "run", listener=notices)
-    assert [text for text in notices.said if "settings" in text] == ["late-concat does not use the settings of prompts"]
+    assert [text for text in notices.texts if "settings" in text] == ["late-concat does not use the settings of prompts"]
 
 
-def test_the_saved_configuration_leaves_nothing_open(data: Path, tmp_path: Path) -> None:
+def test_the_saved_configuration_is_complete(data: Path, tmp_path: Path) -> None:
     values = {key: value for key, value in BASE.items() if key != "prompts"} | {"data": {"path": str(data)}}
     values["train"] = {"epochs": 1}
     train(build_config(values), tmp_path / "run")
@@ -402,7 +402,7 @@ def test_the_saved_configuration_leaves_nothing_open(data: Path, tmp_path: Path)
     assert (saved.train.lr, saved.train.lr_comp) == (4e-4, 5e-4)
 
 
-def test_the_two_sides_have_learning_rates_of_their_own(data: Path, tmp_path: Path) -> None:
+def test_each_side_has_its_own_learning_rate(data: Path, tmp_path: Path) -> None:
     settings = config(data, comp_tuning__mode="prompts", train__lr=1e-2, train__lr_comp=1e-9, train__weight_decay=0.0)
     train(settings, tmp_path / "slow")
     train(config(data, comp_tuning__mode="prompts", train__lr=1e-2, train__weight_decay=0.0), tmp_path / "same")
@@ -413,8 +413,8 @@ def test_the_two_sides_have_learning_rates_of_their_own(data: Path, tmp_path: Pa
     assert spread["slow"] < 1e-6 < spread["same"]
 
 
-def test_a_run_that_ended_before_its_first_checkpoint_is_begun_anew(tmp_path: Path) -> None:
-    """The mistake in the data is mended, and the same command runs: there is nothing to lose or to resume."""
+def test_a_run_that_ended_before_its_first_checkpoint_starts_again(tmp_path: Path) -> None:
+    """After the data are fixed, the same command runs: there is nothing to lose or to resume."""
     data = make_pairs(tmp_path / "data")
     image = (data / "images" / "train-3.png").read_bytes()
     (data / "images" / "train-3.png").unlink()

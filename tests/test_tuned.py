@@ -1,4 +1,4 @@
-"""Methods whose encoders are frozen, prompted, adapted or fully tuned: what learns, how fast, and the limits of each."""
+"""Methods whose encoders are frozen, prompted, adapted or fully tuned: what is trained, at which rate, and their limits."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ TUNES = ("probe", "prompt", "lora", "full")
 
 
 def sides(method: str) -> dict[str, str]:
-    """Encoders that suit a method: text as main where it insists on it."""
+    """Encoders that suit a method: text as main if it requires that."""
     return {"main": "tiny:text", "comp": "tiny:vision"} if "mmbt" in method else {}
 
 
-def answers(model: Fusion, count: int = 5) -> torch.Tensor:
+def predict_logits(model: Fusion, count: int = 5) -> torch.Tensor:
     return model(model.collate(images(count), TEXTS[:count])).logits
 
 
@@ -42,7 +42,7 @@ def answers(model: Fusion, count: int = 5) -> torch.Tensor:
 def test_a_sample_does_not_depend_on_its_batch(method: str, tune: str) -> None:
     model = build(method=method, tune=tune, **sides(method))
     open_gates(model)
-    together = answers(model)
+    together = predict_logits(model)
     assert together.shape == (5, 7)
     for i, (image, text) in enumerate(zip(images(5), TEXTS, strict=True)):
         alone = model(model.collate([image], [text])).logits[0]
@@ -51,11 +51,11 @@ def test_a_sample_does_not_depend_on_its_batch(method: str, tune: str) -> None:
 
 @pytest.mark.parametrize("tune", TUNES)
 @pytest.mark.parametrize("method", ALL)
-def test_all_that_is_ours_learns_and_nothing_else(method: str, tune: str) -> None:
+def test_exactly_the_trainable_parameters_are_trained(method: str, tune: str) -> None:
     model = build(method=method, tune=tune, dropout=0.0, **sides(method)).train()
     open_gates(model)
     for name, parameter in model.named_trainable_parameters().items():
-        if ".lora_B." in name:  # while it is 0, A gets no gradient
+        if ".lora_B." in name:  # while B is 0, A gets no gradient
             torch.nn.init.normal_(parameter)
     batch = model.collate(images(5), TEXTS)
     torch.nn.functional.cross_entropy(model(batch).logits, torch.arange(5)).backward()
@@ -71,7 +71,7 @@ def test_all_that_is_ours_learns_and_nothing_else(method: str, tune: str) -> Non
 
 
 @pytest.mark.parametrize("method", ALL)
-def test_prompts_of_no_length_and_prompts_gated_to_0_are_a_probe_to_the_bit(method: str) -> None:
+def test_prompts_of_length_0_or_gated_to_0_equal_a_probe_bit_for_bit(method: str) -> None:
     probe = build(method=method, tune="probe", **sides(method))
     none = build(method=method, tune="prompt", static=0, **sides(method))
     gated = build(method=method, tune="prompt", **sides(method))
@@ -80,29 +80,29 @@ def test_prompts_of_no_length_and_prompts_gated_to_0_are_a_probe_to_the_bit(meth
     probe.load_trainable_state_dict(state, where="here")
     known = gated.trainable_state_dict()
     gated.load_trainable_state_dict(known | {name: tensor for name, tensor in state.items() if name in known}, where="here")
-    assert torch.equal(answers(none), answers(probe))
-    assert torch.equal(answers(gated), answers(probe))
+    assert torch.equal(predict_logits(none), predict_logits(probe))
+    assert torch.equal(predict_logits(gated), predict_logits(probe))
     open_gates(gated)
-    assert not torch.equal(answers(gated), answers(probe))
+    assert not torch.equal(predict_logits(gated), predict_logits(probe))
 
 
-def test_p_late_concat_without_prompts_is_late_concat() -> None:
+def test_p_late_concat_without_prompts_equals_late_concat() -> None:
     prompted, plain = build(method="p-late-concat", static=0), build(method="late-concat")
     plain.load_trainable_state_dict(prompted.trainable_state_dict(), where="here")
-    assert torch.equal(answers(prompted), answers(plain))
+    assert torch.equal(predict_logits(prompted), predict_logits(plain))
     assert plain.frozen == prompted.frozen == ("main", "comp")
 
 
-def test_main_only_with_prompts_is_conditional_with_static_prompts_alone() -> None:
+def test_main_only_with_prompts_equals_conditional_with_static_prompts_alone() -> None:
     alone, ours = build(method="main-only", tune="prompt", static=3), build(static=3, dynamic=0, mapped=0)
     open_gates(alone)
     state = {n.replace("stacks.main.", "stack."): t for n, t in alone.trainable_state_dict().items()}
     ours.load_trainable_state_dict(state, where="here")
-    torch.testing.assert_close(answers(alone), answers(ours))
+    torch.testing.assert_close(predict_logits(alone), predict_logits(ours))
 
 
 @pytest.mark.parametrize(("tune", "lr"), [("full", 3e-5), ("prompt", 4e-4), ("lora", 4e-4)])
-def test_tuned_weights_have_a_learning_rate_of_their_own(tune: str, lr: float) -> None:
+def test_tuned_weights_have_their_own_learning_rate(tune: str, lr: float) -> None:
     config = build_config(
         {"main": "tiny:vision", "comp": "tiny:text", "method": "late-concat", "tune": tune, "train": {"lr_tuned": 3e-5}}
     )
@@ -125,7 +125,7 @@ def test_an_encoder_that_cannot_be_prompted_can_be_probed_and_tuned() -> None:
 
 
 @pytest.mark.parametrize("tune", ["prompt", "full"])
-def test_a_run_of_it_resumes_to_the_bit_and_evaluates(pairs: Path, tmp_path: Path, tune: str) -> None:
+def test_a_resumed_run_is_equal_bit_for_bit_and_can_be_evaluated(pairs: Path, tmp_path: Path, tune: str) -> None:
     def config(epochs: int) -> Any:
         return build_config(
             {
@@ -152,13 +152,13 @@ def test_a_run_of_it_resumes_to_the_bit_and_evaluates(pairs: Path, tmp_path: Pat
     assert RunFolder(tmp_path / "whole").config().tune == tune
 
 
-def test_settings_that_count_are_not_said_to_be_unused() -> None:
+def test_settings_in_use_are_not_reported_as_unused() -> None:
     for method, unused in (("promptfuse", []), ("p-sequential", []), ("sequential", ["prompts"])):
         assert build(method=method, tune="probe", init=0.2).unused_sections() == unused
 
 
-def test_tuning_leaves_batch_norms_as_they_were_taught(tmp_path: Path) -> None:
-    """In training mode they would mix the samples of a batch, and have statistics of their own in each process."""
+def test_tuning_does_not_update_batch_norm_statistics(tmp_path: Path) -> None:
+    """In training mode they would mix the samples of a batch, and have different statistics in each process."""
     model = build(method="comp-only", tune="full", comp="timm:resnet18?pretrained=false", main="tiny:vision").train()
     norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     before = [norm.running_mean.clone() for norm in norms]

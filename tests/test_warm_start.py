@@ -1,4 +1,4 @@
-"""A warm start: step 0 is logistic regression, later steps count only where validation improves."""
+"""A warm start: step 0 is logistic regression, and later steps are selected only if validation improves."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def config(data: Path, /, **changed: Any) -> Any:
     return build_config(values)
 
 
-def said(run: Path) -> np.ndarray:
+def probabilities_of(run: Path) -> np.ndarray:
     rows = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
     return np.array([list(row["probabilities"].values()) for row in rows])
 
@@ -70,17 +70,17 @@ VARIANTS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("changed", VARIANTS, ids=str)
-def test_step_0_is_the_method_linear(data: Path, tmp_path: Path, changed: dict[str, Any]) -> None:
+def test_step_0_predicts_like_the_method_linear(data: Path, tmp_path: Path, changed: dict[str, Any]) -> None:
     train(config(data, **changed, train__epochs=0), tmp_path / "warm")
     train(config(data, **changed, warm_start="none", method="linear"), tmp_path / "linear")
     weights = [read_tensors(RunFolder(tmp_path / n).checkpoint()[0] / "weights.safetensors") for n in ("warm", "linear")]
     for name in ("head.weight", "head.bias", "standard.main.mean_C", "standard.comp.deviation_C"):
         assert torch.equal(weights[0][name], weights[1][name]), name
-    np.testing.assert_allclose(said(tmp_path / "warm"), said(tmp_path / "linear"), atol=1e-5)
-    assert len(np.unique(said(tmp_path / "warm").round(3))) > 3, "answers that are alike could not show a difference"
+    np.testing.assert_allclose(probabilities_of(tmp_path / "warm"), probabilities_of(tmp_path / "linear"), atol=1e-5)
+    assert len(np.unique(probabilities_of(tmp_path / "warm").round(3))) > 3, "equal predictions could not show a difference"
 
 
-def test_logits_of_step_0_are_those_of_the_regression(data: Path, tmp_path: Path) -> None:
+def test_logits_of_step_0_equal_those_of_the_regression(data: Path, tmp_path: Path) -> None:
     logits = []
     for settings in (config(data, train__epochs=0), config(data, warm_start="none", method="linear")):
         train(settings, tmp_path / settings.method)
@@ -93,14 +93,14 @@ def test_logits_of_step_0_are_those_of_the_regression(data: Path, tmp_path: Path
     torch.testing.assert_close(*logits, atol=1e-5, rtol=0)
 
 
-def test_later_steps_are_selected_only_where_validation_improves(data: Path, tmp_path: Path) -> None:
-    result = train(config(data, train__lr=1e-6, train__epochs=1), tmp_path / "idle")  # too slow to change an answer
+def test_later_steps_are_selected_only_if_validation_improves(data: Path, tmp_path: Path) -> None:
+    result = train(config(data, train__lr=1e-6, train__epochs=1), tmp_path / "idle")  # too slow to change a prediction
     assert (result["selected_step"], result["steps"]) == (0, 4)
     log = RunFolder(tmp_path / "idle").read_log()
     assert [line["step"] for line in log if "val" in line] == [0, 4]
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(data: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(data: Path, tmp_path: Path) -> None:
     train(config(data), tmp_path / "whole")
     train(config(data, train__epochs=1, train__schedule="constant"), tmp_path / "a")
     train(config(data, train__schedule="constant"), tmp_path / "b")
@@ -109,7 +109,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(data: Path, tmp_pa
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_the_head_learns_and_the_statistics_do_not(data: Path, tmp_path: Path) -> None:
+def test_the_head_is_trained_and_the_statistics_are_fixed(data: Path, tmp_path: Path) -> None:
     settings = config(data)
     model = build_model(settings, 3)
     train(settings, tmp_path / "run")
@@ -128,7 +128,7 @@ def test_a_regression_cannot_be_the_start_of_ungated_prompts(data: Path) -> None
 
 
 @pytest.mark.parametrize("changed", [{"prompts__gate": "none"}, {"either": True, "train__modality_dropout": 0.1}], ids=str)
-def test_auto_means_none_where_step_0_could_not_equal_a_baseline(data: Path, changed: dict[str, Any]) -> None:
+def test_auto_means_none_if_step_0_could_not_equal_a_baseline(data: Path, changed: dict[str, Any]) -> None:
     settings = config(data, **{"warm_start": "auto", **changed})
     model = build_model(settings, 3)
     assert not model.starts_fitted and model.standard is None
@@ -167,7 +167,7 @@ def test_step_0_of_auto_is_the_best_baseline(data: Path, tmp_path: Path, changed
     assert expected.std() > 0.01, "constant logits could not show a difference"
 
 
-def test_training_goes_on_from_the_baseline_with_the_lowest_loss_also_when_resumed(data: Path, tmp_path: Path) -> None:
+def test_training_continues_from_the_baseline_with_the_lowest_loss_also_when_resumed(data: Path, tmp_path: Path) -> None:
     settings = config(data, warm_start="auto", head_features="all", head_hidden=8, train__epochs=0)
     train(settings, tmp_path / "start")
     folder = RunFolder(tmp_path / "start")
@@ -206,7 +206,7 @@ def test_a_method_without_warm_start_reports_it_as_unused(data: Path, tmp_path: 
     assert done.returncode == 0 and "late-concat does not use the settings of warm_start" in done.stderr
 
 
-def test_a_swapped_encoder_gets_statistics_of_its_own(data: Path, tmp_path: Path) -> None:
+def test_a_swapped_encoder_gets_its_own_statistics(data: Path, tmp_path: Path) -> None:
     train(config(data), tmp_path / "run")
     swap_encoder(tmp_path / "run", tmp_path / "new", comp="tiny:text-b")
     old, new = (read_tensors(RunFolder(tmp_path / n).checkpoint()[0] / "weights.safetensors") for n in ("run", "new"))
@@ -218,7 +218,7 @@ def test_a_swapped_encoder_gets_statistics_of_its_own(data: Path, tmp_path: Path
     assert torch.equal(new["head.weight"][:, :96], old["head.weight"][:, :96])
 
 
-def test_a_method_that_does_not_begin_as_a_regression_keeps_the_learning_rate_of_its_head(data: Path) -> None:
+def test_a_method_that_ignores_warm_start_keeps_the_learning_rate_of_its_head(data: Path) -> None:
     for method in ("late-concat", "main-only"):
         other = config(data, method=method)
         assert other.warm_start == "linear"

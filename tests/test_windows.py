@@ -1,4 +1,4 @@
-"""Attention within windows and to a prompt: the hand-written gradients, and what it equals."""
+"""Attention within windows and to a prompt: what it equals, and its hand-written gradients."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def ours(x: dict[str, Tensor], *, gated: bool, masked: bool) -> Tensor:
 
 
 def plain(x: dict[str, Tensor], *, gated: bool, masked: bool) -> Tensor:
-    """The same by torch's attention, with each window a sample and each prompt repeated."""
+    """The same with torch's attention, with each window as a sample and each prompt repeated."""
     q, k, v = x["qkv"].unflatten(-1, (3, H, E)).permute(2, 0, 3, 1, 4).unbind(0)
     keys, values = (part.repeat_interleave(W, dim=0) for part in (x["k"], x["v"]))
     bias = x["bias"] + (x["mask"].repeat(B, 1, 1)[:, None] if masked else 0)
@@ -47,7 +47,7 @@ def plain(x: dict[str, Tensor], *, gated: bool, masked: bool) -> Tensor:
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("gated", [False, True])
-def test_it_is_attention_with_the_prompt_in_every_window(gated: bool, masked: bool) -> None:
+def test_it_equals_attention_with_the_prompt_in_every_window(gated: bool, masked: bool) -> None:
     x = drawn()
     wanted, found = plain(x, gated=gated, masked=masked), ours(x, gated=gated, masked=masked)
     torch.testing.assert_close(found, wanted)
@@ -57,12 +57,14 @@ def test_it_is_attention_with_the_prompt_in_every_window(gated: bool, masked: bo
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("gated", [False, True])
-def test_its_gradients_are_those_of_differences(gated: bool) -> None:
+def test_its_gradients_are_those_of_differences(gated: bool, padded: bool) -> None:
     x = drawn()
     form = _windows._Gated if gated else _windows._Joint
+    hidden = _windows._hidden(torch.tensor([[True] * P, [False, True, False]]), B * W, H) if padded else None
     assert torch.autograd.gradcheck(
-        lambda qkv, k, v: form.apply(qkv, k, v, x["bias"], x["mask"], SCALE), (x["qkv"], x["k"], x["v"])
+        lambda qkv, k, v: form.apply(qkv, k, v, hidden, x["bias"], x["mask"], SCALE), (x["qkv"], x["k"], x["v"])
     )
 
 
@@ -70,12 +72,12 @@ def test_its_gradients_are_those_of_differences(gated: bool) -> None:
 def test_outputs_without_gradients_are_identical(gated: bool) -> None:
     x = drawn(torch.float32)
     with torch.no_grad():
-        answer = ours(x, gated=gated, masked=True)
-    assert torch.equal(answer, ours(x, gated=gated, masked=True))
+        output = ours(x, gated=gated, masked=True)
+    assert torch.equal(output, ours(x, gated=gated, masked=True))
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_tokens_that_learn_nothing_leave_the_prompts_gradient_as_it_is(gated: bool) -> None:
+def test_frozen_tokens_do_not_change_the_gradient_of_the_prompt(gated: bool) -> None:
     x = drawn()
     wanted = torch.autograd.grad(ours(x, gated=gated, masked=True).square().sum(), (x["k"], x["v"]))
     x["qkv"] = x["qkv"].detach()
@@ -84,7 +86,7 @@ def test_tokens_that_learn_nothing_leave_the_prompts_gradient_as_it_is(gated: bo
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_under_autocast_it_computes_in_the_type_that_it_is_given(gated: bool) -> None:
+def test_under_autocast_it_computes_in_the_type_of_its_inputs(gated: bool) -> None:
     x = {name: tensor.detach().bfloat16().requires_grad_(name in ("qkv", "k", "v")) for name, tensor in drawn().items()}
     x["gate"] = x["gate"].float().detach()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -94,7 +96,7 @@ def test_under_autocast_it_computes_in_the_type_that_it_is_given(gated: bool) ->
     assert x["qkv"].grad is not None and x["qkv"].grad.isfinite().all()
 
 
-def test_a_split_projection_has_the_gradient_of_its_parts() -> None:
+def test_a_split_projection_has_the_gradients_of_its_parts() -> None:
     qkv = drawn()["qkv"]
     parts = split_fused(qkv, H)
     plainly = qkv.unflatten(-1, (3, H, E)).permute(2, 0, 3, 1, 4).unbind(0)

@@ -1,4 +1,5 @@
-"""What commands write: where nothing is yet, for who may read it, without a network, on a full disk, and without torch."""
+"""Files that commands write: in new folders, with the right permissions, without a network, on a full disk, and without
+torch."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from mopefuse.core import atomic_files
 
 @pytest.fixture
 def copy(exported: Path, tmp_path: Path) -> Path:
-    """A copy of a bundle that a test may spoil."""
+    """A copy of a bundle that a test may change."""
     return Path(shutil.copytree(exported, tmp_path / "copy"))
 
 
@@ -38,7 +39,7 @@ def without_torch(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.mark.process
-def test_a_run_without_torch_is_an_error_with_the_package_to_install(
+def test_without_torch_loading_a_run_is_an_error_with_the_package_to_install(
     without_torch: dict[str, str], trained: Path, exported: Path, pairs: Path, tmp_path: Path
 ) -> None:
     table = pairs / "test.jsonl"
@@ -80,14 +81,14 @@ def test_an_invalid_example_is_an_error(change: dict[str, Any], copy: Path, tmp_
     assert done.returncode == 6 and "example" in done.stderr and "Traceback" not in done.stderr
 
 
-# -- folders that are not there yet
+# -- missing folders
 
 
-def test_folders_above_what_is_written_are_made(trained: Path, pairs: Path, tmp_path: Path) -> None:
+def test_missing_parent_folders_are_created(trained: Path, pairs: Path, tmp_path: Path) -> None:
     table, deep = pairs / "test.jsonl", tmp_path / "a" / "b"
     commands: list[tuple[Path, tuple[object, ...]]] = [
         (deep / "1" / "adapter", ("export", trained, "--format", "adapter", "-o")),
-        (deep / "2" / "answers.csv", ("predict", trained, table, "-o")),
+        (deep / "2" / "predictions.csv", ("predict", trained, table, "-o")),
         (deep / "3" / "predictions.jsonl", ("eval", trained, "-o")),
         (deep / "4" / "table.md", ("compare", trained, "--format", "markdown", "-o")),
         (deep / "5" / "page.html", ("report", trained, "--out")),
@@ -112,17 +113,17 @@ def test_folders_above_what_is_written_are_made(trained: Path, pairs: Path, tmp_
 @pytest.mark.parametrize(
     "network", [{"HF_HUB_OFFLINE": "1"}, {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}], ids=["off", "no way"]
 )
-def test_what_would_be_pushed_is_listed_without_a_network(network: dict[str, str], trained: Path) -> None:
+def test_a_dry_run_of_push_works_without_a_network(network: dict[str, str], trained: Path) -> None:
     done = run_cli("push", trained, "org/model", "--dry-run", "--json", **network)
     assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
-    assert "weights.safetensors" in said["files"] and said["private"] and said["url"] is None
+    result = json.loads(done.stdout)
+    assert "weights.safetensors" in result["files"] and result["private"] and result["url"] is None
     assert "the hub cannot be reached to see whether it exists" in done.stderr
     assert run_cli("push", trained, "org/model", "--yes", **network).returncode == 5
     assert run_cli("push", trained, "no name", "--dry-run", **network).returncode == 3
 
 
-# -- who may read it
+# -- permissions
 
 
 @pytest.fixture
@@ -134,13 +135,13 @@ def umask() -> Iterator[None]:
 
 @pytest.mark.process
 @pytest.mark.usefixtures("umask")
-def test_every_file_is_written_as_the_umask_has_it(pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_file_follows_the_umask(pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOPEFUSE_CACHE", str(tmp_path / "cache"))
     run = tmp_path / "run"
     assert call("train", *TINY, "--data", pairs, "--out", run, "--steps", "2", "--cache-images").returncode == 0
     for form in ("adapter", "onnx"):
         assert call("export", run, "--format", form, "-o", tmp_path / form).returncode == 0
-    assert call("predict", run, pairs / "test.jsonl", "-o", tmp_path / "answers.csv").returncode == 0
+    assert call("predict", run, pairs / "test.jsonl", "-o", tmp_path / "predictions.csv").returncode == 0
     assert call("report", run).returncode == 0
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {path.suffix for path in files} >= {".safetensors", ".onnx", ".json", ".csv", ".html"}
@@ -152,7 +153,7 @@ def test_every_file_is_written_as_the_umask_has_it(pairs: Path, tmp_path: Path, 
 
 @pytest.fixture
 def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every file that is made whole or not at all meets the end of the disk."""
+    """Every atomic write fails as on a full disk."""
 
     def fail(path: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
@@ -162,12 +163,12 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("full_disk")
 @pytest.mark.process
-def test_a_full_disk_is_an_error_with_a_fix_that_the_command_has(trained: Path, pairs: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_an_error_with_a_fix_that_fits_the_command(trained: Path, pairs: Path, tmp_path: Path) -> None:
     commands: list[tuple[object, ...]] = [
-        ("predict", trained, pairs / "test.jsonl", "-o", tmp_path / "answers.csv"),
+        ("predict", trained, pairs / "test.jsonl", "-o", tmp_path / "predictions.csv"),
         ("export", trained, "--format", "adapter", "-o", tmp_path / "adapter"),
         ("report", trained, "--out", tmp_path / "page.html"),
-        ("eval", trained, "-o", tmp_path / "said.jsonl"),
+        ("eval", trained, "-o", tmp_path / "predictions.jsonl"),
         ("compare", trained, "-o", tmp_path / "table.txt"),
     ]
     for command in commands:
@@ -179,7 +180,7 @@ def test_a_full_disk_is_an_error_with_a_fix_that_the_command_has(trained: Path, 
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small disk")
-def test_a_disk_that_is_full_leaves_nothing(trained: Path, pairs: Path, tmp_path: Path) -> None:
+def test_on_a_full_disk_no_partial_files_are_left(trained: Path, pairs: Path, tmp_path: Path) -> None:
     small = tmp_path / "small"
     small.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", small], capture_output=True, check=False)

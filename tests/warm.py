@@ -1,4 +1,4 @@
-"""Programs in processes of their own, without the seconds that importing torch takes.
+"""Programs in separate processes, without the seconds that importing torch takes.
 
 A server (this file, run as a script) imports third-party libraries, none of mopefuse, and forks a child for every program.
 The child runs it as ``python -m MODULE`` or ``python FILE`` would: exit codes, signals and handlers of ``atexit`` are real.
@@ -35,7 +35,7 @@ LIBRARIES = (  # not onnxruntime, which starts a thread when it is imported: a f
 
 
 class Server:
-    """One process that has imported `LIBRARIES`, and forks others on request; not for several threads."""
+    """A process that has imported `LIBRARIES` and forks others on request; not for use from several threads."""
 
     def __init__(self) -> None:
         self._connection, theirs = socket.socketpair()
@@ -49,7 +49,7 @@ class Server:
         environments: Sequence[Mapping[str, str]] = ({},),
         timeout: float = 240,
     ) -> subprocess.CompletedProcess[str]:
-        """Run a program once in every environment, all at the same time. The first exit code that is not 0 ends the others.
+        """Run a program once in every environment, all at the same time. The first exit code other than 0 ends the others.
 
         Args:
             program: ``-m`` and the name of a module, or the path of a file; then its arguments.
@@ -94,7 +94,7 @@ def _text(file: IO[bytes]) -> str:
 
 
 def _serve(connection: socket.socket) -> dict[str, Any]:
-    """Fork what is requested until the other end closes. Returns in the children: the request, with one environment."""
+    """Fork what is requested until the other end closes. Returns only in children: the request, with one environment."""
     while True:
         received, files, _, _ = socket.recv_fds(connection, 1 << 20, 2)
         if not received:
@@ -119,7 +119,7 @@ def _serve(connection: socket.socket) -> dict[str, Any]:
 
 
 def _wait(processes: list[int]) -> list[int]:
-    """Exit codes, as those of `subprocess`, in the order in which the processes ended."""
+    """Return exit codes, as those of `subprocess`, in the order in which the processes ended."""
     codes = []
     left = set(processes)
     while left:
@@ -185,7 +185,7 @@ def _main(connection: socket.socket) -> None:
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     sys.stdout.flush()
-    os._exit(code)  # to free the memory of all libraries would take longer than most programs do
+    os._exit(code)  # freeing the memory of all libraries would take longer than most programs
 
 
 if __name__ == "__main__":

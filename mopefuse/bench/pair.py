@@ -95,7 +95,7 @@ class PairBench:
         experts = [line.name for line in self.lines if line.name.startswith("conditional, k = ")]
         return {
             **{f"training step: {name} / floor": self.ratio(name) for name in experts},
-            f"answer: {first} / floor": self.ratio(first, infer=True),
+            f"prediction: {first} / floor": self.ratio(first, infer=True),
             "training step: ungated / as tokens": self.ratio(UNGATED, TOKENS),
             f"training step: {first} / {tuned}": self.ratio(first, tuned),
             f"memory: {first} / {tuned}": None if first_memory is None or not tuned_memory else first_memory / tuned_memory,
@@ -240,7 +240,7 @@ def _time(
 ) -> _Timed:
     """Time training steps and inference of the variants."""
     steps = {name: subject.step for name, subject in subjects.items() if subject.trains and train}
-    passes = {name: subject.infer for name, subject in subjects.items() if subject.variant.answers and infer}
+    passes = {name: subject.infer for name, subject in subjects.items() if subject.variant.time_inference and infer}
     fewer = replace(turns, more=turns.more // 2)
     return _Timed(
         facts={name: (subject.trainable, subject.artefact, subject.trains) for name, subject in subjects.items()},

@@ -45,7 +45,7 @@ class Variant:
         cached: whether psi and the input of the first prompted layer are precomputed.
         part: prompts are in the last 1/part of the layers.
         bare: whether there is no fusion model, only the encoders.
-        answers: whether inference is timed too.
+        time_inference: whether inference is timed as well as training.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Variant:
     cached: bool = False
     part: int = 1
     bare: bool = False
-    answers: bool = False
+    time_inference: bool = False
 
     @property
     def own_encoders(self) -> bool:
@@ -74,8 +74,8 @@ def variants(experts: Sequence[int], methods: Sequence[str] = (), *, recompute: 
     ungated = {"prompts": {"experts": k, "gate": "none"}}
     recomputed = {**usual, "train": {"checkpoint_activations": True}}
     return [
-        Variant(FLOOR, bare=True, answers=True),
-        Variant(conditional(k), usual, answers=True),
+        Variant(FLOOR, bare=True, time_inference=True),
+        Variant(conditional(k), usual, time_inference=True),
         *(Variant(conditional(other), {"prompts": {"experts": other}}) for other in more),
         Variant(UNGATED, ungated),
         Variant(TOKENS, ungated, tokens=True),
@@ -86,7 +86,7 @@ def variants(experts: Sequence[int], methods: Sequence[str] = (), *, recompute: 
         Variant("static prompts only", {"prompts": {"dynamic": 0, "mapped": 0}}),
         Variant("frozen features, linear probe", {"method": "late-concat"}),
         Variant("late-concat, fine-tuned", {"method": "late-concat", "tune": "full"}),
-        *(Variant(name, {"method": name}, answers=True) for name in methods),
+        *(Variant(name, {"method": name}, time_inference=True) for name in methods),
     ]
 
 

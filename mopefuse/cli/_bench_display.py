@@ -13,7 +13,7 @@ from mopefuse.cli._render import count, err, size, table
 
 def show_pair(pair: PairBench) -> None:
     """Print a table on stdout, and on stderr why values are missing."""
-    columns = ["variant", "step", "samples/s", "of floor", "answer", "of floor", "memory", "trained", "artefact"]
+    columns = ["variant", "step", "samples/s", "of floor", "prediction", "of floor", "memory", "trained", "artefact"]
     rows = [
         [
             line.name, _time(line.train), _speed(line.train, pair.batch), _ratio(pair, line), _time(line.infer),
@@ -65,8 +65,8 @@ def pair_as_dict(pair: PairBench) -> dict[str, Any]:
 
 
 def times_as_dict(times: Times) -> dict[str, Any]:
-    """Median and spread of the repetitions that count; every repetition, and its share of stolen processor time."""
-    every = {"seconds": list(times.by_round.values()), "stolen": [round(share, 4) for share in times.stolen.values()]}
+    """Median and spread of the valid repetitions, and every repetition with the fraction of its CPU time that was stolen."""
+    every = {"seconds": list(times.by_round.values()), "stolen": [round(fraction, 4) for fraction in times.stolen.values()]}
     return {"median": times.median, "spread": times.spread, **every}
 
 

@@ -125,5 +125,5 @@ def _summary(report: Report) -> str:
     what = " and ".join(_files(report)) or "files"
     rate = f" ({report.files_per_second:,.0f} {what}/s)" if report.files_per_second else ""
     total = sum(len(each.names) for index in report.indexes.values() for each in index.files.values())
-    part = f"{report.looked:,} of {total:,}" if report.looked < total else f"{report.looked:,}"
+    part = f"{report.files_read:,} of {total:,}" if report.files_read < total else f"{report.files_read:,}"
     return f"{part} {what} in {report.seconds:.2f} s{rate}"

@@ -59,10 +59,10 @@ def print_json(value: dict[str, Any]) -> None:
     """Print one JSON object on stdout; NaN and infinity become null."""
     from mopefuse.core.artifact import finite
 
-    print(json_text(finite(value), ensure_ascii=not speaks_unicode(sys.stdout)))
+    print(json_text(finite(value), ensure_ascii=not can_encode_unicode(sys.stdout)))
 
 
-def speaks_unicode(stream: Any) -> bool:
+def can_encode_unicode(stream: Any) -> bool:
     """Whether a stream can encode every character."""
     return (getattr(stream, "encoding", None) or "utf-8").lower().replace("-", "") == "utf8"
 

@@ -35,7 +35,7 @@ from mopefuse.cli import (
     train,
 )
 from mopefuse.cli import swap_encoder as swap
-from mopefuse.cli._render import print_json, speaks_unicode
+from mopefuse.cli._render import can_encode_unicode, print_json
 from mopefuse.cli.settings import add_command
 from mopefuse.core.dependencies import convert_error, guard_imports
 from mopefuse.core.error_codes import ResourceCode
@@ -201,7 +201,7 @@ def _exit(error: MopefuseError) -> None:
     if not ("--json" in sys.argv and _print_json(error.as_dict())):
         kind = "stopped" if error.family == "STOP" else f"error[{error.code}]"
         text = f"{kind}: {visible(error)}"
-        if not speaks_unicode(sys.stderr):
+        if not can_encode_unicode(sys.stderr):
             text = text.replace(" · ", " | ").replace("…", "...")
         red, plain = ("\x1b[31m", "\x1b[0m") if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ("", "")
         print(f"{red}{kind}{plain}{text[len(kind) :]}", file=sys.stderr)

@@ -12,6 +12,7 @@ _KINDS = {
     "index": "indexes of splits",
     "features": "features of encoders",
     "prefixes": "outputs of early layers",
+    "tokens": "output tokens of encoders",
     "images": "decoded images",
     "models": "models from the hub",
     "charts": "chart scripts",

@@ -66,14 +66,14 @@ def predict(
     config = input_settings(run, data_section(settings))
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     pairs = islice(_pairs(source, image, text, config, predictor.model), rank, None, world)
-    answers: Iterable[Prediction] = predict_pairs(predictor, pairs, batch=batch, top=top, routing=routing, strict=strict)
+    predictions: Iterable[Prediction] = predict_pairs(predictor, pairs, batch=batch, top=top, routing=routing, strict=strict)
     if world > 1:
-        answers = _gathered(answers, batch)
+        predictions = _gather(predictions, batch)
         if rank:
-            deque(answers, maxlen=0)
+            deque(predictions, maxlen=0)
             return
     errors: list[dict[str, str]] = []
-    count = _write(answers, out, predictor, errors)
+    count = _write(predictions, out, predictor, errors)
     _summarise(count, errors, str(source))
 
 
@@ -152,8 +152,8 @@ def _pairs(
     return [Pair(image.name if image else "text", {name: given.get(name) for name in model.modalities})]
 
 
-def _gathered(answers: Iterable[Prediction], batch: int) -> Iterator[Prediction]:
-    """The predictions of all processes, in the order of the input; nothing in processes but the main one.
+def _gather(predictions: Iterable[Prediction], batch: int) -> Iterator[Prediction]:
+    """Yield the predictions of all processes in the order of the input in the main process, and nothing in the others.
 
     Process r of W predicts rows r, r + W, r + 2W, ..., and hands over `batch` predictions at a time.
     """
@@ -161,7 +161,7 @@ def _gathered(answers: Iterable[Prediction], batch: int) -> Iterator[Prediction]
 
     from mopefuse.core import distributed
 
-    own = iter(answers)
+    own = iter(predictions)
     with distributed.process_group():
         while True:
             part = list(islice(own, batch))
@@ -172,7 +172,7 @@ def _gathered(answers: Iterable[Prediction], batch: int) -> Iterator[Prediction]
             yield from (each[turn] for turn in range(batch) for each in parts if turn < len(each))
 
 
-def _write(answers: Iterable[Prediction], out: Path | None, predictor: Predictor, errors: list[dict[str, str]]) -> int:
+def _write(predictions: Iterable[Prediction], out: Path | None, predictor: Predictor, errors: list[dict[str, str]]) -> int:
     """Write predictions as they come, collect their errors, and return how many there are."""
     from mopefuse.cli._render import err
     from mopefuse.core.atomic_files import write_lines
@@ -182,7 +182,7 @@ def _write(answers: Iterable[Prediction], out: Path | None, predictor: Predictor
 
     def counted() -> Iterator[Prediction]:
         nonlocal done
-        for done, one in enumerate(answers, start=1):
+        for done, one in enumerate(predictions, start=1):
             if "error" in one:
                 errors.append(one["error"])
             if done % 100 == 0:

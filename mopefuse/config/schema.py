@@ -9,44 +9,40 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from mopefuse.config.defaults import defaults_of, without_idle_side
 from mopefuse.config.messages import field_at, invalid_settings_error, keys_in
+from mopefuse.config.methods import MLP, QMF, CrossAttention, Flamingo, Inserted, Interactive
+from mopefuse.config.section import MANY as _MANY
+from mopefuse.config.section import MOST_TOKENS as _MOST_TOKENS
+from mopefuse.config.section import WIDEST as _WIDEST
+from mopefuse.config.section import Section
 from mopefuse.config.setting_paths import merge
 
-# Bounds that no useful model reaches: a mistyped size is rejected here instead of filling the memory.
-_MOST_TOKENS = 4096  # tokens of a prompt; also experts of a layer
-_WIDEST = 16_384  # width of a hidden layer
-_MANY = 10**9  # counts that take no memory, so that arithmetic in 64 bits holds
-
 Layers = Annotated[str | tuple[int, ...], Field(union_mode="left_to_right")]
-
-
-class Section(BaseModel):
-    """A group of settings: immutable, with finite values and without unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _refuse_true_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and info.field_name and cls.model_fields[info.field_name].annotation is not bool:
-            raise ValueError("a value other than true and false")
-        return value
 
 
 class Prompts(Section):
     """The prompts of every prompted layer of the main encoder: static, dynamic and mapped tokens."""
 
     static: int | None = Field(
-        None, ge=0, le=_MOST_TOKENS, description="tokens of the static prompt; default: 6 if main reads images, else 4"
+        None,
+        ge=0,
+        le=_MOST_TOKENS,
+        description="tokens of the static prompt; default: 6 if main reads images, else 4; map: 16, maple: 2",
     )
     dynamic: int | None = Field(
         None, ge=0, le=_MOST_TOKENS, description="tokens of the dynamic prompt; default: 6 if main reads images, else 4"
     )
     mapped: int = Field(1, ge=0, le=_MOST_TOKENS, description="tokens of the mapped prompt, computed from comp")
+    condition: Literal["pooled", "tokens"] = Field(
+        "pooled", description="what the mapped prompt is computed from: comp's pooled feature, or its output tokens"
+    )
+    condition_tokens: int = Field(
+        8, ge=0, le=_MOST_TOKENS, description="tokens that comp's output tokens are reduced to, if condition is tokens; 0: all"
+    )
     experts: int = Field(16, ge=1, le=_MOST_TOKENS, description="prompt experts per layer (K)")
     film: bool = Field(False, description="also scale and shift what each prompted layer reads (FiLM), computed from comp")
     film_mixture: int = Field(
@@ -65,6 +61,12 @@ class Prompts(Section):
     bottleneck: int = Field(80, ge=1, le=_WIDEST, description="hidden width of the network for the mapped prompt and FiLM")
     mapper_norm: Literal["layer", "batch-frozen"] = Field("layer", description="normalisation layers of that network")
     route_stage_starts: bool = Field(True, description="give the first block of each stage a dynamic prompt too")
+
+    @model_validator(mode="after")
+    def _tokens_are_mapped(self) -> Prompts:
+        if self.condition == "tokens" and not self.mapped:
+            raise ValueError("condition is tokens, but mapped is 0, and only mapped prompts are computed from tokens")
+        return self
 
     @field_validator("layers")
     @classmethod
@@ -114,32 +116,6 @@ class Lora(Section):
     )
 
 
-class Inserted(Section):
-    """Tokens that some methods insert in front of the main encoder's own."""
-
-    prompts: int = Field(20, ge=0, le=_MOST_TOKENS, description="learned tokens of promptfuse and blindprompt")
-    images: int = Field(4, ge=1, le=_MOST_TOKENS, description="tokens that mmbt and p-mmbt make from an image")
-
-
-class Interactive(Section):
-    """Interactive prompting (method pmf): both encoders exchange prompts in their last layers."""
-
-    layers: int = Field(2, ge=0, le=_MANY, description="the encoders exchange prompts in their last N layers")
-    queries: int = Field(
-        4, ge=0, le=_MOST_TOKENS, description="query prompts: a layer's output for them is passed to the other encoder"
-    )
-    query_context: int = Field(4, ge=0, le=_MOST_TOKENS, description="query context prompts: read by the query prompts only")
-    fusion_context: int = Field(
-        4, ge=0, le=_MOST_TOKENS, description="fusion context prompts: used together with the prompts from the other encoder"
-    )
-    bottleneck: int | None = Field(
-        None,
-        ge=1,
-        le=_WIDEST,
-        description="hidden width of the mapping to the other encoder; default: half the larger encoder width",
-    )
-
-
 class Linear(Section):
     """Logistic regression on standardised frozen features (method linear, or a warm start)."""
 
@@ -150,29 +126,6 @@ class Linear(Section):
         (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0), min_length=1, max_length=100, description="inverse regularisation C to try"
     )
     max_iter: int = Field(300, ge=1, le=100_000, description="maximum iterations for each C")
-
-
-class MLP(Section):
-    """A network with one hidden layer on standardised frozen features (method mlp); `head_hidden` is its width."""
-
-    dropout: float = Field(0.2, ge=0, lt=1, description="dropout on the hidden layer, in training")
-
-
-class CrossAttention(Section):
-    """Attention of comp's features to the main encoder's output tokens (method cross-attention)."""
-
-    queries: int = Field(4, ge=1, le=_MOST_TOKENS, description="queries; each reads the tokens with an offset of its own")
-    width: int = Field(128, ge=1, le=_WIDEST, description="width of queries, keys and values; a multiple of heads")
-    heads: int = Field(4, ge=1, le=256, description="attention heads")
-    dropout: float = Field(
-        0.1, ge=0, lt=1, description="dropout on attention, on its output, and on the hidden layer of the head, in training"
-    )
-
-    @model_validator(mode="after")
-    def _whole_heads(self) -> CrossAttention:
-        if self.width % self.heads:
-            raise ValueError(f"width is {self.width}, which is not a multiple of heads, {self.heads}")
-        return self
 
 
 COLUMN_SETTINGS = {"text": "text_col", "image": "img_col"}
@@ -230,10 +183,10 @@ class Data(Section):
         "auto", description="cache what enters the first prompted layer and train from there; auto: if it fits into the limit"
     )
     cache_prefix_limit: float = Field(
-        20.0, gt=0, description="maximum size of that cache in GiB, and never more than half of the free disk space"
+        20.0, gt=0, description="maximum GiB of that cache, and of cached condition tokens; at most half of the free space"
     )
     prefix_precision: Literal["float16", "float32"] = Field(
-        "float16", description="number format of that cache; with float16, validation scores can differ in the last digits"
+        "float16", description="number format of both; with float16, validation scores can differ in the last digits"
     )
     max_pixels: int = Field(50_000_000, ge=1, le=89_000_000, description="reject images with more pixels, without decoding")
     image_stats: Literal["encoder", "mmbt"] = Field("encoder", description="mean and standard deviation for normalising images")
@@ -274,13 +227,15 @@ class Train(Section):
         1, ge=1, le=65_536, description="split a batch into this many parts and accumulate gradients, to save memory"
     )
     lr: float | None = Field(
-        None, gt=0, description="learning rate; default: 4e-4 if main reads images, else 5e-4; mlp and cross-attention: 1e-3"
+        None,
+        gt=0,
+        description="learning rate; default: 4e-4 if main reads images, else 5e-4; mlp, cross-attention, qmf, flamingo: 1e-3",
     )
     lr_comp: float | None = Field(
         None, gt=0, description="learning rate of a trained complementary encoder; default: lr, or lr_tuned if fully tuned"
     )
     lr_tuned: float = Field(2e-5, gt=0, description="learning rate of a fully tuned main encoder")
-    lr_head: float | None = Field(None, gt=0, description="learning rate of the head; default: lr")
+    lr_head: float | None = Field(None, gt=0, description="learning rate of the head; default: lr, or lr/50 after a warm start")
     weight_decay: float = Field(1e-3, ge=0, description="weight decay of AdamW")
     clip: float = Field(1.0, gt=0, description="maximum norm of the gradient")
     schedule: Literal["paper", "cosine", "one-cycle", "constant"] = Field(
@@ -333,7 +288,7 @@ class RunConfig(Section):
     )
     head_features: Literal["main", "all"] = Field(
         "main",
-        description="what the head of the method conditional classifies: the pooled feature of main, as in the papers, or "
+        description="what the head of conditional or flamingo classifies: the pooled feature of main, as in the papers, or "
         "all pooled features side by side",
     )
     warm_start: Literal["none", "linear", "auto"] = Field(
@@ -354,6 +309,8 @@ class RunConfig(Section):
     linear: Linear = Linear()
     mlp: MLP = MLP()
     cross_attention: CrossAttention = CrossAttention()
+    qmf: QMF = QMF()
+    flamingo: Flamingo = Flamingo()
     data: Data = Data()
     train: Train = Train()
 

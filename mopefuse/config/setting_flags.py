@@ -79,6 +79,7 @@ FLAGS = (
     Flag("--static", "prompts.static", PROMPTS),
     Flag("--dynamic", "prompts.dynamic", PROMPTS),
     Flag("--mapped", "prompts.mapped", PROMPTS),
+    Flag("--condition", "prompts.condition", PROMPTS),
     Flag("--film", "prompts.film", PROMPTS),
     Flag("--layers", "prompts.layers", PROMPTS, metavar="LAYERS"),
     Flag("--gate", "prompts.gate", PROMPTS),

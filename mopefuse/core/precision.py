@@ -1,17 +1,23 @@
 """Floating-point types of computations that must not run in reduced precision.
 
-Shapes: B batch, X any others.
+Shapes: B batch, C width of a feature, X any others.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 def to_float32(x: Tensor) -> Tensor:
     """Convert to float32; float64 is kept."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def normalize_feature(psi_BC: Tensor) -> Tensor:
+    """Features with mean 0 and variance 1 over their last axis, in float32; an all-zero feature stays zero."""
+    return F.layer_norm(to_float32(psi_BC), psi_BC.shape[-1:], eps=1e-8)
 
 
 def weight_type(module: nn.Module) -> torch.dtype:

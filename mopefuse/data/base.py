@@ -168,6 +168,8 @@ class Batch:
             where a sample may lack it.
         prefixes: by side, the tokens (B, L, D) that enter layer `Fusion.prefix_layers` of its encoder, computed earlier; the
             layers before it are not run.
+        tokens: by side, normalised output tokens computed earlier, ``values_BLC`` (B, L, C) and ``mask_BL`` (B, L); a side with
+            tokens has `features` too.
     """
 
     inputs: dict[str, dict[str, Tensor]]
@@ -176,6 +178,7 @@ class Batch:
     index: Tensor
     missing: dict[str, Tensor] = field(default_factory=dict)
     prefixes: dict[str, Tensor] = field(default_factory=dict)
+    tokens: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """Apply a function to every tensor."""

@@ -57,7 +57,7 @@ class Report:
         balance: rows of each split, by label.
         leaks: rows that share a value with train, by split and modality.
         seconds: time for reading tables and files, or their index in the cache.
-        looked: number of files that were read. from_cache: whether the indexes of all splits were in the cache.
+        files_read: number of files that were read. from_cache: whether the indexes of all splits were in the cache.
     """
 
     config: DataConfig
@@ -72,7 +72,7 @@ class Report:
     texts: Texts
     leaks: dict[str, dict[str, int]]
     seconds: float
-    looked: int
+    files_read: int
     from_cache: bool
 
     @property
@@ -88,7 +88,7 @@ class Report:
     @property
     def files_per_second(self) -> float | None:
         """The speed of reading files; None if none was read."""
-        return self.looked / self.seconds if self.looked else None
+        return self.files_read / self.seconds if self.files_read else None
 
     @property
     def extremes(self) -> dict[str, Any]:
@@ -193,7 +193,7 @@ def check(
         texts=texts,
         leaks=_count_leaks(leaks, indexes, reading.modalities),
         seconds=seconds,
-        looked=reading.looked.total(),
+        files_read=reading.files_read.total(),
         from_cache=bool(indexes) and not any(index.fresh for index in indexes.values()),
     )
 
@@ -257,13 +257,13 @@ class _Reading:
     """Reads the tables and files of a data set.
 
     Attributes:
-        modalities: modalities of the rows, known after `read`. looked: number of files that were read, by split.
+        modalities: modalities of the rows, known after `read`. files_read: number of files that were read, by split.
     """
 
     def __init__(self, *, path: Path, config: DataConfig, roots: tuple[Path, ...], fresh: bool, advance: Advance) -> None:
         self.path, self.config, self.roots, self.fresh = path, config, roots, fresh
         self.modalities: tuple[str, ...] = ()
-        self.looked = Counter[str]()
+        self.files_read = Counter[str]()
         self._advance = advance
 
     def read(self) -> tuple[Indexes, list[Finding]]:
@@ -306,7 +306,7 @@ class _Reading:
         return indexes, found
 
     def _count(self, split: str, done: int, total: int) -> None:
-        self.looked[split] = done
+        self.files_read[split] = done
         self._advance(split, done, total)
 
     def _absent_splits(self, indexes: Indexes, explained: set[str]) -> list[Finding]:

@@ -35,12 +35,20 @@ class FeatureTable(Protocol):
         """The features (B, C) of some rows."""
 
 
+class TokenSource(Protocol):
+    """Tokens by row, padded to the longest."""
+
+    def __getitem__(self, index_B: Tensor) -> dict[str, Tensor]:
+        """``values_BLC`` and ``mask_BL`` of some rows."""
+
+
 class Samples(Dataset[dict[str, Any]]):
     """Preprocessed samples of one split, by (epoch, index).
 
     Args:
         readers: modality and preprocessing of each side; sides with precomputed features are skipped.
         features: by side, precomputed features.
+        tokens: by side, precomputed output tokens, for some of the sides in `features`.
         prefixes: by side, the tokens (B, L, D) that enter a layer of its encoder, precomputed. Of such a side, only inputs
             with a mask are read, as texts; others are blank.
         seed: seed of the augmentation.
@@ -57,12 +65,13 @@ class Samples(Dataset[dict[str, Any]]):
         config: DataConfig,
         *,
         features: Mapping[str, FeatureTable] | None = None,
+        tokens: Mapping[str, TokenSource] | None = None,
         prefixes: Mapping[str, FeatureTable] | None = None,
         seed: int = 0,
         training: bool = False,
     ) -> None:
         self.data, self.split, self.config, self.seed = data, data.splits[split], config, seed
-        self.features, self.prefixes = dict(features or {}), dict(prefixes or {})
+        self.features, self.tokens, self.prefixes = dict(features or {}), dict(tokens or {}), dict(prefixes or {})
         blank = {side: readers[side][1].batch([blank_input(*readers[side])]) for side in self.prefixes}
         self.blank = {side: inputs for side, inputs in blank.items() if "mask" not in inputs}
         self.readers = {side: reader for side, reader in readers.items() if side not in {*self.features, *self.blank}}
@@ -134,9 +143,10 @@ class Samples(Dataset[dict[str, Any]]):
         for side, blank in self.blank.items():
             inputs[side] = {name: torch.cat([tensor] * len(items)) for name, tensor in blank.items()}
         features = {side: table[index_B] for side, table in self.features.items()}
+        tokens = {side: table[index_B] for side, table in self.tokens.items()}
         prefixes = {side: _pad_like(inputs[side], table[index_B]) for side, table in self.prefixes.items()}
         missing = {side: torch.tensor([item["absent"][side] for item in items]) for side in self.lacking}
-        return Batch(inputs, features, self.targets[index_B], index_B, missing, prefixes)
+        return Batch(inputs, features, self.targets[index_B], index_B, missing, prefixes, tokens)
 
     def batches(self, keys: Iterable[Sequence[Key]], *, pin: bool = False) -> Iterator[Batch]:
         """Yield a batch for each item of `keys`, read in the main process or in `data.workers` worker processes.

@@ -183,7 +183,7 @@ def make(
         train, val, test: rows of each split. Four rows share an image.
 
     Returns:
-        The rows of each split.
+        The number of rows of each split.
 
     Raises:
         DataError: a count is not positive, or the folder contains something else.

@@ -237,10 +237,10 @@ def missing_findings(index: Index) -> Iterator[Finding]:
 
 
 def lacking_message(count: int, modality: str) -> str:
-    """Say that rows lack a modality."""
+    """Format the message that rows lack a modality."""
     return f"{several(count, 'row has', 'rows have')} no {modality}"
 
 
 def left_out_message(count: int, modalities: str) -> str:
-    """Say that rows are skipped because they lack modalities."""
+    """Format the message that rows are skipped because they lack modalities."""
     return f"{several(count, f'row without {modalities} is', f'rows without {modalities} are')} left out"

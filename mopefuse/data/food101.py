@@ -72,12 +72,12 @@ class Food101(Source):
 
     @property
     def text(self) -> str:
-        """The page or its title, and why."""
+        """Describe which text is used: the page or its title."""
         kind = {"page": "text of the page", "title": "title of the page"}[self.options["text"]]
         return f"{kind} ({'requested' if self._requested_text else 'the only text available'})"
 
     def rows(self, split: str) -> Iterator[Sample | Skip]:
-        """By label, then by image name."""
+        """Yield rows by label, then by image name."""
         if self.options["text"] == "page":
             yield from self._with_pages(split)
         else:

@@ -47,7 +47,7 @@ def known_labels(
 
 
 def describe_few(labels: Sequence[str]) -> str:
-    """Say that there is one label, or none."""
+    """Describe one label, or none, in words."""
     return f"there is only the label {labels[0]!r}" if labels else "there is no label"
 
 

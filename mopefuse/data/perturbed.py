@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mopefuse.data.base import Row
-from mopefuse.data.collate import FeatureTable, Samples, blank_input, derive_seed
+from mopefuse.data.collate import FeatureTable, Samples, TokenSource, blank_input, derive_seed
 
 
 def derangement(count: int, seed: int) -> Tensor:
@@ -41,8 +41,8 @@ class ShuffledSamples(Samples):
         self._sides, self._partner_S = sides, partner_S
         partner_lacks = {side: lacks_S[partner_S.numpy()] for side, lacks_S in samples.lacking.items() if side in sides}
         self.lacking = {**samples.lacking, **partner_lacks}
-        exchanged = {side: _Partners(table, partner_S) for side, table in samples.features.items() if side in sides}
-        self.features = {**samples.features, **exchanged}
+        self.features = {**samples.features, **_exchanged(samples.features, sides, partner_S)}
+        self.tokens = {**samples.tokens, **_exchanged(samples.tokens, sides, partner_S)}
 
     def value(self, side: str, epoch: int, index: int, row: Row | None) -> Any:
         """See `Samples.value`."""
@@ -59,12 +59,21 @@ class BlankSamples(Samples):
 
     Args:
         features: by side, the pooled feature (1, C) of a blank input, for sides whose features are precomputed.
+        tokens: by side, the output tokens of a blank input, likewise.
     """
 
-    def __init__(self, samples: Samples, sides: Sequence[str], features: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        samples: Samples,
+        sides: Sequence[str],
+        features: Mapping[str, Tensor],
+        tokens: Mapping[str, Mapping[str, Tensor]],
+    ) -> None:
         vars(self).update(vars(samples))
         self._sides = sides
         self.features = {**samples.features, **{side: _Repeated(features[side]) for side in sides if side in samples.features}}
+        repeated = {side: _RepeatedTokens(tokens[side]) for side in sides if side in samples.tokens}
+        self.tokens = {**samples.tokens, **repeated}
 
     def value(self, side: str, epoch: int, index: int, row: Row | None) -> Any:
         """See `Samples.value`."""
@@ -73,13 +82,17 @@ class BlankSamples(Samples):
         return blank_input(*self.readers[side])
 
 
-class _Partners:
-    """Features of the partner of each row."""
+def _exchanged(tables: Mapping[str, Any], sides: Sequence[str], partner_S: Tensor) -> dict[str, Any]:
+    return {side: _Partners(table, partner_S) for side, table in tables.items() if side in sides}
 
-    def __init__(self, table: FeatureTable, partner_S: Tensor) -> None:
+
+class _Partners:
+    """Features or tokens of the partner of each row."""
+
+    def __init__(self, table: FeatureTable | TokenSource, partner_S: Tensor) -> None:
         self._table, self._partner_S = table, partner_S
 
-    def __getitem__(self, index_B: Tensor) -> Tensor:
+    def __getitem__(self, index_B: Tensor) -> Any:
         return self._table[self._partner_S[index_B]]
 
 
@@ -91,3 +104,13 @@ class _Repeated:
 
     def __getitem__(self, index_B: Tensor) -> Tensor:
         return self._feature_1C.expand(len(index_B), -1)
+
+
+class _RepeatedTokens:
+    """The same tokens for every row."""
+
+    def __init__(self, tokens: Mapping[str, Tensor]) -> None:
+        self._tokens = tokens
+
+    def __getitem__(self, index_B: Tensor) -> dict[str, Tensor]:
+        return {name: tensor.expand(len(index_B), *tensor.shape[1:]) for name, tensor in self._tokens.items()}

@@ -85,7 +85,7 @@ def make(
         photos: data set with one label per photo and the splits train, val and test.
         grid: n, the number of photos in each row and column.
         size: width and height of an image in pixels.
-        train, val, test: rows of each split. Each has an image of its own.
+        train, val, test: rows of each split. Each has its own image.
 
     Returns:
         The rows of each split.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mopefuse.core.registry import Spec
     from mopefuse.encoders._hf_architectures import BuiltIn, Family
-    from mopefuse.encoders._hf_model import TransformersEncoder, mean_of
+    from mopefuse.encoders._hf_model import TransformersEncoder
     from mopefuse.encoders._hf_source import Source
     from mopefuse.encoders.attention import attend, split_heads
     from mopefuse.encoders.base import (
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         PromptAt,
         create_encoder,
     )
+    from mopefuse.encoders.pooling import mean_of
     from mopefuse.encoders.preprocess import ImagePreprocess, TextPreprocess
 
 __all__ = [
@@ -51,7 +52,7 @@ _MODULES = {
     "Family": "mopefuse.encoders._hf_architectures",
     "Source": "mopefuse.encoders._hf_source",
     "TransformersEncoder": "mopefuse.encoders._hf_model",
-    "mean_of": "mopefuse.encoders._hf_model",
+    "mean_of": "mopefuse.encoders.pooling",
     "attend": "mopefuse.encoders.attention",
     "split_heads": "mopefuse.encoders.attention",
     "ImagePreprocess": "mopefuse.encoders.preprocess",

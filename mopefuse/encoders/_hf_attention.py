@@ -53,12 +53,23 @@ def _attention(
     assert slot is not None and slot.site is not None
     keys, values = slot.site.project(prompt.tokens_BPD)
     if prompt.gate_H is not None:
-        return out_BLHE + attend_prompts(query, keys, values, prompt.gate_H, scale=scaling).transpose(1, 2), None
+        added = attend_prompts(query, keys, values, prompt.gate_H, scale=scaling, mask_BP=prompt.mask_BP)
+        return out_BLHE + added.transpose(1, 2), None
     shared = query.shape[1] // key.shape[1]
     if shared > 1:
         key, value = key.repeat_interleave(shared, dim=1), value.repeat_interleave(shared, dim=1)
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal) and query.shape[2] > 1
-    out = attend(query, key, value, keys, values, mask=attention_mask, causal=causal, scale=scaling)
+    out = attend(
+        query,
+        key,
+        value,
+        keys,
+        values,
+        mask=attention_mask,
+        causal=causal,
+        scale=scaling,
+        prompt_mask_BP=prompt.mask_BP,
+    )
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -18,7 +18,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformers.models.auto import modeling_auto as auto
 
 from mopefuse.core.error_codes import CheckpointCode, EncoderCode
@@ -133,12 +133,6 @@ class TransformersEncoder(PromptedEncoder):
         self.heads = tuple(site.heads for site in sites)
         self.lora_targets = _lora.names_of(self, [module for module in adapted if isinstance(module, nn.Linear)])
         return encoded[0]
-
-
-def mean_of(tokens_BLD: Tensor, mask_BL: Tensor) -> Tensor:
-    """Mean over the tokens of each sample that are not padding, (B, D)."""
-    weights_BL1 = mask_BL[:, :, None].to(tokens_BLD.dtype)
-    return (tokens_BLD * weights_BL1).sum(dim=1) / weights_BL1.sum(dim=1)
 
 
 def unsuitable_model_error(what: str, spec: Spec, families: Collection[str]) -> EncoderError:

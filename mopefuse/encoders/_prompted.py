@@ -1,10 +1,11 @@
 """Prompts in the blocks of a library's backbone, without changing the library's code.
 
 A hook on each block requests the layer's prompt, applies the norm that the block applies ahead of its attention, and stores
-the result in the block's slot, from which the attention of that block takes it (see the module of each family). Pending
-prompts belong to the current call of the thread (`base.Call`) and are discarded when it ends. If an encoder supports
-inserted tokens, a hook on its first block prepends them and one on its last block removes them. If a call continues from a
-`Prefix`, the blocks before it return their input, and the first block after it gets the prefix as its input.
+the result in the block's slot, from which the attention of that block takes it (see the module of each family); what the
+prompt adds to the layer's input is added to the block's. Pending prompts belong to the current call of the thread
+(`base.Call`) and are discarded when it ends. If an encoder supports inserted tokens, a hook on its first block prepends them
+and one on its last block removes them. If a call continues from a `Prefix`, the blocks before it return their input, and the
+first block after it gets the prefix as its input.
 
 Shapes: B batch, L tokens, P prompt tokens, D width of the layer.
 """
@@ -150,8 +151,10 @@ class _PromptHook:
             hidden = start.tokens_BLD.to(hidden.dtype).view_as(hidden)
         tokens_BLD = hidden.flatten(1, -2)  # (B, H, W, D) in timm's Swin
         mask_BL = call.mask_BL if call.insert is None else call.insert.extend_mask(call.mask_BL)
-        slot.put(slot.encoder._request_prompt(layer, tokens_BLD, mask_BL), tokens_BLD)
-        return _replace_hidden(args, kwargs, hidden) if resumes else None
+        prompt = slot.encoder._request_prompt(layer, tokens_BLD, mask_BL)
+        slot.put(prompt, tokens_BLD)
+        entering = hidden if prompt is None else prompt.add_to(hidden)
+        return _replace_hidden(args, kwargs, entering) if resumes or entering is not hidden else None
 
 
 class _ModulateHook:

@@ -91,9 +91,10 @@ def _vit(self: Any, x_BLD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         prompt_k, prompt_v = _project_prompt(self, prompt)
         prompt_k = self.k_norm(prompt_k)
         if prompt.gate_H is None:
-            attended = attend(q, k, v, prompt_k, prompt_v, mask=mask)
+            attended = attend(q, k, v, prompt_k, prompt_v, mask=mask, prompt_mask_BP=prompt.mask_BP)
         else:
-            attended = attended + attend_prompts(self.q_norm(q_copy), prompt_k, prompt_v, prompt.gate_H)
+            added = attend_prompts(self.q_norm(q_copy), prompt_k, prompt_v, prompt.gate_H, mask_BP=prompt.mask_BP)
+            attended = attended + added
     return _project_out(self, attended)
 
 
@@ -105,7 +106,7 @@ def _beit(self: Any, x_BLD: Tensor, shared_rel_pos_bias: Tensor | None = None) -
         return out
     own_bias = None if self.relative_position_bias_table is None else self._get_rel_pos_bias()
     biases = [bias for bias in (own_bias, shared_rel_pos_bias) if bias is not None]
-    return _project_out(self, _attend(self, *_project(self, x_BLD), *_project_prompt(self, prompt), prompt.gate_H, biases))
+    return _project_out(self, _attend(self, *_project(self, x_BLD), *_project_prompt(self, prompt), prompt, biases))
 
 
 def _rotary(self: Any, x_BLD: Tensor, rope: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
@@ -122,7 +123,7 @@ def _rotary(self: Any, x_BLD: Tensor, rope: Tensor | None = None, *args: Any, **
     groups = getattr(self, "num_kv_groups", 1)
     if groups > 1:
         k, v, prompt_k, prompt_v = (part.repeat_interleave(groups, dim=1) for part in (k, v, prompt_k, prompt_v))
-    return _project_out(self, _attend(self, q, k, v, prompt_k, prompt_v, prompt.gate_H))
+    return _project_out(self, _attend(self, q, k, v, prompt_k, prompt_v, prompt))
 
 
 def _swin(self: Any, x_NLD: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -133,13 +134,12 @@ def _swin(self: Any, x_NLD: Tensor, mask: Tensor | None = None) -> Tensor:
         return out
     prompt_k, prompt_v = _project_prompt(self, prompt)
     bias = self._get_rel_pos_bias()
+    how: dict[str, Any] = {"gate_H": prompt.gate_H, "scale": self.scale, "prompt_mask_BP": prompt.mask_BP}
     if self.fused_attn:
         q, k, v = _project(self, x_NLD)
         bias = _add_mask(bias, mask, x_NLD.shape[0])
-        return _project_out(self, attend(q, k, v, prompt_k, prompt_v, gate_H=prompt.gate_H, mask=bias, scale=self.scale))
-    attended_NLD = attend_in_windows(
-        self.qkv(x_NLD), prompt_k, prompt_v, gate_H=prompt.gate_H, bias_1HLL=bias, mask_WLL=mask, scale=self.scale
-    )
+        return _project_out(self, attend(q, k, v, prompt_k, prompt_v, mask=bias, **how))
+    attended_NLD = attend_in_windows(self.qkv(x_NLD), prompt_k, prompt_v, bias_1HLL=bias, mask_WLL=mask, **how)
     projected: Tensor = self.proj_drop(self.proj(attended_NLD))
     return projected
 
@@ -162,13 +162,16 @@ def _swin_v2(self: Any, x_NLD: Tensor, mask: Tensor | None = None) -> Tensor:
         prompt_k = _normalize(prompt_k)
         if prompt.gate_H is None:
             bias = _add_mask(bias, mask, x_NLD.shape[0])
-            return _project_out(self, attend(q * scale_H11, k, v, prompt_k, prompt_v, mask=bias, scale=1.0))
+            q = q * scale_H11
+            joint = attend(q, k, v, prompt_k, prompt_v, mask=bias, scale=1.0, prompt_mask_BP=prompt.mask_BP)
+            return _project_out(self, joint)
     scores = (q @ k.transpose(-2, -1)) * scale_H11 + bias
     if mask is not None:
         scores = (scores.unflatten(0, (-1, mask.shape[0])) + mask[:, None]).flatten(0, 1)
     attended = scores.softmax(dim=-1) @ v
     if prompt is not None and prompt.gate_H is not None:
-        attended = attended + attend_prompts(q * scale_H11, prompt_k, prompt_v, prompt.gate_H, scale=1.0)
+        q, mask_BP = q * scale_H11, prompt.mask_BP
+        attended = attended + attend_prompts(q, prompt_k, prompt_v, prompt.gate_H, scale=1.0, mask_BP=mask_BP)
     return _project_out(self, attended)
 
 
@@ -261,13 +264,15 @@ def _attend(
     v: Tensor,
     prompt_k: Tensor,
     prompt_v: Tensor,
-    gate_H: Tensor | None,
+    prompt: Prompt,
     biases: list[Tensor] | None = None,
 ) -> Tensor:
     """Compute attention of tokens to tokens and to a prompt, (B, H, L, E); `biases` are added to the scores of tokens."""
-    if gate_H is None:
-        return attend(q, k, v, prompt_k, prompt_v, mask=_sum(biases), scale=attention.scale)
-    return _attend_as_timm(attention, q, k, v, biases) + attend_prompts(q, prompt_k, prompt_v, gate_H, scale=attention.scale)
+    scale, mask_BP = attention.scale, prompt.mask_BP
+    if prompt.gate_H is None:
+        return attend(q, k, v, prompt_k, prompt_v, mask=_sum(biases), scale=scale, prompt_mask_BP=mask_BP)
+    added = attend_prompts(q, prompt_k, prompt_v, prompt.gate_H, scale=scale, mask_BP=mask_BP)
+    return _attend_as_timm(attention, q, k, v, biases) + added
 
 
 def _attend_as_timm(attention: Any, q: Tensor, k: Tensor, v: Tensor, biases: list[Tensor] | None = None) -> Tensor:

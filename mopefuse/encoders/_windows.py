@@ -26,6 +26,7 @@ def attend_in_windows(
     prompt_v_BHPE: Tensor,
     *,
     gate_H: Tensor | None,
+    prompt_mask_BP: Tensor | None = None,
     bias_1HLL: Tensor,
     mask_WLL: Tensor | None,
     scale: float,
@@ -34,13 +35,15 @@ def attend_in_windows(
 
     Args:
         qkv_NLX: output of the fused projection, X = 3 * H * E.
+        prompt_mask_BP: see `mopefuse.encoders.attention.Prompt.mask_BP`.
         bias_1HLL, mask_WLL: added to the scores of tokens, not of prompts. They get no gradient.
     """
     form: type[_Form] = _Joint
     if gate_H is not None:
         form = _Gated
         prompt_v_BHPE = prompt_v_BHPE * torch.tanh(gate_H).to(prompt_v_BHPE.dtype)[:, None, None]
-    inputs = (qkv_NLX, prompt_k_BHPE, prompt_v_BHPE, bias_1HLL, mask_WLL, scale)
+    hidden_ZP = None if prompt_mask_BP is None else _hidden(prompt_mask_BP, qkv_NLX.shape[0], prompt_k_BHPE.shape[1])
+    inputs = (qkv_NLX, prompt_k_BHPE, prompt_v_BHPE, hidden_ZP, bias_1HLL, mask_WLL, scale)
     if not torch.is_grad_enabled():
         return _compute(form, inputs)[0]
     out_NLD: Tensor = form.apply(*inputs)
@@ -52,7 +55,13 @@ class _Form(torch.autograd.Function):
 
     @staticmethod
     def compute(
-        qkv_NLX: Tensor, k_BHPE: Tensor, v_BHPE: Tensor, bias: Tensor, mask: Tensor | None, scale: float
+        qkv_NLX: Tensor,
+        k_BHPE: Tensor,
+        v_BHPE: Tensor,
+        hidden_ZP: Tensor | None,
+        bias: Tensor,
+        mask: Tensor | None,
+        scale: float,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the result and the tensors that the backward pass needs."""
         raise NotImplementedError
@@ -63,7 +72,13 @@ class _Gated(_Form):
 
     @staticmethod
     def compute(
-        qkv_NLX: Tensor, k_BHPE: Tensor, v_BHPE: Tensor, bias: Tensor, mask: Tensor | None, scale: float
+        qkv_NLX: Tensor,
+        k_BHPE: Tensor,
+        v_BHPE: Tensor,
+        hidden_ZP: Tensor | None,
+        bias: Tensor,
+        mask: Tensor | None,
+        scale: float,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         heads, count = k_BHPE.shape[1], qkv_NLX.shape[0]
         q, k, v = view_parts(qkv_NLX, 3, heads)
@@ -72,7 +87,10 @@ class _Gated(_Form):
         weights_ZLL = _weights(torch.bmm(q_ZLE, k_ZLE.transpose(1, 2)), count, bias, mask)
         out_ZLE = torch.bmm(weights_ZLL, v_ZLE)
         key_ZPE, value_ZPE = (repeat_for_windows(part, count).flatten(0, 1) for part in (k_BHPE, v_BHPE))
-        weights_ZPL = _softmax(torch.bmm(key_ZPE, q_ZLE.transpose(1, 2)), dim=1)
+        scores_ZPL = torch.bmm(key_ZPE, q_ZLE.transpose(1, 2))
+        if hidden_ZP is not None:
+            scores_ZPL.masked_fill_(hidden_ZP[:, :, None], -torch.inf)
+        weights_ZPL = _softmax(scores_ZPL, dim=1)
         out_ZLE.baddbmm_(weights_ZPL.transpose(1, 2), value_ZPE)
         return _join_heads(out_ZLE, heads), (q_ZLE, k_ZLE, v_ZLE, weights_ZLL, key_ZPE, value_ZPE, weights_ZPL)
 
@@ -102,7 +120,13 @@ class _Joint(_Form):
 
     @staticmethod
     def compute(
-        qkv_NLX: Tensor, k_BHPE: Tensor, v_BHPE: Tensor, bias: Tensor, mask: Tensor | None, scale: float
+        qkv_NLX: Tensor,
+        k_BHPE: Tensor,
+        v_BHPE: Tensor,
+        hidden_ZP: Tensor | None,
+        bias: Tensor,
+        mask: Tensor | None,
+        scale: float,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         heads, count, ahead = k_BHPE.shape[1], qkv_NLX.shape[0], (k_BHPE.shape[2], 0)
         q, k, v = view_parts(qkv_NLX, 3, heads)
@@ -112,7 +136,10 @@ class _Joint(_Form):
             for prompt, tokens in ((k_BHPE, k), (v_BHPE, v))
         )
         bias, mask = F.pad(bias, ahead), None if mask is None else F.pad(mask, ahead)
-        weights_ZLS = _weights(torch.bmm(q_ZLE, key_ZSE.transpose(1, 2)), count, bias, mask)
+        scores_ZLS = torch.bmm(q_ZLE, key_ZSE.transpose(1, 2))
+        if hidden_ZP is not None:
+            scores_ZLS[:, :, : ahead[0]].masked_fill_(hidden_ZP[:, None], -torch.inf)
+        weights_ZLS = _weights(scores_ZLS, count, bias, mask)
         return _join_heads(torch.bmm(weights_ZLS, value_ZSE), heads), (q_ZLE, weights_ZLS, key_ZSE, value_ZSE)
 
     @staticmethod
@@ -146,6 +173,11 @@ def _forward(form: type[_Form], context: Any, inputs: tuple[Any, ...]) -> Tensor
     context.batch, context.heads = inputs[1].shape[:2]
     context.scale = inputs[-1]
     return out_NLD
+
+
+def _hidden(mask_BP: Tensor, count: int, heads: int) -> Tensor:
+    """Where a prompt token has no effect in one of `count` windows, (Z, P)."""
+    return repeat_for_windows(~mask_BP[:, None, None], count).expand(-1, heads, -1, -1).flatten(0, 2)
 
 
 def _scaled(q_NHLE: Tensor, scale: float) -> Tensor:
@@ -205,4 +237,4 @@ def _gradients(
     """Gradients of each input of `compute`; those of a prompt are summed over the windows of its image."""
     shape = (context.batch, -1, context.heads)
     of_key_BHPE, of_value_BHPE = (part.unflatten(0, shape).sum(dim=1) for part in (of_key_ZPE, of_value_ZPE))
-    return of_qkv_NLX, of_key_BHPE, of_value_BHPE, None, None, None
+    return of_qkv_NLX, of_key_BHPE, of_value_BHPE, None, None, None, None

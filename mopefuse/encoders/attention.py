@@ -36,18 +36,28 @@ class Modulation(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """The condition of one layer: prompt tokens, a modulation, or both.
+    """The condition of one layer: prompt tokens, a modulation, something to add to its input, or several of these.
 
     Attributes:
         tokens_BPD: prompt tokens at the layer's input, before the norm ahead of its attention; P may be 0.
         gate_H: None as in the papers: prompts and tokens share one softmax. With one scalar per head, prompts have a separate
             softmax whose result is scaled by tanh(gate) and added; a gate of 0 leaves the layer unchanged.
         modulation: modulation of the layer's own tokens; it does not apply to the prompt.
+        mask_BP: False for prompt tokens without effect, of which a sample may have more than another; None without any.
+            Each sample has at least one token with effect.
+        added_BLD: what is added to the layer's input tokens, before everything else and also in the residual; None for
+            nothing, 0 leaves the layer unchanged.
     """
 
     tokens_BPD: Tensor
     gate_H: Tensor | None = None
     modulation: Modulation | None = None
+    mask_BP: Tensor | None = None
+    added_BLD: Tensor | None = None
+
+    def add_to(self, x_BLD: Tensor) -> Tensor:
+        """Add `added_BLD`, if there is something to add, to the layer's input, of which (B, ..., D) may be a grid."""
+        return x_BLD if self.added_BLD is None else x_BLD + self.added_BLD.to(x_BLD.dtype).view_as(x_BLD)
 
     def modulate(self, x_NLD: Tensor) -> Tensor:
         """Apply the modulation, if there is one, to what the attention reads."""
@@ -102,6 +112,7 @@ def attend(
     mask: Tensor | None = None,
     causal: bool = False,
     scale: float | None = None,
+    prompt_mask_BP: Tensor | None = None,
 ) -> Tensor:
     """Compute the attention of tokens to tokens and to prompts, (N, H, L, E).
 
@@ -111,12 +122,14 @@ def attend(
     Args:
         mask: boolean or additive (as a position bias), broadcastable to (N, H, L, L). Without a gate it may have more keys
             than there are tokens; then it also masks the last prompt tokens.
+        prompt_mask_BP: see `Prompt.mask_BP`.
     """
     if gate_H is not None:
         tokens = F.scaled_dot_product_attention(
             q_NHLE, k_NHLE, v_NHLE, attn_mask=mask, is_causal=causal and mask is None, scale=scale
         )
-        return tokens + attend_prompts(q_NHLE, prompt_k_BHPE, prompt_v_BHPE, gate_H, scale=scale)
+        added = attend_prompts(q_NHLE, prompt_k_BHPE, prompt_v_BHPE, gate_H, scale=scale, mask_BP=prompt_mask_BP)
+        return tokens + added
     if mask is None and causal:
         length = q_NHLE.shape[2]
         mask = torch.ones(length, length, dtype=torch.bool, device=q_NHLE.device).tril()
@@ -124,12 +137,27 @@ def attend(
     if mask is not None:
         uncovered = prompt_k_BHPE.shape[2] + k_NHLE.shape[2] - mask.shape[-1]
         mask = F.pad(mask, (uncovered, 0), value=mask.dtype == torch.bool)
+    if prompt_mask_BP is not None:
+        mask = _mask_prompts(mask, F.pad(_mask_for_windows(prompt_mask_BP, q_NHLE.shape[0]), (0, k_NHLE.shape[2]), value=True))
     keys, values = torch.cat([prompt_k_BHPE, k_NHLE], dim=2), torch.cat([prompt_v_BHPE, v_NHLE], dim=2)
     return F.scaled_dot_product_attention(q_NHLE, keys, values, attn_mask=mask, scale=scale)
 
 
+def _mask_prompts(mask: Tensor | None, visible_N11K: Tensor) -> Tensor:
+    """Combine an attention mask, boolean or additive, with the keys that are visible at all."""
+    if mask is None:
+        return visible_N11K
+    return mask & visible_N11K if mask.dtype == torch.bool else mask.masked_fill(~visible_N11K, -torch.inf)
+
+
 def attend_prompts(
-    q_NHLE: Tensor, prompt_k_BHPE: Tensor, prompt_v_BHPE: Tensor, gate_H: Tensor, *, scale: float | None = None
+    q_NHLE: Tensor,
+    prompt_k_BHPE: Tensor,
+    prompt_v_BHPE: Tensor,
+    gate_H: Tensor,
+    *,
+    scale: float | None = None,
+    mask_BP: Tensor | None = None,
 ) -> Tensor:
     """Compute the term that gated prompts add to the attention of tokens to tokens, (N, H, L, E); exactly 0 for a gate of 0.
 
@@ -138,12 +166,20 @@ def attend_prompts(
 
     Args:
         q_NHLE: N = B, or N = B * W for the W windows of each image, which are adjacent and share the image's prompts.
+        mask_BP: see `Prompt.mask_BP`.
     """
     scale = q_NHLE.shape[-1] ** -0.5 if scale is None else scale
     gated_BHPE = prompt_v_BHPE * torch.tanh(gate_H).to(prompt_v_BHPE.dtype)[:, None, None]
     keys_NHPE, values_NHPE = (repeat_for_windows(part, q_NHLE.shape[0]) for part in (prompt_k_BHPE * scale, gated_BHPE))
-    weights_NHPL = (keys_NHPE @ q_NHLE.contiguous().transpose(-2, -1)).softmax(dim=-2)
-    return weights_NHPL.transpose(-2, -1) @ values_NHPE
+    scores_NHPL = keys_NHPE @ q_NHLE.contiguous().transpose(-2, -1)
+    if mask_BP is not None:
+        scores_NHPL = scores_NHPL.masked_fill(~_mask_for_windows(mask_BP, q_NHLE.shape[0]).transpose(-2, -1), -torch.inf)
+    return scores_NHPL.softmax(dim=-2).transpose(-2, -1) @ values_NHPE
+
+
+def _mask_for_windows(mask_BP: Tensor, count: int) -> Tensor:
+    """The mask of a prompt for `count` windows, (N, 1, 1, P)."""
+    return repeat_for_windows(mask_BP[:, None, None], count)
 
 
 def repeat_for_windows(x_BHPE: Tensor, count: int) -> Tensor:

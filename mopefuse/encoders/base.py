@@ -200,6 +200,7 @@ class Encoder(nn.Module):
             EncoderError: the encoder does not support inserted tokens.
         """
         self.require_insertable()
+        tokens_BLD = tokens_BLD if prompt is None else prompt.add_to(tokens_BLD)
         with self._current_call.set(Call()):
             return self._run_layer(layer, tokens_BLD, None if mask_BK is None else mask_BK[:, None, None], prompt)
 

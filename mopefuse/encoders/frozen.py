@@ -42,6 +42,17 @@ def encode_prefixes(encoder: Encoder, inputs: Inputs, layer: int) -> list[Tensor
     return [found[number] for number in range(len(found))]
 
 
+def encode_tokens(encoder: Encoder, inputs: Inputs) -> list[Tensor]:
+    """Compute the output tokens (L, D) of each sample, without padding."""
+    found: dict[int, Tensor] = {}
+    for index_b, part in _chunks(encoder, inputs):
+        encoded = run_frozen(encoder, part)
+        for place, number in enumerate(index_b.tolist()):
+            tokens_LD = encoded.tokens_BLD[place]
+            found[number] = tokens_LD if encoded.mask_BL is None else tokens_LD[encoded.mask_BL[place]]
+    return [found[number] for number in range(len(found))]
+
+
 @torch.no_grad()
 def can_continue(encoder: Encoder, inputs: Inputs, prefix: Prefix) -> bool:
     """Whether an encoder can start at a prefix of `inputs`, which a plugin's may not, and has one token per mask entry."""

@@ -26,9 +26,10 @@ from mopefuse.core.error_codes import EncoderCode
 from mopefuse.core.registry import Spec
 from mopefuse.encoders import _hf_images, _hf_source, _hf_text, _options
 from mopefuse.encoders._hf_architectures import DECODER, FAMILIES, IMAGE, TEXT, Family
-from mopefuse.encoders._hf_model import TransformersEncoder, mean_of, unsuitable_model_error
+from mopefuse.encoders._hf_model import TransformersEncoder, unsuitable_model_error
 from mopefuse.encoders._hf_source import Source
 from mopefuse.encoders.base import Encoded, Inputs
+from mopefuse.encoders.pooling import mean_of
 from mopefuse.encoders.preprocess import ImagePreprocess, TextPreprocess
 from mopefuse.errors import EncoderError
 

@@ -106,6 +106,8 @@ class OpenCLIPEncoder(PromptedEncoder):
         self.patch_size = int(getattr(self.backbone, "patch_size", (self.patch_size,))[0])
         self.widths = tuple(int(block.attn.embed_dim) for block in blocks)
         self.heads = tuple(int(block.attn.num_heads) for block in blocks)
+        if blocks and getattr(self.backbone, "attn_pool", None) is None:
+            self.token_width = self.widths[-1]
 
     def _run(self, inputs: Inputs) -> Encoded:
         if self.modality == "text":
@@ -140,7 +142,11 @@ def _attention(
         return out if prompt is None else out + _attend_gated(self.attn, q_x, prompt)
     kv_x = torch.cat([prompt.tokens_BPD, q_x], dim=1)
     mask = None if attn_mask is None else F.pad(attn_mask.to(q_x.dtype), (prompt.tokens_BPD.shape[1], 0))
-    attended: Tensor = self.attn(q_x, kv_x, kv_x, need_weights=False, attn_mask=mask)[0]
+    hidden_BK: Tensor | None = None  # added to the scores of keys
+    if prompt.mask_BP is not None:
+        visible_BK = F.pad(prompt.mask_BP, (0, q_x.shape[1]), value=True)
+        hidden_BK = torch.zeros_like(visible_BK, dtype=q_x.dtype).masked_fill(~visible_BK, -torch.inf)
+    attended: Tensor = self.attn(q_x, kv_x, kv_x, need_weights=False, attn_mask=mask, key_padding_mask=hidden_BK)[0]
     return attended
 
 
@@ -151,7 +157,7 @@ def _attend_gated(attn: Any, x_BLD: Tensor, prompt: Prompt) -> Tensor:
     query_bias, kv_bias = attn.in_proj_bias.split([attn.embed_dim, 2 * attn.embed_dim])
     q = split_heads(F.linear(x_BLD, query_weight, query_bias), attn.num_heads)
     k, v = (split_heads(p, attn.num_heads) for p in F.linear(prompt.tokens_BPD, kv_weight, kv_bias).chunk(2, dim=-1))
-    added = attend_prompts(q, k, v, prompt.gate_H).transpose(1, 2).flatten(2)
+    added = attend_prompts(q, k, v, prompt.gate_H, mask_BP=prompt.mask_BP).transpose(1, 2).flatten(2)
     return F.linear(added, attn.out_proj.weight)
 
 

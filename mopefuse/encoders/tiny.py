@@ -31,6 +31,7 @@ from mopefuse.encoders._options import option_flag
 from mopefuse.encoders._recompute import run_block
 from mopefuse.encoders.attention import Prompt, attend, split_heads
 from mopefuse.encoders.base import Encoded, Encoder, Inputs
+from mopefuse.encoders.pooling import mean_of
 from mopefuse.encoders.preprocess import ImagePreprocess, TextPreprocess
 from mopefuse.errors import EncoderError, did_you_mean
 from mopefuse.modalities import tokens
@@ -100,7 +101,10 @@ class Block(nn.Module):
         if prompt is None or not prompt.tokens_BPD.shape[1]:
             attended_BHLE = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         else:
-            attended_BHLE = attend(q, k, v, *self._keys_values(prompt.tokens_BPD), gate_H=prompt.gate_H, mask=mask)
+            keys_values = self._keys_values(prompt.tokens_BPD)
+            attended_BHLE = attend(
+                q, k, v, *keys_values, gate_H=prompt.gate_H, mask=mask, prompt_mask_BP=prompt.mask_BP
+            )
         x_BLD = x_BLD + self.proj(attended_BHLE.transpose(1, 2).flatten(2))
         out_BLD: Tensor = x_BLD + self.fc2(F.gelu(self.fc1(self.norm2(x_BLD))))
         return out_BLD
@@ -204,6 +208,7 @@ class TinyEncoder(Encoder):
         first, x_BLD = self._resume(x_BLD)
         for layer, block in list(enumerate(self.blocks))[first:]:
             prompt = self._request_prompt(layer, x_BLD, all_BL)
+            x_BLD = x_BLD if prompt is None else prompt.add_to(x_BLD)
             x_BLD = self._run_block(block, x_BLD, mask, prompt)
         if insert is not None:
             x_BLD = x_BLD[:, insert.tokens_BPD.shape[1] :]
@@ -220,11 +225,7 @@ class TinyEncoder(Encoder):
     def _pooled(self, x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
         if self.pool == "cls":
             return x_BLD[:, 0]
-        if mask_BL is None:
-            mean_BD = x_BLD.mean(dim=1)
-        else:
-            mask_BL1 = mask_BL[..., None].to(x_BLD.dtype)
-            mean_BD = (x_BLD * mask_BL1).sum(dim=1) / mask_BL1.sum(dim=1)
+        mean_BD = x_BLD.mean(dim=1) if mask_BL is None else mean_of(x_BLD, mask_BL)
         return mean_BD if self.pool == "mean" else torch.cat([x_BLD[:, 0], mean_BD], dim=1)
 
     def _load(self, file: str) -> None:

@@ -20,6 +20,7 @@ from torch.nn.functional import one_hot
 from mopefuse.config.schema import RunConfig
 from mopefuse.config.sides import is_comp
 from mopefuse.core import device as devices
+from mopefuse.core.precision import normalize_feature
 from mopefuse.data.base import DataSet
 from mopefuse.data.collate import Samples, blank_input
 from mopefuse.data.perturbed import BlankSamples, ShuffledSamples, derangement
@@ -214,7 +215,8 @@ def audit_model(
     logits = {("as is", ""): logits_of("as is", samples) if as_is_SN is None else as_is_SN}
     for name, own in sides.items() if read else ():
         logits["shuffled", name] = logits_of(f"another {name}", ShuffledSamples(samples, own, partner_S))
-        logits["blank", name] = logits_of(f"no {name}", BlankSamples(samples, own, _blank_features(model, own, config, device)))
+        blank = BlankSamples(samples, own, *_blank_features(model, own, config, device))
+        logits["blank", name] = logits_of(f"no {name}", blank)
     logits |= {(kind, ""): logits_of(kind, samples, without=kind) for kind in model.prompt_kinds}
     plain_SN = logits["as is", ""]
     return Audit(
@@ -249,16 +251,22 @@ def _complementary_modalities(model: Fusion, data: DataSet) -> tuple[str, ...]:
 
 
 @torch.no_grad()
-def _blank_features(model: Fusion, sides: Sequence[str], config: RunConfig, device: torch.device) -> dict[str, Tensor]:
-    features = {}
+def _blank_features(
+    model: Fusion, sides: Sequence[str], config: RunConfig, device: torch.device
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """The pooled feature (1, C) and the normalised output tokens of a blank input, of the sides that are frozen."""
+    features, tokens = {}, {}
     for side in sides:
         if side in model.frozen:
             encoder = model.encoder(side)
             inputs = encoder.preprocess.batch([blank_input(encoder.modality, encoder.preprocess)])
             with devices.autocast(config.train.precision, device):
-                found_1C = run_frozen(encoder, {name: tensor.to(device) for name, tensor in inputs.items()}).pooled_BC
-            features[side] = found_1C.float().cpu()
-    return features
+                encoded = run_frozen(encoder, {name: tensor.to(device) for name, tensor in inputs.items()})
+            values_BLC, mask_BL = encoded.tokens_BLD, encoded.mask_BL
+            mask_BL = torch.ones_like(values_BLC[..., 0], dtype=torch.bool) if mask_BL is None else mask_BL
+            features[side] = encoded.pooled_BC.float().cpu()
+            tokens[side] = {"values_BLC": normalize_feature(values_BLC).cpu(), "mask_BL": mask_BL.cpu()}
+    return features, tokens
 
 
 def _condition(

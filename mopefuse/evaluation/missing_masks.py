@@ -135,7 +135,7 @@ def _require_removable(kind: str, kinds: Mapping[str, tuple[str, ...]], model: F
         what = f"no encoder of this model reads {unknown[0]}"
     elif parts == read:
         what = f"a sample without {' and '.join(sorted(parts))} has no input for this model"
-    elif not model.config.either:
+    elif model.requirements.either_helps and not model.config.either:
         fix = f"train with --either, or {fix}"
     raise ConfigError(ConfigCode.MODALITY_NOT_OPTIONAL, what, where=f"--missing {kind}", fix=fix)
 

@@ -72,12 +72,12 @@ def to_json_lines(
     for index, pairs in sorted(pair for part in parts for pair in _pairs_by_sample(part)):
         row = rows[index]
         chosen = [labels[number] for number, _, yes in pairs if yes]
-        answer: dict[str, Any] = {"labels": chosen} if multi_label else {"label": chosen[0]}
+        predicted: dict[str, Any] = {"labels": chosen} if multi_label else {"label": chosen[0]}
         if len(labels) > MOST_LABELS:
             pairs = sorted(pairs, key=lambda pair: (-pair[1], pair[0]))
         probabilities = {labels[number]: round(p, 6) for number, p, _ in pairs}
         true: Any = list(row.labels) if multi_label else row.labels[0]
-        yield json_text({"id": row.id, **answer, "probabilities": probabilities, "true": true}) + "\n"
+        yield json_text({"id": row.id, **predicted, "probabilities": probabilities, "true": true}) + "\n"
 
 
 def _pairs_by_sample(part: Predicted) -> Iterator[tuple[int, list[tuple[int, float, bool]]]]:

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from mopefuse.config.schema import RunConfig
 from mopefuse.core import distributed
+from mopefuse.core.formatting import size
 from mopefuse.data.base import DataSet
 from mopefuse.data.collate import FeatureTable, Samples
+from mopefuse.data.condition_tokens import TokenTable, split_tokens
 from mopefuse.data.features import split_features
 from mopefuse.data.modality_dropout import ModalityDropout
 from mopefuse.evaluation.outputs import Advance, ModelOutputs, SplitOutput, collect
@@ -89,16 +91,9 @@ def prepare_samples(
         reading: called with what is being computed, how much of it is done, and how much there is.
     """
     require_rows(model, data.modalities)
-    features = {}
-    for side in model.frozen if config.data.cache_features else ():
-        encoder = model.encoder(side)
-        if not (training and get_modality(encoder.modality).is_picture and config.data.augment != "none"):
-            advance = partial(reading, f"{encoder.spec.name} on {split}")
-            features[side] = split_features(encoder, data, split, config, device, advance=advance)
-            what = f"{features[side].different:,} different {get_modality(encoder.modality).plural}"
-            notice(f"{split}: {what} encoded once by {encoder.spec}, {features[side].origin}")
-    tables: dict[str, Any] = {"features": features, "prefixes": prefixes}
-    samples = Samples(data, split, model.readers(), config.data, seed=config.seed, training=training, **tables)
+    tables = _cached_features(model, data, split, config, device, training, notice, reading)
+    options: dict[str, Any] = {"seed": config.seed, "training": training, "prefixes": prefixes, **tables}
+    samples = Samples(data, split, model.readers(), config.data, **options)
     model.require_modalities(samples.lacking, where=split)
     if config.data.cache_images:
         advance = partial(reading, f"decoding {split}")
@@ -109,6 +104,37 @@ def prepare_samples(
         return samples
     dropped = [side for side in model.droppable_sides if side in model.reads]
     return ModalityDropout(samples, dropped, config.train.modality_dropout) if dropped else samples
+
+
+def _cached_features(
+    model: Fusion,
+    data: DataSet,
+    split: str,
+    config: RunConfig,
+    device: torch.device,
+    training: bool,
+    notice: Callable[[str], None],
+    reading: Callable[[str, int, int], None],
+) -> dict[str, dict[str, Any]]:
+    """The pooled features, and the output tokens, of frozen encoders that need not run; see `prepare_samples`."""
+    features: dict[str, FeatureTable] = {}
+    tokens: dict[str, TokenTable] = {}
+    for side in model.frozen if config.data.cache_features else ():
+        encoder = model.encoder(side)
+        if training and get_modality(encoder.modality).is_picture and config.data.augment != "none":
+            continue
+        advance = partial(reading, f"{encoder.spec.name} on {split}")
+        if side in model.reads_tokens:
+            found = split_tokens(encoder, data, split, config, device, advance=advance)
+            if isinstance(found, str):
+                notice(f"{split}: output tokens of {encoder.spec} are computed in every step, as {found}")
+                continue
+            tokens[side] = found
+            notice(f"{split}: output tokens of {encoder.spec} take {size(found.size)}, {found.origin}")
+        features[side] = pooled = split_features(encoder, data, split, config, device, advance=advance)
+        what = f"{pooled.different:,} different {get_modality(encoder.modality).plural}"
+        notice(f"{split}: {what} encoded once by {encoder.spec}, {pooled.origin}")
+    return {"features": features, "tokens": tokens}
 
 
 def split_metrics(

@@ -98,7 +98,7 @@ class Maker:
         else:
             save_pt2(program, file)
         del program
-        self.notice("comparing its answers with the model's")
+        self.notice("comparing its predictions with the model's")
         bundle = Bundle(folder, "cpu", threads=torch.get_num_threads(), manifest=self.manifest)
         self.parity = compare(self.graph, bundle, images, texts)
         self.manifest["parity"] = asdict(self.parity)
@@ -137,7 +137,7 @@ class Maker:
             "image": "example.png",
             "text": EXAMPLE_TEXT,
             "logits": logits_BN[0].tolist(),
-            "answer": Predictor(bundle).predict([image], [EXAMPLE_TEXT])[0],
+            "prediction": Predictor(bundle).predict([image], [EXAMPLE_TEXT])[0],
             "tolerance": INT8_TOLERANCE if self.int8 else TOLERANCE,
         }
         (folder / "example.json").write_text(dump_json(example), encoding="utf-8")
@@ -226,7 +226,7 @@ def compare(made: graph.Graph, bundle: Bundle, images: Sequence[Any], texts: Seq
         agree += int((_predicted_labels(found[0], bundle) == _predicted_labels(wanted[0], bundle)).all(axis=-1).sum())
     count = sum(map(len, groups))
     if not max(worst, routed) <= TOLERANCE:
-        what = f"the exported graph's answers differ by {max(worst, routed):.2g}, more than {TOLERANCE:g}"
+        what = f"the exported graph's outputs differ by {max(worst, routed):.2g}, more than {TOLERANCE:g}"
         where = f"{agree} of {count} labels agree"
         raise GateError(GateCode.EXPORT_DIFFERS, what, where=where, fix="use --format adapter, and report it")
     return Parity(

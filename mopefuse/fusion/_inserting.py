@@ -12,12 +12,11 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from mopefuse.config.schema import RunConfig
-from mopefuse.core.precision import apply_in_own_type
+from mopefuse.core.precision import apply_in_own_type, normalize_feature
 from mopefuse.data.base import Batch
 from mopefuse.encoders.base import Encoder, Insert
 from mopefuse.fusion._tunable import TunedFusion
 from mopefuse.fusion.base import Output
-from mopefuse.prompts.stack import normalize_feature
 
 
 class InsertingFusion(TunedFusion):

@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -27,28 +27,11 @@ from mopefuse.data.base import Batch
 from mopefuse.encoders.base import Encoder, Prefix, Preprocess, run_frozen
 from mopefuse.errors import CheckpointError, ConfigError
 from mopefuse.fusion.collator import Collator, Requirements
+from mopefuse.fusion.output import Output as Output
 from mopefuse.fusion.regression import Advance, FitSettings, Fitted, Fold, Standard
 
 Task = Literal["single-label", "multi-label"]
 TASKS: tuple[Task, ...] = ("single-label", "multi-label")
-
-
-class Output(NamedTuple):
-    """The output of a fusion method for a batch."""
-
-    logits_BN: Tensor
-    routing_BLK: Tensor | None = None  # noise-free expert weights of each routed layer
-    alone_BN: Tensor | None = None  # logits from the complementary side alone, trained together with the others (`either`)
-
-    @property
-    def logits(self) -> Tensor:
-        """(B, N)."""
-        return self.logits_BN
-
-    @property
-    def load_LK(self) -> Tensor | None:
-        """Routing weights summed over the batch (L, K), which the importance loss balances."""
-        return None if self.routing_BLK is None else self.routing_BLK.sum(dim=0)
 
 
 class Fusion(nn.Module):
@@ -60,6 +43,7 @@ class Fusion(nn.Module):
         uses: the sides that the method needs, such as ("main", "comp").
         frozen: the sides whose encoder gets no prompts and is never trained, so that its features can be cached.
         reads: the sides whose samples the forward pass reads.
+        reads_tokens: the sides of `frozen` of which it also reads the output tokens, from `Batch.tokens` if these were cached.
         prefix_layers: by side, the first layer of the encoder that is prompted, if all before it are frozen: `forward` then
             starts from `prefix`, so that training can cache the input of that layer.
     """
@@ -98,6 +82,7 @@ class Fusion(nn.Module):
         for side in self.uses:
             self.add_module(side, encoders[side])
         self.frozen: tuple[str, ...] = ()
+        self.reads_tokens: tuple[str, ...] = ()
         self.reads: tuple[str, ...] = self.uses
         self.prefix_layers: dict[str, int] = {}
         self.standard: nn.ModuleDict | None = None  # by side, if the head takes standardised features
@@ -174,7 +159,10 @@ class Fusion(nn.Module):
         """Sections and settings that differ from their defaults and that this method does not use."""
         default = RunConfig(main="", comp="")
         settings = ["train.modality_dropout"] if self.config.train.modality_dropout and self.closed_form else []
-        optional = "warm_start head_features tune prompts router comp_tuning lora inserted pmf linear mlp cross_attention"
+        optional = (
+            "warm_start head_features tune prompts router comp_tuning lora inserted pmf linear mlp cross_attention qmf "
+            "flamingo"
+        )
         used = (*self.sections, "lora") if any(self.encoder(side).adapted for side in self.uses) else self.sections
         return [s for s in optional.split() if s not in used and getattr(self.config, s) != getattr(default, s)] + settings
 

@@ -111,7 +111,7 @@ class _Comparison:
 
     def _scored(self, name: str, model: Network | Weights, parts: Sequence[Tensor]) -> tuple[Baseline, Tensor]:
         logits_SN = torch.cat(list(parts))
-        loss = label_loss(logits_SN, self.actual, multi_label=self.how.multi_label) / len(logits_SN)
+        loss = label_loss(logits_SN, self.actual, multi_label=self.how.multi_label).mean()
         return Baseline(name, model, score(logits_SN, self.actual, self.how), float(loss)), logits_SN
 
     def _widen(self, group: Sequence[str], weights: Weights) -> Weights:

@@ -32,9 +32,10 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 SIZES = (
-    "prompts.experts prompts.static prompts.dynamic prompts.mapped prompts.bottleneck head_hidden comp_tuning.length lora.rank "
-    "inserted.prompts inserted.images pmf.queries pmf.query_context pmf.fusion_context pmf.bottleneck "
-    "cross_attention.queries cross_attention.width"
+    "prompts.experts prompts.static prompts.dynamic prompts.mapped prompts.condition_tokens prompts.bottleneck head_hidden "
+    "comp_tuning.length lora.rank inserted.prompts inserted.images pmf.queries pmf.query_context pmf.fusion_context "
+    "pmf.bottleneck cross_attention.queries cross_attention.width flamingo.width flamingo.hidden flamingo.resampled "
+    "flamingo.resampler_layers"
 ).split()
 """Settings that determine the number of parameters of a model."""
 
@@ -47,6 +48,8 @@ class OtherSettings(TypedDict, total=False):
 
     dropout: float  # probability with which prompt values are dropped in training mode, from 0 to below 1
     init: float  # prompts start in U(-init, init)
+    condition: Literal["pooled", "tokens"]  # whether mapped prompts come from comp's pooled feature, or its output tokens
+    condition_tokens: int  # tokens that comp's output tokens are reduced to; 0: all of them
     bottleneck: int  # width of the mapper's trunk
     mapper_norm: Literal["layer", "batch-frozen"]
     route_stage_starts: bool  # whether the first block of each stage has a dynamic prompt too
@@ -66,6 +69,8 @@ class OtherSettings(TypedDict, total=False):
     linear: Mapping[str, Any]
     mlp: Mapping[str, Any]
     cross_attention: Mapping[str, Any]
+    qmf: Mapping[str, Any]
+    flamingo: Mapping[str, Any]
     data: Mapping[str, Any]
     train: Mapping[str, Any]
 

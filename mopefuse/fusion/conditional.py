@@ -11,6 +11,7 @@ the papers' inserted tokens (`gate: none`), or through a separate gated attentio
   regression on all features only.
 * Several complementary encoders, each a separate condition. A modality that a sample lacks is replaced by a learned
   condition.
+* `condition: tokens`: the mapped prompt is computed from the output tokens of a complementary encoder, not from psi.
 
 Shapes: B batch, C width of psi, N labels.
 """
@@ -24,19 +25,21 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from mopefuse.config.schema import MLP, Prompts, RunConfig
-from mopefuse.core.error_codes import ConfigCode
-from mopefuse.core.precision import apply_without_autocast
+from mopefuse.config.methods import MLP
+from mopefuse.config.schema import Prompts, RunConfig
+from mopefuse.core.error_codes import ConfigCode, EncoderCode
+from mopefuse.core.precision import apply_without_autocast, normalize_feature, to_float32
 from mopefuse.data.base import Batch
-from mopefuse.encoders.base import Encoder
-from mopefuse.errors import ConfigError
+from mopefuse.encoders.base import Encoder, run_frozen
+from mopefuse.errors import ConfigError, EncoderError
 from mopefuse.fusion._static_prompts import build_static_stack, initial_bound
 from mopefuse.fusion.base import Fusion, Output
 from mopefuse.fusion.baselines import Weights, fit_baselines
 from mopefuse.fusion.mlp_fit import Network, NetworkSettings
 from mopefuse.fusion.regression import Advance, FitSettings, Fitted, Fold, fit_heads
 from mopefuse.fusion.wide_head import WideHead, head_state
-from mopefuse.prompts.stack import PromptStack, fill_prompt_lengths, normalize_feature
+from mopefuse.prompts.resampler import ConditionTokens
+from mopefuse.prompts.stack import PromptStack, fill_prompt_lengths
 
 
 class ConditionalFusion(Fusion):
@@ -49,7 +52,8 @@ class ConditionalFusion(Fusion):
         ConfigError: the complementary encoder is tuned but has no effect; `warm_start=linear` with ungated prompts or with
             `either`.
         EncoderError: the main encoder has no promptable layer; the complementary encoder has none although
-            `comp_tuning.mode=prompts`, or does not support LoRA although `comp_tuning.mode=lora`.
+            `comp_tuning.mode=prompts`, does not support LoRA although `comp_tuning.mode=lora`, or does not provide its
+            tokens although `prompts.condition=tokens`.
     """
 
     takes_several_comps: ClassVar[bool] = True
@@ -58,6 +62,7 @@ class ConditionalFusion(Fusion):
         r"^stack\..*static_SD$": "static prompts",
         r"^stack\..*experts_KPD$": "prompt experts",
         r"^stack\.(trunk|.*mapper)": "mapper",
+        r"^stack\.resamplers\.": "resampler",
         r"^stack\..*\.films?\.": "FiLM",
         r"^stack\..*gate_H$": "gates",
         r"^comp\d*_stack\.": "complementary prompts",
@@ -74,6 +79,7 @@ class ConditionalFusion(Fusion):
         r"^stack\.router\.others\.(\w+)$": r"\1 features",
         r"^stack\.trunk\.0\.": "comp features",
         r"^stack\.trunks\.(\w+)\.0\.": r"\1 features",
+        r"^stack\.resamplers\.(\w+)\.(?:trunk\.0\.|absent_C)": r"\1 features",
         r"^(comp\d*)_stack\.": r"\1",
     }
 
@@ -85,7 +91,13 @@ class ConditionalFusion(Fusion):
         assert prompts.init is not None
         widths = {side: self.encoder(side).feature_width for side in self.comps}
         self.stack = PromptStack(
-            prompts, config.router, widths=main.widths, heads=main.heads, conditions=widths, bound=prompts.init
+            prompts,
+            config.router,
+            widths=main.widths,
+            heads=main.heads,
+            conditions=widths,
+            bound=prompts.init,
+            tokens=self._token_widths() if prompts.condition == "tokens" else None,
         )
         if config.warm_start == "linear":
             _check_warm_start(config)
@@ -111,9 +123,26 @@ class ConditionalFusion(Fusion):
             self.reads = ("main",)
         elif config.comp_tuning.mode == "frozen":
             self.frozen = self.comps
+            self.reads_tokens = self.comps if len(self.stack.resamplers) else ()
         first = min(map(int, self.stack.layers), default=0)
         self.prefix_layers = {"main": first} if first and not main.trainable else {}
-        self.learn_absence([side for side in self.optional_sides if side in self.reads and side != "main"])
+        absent = [side for side in self.optional_sides if side in self.reads and side != "main"]
+        self.stack.learn_absence(absent)
+        if self.stack.reads_psi or len(self.head_sides) > 1 or self.head_comp is not None:
+            self.learn_absence(absent)
+
+    def _token_widths(self) -> dict[str, int]:
+        """Width of the output tokens of each complementary encoder.
+
+        Raises:
+            EncoderError: one of them does not provide its tokens.
+        """
+        widths = {side: self.encoder(side).token_width for side in self.comps}
+        for side in (side for side, width in widths.items() if not width):
+            what = f"{self.encoder(side).spec} does not provide its tokens"
+            fix = "use --condition pooled, or another encoder as --comp"
+            raise EncoderError(EncoderCode.TOKEN_WIDTH_UNKNOWN, what, where="--condition tokens", fix=fix)
+        return widths
 
     def _set_up_tuning(self, side: str, gate: Literal["none", "zero"]) -> None:
         """Make a complementary encoder trainable according to `comp_tuning`."""
@@ -188,16 +217,32 @@ class ConditionalFusion(Fusion):
 
     def psi(self, side: str, batch: Batch) -> Tensor:
         """Pooled feature of a complementary encoder, (B, C)."""
+        return self.read(side, batch)[0]
+
+    def read(self, side: str, batch: Batch) -> tuple[Tensor, ConditionTokens | None]:
+        """psi of a complementary encoder, (B, C), and its output tokens if prompts are computed from them."""
+        if side in self.frozen and side not in self.reads_tokens:
+            return self.pooled_feature(side, batch), None
+        missing_B = batch.missing.get(side)
+        if side in batch.tokens:
+            return batch.features[side], ConditionTokens(**batch.tokens[side], missing_B=missing_B)
         if side in self.frozen:
-            return self.pooled_feature(side, batch)
-        stack = getattr(self, f"{side}_stack", None)
-        return self.encoder(side).encode(batch.inputs[side], stack and stack.condition({})).pooled_BC
+            encoded = run_frozen(self.encoder(side), batch.inputs[side])
+        else:
+            stack = getattr(self, f"{side}_stack", None)
+            encoded = self.encoder(side).encode(batch.inputs[side], stack and stack.condition({}))
+        if side not in self.stack.resamplers:
+            return encoded.pooled_BC, None
+        tokens = ConditionTokens(normalize_feature(encoded.tokens_BLD), encoded.mask_BL, missing_B)
+        return to_float32(encoded.pooled_BC), tokens
 
     def forward(self, batch: Batch) -> Output:
         """Compute logits (B, N) and the routing of each routed layer."""
-        psi_BC = {side: self.psi(side, batch) for side in self.comps if side in self.reads}
+        read = {side: self.read(side, batch) for side in self.comps if side in self.reads}
+        psi_BC = {side: psi for side, (psi, _) in read.items()}
+        tokens = {side: found for side, (_, found) in read.items() if found is not None}
         conditions_BC = {side: self.replace_missing(side, normalize_feature(psi), batch) for side, psi in psi_BC.items()}
-        conditioned = self.stack.condition(conditions_BC) if len(self.stack.layers) else None
+        conditioned = self.stack.condition(conditions_BC, tokens) if len(self.stack.layers) else None
         start = self.prefix("main", batch)
         pooled_BC = self.encoder("main").encode(batch.inputs["main"], conditioned, start=start).pooled_BC
         features = (pooled_BC,) if len(self.head_sides) == 1 else (pooled_BC, *psi_BC.values())

@@ -89,9 +89,9 @@ def fit_network(
             optimizer.param_groups[0]["lr"] = _LEARNING_RATE * (1 + math.cos(math.pi * step / total)) / 2
             kept_BH = torch.rand(len(index_B), network.hidden, generator=draw) >= network.dropout
             logits_BN = model.logits(design[index_B].float(), kept_BH / (1 - network.dropout))
-            loss = label_loss(logits_BN, targets[index_B], multi_label=how.multi_label, weights=how.class_weights)
+            loss_B = label_loss(logits_BN, targets[index_B], multi_label=how.multi_label, weights=how.class_weights)
             optimizer.zero_grad(set_to_none=True)
-            (loss / len(index_B)).backward()
+            loss_B.mean().backward()
             optimizer.step()
             step += 1
         yield Network(*(parameter.detach().clone() for parameter in parameters))

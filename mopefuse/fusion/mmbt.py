@@ -17,6 +17,7 @@ from mopefuse.data.base import Batch
 from mopefuse.encoders.base import Encoder, Insert
 from mopefuse.errors import EncoderError
 from mopefuse.fusion._inserting import InsertingFusion
+from mopefuse.fusion._text_and_image import text_and_image_sides
 
 
 class MMBT(InsertingFusion):
@@ -29,8 +30,8 @@ class MMBT(InsertingFusion):
     mean, it equals `Sequential`.
 
     Raises:
-        EncoderError: both encoders have the same modality, the text encoder does not support inserted tokens, or the image
-            encoder does not provide its tokens.
+        EncoderError: there is not one encoder of text and one of images, the text encoder does not support inserted tokens, or
+            the image encoder does not provide its tokens.
     """
 
     default_tune: ClassVar[str] = "full"
@@ -42,11 +43,7 @@ class MMBT(InsertingFusion):
 
     def roles(self) -> tuple[str, str]:
         """Sides of the text (reader) and of the image (source), whichever is main."""
-        sides = {self.encoder(side).modality: side for side in self.uses}
-        if sides.keys() != {"text", "image"}:
-            what = f"{self.config.method} needs a text and an image encoder, but both encoders have the same modality"
-            raise EncoderError(EncoderCode.NEEDS_IMAGE_AND_TEXT, what, fix="give one of each as --main and --comp")
-        return sides["text"], sides["image"]
+        return text_and_image_sides(self)
 
     def source_width(self) -> int:
         """Width C of the image tokens, which differs from the feature's if the encoder projects its pooled output."""

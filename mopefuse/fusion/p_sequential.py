@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from mopefuse.config.schema import RunConfig
-from mopefuse.core.precision import apply_in_own_type
+from mopefuse.core.precision import apply_in_own_type, normalize_feature
 from mopefuse.data.base import Batch
 from mopefuse.encoders.base import Encoder, Prompt
 from mopefuse.fusion._tunable import TunedFusion
 from mopefuse.fusion.base import Output
-from mopefuse.prompts.stack import normalize_feature
 
 
 class PSequential(TunedFusion):

@@ -31,5 +31,4 @@ def load_model(
     loaded = runs.load_model(find_run(path), checkpoint, devices.resolve(device), main=main, comp=comp)
     model = loaded.model
     model.labels = tuple(loaded.manifest["labels"])
-    model.task = "multi-label" if loaded.manifest["multi_label"] else "single-label"
     return model

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def label_loss(logits_BN: Tensor, targets: Tensor, *, multi_label: bool, weights: Tensor | None = None) -> Tensor:
-    """Cross-entropy, or binary cross-entropy averaged over labels, summed over the batch.
+    """Cross-entropy, or binary cross-entropy averaged over labels, of each sample (B,).
 
     Args:
         targets: class indices (B,), or zeros and ones (B, N).
@@ -21,8 +21,8 @@ def label_loss(logits_BN: Tensor, targets: Tensor, *, multi_label: bool, weights
         loss_BN = F.binary_cross_entropy_with_logits(logits_BN, targets, reduction="none")
         if weights is not None:
             loss_BN = loss_BN * torch.where(targets > 0, weights[0], weights[1])
-        return loss_BN.mean(dim=-1).sum()
-    return F.cross_entropy(logits_BN, targets, weight=weights, reduction="sum")
+        return loss_BN.mean(dim=-1)
+    return F.cross_entropy(logits_BN, targets, weight=weights, reduction="none")
 
 
 def balanced_weights(counts_N: Tensor, samples: int, *, multi_label: bool) -> Tensor:

@@ -9,8 +9,11 @@ FiLM (Perez et al., arXiv 1709.07871; initialised to 0 as in adaLN-Zero, Peebles
 what the attention of a layer reads. It starts as the unchanged layer, needs no gate and no additional attention. It shares the
 trunk of the mapped prompt.
 
+With `condition: tokens`, also beyond the papers, the mapped prompt is computed from the output tokens of each complementary
+encoder (`mopefuse.prompts.resampler`) in place of its psi; router and FiLM still read psi.
+
 Shapes: B batch, N prompted layers, S static, P dynamic, M mapped tokens, K experts, C width of a psi, D width of a layer,
-H heads, h width of the mapper's bottleneck.
+H heads, h width of the mapper's bottleneck, R tokens of a condition, 1 for psi.
 """
 
 from __future__ import annotations
@@ -25,12 +28,13 @@ from torch import Tensor, nn
 from mopefuse.config.schema import Prompts as PromptConfig
 from mopefuse.config.schema import Router as RouterConfig
 from mopefuse.core.error_codes import ConfigCode
-from mopefuse.core.precision import apply_in_own_type, to_float32
+from mopefuse.core.precision import apply_in_own_type
 from mopefuse.core.threads import PerThread
 from mopefuse.encoders.attention import Modulation, Prompt
 from mopefuse.errors import ConfigError
 from mopefuse.modalities.base import get_modality
 from mopefuse.prompts.experts import Routed, Router, mix
+from mopefuse.prompts.resampler import ConditionTokens, Resampler, make_trunk
 
 KINDS = ("static", "dynamic", "mapped", "film")
 
@@ -81,14 +85,14 @@ class LayerPrompts(nn.Module):
         return Modulation(scale_BD, shift_BD)
 
     def forward(
-        self, batch: int, weights_BK: Tensor | None, trunks_Bh: Sequence[Tensor] = (), without: str = ""
+        self, batch: int, weights_BK: Tensor | None, conditions_BRh: Sequence[Tensor] = (), without: str = ""
     ) -> Tensor | None:
-        """Build the layer's prompt, (B, S + P + M, D); None if it is empty.
+        """Build the layer's prompt, (B, S + P + R * M, D) with the mapped tokens last; None if it is empty.
 
         Args:
             batch: B.
             weights_BK: expert weights, for a layer with dynamic prompts.
-            trunks_Bh: output of the mapper's trunk for each condition; each is mapped to M tokens.
+            conditions_BRh: what each condition's mapper reads; each of the R is mapped to M tokens.
             without: one of `KINDS` to leave out; empty for none.
         """
         parts = []
@@ -99,9 +103,17 @@ class LayerPrompts(nn.Module):
             mixed = mix(weights_BK.to(self.experts_KPD.dtype), self.experts_KPD.flatten(1), self.top_m)
             parts.append(mixed.unflatten(1, (self.dynamic, self.width)))
         if self.mapper is not None and without != "mapped":
-            for mapper, trunk_Bh in zip((self.mapper, *self.mappers.values()), trunks_Bh, strict=True):
-                parts.append(F.gelu(mapper(trunk_Bh)).unflatten(1, (self.mapped, self.width)))
+            for mapper, condition_BRh in zip((self.mapper, *self.mappers.values()), conditions_BRh, strict=True):
+                mapped = F.gelu(mapper(condition_BRh)).unflatten(2, (self.mapped, self.width))
+                parts.append(mapped.flatten(1, 2))
         return torch.cat([part.to(parts[-1].dtype) for part in parts], dim=1) if parts else None
+
+    def prompt_mask(self, mask_BR: Tensor | None, length: int) -> Tensor | None:
+        """The mask of a prompt of `length` tokens, whose last are mapped from conditions with the mask `mask_BR`."""
+        if mask_BR is None:
+            return None
+        mask_BM = mask_BR.repeat_interleave(self.mapped, dim=1) if self.mapped > 1 else mask_BR
+        return F.pad(mask_BM, (length - mask_BM.shape[1], 0), value=True)
 
 
 class Film(nn.Module):
@@ -134,6 +146,7 @@ class PromptStack(nn.Module):
         widths, heads: of every promptable layer of the encoder.
         conditions: width C of each psi by the name of its condition; empty if all prompts are static.
         bound: prompts are initialised from U(-bound, bound).
+        tokens: width of the tokens of each condition, if the mapped prompts are computed from these; empty for psi.
 
     Raises:
         ConfigError: `prompts.layers` names a layer that the encoder does not have.
@@ -148,6 +161,7 @@ class PromptStack(nn.Module):
         heads: Sequence[int],
         conditions: Mapping[str, int],
         bound: float,
+        tokens: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
         assert config.static is not None and config.dynamic is not None
@@ -176,13 +190,21 @@ class PromptStack(nn.Module):
             )
         self.trunk: nn.Sequential | None = None
         self.trunks = nn.ModuleDict()
-        if (config.mapped or config.film) and chosen:
-            self.trunk, *others = (_trunk(config, width) for width in conditions.values())
+        self.resamplers = nn.ModuleDict()  # by the name of each condition, if its tokens are mapped
+        if tokens and config.mapped and chosen:
+            self.resamplers.update({name: Resampler(config, tokens[name]) for name in self.names})
+        if ((config.mapped and not tokens) or config.film) and chosen:
+            self.trunk, *others = (make_trunk(config, width) for width in conditions.values())
             self.trunks.update(dict(zip(self.names[1:], others, strict=True)))
 
     @property
     def conditional(self) -> bool:
         """Whether the prompts depend on the conditions."""
+        return self.reads_psi or len(self.resamplers) > 0
+
+    @property
+    def reads_psi(self) -> bool:
+        """Whether anything depends on the psi of the conditions: router, FiLM, or mapped prompts without `tokens`."""
         return self.router is not None or self.trunk is not None
 
     @property
@@ -201,31 +223,50 @@ class PromptStack(nn.Module):
         with self._removed.set(kind):
             yield
 
-    def condition(self, psi_BC: Mapping[str, Tensor]) -> ConditionedPrompts:
+    def learn_absence(self, names: Sequence[str]) -> None:
+        """Add a trainable token to the resampler of each of `names`, for samples that lack its modality."""
+        for name in names if len(self.resamplers) else ():
+            resampler = self.resamplers[name]
+            assert isinstance(resampler, Resampler)
+            resampler.learn_absence()
+
+    def condition(
+        self, psi_BC: Mapping[str, Tensor], tokens: Mapping[str, ConditionTokens] | None = None
+    ) -> ConditionedPrompts:
         """Condition the prompts on one batch.
 
         Args:
-            psi_BC: normalised psi (`normalize_feature`) of each condition, so that encoders of any feature scale can be
-                exchanged; may be empty if all prompts are static.
+            psi_BC: normalised psi (`mopefuse.core.precision.normalize_feature`) of each condition, so that encoders of any
+                feature scale can be exchanged; may be empty if all prompts are static.
+            tokens: of each condition, if the stack was built with `tokens`.
         """
-        return ConditionedPrompts(self, psi_BC)
-
-
-def normalize_feature(psi_BC: Tensor) -> Tensor:
-    """psi with mean 0 and variance 1 over its width, in float32; an all-zero psi stays zero."""
-    return F.layer_norm(to_float32(psi_BC), psi_BC.shape[-1:], eps=1e-8)
+        return ConditionedPrompts(self, psi_BC, tokens or {})
 
 
 class ConditionedPrompts:
     """The ``prompt_at`` callback for one batch; `routed` collects the routing of each routed layer during the forward pass."""
 
-    def __init__(self, stack: PromptStack, psi_BC: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, stack: PromptStack, psi_BC: Mapping[str, Tensor], tokens: Mapping[str, ConditionTokens]
+    ) -> None:
         self.stack = stack
         self.routed: list[Routed] = []
-        each_BC = [psi_BC[name] for name in stack.names] if stack.conditional else []
+        each_BC = [psi_BC[name] for name in stack.names] if stack.reads_psi else []
         self._scores_BNX = stack.router.score_conditions(each_BC) if stack.router is not None else None
         trunks = () if stack.trunk is None else (stack.trunk, *stack.trunks.values())
         self._trunks_Bh = [apply_in_own_type(trunk, one_BC) for trunk, one_BC in zip(trunks, each_BC, strict=False)]
+        self._mapped_BRh, self._mask_BR = self._mapped_conditions(tokens)
+
+    def _mapped_conditions(self, tokens: Mapping[str, ConditionTokens]) -> tuple[list[Tensor], Tensor | None]:
+        """What the mappers read of each condition, and the mask of all of it side by side; None without padding."""
+        resamplers = self.stack.resamplers
+        if not len(resamplers):
+            return [trunk_Bh[:, None] for trunk_Bh in self._trunks_Bh], None
+        found = [resampler(tokens[name]) for name, resampler in resamplers.items()]
+        if all(mask_BR is None for _, mask_BR in found):
+            return [one_BRh for one_BRh, _ in found], None
+        masks = [one.new_ones(one.shape[:2], dtype=torch.bool) if mask is None else mask for one, mask in found]
+        return [one_BRh for one_BRh, _ in found], torch.cat(masks, dim=1)
 
     def __call__(self, layer: int, tokens_BLD: Tensor, mask_BL: Tensor | None) -> Prompt | None:
         """Build the condition of a layer; None if it has none."""
@@ -241,27 +282,16 @@ class ConditionedPrompts:
             self.routed.append(routed)
             weights_BK = routed.weights_BK
         removed = str(stack._removed.value or "")
-        prompt_BPD = prompts(tokens_BLD.shape[0], weights_BK, self._trunks_Bh, removed)
+        prompt_BPD = prompts(tokens_BLD.shape[0], weights_BK, self._mapped_BRh, removed)
         modulation = None if removed == "film" else prompts.modulation(self._trunks_Bh)
         if prompt_BPD is None:
             return None if modulation is None else Prompt(tokens_BLD[:, :0], modulation=modulation)
-        return Prompt(stack.dropout(prompt_BPD).to(tokens_BLD.dtype), prompts.gate_H, modulation)
+        mask_BP = None if removed == "mapped" else prompts.prompt_mask(self._mask_BR, prompt_BPD.shape[1])
+        return Prompt(stack.dropout(prompt_BPD).to(tokens_BLD.dtype), prompts.gate_H, modulation, mask_BP)
 
     def routing(self) -> Tensor | None:
         """Noise-free weights (B, N, K) of all routed layers, available after the forward pass; None without routing."""
         return torch.stack([routed.clean_BK for routed in self.routed], dim=1) if self.routed else None
-
-
-def _trunk(config: PromptConfig, width: int) -> nn.Sequential:
-    norm = nn.LayerNorm if config.mapper_norm == "layer" else _FrozenBatchNorm
-    return nn.Sequential(nn.Linear(width, config.bottleneck), norm(config.bottleneck), nn.GELU())
-
-
-class _FrozenBatchNorm(nn.BatchNorm1d):
-    """Batch norm that stays in evaluation mode, as in the released code: mean 0 and variance 1 are never updated."""
-
-    def train(self, mode: bool = True) -> _FrozenBatchNorm:
-        return super().train(False)
 
 
 def fill_prompt_lengths(config: PromptConfig, modality: str) -> PromptConfig:
@@ -275,8 +305,8 @@ def fill_prompt_lengths(config: PromptConfig, modality: str) -> PromptConfig:
     )
 
 
-def select_layers(layers: str | Sequence[int], count: int) -> tuple[int, ...]:
-    """Resolve ``all``, ``first:N``, ``last:N``, ``last:1/N`` or a list to sorted indices among `count` layers.
+def select_layers(layers: str | Sequence[int], count: int, owner: str = "the main encoder") -> tuple[int, ...]:
+    """Resolve ``all``, ``first:N``, ``last:N``, ``last:1/N`` or a list to sorted indices among the `count` layers of `owner`.
 
     A fraction is rounded up.
 
@@ -294,7 +324,7 @@ def select_layers(layers: str | Sequence[int], count: int) -> tuple[int, ...]:
     if chosen and not 0 <= chosen[0] <= chosen[-1] < count:
         raise ConfigError(
             ConfigCode.LAYER_OUT_OF_RANGE,
-            f"the main encoder has {count} layers, 0 to {count - 1}; got {layers}",
+            f"{owner} has {count} layers, 0 to {count - 1}; got {layers}",
             where="prompts.layers",
             fix=f"use layers from 0 to {count - 1}, or all",
         )

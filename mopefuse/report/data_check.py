@@ -37,7 +37,7 @@ _SHOWN = (  # kinds for which it helps to see the image
 
 
 @dataclass(frozen=True)
-class Offender:
+class Example:
     """A finding with its pictures; two where two rows have something in common."""
 
     kind: str
@@ -79,7 +79,7 @@ def check_page(report: Report, *, name: str, summary: str, columns: Sequence[str
         texts=_texts(report),
         lengths=lengths,
         sizes=images,
-        offenders=[_offender(report, finding) for finding in _worst(report)],
+        examples=[_example(report, finding) for finding in _worst(report)],
     )
 
 
@@ -127,14 +127,14 @@ def _unit(report: Report) -> str:
 
 
 def describe_count(facts: Mapping[str, Any]) -> str:
-    """Say how many texts were measured; `facts` are those of `Texts.as_dict`."""
+    """Describe how many texts were measured; `facts` are those of `Texts.as_dict`."""
     if facts["sampled"]:
         return f"an evenly spaced sample of {facts['measured']:,} of {facts['total']:,}"
     return f"all {facts['measured']:,}"
 
 
 def describe_truncation(facts: Mapping[str, Any]) -> str:
-    """Say what an encoder truncates, or estimate it; `facts` are those of `Texts.as_dict`, some texts measured."""
+    """Describe what an encoder truncates, or estimate it; `facts` are those of `Texts.as_dict`, some texts measured."""
     if "cut" in facts:
         cut = f"{facts['cut']['texts']:,} of the measured texts ({100 * facts['cut']['share']:.1f} %)"
         return f"{facts['encoder']} reads {facts['limit']:,} tokens and truncates {cut}"
@@ -148,8 +148,8 @@ def _texts(report: Report) -> str:
         return "none"
     unit = _unit(report)
     lengths = facts[unit]
-    said = f"median {lengths['median']:,}, 95 % up to {lengths['p95']:,}, longest {lengths['longest']:,} {unit}"
-    return f"{describe_count(facts)}: {said}; {describe_truncation(facts)}"
+    measured = f"median {lengths['median']:,}, 95 % up to {lengths['p95']:,}, longest {lengths['longest']:,} {unit}"
+    return f"{describe_count(facts)}: {measured}; {describe_truncation(facts)}"
 
 
 def _balance(report: Report) -> list[list[dict[str, Any]]]:
@@ -182,14 +182,14 @@ def _worst(report: Report) -> list[Finding]:
     return [finding for finding in report.findings if id(finding) in chosen]
 
 
-def _offender(report: Report, finding: Finding) -> Offender:
+def _example(report: Report, finding: Finding) -> Example:
     pictures = []
     if finding.kind not in (*_DAMAGED, "huge-image"):
         pictures.append(_picture_of(report, finding.split, finding.row))
     if finding.twin >= 0:
         pictures.append(_picture_of(report, "train", finding.twin))
     head = first_bytes(report.roots, finding.image) if finding.kind in _DAMAGED else b""
-    return Offender(finding.kind, finding.severity, finding.message, finding.place, tuple(pictures), tuple(dump(head)))
+    return Example(finding.kind, finding.severity, finding.message, finding.place, tuple(pictures), tuple(dump(head)))
 
 
 def _picture_of(report: Report, split: str, number: int) -> Picture:

@@ -89,12 +89,12 @@ class RunFacts:
 
     @cached_property
     def metrics(self) -> dict[str, float]:
-        """Of the split."""
+        """Metrics on the split."""
         return measures.compute(self.logits_SN, self.targets, multi_label=self.multi_label, thresholds=self.thresholds)
 
     @cached_property
     def calibration(self) -> measures.Calibration:
-        """Of the split."""
+        """Calibration on the split."""
         return measures.calibration(self.p_SN, self.targets)
 
     def row(self, number: int) -> Row:

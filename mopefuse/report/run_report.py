@@ -26,8 +26,8 @@ from mopefuse.training.plan import resolved
 
 Advance = Callable[[str, int, int], None]  # (what, samples done, samples in all)
 PAGE = "report.html"
-MOST_ANSWERS = 25_000_000
-"""Maximum number of probabilities (samples times labels) that a page covers; of larger splits it uses a part of the samples."""
+MAX_PROBABILITIES = 25_000_000
+"""Maximum number of probabilities (samples times labels) that a page covers; larger splits are subsampled."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def report(
     opened = open_run(run, split=None, data=data, checkpoint=_checkpoint(folder), device=device)
     dataset, split, step = opened.data, opened.split, opened.step or 0
     notes = _notes(folder, dataset, split, step, audited=audit)
-    most, total = max(1, MOST_ANSWERS // len(dataset.labels)), len(dataset.splits[split].rows)
+    most, total = max(1, MAX_PROBABILITIES // len(dataset.labels)), len(dataset.splits[split].rows)
     if total > most:
         dataset, _ = subsample(dataset, split, most, seed=0)
         part = f"This page shows {most:,} of {total:,} samples, drawn at random; mopefuse eval reports the metrics of all."

@@ -128,6 +128,7 @@ def load_model(
     modality_of = {side: str(facts["modality"]) for side, facts in manifest["encoders"].items()}
     config = _with_other_specs(config, specs_by_side(main, comp, modality_of), where=str(folder.path))
     model = build_model(config, len(manifest["labels"]))
+    model.task = "multi-label" if manifest["multi_label"] else "single-label"
     check_encoders(model, manifest, where=str(folder.path))
     path, facts = folder.checkpoint(checkpoint)
     model.load_trainable_state_dict(read_tensors(path / "weights.safetensors"), where=str(path))

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from mopefuse.config.schema import Section
+from mopefuse.config.section import Section
 
 
 class Range(Section):

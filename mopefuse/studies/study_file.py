@@ -30,7 +30,8 @@ from pydantic import Field, ValidationError, field_validator
 
 from mopefuse.config.messages import need, shortened
 from mopefuse.config.recipe import find_recipe, find_study, parse_set, read_recipe
-from mopefuse.config.schema import WITHOUT_EFFECT, RunConfig, Section, build_config
+from mopefuse.config.schema import WITHOUT_EFFECT, RunConfig, build_config
+from mopefuse.config.section import Section
 from mopefuse.config.setting_paths import flatten, merge, nest
 from mopefuse.core.cache import make_key
 from mopefuse.core.error_codes import ConfigCode

@@ -1,6 +1,6 @@
 """The contract that every encoder must satisfy.
 
-See `mopefuse.encoders.base.Encoder`; what is checked is in `encoder_checks` and `encoder_prompts`.
+See `mopefuse.encoders.base.Encoder`; the checks are in `encoder_checks` and `encoder_prompts`.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _prompted_parts(check: PromptChecks, alone: str) -> list[Part]:
             "call self._request_prompt(layer, tokens_BLD, mask_BL) once as tokens enter each of the layers in widths",
         ),
         Part(
-            "without prompts and with a gate of 0, bit for bit the same",
+            "without prompts, or with a gate of 0, the output is unchanged bit for bit",
             check.untouched_without_prompts,
             "where _request_prompt returns None, compute the layer as the backbone does; elsewhere use mopefuse's attend",
         ),
@@ -88,6 +88,11 @@ def _prompted_parts(check: PromptChecks, alone: str) -> list[Part]:
             lambda: check.does_not_depend_on_the_batch(lambda gates: gates),
             alone,
         ),
+        Part(
+            "prompt tokens that the prompt masks have no effect",
+            check.masked_prompts,
+            "pass prompt.mask_BP to mopefuse's attend as prompt_mask_BP, or to attend_prompts as mask_BP",
+        ),
         Part("every prompt and gate receives a gradient, and no weight does", check.gradients, f"do not detach prompts; {use}"),
         Part("a prompt is not kept after its call", check.keeps_no_state, keep),
         Part(
@@ -101,13 +106,18 @@ def _prompted_parts(check: PromptChecks, alone: str) -> list[Part]:
             "pass the input of the query, key and value projections through prompt.modulate",
         ),
         Part(
+            "adds to the input of each layer",
+            check.added_to_tokens,
+            "pass the input of each layer through prompt.add_to, ahead of the residual connection",
+        ),
+        Part(
             insert,
             check.inserted_tokens,
             "put inserted tokens ahead of the encoder's own and into masks, or set insertable = False",
         ),
     ]
     fix = "compute in _run_layer what the layer computes in _encode, with the prompt as more keys and values"
-    return [*parts, Part("each layer by itself gives the same", check.layers_run_alone, fix)] if insertable else parts
+    return [*parts, Part("each layer run alone gives the same output", check.layers_run_alone, fix)] if insertable else parts
 
 
 def _samples(encoder: Encoder) -> list[Any]:

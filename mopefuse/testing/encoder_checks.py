@@ -1,4 +1,4 @@
-"""What is checked of every encoder, prompted or not; `mopefuse.testing.encoder` lists the claims.
+"""Checks that every encoder must pass, prompted or not; `mopefuse.testing.encoder` lists the claims.
 
 Shapes: B batch, L tokens, P prompt tokens, D width of a layer, C width of the pooled feature, H heads.
 """
@@ -39,11 +39,11 @@ class EncoderChecks:
         return {name: tensor.to(self.device) for name, tensor in self.encoder.preprocess.batch(items).items()}
 
     def message(self, what: str) -> str:
-        """A fault, with the encoder that has it."""
+        """Describe a fault, naming the encoder."""
         return f"{self.encoder.spec}: {what}"
 
     def run(self, inputs: Inputs, prompt_at: PromptAt | None = None) -> Encoded:
-        """A forward pass without gradients."""
+        """Run a forward pass without gradients."""
         with torch.no_grad():
             return self.encoder.encode(inputs, prompt_at)
 

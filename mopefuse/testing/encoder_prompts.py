@@ -1,4 +1,4 @@
-"""What is checked of an encoder that takes prompts, and of one that accepts inserted tokens.
+"""Checks of encoders that take prompts, and of encoders that accept inserted tokens.
 
 Shapes: B batch, L tokens, P prompt tokens, D width of a layer, K keys that a query sees.
 """
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mopefuse.encoders.base import Encoded, Insert, Modulation, Prompt, PromptAt
+from mopefuse.encoders.base import Encoded, Insert, Modulation, Prefix, Prompt, PromptAt
 from mopefuse.errors import EncoderError
 from mopefuse.testing.encoder_checks import PROMPT_TOKENS, EncoderChecks, prompts_at
 
@@ -19,8 +19,8 @@ class PromptChecks(EncoderChecks):
 
     def only_at(self, chosen: int, gates: list[Tensor] | None) -> PromptAt:
         """A callback that returns a prompt at one layer alone."""
-        answers = prompts_at(self.prompts, gates)
-        return lambda layer, tokens, mask: answers(layer, tokens, mask) if layer == chosen else None
+        prompt_at = prompts_at(self.prompts, gates)
+        return lambda layer, tokens, mask: prompt_at(layer, tokens, mask) if layer == chosen else None
 
     def layers_in_order(self) -> None:
         """`prompt_at` is called once at each layer, with its width."""
@@ -45,7 +45,7 @@ class PromptChecks(EncoderChecks):
             with torch.set_grad_enabled(grad):
                 plain = self.encoder.encode(self.inputs)
                 for what, prompt_at in {
-                    "no answer": lambda layer, tokens, mask: None,
+                    "prompt_at that returns None": lambda layer, tokens, mask: None,
                     "a prompt of no tokens": lambda layer, tokens, mask: Prompt(self.prompts[layer][:, :0]),
                     "a gate of 0": lambda layer, tokens, mask: Prompt(
                         self.prompts[layer], torch.zeros_like(self.gates[layer])
@@ -64,6 +64,27 @@ class PromptChecks(EncoderChecks):
                     f"{kind} at layer {chosen} is among the returned tokens: {tuple(out.tokens_BLD.shape)}"
                 )
                 assert not torch.equal(out.pooled_BC, plain.pooled_BC), self.message(f"{kind} at layer {chosen} has no effect")
+
+    def masked_prompts(self) -> None:
+        """Prompts of different lengths in one batch, padded and masked, act as each sample's own tokens alone."""
+        for gates in (None, self.gates):
+            together = self.run(self.inputs, self._padded_prompts(gates))
+            for index, item in enumerate(self.items):
+                own = [prompt[index : index + 1, : self._own_length(index)] for prompt in self.prompts]
+                alone = self.run(self.batch([item]), prompts_at(own, gates))
+                kind = "gated prompts" if gates else "prompts"
+                fault = f"masked tokens of {kind} have an effect on sample {index}"
+                self.close(together.pooled_BC[index], alone.pooled_BC[0], fault)
+
+    def _padded_prompts(self, gates: list[Tensor] | None) -> PromptAt:
+        """A callback whose prompts have other tokens, which are masked, where a sample has fewer than the longest."""
+        lengths = [self._own_length(index) for index in range(len(self.values))]
+        mask_BP = torch.arange(PROMPT_TOKENS, device=self.device) < torch.tensor(lengths, device=self.device)[:, None]
+        padded = [torch.where(mask_BP[:, :, None], prompt, prompt.flip(-1)) for prompt in self.prompts]
+        return lambda layer, tokens, mask: Prompt(padded[layer], gates[layer] if gates else None, mask_BP=mask_BP)
+
+    def _own_length(self, index: int) -> int:
+        return 1 + index % PROMPT_TOKENS
 
     def gradients(self) -> None:
         """Prompts and gates of all layers get a gradient, and weights get none."""
@@ -141,6 +162,27 @@ class PromptChecks(EncoderChecks):
             return Prompt(tokens_BLD[:, :0], modulation=Modulation(scales[layer], scales[layer].flip(-1)))
 
         return at
+
+    def added_to_tokens(self) -> None:
+        """Adding 0 to a layer's input changes nothing; adding anything else gives what continuing from the sum gives."""
+        plain = self.run(self.inputs)
+        for layer in range(len(self.encoder.widths)):
+            prefix = self.encoder.compute_prefix(self.inputs, layer)
+            random = torch.Generator().manual_seed(layer)
+            added_BLD = torch.randn(prefix.tokens_BLD.shape, generator=random).to(prefix.tokens_BLD)
+            nothing = self.run(self.inputs, _add(layer, torch.zeros_like(added_BLD)))
+            self.same(nothing, plain, f"adding 0 to the input of layer {layer} changes the output")
+            with torch.no_grad():
+                wanted = self.encoder.encode(self.inputs, None, start=Prefix(layer, prefix.tokens_BLD + added_BLD))
+            out = self.encoder.encode(self.inputs, _add(layer, added_BLD.requires_grad_()))
+            what = f"what is added to the input of layer {layer} is not what it continues with"
+            self.close(out.pooled_BC, wanted.pooled_BC, what)
+            self.close(out.tokens_BLD, wanted.tokens_BLD, what)
+            (grad,) = torch.autograd.grad(out.pooled_BC.square().sum(), added_BLD)
+            assert grad.isfinite().all() and (grad.abs().sum(dim=(1, 2)) > 0).all(), self.message(
+                f"what is added to the input of layer {layer} gets no gradient"
+            )
+        self.same(self.run(self.inputs), plain, "what is added outlives its call")
 
     def inserted_tokens(self) -> None:
         """Inserted tokens are rejected, or keep what `Insert` promises."""
@@ -220,6 +262,11 @@ class PromptChecks(EncoderChecks):
             self.close(read[one], alone, f"at layer {layer}, the tokens of sample {index} depend on its batch or padding")
         (grad,) = torch.autograd.grad(read.square().sum(), query_BPD)
         assert grad.isfinite().all() and grad.abs().sum() > 0, self.message(f"a query of layer {layer} gets no gradient")
+
+
+def _add(chosen: int, added_BLD: Tensor) -> PromptAt:
+    """A callback that adds to the input of one layer."""
+    return lambda layer, tokens, mask: Prompt(tokens[:, :0], added_BLD=added_BLD) if layer == chosen else None
 
 
 class Stop(Exception):

@@ -1,4 +1,4 @@
-"""The contract that every fusion method must satisfy; see `mopefuse.fusion.Fusion`. What is checked is in `fusion_checks`."""
+"""The contract that every fusion method must satisfy; see `mopefuse.fusion.Fusion`. The checks are in `fusion_checks`."""
 
 from __future__ import annotations
 

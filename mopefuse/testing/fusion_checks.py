@@ -1,4 +1,4 @@
-"""What is checked of every fusion method; `mopefuse.testing.fusion` lists the claims.
+"""Checks that every fusion method must pass; `mopefuse.testing.fusion` lists the claims.
 
 Shapes: B batch, N labels, L routed layers, K experts.
 """
@@ -12,11 +12,13 @@ from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mopefuse.config.schema import RunConfig
+from mopefuse.core.precision import normalize_feature
 from mopefuse.data.base import Batch
-from mopefuse.encoders.frozen import encode_pooled
+from mopefuse.encoders.frozen import encode_pooled, encode_tokens
 from mopefuse.errors import DataError
 from mopefuse.fusion.base import Fusion, Output
 from mopefuse.fusion.build import build_model
@@ -44,7 +46,7 @@ class FusionChecks:
         return build_model(self.config.model_copy(update={"data": section}), NUM_LABELS, method=self.method)
 
     def message(self, what: str) -> str:
-        """A fault, with the method that has it."""
+        """Describe a fault, naming the method."""
         return f"{self.config.method}: {what}"
 
     def batch(self, model: Fusion, values: Mapping[str, Sequence[Any]] | None = None) -> Batch:
@@ -130,8 +132,16 @@ class FusionChecks:
         batch = self.batch(model)
         features = {side: encode_pooled(model.encoder(side), batch.inputs[side]) for side in model.frozen}
         inputs = {side: own for side, own in batch.inputs.items() if side not in features}
-        found = self.run_and_check(model, Batch(inputs, features, None, batch.index, batch.missing))
+        tokens = {side: self._tokens(side, batch) for side in model.reads_tokens}
+        found = self.run_and_check(model, Batch(inputs, features, None, batch.index, batch.missing, tokens=tokens))
         self.close(found, self.run_and_check(model, batch), "features that were computed earlier give other logits")
+
+    def _tokens(self, side: str, batch: Batch) -> dict[str, Tensor]:
+        """The output tokens of a side as a batch has them, with one position of padding more."""
+        each = [normalize_feature(one_LC) for one_LC in encode_tokens(self.model.encoder(side), batch.inputs[side])]
+        each = [F.pad(one_LC, (0, 0, 0, 1 + max(map(len, each)) - len(one_LC))) for one_LC in each]
+        values_BLC = torch.stack(each)
+        return {"values_BLC": values_BLC, "mask_BL": values_BLC.any(dim=-1)}
 
     def cached_prefixes(self) -> None:
         """Logits from tokens that enter a later layer, with blank inputs where these have no mask."""

@@ -41,7 +41,7 @@ def check_modality(modality: str, *, values: Sequence[str] = (), root: Path | No
 def _parts(check: ModalityChecks) -> list[Part]:
     mopefuse_error = "raise mopefuse.errors.DataError(number, what, where=where, fix=...) in place of other exceptions"
     parts = [
-        Part("says what it is", check.attributes, "set plural, value_description and type_fix to plain words for messages"),
+        Part("describes itself", check.attributes, "set plural, value_description and type_fix to plain words for messages"),
         Part(
             "has examples and a blank value",
             check.examples,

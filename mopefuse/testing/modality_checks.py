@@ -1,4 +1,4 @@
-"""What is checked of every modality; `mopefuse.testing.modality` lists the claims."""
+"""Checks that every modality must pass; `mopefuse.testing.modality` lists the claims."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ModalityChecks:
         self.config = Data()
 
     def message(self, what: str) -> str:
-        """A fault, with the modality that has it."""
+        """Describe a fault, naming the modality."""
         return f"{self.modality.name}: {what}"
 
     def read(self, value: str) -> Any:
@@ -132,7 +132,7 @@ class FileChecks(ModalityChecks):
                 )
 
     def damaged(self) -> None:
-        """Also files that are empty, cut short, or of another kind."""
+        """Read or reject damaged values, including files that are empty, cut short, or of another kind."""
         super().damaged()
         whole = (self.root / self.values[0]).read_bytes()
         damaged = {"an empty file": b"", "a page of HTML": b"<!doctype html>", "half a file": whole[: len(whole) // 2]}
@@ -175,15 +175,15 @@ class FileChecks(ModalityChecks):
 
 
 class _Trap:
-    """Notes when it is unpickled."""
+    """Records that it was unpickled."""
 
     loaded = False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _spring, ()
+        return _record_unpickling, ()
 
 
-def _spring() -> _Trap:
+def _record_unpickling() -> _Trap:
     _Trap.loaded = True
     return _Trap()
 

@@ -1,11 +1,16 @@
-"""The classification loss of a batch."""
+"""The classification loss of a batch.
+
+Shapes: B batch, S sides, N labels.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from mopefuse.data.base import Batch
-from mopefuse.fusion.base import Output
+from mopefuse.fusion.output import Output, SideOutputs
+from mopefuse.fusion.qmf import ranking_loss
 from mopefuse.metrics.losses import label_loss
 
 
@@ -18,7 +23,24 @@ def classification_loss(output: Output, batch: Batch, *, multi_label: bool, weig
         weights: class weights of `mopefuse.metrics.losses.balanced_weights`.
     """
     assert batch.targets is not None
-    loss = label_loss(output.logits_BN.float(), batch.targets, multi_label=multi_label, weights=weights)
+    loss = label_loss(output.logits_BN.float(), batch.targets, multi_label=multi_label, weights=weights).sum()
     if output.alone_BN is not None:
-        loss = loss + label_loss(output.alone_BN.float(), batch.targets, multi_label=multi_label, weights=weights)
+        loss = loss + label_loss(output.alone_BN.float(), batch.targets, multi_label=multi_label, weights=weights).sum()
     return loss
+
+
+def side_loss(
+    sides: SideOutputs, batch: Batch, rank_weight: float, *, multi_label: bool, weights: Tensor | None = None
+) -> Tensor:
+    """The classification loss of each side that samples have, and the weighted ranking loss; summed over the batch.
+
+    Args:
+        rank_weight: weight of `mopefuse.fusion.qmf.ranking_loss`.
+        weights: class weights of `mopefuse.metrics.losses.balanced_weights`.
+    """
+    targets = batch.targets
+    assert targets is not None
+    each_B = [label_loss(one.float(), targets, multi_label=multi_label, weights=weights) for one in sides.logits_BSN.unbind(1)]
+    loss_BS = torch.stack(each_B, dim=1)
+    ranks = ranking_loss(sides.confidence_BS, loss_BS.detach(), sides.present_BS)
+    return (loss_BS * sides.present_BS).sum() + rank_weight * ranks

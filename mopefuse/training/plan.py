@@ -109,6 +109,7 @@ def prepare(config: RunConfig, listener: Listener, device: torch.device | None =
     data = _load(config, listener)
     config = _with_modalities(config, data)
     model = build_model(config, len(data.labels))
+    model.task = "multi-label" if data.multi_label else "single-label"
     _require_rows(model, data)
     if device is not None:
         devices.move_to_device(model, device)
@@ -120,7 +121,7 @@ def resolved(config: RunConfig, model: Fusion) -> RunConfig:
     """`config` with every default that depends on the encoders replaced by its value."""
     modality_of = {side: model.encoder(side).modality for side in model.uses}
     tuned = [side for side in model.uses if model.encoder(side).tuned]
-    return with_learning_rates(full_specs(model.resolve(config)), modality_of, tuned)
+    return with_learning_rates(full_specs(model.resolve(config)), modality_of, tuned, fitted=model.starts_fitted)
 
 
 def _load(config: RunConfig, listener: Listener) -> DataSet:

@@ -16,7 +16,7 @@ from mopefuse.core import distributed
 from mopefuse.data.base import Batch
 from mopefuse.fusion.base import Fusion, Output
 from mopefuse.prompts.experts import importance_loss
-from mopefuse.training.losses import classification_loss
+from mopefuse.training.losses import classification_loss, side_loss
 
 
 class Backward:
@@ -48,11 +48,18 @@ class Backward:
         for part in parts:
             with devices.autocast(self._config.train.precision, self._device):
                 output = self._forward(part)
-            summed = classification_loss(output, part, multi_label=self._multi_label, weights=self._weights)
-            task = weight * summed / batch_size
+            task = weight * self._task_loss(output, part) / batch_size
             balance = self._balance_loss(output, weight, global_load_LK)
             (task + balance).backward()
             loss += task.detach() + balance.detach() / (len(parts) * distributed.world_size())
+        return loss
+
+    def _task_loss(self, output: Output, part: Batch) -> Tensor:
+        """All losses that are sums over samples."""
+        kind: Any = {"multi_label": self._multi_label, "weights": self._weights}
+        loss = classification_loss(output, part, **kind)
+        if output.by_side is not None:
+            loss = loss + side_loss(output.by_side, part, self._config.qmf.rank_weight, **kind)
         return loss
 
     @torch.no_grad()

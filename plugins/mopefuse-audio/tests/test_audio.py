@@ -57,7 +57,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_family_keeps_the_contract(name: str, folders: dict[str, Path]) -> None:
+def test_every_family_satisfies_the_contract(name: str, folders: dict[str, Path]) -> None:
     encoder = check_encoder(spec(name, folders[name]))
     assert encoder.modality == "audio"
     assert len(encoder.widths) == (0 if name == "wavlm" else 3)
@@ -66,7 +66,7 @@ def test_every_family_keeps_the_contract(name: str, folders: dict[str, Path]) ->
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_without_prompts_it_is_the_library(name: str, folders: dict[str, Path]) -> None:
+def test_without_prompts_outputs_equal_the_librarys(name: str, folders: dict[str, Path]) -> None:
     encoder = create_encoder(spec(name, folders[name]))
     inputs = encoder.preprocess.batch([encoder.preprocess.item((np.sin(np.arange(12000) / 20), 16000))])
     plain = transformers.AutoModel.from_pretrained(folders[name]).eval()
@@ -103,7 +103,7 @@ def test_prompts_equal_inserted_tokens(name: str, folders: dict[str, Path]) -> N
     torch.testing.assert_close(ours.tokens_BLD, theirs, atol=2e-5, rtol=1e-4)
 
 
-def test_files_are_mixed_resampled_and_cut(tmp_path: Path, folders: dict[str, Path]) -> None:
+def test_files_are_mixed_resampled_and_truncated(tmp_path: Path, folders: dict[str, Path]) -> None:
     encoder = create_encoder(f"audio:{folders['wav2vec2-layer']}?seconds=0.5")
     time = np.arange(8000) / 8000
     tone = 0.5 * np.sin(2 * np.pi * 440 * time)
@@ -134,7 +134,7 @@ def test_built_in_configurations_need_no_network() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "file", "changes", "said"),
+    ("name", "file", "changes", "message"),
     [
         ("wav2vec2", "config.json", {"hidden_act": "relu"}, "model.hidden_act"),
         ("wav2vec2", "config.json", {"num_attention_heads": 2}, "model.num_attention_heads"),
@@ -143,8 +143,8 @@ def test_built_in_configurations_need_no_network() -> None:
         ("whisper", "preprocessor_config.json", {"n_fft": 200}, "preprocess.window"),
     ],
 )
-def test_what_changes_an_encoder_beside_its_weights_changes_its_description(
-    folders: dict[str, Path], tmp_path: Path, name: str, file: str, changes: dict[str, Any], said: str
+def test_changes_other_than_weights_change_the_description(
+    folders: dict[str, Path], tmp_path: Path, name: str, file: str, changes: dict[str, Any], message: str
 ) -> None:
     copy = shutil.copytree(folders[name], tmp_path / "copy")
     kind = "WhisperFeatureExtractor" if name == "whisper" else "Wav2Vec2FeatureExtractor"
@@ -157,5 +157,5 @@ def test_what_changes_an_encoder_beside_its_weights_changes_its_description(
     (copy / file).write_text(json.dumps(json.loads((copy / file).read_text()) | changes))
     now = create_encoder(spec(name, copy))
     assert now.fingerprint() == before.fingerprint()
-    assert [text for text in _description.differences(before.describe(), now.describe()) if text.startswith(said)]
+    assert [text for text in _description.differences(before.describe(), now.describe()) if text.startswith(message)]
     assert now.digest() != before.digest()

@@ -91,7 +91,7 @@ def test_clips_that_no_encoder_reads_can_be_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("columns", [("audio", "text"), ("audio", "img", "text")])
-def test_a_contact_sheet_names_clips_beside_what_can_be_seen(tmp_path: Path, columns: tuple[str, ...]) -> None:
+def test_a_preview_names_clips_next_to_images_and_texts(tmp_path: Path, columns: tuple[str, ...]) -> None:
     root, sheet = make(tmp_path / "data", *columns), tmp_path / "sheet.html"
     code, _, err = call("data", "preview", root, "-o", sheet)
     assert code == 0, err
@@ -109,11 +109,11 @@ def done(*args: object) -> str:
     return out
 
 
-# -- whole runs
+# -- complete runs
 
 
 @pytest.mark.parametrize("columns", [("img", "audio"), ("text", "audio")], ids="+".join)
-def test_a_model_trains_and_answers(columns: tuple[str, str], tmp_path: Path, folders: dict[str, Path]) -> None:
+def test_a_model_trains_and_predicts(columns: tuple[str, str], tmp_path: Path, folders: dict[str, Path]) -> None:
     data, run, audio = make(tmp_path / "data", *columns), tmp_path / "run", spec("wav2vec2", folders["wav2vec2"])
     sides = ("--main", "tiny:vision", "--comp", audio) if "img" in columns else ("--main", audio, "--comp", "tiny:text")
     done("train", *sides, *SMALL, "--data", data, "--out", run)
@@ -125,10 +125,10 @@ def test_a_model_trains_and_answers(columns: tuple[str, str], tmp_path: Path, fo
     rows = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
     rows[1].pop(columns[1])
     (data / "new.jsonl").write_text("".join(json.dumps({**row, "unread": 3}) + "\n" for row in rows))
-    answers = [json.loads(line) for line in done("predict", run, data / "new.jsonl").splitlines()]
-    assert [answer["id"] for answer in answers] == ["test-0", "2", "test-2", "test-3"]  # an invalid row has its line
-    assert answers[1]["error"]["code"] == "MF-DATA-03" and "has no audio" in answers[1]["error"]["message"]
-    rest = [answer["label"] == row["label"] for answer, row in zip(answers, rows, strict=True) if "error" not in answer]
+    predictions = [json.loads(line) for line in done("predict", run, data / "new.jsonl").splitlines()]
+    assert [line["id"] for line in predictions] == ["test-0", "2", "test-2", "test-3"]  # an invalid row has its line
+    assert predictions[1]["error"]["code"] == "MF-DATA-03" and "has no audio" in predictions[1]["error"]["message"]
+    rest = [line["label"] == row["label"] for line, row in zip(predictions, rows, strict=True) if "error" not in line]
     assert len(rest) == 3 and 0 <= metrics["accuracy"] <= 1
     tone = (np.sin(np.arange(4000) * 0.1).astype(np.float32), 8000)
     other = {"images": [Image.new("RGB", (16, 16))]} if "img" in columns else {"texts": ["sound"]}
@@ -138,7 +138,7 @@ def test_a_model_trains_and_answers(columns: tuple[str, str], tmp_path: Path, fo
     assert "Traceback" not in report
 
 
-def test_samples_are_those_of_the_files(tmp_path: Path, folders: dict[str, Path]) -> None:
+def test_samples_equal_those_in_the_files(tmp_path: Path, folders: dict[str, Path]) -> None:
     data = load_data(Data(path=str(make(tmp_path, "text", "audio"))))
     assert data.modalities == ("text", "audio")
     model = build_fusion(main=spec("hubert", folders["hubert"]), comp="tiny:text", num_labels=2)
@@ -150,7 +150,7 @@ def test_samples_are_those_of_the_files(tmp_path: Path, folders: dict[str, Path]
     assert torch.equal(model(one).logits, model(other).logits)
 
 
-def test_a_model_of_audio_refuses_rows_without(tmp_path: Path, folders: dict[str, Path]) -> None:
+def test_a_model_of_audio_refuses_rows_without_audio(tmp_path: Path, folders: dict[str, Path]) -> None:
     audio = spec("wav2vec2", folders["wav2vec2"])
     code, _, err = call("train", "--main", "tiny:vision", "--comp", audio, *SMALL, "--data", make(tmp_path, "img", "text"))
     assert code == 3 and "reads audio, but rows have text and image" in err and "--column audio=NAME" in err
@@ -172,7 +172,7 @@ def test_the_column_can_have_another_name(tmp_path: Path) -> None:
     assert load_data(Data(path=str(root), columns={"audio": "wav"})).modalities == ("text", "image", "audio")
 
 
-def test_a_check_finds_what_is_wrong_with_clips(tmp_path: Path) -> None:
+def test_data_check_finds_problems_with_clips(tmp_path: Path) -> None:
     root = make(tmp_path, "text", "audio")
     clips = root / "clips"
     (clips / "train-0.wav").write_bytes((clips / "train-0.wav").read_bytes()[:2000])
@@ -200,7 +200,7 @@ def test_the_same_clip_in_two_splits_is_a_leak(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [..., None, ""])
-def test_a_row_without_a_clip_is_an_error_left_out_or_kept(value: Any, tmp_path: Path, folders: dict[str, Path]) -> None:
+def test_a_row_without_a_clip_is_an_error_skipped_or_kept(value: Any, tmp_path: Path, folders: dict[str, Path]) -> None:
     root = change(make(tmp_path / "data", "text", "audio"), 1, audio=value)
     with pytest.raises(DataError):
         load_data(Data(path=str(root)))
@@ -234,7 +234,7 @@ def test_every_format_is_read(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"", "it is empty"),
         (b"<html>not found</html>", "Format not recognised"),
@@ -245,8 +245,8 @@ def test_every_format_is_read(kind: str) -> None:
     ],
     ids=["empty", "HTML", "cut WAV", "cut FLAC", "no samples", "NaN"],
 )
-def test_damaged_clips_are_refused(content: bytes, said: str) -> None:
-    with pytest.raises(DataError, match=said) as caught:
+def test_damaged_clips_are_refused(content: bytes, message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
         Clip(content, "a.wav").check()
     assert caught.value.code == "MF-DATA-200" and caught.value.what.startswith("a.wav ")
 
@@ -262,19 +262,19 @@ def test_the_blank_value_is_a_second_of_silence() -> None:
     assert not samples.any() and len(samples) == rate
 
 
-def test_the_modality_keeps_the_contract(tmp_path: Path) -> None:
+def test_the_modality_satisfies_the_contract(tmp_path: Path) -> None:
     (tmp_path / "mono.wav").write_bytes(written(TONE))
     (tmp_path / "stereo.flac").write_bytes(written(np.stack([TONE, -TONE], axis=1), format="FLAC"))
     assert isinstance(check_modality("audio", values=["mono.wav", "stereo.flac"], root=tmp_path), Audio)
 
 
-def test_a_pair_of_samples_and_rate_is_one_value_and_a_pair_of_paths_is_two() -> None:
+def test_samples_with_their_rate_are_one_value_and_two_paths_are_two() -> None:
     audio = Audio()
     assert audio.is_single((TONE, 16000)) and audio.accepts((TONE, 16000))
     assert not audio.is_single(("a.wav", "b.wav")) and not audio.accepts(("a.wav", "b.wav"))
 
 
-def test_a_path_that_cannot_be_read_names_the_sample(tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_read_is_an_error_with_the_sample(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read") as caught:
         Audio().prepare(tmp_path / "missing.wav", where="sample 3")
     assert caught.value.where == "sample 3"

@@ -31,21 +31,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOPEFUSE_CACHE", str(root / "cache"))
         tone_questions.make(root / "data", train=4000, val=200, test=400)
-        heard = f"audio:{tone_questions.pretrain(root / 'whisper')}"
+        whisper = f"audio:{tone_questions.pretrain(root / 'whisper')}"
         call(
-            "train", "--recipe", "digit-questions/demo", "--main", "tiny:vision", "--comp", "tiny:text", "--comp", heard,
+            "train", "--recipe", "digit-questions/demo", "--main", "tiny:vision", "--comp", "tiny:text", "--comp", whisper,
             "--data", root / "data", "--out", root / "run", "--modality-dropout", 0.1, "--steps", STEPS, "--device", "cpu",
         )  # fmt: skip
         yield root
 
 
-def test_it_learns_what_no_two_modalities_know(folder: Path) -> None:
+def test_the_model_learns_what_no_two_modalities_determine(folder: Path) -> None:
     facts = json.loads((folder / "run" / "manifest.json").read_text())["encoders"]
     assert [facts[side]["modality"] for side in ("main", "comp", "comp2")] == ["image", "text", "audio"]
     assert json.loads((folder / "run" / "metrics.json").read_text())["metrics"]["test"]["accuracy"] > 0.63
 
 
-def test_what_is_lost_without_either_is_reported(folder: Path) -> None:
+def test_the_loss_without_a_modality_is_reported(folder: Path) -> None:
     call("eval", folder / "run", "--missing", "grid", "--device", "cpu")
     (file,) = (folder / "run").glob("missing-test-*.json")
     kept = json.loads(file.read_text())
@@ -67,11 +67,11 @@ def test_a_tone_can_be_left_out_in_python(folder: Path) -> None:
     assert whole["probabilities"] != without["probabilities"]
 
 
-def test_an_encoder_is_swapped_by_its_modality(folder: Path) -> None:
-    heard = tone_questions.pretrain(folder / "other", steps=1)
-    done = call("swap-encoder", folder / "run", "--comp", f"audio=audio:{heard}", "-o", folder / "swapped", "--json")
-    said = json.loads(done.stdout.splitlines()[-1])
-    assert said["encoders"]["comp2"].endswith(str(heard)) and said["encoders"]["comp"] == "tiny:text"
-    fates = {entry["name"]: entry["fate"] for entry in said["tensors"]}
+def test_swap_encoder_selects_an_encoder_by_its_modality(folder: Path) -> None:
+    whisper = tone_questions.pretrain(folder / "other", steps=1)
+    done = call("swap-encoder", folder / "run", "--comp", f"audio=audio:{whisper}", "-o", folder / "swapped", "--json")
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["encoders"]["comp2"].endswith(str(whisper)) and result["encoders"]["comp"] == "tiny:text"
+    fates = {entry["name"]: entry["fate"] for entry in result["tensors"]}
     assert fates["stack.router.weight_NKC"] == fates["head.weight"] == "kept"
     assert fates["stack.router.others.comp2"] == fates["absent.comp2"] == "new"

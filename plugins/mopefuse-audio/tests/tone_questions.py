@@ -1,4 +1,4 @@
-"""Tone questions: digit questions that are half heard. An image holds four handwritten digits in four colours, one in each
+"""Tone questions: digit questions that are half spoken. An image has four handwritten digits in four colours, one in each
 cell; a text states whether a place or a colour is meant, and a tone selects one of the four. The label is that digit.
 
 No two of the three are enough: the image alone leaves four of ten answers likely; without the tone there are still four,
@@ -46,13 +46,13 @@ def _write(folder: Path, split: str, rows: int, seed: int) -> None:
     for image, pixels in enumerate(digits.paint(_values()[content.samples_N4], content.colours_N4)):
         Image.fromarray(pixels).save(folder / "images" / split / f"{image:06d}.png")
         for kind in random.permutation(8)[:4]:
-            asked, number = ("place", int(kind)) if kind < 4 else ("colour", int(kind) - 4)
-            cell = number if asked == "place" else int(np.flatnonzero(content.colours_N4[image] == number)[0])
+            kind_of, number = ("place", int(kind)) if kind < 4 else ("colour", int(kind) - 4)
+            cell = number if kind_of == "place" else int(np.flatnonzero(content.colours_N4[image] == number)[0])
             name = f"tones/{split}/{len(lines):06d}.wav"
             soundfile.write(folder / name, tone(number, random), RATE)
             row = {"id": f"{split}-{len(lines):06d}", "img": f"images/{split}/{image:06d}.png", "audio": name}
-            said = {"text": str(random.choice(TEXTS[asked])), "label": str(content.digits_N4[image, cell])}
-            lines.append(json.dumps(row | said))
+            values = {"text": str(random.choice(TEXTS[kind_of])), "label": str(content.digits_N4[image, cell])}
+            lines.append(json.dumps(row | values))
     (folder / f"{split}.jsonl").write_text("\n".join(lines[:rows]) + "\n", encoding="utf-8")
 
 
@@ -75,7 +75,7 @@ WHISPER = {
 
 
 def pretrain(folder: Path, *, steps: int = 80, batch: int = 64) -> Path:
-    """Train a small Whisper whose encoder tells tones apart but knows nothing of the task; saved as transformers does."""
+    """Train a small Whisper whose encoder distinguishes the tones but not the task; saved as by transformers."""
     torch.manual_seed(0)
     model = transformers.WhisperModel(transformers.WhisperConfig(**WHISPER))
     model.save_pretrained(folder)

@@ -1,0 +1,87 @@
+"""Settings of single fusion methods, each a section of the configuration."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from mopefuse.config.section import MANY, MOST_TOKENS, WIDEST, Section
+
+
+class QMF(Section):
+    """Late fusion weighted by the confidence of each side (method qmf); `head_hidden` is the width of its heads."""
+
+    scale: float = Field(0.1, gt=0, description="a side's weight is its energy score times this")
+    rank_weight: float = Field(
+        1.0, ge=0, description="weight of the loss that makes a side less confident about samples that it predicts badly"
+    )
+    dropout: float = Field(0.2, ge=0, lt=1, description="dropout on the hidden layer of each head, in training")
+
+
+class Flamingo(Section):
+    """Gated cross-attention between the layers of the main encoder (method flamingo); `prompts.layers` are its layers."""
+
+    width: int = Field(128, ge=1, le=WIDEST, description="width of queries, keys and values; a multiple of heads")
+    heads: int = Field(4, ge=1, le=256, description="attention heads")
+    hidden: int = Field(256, ge=1, le=WIDEST, description="hidden width of the feed-forward networks")
+    resampled: int = Field(
+        16, ge=0, le=MOST_TOKENS, description="tokens to which those of each complementary encoder are reduced; 0: all are used"
+    )
+    resampler_layers: int = Field(1, ge=1, le=64, description="layers of the resampler that does so")
+    dropout: float = Field(
+        0.1, ge=0, lt=1, description="dropout on attention and in the feed-forward networks, in training"
+    )
+
+    @model_validator(mode="after")
+    def _whole_heads(self) -> Flamingo:
+        if self.width % self.heads:
+            raise ValueError(f"width is {self.width}, which is not a multiple of heads, {self.heads}")
+        return self
+
+
+class Inserted(Section):
+    """Tokens that some methods insert in front of the main encoder's own."""
+
+    prompts: int = Field(20, ge=0, le=MOST_TOKENS, description="learned tokens of promptfuse and blindprompt")
+    images: int = Field(4, ge=1, le=MOST_TOKENS, description="tokens that mmbt and p-mmbt make from an image")
+
+
+class Interactive(Section):
+    """Interactive prompting (method pmf): both encoders exchange prompts in their last layers."""
+
+    layers: int = Field(2, ge=0, le=MANY, description="the encoders exchange prompts in their last N layers")
+    queries: int = Field(
+        4, ge=0, le=MOST_TOKENS, description="query prompts: a layer's output for them is passed to the other encoder"
+    )
+    query_context: int = Field(4, ge=0, le=MOST_TOKENS, description="query context prompts: read by the query prompts only")
+    fusion_context: int = Field(
+        4, ge=0, le=MOST_TOKENS, description="fusion context prompts: used together with the prompts from the other encoder"
+    )
+    bottleneck: int | None = Field(
+        None,
+        ge=1,
+        le=WIDEST,
+        description="hidden width of the mapping to the other encoder; default: half the larger encoder width",
+    )
+
+
+class MLP(Section):
+    """A network with one hidden layer on standardised frozen features (method mlp); `head_hidden` is its width."""
+
+    dropout: float = Field(0.2, ge=0, lt=1, description="dropout on the hidden layer, in training")
+
+
+class CrossAttention(Section):
+    """Attention of comp's features to the main encoder's output tokens (method cross-attention)."""
+
+    queries: int = Field(4, ge=1, le=MOST_TOKENS, description="queries; each reads the tokens with an offset of its own")
+    width: int = Field(128, ge=1, le=WIDEST, description="width of queries, keys and values; a multiple of heads")
+    heads: int = Field(4, ge=1, le=256, description="attention heads")
+    dropout: float = Field(
+        0.1, ge=0, lt=1, description="dropout on attention, on its output, and on the hidden layer of the head, in training"
+    )
+
+    @model_validator(mode="after")
+    def _whole_heads(self) -> CrossAttention:
+        if self.width % self.heads:
+            raise ValueError(f"width is {self.width}, which is not a multiple of heads, {self.heads}")
+        return self

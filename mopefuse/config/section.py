@@ -1,0 +1,25 @@
+"""The base class of the sections of a configuration, and bounds that several sections share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+
+# Bounds that no useful model reaches: a mistyped size is rejected here instead of filling the memory.
+MOST_TOKENS = 4096  # tokens of a prompt; also experts of a layer
+WIDEST = 16_384  # width of a hidden layer
+MANY = 10**9  # counts that take no memory, so that arithmetic in 64 bits holds
+
+
+class Section(BaseModel):
+    """A group of settings: immutable, with finite values and without unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_true_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and info.field_name and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError("a value other than true and false")
+        return value
