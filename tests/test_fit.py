@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import call, code_of
 from test_mlp import make_xor
 
@@ -16,6 +17,7 @@ import mopefuse
 from mopefuse.autofit import fit as fitting
 from mopefuse.autofit import tryouts
 from mopefuse.autofit.candidates import NETWORKS, REGRESSIONS, TRAINED
+from mopefuse.core.tensor_files import read_tensors
 from mopefuse.errors import Interrupted
 from mopefuse.runs.folder import RunFolder
 
@@ -101,6 +103,17 @@ def test_only_the_chosen_candidate_is_tested(fitted: tuple[Path, dict[str, Any]]
     assert all(result["metrics"]["test"] is None for result in results.values())
     assert not list(out.glob("candidates/*/predictions.jsonl"))
     assert RunFolder(out).result()["metrics"]["test"]["accuracy"] == found["metrics"]["accuracy"]
+
+
+def test_the_temperature_is_part_of_the_saved_weights(fitted: tuple[Path, dict[str, Any]]) -> None:
+    out, found = fitted
+    before, after = (
+        read_tensors(RunFolder(folder).checkpoint("last")[0] / "weights.safetensors")
+        for folder in (out / "candidates" / found["selected"], out)
+    )
+    last = max(name for name in before if name.startswith("head.") and name.endswith(".weight"))
+    assert found["calibration"]["temperature"] != 1.0
+    assert torch.allclose(before[last], after[last] * found["calibration"]["temperature"], rtol=1e-4)
 
 
 def test_the_leaderboard_has_uncertainty_cost_and_one_choice(fitted: tuple[Path, dict[str, Any]]) -> None:

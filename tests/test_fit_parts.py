@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mopefuse.autofit.budget import Budget, parse_budget
 from mopefuse.autofit.calibration import calibrate, fold_temperature
 from mopefuse.autofit.cross_validation import FoldClock, cross_validate_network, cross_validate_regressions, fit_settings
-from mopefuse.autofit.features import FOLDS, Features
+from mopefuse.autofit.features import FOLDS, Features, _PaceCheck
 from mopefuse.autofit.listener import CandidateListener, FitListener, OutOfTime
 from mopefuse.autofit.scores import Estimate, Judge, Predictions, choose, choose_leader
 from mopefuse.autofit.setup import choose_data
@@ -205,6 +205,18 @@ def test_other_budgets_are_refused(text: str) -> None:
     assert code_of(lambda: parse_budget(text)) == "MF-CFG-390"
 
 
+@pytest.mark.parametrize(("times", "stops"), [(1.0, False), (3.0, True)])
+def test_encoding_that_takes_longer_than_the_budget_is_stopped_early(
+    monkeypatch: pytest.MonkeyPatch, times: float, stops: bool
+) -> None:
+    """Ten seconds for 20 of 100 values: 50 in all, or 150 if there are three times as many rows; the budget is 100."""
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    check = _PaceCheck("encoding", Listener(), Budget(100.0), times)
+    now += 10.0
+    assert code_of(lambda: check(20, 100)) == ("MF-RES-390" if stops else "")
+
+
 def candidate_listener(seconds: float) -> CandidateListener:
     return CandidateListener(FitListener(), Budget(seconds), to_beat=Estimate(0.9, 0.01, 100), tested_share=1.0)
 
@@ -228,7 +240,7 @@ def test_training_ends_at_half_of_the_steps_if_it_is_hopelessly_behind(step: int
 def test_a_preparation_that_would_not_end_in_time_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     now = time.monotonic()
     found = candidate_listener(100.0)
-    monkeypatch.setattr("mopefuse.autofit.listener.time.monotonic", lambda: now)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     found.on_data_progress("encoding", 1, 1000)
     now += 10.0
     with pytest.raises(OutOfTime, match="encoding"):

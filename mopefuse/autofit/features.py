@@ -29,8 +29,9 @@ from mopefuse.training.plan import Prepared
 
 FOLDS = 5
 _JOINED = ("train", "val")
-_LEAST_MEASURED = 5.0  # seconds of encoding, after which its pace is known
-_TOO_SLOW = 2.0  # times the budget
+_LEAST_MEASURED, _MEASURED_SHARE = 5.0, 0.05  # seconds of encoding, and share of the budget, after which its pace is known
+_SUNK = 0.5  # share of the budget, after which encoding is finished whatever it takes
+_TOO_SLOW = 1.25  # times the budget
 
 
 @dataclass(frozen=True)
@@ -91,16 +92,18 @@ def compute_features(prepared: Prepared, device: torch.device, listener: Listene
     """Compute or read the features of all splits, also of test, so that no run has to wait for an encoder.
 
     Raises:
-        ResourceError: the encoders alone would take far longer than the budget; what was computed stays in the cache.
+        ResourceError: the encoders alone would take longer than the budget; what was computed stays in the cache.
     """
     model, data = prepared.model, prepared.data
     tables: dict[str, Tensor] = {}
     missing: dict[str, Tensor] = {}
+    splits = [name for name in (*_JOINED, "test") if name in data.splits]
     for side in model.uses:
         encoder = model.encoder(side)
         parts = []
-        for split in [name for name in (*_JOINED, "test") if name in data.splits]:
-            watch = _PaceCheck(f"{encoder.spec.name} on {split}", listener, budget)
+        for number, split in enumerate(splits):
+            rows = [len(data.splits[name].rows) for name in splits[number:]]
+            watch = _PaceCheck(f"{encoder.spec.name} on {split}", listener, budget, sum(rows) / rows[0])
             found = split_features(encoder, data, split, prepared.config, device, advance=watch)
             if split in _JOINED:
                 parts.append(found[torch.arange(len(data.splits[split].rows))])
@@ -121,17 +124,23 @@ def _groups(split: Split) -> list[bytes]:
 
 
 class _PaceCheck:
-    """Passes the progress of an encoder on, and stops it early if it would exceed the budget by far."""
+    """Passes the progress of an encoder on, and stops it early if it would exceed the budget.
 
-    def __init__(self, what: str, listener: Listener, budget: Budget) -> None:
-        self._what, self._listener, self._budget = what, listener, budget
+    Args:
+        times: all rows that the encoder still has to encode, over those of this split.
+    """
+
+    def __init__(self, what: str, listener: Listener, budget: Budget, times: float) -> None:
+        self._what, self._listener, self._budget, self._times = what, listener, budget, times
         self._began = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
         self._listener.on_data_progress(self._what, done, total)
-        seconds = time.monotonic() - self._began
-        needed = seconds / done * total
-        if seconds >= _LEAST_MEASURED and done < total and needed > _TOO_SLOW * self._budget.total:
-            what = f"encoding alone takes about {duration(needed)}, and the budget is {duration(self._budget.total)}"
+        seconds, budget = time.monotonic() - self._began, self._budget
+        if seconds < max(_LEAST_MEASURED, _MEASURED_SHARE * budget.total) or budget.elapsed > _SUNK * budget.total:
+            return
+        needed = seconds / done * total * self._times
+        if budget.elapsed - seconds + needed > _TOO_SLOW * budget.total:
+            what = f"encoding alone takes about {duration(needed)}, and the budget is {duration(budget.total)}"
             fix = "raise --budget, use smaller encoders with --main and --comp, or train on a part with --fraction 0.1"
             raise ResourceError(ResourceCode.BUDGET_TOO_SMALL, what, where=self._what, fix=fix)
