@@ -30,11 +30,11 @@ def images(count: int) -> list[Image.Image]:
 
 
 PAPER = {"compat": "paper", "gate": "zero", "head_norm": "layer"}
-DEFAULTS = {"compat": "none", "gate": None, "head_norm": None}
+WIDE = {"compat": "none", "head_features": "all", "head_hidden": 8, "film": True, "layers": "last:1/2"}
 
 
 def build(main: str = "tiny:vision", comp: str = "tiny:text", **options: object) -> Fusion:
-    """The papers' stack, unless `options` are `DEFAULTS`."""
+    """The papers' stack with gated prompts, changed by `options`."""
     return mopefuse.build_fusion(main=main, comp=comp, num_labels=7, **{**PAPER, **options})
 
 
@@ -49,7 +49,7 @@ def open_gates(model: Fusion) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        DEFAULTS,
+        WIDE,
         {},
         {"gate": "none"},
         {"router": {"kind": "joint"}},
@@ -76,10 +76,10 @@ def test_a_sample_does_not_depend_on_its_batch(main: str, comp: str, options: di
 
 
 @pytest.mark.parametrize(("main", "comp"), PAIRS)
-@pytest.mark.parametrize("options", [DEFAULTS, {}], ids=["defaults", "papers"])
+@pytest.mark.parametrize("options", [WIDE, {}], ids=["wide", "papers"])
 def test_zero_gated_prompts_start_as_the_frozen_encoder_bit_for_bit(main: str, comp: str, options: dict[str, object]) -> None:
     model = build(main, comp, **options)
-    probe = build(main, comp, **options, static=0, dynamic=0, mapped=0, film=False)
+    probe = build(main, comp, **{**options, "static": 0, "dynamic": 0, "mapped": 0, "film": False})
     probe.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("stack.")})
     batch = model.collate(images(5), TEXTS)
     assert torch.equal(model(batch).logits, probe(batch).logits)

@@ -13,8 +13,7 @@ ONE_SIDED = {"main-only": "comp", "comp-only": "main"}
 """Methods that use one encoder, mapped to the side whose encoder can be omitted."""
 
 PAPER: dict[str, Any] = {"head_norm": "none", "prompts": {"gate": "none"}}
-"""Settings that ``compat: paper`` changes unless they are given: the stack of the papers and their training, without the
-defaults that `METHODS` sets for the method conditional."""
+"""Settings that ``compat: paper`` changes unless they are given: the stack of the papers."""
 
 OFFICIAL: dict[str, Any] = merge(
     PAPER,
@@ -28,21 +27,11 @@ OFFICIAL: dict[str, Any] = merge(
 """Settings that ``compat: official`` changes unless they are given: the choices of the papers' released code, without its leak
 between samples of a batch. Its average over prompts and patches has no counterpart here: prompts have no output."""
 
-CONDITIONAL: dict[str, Any] = {
-    "warm_start": "auto",
-    "head_features": "all",
-    "head_hidden": 256,
-    "prompts": {"film": True, "layers": "last:1/3"},
-    "train": {"lr": 2e-3, "lr_head": 1e-3, "weight_decay": 1e-2, "schedule": "cosine", "warmup": 0.1},
-}
-"""Defaults of the method conditional, chosen by measurement (docs/log.md)."""
-
 _SMALL_NETWORK: dict[str, Any] = {
     "head_hidden": 512,
     "train": {"lr": 1e-3, "weight_decay": 1e-2, "schedule": "cosine"},
 }
 METHODS: dict[str, dict[str, Any]] = {
-    "conditional": CONDITIONAL,
     "mlp": merge(_SMALL_NETWORK, {"train": {"epochs": 30}}),
     "cross-attention": _SMALL_NETWORK,
 }
@@ -55,12 +44,10 @@ cached features takes a second or two.
 
 def defaults_of(values: dict[str, Any]) -> dict[str, Any]:
     """The settings, nested, that the ``method`` and the ``compat`` of a configuration set unless they are given."""
-    method, compat = values.get("method", "conditional"), values.get("compat")
+    method, compat = values.get("method"), values.get("compat")
     found = METHODS.get(method, {}) if isinstance(method, str) else {}
-    papers = {"paper": PAPER, "official": OFFICIAL}.get(compat) if isinstance(compat, str) else None
-    if papers is None:
-        return found
-    return papers if method == "conditional" else merge(found, papers)
+    papers = {"paper": PAPER, "official": OFFICIAL}
+    return merge(found, papers.get(compat, {})) if isinstance(compat, str) else found
 
 
 def without_idle_side(values: dict[str, Any]) -> dict[str, Any]:

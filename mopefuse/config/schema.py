@@ -280,7 +280,7 @@ class Train(Section):
         None, gt=0, description="learning rate of a trained complementary encoder; default: lr, or lr_tuned if fully tuned"
     )
     lr_tuned: float = Field(2e-5, gt=0, description="learning rate of a fully tuned main encoder")
-    lr_head: float | None = Field(None, gt=0, description="learning rate of the head; default: lr")
+    lr_head: float | None = Field(None, gt=0, description="learning rate of the head; default: lr, or lr/50 after a warm start")
     weight_decay: float = Field(1e-3, ge=0, description="weight decay of AdamW")
     clip: float = Field(1.0, gt=0, description="maximum norm of the gradient")
     schedule: Literal["paper", "cosine", "one-cycle", "constant"] = Field(

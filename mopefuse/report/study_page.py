@@ -137,7 +137,8 @@ def _filled_in(config: RunConfig, modality_of: Mapping[str, str]) -> RunConfig:
     if "main" in modality_of:
         config = config.model_copy(update={"prompts": fill_prompt_lengths(config.prompts, modality_of["main"])})
     tuned = list(modality_of) if config.tune == "full" else []
-    return with_learning_rates(config, modality_of, tuned)
+    fitted = config.method == "linear" or config.warm_start != "none"
+    return with_learning_rates(config, modality_of, tuned, fitted=fitted)
 
 
 def _own(facts: StudyFacts) -> Markup:

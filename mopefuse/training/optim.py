@@ -18,18 +18,21 @@ from mopefuse.fusion.base import Fusion
 from mopefuse.modalities.base import get_modality
 
 
-def with_learning_rates(config: RunConfig, modality_of: Mapping[str, str], tuned: Collection[str] = ()) -> RunConfig:
+def with_learning_rates(
+    config: RunConfig, modality_of: Mapping[str, str], tuned: Collection[str] = (), *, fitted: bool = False
+) -> RunConfig:
     """`config` with the papers' learning rates where none is given: 4e-4 for an image encoder, 5e-4 for others.
 
     Args:
         tuned: sides whose encoder is fully tuned; a complementary encoder then has the learning rate `lr_tuned`, as the main
             one has.
+        fitted: whether the head starts as a fitted model; its learning rate is then a fiftieth.
     """
     default = {side: get_modality(modality).lr for side, modality in modality_of.items()}
     main = config.train.lr or default.get("main", default.get("comp", 4e-4))
     full = config.train.lr_tuned if "comp" in tuned else None
     comp = config.train.lr_comp or full or config.train.lr or default.get("comp", main)
-    head = config.train.lr_head or main
+    head = config.train.lr_head or main * (1 / 50 if fitted else 1)
     rates = {"lr": main, "lr_comp": comp, "lr_head": head}
     return config.model_copy(update={"train": config.train.model_copy(update=rates)})
 
