@@ -138,12 +138,12 @@ def test_a_second_pass_comes_from_the_cache_and_a_fresh_one_does_not(tmp_path: P
 _OPENED: list[str] | None = None
 
 
-def _hear(event: str, arguments: tuple[Any, ...]) -> None:
+def _record_opened(event: str, arguments: tuple[Any, ...]) -> None:
     if event == "open" and _OPENED is not None:
         _OPENED.append(os.fsdecode(arguments[0]) if isinstance(arguments[0], str | bytes | os.PathLike) else "")
 
 
-sys.addaudithook(_hear)
+sys.addaudithook(_record_opened)
 
 
 @pytest.mark.parametrize("outside", ["../secret.png", "{root}/secret.png", "link.png"])
