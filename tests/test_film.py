@@ -15,6 +15,8 @@ from torch import Tensor
 from mopefuse.config.schema import Prompts
 from mopefuse.core.precision import normalize_feature
 from mopefuse.fusion.base import Fusion
+from mopefuse.fusion.mlp_fit import Network
+from mopefuse.fusion.wide_head import head_state
 from mopefuse.prompts.stack import PromptStack
 
 FILM: dict[str, Any] = {"static": 0, "dynamic": 0, "mapped": 0, "film": True}
@@ -144,12 +146,16 @@ def test_film_can_be_disabled_like_a_kind_of_prompt() -> None:
 
 @pytest.mark.parametrize("hidden", [0, 8])
 def test_a_head_on_all_features_without_conditions_is_late_concatenation(hidden: int) -> None:
-    """Without prompts and FiLM, it equals late concatenation; with FiLM at its initial value too, bit for bit."""
+    """Without prompts and FiLM, it equals late concatenation; with FiLM at its initial value too, bit for bit.
+
+    The linear path of a head with a hidden layer is set to 0.
+    """
     options = {"head_features": "all", "head_hidden": hidden}
     bare, film = build(**FILM | {"film": False}, **options), build(**FILM, **options)
     late = build(method="late-concat", head_hidden=hidden)
     for model in (bare, film):
-        model.head.load_state_dict(late.head.state_dict())
+        state = late.head.state_dict()
+        model.head.load_state_dict(head_state(model.head, Network(*state.values())) if hidden else state)
         batch = model.collate(images(5), TEXTS)
         assert torch.equal(model(batch).logits, late(late.collate(images(5), TEXTS)).logits)
     set_outputs(film)

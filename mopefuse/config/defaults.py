@@ -44,10 +44,16 @@ cached features takes a second or two.
 """
 
 
+BEST_START: dict[str, Any] = {"head_hidden": 256}
+"""What ``warm_start: auto`` sets unless it is given: without a hidden layer, the head could not start as an MLP."""
+
+
 def defaults_of(values: dict[str, Any]) -> dict[str, Any]:
-    """The settings, nested, that the ``method`` and the ``compat`` of a configuration set unless they are given."""
+    """The settings, nested, that ``method``, ``warm_start`` and ``compat`` of a configuration set unless they are given."""
     method, compat = values.get("method"), values.get("compat")
     found = METHODS.get(method, {}) if isinstance(method, str) else {}
+    if method in (None, "conditional") and values.get("warm_start") == "auto":
+        found = BEST_START
     papers = {"paper": PAPER, "official": OFFICIAL}
     return merge(found, papers.get(compat, {})) if isinstance(compat, str) else found
 
