@@ -12,7 +12,6 @@ from typing import Any
 
 from mopefuse.config.schema import RunConfig, build_config
 from mopefuse.config.setting_paths import merge
-from mopefuse.fusion.mlp_fit import BATCH
 
 WARM_START = "auto"
 """Conditional prompts start at the best simple model of the frozen features."""
@@ -51,8 +50,8 @@ def _linear(features: str, title: str) -> Candidate:
 
 
 def _mlp(name: str, title: str, **changes: Any) -> Candidate:
-    """An MLP whose last epoch is taken, so that none is selected on the samples that score it."""
-    return Candidate(name, title, merge({"method": "mlp", "train": {"select": "last", "batch_size": BATCH}}, changes))
+    """An MLP whose last epoch is taken, so that none is selected on the samples that score it; it is fitted in memory."""
+    return Candidate(name, title, merge({"method": "mlp", "train": {"select": "last"}}, changes))
 
 
 def _conditional(name: str, title: str, *, swapped: bool = False, **changes: Any) -> Candidate:

@@ -169,6 +169,16 @@ def cross_validate_network(
     return Trained(join(held, logits), epochs)
 
 
+def fit_on_train(features: Features, how: FitSettings, network: NetworkSettings, epochs: int) -> dict[str, Tensor]:
+    """Fit an MLP on train as in cross-validation; returns tensors by their names in the method `mlp`."""
+    train = features.fold(torch.arange(features.train_rows))
+    known = {side: train.statistics(side) for side in train.features}
+    last = _finish(fit_network(train.design(known, how.labels), train.targets, how, network, epochs), None)
+    assert last is not None
+    standard = {f"standard.{side}.{name}": buffer_C for side, found in known.items() for name, buffer_C in found.items()}
+    return standard | dict(zip(("head.0.weight", "head.0.bias", "head.2.weight", "head.2.bias"), last, strict=True))
+
+
 def _finish(training: Iterator[Network], clock: FoldClock | None) -> Network | None:
     """The network after its last epoch; None if the time of `clock` runs out before."""
     last: Network | None = None

@@ -12,6 +12,7 @@ from mopefuse.autofit.cross_validation import (
     average,
     cross_validate_network,
     cross_validate_regressions,
+    fit_on_train,
     fit_settings,
 )
 from mopefuse.autofit.listener import CandidateListener, OutOfTime
@@ -26,6 +27,7 @@ from mopefuse.fusion.mlp_fit import NetworkSettings
 from mopefuse.runs.load import load_model
 from mopefuse.training.listener import Listener
 from mopefuse.training.train import train
+from mopefuse.training.trainer import Start
 
 _REGRESSION_SHARE, _NETWORK_SHARE, _VARIANT_SHARE = 0.25, 0.4, 0.2  # of the time left: regressions, MLP, each variant of it
 _MAX_ITER = 100  # of a regression in cross-validation, which needs no further digits
@@ -96,10 +98,21 @@ def train_leader(context: Context, candidate: Candidate) -> None:
     run, entry = context.folder.candidate_run(candidate.name), context.folder.entries[candidate.name]
     if not run.metrics_file.is_file():
         context.listener.on_phase(f"training {candidate.title}", context.budget)
+        start: Start | None = None
         more: dict[str, Any] = {"linear": {"strengths": sorted(set(entry.strengths))}} if entry.strengths else {}
-        more |= {"train": {"epochs": entry.epochs}} if entry.epochs else {}
-        train(candidate.config(context.values, more), run.path, resume=run.exists(), listener=Listener(), test=False)
+        if entry.epochs:  # fitted in memory, several times as fast as step by step
+            start, more = _fit_network(context, candidate, entry.epochs), {"train": {"epochs": 0}}
+        config = candidate.config(context.values, more)
+        train(config, run.path, overwrite=run.exists(), start=start, listener=Listener(), test=False)
     context.folder.save_predictions(f"{candidate.name}-val", _validation_predictions(context, candidate))
+
+
+def _fit_network(context: Context, candidate: Candidate, epochs: int) -> Start:
+    """The weights of an MLP that is fitted on train."""
+    config, labels = candidate.config(context.values), len(context.data.labels)
+    network = NetworkSettings(config.head_hidden, config.mlp.dropout, config.seed)
+    fitted = fit_on_train(context.features, fit_settings(context.features, labels, config), network, epochs)
+    return Start(build_model(config, labels).trainable_state_dict() | fitted)
 
 
 def try_trained(context: Context, candidate: Candidate, leader: str) -> None:

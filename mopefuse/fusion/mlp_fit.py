@@ -20,7 +20,7 @@ from mopefuse.fusion.regression import FitSettings, Targets
 from mopefuse.metrics.losses import label_loss
 
 _LEARNING_RATE, _WEIGHT_DECAY = 1e-3, 1e-2  # the defaults of the method `mlp`
-BATCH = 64
+_BATCH = 64
 _EPOCHS = 30
 _STEPS = (1000, 20_000)  # on small data more epochs are needed, on large data fewer suffice
 _FEWEST_EPOCHS, _MOST_EPOCHS = 3, 200
@@ -64,7 +64,7 @@ class NetworkSettings(NamedTuple):
 
 def epochs_for(samples: int) -> int:
     """Return the number of epochs for a training split of this size."""
-    per_epoch = max(1, -(-samples // BATCH))
+    per_epoch = max(1, -(-samples // _BATCH))
     fewest, most = _STEPS
     return min(_MOST_EPOCHS, max(_FEWEST_EPOCHS, max(fewest, min(most, _EPOCHS * per_epoch)) // per_epoch))
 
@@ -83,9 +83,9 @@ def fit_network(
     model = Network(*parameters)
     optimizer = torch.optim.AdamW(parameters, lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY, fused=True)
     epochs, step = epochs or epochs_for(design.rows), 0
-    total = epochs * -(-design.rows // BATCH)
+    total = epochs * -(-design.rows // _BATCH)
     for _ in range(epochs):
-        for index_B in torch.randperm(design.rows, generator=draw).split(BATCH):
+        for index_B in torch.randperm(design.rows, generator=draw).split(_BATCH):
             optimizer.param_groups[0]["lr"] = _LEARNING_RATE * (1 + math.cos(math.pi * step / total)) / 2
             kept_BH = torch.rand(len(index_B), network.hidden, generator=draw) >= network.dropout
             logits_BN = model.logits(design[index_B].float(), kept_BH / (1 - network.dropout))
