@@ -158,13 +158,13 @@ NAMES_OF_MODALITIES = {"image", "img", "text", "audio"}
 MAY_NAME_THEM = {  # modalities are data: all other modules use `mopefuse.modalities.base`
     "modalities.base": "which two the Python interface takes by position",
     "config.schema": "the defaults of text_col and img_col",
-    "data.columns": "what is expected of a table where little is there, and the flags for it",
+    "data.columns": "the modalities that a table is expected to have, and their flags",
     "modalities.image": "the reader of images",
     "data.findings": "the key of --json output that names a file",
     "cli.predict": "--image and --text",
     "fusion._text_and_image": "methods that are defined for an image and a text",
-    **dict.fromkeys(("data.food101", "data.prepare", "data.digit_questions"), "written in the native format"),
-    **dict.fromkeys(("cli._prepare_display", "bench.loader"), "written in the native format"),
+    **dict.fromkeys(("data.food101", "data.prepare", "data.digit_questions", "data.photo_grids"), "writes the native format"),
+    **dict.fromkeys(("cli._prepare_display", "bench.loader"), "writes the native format"),
     **dict.fromkeys(
         ("export.bundle_maker", "inference.bundle_manifest", "export.graph", "inference.bundle", "export.verify"),
         "the format of bundles, whose inputs are pixels and tokens",
