@@ -161,7 +161,7 @@ def _thresholds_for(labels: Sequence[str], thresholds: float | Sequence[float]) 
 
 def _saved_config(model: Fusion, thresholds: float | Sequence[float]) -> RunConfig:
     """The configuration that rebuilds the model, with its defaults written out and no location of data."""
-    config = full_specs(model.resolve(model.config))
+    config = full_specs(model.config)
     modalities = sort_modalities({model.encoder(side).modality for side in model.reads})
     data = config.data.model_copy(update={"path": None, "image_roots": (), "modalities": modalities})
     threshold = float(thresholds) if isinstance(thresholds, int | float) else "tuned"

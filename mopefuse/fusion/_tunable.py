@@ -40,7 +40,8 @@ class TunedFusion(Fusion):
 
     def __init__(self, config: RunConfig, encoders: Mapping[str, Encoder]) -> None:
         super().__init__(config, encoders)
-        self.tune = config.tune or self.default_tune
+        assert self.config.tune is not None
+        self.tune = self.config.tune
         self.stacks = nn.ModuleDict()
         for side in self.uses:
             encoder = self.encoder(side)
@@ -55,9 +56,10 @@ class TunedFusion(Fusion):
                     self.stacks[side] = stack
         self.frozen = tuple(side for side in self.uses if side not in self.stacks and not self.encoder(side).trainable)
 
-    def resolve(self, config: RunConfig) -> RunConfig:
+    @classmethod
+    def resolve(cls, config: RunConfig, encoders: Mapping[str, Encoder]) -> RunConfig:
         """Return `config` with `tune` set."""
-        return config.model_copy(update={"tune": self.tune})
+        return config.model_copy(update={"tune": config.tune or cls.default_tune})
 
     def unused_sections(self) -> list[str]:
         """List changed sections without effect, including `prompts` if no encoder is prompted."""

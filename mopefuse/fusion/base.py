@@ -77,7 +77,7 @@ class Fusion(nn.Module):
 
     def __init__(self, config: RunConfig, encoders: Mapping[str, Encoder]) -> None:
         super().__init__()
-        self.config = config
+        self.config = config = self.resolve(config, encoders)
         self.uses = self.sides(config)
         for side in self.uses:
             self.add_module(side, encoders[side])
@@ -142,9 +142,19 @@ class Fusion(nn.Module):
     def forward(self, batch: Batch) -> Output:
         """The logits of a batch (B, N), with the routing and everything else that training needs."""
 
-    def resolve(self, config: RunConfig) -> RunConfig:
-        """`config` with defaults that depend on the encoders replaced by their values."""
+    @classmethod
+    def resolve(cls, config: RunConfig, encoders: Mapping[str, Encoder]) -> RunConfig:
+        """Fill in the defaults that depend on the encoders; called before anything is built, and idempotent.
+
+        Args:
+            encoders: by side; encoders that do not suit the method are left for the constructor to refuse.
+        """
         return config
+
+    @property
+    def encoders(self) -> dict[str, Encoder]:
+        """The encoders by side."""
+        return {side: self.encoder(side) for side in self.uses}
 
     @property
     def prompt_kinds(self) -> tuple[str, ...]:

@@ -87,7 +87,8 @@ class ConditionalFusion(Fusion):
         super().__init__(config, encoders)
         main = self.encoder("main")
         main.require_promptable(fix="use it as --comp instead")
-        prompts = self.resolve(config).prompts
+        config = self.config
+        prompts = config.prompts
         assert prompts.init is not None
         widths = {side: self.encoder(side).feature_width for side in self.comps}
         self.stack = PromptStack(
@@ -182,9 +183,12 @@ class ConditionalFusion(Fusion):
         unused = [section for section in super().unused_sections() if section != "linear" or self.standard is None]
         return unused + (["mlp"] if self.config.mlp != MLP() and not self.config.head_hidden else [])
 
-    def resolve(self, config: RunConfig) -> RunConfig:
+    @classmethod
+    def resolve(cls, config: RunConfig, encoders: Mapping[str, Encoder]) -> RunConfig:
         """Return `config` with unset prompt lengths and initial bound replaced by the papers'."""
-        main = self.encoder("main")
+        main = encoders["main"]
+        if not main.widths:
+            return config
         prompts = fill_prompt_lengths(config.prompts, main.modality)
         bound = prompts.init or initial_bound(main)
         return config.model_copy(update={"prompts": prompts.model_copy(update={"init": bound})})

@@ -97,7 +97,7 @@ class PMF(Fusion):
         self.depth = lengths.layers if lengths.queries + lengths.fusion_context else 0
         for side in self.uses:
             self._check_encoder(side)
-        hidden = self.resolve(config).pmf.bottleneck
+        hidden = self.config.pmf.bottleneck
         assert hidden is not None
         self.dropout = nn.Dropout(config.prompts.dropout)
         self.stacks = nn.ModuleDict()
@@ -130,9 +130,10 @@ class PMF(Fusion):
                 fix=f"set pmf.layers to {len(encoder.widths)} or less",
             )
 
-    def resolve(self, config: RunConfig) -> RunConfig:
+    @classmethod
+    def resolve(cls, config: RunConfig, encoders: Mapping[str, Encoder]) -> RunConfig:
         """Return `config` with the width of the bottleneck set."""
-        widest = max(width for side in self.uses for width in self.encoder(side).widths)
+        widest = max((width for encoder in encoders.values() for width in encoder.widths), default=1)
         hidden = config.pmf.bottleneck or max(1, widest // 2)
         return config.model_copy(update={"pmf": config.pmf.model_copy(update={"bottleneck": hidden})})
 

@@ -121,7 +121,8 @@ def resolved(config: RunConfig, model: Fusion) -> RunConfig:
     """`config` with every default that depends on the encoders replaced by its value."""
     modality_of = {side: model.encoder(side).modality for side in model.uses}
     tuned = [side for side in model.uses if model.encoder(side).tuned]
-    return with_learning_rates(full_specs(model.resolve(config)), modality_of, tuned, fitted=model.starts_fitted)
+    config = full_specs(model.resolve(config, model.encoders))
+    return with_learning_rates(config, modality_of, tuned, fitted=model.starts_fitted)
 
 
 def _load(config: RunConfig, listener: Listener) -> DataSet:
