@@ -1,4 +1,4 @@
-"""The candidates of a fit, from cheap to dear: regressions, MLPs, conditional prompts.
+"""The candidates of a fit, from cheap to expensive: regressions, MLPs, conditional prompts.
 
 Candidates on frozen features (`REGRESSIONS`, `NETWORKS`) are cross-validated, those that run an encoder in every step
 (`TRAINED`) are compared on the validation split.

@@ -53,7 +53,7 @@ class Context:
         self.listener.on_entry(entry, None if found is None else self.judge.score(found), self.budget)
 
     def predictions(self, *states: str) -> dict[str, Predictions]:
-        """The predictions of the candidates in some state, from cheap to dear."""
+        """The predictions of the candidates in some state, from cheap to expensive."""
         entries = [self.folder.entries[name] for name in CANDIDATES if name in self.folder.entries]
         return {entry.name: self.folder.predictions(entry.name) for entry in entries if entry.state in states}
 

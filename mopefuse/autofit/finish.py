@@ -90,7 +90,7 @@ def _evaluate(context: Context, loaded: Loaded, split: str) -> tuple[Evaluation,
 
 
 def _lines(context: Context, leader: str, chosen: str) -> list[Line]:
-    """The lines of the leaderboard, from cheap to dear."""
+    """The lines of the leaderboard, from cheap to expensive."""
     lines, judge, load = [], context.judge, context.folder.predictions
     known = [one.name for one in REGRESSIONS if one.reads == "both"]
     regression = max((load(name) for name in known), key=judge.value)

@@ -1,4 +1,4 @@
-"""Find the best model for a table: try the candidates from cheap to dear, choose with uncertainty, calibrate, test once.
+"""Find the best model for a table: try the candidates from cheap to expensive, choose with uncertainty, calibrate, test once.
 
 A fit that was interrupted continues with ``resume``: features are cached, finished candidates are kept, and an unfinished one
 resumes from its last checkpoint.

@@ -69,7 +69,7 @@ class Leaderboard:
     """Everything that a fit reports.
 
     Args:
-        lines: candidates from cheap to dear. metric: the metric of their scores.
+        lines: candidates from cheap to expensive. metric: the metric of their scores.
         choices: columns, splits and encoders, a line for each.
         ensemble: gain of the mean of several candidates over the chosen one, by their names; empty if there are fewer than two.
         test: metrics of the chosen candidate on the test split, and the uncertainty of the first.

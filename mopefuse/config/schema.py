@@ -52,6 +52,9 @@ class Prompts(Section):
         "all", description="layers to prompt: all, first:N, last:N, last:1/N for a fraction, or indices from 0 such as 0,3,5"
     )
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout on prompts, in training")
+    token_dropout: float = Field(
+        0.0, ge=0, lt=1, description="fraction of main's patches dropped ahead of the first prompted layer, in training"
+    )
     gate: Literal["none", "zero"] = Field(
         "zero", description="gate on the prompts: learned, starting at 0 (zero), or none, as in the papers"
     )

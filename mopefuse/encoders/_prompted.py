@@ -148,7 +148,8 @@ class _PromptHook:
             return None
         resumes = start is not None and layer == start.layer
         if start is not None and resumes:
-            hidden = start.tokens_BLD.to(hidden.dtype).view_as(hidden)
+            tokens_BLD = start.tokens_BLD.to(hidden.dtype)
+            hidden = tokens_BLD.view_as(hidden) if tokens_BLD.numel() == hidden.numel() else tokens_BLD  # a grid, or fewer
         tokens_BLD = hidden.flatten(1, -2)  # (B, H, W, D) in timm's Swin
         mask_BL = call.mask_BL if call.insert is None else call.insert.extend_mask(call.mask_BL)
         prompt = slot.encoder._request_prompt(layer, tokens_BLD, mask_BL)

@@ -46,9 +46,16 @@ def prompt_model(encoder: PromptedEncoder, model: Any) -> None:
     encoder.heads = tuple(int(block.attn.num_heads) for block in blocks)
     if blocks:
         encoder.patch_size = int(model.patch_embed.patch_size[0])
+        encoder.leading_tokens = _leading_tokens(model)
     apart = [part for block in blocks if block.attn.qkv is None for part in (block.attn.q_proj, block.attn.v_proj)]
     fused = [part for name, part in model.named_modules() if name.endswith(".qkv") and isinstance(part, nn.Linear)]
     encoder.lora_targets = _lora.names_of(encoder, fused + apart)
+
+
+def _leading_tokens(model: Any) -> int | None:
+    """Return the number of tokens ahead of the patches of a ViT whose positions are only added to its input, else None."""
+    plain = isinstance(model, VisionTransformer) and all(type(block.attn) is Attention for block in model.blocks)
+    return int(model.num_prefix_tokens) if plain and model.attn_pool is None else None
 
 
 def _promptable(model: Any) -> tuple[list[Any], str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from mopefuse.encoders.attention import Insert, Modulation, Prompt
@@ -35,6 +36,20 @@ class Prefix(NamedTuple):
 
     layer: int
     tokens_BLD: Tensor
+
+    def drop_tokens(self, fraction: float, leading: int) -> Prefix:
+        """Drop a random fraction of the tokens of each sample, except the first `leading`; at least one other remains.
+
+        Liu et al., PatchDropout: Economizing Vision Transformers Using Patch Dropout, WACV 2023 (arXiv 2208.07220); there,
+        patches are dropped ahead of the first layer.
+        """
+        batch, length, width = self.tokens_BLD.shape
+        others = length - leading
+        kept = max(1, round(others * (1 - fraction)))
+        first_BL = torch.arange(leading, device=self.tokens_BLD.device).expand(batch, -1)
+        random_BL = torch.rand(batch, others, device=self.tokens_BLD.device).argsort(dim=1)[:, :kept]
+        index_BL = torch.cat([first_BL, leading + random_BL.sort(dim=1).values], dim=1)
+        return self._replace(tokens_BLD=self.tokens_BLD.gather(1, index_BL[..., None].expand(-1, -1, width)))
 
 
 class Call:

@@ -77,6 +77,7 @@ class Encoder(nn.Module):
     revision: str = ""  # commit of the hub repository from which the weights were loaded
     recompute: bool = False  # whether promptable blocks recompute activations in the backward pass, see `_recompute`
     insertable: bool = False  # whether its layers support inserted tokens, see `Insert` and `run_layer`
+    leading_tokens: int | None = None  # tokens ahead of the patches; None if layers depend on the place or number of tokens
     lora_targets: tuple[str, ...] = ()  # names of the submodules that project queries and values
     libraries: tuple[str, ...] = ()  # distributions besides torch and mopefuse that affect its features
     why_not_main: str = ""  # if there are no promptable layers: the reason, for the error message

@@ -34,6 +34,7 @@ from mopefuse.encoders.preprocess import ImagePreprocess, TextPreprocess
 from mopefuse.errors import EncoderError
 
 _OURS = ("pretrained", "weights", "pool", "max_tokens", "size")
+_POSITIONS_AT_INPUT = ("vit", "deit", "dinov2", "dinov2_with_registers", "clip_vision_model", "siglip_vision_model")
 _MASKED = set(auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES)
 _CAUSAL = set(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
@@ -109,6 +110,7 @@ class HFEncoder(TransformersEncoder):
             height, width = self.preprocess.size
             self.patch_size = side
             self._prefix = max(0, encoded.tokens_BLD.shape[1] - (height // side) * (width // side))
+            self.leading_tokens = self._prefix if self.model_config.model_type in _POSITIONS_AT_INPUT else None
         return encoded
 
     def _run(self, inputs: Inputs) -> Encoded:

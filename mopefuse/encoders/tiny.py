@@ -176,6 +176,7 @@ class TinyEncoder(Encoder):
                 fix="use pool=cls, pool=mean or pool=cls+mean",
             )
         self.patch_size, self.insertable = _PATCH, True
+        self.leading_tokens = 1 if shape.modality == "image" else None
         self.modality, self.token_width = shape.modality, shape.width
         self.feature_width = shape.width * (1 + ("+" in self.pool))
         self.widths, self.heads = (shape.width,) * shape.depth, (shape.heads,) * shape.depth

@@ -30,7 +30,7 @@ from mopefuse.config.schema import Prompts, RunConfig
 from mopefuse.core.error_codes import ConfigCode, EncoderCode
 from mopefuse.core.precision import apply_without_autocast, normalize_feature, to_float32
 from mopefuse.data.base import Batch
-from mopefuse.encoders.base import Encoder, run_frozen
+from mopefuse.encoders.base import Encoder, Prefix, run_frozen
 from mopefuse.errors import ConfigError, EncoderError
 from mopefuse.fusion._static_prompts import build_static_stack, initial_bound
 from mopefuse.fusion.base import Fusion, Output
@@ -88,6 +88,7 @@ class ConditionalFusion(Fusion):
         main = self.encoder("main")
         main.require_promptable(fix="use it as --comp instead")
         config = self.config
+        _check_token_dropout(config, main)
         prompts = config.prompts
         assert prompts.init is not None
         widths = {side: self.encoder(side).feature_width for side in self.comps}
@@ -240,6 +241,15 @@ class ConditionalFusion(Fusion):
         tokens = ConditionTokens(normalize_feature(encoded.tokens_BLD), encoded.mask_BL, missing_B)
         return to_float32(encoded.pooled_BC), tokens
 
+    def start_of_main(self, batch: Batch) -> Prefix | None:
+        """The tokens from which the main encoder continues, of which some are dropped in training; None to run all layers."""
+        start, fraction = self.prefix("main", batch), self.config.prompts.token_dropout
+        if not (self.training and fraction):
+            return start
+        main, first = self.encoder("main"), self.prefix_layers.get("main", 0)
+        assert main.leading_tokens is not None
+        return (start or main.compute_prefix(batch.inputs["main"], first)).drop_tokens(fraction, main.leading_tokens)
+
     def forward(self, batch: Batch) -> Output:
         """Compute logits (B, N) and the routing of each routed layer."""
         read = {side: self.read(side, batch) for side in self.comps if side in self.reads}
@@ -247,7 +257,7 @@ class ConditionalFusion(Fusion):
         tokens = {side: found for side, (_, found) in read.items() if found is not None}
         conditions_BC = {side: self.replace_missing(side, normalize_feature(psi), batch) for side, psi in psi_BC.items()}
         conditioned = self.stack.condition(conditions_BC, tokens) if len(self.stack.layers) else None
-        start = self.prefix("main", batch)
+        start = self.start_of_main(batch)
         pooled_BC = self.encoder("main").encode(batch.inputs["main"], conditioned, start=start).pooled_BC
         features = (pooled_BC,) if len(self.head_sides) == 1 else (pooled_BC, *psi_BC.values())
         logits_BN = self.classify(*features, batch=batch)
@@ -263,6 +273,19 @@ def warm_start_of(config: RunConfig) -> Literal["none", "linear", "auto"]:
     """The warm start of a configuration; ``auto`` is none if the untrained model could not equal a baseline."""
     possible = (config.prompts.gate == "zero") and not config.either
     return config.warm_start if possible or config.warm_start == "linear" else "none"
+
+
+def _check_token_dropout(config: RunConfig, main: Encoder) -> None:
+    """Check that the main encoder runs on some of its tokens."""
+    if not config.prompts.token_dropout:
+        return
+    fix, where = "remove prompts.token_dropout", "prompts.token_dropout"
+    if main.leading_tokens is None:
+        what = f"tokens of {main.spec} cannot be dropped: its layers depend on where, or how many, they are"
+        raise ConfigError(ConfigCode.TOKENS_NOT_DROPPABLE, what, where=where, fix=f"use a ViT as --main, or {fix}")
+    if config.train.compile:
+        what = "a compiled model cannot drop tokens"
+        raise ConfigError(ConfigCode.TOKENS_NOT_DROPPABLE, what, where=where, fix=f"{fix}, or train.compile")
 
 
 def _check_warm_start(config: RunConfig) -> None:
