@@ -206,7 +206,7 @@ CLAIMS: dict[str, dict[str, str]] = {
         "full": "test_study::test_a_cell_terminated_from_outside_is_recorded_as_failed "
         "test_study::test_a_failed_cell_is_recorded_and_the_others_continue "
         "test_room::test_a_study_runs_one_cell_at_a_time_if_memory_is_short "
-        "test_study::test_a_finished_cell_of_every_method_counts_as_finished "
+        "test_study::test_a_finished_cell_of_every_kind_of_method_counts_as_finished "
         "test_study::test_a_study_killed_at_random_and_restarted_gives_the_same_table "
         "test_study::test_a_cell_whose_process_is_killed_is_recorded_and_the_others_continue "
         "test_study::test_a_stop_signal_saves_running_cells_and_leaves_no_process "

@@ -230,7 +230,7 @@ def test_it_is_evaluated_exported_and_reported_as_any_run(pairs: Path, run: Path
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("sides", PAIRS)
+@pytest.mark.parametrize("sides", PAIRS[:1])
 def test_the_exported_graph_predicts_the_same(pairs: Path, tmp_path: Path, sides: tuple[str, str]) -> None:
     changed = {"main": sides[0], "comp": sides[1], "data": {"path": str(pairs), "on_missing": "absent"}}
     train(config(pairs, "flamingo", **changed, train={"max_steps": 2}), tmp_path / "run")

@@ -28,11 +28,9 @@ SWIN = (
     "timm:swin_tiny_patch4_window7_224?img_size=56&window_size=4&depths=2,2&num_heads=2,4&embed_dim=16&pretrained=false"
 )
 PAIRS = {
-    "tiny": ("tiny:vision", "tiny:text", {}),
+    "tiny": ("tiny:vision", "tiny:text", {"comp_tuning": {"mode": "prompts"}}),
     "Swin and BERT, dense, as in the papers": (SWIN, BERT, {"gate": "none"}),
     "BERT and ViT, joint router, two of four experts": (BERT, VIT, {"router": {"kind": "joint", "top_m": 2}}),
-    "two of forty experts": ("tiny:vision", "tiny:text", {"prompts": {"experts": 40}, "router": {"top_m": 2}}),
-    "text and text": ("tiny:text", BERT, {"static": 0}),
     "a CNN as the other side": ("tiny:vision", "timm:mobilenetv3_small_050?pretrained=false", {"mapped": 0}),
     "open_clip": (
         "open_clip:mopefuse-graph#visual?pretrained=false",
@@ -40,7 +38,6 @@ PAIRS = {
         {},
     ),
     "static prompts only": (VIT, "tiny:text", {"dynamic": 0, "mapped": 0}),
-    "prompts in the other encoder too": ("tiny:vision", "tiny:text", {"comp_tuning": {"mode": "prompts"}}),
 }
 
 

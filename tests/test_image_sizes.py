@@ -261,7 +261,7 @@ TIMM = {
     "timm:vit_tiny_patch16_224?pretrained=false&depth=2": ("64", 17),
     "timm:vit_small_patch14_dinov2?pretrained=false&depth=1": ("70", 26),
     "timm:eva02_tiny_patch14_224?pretrained=false&depth=2": ("56", 17),
-    "timm:eva_giant_patch14_224?pretrained=false&depth=1&embed_dim=64&num_heads=4": ("56", 17),
+    "timm:eva02_tiny_patch14_224?pretrained=false&depth=1": ("56", 17),
     "timm:beit_base_patch16_224?pretrained=false&depth=1": ("64", 17),
     "timm:swin_tiny_patch4_window7_224?pretrained=false&depths=1,1,1,1": ("448", 112 * 112),
     "timm:resnet18?pretrained=false": ("64", 4),

@@ -137,7 +137,7 @@ def test_in_mmbt_the_text_reads_the_image_whichever_is_main(method: str) -> None
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("method", ["promptfuse", "p-mmbt", "p-sequential"])
+@pytest.mark.parametrize("method", ["p-mmbt"])
 def test_a_run_can_be_evaluated_and_exported(pairs: Path, tmp_path: Path, method: str) -> None:
     named = sides(method) or {"main": "tiny:vision", "comp": "tiny:text"}
     flags = [word for side, spec in named.items() for word in (f"--{side}", spec)]

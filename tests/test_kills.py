@@ -163,7 +163,8 @@ def test_a_killed_report_leaves_no_partial_page(trained: Path, tmp_path: Path) -
                     image.load()
 
     out.mkdir()
-    kill_often(cli("report", trained, "--no-audit", "-o", out / "page.html", "--figures", out / "figures"), out, whole)
+    report = cli("report", trained, "--no-audit", "-o", out / "page.html", "--figures", out / "figures")
+    kill_often(report, out, whole, moments=(*MOMENTS[::2], 200))
     assert (out / "page.html").is_file() and list((out / "figures").glob("*.png"))
 
 

@@ -137,7 +137,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(pairs: Path, tmp_path: Path)
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("kind", ["onnx", "pt2"])
+@pytest.mark.parametrize("kind", ["pt2"])
 def test_it_is_an_ordinary_run_and_exports(multi_pairs: Path, tmp_path: Path, kind: str) -> None:
     result = train(config(multi_pairs, "maple", main="tiny:text", comp="tiny:vision", train={"max_steps": 2}), tmp_path / "run")
     assert set(result["thresholds"]) == {"a", "b", "c"}

@@ -189,7 +189,7 @@ def run_of_libraries(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.mark.parametrize(
-    "kind", matrix(["run", "run of libraries", "adapter", "onnx", "pt2"], ["run"])
+    "kind", matrix(["run", "run of libraries", "adapter", "onnx"], ["run"])
 )
 def test_threads_can_share_a_loaded_model(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     run: Path = request.getfixturevalue("run_of_libraries" if kind == "run of libraries" else "trained")
