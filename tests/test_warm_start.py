@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import call, make_pairs
+from conftest import call, make_pairs, matrix
 
 from mopefuse.config.schema import build_config
 from mopefuse.core.error_codes import ConfigCode
@@ -151,7 +151,7 @@ def features_on(run: Path, split: str) -> Fold:
 AUTO: list[dict[str, Any]] = [{"head_hidden": 0}, {"head_hidden": 8}, {"main": "tiny:text", "comp": "tiny:vision"}]
 
 
-@pytest.mark.parametrize("changed", AUTO, ids=str)
+@pytest.mark.parametrize("changed", matrix(AUTO, AUTO[1:2]), ids=str)
 def test_step_0_of_auto_is_the_best_baseline(data: Path, tmp_path: Path, changed: dict[str, Any]) -> None:
     settings = config(data, **{"warm_start": "auto", "head_features": "all", "head_hidden": 8, "train__epochs": 0, **changed})
     train(settings, tmp_path / "run")
