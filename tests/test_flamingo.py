@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from conftest import call
 from missing_cases import holes
+from run_cases import check_eval_report_and_export
 from test_cross_attention import Given
 from test_fusion import PAIRS, TEXTS, build, images, open_gates
 from test_mlp import config, missing
@@ -24,7 +24,6 @@ from mopefuse.errors import ConfigError, DataError, EncoderError
 from mopefuse.fusion.base import Fusion
 from mopefuse.fusion.build import build_model
 from mopefuse.fusion.flamingo import Attention, FeedForward, Flamingo
-from mopefuse.runs.folder import RunFolder
 from mopefuse.training.train import train
 
 SMALLER = {"width": 8, "heads": 2, "hidden": 6, "resampled": 3}
@@ -222,11 +221,7 @@ def test_it_trains_on_rows_that_lack_a_text_and_is_evaluated_without(pairs: Path
 
 @pytest.mark.process
 def test_it_is_evaluated_exported_and_reported_as_any_run(pairs: Path, run: Path, tmp_path: Path) -> None:
-    wanted = RunFolder(run).result()["metrics"]["test"]
-    assert json.loads(call("eval", run, "--json").stdout)["metrics"] == pytest.approx(wanted)
-    for command in (("report", run), ("export", run, "--format", "pt2", "-o", tmp_path / "pt2")):  # a report has an audit
-        done = call(*command)
-        assert done.returncode == 0, (command, done.stderr)
+    check_eval_report_and_export(run, tmp_path)
 
 
 @pytest.mark.matrix

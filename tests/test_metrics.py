@@ -15,6 +15,7 @@ from sklearn import metrics as sk
 from mopefuse.core.artifact import dump_json, finite
 from mopefuse.metrics import classification as metrics
 from mopefuse.metrics.classification import compute, per_label, probabilities
+from mopefuse.metrics.losses import label_loss
 from mopefuse.metrics.quality_gates import selected_metric
 
 
@@ -221,5 +222,5 @@ def test_the_most_confused_classes_agree_with_the_confusion_matrix() -> None:
 def test_sample_losses_average_to_the_loss(multi_label: bool) -> None:
     logits_SN = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
     targets = (logits_SN > 0.3).float() if multi_label else torch.arange(9) % 4
-    mean = float(metrics.sample_losses(logits_SN, targets).mean())
+    mean = float(label_loss(logits_SN, targets, multi_label=multi_label).mean())
     assert mean == pytest.approx(metrics.compute(logits_SN, targets, multi_label=multi_label)["loss"], rel=1e-5)

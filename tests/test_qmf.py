@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from conftest import call
 from missing_cases import holes
+from run_cases import check_eval_report_and_export
 from test_cross_attention import Given
 from test_fusion import TEXTS, build, images
 from test_mlp import config, missing
@@ -24,7 +24,6 @@ from mopefuse.config.schema import build_config
 from mopefuse.data.base import Batch
 from mopefuse.fusion.output import SideOutputs
 from mopefuse.fusion.qmf import QMF, ranking_loss
-from mopefuse.runs.folder import RunFolder
 from mopefuse.training.losses import side_loss
 from mopefuse.training.step import Backward
 from mopefuse.training.train import train
@@ -206,11 +205,7 @@ def test_a_run_on_whole_rows_answers_each_modality_by_itself(run: Path) -> None:
 
 @pytest.mark.process
 def test_it_is_evaluated_exported_and_reported_as_any_run(pairs: Path, run: Path, tmp_path: Path) -> None:
-    wanted = RunFolder(run).result()["metrics"]["test"]
-    assert json.loads(call("eval", run, "--json").stdout)["metrics"] == pytest.approx(wanted)
-    for command in (("report", run), ("export", run, "--format", "pt2", "-o", tmp_path / "pt2")):  # a report has an audit
-        done = call(*command)
-        assert done.returncode == 0, (command, done.stderr)
+    check_eval_report_and_export(run, tmp_path)
 
 
 @pytest.mark.matrix

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mopefuse.fusion.linear import mean_of_sigmoids, mean_of_softmaxes
 from mopefuse.fusion.wide_head import WideHead
 from mopefuse.metrics import classification as metrics
+from mopefuse.metrics.losses import label_loss
 
 _WIDEST = 10.0  # T and 1 / T are at most this
 _STEPS = 200  # tried on either side of 1
@@ -81,7 +82,7 @@ def _scaled(heads: Sequence[Tensor], temperature: float, *, multi_label: bool) -
 
 
 def _loss(logits_KN: Tensor, targets: Tensor) -> float:
-    return float(metrics.sample_losses(logits_KN, targets).double().mean())
+    return float(label_loss(logits_KN, targets, multi_label=targets.ndim == 2).double().mean())
 
 
 def calibration_error(logits_KN: Tensor, targets: Tensor) -> float:

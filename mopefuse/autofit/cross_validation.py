@@ -18,7 +18,7 @@ from mopefuse.autofit.scores import Judge, Predictions
 from mopefuse.config.schema import RunConfig
 from mopefuse.fusion.linear import mean_of_sigmoids, mean_of_softmaxes
 from mopefuse.fusion.mlp_fit import Network, NetworkSettings, epochs_for, fit_network
-from mopefuse.fusion.regression import FitSettings, Problem
+from mopefuse.fusion.regression import FitSettings, Problem, standard_state
 from mopefuse.metrics.losses import balanced_weights
 from mopefuse.training.listener import Listener
 
@@ -175,8 +175,8 @@ def fit_on_train(features: Features, how: FitSettings, network: NetworkSettings,
     known = {side: train.statistics(side) for side in train.features}
     last = _finish(fit_network(train.design(known, how.labels), train.targets, how, network, epochs), None)
     assert last is not None
-    standard = {f"standard.{side}.{name}": buffer_C for side, found in known.items() for name, buffer_C in found.items()}
-    return standard | dict(zip(("head.0.weight", "head.0.bias", "head.2.weight", "head.2.bias"), last, strict=True))
+    names = ("head.0.weight", "head.0.bias", "head.2.weight", "head.2.bias")
+    return standard_state(known) | dict(zip(names, last, strict=True))
 
 
 def _finish(training: Iterator[Network], clock: FoldClock | None) -> Network | None:

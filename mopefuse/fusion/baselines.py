@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mopefuse.core.formatting import percent
 from mopefuse.fusion.mlp_fit import Network, NetworkSettings, epochs_for, fit_network
-from mopefuse.fusion.regression import Advance, FitSettings, Fold, Problem, score
+from mopefuse.fusion.regression import Advance, FitSettings, Fold, Problem, score, standard_state
 from mopefuse.metrics.losses import label_loss
 
 _FOLDS = 5
@@ -120,11 +120,6 @@ class _Comparison:
         zeros = {side: weights[0].new_zeros(self.how.labels, len(self.known[side]["mean_C"])) for side in self.sides}
         return torch.cat([next(parts) if side in group else zeros[side] for side in self.sides], dim=1), weights[1]
 
-    def standard(self) -> dict[str, Tensor]:
-        """The statistics of the features: the buffers of `Fusion.standard`, by name."""
-        named = {f"standard.{side}": buffers for side, buffers in self.known.items()}
-        return {f"{path}.{name}": buffer_C for path, buffers in named.items() for name, buffer_C in buffers.items()}
-
 
 class Baselines(NamedTuple):
     """Fitted baselines, simplest first.
@@ -183,4 +178,4 @@ def fit_baselines(
     if network is not None:
         fitted.append(comparison.network(network, advance))
     folds = len(comparison.pairs) - 1
-    return Baselines(fitted, comparison.standard(), len(comparison.actual), folds)
+    return Baselines(fitted, standard_state(comparison.known), len(comparison.actual), folds)

@@ -146,6 +146,11 @@ class Standard(nn.Module):
         return (to_float32(feature_BC) - self.mean_C) / self.deviation_C
 
 
+def standard_state(known: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Name the buffers of `Standard` of each side as in the state of a model (`Fusion.standard`)."""
+    return {f"standard.{side}.{name}": buffer_C for side, found in known.items() for name, buffer_C in found.items()}
+
+
 def fit_heads(
     heads: Mapping[str, Sequence[str]], train: Fold, val: Fold, how: FitSettings, advance: Advance = _ignore_progress
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -157,12 +162,10 @@ def fit_heads(
     Returns:
         Tensors ``standard.<side>.*``, ``<head>.weight`` and ``<head>.bias``; and the C of each head, keyed by its sides.
     """
-    state: dict[str, Tensor] = {}
     chosen: dict[str, float] = {}
     sides = dict.fromkeys(side for group in heads.values() for side in group)
     known = {side: train.statistics(side) for side in sides}
-    for side, found in known.items():
-        state |= {f"standard.{side}.{name}": tensor for name, tensor in found.items()}
+    state = standard_state(known)
     for number, (name, group) in enumerate(heads.items()):
         on, buffers = " and ".join(group), {side: known[side] for side in group}
 

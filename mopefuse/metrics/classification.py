@@ -210,10 +210,3 @@ def most_confused(predicted_S: Tensor, targets_S: Tensor, labels: int, *, most: 
     pairs, counts = (targets_S * labels + predicted_S)[wrong_S].unique(return_counts=True)  # ascending
     order = counts.argsort(descending=True, stable=True)[:most]
     return [(int(counts[i]), *divmod(int(pairs[i]), labels)) for i in order]
-
-
-def sample_losses(logits_SN: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of each sample (S,); for multi-label data the mean over labels."""
-    if targets.ndim == 1:
-        return torch.nn.functional.cross_entropy(logits_SN.float(), targets, reduction="none")
-    return torch.nn.functional.binary_cross_entropy_with_logits(logits_SN.float(), targets, reduction="none").mean(dim=-1)

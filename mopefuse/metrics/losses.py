@@ -11,12 +11,13 @@ from torch import Tensor
 
 
 def label_loss(logits_BN: Tensor, targets: Tensor, *, multi_label: bool, weights: Tensor | None = None) -> Tensor:
-    """Cross-entropy, or binary cross-entropy averaged over labels, of each sample (B,).
+    """Cross-entropy, or binary cross-entropy averaged over labels, of each sample (B,), in float32.
 
     Args:
         targets: class indices (B,), or zeros and ones (B, N).
         weights: class weights of `balanced_weights`.
     """
+    logits_BN = logits_BN.float()
     if multi_label:
         loss_BN = F.binary_cross_entropy_with_logits(logits_BN, targets, reduction="none")
         if weights is not None:

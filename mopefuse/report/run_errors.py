@@ -8,6 +8,7 @@ from typing import Any
 
 from mopefuse.core.formatting import percent
 from mopefuse.metrics import classification as metrics
+from mopefuse.metrics.losses import label_loss
 from mopefuse.report.bars import bars, heat_map, reliability
 from mopefuse.report.chart import readable, shorten
 from mopefuse.report.data_preview import draw
@@ -113,7 +114,7 @@ def examples(facts: RunFacts) -> Section:
 
 def mistakes(facts: RunFacts) -> Section | None:
     """The wrong predictions with the highest loss: a few with their pictures, more in a table."""
-    losses_S = metrics.sample_losses(facts.logits_SN, facts.targets)
+    losses_S = label_loss(facts.logits_SN, facts.targets, multi_label=facts.multi_label)
     labels = facts.data.splits[facts.split].labels
     order = losses_S.argsort(descending=True, stable=True).tolist()
     wrong = [number for number in order if set(facts.predicted(number)) != set(labels[number])]

@@ -23,9 +23,9 @@ def classification_loss(output: Output, batch: Batch, *, multi_label: bool, weig
         weights: class weights of `mopefuse.metrics.losses.balanced_weights`.
     """
     assert batch.targets is not None
-    loss = label_loss(output.logits_BN.float(), batch.targets, multi_label=multi_label, weights=weights).sum()
+    loss = label_loss(output.logits_BN, batch.targets, multi_label=multi_label, weights=weights).sum()
     if output.alone_BN is not None:
-        loss = loss + label_loss(output.alone_BN.float(), batch.targets, multi_label=multi_label, weights=weights).sum()
+        loss = loss + label_loss(output.alone_BN, batch.targets, multi_label=multi_label, weights=weights).sum()
     return loss
 
 
@@ -40,7 +40,7 @@ def side_loss(
     """
     targets = batch.targets
     assert targets is not None
-    each_B = [label_loss(one.float(), targets, multi_label=multi_label, weights=weights) for one in sides.logits_BSN.unbind(1)]
+    each_B = [label_loss(one, targets, multi_label=multi_label, weights=weights) for one in sides.logits_BSN.unbind(1)]
     loss_BS = torch.stack(each_B, dim=1)
     ranks = ranking_loss(sides.confidence_BS, loss_BS.detach(), sides.present_BS)
     return (loss_BS * sides.present_BS).sum() + rank_weight * ranks

@@ -17,7 +17,7 @@ from mopefuse.core.artifact import dump_json, read_json
 from mopefuse.core.atomic_files import write_atomically
 from mopefuse.data.collate import FeatureTable
 from mopefuse.data.features import split_features
-from mopefuse.fusion.regression import FitSettings, Fold
+from mopefuse.fusion.regression import FitSettings, Fold, standard_state
 from mopefuse.training.trainer import Start, Trainer
 
 FACTS_FILE = "start.json"
@@ -38,7 +38,7 @@ def initial_state(trainer: Trainer, given: Start | None = None) -> Start | None:
     if given is not None or not model.starts_fitted:
         start = given or Start(model.trainable_state_dict())
         new = [side for side in model.standard if given is None or f"standard.{side}.mean_C" in given.fresh]
-        buffers = {f"standard.{side}.{name}": t for side in new for name, t in train.statistics(side).items()}
+        buffers = standard_state({side: train.statistics(side) for side in new})
         return start._replace(state=start.state | buffers)
     val, settings = _fold(trainer, "val"), _settings(trainer)
     report = lambda what, share: trainer.listener.on_data_progress(what, round(100 * share), 100)  # noqa: E731
