@@ -6,7 +6,6 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -165,9 +164,9 @@ def test_another_library_version_gives_a_notice_and_recomputes_features(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_model(RunFolder(tmp_path / "run"), "best", CPU)
-    installed = metadata.version
+    installed = _description._installed
     newer = lambda name: "99.0" if name == "transformers" else installed(name)  # noqa: E731
-    monkeypatch.setattr(metadata, "version", newer)
+    monkeypatch.setattr(_description, "_installed", newer)
     with pytest.warns(Notice, match=r"other library versions \(transformers .*, now 99.0\)"):
         load_model(RunFolder(tmp_path / "run"), "best", CPU)
     encoder = create_encoder(f"hf:{folders['bert']}")

@@ -6,6 +6,7 @@ of the tokenizer) and ``libraries`` (versions). It contains no paths, so it does
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -21,13 +22,17 @@ _PLAIN = (bool, int, float, str, tuple, list, type(None))
 
 def versions(distributions: Iterable[str]) -> dict[str, str]:
     """Installed versions of `distributions`; those that are not installed are omitted."""
-    found = {}
-    for name in sorted(set(distributions)):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    found = {name: _installed(name) for name in sorted(set(distributions))}
+    return {name: version for name, version in found.items() if version is not None}
+
+
+@functools.cache  # it parses a long file
+def _installed(distribution: str) -> str | None:
+    """The installed version of a distribution, None if there is none."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def preprocess_values(preprocess: Any) -> dict[str, Any]:

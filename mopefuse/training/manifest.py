@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import platform
-from importlib.metadata import version
 from typing import Any
 
 from mopefuse import __version__
 from mopefuse.config.schema import Data as DataConfig
 from mopefuse.config.schema import RunConfig
 from mopefuse.data.base import SPLITS, DataSet
+from mopefuse.encoders import description
 from mopefuse.fusion.base import Fusion
 from mopefuse.fusion.manifest import model_facts
 
@@ -35,4 +35,4 @@ def drawn_ids(config: DataConfig, data: DataSet) -> dict[str, list[str]]:
 def versions() -> dict[str, str]:
     """Versions of the software that a result depends on."""
     names = ("torch", "torchvision", "timm", "transformers", "open_clip_torch", "numpy")
-    return {"mopefuse": __version__, "python": platform.python_version(), **{name: version(name) for name in names}}
+    return {"mopefuse": __version__, "python": platform.python_version(), **description.versions(names)}
